@@ -1,6 +1,7 @@
 """What the loader hands to the model: one batch of image-text pairs, and the masks drawn for it.
 
-Shape legend: B batch, S image side, T packed tokens of the batch, K masked patches an image, M masked tokens of the batch.
+Shape legend: B batch, S image side, T packed tokens of the batch, K masked patches an image,
+M masked tokens of the batch.
 """
 
 from dataclasses import dataclass, fields

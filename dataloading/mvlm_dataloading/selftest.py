@@ -1,0 +1,117 @@
+"""Is the GPU's image decoder to be trusted here? Found out in a process of its own, before anything depends on it.
+
+A release of nvImageCodec kills the process when it decodes a window on some cards, and others were seen to return
+black pictures without a word. So each way of decoding is first tried in a subprocess on pictures made for it, and its
+pixels are compared to the CPU's.
+"""
+
+import functools
+import io
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from .dataset import open_dataset
+from .errors import need
+from .order import write_index_views
+from .pipeline import Decoding, Geometry, build_pipeline
+from .randomness import Purpose, uniforms
+from .shards import ShardWriter
+
+log = logging.getLogger(__name__)
+
+# Mean difference of a picture in levels of 255. Two correct JPEG decoders, and resizing on two devices, differ by one
+# or two; a black picture or another picture's pixels differ by dozens.
+_TOLERANCE = 6.0
+_TIMEOUT_S = 300
+_CODE = "import sys; from mvlm_dataloading.selftest import main; main(*sys.argv[1:])"
+
+
+@functools.cache
+def choose_decoding(device_id: int) -> Decoding:
+    """The first that works on a CUDA device: the window on the GPU, the whole picture there, the CPU. Says which."""
+    for decoding in (Decoding.GPU_WINDOW, Decoding.GPU_WHOLE):
+        fault = find_fault(decoding, device_id)
+        if fault is None:
+            log.info("images are decoded as %s on CUDA device %d", decoding, device_id)
+            return decoding
+        log.warning("images are not decoded as %s on CUDA device %d: %s", decoding, device_id, fault)
+    log.warning("images are decoded on the CPU and sent to CUDA device %d", device_id)
+    return Decoding.CPU
+
+
+def find_fault(decoding: Decoding, device_id: int) -> str | None:
+    """What is wrong with a way of decoding on a device, or None."""
+    command = [sys.executable, "-c", _CODE, str(device_id), decoding.value]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return f"the trial did not end within {_TIMEOUT_S} s"
+    if done.returncode < 0:
+        return f"the trial was killed by signal {-done.returncode}"
+    if done.returncode > 0:
+        return f"the trial failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    try:
+        worst = float(json.loads(done.stdout.strip().splitlines()[-1])["worst_difference"])
+    except (IndexError, KeyError, TypeError, ValueError):
+        return f"the trial gave no result: {done.stdout!r}"
+    # Written so that NaN is a fault too.
+    return (
+        None if worst <= _TOLERANCE else f"pixels differ from the CPU's by {worst:.1f} of 255 on average in one picture"
+    )
+
+
+def main(device_id: str, decoding: str) -> None:
+    """The trial: print how far the pixels of one way of decoding are from the CPU's."""
+    with tempfile.TemporaryDirectory(prefix="mvlm-selftest-") as folder:
+        data = _write_pictures(Path(folder) / "data")
+        pixels = [
+            _decode(data, Decoding.CPU, None),
+            _decode(data, Decoding(decoding), None if device_id == "cpu" else int(device_id)),
+        ]
+    differences = np.abs(pixels[0].astype(np.float64) - pixels[1]).mean(axis=(1, 2, 3))
+    print(json.dumps({"worst_difference": float(differences.max())}))
+
+
+def _write_pictures(folder: Path) -> Path:
+    """Smooth coloured pictures of many sizes as JPEG and PNG, with different content, so that a mix-up shows."""
+    pil = need("PIL.Image")
+    with ShardWriter(folder, name="selftest", source="", licence="", attribution="", recipe={}) as writer:
+        for i in range(32):
+            height, width = 64 + 29 * i, 1000 - 23 * i
+            y, x = np.mgrid[0:height, 0:width]
+            waves = [127.5 + 120 * np.sin(x / (20 + 7 * i) + y / (30 + 5 * c) + i + 2 * c) for c in range(3)]
+            file = io.BytesIO()
+            pil.fromarray(np.stack(waves, axis=-1).astype(np.uint8)).save(
+                file, "PNG" if i % 4 == 3 else "JPEG", quality=90
+            )
+            writer.add(f"{i:03d}", file.getvalue(), ["waves"])
+    return folder
+
+
+def _decode(folder: Path, decoding: Decoding, device_id: int | None) -> np.ndarray:
+    """uint8 (n, 3, 224, 224): a random window of every picture."""
+    dataset = open_dataset(folder, "train")
+    ids = np.arange(len(dataset))
+    draws = uniforms(Purpose.CROP, 0, 0, ids, 4)
+    batch_size = 8
+    with tempfile.TemporaryDirectory(prefix="mvlm-index-") as views:
+        pipeline = build_pipeline(
+            *write_index_views(Path(views), dataset, ids),
+            lambda batch: draws[(int(batch) * batch_size + np.arange(batch_size)) % len(ids)],
+            Geometry(image_size=224),
+            batch_size=batch_size,
+            num_threads=2,
+            device_id=device_id,
+            decoding=decoding,
+        )
+    batches = []
+    for _ in range(len(ids) // batch_size):
+        images = pipeline.run()[0]
+        batches.append(np.array((images.as_cpu() if device_id is not None else images).as_tensor()))
+    return np.concatenate(batches)

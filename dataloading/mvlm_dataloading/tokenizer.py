@@ -1,0 +1,125 @@
+"""Captions to token ids: a byte-level BPE trained on the captions, or any `tokenizer.json`."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dataset import Dataset, open_dataset
+from .errors import DataError, need
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of a tokenizer trained here
+
+# What the special tokens are called in BERT's and in RoBERTa's vocabularies.
+_NAMES = {"cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>"), "mask": ("[MASK]", "<mask>"), "pad": ("[PAD]", "<pad>")}
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` that writes every caption as [CLS] ... [SEP], packed and without padding.
+
+    Attributes:
+        vocab_size, cls_id, sep_id, mask_id, pad_id: ints.
+        fingerprint: sha256 of the tokenizer's definition.
+
+    Raises:
+        DataError: the vocabulary has no token of one of the four kinds.
+    """
+
+    def __init__(self, inner: Any, origin: str = "tokenizer"):
+        inner.no_padding()
+        inner.no_truncation()
+        inner.encode_special_tokens = True  # a caption that spells "[MASK]" means these six characters
+        self._inner = inner
+        self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)
+        ids = {}
+        for kind, names in _NAMES.items():
+            ids[kind] = next((i for i in map(inner.token_to_id, names) if i is not None), None)
+            if ids[kind] is None:
+                raise DataError(
+                    f"{origin}: wanted a {kind} token named {' or '.join(names)}, found none; use another tokenizer"
+                )
+        self.cls_id, self.sep_id, self.mask_id, self.pad_id = ids["cls"], ids["sep"], ids["mask"], ids["pad"]
+        self.fingerprint: str = hashlib.sha256(inner.to_str().encode()).hexdigest()
+
+    def encode(self, texts: Sequence[str], max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Tokens int64 (T,) of all texts one after another, and lengths int64 (B,).
+
+        Each text is [CLS] ... [SEP]; what goes past `max_length`, these two counted, is cut off before [SEP].
+        """
+        if max_length < 3:
+            raise ValueError(f"wanted a text length of at least 3 ([CLS], a token, [SEP]), got {max_length}")
+        rows = [e.ids[: max_length - 2] for e in self._inner.encode_batch(list(texts), add_special_tokens=False)]
+        tokens = [i for row in rows for i in (self.cls_id, *row, self.sep_id)]
+        return np.array(tokens, np.int64), np.array([len(row) + 2 for row in rows], np.int64)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of some ids, without special tokens."""
+        return self._inner.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+
+    def token(self, token_id: int) -> str:
+        """One token as the vocabulary spells it."""
+        return self._inner.id_to_token(int(token_id))
+
+    def save(self, path: Path) -> None:
+        """Write `tokenizer.json`, which `load_tokenizer` and the `tokenizers` package read."""
+        Path(path).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens: every text has tokens; equal captions, equal tokenizer."""
+    tokenizers = need("tokenizers")
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(SPECIAL_TOKENS) + len(alphabet)
+    if vocab_size < smallest:
+        raise ValueError(
+            f"wanted a vocabulary of at least {smallest} (all bytes and the special tokens), got {vocab_size}"
+        )
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.normalizer = tokenizers.normalizers.NFC()
+    # The prefix blank makes a word the same token at the start of a caption as inside it.
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    inner.train_from_iterator(captions, trainer)
+    return Tokenizer(inner)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a `tokenizer.json` (ours, BERT's, RoBERTa's, ...).
+
+    Raises:
+        DataError: no such file, not a tokenizer, or without the special tokens that captions need.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(
+            f"{path}: wanted a tokenizer.json, found no such file; give its path or leave it out to train one"
+        )
+    try:
+        inner = need("tokenizers").Tokenizer.from_file(str(path))
+    except ImportError:
+        raise
+    except Exception as error:  # the package raises bare Exceptions
+        raise DataError(
+            f"{path}: wanted a tokenizer.json, found a file that is not one ({error}); give another"
+        ) from None
+    return Tokenizer(inner, str(path))
+
+
+def tokenizer_for(dataset: Dataset, vocab_size: int) -> Tokenizer:
+    """The tokenizer that the data set brings, or else one trained on the captions of its train split."""
+    if dataset.tokenizer_sha256 is not None:
+        path = dataset.folder / "tokenizer.json"
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != dataset.tokenizer_sha256:
+            raise DataError(f"{path}: wanted the tokenizer that dataset.json names, found another; restore it")
+        return load_tokenizer(path)
+    train = dataset if dataset.split == "train" else open_dataset(dataset.folder, "train")
+    return train_tokenizer((caption for i in range(len(train)) for caption in train.captions(i)), vocab_size)

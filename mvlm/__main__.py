@@ -1,0 +1,5 @@
+"""`python -m mvlm` is the same program as `mvlm`, as torchrun needs it."""
+
+from mvlm.cli import main
+
+main()

@@ -1,0 +1,59 @@
+"""Multi-head attention, and the one rule for which implementation computes it.
+
+Shape legend: B batch, Lq queries, Lk keys, C width, H heads, D head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v.
+
+    q (B, H, Lq, D), k and v (B, H, Lk, D); key_mask bool (B, Lk), True = the key exists. Returns (B, H, Lq, D).
+    On a CPU in bf16 two batched matrix products are about four times as fast as SDPA, forward and backward together
+    (its bf16 backward runs in scalar code); everywhere else SDPA is used.
+    """
+    mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, Lk)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, Lq, Lk)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        return scores.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class Attention(nn.Module):
+    """Attention with projections: queries from one stream, keys and values from the same or from another."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(width, width)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, memory: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        """x (B, Lq, C) attends to memory (B, Lk, C); key_mask bool (B, Lk), True = exists. Returns (B, Lq, C)."""
+        q = self._split(self.query(x))  # (B, H, Lq, D)
+        k = self._split(self.key(memory))  # (B, H, Lk, D)
+        v = self._split(self.value(memory))
+        return self.out(attend(q, k, v, key_mask).transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, L, C) -> (B, H, L, D)
+
+
+class FeedForward(nn.Module):
+    """Linear to four times the width, GELU, linear back."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C)."""
+        return self.down(F.gelu(self.up(x)))

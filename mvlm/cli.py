@@ -1,0 +1,239 @@
+"""The command line: `mvlm COMMAND ... --help` is the documentation of each command."""
+
+import difflib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+# A command imports what it needs when it runs, so that --help and mistakes answer at once.
+
+
+def data_emoji(out: Path, /, size: int = 144) -> None:
+    """Build the emoji data set: about 3,900 pictures with their English names, from Python packages alone.
+
+    Args:
+        out: Folder to write the shards to.
+        size: Side of the square pictures in pixels.
+    """
+    from mvlm_dataloading import build_emoji, open_dataset
+
+    build_emoji(out, size)
+    counts = ", ".join(f"{len(open_dataset(out, split))} {split}" for split in ("train", "validation", "test"))
+    print(f"{out}: {counts}")
+
+
+def eval_retrieval(
+    *,
+    checkpoint: Path,
+    data: Path,
+    split: str = "test",
+    out: Path | None = None,
+    rerank: int = 32,
+    device: str = "auto",
+) -> None:
+    """Zero-shot retrieval, by ITC and re-ranked by ITM, and cross-modal gain.
+
+    Args:
+        checkpoint: A run folder or one of its checkpoints.
+        data: Folder of shards; its train split gives the trivial predictors and tells which concepts are unseen.
+        split: The split to evaluate on.
+        out: JSON file for the figures, besides the table on the console.
+        rerank: Candidates of each query that ITM re-ranks.
+        device: auto, cpu or cuda.
+    """
+    from mvlm.checkpoint import load_model
+    from mvlm.device import choose_device
+    from mvlm.evaluation import evaluate
+    from mvlm.evaluation.table import format_table, write_json
+    from mvlm_dataloading import open_dataset
+
+    model, tokenizer = load_model(checkpoint, choose_device(device))
+    figures = evaluate(model, open_dataset(data, split), open_dataset(data, "train"), tokenizer, rerank)
+    figures = {"checkpoint": str(checkpoint), "split": split, **figures}
+    print(format_table(figures))
+    if out is not None:
+        write_json(out, figures)
+
+
+def reconstruct(
+    *, checkpoint: Path, image: Path, caption: str, out: Path, wrong_caption: str | None = None, seed: int = 0
+) -> None:
+    """Mask a picture and rebuild it from what is left and from a caption.
+
+    Args:
+        checkpoint: A run folder or one of its checkpoints.
+        image: The picture, of any size.
+        caption: What it shows.
+        out: PNG to write: the picture, masked, rebuilt with the caption and, if given, with the wrong one.
+        wrong_caption: A caption of something else, to see what the words contribute.
+        seed: Chooses the mask.
+    """
+    import torch
+    from PIL import Image
+
+    from mvlm import inference
+    from mvlm.checkpoint import load_model
+    from mvlm_dataloading import draw_patch_masks
+
+    model, tokenizer = load_model(checkpoint)
+    config = model.config
+    picture = inference.load_picture(image, config.image_size)[None]
+    ids = draw_patch_masks(
+        seed, 0, [0], image_size=config.image_size, patch_size=config.patch_size, mask_block=config.mask_block,
+        ratio=config.image_mask_ratio,
+    )  # fmt: skip
+    ids = torch.from_numpy(ids)
+    panels = [picture, inference.hide_patches(picture, ids, config.patch_size)]
+    panels += [
+        inference.reconstruct(model, tokenizer, picture, [words], ids)
+        for words in (caption, wrong_caption)
+        if words is not None
+    ]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(torch.cat([p[0] for p in panels], dim=2).permute(1, 2, 0).numpy()).save(out)
+    print(f"{out}: picture, masked, rebuilt{' and rebuilt with the wrong caption' if wrong_caption else ''}")
+
+
+def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5) -> None:
+    """Fill in the words of a caption that are written as [MASK], looking at a picture.
+
+    Args:
+        checkpoint: A run folder or one of its checkpoints.
+        image: The picture, of any size.
+        caption: The caption with [MASK] for every token to guess, for example "flag of [MASK]".
+        top: Guesses to print for each.
+    """
+    import torch
+
+    from mvlm import inference
+    from mvlm.checkpoint import load_model
+    from mvlm.errors import ConfigError
+
+    model, tokenizer = load_model(checkpoint)
+    tokens, lengths = tokenizer.encode(
+        [caption.replace("[MASK]", tokenizer.token(tokenizer.mask_id))], model.config.text_length
+    )
+    tokens = torch.from_numpy(tokens)
+    ids = (tokens == tokenizer.mask_id).nonzero()[:, 0]
+    if not len(ids):
+        raise ConfigError(f'caption: wanted at least one [MASK], got {caption!r}; write it as in "flag of [MASK]"')
+    picture = inference.load_picture(image, model.config.image_size)[None]
+    guesses, chances = inference.fill(model, tokenizer, picture, tokens, lengths.tolist(), ids, top)
+    for number, (row, chance) in enumerate(zip(guesses.tolist(), chances.tolist(), strict=True), 1):
+        words = "  ".join(f"{tokenizer.decode([g])} {100 * c:.0f}%" for g, c in zip(row, chance, strict=True))
+        print(f"[MASK] {number}: {words}")
+
+
+def report(run: Path, /, data: Path | None = None, out: Path | None = None) -> None:
+    """Write a run's report: curves, reconstructions, filled-in words, retrievals, tables, in one HTML file.
+
+    Args:
+        run: The run folder.
+        data: Folder of shards; the one the run was trained on when not given.
+        out: The file to write; report.html in the run folder when not given.
+    """
+    from mvlm.report import write_report
+
+    print(write_report(run, data, out))
+
+
+def pretrain(arguments: Sequence[str]) -> None:
+    """Pretrain a MaskVLM: `mvlm pretrain PRESET --data SHARDS --out RUN`, PRESET one of tiny, small, base."""
+    import tyro
+
+    from mvlm.config import PRESETS, pretrain_defaults
+    from mvlm.errors import ConfigError
+
+    preset = arguments[0] if arguments else ""
+    if preset in ("-h", "--help"):
+        print(f"{pretrain.__doc__}\nThe settings of a preset: mvlm pretrain PRESET --help")
+        return
+    if preset.startswith("-") or not preset:
+        raise ConfigError(f"wanted a preset after `mvlm pretrain`: {', '.join(PRESETS)}; got {preset or 'nothing'!r}")
+    defaults = pretrain_defaults(preset)
+    config = tyro.cli(
+        type(defaults),
+        prog=f"mvlm pretrain {preset}",
+        description=f"Pretrain the preset {preset}; the values shown are its recipe.",
+        default=defaults,
+        args=list(arguments[1:]),
+    )
+    for name in ("data", "out"):
+        if getattr(config, name) == Path():
+            raise ConfigError(f"wanted --{name} FOLDER after `mvlm pretrain {preset}`, got none")
+    from mvlm.train import pretrain as run
+
+    run(config)
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "data emoji": data_emoji,
+    "pretrain": pretrain,
+    "eval retrieval": eval_retrieval,
+    "reconstruct": reconstruct,
+    "fill": fill,
+    "report": report,
+}
+
+
+def usage() -> str:
+    """The list of commands."""
+    lines = [f"  mvlm {name:<16} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "mvlm: fast pretraining of masked vision-and-language models",
+            "",
+            *lines,
+            "",
+            "mvlm COMMAND --help tells more.",
+        ]
+    )
+
+
+def run_command(arguments: Sequence[str]) -> None:
+    """Find the command that the arguments begin with and run it. ConfigError when there is none."""
+    import tyro
+
+    from mvlm.errors import ConfigError
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            rest = arguments[words:]
+            if name == "pretrain":
+                pretrain(rest)
+            else:
+                tyro.cli(COMMANDS[name], prog=f"mvlm {name}", args=list(rest))
+            return
+    within = [name for name in COMMANDS if name.startswith(arguments[0] + " ")]
+    typed = " ".join(arguments[: 2 if within else 1])
+    near = difflib.get_close_matches(typed, COMMANDS, 1)
+    hint = f"did you mean `mvlm {near[0]}`?" if near else f"wanted one of: {', '.join(within or COMMANDS)}"
+    raise ConfigError(f"unknown command {typed!r}; {hint}")
+
+
+def main() -> None:
+    """Entry point: user errors on one line with exit code 2, a stopped run with 1."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from mvlm.errors import ConfigError, NonFiniteLossError, RunError
+    from mvlm_dataloading.errors import DataError
+
+    try:
+        run_command(sys.argv[1:])
+    except (ConfigError, RunError, DataError) as error:
+        print(f"mvlm: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except NonFiniteLossError as error:
+        print(f"mvlm: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("mvlm: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""What a run is made of: the sizes of the model, the recipe, and the presets of both."""
+
+import difflib
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from mvlm.errors import ConfigError
+
+PRESETS = ("tiny", "small", "base")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskVLMConfig:
+    """Sizes and choices of one MaskVLM. Lengths are in tokens, image sides in pixels."""
+
+    image_size: int = 224
+    """Side of the square input image."""
+    patch_size: int = 16
+    """Side of a patch; divides `mask_block`."""
+    width: int = 768
+    """Feature width of both encoders and of all cross-modality blocks."""
+    heads: int = 12
+    """Attention heads; the width of one head is width / heads."""
+    image_layers: int = 12
+    """Self-attention blocks of the image encoder (ViT, pre-norm)."""
+    text_layers: int = 12
+    """Self-attention blocks of the text encoder (RoBERTa, post-norm)."""
+    cross_layers: int = 3
+    """Blocks of each of the two cross-modality encoders."""
+    decoder_layers: int = 3
+    """Blocks of the image decoder."""
+    vocab_size: int = 50265
+    """Rows of the word embedding and of the LM head; a tokenizer may use fewer."""
+    mask_token_id: int = 50264
+    """Id of [MASK], which replaces every masked token."""
+    text_length: int = 40
+    """Longest caption, [CLS] and [SEP] included."""
+    itc_width: int = 256
+    """Width of the contrastive embeddings."""
+    temperature: float = 0.07
+    """Where the learned contrastive temperature starts."""
+    cross_norm: Literal["post", "pre"] = "post"
+    """LayerNorm after each residual sum (post, the paper) or before each sub-layer (pre)."""
+    mask_block: int = 32
+    """Side of the square blocks that are masked together; divides `image_size`."""
+    image_mask_ratio: float = 0.6
+    """Share of the blocks that is masked, rounded to a whole number of blocks."""
+    text_mask_ratio: float = 0.3
+    """Share of a caption's ordinary tokens that is masked; at least one is."""
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Subtracted from pixels in 0..1, by channel."""
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Divides them afterwards."""
+
+    def __post_init__(self) -> None:
+        if self.image_size % self.mask_block:
+            raise ConfigError(
+                f"mask_block must divide image_size: wanted a divisor of {self.image_size}, got {self.mask_block}"
+            )
+        if self.mask_block % self.patch_size:
+            raise ConfigError(
+                f"patch_size must divide mask_block: wanted a divisor of {self.mask_block}, got {self.patch_size}"
+            )
+        if self.width % self.heads:
+            raise ConfigError(f"heads must divide width: wanted a divisor of {self.width}, got {self.heads}")
+        if self.cross_norm not in ("post", "pre"):
+            raise ConfigError(f'cross_norm must be "post" or "pre", got {self.cross_norm!r}')
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ConfigError(f"mask_token_id must be in [0, {self.vocab_size}), got {self.mask_token_id}")
+        for name in ("cross_layers", "decoder_layers", "image_layers", "text_layers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def patch_values(self) -> int:
+        """Values of one patch: channels x side x side."""
+        return 3 * self.patch_size**2
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "MaskVLMConfig":
+        """The named preset, with fields replaced by `changes`. ConfigError for an unknown name.
+
+        `base` is ViT-B/16 at 224 px with RoBERTa-base, as in the paper (about 335 M parameters); `small` has half the
+        width; `tiny` (about 10 M) trains on two CPU cores.
+        """
+        if name == "base":
+            config = cls()
+        elif name == "small":
+            config = cls(width=384, heads=6)
+        elif name == "tiny":
+            config = cls(
+                image_size=96,
+                width=192,
+                heads=3,
+                image_layers=6,
+                text_layers=6,
+                cross_layers=2,
+                decoder_layers=2,
+                vocab_size=2048,
+                mask_token_id=4,
+                text_length=24,
+                cross_norm="pre",  # measured: docs/training-the-demo.md
+            )
+        else:
+            raise ConfigError(f"unknown preset: wanted one of {', '.join(PRESETS)}, got {name!r}")
+        return replace(config, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainConfig:
+    """One pretraining run. Steps count optimizer updates."""
+
+    data: Path
+    """Folder of shards that `mvlm data` wrote."""
+    out: Path
+    """Folder of the run: configuration, metrics, checkpoints."""
+    max_steps: int
+    """Length of the run; the learning rate falls to its end value here."""
+    batch_size: int
+    """Pairs a step."""
+    lr_encoder: float
+    """Peak learning rate of the two encoders."""
+    lr_cross: float
+    """Peak learning rate of everything else: cross-modality modules, decoder, heads."""
+    lr_end: float = 0.1
+    """Last learning rate, as a share of the peak."""
+    warmup_steps: int
+    """Steps over which the learning rates rise linearly to their peaks."""
+    reconstruction_first: int = 0
+    """Steps at the start with MLM and MIM alone; ITC and ITM join after them."""
+    weight_decay: float = 0.05
+    """AdamW's decay, on matrices only: never on norms, biases and embeddings."""
+    beta2: float = 0.98
+    """AdamW's second-moment decay."""
+    clip_norm: float = 1.0
+    """Largest gradient norm over all parameters."""
+    crop_scale: tuple[float, float]
+    """Share of the picture's area that a random crop keeps, smallest and largest."""
+    tokenizer: Path | None = None
+    """A tokenizer.json; without it the data set's own, or a BPE trained on the training captions."""
+    seed: int = 0
+    """Weights, order, crops, masks and negatives follow from it."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """auto: bf16 autocast where the processor computes in bf16, else fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU when there is one."""
+    log_every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    eval_every_steps: int = 0
+    """Steps between evaluations on the validation split; 0 for none."""
+    checkpoint_every_minutes: float = 10.0
+    """Minutes between checkpoints; one more is written at the end."""
+    checkpoint_every_steps: int = 0
+    """Steps between checkpoints, besides those by minutes; 0 for none."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep."""
+    resume: bool = False
+    """Go on from the newest checkpoint in `out`, or start when there is none."""
+    model: MaskVLMConfig = field(default_factory=MaskVLMConfig)
+    """Sizes of the model; the tokenizer decides `mask_token_id`."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "log_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ConfigError(f"crop_scale must be 0 < smallest <= largest <= 1, got {self.crop_scale}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
+
+
+def pretrain_defaults(preset: str, data: Path = Path(), out: Path = Path()) -> PretrainConfig:
+    """The recipe of a preset. ConfigError for an unknown name."""
+    model = MaskVLMConfig.preset(preset)
+    if preset == "tiny":
+        # Chosen on two CPU cores for a run of 10 minutes; the table of what was tried is in docs/demo.md.
+        return PretrainConfig(
+            data=data,
+            out=out,
+            max_steps=600,
+            batch_size=64,
+            lr_encoder=1e-3,
+            lr_cross=1e-3,
+            warmup_steps=60,
+            reconstruction_first=100,
+            crop_scale=(0.8, 1.0),
+            model=model,
+        )
+    # The paper's recipe (512 pairs, 3e-4 to 3e-5 after a warm-up), for encoders that start from scratch as well.
+    return PretrainConfig(
+        data=data,
+        out=out,
+        max_steps=100_000,
+        batch_size=512,
+        lr_encoder=3e-4,
+        lr_cross=3e-4,
+        warmup_steps=5_000,
+        crop_scale=(0.2, 1.0),
+        model=model,
+    )
+
+
+def model_config(values: dict[str, Any], where: str) -> MaskVLMConfig:
+    """The model configuration that `asdict` wrote to the file `where`.
+
+    ConfigError for a name that this version does not know (with the nearest one it does) and for values that cannot be.
+    """
+    known = [f.name for f in fields(MaskVLMConfig)]
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{where}: unknown model setting {name!r}{hint}")
+    pairs = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return MaskVLMConfig(**pairs)

@@ -1,0 +1,61 @@
+"""What a run shows while it goes: a progress bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+SECONDS_BETWEEN_LINES = 20.0
+
+
+class Progress:
+    """A context that shows one row of metrics after another, from step `first` to step `last`."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self._last = last
+        self._shown = -float("inf")
+        self._bar: Bar | None = None
+        if sys.stdout.isatty():
+            self._bar = Bar(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=Console(file=sys.stdout),
+            )
+            self._task = self._bar.add_task("", total=last, completed=first)
+
+    def __enter__(self) -> "Progress":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def show(self, row: dict[str, Any]) -> None:
+        """Show a line of metrics; without a terminal one every 20 seconds, the last step and every evaluation."""
+        if self._bar:
+            self._bar.update(self._task, completed=row["step"], description=describe(row))
+            return
+        now = time.monotonic()
+        if now - self._shown >= SECONDS_BETWEEN_LINES or row["step"] == self._last or "tr_r1" in row:
+            self._shown = now
+            print(f"step {row['step']}/{self._last}  {describe(row)}", flush=True)
+
+
+def describe(row: dict[str, Any]) -> str:
+    """Losses, speed and, where there are any, evaluation figures of a line of metrics."""
+    words = [f"{name} {row[name]:.3f}" for name in ("mlm", "mim", "itc", "itm") if row[name] is not None]
+    words.append(f"{row['pairs_per_s']:.0f} pairs/s")
+    if row["skipped"]:
+        words.append(f"{row['skipped']} skipped")
+    if "tr_r1" in row:
+        words.append(f"validation R@1 {row['tr_r1']:.1f} / {row['ir_r1']:.1f}")
+        words.append(f"gain {row['gain_text_nats']:.2f} nats, {row['gain_pixels_pct']:.1f} %")
+    return "  ".join(words)

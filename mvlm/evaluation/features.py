@@ -1,0 +1,101 @@
+"""A split passed once through both encoders; everything else in the evaluation reads these features.
+
+Shape legend: I images, T captions, N patches, L tokens (the model's text length), C width, E contrastive width.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvlm.device import autocast
+from mvlm.encoders import pad_packed
+from mvlm.model import MaskVLM
+from mvlm_dataloading import Dataset, Loader, Tokenizer
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of one split, kept on the CPU so that the device holds one batch at a time."""
+
+    v: Tensor
+    """(I, 1+N, C), unmasked images."""
+    w: Tensor
+    """(T, L, C), unmasked captions, padded."""
+    key_mask: Tensor
+    """bool (T, L), True = a token."""
+    image_embedding: Tensor
+    """(I, E), unit length."""
+    text_embedding: Tensor
+    """(T, E), unit length."""
+    owner: Tensor
+    """int64 (T,), the image that a caption belongs to."""
+    first: Tensor
+    """int64 (I,), the row of an image's first caption."""
+    captions: list[str]
+    """The T captions."""
+
+
+def eval_loader(dataset: Dataset, model: MaskVLM, tokenizer: Tokenizer, seed: int = 0) -> Loader:
+    """One pass in order over whole pictures, first captions and masks drawn from `seed`."""
+    config = model.config
+    device = next(model.parameters()).device
+    return Loader(
+        dataset,
+        tokenizer,
+        batch_size=BATCH,
+        image_size=config.image_size,
+        text_length=config.text_length,
+        seed=seed,
+        device=None if device.type == "cpu" else str(device),
+        patch_size=config.patch_size,
+        mask_block=config.mask_block,
+        image_mask_ratio=config.image_mask_ratio,
+        text_mask_ratio=config.text_mask_ratio,
+        train=False,
+    )
+
+
+def pad_captions(captions: list[str], tokenizer: Tokenizer, length: int) -> tuple[Tensor, Tensor]:
+    """Captions -> tokens int64 (T, L) and key mask bool (T, L), True = a token; L = length."""
+    tokens, lengths = tokenizer.encode(captions, length)
+    starts = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
+    return pad_packed(torch.from_numpy(tokens), starts, length)
+
+
+@torch.no_grad()
+def encode_split(model: MaskVLM, dataset: Dataset, tokenizer: Tokenizer, precision: str = "auto") -> Features:
+    """Encode every image and every caption of `dataset`."""
+    device = next(model.parameters()).device
+    images, image_embeddings = [], []
+    with autocast(device, precision):
+        for batch, _ in eval_loader(dataset, model, tokenizer):
+            v = model.encode_image(batch.images.to(device))
+            images.append(v.cpu())
+            image_embeddings.append(model.embed_image(v).cpu())
+    captions, owner, first = [], [], []
+    for i in range(len(dataset)):
+        first.append(len(captions))
+        captions += dataset.captions(i)
+        owner += [i] * (len(captions) - first[-1])
+    tokens, key_mask = pad_captions(captions, tokenizer, model.config.text_length)
+    texts, text_embeddings = [], []
+    with autocast(device, precision):
+        for start in range(0, len(tokens), BATCH):
+            rows = slice(start, start + BATCH)
+            w = model.encode_text(tokens[rows].to(device), key_mask[rows].to(device))
+            texts.append(w.cpu())
+            text_embeddings.append(model.embed_text(w).cpu())
+    return Features(
+        torch.cat(images),
+        torch.cat(texts),
+        key_mask,
+        torch.cat(image_embeddings),
+        torch.cat(text_embeddings),
+        torch.tensor(owner),
+        torch.tensor(first),
+        captions,
+    )

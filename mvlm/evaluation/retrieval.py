@@ -1,0 +1,88 @@
+"""Zero-shot retrieval in both directions: candidates by ITC, re-ranked by ITM, as in ALBEF (Li et al., 2021).
+
+TR searches captions for an image and is right when any of the image's captions is among the first K; IR searches
+images for a caption. Memory is bounded: similarities are computed a block of queries at a time.
+Shape legend: Q queries of a block, G gallery size, K candidates that are re-ranked.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mvlm.device import autocast
+from mvlm.evaluation.features import Features
+from mvlm.model import MaskVLM
+
+QUERIES_PER_BLOCK = 64
+PAIRS_PER_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """For every query, how many wrong answers stand before the best right one, and the first answers."""
+
+    itc: Tensor
+    """int64 (queries,), by contrastive similarity alone."""
+    itm: Tensor
+    """int64 (queries,), after re-ranking."""
+    top: Tensor
+    """int64 (queries, up to 5), the first gallery rows after re-ranking."""
+    score: Tensor
+    """(queries,), ITM's log-odds for the first of them."""
+
+
+@torch.no_grad()
+def rank(model: MaskVLM, features: Features, direction: str, k: int = 32, precision: str = "auto") -> Ranks:
+    """Rank the gallery for every query. direction "tr" (images ask, captions answer) or "ir" (the reverse)."""
+    queries, gallery = features.image_embedding, features.text_embedding
+    query_owner, gallery_owner = torch.arange(len(queries)), features.owner
+    if direction == "ir":
+        queries, gallery, query_owner, gallery_owner = gallery, queries, gallery_owner, query_owner
+    k = min(k, len(gallery))
+    itc, itm, top, score = [], [], [], []
+    for start in range(0, len(queries), QUERIES_PER_BLOCK):
+        block = torch.arange(start, min(start + QUERIES_PER_BLOCK, len(queries)))
+        similarity = queries[block] @ gallery.T  # (Q, G)
+        right = query_owner[block, None] == gallery_owner[None, :]  # bool (Q, G), True = a right answer
+        ranks = best_rank(similarity, right)
+        candidates = similarity.topk(k, dim=1).indices  # (Q, K)
+        scores = match_scores(model, features, block, candidates, direction, precision)  # (Q, K)
+        found = right.gather(1, candidates)
+        # A right answer that is no candidate keeps the place that ITC gave it.
+        itm.append(torch.where(found.any(1), best_rank(scores, found), ranks))
+        itc.append(ranks)
+        best = scores.topk(min(5, k), dim=1)
+        top.append(candidates.gather(1, best.indices))
+        score.append(best.values[:, 0])
+    return Ranks(torch.cat(itc), torch.cat(itm), torch.cat(top), torch.cat(score))
+
+
+def best_rank(scores: Tensor, right: Tensor) -> Tensor:
+    """scores (Q, G), right bool (Q, G) -> int64 (Q,): wrong answers that score at least as high as the best right one."""
+    best = scores.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
+    return ((scores >= best) & ~right).sum(dim=1)
+
+
+def match_scores(
+    model: MaskVLM, features: Features, queries: Tensor, candidates: Tensor, direction: str, precision: str
+) -> Tensor:
+    """ITM's log-odds of a match for every query int64 (Q,) with its candidates int64 (Q, K). Returns float (Q, K)."""
+    device = next(model.parameters()).device
+    images, texts = queries[:, None].expand_as(candidates).reshape(-1), candidates.reshape(-1)
+    if direction == "ir":
+        images, texts = texts, images
+    scores = []
+    for start in range(0, len(images), PAIRS_PER_BATCH):
+        i, t = images[start : start + PAIRS_PER_BATCH], texts[start : start + PAIRS_PER_BATCH]
+        length = int(features.key_mask[t].sum(1).max())  # the longest caption of this batch: the rest is padding
+        v, w, key_mask = features.v[i], features.w[t, :length], features.key_mask[t, :length]
+        with autocast(device, precision):
+            logits = model.match(v.to(device), w.to(device), key_mask.to(device)).float()
+        scores.append((logits[:, 1] - logits[:, 0]).cpu())
+    return torch.cat(scores).view_as(candidates)
+
+
+def recall(ranks: Tensor) -> dict[str, float]:
+    """int64 (queries,) -> per cent of queries with a right answer among the first 1, 5 and 10."""
+    return {f"r{k}": round(100 * (ranks < k).double().mean().item(), 2) for k in (1, 5, 10)}

@@ -1,0 +1,36 @@
+"""The figures of an evaluation as text and as a file."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def format_table(figures: dict[str, Any]) -> str:
+    """Retrieval, gain and masked losses, as `mvlm eval retrieval` prints them."""
+    parts = [(f"all {figures['n_images']} images, {figures['n_texts']} captions", figures)]
+    if figures["unseen"]:
+        parts.append((f"{figures['unseen']['n_images']} images of unseen concepts", figures["unseen"]))
+    lines = [f"{'':<38}  image to text          text to image", f"{'':<38}" + "    R@1    R@5   R@10 " * 2]
+    for name, part in parts:
+        for how, found in (("re-ranked by ITM", part), ("ITC alone", part["itc"])):
+            cells = "".join(
+                "".join(f"{found[direction][r]:7.1f}" for r in ("r1", "r5", "r10")) for direction in ("tr", "ir")
+            )
+            lines.append(
+                f"{name + ', ' + how:<38}{cells}" if len(name + how) < 36 else f"{name}, {how}\n{'':<38}{cells}"
+            )
+    text, pixels = figures["gain_text_nats_95"], figures["gain_pixels_pct_95"]
+    lines += [
+        f"cross-modal gain, text     {figures['gain_text_nats']:.2f} nats a token (95 %: {text[0]:.2f} to {text[1]:.2f})",
+        f"cross-modal gain, pixels   {figures['gain_pixels_pct']:.2f} % (95 %: {pixels[0]:.2f} to {pixels[1]:.2f})",
+        f"masked L1                  {figures['masked_l1']:.4f}; constant white {figures['masked_l1_white']:.4f}, "
+        f"training median {figures['masked_l1_train_median']:.4f}",
+        f"masked tokens              {figures['masked_nats']:.3f} nats a token",
+    ]
+    return "\n".join(lines)
+
+
+def write_json(path: Path, figures: dict[str, Any]) -> None:
+    """Write the figures, making the folder if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")

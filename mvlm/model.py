@@ -1,0 +1,171 @@
+"""MaskVLM: two encoders, two cross-modality encoders, an image decoder, and four objectives (docs/method.md).
+
+Shape legend: B batch, N patches, K masked patches, T packed tokens, L tokens of the longest caption, M masked tokens,
+C width, E contrastive width, V vocabulary, P patch side, S image side. Image features are (B, 1+N, C), [CLS] first;
+text features (B, L, C), [CLS] first, padded at the end, with a key mask bool (B, L), True = a token.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvlm import objectives
+from mvlm.config import MaskVLMConfig
+from mvlm.crossmodal import CrossEncoder
+from mvlm.encoders import ImageEncoder, TextEncoder, pad_packed, patchify
+from mvlm.masking import mask_tokens, masked_patches
+from mvlm.objectives import Losses
+from mvlm_dataloading import Batch, Masks
+
+
+class LanguageHead(nn.Module):
+    """RoBERTa's LM head: dense, GELU, LayerNorm, vocabulary projection (not tied to the embedding)."""
+
+    def __init__(self, config: MaskVLMConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=1e-5)
+        self.vocabulary = nn.Linear(config.width, config.vocab_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> logits (..., V)."""
+        return self.vocabulary(self.norm(F.gelu(self.dense(x))))
+
+
+class MaskVLM(nn.Module):
+    """The model and its objectives on one set of weights."""
+
+    def __init__(self, config: MaskVLMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.image_encoder = ImageEncoder(config)
+        self.text_encoder = TextEncoder(config)
+        self.image_cross = CrossEncoder(config.width, config.heads, config.cross_layers, config.cross_norm)
+        self.text_cross = CrossEncoder(config.width, config.heads, config.cross_layers, config.cross_norm)
+        self.image_decoder = CrossEncoder(config.width, config.heads, config.decoder_layers, config.cross_norm)
+        self.pixel_head = nn.Linear(config.width, config.patch_values)
+        self.language_head = LanguageHead(config)
+        self.image_projection = nn.Linear(config.width, config.itc_width)
+        self.text_projection = nn.Linear(config.width, config.itc_width)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
+        self.matching_head = nn.Linear(config.width, 2)
+        self.apply(_initialize)
+        for token in (self.image_encoder.mask_token, self.image_encoder.cls_token):
+            nn.init.trunc_normal_(token, std=0.02)
+        for position in (self.image_encoder.position, self.text_encoder.position):
+            nn.init.trunc_normal_(position, std=0.02)
+
+    def encode_image(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
+        """images uint8 or float 0..1 (B, 3, S, S); masked bool (B, N), True = hidden. Returns (B, 1+N, C)."""
+        side = self.config.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, side, side):
+            raise ValueError(f"images: wanted (B, 3, {side}, {side}), got {tuple(images.shape)}")
+        return self.image_encoder(images, masked)
+
+    def encode_text(self, tokens: Tensor, key_mask: Tensor) -> Tensor:
+        """tokens int64 (B, L) padded at the end, key_mask bool (B, L), True = a token. Returns (B, L, C)."""
+        if tokens.ndim != 2 or tokens.shape != key_mask.shape or tokens.shape[1] > self.config.text_length:
+            raise ValueError(
+                f"tokens and key_mask: wanted two equal (B, L) with L at most {self.config.text_length}, "
+                f"got {tuple(tokens.shape)} and {tuple(key_mask.shape)}"
+            )
+        return self.text_encoder(tokens, key_mask)
+
+    def embed_image(self, v: Tensor) -> Tensor:
+        """Contrastive embedding of image features (B, 1+N, C): unit length (B, E)."""
+        return F.normalize(objectives.at_least_float32(self.image_projection(v[:, 0])), dim=-1)
+
+    def embed_text(self, w: Tensor) -> Tensor:
+        """Contrastive embedding of text features (B, L, C): unit length (B, E)."""
+        return F.normalize(objectives.at_least_float32(self.text_projection(w[:, 0])), dim=-1)
+
+    def match(self, v: Tensor, w: Tensor, key_mask: Tensor) -> Tensor:
+        """ITM logits (B, 2), column 1 = "they match", for features v (B, 1+N, C) and w (B, L, C) of unmasked inputs."""
+        image = self.image_cross(v, w, None, key_mask)[:, 0]  # (B, C)
+        text = self.text_cross(w, v, key_mask, None)[:, 0]
+        return self.matching_head(image * text)
+
+    def token_logits(self, v: Tensor, wm: Tensor, key_mask: Tensor, cu_seqlens: Tensor, token_ids: Tensor) -> Tensor:
+        """Logits (M, V) for the packed positions token_ids int64 (M,).
+
+        wm (B, L, C) are features of the masked text, v (B, 1+N, C) of the whole image; cu_seqlens int32 (B+1,).
+        """
+        x = self.text_cross(wm, v, key_mask, None)  # (B, L, C)
+        # Packed position t lies in row b = the number of captions that end at or before t.
+        row = torch.searchsorted(cu_seqlens[1:].long(), token_ids, right=True)
+        column = token_ids - cu_seqlens[row]
+        return self.language_head(x[row, column])
+
+    def patch_pixels(self, vm: Tensor, w: Tensor, key_mask: Tensor, patch_ids: Tensor) -> Tensor:
+        """Normalised pixels (B, K, 3*P*P) of the patches patch_ids int64 (B, K).
+
+        vm (B, 1+N, C) are features of the masked image, w (B, L, C) of the whole text.
+        """
+        x = self.image_cross(vm, w, None, key_mask)
+        x = self.image_decoder(x, w, None, key_mask)  # (B, 1+N, C)
+        x = x.gather(1, 1 + patch_ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # (B, K, C)
+        return self.pixel_head(x)
+
+    def patch_targets(self, images: Tensor, patch_ids: Tensor) -> Tensor:
+        """Normalised pixels (B, K, 3*P*P) of the patches patch_ids int64 (B, K)."""
+        patches = patchify(self.image_encoder.normalize(images), self.config.patch_size)
+        return patches.gather(1, patch_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+
+    def forward(
+        self, batch: Batch, masks: Masks, *, seed: int = 0, step: int = 0, reconstruction_only: bool = False
+    ) -> Losses:
+        """The four losses of one batch.
+
+        `seed` and `step` choose ITM's negatives. With `reconstruction_only`, ITC and ITM are zero and cost nothing.
+        """
+        images, patch_ids = batch.images, masks.patch_ids
+        tokens, key_mask = pad_packed(batch.tokens, batch.cu_seqlens, batch.max_length)  # (B, L)
+        hidden = mask_tokens(batch.tokens, masks.token_ids, self.config.mask_token_id)
+        tokens_m, _ = pad_packed(hidden, batch.cu_seqlens, batch.max_length)
+
+        v = self.encode_image(images)  # (B, 1+N, C)
+        vm = self.encode_image(images, masked_patches(patch_ids, self.config.num_patches))
+        w = self.encode_text(tokens, key_mask)  # (B, L, C)
+        wm = self.encode_text(tokens_m, key_mask)
+
+        token_logits = self.token_logits(v, wm, key_mask, batch.cu_seqlens, masks.token_ids)
+        mlm = objectives.masked_language_loss(token_logits, batch.tokens[masks.token_ids])
+        pixels = self.patch_pixels(vm, w, key_mask, patch_ids)
+        mim = objectives.masked_image_loss(pixels, self.patch_targets(images, patch_ids))
+        if reconstruction_only:
+            itc = itm = torch.zeros_like(mim)
+        else:
+            logits = objectives.contrastive_logits(self.embed_image(v), self.embed_text(w), self.log_scale)
+            itc = objectives.contrastive_loss(logits)
+            itm = self._matching_loss(v, w, key_mask, logits, batch, seed, step)
+        return Losses(mlm, mim, itc, itm, mlm + mim + itc + itm)
+
+    def _matching_loss(
+        self, v: Tensor, w: Tensor, key_mask: Tensor, logits: Tensor, batch: Batch, seed: int, step: int
+    ) -> Tensor:
+        """One positive and two hard negatives a pair: (image b, text b), (image b, drawn text), (drawn image, text b)."""
+        admissible = objectives.admissible_negatives(batch.image_id, batch.text_id)
+        text_index, text_weight = objectives.draw_negatives(logits, admissible, seed, step, stream=0)
+        image_index, image_weight = objectives.draw_negatives(logits.T, admissible.T, seed, step, stream=1)
+        own = torch.arange(len(v), device=v.device)
+        images = torch.cat([own, own, image_index])  # (3B,)
+        texts = torch.cat([own, text_index, own])
+        match = self.match(v[images], w[texts], key_mask[texts])
+        labels = (torch.arange(3 * len(v), device=v.device) < len(v)).long()
+        weights = torch.cat([torch.ones_like(text_weight), text_weight, image_weight])
+        return objectives.matching_loss(match, labels, weights)
+
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """Keep the contrastive temperature in [0.001, 0.5]; called after the optimizer's step, never inside the graph."""
+        self.log_scale.clamp_(math.log(1 / 0.5), math.log(1 / 0.001))
+
+
+def _initialize(module: nn.Module) -> None:
+    """trunc_normal(0.02) for weights, zero for biases; LayerNorms keep one and zero."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,76 @@
+"""The four objectives, each a function of tensors. Formulas: MaskVLM (ICLR 2023) equations 1 to 3, docs/method.md.
+
+Shape legend: B pairs, G pairs of the global batch, M masked tokens, K masked patches, V vocabulary, E embedding width.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvlm.masking import gumbel
+
+
+class Losses(NamedTuple):
+    """Scalars, fp32 or float64. `total` is the unweighted sum of the other four."""
+
+    mlm: Tensor
+    mim: Tensor
+    itc: Tensor
+    itm: Tensor
+    total: Tensor
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Losses are computed in fp32 under autocast, and in float64 where the model is float64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def masked_language_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over masked tokens. logits (M, V), targets int64 (M,)."""
+    return F.cross_entropy(at_least_float32(logits), targets)
+
+
+def masked_image_loss(pred: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error over masked pixels. pred and target (B, K, 3*P*P), in normalised pixels."""
+    return (at_least_float32(pred) - target).abs().mean()
+
+
+def contrastive_logits(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
+    """Cosine similarity over temperature: image (B, E) and text (G, E) of unit length -> (B, G)."""
+    return at_least_float32(image) @ at_least_float32(text).T * log_scale.exp()
+
+
+def contrastive_loss(logits: Tensor) -> Tensor:
+    """InfoNCE, the mean of both directions. logits (B, B), rows images, columns texts, pairs on the diagonal."""
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def admissible_negatives(image_id: Tensor, text_id: Tensor) -> Tensor:
+    """bool (B, B), True where image i and text j may be shown as a mismatch.
+
+    Never where they share the picture or the caption's words: such a pair is a true match. Ids int64 (B,).
+    """
+    same_image = image_id[:, None] == image_id[None, :]
+    same_text = text_id[:, None] == text_id[None, :]
+    return ~(same_image | same_text)
+
+
+def draw_negatives(logits: Tensor, admissible: Tensor, seed: int, step: int, stream: int) -> tuple[Tensor, Tensor]:
+    """One column a row, drawn with probability softmax(logits) among the admissible ones (Gumbel-argmax).
+
+    logits (B, B), admissible bool (B, B). Returns the columns int64 (B,) and weights (B,): 1, or 0 where a row has no
+    admissible column and the drawn one means nothing. `stream` keeps the draws of the two directions apart.
+    """
+    index = torch.arange(len(logits), device=logits.device)
+    scores = logits.detach() + gumbel(seed, step, stream, index, index)
+    columns = scores.masked_fill(~admissible, float("-inf")).argmax(dim=1)
+    return columns, admissible.any(dim=1).to(logits.dtype)
+
+
+def matching_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean cross-entropy. logits (R, 2), labels int64 (R,), 1 = match; weights (R,), not all zero."""
+    losses = F.cross_entropy(at_least_float32(logits), labels, reduction="none")
+    return (losses * weights).sum() / weights.sum()

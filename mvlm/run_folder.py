@@ -1,0 +1,101 @@
+"""The folder of a run: who may write to it, its configuration, and its metrics (docs/files.md)."""
+
+import json
+from pathlib import Path
+from typing import IO, Any
+
+from mvlm.checkpoint import newest_good_checkpoint
+from mvlm.config import PretrainConfig
+from mvlm.errors import RunError
+
+# Settings that change where, how fast or how often, but not what is computed: a resumed run may differ in them.
+FREE_SETTINGS = (
+    "resume",
+    "out",
+    "data",  # the loader's fingerprint decides whether it is the same data
+    "device",
+    "log_every",
+    "eval_every_steps",
+    "checkpoint_every_minutes",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+)
+
+
+def open_run(config: PretrainConfig) -> Path | None:
+    """Make the run folder, or check that it may be resumed. Returns the checkpoint to go on from, None to start.
+
+    RunError when the folder holds anything that this run would spoil; nothing is changed then.
+    """
+    out, file = config.out, config.out / "config.json"
+    values = json.loads(json.dumps(config.to_dict()))
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out}: wanted a folder for the run, found a file; choose another --out")
+    if file.is_file():
+        differing = differing_settings(read_config(file), values)
+        if differing:
+            raise RunError(f"{out}: holds a different run ({'; '.join(differing)}); choose another --out")
+        if not config.resume:
+            raise RunError(f"{out}: holds this run already; go on with --resume, or choose another --out")
+        checkpoint = newest_good_checkpoint(out / "checkpoints")
+        if checkpoint is None and any((out / "checkpoints").glob("step_*[0-9]")):
+            raise RunError(f"{out}: no checkpoint is whole; remove the folder to start again, or restore one")
+        return checkpoint
+    if out.is_dir() and any(out.iterdir()):
+        raise RunError(f"{out}: wanted an empty folder or a run, found other files; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(values, indent=1) + "\n")
+    return None
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The settings in a run's config.json; RunError when it cannot be read."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: wanted the configuration of a run, got {error}") from None
+    if not isinstance(values, dict):
+        raise RunError(f"{file}: wanted the configuration of a run, got {type(values).__name__}")
+    return values
+
+
+def differing_settings(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
+    """ "name: there A, here B" for every setting that changes what a run computes."""
+    found = []
+    for name in sorted(set(there) | set(here)):
+        if not prefix and name in FREE_SETTINGS:
+            continue
+        a, b = there.get(name), here.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differing_settings(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append(f"{prefix}{name}: there {a}, here {b}")
+    return found
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line. Opened to go on after `step`, it drops the lines of later steps."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = read_metrics(path, step) if path.is_file() else []
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._file: IO[str] = path.open("a", buffering=1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, up to `last_step`. A last line that a crash cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if last_step is None or row["step"] <= last_step:
+            rows.append(row)
+    return rows

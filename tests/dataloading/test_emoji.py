@@ -1,0 +1,138 @@
+import hashlib
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvlm_dataloading import DataError, build_emoji, open_dataset
+from mvlm_dataloading.sources.emoji import base_of, captions_of, group_of, named_emoji, split_of
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build_emoji(tmp_path_factory.mktemp("emoji") / "out", size=48, limit=120, workers=1)
+
+
+def test_a_slice_of_the_real_set(folder):
+    seen = []
+    for split in ("train", "validation", "test"):
+        dataset = open_dataset(folder, split)
+        for i in range(len(dataset)):
+            meta = dataset.metadata(i)
+            codepoints = meta["codepoints"]
+            assert dataset.keys[i] == codepoints
+            digit = int(hashlib.sha1(codepoints.encode()).hexdigest(), 16) % 10
+            assert split == {0: "test", 1: "validation"}.get(digit, "train")
+            assert meta["name"] == dataset.captions(i)[0]
+            assert meta["licence"] == "CC BY-SA 4.0"
+            assert "OpenMoji" in meta["attribution"]
+            assert meta["base"]
+            assert meta["group"]
+            assert not set("_:\t") & set("".join(dataset.captions(i)))
+            picture = Image.open(io.BytesIO(dataset.image_bytes(i)))
+            assert (picture.mode, picture.size, picture.format) == ("RGB", (48, 48), "PNG")
+            corners = np.array(picture)[[0, 0, -1, -1], [0, -1, 0, -1]]
+            assert (corners == 255).all()
+            seen.append(codepoints)
+    assert len(seen) == len(set(seen)) == 120
+    description = json.loads((folder / "dataset.json").read_text())
+    assert description["rejected"] == {}
+    assert "OpenMoji" in description["attribution"]
+    assert description["licence"] == "CC BY-SA 4.0"
+
+
+def test_building_again_leaves_it_alone_and_says_so(folder, caplog):
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    caplog.set_level("INFO")
+    build_emoji(folder, size=48, limit=120)
+    assert "already holds this data set; left as it is" in caplog.text
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    with pytest.raises(DataError, match="choose another folder or remove this one"):
+        build_emoji(folder, size=64, limit=120)
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_processes_change_nothing(tmp_path):
+    one = build_emoji(tmp_path / "one", size=16, limit=250, workers=1)
+    two = build_emoji(tmp_path / "two", size=16, limit=250, workers=2)
+    for path in one.iterdir():
+        assert path.read_bytes() == (two / path.name).read_bytes()
+
+
+def test_nonsense_sizes_are_refused(tmp_path):
+    for settings in ({"size": 0}, {"limit": 0}):
+        with pytest.raises(DataError, match="wanted size >= 16 and limit >= 1"):
+            build_emoji(tmp_path / "out", **settings)
+
+
+@pytest.mark.parametrize(
+    "codepoints, name, aliases, captions",
+    [
+        ("1F951", ":avocado:", [], ["avocado"]),
+        ("1F000", ":woman_cartwheeling_medium-dark_skin_tone:", [], ["woman cartwheeling, medium-dark skin tone"]),
+        ("1F000", ":man_dark_skin_tone_bald:", [], ["man bald, dark skin tone"]),
+        (
+            "1F000",
+            ":handshake_light_skin_tone_medium-dark_skin_tone:",
+            [],
+            ["handshake, light skin tone and medium-dark skin tone"],
+        ),
+        (
+            "1F000",
+            ":couple_with_heart_woman_man_dark_skin_tone:",
+            [],
+            ["couple with heart, woman and man, dark skin tone"],
+        ),
+        ("1F000", ":family_man_woman_girl_boy:", [], ["family, man, woman, girl and boy"]),
+        ("1F000", ":kiss_mark:", [":kiss:"], ["kiss mark", "kiss"]),
+        ("1F1E9-1F1EA", ":Germany:", [":de:", ":germany:"], ["flag of Germany", "de", "germany"]),
+        ("1F3F4-E0067-E0062-E0077-E006C-E0073-E007F", ":Wales:", [":wales:"], ["flag of Wales", "wales"]),
+        ("1F44D", ":thumbs_up:", [":+1:", ":thumbsup:", ":thumbs_up:"], ["thumbs up", "thumbsup"]),
+        ("1F234", ":Japanese_button:", [":u5408:", ":ideograph_go:"], ["Japanese button", "ideograph go"]),
+        ("1F3FB", ":light_skin_tone:", [], ["light skin tone"]),
+    ],
+)
+def test_captions_read_as_a_person_would_write_them(codepoints, name, aliases, captions):
+    assert captions_of(codepoints, name, aliases) == captions
+
+
+def test_base_is_the_concept_without_skin_tones():
+    assert base_of(":woman_cartwheeling_dark_skin_tone:") == base_of(":woman_cartwheeling:") == "woman cartwheeling"
+    assert base_of(":man_medium_skin_tone_red_hair:") == base_of(":man_red_hair:") != base_of(":man:")
+    assert base_of(":kiss_person_person_light_skin_tone_dark_skin_tone:") == base_of(":kiss:")
+    assert base_of(":man_running_facing_right_dark_skin_tone:") == base_of(":man_running:")
+    assert base_of(":light_skin_tone:") == base_of(":medium-dark_skin_tone:") == "skin tone"
+
+
+def test_one_base_for_all_that_differ_in_tone_alone():
+    """Over all emoji: equal code points without tones and variation selectors, equal base."""
+    dropped = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF", "FE0F"}
+    bases: dict[str, set[str]] = {}
+    count = 0
+    for codepoints, _, captions, metadata in named_emoji():
+        count += 1
+        bare = "-".join(point for point in codepoints.split("-") if point not in dropped)
+        bases.setdefault(bare, set()).add(metadata["base"])
+        assert len(captions) == len(set(captions))
+        assert "skin tone" not in metadata["base"] or metadata["base"] == "skin tone"
+    assert count > 3900
+    assert [bare for bare, names in bases.items() if len(names) > 1] == []
+    assert 1800 < len(bases) < 2000
+
+
+def test_groups():
+    assert group_of("1F1E9-1F1EA") == "flag"
+    assert group_of("0023-FE0F-20E3") == "keycap"
+    assert group_of("1F600") == "emoticons"
+    assert group_of("1F680") == "transport and maps"
+    assert group_of("1F951") == group_of("1F335") == "symbols and pictographs"
+    assert group_of("2764") == "signs"
+
+
+def test_about_a_tenth_is_test_and_a_tenth_validation():
+    counts = {"train": 0, "validation": 0, "test": 0}
+    for codepoints, *_ in named_emoji():
+        counts[split_of(codepoints)] += 1
+    assert counts == {"train": 3165, "validation": 375, "test": 413}

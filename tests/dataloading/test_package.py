@@ -1,0 +1,48 @@
+import subprocess
+import sys
+
+import pytest
+
+import mvlm_dataloading
+from mvlm_dataloading.errors import need
+
+
+def test_every_public_name_is_there():
+    names = dir(mvlm_dataloading)
+    assert {"Loader", "open_dataset", "build_emoji", "Batch"} <= set(names)
+    for name in names:
+        assert getattr(mvlm_dataloading, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Loadr'"):
+        _ = mvlm_dataloading.Loadr
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_writing_shards_does_not_load_torch_or_dali():
+    run(
+        "import sys, mvlm_dataloading as d; d.ShardWriter, d.build_emoji, d.open_dataset, d.train_tokenizer;"
+        "assert not {'torch', 'nvidia.dali'} & set(sys.modules)"
+    )
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it():
+    with pytest.raises(ImportError, match=r"no_such_package\.part is needed here .* pip install 'mvlm\[demo\]'"):
+        need("no_such_package.part", "demo")
+    assert need("json").dumps([]) == "[]"
+
+
+def test_everything_can_be_imported_without_dali(waves):
+    out = run(
+        "import sys; sys.modules['nvidia.dali'] = None\n"
+        "import mvlm_dataloading as d\n"
+        "tokenizer = d.train_tokenizer(['a cat'], 300)\n"
+        f"data = d.open_dataset({str(waves)!r}, 'train')\n"
+        "loader = d.Loader(data, tokenizer, batch_size=2, image_size=32, text_length=9, seed=0)\n"
+        "try: next(iter(loader))\n"
+        "except ImportError as error: print(error)\n"
+    )
+    assert "pip install 'mvlm[data]'" in out

@@ -1,0 +1,137 @@
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tokenizers
+
+from mvlm_dataloading import DataError, load_tokenizer, open_dataset, tokenizer_for, train_tokenizer
+
+CAPTIONS = ["a cat on a mat", "two cats, one café — 猫", "the mat"] * 3
+
+
+def test_special_tokens_have_the_first_ids():
+    tokenizer = train_tokenizer(CAPTIONS, 300)
+    ids = (tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id)
+    assert ids == (0, 2, 3, 4)
+    assert [tokenizer.token(i) for i in range(5)] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert 261 < tokenizer.vocab_size <= 300
+
+
+def test_every_text_comes_back():
+    tokenizer = train_tokenizer(CAPTIONS, 300)
+    for text in (*CAPTIONS, "Ω never seen ☃ 漢字", "x"):
+        tokens, lengths = tokenizer.encode([text], 200)
+        assert tokenizer.decode(tokens) == text
+        assert lengths.tolist() == [len(tokens)]
+
+
+def test_captions_are_packed_between_cls_and_sep():
+    tokenizer = train_tokenizer(CAPTIONS, 300)
+    tokens, lengths = tokenizer.encode(CAPTIONS[:3], 100)
+    assert tokens.dtype == lengths.dtype == np.int64
+    assert len(tokens) == lengths.sum()
+    parts = np.split(tokens, np.cumsum(lengths)[:-1])
+    for text, part in zip(CAPTIONS, parts, strict=False):
+        assert part[0] == tokenizer.cls_id
+        assert part[-1] == tokenizer.sep_id
+        assert np.array_equal(part, tokenizer.encode([text], 100)[0])
+
+
+def test_truncation_keeps_the_beginning_and_sep():
+    tokenizer = train_tokenizer(CAPTIONS, 300)
+    long, _ = tokenizer.encode(["a cat on a mat"], 100)
+    cut, lengths = tokenizer.encode(["a cat on a mat", "a"], 5)
+    assert lengths[0] == 5
+    assert cut[:5].tolist() == [*long[:4].tolist(), tokenizer.sep_id]
+
+
+def test_a_caption_that_spells_a_special_token_is_ordinary_text():
+    tokenizer = train_tokenizer(CAPTIONS, 300)
+    tokens, _ = tokenizer.encode(["a [MASK] and [SEP]"], 100)
+    assert np.isin(tokens[1:-1], [0, 1, 2, 3, 4]).sum() == 0
+    assert tokenizer.decode(tokens) == "a [MASK] and [SEP]"
+
+
+def test_equal_captions_give_an_equal_tokenizer_in_another_process(tmp_path):
+    here = train_tokenizer(CAPTIONS, 290)
+    code = f"from mvlm_dataloading import train_tokenizer; print(train_tokenizer({CAPTIONS!r}, 290).fingerprint)"
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert here.fingerprint == there
+    assert here.fingerprint != train_tokenizer(CAPTIONS[:2], 290).fingerprint
+
+
+def test_save_and_load(tmp_path):
+    tokenizer = train_tokenizer(CAPTIONS, 300)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    loaded = load_tokenizer(tmp_path / "tokenizer.json")
+    assert loaded.fingerprint == tokenizer.fingerprint
+    assert np.array_equal(loaded.encode(CAPTIONS, 9)[0], tokenizer.encode(CAPTIONS, 9)[0])
+
+
+def test_a_small_vocabulary_is_refused():
+    with pytest.raises(ValueError, match=r"at least 261 .* got 200"):
+        train_tokenizer(CAPTIONS, 200)
+    with pytest.raises(ValueError, match=r"at least 3 .* got 2"):
+        train_tokenizer(CAPTIONS, 300).encode(["a"], 2)
+
+
+def save_word_level(path, specials) -> None:
+    vocabulary = {token: i for i, token in enumerate([*specials, "cat", "mat"])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=specials[0]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    inner.add_special_tokens(specials)
+    inner.enable_truncation(2)
+    inner.enable_padding()
+    inner.save(str(path))
+
+
+@pytest.mark.parametrize(
+    "specials", [["<unk>", "<s>", "<pad>", "</s>", "<mask>"], ["[UNK]", "[MASK]", "[PAD]", "[SEP]", "[CLS]"]]
+)
+def test_special_tokens_are_found_by_name(tmp_path, specials):
+    save_word_level(tmp_path / "t.json", specials)
+    tokenizer = load_tokenizer(tmp_path / "t.json")
+    found = [tokenizer.token(i) for i in (tokenizer.cls_id, tokenizer.pad_id, tokenizer.sep_id, tokenizer.mask_id)]
+    assert {*found} == {*specials[1:]}
+    # Truncation and padding of the file do not count: the caller's length does.
+    tokens, lengths = tokenizer.encode(["cat mat cat", "mat"], 10)
+    assert lengths.tolist() == [5, 3]
+    assert tokens.tolist()[1:4] == [5, 6, 5]
+
+
+def test_a_tokenizer_without_a_mask_token_is_refused(tmp_path):
+    save_word_level(tmp_path / "t.json", ["<unk>", "<s>", "<pad>", "</s>"])
+    with pytest.raises(DataError, match=r"t\.json: wanted a mask token named \[MASK\] or <mask>, found none"):
+        load_tokenizer(tmp_path / "t.json")
+
+
+def test_files_that_are_no_tokenizer_are_refused(tmp_path):
+    with pytest.raises(DataError, match="found no such file"):
+        load_tokenizer(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{}")
+    with pytest.raises(DataError, match="found a file that is not one"):
+        load_tokenizer(tmp_path / "bad.json")
+
+
+def test_the_data_sets_own_tokenizer_is_taken(tmp_path, make):
+    folder = make.dataset(tmp_path / "data", 4, splits=("train", "test"))
+    trained = tokenizer_for(open_dataset(folder, "test"), 300)
+    captions = [caption for i in range(4) for caption in make.captions(i)]
+    assert trained.fingerprint == train_tokenizer(captions, 300).fingerprint
+
+    own = train_tokenizer(CAPTIONS, 280)
+    own.save(folder / "tokenizer.json")
+    description = json.loads((folder / "dataset.json").read_text())
+    description["tokenizer"] = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    (folder / "dataset.json").write_text(json.dumps(description))
+    dataset = open_dataset(folder, "train")
+    assert tokenizer_for(dataset, 300).fingerprint == own.fingerprint
+    trained.save(folder / "tokenizer.json")
+    with pytest.raises(DataError, match=r"wanted the tokenizer that dataset\.json names, found another"):
+        tokenizer_for(dataset, 300)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match="found no such file"):
+        tokenizer_for(dataset, 300)
