@@ -59,7 +59,9 @@ def line_chart(
 
 def nice_range(low: float, high: float) -> tuple[float, float, float]:
     """The smallest range of round numbers around [low, high], and the step between its three to six grid lines."""
-    span = (high - low) or abs(high) or 1.0
+    if high == low:
+        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    span = high - low
     step = 10 ** math.floor(math.log10(span / 4))
     step *= next(m for m in (1, 2, 5, 10) if span / (step * m) <= 5)
     return math.floor(low / step) * step, math.ceil(high / step) * step, step

@@ -64,7 +64,7 @@ def checkpoints(root: Path) -> list[Path]:
 
 
 def newest_good_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint whose files are what its manifest says; damaged ones are named in a warning and passed over."""
+    """The newest checkpoint whose files are what its manifest says; damaged ones are named in a warning."""
     for path in reversed(checkpoints(root)):
         try:
             verify_checkpoint(path)
@@ -76,7 +76,7 @@ def newest_good_checkpoint(root: Path) -> Path | None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` names: itself, or the newest good one of the run folder `path`. RunError without one."""
+    """The checkpoint that `path` names: itself, or the newest good one of a run folder. RunError without one."""
     if (path / "manifest.json").is_file():
         verify_checkpoint(path)
         return path
@@ -103,7 +103,7 @@ def verify_checkpoint(path: Path) -> None:
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[MaskVLM, Tokenizer]:
-    """The model (in eval mode, on `device`) and the tokenizer of a run or checkpoint folder. RunError when they do not load."""
+    """The model (in eval mode, on `device`) and the tokenizer of a run or checkpoint folder, or RunError."""
     folder = find_checkpoint(path)
     try:
         config = model_config(json.loads((folder / "model.json").read_text()), str(folder / "model.json"))

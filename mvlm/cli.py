@@ -104,22 +104,17 @@ def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5) -> None:
         caption: The caption with [MASK] for every token to guess, for example "flag of [MASK]".
         top: Guesses to print for each.
     """
-    import torch
-
     from mvlm import inference
     from mvlm.checkpoint import load_model
     from mvlm.errors import ConfigError
 
     model, tokenizer = load_model(checkpoint)
-    tokens, lengths = tokenizer.encode(
-        [caption.replace("[MASK]", tokenizer.token(tokenizer.mask_id))], model.config.text_length
-    )
-    tokens = torch.from_numpy(tokens)
+    tokens = inference.tokens_with_gaps(caption, tokenizer, model.config.text_length)
     ids = (tokens == tokenizer.mask_id).nonzero()[:, 0]
     if not len(ids):
         raise ConfigError(f'caption: wanted at least one [MASK], got {caption!r}; write it as in "flag of [MASK]"')
     picture = inference.load_picture(image, model.config.image_size)[None]
-    guesses, chances = inference.fill(model, tokenizer, picture, tokens, lengths.tolist(), ids, top)
+    guesses, chances = inference.fill(model, tokenizer, picture, tokens, [len(tokens)], ids, top)
     for number, (row, chance) in enumerate(zip(guesses.tolist(), chances.tolist(), strict=True), 1):
         words = "  ".join(f"{tokenizer.decode([g])} {100 * c:.0f}%" for g, c in zip(row, chance, strict=True))
         print(f"[MASK] {number}: {words}")

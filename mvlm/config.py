@@ -223,5 +223,5 @@ def model_config(values: dict[str, Any], where: str) -> MaskVLMConfig:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(f"{where}: unknown model setting {name!r}{hint}")
-    pairs = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    pairs: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return MaskVLMConfig(**pairs)

@@ -26,14 +26,26 @@ class CrossBlock(nn.Module):
         self.mlp = FeedForward(width)
         self.norm3 = nn.LayerNorm(width, eps=1e-5)
 
-    def forward(self, x: Tensor, memory: Tensor, key_mask: Tensor | None, memory_mask: Tensor | None) -> Tensor:
-        """x (B, L, C), memory (B, M, C); masks bool (B, L) and (B, M), True = exists. Returns (B, L, C)."""
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor,
+        key_mask: Tensor | None,
+        memory_mask: Tensor | None,
+        first_row_only: bool = False,
+    ) -> Tensor:
+        """x (B, L, C), memory (B, M, C); masks bool (B, L) and (B, M), True = exists.
+
+        Returns (B, L, C), or with `first_row_only` its first row (B, 1, C) at the price of one row: the other rows
+        then serve as keys and values alone.
+        """
+        rows = slice(0, 1) if first_row_only else slice(None)
         if self.pre:
             y = self.norm1(x)
-            x = x + self.self_attention(y, y, key_mask)
+            x = x[:, rows] + self.self_attention(y[:, rows], y, key_mask)
             x = x + self.cross_attention(self.norm2(x), memory, memory_mask)
             return x + self.mlp(self.norm3(x))
-        x = self.norm1(x + self.self_attention(x, x, key_mask))
+        x = self.norm1(x[:, rows] + self.self_attention(x[:, rows], x, key_mask))
         x = self.norm2(x + self.cross_attention(x, memory, memory_mask))
         return self.norm3(x + self.mlp(x))
 
@@ -47,9 +59,17 @@ class CrossEncoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-5) if norm == "pre" else nn.Identity()
 
     def forward(
-        self, x: Tensor, memory: Tensor, key_mask: Tensor | None = None, memory_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        memory: Tensor,
+        key_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        first_row_only: bool = False,
     ) -> Tensor:
-        """x (B, L, C) reads memory (B, M, C); masks bool (B, L) and (B, M), True = exists. Returns (B, L, C)."""
-        for block in self.blocks:
+        """x (B, L, C) reads memory (B, M, C); masks bool (B, L) and (B, M), True = exists.
+
+        Returns (B, L, C), or with `first_row_only` the first row (B, 1, C), for which the last block computes no other.
+        """
+        for block in self.blocks[:-1]:
             x = block(x, memory, key_mask, memory_mask)
-        return self.norm(x)
+        return self.norm(self.blocks[-1](x, memory, key_mask, memory_mask, first_row_only))

@@ -22,7 +22,7 @@ GREY = 190  # masked patches are shown in this grey
 
 
 def load_picture(path: Path, side: int) -> Tensor:
-    """A picture file as uint8 (3, S, S), squeezed to a square, transparency on white. RunError when it does not open."""
+    """A picture file as uint8 (3, S, S), squeezed to a square, transparency on white; RunError if it does not open."""
     try:
         with Image.open(path) as file:
             rgba = file.convert("RGBA")
@@ -33,6 +33,19 @@ def load_picture(path: Path, side: int) -> Tensor:
     white = Image.new("RGBA", rgba.size, "white")
     picture = Image.alpha_composite(white, rgba).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def tokens_with_gaps(caption: str, tokenizer: Tokenizer, length: int) -> Tensor:
+    """int64 (L,) tokens of a caption in which every "[MASK]" stands for one token to guess; at most `length`.
+
+    The tokenizer itself never makes a special token of a caption's text, so the pieces between are encoded alone.
+    """
+    inner: list[int] = []
+    for number, piece in enumerate(caption.split("[MASK]")):
+        inner += [tokenizer.mask_id] if number else []
+        if piece.strip():
+            inner += tokenizer.encode([piece.strip()], length)[0][1:-1].tolist()
+    return torch.tensor([tokenizer.cls_id, *inner[: length - 2], tokenizer.sep_id])
 
 
 def hide_patches(images: Tensor, patch_ids: Tensor, patch_size: int) -> Tensor:

@@ -83,8 +83,8 @@ class MaskVLM(nn.Module):
 
     def match(self, v: Tensor, w: Tensor, key_mask: Tensor) -> Tensor:
         """ITM logits (B, 2), column 1 = "they match", for features v (B, 1+N, C) and w (B, L, C) of unmasked inputs."""
-        image = self.image_cross(v, w, None, key_mask)[:, 0]  # (B, C)
-        text = self.text_cross(w, v, key_mask, None)[:, 0]
+        image = self.image_cross(v, w, None, key_mask, first_row_only=True)[:, 0]  # (B, C)
+        text = self.text_cross(w, v, key_mask, None, first_row_only=True)[:, 0]
         return self.matching_head(image * text)
 
     def token_logits(self, v: Tensor, wm: Tensor, key_mask: Tensor, cu_seqlens: Tensor, token_ids: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class MaskVLM(nn.Module):
     def _matching_loss(
         self, v: Tensor, w: Tensor, key_mask: Tensor, logits: Tensor, batch: Batch, seed: int, step: int
     ) -> Tensor:
-        """One positive and two hard negatives a pair: (image b, text b), (image b, drawn text), (drawn image, text b)."""
+        """Three pairs a row: its own; its image with a drawn text; a drawn image with its text."""
         admissible = objectives.admissible_negatives(batch.image_id, batch.text_id)
         text_index, text_weight = objectives.draw_negatives(logits, admissible, seed, step, stream=0)
         image_index, image_weight = objectives.draw_negatives(logits.T, admissible.T, seed, step, stream=1)
@@ -159,7 +159,7 @@ class MaskVLM(nn.Module):
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
-        """Keep the contrastive temperature in [0.001, 0.5]; called after the optimizer's step, never inside the graph."""
+        """Keep the temperature in [0.001, 0.5]; called after the optimizer's step, never inside the graph."""
         self.log_scale.clamp_(math.log(1 / 0.5), math.log(1 / 0.001))
 
 

@@ -18,7 +18,7 @@ STYLE = (Path(__file__).parent / "report.css").read_text()
 
 
 def write_report(run: Path, data: Path | None = None, out: Path | None = None) -> Path:
-    """Write the report of a run that has a checkpoint and an evaluation; returns the file. RunError names what is missing."""
+    """Write the report of a run that has a checkpoint and an evaluation; returns the file, or RunError."""
     config = read_config(run / "config.json")
     figures_file = run / "eval" / "test.json"
     if not figures_file.is_file():
@@ -86,7 +86,8 @@ def headline(run: Path, figures: dict[str, Any]) -> str:
             [
                 "pixels: masked L1",
                 f"{figures['masked_l1']:.4f}",
-                f"constant white {figures['masked_l1_white']:.4f}, training median {figures['masked_l1_train_median']:.4f}",
+                f"constant white {figures['masked_l1_white']:.4f}, "
+                f"training median {figures['masked_l1_train_median']:.4f}",
             ],
             ["text: masked tokens", f"{figures['masked_nats']:.3f} nats a token", ""],
         ],
@@ -146,7 +147,10 @@ def configuration(config: dict[str, Any]) -> str:
     flat = {name: value for name, value in config.items() if name != "model"}
     flat |= {f"model.{name}": value for name, value in config["model"].items()}
     rows = [[name, json.dumps(value)] for name, value in flat.items()]
-    return f"<section><h2>Configuration</h2><details><summary>{len(rows)} settings</summary>{table(['setting', 'value'], rows)}</details></section>"
+    return (
+        f"<section><h2>Configuration</h2><details><summary>{len(rows)} settings</summary>"
+        f"{table(['setting', 'value'], rows)}</details></section>"
+    )
 
 
 def attribution(description: dict[str, Any]) -> str:

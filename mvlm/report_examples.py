@@ -36,7 +36,7 @@ def chosen_samples(number: int, size: int, seed: int) -> list[int]:
 def one_pass(
     model: MaskVLM, tokenizer: Tokenizer, split: Dataset, wanted: list[int]
 ) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """Pictures uint8 (n, 3, S, S), masked patches (n, K), tokens and masked positions of each wanted sample, in order."""
+    """Pictures uint8 (n, 3, S, S), masked patches (n, K), tokens and masked positions of each wanted sample."""
     images, patches, tokens, hidden = [], [], [], []
     for batch, masks in eval_loader(split, model, tokenizer):
         for row, sample in enumerate(batch.sample_id.tolist()):
@@ -175,10 +175,11 @@ def retrieval_row(
         cells = [mark(escape(features.captions[a]), int(features.owner[a]) == query) for a in answers]
     else:
         asked = f"<p>{escape(features.captions[query])}</p>"
+        owner = int(features.owner[query])
+        names = [mark(escape(split.captions(a)[0]), owner == a) for a in answers]
         cells = [
-            f"<figure>{thumbnail(split, a)}<figcaption>{mark(escape(split.captions(a)[0]), int(features.owner[query]) == a)}"
-            f"</figcaption></figure>"
-            for a in answers
+            f"<figure>{thumbnail(split, a)}<figcaption>{name}</figcaption></figure>"
+            for a, name in zip(answers, names, strict=True)
         ]
     body = "".join(f"<div>{cell}</div>" for cell in cells)
     note = f"<p class='note'>right answer at rank {wrong_before + 1}</p>"

@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from .batch import Batch, Masks
 from .dataset import Dataset, image_identity, parse_captions, parse_metadata
 from .errors import DataError
-from .masking import check_mask_sizes, draw_patch_masks, draw_token_masks
+from .masking import check_mask_sizes, check_token_ratio, draw_patch_masks, draw_token_masks
 from .order import Stream, substitute, write_index_views
 from .pipeline import Decoding, Geometry, build_pipeline
 from .randomness import Purpose, hash64, text_hash, uniforms
 from .selftest import choose_decoding
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, check_text_length
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +79,8 @@ class Loader:
         if not 0 <= max_bad_fraction < 1:
             raise ValueError(f"wanted max_bad_fraction in [0, 1), got {max_bad_fraction}")
         check_mask_sizes(image_size, patch_size, mask_block, image_mask_ratio)
+        check_token_ratio(text_mask_ratio)
+        check_text_length(text_length)
         self.dataset, self.tokenizer, self.train = dataset, tokenizer, train
         self.batch_size, self.text_length, self.seed = batch_size, text_length, seed
         self.step = 0

@@ -31,6 +31,12 @@ def check_mask_sizes(image_size: int, patch_size: int, mask_block: int, ratio: f
         raise ValueError(f"wanted a mask ratio that hides 1 to {blocks} blocks, got {ratio} of {blocks}")
 
 
+def check_token_ratio(ratio: float) -> None:
+    """Raises ValueError unless the ratio is in [0, 1]."""
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"wanted a token mask ratio in [0, 1], got {ratio}")
+
+
 def draw_patch_masks(
     seed: int,
     epoch: Any,
@@ -74,9 +80,8 @@ def draw_token_masks(seed: int, epoch: Any, sample_ids: Any, lengths: Any, *, ra
     Raises:
         ValueError: a caption without an ordinary token, or a ratio outside [0, 1].
     """
+    check_token_ratio(ratio)
     lengths = np.asarray(lengths, np.int64)  # (B,)
-    if not 0 <= ratio <= 1:
-        raise ValueError(f"wanted a token mask ratio in [0, 1], got {ratio}")
     if len(lengths) and lengths.min() < 3:
         raise ValueError(f"wanted captions of at least 3 tokens with [CLS] and [SEP], got one of {lengths.min()}")
     ordinary = lengths - 2

@@ -49,8 +49,7 @@ class Tokenizer:
 
         Each text is [CLS] ... [SEP]; what goes past `max_length`, these two counted, is cut off before [SEP].
         """
-        if max_length < 3:
-            raise ValueError(f"wanted a text length of at least 3 ([CLS], a token, [SEP]), got {max_length}")
+        check_text_length(max_length)
         rows = [e.ids[: max_length - 2] for e in self._inner.encode_batch(list(texts), add_special_tokens=False)]
         tokens = [i for row in rows for i in (self.cls_id, *row, self.sep_id)]
         return np.array(tokens, np.int64), np.array([len(row) + 2 for row in rows], np.int64)
@@ -66,6 +65,12 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write `tokenizer.json`, which `load_tokenizer` and the `tokenizers` package read."""
         Path(path).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
+
+
+def check_text_length(length: int) -> None:
+    """Raises ValueError if a caption of this many tokens has no place for an ordinary one."""
+    if length < 3:
+        raise ValueError(f"wanted a text length of at least 3 ([CLS], a token, [SEP]), got {length}")
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:

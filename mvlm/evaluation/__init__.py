@@ -56,7 +56,7 @@ def evaluate(
 
 
 def evaluate_briefly(model: MaskVLM, split: Dataset, tokenizer: Tokenizer, precision: str = "auto") -> dict[str, float]:
-    """Figures for a running job: retrieval by ITC alone (tr_r1 .. ir_r10) and cross-modal gain from one draw of masks."""
+    """For a running job: retrieval by ITC alone (tr_r1 .. ir_r10), and cross-modal gain from one draw of masks."""
     was_training = model.training
     model.eval()
     features = encode_split(model, split, tokenizer, precision)

@@ -26,7 +26,7 @@ RESAMPLES = 1000
 
 @dataclass
 class _Sums:
-    """Per sample, float64 (I,): summed losses with the right and with the wrong partner, and what they are sums over."""
+    """Per sample, float64 (I,): summed losses with the right and the wrong partner, and the tokens summed over."""
 
     text: np.ndarray
     text_wrong: np.ndarray

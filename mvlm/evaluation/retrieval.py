@@ -1,5 +1,8 @@
-"""Zero-shot retrieval in both directions: candidates by ITC, re-ranked by ITM, as in ALBEF (Li et al., 2021).
+"""Zero-shot retrieval in both directions: candidates by ITC, re-ranked with ITM.
 
+ITM learns to tell true pairs from negatives that are drawn from ITC's own softmax, so that its log-odds estimate the
+log-ratio of the two (noise-contrastive estimation, Gutmann and Hyvärinen, 2010). The score of a candidate is therefore
+the ITC logit, which is the negatives' log-probability up to a constant, plus ITM's log-odds. BLIP adds the two as well.
 TR searches captions for an image and is right when any of the image's captions is among the first K; IR searches
 images for a caption. Memory is bounded: similarities are computed a block of queries at a time.
 Shape legend: Q queries of a block, G gallery size, K candidates that are re-ranked.
@@ -29,7 +32,7 @@ class Ranks:
     top: Tensor
     """int64 (queries, up to 5), the first gallery rows after re-ranking."""
     score: Tensor
-    """(queries,), ITM's log-odds for the first of them."""
+    """(queries,), the score of the first of them."""
 
 
 @torch.no_grad()
@@ -48,6 +51,7 @@ def rank(model: MaskVLM, features: Features, direction: str, k: int = 32, precis
         ranks = best_rank(similarity, right)
         candidates = similarity.topk(k, dim=1).indices  # (Q, K)
         scores = match_scores(model, features, block, candidates, direction, precision)  # (Q, K)
+        scores += model.log_scale.exp().item() * similarity.gather(1, candidates)
         found = right.gather(1, candidates)
         # A right answer that is no candidate keeps the place that ITC gave it.
         itm.append(torch.where(found.any(1), best_rank(scores, found), ranks))
@@ -59,7 +63,7 @@ def rank(model: MaskVLM, features: Features, direction: str, k: int = 32, precis
 
 
 def best_rank(scores: Tensor, right: Tensor) -> Tensor:
-    """scores (Q, G), right bool (Q, G) -> int64 (Q,): wrong answers that score at least as high as the best right one."""
+    """For scores (Q, G) and right bool (Q, G): int64 (Q,), wrong answers that score no lower than the best right one."""
     best = scores.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
     return ((scores >= best) & ~right).sum(dim=1)
 

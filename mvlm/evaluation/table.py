@@ -21,7 +21,8 @@ def format_table(figures: dict[str, Any]) -> str:
             )
     text, pixels = figures["gain_text_nats_95"], figures["gain_pixels_pct_95"]
     lines += [
-        f"cross-modal gain, text     {figures['gain_text_nats']:.2f} nats a token (95 %: {text[0]:.2f} to {text[1]:.2f})",
+        f"cross-modal gain, text     {figures['gain_text_nats']:.2f} nats a token "
+        f"(95 %: {text[0]:.2f} to {text[1]:.2f})",
         f"cross-modal gain, pixels   {figures['gain_pixels_pct']:.2f} % (95 %: {pixels[0]:.2f} to {pixels[1]:.2f})",
         f"masked L1                  {figures['masked_l1']:.4f}; constant white {figures['masked_l1_white']:.4f}, "
         f"training median {figures['masked_l1_train_median']:.4f}",

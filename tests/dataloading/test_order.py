@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from nvidia.dali import fn
+from nvidia.dali.pipeline import Pipeline
 
 from mvlm_dataloading.order import RUN_LENGTH, Stream, epoch_order, substitute, write_index_views
 
@@ -65,9 +67,6 @@ def test_a_substitute_is_good_and_depends_on_nothing_but_the_bad_sample():
 
 def test_dali_delivers_an_index_view_in_its_order_with_repetitions(tmp_path, train_split, make):
     """The freedom that the loader rests on, and that DALI's documentation does not promise."""
-    from nvidia.dali import fn
-    from nvidia.dali.pipeline import Pipeline
-
     rng = np.random.default_rng(0)
     ids = np.concatenate([rng.permutation(len(train_split)), rng.integers(0, len(train_split), 37), [3, 3, 3]])
     tars, indices = write_index_views(tmp_path, train_split, ids)

@@ -1,0 +1,107 @@
+"""Pictures that cannot be decoded, met in training."""
+
+import itertools
+import json
+
+import pytest
+
+from mvlm_dataloading import DataError, Loader, open_dataset
+from mvlm_dataloading.order import substitute
+
+BAD = [3, 41, 77, 78]
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory, make):
+    """100 pictures in a few shards, four of them damaged after they were written."""
+    folder = tmp_path_factory.mktemp("damaged") / "data"
+    make.dataset(folder, 100, max_shard_bytes=300_000, kinds=("PNG", "JPEG"))
+    make.damage(open_dataset(folder, "train"), BAD)
+    return open_dataset(folder, "train")
+
+
+def load(dataset, tokenizer, **settings) -> Loader:
+    defaults = {"batch_size": 10, "image_size": 32, "text_length": 12, "seed": 1}
+    return Loader(dataset, tokenizer, **(defaults | settings))
+
+
+def stream(loader: Loader, count: int) -> list[tuple[int, bytes, bytes]]:
+    found = []
+    for batch, masks in itertools.islice(loader, count):
+        for b, i in enumerate(batch.sample_id.tolist()):
+            found.append((i, batch.images[b].numpy().tobytes(), masks.patch_ids[b].numpy().tobytes()))
+    return found
+
+
+def test_they_are_replaced_counted_and_named(damaged, tokenizer, caplog):
+    loader = load(damaged, tokenizer)
+    samples = [i for i, _, _ in stream(loader, 30)]  # three epochs
+    assert loader.skipped == 4
+    undamaged = load(damaged, tokenizer)._stream
+    ids, epochs = undamaged(0, 300)
+    for got, wanted, epoch in zip(samples, ids.tolist(), epochs.tolist(), strict=True):
+        assert got == (substitute(1, epoch, wanted, 100, set(BAD)) if wanted in BAD else wanted)
+    skips = [record.getMessage() for record in caplog.records if "cannot be decoded" in record.getMessage()]
+    assert sorted(skips) == sorted(f"skipped an image that cannot be decoded: {damaged.where(i)}" for i in BAD)
+    assert all(".tar offset " in skip and " key train00" in skip for skip in skips)
+
+
+def test_the_result_does_not_depend_on_the_batch_size(damaged, tokenizer):
+    wanted = stream(load(damaged, tokenizer), 20)
+    assert stream(load(damaged, tokenizer, batch_size=1, num_threads=1), 200) == wanted
+    assert stream(load(damaged, tokenizer, batch_size=100), 2) == wanted
+
+
+@pytest.mark.parametrize("batches", [1, 6, 13])
+def test_resume_is_exact(damaged, tokenizer, batches):
+    whole = stream(load(damaged, tokenizer), 25)
+    loader = load(damaged, tokenizer)
+    stream(loader, batches)
+    state = json.loads(json.dumps(loader.state_dict()))
+    assert len(state["skipped"]) == loader.skipped
+    resumed = load(damaged, tokenizer)
+    resumed.load_state_dict(state)
+    assert resumed.skipped == loader.skipped
+    assert stream(resumed, 25 - batches) == whole[10 * batches :]
+    assert resumed.skipped == 4
+
+
+def test_too_many_stop_the_run_with_the_list(damaged, tokenizer):
+    loader = load(damaged, tokenizer, max_bad_fraction=0.03)
+    with pytest.raises(
+        DataError, match="wanted at most 3% undecodable images, found 4 of 100; build the data set again"
+    ) as error:
+        stream(loader, 10)
+    for i in BAD:
+        assert damaged.where(i) in str(error.value)
+    assert "\n" not in str(error.value)
+    # Four of a hundred are no more than 4 %.
+    stream(load(damaged, tokenizer, max_bad_fraction=0.04), 10)
+
+
+def test_a_substitute_may_be_bad_too(tmp_path, make, tokenizer):
+    """With three of four damaged, the first substitute often is, before it is known."""
+    folder = make.dataset(tmp_path / "data", 4)
+    make.damage(open_dataset(folder, "train"), [0, 1, 3])
+    loader = load(open_dataset(folder, "train"), tokenizer, batch_size=2, max_bad_fraction=0.9)
+    assert {i for i, _, _ in stream(loader, 20)} == {2}
+    assert loader.skipped == 3
+
+
+def test_a_pass_in_order_stops_at_one(damaged, tokenizer):
+    with pytest.raises(DataError, match=r"offset .* key train0003: wanted an image, found one that cannot be decoded"):
+        stream(load(damaged, tokenizer, train=False), 10)
+
+
+def test_other_failures_of_the_reader_are_not_taken_for_bad_images(train_split, tokenizer, monkeypatch):
+    loader = load(train_split, tokenizer)
+    stream(loader, 1)
+
+    class Broken:
+        def run(self):
+            raise RuntimeError("the disk is gone")
+
+    loader._segment._pipeline = Broken()
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        stream(loader, 1)
+    assert loader.skipped == 0
