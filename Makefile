@@ -18,9 +18,10 @@ $(DATA)/dataset.json: | $(VENV)/.installed
 	$(BIN)/mvlm data emoji $(DATA)
 
 demo: $(VENV)/.installed $(DATA)/dataset.json
-	$(BIN)/mvlm pretrain tiny --data $(DATA) --out $(RUN) --max-steps $(STEPS)
+	$(BIN)/mvlm pretrain tiny --data $(DATA) --out $(RUN) --max-steps $(STEPS) --eval-every-steps 200 --resume
 	$(BIN)/mvlm eval retrieval --checkpoint $(RUN) --data $(DATA) --split test --out $(RUN)/eval/test.json
 	$(BIN)/mvlm report $(RUN)
+	@echo "Open $(RUN)/report.html in a browser."
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest

@@ -146,7 +146,7 @@ def pretrain(arguments: Sequence[str]) -> None:
         return
     if preset.startswith("-") or not preset:
         raise ConfigError(f"wanted a preset after `mvlm pretrain`: {', '.join(PRESETS)}; got {preset or 'nothing'!r}")
-    defaults = pretrain_defaults(preset)
+    defaults = pretrain_defaults(preset, data=tyro.MISSING, out=tyro.MISSING)
     config = tyro.cli(
         type(defaults),
         prog=f"mvlm pretrain {preset}",
@@ -154,9 +154,6 @@ def pretrain(arguments: Sequence[str]) -> None:
         default=defaults,
         args=list(arguments[1:]),
     )
-    for name in ("data", "out"):
-        if getattr(config, name) == Path():
-            raise ConfigError(f"wanted --{name} FOLDER after `mvlm pretrain {preset}`, got none")
     from mvlm.train import pretrain as run
 
     run(config)

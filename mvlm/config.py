@@ -42,6 +42,8 @@ class MaskVLMConfig:
     """Where the learned contrastive temperature starts."""
     cross_norm: Literal["post", "pre"] = "post"
     """LayerNorm after each residual sum (post, the paper) or before each sub-layer (pre)."""
+    initialization: Literal["normal", "xavier"] = "normal"
+    """Weights of linear layers: trunc_normal(0.02), made for widths near 768, or Xavier's, which follows the width."""
     mask_block: int = 32
     """Side of the square blocks that are masked together; divides `image_size`."""
     image_mask_ratio: float = 0.6
@@ -66,6 +68,8 @@ class MaskVLMConfig:
             raise ConfigError(f"heads must divide width: wanted a divisor of {self.width}, got {self.heads}")
         if self.cross_norm not in ("post", "pre"):
             raise ConfigError(f'cross_norm must be "post" or "pre", got {self.cross_norm!r}')
+        if self.initialization not in ("normal", "xavier"):
+            raise ConfigError(f'initialization must be "normal" or "xavier", got {self.initialization!r}')
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ConfigError(f"mask_token_id must be in [0, {self.vocab_size}), got {self.mask_token_id}")
         for name in ("cross_layers", "decoder_layers", "image_layers", "text_layers"):
@@ -105,7 +109,8 @@ class MaskVLMConfig:
                 vocab_size=2048,
                 mask_token_id=4,
                 text_length=24,
-                cross_norm="pre",  # measured: docs/training-the-demo.md
+                cross_norm="pre",  # these two: measured, docs/demo.md
+                initialization="xavier",
             )
         else:
             raise ConfigError(f"unknown preset: wanted one of {', '.join(PRESETS)}, got {name!r}")
@@ -181,8 +186,8 @@ class PretrainConfig:
         return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
 
 
-def pretrain_defaults(preset: str, data: Path = Path(), out: Path = Path()) -> PretrainConfig:
-    """The recipe of a preset. ConfigError for an unknown name."""
+def pretrain_defaults(preset: str, data: Path, out: Path) -> PretrainConfig:
+    """The recipe of a preset, for shards in `data` and a run in `out`. ConfigError for an unknown name."""
     model = MaskVLMConfig.preset(preset)
     if preset == "tiny":
         # Chosen on two CPU cores for a run of 10 minutes; the table of what was tried is in docs/demo.md.

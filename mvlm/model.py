@@ -51,11 +51,20 @@ class MaskVLM(nn.Module):
         self.text_projection = nn.Linear(config.width, config.itc_width)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
         self.matching_head = nn.Linear(config.width, 2)
-        self.apply(_initialize)
-        for token in (self.image_encoder.mask_token, self.image_encoder.cls_token):
-            nn.init.trunc_normal_(token, std=0.02)
-        for position in (self.image_encoder.position, self.text_encoder.position):
-            nn.init.trunc_normal_(position, std=0.02)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Linear weights as the configuration says, embeddings and tokens trunc_normal(0.02), biases zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+                if self.config.initialization == "xavier":
+                    nn.init.xavier_uniform_(module.weight)
+                else:
+                    nn.init.trunc_normal_(module.weight, std=0.02)
+        image, text = self.image_encoder, self.text_encoder
+        for embedding in (image.mask_token, image.cls_token, image.position, text.position, text.words.weight):
+            nn.init.trunc_normal_(embedding, std=0.02)
 
     def encode_image(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
         """images uint8 or float 0..1 (B, 3, S, S); masked bool (B, N), True = hidden. Returns (B, 1+N, C)."""
@@ -161,11 +170,3 @@ class MaskVLM(nn.Module):
     def clamp_temperature(self) -> None:
         """Keep the temperature in [0.001, 0.5]; called after the optimizer's step, never inside the graph."""
         self.log_scale.clamp_(math.log(1 / 0.5), math.log(1 / 0.001))
-
-
-def _initialize(module: nn.Module) -> None:
-    """trunc_normal(0.02) for weights, zero for biases; LayerNorms keep one and zero."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)

@@ -63,7 +63,7 @@ def rank(model: MaskVLM, features: Features, direction: str, k: int = 32, precis
 
 
 def best_rank(scores: Tensor, right: Tensor) -> Tensor:
-    """For scores (Q, G) and right bool (Q, G): int64 (Q,), wrong answers that score no lower than the best right one."""
+    """For scores (Q, G) and right bool (Q, G): int64 (Q,), wrong answers that score no lower than the best right."""
     best = scores.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
     return ((scores >= best) & ~right).sum(dim=1)
 
