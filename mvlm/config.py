@@ -44,6 +44,8 @@ class MaskVLMConfig:
     """LayerNorm after each residual sum (post, the paper) or before each sub-layer (pre)."""
     initialization: Literal["normal", "xavier"] = "normal"
     """Weights of linear layers: trunc_normal(0.02), made for widths near 768, or Xavier's, which follows the width."""
+    pixel_initialization: Literal["normal", "xavier"] = "normal"
+    """The same for what rebuilds pixels: the image cross-modality encoder, the decoder, the pixel head."""
     mask_block: int = 32
     """Side of the square blocks that are masked together; divides `image_size`."""
     image_mask_ratio: float = 0.6
@@ -68,8 +70,9 @@ class MaskVLMConfig:
             raise ConfigError(f"heads must divide width: wanted a divisor of {self.width}, got {self.heads}")
         if self.cross_norm not in ("post", "pre"):
             raise ConfigError(f'cross_norm must be "post" or "pre", got {self.cross_norm!r}')
-        if self.initialization not in ("normal", "xavier"):
-            raise ConfigError(f'initialization must be "normal" or "xavier", got {self.initialization!r}')
+        for name in ("initialization", "pixel_initialization"):
+            if getattr(self, name) not in ("normal", "xavier"):
+                raise ConfigError(f'{name} must be "normal" or "xavier", got {getattr(self, name)!r}')
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ConfigError(f"mask_token_id must be in [0, {self.vocab_size}), got {self.mask_token_id}")
         for name in ("cross_layers", "decoder_layers", "image_layers", "text_layers"):
@@ -136,7 +139,9 @@ class PretrainConfig:
     lr_encoder: float
     """Peak learning rate of the two encoders."""
     lr_cross: float
-    """Peak learning rate of everything else: cross-modality modules, decoder, heads."""
+    """Peak learning rate of the text cross-modality encoder and of the heads for words, ITC and ITM."""
+    lr_pixels: float
+    """Peak learning rate of what rebuilds pixels: the image cross-modality encoder, the decoder, the pixel head."""
     lr_end: float = 0.1
     """Last learning rate, as a share of the peak."""
     warmup_steps: int
@@ -198,9 +203,9 @@ def pretrain_defaults(preset: str, data: Path, out: Path) -> PretrainConfig:
             batch_size=64,
             lr_encoder=1e-3,
             lr_cross=1e-3,
+            lr_pixels=4e-4,
             warmup_steps=60,
-            reconstruction_first=100,
-            crop_scale=(0.8, 1.0),
+            crop_scale=(0.9, 1.0),
             model=model,
         )
     # The paper's recipe (512 pairs, 3e-4 to 3e-5 after a warm-up), for encoders that start from scratch as well.
@@ -211,6 +216,7 @@ def pretrain_defaults(preset: str, data: Path, out: Path) -> PretrainConfig:
         batch_size=512,
         lr_encoder=3e-4,
         lr_cross=3e-4,
+        lr_pixels=3e-4,
         warmup_steps=5_000,
         crop_scale=(0.2, 1.0),
         model=model,

@@ -49,5 +49,5 @@ def gumbel(seed: int, step: int, stream: int, rows: Tensor, columns: Tensor) -> 
     key = torch.tensor(_signed(seed * _GOLDEN + step * _MIX1 + stream * _MIX2), device=rows.device)
     by_row = _mix(_mix(key) + rows * _signed(_GOLDEN))[:, None]  # (R, 1)
     bits = _mix(by_row + columns * _signed(_GOLDEN))  # (R, C)
-    uniform = (_shift(bits, 40).float() + 0.5) / (1 << 24)  # 24 bits, never 0 or 1
+    uniform = (_shift(bits, 41).float() + 0.5) / (1 << 23)  # 23 bits and a half are exact in fp32: never 0 or 1
     return -torch.log(-torch.log(uniform))

@@ -19,6 +19,9 @@ from mvlm.masking import mask_tokens, masked_patches
 from mvlm.objectives import Losses
 from mvlm_dataloading import Batch, Masks
 
+PIXEL_MODULES = ("image_cross.", "image_decoder.", "pixel_head")
+"""Name prefixes of what rebuilds pixels; it has a learning rate and an initialisation of its own."""
+
 
 class LanguageHead(nn.Module):
     """RoBERTa's LM head: dense, GELU, LayerNorm, vocabulary projection (not tied to the embedding)."""
@@ -55,10 +58,11 @@ class MaskVLM(nn.Module):
 
     def _initialize(self) -> None:
         """Linear weights as the configuration says, embeddings and tokens trunc_normal(0.02), biases zero."""
-        for module in self.modules():
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
-                if self.config.initialization == "xavier":
+                pixels = name.startswith(PIXEL_MODULES)
+                if (self.config.pixel_initialization if pixels else self.config.initialization) == "xavier":
                     nn.init.xavier_uniform_(module.weight)
                 else:
                     nn.init.trunc_normal_(module.weight, std=0.02)

@@ -18,7 +18,7 @@ from mvlm.console import Progress
 from mvlm.device import autocast, choose_device
 from mvlm.errors import ConfigError, NonFiniteLossError
 from mvlm.evaluation import evaluate_briefly
-from mvlm.model import MaskVLM
+from mvlm.model import PIXEL_MODULES, MaskVLM
 from mvlm.objectives import Losses
 from mvlm.run_folder import MetricsFile, open_run
 from mvlm_dataloading import Dataset, Loader, Tokenizer, load_tokenizer, open_dataset, tokenizer_for
@@ -85,25 +85,33 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
 
 
 def make_optimizer(model: MaskVLM, config: PretrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW in four groups: encoders and the rest, each with and without decay. `peak` is a group's highest rate."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """AdamW with a group for each rate, with and without decay. `peak` is a group's highest rate."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        encoder = name.startswith(("image_encoder.", "text_encoder."))
         matrix = parameter.ndim >= 2 and not name.endswith(("position", "words.weight"))
-        groups.setdefault((encoder, matrix), []).append(parameter)
+        groups.setdefault((peak_rate(name, config), matrix), []).append(parameter)
     return torch.optim.AdamW(
         [
             {
                 "params": parameters,
-                "peak": config.lr_encoder if encoder else config.lr_cross,
+                "peak": peak,
                 "weight_decay": config.weight_decay if matrix else 0.0,
             }
-            for (encoder, matrix), parameters in groups.items()
+            for (peak, matrix), parameters in groups.items()
         ],
         lr=config.lr_cross,
         betas=(0.9, config.beta2),
         fused=True,
     )
+
+
+def peak_rate(name: str, config: PretrainConfig) -> float:
+    """The highest learning rate of the parameter with this name."""
+    if name.startswith(("image_encoder.", "text_encoder.")):
+        return config.lr_encoder
+    if name.startswith(PIXEL_MODULES):
+        return config.lr_pixels
+    return config.lr_cross
 
 
 def learning_rate_factor(step: int, config: PretrainConfig) -> float:
