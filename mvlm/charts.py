@@ -58,7 +58,7 @@ def line_chart(
 
 
 def nice_range(low: float, high: float) -> tuple[float, float, float]:
-    """The smallest range of round numbers around [low, high], and the step between its three to six grid lines."""
+    """The smallest range of round numbers around [low, high], and the step between its three to seven grid lines."""
     if high == low:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     span = high - low

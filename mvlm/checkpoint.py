@@ -89,7 +89,7 @@ def find_checkpoint(path: Path) -> Path:
 def verify_checkpoint(path: Path) -> None:
     """RunError naming the first file that is missing or differs from the manifest."""
     try:
-        digests = json.loads((path / "manifest.json").read_text())["sha256"]
+        digests = dict(json.loads((path / "manifest.json").read_text())["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{path / 'manifest.json'}: wanted a readable manifest, got {error!r}; use another checkpoint"

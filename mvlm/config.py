@@ -8,6 +8,19 @@ from typing import Any, Literal
 from mvlm.errors import ConfigError
 
 PRESETS = ("tiny", "small", "base")
+SIZES = (
+    "image_size",
+    "patch_size",
+    "mask_block",
+    "width",
+    "heads",
+    "image_layers",
+    "text_layers",
+    "cross_layers",
+    "decoder_layers",
+    "vocab_size",
+    "itc_width",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +71,11 @@ class MaskVLMConfig:
     """Divides them afterwards."""
 
     def __post_init__(self) -> None:
+        for name in SIZES:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.text_length < 3:
+            raise ConfigError(f"text_length must be at least 3 ([CLS], a token, [SEP]), got {self.text_length}")
         if self.image_size % self.mask_block:
             raise ConfigError(
                 f"mask_block must divide image_size: wanted a divisor of {self.image_size}, got {self.mask_block}"
@@ -75,9 +93,13 @@ class MaskVLMConfig:
                 raise ConfigError(f'{name} must be "normal" or "xavier", got {getattr(self, name)!r}')
         if not 0 <= self.mask_token_id < self.vocab_size:
             raise ConfigError(f"mask_token_id must be in [0, {self.vocab_size}), got {self.mask_token_id}")
-        for name in ("cross_layers", "decoder_layers", "image_layers", "text_layers"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        blocks = (self.image_size // self.mask_block) ** 2
+        if not 1 <= round(self.image_mask_ratio * blocks) <= blocks:
+            raise ConfigError(f"image_mask_ratio must hide 1 to {blocks} of {blocks} blocks, got {self.image_mask_ratio}")
+        if not 0 <= self.text_mask_ratio <= 1:
+            raise ConfigError(f"text_mask_ratio must be in [0, 1], got {self.text_mask_ratio}")
+        if not 0.001 <= self.temperature <= 0.5:
+            raise ConfigError(f"temperature must be in [0.001, 0.5], got {self.temperature}")
 
     @property
     def num_patches(self) -> int:
@@ -228,6 +250,8 @@ def model_config(values: dict[str, Any], where: str) -> MaskVLMConfig:
 
     ConfigError for a name that this version does not know (with the nearest one it does) and for values that cannot be.
     """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: wanted the settings of a model, got {values!r}")
     known = [f.name for f in fields(MaskVLMConfig)]
     for name in values:
         if name not in known:

@@ -4,11 +4,15 @@ import contextlib
 
 import torch
 
+from mvlm.errors import ConfigError
+
 
 def choose_device(wanted: str = "auto") -> torch.device:
-    """ "auto", "cpu" or "cuda" -> a device that exists; the GPU when there is one and nothing else was asked for."""
+    """The device for "auto" (the GPU when there is one), "cpu" or "cuda"; ConfigError where there is no such device."""
+    if wanted not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device: wanted auto, cpu or cuda, got {wanted!r}")
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device: wanted cuda, but torch finds no CUDA device here; use --device cpu")
+        raise ConfigError("device: wanted cuda, but torch finds no CUDA device here; use --device cpu")
     return torch.device("cuda" if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else "cpu")
 
 

@@ -87,10 +87,9 @@ def open_dataset(folder: Path | str, split: str) -> Dataset:
     """Open one split and check it, without reading the shards through.
 
     Raises:
-        DataError: the folder, `dataset.json`, the split, a shard or an index is missing; a shard is not the size that
-        `dataset.json`
-            says or is no tar; an index is older than its tar or belongs to another; a sample has no caption or no
-            image.
+        DataError: the folder, `dataset.json`, the split, a shard or an index is missing; a shard has another size than
+            `dataset.json` says, or is no tar; an index is older than its tar, or belongs to another; a sample has no
+            caption or no image.
     """
     folder = Path(folder)
     description = read_description(folder)

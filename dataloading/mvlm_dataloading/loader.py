@@ -27,10 +27,11 @@ log = logging.getLogger(__name__)
 
 Int64 = NDArray[np.int64]
 
-# A reader is built for so many samples at a time: rare enough to cost nothing, and an index of bounded size whatever
-# the data set's.
+# A reader is built for a part of the stream. The first is short, to begin at once; each next is twice as long,
+# because to build one costs a little; and there is an end to it, so that the index has a bounded size however large
+# the data set is.
+_FIRST_SEGMENT_BATCHES = 16
 _SEGMENT_SAMPLES = 32768
-_SEGMENT_BATCHES = 256
 
 
 class Loader:
@@ -42,9 +43,9 @@ class Loader:
     smaller.
 
     Args:
-        device: None for the CPU, "cuda" to decode and resize on the GPU; the images are on it, all other tensors on
-        the CPU. text_length: tokens of a caption at most, [CLS] and [SEP] counted. max_bad_fraction: undecodable
-        pictures are replaced in training until more than this share of the split is bad.
+        device: None for the CPU, "cuda" to decode and resize on the GPU. Images are there, all else is on the CPU.
+        text_length: tokens of a caption at most, [CLS] and [SEP] counted.
+        max_bad_fraction: undecodable pictures are replaced in training until more than this share of the split is bad.
 
     Attributes:
         step: batches handed over. epoch: the epoch of the next sample. skipped: undecodable pictures met so far.
@@ -103,6 +104,7 @@ class Loader:
         self._position = 0  # samples of the stream handed over
         self._bad: set[int] = set()
         self._segment: _Segment | None = None
+        self._segment_batches = max(1, min(_FIRST_SEGMENT_BATCHES, _SEGMENT_SAMPLES // batch_size))
 
     @property
     def epoch(self) -> int:
@@ -165,15 +167,16 @@ class Loader:
                 ids, epochs, images, encoded, texts, metadata = self._segment.next()
                 break
             except RuntimeError as error:
-                self._set_aside_bad(*self._segment.current(), error)
+                self._set_aside_bad(self._segment.current()[0], error)
                 self._segment = None
         self._position += len(ids)
         self.step += 1
         return self._assemble(ids, epochs, images, encoded, texts, metadata)
 
     def _read_from(self, position: int) -> "_Segment":
-        batches = max(1, min(_SEGMENT_BATCHES, _SEGMENT_SAMPLES // self.batch_size))
-        count = batches * self.batch_size
+        count = self._segment_batches * self.batch_size
+        if 2 * count <= _SEGMENT_SAMPLES:
+            self._segment_batches *= 2
         if not self.train:
             count = min(count, len(self.dataset) - position)
         ids, epochs = self._stream(position, count)
@@ -191,16 +194,15 @@ class Loader:
         }
         return _Segment(self.dataset, ids, epochs, draws, self._geometry, batch_size, settings)
 
-    def _set_aside_bad(self, ids: Int64, epochs: Int64, error: RuntimeError) -> None:
-        """Find out which pictures made a batch fail, by reading them one at a time: DALI does not say."""
-        found = []
-        for i, epoch in dict(zip(ids.tolist(), epochs.tolist(), strict=True)).items():
-            try:
-                self._open(np.array([i]), np.array([epoch]), 1, prefetch=1).next()
-            except RuntimeError:
-                found.append(i)
+    def _set_aside_bad(self, ids: Int64, error: RuntimeError) -> None:
+        """Note which pictures made a batch fail, and stop when there are too many."""
+        found = self._undecodable(np.unique(ids))
         if not found:
             raise error
+        for i in found:
+            # A disk that fails is not a bad picture: it raises OSError here, or gives fewer bytes.
+            if len(self.dataset.image_bytes(i)) != self.dataset.image.size[i]:
+                raise DataError(f"{self.dataset.where(i)}: wanted the shard that was opened, found one cut short")
         if not self.train:
             raise DataError(
                 f"{self.dataset.where(found[0])}: wanted an image, found one that cannot be decoded; remove the sample"
@@ -214,6 +216,17 @@ class Loader:
                 f"{self.dataset.folder}: wanted at most {self._max_bad_fraction:.0%} undecodable images, "
                 f"found {len(self._bad)} of {len(self.dataset)}; build the data set again without them: {listed}"
             )
+
+    def _undecodable(self, ids: Int64) -> list[int]:
+        """Those of the samples `ids` that cannot be decoded, by halving: DALI does not say which of a batch it was."""
+        try:
+            self._open(ids, np.zeros_like(ids), len(ids), prefetch=1).next()
+        except RuntimeError:
+            if len(ids) == 1:
+                return ids.tolist()
+            half = len(ids) // 2
+            return self._undecodable(ids[:half]) + self._undecodable(ids[half:])
+        return []
 
     def _assemble(self, ids, epochs, images, encoded, texts, metadata) -> tuple[Batch, Masks]:
         where = self.dataset.where

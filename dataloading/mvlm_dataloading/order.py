@@ -6,7 +6,8 @@ every batch size, and a batch may begin in one epoch and end in the next.
 Shape legend: N samples of the split, n samples of a slice.
 """
 
-from collections.abc import Callable, Set
+from collections.abc import Set
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 
 from .dataset import Dataset
 from .randomness import Purpose, hash64
+from .shards import index_text
 
 Int64 = NDArray[np.int64]
 
@@ -84,26 +86,22 @@ def write_index_views(folder: Path, dataset: Dataset, ids: Int64) -> tuple[list[
 
     The reader obeys index lines in any order, with repetitions, and takes the same tar as often as it is named.
     """
-    ends = np.append(np.flatnonzero(np.diff(dataset.shard[ids])) + 1, len(ids))
+    lines = _index_lines(dataset, ids)
+    cuts = np.flatnonzero(np.diff(dataset.shard[ids])) + 1
     tars, indices = [], []
-    begin = 0
-    line = _line_writer(dataset)
-    for number, end in enumerate(ends):
-        path = folder / f"{number}.idx"
-        path.write_text(f"v1.2 {end - begin}\n" + "".join([line(i) for i in ids[begin:end]]), encoding="utf-8")
+    for begin, end in pairwise([0, *cuts.tolist(), len(ids)]):
+        path = folder / f"{begin}.idx"
+        path.write_text(index_text(lines[begin:end]), encoding="utf-8", errors="surrogateescape")
         tars.append(str(dataset.tars[dataset.shard[ids[begin]]]))
         indices.append(str(path))
-        begin = end
     return tars, indices
 
 
-def _line_writer(dataset: Dataset) -> Callable[[int], str]:
-    parts = [dataset.image, dataset.text, dataset.meta]
-
-    def line(i: int) -> str:
-        key = dataset.keys[i]
-        present = [part for part in parts if part.size[i] >= 0]
-        words = (f"{p.extension[i]} {p.offset[i]} {p.size[i]} {key}.{p.extension[i]}" for p in present)
-        return " ".join(words) + "\n"
-
-    return line
+def _index_lines(dataset: Dataset, ids: Int64) -> list[str]:
+    """One line a sample, column by column because there are many thousands."""
+    keys = dataset.keys[ids].tolist()
+    components = []
+    for part in (dataset.image, dataset.text, dataset.meta):
+        columns = (part.extension[ids].tolist(), part.offset[ids].tolist(), part.size[ids].tolist(), keys)
+        components.append([f"{e} {o} {s} {k}.{e} " if s >= 0 else "" for e, o, s, k in zip(*columns, strict=True)])
+    return [f"{image}{text}{meta}"[:-1] for image, text, meta in zip(*components, strict=True)]

@@ -59,7 +59,7 @@ def damage_images(dataset: Dataset, ids) -> None:
     """Make pictures undecodable without moving anything: what is left is their first 20 bytes."""
     for i in ids:
         with dataset.tars[dataset.shard[i]].open("r+b") as tar:
-            tar.seek(dataset.image.offset[i] + 20)
+            tar.seek(int(dataset.image.offset[i]) + 20)
             tar.write(bytes(int(dataset.image.size[i]) - 20))
     for tar in dataset.tars:
         os.utime(tar.with_suffix(".idx"))

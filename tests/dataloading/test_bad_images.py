@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ def damaged(tmp_path_factory, make):
 
 
 def load(dataset, tokenizer, **settings) -> Loader:
-    defaults = {"batch_size": 10, "image_size": 32, "text_length": 12, "seed": 1}
+    defaults: dict[str, Any] = {"batch_size": 10, "image_size": 32, "text_length": 12, "seed": 1}
     return Loader(dataset, tokenizer, **(defaults | settings))
 
 
@@ -48,7 +49,7 @@ def test_they_are_replaced_counted_and_named(damaged, tokenizer, caplog):
 
 def test_the_result_does_not_depend_on_the_batch_size(damaged, tokenizer):
     wanted = stream(load(damaged, tokenizer), 20)
-    assert stream(load(damaged, tokenizer, batch_size=1, num_threads=1), 200) == wanted
+    assert stream(load(damaged, tokenizer, batch_size=1, num_threads=1), 60) == wanted[:60]
     assert stream(load(damaged, tokenizer, batch_size=100), 2) == wanted
 
 
@@ -93,6 +94,17 @@ def test_a_pass_in_order_stops_at_one(damaged, tokenizer):
         stream(load(damaged, tokenizer, train=False), 10)
 
 
+def test_a_shard_that_vanishes_is_not_a_bad_image(tmp_path, make, tokenizer):
+    folder = make.dataset(tmp_path / "data", 4)
+    dataset = open_dataset(folder, "train")
+    make.damage(dataset, [0])
+    loader = load(dataset, tokenizer, batch_size=2)
+    dataset.tars[0].rename(tmp_path / "elsewhere")
+    with pytest.raises((OSError, RuntimeError)):
+        stream(loader, 10)
+    assert loader.skipped == 0
+
+
 def test_other_failures_of_the_reader_are_not_taken_for_bad_images(train_split, tokenizer, monkeypatch):
     loader = load(train_split, tokenizer)
     stream(loader, 1)
@@ -101,6 +113,7 @@ def test_other_failures_of_the_reader_are_not_taken_for_bad_images(train_split, 
         def run(self):
             raise RuntimeError("the disk is gone")
 
+    assert loader._segment is not None
     loader._segment._pipeline = Broken()
     with pytest.raises(RuntimeError, match="the disk is gone"):
         stream(loader, 1)

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mvlm_dataloading import DataError, build_emoji, open_dataset
-from mvlm_dataloading.sources.emoji import base_of, captions_of, group_of, named_emoji, split_of
+from mvlm_dataloading.sources.emoji import base_of, captions_of, group_of, merge_bases, named_emoji, split_of
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,12 @@ def test_base_is_the_concept_without_skin_tones():
     assert base_of(":kiss_person_person_light_skin_tone_dark_skin_tone:") == base_of(":kiss:")
     assert base_of(":man_running_facing_right_dark_skin_tone:") == base_of(":man_running:")
     assert base_of(":light_skin_tone:") == base_of(":medium-dark_skin_tone:") == "skin tone"
+
+
+def test_bases_that_share_a_picture_become_one():
+    bases = ["person", "man", "man", "woman", "elf", "man", "boy"]
+    pictures = [b"1", b"1", b"2", b"3", b"4", b"4", b"5"]
+    assert merge_bases(bases, pictures) == ["elf", "elf", "elf", "woman", "elf", "elf", "boy"]
 
 
 def test_one_base_for_all_that_differ_in_tone_alone():

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
-from nvidia.dali import fn
-from nvidia.dali.pipeline import Pipeline
 
+from mvlm_dataloading.errors import need
 from mvlm_dataloading.order import RUN_LENGTH, Stream, epoch_order, substitute, write_index_views
 
 
@@ -71,6 +70,7 @@ def test_dali_delivers_an_index_view_in_its_order_with_repetitions(tmp_path, tra
     ids = np.concatenate([rng.permutation(len(train_split)), rng.integers(0, len(train_split), 37), [3, 3, 3]])
     tars, indices = write_index_views(tmp_path, train_split, ids)
     assert len(tars) > 50  # the same few tars again and again
+    fn, Pipeline = need("nvidia.dali.fn"), need("nvidia.dali.pipeline").Pipeline
     pipeline = Pipeline(batch_size=10, num_threads=1, device_id=None)
     with pipeline:
         text, metadata = fn.readers.webdataset(paths=tars, index_paths=indices, ext=["txt", "json"])

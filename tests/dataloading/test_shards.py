@@ -7,6 +7,7 @@ import sys
 import tarfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ from PIL import Image
 from mvlm_dataloading import DataError, ShardWriter, open_dataset
 from mvlm_dataloading.shards import already_written
 
-HEADER = {"name": "set", "source": "s", "licence": "CC0", "attribution": "a"}
+HEADER: dict[str, Any] = {"name": "set", "source": "s", "licence": "CC0", "attribution": "a"}
 
 
 def writer_for(folder: Path, **settings) -> ShardWriter:
-    return ShardWriter(folder, **(HEADER | {"recipe": {"v": 1}} | settings))
+    return ShardWriter(folder, **HEADER, recipe={"v": 1}, **settings)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -42,7 +43,7 @@ def test_what_is_written(tmp_path, make):
     ]
     with tarfile.open(out / "train-000000.tar") as tar:
         assert tar.getnames() == ["a-1.png", "a-1.txt", "a-1.json", "b.jpg", "b.txt", "b.json"]
-        read = {member.name: tar.extractfile(member).read() for member in tar}
+        read = {member.name: content.read() for member in tar if (content := tar.extractfile(member))}
         assert {(member.mtime, member.uid, member.gid, member.uname) for member in tar} == {(0, 0, 0, "")}
     assert read["a-1.png"] == picture
     assert read["a-1.txt"].decode() == "two words\nmore\n"

@@ -10,7 +10,7 @@ import logging
 import multiprocessing
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 NAME = "emoji"
 LICENCE = "CC BY-SA 4.0"
 # Bumped when captions, pictures or splits change, so that a folder built before is not taken for this one.
-_REVISION = 1
+_REVISION = 2
 
 _TONE = r"(?:medium-light|medium-dark|light|medium|dark)_skin_tone"
 _TONES = re.compile(rf"_({_TONE}(?:_{_TONE})?)")
@@ -73,8 +73,10 @@ def build_emoji(out: Path, size: int = 144, *, limit: int | None = None, workers
         attribution=openmoji.ATTRIBUTION,
         recipe=recipe,
     ) as writer:
-        for (codepoints, _, captions, metadata), png in zip(entries, _draw_all(svgs, size, workers), strict=True):
-            metadata |= {"licence": LICENCE, "attribution": openmoji.ATTRIBUTION}
+        pictures = list(_draw_all(svgs, size, workers))
+        bases = merge_bases([metadata["base"] for *_, metadata in entries], pictures)
+        for (codepoints, _, captions, metadata), png, base in zip(entries, pictures, bases, strict=True):
+            metadata |= {"base": base, "licence": LICENCE, "attribution": openmoji.ATTRIBUTION}
             writer.add(codepoints, png, captions, metadata, split=split_of(codepoints))
     return out
 
@@ -134,6 +136,25 @@ def base_of(name: str) -> str:
     if re.fullmatch(_TONE, base.strip(":")):
         return "skin tone"
     return _words(base.replace("_person_person", "").replace("_facing_right", ""))
+
+
+def merge_bases(bases: Sequence[str], pictures: Sequence[bytes]) -> list[str]:
+    """The bases of some pictures, where bases that share a picture become one, named by the first in the alphabet.
+
+    OpenMoji draws "firefighter" as it draws "man firefighter": who has seen one has seen the other, whatever the name.
+    """
+    name_of = {base: base for base in bases}
+
+    def find(base: str) -> str:
+        while name_of[base] != base:
+            base = name_of[base]
+        return base
+
+    first: dict[bytes, str] = {}
+    for base, picture in zip(bases, pictures, strict=True):
+        one, other = sorted((find(base), find(first.setdefault(picture, base))))
+        name_of[other] = one
+    return [find(base) for base in bases]
 
 
 def group_of(codepoints: str) -> str:

@@ -1,0 +1,150 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvlm.config import PRESETS, MaskVLMConfig, PretrainConfig, model_config, pretrain_defaults
+from mvlm.errors import ConfigError
+from mvlm.model import MaskVLM
+
+
+def count_by_hand(c: MaskVLMConfig) -> int:
+    """Parameters of the method's parts, added up from their shapes."""
+    norm, attention, mlp = 2 * c.width, 4 * (c.width**2 + c.width), 8 * c.width**2 + 5 * c.width
+    pixels = 3 * c.patch_size**2
+    image = (pixels + 1) * c.width  # patch projection
+    image += 2 * c.width + (1 + (c.image_size // c.patch_size) ** 2) * c.width  # mask token, [CLS], positions
+    image += c.image_layers * (attention + mlp + 2 * norm) + norm
+    text = (c.vocab_size + c.text_length) * c.width + norm + c.text_layers * (attention + mlp + 2 * norm)
+    block, last = 2 * attention + mlp + 3 * norm, norm if c.cross_norm == "pre" else 0
+    cross = (2 * c.cross_layers + c.decoder_layers) * block + 3 * last
+    heads = (c.width + 1) * pixels  # pixels
+    heads += c.width**2 + c.width + norm + (c.width + 1) * c.vocab_size  # words
+    heads += 2 * (c.width + 1) * c.itc_width + 1 + 2 * (c.width + 1)  # ITC, its temperature, ITM
+    return image + text + cross + heads
+
+
+@pytest.mark.parametrize("name, millions", [("tiny", 10), ("base", 335)])
+def test_presets_have_the_parameters_they_promise(name, millions):
+    config = MaskVLMConfig.preset(name)
+    with torch.device("meta"):
+        found = sum(parameter.numel() for parameter in MaskVLM(config).parameters())
+    assert found == count_by_hand(config)
+    assert round(found / 1e6) == pytest.approx(millions, rel=0.02)
+
+
+def test_base_has_the_papers_sizes():
+    base = MaskVLMConfig.preset("base")
+    assert (base.image_size, base.patch_size, base.width, base.heads) == (224, 16, 768, 12)
+    assert (base.image_layers, base.text_layers, base.cross_layers, base.decoder_layers) == (12, 12, 3, 3)
+    assert (base.vocab_size, base.text_length, base.itc_width, base.temperature) == (50265, 40, 256, 0.07)
+    assert (base.mask_block, base.image_mask_ratio, base.text_mask_ratio) == (32, 0.6, 0.3)
+    assert base.cross_norm == "post"
+    assert (base.num_patches, base.patch_values) == (196, 768)
+
+
+def test_small_and_tiny_differ_from_base_in_size():
+    small, tiny = MaskVLMConfig.preset("small"), MaskVLMConfig.preset("tiny")
+    assert (small.image_size, small.width, small.heads, small.image_layers, small.cross_layers) == (224, 384, 6, 12, 3)
+    assert (tiny.image_size, tiny.patch_size, tiny.width, tiny.heads, tiny.vocab_size) == (96, 16, 192, 3, 2048)
+    assert (tiny.image_layers, tiny.text_layers, tiny.cross_layers, tiny.decoder_layers) == (6, 6, 2, 2)
+    assert tiny.text_length == 24
+    assert tiny.num_patches == 36
+    # The width of a head is 64 everywhere.
+    assert {MaskVLMConfig.preset(name).width / MaskVLMConfig.preset(name).heads for name in PRESETS} == {64}
+
+
+def test_a_preset_can_be_changed():
+    assert MaskVLMConfig.preset("tiny", text_length=30).text_length == 30
+    assert MaskVLMConfig.preset("tiny", text_length=30).width == 192
+
+
+@pytest.mark.parametrize("make", [MaskVLMConfig.preset, lambda name: pretrain_defaults(name, Path("d"), Path("o"))])
+def test_an_unknown_preset_is_answered_with_those_there_are(make):
+    with pytest.raises(ConfigError, match="unknown preset: wanted one of tiny, small, base, got 'huge'"):
+        make("huge")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_has_a_recipe(preset):
+    config = pretrain_defaults(preset, Path("data"), Path("run"))
+    assert config.model == MaskVLMConfig.preset(preset)
+    assert (config.data, config.out) == (Path("data"), Path("run"))
+    assert config.warmup_steps < config.max_steps
+    assert json.loads(json.dumps(config.to_dict()))["data"] == "data"
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"mask_block": 24}, "mask_block must divide image_size: wanted a divisor of 32, got 24"),
+        ({"patch_size": 12}, "patch_size must divide mask_block: wanted a divisor of 16, got 12"),
+        ({"heads": 3}, "heads must divide width: wanted a divisor of 16, got 3"),
+        ({"heads": 0}, "heads must be at least 1, got 0"),
+        ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
+        ({"mask_block": 0}, "mask_block must be at least 1, got 0"),
+        ({"width": -16}, "width must be at least 1, got -16"),
+        ({"image_layers": 0}, "image_layers must be at least 1, got 0"),
+        ({"text_layers": 0}, "text_layers must be at least 1, got 0"),
+        ({"cross_layers": 0}, "cross_layers must be at least 1, got 0"),
+        ({"decoder_layers": 0}, "decoder_layers must be at least 1, got 0"),
+        ({"itc_width": 0}, "itc_width must be at least 1, got 0"),
+        ({"text_length": 2}, "text_length must be at least 3"),
+        ({"cross_norm": "both"}, 'cross_norm must be "post" or "pre", got \'both\''),
+        ({"initialization": "zeros"}, 'initialization must be "normal" or "xavier", got \'zeros\''),
+        ({"pixel_initialization": "zeros"}, 'pixel_initialization must be "normal" or "xavier", got \'zeros\''),
+        ({"mask_token_id": 300}, r"mask_token_id must be in \[0, 300\), got 300"),
+        ({"mask_token_id": -1}, r"mask_token_id must be in \[0, 300\), got -1"),
+        ({"image_mask_ratio": 0.1}, "image_mask_ratio must hide 1 to 4 of 4 blocks, got 0.1"),
+        ({"image_mask_ratio": 1.2}, "image_mask_ratio must hide 1 to 4 of 4 blocks, got 1.2"),
+        ({"text_mask_ratio": 1.5}, r"text_mask_ratio must be in \[0, 1\], got 1.5"),
+        ({"temperature": 0.0}, r"temperature must be in \[0.001, 0.5\], got 0.0"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(toys, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        toys.config(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"log_every": 0}, "log_every must be at least 1, got 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
+        ({"crop_scale": (0.0, 1.0)}, "crop_scale must be 0 < smallest <= largest <= 1"),
+        ({"crop_scale": (0.9, 0.8)}, "crop_scale must be 0 < smallest <= largest <= 1"),
+        ({"crop_scale": (0.9, 1.1)}, "crop_scale must be 0 < smallest <= largest <= 1"),
+    ],
+)
+def test_recipes_that_cannot_be_are_refused(toys, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        toys.pretrain_config(Path("data"), Path("out"), **changes)
+
+
+def test_a_model_configuration_goes_through_json_and_back(toys):
+    config = toys.config(cross_norm="pre", image_mask_ratio=0.5)
+    values = json.loads(json.dumps(config.to_dict()))
+    assert model_config(values, "model.json") == config
+    assert values["image_mean"] == [0.5, 0.4, 0.3]
+
+
+def test_an_unknown_setting_is_answered_with_the_nearest(toys):
+    values = toys.config().to_dict()
+    with pytest.raises(ConfigError, match=r"^model.json: unknown model setting 'widht'; did you mean width\?$"):
+        model_config(values | {"widht": 3}, "model.json")
+    with pytest.raises(ConfigError, match=r"^model.json: unknown model setting 'zzz'$"):
+        model_config(values | {"zzz": 3}, "model.json")
+    with pytest.raises(ConfigError, match="heads must divide width"):
+        model_config(values | {"heads": 5}, "model.json")
+
+
+def test_a_recipe_becomes_plain_values(toys):
+    config = toys.pretrain_config(Path("data"), Path("out"), tokenizer=Path("t.json"))
+    assert isinstance(config, PretrainConfig)
+    values = json.loads(json.dumps(config.to_dict()))
+    assert (values["data"], values["out"], values["tokenizer"]) == ("data", "out", "t.json")
+    assert values["model"]["width"] == 16
+    assert values["crop_scale"] == [0.5, 1.0]

@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from mvlm import device as devices
+from mvlm.device import autocast, choose_device, has_fast_bf16
+from mvlm.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_the_gpu_is_taken_where_there_is_one(monkeypatch, there):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert choose_device().type == choose_device("auto").type == ("cuda" if there else "cpu")
+    assert choose_device("cpu").type == "cpu"
+
+
+def test_a_gpu_that_is_not_there_is_the_users_to_mend(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device: wanted cuda, but torch finds no CUDA device here; use --device cpu"):
+        choose_device("cuda")
+
+
+def test_a_device_by_another_name_is_refused():
+    with pytest.raises(ConfigError, match="device: wanted auto, cpu or cuda, got 'gpu'"):
+        choose_device("gpu")
+
+
+@pytest.mark.parametrize(
+    "capability, avx512_bf16, amx, fast",
+    [
+        ("AVX512", True, False, True),
+        ("AVX512", False, True, True),
+        ("AVX512", False, False, False),
+        ("AVX2", True, True, False),  # torch was told to leave AVX512 alone
+        ("DEFAULT", False, False, False),
+    ],
+)
+def test_fast_bf16_on_a_cpu(monkeypatch, capability, avx512_bf16, amx, fast):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert has_fast_bf16(CPU) is fast
+
+
+def test_fast_bf16_on_a_gpu_is_the_hardwares(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **settings: asked.append(settings) or True)
+    assert has_fast_bf16(torch.device("cuda"))
+    assert asked == [{"including_emulation": False}]
+
+
+@pytest.mark.parametrize(
+    "precision, fast, wanted",
+    [
+        ("auto", True, torch.bfloat16),
+        ("auto", False, torch.float32),
+        ("bf16", False, torch.bfloat16),
+        ("fp32", True, torch.float32),
+    ],
+)
+def test_precision(monkeypatch, precision, fast, wanted):
+    monkeypatch.setattr(devices, "has_fast_bf16", lambda device: fast)
+    a = torch.ones(4, 4)
+    with autocast(CPU, precision):
+        assert (a @ a).dtype == wanted
+    assert (a @ a).dtype == torch.float32
