@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   ?= data/emoji
 RUN    ?= runs/demo
-STEPS  ?= 600
+STEPS  ?= 560
 
 .PHONY: demo test check format clean
 

@@ -221,7 +221,7 @@ def pretrain_defaults(preset: str, data: Path, out: Path) -> PretrainConfig:
         return PretrainConfig(
             data=data,
             out=out,
-            max_steps=600,
+            max_steps=560,
             batch_size=64,
             lr_encoder=1e-3,
             lr_cross=1e-3,
