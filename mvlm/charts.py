@@ -50,7 +50,8 @@ def line_chart(
     for number, line in enumerate(points.values()):
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in line)
         parts.append(f'<polyline class="line{number}" points="{path}"/>')
-    legend = " ".join(f'<span class="key{number}">{escape(name)}</span>' for number, name in enumerate(points))
+    keys = [f'<span class="key{number}">{escape(name)}</span>' for number, name in enumerate(points)]
+    legend = " ".join(keys) if len(keys) > 1 else ""
     return (
         f'<figure class="chart"><figcaption>{escape(title)} {legend}</figcaption>'
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'

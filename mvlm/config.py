@@ -95,7 +95,9 @@ class MaskVLMConfig:
             raise ConfigError(f"mask_token_id must be in [0, {self.vocab_size}), got {self.mask_token_id}")
         blocks = (self.image_size // self.mask_block) ** 2
         if not 1 <= round(self.image_mask_ratio * blocks) <= blocks:
-            raise ConfigError(f"image_mask_ratio must hide 1 to {blocks} of {blocks} blocks, got {self.image_mask_ratio}")
+            raise ConfigError(
+                f"image_mask_ratio must hide 1 to {blocks} of {blocks} blocks, got {self.image_mask_ratio}"
+            )
         if not 0 <= self.text_mask_ratio <= 1:
             raise ConfigError(f"text_mask_ratio must be in [0, 1], got {self.text_mask_ratio}")
         if not 0.001 <= self.temperature <= 0.5:

@@ -21,7 +21,7 @@ from mvlm.evaluation import evaluate_briefly
 from mvlm.model import PIXEL_MODULES, MaskVLM
 from mvlm.objectives import Losses
 from mvlm.run_folder import MetricsFile, open_run
-from mvlm_dataloading import Dataset, Loader, Tokenizer, load_tokenizer, open_dataset, tokenizer_for
+from mvlm_dataloading import DataError, Dataset, Loader, Tokenizer, load_tokenizer, open_dataset, tokenizer_for
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +31,7 @@ def pretrain(config: PretrainConfig) -> None:
     device = choose_device(config.device)
     dataset = open_dataset(config.data, "train")
     validation = open_dataset(config.data, "validation") if config.eval_every_steps else None
-    tokenizer = (
-        tokenizer_for(dataset, config.model.vocab_size)
-        if config.tokenizer is None
-        else load_tokenizer(config.tokenizer)
-    )
+    tokenizer = choose_tokenizer(config, dataset)
     config = replace(config, model=fit_to_tokenizer(config, tokenizer))
     checkpoint = open_run(config)
 
@@ -54,6 +50,18 @@ def pretrain(config: PretrainConfig) -> None:
         log.info("%s is complete: %d of %d steps", config.out, step, config.max_steps)
         return
     run.train(validation)
+
+
+def choose_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
+    """The tokenizer by path, the data set's own, or one trained on its captions."""
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    try:
+        return tokenizer_for(dataset, config.model.vocab_size)
+    except DataError:
+        raise
+    except ValueError as error:  # a vocabulary with no room for all bytes
+        raise ConfigError(f"model.vocab_size: {error}") from None
 
 
 def fit_to_tokenizer(config: PretrainConfig, tokenizer: Tokenizer):
@@ -139,6 +147,8 @@ class Run:
         self.loader, self.tokenizer, self.device = loader, tokenizer, device
         self.step = step
         """Updates made."""
+        self.saved = step
+        """The step of the newest checkpoint."""
 
     def train(self, validation: Dataset | None) -> None:
         """Go on to `max_steps`, with checkpoints on the way and at the end."""
@@ -161,7 +171,8 @@ class Run:
                     if self.due(config.checkpoint_every_steps) or minutes >= config.checkpoint_every_minutes:
                         self.save()
                         last_save = time.monotonic()
-            self.save()
+            if self.saved != self.step:  # a checkpoint of the last step is not written over itself
+                self.save()
         finally:
             metrics.close()
             board.close()
@@ -215,6 +226,7 @@ class Run:
         state = {"loader": self.loader.state_dict()}
         path = save_checkpoint(root, self.step, self.model, self.optimizer, state, self.tokenizer)
         remove_old_checkpoints(root, self.config.keep_checkpoints)
+        self.saved = self.step
         return path
 
 
