@@ -44,10 +44,13 @@ def eval_retrieval(
     """
     from mvlm.checkpoint import load_model
     from mvlm.device import choose_device
+    from mvlm.errors import ConfigError
     from mvlm.evaluation import evaluate
     from mvlm.evaluation.table import format_table, write_json
     from mvlm_dataloading import open_dataset
 
+    if rerank < 1:
+        raise ConfigError(f"rerank: wanted at least 1, got {rerank}")
     model, tokenizer = load_model(checkpoint, choose_device(device))
     figures = evaluate(model, open_dataset(data, split), open_dataset(data, "train"), tokenizer, rerank)
     figures = {"checkpoint": str(checkpoint), "split": split, **figures}
@@ -109,6 +112,8 @@ def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5) -> None:
     from mvlm.errors import ConfigError
 
     model, tokenizer = load_model(checkpoint)
+    if not 1 <= top <= tokenizer.vocab_size:
+        raise ConfigError(f"top: wanted 1 to {tokenizer.vocab_size}, got {top}")
     tokens = inference.tokens_with_gaps(caption, tokenizer, model.config.text_length)
     ids = (tokens == tokenizer.mask_id).nonzero()[:, 0]
     if not len(ids):

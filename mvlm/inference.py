@@ -99,7 +99,8 @@ def fill(
     """Guess masked tokens from the rest of each caption and from its image.
 
     images uint8 (B, 3, S, S); tokens packed int64 (T,) with `lengths`; token_ids int64 (M,), positions to hide.
-    Returns the `top` likeliest token ids int64 (M, top) and their probabilities (M, top), on the CPU.
+    Returns the `top` likeliest token ids int64 (M, top), of those that the tokenizer has, and their probabilities
+    (M, top), on the CPU.
     """
     device = next(model.parameters()).device
     starts = torch.tensor([0, *np.cumsum(lengths)], device=device)
@@ -109,5 +110,6 @@ def fill(
         v = model.encode_image(images.to(device))
         wm = model.encode_text(padded, key_mask)
         logits = model.token_logits(v, wm, key_mask, starts, token_ids.to(device)).float()
+    logits = logits[:, : tokenizer.vocab_size]  # the model may have rows for tokens that there are not
     found = logits.softmax(-1).topk(top, dim=-1)
     return found.indices.cpu(), found.values.cpu()

@@ -61,7 +61,7 @@ def micro_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: An
 
 
 def micro_batch(lengths: tuple[int, ...] = (7, 4, 12, 3, 9), seed: int = 0, config: MaskVLMConfig | None = None):
-    """A made-up batch with captions of these lengths, and masks for it: half the patches, about a third of the words."""
+    """A made-up batch with captions of these lengths, and masks: half the patches, about a third of the words."""
     config = config or micro_config()
     rng = np.random.default_rng(seed)
     number, side = len(lengths), config.image_size

@@ -231,7 +231,7 @@ def test_another_architecture_is_refused_with_the_shapes(toys, training, tokeniz
         load_weights(model, path)
     tensors["extra"] = tensors.pop("matching_head.bias")
     save_file(tensors, path / "model.safetensors")
-    with pytest.raises(RunError, match="another architecture: matching_head.bias missing; extra unexpected$"):
+    with pytest.raises(RunError, match=r"another architecture: matching_head\.bias missing; extra unexpected$"):
         load_weights(model, path)
 
 
@@ -246,7 +246,7 @@ def test_files_that_fit_the_manifest_and_are_no_checkpoint(run_copy):
         sign_again(folder)
 
     restore("model.safetensors", "not tensors")
-    with pytest.raises(RunError, match="model.safetensors: not readable as safetensors"):
+    with pytest.raises(RunError, match=r"model\.safetensors: not readable as safetensors"):
         load_model(folder)
     config = json.loads((original / "model.json").read_text())
     restore("model.json", json.dumps(config | {"widht": 3}))
@@ -260,7 +260,7 @@ def test_files_that_fit_the_manifest_and_are_no_checkpoint(run_copy):
         with pytest.raises(RunError, match="step_00000002: "):
             load_model(folder)
     restore("tokenizer.json", "{}")
-    with pytest.raises(RunError, match="tokenizer.json: wanted a tokenizer.json"):
+    with pytest.raises(RunError, match=r"tokenizer\.json: wanted a tokenizer\.json"):
         load_model(folder)
 
 

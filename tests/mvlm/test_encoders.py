@@ -45,7 +45,9 @@ def test_the_image_encoder_is_timms_vit(toys):
         copy(ours.norm, theirs.norm)
         for block, other in zip(ours.blocks, theirs.blocks, strict=True):
             parts = (block.attention.query, block.attention.key, block.attention.value)
-            for part, weight, bias in zip(parts, other.attn.qkv.weight.chunk(3), other.attn.qkv.bias.chunk(3)):
+            for part, weight, bias in zip(
+                parts, other.attn.qkv.weight.chunk(3), other.attn.qkv.bias.chunk(3), strict=True
+            ):
                 part.weight.copy_(weight)
                 part.bias.copy_(bias)
             copy(block.attention.out, other.attn.proj)

@@ -1,6 +1,7 @@
 """The model against the method written out in numpy float64: one picture and one caption at a time, no padding."""
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -96,7 +97,7 @@ class Reference:
     def losses(self, batch: Batch, masks: Masks, seed: int, step: int, uniform) -> dict[str, float]:
         config, number = self.config, len(batch.images)
         images, starts = batch.images.numpy(), batch.cu_seqlens.tolist()
-        captions = [batch.tokens[a:b].tolist() for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        captions = [batch.tokens[a:b].tolist() for a, b in pairwise(starts)]
         hidden = [
             [config.mask_token_id if start + i in masks.token_ids.tolist() else t for i, t in enumerate(caption)]
             for start, caption in zip(starts[:-1], captions, strict=True)
@@ -433,9 +434,7 @@ def test_training_and_evaluation_mode_are_the_same(toys):
 @pytest.mark.parametrize("pixel_initialization", ["normal", "xavier"])
 def test_weights_of_a_new_model(toys, initialization, pixel_initialization):
     torch.manual_seed(0)
-    config = toys.config(
-        width=64, heads=1, initialization=initialization, pixel_initialization=pixel_initialization
-    )
+    config = toys.config(width=64, heads=1, initialization=initialization, pixel_initialization=pixel_initialization)
     model = MaskVLM(config)
     assert model.log_scale.item() == pytest.approx(math.log(1 / 0.07), abs=1e-6)
     for name, module in model.named_modules():

@@ -185,7 +185,7 @@ def test_without_an_admissible_negative_the_weight_is_zero(number):
 
 
 def test_only_the_rows_without_a_negative_lose_theirs():
-    """Pair 0 shares its caption with pair 1 and its picture with pair 2, so it has no negative; they have each other."""
+    """Pair 0 shares its caption with pair 1 and its picture with pair 2: it has no negative, they have each other."""
     admissible = admissible_negatives(torch.tensor([1, 2, 1]), torch.tensor([5, 5, 6]))
     columns, weights = draw_negatives(random(3, 3), admissible, 0, 0, 0)
     assert weights.tolist() == [0.0, 1.0, 1.0]

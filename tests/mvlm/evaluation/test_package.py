@@ -1,0 +1,74 @@
+import math
+
+import pytest
+import torch
+
+from mvlm.evaluation import encode_split, evaluate, evaluate_briefly, rank, recall, unseen_images
+from mvlm_dataloading import ShardWriter, open_dataset
+
+
+@pytest.fixture
+def model(toys):
+    return toys.model(dtype=torch.float32)
+
+
+def write(folder, toys, bases: dict[str, list[str | None]]):
+    with ShardWriter(folder, name="x", source="", licence="", attribution="", recipe={}) as writer:
+        for split, found in bases.items():
+            for i, base in enumerate(found):
+                pixels, caption = toys.scene(i)
+                metadata = {} if base is None else {"base": base}
+                writer.add(f"{split}{i}", toys.png(pixels), [caption, f"one {caption}"], metadata, split=split)
+    return folder
+
+
+def test_unseen_are_the_concepts_that_training_lacks(tmp_path, toys):
+    folder = write(
+        tmp_path / "data",
+        toys,
+        {"train": ["cat", "dog", "cat", None], "test": ["cat", "owl", None, "dog", "hen"]},
+    )
+    unseen = unseen_images(open_dataset(folder, "test"), open_dataset(folder, "train"))
+    assert unseen.dtype == torch.bool
+    assert unseen.tolist() == [False, True, True, False, True]
+
+
+def test_every_figure(model, tmp_path, toys, tokenizer):
+    folder = write(tmp_path / "data", toys, {"train": ["cat"] * 4, "test": ["cat", "owl", "cat", "hen", "cat", "cat"]})
+    split, train = (open_dataset(folder, name) for name in ("test", "train"))
+    figures = evaluate(model.eval(), split, train, tokenizer, 3, "fp32")
+    features = encode_split(model, split, tokenizer, "fp32")
+    ranks = {way: rank(model, features, way, 3, "fp32") for way in ("tr", "ir")}
+    for way, chosen in (("tr", [1, 3]), ("ir", [2, 3, 6, 7])):
+        assert figures[way] == recall(ranks[way].itm)
+        assert figures["itc"][way] == recall(ranks[way].itc)
+        assert figures["unseen"][way] == recall(ranks[way].itm[chosen])
+        assert figures["unseen"]["itc"][way] == recall(ranks[way].itc[chosen])
+    assert (figures["n_images"], figures["n_texts"]) == (6, 12)
+    assert (figures["unseen"]["n_images"], figures["unseen"]["n_texts"]) == (2, 4)
+    assert figures["reranked"] == 3
+    for name in ("gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1"):
+        assert math.isfinite(figures[name])
+    for name in ("masked_l1_white", "masked_l1_train_median", "seconds"):
+        assert figures[name] > 0
+
+
+def test_without_unseen_concepts_there_are_no_figures_for_them(model, tmp_path, toys, tokenizer):
+    folder = write(tmp_path / "data", toys, {"train": ["cat"], "test": ["cat", "cat"]})
+    split, train = (open_dataset(folder, name) for name in ("test", "train"))
+    assert evaluate(model.eval(), split, train, tokenizer, 2, "fp32")["unseen"] is None
+
+
+def test_a_brief_evaluation_leaves_the_model_in_training(model, heldout_split, tokenizer):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert model.training
+    found = evaluate_briefly(model, heldout_split, tokenizer, "fp32")
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    features = encode_split(model, heldout_split, tokenizer, "fp32")
+    for way in ("tr", "ir"):
+        alone = recall(rank(model, features, way, 8, "fp32").itc)
+        assert {name: found[f"{way}_{name}"] for name in alone} == alone
+    assert set(found) == {f"{way}_r{k}" for way in ("tr", "ir") for k in (1, 5, 10)} | {
+        *("gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1")
+    }

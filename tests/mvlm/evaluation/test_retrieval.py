@@ -1,0 +1,155 @@
+"""Ranks and recall against a brute-force count, with a matching head that looks its answers up in a table."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mvlm.evaluation.features import Features
+from mvlm.evaluation.retrieval import best_rank, match_scores, rank, recall
+
+
+class Lookup(nn.Module):
+    """Stands in for a model: features carry the number of their picture or caption, `match` reads a table."""
+
+    def __init__(self, log_odds: np.ndarray, scale: float = 1.0) -> None:
+        super().__init__()
+        self.log_odds = torch.from_numpy(log_odds)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale), dtype=torch.float64))
+        self.batches: list[tuple[int, int]] = []
+
+    def match(self, v: torch.Tensor, w: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
+        assert v.shape[0] == w.shape[0] == key_mask.shape[0]
+        assert w.shape[1] == key_mask.shape[1] == key_mask.sum(1).max()  # no column that is padding everywhere
+        self.batches.append((len(v), w.shape[1]))
+        odds = self.log_odds[v[:, 0, 0].long(), w[:, 0, 0].long()].float()
+        return torch.stack([torch.full_like(odds, 3.0), odds + 3.0], dim=1)
+
+
+def features_of(image: np.ndarray, text: np.ndarray, owner: list[int]) -> Features:
+    """Features that carry numbers, with these embeddings; captions are 3 to 6 tokens long."""
+    lengths = 3 + torch.arange(len(text)) % 4
+    return Features(
+        v=torch.arange(len(image)).float()[:, None, None].expand(-1, 2, 4),
+        w=torch.arange(len(text)).float()[:, None, None].expand(-1, 8, 4),
+        key_mask=torch.arange(8) < lengths[:, None],
+        image_embedding=torch.from_numpy(image),
+        text_embedding=torch.from_numpy(text),
+        owner=torch.tensor(owner),
+        first=torch.tensor([owner.index(i) for i in range(len(image))]),
+        captions=[f"caption {t}" for t in range(len(text))],
+    )
+
+
+def by_hand(image, text, owner, log_odds, scale, direction, k):
+    """For every query: its rank by similarity, its rank after re-ranking, and the first answers with their score."""
+    found = []
+    for query in range(len(image) if direction == "tr" else len(text)):
+        gallery = range(len(text) if direction == "tr" else len(image))
+
+        def pair(answer, query=query):
+            return (query, answer) if direction == "tr" else (answer, query)
+
+        similarity = {a: float(image[pair(a)[0]] @ text[pair(a)[1]]) for a in gallery}
+        right = {a for a in gallery if owner[pair(a)[1]] == pair(a)[0]}
+        best = max(similarity[a] for a in right)
+        itc = sum(similarity[a] >= best for a in gallery if a not in right)
+        candidates = sorted(gallery, key=lambda a: -similarity[a])[:k]
+        score = {a: scale * similarity[a] + float(log_odds[pair(a)]) for a in candidates}
+        itm = itc
+        if right & set(candidates):
+            best = max(score[a] for a in right & set(candidates))
+            itm = sum(score[a] >= best for a in candidates if a not in right)
+        order = sorted(candidates, key=lambda a: -score[a])
+        found.append((itc, itm, order[:5], score[order[0]]))
+    return found
+
+
+@pytest.mark.parametrize("direction", ["tr", "ir"])
+@pytest.mark.parametrize("k", [1, 4, 12, 1000])
+def test_ranks_against_brute_force(direction, k):
+    """70 pictures with one to four captions each; more queries than a block holds, more pairs than a batch."""
+    rng = np.random.default_rng(0)
+    owner = [i for i in range(70) for _ in range(1 + i % 4)]
+    image, text = rng.normal(size=(70, 5)), rng.normal(size=(len(owner), 5))
+    text += 0.8 * image[owner]
+    log_odds = 3 * rng.normal(size=(70, len(owner)))
+    log_odds[owner, np.arange(len(owner))] += 3
+    model = Lookup(log_odds, scale=2.5)
+    found = rank(model, features_of(image, text, owner), direction, k, "fp32")  # pyright: ignore[reportArgumentType]
+    wanted = by_hand(image, text, owner, log_odds, 2.5, direction, k)
+    assert found.itc.tolist() == [itc for itc, _, _, _ in wanted]
+    assert found.itm.tolist() == [itm for _, itm, _, _ in wanted]
+    assert found.top.tolist() == [top for _, _, top, _ in wanted]
+    np.testing.assert_allclose(found.score.numpy(), [score for _, _, _, score in wanted], rtol=1e-6)
+    assert max(size for size, _ in model.batches) <= 256  # bounded memory
+    if 1 < k < 1000:
+        assert found.itm.tolist() != found.itc.tolist()
+
+
+@pytest.mark.parametrize("direction", ["tr", "ir"])
+def test_re_ranking_can_only_help_those_it_sees(direction):
+    """Right answers below the first k keep their rank, also when the matching head would put them first."""
+    rng = np.random.default_rng(1)
+    image, text = rng.normal(size=(30, 4)), rng.normal(size=(30, 4))
+    sure = 1000 * np.eye(30)
+    model = Lookup(sure)
+    found = rank(model, features_of(image, text, list(range(30))), direction, 10, "fp32")  # pyright: ignore[reportArgumentType]
+    for itc, itm in zip(found.itc.tolist(), found.itm.tolist(), strict=True):
+        assert itm == (0 if itc < 10 else itc)
+
+
+@pytest.mark.parametrize("direction", ["tr", "ir"])
+def test_the_log_odds_are_those_of_the_right_pair(direction):
+    rng = np.random.default_rng(2)
+    table = rng.normal(size=(9, 300))
+    model, features = Lookup(table), features_of(np.zeros((9, 2)), np.zeros((300, 2)), [0] * 292 + list(range(1, 9)))
+    queries = torch.tensor([3, 7])
+    candidates = torch.from_numpy(rng.integers(0, 300 if direction == "tr" else 9, size=(2, 200)))
+    scores = match_scores(model, features, queries, candidates, direction, "fp32")  # pyright: ignore[reportArgumentType]
+    for row, query in enumerate(queries.tolist()):
+        for column, answer in enumerate(candidates[row].tolist()):
+            wanted = table[query, answer] if direction == "tr" else table[answer, query]
+            assert scores[row, column].item() == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.mark.parametrize("captions", [1, 3])
+def test_chance(captions):
+    """Random embeddings of 400 pictures: recall within four standard errors of the share that chance gives."""
+    rng = np.random.default_rng(3)
+    owner = [i for i in range(400) for _ in range(captions)]
+    image, text = rng.normal(size=(400, 16)), rng.normal(size=(len(owner), 16))
+    model = Lookup(rng.normal(size=(400, len(owner))))
+    for direction in ("tr", "ir"):
+        found = rank(model, features_of(image, text, owner), direction, 16, "fp32")  # pyright: ignore[reportArgumentType]
+        queries, gallery = (400, len(owner)) if direction == "tr" else (len(owner), 400)
+        answers = captions if direction == "tr" else 1
+        for ranks in (found.itc, found.itm):
+            for k in (1, 5, 10):
+                misses = [(gallery - answers - i) / (gallery - i) for i in range(k)]
+                p = 1 - math.prod(misses)
+                # captions of one picture are not quite independent queries: count the pictures
+                error = math.sqrt(p * (1 - p) / min(queries, 400))
+                assert abs(recall(ranks)[f"r{k}"] / 100 - p) < 4 * error + 5e-5, (direction, k)
+
+
+def test_ties_count_against_us():
+    scores = torch.tensor([[0.5, 0.5, 0.5, 0.1], [0.9, 0.2, 0.9, 0.9], [0.1, 0.3, 0.2, 0.3]])
+    right = torch.tensor([[True, False, False, False], [True, False, True, False], [False, False, True, False]])
+    assert best_rank(scores, right).tolist() == [2, 1, 2]
+    assert best_rank(torch.zeros(3, 10), torch.eye(3, 10).bool()).tolist() == [9, 9, 9]
+
+
+@pytest.mark.parametrize("direction", ["tr", "ir"])
+def test_a_model_that_says_the_same_of_everything_finds_nothing(direction):
+    features = features_of(np.ones((20, 3)), np.ones((20, 3)), list(range(20)))
+    found = rank(Lookup(np.zeros((20, 20))), features, direction, 20, "fp32")  # pyright: ignore[reportArgumentType]
+    for ranks in (found.itc, found.itm):
+        assert recall(ranks) == {"r1": 0.0, "r5": 0.0, "r10": 0.0}
+
+
+def test_recall_is_per_cent_of_queries():
+    assert recall(torch.tensor([0, 0, 3, 4, 5, 9, 10, 99])) == {"r1": 25.0, "r5": 50.0, "r10": 75.0}
+    assert recall(torch.tensor([0, 1, 1])) == {"r1": 33.33, "r5": 100.0, "r10": 100.0}

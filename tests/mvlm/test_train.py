@@ -1,0 +1,414 @@
+import json
+import math
+import re
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mvlm import objectives, train
+from mvlm.checkpoint import load_model, verify_checkpoint
+from mvlm.errors import ConfigError, NonFiniteLossError, RunError
+from mvlm.run_folder import read_metrics
+from mvlm.train import Run, learning_rate_factor, make_loader, make_optimizer, pretrain
+from mvlm_dataloading import DataError, open_dataset, tokenizer_for
+
+CPU = torch.device("cpu")
+LOSSES = ("loss", "mlm", "mim", "itc", "itm", "grad_norm")
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_as_a_cosine(toys):
+    config = toys.pretrain_config(Path(), Path(), max_steps=110, warmup_steps=10, lr_end=0.2)
+    factors = [learning_rate_factor(step, config) for step in range(111)]
+    assert factors[:10] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    assert factors[10] == 1
+    assert factors[60] == pytest.approx((1 + 0.2) / 2)  # half of the way down
+    assert factors[35] == pytest.approx(0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2)  # a quarter of the way
+    assert factors[110] == pytest.approx(0.2)
+    assert all(a > b for a, b in pairwise(factors[10:]))
+
+
+def test_a_run_without_warm_up_starts_at_the_peak(toys):
+    config = toys.pretrain_config(Path(), Path(), max_steps=10, warmup_steps=0)
+    assert learning_rate_factor(0, config) == 1
+
+
+@pytest.mark.parametrize("cross_norm", ["post", "pre"])
+def test_only_matrices_decay_and_modules_have_their_rates(toys, cross_norm):
+    """What decays is told by the kind of module here: the weights of linear layers, and nothing else."""
+    model = toys.model(dtype=torch.float32, cross_norm=cross_norm)
+    config = toys.pretrain_config(Path(), Path(), lr_encoder=1e-5, lr_cross=3e-4, lr_pixels=7e-5, weight_decay=0.06)
+    optimizer = make_optimizer(model, config, CPU)
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    rates = {}
+    for name, module in model.named_children():
+        pixels = name in ("image_cross", "image_decoder", "pixel_head")
+        rate = 1e-5 if name in ("image_encoder", "text_encoder") else 7e-5 if pixels else 3e-4
+        rates |= {id(parameter): rate for parameter in module.parameters()}
+    rates[id(model.log_scale)] = 3e-4
+
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    seen = []
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.9, config.beta2)
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert group["weight_decay"] == (0.06 if id(parameter) in matrices else 0.0), name
+            assert group["peak"] == rates[id(parameter)], name
+            seen.append(id(parameter))
+    assert len(seen) == len(set(seen))
+    assert set(seen) == set(names)
+
+
+@pytest.fixture
+def start(toys, scenes, tokenizer, tmp_path):
+    """A function that makes a run in progress, and its batches."""
+
+    def make(dtype=torch.float32, **changes):
+        config = toys.pretrain_config(scenes, tmp_path / "run", precision="fp32", max_steps=20, **changes)
+        model = toys.model(dtype=dtype)
+        loader = make_loader(open_dataset(scenes, "train"), tokenizer, config, CPU)
+        run = Run(config, model, make_optimizer(model, config, CPU), loader, tokenizer, CPU, 0)
+        return run, iter(loader)
+
+    return make
+
+
+def test_a_step_is_what_adamw_does_with_the_gradient_of_the_total(toys, start):
+    """One update of every parameter against Loshchilov and Hutter's formula in numpy."""
+    run, batches = start(warmup_steps=4, weight_decay=0.1, clip_norm=0.5)
+    before = {name: p.detach().double().numpy().copy() for name, p in run.model.named_parameters()}
+    batch, masks = next(iter(make_loader(run.loader.dataset, run.tokenizer, run.config, CPU)))
+    twin = toys.model(dtype=torch.float32)
+    twin(batch, masks, seed=0, step=0).total.backward()
+    gradients = {name: p.grad.double().numpy() for name, p in twin.named_parameters() if p.grad is not None}
+    norm = math.sqrt(sum((g**2).sum() for g in gradients.values()))
+    assert norm > 0.5
+
+    row = run.one_step(batches)
+    assert row["step"] == run.step == 1
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)  # as it was before clipping
+    assert row["lr"] == pytest.approx(2e-3 / 4)
+    peaks = {id(p): (g["peak"], g["weight_decay"]) for g in run.optimizer.param_groups for p in g["params"]}
+    for name, parameter in run.model.named_parameters():
+        g, (peak, decay) = gradients[name] * 0.5 / norm, peaks[id(parameter)]
+        moved = before[name] * (1 - peak / 4 * decay) - peak / 4 * g / (np.abs(g) + 1e-8)  # the first step of Adam
+        np.testing.assert_allclose(parameter.detach().numpy(), moved, rtol=1e-6, atol=1e-7, err_msg=name)
+        assert parameter.grad is None
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1e3])
+def test_gradients_are_clipped_to_the_norm(start, limit, monkeypatch):
+    run, batches = start(clip_norm=limit)
+    norms = []
+
+    def watch(*_):
+        squares = [(p.grad.double() ** 2).sum() for p in run.model.parameters() if p.grad is not None]
+        norms.append(math.sqrt(sum(squares)))
+
+    monkeypatch.setattr(run.optimizer, "step", watch)
+    row = run.one_step(batches)
+    assert 1e-2 < row["grad_norm"] < 1e3
+    assert norms == [pytest.approx(min(limit, row["grad_norm"]), rel=1e-3)]
+
+
+@pytest.mark.parametrize("value, end", [(20.0, math.log(1 / 0.001)), (-3.0, math.log(1 / 0.5))])
+def test_the_temperature_is_clamped_after_each_step(start, value, end):
+    run, batches = start()
+    with torch.no_grad():
+        run.model.log_scale.fill_(value)
+    run.one_step(batches)
+    assert run.model.log_scale.item() == pytest.approx(end, rel=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    "term, function",
+    [
+        ("mlm", "masked_language_loss"),
+        ("mim", "masked_image_loss"),
+        ("itc", "contrastive_loss"),
+        ("itm", "matching_loss"),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_before_the_update(start, monkeypatch, term, function, value):
+    run, batches = start()
+    run.one_step(batches)
+    weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    moments = [{k: v.clone() for k, v in state.items()} for state in run.optimizer.state.values()]
+    loss = getattr(objectives, function)
+    monkeypatch.setattr(objectives, function, lambda *inputs: loss(*inputs) + value)
+    with pytest.raises(NonFiniteLossError, match=rf"^step 2: {term} is {value}; the update was not made\."):
+        run.one_step(batches)
+    assert run.step == 1
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in run.model.state_dict().items())
+    for before, state in zip(moments, run.optimizer.state.values(), strict=True):
+        assert all(torch.equal(before[k], v) for k, v in state.items())
+
+
+def test_a_gradient_that_is_not_finite_stops_too(start):
+    """A loss may be finite and its gradient not: here through the square root of zero."""
+    run, batches = start()
+    parameter = run.model.pixel_head.bias
+    forward = run.model.forward
+
+    def broken(*inputs, **settings):
+        losses = forward(*inputs, **settings)
+        zero = (parameter.sum() * 0).sqrt()
+        return losses._replace(total=losses.total + zero)
+
+    run.model.forward = broken
+    before = parameter.detach().clone()
+    with pytest.raises(NonFiniteLossError, match=r"^step 1: grad_norm is nan; the update was not made\."):
+        run.one_step(batches)
+    assert torch.equal(parameter, before)
+    assert not run.optimizer.state
+
+
+def test_a_run_that_stops_keeps_what_it_had(toys, scenes, tmp_path, monkeypatch, without_tensorboard):
+    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=5, checkpoint_every_steps=2)
+    loss, calls = objectives.masked_image_loss, []
+
+    def broken(*inputs):
+        calls.append(1)
+        return loss(*inputs) * (math.nan if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(objectives, "masked_image_loss", broken)
+    with pytest.raises(NonFiniteLossError, match=r"^step 4: mim is nan"):
+        pretrain(config)
+    assert [row["step"] for row in read_metrics(config.out / "metrics.jsonl")] == [1, 2, 3]
+    assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step_00000002"]
+    verify_checkpoint(config.out / "checkpoints/step_00000002")
+
+
+def test_what_a_run_writes(trained, scenes):
+    rows = read_metrics(trained / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    for number, row in enumerate(rows, 1):
+        assert list(row) == [
+            *("step", "pairs_seen", "loss", "mlm", "mim", "itc", "itm", "lr", "grad_norm"),
+            *("pairs_per_s", "data_wait_s", "skipped"),
+        ]
+        assert row["pairs_seen"] == 8 * number
+        assert row["loss"] == pytest.approx(row["mlm"] + row["mim"] + row["itc"] + row["itm"], rel=1e-5)
+        assert row["lr"] == pytest.approx(2e-3 * number / 2)
+        assert row["skipped"] == 0
+        assert row["pairs_per_s"] > 0 <= row["data_wait_s"]
+    config = json.loads((trained / "config.json").read_text())
+    assert config["data"] == str(scenes)
+    assert config["model"]["mask_token_id"] == 4
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["step_00000001", "step_00000002"]
+    assert list((trained / "tensorboard").iterdir())
+    assert {path.name for path in trained.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", "tensorboard"}
+
+
+def test_tensorboard_has_the_same_figures(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained / "tensorboard"))
+    events.Reload()
+    for row, loss, rate in zip(
+        read_metrics(trained / "metrics.jsonl"), events.Scalars("mlm"), events.Scalars("lr"), strict=True
+    ):
+        assert (loss.step, rate.step) == (row["step"], row["step"])
+        assert loss.value == pytest.approx(row["mlm"], rel=1e-6)
+        assert rate.value == pytest.approx(row["lr"], rel=1e-6)
+
+
+def losses_of(run: Path) -> list[dict[str, float]]:
+    return [{name: row[name] for name in ("step", *LOSSES)} for row in read_metrics(run / "metrics.jsonl")]
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_equal_seeds_equal_runs(toys, scenes, tmp_path, two_threads, without_tensorboard, precision):
+    """Digit for digit, with two threads; another seed is another run."""
+    runs = {}
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        config = toys.pretrain_config(
+            scenes, tmp_path / name, max_steps=4, batch_size=16, seed=seed, precision=precision
+        )
+        torch.manual_seed(len(runs))  # whatever was drawn before
+        pretrain(config)
+        weights = (config.out / "checkpoints/step_00000004/model.safetensors").read_bytes()
+        runs[name] = (losses_of(config.out), weights)
+    assert runs["a"] == runs["b"]
+    assert len(runs["a"][0]) == 4
+    for mine, yours in zip(runs["a"][0], runs["c"][0], strict=True):
+        assert all(mine[name] != yours[name] for name in LOSSES)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("settings", [{}, {"reconstruction_first": 4}, {"eval_every_steps": 2, "batch_size": 7}])
+def test_a_resumed_run_is_the_run_without_a_break(toys, scenes, tmp_path, monkeypatch, without_tensorboard, settings):
+    """Six steps, against a run that is stopped in its fifth and goes on from its checkpoint of the third."""
+    whole = toys.pretrain_config(scenes, tmp_path / "whole", max_steps=6, **settings)
+    pretrain(whole)
+
+    broken = toys.pretrain_config(scenes, tmp_path / "broken", max_steps=6, checkpoint_every_steps=3, **settings)
+    one_step = Run.one_step
+
+    def stop(run, batches):
+        if run.step == 4:
+            raise Interrupted
+        return one_step(run, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "one_step", stop)
+        with pytest.raises(Interrupted):
+            pretrain(broken)
+    assert [row["step"] for row in read_metrics(broken.out / "metrics.jsonl")] == [1, 2, 3, 4]
+    torch.manual_seed(99)
+    pretrain(toys.pretrain_config(scenes, tmp_path / "broken", max_steps=6, resume=True, **settings))
+
+    assert losses_of(broken.out) == losses_of(whole.out)
+    assert [row["step"] for row in read_metrics(broken.out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json", "model.json"):
+        mine, theirs = (run.out / "checkpoints/step_00000006" / name for run in (broken, whole))
+        assert mine.read_bytes() == theirs.read_bytes(), name
+
+
+def test_a_complete_run_is_left_as_it_is(toys, scenes, run_copy, caplog):
+    before = toys.folder_hash(run_copy)
+    with caplog.at_level("INFO"):
+        pretrain(toys.pretrain_config(scenes, run_copy, checkpoint_every_steps=1, resume=True))
+    assert "is complete: 2 of 2 steps" in caplog.text
+    assert toys.folder_hash(run_copy) == before
+
+
+def test_other_data_is_refused_on_resume(toys, run_copy, tmp_path):
+    """Its folder may have moved, its contents may not have changed."""
+    other = toys.write_scenes(tmp_path / "other", {"train": 31})
+    before = toys.folder_hash(run_copy)
+    with pytest.raises(DataError, match="wanted the data of the state, fingerprint"):
+        pretrain(toys.pretrain_config(other, run_copy, resume=True))
+    assert toys.folder_hash(run_copy) == before
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_on_resume(toys, scenes, run_copy):
+    file = run_copy / "config.json"
+    config = json.loads(file.read_text())
+    config["model"]["width"] = 24
+    file.write_text(json.dumps(config))
+    before = toys.folder_hash(run_copy)
+    with pytest.raises(RunError, match="a checkpoint of another architecture"):
+        pretrain(toys.pretrain_config(scenes, run_copy, resume=True, model=toys.config(width=24)))
+    assert toys.folder_hash(run_copy) == before
+
+
+def test_reconstruction_comes_first(toys, scenes, tmp_path, without_tensorboard):
+    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=3, reconstruction_first=2)
+    pretrain(config)
+    rows = read_metrics(config.out / "metrics.jsonl")
+    assert [(row["itc"] is None, row["itm"] is None) for row in rows] == [(True, True), (True, True), (False, False)]
+    for row in rows[:2]:
+        assert row["loss"] == pytest.approx(row["mlm"] + row["mim"], rel=1e-5)
+
+
+def test_evaluations_on_the_way_change_nothing(toys, scenes, tmp_path, without_tensorboard):
+    plain = toys.pretrain_config(scenes, tmp_path / "plain", max_steps=4)
+    watched = toys.pretrain_config(scenes, tmp_path / "watched", max_steps=4, eval_every_steps=2, log_every=4)
+    pretrain(plain)
+    pretrain(watched)
+    rows = read_metrics(watched.out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [2, 4]
+    figures = {f"{way}_r{k}" for way in ("tr", "ir") for k in (1, 5, 10)}
+    figures |= {"gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1"}
+    for row in rows:
+        assert figures < set(row)
+        assert 0 <= row["tr_r1"] <= row["tr_r5"] <= row["tr_r10"] <= row["ir_r10"] == 100  # there are eight pictures
+    others = [row for row in losses_of(plain.out) if row["step"] in (2, 4)]
+    assert losses_of(watched.out) == others
+
+
+def test_lines_are_written_every_so_many_steps(toys, scenes, tmp_path, without_tensorboard):
+    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=5, log_every=2)
+    pretrain(config)
+    assert [row["step"] for row in read_metrics(config.out / "metrics.jsonl")] == [2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "settings, steps",
+    [
+        ({"checkpoint_every_steps": 2}, [2, 4, 5]),
+        ({"checkpoint_every_steps": 5}, [5]),
+        ({"checkpoint_every_minutes": 2.0}, [2, 4, 5]),  # a step takes 61 seconds here
+        ({}, [5]),
+    ],
+)
+def test_when_checkpoints_are_written(toys, scenes, tmp_path, monkeypatch, without_tensorboard, settings, steps):
+    """Each step at most once: the last is not written over itself."""
+    clock = [0.0]
+
+    def wait(run, batches):
+        clock[0] += 61
+        return one_step(run, batches)
+
+    one_step, save, saved = Run.one_step, train.save_checkpoint, []
+    monkeypatch.setattr(
+        train, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=train.time.perf_counter)
+    )
+    monkeypatch.setattr(Run, "one_step", wait)
+    monkeypatch.setattr(
+        train, "save_checkpoint", lambda root, step, *rest: (saved.append(step), save(root, step, *rest))[1]
+    )
+    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=5, keep_checkpoints=1, **settings)
+    pretrain(config)
+    assert saved == steps
+    assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step_00000005"]
+
+
+def test_a_tokenizer_by_path(toys, scenes, tmp_path, tokenizer, without_tensorboard):
+    tokenizer.save(tmp_path / "words.json")
+    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=1, tokenizer=tmp_path / "words.json")
+    pretrain(config)
+    assert load_model(config.out)[1].fingerprint == tokenizer.fingerprint
+
+
+def test_a_tokenizer_that_is_too_large(toys, scenes, tmp_path, train_split):
+    tokenizer_for(train_split, 320).save(tmp_path / "words.json")
+    size = tokenizer_for(train_split, 320).vocab_size
+    config = toys.pretrain_config(scenes, tmp_path / "run", tokenizer=tmp_path / "words.json")
+    with pytest.raises(ConfigError, match=f"model.vocab_size: wanted at least the tokenizer's {size}, got 300"):
+        pretrain(config)
+    assert not config.out.exists()
+
+
+def test_a_vocabulary_without_room_for_all_bytes(toys, scenes, tmp_path):
+    config = toys.pretrain_config(scenes, tmp_path / "run", model=toys.config(vocab_size=100))
+    with pytest.raises(ConfigError, match="wanted a vocabulary of at least 261"):
+        pretrain(config)
+    assert not config.out.exists()
+
+
+def test_pictures_that_cannot_be_decoded_are_skipped_and_counted(toys, tmp_path, caplog, without_tensorboard):
+    data = toys.write_scenes(tmp_path / "data", {"train": 40})
+    toys.overwrite(open_dataset(data, "train"), "image", [3, 17])  # 5 % of 40 is 2
+    config = toys.pretrain_config(data, tmp_path / "run", max_steps=6)
+    pretrain(config)
+    skipped = [row["skipped"] for row in read_metrics(config.out / "metrics.jsonl")]
+    assert skipped == sorted(skipped)
+    assert skipped[-1] == 2  # six batches of 8 are more than an epoch
+    assert len(re.findall("skipped an image that cannot be decoded: .*train-000000.tar", caplog.text)) == 2
+
+
+def test_too_many_of_them_stop_the_run(toys, tmp_path, without_tensorboard):
+    data = toys.write_scenes(tmp_path / "data", {"train": 40})
+    toys.overwrite(open_dataset(data, "train"), "image", [3, 17, 20])
+    config = toys.pretrain_config(data, tmp_path / "run", max_steps=6)
+    with pytest.raises(DataError, match="wanted at most 5% undecodable images, found 3 of 40"):
+        pretrain(config)
