@@ -102,9 +102,9 @@ def verify_checkpoint(path: Path) -> None:
             raise RunError(f"{file}: damaged, its sha256 is not the manifest's; use another checkpoint")
 
 
-def load_model(path: Path, device: torch.device | str = "cpu") -> tuple[MaskVLM, Tokenizer]:
+def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[MaskVLM, Tokenizer]:
     """The model (in eval mode, on `device`) and the tokenizer of a run or checkpoint folder, or RunError."""
-    folder = find_checkpoint(path)
+    folder = find_checkpoint(Path(path))
     try:
         config = model_config(json.loads((folder / "model.json").read_text()), str(folder / "model.json"))
         tokenizer = load_tokenizer(folder / "tokenizer.json")

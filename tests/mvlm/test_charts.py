@@ -1,3 +1,5 @@
+# Arguments are unpacked from tables of cases, whose types pyright cannot follow.
+# pyright: reportArgumentType=false
 import math
 import re
 from xml.etree import ElementTree

@@ -1,3 +1,5 @@
+# Arguments are unpacked from tables of cases, whose types pyright cannot follow.
+# pyright: reportCallIssue=false
 import contextlib
 import json
 import logging

@@ -264,7 +264,7 @@ def test_mistyped_commands_and_presets(mvlm, words, message, tmp_path, monkeypat
 def test_settings_that_cannot_be(mvlm, scenes, tmp_path, words, message):
     outcome = mvlm("pretrain", "tiny", "--data", scenes, "--out", tmp_path / "run", *MICRO, *words)
     assert outcome.code == 2
-    assert message in " ".join(outcome.err)
+    assert message in " ".join(" ".join(outcome.err).split())  # a long message in a box is wrapped
     assert "Traceback" not in " ".join(outcome.err)
     assert not list(tmp_path.iterdir())
 
@@ -278,7 +278,7 @@ def test_settings_that_cannot_be(mvlm, scenes, tmp_path, words, message):
         (["pretrain", "tiny", "--data", "d", "--out", "o", "--max-steps", "many"], "many"),
         (["pretrain", "tiny", "--data", "d", "--out", "o", "--precision", "fp8"], "fp8"),
         (["eval", "retrieval", "--chekpoint", "c", "--data", "d"], "checkpoint"),
-        (["report"], "RUN"),
+        (["report"], "The run folder"),
     ],
 )
 def test_mistyped_flags(mvlm, words, message, tmp_path, monkeypatch):

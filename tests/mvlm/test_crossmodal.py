@@ -1,3 +1,5 @@
+# torch types the children of a module as Tensor or Module, whatever they are.
+# pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 """Cross-modality blocks against torch's own decoder layers with the weights copied over, in float64."""
 
 import numpy as np

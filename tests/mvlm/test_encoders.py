@@ -1,3 +1,6 @@
+# torch and transformers type the children of a module as Tensor or Module, whatever they are.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportOptionalOperand=false
 """The encoders against timm's ViT and transformers' RoBERTa with the weights copied over, in float64."""
 
 import numpy as np

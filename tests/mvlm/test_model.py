@@ -1,3 +1,5 @@
+# Arguments are unpacked from tables of cases, whose types pyright cannot follow.
+# pyright: reportIndexIssue=false, reportArgumentType=false
 """The model against the method written out in numpy float64: one picture and one caption at a time, no padding."""
 
 import math
