@@ -74,7 +74,7 @@ def reconstruct(
     with autocast(device, precision):
         w = model.encode_text(tokens.to(device), key_mask)
         vm = model.encode_image(images, masked_patches(patch_ids, config.num_patches))
-        predicted = model.patch_pixels(vm, w, key_mask, patch_ids).float()  # (B, K, 3*P*P), normalised
+        predicted = model.reconstruct(vm, w, key_mask, patch_ids).float()  # (B, K, 3*P*P), normalised
     mean, std = (
         torch.tensor(values, device=device).repeat_interleave(config.patch_size**2)
         for values in (config.image_mean, config.image_std)
@@ -109,7 +109,7 @@ def fill(
     with autocast(device, precision):
         v = model.encode_image(images.to(device))
         wm = model.encode_text(padded, key_mask)
-        logits = model.token_logits(v, wm, key_mask, starts, token_ids.to(device)).float()
+        logits = model.fill_mask(v, wm, key_mask, starts, token_ids.to(device)).float()
     logits = logits[:, : tokenizer.vocab_size]  # the model may have rows for tokens that there are not
     found = logits.softmax(-1).topk(top, dim=-1)
     return found.indices.cpu(), found.values.cpu()

@@ -100,7 +100,7 @@ class MaskVLM(nn.Module):
         text = self.text_cross(w, v, key_mask, None, first_row_only=True)[:, 0]
         return self.matching_head(image * text)
 
-    def token_logits(self, v: Tensor, wm: Tensor, key_mask: Tensor, cu_seqlens: Tensor, token_ids: Tensor) -> Tensor:
+    def fill_mask(self, v: Tensor, wm: Tensor, key_mask: Tensor, cu_seqlens: Tensor, token_ids: Tensor) -> Tensor:
         """Logits (M, V) for the packed positions token_ids int64 (M,).
 
         wm (B, L, C) are features of the masked text, v (B, 1+N, C) of the whole image; cu_seqlens int32 (B+1,).
@@ -111,7 +111,7 @@ class MaskVLM(nn.Module):
         column = token_ids - cu_seqlens[row]
         return self.language_head(x[row, column])
 
-    def patch_pixels(self, vm: Tensor, w: Tensor, key_mask: Tensor, patch_ids: Tensor) -> Tensor:
+    def reconstruct(self, vm: Tensor, w: Tensor, key_mask: Tensor, patch_ids: Tensor) -> Tensor:
         """Normalised pixels (B, K, 3*P*P) of the patches patch_ids int64 (B, K).
 
         vm (B, 1+N, C) are features of the masked image, w (B, L, C) of the whole text.
@@ -143,9 +143,9 @@ class MaskVLM(nn.Module):
         w = self.encode_text(tokens, key_mask)  # (B, L, C)
         wm = self.encode_text(tokens_m, key_mask)
 
-        token_logits = self.token_logits(v, wm, key_mask, batch.cu_seqlens, masks.token_ids)
-        mlm = objectives.masked_language_loss(token_logits, batch.tokens[masks.token_ids])
-        pixels = self.patch_pixels(vm, w, key_mask, patch_ids)
+        logits = self.fill_mask(v, wm, key_mask, batch.cu_seqlens, masks.token_ids)
+        mlm = objectives.masked_language_loss(logits, batch.tokens[masks.token_ids])
+        pixels = self.reconstruct(vm, w, key_mask, patch_ids)
         mim = objectives.masked_image_loss(pixels, self.patch_targets(images, patch_ids))
         if reconstruction_only:
             itc = itm = torch.zeros_like(mim)

@@ -92,8 +92,8 @@ def _add_losses(
             v, caption = features.v[partners].to(device), features.first[partners]
             w, other_mask = features.w[caption].to(device), features.key_mask[caption].to(device)
             with autocast(device, precision):
-                logits = model.token_logits(v, wm, key_mask, batch.cu_seqlens, masks.token_ids).float()
-                predicted = model.patch_pixels(vm, w, other_mask, masks.patch_ids).float()
+                logits = model.fill_mask(v, wm, key_mask, batch.cu_seqlens, masks.token_ids).float()
+                predicted = model.reconstruct(vm, w, other_mask, masks.patch_ids).float()
             nats = F.cross_entropy(logits, batch.tokens[masks.token_ids], reduction="none").double()
             text[rows] += (
                 torch.zeros(len(rows), dtype=torch.float64, device=device).index_add(0, masked_in, nats).cpu().numpy()

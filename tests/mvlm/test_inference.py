@@ -153,7 +153,7 @@ def test_a_reconstruction_is_what_the_model_predicts(model, tokenizer, toys):
             masked = torch.tensor([[patch in masks.patch_ids[row].tolist() for patch in range(16)]])
             v = model.encode_image(batch.images[row : row + 1], masked)
             w = model.encode_text(tokens, everything)
-            pixels = model.patch_pixels(v, w, everything, masks.patch_ids[row : row + 1])[0].double()
+            pixels = model.reconstruct(v, w, everything, masks.patch_ids[row : row + 1])[0].double()
             for number, patch in enumerate(masks.patch_ids[row].tolist()):
                 shown = found[row, :, patch // 4 * 8 : patch // 4 * 8 + 8, patch % 4 * 8 : patch % 4 * 8 + 8]
                 std, mean = (torch.tensor(x).double()[:, None, None] for x in ((0.5, 0.25, 0.2), (0.5, 0.4, 0.3)))

@@ -52,7 +52,7 @@ def test_gain_of_a_model_with_known_losses(model, heldout_split, tokenizer, monk
     hidden = {tuple(masks.token_ids.tolist()): batch for batch, masks in batches.values()}
     own = torch.arange(number)
 
-    def token_logits(v, wm, key_mask, cu_seqlens, token_ids):
+    def fill_mask(v, wm, key_mask, cu_seqlens, token_ids):
         row = torch.searchsorted(cu_seqlens[1:].contiguous(), token_ids.int(), right=True)
         targets = hidden[tuple(token_ids.tolist())].tokens[token_ids]
         right = v[:, 0, 0] == own
@@ -60,14 +60,14 @@ def test_gain_of_a_model_with_known_losses(model, heldout_split, tokenizer, monk
         logits[torch.arange(len(token_ids)), targets] = torch.where(right[row], own[row] / 2, 0.0)
         return logits
 
-    def patch_pixels(vm, w, key_mask, patch_ids):
+    def reconstruct(vm, w, key_mask, patch_ids):
         batch = next(batch for batch, masks in batches.values() if torch.equal(masks.patch_ids, patch_ids))
         right = w[:, 0, 0] == own
         off = (own + 1) / 10 * torch.where(right, 1.0, 1.5)
         return model.patch_targets(batch.images, patch_ids) + off[:, None, None]
 
-    monkeypatch.setattr(model, "token_logits", token_logits)
-    monkeypatch.setattr(model, "patch_pixels", patch_pixels)
+    monkeypatch.setattr(model, "fill_mask", fill_mask)
+    monkeypatch.setattr(model, "reconstruct", reconstruct)
     gain = cross_modal_gain(model, heldout_split, features, tokenizer, 3, "fp32")
 
     nats, wrong_nats, tokens = 0.0, 0.0, 0
