@@ -1,0 +1,33 @@
+"""A small model learns 32 pairs by heart: every part of the chain, from shards to updates, has to work for that."""
+
+import numpy as np
+
+from mvlm.run_folder import read_metrics
+from mvlm.train import pretrain
+from mvlm_dataloading import ShardWriter
+
+COLOURS, ANIMALS = ("red", "green", "blue", "black"), ("cat", "dog", "bird", "fish", "horse", "snake", "whale", "ant")
+
+
+def write_mosaics(folder, png):
+    """32 mosaics of random colours, one a patch, each with a caption of its own."""
+    rng = np.random.default_rng(0)
+    with ShardWriter(folder, name="mosaics", source="tests", licence="CC0", attribution="nobody", recipe={}) as writer:
+        for i in range(32):
+            pixels = np.kron(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
+            caption = f"{COLOURS[i % 4]} {ANIMALS[i // 4]}"
+            assert writer.add(f"pair{i:02d}", png(pixels), [caption], {}, split="train") is None
+    return folder
+
+
+def test_overfitting_32_pairs(toys, tmp_path):
+    model = toys.config(width=64, heads=2, itc_width=32, cross_norm="pre", initialization="xavier")
+    settings = {"max_steps": 400, "batch_size": 32, "warmup_steps": 20, "crop_scale": (1.0, 1.0)}
+    rates = {"lr_encoder": 2e-3, "lr_cross": 2e-3, "lr_pixels": 1e-3}
+    data = write_mosaics(tmp_path / "data", toys.png)
+    pretrain(toys.pretrain_config(data, tmp_path / "run", model=model, **settings, **rates))
+
+    last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-20:]
+    means = {name: float(np.mean([row[name] for row in last])) for name in ("mlm", "itc")}
+    assert means["mlm"] < 0.1, means
+    assert means["itc"] < 0.1, means
