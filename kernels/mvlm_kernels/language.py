@@ -39,7 +39,7 @@ def widen(x, ACC: tl.constexpr):
 @triton.jit
 def cast(x, DTYPE: tl.constexpr):
     """x (float32, or float64 interpreted) as DTYPE, rounded to nearest even, NaN kept."""
-    if _INTERPRET and DTYPE == tl.bfloat16:  # noqa: SIM300
+    if _INTERPRET and DTYPE == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         # A NaN whose payload sits in the low bits would round to infinity: keep its high half and make it quiet.
