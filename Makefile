@@ -6,7 +6,7 @@ DATA   ?= data/emoji
 RUN    ?= runs/demo
 STEPS  ?= 600
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-gpu aot check format clean
 
 # The stamp is older than pyproject.toml when a dependency changed, and the packages are then brought up to date.
 $(VENV)/.installed: pyproject.toml
@@ -24,6 +24,14 @@ demo: $(VENV)/.installed $(DATA)/dataset.json
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# Kernels compile on a GPU, so this process must not interpret them.
+test-gpu: $(VENV)/.installed
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
+
+# Every kernel for sm_80, sm_90 and sm_100, with no GPU; the committed table is what `make test` compares a slice with.
+aot: $(VENV)/.installed
+	$(BIN)/python -m mvlm_kernels.aot --jobs $$(nproc) --json benchmarks/results/aot.json
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

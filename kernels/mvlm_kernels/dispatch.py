@@ -101,6 +101,12 @@ def choose(reasons: Sequence[str]) -> Backend:
     return "torch" if reasons else "triton"
 
 
+def refuse_if_forced(reason: str) -> None:
+    """Raises RuntimeError with the reason where the caller insists on Triton; for calls that never reach a kernel."""
+    if _forced == "triton":
+        raise RuntimeError(f'use_backend("triton") is in force, but: {reason}')
+
+
 _ON_CPU = "the tensors are on the CPU"
 
 
@@ -150,12 +156,17 @@ def arch(device: torch.device) -> int:
     return _device_arch(device.index) if device.type == "cuda" else 80
 
 
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """Number of streaming multiprocessors; 1 on the CPU, so that the interpreter never splits work unasked."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    """Streaming multiprocessors of the device, or of the recorded target. On the CPU 1, so that the interpreter never
+    splits work unasked."""
+    if _recorded_arch is not None:
+        return {80: 108, 90: 132, 100: 148}.get(_recorded_arch, 64)
+    return _device_multiprocessors(device.index) if device.type == "cuda" else 1
+
+
+@functools.cache
+def _device_multiprocessors(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index or 0).multi_processor_count
 
 
 def checking_values() -> bool:

@@ -27,6 +27,11 @@ def lookup(op: str, arch: int, key: str) -> dict[str, int]:
     return table[_table_arch(arch)][key]
 
 
+def has(op: str, arch: int, key: str) -> bool:
+    """Whether :func:`lookup` would find tiles."""
+    return key in _table(op, os.environ.get("MVLM_KERNELS_CONFIGS", ""))[_table_arch(arch)]
+
+
 def _table_arch(arch: int) -> str:
     if 100 <= arch < 120:
         return "sm_100"

@@ -1,5 +1,6 @@
 """Cross-attention with one short side, forward and backward: ``torch.ops.mvlm_kernels.cross_attention``."""
 
+import functools
 from typing import Any
 
 import torch
@@ -139,16 +140,47 @@ _BACKWARD_OP = registration.define(
 def _reasons(q: Tensor, max_len_q: int, max_len_k: int) -> list[str]:
     """Every reason against the fused kernels, from what the host knows."""
     reasons = dispatch.device_reasons(q.device)
-    if short_side(max_len_q, max_len_k) is None:
-        reasons.append(
-            f"both sides are longer than {LONGEST_SHORT_SIDE} ({max_len_q} queries, {max_len_k} keys): SDPA runs"
-        )
-    if q.device.type == "cuda":
-        if q.dtype == torch.float64:
-            reasons.append("float64 has no kernel on a GPU: SDPA or the reference runs")
-        if q.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-            reasons.append('float32 runs in TF32, and float32_matmul_precision is "highest"')
+    side = short_side(max_len_q, max_len_k)
+    if side is None:
+        reasons.append(_too_long(max_len_q, max_len_k))
+    elif q.device.type == "cuda" and not reasons:
+        short = _bucket(max_len_k if side == "kv" else max_len_q)
+        precision = torch.get_float32_matmul_precision()
+        reasons += _type_reasons(q.dtype, q.shape[-1], short, dispatch.arch(q.device), precision)
     return reasons
+
+
+def _too_long(max_len_q: int, max_len_k: int) -> str:
+    return f"both sides are longer than {LONGEST_SHORT_SIDE} ({max_len_q} queries, {max_len_k} keys): SDPA runs"
+
+
+def _bucket(length: int) -> int:
+    """length rounded up to a tile: a plain int also while a compiler traces with symbolic lengths."""
+    return 16 if length <= 16 else 32 if length <= 32 else 64 if length <= 64 else 128
+
+
+@functools.cache
+def _type_reasons(dtype: torch.dtype, width: int, bucket: int, arch: int, precision: str) -> tuple[str, ...]:
+    """Reasons that hold on a GPU only: the interpreter takes every type."""
+    if dtype == torch.float64:
+        return ("float64 has no kernel on a GPU: SDPA runs, or the reference on packed rows",)
+    if dtype == torch.float32 and precision == "highest":
+        return ('float32 runs in TF32, and float32_matmul_precision is "highest": SDPA or the reference runs',)
+    from mvlm_kernels.cross_attention import triton
+
+    if not triton.has_tiles(dtype, width, bucket, arch):
+        return (f"no tile of {dtype} at width {width} and {bucket} rows fits this GPU: SDPA or the reference runs",)
+    return ()
+
+
+@torch.compiler.assume_constant_result
+def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, bucket: int) -> bool:
+    """Whether a dense call on this GPU goes around the kernels; settled while tracing, so SDPA itself is traced."""
+    reasons = dispatch.device_reasons(device)
+    if not reasons:
+        precision = torch.get_float32_matmul_precision()
+        reasons += _type_reasons(dtype, width, bucket, dispatch.arch(device), precision)
+    return dispatch.choose(reasons) == "torch"
 
 
 def _explain(
@@ -216,13 +248,13 @@ def cross_attention(
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     len_q, len_k = longest_rows(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
-    dense = cu_seqlens_q is None and cu_seqlens_k is None
-    if short_side(len_q, len_k) is None:
-        dispatch.choose(_reasons(q, len_q, len_k))  # raises where the caller insists on Triton
-        if dense:
+    side = short_side(len_q, len_k)
+    if side is None:
+        dispatch.refuse_if_forced(_too_long(len_q, len_k))
+    if cu_seqlens_q is None and cu_seqlens_k is None:
+        short = _bucket(len_k if side == "kv" else len_q)
+        if side is None or (q.is_cuda and _gpu_takes_sdpa(q.device, q.dtype, q.shape[-1], short)):
             return sdpa(q, k, v, key_lengths, key_mask, key_index, scale)
-    elif dense and q.is_cuda and dispatch.choose(_reasons(q, len_q, len_k)) == "torch":
-        return sdpa(q, k, v, key_lengths, key_mask, key_index, scale)
     if key_mask is not None and key_mask.dtype == torch.bool:
         key_mask = pack_key_mask(key_mask)
     return _OP(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale, len_q, len_k)[0]

@@ -8,6 +8,8 @@ leave out.
 Shape legend: B query sequences, B' key sequences, Lq, Lk rows of each, Tq, Tk packed rows, H heads, D head width.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,7 +46,11 @@ def reference_forward(
     cu_seqlens_k: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output (as q) and log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq); -inf where a row has no key."""
+    """Output (as q) and base-2 log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq); -inf for a row without
+    keys.
+
+    Base 2 is what the kernels keep, and a backward on one backend may follow a forward on the other.
+    """
     q_bqhd = _padded(q, cu_seqlens_q)
     k_bkhd, v_bkhd, exists = _keys(k, v, key_lengths, key_mask, cu_seqlens_k)
     if key_index is not None:
@@ -56,7 +62,7 @@ def reference_forward(
     if cu_seqlens_q is not None:
         out = _packed(out, cu_seqlens_q, q.shape[0])
         lse = _packed(lse.transpose(1, 2), cu_seqlens_q, q.shape[0]).T  # (H, Tq)
-    return out.contiguous(), lse.contiguous()
+    return out.contiguous(), (lse / math.log(2)).contiguous()
 
 
 def reference_backward(
@@ -78,6 +84,7 @@ def reference_backward(
     ds^T q.
     """
     q_bqhd, do = _padded(q, cu_seqlens_q), _padded(grad, cu_seqlens_q)
+    lse = lse * math.log(2)
     lse = _padded(lse.T, cu_seqlens_q).transpose(1, 2) if cu_seqlens_q is not None else lse
     k_rows, v_rows, exists = _keys(k, v, key_lengths, key_mask, cu_seqlens_k)
     k_bkhd, v_bkhd = k_rows, v_rows

@@ -19,19 +19,22 @@ Offsets inside one sequence are int32 (the launcher sees to it); bases are int64
 """
 # pyright: reportArgumentType=false
 
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mvlm_kernels import configs, dispatch
-from mvlm_kernels.cross_attention.bounds import short_side
+from mvlm_kernels.cross_attention.bounds import HEAD_WIDTHS, short_side
 from mvlm_kernels.language import cast, dot, widen
 
-_NAN = tl.constexpr(float("nan"))
+# Constants of the kernels. No NaN among them: Triton compares these at every launch, and NaN is unequal to itself.
 _INF = tl.constexpr(float("inf"))
 _LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -102,10 +105,12 @@ def _existing_keys(rn, klen, mask_ptr, kb, mask_words):
 
 
 @triton.jit
-def _log_sum_exp(m, total, ln2):
-    """Natural logarithm of total * 2^m; -inf where total is 0, for a row without keys."""
+def _log_sum_exp(m, total):
+    """log2(total * 2^m), base 2 all the way to the backward: a change of base would round P once more. -inf without
+    keys.
+    """
     empty = total == 0.0
-    return tl.where(empty, -_INF, (m + tl.log2(tl.where(empty, 1.0, total))) * ln2)
+    return tl.where(empty, -_INF, m + tl.log2(tl.where(empty, 1.0, total)))
 
 
 @triton.jit
@@ -154,7 +159,6 @@ def short_kv_forward(
     v = _load_rows(v_ptr + kb * stride_vb + k_start * stride_vl + h * stride_vh, rn, stride_vl, exists, D, BLOCK_D)
     kt = tl.trans(k)
     scale_log2 = tl.full((), SCALE * _LOG2E, ACC)
-    ln2 = tl.full((), _LN2, ACC)
 
     stride_ol = H * D
     out_base = out_ptr + h * D
@@ -175,10 +179,10 @@ def short_kv_forward(
         total = tl.sum(p, 1)
         o = dot(cast(p, v.dtype), v, tl.zeros((BLOCK_M, BLOCK_D), ACC), PRECISION)
         o = o / tl.where(total == 0.0, 1.0, total)[:, None]
-        lse = _log_sum_exp(m, total, ln2)
+        lse = _log_sum_exp(m, total)
         if index_ptr is not None or cu_k_ptr is not None:
-            o = tl.where(bad, _NAN, o)
-            lse = tl.where(bad, _NAN, lse)
+            o = tl.where(bad, float("nan"), o)
+            lse = tl.where(bad, float("nan"), lse)
         _store_rows(out_base + q_start * stride_ol, rm, stride_ol, inside, o, D, BLOCK_D)
         tl.store(lse_base + q_start + rm, lse, mask=inside)
     if cu_q_ptr is not None:
@@ -212,7 +216,6 @@ def _backward_of_key_tile(
     dv = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     scale_log2 = tl.full((), SCALE * _LOG2E, ACC)
     scale = tl.full((), SCALE, ACC)
-    log2e = tl.full((), _LOG2E, ACC)
     stride_ol = H * D
 
     # Readers of this row, in the order of the stable sort: chunk `split // tile_splits` of them, and of each reader's
@@ -244,11 +247,11 @@ def _backward_of_key_tile(
             inside = rm < q_len
             q = _load_rows(q_base, rm, stride_ql, inside, D, BLOCK_D)
             do = _load_rows(do_base, rm, stride_gl, inside, D, BLOCK_D)
-            lse_log2 = tl.load(lse_base + rm, mask=inside, other=0.0) * log2e
+            lse = tl.load(lse_base + rm, mask=inside, other=0.0)
             zeros = tl.zeros((BLOCK_N, BLOCK_M), ACC)
             st = dot(k, tl.trans(q), zeros, PRECISION) * scale_log2
             # Not by a product: a row without keys has lse = -inf, and a masked score may overflow.
-            pt = tl.exp2(tl.where(exists[:, None], st - lse_log2[None, :], -_INF))
+            pt = tl.exp2(tl.where(exists[:, None], st - lse[None, :], -_INF))
             if WRITE_DKV:
                 dv = dot(cast(pt, do.dtype), do, dv, PRECISION)
             dpt = dot(v, tl.trans(do), zeros, PRECISION)
@@ -293,8 +296,11 @@ def short_kv_backward(
     grad_base = split.to(tl.int64) * partial_size + h * D
     if cu_k_ptr is None:
         grad_base += kb * k_rows * stride_ol
-    dk_base = dk_ptr + grad_base + k_start * stride_ol
-    dv_base = dv_ptr + grad_base + k_start * stride_ol
+    dk_base = None
+    dv_base = None
+    if WRITE_DKV:
+        dk_base = dk_ptr + grad_base + k_start * stride_ol
+        dv_base = dv_ptr + grad_base + k_start * stride_ol
     k_base = k_ptr + kb * stride_kb + k_start * stride_kl + h * stride_kh
     v_base = v_ptr + kb * stride_vb + k_start * stride_vl + h * stride_vh
     if ALL_KEYS:
@@ -318,8 +324,8 @@ def short_kv_backward(
     if cu_k_ptr is not None:
         if WRITE_DKV:
             if ALL_KEYS:  # a row longer than promised: its last keys are in no tile
-                _fill_rows(dk_base, stride_ol, BLOCK_N, stored, _NAN, BLOCK_N, D, BLOCK_D)
-                _fill_rows(dv_base, stride_ol, BLOCK_N, stored, _NAN, BLOCK_N, D, BLOCK_D)
+                _fill_rows(dk_base, stride_ol, BLOCK_N, stored, float("nan"), BLOCK_N, D, BLOCK_D)
+                _fill_rows(dv_base, stride_ol, BLOCK_N, stored, float("nan"), BLOCK_N, D, BLOCK_D)
             tail_start = _packed_end(cu_k_ptr, k_seqs, k_rows)
             tail_end = tl.where((kb == k_seqs - 1) & (tl.program_id(2) == 0), k_rows, tail_start)
             _fill_rows(dk_ptr + grad_base, stride_ol, tail_start, tail_end, 0.0, BLOCK_N, D, BLOCK_D)
@@ -357,7 +363,6 @@ def short_q_forward(
     k_base = k_ptr + kb * stride_kb + k_start * stride_kl + h * stride_kh
     v_base = v_ptr + kb * stride_vb + k_start * stride_vl + h * stride_vh
     scale_log2 = tl.full((), SCALE * _LOG2E, ACC)
-    ln2 = tl.full((), _LN2, ACC)
     m = tl.full((BLOCK_M,), -_INF, ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     o = tl.zeros((BLOCK_M, BLOCK_D), ACC)
@@ -376,10 +381,10 @@ def short_q_forward(
         o = dot(cast(p, v.dtype), v, o * shrink[:, None], PRECISION)
         m = m_new
     o = o / tl.where(total == 0.0, 1.0, total)[:, None]
-    lse = _log_sum_exp(m, total, ln2)
+    lse = _log_sum_exp(m, total)
     if index_ptr is not None or cu_q_ptr is not None:
-        o = tl.where(bad, _NAN, o)
-        lse = tl.where(bad, _NAN, lse)
+        o = tl.where(bad, float("nan"), o)
+        lse = tl.where(bad, float("nan"), lse)
     stride_ol = H * D
     out_base = out_ptr + split.to(tl.int64) * partial_size + h * D
     lse_base = lse_ptr + split.to(tl.int64) * partial_lse_size + h * q_rows
@@ -389,8 +394,8 @@ def short_q_forward(
     _store_rows(out_base + q_start * stride_ol, rm, stride_ol, inside, o, D, BLOCK_D)
     tl.store(lse_base + q_start + rm, lse, mask=inside)
     if cu_q_ptr is not None:
-        _fill_rows(out_base + q_start * stride_ol, stride_ol, BLOCK_M, q_len, _NAN, BLOCK_M, D, BLOCK_D)
-        _fill_lse(lse_base + q_start, BLOCK_M, q_len, _NAN, BLOCK_M)
+        _fill_rows(out_base + q_start * stride_ol, stride_ol, BLOCK_M, q_len, float("nan"), BLOCK_M, D, BLOCK_D)
+        _fill_lse(lse_base + q_start, BLOCK_M, q_len, float("nan"), BLOCK_M)
         tail_start = _packed_end(cu_q_ptr, q_seqs, q_rows)
         tail_end = tl.where(b == q_seqs - 1, q_rows, tail_start)
         _fill_rows(out_base, stride_ol, tail_start, tail_end, 0.0, BLOCK_M, D, BLOCK_D)
@@ -414,9 +419,8 @@ def short_q_combine(
     m = tl.full((BLOCK_M,), -_INF, ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     o = tl.zeros((BLOCK_M, BLOCK_D), ACC)
-    log2e = tl.full((), _LOG2E, ACC)
     for split in range(num_splits):
-        lse = tl.load(partial_lse_ptr + split * partial_lse_size + at, mask=inside, other=-_INF) * log2e
+        lse = tl.load(partial_lse_ptr + split * partial_lse_size + at, mask=inside, other=-_INF)
         x = _load_rows(partial_ptr + split * partial_size + h * D, r, H * D, inside, D, BLOCK_D)
         m_new = tl.maximum(m, lse, propagate_nan=tl.PropagateNan.ALL)
         m_safe = tl.where(m_new == -_INF, 0.0, m_new)
@@ -426,7 +430,7 @@ def short_q_combine(
         o = o * shrink[:, None] + x * weight[:, None]
         m = m_new
     o = o / tl.where(total == 0.0, 1.0, total)[:, None]
-    lse = _log_sum_exp(m, total, tl.full((), _LN2, ACC))
+    lse = _log_sum_exp(m, total)
     _store_rows(out_ptr + h * D, r, H * D, inside, o, D, BLOCK_D)
     tl.store(lse_ptr + at, lse, mask=inside)
 
@@ -441,8 +445,8 @@ def short_q_backward(
     SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, WRITE_DQ: tl.constexpr, WRITE_DKV: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H, splits). Split s takes every num_splits-th key tile and writes its share of dQ at s * partial_size
-    elements.
+    """Grid (B * H, splits, query tiles). Split s takes every num_splits-th key tile and writes its share of dQ at
+    s * partial_size elements. Under WRITE_DKV there is one query tile, which holds every query.
 
     WRITE_DKV only without key_index, where the program is the one reader of its K/V row.
     """
@@ -455,7 +459,7 @@ def short_q_backward(
     klen = _key_length(lengths_ptr, kb, stored)
     stride_ol = H * D
 
-    rm = tl.arange(0, BLOCK_M)
+    rm = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rm < q_len
     out_offset = h * D + q_start * stride_ol
     lse_base = lse_ptr + h * q_rows + q_start
@@ -465,14 +469,13 @@ def short_q_backward(
         lse_base += b * H * q_rows
     if cu_k_ptr is None:
         grad_base += kb * k_rows * stride_ol
-    log2e = tl.full((), _LOG2E, ACC)
     scale_log2 = tl.full((), SCALE * _LOG2E, ACC)
     scale = tl.full((), SCALE, ACC)
     q = _load_rows(q_ptr + b * stride_qb + q_start * stride_ql + h * stride_qh, rm, stride_ql, inside, D, BLOCK_D)
     do = _load_rows(do_ptr + b * stride_gb + q_start * stride_gl + h * stride_gh, rm, stride_gl, inside, D, BLOCK_D)
     out = _load_rows(out_ptr + out_offset, rm, stride_ol, inside, D, BLOCK_D)
     delta = tl.sum(widen(out, ACC) * widen(do, ACC), 1)
-    lse_log2 = tl.load(lse_base + rm, mask=inside, other=0.0) * log2e
+    lse = tl.load(lse_base + rm, mask=inside, other=0.0)
 
     k_base = k_ptr + kb * stride_kb + k_start * stride_kl + h * stride_kh
     v_base = v_ptr + kb * stride_vb + k_start * stride_vl + h * stride_vh
@@ -486,7 +489,7 @@ def short_q_backward(
         v = _load_rows(v_base, rn, stride_vl, exists, D, BLOCK_D)
         zeros = tl.zeros((BLOCK_N, BLOCK_M), ACC)
         st = dot(k, tl.trans(q), zeros, PRECISION) * scale_log2
-        pt = tl.exp2(tl.where(exists[:, None], st - lse_log2[None, :], -_INF))
+        pt = tl.exp2(tl.where(exists[:, None], st - lse[None, :], -_INF))
         dpt = dot(v, tl.trans(do), zeros, PRECISION)
         dst = cast(pt * (dpt - delta[None, :]), q.dtype)
         if WRITE_DKV:
@@ -501,9 +504,12 @@ def short_q_backward(
         dq_base = dq_ptr + split.to(tl.int64) * partial_size
         _store_rows(dq_base + out_offset, rm, stride_ol, inside, dq * scale, D, BLOCK_D)
         if cu_q_ptr is not None:
-            _fill_rows(dq_base + out_offset, stride_ol, BLOCK_M, q_len, _NAN, BLOCK_M, D, BLOCK_D)
+            leader = tl.program_id(2) == 0
+            promised = tl.num_programs(2) * BLOCK_M
+            overlong = tl.where(leader, q_len, promised)
+            _fill_rows(dq_base + out_offset, stride_ol, promised, overlong, float("nan"), BLOCK_M, D, BLOCK_D)
             tail_start = _packed_end(cu_q_ptr, q_seqs, q_rows)
-            tail_end = tl.where(b == q_seqs - 1, q_rows, tail_start)
+            tail_end = tl.where((b == q_seqs - 1) & leader, q_rows, tail_start)
             _fill_rows(dq_base + h * D, stride_ol, tail_start, tail_end, 0.0, BLOCK_M, D, BLOCK_D)
     if cu_k_ptr is not None:
         if WRITE_DKV:
@@ -524,8 +530,10 @@ def sum_partials(partial_ptr, x_ptr, size, num_splits, BLOCK: tl.constexpr, ACC:
     tl.store(x_ptr + at, cast(total, x_ptr.dtype.element_ty), mask=inside)
 
 
-_TYPE_NAMES = {torch.bfloat16: "16bit", torch.float16: "16bit", torch.float32: "tf32", torch.float64: "tf32"}
+_TYPE_NAMES = {torch.bfloat16: "16bit", torch.float16: "16bit", torch.float32: "tf32"}
 _MOST_SPLITS = 16
+# These hold 99 KiB a block, the others 163 or more, and the widest tiles take 144.
+_SMALL_SHARED_MEMORY = (86, 87, 89, 120, 121)
 
 
 def _bucket(length: int) -> int:
@@ -552,6 +560,15 @@ def _splits(programs: int, work: int, device: torch.device) -> int:
     """
     wanted = triton.cdiv(2 * dispatch.multiprocessors(device), max(programs, 1))
     return max(1, min(wanted, work, _MOST_SPLITS))
+
+
+def has_tiles(dtype: torch.dtype, width: int, short: int, arch: int) -> bool:
+    """Whether tiles without spills exist for this type, head width and longest row of the short side."""
+    block_d, bucket = triton.next_power_of_2(width), _bucket(short)
+    if arch in _SMALL_SHARED_MEMORY and block_d * bucket > 64 * 128:
+        return False
+    key = f"short_kv_backward/{_TYPE_NAMES[dtype]}/{block_d}/{bucket}"
+    return configs.has("cross_attention", arch, key)
 
 
 class _Call:
@@ -584,9 +601,16 @@ class _Call:
             "enable_fp_fusion": True,
         }
 
+    def _key(self, kernel: str, short: int) -> str:
+        # The interpreter has no registers to run out of, so it takes every type through the tiles of the shipped ones.
+        kind = "16bit" if self.q.device.type == "cpu" else _TYPE_NAMES[self.q.dtype]
+        return f"{kernel}/{kind}/{self.block_d}/{_bucket(short)}"
+
     def tiles(self, kernel: str, short: int) -> dict[str, int]:
-        key = f"{kernel}/{_TYPE_NAMES[self.q.dtype]}/{self.block_d}/{_bucket(short)}"
-        return configs.lookup("cross_attention", self.arch, key)
+        return configs.lookup("cross_attention", self.arch, self._key(kernel, short))
+
+    def has_tiles(self, kernel: str) -> bool:
+        return configs.has("cross_attention", self.arch, self._key(kernel, self.max_len_q))
 
     def long_tiles(self, rows: int, seqs: int, longest: int, block: int) -> int:
         """Tiles of the long side a sequence: of the longest if known, else of the mean of a packed buffer."""
@@ -597,7 +621,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, mask_words: Tensor | None, key_index: Tensor | None,
     cu_q: Tensor | None, cu_k: Tensor | None, scale: float, max_len_q: int, max_len_k: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output, contiguous in q's shape, and log-sum-exp in float32, (B, H, Lq) or packed (H, Tq).
+    """Output, contiguous in q's shape, and log-sum-exp in float32 and base 2, (B, H, Lq) or packed (H, Tq).
 
     max_len_q and max_len_k: longest row of each side, known to the host; that of the long side may be negative,
     unknown.
@@ -650,9 +674,10 @@ def backward(
         return tuple(x if x is None else x.zero_() for x in (dq, dk, dv))  # type: ignore[return-value]
     if c.side == "kv":
         _short_kv_backward(c, grad, None, lse, dq, dk, dv)
-    elif key_index is None:
+    elif key_index is None and c.has_tiles("short_q_backward"):
         _short_q_backward(c, grad, out, lse, dq, dk, dv)
     else:
+        # Several queries add to one K/V row, or one pass over it would spill: dQ first, then dK and dV tile by tile.
         if need_dq:
             _short_q_backward(c, grad, out, lse, dq, None, None)
         if need_dkv:
@@ -697,15 +722,19 @@ def _short_kv_backward(
 def _short_q_backward(
     c: _Call, grad: Tensor, out: Tensor | None, lse: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
 ) -> None:
-    tiles = c.tiles("short_q_backward", c.max_len_q) | {"BLOCK_M": _bucket(c.max_len_q)}
+    if dk is not None:
+        tiles = c.tiles("short_q_backward", c.max_len_q) | {"BLOCK_M": _bucket(c.max_len_q)}
+    else:
+        tiles = c.tiles("short_q_backward_dq", c.max_len_q)
+    query_tiles = triton.cdiv(_bucket(c.max_len_q), tiles["BLOCK_M"])
     key_tiles = c.long_tiles(c.k_rows, c.k_seqs, c.max_len_k, tiles["BLOCK_N"])
-    splits = _splits(c.q_seqs * c.H, key_tiles, grad.device)
+    splits = _splits(c.q_seqs * c.H * query_tiles, key_tiles, grad.device)
     dq_out, size = dq, 0
     if splits > 1 and dq is not None:
         size = dq.numel()
         dq_out = torch.empty((splits, size), dtype=c.acc_dtype, device=grad.device)
     dispatch.launch(
-        short_q_backward, (c.q_seqs * c.H, splits), c.q, c.k, c.v, out, lse, grad, dq_out, dk, dv,
+        short_q_backward, (c.q_seqs * c.H, splits, query_tiles), c.q, c.k, c.v, out, lse, grad, dq_out, dk, dv,
         c.lengths, c.mask, c.index, c.cu_q, c.cu_k, *c.strides, *_strides(grad, c.cu_q is not None), *c.sizes,
         splits, size, WRITE_DQ=dq is not None, WRITE_DKV=dk is not None, **c.constants, **tiles,
     )  # fmt: skip
@@ -731,3 +760,47 @@ def inverse_index(key_index: Tensor, k_seqs: int) -> tuple[Tensor, Tensor]:
     rows, order = torch.sort(key_index.clamp(0, k_seqs - 1), stable=True)
     bounds = torch.arange(k_seqs + 1, dtype=rows.dtype, device=rows.device)
     return order, torch.searchsorted(rows, bounds)
+
+
+def aot_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What :mod:`mvlm_kernels.aot` compiles: (label, call of the launchers on meta tensors). Labels are
+    dtype/width/keys/variant.
+
+    Every width, short length and type, dense with key_lengths as a padded batch has them; the other variants at width
+    64.
+    """
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        for width in HEAD_WIDTHS:
+            for short in (16, 32, 64, 128):
+                # Every table lists the same keys: what one target cannot hold, none takes.
+                if has_tiles(dtype, width, short, 80):
+                    yield f"{name}/{width}/{short}/lengths", partial(_aot_call, dtype, width, short, lengths=True)
+    for variant in ("mask", "index", "packed", "splits"):
+        yield f"bfloat16/64/32/{variant}", partial(_aot_call, torch.bfloat16, 64, 32, **{variant: True})
+
+
+def _aot_call(
+    dtype: torch.dtype, width: int, short: int, *, lengths: bool = False, mask: bool = False, index: bool = False,
+    packed: bool = False, splits: bool = False,
+) -> None:  # fmt: skip
+    """Forward and backward of both families: 197 patches against `short` text rows, and the other way round."""
+    batch, heads, patches = 2 if splits else 256, 12, 197
+    meta = partial(torch.empty, device="meta")
+    ints = partial(meta, dtype=torch.int32)
+    for len_q, len_k in ((patches, short), (short, patches)):
+        text_q, text_k = packed and len_q == short, packed and len_k == short
+        q = meta((batch * 24, heads, width) if text_q else (batch, len_q, heads, width), dtype=dtype)
+        k, v = (
+            meta((batch * 24, heads, width) if text_k else (batch, len_k, heads, width), dtype=dtype) for _ in range(2)
+        )
+        sides = (
+            ints(batch) if lengths else None,
+            meta((batch, (len_k + 63) // 64), dtype=torch.int64) if mask else None,
+            ints(batch) if index else None,
+            ints(batch + 1) if text_q else None,
+            ints(batch + 1) if text_k else None,
+        )
+        bounds = (width**-0.5, len_q, len_k)
+        out, lse = forward(q, k, v, *sides, *bounds)
+        backward(out, q, k, v, out, lse, *sides, *bounds, True, True)
