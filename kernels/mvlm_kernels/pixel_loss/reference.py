@@ -30,7 +30,7 @@ def pixel_targets(
     """The pixels to predict, (B, K, F) in ``dtype``; normalize_target is MAE's (x - mean) / sqrt(var + 1e-6) over each
     patch, with the unbiased variance (facebookresearch/mae, models_mae.py, forward_loss)."""
     target = gather_patches(images, patch_ids, patch_size, mean, std, dtype)
-    if normalize_target:
+    if normalize_target and target.numel():  # torch warns about the variance of nothing
         var, center = torch.var_mean(target, dim=2, keepdim=True)  # (B, K, 1) each
         target = (target - center) / (var + EPS).sqrt()
     return target
@@ -39,13 +39,14 @@ def pixel_targets(
 def pixel_loss_and_slope(difference: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     """Loss of each pixel and its derivative, from prediction minus target of any shape."""
     size = difference.abs()
+    sign = torch.where(difference.isnan(), difference, difference.sign())  # torch.sign calls NaN 0
     if kind == "l1":
-        return size, difference.sign()
+        return size, sign
     if kind == "mse":
         return difference.square(), 2 * difference
     # smooth_l1 with beta = 1, as torch.nn.functional.smooth_l1_loss
     near = size < 1
-    return torch.where(near, 0.5 * difference.square(), size - 0.5), torch.where(near, difference, difference.sign())
+    return torch.where(near, 0.5 * difference.square(), size - 0.5), torch.where(near, difference, sign)
 
 
 def masked_pixel_loss(
