@@ -42,8 +42,8 @@ ARCHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 # Shared memory that one block may take, bytes: CUDA C++ programming guide, technical specifications per compute
 # capability.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
-# Kernels of the matrix ops that multiply nothing: they add partial sums.
-WITHOUT_PRODUCTS = ("sum_partials", "short_q_combine")
+# Kernels of the matrix ops that multiply nothing: they add partial sums, or take moments of pixels.
+WITHOUT_PRODUCTS = ("sum_partials", "short_q_combine", "sum_kernel", "sum_partials_kernel", "moments_kernel")
 # As the machine code spells mma.sync, wgmma and tcgen05.mma.
 _MATRIX_INSTRUCTIONS = re.compile(r"\b(UTC[A-Z]*MMA|[A-Z]GMMA|[HIDQ]MMA)\b")
 

@@ -40,7 +40,7 @@ class Call:
     v: Tensor
     grad: Tensor
     kwargs: dict[str, Any]
-    bounds: dict[str, int]  # known to the op alone; the reference reads lengths itself
+    bounds: dict[str, Any]  # known to the op alone; the reference reads lengths itself
 
 
 def build(case: Case) -> Call:
@@ -52,7 +52,7 @@ def build(case: Case) -> Call:
     draw = torch.Generator().manual_seed(case.seed)
     q_seqs = case.readers or case.batch
     kwargs: dict[str, Any] = {}
-    bounds: dict[str, int] = {}
+    bounds: dict[str, Any] = {}
 
     def cu_seqlens(seqs: int, longest: int) -> Tensor:
         lengths = torch.randint(min(2, longest), longest + 1, (seqs,), generator=draw)

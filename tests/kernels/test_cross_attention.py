@@ -35,15 +35,15 @@ def test_head_widths(width: int, len_q: int, len_k: int):
 
 SIDES = {
     "lengths": Case(len_q=67, len_k=37, lengths=True),
-    "mask": Case(len_q=67, len_k=65, mask=True),
-    "both": Case(len_q=67, len_k=127, mask=True, lengths=True),
+    "mask": Case(len_q=67, len_k=65, batch=3, mask=True),
+    "both": Case(len_q=67, len_k=127, batch=3, mask=True, lengths=True),
     "index": Case(len_q=67, len_k=17, batch=3, readers=5, lengths=True),
     "packed-k": Case(len_q=67, len_k=19, batch=3, packed_k=True),
     "packed-q": Case(len_q=139, len_k=19, batch=3, packed_q=True),
     "packed-both": Case(len_q=23, len_k=23, batch=3, packed_q=True, packed_k=True),
     "packed-index": Case(len_q=67, len_k=19, batch=3, packed_k=True, packed_q=True, readers=4),
     "long-lengths": Case(len_q=17, len_k=197, lengths=True),
-    "long-mask": Case(len_q=17, len_k=197, mask=True),
+    "long-mask": Case(len_q=17, len_k=197, batch=3, mask=True),
     "long-index": Case(len_q=17, len_k=131, readers=5, lengths=True),
     "long-packed-q": Case(len_q=17, len_k=131, batch=3, packed_q=True, lengths=True),
     "long-packed-k": Case(len_q=17, len_k=149, batch=3, packed_k=True),

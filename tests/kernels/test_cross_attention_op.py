@@ -6,6 +6,7 @@ import pytest
 import torch
 from attention_cases import Case, build, run
 from test_cross_attention import SIDES
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch, explain, pack_key_mask
@@ -42,7 +43,7 @@ def test_opcheck(name: str, backend: Any):
 
 @pytest.mark.plain_empty
 def test_compiles_into_one_graph_for_all_lengths():
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(cross_attention, fullgraph=True, dynamic=True, backend=counter)
     for len_k in (30, 31, 17):

@@ -29,15 +29,17 @@ class Mutant:
     old: str
     new: str
     check: Callable[[], None]
+    multiprocessors: int = 12  # of the machine played: so many that work is split
 
 
-def attention(after: str, old: str, new: str, case: str, heads: int = 1) -> Mutant:
+def attention(after: str, old: str, new: str, case: str, heads: int = 1, multiprocessors: int = 12) -> Mutant:
     return Mutant(
         package="mvlm_kernels.cross_attention",
         after=after,
         old=old,
         new=new,
         check=lambda: check(replace(SIDES[case], heads=heads)),
+        multiprocessors=multiprocessors,
     )
 
 
@@ -45,7 +47,7 @@ MUTANTS = {
     "length off by one": attention("def _existing_keys", "rn < klen", "rn <= klen", "lengths"),
     "length ignored": attention("def _key_length", "if lengths_ptr is not None", "if False", "lengths"),
     "mask dropped": attention("def _existing_keys", "if mask_ptr is not None", "if False", "mask"),
-    "mask word of the wrong key": attention("def _existing_keys", "rn // 64", "rn // 128", "both"),
+    "mask word of the wrong key": attention("def _existing_keys", "rn // 64", "rn // 128", "long-mask"),
     "padded values read": attention("def short_kv_forward", "stride_vl, exists", "stride_vl, rn < stored", "lengths"),
     "last query tile unwritten": attention(
         "def short_kv_forward", "tl.cdiv(q_len, BLOCK_M)", "q_len // BLOCK_M", "lengths"
@@ -65,7 +67,7 @@ MUTANTS = {
         "def short_kv_backward", "tail_start, tail_end", "tail_end, tail_end", "packed-k"
     ),
     "online softmax without shrinking": attention(
-        "def short_q_forward", "total * shrink + tl.sum", "total + tl.sum", "long-lengths"
+        "def short_q_forward", "total * shrink + tl.sum", "total + tl.sum", "long-mask", multiprocessors=1
     ),
     "split weights swapped": attention(
         "def short_q_combine", "x * weight[:, None]", "x * shrink[:, None]", "long-lengths"
@@ -99,7 +101,7 @@ def load(mutant: Mutant, folder: Path) -> ModuleType:
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
 def test_mutant_is_caught(mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Poison):
     importlib.import_module(f"{mutant.package}.{mutant.module}")
-    monkeypatch.setattr(dispatch, "multiprocessors", lambda device: 12)
+    monkeypatch.setattr(dispatch, "multiprocessors", lambda device: mutant.multiprocessors)
 
     def check() -> None:
         mutant.check()

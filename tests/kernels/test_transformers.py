@@ -1,5 +1,7 @@
 """A BERT cross-attention layer gives the same output with attn_implementation="mvlm" as with transformers' own."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -13,15 +15,20 @@ from mvlm_kernels import use_backend  # noqa: E402
 from mvlm_kernels.integrations.transformers import register  # noqa: E402
 
 
-def config(implementation: str, **changes: object) -> BertConfig:
+def config(implementation: str, **changes: Any) -> BertConfig:
     register()
-    settings = {"hidden_size": 64, "num_attention_heads": 2, "attention_probs_dropout_prob": 0.0, **changes}
+    settings: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "attention_probs_dropout_prob": 0.0,
+        **changes,
+    }
     made = BertConfig(**settings)
     made._attn_implementation = implementation
     return made
 
 
-def outputs(layer_class: type, padding: torch.Tensor | None, **changes: object) -> list[torch.Tensor]:
+def outputs(layer_class: type, padding: torch.Tensor | None, **changes: Any) -> list[torch.Tensor]:
     """Output of one layer under SDPA and under ours, with the mask that transformers makes for each."""
     torch.manual_seed(0)
     hidden, encoded = torch.randn(3, 9, 64), torch.randn(3, 7, 64)
@@ -31,7 +38,7 @@ def outputs(layer_class: type, padding: torch.Tensor | None, **changes: object) 
         made = config(implementation, **changes)
         torch.manual_seed(1)
         layer = layer_class(made).eval()
-        extra = {"encoder_hidden_states": encoded} if cross else {}
+        extra: dict[str, Any] = {"encoder_hidden_states": encoded} if cross else {}
         mask = create_bidirectional_mask(config=made, inputs_embeds=hidden, attention_mask=padding, **extra)
         if implementation == "mvlm" and padding is not None:
             assert mask is not None
@@ -41,7 +48,7 @@ def outputs(layer_class: type, padding: torch.Tensor | None, **changes: object) 
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_cross_attention_with_key_padding(backend):
+def test_cross_attention_with_key_padding(backend: Any):
     padding = torch.arange(7) < torch.tensor([[7], [3], [1]])
     with use_backend(backend):
         torch.testing.assert_close(*outputs(BertCrossAttention, padding.long()))

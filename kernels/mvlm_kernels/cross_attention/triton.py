@@ -459,7 +459,9 @@ def short_q_backward(
     klen = _key_length(lengths_ptr, kb, stored)
     stride_ol = H * D
 
-    rm = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rm = tl.arange(0, BLOCK_M)
+    if not WRITE_DKV:
+        rm += tl.program_id(2) * BLOCK_M
     inside = rm < q_len
     out_offset = h * D + q_start * stride_ol
     lse_base = lse_ptr + h * q_rows + q_start
