@@ -132,6 +132,7 @@ def pretrain_config(data: Path, out: Path, **changes: Any) -> PretrainConfig:
         "lr_pixels": 3e-3,
         "warmup_steps": 2,
         "crop_scale": (0.5, 1.0),
+        "device": "cpu",  # what is compared digit for digit is computed there
         "model": micro_config(),
     }
     return PretrainConfig(**(settings | changes))

@@ -82,9 +82,11 @@ def test_one_point_and_a_constant(xs, ys):
 
 def test_names_are_escaped():
     name = '<script>alert("1")</script> & co'
-    chart = line_chart(name, {name: ([1, 2], [1, 2])}, {name: 1.5})
+    chart = line_chart(name, {name: ([1, 2], [1, 2]), "<b>": ([1, 2], [2, 1])}, {name: 1.5})
     root = parse(chart)
     assert not list(root.iter("script"))
+    assert not list(root.iter("b"))
+    assert [key.text for key in root.iter("span")] == [name, "<b>"]
     assert name in [t.text for t in root.iter("text")]
     svg = root.find("svg")
     assert svg is not None

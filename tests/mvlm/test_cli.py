@@ -16,8 +16,9 @@ from PIL import Image
 from mvlm import cli, objectives
 from mvlm.checkpoint import load_model
 from mvlm.config import PRESETS
+from mvlm.errors import ConfigError, RunError
 from mvlm.run_folder import read_metrics
-from mvlm_dataloading import open_dataset
+from mvlm_dataloading import DataError, open_dataset
 
 MICRO = [
     "--model.image-size",
@@ -50,6 +51,8 @@ MICRO = [
     "8",
     "--warmup-steps",
     "1",
+    "--device",
+    "cpu",
 ]
 
 
@@ -143,7 +146,9 @@ BROKEN = [
 def test_pretraining_on_broken_data(mvlm, data, toys, tmp_path, damage, message):
     damage(data, "train", toys)
     before = toys.folder_hash(tmp_path)
-    refused(mvlm("pretrain", "tiny", "--data", data, "--out", tmp_path / "run", *MICRO), message, str(data))
+    outcome = mvlm("pretrain", "tiny", "--data", data, "--out", tmp_path / "run", *MICRO)
+    refused(outcome, message)
+    assert outcome.err[0].startswith(f"mvlm: {data}")  # what is wrong comes first, and it is the data
     assert toys.folder_hash(tmp_path) == before
     assert not (tmp_path / "run").exists()
 
@@ -293,7 +298,7 @@ def test_mistyped_flags(mvlm, words, message, tmp_path, monkeypatch):
 def test_a_device_that_is_not_there(mvlm, scenes, trained, tmp_path):
     words = ("--data", scenes, "--device", "cuda")
     refused(
-        mvlm("pretrain", "tiny", "--out", tmp_path / "run", *words, *MICRO), "device: wanted cuda, but torch finds no"
+        mvlm("pretrain", "tiny", "--out", tmp_path / "run", *MICRO, *words), "device: wanted cuda, but torch finds no"
     )
     refused(mvlm("eval", "retrieval", "--checkpoint", trained, *words), "device: wanted cuda, but torch finds no")
     words = ("--checkpoint", trained, "--data", scenes, "--device", "gpu")
@@ -381,6 +386,25 @@ def test_a_loss_that_is_not_finite_stops_with_another_code(mvlm, scenes, tmp_pat
     assert outcome.code == 1
     assert len(outcome.err) == 1
     assert outcome.err[0].startswith("mvlm: step 1: mim is nan; the update was not made.")
+
+
+@pytest.mark.parametrize("kind", [ConfigError, RunError, DataError])
+def test_a_message_of_several_lines_becomes_one(mvlm, monkeypatch, kind):
+    def fail(_):
+        raise kind("found a file:\n  line 3,\n  line 4")
+
+    monkeypatch.setattr(cli, "run_command", fail)
+    outcome = mvlm("pretrain")
+    assert (outcome.code, outcome.err) == (2, ["mvlm: found a file: line 3, line 4"])
+
+
+def test_a_fault_of_our_own_keeps_its_traceback(mvlm, monkeypatch):
+    def fail(_):
+        raise ValueError("not the user's doing")
+
+    monkeypatch.setattr(cli, "run_command", fail)
+    with pytest.raises(ValueError, match="not the user's doing"):
+        mvlm("pretrain")
 
 
 def test_an_interrupt(mvlm, monkeypatch):

@@ -50,7 +50,7 @@ def test_plain_lines_where_there_is_no_terminal(capsys, clock):
             (3, 1020.5, ROW),  # twenty seconds later
             (4, 1021.0, ROW | EVALUATION),  # an evaluation
             (5, 1040.0, ROW),  # too soon after it
-            (100, 1041.0, ROW),  # the last
+            (100, 1040.5, ROW),  # too soon as well, but the last
         ):
             clock[0] = now
             progress.show(row | {"step": step})

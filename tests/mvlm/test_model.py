@@ -2,6 +2,7 @@
 # pyright: reportIndexIssue=false, reportArgumentType=false
 """The model against the method written out in numpy float64: one picture and one caption at a time, no padding."""
 
+import itertools
 import math
 from itertools import pairwise
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from mvlm import objectives
+from mvlm.encoders import pad_packed
 from mvlm.model import MaskVLM
 from mvlm_dataloading import Batch, Masks
 
@@ -362,6 +364,27 @@ def test_a_row_does_not_depend_on_the_others(toys, predictions):
         )
         torch.testing.assert_close(alone["logits"], whole["logits"][inside], rtol=0, atol=1e-12)
         torch.testing.assert_close(alone["pixels"][0], whole["pixels"][row], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("cross_norm", ["post", "pre"])
+def test_words_of_every_position(toys, cross_norm):
+    """Any packed position may be asked for, in any order, the first and last of each caption too."""
+    model = toys.model(cross_norm=cross_norm)
+    reference = Reference(model)
+    batch, _ = toys.batch()
+    tokens, key_mask = pad_packed(batch.tokens, batch.cu_seqlens, batch.max_length)
+    positions = torch.randperm(len(batch.tokens), generator=torch.Generator().manual_seed(0))
+    v, w = model.encode_image(batch.images), model.encode_text(tokens, key_mask)
+    found = model.fill_mask(v, w, key_mask, batch.cu_seqlens, positions).detach().numpy()
+    starts = batch.cu_seqlens.tolist()
+    for row, (start, end) in enumerate(itertools.pairwise(starts)):
+        text = reference.text(batch.tokens[start:end].tolist())
+        x = reference.cross("text_cross", model.config.cross_layers, text, reference.image(batch.images[row].numpy()))
+        y = reference.norm("language_head.norm", gelu(reference.linear("language_head.dense", x)))
+        wanted = reference.linear("language_head.vocabulary", y)
+        for number, position in enumerate(positions.tolist()):
+            if start <= position < end:
+                np.testing.assert_allclose(found[number], wanted[position - start], atol=1e-10)
 
 
 @pytest.mark.parametrize("case", ["one pair", "equal captions", "one picture"])

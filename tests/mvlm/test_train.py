@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import re
@@ -78,6 +79,40 @@ def start(toys, scenes, tokenizer, tmp_path):
     return make
 
 
+def test_the_loader_masks_and_cuts_as_the_settings_say(toys, scenes, tokenizer):
+    """Patches of 4 pixels in blocks of 8, a quarter of the 16 blocks; all ordinary tokens of captions of at most 5."""
+    model = toys.config(patch_size=4, mask_block=8, image_mask_ratio=0.25, text_mask_ratio=1.0, text_length=5)
+    config = toys.pretrain_config(scenes, Path(), model=model, batch_size=32)
+    batch, masks = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, CPU)))
+    assert batch.images.shape == (32, 3, 32, 32)
+    assert masks.patch_ids.shape == (32, 16)
+    for row in masks.patch_ids.tolist():
+        blocks = [(patch // 8 // 2, patch % 8 // 2) for patch in row]
+        assert sorted(blocks.count(block) for block in set(blocks)) == [4, 4, 4, 4]
+    starts = batch.cu_seqlens.tolist()
+    assert max(b - a for a, b in itertools.pairwise(starts)) == 5
+    special = {*starts[:-1], *(end - 1 for end in starts[1:])}
+    assert masks.token_ids.tolist() == [t for t in range(starts[-1]) if t not in special]
+
+
+def test_the_loader_follows_the_seed(toys, scenes, tokenizer):
+    orders = []
+    for seed in (0, 0, 1):
+        config = toys.pretrain_config(scenes, Path(), batch_size=32, seed=seed)
+        batch, _ = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, CPU)))
+        orders.append(batch.sample_id.tolist())
+    assert orders[0] == orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("scale, flat", [((0.01, 0.02), True), ((0.9, 1.0), False)])
+def test_the_loader_crops_as_the_recipe_says(toys, scenes, tokenizer, scale, flat):
+    """A hundredth of a scene is mostly of one colour, nine tenths of it never are."""
+    config = toys.pretrain_config(scenes, Path(), batch_size=32, crop_scale=scale)
+    batch, _ = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, CPU)))
+    spread = batch.images.flatten(2).float().std(2).amax(1)  # (32,) by picture
+    assert (spread < 1).float().mean() > 0.5 if flat else (spread > 10).all()
+
+
 def test_a_step_is_what_adamw_does_with_the_gradient_of_the_total(toys, start):
     """One update of every parameter against Loshchilov and Hutter's formula in numpy."""
     run, batches = start(warmup_steps=4, weight_decay=0.1, clip_norm=0.5)
@@ -99,6 +134,21 @@ def test_a_step_is_what_adamw_does_with_the_gradient_of_the_total(toys, start):
         moved = before[name] * (1 - peak / 4 * decay) - peak / 4 * g / (np.abs(g) + 1e-8)  # the first step of Adam
         np.testing.assert_allclose(parameter.detach().numpy(), moved, rtol=1e-6, atol=1e-7, err_msg=name)
         assert parameter.grad is None
+
+
+def test_the_model_is_told_seed_and_step(start, monkeypatch):
+    """ITM's negatives follow from both; reconstruction comes first."""
+    run, batches = start(seed=7, reconstruction_first=2)
+    told, forward = [], run.model.forward
+
+    def listen(batch, masks, **settings):
+        told.append(settings)
+        return forward(batch, masks, **settings)
+
+    monkeypatch.setattr(run.model, "forward", listen)
+    for _ in range(3):
+        run.one_step(batches)
+    assert told == [{"seed": 7, "step": step, "reconstruction_only": step < 2} for step in range(3)]
 
 
 @pytest.mark.parametrize("limit", [1e-3, 1e3])
@@ -370,6 +420,14 @@ def test_when_checkpoints_are_written(toys, scenes, tmp_path, monkeypatch, witho
     pretrain(config)
     assert saved == steps
     assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step_00000005"]
+
+
+def test_the_tokenizer_decides_what_stands_for_a_masked_token(toys, scenes, tmp_path, without_tensorboard):
+    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=1, model=toys.config(mask_token_id=7))
+    pretrain(config)
+    model, tokenizer = load_model(config.out)
+    assert model.config.mask_token_id == tokenizer.mask_id == 4
+    assert json.loads((config.out / "config.json").read_text())["model"]["mask_token_id"] == 4
 
 
 def test_a_tokenizer_by_path(toys, scenes, tmp_path, tokenizer, without_tensorboard):

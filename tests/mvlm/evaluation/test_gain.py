@@ -40,51 +40,54 @@ def test_a_model_that_reads_one_modality_gains_nothing(model, heldout_split, tok
 
 
 def test_gain_of_a_model_with_known_losses(model, heldout_split, tokenizer, monkeypatch):
-    """With its own picture in view sample i gives the masked token a logit of i/2 more than the others; with its own
-    caption in view every masked pixel is off by (i + 1)/10; with a wrong one, none more and half as far again."""
+    """With its own picture in view sample i gives the masked token in place c of its caption a logit of i/2 + c/3 more
+    than the others; with its own caption in view every masked pixel of it is off by (i + 1)/10. With a wrong picture
+    no token gets more than another, and with a wrong caption the pixels are off by half as much again."""
     vocabulary, number = model.config.vocab_size, 8
-    batches = {}
-    for seed in (0, 1, 2):
-        ((batches[seed]),) = list(eval_loader(heldout_split, model, tokenizer, seed))
+    batches = [next(iter(eval_loader(heldout_split, model, tokenizer, seed))) for seed in (0, 1, 2)]
     features = encode_split(model, heldout_split, tokenizer, "fp32")
     features.v[:, 0, 0] = torch.arange(number)  # so that what is in view can be told
     features.w[:, 0, 0] = features.owner.float()
-    hidden = {tuple(masks.token_ids.tolist()): batch for batch, masks in batches.values()}
+    tokens, starts = batches[0][0].tokens, batches[0][0].cu_seqlens.tolist()  # the same in every pass
     own = torch.arange(number)
+    row = {t: b for b in range(number) for t in range(starts[b], starts[b + 1])}
+
+    def bonus(place: int) -> float:
+        return row[place] / 2 + (place - starts[row[place]]) / 3
 
     def fill_mask(v, wm, key_mask, cu_seqlens, token_ids):
-        row = torch.searchsorted(cu_seqlens[1:].contiguous(), token_ids.int(), right=True)
-        targets = hidden[tuple(token_ids.tolist())].tokens[token_ids]
-        right = v[:, 0, 0] == own
         logits = torch.zeros(len(token_ids), vocabulary)
-        logits[torch.arange(len(token_ids)), targets] = torch.where(right[row], own[row] / 2, 0.0)
+        for m, place in enumerate(token_ids.tolist()):
+            if v[row[place], 0, 0] == row[place]:
+                logits[m, tokens[place]] = bonus(place)
         return logits
 
     def reconstruct(vm, w, key_mask, patch_ids):
-        batch = next(batch for batch, masks in batches.values() if torch.equal(masks.patch_ids, patch_ids))
-        right = w[:, 0, 0] == own
-        off = (own + 1) / 10 * torch.where(right, 1.0, 1.5)
+        batch = next(batch for batch, masks in batches if torch.equal(masks.patch_ids, patch_ids))
+        off = (own + 1) / 10 * torch.where(w[:, 0, 0] == own, 1.0, 1.5)
         return model.patch_targets(batch.images, patch_ids) + off[:, None, None]
 
     monkeypatch.setattr(model, "fill_mask", fill_mask)
     monkeypatch.setattr(model, "reconstruct", reconstruct)
     gain = cross_modal_gain(model, heldout_split, features, tokenizer, 3, "fp32")
 
-    nats, wrong_nats, tokens = 0.0, 0.0, 0
-    for batch, masks in batches.values():
-        starts = batch.cu_seqlens.tolist()
+    nats, lost, count = np.zeros(number), np.zeros(number), np.zeros(number)  # by sample
+    for _, masks in batches:
         for place in masks.token_ids.tolist():
-            i = max(b for b in range(number) if starts[b] <= place)
-            nats += math.log(math.exp(i / 2) + vocabulary - 1) - i / 2
-            wrong_nats += math.log(vocabulary)
-            tokens += 1
-    assert gain["gain_text_nats"] == pytest.approx((wrong_nats - nats) / tokens, abs=6e-5)  # four digits are kept
-    assert gain["masked_nats"] == pytest.approx(nats / tokens, abs=6e-5)
+            loss = math.log(math.exp(bonus(place)) + vocabulary - 1) - bonus(place)
+            nats[row[place]] += loss
+            lost[row[place]] += math.log(vocabulary) - loss
+            count[row[place]] += 1
+    assert gain["gain_text_nats"] == pytest.approx(lost.sum() / count.sum(), abs=6e-5)  # four digits are kept
+    assert gain["masked_nats"] == pytest.approx(nats.sum() / count.sum(), abs=6e-5)
     assert gain["gain_pixels_pct"] == pytest.approx(50, abs=6e-4)
-    errors = [(i + 1) / 10 for i in range(number)]
-    assert gain["masked_l1"] == pytest.approx(sum(errors) / number, abs=6e-5)
-    low, high = gain["gain_text_nats_95"]
-    assert 0 < low < gain["gain_text_nats"] < high
+    assert gain["masked_l1"] == pytest.approx(np.mean([(i + 1) / 10 for i in range(number)]), abs=6e-5)
+
+    rng, resampled = np.random.default_rng(0), []
+    for _ in range(1000):
+        drawn = [int(i) for i in rng.integers(number, size=number)]
+        resampled.append(sum(lost[i] for i in drawn) / sum(count[i] for i in drawn))
+    assert gain["gain_text_nats_95"] == pytest.approx(np.percentile(resampled, [2.5, 97.5]).tolist(), abs=6e-5)
     assert gain["gain_pixels_pct_95"] == [pytest.approx(50, abs=1e-3)] * 2  # the ratio is the same for every sample
 
 
