@@ -109,7 +109,7 @@ class MaskVLM(nn.Module):
         # Packed position t lies in row b = the number of captions that end at or before t.
         row = torch.searchsorted(cu_seqlens[1:].long(), token_ids, right=True)
         column = token_ids - cu_seqlens[row]
-        return self.language_head(x[row, column])
+        return self.language_head(x.flatten(0, 1).index_select(0, row * x.shape[1] + column))
 
     def reconstruct(self, vm: Tensor, w: Tensor, key_mask: Tensor, patch_ids: Tensor) -> Tensor:
         """Normalised pixels (B, K, 3*P*P) of the patches patch_ids int64 (B, K).
@@ -165,7 +165,8 @@ class MaskVLM(nn.Module):
         own = torch.arange(len(v), device=v.device)
         images = torch.cat([own, own, image_index])  # (3B,)
         texts = torch.cat([own, text_index, own])
-        match = self.match(v[images], w[texts], key_mask[texts])
+        # Not v[images]: on a CPU its backward adds up the gradients of rows read twice in whatever order threads come.
+        match = self.match(v.index_select(0, images), w.index_select(0, texts), key_mask[texts])
         labels = (torch.arange(3 * len(v), device=v.device) < len(v)).long()
         weights = torch.cat([torch.ones_like(text_weight), text_weight, image_weight])
         return objectives.matching_loss(match, labels, weights)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mvlm import objectives
+from mvlm.config import MaskVLMConfig
 from mvlm.encoders import pad_packed
 from mvlm.model import MaskVLM
 from mvlm_dataloading import Batch, Masks
@@ -489,3 +490,26 @@ def test_wrong_shapes_are_named(toys):
     for tokens, mask in (((2, 13), (2, 13)), ((2, 5), (2, 6)), ((5,), (5,))):
         with pytest.raises(ValueError, match="tokens and key_mask: wanted two equal"):
             model.encode_text(torch.zeros(tokens, dtype=torch.int64), torch.ones(mask, dtype=torch.bool))
+
+
+def test_gradients_at_the_size_of_the_demo_are_equal_bit_for_bit(toys):
+    """Threads share work only past some size, so that a small model tells nothing. Rows read more than once by ITM are
+    the danger: their gradients have to add up in a fixed order.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        config = MaskVLMConfig.preset("tiny")
+        torch.manual_seed(0)
+        model = MaskVLM(config)
+        batch, masks = toys.batch(lengths=tuple(4 + i % 9 for i in range(64)), config=config)
+        runs = []
+        for _ in range(4):
+            model.zero_grad(set_to_none=True)
+            with torch.autocast("cpu", torch.bfloat16):
+                model(batch, masks).total.backward()
+            runs.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    finally:
+        torch.set_num_threads(threads)
+    for again in runs[1:]:
+        assert [name for name in runs[0] if not torch.equal(runs[0][name], again[name])] == []
