@@ -24,6 +24,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> T
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+def spread(x: Tensor, rows: Tensor, key_mask: Tensor) -> Tensor:
+    """Packed x (T, C) -> (B, L, C) with zeros for padding; rows int64 (T,) are places in (B, L), flattened."""
+    places = x.new_zeros(key_mask.numel(), x.shape[-1]).index_copy(0, rows, x)
+    return places.view(*key_mask.shape, -1)
+
+
 class Attention(nn.Module):
     """Attention with projections: queries from one stream, keys and values from the same or from another."""
 
@@ -37,10 +43,21 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """x (B, Lq, C) attends to memory (B, Lk, C); key_mask bool (B, Lk), True = exists. Returns (B, Lq, C)."""
-        q = self._split(self.query(x))  # (B, H, Lq, D)
-        k = self._split(self.key(memory))  # (B, H, Lk, D)
-        v = self._split(self.value(memory))
-        return self.out(attend(q, k, v, key_mask).transpose(1, 2).flatten(2))
+        q, k, v = self.query(x), self.key(memory), self.value(memory)
+        return self.out(self._attend(q, k, v, key_mask))
+
+    def packed(self, x: Tensor, rows: Tensor, key_mask: Tensor) -> Tensor:
+        """Self-attention of packed sequences: x (T, C), whose rows int64 (T,) say where each lies in (B, L), flattened.
+
+        key_mask bool (B, L), True = exists. Returns (T, C). Only the attention itself sees padding.
+        """
+        q, k, v = (spread(projection(x), rows, key_mask) for projection in (self.query, self.key, self.value))
+        return self.out(self._attend(q, k, v, key_mask).flatten(0, 1).index_select(0, rows))
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Projected q (B, Lq, C), k and v (B, Lk, C) -> (B, Lq, C)."""
+        heads = attend(self._split(q), self._split(k), self._split(v), key_mask)  # (B, H, Lq, D)
+        return heads.transpose(1, 2).flatten(2)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, L, C) -> (B, H, L, D)

@@ -7,7 +7,7 @@ Shape legend: B batch, N patches, L tokens, C width, P patch side, S image side.
 import torch
 from torch import Tensor, nn
 
-from mvlm.attention import Attention, FeedForward
+from mvlm.attention import Attention, FeedForward, spread
 from mvlm.config import MaskVLMConfig
 
 
@@ -87,9 +87,9 @@ class TextBlock(nn.Module):
         self.mlp = FeedForward(width)
         self.norm2 = nn.LayerNorm(width, eps=1e-5)
 
-    def forward(self, x: Tensor, key_mask: Tensor) -> Tensor:
-        """x (B, L, C), key_mask bool (B, L), True = a token -> (B, L, C)."""
-        x = self.norm1(x + self.attention(x, x, key_mask))
+    def forward(self, x: Tensor, rows: Tensor, key_mask: Tensor) -> Tensor:
+        """x (T, C) packed, rows int64 (T,) its places in (B, L), key_mask bool (B, L), True = a token -> (T, C)."""
+        x = self.norm1(x + self.attention.packed(x, rows, key_mask))
         return self.norm2(x + self.mlp(x))
 
 
@@ -103,24 +103,26 @@ class TextEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-5)
         self.blocks = nn.ModuleList(TextBlock(config.width, config.heads) for _ in range(config.text_layers))
 
-    def forward(self, tokens: Tensor, key_mask: Tensor) -> Tensor:
-        """tokens int64 (B, L) padded at the end, key_mask bool (B, L), True = a token. Returns (B, L, C).
+    def forward(self, tokens: Tensor, rows: Tensor, key_mask: Tensor) -> Tensor:
+        """Packed tokens int64 (T,) -> features (B, L, C), zero where there is padding.
 
-        Rows of padding are computed but mean nothing.
+        rows int64 (T,) are the tokens' places in (B, L), flattened; key_mask bool (B, L), True = a token.
         """
-        x = self.norm(self.words(tokens) + self.position[: tokens.shape[1]])
+        place = rows % key_mask.shape[1]  # (T,) within its caption
+        x = self.norm(self.words(tokens) + self.position.index_select(0, place))  # (T, C)
         for block in self.blocks:
-            x = block(x, key_mask)
-        return x
+            x = block(x, rows, key_mask)
+        return spread(x, rows, key_mask)
 
 
-def pad_packed(tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
-    """Packed tokens (T,) -> padded tokens (B, L) with L = max_length, and the key mask bool (B, L), True = a token.
+def padded_places(number: int, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
+    """Where packed tokens lie once padded: rows int64 (T,), places in (B, L) flattened, and the key mask bool (B, L).
 
-    Nothing is counted on the device: `max_length` comes from the host. Padding repeats some real token, which the
-    key mask hides.
+    T = number and L = max_length come from the host, so that nothing on the device is counted; True = a token.
     """
-    column = torch.arange(max_length, device=tokens.device)
-    start, end = cu_seqlens[:-1, None], cu_seqlens[1:, None]
-    index = start + column  # (B, L)
-    return tokens[index.clamp(max=len(tokens) - 1)], index < end
+    starts = cu_seqlens.long()
+    packed = torch.arange(number, device=starts.device)
+    caption = torch.searchsorted(starts[1:], packed, right=True)  # captions that end at or before a position
+    rows = caption * max_length + packed - starts[caption]
+    lengths = starts[1:] - starts[:-1]
+    return rows, torch.arange(max_length, device=starts.device) < lengths[:, None]

@@ -11,9 +11,9 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from mvlm.device import autocast
-from mvlm.encoders import pad_packed, patchify, unpatchify
+from mvlm.encoders import patchify, unpatchify
 from mvlm.errors import RunError
-from mvlm.evaluation.features import pad_captions
+from mvlm.evaluation.features import encode_captions
 from mvlm.masking import mask_tokens, masked_patches
 from mvlm.model import MaskVLM
 from mvlm_dataloading import Tokenizer
@@ -69,10 +69,9 @@ def reconstruct(
     nothing was masked, the model's elsewhere.
     """
     config, device = model.config, next(model.parameters()).device
-    tokens, key_mask = pad_captions(captions, tokenizer, config.text_length)
-    images, patch_ids, key_mask = images.to(device), patch_ids.to(device), key_mask.to(device)
+    images, patch_ids = images.to(device), patch_ids.to(device)
     with autocast(device, precision):
-        w = model.encode_text(tokens.to(device), key_mask)
+        w, key_mask = encode_captions(model, captions, tokenizer)
         vm = model.encode_image(images, masked_patches(patch_ids, config.num_patches))
         predicted = model.reconstruct(vm, w, key_mask, patch_ids).float()  # (B, K, 3*P*P), normalised
     mean, std = (
@@ -105,10 +104,9 @@ def fill(
     device = next(model.parameters()).device
     starts = torch.tensor([0, *np.cumsum(lengths)], device=device)
     hidden = mask_tokens(tokens.to(device), token_ids.to(device), model.config.mask_token_id)
-    padded, key_mask = pad_packed(hidden, starts, max(lengths))
     with autocast(device, precision):
         v = model.encode_image(images.to(device))
-        wm = model.encode_text(padded, key_mask)
+        wm, key_mask = model.encode_text(hidden, starts, max(lengths))
         logits = model.fill_mask(v, wm, key_mask, starts, token_ids.to(device)).float()
     logits = logits[:, : tokenizer.vocab_size]  # the model may have rows for tokens that there are not
     found = logits.softmax(-1).topk(top, dim=-1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mvlm import objectives
 from mvlm.config import MaskVLMConfig
 from mvlm.crossmodal import CrossEncoder
-from mvlm.encoders import ImageEncoder, TextEncoder, pad_packed, patchify
+from mvlm.encoders import ImageEncoder, TextEncoder, padded_places, patchify
 from mvlm.masking import mask_tokens, masked_patches
 from mvlm.objectives import Losses
 from mvlm_dataloading import Batch, Masks
@@ -77,14 +77,18 @@ class MaskVLM(nn.Module):
             raise ValueError(f"images: wanted (B, 3, {side}, {side}), got {tuple(images.shape)}")
         return self.image_encoder(images, masked)
 
-    def encode_text(self, tokens: Tensor, key_mask: Tensor) -> Tensor:
-        """tokens int64 (B, L) padded at the end, key_mask bool (B, L), True = a token. Returns (B, L, C)."""
-        if tokens.ndim != 2 or tokens.shape != key_mask.shape or tokens.shape[1] > self.config.text_length:
+    def encode_text(self, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
+        """Packed tokens int64 (T,), captions bounded by cu_seqlens int (B+1,), the longest of max_length = L tokens.
+
+        Returns features (B, L, C), padded with zeros at the end, and their key mask bool (B, L), True = a token.
+        """
+        if tokens.ndim != 1 or cu_seqlens.ndim != 1 or not 0 < max_length <= self.config.text_length:
             raise ValueError(
-                f"tokens and key_mask: wanted two equal (B, L) with L at most {self.config.text_length}, "
-                f"got {tuple(tokens.shape)} and {tuple(key_mask.shape)}"
+                f"tokens, cu_seqlens, max_length: wanted (T,), (B+1,) and at most {self.config.text_length}, "
+                f"got {tuple(tokens.shape)}, {tuple(cu_seqlens.shape)} and {max_length}"
             )
-        return self.text_encoder(tokens, key_mask)
+        rows, key_mask = padded_places(len(tokens), cu_seqlens, max_length)
+        return self.text_encoder(tokens, rows, key_mask), key_mask
 
     def embed_image(self, v: Tensor) -> Tensor:
         """Contrastive embedding of image features (B, 1+N, C): unit length (B, E)."""
@@ -106,10 +110,9 @@ class MaskVLM(nn.Module):
         wm (B, L, C) are features of the masked text, v (B, 1+N, C) of the whole image; cu_seqlens int32 (B+1,).
         """
         x = self.text_cross(wm, v, key_mask, None)  # (B, L, C)
-        # Packed position t lies in row b = the number of captions that end at or before t.
-        row = torch.searchsorted(cu_seqlens[1:].long(), token_ids, right=True)
-        column = token_ids - cu_seqlens[row]
-        return self.language_head(x.flatten(0, 1).index_select(0, row * x.shape[1] + column))
+        rows = x.flatten(0, 1)
+        caption = torch.searchsorted(cu_seqlens[1:].long(), token_ids, right=True)
+        return self.language_head(rows.index_select(0, caption * x.shape[1] + token_ids - cu_seqlens[caption]))
 
     def reconstruct(self, vm: Tensor, w: Tensor, key_mask: Tensor, patch_ids: Tensor) -> Tensor:
         """Normalised pixels (B, K, 3*P*P) of the patches patch_ids int64 (B, K).
@@ -134,14 +137,12 @@ class MaskVLM(nn.Module):
         `seed` and `step` choose ITM's negatives. With `reconstruction_only`, ITC and ITM are zero and cost nothing.
         """
         images, patch_ids = batch.images, masks.patch_ids
-        tokens, key_mask = pad_packed(batch.tokens, batch.cu_seqlens, batch.max_length)  # (B, L)
-        hidden = mask_tokens(batch.tokens, masks.token_ids, self.config.mask_token_id)
-        tokens_m, _ = pad_packed(hidden, batch.cu_seqlens, batch.max_length)
+        hidden = mask_tokens(batch.tokens, masks.token_ids, self.config.mask_token_id)  # (T,)
 
         v = self.encode_image(images)  # (B, 1+N, C)
         vm = self.encode_image(images, masked_patches(patch_ids, self.config.num_patches))
-        w = self.encode_text(tokens, key_mask)  # (B, L, C)
-        wm = self.encode_text(tokens_m, key_mask)
+        w, key_mask = self.encode_text(batch.tokens, batch.cu_seqlens, batch.max_length)  # (B, L, C), (B, L)
+        wm, _ = self.encode_text(hidden, batch.cu_seqlens, batch.max_length)
 
         logits = self.fill_mask(v, wm, key_mask, batch.cu_seqlens, masks.token_ids)
         mlm = objectives.masked_language_loss(logits, batch.tokens[masks.token_ids])

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mvlm.device import autocast
-from mvlm.encoders import pad_packed
 from mvlm.model import MaskVLM
 from mvlm_dataloading import Dataset, Loader, Tokenizer
 
@@ -59,11 +58,12 @@ def eval_loader(dataset: Dataset, model: MaskVLM, tokenizer: Tokenizer, seed: in
     )
 
 
-def pad_captions(captions: list[str], tokenizer: Tokenizer, length: int) -> tuple[Tensor, Tensor]:
-    """Captions -> tokens int64 (T, L) and key mask bool (T, L), True = a token; L = length."""
+def encode_captions(model: MaskVLM, captions: list[str], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
+    """Features (T, L, C) and key mask bool (T, L), True = a token, of T captions; L is the model's text length."""
+    device, length = next(model.parameters()).device, model.config.text_length
     tokens, lengths = tokenizer.encode(captions, length)
     starts = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
-    return pad_packed(torch.from_numpy(tokens), starts, length)
+    return model.encode_text(torch.from_numpy(tokens).to(device), starts.to(device), length)
 
 
 @torch.no_grad()
@@ -81,18 +81,17 @@ def encode_split(model: MaskVLM, dataset: Dataset, tokenizer: Tokenizer, precisi
         first.append(len(captions))
         captions += dataset.captions(i)
         owner += [i] * (len(captions) - first[-1])
-    tokens, key_mask = pad_captions(captions, tokenizer, model.config.text_length)
-    texts, text_embeddings = [], []
+    texts, key_masks, text_embeddings = [], [], []
     with autocast(device, precision):
-        for start in range(0, len(tokens), BATCH):
-            rows = slice(start, start + BATCH)
-            w = model.encode_text(tokens[rows].to(device), key_mask[rows].to(device))
+        for start in range(0, len(captions), BATCH):
+            w, key_mask = encode_captions(model, captions[start : start + BATCH], tokenizer)
             texts.append(w.cpu())
+            key_masks.append(key_mask.cpu())
             text_embeddings.append(model.embed_text(w).cpu())
     return Features(
         torch.cat(images),
         torch.cat(texts),
-        key_mask,
+        torch.cat(key_masks),
         torch.cat(image_embeddings),
         torch.cat(text_embeddings),
         torch.tensor(owner),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm.device import autocast
-from mvlm.encoders import pad_packed, patchify
+from mvlm.encoders import patchify
 from mvlm.evaluation.features import Features, eval_loader
 from mvlm.masking import mask_tokens, masked_patches
 from mvlm.model import MaskVLM
@@ -79,11 +79,10 @@ def _add_losses(
         rows = own.numpy()
         batch, masks = batch.to(device), masks.to(device)
         hidden = mask_tokens(batch.tokens, masks.token_ids, model.config.mask_token_id)
-        tokens, key_mask = pad_packed(hidden, batch.cu_seqlens, batch.max_length)
         targets = model.patch_targets(batch.images, masks.patch_ids)
         masked_in = torch.searchsorted(batch.cu_seqlens[1:].long(), masks.token_ids, right=True)  # (M,) rows
         with autocast(device, precision):
-            wm = model.encode_text(tokens, key_mask)
+            wm, key_mask = model.encode_text(hidden, batch.cu_seqlens, batch.max_length)
             vm = model.encode_image(batch.images, masked_patches(masks.patch_ids, model.config.num_patches))
         for partners, text, pixels in (
             (own, sums.text, sums.pixels),

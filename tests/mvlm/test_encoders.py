@@ -3,12 +3,14 @@
 # pyright: reportOperatorIssue=false, reportOptionalOperand=false
 """The encoders against timm's ViT and transformers' RoBERTa with the weights copied over, in float64."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from mvlm.encoders import ImageEncoder, TextEncoder, pad_packed, patchify, unpatchify
+from mvlm.encoders import ImageEncoder, TextEncoder, padded_places, patchify, unpatchify
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -105,12 +107,16 @@ def test_the_text_encoder_is_transformers_roberta(toys):
             copy(block.norm2, other.output.LayerNorm)
 
     batch, _ = toys.batch()
-    tokens, key_mask = pad_packed(batch.tokens, batch.cu_seqlens, batch.max_length)
+    padded = torch.ones(5, 12, dtype=torch.int64)  # 1 is RoBERTa's padding
+    for row, (start, end) in enumerate(pairwise(batch.cu_seqlens.tolist())):
+        padded[row, : end - start] = batch.tokens[start:end]
+    rows, key_mask = padded_places(len(batch.tokens), batch.cu_seqlens, batch.max_length)
     with torch.no_grad():
-        wanted = theirs(input_ids=tokens.masked_fill(~key_mask, 1), attention_mask=key_mask.long()).last_hidden_state
-        found = ours(tokens, key_mask)
+        wanted = theirs(input_ids=padded, attention_mask=key_mask.long()).last_hidden_state
+        found = ours(batch.tokens, rows, key_mask)
     assert key_mask.sum(1).tolist() == [7, 4, 12, 3, 9]
     torch.testing.assert_close(found[key_mask], wanted[key_mask], rtol=0, atol=1e-10)
+    assert (found[~key_mask] == 0).all()
 
 
 def test_masked_patches_become_the_mask_token(toys):
@@ -165,11 +171,8 @@ def test_unpatchify_is_the_inverse():
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_pad_packed_against_a_loop(index):
-    captions = [[5, 6, 7], [8], [9, 10, 11, 12], [13, 14]]
-    starts = torch.tensor([0, 3, 4, 8, 10], dtype=index)
-    tokens, key_mask = pad_packed(torch.tensor([t for c in captions for t in c]), starts, 6)
-    assert tokens.shape == key_mask.shape == (4, 6)
-    for row, caption in enumerate(captions):
-        assert tokens[row, : len(caption)].tolist() == caption
-        assert key_mask[row].tolist() == [column < len(caption) for column in range(6)]
+def test_padded_places_against_a_loop(index):
+    lengths = [3, 1, 4, 2]
+    rows, key_mask = padded_places(10, torch.tensor([0, 3, 4, 8, 10], dtype=index), 6)
+    assert rows.tolist() == [6 * caption + place for caption, n in enumerate(lengths) for place in range(n)]
+    assert key_mask.tolist() == [[column < n for column in range(6)] for n in lengths]

@@ -148,11 +148,10 @@ def test_a_reconstruction_is_what_the_model_predicts(model, tokenizer, toys):
     found = reconstruct(model, tokenizer, batch.images, captions, masks.patch_ids, "fp32")
     with torch.no_grad():
         for row in range(5):
-            tokens = torch.from_numpy(tokenizer.encode([captions[row]], 12)[0])[None]
-            everything = torch.ones_like(tokens, dtype=torch.bool)
+            tokens = torch.from_numpy(tokenizer.encode([captions[row]], 12)[0])
             masked = torch.tensor([[patch in masks.patch_ids[row].tolist() for patch in range(16)]])
             v = model.encode_image(batch.images[row : row + 1], masked)
-            w = model.encode_text(tokens, everything)
+            w, everything = model.encode_text(tokens, torch.tensor([0, len(tokens)]), len(tokens))
             pixels = model.reconstruct(v, w, everything, masks.patch_ids[row : row + 1])[0].double()
             for number, patch in enumerate(masks.patch_ids[row].tolist()):
                 shown = found[row, :, patch // 4 * 8 : patch // 4 * 8 + 8, patch % 4 * 8 : patch % 4 * 8 + 8]
@@ -193,8 +192,8 @@ def test_guesses_against_the_models_logits(model, tokenizer, toys):
             caption = [
                 4 if t in masks.token_ids.tolist() else batch.tokens[t].item() for t in range(*starts[row : row + 2])
             ]
-            tokens, everything = torch.tensor([caption]), torch.ones(1, lengths[row], dtype=torch.bool)
-            x = model.text_cross(model.encode_text(tokens, everything), model.encode_image(batch.images[row : row + 1]))
+            wm, _ = model.encode_text(torch.tensor(caption), torch.tensor([0, len(caption)]), len(caption))
+            x = model.text_cross(wm, model.encode_image(batch.images[row : row + 1]))
             logits = model.language_head(x[0, place - starts[row]]).double().numpy()[: tokenizer.vocab_size]
             p = np.exp(logits - logits.max())
             p /= p.sum()

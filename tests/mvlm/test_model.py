@@ -12,7 +12,6 @@ import torch
 
 from mvlm import objectives
 from mvlm.config import MaskVLMConfig
-from mvlm.encoders import pad_packed
 from mvlm.model import MaskVLM
 from mvlm_dataloading import Batch, Masks
 
@@ -373,9 +372,9 @@ def test_words_of_every_position(toys, cross_norm):
     model = toys.model(cross_norm=cross_norm)
     reference = Reference(model)
     batch, _ = toys.batch()
-    tokens, key_mask = pad_packed(batch.tokens, batch.cu_seqlens, batch.max_length)
     positions = torch.randperm(len(batch.tokens), generator=torch.Generator().manual_seed(0))
-    v, w = model.encode_image(batch.images), model.encode_text(tokens, key_mask)
+    v = model.encode_image(batch.images)
+    w, key_mask = model.encode_text(batch.tokens, batch.cu_seqlens, batch.max_length)
     found = model.fill_mask(v, w, key_mask, batch.cu_seqlens, positions).detach().numpy()
     starts = batch.cu_seqlens.tolist()
     for row, (start, end) in enumerate(itertools.pairwise(starts)):
@@ -487,9 +486,11 @@ def test_wrong_shapes_are_named(toys):
         model.encode_image(torch.zeros(2, 3, 32, 16))
     with pytest.raises(ValueError, match=r"images: wanted \(B, 3, 32, 32\), got \(3, 32, 32\)"):
         model.encode_image(torch.zeros(3, 32, 32))
-    for tokens, mask in (((2, 13), (2, 13)), ((2, 5), (2, 6)), ((5,), (5,))):
-        with pytest.raises(ValueError, match="tokens and key_mask: wanted two equal"):
-            model.encode_text(torch.zeros(tokens, dtype=torch.int64), torch.ones(mask, dtype=torch.bool))
+    for tokens, starts, longest in (((2, 13), (3,), 12), ((5,), (1, 2), 5), ((13,), (2,), 13), ((5,), (2,), 0)):
+        with pytest.raises(
+            ValueError, match=r"tokens, cu_seqlens, max_length: wanted \(T,\), \(B\+1,\) and at most 12"
+        ):
+            model.encode_text(torch.zeros(tokens, dtype=torch.int64), torch.zeros(starts, dtype=torch.int32), longest)
 
 
 def test_gradients_at_the_size_of_the_demo_are_equal_bit_for_bit(toys):

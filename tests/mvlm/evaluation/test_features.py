@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from mvlm.evaluation import features as features_module
-from mvlm.evaluation.features import encode_split, eval_loader, pad_captions
+from mvlm.evaluation.features import encode_captions, encode_split, eval_loader
 
 
 @pytest.fixture(scope="module")
@@ -11,14 +11,16 @@ def model(toys):
     return toys.model(dtype=torch.float32).eval()
 
 
-def test_captions_are_padded_to_the_models_length(tokenizer):
+def test_captions_are_padded_to_the_models_length(model, tokenizer):
     captions = ["red top left on white", "blue", "a square, green bottom right on black, " * 5]
-    tokens, key_mask = pad_captions(captions, tokenizer, 12)
-    assert tokens.shape == key_mask.shape == (3, 12)
+    with torch.no_grad():
+        w, key_mask = encode_captions(model, captions, tokenizer)
+    assert w.shape == (3, 12, 16)
+    assert key_mask.shape == (3, 12)
     for row, caption in enumerate(captions):
-        wanted = tokenizer.encode([caption], 12)[0].tolist()
-        assert tokens[row, : len(wanted)].tolist() == wanted
-        assert key_mask[row].tolist() == [column < len(wanted) for column in range(12)]
+        length = len(tokenizer.encode([caption], 12)[0])
+        assert key_mask[row].tolist() == [column < length for column in range(12)]
+        assert (w[row, length:] == 0).all()
     assert key_mask[2].all()
 
 
@@ -63,9 +65,9 @@ def test_features_are_those_of_each_picture_and_caption_alone(
             torch.testing.assert_close(found.v[i], v[0], rtol=0, atol=1e-5)
             torch.testing.assert_close(found.image_embedding[i], model.embed_image(v)[0], rtol=0, atol=1e-6)
         for t, caption in enumerate(captions):
-            tokens = torch.from_numpy(tokenizer.encode([caption], 12)[0])[None]
-            length = tokens.shape[1]
-            w = model.encode_text(tokens, torch.ones(1, length, dtype=torch.bool))
+            tokens = torch.from_numpy(tokenizer.encode([caption], 12)[0])
+            length = len(tokens)
+            w, _ = model.encode_text(tokens, torch.tensor([0, length]), length)
             assert found.key_mask[t].sum().item() == length
             torch.testing.assert_close(found.w[t, :length], w[0], rtol=0, atol=1e-5)
             torch.testing.assert_close(found.text_embedding[t], model.embed_text(w)[0], rtol=0, atol=1e-6)
