@@ -4,9 +4,9 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 DATA   ?= data/emoji
 RUN    ?= runs/demo
-STEPS  ?= 560
+STEPS  ?= 640
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-gpu test-triton wheel-smoke aot traffic check format clean
 
 # The stamp is older than pyproject.toml when a dependency changed, and the packages are then brought up to date.
 $(VENV)/.installed: pyproject.toml
@@ -25,6 +25,36 @@ demo: $(VENV)/.installed $(DATA)/dataset.json
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# Kernels compile on a GPU, so this process must not interpret them.
+test-gpu: $(VENV)/.installed
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
+
+# Every kernel for sm_80, sm_90 and sm_100, with no GPU; `make test` compares a slice with the committed table.
+aot: $(VENV)/.installed
+	$(BIN)/python -m mvlm_kernels.aot --jobs $$(nproc) --json benchmarks/results/aot.json
+
+# Bytes moved, counted in the interpreter, over the fewest possible.
+traffic: $(VENV)/.installed
+	$(BIN)/python -m mvlm_kernels.traffic --json benchmarks/results/traffic.json
+
+# The kernels' tests with each Triton that is supported, in an environment of its own.
+TRITONS ?= 3.6.0 3.9.0
+test-triton:
+	for version in $(TRITONS); do \
+	    $(PYTHON) -m venv build/triton-$$version && \
+	    build/triton-$$version/bin/python -m pip install --quiet --disable-pip-version-check \
+	        --editable . "triton==$$version" pytest hypothesis transformers timm && \
+	    build/triton-$$version/bin/python -m pytest tests/kernels || exit 1; \
+	done
+
+# The kernels from a wheel, away from the source, with nothing but torch and Triton beside them.
+wheel-smoke: $(VENV)/.installed
+	rm -rf build/smoke
+	$(PYTHON) -m venv build/smoke
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/smoke/wheel .
+	build/smoke/bin/python -m pip install --quiet --disable-pip-version-check build/smoke/wheel/*.whl
+	cd build/smoke && bin/python $(CURDIR)/tests/kernels/wheel_smoke.py
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .

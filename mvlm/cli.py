@@ -138,6 +138,41 @@ def report(run: Path, /, data: Path | None = None, out: Path | None = None) -> N
     print(write_report(run, data, out))
 
 
+def bench_kernels(
+    *,
+    ops: tuple[str, ...] = (),
+    peers: tuple[str, ...] = (),
+    out: Path = Path("benchmarks/results"),
+    device: str = "auto",
+    dtype: str = "auto",
+    quick: bool = False,
+    base: str | None = None,
+    json: Path | None = None,
+) -> None:
+    """Time the fused ops against every peer that is installed: a table, a CSV and a plot.
+
+    Args:
+        ops: The ops to time; all of them when not given.
+        peers: What to time them against; every peer when not given. One that is not installed is named as missing.
+        out: Folder to write the CSV and the plot to.
+        device: auto, cpu or cuda. On a CPU the ops are their torch references, and the results say so.
+        dtype: auto, bf16, fp16 or fp32; auto is bf16 on a GPU and fp32 on a CPU.
+        quick: The main shapes only, each for a shorter time.
+        base: A git revision whose kernels are one more contender, for example HEAD~1.
+        json: JSON file for the figures, besides the CSV.
+    """
+    import importlib.util
+
+    from mvlm.errors import ConfigError
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("bench: wanted matplotlib, which is not installed; pip install 'mvlm[bench]'")
+    from mvlm_benchmarks import kernels
+
+    for path in kernels.run(ops, peers, out, device, dtype, quick, base, json):
+        print(path)
+
+
 def pretrain(arguments: Sequence[str]) -> None:
     """Pretrain a MaskVLM: `mvlm pretrain PRESET --data SHARDS --out RUN`, PRESET one of tiny, small, base."""
     import tyro
@@ -171,6 +206,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "reconstruct": reconstruct,
     "fill": fill,
     "report": report,
+    "bench kernels": bench_kernels,
 }
 
 

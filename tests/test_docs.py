@@ -1,4 +1,6 @@
-"""Every command in docs/guide.md runs, in order, as written, but for the length of the pretraining."""
+"""Every command in docs/guide.md runs, in order, as written, but for the length of the pretraining; so does every
+example of an op.
+"""
 
 import re
 import shlex
@@ -13,8 +15,8 @@ GUIDE = Path(__file__).parents[1] / "docs" / "guide.md"
 SHORT = ["--max-steps", "2", "--batch-size", "8"]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", GUIDE.read_text(), re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: Path = GUIDE) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,13 @@ def test_python_blocks_run(guide_folder: Path, monkeypatch: pytest.MonkeyPatch) 
         names: dict[str, object] = {}
         exec(block, names)
         assert names["model"].training is False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("page", sorted(GUIDE.parent.glob("kernels/*.md")), ids=lambda page: page.stem)
+def test_examples_of_the_ops_run(page: Path) -> None:
+    assert blocks("python", page)
+    for block in blocks("python", page):
+        exec(block, {})
 
 
 def test_links_between_pages_lead_somewhere() -> None:

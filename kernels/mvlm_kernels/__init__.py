@@ -1,0 +1,19 @@
+"""Fused training kernels for masked vision-and-language models; torch and Triton are the only dependencies."""
+
+from mvlm_kernels.cross_attention import cross_attention, pack_key_mask
+from mvlm_kernels.dispatch import Explanation, explain, use_backend
+from mvlm_kernels.patch_gather import gather_patches
+from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
+from mvlm_kernels.place_tokens import place_tokens
+
+__all__ = [
+    "Explanation",
+    "cross_attention",
+    "explain",
+    "gather_patches",
+    "linear_pixel_loss",
+    "masked_pixel_loss",
+    "pack_key_mask",
+    "place_tokens",
+    "use_backend",
+]

@@ -1,0 +1,139 @@
+"""Host time of each op's call: ours beyond what torch's own dispatch of an op with its gradient costs.
+
+    python -m mvlm_benchmarks.host [--rounds N]
+
+Needs no GPU. A call runs all that the host does for it (checks, dispatch, autograd, choice of tiles, allocation of the
+outputs) up to the launch, which is left out: Triton's own launcher needs a driver. Index values are not read, as on a
+GPU. Beside it, in turns, an empty op registered in the same way, with the same tensors in and outputs of the same
+shapes allocated: that is torch's part. Microseconds a call, median of the rounds.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvlm_kernels import (
+    cross_attention,
+    dispatch,
+    gather_patches,
+    linear_pixel_loss,
+    masked_pixel_loss,
+    place_tokens,
+    registration,
+    use_backend,
+)
+
+CALLS = 400  # of one contender, one after the other, in a round
+
+
+def probe(name: str, inputs: int, shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> Callable[..., Any]:
+    """An op of so many tensors in that allocates outputs of these shapes, registered as ours are, with a gradient."""
+
+    def implementation(*x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty(shape, dtype=dtype, device=x[0].device) for shape, dtype in shapes)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *x: Tensor) -> Any:
+            with registration.below_autograd():
+                out = op(*x)
+            ctx.save_for_backward(*x)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return (None,) * inputs
+
+    arguments = ", ".join(f"Tensor x{i}" for i in range(inputs))
+    returns = ", ".join(["Tensor"] * len(shapes))
+    op = registration.define(f"probe_{name}({arguments}) -> ({returns})", implementation, implementation, Function)
+    return op
+
+
+def contenders() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    """Op -> (our call, the probe's call), at small sizes: the host's work does not depend on them."""
+    bf16, f32 = torch.bfloat16, torch.float32
+    q = torch.zeros(2, 197, 12, 64, dtype=bf16, requires_grad=True)
+    k, v = (torch.zeros(2, 32, 12, 64, dtype=bf16, requires_grad=True) for _ in range(2))
+    lengths = torch.full((2,), 20, dtype=torch.int32)
+    images = torch.zeros(2, 3, 224, 224, dtype=torch.uint8)
+    floats = torch.zeros(2, 3, 224, 224, dtype=bf16, requires_grad=True)
+    ids = torch.arange(116, dtype=torch.int32).expand(2, 116).contiguous()
+    pred = torch.zeros(2, 116, 768, dtype=bf16, requires_grad=True)
+    weight = torch.zeros(768, 768, dtype=bf16, requires_grad=True)
+    bias = torch.zeros(768, dtype=bf16, requires_grad=True)
+    tokens = torch.zeros(2, 196, 768, dtype=bf16, requires_grad=True)
+    row = torch.zeros(768, dtype=bf16, requires_grad=True)
+    positions = torch.zeros(197, 768, dtype=bf16, requires_grad=True)
+    masked = torch.zeros(2, 196, dtype=torch.bool)
+    mean, std = [0.5] * 3, [0.25] * 3
+
+    losses = [((), f32), ((2, 116, 768), torch.int8)]
+    attention = probe("attention", 4, [((2, 197, 12, 64), bf16), ((2, 12, 197), f32)])
+    gather = probe("gather", 2, [((2, 116, 768), bf16)])
+    masked_loss = probe("masked_loss", 3, losses)
+    linear_loss = probe("linear_loss", 5, losses)
+    place = probe("place", 5, [((2, 197, 768), bf16)])
+    return {
+        "cross_attention": (
+            lambda: cross_attention(q, k, v, key_lengths=lengths),
+            lambda: attention(q, k, v, lengths),
+        ),
+        "gather_patches": (
+            lambda: gather_patches(floats, ids, 16, mean=mean, std=std),
+            lambda: gather(floats, ids),
+        ),
+        "masked_pixel_loss": (
+            lambda: masked_pixel_loss(pred, images, ids, 16, mean=mean, std=std),
+            lambda: masked_loss(pred, images, ids),
+        ),
+        "linear_pixel_loss": (
+            lambda: linear_pixel_loss(pred, weight, bias, images, ids, 16, mean=mean, std=std),
+            lambda: linear_loss(pred, weight, bias, images, ids),
+        ),
+        "place_tokens": (
+            lambda: place_tokens(tokens, row, positions, row, masked=masked),
+            lambda: place(tokens, row, positions, row, masked),
+        ),
+    }
+
+
+def microseconds(call: Callable[[], Any]) -> float:
+    """Mean of CALLS calls."""
+    started = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    return 1e6 * (time.perf_counter() - started) / CALLS
+
+
+def measure(rounds: int = 15) -> dict[str, dict[str, float]]:
+    """Op -> {"ours", "torch", "beyond"}: microseconds a forward call, and the median of the rounds' differences."""
+    found = {}
+    with dispatch.recording(lambda *_: None, target_arch=90), use_backend("triton"):
+        for name, (ours, torchs) in contenders().items():
+            for call in (ours, torchs):
+                call()
+            pairs = [(microseconds(ours), microseconds(torchs)) for _ in range(rounds)]
+            found[name] = {
+                "ours": statistics.median(a for a, _ in pairs),
+                "torch": statistics.median(b for _, b in pairs),
+                "beyond": statistics.median(a - b for a, b in pairs),
+            }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m mvlm_benchmarks.host", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=15, help="rounds of both contenders in turns")
+    print(f"{'op':18} {'ours':>6} {'torch':>6} {'beyond':>7}  microseconds a forward call")
+    for name, figures in measure(parser.parse_args().rounds).items():
+        print(f"{name:18} {figures['ours']:6.1f} {figures['torch']:6.1f} {figures['beyond']:7.1f}")
+
+
+if __name__ == "__main__":
+    main()

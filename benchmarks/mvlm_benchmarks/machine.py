@@ -1,0 +1,106 @@
+"""What a result has to say about where it comes from, and what that machine could do at best."""
+
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mvlm_kernels
+from mvlm_kernels.cases import GPUS, Gpu
+
+CPU_FIGURES = "CPU: torch references, no Triton kernel"
+GPU_FIGURES = "GPU"
+
+
+def describe(device: str, distributions: list[str]) -> dict[str, Any]:
+    """Names and versions for the head of every result; device is "cpu" or "cuda". What cannot be found out is ""."""
+    commit, dirty = source_commit()
+    return {
+        "figures": GPU_FIGURES if device == "cuda" else CPU_FIGURES,
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "driver": _driver() if device == "cuda" else "",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": (torch.version.cuda or "") if device == "cuda" else "",
+        "python": platform.python_version(),
+        "commit": commit,
+        "dirty": dirty,
+        "base_commit": "",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: _version(name) for name in sorted(set(distributions) - {"torch"})},
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return ""
+
+
+def _cpu_name() -> str:
+    """The processor's name and the number of threads torch uses."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return f"{found.group(1).strip() if found else name}, {torch.get_num_threads()} threads"
+
+
+def _driver() -> str:
+    # A container may have the GPU without the tool, which is no reason to stop.
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split("\n")[0].strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def source_root() -> Path:
+    """The folder that holds kernels/mvlm_kernels; only in a checkout is it a repository."""
+    return Path(mvlm_kernels.__file__).parents[2]
+
+
+def git(root: Path, *arguments: str) -> subprocess.CompletedProcess[bytes] | None:
+    """The finished command, or None where there is no git."""
+    try:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True)
+    except OSError:
+        return None
+
+
+def source_commit() -> tuple[str, bool | str]:
+    """The revision that the kernels come from and whether files differ from it; ("", "") outside a checkout."""
+    root = source_root()
+    # Installed in an environment inside some other repository, that repository's revision would say nothing.
+    tracked = git(root, "ls-files", "--error-unmatch", "kernels/mvlm_kernels/__init__.py")
+    if tracked is None or tracked.returncode:
+        return "", ""
+    revision, status = git(root, "rev-parse", "--short=12", "HEAD"), git(root, "status", "--porcelain")
+    if revision is None or revision.returncode or status is None:
+        return "", ""
+    return revision.stdout.decode().strip(), bool(status.stdout.strip())
+
+
+def peak_rates(device_name: str) -> Gpu | None:
+    """The data sheet's rates of this GPU; None for one that the table does not have.
+
+    The table is of the SXM (A100: 80 GB) parts, so their PCIe, NVL and 40 GB relatives, and slices of them, have none.
+    """
+    if re.search(r"PCIe|NVL|40GB|MIG", device_name, re.IGNORECASE):
+        return None
+    found = re.search(rf"\b({'|'.join(GPUS)})\b", device_name)
+    return GPUS[found.group(1)] if found else None
+
+
+def roofline_us(minimum: tuple[int, int], flops: tuple[int, int], gpu: Gpu) -> dict[str, float]:
+    """The least microseconds of each pass: bytes over bandwidth or operations over the matrix units' peak, whichever is
+    more. minimum and flops are of (forward, backward)."""
+    forward, backward = (
+        1e6 * max(moved / gpu.bandwidth, count / gpu.flops) for moved, count in zip(minimum, flops, strict=True)
+    )
+    return {"forward": forward, "backward": backward, "both": forward + backward}

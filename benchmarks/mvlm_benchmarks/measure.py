@@ -1,0 +1,265 @@
+"""One contender at one case: is it right, and how long does each pass take.
+
+Three passes. forward: the call with gradients enabled, so with whatever it saves for backward. backward: gradients of
+all leaves from a result that is there. both: one after the other.
+"""
+
+import contextlib
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mvlm_benchmarks.cases import Case, Inputs
+from mvlm_benchmarks.reasons import one_line
+
+PASSES = ("forward", "backward", "both")
+# Largest error over the largest value of the reference. float32 runs in TF32 on a GPU, whose products have 10 bits.
+TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
+TOLERANCE_CPU_FLOAT32 = 1e-4
+# Gradients of a mean over millions of pixels are below what float16 holds; training scales its loss, and so do we.
+LOSS_SCALE = 2.0**15
+
+Step = Callable[[], Any]
+Function = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds: the median, and the 20th and 80th percentile."""
+
+    us: float
+    p20: float
+    p80: float
+
+
+class Clock(Protocol):
+    """How steps are measured on one kind of device. ``time`` in microseconds; the other two are None on a CPU.
+
+    graph takes a function that makes the step, because what a CUDA graph captures has to be made on its stream.
+    """
+
+    def time(self, step: Step) -> Timing: ...
+
+    def graph(self, make_step: Callable[[], Step]) -> float | None: ...
+
+    def peak_mb(self, step: Step) -> float | None: ...
+
+
+@dataclass(frozen=True)
+class CpuClock:
+    seconds: float
+
+    def time(self, step: Step) -> Timing:
+        step()
+        times, end = [], time.perf_counter() + self.seconds
+        while len(times) < 5 or time.perf_counter() < end:
+            start = time.perf_counter()
+            step()
+            times.append(1e6 * (time.perf_counter() - start))
+        fifths = statistics.quantiles(times, n=5)
+        return Timing(statistics.median(times), fifths[0], fifths[3])
+
+    def graph(self, make_step: Callable[[], Step]) -> float | None:
+        return None
+
+    def peak_mb(self, step: Step) -> float | None:
+        return None
+
+
+@dataclass(frozen=True)
+class CudaClock:
+    milliseconds: int
+
+    def time(self, step: Step) -> Timing:
+        """triton's do_bench: CUDA events around each call, the L2 cache overwritten before it."""
+        from triton.testing import do_bench
+
+        times: Any = do_bench(step, warmup=25, rep=self.milliseconds, quantiles=[0.5, 0.2, 0.8])
+        return Timing(*(1e3 * t for t in times))
+
+    def graph(self, make_step: Callable[[], Step]) -> float | None:
+        """The same of a CUDA graph of one call: without what the host needs to launch it."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            # Backward runs on the stream its forward ran on, so the step is made here.
+            step = make_step()
+            for _ in range(3):
+                step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            # Held until the graph is gone: the result lives in the graph's memory.
+            kept = step()
+        us = self.time(graph.replay).us
+        del kept
+        return us
+
+    def peak_mb(self, step: Step) -> float | None:
+        step()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+@contextlib.contextmanager
+def settings(device: str) -> Iterator[None]:
+    """What every contender is measured under."""
+    import torch._functorch.config as compiler
+
+    precision = torch.get_float32_matmul_precision()
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for all, as in training; without it ours takes no float32
+    # A compiled backward may reuse what forward saved as scratch, and then cannot run twice, as timing it alone needs.
+    with compiler.patch(donated_buffer=False):
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+
+def make_clock(device: str, quick: bool) -> Clock:
+    """The clock of a device, "cpu" or "cuda"; quick: a fifth of the time."""
+    if device == "cuda":
+        return CudaClock(10 if quick else 50)
+    return CpuClock(0.01 if quick else 0.05)
+
+
+def passes_of(inputs: Inputs) -> tuple[str, ...]:
+    """Without leaves (uint8 images) there is a forward pass only."""
+    return PASSES if inputs.leaves else PASSES[:1]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """The float64 reference's output and gradients, and the incoming gradient they belong to."""
+
+    out: Tensor
+    gradients: tuple[Tensor, ...]
+    incoming: Tensor
+
+
+def expect(case: Case, inputs: Inputs) -> Expected:
+    """Run the case's reference in float64, on the inputs' device."""
+    leaves = {name: x.detach().double().requires_grad_() for name, x in inputs.leaves.items()}
+    out = case.reference(**leaves, **inputs.fixed)
+    if out.ndim:
+        # Drawn on the CPU, as the inputs are.
+        drawn = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device, case.dtype)
+    else:
+        drawn = torch.tensor(LOSS_SCALE, device=out.device)
+    gradients = torch.autograd.grad(out, list(leaves.values()), drawn.double()) if leaves else ()
+    return Expected(out.detach(), gradients, drawn)
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """Largest error over the largest wanted value; infinite where a shape differs or a value is not finite."""
+    if got.shape != wanted.shape or not bool(got.isfinite().all()):
+        return float("inf")
+    return float((got.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+
+
+def tolerance(case: Case, device: str) -> float:
+    if device == "cpu" and case.dtype == torch.float32:
+        return TOLERANCE_CPU_FLOAT32
+    return TOLERANCES[case.dtype]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """ok, missing, not applicable, error or WRONG, and why."""
+
+    status: str
+    note: str = ""
+
+
+class Local:
+    """A contender in this process: ``function`` of the leaves in their order, used inside ``context``."""
+
+    def __init__(
+        self,
+        case: Case,
+        inputs: Inputs,
+        function: Function,
+        incoming: Tensor,
+        clock: Clock,
+        context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    ) -> None:
+        self._case, self._function, self._clock, self.context = case, function, clock, context
+        self._leaves = list(inputs.leaves.values())
+        self._passes = passes_of(inputs)
+        self._incoming = incoming
+
+    def check(self, expected: Expected, limit: float) -> dict[str, Outcome]:
+        """The outcome of each pass. An error in backward leaves forward standing; a wrong output condemns all."""
+        with warnings.catch_warnings(record=True) as caught, self.context():
+            try:
+                out = self._function(*self._leaves)
+                error = relative_error(out.detach(), expected.out)
+            except Exception as problem:
+                return dict.fromkeys(self._passes, Outcome("error", _with_warnings(problem, caught)))
+            if not error <= limit:
+                return dict.fromkeys(self._passes, _wrong("output", error, limit))
+            outcomes = dict.fromkeys(self._passes, Outcome("ok"))
+            try:
+                names = self._gradient_errors(out, expected) if self._leaves else {}
+                late = next((_wrong(n, e, limit) for n, e in names.items() if not e <= limit), None)
+            except Exception as problem:
+                late = Outcome("error", _with_warnings(problem, caught))
+            if late is not None:
+                outcomes.update(dict.fromkeys(self._passes[1:], late))
+            return outcomes
+
+    def _gradient_errors(self, out: Tensor, expected: Expected) -> dict[str, float]:
+        found = torch.autograd.grad(out, self._leaves, self._incoming.to(out.dtype))
+        return {
+            f"gradient {number} of {len(found)}": relative_error(got, wanted)
+            for number, (got, wanted) in enumerate(zip(found, expected.gradients, strict=True), 1)
+        }
+
+    def step(self, name: str) -> Step:
+        """A function that runs the pass once. For backward, forward has run by then."""
+        function, leaves = self._function, self._leaves
+        if name == "forward":
+            return lambda: function(*leaves)
+        if name == "backward":
+            out = function(*leaves)
+            incoming = self._incoming.to(out.dtype)
+            return lambda: torch.autograd.grad(out, leaves, incoming, retain_graph=True)
+
+        def both() -> Any:
+            out = function(*leaves)
+            return torch.autograd.grad(out, leaves, self._incoming.to(out.dtype))
+
+        return both
+
+    def time(self, name: str) -> Timing:
+        with self.context():
+            return self._clock.time(self.step(name))
+
+    def graph(self, name: str) -> float | None:
+        with self.context():
+            return self._clock.graph(lambda: self.step(name))
+
+    def peak_mb(self, name: str) -> float | None:
+        with self.context():
+            return self._clock.peak_mb(self.step(name))
+
+
+def _wrong(what: str, error: float, limit: float) -> Outcome:
+    return Outcome("WRONG", f"{what} is off by {error:.2g} of its largest value, allowed {limit:.0e}")
+
+
+def _with_warnings(problem: Exception, caught: list[warnings.WarningMessage]) -> str:
+    """torch says in warnings why an SDPA backend refuses."""
+    said = " ".join(dict.fromkeys(str(w.message).split(" (Triggered", 1)[0] for w in caught))
+    return f"{one_line(problem)} {said}".strip()[:600]

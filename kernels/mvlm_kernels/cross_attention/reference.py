@@ -1,0 +1,207 @@
+"""Cross-attention in plain torch: the specification, the CPU path, and (through SDPA) the path for what the kernels
+leave out.
+
+    s[b,h,i,j] = scale * q[b,i,h,:] . k[r(b),j,h,:]        r(b) = key_index[b], or b
+    p[b,h,i,:] = softmax of s[b,h,i,:] over the keys that exist; a row without keys is zeros
+    out[b,i,h,:] = sum_j p[b,h,i,j] v[r(b),j,h,:]
+
+Shape legend: B query sequences, B' key sequences, Lq, Lk rows of each, Tq, Tk packed rows, H heads, D head width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_lengths: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    key_index: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """What :func:`mvlm_kernels.cross_attention` computes, differentiable by autograd, in any floating dtype.
+
+    Same arguments; reads the lengths on the host, so on a GPU it synchronises.
+    """
+    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    return reference_forward(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)[0]
+
+
+def reference_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    key_index: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Output (as q) and base-2 log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq); -inf for a row without
+    keys.
+
+    Base 2 is what the kernels keep, and a backward on one backend may follow a forward on the other.
+    """
+    q_bqhd = _padded(q, cu_seqlens_q)
+    k_bkhd, v_bkhd, exists = _keys(k, v, key_lengths, key_mask, cu_seqlens_k)
+    if key_index is not None:
+        k_bkhd, v_bkhd, exists = (x[key_index.long()] for x in (k_bkhd, v_bkhd, exists))
+    s = _scores(q_bqhd, k_bkhd, exists, scale)
+    lse = s.logsumexp(-1)  # (B, H, Lq)
+    p = _probabilities(s, lse).to(q.dtype)
+    out = torch.einsum("bhqk,bkhd->bqhd", p, v_bkhd)
+    if cu_seqlens_q is not None:
+        out = _packed(out, cu_seqlens_q, q.shape[0])
+        lse = _packed(lse.transpose(1, 2), cu_seqlens_q, q.shape[0]).T  # (H, Tq)
+    return out.contiguous(), (lse / math.log(2)).contiguous()
+
+
+def reference_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    key_index: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, in their shapes and dtypes, from the gradient of the output and the saved log-sum-exp.
+
+    With delta_i = sum_j p_ij dp_ij:  dv = p^T do,  dp = do v^T,  ds = p (dp - delta),  dq = scale ds k,  dk = scale
+    ds^T q.
+    """
+    q_bqhd, do = _padded(q, cu_seqlens_q), _padded(grad, cu_seqlens_q)
+    lse = lse * math.log(2)
+    lse = _padded(lse.T, cu_seqlens_q).transpose(1, 2) if cu_seqlens_q is not None else lse
+    k_rows, v_rows, exists = _keys(k, v, key_lengths, key_mask, cu_seqlens_k)
+    k_bkhd, v_bkhd = k_rows, v_rows
+    if key_index is not None:
+        k_bkhd, v_bkhd, exists = (x[key_index.long()] for x in (k_rows, v_rows, exists))
+    p = _probabilities(_scores(q_bqhd, k_bkhd, exists, scale), lse)  # (B, H, Lq, Lk), float32 or float64
+    dv = torch.einsum("bhqk,bqhd->bkhd", p.to(q.dtype), do)
+    dp = torch.einsum("bqhd,bkhd->bhqk", do, v_bkhd).to(p.dtype)
+    ds = (p * (dp - (p * dp).sum(-1, keepdim=True)) * scale).to(q.dtype)
+    dq = torch.einsum("bhqk,bkhd->bqhd", ds, k_bkhd)
+    dk = torch.einsum("bhqk,bqhd->bkhd", ds, q_bqhd)
+    if key_index is not None:
+        dk, dv = (_summed_by_row(x, key_index, len(k_rows)) for x in (dk, dv))
+    if cu_seqlens_q is not None:
+        dq = _packed(dq, cu_seqlens_q, q.shape[0])
+    if cu_seqlens_k is not None:
+        dk, dv = (_packed(x, cu_seqlens_k, k.shape[0]) for x in (dk, dv))
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    key_index: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The same function through ``scaled_dot_product_attention``, dense only: for lengths and types without a kernel.
+
+    q (B, Lq, H, D), k and v (B', Lk, H, D) -> (B, Lq, H, D). Unlike the kernels it copies rows of k and v under
+    key_index.
+    """
+    exists = None
+    if key_lengths is not None or key_mask is not None:
+        # Padded keys may hold NaN, and 0 * NaN is NaN: SDPA must not see them. True = the key exists.
+        k, v, exists = _keys(k, v, key_lengths, key_mask, None)
+    if key_index is not None:
+        k, v = k[key_index.long()], v[key_index.long()]
+        exists = exists[key_index.long()] if exists is not None else None
+    mask = some = None
+    if exists is not None:
+        some = exists.any(-1)[:, None, None, None]  # (B, 1, 1, 1)
+        # Backends differ on rows without keys (NaN, zeros), so such a row attends to everything and is zeroed below.
+        mask = exists[:, None, None, :] | ~some
+    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, scale=scale)
+    out = out.transpose(1, 2)
+    return out if some is None else out.where(some, torch.zeros((), dtype=out.dtype, device=out.device))
+
+
+def pack_key_mask(mask: Tensor) -> Tensor:
+    """bool (B', Lk), True = the key exists -> int64 (B', ceil(Lk / 64)); bit j % 64 of word j // 64 is key j."""
+    words = (mask.shape[1] + 63) // 64
+    bits = F.pad(mask, (0, words * 64 - mask.shape[1])).view(mask.shape[0], words, 64)
+    return (bits.long() << torch.arange(64, device=mask.device)).sum(-1)
+
+
+def unpack_key_mask(words: Tensor, length: int) -> Tensor:
+    """int64 words of :func:`pack_key_mask` -> bool (B', length), True = the key exists."""
+    bits = (words[:, :, None] >> torch.arange(64, device=words.device)) & 1
+    return bits.flatten(1)[:, :length].bool()
+
+
+def _scores(q: Tensor, k: Tensor, exists: Tensor, scale: float) -> Tensor:
+    """(B, H, Lq, Lk), -inf where the key does not exist. In float32 at least, as every softmax should be."""
+    s = torch.einsum("bqhd,bkhd->bhqk", q, k)
+    s = s.to(torch.promote_types(s.dtype, torch.float32)) * scale
+    return s.masked_fill(~exists[:, None, None, :], -torch.inf)
+
+
+def _probabilities(s: Tensor, lse: Tensor) -> Tensor:
+    # A row without keys has lse = -inf, and -inf - -inf is NaN in the value and in the gradient: such rows subtract 0.
+    return (s - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+
+
+def _keys(
+    k: Tensor, v: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """k and v as (B', Lk, H, D) with zeros where no key exists, and exists (B', Lk), True = the key exists."""
+    if cu_seqlens is not None:
+        k, v = _padded(k, cu_seqlens), _padded(v, cu_seqlens)
+        key_lengths = cu_seqlens.diff()
+    exists = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
+    if key_lengths is not None:
+        exists = torch.arange(k.shape[1], device=k.device) < key_lengths[:, None]
+    if key_mask is not None:
+        exists = exists & (key_mask if key_mask.dtype == torch.bool else unpack_key_mask(key_mask, k.shape[1]))
+    zero = torch.zeros((), dtype=k.dtype, device=k.device)
+    # Not a product: a padded key may hold NaN.
+    return k.where(exists[..., None, None], zero), v.where(exists[..., None, None], zero), exists
+
+
+def _padded(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Packed (T, ...) -> (B, longest, ...), zeros past each sequence's end; a dense x comes back as it is."""
+    if cu_seqlens is None:
+        return x
+    lengths = cu_seqlens.diff().long()
+    longest = int(lengths.max()) if len(lengths) else 0
+    row = torch.arange(longest, device=x.device)
+    inside = row < lengths[:, None]  # (B, longest)
+    rows = torch.where(inside, cu_seqlens[:-1, None].long() + row, 0)
+    padded = x[rows] if x.shape[0] else x.new_zeros(rows.shape + x.shape[1:])
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    return padded.where(inside.reshape(inside.shape + (1,) * (x.dim() - 1)), zero)
+
+
+def _packed(x: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
+    """(B, longest, ...) -> packed (total, ...), zeros in rows that belong to no sequence."""
+    lengths = cu_seqlens.diff().long()
+    row = torch.arange(x.shape[1], device=x.device)
+    inside = row < lengths[:, None]  # (B, longest)
+    rows = (cu_seqlens[:-1, None].long() + row)[inside]
+    return x.new_zeros((total, *x.shape[2:])).index_put((rows,), x[inside])
+
+
+def _summed_by_row(x: Tensor, index: Tensor, rows: int) -> Tensor:
+    """Sums x (B, ...) into (rows, ...) by index, in the order of B, accumulating in float32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.new_zeros((rows, *x.shape[1:])).index_add(0, index.long(), wide).to(x.dtype)

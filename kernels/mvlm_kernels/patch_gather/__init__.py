@@ -1,0 +1,158 @@
+"""Chosen patches straight from images, normalised on the way; see :func:`gather_patches`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mvlm_kernels import dispatch, registration
+from mvlm_kernels.patch_gather import reference
+from mvlm_kernels.patch_gather.arguments import (
+    FLOATS,
+    ChannelValues,
+    channel_tensor,
+    check_id_values,
+    check_images,
+    check_patch_ids,
+    split_channel_values,
+    tile_reasons,
+)
+
+__all__ = ["gather_patches"]
+
+
+def _reasons(images: Tensor, patch_ids: Tensor | None, patch_size: int, **_: Any) -> list[str]:
+    check_patch_ids(patch_ids, images, check_images(images, patch_size))
+    return _why_not_triton(images, patch_size)
+
+
+@dispatch.explained_by(_reasons)
+def gather_patches(
+    images: Tensor,
+    patch_ids: Tensor | None,
+    patch_size: int,
+    *,
+    mean: ChannelValues = None,
+    std: ChannelValues = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Cut patches out of images, normalised: ``(x / 255 if uint8 else x - mean) / std``, in one pass over the pixels.
+
+    Args:
+        images: (B, C, H, W), uint8 or floating, of any strides: contiguous, channels-last, expanded, a slice.
+        patch_ids: (B, K) int32 or int64, patches in row-major order; repeats are allowed. None takes every patch.
+        patch_size: side P of a square patch; it divides H and W.
+        mean, std: one value for each channel, in the units of normalised pixels (0..1 for uint8); a sequence, or a
+            tensor (C,) on the images' device. No gradient. The first call with a sequence copies it to the device;
+            make one before capturing a CUDA graph.
+        dtype: of the result; None is the images' type, float32 for uint8.
+
+    Returns:
+        (B, K, C*P*P), contiguous, features in (c, y, x) order: the order of a conv patch-embedding weight, so that
+        ``gather_patches(...) @ conv.weight.flatten(1).T + conv.bias`` is that embedding of the chosen patches.
+
+    Differentiable in floating images; patches read more than once add up in rising order of k, without atomics.
+    Arithmetic is in float32 (float64 where an input is) and rounds once. Ids are checked on the CPU, and on a GPU with
+    MVLM_KERNELS_DEBUG=1; without it a bad id gives NaN and reads nothing.
+
+    Raises:
+        ValueError: on a wrong rank, dtype, device or id, or a patch size that does not divide the image.
+    """
+    num_patches = check_images(images, patch_size)
+    check_patch_ids(patch_ids, images, num_patches)
+    if dtype is None:
+        dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+    means, mean_floats = split_channel_values("mean", mean, images)
+    stds, std_floats = split_channel_values("std", std, images)
+    return _forward_op(images, patch_ids, patch_size, means, stds, mean_floats, std_floats, dtype)
+
+
+def _why_not_triton(images: Tensor, patch_size: int) -> list[str]:
+    return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
+
+
+def _backend(images: Tensor, patch_size: int) -> Any:
+    if dispatch.choose(_why_not_triton(images, patch_size)) == "torch":
+        return reference
+    from mvlm_kernels.patch_gather import triton
+
+    return triton
+
+
+def _num_patches(images: Tensor, patch_size: int) -> int:
+    return (images.shape[2] // patch_size) * (images.shape[3] // patch_size)
+
+
+def _forward(
+    images: Tensor,
+    patch_ids: Tensor | None,
+    patch_size: int,
+    mean: Tensor | None,
+    std: Tensor | None,
+    mean_floats: list[float] | None,
+    std_floats: list[float] | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
+    wide = reference.compute_dtype(images.dtype, dtype)
+    mean = channel_tensor(mean, mean_floats, wide, images)
+    std = channel_tensor(std, std_floats, wide, images)
+    return _backend(images, patch_size).gather_patches(images, patch_ids, patch_size, mean, std, dtype)
+
+
+def _forward_fake(images, patch_ids, patch_size, mean, std, mean_floats, std_floats, dtype):
+    chosen = _num_patches(images, patch_size) if patch_ids is None else patch_ids.shape[1]
+    return images.new_empty(images.shape[0], chosen, images.shape[1] * patch_size**2, dtype=dtype)
+
+
+def _backward(
+    grad: Tensor,
+    images: Tensor,
+    patch_ids: Tensor | None,
+    patch_size: int,
+    std: Tensor | None,
+    std_floats: list[float] | None,
+) -> Tensor:
+    std = channel_tensor(std, std_floats, reference.compute_dtype(images.dtype, grad.dtype), images)
+    return _backend(images, patch_size).gather_patches_backward(grad, images, patch_ids, patch_size, std)
+
+
+def _backward_fake(grad, images, patch_ids, patch_size, std, std_floats):
+    return torch.empty_like(images)
+
+
+class _GatherPatches(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, images, patch_ids, patch_size, mean, std, mean_floats, std_floats, dtype):
+        if ctx.needs_input_grad[0]:
+            # Only the shape, type and strides of images are needed, but an op takes tensors; it is alive anyway.
+            ctx.save_for_backward(images, patch_ids, std)
+        ctx.patch_size, ctx.std_floats = patch_size, std_floats
+        with registration.below_autograd():
+            return _forward_op(images, patch_ids, patch_size, mean, std, mean_floats, std_floats, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        if not ctx.needs_input_grad[0]:
+            return (None,) * 8
+        images, patch_ids, std = ctx.saved_tensors
+        return _backward_op(grad, images, patch_ids, ctx.patch_size, std, ctx.std_floats), *(None,) * 7
+
+
+_backward_op = registration.define(
+    "gather_patches_backward(Tensor grad, Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? std, "
+    "float[]? std_floats) -> Tensor",
+    _backward,
+    _backward_fake,
+)
+_forward_op = registration.define(
+    "gather_patches(Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? mean, Tensor? std, "
+    "float[]? mean_floats, float[]? std_floats, ScalarType dtype) -> Tensor",
+    _forward,
+    _forward_fake,
+    _GatherPatches,
+)

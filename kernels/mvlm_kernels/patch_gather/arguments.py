@@ -1,0 +1,113 @@
+"""Checks and conversions of the arguments that every op on image patches shares."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mvlm_kernels import dispatch
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ChannelValues = Sequence[float] | Tensor | None
+
+
+def check_images(images: Tensor, patch_size: int) -> int:
+    """The number of patches N of images (B, C, H, W). ValueError on another rank, a type that is neither uint8 nor
+    floating, a patch size that does not divide H and W."""
+    if images.ndim != 4:
+        raise ValueError(f"images must have shape (B, C, H, W), got {tuple(images.shape)}")
+    if images.dtype != torch.uint8 and images.dtype not in FLOATS:
+        raise ValueError(f"images must be uint8, float16, bfloat16, float32 or float64, got {images.dtype}")
+    _, channels, height, width = images.shape
+    if patch_size < 1 or height % patch_size or width % patch_size:
+        raise ValueError(f"patch_size must divide the image's height and width {(height, width)}, got {patch_size}")
+    if channels < 1:
+        raise ValueError(f"images must have at least one channel, got {tuple(images.shape)}")
+    return (height // patch_size) * (width // patch_size)
+
+
+def check_patch_ids(patch_ids: Tensor | None, images: Tensor, num_patches: int) -> int:
+    """The number of chosen patches K; all N for None. ValueError on another shape, type or device."""
+    if patch_ids is None:
+        return num_patches
+    check_ids("patch_ids", patch_ids, images.shape[0], "images", images.device)
+    return patch_ids.shape[1]
+
+
+def check_ids(name: str, ids: Tensor, batch: int, other: str, device: torch.device) -> None:
+    """ValueError unless ids is an int32 or int64 (batch, K) on ``device``; ``other`` names what batch belongs to."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{name} must be int32 or int64, got {ids.dtype}")
+    if ids.ndim != 2 or ids.shape[0] != batch:
+        raise ValueError(f"{name} must have shape (B, K) with the B of {other}, ({batch}, K), got {tuple(ids.shape)}")
+    check_device(name, ids, device)
+
+
+def check_device(name: str, x: Tensor, device: torch.device) -> None:
+    if x.device != device:
+        raise ValueError(f"{name} must be on the device of the other inputs, {device}, got {x.device}")
+
+
+def check_id_values(name: str, ids: Tensor | None, limit: int) -> None:
+    """ValueError unless every id is in [0, limit). On the CPU always; on a GPU it would wait for the device, so there
+    only with MVLM_KERNELS_DEBUG=1. Called inside the ops, where tensors are real also under torch.compile."""
+    if ids is None or not ids.numel() or not dispatch.checks_values(ids.device):
+        return
+    low, high = (int(x) for x in ids.aminmax())
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name} must be in [0, {limit}), got values in [{low}, {high}]")
+
+
+def split_channel_values(name: str, values: ChannelValues, images: Tensor) -> tuple[Tensor | None, list[float] | None]:
+    """values, one for each channel, as the (tensor, floats) pair that ops take: one of the two is None.
+
+    Floats stay floats until they are inside the op, so that no call and no compiled graph copies them to the device.
+    """
+    if values is None:
+        return None, None
+    channels = images.shape[1]
+    if isinstance(values, Tensor):
+        if values.shape != (channels,) or values.dtype not in FLOATS:
+            raise ValueError(
+                f"{name} must be floating with one value for each of {channels} channels, "
+                f"got {values.dtype} of shape {tuple(values.shape)}"
+            )
+        check_device(name, values, images.device)
+        return values, None
+    floats = [float(v) for v in values]
+    if len(floats) != channels:
+        raise ValueError(f"{name} must have one value for each of {channels} channels, got {len(floats)}: {floats}")
+    if name == "std" and min(floats) <= 0:
+        raise ValueError(f"std must be positive, got {floats}")
+    return None, floats
+
+
+def channel_tensor(
+    values: Tensor | None, floats: list[float] | None, dtype: torch.dtype, like: Tensor
+) -> Tensor | None:
+    """(C,) tensor on the device of ``like``, or None. Floats are copied to a device once and then remembered."""
+    return values if floats is None else _constants(tuple(floats), dtype, like.device)
+
+
+@functools.lru_cache(maxsize=256)
+def _constants(floats: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(floats, dtype=dtype, device=device)
+
+
+def tile_reasons(channels: int, patch_size: int) -> list[str]:
+    """Reason against Triton for patches that do not fit a tile."""
+    pixels = _power_of_two(channels) * _power_of_two(patch_size**2)
+    if pixels > MAX_TILE:
+        return [
+            f"a patch of {channels} x {patch_size}^2 pixels needs a tile of {pixels}, and {MAX_TILE} is the largest"
+        ]
+    return []
+
+
+# Pixels in a tile: at 16 warps this is 64 values a thread, about what fits beside the addresses without spilling.
+MAX_TILE = 32768
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

@@ -1,0 +1,182 @@
+"""Losses between predicted patches and the pixels of images; see :func:`masked_pixel_loss` and
+:func:`linear_pixel_loss`."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mvlm_kernels import dispatch
+from mvlm_kernels.patch_gather.arguments import (
+    FLOATS,
+    ChannelValues,
+    check_device,
+    check_images,
+    check_patch_ids,
+    split_channel_values,
+)
+from mvlm_kernels.pixel_loss.ops import linear_op, linear_reasons, masked_op, pixel_reasons
+from mvlm_kernels.pixel_loss.reference import Kind
+
+__all__ = ["linear_pixel_loss", "masked_pixel_loss"]
+
+Reduction = Literal["mean", "none"]
+
+
+def _why_not_masked(pred: Tensor, images: Tensor, patch_ids: Tensor | None, patch_size: int, **_: Any) -> list[str]:
+    _check(images, patch_ids, patch_size, pred, "pred")
+    return pixel_reasons(images, patch_size)
+
+
+def _why_not_linear(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    images: Tensor,
+    patch_ids: Tensor | None,
+    patch_size: int,
+    **_: Any,
+) -> list[str]:
+    hidden = _as_autocast(hidden)
+    _check(images, patch_ids, patch_size, hidden, "hidden")
+    _check_parameters(hidden, weight, bias, images.shape[1] * patch_size**2)
+    return linear_reasons(hidden, images, patch_size)
+
+
+@dispatch.explained_by(_why_not_masked)
+def masked_pixel_loss(
+    pred: Tensor,
+    images: Tensor,
+    patch_ids: Tensor | None,
+    patch_size: int,
+    *,
+    mean: ChannelValues = None,
+    std: ChannelValues = None,
+    kind: Kind = "l1",
+    normalize_target: bool = False,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Loss of predicted patches against the pixels of the image; the target never exists in memory.
+
+    Args:
+        pred: (B, K, C*P*P) floating, of any strides: predictions of the masked patches only, in (c, y, x) order.
+        images: (B, C, H, W), uint8 or floating, of any strides; constants, they get no gradient.
+        patch_ids: (B, K) int32 or int64, the masked patches in row-major order; None: all, K = N.
+        patch_size: side P of a square patch; it divides H and W.
+        mean, std: as in :func:`mvlm_kernels.gather_patches`, to normalise the pixels first.
+        kind: "l1", "mse", or "smooth_l1" with beta 1.
+        normalize_target: MAE's target, (x - mean) / sqrt(var + 1e-6) over each patch, unbiased variance
+            (facebookresearch/mae, models_mae.py, forward_loss).
+        reduction: "mean" over all pixels of all K patches, or "none" for the mean of each patch.
+
+    Returns:
+        A scalar, or (B, K), in float32 (float64 where an input is). The mean of no patches is 0.
+
+    Differentiable in pred. Forward reads pred and the pixels once and writes the slope too (a byte a pixel for L1);
+    sums are taken in a fixed order, without atomics. Ids are checked on the CPU, and on a GPU with
+    MVLM_KERNELS_DEBUG=1; without it a bad id gives NaN and reads nothing. A NaN prediction gives a NaN gradient.
+
+    Raises:
+        ValueError: on a wrong rank, shape, dtype, device, id, kind or reduction.
+    """
+    _check(images, patch_ids, patch_size, pred, "pred")
+    features = images.shape[1] * patch_size**2
+    if pred.shape[2] != features:
+        raise ValueError(f"pred must have {features} = C*P*P features, got shape {tuple(pred.shape)}")
+    _check_options(kind, normalize_target, reduction, features)
+    means, mean_floats = split_channel_values("mean", mean, images)
+    stds, std_floats = split_channel_values("std", std, images)
+    return masked_op(
+        pred, images, patch_ids, patch_size, means, stds, mean_floats, std_floats, kind, normalize_target,
+        reduction == "mean", torch.is_grad_enabled() and pred.requires_grad,
+    )[0]  # fmt: skip
+
+
+@dispatch.explained_by(_why_not_linear)
+def linear_pixel_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    images: Tensor,
+    patch_ids: Tensor | None,
+    patch_size: int,
+    *,
+    mean: ChannelValues = None,
+    std: ChannelValues = None,
+    kind: Kind = "l1",
+    normalize_target: bool = False,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """``masked_pixel_loss(hidden @ weight.T + bias, ...)`` tile by tile: predictions never reach memory.
+
+    Args:
+        hidden: (B, K, D) floating, of any strides: the decoder's states of the masked patches only. Under autocast it
+            is taken in autocast's type, as nn.Linear would.
+        weight: (C*P*P, D) as in nn.Linear, in hidden's type or float32.
+        bias: (C*P*P,) in weight's type, or None.
+        images, patch_ids, patch_size, mean, std, kind, normalize_target, reduction: as in :func:`masked_pixel_loss`.
+
+    Returns:
+        A scalar, or (B, K), in float32 (float64 where an input is).
+
+    Differentiable in hidden, weight and bias. What is saved is one slope a pixel: a byte for L1, else hidden's type.
+    Gradients of weight and bias accumulate in float32, in fixed parts added in a fixed order.
+
+    Raises:
+        ValueError: on a wrong rank, shape, dtype, device, id, kind or reduction.
+    """
+    hidden = _as_autocast(hidden)
+    _check(images, patch_ids, patch_size, hidden, "hidden")
+    features = images.shape[1] * patch_size**2
+    _check_parameters(hidden, weight, bias, features)
+    _check_options(kind, normalize_target, reduction, features)
+    means, mean_floats = split_channel_values("mean", mean, images)
+    stds, std_floats = split_channel_values("std", std, images)
+    needs_grad = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    return linear_op(
+        hidden, weight, bias, images, patch_ids, patch_size, means, stds, mean_floats, std_floats, kind,
+        normalize_target, reduction == "mean", torch.is_grad_enabled() and needs_grad,
+    )[0]  # fmt: skip
+
+
+def _as_autocast(hidden: Tensor) -> Tensor:
+    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype == torch.float32:
+        return hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    return hidden
+
+
+def _check(images: Tensor, patch_ids: Tensor | None, patch_size: int, rows: Tensor, name: str) -> None:
+    """rows (pred or hidden) must be floating (B, K, *) with the B and K of images and patch_ids."""
+    batch = images.shape[0]
+    chosen = check_patch_ids(patch_ids, images, check_images(images, patch_size))
+    if rows.ndim != 3 or rows.shape[0] != batch or rows.shape[1] != chosen:
+        raise ValueError(
+            f"{name} must have shape (B, K, features) with B, K = {batch, chosen}, got {tuple(rows.shape)}"
+        )
+    if rows.dtype not in FLOATS:
+        raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {rows.dtype}")
+    check_device(name, rows, images.device)
+
+
+def _check_parameters(hidden: Tensor, weight: Tensor, bias: Tensor | None, features: int) -> None:
+    width = hidden.shape[2]
+    if weight.shape != (features, width):
+        raise ValueError(f"weight must have shape (C*P*P, D) = {features, width}, got {tuple(weight.shape)}")
+    if weight.dtype not in (hidden.dtype, torch.float32):
+        raise ValueError(f"weight must be {hidden.dtype} like hidden, or float32, got {weight.dtype}")
+    check_device("weight", weight, hidden.device)
+    if bias is not None:
+        if bias.shape != (features,):
+            raise ValueError(f"bias must have shape (C*P*P,) = {(features,)}, got {tuple(bias.shape)}")
+        if bias.dtype != weight.dtype:
+            raise ValueError(f"bias must be {weight.dtype} like weight, got {bias.dtype}")
+        check_device("bias", bias, hidden.device)
+
+
+def _check_options(kind: str, normalize_target: bool, reduction: str, features: int) -> None:
+    if kind not in ("l1", "mse", "smooth_l1"):
+        raise ValueError(f'kind must be "l1", "mse" or "smooth_l1", got {kind!r}')
+    if reduction not in ("mean", "none"):
+        raise ValueError(f'reduction must be "mean" or "none", got {reduction!r}')
+    if normalize_target and features < 2:
+        raise ValueError("normalize_target must be False for patches of one value, whose variance is undefined")

@@ -1,0 +1,199 @@
+"""``torch.ops.mvlm_kernels.masked_pixel_loss`` and ``linear_pixel_loss``: backends, fakes and gradients.
+
+Both save one slope a pixel for the backward, d(loss of its patch) / d(prediction) before scaling.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mvlm_kernels import dispatch, registration
+from mvlm_kernels.patch_gather.arguments import channel_tensor, check_id_values, tile_reasons
+from mvlm_kernels.pixel_loss import reference
+
+
+def pixel_reasons(images: Tensor, patch_size: int) -> list[str]:
+    return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
+
+
+def product_reasons(hidden: Tensor) -> list[str]:
+    reasons = dispatch.device_reasons(hidden.device)
+    if hidden.device.type == "cuda":
+        if hidden.dtype == torch.float64:
+            reasons.append("float64 products run in the interpreter only")
+        if hidden.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+            reasons.append('float32 products use TF32, which float32_matmul_precision "highest" forbids')
+    return reasons
+
+
+def linear_reasons(hidden: Tensor, images: Tensor, patch_size: int) -> list[str]:
+    return product_reasons(hidden) + tile_reasons(images.shape[1], patch_size)
+
+
+def _num_patches(images: Tensor, patch_size: int) -> int:
+    return (images.shape[2] // patch_size) * (images.shape[3] // patch_size)
+
+
+def _loss_fake(rows: Tensor, images: Tensor, reduce: bool) -> Tensor:
+    dtype = reference.compute_dtype(rows.dtype, images.dtype)
+    return rows.new_empty(() if reduce else rows.shape[:2], dtype=dtype)
+
+
+def _slope_fake(rows: Tensor, features: int, kind: str, with_slope: bool) -> Tensor:
+    shape = (rows.shape[0], rows.shape[1], features) if with_slope else (0, 0, 0)
+    return rows.new_empty(shape, dtype=torch.int8 if kind == "l1" else rows.dtype)
+
+
+# ---- masked_pixel_loss as an op
+
+
+def _masked(
+    pred, images, patch_ids, patch_size, mean, std, mean_floats, std_floats, kind, normalize_target, reduce, with_slope
+):
+    check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
+    dtype = reference.compute_dtype(pred.dtype, images.dtype)
+    mean = channel_tensor(mean, mean_floats, dtype, images)
+    std = channel_tensor(std, std_floats, dtype, images)
+    args = pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope
+    if dispatch.choose(pixel_reasons(images, patch_size)) == "torch":
+        return reference.masked_pixel_loss(*args)
+    from mvlm_kernels.pixel_loss import triton
+
+    return triton.masked_pixel_loss(*args)
+
+
+def _masked_fake(
+    pred, images, patch_ids, patch_size, mean, std, mean_floats, std_floats, kind, normalize_target, reduce, with_slope
+):
+    return _loss_fake(pred, images, reduce), _slope_fake(pred, pred.shape[2], kind, with_slope)
+
+
+def _masked_backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
+    if dispatch.choose(dispatch.device_reasons(slope.device)) == "torch":
+        return reference.masked_pixel_loss_backward(grad, slope, dtype)
+    from mvlm_kernels.pixel_loss import triton
+
+    return triton.masked_pixel_loss_backward(grad, slope, dtype)
+
+
+class _MaskedPixelLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pred, *args):
+        ctx.dtype = pred.dtype
+        with registration.below_autograd():
+            loss, slope = masked_op(pred, *args)
+        ctx.save_for_backward(slope)
+        ctx.mark_non_differentiable(slope)
+        # Else a zero gradient of the slope's size would be made in every backward pass.
+        ctx.set_materialize_grads(False)
+        return loss, slope
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        if grad is None or not ctx.needs_input_grad[0]:
+            return (None,) * 12
+        (slope,) = ctx.saved_tensors
+        return _masked_backward_op(grad, slope, ctx.dtype), *(None,) * 11
+
+
+_masked_backward_op = registration.define(
+    "masked_pixel_loss_backward(Tensor grad, Tensor slope, ScalarType dtype) -> Tensor",
+    _masked_backward,
+    lambda grad, slope, dtype: slope.new_empty(slope.shape, dtype=dtype),
+)
+masked_op = registration.define(
+    "masked_pixel_loss(Tensor pred, Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? mean, Tensor? std, "
+    "float[]? mean_floats, float[]? std_floats, str kind, bool normalize_target, bool reduce, bool with_slope) "
+    "-> (Tensor, Tensor)",
+    _masked,
+    _masked_fake,
+    _MaskedPixelLoss,
+)
+
+
+# ---- linear_pixel_loss as an op
+
+
+def _linear(
+    hidden, weight, bias, images, patch_ids, patch_size, mean, std, mean_floats, std_floats, kind, normalize_target,
+    reduce, with_slope,
+):  # fmt: skip
+    check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
+    dtype = reference.compute_dtype(hidden.dtype, images.dtype)
+    mean = channel_tensor(mean, mean_floats, dtype, images)
+    std = channel_tensor(std, std_floats, dtype, images)
+    args = hidden, weight, bias, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope
+    if dispatch.choose(linear_reasons(hidden, images, patch_size)) == "torch":
+        return reference.linear_pixel_loss(*args)
+    from mvlm_kernels.pixel_loss import linear
+
+    return linear.linear_pixel_loss(*args)
+
+
+def _linear_fake(
+    hidden, weight, bias, images, patch_ids, patch_size, mean, std, mean_floats, std_floats, kind, normalize_target,
+    reduce, with_slope,
+):  # fmt: skip
+    return _loss_fake(hidden, images, reduce), _slope_fake(hidden, weight.shape[0], kind, with_slope)
+
+
+def _linear_backward(
+    grad: Tensor,
+    slope: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    needs_hidden: bool,
+    needs_weight: bool,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs = needs_hidden, needs_weight, needs_bias
+    if dispatch.choose(product_reasons(hidden)) == "torch":
+        return reference.linear_pixel_loss_backward(grad, slope, hidden, weight, needs)
+    from mvlm_kernels.pixel_loss import linear
+
+    return linear.linear_pixel_loss_backward(grad, slope, hidden, weight, needs)
+
+
+def _linear_backward_fake(grad, slope, hidden, weight, needs_hidden, needs_weight, needs_bias):
+    return (
+        hidden.new_empty(hidden.shape if needs_hidden else (0,)),
+        weight.new_empty(weight.shape if needs_weight else (0,)),
+        weight.new_empty((weight.shape[0],) if needs_bias else (0,)),
+    )
+
+
+class _LinearPixelLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, *args):
+        with registration.below_autograd():
+            loss, slope = linear_op(hidden, weight, bias, *args)
+        ctx.save_for_backward(slope, hidden, weight)
+        ctx.mark_non_differentiable(slope)
+        ctx.set_materialize_grads(False)
+        return loss, slope
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        needs = ctx.needs_input_grad[:3]
+        if grad is None or not any(needs):
+            return (None,) * 14
+        grads = _linear_backward_op(grad, *ctx.saved_tensors, *needs)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 11
+
+
+_linear_backward_op = registration.define(
+    "linear_pixel_loss_backward(Tensor grad, Tensor slope, Tensor hidden, Tensor weight, "
+    "bool needs_hidden, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)",
+    _linear_backward,
+    _linear_backward_fake,
+)
+linear_op = registration.define(
+    "linear_pixel_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor images, Tensor? patch_ids, "
+    "SymInt patch_size, Tensor? mean, Tensor? std, float[]? mean_floats, float[]? std_floats, str kind, "
+    "bool normalize_target, bool reduce, bool with_slope) -> (Tensor, Tensor)",
+    _linear,
+    _linear_fake,
+    _LinearPixelLoss,
+)

@@ -1,0 +1,173 @@
+"""Mask tokens, position embedding and [CLS] in one pass; see :func:`place_tokens`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mvlm_kernels import dispatch, registration
+from mvlm_kernels.patch_gather.arguments import FLOATS, check_device, check_id_values, check_ids
+from mvlm_kernels.place_tokens import reference
+
+__all__ = ["place_tokens"]
+
+
+def _reasons(tokens: Tensor, *_: Any, **__: Any) -> list[str]:
+    return dispatch.device_reasons(tokens.device)
+
+
+@dispatch.explained_by(_reasons)
+def place_tokens(
+    tokens: Tensor,
+    mask_token: Tensor,
+    pos_embed: Tensor,
+    cls_token: Tensor,
+    *,
+    masked: Tensor | None = None,
+    visible_ids: Tensor | None = None,
+) -> Tensor:
+    """The input sequence of a masked vision transformer, in one pass over the patch tokens, which are read in place.
+
+    ``out[:, 0] = cls_token + pos_embed[0]``; ``out[:, 1+n] = (tokens[:, n] or mask_token) + pos_embed[1+n]``.
+
+    Args:
+        tokens: floating, of any strides; (B, N, C), a token of every patch, or with visible_ids (B, K, C).
+        mask_token, cls_token: C values each, of shape (C,) or (1, 1, C).
+        pos_embed: (1+N, C) or (1, 1+N, C), the row of [CLS] first.
+        masked: bool (B, N), True = the patch is replaced by the mask token; None: none is.
+        visible_ids: int32 or int64 (B, K), the patches that tokens stand for, distinct within a row; all others become
+            mask tokens (MAE's decoder input). Not together with masked.
+
+    Returns:
+        (B, 1+N, C) contiguous, in the type that torch would promote the four tensors to: float32 for bfloat16 tokens
+        beside float32 parameters, as under autocast. Sums are in float32 (float64) and round once.
+
+    Differentiable in all four; gradients of the three parameters are summed over the batch in its order, without
+    atomics. Ids are checked on the CPU, and on a GPU with MVLM_KERNELS_DEBUG=1; without it a bad or repeated id leaves
+    its row of the gradient undefined, and nothing is read or written out of bounds.
+
+    Raises:
+        ValueError: on a wrong rank, shape, dtype, device or id, or masked together with visible_ids.
+    """
+    if tokens.ndim != 3:
+        raise ValueError(f"tokens must have shape (B, N, C), got {tuple(tokens.shape)}")
+    batch, given, width = tokens.shape
+    mask_token = _row("mask_token", mask_token, width)
+    cls_token = _row("cls_token", cls_token, width)
+    if pos_embed.ndim == 3 and pos_embed.shape[0] == 1:
+        pos_embed = pos_embed[0]
+    if pos_embed.ndim != 2 or pos_embed.shape[0] < 1 or pos_embed.shape[1] != width:
+        raise ValueError(f"pos_embed must have shape (1+N, {width}) or (1, 1+N, {width}), got {tuple(pos_embed.shape)}")
+    for name, x in (("tokens", tokens), ("mask_token", mask_token), ("pos_embed", pos_embed), ("cls_token", cls_token)):
+        if x.dtype not in FLOATS:
+            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        check_device(name, x, tokens.device)
+    num_patches = pos_embed.shape[0] - 1
+    if visible_ids is None:
+        if given != num_patches:
+            raise ValueError(
+                f"tokens must have N = {num_patches} rows, as pos_embed has 1+N, got {tuple(tokens.shape)}"
+            )
+        if masked is not None:
+            if masked.dtype != torch.bool or masked.shape != (batch, num_patches):
+                raise ValueError(
+                    f"masked must be bool of shape {batch, num_patches}, got {masked.dtype} {tuple(masked.shape)}"
+                )
+            check_device("masked", masked, tokens.device)
+    else:
+        if masked is not None:
+            raise ValueError("masked must be None where visible_ids is given, got both")
+        check_ids("visible_ids", visible_ids, batch, "tokens", tokens.device)
+        if visible_ids.shape[1] != given or given > num_patches:
+            raise ValueError(
+                f"visible_ids must have one id for each of the {given} tokens and at most N = {num_patches}, "
+                f"got {tuple(visible_ids.shape)}"
+            )
+    return _forward_op(tokens, mask_token, pos_embed, cls_token, masked, visible_ids)
+
+
+def _row(name: str, x: Tensor, width: int) -> Tensor:
+    """x of shape (C,) or (1, 1, C) as (C,)."""
+    if x.shape not in ((width,), (1, 1, width)):
+        raise ValueError(f"{name} must have shape ({width},) or (1, 1, {width}), got {tuple(x.shape)}")
+    return x[0, 0] if x.ndim == 3 else x
+
+
+def _backend(tokens: Tensor) -> Any:
+    if dispatch.choose(dispatch.device_reasons(tokens.device)) == "torch":
+        return reference
+    from mvlm_kernels.place_tokens import triton
+
+    return triton
+
+
+def _check_visible(visible_ids: Tensor | None, num_patches: int) -> None:
+    check_id_values("visible_ids", visible_ids, num_patches)
+    if visible_ids is None or not dispatch.checks_values(visible_ids.device):
+        return
+    ordered = visible_ids.sort(dim=1).values
+    repeated = ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]]
+    if repeated.numel():
+        raise ValueError(f"visible_ids must be distinct within a row, got {int(repeated[0])} more than once")
+
+
+def _forward(tokens, mask_token, pos_embed, cls_token, masked, visible_ids):
+    _check_visible(visible_ids, pos_embed.shape[0] - 1)
+    return _backend(tokens).place_tokens(tokens, mask_token, pos_embed, cls_token, masked, visible_ids)
+
+
+def _forward_fake(tokens, mask_token, pos_embed, cls_token, masked, visible_ids):
+    dtype = reference.output_dtype(tokens, mask_token, pos_embed, cls_token)
+    return tokens.new_empty(tokens.shape[0], pos_embed.shape[0], tokens.shape[2], dtype=dtype)
+
+
+def _backward(grad, masked, visible_ids, num_tokens, tokens_dtype, mask_dtype, pos_dtype, cls_dtype, needs):
+    dtypes = tokens_dtype, mask_dtype, pos_dtype, cls_dtype
+    return _backend(grad).place_tokens_backward(grad, masked, visible_ids, num_tokens, dtypes, tuple(needs))
+
+
+def _backward_fake(grad, masked, visible_ids, num_tokens, tokens_dtype, mask_dtype, pos_dtype, cls_dtype, needs):
+    batch, positions, width = grad.shape
+    shapes = (batch, num_tokens, width), (width,), (positions, width), (width,)
+    dtypes = tokens_dtype, mask_dtype, pos_dtype, cls_dtype
+    return tuple(
+        grad.new_empty(shape if need else (0,), dtype=dtype)
+        for shape, dtype, need in zip(shapes, dtypes, needs, strict=True)
+    )
+
+
+class _PlaceTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens, mask_token, pos_embed, cls_token, masked, visible_ids):
+        # Not the tokens: nothing reads them again, and they would stay in memory until the backward pass.
+        ctx.save_for_backward(masked, visible_ids)
+        ctx.num_tokens = tokens.shape[1]
+        ctx.dtypes = tokens.dtype, mask_token.dtype, pos_embed.dtype, cls_token.dtype
+        with registration.below_autograd():
+            return _forward_op(tokens, mask_token, pos_embed, cls_token, masked, visible_ids)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        needs = ctx.needs_input_grad[:4]
+        if not any(needs):
+            return (None,) * 6
+        grads = _backward_op(grad, *ctx.saved_tensors, ctx.num_tokens, *ctx.dtypes, needs)
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+
+
+_backward_op = registration.define(
+    "place_tokens_backward(Tensor grad, Tensor? masked, Tensor? visible_ids, SymInt num_tokens, "
+    "ScalarType tokens_dtype, ScalarType mask_dtype, ScalarType pos_dtype, ScalarType cls_dtype, bool[] needs) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_forward_op = registration.define(
+    "place_tokens(Tensor tokens, Tensor mask_token, Tensor pos_embed, Tensor cls_token, Tensor? masked, "
+    "Tensor? visible_ids) -> Tensor",
+    _forward,
+    _forward_fake,
+    _PlaceTokens,
+)

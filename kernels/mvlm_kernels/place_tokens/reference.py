@@ -1,0 +1,73 @@
+"""Specification of ``place_tokens`` in plain torch, which is also what runs on the CPU.
+
+Legend: B batch, N patches, K visible patches, C width. ``masked`` (B, N): True = replaced by the mask token.
+"""
+
+import torch
+from torch import Tensor
+
+
+def output_dtype(tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, cls_token: Tensor) -> torch.dtype:
+    """What torch.where, + and torch.cat would promote to: float32 for bfloat16 tokens beside float32 parameters."""
+    dtype = tokens.dtype
+    for other in (mask_token, pos_embed, cls_token):
+        dtype = torch.promote_types(dtype, other.dtype)
+    return dtype
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums are taken in float32, or in float64 for float64 outputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def place_tokens(
+    tokens: Tensor,
+    mask_token: Tensor,
+    pos_embed: Tensor,
+    cls_token: Tensor,
+    masked: Tensor | None,
+    visible_ids: Tensor | None,
+) -> Tensor:
+    """tokens (B, N, C), or (B, K, C) with visible_ids (B, K); mask_token and cls_token (C,); pos_embed (1+N, C)
+    -> (B, 1+N, C): [CLS] first, then each patch's token or the mask token, all plus their position's embedding."""
+    dtype = output_dtype(tokens, mask_token, pos_embed, cls_token)
+    wide = compute_dtype(dtype)
+    batch, num_patches = tokens.shape[0], pos_embed.shape[0] - 1
+    patches, mask, positions = tokens.to(wide), mask_token.to(wide), pos_embed.to(wide)
+    if visible_ids is not None:
+        index = visible_ids.long()[:, :, None].expand_as(patches)
+        patches = mask.expand(batch, num_patches, -1).scatter(1, index, patches)  # (B, N, C)
+    elif masked is not None:
+        patches = torch.where(masked[:, :, None], mask, patches)
+    first = (cls_token.to(wide) + positions[0]).expand(batch, 1, -1)
+    return torch.cat([first, patches + positions[1:]], dim=1).to(dtype)  # (B, 1+N, C)
+
+
+def place_tokens_backward(
+    grad: Tensor,
+    masked: Tensor | None,
+    visible_ids: Tensor | None,
+    num_tokens: int,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype],
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """grad (B, 1+N, C) -> gradients of tokens (B, num_tokens, C), mask_token (C,), pos_embed (1+N, C) and cls_token
+    (C,) in ``dtypes``; empty where not in ``needs``."""
+    wide = compute_dtype(grad.dtype)
+    patches = grad[:, 1:].to(wide)  # (B, N, C)
+    if visible_ids is not None:
+        index = visible_ids.long()[:, :, None].expand(-1, -1, patches.shape[2])
+        token_grad = patches.gather(1, index)  # (B, K, C)
+        of_mask = patches.scatter(1, index, 0.0)
+    else:
+        keep = torch.ones(patches.shape[:2], dtype=torch.bool, device=grad.device) if masked is None else ~masked
+        token_grad = patches.masked_fill(~keep[:, :, None], 0.0)
+        of_mask = patches.masked_fill(keep[:, :, None], 0.0)
+    assert token_grad.shape[1] == num_tokens
+    positions = grad.to(wide).sum(dim=0)  # (1+N, C)
+    grads = token_grad, of_mask.sum(dim=(0, 1)), positions, positions[0].clone()
+    first, second, third, fourth = (
+        g.to(dtype) if need else grad.new_empty(0, dtype=dtype)
+        for g, dtype, need in zip(grads, dtypes, needs, strict=True)
+    )
+    return first, second, third, fourth

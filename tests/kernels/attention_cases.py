@@ -1,0 +1,144 @@
+"""Inputs for the cross-attention tests: one description, from which tensors between guard bands are drawn."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from kernel_checks import assert_accurate, guarded
+from torch import Tensor
+
+import mvlm_kernels
+from mvlm_kernels.cross_attention.reference import cross_attention_reference
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One call. Lq and Lk are the longest rows; packed sides draw lengths from 0 to them."""
+
+    len_q: int
+    len_k: int
+    batch: int = 2
+    heads: int = 1
+    width: int = 32
+    dtype: torch.dtype = torch.float32
+    lengths: bool = False  # key_lengths, with a row of length 0
+    mask: bool = False  # key_mask, with an empty and a full row
+    readers: int = 0  # key_index over `batch` K/V rows, this many query rows; 0: none
+    packed_q: bool = False
+    packed_k: bool = False
+    layout: str = "contiguous"  # | "strided" (slices of wider buffers, heads outermost) | "expanded" (one row for all)
+    ids: torch.dtype = torch.int32
+    bounded: bool = True  # give max_len_q and max_len_k
+    seed: int = 0
+
+
+@dataclass
+class Call:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor
+    kwargs: dict[str, Any]
+    bounds: dict[str, Any]  # known to the op alone; the reference reads lengths itself
+
+
+def build(case: Case) -> Call:
+    """Draw the call; keys that do not exist and packed rows past the last sequence hold NaN.
+
+    Rows have no key or at least two: over a single key P is 1 and dS is 0 whatever the inputs, torch makes no error
+    at all, and that of a kernel has nothing to be compared with (test_a_single_key has bounds of its own).
+    """
+    draw = torch.Generator().manual_seed(case.seed)
+    q_seqs = case.readers or case.batch
+    kwargs: dict[str, Any] = {}
+    bounds: dict[str, Any] = {}
+
+    def cu_seqlens(seqs: int, longest: int) -> Tensor:
+        lengths = torch.randint(min(2, longest), longest + 1, (seqs,), generator=draw)
+        lengths[0] = longest
+        if seqs > 1:
+            lengths[1] = 0
+        return torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).to(case.ids)
+
+    def values(seqs: int, length: int, cu: Tensor | None) -> Tensor:
+        leading = (seqs, length) if cu is None else (int(cu[-1]) + 5,)  # 5 rows of a rounded-up bucket
+        shape = (*leading, case.heads, case.width)
+        if case.layout == "strided":  # one of two interleaved projections, heads outermost
+            wide = torch.randn((case.heads, *leading, 2, case.width), generator=draw, dtype=torch.float64)
+            x = wide.to(case.dtype)[..., 0, :].movedim(0, -2)
+        elif case.layout == "expanded" and cu is None:
+            x = torch.randn((1, *shape[1:]), generator=draw, dtype=torch.float64).to(case.dtype).expand(shape)
+        else:
+            x = torch.randn(shape, generator=draw, dtype=torch.float64).to(case.dtype)
+        if cu is not None:
+            x[int(cu[-1]) :] = torch.nan
+        return x
+
+    cu_q = cu_k = None
+    if case.packed_q:
+        cu_q = kwargs["cu_seqlens_q"] = cu_seqlens(q_seqs, case.len_q)
+        if case.bounded:
+            bounds["max_len_q"] = case.len_q
+    if case.packed_k:
+        cu_k = kwargs["cu_seqlens_k"] = cu_seqlens(case.batch, case.len_k)
+        if case.bounded:
+            bounds["max_len_k"] = case.len_k
+    q = values(q_seqs, case.len_q, cu_q)
+    k, v = (values(case.batch, case.len_k, cu_k) for _ in range(2))
+    exists = torch.ones(case.batch, case.len_k, dtype=torch.bool)
+    if case.lengths:
+        lengths = torch.randint(min(2, case.len_k), case.len_k + 1, (case.batch,), generator=draw)
+        lengths[-1] = 0
+        kwargs["key_lengths"] = lengths.to(case.ids)
+        exists &= torch.arange(case.len_k) < lengths[:, None]
+    if case.mask:
+        mask = torch.rand(case.batch, case.len_k, generator=draw) < 0.6
+        mask[:, :2] = True
+        mask[0] = True
+        mask[-1] = False
+        kwargs["key_mask"] = mask
+        exists &= mask
+    if case.readers:
+        kwargs["key_index"] = torch.randint(0, case.batch, (case.readers,), generator=draw).to(case.ids)
+    if not exists.all() and case.layout != "expanded":
+        k[~exists] = torch.nan
+        v[~exists] = torch.nan
+    grad = values(q_seqs, case.len_q, cu_q)
+    q, k, v, grad = (guarded(x) for x in (q, k, v, grad))
+    return Call(q, k, v, grad, {name: guarded(x) for name, x in kwargs.items()}, bounds)
+
+
+def run(
+    function: Callable[..., Tensor], call: Call, dtype: torch.dtype | None = None, **extra: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, dq, dk, dv. With a dtype the inputs are converted first, else passed as they are."""
+    q, k, v = (x.detach() if dtype is None else x.detach().to(dtype) for x in (call.q, call.k, call.v))
+    for x in (q, k, v):
+        x.requires_grad_()
+    out = function(q, k, v, **call.kwargs, **extra)
+    out.backward(call.grad if dtype is None else call.grad.to(dtype))
+    assert q.grad is not None
+    assert k.grad is not None
+    assert v.grad is not None
+    return out.detach(), q.grad, k.grad, v.grad
+
+
+def moved(call: Call, device: str) -> Call:
+    """The call with its tensors on another device, strides and guard bands included."""
+    q, k, v, grad = (guarded(x, device) for x in (call.q, call.k, call.v, call.grad))
+    return Call(q, k, v, grad, {name: guarded(x, device) for name, x in call.kwargs.items()}, call.bounds)
+
+
+def check(case: Case, device: str = "cpu") -> None:
+    """The kernels, interpreted on the CPU, against the float64 reference: AssertionError where an output is too far
+    off.
+    """
+    call = build(case)
+    oracle = run(cross_attention_reference, call, torch.float64)
+    same = run(cross_attention_reference, call)
+    with mvlm_kernels.use_backend("triton"):
+        got = [x.cpu() for x in run(mvlm_kernels.cross_attention, moved(call, device), **call.bounds)]
+    # dQ and dK are sums of differences dP - delta of size sqrt(width): those, not the sum, set the size of an ulp.
+    for i, (name, terms) in enumerate((("out", 1), ("dq", 8), ("dk", 8), ("dv", 1))):
+        assert_accurate(f"{name} of {case}", got[i], same[i], oracle[i], terms=terms)

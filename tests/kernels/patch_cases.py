@@ -1,0 +1,149 @@
+"""What the tests of the patch ops share: images of every layout, oracles in numpy loops, broken copies of kernels."""
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from kernel_checks import Poison, assert_accurate
+from torch import Tensor
+
+LAYOUTS = ("contiguous", "channels_last", "expanded", "strided", "transposed")
+MEAN = (0.485, 0.456, 0.406, 0.5, 0.25)
+STD = (0.229, 0.224, 0.225, 0.5, 0.125)
+
+# The fixtures hold nothing that an example could leave behind, and interpreted kernels have no even speed.
+SETTINGS = settings(
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def make_images(shape: tuple[int, int, int, int], dtype: torch.dtype, layout: str, seed: int = 0) -> Tensor:
+    """(B, C, H, W) with the strides that ``layout`` names."""
+    batch, channels, height, width = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def values(*size: int) -> Tensor:
+        if dtype == torch.uint8:
+            return torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
+        return torch.rand(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    if layout == "channels_last":
+        return values(batch, height, width, channels).permute(0, 3, 1, 2)
+    if layout == "expanded":
+        return values(1, channels, height, width).expand(shape)
+    if layout == "strided":
+        return values(batch, channels + 1, height + 1, 2 * width)[:, 1:, :height, ::2]
+    if layout == "transposed":
+        return values(batch, channels, width, height).transpose(2, 3)
+    return values(*shape)
+
+
+def make_ids(batch: int, count: int, num_patches: int, dtype: torch.dtype = torch.int64, seed: int = 0) -> Tensor:
+    """(B, count) with repeats, or distinct where they fit."""
+    generator = torch.Generator().manual_seed(seed)
+    if count <= num_patches:
+        rows = [torch.randperm(num_patches, generator=generator)[:count] for _ in range(batch)]
+        return torch.stack(rows).to(dtype) if batch else torch.empty(0, count, dtype=dtype)
+    return torch.randint(0, num_patches, (batch, count), generator=generator).to(dtype)
+
+
+def accurate(name: str, got: Tensor, same_dtype: Tensor, oracle: Tensor, terms: float = 0.0, rms=None) -> None:
+    """:func:`assert_accurate`, where outputs are differences of numbers as large as ``terms`` (0: they are not).
+
+    Where two terms cancel, a unit in the last place is one of the terms, and not of what is left of them. In float64
+    the oracle rounds as much as the kernel, so the two need only be close.
+    """
+    if got.dtype == torch.float64:
+        torch.testing.assert_close(got, oracle.double(), rtol=1e-11, atol=1e-12)
+        return
+    unit = 2 * torch.finfo(torch.float32).eps * terms
+    inexact = ~((got.double() - oracle).abs() <= unit)  # so that NaN stays
+    assert got.shape == oracle.shape, f"{name}: shape {tuple(got.shape)}, wanted {tuple(oracle.shape)}"
+    assert_accurate(name, torch.where(inexact, got, oracle.to(got.dtype)), same_dtype, oracle, rms)
+
+
+def patches_oracle(images: Tensor, ids: Tensor | None, patch: int, mean, std) -> np.ndarray:
+    """(B, K, C*P*P) float64, patch by patch."""
+    pixels = images.detach().double().numpy() / (255 if images.dtype == torch.uint8 else 1)
+    batch, channels, height, width = pixels.shape
+    for c in range(channels):
+        pixels[:, c] = (pixels[:, c] - (0 if mean is None else mean[c])) / (1 if std is None else std[c])
+    columns = width // patch
+    count = (height // patch) * columns if ids is None else ids.shape[1]
+    out = np.empty((batch, count, channels * patch * patch))
+    for b in range(batch):
+        for k in range(count):
+            y, x = divmod(k if ids is None else int(ids[b, k]), columns)
+            out[b, k] = pixels[b, :, y * patch : (y + 1) * patch, x * patch : (x + 1) * patch].reshape(-1)
+    return out
+
+
+def losses_oracle(pred: np.ndarray, target: np.ndarray, kind: str, normalize: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Loss of each patch (B, K) and derivative by the prediction of each pixel (B, K, F), before any mean."""
+    loss, slope = np.zeros(pred.shape[:2]), np.zeros(pred.shape)
+    for b in range(pred.shape[0]):
+        for k in range(pred.shape[1]):
+            wanted = target[b, k]
+            if normalize:
+                wanted = (wanted - wanted.mean()) / np.sqrt(wanted.var(ddof=1) + 1e-6)
+            d = pred[b, k] - wanted
+            if kind == "l1":
+                loss[b, k], slope[b, k] = np.abs(d).mean(), np.sign(d)
+            elif kind == "mse":
+                loss[b, k], slope[b, k] = (d * d).mean(), 2 * d
+            else:
+                loss[b, k] = np.where(np.abs(d) < 1, d * d / 2, np.abs(d) - 0.5).mean()
+                slope[b, k] = np.clip(d, -1, 1)
+    return loss, slope
+
+
+@contextmanager
+def mutant(module: str, old: str, new: str, folder: Path) -> Iterator[None]:
+    """Inside the block, ``module`` is a copy of itself in which ``old``, which must occur once, reads ``new``.
+
+    The interpreter reads a kernel's source from its file, so the copy is a file too.
+    """
+    original = importlib.import_module(module)
+    source = Path(str(original.__file__)).read_text()
+    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {module}"
+    path = folder / "mutant.py"
+    path.write_text(source.replace(old, new))
+    # The name keeps the prefix by which allocations are recognised and poisoned.
+    spec = importlib.util.spec_from_file_location(f"{module}_mutant", path)
+    assert spec is not None
+    assert spec.loader is not None
+    broken = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(broken)
+    package, _, name = module.rpartition(".")
+    parent = sys.modules[package]
+    sys.modules[module] = broken
+    setattr(parent, name, broken)
+    try:
+        yield
+    finally:
+        sys.modules[module] = original
+        setattr(parent, name, original)
+
+
+def assert_caught(
+    module: str, old: str, new: str, folder: Path, poison: Poison, exercise: Callable[[], object]
+) -> None:
+    """``exercise``, or a guard band of a buffer it made, must fail on the mutant."""
+
+    def run() -> None:
+        exercise()
+        poison.check()
+
+    with mutant(module, old, new, folder), pytest.raises((AssertionError, RuntimeError)):
+        run()
+    poison.buffers.clear()

@@ -1,0 +1,69 @@
+"""Machine code without a GPU: a slice of the compile matrix, and the rules that hold for all of it.
+
+Compiling needs a process that does not interpret, so the compiler runs as the command that users run.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "aot.json"
+# One case of each kernel family at the commonest shape, and the widest tiles, where spills would come first.
+SLICE = r"cross_attention/(bfloat16/64/32/(lengths|splits)|float16/128/128/lengths)$|gather_patches|place_tokens.*bf16"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    file = tmp_path_factory.mktemp("aot") / "rows.json"
+    command = [sys.executable, "-m", "mvlm_kernels.aot", "--select", SLICE, "--json", str(file)]
+    if TABLE.exists():
+        command += ["--against", str(TABLE)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return json.loads(file.read_text())["rows"]
+
+
+def test_every_attention_kernel_compiles_for_every_target(rows: list[dict[str, Any]]):
+    attention = {(r["kernel"], r["arch"]) for r in rows if r["op"] == "cross_attention"}
+    kernels = ("short_kv_forward", "short_kv_backward", "short_q_forward", "short_q_backward", "short_q_combine")
+    assert attention == {(k, a) for k in (*kernels, "sum_partials") for a in ("sm_80", "sm_90", "sm_100")}
+
+
+def test_no_spills_and_tensor_cores(rows: list[dict[str, Any]]):
+    assert all(r["spill_bytes"] == 0 for r in rows)
+    for r in rows:
+        if r["kernel"].startswith("short_") and r["kernel"] != "short_q_combine":
+            assert "MMA" in r["matrix_instruction"], r
+        assert 0 < r["registers"] <= 255, r
+
+
+def run_complaints(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None = None) -> list[str]:
+    # The module takes TRITON_INTERPRET out of its process's environment, so it is imported in another.
+    code = "import json, sys, mvlm_kernels.aot as aot; print(json.dumps(aot.complaints(*json.load(sys.stdin))))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps([rows, table]), capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def test_complaints():
+    good = {
+        "op": "cross_attention", "kernel": "short_kv_forward", "case": "c", "dtype": "bfloat16", "config": "BLOCK_M=32",
+        "arch": "sm_80", "registers": 100, "spill_bytes": 0, "stack": 0, "shared": 1000, "matrix_instruction": "HMMA",
+    }  # fmt: skip
+    bad = [good | {"spill_bytes": 8}, good | {"shared": 170_000}, good | {"matrix_instruction": ""}]
+    found = run_complaints([good, *bad, good | {"registers": 101}], [good])
+    assert [text.split(": ")[1] for text in found] == [
+        "spills 8 bytes",
+        "170000 bytes of shared memory, limit 166912",
+        "no tensor-core instruction",
+        "101 registers, 100 in the table",
+    ]
+    assert run_complaints([good], [good]) == []

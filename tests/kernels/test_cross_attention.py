@@ -1,0 +1,242 @@
+"""Values of the interpreted cross-attention kernels against the float64 reference, and the reference against SDPA."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_cases import Case, build, check, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mvlm_kernels
+from mvlm_kernels import cross_attention, dispatch
+from mvlm_kernels.cross_attention.reference import cross_attention_reference, pack_key_mask, unpack_key_mask
+
+TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture
+def many_multiprocessors(monkeypatch: pytest.MonkeyPatch):
+    """A machine so large that every grid is too small for it: all kernels split their work."""
+    monkeypatch.setattr(dispatch, "multiprocessors", lambda device: 40)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("len_q, len_k", [(197, 32), (33, 577), (63, 64), (1, 2)])
+def test_types(dtype: torch.dtype, len_q: int, len_k: int):
+    check(Case(len_q=len_q, len_k=len_k, width=64, dtype=dtype, lengths=True))
+
+
+@pytest.mark.parametrize("width", [32, 64, 80, 96, 128])
+@pytest.mark.parametrize("len_q, len_k", [(65, 31), (31, 131)])
+def test_head_widths(width: int, len_q: int, len_k: int):
+    check(Case(len_q=len_q, len_k=len_k, width=width, heads=2))
+
+
+SIDES = {
+    "lengths": Case(len_q=67, len_k=37, lengths=True),
+    "mask": Case(len_q=67, len_k=65, batch=3, mask=True),
+    "both": Case(len_q=67, len_k=127, batch=3, mask=True, lengths=True),
+    "index": Case(len_q=67, len_k=17, batch=3, readers=5, lengths=True),
+    "packed-k": Case(len_q=67, len_k=19, batch=3, packed_k=True),
+    "packed-q": Case(len_q=139, len_k=19, batch=3, packed_q=True),
+    "packed-both": Case(len_q=23, len_k=23, batch=3, packed_q=True, packed_k=True),
+    "packed-index": Case(len_q=67, len_k=19, batch=3, packed_k=True, packed_q=True, readers=4),
+    "long-lengths": Case(len_q=17, len_k=197, lengths=True),
+    "long-mask": Case(len_q=17, len_k=197, batch=3, mask=True),
+    "long-index": Case(len_q=17, len_k=131, readers=5, lengths=True),
+    "long-packed-q": Case(len_q=17, len_k=131, batch=3, packed_q=True, lengths=True),
+    "long-packed-k": Case(len_q=17, len_k=149, batch=3, packed_k=True),
+    "long-packed-index": Case(len_q=17, len_k=149, batch=3, packed_k=True, readers=4),
+}
+
+
+@pytest.mark.parametrize("case", SIDES.values(), ids=SIDES.keys())
+def test_lengths_masks_indices_and_packing(case: Case):
+    check(case)
+
+
+@pytest.mark.parametrize("case", SIDES.values(), ids=SIDES.keys())
+@pytest.mark.usefixtures("many_multiprocessors")
+def test_fixed_splits(case: Case):
+    check(replace(case, heads=2, seed=1))
+
+
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+@pytest.mark.parametrize("case", [SIDES["lengths"], SIDES["packed-k"], SIDES["long-index"]], ids=["kv", "packed", "q"])
+def test_memory_layouts(case: Case, layout: str):
+    check(replace(case, layout=layout, heads=2))
+
+
+@pytest.mark.parametrize("name", ["packed-k", "packed-both", "packed-q", "long-packed-q", "long-packed-k"])
+def test_packed_rows_of_unknown_length(name: str):
+    check(replace(SIDES[name], bounded=False, ids=torch.int64))
+
+
+LENGTHS = st.sampled_from([2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128])
+
+
+@given(
+    short=LENGTHS,
+    long=st.sampled_from([2, 5, 15, 64, 65, 97, 129, 197]),
+    short_keys=st.booleans(),
+    width=st.sampled_from([32, 64, 80]),
+    dtype=st.sampled_from(TYPES),
+    batch=st.integers(1, 3),
+    readers=st.integers(0, 4),
+    lengths=st.booleans(),
+    mask=st.booleans(),
+    packed=st.sampled_from(["", "q", "k"]),
+    layout=st.sampled_from(["contiguous", "strided", "expanded"]),
+    splits=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_any_case(
+    short: int, long: int, short_keys: bool, width: int, dtype: torch.dtype, batch: int, readers: int, lengths: bool,
+    mask: bool, packed: str, layout: str, splits: bool, seed: int,
+):  # fmt: skip
+    packed_k = packed == "k"
+    case = Case(
+        len_q=long if short_keys else short, len_k=short if short_keys else long, batch=batch, readers=readers,
+        width=width, dtype=dtype, packed_q=packed == "q", packed_k=packed_k, lengths=lengths and not packed_k,
+        mask=mask and not packed_k, layout=layout, seed=seed,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "multiprocessors", lambda device: 12 if splits else 1)
+        check(case)
+
+
+@pytest.mark.parametrize("name", ["lengths", "index", "packed-both", "long-lengths", "long-index"])
+def test_gradcheck_through_the_kernels(name: str):
+    len_q, len_k = (18, 3) if SIDES[name].len_k <= 128 else (5, 131)
+    case = replace(SIDES[name], dtype=torch.float64, len_q=len_q, len_k=len_k, batch=2)
+    call = build(case)
+    tensors = [x.detach().nan_to_num().requires_grad_() for x in (call.q, call.k, call.v)]
+    with mvlm_kernels.use_backend("triton"):
+        assert torch.autograd.gradcheck(
+            lambda q, k, v: cross_attention(q, k, v, **call.kwargs, **call.bounds), tensors, fast_mode=True
+        )
+
+
+@pytest.mark.parametrize("case", SIDES.values(), ids=SIDES.keys())
+def test_gradients_of_the_cpu_path(case: Case):
+    call = build(replace(case, dtype=torch.float64))
+    wanted = run(cross_attention_reference, call)  # by autograd
+    for a, b in zip(run(cross_attention, call, **call.bounds), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["lengths", "index", "long-lengths", "long-index"])
+@pytest.mark.usefixtures("many_multiprocessors")
+def test_bitwise_repeatable(name: str):
+    call = build(SIDES[name])
+    with mvlm_kernels.use_backend("triton"):
+        first, second = (run(cross_attention, call, **call.bounds) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["lengths", "index", "packed-both", "long-lengths", "long-index"])
+@pytest.mark.parametrize("needs", [(0, 0, 1), (0, 1, 0), (0, 1, 1), (1, 0, 0), (1, 0, 1), (1, 1, 0)])
+def test_requires_grad_matrix(name: str, needs: tuple[int, int, int]):
+    call = build(SIDES[name])
+    for backend in ("torch", "triton"):
+        with mvlm_kernels.use_backend(backend):
+            wanted = run(cross_attention, call, **call.bounds)[1:]
+            tensors = [
+                x.detach().requires_grad_(bool(need)) for x, need in zip((call.q, call.k, call.v), needs, strict=True)
+            ]
+            cross_attention(*tensors, **call.kwargs, **call.bounds).backward(call.grad)
+        for x, need, grad in zip(tensors, needs, wanted, strict=True):
+            assert (x.grad is not None) == bool(need)
+            if x.grad is not None:
+                assert torch.equal(x.grad, grad)
+
+
+@pytest.mark.parametrize("len_q, len_k", [(1, 1), (197, 1)])
+def test_a_single_key(len_q: int, len_k: int):
+    call = build(Case(len_q=len_q, len_k=len_k))
+    with mvlm_kernels.use_backend("triton"):
+        out, dq, dk, dv = run(cross_attention, call)
+    torch.testing.assert_close(out, call.v.expand_as(out))
+    torch.testing.assert_close(dv, call.grad.sum(1, keepdim=True))
+    for zero in (dq, dk):
+        torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lengths", "mask", "packed-both", "long-lengths"])
+def test_rows_without_keys_are_zeros(name: str):
+    case = SIDES[name]
+    call = build(case)
+    with mvlm_kernels.use_backend("triton"):
+        out, dq, _, _ = run(cross_attention, call, **call.bounds)
+    if case.packed_k:  # row 1 is empty on both sides, and the bucket's last rows belong to nobody
+        out, dq = out[-5:], dq[-5:]
+    else:
+        out, dq = out[-1], dq[-1]
+    assert not out.any()
+    assert not dq.any()
+
+
+def test_a_packed_row_longer_than_promised_is_nan_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    # Where values cannot be read without a sync, a wrong bound must not become a wrong number.
+    monkeypatch.setitem(_op_globals(), "check_values", lambda *args: None)
+    for case in (SIDES["packed-k"], SIDES["long-packed-q"]):
+        call = build(case)
+        with mvlm_kernels.use_backend("triton"):
+            out, dq, dk, dv = run(cross_attention, call, None, **dict.fromkeys(call.bounds, 16))
+        cu = call.kwargs.get("cu_seqlens_q")
+        first = slice(0, int(cu[1])) if cu is not None else 0
+        assert out[first].isnan().all()
+        assert dq[first].isnan().all()
+        assert dk[0].isnan().any()
+        assert dv[0].isnan().any()
+
+
+def test_an_index_out_of_range_is_nan_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(_op_globals(), "check_values", lambda *args: None)
+    for case in (SIDES["index"], SIDES["long-index"]):
+        call = build(replace(case, lengths=False))
+        index = call.kwargs["key_index"]
+        index[0], index[1], index[2:] = -7, case.batch + 1000, 0
+        with mvlm_kernels.use_backend("triton"):
+            out, dq, _, _ = run(cross_attention, call)
+        assert out[:2].isnan().all()
+        assert dq[:2].isnan().all()
+        assert out[2:].isfinite().all()
+
+
+def _op_globals() -> dict:
+    return cross_attention.__globals__  # of the module; its package attribute is the function
+
+
+def test_reference_is_sdpa():
+    q, k, v = (torch.randn(2, n, 3, 32, dtype=torch.float64) for n in (9, 7, 7))
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    wanted = torch.nn.functional.scaled_dot_product_attention(heads_first[0], heads_first[1], heads_first[2]).transpose(
+        1, 2
+    )
+    torch.testing.assert_close(cross_attention_reference(q, k, v), wanted)
+
+
+@pytest.mark.parametrize("lengths, mask, index", [(False, False, False), (True, False, False), (True, True, True)])
+def test_long_on_both_sides_is_sdpa_with_the_same_meaning(lengths: bool, mask: bool, index: bool):
+    call = build(Case(len_q=131, len_k=149, lengths=lengths, mask=mask, readers=3 if index else 0, dtype=torch.float64))
+    wanted = run(cross_attention_reference, call)
+    for a, b in zip(run(cross_attention, call), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    reasons = mvlm_kernels.explain(cross_attention, call.q, call.k, call.v, **call.kwargs).reasons
+    assert any("both sides are longer than 128 (131 queries, 149 keys): SDPA runs" in r for r in reasons)
+    with mvlm_kernels.use_backend("triton"), pytest.raises(RuntimeError, match="both sides are longer"):
+        cross_attention(call.q, call.k, call.v, **call.kwargs)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+def test_mask_words_round_trip(length: int):
+    mask = torch.rand(3, length) < 0.5
+    words = pack_key_mask(mask)
+    assert words.shape == (3, (length + 63) // 64)
+    assert torch.equal(unpack_key_mask(words, length), mask)
+    q, k = torch.randn(3, 5, 1, 32), torch.randn(3, length, 1, 32)
+    torch.testing.assert_close(cross_attention(q, k, k, key_mask=words), cross_attention(q, k, k, key_mask=mask))

@@ -1,0 +1,235 @@
+"""gather_patches: the interpreted kernels against loops in float64, the op boundary, and bad input."""
+
+import importlib
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from kernel_checks import guarded
+from patch_cases import LAYOUTS, MEAN, SETTINGS, STD, accurate, assert_caught, make_ids, make_images, patches_oracle
+
+from mvlm_kernels import dispatch, explain, use_backend
+from mvlm_kernels.patch_gather import gather_patches
+
+OP = torch.ops.mvlm_kernels.gather_patches.default
+
+
+def check(images, ids, patch, mean=None, std=None, dtype=None, device="cpu"):
+    """Values and gradient of the kernels: held to twice the error of the torch code, against loops in float64."""
+    results = {}
+    grad = None
+    for backend in ("triton", "torch"):
+        x = guarded(images, device if backend == "triton" else "cpu")
+        if x.dtype.is_floating_point:
+            x.requires_grad_()
+        with use_backend(backend):
+            at = None if ids is None else guarded(ids, x.device)
+            out = gather_patches(x, at, patch, mean=mean, std=std, dtype=dtype)
+            if x.requires_grad:
+                grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+                out.backward(grad.to(x.device))
+        results[backend] = out.detach().cpu(), None if x.grad is None else x.grad.cpu()
+    oracle = patches_oracle(images, ids, patch, mean, std)
+    (out, image_grad), (torch_out, torch_grad) = results["triton"], results["torch"]
+    assert out.is_contiguous()
+    accurate("patches", out, torch_out, torch.from_numpy(oracle), 0 if mean is None else 1 / min(std or (1.0,)))
+    if image_grad is not None:
+        assert grad is not None
+        wanted = gradient_oracle(grad, images.shape, ids, patch, std)
+        accurate("image gradient", image_grad, torch_grad, wanted)
+
+
+def gradient_oracle(grad, shape, ids, patch, std):
+    g = grad.double().numpy()
+    batch, channels, _, width = shape
+    out = np.zeros(tuple(shape))
+    for b in range(batch):
+        for k in range(g.shape[1]):
+            y, x = divmod(k if ids is None else int(ids[b, k]), width // patch)
+            out[b, :, y * patch : (y + 1) * patch, x * patch : (x + 1) * patch] += g[b, k].reshape(channels, patch, -1)
+    if std is not None:
+        out /= np.asarray(std, dtype=float).reshape(1, -1, 1, 1)
+    return torch.from_numpy(out)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_layouts_and_types(dtype, layout):
+    images = make_images((2, 3, 14, 21), dtype, layout)
+    check(images, make_ids(2, 4, 6, torch.int32), 7, MEAN[:3], STD[:3])
+
+
+@pytest.mark.parametrize("patch, channels, grid", [(14, 3, (2, 2)), (16, 3, (1, 2)), (1, 5, (3, 2)), (32, 1, (1, 1))])
+def test_patch_sides(patch, channels, grid):
+    images = make_images((1, channels, grid[0] * patch, grid[1] * patch), torch.uint8, "contiguous")
+    check(images, None, patch, MEAN[:channels], STD[:channels], torch.bfloat16)
+
+
+@SETTINGS
+@given(
+    st.integers(0, 3), st.integers(1, 5), st.sampled_from([1, 2, 3, 5, 7]), st.integers(1, 3), st.integers(1, 4),
+    st.integers(-1, 9), st.sampled_from([torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64]),
+    st.sampled_from(LAYOUTS), st.sampled_from([torch.int32, torch.int64]), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_any_shape(batch, channels, patch, rows, columns, count, dtype, layout, id_dtype, with_mean, with_std):
+    images = make_images((batch, channels, rows * patch, columns * patch), dtype, layout)
+    ids = None if count < 0 else make_ids(batch, count, rows * columns, id_dtype)
+    check(images, ids, patch, MEAN[:channels] if with_mean else None, STD[:channels] if with_std else None)
+
+
+def test_repeated_ids_add_up_and_expanded_ids_are_read_in_place():
+    images = make_images((3, 2, 4, 6), torch.float32, "contiguous")
+    check(images, torch.tensor([[5, 0, 5, 5, 0]]).expand(3, 5), 2, None, STD[:2])
+
+
+def test_gradcheck_through_the_kernels():
+    images = make_images((2, 2, 4, 4), torch.float64, "channels_last").requires_grad_()
+    ids = torch.tensor([[3, 0, 3], [1, 2, 0]])
+    with use_backend("triton"):
+        assert torch.autograd.gradcheck(lambda x: gather_patches(x, ids, 2, mean=MEAN[:2], std=STD[:2]), images)
+        assert torch.autograd.gradcheck(lambda x: gather_patches(x, None, 2, std=STD[:2]), images)
+
+
+def test_it_is_the_conv_patch_embedding():
+    images = make_images((2, 3, 8, 12), torch.float32, "channels_last")
+    conv = torch.nn.Conv2d(3, 5, 4, 4)
+    tokens = torch.nn.functional.linear(gather_patches(images, None, 4), conv.weight.flatten(1), conv.bias)
+    torch.testing.assert_close(tokens, conv(images).flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("stride", [(2**31 + 64, 4, 2, 1), (16, 2**30 + 8, 2, 1), (16, 8, 2**31 + 8, 1)], ids=str)
+def test_strides_past_31_bits(stride):
+    size = (2, 3, 2, 2)
+    # Untouched pages of this buffer are never made: it costs address space, not memory.
+    storage = torch.empty(1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)), dtype=torch.uint8)
+    images = storage.as_strided(size, stride)
+    images.copy_(make_images(size, torch.uint8, "contiguous"))
+    with use_backend("triton"):
+        out = gather_patches(images, None, 1)
+    torch.testing.assert_close(out.double().numpy(), patches_oracle(images, None, 1, None, None), rtol=1e-6, atol=0)
+
+
+def test_a_bad_id_on_a_gpu_reads_nothing_and_is_loud():
+    """Ids are not checked there by default; the launchers are called as the op calls them on a GPU."""
+    launchers = importlib.import_module("mvlm_kernels.patch_gather.triton")
+    images = guarded(make_images((1, 2, 4, 4), torch.float32, "contiguous"))
+    ids = torch.tensor([[1, -1, 4, 2**31 - 1, 3]])
+    out = launchers.gather_patches(images, ids, 2, None, None, torch.float32)
+    assert out[0, 1:4].isnan().all()
+    torch.testing.assert_close(out[:, [0, 4]], gather_patches(images, ids[:, [0, 4]], 2))
+    grad = launchers.gather_patches_backward(torch.ones_like(out), images, ids, 2, None)
+    assert grad[0, :, :2, :2].eq(0).all()
+    assert grad[0, :, 2:, 2:].eq(1).all()
+
+
+def test_two_runs_agree_bit_for_bit():
+    images = make_images((2, 3, 8, 8), torch.float32, "contiguous").requires_grad_()
+    ids = make_ids(2, 9, 4)
+    with use_backend("triton"):
+        runs = []
+        for _ in range(2):
+            out = gather_patches(images, ids, 4, mean=MEAN[:3], std=STD[:3])
+            runs.append((out, *torch.autograd.grad(out, images, out.detach())))
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.plain_empty
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_opcheck(backend):
+    images = make_images((2, 3, 4, 6), torch.float32, "channels_last").requires_grad_()
+    ids = make_ids(2, 3, 6)
+    with use_backend(backend):
+        torch.library.opcheck(OP, (images, ids, 2, None, None, list(MEAN[:3]), list(STD[:3]), torch.float32))
+        torch.library.opcheck(OP, (images.detach(), None, 2, torch.rand(3), None, None, None, torch.bfloat16))
+
+
+@pytest.mark.plain_empty
+def test_compiles_without_a_break_for_any_size():
+    compiled = torch.compile(
+        lambda x, i: gather_patches(x, i, 2, mean=MEAN[:3], std=STD[:3]),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for batch, rows, count in ((2, 2, 3), (3, 4, 5)):
+        images = make_images((batch, 3, 2 * rows, 8), torch.float32, "contiguous").requires_grad_()
+        ids = make_ids(batch, count, 4 * rows)
+        with use_backend("triton"):
+            got = compiled(images, ids)
+            (grad,) = torch.autograd.grad(got.square().sum(), images)
+            want = gather_patches(images, ids, 2, mean=MEAN[:3], std=STD[:3])
+            (want_grad,) = torch.autograd.grad(want.square().sum(), images)
+        assert torch.equal(got, want)
+        assert torch.equal(grad, want_grad)
+
+
+IMAGES = torch.zeros(2, 3, 4, 6)
+IDS = torch.zeros(2, 1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "args, kwargs, message",
+    [
+        ((IMAGES[0], None, 2), {}, r"images must have shape \(B, C, H, W\), got \(3, 4, 6\)"),
+        ((IMAGES.long(), None, 2), {}, "images must be uint8, .*, got torch.int64"),
+        ((IMAGES, None, 4), {}, r"patch_size must divide .* \(4, 6\), got 4"),
+        ((IMAGES, None, 0), {}, "patch_size must divide"),
+        ((IMAGES, IDS[:1], 2), {}, r"patch_ids must have shape .*\(2, K\), got \(1, 1\)"),
+        ((IMAGES, IDS.float(), 2), {}, "patch_ids must be int32 or int64, got torch.float32"),
+        ((IMAGES, IDS - 1, 2), {}, r"patch_ids must be in \[0, 6\), got values in \[-1, -1\]"),
+        ((IMAGES, IDS + 6, 2), {}, r"patch_ids must be in \[0, 6\), got values in \[6, 6\]"),
+        ((IMAGES, IDS.to("meta"), 2), {}, "patch_ids must be on the device .* cpu, got meta"),
+        ((IMAGES, None, 2), {"mean": (0.5,)}, "mean must have one value for each of 3 channels, got 1"),
+        ((IMAGES, None, 2), {"std": (0.5, 0.0, 1.0)}, "std must be positive"),
+        ((IMAGES, None, 2), {"mean": torch.zeros(2)}, r"mean must be floating .* 3 channels, got torch.float32 of"),
+        ((IMAGES, None, 2), {"dtype": torch.int32}, "dtype must be .*, got torch.int32"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_bad_input_says_what_was_wanted(backend, args, kwargs, message):
+    with use_backend(backend), pytest.raises(ValueError, match=message):
+        gather_patches(*args, **kwargs)
+
+
+def test_explain():
+    assert explain(gather_patches, IMAGES, None, 2).reasons == ("the tensors are on the CPU",)
+    reasons = explain(gather_patches, torch.zeros(1, 3, 256, 256), None, 256).reasons
+    assert reasons[1] == "a patch of 3 x 256^2 pixels needs a tile of 262144, and 32768 is the largest"
+
+
+def test_launchers_never_look_at_values():
+    launchers = importlib.import_module("mvlm_kernels.patch_gather.triton")
+    launched = []
+    with dispatch.recording(lambda kernel, *_: launched.append(kernel.__name__), 90):
+        for _, launch in launchers.aot_cases():
+            launch()  # meta tensors: reading one on the host would raise
+    assert {"gather_kernel", "gather_backward_kernel", "inverse_kernel"} <= set(launched)
+
+
+MUTANTS = [
+    ("top = (patch // grid_w).to(tl.int64) * P", "top = (patch % grid_w).to(tl.int64) * P"),
+    ("x - widen(", "x + widen("),
+    ("x * (1.0 / 255.0)", "x * (1.0 / 256.0)"),
+    ("while k >= 0:", "while k > 0:"),
+    ("(k[None, :] > after[:, None])", "(k[None, :] >= after[:, None] + 2)"),
+    ("c.to(tl.int64) * stride_c", "c.to(tl.int64) * stride_y"),
+    ("(batch * chosen,)", "(batch * chosen - 1,)"),
+]
+
+
+def exercise():
+    check(make_images((2, 3, 4, 6), torch.uint8, "contiguous"), make_ids(2, 5, 6), 2, MEAN[:3], STD[:3])
+    images = make_images((2, 3, 4, 6), torch.float32, "contiguous")
+    check(images, torch.tensor([[0, 1, 2, 2], [3, 2, 3, 3]]), 2, MEAN[:3], STD[:3])
+
+
+@pytest.mark.parametrize("old, new", MUTANTS, ids=[new for _, new in MUTANTS])
+def test_a_broken_kernel_is_caught(old, new, tmp_path, poison):
+    assert_caught("mvlm_kernels.patch_gather.triton", old, new, tmp_path, poison, exercise)
+
+
+def test_the_whole_kernels_pass_what_the_broken_ones_fail():
+    exercise()
