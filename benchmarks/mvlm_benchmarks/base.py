@@ -45,19 +45,21 @@ class Worker:
         # The exported package first, then this one; what a path of the caller's holds comes after both.
         paths = [folder / "kernels", here, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mvlm_benchmarks.base_worker", device, str(int(quick))],
+            # -P: the working folder, which may be kernels/, must not come before the paths.
+            [sys.executable, "-P", "-m", "mvlm_benchmarks.base_worker", device, str(int(quick))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            cwd=folder,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(str(p) for p in paths if str(p))},
         )
         try:
-            loaded = self._ask(what="where")
+            loaded = Path(self._ask(what="where"))
+            wrong = "" if loaded.is_relative_to(folder.resolve()) else f"the worker imported {loaded}"
         except RuntimeError as error:
-            raise ConfigError(f"base: this revision's kernels do not load with these benchmarks: {error}") from error
-        if not Path(loaded).is_relative_to(folder.resolve()):
-            raise ConfigError(f"base: wanted mvlm_kernels from {folder}, the worker imported {loaded}")
+            wrong = str(error)
+        if wrong:
+            self.close()
+            raise ConfigError(f"base: wanted a revision whose kernels load with these benchmarks, got: {wrong}")
 
     def open(self, case: Case) -> dict[str, Outcome]:
         """Make the case there, run it once against that revision's reference; the outcome of each pass.

@@ -35,14 +35,16 @@ class Entry:
     peak_mb: dict[str, float | None] = field(default_factory=dict)
 
     def attempt(self, what: Literal["time", "graph", "peak_mb"], name: str) -> Any:
-        """The figure of the pass; None where the pass has failed or fails now, which ends this pass and no other."""
-        if self.outcomes[name].status != "ok":
+        """The figure of the pass; None where it has failed or fails now, which ends no other pass and no other peer."""
+        outcome = self.outcomes[name]
+        if outcome.status != "ok":
             return None
         try:
             return getattr(self.runs, what)(name)
         except Exception as error:
-            # Without its CUDA graph a pass still has its other figures.
-            self.outcomes[name] = Outcome("ok" if what == "graph" else "error", f"{what}: {one_line(error)}")
+            # Without its peak or its CUDA graph a pass still has its time.
+            status = "error" if what == "time" else "ok"
+            self.outcomes[name] = Outcome(status, f"{outcome.note} {what}: {one_line(error)}".strip())
             return None
 
 
@@ -50,10 +52,10 @@ def bench_case(
     case: Case, device: str, peers: Iterable[Peer], clock: Clock, rounds: int, worker: Worker | None = None
 ) -> list[Entry]:
     """Every contender's figures, ours first, then --base's (worker), then the peers that know the op."""
-    inputs = case.make(device)
-    names = passes_of(inputs)
+    names = passes_of(case)
     contenders = [ours_as_peer(case), *(peer for peer in peers if case.op in peer.builders)]
     try:
+        inputs = case.make(device)
         expected = expect(case, inputs)
     except Exception as error:
         outcome = Outcome("error", f"the float64 reference did not run: {one_line(error)}")
@@ -84,7 +86,7 @@ def bench_case(
 
 def prepare(peer: Peer, case: Case, inputs: Inputs, expected: Expected, clock: Clock, device: str) -> Entry:
     """Build the peer's function for the case and run both passes once against the reference."""
-    names = passes_of(inputs)
+    names = passes_of(case)
     try:
         function = peer.builders[case.op](inputs)
     except (ImportError, Missing) as error:
@@ -119,13 +121,15 @@ def rows_of(case: Case, entries: list[Entry], gpu: Gpu | None = None) -> list[Ro
     roofline = roofline_us(case.minimum, case.flops, gpu) if gpu and case.dtype != torch.float32 else {}
     forward, backward = case.minimum
     bytes_minimum = {"forward": forward, "backward": backward, "both": forward + backward}
+    # Of a pass that failed in a later round nothing counts.
     medians = {
-        entry.contender: {name: _median(timings) for name, timings in entry.timings.items()} for entry in entries
+        entry.contender: {n: _median(found) for n, found in entry.timings.items() if entry.outcomes[n].status == "ok"}
+        for entry in entries
     }
     rows = []
     for entry in entries:
         for name, outcome in entry.outcomes.items():
-            timing = medians[entry.contender].get(name) if outcome.status == "ok" else None
+            timing = medians[entry.contender].get(name)
             ours_us, base_us = (
                 medians[who][name].us if name in medians.get(who, {}) else None for who in ("ours", "base")
             )

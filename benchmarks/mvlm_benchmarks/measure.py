@@ -134,9 +134,9 @@ def make_clock(device: str, quick: bool) -> Clock:
     return CpuClock(0.01 if quick else 0.05)
 
 
-def passes_of(inputs: Inputs) -> tuple[str, ...]:
-    """Without leaves (uint8 images) there is a forward pass only."""
-    return PASSES if inputs.leaves else PASSES[:1]
+def passes_of(case: Case) -> tuple[str, ...]:
+    """A case without gradients (of uint8 images) has a forward pass only."""
+    return PASSES if case.minimum[1] else PASSES[:1]
 
 
 @dataclass(frozen=True)
@@ -194,9 +194,9 @@ class Local:
         clock: Clock,
         context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
-        self._case, self._function, self._clock, self.context = case, function, clock, context
+        self._function, self._clock, self.context = function, clock, context
         self._leaves = list(inputs.leaves.values())
-        self._passes = passes_of(inputs)
+        self._passes = passes_of(case)
         self._incoming = incoming
 
     def check(self, expected: Expected, limit: float) -> dict[str, Outcome]:

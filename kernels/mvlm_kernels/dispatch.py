@@ -133,6 +133,15 @@ def _device_reasons(kind: str, index: int | None) -> tuple[str, ...]:
     return (f"device type is {kind}, the kernels run on cuda",)
 
 
+def tf32_allowed() -> bool:
+    """Whether float32 products may run in TF32: ``torch.set_float32_matmul_precision`` above "highest", or the newer
+    setting by backend, beside which the older may not be read."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 @functools.cache
 def interpreting() -> bool:
     """Whether this process interprets kernels (TRITON_INTERPRET=1 when Triton was imported). Imports Triton."""

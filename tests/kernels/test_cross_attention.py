@@ -240,3 +240,27 @@ def test_mask_words_round_trip(length: int):
     assert torch.equal(unpack_key_mask(words, length), mask)
     q, k = torch.randn(3, 5, 1, 32), torch.randn(3, length, 1, 32)
     torch.testing.assert_close(cross_attention(q, k, k, key_mask=words), cross_attention(q, k, k, key_mask=mask))
+
+
+@pytest.mark.parametrize("case", [SIDES["index"], SIDES["long-index"], SIDES["packed-q"], SIDES["both"]])
+def test_vectors_of_any_stride(case: Case):
+    """Lengths, indices and words as columns of a table, where the next value is not the next in memory."""
+    call = build(case)
+    with mvlm_kernels.use_backend("triton"):
+        wanted = run(cross_attention, call, None, **call.bounds)
+        if "key_mask" in call.kwargs:
+            call.kwargs["key_mask"] = pack_key_mask(call.kwargs["key_mask"])
+        for name, x in call.kwargs.items():
+            call.kwargs[name] = torch.stack([x, torch.full_like(x, -9)], dim=-1)[..., 0]
+            assert not call.kwargs[name].is_contiguous()
+        got = run(cross_attention, call, None, **call.bounds)
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def test_a_second_derivative_is_refused():
+    q, k, v = (torch.randn(1, n, 1, 32, requires_grad=True) for n in (5, 3, 3))
+    (grad,) = torch.autograd.grad(cross_attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()

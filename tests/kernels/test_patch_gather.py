@@ -233,3 +233,21 @@ def test_a_broken_kernel_is_caught(old, new, tmp_path, poison):
 
 def test_the_whole_kernels_pass_what_the_broken_ones_fail():
     exercise()
+
+
+def test_means_of_any_stride():
+    images, table = (
+        make_images((2, 3, 8, 8), torch.uint8, "contiguous"),
+        torch.tensor([MEAN[:3], STD[:3]]).T.contiguous(),
+    )
+    wanted = gather_patches(images, None, 4, mean=MEAN[:3], std=STD[:3])
+    with use_backend("triton"):
+        torch.testing.assert_close(gather_patches(images, None, 4, mean=table[:, 0], std=table[:, 1]), wanted)
+
+
+def test_the_result_is_never_the_image():
+    images = torch.rand(2, 3, 4, 4)
+    for patch in (1, 4):
+        patches = gather_patches(images, None, patch)
+        assert patches.is_contiguous()
+        assert patches.data_ptr() != images.data_ptr()

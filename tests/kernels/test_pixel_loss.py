@@ -414,3 +414,11 @@ def test_a_broken_linear_kernel_is_caught(old, new, tmp_path, poison):
 def test_the_whole_kernels_pass_what_the_broken_ones_fail():
     exercise_masked()
     exercise_linear()
+
+
+def test_images_in_float64_beside_narrower_hidden_states_take_torch():
+    images, hidden = torch.rand(1, 1, 4, 4, dtype=torch.float64), random((1, 4, 3), torch.bfloat16)
+    weight = random((4, 3), torch.bfloat16)
+    assert any(
+        "float64" in reason for reason in explain(linear_pixel_loss, hidden, weight, None, images, None, 2).reasons
+    )

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.cross_attention.bounds import (
+    HEAD_WIDTHS,
     LONGEST_SHORT_SIDE,
     check_arguments,
     check_values,
@@ -108,6 +110,7 @@ class _CrossAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grads[0] is None:
             return (None,) * 11
@@ -145,8 +148,7 @@ def _reasons(q: Tensor, max_len_q: int, max_len_k: int) -> list[str]:
         reasons.append(_too_long(max_len_q, max_len_k))
     elif q.device.type == "cuda" and not reasons:
         short = _bucket(max_len_k if side == "kv" else max_len_q)
-        precision = torch.get_float32_matmul_precision()
-        reasons += _type_reasons(q.dtype, q.shape[-1], short, dispatch.arch(q.device), precision)
+        reasons += _type_reasons(q.dtype, q.shape[-1], short, dispatch.arch(q.device), _tf32(q.dtype))
     return reasons
 
 
@@ -159,12 +161,16 @@ def _bucket(length: int) -> int:
     return 16 if length <= 16 else 32 if length <= 32 else 64 if length <= 64 else 128
 
 
+def _tf32(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and dispatch.tf32_allowed()
+
+
 @functools.cache
-def _type_reasons(dtype: torch.dtype, width: int, bucket: int, arch: int, precision: str) -> tuple[str, ...]:
+def _type_reasons(dtype: torch.dtype, width: int, bucket: int, arch: int, tf32: bool) -> tuple[str, ...]:
     """Reasons that hold on a GPU only: the interpreter takes every type."""
     if dtype == torch.float64:
         return ("float64 has no kernel on a GPU: SDPA runs, or the reference on packed rows",)
-    if dtype == torch.float32 and precision == "highest":
+    if dtype == torch.float32 and not tf32:
         return ('float32 runs in TF32, and float32_matmul_precision is "highest": SDPA or the reference runs',)
     from mvlm_kernels.cross_attention import triton
 
@@ -178,8 +184,7 @@ def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, bucket
     """Whether a dense call on this GPU goes around the kernels; settled while tracing, so SDPA itself is traced."""
     reasons = dispatch.device_reasons(device)
     if not reasons:
-        precision = torch.get_float32_matmul_precision()
-        reasons += _type_reasons(dtype, width, bucket, dispatch.arch(device), precision)
+        reasons += _type_reasons(dtype, width, bucket, dispatch.arch(device), _tf32(dtype))
     return dispatch.choose(reasons) == "torch"
 
 
@@ -253,7 +258,8 @@ def cross_attention(
         dispatch.refuse_if_forced(_too_long(len_q, len_k))
     if cu_seqlens_q is None and cu_seqlens_k is None:
         short = _bucket(len_k if side == "kv" else len_q)
-        if side is None or (q.is_cuda and _gpu_takes_sdpa(q.device, q.dtype, q.shape[-1], short)):
+        width = next(w for w in HEAD_WIDTHS if w == q.shape[-1])  # a plain int, also where a compiler traces
+        if side is None or (q.is_cuda and _gpu_takes_sdpa(q.device, q.dtype, width, short)):
             return sdpa(q, k, v, key_lengths, key_mask, key_index, scale)
     if key_mask is not None and key_mask.dtype == torch.bool:
         key_mask = pack_key_mask(key_mask)

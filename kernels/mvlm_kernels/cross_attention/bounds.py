@@ -73,6 +73,8 @@ def check_arguments(
             raise ValueError(f"k must have the {q_seqs} sequences of q (or give key_index), got {k_seqs}")
     else:
         _check_index("key_index", key_index, q_seqs)
+        if q_seqs and not k_seqs:
+            raise ValueError("k must have a sequence that key_index can name, got none")
     if key_lengths is not None:
         if cu_seqlens_k is not None:
             raise ValueError("key_lengths must be None where cu_seqlens_k gives the lengths, got a tensor")
@@ -154,7 +156,7 @@ def _check_cu_seqlens(name: str, x: Tensor, cu_seqlens: Tensor | None, max_len: 
     if cu_seqlens is None:
         return
     lengths = cu_seqlens.diff()
-    if int(cu_seqlens[0]) < 0 or int(cu_seqlens[-1]) > x.shape[0] or (lengths.numel() and int(lengths.min()) < 0):
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) > x.shape[0] or (lengths.numel() and int(lengths.min()) < 0):
         raise ValueError(
             f"cu_seqlens_{name} must rise from 0 to at most the {x.shape[0]} rows of {name}, got {cu_seqlens.tolist()}"
         )

@@ -204,4 +204,5 @@ def _packed(x: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
 def _summed_by_row(x: Tensor, index: Tensor, rows: int) -> Tensor:
     """Sums x (B, ...) into (rows, ...) by index, in the order of B, accumulating in float32 at least."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide.new_zeros((rows, *x.shape[1:])).index_add(0, index.long(), wide).to(x.dtype)
+    # index_put sorts its indices on a GPU, where index_add would use atomics.
+    return wide.new_zeros((rows, *x.shape[1:])).index_put((index.long(),), wide, accumulate=True).to(x.dtype)

@@ -67,6 +67,10 @@ class _Call:
 
     def __init__(self, q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, scale, max_len_q, max_len_k) -> None:
         self.q, self.k, self.v = _readable(q), _readable(k), _readable(v)
+        # The kernels read these one after the other: a column of a table, or one expanded length, is copied.
+        key_lengths, mask_words, key_index, cu_q, cu_k = (
+            None if x is None else x.contiguous() for x in (key_lengths, mask_words, key_index, cu_q, cu_k)
+        )
         self.H, self.D = q.shape[-2:]
         self.q_seqs = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
         self.k_seqs = k.shape[0] if cu_k is None else cu_k.shape[0] - 1
@@ -121,7 +125,7 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse_shape = (c.H, c.q_rows) if cu_q is not None else (c.q_seqs, c.H, c.q_rows)
     lse = torch.empty(lse_shape, dtype=c.acc_dtype, device=q.device)
-    inputs = (key_lengths, mask_words, key_index, cu_q, cu_k, *c.strides, *c.sizes)
+    inputs = (c.lengths, c.mask, c.index, c.cu_q, c.cu_k, *c.strides, *c.sizes)
     programs = c.q_seqs * c.H
     if programs == 0:
         return out.zero_(), lse.fill_(-torch.inf)

@@ -86,8 +86,10 @@ def split_channel_values(name: str, values: ChannelValues, images: Tensor) -> tu
 def channel_tensor(
     values: Tensor | None, floats: list[float] | None, dtype: torch.dtype, like: Tensor
 ) -> Tensor | None:
-    """(C,) tensor on the device of ``like``, or None. Floats are copied to a device once and then remembered."""
-    return values if floats is None else _constants(tuple(floats), dtype, like.device)
+    """(C,) contiguous tensor on the device of ``like``, or None. Floats are copied to a device once and remembered."""
+    if floats is not None:
+        return _constants(tuple(floats), dtype, like.device)
+    return None if values is None else values.contiguous()
 
 
 @functools.lru_cache(maxsize=256)

@@ -51,7 +51,8 @@ def gather_patches(
     patches = patchify(normalize(images, mean, std, compute_dtype(images.dtype, dtype)), patch_size)  # (B, N, C*P*P)
     if patch_ids is not None:
         patches = patches.gather(1, patch_ids.long()[:, :, None].expand(-1, -1, patches.shape[2]))  # (B, K, C*P*P)
-    return patches.to(dtype)
+    # Whole images may come through every step above as a view of themselves, and an op must not return its input.
+    return patches.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def gather_patches_backward(
@@ -63,8 +64,9 @@ def gather_patches_backward(
     if patch_ids is not None:
         num_patches = (height // patch_size) * (width // patch_size)
         total = patches.new_zeros(batch, num_patches, patches.shape[2])
-        # On the CPU scatter_add walks K in order, so repeated runs agree bit for bit.
-        patches = total.scatter_add(1, patch_ids.long()[:, :, None].expand_as(patches), patches)
+        # index_put walks K in order, on a GPU after a sort, so repeated runs agree bit for bit; scatter_add would not.
+        row = torch.arange(batch, device=total.device)[:, None].expand_as(patch_ids)
+        patches = total.index_put((row, patch_ids.long()), patches, accumulate=True)
     pixels = unpatchify(patches, channels, height, width, patch_size)
     if std is not None:
         pixels = pixels / std.to(pixels.dtype)[:, None, None]

@@ -21,13 +21,19 @@ def product_reasons(hidden: Tensor) -> list[str]:
     if hidden.device.type == "cuda":
         if hidden.dtype == torch.float64:
             reasons.append("float64 products run in the interpreter only")
-        if hidden.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
+        if hidden.dtype == torch.float32 and not dispatch.tf32_allowed():
             reasons.append('float32 products use TF32, which float32_matmul_precision "highest" forbids')
     return reasons
 
 
 def linear_reasons(hidden: Tensor, images: Tensor, patch_size: int) -> list[str]:
-    return product_reasons(hidden) + tile_reasons(images.shape[1], patch_size)
+    reasons = product_reasons(hidden) + tile_reasons(images.shape[1], patch_size)
+    return reasons + (_mixed_reasons(hidden) if images.dtype == torch.float64 else [])
+
+
+def _mixed_reasons(hidden: Tensor) -> list[str]:
+    """Against a loss in float64, which its images ask for, of narrower operands: the products have one accumulator."""
+    return [] if hidden.dtype == torch.float64 else [f"images in float64 beside hidden in {hidden.dtype}"]
 
 
 def _num_patches(images: Tensor, patch_size: int) -> int:
@@ -148,7 +154,8 @@ def _linear_backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = needs_hidden, needs_weight, needs_bias
-    if dispatch.choose(product_reasons(hidden)) == "torch":
+    reasons = product_reasons(hidden) + (_mixed_reasons(hidden) if grad.dtype == torch.float64 else [])
+    if dispatch.choose(reasons) == "torch":
         return reference.linear_pixel_loss_backward(grad, slope, hidden, weight, needs)
     from mvlm_kernels.pixel_loss import linear
 

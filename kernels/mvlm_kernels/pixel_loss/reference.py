@@ -75,8 +75,8 @@ def masked_pixel_loss(
 def encode_slope(slope: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
     """Slope as it is saved: int8 for L1, else ``dtype``."""
     if kind == "l1":
-        return slope.nan_to_num(nan=NAN_SIGN).to(torch.int8)
-    return slope.to(dtype)
+        return slope.nan_to_num(nan=NAN_SIGN).to(torch.int8).contiguous()
+    return slope.to(dtype).contiguous()
 
 
 def decode_slope(slope: Tensor, dtype: torch.dtype) -> Tensor:

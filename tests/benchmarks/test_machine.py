@@ -1,0 +1,65 @@
+"""Where results come from, and which GPUs have a roofline."""
+
+import subprocess
+
+import pytest
+
+from mvlm_benchmarks import machine
+from mvlm_kernels.cases import GPUS
+
+
+@pytest.mark.parametrize(
+    "name, found",
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA B200", "B200"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA A100-SXM4-40GB", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_only_the_parts_of_the_table_have_a_roofline(name, found) -> None:
+    assert machine.peak_rates(name) is (GPUS[found] if found else None)
+
+
+def test_roofline_takes_the_slower_of_memory_and_products() -> None:
+    gpu = GPUS["H100"]
+    found = machine.roofline_us((3_350_000, 6_700_000), (0, 98_900_000_000), gpu)
+    assert found["forward"] == pytest.approx(1.0)
+    assert found["backward"] == pytest.approx(100.0)
+    assert found["both"] == pytest.approx(101.0)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("nvidia-smi"), subprocess.TimeoutExpired("nvidia-smi", 20)])
+def test_no_driver_tool_is_no_error(monkeypatch, error) -> None:
+    def run(*_, **__):
+        raise error
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert machine._driver() == ""
+
+
+def test_the_commit_is_the_checkouts(tmp_path, monkeypatch) -> None:
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *words],
+            check=True, capture_output=True, text=True,
+        ).stdout.strip()  # fmt: skip
+
+    package = tmp_path / "kernels" / "mvlm_kernels"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.setattr(machine, "source_root", lambda: tmp_path)
+    assert machine.source_commit() == ("", "")
+    git("init", "-q")
+    assert machine.source_commit() == ("", ""), "a package that git does not track is not that repository's"
+    git("add", ".")
+    git("commit", "-qm", "one")
+    assert machine.source_commit() == (git("rev-parse", "--short=12", "HEAD"), False)
+    (package / "__init__.py").write_text("x = 1\n")
+    assert machine.source_commit() == (git("rev-parse", "--short=12", "HEAD"), True)
