@@ -109,10 +109,10 @@ def unseen_note(figures: dict[str, Any]) -> str:
     unseen = figures["unseen"]
     if unseen is None or unseen["n_images"] == figures["n_images"]:
         return ""
+    known = figures["n_images"] - unseen["n_images"]
     return (
-        f"<p class='note'>{figures['n_images'] - unseen['n_images']} of {figures['n_images']} pictures show a concept that "
-        f"training pictures show too, many of them differing from one only in skin tone; the rows of unseen concepts count "
-        f"the others.</p>"
+        f"<p class='note'>{known} of {figures['n_images']} pictures show a concept that training pictures show too, many "
+        f"of them differing from one only in skin tone; the rows of unseen concepts count the others.</p>"
     )
 
 
