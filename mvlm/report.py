@@ -111,8 +111,8 @@ def unseen_note(figures: dict[str, Any]) -> str:
         return ""
     known = figures["n_images"] - unseen["n_images"]
     return (
-        f"<p class='note'>{known} of {figures['n_images']} pictures show a concept that training pictures show too, many "
-        f"of them differing from one only in skin tone; the rows of unseen concepts count the others.</p>"
+        f"<p class='note'>{known} of {figures['n_images']} pictures show a concept that training pictures show too, "
+        f"many of them differing from one only in skin tone; the rows of unseen concepts count the others.</p>"
     )
 
 
