@@ -99,9 +99,20 @@ def headline(run: Path, figures: dict[str, Any]) -> str:
         f"{escape(figures['checkpoint'])}, written {when}. Per cent of queries with a right answer among the first K. "
         f"Intervals: 95 %, bootstrapped over samples.</p>"
         f"<section><h2>Retrieval</h2>{table(['queries', 'ranked by', *names], rows)}"
-        f"<p class='note'>Many test pictures differ from a training picture only in skin tone; the rows of unseen "
-        f"concepts count only pictures whose base emoji is absent from training.</p></section>"
+        f"{unseen_note(figures)}</section>"
         f"<section><h2>Does each modality help the other?</h2>{objectives}</section>"
+    )
+
+
+def unseen_note(figures: dict[str, Any]) -> str:
+    """What the rows of unseen concepts mean, where they are some of the pictures: elsewhere they mean nothing."""
+    unseen = figures["unseen"]
+    if unseen is None or unseen["n_images"] == figures["n_images"]:
+        return ""
+    known = figures["n_images"] - unseen["n_images"]
+    return (
+        f"<p class='note'>{known} of {figures['n_images']} pictures show a concept that training pictures show too, "
+        f"many of them differing from one only in skin tone; the rows of unseen concepts count the others.</p>"
     )
 
 

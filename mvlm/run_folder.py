@@ -78,7 +78,9 @@ class MetricsFile:
 
     def __init__(self, path: Path, step: int) -> None:
         kept = read_metrics(path, step) if path.is_file() else []
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        aside = path.with_name(f".{path.name}.partial")  # a crash here leaves the old file as it was
+        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        aside.replace(path)
         self._file: IO[str] = path.open("a", buffering=1)
 
     def write(self, row: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from mvlm.checkpoint import load_model
 from mvlm.errors import RunError
 from mvlm.evaluation import evaluate
-from mvlm.report import attribution, configuration, curves, table, write_report
+from mvlm.report import attribution, configuration, curves, table, unseen_note, write_report
 from mvlm.train import pretrain
 from mvlm_dataloading import open_dataset
 
@@ -150,9 +150,14 @@ def test_the_figures_are_the_evaluations(reported, page):
     assert f"{figures['gain_text_nats']:.2f} nats a token" in page.text
     assert f"constant white {figures['masked_l1_white']:.4f}" in page.text
     assert f"{100 / 20:.2f}" in page.text  # chance of R@1 among 20 pictures
-    assert "unseen concepts" not in re.sub(
-        "among unseen concepts|rows of unseen", "", page.text
-    )  # all colours are known
+    assert "unseen concepts" not in page.text.replace("among unseen concepts", "")  # all colours are known
+
+
+@pytest.mark.parametrize("unseen, words", [(None, ""), (10, ""), (4, "6 of 10 pictures show a concept")])
+def test_unseen_concepts_are_explained_where_they_are_some(unseen, words):
+    note = unseen_note({"n_images": 10, "unseen": unseen and {"n_images": unseen}})
+    assert words in note
+    assert bool(note) == bool(words)
 
 
 def test_the_attribution_and_the_settings(page):
