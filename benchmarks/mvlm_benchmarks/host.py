@@ -34,8 +34,9 @@ CALLS = 400  # of one contender, one after the other, in a round
 def probe(name: str, inputs: int, shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> Callable[..., Any]:
     """An op of so many tensors in that allocates outputs of these shapes, registered as ours are, with a gradient."""
 
-    def implementation(*x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty(shape, dtype=dtype, device=x[0].device) for shape, dtype in shapes)
+    def implementation(*x: Tensor) -> Any:
+        made = [torch.empty(shape, dtype=dtype, device=x[0].device) for shape, dtype in shapes]
+        return made[0] if len(made) == 1 else tuple(made)
 
     class Function(torch.autograd.Function):
         @staticmethod

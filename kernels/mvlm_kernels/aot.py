@@ -24,8 +24,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-# Before Triton is imported: kernels decorated in an interpreting process cannot be compiled.
-os.environ.pop("TRITON_INTERPRET", None)
+# Kernels decorated in an interpreting process cannot be compiled, and torch may have imported Triton by now.
+if os.environ.pop("TRITON_INTERPRET", None) and __name__ == "__main__":
+    os.execv(sys.executable, [sys.executable, "-m", "mvlm_kernels.aot", *sys.argv[1:]])
 
 import torch
 

@@ -16,14 +16,17 @@ import json
 import math
 import os
 import re
+import sys
 import unittest.mock
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Before Triton is imported, whatever the caller's environment says.
-os.environ["TRITON_INTERPRET"] = "1"
+# Triton decides as it is imported whether it interprets, and torch may have imported it by now.
+if os.environ.get("TRITON_INTERPRET") != "1" and __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.execv(sys.executable, [sys.executable, "-m", "mvlm_kernels.traffic", *sys.argv[1:]])
 
 import torch
 from torch import Tensor
