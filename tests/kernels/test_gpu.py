@@ -6,6 +6,7 @@ What only a device shows is here too: the same bits in a thousand backward passe
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import test_patch_gather
@@ -117,7 +118,7 @@ def steps() -> Iterator[tuple[str, Callable[[], list[Tensor]]]]:
     )
     masked = torch.rand(8, 196, device=DEVICE) < 0.6
     floats = torch.rand(8, 3, 224, 224, device=DEVICE).requires_grad_()
-    norm = {"mean": MEAN[:3], "std": STD[:3]}
+    norm: Any = {"mean": MEAN[:3], "std": STD[:3]}
 
     def with_grads(leaves: list[Tensor], call: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
         def step() -> list[Tensor]:

@@ -298,8 +298,8 @@ def test_compiles_without_a_break_for_any_size():
             random(s, torch.float32, i).requires_grad_() for i, s in enumerate([(batch, count, 5), (12, 5), (12,)])
         ]
         with use_backend("triton"):
-            inputs = (*parameters, images, ids)
-            got, want = compiled(*inputs), step(*inputs)
+            hidden, weight, bias = parameters
+            got, want = (f(hidden, weight, bias, images, ids) for f in (compiled, step))
             torch.testing.assert_close(got, want)
             grads = [torch.autograd.grad(x, parameters) for x in (got, want)]
         for a, b in zip(*grads, strict=True):
