@@ -199,8 +199,8 @@ class Run:
         bad = [f"{name} is {value}" for name, value in terms.items() if not math.isfinite(value)]
         if bad:
             raise NonFiniteLossError(
-                f"step {self.step + 1}: {', '.join(bad)}; the update was not made and no "
-                f"checkpoint holds it; try a lower learning rate or --precision fp32"
+                f"step {self.step + 1}: {', '.join(bad)}; the update was not made. "
+                f"No checkpoint holds it: try a lower learning rate or --precision fp32"
             )
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
