@@ -1,8 +1,10 @@
 """The two encoders: a ViT for images (pre-norm, as in timm) and a RoBERTa for text (post-norm, as in transformers).
 
 Both agree with those libraries when their weights are copied over; tests/mvlm/test_encoders.py holds it.
-Shape legend: B batch, N patches, L tokens, C width, P patch side, S image side.
+Shape legend: B batch, N patches, T packed tokens, L tokens of the longest caption, C width, P patch side, S image side.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +106,7 @@ class TextEncoder(nn.Module):
         self.blocks = nn.ModuleList(TextBlock(config.width, config.heads) for _ in range(config.text_layers))
 
     def forward(self, tokens: Tensor, rows: Tensor, key_mask: Tensor) -> Tensor:
-        """Packed tokens int64 (T,) -> features (B, L, C), zero where there is padding.
+        """Packed tokens int64 (T,) -> features (T, C).
 
         rows int64 (T,) are the tokens' places in (B, L), flattened; key_mask bool (B, L), True = a token.
         """
@@ -112,7 +114,27 @@ class TextEncoder(nn.Module):
         x = self.norm(self.words(tokens) + self.position.index_select(0, place))  # (T, C)
         for block in self.blocks:
             x = block(x, rows, key_mask)
-        return spread(x, rows, key_mask)
+        return x
+
+
+class PackedText(NamedTuple):
+    """Features of captions that follow one another with no padding between."""
+
+    rows: Tensor
+    """(T, C); rows from cu_seqlens[-1] on belong to no caption and may hold anything."""
+    cu_seqlens: Tensor
+    """int (B+1,), caption b is rows[cu_seqlens[b]:cu_seqlens[b+1]]."""
+    max_length: int
+    """At least the tokens of the longest caption; a host number."""
+
+    def first(self) -> Tensor:
+        """[CLS] of each caption: (B, 1, C)."""
+        return self.rows.index_select(0, self.cu_seqlens[:-1]).unsqueeze(1)
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Features (B, L, C), zero where there is padding, and the key mask bool (B, L), True = a token."""
+        rows, key_mask = padded_places(len(self.rows), self.cu_seqlens, self.max_length)
+        return spread(self.rows, rows, key_mask), key_mask
 
 
 def padded_places(number: int, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
