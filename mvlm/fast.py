@@ -26,7 +26,7 @@ from mvlm.crossmodal import CrossBlock, CrossEncoder, Rows
 from mvlm.encoders import PackedText
 from mvlm.linear_cross_entropy import linear_cross_entropy
 from mvlm.masking import mask_tokens, masked_patches, visible_patches
-from mvlm.packing import Packing
+from mvlm.packing import Packing, round_up
 from mvlm.plain import Streams
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels import gather_patches, linear_pixel_loss, place_tokens
@@ -274,4 +274,4 @@ def _packing(text: PackedText) -> Packing:
 
 
 def _longest(length: int) -> int:
-    return -(-length // KEY_MULTIPLE) * KEY_MULTIPLE
+    return round_up(length, KEY_MULTIPLE)

@@ -3,8 +3,34 @@
 Shape legend: B sequences, T packed rows, L rows of the longest sequence.
 """
 
+from dataclasses import replace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from mvlm_dataloading import Batch, Masks
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def bucketed(batch: Batch, masks: Masks, text_length: int) -> tuple[Batch, Masks]:
+    """The same batch with its totals rounded up, so that few shapes occur: for the fast plan under torch.compile or in a
+    CUDA graph, which want to see a shape again.
+
+    Tokens come in multiples of a 16th of what B captions of text_length have at most, masked tokens in multiples of a
+    third of that. What is added lies behind the last caption and behind the last masked token, and is read by nobody.
+    """
+    multiple = round_up(max(1, len(batch.image_id) * text_length // 16), 16)
+    total, masked = len(batch.tokens), len(masks.token_ids)
+    tokens = round_up(total + 1, multiple)  # at least one more, for the added masked tokens to point at
+    added = round_up(masked, round_up(multiple // 3, 16)) - masked
+    return (
+        replace(batch, tokens=F.pad(batch.tokens, (0, tokens - total))),
+        replace(masks, token_ids=F.pad(masks.token_ids, (0, added), value=tokens - 1)),
+    )
 
 
 class Packing:
