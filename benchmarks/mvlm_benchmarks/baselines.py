@@ -1,6 +1,6 @@
 # timm and transformers type the children of a module as Tensor or Module, whatever they are.
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
-"""A MaskVLM step as a user would write it from timm, transformers and torch: what `mvlm bench step` is measured against.
+"""A MaskVLM step as a user would write it from timm, transformers and torch, for `mvlm bench step` to compare with.
 
 Two of them, which differ in the cross-modality blocks: transformers' RobertaLayer with cross-attention, and torch's
 nn.TransformerDecoderLayer. Both have the order self-attention, cross-attention, feed-forward with post-norm, so they

@@ -1,4 +1,4 @@
-"""A made-up batch for the step benchmark: the loader's packed form for ours, a collator's padded form for the baselines.
+"""A made-up batch for the step benchmark: in the loader's packed form, and in a collator's padded form.
 
 Shape legend: B pairs, N patches, K masked patches, T packed tokens, L tokens of the longest caption, S image side.
 """
