@@ -16,7 +16,9 @@ PARTS = (
     "ITC",
     "ITM",
 )
-"""In the order of a step. Inside another part the outer one's name holds, so ITM's use of the cross encoders is ITM."""
+"""In the order of a step."""
+MATCHING = "ITM"
+"""All that happens inside it belongs to it, its use of the cross encoders too; elsewhere the innermost part holds."""
 
 
 def part(name: str) -> contextlib.AbstractContextManager[object]:

@@ -5,8 +5,7 @@ products forward and four backward whichever kernel runs: those that recompute t
 that counts compare mathematics. Nothing is computed: parameters and inputs are fake tensors of the right shapes.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -19,13 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mvlm_kernels  # noqa: F401  (defines torch.ops.mvlm_kernels)
 from mvlm.config import MaskVLMConfig
-from mvlm.model import MaskVLM
 from mvlm.objectives import Losses
-from mvlm.parts import PREFIX, part
+from mvlm.parts import MATCHING, PREFIX
 from mvlm_benchmarks.contenders import Inputs, losses_of, make_module
+from mvlm_benchmarks.parts import OTHER, parts_of
 from mvlm_benchmarks.step_inputs import Padded, make_batch, pad
 
-OTHER = "other"
 aten, ours = torch.ops.aten, torch.ops.mvlm_kernels
 
 
@@ -121,11 +119,29 @@ class PartCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def close(self) -> None:
-        """Book what has been counted since the last range began or ended, to the outermost part that is open."""
+        """Book what has been counted since the last range began or ended, to the part that was open."""
         parts = [name.removeprefix(PREFIX) for name in self._open if name.startswith(PREFIX)]
-        name, total = parts[0] if parts else OTHER, self._total()
+        name = MATCHING if MATCHING in parts else parts[-1] if parts else OTHER
+        total = self._total()
         self.counts[name] = self.counts.get(name, 0) + total - self._seen
         self._seen = total
+
+
+class KnownTotal(TorchDispatchMode):
+    """Answers the one number that a step on the CPU asks of its values: the tokens of the captions that ITM is shown.
+
+    Every caption is shown twice with its own image or a drawn one, and one more is drawn for each image; a drawn one is
+    taken to have the mean length.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self._answers = [3 * tokens]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten._local_scalar_dense.default:
+            return self._answers.pop()  # there is no second answer: another question is another number
+        return func(*args, **(kwargs or {}))
 
 
 def count(loss: Callable[[], Losses]) -> tuple[dict[str, int], int]:
@@ -154,7 +170,7 @@ def gflop_per_pair(config: MaskVLMConfig, lengths: np.ndarray, contender: str) -
         _give_fake_tensors(module)
         fake = Padded(*(mode.from_tensor(x) for x in padded))
         inputs = Inputs(_fake(batch, mode), _fake(masks, mode), fake)
-        with parts_of(module):
+        with parts_of(module), KnownTotal(int(lengths.sum())):
             parts, backward = count(lambda: losses_of(contender, module, inputs))
     scale = 1e9 * len(lengths)
     return {name: n / scale for name, n in parts.items()}, backward / scale
@@ -173,50 +189,3 @@ def _fake(item: Any, mode: FakeTensorMode) -> Any:
     """A batch or masks with fake tensors; numbers of the host stay."""
     values = {f.name: getattr(item, f.name) for f in fields(item)}
     return type(item)(**{name: mode.from_tensor(v) if isinstance(v, Tensor) else v for name, v in values.items()})
-
-
-@contextlib.contextmanager
-def parts_of(model: nn.Module) -> Iterator[None]:
-    """Inside, the modules of a MaskVLM are parts wherever they are called as modules."""
-    if not isinstance(model, MaskVLM):  # a baseline names its own
-        yield
-        return
-    modules = {
-        "image encoder": [model.image_encoder],
-        "text encoder": [model.text_encoder],
-        "MLM cross": [model.text_cross],
-        "LM head": [model.language_head],
-        "MIM cross": [model.image_cross],
-        "decoder": [model.image_decoder],
-        "pixel head": [model.pixel_head],
-        "ITC": [model.image_projection, model.text_projection],
-    }
-    stack: list[Any] = []
-    handles = []
-
-    def enter(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            stack.append(part(name))
-            stack[-1].__enter__()
-
-        return hook
-
-    def leave(*_: Any) -> None:
-        stack.pop().__exit__(None, None, None)
-
-    for name, found in modules.items():
-        for module in found:
-            handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
-    match = model.match
-
-    def matching(*args: Any, **kwargs: Any) -> Tensor:
-        with part("ITM"):
-            return match(*args, **kwargs)
-
-    model.match = matching
-    try:
-        yield
-    finally:
-        del model.match
-        for handle in handles:
-            handle.remove()

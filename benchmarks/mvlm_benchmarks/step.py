@@ -139,7 +139,7 @@ def check(ready: list[Contender], model: MaskVLM, inputs: Inputs, precision: str
     with torch.no_grad():
         wanted = model(inputs.batch, inputs.masks, seed=SEED, step=STEP)
         for contender in ready:
-            if contender.name not in OTHER_METHOD:
+            if contender.name != OTHER_METHOD:
                 assert_equal(contender.name, losses_of(contender.name, contender.module, inputs), wanted, TOLERANCE)
     for contender in ready:
         if contender.name not in COMPILED:

@@ -1,6 +1,5 @@
 """``mvlm bench step --profile``: where a step's time goes, as a table, a chart and a trace for Perfetto."""
 
-from bisect import bisect_right
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from mvlm.parts import PARTS, PREFIX
+from mvlm.parts import MATCHING, PARTS, PREFIX
 from mvlm_benchmarks.contenders import Contender, Inputs
-from mvlm_benchmarks.flops import OTHER, parts_of
+from mvlm_benchmarks.parts import OTHER, parts_of
 
 BACKWARD, OPTIMIZER = "backward", "optimizer"
 NODE = "autograd::engine::evaluate_function"
@@ -67,36 +66,36 @@ def breakdown(events: list[Any], time: str) -> Breakdown:
     number. What no part holds (gradients being accumulated, the engine, code between parts) is `other`.
     """
     host = sorted((e for e in events if str(e.device_type).endswith("CPU")), key=lambda e: e.time_range.start)
-    ranges: list[Any] = []  # the outermost parts, in their order
-    for event in host:
-        if event.name.startswith(PREFIX) and (not ranges or event.time_range.start >= ranges[-1].time_range.end):
-            ranges.append(event)
-    starts = [e.time_range.start for e in ranges]
-
-    def part_at(moment: float) -> str:
-        place = bisect_right(starts, moment) - 1
-        inside = place >= 0 and moment < ranges[place].time_range.end
-        return ranges[place].name.removeprefix(PREFIX) if inside else OTHER
-
     found: Breakdown = {OTHER: {"forward": 0.0, "backward": 0.0}}
     made_by: dict[int, str] = {}
+    inside: list[Any] = []  # the parts that are open, but for those inside ITM
+    outermost: list[Any] = []
     for event in host:
-        part = part_at(event.time_range.start)
-        if event.name.startswith(NODE):
+        while inside and event.time_range.start >= inside[-1].time_range.end:
+            inside.pop()
+        part = _name(inside[-1]) if inside else OTHER
+        if event.name.startswith(PREFIX) and part != MATCHING:
+            if inside:
+                _add(found, part, "forward", -getattr(event, time))
+            else:
+                outermost.append(event)
+            _add(found, _name(event), "forward", getattr(event, time))
+            inside.append(event)
+        elif event.name.startswith(NODE):
             _add(found, made_by.get(event.sequence_nr, OTHER), "backward", getattr(event, time))
         elif event.sequence_nr >= 0 and part not in (BACKWARD, OPTIMIZER):
             # Of several operators with one number the last made the node: the number rises when it does.
             made_by[event.sequence_nr] = part
-    for event in ranges:
-        if event.name != PREFIX + BACKWARD:
-            _add(found, event.name.removeprefix(PREFIX), "forward", getattr(event, time))
-        else:
-            booked = sum(by_pass["backward"] for by_pass in found.values())
-            _add(found, OTHER, "backward", max(0.0, getattr(event, time) - 1e3 * booked))
-    between = [b.time_range.start - a.time_range.end for a, b in pairwise(ranges)]
+    whole = found.pop(BACKWARD, {"forward": 0.0})["forward"]
+    booked = sum(by_pass["backward"] for by_pass in found.values())
+    found[OTHER]["backward"] += max(0.0, whole - booked)
     if time == "cpu_time_total":
-        _add(found, OTHER, "forward", sum(between))
+        _add(found, OTHER, "forward", sum(b.time_range.start - a.time_range.end for a, b in pairwise(outermost)))
     return found
+
+
+def _name(event: Any) -> str:
+    return event.name.removeprefix(PREFIX)
 
 
 def _add(found: Breakdown, part: str, which: str, microseconds: float) -> None:
