@@ -146,7 +146,7 @@ class MaskVLM(nn.Module):
         masks: Masks,
         *,
         seed: int = 0,
-        step: int = 0,
+        step: int | Tensor = 0,
         reconstruction_only: bool = False,
         plan: Literal["plain", "fast"] = "plain",
     ) -> Losses:
