@@ -16,6 +16,7 @@ from mvlm import fast, objectives, plain
 from mvlm.config import MaskVLMConfig
 from mvlm.crossmodal import CrossEncoder
 from mvlm.encoders import ImageEncoder, PackedText, TextEncoder, padded_places, patchify
+from mvlm.hub import HubMixin
 from mvlm.objectives import Losses
 from mvlm_dataloading import Batch, Masks
 
@@ -42,7 +43,7 @@ class LanguageHead(nn.Module):
         return self.vocabulary(self.transform(x))
 
 
-class MaskVLM(nn.Module):
+class MaskVLM(nn.Module, HubMixin):
     """The model and its objectives on one set of weights."""
 
     def __init__(self, config: MaskVLMConfig) -> None:
