@@ -4,6 +4,7 @@
 """Pretrained encoders: what comes in computes what it computed, what goes out too, and what does not fit changes
 nothing."""
 
+import re
 from importlib.resources import files
 from pathlib import Path
 
@@ -384,3 +385,29 @@ def test_pretraining_starts_from_them(toys, scenes, tmp_path, without_tensorboar
     with pytest.raises(RunError, match="wanted a safetensors file, found none"):
         mvlm.train.pretrain(toys.pretrain_config(scenes, tmp_path / "other", **files))
     assert not (tmp_path / "other").exists()
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "weights.md"
+
+
+def test_the_pages_python_runs(tmp_path, monkeypatch, capsys):
+    """Nothing is downloaded: timm makes its ViT with weights of its own."""
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, {})
+    (line,) = [line.strip() for line in PAGE.read_text().splitlines() if line.startswith("    image_encoder: ")]
+    assert line in capsys.readouterr().out
+
+
+def test_the_pages_command_is_one(monkeypatch):
+    import mvlm.train
+    from mvlm import cli
+
+    (block,) = re.findall(r"^```sh\nmvlm (.*?)\n```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    seen = []
+    monkeypatch.setattr(mvlm.train, "pretrain", seen.append)
+    cli.run_command(block.split())
+    assert (seen[0].image_weights, seen[0].text_weights) == (Path("vit.safetensors"), Path("roberta.safetensors"))
+    assert seen[0].lr_encoder == 1e-5
