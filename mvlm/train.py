@@ -21,6 +21,7 @@ from mvlm.evaluation import evaluate_briefly
 from mvlm.model import PIXEL_MODULES, MaskVLM
 from mvlm.objectives import Losses
 from mvlm.run_folder import MetricsFile, open_run
+from mvlm.weights import load_image_weights, load_text_weights
 from mvlm_dataloading import DataError, Dataset, Loader, Tokenizer, load_tokenizer, open_dataset, tokenizer_for
 
 log = logging.getLogger(__name__)
@@ -33,10 +34,10 @@ def pretrain(config: PretrainConfig) -> None:
     validation = open_dataset(config.data, "validation") if config.eval_every_steps else None
     tokenizer = choose_tokenizer(config, dataset)
     config = replace(config, model=fit_to_tokenizer(config, tokenizer))
+    torch.manual_seed(config.seed)
+    model = make_model(config).to(device)
     checkpoint = open_run(config)
 
-    torch.manual_seed(config.seed)
-    model = MaskVLM(config.model).to(device)
     optimizer = make_optimizer(model, config, device)
     loader = make_loader(dataset, tokenizer, config, device)
     step = 0
@@ -50,6 +51,17 @@ def pretrain(config: PretrainConfig) -> None:
         log.info("%s is complete: %d of %d steps", config.out, step, config.max_steps)
         return
     run.train(validation)
+
+
+def make_model(config: PretrainConfig) -> MaskVLM:
+    """The model with its first weights; those of its encoders from the files given, unless a run goes on."""
+    model = MaskVLM(config.model)
+    if not (config.resume and (config.out / "config.json").is_file()):
+        if config.image_weights is not None:
+            load_image_weights(model, config.image_weights)
+        if config.text_weights is not None:
+            load_text_weights(model, config.text_weights)
+    return model
 
 
 def choose_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
