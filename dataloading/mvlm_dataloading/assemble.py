@@ -10,24 +10,15 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .dataset import open_dataset
-from .decode import perceptual_hash
-from .duplicates import first_equal, near_known, near_pairs
-from .errors import DataError, need
-from .records import EVALUATION_SPLITS, Source
-from .shards import FORMAT_VERSION, Shard, description_of, read_description, write_durably
-from .writing import Settings
-
-LEAKED = "picture is in an evaluation split"
-LEAKED_NEARLY = "picture is nearly one of an evaluation split"
-_ASPECT = 1.1  # near-duplicates have the same shape up to this factor
+from .errors import DataError
+from .pictures import Pictures, collect, evaluation_splits, find_duplicates, find_leaks, parse_facts, pictures_of
+from .records import Source
+from .settings import Settings
+from .shards import FORMAT_VERSION, Shard, description_of, write_durably
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,43 +32,24 @@ class Assembly:
     against: tuple[Path, ...]
 
 
-@dataclass(slots=True)
-class _Samples:
-    """What is known of the written samples: parallel lists and arrays (n,)."""
-
-    keys: list[str]
-    splits: list[str]
-    where: list[str]
-    captions: list[int]
-    places: list[tuple[int, int]]
-    """The piece and the tar in it that hold each."""
-    digest: Any
-    """bytes (n,), sha256 of the picture's file as published."""
-    has_hash: Any
-    """bool (n,), True where there is a perceptual hash."""
-    phash: Any
-    """uint64 (n,)."""
-    aspect: Any
-    """float64 (n,), width over height."""
-
-
 def assemble(assembly: Assembly) -> Counter[str]:
     """Write `final/`. Can be done again wherever it was interrupted. Returns counts for the log."""
     final = assembly.folder / "final"
     final.mkdir(exist_ok=True)
-    samples, rejected = _read_lines(assembly)
-    dropped = _repeated_keys(samples)
-    duplicates = list(_leaks(samples, assembly.against, dropped))
-    duplicates += _duplicates(samples, assembly.settings, dropped)
+    written, rejected = _read_lines(assembly)
+    pictures = written.pictures
+    dropped = _repeated_keys(pictures.keys)
+    evaluation = [pictures_of(folder, split) for folder in assembly.against for split in evaluation_splits(folder)]
+    duplicates = list(find_leaks(pictures, evaluation, dropped))
+    duplicates += find_duplicates(pictures, dropped, drop=assembly.settings.drop_duplicates)
     for i, reason in dropped.items():
-        rejected.append(
-            {"key": samples.keys[i], "split": samples.splits[i], "reason": reason, "where": samples.where[i]}
-        )
-    if len(dropped) == len(samples.keys):
+        where = written.where[i]
+        rejected.append({"key": pictures.keys[i], "split": pictures.splits[i], "reason": reason, "where": where})
+    if len(dropped) == len(pictures.keys):
         reasons = dict(Counter(line["reason"] for line in rejected).most_common(5))
         shutil.rmtree(assembly.folder)
         raise DataError(f"{assembly.source.name}: wanted at least one sample, found none; rejected: {reasons}")
-    splits = _write_shards(assembly, samples, dropped)
+    splits = _write_shards(assembly, written, dropped)
     for name, lines in (("rejected", rejected), ("duplicates", duplicates)):
         write_durably(final / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     reasons = Counter(line["reason"] for line in rejected)
@@ -86,9 +58,20 @@ def assemble(assembly: Assembly) -> Counter[str]:
     return Counter({f"{split} samples": s["samples"] for split, s in splits.items()}) + kinds + reasons
 
 
-def _read_lines(assembly: Assembly) -> tuple[_Samples, list[dict[str, Any]]]:
-    keys, splits, where, captions, places, digest, hashes, aspect = [], [], [], [], [], [], [], []
-    rejected = []
+@dataclass(slots=True)
+class _Written:
+    """What the pieces hold: lists of n."""
+
+    pictures: Pictures
+    where: list[str]
+    captions: list[int]
+    places: list[tuple[int, int]]
+    """The piece and the tar in it that hold each."""
+
+
+def _read_lines(assembly: Assembly) -> tuple[_Written, list[dict[str, Any]]]:
+    """What was written, and what was refused."""
+    facts, where, captions, places, rejected = [], [], [], [], []
     for number, piece in enumerate(assembly.source.pieces):
         with (_piece_folder(assembly, number) / "samples.jsonl").open(encoding="utf-8") as file:
             for text in file:
@@ -96,117 +79,22 @@ def _read_lines(assembly: Assembly) -> tuple[_Samples, list[dict[str, Any]]]:
                 if "reason" in line:
                     rejected.append({"key": line["key"], "split": piece.split, **line})
                     continue
-                keys.append(line["key"])
-                splits.append(piece.split)
+                facts.append((line["key"], piece.split, parse_facts(line)))
                 where.append(line["where"])
                 captions.append(line["captions"])
                 places.append((number, line["tar"]))
-                digest.append(bytes.fromhex(line["sha256"]))
-                hashes.append(line["phash"])
-                aspect.append(line["width"] / line["height"])
-    samples = _Samples(
-        keys, splits, where, captions, places,
-        digest=np.array(digest, "S32"),
-        has_hash=np.array([text is not None for text in hashes], bool),
-        phash=np.array([int(text or "0", 16) for text in hashes], np.uint64),
-        aspect=np.array(aspect, np.float64),
-    )  # fmt: skip
-    return samples, rejected
+    return _Written(collect(facts), where, captions, places), rejected
 
 
-def _repeated_keys(samples: _Samples) -> dict[int, str]:
+def _repeated_keys(keys: list[str]) -> dict[int, str]:
     first: dict[str, int] = {}
-    return {i: "key was used before" for i, key in enumerate(samples.keys) if first.setdefault(key, i) != i}
+    return {i: "key was used before" for i, key in enumerate(keys) if first.setdefault(key, i) != i}
 
 
-def _leaks(samples: _Samples, against: tuple[Path, ...], dropped: dict[int, str]) -> Iterator[dict[str, Any]]:
-    """Drop training samples whose picture is in an evaluation split, of this set or of another."""
-    judged = np.array([split in EVALUATION_SPLITS for split in samples.splits], bool)
-    judged[list(dropped)] = False
-    held = np.flatnonzero(judged)
-    names = [f"{samples.splits[i]}/{samples.keys[i]}" for i in held]
-    digest, phash, aspect = [samples.digest[held]], [samples.phash[held]], [samples.aspect[held]]
-    has_hash = [samples.has_hash[held]]
-    for folder in against:
-        facts = list(_facts_of(folder))
-        names += [name for name, *_ in facts]
-        digest.append(np.array([sha for _, sha, _, _ in facts], "S32"))
-        phash.append(np.array([h or 0 for _, _, h, _ in facts], np.uint64))
-        has_hash.append(np.array([h is not None for _, _, h, _ in facts], bool))
-        aspect.append(np.array([a for *_, a in facts], np.float64))
-    known = dict(zip(reversed(np.concatenate(digest).tolist()), reversed(range(len(names))), strict=True))
-    usable = np.flatnonzero(np.concatenate(has_hash))
-    known_hash, known_aspect = np.concatenate(phash)[usable], np.concatenate(aspect)[usable]
-    train = np.flatnonzero([split == "train" for split in samples.splits])
-    train = train[[int(i) not in dropped for i in train]] if len(train) else train
-    near = near_known(samples.phash[train], known_hash)
-    for i, j in zip(train.tolist(), near.tolist(), strict=True):
-        exact = known.get(samples.digest[i].item())
-        if exact is not None:
-            dropped[i] = LEAKED
-            yield _duplicate(samples, i, "exact", names[exact])
-        elif j >= 0 and samples.has_hash[i] and _same_shape(samples.aspect[i], known_aspect.item(j)):
-            dropped[i] = LEAKED_NEARLY
-            yield _duplicate(samples, i, "near", names[usable[j]])
-
-
-def _duplicates(samples: _Samples, settings: Settings, dropped: dict[int, str]) -> Iterator[dict[str, Any]]:
-    """Report repeated pictures within a split, and drop the exact ones where that was asked for."""
-    for split in sorted(set(samples.splits)):
-        own = np.array([i for i, s in enumerate(samples.splits) if s == split and i not in dropped], np.int64)
-        if not len(own):
-            continue
-        first = first_equal(samples.digest[own])
-        for place in np.flatnonzero(first != np.arange(len(own))):
-            i = int(own[place])
-            yield _duplicate(samples, i, "exact", f"{split}/{samples.keys[own[first[place]]]}")
-            if settings.drop_duplicates:
-                dropped[i] = "picture was there before"
-        rest = own[(first == np.arange(len(own))) & samples.has_hash[own]]
-        nearest: dict[int, int] = {}
-        for a, b in near_pairs(samples.phash[rest]):
-            i, j = int(rest[a]), int(rest[b])
-            if _same_shape(samples.aspect[i], samples.aspect[j]):
-                nearest[j] = min(i, nearest.get(j, i))
-        for j, i in sorted(nearest.items()):
-            yield _duplicate(samples, j, "near", f"{split}/{samples.keys[i]}")
-
-
-def _duplicate(samples: _Samples, i: int, kind: str, of: str) -> dict[str, Any]:
-    return {"key": samples.keys[i], "split": samples.splits[i], "kind": kind, "of": of}
-
-
-def _same_shape(one: float, other: float) -> bool:
-    return max(one, other) <= _ASPECT * min(one, other)
-
-
-def _facts_of(folder: Path) -> Iterator[tuple[str, bytes, int | None, float]]:
-    """Name, sha256, perceptual hash and aspect of the evaluation pictures of another data set."""
-    from .decode import Decoder
-
-    decoder = Decoder(need("PIL.Image").MAX_IMAGE_PIXELS)
-    for split in EVALUATION_SPLITS:
-        if split not in read_description(folder)["splits"]:
-            continue
-        dataset = open_dataset(folder, split)
-        for i in range(len(dataset)):
-            facts = dataset.metadata(i)
-            name = f"{folder.name}/{split}/{dataset.keys[i]}"
-            try:
-                known = facts["phash"]
-                yield name, bytes.fromhex(facts["sha256"]), known and int(known, 16), facts["width"] / facts["height"]
-            except (KeyError, TypeError, ValueError):  # written by another version, or by other tools
-                image = dataset.image_bytes(i)
-                (pixels,) = decoder([image])
-                if not isinstance(pixels, str):
-                    aspect = pixels.shape[1] / pixels.shape[0]
-                    yield name, hashlib.sha256(image).digest(), perceptual_hash(pixels), aspect
-
-
-def _write_shards(assembly: Assembly, samples: _Samples, dropped: dict[int, str]) -> dict[str, dict[str, Any]]:
+def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]) -> dict[str, dict[str, Any]]:
     """Move tars from which nothing was dropped, write the others again without; number them by split."""
     kept: dict[tuple[int, int], list[int]] = {}
-    for i, place in enumerate(samples.places):
+    for i, place in enumerate(written.places):
         kept.setdefault(place, []).append(i)
     splits: dict[str, dict[str, Any]] = {}
     for (number, tar), inside in kept.items():
@@ -227,7 +115,7 @@ def _write_shards(assembly: Assembly, samples: _Samples, dropped: dict[int, str]
             _copy_wanted(old, new, wanted)
             shard = description_of(new, sum(wanted))
         entry["samples"] += sum(wanted)
-        entry["captions"] += sum(samples.captions[i] for i in inside if i not in dropped)
+        entry["captions"] += sum(written.captions[i] for i in inside if i not in dropped)
         entry["shards"].append(shard)
     return dict(sorted(splits.items()))
 

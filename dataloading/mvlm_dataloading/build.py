@@ -27,8 +27,9 @@ from .assemble import Assembly, assemble
 from .crew import work
 from .errors import DataError, need
 from .records import Piece, Source
+from .settings import Settings
 from .shards import already_written, refuse_occupied, sync_folder, write_durably
-from .writing import Settings, write_piece
+from .writing import write_piece
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ def build(
             disk is full. What has been done is kept beside `out`, and the same call goes on with it.
     """
     settings = settings or Settings()
+    settings.check()
     out = Path(os.path.abspath(out))
     if settings.tokenizer is not None:
         need("tokenizers")
@@ -161,7 +163,7 @@ def _write_pieces(
             events.send(event.task)
             continue
         done += event.kind == "done"
-        records += event.value or 0
+        records += event.value if event.kind == "beat" else 0
         progress(Done(done, len(pieces), records))
 
 

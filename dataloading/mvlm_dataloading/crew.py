@@ -12,7 +12,8 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What became of a task: `kind` is "beat" (with a count), "done", or "died" (with how the process ended)."""
+    """What became of a task: `kind` is "beat" (with a count), "done" (with the result), or "died" (with how
+    the process ended)."""
 
     kind: str
     task: Any
@@ -26,8 +27,10 @@ class _Member:
     task: Any = None
 
 
-def work(function: Callable[..., None], tasks: Iterable[Any], workers: int) -> Generator[Event, Any, None]:
+def work(function: Callable[..., Any], tasks: Iterable[Any], workers: int) -> Generator[Event, Any, None]:
     """Call `function(task, beat)` for each task, in `workers` processes, or in this one if `workers` is 0.
+
+    What it returns comes with "done".
 
     An exception of a task is raised here, and ends the others. A task whose process died is not done again by itself:
     who wants that sends it back with `generator.send(task)` in answer to the event.
@@ -35,9 +38,9 @@ def work(function: Callable[..., None], tasks: Iterable[Any], workers: int) -> G
     if workers == 0:
         for task in tasks:
             beats: list[int] = []
-            function(task, beats.append)
+            result = function(task, beats.append)
             yield Event("beat", task, sum(beats))
-            yield Event("done", task)
+            yield Event("done", task, result)
         return
     waiting, returned = iter(tasks), []
     crew: list[_Member] = []
@@ -87,7 +90,7 @@ def _ready(busy: list[_Member]) -> list[_Member]:
     return [member for member in busy if member.connection in found]
 
 
-def _hire(function: Callable[..., None]) -> _Member:
+def _hire(function: Callable[..., Any]) -> _Member:
     # Not fork: the caller may have threads, which do not survive it.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
@@ -97,7 +100,7 @@ def _hire(function: Callable[..., None]) -> _Member:
     return _Member(process, ours)
 
 
-def _serve(function: Callable[..., None], connection: Connection) -> None:
+def _serve(function: Callable[..., Any], connection: Connection) -> None:
     """The life of a member: tasks in, beats and results out, until the connection or the parent is gone."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -113,11 +116,11 @@ def _serve(function: Callable[..., None], connection: Connection) -> None:
         while True:
             task = connection.recv()
             try:
-                function(task, lambda count: connection.send(("beat", count)))
+                result = function(task, lambda count: connection.send(("beat", count)))
             except Exception as error:
                 connection.send(("failed", _portable(error)))
             else:
-                connection.send(("done", None))
+                connection.send(("done", result))
 
 
 def _portable(error: Exception) -> Exception:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 UInt64 = NDArray[np.uint64]
 Int64 = NDArray[np.int64]
+Float64 = NDArray[np.float64]
 
 MAX_DISTANCE = 3
 """Bits of 64 by which the hashes of near-duplicates differ at most."""
@@ -61,11 +62,11 @@ def _near_values(values: UInt64) -> Iterator[tuple[int, int]]:
                 yield from zip(one[new].tolist(), other[new].tolist(), strict=True)
 
 
-def near_known(hashes: UInt64, known: UInt64) -> Int64:
-    """int64 (n,): for each hash the position in `known` of one that is near, or -1."""
-    found = np.full(len(hashes), -1, np.int64)
-    if not len(known):
-        return found
+def near_known(
+    hashes: UInt64, aspects: Float64, known: UInt64, known_aspects: Float64, max_aspect_ratio: float
+) -> Int64:
+    """int64 (n,): for each hash the first in `known` that is near and of a picture of nearly the same shape, or -1."""
+    found = np.full(len(hashes), len(known), np.int64)
     for band in range(_BANDS):
         shift = np.uint64(16 * band)
         keys = (known >> shift) & np.uint64(0xFFFF)
@@ -73,9 +74,11 @@ def near_known(hashes: UInt64, known: UInt64) -> Int64:
         wanted = (hashes >> shift) & np.uint64(0xFFFF)
         begin = np.searchsorted(keys[order], wanted, side="left")
         end = np.searchsorted(keys[order], wanted, side="right")
-        for i in np.flatnonzero((found < 0) & (end > begin)):
+        for i in np.flatnonzero(end > begin):
             candidates = order[begin[i] : end[i]]
-            near = candidates[np.bitwise_count(known[candidates] ^ hashes[i]) <= MAX_DISTANCE]
-            if len(near):
-                found[i] = near.min()
-    return found
+            ratio = known_aspects[candidates] / aspects[i]
+            near = np.bitwise_count(known[candidates] ^ hashes[i]) <= MAX_DISTANCE
+            near &= np.maximum(ratio, 1 / ratio) <= max_aspect_ratio
+            if near.any():
+                found[i] = min(found[i], candidates[near].min())
+    return np.where(found < len(known), found, -1)

@@ -270,6 +270,12 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
+def shard_files(folder: Path, shard: Mapping[str, Any]) -> tuple[Path, Path]:
+    """The tar and the index of one of a description's shards. Those of a view lie apart, and the view names both."""
+    tar = Path(os.path.normpath(folder / shard["tar"]))
+    return tar, folder / shard["index"] if "index" in shard else tar.with_suffix(".idx")
+
+
 def check_image(image: bytes) -> tuple[str, str | None]:
     """The extension for an encoded image, and None or the reason why it cannot be used. Decodes all of it."""
     header = read_header(image)

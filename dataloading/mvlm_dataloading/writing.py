@@ -19,56 +19,13 @@ from typing import Any
 
 from .captions import clean_captions
 from .decode import TOO_MANY_PIXELS, UNDECODABLE, Decoder, Header, encode_jpeg, perceptual_hash, read_header
-from .errors import DataError
 from .records import KEY, TOO_LARGE, Piece, Record
+from .settings import Settings
 from .shards import Shard, pack_tokens, sync_folder, write_durably
 from .tokenizer import Tokenizer, load_tokenizer
 
 CRASHED = "the decoder dies on the image"
 _GROUP, _GROUP_BYTES = 64, 32 << 20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What becomes of pictures and captions, and what is refused."""
-
-    short_side: int | None = None
-    """Pictures with a longer short side are made smaller, to this many pixels; none is ever made larger."""
-    quality: int | None = None
-    """Encode every picture anew as a JPEG of this quality. Not given: only those made smaller, at 90."""
-    max_pixels: int = 50_000_000
-    """Width times height, read from the header before anything is decoded."""
-    min_side: int = 16
-    """Pixels of the shorter side at least."""
-    max_aspect: float = 10.0
-    """Longer side over shorter side at most."""
-    max_image_bytes: int = 64 << 20
-    """Size of a picture's file at most."""
-    max_caption_bytes: int = 2000
-    """A longer caption is left out; a picture with no other is refused."""
-    max_captions: int | None = None
-    """Captions of a picture to keep at most, the first ones."""
-    shard_bytes: int = 256 << 20
-    """A new tar is begun when the current one would grow past this."""
-    drop_duplicates: bool = False
-    """Leave out pictures whose file is equal to that of an earlier one in the same split."""
-    tokenizer: Path | None = None
-    """A tokenizer.json, to store token ids beside the captions."""
-    text_length: int = 40
-    """Tokens of a caption at most, [CLS] and [SEP] counted; only with a tokenizer."""
-
-    def __post_init__(self) -> None:
-        from PIL import Image
-
-        limit = Image.MAX_IMAGE_PIXELS or 0
-        for name, low, high in (
-            ("short_side", 16, 65500), ("quality", 1, 100), ("max_pixels", 1, limit), ("min_side", 1, 65500),
-            ("max_aspect", 1, 65500), ("max_image_bytes", 1, 1 << 31), ("max_caption_bytes", 1, 1 << 20),
-            ("max_captions", 1, 1 << 20), ("shard_bytes", 10240, 1 << 40), ("text_length", 3, 1 << 20),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise DataError(f"{name.replace('_', '-')}: wanted {low} to {high}, got {value}")
 
 
 @dataclass(slots=True)
