@@ -255,11 +255,13 @@ def check(shards: Path, /, sheet: Path | None = None, workers: int | None = None
         workers: Processes, one a core by default.
     """
     from mvlm.console import Counting
-    from mvlm_dataloading.check import check, contact_sheet, table
+    from mvlm_dataloading.check import check_shards, contact_sheet, table
     from mvlm_dataloading.errors import DataError
 
     with Counting("pictures") as counting:
-        found = check(shards, workers=_workers(workers), progress=lambda done, all: counting.show(done, all, done))
+        found = check_shards(
+            shards, workers=_workers(workers), progress=lambda done, all: counting.show(done, all, done)
+        )
     print(table(shards, found))
     print(contact_sheet(shards, sheet or shards / "contact-sheet.png"))
     _raise_problems(shards, found, DataError)
@@ -303,11 +305,11 @@ def view(
 
 def _build(source: "Source", out: Path, settings: Settings, against: tuple[Path, ...], workers: int | None) -> None:
     from mvlm.console import Counting
-    from mvlm_dataloading.build import build
+    from mvlm_dataloading.build import build_shards
     from mvlm_dataloading.shards import read_description
 
     with Counting("samples") as counting:
-        build(
+        build_shards(
             source,
             out,
             settings,

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .batch import Batch as Batch
     from .batch import Masks as Masks
-    from .build import build as build
-    from .check import check as check
+    from .build import build_shards as build_shards
+    from .check import check_shards as check_shards
     from .dataset import Dataset as Dataset
     from .dataset import open_dataset as open_dataset
     from .errors import DataError as DataError
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 # Imported on first use: the processes that write shards start without torch, which takes seconds to load.
 _MODULES = {
     "batch": ("Batch", "Masks"),
-    "build": ("build",),
-    "check": ("check",),
+    "build": ("build_shards",),
+    "check": ("check_shards",),
     "dataset": ("Dataset", "open_dataset"),
     "errors": ("DataError",),
     "index": ("rebuild_indices",),

@@ -55,7 +55,7 @@ class _Task:
     piece: Piece
 
 
-def build(
+def build_shards(
     source: Source,
     out: Path,
     settings: Settings | None = None,

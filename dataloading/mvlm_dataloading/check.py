@@ -54,7 +54,7 @@ class Findings:
         self.formats += other.formats
 
 
-def check(
+def check_shards(
     folder: Path, *, workers: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> dict[str, Findings]:
     """Check every shard of every split.

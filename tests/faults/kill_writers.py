@@ -26,7 +26,7 @@ import numpy as np
 import nvidia.dali.fn  # noqa: F401 (imported before the forks)
 from PIL import Image
 
-from mvlm_dataloading.build import build
+from mvlm_dataloading.build import build_shards
 from mvlm_dataloading.dataset import open_dataset
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.records import Listed, Record, Source
@@ -55,7 +55,7 @@ def source(folder: Path) -> Source:
 
 def run(folder: Path, out: Path, workers: int) -> None:
     settings = Settings(shard_bytes=40_000, drop_duplicates=True)
-    build(source(folder), out, settings, workers=workers)
+    build_shards(source(folder), out, settings, workers=workers)
 
 
 class Moments:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.records import need_file
 
 _CHUNK = 1 << 20
+_BETWEEN = re.compile(r"[\s,]*")
 
 
 def read_json(file: Path) -> Any:
@@ -32,27 +34,29 @@ def read_json_list(file: Path) -> Iterator[Any]:
         return DataError(f"{file}: wanted a JSON list, found {what}; download it again")
 
     with need_file(file).open(encoding="utf-8-sig", errors="replace") as text:
-        rest = text.read(_CHUNK).lstrip()
+        rest = ""
+        while not rest and (more := text.read(_CHUNK)):
+            rest = more.lstrip()
         if not rest.startswith("["):
             raise damaged(repr(rest[:20]))
-        rest = rest[1:]
+        at = 1
         while True:
-            rest = rest.lstrip().removeprefix(",").lstrip()
-            if rest.startswith("]"):
+            at = _BETWEEN.match(rest, at).end()  # pyright: ignore[reportOptionalMemberAccess] (it matches nothing too)
+            if rest.startswith("]", at):
                 return
             try:
-                element, end = decoder.raw_decode(rest)
+                element, end = decoder.raw_decode(rest, at)
             except (ValueError, RecursionError):
                 element, end = None, len(rest)
             # A number, or a word, at the very end of what was read may go on; so may everything that did not parse.
             if end >= len(rest):
-                more = text.read(max(_CHUNK, len(rest)))
+                more = text.read(max(_CHUNK, len(rest) - at))
                 if not more:
                     raise damaged(f"no end after {rest[-20:]!r}")
-                rest += more
+                rest, at = rest[at:] + more, 0
                 continue
             yield element
-            rest = rest[end:]
+            at = end
 
 
 def read_rows(file: Path, delimiter: str | None = None) -> Iterator[dict[str, Any]]:
