@@ -282,7 +282,7 @@ def test_a_set_of_which_nothing_is_left(tmp_path):
 def test_settings_that_cannot_be(tmp_path):
     for name, value in (("quality", 0), ("short_side", 1), ("max_pixels", 10**9), ("max_aspect", 0.5)):
         with pytest.raises(DataError, match=f"{name.replace('_', '-')}: wanted .* to .*, got"):
-            build(tmp_path / "out", {"train": [record("a", published.picture(0))]}, **{name: value})
+            build(tmp_path / "out", {"train": [record("a", published.picture(0))]}, **{name: value})  # pyright: ignore[reportArgumentType]
 
 
 def test_a_decoder_that_dies_costs_one_picture(tmp_path):
