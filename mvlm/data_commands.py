@@ -1,5 +1,6 @@
 """The commands `mvlm data ...` that write shards from published data sets, and check, index and select them."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -263,7 +264,8 @@ def check(shards: Path, /, sheet: Path | None = None, workers: int | None = None
             shards, workers=_workers(workers), progress=lambda done, all: counting.show(done, all, done)
         )
     print(table(shards, found))
-    print(contact_sheet(shards, sheet or shards / "contact-sheet.png"))
+    with contextlib.suppress(DataError):  # what cannot be opened is among the problems
+        print(contact_sheet(shards, sheet or shards / "contact-sheet.png"))
     _raise_problems(shards, found, DataError)
 
 

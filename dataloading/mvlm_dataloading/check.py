@@ -67,7 +67,7 @@ def check_shards(
         Findings by split. Whatever is wrong is in their `problems`, a line each.
 
     Raises:
-        DataError: the folder is no data set, or a shard cannot be opened at all.
+        DataError: the folder is no data set.
     """
     folder = Path(folder)
     description = read_description(folder)
@@ -76,14 +76,12 @@ def check_shards(
         from .tokenizer import load_tokenizer
 
         vocab_size = load_tokenizer(folder / "tokenizer.json").vocab_size
-    for split in description["splits"]:
-        open_dataset(folder, split)
     tasks = [
         _Task(folder, split, shard, vocab_size)
         for split, part in description["splits"].items()
         for shard in part["shards"]
     ]
-    found = {split: Findings() for split in description["splits"]}
+    found = {split: Findings(problems=_opening_problems(folder, split)) for split in description["splits"]}
     results: dict[int, Findings] = {}
     done, total = 0, sum(task.shard["samples"] for task in tasks)
     numbers = {id(task): number for number, task in enumerate(tasks)}
@@ -107,9 +105,26 @@ def check_shards(
     return found
 
 
+def _opening_problems(folder: Path, split: str) -> list[str]:
+    """What `open_dataset` says, which stops at the first fault, and which a reader will meet."""
+    try:
+        open_dataset(folder, split)
+    except DataError as error:
+        return [str(error)]
+    return []
+
+
 def _check_shard(task: _Task, beat: Callable[[int], None]) -> Findings:
-    tar, index = shard_files(task.folder, task.shard)
     found = Findings()
+    try:
+        _read_through(task, found, beat)
+    except (OSError, ValueError) as error:  # a file that is missing, an index that is none
+        found.problems.append(f"{task.shard['tar']}: wanted a shard and its index, found {error}; restore it")
+    return found
+
+
+def _read_through(task: _Task, found: Findings, beat: Callable[[int], None]) -> None:
+    tar, index = shard_files(task.folder, task.shard)
     with tar.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if task.shard["sha256"] and digest != task.shard["sha256"]:
@@ -130,7 +145,6 @@ def _check_shard(task: _Task, beat: Callable[[int], None]) -> Findings:
     if len(found.problems) > _PROBLEMS:
         more = len(found.problems) - _PROBLEMS
         found.problems[_PROBLEMS:] = [f"{tar.name}: and {more} more"]
-    return found
 
 
 def _read(file: Any, line: str) -> tuple[str, dict[str, bytes]]:

@@ -10,7 +10,7 @@ from typing import Any
 from .errors import DataError
 from .records import split_name
 from .shards import FORMAT_VERSION, description_of, index_text, read_description, shard_files, write_durably
-from .sources.tars import IMAGES, split_member
+from .sources.tars import IMAGES, has_end, split_member
 
 _TOLD = (*IMAGES, "txt", "json", "tok")
 
@@ -47,6 +47,8 @@ def index_of(tar: Path) -> TarIndex:
                     faults[key] = "files of a sample do not follow one another"
                 parts.setdefault(extension, member)
                 last = key
+        if not has_end(tar):  # Python takes a header that is cut for the end
+            raise tarfile.ReadError("it ends early")
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
             raise DataError(f"{tar}: wanted a tar, found no such file") from None

@@ -35,8 +35,9 @@ def write(out: Path, count: int = 10, **settings) -> Path:
         )
         for i in range(count)
     ]
-    pieces = [Listed("train", records[k : k + 4]) for k in range(0, count, 4)] + [Listed("test", [
-        Record("t", published.encoded(published.picture(90), "PNG"), ["a", "b", "c"], ""), Record("bad", b"", ["x"], "")])]  # fmt: skip
+    test = [Record("t", published.encoded(published.picture(90), "PNG"), ["a", "b", "c"], "")]
+    pieces = [Listed("train", records[k : k + 4]) for k in range(0, count, 4)]
+    pieces.append(Listed("test", [*test, Record("bad", b"", ["x"], "")]))
     return build_shards(Source("set", "tests", "CC0", {}, pieces), out, Settings(**settings), workers=0)
 
 
@@ -78,25 +79,30 @@ def test_scripts():
         "a word": "LATIN",
         "слово b": "CYRILLIC",
         "كلمة": "ARABIC",
-        "猫猫猫 cat": "CJK",
+        "猫猫猫猫 cat": "CJK",
         "12 !": "NONE",
         "ひらがな": "HIRAGANA",
     }
-    assert {text: script_of(text) for text in wanted} == {**wanted, "猫猫猫 cat": script_of("猫猫猫 cat")}
-    assert script_of("猫猫猫猫 cat") == "CJK"
+    assert {text: script_of(text) for text in wanted} == wanted
 
 
 def test_damage_is_found_and_named(tmp_path):
     out = write(tmp_path / "out")
     damage(out / "train-000001.tar", b"number 5", b"number\xff5")
     found = problems(out)
-    assert len(found) == 2
-    assert "train-000001.tar: wanted sha256" in found[0]
-    assert found[1].startswith("train-000001.tar key k5: wanted captions in UTF-8")
+    assert len(found) == 3
+    assert "key k5: wanted captions in UTF-8" in found[0]  # a reader stops here
+    assert "train-000001.tar: wanted sha256" in found[1]
+    assert found[2].startswith("train-000001.tar key k5: wanted captions in UTF-8")
     other = write(tmp_path / "other")
     jpeg = open_dataset(other, "train").image_bytes(9)
     damage(other / "train-000002.tar", jpeg[200:], bytes(len(jpeg) - 200))
     assert "train-000002.tar key k9: wanted a picture, found that image cannot be decoded" in problems(other)
+    (other / "train-000000.tar").unlink()
+    found = problems(other)
+    assert "train-000000.tar: wanted a shard that dataset.json names, found no such file" in found[0]
+    assert "train-000000.tar: wanted a shard and its index, found" in found[1]
+    assert len(found) == 4  # the rest was read all the same
 
 
 def test_a_key_that_is_there_twice(tmp_path):

@@ -150,9 +150,9 @@ def test_duplicates_are_left_out_if_so_asked(tmp_path):
 
     first = write(tmp_path / "a", range(4), captions=captions)
     second = write(tmp_path / "b", range(2, 6), captions=captions, quality=60)
-    for duplicates, wanted in (("keep", 8), ("exact", 6), ("near", 6)):
-        make_view(tmp_path / duplicates, [first, second], Choice(duplicates=duplicates))
-        assert len(keys(tmp_path / duplicates)) == wanted
+    for choice, wanted in ((Choice(), 8), (Choice(duplicates="exact"), 6), (Choice(duplicates="near"), 6)):
+        make_view(tmp_path / choice.duplicates, [first, second], choice)
+        assert len(keys(tmp_path / choice.duplicates)) == wanted
     assert keys(tmp_path / "exact") == [*named("a", range(4)), *named("b", [4, 5])]
     # Tars of others say nothing of the published file: only the pixels are alike.
     for tar in second.glob("*.tar"):
@@ -235,7 +235,9 @@ def test_a_view_whose_shard_is_missing(broken):
 
 def test_a_view_with_the_index_of_another_tar(broken):
     shutil.copy(broken.parent / "source" / "train-000001.idx", broken / "train-000000.idx")
-    with pytest.raises(DataError, match="wanted the index that dataset.json names, found another; make the view again"):
+    with pytest.raises(
+        DataError, match=r"wanted the index that dataset\.json names, found another; make the view again"
+    ):
         open_dataset(broken, "train")
 
 

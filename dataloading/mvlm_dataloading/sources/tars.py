@@ -200,13 +200,13 @@ def read_samples(path: Path, max_bytes: int) -> Iterator[Sample]:
         if damage is not None and sample.fault is None and _is_cut(sample):
             sample.fault = damage
         yield sample
-    if damage is None and path.suffix == ".tar" and not _has_end(path):
+    if damage is None and path.suffix == ".tar" and not has_end(path):
         damage = "tar ends early"
     if damage is not None:
         yield Sample(path.name, fault=damage)
 
 
-def _has_end(path: Path) -> bool:
+def has_end(path: Path) -> bool:
     """Whether a tar has the empty block at its end, which one that was cut between two members has not."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - tarfile.BLOCKSIZE))
