@@ -275,5 +275,6 @@ def _lines(pen: Any, caption: str) -> list[str]:
             lines[-1] = longer
         else:
             lines.append(word)
-    lines = [line if pen.textlength(line) <= _CELL else line[:24] + "..." for line in lines]
-    return lines[:3]
+    if len(lines) > 3:
+        lines[2:] = [lines[2] + " ..."]
+    return [line if pen.textlength(line) <= _CELL else line[:20] + " ..." for line in lines]
