@@ -160,10 +160,9 @@ def _matrices(operation: NDArray[np.int64], signed: NDArray[np.float64], side: i
     return matrix
 
 
-def apply(image: Any, drawn: list[Any]) -> Any:
+def apply(dali: Any, image: Any, drawn: list[Any]) -> Any:
     """The stages as a part of a DALI graph with conditionals: image uint8 (S, S, 3), `drawn` the parts of `Drawn`."""
-    from nvidia.dali import fn, types
-
+    fn, types = dali.fn, dali.types
     d = Drawn(*drawn)
     uint8 = types.DALIDataType.UINT8
     if d.warps:
@@ -173,7 +172,7 @@ def apply(image: Any, drawn: list[Any]) -> Any:
     if d.colours:
         # In sixteenths of a level, as 16-bit numbers: DALI's fast paths. Its `color_twist` takes four times as long.
         grey = fn.color_space_conversion(
-            _grey(image), image_type=types.DALIImageType.GRAY, output_type=types.DALIImageType.RGB
+            _grey(dali, image), image_type=types.DALIImageType.GRAY, output_type=types.DALIImageType.RGB
         )
         int16 = types.DALIDataType.INT16
         image = fn.brightness_contrast(image, brightness=16 * d.colour, dtype=int16)
@@ -194,7 +193,7 @@ def apply(image: Any, drawn: list[Any]) -> Any:
             image, mean=low * (1 - flat), std=(high - low) / 255 + flat, dtype=uint8, output_layout="HWC"
         )
     if d.tones:
-        centre = fn.reductions.mean(_grey(image))
+        centre = fn.reductions.mean(_grey(dali, image))
         image = fn.brightness_contrast(
             image, brightness=d.brightness, contrast=d.contrast, contrast_center=centre, dtype=uint8
         )
@@ -203,7 +202,6 @@ def apply(image: Any, drawn: list[Any]) -> Any:
     return image
 
 
-def _grey(image: Any) -> Any:
-    from nvidia.dali import fn, types
-
+def _grey(dali: Any, image: Any) -> Any:
+    fn, types = dali.fn, dali.types
     return fn.color_space_conversion(image, image_type=types.DALIImageType.RGB, output_type=types.DALIImageType.GRAY)

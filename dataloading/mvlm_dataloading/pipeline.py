@@ -80,8 +80,10 @@ def build_pipeline(
     pictures cannot be decoded.
     """
     need("nvidia.dali.fn")
+    dali = need("nvidia.dali")
     define = need("nvidia.dali.pipeline").pipeline_def(enable_conditionals=guard or drawn is not None)
     pipeline = define(_graph)(
+        dali=dali,
         reader={"paths": list(tars), "index_paths": list(indices)},
         draws=draws,
         geometry=geometry,
@@ -99,9 +101,10 @@ def build_pipeline(
     return pipeline
 
 
-def _graph(reader: Any, draws: Any, geometry: Any, device: Any, drawn: Any, tokens: bool, guard: bool) -> Any:
-    from nvidia.dali import fn, types
-
+def _graph(
+    dali: Any, reader: Any, draws: Any, geometry: Any, device: Any, drawn: Any, tokens: bool, guard: bool
+) -> Any:
+    fn, types = dali.fn, dali.types
     kinds, decoding, on_gpu = types.DALIDataType, device["decoding"], device["on_gpu"]
     encoded, text, metadata, ids = fn.readers.webdataset(
         paths=reader["paths"],
@@ -113,14 +116,14 @@ def _graph(reader: Any, draws: Any, geometry: Any, device: Any, drawn: Any, toke
     )
     fine, picture = types.Constant(True), encoded
     if guard:
-        fine = _looks_whole(encoded)
+        fine = _looks_whole(dali, encoded)
         if fine:  # noqa: SIM108 (DALI understands the statement, not the expression)
             picture = encoded
         else:
             picture = types.Constant(np.frombuffer(_BLACK, np.uint8))
     # The decoder gets a window also where that is the whole picture: so the header is read first and a file that is
     # no picture fails there. Given to the decoder of DALI 2.4 straight away, it was seen to kill the process.
-    corner, size = _window(fn.peek_image_shape(picture), draws, geometry)
+    corner, size = _window(dali, fn.peek_image_shape(picture), draws, geometry)
     decoder = {"device": "cpu" if decoding is Decoding.CPU else "mixed", "output_type": types.DALIImageType.RGB}
     if decoding is Decoding.GPU_WHOLE:
         image = fn.slice(fn.decoders.image(picture, **decoder), start=corner, shape=size, axes=[0, 1])
@@ -134,15 +137,14 @@ def _graph(reader: Any, draws: Any, geometry: Any, device: Any, drawn: Any, toke
         image = fn.transpose(image, perm=[2, 0, 1])
     else:
         *parts, mirror = fn.external_source(source=drawn, batch=True, num_outputs=len(Drawn._fields))
-        image = apply(image, [*parts, mirror])
+        image = apply(dali, image, [*parts, mirror])
         image = fn.crop_mirror_normalize(image, mirror=mirror, dtype=kinds.UINT8, output_layout="CHW")
     return image, encoded, text, metadata, ids, fine, corner, size
 
 
-def _looks_whole(encoded: Any) -> Any:
+def _looks_whole(dali: Any, encoded: Any) -> Any:
     """Whether a file begins and ends as a JPEG or a PNG does, or begins as a WebP: a bool scalar."""
-    from nvidia.dali import fn, types
-
+    fn, types = dali.fn, dali.types
     int32 = types.DALIDataType.INT32
     length = encoded.shape(dtype=int32)
     head, tail = (
@@ -155,15 +157,14 @@ def _looks_whole(encoded: Any) -> Any:
     return jpeg | png | (first == 0x5249)
 
 
-def _window(shape: Any, draws: Callable[[int], NDArray[np.float64]], geometry: Geometry) -> tuple[Any, Any]:
+def _window(dali: Any, shape: Any, draws: Callable[[int], NDArray[np.float64]], geometry: Geometry) -> tuple[Any, Any]:
     """Corner (y, x) and size (h, w), int32 (2,) each, of the window to cut from a picture of shape (H, W, 3).
 
     From four uniform numbers u: area = H W (a0 + (a1 - a0) u0), ratio = r0 (r1 / r0)^u1; w = round(sqrt(area ratio))
     and h = round(sqrt(area / ratio)), each clamped to the picture; y = floor(u2 (H - h + 1)), x = floor(u3 (W - w +
     1)).
     """
-    from nvidia.dali import fn, math, types
-
+    fn, types, math = dali.fn, dali.types, dali.math
     whole = fn.cast(fn.slice(shape, 0, 2, axes=[0]), dtype=types.DALIDataType.FLOAT64)  # (H, W)
     if not geometry.random:
         corner = fn.cast(whole * 0, dtype=types.DALIDataType.INT32)

@@ -290,8 +290,13 @@ class _Segment:
             delivered = texts[row].source_info()
             assert delivered.startswith(wanted), f"the reader was to deliver {wanted} and delivered {delivered}"
         self._begin += len(ids)
-        ragged = [[part.at(row).tobytes() for row in range(len(ids))] for part in (texts, metadata)]
-        stored = [tokens.at(row).tobytes() if self._tokens else b"" for row in range(len(ids))]
-        pixels = torch.from_dlpack(images.as_tensor())[: len(ids)]
-        rows = Rows(ids, epochs, pixels, *ragged, stored, lambda row: encoded.at(row).tobytes())
+        rows = Rows(
+            ids=ids,
+            epochs=epochs,
+            images=torch.from_dlpack(images.as_tensor())[: len(ids)],
+            texts=[texts.at(row).tobytes() for row in range(len(ids))],
+            metadata=[metadata.at(row).tobytes() for row in range(len(ids))],
+            tokens=[tokens.at(row).tobytes() if self._tokens else b"" for row in range(len(ids))],
+            encoded=lambda row: encoded.at(row).tobytes(),
+        )
         return rows, np.array(fine.as_tensor())[: len(ids)].astype(bool)
