@@ -1,9 +1,9 @@
-"""One loader in a process of its own, which runs when it is told to: `ready` at first, then a line of JSON for each number.
+"""One loader in a process of its own, which runs when it is told to: for each number a line of JSON.
 
     python -m mvlm_benchmarks.data_worker CONTENDER RECIPE DATA BATCH SIZE
 
-Every contender hands over the same: pictures as normalised float32 (B, 3, S, S), a random window of each (scale 0.2 to 1,
-ratio 3/4 to 4/3) resized with antialiasing, and captions. Ours hands over more: tokens and masks.
+Every contender hands over the same: pictures as normalised float32 (B, 3, S, S), a random window of each (scale 0.2 to
+1, ratio 3/4 to 4/3) resized with antialiasing, and captions. Ours hands over more: tokens and masks.
 """
 
 import json
@@ -150,26 +150,31 @@ BUILD = dict(zip(CONTENDERS, (ours, pil, decode_jpeg, webdataset_pil, webdataset
 def main(contender: str, recipe: str, data: str, batch: str, size: str) -> None:
     torch.set_num_threads(1)
     try:
-        batches = BUILD[contender](Path(data), recipe, int(batch), int(size))
+        if contender.startswith("stage:"):
+            from mvlm_benchmarks import data_stages
+
+            batches = data_stages.batches(contender.removeprefix("stage:"), Path(data), recipe, int(batch), int(size))
+        else:
+            batches = BUILD[contender](Path(data), recipe, int(batch), int(size))
         # The first batch starts threads, workers and caches.
-        images, _ = next(batches)
-        assert (images.dtype, tuple(images.shape)) == (torch.float32, (int(batch), 3, int(size), int(size)))
-        assert 0.3 < float(images.std()) < 3, "pictures that are not normalised"
+        first = next(batches)
+        if not contender.startswith("stage:"):
+            _check(first[0], int(batch), int(size))
     except (ImportError, Missing, NotApplicable) as error:
         print(json.dumps({"status": "missing", "note": one_line(error)}), flush=True)
         return
     print(json.dumps({"status": "ok", "note": ""}), flush=True)
     for line in sys.stdin:
-        started, spent = time.perf_counter(), _cpu()
+        started = time.perf_counter()
         for _ in range(int(line)):
             next(batches)
         seconds = time.perf_counter() - started
-        print(json.dumps({"seconds": seconds, "cpu_s": _cpu() - spent, "rss_mb": _rss_mb()}), flush=True)
+        print(json.dumps({"seconds": seconds, "rss_mb": _rss_mb()}), flush=True)
 
 
-def _cpu() -> float:
-    """Seconds of processor time of this process; of its workers too once they have ended."""
-    return sum(resource.getrusage(who).ru_utime + resource.getrusage(who).ru_stime for who in (0, -1))
+def _check(images: Tensor, batch: int, size: int) -> None:
+    assert (images.dtype, tuple(images.shape)) == (torch.float32, (batch, 3, size, size))
+    assert 0.3 < float(images.std()) < 3, "pictures that are not normalised"
 
 
 def _rss_mb() -> float:

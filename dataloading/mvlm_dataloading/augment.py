@@ -8,7 +8,8 @@ this differs from RandAugment as published (Cubuk et al. 2020), and the operatio
     warp -> colour -> posterize -> solarize -> equalize -> autocontrast -> contrast and brightness -> sharpness -> flip
 
 Operations at magnitude m of 0 to 30, with a sign drawn where there is one, on pixels x in 0..255 (each result rounded
-and clamped to it); they are those of Pillow's `ImageEnhance` and `ImageOps`, which the tests hold them to:
+and clamped to it); but for equalize they are those of Pillow's `ImageEnhance` and `ImageOps`, which the tests hold them
+to:
 
     shear_x, shear_y          by 0.3 m/30 about the centre       translate_x, translate_y   by 150/331 m/30 of the side
     rotate                    by 30 m/30 degrees about the centre      (nearest pixel; outside is 128)
@@ -16,7 +17,8 @@ and clamped to it); they are those of Pillow's `ImageEnhance` and `ImageOps`, wh
     contrast                  f x + (1 - f) mean of grey             brightness   f x
     sharpness                 f x + (1 - f) smooth(x), smooth the 3 x 3 kernel (1 1 1; 1 5 1; 1 1 1) / 13
     posterize                 the upper 8 - round(4 m/30) bits       solarize     255 - x where x >= 256 (1 - m/30)
-    autocontrast, equalize    each channel stretched to 0..255; each channel's histogram made flat
+    autocontrast              each channel stretched to 0..255
+    equalize                  each channel: 255 (c(x) - c0) / (c(255) - c0), c counts pixels up to x, c0 its first step
     identity
 
 Shape legend: n samples, S image side.
@@ -162,7 +164,7 @@ def _matrices(operation: NDArray[np.int64], signed: NDArray[np.float64], side: i
 
 def apply(dali: Any, image: Any, drawn: list[Any]) -> Any:
     """The stages as a part of a DALI graph with conditionals: image uint8 (S, S, 3), `drawn` the parts of `Drawn`."""
-    fn, types = dali.fn, dali.types
+    fn, types, grey_of = dali.fn, dali.types, dali.pipeline.do_not_convert(_grey)
     d = Drawn(*drawn)
     uint8 = types.DALIDataType.UINT8
     if d.warps:
@@ -172,7 +174,7 @@ def apply(dali: Any, image: Any, drawn: list[Any]) -> Any:
     if d.colours:
         # In sixteenths of a level, as 16-bit numbers: DALI's fast paths. Its `color_twist` takes four times as long.
         grey = fn.color_space_conversion(
-            _grey(dali, image), image_type=types.DALIImageType.GRAY, output_type=types.DALIImageType.RGB
+            grey_of(dali, image), image_type=types.DALIImageType.GRAY, output_type=types.DALIImageType.RGB
         )
         int16 = types.DALIDataType.INT16
         image = fn.brightness_contrast(image, brightness=16 * d.colour, dtype=int16)
@@ -193,7 +195,7 @@ def apply(dali: Any, image: Any, drawn: list[Any]) -> Any:
             image, mean=low * (1 - flat), std=(high - low) / 255 + flat, dtype=uint8, output_layout="HWC"
         )
     if d.tones:
-        centre = fn.reductions.mean(_grey(dali, image))
+        centre = fn.reductions.mean(grey_of(dali, image))
         image = fn.brightness_contrast(
             image, brightness=d.brightness, contrast=d.contrast, contrast_center=centre, dtype=uint8
         )

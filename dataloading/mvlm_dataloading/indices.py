@@ -71,7 +71,7 @@ def parse(text: bytes) -> Index:
     start = text.index(b"\n") + 1
     data = np.frombuffer(text, np.uint8)[start:]
     word_end = np.flatnonzero((data == _BLANK) | (data == _NEWLINE))  # (w,)
-    word_begin = np.concatenate([[0], word_end[:-1] + 1]).astype(np.int64)
+    word_begin = np.append(0, word_end + 1)[:-1]
     if (word_end == word_begin).any():
         raise ValueError("an empty word")
     line_ends = np.flatnonzero(data[word_end] == _NEWLINE)  # (n,) the number of each line's last word
@@ -89,7 +89,7 @@ def parse(text: bytes) -> Index:
         part.offset[line[chosen]], part.size[line[chosen]] = offset[chosen], size[chosen]
         parts[name] = part
     end = start + word_end[line_ends]
-    return Index(text, np.concatenate([[start], end[:-1] + 1]).astype(np.int64), end.astype(np.int64), parts)
+    return Index(text, np.append(start, end + 1)[:-1], end, parts)
 
 
 def _codes(data: UInt8, begin: Int64, end: Int64) -> Int64:

@@ -104,7 +104,7 @@ def build_pipeline(
 def _graph(
     dali: Any, reader: Any, draws: Any, geometry: Any, device: Any, drawn: Any, tokens: bool, guard: bool
 ) -> Any:
-    fn, types = dali.fn, dali.types
+    fn, types, as_is = dali.fn, dali.types, dali.pipeline.do_not_convert
     kinds, decoding, on_gpu = types.DALIDataType, device["decoding"], device["on_gpu"]
     encoded, text, metadata, ids = fn.readers.webdataset(
         paths=reader["paths"],
@@ -116,14 +116,14 @@ def _graph(
     )
     fine, picture = types.Constant(True), encoded
     if guard:
-        fine = _looks_whole(dali, encoded)
+        fine = as_is(_looks_whole)(dali, encoded)
         if fine:  # noqa: SIM108 (DALI understands the statement, not the expression)
             picture = encoded
         else:
             picture = types.Constant(np.frombuffer(_BLACK, np.uint8))
     # The decoder gets a window also where that is the whole picture: so the header is read first and a file that is
     # no picture fails there. Given to the decoder of DALI 2.4 straight away, it was seen to kill the process.
-    corner, size = _window(dali, fn.peek_image_shape(picture), draws, geometry)
+    corner, size = as_is(window)(dali, fn.peek_image_shape(picture), draws, geometry)
     decoder = {"device": "cpu" if decoding is Decoding.CPU else "mixed", "output_type": types.DALIImageType.RGB}
     if decoding is Decoding.GPU_WHOLE:
         image = fn.slice(fn.decoders.image(picture, **decoder), start=corner, shape=size, axes=[0, 1])
@@ -157,7 +157,7 @@ def _looks_whole(dali: Any, encoded: Any) -> Any:
     return jpeg | png | (first == 0x5249)
 
 
-def _window(dali: Any, shape: Any, draws: Callable[[int], NDArray[np.float64]], geometry: Geometry) -> tuple[Any, Any]:
+def window(dali: Any, shape: Any, draws: Callable[[int], NDArray[np.float64]], geometry: Geometry) -> tuple[Any, Any]:
     """Corner (y, x) and size (h, w), int32 (2,) each, of the window to cut from a picture of shape (H, W, 3).
 
     From four uniform numbers u: area = H W (a0 + (a1 - a0) u0), ratio = r0 (r1 / r0)^u1; w = round(sqrt(area ratio))

@@ -170,7 +170,9 @@ class Stage:
                 return action(f"{self._root}/{name}")
             except FileNotFoundError:
                 raise DataError(f"{self.url}/{name}: wanted a file that the data set needs, found none") from None
-            except (OSError, TimeoutError) as error:
+            except DataError:
+                raise
+            except Exception as error:  # every kind of store has errors of its own
                 if attempt + 1 == _ATTEMPTS:
                     raise DataError(
                         f"{self.url}/{name}: wanted to read it, failed {_ATTEMPTS} times: {error or repr(error)}; "
