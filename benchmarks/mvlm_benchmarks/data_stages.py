@@ -22,6 +22,7 @@ from mvlm_dataloading.indices import IMAGE_EXTENSIONS
 from mvlm_dataloading.order import Stream, write_index_views
 from mvlm_dataloading.pipeline import Geometry, build_pipeline, window
 from mvlm_dataloading.randomness import Purpose, uniforms
+from mvlm_dataloading.resize import Resize
 
 STAGES = ("read", "decode", "resize", "augment", "hand-over")
 THREADS = 2
@@ -62,7 +63,8 @@ def _part(stage: str, tars: list[str], indices: list[str], draws: Any, batch: in
 
     fn: Any = dali.fn
     types: Any = dali.types
-    pipeline = dali.Pipeline(batch_size=batch, num_threads=THREADS, device_id=None, prefetch_queue_depth=2)
+    make: Any = dali.pipeline.Pipeline
+    pipeline = make(batch_size=batch, num_threads=THREADS, device_id=None, prefetch_queue_depth=2)
     with pipeline:
         result = encoded = fn.readers.webdataset(
             paths=tars,
@@ -76,8 +78,8 @@ def _part(stage: str, tars: list[str], indices: list[str], draws: Any, batch: in
                 encoded, start=corner, shape=shape, axes=[0, 1], output_type=types.DALIImageType.RGB
             )
         if stage == "resize":
-            linear = types.DALIInterpType.INTERP_LINEAR
-            result = fn.resize(result, size=[size, size], interp_type=linear, antialias=True)
+            function = Resize(size, THREADS, planes=True)
+            result = fn.python_function(result, function=function, batch_processing=True, output_layouts="CHW")
         pipeline.set_outputs(result)
     pipeline.build()
     return pipeline

@@ -11,6 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mvlm_benchmarks.reasons import Missing, NotApplicable, one_line
 from mvlm_dataloading import Dataset, open_dataset
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-WINDOW = {"scale": (0.2, 1.0), "ratio": (3 / 4, 4 / 3)}
+SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # of the windows
 WORKERS = 2
 RECIPES = ("crop", "crop+randaug")
 CONTENDERS = ("ours", "pil", "decode_jpeg", "webdataset+pil", "webdataset+simplejpeg")
@@ -50,7 +51,7 @@ def _pil_transform(recipe: str, size: int) -> Callable[[Any], Tensor]:
     from torchvision import transforms as t
 
     more = [t.RandAugment(2, 9)] if recipe == "crop+randaug" else []
-    return t.Compose([t.RandomResizedCrop(size, **WINDOW), *more, t.ToTensor(), t.Normalize(MEAN, STD)])
+    return t.Compose([t.RandomResizedCrop(size, SCALE, RATIO), *more, t.ToTensor(), t.Normalize(MEAN, STD)])
 
 
 def _tensor_transform(recipe: str, size: int) -> Callable[[Any], Tensor]:
@@ -59,7 +60,7 @@ def _tensor_transform(recipe: str, size: int) -> Callable[[Any], Tensor]:
     more = [t.RandAugment(2, 9)] if recipe == "crop+randaug" else []
     return t.Compose(
         [
-            t.RandomResizedCrop(size, **WINDOW, antialias=True),
+            t.RandomResizedCrop(size, SCALE, RATIO, antialias=True),
             *more,
             t.ToDtype(torch.float32, scale=True),
             t.Normalize(MEAN, STD),
@@ -109,7 +110,7 @@ def webdataset_simplejpeg(data: Path, recipe: str, batch: int, size: int) -> Bat
 
 def _webdataset(data: Path, decode: Callable, transform: Callable, batch: int) -> Batches:
     try:
-        import webdataset
+        webdataset: Any = import_module("webdataset")
     except ImportError:
         raise Missing("webdataset is not installed") from None
     dataset = open_dataset(data, "train")
@@ -144,7 +145,9 @@ def _decode_simplejpeg(image: bytes) -> Tensor:
     return torch.from_numpy(simplejpeg.decode_jpeg(image)).permute(2, 0, 1)
 
 
-BUILD = dict(zip(CONTENDERS, (ours, pil, decode_jpeg, webdataset_pil, webdataset_simplejpeg), strict=True))
+BUILD: dict[str, Callable[..., Batches]] = dict(
+    zip(CONTENDERS, (ours, pil, decode_jpeg, webdataset_pil, webdataset_simplejpeg), strict=True)
+)
 
 
 def main(contender: str, recipe: str, data: str, batch: str, size: str) -> None:

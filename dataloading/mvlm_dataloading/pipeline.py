@@ -1,4 +1,4 @@
-"""The DALI graph: read, cut a window, decode, resize. One graph for the CPU and the GPU.
+"""The DALI graph: read, cut a window, decode, resize, augment. One graph for the CPU and the GPU.
 
 Shape legend: B batch, S image side, H and W of the picture as stored.
 """
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from .augment import Drawn, apply
 from .errors import need
 from .indices import IMAGE_EXTENSIONS
+from .resize import Resize
 
 # A black picture of one pixel, as PNG.
 _BLACK = bytes.fromhex(
@@ -87,7 +88,7 @@ def build_pipeline(
         reader={"paths": list(tars), "index_paths": list(indices)},
         draws=draws,
         geometry=geometry,
-        device={"on_gpu": device_id is not None, "decoding": decoding},
+        device={"on_gpu": device_id is not None, "decoding": decoding, "num_threads": num_threads},
         drawn=drawn,
         tokens=tokens,
         guard=guard,
@@ -132,10 +133,14 @@ def _graph(
     if on_gpu and decoding is Decoding.CPU:
         image = image.gpu()
     side = geometry.image_size
-    image = fn.resize(image, size=[side, side], interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
-    if drawn is None:
-        image = fn.transpose(image, perm=[2, 0, 1])
+    if on_gpu:
+        image = fn.resize(image, size=[side, side], interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
     else:
+        resize = Resize(side, device["num_threads"], planes=drawn is None)
+        image = fn.python_function(image, function=resize, batch_processing=True, output_layouts=resize.layout)
+    if drawn is None and on_gpu:
+        image = fn.transpose(image, perm=[2, 0, 1])
+    if drawn is not None:
         *parts, mirror = fn.external_source(source=drawn, batch=True, num_outputs=len(Drawn._fields))
         image = apply(dali, image, [*parts, mirror])
         image = fn.crop_mirror_normalize(image, mirror=mirror, dtype=kinds.UINT8, output_layout="CHW")

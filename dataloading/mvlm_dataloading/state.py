@@ -60,7 +60,13 @@ def hash_of(values: dict[str, Any]) -> str:
 def versions() -> dict[str, str]:
     """Of the packages that a picture's or a token's value may depend on."""
     found = {}
-    for name in ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12"):
+    for name in (
+        "torch",
+        "nvidia-dali-cuda130",
+        "nvidia-dali-cuda120",
+        "nvidia-nvimgcodec-cu13",
+        "nvidia-nvimgcodec-cu12",
+    ):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -99,7 +105,7 @@ def compare(state: dict[str, Any], now: dict[str, Any], *, folder: Any, other_da
     if not same["text"]:
         changed.append("tokenizer, text length or masks")
     if not same["versions"]:
-        changed.append("the version of DALI or its decoders")
+        changed.append("the version of torch, DALI or its decoders")
     same_data = "the data" not in changed
     return Resumed(
         exact_pixels=same_data and same["pictures"] and same["versions"],
