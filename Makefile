@@ -6,7 +6,7 @@ DATA   ?= data/emoji
 RUN    ?= runs/demo
 STEPS  ?= 640
 
-.PHONY: demo test test-gpu test-triton wheel-smoke aot traffic check format clean
+.PHONY: demo test test-gpu faults-loading test-triton wheel-smoke aot traffic check format clean
 
 # The stamp is older than pyproject.toml when a dependency changed, and the packages are then brought up to date.
 $(VENV)/.installed: pyproject.toml
@@ -25,6 +25,10 @@ demo: $(VENV)/.installed $(DATA)/dataset.json
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# Fifty loading processes killed at random moments; `make test` kills ten.
+faults-loading: $(VENV)/.installed $(DATA)/dataset.json
+	$(BIN)/python tests/dataloading/loading_faults.py $(DATA) --kills 50
 
 # Kernels compile on a GPU, so this process must not interpret them.
 test-gpu: $(VENV)/.installed
