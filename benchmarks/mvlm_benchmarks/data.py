@@ -131,7 +131,10 @@ def run(
         verdict = {"step_pairs_per_s": need, "loader_images_per_s": ours, "loader_over_step": round(ours / need, 3)}
         enough = "feeds it" if ours >= need else f"is short of it: {need / ours:.1f} times these cores are needed"
         print(f"a step takes {need:.0f} pairs/s; the loader's {ours:.0f} images/s on this machine {enough}")
-    memory = _soak(data, shape, soak) if soak else {}
+    memory: dict[str, Any] = {}
+    if soak:
+        _write(rows, stages, verdict, memory, about, out, data, json_file)  # a soak is long and may be cut short
+        memory = _soak(data, shape, soak)
     return _write(rows, stages, verdict, memory, about, out, data, json_file)
 
 
@@ -269,6 +272,7 @@ def _write(
     out.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^a-z0-9]+", "-", f"data {data.name} {about['device'].split(',')[0]}".lower()).strip("-")
     files = [out / f"{name}.csv"]
+    rows = list(rows)
     versions = "; ".join(f"{package} {found}" for package, found in about["versions"].items() if found)
     columns = {key: about[key] for key in MACHINE_COLUMNS} | {"versions": versions}
     for recipe, found in stages.items():
