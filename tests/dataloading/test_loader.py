@@ -9,7 +9,7 @@ import tokenizers
 import torch
 
 from mvlm_dataloading import DataError, Loader, Tokenizer, draw_patch_masks, draw_token_masks, open_dataset
-from mvlm_dataloading import loader as loader_module
+from mvlm_dataloading import reader as reader_module
 from mvlm_dataloading.randomness import text_hash
 
 
@@ -91,6 +91,17 @@ def test_samples_are_the_same_in_batches_of_any_size(train_split, tokenizer):
     for settings in ({"batch_size": 1}, {"batch_size": 7, "num_threads": 1}, {"batch_size": 60}, {"batch_size": 50}):
         count = -(-120 // settings["batch_size"])
         assert rows(take(load(train_split, tokenizer, **settings), count))[:120] == wanted
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_every_global_batch(train_split, tokenizer, world_size):
+    """Row for row what one rank sees, through the end of an epoch."""
+    wanted = rows(take(load(train_split, tokenizer), 16))
+    shares = [
+        [rows([pair]) for pair in take(load(train_split, tokenizer, rank=rank, world_size=world_size), 16)]
+        for rank in range(world_size)
+    ]
+    assert [row for step in range(16) for share in shares for row in share[step]] == wanted
 
 
 def test_a_batch_larger_than_the_data_set_goes_round(train_split, tokenizer):
@@ -190,7 +201,7 @@ def test_a_state_of_other_data_is_refused(train_split, waves, tokenizer):
 
 def test_readers_are_exchanged_without_a_seam(train_split, tokenizer, monkeypatch):
     wanted = rows(take(load(train_split, tokenizer), 20))
-    monkeypatch.setattr(loader_module, "_FIRST_SEGMENT_BATCHES", 3)
+    monkeypatch.setattr(reader_module, "_FIRST_SEGMENT_BATCHES", 3)
     assert rows(take(load(train_split, tokenizer), 20)) == wanted
     one_pass = [row["sample"] for row in rows(load(train_split, tokenizer, train=False))]
     assert one_pass == list(range(60))
@@ -206,10 +217,12 @@ def test_batches_stay_as_they_are_while_loading_goes_on(train_split, tokenizer):
 
 
 def test_a_reader_that_delivers_something_else_is_found_out(train_split, tokenizer):
-    loader = load(train_split, tokenizer)
+    loader = load(train_split, tokenizer, ahead=0)
     take(loader, 1)
-    assert loader._segment is not None
-    loader._segment._ids[8:16] = loader._segment._ids[8:16][::-1].copy()
+    assert loader._source is not None
+    segment = loader._source._reader._segment
+    assert segment is not None
+    segment._ids[8:16] = segment._ids[8:16][::-1].copy()
     with pytest.raises(AssertionError, match="the reader was to deliver"):
         take(loader, 1)
 
@@ -239,6 +252,9 @@ def test_no_index_views_are_left(train_split, tokenizer, tmp_path, monkeypatch):
         ({"max_bad_fraction": 1.0}, r"wanted max_bad_fraction in \[0, 1\), got 1.0"),
         ({"text_mask_ratio": 2.0}, r"wanted a token mask ratio in \[0, 1\], got 2.0"),
         ({"text_length": 2}, "wanted a text length of at least 3"),
+        ({"world_size": 3}, "wanted a global batch_size that the ranks can share evenly, got 8 for 3 ranks"),
+        ({"rank": 2, "world_size": 2}, "wanted a rank from 0 to world_size - 1, got rank 2 of 2"),
+        ({"world_size": 2, "train": False}, "wanted one rank for a pass in order"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_at_once(train_split, tokenizer, settings, message):
