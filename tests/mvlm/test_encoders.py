@@ -116,7 +116,10 @@ def test_the_text_encoder_is_transformers_roberta(toys):
         found = ours(batch.tokens, rows, key_mask)
     assert key_mask.sum(1).tolist() == [7, 4, 12, 3, 9]
     torch.testing.assert_close(found, wanted[key_mask], rtol=0, atol=1e-10)
-    assert (found[~key_mask] == 0).all()
+    spread, places = PackedText(found, batch.cu_seqlens, batch.max_length).padded()
+    assert places.equal(key_mask)
+    assert spread[key_mask].equal(found)
+    assert (spread[~key_mask] == 0).all()
 
 
 def test_masked_patches_become_the_mask_token(toys):
