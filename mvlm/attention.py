@@ -3,9 +3,12 @@
 Shape legend: B batch, Lq queries, Lk keys, C width, H heads, D head width.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
@@ -25,9 +28,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> T
 
 
 def spread(x: Tensor, rows: Tensor, key_mask: Tensor) -> Tensor:
-    """Packed x (T, C) -> (B, L, C) with zeros for padding; rows int64 (T,) are places in (B, L), flattened."""
-    places = x.new_zeros(key_mask.numel(), x.shape[-1]).index_copy(0, rows, x)
-    return places.view(*key_mask.shape, -1)
+    """Packed x (T, C) -> (B, L, C) with zeros for padding; rows int64 (T,) are places in (B, L), flattened.
+
+    A place from B*L on is none: one more row takes what belongs to no caption.
+    """
+    places = x.new_zeros(key_mask.numel() + 1, x.shape[-1]).index_copy(0, rows.clamp(max=key_mask.numel()), x)
+    return places[:-1].view(*key_mask.shape, -1)
 
 
 class Attention(nn.Module):
@@ -61,6 +67,11 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, L, C) -> (B, H, L, D)
+
+
+def run_block(block: nn.Module, *inputs: Any, again: bool) -> Tensor:
+    """block(*inputs). With `again`, nothing inside it is kept for backward, which runs it once more instead."""
+    return checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)  # pyright: ignore[reportReturnType]
 
 
 class FeedForward(nn.Module):

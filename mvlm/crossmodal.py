@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from mvlm.attention import Attention, FeedForward
+from mvlm.attention import Attention, FeedForward, run_block
 
 
 class CrossBlock(nn.Module):
@@ -55,6 +55,8 @@ class CrossEncoder(nn.Module):
 
     def __init__(self, width: int, heads: int, layers: int, norm: Literal["post", "pre"]) -> None:
         super().__init__()
+        self.checkpoint = False
+        """Whether backward runs each block again instead of keeping what is inside it."""
         self.blocks = nn.ModuleList(CrossBlock(width, heads, norm) for _ in range(layers))
         self.norm = nn.LayerNorm(width, eps=1e-5) if norm == "pre" else nn.Identity()
 
@@ -70,6 +72,7 @@ class CrossEncoder(nn.Module):
 
         Returns (B, L, C), or with `first_row_only` the first row (B, 1, C), for which the last block computes no other.
         """
+        again = self.checkpoint
         for block in self.blocks[:-1]:
-            x = block(x, memory, key_mask, memory_mask)
-        return self.norm(self.blocks[-1](x, memory, key_mask, memory_mask, first_row_only))
+            x = run_block(block, x, memory, key_mask, memory_mask, again=again)
+        return self.norm(run_block(self.blocks[-1], x, memory, key_mask, memory_mask, first_row_only, again=again))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mvlm.attention import Attention, FeedForward, spread
+from mvlm.attention import Attention, FeedForward, run_block, spread
 from mvlm.config import MaskVLMConfig
 
 
@@ -49,6 +49,8 @@ class ImageEncoder(nn.Module):
     def __init__(self, config: MaskVLMConfig) -> None:
         super().__init__()
         self.patch_size = config.patch_size
+        self.checkpoint = False
+        """Whether backward runs each block again instead of keeping what is inside it."""
         self.register_buffer("mean", torch.tensor(config.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.image_std).view(3, 1, 1), persistent=False)
         self.patch_projection = nn.Linear(config.patch_values, config.width)
@@ -75,7 +77,7 @@ class ImageEncoder(nn.Module):
         cls = self.cls_token.to(x.dtype).expand(len(x), 1, -1)
         x = torch.cat([cls, x], dim=1) + self.position  # (B, 1+N, C)
         for block in self.blocks:
-            x = block(x)
+            x = run_block(block, x, again=self.checkpoint)
         return self.norm(x)
 
 
@@ -100,6 +102,8 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: MaskVLMConfig) -> None:
         super().__init__()
+        self.checkpoint = False
+        """As in the image encoder."""
         self.words = nn.Embedding(config.vocab_size, config.width)
         self.position = nn.Parameter(torch.zeros(config.text_length, config.width))
         self.norm = nn.LayerNorm(config.width, eps=1e-5)
@@ -113,7 +117,7 @@ class TextEncoder(nn.Module):
         place = rows % key_mask.shape[1]  # (T,) within its caption
         x = self.norm(self.words(tokens) + self.position.index_select(0, place))  # (T, C)
         for block in self.blocks:
-            x = block(x, rows, key_mask)
+            x = run_block(block, x, rows, key_mask, again=self.checkpoint)
         return x
 
 

@@ -1,0 +1,127 @@
+"""The model on several ranks: torch's DDP or FSDP2 around it, gradient norms, and a split model made whole."""
+
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from mvlm.crossmodal import CrossBlock, CrossEncoder
+from mvlm.distributed import World
+from mvlm.encoders import ImageBlock, ImageEncoder, TextBlock, TextEncoder
+from mvlm.errors import ConfigError
+from mvlm.model import MaskVLM
+
+T = TypeVar("T")
+
+
+class _Call(nn.Module):
+    """Runs a function of the model as its forward, where DDP and FSDP2 hook in; a step has several parts."""
+
+    def __init__(self, model: MaskVLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[[MaskVLM], Any]) -> Any:
+        return function(self.model)
+
+
+class Parallel:
+    """A model whose gradients are the mean over ranks after the last backward pass of a step.
+
+    `parallel(function, last=...)` returns `function(model)`. Parts of a step go through it one after another, and its
+    last one says so: DDP adds up over ranks in the backward pass of that one, which has to use every parameter.
+    FSDP2 gathers parameters for each part and adds up after each.
+    """
+
+    def __init__(self, model: MaskVLM, call: nn.Module, last: nn.Module) -> None:
+        self.model, self._call, self._last = model, call, last
+
+    def __call__(self, function: Callable[[MaskVLM], T], last: bool = True) -> T:
+        return (self._last if last else self._call)(function)
+
+
+def parallelize(
+    model: MaskVLM,
+    world: World,
+    kind: Literal["ddp", "fsdp"] = "ddp",
+    *,
+    nodes: int | None = None,
+    dtype: torch.dtype | None = None,
+    blocks: bool = True,
+) -> Parallel:
+    """The model, on its rank's device and with the same weights on every rank, made ready for `backward_global`.
+
+    With "fsdp" its parameters become DTensors in place: make the optimizer afterwards. They are split over the ranks of
+    a node and kept once on each of `nodes` nodes (as torchrun tells, when not given), which is HSDP. `dtype` is what
+    blocks gather and compute in; gradients are added up in the parameters' own. With `blocks` each block is gathered
+    when it is called and freed after it; without, the whole model at the start of a part, for a plan that
+    reads parameters without calling the block that holds them.
+    """
+    call = _Call(model)
+    if world.size == 1:
+        return Parallel(model, call, call)
+    if kind == "ddp":
+        devices = [world.device] if world.device.type == "cuda" else None
+        last = DistributedDataParallel(call, device_ids=devices, gradient_as_bucket_view=True)
+        return Parallel(model, call, last)
+    mesh = _mesh(world, nodes)
+    if blocks:
+        # Inputs are left alone: residual streams are as wide as autocast makes them.
+        precision = MixedPrecisionPolicy(
+            param_dtype=dtype, reduce_dtype=model.log_scale.dtype, cast_forward_inputs=False
+        )
+        for module in model.modules():
+            if isinstance(module, (ImageBlock, TextBlock, CrossBlock)):
+                fully_shard(module, mesh=mesh, mp_policy=precision)
+    # What is in no block, with the temperature and the embeddings, keeps its precision.
+    fully_shard(call, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    return Parallel(model, call, call)
+
+
+def _mesh(world: World, nodes: int | None) -> DeviceMesh:
+    """All ranks in one dimension, or (nodes, ranks of a node)."""
+    if nodes is None:
+        nodes = max(1, world.size // int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
+    if world.size % nodes:
+        raise ConfigError(f"nodes: wanted a divisor of the {world.size} ranks, got {nodes}; start as many on each node")
+    if nodes == 1:
+        return init_device_mesh(world.device.type, (world.size,))
+    return init_device_mesh(world.device.type, (nodes, world.size // nodes), mesh_dim_names=("replicated", "split"))
+
+
+def checkpoint_activations(model: MaskVLM) -> None:
+    """From now on backward runs every block again instead of keeping what is inside it; the gradients are the same."""
+    for module in model.modules():
+        if isinstance(module, (ImageEncoder, TextEncoder, CrossEncoder)):
+            module.checkpoint = True
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """L2 norm of all gradients together, a scalar on the device, whether they are split over ranks or not."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
+    """Scale all gradients so that their norm is at most `largest`. Returns the norm before."""
+    parameters = list(parameters)
+    norm = gradient_norm(parameters)
+    nn.utils.clip_grads_with_norm_(parameters, largest, norm)
+    return norm
+
+
+def whole_model(model: MaskVLM) -> MaskVLM:
+    """The model itself where its weights are whole, else a copy with all of them, on every rank. Not for training."""
+    if not any(isinstance(p, DTensor) for p in model.parameters()):
+        return model
+    whole = MaskVLM(model.config).to(model.log_scale.device)
+    with torch.no_grad():
+        for ours, theirs in zip(whole.parameters(), model.parameters(), strict=True):
+            ours.data = theirs.full_tensor() if isinstance(theirs, DTensor) else theirs.detach()
+    return whole.train(model.training)
