@@ -51,6 +51,8 @@ class Shown(NamedTuple):
     """(b, 1+N, C), or (2b, 1+N, C) with the drawn ones after the own."""
     text: PackedText
     """b or 2b captions alike."""
+    memories: Any = None
+    """What the plan has made of both already, if anything."""
 
 
 class Step(NamedTuple):
@@ -136,7 +138,7 @@ def _one_graph(parallel: Parallel, microbatches: Sequence[Microbatch], now: Step
             if contrasted:
                 embeddings = model.embed_image(streams.image), model.embed_text(streams.text.first())  # (b, E)
                 itc, negatives = contrast(*embeddings, model.log_scale, now.draw, now.place)
-                shown = Shown(streams.image, streams.text)
+                shown = Shown(streams.image, streams.text, streams.memories)
                 if not now.near:
                     own = _features(streams.image, streams.text, model)
                     shown = _beside(own, _fetch([own], negatives, now))
@@ -287,6 +289,6 @@ def _matching_share(model: MaskVLM, shown: Shown, negatives: Negatives, total: T
     weights = _weights(negatives)
     labels = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])  # 1 = match
     logits = now.plan.match_pairs(
-        model, shown.image, shown.text, torch.cat([own, own, images]), torch.cat([own, texts, own])
+        model, shown.image, shown.text, torch.cat([own, own, images]), torch.cat([own, texts, own]), shown.memories
     )
     return objectives.matching_loss(logits, labels, weights) * (weights.sum() / total)

@@ -6,18 +6,20 @@ text features (B, L, C), [CLS] first, padded at the end, with a key mask bool (B
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvlm import objectives, plain
+from mvlm import fast, objectives, plain
 from mvlm.config import MaskVLMConfig
 from mvlm.crossmodal import CrossEncoder
 from mvlm.encoders import ImageEncoder, PackedText, TextEncoder, padded_places, patchify
 from mvlm.objectives import Losses
 from mvlm_dataloading import Batch, Masks
 
+PLANS = {"plain": plain, "fast": fast}
 PIXEL_MODULES = ("image_cross.", "image_decoder.", "pixel_head")
 """Name prefixes of what rebuilds pixels; it has a learning rate and an initialisation of its own."""
 
@@ -31,9 +33,13 @@ class LanguageHead(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-5)
         self.vocabulary = nn.Linear(config.width, config.vocab_size)
 
+    def transform(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C), all but the vocabulary projection."""
+        return self.norm(F.gelu(self.dense(x)))
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> logits (..., V)."""
-        return self.vocabulary(self.norm(F.gelu(self.dense(x))))
+        return self.vocabulary(self.transform(x))
 
 
 class MaskVLM(nn.Module):
@@ -133,14 +139,25 @@ class MaskVLM(nn.Module):
         return patches.gather(1, patch_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
 
     def forward(
-        self, batch: Batch, masks: Masks, *, seed: int = 0, step: int = 0, reconstruction_only: bool = False
+        self,
+        batch: Batch,
+        masks: Masks,
+        *,
+        seed: int = 0,
+        step: int = 0,
+        reconstruction_only: bool = False,
+        plan: Literal["plain", "fast"] = "plain",
     ) -> Losses:
         """The four losses of one batch.
 
         `seed` and `step` choose ITM's negatives. With `reconstruction_only`, ITC and ITM are zero and cost nothing.
+        `plan` is how it is computed, not what: `mvlm.plain` is written to be read, `mvlm.fast` to be run.
         """
-        streams = plain.encode(self, batch, masks)
-        mlm, mim = plain.reconstruction_losses(self, streams, batch, masks)
+        if plan not in PLANS:
+            raise ValueError(f"plan: wanted {' or '.join(PLANS)}, got {plan!r}")
+        steps = PLANS[plan]
+        streams = steps.encode(self, batch, masks)
+        mlm, mim = steps.reconstruction_losses(self, streams, batch, masks)
         if reconstruction_only:
             itc = itm = torch.zeros_like(mim)
         else:
@@ -148,7 +165,9 @@ class MaskVLM(nn.Module):
             logits = objectives.contrastive_logits(image, text, self.log_scale)
             itc = objectives.contrastive_loss(logits)
             pairs = objectives.matching_pairs(logits, batch.image_id, batch.text_id, seed, step)
-            match = plain.match_pairs(self, streams.image, streams.text, pairs.images, pairs.texts)  # (3B, 2)
+            match = steps.match_pairs(
+                self, streams.image, streams.text, pairs.images, pairs.texts, streams.memories
+            )  # (3B, 2)
             itm = objectives.matching_loss(match, pairs.labels, pairs.weights)
         return Losses(mlm, mim, itc, itm, mlm + mim + itc + itm)
 

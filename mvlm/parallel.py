@@ -1,22 +1,26 @@
 """The model on several ranks: torch's DDP or FSDP2 around it, gradient norms, and a split model made whole."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from mvlm.crossmodal import CrossBlock, CrossEncoder
+from mvlm.crossmodal import CrossBlock
 from mvlm.distributed import World
-from mvlm.encoders import ImageBlock, ImageEncoder, TextBlock, TextEncoder
+from mvlm.encoders import ImageBlock, TextBlock
 from mvlm.errors import ConfigError
 from mvlm.model import MaskVLM
 
+BLOCKS = (ImageBlock, TextBlock, CrossBlock)
 T = TypeVar("T")
 
 
@@ -53,15 +57,13 @@ def parallelize(
     *,
     nodes: int | None = None,
     dtype: torch.dtype | None = None,
-    blocks: bool = True,
 ) -> Parallel:
     """The model, on its rank's device and with the same weights on every rank, made ready for `backward_global`.
 
     With "fsdp" its parameters become DTensors in place: make the optimizer afterwards. They are split over the ranks of
-    a node and kept once on each of `nodes` nodes (as torchrun tells, when not given), which is HSDP. `dtype` is what
-    blocks gather and compute in; gradients are added up in the parameters' own. With `blocks` each block is gathered
-    when it is called and freed after it; without, the whole model at the start of a part, for a plan that
-    reads parameters without calling the block that holds them.
+    a node and kept once on each of `nodes` nodes (as torchrun tells, when not given), which is HSDP. Each block is
+    gathered when it is called and freed after it, in `dtype` if that is given; gradients are added up in the
+    parameters' own.
     """
     call = _Call(model)
     if world.size == 1:
@@ -70,15 +72,16 @@ def parallelize(
         devices = [world.device] if world.device.type == "cuda" else None
         last = DistributedDataParallel(call, device_ids=devices, gradient_as_bucket_view=True)
         return Parallel(model, call, last)
+    # Keys and values are views of one product. The warning is about changing them in place, which nothing does.
+    warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     mesh = _mesh(world, nodes)
-    if blocks:
-        # Inputs are left alone: residual streams are as wide as autocast makes them.
-        precision = MixedPrecisionPolicy(
-            param_dtype=dtype, reduce_dtype=model.log_scale.dtype, cast_forward_inputs=False
-        )
-        for module in model.modules():
-            if isinstance(module, (ImageBlock, TextBlock, CrossBlock)):
-                fully_shard(module, mesh=mesh, mp_policy=precision)
+    # Inputs are left alone: residual streams are as wide as autocast makes them.
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=model.log_scale.dtype, cast_forward_inputs=False)
+    for module in model.modules():
+        if isinstance(module, BLOCKS):
+            fully_shard(module, mesh=mesh, mp_policy=precision)
+        if isinstance(module, CrossBlock):
+            register_fsdp_forward_method(module, "keys_values")  # the fast plan asks for them by themselves
     # What is in no block, with the temperature and the embeddings, keeps its precision.
     fully_shard(call, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     return Parallel(model, call, call)
@@ -98,8 +101,9 @@ def _mesh(world: World, nodes: int | None) -> DeviceMesh:
 def checkpoint_activations(model: MaskVLM) -> None:
     """From now on backward runs every block again instead of keeping what is inside it; the gradients are the same."""
     for module in model.modules():
-        if isinstance(module, (ImageEncoder, TextEncoder, CrossEncoder)):
-            module.checkpoint = True
+        if isinstance(module, BLOCKS):
+            # Inside the module's call, so that FSDP2's hooks are around it and gather parameters once for both.
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
 def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:

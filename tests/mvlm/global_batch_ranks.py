@@ -188,28 +188,21 @@ def combinations(ranks: int) -> list[dict[str, Any]]:
             {"kind": kind, "microbatches": microbatches, "again": False, "reconstruction_only": True}
             for kind, microbatches in itertools.product(kinds, (1, 2))
         ]
-        every += [
-            {"kind": "fsdp whole", "microbatches": microbatches, "again": False, "reconstruction_only": False}
-            for microbatches in (1, 2)
-        ]
-    return every
+    if ranks == 4:  # one plan each, to save time
+        return [case | {"plan": "fast" if case["microbatches"] == 2 else "plain"} for case in every]
+    return [case | {"plan": plan} for case in every for plan in ("plain", "fast")]
 
 
 def run(toys: Any, world: Any, oracles: dict[bool, Oracle], case: dict[str, Any]) -> dict[str, Any]:
     from mvlm.global_batch import backward_global
+    from mvlm.model import PLANS
     from mvlm.parallel import checkpoint_activations, clip_gradients, parallelize, whole_model
 
     kind, number, alone = case["kind"], case["microbatches"], case["reconstruction_only"]
     model = toys.micro_model(**SHALLOW)
     if case["again"]:
         checkpoint_activations(model)
-    parallel = parallelize(
-        model,
-        world,
-        "ddp" if kind == "ddp" else "fsdp",
-        nodes=2 if kind == "hsdp" else 1,
-        blocks=kind != "fsdp whole",
-    )
+    parallel = parallelize(model, world, "ddp" if kind == "ddp" else "fsdp", nodes=2 if kind == "hsdp" else 1)
     batch, masks = whole_batch(toys)
     size = len(LENGTHS) // (world.size * number)
     micro = [piece(batch, masks, (a * world.size + world.rank) * size, size) for a in range(number)]
@@ -223,6 +216,7 @@ def run(toys: Any, world: Any, oracles: dict[bool, Oracle], case: dict[str, Any]
             world,
             seed=SEED,
             step=STEP,
+            plan=PLANS[case["plan"]],
             reconstruction_only=alone,
             local_negatives=local,
         )

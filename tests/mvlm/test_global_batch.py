@@ -64,10 +64,10 @@ def test_the_oracle_knows_nothing_of_what_is_tested(ranks):
 
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("microbatches", [1, 2])
-@pytest.mark.parametrize("kind, count", [("ddp", 6), ("fsdp", 6), ("hsdp", 4)])
+@pytest.mark.parametrize("kind, count", [("ddp", 8), ("fsdp", 8), ("hsdp", 4)])
 def test_ranks_agree_with_one_rank_on_the_whole_batch(ranks, kind, count, microbatches, again):
     found = cases(ranks, kind=kind, microbatches=microbatches, again=again, reconstruction_only=False)
-    assert len(found) == count  # two ranks of two, four of four; HSDP needs four
+    assert len(found) == count  # two ranks with both plans, four with one of them; HSDP needs four
     for case in found:
         assert max(case["global losses"]) < EXACT
         assert case["global gradients"] < EXACT
@@ -77,12 +77,6 @@ def test_ranks_agree_with_one_rank_on_the_whole_batch(ranks, kind, count, microb
 def test_reconstruction_alone(ranks, kind):
     """What ITC and ITM alone use gets no gradient then, as in one process: `differences` tells none from zero."""
     for case in cases(ranks, kind=kind, reconstruction_only=True):
-        assert max(case["global losses"]) < EXACT
-        assert case["global gradients"] < EXACT
-
-
-def test_a_model_that_is_gathered_whole(ranks):
-    for case in cases(ranks, kind="fsdp whole"):
         assert max(case["global losses"]) < EXACT
         assert case["global gradients"] < EXACT
 
