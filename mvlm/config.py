@@ -192,12 +192,30 @@ class PretrainConfig:
     """Steps between lines of metrics.jsonl."""
     eval_every_steps: int = 0
     """Steps between evaluations on the validation split; 0 for none."""
+    eval_every_minutes: float = 0.0
+    """Minutes between evaluations, besides those by steps; 0 for none. When they fall is not the same in every run."""
     checkpoint_every_minutes: float = 10.0
     """Minutes between checkpoints; one more is written at the end."""
     checkpoint_every_steps: int = 0
     """Steps between checkpoints, besides those by minutes; 0 for none."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this are kept for good, besides the newest; 0 for none."""
+    ema_decay: float = 0.0
+    """Decay of an average of the weights (EMA), which evaluation and export then use; 0 for none, 0.999 is usual."""
+    max_bad_steps: int = 10
+    """Updates in a row that may be skipped as not finite (or as spikes); the run stops at the next."""
+    skip_spikes: bool = False
+    """Also skip an update whose loss is more than 6 standard deviations above the last 128."""
+    preemption_file: Path | None = None
+    """When this file appears, the run finishes its step, saves and ends, as after SIGTERM or SIGUSR1."""
+    stall_minutes: float = 20.0
+    """The run is ended, with the stacks of all threads, when a step or its data take longer than this."""
+    wandb: bool = False
+    """Send metrics to Weights & Biases too; WANDB_MODE=offline keeps them on this machine."""
+    trackio: bool = False
+    """Write metrics with trackio too, on this machine."""
     resume: bool = False
     """Go on from the newest checkpoint in `out`, or start when there is none."""
     model: MaskVLMConfig = field(default_factory=MaskVLMConfig)
@@ -207,6 +225,13 @@ class PretrainConfig:
         for name in ("max_steps", "batch_size", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_bad_steps", "keep_every_steps", "eval_every_minutes"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.stall_minutes <= 0:
+            raise ConfigError(f"stall_minutes must be above 0, got {self.stall_minutes}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ConfigError(f"crop_scale must be 0 < smallest <= largest <= 1, got {self.crop_scale}")
 
