@@ -67,8 +67,9 @@ def save(root: Path, step: int, training, tokenizer, state: dict[str, Any] | Non
     parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
     saver.save(step, model, parts, state or {}, tokenizer)
     saver.wait()
-    assert saver.newest == root / f"step_{step:08d}"
-    return saver.newest
+    path = root / f"step_{step:08d}"
+    assert saver.newest == path
+    return path
 
 
 def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -191,7 +192,7 @@ def test_a_foreign_file_is_refused_and_never_loaded(run_copy, tmp_path, monkeypa
     (newest / name).write_bytes(pickle.dumps(Trap()))
     with pytest.raises(RunError, match=rf"{name}: not in the manifest, so not of this checkpoint"):
         load_model(newest)
-    assert newest_good_checkpoint(run_copy / "checkpoints").name == "step_00000001"
+    assert newest_good_checkpoint(run_copy / "checkpoints") == run_copy / "checkpoints/step_00000001"
     assert not (tmp_path / "trapped").exists()
 
 
