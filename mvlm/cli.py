@@ -173,26 +173,48 @@ def bench_kernels(
         print(path)
 
 
+def export(run: Path, out: Path, /) -> None:
+    """Write a trained model as one portable folder: model.safetensors, config.json, tokenizer.json.
+
+    Args:
+        run: A run folder or one of its checkpoints. Its averaged weights are taken where it kept them.
+        out: A new or empty folder.
+    """
+    from mvlm.checkpoint import export as write
+
+    write(run, out)
+    print(out)
+
+
 def pretrain(arguments: Sequence[str]) -> None:
-    """Pretrain a MaskVLM: `mvlm pretrain PRESET --data SHARDS --out RUN`, PRESET one of tiny, small, base."""
+    """Pretrain a MaskVLM: `mvlm pretrain PRESET --data SHARDS --out RUN`, PRESET one of tiny, small, base.
+
+    `mvlm pretrain --config FILE --out RUN` repeats the run whose config.json FILE is; other settings override it.
+    """
     import tyro
 
-    from mvlm.config import PRESETS, pretrain_defaults
+    from mvlm.config import PRESETS, pretrain_defaults, run_config
     from mvlm.errors import ConfigError
+    from mvlm.run_folder import read_config
 
-    preset = arguments[0] if arguments else ""
-    if preset in ("-h", "--help"):
+    first = arguments[0] if arguments else ""
+    if first in ("-h", "--help"):
         print(f"{pretrain.__doc__}\nThe settings of a preset: mvlm pretrain PRESET --help")
         return
-    if preset.startswith("-") or not preset:
-        raise ConfigError(f"wanted a preset after `mvlm pretrain`: {', '.join(PRESETS)}; got {preset or 'nothing'!r}")
-    defaults = pretrain_defaults(preset, data=tyro.MISSING, out=tyro.MISSING)
+    if first == "--config" and len(arguments) > 1:
+        defaults, source, rest = run_config(read_config(Path(arguments[1])), arguments[1]), arguments[1], arguments[2:]
+    elif first.startswith("-") or not first:
+        raise ConfigError(
+            f"wanted a preset after `mvlm pretrain`: {', '.join(PRESETS)}, or --config FILE; got {first or 'nothing'!r}"
+        )
+    else:
+        defaults, source, rest = pretrain_defaults(first, data=tyro.MISSING, out=tyro.MISSING), first, arguments[1:]
     config = tyro.cli(
         type(defaults),
-        prog=f"mvlm pretrain {preset}",
-        description=f"Pretrain the preset {preset}; the values shown are its recipe.",
+        prog=f"mvlm pretrain {source}",
+        description=f"Pretrain as {source} says; the values shown are its own.",
         default=defaults,
-        args=list(arguments[1:]),
+        args=list(rest),
     )
     from mvlm.train import pretrain as run
 
@@ -206,6 +228,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "reconstruct": reconstruct,
     "fill": fill,
     "report": report,
+    "export": export,
     "bench kernels": bench_kernels,
 }
 

@@ -1,6 +1,9 @@
 """The folder of a run: who may write to it, its configuration, and its metrics (docs/files.md)."""
 
+import fcntl
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +22,42 @@ FREE_SETTINGS = (
     "checkpoint_every_minutes",
     "checkpoint_every_steps",
     "keep_checkpoints",
+    "keep_every_steps",
+    "eval_every_minutes",
+    "max_bad_steps",
+    "preemption_file",
+    "stall_minutes",
+    "wandb",
+    "trackio",
 )
+FORMAT_VERSION = 2  # of config.json
+
+
+class RunLock:
+    """Keeps a run folder for this process until it is closed, or until the process ends in whatever way.
+
+    The folder is made where there is none. RunError when another process holds it, or it is no folder.
+    """
+
+    def __init__(self, out: Path) -> None:
+        if out.exists() and not out.is_dir():
+            raise RunError(f"{out}: wanted a folder for the run, found a file; choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        self._handle = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._handle)
+            raise RunError(
+                f"{out}: wanted a run folder of our own, found it in use by another process; "
+                f"wait for that run, stop it, or choose another --out"
+            ) from None
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
 
 
 def open_run(config: PretrainConfig) -> Path | None:
@@ -28,7 +66,7 @@ def open_run(config: PretrainConfig) -> Path | None:
     RunError when the folder holds anything that this run would spoil; nothing is changed then.
     """
     out, file = config.out, config.out / "config.json"
-    values = json.loads(json.dumps(config.to_dict()))
+    values = {"format_version": FORMAT_VERSION, **json.loads(json.dumps(config.to_dict()))}
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: wanted a folder for the run, found a file; choose another --out")
     if file.is_file():
@@ -37,6 +75,8 @@ def open_run(config: PretrainConfig) -> Path | None:
             raise RunError(f"{out}: holds a different run ({'; '.join(differing)}); choose another --out")
         if not config.resume:
             raise RunError(f"{out}: holds this run already; go on with --resume, or choose another --out")
+        for rest in (out / "checkpoints").glob("step_*.tmp"):  # of a save that was cut short
+            shutil.rmtree(rest, ignore_errors=True)
         checkpoint = newest_good_checkpoint(out / "checkpoints")
         if checkpoint is None and any((out / "checkpoints").glob("step_*[0-9]")):
             raise RunError(f"{out}: no checkpoint is whole; remove the folder to start again, or restore one")
@@ -56,6 +96,11 @@ def read_config(file: Path) -> dict[str, Any]:
         raise RunError(f"{file}: wanted the configuration of a run, got {error}") from None
     if not isinstance(values, dict):
         raise RunError(f"{file}: wanted the configuration of a run, got {type(values).__name__}")
+    if values.get("format_version") != FORMAT_VERSION:
+        raise RunError(
+            f"{file}: wanted a configuration of version {FORMAT_VERSION}, got version {values.get('format_version')}; "
+            f"use the mvlm that wrote it"
+        )
     return values
 
 

@@ -238,8 +238,11 @@ def test_an_out_folder_with_other_files(mvlm, scenes, toys, tmp_path):
             ["pretrain", "hgue", "--data", "d", "--out", "o"],
             "unknown preset: wanted one of tiny, small, base, got 'hgue'",
         ),
-        (["pretrain"], "wanted a preset after `mvlm pretrain`: tiny, small, base; got 'nothing'"),
-        (["pretrain", "--data", "d"], "wanted a preset after `mvlm pretrain`: tiny, small, base; got '--data'"),
+        (["pretrain"], "wanted a preset after `mvlm pretrain`: tiny, small, base, or --config FILE; got 'nothing'"),
+        (
+            ["pretrain", "--data", "d"],
+            "wanted a preset after `mvlm pretrain`: tiny, small, base, or --config FILE; got '--data'",
+        ),
         (["pretrian", "tiny"], "unknown command 'pretrian'; did you mean `mvlm pretrain`?"),
         (["eval", "retreival"], "unknown command 'eval retreival'; did you mean `mvlm eval retrieval`?"),
         (["eval"], "unknown command 'eval'; "),
