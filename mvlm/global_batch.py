@@ -15,17 +15,17 @@ L tokens a caption may have, C width, E contrastive width.
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mvlm import objectives, plain
+from mvlm import objectives
 from mvlm.contrast import Draw, Negatives, contrast
 from mvlm.distributed import World
 from mvlm.encoders import PackedText
 from mvlm.exchange import Place, fetch, gather, pack
-from mvlm.model import MaskVLM
+from mvlm.model import PLANS, MaskVLM
 from mvlm.objectives import Losses
 from mvlm.parallel import Parallel
 from mvlm_dataloading import Batch, Masks
@@ -69,11 +69,6 @@ class Step(NamedTuple):
     masked_tokens: Tensor
     """Masked tokens of the global batch, a scalar on the device."""
 
-    @property
-    def near(self) -> bool:
-        """Whether every negative is of the microbatch that it is drawn for, so that nothing has to be fetched."""
-        return self.draw.local or self.place.total == self.place.pairs
-
 
 def backward_global(
     parallel: Parallel,
@@ -82,7 +77,7 @@ def backward_global(
     *,
     seed: int,
     step: int,
-    plan: Any = plain,
+    plan: Literal["plain", "fast"] = "plain",
     reconstruction_only: bool = False,
     local_negatives: bool = False,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -96,12 +91,20 @@ def backward_global(
     sizes = sorted({len(batch.images) for batch, _ in microbatches})
     if len(sizes) != 1:
         raise ValueError(f"microbatches: wanted at least one, all with as many pairs, got {sizes} pairs")
+    if world.size == len(microbatches) == 1:
+        batch, masks = microbatches[0]
+        with autocast():
+            losses = parallel.model(
+                batch, masks, seed=seed, step=step, reconstruction_only=reconstruction_only, plan=plan
+            )
+        losses.total.backward()
+        return Losses(*(loss.detach() for loss in losses))
     place = Place(world.rank, world.size, len(microbatches), sizes[0])
     ids = torch.cat([_ids(batch) for batch, _ in microbatches])  # (n, 3)
     image_id, text_id, lengths = gather(ids, place).unbind(1)
     draw = Draw(image_id, text_id, seed, step, local_negatives)
     masked = torch.stack([_masked_tokens(batch, masks) for batch, masks in microbatches]).sum()
-    now = Step(place, world, plan, autocast, draw, lengths, world.all_reduce(masked))
+    now = Step(place, world, PLANS[plan], autocast, draw, lengths, world.all_reduce(masked))
     run = _one_graph if len(microbatches) == 1 else _two_passes
     shares = world.all_reduce(run(parallel, microbatches, now, not reconstruction_only))
     if reconstruction_only:
@@ -139,7 +142,7 @@ def _one_graph(parallel: Parallel, microbatches: Sequence[Microbatch], now: Step
                 embeddings = model.embed_image(streams.image), model.embed_text(streams.text.first())  # (b, E)
                 itc, negatives = contrast(*embeddings, model.log_scale, now.draw, now.place)
                 shown = Shown(streams.image, streams.text, streams.memories)
-                if not now.near:
+                if not now.draw.local:
                     own = _features(streams.image, streams.text, model)
                     shown = _beside(own, _fetch([own], negatives, now))
                 itm = _matching_share(model, shown, negatives, _total(negatives, now), now)
@@ -196,14 +199,14 @@ def _contrast_leaves(parallel: Parallel, own: list[Features], now: Step) -> Tens
     total, shares = parallel(itc, last=False)
     total.backward()
     negatives, weight = drawn[0], _total(drawn[0], now)
-    fetched = None if now.near else _fetch(own, negatives, now)
+    fetched = None if now.draw.local else _fetch(own, negatives, now)
     leaves = [] if fetched is None else [x.detach().requires_grad_(x.is_floating_point()) for x in fetched]
     for number, features in enumerate(own):
         rows = slice(number * now.place.pairs, (number + 1) * now.place.pairs)
 
         def itm(model: MaskVLM, features: Features = features, rows: slice = rows):
             with now.autocast():
-                if now.near:
+                if now.draw.local:
                     shown = Shown(features.image, pack(features.text, features.lengths))
                 else:
                     shown = _beside(features, Features(*(x[rows] for x in leaves)))
@@ -284,7 +287,7 @@ def _matching_share(model: MaskVLM, shown: Shown, negatives: Negatives, total: T
     """The share of ITM of one microbatch and the negatives (b,) drawn for it."""
     own = torch.arange(now.place.pairs, device=total.device)
     images, texts = own + now.place.pairs, own + now.place.pairs
-    if now.near:
+    if now.draw.local:
         images, texts = negatives.images % now.place.pairs, negatives.texts % now.place.pairs
     weights = _weights(negatives)
     labels = torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)])  # 1 = match

@@ -1,13 +1,13 @@
-"""The model on several ranks: torch's DDP or FSDP2 around it, gradient norms, and a split model made whole."""
+"""The model on several ranks: torch's DDP or FSDP2 around it, and a split model made whole."""
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -104,20 +104,6 @@ def checkpoint_activations(model: MaskVLM) -> None:
         if isinstance(module, BLOCKS):
             # Inside the module's call, so that FSDP2's hooks are around it and gather parameters once for both.
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
-
-
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """L2 norm of all gradients together, a scalar on the device, whether they are split over ranks or not."""
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> Tensor:
-    """Scale all gradients so that their norm is at most `largest`. Returns the norm before."""
-    parameters = list(parameters)
-    norm = gradient_norm(parameters)
-    nn.utils.clip_grads_with_norm_(parameters, largest, norm)
-    return norm
 
 
 def whole_model(model: MaskVLM) -> MaskVLM:

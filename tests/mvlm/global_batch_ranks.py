@@ -80,7 +80,7 @@ class Oracle:
         for name, parameter in model.named_parameters():
             gradient = self.gradients[name]
             parameter.grad = None if gradient is None else gradient.clone()
-        update(model, torch.nn.utils.clip_grad_norm_)
+        update(model, torch.nn.utils.get_total_norm([g for g in self.gradients.values() if g is not None]))
         return {name: p.detach() for name, p in model.named_parameters()}
 
 
@@ -116,14 +116,13 @@ def local_matching(toys: Any, number: int) -> float:
     return sum(terms) / len(terms)
 
 
-def update(model: Any, clip: Any) -> Tensor:
+def update(model: Any, norm: Tensor) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, eps=1e-3, fused=True)
     with torch.no_grad():
         model.log_scale.fill_(9.0)
-    norm = clip(model.parameters(), 0.5)
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), 0.5, norm)
     optimizer.step()
     model.clamp_temperature()
-    return norm
 
 
 def whole(x: Tensor | None) -> Tensor | None:
@@ -195,8 +194,8 @@ def combinations(ranks: int) -> list[dict[str, Any]]:
 
 def run(toys: Any, world: Any, oracles: dict[bool, Oracle], case: dict[str, Any]) -> dict[str, Any]:
     from mvlm.global_batch import backward_global
-    from mvlm.model import PLANS
-    from mvlm.parallel import checkpoint_activations, clip_gradients, parallelize, whole_model
+    from mvlm.measures import gradient_norms
+    from mvlm.parallel import checkpoint_activations, parallelize, whole_model
 
     kind, number, alone = case["kind"], case["microbatches"], case["reconstruction_only"]
     model = toys.micro_model(**SHALLOW)
@@ -216,7 +215,7 @@ def run(toys: Any, world: Any, oracles: dict[bool, Oracle], case: dict[str, Any]
             world,
             seed=SEED,
             step=STEP,
-            plan=PLANS[case["plan"]],
+            plan=case["plan"],
             reconstruction_only=alone,
             local_negatives=local,
         )
@@ -227,7 +226,8 @@ def run(toys: Any, world: Any, oracles: dict[bool, Oracle], case: dict[str, Any]
         found[f"{part} losses"] = [abs(a.item() - b) for a, b in zip(losses, oracle.losses, strict=True)]
         found[f"{part} gradients"] = differences(gradients, oracle.gradients)
     if not case["again"] and not alone:
-        norm = update(model, clip_gradients)
+        norm, _ = gradient_norms(model)
+        update(model, norm)
         found["norm"] = float(norm) - float(torch.nn.utils.get_total_norm(list(oracle.gradients.values())))  # pyright: ignore[reportArgumentType]
         weights = {name: p.detach() for name, p in whole_model(model).named_parameters()}
         found["weights"] = differences(weights, oracle.after_a_step(toys))  # pyright: ignore[reportArgumentType]
