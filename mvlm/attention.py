@@ -40,8 +40,9 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.backend = "auto"
-        """Of the fast plan; see `mvlm.backends`."""
+        self.self_backend: str = "auto"
+        self.cross_backend: str = "auto"
+        """What the fast plan computes with; see `mvlm.backends`."""
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)

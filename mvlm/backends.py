@@ -12,7 +12,7 @@ Shape legend: B sequences, R query sequences, Lq queries, Lk keys, T packed rows
 """
 
 from importlib.util import find_spec
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,10 @@ from torch import Tensor
 
 from mvlm.errors import ConfigError
 from mvlm.packing import Packing
-from mvlm_kernels import cross_attention
+from mvlm_kernels import cross_attention, dispatch
 
-Backend = Literal["auto", "triton", "sdpa", "flash-attn", "xformers", "products"]
-SELF_BACKENDS = ("auto", "triton", "sdpa", "flash-attn", "xformers", "products")
-CROSS_BACKENDS = ("auto", "triton", "sdpa", "products")
+SelfBackend = Literal["auto", "triton", "sdpa", "flash-attn", "xformers", "products"]
+CrossBackend = Literal["auto", "triton", "sdpa", "products"]
 SHORT = 128
 """Rows of the shorter side up to which the kernels work."""
 KERNEL_WIDTHS = (32, 64, 80, 96, 128)
@@ -51,11 +50,12 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype, width: int, sh
     ConfigError, with the reason, for a backend that is wanted and cannot run here.
     """
     reasons = _reasons(device, dtype, width, shorter, text)
-    names = CROSS_BACKENDS if text else SELF_BACKENDS
+    names = get_args(CrossBackend if text else SelfBackend)
     if wanted not in names:
         raise ConfigError(f"attention backend: wanted one of {', '.join(names)}, got {wanted!r}")
     if wanted != "auto":
-        if wanted in reasons:
+        interpreted = wanted == "triton" and device.type == "cpu" and dispatch.interpreting()
+        if wanted in reasons and not interpreted:
             can = [name for name in names if name not in reasons and name != "auto"]
             raise ConfigError(f"attention backend {wanted}: {reasons[wanted]}; here can run: {', '.join(can)}")
         return Choice(wanted, {})

@@ -64,7 +64,7 @@ class MaskVLMConfig:
     image_mask_ratio: float = 0.6
     """Share of the blocks that is masked, rounded to a whole number of blocks."""
     drop_masked: bool = False
-    """Masked patches skip the image encoder and become mask tokens behind it, as in MAE: a cheaper, different method."""
+    """Masked patches skip the image encoder and are mask tokens only behind it, as in MAE: a cheaper, other method."""
     text_mask_ratio: float = 0.3
     """Share of a caption's ordinary tokens that is masked; at least one is."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)

@@ -236,10 +236,10 @@ def _own(packing: Packing | None, take: Rows | None = None, taken: Packing | Non
         else:
             q, (k, v) = attention.queries(take(y)), attention.keys_values(y)
         if take is None and packing is None:
-            heads = backends.self_attention(q, k, v, attention.backend)
+            heads = backends.self_attention(q, k, v, attention.self_backend)
         else:
             queries = packing if take is None else taken
-            heads = backends.text_attention(q, k, v, queries, packing, None, attention.backend)
+            heads = backends.text_attention(q, k, v, queries, packing, None, attention.cross_backend)
         return attention.joined(heads)
 
     return attend
@@ -251,7 +251,9 @@ def _other(block: CrossBlock, packing: Packing | None, memory: Memory, key_index
 
     def attend(attention: Attention, y: Tensor) -> Tensor:
         q = attention.queries(y)
-        return attention.joined(backends.text_attention(q, k, v, packing, memory.packing, key_index, attention.backend))
+        return attention.joined(
+            backends.text_attention(q, k, v, packing, memory.packing, key_index, attention.cross_backend)
+        )
 
     return attend
 

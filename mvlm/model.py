@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvlm import fast, objectives, plain
+from mvlm.attention import Attention
+from mvlm.backends import CrossBackend, SelfBackend
 from mvlm.config import MaskVLMConfig
 from mvlm.crossmodal import CrossEncoder
 from mvlm.encoders import ImageEncoder, PackedText, TextEncoder, padded_places, patchify
@@ -170,6 +172,15 @@ class MaskVLM(nn.Module):
             )  # (3B, 2)
             itm = objectives.matching_loss(match, pairs.labels, pairs.weights)
         return Losses(mlm, mim, itc, itm, mlm + mim + itc + itm)
+
+    def set_attention(self, self_attention: SelfBackend = "auto", cross_attention: CrossBackend = "auto") -> None:
+        """Choose what the fast plan computes attention with: of images alone, and where text is on one side.
+
+        A backend that cannot run where it is then used is a ConfigError that says why.
+        """
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.self_backend, module.cross_backend = self_attention, cross_attention
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:

@@ -17,8 +17,8 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def bucketed(batch: Batch, masks: Masks, text_length: int) -> tuple[Batch, Masks]:
-    """The same batch with its totals rounded up, so that few shapes occur: for the fast plan under torch.compile or in a
-    CUDA graph, which want to see a shape again.
+    """The same batch with its totals rounded up, so that few shapes occur: for the fast plan, compiled or in a CUDA
+    graph.
 
     Tokens come in multiples of a 16th of what B captions of text_length have at most, masked tokens in multiples of a
     third of that. What is added lies behind the last caption and behind the last masked token, and is read by nobody.
