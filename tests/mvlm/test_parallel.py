@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from mvlm.recipe import make_loader
 from mvlm.run_folder import read_metrics
 from mvlm.train import pretrain
 
+PAGE = Path(__file__).parents[2] / "docs" / "distributed.md"
 LOSSES = ("loss", "mlm", "mim", "itc", "itm", "grad_norm")
 
 
@@ -27,9 +30,13 @@ def runs(toys, scenes, tmp_path_factory) -> tuple[Path, Path]:
     config = toys.pretrain_config(scenes, folder / "one", max_steps=4, precision="fp32", eval_every_steps=4)
     pretrain(config)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mvlm"]
-    command += ["pretrain", "--config", str(folder / "one" / "config.json"), "--out", str(folder / "two")]
-    command += ["--parallel", "fsdp", "--accumulate", "2", "--checkpoint-activations", "--checkpoint-every-steps", "2"]
+    # The command of docs/distributed.md, but for the preset and the folders.
+    shown = re.search(
+        r"^    torchrun (--standalone.*?) tiny --data data/emoji --out runs/two (.*)$", PAGE.read_text(), re.M
+    )
+    assert shown is not None
+    command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(shown[1])]
+    command += ["--config", str(folder / "one" / "config.json"), "--out", str(folder / "two"), *shlex.split(shown[2])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     return folder / "one", folder / "two"
