@@ -6,7 +6,7 @@ DATA   ?= data/emoji
 RUN    ?= runs/demo
 STEPS  ?= 640
 
-.PHONY: demo test test-gpu test-triton wheel-smoke aot traffic check format clean
+.PHONY: demo test faults-data test-gpu test-triton wheel-smoke aot traffic check format clean
 
 # The stamp is older than pyproject.toml when a dependency changed, and the packages are then brought up to date.
 $(VENV)/.installed: pyproject.toml
@@ -25,6 +25,10 @@ demo: $(VENV)/.installed $(DATA)/dataset.json
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# Writers of shards, killed at 50 moments; `make test` has ten.
+faults-data: $(VENV)/.installed
+	$(BIN)/python tests/faults/kill_writers.py --trials 50
 
 # Kernels compile on a GPU, so this process must not interpret them.
 test-gpu: $(VENV)/.installed

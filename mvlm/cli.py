@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mvlm import data_commands
+
 # A command imports what it needs when it runs, so that --help and mistakes answer at once.
 
 
@@ -325,6 +327,17 @@ def plan(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "data emoji": data_emoji,
+    "data coco": data_commands.coco,
+    "data flickr30k": data_commands.flickr30k,
+    "data visual-genome": data_commands.visual_genome,
+    "data cc3m": data_commands.cc3m,
+    "data sbu": data_commands.sbu,
+    "data folder": data_commands.folder,
+    "data webdataset": data_commands.webdataset,
+    "data huggingface": data_commands.huggingface,
+    "data check": data_commands.check,
+    "data index": data_commands.index,
+    "data view": data_commands.view,
     "pretrain": pretrain,
     "plan": plan,
     "eval retrieval": eval_retrieval,
@@ -339,7 +352,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 def usage() -> str:
     """The list of commands."""
-    lines = [f"  mvlm {name:<16} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    lines = [f"  mvlm {name:<18} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "mvlm: fast pretraining of masked vision-and-language models",
@@ -367,7 +380,8 @@ def run_command(arguments: Sequence[str]) -> None:
             if name == "pretrain":
                 pretrain(rest)
             else:
-                tyro.cli(COMMANDS[name], prog=f"mvlm {name}", args=list(rest))
+                # A group of settings is no prefix: --min-side, not --settings.min-side.
+                tyro.cli(COMMANDS[name], prog=f"mvlm {name}", args=list(rest), config=(tyro.conf.OmitArgPrefixes,))
             return
     within = [name for name in COMMANDS if name.startswith(arguments[0] + " ")]
     typed = " ".join(arguments[: 2 if within else 1])

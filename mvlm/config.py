@@ -184,6 +184,10 @@ class PretrainConfig:
     """Share of the picture's area that a random crop keeps, smallest and largest."""
     tokenizer: Path | None = None
     """A tokenizer.json; without it the data set's own, or a BPE trained on the training captions."""
+    image_weights: Path | None = None
+    """A safetensors file with a pretrained ViT of timm or transformers, from which the image encoder starts."""
+    text_weights: Path | None = None
+    """The same with a RoBERTa or BERT of transformers for the text encoder; `tokenizer` has to be its own."""
     seed: int = 0
     """Weights, order, crops, masks and negatives follow from it."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"

@@ -51,6 +51,55 @@ class Progress:
             print(f"step {row['step']}/{self._last}  {describe(row)}", flush=True)
 
 
+class Counting:
+    """A context that shows how far some work is, with its rate and an estimate of what is left."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit = unit
+        self._began = time.monotonic()
+        self._first: int | None = None
+        self._shown = -float("inf")
+        self._bar: Bar | None = None
+        if sys.stdout.isatty():
+            self._bar = Bar(BarColumn(), TextColumn("{task.description}"), console=Console(file=sys.stdout))
+            self._task = self._bar.add_task("", total=None)
+
+    def __enter__(self) -> "Counting":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def show(self, done: int, total: int, count: int) -> None:
+        """`done` of `total` parts and `count` units; without a terminal a line every 20 seconds and at the end."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._began = done, now  # what an earlier run did says nothing of this one's speed
+        seconds, since = now - self._began, done - self._first
+        words = f"{count:,} {self._unit}"
+        if seconds > 0 and count:
+            words += f"  {count / seconds:.0f} {self._unit}/s"
+        if since and done < total:
+            words += f"  {duration(seconds / since * (total - done))} left"
+        if self._bar:
+            self._bar.update(self._task, completed=done, total=total, description=words)
+        elif now - self._shown >= SECONDS_BETWEEN_LINES or done == total:
+            self._shown = now
+            print(f"{done}/{total}  {words}", flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them, of two units."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
 def describe(row: dict[str, Any]) -> str:
     """Losses, speed and, where there are any, evaluation figures of a line of metrics."""
     words = [f"{name} {row[name]:.3f}" for name in ("mlm", "mim", "itc", "itm") if row[name] is not None]

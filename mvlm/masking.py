@@ -46,13 +46,16 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def gumbel(seed: int, step: int, stream: int, rows: Tensor, columns: Tensor) -> Tensor:
+def gumbel(seed: int, step: int | Tensor, stream: int, rows: Tensor, columns: Tensor) -> Tensor:
     """Standard Gumbel noise float32 (R, C) for the pairs of rows int64 (R,) and columns int64 (C,).
 
     A pure function of its arguments (a counter hash, no generator state), so that a pair's noise does not depend on
-    how the batch lies across devices.
+    how the batch lies across devices. `step` as an int64 scalar on the device gives what the number gives: a CUDA graph
+    and a compiled step need it so.
     """
-    key = torch.tensor(_signed(seed * _GOLDEN + step * _MIX1 + stream * _MIX2), device=rows.device)
+    # Filled on the device: a number copied there would be waited for.
+    key = torch.full((), _signed(seed * _GOLDEN + stream * _MIX2), dtype=torch.int64, device=rows.device)
+    key = key + (step * _signed(_MIX1) if isinstance(step, Tensor) else _signed(step * _MIX1))
     by_row = _mix(_mix(key) + rows * _signed(_GOLDEN))[:, None]  # (R, 1)
     bits = _mix(by_row + columns * _signed(_GOLDEN))  # (R, C)
     uniform = (_shift(bits, 41).float() + 0.5) / (1 << 23)  # 23 bits and a half are exact in fp32: never 0 or 1

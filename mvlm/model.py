@@ -18,6 +18,7 @@ from mvlm.backends import CrossBackend, SelfBackend
 from mvlm.config import MaskVLMConfig
 from mvlm.crossmodal import CrossEncoder
 from mvlm.encoders import ImageEncoder, PackedText, TextEncoder, padded_places, patchify
+from mvlm.hub import HubMixin
 from mvlm.objectives import Losses
 from mvlm_dataloading import Batch, Masks
 
@@ -44,7 +45,7 @@ class LanguageHead(nn.Module):
         return self.vocabulary(self.transform(x))
 
 
-class MaskVLM(nn.Module):
+class MaskVLM(nn.Module, HubMixin):
     """The model and its objectives on one set of weights."""
 
     def __init__(self, config: MaskVLMConfig) -> None:
@@ -146,7 +147,7 @@ class MaskVLM(nn.Module):
         masks: Masks,
         *,
         seed: int = 0,
-        step: int = 0,
+        step: int | Tensor = 0,
         reconstruction_only: bool = False,
         plan: Literal["plain", "fast"] = "plain",
     ) -> Losses:

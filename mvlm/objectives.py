@@ -58,7 +58,9 @@ def admissible_negatives(image_id: Tensor, text_id: Tensor) -> Tensor:
     return ~(same_image | same_text)
 
 
-def draw_negatives(logits: Tensor, admissible: Tensor, seed: int, step: int, stream: int) -> tuple[Tensor, Tensor]:
+def draw_negatives(
+    logits: Tensor, admissible: Tensor, seed: int, step: int | Tensor, stream: int
+) -> tuple[Tensor, Tensor]:
     """One column a row, drawn with probability softmax(logits) among the admissible ones (Gumbel-argmax).
 
     logits (B, B), admissible bool (B, B). Returns the columns int64 (B,) and weights (B,): 1, or 0 where a row has no
@@ -83,7 +85,7 @@ class MatchingPairs(NamedTuple):
     """(3B,), 0 where there was no admissible negative to draw."""
 
 
-def matching_pairs(logits: Tensor, image_id: Tensor, text_id: Tensor, seed: int, step: int) -> MatchingPairs:
+def matching_pairs(logits: Tensor, image_id: Tensor, text_id: Tensor, seed: int, step: int | Tensor) -> MatchingPairs:
     """Draw ITM's negatives from the contrastive logits (B, B). Ids int64 (B,)."""
     admissible = admissible_negatives(image_id, text_id)
     text_index, text_weight = draw_negatives(logits, admissible, seed, step, stream=0)

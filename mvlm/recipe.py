@@ -12,6 +12,7 @@ from mvlm.config import PretrainConfig
 from mvlm.distributed import World
 from mvlm.errors import ConfigError
 from mvlm.model import PIXEL_MODULES, MaskVLM
+from mvlm.weights import load_image_weights, load_text_weights
 from mvlm_dataloading import DataError, Dataset, Loader, Tokenizer, load_tokenizer, tokenizer_for
 
 
@@ -63,6 +64,16 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
         text_mask_ratio=model.text_mask_ratio,
         crop_scale=config.crop_scale,
     )
+
+
+def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
+    """The model; a fresh one with its first weights, those of its encoders from the files that are given."""
+    model = MaskVLM(config.model)
+    if fresh and config.image_weights is not None:
+        load_image_weights(model, config.image_weights)
+    if fresh and config.text_weights is not None:
+        load_text_weights(model, config.text_weights)
+    return model
 
 
 def make_optimizer(model: MaskVLM, config: PretrainConfig, device: torch.device) -> torch.optim.AdamW:

@@ -22,7 +22,6 @@ from mvlm.errors import NonFiniteLossError
 from mvlm.evaluation import evaluate_briefly
 from mvlm.global_batch import Microbatch, backward_global
 from mvlm.measures import Numbers, gradient_norms, whole
-from mvlm.model import MaskVLM
 from mvlm.monitor import Lines, Outputs
 from mvlm.objectives import Losses
 from mvlm.parallel import Parallel, checkpoint_activations, parallelize, whole_model
@@ -32,6 +31,7 @@ from mvlm.recipe import (
     fit_to_tokenizer,
     learning_rate_factor,
     make_loader,
+    make_model,
     make_optimizer,
 )
 from mvlm.run_folder import RunLock, open_run
@@ -75,7 +75,7 @@ def start_run(config: PretrainConfig, world: World, dataset: Dataset, tokenizer:
     """A run at its first step or, if `checkpoint` is not empty, where that (verified) checkpoint left it."""
     torch.manual_seed(config.seed)
     loader = make_loader(dataset, tokenizer, config, world)
-    model = MaskVLM(config.model).to(world.device)
+    model = make_model(config, fresh=not checkpoint).to(world.device)
     if config.checkpoint_activations:
         checkpoint_activations(model)
     parallel = parallelize(model, world, config.parallel)

@@ -115,3 +115,16 @@ def _fake(item: Any, mode: FakeTensorMode) -> Any:
     """A batch or masks with fake tensors; numbers of the host stay."""
     values = {f.name: getattr(item, f.name) for f in fields(item)}
     return type(item)(**{name: mode.from_tensor(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+
+
+def main() -> None:
+    """The table of docs/step.md: `base`, 64 captions of 12 tokens on average, the longest of 30."""
+    from mvlm_benchmarks.step_report import parts_table
+
+    lengths = np.array([30, *[12] * 46, *[11] * 16, 10])
+    names = ("timm+roberta", "plain", "fast", "drop_masked")
+    print(parts_table({name: gflop_per_pair(MaskVLMConfig.preset("base"), lengths, name) for name in names}))
+
+
+if __name__ == "__main__":
+    main()

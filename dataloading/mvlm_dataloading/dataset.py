@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .errors import DataError
 from .randomness import text_hash
-from .shards import read_description
+from .shards import read_description, shard_files
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _SHORT = 16  # bytes; a caption file of at most so many is read when the data set is opened, as it may be blank
@@ -98,21 +98,22 @@ def open_dataset(folder: Path | str, split: str) -> Dataset:
             f"{folder}: wanted the split {split}, found {', '.join(description['splits'])}; name one of these"
         )
     shards = description["splits"][split]["shards"]
-    tars = [folder / shard["tar"] for shard in shards]
+    tars, indices = zip(*(shard_files(folder, shard) for shard in shards), strict=True) if shards else ((), ())
     rows: list[_Row] = []
     numbers: list[int] = []
-    for number, (tar, shard) in enumerate(zip(tars, shards, strict=True)):
+    for number, (tar, index, shard) in enumerate(zip(tars, indices, shards, strict=True)):
         _check_tar(tar, shard["bytes"])
-        found = _read_index(tar, shard["samples"])
+        found = _read_index(tar, index, shard)
         rows += found
         numbers += [number] * len(found)
     if not rows:
         raise DataError(f"{folder}: wanted samples in the split {split}, found none; build the data set again")
-    digest = hashlib.sha256(json.dumps([split, [[s["samples"], s["sha256"]] for s in shards]]).encode()).hexdigest()
+    contents = [[s["samples"], s["sha256"], *([s["index_sha256"]] if "index" in s else [])] for s in shards]
+    digest = hashlib.sha256(json.dumps([split, contents]).encode()).hexdigest()
     dataset = Dataset(
         folder=folder,
         split=split,
-        tars=tars,
+        tars=list(tars),
         shard=np.array(numbers, np.int64),
         keys=np.array([row.key for row in rows]),
         image=_part([row.image for row in rows]),
@@ -195,14 +196,16 @@ def _header(tar: Path, block: bytes) -> tarfile.TarInfo:
         ) from None
 
 
-def _read_index(tar: Path, samples: int) -> list[_Row]:
+def _read_index(tar: Path, path: Path, shard: dict[str, Any]) -> list[_Row]:
     """The samples of a shard, from its index, which is checked against the tar at its first and last samples."""
-    path = tar.with_suffix(".idx")
-    hint = f"make it again with `wds2idx {tar} {path}`"
+    samples = shard["samples"]
+    hint = "make the view again" if "index" in shard else f"make it again with `wds2idx {tar} {path}`"
     if not path.is_file():
         raise DataError(f"{path}: wanted the index of {tar.name}, found no such file; {hint}")
     if path.stat().st_mtime_ns < tar.stat().st_mtime_ns:
         raise DataError(f"{path}: wanted an index at least as new as {tar.name}, found an older one; {hint}")
+    if "index" in shard and hashlib.sha256(path.read_bytes()).hexdigest() != shard["index_sha256"]:
+        raise DataError(f"{path}: wanted the index that dataset.json names, found another; {hint}")
     head, *lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines() or [""]
     if head.split() != ["v1.2", str(len(lines))] or len(lines) != samples:
         raise DataError(
@@ -234,7 +237,7 @@ def _read_index(tar: Path, samples: int) -> list[_Row]:
                 except tarfile.HeaderError:
                     member = None
                 # Headers spell long and non-ASCII names in other ways than indices do.
-                plain = name.isascii() and len(name) <= 100 and "\\" not in name
+                plain = name.isascii() and len(name) <= 100 and not {"\\", "%"} & set(name)
                 fits = member is not None and member.size == size and (member.name == name or not plain)
                 if offset + size > end or not fits:
                     raise DataError(

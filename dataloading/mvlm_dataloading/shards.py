@@ -14,25 +14,26 @@ import io
 import json
 import logging
 import os
-import re
 import shutil
 import tarfile
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from .decode import UNDECODABLE, Header, read_header
 from .errors import DataError, need
+from .records import KEY
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-IMAGE_EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
-
-# DALI takes everything after the first dot of a name for its extension, and splits index lines at blanks.
-_KEY = re.compile(r"[A-Za-z0-9_+=@,-]{1,80}")
 
 
 class ShardWriter:
@@ -57,7 +58,7 @@ class ShardWriter:
         max_shard_bytes: int = 256 << 20,
     ):
         out = Path(os.path.abspath(out))  # so that "." has a name too
-        _refuse_occupied(out)
+        refuse_occupied(out)
         self.out = out
         self._header = {"name": name, "source": source, "licence": licence, "attribution": attribution}
         self._recipe = dict(recipe)
@@ -66,8 +67,8 @@ class ShardWriter:
         shutil.rmtree(self._partial, ignore_errors=True)  # left by a run that was killed
         self._partial.mkdir(parents=True)
         self._keys: set[str] = set()
-        self._open: dict[str, _Shard] = {}
-        self._finished: dict[str, list[_Shard]] = {}
+        self._open: dict[str, Shard] = {}
+        self._finished: dict[str, list[Shard]] = {}
         self.rejected: Counter[str] = Counter()
 
     def add(
@@ -88,7 +89,7 @@ class ShardWriter:
         """
         captions = list(dict.fromkeys(line for line in (" ".join(c.split()) for c in captions) if line))
         extension, reason = check_image(image)
-        if not _KEY.fullmatch(key):
+        if not KEY.fullmatch(key):
             reason = "key is not 1 to 80 of A-Z a-z 0-9 _ + = @ , -"
         elif key in self._keys:
             reason = "key was used before"
@@ -105,9 +106,8 @@ class ShardWriter:
             ("txt", "".join(c + "\n" for c in captions).encode()),
             ("json", json.dumps(metadata or {}, ensure_ascii=False, separators=(",", ":")).encode()),
         ]
-        grown = sum(tarfile.BLOCKSIZE + _padded(len(content)) for _, content in parts)
         shard = self._open.get(split)
-        if shard is None or (shard.samples and shard.size + grown > self._max_shard_bytes):
+        if shard is None or not shard.fits(parts, self._max_shard_bytes):
             shard = self._next_shard(split)
         shard.write(key, parts, num_captions=len(captions))
         return None
@@ -135,7 +135,7 @@ class ShardWriter:
             "tokenizer": None,
             "rejected": dict(sorted(self.rejected.items())),
         }
-        _write_durably(self._partial / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+        write_durably(self._partial / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
         self._partial.rename(self.out)  # takes the place of an empty folder, fails on any other
         return self.out
 
@@ -156,16 +156,16 @@ class ShardWriter:
         finally:
             self.abandon()  # finds nothing after a finish
 
-    def _next_shard(self, split: str) -> "_Shard":
+    def _next_shard(self, split: str) -> "Shard":
         shards = self._finished.setdefault(split, [])
         if split in self._open:
             shards.append(self._open[split].close())
-        self._open[split] = _Shard(self._partial / f"{split}-{len(shards):06d}.tar")
+        self._open[split] = Shard(self._partial / f"{split}-{len(shards):06d}.tar")
         return self._open[split]
 
 
 @dataclass
-class _Shard:
+class Shard:
     """One tar that is being written, and the lines of its index."""
 
     path: Path
@@ -177,9 +177,10 @@ class _Shard:
     def __post_init__(self) -> None:
         self.tar = tarfile.open(self.path, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115 (closed in `close`)
 
-    @property
-    def size(self) -> int:
-        return self.tar.offset
+    def fits(self, parts: Sequence[tuple[str, bytes]], max_bytes: int) -> bool:
+        """Whether a sample leaves the tar within `max_bytes`. The first always does: it has to go somewhere."""
+        grown = sum(tarfile.BLOCKSIZE + _padded(len(content)) for _, content in parts)
+        return not self.samples or self.tar.offset + grown <= max_bytes
 
     def write(self, key: str, parts: Sequence[tuple[str, bytes]], num_captions: int) -> None:
         components = []
@@ -193,18 +194,25 @@ class _Shard:
         self.samples += 1
         self.captions += num_captions
 
-    def close(self) -> "_Shard":
+    def close(self) -> "Shard":
         self.tar.close()
         _sync(self.path)
         with self.path.open("rb") as file:
             self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         # After the tar: an index that is older than its tar is refused.
-        _write_durably(self.path.with_suffix(".idx"), index_text(self.index))
+        write_durably(self.path.with_suffix(".idx"), index_text(self.index))
         return self
 
     def description(self) -> dict[str, Any]:
         size = self.path.stat().st_size
         return {"tar": self.path.name, "samples": self.samples, "bytes": size, "sha256": self.sha256}
+
+
+def description_of(tar: Path, samples: int) -> dict[str, Any]:
+    """The same of a tar that is there."""
+    with tar.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"tar": tar.name, "samples": samples, "bytes": tar.stat().st_size, "sha256": digest}
 
 
 def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:
@@ -215,7 +223,7 @@ def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:
     """
     file = out / "dataset.json"
     if not file.is_file():
-        _refuse_occupied(out)
+        refuse_occupied(out)
         return False
     found = read_description(out)
     if (found.get("name"), found.get("recipe")) != (name, dict(recipe)):
@@ -262,22 +270,36 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
+def shard_files(folder: Path, shard: Mapping[str, Any]) -> tuple[Path, Path]:
+    """The tar and the index of one of a description's shards. Those of a view lie apart, and the view names both."""
+    tar = Path(os.path.normpath(folder / shard["tar"]))
+    return tar, folder / shard["index"] if "index" in shard else tar.with_suffix(".idx")
+
+
 def check_image(image: bytes) -> tuple[str, str | None]:
     """The extension for an encoded image, and None or the reason why it cannot be used. Decodes all of it."""
-    pil = need("PIL.Image")
+    header = read_header(image)
+    if not isinstance(header, Header):
+        return "", header
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of a picture with very many pixels, before it spends the memory: for us that is a refusal.
-            warnings.simplefilter("error", pil.DecompressionBombWarning)
-            with pil.open(io.BytesIO(image)) as picture:
-                if picture.format not in IMAGE_EXTENSIONS:
-                    return "", f"image format is {picture.format}, not JPEG, PNG or WebP"
-                picture.load()
-                return IMAGE_EXTENSIONS[picture.format], None
-    except (pil.DecompressionBombWarning, pil.DecompressionBombError):
-        return "", "image has too many pixels"
+        with need("PIL.Image").open(io.BytesIO(image)) as picture:
+            picture.load()
     except Exception:  # Pillow's decoders raise nearly anything on damaged input
-        return "", "image cannot be decoded"
+        return "", UNDECODABLE
+    return header.extension, None
+
+
+def pack_tokens(tokenizer: "Tokenizer", captions: Sequence[str], max_length: int) -> bytes | None:
+    """A `.tok` component: for each caption a count n and then n ids, [CLS] ... [SEP], all int32, little endian.
+
+    The captions are in the order of the lines of `.txt`. None if the tokenizer finds no ordinary token in one of them.
+    """
+    tokens, lengths = tokenizer.encode(captions, max_length)
+    if lengths.min() < 3:
+        return None
+    ends = np.cumsum(lengths)
+    rows = [[n, *tokens[end - n : end]] for n, end in zip(lengths.tolist(), ends.tolist(), strict=True)]
+    return np.concatenate(rows).astype("<i4").tobytes()
 
 
 def index_text(lines: Sequence[str]) -> str:
@@ -289,7 +311,8 @@ def _padded(size: int) -> int:
     return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-def _refuse_occupied(out: Path) -> None:
+def refuse_occupied(out: Path) -> None:
+    """Raises DataError unless `out` is a new or an empty folder."""
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists():
@@ -298,9 +321,19 @@ def _refuse_occupied(out: Path) -> None:
         )
 
 
-def _write_durably(path: Path, text: str) -> None:
-    path.write_text(text)
+def write_durably(path: Path, text: str) -> None:
+    """Write a file and wait until it is on the disk."""
+    path.write_text(text, encoding="utf-8")
     _sync(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _sync(path: Path) -> None:

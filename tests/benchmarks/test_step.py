@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -235,3 +237,23 @@ def test_the_command_hands_its_flags_on(monkeypatch, tmp_path) -> None:
     assert seen["args"] == ("base", 4, 2, ("plain",))
     assert (seen["optimizer"], seen["threads"], seen["precision"]) == (False, 1, "fp32")
     assert seen["json"] == tmp_path / "s.json"
+
+
+def test_every_command_of_the_page_is_one(monkeypatch) -> None:
+    from mvlm import cli
+
+    page = Path(__file__).parents[2] / "docs" / "step.md"
+    (block,) = re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    checked = []
+
+    def run(preset, batch, rounds, names, *, precision, threads, **_) -> None:
+        checked.append(step._names(batch, rounds, threads, names, precision))
+        MaskVLMConfig.preset(preset)
+
+    monkeypatch.setattr(step, "run", run)
+    for line in block.splitlines():
+        words = line.split()
+        assert words[0] == "mvlm"
+        cli.run_command(words[1:])
+    assert checked[0] == contenders.CONTENDERS
+    assert len(checked) == 4

@@ -2,12 +2,15 @@
 
 import io
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent))  # published
 
 from mvlm_dataloading import Dataset, ShardWriter, Tokenizer, open_dataset, train_tokenizer
 

@@ -21,6 +21,13 @@ from mvlm.config import MaskVLMConfig, PretrainConfig
 from mvlm.model import MaskVLM
 from mvlm_dataloading import Batch, Dataset, Masks, ShardWriter, Tokenizer, open_dataset, tokenizer_for
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not (torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] == "0"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device and TRITON_INTERPRET=0: run `make test-gpu`"))
+
+
 MICRO: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 8,

@@ -119,3 +119,27 @@ def test_feed_forward_uses_the_exact_gelu():
     gelu = np.array([[h / 2 * (1 + math.erf(h / math.sqrt(2))) for h in row] for row in up])
     wanted = gelu @ module.down.weight.detach().numpy().T + module.down.bias.detach().numpy()
     np.testing.assert_allclose(module(x).detach().numpy(), wanted, atol=1e-13)
+
+
+def test_a_feed_forward_keeps_no_activated_rows():
+    """It saves what goes into the GELU, not what comes out: (R, C), (R, 4C) and the weights, by element count."""
+    layer, x = FeedForward(8), torch.randn(100, 8, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    rows = sum(t.numel() for t in saved if t.shape[0] == 100)
+    assert rows == 100 * (8 + 32)
+
+
+def test_a_feed_forwards_gradients_are_autograds():
+    layer = FeedForward(6).double()
+    x = random(5, 3, 6).requires_grad_()
+    assert torch.autograd.gradcheck(layer, (x,))
+    weights = random(5, 3, 6, seed=1)
+    (layer(x) * weights).sum().backward()
+    found = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+    layer.zero_grad()
+    (layer.down(F.gelu(layer.up(x))) * weights).sum().backward()
+    for p, gradient in zip(layer.parameters(), found, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(gradient, p.grad, rtol=0, atol=1e-12)

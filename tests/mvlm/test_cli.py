@@ -247,7 +247,7 @@ def test_an_out_folder_with_other_files(mvlm, scenes, toys, tmp_path):
         (["eval", "retreival"], "unknown command 'eval retreival'; did you mean `mvlm eval retrieval`?"),
         (["eval"], "unknown command 'eval'; "),
         (["data", "emjoi", "out"], "unknown command 'data emjoi'; did you mean `mvlm data emoji`?"),
-        (["zzz"], "unknown command 'zzz'; wanted one of: data emoji, pretrain"),
+        (["zzz"], "unknown command 'zzz'; wanted one of: data emoji, data coco"),
     ],
 )
 def test_mistyped_commands_and_presets(mvlm, words, message, tmp_path, monkeypatch):

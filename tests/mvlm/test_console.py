@@ -81,3 +81,21 @@ def test_a_bar_on_a_terminal(monkeypatch):
     assert "mlm 5.250" in text
     assert "━" in text
     assert "step 3/10" not in text  # no plain lines beside the bar
+
+
+def test_counting_tells_rate_and_what_is_left(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter([0.0, 0.0, 10.0, 30.0, 70.0, 140.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(times))
+    with console.Counting("samples") as counting:
+        counting.show(4, 20, 0)  # an earlier run did four parts
+        for done, count in ((5, 500), (8, 2000), (12, 4200), (20, 8400)):
+            counting.show(done, 20, count)
+    assert capsys.readouterr().out.splitlines() == [
+        "4/20  0 samples",
+        "8/20  2,000 samples  67 samples/s  1 min 30 s left",
+        "12/20  4,200 samples  60 samples/s  1 min 10 s left",
+        "20/20  8,400 samples  60 samples/s",
+    ]
+    assert [console.duration(s) for s in (7.4, 61, 3725)] == ["7 s", "1 min 1 s", "1 h 2 min"]

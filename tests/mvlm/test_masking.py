@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm.masking import gumbel, mask_tokens, masked_patches
+from mvlm.masking import gumbel, mask_tokens, masked_patches, visible_patches
 
 GOLDEN = 0x9E3779B97F4A7C15
 MIX1, MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
@@ -102,3 +102,14 @@ def test_gumbel_of_a_pair_does_not_depend_on_the_rest_of_the_batch():
     index = torch.arange(10)
     whole = gumbel(1, 2, 0, index, index)
     assert torch.equal(gumbel(1, 2, 0, rows, columns), whole[rows][:, columns])
+
+
+@pytest.mark.parametrize("step", [0, 7, 2**40])
+def test_gumbel_of_a_step_on_the_device_is_that_of_the_number(step):
+    index = torch.arange(6)
+    assert torch.equal(gumbel(3, torch.tensor(step), 1, index, index), gumbel(3, step, 1, index, index))
+
+
+def test_visible_patches_are_the_others():
+    patch_ids = torch.tensor([[0, 3, 4], [1, 2, 8]])
+    assert visible_patches(patch_ids, 9).tolist() == [[1, 2, 5, 6, 7, 8], [0, 3, 4, 5, 6, 7]]

@@ -1,0 +1,280 @@
+"""Checking a data set: every byte read, every picture decoded, every caption looked at."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .captions import script_of
+from .crew import work
+from .dataset import open_dataset, parse_captions, parse_metadata
+from .decode import Decoder, read_header
+from .errors import DataError, need
+from .index import index_of
+from .pictures import any_size
+from .shards import read_description, shard_files
+
+_SHEET = (8, 6)  # pictures across and down
+_CELL, _TEXT = 160, 36
+_PROBLEMS = 100  # of a shard; more are counted
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    folder: Path
+    split: str
+    shard: dict[str, Any]
+    vocab_size: int | None
+
+
+@dataclass(slots=True)
+class Findings:
+    """What was found in a split, or in one of its shards: lists of n."""
+
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    """Width and height as shown."""
+    image_bytes: list[int] = field(default_factory=list)
+    captions: list[int] = field(default_factory=list)
+    """Captions of each picture."""
+    words: list[int] = field(default_factory=list)
+    """Words of every caption."""
+    scripts: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    keys: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, other: "Findings") -> None:
+        for name in ("sizes", "image_bytes", "captions", "words", "keys", "problems"):
+            getattr(self, name).extend(getattr(other, name))
+        self.scripts += other.scripts
+        self.formats += other.formats
+
+
+def check_shards(
+    folder: Path, *, workers: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Findings]:
+    """Check every shard of every split.
+
+    Args:
+        workers: processes; 0 works in this one.
+        progress: called with samples done and samples in all.
+
+    Returns:
+        Findings by split. Whatever is wrong is in their `problems`, a line each.
+
+    Raises:
+        DataError: the folder is no data set.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    vocab_size = None
+    if description.get("tokens"):
+        from .tokenizer import load_tokenizer
+
+        vocab_size = load_tokenizer(folder / "tokenizer.json").vocab_size
+    tasks = [
+        _Task(folder, split, shard, vocab_size)
+        for split, part in description["splits"].items()
+        for shard in part["shards"]
+    ]
+    found = {split: Findings(problems=_opening_problems(folder, split)) for split in description["splits"]}
+    results: dict[int, Findings] = {}
+    done, total = 0, sum(task.shard["samples"] for task in tasks)
+    numbers = {id(task): number for number, task in enumerate(tasks)}
+    for event in work(_check_shard, tasks, workers):
+        number = numbers[id(event.task)]
+        if event.kind == "beat":
+            done += event.value
+            progress(done, total)
+        elif event.kind == "done":
+            results[number] = event.value
+        else:
+            problem = f"{event.task.shard['tar']}: wanted pictures that can be decoded, found one that ends the process"
+            results[number] = Findings(problems=[problem])
+    for number, task in enumerate(tasks):
+        found[task.split].add(results[number])
+    for split, findings in found.items():
+        # A view may repeat a sample on purpose.
+        if not any("index" in shard for shard in description["splits"][split]["shards"]):
+            repeated = [key for key, count in Counter(findings.keys).items() if count > 1]
+            findings.problems += [f"{split}: wanted keys that are unique, found {key} again" for key in repeated]
+    return found
+
+
+def _opening_problems(folder: Path, split: str) -> list[str]:
+    """What `open_dataset` says, which stops at the first fault, and which a reader will meet."""
+    try:
+        open_dataset(folder, split)
+    except DataError as error:
+        return [str(error)]
+    return []
+
+
+def _check_shard(task: _Task, beat: Callable[[int], None]) -> Findings:
+    found = Findings()
+    try:
+        _read_through(task, found, beat)
+    except (OSError, ValueError) as error:  # a file that is missing, an index that is none
+        found.problems.append(f"{task.shard['tar']}: wanted a shard and its index, found {error}; restore it")
+    return found
+
+
+def _read_through(task: _Task, found: Findings, beat: Callable[[int], None]) -> None:
+    tar, index = shard_files(task.folder, task.shard)
+    with tar.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if task.shard["sha256"] and digest != task.shard["sha256"]:
+        found.problems.append(f"{tar.name}: wanted sha256 {task.shard['sha256'][:16]}..., found {digest[:16]}...")
+    lines = index.read_text(encoding="utf-8", errors="surrogateescape").splitlines()[1:]
+    try:
+        own = set(index_of(tar).lines)
+        strange = [line for line in lines if line not in own]
+        if strange or ("index" not in task.shard and len(own) != len(lines)):
+            found.problems.append(f"{index.name}: wanted the samples of {tar.name}, found others; `mvlm data index`")
+    except DataError as error:
+        found.problems.append(str(error))
+    decoder = any_size()
+    with tar.open("rb") as file:
+        for begin in range(0, len(lines), 32):
+            _check_samples(task, tar.name, [_read(file, line) for line in lines[begin : begin + 32]], decoder, found)
+            beat(len(lines[begin : begin + 32]))
+    if len(found.problems) > _PROBLEMS:
+        more = len(found.problems) - _PROBLEMS
+        found.problems[_PROBLEMS:] = [f"{tar.name}: and {more} more"]
+
+
+def _read(file: Any, line: str) -> tuple[str, dict[str, bytes]]:
+    key, parts = "", {}
+    for extension, offset, size, name in zip(*[iter(line.split(" "))] * 4, strict=True):
+        file.seek(int(offset))
+        parts[extension.lower()] = file.read(int(size))
+        key = name[: -len(extension) - 1]
+    return key, parts
+
+
+def _check_samples(
+    task: _Task, tar: str, samples: Sequence[tuple[str, dict[str, bytes]]], decoder: Decoder, found: Findings
+) -> None:
+    images = [next((p for e, p in parts.items() if e in ("jpg", "jpeg", "png", "webp")), b"") for _, parts in samples]
+    for (key, parts), image, pixels in zip(samples, images, decoder(images), strict=True):
+        where = f"{tar} key {key}"
+        found.keys.append(key)
+        if isinstance(pixels, str):
+            found.problems.append(f"{where}: wanted a picture, found that {pixels}")
+        else:
+            header = read_header(image)
+            found.formats[header if isinstance(header, str) else header.extension] += 1
+            found.sizes.append((pixels.shape[1], pixels.shape[0]))
+            found.image_bytes.append(len(image))
+        try:
+            captions = parse_captions(parts.get("txt", b""), where)
+            parse_metadata(parts.get("json", b""), where)
+        except DataError as error:
+            found.problems.append(str(error))
+            continue
+        found.captions.append(len(captions))
+        found.words += [len(caption.split()) for caption in captions]
+        found.scripts.update(map(script_of, captions))
+        if task.vocab_size is not None:
+            problem = _token_problem(parts.get("tok"), len(captions), task.vocab_size)
+            if problem is not None:
+                found.problems.append(f"{where}: {problem}")
+
+
+def _token_problem(tokens: bytes | None, captions: int, vocab_size: int) -> str | None:
+    """What is wrong with a `.tok` component: for each caption a count n and n ids, int32."""
+    if tokens is None or len(tokens) % 4:
+        return f"wanted token ids as int32, found {'none' if tokens is None else f'{len(tokens)} bytes'}"
+    numbers = np.frombuffer(tokens, "<i4")
+    at = count = 0
+    while at < len(numbers):
+        length = int(numbers[at])
+        ids = numbers[at + 1 : at + 1 + length]
+        if length < 3 or len(ids) != length:
+            return f"wanted a caption's token ids, found a count of {length} before {len(numbers) - at - 1} numbers"
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            return f"wanted token ids below {vocab_size}, found {int(ids.min())} to {int(ids.max())}"
+        at, count = at + 1 + length, count + 1
+    return None if count == captions else f"wanted token ids of {captions} captions, found those of {count}"
+
+
+def table(folder: Path, found: dict[str, Findings]) -> str:
+    """The findings as text: a column a split, and what was rejected when the data set was built."""
+    rows: list[list[str]] = [["", *found]]
+
+    def row(name: str, cell: Callable[[Findings], str]) -> None:
+        rows.append([name, *(cell(one) for one in found.values())])
+
+    row("pictures", lambda f: f"{len(f.sizes):,}")
+    row("captions", lambda f: f"{sum(f.captions):,}")
+    row("captions of a picture", lambda f: _range(f.captions))
+    row("words of a caption", lambda f: _range(f.words))
+    row("short side, pixels", lambda f: _range([min(size) for size in f.sizes]))
+    row("long side, pixels", lambda f: _range([max(size) for size in f.sizes]))
+    row("width over height", lambda f: _range([w / h for w, h in f.sizes], 2))
+    row("file, kB", lambda f: _range([size / 1000 for size in f.image_bytes], 1))
+    row("formats", lambda f: _shares(f.formats))
+    row("scripts", lambda f: _shares(f.scripts))
+    row("problems", lambda f: str(len(f.problems)))
+    widths = [max(len(line[i]) for line in rows) for i in range(len(rows[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows]
+    rejected = read_description(folder).get("rejected", {})
+    text += [f"rejected: {count:,} {reason}" for reason, count in sorted(rejected.items(), key=lambda item: -item[1])]
+    return "\n".join(text)
+
+
+def _range(values: Sequence[float], digits: int = 0) -> str:
+    if not values:
+        return "-"
+    low, middle, high = np.min(values), np.median(values), np.max(values)
+    return f"{low:.{digits}f} / {middle:.{digits}f} / {high:.{digits}f}"
+
+
+def _shares(counts: Counter[str]) -> str:
+    total = sum(counts.values())
+    return ", ".join(f"{name} {100 * count / total:.0f}%" for name, count in counts.most_common(4)) or "-"
+
+
+def contact_sheet(folder: Path, path: Path) -> Path:
+    """A PNG of up to 48 pictures from all splits, evenly spread, each over its first caption."""
+    pil, draw = need("PIL.Image"), need("PIL.ImageDraw")
+    splits = [open_dataset(folder, split) for split in read_description(folder)["splits"]]
+    places = [(dataset, i) for dataset in splits for i in range(len(dataset))]
+    across, down = _SHEET
+    count = min(len(places), across * down)
+    chosen = [places[i * len(places) // count] for i in range(count)]
+    rows = -(-count // across)
+    sheet = pil.new("RGB", (across * (_CELL + 8) + 8, rows * (_CELL + _TEXT + 8) + 8), "white")
+    pen, decoder = draw.Draw(sheet), any_size()
+    for place, (dataset, i) in enumerate(chosen):
+        x, y = 8 + place % across * (_CELL + 8), 8 + place // across * (_CELL + _TEXT + 8)
+        (pixels,) = decoder([dataset.image_bytes(i)])
+        if isinstance(pixels, str):
+            pen.rectangle((x, y, x + _CELL, y + _CELL), outline="red")
+            pen.text((x + 4, y + 4), pixels, fill="red")
+        else:
+            picture = pil.fromarray(pixels)
+            picture.thumbnail((_CELL, _CELL))
+            sheet.paste(picture, (x + (_CELL - picture.width) // 2, y + (_CELL - picture.height) // 2))
+        for line, words in enumerate(_lines(pen, dataset.captions(i)[0])):
+            pen.text((x, y + _CELL + 2 + 12 * line), words, fill="black")
+    sheet.save(path)
+    return path
+
+
+def _lines(pen: Any, caption: str) -> list[str]:
+    """The caption in lines that fit under a picture, three at most."""
+    lines = [""]
+    for word in caption[:200].split():
+        longer = f"{lines[-1]} {word}".strip()
+        if pen.textlength(longer) <= _CELL or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > 3:
+        lines[2:] = [lines[2] + " ..."]
+    return [line if pen.textlength(line) <= _CELL else line[:20] + " ..." for line in lines]

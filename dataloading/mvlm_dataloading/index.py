@@ -1,0 +1,171 @@
+"""Indices of tars, made from the tars alone: ours again, or those of tars that other tools wrote, read in place."""
+
+import json
+import tarfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError
+from .records import split_name
+from .shards import FORMAT_VERSION, description_of, index_text, read_description, shard_files, write_durably
+from .sources.tars import IMAGES, has_end, split_member
+
+_TOLD = (*IMAGES, "txt", "json", "tok")
+
+
+@dataclass(frozen=True, slots=True)
+class TarIndex:
+    """What a tar holds."""
+
+    lines: list[str]
+    """One a sample, as in a DALI index."""
+    left_out: Counter[str]
+    """Samples that cannot be used, by reason."""
+
+
+def index_of(tar: Path) -> TarIndex:
+    """Read the headers of a tar. Samples need a picture and a `.txt` that is not empty; other members are passed over.
+
+    Raises:
+        DataError: the file is no tar, is compressed, or ends early.
+    """
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    faults: dict[str, str] = {}
+    last = None
+    try:
+        with tarfile.open(tar, "r:") as file:
+            for member in file:
+                key, extension = split_member(member.name)
+                if not member.isfile() or member.issparse() or extension not in _TOLD:
+                    continue
+                parts = samples.setdefault(key, {})
+                if extension in parts or (extension in IMAGES and any(one in parts for one in IMAGES)):
+                    faults[key] = "key names two files of a kind"
+                elif parts and key != last:
+                    faults[key] = "files of a sample do not follow one another"
+                parts.setdefault(extension, member)
+                last = key
+        if not has_end(tar):  # Python takes a header that is cut for the end
+            raise tarfile.ReadError("it ends early")
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise DataError(f"{tar}: wanted a tar, found no such file") from None
+        raise DataError(
+            f"{tar}: wanted a whole, uncompressed tar, found otherwise ({error}); get it again, or write it anew with "
+            f"`mvlm data webdataset`"
+        ) from None
+    lines, left_out = [], Counter(faults.values())
+    for key, parts in samples.items():
+        if key in faults:
+            continue
+        if not any(one in parts and parts[one].size for one in IMAGES):
+            left_out["no image"] += 1
+        elif "txt" not in parts or not parts["txt"].size:
+            left_out["no caption"] += 1
+        else:
+            lines.append(" ".join(_component(member) for member in parts.values()))
+    return TarIndex(lines, left_out)
+
+
+def rebuild_indices(folder: Path, split: str | None = None) -> dict[str, Any]:
+    """Make the indices of a data folder again; a folder of tars that has no `dataset.json` gets one.
+
+    Args:
+        split: the split of tars that no description names, where their own names (train-000.tar) do not say it.
+
+    Returns:
+        The description.
+
+    Raises:
+        DataError: a tar is damaged or does not hold what the description says; the folder is a view.
+    """
+    if (folder / "dataset.json").is_file():
+        description = read_description(folder)
+        for part in description["splits"].values():
+            for shard in part["shards"]:
+                if "index" in shard:
+                    raise DataError(f"{folder}: wanted a folder of tars, found a view; make it again instead")
+                tar, _ = shard_files(folder, shard)
+                _write_index(tar, shard["samples"])
+        return description
+    tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
+    if not tars:
+        raise DataError(f"{folder}: wanted a folder of tars, found none; name another")
+    return _describe(folder, tars, split)
+
+
+def _write_index(tar: Path, samples: int | None) -> tuple[int, Counter[str]]:
+    found = index_of(tar)
+    if samples is not None and len(found.lines) != samples:
+        raise DataError(
+            f"{tar}: wanted {samples} samples as in dataset.json, found {len(found.lines)}; restore it or build the "
+            f"data set again"
+        )
+    path = tar.with_suffix(".idx")
+    aside = path.with_suffix(".idx.tmp")
+    write_durably(aside, index_text(found.lines))
+    aside.rename(path)
+    return len(found.lines), found.left_out
+
+
+def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, Any]:
+    splits: dict[str, dict[str, Any]] = {}
+    left_out: Counter[str] = Counter()
+    for tar in tars:
+        count, skipped = _write_index(tar, None)
+        left_out += skipped
+        if count:
+            name = split_name(split, str(folder)) if split else _split_of(tar)
+            part = splits.setdefault(name, {"samples": 0, "captions": 0, "shards": []})
+            part["samples"] += count
+            part["shards"].append(description_of(tar, count))
+    if not splits:
+        raise DataError(f"{folder}: wanted at least one sample, found none; left out: {dict(left_out)}")
+    for part in splits.values():
+        part["captions"] = sum(_count_captions(folder / shard["tar"]) for shard in part["shards"])
+    description = {
+        "format_version": FORMAT_VERSION,
+        "name": folder.resolve().name,
+        "source": "tars of another tool, indexed in place",
+        "licence": "",
+        "attribution": "",
+        "recipe": {},
+        "splits": dict(sorted(splits.items())),
+        "tokenizer": None,
+        "rejected": dict(sorted(left_out.items())),
+    }
+    aside = folder / "dataset.json.tmp"
+    write_durably(aside, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    aside.rename(folder / "dataset.json")
+    return description
+
+
+def _split_of(tar: Path) -> str:
+    word = tar.name.split(".")[0].split("-")[0].split("_")[0].lower()
+    try:
+        return split_name(word, str(tar))
+    except DataError:
+        return "train"
+
+
+def _count_captions(tar: Path) -> int:
+    lines = tar.with_suffix(".idx").read_text(encoding="utf-8", errors="surrogateescape").splitlines()[1:]
+    count = 0
+    with tar.open("rb") as file:
+        for line in lines:
+            for extension, offset, size, _ in zip(*[iter(line.split(" "))] * 4, strict=True):
+                if extension.lower() == "txt":
+                    file.seek(int(offset))
+                    count += sum(bool(caption.strip()) for caption in file.read(int(size)).split(b"\n"))
+    return count
+
+
+def _component(member: tarfile.TarInfo) -> str:
+    # An index is split at blanks; the name in it serves to recognise a sample and is not looked up.
+    name = member.name
+    for sign in ("%", *(sign for sign in set(name) if sign.isspace())):
+        name = name.replace(sign, "".join(f"%{byte:02X}" for byte in sign.encode()))
+    extension = name.rpartition(".")[2]
+    return f"{extension} {member.offset_data} {member.size} {name}"

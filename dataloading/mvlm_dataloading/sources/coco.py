@@ -1,0 +1,109 @@
+"""COCO captions: the published annotation files, or Karpathy's splits of them."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.records import Record, Source, cut, file_sha256, need_folder, split_name
+
+from .files import read_json
+
+_FOLDERS = ("train2014", "val2014", "train2017", "val2017")
+
+
+def coco(root: Path, karpathy: Path | None = None, year: int | None = None) -> Source:
+    """COCO captions from an unpacked download.
+
+        ROOT/annotations/captions_train2017.json, captions_val2017.json (or of 2014)
+        ROOT/train2017/*.jpg, ROOT/val2017/*.jpg (or of 2014)
+
+    Args:
+        karpathy: `dataset_coco.json`: splits train (with restval), validation and test, of pictures of either year.
+            Without it, train and val of the year become train and validation.
+        year: 2014 or 2017, where the annotations of both are there.
+
+    Raises:
+        DataError: a file or folder is missing, or is not in COCO's format.
+    """
+    if karpathy is not None:
+        files, records = [karpathy], _karpathy(root, karpathy)
+    else:
+        files = _annotations(root, year)
+        records = {}
+        for file in files:
+            split = split_name(_name(file)[0], str(file))
+            records.setdefault(split, []).extend(_captions(root, file))
+    return Source(
+        name="coco",
+        origin="COCO captions, https://cocodataset.org" + (", splits by A. Karpathy" if karpathy else ""),
+        licence="annotations CC BY 4.0; each picture under its own Flickr licence",
+        attribution="COCO Consortium",
+        recipe={"annotations": [file_sha256(file) for file in files]},
+        pieces=cut(records),
+    )
+
+
+def _annotations(root: Path, year: int | None) -> list[Path]:
+    folder = need_folder(root / "annotations")
+    found = sorted(file for file in folder.iterdir() if re.fullmatch(r"captions_(train|val)20\d\d\.json", file.name))
+    years = {_name(file)[1] for file in found}
+    if year is None and len(years) > 1:
+        raise DataError(f"{folder}: wanted the captions of one year, found {', '.join(sorted(years))}; give --year")
+    found = [file for file in found if year is None or _name(file)[1] == str(year)]
+    if not found:
+        raise DataError(f"{folder}: wanted captions_train*.json and captions_val*.json, found none; download them")
+    return found
+
+
+def _name(file: Path) -> tuple[str, str]:
+    word = file.stem.removeprefix("captions_")
+    return word[:-4], word[-4:]
+
+
+def _captions(root: Path, file: Path) -> list[Record]:
+    """One record an image, with all its annotations in the order of the file."""
+    content = read_json(file)
+    try:
+        captions: dict[int, list[str]] = {}
+        for annotation in content["annotations"]:
+            captions.setdefault(annotation["image_id"], []).append(str(annotation["caption"]))
+        licences = {licence["id"]: licence.get("url") for licence in content.get("licenses", ())}
+        folder = root / file.stem.removeprefix("captions_")
+        records = []
+        for image in content["images"]:
+            known, licence = captions.get(image["id"], []), licences.get(image.get("license"))
+            records.append(_record(folder / image["file_name"], image["id"], known, licence))
+        return records
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{file}: wanted COCO captions (images, annotations), found {error!r}; download it again"
+        ) from None
+
+
+def _karpathy(root: Path, file: Path) -> dict[str, list[Record]]:
+    content = read_json(file)
+    folders = [root / name for name in _FOLDERS if (root / name).is_dir()]
+    if not folders:
+        need_folder(*(root / name for name in _FOLDERS))
+    records: dict[str, list[Record]] = {}
+    try:
+        for image in content["images"]:
+            path = root / image["filepath"] / image["filename"]
+            if not path.parent.is_dir():  # the pictures of 2017 are those of 2014 under shorter names
+                number = int(image["cocoid"])
+                others = [folder / f"{number:012d}.jpg" for folder in folders]
+                path = next((other for other in others if other.is_file()), path)
+            captions = [str(sentence["raw"]) for sentence in image["sentences"]]
+            split = split_name(image["split"], str(file))
+            records.setdefault(split, []).append(_record(path, image["cocoid"], captions, None))
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{file}: wanted Karpathy's dataset_coco.json, found {error!r}; download it again") from None
+    return records
+
+
+def _record(path: Path, number: Any, captions: list[str], licence: str | None) -> Record:
+    metadata = {"image_id": f"coco {number}"} | ({"licence": licence} if licence else {})
+    return Record(f"{int(number):012d}", path, captions, str(path), metadata)

@@ -1,0 +1,94 @@
+"""Reading annotation files: JSON, large JSON lists, CSV and JSONL, with the mistakes that downloads have."""
+
+import csv
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.records import need_file
+
+_CHUNK = 1 << 20
+_BETWEEN = re.compile(r"[\s,]*")
+
+
+def read_json(file: Path) -> Any:
+    """A JSON file. Raises DataError if it is none."""
+    try:
+        return json.loads(need_file(file).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}: wanted JSON, found {error}; download it again") from None
+
+
+def read_json_list(file: Path) -> Iterator[Any]:
+    """The elements of a JSON list one after another, so that a file of a gigabyte need not be held at once.
+
+    Raises:
+        DataError: the file is no list, or ends early.
+    """
+    decoder = json.JSONDecoder()
+
+    def damaged(what: str) -> DataError:
+        return DataError(f"{file}: wanted a JSON list, found {what}; download it again")
+
+    with need_file(file).open(encoding="utf-8-sig", errors="replace") as text:
+        rest = ""
+        while not rest and (more := text.read(_CHUNK)):
+            rest = more.lstrip()
+        if not rest.startswith("["):
+            raise damaged(repr(rest[:20]))
+        at = 1
+        while True:
+            at = _BETWEEN.match(rest, at).end()  # pyright: ignore[reportOptionalMemberAccess] (it matches nothing too)
+            if rest.startswith("]", at):
+                return
+            try:
+                element, end = decoder.raw_decode(rest, at)
+            except (ValueError, RecursionError):
+                element, end = None, len(rest)
+            # A number, or a word, at the very end of what was read may go on; so may everything that did not parse.
+            if end >= len(rest):
+                more = text.read(max(_CHUNK, len(rest) - at))
+                if not more:
+                    raise damaged(f"no end after {rest[-20:]!r}")
+                rest, at = rest[at:] + more, 0
+                continue
+            yield element
+            at = end
+
+
+def read_rows(file: Path, delimiter: str | None = None) -> Iterator[dict[str, Any]]:
+    """The rows of a table: `.jsonl` (or `.ndjson`) with an object a line, else CSV or TSV with a header.
+
+    Raises:
+        DataError: a line is not what it should be.
+    """
+    with need_file(file).open(encoding="utf-8-sig", errors="replace", newline="") as text:
+        if file.suffix.lower() in (".jsonl", ".ndjson"):
+            for number, line in enumerate(text, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{file} line {number}: wanted JSON, found {error}; repair the line") from None
+                if not isinstance(row, dict):
+                    raise DataError(f"{file} line {number}: wanted a JSON object, found {type(row).__name__}")
+                yield row
+            return
+        csv.field_size_limit(1 << 24)
+        delimiter = delimiter or ("\t" if file.suffix.lower() == ".tsv" else ",")
+        try:
+            # NUL bytes are no reason to lose a table: in captions they are cleaned away.
+            yield from csv.DictReader(text, delimiter=delimiter)
+        except csv.Error as error:
+            raise DataError(f"{file}: wanted a table, found {error}; repair it") from None
+
+
+def as_captions(value: Any) -> list[str]:
+    """The captions in a cell of a table: a text, or a list of texts."""
+    if isinstance(value, str):
+        return [value]
+    return [str(one) for one in value] if isinstance(value, list | tuple) else []

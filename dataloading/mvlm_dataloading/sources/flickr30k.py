@@ -1,0 +1,123 @@
+"""Flickr30k: Karpathy's JSON, the original token file, or the tables that mirrors publish."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.records import Record, Source, cut, file_sha256, need_file, need_folder, safe_key, split_name
+
+from .files import read_json, read_rows
+
+_IMAGES = ("flickr30k-images", "flickr30k_images", "images", "Images")
+_FILES = ("dataset_flickr30k.json", "flickr_annotations_30k.csv", "results_20130124.token", "results.csv")
+
+
+def flickr30k(root: Path, captions: Path | None = None) -> Source:
+    """Flickr30k from an unpacked download, with its pictures in ROOT/flickr30k-images (or ROOT/images).
+
+    Args:
+        captions: one of `dataset_flickr30k.json` (Karpathy, with splits), `flickr_annotations_30k.csv` (the same as a
+            table), `results_20130124.token` and `results.csv` (both without splits: everything becomes train). Not
+            given: the first of them in ROOT.
+
+    Raises:
+        DataError: a file or folder is missing, or is in none of these formats.
+    """
+    images = need_folder(*(root / name for name in _IMAGES), root)
+    if (images / images.name).is_dir():  # one mirror's archive holds the folder in a folder of the same name
+        images = images / images.name
+    if captions is None:
+        places = [folder / name for name in _FILES for folder in (root, images, images.parent)]
+        captions = next((place for place in places if place.is_file()), root / _FILES[0])
+    need_file(captions)
+    if captions.suffix == ".json":
+        records = _karpathy(images, captions)
+    elif captions.suffix == ".token":
+        records = {"train": _records(images, _token_lines(captions))}
+    elif _header(captions).startswith("raw,"):
+        records = _annotations(images, captions)
+    else:
+        records = {"train": _records(images, _table_lines(captions))}
+    return Source(
+        name="flickr30k",
+        origin="Flickr30k, https://shannon.cs.illinois.edu/DenotationGraph",
+        licence="pictures for non-commercial research and education, under the terms of Flickr",
+        attribution="Young, Lai, Hodosh and Hockenmaier, 2014",
+        recipe={"annotations": [file_sha256(captions)]},
+        pieces=cut(records),
+    )
+
+
+def _header(file: Path) -> str:
+    with file.open(encoding="utf-8-sig", errors="replace") as text:
+        return text.readline(1000)
+
+
+def _karpathy(images: Path, file: Path) -> dict[str, list[Record]]:
+    records: dict[str, list[Record]] = {}
+    try:
+        for image in read_json(file)["images"]:
+            captions = [str(sentence["raw"]) for sentence in image["sentences"]]
+            records.setdefault(split_name(image["split"], str(file)), []).append(
+                _record(images, image["filename"], captions)
+            )
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{file}: wanted Karpathy's dataset_flickr30k.json, found {error!r}; download it again"
+        ) from None
+    return records
+
+
+def _annotations(images: Path, file: Path) -> dict[str, list[Record]]:
+    """`raw` (a JSON list of captions), `split` and `filename` a row."""
+    records: dict[str, list[Record]] = {}
+    for row in read_rows(file):
+        try:
+            captions = [str(caption) for caption in json.loads(row["raw"])]
+            split = split_name(row["split"], str(file))
+            records.setdefault(split, []).append(_record(images, row["filename"], captions))
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise DataError(
+                f"{file}: wanted columns raw, split and filename, found {error!r}; download it again"
+            ) from None
+    return records
+
+
+def _token_lines(file: Path) -> list[tuple[str, str]]:
+    """`1000092795.jpg#0<tab>caption` a line."""
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
+        if not line.strip():
+            continue
+        name, tab, caption = line.partition("\t")
+        if not tab:
+            raise DataError(f"{file} line {number}: wanted NAME#NUMBER, a tab and a caption, found {line[:60]!r}")
+        found.append((name.partition("#")[0], caption))
+    return found
+
+
+def _table_lines(file: Path) -> list[tuple[str, str]]:
+    """`name| number| caption` a line, under a header. In one published row the second bar is missing."""
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="replace").split("\n")[1:], 2):
+        if not line.strip():
+            continue
+        match = re.fullmatch(r"\s*([^|,]+?)\s*[|,]\s*(?:(\d+)\s*[|,]?\s+|(\d+)\s*[|,]\s*)?(.*?)\s*", line)
+        if match is None:
+            raise DataError(f"{file} line {number}: wanted NAME| NUMBER| caption, found {line[:60]!r}")
+        found.append((match[1], match[4]))
+    return found
+
+
+def _records(images: Path, lines: list[tuple[str, str]]) -> list[Record]:
+    captions: dict[str, list[str]] = {}
+    for name, caption in lines:
+        captions.setdefault(name, []).append(caption)
+    return [_record(images, name, known) for name, known in captions.items()]
+
+
+def _record(images: Path, name: Any, captions: list[str]) -> Record:
+    stem = Path(str(name)).stem
+    return Record(safe_key(stem), images / str(name), captions, str(images / str(name)), {"image_id": f"flickr {stem}"})

@@ -1,0 +1,173 @@
+"""Rows of Hugging Face `datasets`: parquet files as the hub keeps them, and folders that `save_to_disk` wrote."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvlm_dataloading.errors import DataError, need
+from mvlm_dataloading.records import Piece, Record, Source, hash_split, safe_key, split_name
+
+from .files import as_captions, read_json
+
+_BATCH = 64
+
+
+def huggingface(
+    data: Sequence[Path],
+    *,
+    image_column: str = "image",
+    caption_column: str = "caption",
+    key_column: str | None = None,
+    split: str | None = None,
+    validation: float = 0.0,
+    test: float = 0.0,
+    licence: str = "",
+    name: str = "huggingface",
+) -> Source:
+    """Rows of `datasets` on disk. The package itself is not needed, and no code that a data set brings is run.
+
+    Args:
+        data: parquet files, folders of parquet files, or folders of `Dataset.save_to_disk` or
+            `DatasetDict.save_to_disk`.
+        image_column: of type `Image` (bytes and a path) or binary.
+        caption_column: a text or a list of texts.
+        key_column: names the samples; not given: the file and the number of the row.
+        split: the split of everything. Not given: what `save_to_disk` or the file's name says, such as
+            train-00000-of-00002.parquet; else train.
+        validation, test: shares of train that become these splits, by a hash of the key.
+
+    Raises:
+        DataError: nothing is there, or it has not these columns.
+    """
+    files = [found for path in data for found in _find(path)]
+    pieces: list[Piece] = []
+    for number, (path, found_split) in enumerate(files):
+        rows = _Rows(
+            split_name(split or found_split or "train", str(path)),
+            path,
+            number,
+            image_column,
+            caption_column,
+            key_column,
+        )
+        rows.check_columns()
+        pieces += rows.by_hash(validation, test)
+    return Source(
+        name=name,
+        origin="rows of Hugging Face datasets",
+        licence=licence,
+        recipe={
+            "files": [[path.name, path.stat().st_size] for path, _ in files],
+            "columns": [image_column, caption_column, key_column],
+            "validation": validation,
+            "test": test,
+        },
+        pieces=pieces,
+    )
+
+
+def _find(path: Path) -> list[tuple[Path, str | None]]:
+    """Files of rows, and the split that each says it belongs to."""
+    if path.is_file():
+        return [(path, _split_in(path.name))]
+    if (path / "dataset_dict.json").is_file():
+        splits = read_json(path / "dataset_dict.json").get("splits", [])
+        return [(file, split) for split in splits for file, _ in _find(path / split)]
+    if (path / "state.json").is_file():
+        state = read_json(path / "state.json")
+        named = state.get("_split")
+        return [(path / Path(entry["filename"]).name, named) for entry in state["_data_files"]]
+    found = sorted(path.rglob("*.parquet")) if path.is_dir() else []
+    if not found:
+        raise DataError(f"{path}: wanted parquet files or a folder of save_to_disk, found none; save the rows there")
+    return [(file, _split_in(file.name) or _split_in(file.parent.name)) for file in found]
+
+
+def _split_in(name: str) -> str | None:
+    match = re.match(r"(train|training|validation|valid|val|dev|test|testing)(?=[-_.]|$)", name.lower())
+    return match[1] if match else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """One file of rows as a piece: all of them, or those whose hash puts them into `split`."""
+
+    split: str
+    path: Path
+    number: int
+    image_column: str
+    caption_column: str
+    key_column: str | None
+    shares: tuple[float, float] | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.split} {self.path.name} {self.number}"
+
+    def by_hash(self, validation: float, test: float) -> list["_Rows"]:
+        if self.split != "train" or not validation + test:
+            return [self]
+        same = (self.path, self.number, self.image_column, self.caption_column, self.key_column, (validation, test))
+        return [_Rows(split, *same) for split in ("train", "validation", "test")]
+
+    def check_columns(self) -> None:
+        names = _schema(self.path)
+        for column in (self.image_column, self.caption_column, *filter(None, (self.key_column,))):
+            if column not in names:
+                raise DataError(
+                    f"{self.path}: wanted a column named {column}, found {', '.join(names)}; name the columns with "
+                    f"--image-column and --caption-column"
+                )
+
+    def records(self, max_bytes: int) -> Iterator[Record]:
+        columns = [*dict.fromkeys(filter(None, (self.image_column, self.caption_column, self.key_column)))]
+        for number, row in enumerate(_rows(self.path, columns)):
+            where = f"{self.path.name} row {number}"
+            named = row[self.key_column] if self.key_column else f"{self.number:05d}-{number:08d}"
+            key = safe_key(str(named))
+            if self.shares is not None and hash_split(key, *self.shares) != self.split:
+                continue
+            image, fault = self._image(row[self.image_column])
+            yield Record(key, image, as_captions(row[self.caption_column]), where, {}, fault)
+
+    def _image(self, cell: Any) -> tuple[bytes | None, str | None]:
+        if isinstance(cell, dict):
+            content = cell.get("bytes")
+            if content is None and cell.get("path"):
+                return None, "image is a path and not in the table"  # it leads to a file of the machine that made it
+            cell = content
+        return (cell, None) if isinstance(cell, bytes) or cell is None else (None, "image is not binary")
+
+
+def _schema(path: Path) -> list[str]:
+    arrow = need("pyarrow")
+    try:
+        if path.suffix == ".parquet":
+            return need("pyarrow.parquet").ParquetFile(path).schema_arrow.names
+        with _open_stream(path) as stream:
+            return stream.schema.names
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: wanted a file of rows, found {error}; download or save it again") from None
+
+
+def _rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    arrow = need("pyarrow")
+    try:
+        if path.suffix == ".parquet":
+            batches = need("pyarrow.parquet").ParquetFile(path).iter_batches(batch_size=_BATCH, columns=columns)
+            for batch in batches:
+                yield from batch.to_pylist()
+        else:
+            with _open_stream(path) as stream:
+                for batch in stream:
+                    for begin in range(0, batch.num_rows, _BATCH):
+                        yield from batch.select(columns).slice(begin, _BATCH).to_pylist()
+    except (arrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: wanted rows, found {error}; download or save it again") from None
+
+
+def _open_stream(path: Path) -> Any:
+    arrow, ipc = need("pyarrow"), need("pyarrow.ipc")
+    return ipc.open_stream(arrow.memory_map(str(path)))

@@ -1,0 +1,68 @@
+"""Visual Genome: the region descriptions of each image, as captions of one sample."""
+
+from pathlib import Path
+
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.records import Record, Source, cut, file_sha256, hash_split, need_folder
+
+from .files import read_json_list
+
+_FOLDERS = ("VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2", "images")
+
+
+def visual_genome(root: Path, validation: float = 0.0, test: float = 0.0) -> Source:
+    """Visual Genome from an unpacked download.
+
+        ROOT/region_descriptions.json, and ROOT/image_data.json for the ids in COCO and Flickr
+        ROOT/VG_100K/*.jpg, ROOT/VG_100K_2/*.jpg
+
+    Args:
+        validation, test: shares of the images, chosen by a hash of their ids, as the data set comes without splits.
+
+    Raises:
+        DataError: a file or folder is missing, or is not in the published format.
+    """
+    file = root / "region_descriptions.json"
+    folders = [root / name for name in _FOLDERS if (root / name).is_dir()] or [
+        need_folder(*(root / name for name in _FOLDERS))
+    ]
+    others = _ids_elsewhere(root / "image_data.json")
+    records: dict[str, list[Record]] = {}
+    try:
+        for image in read_json_list(file):
+            regions = image["regions"]
+            # `id` was left out of some releases; every region names its image.
+            number = image["id"] if "id" in image else regions[0]["image_id"]
+            path = next(
+                (p for folder in folders if (p := folder / f"{number}.jpg").is_file()), folders[0] / f"{number}.jpg"
+            )
+            captions = [str(region["phrase"]) for region in regions]
+            metadata = {"image_id": f"visual-genome {number}", **others.get(number, {})}
+            split = hash_split(str(number), validation, test)
+            records.setdefault(split, []).append(Record(str(int(number)), path, captions, str(path), metadata))
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{file}: wanted Visual Genome's region descriptions, found {error!r}; download it again"
+        ) from None
+    return Source(
+        name="visual-genome",
+        origin="Visual Genome region descriptions, https://homes.cs.washington.edu/~ranjay/visualgenome",
+        licence="annotations CC BY 4.0; each picture under its own Flickr licence",
+        attribution="Krishna et al., 2017",
+        recipe={"annotations": [file_sha256(file)], "validation": validation, "test": test},
+        pieces=cut(records),
+    )
+
+
+def _ids_elsewhere(file: Path) -> dict[int, dict[str, int]]:
+    """What the images are called in COCO and Flickr, where they come from. Empty without the file."""
+    if not file.is_file():
+        return {}
+    found = {}
+    for image in read_json_list(file):
+        number = image.get("image_id", image.get("id")) if isinstance(image, dict) else None
+        if number is not None:
+            found[number] = {name: image[name] for name in ("coco_id", "flickr_id") if image.get(name) is not None}
+    return found

@@ -1,0 +1,225 @@
+"""Reading a data set through, and indices made anew."""
+
+import os
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import published
+import pytest
+from PIL import Image
+
+from mvlm_dataloading import (
+    Choice,
+    DataError,
+    Loader,
+    Settings,
+    build_shards,
+    check_shards,
+    make_view,
+    open_dataset,
+    rebuild_indices,
+)
+from mvlm_dataloading.captions import script_of
+from mvlm_dataloading.check import contact_sheet, table
+from mvlm_dataloading.records import Listed, Record, Source
+
+CAPTIONS = {0: ["red and green"], 1: ["красный круг", "ein roter Kreis"], 2: ["赤い丸"], 3: ["7"]}
+
+
+def write(out: Path, count: int = 10, **settings) -> Path:
+    records = [
+        Record(
+            f"k{i}", published.encoded(published.picture(i, (60 + 10 * i, 50))), CAPTIONS.get(i, [f"number {i}"]), ""
+        )
+        for i in range(count)
+    ]
+    test = [Record("t", published.encoded(published.picture(90), "PNG"), ["a", "b", "c"], "")]
+    pieces = [Listed("train", records[k : k + 4]) for k in range(0, count, 4)]
+    pieces.append(Listed("test", [*test, Record("bad", b"", ["x"], "")]))
+    return build_shards(Source("set", "tests", "CC0", {}, pieces), out, Settings(**settings), workers=0)
+
+
+def damage(path: Path, old: bytes, new: bytes, after: bytes = b"") -> None:
+    content = path.read_bytes()
+    at = content.index(old, content.index(after))
+    path.write_bytes(content[:at] + new + content[at + len(old) :])
+    os.utime(path.with_suffix(".idx"))
+
+
+def problems(folder: Path) -> list[str]:
+    return [problem for findings in check_shards(folder, workers=0).values() for problem in findings.problems]
+
+
+def test_what_a_check_finds(tmp_path):
+    out = write(tmp_path / "out")
+    seen = []
+    found = check_shards(out, workers=0, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (11, 11)
+    train = found["train"]
+    assert train.sizes == [(60 + 10 * i, 50) for i in range(10)]
+    assert train.captions == [1, 2, *8 * [1]]
+    assert train.words == [3, 2, 3, 1, 1, *6 * [2]]
+    assert train.scripts == {"LATIN": 8, "CYRILLIC": 1, "CJK": 1, "NONE": 1} or train.scripts == {
+        "LATIN": 8, "CYRILLIC": 1, "HIRAGANA": 1, "NONE": 1,
+    }  # fmt: skip
+    assert (train.formats, found["test"].formats) == ({"jpg": 10}, {"png": 1})
+    assert problems(out) == []
+    rows = {line.split("  ")[0]: line.split() for line in table(out, found).splitlines()}
+    assert rows["pictures"] == ["pictures", "1", "10"]
+    assert rows["captions"] == ["captions", "3", "11"]
+    assert rows["long side, pixels"][-5:] == ["60", "/", "105", "/", "150"]
+    assert rows["width over height"][-5:] == ["1.20", "/", "2.10", "/", "3.00"]
+    assert "rejected: 1 image file is empty" in table(out, found)
+
+
+def test_scripts():
+    wanted = {
+        "a word": "LATIN",
+        "слово b": "CYRILLIC",
+        "كلمة": "ARABIC",
+        "猫猫猫猫 cat": "CJK",
+        "12 !": "NONE",
+        "ひらがな": "HIRAGANA",
+    }
+    assert {text: script_of(text) for text in wanted} == wanted
+
+
+def test_damage_is_found_and_named(tmp_path):
+    out = write(tmp_path / "out")
+    damage(out / "train-000001.tar", b"number 5", b"number\xff5")
+    found = problems(out)
+    assert len(found) == 3
+    assert "key k5: wanted captions in UTF-8" in found[0]  # a reader stops here
+    assert "train-000001.tar: wanted sha256" in found[1]
+    assert found[2].startswith("train-000001.tar key k5: wanted captions in UTF-8")
+    other = write(tmp_path / "other")
+    jpeg = open_dataset(other, "train").image_bytes(9)
+    damage(other / "train-000002.tar", jpeg[200:], bytes(len(jpeg) - 200))
+    assert "train-000002.tar key k9: wanted a picture, found that image cannot be decoded" in problems(other)
+    (other / "train-000000.tar").unlink()
+    found = problems(other)
+    assert "train-000000.tar: wanted a shard that dataset.json names, found no such file" in found[0]
+    assert "train-000000.tar: wanted a shard and its index, found" in found[1]
+    assert len(found) == 4  # the rest was read all the same
+
+
+def test_a_key_that_is_there_twice(tmp_path):
+    out = write(tmp_path / "out")
+    damage(out / "train-000002.tar", b"k8.jpg", b"k1.jpg")
+    damage(out / "train-000002.tar", b"k8.txt", b"k1.txt")
+    damage(out / "train-000002.tar", b"k8.json", b"k1.json")
+    for member in ("jpg", "txt", "json"):  # the checksums of the headers
+        content = bytearray((out / "train-000002.tar").read_bytes())
+        at = content.index(f"k1.{member}".encode())
+        content[at + 148 : at + 156] = b" " * 8
+        content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
+        (out / "train-000002.tar").write_bytes(content)
+    rebuild_indices(out)
+    assert "train: wanted keys that are unique, found k1 again" in problems(out)
+    make_view(tmp_path / "view", [write(tmp_path / "good")], weights=[2])
+    assert problems(tmp_path / "view") == []  # there it is meant
+
+
+def test_token_ids_past_the_vocabulary(tmp_path, tokenizer):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    out = write(tmp_path / "out", tokenizer=tmp_path / "tokenizer.json", text_length=8)
+    assert problems(out) == []
+    ids, _ = tokenizer.encode(["number 6"], 8)
+    tokens = np.array([len(ids), *ids], "<i4")
+    for wrong, message in (
+        ([*tokens[:-1], 70000], "k6: wanted token ids below 400, found .* to 70000"),
+        ([*tokens[:-1], -1], "k6: wanted token ids below 400, found -1 to"),
+        ([99, *tokens[1:]], "k6: wanted a caption's token ids, found a count of 99 before"),
+    ):
+        damage(out / "train-000001.tar", tokens.tobytes(), np.array(wrong, "<i4").tobytes(), b"k6.tok")
+        assert any(re.search(message, problem) for problem in problems(out))
+        damage(out / "train-000001.tar", np.array(wrong, "<i4").tobytes(), tokens.tobytes(), b"k6.tok")
+
+
+def test_the_contact_sheet(tmp_path):
+    out = write(tmp_path / "out")
+    path = contact_sheet(out, tmp_path / "sheet.png")
+    with Image.open(path) as sheet:
+        assert sheet.size == (8 * 168 + 8, 2 * 204 + 8)
+        first = np.asarray(sheet.crop((8, 8, 168, 168)), float)
+    # The test split comes first, and its picture is in the middle of its cell, as wide as it is.
+    picture = np.asarray(published.picture(90), float)  # 72 x 54
+    assert np.abs(first[53 : 53 + 54, 44 : 44 + 72] - picture).mean() < 2
+    assert (first[:50] == 255).all()
+
+
+def test_indices_are_made_again(tmp_path):
+    out = write(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.glob("*.idx")}
+    assert len(before) == 4
+    for path in out.glob("*.idx"):
+        path.unlink()
+    with pytest.raises(DataError, match="wanted the index of"):
+        open_dataset(out, "train")
+    rebuild_indices(out)
+    assert {path.name: path.read_bytes() for path in out.glob("*.idx")} == before
+    with (out / "train-000000.tar").open("r+b") as file:
+        file.truncate(3000)
+    with pytest.raises(DataError, match=r"train-000000\.tar: wanted a whole, uncompressed tar, found otherwise"):
+        rebuild_indices(out)
+    make_view(tmp_path / "view", [write(tmp_path / "good")])
+    with pytest.raises(DataError, match="wanted a folder of tars, found a view"):
+        rebuild_indices(tmp_path / "view")
+
+
+def foreign(folder: Path) -> None:
+    """Tars as other tools write them: dots, blanks and capitals in names, samples without a caption."""
+    folder.mkdir()
+    jpegs = [published.encoded(published.picture(i)) for i in range(7)]
+    with tarfile.open(folder / "train-0.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        published.add_members(
+            tar,
+            [
+                ("a/v1.0.final.jpg", jpegs[0]), ("a/v1.0.final.txt", b"dots"), ("a/v1.0.final.cls", b"3"),
+                ("a name.JPG", jpegs[1]), ("a name.TXT", b"blanks"),
+                ("100%.jpg", jpegs[2]), ("100%.txt", b"per cent"),
+                ("mute.jpg", jpegs[3]),
+                ("é.jpg", jpegs[4]), ("é.txt", b"accent"),
+                ("n" * 120 + ".jpg", jpegs[5]), ("n" * 120 + ".txt", b"long"),
+            ],
+        )  # fmt: skip
+    with tarfile.open(folder / "val-0.tar", "w") as tar:
+        published.add_members(tar, [("v.jpg", jpegs[6]), ("v.txt", b"one\ntwo\n")])
+
+
+def test_tars_of_others_are_read_in_place(tmp_path, tokenizer):
+    foreign(tmp_path / "tars")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "tars").glob("*.tar")}
+    description = rebuild_indices(tmp_path / "tars")
+    assert description["rejected"] == {"no caption": 1}
+    assert {split: (part["samples"], part["captions"]) for split, part in description["splits"].items()} == {
+        "train": (5, 5),
+        "validation": (1, 2),
+    }
+    dataset = open_dataset(tmp_path / "tars", "train")
+    assert dataset.keys.tolist() == ["a/v1.0.final", "a%20name", "100%25", "é", "n" * 120]
+    assert [dataset.captions(i)[0] for i in range(5)] == ["dots", "blanks", "per cent", "accent", "long"]
+    loader = Loader(dataset, tokenizer, batch_size=5, image_size=54, text_length=8, seed=0, train=False,
+                    patch_size=9, mask_block=18)  # fmt: skip
+    ((batch, _),) = list(loader)
+    for row, i in enumerate((0, 1, 2, 4, 5)):
+        wanted = np.asarray(published.picture(i).resize((54, 54), Image.Resampling.BILINEAR), float).transpose(2, 0, 1)
+        assert np.abs(batch.images[row].numpy() - wanted).mean() < 8
+    assert problems(tmp_path / "tars") == []
+    make_view(tmp_path / "view", [tmp_path / "tars"], Choice(match="blanks|accent"))
+    assert open_dataset(tmp_path / "view", "train").keys.tolist() == ["a%20name", "é"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "tars").glob("*.tar")} == before
+
+
+def test_tars_that_cannot_be_read_in_place(tmp_path):
+    with pytest.raises(DataError, match="wanted a folder of tars, found none"):
+        rebuild_indices(tmp_path)
+    for name, content in (("empty", b""), ("gzip", b"\x1f\x8b" + bytes(600)), ("text", b"x" * 600)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "a.tar").write_bytes(content)
+        with pytest.raises(DataError, match=r"a\.tar: wanted a whole, uncompressed tar, found otherwise"):
+            rebuild_indices(folder)
+        assert not list(folder.glob("*.idx")) + list(folder.glob("*.json"))
