@@ -193,9 +193,8 @@ def pretrain(arguments: Sequence[str]) -> None:
     """
     import tyro
 
-    from mvlm.config import PRESETS, pretrain_defaults, run_config
+    from mvlm.config import PRESETS, pretrain_defaults, read_config, run_config
     from mvlm.errors import ConfigError
-    from mvlm.run_folder import read_config
 
     first = arguments[0] if arguments else ""
     if first in ("-h", "--help"):

@@ -17,7 +17,7 @@ from mvlm.config import PretrainConfig
 from mvlm.console import Progress
 from mvlm.device import autocast
 from mvlm.distributed import World
-from mvlm.errors import NonFiniteLossError
+from mvlm.errors import NonFiniteLossError, RunError
 from mvlm.evaluation import evaluate_briefly
 from mvlm.measures import Numbers, gradient_norms
 from mvlm.model import MaskVLM
@@ -145,6 +145,12 @@ class Run:
                     break
             self.watchdog.beat("the last checkpoint")
             wishes.close()
+            self.saver.wait()
+            if self.saver.newest != self.saver.path(self.step):
+                raise RunError(
+                    f"{self.saver.path(self.step)}: could not be written (the reason is above), and the run ends here; "
+                    f"older checkpoints are as they were: mend it and go on with --resume"
+                )
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
