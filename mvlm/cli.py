@@ -274,7 +274,7 @@ def run_command(arguments: Sequence[str]) -> None:
 def main() -> None:
     """Entry point: user errors on one line with exit code 2, a stopped run with 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from mvlm.errors import ConfigError, NonFiniteLossError, RunError
+    from mvlm.errors import ConfigError, LostRankError, NonFiniteLossError, RunError
     from mvlm_dataloading.errors import DataError
 
     try:
@@ -282,7 +282,7 @@ def main() -> None:
     except (ConfigError, RunError, DataError) as error:
         print(f"mvlm: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, LostRankError) as error:
         print(f"mvlm: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

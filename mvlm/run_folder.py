@@ -3,7 +3,6 @@
 import fcntl
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import IO, Any
 
@@ -74,8 +73,6 @@ def open_run(config: PretrainConfig) -> Path | None:
             raise RunError(f"{out}: holds a different run ({'; '.join(differing)}); choose another --out")
         if not config.resume:
             raise RunError(f"{out}: holds this run already; go on with --resume, or choose another --out")
-        for rest in (out / "checkpoints").glob("step_*.tmp"):  # of a save that was cut short
-            shutil.rmtree(rest, ignore_errors=True)
         checkpoint = newest_good_checkpoint(out / "checkpoints")
         if checkpoint is None and any((out / "checkpoints").glob("step_*[0-9]")):
             raise RunError(f"{out}: no checkpoint is whole; remove the folder to start again, or restore one")

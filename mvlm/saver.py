@@ -173,6 +173,8 @@ class Saver:
         shutil.rmtree(final, ignore_errors=True)  # only ever a folder that a resumed run has already refused
         aside.rename(final)
         sync(self._root)
+        for rest in self._root.glob("step_*.tmp"):  # of a save that a kill cut short
+            shutil.rmtree(rest, ignore_errors=True)
         remove_old_checkpoints(self._root, self._keep, self._keep_every)
 
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from mvlm import distributed
-from mvlm.agreement import Wishes, agree, check_ranks
+from mvlm.agreement import Wishes, agree, check_ranks, is_lost_rank
 from mvlm.checkpoint import load_optimizer, optimizer_tensors, read_state, read_tensors, set_generators
 from mvlm.config import PretrainConfig
 from mvlm.console import Progress
 from mvlm.device import autocast
 from mvlm.distributed import World
-from mvlm.errors import NonFiniteLossError, RunError
+from mvlm.errors import LostRankError, NonFiniteLossError, RunError
 from mvlm.evaluation import evaluate_briefly
 from mvlm.measures import Numbers, gradient_norms
 from mvlm.model import MaskVLM
@@ -55,7 +55,15 @@ def pretrain(config: PretrainConfig) -> None:
         if run.step >= config.max_steps:
             log.info("%s is complete: %d of %d steps", config.out, run.step, config.max_steps)
         else:
-            run.train(validation)
+            try:
+                run.train(validation)
+            except RuntimeError as error:
+                if world.size == 1 or not is_lost_rank(error):
+                    raise
+                raise LostRankError(
+                    f"rank {world.rank} lost another rank after step {run.step}, and ends too; that one's log tells "
+                    f"why. Go on from the last checkpoint with --resume ({str(error).splitlines()[0]})"
+                ) from error
     world.close()
 
 

@@ -235,6 +235,8 @@ def lost_rank(campaign: Campaign, out: Path, draw: random.Random) -> str:
     fault = partial(zygote.at_step, draw.randint(2, STEPS), action)
     codes = campaign.run(out, ranks=2, before={rank: fault}, stall_minutes=(4 if place == "stalled" else 30) / 60)
     require(0 not in codes, f"ended with {codes}: {log_of(out)}")
+    if place == "killed":
+        told(out, f"mvlm: rank {1 - rank} lost another rank after step ")
     campaign.ends_as_undisturbed(out, 2)
     return f"rank {rank} {place}"
 
