@@ -125,14 +125,22 @@ def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5) -> None:
         print(f"[MASK] {number}: {words}")
 
 
-def report(run: Path, /, data: Path | None = None, out: Path | None = None) -> None:
+def report(run: Path, others: tuple[Path, ...] = (), /, data: Path | None = None, out: Path | None = None) -> None:
     """Write a run's report: curves, reconstructions, filled-in words, retrievals, tables, in one HTML file.
+
+    Several runs are compared side by side instead, from their metrics and evaluations.
 
     Args:
         run: The run folder.
-        data: Folder of shards; the one the run was trained on when not given.
-        out: The file to write; report.html in the run folder when not given.
+        others: Run folders to compare it with, up to five.
+        data: Folder of shards; the one the run was trained on when not given. A comparison needs none.
+        out: The file to write; report.html, or compare.html, in the (first) run folder when not given.
     """
+    if others:
+        from mvlm.compare import write_comparison
+
+        print(write_comparison([run, *others], out or run / "compare.html"))
+        return
     from mvlm.report import write_report
 
     print(write_report(run, data, out))

@@ -29,10 +29,9 @@ def test_a_machine_that_is_well(small, scenes, tmp_path):
     assert found["cross_attention"].text == "torch: the tensors are on the CPU"
     assert found["shards"].text.startswith("32 train, 8 validation pairs")
     assert re.search(r"at 8 pairs$", found["memory"].text)
-    loader, model, hours = map(
-        float,
-        re.match(r"loader alone (\d+) pairs/s, model alone (\d+) .* about ([\d.]+) h", found["speed"].text).groups(),
-    )
+    words = re.match(r"loader alone (\d+) pairs/s, model alone (\d+) .* about ([\d.]+) h", found["speed"].text)
+    assert words is not None
+    loader, model, hours = map(float, words.groups())
     assert ("the loader is the limit" in found["speed"].text) == (loader < model)
     assert hours == pytest.approx(36000 * 8 / min(loader, model) / 3600, rel=0.05, abs=0.06)
     assert not list(tmp_path.iterdir())
