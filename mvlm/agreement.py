@@ -54,6 +54,11 @@ def check_ranks(world: World, config: PretrainConfig, dataset: Dataset) -> None:
     agree(world, compare)
 
 
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone. NCCL and the store have classes for it, gloo words."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
+
+
 class Wishes:
     """Decisions that all ranks have to take after the same step, though one rank's clock or signal asks for them.
 

@@ -159,6 +159,12 @@ def fill(wanted: dict[str, Tensor], found: dict[str, Tensor], where: Path) -> No
         tensor.copy_(found[name])
 
 
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Load model.safetensors; RunError lists what does not fit, and the model is left as it was."""
+    file = folder / "model.safetensors"
+    fill(model.state_dict(), _read_file(file), file)
+
+
 def check_fit(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], where: Path) -> None:
     """RunError listing what is missing, unexpected or of another shape."""
     wrong = [f"{name} missing" for name in wanted if name not in found]

@@ -127,14 +127,22 @@ def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5) -> None:
         print(f"[MASK] {number}: {words}")
 
 
-def report(run: Path, /, data: Path | None = None, out: Path | None = None) -> None:
+def report(run: Path, others: tuple[Path, ...] = (), /, data: Path | None = None, out: Path | None = None) -> None:
     """Write a run's report: curves, reconstructions, filled-in words, retrievals, tables, in one HTML file.
+
+    Several runs are compared side by side instead, from their metrics and evaluations.
 
     Args:
         run: The run folder.
-        data: Folder of shards; the one the run was trained on when not given.
-        out: The file to write; report.html in the run folder when not given.
+        others: Run folders to compare it with, up to five.
+        data: Folder of shards; the one the run was trained on when not given. A comparison needs none.
+        out: The file to write; report.html, or compare.html, in the (first) run folder when not given.
     """
+    if others:
+        from mvlm.compare import write_comparison
+
+        print(write_comparison([run, *others], out or run / "compare.html"))
+        return
     from mvlm.report import write_report
 
     print(write_report(run, data, out))
@@ -173,6 +181,35 @@ def bench_kernels(
 
     for path in kernels.run(ops, peers, out, device, dtype, quick, base, json):
         print(path)
+
+
+def doctor(
+    *,
+    preset: str = "tiny",
+    data: Path | None = None,
+    out: Path = Path("runs"),
+    batch_size: int | None = None,
+    device: str = "auto",
+) -> None:
+    """Say what this machine can do, what it cannot and why; with shards also how fast it would train.
+
+    The exit code is 0, or 1 when a line is red.
+
+    Args:
+        preset: The preset whose memory and speed are tried.
+        data: Folder of shards.
+        out: Where runs would be written.
+        batch_size: Pairs a step; the preset's own when not given.
+        device: auto, cpu or cuda.
+    """
+    from mvlm.doctor import examine
+
+    states = []
+    for finding in examine(preset, data, out, batch_size, device):
+        states.append(finding.state)
+        print(f"{finding.state:<6} {finding.name:<18} {finding.text}", flush=True)
+    if "red" in states:
+        sys.exit(1)
 
 
 def export(run: Path, out: Path, /) -> None:
@@ -241,9 +278,8 @@ def pretrain(arguments: Sequence[str]) -> None:
     """
     import tyro
 
-    from mvlm.config import PRESETS, pretrain_defaults, run_config
+    from mvlm.config import PRESETS, pretrain_defaults, read_config, run_config
     from mvlm.errors import ConfigError
-    from mvlm.run_folder import read_config
 
     first = arguments[0] if arguments else ""
     if first in ("-h", "--help"):
@@ -345,6 +381,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fill": fill,
     "report": report,
     "export": export,
+    "doctor": doctor,
     "bench kernels": bench_kernels,
     "bench step": bench_step,
 }
@@ -393,7 +430,7 @@ def run_command(arguments: Sequence[str]) -> None:
 def main() -> None:
     """Entry point: user errors on one line with exit code 2, a stopped run with 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from mvlm.errors import ConfigError, NonFiniteLossError, RunError
+    from mvlm.errors import ConfigError, LostRankError, NonFiniteLossError, RunError
     from mvlm_dataloading.errors import DataError
 
     try:
@@ -401,7 +438,7 @@ def main() -> None:
     except (ConfigError, RunError, DataError) as error:
         print(f"mvlm: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, LostRankError) as error:
         print(f"mvlm: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

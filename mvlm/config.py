@@ -1,12 +1,14 @@
 """What a run is made of: the sizes of the model, the recipe, and the presets of both."""
 
 import difflib
+import json
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from mvlm.errors import ConfigError
+from mvlm.errors import ConfigError, RunError
 
+FORMAT_VERSION = 2  # of config.json
 PRESETS = ("tiny", "small", "base")
 SIZES = (
     "image_size",
@@ -293,6 +295,22 @@ def model_config(values: Any, where: str) -> MaskVLMConfig:
     ConfigError for a name that this version does not know (with the nearest one it does) and for values that cannot be.
     """
     return _from_plain(MaskVLMConfig, values, where, "model setting")
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The settings in a run's config.json; RunError when it cannot be read."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: wanted the configuration of a run, got {error}") from None
+    if not isinstance(values, dict):
+        raise RunError(f"{file}: wanted the configuration of a run, got {type(values).__name__}")
+    if values.get("format_version") != FORMAT_VERSION:
+        raise RunError(
+            f"{file}: wanted a configuration of version {FORMAT_VERSION}, got version {values.get('format_version')}; "
+            f"use the mvlm that wrote it"
+        )
+    return values
 
 
 def run_config(values: Any, where: str) -> PretrainConfig:

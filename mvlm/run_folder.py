@@ -3,12 +3,11 @@
 import fcntl
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import IO, Any
 
 from mvlm.checkpoint import newest_good_checkpoint
-from mvlm.config import PretrainConfig
+from mvlm.config import FORMAT_VERSION, PretrainConfig, read_config
 from mvlm.errors import RunError
 
 # Settings that change where, how fast or how often, but not what is computed: a resumed run may differ in them.
@@ -30,7 +29,6 @@ FREE_SETTINGS = (
     "wandb",
     "trackio",
 )
-FORMAT_VERSION = 2  # of config.json
 
 
 class RunLock:
@@ -75,8 +73,6 @@ def open_run(config: PretrainConfig) -> Path | None:
             raise RunError(f"{out}: holds a different run ({'; '.join(differing)}); choose another --out")
         if not config.resume:
             raise RunError(f"{out}: holds this run already; go on with --resume, or choose another --out")
-        for rest in (out / "checkpoints").glob("step_*.tmp"):  # of a save that was cut short
-            shutil.rmtree(rest, ignore_errors=True)
         checkpoint = newest_good_checkpoint(out / "checkpoints")
         if checkpoint is None and any((out / "checkpoints").glob("step_*[0-9]")):
             raise RunError(f"{out}: no checkpoint is whole; remove the folder to start again, or restore one")
@@ -86,22 +82,6 @@ def open_run(config: PretrainConfig) -> Path | None:
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(values, indent=1) + "\n")
     return None
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """The settings in a run's config.json; RunError when it cannot be read."""
-    try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: wanted the configuration of a run, got {error}") from None
-    if not isinstance(values, dict):
-        raise RunError(f"{file}: wanted the configuration of a run, got {type(values).__name__}")
-    if values.get("format_version") != FORMAT_VERSION:
-        raise RunError(
-            f"{file}: wanted a configuration of version {FORMAT_VERSION}, got version {values.get('format_version')}; "
-            f"use the mvlm that wrote it"
-        )
-    return values
 
 
 def differing_settings(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:

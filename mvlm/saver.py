@@ -72,6 +72,10 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=arguments, name=f"save-{step}", daemon=True)
         self._thread.start()
 
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of a step is or would be."""
+        return self._root / f"step_{step:08d}"
+
     def wait(self) -> None:
         """Wait until the checkpoint that is being written is finished or has failed."""
         if self._thread is not None:
@@ -102,7 +106,7 @@ class Saver:
 
     def _write(self, step: int, parts, generators, model_config, state, tokenizer: Tokenizer) -> None:
         """What the thread does: four stages, each begun when every rank has ended the one before without an error."""
-        final = self._root / f"step_{step:08d}"
+        final = self.path(step)
         aside = final.with_suffix(".tmp")
         texts = {"model.json": model_config, "state.json": {"step": step, **state}}
         try:
@@ -169,6 +173,8 @@ class Saver:
         shutil.rmtree(final, ignore_errors=True)  # only ever a folder that a resumed run has already refused
         aside.rename(final)
         sync(self._root)
+        for rest in self._root.glob("step_*.tmp"):  # of a save that a kill cut short
+            shutil.rmtree(rest, ignore_errors=True)
         remove_old_checkpoints(self._root, self._keep, self._keep_every)
 
 

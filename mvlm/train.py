@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from mvlm import distributed
-from mvlm.agreement import Wishes, agree, check_ranks
+from mvlm.agreement import Wishes, agree, check_ranks, is_lost_rank
 from mvlm.checkpoint import load_optimizer, optimizer_tensors, read_state, read_tensors, set_generators
 from mvlm.config import PretrainConfig
 from mvlm.console import Progress
 from mvlm.device import autocast
 from mvlm.distributed import World
-from mvlm.errors import NonFiniteLossError
+from mvlm.errors import LostRankError, NonFiniteLossError, RunError
 from mvlm.evaluation import evaluate_briefly
 from mvlm.global_batch import Microbatch, backward_global
 from mvlm.measures import Numbers, gradient_norms, whole
@@ -58,7 +58,15 @@ def pretrain(config: PretrainConfig) -> None:
         if run.step >= config.max_steps:
             log.info("%s is complete: %d of %d steps", config.out, run.step, config.max_steps)
         else:
-            run.train(validation)
+            try:
+                run.train(validation)
+            except RuntimeError as error:
+                if world.size == 1 or not is_lost_rank(error):
+                    raise
+                raise LostRankError(
+                    f"rank {world.rank} lost another rank after step {run.step}, and ends too; that one's log tells "
+                    f"why. Go on from the last checkpoint with --resume ({str(error).splitlines()[0]})"
+                ) from error
     world.close()
 
 
@@ -152,6 +160,12 @@ class Run:
                     break
             self.watchdog.beat("the last checkpoint")
             wishes.close()
+            self.saver.wait()
+            if self.saver.newest != self.saver.path(self.step):
+                raise RunError(
+                    f"{self.saver.path(self.step)}: could not be written (the reason is above), and the run ends here; "
+                    f"older checkpoints are as they were: mend it and go on with --resume"
+                )
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

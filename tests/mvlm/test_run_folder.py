@@ -122,14 +122,6 @@ def test_a_folder_is_one_process_alone(config, toys):
         pass
 
 
-def test_what_is_left_of_a_save_is_removed(config, toys, run_copy):
-    data = json.loads((run_copy / "config.json").read_text())["data"]
-    rest = run_copy / "checkpoints/step_00000003.tmp"
-    rest.mkdir()
-    assert open_run(toys.pretrain_config(data, run_copy, resume=True)) == run_copy / "checkpoints/step_00000002"
-    assert not rest.exists()
-
-
 def test_a_configuration_that_is_not_there(tmp_path):
     with pytest.raises(RunError, match=r"config.json: wanted the configuration of a run, got .*No such file"):
         read_config(tmp_path / "config.json")

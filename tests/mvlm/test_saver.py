@@ -161,6 +161,14 @@ class Immediate:
         def join(self): ...
 
 
+def test_what_a_kill_left_is_removed_by_the_next_save(save, tmp_path):
+    begin, saver, _ = save
+    (tmp_path / "step_00000009.tmp").mkdir()
+    begin(1)
+    saver.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
 def test_the_newest_are_kept_and_every_so_many(tmp_path):
     def steps() -> list[int]:
         return [int(path.name.removeprefix("step_")) for path in checkpoints(tmp_path)]

@@ -1,6 +1,7 @@
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -49,3 +50,27 @@ def test_beside_the_main_thread_only_the_file_asks(tmp_path):
     thread.start()
     thread.join()
     assert found == [True]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_at_once(number, code):
+    """In a process of its own, which would wait for ever."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            with StopRequest() as stop:
+                os.write(writing, b"1")
+                while not stop.asked():
+                    time.sleep(0.01)
+                os.write(writing, b"2")
+                time.sleep(60)
+        except KeyboardInterrupt:
+            os._exit(130)
+        os._exit(0)
+    for _ in range(2):
+        assert os.read(reading, 1)
+        os.kill(process, number)
+    started = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == code
+    assert time.monotonic() - started < 20
