@@ -6,7 +6,7 @@ DATA   ?= data/emoji
 RUN    ?= runs/demo
 STEPS  ?= 640
 
-.PHONY: demo test faults-data faults-loading test-gpu test-triton wheel-smoke aot traffic check format clean
+.PHONY: demo test faults faults-data faults-loading soak test-gpu test-triton wheel-smoke aot traffic check format clean
 
 # The stamp is older than pyproject.toml when a dependency changed, and the packages are then brought up to date.
 $(VENV)/.installed: pyproject.toml
@@ -45,6 +45,11 @@ aot: $(VENV)/.installed
 # Bytes moved, counted in the interpreter, over the fewest possible.
 traffic: $(VENV)/.installed
 	$(BIN)/python -m mvlm_kernels.traffic --json benchmarks/results/traffic.json
+
+# Runs of a micro model, each disturbed in one way and resumed: a table, and a JSON file. About 3 s a trial.
+FAULTS ?= 1000
+faults: $(VENV)/.installed
+	$(BIN)/python tests/faults/campaign.py --count $(FAULTS) --json benchmarks/results/faults.json
 
 # The kernels' tests with each Triton that is supported, in an environment of its own. The interpreter of Triton 3.6 makes
 # scalars of arrays of one element, which NumPy deprecated and 2.4 refuses; compiled kernels know nothing of it.

@@ -28,9 +28,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> T
 
 
 def spread(x: Tensor, rows: Tensor, key_mask: Tensor) -> Tensor:
-    """Packed x (T, C) -> (B, L, C) with zeros for padding; rows int64 (T,) are places in (B, L), flattened."""
-    places = x.new_zeros(key_mask.numel(), x.shape[-1]).index_copy(0, rows, x)
-    return places.view(*key_mask.shape, -1)
+    """Packed x (T, C) -> (B, L, C) with zeros for padding; rows int64 (T,) are places in (B, L), flattened.
+
+    A place from B*L on is none: one more row takes what belongs to no caption.
+    """
+    places = x.new_zeros(key_mask.numel() + 1, x.shape[-1]).index_copy(0, rows.clamp(max=key_mask.numel()), x)
+    return places[:-1].view(*key_mask.shape, -1)
 
 
 class Attention(nn.Module):

@@ -127,14 +127,22 @@ def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5) -> None:
         print(f"[MASK] {number}: {words}")
 
 
-def report(run: Path, /, data: Path | None = None, out: Path | None = None) -> None:
+def report(run: Path, others: tuple[Path, ...] = (), /, data: Path | None = None, out: Path | None = None) -> None:
     """Write a run's report: curves, reconstructions, filled-in words, retrievals, tables, in one HTML file.
+
+    Several runs are compared side by side instead, from their metrics and evaluations.
 
     Args:
         run: The run folder.
-        data: Folder of shards; the one the run was trained on when not given.
-        out: The file to write; report.html in the run folder when not given.
+        others: Run folders to compare it with, up to five.
+        data: Folder of shards; the one the run was trained on when not given. A comparison needs none.
+        out: The file to write; report.html, or compare.html, in the (first) run folder when not given.
     """
+    if others:
+        from mvlm.compare import write_comparison
+
+        print(write_comparison([run, *others], out or run / "compare.html"))
+        return
     from mvlm.report import write_report
 
     print(write_report(run, data, out))
@@ -173,6 +181,48 @@ def bench_kernels(
 
     for path in kernels.run(ops, peers, out, device, dtype, quick, base, json):
         print(path)
+
+
+def doctor(
+    *,
+    preset: str = "tiny",
+    data: Path | None = None,
+    out: Path = Path("runs"),
+    batch_size: int | None = None,
+    device: str = "auto",
+) -> None:
+    """Say what this machine can do, what it cannot and why; with shards also how fast it would train.
+
+    The exit code is 0, or 1 when a line is red.
+
+    Args:
+        preset: The preset whose memory and speed are tried.
+        data: Folder of shards.
+        out: Where runs would be written.
+        batch_size: Pairs a step; the preset's own when not given.
+        device: auto, cpu or cuda.
+    """
+    from mvlm.doctor import examine
+
+    states = []
+    for finding in examine(preset, data, out, batch_size, device):
+        states.append(finding.state)
+        print(f"{finding.state:<6} {finding.name:<18} {finding.text}", flush=True)
+    if "red" in states:
+        sys.exit(1)
+
+
+def export(run: Path, out: Path, /) -> None:
+    """Write a trained model as one portable folder: model.safetensors, config.json, tokenizer.json.
+
+    Args:
+        run: A run folder or one of its checkpoints. Its averaged weights are taken where it kept them.
+        out: A new or empty folder.
+    """
+    from mvlm.checkpoint import export as write
+
+    write(run, out)
+    print(out)
 
 
 def bench_step(
@@ -265,29 +315,93 @@ def bench_data(
 
 
 def pretrain(arguments: Sequence[str]) -> None:
-    """Pretrain a MaskVLM: `mvlm pretrain PRESET --data SHARDS --out RUN`, PRESET one of tiny, small, base."""
+    """Pretrain a MaskVLM: `mvlm pretrain PRESET --data SHARDS --out RUN`, PRESET one of tiny, small, base.
+
+    `mvlm pretrain --config FILE --out RUN` repeats the run whose config.json FILE is; other settings override it.
+    """
     import tyro
 
-    from mvlm.config import PRESETS, pretrain_defaults
+    from mvlm.config import PRESETS, pretrain_defaults, read_config, run_config
     from mvlm.errors import ConfigError
 
-    preset = arguments[0] if arguments else ""
-    if preset in ("-h", "--help"):
+    first = arguments[0] if arguments else ""
+    if first in ("-h", "--help"):
         print(f"{pretrain.__doc__}\nThe settings of a preset: mvlm pretrain PRESET --help")
         return
-    if preset.startswith("-") or not preset:
-        raise ConfigError(f"wanted a preset after `mvlm pretrain`: {', '.join(PRESETS)}; got {preset or 'nothing'!r}")
-    defaults = pretrain_defaults(preset, data=tyro.MISSING, out=tyro.MISSING)
+    if first == "--config" and len(arguments) > 1:
+        defaults, source, rest = run_config(read_config(Path(arguments[1])), arguments[1]), arguments[1], arguments[2:]
+    elif first.startswith("-") or not first:
+        raise ConfigError(
+            f"wanted a preset after `mvlm pretrain`: {', '.join(PRESETS)}, or --config FILE; got {first or 'nothing'!r}"
+        )
+    else:
+        defaults, source, rest = pretrain_defaults(first, data=tyro.MISSING, out=tyro.MISSING), first, arguments[1:]
     config = tyro.cli(
         type(defaults),
-        prog=f"mvlm pretrain {preset}",
-        description=f"Pretrain the preset {preset}; the values shown are its recipe.",
+        prog=f"mvlm pretrain {source}",
+        description=f"Pretrain as {source} says; the values shown are its own.",
         default=defaults,
-        args=list(arguments[1:]),
+        args=list(rest),
     )
     from mvlm.train import pretrain as run
 
     run(config)
+
+
+def plan(
+    *,
+    gpus: tuple[str, ...],
+    data: str,
+    preset: str = "base",
+    gpu: str = "H100",
+    batch_size: int = 0,
+    epochs: float = 1.0,
+    accumulate: int = 1,
+    checkpoint_activations: bool = False,
+    local_negatives: bool = False,
+    parallel: str = "ddp",
+    mfu: float = 0.4,
+    loader_rate: float = 0.0,
+) -> None:
+    """Memory, time and traffic of a run on many GPUs, counted from the code and from stated rates: no GPU is needed.
+
+    Args:
+        gpus: GPUs a node x nodes, for example 8 x 16.
+        data: Pairs of the data set, for example 400M.
+        preset: Sizes of the model: tiny, small or base.
+        gpu: A100, H100, H200 or B200.
+        batch_size: Pairs of the global batch; 0 for 128 a GPU.
+        epochs: How often the data are seen.
+        accumulate: Microbatches a step on each GPU.
+        checkpoint_activations: Compute what is inside a block again in backward.
+        local_negatives: Draw ITM's negatives within a microbatch.
+        parallel: ddp or fsdp.
+        mfu: Share of the peak rate that the step's matrix products reach; measure it with `mvlm bench step`.
+        loader_rate: Pairs a second that the loader of a node was measured to give; 0 for not measured.
+    """
+    from mvlm.config import MaskVLMConfig
+    from mvlm.errors import ConfigError
+    from mvlm.plan import MACHINES, Setting, parse_count, parse_gpus, report
+
+    if gpu not in MACHINES or parallel not in ("ddp", "fsdp") or not 0 < mfu <= 1 or accumulate < 1 or batch_size < 0:
+        raise ConfigError(
+            f"plan: wanted --gpu one of {', '.join(MACHINES)}, --parallel ddp or fsdp, --mfu in (0, 1], --accumulate "
+            f"at least 1, --batch-size at least 0; got {gpu}, {parallel}, {mfu}, {accumulate}, {batch_size}"
+        )
+    per_node, nodes = parse_gpus(gpus)
+    setting = Setting(
+        model=MaskVLMConfig.preset(preset),
+        gpu=gpu,
+        per_node=per_node,
+        nodes=nodes,
+        batch_size=batch_size or 128 * per_node * nodes,
+        accumulate=accumulate,
+        checkpointed=checkpoint_activations,
+        local_negatives=local_negatives,
+        split=parallel == "fsdp",
+        mfu=mfu,
+    )
+    print(report(setting, parse_count(data), epochs, loader_rate))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -304,10 +418,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data index": data_commands.index,
     "data view": data_commands.view,
     "pretrain": pretrain,
+    "plan": plan,
     "eval retrieval": eval_retrieval,
     "reconstruct": reconstruct,
     "fill": fill,
     "report": report,
+    "export": export,
+    "doctor": doctor,
     "bench kernels": bench_kernels,
     "bench step": bench_step,
     "bench data": bench_data,
@@ -357,7 +474,7 @@ def run_command(arguments: Sequence[str]) -> None:
 def main() -> None:
     """Entry point: user errors on one line with exit code 2, a stopped run with 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from mvlm.errors import ConfigError, NonFiniteLossError, RunError
+    from mvlm.errors import ConfigError, LostRankError, NonFiniteLossError, RunError
     from mvlm_dataloading.errors import DataError
 
     try:
@@ -365,7 +482,7 @@ def main() -> None:
     except (ConfigError, RunError, DataError) as error:
         print(f"mvlm: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except NonFiniteLossError as error:
+    except (NonFiniteLossError, LostRankError) as error:
         print(f"mvlm: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -1,12 +1,14 @@
 """What a run is made of: the sizes of the model, the recipe, and the presets of both."""
 
 import difflib
-from dataclasses import asdict, dataclass, field, fields, replace
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from mvlm.errors import ConfigError
+from mvlm.errors import ConfigError, RunError
 
+FORMAT_VERSION = 2  # of config.json
 PRESETS = ("tiny", "small", "base")
 SIZES = (
     "image_size",
@@ -161,7 +163,7 @@ class PretrainConfig:
     max_steps: int
     """Length of the run; the learning rate falls to its end value here."""
     batch_size: int
-    """Pairs a step."""
+    """Pairs a step: of the global batch, over all ranks and microbatches."""
     lr_encoder: float
     """Peak learning rate of the two encoders."""
     lr_cross: float
@@ -194,25 +196,58 @@ class PretrainConfig:
     """auto: bf16 autocast where the processor computes in bf16, else fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU when there is one."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Over several ranks: weights on each (DDP), or split over the ranks of a node (FSDP2; over several nodes HSDP)."""
+    accumulate: int = 1
+    """Microbatches a step on each rank. ITC and ITM still see the whole global batch."""
+    checkpoint_activations: bool = False
+    """Compute what is inside a block again in backward instead of keeping it: less memory, a third more work."""
+    local_negatives: bool = False
+    """Draw ITM's negatives within a rank's microbatch instead of from the global batch: no features travel."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
     eval_every_steps: int = 0
     """Steps between evaluations on the validation split; 0 for none."""
+    eval_every_minutes: float = 0.0
+    """Minutes between evaluations, besides those by steps; 0 for none. When they fall is not the same in every run."""
     checkpoint_every_minutes: float = 10.0
     """Minutes between checkpoints; one more is written at the end."""
     checkpoint_every_steps: int = 0
     """Steps between checkpoints, besides those by minutes; 0 for none."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
+    keep_every_steps: int = 0
+    """Checkpoints at multiples of this are kept for good, besides the newest; 0 for none."""
+    ema_decay: float = 0.0
+    """Decay of an average of the weights (EMA), which evaluation and export then use; 0 for none, 0.999 is usual."""
+    max_bad_steps: int = 10
+    """Updates in a row that may be skipped as not finite (or as spikes); the run stops at the next."""
+    skip_spikes: bool = False
+    """Also skip an update whose loss is more than 6 standard deviations above the last 128."""
+    preemption_file: Path | None = None
+    """When this file appears, the run finishes its step, saves and ends, as after SIGTERM or SIGUSR1."""
+    stall_minutes: float = 20.0
+    """The run is ended, with the stacks of all threads, when a step or its data take longer than this."""
+    wandb: bool = False
+    """Send metrics to Weights & Biases too; WANDB_MODE=offline keeps them on this machine."""
+    trackio: bool = False
+    """Write metrics with trackio too, on this machine."""
     resume: bool = False
     """Go on from the newest checkpoint in `out`, or start when there is none."""
     model: MaskVLMConfig = field(default_factory=MaskVLMConfig)
     """Sizes of the model; the tokenizer decides `mask_token_id`."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "log_every", "keep_checkpoints"):
+        for name in ("max_steps", "batch_size", "accumulate", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("max_bad_steps", "keep_every_steps", "eval_every_minutes"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if self.stall_minutes <= 0:
+            raise ConfigError(f"stall_minutes must be above 0, got {self.stall_minutes}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ConfigError(f"crop_scale must be 0 < smallest <= largest <= 1, got {self.crop_scale}")
 
@@ -254,18 +289,72 @@ def pretrain_defaults(preset: str, data: Path, out: Path) -> PretrainConfig:
     )
 
 
-def model_config(values: dict[str, Any], where: str) -> MaskVLMConfig:
+def model_config(values: Any, where: str) -> MaskVLMConfig:
     """The model configuration that `asdict` wrote to the file `where`.
 
     ConfigError for a name that this version does not know (with the nearest one it does) and for values that cannot be.
     """
+    return _from_plain(MaskVLMConfig, values, where, "model setting")
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The settings in a run's config.json; RunError when it cannot be read."""
+    try:
+        values = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: wanted the configuration of a run, got {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{where}: wanted the settings of a model, got {values!r}")
-    known = [f.name for f in fields(MaskVLMConfig)]
+        raise RunError(f"{file}: wanted the configuration of a run, got {type(values).__name__}")
+    if values.get("format_version") != FORMAT_VERSION:
+        raise RunError(
+            f"{file}: wanted a configuration of version {FORMAT_VERSION}, got version {values.get('format_version')}; "
+            f"use the mvlm that wrote it"
+        )
+    return values
+
+
+def run_config(values: Any, where: str) -> PretrainConfig:
+    """The configuration of a run, as its config.json `where` has it; ConfigError as for `model_config`."""
+    if isinstance(values, dict):
+        values = {name: value for name, value in values.items() if name != "format_version"}
+        values |= {"model": model_config(values.get("model"), where)}
+    return _from_plain(PretrainConfig, values, where, "setting")
+
+
+def _from_plain(kind: type, values: Any, where: str, what: str) -> Any:
+    """A dataclass from the plain values of a JSON file, each checked against the type of its field."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: wanted the {what}s as a JSON object, got {values!r}")
+    types = get_type_hints(kind)
     for name in values:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
+        if name not in types:
+            near = difflib.get_close_matches(name, types, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{where}: unknown model setting {name!r}{hint}")
-    pairs: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return MaskVLMConfig(**pairs)
+            raise ConfigError(f"{where}: unknown {what} {name!r}{hint}")
+    missing = [f.name for f in fields(kind) if f.name not in values and f.default is f.default_factory is MISSING]
+    if missing:
+        raise ConfigError(f"{where}: wanted the {what}s {', '.join(missing)}, found none")
+    return kind(**{name: _of_type(types[name], value, f"{where}: {name}") for name, value in values.items()})
+
+
+def _of_type(wanted: Any, value: Any, where: str) -> Any:
+    """`value` as JSON has it, as the type `wanted` of a field; ConfigError where it is of another."""
+    choices = get_args(wanted)
+    if get_origin(wanted) is Literal:
+        fits = value in choices
+    elif type(None) in choices:  # Path | None
+        return None if value is None else _of_type(choices[0], value, where)
+    elif get_origin(wanted) is tuple:
+        fits = isinstance(value, list | tuple) and len(value) == len(choices)
+        value = tuple(_of_type(of, part, where) for of, part in zip(choices, value, strict=True)) if fits else value
+    elif wanted is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+    elif wanted is Path:
+        fits = isinstance(value, str | Path)
+        value = Path(value) if fits else value
+    else:
+        fits = type(value) is wanted
+    if not fits:
+        name = getattr(wanted, "__name__", str(wanted)) if not choices else str(wanted).replace("typing.", "")
+        raise ConfigError(f"{where}: wanted {name}, got {value!r}")
+    return value

@@ -14,11 +14,11 @@ SECONDS_BETWEEN_LINES = 20.0
 class Progress:
     """A context that shows one row of metrics after another, from step `first` to step `last`."""
 
-    def __init__(self, first: int, last: int) -> None:
-        self._last = last
+    def __init__(self, first: int, last: int, shown: bool = True) -> None:
+        self._last, self._shows = last, shown
         self._shown = -float("inf")
         self._bar: Bar | None = None
-        if sys.stdout.isatty():
+        if shown and sys.stdout.isatty():
             self._bar = Bar(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -44,6 +44,8 @@ class Progress:
             self._bar.update(self._task, completed=row["step"], description=describe(row))
             return
         now = time.monotonic()
+        if not self._shows:
+            return
         if now - self._shown >= SECONDS_BETWEEN_LINES or row["step"] == self._last or "tr_r1" in row:
             self._shown = now
             print(f"step {row['step']}/{self._last}  {describe(row)}", flush=True)
@@ -104,6 +106,8 @@ def describe(row: dict[str, Any]) -> str:
     words.append(f"{row['pairs_per_s']:.0f} pairs/s")
     if row["skipped"]:
         words.append(f"{row['skipped']} skipped")
+    if row.get("bad_steps"):
+        words.append(f"{row['bad_steps']} bad steps")
     if "tr_r1" in row:
         words.append(f"validation R@1 {row['tr_r1']:.1f} / {row['ir_r1']:.1f}")
         words.append(f"gain {row['gain_text_nats']:.2f} nats, {row['gain_pixels_pct']:.1f} %")

@@ -217,8 +217,10 @@ def _first_rows(
         own, between = (_own(packing), draw) if number == 0 else (_own(chosen), None)
         x = block(x, own, _other(block, chosen, memory, key_index), between=between)
 
+    read = _other(last, None, memory, key_index)  # outside the block, whose call may be run again for backward
+
     def other(attention: Attention, y: Tensor) -> Tensor:
-        return _other(last, None, memory, key_index)(attention, y.unsqueeze(1)).squeeze(1)
+        return read(attention, y.unsqueeze(1)).squeeze(1)
 
     return encoder.norm(last(x, own_first, other, take=first))
 

@@ -60,7 +60,7 @@ class MaskVLM(nn.Module, HubMixin):
         self.language_head = LanguageHead(config)
         self.image_projection = nn.Linear(config.width, config.itc_width)
         self.text_projection = nn.Linear(config.width, config.itc_width)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(1 / config.temperature)]))  # (1,): FSDP2 splits no scalars
         self.matching_head = nn.Linear(config.width, 2)
         self._initialize()
 

@@ -1,11 +1,13 @@
 """The folder of a run: who may write to it, its configuration, and its metrics (docs/files.md)."""
 
+import fcntl
 import json
+import os
 from pathlib import Path
 from typing import IO, Any
 
 from mvlm.checkpoint import newest_good_checkpoint
-from mvlm.config import PretrainConfig
+from mvlm.config import FORMAT_VERSION, PretrainConfig, read_config
 from mvlm.errors import RunError
 
 # Settings that change where, how fast or how often, but not what is computed: a resumed run may differ in them.
@@ -19,7 +21,41 @@ FREE_SETTINGS = (
     "checkpoint_every_minutes",
     "checkpoint_every_steps",
     "keep_checkpoints",
+    "keep_every_steps",
+    "eval_every_minutes",
+    "max_bad_steps",
+    "preemption_file",
+    "stall_minutes",
+    "wandb",
+    "trackio",
 )
+
+
+class RunLock:
+    """Keeps a run folder for this process until it is closed, or until the process ends in whatever way.
+
+    The folder is made where there is none. RunError when another process holds it, or it is no folder.
+    """
+
+    def __init__(self, out: Path) -> None:
+        if out.exists() and not out.is_dir():
+            raise RunError(f"{out}: wanted a folder for the run, found a file; choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        self._handle = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._handle)
+            raise RunError(
+                f"{out}: wanted a run folder of our own, found it in use by another process; "
+                f"wait for that run, stop it, or choose another --out"
+            ) from None
+
+    def __enter__(self) -> "RunLock":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._handle)
 
 
 def open_run(config: PretrainConfig) -> Path | None:
@@ -28,7 +64,7 @@ def open_run(config: PretrainConfig) -> Path | None:
     RunError when the folder holds anything that this run would spoil; nothing is changed then.
     """
     out, file = config.out, config.out / "config.json"
-    values = json.loads(json.dumps(config.to_dict()))
+    values = {"format_version": FORMAT_VERSION, **json.loads(json.dumps(config.to_dict()))}
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: wanted a folder for the run, found a file; choose another --out")
     if file.is_file():
@@ -46,17 +82,6 @@ def open_run(config: PretrainConfig) -> Path | None:
     out.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(values, indent=1) + "\n")
     return None
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """The settings in a run's config.json; RunError when it cannot be read."""
-    try:
-        values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{file}: wanted the configuration of a run, got {error}") from None
-    if not isinstance(values, dict):
-        raise RunError(f"{file}: wanted the configuration of a run, got {type(values).__name__}")
-    return values
 
 
 def differing_settings(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:

@@ -1,248 +1,271 @@
 """The training loop: shard -> loader -> batch -> model -> losses -> step."""
 
 import logging
-import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.tensorboard import SummaryWriter
+from torch import Tensor, nn
 
-from mvlm.checkpoint import load_training_state, remove_old_checkpoints, save_checkpoint
+from mvlm import distributed
+from mvlm.agreement import Wishes, agree, check_ranks, is_lost_rank
+from mvlm.checkpoint import load_optimizer, optimizer_tensors, read_state, read_tensors, set_generators
 from mvlm.config import PretrainConfig
 from mvlm.console import Progress
-from mvlm.device import autocast, choose_device
-from mvlm.errors import ConfigError, NonFiniteLossError
+from mvlm.device import autocast
+from mvlm.distributed import World
+from mvlm.errors import LostRankError, NonFiniteLossError, RunError
 from mvlm.evaluation import evaluate_briefly
-from mvlm.model import PIXEL_MODULES, MaskVLM
+from mvlm.global_batch import Microbatch, backward_global
+from mvlm.measures import Numbers, gradient_norms, whole
+from mvlm.monitor import Lines, Outputs
 from mvlm.objectives import Losses
-from mvlm.run_folder import MetricsFile, open_run
-from mvlm.weights import load_image_weights, load_text_weights
-from mvlm_dataloading import DataError, Dataset, Loader, Tokenizer, load_tokenizer, open_dataset, tokenizer_for
+from mvlm.parallel import Parallel, checkpoint_activations, parallelize, whole_model
+from mvlm.recipe import (
+    WeightAverage,
+    choose_tokenizer,
+    fit_to_tokenizer,
+    learning_rate_factor,
+    make_loader,
+    make_model,
+    make_optimizer,
+)
+from mvlm.run_folder import RunLock, open_run
+from mvlm.safety import BadSteps, Guard
+from mvlm.saver import Saver
+from mvlm.signals import StopRequest
+from mvlm.strip import strip
+from mvlm.watchdog import Watchdog
+from mvlm_dataloading import Batch, Dataset, Loader, Masks, Tokenizer, open_dataset
 
 log = logging.getLogger(__name__)
 
 
 def pretrain(config: PretrainConfig) -> None:
     """Run, or go on with, one pretraining run. Every file it writes is under `config.out`."""
-    device = choose_device(config.device)
+    world = distributed.start(config.device)
+    dataset, validation, tokenizer, config = agree(world, lambda: open_inputs(config))
+    check_ranks(world, config, dataset)
+    # Rank 0 looks at the folder, keeps it for itself, and reads the checkpoints through, for all ranks.
+    with agree(world, lambda: RunLock(config.out) if world.first else nullcontext()):
+        found = agree(world, lambda: str(open_run(config) or "") if world.first else "")
+        checkpoint = world.gather(found)[0]
+        run = agree(world, lambda: start_run(config, world, dataset, tokenizer, checkpoint))
+        if run.step >= config.max_steps:
+            log.info("%s is complete: %d of %d steps", config.out, run.step, config.max_steps)
+        else:
+            try:
+                run.train(validation)
+            except RuntimeError as error:
+                if world.size == 1 or not is_lost_rank(error):
+                    raise
+                raise LostRankError(
+                    f"rank {world.rank} lost another rank after step {run.step}, and ends too; that one's log tells "
+                    f"why. Go on from the last checkpoint with --resume ({str(error).splitlines()[0]})"
+                ) from error
+    world.close()
+
+
+def open_inputs(config: PretrainConfig) -> tuple[Dataset, Dataset | None, Tokenizer, PretrainConfig]:
+    """The data, the tokenizer, and the configuration with what the tokenizer decides."""
     dataset = open_dataset(config.data, "train")
-    validation = open_dataset(config.data, "validation") if config.eval_every_steps else None
+    evaluates = config.eval_every_steps or config.eval_every_minutes
+    validation = open_dataset(config.data, "validation") if evaluates else None
     tokenizer = choose_tokenizer(config, dataset)
-    config = replace(config, model=fit_to_tokenizer(config, tokenizer))
+    return dataset, validation, tokenizer, replace(config, model=fit_to_tokenizer(config, tokenizer))
+
+
+def start_run(config: PretrainConfig, world: World, dataset: Dataset, tokenizer: Tokenizer, checkpoint: str) -> "Run":
+    """A run at its first step or, if `checkpoint` is not empty, where that (verified) checkpoint left it."""
     torch.manual_seed(config.seed)
-    model = make_model(config).to(device)
-    checkpoint = open_run(config)
-
-    optimizer = make_optimizer(model, config, device)
-    loader = make_loader(dataset, tokenizer, config, device)
-    step = 0
-    if checkpoint is not None:
-        state = load_training_state(checkpoint, model, optimizer)
-        loader.load_state_dict(state["loader"])
-        step = state["step"]
+    loader = make_loader(dataset, tokenizer, config, world)
+    model = make_model(config, fresh=not checkpoint).to(world.device)
+    if config.checkpoint_activations:
+        checkpoint_activations(model)
+    parallel = parallelize(model, world, config.parallel)
+    run = Run(config, world, parallel, make_optimizer(model, config, world.device), loader, tokenizer)
+    if checkpoint:
+        run.restore(Path(checkpoint))
         log.info("going on from %s", checkpoint)
-    run = Run(config, model, optimizer, loader, tokenizer, device, step)
-    if step >= config.max_steps:
-        log.info("%s is complete: %d of %d steps", config.out, step, config.max_steps)
-        return
-    run.train(validation)
-
-
-def make_model(config: PretrainConfig) -> MaskVLM:
-    """The model with its first weights; those of its encoders from the files given, unless a run goes on."""
-    model = MaskVLM(config.model)
-    if not (config.resume and (config.out / "config.json").is_file()):
-        if config.image_weights is not None:
-            load_image_weights(model, config.image_weights)
-        if config.text_weights is not None:
-            load_text_weights(model, config.text_weights)
-    return model
-
-
-def choose_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
-    """The tokenizer by path, the data set's own, or one trained on its captions."""
-    if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer)
-    try:
-        return tokenizer_for(dataset, config.model.vocab_size)
-    except DataError:
-        raise
-    except ValueError as error:  # a vocabulary with no room for all bytes
-        raise ConfigError(f"model.vocab_size: {error}") from None
-
-
-def fit_to_tokenizer(config: PretrainConfig, tokenizer: Tokenizer):
-    """The model configuration with the tokenizer's [MASK]. ConfigError when the vocabulary does not hold its tokens."""
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size: wanted at least the tokenizer's {tokenizer.vocab_size}, got {config.model.vocab_size}"
-        )
-    return replace(config.model, mask_token_id=tokenizer.mask_id)
-
-
-def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, device: torch.device) -> Loader:
-    """The training loader that the model and the recipe ask for."""
-    model = config.model
-    return Loader(
-        dataset,
-        tokenizer,
-        batch_size=config.batch_size,
-        image_size=model.image_size,
-        text_length=model.text_length,
-        seed=config.seed,
-        device=None if device.type == "cpu" else str(device),
-        patch_size=model.patch_size,
-        mask_block=model.mask_block,
-        image_mask_ratio=model.image_mask_ratio,
-        text_mask_ratio=model.text_mask_ratio,
-        crop_scale=config.crop_scale,
-    )
-
-
-def make_optimizer(model: MaskVLM, config: PretrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW with a group for each rate, with and without decay. `peak` is a group's highest rate."""
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and not name.endswith(("position", "words.weight"))
-        groups.setdefault((peak_rate(name, config), matrix), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "peak": peak,
-                "weight_decay": config.weight_decay if matrix else 0.0,
-            }
-            for (peak, matrix), parameters in groups.items()
-        ],
-        lr=config.lr_cross,
-        betas=(0.9, config.beta2),
-        fused=True,
-    )
-
-
-def peak_rate(name: str, config: PretrainConfig) -> float:
-    """The highest learning rate of the parameter with this name."""
-    if name.startswith(("image_encoder.", "text_encoder.")):
-        return config.lr_encoder
-    if name.startswith(PIXEL_MODULES):
-        return config.lr_pixels
-    return config.lr_cross
-
-
-def learning_rate_factor(step: int, config: PretrainConfig) -> float:
-    """The share of its peak that a learning rate has at the step with this number (from 0): warm-up, then cosine."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
+    return run
 
 
 class Run:
-    """One run in progress."""
+    """One run in progress, as one rank sees it."""
 
     def __init__(
         self,
         config: PretrainConfig,
-        model: MaskVLM,
+        world: World,
+        parallel: Parallel,
         optimizer: torch.optim.AdamW,
         loader: Loader,
         tokenizer: Tokenizer,
-        device: torch.device,
-        step: int,
     ) -> None:
-        self.config, self.model, self.optimizer = config, model, optimizer
-        self.loader, self.tokenizer, self.device = loader, tokenizer, device
-        self.step = step
-        """Updates made."""
-        self.saved = step
-        """The step of the newest checkpoint."""
+        self.config, self.world, self.parallel, self.optimizer = config, world, parallel, optimizer
+        self.model = model = parallel.model
+        self.loader, self.tokenizer, self.device = loader, tokenizer, world.device
+        self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+        self.guard = Guard(world, config.skip_spikes)
+        self.bad = BadSteps(config.max_bad_steps)
+        self.saver = Saver(config.out / "checkpoints", world, config.keep_checkpoints, config.keep_every_steps)
+        self.watchdog = Watchdog(config.out, world.rank, config.stall_minutes)
+        self.numbers = Numbers()
+        """Of the steps since the last line."""
+        self.step = 0
+        """Updates made or skipped."""
+        self.best: dict[str, float] | None = None
+        """Step and figure (the mean of both R@1) of the best evaluation."""
 
     def train(self, validation: Dataset | None) -> None:
-        """Go on to `max_steps`, with checkpoints on the way and at the end."""
-        config = self.config
-        metrics = MetricsFile(config.out / "metrics.jsonl", self.step)
-        board = SummaryWriter(str(config.out / "tensorboard"), purge_step=self.step)
-        last_save = time.monotonic()
+        """Go on to `max_steps`, or until asked to stop, with checkpoints on the way and at the end."""
+        config, world = self.config, self.world
+        outputs = Outputs(config, self.step) if world.first else None
+        lines = Lines(self, outputs)
         batches = iter(self.loader)
-        try:
-            with Progress(self.step, config.max_steps) as progress:
-                while self.step < config.max_steps:
-                    row = self.one_step(batches)
-                    if validation is not None and self.due(config.eval_every_steps):
-                        row |= evaluate_briefly(self.model, validation, self.tokenizer, config.precision)
-                    if self.step % config.log_every == 0 or self.step == config.max_steps or "tr_r1" in row:
-                        metrics.write(row)
-                        write_scalars(board, row)
-                    progress.show(row)
-                    minutes = (time.monotonic() - last_save) / 60
-                    if self.due(config.checkpoint_every_steps) or minutes >= config.checkpoint_every_minutes:
-                        self.save()
-                        last_save = time.monotonic()
-            if self.saved != self.step:  # a checkpoint of the last step is not written over itself
-                self.save()
-        finally:
-            metrics.close()
-            board.close()
+        wishes = Wishes(world)
+        saved_at = evaluated_at = time.monotonic()
+        with (
+            outputs or nullcontext(),
+            self.saver,
+            self.watchdog,
+            StopRequest(config.preemption_file) as stop,
+            Progress(self.step, config.max_steps, shown=world.first) as progress,
+        ):
+            while self.step < config.max_steps:
+                self.one_step(batches)
+                lines.write(progress)  # of the step before: its numbers have come while this step was begun
+                now = time.monotonic()
+                save, evaluate, end = wishes.grant(
+                    now - saved_at >= 60 * config.checkpoint_every_minutes,
+                    0 < 60 * config.eval_every_minutes <= now - evaluated_at,
+                    stop.asked(),
+                )
+                figures = {}
+                if validation is not None and (evaluate or self.due(config.eval_every_steps)):
+                    figures = self.evaluate(validation, outputs)
+                    evaluated_at = time.monotonic()
+                if figures or self.due(config.log_every) or self.step == config.max_steps:
+                    lines.close(figures)
+                if save or end or self.due(config.checkpoint_every_steps) or self.step == config.max_steps:
+                    lines.write(progress)  # a checkpoint never overtakes the lines of its steps
+                    self.save()
+                    saved_at = time.monotonic()
+                if end:
+                    log.info("%s: saved at step %d, and stopped", stop.reason or "another rank", self.step)
+                    break
+            self.watchdog.beat("the last checkpoint")
+            wishes.close()
+            self.saver.wait()
+            if self.saver.newest != self.saver.path(self.step):
+                raise RunError(
+                    f"{self.saver.path(self.step)}: could not be written (the reason is above), and the run ends here; "
+                    f"older checkpoints are as they were: mend it and go on with --resume"
+                )
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def one_step(self, batches: Iterator[Any]) -> dict[str, Any]:
-        """One update. Returns its line of metrics. NonFiniteLossError before the update when a term is not finite."""
-        config, model, started = self.config, self.model, time.perf_counter()
-        batch, masks = next(batches)
-        batch, masks = batch.to(self.device, non_blocking=True), masks.to(self.device, non_blocking=True)
+    def one_step(self, batches: Iterator[tuple[Batch, Masks]]) -> None:
+        """One update, or none where the guard forbids it. Its numbers stay on the device, in `self.numbers`."""
+        self.watchdog.beat(f"the data of step {self.step + 1}")
+        started = time.perf_counter()
+        dealt = [next(batches) for _ in range(self.config.accumulate)]
+        samples = [i for batch, _ in dealt for i in batch.sample_id.tolist()]
+        micro = [(b.to(self.device, non_blocking=True), m.to(self.device, non_blocking=True)) for b, m in dealt]
         waited = time.perf_counter() - started
-        factor = learning_rate_factor(self.step, config)
+        self.watchdog.beat(f"step {self.step + 1}")
+        factor = learning_rate_factor(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        alone = self.step < config.reconstruction_first
-        with autocast(self.device, config.precision):
-            losses: Losses = model(batch, masks, seed=config.seed, step=self.step, reconstruction_only=alone)
-        losses.total.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        mlm, mim, itc, itm, total, grad_norm = torch.stack([*losses, norm]).tolist()
-        terms = {"mlm": mlm, "mim": mim, "itc": itc, "itm": itm, "grad_norm": grad_norm}
-        bad = [f"{name} is {value}" for name, value in terms.items() if not math.isfinite(value)]
-        if bad:
-            raise NonFiniteLossError(
-                f"step {self.step + 1}: {', '.join(bad)}; the update was not made. "
-                f"No checkpoint holds it: try a lower learning rate or --precision fp32"
-            )
+        losses = self.forward_backward(micro)
+        norm, parts = gradient_norms(self.model)
+        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
+        good = self.guard.judge(losses.total.detach(), norm)
+        # What torch's GradScaler sets too: where it is 1, AdamW's fused kernels leave weights and moments untouched.
+        self.optimizer.found_inf = (~good).float()  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        model.clamp_temperature()
+        self.model.clamp_temperature()
         self.step += 1
-        return {
-            "step": self.step,
-            "pairs_seen": self.step * config.batch_size,
-            "loss": total,
-            "mlm": mlm,
-            "mim": mim,
-            "itc": None if alone else itc,
-            "itm": None if alone else itm,
-            "lr": config.lr_cross * factor,
-            "grad_norm": grad_norm,
-            "pairs_per_s": config.batch_size / (time.perf_counter() - started),
-            "data_wait_s": waited,
-            "skipped": self.loader.skipped,
-        }
+        if self.average is not None:
+            self.average.update(self.step)
+        values: dict[str, Tensor] = {**losses._asdict(), "grad_norm": norm, "good": good}
+        values |= {f"grad_norm_{name}": value for name, value in parts.items()}
+        values["temperature"] = (-whole(self.model.log_scale.detach()[0])).exp()
+        self.numbers.add(self.step, samples, values, waited)
 
-    def save(self) -> Path:
-        root = self.config.out / "checkpoints"
-        state = {"loader": self.loader.state_dict()}
-        path = save_checkpoint(root, self.step, self.model, self.optimizer, state, self.tokenizer)
-        remove_old_checkpoints(root, self.config.keep_checkpoints)
-        self.saved = self.step
-        return path
+    def forward_backward(self, micro: list[Microbatch]) -> Losses:
+        """The losses of the global batch, scalars; the gradients of their total are in the parameters' `grad`."""
+        config = self.config
+        return backward_global(
+            self.parallel,
+            micro,
+            self.world,
+            seed=config.seed,
+            step=self.step,
+            reconstruction_only=self.step < config.reconstruction_first,
+            local_negatives=config.local_negatives,
+            autocast=partial(autocast, self.device, config.precision),
+        )
 
+    def check(self, numbers: Numbers) -> None:
+        """Count the updates among `numbers` that were skipped. NonFiniteLossError when they are too many in a row."""
+        past = self.bad.count(numbers)
+        if past is None:
+            return
+        step, row, samples = past
+        mine = [str(self.loader.dataset.keys[i]) for i in samples]
+        keys = sorted(key for its in self.world.gather(mine) for key in its)
+        more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+        self.saver.wait()
+        raise NonFiniteLossError(
+            f"step {step}: {self.bad.reason(row)}; the update was not made ({self.bad.in_a_row} in a row, "
+            f"--max-bad-steps is {self.config.max_bad_steps}). Its samples: {', '.join(keys[:8])}{more}. "
+            f"Last good checkpoint: {self.saver.newest or 'none'}; no checkpoint holds such an update. "
+            f"Try a lower learning rate or --precision fp32"
+        )
 
-def write_scalars(board: SummaryWriter, row: dict[str, Any]) -> None:
-    for name, value in row.items():
-        if name not in ("step", "pairs_seen") and value is not None:
-            board.add_scalar(name, value, row["step"])
+    def evaluate(self, validation: Dataset, outputs: Outputs | None) -> dict[str, float]:
+        """Figures on the validation split, with the averaged weights where there are any."""
+        self.watchdog.beat("the evaluation")
+        with self.average.applied() if self.average is not None else nullcontext():
+            model = whole_model(self.model)
+            figures = evaluate_briefly(model, validation, self.tokenizer, self.config.precision)
+            picture = strip(model, validation, self.tokenizer, self.config.precision)
+        if outputs is not None:
+            outputs.picture(picture, self.step)
+        figure = (figures["tr_r1"] + figures["ir_r1"]) / 2
+        if self.best is None or figure > self.best["figure"]:
+            self.best = {"step": self.step, "figure": figure}
+        return figures
+
+    def save(self) -> None:
+        """Begin a checkpoint of this step."""
+        self.watchdog.beat("the checkpoint before")
+        self.check(self.numbers)
+        parts = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizer)}
+        if self.average is not None:
+            parts["ema"] = self.average.tensors
+        loader = self.loader.state_dict()
+        loader["skipped"] = sorted(set().union(*self.world.gather(loader["skipped"])))
+        state = {"loader": loader, "guard": self.guard.state(), "bad": self.bad.state(), "best": self.best}
+        self.saver.save(self.step, self.model, parts, state, self.tokenizer)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Go on from a verified checkpoint. RunError or DataError where it is another model's or other data's."""
+        state = read_state(checkpoint)
+        read_tensors(checkpoint / "model", self.model.state_dict())
+        load_optimizer(checkpoint / "optimizer", self.model, self.optimizer)
+        if self.average is not None:
+            read_tensors(checkpoint / "ema", self.average.tensors)
+        set_generators(checkpoint, self.world.rank, self.device)
+        self.loader.load_state_dict(state["loader"])
+        self.saver.newest = checkpoint
+        self.guard.load(state["guard"])
+        self.bad.load(state["bad"])
+        self.step, self.best = state["step"], state["best"]

@@ -2,8 +2,10 @@
 example of an op.
 """
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +63,30 @@ def test_links_between_pages_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} points to {target}, which is not there"
+
+
+TRAINING = GUIDE.with_name("training.md")
+
+
+def test_commands_of_the_training_page_run(tmp_path, monkeypatch, capsys) -> None:
+    """In one process, on the committed pictures in place of the emoji that the guide's commands build."""
+    from mvlm.cli import run_command
+
+    monkeypatch.chdir(tmp_path)
+    data = shutil.copytree(Path(__file__).parent / "faults" / "data", tmp_path / "data" / "emoji")
+    for index in data.glob("*.idx"):
+        os.utime(index)
+    commands = [shlex.split(line) for block in blocks("sh", TRAINING) for line in block.splitlines()]
+    assert [words[1] for words in commands] == ["data", "pretrain", "pretrain", "pretrain", "export"]
+    for words in commands[1:]:
+        run_command([*words[1:], *(SHORT if words[1] == "pretrain" else [])])
+    for name in ("runs/mine/metrics.jsonl", "runs/again/metrics.jsonl", "portable/model.safetensors"):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_each_promise_names_a_test_that_there_is() -> None:
+    promises = re.findall(r"^\| .* \| `(tests/\S+)::(test_\w+)` \|$", TRAINING.read_text(), re.MULTILINE)
+    assert len(promises) >= 20
+    for file, name in promises:
+        text = (GUIDE.parents[1] / file).read_text()
+        assert re.search(rf"^def {name}\(", text, re.MULTILINE), f"{file}::{name} is not there"

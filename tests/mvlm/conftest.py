@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from mvlm.config import MaskVLMConfig, PretrainConfig
 from mvlm.model import MaskVLM
@@ -154,6 +155,15 @@ def folder_hash(folder: Path) -> dict[str, tuple[str, int]]:
     }
 
 
+def checkpoint_contents(folder: Path) -> dict[str, Any]:
+    """A checkpoint's texts, and bytes of its tensors; safetensors writes its own notes in any order."""
+    found: dict[str, Any] = {path.name: path.read_text() for path in folder.glob("*.json") if path.stem != "manifest"}
+    for path in sorted(folder.glob("*/*.safetensors")):
+        for name, tensor in load_file(path).items():
+            found[f"{path.parent.name}/{name}"] = (tensor.shape, tensor.numpy().tobytes())
+    return found
+
+
 def overwrite(dataset: Dataset, part: str, ids, content: bytes | None = None) -> None:
     """Damage the "image" or "text" of samples in place: fill them with zeros after 20 bytes, or with `content`."""
     for i in ids:
@@ -193,6 +203,7 @@ def toys() -> SimpleNamespace:
         write_scenes=write_scenes,
         pretrain_config=pretrain_config,
         folder_hash=folder_hash,
+        contents=checkpoint_contents,
         overwrite=overwrite,
         uniform=uniform_of_pair,
     )
@@ -238,13 +249,15 @@ def run_copy(trained, tmp_path) -> Path:
 @pytest.fixture
 def without_tensorboard(monkeypatch) -> None:
     """Runs that write no TensorBoard events, which take longer than the micro model's steps."""
-    import mvlm.train
+    import mvlm.monitor
 
     class Board:
         def __init__(self, *_, **__): ...
 
         def add_scalar(self, *_): ...
 
+        def add_image(self, *_, **__): ...
+
         def close(self): ...
 
-    monkeypatch.setattr(mvlm.train, "SummaryWriter", Board)
+    monkeypatch.setattr(mvlm.monitor, "SummaryWriter", Board)

@@ -1,11 +1,12 @@
 # Arguments are unpacked from tables of cases, whose types pyright cannot follow.
 # pyright: reportCallIssue=false
-import contextlib
 import json
 import logging
+import os
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,25 +15,37 @@ from safetensors.torch import load_file, save_file
 from mvlm import checkpoint as checkpoints_module
 from mvlm.checkpoint import (
     checkpoints,
+    export,
     find_checkpoint,
     load_model,
-    load_training_state,
-    load_weights,
+    load_optimizer,
     newest_good_checkpoint,
-    remove_old_checkpoints,
-    save_checkpoint,
+    optimizer_tensors,
+    read_state,
+    read_tensors,
     verify_checkpoint,
 )
+from mvlm.distributed import World
 from mvlm.errors import RunError
 from mvlm.model import MaskVLM
-from mvlm.train import make_optimizer
+from mvlm.recipe import make_optimizer
+from mvlm.saver import Saver
 
-FILES = ("model.safetensors", "optimizer.safetensors", "model.json", "state.json", "tokenizer.json")
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+FILES = (
+    f"model/{SHARD}",
+    f"optimizer/{SHARD}",
+    "generators/rank_00000.safetensors",
+    "model.json",
+    "state.json",
+    "tokenizer.json",
+)
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @pytest.fixture
-def training(toys, tokenizer):
-    """A model and its optimizer after two updates, and a function that makes one more."""
+def training(toys):
+    """A model and its optimizer after two updates."""
     model = toys.model(dtype=torch.float32)
     optimizer = make_optimizer(model, toys.pretrain_config(Path(), Path()), torch.device("cpu"))
     for _ in range(2):
@@ -45,6 +58,18 @@ def update(toys, model: MaskVLM, optimizer: torch.optim.Optimizer) -> None:
     model(batch, masks).total.backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def save(root: Path, step: int, training, tokenizer, state: dict[str, Any] | None = None, **settings: Any) -> Path:
+    """Write a checkpoint and wait for it."""
+    model, optimizer = training
+    saver = Saver(root, ALONE, **({"keep": 100} | settings))
+    parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
+    saver.save(step, model, parts, state or {}, tokenizer)
+    saver.wait()
+    path = root / f"step_{step:08d}"
+    assert saver.newest == path
+    return path
 
 
 def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
@@ -60,23 +85,28 @@ def flip_a_byte(file: Path) -> None:
 def sign_again(folder: Path) -> None:
     """Make the manifest fit the files, as if they had been written like that."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["sha256"] = {name: checkpoints_module._sha256(folder / name) for name in FILES}
+    manifest["sha256"] = {name: checkpoints_module.sha256(folder / name) for name in manifest["sha256"]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_files_and_names(training, tokenizer, tmp_path):
-    path = save_checkpoint(tmp_path, 1234, *training, {"loader": {"position": 3}}, tokenizer)
+    path = save(tmp_path, 1234, training, tokenizer, {"loader": {"position": 3}})
     assert path == tmp_path / "step_00001234"
-    assert sorted(file.name for file in path.iterdir()) == sorted([*FILES, "manifest.json"])
+    files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    assert files == sorted([*FILES, "manifest.json"])
     assert [file.name for file in tmp_path.iterdir()] == ["step_00001234"]  # nothing is left beside it
-    assert json.loads((path / "state.json").read_text()) == {"step": 1234, "loader": {"position": 3}}
+    assert read_state(path) == {"step": 1234, "loader": {"position": 3}}
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert (manifest["format_version"], manifest["world_size"]) == (2, 1)
+    assert sorted(manifest["sha256"]) == sorted(FILES)
     verify_checkpoint(path)
 
 
 def test_model_and_tokenizer_come_back(training, tokenizer, tmp_path):
-    model, optimizer = training
-    save_checkpoint(tmp_path / "checkpoints", 5, model, optimizer, {}, tokenizer)
-    for folder in (tmp_path, tmp_path / "checkpoints/step_00000005"):
+    model, _ = training
+    save(tmp_path / "checkpoints", 5, training, tokenizer)
+    export(tmp_path, tmp_path / "exported")
+    for folder in (tmp_path, tmp_path / "checkpoints/step_00000005", tmp_path / "exported"):
         found, words = load_model(folder)
         assert found.config == model.config
         assert equal(found, model)
@@ -84,24 +114,53 @@ def test_model_and_tokenizer_come_back(training, tokenizer, tmp_path):
         assert words.fingerprint == tokenizer.fingerprint
 
 
-def test_training_goes_on_to_the_bit(toys, training, tokenizer, tmp_path):
-    """Every moment of the optimizer comes back, so the next update is the same."""
+def test_an_exported_folder_is_plain(training, tokenizer, tmp_path):
+    """Read here by safetensors alone; a folder with files in it is left as it is."""
+    model, _ = training
+    save(tmp_path / "checkpoints", 5, training, tokenizer)
+    out = tmp_path / "deep/exported"
+    export(tmp_path, out)
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
+    tensors = load_file(out / "model.safetensors")
+    assert tensors.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+    assert json.loads((out / "config.json").read_text())["width"] == model.config.width
+    with pytest.raises(RunError, match=r"exported: wanted a new or empty folder, found other files"):
+        export(tmp_path, out)
+
+
+def test_the_average_is_what_is_evaluated_and_exported(training, tokenizer, tmp_path):
     model, optimizer = training
-    path = save_checkpoint(tmp_path, 2, model, optimizer, {"loader": {"position": 8}}, tokenizer)
+    average = {name: torch.full_like(p, 0.25) for name, p in model.named_parameters()}
+    saver = Saver(tmp_path / "checkpoints", ALONE, keep=1)
+    parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer), "ema": average}
+    saver.save(1, model, parts, {}, tokenizer)
+    saver.wait()
+    assert all((p == 0.25).all() for p in load_model(tmp_path)[0].parameters())
+    export(tmp_path, tmp_path / "out")
+    assert all((t == 0.25).all() for t in load_file(tmp_path / "out/model.safetensors").values())
+
+
+def test_training_goes_on_to_the_bit(toys, training, tokenizer, tmp_path):
+    """Every moment of the optimizer comes back, so the next update is the same; where there was none, there is none."""
+    model, optimizer = training
+    del optimizer.state[model.log_scale]
+    path = save(tmp_path, 2, training, tokenizer)
     other = toys.model(seed=1, dtype=torch.float32)
     other_optimizer = make_optimizer(other, toys.pretrain_config(Path(), Path()), torch.device("cpu"))
-    assert load_training_state(path, other, other_optimizer) == {"step": 2, "loader": {"position": 8}}
+    read_tensors(path / "model", other.state_dict())
+    load_optimizer(path / "optimizer", other, other_optimizer)
     assert equal(other, model)
     for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
         mine, yours = optimizer.state[a], other_optimizer.state[b]
-        assert set(mine) == set(yours) == {"step", "exp_avg", "exp_avg_sq"}, name
+        assert set(mine) == set(yours) == (set() if name == "log_scale" else {"step", "exp_avg", "exp_avg_sq"}), name
         assert all(torch.equal(mine[key], yours[key]) for key in mine), name
     for m, o in ((model, optimizer), (other, other_optimizer)):
         update(toys, m, o)
     assert equal(other, model)
 
 
-def test_nothing_is_pickled(toys, training, tokenizer, tmp_path, monkeypatch):
+def test_nothing_is_pickled(training, tokenizer, tmp_path, monkeypatch):
     """Neither on the way out nor on the way in."""
 
     def refuse(*_, **__):
@@ -110,56 +169,51 @@ def test_nothing_is_pickled(toys, training, tokenizer, tmp_path, monkeypatch):
     for module, names in ((pickle, ("dump", "dumps", "load", "loads")), (torch, ("save", "load"))):
         for name in names:
             monkeypatch.setattr(module, name, refuse)
-    model, optimizer = training
-    path = save_checkpoint(tmp_path, 1, model, optimizer, {}, tokenizer)
+    path = save(tmp_path, 1, training, tokenizer)
     load_model(path)
-    load_training_state(path, model, optimizer)
-    for file in path.iterdir():
+    load_optimizer(path / "optimizer", *training)
+    for file in path.rglob("*.*"):
         start = file.read_bytes()[:9]
         assert start[8:9] == b"{" if file.suffix == ".safetensors" else start[:1] == b"{", file
-    assert {file.suffix for file in path.iterdir()} == {".json", ".safetensors"}
+        assert file.suffix in (".json", ".safetensors")
 
 
-class Killed(BaseException):
-    """What the process sees of a kill: nothing after it runs."""
+class Trap:
+    """What unpickling it would do."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("trapped",))
 
 
-# What a checkpoint is made by, in order: two files of tensors, two of JSON, the tokenizer and the manifest; these six
-# and their folder forced to the disk; the rename; the folder above forced to the disk.
-OPERATIONS = 2 + 2 + 1 + 1 + 7 + 1 + 1
+@pytest.mark.parametrize("name", ["model/.metadata", "model/extra.safetensors", "optimizer.pt", "model/__0_0.distcp"])
+def test_a_foreign_file_is_refused_and_never_loaded(run_copy, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    newest = run_copy / "checkpoints/step_00000002"
+    (newest / name).write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(RunError, match=rf"{name}: not in the manifest, so not of this checkpoint"):
+        load_model(newest)
+    assert newest_good_checkpoint(run_copy / "checkpoints") == run_copy / "checkpoints/step_00000001"
+    assert not (tmp_path / "trapped").exists()
 
 
-@pytest.mark.parametrize("survived", range(OPERATIONS + 1))
-def test_a_kill_leaves_no_half_checkpoint_to_be_seen(training, tokenizer, tmp_path, monkeypatch, survived):
-    """A kill before each of them in turn: the earlier checkpoint stands, and saving again works."""
-    model, optimizer = training
-    first = save_checkpoint(tmp_path, 1, model, optimizer, {}, tokenizer)
-    left = survived
-
-    def mortal(function):
-        def call(*args, **kwargs):
-            nonlocal left
-            if left == 0:
-                raise Killed
-            left -= 1
-            return function(*args, **kwargs)
-
-        return call
-
-    with monkeypatch.context() as patch:
-        for name in ("save_file", "_write_json", "_sync"):
-            patch.setattr(checkpoints_module, name, mortal(getattr(checkpoints_module, name)))
-        patch.setattr(type(tokenizer), "save", mortal(type(tokenizer).save))
-        patch.setattr(Path, "rename", mortal(Path.rename))
-        with contextlib.nullcontext() if survived == OPERATIONS else pytest.raises(Killed):
-            save_checkpoint(tmp_path, 2, model, optimizer, {}, tokenizer)
-    assert left == 0
-    renamed = survived >= OPERATIONS - 1
-    second = tmp_path / "step_00000002"
-    assert checkpoints(tmp_path) == ([first, second] if renamed else [first])
-    assert newest_good_checkpoint(tmp_path) == (second if renamed else first)
-    assert save_checkpoint(tmp_path, 2, model, optimizer, {}, tokenizer) == newest_good_checkpoint(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+@pytest.mark.parametrize("name", FILES)
+def test_a_pickle_in_the_place_of_a_file_is_never_loaded(run_copy, tmp_path, monkeypatch, name):
+    """Even where the manifest vouches for it."""
+    monkeypatch.chdir(tmp_path)
+    newest = run_copy / "checkpoints/step_00000002"
+    (newest / name).write_bytes(pickle.dumps(Trap()))
+    sign_again(newest)
+    reads = {"model": load_model, "tokenizer.json": load_model, "model.json": load_model}
+    if name.split("/")[0] in reads:
+        with pytest.raises(RunError, match="step_00000002"):
+            load_model(newest)
+    elif name == "state.json":
+        with pytest.raises(UnicodeDecodeError):
+            read_state(newest)
+    else:
+        with pytest.raises(RunError, match="not readable as safetensors"):
+            read_tensors((newest / name).parent, {})
+    assert not (tmp_path / "trapped").exists()
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -175,7 +229,7 @@ def test_a_flipped_bit_is_found_and_the_previous_checkpoint_used(run_copy, name,
     assert str(newest / name) in warning
     assert "looking for an older checkpoint" in warning
     model, _ = load_model(run_copy)
-    wanted = load_file(older / "model.safetensors")
+    wanted = load_file(older / "model" / SHARD)
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in model.state_dict().items())
 
 
@@ -196,11 +250,18 @@ def test_a_missing_file_is_found(run_copy, name):
     assert newest_good_checkpoint(root) == root / "step_00000001"
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"sha256": 3}', '{"sha256": {}}'])
-def test_a_manifest_that_says_nothing(run_copy, text):
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        *((text, "wanted a readable manifest") for text in ("", "{}", "[]", '{"format_version": 2, "sha256": 3}')),
+        ('{"format_version": 2, "sha256": {}}', "model.json: missing"),
+        ('{"format_version": 1, "sha256": {}}', "wanted format version 2, got 1; use the mvlm that wrote it"),
+    ],
+)
+def test_a_manifest_that_says_nothing_or_is_of_another_version(run_copy, text, message):
     newest = run_copy / "checkpoints/step_00000002"
     (newest / "manifest.json").write_text(text)
-    with pytest.raises(RunError, match=r"manifest.json: wanted a readable manifest|model.safetensors: missing"):
+    with pytest.raises(RunError, match=message):
         verify_checkpoint(newest)
     assert newest_good_checkpoint(run_copy / "checkpoints") == run_copy / "checkpoints/step_00000001"
 
@@ -212,29 +273,30 @@ def test_no_checkpoint_at_all(tmp_path):
 
 
 def test_another_architecture_is_refused_with_the_shapes(toys, training, tokenizer, tmp_path):
-    model, optimizer = training
-    path = save_checkpoint(tmp_path, 1, model, optimizer, {}, tokenizer)
+    model, _ = training
+    path = save(tmp_path, 1, training, tokenizer)
     other = toys.model(seed=1, width=24, cross_layers=3, dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(RunError) as caught:
-        load_weights(other, path)
+        read_tensors(path / "model", other.state_dict())
     message = str(caught.value)
     assert "\n" not in message
-    assert f"{path}/model.safetensors: a checkpoint of another architecture: " in message
+    assert f"{path}/model: a checkpoint of another architecture: " in message
     assert " and " in message
     assert message.endswith(" more")
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
     # One tensor of another shape alone is named with both.
-    tensors = load_file(path / "model.safetensors")
+    file = path / "model" / SHARD
+    tensors = load_file(file)
     tensors["matching_head.bias"] = torch.zeros(3)
-    save_file(tensors, path / "model.safetensors")
+    save_file(tensors, file)
     with pytest.raises(RunError, match=r"another architecture: matching_head.bias wanted \(2,\), got \(3,\)$"):
-        load_weights(model, path)
+        read_tensors(path / "model", model.state_dict())
     tensors["extra"] = tensors.pop("matching_head.bias")
-    save_file(tensors, path / "model.safetensors")
+    save_file(tensors, file)
     with pytest.raises(RunError, match=r"another architecture: matching_head\.bias missing; extra unexpected$"):
-        load_weights(model, path)
+        read_tensors(path / "model", model.state_dict())
 
 
 def test_files_that_fit_the_manifest_and_are_no_checkpoint(run_copy):
@@ -247,8 +309,8 @@ def test_files_that_fit_the_manifest_and_are_no_checkpoint(run_copy):
         (folder / name).write_text(text)
         sign_again(folder)
 
-    restore("model.safetensors", "not tensors")
-    with pytest.raises(RunError, match=r"model\.safetensors: not readable as safetensors"):
+    restore(f"model/{SHARD}", "not tensors")
+    with pytest.raises(RunError, match=r"model: not readable as safetensors"):
         load_model(folder)
     config = json.loads((original / "model.json").read_text())
     restore("model.json", json.dumps(config | {"widht": 3}))
@@ -266,28 +328,7 @@ def test_files_that_fit_the_manifest_and_are_no_checkpoint(run_copy):
         load_model(folder)
 
 
-def test_the_newest_are_kept(training, tokenizer, tmp_path):
-    for step in (1, 2, 10, 3):
-        save_checkpoint(tmp_path, step, *training, {}, tokenizer)
-    (tmp_path / "step_00000011.tmp").mkdir()
-    assert [path.name for path in checkpoints(tmp_path)] == [f"step_{step:08d}" for step in (1, 2, 3, 10)]
-    remove_old_checkpoints(tmp_path, 2)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000003", "step_00000010"]
-    remove_old_checkpoints(tmp_path, 5)
-    assert len(checkpoints(tmp_path)) == 2
-
-
-def test_a_folder_that_cannot_be_removed_is_warned_about(training, tokenizer, tmp_path, monkeypatch, caplog):
-    for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, *training, {}, tokenizer)
-    remove = shutil.rmtree
-
-    def stubborn(path, *args, **kwargs):
-        if path.name.endswith("1"):
-            raise OSError("busy")
-        return remove(path, *args, **kwargs)
-
-    monkeypatch.setattr(shutil, "rmtree", stubborn)
-    remove_old_checkpoints(tmp_path, 1)
-    assert "could not remove the old checkpoint" in caplog.text
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001", "step_00000003"]
+def test_folders_in_order_of_their_steps(tmp_path):
+    for name in ("step_00000010", "step_00000002", "step_00000011.tmp", "other"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002", "step_00000010"]

@@ -238,8 +238,11 @@ def test_an_out_folder_with_other_files(mvlm, scenes, toys, tmp_path):
             ["pretrain", "hgue", "--data", "d", "--out", "o"],
             "unknown preset: wanted one of tiny, small, base, got 'hgue'",
         ),
-        (["pretrain"], "wanted a preset after `mvlm pretrain`: tiny, small, base; got 'nothing'"),
-        (["pretrain", "--data", "d"], "wanted a preset after `mvlm pretrain`: tiny, small, base; got '--data'"),
+        (["pretrain"], "wanted a preset after `mvlm pretrain`: tiny, small, base, or --config FILE; got 'nothing'"),
+        (
+            ["pretrain", "--data", "d"],
+            "wanted a preset after `mvlm pretrain`: tiny, small, base, or --config FILE; got '--data'",
+        ),
         (["pretrian", "tiny"], "unknown command 'pretrian'; did you mean `mvlm pretrain`?"),
         (["eval", "retreival"], "unknown command 'eval retreival'; did you mean `mvlm eval retrieval`?"),
         (["eval"], "unknown command 'eval'; "),
@@ -308,13 +311,13 @@ def test_a_device_that_is_not_there(mvlm, scenes, trained, tmp_path):
 
 def another_architecture(run: Path) -> None:
     """Give the checkpoints of a run another model.json, with a manifest that fits."""
-    from mvlm.checkpoint import _sha256
+    from mvlm.checkpoint import sha256
 
     for folder in (run / "checkpoints").iterdir():
         config = json.loads((folder / "model.json").read_text())
         (folder / "model.json").write_text(json.dumps(config | {"width": 24}))
         manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["sha256"]["model.json"] = _sha256(folder / "model.json")
+        manifest["sha256"]["model.json"] = sha256(folder / "model.json")
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -332,7 +335,7 @@ def test_a_checkpoint_of_another_architecture(mvlm, scenes, toys, run_copy, tmp_
         "report": (run_copy,),
     }[command]
     before = toys.folder_hash(tmp_path)
-    refused(mvlm(*command.split(), *words), "model.safetensors: a checkpoint of another architecture: ", "wanted (24,)")
+    refused(mvlm(*command.split(), *words), "model: a checkpoint of another architecture: ", "wanted (24,)")
     assert toys.folder_hash(tmp_path) == before
 
 
@@ -382,10 +385,10 @@ def test_a_report_without_an_evaluation(mvlm, trained, toys):
 def test_a_loss_that_is_not_finite_stops_with_another_code(mvlm, scenes, tmp_path, monkeypatch):
     loss = objectives.masked_image_loss
     monkeypatch.setattr(objectives, "masked_image_loss", lambda *inputs: loss(*inputs) + float("nan"))
-    outcome = mvlm("pretrain", "tiny", "--data", scenes, "--out", tmp_path / "run", *MICRO)
+    outcome = mvlm("pretrain", "tiny", "--data", scenes, "--out", tmp_path / "run", *MICRO, "--max-bad-steps", 0)
     assert outcome.code == 1
     assert len(outcome.err) == 1
-    assert outcome.err[0].startswith("mvlm: step 1: mim is nan; the update was not made.")
+    assert outcome.err[0].startswith("mvlm: step 1: mim is nan; the update was not made (1 in a row, ")
 
 
 @pytest.mark.parametrize("kind", [ConfigError, RunError, DataError])
@@ -420,7 +423,7 @@ def test_from_shards_to_a_report(mvlm, scenes, tmp_path, toys):
     run = tmp_path / "run"
     outcome = mvlm("pretrain", "tiny", "--data", scenes, "--out", run, *MICRO, "--log-every", 2)
     assert outcome.code == 0
-    assert [line.split("  ")[0] for line in outcome.out] == ["step 1/2", "step 2/2"]
+    assert [line.split("  ")[0] for line in outcome.out] == ["step 2/2"]
     assert all(
         re.fullmatch(r"step \d/2  mlm \S+  mim \S+  itc \S+  itm \S+  \d+ pairs/s", line) for line in outcome.out
     )
@@ -549,3 +552,32 @@ def test_the_module_is_the_program(data, tmp_path, toys):
     assert done.stdout == ""
     assert re.fullmatch(r"mvlm: \S+/train-000000.tar: wanted a shard that .*\n", done.stderr)
     assert toys.folder_hash(tmp_path) == before
+
+
+def test_a_run_is_repeated_from_its_configuration_and_exported(mvlm, run_copy, tmp_path):
+    """The same run elsewhere, with every setting of the file but those that are given."""
+    outcome = mvlm("pretrain", "--config", run_copy / "config.json", "--out", tmp_path / "again")
+    assert outcome.code == 0
+    names = ("step", "loss", "mlm", "mim", "itc", "itm", "grad_norm", "lr")
+    mine, theirs = (
+        [[row[name] for name in names] for row in read_metrics(run / "metrics.jsonl")]
+        for run in (tmp_path / "again", run_copy)
+    )
+    assert mine == theirs
+    outcome = mvlm("export", tmp_path / "again", tmp_path / "portable")
+    assert (outcome.code, outcome.out) == (0, [str(tmp_path / "portable")])
+    assert load_model(tmp_path / "portable")[0].config.width == 16
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"bacth_size": 4}, "unknown setting 'bacth_size'; did you mean batch_size?"),
+        ({"format_version": 1}, "wanted a configuration of version 2, got version 1"),
+    ],
+)
+def test_a_configuration_that_is_refused(mvlm, run_copy, tmp_path, change, message):
+    file = run_copy / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    refused(mvlm("pretrain", "--config", file, "--out", tmp_path / "again"), message)
+    assert not (tmp_path / "again").exists()

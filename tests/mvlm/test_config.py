@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvlm.config import PRESETS, MaskVLMConfig, PretrainConfig, model_config, pretrain_defaults
+from mvlm.config import PRESETS, MaskVLMConfig, PretrainConfig, model_config, pretrain_defaults, run_config
 from mvlm.errors import ConfigError
 from mvlm.model import MaskVLM
 
@@ -148,3 +148,43 @@ def test_a_recipe_becomes_plain_values(toys):
     assert (values["data"], values["out"], values["tokenizer"]) == ("data", "out", "t.json")
     assert values["model"]["width"] == 16
     assert values["crop_scale"] == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_runs_configuration_comes_back(preset):
+    config = pretrain_defaults(preset, Path("data"), Path("run"))
+    again = run_config({"format_version": 2, **json.loads(json.dumps(config.to_dict()))}, "config.json")
+    assert again == config
+    assert isinstance(again.data, Path)
+    assert isinstance(again.crop_scale, tuple)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"bacth_size": 3}, "config.json: unknown setting 'bacth_size'; did you mean batch_size?"),
+        ({"model": {"widht": 3}}, "config.json: unknown model setting 'widht'; did you mean width?"),
+        ({"max_steps": "ten"}, "config.json: max_steps: wanted int, got 'ten'"),
+        ({"max_steps": 1.5}, "config.json: max_steps: wanted int, got 1.5"),
+        ({"max_steps": True}, "config.json: max_steps: wanted int, got True"),
+        ({"lr_cross": "3e-4"}, "config.json: lr_cross: wanted float, got '3e-4'"),
+        ({"resume": 1}, "config.json: resume: wanted bool, got 1"),
+        ({"data": None}, "config.json: data: wanted Path, got None"),
+        ({"crop_scale": [0.5]}, "config.json: crop_scale: wanted tuple[float, float], got [0.5]"),
+        ({"precision": "fp8"}, "config.json: precision: wanted Literal['auto', 'bf16', 'fp32'], got 'fp8'"),
+        ({"model": [1]}, "config.json: wanted the model settings as a JSON object, got [1]"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_a_configuration_that_cannot_be(change, message):
+    values = json.loads(json.dumps(pretrain_defaults("tiny", Path("data"), Path("run")).to_dict()))
+    with pytest.raises(ConfigError) as caught:
+        run_config(values | change, "config.json")
+    assert str(caught.value) == message
+
+
+def test_a_configuration_that_lacks_something():
+    values = json.loads(json.dumps(pretrain_defaults("tiny", Path("data"), Path("run")).to_dict()))
+    del values["out"], values["max_steps"]
+    with pytest.raises(ConfigError, match=r"config.json: wanted the settings out, max_steps, found none"):
+        run_config(values, "config.json")

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from mvlm.errors import RunError
-from mvlm.run_folder import MetricsFile, differing_settings, open_run, read_config, read_metrics
+from mvlm.run_folder import MetricsFile, RunLock, differing_settings, open_run, read_config, read_metrics
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_a_new_run(config, there, resume, toys):
     config = toys.pretrain_config(config.data, config.out, resume=resume)
     assert open_run(config) is None
     written = json.loads((config.out / "config.json").read_text())
-    assert written == json.loads(json.dumps(config.to_dict()))
+    assert written == {"format_version": 2, **json.loads(json.dumps(config.to_dict()))}
     assert written["model"]["width"] == 16
 
 
@@ -103,6 +103,25 @@ def test_a_configuration_that_cannot_be_read(config, toys, text):
     refuse(config, toys, "config.json: wanted the configuration of a run, got")
 
 
+@pytest.mark.parametrize("version", [None, 1, 3, "2"])
+def test_a_configuration_of_another_version(config, toys, version):
+    open_run(config)
+    file = config.out / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": version}))
+    refuse(config, toys, f"config.json: wanted a configuration of version 2, got version {version}; use the mvlm that")
+
+
+def test_a_folder_is_one_process_alone(config, toys):
+    """Held again by whoever asks once it is let go."""
+    with RunLock(config.out):
+        before = toys.folder_hash(config.out)
+        with pytest.raises(RunError, match=r"run: wanted a run folder of our own, found it in use by another process"):
+            RunLock(config.out)
+        assert toys.folder_hash(config.out) == before
+    with RunLock(config.out):
+        pass
+
+
 def test_a_configuration_that_is_not_there(tmp_path):
     with pytest.raises(RunError, match=r"config.json: wanted the configuration of a run, got .*No such file"):
         read_config(tmp_path / "config.json")
@@ -116,7 +135,7 @@ def test_resume_goes_on_from_the_newest_whole_checkpoint(run_copy, toys, caplog)
     (newest / "state.json").write_text("{}")
     assert open_run(config) == older
     assert "state.json: damaged" in caplog.text
-    (older / "model.safetensors").unlink()
+    (older / "tokenizer.json").unlink()
     refuse(config, toys, "no checkpoint is whole; remove the folder to start again, or restore one")
 
 

@@ -13,12 +13,16 @@ from torch import nn
 
 from mvlm import objectives, train
 from mvlm.checkpoint import load_model, verify_checkpoint
+from mvlm.distributed import World
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
+from mvlm.parallel import parallelize
 from mvlm.run_folder import read_metrics
+from mvlm.saver import Saver
 from mvlm.train import Run, learning_rate_factor, make_loader, make_optimizer, pretrain
 from mvlm_dataloading import DataError, open_dataset, tokenizer_for
 
 CPU = torch.device("cpu")
+ALONE = World(rank=0, size=1, local_rank=0, device=CPU)
 LOSSES = ("loss", "mlm", "mim", "itc", "itm", "grad_norm")
 
 
@@ -72,18 +76,23 @@ def start(toys, scenes, tokenizer, tmp_path):
     def make(dtype=torch.float32, **changes):
         config = toys.pretrain_config(scenes, tmp_path / "run", precision="fp32", max_steps=20, **changes)
         model = toys.model(dtype=dtype)
-        loader = make_loader(open_dataset(scenes, "train"), tokenizer, config, CPU)
-        run = Run(config, model, make_optimizer(model, config, CPU), loader, tokenizer, CPU, 0)
+        loader = make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)
+        run = Run(config, ALONE, parallelize(model, ALONE), make_optimizer(model, config, CPU), loader, tokenizer)
         return run, iter(loader)
 
     return make
+
+
+def last_numbers(run: Run) -> dict[str, float]:
+    """What the last step told."""
+    return run.numbers.read()[-1]
 
 
 def test_the_loader_masks_and_cuts_as_the_settings_say(toys, scenes, tokenizer):
     """Patches of 4 pixels in blocks of 8, a quarter of the 16 blocks; all ordinary tokens of captions of at most 5."""
     model = toys.config(patch_size=4, mask_block=8, image_mask_ratio=0.25, text_mask_ratio=1.0, text_length=5)
     config = toys.pretrain_config(scenes, Path(), model=model, batch_size=32)
-    batch, masks = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, CPU)))
+    batch, masks = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)))
     assert batch.images.shape == (32, 3, 32, 32)
     assert masks.patch_ids.shape == (32, 16)
     for row in masks.patch_ids.tolist():
@@ -99,7 +108,7 @@ def test_the_loader_follows_the_seed(toys, scenes, tokenizer):
     orders = []
     for seed in (0, 0, 1):
         config = toys.pretrain_config(scenes, Path(), batch_size=32, seed=seed)
-        batch, _ = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, CPU)))
+        batch, _ = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)))
         orders.append(batch.sample_id.tolist())
     assert orders[0] == orders[1] != orders[2]
 
@@ -108,7 +117,7 @@ def test_the_loader_follows_the_seed(toys, scenes, tokenizer):
 def test_the_loader_crops_as_the_recipe_says(toys, scenes, tokenizer, scale, flat):
     """A hundredth of a scene is mostly of one colour, nine tenths of it never are."""
     config = toys.pretrain_config(scenes, Path(), batch_size=32, crop_scale=scale)
-    batch, _ = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, CPU)))
+    batch, _ = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)))
     spread = batch.images.flatten(2).float().std(2).amax(1)  # (32,) by picture
     assert (spread < 1).float().mean() > 0.5 if flat else (spread > 10).all()
 
@@ -117,17 +126,21 @@ def test_a_step_is_what_adamw_does_with_the_gradient_of_the_total(toys, start):
     """One update of every parameter against Loshchilov and Hutter's formula in numpy."""
     run, batches = start(warmup_steps=4, weight_decay=0.1, clip_norm=0.5)
     before = {name: p.detach().double().numpy().copy() for name, p in run.model.named_parameters()}
-    batch, masks = next(iter(make_loader(run.loader.dataset, run.tokenizer, run.config, CPU)))
+    batch, masks = next(iter(make_loader(run.loader.dataset, run.tokenizer, run.config, ALONE)))
     twin = toys.model(dtype=torch.float32)
     twin(batch, masks, seed=0, step=0).total.backward()
     gradients = {name: p.grad.double().numpy() for name, p in twin.named_parameters() if p.grad is not None}
     norm = math.sqrt(sum((g**2).sum() for g in gradients.values()))
     assert norm > 0.5
 
-    row = run.one_step(batches)
-    assert row["step"] == run.step == 1
+    run.one_step(batches)
+    row = last_numbers(run)
+    assert run.numbers.steps == [run.step] == [1]
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)  # as it was before clipping
-    assert row["lr"] == pytest.approx(2e-3 / 4)
+    for part, _ in run.model.named_children():
+        squares = [(g**2).sum() for name, g in gradients.items() if name.startswith(f"{part}.")]
+        assert row[f"grad_norm_{part}"] == pytest.approx(math.sqrt(sum(squares)), rel=1e-5)
+    assert {group["lr"] / group["peak"] for group in run.optimizer.param_groups} == {1 / 4}
     peaks = {id(p): (g["peak"], g["weight_decay"]) for g in run.optimizer.param_groups for p in g["params"]}
     for name, parameter in run.model.named_parameters():
         g, (peak, decay) = gradients[name] * 0.5 / norm, peaks[id(parameter)]
@@ -148,7 +161,7 @@ def test_the_model_is_told_seed_and_step(start, monkeypatch):
     monkeypatch.setattr(run.model, "forward", listen)
     for _ in range(3):
         run.one_step(batches)
-    assert told == [{"seed": 7, "step": step, "reconstruction_only": step < 2} for step in range(3)]
+    assert told == [{"seed": 7, "step": step, "reconstruction_only": step < 2, "plan": "plain"} for step in range(3)]
 
 
 @pytest.mark.parametrize("limit", [1e-3, 1e3])
@@ -161,7 +174,8 @@ def test_gradients_are_clipped_to_the_norm(start, limit, monkeypatch):
         norms.append(math.sqrt(sum(squares)))
 
     monkeypatch.setattr(run.optimizer, "step", watch)
-    row = run.one_step(batches)
+    run.one_step(batches)
+    row = last_numbers(run)
     assert 1e-2 < row["grad_norm"] < 1e3
     assert norms == [pytest.approx(min(limit, row["grad_norm"]), rel=1e-3)]
 
@@ -186,15 +200,15 @@ def test_the_temperature_is_clamped_after_each_step(start, value, end):
     ],
 )
 def test_a_loss_that_is_not_finite_stops_before_the_update(start, monkeypatch, term, function, value):
-    run, batches = start()
+    run, batches = start(max_bad_steps=0)
     run.one_step(batches)
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     moments = [{k: v.clone() for k, v in state.items()} for state in run.optimizer.state.values()]
     loss = getattr(objectives, function)
     monkeypatch.setattr(objectives, function, lambda *inputs: loss(*inputs) + value)
-    with pytest.raises(NonFiniteLossError, match=rf"^step 2: {term} is {value}; the update was not made\."):
-        run.one_step(batches)
-    assert run.step == 1
+    run.one_step(batches)
+    with pytest.raises(NonFiniteLossError, match=rf"^step 2: {term} is {value}; the update was not made "):
+        run.check(run.numbers)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in run.model.state_dict().items())
     for before, state in zip(moments, run.optimizer.state.values(), strict=True):
         assert all(torch.equal(before[k], v) for k, v in state.items())
@@ -202,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(start, monkeypatch, t
 
 def test_a_gradient_that_is_not_finite_stops_too(start):
     """A loss may be finite and its gradient not: here through the square root of zero."""
-    run, batches = start()
+    run, batches = start(max_bad_steps=0)
     parameter = run.model.pixel_head.bias
     forward = run.model.forward
 
@@ -213,14 +227,15 @@ def test_a_gradient_that_is_not_finite_stops_too(start):
 
     run.model.forward = broken
     before = parameter.detach().clone()
-    with pytest.raises(NonFiniteLossError, match=r"^step 1: grad_norm is nan; the update was not made\."):
-        run.one_step(batches)
+    run.one_step(batches)
+    with pytest.raises(NonFiniteLossError, match=r"^step 1: grad_norm is nan; the update was not made "):
+        run.check(run.numbers)
     assert torch.equal(parameter, before)
-    assert not run.optimizer.state
+    assert all(not value.any() for state in run.optimizer.state.values() for value in state.values())
 
 
 def test_a_run_that_stops_keeps_what_it_had(toys, scenes, tmp_path, monkeypatch, without_tensorboard):
-    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=5, checkpoint_every_steps=2)
+    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=6, checkpoint_every_steps=2, max_bad_steps=0)
     loss, calls = objectives.masked_image_loss, []
 
     def broken(*inputs):
@@ -240,9 +255,16 @@ def test_what_a_run_writes(trained, scenes):
     assert [row["step"] for row in rows] == [1, 2]
     for number, row in enumerate(rows, 1):
         assert list(row) == [
-            *("step", "pairs_seen", "loss", "mlm", "mim", "itc", "itm", "lr", "grad_norm"),
-            *("pairs_per_s", "data_wait_s", "skipped"),
+            *("step", "pairs_seen", "loss", "mlm", "mim", "itc", "itm", "grad_norm"),
+            *(f"grad_norm_{part}" for part in ("log_scale", "image_encoder", "text_encoder", "image_cross")),
+            *(f"grad_norm_{part}" for part in ("text_cross", "image_decoder", "pixel_head", "language_head")),
+            *(f"grad_norm_{part}" for part in ("image_projection", "text_projection", "matching_head")),
+            *("temperature", "lr", "lr_encoder", "lr_pixels", "pairs_per_s", "data_wait_s", "memory_mb"),
+            *("skipped", "bad_steps"),
         ]
+        assert (row["lr_encoder"], row["lr_pixels"]) == (row["lr"] / 2, pytest.approx(row["lr"] * 1.5))
+        assert 0.06 < row["temperature"] < 0.08
+        assert row["memory_mb"] > 50
         assert row["pairs_seen"] == 8 * number
         assert row["loss"] == pytest.approx(row["mlm"] + row["mim"] + row["itc"] + row["itm"], rel=1e-5)
         assert row["lr"] == pytest.approx(2e-3 * number / 2)
@@ -273,6 +295,12 @@ def losses_of(run: Path) -> list[dict[str, float]]:
     return [{name: row[name] for name in ("step", *LOSSES)} for row in read_metrics(run / "metrics.jsonl")]
 
 
+def numbers_of(run: Path) -> list[dict[str, float]]:
+    """Every field of metrics.jsonl but rates, times and memory."""
+    passing = ("pairs_per_s", "data_wait_s", "memory_mb")
+    return [{k: v for k, v in row.items() if k not in passing} for row in read_metrics(run / "metrics.jsonl")]
+
+
 @pytest.fixture
 def two_threads():
     before = torch.get_num_threads()
@@ -291,7 +319,7 @@ def test_equal_seeds_equal_runs(toys, scenes, tmp_path, two_threads, without_ten
         )
         torch.manual_seed(len(runs))  # whatever was drawn before
         pretrain(config)
-        weights = (config.out / "checkpoints/step_00000004/model.safetensors").read_bytes()
+        weights = toys.contents(config.out / "checkpoints/step_00000004")
         runs[name] = (losses_of(config.out), weights)
     assert runs["a"] == runs["b"]
     assert len(runs["a"][0]) == 4
@@ -303,7 +331,10 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("settings", [{}, {"reconstruction_first": 4}, {"eval_every_steps": 2, "batch_size": 7}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"reconstruction_first": 4}, {"eval_every_steps": 2, "batch_size": 7, "ema_decay": 0.9, "skip_spikes": True}],
+)
 def test_a_resumed_run_is_the_run_without_a_break(toys, scenes, tmp_path, monkeypatch, without_tensorboard, settings):
     """Six steps, against a run that is stopped in its fifth and goes on from its checkpoint of the third."""
     whole = toys.pretrain_config(scenes, tmp_path / "whole", max_steps=6, **settings)
@@ -321,15 +352,16 @@ def test_a_resumed_run_is_the_run_without_a_break(toys, scenes, tmp_path, monkey
         patch.setattr(Run, "one_step", stop)
         with pytest.raises(Interrupted):
             pretrain(broken)
-    assert [row["step"] for row in read_metrics(broken.out / "metrics.jsonl")] == [1, 2, 3, 4]
+    # The line of the fourth was to be written while the fifth ran.
+    assert [row["step"] for row in read_metrics(broken.out / "metrics.jsonl")] == [1, 2, 3]
     torch.manual_seed(99)
     pretrain(toys.pretrain_config(scenes, tmp_path / "broken", max_steps=6, resume=True, **settings))
 
-    assert losses_of(broken.out) == losses_of(whole.out)
+    assert numbers_of(broken.out) == numbers_of(whole.out)
     assert [row["step"] for row in read_metrics(broken.out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    for name in ("model.safetensors", "optimizer.safetensors", "state.json", "tokenizer.json", "model.json"):
-        mine, theirs = (run.out / "checkpoints/step_00000006" / name for run in (broken, whole))
-        assert mine.read_bytes() == theirs.read_bytes(), name
+    mine, theirs = (toys.contents(run.out / "checkpoints/step_00000006") for run in (broken, whole))
+    assert mine == theirs
+    assert {name.split("/")[0] for name in mine} > {"model", "optimizer", "generators", "state.json"}
 
 
 def test_a_complete_run_is_left_as_it_is(toys, scenes, run_copy, caplog):
@@ -408,14 +440,12 @@ def test_when_checkpoints_are_written(toys, scenes, tmp_path, monkeypatch, witho
         clock[0] += 61
         return one_step(run, batches)
 
-    one_step, save, saved = Run.one_step, train.save_checkpoint, []
+    one_step, save, saved = Run.one_step, Saver.save, []
     monkeypatch.setattr(
         train, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=train.time.perf_counter)
     )
     monkeypatch.setattr(Run, "one_step", wait)
-    monkeypatch.setattr(
-        train, "save_checkpoint", lambda root, step, *rest: (saved.append(step), save(root, step, *rest))[1]
-    )
+    monkeypatch.setattr(Saver, "save", lambda saver, step, *rest: (saved.append(step), save(saver, step, *rest))[1])
     config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=5, keep_checkpoints=1, **settings)
     pretrain(config)
     assert saved == steps

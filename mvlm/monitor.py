@@ -1,0 +1,126 @@
+"""Lines of metrics, and where they go."""
+
+import math
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from mvlm.config import PretrainConfig
+from mvlm.console import Progress
+from mvlm.errors import ConfigError
+from mvlm.measures import Numbers, memory_mb
+from mvlm.recipe import learning_rate_factor
+from mvlm.run_folder import MetricsFile
+
+if TYPE_CHECKING:
+    from mvlm.train import Run
+
+COUNTERS = ("step", "pairs_seen")
+
+
+class Lines:
+    """Makes a line of the numbers since the last one.
+
+    `close` ends a line and sends its numbers on their way; `write`, called while the next step is under way, has them
+    without waiting. So a line is written one step late, and with `--log-every 1` too the device never runs dry.
+    """
+
+    def __init__(self, run: "Run", outputs: "Outputs | None") -> None:
+        self._run, self._outputs = run, outputs
+        self._pending: tuple[dict[str, Any], Numbers, dict[str, float]] | None = None
+        self._began = time.perf_counter()
+
+    def close(self, figures: dict[str, float]) -> None:
+        """End the line after the run's current step; `figures` of an evaluation are part of it."""
+        run, numbers = self._run, self._run.numbers
+        numbers.send()
+        run.numbers = Numbers()
+        now = time.perf_counter()
+        seconds, steps = now - self._began, len(numbers.steps)
+        self._began = now
+        config, factor = run.config, learning_rate_factor(run.step - 1, run.config)
+        host = {
+            "lr": config.lr_cross * factor,
+            "lr_encoder": config.lr_encoder * factor,
+            "lr_pixels": config.lr_pixels * factor,
+            "pairs_per_s": steps * config.batch_size / seconds,
+            "data_wait_s": numbers.waited / steps,
+            "memory_mb": memory_mb(run.device),
+            "skipped": run.loader.skipped,
+        }
+        self._pending = (host, numbers, figures)
+
+    def write(self, progress: Progress) -> None:
+        """Write the line that was closed last, if it has not been. NonFiniteLossError as `Run.check` says."""
+        if self._pending is None:
+            return
+        (host, numbers, figures), self._pending = self._pending, None
+        run = self._run
+        run.check(numbers)
+        values: dict[str, Any] = {
+            name: value if math.isfinite(value) else None for name, value in numbers.read()[-1].items()
+        }
+        step = numbers.steps[-1]
+        if step <= run.config.reconstruction_first:  # zeros that mean nothing
+            values |= dict.fromkeys((name for name in values if name.startswith(("itc", "itm"))), None)
+        row = {"step": step, "pairs_seen": step * run.config.batch_size, "loss": values.pop("total")}
+        del values["good"]
+        row |= {**values, **host, "bad_steps": run.bad.total, **figures}
+        if self._outputs is not None:
+            self._outputs.write(row)
+        progress.show(row)
+
+
+class Outputs:
+    """Where lines and pictures go: metrics.jsonl, TensorBoard and, when asked for, W&B and trackio. Rank 0 alone.
+
+    Args:
+        step: the step that the run goes on from; later lines of an earlier attempt are dropped.
+    """
+
+    def __init__(self, config: PretrainConfig, step: int) -> None:
+        self._services = [_start_service(name, config) for name in ("wandb", "trackio") if getattr(config, name)]
+        self._strips = config.out / "strips"
+        self._metrics = MetricsFile(config.out / "metrics.jsonl", step)
+        self._board = SummaryWriter(str(config.out / "tensorboard"), purge_step=step)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """One line of metrics; None stands for a number that there is not."""
+        self._metrics.write(row)
+        numbers = {name: value for name, value in row.items() if name not in COUNTERS and value is not None}
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, row["step"])
+        for service in self._services:
+            service.log(numbers, step=row["step"])
+
+    def picture(self, picture: np.ndarray, step: int) -> None:
+        """A reconstruction strip, uint8 (H, W, 3): strips/step_XXXXXXXX.png, and TensorBoard."""
+        self._strips.mkdir(exist_ok=True)
+        Image.fromarray(picture).save(self._strips / f"step_{step:08d}.png")
+        self._board.add_image("reconstruction", picture, step, dataformats="HWC")
+
+    def __enter__(self) -> "Outputs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._metrics.close()
+        self._board.close()
+        for service in self._services:
+            service.finish()
+
+
+def _start_service(name: str, config: PretrainConfig) -> Any:
+    """W&B or trackio, which have the same calls, with a run begun. ConfigError where it is not installed."""
+    try:
+        if name == "wandb":
+            import wandb as service  # pyright: ignore[reportMissingImports]
+        else:
+            import trackio as service  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError(f"--{name}: wanted the package {name}, which is not installed; pip install {name}") from None
+    extra: dict[str, Any] = {"dir": str(config.out)} if name == "wandb" else {}
+    service.init(project="mvlm", name=config.out.name, config=config.to_dict(), **extra)
+    return service

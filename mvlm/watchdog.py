@@ -1,0 +1,62 @@
+"""A run that does not move is ended, with the stacks of its threads, rather than left hanging."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+EXIT_CODE = 3
+
+
+class Watchdog:
+    """A context with a thread that ends the process when `beat` was not called for `minutes`.
+
+    It writes the stacks of all threads to stderr and to `folder`/stalled_rank_XXXXX.txt, names what was waited for, and
+    ends the process with code 3 without clean-up: what hangs may hang the clean-up too. Checkpoints are safe, they are
+    renamed into place when they are whole.
+    """
+
+    def __init__(self, folder: Path, rank: int, minutes: float) -> None:
+        self._file = folder / f"stalled_rank_{rank:05d}.txt"
+        self._rank, self._seconds = rank, 60 * minutes
+        self._doing, self._since = "start", time.monotonic()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> "Watchdog":
+        self._since = time.monotonic()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+    def beat(self, doing: str) -> None:
+        """The run moves; from now on it is busy with `doing`."""
+        self._doing, self._since = doing, time.monotonic()
+
+    def _watch(self) -> None:
+        while not self._end.wait(min(self._seconds / 10, 5.0)):
+            waited = time.monotonic() - self._since
+            if waited > self._seconds:
+                self._report(waited)
+                os._exit(EXIT_CODE)
+
+    def _report(self, waited: float) -> None:
+        message = (
+            f"mvlm: rank {self._rank} has been waiting {waited:.0f} s for {self._doing}, more than --stall-minutes "
+            f"{self._seconds / 60:g}; the run ends here. The stacks of its threads are in {self._file}; "
+            f"go on from the last checkpoint with --resume"
+        )
+        try:
+            with self._file.open("w") as file:
+                file.write(message + "\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as error:
+            message += f" (not written: {error})"
+        faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        os.write(2, (message + "\n").encode())
