@@ -305,8 +305,8 @@ def test_16_bits_keep_their_high_byte():
 
 def test_the_decoder_asks_for_the_size_itself():
     """Should its parser read a header in another way than Pillow does."""
-    images = [published.encoded(published.picture(i, size), kind) for i, (size, kind) in enumerate(
-        [((40, 30), "PNG"), ((41, 30), "PNG"), ((40, 30), "JPEG"), ((60, 30), "WEBP"), ((30, 40), "WEBP")])]  # fmt: skip
+    kinds = [((40, 30), "PNG"), ((41, 30), "PNG"), ((40, 30), "JPEG"), ((60, 30), "WEBP"), ((30, 40), "WEBP")]
+    images = [published.encoded(published.picture(i, size), kind) for i, (size, kind) in enumerate(kinds)]
     found = list(Decoder(1200)([*images, b"", b"noise"]))
     shapes = [one if isinstance(one, str) else one.shape for one in found]
     large = TOO_MANY_PIXELS
