@@ -1,6 +1,7 @@
 """The command line: `mvlm COMMAND ... --help` is the documentation of each command."""
 
 import difflib
+import errno
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -481,6 +482,11 @@ def main() -> None:
         run_command(sys.argv[1:])
     except (ConfigError, RunError, DataError) as error:
         print(f"mvlm: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"mvlm: wanted room to write, found none ({error}); free some space and try again", file=sys.stderr)
         sys.exit(2)
     except (NonFiniteLossError, LostRankError) as error:
         print(f"mvlm: {error}", file=sys.stderr)
