@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
+from mvlm_kernels.cross_attention import cpu
 from mvlm_kernels.cross_attention.bounds import (
     HEAD_WIDTHS,
     LONGEST_SHORT_SIDE,
@@ -188,6 +189,16 @@ def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, bucket
     return dispatch.choose(reasons) == "torch"
 
 
+def _composes(q: Tensor, max_len_q: int, max_len_k: int) -> bool:
+    """Whether the CPU's composition runs: it reads lengths, so not where a compiler traces or tensors are fake."""
+    return (
+        q.device.type == "cpu"
+        and type(q) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and dispatch.choose(_reasons(q, max_len_q, max_len_k)) == "torch"
+    )
+
+
 def _explain(
     q: Tensor,
     k: Tensor,
@@ -245,9 +256,10 @@ def cross_attention(
         on a GPU, where reading the lengths would be a sync. Rows behind the last sequence come out as zeros.
 
     Returns the output, contiguous, in q's shape and dtype. bfloat16, float16 and float32 (TF32 on a GPU) accumulate in
-    float32; float64 runs on the reference. Under autocast all three are cast first. Where both sides are longer than
-    128 this is SDPA, as :func:`mvlm_kernels.explain` will say. Raises ValueError on shapes, dtypes or devices that do
-    not fit; on values of lengths and indices only for CPU tensors or with MVLM_KERNELS_DEBUG=1.
+    float32; float64 runs on the reference. On the CPU an eager call is composed of torch ops. Under autocast all three
+    are cast first. Where both sides are longer than 128 this is SDPA, as :func:`mvlm_kernels.explain` will say. Raises
+    ValueError on shapes, dtypes or devices that do not fit; on values of lengths and indices only for CPU tensors or
+    with MVLM_KERNELS_DEBUG=1.
     """
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
@@ -256,6 +268,9 @@ def cross_attention(
     side = short_side(len_q, len_k)
     if side is None:
         dispatch.refuse_if_forced(_too_long(len_q, len_k))
+    elif _composes(q, len_q, len_k):
+        check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, len_q, len_k)
+        return cpu.attend(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
     if cu_seqlens_q is None and cu_seqlens_k is None:
         short = _bucket(len_k if side == "kv" else len_q)
         width = next(w for w in HEAD_WIDTHS if w == q.shape[-1])  # a plain int, also where a compiler traces
