@@ -274,7 +274,7 @@ def test_two_runs_agree_bit_for_bit(monkeypatch):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck(backend):
     images, ids = make_images((1, 3, 4, 4), torch.uint8, "channels_last"), make_ids(1, 3, 4)
-    pixels = (images, ids, 2, None, None, list(MEAN[:3]), list(STD[:3]))
+    pixels = (images, ids, 2, torch.tensor(MEAN[:3]), torch.tensor(STD[:3]))
     pred = random((1, 3, 12), torch.float32).requires_grad_()
     parameters = [random(s, torch.float32, i).requires_grad_() for i, s in enumerate([(1, 3, 5), (12, 5), (12,)])]
     with use_backend(backend):

@@ -63,7 +63,8 @@ def has_tiles(dtype: torch.dtype, width: int, short: int, arch: int) -> bool:
 
 
 class _Call:
-    """Sizes, strides and constants that all kernels of one call share."""
+    """Sizes, strides and constants that all kernels of one call share. The scale is one of the sizes: as a constant,
+    each new value would be a compilation."""
 
     def __init__(self, q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, scale, max_len_q, max_len_k) -> None:
         self.q, self.k, self.v = _readable(q), _readable(k), _readable(v)
@@ -82,13 +83,12 @@ class _Call:
         assert self.side is not None, "the public function sends long rows to SDPA"
         self.strides = _strides(self.q, cu_q is not None) + _strides(self.k, cu_k is not None)
         self.strides += _strides(self.v, cu_k is not None)
-        self.sizes = (self.H, self.q_seqs, self.k_seqs, self.q_rows, self.k_rows, self.mask_words)
+        self.sizes = (self.H, self.q_seqs, self.k_seqs, self.q_rows, self.k_rows, self.mask_words, scale)
         self.arch = dispatch.arch(q.device)
         self.block_d = triton.next_power_of_2(self.D)
         self.acc = tl.float64 if q.dtype == torch.float64 else tl.float32
         self.acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         self.constants = {
-            "SCALE": scale,
             "D": self.D,
             "BLOCK_D": self.block_d,
             "ACC": self.acc,

@@ -10,10 +10,10 @@ from mvlm_kernels import dispatch
 from mvlm_kernels.patch_gather.arguments import (
     FLOATS,
     ChannelValues,
+    channel_tensor,
     check_device,
     check_images,
     check_patch_ids,
-    split_channel_values,
 )
 from mvlm_kernels.pixel_loss.ops import linear_op, linear_reasons, masked_op, pixel_reasons
 from mvlm_kernels.pixel_loss.reference import Kind
@@ -84,10 +84,10 @@ def masked_pixel_loss(
     if pred.shape[2] != features:
         raise ValueError(f"pred must have {features} = C*P*P features, got shape {tuple(pred.shape)}")
     _check_options(kind, normalize_target, reduction, features)
-    means, mean_floats = split_channel_values("mean", mean, images)
-    stds, std_floats = split_channel_values("std", std, images)
+    means = channel_tensor("mean", mean, images, pred.dtype)
+    stds = channel_tensor("std", std, images, pred.dtype)
     return masked_op(
-        pred, images, patch_ids, patch_size, means, stds, mean_floats, std_floats, kind, normalize_target,
+        pred, images, patch_ids, patch_size, means, stds, kind, normalize_target,
         reduction == "mean", torch.is_grad_enabled() and pred.requires_grad,
     )[0]  # fmt: skip
 
@@ -130,11 +130,11 @@ def linear_pixel_loss(
     features = images.shape[1] * patch_size**2
     _check_parameters(hidden, weight, bias, features)
     _check_options(kind, normalize_target, reduction, features)
-    means, mean_floats = split_channel_values("mean", mean, images)
-    stds, std_floats = split_channel_values("std", std, images)
+    means = channel_tensor("mean", mean, images, hidden.dtype)
+    stds = channel_tensor("std", std, images, hidden.dtype)
     needs_grad = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     return linear_op(
-        hidden, weight, bias, images, patch_ids, patch_size, means, stds, mean_floats, std_floats, kind,
+        hidden, weight, bias, images, patch_ids, patch_size, means, stds, kind,
         normalize_target, reduction == "mean", torch.is_grad_enabled() and needs_grad,
     )[0]  # fmt: skip
 

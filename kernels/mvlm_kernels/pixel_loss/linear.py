@@ -170,14 +170,15 @@ def hidden_gradient_kernel(
 
 @triton.jit
 def weight_gradient_kernel(
-    slope_ptr, hidden_ptr, grad_ptr, weight_partial_ptr, bias_partial_ptr,
+    slope_ptr, hidden_ptr, grad_ptr, largest_ptr, weight_partial_ptr, bias_partial_ptr,
     M, K, D, rows_per_part, stride_hb, stride_hk, stride_hd, stride_gb, stride_gk,
     F: tl.constexpr, HAS_BIAS: tl.constexpr, PER_ROW: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (width tile, pixel tile, part): weight_partial (parts, F, D) and bias_partial (parts, F) of one part's
-    rows, in ACC. The gradient of one mean is a scalar and is left to the summation; that of (B, K) losses comes in
-    here (PER_ROW), row by row."""
+    rows, in ACC. The gradient of one mean is a scalar and is left to the summation. That of (B, K) losses comes in here
+    (PER_ROW), row by row, over the largest of them, which is left to the summation too: a scaled loss's would overflow
+    float16."""
     d = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     f = (tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
     part = tl.program_id(2).to(tl.int64)
@@ -197,7 +198,7 @@ def weight_gradient_kernel(
         a = decode_slope(slope, ACC)
         if PER_ROW:
             grad = tl.load(grad_ptr + b * stride_gb + k * stride_gk, mask=m < end, other=0.0)
-            a = a * widen(grad, ACC)[:, None]
+            a = a * (widen(grad, ACC) / widen(tl.load(largest_ptr), ACC))[:, None]
         if HAS_BIAS:
             column_sums += tl.sum(a, axis=0)
         acc = dot(tl.trans(cast(a, h.dtype)), h, acc, PRECISION)
@@ -301,18 +302,20 @@ def linear_pixel_loss_backward(
         parts = parts_of(rows, across * down)
         weight_partial = hidden.new_empty(parts, features, width, dtype=wide)
         bias_partial = hidden.new_empty(parts, features, dtype=wide) if needs[2] else None
+        largest = None
+        if grad.ndim and rows:
+            largest = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny)
         launch(
             weight_gradient_kernel, (across, down, parts),
-            slope, hidden, grad, weight_partial, bias_partial, rows, chosen, width,
+            slope, hidden, grad, largest, weight_partial, bias_partial, rows, chosen, width,
             triton.cdiv(rows, parts), *hidden.stride(), *grad_strides(grad),
             F=features, HAS_BIAS=needs[2], PER_ROW=grad.ndim > 0, ACC=acc, PRECISION="tf32",
             **tile, enable_fp_fusion=True,
         )  # fmt: skip
-        scalar = None if grad.ndim else grad
         if needs[1]:
-            sum_partials(weight_partial, weight_grad, scalar, rows_of_mean * features)
+            sum_partials(weight_partial, weight_grad, largest if grad.ndim else grad, rows_of_mean * features)
         if bias_partial is not None:
-            sum_partials(bias_partial, bias_grad, scalar, rows_of_mean * features)
+            sum_partials(bias_partial, bias_grad, largest if grad.ndim else grad, rows_of_mean * features)
     return hidden_grad, weight_grad, bias_grad
 
 

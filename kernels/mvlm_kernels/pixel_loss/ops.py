@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.patch_gather.arguments import channel_tensor, check_id_values, tile_reasons
+from mvlm_kernels.patch_gather.arguments import check_id_values, tile_reasons
 from mvlm_kernels.pixel_loss import reference
 
 
@@ -53,13 +53,8 @@ def _slope_fake(rows: Tensor, features: int, kind: str, with_slope: bool) -> Ten
 # ---- masked_pixel_loss as an op
 
 
-def _masked(
-    pred, images, patch_ids, patch_size, mean, std, mean_floats, std_floats, kind, normalize_target, reduce, with_slope
-):
+def _masked(pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope):
     check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
-    dtype = reference.compute_dtype(pred.dtype, images.dtype)
-    mean = channel_tensor(mean, mean_floats, dtype, images)
-    std = channel_tensor(std, std_floats, dtype, images)
     args = pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope
     if dispatch.choose(pixel_reasons(images, patch_size)) == "torch":
         return reference.masked_pixel_loss(*args)
@@ -68,9 +63,7 @@ def _masked(
     return triton.masked_pixel_loss(*args)
 
 
-def _masked_fake(
-    pred, images, patch_ids, patch_size, mean, std, mean_floats, std_floats, kind, normalize_target, reduce, with_slope
-):
+def _masked_fake(pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope):
     return _loss_fake(pred, images, reduce), _slope_fake(pred, pred.shape[2], kind, with_slope)
 
 
@@ -98,9 +91,9 @@ class _MaskedPixelLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _):
         if grad is None or not ctx.needs_input_grad[0]:
-            return (None,) * 12
+            return (None,) * 10
         (slope,) = ctx.saved_tensors
-        return _masked_backward_op(grad, slope, ctx.dtype), *(None,) * 11
+        return _masked_backward_op(grad, slope, ctx.dtype), *(None,) * 9
 
 
 _masked_backward_op = registration.define(
@@ -110,7 +103,7 @@ _masked_backward_op = registration.define(
 )
 masked_op = registration.define(
     "masked_pixel_loss(Tensor pred, Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? mean, Tensor? std, "
-    "float[]? mean_floats, float[]? std_floats, str kind, bool normalize_target, bool reduce, bool with_slope) "
+    "str kind, bool normalize_target, bool reduce, bool with_slope) "
     "-> (Tensor, Tensor)",
     _masked,
     _masked_fake,
@@ -122,13 +115,10 @@ masked_op = registration.define(
 
 
 def _linear(
-    hidden, weight, bias, images, patch_ids, patch_size, mean, std, mean_floats, std_floats, kind, normalize_target,
+    hidden, weight, bias, images, patch_ids, patch_size, mean, std, kind, normalize_target,
     reduce, with_slope,
 ):  # fmt: skip
     check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
-    dtype = reference.compute_dtype(hidden.dtype, images.dtype)
-    mean = channel_tensor(mean, mean_floats, dtype, images)
-    std = channel_tensor(std, std_floats, dtype, images)
     args = hidden, weight, bias, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope
     if dispatch.choose(linear_reasons(hidden, images, patch_size)) == "torch":
         return reference.linear_pixel_loss(*args)
@@ -138,7 +128,7 @@ def _linear(
 
 
 def _linear_fake(
-    hidden, weight, bias, images, patch_ids, patch_size, mean, std, mean_floats, std_floats, kind, normalize_target,
+    hidden, weight, bias, images, patch_ids, patch_size, mean, std, kind, normalize_target,
     reduce, with_slope,
 ):  # fmt: skip
     return _loss_fake(hidden, images, reduce), _slope_fake(hidden, weight.shape[0], kind, with_slope)
@@ -185,9 +175,9 @@ class _LinearPixelLoss(torch.autograd.Function):
     def backward(ctx, grad, _):
         needs = ctx.needs_input_grad[:3]
         if grad is None or not any(needs):
-            return (None,) * 14
+            return (None,) * 12
         grads = _linear_backward_op(grad, *ctx.saved_tensors, *needs)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 11
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9
 
 
 _linear_backward_op = registration.define(
@@ -198,7 +188,7 @@ _linear_backward_op = registration.define(
 )
 linear_op = registration.define(
     "linear_pixel_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor images, Tensor? patch_ids, "
-    "SymInt patch_size, Tensor? mean, Tensor? std, float[]? mean_floats, float[]? std_floats, str kind, "
+    "SymInt patch_size, Tensor? mean, Tensor? std, str kind, "
     "bool normalize_target, bool reduce, bool with_slope) -> (Tensor, Tensor)",
     _linear,
     _linear_fake,
