@@ -286,3 +286,39 @@ def test_a_second_derivative_on_the_cpu_is_right():
     q, k, v = (torch.randn(1, n, 1, 32, dtype=torch.float64, requires_grad=True) for n in (5, 3, 3))
     lengths = torch.tensor([2])
     assert torch.autograd.gradgradcheck(lambda *x: cross_attention(*x, key_lengths=lengths), (q, k, v), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["packed-both", "packed-k", "long-packed-q", "long-packed-k", "long-packed-index"])
+@pytest.mark.parametrize("multiprocessors", [0, 40])
+def test_rows_in_front_of_the_first_sequence(name: str, multiprocessors: int, monkeypatch: pytest.MonkeyPatch):
+    """On a GPU nobody looks at cu_seqlens[0]: rows in front of it belong to no sequence, so they are zeros."""
+    monkeypatch.setattr(dispatch, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(dispatch, "checks_values", lambda device: False)
+    call, front = build(SIDES[name]), 3
+    with mvlm_kernels.use_backend("triton"):
+        wanted = run(cross_attention, call, **call.bounds)
+        for side, tensors in (("q", ("q", "grad")), ("k", ("k", "v"))):
+            if f"cu_seqlens_{side}" in call.kwargs:
+                call.kwargs[f"cu_seqlens_{side}"] = call.kwargs[f"cu_seqlens_{side}"] + front
+                for x in tensors:
+                    rows = torch.full((front, *getattr(call, x).shape[1:]), torch.nan)
+                    setattr(call, x, torch.cat([rows, getattr(call, x)]))
+        got = run(cross_attention, call, **call.bounds)
+    for a, b, side in zip(got, wanted, "qqkk", strict=True):
+        if f"cu_seqlens_{side}" in call.kwargs:
+            assert not a[:front].any()
+            a = a[front:]
+        assert torch.equal(a, b)
+
+
+def test_the_scale_is_no_constant_of_the_kernels():
+    launches = []
+    with dispatch.recording(lambda kernel, grid, args, meta: launches.append((args, meta)), 90):
+        for scale in (0.125, 0.5):
+            q, k = torch.empty(2, 40, 1, 64, device="meta"), torch.empty(2, 16, 1, 64, device="meta")
+            kernels = sys.modules["mvlm_kernels.cross_attention.triton"]
+            kernels.forward(q, k, k, None, None, None, None, None, scale, 40, 16)
+    (first, first_meta), (second, second_meta) = launches
+    assert first_meta == second_meta
+    assert [a for a in first if isinstance(a, float)] == [0.125]
+    assert [a for a in second if isinstance(a, float)] == [0.5]

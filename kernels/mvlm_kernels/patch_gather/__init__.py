@@ -21,7 +21,7 @@ from mvlm_kernels.patch_gather.arguments import (
 __all__ = ["gather_patches"]
 
 
-def _reasons(images: Tensor, patch_ids: Tensor | None, patch_size: int, **_: Any) -> list[str]:
+def _reasons(images: Tensor, patch_ids: Tensor | None, patch_size: int, **_: Any) -> tuple[str, ...]:
     check_patch_ids(patch_ids, images, check_images(images, patch_size))
     return _why_not_triton(images, patch_size)
 
@@ -66,10 +66,11 @@ def gather_patches(
         raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     means = channel_tensor("mean", mean, images, dtype)
     stds = channel_tensor("std", std, images, dtype)
-    return _forward_op(images, patch_ids, patch_size, means, stds, dtype)
+    call = _GatherPatches.apply if registration.called_directly(images) else _forward_op
+    return call(images, patch_ids, patch_size, means, stds, dtype)
 
 
-def _why_not_triton(images: Tensor, patch_size: int) -> list[str]:
+def _why_not_triton(images: Tensor, patch_size: int) -> tuple[str, ...]:
     return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
 
 
@@ -123,8 +124,8 @@ class _GatherPatches(torch.autograd.Function):
             # Only the shape, type and strides of images are needed, but an op takes tensors; it is alive anyway.
             ctx.save_for_backward(images, patch_ids, std)
         ctx.patch_size = patch_size
-        with registration.below_autograd():
-            return _forward_op(images, patch_ids, patch_size, mean, std, dtype)
+        forward = registration.forward_of(_forward_op, _forward, images)
+        return forward(images, patch_ids, patch_size, mean, std, dtype)
 
     @staticmethod
     @once_differentiable

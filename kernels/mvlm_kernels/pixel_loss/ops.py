@@ -12,28 +12,27 @@ from mvlm_kernels.patch_gather.arguments import check_id_values, tile_reasons
 from mvlm_kernels.pixel_loss import reference
 
 
-def pixel_reasons(images: Tensor, patch_size: int) -> list[str]:
+def pixel_reasons(images: Tensor, patch_size: int) -> tuple[str, ...]:
     return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
 
 
-def product_reasons(hidden: Tensor) -> list[str]:
+def product_reasons(hidden: Tensor) -> tuple[str, ...]:
     reasons = dispatch.device_reasons(hidden.device)
-    if hidden.device.type == "cuda":
-        if hidden.dtype == torch.float64:
-            reasons.append("float64 products run in the interpreter only")
-        if hidden.dtype == torch.float32 and not dispatch.tf32_allowed():
-            reasons.append('float32 products use TF32, which float32_matmul_precision "highest" forbids')
+    if hidden.is_cuda and hidden.dtype == torch.float64:
+        return (*reasons, "float64 products run in the interpreter only")
+    if hidden.is_cuda and hidden.dtype == torch.float32 and not dispatch.tf32_allowed():
+        return (*reasons, 'float32 products use TF32, which float32_matmul_precision "highest" forbids')
     return reasons
 
 
-def linear_reasons(hidden: Tensor, images: Tensor, patch_size: int) -> list[str]:
+def linear_reasons(hidden: Tensor, images: Tensor, patch_size: int) -> tuple[str, ...]:
     reasons = product_reasons(hidden) + tile_reasons(images.shape[1], patch_size)
-    return reasons + (_mixed_reasons(hidden) if images.dtype == torch.float64 else [])
+    return reasons + (_mixed_reasons(hidden) if images.dtype == torch.float64 else ())
 
 
-def _mixed_reasons(hidden: Tensor) -> list[str]:
+def _mixed_reasons(hidden: Tensor) -> tuple[str, ...]:
     """Against a loss in float64, which its images ask for, of narrower operands: the products have one accumulator."""
-    return [] if hidden.dtype == torch.float64 else [f"images in float64 beside hidden in {hidden.dtype}"]
+    return () if hidden.dtype == torch.float64 else (f"images in float64 beside hidden in {hidden.dtype}",)
 
 
 def _num_patches(images: Tensor, patch_size: int) -> int:
@@ -75,12 +74,11 @@ def _masked_backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
     return triton.masked_pixel_loss_backward(grad, slope, dtype)
 
 
-class _MaskedPixelLoss(torch.autograd.Function):
+class MaskedPixelLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pred, *args):
         ctx.dtype = pred.dtype
-        with registration.below_autograd():
-            loss, slope = masked_op(pred, *args)
+        loss, slope = registration.forward_of(masked_op, _masked, pred)(pred, *args)
         ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(slope)
         # Else a zero gradient of the slope's size would be made in every backward pass.
@@ -107,7 +105,7 @@ masked_op = registration.define(
     "-> (Tensor, Tensor)",
     _masked,
     _masked_fake,
-    _MaskedPixelLoss,
+    MaskedPixelLoss,
 )
 
 
@@ -144,7 +142,7 @@ def _linear_backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = needs_hidden, needs_weight, needs_bias
-    reasons = product_reasons(hidden) + (_mixed_reasons(hidden) if grad.dtype == torch.float64 else [])
+    reasons = product_reasons(hidden) + (_mixed_reasons(hidden) if grad.dtype == torch.float64 else ())
     if dispatch.choose(reasons) == "torch":
         return reference.linear_pixel_loss_backward(grad, slope, hidden, weight, needs)
     from mvlm_kernels.pixel_loss import linear
@@ -160,11 +158,11 @@ def _linear_backward_fake(grad, slope, hidden, weight, needs_hidden, needs_weigh
     )
 
 
-class _LinearPixelLoss(torch.autograd.Function):
+class LinearPixelLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, *args):
-        with registration.below_autograd():
-            loss, slope = linear_op(hidden, weight, bias, *args)
+        forward = registration.forward_of(linear_op, _linear, hidden, weight)
+        loss, slope = forward(hidden, weight, bias, *args)
         ctx.save_for_backward(slope, hidden, weight)
         ctx.mark_non_differentiable(slope)
         ctx.set_materialize_grads(False)
@@ -192,5 +190,5 @@ linear_op = registration.define(
     "bool normalize_target, bool reduce, bool with_slope) -> (Tensor, Tensor)",
     _linear,
     _linear_fake,
-    _LinearPixelLoss,
+    LinearPixelLoss,
 )
