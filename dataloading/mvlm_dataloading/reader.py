@@ -221,9 +221,12 @@ class Reader:
         for i in found:
             log.warning("skipped an image that cannot be decoded: %s", dataset.where(i))
         self.bad = self.bad | set(found)
-        # One of W ranks has met at most its share of the samples, 1/W in the first epoch.
-        met = min(len(dataset), max(len(dataset), self.position) / self._settings.world_size)
-        if len(self.bad) > limit * met:
+        # One of W ranks has met its share of the samples, 1/W in the first epoch, and of the bad ones roughly so: four
+        # standard deviations more are chance.
+        ranks = self._settings.world_size
+        met = min(len(dataset), max(len(dataset), self.position) / ranks)
+        allowed = limit * met + (4 * (limit * met) ** 0.5 if ranks > 1 else 0)
+        if len(self.bad) > allowed:
             listed = "; ".join(dataset.where(i) for i in sorted(self.bad)[:20])
             raise DataError(
                 f"{dataset.folder}: wanted at most {limit:.0%} undecodable images, "

@@ -62,7 +62,7 @@ def test_the_order_is_the_documented_one(monkeypatch):
         inside = sorted(np.flatnonzero(shard == s).tolist(), key=lambda i: key(Purpose.ORDER, i))
         runs += [inside[k : k + RUN_LENGTH] for k in range(0, len(inside), RUN_LENGTH)]
     turn = sorted(range(3), key=lambda s: key(Purpose.SHARDS, s))
-    runs.sort(key=lambda run: (turn.index(shard[run[0]]) // 2, key(Purpose.RUNS, run[0])))
+    runs.sort(key=lambda run: (turn.index(int(shard[run[0]])) // 2, key(Purpose.RUNS, run[0])))
     assert epoch_order(7, 2, shard).tolist() == [i for run in runs for i in run]
 
 
