@@ -35,6 +35,10 @@ COLUMNS = (
 PACKAGES = ["nvidia-dali-cuda130", "pillow", "torchvision", "webdataset", "simplejpeg", "numpy"]
 
 
+# Batches of the turn that does not count: more than anybody has made ahead, so that later turns begin as they end.
+WARM_UP = 10
+
+
 class Contender:
     """A process that loads when it is told to, and stands still otherwise."""
 
@@ -162,9 +166,9 @@ def _rounds(contenders: list[Contender], shape: dict[str, int]) -> None:
     for number in range(shape["rounds"] + 1):
         # Every second round backwards, so that nobody always follows the same neighbour.
         for contender in running if number % 2 else running[::-1]:
-            contender.turn(shape["batches"])
+            contender.turn(shape["batches"] if number else max(WARM_UP, shape["batches"]))
             if number == 0:
-                contender.rates.clear()  # a turn to warm up
+                contender.rates.clear()
                 contender.cpu_ms.clear()
 
 

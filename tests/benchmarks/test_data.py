@@ -66,10 +66,12 @@ class Fake:
     def __init__(self, name: str, recipe: str, folder: Path, batch: int, size: int):
         self.name, self.recipe = name, recipe
         self.status, self.note = ("ok", "") if name in self.rates_of else ("missing", "not installed here")
+        self.turns: list[int] = []
         self.rates: list[float] = []
         self.cpu_ms: list[float] = []
 
     def turn(self, batches: int) -> dict[str, Any]:
+        self.turns.append(batches)
         self.rates.append(self.rates_of[self.name])
         self.cpu_ms.append(1e3 / self.rates_of[self.name])
         return {"rss_mb": self.resident.pop(0)} if self.recipe == "crop+randaug" else {}
@@ -105,6 +107,14 @@ def test_what_is_printed_and_written(tmp_path, pictures, monkeypatch, capsys):
     assert [row["contender"] for row in rows] == [*names, "read", "decode", "resize", "augment", "hand-over", "memory"]
     assert files[0].name.startswith("data-photos-")
     assert all(row["figures"].startswith("loader only, no model") for row in rows)
+
+
+def test_the_first_turn_uses_up_what_was_made_ahead_and_does_not_count():
+    one, other = Fake("ours", "crop", Path(), 1, 1), Fake("pil", "crop", Path(), 1, 1)
+    data._rounds([one, other], {"rounds": 3, "batches": 2})  # pyright: ignore[reportArgumentType]
+    assert one.turns == other.turns == [data.WARM_UP, 2, 2, 2]
+    assert len(one.rates) == len(one.cpu_ms) == 3
+    assert data.WARM_UP > 2 * 2 + 2  # the DataLoader's workers keep two batches each
 
 
 @pytest.mark.parametrize(

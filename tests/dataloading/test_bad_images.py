@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mvlm_dataloading import DataError, Loader, open_dataset
+from mvlm_dataloading import DataError, Loader, ShardWriter, open_dataset
 from mvlm_dataloading.order import Stream, substitute
 
 BAD = [3, 41, 77, 78]
@@ -64,6 +64,39 @@ def test_resume_is_exact(damaged, tokenizer, batches):
     assert resumed.skipped == loader.skipped
     assert stream(resumed, 25 - batches) == whole[10 * batches :]
     assert resumed.skipped == 4
+
+
+def test_ranks_that_know_of_different_ones_see_what_one_rank_sees(damaged, tokenizer):
+    wanted = stream(load(damaged, tokenizer), 16)
+    loaders = [load(damaged, tokenizer, rank=rank, world_size=2) for rank in range(2)]
+    shares = [stream(loader, 5) for loader in loaders]
+    assert len({tuple(loader.state_dict()["skipped"]) for loader in loaders}) == 2
+    for loader, share in zip(loaders, shares, strict=True):
+        share += stream(loader, 11)
+    for step in range(16):
+        rows = [row for share in shares for row in share[5 * step : 5 * step + 5]]
+        assert rows == wanted[10 * step : 10 * step + 10]
+
+
+def test_the_limit_holds_for_each_rank(damaged, tokenizer):
+    """A rank has met half of the samples, so half as many bad ones are too many, but for chance."""
+    loader = load(damaged, tokenizer, rank=1, world_size=2, max_bad_fraction=0.0)
+    with pytest.raises(DataError, match="wanted at most 0% undecodable images, found 1 of 50"):
+        stream(loader, 10)
+
+
+def test_bytes_after_the_end_of_an_image_do_no_harm(tmp_path, make, tokenizer, caplog):
+    """The guard takes such a file for a damaged one, the decoder does not."""
+    kinds = {"JPEG": ".jpg", "PNG": ".png"}
+    for name, more in (("plain", b""), ("longer", b"\0" * 40)):
+        with ShardWriter(tmp_path / name, name="", source="", licence="", attribution="", recipe={}) as writer:
+            for i in range(12):
+                kind = list(kinds)[i % 2]
+                assert writer.add(f"{i}", make.picture(i, kind=kind) + more, [f"picture {i}"], {"image_id": i}) is None
+    plain, longer = (stream(load(open_dataset(tmp_path / n, "train"), tokenizer), 3) for n in ("plain", "longer"))
+    assert plain == longer
+    assert "images with bytes after their end" in caplog.text
+    assert "cannot be decoded" not in caplog.text
 
 
 def test_too_many_stop_the_run_with_the_list(damaged, tokenizer):
