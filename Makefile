@@ -6,7 +6,7 @@ DATA   ?= data/emoji
 RUN    ?= runs/demo
 STEPS  ?= 640
 
-.PHONY: demo test faults faults-data soak test-gpu test-triton wheel-smoke aot traffic check format clean
+.PHONY: demo test faults faults-data faults-loading soak test-gpu test-triton wheel-smoke aot traffic check format clean
 
 # The stamp is older than pyproject.toml when a dependency changed, and the packages are then brought up to date.
 $(VENV)/.installed: pyproject.toml
@@ -29,6 +29,10 @@ test: $(VENV)/.installed
 # Writers of shards, killed at 50 moments; `make test` has ten.
 faults-data: $(VENV)/.installed
 	$(BIN)/python tests/faults/kill_writers.py --trials 50
+
+# Fifty loading processes killed at random moments; `make test` kills ten.
+faults-loading: $(VENV)/.installed $(DATA)/dataset.json
+	$(BIN)/python tests/dataloading/loading_faults.py $(DATA) --kills 50
 
 # Kernels compile on a GPU, so this process must not interpret them.
 test-gpu: $(VENV)/.installed

@@ -1,6 +1,7 @@
 """The command line: `mvlm COMMAND ... --help` is the documentation of each command."""
 
 import difflib
+import errno
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -271,6 +272,49 @@ def bench_step(
     )  # fmt: skip
 
 
+def bench_data(
+    *,
+    data: Path = Path("data/photos"),
+    pictures: int = 3000,
+    contenders: tuple[str, ...] = (),
+    recipes: tuple[str, ...] = (),
+    rounds: int = 7,
+    batches: int = 8,
+    batch: int = 64,
+    size: int = 224,
+    soak: int = 0,
+    step: Path | None = None,
+    out: Path = Path("benchmarks/results"),
+    json: Path | None = None,
+) -> None:
+    """Time the loader against others on the same shards, with no model: a table, stages, a CSV.
+
+    Args:
+        data: Folder of shards. If there is none, photographs are built there from scikit-image and scikit-learn.
+        pictures: How many of them.
+        contenders: ours, pil, decode_jpeg, webdataset+pil, webdataset+simplejpeg; all when not given.
+        recipes: crop, crop+randaug; both when not given.
+        rounds: Rounds in which every contender has a turn.
+        batches: Batches of a turn.
+        batch: Pictures of a batch.
+        size: Side of the squares.
+        soak: Samples to load while memory is watched; 0 does not.
+        step: What `mvlm bench step --json` wrote: is the loader fast enough for that step?
+        out: Folder to write the CSV to.
+        json: JSON file for the figures, besides the CSV.
+    """
+    import importlib.util
+
+    from mvlm.errors import ConfigError
+
+    if importlib.util.find_spec("torchvision") is None:
+        raise ConfigError("bench: wanted torchvision, which is not installed; pip install 'mvlm[bench]'")
+    from mvlm_benchmarks import data as bench
+
+    for path in bench.run(data, pictures, out, contenders, recipes, rounds, batches, batch, size, soak, step, json):
+        print(path)
+
+
 def pretrain(arguments: Sequence[str]) -> None:
     """Pretrain a MaskVLM: `mvlm pretrain PRESET --data SHARDS --out RUN`, PRESET one of tiny, small, base.
 
@@ -384,6 +428,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "bench kernels": bench_kernels,
     "bench step": bench_step,
+    "bench data": bench_data,
 }
 
 
@@ -437,6 +482,11 @@ def main() -> None:
         run_command(sys.argv[1:])
     except (ConfigError, RunError, DataError) as error:
         print(f"mvlm: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"mvlm: wanted room to write, found none ({error}); free some space and try again", file=sys.stderr)
         sys.exit(2)
     except (NonFiniteLossError, LostRankError) as error:
         print(f"mvlm: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .augment import Augment as Augment
     from .batch import Batch as Batch
     from .batch import Masks as Masks
     from .build import build_shards as build_shards
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 # Imported on first use: the processes that write shards start without torch, which takes seconds to load.
 _MODULES = {
+    "augment": ("Augment",),
     "batch": ("Batch", "Masks"),
     "build": ("build_shards",),
     "check": ("check_shards",),

@@ -171,8 +171,8 @@ def _check_samples(
             found.sizes.append((pixels.shape[1], pixels.shape[0]))
             found.image_bytes.append(len(image))
         try:
-            captions = parse_captions(parts.get("txt", b""), where)
-            parse_metadata(parts.get("json", b""), where)
+            captions = parse_captions(parts.get("txt", b""), lambda where=where: where)
+            parse_metadata(parts.get("json", b""), lambda where=where: where)
         except DataError as error:
             found.problems.append(str(error))
             continue

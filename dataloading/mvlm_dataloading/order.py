@@ -15,26 +15,46 @@ from numpy.typing import NDArray
 
 from .dataset import Dataset
 from .randomness import Purpose, hash64
-from .shards import index_text
 
 Int64 = NDArray[np.int64]
 
 # So many samples of one shard follow one another: enough for the disk to like it, few enough to mix shards well.
 RUN_LENGTH = 16
 
+# So many shards are mixed at a time, as many as a machine can be asked to have at hand when shards come from elsewhere.
+GROUP = 32
+
+# Raised when a change of this file deals samples in another order: states of the old order are then refused.
+ORDER_VERSION = 1
+
 
 def epoch_order(seed: int, epoch: int, shard: Int64) -> Int64:
-    """int64 (N,), every sample id once. `shard` (N,) is the shard that each sample lies in.
+    """int64 (N,), every sample id once. `shard` (N,), ascending, is the shard that each sample lies in.
 
-    Each shard's samples are permuted and cut into runs of RUN_LENGTH, and the runs of all shards are permuted. With
-    one shard, every order is equally likely.
+    Shards are permuted and taken GROUP at a time. Each shard's samples are permuted and cut into runs of RUN_LENGTH,
+    and the runs of a group of shards are permuted. With one shard, every order is equally likely.
     """
-    ids = np.lexsort((hash64(Purpose.ORDER, seed, epoch, np.arange(len(shard))), shard))  # (N,) grouped by shard
-    grouped = shard[ids]
-    first = np.searchsorted(grouped, grouped)  # (N,) where the shard of each begins
-    place = np.arange(len(ids)) - first
-    run_first = ids[first + place // RUN_LENGTH * RUN_LENGTH]  # (N,) a run is known by the sample that it begins with
-    return ids[np.lexsort((place, run_first, hash64(Purpose.RUNS, seed, epoch, run_first)))]
+    keys = hash64(Purpose.ORDER, seed, epoch, np.arange(len(shard)))
+    cuts = np.flatnonzero(np.diff(shard, prepend=-1, append=-1))  # where each shard begins, and the end
+    ids = np.empty(len(shard), np.int64)
+    runs = []
+    # Shard by shard, because small sorts are faster than a large one.
+    for begin, end in pairwise(cuts):
+        ids[begin:end] = begin + np.argsort(keys[begin:end], kind="stable")
+        runs.append(np.arange(begin, end, RUN_LENGTH))
+    run_begin = np.concatenate(runs)  # (R,) where each run begins in `ids`
+    run_length = np.diff(run_begin, append=len(ids))
+    first = ids[run_begin]  # a run is known by the sample that it begins with
+    by = [first, hash64(Purpose.RUNS, seed, epoch, first)]
+    if len(cuts) - 1 > GROUP:
+        place = np.empty(int(shard[-1]) + 1, np.int64)  # of each shard in their order
+        turns = np.argsort(hash64(Purpose.SHARDS, seed, epoch, np.arange(len(place))), kind="stable")
+        place[turns] = np.arange(len(place))
+        by.append(place[shard[first]] // GROUP)
+    order = np.lexsort(by)  # the last key counts most
+    length = run_length[order]
+    within = np.arange(len(ids)) - np.repeat(np.cumsum(length) - length, length)
+    return ids[np.repeat(run_begin[order], length) + within]
 
 
 class Stream:
@@ -86,22 +106,14 @@ def write_index_views(folder: Path, dataset: Dataset, ids: Int64) -> tuple[list[
 
     The reader obeys index lines in any order, with repetitions, and takes the same tar as often as it is named.
     """
-    lines = _index_lines(dataset, ids)
-    cuts = np.flatnonzero(np.diff(dataset.shard[ids])) + 1
+    shard = dataset.shard[ids]
+    cuts = np.flatnonzero(np.diff(shard)) + 1
     tars, indices = [], []
     for begin, end in pairwise([0, *cuts.tolist(), len(ids)]):
         path = folder / f"{begin}.idx"
-        path.write_text(index_text(lines[begin:end]), encoding="utf-8", errors="surrogateescape")
-        tars.append(str(dataset.tars[dataset.shard[ids[begin]]]))
+        # A line is copied as it is, so that nothing has to be put together again.
+        lines = [dataset.line(i) for i in ids[begin:end].tolist()]
+        path.write_bytes(b"v1.2 %d\n%b\n" % (len(lines), b"\n".join(lines)))
+        tars.append(str(dataset.tars[shard[begin]]))
         indices.append(str(path))
     return tars, indices
-
-
-def _index_lines(dataset: Dataset, ids: Int64) -> list[str]:
-    """One line a sample, column by column because there are many thousands."""
-    keys = dataset.keys[ids].tolist()
-    components = []
-    for part in (dataset.image, dataset.text, dataset.meta):
-        columns = (part.extension[ids].tolist(), part.offset[ids].tolist(), part.size[ids].tolist(), keys)
-        components.append([f"{e} {o} {s} {k}.{e} " if s >= 0 else "" for e, o, s, k in zip(*columns, strict=True)])
-    return [f"{image}{text}{meta}"[:-1] for image, text, meta in zip(*components, strict=True)]

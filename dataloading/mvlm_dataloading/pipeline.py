@@ -1,4 +1,4 @@
-"""The DALI graph: read, cut a window, decode, resize. One graph for the CPU and the GPU.
+"""The DALI graph: read, cut a window, decode, resize, augment. One graph for the CPU and the GPU.
 
 Shape legend: B batch, S image side, H and W of the picture as stored.
 """
@@ -11,8 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dataset import IMAGE_EXTENSIONS
+from .augment import Drawn, apply
 from .errors import need
+from .indices import IMAGE_EXTENSIONS
+from .resize import Resize
+
+# A black picture of one pixel, as PNG.
+_BLACK = bytes.fromhex(
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b550000000a49444154789c636000000002000148"
+    "afa4710000000049454e44ae426082"
+)
 
 
 class Decoding(StrEnum):
@@ -54,54 +62,114 @@ def build_pipeline(
     device_id: int | None = None,
     decoding: Decoding = Decoding.CPU,
     prefetch: int = 2,
+    drawn: Callable[[int], list[NDArray]] | None = None,
+    tokens: bool = False,
+    guard: bool = False,
 ) -> Any:
     """A built `nvidia.dali.Pipeline` over the samples that the index views name, in their order, again and again.
 
     Args:
         draws: gives for the k-th batch the uniform numbers of its windows, float64 (B, 4).
         device_id: a CUDA device, or None for the CPU.
+        drawn: gives for the k-th batch the parts of `augment.Drawn`; None leaves the augmentations out of the graph.
+        tokens: read the component `tok`.
+        guard: give the decoder a black picture in place of one whose ends look wrong, and say so in `fine`.
 
-    Each `run()` returns images uint8 (B, 3, S, S), and ragged uint8 vectors on the CPU: the encoded image, `.txt`,
-    `.json` (empty if there is none). It raises RuntimeError if one of the batch's pictures cannot be decoded.
+    Each `run()` returns images uint8 (B, 3, S, S), and on the CPU ragged vectors, empty where a sample has no such
+    component: the encoded image, `.txt`, `.json` (uint8), `.tok` (int32); then fine (B,), bool, False where the guard
+    stepped in; then the window's corners and sizes, int32 (B, 2) each. It raises RuntimeError if one of the batch's
+    pictures cannot be decoded.
     """
-    fn, types = need("nvidia.dali.fn"), need("nvidia.dali.types")
-    pipeline = need("nvidia.dali.pipeline").Pipeline(
-        batch_size=batch_size, num_threads=num_threads, device_id=device_id, prefetch_queue_depth=prefetch, seed=0
+    need("nvidia.dali.fn")
+    dali = need("nvidia.dali")
+    define = need("nvidia.dali.pipeline").pipeline_def(enable_conditionals=guard or drawn is not None)
+    pipeline = define(_graph)(
+        dali=dali,
+        reader={"paths": list(tars), "index_paths": list(indices)},
+        draws=draws,
+        geometry=geometry,
+        device={"on_gpu": device_id is not None, "decoding": decoding, "num_threads": num_threads},
+        drawn=drawn,
+        tokens=tokens,
+        guard=guard,
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device_id=device_id,
+        prefetch_queue_depth=prefetch,
+        seed=0,
     )
-    on_gpu = device_id is not None
-    with pipeline:
-        encoded, text, metadata = fn.readers.webdataset(
-            paths=list(tars),
-            index_paths=list(indices),
-            ext=[";".join(IMAGE_EXTENSIONS), "txt", "json"],
-            missing_component_behavior="empty",
-            case_sensitive_extensions=False,
-        )
-        # The decoder gets a window also where that is the whole picture: so the header is read first and a file that is
-        # no picture fails there. Given to the decoder of DALI 2.4 straight away, it was seen to kill the process.
-        window = _window(fn.peek_image_shape(encoded), draws, geometry)
-        decoder = {"device": "cpu" if decoding is Decoding.CPU else "mixed", "output_type": types.DALIImageType.RGB}
-        if decoding is Decoding.GPU_WHOLE:
-            image = fn.slice(fn.decoders.image(encoded, **decoder), start=window[0], shape=window[1], axes=[0, 1])
-        else:
-            image = fn.decoders.image_slice(encoded, start=window[0], shape=window[1], axes=[0, 1], **decoder)
-        if on_gpu and decoding is Decoding.CPU:
-            image = image.gpu()
-        side = geometry.image_size
-        image = fn.resize(image, size=[side, side], interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
-        pipeline.set_outputs(fn.transpose(image, perm=[2, 0, 1]), encoded, text, metadata, *window)
     pipeline.build()
     return pipeline
 
 
-def _window(shape: Any, draws: Callable[[int], NDArray[np.float64]], geometry: Geometry) -> tuple[Any, Any]:
+def _graph(
+    dali: Any, reader: Any, draws: Any, geometry: Any, device: Any, drawn: Any, tokens: bool, guard: bool
+) -> Any:
+    fn, types, as_is = dali.fn, dali.types, dali.pipeline.do_not_convert
+    kinds, decoding, on_gpu = types.DALIDataType, device["decoding"], device["on_gpu"]
+    encoded, text, metadata, ids = fn.readers.webdataset(
+        paths=reader["paths"],
+        index_paths=reader["index_paths"],
+        ext=[";".join(IMAGE_EXTENSIONS), "txt", "json", "tok" if tokens else "json"],
+        dtypes=[kinds.UINT8, kinds.UINT8, kinds.UINT8, kinds.INT32 if tokens else kinds.UINT8],
+        missing_component_behavior="empty",
+        case_sensitive_extensions=False,
+    )
+    fine, picture = types.Constant(True), encoded
+    if guard:
+        fine = as_is(_looks_whole)(dali, encoded)
+        if fine:  # noqa: SIM108 (DALI understands the statement, not the expression)
+            picture = encoded
+        else:
+            picture = types.Constant(np.frombuffer(_BLACK, np.uint8))
+    # The decoder gets a window also where that is the whole picture: so the header is read first and a file that is
+    # no picture fails there. Given to the decoder of DALI 2.4 straight away, it was seen to kill the process.
+    corner, size = as_is(window)(dali, fn.peek_image_shape(picture), draws, geometry)
+    decoder = {"device": "cpu" if decoding is Decoding.CPU else "mixed", "output_type": types.DALIImageType.RGB}
+    if decoding is Decoding.GPU_WHOLE:
+        image = fn.slice(fn.decoders.image(picture, **decoder), start=corner, shape=size, axes=[0, 1])
+    else:
+        image = fn.decoders.image_slice(picture, start=corner, shape=size, axes=[0, 1], **decoder)
+    if on_gpu and decoding is Decoding.CPU:
+        image = image.gpu()
+    side = geometry.image_size
+    if on_gpu:
+        image = fn.resize(image, size=[side, side], interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
+    else:
+        resize = Resize(side, device["num_threads"], planes=drawn is None)
+        image = fn.python_function(image, function=resize, batch_processing=True, output_layouts=resize.layout)
+    if drawn is None and on_gpu:
+        image = fn.transpose(image, perm=[2, 0, 1])
+    if drawn is not None:
+        *parts, mirror = fn.external_source(source=drawn, batch=True, num_outputs=len(Drawn._fields))
+        image = apply(dali, image, [*parts, mirror])
+        image = fn.crop_mirror_normalize(image, mirror=mirror, dtype=kinds.UINT8, output_layout="CHW")
+    return image, encoded, text, metadata, ids, fine, corner, size
+
+
+def _looks_whole(dali: Any, encoded: Any) -> Any:
+    """Whether a file begins and ends as a JPEG or a PNG does, or begins as a WebP: a bool scalar."""
+    fn, types = dali.fn, dali.types
+    int32 = types.DALIDataType.INT32
+    length = encoded.shape(dtype=int32)
+    head, tail = (
+        fn.cast(fn.slice(encoded, start=start, shape=[2], axes=[0], out_of_bounds_policy="pad"), dtype=int32)
+        for start in ([0], length - 2)
+    )
+    first, last = head[0] * 256 + head[1], tail[0] * 256 + tail[1]
+    jpeg = (first == 0xFFD8) & (last == 0xFFD9)
+    png = (first == 0x8950) & (last == 0x6082)
+    return jpeg | png | (first == 0x5249)
+
+
+def window(dali: Any, shape: Any, draws: Callable[[int], NDArray[np.float64]], geometry: Geometry) -> tuple[Any, Any]:
     """Corner (y, x) and size (h, w), int32 (2,) each, of the window to cut from a picture of shape (H, W, 3).
 
     From four uniform numbers u: area = H W (a0 + (a1 - a0) u0), ratio = r0 (r1 / r0)^u1; w = round(sqrt(area ratio))
     and h = round(sqrt(area / ratio)), each clamped to the picture; y = floor(u2 (H - h + 1)), x = floor(u3 (W - w +
     1)).
     """
-    fn, types, math = need("nvidia.dali.fn"), need("nvidia.dali.types"), need("nvidia.dali.math")
+    fn, types, math = dali.fn, dali.types, dali.math
     whole = fn.cast(fn.slice(shape, 0, 2, axes=[0]), dtype=types.DALIDataType.FLOAT64)  # (H, W)
     if not geometry.random:
         corner = fn.cast(whole * 0, dtype=types.DALIDataType.INT32)

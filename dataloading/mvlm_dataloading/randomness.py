@@ -25,6 +25,9 @@ class Purpose(IntEnum):
     PATCHES = 5
     TOKENS = 6
     SUBSTITUTE = 7
+    AUGMENT = 8
+    SIGN = 9
+    SHARDS = 10
 
 
 def hash64(*words: Any) -> UInt64:

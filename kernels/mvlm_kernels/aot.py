@@ -1,6 +1,7 @@
 """Compile every kernel for sm_80, sm_90 and sm_100 with no GPU, and say what the machine code costs.
 
     python -m mvlm_kernels.aot [--json FILE] [--arch sm_90] [--select REGEX] [--jobs N] [--against FILE]
+                               [--update]
 
 Each op's launchers run on meta tensors while :func:`mvlm_kernels.dispatch.recording` catches what they would launch;
 Triton's own binder turns those very arguments into a signature, and its own compiler into machine code. A row is one
@@ -33,7 +34,7 @@ import torch
 from mvlm_kernels import dispatch
 
 MODULES = {
-    "cross_attention": "mvlm_kernels.cross_attention.triton",
+    "cross_attention": "mvlm_kernels.cross_attention.targets",
     "gather_patches": "mvlm_kernels.patch_gather.triton",
     "masked_pixel_loss": "mvlm_kernels.pixel_loss.triton",
     "linear_pixel_loss": "mvlm_kernels.pixel_loss.linear",
@@ -162,6 +163,18 @@ def complaints(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None = 
     return found
 
 
+def updated(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """before, with the rows of each (op, case, target) that was compiled anew in the place of its old ones."""
+    places: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for r in before:
+        places.setdefault((r["op"], r["case"], r["arch"]), []).append(r)
+    anew = {(r["op"], r["case"], r["arch"]) for r in rows}
+    places.update({key: [] for key in anew})
+    for r in rows:
+        places[r["op"], r["case"], r["arch"]].append(r)
+    return [r for part in places.values() for r in part]
+
+
 def _rows_of_case(task: tuple[str, str, str]) -> list[dict[str, Any]]:
     op, arch, select = task
     seen, rows = set(), []
@@ -197,6 +210,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mvlm_kernels.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help='write {"rows": [..]} here')
+    parser.add_argument("--update", action="store_true", help="keep rows of --json that this run does not compile anew")
     parser.add_argument("--arch", action="append", choices=list(ARCHS), help="only this target; may be repeated")
     parser.add_argument("--select", default="", help='regex over "op/case"')
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
@@ -215,8 +229,6 @@ def main() -> int:
     import triton
 
     versions = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}
-    if options.json:
-        options.json.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
     table = None
     if options.against:
         committed = json.loads(options.against.read_text())
@@ -224,6 +236,12 @@ def main() -> int:
             table = committed["rows"]
         else:
             print(f"{options.against} is of triton {committed['versions']['triton']}: registers are not compared")
+    if options.json:
+        before = json.loads(options.json.read_text()) if options.update else {"versions": versions, "rows": []}
+        if before["versions"] != versions:
+            parser.error(f"--update: {options.json} is of {before['versions']}, and this is {versions}")
+        everything = {"versions": versions, "rows": updated(before["rows"], rows)}
+        options.json.write_text(json.dumps(everything, indent=1) + "\n")
     found = complaints(rows, table)
     print("\n".join(found) if found else f"{len(rows)} kernels: no spills, shared memory within limits")
     return 1 if found else 0

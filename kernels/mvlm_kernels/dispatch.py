@@ -20,7 +20,7 @@ Backend = Literal["triton", "torch"]
 Op = TypeVar("Op", bound=Callable[..., Any])
 
 _forced: Backend | None = None
-_reason_functions: dict[Callable[..., Any], Callable[..., list[str]]] = {}
+_reason_functions: dict[Callable[..., Any], Callable[..., Sequence[str]]] = {}
 
 # Set by `recording`: what the launchers would launch goes here, and not to a device.
 _recorder: Callable[..., None] | None = None
@@ -74,7 +74,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     return Explanation("triton", ("the fused kernel covers this call",))
 
 
-def explained_by(reason_function: Callable[..., list[str]]) -> Callable[[Op], Op]:
+def explained_by(reason_function: Callable[..., Sequence[str]]) -> Callable[[Op], Op]:
     """Decorator for a public op: ``reason_function``, called with the op's arguments, lists every reason against
     Triton.
     """
@@ -110,13 +110,10 @@ def refuse_if_forced(reason: str) -> None:
 _ON_CPU = "the tensors are on the CPU"
 
 
-def device_reasons(device: torch.device) -> list[str]:
-    """Reasons against Triton that hold for every op on this device."""
-    return list(_device_reasons(device.type, device.index))
-
-
 @functools.cache
-def _device_reasons(kind: str, index: int | None) -> tuple[str, ...]:
+def device_reasons(device: torch.device) -> tuple[str, ...]:
+    """Reasons against Triton that hold for every op on this device."""
+    kind = device.type
     if importlib.util.find_spec("triton") is None:
         return ("triton is not installed",) + ((_ON_CPU,) if kind == "cpu" else ())
     if kind == "cpu":
@@ -124,7 +121,7 @@ def _device_reasons(kind: str, index: int | None) -> tuple[str, ...]:
     if kind == "cuda":
         if torch.version.hip is not None:
             return ("the kernels are written for NVIDIA GPUs, and this torch is built for ROCm",)
-        major, minor = torch.cuda.get_device_capability(index)
+        major, minor = torch.cuda.get_device_capability(device.index)
         if major < 8:
             return (f"compute capability 8.0 or later is needed, this GPU has {major}.{minor}",)
         if interpreting():

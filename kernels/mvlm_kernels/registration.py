@@ -6,6 +6,7 @@ an attention kernel here takes tens of microseconds. A forward and its backward 
 two opaque calls with known output shapes.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -48,3 +49,33 @@ below_autograd = torch._C._AutoDispatchBelowAutograd
 """Context for the forward of such a Function: the op called inside runs its implementation, not its autograd formula
 again.
 """
+
+
+def called_directly(*tensors: torch.Tensor) -> bool:
+    """Whether nothing but autograd would look at a call of an op on these tensors: they are plain, and no compiler,
+    dispatch or function mode, functorch transform or tracer is at work.
+
+    The public functions then apply the Function, and its forward calls the implementation, without the two ways through
+    the dispatcher that an op with a gradient takes: half of the host's time. Everywhere else the op is called.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return False
+    special = False
+    for x in tensors:  # no generator: this runs at every call
+        special = special or type(x) not in _PLAIN or x.is_neg()
+    return not special
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def forward_of(op: Any, implementation: Callable[..., Any], *tensors: torch.Tensor) -> Callable[..., Any]:
+    """What a Function's forward calls: the implementation, or the op below autograd."""
+    return implementation if called_directly(*tensors) else functools.partial(_call_below_autograd, op)
+
+
+def _call_below_autograd(op: Any, *args: Any) -> Any:
+    with below_autograd():
+        return op(*args)

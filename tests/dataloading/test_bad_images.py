@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mvlm_dataloading import DataError, Loader, open_dataset
-from mvlm_dataloading.order import substitute
+from mvlm_dataloading.order import Stream, substitute
 
 BAD = [3, 41, 77, 78]
 
@@ -38,8 +38,7 @@ def test_they_are_replaced_counted_and_named(damaged, tokenizer, caplog):
     loader = load(damaged, tokenizer)
     samples = [i for i, _, _ in stream(loader, 30)]  # three epochs
     assert loader.skipped == 4
-    undamaged = load(damaged, tokenizer)._stream
-    ids, epochs = undamaged(0, 300)
+    ids, epochs = Stream(damaged.shard, 1, shuffle=True)(0, 300)
     for got, wanted, epoch in zip(samples, ids.tolist(), epochs.tolist(), strict=True):
         assert got == (substitute(1, epoch, wanted, 100, set(BAD)) if wanted in BAD else wanted)
     skips = [record.getMessage() for record in caplog.records if "cannot be decoded" in record.getMessage()]
@@ -106,15 +105,17 @@ def test_a_shard_that_vanishes_is_not_a_bad_image(tmp_path, make, tokenizer):
 
 
 def test_other_failures_of_the_reader_are_not_taken_for_bad_images(train_split, tokenizer, monkeypatch):
-    loader = load(train_split, tokenizer)
+    loader = load(train_split, tokenizer, ahead=0)
     stream(loader, 1)
 
     class Broken:
         def run(self):
             raise RuntimeError("the disk is gone")
 
-    assert loader._segment is not None
-    loader._segment._pipeline = Broken()
+    assert loader._source is not None
+    segment = loader._source._reader._segment
+    assert segment is not None
+    segment._pipeline = Broken()
     with pytest.raises(RuntimeError, match="the disk is gone"):
         stream(loader, 1)
     assert loader.skipped == 0

@@ -167,6 +167,12 @@ def test_near_pairs_are_those_of_a_loop():
     ]  # fmt: skip
     assert found == wanted
     assert len(wanted) > 15
+    # Each of the four bands in turn is the only one that is the same.
+    for same in range(4):
+        flips = sum(1 << (16 * band + 5) for band in range(4) if band != same)
+        pair = np.array([values[0], values[0] ^ np.uint64(flips)])
+        assert list(near_pairs(pair)) == [(0, 1)]
+        assert near_known(pair[:1], np.ones(1), pair[1:], np.ones(1), 1.1).tolist() == [0]
     ones = np.ones(120)
     first = near_known(values[60:], ones[60:], values[:60], ones[:60], 1.1)
     for i, j in enumerate(first.tolist()):

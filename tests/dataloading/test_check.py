@@ -90,10 +90,10 @@ def test_damage_is_found_and_named(tmp_path):
     out = write(tmp_path / "out")
     damage(out / "train-000001.tar", b"number 5", b"number\xff5")
     found = problems(out)
-    assert len(found) == 3
-    assert "key k5: wanted captions in UTF-8" in found[0]  # a reader stops here
-    assert "train-000001.tar: wanted sha256" in found[1]
-    assert found[2].startswith("train-000001.tar key k5: wanted captions in UTF-8")
+    # Besides, opening the split may say so, as its captions are short.
+    assert len(found) in (2, 3)
+    assert "train-000001.tar: wanted sha256" in found[-2]
+    assert found[-1].startswith("train-000001.tar key k5: wanted captions in UTF-8")
     other = write(tmp_path / "other")
     jpeg = open_dataset(other, "train").image_bytes(9)
     damage(other / "train-000002.tar", jpeg[200:], bytes(len(jpeg) - 200))
@@ -180,9 +180,10 @@ def foreign(folder: Path) -> None:
                 ("a/v1.0.final.jpg", jpegs[0]), ("a/v1.0.final.txt", b"dots"), ("a/v1.0.final.cls", b"3"),
                 ("a name.JPG", jpegs[1]), ("a name.TXT", b"blanks"),
                 ("100%.jpg", jpegs[2]), ("100%.txt", b"per cent"),
-                ("mute.jpg", jpegs[3]),
+                ("mute.jpg", jpegs[3]), ("late.jpg", jpegs[3]),
                 ("é.jpg", jpegs[4]), ("é.txt", b"accent"),
                 ("n" * 120 + ".jpg", jpegs[5]), ("n" * 120 + ".txt", b"long"),
+                ("late.txt", b"late"), ("two.jpg", jpegs[3]), ("two.png", jpegs[3]), ("two.txt", b"two"),
             ],
         )  # fmt: skip
     with tarfile.open(folder / "val-0.tar", "w") as tar:
@@ -193,7 +194,11 @@ def test_tars_of_others_are_read_in_place(tmp_path, tokenizer):
     foreign(tmp_path / "tars")
     before = {path.name: path.read_bytes() for path in (tmp_path / "tars").glob("*.tar")}
     description = rebuild_indices(tmp_path / "tars")
-    assert description["rejected"] == {"no caption": 1}
+    assert description["rejected"] == {
+        "files of a sample do not follow one another": 1,
+        "key names two files of a kind": 1,
+        "no caption": 1,
+    }
     assert {split: (part["samples"], part["captions"]) for split, part in description["splits"].items()} == {
         "train": (5, 5),
         "validation": (1, 2),

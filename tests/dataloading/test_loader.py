@@ -9,7 +9,7 @@ import tokenizers
 import torch
 
 from mvlm_dataloading import DataError, Loader, Tokenizer, draw_patch_masks, draw_token_masks, open_dataset
-from mvlm_dataloading import loader as loader_module
+from mvlm_dataloading import reader as reader_module
 from mvlm_dataloading.randomness import text_hash
 
 
@@ -201,7 +201,7 @@ def test_a_state_of_other_data_is_refused(train_split, waves, tokenizer):
 
 def test_readers_are_exchanged_without_a_seam(train_split, tokenizer, monkeypatch):
     wanted = rows(take(load(train_split, tokenizer), 20))
-    monkeypatch.setattr(loader_module, "_FIRST_SEGMENT_BATCHES", 3)
+    monkeypatch.setattr(reader_module, "_FIRST_SEGMENT_BATCHES", 3)
     assert rows(take(load(train_split, tokenizer), 20)) == wanted
     one_pass = [row["sample"] for row in rows(load(train_split, tokenizer, train=False))]
     assert one_pass == list(range(60))
@@ -217,10 +217,12 @@ def test_batches_stay_as_they_are_while_loading_goes_on(train_split, tokenizer):
 
 
 def test_a_reader_that_delivers_something_else_is_found_out(train_split, tokenizer):
-    loader = load(train_split, tokenizer)
+    loader = load(train_split, tokenizer, ahead=0)
     take(loader, 1)
-    assert loader._segment is not None
-    loader._segment._ids[8:16] = loader._segment._ids[8:16][::-1].copy()
+    assert loader._source is not None
+    segment = loader._source._reader._segment
+    assert segment is not None
+    segment._ids[8:16] = segment._ids[8:16][::-1].copy()
     with pytest.raises(AssertionError, match="the reader was to deliver"):
         take(loader, 1)
 

@@ -23,7 +23,7 @@ def run(dataset, ids, draws, geometry, tmp_path, *, batch_size=6, decoding=Decod
         decoding=decoding,
     )
     outputs = [pipeline.run() for _ in range(len(ids) // batch_size)]
-    return [np.concatenate([np.array(output[k].as_tensor()) for output in outputs]) for k in (0, 4, 5)]
+    return [np.concatenate([np.array(output[k].as_tensor()) for output in outputs]) for k in (0, 6, 7)]
 
 
 def window_oracle(height: int, width: int, u: np.ndarray, scale, ratio) -> tuple[int, int, int, int]:

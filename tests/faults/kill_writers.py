@@ -9,8 +9,10 @@ everything imported and nothing started.
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
+import json
 import os
 import random
 import shutil
@@ -63,16 +65,20 @@ class Moments:
 
     def __init__(self, parent: Path, at: int, act: Callable[[], None]) -> None:
         self.count, self._at, self._act, self._parent = 0, at, act, str(parent)
+        self.names: list[int] = []
+        """The events that make, rename or remove a name."""
 
-    def tick(self) -> bool:
+    def tick(self, *, name: bool = False) -> bool:
         self.count += 1
+        if name:
+            self.names.append(self.count)
         return self.count == self._at
 
     def hook(self, event: str, arguments: tuple) -> None:
         writes = event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.open") or (
             event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
         )
-        if writes and str(arguments[0]).startswith(self._parent) and self.tick():
+        if writes and str(arguments[0]).startswith(self._parent) and self.tick(name=True):
             self._act()
 
     def install(self) -> None:
@@ -104,6 +110,8 @@ def fork(work: Callable[[], None]) -> int:
     """Run `work` in a fork of this process that has a process group of its own. Returns its id."""
     process = os.fork()
     if process:
+        with contextlib.suppress(OSError):  # both set it, as either may be first
+            os.setpgid(process, process)
         return process
     os.setpgid(0, 0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the decoder tells of each damaged picture
@@ -129,17 +137,18 @@ def contents(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
 
 
-def count_events(pictures: Path, base: Path) -> int:
-    """Events of a run that is not interrupted."""
+def count_events(pictures: Path, base: Path) -> tuple[int, list[int]]:
+    """Events of a run that is not interrupted, and which of them have to do with names."""
 
     def work() -> None:
         moments = Moments(base, -1, kill)
         moments.install()
         run(pictures, base / "out", 0)
-        (base.parent / "events").write_text(str(moments.count))
+        (base.parent / "events").write_text(json.dumps([moments.count, moments.names]))
 
     assert wait(fork(work)) == FINISHED
-    return int((base.parent / "events").read_text())
+    count, names = json.loads((base.parent / "events").read_text())
+    return count, names
 
 
 def interrupted(pictures: Path, out: Path, at: int, full: bool) -> int:
@@ -174,7 +183,7 @@ def killed_with_its_crew(pictures: Path, out: Path, at_bytes: int, group: bool) 
         time.sleep(0.001)
 
 
-def trial(pictures: Path, base: Path, rng: random.Random, events: int, total_bytes: int, crew: bool) -> str:
+def trial(pictures: Path, base: Path, rng: random.Random, events: int, first: int, total_bytes: int, crew: bool) -> str:
     """Interrupt, start again, and perhaps interrupt again, until a run ends. Returns what was done."""
     shutil.rmtree(base, ignore_errors=True)
     base.mkdir()
@@ -186,7 +195,7 @@ def trial(pictures: Path, base: Path, rng: random.Random, events: int, total_byt
             code = killed_with_its_crew(pictures, out, rng.randrange(1, total_bytes), group)
             story.append("crew and all" if group else "crew")
         else:
-            at = rng.randrange(1, events + 1)
+            at = rng.randrange(1, events + 1) if story else first
             code = interrupted(pictures, out, at, full)
             story.append(f"{'full' if full else 'kill'}@{at}")
         assert code in (FINISHED, FULL, -signal.SIGKILL), (code, story)
@@ -211,7 +220,7 @@ def main() -> None:
         pictures.mkdir()
         source(pictures)
         base.mkdir()
-        events = count_events(pictures, base)
+        events, names = count_events(pictures, base)
         wanted = contents(base / "out")
         # 40 pictures, less 2 damaged, 2 in the test split, 2 there before.
         samples = [len(open_dataset(base / "out", split)) for split in ("train", "test")]
@@ -219,7 +228,10 @@ def main() -> None:
         total_bytes = sum(path.stat().st_size for path in (base / "out").iterdir())
         rng = random.Random(given.seed)
         for number in range(given.trials):
-            story = trial(pictures, base, rng, events, total_bytes, crew=number % 10 == 9)
+            # Most events are writes, and most of what can go wrong is a name: the first interruptions are spread over
+            # the events that have to do with names.
+            first = names[int((number + rng.random()) / given.trials * len(names))]
+            story = trial(pictures, base, rng, events, first, total_bytes, crew=number % 10 == 9)
             found = contents(base / "out")
             assert found == wanted, (story, found.keys() ^ wanted.keys())
             assert [path.name for path in base.iterdir()] == ["out"], (story, list(base.iterdir()))

@@ -67,3 +67,17 @@ def test_complaints():
         "101 registers, 100 in the table",
     ]
     assert run_complaints([good], [good]) == []
+
+
+def test_update_replaces_whole_cases():
+    def rows(*cases: tuple[str, str, int]) -> list[dict[str, Any]]:
+        return [{"op": "o", "case": case, "arch": arch, "registers": n} for case, arch, n in cases]
+
+    before = rows(("a", "sm_80", 1), ("a", "sm_80", 2), ("b", "sm_80", 3), ("b", "sm_90", 4))
+    anew = rows(("b", "sm_80", 5), ("c", "sm_80", 6), ("a", "sm_80", 7))
+    code = "import json, sys, mvlm_kernels.aot as aot; print(json.dumps(aot.updated(*json.load(sys.stdin))))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=json.dumps([before, anew]), capture_output=True, text=True, check=True
+    )
+    wanted = rows(("a", "sm_80", 7), ("b", "sm_80", 5), ("b", "sm_90", 4), ("c", "sm_80", 6))
+    assert json.loads(done.stdout) == wanted

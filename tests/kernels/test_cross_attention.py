@@ -1,5 +1,6 @@
 """Values of the interpreted cross-attention kernels against the float64 reference, and the reference against SDPA."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from attention_cases import Case, build, check, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_checks import assert_accurate
 
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch
@@ -119,12 +121,25 @@ def test_gradcheck_through_the_kernels(name: str):
         )
 
 
+@pytest.mark.parametrize("composed", [True, False], ids=["composition", "op"])
 @pytest.mark.parametrize("case", SIDES.values(), ids=SIDES.keys())
-def test_gradients_of_the_cpu_path(case: Case):
+def test_values_and_gradients_of_the_cpu_paths(case: Case, composed: bool, monkeypatch: pytest.MonkeyPatch):
     call = build(replace(case, dtype=torch.float64))
     wanted = run(cross_attention_reference, call)  # by autograd
+    if not composed:  # the reference with its written-out backward, as a compiled graph calls it
+        package = sys.modules[cross_attention.__module__]  # the function has its name
+        monkeypatch.setattr(package, "_composes", lambda *_: False)
     for a, b in zip(run(cross_attention, call, **call.bounds), wanted, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["both", "packed-index", "long-index", "long-packed-q"])
+def test_the_cpu_path_is_as_accurate_as_the_reference(name: str, dtype: torch.dtype):
+    call = build(replace(SIDES[name], dtype=dtype, heads=3, layout="strided"))
+    oracle, same = run(cross_attention_reference, call, torch.float64), run(cross_attention_reference, call)
+    for i, got in enumerate(run(cross_attention, call, **call.bounds)):
+        assert_accurate(f"{name}[{i}]", got, same[i], oracle[i], terms=8 if i in (1, 2) else 1)
 
 
 @pytest.mark.parametrize("name", ["lengths", "index", "long-lengths", "long-index"])
@@ -259,8 +274,51 @@ def test_vectors_of_any_stride(case: Case):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-def test_a_second_derivative_is_refused():
+def test_a_second_derivative_of_the_kernels_is_refused():
     q, k, v = (torch.randn(1, n, 1, 32, requires_grad=True) for n in (5, 3, 3))
-    (grad,) = torch.autograd.grad(cross_attention(q, k, v).square().sum(), q, create_graph=True)
+    with mvlm_kernels.use_backend("triton"):
+        (grad,) = torch.autograd.grad(cross_attention(q, k, v).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.square().sum().backward()
+
+
+def test_a_second_derivative_on_the_cpu_is_right():
+    q, k, v = (torch.randn(1, n, 1, 32, dtype=torch.float64, requires_grad=True) for n in (5, 3, 3))
+    lengths = torch.tensor([2])
+    assert torch.autograd.gradgradcheck(lambda *x: cross_attention(*x, key_lengths=lengths), (q, k, v), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", ["packed-both", "packed-k", "long-packed-q", "long-packed-k", "long-packed-index"])
+@pytest.mark.parametrize("multiprocessors", [0, 40])
+def test_rows_in_front_of_the_first_sequence(name: str, multiprocessors: int, monkeypatch: pytest.MonkeyPatch):
+    """On a GPU nobody looks at cu_seqlens[0]: rows in front of it belong to no sequence, so they are zeros."""
+    monkeypatch.setattr(dispatch, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(dispatch, "checks_values", lambda device: False)
+    call, front = build(SIDES[name]), 3
+    with mvlm_kernels.use_backend("triton"):
+        wanted = run(cross_attention, call, **call.bounds)
+        for side, tensors in (("q", ("q", "grad")), ("k", ("k", "v"))):
+            if f"cu_seqlens_{side}" in call.kwargs:
+                call.kwargs[f"cu_seqlens_{side}"] = call.kwargs[f"cu_seqlens_{side}"] + front
+                for x in tensors:
+                    rows = torch.full((front, *getattr(call, x).shape[1:]), torch.nan)
+                    setattr(call, x, torch.cat([rows, getattr(call, x)]))
+        got = run(cross_attention, call, **call.bounds)
+    for a, b, side in zip(got, wanted, "qqkk", strict=True):
+        if f"cu_seqlens_{side}" in call.kwargs:
+            assert not a[:front].any()
+            a = a[front:]
+        assert torch.equal(a, b)
+
+
+def test_the_scale_is_no_constant_of_the_kernels():
+    launches = []
+    with dispatch.recording(lambda kernel, grid, args, meta: launches.append((args, meta)), 90):
+        for scale in (0.125, 0.5):
+            q, k = torch.empty(2, 40, 1, 64, device="meta"), torch.empty(2, 16, 1, 64, device="meta")
+            kernels = sys.modules["mvlm_kernels.cross_attention.triton"]
+            kernels.forward(q, k, k, None, None, None, None, None, scale, 40, 16)
+    (first, first_meta), (second, second_meta) = launches
+    assert first_meta == second_meta
+    assert [a for a in first if isinstance(a, float)] == [0.125]
+    assert [a for a in second if isinstance(a, float)] == [0.5]

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch, explain, pack_key_mask
-from mvlm_kernels.cross_attention import triton as kernels
+from mvlm_kernels.cross_attention import targets
 from mvlm_kernels.cross_attention.bounds import longest_rows
 
 
@@ -71,7 +71,7 @@ def test_compiled_kernels_give_the_same_bits(name: str):
 def test_launchers_read_no_tensor():
     # A meta tensor has no values: .item(), .tolist() or a data-dependent shape, each a sync on a GPU, would raise here.
     launched = []
-    for label, call in kernels.aot_cases():
+    for label, call in targets.aot_cases():
         if label.startswith("bfloat16/64/32/"):
             with dispatch.recording(lambda kernel, *rest: launched.append(kernel.__name__), 90):
                 call()

@@ -73,7 +73,7 @@ MUTANTS = {
     "first split forgotten": attention("def sum_partials", "range(num_splits)", "range(1, num_splits)", "lengths"),
     "bucket's tail unwritten": attention("def short_kv_forward", "if cu_q_ptr is not None", "if False", "packed-q"),
     "gradient's tail unwritten": attention(
-        "def short_kv_backward", "tail_start, tail_end", "tail_end, tail_end", "packed-k"
+        "def short_kv_backward", "k_seqs, k_rows, first_row", "k_seqs, k_rows, kb < 0", "packed-k"
     ),
     "online softmax without shrinking": attention(
         "def short_q_forward", "total * shrink + tl.sum", "total + tl.sum", "long-mask", multiprocessors=1

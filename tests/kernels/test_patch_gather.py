@@ -142,8 +142,8 @@ def test_opcheck(backend):
     images = make_images((2, 3, 4, 6), torch.float32, "channels_last").requires_grad_()
     ids = make_ids(2, 3, 6)
     with use_backend(backend):
-        torch.library.opcheck(OP, (images, ids, 2, None, None, list(MEAN[:3]), list(STD[:3]), torch.float32))
-        torch.library.opcheck(OP, (images.detach(), None, 2, torch.rand(3), None, None, None, torch.bfloat16))
+        torch.library.opcheck(OP, (images, ids, 2, torch.tensor(MEAN[:3]), torch.tensor(STD[:3]), torch.float32))
+        torch.library.opcheck(OP, (images.detach(), None, 2, torch.rand(3), None, torch.bfloat16))
 
 
 @pytest.mark.plain_empty

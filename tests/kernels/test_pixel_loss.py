@@ -274,7 +274,7 @@ def test_two_runs_agree_bit_for_bit(monkeypatch):
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_opcheck(backend):
     images, ids = make_images((1, 3, 4, 4), torch.uint8, "channels_last"), make_ids(1, 3, 4)
-    pixels = (images, ids, 2, None, None, list(MEAN[:3]), list(STD[:3]))
+    pixels = (images, ids, 2, torch.tensor(MEAN[:3]), torch.tensor(STD[:3]))
     pred = random((1, 3, 12), torch.float32).requires_grad_()
     parameters = [random(s, torch.float32, i).requires_grad_() for i, s in enumerate([(1, 3, 5), (12, 5), (12,)])]
     with use_backend(backend):
@@ -414,6 +414,21 @@ def test_a_broken_linear_kernel_is_caught(old, new, tmp_path, poison):
 def test_the_whole_kernels_pass_what_the_broken_ones_fail():
     exercise_masked()
     exercise_linear()
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_a_scaled_loss_of_each_patch_fits_float16(backend):
+    """A loss scale of 2^16 is no float16, though the gradients that come of it are."""
+    images, ids = make_images((2, 3, 4, 4), torch.uint8, "contiguous"), make_ids(2, 4, 4)
+    hidden, weight = random((2, 4, 9), torch.float16, scale=0.1), random((12, 9), torch.float16, 1, 0.1)
+    grads = []
+    for scale in (1.0, 2.0**16):
+        h, w = hidden.clone().requires_grad_(), weight.float().requires_grad_()
+        with use_backend(backend):
+            loss = linear_pixel_loss(h, w, None, images, ids, 2, reduction="none")
+            grads.append(torch.autograd.grad(loss, w, torch.full_like(loss, scale))[0])
+    assert bool(grads[1].isfinite().all())
+    torch.testing.assert_close(grads[1], grads[0] * 2.0**16, rtol=1e-3, atol=0)
 
 
 def test_images_in_float64_beside_narrower_hidden_states_take_torch():

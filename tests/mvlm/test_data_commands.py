@@ -1,5 +1,6 @@
 """Mistakes with `mvlm data ...`: one line, exit code 2."""
 
+import errno
 import json
 import shutil
 import sys
@@ -80,6 +81,20 @@ def test_the_index_of_another_tar(view, monkeypatch, capsys):
     assert "train-000000.idx: wanted" in err
     assert run(monkeypatch, capsys, "index", source)[0] == 0
     assert run(monkeypatch, capsys, "check", source)[0] == 0
+
+
+def test_a_view_on_a_full_disk(view, tmp_path, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr("mvlm_dataloading.view.write_durably", full)
+    code, _, err = run(monkeypatch, capsys, "view", tmp_path / "other", "--sources", tmp_path / "set")
+    assert code == 2
+    assert err == (
+        "mvlm: wanted room to write, found none ([Errno 28] No space left on device); free some space and try again\n"
+    )
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
+from mvlm_kernels.cross_attention import cpu
 from mvlm_kernels.cross_attention.bounds import (
     HEAD_WIDTHS,
     LONGEST_SHORT_SIDE,
+    bucket,
     check_arguments,
     check_values,
     longest_rows,
@@ -99,8 +101,7 @@ def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) ->
 class _CrossAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        with registration.below_autograd():
-            out, lse = _OP(q, k, v, *args)
+        out, lse = registration.forward_of(_OP, _implementation, q, k, v)(q, k, v, *args)
         *sides, ctx.scale, ctx.max_len_q, ctx.max_len_k = args
         # Delta needs the output only where the short side is the queries: elsewhere it is not kept for the backward.
         kept = out if short_side(ctx.max_len_q, ctx.max_len_k) == "q" else None
@@ -140,15 +141,15 @@ _BACKWARD_OP = registration.define(
 )
 
 
-def _reasons(q: Tensor, max_len_q: int, max_len_k: int) -> list[str]:
+def _reasons(q: Tensor, max_len_q: int, max_len_k: int) -> tuple[str, ...]:
     """Every reason against the fused kernels, from what the host knows."""
     reasons = dispatch.device_reasons(q.device)
     side = short_side(max_len_q, max_len_k)
     if side is None:
-        reasons.append(_too_long(max_len_q, max_len_k))
-    elif q.device.type == "cuda" and not reasons:
-        short = _bucket(max_len_k if side == "kv" else max_len_q)
-        reasons += _type_reasons(q.dtype, q.shape[-1], short, dispatch.arch(q.device), _tf32(q.dtype))
+        return (*reasons, _too_long(max_len_q, max_len_k))
+    if q.is_cuda and not reasons:
+        short = bucket(max_len_k if side == "kv" else max_len_q)
+        return _type_reasons(q.dtype, q.shape[-1], short, dispatch.arch(q.device), _tf32(q.dtype))
     return reasons
 
 
@@ -156,36 +157,46 @@ def _too_long(max_len_q: int, max_len_k: int) -> str:
     return f"both sides are longer than {LONGEST_SHORT_SIDE} ({max_len_q} queries, {max_len_k} keys): SDPA runs"
 
 
-def _bucket(length: int) -> int:
-    """length rounded up to a tile: a plain int also while a compiler traces with symbolic lengths."""
-    return 16 if length <= 16 else 32 if length <= 32 else 64 if length <= 64 else 128
-
-
 def _tf32(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and dispatch.tf32_allowed()
 
 
 @functools.cache
-def _type_reasons(dtype: torch.dtype, width: int, bucket: int, arch: int, tf32: bool) -> tuple[str, ...]:
+def _type_reasons(dtype: torch.dtype, width: int, rows: int, arch: int, tf32: bool) -> tuple[str, ...]:
     """Reasons that hold on a GPU only: the interpreter takes every type."""
     if dtype == torch.float64:
         return ("float64 has no kernel on a GPU: SDPA runs, or the reference on packed rows",)
     if dtype == torch.float32 and not tf32:
         return ('float32 runs in TF32, and float32_matmul_precision is "highest": SDPA or the reference runs',)
-    from mvlm_kernels.cross_attention import triton
+    from mvlm_kernels.cross_attention.plan import has_tiles
 
-    if not triton.has_tiles(dtype, width, bucket, arch):
-        return (f"no tile of {dtype} at width {width} and {bucket} rows fits this GPU: SDPA or the reference runs",)
+    if not has_tiles(dtype, width, rows, arch):
+        return (f"no tile of {dtype} at width {width} and {rows} rows fits this GPU: SDPA or the reference runs",)
     return ()
 
 
+def _takes_sdpa(q: Tensor, short: int) -> bool:
+    width = next(w for w in HEAD_WIDTHS if w == q.shape[-1])  # a plain int, also where a compiler traces
+    return _gpu_takes_sdpa(q.device, q.dtype, width, bucket(short))
+
+
 @torch.compiler.assume_constant_result
-def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, bucket: int) -> bool:
+def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> bool:
     """Whether a dense call on this GPU goes around the kernels; settled while tracing, so SDPA itself is traced."""
     reasons = dispatch.device_reasons(device)
     if not reasons:
-        reasons += _type_reasons(dtype, width, bucket, dispatch.arch(device), _tf32(dtype))
+        reasons = _type_reasons(dtype, width, rows, dispatch.arch(device), _tf32(dtype))
     return dispatch.choose(reasons) == "torch"
+
+
+def _composes(q: Tensor, max_len_q: int, max_len_k: int) -> bool:
+    """Whether the CPU's composition runs: it reads lengths, so not where a compiler traces or tensors are fake."""
+    return (
+        q.device.type == "cpu"
+        and type(q) in (Tensor, torch.nn.Parameter)
+        and not torch.compiler.is_compiling()
+        and dispatch.choose(_reasons(q, max_len_q, max_len_k)) == "torch"
+    )
 
 
 def _explain(
@@ -201,7 +212,7 @@ def _explain(
     scale: float | None = None,
     max_len_q: int | None = None,
     max_len_k: int | None = None,
-) -> list[str]:
+) -> tuple[str, ...]:
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     return _reasons(q, *longest_rows(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k))
@@ -245,9 +256,10 @@ def cross_attention(
         on a GPU, where reading the lengths would be a sync. Rows behind the last sequence come out as zeros.
 
     Returns the output, contiguous, in q's shape and dtype. bfloat16, float16 and float32 (TF32 on a GPU) accumulate in
-    float32; float64 runs on the reference. Under autocast all three are cast first. Where both sides are longer than
-    128 this is SDPA, as :func:`mvlm_kernels.explain` will say. Raises ValueError on shapes, dtypes or devices that do
-    not fit; on values of lengths and indices only for CPU tensors or with MVLM_KERNELS_DEBUG=1.
+    float32; float64 runs on the reference. On the CPU an eager call is composed of torch ops. Under autocast all three
+    are cast first. Where both sides are longer than 128 this is SDPA, as :func:`mvlm_kernels.explain` will say. Raises
+    ValueError on shapes, dtypes or devices that do not fit; on values of lengths and indices only for CPU tensors or
+    with MVLM_KERNELS_DEBUG=1.
     """
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
@@ -256,14 +268,16 @@ def cross_attention(
     side = short_side(len_q, len_k)
     if side is None:
         dispatch.refuse_if_forced(_too_long(len_q, len_k))
+    elif _composes(q, len_q, len_k):
+        check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, len_q, len_k)
+        return cpu.attend(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
     if cu_seqlens_q is None and cu_seqlens_k is None:
-        short = _bucket(len_k if side == "kv" else len_q)
-        width = next(w for w in HEAD_WIDTHS if w == q.shape[-1])  # a plain int, also where a compiler traces
-        if side is None or (q.is_cuda and _gpu_takes_sdpa(q.device, q.dtype, width, short)):
+        if side is None or (q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q)):
             return sdpa(q, k, v, key_lengths, key_mask, key_index, scale)
     if key_mask is not None and key_mask.dtype == torch.bool:
         key_mask = pack_key_mask(key_mask)
-    return _OP(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale, len_q, len_k)[0]
+    call = _CrossAttention.apply if registration.called_directly(q, k, v) else _OP
+    return call(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale, len_q, len_k)[0]
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,6 +19,13 @@ def short_side(max_len_q: int, max_len_k: int) -> str | None:
     return "q" if 0 <= max_len_q <= LONGEST_SHORT_SIDE else None
 
 
+def bucket(length: int) -> int:
+    """Tile of the short side: a power of two, at least the 16 that a matrix instruction needs; a plain int also while a
+    compiler traces with symbolic lengths.
+    """
+    return 16 if length <= 16 else 32 if length <= 32 else 64 if length <= 64 else 128
+
+
 def longest_rows(
     q: Tensor,
     k: Tensor,

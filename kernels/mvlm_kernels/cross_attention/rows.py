@@ -29,12 +29,6 @@ def rows_of(cu_ptr, b, total):
 
 
 @triton.jit
-def packed_end(cu_ptr, seqs, total):
-    """First row behind the last sequence: a packed buffer is often rounded up to a bucket."""
-    return tl.minimum(tl.maximum(tl.load(cu_ptr + seqs).to(tl.int64), 0), total)
-
-
-@triton.jit
 def load_rows(ptr, rows, stride, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """(rows, BLOCK_D) of a matrix with contiguous columns; zeros, and no access, outside."""
     cols = tl.arange(0, BLOCK_D)
@@ -57,9 +51,7 @@ def store_rows(ptr, rows, stride, inside, x, D: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def fill_rows(ptr, stride, start, end, value, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [start, end) that no tile covers: the rest of a bucket (0), or what lies past a bound that was promised
-    (NaN).
-    """
+    """Rows [start, end) that no tile covers: what lies past a bound that was promised is NaN."""
     for r0 in range(start, end, BLOCK):
         rows = r0 + tl.arange(0, BLOCK).to(tl.int64)
         store_rows(ptr, rows, stride, rows < end, tl.full((BLOCK, BLOCK_D), value, tl.float32), D, BLOCK_D)
@@ -70,6 +62,34 @@ def fill_lse(ptr, start, end, value, BLOCK: tl.constexpr):
     for r0 in range(start, end, BLOCK):
         rows = r0 + tl.arange(0, BLOCK)
         tl.store(ptr + rows, tl.full((BLOCK,), value, tl.float32), mask=rows < end)
+
+
+@triton.jit
+def outside_rows(cu_ptr, seqs, total, leader):
+    """Of the rows in no sequence of a packed buffer: how many lie in front, how many in all, and how far those behind
+    the last sequence are moved. One program, the leader, fills them; the others count none.
+    """
+    first = tl.minimum(tl.maximum(tl.load(cu_ptr).to(tl.int64), 0), total)
+    last = tl.minimum(tl.maximum(tl.load(cu_ptr + seqs).to(tl.int64), first), total)
+    return first, tl.where(leader, first + total - last, 0), last - first
+
+
+@triton.jit
+def fill_outside(ptr, stride, cu_ptr, seqs, total, leader, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Zeros in the rows of a packed buffer that belong to no sequence."""
+    first, count, shift = outside_rows(cu_ptr, seqs, total, leader)
+    for r0 in range(0, count, BLOCK):
+        r = r0 + tl.arange(0, BLOCK).to(tl.int64)
+        rows = tl.where(r < first, r, r + shift)
+        store_rows(ptr, rows, stride, r < count, tl.zeros((BLOCK, BLOCK_D), tl.float32), D, BLOCK_D)
+
+
+@triton.jit
+def fill_lse_outside(ptr, cu_ptr, seqs, total, leader, BLOCK: tl.constexpr):
+    first, count, shift = outside_rows(cu_ptr, seqs, total, leader)
+    for r0 in range(0, count, BLOCK):
+        r = r0 + tl.arange(0, BLOCK).to(tl.int64)
+        tl.store(ptr + tl.where(r < first, r, r + shift), tl.full((BLOCK,), -INF, tl.float32), mask=r < count)
 
 
 @triton.jit

@@ -19,13 +19,13 @@ from mvlm_kernels.cross_attention.rows import (
     INF,
     LOG2E,
     existing_keys,
-    fill_lse,
+    fill_lse_outside,
+    fill_outside,
     fill_rows,
     key_length,
     key_row,
     load_rows,
     log_sum_exp,
-    packed_end,
     rows_of,
     store_rows,
 )
@@ -36,8 +36,8 @@ from mvlm_kernels.language import cast, dot, widen
 def short_kv_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lengths_ptr, mask_ptr, index_ptr, cu_q_ptr, cu_k_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
-    H, q_seqs, k_seqs, q_rows, k_rows, mask_words, num_splits,
-    SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    H, q_seqs, k_seqs, q_rows, k_rows, mask_words, scale, num_splits,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H, splits). q_rows and k_rows are rows a sequence when dense, and rows in all when packed."""
@@ -56,7 +56,7 @@ def short_kv_forward(
     k = load_rows(k_ptr + kb * stride_kb + k_start * stride_kl + h * stride_kh, rn, stride_kl, exists, D, BLOCK_D)
     v = load_rows(v_ptr + kb * stride_vb + k_start * stride_vl + h * stride_vh, rn, stride_vl, exists, D, BLOCK_D)
     kt = tl.trans(k)
-    scale_log2 = tl.full((), SCALE * LOG2E, ACC)
+    scale_log2 = tl.full((), scale * LOG2E, ACC)
 
     stride_ol = H * D
     out_base = out_ptr + h * D
@@ -84,10 +84,9 @@ def short_kv_forward(
         store_rows(out_base + q_start * stride_ol, rm, stride_ol, inside, o, D, BLOCK_D)
         tl.store(lse_base + q_start + rm, lse, mask=inside)
     if cu_q_ptr is not None:
-        tail_start = packed_end(cu_q_ptr, q_seqs, q_rows)
-        tail_end = tl.where((b == q_seqs - 1) & (split == 0), q_rows, tail_start)
-        fill_rows(out_base, stride_ol, tail_start, tail_end, 0.0, BLOCK_M, D, BLOCK_D)
-        fill_lse(lse_base, tail_start, tail_end, -INF, BLOCK_M)
+        leader = (b == 0) & (split == 0)
+        fill_outside(out_base, stride_ol, cu_q_ptr, q_seqs, q_rows, leader, BLOCK_M, D, BLOCK_D)
+        fill_lse_outside(lse_base, cu_q_ptr, q_seqs, q_rows, leader, BLOCK_M)
 
 
 @triton.jit
@@ -95,8 +94,8 @@ def _backward_of_key_tile(
     n0, kb, h, split, klen, k_base, v_base, dk_base, dv_base, k_end,
     q_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, mask_ptr, order_ptr, offsets_ptr, cu_q_ptr,
     stride_qb, stride_ql, stride_qh, stride_kl, stride_vl, stride_gb, stride_gl, stride_gh,
-    H, q_rows, mask_words, reader_splits, tile_splits,
-    SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    H, q_rows, mask_words, scale, reader_splits, tile_splits,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, WRITE_DQ: tl.constexpr, WRITE_DKV: tl.constexpr,
     ALL_KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -112,8 +111,8 @@ def _backward_of_key_tile(
     v = load_rows(v_base, rn, stride_vl, exists, D, BLOCK_D)
     dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_N, BLOCK_D), ACC)
-    scale_log2 = tl.full((), SCALE * LOG2E, ACC)
-    scale = tl.full((), SCALE, ACC)
+    scale_log2 = tl.full((), scale * LOG2E, ACC)
+    scale = tl.full((), scale, ACC)
     stride_ol = H * D
 
     # Readers of this row, in the order of the stable sort: chunk `split // tile_splits` of them, and of each reader's
@@ -175,8 +174,8 @@ def short_kv_backward(
     lengths_ptr, mask_ptr, order_ptr, offsets_ptr, cu_q_ptr, cu_k_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_gb, stride_gl, stride_gh,
-    H, q_seqs, k_seqs, q_rows, k_rows, mask_words, reader_splits, tile_splits, partial_size,
-    SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    H, q_seqs, k_seqs, q_rows, k_rows, mask_words, scale, reader_splits, tile_splits, partial_size,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, WRITE_DQ: tl.constexpr, WRITE_DKV: tl.constexpr,
     ALL_KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -206,8 +205,8 @@ def short_kv_backward(
             0, kb, h, split, klen, k_base, v_base, dk_base, dv_base, stored,
             q_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, mask_ptr, order_ptr, offsets_ptr, cu_q_ptr,
             stride_qb, stride_ql, stride_qh, stride_kl, stride_vl, stride_gb, stride_gl, stride_gh,
-            H, q_rows, mask_words, reader_splits, tile_splits,
-            SCALE, D, BLOCK_D, BLOCK_M, BLOCK_N, ACC, PRECISION, WRITE_DQ, WRITE_DKV, ALL_KEYS,
+            H, q_rows, mask_words, scale, reader_splits, tile_splits,
+            D, BLOCK_D, BLOCK_M, BLOCK_N, ACC, PRECISION, WRITE_DQ, WRITE_DKV, ALL_KEYS,
         )  # fmt: skip
     else:
         for n0 in range(tl.program_id(2) * BLOCK_N, stored, tl.num_programs(2) * BLOCK_N):
@@ -215,21 +214,19 @@ def short_kv_backward(
                 n0, kb, h, split, klen, k_base, v_base, dk_base, dv_base, stored,
                 q_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, mask_ptr, order_ptr, offsets_ptr, cu_q_ptr,
                 stride_qb, stride_ql, stride_qh, stride_kl, stride_vl, stride_gb, stride_gl, stride_gh,
-                H, q_rows, mask_words, reader_splits, tile_splits,
-                SCALE, D, BLOCK_D, BLOCK_M, BLOCK_N, ACC, PRECISION, WRITE_DQ, WRITE_DKV, ALL_KEYS,
+                H, q_rows, mask_words, scale, reader_splits, tile_splits,
+                D, BLOCK_D, BLOCK_M, BLOCK_N, ACC, PRECISION, WRITE_DQ, WRITE_DKV, ALL_KEYS,
             )  # fmt: skip
-    leader = (split == 0) & (tl.program_id(2) == 0)
+    # Every split writes all rows of its own partial sums; the query side's gradient is written once.
+    first_row = (kb == 0) & (tl.program_id(2) == 0)
     if cu_k_ptr is not None:
         if WRITE_DKV:
             if ALL_KEYS:  # a row longer than promised: its last keys are in no tile
                 fill_rows(dk_base, stride_ol, BLOCK_N, stored, float("nan"), BLOCK_N, D, BLOCK_D)
                 fill_rows(dv_base, stride_ol, BLOCK_N, stored, float("nan"), BLOCK_N, D, BLOCK_D)
-            tail_start = packed_end(cu_k_ptr, k_seqs, k_rows)
-            tail_end = tl.where((kb == k_seqs - 1) & (tl.program_id(2) == 0), k_rows, tail_start)
-            fill_rows(dk_ptr + grad_base, stride_ol, tail_start, tail_end, 0.0, BLOCK_N, D, BLOCK_D)
-            fill_rows(dv_ptr + grad_base, stride_ol, tail_start, tail_end, 0.0, BLOCK_N, D, BLOCK_D)
+            fill_outside(dk_ptr + grad_base, stride_ol, cu_k_ptr, k_seqs, k_rows, first_row, BLOCK_N, D, BLOCK_D)
+            fill_outside(dv_ptr + grad_base, stride_ol, cu_k_ptr, k_seqs, k_rows, first_row, BLOCK_N, D, BLOCK_D)
     if cu_q_ptr is not None:
         if WRITE_DQ:
-            q_tail = packed_end(cu_q_ptr, q_seqs, q_rows)
-            q_tail_end = tl.where((kb == 0) & leader, q_rows, q_tail)
-            fill_rows(dq_ptr + h * D, stride_ol, q_tail, q_tail_end, 0.0, BLOCK_M, D, BLOCK_D)
+            leader = first_row & (split == 0)
+            fill_outside(dq_ptr + h * D, stride_ol, cu_q_ptr, q_seqs, q_rows, leader, BLOCK_M, D, BLOCK_D)

@@ -16,12 +16,13 @@ from mvlm_kernels.cross_attention.rows import (
     LOG2E,
     existing_keys,
     fill_lse,
+    fill_lse_outside,
+    fill_outside,
     fill_rows,
     key_length,
     key_row,
     load_rows,
     log_sum_exp,
-    packed_end,
     rows_of,
     store_rows,
 )
@@ -32,8 +33,8 @@ from mvlm_kernels.language import cast, dot, widen
 def short_q_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lengths_ptr, mask_ptr, index_ptr, cu_q_ptr, cu_k_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
-    H, q_seqs, k_seqs, q_rows, k_rows, mask_words, num_splits, partial_size, partial_lse_size,
-    SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    H, q_seqs, k_seqs, q_rows, k_rows, mask_words, scale, num_splits, partial_size, partial_lse_size,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H, splits). Split s takes every num_splits-th key tile and writes its own softmax at s partials into
@@ -53,7 +54,7 @@ def short_q_forward(
     q = load_rows(q_ptr + b * stride_qb + q_start * stride_ql + h * stride_qh, rm, stride_ql, inside, D, BLOCK_D)
     k_base = k_ptr + kb * stride_kb + k_start * stride_kl + h * stride_kh
     v_base = v_ptr + kb * stride_vb + k_start * stride_vl + h * stride_vh
-    scale_log2 = tl.full((), SCALE * LOG2E, ACC)
+    scale_log2 = tl.full((), scale * LOG2E, ACC)
     m = tl.full((BLOCK_M,), -INF, ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     o = tl.zeros((BLOCK_M, BLOCK_D), ACC)
@@ -87,10 +88,9 @@ def short_q_forward(
     if cu_q_ptr is not None:
         fill_rows(out_base + q_start * stride_ol, stride_ol, BLOCK_M, q_len, float("nan"), BLOCK_M, D, BLOCK_D)
         fill_lse(lse_base + q_start, BLOCK_M, q_len, float("nan"), BLOCK_M)
-        tail_start = packed_end(cu_q_ptr, q_seqs, q_rows)
-        tail_end = tl.where(b == q_seqs - 1, q_rows, tail_start)
-        fill_rows(out_base, stride_ol, tail_start, tail_end, 0.0, BLOCK_M, D, BLOCK_D)
-        fill_lse(lse_base, tail_start, tail_end, -INF, BLOCK_M)
+        # Every split writes all rows of its own partial result.
+        fill_outside(out_base, stride_ol, cu_q_ptr, q_seqs, q_rows, b == 0, BLOCK_M, D, BLOCK_D)
+        fill_lse_outside(lse_base, cu_q_ptr, q_seqs, q_rows, b == 0, BLOCK_M)
 
 
 @triton.jit
@@ -132,8 +132,8 @@ def short_q_backward(
     lengths_ptr, mask_ptr, index_ptr, cu_q_ptr, cu_k_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_gb, stride_gl, stride_gh,
-    H, q_seqs, k_seqs, q_rows, k_rows, mask_words, num_splits, partial_size,
-    SCALE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    H, q_seqs, k_seqs, q_rows, k_rows, mask_words, scale, num_splits, partial_size,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, WRITE_DQ: tl.constexpr, WRITE_DKV: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * H, splits, query tiles). Split s takes every num_splits-th key tile and writes its share of dQ at
@@ -162,8 +162,8 @@ def short_q_backward(
         lse_base += b * H * q_rows
     if cu_k_ptr is None:
         grad_base += kb * k_rows * stride_ol
-    scale_log2 = tl.full((), SCALE * LOG2E, ACC)
-    scale = tl.full((), SCALE, ACC)
+    scale_log2 = tl.full((), scale * LOG2E, ACC)
+    scale = tl.full((), scale, ACC)
     q = load_rows(q_ptr + b * stride_qb + q_start * stride_ql + h * stride_qh, rm, stride_ql, inside, D, BLOCK_D)
     do = load_rows(do_ptr + b * stride_gb + q_start * stride_gl + h * stride_gh, rm, stride_gl, inside, D, BLOCK_D)
     out = load_rows(out_ptr + out_offset, rm, stride_ol, inside, D, BLOCK_D)
@@ -201,12 +201,10 @@ def short_q_backward(
             promised = tl.num_programs(2) * BLOCK_M
             overlong = tl.where(leader, q_len, promised)
             fill_rows(dq_base + out_offset, stride_ol, promised, overlong, float("nan"), BLOCK_M, D, BLOCK_D)
-            tail_start = packed_end(cu_q_ptr, q_seqs, q_rows)
-            tail_end = tl.where((b == q_seqs - 1) & leader, q_rows, tail_start)
-            fill_rows(dq_base + h * D, stride_ol, tail_start, tail_end, 0.0, BLOCK_M, D, BLOCK_D)
+            first_program = (b == 0) & leader
+            fill_outside(dq_base + h * D, stride_ol, cu_q_ptr, q_seqs, q_rows, first_program, BLOCK_M, D, BLOCK_D)
     if cu_k_ptr is not None:
         if WRITE_DKV:
-            k_tail = packed_end(cu_k_ptr, k_seqs, k_rows)
-            k_tail_end = tl.where((kb == k_seqs - 1) & (split == 0), k_rows, k_tail)
-            fill_rows(dk_ptr + h * D, stride_ol, k_tail, k_tail_end, 0.0, BLOCK_N, D, BLOCK_D)
-            fill_rows(dv_ptr + h * D, stride_ol, k_tail, k_tail_end, 0.0, BLOCK_N, D, BLOCK_D)
+            first_reader = (kb == 0) & (split == 0)
+            fill_outside(dk_ptr + h * D, stride_ol, cu_k_ptr, k_seqs, k_rows, first_reader, BLOCK_N, D, BLOCK_D)
+            fill_outside(dv_ptr + h * D, stride_ol, cu_k_ptr, k_seqs, k_rows, first_reader, BLOCK_N, D, BLOCK_D)

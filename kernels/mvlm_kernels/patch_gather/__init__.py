@@ -15,14 +15,13 @@ from mvlm_kernels.patch_gather.arguments import (
     check_id_values,
     check_images,
     check_patch_ids,
-    split_channel_values,
     tile_reasons,
 )
 
 __all__ = ["gather_patches"]
 
 
-def _reasons(images: Tensor, patch_ids: Tensor | None, patch_size: int, **_: Any) -> list[str]:
+def _reasons(images: Tensor, patch_ids: Tensor | None, patch_size: int, **_: Any) -> tuple[str, ...]:
     check_patch_ids(patch_ids, images, check_images(images, patch_size))
     return _why_not_triton(images, patch_size)
 
@@ -65,12 +64,13 @@ def gather_patches(
         dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
-    means, mean_floats = split_channel_values("mean", mean, images)
-    stds, std_floats = split_channel_values("std", std, images)
-    return _forward_op(images, patch_ids, patch_size, means, stds, mean_floats, std_floats, dtype)
+    means = channel_tensor("mean", mean, images, dtype)
+    stds = channel_tensor("std", std, images, dtype)
+    call = _GatherPatches.apply if registration.called_directly(images) else _forward_op
+    return call(images, patch_ids, patch_size, means, stds, dtype)
 
 
-def _why_not_triton(images: Tensor, patch_size: int) -> list[str]:
+def _why_not_triton(images: Tensor, patch_size: int) -> tuple[str, ...]:
     return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
 
 
@@ -92,18 +92,13 @@ def _forward(
     patch_size: int,
     mean: Tensor | None,
     std: Tensor | None,
-    mean_floats: list[float] | None,
-    std_floats: list[float] | None,
     dtype: torch.dtype,
 ) -> Tensor:
     check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
-    wide = reference.compute_dtype(images.dtype, dtype)
-    mean = channel_tensor(mean, mean_floats, wide, images)
-    std = channel_tensor(std, std_floats, wide, images)
     return _backend(images, patch_size).gather_patches(images, patch_ids, patch_size, mean, std, dtype)
 
 
-def _forward_fake(images, patch_ids, patch_size, mean, std, mean_floats, std_floats, dtype):
+def _forward_fake(images, patch_ids, patch_size, mean, std, dtype):
     chosen = _num_patches(images, patch_size) if patch_ids is None else patch_ids.shape[1]
     return images.new_empty(images.shape[0], chosen, images.shape[1] * patch_size**2, dtype=dtype)
 
@@ -114,44 +109,41 @@ def _backward(
     patch_ids: Tensor | None,
     patch_size: int,
     std: Tensor | None,
-    std_floats: list[float] | None,
 ) -> Tensor:
-    std = channel_tensor(std, std_floats, reference.compute_dtype(images.dtype, grad.dtype), images)
     return _backend(images, patch_size).gather_patches_backward(grad, images, patch_ids, patch_size, std)
 
 
-def _backward_fake(grad, images, patch_ids, patch_size, std, std_floats):
+def _backward_fake(grad, images, patch_ids, patch_size, std):
     return torch.empty_like(images)
 
 
 class _GatherPatches(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, images, patch_ids, patch_size, mean, std, mean_floats, std_floats, dtype):
+    def forward(ctx, images, patch_ids, patch_size, mean, std, dtype):
         if ctx.needs_input_grad[0]:
             # Only the shape, type and strides of images are needed, but an op takes tensors; it is alive anyway.
             ctx.save_for_backward(images, patch_ids, std)
-        ctx.patch_size, ctx.std_floats = patch_size, std_floats
-        with registration.below_autograd():
-            return _forward_op(images, patch_ids, patch_size, mean, std, mean_floats, std_floats, dtype)
+        ctx.patch_size = patch_size
+        forward = registration.forward_of(_forward_op, _forward, images)
+        return forward(images, patch_ids, patch_size, mean, std, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         if not ctx.needs_input_grad[0]:
-            return (None,) * 8
+            return (None,) * 6
         images, patch_ids, std = ctx.saved_tensors
-        return _backward_op(grad, images, patch_ids, ctx.patch_size, std, ctx.std_floats), *(None,) * 7
+        return _backward_op(grad, images, patch_ids, ctx.patch_size, std), *(None,) * 5
 
 
 _backward_op = registration.define(
-    "gather_patches_backward(Tensor grad, Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? std, "
-    "float[]? std_floats) -> Tensor",
+    "gather_patches_backward(Tensor grad, Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? std) -> Tensor",
     _backward,
     _backward_fake,
 )
 _forward_op = registration.define(
     "gather_patches(Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? mean, Tensor? std, "
-    "float[]? mean_floats, float[]? std_floats, ScalarType dtype) -> Tensor",
+    "ScalarType dtype) -> Tensor",
     _forward,
     _forward_fake,
     _GatherPatches,

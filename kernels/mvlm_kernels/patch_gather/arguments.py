@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch
+from mvlm_kernels.patch_gather.reference import compute_dtype
+from mvlm_kernels.sizes import power_of_two
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ChannelValues = Sequence[float] | Tensor | None
@@ -59,57 +61,54 @@ def check_id_values(name: str, ids: Tensor | None, limit: int) -> None:
         raise ValueError(f"{name} must be in [0, {limit}), got values in [{low}, {high}]")
 
 
-def split_channel_values(name: str, values: ChannelValues, images: Tensor) -> tuple[Tensor | None, list[float] | None]:
-    """values, one for each channel, as the (tensor, floats) pair that ops take: one of the two is None.
+def channel_tensor(name: str, values: ChannelValues, images: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """values, one for each channel, as the (C,) contiguous tensor on the images' device that ops take, or None.
 
-    Floats stay floats until they are inside the op, so that no call and no compiled graph copies them to the device.
+    A sequence becomes a tensor of the type to compute in, once for each device, and that tensor is kept. ValueError on
+    a wrong number of values or type, or a std that is not positive.
     """
     if values is None:
-        return None, None
+        return None
     channels = images.shape[1]
-    if isinstance(values, Tensor):
-        if values.shape != (channels,) or values.dtype not in FLOATS:
-            raise ValueError(
-                f"{name} must be floating with one value for each of {channels} channels, "
-                f"got {values.dtype} of shape {tuple(values.shape)}"
-            )
-        check_device(name, values, images.device)
-        return values, None
-    floats = [float(v) for v in values]
-    if len(floats) != channels:
-        raise ValueError(f"{name} must have one value for each of {channels} channels, got {len(floats)}: {floats}")
-    if name == "std" and min(floats) <= 0:
-        raise ValueError(f"std must be positive, got {floats}")
-    return None, floats
+    if not isinstance(values, Tensor):
+        if len(values) != channels:
+            raise ValueError(f"{name} must have one value for each of {channels} channels, got {len(values)}")
+        wide, device = compute_dtype(images.dtype, dtype), images.device
+        if torch.compiler.is_compiling() or type(images) not in (Tensor, torch.nn.Parameter):
+            _check_positive(name, values)
+            # A kept tensor could lie in the memory of whichever CUDA graph ran first, and a fake one is no use later.
+            # These fills are part of the compiled graph, and copy nothing to the device.
+            return torch.stack([torch.full((), v, dtype=wide, device=device) for v in values])
+        return _constant(name, tuple(values), wide, device)
+    if values.shape != (channels,) or values.dtype not in FLOATS:
+        raise ValueError(
+            f"{name} must be floating with one value for each of {channels} channels, "
+            f"got {values.dtype} of shape {tuple(values.shape)}"
+        )
+    check_device(name, values, images.device)
+    return values.contiguous()
 
 
-def channel_tensor(
-    values: Tensor | None, floats: list[float] | None, dtype: torch.dtype, like: Tensor
-) -> Tensor | None:
-    """(C,) contiguous tensor on the device of ``like``, or None. Floats are copied to a device once and remembered."""
-    if floats is not None:
-        return _constants(tuple(floats), dtype, like.device)
-    return None if values is None else values.contiguous()
+def _check_positive(name: str, values: Sequence[float]) -> None:
+    if name == "std" and min(values) <= 0:
+        raise ValueError(f"std must be positive, got {tuple(values)}")
 
 
 @functools.lru_cache(maxsize=256)
-def _constants(floats: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(floats, dtype=dtype, device=device)
+def _constant(name: str, values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    _check_positive(name, values)
+    with torch.inference_mode(False):  # else no later call could keep it for a backward pass
+        return torch.tensor(values, dtype=dtype, device=device)
 
 
-def tile_reasons(channels: int, patch_size: int) -> list[str]:
+@functools.cache
+def tile_reasons(channels: int, patch_size: int) -> tuple[str, ...]:
     """Reason against Triton for patches that do not fit a tile."""
-    pixels = _power_of_two(channels) * _power_of_two(patch_size**2)
-    if pixels > MAX_TILE:
-        return [
-            f"a patch of {channels} x {patch_size}^2 pixels needs a tile of {pixels}, and {MAX_TILE} is the largest"
-        ]
-    return []
+    pixels = power_of_two(channels) * power_of_two(patch_size**2)
+    if pixels <= MAX_TILE:
+        return ()
+    return (f"a patch of {channels} x {patch_size}^2 pixels needs a tile of {pixels}, and {MAX_TILE} is the largest",)
 
 
 # Pixels in a tile: at 16 warps this is 64 values a thread, about what fits beside the addresses without spilling.
 MAX_TILE = 32768
-
-
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()

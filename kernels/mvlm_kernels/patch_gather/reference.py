@@ -1,6 +1,7 @@
 """Specification of ``gather_patches`` in plain torch, which is also what runs on the CPU.
 
 Legend: B batch, C channels, (H, W) image, P patch side, N = (H/P)(W/P) patches in row-major order, K chosen patches.
+Patches are cut out before anything is computed, so that pixels nobody chose cost nothing.
 """
 
 import torch
@@ -12,31 +13,10 @@ def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def normalize(images: Tensor, mean: Tensor | None, std: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(x / 255 if uint8 else x - mean) / std in ``dtype``; images (B, C, H, W), mean and std (C,) or None."""
-    pixels = images.to(dtype)
-    if images.dtype == torch.uint8:
-        pixels = pixels / 255
-    if mean is not None:
-        pixels = pixels - mean.to(dtype)[:, None, None]
-    if std is not None:
-        pixels = pixels / std.to(dtype)[:, None, None]
-    return pixels
-
-
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """(B, C, H, W) -> (B, N, C*P*P), features in (c, y, x) order: a flattened conv patch-embedding weight's order."""
-    batch, channels, height, width = images.shape
-    rows, columns = height // patch_size, width // patch_size
-    patches = images.reshape(batch, channels, rows, patch_size, columns, patch_size).permute(0, 2, 4, 1, 3, 5)
-    return patches.reshape(batch, rows * columns, channels * patch_size**2)
-
-
-def unpatchify(patches: Tensor, channels: int, height: int, width: int, patch_size: int) -> Tensor:
-    """The inverse of :func:`patchify`: (B, N, C*P*P) -> (B, C, H, W)."""
-    rows, columns = height // patch_size, width // patch_size
-    grid = patches.reshape(-1, rows, columns, channels, patch_size, patch_size).permute(0, 3, 1, 4, 2, 5)
-    return grid.reshape(-1, channels, height, width)
+def patch_grid(images: Tensor, patch_size: int) -> Tensor:
+    """A view of images (B, C, H, W) as (B, H/P, W/P, C, P, P)."""
+    grid = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, C, H/P, P, W/P, P)
+    return grid.permute(0, 2, 4, 1, 3, 5)
 
 
 def gather_patches(
@@ -47,27 +27,58 @@ def gather_patches(
     std: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """images (B, C, H, W), patch_ids (B, K) or None for all -> (B, K, C*P*P) in ``dtype``, rounded once."""
-    patches = patchify(normalize(images, mean, std, compute_dtype(images.dtype, dtype)), patch_size)  # (B, N, C*P*P)
+    """(x / 255 if uint8 else x - mean) / std of the chosen patches.
+
+    images (B, C, H, W), patch_ids (B, K) or None for all, mean and std (C,) or None -> (B, K, C*P*P) in ``dtype``,
+    contiguous, features in (c, y, x) order (a flattened conv patch-embedding weight's), rounded once.
+    """
+    batch, channels = images.shape[:2]
+    grid = patch_grid(images, patch_size)
+    patches = grid.reshape(batch, grid.shape[1] * grid.shape[2], channels * patch_size**2)  # (B, N, C*P*P)
     if patch_ids is not None:
-        patches = patches.gather(1, patch_ids.long()[:, :, None].expand(-1, -1, patches.shape[2]))  # (B, K, C*P*P)
-    # Whole images may come through every step above as a view of themselves, and an op must not return its input.
-    return patches.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        rows = patch_rows(patch_ids, patches.shape[1])
+        patches = patches.flatten(0, 1).index_select(0, rows).view(*patch_ids.shape, patches.shape[2])  # (B, K, C*P*P)
+    # Patches of whole images may be a view of them, which must not be written to, nor be what the op returns.
+    shared = patches.untyped_storage().data_ptr() == images.untyped_storage().data_ptr()
+    if mean is None and std is None and images.dtype != torch.uint8:
+        return patches.to(dtype, copy=shared).contiguous()
+    pixels = patches.to(compute_dtype(images.dtype, dtype), copy=shared).view(
+        *patches.shape[:2], channels, patch_size**2
+    )
+    if images.dtype == torch.uint8:
+        pixels = pixels.div_(255)
+    if mean is not None:
+        pixels = pixels.sub_(mean.to(pixels.dtype)[:, None])
+    if std is not None:
+        pixels = pixels.div_(std.to(pixels.dtype)[:, None])
+    return pixels.flatten(2).to(dtype).contiguous()
+
+
+def patch_rows(patch_ids: Tensor, num_patches: int) -> Tensor:
+    """(B*K,) int64: where the patches lie among all B*N. An id out of range stays out of range, and is an error."""
+    ids = patch_ids.long()
+    rows = ids + torch.arange(ids.shape[0], device=ids.device)[:, None] * num_patches
+    return rows.masked_fill_((ids < 0) | (ids >= num_patches), ids.shape[0] * num_patches).flatten()
 
 
 def gather_patches_backward(
     grad: Tensor, images: Tensor, patch_ids: Tensor | None, patch_size: int, std: Tensor | None
 ) -> Tensor:
     """grad (B, K, C*P*P) -> gradient of images (B, C, H, W): patches read more than once add up in the order of K."""
-    batch, channels, height, width = images.shape
-    patches = grad.to(compute_dtype(grad.dtype, images.dtype))
+    out = torch.empty_like(images)
+    grid = patch_grid(out, patch_size)
+    patches = grad if patch_ids is None and std is None else grad.to(compute_dtype(grad.dtype, images.dtype))
     if patch_ids is not None:
-        num_patches = (height // patch_size) * (width // patch_size)
-        total = patches.new_zeros(batch, num_patches, patches.shape[2])
-        # index_put walks K in order, on a GPU after a sort, so repeated runs agree bit for bit; scatter_add would not.
-        row = torch.arange(batch, device=total.device)[:, None].expand_as(patch_ids)
-        patches = total.index_put((row, patch_ids.long()), patches, accumulate=True)
-    pixels = unpatchify(patches, channels, height, width, patch_size)
+        num_patches = grid.shape[1] * grid.shape[2]
+        row = patch_rows(patch_ids, num_patches)
+        total = patches.new_zeros(images.shape[0] * num_patches, patches.shape[2])
+        if total.device.type == "cpu":
+            patches = total.index_add_(0, row, patches.flatten(0, 1))  # one row after the other
+        else:
+            # Sorted first, so repeated runs agree bit for bit; index_add would use atomics.
+            patches = total.index_put_((row,), patches.flatten(0, 1), accumulate=True)
+    pixels = patches.reshape(grid.shape)
     if std is not None:
         pixels = pixels / std.to(pixels.dtype)[:, None, None]
-    return torch.empty_like(images).copy_(pixels)
+    grid.copy_(pixels)
+    return out

@@ -6,6 +6,7 @@ int64 from the first multiplication, because strides and their products pass 2^3
 nothing and gives NaN, so that a bad index is loud and never out of bounds.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from mvlm_kernels.dispatch import launch
 from mvlm_kernels.language import cast, widen
+from mvlm_kernels.sizes import ceil_div, power_of_two
 
 
+@functools.cache
 def tile_of(channels: int, patch_size: int) -> tuple[int, int, int]:
     """(BLOCK_C, BLOCK_P, num_warps) of the tile that holds one patch."""
-    block_c, block_p = triton.next_power_of_2(channels), triton.next_power_of_2(patch_size**2)
+    block_c, block_p = power_of_two(channels), power_of_two(patch_size**2)
     return block_c, block_p, min(16, max(1, block_c * block_p // 256))
 
 
@@ -174,7 +177,7 @@ def inverse_index(patch_ids: Tensor, num_patches: int) -> Tensor:
     batch, chosen = patch_ids.shape
     table = patch_ids.new_empty(batch, num_patches + chosen, dtype=torch.int32)
     launch(
-        inverse_kernel, (batch, triton.cdiv(num_patches + chosen, 64)),
+        inverse_kernel, (batch, ceil_div(num_patches + chosen, 64)),
         patch_ids, table, chosen, num_patches, *patch_ids.stride(),
         BLOCK_Q=64, BLOCK_K=64, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

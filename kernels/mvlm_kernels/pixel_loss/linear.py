@@ -11,6 +11,7 @@ Rows are the B*K masked patches, F = C*P*P pixels, D the width of hidden. Parame
 read, so float32 weights beside bfloat16 activations cost no cast pass.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -39,6 +40,7 @@ from mvlm_kernels.pixel_loss.triton import (
     patch_moments,
     total,
 )
+from mvlm_kernels.sizes import ceil_div
 
 # Enough programs for the largest GPU in the table twice over; a constant, so that the order of summation depends on
 # shapes alone and results agree bit for bit between machines of one architecture.
@@ -170,14 +172,15 @@ def hidden_gradient_kernel(
 
 @triton.jit
 def weight_gradient_kernel(
-    slope_ptr, hidden_ptr, grad_ptr, weight_partial_ptr, bias_partial_ptr,
+    slope_ptr, hidden_ptr, grad_ptr, largest_ptr, weight_partial_ptr, bias_partial_ptr,
     M, K, D, rows_per_part, stride_hb, stride_hk, stride_hd, stride_gb, stride_gk,
     F: tl.constexpr, HAS_BIAS: tl.constexpr, PER_ROW: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Program (width tile, pixel tile, part): weight_partial (parts, F, D) and bias_partial (parts, F) of one part's
-    rows, in ACC. The gradient of one mean is a scalar and is left to the summation; that of (B, K) losses comes in
-    here (PER_ROW), row by row."""
+    rows, in ACC. The gradient of one mean is a scalar and is left to the summation. That of (B, K) losses comes in here
+    (PER_ROW), row by row, over the largest of them, which is left to the summation too: a scaled loss's would overflow
+    float16."""
     d = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     f = (tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
     part = tl.program_id(2).to(tl.int64)
@@ -197,7 +200,7 @@ def weight_gradient_kernel(
         a = decode_slope(slope, ACC)
         if PER_ROW:
             grad = tl.load(grad_ptr + b * stride_gb + k * stride_gk, mask=m < end, other=0.0)
-            a = a * widen(grad, ACC)[:, None]
+            a = a * (widen(grad, ACC) / widen(tl.load(largest_ptr), ACC))[:, None]
         if HAS_BIAS:
             column_sums += tl.sum(a, axis=0)
         acc = dot(tl.trans(cast(a, h.dtype)), h, acc, PRECISION)
@@ -207,10 +210,11 @@ def weight_gradient_kernel(
         tl.store(bias_partial_ptr + part * F + f, column_sums, mask=f < F)
 
 
-def tiles(kernel: str, hidden: Tensor) -> dict[str, int]:
+@functools.cache
+def tiles(kernel: str, dtype: torch.dtype, target: int) -> dict[str, int]:
     """Tile of a kernel by the width of its operands; float64 exists interpreted only and takes float32's."""
-    bits = "16" if hidden.dtype in (torch.float16, torch.bfloat16) else "32"
-    return configs.lookup("linear_pixel_loss", arch(hidden.device), f"{kernel}/{bits}")
+    bits = "16" if dtype in (torch.float16, torch.bfloat16) else "32"
+    return configs.lookup("linear_pixel_loss", target, f"{kernel}/{bits}")
 
 
 def linear_pixel_loss(
@@ -248,12 +252,12 @@ def linear_pixel_loss(
             chosen, num_patches, grid_w, *images.stride(), *id_strides,
             **pixels, BLOCK_C=block_c, BLOCK_P=block_p, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
-    tile = tiles("forward", hidden)
-    num_tiles = triton.cdiv(features, tile["BLOCK_F"])
+    tile = tiles("forward", hidden.dtype, arch(hidden.device))
+    num_tiles = ceil_div(features, tile["BLOCK_F"])
     partial = hidden.new_empty(num_tiles, rows, dtype=wide)
     slope = new_slope((batch, chosen, features) if with_slope else (0, 0, 0), kind, hidden)
     launch(
-        linear_loss_kernel, (num_tiles, triton.cdiv(rows, tile["BLOCK_M"])),
+        linear_loss_kernel, (num_tiles, ceil_div(rows, tile["BLOCK_M"])),
         hidden, weight, bias, images, patch_ids, mean, std, moments, partial, slope,
         rows, chosen, width, num_patches, grid_w,
         *hidden.stride(), *weight.stride(), bias.stride(0) if bias is not None else 0, *images.stride(), *id_strides,
@@ -271,7 +275,7 @@ def sum_partials(partial: Tensor, out: Tensor, grad: Tensor | None, divisor: int
     """out (n elements) = sum over the first dimension of partial (parts, n) over divisor, times grad."""
     n = out.numel()
     launch(
-        sum_partials_kernel, (triton.cdiv(n, 1024),), partial, out, grad, n, partial.shape[0], divisor,
+        sum_partials_kernel, (ceil_div(n, 1024),), partial, out, grad, n, partial.shape[0], divisor,
         HAS_GRAD=grad is not None, ACC=accumulator(partial.dtype), BLOCK=1024, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
@@ -288,31 +292,33 @@ def linear_pixel_loss_backward(
     weight_grad = weight.new_empty(weight.shape if needs[1] else (0,))
     bias_grad = weight.new_empty((features,) if needs[2] else (0,))
     if needs[0]:
-        tile = tiles("backward_hidden", hidden)
+        tile = tiles("backward_hidden", hidden.dtype, arch(hidden.device))
         launch(
-            hidden_gradient_kernel, (triton.cdiv(width, tile["BLOCK_D"]), triton.cdiv(rows, tile["BLOCK_M"])),
+            hidden_gradient_kernel, (ceil_div(width, tile["BLOCK_D"]), ceil_div(rows, tile["BLOCK_M"])),
             slope, weight, grad, hidden_grad, rows, chosen, width, rows_of_mean,
             *weight.stride(), *grad_strides(grad),
             F=features, ACC=acc, PRECISION="tf32", **tile, enable_fp_fusion=True,
         )  # fmt: skip
     if needs[1] or needs[2]:
-        tile = tiles("backward_weight", hidden)
-        across, down = triton.cdiv(width, tile["BLOCK_D"]), triton.cdiv(features, tile["BLOCK_F"])
+        tile = tiles("backward_weight", hidden.dtype, arch(hidden.device))
+        across, down = ceil_div(width, tile["BLOCK_D"]), ceil_div(features, tile["BLOCK_F"])
         parts = parts_of(rows, across * down)
         weight_partial = hidden.new_empty(parts, features, width, dtype=wide)
         bias_partial = hidden.new_empty(parts, features, dtype=wide) if needs[2] else None
+        largest = None
+        if grad.ndim and rows:
+            largest = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny)
         launch(
             weight_gradient_kernel, (across, down, parts),
-            slope, hidden, grad, weight_partial, bias_partial, rows, chosen, width,
-            triton.cdiv(rows, parts), *hidden.stride(), *grad_strides(grad),
+            slope, hidden, grad, largest, weight_partial, bias_partial, rows, chosen, width,
+            ceil_div(rows, parts), *hidden.stride(), *grad_strides(grad),
             F=features, HAS_BIAS=needs[2], PER_ROW=grad.ndim > 0, ACC=acc, PRECISION="tf32",
             **tile, enable_fp_fusion=True,
         )  # fmt: skip
-        scalar = None if grad.ndim else grad
         if needs[1]:
-            sum_partials(weight_partial, weight_grad, scalar, rows_of_mean * features)
+            sum_partials(weight_partial, weight_grad, largest if grad.ndim else grad, rows_of_mean * features)
         if bias_partial is not None:
-            sum_partials(bias_partial, bias_grad, scalar, rows_of_mean * features)
+            sum_partials(bias_partial, bias_grad, largest if grad.ndim else grad, rows_of_mean * features)
     return hidden_grad, weight_grad, bias_grad
 
 

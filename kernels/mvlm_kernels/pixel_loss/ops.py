@@ -8,32 +8,31 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.patch_gather.arguments import channel_tensor, check_id_values, tile_reasons
+from mvlm_kernels.patch_gather.arguments import check_id_values, tile_reasons
 from mvlm_kernels.pixel_loss import reference
 
 
-def pixel_reasons(images: Tensor, patch_size: int) -> list[str]:
+def pixel_reasons(images: Tensor, patch_size: int) -> tuple[str, ...]:
     return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
 
 
-def product_reasons(hidden: Tensor) -> list[str]:
+def product_reasons(hidden: Tensor) -> tuple[str, ...]:
     reasons = dispatch.device_reasons(hidden.device)
-    if hidden.device.type == "cuda":
-        if hidden.dtype == torch.float64:
-            reasons.append("float64 products run in the interpreter only")
-        if hidden.dtype == torch.float32 and not dispatch.tf32_allowed():
-            reasons.append('float32 products use TF32, which float32_matmul_precision "highest" forbids')
+    if hidden.is_cuda and hidden.dtype == torch.float64:
+        return (*reasons, "float64 products run in the interpreter only")
+    if hidden.is_cuda and hidden.dtype == torch.float32 and not dispatch.tf32_allowed():
+        return (*reasons, 'float32 products use TF32, which float32_matmul_precision "highest" forbids')
     return reasons
 
 
-def linear_reasons(hidden: Tensor, images: Tensor, patch_size: int) -> list[str]:
+def linear_reasons(hidden: Tensor, images: Tensor, patch_size: int) -> tuple[str, ...]:
     reasons = product_reasons(hidden) + tile_reasons(images.shape[1], patch_size)
-    return reasons + (_mixed_reasons(hidden) if images.dtype == torch.float64 else [])
+    return reasons + (_mixed_reasons(hidden) if images.dtype == torch.float64 else ())
 
 
-def _mixed_reasons(hidden: Tensor) -> list[str]:
+def _mixed_reasons(hidden: Tensor) -> tuple[str, ...]:
     """Against a loss in float64, which its images ask for, of narrower operands: the products have one accumulator."""
-    return [] if hidden.dtype == torch.float64 else [f"images in float64 beside hidden in {hidden.dtype}"]
+    return () if hidden.dtype == torch.float64 else (f"images in float64 beside hidden in {hidden.dtype}",)
 
 
 def _num_patches(images: Tensor, patch_size: int) -> int:
@@ -53,13 +52,8 @@ def _slope_fake(rows: Tensor, features: int, kind: str, with_slope: bool) -> Ten
 # ---- masked_pixel_loss as an op
 
 
-def _masked(
-    pred, images, patch_ids, patch_size, mean, std, mean_floats, std_floats, kind, normalize_target, reduce, with_slope
-):
+def _masked(pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope):
     check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
-    dtype = reference.compute_dtype(pred.dtype, images.dtype)
-    mean = channel_tensor(mean, mean_floats, dtype, images)
-    std = channel_tensor(std, std_floats, dtype, images)
     args = pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope
     if dispatch.choose(pixel_reasons(images, patch_size)) == "torch":
         return reference.masked_pixel_loss(*args)
@@ -68,9 +62,7 @@ def _masked(
     return triton.masked_pixel_loss(*args)
 
 
-def _masked_fake(
-    pred, images, patch_ids, patch_size, mean, std, mean_floats, std_floats, kind, normalize_target, reduce, with_slope
-):
+def _masked_fake(pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope):
     return _loss_fake(pred, images, reduce), _slope_fake(pred, pred.shape[2], kind, with_slope)
 
 
@@ -82,12 +74,11 @@ def _masked_backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
     return triton.masked_pixel_loss_backward(grad, slope, dtype)
 
 
-class _MaskedPixelLoss(torch.autograd.Function):
+class MaskedPixelLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, pred, *args):
         ctx.dtype = pred.dtype
-        with registration.below_autograd():
-            loss, slope = masked_op(pred, *args)
+        loss, slope = registration.forward_of(masked_op, _masked, pred)(pred, *args)
         ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(slope)
         # Else a zero gradient of the slope's size would be made in every backward pass.
@@ -98,9 +89,9 @@ class _MaskedPixelLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _):
         if grad is None or not ctx.needs_input_grad[0]:
-            return (None,) * 12
+            return (None,) * 10
         (slope,) = ctx.saved_tensors
-        return _masked_backward_op(grad, slope, ctx.dtype), *(None,) * 11
+        return _masked_backward_op(grad, slope, ctx.dtype), *(None,) * 9
 
 
 _masked_backward_op = registration.define(
@@ -110,11 +101,11 @@ _masked_backward_op = registration.define(
 )
 masked_op = registration.define(
     "masked_pixel_loss(Tensor pred, Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? mean, Tensor? std, "
-    "float[]? mean_floats, float[]? std_floats, str kind, bool normalize_target, bool reduce, bool with_slope) "
+    "str kind, bool normalize_target, bool reduce, bool with_slope) "
     "-> (Tensor, Tensor)",
     _masked,
     _masked_fake,
-    _MaskedPixelLoss,
+    MaskedPixelLoss,
 )
 
 
@@ -122,13 +113,10 @@ masked_op = registration.define(
 
 
 def _linear(
-    hidden, weight, bias, images, patch_ids, patch_size, mean, std, mean_floats, std_floats, kind, normalize_target,
+    hidden, weight, bias, images, patch_ids, patch_size, mean, std, kind, normalize_target,
     reduce, with_slope,
 ):  # fmt: skip
     check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
-    dtype = reference.compute_dtype(hidden.dtype, images.dtype)
-    mean = channel_tensor(mean, mean_floats, dtype, images)
-    std = channel_tensor(std, std_floats, dtype, images)
     args = hidden, weight, bias, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope
     if dispatch.choose(linear_reasons(hidden, images, patch_size)) == "torch":
         return reference.linear_pixel_loss(*args)
@@ -138,7 +126,7 @@ def _linear(
 
 
 def _linear_fake(
-    hidden, weight, bias, images, patch_ids, patch_size, mean, std, mean_floats, std_floats, kind, normalize_target,
+    hidden, weight, bias, images, patch_ids, patch_size, mean, std, kind, normalize_target,
     reduce, with_slope,
 ):  # fmt: skip
     return _loss_fake(hidden, images, reduce), _slope_fake(hidden, weight.shape[0], kind, with_slope)
@@ -154,7 +142,7 @@ def _linear_backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = needs_hidden, needs_weight, needs_bias
-    reasons = product_reasons(hidden) + (_mixed_reasons(hidden) if grad.dtype == torch.float64 else [])
+    reasons = product_reasons(hidden) + (_mixed_reasons(hidden) if grad.dtype == torch.float64 else ())
     if dispatch.choose(reasons) == "torch":
         return reference.linear_pixel_loss_backward(grad, slope, hidden, weight, needs)
     from mvlm_kernels.pixel_loss import linear
@@ -170,11 +158,11 @@ def _linear_backward_fake(grad, slope, hidden, weight, needs_hidden, needs_weigh
     )
 
 
-class _LinearPixelLoss(torch.autograd.Function):
+class LinearPixelLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, *args):
-        with registration.below_autograd():
-            loss, slope = linear_op(hidden, weight, bias, *args)
+        forward = registration.forward_of(linear_op, _linear, hidden, weight)
+        loss, slope = forward(hidden, weight, bias, *args)
         ctx.save_for_backward(slope, hidden, weight)
         ctx.mark_non_differentiable(slope)
         ctx.set_materialize_grads(False)
@@ -185,9 +173,9 @@ class _LinearPixelLoss(torch.autograd.Function):
     def backward(ctx, grad, _):
         needs = ctx.needs_input_grad[:3]
         if grad is None or not any(needs):
-            return (None,) * 14
+            return (None,) * 12
         grads = _linear_backward_op(grad, *ctx.saved_tensors, *needs)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 11
+        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9
 
 
 _linear_backward_op = registration.define(
@@ -198,9 +186,9 @@ _linear_backward_op = registration.define(
 )
 linear_op = registration.define(
     "linear_pixel_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor images, Tensor? patch_ids, "
-    "SymInt patch_size, Tensor? mean, Tensor? std, float[]? mean_floats, float[]? std_floats, str kind, "
+    "SymInt patch_size, Tensor? mean, Tensor? std, str kind, "
     "bool normalize_target, bool reduce, bool with_slope) -> (Tensor, Tensor)",
     _linear,
     _linear_fake,
-    _LinearPixelLoss,
+    LinearPixelLoss,
 )

@@ -36,17 +36,27 @@ def pixel_targets(
     return target
 
 
-def pixel_loss_and_slope(difference: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
-    """Loss of each pixel and its derivative, from prediction minus target of any shape."""
-    size = difference.abs()
-    sign = torch.where(difference.isnan(), difference, difference.sign())  # torch.sign calls NaN 0
+def pixel_loss(difference: Tensor, kind: Kind) -> Tensor:
+    """Loss of each pixel, from prediction minus target of any shape."""
     if kind == "l1":
-        return size, sign
+        return difference.abs()
     if kind == "mse":
-        return difference.square(), 2 * difference
+        return difference.square()
     # smooth_l1 with beta = 1, as torch.nn.functional.smooth_l1_loss
-    near = size < 1
-    return torch.where(near, 0.5 * difference.square(), size - 0.5), torch.where(near, difference, sign)
+    size = difference.abs()
+    return torch.where(size < 1, 0.5 * difference.square(), size - 0.5)
+
+
+def encoded_slope(difference: Tensor, loss: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
+    """Derivative of :func:`pixel_loss` as it is saved: int8 for L1, else ``dtype``; loss is that of each patch."""
+    if kind == "l1":
+        sign = difference.sign()
+        # torch.sign calls NaN 0. A look at the losses says whether there is any; on a GPU it would be a sync.
+        if difference.device.type != "cpu" or bool(loss.isnan().any()):
+            sign = sign.masked_fill(difference.isnan(), NAN_SIGN)
+        return sign.to(torch.int8)
+    # clamp keeps NaN
+    return (2 * difference if kind == "mse" else difference.clamp(-1, 1)).to(dtype)
 
 
 def masked_pixel_loss(
@@ -65,38 +75,33 @@ def masked_pixel_loss(
     from (empty without with_slope). The mean of nothing is 0."""
     dtype = compute_dtype(pred.dtype, images.dtype)
     target = pixel_targets(images, patch_ids, patch_size, mean, std, normalize_target, dtype)
-    pixels, slope = pixel_loss_and_slope(pred.to(dtype) - target, kind)
-    loss = pixels.mean(dim=2)  # (B, K)
-    if reduce:
-        loss = loss.sum() / max(1, loss.numel())
-    return loss, encode_slope(slope if with_slope else slope.new_empty(0, 0, 0), kind, pred.dtype)
+    difference = pred.to(dtype) - target
+    loss = pixel_loss(difference, kind).mean(dim=2)  # (B, K)
+    seen = difference.detach() if with_slope else difference.new_empty(0, 0, 0)
+    slope = encoded_slope(seen, loss, kind, pred.dtype).contiguous()
+    return loss.sum() / max(1, loss.numel()) if reduce else loss, slope
 
 
-def encode_slope(slope: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
-    """Slope as it is saved: int8 for L1, else ``dtype``."""
-    if kind == "l1":
-        return slope.nan_to_num(nan=NAN_SIGN).to(torch.int8).contiguous()
-    return slope.to(dtype).contiguous()
+def decoded_slope(slope: Tensor, dtype: torch.dtype) -> Tensor:
+    """A saved slope as a new tensor of ``dtype``."""
+    values = slope.to(dtype, copy=True)
+    # The smallest byte says whether there is a NaN at all; to read it on a GPU would be a sync.
+    if slope.dtype != torch.int8 or (slope.device.type == "cpu" and not (slope.numel() and slope.min() == NAN_SIGN)):
+        return values
+    return values.masked_fill_(slope == NAN_SIGN, float("nan"))
 
 
-def decode_slope(slope: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of :func:`encode_slope`, in ``dtype``."""
-    values = slope.to(dtype)
-    if slope.dtype == torch.int8:
-        values = values.masked_fill(slope == NAN_SIGN, float("nan"))
-    return values
-
-
-def prediction_gradient(grad: Tensor, slope: Tensor) -> Tensor:
-    """grad (scalar of the mean loss, or (B, K)) and slope (B, K, F) -> gradient of the predictions in grad's type."""
-    if grad.ndim == 0:
-        grad = grad / max(1, slope.shape[0] * slope.shape[1])
-    return decode_slope(slope, grad.dtype) * (grad / slope.shape[2]).reshape(*grad.shape, *(1,) * (3 - grad.ndim))
+def slope_factor(grad: Tensor, slope: Tensor) -> Tensor:
+    """What to multiply slope (B, K, F) with for the gradient of the predictions, () or (B, K, 1), in grad's type."""
+    rows = slope.shape[0] * slope.shape[1] if grad.ndim == 0 else 1
+    factor = grad / (max(1, rows) * slope.shape[2])
+    return factor if grad.ndim == 0 else factor[:, :, None]
 
 
 def masked_pixel_loss_backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gradient of pred (B, K, F) in ``dtype``."""
-    return prediction_gradient(grad, slope).to(dtype)
+    """grad (scalar of the mean loss, or (B, K)), slope (B, K, F) -> gradient of pred (B, K, F) in ``dtype``."""
+    # In place, the product is taken in the wider type of the two and rounded once.
+    return decoded_slope(slope, dtype).mul_(slope_factor(grad, slope))
 
 
 def linear_pixel_loss(
@@ -125,14 +130,21 @@ def linear_pixel_loss_backward(
     grad: Tensor, slope: Tensor, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden (B, K, D), weight (F, D) and bias (F,), each in its own type, empty where not needed.
-    Products are taken in the type of grad (float32 or float64)."""
-    dtype = grad.dtype
-    pred_grad = prediction_gradient(grad, slope).flatten(0, 1)  # (B*K, F)
+
+    Products are taken in the type of hidden, as nn.Linear's own backward does, and in float32 for float16, in which
+    sums of unscaled slopes could overflow.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32) if hidden.dtype == torch.float16 else hidden.dtype
+    factor = slope_factor(grad, slope)
+    pred_grad = decoded_slope(slope, dtype)
+    if factor.ndim:
+        pred_grad, factor = pred_grad.mul_(factor), factor.new_ones(())
+    pred_grad = pred_grad.flatten(0, 1)  # (B*K, F), times factor
     hidden_grad, weight_grad, bias_grad = hidden.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     if needs[0]:
-        hidden_grad = (pred_grad @ weight.to(dtype)).reshape(hidden.shape).to(hidden.dtype)
+        hidden_grad = (pred_grad @ weight.to(dtype)).mul_(factor).reshape(hidden.shape).to(hidden.dtype)
     if needs[1]:
-        weight_grad = (pred_grad.T @ hidden.to(dtype).flatten(0, 1)).to(weight.dtype)
+        weight_grad = (pred_grad.T @ hidden.to(dtype).flatten(0, 1)).to(weight.dtype).mul_(factor)
     if needs[2]:
-        bias_grad = pred_grad.sum(dim=0).to(weight.dtype)
+        bias_grad = pred_grad.sum(dim=0, dtype=grad.dtype).mul_(factor).to(weight.dtype)
     return hidden_grad, weight_grad, bias_grad

@@ -24,6 +24,7 @@ from mvlm_kernels.patch_gather.triton import (
     pixels_of_valid,
     tile_of,
 )
+from mvlm_kernels.sizes import ceil_div, power_of_two
 
 EPS = tl.constexpr(1e-6)
 
@@ -180,9 +181,9 @@ def masked_pixel_loss_backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) 
     """grad (scalar or (B, K) of any strides), slope (B, K, F) -> gradient of pred (B, K, F) in ``dtype``."""
     batch, chosen, features = slope.shape
     out = slope.new_empty(slope.shape, dtype=dtype)
-    block = min(1024, triton.next_power_of_2(features))
+    block = min(1024, power_of_two(features))
     launch(
-        scale_slope_kernel, (batch * chosen, triton.cdiv(features, block)),
+        scale_slope_kernel, (batch * chosen, ceil_div(features, block)),
         slope, grad, out, chosen, 1 if grad.ndim else batch * chosen, *grad_strides(grad),
         F=features, ACC=accumulator(grad.dtype, dtype), BLOCK_F=block,
         num_warps=max(1, block // 256), enable_fp_fusion=True,

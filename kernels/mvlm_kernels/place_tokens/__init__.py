@@ -13,7 +13,7 @@ from mvlm_kernels.place_tokens import reference
 __all__ = ["place_tokens"]
 
 
-def _reasons(tokens: Tensor, *_: Any, **__: Any) -> list[str]:
+def _reasons(tokens: Tensor, *_: Any, **__: Any) -> tuple[str, ...]:
     return dispatch.device_reasons(tokens.device)
 
 
@@ -84,7 +84,9 @@ def place_tokens(
                 f"visible_ids must have one id for each of the {given} tokens and at most N = {num_patches}, "
                 f"got {tuple(visible_ids.shape)}"
             )
-    return _forward_op(tokens, mask_token, pos_embed, cls_token, masked, visible_ids)
+    direct = registration.called_directly(tokens, mask_token, pos_embed, cls_token)
+    call = _PlaceTokens.apply if direct else _forward_op
+    return call(tokens, mask_token, pos_embed, cls_token, masked, visible_ids)
 
 
 def _row(name: str, x: Tensor, width: int) -> Tensor:
@@ -144,8 +146,8 @@ class _PlaceTokens(torch.autograd.Function):
         ctx.save_for_backward(masked, visible_ids)
         ctx.num_tokens = tokens.shape[1]
         ctx.dtypes = tokens.dtype, mask_token.dtype, pos_embed.dtype, cls_token.dtype
-        with registration.below_autograd():
-            return _forward_op(tokens, mask_token, pos_embed, cls_token, masked, visible_ids)
+        forward = registration.forward_of(_forward_op, _forward, tokens, mask_token, pos_embed, cls_token)
+        return forward(tokens, mask_token, pos_embed, cls_token, masked, visible_ids)
 
     @staticmethod
     @once_differentiable

@@ -55,19 +55,27 @@ def place_tokens_backward(
     (C,) in ``dtypes``; empty where not in ``needs``."""
     wide = compute_dtype(grad.dtype)
     patches = grad[:, 1:].to(wide)  # (B, N, C)
-    if visible_ids is not None:
-        index = visible_ids.long()[:, :, None].expand(-1, -1, patches.shape[2])
-        token_grad = patches.gather(1, index)  # (B, K, C)
-        of_mask = patches.scatter(1, index, 0.0)
-    else:
-        keep = torch.ones(patches.shape[:2], dtype=torch.bool, device=grad.device) if masked is None else ~masked
-        token_grad = patches.masked_fill(~keep[:, :, None], 0.0)
-        of_mask = patches.masked_fill(keep[:, :, None], 0.0)
-    assert token_grad.shape[1] == num_tokens
-    positions = grad.to(wide).sum(dim=0)  # (1+N, C)
-    grads = token_grad, of_mask.sum(dim=(0, 1)), positions, positions[0].clone()
+    zero = patches.new_zeros(())
+    token_grad = mask_grad = positions = None
+    index = None if visible_ids is None else visible_ids.long()[:, :, None].expand(-1, -1, patches.shape[2])
+    if needs[0]:
+        if index is not None:
+            token_grad = patches.gather(1, index)  # (B, K, C)
+        else:
+            token_grad = patches.where(~masked[:, :, None], zero) if masked is not None else patches.clone()
+        assert token_grad.shape[1] == num_tokens
+    if needs[1]:
+        if index is not None:
+            mask_grad = patches.scatter(1, index, 0.0).sum(dim=(0, 1))
+        elif masked is not None:
+            mask_grad = patches.where(masked[:, :, None], zero).sum(dim=(0, 1))
+        else:
+            mask_grad = patches.new_zeros(patches.shape[2])
+    if needs[2] or needs[3]:
+        positions = grad.sum(dim=0, dtype=wide)  # (1+N, C)
+    grads = token_grad, mask_grad, positions, None if positions is None else positions[0].clone()
     first, second, third, fourth = (
-        g.to(dtype) if need else grad.new_empty(0, dtype=dtype)
+        g.to(dtype).contiguous() if need and g is not None else grad.new_empty(0, dtype=dtype)
         for g, dtype, need in zip(grads, dtypes, needs, strict=True)
     )
     return first, second, third, fourth

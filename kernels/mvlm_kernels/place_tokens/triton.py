@@ -19,6 +19,7 @@ from mvlm_kernels.dispatch import launch
 from mvlm_kernels.language import cast, widen
 from mvlm_kernels.patch_gather.triton import accumulator, inverse_index
 from mvlm_kernels.place_tokens.reference import output_dtype
+from mvlm_kernels.sizes import ceil_div
 
 BLOCK_B, BLOCK_C, WARPS = 16, 128, 4
 
@@ -141,7 +142,7 @@ def place_tokens(
     out = tokens.new_empty(batch, num_patches + 1, width, dtype=dtype)
     table = None if visible_ids is None else inverse_index(visible_ids, num_patches)
     launch(
-        place_kernel, (num_patches + 1, triton.cdiv(width, BLOCK_C)),
+        place_kernel, (num_patches + 1, ceil_div(width, BLOCK_C)),
         tokens, mask_token, pos_embed, cls_token, masked, table, out,
         batch, num_patches, width, table.shape[1] if table is not None else 0,
         *tokens.stride(), mask_token.stride(0), *pos_embed.stride(), cls_token.stride(0),
@@ -171,7 +172,7 @@ def place_tokens_backward(
     mask_partial = grad.new_empty((num_patches, width) if needs[1] else (0,), dtype=wide)
     table = None if visible_ids is None else inverse_index(visible_ids, num_patches)
     launch(
-        place_backward_kernel, (positions, triton.cdiv(width, BLOCK_C)),
+        place_backward_kernel, (positions, ceil_div(width, BLOCK_C)),
         grad, masked, table, tokens_grad, mask_partial, pos_grad, cls_grad,
         batch, num_patches, width, num_tokens, table.shape[1] if table is not None else 0, *grad.stride(),
         *(masked.stride() if masked is not None else (0, 0)),
@@ -181,7 +182,7 @@ def place_tokens_backward(
     )  # fmt: skip
     if needs[1]:
         launch(
-            column_sum_kernel, (triton.cdiv(width, 32),), mask_partial, mask_grad, num_patches, width,
+            column_sum_kernel, (ceil_div(width, 32),), mask_partial, mask_grad, num_patches, width,
             ACC=accumulator(wide), BLOCK_N=64, BLOCK_C=32, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return tokens_grad, mask_grad, pos_grad, cls_grad

@@ -1,0 +1,85 @@
+"""Where our loader's time goes: the same shards through more and more of it.
+
+    read       the tars' components, by DALI's reader
+    decode     and the windows decoded
+    resize     and resized to squares
+    augment    and RandAugment, in the whole graph with its guard
+    hand-over  and captions, tokens and masks: batches as the model gets them
+
+Each is a contender of `data_worker`; what a stage takes is its time for a picture less that of the stage before.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvlm_dataloading import Loader, open_dataset, train_tokenizer
+from mvlm_dataloading.augment import Augment, draw
+from mvlm_dataloading.indices import IMAGE_EXTENSIONS
+from mvlm_dataloading.order import Stream, write_index_views
+from mvlm_dataloading.pipeline import Geometry, build_pipeline, window
+from mvlm_dataloading.randomness import Purpose, uniforms
+from mvlm_dataloading.resize import Resize
+
+STAGES = ("read", "decode", "resize", "augment", "hand-over")
+THREADS = 2
+
+
+def batches(stage: str, data: Path, recipe: str, batch: int, size: int) -> Iterator[Any]:
+    """Endless results of the loader up to and with one stage."""
+    dataset = open_dataset(data, "train")
+    augment = Augment(operations=2 if recipe == "crop+randaug" else 0)
+    if stage == "hand-over":
+        tokenizer = train_tokenizer([dataset.captions(i)[0] for i in range(min(len(dataset), 1000))], 1000)
+        settings: dict[str, Any] = {"text_length": 40, "seed": 0, "num_threads": THREADS, "augment": augment}
+        yield from Loader(dataset, tokenizer, batch_size=batch, image_size=size, **settings)
+        return
+    count = len(dataset) // batch * batch
+    ids, epochs = Stream(dataset.shard, 0, shuffle=True)(0, count)
+    windows = uniforms(Purpose.CROP, 0, epochs, ids, 4)
+
+    def rows(k: Any) -> np.ndarray:
+        return (int(k) * batch + np.arange(batch)) % count
+
+    with tempfile.TemporaryDirectory() as folder:
+        tars, indices = write_index_views(Path(folder), dataset, ids)
+        if stage == "augment":
+            drawn = draw(augment, 0, epochs, ids, size)
+            pipeline = build_pipeline(
+                tars, indices, lambda k: windows[rows(k)], Geometry(image_size=size), batch_size=batch,
+                num_threads=THREADS, guard=True, drawn=None if augment.nothing else lambda k: drawn.rows(rows(k)),
+            )  # fmt: skip
+        else:
+            pipeline = _part(stage, tars, indices, lambda k: windows[rows(k)], batch, size)
+    while True:
+        yield pipeline.run()
+
+
+def _part(stage: str, tars: list[str], indices: list[str], draws: Any, batch: int, size: int) -> Any:
+    import nvidia.dali as dali
+
+    fn: Any = dali.fn
+    types: Any = dali.types
+    make: Any = dali.pipeline.Pipeline
+    pipeline = make(batch_size=batch, num_threads=THREADS, device_id=None, prefetch_queue_depth=2)
+    with pipeline:
+        result = encoded = fn.readers.webdataset(
+            paths=tars,
+            index_paths=indices,
+            ext=[";".join(IMAGE_EXTENSIONS)],
+            case_sensitive_extensions=False,
+        )
+        if stage != "read":
+            corner, shape = window(dali, fn.peek_image_shape(encoded), draws, Geometry(image_size=size))
+            result = fn.decoders.image_slice(
+                encoded, start=corner, shape=shape, axes=[0, 1], output_type=types.DALIImageType.RGB
+            )
+        if stage == "resize":
+            function = Resize(size, THREADS, planes=True)
+            result = fn.python_function(result, function=function, batch_processing=True, output_layouts="CHW")
+        pipeline.set_outputs(result)
+    pipeline.build()
+    return pipeline

@@ -1,0 +1,302 @@
+"""What DALI reads, in the order of the stream: full batches of pictures and texts, bad pictures replaced.
+
+Shape legend: B samples of this rank's batch, S image side, n samples of a segment.
+"""
+
+import logging
+import tempfile
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .augment import Augment, draw
+from .dataset import Dataset
+from .errors import DataError
+from .indices import Int64
+from .order import Stream, substitute, write_index_views
+from .pipeline import Decoding, Geometry, build_pipeline
+from .randomness import Purpose, uniforms
+
+log = logging.getLogger(__name__)
+
+# A reader is built for a part of the stream. The first is short, to begin at once; each next is twice as long,
+# because to build one costs a little; and there is an end to it, so that the index has a bounded size however large
+# the data set is.
+_FIRST_SEGMENT_BATCHES = 16
+_SEGMENT_SAMPLES = 32768
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a reader does with samples: all that a picture's pixels depend on besides the sample, and the machine."""
+
+    seed: int
+    geometry: Geometry
+    augment: Augment
+    batch_size: int
+    """Samples of a global batch."""
+    rank: int
+    world_size: int
+    train: bool
+    stored_tokens: bool
+    """Whether to read the component `tok`."""
+    num_threads: int
+    device_id: int | None
+    decoding: Decoding
+    max_bad_fraction: float
+
+    @property
+    def rank_batch(self) -> int:
+        """Samples of this rank in a batch."""
+        return self.batch_size // self.world_size
+
+
+@dataclass(slots=True)
+class Rows:
+    """One rank's samples of one batch."""
+
+    ids: Int64
+    epochs: Int64
+    images: Tensor
+    """uint8 (B, 3, S, S)."""
+    texts: list[bytes]
+    metadata: list[bytes]
+    tokens: list[bytes]
+    encoded: Callable[[int], bytes]
+    """The encoded image of a row: not copied unless it is asked for."""
+
+
+class Reader:
+    """Batches from a position of the stream on, for ever in training and else to the end of one pass.
+
+    Attributes:
+        position: samples of the stream read, those of all ranks. bad: ids of the undecodable pictures met so far.
+    """
+
+    def __init__(self, dataset: Dataset, settings: Settings, position: int, bad: frozenset[int]):
+        self.position, self.bad = position, bad
+        self._dataset, self._settings = dataset, settings
+        self._stream = Stream(dataset.shard, settings.seed, shuffle=settings.train)
+        self._segment: _Segment | None = None
+        self._segment_batches = max(1, min(_FIRST_SEGMENT_BATCHES, _SEGMENT_SAMPLES // settings.batch_size))
+        self._guard = True
+        self._staging: threading.Thread | None = None
+
+    def next(self) -> Rows | None:
+        """The next batch; None at the end of a pass."""
+        if not self._settings.train and self.position >= len(self._dataset):
+            return None
+        while True:
+            if self._segment is None or self._segment.exhausted:
+                self._segment = None  # before the next is built: two need twice the memory
+                self._segment = self._read_from(self.position)
+            try:
+                rows, fine = self._segment.next()
+                break
+            except RuntimeError as error:
+                self._set_aside(self._undecodable(np.unique(self._segment.current()[0])), error)
+                self._segment = None
+        for row in np.flatnonzero(~fine):
+            self._replace(rows, int(row))
+        self.position += len(rows.ids) * self._settings.world_size
+        return rows
+
+    def _read_from(self, position: int) -> "_Segment":
+        count = self._segment_batches * self._settings.batch_size
+        if 2 * count <= _SEGMENT_SAMPLES:
+            self._segment_batches *= 2
+        ids, epochs = self._samples(position, count)
+        if self._dataset.stage is not None:
+            self._stage(ids, position + count, self._segment_batches * self._settings.batch_size)
+        return self._open(ids, epochs, self._settings.rank_batch, guard=self._guard)
+
+    def _samples(self, position: int, count: int) -> tuple[Int64, Int64]:
+        """Ids and epochs of this rank's samples in `count` samples of the stream, known bad ones replaced."""
+        settings = self._settings
+        if not settings.train:
+            count = min(count, len(self._dataset) - position)
+        ids, epochs = self._stream(position, count)
+        if settings.world_size > 1:
+            shape = (-1, settings.world_size, settings.rank_batch)
+            ids, epochs = (part.reshape(shape)[:, settings.rank].ravel() for part in (ids, epochs))
+        for row in np.flatnonzero(np.isin(ids, list(self.bad))):
+            ids[row] = substitute(settings.seed, int(epochs[row]), int(ids[row]), len(self._dataset), self.bad)
+        return ids, epochs
+
+    def _stage(self, ids: Int64, next_position: int, next_count: int) -> None:
+        """Have the shards of these samples here, and bring those of the following ones while these are read."""
+        stage = self._dataset.stage
+        assert stage is not None
+        if self._staging is not None:
+            self._staging.join()
+        shards = np.unique(self._dataset.shard[ids]).tolist()
+        stage.keep(shards)
+        stage.fetch(shards)
+        if not self._settings.train and next_position >= len(self._dataset):
+            return
+        following = np.unique(self._dataset.shard[self._samples(next_position, next_count)[0]]).tolist()
+
+        def ahead() -> None:
+            try:
+                stage.fetch(following)
+            except DataError as error:  # when the shard is needed it is tried again, and then it matters
+                log.info("not staged ahead of use: %s", error)
+
+        self._staging = threading.Thread(target=ahead, name="mvlm-staging", daemon=True)
+        self._staging.start()
+
+    def close(self) -> None:
+        """Let go of the pipeline and of staged shards."""
+        self._segment = None
+        if self._staging is not None:
+            self._staging.join()
+        if self._dataset.stage is not None:
+            self._dataset.stage.keep([])
+
+    def _open(self, ids: Int64, epochs: Int64, batch_size: int, *, guard: bool, prefetch: int = 2) -> "_Segment":
+        return _Segment(self._dataset, ids, epochs, self._settings, batch_size, guard=guard, prefetch=prefetch)
+
+    def _replace(self, rows: Rows, row: int) -> None:
+        """Fill in a row that the guard kept from the decoder: with the sample if it can be decoded after all, else with
+        its substitute."""
+        settings, epoch, wanted = self._settings, int(rows.epochs[row]), int(rows.ids[row])
+        i, alone = wanted, None
+        while True:
+            if i not in self.bad:
+                if (alone := self._alone(i, epoch)) is not None:
+                    break
+                self._set_aside([i])
+            i = substitute(settings.seed, epoch, wanted, len(self._dataset), self.bad)
+        if i == wanted and self._guard:
+            self._guard = False
+            log.warning(
+                "images with bytes after their end, as %s: they are used, and damaged ones take longer to find",
+                self._dataset.where(i),
+            )
+        rows.ids[row], rows.images[row] = i, alone.images[0]
+        rows.texts[row], rows.metadata[row], rows.tokens[row] = alone.texts[0], alone.metadata[0], alone.tokens[0]
+        others, encoded = rows.encoded, alone.encoded
+        rows.encoded = lambda k: encoded(0) if k == row else others(k)
+
+    def _alone(self, i: int, epoch: int) -> Rows | None:
+        """A batch of one sample; None if it cannot be decoded."""
+        if self._dataset.stage is not None:
+            self._dataset.stage.fetch([int(self._dataset.shard[i])])
+        try:
+            return self._open(np.array([i]), np.array([epoch]), 1, guard=False, prefetch=1).next()[0]
+        except RuntimeError:
+            return None
+
+    def _undecodable(self, ids: Int64) -> list[int]:
+        """Those of the samples `ids` that cannot be decoded, by halving: DALI does not say which of a batch it was."""
+        try:
+            self._open(ids, np.zeros_like(ids), len(ids), guard=False, prefetch=1).next()
+        except RuntimeError:
+            if len(ids) == 1:
+                return ids.tolist()
+            half = len(ids) // 2
+            return self._undecodable(ids[:half]) + self._undecodable(ids[half:])
+        return []
+
+    def _set_aside(self, found: list[int], error: RuntimeError | None = None) -> None:
+        """Note which pictures cannot be decoded, and stop when there are too many."""
+        dataset, limit = self._dataset, self._settings.max_bad_fraction
+        if not found:
+            assert error is not None
+            raise error
+        for i in found:
+            # A disk that fails is not a bad picture: it raises OSError here, or gives fewer bytes.
+            if len(dataset.image_bytes(i)) != dataset.image.size[i]:
+                raise DataError(f"{dataset.where(i)}: wanted the shard that was opened, found one cut short")
+        if not self._settings.train:
+            raise DataError(
+                f"{dataset.where(found[0])}: wanted an image, found one that cannot be decoded; remove the sample"
+            )
+        for i in found:
+            log.warning("skipped an image that cannot be decoded: %s", dataset.where(i))
+        self.bad = self.bad | set(found)
+        # One of W ranks has met at most its share of the samples, 1/W in the first epoch.
+        met = min(len(dataset), max(len(dataset), self.position) / self._settings.world_size)
+        if len(self.bad) > limit * met:
+            listed = "; ".join(dataset.where(i) for i in sorted(self.bad)[:20])
+            raise DataError(
+                f"{dataset.folder}: wanted at most {limit:.0%} undecodable images, "
+                f"found {len(self.bad)} of {met:.0f}; build the data set again without them: {listed}"
+            )
+
+
+class _Segment:
+    """A DALI pipeline over known samples, and what it has delivered of them."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        ids: Int64,
+        epochs: Int64,
+        settings: Settings,
+        batch_size: int,
+        *,
+        guard: bool,
+        prefetch: int,
+    ):
+        self._dataset, self._ids, self._epochs, self._batch_size = dataset, ids, epochs, batch_size
+        self._tokens = settings.stored_tokens
+        self._begin = 0
+        windows = uniforms(Purpose.CROP, settings.seed, epochs, ids, 4)
+        drawn = None
+        if settings.train and not settings.augment.nothing:
+            drawn = draw(settings.augment, settings.seed, epochs, ids, settings.geometry.image_size)
+
+        def rows(batch: Any) -> Int64:
+            # The reader begins anew after its last sample, also to fill up a last batch and to read ahead.
+            return (int(batch) * batch_size + np.arange(batch_size)) % len(ids)
+
+        with tempfile.TemporaryDirectory(prefix="mvlm-index-") as folder:
+            self._pipeline = build_pipeline(
+                *write_index_views(Path(folder), dataset, ids),
+                lambda batch: windows[rows(batch)],
+                settings.geometry,
+                batch_size=batch_size,
+                num_threads=settings.num_threads,
+                device_id=settings.device_id,
+                decoding=settings.decoding,
+                prefetch=prefetch,
+                drawn=None if drawn is None else lambda batch: drawn.rows(rows(batch)),
+                tokens=settings.stored_tokens,
+                guard=guard,
+            )
+
+    @property
+    def exhausted(self) -> bool:
+        return self._begin >= len(self._ids)
+
+    def current(self) -> tuple[Int64, Int64]:
+        """Sample ids and epochs of the next batch, (B,) or fewer."""
+        rows = slice(self._begin, self._begin + self._batch_size)
+        return self._ids[rows].copy(), self._epochs[rows]
+
+    def next(self) -> tuple[Rows, np.ndarray]:
+        """The next batch, and which of its rows, bool (B,), are the decoder's: the others have to be filled in."""
+        ids, epochs = self.current()
+        images, encoded, texts, metadata, tokens, fine, *_ = self._pipeline.run()
+        for row, i in enumerate(ids):
+            wanted = f"{self._dataset.tars[self._dataset.shard[i]]}:{self._dataset.text.offset[i]}:"
+            delivered = texts[row].source_info()
+            assert delivered.startswith(wanted), f"the reader was to deliver {wanted} and delivered {delivered}"
+        self._begin += len(ids)
+        rows = Rows(
+            ids=ids,
+            epochs=epochs,
+            images=torch.from_dlpack(images.as_tensor())[: len(ids)],
+            texts=[texts.at(row).tobytes() for row in range(len(ids))],
+            metadata=[metadata.at(row).tobytes() for row in range(len(ids))],
+            tokens=[tokens.at(row).tobytes() if self._tokens else b"" for row in range(len(ids))],
+            encoded=lambda row: encoded.at(row).tobytes(),
+        )
+        return rows, np.array(fine.as_tensor())[: len(ids)].astype(bool)

@@ -1,0 +1,15 @@
+"""Ten kills, and several ranks, as processes; `make faults` kills fifty."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).with_name("loading_faults.py")
+
+
+def test_batches_of_killed_processes_and_of_several_ranks_are_those_of_one(waves):
+    command = [sys.executable, str(SCRIPT), str(waves), "--kills", "10"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert "10 kills within" in done.stdout
+    assert "1 -> 4 -> 2 ranks over" in done.stdout
