@@ -1,11 +1,15 @@
-"""Multi-head attention, and the one rule for which implementation computes it.
+"""Multi-head attention: the plain module, and the calls that the fast plan makes of it.
 
-Shape legend: B batch, Lq queries, Lk keys, C width, H heads, D head width.
+Shape legend: B batch, Lq queries, Lk keys, T packed rows, R pairs, C width, H heads, D head width.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mvlm import backends
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
@@ -17,17 +21,17 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> T
     """
     mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, Lk)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, Lq, Lk)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        return scores.softmax(-1).to(v.dtype) @ v
+        return backends.products(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def spread(x: Tensor, rows: Tensor, key_mask: Tensor) -> Tensor:
-    """Packed x (T, C) -> (B, L, C) with zeros for padding; rows int64 (T,) are places in (B, L), flattened."""
-    places = x.new_zeros(key_mask.numel(), x.shape[-1]).index_copy(0, rows, x)
-    return places.view(*key_mask.shape, -1)
+    """Packed x (T, C) -> (B, L, C) with zeros for padding; rows int64 (T,) are places in (B, L), flattened.
+
+    A place from B*L on is none: one more row takes what belongs to no caption.
+    """
+    places = x.new_zeros(key_mask.numel() + 1, x.shape[-1]).index_copy(0, rows.clamp(max=key_mask.numel()), x)
+    return places[:-1].view(*key_mask.shape, -1)
 
 
 class Attention(nn.Module):
@@ -36,6 +40,9 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.self_backend: str = "auto"
+        self.cross_backend: str = "auto"
+        """What the fast plan computes with; see `mvlm.backends`."""
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
@@ -61,6 +68,60 @@ class Attention(nn.Module):
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, L, C) -> (B, H, L, D)
+
+    # What follows is the same in parts, so that a part that several uses share is computed once.
+
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., C) -> queries, keys and values (..., H, D), by one matrix product."""
+        q, k, v = self._project(x, (self.query, self.key, self.value)).unbind(-3)
+        return q, k, v
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(..., C) -> keys and values (..., H, D), by one matrix product."""
+        k, v = self._project(x, (self.key, self.value)).unbind(-3)
+        return k, v
+
+    def queries(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., H, D)."""
+        return self._project(x, (self.query,)).squeeze(-3)
+
+    def joined(self, heads: Tensor) -> Tensor:
+        """What attention gives, (..., H, D), projected: (..., C)."""
+        return self.out(heads.flatten(-2))
+
+    def _project(self, x: Tensor, layers: tuple[nn.Linear, ...]) -> Tensor:
+        """(..., C) -> (..., len(layers), H, D)."""
+        weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
+        bias = layers[0].bias if len(layers) == 1 else torch.cat([layer.bias for layer in layers])
+        return F.linear(x, weight, bias).unflatten(-1, (len(layers), self.heads, -1))
+
+    def first_rows(self, first: Tensor, x: Tensor, exists: Tensor | None) -> Tensor:
+        """What the first row of each sequence gathers from all of them, without keys and values of all rows.
+
+        first (R, C) are the first rows, x (R, L, C) all of them, exists bool (R, L) or None (all do). Returns (R, C),
+        projected. A score is q . (W_k x + b_k) = (W_k^T q) . x + const, and the softmax drops the constant; the
+        weights add up to one, so sum_j p_j (W_v x_j + b_v) = W_v (sum_j p_j x_j) + b_v.
+        """
+        dtype = backends.compute_dtype(x)
+        first, x = first.to(dtype), x.to(dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            key, value = (
+                layer.weight.to(dtype).unflatten(0, (self.heads, -1)) for layer in (self.key, self.value)
+            )  # (H, D, C)
+            q = F.linear(first, self.query.weight.to(dtype), self.query.bias.to(dtype))  # (R, C)
+            q = q.unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (H, R, D)
+            folded = (q * q.shape[-1] ** -0.5) @ key  # (H, R, C)
+            scores = folded.transpose(0, 1) @ x.transpose(1, 2)  # (R, H, L)
+            if exists is not None:
+                scores = scores.masked_fill(~exists[:, None, :], float("-inf"))
+            mean = scores.softmax(-1) @ x  # (R, H, C)
+            heads = mean.transpose(0, 1) @ value.transpose(1, 2)  # (H, R, D)
+            heads = heads.transpose(0, 1).flatten(1) + self.value.bias.to(dtype)  # (R, C)
+        return self.out(heads)
+
+
+Attend = Callable[[Attention, Tensor], Tensor]
+"""How a block's attention is computed: from its weights and the rows that attend, what is added to the stream."""
 
 
 class FeedForward(nn.Module):

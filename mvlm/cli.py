@@ -223,6 +223,52 @@ def export(run: Path, out: Path, /) -> None:
     print(out)
 
 
+def bench_step(
+    *,
+    preset: str = "tiny",
+    batch: int = 64,
+    rounds: int = 10,
+    contenders: tuple[str, ...] = (),
+    device: str = "auto",
+    precision: str = "auto",
+    threads: int = 0,
+    optimizer: bool = True,
+    json: Path | None = None,
+    csv: Path | None = None,
+    plot: Path | None = None,
+    profile: Path | None = None,
+) -> None:
+    """Time a pretraining step against what a user would put together from timm, transformers and torch.
+
+    Args:
+        preset: Sizes of the model: tiny, small or base, with post-norm cross-modality blocks, which the others have.
+        batch: Pairs a step.
+        rounds: Steps of each contender, which take turns.
+        contenders: Who takes part; everyone when not given.
+        device: auto, cpu or cuda.
+        precision: auto, bf16 or fp32; auto is bf16 autocast where the processor computes in bf16.
+        threads: CPU threads; 0 for torch's own choice.
+        optimizer: Whether a step includes AdamW, which needs memory for every contender.
+        json: JSON file for the figures.
+        csv: CSV file for the same.
+        plot: SVG, PNG or PDF file for a chart of speed and memory.
+        profile: Folder for a profile of one step each: a table on the console, a chart, traces for ui.perfetto.dev.
+    """
+    import importlib.util
+
+    from mvlm.errors import ConfigError
+
+    for package in ("matplotlib", "timm", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"bench: wanted {package}, which is not installed; pip install 'mvlm[bench]'")
+    from mvlm_benchmarks import step
+
+    step.run(
+        preset, batch, rounds, contenders, device=device, precision=precision, threads=threads, optimizer=optimizer,
+        json=json, csv=csv, plot=plot, profile=profile,
+    )  # fmt: skip
+
+
 def pretrain(arguments: Sequence[str]) -> None:
     """Pretrain a MaskVLM: `mvlm pretrain PRESET --data SHARDS --out RUN`, PRESET one of tiny, small, base.
 
@@ -267,6 +313,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "doctor": doctor,
     "bench kernels": bench_kernels,
+    "bench step": bench_step,
 }
 
 

@@ -65,6 +65,8 @@ class MaskVLMConfig:
     """Side of the square blocks that are masked together; divides `image_size`."""
     image_mask_ratio: float = 0.6
     """Share of the blocks that is masked, rounded to a whole number of blocks."""
+    drop_masked: bool = False
+    """Masked patches skip the image encoder and are mask tokens only behind it, as in MAE: a cheaper, other method."""
     text_mask_ratio: float = 0.3
     """Share of a caption's ordinary tokens that is masked; at least one is."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -161,7 +163,7 @@ class PretrainConfig:
     max_steps: int
     """Length of the run; the learning rate falls to its end value here."""
     batch_size: int
-    """Pairs a step."""
+    """Pairs a step: of the global batch, over all ranks and microbatches."""
     lr_encoder: float
     """Peak learning rate of the two encoders."""
     lr_cross: float
@@ -190,6 +192,14 @@ class PretrainConfig:
     """auto: bf16 autocast where the processor computes in bf16, else fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU when there is one."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """Over several ranks: weights on each (DDP), or split over the ranks of a node (FSDP2; over several nodes HSDP)."""
+    accumulate: int = 1
+    """Microbatches a step on each rank. ITC and ITM still see the whole global batch."""
+    checkpoint_activations: bool = False
+    """Compute what is inside a block again in backward instead of keeping it: less memory, a third more work."""
+    local_negatives: bool = False
+    """Draw ITM's negatives within a rank's microbatch instead of from the global batch: no features travel."""
     log_every: int = 1
     """Steps between lines of metrics.jsonl."""
     eval_every_steps: int = 0
@@ -224,7 +234,7 @@ class PretrainConfig:
     """Sizes of the model; the tokenizer decides `mask_token_id`."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "log_every", "keep_checkpoints"):
+        for name in ("max_steps", "batch_size", "accumulate", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("max_bad_steps", "keep_every_steps", "eval_every_minutes"):

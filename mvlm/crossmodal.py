@@ -3,11 +3,15 @@
 Shape legend: B batch, L rows of the own stream, M rows of the other, C width.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor, nn
 
-from mvlm.attention import Attention, FeedForward
+from mvlm.attention import Attend, Attention, FeedForward
+
+Rows = Callable[[Tensor], Tensor]
+"""Chooses rows of a stream."""
 
 
 class CrossBlock(nn.Module):
@@ -27,27 +31,25 @@ class CrossBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width, eps=1e-5)
 
     def forward(
-        self,
-        x: Tensor,
-        memory: Tensor,
-        key_mask: Tensor | None,
-        memory_mask: Tensor | None,
-        first_row_only: bool = False,
+        self, x: Tensor, own: Attend, other: Attend, take: Rows | None = None, between: Rows | None = None
     ) -> Tensor:
-        """x (B, L, C), memory (B, M, C); masks bool (B, L) and (B, M), True = exists.
+        """x (B, L, C), or packed (T, C) -> the same, or fewer rows.
 
-        Returns (B, L, C), or with `first_row_only` its first row (B, 1, C) at the price of one row: the other rows
-        then serve as keys and values alone.
+        `own(attention, y)` is self-attention over y, what x is or its norm; `other(attention, y)` reads the other
+        stream. Where `own` answers for some rows alone, `take` takes them of x. `between` may draw rows before `other`.
         """
-        rows = slice(0, 1) if first_row_only else slice(None)
-        if self.pre:
-            y = self.norm1(x)
-            x = x[:, rows] + self.self_attention(y[:, rows], y, key_mask)
-            x = x + self.cross_attention(self.norm2(x), memory, memory_mask)
-            return x + self.mlp(self.norm3(x))
-        x = self.norm1(x[:, rows] + self.self_attention(x[:, rows], x, key_mask))
-        x = self.norm2(x + self.cross_attention(x, memory, memory_mask))
-        return self.norm3(x + self.mlp(x))
+        y = self.norm1(x) if self.pre else x
+        x = (take(x) if take else x) + own(self.self_attention, y)
+        x = x if self.pre else self.norm1(x)
+        x = between(x) if between else x
+        x = x + other(self.cross_attention, self.norm2(x) if self.pre else x)
+        x = x if self.pre else self.norm2(x)
+        x = x + self.mlp(self.norm3(x) if self.pre else x)
+        return x if self.pre else self.norm3(x)
+
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """What the cross-attention reads of the other stream, (..., C): keys and values (..., H, D)."""
+        return self.cross_attention.keys_values(memory)
 
 
 class CrossEncoder(nn.Module):
@@ -70,6 +72,26 @@ class CrossEncoder(nn.Module):
 
         Returns (B, L, C), or with `first_row_only` the first row (B, 1, C), for which the last block computes no other.
         """
-        for block in self.blocks[:-1]:
-            x = block(x, memory, key_mask, memory_mask)
-        return self.norm(self.blocks[-1](x, memory, key_mask, memory_mask, first_row_only))
+
+        def own(attention: Attention, y: Tensor) -> Tensor:
+            return attention(y, y, key_mask)
+
+        def own_first(attention: Attention, y: Tensor) -> Tensor:
+            return attention(y[:, :1], y, key_mask)
+
+        def other(attention: Attention, y: Tensor) -> Tensor:
+            return attention(y, memory, memory_mask)
+
+        *early, last = self.layers
+        for block in early:
+            x = block(x, own, other)
+        return self.norm(last(x, own_first, other, take=first_rows) if first_row_only else last(x, own, other))
+
+    @property
+    def layers(self) -> list[CrossBlock]:
+        return [block for block in self.blocks if isinstance(block, CrossBlock)]
+
+
+def first_rows(x: Tensor) -> Tensor:
+    """(B, L, C) -> (B, 1, C)."""
+    return x[:, :1]

@@ -1,13 +1,15 @@
 """The two encoders: a ViT for images (pre-norm, as in timm) and a RoBERTa for text (post-norm, as in transformers).
 
 Both agree with those libraries when their weights are copied over; tests/mvlm/test_encoders.py holds it.
-Shape legend: B batch, N patches, L tokens, C width, P patch side, S image side.
+Shape legend: B batch, N patches, T packed tokens, L tokens of the longest caption, C width, P patch side, S image side.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mvlm.attention import Attention, FeedForward, spread
+from mvlm.attention import Attend, Attention, FeedForward, spread
 from mvlm.config import MaskVLMConfig
 
 
@@ -34,10 +36,9 @@ class ImageBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = FeedForward(width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, 1+N, C) -> (B, 1+N, C)."""
-        y = self.norm1(x)
-        x = x + self.attention(y, y)
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """(B, 1+N, C) -> (B, 1+N, C); `attend` computes the self-attention."""
+        x = x + attend(self.attention, self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
@@ -47,6 +48,8 @@ class ImageEncoder(nn.Module):
     def __init__(self, config: MaskVLMConfig) -> None:
         super().__init__()
         self.patch_size = config.patch_size
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(config.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.image_std).view(3, 1, 1), persistent=False)
         self.patch_projection = nn.Linear(config.patch_values, config.width)
@@ -59,21 +62,39 @@ class ImageEncoder(nn.Module):
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 images (B, 3, S, S) -> (x/255 - mean) / std in the parameters' dtype; floats are taken as 0..1."""
         scale = 255 if images.dtype == torch.uint8 else 1
-        mean, std = self.get_buffer("mean"), self.get_buffer("std")
-        return (images.to(mean.dtype) / scale - mean) / std
+        return (images.to(self.mean.dtype) / scale - self.mean) / self.std
 
     def forward(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
         """images uint8 or float 0..1 (B, 3, S, S); masked bool (B, N), True = replaced by the mask token.
 
         Returns features (B, 1+N, C), [CLS] first.
         """
+        return self.run(self.embed(images, masked), lambda attention, y: attention(y, y))
+
+    def embed(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
+        """What the blocks are given: (B, 1+N, C)."""
         x = self.patch_projection(patchify(self.normalize(images), self.patch_size))  # (B, N, C)
         if masked is not None:
             x = torch.where(masked.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         cls = self.cls_token.to(x.dtype).expand(len(x), 1, -1)
-        x = torch.cat([cls, x], dim=1) + self.position  # (B, 1+N, C)
+        return torch.cat([cls, x], dim=1) + self.position
+
+    def forward_visible(self, images: Tensor, visible_ids: Tensor) -> Tensor:
+        """Only the patches visible_ids int64 (B, K) go through the blocks (MAE, He et al. 2022).
+
+        Behind them each comes to its place, mask tokens take the others, and positions are added again to all, as at
+        MAE's decoder. Returns (B, 1+N, C), [CLS] first.
+        """
+        x = self.embed(images)
+        index = torch.cat([torch.zeros_like(visible_ids[:, :1]), 1 + visible_ids], dim=1).unsqueeze(-1)  # (B, 1+K, 1)
+        x = self.run(x.gather(1, index.expand(-1, -1, x.shape[-1])), lambda attention, y: attention(y, y))
+        hidden = self.mask_token.to(x.dtype).expand(len(x), len(self.position), -1)
+        return hidden.scatter(1, index.expand(-1, -1, x.shape[-1]), x) + self.position
+
+    def run(self, x: Tensor, attend: Attend) -> Tensor:
+        """The blocks over embedded rows (B, L, C), and the last norm -> (B, L, C)."""
         for block in self.blocks:
-            x = block(x)
+            x = block(x, attend)
         return self.norm(x)
 
 
@@ -87,9 +108,9 @@ class TextBlock(nn.Module):
         self.mlp = FeedForward(width)
         self.norm2 = nn.LayerNorm(width, eps=1e-5)
 
-    def forward(self, x: Tensor, rows: Tensor, key_mask: Tensor) -> Tensor:
-        """x (T, C) packed, rows int64 (T,) its places in (B, L), key_mask bool (B, L), True = a token -> (T, C)."""
-        x = self.norm1(x + self.attention.packed(x, rows, key_mask))
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """Packed (T, C) -> (T, C); `attend` computes the self-attention."""
+        x = self.norm1(x + attend(self.attention, x))
         return self.norm2(x + self.mlp(x))
 
 
@@ -104,15 +125,39 @@ class TextEncoder(nn.Module):
         self.blocks = nn.ModuleList(TextBlock(config.width, config.heads) for _ in range(config.text_layers))
 
     def forward(self, tokens: Tensor, rows: Tensor, key_mask: Tensor) -> Tensor:
-        """Packed tokens int64 (T,) -> features (B, L, C), zero where there is padding.
+        """Packed tokens int64 (T,) -> features (T, C).
 
         rows int64 (T,) are the tokens' places in (B, L), flattened; key_mask bool (B, L), True = a token.
         """
         place = rows % key_mask.shape[1]  # (T,) within its caption
+        return self.run(tokens, place, lambda attention, x: attention.packed(x, rows, key_mask))
+
+    def run(self, tokens: Tensor, place: Tensor, attend: Attend) -> Tensor:
+        """Packed tokens int64 (T,) at the places int64 (T,) of their captions -> (T, C)."""
         x = self.norm(self.words(tokens) + self.position.index_select(0, place))  # (T, C)
         for block in self.blocks:
-            x = block(x, rows, key_mask)
-        return spread(x, rows, key_mask)
+            x = block(x, attend)
+        return x
+
+
+class PackedText(NamedTuple):
+    """Features of captions that follow one another with no padding between."""
+
+    rows: Tensor
+    """(T, C); rows from cu_seqlens[-1] on belong to no caption and may hold anything."""
+    cu_seqlens: Tensor
+    """int (B+1,), caption b is rows[cu_seqlens[b]:cu_seqlens[b+1]]."""
+    max_length: int
+    """At least the tokens of the longest caption; a host number."""
+
+    def first(self) -> Tensor:
+        """[CLS] of each caption: (B, 1, C)."""
+        return self.rows.index_select(0, self.cu_seqlens[:-1]).unsqueeze(1)
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """Features (B, L, C), zero where there is padding, and the key mask bool (B, L), True = a token."""
+        rows, key_mask = padded_places(len(self.rows), self.cu_seqlens, self.max_length)
+        return spread(self.rows, rows, key_mask), key_mask
 
 
 def padded_places(number: int, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:

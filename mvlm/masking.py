@@ -17,6 +17,12 @@ def masked_patches(patch_ids: Tensor, num_patches: int) -> Tensor:
     return mask.scatter_(1, patch_ids, True)
 
 
+def visible_patches(patch_ids: Tensor, num_patches: int) -> Tensor:
+    """The others: masked patch_ids int64 (B, K) -> int64 (B, N-K), ascending."""
+    visible = ~masked_patches(patch_ids, num_patches)  # (B, N), True = not masked
+    return visible.byte().argsort(dim=1, descending=True, stable=True)[:, : num_patches - patch_ids.shape[1]]
+
+
 def mask_tokens(tokens: Tensor, token_ids: Tensor, mask_token_id: int) -> Tensor:
     """A copy of the packed tokens int64 (T,) with [MASK] at the positions token_ids int64 (M,)."""
     return tokens.index_fill(0, token_ids, mask_token_id)

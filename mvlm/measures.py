@@ -70,8 +70,12 @@ def gradient_norms(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def _whole(norms: Sequence[Tensor]) -> Tensor:
-    norm = torch.linalg.vector_norm(torch.stack(list(norms)))
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return whole(torch.linalg.vector_norm(torch.stack(list(norms))))
+
+
+def whole(x: Tensor) -> Tensor:
+    """The tensor itself, or all of one that is split over ranks."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def memory_mb(device: torch.device) -> float:

@@ -6,19 +6,22 @@ text features (B, L, C), [CLS] first, padded at the end, with a key mask bool (B
 """
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvlm import objectives
+from mvlm import fast, objectives, plain
+from mvlm.attention import Attention
+from mvlm.backends import CrossBackend, SelfBackend
 from mvlm.config import MaskVLMConfig
 from mvlm.crossmodal import CrossEncoder
-from mvlm.encoders import ImageEncoder, TextEncoder, padded_places, patchify
-from mvlm.masking import mask_tokens, masked_patches
+from mvlm.encoders import ImageEncoder, PackedText, TextEncoder, padded_places, patchify
 from mvlm.objectives import Losses
 from mvlm_dataloading import Batch, Masks
 
+PLANS = {"plain": plain, "fast": fast}
 PIXEL_MODULES = ("image_cross.", "image_decoder.", "pixel_head")
 """Name prefixes of what rebuilds pixels; it has a learning rate and an initialisation of its own."""
 
@@ -32,9 +35,13 @@ class LanguageHead(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-5)
         self.vocabulary = nn.Linear(config.width, config.vocab_size)
 
+    def transform(self, x: Tensor) -> Tensor:
+        """(..., C) -> (..., C), all but the vocabulary projection."""
+        return self.norm(F.gelu(self.dense(x)))
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> logits (..., V)."""
-        return self.vocabulary(self.norm(F.gelu(self.dense(x))))
+        return self.vocabulary(self.transform(x))
 
 
 class MaskVLM(nn.Module):
@@ -52,7 +59,7 @@ class MaskVLM(nn.Module):
         self.language_head = LanguageHead(config)
         self.image_projection = nn.Linear(config.width, config.itc_width)
         self.text_projection = nn.Linear(config.width, config.itc_width)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
+        self.log_scale = nn.Parameter(torch.tensor([math.log(1 / config.temperature)]))  # (1,): FSDP2 splits no scalars
         self.matching_head = nn.Linear(config.width, 2)
         self._initialize()
 
@@ -77,18 +84,22 @@ class MaskVLM(nn.Module):
             raise ValueError(f"images: wanted (B, 3, {side}, {side}), got {tuple(images.shape)}")
         return self.image_encoder(images, masked)
 
-    def encode_text(self, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
-        """Packed tokens int64 (T,), captions bounded by cu_seqlens int (B+1,), the longest of max_length = L tokens.
-
-        Returns features (B, L, C), padded with zeros at the end, and their key mask bool (B, L), True = a token.
-        """
+    def encode_text_packed(self, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
+        """Packed tokens int64 (T,), captions bounded by cu_seqlens int (B+1,), the longest of max_length tokens."""
         if tokens.ndim != 1 or cu_seqlens.ndim != 1 or not 0 < max_length <= self.config.text_length:
             raise ValueError(
                 f"tokens, cu_seqlens, max_length: wanted (T,), (B+1,) and at most {self.config.text_length}, "
                 f"got {tuple(tokens.shape)}, {tuple(cu_seqlens.shape)} and {max_length}"
             )
         rows, key_mask = padded_places(len(tokens), cu_seqlens, max_length)
-        return self.text_encoder(tokens, rows, key_mask), key_mask
+        return PackedText(self.text_encoder(tokens, rows, key_mask), cu_seqlens, max_length)
+
+    def encode_text(self, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
+        """As `encode_text_packed`, but padded: features (B, L, C), zero where there is padding, and their key mask.
+
+        The key mask is bool (B, L), True = a token.
+        """
+        return self.encode_text_packed(tokens, cu_seqlens, max_length).padded()
 
     def embed_image(self, v: Tensor) -> Tensor:
         """Contrastive embedding of image features (B, 1+N, C): unit length (B, E)."""
@@ -130,47 +141,46 @@ class MaskVLM(nn.Module):
         return patches.gather(1, patch_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
 
     def forward(
-        self, batch: Batch, masks: Masks, *, seed: int = 0, step: int = 0, reconstruction_only: bool = False
+        self,
+        batch: Batch,
+        masks: Masks,
+        *,
+        seed: int = 0,
+        step: int = 0,
+        reconstruction_only: bool = False,
+        plan: Literal["plain", "fast"] = "plain",
     ) -> Losses:
         """The four losses of one batch.
 
         `seed` and `step` choose ITM's negatives. With `reconstruction_only`, ITC and ITM are zero and cost nothing.
+        `plan` is how it is computed, not what: `mvlm.plain` is written to be read, `mvlm.fast` to be run.
         """
-        images, patch_ids = batch.images, masks.patch_ids
-        hidden = mask_tokens(batch.tokens, masks.token_ids, self.config.mask_token_id)  # (T,)
-
-        v = self.encode_image(images)  # (B, 1+N, C)
-        vm = self.encode_image(images, masked_patches(patch_ids, self.config.num_patches))
-        w, key_mask = self.encode_text(batch.tokens, batch.cu_seqlens, batch.max_length)  # (B, L, C), (B, L)
-        wm, _ = self.encode_text(hidden, batch.cu_seqlens, batch.max_length)
-
-        logits = self.fill_mask(v, wm, key_mask, batch.cu_seqlens, masks.token_ids)
-        mlm = objectives.masked_language_loss(logits, batch.tokens[masks.token_ids])
-        pixels = self.reconstruct(vm, w, key_mask, patch_ids)
-        mim = objectives.masked_image_loss(pixels, self.patch_targets(images, patch_ids))
+        if plan not in PLANS:
+            raise ValueError(f"plan: wanted {' or '.join(PLANS)}, got {plan!r}")
+        steps = PLANS[plan]
+        streams = steps.encode(self, batch, masks)
+        mlm, mim = steps.reconstruction_losses(self, streams, batch, masks)
         if reconstruction_only:
             itc = itm = torch.zeros_like(mim)
         else:
-            logits = objectives.contrastive_logits(self.embed_image(v), self.embed_text(w), self.log_scale)
+            image, text = self.embed_image(streams.image), self.embed_text(streams.text.first())  # (B, E)
+            logits = objectives.contrastive_logits(image, text, self.log_scale)
             itc = objectives.contrastive_loss(logits)
-            itm = self._matching_loss(v, w, key_mask, logits, batch, seed, step)
+            pairs = objectives.matching_pairs(logits, batch.image_id, batch.text_id, seed, step)
+            match = steps.match_pairs(
+                self, streams.image, streams.text, pairs.images, pairs.texts, streams.memories
+            )  # (3B, 2)
+            itm = objectives.matching_loss(match, pairs.labels, pairs.weights)
         return Losses(mlm, mim, itc, itm, mlm + mim + itc + itm)
 
-    def _matching_loss(
-        self, v: Tensor, w: Tensor, key_mask: Tensor, logits: Tensor, batch: Batch, seed: int, step: int
-    ) -> Tensor:
-        """Three pairs a row: its own; its image with a drawn text; a drawn image with its text."""
-        admissible = objectives.admissible_negatives(batch.image_id, batch.text_id)
-        text_index, text_weight = objectives.draw_negatives(logits, admissible, seed, step, stream=0)
-        image_index, image_weight = objectives.draw_negatives(logits.T, admissible.T, seed, step, stream=1)
-        own = torch.arange(len(v), device=v.device)
-        images = torch.cat([own, own, image_index])  # (3B,)
-        texts = torch.cat([own, text_index, own])
-        # Not v[images]: on a CPU its backward adds up the gradients of rows read twice in whatever order threads come.
-        match = self.match(v.index_select(0, images), w.index_select(0, texts), key_mask[texts])
-        labels = (torch.arange(3 * len(v), device=v.device) < len(v)).long()
-        weights = torch.cat([torch.ones_like(text_weight), text_weight, image_weight])
-        return objectives.matching_loss(match, labels, weights)
+    def set_attention(self, self_attention: SelfBackend = "auto", cross_attention: CrossBackend = "auto") -> None:
+        """Choose what the fast plan computes attention with: of images alone, and where text is on one side.
+
+        A backend that cannot run where it is then used is a ConfigError that says why.
+        """
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.self_backend, module.cross_backend = self_attention, cross_attention
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:

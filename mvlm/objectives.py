@@ -70,6 +70,33 @@ def draw_negatives(logits: Tensor, admissible: Tensor, seed: int, step: int, str
     return columns, admissible.any(dim=1).to(logits.dtype)
 
 
+class MatchingPairs(NamedTuple):
+    """What ITM is shown, three pairs a row: its own; its image with a drawn text; a drawn image with its text."""
+
+    images: Tensor
+    """int64 (3B,), rows of the image features."""
+    texts: Tensor
+    """int64 (3B,), captions."""
+    labels: Tensor
+    """int64 (3B,), 1 = match."""
+    weights: Tensor
+    """(3B,), 0 where there was no admissible negative to draw."""
+
+
+def matching_pairs(logits: Tensor, image_id: Tensor, text_id: Tensor, seed: int, step: int) -> MatchingPairs:
+    """Draw ITM's negatives from the contrastive logits (B, B). Ids int64 (B,)."""
+    admissible = admissible_negatives(image_id, text_id)
+    text_index, text_weight = draw_negatives(logits, admissible, seed, step, stream=0)
+    image_index, image_weight = draw_negatives(logits.T, admissible.T, seed, step, stream=1)
+    own = torch.arange(len(logits), device=logits.device)
+    return MatchingPairs(
+        torch.cat([own, own, image_index]),
+        torch.cat([own, text_index, own]),
+        torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)]),
+        torch.cat([torch.ones_like(text_weight), text_weight, image_weight]),
+    )
+
+
 def matching_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean cross-entropy. logits (R, 2), labels int64 (R,), 1 = match; weights (R,), not all zero."""
     losses = F.cross_entropy(at_least_float32(logits), labels, reduction="none")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mvlm.config import PretrainConfig
+from mvlm.distributed import World
 from mvlm.errors import ConfigError
 from mvlm.model import PIXEL_MODULES, MaskVLM
 from mvlm_dataloading import DataError, Dataset, Loader, Tokenizer, load_tokenizer, tokenizer_for
@@ -35,17 +36,27 @@ def fit_to_tokenizer(config: PretrainConfig, tokenizer: Tokenizer):
     return replace(config.model, mask_token_id=tokenizer.mask_id)
 
 
-def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, device: torch.device) -> Loader:
-    """The training loader that the model and the recipe ask for."""
-    model = config.model
+def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, world: World) -> Loader:
+    """The training loader that the model and the recipe ask for: of each microbatch, this rank's pairs.
+
+    ConfigError when ranks and microbatches cannot share the batch evenly.
+    """
+    model, parts = config.model, world.size * config.accumulate
+    if config.batch_size % parts:
+        raise ConfigError(
+            f"batch_size: wanted a multiple of {world.size} ranks x {config.accumulate} microbatches = {parts}, "
+            f"got {config.batch_size}"
+        )
     return Loader(
         dataset,
         tokenizer,
-        batch_size=config.batch_size,
+        batch_size=config.batch_size // config.accumulate,
+        rank=world.rank,
+        world_size=world.size,
         image_size=model.image_size,
         text_length=model.text_length,
         seed=config.seed,
-        device=None if device.type == "cpu" else str(device),
+        device=None if world.device.type == "cpu" else str(world.device),
         patch_size=model.patch_size,
         mask_block=model.mask_block,
         image_mask_ratio=model.image_mask_ratio,

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,10 +20,12 @@ from mvlm.device import autocast
 from mvlm.distributed import World
 from mvlm.errors import LostRankError, NonFiniteLossError, RunError
 from mvlm.evaluation import evaluate_briefly
-from mvlm.measures import Numbers, gradient_norms
+from mvlm.global_batch import Microbatch, backward_global
+from mvlm.measures import Numbers, gradient_norms, whole
 from mvlm.model import MaskVLM
 from mvlm.monitor import Lines, Outputs
 from mvlm.objectives import Losses
+from mvlm.parallel import Parallel, checkpoint_activations, parallelize, whole_model
 from mvlm.recipe import (
     WeightAverage,
     choose_tokenizer,
@@ -79,9 +82,12 @@ def open_inputs(config: PretrainConfig) -> tuple[Dataset, Dataset | None, Tokeni
 def start_run(config: PretrainConfig, world: World, dataset: Dataset, tokenizer: Tokenizer, checkpoint: str) -> "Run":
     """A run at its first step or, if `checkpoint` is not empty, where that (verified) checkpoint left it."""
     torch.manual_seed(config.seed)
+    loader = make_loader(dataset, tokenizer, config, world)
     model = MaskVLM(config.model).to(world.device)
-    optimizer = make_optimizer(model, config, world.device)
-    run = Run(config, world, model, optimizer, make_loader(dataset, tokenizer, config, world.device), tokenizer)
+    if config.checkpoint_activations:
+        checkpoint_activations(model)
+    parallel = parallelize(model, world, config.parallel)
+    run = Run(config, world, parallel, make_optimizer(model, config, world.device), loader, tokenizer)
     if checkpoint:
         run.restore(Path(checkpoint))
         log.info("going on from %s", checkpoint)
@@ -95,12 +101,13 @@ class Run:
         self,
         config: PretrainConfig,
         world: World,
-        model: MaskVLM,
+        parallel: Parallel,
         optimizer: torch.optim.AdamW,
         loader: Loader,
         tokenizer: Tokenizer,
     ) -> None:
-        self.config, self.world, self.model, self.optimizer = config, world, model, optimizer
+        self.config, self.world, self.parallel, self.optimizer = config, world, parallel, optimizer
+        self.model = model = parallel.model
         self.loader, self.tokenizer, self.device = loader, tokenizer, world.device
         self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         self.guard = Guard(world, config.skip_spikes)
@@ -167,15 +174,15 @@ class Run:
         """One update, or none where the guard forbids it. Its numbers stay on the device, in `self.numbers`."""
         self.watchdog.beat(f"the data of step {self.step + 1}")
         started = time.perf_counter()
-        batch, masks = next(batches)
-        samples = batch.sample_id.tolist()
-        batch, masks = batch.to(self.device, non_blocking=True), masks.to(self.device, non_blocking=True)
+        dealt = [next(batches) for _ in range(self.config.accumulate)]
+        samples = [i for batch, _ in dealt for i in batch.sample_id.tolist()]
+        micro = [(b.to(self.device, non_blocking=True), m.to(self.device, non_blocking=True)) for b, m in dealt]
         waited = time.perf_counter() - started
         self.watchdog.beat(f"step {self.step + 1}")
         factor = learning_rate_factor(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        losses = self.forward_backward(batch, masks)
+        losses = self.forward_backward(micro)
         norm, parts = gradient_norms(self.model)
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
         good = self.guard.judge(losses.total.detach(), norm)
@@ -189,16 +196,22 @@ class Run:
             self.average.update(self.step)
         values: dict[str, Tensor] = {**losses._asdict(), "grad_norm": norm, "good": good}
         values |= {f"grad_norm_{name}": value for name, value in parts.items()}
-        values["temperature"] = (-self.model.log_scale.detach()).exp()
+        values["temperature"] = (-whole(self.model.log_scale.detach()[0])).exp()
         self.numbers.add(self.step, samples, values, waited)
 
-    def forward_backward(self, batch: Batch, masks: Masks) -> Losses:
+    def forward_backward(self, micro: list[Microbatch]) -> Losses:
         """The losses of the global batch, scalars; the gradients of their total are in the parameters' `grad`."""
-        alone = self.step < self.config.reconstruction_first
-        with autocast(self.device, self.config.precision):
-            losses = self.model(batch, masks, seed=self.config.seed, step=self.step, reconstruction_only=alone)
-        losses.total.backward()
-        return losses
+        config = self.config
+        return backward_global(
+            self.parallel,
+            micro,
+            self.world,
+            seed=config.seed,
+            step=self.step,
+            reconstruction_only=self.step < config.reconstruction_first,
+            local_negatives=config.local_negatives,
+            autocast=partial(autocast, self.device, config.precision),
+        )
 
     def check(self, numbers: Numbers) -> None:
         """Count the updates among `numbers` that were skipped. NonFiniteLossError when they are too many in a row."""
@@ -221,8 +234,9 @@ class Run:
         """Figures on the validation split, with the averaged weights where there are any."""
         self.watchdog.beat("the evaluation")
         with self.average.applied() if self.average is not None else nullcontext():
-            figures = evaluate_briefly(self.model, validation, self.tokenizer, self.config.precision)
-            picture = strip(self.model, validation, self.tokenizer, self.config.precision)
+            model = whole_model(self.model)
+            figures = evaluate_briefly(model, validation, self.tokenizer, self.config.precision)
+            picture = strip(model, validation, self.tokenizer, self.config.precision)
         if outputs is not None:
             outputs.picture(picture, self.step)
         figure = (figures["tr_r1"] + figures["ir_r1"]) / 2

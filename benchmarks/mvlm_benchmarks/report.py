@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -120,12 +121,12 @@ def write(rows: list[Row], about: dict[str, Any], out: Path, json_file: Path | N
     return files
 
 
-def write_csv(rows: list[Row], about: dict[str, Any], path: Path) -> None:
+def write_csv(rows: list[Row], about: dict[str, Any], path: Path, columns: Sequence[str] = COLUMNS) -> None:
     """A line for each row, the machine's columns repeated in each, so that files can be put together."""
     machine = {key: about[key] for key in MACHINE_COLUMNS}
     machine["versions"] = "; ".join(f"{name} {found}" for name, found in about["versions"].items() if found)
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list[str](COLUMNS))
+        writer = csv.DictWriter(file, list(dict.fromkeys([*columns, *MACHINE_COLUMNS])))
         writer.writeheader()
         writer.writerows({**row, **machine} for row in rows)
 

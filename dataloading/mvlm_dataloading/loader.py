@@ -43,9 +43,11 @@ class Loader:
     smaller.
 
     Args:
+        batch_size: samples of a global batch. Of each, rank r hands over rows r B/W to (r + 1) B/W, for W ranks.
         device: None for the CPU, "cuda" to decode and resize on the GPU. Images are there, all else is on the CPU.
         text_length: tokens of a caption at most, [CLS] and [SEP] counted.
         max_bad_fraction: undecodable pictures are replaced in training until more than this share of the split is bad.
+        rank, world_size: which of how many processes this is. Together they see what one process would see.
 
     Attributes:
         step: batches handed over. epoch: the epoch of the next sample. skipped: undecodable pictures met so far.
@@ -74,9 +76,19 @@ class Loader:
         train: bool = True,
         num_threads: int = 2,
         max_bad_fraction: float = 0.05,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         if batch_size < 1 or num_threads < 1:
             raise ValueError(f"wanted batch_size and num_threads of at least 1, got {batch_size} and {num_threads}")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"wanted a rank from 0 to world_size - 1, got rank {rank} of {world_size}")
+        if batch_size % world_size:
+            raise ValueError(
+                f"wanted a global batch_size that the ranks can share evenly, got {batch_size} for {world_size} ranks"
+            )
+        if world_size > 1 and not train:
+            raise ValueError(f"wanted one rank for a pass in order, whose last batch is smaller, got {world_size}")
         if not 0 <= max_bad_fraction < 1:
             raise ValueError(f"wanted max_bad_fraction in [0, 1), got {max_bad_fraction}")
         check_mask_sizes(image_size, patch_size, mask_block, image_mask_ratio)
@@ -84,6 +96,8 @@ class Loader:
         check_text_length(text_length)
         self.dataset, self.tokenizer, self.train = dataset, tokenizer, train
         self.batch_size, self.text_length, self.seed = batch_size, text_length, seed
+        self.rank, self.world_size = rank, world_size
+        self._rank_batch = batch_size // world_size
         self.step = 0
         self._patch_masks = {
             "image_size": image_size,
@@ -169,7 +183,7 @@ class Loader:
             except RuntimeError as error:
                 self._set_aside_bad(self._segment.current()[0], error)
                 self._segment = None
-        self._position += len(ids)
+        self._position += len(ids) * self.world_size
         self.step += 1
         return self._assemble(ids, epochs, images, encoded, texts, metadata)
 
@@ -179,10 +193,16 @@ class Loader:
             self._segment_batches *= 2
         if not self.train:
             count = min(count, len(self.dataset) - position)
-        ids, epochs = self._stream(position, count)
+        ids, epochs = map(self._share, self._stream(position, count))
         for row in np.flatnonzero(np.isin(ids, list(self._bad))):
             ids[row] = substitute(self.seed, int(epochs[row]), int(ids[row]), len(self.dataset), self._bad)
-        return self._open(ids, epochs, self.batch_size)
+        return self._open(ids, epochs, self._rank_batch)
+
+    def _share(self, values: Int64) -> Int64:
+        """This rank's rows of every global batch in a slice of the stream."""
+        if self.world_size == 1:
+            return values
+        return values.reshape(-1, self.world_size, self._rank_batch)[:, self.rank].ravel()
 
     def _open(self, ids: Int64, epochs: Int64, batch_size: int, prefetch: int = 2) -> "_Segment":
         draws = uniforms(Purpose.CROP, self.seed, epochs, ids, 4)

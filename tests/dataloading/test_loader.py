@@ -93,6 +93,17 @@ def test_samples_are_the_same_in_batches_of_any_size(train_split, tokenizer):
         assert rows(take(load(train_split, tokenizer, **settings), count))[:120] == wanted
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_every_global_batch(train_split, tokenizer, world_size):
+    """Row for row what one rank sees, through the end of an epoch."""
+    wanted = rows(take(load(train_split, tokenizer), 16))
+    shares = [
+        [rows([pair]) for pair in take(load(train_split, tokenizer, rank=rank, world_size=world_size), 16)]
+        for rank in range(world_size)
+    ]
+    assert [row for step in range(16) for share in shares for row in share[step]] == wanted
+
+
 def test_a_batch_larger_than_the_data_set_goes_round(train_split, tokenizer):
     batch, _ = take(load(train_split, tokenizer, batch_size=130), 1)[0]
     assert Counter(Counter(batch.sample_id.tolist()).values()) == {2: 50, 3: 10}
@@ -239,6 +250,9 @@ def test_no_index_views_are_left(train_split, tokenizer, tmp_path, monkeypatch):
         ({"max_bad_fraction": 1.0}, r"wanted max_bad_fraction in \[0, 1\), got 1.0"),
         ({"text_mask_ratio": 2.0}, r"wanted a token mask ratio in \[0, 1\], got 2.0"),
         ({"text_length": 2}, "wanted a text length of at least 3"),
+        ({"world_size": 3}, "wanted a global batch_size that the ranks can share evenly, got 8 for 3 ranks"),
+        ({"rank": 2, "world_size": 2}, "wanted a rank from 0 to world_size - 1, got rank 2 of 2"),
+        ({"world_size": 2, "train": False}, "wanted one rank for a pass in order"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_at_once(train_split, tokenizer, settings, message):

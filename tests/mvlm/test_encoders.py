@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from mvlm.encoders import ImageEncoder, TextEncoder, padded_places, patchify, unpatchify
+from mvlm.encoders import ImageEncoder, PackedText, TextEncoder, padded_places, patchify, unpatchify
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -115,8 +115,11 @@ def test_the_text_encoder_is_transformers_roberta(toys):
         wanted = theirs(input_ids=padded, attention_mask=key_mask.long()).last_hidden_state
         found = ours(batch.tokens, rows, key_mask)
     assert key_mask.sum(1).tolist() == [7, 4, 12, 3, 9]
-    torch.testing.assert_close(found[key_mask], wanted[key_mask], rtol=0, atol=1e-10)
-    assert (found[~key_mask] == 0).all()
+    torch.testing.assert_close(found, wanted[key_mask], rtol=0, atol=1e-10)
+    spread, places = PackedText(found, batch.cu_seqlens, batch.max_length).padded()
+    assert places.equal(key_mask)
+    assert spread[key_mask].equal(found)
+    assert (spread[~key_mask] == 0).all()
 
 
 def test_masked_patches_become_the_mask_token(toys):

@@ -15,6 +15,7 @@ from mvlm import objectives, train
 from mvlm.checkpoint import load_model, verify_checkpoint
 from mvlm.distributed import World
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
+from mvlm.parallel import parallelize
 from mvlm.run_folder import read_metrics
 from mvlm.saver import Saver
 from mvlm.train import Run, learning_rate_factor, make_loader, make_optimizer, pretrain
@@ -75,8 +76,8 @@ def start(toys, scenes, tokenizer, tmp_path):
     def make(dtype=torch.float32, **changes):
         config = toys.pretrain_config(scenes, tmp_path / "run", precision="fp32", max_steps=20, **changes)
         model = toys.model(dtype=dtype)
-        loader = make_loader(open_dataset(scenes, "train"), tokenizer, config, CPU)
-        run = Run(config, ALONE, model, make_optimizer(model, config, CPU), loader, tokenizer)
+        loader = make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)
+        run = Run(config, ALONE, parallelize(model, ALONE), make_optimizer(model, config, CPU), loader, tokenizer)
         return run, iter(loader)
 
     return make
@@ -91,7 +92,7 @@ def test_the_loader_masks_and_cuts_as_the_settings_say(toys, scenes, tokenizer):
     """Patches of 4 pixels in blocks of 8, a quarter of the 16 blocks; all ordinary tokens of captions of at most 5."""
     model = toys.config(patch_size=4, mask_block=8, image_mask_ratio=0.25, text_mask_ratio=1.0, text_length=5)
     config = toys.pretrain_config(scenes, Path(), model=model, batch_size=32)
-    batch, masks = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, CPU)))
+    batch, masks = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)))
     assert batch.images.shape == (32, 3, 32, 32)
     assert masks.patch_ids.shape == (32, 16)
     for row in masks.patch_ids.tolist():
@@ -107,7 +108,7 @@ def test_the_loader_follows_the_seed(toys, scenes, tokenizer):
     orders = []
     for seed in (0, 0, 1):
         config = toys.pretrain_config(scenes, Path(), batch_size=32, seed=seed)
-        batch, _ = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, CPU)))
+        batch, _ = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)))
         orders.append(batch.sample_id.tolist())
     assert orders[0] == orders[1] != orders[2]
 
@@ -116,7 +117,7 @@ def test_the_loader_follows_the_seed(toys, scenes, tokenizer):
 def test_the_loader_crops_as_the_recipe_says(toys, scenes, tokenizer, scale, flat):
     """A hundredth of a scene is mostly of one colour, nine tenths of it never are."""
     config = toys.pretrain_config(scenes, Path(), batch_size=32, crop_scale=scale)
-    batch, _ = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, CPU)))
+    batch, _ = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)))
     spread = batch.images.flatten(2).float().std(2).amax(1)  # (32,) by picture
     assert (spread < 1).float().mean() > 0.5 if flat else (spread > 10).all()
 
@@ -125,7 +126,7 @@ def test_a_step_is_what_adamw_does_with_the_gradient_of_the_total(toys, start):
     """One update of every parameter against Loshchilov and Hutter's formula in numpy."""
     run, batches = start(warmup_steps=4, weight_decay=0.1, clip_norm=0.5)
     before = {name: p.detach().double().numpy().copy() for name, p in run.model.named_parameters()}
-    batch, masks = next(iter(make_loader(run.loader.dataset, run.tokenizer, run.config, CPU)))
+    batch, masks = next(iter(make_loader(run.loader.dataset, run.tokenizer, run.config, ALONE)))
     twin = toys.model(dtype=torch.float32)
     twin(batch, masks, seed=0, step=0).total.backward()
     gradients = {name: p.grad.double().numpy() for name, p in twin.named_parameters() if p.grad is not None}
@@ -160,7 +161,7 @@ def test_the_model_is_told_seed_and_step(start, monkeypatch):
     monkeypatch.setattr(run.model, "forward", listen)
     for _ in range(3):
         run.one_step(batches)
-    assert told == [{"seed": 7, "step": step, "reconstruction_only": step < 2} for step in range(3)]
+    assert told == [{"seed": 7, "step": step, "reconstruction_only": step < 2, "plan": "plain"} for step in range(3)]
 
 
 @pytest.mark.parametrize("limit", [1e-3, 1e3])

@@ -1,0 +1,109 @@
+"""A made-up batch for the step benchmark: in the loader's packed form, and in a collator's padded form.
+
+Shape legend: B pairs, N patches, K masked patches, T packed tokens, L tokens of the longest caption, S image side.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvlm import objectives
+from mvlm.config import MaskVLMConfig
+from mvlm.masking import mask_tokens, masked_patches
+from mvlm.model import MaskVLM
+from mvlm_dataloading import Batch, Masks, draw_patch_masks, draw_token_masks
+
+CLS, PAD, SEP = 0, 1, 2  # RoBERTa's own ids
+FIRST_WORD = 5  # after RoBERTa's special ids and [MASK] of the small vocabulary
+SHORTEST = 6
+
+
+class Padded(NamedTuple):
+    """The batch as a user of transformers has it. Made once a batch by a collator, so not part of what is timed."""
+
+    images: Tensor
+    """uint8 (B, 3, S, S)."""
+    ids: Tensor
+    """int64 (B, L), padded with PAD at the end."""
+    masked_ids: Tensor
+    """int64 (B, L), with [MASK] at masked positions."""
+    labels: Tensor
+    """int64 (B, L), the token at masked positions and -100 elsewhere."""
+    attention_mask: Tensor
+    """int64 (B, L), 1 = a token."""
+    masked_patches: Tensor
+    """bool (B, N), True = masked."""
+    negative_texts: Tensor
+    """int64 (B,), the caption shown with each image as a mismatch."""
+    negative_images: Tensor
+    """int64 (B,), the image shown with each caption as a mismatch."""
+
+
+def caption_lengths(batch: int, longest: int, mean: float, seed: int = 0) -> np.ndarray:
+    """int64 (B,): round(Gamma(4, mean)) within [6, longest], special tokens included."""
+    drawn = np.random.default_rng(seed).gamma(4.0, mean / 4, batch)
+    return np.clip(np.rint(drawn), SHORTEST, longest).astype(np.int64)
+
+
+def make_batch(config: MaskVLMConfig, lengths: np.ndarray, seed: int = 0) -> tuple[Batch, Masks]:
+    """Noise for images, any words for captions of these lengths (B,), every image and every caption its own."""
+    number, side = len(lengths), config.image_size
+    rng = np.random.default_rng(seed)
+    starts = np.concatenate([[0], np.cumsum(lengths)])  # (B+1,)
+    tokens = rng.integers(FIRST_WORD, config.vocab_size, size=starts[-1])
+    tokens[tokens == config.mask_token_id] = FIRST_WORD
+    tokens[starts[:-1]], tokens[starts[1:] - 1] = CLS, SEP
+    rows = np.arange(number)
+    patch_ids = draw_patch_masks(
+        seed, 0, rows, image_size=side, patch_size=config.patch_size, mask_block=config.mask_block,
+        ratio=config.image_mask_ratio,
+    )  # fmt: skip
+    token_ids = draw_token_masks(seed, 0, rows, lengths, ratio=config.text_mask_ratio)
+    batch = Batch(
+        images=torch.from_numpy(rng.integers(0, 256, size=(number, 3, side, side), dtype=np.uint8)),
+        tokens=torch.from_numpy(tokens),
+        cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
+        max_length=int(lengths.max()),
+        image_id=torch.from_numpy(rows),
+        text_id=torch.from_numpy(rows),
+        sample_id=torch.from_numpy(rows),
+    )
+    return batch, Masks(patch_ids=torch.from_numpy(patch_ids), token_ids=torch.from_numpy(token_ids))
+
+
+@torch.no_grad()
+def negatives(model: MaskVLM, batch: Batch, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """The texts and the images int64 (B,) that the model draws as ITM's negatives at this seed and step."""
+    w, _ = model.encode_text(batch.tokens, batch.cu_seqlens, batch.max_length)
+    image, text = model.embed_image(model.encode_image(batch.images)), model.embed_text(w)  # (B, E)
+    logits = objectives.contrastive_logits(image, text, model.log_scale)
+    admissible = objectives.admissible_negatives(batch.image_id, batch.text_id)
+    texts, _ = objectives.draw_negatives(logits, admissible, seed, step, stream=0)
+    images, _ = objectives.draw_negatives(logits.T, admissible.T, seed, step, stream=1)
+    return texts, images
+
+
+def pad(config: MaskVLMConfig, batch: Batch, masks: Masks, texts: Tensor, images: Tensor) -> Padded:
+    """The same batch for the baselines, text padded to its longest caption; texts and images int64 (B,) negatives."""
+    lengths = batch.cu_seqlens.diff()
+    exists = torch.arange(batch.max_length, device=lengths.device) < lengths[:, None]  # (B, L), True = a token
+    labels = torch.full_like(batch.tokens, -100)
+    labels[masks.token_ids] = batch.tokens[masks.token_ids]
+
+    def padded(packed: Tensor, filler: int) -> Tensor:
+        rows = torch.full(exists.shape, filler, dtype=packed.dtype, device=packed.device)
+        rows[exists] = packed
+        return rows
+
+    return Padded(
+        images=batch.images,
+        ids=padded(batch.tokens, PAD),
+        masked_ids=padded(mask_tokens(batch.tokens, masks.token_ids, config.mask_token_id), PAD),
+        labels=padded(labels, -100),
+        attention_mask=exists.long(),
+        masked_patches=masked_patches(masks.patch_ids, config.num_patches),
+        negative_texts=texts,
+        negative_images=images,
+    )
