@@ -51,6 +51,11 @@ FAULTS ?= 1000
 faults: $(VENV)/.installed
 	$(BIN)/python tests/faults/campaign.py --count $(FAULTS) --json benchmarks/results/faults.json
 
+# One run for two hours: memory and speed stay flat, nothing leaks.
+MINUTES ?= 120
+soak: $(VENV)/.installed
+	$(BIN)/python tests/faults/soak.py --minutes $(MINUTES) --json benchmarks/results/soak.json
+
 # The kernels' tests with each Triton that is supported, in an environment of its own. The interpreter of Triton 3.6 makes
 # scalars of arrays of one element, which NumPy deprecated and 2.4 refuses; compiled kernels know nothing of it.
 TRITONS ?= 3.6.0 3.9.0

@@ -163,12 +163,13 @@ def shards(data: Path) -> Finding:
 
 def trial(config: PretrainConfig, batch_size: int | None, device: torch.device) -> Iterator[Finding]:
     """A few steps of the loader alone and of the model alone: memory, speed, and which of the two limits it."""
+    world = World(rank=0, size=1, local_rank=0, device=device)
     try:
         config = replace(config, batch_size=batch_size or config.batch_size)
         dataset = open_dataset(config.data, "train")
         tokenizer = choose_tokenizer(config, dataset)
         config = replace(config, model=fit_to_tokenizer(config, tokenizer))
-        batches = iter(make_loader(dataset, tokenizer, config, World(0, 1, 0, device)))
+        batches = iter(make_loader(dataset, tokenizer, config, world))
         batch, masks = next(batches)
     except (ConfigError, DataError, RunError, ValueError) as error:
         yield Finding("red", "trial", str(error))

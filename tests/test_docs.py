@@ -77,10 +77,24 @@ def test_commands_of_the_training_page_run(tmp_path, monkeypatch, capsys) -> Non
     for index in data.glob("*.idx"):
         os.utime(index)
     commands = [shlex.split(line) for block in blocks("sh", TRAINING) for line in block.splitlines()]
-    assert [words[1] for words in commands] == ["data", "pretrain", "pretrain", "pretrain", "export"]
+    assert [words[1] for words in commands] == [
+        "data",
+        "doctor",
+        "pretrain",
+        "pretrain",
+        "pretrain",
+        "report",
+        "export",
+    ]
     for words in commands[1:]:
-        run_command([*words[1:], *(SHORT if words[1] == "pretrain" else [])])
-    for name in ("runs/mine/metrics.jsonl", "runs/again/metrics.jsonl", "portable/model.safetensors"):
+        short = SHORT if words[1] == "pretrain" else SHORT[2:] if words[1] == "doctor" else []
+        run_command([*words[1:], *short])
+    for name in (
+        "runs/mine/compare.html",
+        "runs/mine/metrics.jsonl",
+        "runs/again/metrics.jsonl",
+        "portable/model.safetensors",
+    ):
         assert (tmp_path / name).stat().st_size > 0
 
 

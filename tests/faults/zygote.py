@@ -70,7 +70,7 @@ class Trial:
     log: Path
     """Where its stderr goes."""
     environment: dict[str, str] = field(default_factory=dict)
-    before: Callable[[], None] | None = None
+    before: Callable[[], object] | None = None
     """Done in the process before the run, to arrange the fault."""
 
 

@@ -145,6 +145,24 @@ def test_microbatches_in_one_process(toys, plan, local):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=EXACT, msg=name)
 
 
+@pytest.mark.parametrize("plan", ["plain", "fast"])
+def test_negatives_that_nobody_has(toys, plan):
+    """Pair 0 has no admissible negative in the whole batch, and the others have one: weights differ by microbatch."""
+    batch, masks = toys.batch((7, 4, 12, 3, 9, 5, 3, 11))
+    image_id, text_id = batch.image_id.clone(), torch.full((8,), 200)
+    text_id[7] = 201
+    image_id[0] = image_id[7].item()
+    batch = replace(batch, image_id=image_id, text_id=text_id)
+    model, same = toys.model(), toys.model()
+    losses = model(batch, masks, seed=1, step=2)
+    losses.total.backward()
+    micro = [RANKS.piece(batch, masks, first, 2) for first in (0, 2, 4, 6)]
+    found = backward_global(parallelize(same, ALONE), micro, ALONE, seed=1, step=2, plan=plan)
+    assert [x.item() for x in found] == pytest.approx([x.item() for x in losses], abs=EXACT)
+    for (name, ours), theirs in zip(same.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=EXACT, msg=name)
+
+
 def match(model: Any, batch: Any, image: int, text: int, label: int) -> float:
     """ITM's cross-entropy of one pair."""
     v = model.encode_image(batch.images[image : image + 1])

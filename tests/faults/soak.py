@@ -1,0 +1,104 @@
+"""A soak: one run for hours on small data, watched from outside. Memory and speed have to stay flat, nothing may leak.
+
+    python tests/faults/soak.py --minutes 120 --json benchmarks/results/soak.json
+
+Memory is flat when its median over the last fifth of the time is within 5 % of that over the second fifth, speed when
+its median is within 10 %; open files, threads and processes may not be more, but for those of one save.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from campaign import DATA
+from zygote import Trial, configuration, spawn
+
+from mvlm.run_folder import read_metrics
+
+SLACK = 4
+"""Files or threads more than at the start that a save in progress accounts for."""
+
+
+def look(process: int) -> dict[str, float]:
+    """Memory in MB, open files, threads and children of a process now."""
+    folder = Path(f"/proc/{process}")
+    pages = int((folder / "statm").read_text().split()[1])
+    children = [c for t in (folder / "task").iterdir() for c in (t / "children").read_text().split()]
+    return {
+        "time": time.monotonic(),
+        "memory_mb": pages * os.sysconf("SC_PAGE_SIZE") / 1e6,
+        "files": len(list((folder / "fd").iterdir())),
+        "threads": len(list((folder / "task").iterdir())),
+        "children": len(children),
+    }
+
+
+def fifth(values: list[float], number: int) -> float:
+    """The median of the fifth of the values with this number, from 0."""
+    part = values[len(values) * number // 5 : len(values) * (number + 1) // 5]
+    return median(part)
+
+
+def verdicts(looks: list[dict[str, float]], speeds: list[float]) -> dict[str, dict[str, float | bool]]:
+    """For each thing that has to stay as it was: what it was, what it is, and whether that is well."""
+    found: dict[str, dict[str, float | bool]] = {}
+    for name, values, share in (
+        ("memory_mb", [look["memory_mb"] for look in looks], 0.05),
+        ("pairs_per_s", speeds, 0.10),
+    ):
+        before, after = fifth(values, 1), fifth(values, 4)
+        found[name] = {"before": round(before, 2), "after": round(after, 2), "well": abs(after / before - 1) <= share}
+    for name in ("files", "threads", "children"):
+        values = [look[name] for look in looks]
+        before, after = fifth(values, 1), fifth(values, 4)
+        found[name] = {"before": before, "after": after, "well": after <= before + SLACK}
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=120.0)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="mvlm-soak-") as folder:
+        data, out = Path(folder) / "data", Path(folder) / "run"
+        shutil.copytree(DATA, data)
+        for index in data.glob("*.idx"):
+            os.utime(index)
+        config = configuration(
+            data, out, max_steps=10**8, checkpoint_every_steps=200, eval_every_steps=500, log_every=10
+        )
+        # If this process is killed, the run ends on its own.
+        alarm = partial(signal.alarm, int(60 * arguments.minutes) + 600)
+        process = spawn(Trial(config, Path(folder) / "log", before=alarm))
+        looks, until = [], time.monotonic() + 60 * arguments.minutes
+        while time.monotonic() < until:
+            time.sleep(min(5.0, 60 * arguments.minutes / 60))
+            looks.append(look(process))
+        os.kill(process, signal.SIGTERM)
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        rows = read_metrics(out / "metrics.jsonl")
+        if code:
+            print((Path(folder) / "log").read_text()[-2000:])
+    found = verdicts(looks, [row["pairs_per_s"] for row in rows])
+    for name, row in found.items():
+        print(f"{name:<14}{row['before']:>12}{row['after']:>12}  {'well' if row['well'] else 'NOT WELL'}")
+    print(f"{rows[-1]['step']} steps in {arguments.minutes:g} minutes; SIGTERM ended the run with {code}")
+    if arguments.json:
+        figures = {"minutes": arguments.minutes, "steps": rows[-1]["step"], "exit_code": code, "rows": found}
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+    sys.exit(0 if code == 0 and all(row["well"] for row in found.values()) else 1)
+
+
+if __name__ == "__main__":
+    main()
