@@ -1,0 +1,56 @@
+"""Where lines go besides metrics.jsonl: services, stood in for by modules that write down what they are told."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvlm import monitor
+from mvlm.errors import ConfigError
+from mvlm.monitor import Outputs
+from mvlm.run_folder import read_metrics
+
+ROW = {"step": 3, "pairs_seen": 24, "loss": 1.5, "itc": None, "skipped": 0}
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_service_gets_the_configuration_and_the_numbers(toys, tmp_path, monkeypatch, without_tensorboard, name):
+    begun, told, ended = [], [], []
+    service = SimpleNamespace(
+        init=lambda **words: begun.append(words),
+        log=lambda numbers, step: told.append((numbers, step)),
+        finish=lambda: ended.append(True),
+    )
+    monkeypatch.setitem(sys.modules, name, service)
+    config = toys.pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
+    config.out.mkdir()
+    with Outputs(config, 0) as outputs:
+        outputs.write(ROW)
+    assert (begun[0]["project"], begun[0]["name"]) == ("mvlm", "run")
+    assert begun[0]["config"]["batch_size"] == 8
+    assert told == [({"loss": 1.5, "skipped": 0}, 3)]
+    assert ended == [True]
+    assert read_metrics(config.out / "metrics.jsonl") == [ROW]
+
+
+def test_a_service_that_is_not_installed_is_named_before_anything_is_written(toys, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    config = toys.pretrain_config(tmp_path / "data", tmp_path / "run", trackio=True)
+    with pytest.raises(ConfigError, match="--trackio: wanted the package trackio, which is not installed; pip install"):
+        Outputs(config, 0)
+    assert not config.out.exists()
+
+
+def test_a_strip_is_a_picture_in_the_run_folder_and_on_the_board(toys, tmp_path, monkeypatch):
+    shown = []
+    board = SimpleNamespace(add_image=lambda *words, **_: shown.append(words[2]), close=lambda: None)
+    monkeypatch.setattr(monitor, "SummaryWriter", lambda *_, **__: board)
+    config = toys.pretrain_config(tmp_path / "data", tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    with Outputs(config, 0) as outputs:
+        outputs.picture(pixels, 7)
+    with Image.open(tmp_path / "strips/step_00000007.png") as file:
+        assert (np.array(file) == pixels).all()
+    assert shown == [7]
