@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -131,6 +131,7 @@ class Run:
         saved_at = evaluated_at = time.monotonic()
         with (
             outputs or nullcontext(),
+            closing(self.loader),
             self.saver,
             self.watchdog,
             StopRequest(config.preemption_file) as stop,
@@ -208,6 +209,7 @@ class Run:
             self.world,
             seed=config.seed,
             step=self.step,
+            plan=config.plan,
             reconstruction_only=self.step < config.reconstruction_first,
             local_negatives=config.local_negatives,
             autocast=partial(autocast, self.device, config.precision),

@@ -144,14 +144,15 @@ def at_step(step: int, action: Callable[[], None]) -> None:
 
 def in_data(step: int, action: Callable[[], None]) -> None:
     """Do `action` where the loader is asked for the batch of the step with this number."""
-    next_batch = Loader._next_batch
+    iterate = Loader.__iter__
 
     def acting(loader: Loader) -> Any:
-        if loader.step + 1 == step:
-            action()
-        return next_batch(loader)
+        for batch in iterate(loader):
+            if loader.step == step:
+                action()
+            yield batch
 
-    Loader._next_batch = acting  # pyright: ignore[reportAttributeAccessIssue]
+    Loader.__iter__ = acting  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def in_save(operation: int, action: Callable[[], None]) -> None:
