@@ -76,7 +76,10 @@ def open_inputs(config: PretrainConfig) -> tuple[Dataset, Dataset | None, Tokeni
     evaluates = config.eval_every_steps or config.eval_every_minutes
     validation = open_dataset(config.data, "validation") if evaluates else None
     tokenizer = choose_tokenizer(config, dataset)
-    return dataset, validation, tokenizer, replace(config, model=fit_to_tokenizer(config, tokenizer))
+    config = replace(config, model=fit_to_tokenizer(config, tokenizer))
+    if (config.image_weights or config.text_weights) and not (config.out / "config.json").exists():
+        make_model(config, fresh=True)  # weights that do not fit are told of before there is a folder
+    return dataset, validation, tokenizer, config
 
 
 def start_run(config: PretrainConfig, world: World, dataset: Dataset, tokenizer: Tokenizer, checkpoint: str) -> "Run":
