@@ -23,8 +23,10 @@ demo: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm report $(RUN)
 	@echo "Open $(RUN)/report.html in a browser."
 
+# One process a core, a file of tests to each; more processes than that only wait for one another.
+JOBS ?= 2
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # Writers of shards, killed at 50 moments; `make test` has ten.
 faults-data: $(VENV)/.installed

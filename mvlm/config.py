@@ -187,6 +187,14 @@ class PretrainConfig:
     """Largest gradient norm over all parameters."""
     crop_scale: tuple[float, float]
     """Share of the picture's area that a random crop keeps, smallest and largest."""
+    flip: float = 0.0
+    """Probability of a mirror image: captions say left and right, so none by default."""
+    color_jitter: float = 0.0
+    """Brightness, contrast and colour are each multiplied by a number from 1 - this to 1 + this."""
+    randaugment: int = 0
+    """RandAugment operations a picture."""
+    randaugment_magnitude: int = 9
+    """Their magnitude, 0 to 30."""
     tokenizer: Path | None = None
     """A tokenizer.json; without it the data set's own, or a BPE trained on the training captions."""
     image_weights: Path | None = None
@@ -259,6 +267,9 @@ class PretrainConfig:
             raise ConfigError(f"stall_minutes must be above 0, got {self.stall_minutes}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ConfigError(f"crop_scale must be 0 < smallest <= largest <= 1, got {self.crop_scale}")
+        for name, most in (("flip", 1), ("color_jitter", 1), ("randaugment", 14), ("randaugment_magnitude", 30)):
+            if not 0 <= getattr(self, name) <= most:
+                raise ConfigError(f"{name} must be in [0, {most}], got {getattr(self, name)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
@@ -294,6 +305,7 @@ def pretrain_defaults(preset: str, data: Path, out: Path) -> PretrainConfig:
         lr_pixels=3e-4,
         warmup_steps=5_000,
         crop_scale=(0.2, 1.0),
+        randaugment=2,
         model=model,
     )
 

@@ -8,12 +8,14 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from mvlm import backends
 from mvlm.config import PretrainConfig
+from mvlm.device import choose_device, has_fast_bf16
 from mvlm.distributed import World
 from mvlm.errors import ConfigError
 from mvlm.model import PIXEL_MODULES, MaskVLM
 from mvlm.weights import load_image_weights, load_text_weights
-from mvlm_dataloading import DataError, Dataset, Loader, Tokenizer, load_tokenizer, tokenizer_for
+from mvlm_dataloading import Augment, DataError, Dataset, Loader, Tokenizer, load_tokenizer, tokenizer_for
 
 
 def choose_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
@@ -63,12 +65,27 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
         image_mask_ratio=model.image_mask_ratio,
         text_mask_ratio=model.text_mask_ratio,
         crop_scale=config.crop_scale,
+        augment=Augment(
+            flip=config.flip,
+            jitter=config.color_jitter,
+            operations=config.randaugment,
+            magnitude=config.randaugment_magnitude,
+        ),
     )
+
+
+def check_attention(config: PretrainConfig) -> None:
+    """ConfigError for an attention backend that cannot run here."""
+    device = choose_device(config.device)
+    half = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
+    dtype = torch.bfloat16 if half else torch.float32
+    backends.choices(config.model, device, dtype, config.self_attention, config.cross_attention)
 
 
 def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
     """The model; a fresh one with its first weights, those of its encoders from the files that are given."""
     model = MaskVLM(config.model)
+    model.set_attention(config.self_attention, config.cross_attention)
     if fresh and config.image_weights is not None:
         load_image_weights(model, config.image_weights)
     if fresh and config.text_weights is not None:

@@ -27,6 +27,7 @@ from mvlm.objectives import Losses
 from mvlm.parallel import Parallel, checkpoint_activations, parallelize, whole_model
 from mvlm.recipe import (
     WeightAverage,
+    check_attention,
     choose_tokenizer,
     fit_to_tokenizer,
     learning_rate_factor,
@@ -77,6 +78,7 @@ def open_inputs(config: PretrainConfig) -> tuple[Dataset, Dataset | None, Tokeni
     validation = open_dataset(config.data, "validation") if evaluates else None
     tokenizer = choose_tokenizer(config, dataset)
     config = replace(config, model=fit_to_tokenizer(config, tokenizer))
+    check_attention(config)
     if (config.image_weights or config.text_weights) and not (config.out / "config.json").exists():
         make_model(config, fresh=True)  # weights that do not fit are told of before there is a folder
     return dataset, validation, tokenizer, config

@@ -27,6 +27,8 @@ def test_a_machine_that_is_well(small, scenes, tmp_path):
     assert "torch 2." in found["packages"].text
     assert "DALI 2." in found["packages"].text
     assert found["cross_attention"].text == "torch: the tensors are on the CPU"
+    assert found["image attention"].text.startswith(("products (not triton: the ten", "sdpa (not triton: the ten"))
+    assert "not flash-attn: the tensors are on cpu, not on a GPU" in found["text attention"].text
     assert found["shards"].text.startswith("32 train, 8 validation pairs")
     assert re.search(r"at 8 pairs$", found["memory"].text)
     words = re.match(r"loader alone (\d+) pairs/s, model alone (\d+) .* about ([\d.]+) h", found["speed"].text)

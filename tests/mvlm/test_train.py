@@ -500,3 +500,25 @@ def test_too_many_of_them_stop_the_run(toys, tmp_path, without_tensorboard):
     config = toys.pretrain_config(data, tmp_path / "run", max_steps=6)
     with pytest.raises(DataError, match="wanted at most 5% undecodable images, found 3 of 40"):
         pretrain(config)
+
+
+def test_an_attention_backend_that_cannot_run_here_leaves_no_folder(toys, scenes, tmp_path):
+    config = toys.pretrain_config(scenes, tmp_path / "run", cross_attention="triton", self_attention="flash-attn")
+    with pytest.raises(ConfigError, match=r"attention backend flash-attn: .*here can run: sdpa, products"):
+        pretrain(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_augmentations_reach_the_loader(toys, scenes, tmp_path):
+    """The same run but for one setting sees other pixels; what it is not told of stays as it was."""
+    seen = {}
+    for name, changes in {"none": {}, "flip": {"flip": 1.0}, "randaugment": {"randaugment": 2}}.items():
+        config = toys.pretrain_config(scenes, tmp_path / name, **changes)
+        dataset = open_dataset(scenes, "train")
+        batch, masks = next(iter(make_loader(dataset, tokenizer_for(dataset, 300), config, ALONE)))
+        seen[name] = batch.images, batch.tokens, masks.patch_ids
+    whole, flipped, altered = (seen[name][0] for name in ("none", "flip", "randaugment"))
+    assert flipped.equal(whole.flip(-1))
+    assert not altered.equal(whole)
+    for name in ("flip", "randaugment"):
+        assert all(a.equal(b) for a, b in zip(seen[name][1:], seen["none"][1:], strict=True))
