@@ -12,18 +12,17 @@ Shape legend: B sequences, R query sequences, Lq queries, Lk keys, T packed rows
 """
 
 from importlib.util import find_spec
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvlm.config import CrossBackend, MaskVLMConfig, SelfBackend
 from mvlm.errors import ConfigError
 from mvlm.packing import Packing
 from mvlm_kernels import cross_attention, dispatch
 
-SelfBackend = Literal["auto", "triton", "sdpa", "flash-attn", "xformers", "products"]
-CrossBackend = Literal["auto", "triton", "sdpa", "products"]
 SHORT = 128
 """Rows of the shorter side up to which the kernels work."""
 KERNEL_WIDTHS = (32, 64, 80, 96, 128)
@@ -62,6 +61,20 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype, width: int, sh
     if device.type == "cuda":
         return Choice("triton" if text and "triton" not in reasons else "sdpa", reasons)
     return Choice("products" if dtype == torch.bfloat16 else "sdpa", reasons)
+
+
+def choices(
+    config: MaskVLMConfig, device: torch.device, dtype: torch.dtype, own: str = "auto", cross: str = "auto"
+) -> dict[str, Choice]:
+    """What a model of these sizes takes for "image" self-attention and where "text" is on one side.
+
+    ConfigError where `own` or `cross`, what is wanted for each, cannot run.
+    """
+    width, rows = config.width // config.heads, 1 + config.num_patches
+    return {
+        "image": choose(own, device, dtype, width, rows, text=False),
+        "text": choose(cross, device, dtype, width, min(rows, config.text_length), text=True),
+    }
 
 
 def _reasons(device: torch.device, dtype: torch.dtype, width: int, shorter: int, text: bool) -> dict[str, str]:

@@ -10,6 +10,9 @@ from mvlm.errors import ConfigError, RunError
 
 FORMAT_VERSION = 2  # of config.json
 PRESETS = ("tiny", "small", "base")
+SelfBackend = Literal["auto", "triton", "sdpa", "flash-attn", "xformers", "products"]
+CrossBackend = Literal["auto", "triton", "sdpa", "products"]
+"""What computes attention of images alone, and attention with text on one side; mvlm/backends.py has the rule."""
 SIZES = (
     "image_size",
     "patch_size",
@@ -192,6 +195,12 @@ class PretrainConfig:
     """The same with a RoBERTa or BERT of transformers for the text encoder; `tokenizer` has to be its own."""
     seed: int = 0
     """Weights, order, crops, masks and negatives follow from it."""
+    plan: Literal["fast", "plain"] = "fast"
+    """How a step is computed, not what: `plain` is the specification, `fast` leaves out what nobody reads."""
+    self_attention: SelfBackend = "auto"
+    """What the fast plan computes self-attention of images with; `mvlm doctor` says what auto takes here, and why."""
+    cross_attention: CrossBackend = "auto"
+    """The same where text is on one side: in cross-attention, and in the text encoder."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast where the processor computes in bf16, else fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from mvlm.config import PretrainConfig, pretrain_defaults
+from mvlm import backends
+from mvlm.config import MaskVLMConfig, PretrainConfig, pretrain_defaults
 from mvlm.device import autocast, choose_device, has_fast_bf16
 from mvlm.distributed import World
 from mvlm.errors import ConfigError, RunError
@@ -39,6 +40,7 @@ def examine(preset: str, data: Path | None, out: Path, batch_size: int | None, d
     chosen = choose_device(device)
     yield from graphics(chosen)
     yield from kernels(chosen)
+    yield from attention(MaskVLMConfig.preset(preset), chosen)
     yield disk(out)
     if data is None:
         yield Finding("amber", "shards", "not looked at: --data FOLDER adds them, and memory and speed")
@@ -127,6 +129,14 @@ def kernels(device: torch.device) -> Iterator[Finding]:
             continue
         state = "green" if told.backend == "triton" or device.type == "cpu" else "amber"
         yield Finding(state, op.__name__, f"{told.backend}: {'; '.join(told.reasons)}")
+
+
+def attention(config: MaskVLMConfig, device: torch.device) -> Iterator[Finding]:
+    """What `auto` computes attention with in this model, and why nothing else."""
+    dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    for name, choice in backends.choices(config, device, dtype).items():
+        against = "; ".join(f"not {other}: {reason}" for other, reason in choice.reasons.items())
+        yield Finding("green", f"{name} attention", f"{choice.backend}" + (f" ({against})" if against else ""))
 
 
 def disk(out: Path) -> Finding:

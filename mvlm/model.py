@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from mvlm import fast, objectives, plain
 from mvlm.attention import Attention
-from mvlm.backends import CrossBackend, SelfBackend
-from mvlm.config import MaskVLMConfig
+from mvlm.config import CrossBackend, MaskVLMConfig, SelfBackend
 from mvlm.crossmodal import CrossEncoder
 from mvlm.encoders import ImageEncoder, PackedText, TextEncoder, padded_places, patchify
 from mvlm.hub import HubMixin

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -76,7 +76,10 @@ def open_inputs(config: PretrainConfig) -> tuple[Dataset, Dataset | None, Tokeni
     evaluates = config.eval_every_steps or config.eval_every_minutes
     validation = open_dataset(config.data, "validation") if evaluates else None
     tokenizer = choose_tokenizer(config, dataset)
-    return dataset, validation, tokenizer, replace(config, model=fit_to_tokenizer(config, tokenizer))
+    config = replace(config, model=fit_to_tokenizer(config, tokenizer))
+    if (config.image_weights or config.text_weights) and not (config.out / "config.json").exists():
+        make_model(config, fresh=True)  # weights that do not fit are told of before there is a folder
+    return dataset, validation, tokenizer, config
 
 
 def start_run(config: PretrainConfig, world: World, dataset: Dataset, tokenizer: Tokenizer, checkpoint: str) -> "Run":
@@ -131,6 +134,7 @@ class Run:
         saved_at = evaluated_at = time.monotonic()
         with (
             outputs or nullcontext(),
+            closing(self.loader),
             self.saver,
             self.watchdog,
             StopRequest(config.preemption_file) as stop,
@@ -208,6 +212,7 @@ class Run:
             self.world,
             seed=config.seed,
             step=self.step,
+            plan=config.plan,
             reconstruction_only=self.step < config.reconstruction_first,
             local_negatives=config.local_negatives,
             autocast=partial(autocast, self.device, config.precision),

@@ -240,7 +240,7 @@ def _read_index(tar: Path, path: Path, shard: dict[str, Any], *, local: bool) ->
     if local and path.stat().st_mtime_ns < tar.stat().st_mtime_ns:
         raise DataError(f"{path}: wanted an index at least as new as {tar.name}, found an older one; {hint}")
     text = path.read_bytes()
-    if "index" in shard and hashlib.sha256(text).hexdigest() != shard["index_sha256"]:
+    if "index_sha256" in shard and hashlib.sha256(text).hexdigest() != shard["index_sha256"]:
         raise DataError(f"{path}: wanted the index that dataset.json names, found another; {hint}")
     head, lines = head_of(text)
     if head.split() != ["v1.2", str(lines)] or lines != samples:

@@ -7,6 +7,7 @@ Shape legend: S image side, H and W of a window.
 """
 
 import functools
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +22,10 @@ UInt8 = NDArray[np.uint8]
 def _threads(count: int) -> ThreadPoolExecutor:
     """One pool for all graphs: a new graph begins every some thousand samples."""
     return ThreadPoolExecutor(count, thread_name_prefix="mvlm-resize")
+
+
+# A forked process has none of its parent's threads, and would wait for them for ever.
+os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 class Resize:

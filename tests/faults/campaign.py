@@ -181,11 +181,12 @@ def damaged(campaign: Campaign, out: Path, draw: random.Random, how: str) -> str
     """The newest checkpoint, or both, are damaged while the run is down: the older one is used, or one clear error."""
     campaign.run(out, before={0: partial(zygote.at_step, draw.randint(10, STEPS), zygote.kill())})
     folders = checkpoints(out / "checkpoints")
-    require(len(folders) == 2, f"wanted two checkpoints, found {len(folders)}")
-    files = sorted(str(p.relative_to(folders[1])) for p in folders[1].rglob("*.*") if p.is_file())
+    # Three, where the kill fell between the rename of the newest and the removal of the oldest.
+    require(len(folders) in (2, 3), f"wanted two or three checkpoints, found {len(folders)}")
+    files = sorted(str(p.relative_to(folders[-1])) for p in folders[-1].rglob("*.*") if p.is_file())
     name = draw.choice(files)
-    both = draw.random() < 0.2
-    for folder in folders if both else folders[1:]:
+    both = draw.random() < 0.2  # or all three
+    for folder in folders if both else folders[-1:]:
         content = bytearray((folder / name).read_bytes())
         place = draw.randrange(len(content))
         if how == "bit flip":

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mvlm import cli, objectives, saver
+from mvlm import cli, fast, saver
 from mvlm.config import MaskVLMConfig, PretrainConfig
 from mvlm.train import Run, pretrain
 from mvlm_dataloading.loader import Loader
@@ -144,14 +144,15 @@ def at_step(step: int, action: Callable[[], None]) -> None:
 
 def in_data(step: int, action: Callable[[], None]) -> None:
     """Do `action` where the loader is asked for the batch of the step with this number."""
-    next_batch = Loader._next_batch
+    iterate = Loader.__iter__
 
     def acting(loader: Loader) -> Any:
-        if loader.step + 1 == step:
-            action()
-        return next_batch(loader)
+        for batch in iterate(loader):
+            if loader.step == step:
+                action()
+            yield batch
 
-    Loader._next_batch = acting  # pyright: ignore[reportAttributeAccessIssue]
+    Loader.__iter__ = acting  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def in_save(operation: int, action: Callable[[], None]) -> None:
@@ -187,10 +188,10 @@ def stall() -> None:
 
 def poison(step: int, steps: int) -> None:
     """The masked-image loss is NaN at this step and the following ones, `steps` in all."""
-    loss, calls = objectives.masked_image_loss, [0]
+    loss, calls = fast.linear_pixel_loss, [0]
 
-    def broken(*inputs: Any) -> Any:
+    def broken(*inputs: Any, **settings: Any) -> Any:
         calls[0] += 1
-        return loss(*inputs) * (math.nan if step <= calls[0] < step + steps else 1.0)
+        return loss(*inputs, **settings) * (math.nan if step <= calls[0] < step + steps else 1.0)
 
-    objectives.masked_image_loss = broken
+    fast.linear_pixel_loss = broken

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from mvlm import objectives, train
+from mvlm import fast, objectives, train
 from mvlm.checkpoint import load_model, verify_checkpoint
 from mvlm.distributed import World
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
@@ -128,7 +128,7 @@ def test_a_step_is_what_adamw_does_with_the_gradient_of_the_total(toys, start):
     before = {name: p.detach().double().numpy().copy() for name, p in run.model.named_parameters()}
     batch, masks = next(iter(make_loader(run.loader.dataset, run.tokenizer, run.config, ALONE)))
     twin = toys.model(dtype=torch.float32)
-    twin(batch, masks, seed=0, step=0).total.backward()
+    twin(batch, masks, seed=0, step=0, plan=run.config.plan).total.backward()
     gradients = {name: p.grad.double().numpy() for name, p in twin.named_parameters() if p.grad is not None}
     norm = math.sqrt(sum((g**2).sum() for g in gradients.values()))
     assert norm > 0.5
@@ -161,7 +161,7 @@ def test_the_model_is_told_seed_and_step(start, monkeypatch):
     monkeypatch.setattr(run.model, "forward", listen)
     for _ in range(3):
         run.one_step(batches)
-    assert told == [{"seed": 7, "step": step, "reconstruction_only": step < 2, "plan": "plain"} for step in range(3)]
+    assert told == [{"seed": 7, "step": step, "reconstruction_only": step < 2, "plan": "fast"} for step in range(3)]
 
 
 @pytest.mark.parametrize("limit", [1e-3, 1e3])
@@ -191,21 +191,21 @@ def test_the_temperature_is_clamped_after_each_step(start, value, end):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(
-    "term, function",
+    "term, module, function",
     [
-        ("mlm", "masked_language_loss"),
-        ("mim", "masked_image_loss"),
-        ("itc", "contrastive_loss"),
-        ("itm", "matching_loss"),
+        ("mlm", fast, "linear_cross_entropy"),
+        ("mim", fast, "linear_pixel_loss"),
+        ("itc", objectives, "contrastive_loss"),
+        ("itm", objectives, "matching_loss"),
     ],
 )
-def test_a_loss_that_is_not_finite_stops_before_the_update(start, monkeypatch, term, function, value):
+def test_a_loss_that_is_not_finite_stops_before_the_update(start, monkeypatch, term, module, function, value):
     run, batches = start(max_bad_steps=0)
     run.one_step(batches)
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     moments = [{k: v.clone() for k, v in state.items()} for state in run.optimizer.state.values()]
-    loss = getattr(objectives, function)
-    monkeypatch.setattr(objectives, function, lambda *inputs: loss(*inputs) + value)
+    loss = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda *inputs, **settings: loss(*inputs, **settings) + value)
     run.one_step(batches)
     with pytest.raises(NonFiniteLossError, match=rf"^step 2: {term} is {value}; the update was not made "):
         run.check(run.numbers)
@@ -236,13 +236,13 @@ def test_a_gradient_that_is_not_finite_stops_too(start):
 
 def test_a_run_that_stops_keeps_what_it_had(toys, scenes, tmp_path, monkeypatch, without_tensorboard):
     config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=6, checkpoint_every_steps=2, max_bad_steps=0)
-    loss, calls = objectives.masked_image_loss, []
+    loss, calls = fast.linear_pixel_loss, []
 
-    def broken(*inputs):
+    def broken(*inputs, **settings):
         calls.append(1)
-        return loss(*inputs) * (math.nan if len(calls) == 4 else 1)
+        return loss(*inputs, **settings) * (math.nan if len(calls) == 4 else 1)
 
-    monkeypatch.setattr(objectives, "masked_image_loss", broken)
+    monkeypatch.setattr(fast, "linear_pixel_loss", broken)
     with pytest.raises(NonFiniteLossError, match=r"^step 4: mim is nan"):
         pretrain(config)
     assert [row["step"] for row in read_metrics(config.out / "metrics.jsonl")] == [1, 2, 3]
