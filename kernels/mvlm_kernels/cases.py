@@ -4,17 +4,14 @@ A case knows its op, the usual torch composition, and by arithmetic the fewest b
 of each pass. Images of 224 px in patches of 16, 116 of 196 masked, bfloat16 unless it says otherwise.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mvlm_kernels import configs
+from mvlm_kernels import pixel_cases
+from mvlm_kernels.case import WIDTH, Case, Sizes, patch_ids
 from mvlm_kernels.cross_attention import cross_attention
-from mvlm_kernels.patch_gather import gather_patches
-from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
 from mvlm_kernels.place_tokens import place_tokens
 
 
@@ -36,179 +33,6 @@ GPUS = {
     ),
 }
 
-Sizes = dict[str, int]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One op at one shape. ``run(sizes, device)`` returns inputs that get gradients, and a function of them; ``usual``
-    the same in plain torch. Both passes' minimum in bytes and floating-point operations are functions of the sizes."""
-
-    op: str
-    shape: str
-    sizes: Sizes
-    samples: dict[str, tuple[int, int]]
-    run: Callable[[Sizes, str], tuple[list[Tensor], Callable[..., Tensor]]]
-    usual: Callable[[Sizes, str], tuple[list[Tensor], Callable[..., Tensor]]]
-    minimum: Callable[[Sizes], tuple[int, int]]
-    flops: Callable[[Sizes], tuple[int, int]] = lambda sizes: (0, 0)
-    moved: Callable[[Sizes], tuple[int, int]] | None = None
-
-
-CHANNELS, PATCH, SIDE, PATCHES, MASKED, WIDTH = 3, 16, 224, 196, 116, 768
-FEATURES = CHANNELS * PATCH * PATCH
-
-
-def _ids(batch: int, count: int, device: str, patches: int = PATCHES) -> Tensor:
-    # Which patches they are moves no bytes; that they are distinct does.
-    return (
-        torch.arange(count, dtype=torch.int32, device=device)
-        .mul(5)
-        .remainder(patches)
-        .expand(batch, count)
-        .contiguous()
-    )
-
-
-def _images(batch: int, device: str, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(batch, CHANNELS, SIDE, SIDE, dtype=dtype, device=device)
-
-
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-
-
-def _usual_patches(images: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normalise, patchify, gather, as the MAE family does."""
-    shape = (1, CHANNELS, 1, 1)
-    mean = torch.zeros(shape, device=images.device, dtype=dtype)
-    x = images.to(dtype)
-    if images.dtype == torch.uint8:
-        x = x / 255
-    x = (x - mean) / (mean + 1)
-    grid = SIDE // PATCH
-    x = x.reshape(-1, CHANNELS, grid, PATCH, grid, PATCH).permute(0, 2, 4, 1, 3, 5).reshape(-1, PATCHES, FEATURES)
-    return x.gather(1, ids.long()[:, :, None].expand(-1, -1, FEATURES))
-
-
-def _gather(dtype: torch.dtype) -> Case:
-    floating = dtype != torch.uint8
-
-    def inputs(sizes: Sizes, device: str) -> tuple[list[Tensor], Tensor, Tensor]:
-        images, ids = _images(sizes["B"], device, dtype), _ids(sizes["B"], MASKED, device)
-        return ([images.requires_grad_()] if floating else []), images, ids
-
-    def run(sizes: Sizes, device: str):
-        leaves, images, ids = inputs(sizes, device)
-        return leaves, lambda *_: gather_patches(images, ids, PATCH, mean=MEAN, std=STD, dtype=torch.bfloat16)
-
-    def usual(sizes: Sizes, device: str):
-        leaves, images, ids = inputs(sizes, device)
-        return leaves, lambda *_: _usual_patches(images, ids, torch.bfloat16)
-
-    def minimum(sizes: Sizes) -> tuple[int, int]:
-        ids, out = MASKED * 4, MASKED * FEATURES * 2
-        read = MASKED * FEATURES * dtype.itemsize
-        backward = out + ids + PATCHES * FEATURES * dtype.itemsize if floating else 0
-        return sizes["B"] * (read + ids + out), sizes["B"] * backward
-
-    name = f"B256 3x224x224 p16, 116 of 196, {str(dtype).removeprefix('torch.')} -> bfloat16"
-    return Case("gather_patches", name, {"B": 256}, {"B": (1, 2)}, run, usual, minimum)
-
-
-def _masked(kind: str, normalize: bool) -> Case:
-    def inputs(sizes: Sizes, device: str):
-        pred = torch.zeros(sizes["B"], MASKED, FEATURES, dtype=torch.bfloat16, device=device, requires_grad=True)
-        return pred, _images(sizes["B"], device, torch.uint8), _ids(sizes["B"], MASKED, device)
-
-    def run(sizes: Sizes, device: str):
-        pred, images, ids = inputs(sizes, device)
-        options: Any = {"mean": MEAN, "std": STD, "kind": kind, "normalize_target": normalize}
-        return [pred], lambda pred: masked_pixel_loss(pred, images, ids, PATCH, **options)
-
-    def usual(sizes: Sizes, device: str):
-        pred, images, ids = inputs(sizes, device)
-        return [pred], lambda pred: _usual_loss(pred, images, ids, kind, normalize)
-
-    def minimum(sizes: Sizes) -> tuple[int, int]:
-        pixels = sizes["B"] * MASKED * FEATURES
-        slope = pixels if kind == "l1" else 2 * pixels
-        return 2 * pixels + pixels + slope + sizes["B"] * MASKED * 4 + 4, slope + 4 + 2 * pixels
-
-    name = f"B256 116 patches of 768, {kind}{', normalised' if normalize else ''}, uint8 images"
-    return Case("masked_pixel_loss", name, {"B": 256}, {"B": (1, 2)}, run, usual, minimum)
-
-
-def _usual_loss(pred: Tensor, images: Tensor, ids: Tensor, kind: str, normalize: bool) -> Tensor:
-    target = _usual_patches(images, ids, torch.float32)
-    if normalize:
-        target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
-    functional = torch.nn.functional
-    loss = {"l1": functional.l1_loss, "mse": functional.mse_loss, "smooth_l1": functional.smooth_l1_loss}[kind]
-    return loss(pred.float(), target)
-
-
-def _linear(kind: str) -> Case:
-    def inputs(sizes: Sizes, device: str):
-        bf16: Any = {"dtype": torch.bfloat16, "device": device, "requires_grad": True}
-        leaves = [torch.zeros(sizes["B"], MASKED, WIDTH, **bf16), torch.zeros(FEATURES, WIDTH, **bf16)]
-        leaves.append(torch.zeros(FEATURES, **bf16))
-        return leaves, _images(sizes["B"], device, torch.uint8), _ids(sizes["B"], MASKED, device)
-
-    def run(sizes: Sizes, device: str):
-        leaves, images, ids = inputs(sizes, device)
-        return leaves, lambda h, w, b: linear_pixel_loss(h, w, b, images, ids, PATCH, mean=MEAN, std=STD, kind=kind)  # pyright: ignore
-
-    def usual(sizes: Sizes, device: str):
-        leaves, images, ids = inputs(sizes, device)
-        linear = torch.nn.functional.linear
-        return leaves, lambda h, w, b: _usual_loss(linear(h, w, b), images, ids, kind, False)
-
-    def minimum(sizes: Sizes) -> tuple[int, int]:
-        rows = sizes["B"] * MASKED
-        parameters = 2 * FEATURES * (WIDTH + 1)
-        slope = rows * FEATURES * (1 if kind == "l1" else 2)
-        hidden = 2 * rows * WIDTH
-        forward = hidden + parameters + rows * FEATURES + 4 * rows + slope + 4
-        return forward, slope + 4 + 2 * hidden + 2 * parameters - 2 * FEATURES
-
-    def flops(sizes: Sizes) -> tuple[int, int]:
-        product = 2 * sizes["B"] * MASKED * FEATURES * WIDTH
-        return product, 2 * product
-
-    def implied(sizes: Sizes) -> tuple[int, int]:
-        return linear_tiling_bytes(sizes["B"] * MASKED, FEATURES, WIDTH, kind)
-
-    name = f"B256 116 rows of 768 -> 768, {kind}, uint8 images"
-    return Case("linear_pixel_loss", name, {"B": 256}, {"B": (1, 2)}, run, usual, minimum, flops, implied)
-
-
-def linear_tiling_bytes(rows: int, features: int, width: int, kind: str, arch: int = 80) -> tuple[int, int]:
-    """(forward, backward) bytes that the tiling of ``linear_pixel_loss`` implies for bfloat16 operands, uint8 images,
-    a mean loss and all three gradients."""
-    from mvlm_kernels.pixel_loss.linear import parts_of
-
-    def tile(kernel: str) -> tuple[int, int, int]:
-        found = configs.lookup("linear_pixel_loss", arch, f"{kernel}/16")
-        return found["BLOCK_M"], found["BLOCK_F"], found["BLOCK_D"]
-
-    def tiles(n: int, block: int) -> int:
-        return -(-n // block)
-
-    slope = rows * features * (1 if kind == "l1" else 2)
-    hidden, weight = 2 * rows * width, 2 * features * width
-    block_m, block_f, _ = tile("forward")
-    across, down = tiles(features, block_f), tiles(rows, block_m)
-    forward = across * (hidden + 4 * rows) + down * (weight + 2 * features)
-    forward += rows * features + slope + 2 * (4 * across * rows) + 4  # pixels, slopes, partial losses twice, the loss
-    block_m, _, block_d = tile("backward_hidden")
-    backward = tiles(width, block_d) * (slope + 4 * tiles(rows, block_m)) + tiles(rows, block_m) * weight + hidden
-    _, block_f, block_d = tile("backward_weight")
-    across, down = tiles(width, block_d), tiles(features, block_f)
-    parts = parts_of(rows, across * down)
-    backward += across * slope + down * hidden
-    backward += 2 * 4 * parts * features * (width + 1) + weight + 2 * features  # partials twice, the two gradients
-    return forward, backward
-
 
 def _place(mode: str) -> Case:
     def inputs(sizes: Sizes, device: str):
@@ -223,7 +47,7 @@ def _place(mode: str) -> Case:
             torch.zeros(WIDTH, **bf16),
         ]
         masked = (torch.arange(batch, device=device)[:, None] + torch.arange(patches, device=device)) % 2 == 0
-        return leaves, masked, _ids(batch, patches // 4, device, patches)
+        return leaves, masked, patch_ids(batch, patches // 4, device, patches)
 
     def run(sizes: Sizes, device: str):
         leaves, masked, ids = inputs(sizes, device)
@@ -298,12 +122,12 @@ def cases() -> list[Case]:
     return [
         _attention(197, 32),
         _attention(32, 197),
-        _gather(torch.uint8),
-        _gather(torch.bfloat16),
-        _masked("l1", False),
-        _masked("mse", True),
-        _linear("l1"),
-        _linear("mse"),
+        pixel_cases.gather(torch.uint8),
+        pixel_cases.gather(torch.bfloat16),
+        pixel_cases.masked("l1", False),
+        pixel_cases.masked("mse", True),
+        pixel_cases.linear("l1"),
+        pixel_cases.linear("mse"),
         _place("masked"),
         _place("visible"),
     ]

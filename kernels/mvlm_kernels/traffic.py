@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mvlm_kernels.cases import GPUS, Case, Sizes, cases
+from mvlm_kernels.case import Case, Sizes
+from mvlm_kernels.cases import GPUS, cases
 from mvlm_kernels.dispatch import use_backend
 
 

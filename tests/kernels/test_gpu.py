@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import pixel_loss_checks
 import pytest
 import test_patch_gather
-import test_pixel_loss
 import test_place_tokens as placing
 import torch
 from attention_cases import Case, build, check, moved
@@ -65,17 +65,17 @@ def test_gather_patches(dtype: torch.dtype, layout: str):
         test_patch_gather.check(images, make_ids(2, 4, 6, torch.int32), patch, MEAN[:3], STD[:3], device=DEVICE)
 
 
-@pytest.mark.parametrize("kind", test_pixel_loss.KINDS)
+@pytest.mark.parametrize("kind", pixel_loss_checks.KINDS)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_pixel_losses(kind: str, normalize: bool, reduction: str):
     images, ids = make_images((2, 3, 32, 48), torch.uint8, "channels_last"), make_ids(2, 4, 6)
     options = {"kind": kind, "normalize": normalize, "reduction": reduction, "device": DEVICE}
-    random = test_pixel_loss.random
+    random = pixel_loss_checks.random
     for dtype in HALVES:
-        test_pixel_loss.check_masked(random((2, 4, 768), dtype), images, ids, 16, MEAN[:3], STD[:3], **options)
+        pixel_loss_checks.check_masked(random((2, 4, 768), dtype), images, ids, 16, MEAN[:3], STD[:3], **options)
         hidden, weight, bias = (random(s, dtype, i, 0.05) for i, s in enumerate([(2, 4, 96), (768, 96), (768,)]))
-        test_pixel_loss.check_linear(hidden, weight, bias, images, ids, 16, MEAN[:3], STD[:3], **options)
+        pixel_loss_checks.check_linear(hidden, weight, bias, images, ids, 16, MEAN[:3], STD[:3], **options)
 
 
 @pytest.mark.parametrize("mode", ["all", "masked", "visible"])

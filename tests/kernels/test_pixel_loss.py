@@ -1,114 +1,17 @@
-"""masked_pixel_loss and linear_pixel_loss: interpreted kernels against loops in float64, the op boundary, bad input."""
+"""masked_pixel_loss and linear_pixel_loss: interpreted kernels against loops in float64."""
 
 import importlib
-from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
 from kernel_checks import guarded
-from patch_cases import (
-    LAYOUTS,
-    MEAN,
-    SETTINGS,
-    STD,
-    accurate,
-    assert_caught,
-    losses_oracle,
-    make_ids,
-    make_images,
-    patches_oracle,
-)
+from patch_cases import LAYOUTS, MEAN, SETTINGS, STD, make_ids, make_images
+from pixel_loss_checks import FLOATS, KINDS, check_linear, check_masked, random
 
-from mvlm_kernels import dispatch, explain, use_backend
+from mvlm_kernels import use_backend
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
-
-KINDS = ("l1", "mse", "smooth_l1")
-FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def random(shape, dtype, seed=0, scale=1.0):
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale).to(dtype)
-
-
-def incoming(shape, reduction):
-    """A gradient of the loss that is neither 1 nor the same for all patches."""
-    return torch.tensor(1.7) if reduction == "mean" else random(shape, torch.float32, seed=9)
-
-
-def pred_gradient_oracle(slope, grad, reduction):
-    """(B, K, F) float64 of the predictions."""
-    batch, count, features = slope.shape
-    if reduction == "mean":
-        return slope * float(grad) / max(1, batch * count * features)
-    return slope * grad.double().numpy()[:, :, None] / features
-
-
-def check_masked(
-    pred, images, ids, patch, mean=None, std=None, kind: Any = "l1", normalize=False, reduction: Any = "mean",
-    device="cpu",
-):  # fmt: skip
-    results = {}
-    grad = incoming(pred.shape[:2], reduction)
-    for backend in ("triton", "torch"):
-        at = device if backend == "triton" else "cpu"
-        p = guarded(pred, at).requires_grad_()
-        with use_backend(backend):
-            loss = masked_pixel_loss(
-                p, guarded(images, at), None if ids is None else guarded(ids, at), patch, mean=mean, std=std, kind=kind,
-                normalize_target=normalize, reduction=reduction,
-            )  # fmt: skip
-            loss.backward(grad.to(loss))
-        assert p.grad is not None
-        results[backend] = loss.detach().cpu(), p.grad.cpu()
-    losses, slope = losses_oracle(
-        pred.detach().double().numpy(), patches_oracle(images, ids, patch, mean, std), kind, normalize
-    )
-    wanted = losses.sum() / max(1, losses.size) if reduction == "mean" else losses
-    (loss, p_grad), (torch_loss, torch_grad) = results["triton"], results["torch"]
-    accurate("loss", loss, torch_loss, torch.as_tensor(wanted), 4.0)
-    wanted_grad = torch.from_numpy(pred_gradient_oracle(slope, grad, reduction))
-    # Slopes are differences of numbers of about 4 (a normalised target), scaled by what the loss was divided by.
-    terms = 8.0 * float(grad.abs().max()) / pred.shape[2] if grad.numel() else 0.0
-    accurate("pred gradient", p_grad, torch_grad, wanted_grad, 0 if kind == "l1" else terms)
-
-
-def check_linear(
-    hidden, weight, bias, images, ids, patch, mean=None, std=None, kind: Any = "l1", normalize=False,
-    reduction: Any = "mean", device="cpu",
-):  # fmt: skip
-    results = {}
-    parameters = [hidden, weight] + ([] if bias is None else [bias])
-    grad = incoming(hidden.shape[:2], reduction)
-    for backend in ("triton", "torch"):
-        at = device if backend == "triton" else "cpu"
-        x = [guarded(p, at).requires_grad_() for p in parameters]
-        with use_backend(backend):
-            loss = linear_pixel_loss(
-                x[0], x[1], None if bias is None else x[2], guarded(images, at),
-                None if ids is None else guarded(ids, at), patch, mean=mean, std=std, kind=kind,
-                normalize_target=normalize, reduction=reduction,
-            )  # fmt: skip
-            loss.backward(grad.to(loss))
-        results[backend] = [loss.detach().cpu(), *(p.grad.cpu() for p in x if p.grad is not None)]
-    h, w = hidden.double().numpy(), weight.double().numpy()
-    pred = h @ w.T + (0 if bias is None else bias.double().numpy())
-    losses, slope = losses_oracle(pred, patches_oracle(images, ids, patch, mean, std), kind, normalize)
-    g = pred_gradient_oracle(slope, grad, reduction).reshape(-1, w.shape[0])
-    wanted = [
-        losses.sum() / max(1, losses.size) if reduction == "mean" else losses,
-        (g @ w).reshape(h.shape),
-        g.T @ h.reshape(-1, h.shape[2]),
-        g.sum(axis=0),
-    ]
-    # The loss is in float32 whatever the type of its operands, and it comes out of their products.
-    bounds = [2e-3 if hidden.dtype in (torch.bfloat16, torch.float16) else None, None, None, None]
-    names = "loss", "hidden gradient", "weight gradient", "bias gradient"
-    for name, got, same, want, bound in zip(
-        names, results["triton"], results["torch"], wanted, bounds, strict=bias is not None
-    ):
-        accurate(name, got, same, torch.as_tensor(want), 4.0 if name == "loss" else 0.0, bound)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,8 +44,8 @@ def test_masked_any_shape(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_linear_tiles_and_parts(kind, dtype, monkeypatch):
     """More rows, pixels and width than a tile, none a multiple of it, and the rows summed in several parts."""
-    linear = importlib.import_module("mvlm_kernels.pixel_loss.linear")
-    monkeypatch.setattr(linear, "PARTIAL_ROWS", 30)
+    backward = importlib.import_module("mvlm_kernels.pixel_loss.linear_backward")
+    monkeypatch.setattr(backward, "PARTIAL_ROWS", 30)
     images = make_images((5, 3, 14, 21), torch.uint8, "contiguous")
     ids = make_ids(5, 19, 6)
     hidden, weight, bias = random((5, 19, 67), dtype), random((147, 67), dtype, 1, 0.1), random((147,), dtype, 2)
@@ -257,8 +160,8 @@ def test_a_bad_id_on_a_gpu_reads_nothing_and_is_loud():
 
 
 def test_two_runs_agree_bit_for_bit(monkeypatch):
-    linear = importlib.import_module("mvlm_kernels.pixel_loss.linear")
-    monkeypatch.setattr(linear, "PARTIAL_ROWS", 2)
+    backward = importlib.import_module("mvlm_kernels.pixel_loss.linear_backward")
+    monkeypatch.setattr(backward, "PARTIAL_ROWS", 2)
     images, ids = make_images((2, 3, 4, 4), torch.uint8, "contiguous"), make_ids(2, 4, 4)
     parameters = [random(s, torch.float32, i).requires_grad_() for i, s in enumerate([(2, 4, 9), (12, 9), (12,)])]
     with use_backend("triton"):
@@ -268,152 +171,6 @@ def test_two_runs_agree_bit_for_bit(monkeypatch):
             runs.append((loss, *torch.autograd.grad(loss, parameters)))
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
-
-
-@pytest.mark.plain_empty
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_opcheck(backend):
-    images, ids = make_images((1, 3, 4, 4), torch.uint8, "channels_last"), make_ids(1, 3, 4)
-    pixels = (images, ids, 2, torch.tensor(MEAN[:3]), torch.tensor(STD[:3]))
-    pred = random((1, 3, 12), torch.float32).requires_grad_()
-    parameters = [random(s, torch.float32, i).requires_grad_() for i, s in enumerate([(1, 3, 5), (12, 5), (12,)])]
-    with use_backend(backend):
-        ops = torch.ops.mvlm_kernels
-        torch.library.opcheck(ops.masked_pixel_loss.default, (pred, *pixels, "l1", True, True, True))
-        torch.library.opcheck(ops.linear_pixel_loss.default, (*parameters, *pixels, "mse", False, False, True))
-
-
-@pytest.mark.plain_empty
-def test_compiles_without_a_break_for_any_size():
-    def step(hidden, weight, bias, images, ids):
-        pred = torch.nn.functional.linear(hidden, weight, bias)
-        return masked_pixel_loss(pred, images, ids, 2, mean=MEAN[:3]) + linear_pixel_loss(
-            hidden, weight, bias, images, ids, 2, mean=MEAN[:3], normalize_target=True
-        )
-
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
-    for batch, count in ((2, 3), (3, 4)):
-        images, ids = make_images((batch, 3, 4, 4), torch.uint8, "contiguous"), make_ids(batch, count, 4)
-        parameters = [
-            random(s, torch.float32, i).requires_grad_() for i, s in enumerate([(batch, count, 5), (12, 5), (12,)])
-        ]
-        with use_backend("triton"):
-            hidden, weight, bias = parameters
-            got, want = (f(hidden, weight, bias, images, ids) for f in (compiled, step))
-            torch.testing.assert_close(got, want)
-            grads = [torch.autograd.grad(x, parameters) for x in (got, want)]
-        for a, b in zip(*grads, strict=True):
-            torch.testing.assert_close(a, b)
-
-
-IMAGES, IDS = torch.zeros(2, 3, 4, 6), torch.zeros(2, 1, dtype=torch.int64)
-PRED, HIDDEN, WEIGHT, BIAS = torch.zeros(2, 1, 12), torch.zeros(2, 1, 5), torch.zeros(12, 5), torch.zeros(12)
-
-
-@pytest.mark.parametrize(
-    "args, kwargs, message",
-    [
-        ((PRED[0], IMAGES, IDS, 2), {}, r"pred must have shape \(B, K, features\) with B, K = \(2, 1\), got \(1, 12\)"),
-        ((PRED, IMAGES, None, 2), {}, r"pred must have shape .* \(2, 6\), got \(2, 1, 12\)"),
-        ((PRED[..., :9], IMAGES, IDS, 2), {}, r"pred must have 12 = C\*P\*P features, got shape \(2, 1, 9\)"),
-        ((PRED.int(), IMAGES, IDS, 2), {}, "pred must be float16, .*, got torch.int32"),
-        ((PRED.to("meta"), IMAGES, IDS, 2), {}, "pred must be on the device"),
-        ((PRED, IMAGES, IDS + 6, 2), {}, r"patch_ids must be in \[0, 6\), got values in \[6, 6\]"),
-        ((PRED, IMAGES, IDS, 2), {"kind": "l2"}, "kind must be .*, got 'l2'"),
-        ((PRED, IMAGES, IDS, 2), {"reduction": "sum"}, "reduction must be .*, got 'sum'"),
-        ((torch.zeros(2, 1, 1), IMAGES[:, :1], IDS, 1), {"normalize_target": True}, "normalize_target must be False"),
-        ((PRED, IMAGES, IDS, 2), {"mean": (0.5,)}, "mean must have one value for each of 3 channels, got 1"),
-    ],
-)  # fmt: skip
-def test_bad_input_says_what_was_wanted(args, kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        masked_pixel_loss(*args, **kwargs)
-
-
-@pytest.mark.parametrize(
-    "hidden, weight, bias, message",
-    [
-        (HIDDEN[0], WEIGHT, BIAS, r"hidden must have shape .*, got \(1, 5\)"),
-        (HIDDEN, WEIGHT[:, :4], BIAS, r"weight must have shape \(C\*P\*P, D\) = \(12, 5\), got \(12, 4\)"),
-        (HIDDEN, WEIGHT.bfloat16(), BIAS, "weight must be torch.float32 like hidden, or float32, got torch.bfloat16"),
-        (HIDDEN, WEIGHT, BIAS[:3], r"bias must have shape \(C\*P\*P,\) = \(12,\), got \(3,\)"),
-        (HIDDEN, WEIGHT, BIAS.half(), "bias must be torch.float32 like weight, got torch.float16"),
-    ],
-)
-def test_bad_parameters_say_what_was_wanted(hidden, weight, bias, message):
-    with pytest.raises(ValueError, match=message):
-        linear_pixel_loss(hidden, weight, bias, IMAGES, IDS, 2)
-
-
-def test_explain():
-    assert explain(masked_pixel_loss, PRED, IMAGES, IDS, 2).backend == "torch"
-    assert explain(linear_pixel_loss, HIDDEN, WEIGHT, BIAS, IMAGES, IDS, 2).reasons == ("the tensors are on the CPU",)
-
-
-def test_launchers_never_look_at_values():
-    launched = []
-    with dispatch.recording(lambda kernel, *_: launched.append(kernel.__name__), 90):
-        for name in ("triton", "linear"):
-            for _, launch in importlib.import_module(f"mvlm_kernels.pixel_loss.{name}").aot_cases():
-                launch()  # meta tensors: reading one on the host would raise
-    assert {"loss_kernel", "linear_loss_kernel", "hidden_gradient_kernel", "weight_gradient_kernel"} <= set(launched)
-
-
-MASKED_MUTANTS = [
-    ("tl.where(inside, loss, 0.0)", "loss"),
-    ("tl.where(size < 1, difference, sign)", "difference"),
-    ("(1.0 / (F - 1))", "(1.0 / F)"),
-    ("tl.where(inside, x - center, 0.0)", "x - center"),
-    ("grad / rows_of_mean / F", "grad / F"),
-    ("total += tl.load(x_ptr + i, mask=i < n, other=0.0)", "total = tl.load(x_ptr + i, mask=i < n, other=0.0)"),
-    ("loss_kernel, (batch * chosen,)", "loss_kernel, (batch * chosen - 1,)"),
-    ("scale_slope_kernel, (batch * chosen, ", "scale_slope_kernel, (batch * chosen - 1, "),
-]
-LINEAR_MUTANTS = [
-    ("pred = dot(h, ", "pred = dot(h * 0 + 1, "),
-    ("for start in range(0, F, BLOCK_F):", "for start in range(0, F - BLOCK_F, BLOCK_F):"),
-    ("mask=(m < end)[:, None] & (f < F)[None, :]", "mask=(m < M)[:, None] & (f < F)[None, :]"),
-    ("end = tl.minimum((part + 1) * rows_per_part, M)", "end = tl.minimum((part + 1) * rows_per_part - 1, M)"),
-    ("(across, down, parts)", "(across, down, parts - 1)"),
-    ("(part * F + f)[:, None] * D", "(0 * part * F + f)[:, None] * D"),
-    ("partial_ptrs += n", "partial_ptrs += 0"),
-    ("if HAS_BIAS and tl.program_id(0) == 0:", "if HAS_BIAS and tl.program_id(0) == 1:"),
-    ("HAS_BIAS=bias is not None,", "HAS_BIAS=False,"),
-]
-
-
-def exercise_masked():
-    launchers = importlib.import_module("mvlm_kernels.pixel_loss.triton")
-    long = torch.rand(20000, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(launchers.total(long, 1), long.sum())
-    images, ids = make_images((2, 3, 6, 6), torch.uint8, "contiguous"), make_ids(2, 3, 4)
-    for kind, normalize in (("l1", True), ("smooth_l1", False)):
-        check_masked(random((2, 3, 27), torch.float32, 3, 2.0), images, ids, 3, MEAN[:3], None, kind, normalize)
-
-
-@pytest.mark.parametrize("old, new", MASKED_MUTANTS, ids=[new for _, new in MASKED_MUTANTS])
-def test_a_broken_masked_kernel_is_caught(old, new, tmp_path, poison):
-    assert_caught("mvlm_kernels.pixel_loss.triton", old, new, tmp_path, poison, exercise_masked)
-
-
-def exercise_linear():
-    linear = importlib.import_module("mvlm_kernels.pixel_loss.linear")
-    images, ids = make_images((5, 3, 14, 21), torch.uint8, "contiguous"), make_ids(5, 17, 6)
-    shapes = (5, 17, 9), (147, 9), (147,)
-    hidden, weight, bias = (random(shape, torch.float32, i) for i, shape in enumerate(shapes))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(linear, "PARTIAL_ROWS", 30)
-        check_linear(hidden, weight, bias, images, ids, 7)
-
-
-@pytest.mark.parametrize("old, new", LINEAR_MUTANTS, ids=[new for _, new in LINEAR_MUTANTS])
-def test_a_broken_linear_kernel_is_caught(old, new, tmp_path, poison):
-    assert_caught("mvlm_kernels.pixel_loss.linear", old, new, tmp_path, poison, exercise_linear)
-
-
-def test_the_whole_kernels_pass_what_the_broken_ones_fail():
-    exercise_masked()
-    exercise_linear()
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
@@ -429,11 +186,3 @@ def test_a_scaled_loss_of_each_patch_fits_float16(backend):
             grads.append(torch.autograd.grad(loss, w, torch.full_like(loss, scale))[0])
     assert bool(grads[1].isfinite().all())
     torch.testing.assert_close(grads[1], grads[0] * 2.0**16, rtol=1e-3, atol=0)
-
-
-def test_images_in_float64_beside_narrower_hidden_states_take_torch():
-    images, hidden = torch.rand(1, 1, 4, 4, dtype=torch.float64), random((1, 4, 3), torch.bfloat16)
-    weight = random((4, 3), torch.bfloat16)
-    assert any(
-        "float64" in reason for reason in explain(linear_pixel_loss, hidden, weight, None, images, None, 2).reasons
-    )

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from mvlm_kernels import cases, linear_pixel_loss, traffic
+from mvlm_kernels.case import Case
+from mvlm_kernels.pixel_cases import linear_tiling_bytes
 
 CASES = {f"{case.op} {case.shape}": case for case in cases.cases()}
 DIRECT = [name for name, case in CASES.items() if case.moved is None]
@@ -31,13 +33,13 @@ def test_the_linear_count_is_the_one_its_tiling_implies(kind):
     leaves = [x.requires_grad_() for x in (hidden, weight, torch.zeros(147, dtype=bf16))]
     images = torch.zeros(6, 3, 28, 28, dtype=torch.uint8)
     ids = torch.arange(11, dtype=torch.int32).expand(6, 11).contiguous()
-    case = cases.Case(
+    case = Case(
         "linear_pixel_loss", "", {}, {},
         lambda *_: (leaves, lambda h, w, b: linear_pixel_loss(h, w, b, images, ids, 7, kind=kind)),
         lambda *_: (leaves, lambda *_: leaves[0]), lambda _: (1, 1),
     )  # fmt: skip
     got = traffic.measure(case, {})
-    for counted, implied in zip(got, cases.linear_tiling_bytes(66, 147, 70, kind), strict=True):
+    for counted, implied in zip(got, linear_tiling_bytes(66, 147, 70, kind), strict=True):
         assert counted == pytest.approx(implied, rel=0.02)
 
 

@@ -10,9 +10,8 @@ import triton.language as tl
 
 from mvlm_kernels.language import cast
 
-# Constants of the kernels. No NaN among them: Triton compares these at every launch, and NaN is unequal to itself.
+# A constant of the kernels. NaN is none: Triton compares these at every launch, and NaN is unequal to itself.
 INF = tl.constexpr(float("inf"))
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -66,30 +65,27 @@ def fill_lse(ptr, start, end, value, BLOCK: tl.constexpr):
 
 @triton.jit
 def outside_rows(cu_ptr, seqs, total, leader):
-    """Of the rows in no sequence of a packed buffer: how many lie in front, how many in all, and how far those behind
-    the last sequence are moved. One program, the leader, fills them; the others count none.
+    """The rows in no sequence of a packed buffer: [0, front) and [back, end). One program, the leader, fills them; the
+    others have none.
     """
     first = tl.minimum(tl.maximum(tl.load(cu_ptr).to(tl.int64), 0), total)
-    last = tl.minimum(tl.maximum(tl.load(cu_ptr + seqs).to(tl.int64), first), total)
-    return first, tl.where(leader, first + total - last, 0), last - first
+    back = tl.minimum(tl.maximum(tl.load(cu_ptr + seqs).to(tl.int64), first), total)
+    return tl.where(leader, first, 0), back, tl.where(leader, total, back)
 
 
 @triton.jit
 def fill_outside(ptr, stride, cu_ptr, seqs, total, leader, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Zeros in the rows of a packed buffer that belong to no sequence."""
-    first, count, shift = outside_rows(cu_ptr, seqs, total, leader)
-    for r0 in range(0, count, BLOCK):
-        r = r0 + tl.arange(0, BLOCK).to(tl.int64)
-        rows = tl.where(r < first, r, r + shift)
-        store_rows(ptr, rows, stride, r < count, tl.zeros((BLOCK, BLOCK_D), tl.float32), D, BLOCK_D)
+    front, back, end = outside_rows(cu_ptr, seqs, total, leader)
+    fill_rows(ptr, stride, 0, front, 0.0, BLOCK, D, BLOCK_D)
+    fill_rows(ptr, stride, back, end, 0.0, BLOCK, D, BLOCK_D)
 
 
 @triton.jit
 def fill_lse_outside(ptr, cu_ptr, seqs, total, leader, BLOCK: tl.constexpr):
-    first, count, shift = outside_rows(cu_ptr, seqs, total, leader)
-    for r0 in range(0, count, BLOCK):
-        r = r0 + tl.arange(0, BLOCK).to(tl.int64)
-        tl.store(ptr + tl.where(r < first, r, r + shift), tl.full((BLOCK,), -INF, tl.float32), mask=r < count)
+    front, back, end = outside_rows(cu_ptr, seqs, total, leader)
+    fill_lse(ptr, 0, front, -INF, BLOCK)
+    fill_lse(ptr, back, end, -INF, BLOCK)
 
 
 @triton.jit

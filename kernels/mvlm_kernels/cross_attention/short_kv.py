@@ -17,7 +17,6 @@ import triton.language as tl
 
 from mvlm_kernels.cross_attention.rows import (
     INF,
-    LOG2E,
     existing_keys,
     fill_lse_outside,
     fill_outside,
@@ -36,7 +35,7 @@ from mvlm_kernels.language import cast, dot, widen
 def short_kv_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lengths_ptr, mask_ptr, index_ptr, cu_q_ptr, cu_k_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
-    H, q_seqs, k_seqs, q_rows, k_rows, mask_words, scale, num_splits,
+    H, q_seqs, k_seqs, q_rows, k_rows, mask_words, scale, scale_log2, num_splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +55,7 @@ def short_kv_forward(
     k = load_rows(k_ptr + kb * stride_kb + k_start * stride_kl + h * stride_kh, rn, stride_kl, exists, D, BLOCK_D)
     v = load_rows(v_ptr + kb * stride_vb + k_start * stride_vl + h * stride_vh, rn, stride_vl, exists, D, BLOCK_D)
     kt = tl.trans(k)
-    scale_log2 = tl.full((), scale * LOG2E, ACC)
+    scale_log2 = tl.full((), scale_log2, ACC)
 
     stride_ol = H * D
     out_base = out_ptr + h * D
@@ -94,7 +93,7 @@ def _backward_of_key_tile(
     n0, kb, h, split, klen, k_base, v_base, dk_base, dv_base, k_end,
     q_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, mask_ptr, order_ptr, offsets_ptr, cu_q_ptr,
     stride_qb, stride_ql, stride_qh, stride_kl, stride_vl, stride_gb, stride_gl, stride_gh,
-    H, q_rows, mask_words, scale, reader_splits, tile_splits,
+    H, q_rows, mask_words, scale, scale_log2, reader_splits, tile_splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, WRITE_DQ: tl.constexpr, WRITE_DKV: tl.constexpr,
     ALL_KEYS: tl.constexpr,
@@ -111,7 +110,7 @@ def _backward_of_key_tile(
     v = load_rows(v_base, rn, stride_vl, exists, D, BLOCK_D)
     dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dv = tl.zeros((BLOCK_N, BLOCK_D), ACC)
-    scale_log2 = tl.full((), scale * LOG2E, ACC)
+    scale_log2 = tl.full((), scale_log2, ACC)
     scale = tl.full((), scale, ACC)
     stride_ol = H * D
 
@@ -174,7 +173,7 @@ def short_kv_backward(
     lengths_ptr, mask_ptr, order_ptr, offsets_ptr, cu_q_ptr, cu_k_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_gb, stride_gl, stride_gh,
-    H, q_seqs, k_seqs, q_rows, k_rows, mask_words, scale, reader_splits, tile_splits, partial_size,
+    H, q_seqs, k_seqs, q_rows, k_rows, mask_words, scale, scale_log2, reader_splits, tile_splits, partial_size,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, WRITE_DQ: tl.constexpr, WRITE_DKV: tl.constexpr,
     ALL_KEYS: tl.constexpr,
@@ -205,7 +204,7 @@ def short_kv_backward(
             0, kb, h, split, klen, k_base, v_base, dk_base, dv_base, stored,
             q_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, mask_ptr, order_ptr, offsets_ptr, cu_q_ptr,
             stride_qb, stride_ql, stride_qh, stride_kl, stride_vl, stride_gb, stride_gl, stride_gh,
-            H, q_rows, mask_words, scale, reader_splits, tile_splits,
+            H, q_rows, mask_words, scale, scale_log2, reader_splits, tile_splits,
             D, BLOCK_D, BLOCK_M, BLOCK_N, ACC, PRECISION, WRITE_DQ, WRITE_DKV, ALL_KEYS,
         )  # fmt: skip
     else:
@@ -214,7 +213,7 @@ def short_kv_backward(
                 n0, kb, h, split, klen, k_base, v_base, dk_base, dv_base, stored,
                 q_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, mask_ptr, order_ptr, offsets_ptr, cu_q_ptr,
                 stride_qb, stride_ql, stride_qh, stride_kl, stride_vl, stride_gb, stride_gl, stride_gh,
-                H, q_rows, mask_words, scale, reader_splits, tile_splits,
+                H, q_rows, mask_words, scale, scale_log2, reader_splits, tile_splits,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, ACC, PRECISION, WRITE_DQ, WRITE_DKV, ALL_KEYS,
             )  # fmt: skip
     # Every split writes all rows of its own partial sums; the query side's gradient is written once.

@@ -13,7 +13,6 @@ import triton.language as tl
 
 from mvlm_kernels.cross_attention.rows import (
     INF,
-    LOG2E,
     existing_keys,
     fill_lse,
     fill_lse_outside,
@@ -33,7 +32,7 @@ from mvlm_kernels.language import cast, dot, widen
 def short_q_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lengths_ptr, mask_ptr, index_ptr, cu_q_ptr, cu_k_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
-    H, q_seqs, k_seqs, q_rows, k_rows, mask_words, scale, num_splits, partial_size, partial_lse_size,
+    H, q_seqs, k_seqs, q_rows, k_rows, mask_words, scale, scale_log2, num_splits, partial_size, partial_lse_size,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -54,7 +53,7 @@ def short_q_forward(
     q = load_rows(q_ptr + b * stride_qb + q_start * stride_ql + h * stride_qh, rm, stride_ql, inside, D, BLOCK_D)
     k_base = k_ptr + kb * stride_kb + k_start * stride_kl + h * stride_kh
     v_base = v_ptr + kb * stride_vb + k_start * stride_vl + h * stride_vh
-    scale_log2 = tl.full((), scale * LOG2E, ACC)
+    scale_log2 = tl.full((), scale_log2, ACC)
     m = tl.full((BLOCK_M,), -INF, ACC)
     total = tl.zeros((BLOCK_M,), ACC)
     o = tl.zeros((BLOCK_M, BLOCK_D), ACC)
@@ -132,7 +131,7 @@ def short_q_backward(
     lengths_ptr, mask_ptr, index_ptr, cu_q_ptr, cu_k_ptr,
     stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
     stride_gb, stride_gl, stride_gh,
-    H, q_seqs, k_seqs, q_rows, k_rows, mask_words, scale, num_splits, partial_size,
+    H, q_seqs, k_seqs, q_rows, k_rows, mask_words, scale, scale_log2, num_splits, partial_size,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, WRITE_DQ: tl.constexpr, WRITE_DKV: tl.constexpr,
 ):  # fmt: skip
@@ -162,7 +161,7 @@ def short_q_backward(
         lse_base += b * H * q_rows
     if cu_k_ptr is None:
         grad_base += kb * k_rows * stride_ol
-    scale_log2 = tl.full((), scale * LOG2E, ACC)
+    scale_log2 = tl.full((), scale_log2, ACC)
     scale = tl.full((), scale, ACC)
     q = load_rows(q_ptr + b * stride_qb + q_start * stride_ql + h * stride_qh, rm, stride_ql, inside, D, BLOCK_D)
     do = load_rows(do_ptr + b * stride_gb + q_start * stride_gl + h * stride_gh, rm, stride_gl, inside, D, BLOCK_D)

@@ -6,6 +6,7 @@ that a second kernel adds in a fixed order.
 """
 # pyright: reportArgumentType=false
 
+import math
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from mvlm_kernels.cross_attention.rows import sum_partials
 from mvlm_kernels.cross_attention.short_kv import short_kv_backward, short_kv_forward
 from mvlm_kernels.cross_attention.short_q import short_q_backward, short_q_combine, short_q_forward
 from mvlm_kernels.sizes import ceil_div
+
+LOG2E = math.log2(math.e)  # kernels take powers of two
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -39,7 +42,7 @@ def _flat(x: Tensor | None) -> Tensor | None:
 
 class _Call:
     """Sizes and strides that all kernels of one call share. The scale is one of the sizes: as a constant, each new
-    value would be a compilation."""
+    value would be a compilation. Its product with log2(e) is another: made in the kernel it took up to 31 registers."""
 
     def __init__(self, q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, scale, max_len_q, max_len_k) -> None:
         self.q, self.k, self.v = _readable(q), _readable(k), _readable(v)
@@ -55,7 +58,7 @@ class _Call:
         packed_q, packed_k = cu_q is not None, cu_k is not None
         self.strides = _strides(self.q, packed_q) + _strides(self.k, packed_k) + _strides(self.v, packed_k)
         words = 0 if mask_words is None else mask_words.shape[1]
-        self.sizes = (self.H, self.q_seqs, self.k_seqs, self.q_rows, self.k_rows, words, scale)
+        self.sizes = (self.H, self.q_seqs, self.k_seqs, self.q_rows, self.k_rows, words, scale, scale * LOG2E)
         self.device = q.device
         self.acc_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
 

@@ -145,9 +145,9 @@ def _linear_backward(
     reasons = product_reasons(hidden) + (_mixed_reasons(hidden) if grad.dtype == torch.float64 else ())
     if dispatch.choose(reasons) == "torch":
         return reference.linear_pixel_loss_backward(grad, slope, hidden, weight, needs)
-    from mvlm_kernels.pixel_loss import linear
+    from mvlm_kernels.pixel_loss import linear_backward
 
-    return linear.linear_pixel_loss_backward(grad, slope, hidden, weight, needs)
+    return linear_backward.linear_pixel_loss_backward(grad, slope, hidden, weight, needs)
 
 
 def _linear_backward_fake(grad, slope, hidden, weight, needs_hidden, needs_weight, needs_bias):

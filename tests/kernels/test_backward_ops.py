@@ -1,0 +1,47 @@
+"""Each backward is an op of its own: schema, fake tensors and tracing of those that images and patch tokens have.
+
+What they compute is held against oracles beside each op; attention's is checked in test_cross_attention_op.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from patch_cases import make_ids, make_images
+
+from mvlm_kernels import use_backend
+
+pytestmark = [pytest.mark.plain_empty, pytest.mark.parametrize("backend", ["torch", "triton"])]
+OPS = torch.ops.mvlm_kernels
+
+
+def opcheck(backend: Any, op: Any, *args: Any) -> None:
+    with use_backend(backend):
+        torch.library.opcheck(op.default, args)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_gather_patches(backend: str, layout: str):
+    images, ids = make_images((2, 3, 4, 6), torch.float32, layout), make_ids(2, 3, 6)
+    opcheck(backend, OPS.gather_patches_backward, torch.rand(2, 3, 12), images, ids, 2, torch.rand(3))
+    opcheck(backend, OPS.gather_patches_backward, torch.rand(2, 6, 12), images, None, 2, None)
+
+
+@pytest.mark.parametrize("kind", ["l1", "mse"])
+@pytest.mark.parametrize("grad", [torch.tensor(1.5), torch.rand(2, 3)], ids=["mean", "none"])
+def test_pixel_losses(backend: str, kind: str, grad: torch.Tensor):
+    dtype = torch.bfloat16
+    hidden, weight = torch.rand(2, 3, 5).to(dtype), torch.rand(12, 5)
+    slope = torch.ones(2, 3, 12, dtype=torch.int8 if kind == "l1" else dtype)
+    opcheck(backend, OPS.masked_pixel_loss_backward, grad, slope, dtype)
+    for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        opcheck(backend, OPS.linear_pixel_loss_backward, grad, slope, hidden, weight, *needs)
+
+
+@pytest.mark.parametrize("mode", ["all", "masked", "visible"])
+def test_place_tokens(backend: str, mode: str):
+    masked = torch.tensor([[True, False, True], [False, False, True]]) if mode == "masked" else None
+    visible, count = (make_ids(2, 2, 3), 2) if mode == "visible" else (None, 3)
+    dtypes = (torch.bfloat16, *(torch.float32,) * 3)
+    for needs in ([True] * 4, [True, False, False, False], [False, True, True, False], [False, False, False, True]):
+        opcheck(backend, OPS.place_tokens_backward, torch.rand(2, 4, 5), masked, visible, count, *dtypes, needs)
