@@ -79,9 +79,11 @@ def profiled(op: str) -> tuple[bool, Tensor, Tensor]:
     """Whether a call of the op enters the dispatcher, its output, and the gradient of its input."""
     call, x = CALLS[op]
     leaf = x.clone().requires_grad_()
-    with torch.autograd.profiler.profile() as profile:
+    profile = torch.autograd.profiler.profile()
+    with profile:
         out = call(leaf)
     (grad,) = torch.autograd.grad(out.square().sum(), leaf)
+    assert profile.function_events is not None
     return f"mvlm_kernels::{op}" in {event.name for event in profile.function_events}, out, grad
 
 

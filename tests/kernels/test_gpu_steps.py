@@ -1,0 +1,147 @@
+"""The GPU lane: forward and backward of every op at a working size, repeated, captured, compiled and watched.
+
+What a process without a device cannot show: the same bits in a thousand backward passes, capture in a CUDA graph, by
+hand and by torch.compile, and no synchronisation.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from attention_cases import Case, build, moved
+from patch_cases import MEAN, STD, make_ids
+from torch import Tensor
+
+from mvlm_kernels import (
+    cross_attention,
+    gather_patches,
+    linear_pixel_loss,
+    masked_pixel_loss,
+    place_tokens,
+    use_backend,
+)
+
+pytestmark = [pytest.mark.gpu, pytest.mark.plain_empty]
+
+DEVICE = "cuda"
+REPEATS = 1000
+
+
+@dataclass(frozen=True)
+class Step:
+    """Forward and backward of one call: of ``leaves``, which get gradients, under the incoming gradient ``grad``."""
+
+    call: Callable[..., Tensor]
+    leaves: list[Tensor]
+    grad: Tensor | None = None
+
+    def __call__(self, call: Callable[..., Tensor] | None = None) -> list[Tensor]:
+        out = (call or self.call)(*self.leaves)
+        return [out, *torch.autograd.grad(out, self.leaves, torch.ones_like(out) if self.grad is None else self.grad)]
+
+
+def steps() -> Iterator[tuple[str, Step]]:
+    """Every op at a working size."""
+
+    def attention(case: Case) -> Step:
+        made = moved(build(case), DEVICE)
+        leaves = [x.detach().requires_grad_() for x in (made.q, made.k, made.v)]
+        return Step(lambda q, k, v: cross_attention(q, k, v, **made.kwargs, **made.bounds), leaves, made.grad)
+
+    big = {"width": 64, "heads": 12, "dtype": torch.bfloat16}
+    yield "short keys", attention(Case(len_q=197, len_k=40, batch=16, lengths=True, **big))
+    yield "short queries", attention(Case(len_q=40, len_k=197, batch=16, **big))
+    yield "split grids", attention(Case(len_q=40, len_k=577, batch=1, **big))
+    yield "short keys, index", attention(Case(len_q=197, len_k=40, batch=4, readers=32, lengths=True, **big))
+    yield "long keys, index", attention(Case(len_q=40, len_k=197, batch=4, readers=32, **big))
+    yield "packed queries", attention(Case(len_q=40, len_k=197, batch=16, packed_q=True, **big))
+
+    def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
+        return [torch.randn(shape, dtype=dtype, device=DEVICE).requires_grad_() for shape in shapes]
+
+    images = torch.randint(0, 256, (8, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
+    ids = make_ids(8, 116, 196, torch.int32).to(DEVICE)
+    masked = torch.rand(8, 196, device=DEVICE) < 0.6
+    # Tensors, as a sequence becomes one inside a compiled graph and need not be captured outside it.
+    norm: Any = {"mean": torch.tensor(MEAN[:3], device=DEVICE), "std": torch.tensor(STD[:3], device=DEVICE)}
+    hidden, head = (8, 116, 768), [(768, 768), (768,)]
+    yield (
+        "gather_patches",
+        Step(lambda x: gather_patches(x, ids, 16, **norm), leaves((8, 3, 224, 224), dtype=torch.float32)),
+    )
+    yield "masked_pixel_loss", Step(lambda p: masked_pixel_loss(p, images, ids, 16, **norm), leaves(hidden))
+    yield (
+        "linear_pixel_loss",
+        Step(lambda h, w, b: linear_pixel_loss(h, w, b, images, ids, 16, **norm), leaves(hidden, *head)),
+    )
+    yield (
+        "place_tokens",
+        Step(lambda *x: place_tokens(*x, masked=masked), leaves((8, 196, 768), (768,), (197, 768), (768,))),
+    )
+
+
+NAMES = (
+    "short keys", "short queries", "split grids", "short keys, index", "long keys, index", "packed queries",
+    "gather_patches", "masked_pixel_loss", "linear_pixel_loss", "place_tokens",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_bits_in_every_run(name: str):
+    step = dict(steps())[name]
+    with use_backend("triton"):
+        first = step()
+        for _ in range(REPEATS):
+            for a, b in zip(step(), first, strict=True):
+                assert torch.equal(a.isnan(), b.isnan())
+                assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_captured_in_a_graph(name: str):
+    step = dict(steps())[name]
+    with use_backend("triton"):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                wanted = step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = step()
+        for x in got:
+            x.detach().fill_(-1)
+        graph.replay()
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_waits_for_the_device(name: str):
+    step = dict(steps())[name]
+    with use_backend("triton"):
+        step()  # compiles, and copies constants to the device once
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_into_cuda_graphs(name: str):
+    """torch.compile's own capture: the later calls replay a graph, and must give the bits of an eager call."""
+    step = dict(steps())[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(step.call, fullgraph=True, mode="reduce-overhead")
+    with use_backend("triton"):
+        wanted = step()
+        for _ in range(4):  # warm-up, capture, replays
+            torch.compiler.cudagraph_mark_step_begin()
+            for a, b in zip(step(compiled), wanted, strict=True):
+                assert torch.equal(a.nan_to_num(), b.nan_to_num())
+    torch._dynamo.reset()
