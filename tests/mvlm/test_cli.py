@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mvlm import cli, objectives
+from mvlm import cli, fast
 from mvlm.checkpoint import load_model
 from mvlm.config import PRESETS
 from mvlm.errors import ConfigError, RunError
@@ -383,8 +383,8 @@ def test_a_report_without_an_evaluation(mvlm, trained, toys):
 
 
 def test_a_loss_that_is_not_finite_stops_with_another_code(mvlm, scenes, tmp_path, monkeypatch):
-    loss = objectives.masked_image_loss
-    monkeypatch.setattr(objectives, "masked_image_loss", lambda *inputs: loss(*inputs) + float("nan"))
+    loss = fast.linear_pixel_loss
+    monkeypatch.setattr(fast, "linear_pixel_loss", lambda *inputs, **more: loss(*inputs, **more) + float("nan"))
     outcome = mvlm("pretrain", "tiny", "--data", scenes, "--out", tmp_path / "run", *MICRO, "--max-bad-steps", 0)
     assert outcome.code == 1
     assert len(outcome.err) == 1
