@@ -20,9 +20,10 @@ from mvlm_dataloading import Loader, open_dataset, train_tokenizer
 from mvlm_dataloading.augment import Augment, draw
 from mvlm_dataloading.indices import IMAGE_EXTENSIONS
 from mvlm_dataloading.order import Stream, write_index_views
-from mvlm_dataloading.pipeline import Geometry, build_pipeline, window
+from mvlm_dataloading.pipeline import build_pipeline
 from mvlm_dataloading.randomness import Purpose, uniforms
 from mvlm_dataloading.resize import Resize
+from mvlm_dataloading.windows import Geometry, Windows
 
 STAGES = ("read", "decode", "resize", "augment", "hand-over")
 THREADS = 2
@@ -73,7 +74,12 @@ def _part(stage: str, tars: list[str], indices: list[str], draws: Any, batch: in
             case_sensitive_extensions=False,
         )
         if stage != "read":
-            corner, shape = window(dali, fn.peek_image_shape(encoded), draws, Geometry(image_size=size))
+            corner, shape = fn.python_function(
+                fn.peek_image_shape(encoded),
+                function=Windows(Geometry(image_size=size), draws),
+                batch_processing=True,
+                num_outputs=2,
+            )
             result = fn.decoders.image_slice(
                 encoded, start=corner, shape=shape, axes=[0, 1], output_type=types.DALIImageType.RGB
             )

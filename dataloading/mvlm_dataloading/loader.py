@@ -18,12 +18,13 @@ from .batch import Batch, Masks
 from .dataset import Dataset
 from .masking import check_mask_sizes, check_token_ratio, draw_patch_masks, draw_token_masks
 from .order import ORDER_VERSION
-from .pipeline import Decoding, Geometry
+from .pipeline import Decoding
 from .reader import Reader, Rows, Settings
 from .selftest import choose_decoding
 from .state import Resumed, compare, hash_of, pictures_of, versions
 from .text import Captions, stored_tokens_fit
 from .tokenizer import Tokenizer, check_text_length
+from .windows import Geometry
 
 log = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ Shape legend: B batch, S image side, H and W of the picture as stored.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from .augment import Drawn, apply
 from .errors import need
 from .indices import IMAGE_EXTENSIONS
 from .resize import Resize
+from .windows import Geometry, Windows, looks_whole
 
 # A black picture of one pixel, as PNG.
 _BLACK = bytes.fromhex(
@@ -32,23 +33,6 @@ class Decoding(StrEnum):
     """On the GPU, only the window."""
     GPU_WHOLE = "gpu-whole"
     """On the GPU, the whole picture, and the window is cut afterwards."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Geometry:
-    """What becomes of a picture: a random window, or the whole (`random=False`), resized to a square."""
-
-    image_size: int
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    """The window's share of the picture's area."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """The window's width over its height."""
-    random: bool = True
-
-    def __post_init__(self) -> None:
-        for name, (low, high), limit in (("crop_scale", self.crop_scale, 1.0), ("crop_ratio", self.crop_ratio, np.inf)):
-            if not 0 < low <= high <= limit:
-                raise ValueError(f"wanted {name} as 0 < low <= high <= {limit}, got ({low}, {high})")
 
 
 def build_pipeline(
@@ -106,6 +90,7 @@ def _graph(
     dali: Any, reader: Any, draws: Any, geometry: Any, device: Any, drawn: Any, tokens: bool, guard: bool
 ) -> Any:
     fn, types, as_is = dali.fn, dali.types, dali.pipeline.do_not_convert
+    call = partial(fn.python_function, batch_processing=True)
     kinds, decoding, on_gpu = types.DALIDataType, device["decoding"], device["on_gpu"]
     encoded, text, metadata, ids = fn.readers.webdataset(
         paths=reader["paths"],
@@ -117,14 +102,14 @@ def _graph(
     )
     fine, picture = types.Constant(True), encoded
     if guard:
-        fine = as_is(_looks_whole)(dali, encoded)
+        fine = call(encoded, function=as_is(looks_whole))
         if fine:  # noqa: SIM108 (DALI understands the statement, not the expression)
             picture = encoded
         else:
             picture = types.Constant(np.frombuffer(_BLACK, np.uint8))
     # The decoder gets a window also where that is the whole picture: so the header is read first and a file that is
     # no picture fails there. Given to the decoder of DALI 2.4 straight away, it was seen to kill the process.
-    corner, size = as_is(window)(dali, fn.peek_image_shape(picture), draws, geometry)
+    corner, size = call(fn.peek_image_shape(picture), function=as_is(Windows(geometry, draws)), num_outputs=2)
     decoder = {"device": "cpu" if decoding is Decoding.CPU else "mixed", "output_type": types.DALIImageType.RGB}
     if decoding is Decoding.GPU_WHOLE:
         image = fn.slice(fn.decoders.image(picture, **decoder), start=corner, shape=size, axes=[0, 1])
@@ -137,7 +122,7 @@ def _graph(
         image = fn.resize(image, size=[side, side], interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
     else:
         resize = Resize(side, device["num_threads"], planes=drawn is None)
-        image = fn.python_function(image, function=resize, batch_processing=True, output_layouts=resize.layout)
+        image = call(image, function=resize, output_layouts=resize.layout)
     if drawn is None and on_gpu:
         image = fn.transpose(image, perm=[2, 0, 1])
     if drawn is not None:
@@ -145,45 +130,3 @@ def _graph(
         image = apply(dali, image, [*parts, mirror])
         image = fn.crop_mirror_normalize(image, mirror=mirror, dtype=kinds.UINT8, output_layout="CHW")
     return image, encoded, text, metadata, ids, fine, corner, size
-
-
-def _looks_whole(dali: Any, encoded: Any) -> Any:
-    """Whether a file begins and ends as a JPEG or a PNG does, or begins as a WebP: a bool scalar."""
-    fn, types = dali.fn, dali.types
-    int32 = types.DALIDataType.INT32
-    length = encoded.shape(dtype=int32)
-    head, tail = (
-        fn.cast(fn.slice(encoded, start=start, shape=[2], axes=[0], out_of_bounds_policy="pad"), dtype=int32)
-        for start in ([0], length - 2)
-    )
-    first, last = head[0] * 256 + head[1], tail[0] * 256 + tail[1]
-    jpeg = (first == 0xFFD8) & (last == 0xFFD9)
-    png = (first == 0x8950) & (last == 0x6082)
-    return jpeg | png | (first == 0x5249)
-
-
-def window(dali: Any, shape: Any, draws: Callable[[int], NDArray[np.float64]], geometry: Geometry) -> tuple[Any, Any]:
-    """Corner (y, x) and size (h, w), int32 (2,) each, of the window to cut from a picture of shape (H, W, 3).
-
-    From four uniform numbers u: area = H W (a0 + (a1 - a0) u0), ratio = r0 (r1 / r0)^u1; w = round(sqrt(area ratio))
-    and h = round(sqrt(area / ratio)), each clamped to the picture; y = floor(u2 (H - h + 1)), x = floor(u3 (W - w +
-    1)).
-    """
-    fn, types, math = dali.fn, dali.types, dali.math
-    whole = fn.cast(fn.slice(shape, 0, 2, axes=[0]), dtype=types.DALIDataType.FLOAT64)  # (H, W)
-    if not geometry.random:
-        corner = fn.cast(whole * 0, dtype=types.DALIDataType.INT32)
-        return corner, fn.cast(whole, dtype=types.DALIDataType.INT32)
-    height, width = whole[0], whole[1]
-    u = fn.external_source(source=draws, batch=True, dtype=types.DALIDataType.FLOAT64, ndim=1)
-    (low, high), (narrow, wide) = geometry.crop_scale, geometry.crop_ratio
-    area = height * width * (low + (high - low) * u[0])
-    ratio = narrow * math.exp(float(np.log(wide / narrow)) * u[1])
-    h = math.clamp(math.floor(math.sqrt(area / ratio) + 0.5), 1.0, height)
-    w = math.clamp(math.floor(math.sqrt(area * ratio) + 0.5), 1.0, width)
-    y = math.clamp(math.floor(u[2] * (height - h + 1.0)), 0.0, height - h)
-    x = math.clamp(math.floor(u[3] * (width - w + 1.0)), 0.0, width - w)
-    return (
-        fn.cast(fn.stack(y, x), dtype=types.DALIDataType.INT32),
-        fn.cast(fn.stack(h, w), dtype=types.DALIDataType.INT32),
-    )

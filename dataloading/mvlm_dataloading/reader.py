@@ -21,8 +21,9 @@ from .dataset import Dataset
 from .errors import DataError
 from .indices import Int64
 from .order import Stream, substitute, write_index_views
-from .pipeline import Decoding, Geometry, build_pipeline
+from .pipeline import Decoding, build_pipeline
 from .randomness import Purpose, uniforms
+from .windows import Geometry
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,8 @@ class Reader:
                 rows, fine = self._segment.next()
                 break
             except RuntimeError as error:
+                if not threading.main_thread().is_alive():
+                    raise  # the interpreter is ending and has taken DALI's pipelines down: no picture is to blame
                 self._set_aside(self._undecodable(np.unique(self._segment.current()[0])), error)
                 self._segment = None
         for row in np.flatnonzero(~fine):

@@ -19,9 +19,10 @@ import numpy as np
 from .dataset import open_dataset
 from .errors import need
 from .order import write_index_views
-from .pipeline import Decoding, Geometry, build_pipeline
+from .pipeline import Decoding, build_pipeline
 from .randomness import Purpose, uniforms
 from .shards import ShardWriter
+from .windows import Geometry
 
 log = logging.getLogger(__name__)
 

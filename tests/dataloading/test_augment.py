@@ -10,8 +10,9 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from mvlm_dataloading import Loader, ShardWriter, open_dataset
 from mvlm_dataloading.augment import OPERATIONS, Augment, Drawn, draw
 from mvlm_dataloading.order import write_index_views
-from mvlm_dataloading.pipeline import Geometry, build_pipeline
+from mvlm_dataloading.pipeline import build_pipeline
 from mvlm_dataloading.randomness import Purpose, hash64, uniforms
+from mvlm_dataloading.windows import Geometry
 
 SIDE = 48
 WAYS = 40  # samples that each operation is tried on

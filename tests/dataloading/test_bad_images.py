@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -152,3 +154,22 @@ def test_other_failures_of_the_reader_are_not_taken_for_bad_images(train_split, 
     with pytest.raises(RuntimeError, match="the disk is gone"):
         stream(loader, 1)
     assert loader.skipped == 0
+
+
+ENDS_EARLY = """
+import sys
+from mvlm_dataloading import Loader, open_dataset, train_tokenizer
+
+dataset = open_dataset(sys.argv[1], "train")
+tokenizer = train_tokenizer(dataset.captions(0), 300)
+batches = iter(Loader(dataset, tokenizer, batch_size=50, image_size=224, text_length=16, seed=0))
+for _ in range(4):
+    next(batches)
+"""
+
+
+def test_no_picture_is_blamed_when_the_interpreter_ends(tmp_path, make):
+    """It takes DALI's pipelines down while the loader's thread makes the next batch."""
+    make.dataset(tmp_path / "data", 100)
+    done = subprocess.run([sys.executable, "-c", ENDS_EARLY, tmp_path / "data"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -8,7 +8,8 @@ from PIL import Image
 
 from mvlm_dataloading import ShardWriter, open_dataset
 from mvlm_dataloading.order import write_index_views
-from mvlm_dataloading.pipeline import Decoding, Geometry, build_pipeline
+from mvlm_dataloading.pipeline import Decoding, build_pipeline
+from mvlm_dataloading.windows import Geometry
 
 
 def run(dataset, ids, draws, geometry, tmp_path, *, batch_size=6, decoding=Decoding.CPU):

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvlm_kernels.dispatch import launch
+from mvlm_kernels import dispatch
 from mvlm_kernels.language import cast, widen
 from mvlm_kernels.sizes import ceil_div, power_of_two
 
@@ -161,7 +161,7 @@ def gather_patches(
     chosen = num_patches if patch_ids is None else patch_ids.shape[1]
     out = images.new_empty(batch, chosen, channels * patch_size**2, dtype=dtype)
     block_c, block_p, warps = tile_of(channels, patch_size)
-    launch(
+    dispatch.launch(
         gather_kernel, (batch * chosen,),
         images, patch_ids, mean, std, out, chosen, num_patches, grid_w,
         *images.stride(), *(patch_ids.stride() if patch_ids is not None else (0, 0)),
@@ -176,7 +176,7 @@ def inverse_index(patch_ids: Tensor, num_patches: int) -> Tensor:
     """patch_ids (B, K) -> (B, N+K) int32, the linked lists that :func:`inverse_kernel` describes."""
     batch, chosen = patch_ids.shape
     table = patch_ids.new_empty(batch, num_patches + chosen, dtype=torch.int32)
-    launch(
+    dispatch.launch(
         inverse_kernel, (batch, ceil_div(num_patches + chosen, 64)),
         patch_ids, table, chosen, num_patches, *patch_ids.stride(),
         BLOCK_Q=64, BLOCK_K=64, num_warps=4, enable_fp_fusion=True,
@@ -194,7 +194,7 @@ def gather_patches_backward(
     out = torch.empty_like(images)
     table = None if patch_ids is None else inverse_index(patch_ids, num_patches)
     block_c, block_p, warps = tile_of(channels, patch_size)
-    launch(
+    dispatch.launch(
         gather_backward_kernel, (batch * num_patches,),
         grad, table, std, out, grad.shape[1], num_patches, grid_w, *grad.stride(), *out.stride(),
         C=channels, P=patch_size, HAS_IDS=patch_ids is not None, HAS_STD=std is not None,

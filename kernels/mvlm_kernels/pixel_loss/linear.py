@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvlm_kernels.dispatch import arch, launch
+from mvlm_kernels import dispatch
 from mvlm_kernels.language import cast, dot, widen
 from mvlm_kernels.patch_gather.triton import (
     accumulator,
@@ -136,16 +136,16 @@ def linear_pixel_loss(
     if normalize_target:
         moments = hidden.new_empty(rows, 2, dtype=wide)
         block_c, block_p, warps = tile_of(channels, patch_size)
-        launch(
+        dispatch.launch(
             moments_kernel, (rows,), images, patch_ids, mean, std, moments,
             chosen, num_patches, grid_w, *images.stride(), *id_strides,
             **pixels, BLOCK_C=block_c, BLOCK_P=block_p, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
-    tile = tiles("forward", hidden.dtype, arch(hidden.device))
+    tile = tiles("forward", hidden.dtype, dispatch.arch(hidden.device))
     num_tiles = ceil_div(features, tile["BLOCK_F"])
     partial = hidden.new_empty(num_tiles, rows, dtype=wide)
     slope = new_slope((batch, chosen, features) if with_slope else (0, 0, 0), kind, hidden)
-    launch(
+    dispatch.launch(
         linear_loss_kernel, (num_tiles, ceil_div(rows, tile["BLOCK_M"])),
         hidden, weight, bias, images, patch_ids, mean, std, moments, partial, slope,
         rows, chosen, width, num_patches, grid_w,

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mvlm_kernels import configs
-from mvlm_kernels.dispatch import arch, launch
+from mvlm_kernels import dispatch
 from mvlm_kernels.language import cast, dot, widen
 from mvlm_kernels.patch_gather.triton import accumulator
 from mvlm_kernels.pixel_loss.triton import decode_slope, grad_strides
@@ -125,7 +125,7 @@ def tiles(kernel: str, dtype: torch.dtype, target: int) -> dict[str, int]:
 def sum_partials(partial: Tensor, out: Tensor, grad: Tensor | None, divisor: int) -> None:
     """out (n elements) = sum over the first dimension of partial (parts, n) over divisor, times grad."""
     n = out.numel()
-    launch(
+    dispatch.launch(
         sum_partials_kernel, (ceil_div(n, 1024),), partial, out, grad, n, partial.shape[0], divisor,
         HAS_GRAD=grad is not None, ACC=accumulator(partial.dtype), BLOCK=1024, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -143,15 +143,15 @@ def linear_pixel_loss_backward(
     weight_grad = weight.new_empty(weight.shape if needs[1] else (0,))
     bias_grad = weight.new_empty((features,) if needs[2] else (0,))
     if needs[0]:
-        tile = tiles("backward_hidden", hidden.dtype, arch(hidden.device))
-        launch(
+        tile = tiles("backward_hidden", hidden.dtype, dispatch.arch(hidden.device))
+        dispatch.launch(
             hidden_gradient_kernel, (ceil_div(width, tile["BLOCK_D"]), ceil_div(rows, tile["BLOCK_M"])),
             slope, weight, grad, hidden_grad, rows, chosen, width, rows_of_mean,
             *weight.stride(), *grad_strides(grad),
             F=features, ACC=acc, PRECISION="tf32", **tile, enable_fp_fusion=True,
         )  # fmt: skip
     if needs[1] or needs[2]:
-        tile = tiles("backward_weight", hidden.dtype, arch(hidden.device))
+        tile = tiles("backward_weight", hidden.dtype, dispatch.arch(hidden.device))
         across, down = ceil_div(width, tile["BLOCK_D"]), ceil_div(features, tile["BLOCK_F"])
         parts = parts_of(rows, across * down)
         weight_partial = hidden.new_empty(parts, features, width, dtype=wide)
@@ -159,7 +159,7 @@ def linear_pixel_loss_backward(
         largest = None
         if grad.ndim and rows:
             largest = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny)
-        launch(
+        dispatch.launch(
             weight_gradient_kernel, (across, down, parts),
             slope, hidden, grad, largest, weight_partial, bias_partial, rows, chosen, width,
             ceil_div(rows, parts), *hidden.stride(), *grad_strides(grad),

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvlm_kernels.dispatch import launch
+from mvlm_kernels import dispatch
 from mvlm_kernels.language import cast, widen
 from mvlm_kernels.patch_gather.triton import (
     accumulator,
@@ -138,7 +138,7 @@ def grad_strides(grad: Tensor) -> tuple[int, int]:
 def total(losses: Tensor, divisor: int) -> Tensor:
     """sum(losses) / divisor as a scalar tensor; 0 where there is nothing to sum."""
     out = losses.new_empty(())
-    launch(
+    dispatch.launch(
         sum_kernel, (1,), losses, out, losses.numel(), max(divisor, 1),
         ACC=accumulator(losses.dtype), BLOCK=8192, num_warps=16, enable_fp_fusion=True,
     )  # fmt: skip
@@ -164,7 +164,7 @@ def masked_pixel_loss(
     losses = pred.new_empty(batch, chosen, dtype=wide)
     slope = new_slope((batch, chosen, features) if with_slope else (0, 0, 0), kind, pred)
     block_c, block_p, warps = tile_of(channels, patch_size)
-    launch(
+    dispatch.launch(
         loss_kernel, (batch * chosen,),
         pred, images, patch_ids, mean, std, losses, slope,
         chosen, images.shape[2] // patch_size * grid_w, grid_w,
@@ -182,7 +182,7 @@ def masked_pixel_loss_backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) 
     batch, chosen, features = slope.shape
     out = slope.new_empty(slope.shape, dtype=dtype)
     block = min(1024, power_of_two(features))
-    launch(
+    dispatch.launch(
         scale_slope_kernel, (batch * chosen, ceil_div(features, block)),
         slope, grad, out, chosen, 1 if grad.ndim else batch * chosen, *grad_strides(grad),
         F=features, ACC=accumulator(grad.dtype, dtype), BLOCK_F=block,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvlm_kernels.dispatch import launch
+from mvlm_kernels import dispatch
 from mvlm_kernels.language import cast, widen
 from mvlm_kernels.patch_gather.triton import accumulator, inverse_index
 from mvlm_kernels.place_tokens.reference import output_dtype
@@ -141,7 +141,7 @@ def place_tokens(
     dtype = output_dtype(tokens, mask_token, pos_embed, cls_token)
     out = tokens.new_empty(batch, num_patches + 1, width, dtype=dtype)
     table = None if visible_ids is None else inverse_index(visible_ids, num_patches)
-    launch(
+    dispatch.launch(
         place_kernel, (num_patches + 1, ceil_div(width, BLOCK_C)),
         tokens, mask_token, pos_embed, cls_token, masked, table, out,
         batch, num_patches, width, table.shape[1] if table is not None else 0,
@@ -171,7 +171,7 @@ def place_tokens_backward(
     cls_grad = grad.new_empty(width if needs[3] else 0, dtype=dtypes[3])
     mask_partial = grad.new_empty((num_patches, width) if needs[1] else (0,), dtype=wide)
     table = None if visible_ids is None else inverse_index(visible_ids, num_patches)
-    launch(
+    dispatch.launch(
         place_backward_kernel, (positions, ceil_div(width, BLOCK_C)),
         grad, masked, table, tokens_grad, mask_partial, pos_grad, cls_grad,
         batch, num_patches, width, num_tokens, table.shape[1] if table is not None else 0, *grad.stride(),
@@ -181,7 +181,7 @@ def place_tokens_backward(
         num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     if needs[1]:
-        launch(
+        dispatch.launch(
             column_sum_kernel, (ceil_div(width, 32),), mask_partial, mask_grad, num_patches, width,
             ACC=accumulator(wide), BLOCK_N=64, BLOCK_C=32, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
