@@ -46,24 +46,25 @@ class Draw(NamedTuple):
 
 def contrast(
     image: Tensor, text: Tensor, log_scale: Tensor, draw: Draw, place: Place, elements: int = LOGITS
-) -> tuple[Tensor, Negatives]:
-    """This rank's share of ITC, and its negatives.
+) -> tuple[Tensor, Tensor, Negatives]:
+    """This rank's shares of ITC and of its accuracy, and its negatives.
 
     image and text (n, E) are its embeddings of unit length, microbatch after microbatch. It computes the rows of its
     own images against all captions and those of its own captions against all images; the shares of all ranks add up to
-    `objectives.contrastive_loss` of the global batch.
+    `objectives.contrastive_loss` and `contrastive_hits` of the global batch.
     """
     all_images, all_texts = gather_with_gradients(image, place), gather_with_gradients(text, place)  # (G, E)
-    of_images, texts, text_weights = _rows(image, all_texts, log_scale, draw, place, 0, elements)
-    of_texts, images, image_weights = _rows(text, all_images, log_scale, draw, place, 1, elements)
-    share = (of_images + of_texts) / (2 * place.total)
-    return share, Negatives(texts, text_weights, images, image_weights)
+    of_images, images_right, texts, text_weights = _rows(image, all_texts, log_scale, draw, place, 0, elements)
+    of_texts, texts_right, images, image_weights = _rows(text, all_images, log_scale, draw, place, 1, elements)
+    loss, right = ((a + b) / (2 * place.total) for a, b in ((of_images, of_texts), (images_right, texts_right)))
+    return loss, right, Negatives(texts, text_weights, images, image_weights)
 
 
 def _rows(
     own: Tensor, others: Tensor, log_scale: Tensor, draw: Draw, place: Place, stream: int, elements: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Summed cross-entropy of own (n, E) against others (G, E); a drawn column int64 (n,) and weight (n,) for each."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of own (n, E) against others (G, E): the summed cross-entropy, how many are nearest to their own partner, and for
+    each a drawn column int64 (n,) and weight (n,)."""
     numbers = place.own_numbers(own.device)
     size = max(1, elements // len(others))
     blocks = list(zip(own.split(size), numbers.split(size), strict=True))
@@ -73,13 +74,13 @@ def _rows(
     parts = [
         checkpoint(_block, rows, of, others, log_scale, draw, place, stream, use_reentrant=False) for rows, of in blocks
     ]
-    losses, columns, weights = zip(*parts, strict=True)  # pyright: ignore[reportArgumentType]
-    return torch.stack(losses).sum(), torch.cat(columns), torch.cat(weights)
+    losses, right, columns, weights = zip(*parts, strict=True)  # pyright: ignore[reportArgumentType]
+    return torch.stack(losses).sum(), torch.stack(right).sum(), torch.cat(columns), torch.cat(weights)
 
 
 def _block(
     own: Tensor, numbers: Tensor, others: Tensor, log_scale: Tensor, draw: Draw, place: Place, stream: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The same for rows own (Q, E) of the pairs with the global numbers int64 (Q,)."""
     logits = objectives.contrastive_logits(own, others, log_scale)  # (Q, G)
     loss = F.cross_entropy(logits, numbers, reduction="sum")
@@ -89,4 +90,4 @@ def _block(
         same |= numbers[:, None] // place.pairs != columns // place.pairs
     scores = logits.detach() + gumbel(draw.seed, draw.step, stream, numbers, columns)
     drawn = scores.masked_fill(same, float("-inf")).argmax(dim=1)
-    return loss, drawn, (~same).any(dim=1).to(logits.dtype)
+    return loss, objectives.hits(logits, numbers).sum(), drawn, (~same).any(dim=1).to(logits.dtype)

@@ -21,81 +21,81 @@ import torch
 from torch import Tensor
 
 from mvlm import backends
-from mvlm.attention import Attend, Attention
-from mvlm.crossmodal import CrossBlock, CrossEncoder, Rows
+from mvlm.attention import Attention
+from mvlm.crossmodal import CrossEncoder
 from mvlm.encoders import PackedText
 from mvlm.linear_cross_entropy import linear_cross_entropy
 from mvlm.masking import mask_tokens, masked_patches, visible_patches
-from mvlm.packing import Packing, round_up
+from mvlm.packing import Packing
 from mvlm.plain import Streams
+from mvlm.reading import Memory, attend_cross, attend_self, packing_of, rounded, take_rows, take_within
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels import gather_patches, linear_pixel_loss, place_tokens
 
 if TYPE_CHECKING:
     from mvlm.model import MaskVLM
 
-KEY_MULTIPLE = 16
-"""Longest captions are rounded up to a multiple of this: shapes repeat, and a CPU's products like it."""
-
-
-class Memory:
-    """The output of one encoder as cross-attention reads it: keys and values are made once for each layer.
-
-    Args:
-        rows: (B, 1+N, C) dense, or (T, C) packed.
-        packing: where packed rows lie; None for dense ones.
-    """
-
-    def __init__(self, rows: Tensor, packing: Packing | None = None) -> None:
-        self.rows = rows.to(backends.compute_dtype(rows))
-        self.packing = packing
-        self._made: dict[CrossBlock, tuple[Tensor, Tensor]] = {}
-
-    def keys_values(self, block: CrossBlock) -> tuple[Tensor, Tensor]:
-        """(B, 1+N, H, D) or (T, H, D) each."""
-        if block not in self._made:
-            self._made[block] = block.keys_values(self.rows)
-        return self._made[block]
-
 
 def encode(model: "MaskVLM", batch: Batch, masks: Masks) -> Streams:
     """One pass of each encoder over whole and masked inputs."""
     v, vm = _encode_images(model, batch.images, masks.patch_ids)
     w, wm = _encode_texts(model, batch, masks)
-    return Streams(v, vm, w, wm, (Memory(v), Memory(w.rows, _packing(w))))
+    return Streams(v, vm, w, wm, (Memory(v), Memory(w.rows, packing_of(w))))
+
+
+def encode_whole(model: "MaskVLM", batch: Batch) -> tuple[Tensor, PackedText]:
+    """v (B, 1+N, C) and w of the whole pictures and captions alone."""
+    image, text = model.image_encoder, model.text_encoder
+    whole = place_tokens(_patch_tokens(model, batch.images), image.mask_token, image.position, image.cls_token)
+    longest = rounded(batch.max_length)
+    packing = Packing(batch.cu_seqlens, longest, len(batch.tokens))
+    x = text.run(batch.tokens, _places(packing, model), attend_self(packing))  # (T, C)
+    return image.run(whole, attend_self(None)), PackedText(x, batch.cu_seqlens, longest)
+
+
+def _patch_tokens(model: "MaskVLM", images: Tensor) -> Tensor:
+    """The projected patches (B, N, C) of images uint8 (B, 3, H, W)."""
+    encoder = model.image_encoder
+    patches = gather_patches(
+        images,
+        None,
+        model.config.patch_size,
+        mean=encoder.mean.flatten(),
+        std=encoder.std.flatten(),
+        dtype=backends.compute_dtype(encoder.patch_projection.weight),
+    )  # (B, N, 3*P*P)
+    return encoder.patch_projection(patches)
+
+
+def _places(packing: Packing, model: "MaskVLM") -> Tensor:
+    """int64 (T,), the place of each row in its caption; of a row of none, any."""
+    return (packing.place % packing.max_length).clamp(max=model.config.text_length - 1)
 
 
 def _encode_images(model: "MaskVLM", images: Tensor, patch_ids: Tensor) -> tuple[Tensor, Tensor]:
     """v and vm, (B, 1+N, C) each."""
     encoder, config = model.image_encoder, model.config
-    weight = encoder.patch_projection.weight
-    patches = gather_patches(
-        images,
-        None,
-        config.patch_size,
-        mean=encoder.mean.flatten(),
-        std=encoder.std.flatten(),
-        dtype=backends.compute_dtype(weight),
-    )  # (B, N, 3*P*P)
-    tokens = encoder.patch_projection(patches)  # (B, N, C)
+    tokens = _patch_tokens(model, images)
     parameters = (encoder.mask_token, encoder.position, encoder.cls_token)
     whole = place_tokens(tokens, *parameters)  # (B, 1+N, C)
     if not config.drop_masked:
         masked = masked_patches(patch_ids, config.num_patches)  # (B, N), True = hidden
-        v, vm = encoder.run(torch.cat([whole, place_tokens(tokens, *parameters, masked=masked)]), _own(None)).chunk(2)
+        v, vm = encoder.run(
+            torch.cat([whole, place_tokens(tokens, *parameters, masked=masked)]), attend_self(None)
+        ).chunk(2)
         return v, vm
     visible = visible_patches(patch_ids, config.num_patches)  # (B, N-K)
     seen = torch.cat([torch.zeros_like(visible[:, :1]), 1 + visible], dim=1)  # [CLS] too
-    x = encoder.run(_take_within(whole, seen), _own(None))  # (B, 1+N-K, C)
+    x = encoder.run(take_within(whole, seen), attend_self(None))  # (B, 1+N-K, C)
     placed = place_tokens(x[:, 1:], *parameters, visible_ids=visible)
     vm = torch.cat([x[:, :1] + encoder.position[0], placed[:, 1:]], dim=1)
-    return encoder.run(whole, _own(None)), vm
+    return encoder.run(whole, attend_self(None)), vm
 
 
 def _encode_texts(model: "MaskVLM", batch: Batch, masks: Masks) -> tuple[PackedText, PackedText]:
     """w and wm, (T, C) each."""
     encoder, total = model.text_encoder, len(batch.tokens)
-    longest = _longest(batch.max_length)
+    longest = rounded(batch.max_length)
     hidden = mask_tokens(batch.tokens, masks.token_ids, model.config.mask_token_id)
     # The masked captions follow the last whole one at once: rows that belong to no caption (there are some where totals
     # are rounded up) must all come last.
@@ -103,20 +103,24 @@ def _encode_texts(model: "MaskVLM", batch: Batch, masks: Masks) -> tuple[PackedT
     rows = torch.arange(2 * total, device=end.device)
     tokens = torch.where(rows < end, torch.cat([batch.tokens, hidden]), hidden[(rows - end).clamp(0, total - 1)])
     packing = Packing(torch.cat([batch.cu_seqlens[:-1], batch.cu_seqlens + batch.cu_seqlens[-1]]), longest, 2 * total)
-    place = (packing.place % longest).clamp(max=model.config.text_length - 1)
-    x = encoder.run(tokens, place, _own(packing))  # (2T, C)
+    x = encoder.run(tokens, _places(packing, model), attend_self(packing))  # (2T, C)
     masked = x.index_select(0, (end + rows[:total]).clamp(max=2 * total - 1))
     return PackedText(x[:total], batch.cu_seqlens, longest), PackedText(masked, batch.cu_seqlens, longest)
 
 
-def reconstruction_losses(model: "MaskVLM", streams: Streams, batch: Batch, masks: Masks) -> tuple[Tensor, Tensor]:
-    """MLM, the mean over the batch's M masked tokens, and MIM, the mean over its B x K masked patches."""
+def reconstruction_losses(
+    model: "MaskVLM", streams: Streams, batch: Batch, masks: Masks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """MLM, the mean over the batch's M masked tokens; MIM, the mean over its B x K masked patches; MLM's accuracy."""
     image, text = _memories(streams.image, streams.text, streams.memories)
-    return _masked_language(model, streams, image, batch, masks), _masked_image(model, streams, text, batch, masks)
+    mlm, accuracy = _masked_language(model, streams, image, batch, masks)
+    return mlm, _masked_image(model, streams, text, batch, masks), accuracy
 
 
-def _masked_language(model: "MaskVLM", streams: Streams, image: Memory, batch: Batch, masks: Masks) -> Tensor:
-    packing, x = _packing(streams.masked_text), streams.masked_text.rows
+def _masked_language(
+    model: "MaskVLM", streams: Streams, image: Memory, batch: Batch, masks: Masks
+) -> tuple[Tensor, Tensor]:
+    packing, x = packing_of(streams.masked_text), streams.masked_text.rows
     # Of those that the rounding up has added, no token exists: they lie behind the last caption.
     bounds = torch.searchsorted(masks.token_ids, batch.cu_seqlens.long()).int()  # (B+1,)
     chosen = Packing(bounds, packing.max_length, len(masks.token_ids))
@@ -126,8 +130,10 @@ def _masked_language(model: "MaskVLM", streams: Streams, image: Memory, batch: B
 
     *early, last = model.text_cross.layers
     for block in early:
-        x = block(x, _own(packing), _other(block, packing, image))
-    x = model.text_cross.norm(last(x, _own(packing, take, chosen), _other(last, chosen, image), take))  # (M, C)
+        x = block(x, attend_self(packing), attend_cross(block, packing, image))
+    x = model.text_cross.norm(
+        last(x, attend_self(packing, take, chosen), attend_cross(last, chosen, image), take)
+    )  # (M, C)
     targets = batch.tokens.index_select(0, masks.token_ids)
     targets = targets.masked_fill(masks.token_ids >= batch.cu_seqlens[-1], -100)
     head = model.language_head
@@ -138,15 +144,15 @@ def _masked_image(model: "MaskVLM", streams: Streams, text: Memory, batch: Batch
     x = streams.masked_image
 
     def take(rows: Tensor) -> Tensor:
-        return _take_within(rows, 1 + masks.patch_ids)  # (B, 1+N, C) -> (B, K, C)
+        return take_within(rows, 1 + masks.patch_ids)  # (B, 1+N, C) -> (B, K, C)
 
     for block in model.image_cross.layers:
-        x = block(x, _own(None), _other(block, None, text))
+        x = block(x, attend_self(None), attend_cross(block, None, text))
     x = model.image_cross.norm(x)
     *early, last = model.image_decoder.layers
     for block in early:
-        x = block(x, _own(None), _other(block, None, text))
-    x = last(x, _own(None, take), _other(last, None, text), take)
+        x = block(x, attend_self(None), attend_cross(block, None, text))
+    x = last(x, attend_self(None, take), attend_cross(last, None, text), take)
     encoder, head = model.image_encoder, model.pixel_head
     return linear_pixel_loss(
         model.image_decoder.norm(x),  # (B, K, C)
@@ -173,7 +179,7 @@ def match_pairs(
     `memories`, if given, are those of v and text.
     """
     image_memory, text_memory = _memories(v, text, memories)
-    packing = _packing(text)
+    packing = packing_of(text)
     # Only the device knows how many rows the drawn captions have together; on a CPU asking costs nothing.
     capacity = len(texts) * packing.max_length
     if texts.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -214,10 +220,10 @@ def _first_rows(
     for number, block in enumerate(early):
         # Up to the first block's second third nothing has been read from the other modality: that much is done once
         # per row of x, not once per pair.
-        own, between = (_own(packing), draw) if number == 0 else (_own(chosen), None)
-        x = block(x, own, _other(block, chosen, memory, key_index), between=between)
+        own, between = (attend_self(packing), draw) if number == 0 else (attend_self(chosen), None)
+        x = block(x, own, attend_cross(block, chosen, memory, key_index), between=between)
 
-    read = _other(last, None, memory, key_index)  # outside the block, whose call may be run again for backward
+    read = attend_cross(last, None, memory, key_index)  # outside the block, whose call may be run again for backward
 
     def other(attention: Attention, y: Tensor) -> Tensor:
         return read(attention, y.unsqueeze(1)).squeeze(1)
@@ -225,57 +231,5 @@ def _first_rows(
     return encoder.norm(last(x, own_first, other, take=first))
 
 
-def _own(packing: Packing | None, take: Rows | None = None, taken: Packing | None = None) -> Attend:
-    """Self-attention of dense (B, L, C) or packed (T, C) rows; with `take`, for the rows that it takes alone, which lie
-    as `taken` says."""
-
-    def attend(attention: Attention, y: Tensor) -> Tensor:
-        y = y.to(backends.compute_dtype(y))
-        if take is None:
-            q, k, v = attention.queries_keys_values(y)
-        else:
-            q, (k, v) = attention.queries(take(y)), attention.keys_values(y)
-        if take is None and packing is None:
-            heads = backends.self_attention(q, k, v, attention.self_backend)
-        else:
-            queries = packing if take is None else taken
-            heads = backends.text_attention(q, k, v, queries, packing, None, attention.cross_backend)
-        return attention.joined(heads)
-
-    return attend
-
-
-def _other(block: CrossBlock, packing: Packing | None, memory: Memory, key_index: Tensor | None = None) -> Attend:
-    """Cross-attention of dense or packed rows; sequence r reads sequence key_index[r] of memory, or r."""
-    k, v = memory.keys_values(block)
-
-    def attend(attention: Attention, y: Tensor) -> Tensor:
-        q = attention.queries(y)
-        return attention.joined(
-            backends.text_attention(q, k, v, packing, memory.packing, key_index, attention.cross_backend)
-        )
-
-    return attend
-
-
-def _take_within(x: Tensor, places: Tensor) -> Tensor:
-    """Of each sequence of x (B, L, C) the rows places int64 (B, K), all different: (B, K, C). Faster than `gather`."""
-    rows = places + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, places.shape)
-
-
-def take_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """x[rows], whose gradient adds up in a fixed order: by one means on a CPU, by another on a GPU."""
-    return x.index_select(0, rows) if x.device.type == "cpu" else x[rows]
-
-
 def _memories(v: Tensor, text: PackedText, memories: tuple[Memory, Memory] | None) -> tuple[Memory, Memory]:
-    return memories or (Memory(v), Memory(text.rows, _packing(text)))
-
-
-def _packing(text: PackedText) -> Packing:
-    return Packing(text.cu_seqlens, _longest(text.max_length), len(text.rows))
-
-
-def _longest(length: int) -> int:
-    return round_up(length, KEY_MULTIPLE)
+    return memories or (Memory(v), Memory(text.rows, packing_of(text)))

@@ -27,12 +27,12 @@ from torch.utils.flop_counter import flop_registry
 from mvlm.attention import Attention
 from mvlm.config import MaskVLMConfig
 from mvlm.distributed import World
-from mvlm.fast import KEY_MULTIPLE
 from mvlm.flops import FORMULAS
 from mvlm.global_batch import Microbatch, backward_global
 from mvlm.model import MaskVLM
 from mvlm.packing import round_up
 from mvlm.parallel import BLOCKS, checkpoint_activations, parallelize
+from mvlm.reading import KEY_MULTIPLE
 from mvlm_dataloading import Batch, Masks
 
 CPU = torch.device("cpu")

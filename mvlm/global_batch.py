@@ -23,36 +23,18 @@ from torch import Tensor, nn
 from mvlm import objectives
 from mvlm.contrast import Draw, Negatives, contrast
 from mvlm.distributed import World
-from mvlm.encoders import PackedText
 from mvlm.exchange import Place, fetch, gather, pack
+from mvlm.features import Features, Shown, beside, features
 from mvlm.model import PLANS, MaskVLM
 from mvlm.objectives import Losses
 from mvlm.parallel import Parallel
 from mvlm_dataloading import Batch, Masks
 
 Microbatch = tuple[Batch, Masks]
-
-
-class Features(NamedTuple):
-    """What ITC and ITM read of the pairs of one microbatch."""
-
-    image: Tensor
-    """v (b, 1+N, C)."""
-    text: Tensor
-    """w (b, L, C), zeros for padding."""
-    lengths: Tensor
-    """int64 (b,), tokens of each caption."""
-
-
-class Shown(NamedTuple):
-    """What ITM's pairs of one microbatch are made of."""
-
-    image: Tensor
-    """(b, 1+N, C), or (2b, 1+N, C) with the drawn ones after the own."""
-    text: PackedText
-    """b or 2b captions alike."""
-    memories: Any = None
-    """What the plan has made of both already, if anything."""
+Shares = dict[str, Tensor]
+"""A rank's shares of losses and accuracies, by name: scalars that add up to those of the global batch."""
+OBJECTIVES = ("mlm", "mim", "itc", "itm")
+NAMES = (*OBJECTIVES, "mlm_accuracy", "itc_accuracy", "itm_accuracy")
 
 
 class Step(NamedTuple):
@@ -61,7 +43,7 @@ class Step(NamedTuple):
     place: Place
     world: World
     plan: Any
-    """The module mvlm.plain, or another with its three functions."""
+    """The module mvlm.plain, or another with its functions."""
     autocast: Callable[[], AbstractContextManager[object]]
     draw: Draw
     lengths: Tensor
@@ -110,8 +92,7 @@ def backward_global(
     if reconstruction_only:
         for parameter in contrastive_parameters(parallel.model):
             parameter.grad = None  # as if nothing had asked for it: the optimizer leaves it alone
-    mlm, mim, itc, itm = shares
-    return Losses(mlm, mim, itc, itm, shares.sum())
+    return Losses(**dict(zip(NAMES, shares, strict=True)), total=shares[: len(OBJECTIVES)].sum())
 
 
 def contrastive_parameters(model: MaskVLM) -> list[nn.Parameter]:
@@ -131,7 +112,7 @@ def _masked_tokens(batch: Batch, masks: Masks) -> Tensor:
 
 
 def _one_graph(parallel: Parallel, microbatches: Sequence[Microbatch], now: Step, contrasted: bool) -> Tensor:
-    """The step of one microbatch. Returns the shares (4,) of MLM, MIM, ITC and ITM."""
+    """The step of one microbatch. Returns the shares (7,), in the order of NAMES."""
 
     def forward(model: MaskVLM) -> tuple[Tensor, Tensor]:
         batch, masks = microbatches[0]
@@ -140,13 +121,13 @@ def _one_graph(parallel: Parallel, microbatches: Sequence[Microbatch], now: Step
             shares = _reconstruction_shares(model, streams, batch, masks, now)
             if contrasted:
                 embeddings = model.embed_image(streams.image), model.embed_text(streams.text.first())  # (b, E)
-                itc, negatives = contrast(*embeddings, model.log_scale, now.draw, now.place)
+                itc, right, negatives = contrast(*embeddings, model.log_scale, now.draw, now.place)
                 shown = Shown(streams.image, streams.text, streams.memories)
                 if not now.draw.local:
-                    own = _features(streams.image, streams.text, model)
-                    shown = _beside(own, _fetch([own], negatives, now))
-                itm = _matching_share(model, shown, negatives, _total(negatives, now), now)
-                shares += [itc, itm]
+                    own = features(streams.image, streams.text, model.config.text_length)
+                    shown = beside(own, _fetch([own], negatives, now))
+                shares |= {"itc": itc, "itc_accuracy": right}
+                shares |= _matching_shares(model, shown, negatives, _total(negatives, now), now)
         return _finish(model, shares, now)
 
     total, shares = parallel(forward)
@@ -155,9 +136,9 @@ def _one_graph(parallel: Parallel, microbatches: Sequence[Microbatch], now: Step
 
 
 def _two_passes(parallel: Parallel, microbatches: Sequence[Microbatch], now: Step, contrasted: bool) -> Tensor:
-    """The step of several microbatches. Returns the shares (4,) of MLM, MIM, ITC and ITM."""
+    """The step of several microbatches. Returns the shares (7,), in the order of NAMES."""
     own: list[Features] = []
-    shares = torch.zeros(4, device=now.masked_tokens.device)
+    shares = torch.zeros(len(NAMES), device=now.masked_tokens.device)
     if contrasted:
         for batch, _ in microbatches:
             own.append(parallel(partial(_features_alone, batch=batch, now=now), last=False))
@@ -171,7 +152,7 @@ def _two_passes(parallel: Parallel, microbatches: Sequence[Microbatch], now: Ste
             total, parts = _finish(model, rebuilt, now)
             if contrasted:
                 # The gradient of this sum with respect to the features is the one they have from ITC and ITM.
-                again = _features(streams.image, streams.text, model)
+                again = features(streams.image, streams.text, model.config.text_length)
                 total = total + _inner(again.image, own[number].image) + _inner(again.text, own[number].text)
             return total, parts
 
@@ -183,35 +164,35 @@ def _two_passes(parallel: Parallel, microbatches: Sequence[Microbatch], now: Ste
 
 def _contrast_leaves(parallel: Parallel, own: list[Features], now: Step) -> Tensor:
     """ITC and ITM of features without a graph: their gradients are left in the features' `.grad`."""
-    for features in own:
-        features.image.requires_grad_()
-        features.text.requires_grad_()
+    for mine in own:
+        mine.image.requires_grad_()
+        mine.text.requires_grad_()
     drawn: list[Negatives] = []
 
     def itc(model: MaskVLM) -> tuple[Tensor, Tensor]:
         with now.autocast():
-            image = torch.cat([model.embed_image(features.image) for features in own])  # (n, E)
-            text = torch.cat([model.embed_text(features.text) for features in own])
-            share, negatives = contrast(image, text, model.log_scale, now.draw, now.place)
+            image = torch.cat([model.embed_image(mine.image) for mine in own])  # (n, E)
+            text = torch.cat([model.embed_text(mine.text) for mine in own])
+            share, right, negatives = contrast(image, text, model.log_scale, now.draw, now.place)
         drawn.append(negatives)
-        return _finish(model, [torch.zeros_like(share), torch.zeros_like(share), share], now)
+        return _finish(model, {"itc": share, "itc_accuracy": right}, now)
 
     total, shares = parallel(itc, last=False)
     total.backward()
     negatives, weight = drawn[0], _total(drawn[0], now)
     fetched = None if now.draw.local else _fetch(own, negatives, now)
     leaves = [] if fetched is None else [x.detach().requires_grad_(x.is_floating_point()) for x in fetched]
-    for number, features in enumerate(own):
+    for number, mine in enumerate(own):
         rows = slice(number * now.place.pairs, (number + 1) * now.place.pairs)
 
-        def itm(model: MaskVLM, features: Features = features, rows: slice = rows):
+        def itm(model: MaskVLM, mine: Features = mine, rows: slice = rows):
             with now.autocast():
                 if now.draw.local:
-                    shown = Shown(features.image, pack(features.text, features.lengths))
+                    shown = Shown(mine.image, pack(mine.text, mine.lengths))
                 else:
-                    shown = _beside(features, Features(*(x[rows] for x in leaves)))
-                share = _matching_share(model, shown, Negatives(*(x[rows] for x in negatives)), weight, now)
-            return _finish(model, [torch.zeros_like(share)] * 3 + [share], now)
+                    shown = beside(mine, Features(*(x[rows] for x in leaves)))
+                shares = _matching_shares(model, shown, Negatives(*(x[rows] for x in negatives)), weight, now)
+            return _finish(model, shares, now)
 
         total, part = parallel(itm, last=False)
         total.backward()
@@ -221,15 +202,16 @@ def _contrast_leaves(parallel: Parallel, own: list[Features], now: Step) -> Tens
     return shares
 
 
-def _finish(model: MaskVLM, shares: list[Tensor], now: Step) -> tuple[Tensor, Tensor]:
-    """What backward goes from, and the shares (4,) themselves, zero where there is none.
+def _finish(model: MaskVLM, shares: Shares, now: Step) -> tuple[Tensor, Tensor]:
+    """What backward goes from, and the shares (7,) themselves in the order of NAMES, zero where there is none.
 
     DDP waits for a gradient of every parameter, so all have one: of an empty sum, where nothing used them.
     """
-    shares = shares + [torch.zeros_like(shares[0])] * (4 - len(shares))
+    losses = [shares[name] for name in OBJECTIVES if name in shares]
     unused = sum(p.flatten()[:0].sum() for p in contrastive_parameters(model))
-    total = torch.stack(shares)
-    return now.world.size * total.sum() + unused, total.detach()
+    none = torch.zeros_like(losses[0])
+    found = torch.stack([shares.get(name, none).detach() for name in NAMES])
+    return now.world.size * torch.stack(losses).sum() + unused, found
 
 
 def _inner(x: Tensor, leaf: Tensor) -> Tensor:
@@ -238,26 +220,19 @@ def _inner(x: Tensor, leaf: Tensor) -> Tensor:
     return (x * leaf.grad).sum()
 
 
-def _features(image: Tensor, text: PackedText, model: MaskVLM) -> Features:
-    """Features of one microbatch from v (b, 1+N, C) and w, a PackedText; captions padded to what the model allows."""
-    text = text._replace(max_length=model.config.text_length)
-    return Features(image, text.padded()[0], text.cu_seqlens.diff().long())
-
-
 @torch.no_grad()
 def _features_alone(model: MaskVLM, batch: Batch, now: Step) -> Features:
     """The features of one microbatch, from whole images and captions alone."""
     with now.autocast():
-        image = model.encode_image(batch.images)
-        text = model.encode_text_packed(batch.tokens, batch.cu_seqlens, batch.max_length)
-    return _features(image, text, model)
+        image, text = now.plan.encode_whole(model, batch)
+    return features(image, text, model.config.text_length)
 
 
-def _reconstruction_shares(model: MaskVLM, streams: Any, batch: Batch, masks: Masks, now: Step) -> list[Tensor]:
+def _reconstruction_shares(model: MaskVLM, streams: Any, batch: Batch, masks: Masks, now: Step) -> Shares:
     """Shares of MLM, a mean over masked tokens, which differ in number, and of MIM, over patches, which do not."""
-    mlm, mim = now.plan.reconstruction_losses(model, streams, batch, masks)
-    mlm = mlm * _masked_tokens(batch, masks) / now.masked_tokens
-    return [mlm, mim / (now.place.ranks * now.place.microbatches)]
+    mlm, mim, right = now.plan.reconstruction_losses(model, streams, batch, masks)
+    mlm, right = (x * _masked_tokens(batch, masks) / now.masked_tokens for x in (mlm, right))
+    return {"mlm": mlm, "mim": mim / (now.place.ranks * now.place.microbatches), "mlm_accuracy": right}
 
 
 def _fetch(own: list[Features], negatives: Negatives, now: Step) -> Features:
@@ -265,12 +240,6 @@ def _fetch(own: list[Features], negatives: Negatives, now: Step) -> Features:
     image = fetch([features.image for features in own], negatives.images, now.place)
     text = fetch([features.text for features in own], negatives.texts, now.place)
     return Features(image, text, now.lengths.index_select(0, negatives.texts))
-
-
-def _beside(own: Features, others: Features) -> Shown:
-    """Own rows 0 to b - 1, and after them the ones drawn for them."""
-    text = pack(torch.cat([own.text, others.text]), torch.cat([own.lengths, others.lengths]))
-    return Shown(torch.cat([own.image, others.image]), text)
 
 
 def _weights(negatives: Negatives) -> Tensor:
@@ -283,8 +252,8 @@ def _total(negatives: Negatives, now: Step) -> Tensor:
     return now.world.all_reduce(_weights(negatives).sum())
 
 
-def _matching_share(model: MaskVLM, shown: Shown, negatives: Negatives, total: Tensor, now: Step) -> Tensor:
-    """The share of ITM of one microbatch and the negatives (b,) drawn for it."""
+def _matching_shares(model: MaskVLM, shown: Shown, negatives: Negatives, total: Tensor, now: Step) -> Shares:
+    """The shares of ITM of one microbatch and the negatives (b,) drawn for it."""
     own = torch.arange(now.place.pairs, device=total.device)
     images, texts = own + now.place.pairs, own + now.place.pairs
     if now.draw.local:
@@ -294,4 +263,6 @@ def _matching_share(model: MaskVLM, shown: Shown, negatives: Negatives, total: T
     logits = now.plan.match_pairs(
         model, shown.image, shown.text, torch.cat([own, own, images]), torch.cat([own, texts, own]), shown.memories
     )
-    return objectives.matching_loss(logits, labels, weights) * (weights.sum() / total)
+    part = weights.sum() / total
+    loss, right = (f(logits, labels, weights) for f in (objectives.matching_loss, objectives.matching_hits))
+    return {"itm": loss * part, "itm_accuracy": right * part}

@@ -12,16 +12,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mvlm.backends import compute_dtype
+from mvlm.objectives import hits
 
 LOGITS = 1 << 22
 """Logits of one chunk: 16 MB in fp32."""
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy of the logits x weight^T + bias over the rows whose target is not -100.
+def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of the logits x weight^T + bias over the rows whose target is not -100, and the share of these
+    rows whose target has the largest logit, which has no gradient.
 
-    x (M, C), weight (V, C), bias (V,), targets int64 (M,) in [0, V) or -100. Returns a scalar in fp32, float64 for
-    float64. Logits have autocast's dtype, or x's; sums are taken in fp32 (float64). Without any row it is NaN, as
+    x (M, C), weight (V, C), bias (V,), targets int64 (M,) in [0, V) or -100. Returns scalars in fp32, float64 for
+    float64. Logits have autocast's dtype, or x's; sums are taken in fp32 (float64). Without any row both are NaN, as
     torch's cross_entropy is.
     """
     return _LinearCrossEntropy.apply(x.to(compute_dtype(x)), weight, bias, targets)  # pyright: ignore[reportReturnType]
@@ -29,13 +31,13 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tenso
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         rows = max(1, LOGITS // len(weight))
         with torch.autocast(x.device.type, enabled=False):
             w, b = weight.to(x.dtype), bias.to(x.dtype)
             share = 1 / (targets != -100).sum().to(wide)
-            loss = torch.zeros((), dtype=wide, device=x.device)
+            loss, right = torch.zeros(2, dtype=wide, device=x.device)
             wanted = any(ctx.needs_input_grad)
             dx = torch.empty_like(x) if wanted else None
             dw = torch.zeros(weight.shape, dtype=wide, device=x.device) if wanted else None
@@ -44,9 +46,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part, target = x[start : start + rows], targets[start : start + rows]
                 log_p = F.log_softmax(F.linear(part, w, b).to(wide), dim=-1)  # (rows, V)
                 loss = loss + F.nll_loss(log_p, target, ignore_index=-100, reduction="sum")
+                known = target != -100
+                right = right + (hits(log_p, target.clamp(min=0)) * known).sum()
                 if dx is None or dw is None or db is None:
                     continue
-                known = target != -100
                 grad = log_p.exp_()
                 grad.scatter_add_(1, target.clamp(min=0)[:, None], -torch.ones_like(grad[:, :1]))
                 grad *= torch.where(known, share, 0)[:, None]
@@ -56,7 +59,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dw += grad.T @ part
         ctx.save_for_backward(dx, dw, db)
         ctx.dtypes = weight.dtype, bias.dtype
-        return loss * share
+        accuracy = right * share
+        ctx.mark_non_differentiable(accuracy)
+        return loss * share, accuracy
 
     @staticmethod
     @once_differentiable

@@ -159,19 +159,20 @@ class MaskVLM(nn.Module, HubMixin):
             raise ValueError(f"plan: wanted {' or '.join(PLANS)}, got {plan!r}")
         steps = PLANS[plan]
         streams = steps.encode(self, batch, masks)
-        mlm, mim = steps.reconstruction_losses(self, streams, batch, masks)
+        mlm, mim, mlm_accuracy = steps.reconstruction_losses(self, streams, batch, masks)
         if reconstruction_only:
-            itc = itm = torch.zeros_like(mim)
+            itc = itm = itc_accuracy = itm_accuracy = torch.zeros_like(mim)
         else:
             image, text = self.embed_image(streams.image), self.embed_text(streams.text.first())  # (B, E)
             logits = objectives.contrastive_logits(image, text, self.log_scale)
-            itc = objectives.contrastive_loss(logits)
+            itc, itc_accuracy = objectives.contrastive_loss(logits), objectives.contrastive_hits(logits)
             pairs = objectives.matching_pairs(logits, batch.image_id, batch.text_id, seed, step)
             match = steps.match_pairs(
                 self, streams.image, streams.text, pairs.images, pairs.texts, streams.memories
             )  # (3B, 2)
-            itm = objectives.matching_loss(match, pairs.labels, pairs.weights)
-        return Losses(mlm, mim, itc, itm, mlm + mim + itc + itm)
+            judged = match, pairs.labels, pairs.weights
+            itm, itm_accuracy = objectives.matching_loss(*judged), objectives.matching_hits(*judged)
+        return Losses(mlm, mim, itc, itm, mlm + mim + itc + itm, mlm_accuracy, itc_accuracy, itm_accuracy)
 
     def set_attention(self, self_attention: SelfBackend = "auto", cross_attention: CrossBackend = "auto") -> None:
         """Choose what the fast plan computes attention with: of images alone, and where text is on one side.

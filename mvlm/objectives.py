@@ -13,18 +13,31 @@ from mvlm.masking import gumbel
 
 
 class Losses(NamedTuple):
-    """Scalars, fp32 or float64. `total` is the unweighted sum of the other four."""
+    """Scalars, fp32 or float64. `total` is the unweighted sum of the four losses; accuracies have no gradient."""
 
     mlm: Tensor
     mim: Tensor
     itc: Tensor
     itm: Tensor
     total: Tensor
+    mlm_accuracy: Tensor
+    """Share of masked tokens whose own word has the largest logit."""
+    itc_accuracy: Tensor
+    """Share of images and captions of the batch whose own partner is nearest; the mean of both directions."""
+    itm_accuracy: Tensor
+    """Share of ITM's pairs that are rightly told to match or not."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Losses are computed in fp32 under autocast, and in float64 where the model is float64."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+@torch.no_grad()
+def hits(logits: Tensor, targets: Tensor) -> Tensor:
+    """Whether the target's logit is the largest of its row, 1 or 0. logits (R, V), targets int64 (R,) -> (R,)."""
+    own = logits.gather(1, targets[:, None]).squeeze(1)
+    return (own >= logits.amax(1)).to(at_least_float32(logits).dtype)
 
 
 def masked_language_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -46,6 +59,12 @@ def contrastive_loss(logits: Tensor) -> Tensor:
     """InfoNCE, the mean of both directions. logits (B, B), rows images, columns texts, pairs on the diagonal."""
     target = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def contrastive_hits(logits: Tensor) -> Tensor:
+    """Share of rows and columns whose largest logit is on the diagonal, a scalar. logits (B, B) as above."""
+    target = torch.arange(len(logits), device=logits.device)
+    return (hits(logits, target) + hits(logits.T, target)).mean() / 2
 
 
 def admissible_negatives(image_id: Tensor, text_id: Tensor) -> Tensor:
@@ -103,3 +122,8 @@ def matching_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
     """Weighted mean cross-entropy. logits (R, 2), labels int64 (R,), 1 = match; weights (R,), not all zero."""
     losses = F.cross_entropy(at_least_float32(logits), labels, reduction="none")
     return (losses * weights).sum() / weights.sum()
+
+
+def matching_hits(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Weighted share of pairs judged rightly, a scalar; arguments as above."""
+    return (hits(logits, labels) * weights).sum() / weights.sum()

@@ -48,13 +48,25 @@ def encode(model: "MaskVLM", batch: Batch, masks: Masks) -> Streams:
     )
 
 
-def reconstruction_losses(model: "MaskVLM", streams: Streams, batch: Batch, masks: Masks) -> tuple[Tensor, Tensor]:
-    """MLM, the mean over the batch's M masked tokens, and MIM, the mean over its B x K masked patches."""
+def encode_whole(model: "MaskVLM", batch: Batch) -> tuple[Tensor, PackedText]:
+    """v (B, 1+N, C) and w of the whole pictures and captions alone."""
+    image = model.encode_image(batch.images)
+    return image, model.encode_text_packed(batch.tokens, batch.cu_seqlens, batch.max_length)
+
+
+def reconstruction_losses(
+    model: "MaskVLM", streams: Streams, batch: Batch, masks: Masks
+) -> tuple[Tensor, Tensor, Tensor]:
+    """MLM, the mean over the batch's M masked tokens; MIM, the mean over its B x K masked patches; MLM's accuracy."""
     (w, key_mask), (wm, _) = streams.text.padded(), streams.masked_text.padded()  # (B, L, C), (B, L)
     logits = model.fill_mask(streams.image, wm, key_mask, batch.cu_seqlens, masks.token_ids)  # (M, V)
-    mlm = objectives.masked_language_loss(logits, batch.tokens[masks.token_ids])
+    targets = batch.tokens[masks.token_ids]
     pixels = model.reconstruct(streams.masked_image, w, key_mask, masks.patch_ids)  # (B, K, 3*P*P)
-    return mlm, objectives.masked_image_loss(pixels, model.patch_targets(batch.images, masks.patch_ids))
+    return (
+        objectives.masked_language_loss(logits, targets),
+        objectives.masked_image_loss(pixels, model.patch_targets(batch.images, masks.patch_ids)),
+        objectives.hits(logits, targets).mean(),
+    )
 
 
 def match_pairs(

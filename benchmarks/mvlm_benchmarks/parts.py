@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 from torch import nn
 
-from mvlm import fast
+from mvlm import fast, reading
 from mvlm.model import MaskVLM
 from mvlm.parts import MATCHING, part
 
@@ -43,9 +43,9 @@ def parts_of(model: nn.Module) -> Iterator[None]:
         "pixel head": [model.pixel_head],
         "ITC": [model.image_projection, model.text_projection],
     }
-    keys_values = fast.Memory.keys_values
+    keys_values = reading.Memory.keys_values
 
-    def decoders_too(memory: fast.Memory, block: Any) -> Any:
+    def decoders_too(memory: reading.Memory, block: Any) -> Any:
         with part("decoder") if block in decoder.layers else contextlib.nullcontext():
             return keys_values(memory, block)
 
@@ -55,7 +55,7 @@ def parts_of(model: nn.Module) -> Iterator[None]:
                 _name_module(stack, module, name)
         for function, name in FUNCTIONS.items():
             stack.enter_context(patch.object(fast, function, _named(name, getattr(fast, function))))
-        stack.enter_context(patch.object(fast.Memory, "keys_values", decoders_too))
+        stack.enter_context(patch.object(reading.Memory, "keys_values", decoders_too))
         stack.enter_context(patch.object(model, "match", _named(MATCHING, model.match)))
         yield
 

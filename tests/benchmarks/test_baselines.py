@@ -40,7 +40,7 @@ def test_losses_and_gradients_are_ours(model, cross) -> None:
     ours.total.backward()
     found = theirs(pad(MICRO, batch, masks, *negatives(model, batch, 3, 7)))
     found.total.backward()
-    for wanted, got in zip(ours, found, strict=True):
+    for wanted, got in zip(ours[:5], found[:5], strict=True):  # not the accuracies
         torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
     # Where a parameter lies in memory says which of ours it is; a fused one holds three.

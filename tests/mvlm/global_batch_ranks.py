@@ -170,7 +170,7 @@ def logit_elements(rank: int, ranks: int, elements: int) -> tuple[int, float]:
     place = Place(rank, ranks, 1, 6)
     ids = torch.arange(place.total)
     with LargestOf(place.total) as mode:
-        share, _ = contrast(image, text, torch.zeros(1), Draw(ids, ids, 0, 0, False), place, elements)
+        share, *_ = contrast(image, text, torch.zeros(1), Draw(ids, ids, 0, 0, False), place, elements)
         share.backward()
     assert image.grad is not None
     return mode.elements, float(image.grad.sum())

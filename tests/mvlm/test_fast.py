@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm import fast
+from mvlm.crossmodal import CrossBlock
 from mvlm.model import MaskVLM
 from mvlm.packing import bucketed
 from mvlm_dataloading import Batch, Masks
@@ -183,8 +183,8 @@ def test_keys_and_values_are_made_once_a_layer(toys, monkeypatch):
     """The text's serve MIM and ITM, the image's MLM and ITM; the decoder reads the text as well."""
     model = toys.model(cross_layers=2, decoder_layers=2)
     made = []
-    original = fast.CrossBlock.keys_values
-    monkeypatch.setattr(fast.CrossBlock, "keys_values", lambda self, rows: made.append(self) or original(self, rows))
+    original = CrossBlock.keys_values
+    monkeypatch.setattr(CrossBlock, "keys_values", lambda self, rows: made.append(self) or original(self, rows))
     model(*toys.batch(config=model.config), plan="fast")
     assert len(made) == len(set(made)) == 2 + 2 + 2
 

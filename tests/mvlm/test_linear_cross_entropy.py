@@ -19,12 +19,13 @@ def draw(rows: int, width: int = 5, vocabulary: int = 11, dtype: torch.dtype = t
 
 
 def in_numpy(x, weight, bias, targets):
-    """Loss and the gradients of x, weight and bias, from the definition."""
+    """Loss, accuracy and the gradients of x, weight and bias, from the definition."""
     x, weight, bias = (t.detach().double().numpy() for t in (x, weight, bias))
     known = [i for i, t in enumerate(targets.tolist()) if t != -100]
-    loss, dx, dw, db = 0.0, np.zeros_like(x), np.zeros_like(weight), np.zeros_like(bias)
+    loss, right, dx, dw, db = 0.0, 0, np.zeros_like(x), np.zeros_like(weight), np.zeros_like(bias)
     for i in known:
         logits = weight @ x[i] + bias
+        right += int(logits.argmax()) == int(targets[i])
         p = np.exp(logits - logits.max())
         p /= p.sum()
         loss -= np.log(p[targets[i]]) / len(known)
@@ -32,7 +33,7 @@ def in_numpy(x, weight, bias, targets):
         dx[i] = p @ weight / len(known)
         dw += np.outer(p, x[i]) / len(known)
         db += p / len(known)
-    return loss, dx, dw, db
+    return loss, right / len(known), dx, dw, db
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -40,10 +41,14 @@ def in_numpy(x, weight, bias, targets):
 def test_against_numpy(monkeypatch, chunk, unknown):
     monkeypatch.setattr(module, "LOGITS", chunk * 11)
     x, weight, bias, targets = draw(7)
+    targets[3:6] = (x @ weight.T + bias).argmax(1)[3:6]  # three rows, or two, that are right
     targets[unknown] = -100
-    loss = linear_cross_entropy(x, weight, bias, targets)
+    loss, accuracy = linear_cross_entropy(x, weight, bias, targets)
     (2.5 * loss).backward()
-    wanted, *gradients = in_numpy(x, weight, bias, targets)
+    wanted, share, *gradients = in_numpy(x, weight, bias, targets)
+    assert 0 < share < 1
+    assert accuracy.item() == pytest.approx(share, rel=1e-15)
+    assert not accuracy.requires_grad
     np.testing.assert_allclose(loss.item(), wanted, rtol=1e-13)
     for parameter, gradient in zip((x, weight, bias), gradients, strict=True):
         assert parameter.grad is not None
@@ -53,13 +58,13 @@ def test_against_numpy(monkeypatch, chunk, unknown):
 def test_bf16_is_as_exact_as_torch():
     """Under autocast: loss and weight gradient no further from float64 than torch's linear and cross_entropy are."""
     x, weight, bias, targets = draw(40, 32, 64, torch.float32)
-    wanted, _, wanted_dw, _ = in_numpy(x, weight, bias, targets)
+    wanted, _, _, wanted_dw, _ = in_numpy(x, weight, bias, targets)
     errors = []
     for fused in (True, False):
         weight.grad = None
         with torch.autocast("cpu", torch.bfloat16):
             if fused:
-                loss = linear_cross_entropy(x, weight, bias, targets)
+                loss, _ = linear_cross_entropy(x, weight, bias, targets)
             else:
                 logits = torch.nn.functional.linear(x, weight, bias)
                 loss = torch.nn.functional.cross_entropy(logits.float(), targets)
@@ -88,5 +93,5 @@ def test_all_logits_never_exist(monkeypatch):
     monkeypatch.setattr(module, "LOGITS", 4 * 50)
     x, weight, bias, targets = draw(100, 3, 50)
     with Largest() as largest:
-        linear_cross_entropy(x, weight, bias, targets).backward()
+        linear_cross_entropy(x, weight, bias, targets)[0].backward()
     assert largest.elements <= max(4 * 50, x.numel(), weight.numel())

@@ -205,7 +205,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(start, monkeypatch, t
     weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     moments = [{k: v.clone() for k, v in state.items()} for state in run.optimizer.state.values()]
     loss = getattr(module, function)
-    monkeypatch.setattr(module, function, lambda *inputs, **settings: loss(*inputs, **settings) + value)
+
+    def spoilt(*inputs, **settings):
+        found = loss(*inputs, **settings)
+        return (found[0] + value, *found[1:]) if isinstance(found, tuple) else found + value
+
+    monkeypatch.setattr(module, function, spoilt)
     run.one_step(batches)
     with pytest.raises(NonFiniteLossError, match=rf"^step 2: {term} is {value}; the update was not made "):
         run.check(run.numbers)
@@ -255,7 +260,8 @@ def test_what_a_run_writes(trained, scenes):
     assert [row["step"] for row in rows] == [1, 2]
     for number, row in enumerate(rows, 1):
         assert list(row) == [
-            *("step", "pairs_seen", "loss", "mlm", "mim", "itc", "itm", "grad_norm"),
+            *("step", "pairs_seen", "loss", "mlm", "mim", "itc", "itm"),
+            *("mlm_accuracy", "itc_accuracy", "itm_accuracy", "grad_norm"),
             *(f"grad_norm_{part}" for part in ("log_scale", "image_encoder", "text_encoder", "image_cross")),
             *(f"grad_norm_{part}" for part in ("text_cross", "image_decoder", "pixel_head", "language_head")),
             *(f"grad_norm_{part}" for part in ("image_projection", "text_projection", "matching_head")),
@@ -264,6 +270,7 @@ def test_what_a_run_writes(trained, scenes):
         ]
         assert (row["lr_encoder"], row["lr_pixels"]) == (row["lr"] / 2, pytest.approx(row["lr"] * 1.5))
         assert 0.06 < row["temperature"] < 0.08
+        assert all(0 <= row[f"{name}_accuracy"] <= 1 for name in ("mlm", "itc", "itm"))
         assert row["memory_mb"] > 50
         assert row["pairs_seen"] == 8 * number
         assert row["loss"] == pytest.approx(row["mlm"] + row["mim"] + row["itc"] + row["itm"], rel=1e-5)
