@@ -283,6 +283,7 @@ def bench_data(
     batch: int = 64,
     size: int = 224,
     soak: int = 0,
+    start: int = 0,
     step: Path | None = None,
     out: Path = Path("benchmarks/results"),
     json: Path | None = None,
@@ -299,6 +300,7 @@ def bench_data(
         batch: Pictures of a batch.
         size: Side of the squares.
         soak: Samples to load while memory is watched; 0 does not.
+        start: Samples of an index whose first batch is waited for; 0 does not.
         step: What `mvlm bench step --json` wrote: is the loader fast enough for that step?
         out: Folder to write the CSV to.
         json: JSON file for the figures, besides the CSV.
@@ -311,7 +313,8 @@ def bench_data(
         raise ConfigError("bench: wanted torchvision, which is not installed; pip install 'mvlm[bench]'")
     from mvlm_benchmarks import data as bench
 
-    for path in bench.run(data, pictures, out, contenders, recipes, rounds, batches, batch, size, soak, step, json):
+    turns = (rounds, batches, batch, size)
+    for path in bench.run(data, pictures, out, contenders, recipes, *turns, soak, start, step, json):
         print(path)
 
 

@@ -9,29 +9,24 @@ that does nothing else both ratios agree, and on a busy one the ratio of process
 """
 
 import contextlib
-import csv
 import json
 import os
-import re
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mvlm.errors import ConfigError
-from mvlm_benchmarks import machine
+from mvlm_benchmarks import data_start, machine
+from mvlm_benchmarks.data_report import Row, stage_table, table, write
 from mvlm_benchmarks.data_stages import STAGES
 from mvlm_benchmarks.data_worker import CONTENDERS, RECIPES
-from mvlm_benchmarks.report import MACHINE_COLUMNS, heading
+from mvlm_benchmarks.report import heading
 
-Row = dict[str, Any]
-COLUMNS = (
-    "data", "recipe", "contender", "status", "note", "images_per_s", "images_per_s_best", "images_per_s_worst",
-    "ours_over", "cpu_ms", "ours_over_cpu", "rounds", "batches", "batch", "size", *MACHINE_COLUMNS,
-)  # fmt: skip
 PACKAGES = ["nvidia-dali-cuda130", "pillow", "torchvision", "webdataset", "simplejpeg", "numpy"]
 
 
@@ -100,6 +95,7 @@ def run(
     batch: int = 64,
     size: int = 224,
     soak: int = 0,
+    start: int = 0,
     step: Path | None = None,
     json_file: Path | None = None,
 ) -> list[Path]:
@@ -126,20 +122,20 @@ def run(
     rows, stages = [], {}
     for recipe in recipes:
         rows += _measure(chosen, recipe, data, shape)
-        print(_table(rows, recipe), flush=True)
+        print(table(rows, recipe), flush=True)
         stages[recipe] = _stages(recipe, data, shape)
-        print(_stage_lines(stages[recipe]), flush=True)
-    verdict: dict[str, Any] = {}
+        print(stage_table(stages[recipe]), flush=True)
+    others: dict[str, dict[str, Any]] = {}
     if need is not None and "ours" in chosen:
-        ours = max(row["images_per_s"] for row in rows if row["contender"] == "ours")
-        verdict = {"step_pairs_per_s": need, "loader_images_per_s": ours, "loader_over_step": round(ours / need, 3)}
-        enough = "feeds it" if ours >= need else f"is short of it: {need / ours:.1f} times these cores are needed"
-        print(f"a step takes {need:.0f} pairs/s; the loader's {ours:.0f} images/s on this machine {enough}")
-    memory: dict[str, Any] = {}
+        others["step"] = _feeds(need, max(row["images_per_s"] for row in rows if row["contender"] == "ours"))
+    if start:
+        others["start"] = _start(start)
     if soak:
-        _write(rows, stages, verdict, memory, about, out, data, json_file)  # a soak is long and may be cut short
-        memory = _soak(data, shape, soak)
-    return _write(rows, stages, verdict, memory, about, out, data, json_file)
+        write(rows, stages, others, about, out, data, json_file)  # a soak is long and may be cut short
+        others["memory"] = _soak(data, shape, soak)
+    for found in others.values():
+        print(found["text"])
+    return write(rows, stages, others, about, out, data, json_file)
 
 
 def _measure(names: Sequence[str], recipe: str, data: Path, shape: dict[str, int]) -> list[Row]:
@@ -220,38 +216,39 @@ def _stages(recipe: str, data: Path, shape: dict[str, int]) -> dict[str, dict[st
         return found
 
 
-def _stage_lines(stages: dict[str, dict[str, float]]) -> str:
-    lines = [
-        f"{'stage':10} {'images/s':>9} {'adds us':>8}   up to and with it; processor time that it adds to a picture"
-    ]
-    lines += [f"{name:10} {row['images_per_s']:9.0f} {row['adds_us']:8.0f}" for name, row in stages.items()]
-    worst = max(stages, key=lambda name: stages[name]["adds_us"])
-    return "\n".join([*lines, f"bottleneck: {worst}", ""])
-
-
-def _table(rows: list[Row], recipe: str) -> str:
-    lines = [f"{recipe:24} {'images/s':>9} {'best':>8} {'worst':>8} {'ours/it':>8} {'CPU ms':>8} {'it/ours':>8}"]
-    for row in rows:
-        if row["recipe"] != recipe:
-            continue
-        if row["status"] != "ok":
-            lines.append(f"{row['contender']:24} {row['status']}: {row['note']}")
-            continue
-        rates = (row["images_per_s"], row["images_per_s_best"], row["images_per_s_worst"])
-        ratios = [f"{row[name]:.2f}x" if name in row else "" for name in ("ours_over", "ours_over_cpu")]
-        line = f"{row['contender']:24} {rates[0]:9.0f} {rates[1]:8.0f} {rates[2]:8.0f} {ratios[0]:>8}"
-        lines.append(f"{line} {row['cpu_ms']:8.2f} {ratios[1]:>8}")
-    return "\n".join(lines)
-
-
 def _soak(data: Path, shape: dict[str, int], samples: int) -> dict[str, Any]:
     """Resident memory of our loader's process while it makes so many samples: after each tenth."""
     turn = max(1, samples // 10 // shape["batch"])
     with _started(["ours"], "crop+randaug", data, shape) as (ours,):
         resident = [round(ours.turn(turn)["rss_mb"], 1) for _ in range(10)]
-    growth = max(resident[2:]) / resident[1] - 1
-    print(f"resident memory over {10 * turn * shape['batch']} samples: {resident} MB, grew by {100 * growth:.1f} %")
-    return {"samples": 10 * turn * shape["batch"], "rss_mb": resident, "growth": round(growth, 4)}
+    made, growth = 10 * turn * shape["batch"], max(resident[2:]) / resident[1] - 1
+    text = f"resident MB after each tenth of {made} samples: {resident}; grew by {100 * growth:.1f} % after the second"
+    return {"text": text, "samples": made, "rss_mb": resident, "growth": round(growth, 4)}
+
+
+def _start(samples: int) -> dict[str, Any]:
+    """Seconds from nothing to a first batch with an index of so many samples: the median of five processes."""
+    with tempfile.TemporaryDirectory(prefix="mvlm-start-") as folder:
+        data_start.build(Path(folder) / "data", samples)
+        command = [sys.executable, "-m", "mvlm_benchmarks.data_start", str(Path(folder) / "data")]
+        found = [json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(5)]
+    seconds = [round(one["start_s"], 3) for one in found]
+    spent = statistics.median(one["cpu_s"] for one in found)
+    text = f"{statistics.median(seconds):.2f} s from nothing to the first batch of {found[0]['samples']} samples"
+    text += f", imports apart, of five processes: {seconds}; {spent:.2f} s of processor time"
+    return {"text": text, "samples": found[0]["samples"], "seconds": seconds, "cpu_s": round(spent, 3)}
+
+
+def _feeds(need: float, ours: float) -> dict[str, Any]:
+    """Whether the loader's images a second are enough for a step that takes `need` pairs a second."""
+    enough = "feeds it" if ours >= need else f"is short of it: {need / ours:.1f} times these cores are needed"
+    text = f"a step takes {need:.0f} pairs/s; the loader's {ours:.0f} images/s on this machine {enough}"
+    return {
+        "text": text,
+        "step_pairs_per_s": need,
+        "loader_images_per_s": ours,
+        "loader_over_step": round(ours / need, 3),
+    }
 
 
 def _step_rate(path: Path) -> float:
@@ -261,44 +258,6 @@ def _step_rate(path: Path) -> float:
         return float(max(rates))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"step: wanted what `mvlm bench step --json` wrote, got {path}: {error!r}") from None
-
-
-def _write(
-    rows: list[Row],
-    stages: dict,
-    verdict: dict,
-    memory: dict,
-    about: dict,
-    out: Path,
-    data: Path,
-    json_file: Path | None,
-) -> list[Path]:
-    out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", f"data {data.name} {about['device'].split(',')[0]}".lower()).strip("-")
-    files = [out / f"{name}.csv"]
-    rows = list(rows)
-    versions = "; ".join(f"{package} {found}" for package, found in about["versions"].items() if found)
-    columns = {key: about[key] for key in MACHINE_COLUMNS} | {"versions": versions}
-    for recipe, found in stages.items():
-        for stage, figures in found.items():
-            note = f"stage, adds {figures['adds_us']} us of processor time a picture"
-            rate = {"images_per_s": figures["images_per_s"]}
-            rows.append({"data": data.name, "recipe": recipe, "contender": stage, "status": "ok", "note": note, **rate})
-    if memory:
-        resident = f"resident MB after each tenth of {memory['samples']} samples: {memory['rss_mb']}"
-        note = f"{resident}; growth {memory['growth']}"
-        rows.append({"data": data.name, "recipe": "crop+randaug", "contender": "memory", "status": "ok", "note": note})
-    with files[0].open("w", newline="") as file:
-        writer = csv.DictWriter(file, list[str](COLUMNS))
-        writer.writeheader()
-        writer.writerows({**row, **columns} for row in rows)
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        timed = [row for row in rows if row["contender"] in CONTENDERS]
-        content = {"machine": about, "rows": timed, "stages": stages, "step": verdict, "memory": memory}
-        json_file.write_text(json.dumps(content, indent=1) + "\n")
-        files.append(json_file)
-    return files
 
 
 def _chosen(what: str, wanted: Sequence[str], known: Sequence[str]) -> list[str]:

@@ -86,13 +86,16 @@ def test_what_is_printed_and_written(tmp_path, pictures, monkeypatch, capsys):
     step = tmp_path / "step.json"
     step.write_text(json.dumps({"rows": [{"pairs_per_s": 200.0}, {"pairs_per_s": 600.0}, {"pairs_per_s": None}]}))
     names = ["ours", "pil", "webdataset+pil"]
-    files = data.run(pictures, 1, tmp_path, names, ["crop"], 2, 1, 8, 64, 1000, step, tmp_path / "sub" / "f.json")
+    files = data.run(
+        pictures, 1, tmp_path, names, ["crop"], 2, 1, 8, 64, 1000, 2000, step, tmp_path / "sub" / "f.json"
+    )
     printed = capsys.readouterr().out
     for words in (
         "webdataset+pil           missing: not installed here",
         "bottleneck: resize",
         "a step takes 600 pairs/s; the loader's 300 images/s on this machine is short of it: 2.0 times",
         "grew by 2.7 %",
+        " s from nothing to the first batch of 2000 samples",
     ):
         assert words in printed
     written = json.loads(files[1].read_text())
@@ -100,11 +103,15 @@ def test_what_is_printed_and_written(tmp_path, pictures, monkeypatch, capsys):
     assert rates == {"ours": 300, "pil": 100, "webdataset+pil": None}
     assert written["rows"][1]["ours_over"] == written["rows"][1]["ours_over_cpu"] == 3
     assert written["stages"]["crop"]["resize"] == {"images_per_s": 500, "adds_us": 1000}
-    assert written["step"] == {"step_pairs_per_s": 600, "loader_images_per_s": 300, "loader_over_step": 0.5}
+    assert (written["step"]["step_pairs_per_s"], written["step"]["loader_over_step"]) == (600, 0.5)
+    assert written["memory"]["growth"] == pytest.approx(113 / 110 - 1, abs=1e-4)
+    assert len(written["start"]["seconds"]) == 5
     assert written["machine"]["commit"]
     with files[0].open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["contender"] for row in rows] == [*names, "read", "decode", "resize", "augment", "hand-over", "memory"]
+    stages = ["read", "decode", "resize", "augment", "hand-over"]
+    assert [row["contender"] for row in rows] == [*names, *stages, "step", "start", "memory"]
+    assert rows[-1]["note"].endswith("grew by 2.7 % after the second")
     assert files[0].name.startswith("data-photos-")
     assert all(row["figures"].startswith("loader only, no model") for row in rows)
 

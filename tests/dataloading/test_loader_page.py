@@ -12,10 +12,9 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "loader.md").read_text()
 # A command's words, and what makes it short.
 SHORT = {
-    "python -m mvlm_benchmarks.data_start data/start": ["--samples", "2000"],
     "python tests/dataloading/loading_faults.py data/emoji --kills 50": None,  # test_loading_faults runs it
     "mvlm bench data --data data/photos": None,  # tests/benchmarks/test_data.py runs both
-    "mvlm bench data --data data/photos --soak 200000 --step step.json": None,
+    "mvlm bench data --data data/photos --soak 200000 --start 1000000 --step step.json": None,
 }
 
 
