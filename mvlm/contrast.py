@@ -39,7 +39,7 @@ class Draw(NamedTuple):
     text_id: Tensor
     """int64 (G,)."""
     seed: int
-    step: int
+    step: int | Tensor
     local: bool
     """Within a microbatch only."""
 

@@ -26,9 +26,9 @@ from mvlm.crossmodal import CrossEncoder
 from mvlm.encoders import PackedText
 from mvlm.linear_cross_entropy import linear_cross_entropy
 from mvlm.masking import mask_tokens, masked_patches, visible_patches
-from mvlm.packing import Packing
+from mvlm.packing import Packing, rounded
 from mvlm.plain import Streams
-from mvlm.reading import Memory, attend_cross, attend_self, packing_of, rounded, take_rows, take_within
+from mvlm.reading import Memory, attend_cross, attend_self, packing_of, take_rows, take_within
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels import gather_patches, linear_pixel_loss, place_tokens
 

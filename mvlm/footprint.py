@@ -30,9 +30,8 @@ from mvlm.distributed import World
 from mvlm.flops import FORMULAS
 from mvlm.global_batch import Microbatch, backward_global
 from mvlm.model import MaskVLM
-from mvlm.packing import round_up
+from mvlm.packing import rounded
 from mvlm.parallel import BLOCKS, checkpoint_activations, parallelize
-from mvlm.reading import KEY_MULTIPLE
 from mvlm_dataloading import Batch, Masks
 
 CPU = torch.device("cpu")
@@ -213,7 +212,7 @@ def _drawn_tokens(config: MaskVLMConfig, shape: Shape) -> int:
     if not shape.gpu:
         return 3 * shape.pairs * shape.tokens
     alone = shape.microbatches == 1 and (shape.ranks == 1 or shape.local_negatives)
-    return 3 * shape.pairs * round_up(shape.longest if alone else config.text_length, KEY_MULTIPLE)
+    return 3 * shape.pairs * rounded(shape.longest if alone else config.text_length)
 
 
 def _give_fake_tensors(module: nn.Module) -> None:

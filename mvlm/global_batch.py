@@ -58,7 +58,7 @@ def backward_global(
     world: World,
     *,
     seed: int,
-    step: int,
+    step: int | Tensor,
     plan: Literal["plain", "fast"] = "plain",
     reconstruction_only: bool = False,
     local_negatives: bool = False,

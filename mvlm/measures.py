@@ -20,16 +20,19 @@ class Numbers:
         self.steps: list[int] = []
         self.samples: list[list[int]] = []
         """The sample ids of each step's batch, on this rank."""
+        self.tokens = 0
+        """Of all captions of this rank's batches."""
         self.waited = 0.0
         """Seconds that the steps waited for their data."""
 
-    def add(self, step: int, samples: list[int], values: dict[str, Tensor], waited: float) -> None:
+    def add(self, step: int, samples: list[int], tokens: int, values: dict[str, Tensor], waited: float) -> None:
         """Keep the scalars of one step; their names are the same for all steps of a line."""
         self._names = list(values)
         self._rows.append(torch.stack([value.detach().float() for value in values.values()]))
         self._sent = None
         self.steps.append(step)
         self.samples.append(samples)
+        self.tokens += tokens
         self.waited += waited
 
     def send(self) -> None:

@@ -42,13 +42,16 @@ class Lines:
         seconds, steps = now - self._began, len(numbers.steps)
         self._began = now
         config, factor = run.config, learning_rate_factor(run.step - 1, run.config)
+        rate = steps * config.batch_size / seconds
+        mfu = run.utilisation.mfu(rate, numbers.tokens * run.world.size / (steps * config.batch_size))
         host = {
             "lr": config.lr_cross * factor,
             "lr_encoder": config.lr_encoder * factor,
             "lr_pixels": config.lr_pixels * factor,
-            "pairs_per_s": steps * config.batch_size / seconds,
+            "pairs_per_s": rate,
             "data_wait_s": numbers.waited / steps,
             "memory_mb": memory_mb(run.device),
+            **({} if mfu is None else {"mfu": mfu}),
             "skipped": run.loader.skipped,
         }
         self._pending = (host, numbers, figures)

@@ -16,19 +16,29 @@ def round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
+KEY_MULTIPLE = 16
+"""Longest captions are rounded up to a multiple of this: shapes repeat, and a CPU's products like it."""
+
+
+def rounded(length: int) -> int:
+    """A longest length that repeats from batch to batch."""
+    return round_up(length, KEY_MULTIPLE)
+
+
 def bucketed(batch: Batch, masks: Masks, text_length: int) -> tuple[Batch, Masks]:
     """The same batch with its totals rounded up, so that few shapes occur: for the fast plan, compiled or in a CUDA
     graph.
 
     Tokens come in multiples of a 16th of what B captions of text_length have at most, masked tokens in multiples of a
     third of that. What is added lies behind the last caption and behind the last masked token, and is read by nobody.
+    The longest length is rounded up too.
     """
     multiple = round_up(max(1, len(batch.image_id) * text_length // 16), 16)
     total, masked = len(batch.tokens), len(masks.token_ids)
     tokens = round_up(total + 1, multiple)  # at least one more, for the added masked tokens to point at
     added = round_up(masked, round_up(multiple // 3, 16)) - masked
     return (
-        replace(batch, tokens=F.pad(batch.tokens, (0, tokens - total))),
+        replace(batch, tokens=F.pad(batch.tokens, (0, tokens - total)), max_length=rounded(batch.max_length)),
         replace(masks, token_ids=F.pad(masks.token_ids, (0, added), value=tokens - 1)),
     )
 

@@ -106,6 +106,21 @@ def checkpoint_activations(model: MaskVLM) -> None:
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
+GRAPHS = 64
+"""Compiled steps that may be kept; batches come in a handful of shapes (`mvlm.packing.bucketed`)."""
+
+
+def compile_step(model: MaskVLM, world: World, **settings: Any) -> None:
+    """From now on a call of the model runs compiled, in one graph. `settings` are torch.compile's.
+
+    ConfigError on several ranks: their step is no call of the model but of its parts.
+    """
+    if world.size > 1:
+        raise ConfigError(f"compile: wanted one rank, got {world.size}; leave --compile out")
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    model.compile(fullgraph=True, dynamic=False, **settings)
+
+
 def whole_model(model: MaskVLM) -> MaskVLM:
     """The model itself where its weights are whole, else a copy with all of them, on every rank. Not for training."""
     if not any(isinstance(p, DTensor) for p in model.parameters()):

@@ -14,10 +14,7 @@ from mvlm import backends
 from mvlm.attention import Attend, Attention
 from mvlm.crossmodal import CrossBlock, Rows
 from mvlm.encoders import PackedText
-from mvlm.packing import Packing, round_up
-
-KEY_MULTIPLE = 16
-"""Longest captions are rounded up to a multiple of this: shapes repeat, and a CPU's products like it."""
+from mvlm.packing import Packing, rounded
 
 
 class Memory:
@@ -87,8 +84,3 @@ def take_rows(x: Tensor, rows: Tensor) -> Tensor:
 def packing_of(text: PackedText) -> Packing:
     """Where the rows of a PackedText lie, its longest caption rounded up."""
     return Packing(text.cu_seqlens, rounded(text.max_length), len(text.rows))
-
-
-def rounded(length: int) -> int:
-    """A longest length that repeats from batch to batch."""
-    return round_up(length, KEY_MULTIPLE)

@@ -24,7 +24,8 @@ from mvlm.global_batch import Microbatch, backward_global
 from mvlm.measures import Numbers, gradient_norms, whole
 from mvlm.monitor import Lines, Outputs
 from mvlm.objectives import Losses
-from mvlm.parallel import Parallel, checkpoint_activations, parallelize, whole_model
+from mvlm.packing import bucketed
+from mvlm.parallel import Parallel, checkpoint_activations, compile_step, parallelize, whole_model
 from mvlm.recipe import (
     WeightAverage,
     check_attention,
@@ -40,6 +41,7 @@ from mvlm.safety import BadSteps, Guard
 from mvlm.saver import Saver
 from mvlm.signals import StopRequest
 from mvlm.strip import strip
+from mvlm.utilisation import Utilisation
 from mvlm.watchdog import Watchdog
 from mvlm_dataloading import Batch, Dataset, Loader, Masks, Tokenizer, open_dataset
 
@@ -76,6 +78,8 @@ def open_inputs(config: PretrainConfig) -> tuple[Dataset, Dataset | None, Tokeni
     dataset = open_dataset(config.data, "train")
     evaluates = config.eval_every_steps or config.eval_every_minutes
     validation = open_dataset(config.data, "validation") if evaluates else None
+    if validation is not None and config.eval_pictures:
+        validation = validation.head(config.eval_pictures)
     tokenizer = choose_tokenizer(config, dataset)
     config = replace(config, model=fit_to_tokenizer(config, tokenizer))
     check_attention(config)
@@ -91,6 +95,8 @@ def start_run(config: PretrainConfig, world: World, dataset: Dataset, tokenizer:
     model = make_model(config, fresh=not checkpoint).to(world.device)
     if config.checkpoint_activations:
         checkpoint_activations(model)
+    if config.compile:
+        compile_step(model, world)
     parallel = parallelize(model, world, config.parallel)
     run = Run(config, world, parallel, make_optimizer(model, config, world.device), loader, tokenizer)
     if checkpoint:
@@ -119,6 +125,7 @@ class Run:
         self.bad = BadSteps(config.max_bad_steps)
         self.saver = Saver(config.out / "checkpoints", world, config.keep_checkpoints, config.keep_every_steps)
         self.watchdog = Watchdog(config.out, world.rank, config.stall_minutes)
+        self.utilisation = Utilisation(config, world)
         self.numbers = Numbers()
         """Of the steps since the last line."""
         self.step = 0
@@ -182,6 +189,9 @@ class Run:
         started = time.perf_counter()
         dealt = [next(batches) for _ in range(self.config.accumulate)]
         samples = [i for batch, _ in dealt for i in batch.sample_id.tolist()]
+        tokens = sum(len(batch.tokens) for batch, _ in dealt)
+        if self.config.compile:
+            dealt = [bucketed(batch, masks, self.config.model.text_length) for batch, masks in dealt]
         micro = [(b.to(self.device, non_blocking=True), m.to(self.device, non_blocking=True)) for b, m in dealt]
         waited = time.perf_counter() - started
         self.watchdog.beat(f"step {self.step + 1}")
@@ -203,7 +213,7 @@ class Run:
         values: dict[str, Tensor] = {**losses._asdict(), "grad_norm": norm, "good": good}
         values |= {f"grad_norm_{name}": value for name, value in parts.items()}
         values["temperature"] = (-whole(self.model.log_scale.detach()[0])).exp()
-        self.numbers.add(self.step, samples, values, waited)
+        self.numbers.add(self.step, samples, tokens, values, waited)
 
     def forward_backward(self, micro: list[Microbatch]) -> Losses:
         """The losses of the global batch, scalars; the gradients of their total are in the parameters' `grad`."""
@@ -213,7 +223,8 @@ class Run:
             micro,
             self.world,
             seed=config.seed,
-            step=self.step,
+            # As a number the step would be part of the compiled code, and each one compiled anew.
+            step=torch.full((), self.step, device=self.device) if config.compile else self.step,
             plan=config.plan,
             reconstruction_only=self.step < config.reconstruction_first,
             local_negatives=config.local_negatives,

@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from .build import build_shards as build_shards
     from .check import check_shards as check_shards
     from .dataset import Dataset as Dataset
-    from .dataset import open_dataset as open_dataset
     from .errors import DataError as DataError
     from .index import rebuild_indices as rebuild_indices
     from .loader import Loader as Loader
     from .masking import draw_patch_masks as draw_patch_masks
     from .masking import draw_token_masks as draw_token_masks
+    from .opening import open_dataset as open_dataset
     from .settings import Choice as Choice
     from .settings import Settings as Settings
     from .shards import ShardWriter as ShardWriter
@@ -32,11 +32,12 @@ _MODULES = {
     "batch": ("Batch", "Masks"),
     "build": ("build_shards",),
     "check": ("check_shards",),
-    "dataset": ("Dataset", "open_dataset"),
+    "dataset": ("Dataset",),
     "errors": ("DataError",),
     "index": ("rebuild_indices",),
     "loader": ("Loader",),
     "masking": ("draw_patch_masks", "draw_token_masks"),
+    "opening": ("open_dataset",),
     "settings": ("Choice", "Settings"),
     "shards": ("ShardWriter",),
     "sources.emoji": ("build_emoji",),

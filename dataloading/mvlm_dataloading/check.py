@@ -11,10 +11,11 @@ import numpy as np
 
 from .captions import script_of
 from .crew import work
-from .dataset import open_dataset, parse_captions, parse_metadata
+from .dataset import parse_captions, parse_metadata
 from .decode import Decoder, read_header
 from .errors import DataError, need
 from .index import index_of
+from .opening import open_dataset
 from .pictures import any_size
 from .shards import read_description, shard_files
 

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dataset import Dataset, open_dataset
+from .dataset import Dataset
 from .decode import Decoder, perceptual_hash
 from .duplicates import first_equal, near_known, near_pairs
 from .errors import DataError
+from .opening import open_dataset
 from .records import EVALUATION_SPLITS
 from .settings import MAX_PIXELS
 from .shards import read_description

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .dataset import open_dataset
 from .errors import need
+from .opening import open_dataset
 from .order import write_index_views
 from .pipeline import Decoding, build_pipeline
 from .randomness import Purpose, uniforms

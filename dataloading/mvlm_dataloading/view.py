@@ -19,8 +19,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .dataset import Dataset, open_dataset
+from .dataset import Dataset
 from .errors import DataError
+from .opening import open_dataset
 from .pictures import Facts, any_size, collect, facts_of, find_duplicates, find_leaks
 from .records import EVALUATION_SPLITS
 from .settings import Choice

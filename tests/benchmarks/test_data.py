@@ -86,9 +86,7 @@ def test_what_is_printed_and_written(tmp_path, pictures, monkeypatch, capsys):
     step = tmp_path / "step.json"
     step.write_text(json.dumps({"rows": [{"pairs_per_s": 200.0}, {"pairs_per_s": 600.0}, {"pairs_per_s": None}]}))
     names = ["ours", "pil", "webdataset+pil"]
-    files = data.run(
-        pictures, 1, tmp_path, names, ["crop"], 2, 1, 8, 64, 1000, 2000, step, tmp_path / "sub" / "f.json"
-    )
+    files = data.run(pictures, 1, tmp_path, names, ["crop"], 2, 1, 8, 64, 1000, 2000, step, tmp_path / "sub" / "f.json")
     printed = capsys.readouterr().out
     for words in (
         "webdataset+pil           missing: not installed here",

@@ -28,8 +28,8 @@ import numpy as np
 import nvidia.dali.fn  # noqa: F401 (imported before the forks)
 from PIL import Image
 
+from mvlm_dataloading import open_dataset
 from mvlm_dataloading.build import build_shards
-from mvlm_dataloading.dataset import open_dataset
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.records import Listed, Record, Source
 from mvlm_dataloading.settings import Settings

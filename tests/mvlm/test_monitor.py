@@ -35,6 +35,19 @@ def test_a_service_gets_the_configuration_and_the_numbers(toys, tmp_path, monkey
     assert read_metrics(config.out / "metrics.jsonl") == [ROW]
 
 
+@pytest.mark.parametrize("name, written", [("wandb", "run/wandb/offline-run-*/*.wandb"), ("trackio", "trackio/*.db")])
+def test_the_real_service_offline(toys, tmp_path, monkeypatch, without_tensorboard, name, written):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip(name, reason=f"pip install 'mvlm[track]' brings {name}")
+    config = toys.pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
+    config.out.mkdir()
+    with Outputs(config, 0) as outputs:
+        outputs.write(ROW)
+    assert all(file.stat().st_size > 1000 for file in tmp_path.glob(written))
+    assert list(tmp_path.glob(written))
+
+
 def test_a_service_that_is_not_installed_is_named_before_anything_is_written(toys, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     config = toys.pretrain_config(tmp_path / "data", tmp_path / "run", trackio=True)

@@ -70,7 +70,7 @@ def numbers_of(good: list[bool], first: int = 1, loss: float = NAN) -> Numbers:
     numbers = Numbers()
     for step, is_good in enumerate(good, first):
         values = {"mim": 1.0, "total": 1.0 if is_good else loss, "grad_norm": 2.0, "good": float(is_good)}
-        numbers.add(step, [step, 100 + step], {name: torch.tensor(value) for name, value in values.items()}, 0.0)
+        numbers.add(step, [step, 100 + step], 12, {name: torch.tensor(value) for name, value in values.items()}, 0.0)
     return numbers
 
 

@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ from mvlm import fast, objectives, train
 from mvlm.checkpoint import load_model, verify_checkpoint
 from mvlm.distributed import World
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
-from mvlm.parallel import parallelize
+from mvlm.parallel import compile_step, parallelize
 from mvlm.run_folder import read_metrics
 from mvlm.saver import Saver
 from mvlm.train import Run, learning_rate_factor, make_loader, make_optimizer, pretrain
@@ -529,3 +530,38 @@ def test_augmentations_reach_the_loader(toys, scenes, tmp_path):
     assert not altered.equal(whole)
     for name in ("flip", "randaugment"):
         assert all(a.equal(b) for a, b in zip(seen[name][1:], seen["none"][1:], strict=True))
+
+
+# Dynamo makes an instance of an autograd.Function while it traces one.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_run_is_the_same_run(start, toys, scenes, tokenizer, tmp_path, monkeypatch):
+    """Traced whole and run by torch's own kernels, in float64; batches of every length share a handful of graphs."""
+    plain, batches = start(dtype=torch.float64)
+    for _ in range(6):
+        plain.one_step(batches)
+    compiled, batches = start(dtype=torch.float64, compile=True)
+    torch._dynamo.reset()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compile_step(compiled.model, ALONE, backend="aot_eager")
+    for _ in range(6):
+        compiled.one_step(batches)
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 3
+    for wanted, got in zip(plain.numbers.read(), compiled.numbers.read(), strict=True):
+        assert got == pytest.approx(wanted, rel=1e-6)  # numbers are kept in fp32
+
+
+def test_compiling_is_for_one_rank_and_one_microbatch(toys, scenes, tmp_path):
+    with pytest.raises(ConfigError, match="compile: wanted one rank, got 2; leave --compile out"):
+        compile_step(toys.model(), replace(ALONE, size=2))
+    for changes in ({"accumulate": 2}, {"plan": "plain"}):
+        with pytest.raises(ConfigError, match="compile: wanted --plan fast and --accumulate 1 beside it"):
+            toys.pretrain_config(scenes, tmp_path, compile=True, **changes)
+
+
+def test_evaluation_on_the_first_pictures(toys, scenes, tmp_path):
+    """Recall among three is a multiple of a third; among all it would not be."""
+    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=1, eval_every_steps=1, eval_pictures=3)
+    pretrain(config)
+    row = read_metrics(config.out / "metrics.jsonl")[-1]
+    assert min(abs(row["tr_r1"] - 100 * k / 3) for k in range(4)) < 0.01
+    assert (row["tr_r5"], row["tr_r10"]) == (100, 100)
