@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from mvlm import cli, data_commands
+from mvlm import cli, data_tools
 from mvlm_dataloading import open_dataset
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
@@ -65,7 +65,7 @@ def printed(downloads) -> dict[str, str]:
             with contextlib.redirect_stdout(text):
                 cli.run_command(shlex.split(line)[1:])
             found[line] = text.getvalue()
-            patch.setattr(data_commands, "_workers", lambda given, pieces=None: 0)
+            patch.setattr(data_tools, "processes", lambda given, pieces=None: 0)
     return found
 
 

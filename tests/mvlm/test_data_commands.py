@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvlm import cli, data_commands
+from mvlm import cli, data_tools
 
 
 def run(
@@ -18,7 +18,7 @@ def run(
 ) -> tuple[int, str, str]:
     """Exit code, and what was printed to each stream. Everything works in this process."""
     monkeypatch.setattr(sys, "argv", ["mvlm", "data", *map(str, arguments)])
-    monkeypatch.setattr(data_commands, "_workers", lambda given, pieces=None: 0)
+    monkeypatch.setattr(data_tools, "processes", lambda given, pieces=None: 0)
     try:
         cli.main()
         code = 0
@@ -124,11 +124,11 @@ def test_mistakes_are_one_line(data, tmp_path, monkeypatch, capsys, arguments, m
 
 
 def test_the_number_of_processes(monkeypatch):
-    assert data_commands._workers(3) == 3
-    assert data_commands._workers(3, 2) == 2
-    assert data_commands._workers(None, 1) == 1
+    assert data_tools.processes(3) == 3
+    assert data_tools.processes(3, 2) == 2
+    assert data_tools.processes(None, 1) == 1
     with pytest.raises(ValueError, match="workers: wanted at least 1, got 0"):
-        data_commands._workers(0)
+        data_tools.processes(0)
 
 
 def test_what_is_written_names_its_settings(view):
