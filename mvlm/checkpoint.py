@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from mvlm.config import model_config
+from mvlm.config_files import model_config
 from mvlm.errors import ConfigError, RunError
 from mvlm.model import MaskVLM
 from mvlm_dataloading import DataError, Tokenizer, load_tokenizer

@@ -19,7 +19,8 @@ def pretrain(arguments: Sequence[str]) -> None:
     """
     import tyro
 
-    from mvlm.config import PRESETS, pretrain_defaults, read_config, run_config
+    from mvlm.config import PRESETS, pretrain_defaults
+    from mvlm.config_files import read_config, run_config
     from mvlm.errors import ConfigError
 
     first = arguments[0] if arguments else ""

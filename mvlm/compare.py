@@ -8,7 +8,7 @@ from statistics import fmean, median
 from typing import Any
 
 from mvlm.charts import line_chart, smooth
-from mvlm.config import read_config
+from mvlm.config_files import read_config
 from mvlm.errors import RunError
 from mvlm.report import STYLE, table
 from mvlm.run_folder import read_metrics

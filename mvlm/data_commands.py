@@ -252,7 +252,7 @@ def huggingface(
 def _build(source: "Source", out: Path, settings: Settings, work: Work) -> None:
     from mvlm.console import Counting
     from mvlm_dataloading.build import build_shards
-    from mvlm_dataloading.shards import read_description
+    from mvlm_dataloading.description import read_description
 
     with Counting("samples") as counting:
         build_shards(

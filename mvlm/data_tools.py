@@ -21,8 +21,9 @@ def check(shards: Path, /, sheet: Path | None = None, workers: int | None = None
         workers: Processes, one a core by default.
     """
     from mvlm.console import Counting
-    from mvlm_dataloading.check import check_shards, contact_sheet, table
+    from mvlm_dataloading.check import check_shards
     from mvlm_dataloading.errors import DataError
+    from mvlm_dataloading.summary import contact_sheet, table
 
     with Counting("pictures") as counting:
         found = check_shards(

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from mvlm.config import model_config
+from mvlm.config_files import model_config
 from mvlm.errors import ConfigError, RunError
 
 if TYPE_CHECKING:

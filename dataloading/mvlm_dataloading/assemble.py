@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .description import FORMAT_VERSION, description_of, write_durably
 from .errors import DataError
 from .pictures import Pictures, collect, evaluation_splits, find_duplicates, find_leaks, parse_facts, pictures_of
 from .records import Source
 from .settings import Settings
-from .shards import FORMAT_VERSION, Shard, description_of, write_durably
+from .shards import Shard
 
 
 @dataclass(frozen=True, slots=True)

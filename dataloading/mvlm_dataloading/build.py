@@ -25,10 +25,10 @@ from typing import Any
 
 from .assemble import Assembly, assemble
 from .crew import work
+from .description import already_written, refuse_occupied, sync_folder, write_durably
 from .errors import DataError, need
 from .records import Piece, Source
 from .settings import Settings
-from .shards import already_written, refuse_occupied, sync_folder, write_durably
 from .writing import write_piece
 
 log = logging.getLogger(__name__)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .description import FORMAT_VERSION, description_of, read_description, shard_files, write_durably
 from .errors import DataError
 from .records import split_name
-from .shards import FORMAT_VERSION, description_of, index_text, read_description, shard_files, write_durably
+from .shards import index_text
 from .sources.tars import IMAGES, has_end, split_member
 
 _TOLD = (*IMAGES, "txt", "json", "tok")

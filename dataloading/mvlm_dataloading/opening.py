@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from .dataset import Dataset, Keys
+from .description import read_description, shard_files
 from .errors import DataError
 from .indices import IMAGE_EXTENSIONS, KINDS, Index, Part, head_of, parse
 from .remote import is_remote, stage_for
-from .shards import read_description, shard_files
 
 _SHORT = 8  # bytes; a caption file of at most so many is read when the data set is opened, as it may be blank
 

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from .dataset import Dataset
 from .decode import Decoder, perceptual_hash
+from .description import read_description
 from .duplicates import first_equal, near_known, near_pairs
 from .errors import DataError
 from .opening import open_dataset
 from .records import EVALUATION_SPLITS
 from .settings import MAX_PIXELS
-from .shards import read_description
 
 LEAKED = "picture is in an evaluation split"
 LEAKED_NEARLY = "picture is nearly one of an evaluation split"

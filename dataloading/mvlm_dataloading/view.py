@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from .dataset import Dataset
+from .description import FORMAT_VERSION, read_description, refuse_occupied, shard_files, write_durably
 from .errors import DataError
 from .opening import open_dataset
 from .pictures import Facts, any_size, collect, facts_of, find_duplicates, find_leaks
 from .records import EVALUATION_SPLITS
 from .settings import Choice
-from .shards import FORMAT_VERSION, index_text, read_description, refuse_occupied, shard_files, write_durably
+from .shards import index_text
 
 log = logging.getLogger(__name__)
 

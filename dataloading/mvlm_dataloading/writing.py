@@ -19,9 +19,10 @@ from typing import Any
 
 from .captions import clean_captions
 from .decode import TOO_MANY_PIXELS, UNDECODABLE, Decoder, Header, encode_jpeg, perceptual_hash, read_header
+from .description import sync_folder, write_durably
 from .records import KEY, TOO_LARGE, Piece, Record
 from .settings import Settings
-from .shards import Shard, pack_tokens, sync_folder, write_durably
+from .shards import Shard, pack_tokens
 from .tokenizer import Tokenizer, load_tokenizer
 
 CRASHED = "the decoder dies on the image"

@@ -42,7 +42,7 @@ def test_a_run_is_measured(monkeypatch):
     found = measure(DATA, "tiny", 6)
     calls = clocks[0].calls
     assert len(calls["step"]) == 6
-    assert len(calls["logging"]) == pytest.approx(3 * 6, abs=4)  # close, write and the norms; write once more before a save
+    assert len(calls["logging"]) == pytest.approx(3 * 6, abs=4)  # close, write, the norms; and before a save
     assert all(value > 0 for value in found.values())
     assert found["together_share"] == pytest.approx(
         (found["logging_ms"] + found["safety_ms"]) / found["step_ms"] + found["save_stall_ms"] / 6e5

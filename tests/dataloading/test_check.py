@@ -22,8 +22,8 @@ from mvlm_dataloading import (
     rebuild_indices,
 )
 from mvlm_dataloading.captions import script_of
-from mvlm_dataloading.check import contact_sheet, table
 from mvlm_dataloading.records import Listed, Record, Source
+from mvlm_dataloading.summary import contact_sheet, table
 
 CAPTIONS = {0: ["red and green"], 1: ["красный круг", "ein roter Kreis"], 2: ["赤い丸"], 3: ["7"]}
 

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvlm.config import PRESETS, MaskVLMConfig, PretrainConfig, model_config, pretrain_defaults, run_config
+from mvlm.config import PRESETS, MaskVLMConfig, PretrainConfig, pretrain_defaults
+from mvlm.config_files import model_config, run_config
 from mvlm.errors import ConfigError
 from mvlm.model import MaskVLM
 

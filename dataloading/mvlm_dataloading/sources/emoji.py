@@ -16,8 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mvlm_dataloading.description import already_written
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.shards import ShardWriter, already_written
+from mvlm_dataloading.shards import ShardWriter
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,111 @@
+"""`dataset.json`: what a data folder holds; and putting files there so that they stay."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import DataError
+
+FORMAT_VERSION = 1
+
+
+def description_of(tar: Path, samples: int) -> dict[str, Any]:
+    """The same of a tar that is there."""
+    with tar.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"tar": tar.name, "samples": samples, "bytes": tar.stat().st_size, "sha256": digest}
+
+
+def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:
+    """Whether `out` holds this very data set, complete. It is then to be left as it is.
+
+    Raises:
+        DataError: `out` holds something else, or this data set with a damaged shard.
+    """
+    file = out / "dataset.json"
+    if not file.is_file():
+        refuse_occupied(out)
+        return False
+    found = read_description(out)
+    if (found.get("name"), found.get("recipe")) != (name, dict(recipe)):
+        raise DataError(
+            f"{out}: wanted a new folder or the data set {name} {dict(recipe)}, found {found.get('name')} "
+            f"{found.get('recipe')}; choose another folder or remove this one"
+        )
+    for split in found["splits"].values():
+        for shard in split["shards"]:
+            tar = out / shard["tar"]
+            size = tar.stat().st_size if tar.is_file() else None
+            if size != shard["bytes"] or not tar.with_suffix(".idx").is_file():
+                raise DataError(
+                    f"{tar}: wanted {shard['bytes']} bytes and an index, found {size}; remove {out} and build it again"
+                )
+    return True
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """`dataset.json` of a data folder.
+
+    Raises:
+        DataError: the folder or the file is missing, or the file is not what this version writes.
+    """
+    file = folder / "dataset.json"
+    if not folder.is_dir():
+        raise DataError(f"{folder}: wanted a data folder, found none; `mvlm data` writes one")
+    if not file.is_file():
+        raise DataError(f"{file}: wanted the data set's description, found no such file; `mvlm data` writes it")
+    try:
+        description = json.loads(file.read_text())
+        version = description["format_version"]
+        for split in description["splits"].values():
+            for shard in split["shards"]:
+                _ = shard["tar"], shard["samples"], shard["bytes"], shard["sha256"]  # are they there?
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{file}: wanted the description of a data set, found {error!r}; build the data set again"
+        ) from None
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{file}: wanted format_version {FORMAT_VERSION}, found {version}; build it again with this version"
+        )
+    return description
+
+
+def shard_files(folder: Path, shard: Mapping[str, Any]) -> tuple[Path, Path]:
+    """The tar and the index of one of a description's shards. Those of a view lie apart, and the view names both."""
+    tar = Path(os.path.normpath(folder / shard["tar"]))
+    return tar, folder / shard["index"] if "index" in shard else tar.with_suffix(".idx")
+
+
+def refuse_occupied(out: Path) -> None:
+    """Raises DataError unless `out` is a new or an empty folder."""
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        raise DataError(
+            f"{out}: wanted a new or an empty folder, found one in use; choose another folder or remove this one"
+        )
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file and wait until it is on the disk."""
+    path.write_text(text, encoding="utf-8")
+    sync_file(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,95 @@
+"""What a check found, to look at: a table, and a sheet of pictures."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .check import Findings
+from .description import read_description
+from .errors import need
+from .opening import open_dataset
+from .pictures import any_size
+
+_SHEET = (8, 6)  # pictures across and down
+_CELL, _TEXT = 160, 36
+
+
+def table(folder: Path, found: dict[str, Findings]) -> str:
+    """The findings as text: a column a split, and what was rejected when the data set was built."""
+    rows: list[list[str]] = [["", *found]]
+
+    def row(name: str, cell: Callable[[Findings], str]) -> None:
+        rows.append([name, *(cell(one) for one in found.values())])
+
+    row("pictures", lambda f: f"{len(f.sizes):,}")
+    row("captions", lambda f: f"{sum(f.captions):,}")
+    row("captions of a picture", lambda f: _range(f.captions))
+    row("words of a caption", lambda f: _range(f.words))
+    row("short side, pixels", lambda f: _range([min(size) for size in f.sizes]))
+    row("long side, pixels", lambda f: _range([max(size) for size in f.sizes]))
+    row("width over height", lambda f: _range([w / h for w, h in f.sizes], 2))
+    row("file, kB", lambda f: _range([size / 1000 for size in f.image_bytes], 1))
+    row("formats", lambda f: _shares(f.formats))
+    row("scripts", lambda f: _shares(f.scripts))
+    row("problems", lambda f: str(len(f.problems)))
+    widths = [max(len(line[i]) for line in rows) for i in range(len(rows[0]))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows]
+    rejected = read_description(folder).get("rejected", {})
+    text += [f"rejected: {count:,} {reason}" for reason, count in sorted(rejected.items(), key=lambda item: -item[1])]
+    return "\n".join(text)
+
+
+def _range(values: Sequence[float], digits: int = 0) -> str:
+    if not values:
+        return "-"
+    low, middle, high = np.min(values), np.median(values), np.max(values)
+    return f"{low:.{digits}f} / {middle:.{digits}f} / {high:.{digits}f}"
+
+
+def _shares(counts: Counter[str]) -> str:
+    total = sum(counts.values())
+    return ", ".join(f"{name} {100 * count / total:.0f}%" for name, count in counts.most_common(4)) or "-"
+
+
+def contact_sheet(folder: Path, path: Path) -> Path:
+    """A PNG of up to 48 pictures from all splits, evenly spread, each over its first caption."""
+    pil, draw = need("PIL.Image"), need("PIL.ImageDraw")
+    splits = [open_dataset(folder, split) for split in read_description(folder)["splits"]]
+    places = [(dataset, i) for dataset in splits for i in range(len(dataset))]
+    across, down = _SHEET
+    count = min(len(places), across * down)
+    chosen = [places[i * len(places) // count] for i in range(count)]
+    rows = -(-count // across)
+    sheet = pil.new("RGB", (across * (_CELL + 8) + 8, rows * (_CELL + _TEXT + 8) + 8), "white")
+    pen, decoder = draw.Draw(sheet), any_size()
+    for place, (dataset, i) in enumerate(chosen):
+        x, y = 8 + place % across * (_CELL + 8), 8 + place // across * (_CELL + _TEXT + 8)
+        (pixels,) = decoder([dataset.image_bytes(i)])
+        if isinstance(pixels, str):
+            pen.rectangle((x, y, x + _CELL, y + _CELL), outline="red")
+            pen.text((x + 4, y + 4), pixels, fill="red")
+        else:
+            picture = pil.fromarray(pixels)
+            picture.thumbnail((_CELL, _CELL))
+            sheet.paste(picture, (x + (_CELL - picture.width) // 2, y + (_CELL - picture.height) // 2))
+        for line, words in enumerate(_lines(pen, dataset.captions(i)[0])):
+            pen.text((x, y + _CELL + 2 + 12 * line), words, fill="black")
+    sheet.save(path)
+    return path
+
+
+def _lines(pen: Any, caption: str) -> list[str]:
+    """The caption in lines that fit under a picture, three at most."""
+    lines = [""]
+    for word in caption[:200].split():
+        longer = f"{lines[-1]} {word}".strip()
+        if pen.textlength(longer) <= _CELL or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    if len(lines) > 3:
+        lines[2:] = [lines[2] + " ..."]
+    return [line if pen.textlength(line) <= _CELL else line[:20] + " ..." for line in lines]
