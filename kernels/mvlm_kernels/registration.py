@@ -79,3 +79,8 @@ def forward_of(op: Any, implementation: Callable[..., Any], *tensors: torch.Tens
 def _call_below_autograd(op: Any, *args: Any) -> Any:
     with below_autograd():
         return op(*args)
+
+
+def backward_of(op: Any, implementation: Callable[..., Any], *tensors: torch.Tensor) -> Callable[..., Any]:
+    """What a Function's backward calls: the implementation, or the op, which has no gradient of its own."""
+    return implementation if called_directly(*tensors) else op

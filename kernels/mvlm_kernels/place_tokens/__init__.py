@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.patch_gather.arguments import FLOATS, check_device, check_id_values, check_ids
-from mvlm_kernels.place_tokens import reference
+from mvlm_kernels.place_tokens import cpu, reference
 
 __all__ = ["place_tokens"]
 
@@ -43,9 +43,10 @@ def place_tokens(
         (B, 1+N, C) contiguous, in the type that torch would promote the four tensors to: float32 for bfloat16 tokens
         beside float32 parameters, as under autocast. Sums are in float32 (float64) and round once.
 
-    Differentiable in all four; gradients of the three parameters are summed over the batch in its order, without
-    atomics. Ids are checked on the CPU, and on a GPU with MVLM_KERNELS_DEBUG=1; without it a bad or repeated id leaves
-    its row of the gradient undefined, and nothing is read or written out of bounds.
+    Differentiable in all four; gradients of the three parameters are summed over the batch in a fixed order, without
+    atomics. On the CPU it is composed of torch ops. Ids are checked on the CPU, and on a GPU with MVLM_KERNELS_DEBUG=1;
+    without it a bad or repeated id leaves its row of the gradient undefined, and nothing is read or written out of
+    bounds.
 
     Raises:
         ValueError: on a wrong rank, shape, dtype, device or id, or masked together with visible_ids.
@@ -98,7 +99,7 @@ def _row(name: str, x: Tensor, width: int) -> Tensor:
 
 def _backend(tokens: Tensor) -> Any:
     if dispatch.choose(dispatch.device_reasons(tokens.device)) == "torch":
-        return reference
+        return cpu if tokens.device.type == "cpu" else reference
     from mvlm_kernels.place_tokens import triton
 
     return triton
@@ -155,7 +156,8 @@ class _PlaceTokens(torch.autograd.Function):
         needs = ctx.needs_input_grad[:4]
         if not any(needs):
             return (None,) * 6
-        grads = _backward_op(grad, *ctx.saved_tensors, ctx.num_tokens, *ctx.dtypes, needs)
+        backward = registration.backward_of(_backward_op, _backward, grad)
+        grads = backward(grad, *ctx.saved_tensors, ctx.num_tokens, *ctx.dtypes, needs)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
