@@ -117,9 +117,8 @@ class _CrossAttention(torch.autograd.Function):
             return (None,) * 11
         need_dq, need_dk, need_dv = ctx.needs_input_grad[:3]
         need_dkv = need_dk or need_dv
-        dq, dk, dv = _BACKWARD_OP(
-            grads[0], *ctx.saved_tensors, ctx.scale, ctx.max_len_q, ctx.max_len_k, need_dq, need_dkv
-        )
+        backward = registration.backward_of(_BACKWARD_OP, _backward_implementation, grads[0])
+        dq, dk, dv = backward(grads[0], *ctx.saved_tensors, ctx.scale, ctx.max_len_q, ctx.max_len_k, need_dq, need_dkv)
         return (dq if need_dq else None, dk if need_dk else None, dv if need_dv else None) + (None,) * 8
 
 

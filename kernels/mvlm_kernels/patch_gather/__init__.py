@@ -133,7 +133,8 @@ class _GatherPatches(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return (None,) * 6
         images, patch_ids, std = ctx.saved_tensors
-        return _backward_op(grad, images, patch_ids, ctx.patch_size, std), *(None,) * 5
+        backward = registration.backward_of(_backward_op, _backward, grad, images)
+        return backward(grad, images, patch_ids, ctx.patch_size, std), *(None,) * 5
 
 
 _backward_op = registration.define(

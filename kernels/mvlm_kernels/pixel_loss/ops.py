@@ -91,7 +91,8 @@ class MaskedPixelLoss(torch.autograd.Function):
         if grad is None or not ctx.needs_input_grad[0]:
             return (None,) * 10
         (slope,) = ctx.saved_tensors
-        return _masked_backward_op(grad, slope, ctx.dtype), *(None,) * 9
+        backward = registration.backward_of(_masked_backward_op, _masked_backward, grad, slope)
+        return backward(grad, slope, ctx.dtype), *(None,) * 9
 
 
 _masked_backward_op = registration.define(
@@ -174,7 +175,8 @@ class LinearPixelLoss(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if grad is None or not any(needs):
             return (None,) * 12
-        grads = _linear_backward_op(grad, *ctx.saved_tensors, *needs)
+        backward = registration.backward_of(_linear_backward_op, _linear_backward, grad)
+        grads = backward(grad, *ctx.saved_tensors, *needs)
         return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9
 
 
