@@ -44,20 +44,18 @@ def probe(name: str, inputs: int, shapes: list[tuple[tuple[int, ...], torch.dtyp
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *x: Tensor) -> Any:
-            with registration.below_autograd():
-                out = op(*x)
+        def forward(ctx: Any, below_autograd: Any, *x: Tensor) -> Any:
+            out = below_autograd(*x)
             ctx.save_for_backward(*x)
             return out
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return (None,) * inputs
+            return (None,) * (1 + inputs)
 
     arguments = ", ".join(f"Tensor x{i}" for i in range(inputs))
     returns = ", ".join(["Tensor"] * len(shapes))
-    op = registration.define(f"probe_{name}({arguments}) -> ({returns})", implementation, implementation, Function)
-    return op
+    return registration.define(f"probe_{name}({arguments}) -> ({returns})", implementation, implementation, Function)
 
 
 def contenders() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:

@@ -1,9 +1,10 @@
 """Which backend runs an op, why not the other, and the one place that launches kernels.
 
-Backends are ``"triton"`` (fused kernels) and ``"torch"`` (the readable reference, or SDPA where an op says so). Tensors
-on a CUDA device take Triton wherever an op has no reason against it; tensors on the CPU take torch. :func:`use_backend`
-overrides both: ``use_backend("triton")`` insists, and raises where a reason stands against it, so a test can never pass
-on a fallback. On CPU tensors that works in a process started with ``TRITON_INTERPRET=1``, where Triton interprets.
+Backends are ``"triton"`` (fused kernels) and ``"torch"`` (the readable reference, or where an op says so SDPA or a
+composition for the CPU). Tensors on a CUDA device take Triton wherever an op has no reason against it; tensors on the
+CPU take torch. :func:`use_backend` overrides both: ``use_backend("triton")`` insists, and raises where a reason stands
+against it, so a test can never pass on a fallback. On CPU tensors that works in a process started with
+``TRITON_INTERPRET=1``, where Triton interprets.
 """
 
 import functools

@@ -26,7 +26,7 @@ def define(
 
     schema is ``"name(Tensor x, ...) -> Tensor"``; implementation runs on CPU, CUDA and (while kernels are recorded) is
     called directly; fake returns empty tensors of the output's shape, dtype and strides. autograd, where given, takes
-    the op's arguments in order; its forward must call the op, which by then is below autograd.
+    what its forward is to call, here the op below autograd, and then the op's arguments in order.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -34,29 +34,23 @@ def define(
     _library.impl(name, implementation, "CUDA")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
     if autograd is not None:
-        _library.impl(name, _below_autograd(autograd), "Autograd")
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+        _library.impl(name, lambda *args: autograd.apply(op_below_autograd, *args), "Autograd")
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
 
+    def op_below_autograd(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():  # else the op would run its autograd formula again
+            return op(*args)
 
-def _below_autograd(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        return function.apply(*args)
-
-    return call
-
-
-below_autograd = torch._C._AutoDispatchBelowAutograd
-"""Context for the forward of such a Function: the op called inside runs its implementation, not its autograd formula
-again.
-"""
+    return op
 
 
 def called_directly(*tensors: torch.Tensor) -> bool:
     """Whether nothing but autograd would look at a call of an op on these tensors: they are plain, and no compiler,
     dispatch or function mode, functorch transform or tracer is at work.
 
-    The public functions then apply the Function, and its forward calls the implementation, without the two ways through
-    the dispatcher that an op with a gradient takes: half of the host's time. Everywhere else the op is called.
+    The public functions then call what :func:`direct` returns: the Function applied to the implementation, without the
+    two ways through the dispatcher that an op with a gradient takes, half of the host's time. Everywhere else they call
+    the op.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
@@ -64,18 +58,22 @@ def called_directly(*tensors: torch.Tensor) -> bool:
         return False
     special = False
     for x in tensors:  # no generator: this runs at every call
-        special = special or type(x) not in _PLAIN or x.is_neg()
+        special = special or type(x) not in _PLAIN or x.is_neg() or _is_wrapped(x)
     return not special
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+# Also where its transform is over. The module has no stub.
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def forward_of(op: Any, implementation: Callable[..., Any], *tensors: torch.Tensor) -> Callable[..., Any]:
-    """What a Function's forward calls: the implementation, or the op below autograd."""
-    return implementation if called_directly(*tensors) else functools.partial(_call_below_autograd, op)
+def direct(function: type[torch.autograd.Function], implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """``function.apply(implementation, ...)`` for plain calls, see :func:`called_directly`: what torch's ``apply`` does
+    once it has looked for transforms and at each argument for one of theirs, which costs a fifth of a call."""
+    apply: Any = getattr(super(torch.autograd.Function, function), "apply")  # noqa: B009, a type checker sees object
+    return functools.partial(apply, implementation)
 
 
-def _call_below_autograd(op: Any, *args: Any) -> Any:
-    with below_autograd():
-        return op(*args)
+def backward_of(op: Any, implementation: Callable[..., Any], *tensors: torch.Tensor) -> Callable[..., Any]:
+    """What a Function's backward calls: the implementation, or the op, which has no gradient of its own."""
+    return implementation if called_directly(*tensors) else op

@@ -75,25 +75,26 @@ def through_the_dispatcher() -> Iterator[None]:
         yield
 
 
-def profiled(op: str) -> tuple[bool, Tensor, Tensor]:
-    """Whether a call of the op enters the dispatcher, its output, and the gradient of its input."""
+def profiled(op: str) -> tuple[list[bool], Tensor, Tensor]:
+    """Whether a call of the op and its backward enter the dispatcher, the output, and the gradient of the input."""
     call, x = CALLS[op]
     leaf = x.clone().requires_grad_()
     profile = torch.autograd.profiler.profile()
     with profile:
         out = call(leaf)
-    (grad,) = torch.autograd.grad(out.square().sum(), leaf)
+        (grad,) = torch.autograd.grad(out.square().sum(), leaf)
     assert profile.function_events is not None
-    return f"mvlm_kernels::{op}" in {event.name for event in profile.function_events}, out, grad
+    seen = {event.name for event in profile.function_events}
+    return [f"mvlm_kernels::{name}" in seen for name in (op, f"{op}_backward")], out, grad
 
 
 @OPS
-def test_a_plain_call_is_direct_and_gives_the_same_bits(op: str):
+def test_a_plain_call_and_its_backward_are_direct_and_gives_the_same_bits(op: str):
     entered, *direct = profiled(op)
-    assert not entered
+    assert entered == [False, False]
     with through_the_dispatcher():
         entered, *dispatched = profiled(op)
-    assert entered
+    assert entered == [True, True]
     for a, b in zip(direct, dispatched, strict=True):
         assert torch.equal(a, b)
 
@@ -131,6 +132,21 @@ def test_function_transforms(op: str):
     assert torch.equal(got, torch.stack([call(row) for row in rows]))
     with pytest.raises(RuntimeError, match="functorch transforms"):
         torch.func.grad(lambda y: call(y).sum())(x)
+
+
+@OPS
+def test_a_tensor_left_over_from_a_transform(op: str):
+    call, x = CALLS[op]
+    left: list[Tensor] = []
+
+    def leak(y: Tensor) -> Tensor:
+        left.append(y)
+        return y.sum()
+
+    torch.func.grad(leak)(x)
+    assert type(left[0]) is Tensor
+    assert not registration.called_directly(left[0])
+    assert torch.equal(call(left[0]), call(x))
 
 
 @OPS

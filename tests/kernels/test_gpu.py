@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 import pixel_loss_checks
+import place_cases as placing
 import pytest
 import test_patch_gather
-import test_place_tokens as placing
 import torch
 from attention_cases import Case, check
 from patch_cases import LAYOUTS, MEAN, STD, make_ids, make_images

@@ -12,14 +12,13 @@ def _scale(x: torch.Tensor, factor: float) -> torch.Tensor:
 
 class _Scale(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, factor):
+    def forward(ctx, forward, x, factor):
         ctx.factor = factor
-        with registration.below_autograd():
-            return OP(x, factor)
+        return forward(x, factor)
 
     @staticmethod
     def backward(ctx, grad):
-        return OP(grad, ctx.factor), None
+        return None, OP(grad, ctx.factor), None
 
 
 OP = registration.define(

@@ -100,8 +100,8 @@ def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) ->
 
 class _CrossAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        out, lse = registration.forward_of(_OP, _implementation, q, k, v)(q, k, v, *args)
+    def forward(ctx: Any, forward: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        out, lse = forward(q, k, v, *args)
         *sides, ctx.scale, ctx.max_len_q, ctx.max_len_k = args
         # Delta needs the output only where the short side is the queries: elsewhere it is not kept for the backward.
         kept = out if short_side(ctx.max_len_q, ctx.max_len_k) == "q" else None
@@ -114,15 +114,15 @@ class _CrossAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grads[0] is None:
-            return (None,) * 11
-        need_dq, need_dk, need_dv = ctx.needs_input_grad[:3]
+            return (None,) * 12
+        need_dq, need_dk, need_dv = ctx.needs_input_grad[1:4]
         need_dkv = need_dk or need_dv
-        dq, dk, dv = _BACKWARD_OP(
-            grads[0], *ctx.saved_tensors, ctx.scale, ctx.max_len_q, ctx.max_len_k, need_dq, need_dkv
-        )
-        return (dq if need_dq else None, dk if need_dk else None, dv if need_dv else None) + (None,) * 8
+        backward = registration.backward_of(_BACKWARD_OP, _backward_implementation, grads[0])
+        dq, dk, dv = backward(grads[0], *ctx.saved_tensors, ctx.scale, ctx.max_len_q, ctx.max_len_k, need_dq, need_dkv)
+        return (None, dq if need_dq else None, dk if need_dk else None, dv if need_dv else None) + (None,) * 8
 
 
+_DIRECT = registration.direct(_CrossAttention, _implementation)
 _SIDES = (
     "Tensor? key_lengths, Tensor? key_mask, Tensor? key_index, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
     "float scale, SymInt max_len_q, SymInt max_len_k"
@@ -276,7 +276,7 @@ def cross_attention(
             return sdpa(q, k, v, key_lengths, key_mask, key_index, scale)
     if key_mask is not None and key_mask.dtype == torch.bool:
         key_mask = pack_key_mask(key_mask)
-    call = _CrossAttention.apply if registration.called_directly(q, k, v) else _OP
+    call = _DIRECT if registration.called_directly(q, k, v) else _OP
     return call(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale, len_q, len_k)[0]
 
 

@@ -64,17 +64,18 @@ def check_arguments(
     """
     _check_side("q", q, cu_seqlens_q, max_len_q)
     _check_side("k", k, cu_seqlens_k, max_len_k)
-    if v.shape != k.shape:
-        raise ValueError(f"v must have the shape of k, {tuple(k.shape)}, got {tuple(v.shape)}")
-    if k.shape[-2:] != q.shape[-2:]:
-        wanted, got = tuple(q.shape[-2:]), tuple(k.shape[-2:])
+    q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
+    if v.shape != k_shape:
+        raise ValueError(f"v must have the shape of k, {tuple(k_shape)}, got {tuple(v.shape)}")
+    if k_shape[-2:] != q_shape[-2:]:
+        wanted, got = tuple(q_shape[-2:]), tuple(k_shape[-2:])
         raise ValueError(f"k must have the heads and head width of q, {wanted}, got {got}")
-    if q.shape[-1] not in HEAD_WIDTHS:
-        raise ValueError(f"q must have a head width of 32, 64, 80, 96 or 128, got {q.shape[-1]}")
-    if not q.dtype.is_floating_point or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise ValueError(f"q, k and v must have one floating dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    k_seqs = k.shape[0] if cu_seqlens_k is None else cu_seqlens_k.shape[0] - 1
-    q_seqs = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    if q_shape[-1] not in HEAD_WIDTHS:
+        raise ValueError(f"q must have a head width of 32, 64, 80, 96 or 128, got {q_shape[-1]}")
+    if not dtype.is_floating_point or k.dtype != dtype or v.dtype != dtype:
+        raise ValueError(f"q, k and v must have one floating dtype, got {dtype}, {k.dtype} and {v.dtype}")
+    k_seqs = k_shape[0] if cu_seqlens_k is None else cu_seqlens_k.shape[0] - 1
+    q_seqs = q_shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     if key_index is None:
         if q_seqs != k_seqs:
             raise ValueError(f"k must have the {q_seqs} sequences of q (or give key_index), got {k_seqs}")
@@ -89,23 +90,16 @@ def check_arguments(
     if key_mask is not None:
         if cu_seqlens_k is not None:
             raise ValueError("key_mask must be None where cu_seqlens_k packs the keys, got a tensor")
-        shapes = {torch.bool: (k_seqs, k.shape[1]), torch.int64: (k_seqs, (k.shape[1] + 63) // 64)}
+        shapes = {torch.bool: (k_seqs, k_shape[1]), torch.int64: (k_seqs, (k_shape[1] + 63) // 64)}
         if key_mask.dtype not in shapes:
             raise ValueError(f"key_mask must be bool, or int64 words from pack_key_mask, got {key_mask.dtype}")
         if key_mask.shape != shapes[key_mask.dtype]:
             raise ValueError(f"key_mask must have shape {shapes[key_mask.dtype]}, got {tuple(key_mask.shape)}")
-    others = {
-        "k": k,
-        "v": v,
-        "key_lengths": key_lengths,
-        "key_mask": key_mask,
-        "key_index": key_index,
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-    }
-    for name, x in others.items():
-        if x is not None and x.device != q.device:
-            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}")
+    others = k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k
+    for i, x in enumerate(others):
+        if x is not None and x.device != device:
+            name = ("k", "v", "key_lengths", "key_mask", "key_index", "cu_seqlens_q", "cu_seqlens_k")[i]
+            raise ValueError(f"{name} must be on the device of q, {device}, got {x.device}")
 
 
 def _check_side(name: str, x: Tensor, cu_seqlens: Tensor | None, max_len: int | None) -> None:

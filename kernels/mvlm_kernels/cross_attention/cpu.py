@@ -58,7 +58,7 @@ def _inside(cu_seqlens: Tensor | None) -> Tensor | None:
         return None
     lengths = cu_seqlens.diff()
     longest = int(lengths.max()) if len(lengths) else 0
-    return torch.arange(longest) < lengths[:, None]
+    return torch.arange(longest, device=lengths.device) < lengths[:, None]
 
 
 def _existing(length: int, key_lengths: Tensor | None, key_mask: Tensor | None) -> Tensor:
@@ -68,7 +68,7 @@ def _existing(length: int, key_lengths: Tensor | None, key_mask: Tensor | None) 
     if key_lengths is None:
         assert key_mask is not None
         return key_mask
-    exists = torch.arange(length) < key_lengths[:, None]
+    exists = torch.arange(length, device=key_lengths.device) < key_lengths[:, None]
     return exists if key_mask is None else exists & key_mask
 
 

@@ -11,7 +11,7 @@ from mvlm_kernels.patch_gather import reference
 from mvlm_kernels.patch_gather.arguments import (
     FLOATS,
     ChannelValues,
-    channel_tensor,
+    channel_tensors,
     check_id_values,
     check_images,
     check_patch_ids,
@@ -64,9 +64,8 @@ def gather_patches(
         dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
     if dtype not in FLOATS:
         raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
-    means = channel_tensor("mean", mean, images, dtype)
-    stds = channel_tensor("std", std, images, dtype)
-    call = _GatherPatches.apply if registration.called_directly(images) else _forward_op
+    means, stds = channel_tensors(mean, std, images, dtype)
+    call = _direct if registration.called_directly(images) else _forward_op
     return call(images, patch_ids, patch_size, means, stds, dtype)
 
 
@@ -94,7 +93,8 @@ def _forward(
     std: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
+    if dispatch.checks_values(images.device):
+        check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
     return _backend(images, patch_size).gather_patches(images, patch_ids, patch_size, mean, std, dtype)
 
 
@@ -119,23 +119,24 @@ def _backward_fake(grad, images, patch_ids, patch_size, std):
 
 class _GatherPatches(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, images, patch_ids, patch_size, mean, std, dtype):
-        if ctx.needs_input_grad[0]:
+    def forward(ctx, forward, images, patch_ids, patch_size, mean, std, dtype):
+        if ctx.needs_input_grad[1]:
             # Only the shape, type and strides of images are needed, but an op takes tensors; it is alive anyway.
             ctx.save_for_backward(images, patch_ids, std)
         ctx.patch_size = patch_size
-        forward = registration.forward_of(_forward_op, _forward, images)
         return forward(images, patch_ids, patch_size, mean, std, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        if not ctx.needs_input_grad[0]:
-            return (None,) * 6
+        if not ctx.needs_input_grad[1]:
+            return (None,) * 7
         images, patch_ids, std = ctx.saved_tensors
-        return _backward_op(grad, images, patch_ids, ctx.patch_size, std), *(None,) * 5
+        backward = registration.backward_of(_backward_op, _backward, grad, images)
+        return None, backward(grad, images, patch_ids, ctx.patch_size, std), *(None,) * 5
 
 
+_direct = registration.direct(_GatherPatches, _forward)
 _backward_op = registration.define(
     "gather_patches_backward(Tensor grad, Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? std) -> Tensor",
     _backward,

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mvlm_kernels import dispatch
 from mvlm_kernels.patch_gather.reference import compute_dtype
 from mvlm_kernels.sizes import power_of_two
 
@@ -52,29 +51,40 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
 
 
 def check_id_values(name: str, ids: Tensor | None, limit: int) -> None:
-    """ValueError unless every id is in [0, limit). On the CPU always; on a GPU it would wait for the device, so there
-    only with MVLM_KERNELS_DEBUG=1. Called inside the ops, where tensors are real also under torch.compile."""
-    if ids is None or not ids.numel() or not dispatch.checks_values(ids.device):
+    """ValueError unless every id is in [0, limit). Called inside the ops, where tensors are real also under
+    torch.compile, and where :func:`mvlm_kernels.dispatch.checks_values` holds: on a GPU this waits for the device."""
+    if ids is None or not ids.numel():
         return
     low, high = (int(x) for x in ids.aminmax())
     if low < 0 or high >= limit:
         raise ValueError(f"{name} must be in [0, {limit}), got values in [{low}, {high}]")
 
 
-def channel_tensor(name: str, values: ChannelValues, images: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """values, one for each channel, as the (C,) contiguous tensor on the images' device that ops take, or None.
+def channel_tensors(
+    mean: ChannelValues, std: ChannelValues, images: Tensor, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """mean and std, one value for each channel, as the (C,) contiguous tensors on the images' device that ops take, or
+    None.
 
     A sequence becomes a tensor of the type to compute in, once for each device, and that tensor is kept. ValueError on
     a wrong number of values or type, or a std that is not positive.
     """
-    if values is None:
-        return None
+    wide, device = compute_dtype(images.dtype, dtype), images.device
+    kept = not torch.compiler.is_compiling() and type(images) in (Tensor, torch.nn.Parameter)
     channels = images.shape[1]
+    return (
+        None if mean is None else _channel_tensor("mean", mean, channels, wide, device, kept),
+        None if std is None else _channel_tensor("std", std, channels, wide, device, kept),
+    )
+
+
+def _channel_tensor(
+    name: str, values: Sequence[float] | Tensor, channels: int, wide: torch.dtype, device: torch.device, kept: bool
+) -> Tensor:
     if not isinstance(values, Tensor):
         if len(values) != channels:
             raise ValueError(f"{name} must have one value for each of {channels} channels, got {len(values)}")
-        wide, device = compute_dtype(images.dtype, dtype), images.device
-        if torch.compiler.is_compiling() or type(images) not in (Tensor, torch.nn.Parameter):
+        if not kept:
             _check_positive(name, values)
             # A kept tensor could lie in the memory of whichever CUDA graph ran first, and a fake one is no use later.
             # These fills are part of the compiled graph, and copy nothing to the device.
@@ -85,7 +95,7 @@ def channel_tensor(name: str, values: ChannelValues, images: Tensor, dtype: torc
             f"{name} must be floating with one value for each of {channels} channels, "
             f"got {values.dtype} of shape {tuple(values.shape)}"
         )
-    check_device(name, values, images.device)
+    check_device(name, values, device)
     return values.contiguous()
 
 

@@ -10,16 +10,16 @@ from mvlm_kernels import dispatch, registration
 from mvlm_kernels.patch_gather.arguments import (
     FLOATS,
     ChannelValues,
-    channel_tensor,
+    channel_tensors,
     check_device,
     check_images,
     check_patch_ids,
 )
 from mvlm_kernels.pixel_loss.ops import (
-    LinearPixelLoss,
-    MaskedPixelLoss,
+    linear_directly,
     linear_op,
     linear_reasons,
+    masked_directly,
     masked_op,
     pixel_reasons,
 )
@@ -93,9 +93,8 @@ def masked_pixel_loss(
     if pred.shape[2] != features:
         raise ValueError(f"pred must have {features} = C*P*P features, got shape {tuple(pred.shape)}")
     _check_options(kind, normalize_target, reduction, features)
-    means = channel_tensor("mean", mean, images, pred.dtype)
-    stds = channel_tensor("std", std, images, pred.dtype)
-    call = MaskedPixelLoss.apply if registration.called_directly(pred) else masked_op
+    means, stds = channel_tensors(mean, std, images, pred.dtype)
+    call = masked_directly if registration.called_directly(pred) else masked_op
     return call(
         pred, images, patch_ids, patch_size, means, stds, kind, normalize_target,
         reduction == "mean", torch.is_grad_enabled() and pred.requires_grad,
@@ -140,10 +139,9 @@ def linear_pixel_loss(
     features = images.shape[1] * patch_size**2
     _check_parameters(hidden, weight, bias, features)
     _check_options(kind, normalize_target, reduction, features)
-    means = channel_tensor("mean", mean, images, hidden.dtype)
-    stds = channel_tensor("std", std, images, hidden.dtype)
+    means, stds = channel_tensors(mean, std, images, hidden.dtype)
     needs_grad = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    call = LinearPixelLoss.apply if registration.called_directly(hidden, weight) else linear_op
+    call = linear_directly if registration.called_directly(hidden, weight) else linear_op
     return call(
         hidden, weight, bias, images, patch_ids, patch_size, means, stds, kind,
         normalize_target, reduction == "mean", torch.is_grad_enabled() and needs_grad,
@@ -151,37 +149,35 @@ def linear_pixel_loss(
 
 
 def _as_autocast(hidden: Tensor) -> Tensor:
-    if torch.is_autocast_enabled(hidden.device.type) and hidden.dtype == torch.float32:
+    if hidden.dtype == torch.float32 and torch.is_autocast_enabled(hidden.device.type):
         return hidden.to(torch.get_autocast_dtype(hidden.device.type))
     return hidden
 
 
 def _check(images: Tensor, patch_ids: Tensor | None, patch_size: int, rows: Tensor, name: str) -> None:
     """rows (pred or hidden) must be floating (B, K, *) with the B and K of images and patch_ids."""
-    batch = images.shape[0]
+    batch, shape = images.shape[0], rows.shape
     chosen = check_patch_ids(patch_ids, images, check_images(images, patch_size))
-    if rows.ndim != 3 or rows.shape[0] != batch or rows.shape[1] != chosen:
-        raise ValueError(
-            f"{name} must have shape (B, K, features) with B, K = {batch, chosen}, got {tuple(rows.shape)}"
-        )
+    if len(shape) != 3 or shape[0] != batch or shape[1] != chosen:
+        raise ValueError(f"{name} must have shape (B, K, features) with B, K = {batch, chosen}, got {tuple(shape)}")
     if rows.dtype not in FLOATS:
         raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {rows.dtype}")
     check_device(name, rows, images.device)
 
 
 def _check_parameters(hidden: Tensor, weight: Tensor, bias: Tensor | None, features: int) -> None:
-    width = hidden.shape[2]
+    width, dtype, device = hidden.shape[2], weight.dtype, hidden.device
     if weight.shape != (features, width):
         raise ValueError(f"weight must have shape (C*P*P, D) = {features, width}, got {tuple(weight.shape)}")
-    if weight.dtype not in (hidden.dtype, torch.float32):
-        raise ValueError(f"weight must be {hidden.dtype} like hidden, or float32, got {weight.dtype}")
-    check_device("weight", weight, hidden.device)
+    if dtype != hidden.dtype and dtype != torch.float32:
+        raise ValueError(f"weight must be {hidden.dtype} like hidden, or float32, got {dtype}")
+    check_device("weight", weight, device)
     if bias is not None:
         if bias.shape != (features,):
             raise ValueError(f"bias must have shape (C*P*P,) = {(features,)}, got {tuple(bias.shape)}")
-        if bias.dtype != weight.dtype:
-            raise ValueError(f"bias must be {weight.dtype} like weight, got {bias.dtype}")
-        check_device("bias", bias, hidden.device)
+        if bias.dtype != dtype:
+            raise ValueError(f"bias must be {dtype} like weight, got {bias.dtype}")
+        check_device("bias", bias, device)
 
 
 def _check_options(kind: str, normalize_target: bool, reduction: str, features: int) -> None:

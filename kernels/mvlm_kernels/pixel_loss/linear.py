@@ -123,13 +123,15 @@ def linear_pixel_loss(
     """hidden (B, K, D), weight (F, D), bias (F,) -> (loss scalar or (B, K), slope (B, K, F) or empty)."""
     batch, chosen, width = hidden.shape
     features, rows = weight.shape[0], batch * chosen
-    channels, grid_w = images.shape[1], images.shape[3] // patch_size
-    num_patches = images.shape[2] // patch_size * grid_w
-    wide = torch.float64 if torch.float64 in (hidden.dtype, images.dtype) else torch.float32
+    _, channels, image_h, image_w = images.shape
+    grid_w = image_w // patch_size
+    num_patches = image_h // patch_size * grid_w
+    dtype, pixel_dtype = hidden.dtype, images.dtype
+    wide = torch.float64 if torch.float64 in (dtype, pixel_dtype) else torch.float32
     acc = accumulator(wide)
     id_strides = patch_ids.stride() if patch_ids is not None else (0, 0)
     pixels = {
-        "C": channels, "P": patch_size, "HAS_IDS": patch_ids is not None, "IS_UINT8": images.dtype == torch.uint8,
+        "C": channels, "P": patch_size, "HAS_IDS": patch_ids is not None, "IS_UINT8": pixel_dtype == torch.uint8,
         "HAS_MEAN": mean is not None, "HAS_STD": std is not None, "ACC": acc,
     }  # fmt: skip
     moments = None
@@ -141,7 +143,7 @@ def linear_pixel_loss(
             chosen, num_patches, grid_w, *images.stride(), *id_strides,
             **pixels, BLOCK_C=block_c, BLOCK_P=block_p, num_warps=warps, enable_fp_fusion=True,
         )  # fmt: skip
-    tile = tiles("forward", hidden.dtype, dispatch.arch(hidden.device))
+    tile = tiles("forward", dtype, dispatch.arch(hidden.device))
     num_tiles = ceil_div(features, tile["BLOCK_F"])
     partial = hidden.new_empty(num_tiles, rows, dtype=wide)
     slope = new_slope((batch, chosen, features) if with_slope else (0, 0, 0), kind, hidden)

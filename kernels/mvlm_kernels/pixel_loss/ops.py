@@ -36,7 +36,8 @@ def _mixed_reasons(hidden: Tensor) -> tuple[str, ...]:
 
 
 def _num_patches(images: Tensor, patch_size: int) -> int:
-    return (images.shape[2] // patch_size) * (images.shape[3] // patch_size)
+    _, _, height, width = images.shape
+    return (height // patch_size) * (width // patch_size)
 
 
 def _loss_fake(rows: Tensor, images: Tensor, reduce: bool) -> Tensor:
@@ -53,7 +54,8 @@ def _slope_fake(rows: Tensor, features: int, kind: str, with_slope: bool) -> Ten
 
 
 def _masked(pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope):
-    check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
+    if dispatch.checks_values(images.device):
+        check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
     args = pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope
     if dispatch.choose(pixel_reasons(images, patch_size)) == "torch":
         return reference.masked_pixel_loss(*args)
@@ -76,9 +78,9 @@ def _masked_backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
 
 class MaskedPixelLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, pred, *args):
+    def forward(ctx, forward, pred, *args):
         ctx.dtype = pred.dtype
-        loss, slope = registration.forward_of(masked_op, _masked, pred)(pred, *args)
+        loss, slope = forward(pred, *args)
         ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(slope)
         # Else a zero gradient of the slope's size would be made in every backward pass.
@@ -88,12 +90,14 @@ class MaskedPixelLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        if grad is None or not ctx.needs_input_grad[0]:
-            return (None,) * 10
+        if grad is None or not ctx.needs_input_grad[1]:
+            return (None,) * 11
         (slope,) = ctx.saved_tensors
-        return _masked_backward_op(grad, slope, ctx.dtype), *(None,) * 9
+        backward = registration.backward_of(_masked_backward_op, _masked_backward, grad, slope)
+        return None, backward(grad, slope, ctx.dtype), *(None,) * 9
 
 
+masked_directly = registration.direct(MaskedPixelLoss, _masked)
 _masked_backward_op = registration.define(
     "masked_pixel_loss_backward(Tensor grad, Tensor slope, ScalarType dtype) -> Tensor",
     _masked_backward,
@@ -116,7 +120,8 @@ def _linear(
     hidden, weight, bias, images, patch_ids, patch_size, mean, std, kind, normalize_target,
     reduce, with_slope,
 ):  # fmt: skip
-    check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
+    if dispatch.checks_values(images.device):
+        check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
     args = hidden, weight, bias, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope
     if dispatch.choose(linear_reasons(hidden, images, patch_size)) == "torch":
         return reference.linear_pixel_loss(*args)
@@ -160,8 +165,7 @@ def _linear_backward_fake(grad, slope, hidden, weight, needs_hidden, needs_weigh
 
 class LinearPixelLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, *args):
-        forward = registration.forward_of(linear_op, _linear, hidden, weight)
+    def forward(ctx, forward, hidden, weight, bias, *args):
         loss, slope = forward(hidden, weight, bias, *args)
         ctx.save_for_backward(slope, hidden, weight)
         ctx.mark_non_differentiable(slope)
@@ -171,13 +175,15 @@ class LinearPixelLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        needs = ctx.needs_input_grad[:3]
+        needs = ctx.needs_input_grad[1:4]
         if grad is None or not any(needs):
-            return (None,) * 12
-        grads = _linear_backward_op(grad, *ctx.saved_tensors, *needs)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9
+            return (None,) * 13
+        backward = registration.backward_of(_linear_backward_op, _linear_backward, grad)
+        grads = backward(grad, *ctx.saved_tensors, *needs)
+        return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9
 
 
+linear_directly = registration.direct(LinearPixelLoss, _linear)
 _linear_backward_op = registration.define(
     "linear_pixel_loss_backward(Tensor grad, Tensor slope, Tensor hidden, Tensor weight, "
     "bool needs_hidden, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)",

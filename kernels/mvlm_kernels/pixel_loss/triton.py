@@ -127,7 +127,7 @@ def scale_slope_kernel(
 
 
 def new_slope(rows: tuple[int, int, int], kind: str, like: Tensor) -> Tensor:
-    return like.new_empty(rows, dtype=torch.int8 if kind == "l1" else like.dtype)
+    return like.new_empty(*rows, dtype=torch.int8 if kind == "l1" else like.dtype)
 
 
 def grad_strides(grad: Tensor) -> tuple[int, int]:

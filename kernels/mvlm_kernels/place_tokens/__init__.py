@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.patch_gather.arguments import FLOATS, check_device, check_id_values, check_ids
-from mvlm_kernels.place_tokens import reference
+from mvlm_kernels.place_tokens import cpu, reference
 
 __all__ = ["place_tokens"]
 
@@ -43,9 +43,10 @@ def place_tokens(
         (B, 1+N, C) contiguous, in the type that torch would promote the four tensors to: float32 for bfloat16 tokens
         beside float32 parameters, as under autocast. Sums are in float32 (float64) and round once.
 
-    Differentiable in all four; gradients of the three parameters are summed over the batch in its order, without
-    atomics. Ids are checked on the CPU, and on a GPU with MVLM_KERNELS_DEBUG=1; without it a bad or repeated id leaves
-    its row of the gradient undefined, and nothing is read or written out of bounds.
+    Differentiable in all four; gradients of the three parameters are summed over the batch in a fixed order, without
+    atomics. On the CPU it is composed of torch ops. Ids are checked on the CPU, and on a GPU with MVLM_KERNELS_DEBUG=1;
+    without it a bad or repeated id leaves its row of the gradient undefined, and nothing is read or written out of
+    bounds.
 
     Raises:
         ValueError: on a wrong rank, shape, dtype, device or id, or masked together with visible_ids.
@@ -84,8 +85,7 @@ def place_tokens(
                 f"visible_ids must have one id for each of the {given} tokens and at most N = {num_patches}, "
                 f"got {tuple(visible_ids.shape)}"
             )
-    direct = registration.called_directly(tokens, mask_token, pos_embed, cls_token)
-    call = _PlaceTokens.apply if direct else _forward_op
+    call = _direct if registration.called_directly(tokens, mask_token, pos_embed, cls_token) else _forward_op
     return call(tokens, mask_token, pos_embed, cls_token, masked, visible_ids)
 
 
@@ -98,16 +98,16 @@ def _row(name: str, x: Tensor, width: int) -> Tensor:
 
 def _backend(tokens: Tensor) -> Any:
     if dispatch.choose(dispatch.device_reasons(tokens.device)) == "torch":
-        return reference
+        return cpu if tokens.device.type == "cpu" else reference
     from mvlm_kernels.place_tokens import triton
 
     return triton
 
 
 def _check_visible(visible_ids: Tensor | None, num_patches: int) -> None:
-    check_id_values("visible_ids", visible_ids, num_patches)
     if visible_ids is None or not dispatch.checks_values(visible_ids.device):
         return
+    check_id_values("visible_ids", visible_ids, num_patches)
     ordered = visible_ids.sort(dim=1).values
     repeated = ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]]
     if repeated.numel():
@@ -141,24 +141,25 @@ def _backward_fake(grad, masked, visible_ids, num_tokens, tokens_dtype, mask_dty
 
 class _PlaceTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tokens, mask_token, pos_embed, cls_token, masked, visible_ids):
+    def forward(ctx, forward, tokens, mask_token, pos_embed, cls_token, masked, visible_ids):
         # Not the tokens: nothing reads them again, and they would stay in memory until the backward pass.
         ctx.save_for_backward(masked, visible_ids)
         ctx.num_tokens = tokens.shape[1]
         ctx.dtypes = tokens.dtype, mask_token.dtype, pos_embed.dtype, cls_token.dtype
-        forward = registration.forward_of(_forward_op, _forward, tokens, mask_token, pos_embed, cls_token)
         return forward(tokens, mask_token, pos_embed, cls_token, masked, visible_ids)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        needs = ctx.needs_input_grad[:4]
+        needs = ctx.needs_input_grad[1:5]
         if not any(needs):
-            return (None,) * 6
-        grads = _backward_op(grad, *ctx.saved_tensors, ctx.num_tokens, *ctx.dtypes, needs)
-        return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+            return (None,) * 7
+        backward = registration.backward_of(_backward_op, _backward, grad)
+        grads = backward(grad, *ctx.saved_tensors, ctx.num_tokens, *ctx.dtypes, needs)
+        return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
+_direct = registration.direct(_PlaceTokens, _forward)
 _backward_op = registration.define(
     "place_tokens_backward(Tensor grad, Tensor? masked, Tensor? visible_ids, SymInt num_tokens, "
     "ScalarType tokens_dtype, ScalarType mask_dtype, ScalarType pos_dtype, ScalarType cls_dtype, bool[] needs) "

@@ -1,4 +1,4 @@
-"""Specification of ``place_tokens`` in plain torch, which is also what runs on the CPU.
+"""Specification of ``place_tokens`` in plain torch, and what runs on a GPU without the kernels.
 
 Legend: B batch, N patches, K visible patches, C width. ``masked`` (B, N): True = replaced by the mask token.
 """

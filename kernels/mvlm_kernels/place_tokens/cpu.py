@@ -1,0 +1,95 @@
+"""``place_tokens`` on CPU tensors, composed for speed: what runs there, forward and backward.
+
+The mathematics is that of ``reference.py``, and tests hold the two together. What differs is what a CPU pays for: fresh
+memory, so almost nothing is made beside the results; float32 copies of 16-bit tensors, which are not needed, as torch's
+``+`` and ``sum`` of 16-bit operands compute in float32 and round once; and ``where``, ``gather`` and ``scatter``, which
+go one element at a time there, so that what only moves values is done on whole rows, or on bits, in vectors.
+"""
+
+import torch
+from torch import Tensor
+
+from mvlm_kernels.place_tokens.reference import output_dtype
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def place_tokens(
+    tokens: Tensor,
+    mask_token: Tensor,
+    pos_embed: Tensor,
+    cls_token: Tensor,
+    masked: Tensor | None,
+    visible_ids: Tensor | None,
+) -> Tensor:
+    """As :func:`mvlm_kernels.place_tokens.reference.place_tokens`."""
+    dtype = output_dtype(tokens, mask_token, pos_embed, cls_token)
+    batch, _, width = tokens.shape
+    positions = pos_embed.to(dtype)
+    out = tokens.new_empty(batch, positions.shape[0], width, dtype=dtype)
+    out[:, 0] = cls_token.to(dtype) + positions[0]
+    patches, without_token = out[:, 1:], mask_token.to(dtype) + positions[1:]
+    if visible_ids is not None:
+        patches.copy_(without_token.expand_as(patches))
+        placed = tokens.flatten(0, 1) + positions.index_select(0, visible_ids.flatten() + 1)
+        out.flatten(0, 1).index_put_((_rows_of(visible_ids, out.shape[1]),), placed)
+        return out
+    torch.add(tokens, positions[1:], out=patches)
+    if masked is not None:
+        bits, other = patches.view(_INTEGERS[dtype.itemsize]), without_token.view(_INTEGERS[dtype.itemsize])
+        bits.bitwise_xor_(other).bitwise_and_(_kept_bits(masked, bits.dtype)).bitwise_xor_(other)  # other where masked
+    return out
+
+
+def place_tokens_backward(
+    grad: Tensor,
+    masked: Tensor | None,
+    visible_ids: Tensor | None,
+    num_tokens: int,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype],
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`mvlm_kernels.place_tokens.reference.place_tokens_backward`."""
+    batch, length, width = grad.shape
+    rows = grad.flatten(0, 1)
+    token_grad = mask_grad = pos_grad = cls_grad = None
+    if needs[0]:
+        if visible_ids is not None:
+            token_grad = rows.index_select(0, _rows_of(visible_ids, length)).view(batch, num_tokens, width)
+        else:
+            token_grad = grad[:, 1:].clone() if masked is None else _zero_where(masked, grad[:, 1:])
+    if needs[1]:
+        filled = masked
+        if visible_ids is not None:
+            filled = visible_ids.new_ones(batch, length - 1, dtype=torch.bool).scatter_(1, visible_ids.long(), False)
+        if filled is None:
+            mask_grad = grad.new_zeros(width)
+        else:
+            b, n = filled.nonzero().unbind(1)
+            mask_grad = rows.index_select(0, b * length + 1 + n).sum(0)
+    if needs[2]:
+        pos_grad = grad.sum(0)
+    if needs[3]:
+        cls_grad = grad[:, 0].sum(0) if pos_grad is None else pos_grad[0].clone()
+    first, second, third, fourth = (
+        grad.new_empty(0, dtype=dtype) if g is None else g.to(dtype).contiguous()
+        for g, dtype in zip((token_grad, mask_grad, pos_grad, cls_grad), dtypes, strict=True)
+    )
+    return first, second, third, fourth
+
+
+def _rows_of(visible_ids: Tensor, length: int) -> Tensor:
+    """Of each visible patch its row of the sequences, (B * length, C)."""
+    begin = torch.arange(visible_ids.shape[0], device=visible_ids.device) * length + 1
+    return (visible_ids + begin[:, None]).flatten()
+
+
+def _kept_bits(masked: Tensor, integer: torch.dtype) -> Tensor:
+    """(B, N, 1): all bits of what stays, none of what is masked. A product would keep a NaN."""
+    return (masked.to(integer) - 1)[:, :, None]
+
+
+def _zero_where(masked: Tensor, x: Tensor) -> Tensor:
+    """x (B, N, C), zeros where masked (B, N)."""
+    integer = _INTEGERS[x.dtype.itemsize]
+    return (x.view(integer) & _kept_bits(masked, integer)).view(x.dtype)
