@@ -6,11 +6,14 @@ import torch
 
 from mvlm.objectives import (
     admissible_negatives,
+    contrastive_hits,
     contrastive_logits,
     contrastive_loss,
     draw_negatives,
+    hits,
     masked_image_loss,
     masked_language_loss,
+    matching_hits,
     matching_loss,
 )
 
@@ -208,3 +211,31 @@ def test_matching_loss_with_no_negative_at_all_is_that_of_the_positives():
     assert logits.grad is not None
     assert torch.isfinite(logits.grad).all()
     assert logits.grad[1:].abs().sum() == 0
+
+
+def is_largest(row: list[float], place: int) -> bool:
+    return all(row[place] >= x for x in row)
+
+
+def test_hits_against_loops():
+    logits = random(12, 4)
+    targets = [0, 1, 2, 3] * 3
+    wanted = [is_largest(row, t) for row, t in zip(logits.tolist(), targets, strict=True)]
+    assert 0 < sum(wanted) < 12
+    assert hits(logits.requires_grad_(), torch.tensor(targets)).tolist() == wanted
+    assert not hits(logits, torch.tensor(targets)).requires_grad
+    assert hits(torch.zeros(1, 3, dtype=torch.bfloat16), torch.tensor([2])).tolist() == [1]  # an equal one is right
+
+
+def test_contrastive_hits_are_the_mean_of_both_directions():
+    logits = random(9, 9) + 1.5 * torch.eye(9)
+    rows = [is_largest(row, i) for i, row in enumerate(logits.tolist())]
+    columns = [is_largest(column, i) for i, column in enumerate(logits.T.tolist())]
+    assert sum(rows) != sum(columns)
+    assert contrastive_hits(logits).item() == pytest.approx((sum(rows) + sum(columns)) / 18, rel=1e-12)
+
+
+def test_matching_hits_leave_out_what_has_no_weight():
+    logits = torch.tensor([[0.0, 1], [1, 0], [0, 1], [1, 0]])
+    labels, weights = torch.tensor([1, 1, 0, 0]), torch.tensor([1.0, 1, 0, 1])
+    assert matching_hits(logits, labels, weights).item() == pytest.approx(2 / 3)
