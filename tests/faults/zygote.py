@@ -4,6 +4,7 @@
 """
 
 import errno
+import json
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ import torch
 
 from mvlm import cli, fast, saver
 from mvlm.config import MaskVLMConfig, PretrainConfig
+from mvlm.measures import Numbers
 from mvlm.train import Run, pretrain
 from mvlm_dataloading.loader import Loader
 
@@ -171,6 +173,31 @@ def in_save(operation: int, action: Callable[[], None]) -> None:
     for name in ("write_tensors", "save_file", "write_json", "sync", "sha256"):
         setattr(saver, name, acting(getattr(saver, name)))
     Path.rename = acting(Path.rename)
+
+
+def in_save_of(step: int, operation: int, action: Callable[[], None]) -> None:
+    """The same of the checkpoint of this step alone: those before it are finished."""
+    save = saver.Saver.save
+
+    def acting(its: saver.Saver, number: int, *arguments: Any) -> None:
+        if number == step:
+            its.wait()
+            in_save(operation, action)
+        save(its, number, *arguments)
+
+    saver.Saver.save = acting  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def note_samples(file: Path) -> None:
+    """Add a line of JSON to `file` for every step: its number and the ids of this rank's samples, in order."""
+    add = Numbers.add
+
+    def noting(numbers: Numbers, step: int, samples: list[int], *rest: Any) -> None:
+        with file.open("a") as lines:
+            lines.write(json.dumps([step, samples]) + "\n")
+        add(numbers, step, samples, *rest)
+
+    Numbers.add = noting  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def kill(number: int = signal.SIGKILL) -> Callable[[], None]:
