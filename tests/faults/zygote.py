@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -207,6 +208,11 @@ def kill(number: int = signal.SIGKILL) -> Callable[[], None]:
 
 def disk_full() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_room() -> None:
+    """From now on the process writes no file of more than 16 kB: EFBIG from the system, wherever it is met."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
 
 
 def stall() -> None:
