@@ -1,4 +1,4 @@
-"""Runs of two ranks that torchrun starts, and starts again when one is killed; trials of test_elastic.py.
+"""Runs of two ranks that torchrun starts, and starts again when one is killed; trials of test_ranks.py.
 
 Each has to end with code 0 in the weights and metrics of the undisturbed run, to the bit. The processes are real: two
 torchrun agents on one machine stand for two nodes.
@@ -17,7 +17,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 from campaign import Campaign, log_of, require, told
-from serve import serve
 
 WORKER = Path(__file__).with_name("torchrun_worker.py")
 SECONDS = 240
@@ -93,5 +92,4 @@ def wait_for(port: int) -> None:
     raise TimeoutError(f"nobody listens at port {port}")
 
 
-if __name__ == "__main__":
-    serve({"worker killed": worker_killed, "node killed": node_killed})
+TRIALS = {"worker killed": worker_killed, "node killed": node_killed}

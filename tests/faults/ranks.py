@@ -7,6 +7,7 @@ ranks or another way to keep the weights, which add up in another order.
 import json
 import signal
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 import zygote
 from campaign import STEPS, Campaign, files_of, log_of, require, told
-from serve import serve
 from torch import Tensor
 
 from mvlm.checkpoint import checkpoints, read_tensors, verify_checkpoint
@@ -138,11 +138,10 @@ def half(campaign: Campaign, out: Path, parallel: str) -> None:
     require(rows[0]["loss"] != exact[0]["loss"], "computed in fp32")
 
 
-if __name__ == "__main__":
-    serve(
-        {f"{a} to {b}, {kind}": partial(resized, before=a, after=b, parallel=kind)
-         for a, b in ((1, 2), (2, 1)) for kind in ("ddp", "fsdp")}
-        | {f"last save, {ranks}": partial(last_save, ranks=ranks) for ranks in (1, 2)}
-        | {f"bf16, {kind}": partial(half, parallel=kind) for kind in ("ddp", "fsdp")}
-        | {"average": average}
-    )  # fmt: skip
+LAYOUTS = [(a, b, kind) for a, b in ((1, 2), (2, 1)) for kind in ("ddp", "fsdp")]
+TRIALS: dict[str, Callable[[Campaign, Path], None]] = {
+    **{f"{a} to {b}, {kind}": partial(resized, before=a, after=b, parallel=kind) for a, b, kind in LAYOUTS},
+    **{f"last save, {ranks}": partial(last_save, ranks=ranks) for ranks in (1, 2)},
+    **{f"bf16, {kind}": partial(half, parallel=kind) for kind in ("ddp", "fsdp")},
+    "average": average,
+}

@@ -1,16 +1,24 @@
-"""Trials by name, for tests that each ask for one: they share a process that has everything imported."""
+"""The trials of test_ranks.py, asked for by name; they share a process that has everything imported.
+
+echo "1 to 2, ddp" | python tests/faults/serve.py
+"""
 
 import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+import elastic
+import ranks
 from campaign import Campaign, Failed
 
+TRIALS = ranks.TRIALS | elastic.TRIALS
 
-def serve(trials: dict[str, Callable[[Campaign, Path], None]]) -> None:
+
+def main() -> None:
     """Do the trials whose names come by stdin, a line each; answer each with a line of JSON, null or why it failed.
 
     A trial gets a folder of its own that is not there yet. What else is printed goes to stderr.
@@ -21,7 +29,11 @@ def serve(trials: dict[str, Callable[[Campaign, Path], None]]) -> None:
         campaign = Campaign(Path(folder))
         for number, line in enumerate(sys.stdin):
             try:
-                trials[line.strip()](campaign, Path(folder) / f"trial-{number}")
+                TRIALS[line.strip()](campaign, Path(folder) / f"trial-{number}")
                 answers.write("null\n")
             except (Failed, TimeoutError) as error:
                 answers.write(json.dumps(str(error)) + "\n")
+
+
+if __name__ == "__main__":
+    main()
