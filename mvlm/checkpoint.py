@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
@@ -134,7 +137,8 @@ def export(path: Path, out: Path) -> None:
 def write_tensors(folder: Path, tensors: dict[str, Tensor], group: "dist.ProcessGroup | None") -> None:
     """Write a folder of safetensors, every rank its own part. Collective over `group`; None for a process alone."""
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    save_distributed(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+    with _as_raised():
+        save_distributed(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
 
 
 def read_tensors(folder: Path, wanted: dict[str, Tensor]) -> None:
@@ -149,7 +153,17 @@ def read_tensors(folder: Path, wanted: dict[str, Tensor]) -> None:
         raise RunError(f"{folder}: not readable as safetensors: {error}") from None
     shapes = {name: tuple(m.size) for name, m in found.items() if isinstance(m, TensorStorageMetadata)}
     check_fit({name: tuple(t.shape) for name, t in wanted.items()}, shapes, folder)
-    load_distributed(wanted, storage_reader=reader, no_dist=True)
+    with _as_raised():
+        load_distributed(wanted, storage_reader=reader, no_dist=True)
+
+
+@contextmanager
+def _as_raised() -> Iterator[None]:
+    """What failed, on whatever rank, is raised as it was there: DCP wraps it in an exception that is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
 
 
 def fill(wanted: dict[str, Tensor], found: dict[str, Tensor], where: Path) -> None:

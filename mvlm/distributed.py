@@ -5,6 +5,7 @@ variables a process is a world of one and there is no process group.
 """
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,8 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 
 from mvlm.device import choose_device
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,5 +85,24 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
         torch.cuda.set_device(chosen)
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        timeout = timedelta(minutes=timeout_minutes)
+        dist.init_process_group(backend, store=_store_of_attempt(timeout), rank=rank, world_size=size, timeout=timeout)
     return World(rank=rank, size=size, local_rank=local_rank, device=chosen)
+
+
+def _store_of_attempt(timeout: timedelta) -> PrefixStore | None:
+    """Where the ranks of this attempt find each other, if torchrun keeps it; None where torch makes one for them.
+
+    The torchrun of torch 2.13 gives every attempt the same store, in which the addresses of ranks that have ended still
+    stand; so each attempt takes a corner of its own.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    if os.environ["RANK"] == "0" and int(os.environ["GROUP_WORLD_SIZE"]) > 1:
+        log.warning(
+            "torchrun cannot replace a node that is lost: start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every "
+            "node (docs/training.md)"
+        )
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]
+    return PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)

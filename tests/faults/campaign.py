@@ -43,10 +43,10 @@ class Failed(Exception):
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """A checkpoint's tensors, bytes by name, and its state."""
+    """A checkpoint's tensors, bytes by file and name, and its state."""
     found: dict[str, Any] = {"state": (folder / "state.json").read_text()}
     for path in sorted(folder.glob("*/*.safetensors")):
-        found |= {f"{path.parent.name}/{name}": t.numpy().tobytes() for name, t in load_file(path).items()}
+        found |= {f"{path.relative_to(folder)}/{name}": t.numpy().tobytes() for name, t in load_file(path).items()}
     return found
 
 
@@ -66,7 +66,7 @@ def require(condition: bool, message: str) -> None:
 
 
 class Campaign:
-    """The undisturbed runs, by number of ranks, and the trials against them."""
+    """The undisturbed runs, and the trials against them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.data = folder, folder / "data"
@@ -75,13 +75,17 @@ class Campaign:
             os.utime(index)  # a checkout may have made the tar after its index
         # What is imported and set up on first use is so before any fork, and need not be again in each.
         pretrain(configuration(self.data, folder / "warm"))
-        self.whole = {ranks: self._undisturbed(ranks) for ranks in (1, 2)}
+        self._whole: dict[str, Path] = {}
 
-    def _undisturbed(self, ranks: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        out = self.folder / f"whole-{ranks}"
-        codes = self.run(out, ranks)
-        require(codes == [0] * ranks, f"the undisturbed run ended with {codes}: {log_of(out)}")
-        return outcome(out)
+    def whole(self, ranks: int = 1, **changes: Any) -> Path:
+        """The undisturbed run with these changes of the configuration, which is made when it is first asked for."""
+        asked = json.dumps([ranks, changes], sort_keys=True)
+        if asked not in self._whole:
+            out = self.folder / f"whole-{len(self._whole)}"
+            codes = self.run(out, ranks, **changes)
+            require(codes == [0] * ranks, f"the undisturbed run ended with {codes}: {log_of(out)}")
+            self._whole[asked] = out
+        return self._whole[asked]
 
     def run(
         self, out: Path, ranks: int = 1, before: dict[int, Callable[[], None]] | None = None, **changes
@@ -101,12 +105,16 @@ class Campaign:
             processes.append(spawn(Trial(config, out.with_suffix(".log"), own, fault)))
         return [wait(process) for process in processes]
 
-    def ends_as_undisturbed(self, out: Path, ranks: int = 1) -> None:
+    def ends_as_undisturbed(self, out: Path, ranks: int = 1, **changes: Any) -> None:
         """Resume until the run is complete, and compare it with the undisturbed one."""
-        codes = self.run(out, ranks)
+        codes = self.run(out, ranks, **changes)
         require(codes == [0] * ranks, f"resuming ended with {codes}: {log_of(out)}")
+        self.is_as_undisturbed(out, ranks, **changes)
+
+    def is_as_undisturbed(self, out: Path, ranks: int = 1, **changes: Any) -> None:
+        """Compare a complete run with the undisturbed one: tensors, state and metrics, to the bit."""
         state, rows = outcome(out)
-        whole_state, whole_rows = self.whole[ranks]
+        whole_state, whole_rows = outcome(self.whole(ranks, **changes))
         wrong = [name for name in whole_state if state.get(name) != whole_state[name]]
         require(not wrong and state.keys() == whole_state.keys(), f"another end: {wrong[:3]}")
         require(rows == whole_rows, "other metrics")

@@ -4,9 +4,11 @@
 """
 
 import errno
+import json
 import logging
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -19,6 +21,7 @@ import torch
 
 from mvlm import cli, fast, saver
 from mvlm.config import MaskVLMConfig, PretrainConfig
+from mvlm.measures import Numbers
 from mvlm.train import Run, pretrain
 from mvlm_dataloading.loader import Loader
 
@@ -173,6 +176,31 @@ def in_save(operation: int, action: Callable[[], None]) -> None:
     Path.rename = acting(Path.rename)
 
 
+def in_save_of(step: int, operation: int, action: Callable[[], None]) -> None:
+    """The same of the checkpoint of this step alone: those before it are finished."""
+    save = saver.Saver.save
+
+    def acting(its: saver.Saver, number: int, *arguments: Any) -> None:
+        if number == step:
+            its.wait()
+            in_save(operation, action)
+        save(its, number, *arguments)
+
+    saver.Saver.save = acting  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def note_samples(file: Path) -> None:
+    """Add a line of JSON to `file` for every step: its number and the ids of this rank's samples, in order."""
+    add = Numbers.add
+
+    def noting(numbers: Numbers, step: int, samples: list[int], *rest: Any) -> None:
+        with file.open("a") as lines:
+            lines.write(json.dumps([step, samples]) + "\n")
+        add(numbers, step, samples, *rest)
+
+    Numbers.add = noting  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def kill(number: int = signal.SIGKILL) -> Callable[[], None]:
     """The process gets this signal."""
     return lambda: os.kill(os.getpid(), number)
@@ -180,6 +208,11 @@ def kill(number: int = signal.SIGKILL) -> Callable[[], None]:
 
 def disk_full() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_room() -> None:
+    """From now on the process writes no file of more than 16 kB: EFBIG from the system, wherever it is met."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, 1 << 14))
 
 
 def stall() -> None:

@@ -1,5 +1,6 @@
 # Arguments are unpacked from tables of cases, whose types pyright cannot follow.
 # pyright: reportCallIssue=false
+import errno
 import json
 import logging
 import os
@@ -297,6 +298,17 @@ def test_another_architecture_is_refused_with_the_shapes(toys, training, tokeniz
     save_file(tensors, file)
     with pytest.raises(RunError, match=r"another architecture: matching_head\.bias missing; extra unexpected$"):
         read_tensors(path / "model", model.state_dict())
+
+
+def test_what_fails_while_tensors_are_read_is_told_as_it_was(run_copy, monkeypatch):
+    """torch.distributed.checkpoint wraps it in what no `except Exception` catches."""
+
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoints_module.HuggingFaceStorageReader, "read_data", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        load_model(run_copy)
 
 
 def test_files_that_fit_the_manifest_and_are_no_checkpoint(run_copy):

@@ -5,8 +5,11 @@ import os
 import socket
 import subprocess
 import sys
+from datetime import timedelta
 
+import pytest
 import torch
+import torch.distributed as dist
 
 from mvlm import distributed
 
@@ -60,3 +63,30 @@ def test_two_ranks_add_compare_and_gather():
             "max": [1],
             "gather": [{"long": "é", "rank": 0}, {"long": "éééé", "rank": 1}],
         }
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_an_attempt_does_not_see_what_the_one_before_left_in_torchruns_store(monkeypatch, caplog, nodes):
+    kept = dist.TCPStore("127.0.0.1", 0, is_master=True)  # pyright: ignore[reportPrivateImportUsage]
+    for name, value in {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "GROUP_WORLD_SIZE": str(nodes),
+        "RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(kept.port),
+    }.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        for _ in range(2):  # two ranks
+            store = distributed._store_of_attempt(timedelta(seconds=20))
+            assert store is not None
+            seen.append(store.add("arrived", 1))
+    assert seen == [1, 2, 1, 2]
+    assert ("cannot replace a node that is lost" in caplog.text) == (nodes > 1)
+
+
+def test_without_torchruns_store_torch_makes_one(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert distributed._store_of_attempt(timedelta(seconds=20)) is None

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import threading
 from pathlib import Path
@@ -100,6 +101,23 @@ def test_a_save_that_fails_is_a_warning(save, tmp_path, monkeypatch, caplog, sta
     begin(3)
     saver.wait()
     assert newest_good_checkpoint(tmp_path) == saver.newest == tmp_path / "step_00000003"
+
+
+def test_so_is_a_file_that_the_system_refuses_to_write(save, tmp_path, caplog):
+    """No stand-in: from here on no file may be longer than 16 kB, and those of the weights are."""
+    begin, saver, _ = save
+    begin(1)
+    saver.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
+    try:
+        begin(2)
+        saver.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"could not save {tmp_path / 'step_00000002'}: OSError: [Errno 27] File too large; training" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert (saver.failed, saver.newest) == (1, tmp_path / "step_00000001")
 
 
 OPERATIONS = ("write_tensors", "save_file", "write_json", "sync", "sha256")
