@@ -4,11 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from kernel_checks import assert_accurate, guarded
 from torch import Tensor
 
 import mvlm_kernels
+from mvlm_kernels import dispatch
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
 
 
@@ -41,6 +43,24 @@ class Call:
     grad: Tensor
     kwargs: dict[str, Any]
     bounds: dict[str, Any]  # known to the op alone; the reference reads lengths itself
+
+
+SIDES = {
+    "lengths": Case(len_q=67, len_k=37, lengths=True),
+    "mask": Case(len_q=67, len_k=65, batch=3, mask=True),
+    "both": Case(len_q=67, len_k=127, batch=3, mask=True, lengths=True),
+    "index": Case(len_q=67, len_k=17, batch=3, readers=5, lengths=True),
+    "packed-k": Case(len_q=67, len_k=19, batch=3, packed_k=True),
+    "packed-q": Case(len_q=139, len_k=19, batch=3, packed_q=True),
+    "packed-both": Case(len_q=23, len_k=23, batch=3, packed_q=True, packed_k=True),
+    "packed-index": Case(len_q=67, len_k=19, batch=3, packed_k=True, packed_q=True, readers=4),
+    "long-lengths": Case(len_q=17, len_k=197, lengths=True),
+    "long-mask": Case(len_q=17, len_k=197, batch=3, mask=True),
+    "long-index": Case(len_q=17, len_k=131, readers=5, lengths=True),
+    "long-packed-q": Case(len_q=17, len_k=131, batch=3, packed_q=True, lengths=True),
+    "long-packed-k": Case(len_q=17, len_k=149, batch=3, packed_k=True),
+    "long-packed-index": Case(len_q=17, len_k=149, batch=3, packed_k=True, readers=4),
+}
 
 
 def build(case: Case) -> Call:
@@ -142,3 +162,24 @@ def check(case: Case, device: str = "cpu") -> None:
     # dQ and dK are sums of differences dP - delta of size sqrt(width): those, not the sum, set the size of an ulp.
     for i, (name, terms) in enumerate((("out", 1), ("dq", 8), ("dk", 8), ("dv", 1))):
         assert_accurate(f"{name} of {case}", got[i], same[i], oracle[i], terms=terms)
+
+
+def check_rows_in_front(case: Case, front: int = 3) -> None:
+    """Packed buffers with rows in front of the first sequence, which belong to none: AssertionError unless those come
+    out as zeros and all others as without them."""
+    call = build(case)
+    with pytest.MonkeyPatch.context() as patch, mvlm_kernels.use_backend("triton"):
+        patch.setattr(dispatch, "checks_values", lambda device: False)  # as on a GPU: nobody looks at cu_seqlens[0]
+        wanted = run(mvlm_kernels.cross_attention, call, **call.bounds)
+        for side, tensors in (("q", ("q", "grad")), ("k", ("k", "v"))):
+            if f"cu_seqlens_{side}" in call.kwargs:
+                call.kwargs[f"cu_seqlens_{side}"] = call.kwargs[f"cu_seqlens_{side}"] + front
+                for x in tensors:
+                    rows = torch.full((front, *getattr(call, x).shape[1:]), torch.nan)
+                    setattr(call, x, torch.cat([rows, getattr(call, x)]))
+        got = run(mvlm_kernels.cross_attention, call, **call.bounds)
+    for a, b, side in zip(got, wanted, "qqkk", strict=True):
+        if f"cu_seqlens_{side}" in call.kwargs:
+            assert (a[:front] == 0).all()
+            a = a[front:]
+        assert torch.equal(a, b)

@@ -4,8 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, build, run
-from test_cross_attention import SIDES
+from attention_cases import SIDES, Case, build, run
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import mvlm_kernels

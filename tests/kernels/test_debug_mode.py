@@ -39,7 +39,7 @@ def launches() -> dict[str, Callable[[], Any]]:
     lengths = meta(2, dtype=torch.int32)
     pixels = (images, ids, 8, None, None)
     losses = module("pixel_loss.ops")
-    attention = module("cross_attention")._implementation
+    attention = module("cross_attention.ops")._implementation
     bounds = (0.2, 9, 7)
     return {
         "key_lengths": lambda: attention(q, k, k, lengths, None, None, None, None, *bounds),

@@ -12,9 +12,8 @@ import place_cases as placing
 import pytest
 import test_patch_gather
 import torch
-from attention_cases import Case, check
+from attention_cases import SIDES, Case, check
 from patch_cases import LAYOUTS, MEAN, STD, make_ids, make_images
-from test_cross_attention import SIDES
 from torch import Tensor
 
 from mvlm_kernels import (

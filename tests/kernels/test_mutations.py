@@ -11,9 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from attention_cases import check
+from attention_cases import SIDES, Case, check, check_rows_in_front
 from kernel_checks import Poison
-from test_cross_attention import SIDES
 
 from mvlm_kernels import dispatch
 
@@ -30,10 +29,11 @@ class Mutant:
     multiprocessors: int = 12  # of the machine played: so many that work is split
 
 
+Checked = Callable[[Case], None]
 PACKAGE = "mvlm_kernels.cross_attention"
 # Each module imports those in front of it, so that all of them are loaded anew around a mutant.
 MODULES = {
-    "rows": ("existing_keys", "key_length", "key_row", "sum_partials"),
+    "rows": ("existing_keys", "fill_outside", "key_length", "key_row", "sum_partials"),
     "short_kv": ("short_kv_forward", "_backward_of_key_tile", "short_kv_backward"),
     "short_q": ("short_q_forward", "short_q_combine", "short_q_backward"),
     "triton": (),
@@ -41,13 +41,15 @@ MODULES = {
 MODULE_OF = {function: module for module, functions in MODULES.items() for function in functions}
 
 
-def attention(after: str, old: str, new: str, case: str, heads: int = 1, multiprocessors: int = 12) -> Mutant:
+def attention(
+    after: str, old: str, new: str, case: str, heads: int = 1, multiprocessors: int = 12, checked: Checked = check
+) -> Mutant:
     return Mutant(
         module=MODULE_OF[after.removeprefix("def ")],
         after=after,
         old=old,
         new=new,
-        check=lambda: check(replace(SIDES[case], heads=heads)),
+        check=lambda: checked(replace(SIDES[case], heads=heads)),
         multiprocessors=multiprocessors,
     )
 
@@ -75,6 +77,12 @@ MUTANTS = {
     "gradient's tail unwritten": attention(
         "def short_kv_backward", "k_seqs, k_rows, first_row", "k_seqs, k_rows, kb < 0", "packed-k"
     ),
+    **{
+        f"rows in front unwritten, {case}": attention(
+            "def fill_outside", "0, front, 0.0", "0, 0, 0.0", case, checked=check_rows_in_front
+        )
+        for case in ("packed-q", "packed-k", "long-packed-q", "long-packed-k")
+    },
     "online softmax without shrinking": attention(
         "def short_q_forward", "total * shrink + tl.sum", "total + tl.sum", "long-mask", multiprocessors=1
     ),

@@ -1,178 +1,22 @@
-"""Cross-attention with one short side, forward and backward: ``torch.ops.mvlm_kernels.cross_attention``."""
-
-import functools
-from typing import Any
+"""Cross-attention with one short side, forward and backward; see :func:`cross_attention`."""
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.cross_attention import cpu
 from mvlm_kernels.cross_attention.bounds import (
     HEAD_WIDTHS,
-    LONGEST_SHORT_SIDE,
     bucket,
     check_arguments,
     check_values,
     longest_rows,
     short_side,
 )
-from mvlm_kernels.cross_attention.reference import pack_key_mask, reference_backward, reference_forward, sdpa
+from mvlm_kernels.cross_attention.ops import attend_directly, attention_op, reasons, tf32, too_long, type_reasons
+from mvlm_kernels.cross_attention.reference import pack_key_mask, sdpa
 
 __all__ = ["cross_attention", "pack_key_mask"]
-
-
-def _implementation(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    key_index: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    scale: float,
-    max_len_q: int,
-    max_len_k: int,
-) -> tuple[Tensor, Tensor]:
-    if dispatch.checks_values(q.device):
-        check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
-    args = (q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
-    if dispatch.choose(_reasons(q, max_len_q, max_len_k)) == "triton":
-        from mvlm_kernels.cross_attention import triton
-
-        return triton.forward(*args, max_len_q, max_len_k)
-    return reference_forward(*args)
-
-
-def _fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    packed = q.dim() == 3
-    lse_shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(
-        lse_shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
-    )
-
-
-def _backward_implementation(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor | None,
-    lse: Tensor,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    key_index: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    scale: float,
-    max_len_q: int,
-    max_len_k: int,
-    need_dq: bool,
-    need_dkv: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    sides = (key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
-    if dispatch.choose(_reasons(q, max_len_q, max_len_k)) == "triton":
-        from mvlm_kernels.cross_attention import triton
-
-        grads = triton.backward(grad, q, k, v, out, lse, *sides, max_len_q, max_len_k, need_dq, need_dkv)
-    else:
-        grads = reference_backward(grad, q, k, v, lse, *sides)
-    # An op returns tensors: what is not needed is an empty one.
-    dq, dk, dv = grads
-    return (
-        dq if dq is not None and need_dq else q.new_empty(0),
-        dk if dk is not None and need_dkv else q.new_empty(0),
-        dv if dv is not None and need_dkv else q.new_empty(0),
-    )
-
-
-def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    need_dq, need_dkv = args[-2:]
-    none = torch.Size([0])
-    return (
-        torch.empty(q.shape if need_dq else none, dtype=q.dtype, device=q.device),
-        torch.empty(k.shape if need_dkv else none, dtype=k.dtype, device=k.device),
-        torch.empty(k.shape if need_dkv else none, dtype=k.dtype, device=k.device),
-    )
-
-
-class _CrossAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, forward: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        out, lse = forward(q, k, v, *args)
-        *sides, ctx.scale, ctx.max_len_q, ctx.max_len_k = args
-        # Delta needs the output only where the short side is the queries: elsewhere it is not kept for the backward.
-        kept = out if short_side(ctx.max_len_q, ctx.max_len_k) == "q" else None
-        ctx.save_for_backward(q, k, v, kept, lse, *sides)
-        ctx.mark_non_differentiable(lse)
-        ctx.set_materialize_grads(False)
-        return out, lse
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if grads[0] is None:
-            return (None,) * 12
-        need_dq, need_dk, need_dv = ctx.needs_input_grad[1:4]
-        need_dkv = need_dk or need_dv
-        backward = registration.backward_of(_BACKWARD_OP, _backward_implementation, grads[0])
-        dq, dk, dv = backward(grads[0], *ctx.saved_tensors, ctx.scale, ctx.max_len_q, ctx.max_len_k, need_dq, need_dkv)
-        return (None, dq if need_dq else None, dk if need_dk else None, dv if need_dv else None) + (None,) * 8
-
-
-_DIRECT = registration.direct(_CrossAttention, _implementation)
-_SIDES = (
-    "Tensor? key_lengths, Tensor? key_mask, Tensor? key_index, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "float scale, SymInt max_len_q, SymInt max_len_k"
-)
-_OP = registration.define(
-    f"cross_attention(Tensor q, Tensor k, Tensor v, {_SIDES}) -> (Tensor, Tensor)",
-    _implementation,
-    _fake,
-    _CrossAttention,
-)
-_BACKWARD_OP = registration.define(
-    f"cross_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, {_SIDES}, "
-    "bool need_dq, bool need_dkv) -> (Tensor, Tensor, Tensor)",
-    _backward_implementation,
-    _backward_fake,
-)
-
-
-def _reasons(q: Tensor, max_len_q: int, max_len_k: int) -> tuple[str, ...]:
-    """Every reason against the fused kernels, from what the host knows."""
-    reasons = dispatch.device_reasons(q.device)
-    side = short_side(max_len_q, max_len_k)
-    if side is None:
-        return (*reasons, _too_long(max_len_q, max_len_k))
-    if q.is_cuda and not reasons:
-        short = bucket(max_len_k if side == "kv" else max_len_q)
-        return _type_reasons(q.dtype, q.shape[-1], short, dispatch.arch(q.device), _tf32(q.dtype))
-    return reasons
-
-
-def _too_long(max_len_q: int, max_len_k: int) -> str:
-    return f"both sides are longer than {LONGEST_SHORT_SIDE} ({max_len_q} queries, {max_len_k} keys): SDPA runs"
-
-
-def _tf32(dtype: torch.dtype) -> bool:
-    return dtype == torch.float32 and dispatch.tf32_allowed()
-
-
-@functools.cache
-def _type_reasons(dtype: torch.dtype, width: int, rows: int, arch: int, tf32: bool) -> tuple[str, ...]:
-    """Reasons that hold on a GPU only: the interpreter takes every type."""
-    if dtype == torch.float64:
-        return ("float64 has no kernel on a GPU: SDPA runs, or the reference on packed rows",)
-    if dtype == torch.float32 and not tf32:
-        return ('float32 runs in TF32, and float32_matmul_precision is "highest": SDPA or the reference runs',)
-    from mvlm_kernels.cross_attention.plan import has_tiles
-
-    if not has_tiles(dtype, width, rows, arch):
-        return (f"no tile of {dtype} at width {width} and {rows} rows fits this GPU: SDPA or the reference runs",)
-    return ()
 
 
 def _takes_sdpa(q: Tensor, short: int) -> bool:
@@ -183,10 +27,10 @@ def _takes_sdpa(q: Tensor, short: int) -> bool:
 @torch.compiler.assume_constant_result
 def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> bool:
     """Whether a dense call on this GPU goes around the kernels; settled while tracing, so SDPA itself is traced."""
-    reasons = dispatch.device_reasons(device)
-    if not reasons:
-        reasons = _type_reasons(dtype, width, rows, dispatch.arch(device), _tf32(dtype))
-    return dispatch.choose(reasons) == "torch"
+    against = dispatch.device_reasons(device)
+    if not against:
+        against = type_reasons(dtype, width, rows, dispatch.arch(device), tf32(dtype))
+    return dispatch.choose(against) == "torch"
 
 
 def _composes(q: Tensor, max_len_q: int, max_len_k: int) -> bool:
@@ -195,7 +39,7 @@ def _composes(q: Tensor, max_len_q: int, max_len_k: int) -> bool:
         q.device.type == "cpu"
         and type(q) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
-        and dispatch.choose(_reasons(q, max_len_q, max_len_k)) == "torch"
+        and dispatch.choose(reasons(q, max_len_q, max_len_k)) == "torch"
     )
 
 
@@ -215,7 +59,7 @@ def _explain(
 ) -> tuple[str, ...]:
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
-    return _reasons(q, *longest_rows(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k))
+    return reasons(q, *longest_rows(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k))
 
 
 @dispatch.explained_by(_explain)
@@ -267,7 +111,7 @@ def cross_attention(
     len_q, len_k = longest_rows(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     side = short_side(len_q, len_k)
     if side is None:
-        dispatch.refuse_if_forced(_too_long(len_q, len_k))
+        dispatch.refuse_if_forced(too_long(len_q, len_k))
     elif _composes(q, len_q, len_k):
         check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, len_q, len_k)
         return cpu.attend(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
@@ -276,7 +120,7 @@ def cross_attention(
             return sdpa(q, k, v, key_lengths, key_mask, key_index, scale)
     if key_mask is not None and key_mask.dtype == torch.bool:
         key_mask = pack_key_mask(key_mask)
-    call = _DIRECT if registration.called_directly(q, k, v) else _OP
+    call = attend_directly if registration.called_directly(q, k, v) else attention_op
     return call(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale, len_q, len_k)[0]
 
 

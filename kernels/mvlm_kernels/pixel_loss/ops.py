@@ -178,8 +178,9 @@ class LinearPixelLoss(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:4]
         if grad is None or not any(needs):
             return (None,) * 13
-        backward = registration.backward_of(_linear_backward_op, _linear_backward, grad)
-        grads = backward(grad, *ctx.saved_tensors, *needs)
+        saved = ctx.saved_tensors
+        backward = registration.backward_of(_linear_backward_op, _linear_backward, grad, *saved)
+        grads = backward(grad, *saved, *needs)
         return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), *(None,) * 9
 
 

@@ -1,0 +1,165 @@
+"""``torch.ops.mvlm_kernels.cross_attention``: backends, fake tensors, gradient, and the reasons against Triton."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mvlm_kernels import dispatch, registration
+from mvlm_kernels.cross_attention.bounds import LONGEST_SHORT_SIDE, bucket, check_values, short_side
+from mvlm_kernels.cross_attention.reference import reference_backward, reference_forward
+
+
+def _implementation(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    key_index: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    max_len_q: int,
+    max_len_k: int,
+) -> tuple[Tensor, Tensor]:
+    if dispatch.checks_values(q.device):
+        check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
+    args = (q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
+    if dispatch.choose(reasons(q, max_len_q, max_len_k)) == "triton":
+        from mvlm_kernels.cross_attention import triton
+
+        return triton.forward(*args, max_len_q, max_len_k)
+    return reference_forward(*args)
+
+
+def _fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    packed = q.dim() == 3
+    lse_shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(
+        lse_shape, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device
+    )
+
+
+def _backward_implementation(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor | None,
+    lse: Tensor,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    key_index: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    max_len_q: int,
+    max_len_k: int,
+    need_dq: bool,
+    need_dkv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sides = (key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
+    if dispatch.choose(reasons(q, max_len_q, max_len_k)) == "triton":
+        from mvlm_kernels.cross_attention import triton
+
+        grads = triton.backward(grad, q, k, v, out, lse, *sides, max_len_q, max_len_k, need_dq, need_dkv)
+    else:
+        grads = reference_backward(grad, q, k, v, lse, *sides)
+    # An op returns tensors: what is not needed is an empty one.
+    dq, dk, dv = grads
+    return (
+        dq if dq is not None and need_dq else q.new_empty(0),
+        dk if dk is not None and need_dkv else q.new_empty(0),
+        dv if dv is not None and need_dkv else q.new_empty(0),
+    )
+
+
+def _backward_fake(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    need_dq, need_dkv = args[-2:]
+    none = torch.Size([0])
+    return (
+        torch.empty(q.shape if need_dq else none, dtype=q.dtype, device=q.device),
+        torch.empty(k.shape if need_dkv else none, dtype=k.dtype, device=k.device),
+        torch.empty(k.shape if need_dkv else none, dtype=k.dtype, device=k.device),
+    )
+
+
+class _CrossAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, forward: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        out, lse = forward(q, k, v, *args)
+        *sides, ctx.scale, ctx.max_len_q, ctx.max_len_k = args
+        # Delta needs the output only where the short side is the queries: elsewhere it is not kept for the backward.
+        kept = out if short_side(ctx.max_len_q, ctx.max_len_k) == "q" else None
+        ctx.save_for_backward(q, k, v, kept, lse, *sides)
+        ctx.mark_non_differentiable(lse)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if grads[0] is None:
+            return (None,) * 12
+        need_dq, need_dk, need_dv = ctx.needs_input_grad[1:4]
+        need_dkv = need_dk or need_dv
+        saved = ctx.saved_tensors
+        backward = registration.backward_of(_backward_op, _backward_implementation, grads[0], *saved[:3])
+        dq, dk, dv = backward(grads[0], *saved, ctx.scale, ctx.max_len_q, ctx.max_len_k, need_dq, need_dkv)
+        return (None, dq if need_dq else None, dk if need_dk else None, dv if need_dv else None) + (None,) * 8
+
+
+attend_directly = registration.direct(_CrossAttention, _implementation)
+_SIDES = (
+    "Tensor? key_lengths, Tensor? key_mask, Tensor? key_index, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
+    "float scale, SymInt max_len_q, SymInt max_len_k"
+)
+attention_op = registration.define(
+    f"cross_attention(Tensor q, Tensor k, Tensor v, {_SIDES}) -> (Tensor, Tensor)",
+    _implementation,
+    _fake,
+    _CrossAttention,
+)
+_backward_op = registration.define(
+    f"cross_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? out, Tensor lse, {_SIDES}, "
+    "bool need_dq, bool need_dkv) -> (Tensor, Tensor, Tensor)",
+    _backward_implementation,
+    _backward_fake,
+)
+
+
+def reasons(q: Tensor, max_len_q: int, max_len_k: int) -> tuple[str, ...]:
+    """Every reason against the fused kernels, from what the host knows."""
+    against = dispatch.device_reasons(q.device)
+    side = short_side(max_len_q, max_len_k)
+    if side is None:
+        return (*against, too_long(max_len_q, max_len_k))
+    if q.is_cuda and not against:
+        short = bucket(max_len_k if side == "kv" else max_len_q)
+        return type_reasons(q.dtype, q.shape[-1], short, dispatch.arch(q.device), tf32(q.dtype))
+    return against
+
+
+def too_long(max_len_q: int, max_len_k: int) -> str:
+    return f"both sides are longer than {LONGEST_SHORT_SIDE} ({max_len_q} queries, {max_len_k} keys): SDPA runs"
+
+
+def tf32(dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and dispatch.tf32_allowed()
+
+
+@functools.cache
+def type_reasons(dtype: torch.dtype, width: int, rows: int, arch: int, tf32: bool) -> tuple[str, ...]:
+    """Reasons that hold on a GPU only: the interpreter takes every type."""
+    if dtype == torch.float64:
+        return ("float64 has no kernel on a GPU: SDPA runs, or the reference on packed rows",)
+    if dtype == torch.float32 and not tf32:
+        return ('float32 runs in TF32, and float32_matmul_precision is "highest": SDPA or the reference runs',)
+    from mvlm_kernels.cross_attention.plan import has_tiles
+
+    if not has_tiles(dtype, width, rows, arch):
+        return (f"no tile of {dtype} at width {width} and {rows} rows fits this GPU: SDPA or the reference runs",)
+    return ()
