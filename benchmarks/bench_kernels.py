@@ -10,9 +10,11 @@ import functools
 import pytest
 import torch
 
-from mvlm_benchmarks.cases import Case, Inputs, cases
+from mvlm_benchmarks.case_inputs import Inputs
+from mvlm_benchmarks.cases import Case, cases
+from mvlm_benchmarks.clock import make_clock, settings
 from mvlm_benchmarks.compare import Entry, prepare
-from mvlm_benchmarks.measure import Expected, Local, expect, make_clock, passes_of, settings
+from mvlm_benchmarks.measure import Expected, Local, expect, passes_of
 from mvlm_benchmarks.peers import PEERS, ours_as_peer
 
 # Peers warn as they please (SDPA says why a backend refuses); the suite's own code turns warnings into errors.

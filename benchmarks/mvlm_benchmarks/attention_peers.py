@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mvlm_benchmarks.cases import Inputs
+from mvlm_benchmarks.case_inputs import Inputs
 from mvlm_benchmarks.reasons import Missing
 
 Function = Callable[..., Tensor]

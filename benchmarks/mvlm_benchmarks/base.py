@@ -16,8 +16,9 @@ from typing import Any
 
 from mvlm.errors import ConfigError
 from mvlm_benchmarks.cases import Case
+from mvlm_benchmarks.clock import Timing
 from mvlm_benchmarks.machine import git
-from mvlm_benchmarks.measure import Outcome, Timing
+from mvlm_benchmarks.measure import Outcome
 
 
 def export(root: Path, revision: str, folder: Path) -> str:

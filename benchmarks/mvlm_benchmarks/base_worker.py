@@ -40,7 +40,8 @@ class _Contender:
         import torch
 
         from mvlm_benchmarks.cases import cases
-        from mvlm_benchmarks.measure import Local, expect, make_clock, settings, tolerance
+        from mvlm_benchmarks.clock import make_clock, settings
+        from mvlm_benchmarks.measure import Local, expect, tolerance
         from mvlm_benchmarks.peers import ours
 
         self._local = None  # the last case's tensors go first
@@ -54,20 +55,20 @@ class _Contender:
         return {name: [o.status, o.note] for name, o in outcomes.items()}
 
     def time(self, name: str) -> list[float]:
-        from mvlm_benchmarks.measure import settings
+        from mvlm_benchmarks.clock import settings
 
         with settings(self._device):
             timing = self._local.time(name)
         return [timing.us, timing.p20, timing.p80]
 
     def graph(self, name: str) -> float | None:
-        from mvlm_benchmarks.measure import settings
+        from mvlm_benchmarks.clock import settings
 
         with settings(self._device):
             return self._local.graph(name)
 
     def peak_mb(self, name: str) -> float | None:
-        from mvlm_benchmarks.measure import settings
+        from mvlm_benchmarks.clock import settings
 
         with settings(self._device):
             return self._local.peak_mb(name)

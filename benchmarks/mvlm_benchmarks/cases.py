@@ -12,22 +12,23 @@ import torch
 from torch import Tensor
 
 import mvlm_kernels
+from mvlm_benchmarks.case_inputs import (
+    CHANNELS,
+    FEATURES,
+    MASKED,
+    MEAN,
+    PATCH,
+    PATCHES,
+    SIDE,
+    STD,
+    WIDTH,
+    Inputs,
+    Random,
+)
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
 from mvlm_kernels.patch_gather import reference as patches
 from mvlm_kernels.pixel_loss import reference as pixels
 from mvlm_kernels.place_tokens import reference as placement
-
-CHANNELS, SIDE, PATCH, PATCHES, MASKED, WIDTH = 3, 224, 16, 196, 116, 768
-FEATURES = CHANNELS * PATCH * PATCH
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Arguments by name: ``leaves`` get gradients, ``fixed`` are the others."""
-
-    leaves: dict[str, Tensor]
-    fixed: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -70,33 +71,6 @@ def cases(batch: int, dtype: torch.dtype) -> list[Case]:
     ]
 
 
-class _Random:
-    """Draws on the CPU, so that every device and every process gets the same values."""
-
-    def __init__(self, device: str, dtype: torch.dtype) -> None:
-        self._generator = torch.Generator().manual_seed(0)
-        self._device, self._dtype = device, dtype
-
-    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=self._generator) * scale).to(self._device, self._dtype).requires_grad_()
-
-    def far(self, *shape: int) -> Tensor:
-        """Values around 6 or -6: no pixel (normalised, within 2.7 of 0) comes close, and the sign of L1 is certain."""
-        side = torch.randint(0, 2, shape, generator=self._generator) * 12.0 - 6.0
-        return (side + torch.randn(shape, generator=self._generator) * 0.5).to(self._device, self._dtype)
-
-    def images(self, batch: int, dtype: torch.dtype) -> Tensor:
-        values = torch.randint(0, 256, (batch, CHANNELS, SIDE, SIDE), generator=self._generator, dtype=torch.uint8)
-        return values.to(self._device) if dtype == torch.uint8 else (values / 255).to(self._device, dtype)
-
-    def ids(self, batch: int, count: int) -> Tensor:
-        order = torch.rand(batch, PATCHES, generator=self._generator).argsort(dim=1)[:, :count]
-        return order.sort(dim=1).values.int().to(self._device)
-
-    def lengths(self, batch: int, low: int, high: int) -> Tensor:
-        return torch.randint(low, high + 1, (batch,), generator=self._generator, dtype=torch.int32).to(self._device)
-
-
 def _attention(
     batch: int, len_q: int, len_k: int, dtype: torch.dtype, *, keys: str = "dense", core: bool = False
 ) -> Case:
@@ -104,10 +78,10 @@ def _attention(
     heads, width = 12, 64
     shared = 3 if keys == "indexed" else 1
     shortest = len_k // 4
-    lengths = _Random("cpu", dtype).lengths(batch, shortest, len_k) if keys in ("padded", "packed") else None
+    lengths = Random("cpu", dtype).lengths(batch, shortest, len_k) if keys in ("padded", "packed") else None
 
     def make(device: str) -> Inputs:
-        random = _Random(device, dtype)
+        random = Random(device, dtype)
         fixed: dict[str, Any] = {}
         key_shape = (batch, len_k, heads, width)
         if lengths is not None and keys == "padded":
@@ -157,7 +131,7 @@ def _gather(batch: int, dtype: torch.dtype, image_dtype: torch.dtype, count: int
     floating = image_dtype != torch.uint8
 
     def make(device: str) -> Inputs:
-        random = _Random(device, dtype)
+        random = Random(device, dtype)
         images = random.images(batch, image_dtype)
         ids = random.ids(batch, count) if count < PATCHES else None
         fixed = {"patch_ids": ids, "patch_size": PATCH, "mean": MEAN, "std": STD, "dtype": dtype}
@@ -180,7 +154,7 @@ def _gather(batch: int, dtype: torch.dtype, image_dtype: torch.dtype, count: int
 
 def _masked_loss(batch: int, dtype: torch.dtype, kind: Any, normalize: bool, *, core: bool = False) -> Case:
     def make(device: str) -> Inputs:
-        random = _Random(device, dtype)
+        random = Random(device, dtype)
         pred = random.far(batch, MASKED, FEATURES) if kind == "l1" else random.normal(batch, MASKED, FEATURES)
         fixed = {"images": random.images(batch, torch.uint8), "patch_ids": random.ids(batch, MASKED)}
         options = {"patch_size": PATCH, "mean": MEAN, "std": STD, "kind": kind, "normalize_target": normalize}
@@ -200,7 +174,7 @@ def _masked_loss(batch: int, dtype: torch.dtype, kind: Any, normalize: bool, *, 
 
 def _linear_loss(batch: int, dtype: torch.dtype, kind: Any, *, core: bool = False) -> Case:
     def make(device: str) -> Inputs:
-        random = _Random(device, dtype)
+        random = Random(device, dtype)
         leaves = {
             "hidden": random.normal(batch, MASKED, WIDTH),
             "weight": random.normal(FEATURES, WIDTH, scale=0.5 * WIDTH**-0.5),
@@ -230,7 +204,7 @@ def _place(batch: int, dtype: torch.dtype, mode: str, *, core: bool = False) -> 
     visible = PATCHES // 4
 
     def make(device: str) -> Inputs:
-        random = _Random(device, dtype)
+        random = Random(device, dtype)
         leaves = {
             "tokens": random.normal(batch, visible if mode == "visible" else PATCHES, WIDTH),
             "mask_token": random.normal(WIDTH),

@@ -13,9 +13,11 @@ import torch
 
 import mvlm_kernels
 from mvlm_benchmarks.base import Worker
-from mvlm_benchmarks.cases import Case, Inputs
+from mvlm_benchmarks.case_inputs import Inputs
+from mvlm_benchmarks.cases import Case
+from mvlm_benchmarks.clock import Clock, Timing
 from mvlm_benchmarks.machine import roofline_us
-from mvlm_benchmarks.measure import Clock, Expected, Local, Outcome, Timing, expect, passes_of, tolerance
+from mvlm_benchmarks.measure import Expected, Local, Outcome, expect, passes_of, tolerance
 from mvlm_benchmarks.peers import Peer, ours_as_peer
 from mvlm_benchmarks.reasons import Missing, NotApplicable, one_line
 from mvlm_kernels.cases import Gpu

@@ -12,8 +12,8 @@ from mvlm.errors import ConfigError
 from mvlm_benchmarks import machine, report
 from mvlm_benchmarks.base import Worker, export
 from mvlm_benchmarks.cases import Case, cases
+from mvlm_benchmarks.clock import make_clock, settings
 from mvlm_benchmarks.compare import Row, bench_case, rows_of
-from mvlm_benchmarks.measure import make_clock, settings
 from mvlm_benchmarks.peers import EAGER, PEERS, Peer
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

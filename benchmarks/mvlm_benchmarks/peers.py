@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm_benchmarks import attention_peers as attention
-from mvlm_benchmarks.cases import CHANNELS, FEATURES, PATCH, PATCHES, SIDE, Case, Inputs
+from mvlm_benchmarks.case_inputs import CHANNELS, FEATURES, PATCH, PATCHES, SIDE, Inputs
+from mvlm_benchmarks.cases import Case
 from mvlm_benchmarks.reasons import NotApplicable
 
 Function = Callable[..., Tensor]

@@ -1,7 +1,6 @@
 """Compile every kernel for sm_80, sm_90 and sm_100 with no GPU, and say what the machine code costs.
 
-    python -m mvlm_kernels.aot [--json FILE] [--arch sm_90] [--select REGEX] [--jobs N] [--against FILE]
-                               [--update]
+    python -m mvlm_kernels.aot [--json FILE [--update]] [--arch sm_90] [--select REGEX] [--jobs N] [--against FILE]
 
 Each op's launchers run on meta tensors while :func:`mvlm_kernels.dispatch.recording` catches what they would launch;
 Triton's own binder turns those very arguments into a signature, and its own compiler into machine code. A row is one

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from mvlm_benchmarks.cases import Case, Inputs
-from mvlm_benchmarks.measure import Timing
+from mvlm_benchmarks.case_inputs import Inputs
+from mvlm_benchmarks.cases import Case
+from mvlm_benchmarks.clock import Timing
 
 
 @dataclass

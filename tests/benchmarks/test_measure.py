@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch._functorch.config as compiler
 
-from mvlm_benchmarks.measure import CpuClock, CudaClock, Local, expect, make_clock, settings
+from mvlm_benchmarks.clock import CpuClock, CudaClock, make_clock, settings
+from mvlm_benchmarks.measure import Local, expect
 
 
 def test_the_cpu_clock_reads_microseconds() -> None:

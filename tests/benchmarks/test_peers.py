@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from mvlm_benchmarks import attention_peers
-from mvlm_benchmarks.cases import Inputs, cases
+from mvlm_benchmarks.case_inputs import Inputs
+from mvlm_benchmarks.cases import cases
 from mvlm_benchmarks.compare import prepare
 from mvlm_benchmarks.measure import expect
 from mvlm_benchmarks.peers import PEERS
