@@ -34,7 +34,7 @@ from mvlm.train import pretrain
 
 DATA = Path(__file__).parent / "data"
 STEPS = 12
-PASSING = ("pairs_per_s", "data_wait_s", "memory_mb")
+PASSING = ("pairs_per_s", "data_wait_s", "memory_mb", "mfu")
 """Fields of metrics.jsonl that no two runs share."""
 
 

@@ -305,7 +305,7 @@ def losses_of(run: Path) -> list[dict[str, float]]:
 
 def numbers_of(run: Path) -> list[dict[str, float]]:
     """Every field of metrics.jsonl but rates, times and memory."""
-    passing = ("pairs_per_s", "data_wait_s", "memory_mb")
+    passing = ("pairs_per_s", "data_wait_s", "memory_mb", "mfu")
     return [{k: v for k, v in row.items() if k not in passing} for row in read_metrics(run / "metrics.jsonl")]
 
 
