@@ -51,7 +51,7 @@ traffic: $(VENV)/.installed
 # Runs of a micro model, each disturbed in one way and resumed: a table, and a JSON file. About 3 s a trial.
 FAULTS ?= 1000
 faults: $(VENV)/.installed
-	$(BIN)/python tests/faults/campaign.py --count $(FAULTS) --json benchmarks/results/faults.json
+	$(BIN)/python tests/faults/campaign.py --count $(FAULTS) --jobs $(JOBS) --json benchmarks/results/faults.json
 
 # One run for two hours: memory and speed stay flat, nothing leaks.
 MINUTES ?= 120

@@ -181,12 +181,13 @@ class Saver:
 def remove_old_checkpoints(root: Path, keep: int, keep_every_steps: int = 0) -> None:
     """Keep the newest `keep` checkpoints and those at multiples of `keep_every_steps`.
 
-    A folder that cannot be removed is only warned about.
+    One that goes is renamed first, so that no kill leaves half of it to be taken for a checkpoint. A folder that cannot
+    be removed is only warned about.
     """
     for path in checkpoints(root)[:-keep]:
         if keep_every_steps and int(path.name.removeprefix("step_")) % keep_every_steps == 0:
             continue
         try:
-            shutil.rmtree(path)
+            shutil.rmtree(path.rename(path.with_suffix(".tmp")))
         except OSError as error:
             log.warning("could not remove the old checkpoint %s: %s", path, error)

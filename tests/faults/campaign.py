@@ -1,6 +1,6 @@
 """A fault campaign: runs of a micro model, each disturbed in one way, and what became of them.
 
-    python tests/faults/campaign.py --count 1000 --seed 0 --json benchmarks/results/faults.json
+    python tests/faults/campaign.py --count 1000 --jobs 2 --json benchmarks/results/faults.json
 
 After it was resumed, every trial has to end in the weights and the metrics of the undisturbed run, to the bit, or in
 one clear error that left every file as it was. Trials differ in kind, place and moment, drawn from (seed, number).
@@ -18,7 +18,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -264,45 +266,69 @@ KINDS: dict[str, Callable[[Campaign, Path, random.Random], str]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=40, help="trials")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no trial after this")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    arguments = parser.parse_args()
-    started = time.monotonic()
-    rows: dict[tuple[str, str], collections.Counter[str]] = collections.defaultdict(collections.Counter)
+Rows = dict[tuple[str, str], collections.Counter[str]]
+"""By fault and place, how many trials passed and failed."""
+
+
+def trials(numbers: range, seed: int, until: float) -> tuple[Rows, list[dict[str, Any]]]:
+    """The trials with these numbers, none begun after `until` (of time.monotonic): the table, and what failed."""
+    rows: Rows = collections.defaultdict(collections.Counter)
     failures = []
     with tempfile.TemporaryDirectory(prefix="mvlm-faults-") as folder:
         campaign = Campaign(Path(folder))
-        for number in range(arguments.count):
-            if time.monotonic() - started > 60 * arguments.minutes:
+        for number in numbers:
+            if time.monotonic() > until:
                 break
-            draw = random.Random(f"{arguments.seed}/{number}")
+            draw = random.Random(f"{seed}/{number}")
             kind = list(KINDS)[number % len(KINDS)]
             out = Path(folder) / f"trial-{number}"
             place = "-"
             try:
                 place = KINDS[kind](campaign, out, draw)
                 rows[kind, place]["passed"] += 1
-            except (Failed, TimeoutError) as error:
+            except Exception as error:  # a trial's own mistake is a failure as well, and the others go on
                 rows[kind, place]["failed"] += 1
-                failures.append({"number": number, "kind": kind, "message": str(error)})
-                print(f"trial {number}, {kind}: {error}", flush=True)
+                message = str(error) if isinstance(error, Failed) else repr(error)
+                failures.append({"number": number, "kind": kind, "message": message})
+                print(f"trial {number}, {kind}: {message}", flush=True)
             shutil.rmtree(out, ignore_errors=True)
             for rest in Path(folder).glob(f"trial-{number}.*"):
                 rest.unlink()
+    return dict(rows), failures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=40, help="trials")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the trials")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no trial after this")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    shares = [range(k, arguments.count, arguments.jobs) for k in range(arguments.jobs)]
+    work = partial(trials, seed=arguments.seed, until=started + 60 * arguments.minutes)
+    if arguments.jobs == 1:
+        found = [work(shares[0])]
+    else:
+        # A fresh interpreter each: every share forks its own runs.
+        with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
+            found = list(pool.map(work, shares))
+    rows: Rows = collections.defaultdict(collections.Counter)
+    for part, _ in found:
+        for key, counter in part.items():
+            rows[key] += counter
+    failures = sorted((failure for _, failed in found for failure in failed), key=lambda failure: failure["number"])
     seconds = time.monotonic() - started
-    trials = sum(counter.total() for counter in rows.values())
+    total = sum(counter.total() for counter in rows.values())
     print(f"{'fault':<16}{'where':<22}{'passed':>8}{'failed':>8}")
     for (kind, place), counter in sorted(rows.items()):
         print(f"{kind:<16}{place:<22}{counter['passed']:>8}{counter['failed']:>8}")
-    print(f"{trials} trials in {seconds:.0f} s, {len(failures)} failed")
+    print(f"{total} trials in {seconds:.0f} s, {len(failures)} failed")
     if arguments.json:
         table = [{"fault": kind, "where": place, **counter} for (kind, place), counter in sorted(rows.items())]
         figures = {
-            "trials": trials,
+            "trials": total,
             "seed": arguments.seed,
             "seconds": round(seconds, 1),
             "failed": failures,

@@ -201,20 +201,36 @@ def test_the_newest_are_kept_and_every_so_many(tmp_path):
     assert steps() == [10]
 
 
+def test_a_kill_while_an_old_one_is_removed_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    for step in (1, 2):
+        (tmp_path / f"step_{step:08d}").mkdir()
+        (tmp_path / f"step_{step:08d}" / "model.json").write_text("{}")
+
+    def cut_short(path):
+        (path / "model.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        remove_old_checkpoints(tmp_path, 1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002"]
+    assert (tmp_path / "step_00000002" / "model.json").exists()
+
+
 def test_a_folder_that_cannot_be_removed_is_warned_about(tmp_path, monkeypatch, caplog):
     for step in (1, 2, 3):
         (tmp_path / f"step_{step:08d}").mkdir()
     remove = shutil.rmtree
 
     def stubborn(path, *args, **kwargs):
-        if path.name.endswith("1"):
+        if path.name == "step_00000001.tmp":
             raise OSError("busy")
         return remove(path, *args, **kwargs)
 
     monkeypatch.setattr(shutil, "rmtree", stubborn)
     remove_old_checkpoints(tmp_path, 1)
     assert "could not remove the old checkpoint" in caplog.text
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000001", "step_00000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001.tmp", "step_00000003"]
 
 
 def test_the_state_is_the_callers(save, tmp_path):
