@@ -5,7 +5,8 @@ of theirs, falls into another's turn. In each round every contender makes as man
 median over rounds, and for ratios the median of the rounds' ratios.
 
 Processor time, of a contender's processes together, is reported beside it: all of them fill the cores, so on a machine
-that does nothing else both ratios agree, and on a busy one the ratio of processor times is the one to trust.
+that does nothing else both ratios agree, and on a busy one the ratio of processor times is the one to trust. It is the
+mean over rounds: what one turn makes ahead the next need not make, so turns differ, and only their sum is right.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,23 +186,22 @@ def _row(contender: Contender, ours: Contender | None, data: Path, shape: dict[s
         "images_per_s": round(statistics.median(rates), 1),
         "images_per_s_best": round(max(rates), 1),
         "images_per_s_worst": round(min(rates), 1),
-        "cpu_ms": round(statistics.median(cpu), 3),
+        "cpu_ms": round(statistics.fmean(cpu), 3),
     }
     if ours is not None:
         row["ours_over"] = round(statistics.median(a / b for a, b in zip(ours.rates, rates, strict=True)), 3)
-        row["ours_over_cpu"] = round(statistics.median(b / a for a, b in zip(ours.cpu_ms, cpu, strict=True)), 3)
+        row["ours_over_cpu"] = round(statistics.fmean(cpu) / statistics.fmean(ours.cpu_ms), 3)
     return row
 
 
 def _cpu_s(group: int) -> float:
     """Seconds of processor time that the living processes of a group have used."""
-    ticks = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()  # the name before may hold anything
-            if int(fields[2]) == group:
-                ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    spent = 0.0
+    for process in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
+        with contextlib.suppress(OSError):  # one that has just ended
+            if os.getpgid(process) == group:
+                spent += time.clock_gettime((~process << 3) | 2)  # Linux's number of a process's clock, in nanoseconds
+    return spent
 
 
 def _stages(recipe: str, data: Path, shape: dict[str, int]) -> dict[str, dict[str, float]]:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +16,7 @@ from mvlm.errors import ConfigError
 from mvlm_benchmarks import data, data_start, photos
 from mvlm_dataloading import open_dataset
 
-SHAPE = {"rounds": 3, "batches": 3, "batch": 32, "size": 224}
+SHAPE = {"rounds": 5, "batches": 8, "batch": 32, "size": 224}
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,8 @@ def test_the_pictures_are_as_photographs_are(pictures):
 
 @pytest.mark.parametrize(
     "recipe, least",
-    # Measured: 2.6 and 1.65; 1.9. See benchmarks/results.
-    [("crop", {"pil": 1.7, "decode_jpeg": 1.2}), ("crop+randaug", {"pil": 1.2})],
+    # Measured: 2.6 and 1.7; 1.9. See benchmarks/results.
+    [("crop", {"pil": 1.7, "decode_jpeg": 1.3}), ("crop+randaug", {"pil": 1.2})],
 )
 def test_ours_takes_less_processor_time_than_the_others(pictures, recipe, least):
     """Of processor time, which a busy machine distorts least, in interleaved rounds."""
@@ -47,6 +48,23 @@ def test_ours_takes_less_processor_time_than_the_others(pictures, recipe, least)
     assert {row["status"] for row in rows.values()} == {"ok"}
     for name, ratio in least.items():
         assert rows[name]["ours_over_cpu"] >= ratio, rows
+
+
+def test_processor_time_is_that_of_a_process_and_its_workers():
+    spin = """if 1:
+    import os, sys, time
+    os.fork()
+    while time.process_time() < 0.15:
+        pass
+    print(time.process_time(), flush=True)
+    sys.stdin.read()
+    """
+    command = [sys.executable, "-c", spin]
+    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        said = sum(float(process.stdout.readline()) for _ in range(2))
+        assert said <= data._cpu_s(process.pid) < said + 0.05
+        process.communicate()
 
 
 class Fake:
