@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mvlm.config import PretrainConfig
 from mvlm.distributed import World
 from mvlm.errors import ConfigError, RunError
+from mvlm.pretrain_config import PretrainConfig
 from mvlm.run_folder import differing_settings
 from mvlm_dataloading import DataError, Dataset
 

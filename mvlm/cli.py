@@ -19,9 +19,10 @@ def pretrain(arguments: Sequence[str]) -> None:
     """
     import tyro
 
-    from mvlm.config import PRESETS, pretrain_defaults
+    from mvlm.config import PRESETS
     from mvlm.config_files import read_config, run_config
     from mvlm.errors import ConfigError
+    from mvlm.pretrain_config import pretrain_defaults
 
     first = arguments[0] if arguments else ""
     if first in ("-h", "--help"):

@@ -6,8 +6,9 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from mvlm.config import FORMAT_VERSION, MaskVLMConfig, PretrainConfig
+from mvlm.config import MaskVLMConfig
 from mvlm.errors import ConfigError, RunError
+from mvlm.pretrain_config import FORMAT_VERSION, PretrainConfig
 
 
 def model_config(values: Any, where: str) -> MaskVLMConfig:

@@ -13,12 +13,13 @@ from typing import Literal, NamedTuple
 import torch
 
 from mvlm import backends
-from mvlm.config import MaskVLMConfig, PretrainConfig, pretrain_defaults
+from mvlm.config import MaskVLMConfig
 from mvlm.device import autocast, choose_device, has_fast_bf16
 from mvlm.distributed import World
 from mvlm.errors import ConfigError, RunError
 from mvlm.measures import memory_mb
 from mvlm.model import MaskVLM
+from mvlm.pretrain_config import PretrainConfig, pretrain_defaults
 from mvlm.recipe import choose_tokenizer, fit_to_tokenizer, make_loader, make_optimizer
 from mvlm_dataloading import DataError, open_dataset
 

@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from mvlm.config import PretrainConfig
 from mvlm.console import Progress
 from mvlm.errors import ConfigError
 from mvlm.measures import Numbers, memory_mb
+from mvlm.pretrain_config import PretrainConfig
 from mvlm.recipe import learning_rate_factor
 from mvlm.run_folder import MetricsFile
 

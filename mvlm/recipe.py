@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from mvlm import backends
-from mvlm.config import PretrainConfig
 from mvlm.device import choose_device, has_fast_bf16
 from mvlm.distributed import World
 from mvlm.errors import ConfigError
 from mvlm.model import PIXEL_MODULES, MaskVLM
+from mvlm.pretrain_config import PretrainConfig
 from mvlm.weights import load_image_weights, load_text_weights
 from mvlm_dataloading import Augment, DataError, Dataset, Loader, Tokenizer, load_tokenizer, tokenizer_for
 

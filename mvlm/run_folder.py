@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from mvlm.checkpoint import newest_good_checkpoint
-from mvlm.config import FORMAT_VERSION, PretrainConfig
 from mvlm.config_files import read_config
 from mvlm.errors import RunError
+from mvlm.pretrain_config import FORMAT_VERSION, PretrainConfig
 
 # Settings that change where, how fast or how often, but not what is computed: a resumed run may differ in them.
 FREE_SETTINGS = (

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from mvlm import distributed
 from mvlm.agreement import Wishes, agree, check_ranks, is_lost_rank
 from mvlm.checkpoint import load_optimizer, optimizer_tensors, read_state, read_tensors, set_generators
-from mvlm.config import PretrainConfig
 from mvlm.console import Progress
 from mvlm.device import autocast
 from mvlm.distributed import World
@@ -26,6 +25,7 @@ from mvlm.monitor import Lines, Outputs
 from mvlm.objectives import Losses
 from mvlm.packing import bucketed
 from mvlm.parallel import Parallel, checkpoint_activations, compile_step, parallelize, whole_model
+from mvlm.pretrain_config import PretrainConfig
 from mvlm.recipe import (
     WeightAverage,
     check_attention,

@@ -2,8 +2,8 @@
 
 import torch
 
-from mvlm.config import PretrainConfig
 from mvlm.distributed import World
+from mvlm.pretrain_config import PretrainConfig
 from mvlm_kernels.cases import GPUS
 
 

@@ -22,8 +22,8 @@ from unittest.mock import patch
 
 from mvlm import train
 from mvlm.agreement import Wishes
-from mvlm.config import pretrain_defaults
 from mvlm.monitor import Lines
+from mvlm.pretrain_config import pretrain_defaults
 from mvlm.safety import Guard
 from mvlm.signals import StopRequest
 from mvlm.watchdog import Watchdog

@@ -19,7 +19,8 @@ from .dataset import Dataset
 from .masking import check_mask_sizes, check_token_ratio, draw_patch_masks, draw_token_masks
 from .order import ORDER_VERSION
 from .pipeline import Decoding
-from .reader import Reader, Rows, Settings
+from .reader import Reader
+from .segment import Rows, Settings
 from .selftest import choose_decoding
 from .state import Resumed, compare, hash_of, pictures_of, versions
 from .text import Captions, stored_tokens_fit

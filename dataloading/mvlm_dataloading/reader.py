@@ -1,29 +1,16 @@
-"""What DALI reads, in the order of the stream: full batches of pictures and texts, bad pictures replaced.
-
-Shape legend: B samples of this rank's batch, S image side, n samples of a segment.
-"""
+"""What DALI reads, in the order of the stream: full batches of pictures and texts, bad pictures replaced."""
 
 import gc
 import logging
-import tempfile
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from .augment import Augment, draw
 from .dataset import Dataset
 from .errors import DataError
 from .indices import Int64
-from .order import Stream, substitute, write_index_views
-from .pipeline import Decoding, build_pipeline
-from .randomness import Purpose, uniforms
-from .windows import Geometry
+from .order import Stream, substitute
+from .segment import Rows, Segment, Settings
 
 log = logging.getLogger(__name__)
 
@@ -32,46 +19,6 @@ log = logging.getLogger(__name__)
 # the data set is.
 _FIRST_SEGMENT_BATCHES = 16
 _SEGMENT_SAMPLES = 32768
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What a reader does with samples: all that a picture's pixels depend on besides the sample, and the machine."""
-
-    seed: int
-    geometry: Geometry
-    augment: Augment
-    batch_size: int
-    """Samples of a global batch."""
-    rank: int
-    world_size: int
-    train: bool
-    stored_tokens: bool
-    """Whether to read the component `tok`."""
-    num_threads: int
-    device_id: int | None
-    decoding: Decoding
-    max_bad_fraction: float
-
-    @property
-    def rank_batch(self) -> int:
-        """Samples of this rank in a batch."""
-        return self.batch_size // self.world_size
-
-
-@dataclass(slots=True)
-class Rows:
-    """One rank's samples of one batch."""
-
-    ids: Int64
-    epochs: Int64
-    images: Tensor
-    """uint8 (B, 3, S, S)."""
-    texts: list[bytes]
-    metadata: list[bytes]
-    tokens: list[bytes]
-    encoded: Callable[[int], bytes]
-    """The encoded image of a row: not copied unless it is asked for."""
 
 
 class Reader:
@@ -85,7 +32,7 @@ class Reader:
         self.position, self.bad = position, bad
         self._dataset, self._settings = dataset, settings
         self._stream = Stream(dataset.shard, settings.seed, shuffle=settings.train)
-        self._segment: _Segment | None = None
+        self._segment: Segment | None = None
         self._segment_batches = max(1, min(_FIRST_SEGMENT_BATCHES, _SEGMENT_SAMPLES // settings.batch_size))
         self._guard = True
         self._staging: threading.Thread | None = None
@@ -117,7 +64,7 @@ class Reader:
         if large:
             gc.collect()  # DALI's pipelines are in reference cycles; a tenth of a second, for many thousand samples
 
-    def _read_from(self, position: int) -> "_Segment":
+    def _read_from(self, position: int) -> Segment:
         count = self._segment_batches * self._settings.batch_size
         if 2 * count <= _SEGMENT_SAMPLES:
             self._segment_batches *= 2
@@ -169,8 +116,8 @@ class Reader:
         if self._dataset.stage is not None:
             self._dataset.stage.keep([])
 
-    def _open(self, ids: Int64, epochs: Int64, batch_size: int, *, guard: bool, prefetch: int = 2) -> "_Segment":
-        return _Segment(self._dataset, ids, epochs, self._settings, batch_size, guard=guard, prefetch=prefetch)
+    def _open(self, ids: Int64, epochs: Int64, batch_size: int, *, guard: bool, prefetch: int = 2) -> Segment:
+        return Segment(self._dataset, ids, epochs, self._settings, batch_size, guard=guard, prefetch=prefetch)
 
     def _replace(self, rows: Rows, row: int) -> None:
         """Fill in a row that the guard kept from the decoder: with the sample if it can be decoded after all, else with
@@ -242,77 +189,3 @@ class Reader:
                 f"{dataset.folder}: wanted at most {limit:.0%} undecodable images, "
                 f"found {len(self.bad)} of {met:.0f}; build the data set again without them: {listed}"
             )
-
-
-class _Segment:
-    """A DALI pipeline over known samples, and what it has delivered of them."""
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        ids: Int64,
-        epochs: Int64,
-        settings: Settings,
-        batch_size: int,
-        *,
-        guard: bool,
-        prefetch: int,
-    ):
-        self._dataset, self._ids, self._epochs, self._batch_size = dataset, ids, epochs, batch_size
-        self._tokens = settings.stored_tokens
-        self._begin = 0
-        windows = uniforms(Purpose.CROP, settings.seed, epochs, ids, 4)
-        drawn = None
-        if settings.train and not settings.augment.nothing:
-            drawn = draw(settings.augment, settings.seed, epochs, ids, settings.geometry.image_size)
-
-        def rows(batch: Any) -> Int64:
-            # The reader begins anew after its last sample, also to fill up a last batch and to read ahead.
-            return (int(batch) * batch_size + np.arange(batch_size)) % len(ids)
-
-        with tempfile.TemporaryDirectory(prefix="mvlm-index-") as folder:
-            self._pipeline = build_pipeline(
-                *write_index_views(Path(folder), dataset, ids),
-                lambda batch: windows[rows(batch)],
-                settings.geometry,
-                batch_size=batch_size,
-                num_threads=settings.num_threads,
-                device_id=settings.device_id,
-                decoding=settings.decoding,
-                prefetch=prefetch,
-                drawn=None if drawn is None else lambda batch: drawn.rows(rows(batch)),
-                tokens=settings.stored_tokens,
-                guard=guard,
-            )
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    @property
-    def exhausted(self) -> bool:
-        return self._begin >= len(self._ids)
-
-    def current(self) -> tuple[Int64, Int64]:
-        """Sample ids and epochs of the next batch, (B,) or fewer."""
-        rows = slice(self._begin, self._begin + self._batch_size)
-        return self._ids[rows].copy(), self._epochs[rows]
-
-    def next(self) -> tuple[Rows, np.ndarray]:
-        """The next batch, and which of its rows, bool (B,), are the decoder's: the others have to be filled in."""
-        ids, epochs = self.current()
-        images, encoded, texts, metadata, tokens, fine, *_ = self._pipeline.run()
-        for row, i in enumerate(ids):
-            wanted = f"{self._dataset.tars[self._dataset.shard[i]]}:{self._dataset.text.offset[i]}:"
-            delivered = texts[row].source_info()
-            assert delivered.startswith(wanted), f"the reader was to deliver {wanted} and delivered {delivered}"
-        self._begin += len(ids)
-        rows = Rows(
-            ids=ids,
-            epochs=epochs,
-            images=torch.from_dlpack(images.as_tensor())[: len(ids)],
-            texts=[texts.at(row).tobytes() for row in range(len(ids))],
-            metadata=[metadata.at(row).tobytes() for row in range(len(ids))],
-            tokens=[tokens.at(row).tobytes() if self._tokens else b"" for row in range(len(ids))],
-            encoded=lambda row: encoded.at(row).tobytes(),
-        )
-        return rows, np.array(fine.as_tensor())[: len(ids)].astype(bool)

@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import DataError
 from .order import ORDER_VERSION
-from .reader import Settings
+from .segment import Settings
 
 _NEEDED = ("seed", "epoch", "position", "step", "fingerprint", "skipped")
 

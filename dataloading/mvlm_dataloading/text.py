@@ -12,7 +12,7 @@ from .dataset import Dataset, image_identity, parse_captions, parse_metadata
 from .errors import DataError
 from .indices import Int64
 from .randomness import Purpose, hash64, text_hash
-from .reader import Rows
+from .segment import Rows
 from .tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

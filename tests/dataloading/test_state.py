@@ -157,7 +157,7 @@ def test_no_thread_is_left_by_a_loader_that_is_closed_forgotten_or_at_its_end(tr
 def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for(train_split, tokenizer, monkeypatch):
     loader = load(train_split, tokenizer, batch_size=8)
     take(loader, 2)
-    monkeypatch.setattr(reader_module._Segment, "next", lambda _: (_ for _ in ()).throw(OSError("the disk is gone")))
+    monkeypatch.setattr(reader_module.Segment, "next", lambda _: (_ for _ in ()).throw(OSError("the disk is gone")))
     with pytest.raises(OSError, match="the disk is gone"):
         take(loader, 20)
     assert loader.step < 20

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from mvlm import cli, fast, saver
-from mvlm.config import MaskVLMConfig, PretrainConfig
+from mvlm.config import MaskVLMConfig
 from mvlm.measures import Numbers
+from mvlm.pretrain_config import PretrainConfig
 from mvlm.train import Run, pretrain
 from mvlm_dataloading.loader import Loader
 

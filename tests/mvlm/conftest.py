@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mvlm.config import MaskVLMConfig, PretrainConfig
+from mvlm.config import MaskVLMConfig
 from mvlm.model import MaskVLM
+from mvlm.pretrain_config import PretrainConfig
 from mvlm_dataloading import Batch, Dataset, Masks, ShardWriter, Tokenizer, open_dataset, tokenizer_for
 
 

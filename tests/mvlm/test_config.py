@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvlm.config import PRESETS, MaskVLMConfig, PretrainConfig, pretrain_defaults
+from mvlm.config import PRESETS, MaskVLMConfig
 from mvlm.config_files import model_config, run_config
 from mvlm.errors import ConfigError
 from mvlm.model import MaskVLM
+from mvlm.pretrain_config import PretrainConfig, pretrain_defaults
 
 
 def count_by_hand(c: MaskVLMConfig) -> int:

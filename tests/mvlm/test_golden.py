@@ -33,7 +33,7 @@ def processor() -> str:
 
 def run(folder: Path) -> list[list[float]]:
     """The four losses of each of 30 steps, (30, 4), on one thread."""
-    from mvlm.config import pretrain_defaults
+    from mvlm.pretrain_config import pretrain_defaults
     from mvlm.run_folder import read_metrics
     from mvlm.train import pretrain
 
