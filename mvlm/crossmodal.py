@@ -39,9 +39,9 @@ class CrossBlock(nn.Module):
         stream. Where `own` answers for some rows alone, `take` takes them of x. `between` may draw rows before `other`.
         """
         y = self.norm1(x) if self.pre else x
-        x = (take(x) if take else x) + own(self.self_attention, y)
+        x = (x if take is None else take(x)) + own(self.self_attention, y)
         x = x if self.pre else self.norm1(x)
-        x = between(x) if between else x
+        x = x if between is None else between(x)
         x = x + other(self.cross_attention, self.norm2(x) if self.pre else x)
         x = x if self.pre else self.norm2(x)
         x = x + self.mlp(self.norm3(x) if self.pre else x)

@@ -31,7 +31,7 @@ def peak_mb(backward: Callable[[], Any], parameters: Iterable[nn.Parameter], dev
         return _cuda_peak(backward)
     for parameter in parameters:
         parameter.grad = None
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
         backward()
     gradients = {p.grad.untyped_storage().data_ptr() for p in parameters if p.grad is not None}
     with tempfile.TemporaryDirectory() as folder:

@@ -47,7 +47,7 @@ def profile_step(contender: Contender, inputs: Inputs, path: Path) -> Breakdown:
     contender.update()
     cuda = inputs.batch.images.is_cuda
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with parts_of(contender.module), profile(activities=activities) as seen:
+    with parts_of(contender.module), profile(activities=activities, acc_events=True) as seen:
         losses = contender.losses(inputs)
         with record_function(PREFIX + BACKWARD):
             losses.total.backward()

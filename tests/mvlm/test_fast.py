@@ -198,7 +198,7 @@ def test_short_runs_of_both_plans_end_within_the_noise_of_seeds(toys):
         model = MaskVLM(toys.config())
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
         losses = []
-        for step in range(50):
+        for step in range(60):
             with torch.autocast("cpu", torch.bfloat16):
                 loss = model(batch, masks, step=step, plan=plan).total
             loss.backward()

@@ -31,6 +31,11 @@ def processor() -> str:
     return names[0] if names else "unknown"
 
 
+def release(version: str) -> tuple[int, ...]:
+    """ "2.13.0+cpu" -> (2, 13)."""
+    return tuple(map(int, version.split(".")[:2]))
+
+
 def run(folder: Path) -> list[list[float]]:
     """The four losses of each of 30 steps, (30, 4), on one thread."""
     from mvlm.pretrain_config import pretrain_defaults
@@ -51,6 +56,8 @@ def run(folder: Path) -> list[list[float]]:
 def test_golden_losses(tmp_path, without_tensorboard):
     """Digit for digit where the processor and torch are those that wrote them, else to a thousandth."""
     golden: dict[str, Any] = json.loads(GOLDEN.read_text())
+    if release(golden["torch"]) < (2, 13) or release(torch.__version__) < (2, 13):
+        pytest.skip("before torch 2.13 trunc_normal_ draws other weights from the same seed")
     losses = run(tmp_path)
     assert len(losses) == len(golden["losses"]) == 30
     if (golden["processor"], golden["torch"]) == (processor(), torch.__version__):
