@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mvlm import bench_commands, commands, data_commands, data_tools
+from mvlm.arguments import bound, parse
 
 # A command imports what it needs when it runs, so that --help and mistakes answer at once.
 
@@ -31,17 +32,18 @@ def pretrain(arguments: Sequence[str]) -> None:
     if first == "--config" and len(arguments) > 1:
         defaults, source, rest = run_config(read_config(Path(arguments[1])), arguments[1]), arguments[1], arguments[2:]
     elif first.startswith("-") or not first:
-        raise ConfigError(
-            f"wanted a preset after `mvlm pretrain`: {', '.join(PRESETS)}, or --config FILE; got {first or 'nothing'!r}"
-        )
+        got = repr(first) if first else "nothing"
+        if first == "--config":
+            got = "--config with no file after it"
+        raise ConfigError(f"wanted a preset after `mvlm pretrain`: {', '.join(PRESETS)}, or --config FILE; got {got}")
     else:
         defaults, source, rest = pretrain_defaults(first, data=tyro.MISSING, out=tyro.MISSING), first, arguments[1:]
-    config = tyro.cli(
+    config = parse(
         type(defaults),
+        rest,
         prog=f"mvlm pretrain {source}",
         description=f"Pretrain as {source} says; the values shown are its own.",
         default=defaults,
-        args=list(rest),
     )
     from mvlm.train import pretrain as run
 
@@ -75,9 +77,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def usage() -> str:
-    """The list of commands."""
-    lines = [f"  mvlm {name:<18} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+def usage(names: Sequence[str] = ()) -> str:
+    """The list of commands, or of those named."""
+    lines = [f"  mvlm {name:<20} {(COMMANDS[name].__doc__ or '').splitlines()[0]}" for name in names or COMMANDS]
     return "\n".join(
         [
             "mvlm: fast pretraining of masked vision-and-language models",
@@ -106,11 +108,14 @@ def run_command(arguments: Sequence[str]) -> None:
                 pretrain(rest)
             else:
                 # A group of settings is no prefix: --min-side, not --settings.min-side.
-                tyro.cli(COMMANDS[name], prog=f"mvlm {name}", args=list(rest), config=(tyro.conf.OmitArgPrefixes,))
+                parse(bound(COMMANDS[name]), rest, prog=f"mvlm {name}", config=(tyro.conf.OmitArgPrefixes,))()
             return
     within = [name for name in COMMANDS if name.startswith(arguments[0] + " ")]
+    if within and arguments[1:2] in (["-h"], ["--help"]):
+        print(usage(within))
+        return
     typed = " ".join(arguments[: 2 if within else 1])
-    near = difflib.get_close_matches(typed, COMMANDS, 1)
+    near = difflib.get_close_matches(typed, COMMANDS, 1) if typed != arguments[0] or not within else []
     hint = f"did you mean `mvlm {near[0]}`?" if near else f"wanted one of: {', '.join(within or COMMANDS)}"
     raise ConfigError(f"unknown command {typed!r}; {hint}")
 

@@ -60,8 +60,13 @@ def reconstruct(
 
     from mvlm import inference
     from mvlm.checkpoint import load_model
+    from mvlm.errors import ConfigError
     from mvlm_dataloading import draw_patch_masks
 
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise ConfigError(f"out: wanted a .png file to write, got {out}")
+    if out.exists() and out.samefile(image):
+        raise ConfigError(f"out: wanted another file than the picture itself, got {out} for both")
     model, tokenizer = load_model(checkpoint)
     config = model.config
     picture = inference.load_picture(image, config.image_size)[None]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mvlm.device import autocast
 from mvlm.encoders import patchify, unpatchify
-from mvlm.errors import RunError
+from mvlm.errors import ConfigError, RunError
 from mvlm.evaluation.features import encode_captions
 from mvlm.masking import mask_tokens, masked_patches
 from mvlm.model import MaskVLM
@@ -39,12 +39,17 @@ def tokens_with_gaps(caption: str, tokenizer: Tokenizer, length: int) -> Tensor:
     """int64 (L,) tokens of a caption in which every "[MASK]" stands for one token to guess; at most `length`.
 
     The tokenizer itself never makes a special token of a caption's text, so the pieces between are encoded alone.
+
+    Raises:
+        ConfigError: a gap lies beyond `length`.
     """
     inner: list[int] = []
     for number, piece in enumerate(caption.split("[MASK]")):
         inner += [tokenizer.mask_id] if number else []
         if piece.strip():
             inner += tokenizer.encode([piece.strip()], length)[0][1:-1].tolist()
+    if tokenizer.mask_id in inner[length - 2 :]:
+        raise ConfigError(f"caption: wanted every [MASK] among the first {length - 2} tokens, got one at or after them")
     return torch.tensor([tokenizer.cls_id, *inner[: length - 2], tokenizer.sep_id])
 
 

@@ -108,6 +108,8 @@ def _read_index(tar: Path, path: Path, shard: dict[str, Any], *, local: bool) ->
     if not path.is_file():
         raise DataError(f"{path}: wanted the index of {tar.name}, found no such file; {hint}")
     if local and path.stat().st_mtime_ns < tar.stat().st_mtime_ns:
+        if "index" not in shard:
+            hint = f"make it again with `mvlm data index {tar.parent}` (copied without their times, as cp -r does?)"
         raise DataError(f"{path}: wanted an index at least as new as {tar.name}, found an older one; {hint}")
     text = path.read_bytes()
     if "index_sha256" in shard and hashlib.sha256(text).hexdigest() != shard["index_sha256"]:

@@ -163,7 +163,9 @@ def test_index_older_than_its_tar(folder):
     open_dataset(folder, "train")  # equal times are what a copy leaves
     os.utime(index, ns=(10**18, 10**18 - 1))
     refuse(
-        folder, "train-000000.idx: wanted an index at least as new as train-000000.tar, found an older one", "wds2idx"
+        folder,
+        "train-000000.idx: wanted an index at least as new as train-000000.tar, found an older one",
+        f"mvlm data index {folder}",
     )
 
 

@@ -238,7 +238,7 @@ def test_an_out_folder_with_other_files(mvlm, scenes, toys, tmp_path):
             ["pretrain", "hgue", "--data", "d", "--out", "o"],
             "unknown preset: wanted one of tiny, small, base, got 'hgue'",
         ),
-        (["pretrain"], "wanted a preset after `mvlm pretrain`: tiny, small, base, or --config FILE; got 'nothing'"),
+        (["pretrain"], "wanted a preset after `mvlm pretrain`: tiny, small, base, or --config FILE; got nothing"),
         (
             ["pretrain", "--data", "d"],
             "wanted a preset after `mvlm pretrain`: tiny, small, base, or --config FILE; got '--data'",
@@ -365,6 +365,8 @@ def test_nothing_to_fill_in(mvlm, trained, tmp_path, toys):
     (tmp_path / "a.png").write_bytes(toys.png(toys.scene(0)[0]))
     words = ("--checkpoint", trained, "--image", tmp_path / "a.png")
     refused(mvlm("fill", *words, "--caption", "red"), "caption: wanted at least one [MASK], got 'red'")
+    late = "red " * 40 + "[MASK]"
+    refused(mvlm("fill", *words, "--caption", late), "caption: wanted every [MASK] among the first")
     most = load_model(trained)[1].vocab_size
     for top in (0, most + 1):
         outcome = mvlm("fill", *words, "--caption", "a [MASK]", "--top", top)
@@ -445,6 +447,8 @@ def test_from_shards_to_a_report(mvlm, scenes, tmp_path, toys):
 
     (tmp_path / "a.png").write_bytes(toys.png(toys.scene(0)[0]))
     picture = ("--checkpoint", run, "--image", tmp_path / "a.png")
+    for out, message in ((tmp_path / "a.png", "another file than the picture"), (tmp_path / "a.foo", "a .png file")):
+        refused(mvlm("reconstruct", *picture, "--caption", "red", "--out", out), f"out: wanted {message}")
     for wrong, panels in ((), 3), (("--wrong-caption", "blue"), 4):
         out = tmp_path / f"new/{panels}.png"
         outcome = mvlm("reconstruct", *picture, "--caption", "red", "--out", out, *wrong)
