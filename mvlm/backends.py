@@ -11,6 +11,7 @@ flash-attn and xformers are used where they are asked for: SDPA ships flash atte
 Shape legend: B sequences, R query sequences, Lq queries, Lk keys, T packed rows, H heads, D head width.
 """
 
+import functools
 from importlib.util import find_spec
 from typing import NamedTuple, get_args
 
@@ -22,6 +23,7 @@ from mvlm.config import CrossBackend, MaskVLMConfig, SelfBackend
 from mvlm.errors import ConfigError
 from mvlm.packing import Packing
 from mvlm_kernels import cross_attention, dispatch
+from mvlm_kernels.cross_attention.ops import gpu_reasons
 
 SHORT = 128
 """Rows of the shorter side up to which the kernels work."""
@@ -89,14 +91,22 @@ def _reasons(device: torch.device, dtype: torch.dtype, width: int, shorter: int,
         found["triton"] = f"the shorter side has {shorter} rows, the kernels take {SHORT}"
     elif dtype == torch.float64:
         found["triton"] = "float64 has no kernel"
+    elif torch.cuda.is_available() and (against := gpu_reasons(device, dtype, width, shorter)):
+        found["triton"] = "; ".join(against)  # the card's, or float32 that may not be rounded to TF32
     for name, module in (("flash-attn", "flash_attn"), ("xformers", "xformers")):
-        if find_spec(module) is None:
+        if not _installed(module):
             found[name] = f"{module} is not installed: pip install 'mvlm[gpu]'"
         elif dtype not in (torch.bfloat16, torch.float16):
             found[name] = f"{module} takes bf16 and fp16, not {dtype}"
         elif text:
             found[name] = "not used where text is on one side"
     return found
+
+
+@functools.cache
+def _installed(module: str) -> bool:
+    """Asked at every attention, and Python would look through the folders each time."""
+    return find_spec(module) is not None
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor, wanted: str = "auto") -> Tensor:

@@ -7,6 +7,7 @@ Shape legend: B batch, N patches, T packed tokens, L tokens of the longest capti
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvlm.attention import Attend, Attention, FeedForward, spread
@@ -134,7 +135,8 @@ class TextEncoder(nn.Module):
 
     def run(self, tokens: Tensor, place: Tensor, attend: Attend) -> Tensor:
         """Packed tokens int64 (T,) at the places int64 (T,) of their captions -> (T, C)."""
-        x = self.norm(self.words(tokens) + self.position.index_select(0, place))  # (T, C)
+        # A look-up as of words: unlike that of index_select, its backward adds up in a fixed order on a GPU too.
+        x = self.norm(self.words(tokens) + F.embedding(place, self.position))  # (T, C)
         for block in self.blocks:
             x = block(x, attend)
         return x

@@ -106,6 +106,9 @@ class Saver:
 
     def _write(self, step: int, parts, generators, model_config, state, tokenizer: Tokenizer) -> None:
         """What the thread does: four stages, each begun when every rank has ended the one before without an error."""
+        if self._world.device.type == "cuda":
+            # A thread begins on GPU 0, where DCP would then make a context of every rank.
+            torch.cuda.set_device(self._world.device)
         final = self.path(step)
         aside = final.with_suffix(".tmp")
         texts = {"model.json": model_config, "state.json": {"step": step, **state}}

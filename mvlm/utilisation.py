@@ -4,15 +4,15 @@ import torch
 
 from mvlm.distributed import World
 from mvlm.pretrain_config import PretrainConfig
-from mvlm_kernels.cases import GPUS
+from mvlm_kernels.cases import peak_rates
 
 
 def peak_flops(device: torch.device) -> float | None:
     """bf16 operations a second of a GPU by its data sheet; None for one that is in no table, and for a CPU."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((gpu.flops for key, gpu in GPUS.items() if key in name), None)
+    found = peak_rates(torch.cuda.get_device_name(device))
+    return found.flops if found else None
 
 
 class Utilisation:

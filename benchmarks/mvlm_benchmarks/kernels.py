@@ -15,6 +15,7 @@ from mvlm_benchmarks.cases import Case, cases
 from mvlm_benchmarks.clock import make_clock, settings
 from mvlm_benchmarks.compare import Row, bench_case, rows_of
 from mvlm_benchmarks.peers import EAGER, PEERS, Peer
+from mvlm_kernels.cases import peak_rates
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -63,7 +64,7 @@ def run(
 def _rows(
     chosen: list[Case], peers: list[Peer], about: dict, kind: str, quick: bool, worker: Worker | None
 ) -> list[Row]:
-    gpu = machine.peak_rates(about["device"]) if kind == "cuda" else None
+    gpu = peak_rates(about["device"]) if kind == "cuda" else None
     clock = make_clock(kind, quick)
     rows: list[Row] = []
     print(report.heading(about))

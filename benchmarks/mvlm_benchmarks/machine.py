@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import mvlm_kernels
-from mvlm_kernels.cases import GPUS, Gpu
+from mvlm_kernels.cases import Gpu
 
 CPU_FIGURES = "CPU: torch references, no Triton kernel"
 GPU_FIGURES = "GPU"
@@ -84,17 +84,6 @@ def source_commit() -> tuple[str, bool | str]:
     if revision is None or revision.returncode or status is None:
         return "", ""
     return revision.stdout.decode().strip(), bool(status.stdout.strip())
-
-
-def peak_rates(device_name: str) -> Gpu | None:
-    """The data sheet's rates of this GPU; None for one that the table does not have.
-
-    The table is of the SXM (A100: 80 GB) parts, so their PCIe, NVL and 40 GB relatives, and slices of them, have none.
-    """
-    if re.search(r"PCIe|NVL|40GB|MIG", device_name, re.IGNORECASE):
-        return None
-    found = re.search(rf"\b({'|'.join(GPUS)})\b", device_name)
-    return GPUS[found.group(1)] if found else None
 
 
 def roofline_us(minimum: tuple[int, int], flops: tuple[int, int], gpu: Gpu) -> dict[str, float]:

@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from mvlm import train
 from mvlm.agreement import Wishes
+from mvlm.device import choose_device
 from mvlm.monitor import Lines
 from mvlm.pretrain_config import pretrain_defaults
 from mvlm.safety import Guard
@@ -89,6 +92,8 @@ def measure(data: Path, preset: str, steps: int) -> dict[str, float]:
             for calls in clock.calls.values():
                 calls.clear()
         one_step(run, batches)
+        if run.device.type == "cuda":
+            torch.cuda.synchronize()  # or the next line of the log would wait for the step, and be blamed for it
 
     with tempfile.TemporaryDirectory(prefix="mvlm-overhead-") as folder:
         config = replace(
@@ -137,7 +142,7 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name:<18}{value:10.3f}" if name.endswith("ms") else f"{name:<18}{100 * value:9.2f} %")
     if arguments.json:
-        about = describe("cpu", ["numpy", "nvidia-dali-cuda130", "safetensors"])
+        about = describe(choose_device("auto").type, ["numpy", "nvidia-dali-cuda130", "safetensors"])
         arguments.json.write_text(json.dumps({"machine": about, **found}, indent=1) + "\n")
 
 

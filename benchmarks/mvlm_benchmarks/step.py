@@ -38,13 +38,15 @@ from mvlm_benchmarks.contenders import (
 from mvlm_benchmarks.reasons import one_line
 from mvlm_benchmarks.step_inputs import caption_lengths
 from mvlm_benchmarks.step_profile import profile_steps
+from mvlm_kernels.cases import peak_rates
 
 Row = dict[str, Any]
 PRECISIONS = ("auto", "bf16", "fp32")
 WARM_UP = 2
 """Rounds that are not counted: the optimizer's state, threads, caches."""
-TOLERANCE = 1e-4
-"""Largest difference of a loss over its value in float32, where only the order of sums differs."""
+TOLERANCE = {"cpu": 1e-4, "cuda": 3e-3}
+"""Largest difference of a loss over its value: in float32 on a CPU, where only the order of sums differs, and in TF32
+on a GPU, where operands are rounded to 10 bits (ITM's then moves by 1e-4)."""
 TOLERANCE_COMPILED = {"fp32": 1e-3, "bf16": 3e-2}
 """The same of compiled code, held against its eager form in the precision that is timed."""
 
@@ -94,7 +96,7 @@ def run(
         if chosen.type == "cuda":
             _largest_batches(rows, able, model, batch)
         rows += [{"contender": name, "note": note} for name, note in notes.items()]
-        step_report.compare(rows, counts, batch, machine.peak_rates(about["device"]))
+        step_report.compare(rows, counts, batch, peak_rates(about["device"]))
         print(step_report.table(rows), flush=True)
         if profile is not None:
             profile_steps(able, inputs, profile)
@@ -136,11 +138,12 @@ def check(ready: list[Contender], model: MaskVLM, inputs: Inputs, precision: str
     compiled once, for what is timed, and held against its uncompiled form there.
     """
     notes: dict[str, str] = {}
+    tolerance = TOLERANCE[inputs.batch.images.device.type]
     with torch.no_grad():
         wanted = model(inputs.batch, inputs.masks, seed=SEED, step=STEP)
         for contender in ready:
             if contender.name != OTHER_METHOD:
-                assert_equal(contender.name, losses_of(contender.name, contender.module, inputs), wanted, TOLERANCE)
+                assert_equal(contender.name, losses_of(contender.name, contender.module, inputs), wanted, tolerance)
     for contender in ready:
         if contender.name not in COMPILED:
             continue
@@ -204,17 +207,24 @@ def _largest_batches(rows: list[Row], ready: list[Contender], model: MaskVLM, ba
     length, device = model.config.text_length, model.log_scale.device
     for row, contender in zip(rows, ready, strict=True):
 
-        def fits(number: int, contender: Contender = contender) -> bool:
+        def fits(number: int, row: Row = row, contender: Contender = contender) -> bool:
             try:
                 time_step(contender, make_inputs(model, caption_lengths(number, length, length / 3), device))
             except torch.OutOfMemoryError:
+                return False
+            except RuntimeError as error:  # another limit: a grid, a 32-bit index
+                row["note"] = f"a batch of {number} ends with {one_line(error)}"
                 return False
             finally:
                 contender.module.zero_grad(set_to_none=True)
                 torch.cuda.empty_cache()
             return True
 
-        row["largest_batch"] = largest(fits, batch)
+        try:
+            row["largest_batch"] = largest(fits, batch)
+        except RuntimeError as error:  # the GPU can no longer be used: what was measured stays
+            row["note"] = f"the largest batch was not found: {one_line(error)}"
+            return
 
 
 def largest(fits: Callable[[int], bool], start: int) -> int:

@@ -187,15 +187,16 @@ def apply(dali: Any, image: Any, drawn: list[Any]) -> Any:
     if d.equalizes:
         image = fn.equalize(image)
     if d.autocontrasts:
-        low = fn.cast(fn.reductions.min(image, axes=[0, 1]), dtype=types.DALIDataType.FLOAT)
-        high = fn.cast(fn.reductions.max(image, axes=[0, 1]), dtype=types.DALIDataType.FLOAT)
+        # To the host, where DALI wants the arguments of an operator, also of one on the GPU.
+        low = fn.cast(fn.reductions.min(image, axes=[0, 1]), dtype=types.DALIDataType.FLOAT).cpu()
+        high = fn.cast(fn.reductions.max(image, axes=[0, 1]), dtype=types.DALIDataType.FLOAT).cpu()
         # A channel of one value is stretched by nothing.
         flat = high == low
         image = fn.crop_mirror_normalize(
             image, mean=low * (1 - flat), std=(high - low) / 255 + flat, dtype=uint8, output_layout="HWC"
         )
     if d.tones:
-        centre = fn.reductions.mean(grey_of(dali, image))
+        centre = fn.reductions.mean(grey_of(dali, image)).cpu()
         image = fn.brightness_contrast(
             image, brightness=d.brightness, contrast=d.contrast, contrast_center=centre, dtype=uint8
         )

@@ -4,6 +4,7 @@ A case knows its op, the usual torch composition, and by arithmetic the fewest b
 of each pass. Images of 224 px in patches of 16, 116 of 196 masked, bfloat16 unless it says otherwise.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,17 @@ GPUS = {
         8.0e12, 2250e12, "NVIDIA HGX B200 data sheet: an eighth of 64 TB/s and of 36 PFLOPS with sparsity, halved"
     ),
 }
+
+
+def peak_rates(device_name: str) -> Gpu | None:
+    """The data sheet's rates of this GPU; None for one that the table does not have.
+
+    The table is of the SXM (A100: 80 GB) parts, so their PCIe, NVL and 40 GB relatives, and slices of them, have none.
+    """
+    if re.search(r"PCIe|NVL|40GB|MIG", device_name, re.IGNORECASE):
+        return None
+    found = re.search(rf"\b({'|'.join(GPUS)})\b", device_name)
+    return GPUS[found.group(1)] if found else None
 
 
 def _place(mode: str) -> Case:

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from mvlm_benchmarks import machine
-from mvlm_kernels.cases import GPUS
+from mvlm_kernels.cases import GPUS, peak_rates
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ from mvlm_kernels.cases import GPUS
     ],
 )
 def test_only_the_parts_of_the_table_have_a_roofline(name, found) -> None:
-    assert machine.peak_rates(name) is (GPUS[found] if found else None)
+    assert peak_rates(name) is (GPUS[found] if found else None)
 
 
 def test_roofline_takes_the_slower_of_memory_and_products() -> None:

@@ -189,6 +189,35 @@ def test_the_largest_batch(limit, found) -> None:
     assert len(tried) <= 10
 
 
+@pytest.mark.parametrize(
+    "error, beyond, found, note",
+    [
+        (torch.OutOfMemoryError("no room"), 40, 40, ""),
+        (RuntimeError("invalid configuration argument"), 40, 40, "a batch of 44 ends with"),
+        (RuntimeError("the device is lost"), 0, None, "the largest batch was not found"),
+    ],
+)
+def test_what_ends_the_search_for_the_largest_batch_keeps_the_figures(monkeypatch, error, beyond, found, note) -> None:
+    model = MaskVLM(MaskVLMConfig.preset("tiny", text_length=8))
+    monkeypatch.setattr(step, "make_inputs", lambda _, lengths, device: len(lengths))
+
+    def time_step(_, batch: int) -> None:
+        if batch > beyond:
+            raise error
+
+    def empty_cache() -> None:
+        if not beyond:
+            raise error
+
+    monkeypatch.setattr(step, "time_step", time_step)
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    row: dict = {"contender": "fast", "note": ""}
+    step._largest_batches([row], [SimpleNamespace(module=model)], model, 8)  # pyright: ignore[reportArgumentType]
+    assert row["note"].startswith(note)
+    assert bool(row["note"]) == bool(note)
+    assert row.get("largest_batch") == (None if found is None else pytest.approx(found, rel=1 / 8))
+
+
 def node(name: str, start: float, end: float, number: int = -1):
     span = SimpleNamespace(start=start, end=end)
     return SimpleNamespace(

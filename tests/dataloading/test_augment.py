@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from mvlm_dataloading import Loader, ShardWriter, open_dataset
 from mvlm_dataloading.augment import OPERATIONS, Augment, Drawn, draw
 from mvlm_dataloading.order import write_index_views
-from mvlm_dataloading.pipeline import build_pipeline
+from mvlm_dataloading.pipeline import Decoding, build_pipeline
 from mvlm_dataloading.randomness import Purpose, hash64, uniforms
 from mvlm_dataloading.windows import Geometry
 
@@ -45,6 +45,26 @@ def through_the_graph(squares, ids, drawn: Drawn, tmp_path) -> np.ndarray:
         prefetch=1,
     )
     return np.array(pipeline.run()[0].as_tensor()).transpose(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("decoding", Decoding)
+@pytest.mark.parametrize("augment", [Augment(operations=2), Augment(flip=0.5), Augment(jitter=0.4)], ids=str)
+def test_the_graph_of_a_gpu_can_be_put_together(squares, tmp_path, monkeypatch, decoding, augment):
+    """DALI checks where operators take what from while the graph is written down, which needs no GPU."""
+    monkeypatch.setattr("nvidia.dali.Pipeline.build", lambda _: None)
+    ids = np.arange(8)
+    drawn = draw(augment, 3, np.zeros(8, np.int64), ids, SIDE)
+    build_pipeline(
+        *write_index_views(tmp_path, squares, ids),
+        lambda _: np.zeros((8, 4)),
+        Geometry(image_size=SIDE),
+        batch_size=8,
+        num_threads=1,
+        device_id=0,
+        decoding=decoding,
+        drawn=lambda _: drawn.rows(ids),
+        guard=True,
+    )
 
 
 def only(monkeypatch, name: str, magnitude: int) -> tuple[np.ndarray, Drawn]:

@@ -10,6 +10,7 @@ from mvlm import backends
 from mvlm.attention import Attention
 from mvlm.errors import ConfigError
 from mvlm.packing import Packing
+from mvlm_kernels import dispatch
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -60,10 +61,24 @@ def test_the_rule_of_auto(device, dtype, text, shorter, width, wanted):
     ],
 )
 def test_what_cannot_run_says_why(wanted, device, dtype, width, shorter, text, message, monkeypatch):
-    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "_installed", lambda name: False)
     with pytest.raises(ConfigError) as error:
         backends.choose(wanted, device, dtype, width, shorter, text=text)
     assert message in str(error.value)
+
+
+def test_on_a_gpu_the_kernels_own_reasons_count(monkeypatch):
+    """float32 that may not be rounded to TF32, or an old card: SDPA, rather than the kernels' slow reference."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(dispatch, "device_reasons", lambda _: ())
+    monkeypatch.setattr(dispatch, "arch", lambda _: 90)
+    for precision, backend in (("highest", "sdpa"), ("high", "triton")):
+        monkeypatch.setattr(dispatch, "tf32_allowed", lambda precision=precision: precision != "highest")
+        assert backends.choose("auto", GPU, torch.float32, 64, 32, text=True).backend == backend
+    assert backends.choose("auto", GPU, torch.bfloat16, 64, 32, text=True).backend == "triton"
+    monkeypatch.setattr(dispatch, "device_reasons", lambda _: ("compute capability 8.0 or later is needed",))
+    found = backends.choose("auto", GPU, torch.bfloat16, 64, 32, text=True)
+    assert (found.backend, found.reasons["triton"]) == ("sdpa", "compute capability 8.0 or later is needed")
 
 
 def in_loops(q, k, v, q_bounds, k_bounds, key_index):

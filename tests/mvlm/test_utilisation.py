@@ -19,6 +19,8 @@ CPU = torch.device("cpu")
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA B200", 2250e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GH200 480GB", None),
         ("Tesla T4", None),
     ],
 )

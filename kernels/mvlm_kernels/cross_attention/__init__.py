@@ -13,7 +13,7 @@ from mvlm_kernels.cross_attention.bounds import (
     longest_rows,
     short_side,
 )
-from mvlm_kernels.cross_attention.ops import attend_directly, attention_op, reasons, tf32, too_long, type_reasons
+from mvlm_kernels.cross_attention.ops import attend_directly, attention_op, gpu_reasons, reasons, too_long
 from mvlm_kernels.cross_attention.reference import pack_key_mask, sdpa
 
 __all__ = ["cross_attention", "pack_key_mask"]
@@ -27,10 +27,7 @@ def _takes_sdpa(q: Tensor, short: int) -> bool:
 @torch.compiler.assume_constant_result
 def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> bool:
     """Whether a dense call on this GPU goes around the kernels; settled while tracing, so SDPA itself is traced."""
-    against = dispatch.device_reasons(device)
-    if not against:
-        against = type_reasons(dtype, width, rows, dispatch.arch(device), tf32(dtype))
-    return dispatch.choose(against) == "torch"
+    return dispatch.choose(gpu_reasons(device, dtype, width, rows)) == "torch"
 
 
 def _composes(q: Tensor, max_len_q: int, max_len_k: int) -> bool:

@@ -137,10 +137,16 @@ def reasons(q: Tensor, max_len_q: int, max_len_k: int) -> tuple[str, ...]:
     side = short_side(max_len_q, max_len_k)
     if side is None:
         return (*against, too_long(max_len_q, max_len_k))
-    if q.is_cuda and not against:
-        short = bucket(max_len_k if side == "kv" else max_len_q)
-        return type_reasons(q.dtype, q.shape[-1], short, dispatch.arch(q.device), tf32(q.dtype))
+    if q.is_cuda:
+        return gpu_reasons(q.device, q.dtype, q.shape[-1], max_len_k if side == "kv" else max_len_q)
     return against
+
+
+def gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> tuple[str, ...]:
+    """Every reason against the fused kernels on a GPU for heads of this width and a short side of so many rows, 1 to
+    128."""
+    found = dispatch.device_reasons(device)
+    return found or type_reasons(dtype, width, bucket(rows), dispatch.arch(device), tf32(dtype))
 
 
 def too_long(max_len_q: int, max_len_k: int) -> str:
