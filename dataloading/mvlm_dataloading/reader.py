@@ -75,6 +75,13 @@ class Reader:
 
     def _samples(self, position: int, count: int) -> tuple[Int64, Int64]:
         """Ids and epochs of this rank's samples in `count` samples of the stream, known bad ones replaced."""
+        ids, epochs = self._dealt(position, count)
+        for row in np.flatnonzero(np.isin(ids, list(self.bad))):
+            ids[row] = self._substitute(int(epochs[row]), int(ids[row]))
+        return ids, epochs
+
+    def _dealt(self, position: int, count: int) -> tuple[Int64, Int64]:
+        """The same as the stream has them, bad ones and all."""
         settings = self._settings
         if not settings.train:
             count = min(count, len(self._dataset) - position)
@@ -82,9 +89,10 @@ class Reader:
         if settings.world_size > 1:
             shape = (-1, settings.world_size, settings.rank_batch)
             ids, epochs = (part.reshape(shape)[:, settings.rank].ravel() for part in (ids, epochs))
-        for row in np.flatnonzero(np.isin(ids, list(self.bad))):
-            ids[row] = substitute(settings.seed, int(epochs[row]), int(ids[row]), len(self._dataset), self.bad)
         return ids, epochs
+
+    def _substitute(self, epoch: int, i: int) -> int:
+        return substitute(self._settings.seed, epoch, i, len(self._dataset), self.bad)
 
     def _stage(self, ids: Int64, next_position: int, next_count: int) -> None:
         """Have the shards of these samples here, and bring those of the following ones while these are read."""
@@ -122,15 +130,17 @@ class Reader:
     def _replace(self, rows: Rows, row: int) -> None:
         """Fill in a row that the guard kept from the decoder: with the sample if it can be decoded after all, else with
         its substitute."""
-        settings, epoch, wanted = self._settings, int(rows.epochs[row]), int(rows.ids[row])
-        i, alone = wanted, None
+        epoch, read = int(rows.epochs[row]), int(rows.ids[row])
+        i, alone = read, None
         while True:
             if i not in self.bad:
                 if (alone := self._alone(i, epoch)) is not None:
                     break
                 self._set_aside([i])
-            i = substitute(settings.seed, epoch, wanted, len(self._dataset), self.bad)
-        if i == wanted and self._guard:
+            # Of the stream's sample, not of what was read: that may be a substitute itself, and elsewhere it is not.
+            dealt = int(self._dealt(self.position, self._settings.batch_size)[0][row])
+            i = self._substitute(epoch, dealt)
+        if i == read and self._guard:
             self._guard = False
             log.warning(
                 "images with bytes after their end, as %s: they are used, and damaged ones take longer to find",

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mvlm_dataloading import DataError, Loader, ShardWriter, open_dataset
 from mvlm_dataloading.order import Stream, substitute
+from mvlm_dataloading.randomness import Purpose, hash64
 
 BAD = [3, 41, 77, 78]
 
@@ -121,6 +123,31 @@ def test_a_substitute_may_be_bad_too(tmp_path, make, tokenizer):
     loader = load(open_dataset(folder, "train"), tokenizer, batch_size=2, max_bad_fraction=0.9)
     assert {i for i, _, _ in stream(loader, 20)} == {2}
     assert loader.skipped == 3
+
+
+def test_a_bad_substitute_of_a_known_one_is_replaced_as_everywhere_else(tmp_path, make, tokenizer):
+    """Two bad ones of ten: a run that knows of the first has read its substitute, and finds that one bad."""
+    bad, epochs = {2, 7}, 8
+    folder = make.dataset(tmp_path / "data", 10)
+    make.damage(open_dataset(folder, "train"), bad)
+    dataset = open_dataset(folder, "train")
+    chains = 0
+    for seed in range(3):
+        at = zip(*(part.tolist() for part in Stream(dataset.shard, seed, shuffle=True)(0, 10 * epochs)), strict=True)
+        wanted = []
+        for i, epoch in at:
+            draws = (int(hash64(Purpose.SUBSTITUTE, seed, epoch, i, k) % np.uint64(10)) for k in itertools.count())
+            wanted.append(i if i not in bad else next(draw for draw in draws if draw not in bad))
+        settings = {"seed": seed, "max_bad_fraction": 0.9}
+        for known in ([], [2]):
+            loader = load(dataset, tokenizer, **settings)
+            loader.load_state_dict(loader.state_dict() | {"skipped": known})
+            assert [i for i, _, _ in stream(loader, epochs)] == wanted, (seed, known)
+        ranks = [load(dataset, tokenizer, **settings, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
+        shares = [[i for i, _, _ in stream(loader, 5 * epochs)] for loader in ranks]
+        assert [i for pair in zip(*shares, strict=True) for i in pair] == wanted, seed
+        chains += any(substitute(seed, 0, i, 10, {i}) in bad for i in bad)
+    assert chains > 0  # else nothing of this was tried
 
 
 def test_a_pass_in_order_stops_at_one(damaged, tokenizer):
