@@ -26,16 +26,21 @@ class Reader:
 
     Attributes:
         position: samples of the stream read, those of all ranks. bad: ids of the undecodable pictures met so far.
+        met: samples among which these were found: what this rank has read, and what the state told of that it began at.
+
+    Raises:
+        DataError: too many are bad already.
     """
 
-    def __init__(self, dataset: Dataset, settings: Settings, position: int, bad: frozenset[int]):
-        self.position, self.bad = position, bad
+    def __init__(self, dataset: Dataset, settings: Settings, position: int, bad: frozenset[int], met: int):
+        self.position, self.bad, self.met = position, bad, met
         self._dataset, self._settings = dataset, settings
         self._stream = Stream(dataset.shard, settings.seed, shuffle=settings.train)
         self._segment: Segment | None = None
         self._segment_batches = max(1, min(_FIRST_SEGMENT_BATCHES, _SEGMENT_SAMPLES // settings.batch_size))
         self._guard = True
         self._staging: threading.Thread | None = None
+        self._judge()
 
     def next(self) -> Rows | None:
         """The next batch; None at the end of a pass."""
@@ -56,6 +61,7 @@ class Reader:
         for row in np.flatnonzero(~fine):
             self._replace(rows, int(row))
         self.position += len(rows.ids) * self._settings.world_size
+        self.met += len(rows.ids)
         return rows
 
     def _drop_segment(self) -> None:
@@ -173,7 +179,7 @@ class Reader:
 
     def _set_aside(self, found: list[int], error: RuntimeError | None = None) -> None:
         """Note which pictures cannot be decoded, and stop when there are too many."""
-        dataset, limit = self._dataset, self._settings.max_bad_fraction
+        dataset = self._dataset
         if not found:
             assert error is not None
             raise error
@@ -188,10 +194,15 @@ class Reader:
         for i in found:
             log.warning("skipped an image that cannot be decoded: %s", dataset.where(i))
         self.bad = self.bad | set(found)
-        # One of W ranks has met its share of the samples, 1/W in the first epoch, and of the bad ones roughly so: four
+        self._judge()
+
+    def _judge(self) -> None:
+        """Stop when too many are bad."""
+        dataset, limit = self._dataset, self._settings.max_bad_fraction
+        # One of W ranks meets its share of the samples, 1/W in the first epoch, and of the bad ones roughly so: four
         # standard deviations more are chance.
         ranks = self._settings.world_size
-        met = min(len(dataset), max(len(dataset), self.position) / ranks)
+        met = min(len(dataset), max(len(dataset) / ranks, self.met))
         allowed = limit * met + (4 * (limit * met) ** 0.5 if ranks > 1 else 0)
         if len(self.bad) > allowed:
             listed = "; ".join(dataset.where(i) for i in sorted(self.bad)[:20])
