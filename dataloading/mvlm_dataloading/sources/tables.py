@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.records import Piece, Record, Source, hash_split, safe_key, split_name
+from mvlm_dataloading.records import Piece, Record, Source, file_trace, hash_split, safe_key, split_name
 
 from .files import as_captions, read_json
 
@@ -59,7 +59,7 @@ def huggingface(
         origin="rows of Hugging Face datasets",
         licence=licence,
         recipe={
-            "files": [[path.name, path.stat().st_size] for path, _ in files],
+            "files": [file_trace(path) for path, _ in files],
             "columns": [image_column, caption_column, key_column],
             "validation": validation,
             "test": test,
