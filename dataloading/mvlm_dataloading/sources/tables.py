@@ -74,6 +74,8 @@ def _find(path: Path) -> list[tuple[Path, str | None]]:
         return [(path, _split_in(path.name))]
     if (path / "dataset_dict.json").is_file():
         splits = read_json(path / "dataset_dict.json").get("splits", [])
+        if wrong := [split for split in splits if Path(split).name != split]:
+            raise DataError(f"{path}: wanted splits that are folders in it, found {wrong[0]!r}; save the rows again")
         return [(file, split) for split in splits for file, _ in _find(path / split)]
     if (path / "state.json").is_file():
         state = read_json(path / "state.json")
