@@ -271,6 +271,7 @@ class Run:
             parts["ema"] = self.average.tensors
         loader = self.loader.state_dict()
         loader["skipped"] = sorted(set().union(*self.world.gather(loader["skipped"])))
+        loader["met"] = loader["epoch"] * len(self.loader.dataset) + loader["position"]  # all ranks together
         state = {"loader": loader, "guard": self.guard.state(), "bad": self.bad.state(), "best": self.best}
         self.saver.save(self.step, self.model, parts, state, self.tokenizer)
 

@@ -104,13 +104,15 @@ def build_shards(
 
 
 def _recipe(source: Source, settings: Settings, against: Sequence[Path]) -> dict[str, Any]:
-    from .records import file_sha256
+    from .records import file_sha256, records_sha256
 
     given = {name: value for name, value in asdict(settings).items() if value is not None}
     if settings.tokenizer is not None:
         given["tokenizer"] = file_sha256(settings.tokenizer)
     excluded = [file_sha256(Path(folder) / "dataset.json") for folder in against]
-    return json.loads(json.dumps({"revision": _REVISION, **source.recipe, **given, "against": excluded}))
+    records = records_sha256(source.pieces)
+    known = {"revision": _REVISION, **source.recipe, "records": records, **given, "against": excluded}
+    return json.loads(json.dumps(known))
 
 
 def _plan(folder: Path, source: Source, recipe: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -115,9 +116,8 @@ class Dataset:
     def _read(self, part: Part, i: int) -> bytes:
         if part.size[i] < 0:
             return b""
-        if self.stage is not None:
-            self.stage.fetch([int(self.shard[i])])
-        with self.tars[self.shard[i]].open("rb") as tar:
+        shard = int(self.shard[i])
+        with self.stage.reading(shard) if self.stage else nullcontext(), self.tars[shard].open("rb") as tar:
             tar.seek(part.offset[i])
             return tar.read(part.size[i])
 

@@ -29,8 +29,8 @@ from .windows import Geometry
 
 log = logging.getLogger(__name__)
 
-# A batch, its masks, the position of the stream after it, and the bad pictures known when it was made.
-_Made = tuple[Batch, Masks, int, frozenset[int]]
+# A batch, its masks, the position of the stream after it, the bad pictures known when it was made, and among how many.
+_Made = tuple[Batch, Masks, int, frozenset[int], int]
 
 
 class Loader:
@@ -137,6 +137,7 @@ class Loader:
         self._depth = ahead
         self._position = 0  # samples of the stream handed over, those of all ranks
         self._bad: frozenset[int] = frozenset()
+        self._met = 0  # samples among which these were found
         self._source: _Source | None = None
 
     @property
@@ -161,7 +162,7 @@ class Loader:
             if made is None:
                 self.close()
                 return
-            batch, masks, self._position, self._bad = made
+            batch, masks, self._position, self._bad, self._met = made
             self.step += 1
             yield batch, masks
 
@@ -183,6 +184,7 @@ class Loader:
             "batch_size": self.batch_size,
             "world_size": self.world_size,
             "skipped": sorted(self._bad),
+            "met": self._met,
             "order": ORDER_VERSION,
             "pictures": pictures_of(self._settings),
             "text": hash_of(
@@ -217,6 +219,7 @@ class Loader:
             self._settings = replace(self._settings, seed=state["seed"])
         same_data = state["fingerprint"] == self.dataset.fingerprint
         self._bad = frozenset(state["skipped"] if same_data else ())
+        self._met = state["met"] if same_data else 0
         self.step = state["step"]
         self._seek(state["epoch"] * len(self.dataset) + min(state["position"], len(self.dataset) - 1))
 
@@ -230,7 +233,7 @@ class _Source:
 
     def __init__(self, loader: Loader, depth: int):
         settings = loader._settings
-        self._reader = Reader(loader.dataset, settings, loader._position, loader._bad)
+        self._reader = Reader(loader.dataset, settings, loader._position, loader._bad, loader._met)
         self._captions = Captions(
             loader.dataset,
             loader.tokenizer,
@@ -261,7 +264,7 @@ class _Source:
         if rows is None:
             return None
         batch, masks = self._assemble(rows)
-        return batch, masks, self._reader.position, self._reader.bad
+        return batch, masks, self._reader.position, self._reader.bad, self._reader.met
 
     def _assemble(self, rows: Rows) -> tuple[Batch, Masks]:
         words = self._captions(rows)

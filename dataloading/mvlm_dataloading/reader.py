@@ -26,16 +26,21 @@ class Reader:
 
     Attributes:
         position: samples of the stream read, those of all ranks. bad: ids of the undecodable pictures met so far.
+        met: samples among which these were found: what this rank has read, and what the state told of that it began at.
+
+    Raises:
+        DataError: too many are bad already.
     """
 
-    def __init__(self, dataset: Dataset, settings: Settings, position: int, bad: frozenset[int]):
-        self.position, self.bad = position, bad
+    def __init__(self, dataset: Dataset, settings: Settings, position: int, bad: frozenset[int], met: int):
+        self.position, self.bad, self.met = position, bad, met
         self._dataset, self._settings = dataset, settings
         self._stream = Stream(dataset.shard, settings.seed, shuffle=settings.train)
         self._segment: Segment | None = None
         self._segment_batches = max(1, min(_FIRST_SEGMENT_BATCHES, _SEGMENT_SAMPLES // settings.batch_size))
         self._guard = True
         self._staging: threading.Thread | None = None
+        self._judge()
 
     def next(self) -> Rows | None:
         """The next batch; None at the end of a pass."""
@@ -56,6 +61,7 @@ class Reader:
         for row in np.flatnonzero(~fine):
             self._replace(rows, int(row))
         self.position += len(rows.ids) * self._settings.world_size
+        self.met += len(rows.ids)
         return rows
 
     def _drop_segment(self) -> None:
@@ -75,6 +81,13 @@ class Reader:
 
     def _samples(self, position: int, count: int) -> tuple[Int64, Int64]:
         """Ids and epochs of this rank's samples in `count` samples of the stream, known bad ones replaced."""
+        ids, epochs = self._dealt(position, count)
+        for row in np.flatnonzero(np.isin(ids, list(self.bad))):
+            ids[row] = self._substitute(int(epochs[row]), int(ids[row]))
+        return ids, epochs
+
+    def _dealt(self, position: int, count: int) -> tuple[Int64, Int64]:
+        """The same as the stream has them, bad ones and all."""
         settings = self._settings
         if not settings.train:
             count = min(count, len(self._dataset) - position)
@@ -82,9 +95,10 @@ class Reader:
         if settings.world_size > 1:
             shape = (-1, settings.world_size, settings.rank_batch)
             ids, epochs = (part.reshape(shape)[:, settings.rank].ravel() for part in (ids, epochs))
-        for row in np.flatnonzero(np.isin(ids, list(self.bad))):
-            ids[row] = substitute(settings.seed, int(epochs[row]), int(ids[row]), len(self._dataset), self.bad)
         return ids, epochs
+
+    def _substitute(self, epoch: int, i: int) -> int:
+        return substitute(self._settings.seed, epoch, i, len(self._dataset), self.bad)
 
     def _stage(self, ids: Int64, next_position: int, next_count: int) -> None:
         """Have the shards of these samples here, and bring those of the following ones while these are read."""
@@ -122,15 +136,17 @@ class Reader:
     def _replace(self, rows: Rows, row: int) -> None:
         """Fill in a row that the guard kept from the decoder: with the sample if it can be decoded after all, else with
         its substitute."""
-        settings, epoch, wanted = self._settings, int(rows.epochs[row]), int(rows.ids[row])
-        i, alone = wanted, None
+        epoch, read = int(rows.epochs[row]), int(rows.ids[row])
+        i, alone = read, None
         while True:
             if i not in self.bad:
                 if (alone := self._alone(i, epoch)) is not None:
                     break
                 self._set_aside([i])
-            i = substitute(settings.seed, epoch, wanted, len(self._dataset), self.bad)
-        if i == wanted and self._guard:
+            # Of the stream's sample, not of what was read: that may be a substitute itself, and elsewhere it is not.
+            dealt = int(self._dealt(self.position, self._settings.batch_size)[0][row])
+            i = self._substitute(epoch, dealt)
+        if i == read and self._guard:
             self._guard = False
             log.warning(
                 "images with bytes after their end, as %s: they are used, and damaged ones take longer to find",
@@ -163,7 +179,7 @@ class Reader:
 
     def _set_aside(self, found: list[int], error: RuntimeError | None = None) -> None:
         """Note which pictures cannot be decoded, and stop when there are too many."""
-        dataset, limit = self._dataset, self._settings.max_bad_fraction
+        dataset = self._dataset
         if not found:
             assert error is not None
             raise error
@@ -178,10 +194,15 @@ class Reader:
         for i in found:
             log.warning("skipped an image that cannot be decoded: %s", dataset.where(i))
         self.bad = self.bad | set(found)
-        # One of W ranks has met its share of the samples, 1/W in the first epoch, and of the bad ones roughly so: four
+        self._judge()
+
+    def _judge(self) -> None:
+        """Stop when too many are bad."""
+        dataset, limit = self._dataset, self._settings.max_bad_fraction
+        # One of W ranks meets its share of the samples, 1/W in the first epoch, and of the bad ones roughly so: four
         # standard deviations more are chance.
         ranks = self._settings.world_size
-        met = min(len(dataset), max(len(dataset), self.position) / ranks)
+        met = min(len(dataset), max(len(dataset) / ranks, self.met))
         allowed = limit * met + (4 * (limit * met) ** 0.5 if ranks > 1 else 0)
         if len(self.bad) > allowed:
             listed = "; ".join(dataset.where(i) for i in sorted(self.bad)[:20])

@@ -1,6 +1,8 @@
 """What a source of image-text pairs hands over: records, in pieces that a process can work through on its own."""
 
 import hashlib
+import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +20,8 @@ _SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation") | 
     ("test", "testing"), "test"
 )
 EVALUATION_SPLITS = ("validation", "test")
+
+_TRACED = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,36 @@ def file_sha256(path: Path) -> str:
     """Goes into a recipe: another annotation file is another data set."""
     with need_file(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_trace(path: Path) -> list[Any]:
+    """The same for a file too large to be read twice: name, size, and the sha256 of its first and last bytes."""
+    with path.open("rb") as file:
+        head, size = file.read(_TRACED), os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - _TRACED))
+        return [path.name, size, hashlib.sha256(head + file.read()).hexdigest()]
+
+
+def records_sha256(pieces: Sequence[Piece]) -> str:
+    """The same for the records of `Listed` pieces: what is said of them, and the sizes of their pictures.
+
+    Not where the pictures lie, so that a folder which was moved is the same; nor their bytes, which are too many.
+    """
+    digest = hashlib.sha256()
+    for piece in pieces:
+        for one in piece.listed if isinstance(piece, Listed) else ():
+            told = [piece.split, one.key, list(one.captions), one.metadata, one.fault, _image_size(one.image)]
+            digest.update(json.dumps(told).encode())
+    return digest.hexdigest()
+
+
+def _image_size(image: Path | bytes | None) -> int | None:
+    if not isinstance(image, Path):
+        return None if image is None else len(image)
+    try:
+        return image.stat().st_size
+    except (OSError, ValueError):  # not there; a name with a NUL is a ValueError
+        return None
 
 
 def need_file(path: Path) -> Path:

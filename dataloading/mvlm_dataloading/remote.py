@@ -5,7 +5,7 @@ opened; a shard comes when a batch is about to need it, and the next ones while 
 
     CACHE/.lock                        held for a moment while room is made
     CACHE/<hash of url and content>/   dataset.json, X.idx
-        X.tar.part -> X.tar            renamed when the sha256 of dataset.json has been found in it
+        X.tar.BYTES.part -> X.tar      renamed when the sha256 of dataset.json has been found in it; BYTES are its room
         X.tar.lock                     flock: exclusive to write or remove X.tar, shared while a process reads it
 
 So jobs may share a cache: what one brings the other reads, and what one reads the other does not remove. When the cache
@@ -30,6 +30,7 @@ from .errors import DataError, need
 log = logging.getLogger(__name__)
 
 _URL = re.compile(r"(s3|gs|hf|https?):/+(.+)")
+_KEPT = re.compile(r"(.+\.tar)(?:\.(\d+)\.part)?")
 _ATTEMPTS = 4
 _FIRST_PAUSE_S = 0.5
 
@@ -102,6 +103,15 @@ class Stage:
             for shard in set(self._held) - set(shards):
                 os.close(self._held.pop(shard))  # which releases the lock
 
+    @contextlib.contextmanager
+    def reading(self, shard: int) -> Iterator[None]:
+        """A shard is here, inside this; what `fetch` and `keep` hold is not touched."""
+        descriptor = self._bring(self._shards[shard])  # a lock of its own beside theirs
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
     def _bring(self, shard: dict[str, Any]) -> int:
         """Make sure that a shard is in the cache; the descriptor of its lock, shared."""
         tar = self.folder / shard["tar"]
@@ -120,15 +130,15 @@ class Stage:
             raise
 
     def _download(self, shard: dict[str, Any], tar: Path) -> None:
-        part = Path(f"{tar}.part")
+        # All its room is taken at once, so that jobs that fetch at the same time see what is left. The name says how
+        # much, because fsspec begins the file anew, whatever its size was.
+        part = Path(f"{tar}.{shard['bytes']}.part")
 
         def copy(path: str) -> None:
-            # All its room is taken at once, so that jobs that fetch at the same time see what is left.
             with _locked(self.cache / ".lock"):
                 part.unlink(missing_ok=True)
                 self._make_room(shard["bytes"])
-                with part.open("wb") as file:
-                    file.truncate(shard["bytes"])
+                part.touch()
             self._files.get_file(path, str(part))
             with part.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -136,7 +146,8 @@ class Stage:
                 raise OSError(f"sha256 {found} where dataset.json says {shard['sha256']}")
             with part.open("rb") as file:
                 os.fsync(file.fileno())
-            part.rename(tar)
+            with _locked(self.cache / ".lock"):  # who makes room finds it under one of its names
+                part.rename(tar)
 
         try:
             self._attempt(shard["tar"], copy)
@@ -145,10 +156,15 @@ class Stage:
 
     def _make_room(self, wanted: int) -> None:
         """Remove what was not used for longest, until so many bytes fit. The cache's lock is held."""
-        entries = [(path, path.stat().st_size) for path in self.cache.glob("*/*.tar*") if path.suffix != ".lock"]
-        used = sum(size for _, size in entries)
-        locks = [(path, size, Path(f"{str(path).removesuffix('.part')}.lock")) for path, size in entries]
-        for path, size, lock in sorted(locks, key=lambda entry: entry[2].stat().st_mtime_ns):
+        entries = []
+        for path in self.cache.glob("*/*.tar*"):
+            if found := _KEPT.fullmatch(path.name):
+                lock = path.with_name(f"{found[1]}.lock")
+                with contextlib.suppress(FileNotFoundError):  # someone has just removed it
+                    size = int(found[2] or path.stat().st_size)
+                    entries.append((lock.stat().st_mtime_ns, path, size, lock))
+        used = sum(size for _, _, size, _ in entries)
+        for _, path, size, lock in sorted(entries):
             if used + wanted <= self.limit:
                 return
             descriptor = os.open(lock, os.O_RDWR)

@@ -14,7 +14,7 @@ from .errors import DataError
 from .order import ORDER_VERSION
 from .segment import Settings
 
-_NEEDED = ("seed", "epoch", "position", "step", "fingerprint", "skipped")
+_NEEDED = ("seed", "epoch", "position", "step", "fingerprint", "skipped", "met")
 
 
 @dataclass(frozen=True, slots=True)

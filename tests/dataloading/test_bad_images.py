@@ -6,10 +6,12 @@ import subprocess
 import sys
 from typing import Any
 
+import numpy as np
 import pytest
 
-from mvlm_dataloading import DataError, Loader, ShardWriter, open_dataset
+from mvlm_dataloading import DataError, Dataset, Loader, ShardWriter, open_dataset
 from mvlm_dataloading.order import Stream, substitute
+from mvlm_dataloading.randomness import Purpose, hash64
 
 BAD = [3, 41, 77, 78]
 
@@ -87,6 +89,80 @@ def test_the_limit_holds_for_each_rank(damaged, tokenizer):
         stream(loader, 10)
 
 
+@pytest.fixture
+def many(tmp_path, make):
+    """400 pictures, and a function that damages each one whose number modulo 100 is below its argument."""
+    folder = make.dataset(tmp_path / "data", 400, kinds=("JPEG",))
+
+    def damaged(percent: int) -> Dataset:
+        make.damage(open_dataset(folder, "train"), [i for i in range(400) if i % 100 < percent])
+        return open_dataset(folder, "train")
+
+    return damaged
+
+
+def of_all_ranks(dataset, tokenizer, state: dict[str, Any] | None, batches: int) -> dict[str, Any]:
+    """What a run of eight ranks saves after some batches, 40 samples each: the bad ones that any of them knows of."""
+    states = []
+    for rank in range(8):
+        loader = load(dataset, tokenizer, batch_size=40, rank=rank, world_size=8)
+        if state is not None:
+            loader.load_state_dict(state)
+        stream(loader, batches)
+        loader.close()
+        states.append(json.loads(json.dumps(loader.state_dict())))
+    known = sorted(set().union(*(state["skipped"] for state in states)))
+    return states[0] | {"skipped": known, "met": states[0]["epoch"] * len(dataset) + states[0]["position"]}
+
+
+def test_a_resumed_run_of_several_ranks_goes_on_as_one_that_was_not_interrupted(many, tokenizer):
+    """4 % are bad and 5 % may be: no rank may count against itself what the others had found."""
+    dataset = many(4)
+    of_all_ranks(dataset, tokenizer, None, 20)  # two epochs
+    half = of_all_ranks(dataset, tokenizer, None, 5)
+    assert len(half["skipped"]) > 5
+    end = of_all_ranks(dataset, tokenizer, half, 15)
+    assert end["skipped"] == [i for i in range(400) if i % 100 < 4]
+
+
+def test_too_many_bad_ones_stop_a_run_of_several_ranks_however_often_it_is_resumed(many, tokenizer):
+    dataset = many(10)
+    assert of_all_ranks(dataset, tokenizer, None, 10)  # a rank alone sees too few of them to be sure
+
+    def often() -> None:
+        state = None
+        for _ in range(10):
+            state = of_all_ranks(dataset, tokenizer, state, 1)
+
+    with pytest.raises(DataError, match=r"wanted at most 5% undecodable images, found \d+ of"):
+        often()
+    known = of_all_ranks(dataset, tokenizer, None, 10)
+    with pytest.raises(DataError, match="wanted at most 5% undecodable images, found 40 of 400"):
+        of_all_ranks(dataset, tokenizer, known, 1)
+
+
+def test_what_a_rank_has_met_itself_is_counted_on_from_its_own_state(many, tokenizer):
+    """30 % are bad: found within the first epoch, whether resumed after each batch or not at all."""
+    dataset = many(30)
+
+    def run(each: int) -> None:
+        state = None
+        for _ in range(10 // each):
+            loader = load(dataset, tokenizer, batch_size=40, rank=3, world_size=8)
+            if state is not None:
+                loader.load_state_dict(state)
+            stream(loader, each)
+            state = loader.state_dict()
+            loader.close()
+
+    found = []
+    for each in (10, 1):
+        with pytest.raises(DataError, match="wanted at most 5% undecodable images") as error:
+            run(each)
+        found.append(str(error.value))
+    assert found[0] == found[1]
+
+
 def test_bytes_after_the_end_of_an_image_do_no_harm(tmp_path, make, tokenizer, caplog):
     """The guard takes such a file for a damaged one, the decoder does not."""
     kinds = {"JPEG": ".jpg", "PNG": ".png"}
@@ -121,6 +197,31 @@ def test_a_substitute_may_be_bad_too(tmp_path, make, tokenizer):
     loader = load(open_dataset(folder, "train"), tokenizer, batch_size=2, max_bad_fraction=0.9)
     assert {i for i, _, _ in stream(loader, 20)} == {2}
     assert loader.skipped == 3
+
+
+def test_a_bad_substitute_of_a_known_one_is_replaced_as_everywhere_else(tmp_path, make, tokenizer):
+    """Two bad ones of ten: a run that knows of the first has read its substitute, and finds that one bad."""
+    bad, epochs = {2, 7}, 8
+    folder = make.dataset(tmp_path / "data", 10)
+    make.damage(open_dataset(folder, "train"), bad)
+    dataset = open_dataset(folder, "train")
+    chains = 0
+    for seed in range(3):
+        at = zip(*(part.tolist() for part in Stream(dataset.shard, seed, shuffle=True)(0, 10 * epochs)), strict=True)
+        wanted = []
+        for i, epoch in at:
+            draws = (int(hash64(Purpose.SUBSTITUTE, seed, epoch, i, k) % np.uint64(10)) for k in itertools.count())
+            wanted.append(i if i not in bad else next(draw for draw in draws if draw not in bad))
+        settings = {"seed": seed, "max_bad_fraction": 0.9}
+        for known in ([], [2]):
+            loader = load(dataset, tokenizer, **settings)
+            loader.load_state_dict(loader.state_dict() | {"skipped": known})
+            assert [i for i, _, _ in stream(loader, epochs)] == wanted, (seed, known)
+        ranks = [load(dataset, tokenizer, **settings, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
+        shares = [[i for i, _, _ in stream(loader, 5 * epochs)] for loader in ranks]
+        assert [i for pair in zip(*shares, strict=True) for i in pair] == wanted, seed
+        chains += any(substitute(seed, 0, i, 10, {i}) in bad for i in bad)
+    assert chains > 0  # else nothing of this was tried
 
 
 def test_a_pass_in_order_stops_at_one(damaged, tokenizer):

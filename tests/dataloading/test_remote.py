@@ -8,11 +8,13 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from mvlm_dataloading import DataError, Loader, open_dataset, order, remote
+from mvlm_dataloading import DataError, Loader, open_dataset, order, remote, tokenizer_for
 from mvlm_dataloading.remote import Stage, is_remote
 
 
@@ -182,7 +184,7 @@ def test_a_shard_with_other_bytes_is_refused(folder, web, cache, tokenizer):
             DataError, match=rf"{tar.name}: wanted to read it, failed 4 times: sha256 .* where dataset.json"
         ):
             batches(open_dataset(web, "train"), tokenizer, 6)
-        assert not [path for path in cache.glob("*/*") if path.name in (tar.name, f"{tar.name}.part")]
+        assert not [path for path in cache.glob("*/*") if path.name.startswith(tar.name) and path.suffix != ".lock"]
     finally:
         tar.write_bytes(content)
         os.utime(tar.with_suffix(".idx"))
@@ -219,6 +221,69 @@ def test_what_a_process_holds_another_does_not_remove(folder, web, cache, monkey
     assert left == [shards[0]["tar"], shards[3]["tar"]]
     one.keep([])
     two.keep([])
+
+
+def test_what_is_read_is_not_held(folder, web, cache, monkeypatch):
+    """A tokenizer is trained on all captions, with room for two shards; what a loader holds stays held."""
+    size = limit_to(monkeypatch, folder, 2.2)
+    dataset = open_dataset(web, "train")
+    assert tokenizer_for(dataset, 300).fingerprint == tokenizer_for(open_dataset(folder, "train"), 300).fingerprint
+    assert dataset.stage is not None
+    dataset.stage.fetch([0])
+    assert dataset.captions(0) == open_dataset(folder, "train").captions(0)
+    other = Stage(web, cache, size)
+    other.expect(json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"])
+    other.fetch([1])
+    with pytest.raises(DataError, match="wanted room"):
+        other.fetch([2])
+    dataset.stage.keep([])
+    other.fetch([2])
+    other.keep([])
+
+
+def test_what_is_on_its_way_has_its_room(folder, web, cache, monkeypatch):
+    """One job has begun to fetch a shard when another makes room for its own: together they would be too large."""
+    size = limit_to(monkeypatch, folder, 1.5)
+    shards = json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"]
+    one, two = Stage(web, cache, size), Stage(web, cache, size)
+    for stage in (one, two):
+        stage.expect(shards)
+    begun, go_on = threading.Event(), threading.Event()
+    whole = one._files.get_file
+
+    def slowly(path: str, to: str) -> None:
+        with open(to, "wb"):  # as fsspec does
+            begun.set()
+        assert go_on.wait(60)
+        whole(path, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(one, "_files", SimpleNamespace(get_file=slowly))
+        thread = threading.Thread(target=one.fetch, args=([0],))
+        thread.start()
+        assert begun.wait(60)
+        try:
+            with pytest.raises(DataError, match="wanted room"):
+                two.fetch([1])
+        finally:
+            go_on.set()
+            thread.join()
+    assert [path.name for path in cache.glob("*/*.tar*") if path.suffix != ".lock"] == [shards[0]["tar"]]
+    one.keep([])
+    two.fetch([1])
+    two.keep([])
+
+
+def test_a_file_that_goes_while_room_is_made(folder, web, cache, monkeypatch):
+    """Between the listing and a look at its size, as when another job has just finished with it."""
+    size = limit_to(monkeypatch, folder, 1.5)
+    stage = Stage(web, cache, size)
+    stage.expect(json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"])
+    listed = Path.glob
+    gone = [stage.folder / "train-000009.tar", stage.folder / "train-000009.tar.part"]
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [*listed(self, pattern), *gone])
+    stage.fetch([0])
+    stage.keep([])
 
 
 HAMMER = """

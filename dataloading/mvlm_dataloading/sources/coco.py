@@ -7,7 +7,7 @@ from typing import Any
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.records import Record, Source, cut, file_sha256, need_folder, split_name
 
-from .files import read_json
+from .files import outside, read_json
 
 _FOLDERS = ("train2014", "val2014", "train2017", "val2017")
 
@@ -73,7 +73,7 @@ def _captions(root: Path, file: Path) -> list[Record]:
         records = []
         for image in content["images"]:
             known, licence = captions.get(image["id"], []), licences.get(image.get("license"))
-            records.append(_record(folder / image["file_name"], image["id"], known, licence))
+            records.append(_record(folder, image["file_name"], image["id"], known, licence))
         return records
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
@@ -83,20 +83,19 @@ def _captions(root: Path, file: Path) -> list[Record]:
 
 def _karpathy(root: Path, file: Path) -> dict[str, list[Record]]:
     content = read_json(file)
-    folders = [root / name for name in _FOLDERS if (root / name).is_dir()]
+    folders = [name for name in _FOLDERS if (root / name).is_dir()]
     if not folders:
         need_folder(*(root / name for name in _FOLDERS))
     records: dict[str, list[Record]] = {}
     try:
         for image in content["images"]:
-            path = root / image["filepath"] / image["filename"]
-            if not path.parent.is_dir():  # the pictures of 2017 are those of 2014 under shorter names
-                number = int(image["cocoid"])
-                others = [folder / f"{number:012d}.jpg" for folder in folders]
-                path = next((other for other in others if other.is_file()), path)
+            name = str(Path(image["filepath"], image["filename"]))
+            if not (root / name).parent.is_dir():  # the pictures of 2017 are those of 2014 under shorter names
+                short = f"{int(image['cocoid']):012d}.jpg"
+                name = next((f"{folder}/{short}" for folder in folders if (root / folder / short).is_file()), name)
             captions = [str(sentence["raw"]) for sentence in image["sentences"]]
             split = split_name(image["split"], str(file))
-            records.setdefault(split, []).append(_record(path, image["cocoid"], captions, None))
+            records.setdefault(split, []).append(_record(root, name, image["cocoid"], captions, None))
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -104,6 +103,6 @@ def _karpathy(root: Path, file: Path) -> dict[str, list[Record]]:
     return records
 
 
-def _record(path: Path, number: Any, captions: list[str], licence: str | None) -> Record:
-    metadata = {"image_id": f"coco {number}"} | ({"licence": licence} if licence else {})
-    return Record(f"{int(number):012d}", path, captions, str(path), metadata)
+def _record(folder: Path, name: str, number: Any, captions: list[str], licence: str | None) -> Record:
+    path, metadata = folder / name, {"image_id": f"coco {number}"} | ({"licence": licence} if licence else {})
+    return Record(f"{int(number):012d}", path, captions, str(path), metadata, outside(name))

@@ -87,6 +87,15 @@ def read_rows(file: Path, delimiter: str | None = None) -> Iterator[dict[str, An
             raise DataError(f"{file}: wanted a table, found {error}; repair it") from None
 
 
+def outside(name: str) -> str | None:
+    """Why a file that a table names is not read; None if it lies in the table's folder.
+
+    A table from elsewhere must not make us read files of this machine that are no part of the data set.
+    """
+    path = Path(name)
+    return "image is outside the folder" if path.is_absolute() or ".." in path.parts else None
+
+
 def as_captions(value: Any) -> list[str]:
     """The captions in a cell of a table: a text, or a list of texts."""
     if isinstance(value, str):

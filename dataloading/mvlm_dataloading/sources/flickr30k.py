@@ -8,7 +8,7 @@ from typing import Any
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.records import Record, Source, cut, file_sha256, need_file, need_folder, safe_key, split_name
 
-from .files import read_json, read_rows
+from .files import outside, read_json, read_rows
 
 _IMAGES = ("flickr30k-images", "flickr30k_images", "images", "Images")
 _FILES = ("dataset_flickr30k.json", "flickr_annotations_30k.csv", "results_20130124.token", "results.csv")
@@ -119,5 +119,6 @@ def _records(images: Path, lines: list[tuple[str, str]]) -> list[Record]:
 
 
 def _record(images: Path, name: Any, captions: list[str]) -> Record:
-    stem = Path(str(name)).stem
-    return Record(safe_key(stem), images / str(name), captions, str(images / str(name)), {"image_id": f"flickr {stem}"})
+    path = images / str(name)
+    metadata = {"image_id": f"flickr {path.stem}"}
+    return Record(safe_key(path.stem), path, captions, str(path), metadata, outside(str(name)))

@@ -7,7 +7,7 @@ from mvlm_dataloading.captions import decode_text
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.records import Record, Source, cut, file_sha256, hash_split, need_folder, safe_key, split_name
 
-from .files import as_captions, read_rows
+from .files import as_captions, outside, read_rows
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 _MAX_TEXT = 1 << 22
@@ -89,13 +89,7 @@ def _table(
         captions.setdefault(name, []).extend(as_captions(row[caption_column]))
         if row.get(split_column):
             splits[name] = split_name(str(row[split_column]), str(file))
-    return [(_record(images, name, known, _outside(name)), splits.get(name)) for name, known in captions.items()]
-
-
-def _outside(name: str) -> str | None:
-    """A table from elsewhere must not make us read files of this machine that are no part of the data set."""
-    path = Path(name)
-    return "image is outside the folder" if path.is_absolute() or ".." in path.parts else None
+    return [(_record(images, name, known, outside(name)), splits.get(name)) for name, known in captions.items()]
 
 
 def _record(images: Path, name: str, captions: list[str], fault: str | None) -> Record:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.records import Piece, Record, Source, hash_split, safe_key, split_name
+from mvlm_dataloading.records import Piece, Record, Source, file_trace, hash_split, safe_key, split_name
 
 from .files import as_captions, read_json
 
@@ -59,7 +59,7 @@ def huggingface(
         origin="rows of Hugging Face datasets",
         licence=licence,
         recipe={
-            "files": [[path.name, path.stat().st_size] for path, _ in files],
+            "files": [file_trace(path) for path, _ in files],
             "columns": [image_column, caption_column, key_column],
             "validation": validation,
             "test": test,
@@ -74,6 +74,8 @@ def _find(path: Path) -> list[tuple[Path, str | None]]:
         return [(path, _split_in(path.name))]
     if (path / "dataset_dict.json").is_file():
         splits = read_json(path / "dataset_dict.json").get("splits", [])
+        if wrong := [split for split in splits if Path(split).name != split]:
+            raise DataError(f"{path}: wanted splits that are folders in it, found {wrong[0]!r}; save the rows again")
         return [(file, split) for split in splits for file, _ in _find(path / split)]
     if (path / "state.json").is_file():
         state = read_json(path / "state.json")

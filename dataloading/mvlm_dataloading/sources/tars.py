@@ -9,7 +9,7 @@ from typing import Any
 
 from mvlm_dataloading.captions import decode_text
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.records import TOO_LARGE, Piece, Record, Source, safe_key
+from mvlm_dataloading.records import TOO_LARGE, Piece, Record, Source, file_trace, safe_key
 
 from .files import as_captions
 
@@ -78,7 +78,7 @@ def _pieces(splits: dict[str, Sequence[Path]], caption_field: str) -> tuple[Sequ
         pieces += [_Tar(split, tar, prefix, caption_field) for path in paths for tar in find_tars(path)]
     sizes: dict[str, list[Any]] = {}
     for tar in pieces:
-        sizes.setdefault(tar.split, []).append([tar.path.name, tar.path.stat().st_size])
+        sizes.setdefault(tar.split, []).append(file_trace(tar.path))
     return pieces, {"tars": sizes, "caption_field": caption_field}
 
 

@@ -32,14 +32,14 @@ def visual_genome(root: Path, validation: float = 0.0, test: float = 0.0) -> Sou
         for image in read_json_list(file):
             regions = image["regions"]
             # `id` was left out of some releases; every region names its image.
-            number = image["id"] if "id" in image else regions[0]["image_id"]
+            number = int(image["id"] if "id" in image else regions[0]["image_id"])  # and names its file: no path
             path = next(
                 (p for folder in folders if (p := folder / f"{number}.jpg").is_file()), folders[0] / f"{number}.jpg"
             )
             captions = [str(region["phrase"]) for region in regions]
             metadata = {"image_id": f"visual-genome {number}", **others.get(number, {})}
             split = hash_split(str(number), validation, test)
-            records.setdefault(split, []).append(Record(str(int(number)), path, captions, str(path), metadata))
+            records.setdefault(split, []).append(Record(str(number), path, captions, str(path), metadata))
     except (KeyError, TypeError, IndexError, ValueError) as error:
         if isinstance(error, DataError):
             raise
