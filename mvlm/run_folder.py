@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-from mvlm.checkpoint import newest_good_checkpoint
+from mvlm.checkpoint import checkpoints, newest_good_checkpoint
 from mvlm.config_files import read_config
 from mvlm.errors import RunError
 from mvlm.pretrain_config import FORMAT_VERSION, PretrainConfig
@@ -75,7 +75,7 @@ def open_run(config: PretrainConfig) -> Path | None:
         if not config.resume:
             raise RunError(f"{out}: holds this run already; go on with --resume, or choose another --out")
         checkpoint = newest_good_checkpoint(out / "checkpoints")
-        if checkpoint is None and any((out / "checkpoints").glob("step_*[0-9]")):
+        if checkpoint is None and checkpoints(out / "checkpoints"):
             raise RunError(f"{out}: no checkpoint is whole; remove the folder to start again, or restore one")
         return checkpoint
     if out.is_dir() and any(out.iterdir()):

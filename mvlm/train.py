@@ -283,7 +283,7 @@ class Run:
             read_tensors(checkpoint / "ema", self.average.tensors)
         set_generators(checkpoint, self.world.rank, self.device)
         self.loader.load_state_dict(state["loader"])
-        self.saver.newest = checkpoint
+        self.saver.go_on_from(checkpoint)
         self.guard.load(state["guard"])
         self.bad.load(state["bad"])
         self.step, self.best = state["step"], state["best"]

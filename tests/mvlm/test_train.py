@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from mvlm import fast, objectives, train
-from mvlm.checkpoint import load_model, verify_checkpoint
+from mvlm.checkpoint import find_checkpoint, load_model, verify_checkpoint
 from mvlm.distributed import World
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
 from mvlm.parallel import compile_step, parallelize
@@ -370,6 +370,30 @@ def test_a_resumed_run_is_the_run_without_a_break(toys, scenes, tmp_path, monkey
     mine, theirs = (toys.contents(run.out / "checkpoints/step_00000006") for run in (broken, whole))
     assert mine == theirs
     assert {name.split("/")[0] for name in mine} > {"model", "optimizer", "generators", "state.json"}
+
+
+def test_a_run_that_goes_on_past_a_damaged_checkpoint_keeps_its_own(
+    toys, scenes, tmp_path, monkeypatch, without_tensorboard
+):
+    """Step 4 is damaged, so the run goes on from 2 and saves at 3, with room for one: it can go on from 3."""
+    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=4, checkpoint_every_steps=2)
+    pretrain(config)
+    (config.out / "checkpoints/step_00000004/state.json").write_text("{}")
+    one_step = Run.one_step
+
+    def stop(run, batches):
+        if run.step == 3:
+            raise Interrupted
+        return one_step(run, batches)
+
+    again = replace(config, resume=True, checkpoint_every_steps=3, keep_checkpoints=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "one_step", stop)
+        with pytest.raises(Interrupted):
+            pretrain(again)
+    assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000003"
+    pretrain(again)
+    assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000004"
 
 
 def test_a_complete_run_is_left_as_it_is(toys, scenes, run_copy, caplog):
