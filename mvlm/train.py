@@ -201,6 +201,8 @@ class Run:
         losses = self.forward_backward(micro)
         norm, parts = gradient_norms(self.model)
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
+        if self.step == self.config.reconstruction_first:  # ITC and ITM are in the loss from here on
+            self.guard.begin_anew()
         good = self.guard.judge(losses.total.detach(), norm)
         # What torch's GradScaler sets too: where it is 1, AdamW's fused kernels leave weights and moments untouched.
         self.optimizer.found_inf = (~good).float()  # pyright: ignore[reportAttributeAccessIssue]
