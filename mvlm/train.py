@@ -36,7 +36,7 @@ from mvlm.recipe import (
     make_model,
     make_optimizer,
 )
-from mvlm.run_folder import RunLock, open_run
+from mvlm.run_folder import RunLock, open_run, write_config
 from mvlm.safety import BadSteps, Guard
 from mvlm.saver import Saver
 from mvlm.signals import StopRequest
@@ -58,6 +58,7 @@ def pretrain(config: PretrainConfig) -> None:
         found = agree(world, lambda: str(open_run(config) or "") if world.first else "")
         checkpoint = world.gather(found)[0]
         run = agree(world, lambda: start_run(config, world, dataset, tokenizer, checkpoint))
+        agree(world, lambda: write_config(config) if world.first else None)
         if run.step >= config.max_steps:
             log.info("%s is complete: %d of %d steps", config.out, run.step, config.max_steps)
         else:
