@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mvlm.checkpoint import checkpoints, newest_good_checkpoint, sync, write_json
 from mvlm.config_files import read_config
@@ -125,10 +125,20 @@ class MetricsFile:
         aside = path.with_name(f".{path.name}.partial")  # a crash here leaves the old file as it was
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
         aside.replace(path)
-        self._file: IO[str] = path.open("a", buffering=1)
+        self._file = path.open("ab", buffering=0)  # what a failed write left in a buffer would be written later
+        self._whole = path.stat().st_size
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        """Add a line. OSError where it cannot be written, as on a full disk; nothing of it is there then."""
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        written = 0
+        try:
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except OSError:
+            self._file.truncate(self._whole)
+            raise
+        self._whole += written
 
     def close(self) -> None:
         self._file.close()

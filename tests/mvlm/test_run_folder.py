@@ -196,6 +196,19 @@ def test_metrics_are_appended_a_line_at_a_time(tmp_path):
     assert path.read_text().count("\n") == 2
 
 
+def test_a_line_that_does_not_fit_on_the_disk_is_not_there_at_all(tmp_path, file_limit):
+    """And the next one, when there is room again, begins where a line begins."""
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path, 0)
+    metrics.write({"step": 1})
+    with file_limit(path.stat().st_size + 5), pytest.raises(OSError, match="File too large"):
+        metrics.write({"step": 2})
+    assert path.read_text() == '{"step": 1}\n'
+    metrics.write({"step": 3})
+    metrics.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
 def test_metrics_are_never_nan(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
     with pytest.raises(ValueError, match="not JSON compliant"):

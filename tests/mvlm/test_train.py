@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import re
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -399,6 +400,28 @@ def test_a_run_that_goes_on_past_a_damaged_checkpoint_keeps_its_own(
     assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000003"
     pretrain(again)
     assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000004"
+
+
+def test_a_full_disk_between_checkpoints_does_not_end_the_run(
+    toys, scenes, tmp_path, monkeypatch, without_tensorboard, caplog, file_limit
+):
+    """No line of steps 2 and 3 can be written; there is room again when step 5 is made and saved."""
+    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=5)
+    one_step, full = Run.one_step, ExitStack()
+
+    def fill(run, batches):
+        if run.step == 2:
+            full.enter_context(file_limit((config.out / "metrics.jsonl").stat().st_size + 20))
+        if run.step == 4:
+            full.close()
+        return one_step(run, batches)
+
+    monkeypatch.setattr(Run, "one_step", fill)
+    with full:
+        pretrain(config)
+    assert [row["step"] for row in read_metrics(config.out / "metrics.jsonl")] == [1, 4, 5]
+    assert caplog.text.count("could not write metrics.jsonl: [Errno 27] File too large; training goes on") == 1
+    assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000005"
 
 
 def test_a_complete_run_is_left_as_it_is(toys, scenes, run_copy, caplog):
