@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,8 +43,14 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The finished checkpoints under `root`, oldest first."""
-    return sorted(path for path in root.glob("step_*") if path.is_dir() and path.suffix != ".tmp")
+    """The finished checkpoints under `root`, oldest first. A folder of another name is none, and nobody's to remove."""
+    found = (path for path in root.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint, from its folder's name."""
+    return int(path.name.removeprefix("step_"))
 
 
 def newest_good_checkpoint(root: Path) -> Path | None:

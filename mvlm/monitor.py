@@ -1,7 +1,9 @@
 """Lines of metrics, and where they go."""
 
+import logging
 import math
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from mvlm.run_folder import MetricsFile
 
 if TYPE_CHECKING:
     from mvlm.train import Run
+
+log = logging.getLogger(__name__)
 
 COUNTERS = ("step", "pairs_seen")
 
@@ -80,39 +84,64 @@ class Lines:
 class Outputs:
     """Where lines and pictures go: metrics.jsonl, TensorBoard and, when asked for, W&B and trackio. Rank 0 alone.
 
+    What cannot be written, for want of room say, is warned about, and is tried again with the next line. TensorBoard is
+    not: its writer's thread ends at the first failure.
+
     Args:
         step: the step that the run goes on from; later lines of an earlier attempt are dropped.
     """
 
     def __init__(self, config: PretrainConfig, step: int) -> None:
-        self._services = [_start_service(name, config) for name in ("wandb", "trackio") if getattr(config, name)]
+        self._services = {n: _start_service(n, config) for n in ("wandb", "trackio") if getattr(config, n)}
         self._strips = config.out / "strips"
         self._metrics = MetricsFile(config.out / "metrics.jsonl", step)
-        self._board = SummaryWriter(str(config.out / "tensorboard"), purge_step=step)
+        self._board: SummaryWriter | None = SummaryWriter(str(config.out / "tensorboard"), purge_step=step)
+        self._failing: set[str] = set()
 
     def write(self, row: dict[str, Any]) -> None:
         """One line of metrics; None stands for a number that there is not."""
-        self._metrics.write(row)
+        step = row["step"]
         numbers = {name: value for name, value in row.items() if name not in COUNTERS and value is not None}
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, row["step"])
-        for service in self._services:
-            service.log(numbers, step=row["step"])
+        self._try("metrics.jsonl", lambda: self._metrics.write(row))
+        self._try_board(lambda board: [board.add_scalar(name, value, step) for name, value in numbers.items()])
+        for name, service in self._services.items():
+            self._try(name, lambda service=service: service.log(numbers, step=step))
 
     def picture(self, picture: np.ndarray, step: int) -> None:
         """A reconstruction strip, uint8 (H, W, 3): strips/step_XXXXXXXX.png, and TensorBoard."""
-        self._strips.mkdir(exist_ok=True)
-        Image.fromarray(picture).save(self._strips / f"step_{step:08d}.png")
-        self._board.add_image("reconstruction", picture, step, dataformats="HWC")
+
+        def save() -> None:
+            self._strips.mkdir(exist_ok=True)
+            Image.fromarray(picture).save(self._strips / f"step_{step:08d}.png")
+
+        self._try("strips", save)
+        self._try_board(lambda board: board.add_image("reconstruction", picture, step, dataformats="HWC"))
 
     def __enter__(self) -> "Outputs":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._metrics.close()
-        self._board.close()
-        for service in self._services:
+        self._try("metrics.jsonl", self._metrics.close)
+        self._try_board(lambda board: board.close())
+        for service in self._services.values():
             service.finish()
+
+    def _try(self, name: str, work: Callable[[], object]) -> bool:
+        """Do `work`. Returns whether it could be done; a warning says why not, once until it can again."""
+        try:
+            work()
+        except OSError as error:
+            if name not in self._failing:
+                log.warning("could not write %s: %s; training goes on", name, error)
+            self._failing.add(name)
+            return False
+        self._failing.discard(name)
+        return True
+
+    def _try_board(self, work: Callable[[SummaryWriter], object]) -> None:
+        board = self._board
+        if board is not None and not self._try("TensorBoard's files", lambda: work(board)):
+            self._board = None
 
 
 def _start_service(name: str, config: PretrainConfig) -> Any:

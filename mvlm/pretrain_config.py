@@ -99,7 +99,7 @@ class PretrainConfig:
     max_bad_steps: int = 10
     """Updates in a row that may be skipped as not finite (or as spikes); the run stops at the next."""
     skip_spikes: bool = False
-    """Also skip an update whose loss is more than 6 standard deviations above the last 128."""
+    """Also skip an update whose loss is more than 6 standard deviations above the last 128 of the same objectives."""
     preemption_file: Path | None = None
     """When this file appears, the run finishes its step, saves and ends, as after SIGTERM or SIGUSR1."""
     stall_minutes: float = 20.0

@@ -4,13 +4,14 @@ import fcntl
 import json
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from mvlm.checkpoint import newest_good_checkpoint
+from mvlm.checkpoint import checkpoints, newest_good_checkpoint, sync, write_json
 from mvlm.config_files import read_config
 from mvlm.errors import RunError
 from mvlm.pretrain_config import FORMAT_VERSION, PretrainConfig
 
+PARTIAL_CONFIG = ".config.json.partial"  # a kill may leave one
 # Settings that change where, how fast or how often, but not what is computed: a resumed run may differ in them.
 FREE_SETTINGS = (
     "resume",
@@ -60,29 +61,46 @@ class RunLock:
 
 
 def open_run(config: PretrainConfig) -> Path | None:
-    """Make the run folder, or check that it may be resumed. Returns the checkpoint to go on from, None to start.
+    """Check that the run may be begun in its folder or resumed. Returns the checkpoint to go on from, None to start.
 
-    RunError when the folder holds anything that this run would spoil; nothing is changed then.
+    RunError when the folder holds anything that this run would spoil. Nothing is changed.
     """
     out, file = config.out, config.out / "config.json"
-    values = {"format_version": FORMAT_VERSION, **json.loads(json.dumps(config.to_dict()))}
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: wanted a folder for the run, found a file; choose another --out")
     if file.is_file():
-        differing = differing_settings(read_config(file), values)
+        differing = differing_settings(read_config(file), plain_settings(config))
         if differing:
             raise RunError(f"{out}: holds a different run ({'; '.join(differing)}); choose another --out")
         if not config.resume:
             raise RunError(f"{out}: holds this run already; go on with --resume, or choose another --out")
         checkpoint = newest_good_checkpoint(out / "checkpoints")
-        if checkpoint is None and any((out / "checkpoints").glob("step_*[0-9]")):
+        if checkpoint is None and checkpoints(out / "checkpoints"):
             raise RunError(f"{out}: no checkpoint is whole; remove the folder to start again, or restore one")
         return checkpoint
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(path.name != PARTIAL_CONFIG for path in out.iterdir()):
         raise RunError(f"{out}: wanted an empty folder or a run, found other files; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(values, indent=1) + "\n")
     return None
+
+
+def plain_settings(config: PretrainConfig) -> dict[str, Any]:
+    """What config.json holds."""
+    return {"format_version": FORMAT_VERSION, **json.loads(json.dumps(config.to_dict()))}
+
+
+def write_config(config: PretrainConfig) -> None:
+    """Make the folder that `open_run` looked at a run's: config.json, whole or not at all. One that is there stays.
+
+    To be called when the run has been put together: a folder with a config.json is taken by that run.
+    """
+    file, aside = config.out / "config.json", config.out / PARTIAL_CONFIG
+    if file.is_file():
+        return
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_json(aside, plain_settings(config))
+    sync(aside)
+    aside.replace(file)
+    sync(config.out)
 
 
 def differing_settings(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
@@ -107,10 +125,20 @@ class MetricsFile:
         aside = path.with_name(f".{path.name}.partial")  # a crash here leaves the old file as it was
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
         aside.replace(path)
-        self._file: IO[str] = path.open("a", buffering=1)
+        self._file = path.open("ab", buffering=0)  # what a failed write left in a buffer would be written later
+        self._whole = path.stat().st_size
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        """Add a line. OSError where it cannot be written, as on a full disk; nothing of it is there then."""
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        written = 0
+        try:
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except OSError:
+            self._file.truncate(self._whole)
+            raise
+        self._whole += written
 
     def close(self) -> None:
         self._file.close()

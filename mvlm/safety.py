@@ -19,7 +19,8 @@ class Guard:
     """Says of each update whether it is to be made: loss and gradient are finite and, when asked for, no spike.
 
     A loss is a spike when it is more than 6 standard deviations above the mean of the last 128 that were let through.
-    (The window of 128 and the 6 are those of OLMo-core's SkipStepOptimizer.)
+    (The window of 128 and the 6 are those of OLMo-core's SkipStepOptimizer.) Losses of other objectives are no measure:
+    `begin_anew` when these change, and the first 128 of the new ones pass.
     """
 
     def __init__(self, world: World, skip_spikes: bool) -> None:
@@ -39,6 +40,10 @@ class Guard:
         self._window = torch.where(slot & good, loss.float(), self._window)
         self._seen = self._seen + good
         return good
+
+    def begin_anew(self) -> None:
+        """Forget the losses seen. No device sync."""
+        self._seen = torch.zeros_like(self._seen)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, ready for JSON: the window, exactly, and how many losses it has seen."""

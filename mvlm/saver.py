@@ -1,6 +1,8 @@
 """Saving while training goes on: the step waits for a copy in memory; a thread brings it to the disk."""
 
+import itertools
 import logging
+import re
 import shutil
 import threading
 from collections.abc import Callable
@@ -14,7 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mvlm.checkpoint import FORMAT_VERSION, checkpoints, generator_states, sha256, sync, write_json, write_tensors
+from mvlm.checkpoint import (
+    FORMAT_VERSION,
+    checkpoints,
+    generator_states,
+    sha256,
+    step_of,
+    sync,
+    write_json,
+    write_tensors,
+)
 from mvlm.distributed import World
 from mvlm.model import MaskVLM
 from mvlm_dataloading import Tokenizer
@@ -46,10 +57,16 @@ class Saver:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
         self._thread: threading.Thread | None = None
         self._buffers: dict[str, Tensor] = {}
+        self._refused: list[Path] = []
         self.newest: Path | None = None
         """The newest checkpoint that was finished."""
         self.failed = 0
         """Saves that came to nothing."""
+
+    def go_on_from(self, checkpoint: Path) -> None:
+        """The run goes on from this one: newer ones were refused as damaged, and the next save sets them aside."""
+        self.newest = checkpoint
+        self._refused = [path for path in checkpoints(self._root) if step_of(path) > step_of(checkpoint)]
 
     def save(
         self,
@@ -173,12 +190,25 @@ class Saver:
         write_json(aside / "manifest.json", manifest)
         for path in [aside / "manifest.json", *(p for p in aside.iterdir() if p.is_dir()), aside]:
             sync(path)
-        shutil.rmtree(final, ignore_errors=True)  # only ever a folder that a resumed run has already refused
+        # Left where they are, they would be kept in the place of whole ones.
+        for path in self._refused:
+            if path.exists():
+                set_aside(path)
+        self._refused = []
+        shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         sync(self._root)
         for rest in self._root.glob("step_*.tmp"):  # of a save that a kill cut short
-            shutil.rmtree(rest, ignore_errors=True)
+            if re.fullmatch(r"step_\d{8,}\.tmp", rest.name):
+                shutil.rmtree(rest, ignore_errors=True)
         remove_old_checkpoints(self._root, self._keep, self._keep_every)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint, so that it counts as one no more and nothing of it is lost."""
+    names = (path.with_suffix(f".damaged{number}") for number in itertools.count(1))
+    aside = path.rename(next(name for name in names if not name.exists()))
+    log.warning("the damaged checkpoint is now %s; remove it when nothing in it is of use", aside)
 
 
 def remove_old_checkpoints(root: Path, keep: int, keep_every_steps: int = 0) -> None:
@@ -188,7 +218,7 @@ def remove_old_checkpoints(root: Path, keep: int, keep_every_steps: int = 0) -> 
     be removed is only warned about.
     """
     for path in checkpoints(root)[:-keep]:
-        if keep_every_steps and int(path.name.removeprefix("step_")) % keep_every_steps == 0:
+        if keep_every_steps and step_of(path) % keep_every_steps == 0:
             continue
         try:
             shutil.rmtree(path.rename(path.with_suffix(".tmp")))

@@ -36,7 +36,7 @@ from mvlm.recipe import (
     make_model,
     make_optimizer,
 )
-from mvlm.run_folder import RunLock, open_run
+from mvlm.run_folder import RunLock, open_run, write_config
 from mvlm.safety import BadSteps, Guard
 from mvlm.saver import Saver
 from mvlm.signals import StopRequest
@@ -58,6 +58,7 @@ def pretrain(config: PretrainConfig) -> None:
         found = agree(world, lambda: str(open_run(config) or "") if world.first else "")
         checkpoint = world.gather(found)[0]
         run = agree(world, lambda: start_run(config, world, dataset, tokenizer, checkpoint))
+        agree(world, lambda: write_config(config) if world.first else None)
         if run.step >= config.max_steps:
             log.info("%s is complete: %d of %d steps", config.out, run.step, config.max_steps)
         else:
@@ -201,6 +202,8 @@ class Run:
         losses = self.forward_backward(micro)
         norm, parts = gradient_norms(self.model)
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
+        if self.step == self.config.reconstruction_first:  # ITC and ITM are in the loss from here on
+            self.guard.begin_anew()
         good = self.guard.judge(losses.total.detach(), norm)
         # What torch's GradScaler sets too: where it is 1, AdamW's fused kernels leave weights and moments untouched.
         self.optimizer.found_inf = (~good).float()  # pyright: ignore[reportAttributeAccessIssue]
@@ -284,7 +287,7 @@ class Run:
             read_tensors(checkpoint / "ema", self.average.tensors)
         set_generators(checkpoint, self.world.rank, self.device)
         self.loader.load_state_dict(state["loader"])
-        self.saver.newest = checkpoint
+        self.saver.go_on_from(checkpoint)
         self.guard.load(state["guard"])
         self.bad.load(state["bad"])
         self.step, self.best = state["step"], state["best"]

@@ -6,7 +6,10 @@ The reference formulas here and in the tests are plain Python or numpy in float6
 import hashlib
 import io
 import os
+import resource
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -245,6 +248,22 @@ def trained(tmp_path_factory, scenes) -> Path:
 def run_copy(trained, tmp_path) -> Path:
     """A copy of the trained run, to be changed."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def file_limit():
+    """A context in which no file may be longer than so many bytes: a full disk, by the system's own error."""
+
+    @contextmanager
+    def limited(length: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (length, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture

@@ -341,6 +341,10 @@ def test_files_that_fit_the_manifest_and_are_no_checkpoint(run_copy):
 
 
 def test_folders_in_order_of_their_steps(tmp_path):
-    for name in ("step_00000010", "step_00000002", "step_00000011.tmp", "other"):
+    """Numbers, not letters, and no folder that somebody copied beside them."""
+    steps = ["step_00000002", "step_00000010", "step_99999999", "step_100000000"]
+    copies = ["step_00000011.tmp", "step_00000011.damaged1", "step_00000010.mine", "step_00000010_backup", "step_3"]
+    for name in (*reversed(steps), *copies, "other"):
         (tmp_path / name).mkdir()
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002", "step_00000010"]
+    (tmp_path / "step_00000012").write_text("a file")
+    assert [path.name for path in checkpoints(tmp_path)] == steps

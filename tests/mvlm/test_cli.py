@@ -212,6 +212,15 @@ def test_an_out_folder_with_a_different_run(mvlm, scenes, toys, run_copy):
         assert toys.folder_hash(run_copy) == before
 
 
+def test_a_mistake_leaves_no_run_behind(mvlm, scenes, tmp_path):
+    """Settings that are found wrong only when the run is put together; the corrected command is given then."""
+    words = ("pretrain", "tiny", "--data", scenes, "--out", tmp_path / "run", *MICRO)
+    outcome = mvlm(*words, "--accumulate", 3)
+    refused(outcome, "batch_size: wanted a multiple of 1 ranks x 3 microbatches = 3, got 8")
+    assert not list(tmp_path.rglob("*.json*"))
+    assert mvlm(*words, "--accumulate", 2).code == 0
+
+
 def test_an_out_folder_with_this_run(mvlm, scenes, toys, tmp_path):
     words = ("pretrain", "tiny", "--data", scenes, "--out", tmp_path / "run", *MICRO)
     assert mvlm(*words).code == 0

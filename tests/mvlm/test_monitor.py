@@ -1,5 +1,6 @@
 """Where lines go besides metrics.jsonl: services, stood in for by modules that write down what they are told."""
 
+import json
 import sys
 from types import SimpleNamespace
 
@@ -54,6 +55,32 @@ def test_a_service_that_is_not_installed_is_named_before_anything_is_written(toy
     with pytest.raises(ConfigError, match="--trackio: wanted the package trackio, which is not installed; pip install"):
         Outputs(config, 0)
     assert not config.out.exists()
+
+
+# TensorBoard writes in a thread, which says so itself.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_is_a_warning_for_each_place_and_lines_go_on(toys, tmp_path, caplog, file_limit):
+    """No stand-in: for 40 lines no file may grow. TensorBoard's writer has ended by then."""
+    config = toys.pretrain_config(tmp_path / "data", tmp_path)
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    with Outputs(config, 0) as outputs:
+        outputs.write(ROW)
+        with file_limit(max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())):
+            for step in range(4, 44):
+                outputs.write(ROW | {"step": step})
+            outputs.picture(picture, 43)
+        outputs.write(ROW | {"step": 44})
+        outputs.picture(picture, 44)
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert sorted(line.split(":")[0] for line in warnings) == [
+        *(f"could not write {name}" for name in ("TensorBoard's files", "metrics.jsonl", "strips"))
+    ]
+    assert all("File too large; training goes on" in line for line in warnings)
+    steps = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert (steps[0], steps[-1]) == (3, 44)
+    assert len(steps) < 42
+    assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert [path.name for path in (tmp_path / "strips").iterdir()] == ["step_00000044.png"]
 
 
 def test_a_strip_is_a_picture_in_the_run_folder_and_on_the_board(toys, tmp_path, monkeypatch):

@@ -1,15 +1,31 @@
+import errno
 import json
+from dataclasses import replace
 
 import pytest
 
+from mvlm import run_folder
 from mvlm.errors import RunError
-from mvlm.run_folder import MetricsFile, RunLock, differing_settings, open_run, read_config, read_metrics
+from mvlm.run_folder import (
+    MetricsFile,
+    RunLock,
+    differing_settings,
+    open_run,
+    read_config,
+    read_metrics,
+    write_config,
+)
 
 
 @pytest.fixture
 def config(toys, tmp_path):
     """A run that nobody has begun."""
     return toys.pretrain_config(tmp_path / "data", tmp_path / "run")
+
+
+def begin(config) -> None:
+    assert open_run(config) is None
+    write_config(config)
 
 
 def refuse(config, toys, *words: str) -> None:
@@ -30,7 +46,7 @@ def test_a_new_run(config, there, resume, toys):
     if there:
         config.out.mkdir()
     config = toys.pretrain_config(config.data, config.out, resume=resume)
-    assert open_run(config) is None
+    begin(config)
     written = json.loads((config.out / "config.json").read_text())
     assert written == {"format_version": 2, **json.loads(json.dumps(config.to_dict()))}
     assert written["model"]["width"] == 16
@@ -49,13 +65,13 @@ def test_a_file_is_refused(config, toys):
 
 
 def test_a_run_is_not_begun_twice(config, toys):
-    open_run(config)
+    begin(config)
     refuse(config, toys, "holds this run already; go on with --resume, or choose another --out")
 
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_different_run_is_refused_with_what_differs(config, toys, resume):
-    open_run(config)
+    begin(config)
     other = toys.pretrain_config(
         config.data, config.out, resume=resume, seed=7, batch_size=16, model=toys.config(cross_norm="pre")
     )
@@ -71,7 +87,7 @@ def test_a_different_run_is_refused_with_what_differs(config, toys, resume):
 
 
 def test_settings_that_change_nothing_that_is_computed_may_differ(config, toys, tmp_path):
-    open_run(config)
+    begin(config)
     again = toys.pretrain_config(
         tmp_path / "moved",
         config.out,
@@ -90,10 +106,29 @@ def test_settings_that_change_nothing_that_is_computed_may_differ(config, toys, 
     "setting", ["max_steps", "lr_encoder", "lr_cross", "lr_pixels", "warmup_steps", "weight_decay", "seed", "precision"]
 )
 def test_settings_that_change_what_is_computed_may_not_differ(config, toys, setting):
-    open_run(config)
+    begin(config)
     value = {"precision": "fp32"}.get(setting, 5)
     changed = toys.pretrain_config(config.data, config.out, resume=True, **{setting: value})
     refuse(changed, toys, f"{setting}: there")
+
+
+def test_a_configuration_is_written_whole_or_not_at_all(config, monkeypatch):
+    """What a full disk or a kill leaves is in nobody's way, and a run that goes on writes none again."""
+
+    def fail(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "sync", fail)
+        with pytest.raises(OSError, match="No space left"):
+            begin(config)
+    assert [path.name for path in config.out.iterdir()] == [".config.json.partial"]
+    (config.out / ".config.json.partial").write_text('{"format_ver')
+    begin(config)
+    written = (config.out / "config.json").read_text()
+    assert [path.name for path in config.out.iterdir()] == ["config.json"]
+    write_config(replace(config, resume=True, log_every=7))
+    assert (config.out / "config.json").read_text() == written
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", '"words"'])
@@ -105,7 +140,7 @@ def test_a_configuration_that_cannot_be_read(config, toys, text):
 
 @pytest.mark.parametrize("version", [None, 1, 3, "2"])
 def test_a_configuration_of_another_version(config, toys, version):
-    open_run(config)
+    begin(config)
     file = config.out / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": version}))
     refuse(config, toys, f"config.json: wanted a configuration of version 2, got version {version}; use the mvlm that")
@@ -159,6 +194,19 @@ def test_metrics_are_appended_a_line_at_a_time(tmp_path):
         assert read_metrics(path)[-1] == {"step": step, "loss": 0.30000000000000004}  # there at once, digit for digit
     metrics.close()
     assert path.read_text().count("\n") == 2
+
+
+def test_a_line_that_does_not_fit_on_the_disk_is_not_there_at_all(tmp_path, file_limit):
+    """And the next one, when there is room again, begins where a line begins."""
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path, 0)
+    metrics.write({"step": 1})
+    with file_limit(path.stat().st_size + 5), pytest.raises(OSError, match="File too large"):
+        metrics.write({"step": 2})
+    assert path.read_text() == '{"step": 1}\n'
+    metrics.write({"step": 3})
+    metrics.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
 def test_metrics_are_never_nan(tmp_path):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm import fast
+from mvlm import fast, safety, train
 from mvlm.checkpoint import load_model
 from mvlm.distributed import World
 from mvlm.errors import NonFiniteLossError
@@ -56,6 +56,19 @@ def test_without_being_asked_a_spike_passes():
     assert judge(guard, 1e6)
 
 
+def test_after_a_new_beginning_other_losses_are_the_measure():
+    """Losses of 7 after those of 1 pass, and 128 of them later it is they that a spike is held against."""
+    guard = Guard(ALONE, True)
+    for i in range(140):
+        assert judge(guard, 1 + 0.01 * math.sin(i))
+    assert not judge(guard, 7.0)
+    guard.begin_anew()
+    for i in range(128):
+        assert judge(guard, 7 + 0.01 * math.sin(i)), i
+    assert not judge(guard, 7.2)
+    assert judge(guard, 7.01)
+
+
 def test_the_window_goes_on_from_a_checkpoint():
     guard, other = Guard(ALONE, True), Guard(ALONE, True)
     for i in range(140):
@@ -64,6 +77,30 @@ def test_the_window_goes_on_from_a_checkpoint():
     for loss in (1.05, 1.01, 1.06, 1.07, 1.2):
         assert judge(guard, loss) is judge(other, loss)
     assert guard.state() == other.state()
+
+
+@pytest.mark.parametrize("reconstruction_first", [6, 0])
+def test_itc_and_itm_that_join_are_no_spike(
+    toys, scenes, tmp_path, monkeypatch, without_tensorboard, reconstruction_first
+):
+    """The loss jumps after step 6, where the window of four is full; a jump for no reason is a spike still."""
+    monkeypatch.setattr(safety, "WINDOW", 4)
+    rates = dict.fromkeys(("lr_encoder", "lr_cross", "lr_pixels"), 1e-9)
+    config = toys.pretrain_config(
+        scenes, tmp_path / "run", max_steps=12, skip_spikes=True, reconstruction_first=reconstruction_first, **rates
+    )
+    forward_backward = train.Run.forward_backward
+
+    def jump(run, micro):
+        losses = forward_backward(run, micro)
+        return losses._replace(total=losses.total + 100 * (run.step == 11))
+
+    monkeypatch.setattr(train.Run, "forward_backward", jump)
+    pretrain(config)
+    rows = read_metrics(config.out / "metrics.jsonl")
+    assert [row["bad_steps"] for row in rows] == [0] * 11 + [1]
+    if reconstruction_first:
+        assert rows[6]["loss"] > rows[5]["loss"] + 1
 
 
 def numbers_of(good: list[bool], first: int = 1, loss: float = NAN) -> Numbers:

@@ -27,7 +27,7 @@ def save(toys, tokenizer, tmp_path):
     optimizer = make_optimizer(model, toys.pretrain_config(Path(), Path()), ALONE.device)
     saver = Saver(tmp_path, ALONE, keep=10)
 
-    def begin(step: int) -> None:
+    def begin(step: int, saver: Saver = saver) -> None:
         parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
         parts["optimizer"]["log_scale/step"] = torch.tensor(float(step))
         saver.save(step, model, parts, {}, tokenizer)
@@ -199,6 +199,60 @@ def test_the_newest_are_kept_and_every_so_many(tmp_path):
     assert steps() == [2, 4, 6, 7, 10]
     remove_old_checkpoints(tmp_path, 1)
     assert steps() == [10]
+
+
+@pytest.mark.parametrize("keep, kept", [(1, [13]), (2, [10, 13])])
+def test_a_damaged_one_takes_no_place_among_those_kept(save, tmp_path, caplog, keep, kept):
+    """The run goes on from 10, as 12 and 20 are damaged: no save removes the good ones for them, or loses them."""
+    begin, saver, _ = save
+    for step in (10, 12, 20):
+        begin(step)
+        saver.wait()
+    for step in (12, 20):
+        (tmp_path / f"step_{step:08d}/state.json").write_text(f"not that of {step}")
+    assert newest_good_checkpoint(tmp_path) == tmp_path / "step_00000010"
+    resumed = Saver(tmp_path, ALONE, keep)
+    resumed.go_on_from(tmp_path / "step_00000010")
+    begin(13, resumed)
+    resumed.wait()
+    assert (resumed.failed, resumed.newest) == (0, tmp_path / "step_00000013")
+    assert newest_good_checkpoint(tmp_path) == resumed.newest
+    assert [path.name for path in checkpoints(tmp_path)] == [f"step_{step:08d}" for step in kept]
+    begin(20, resumed)
+    begin(21, resumed)  # the run's own 20 is refused by nobody
+    resumed.wait()
+    assert [path.name for path in checkpoints(tmp_path)][-keep:] == ["step_00000020", "step_00000021"][-keep:]
+    for step in (12, 20):
+        aside = tmp_path / f"step_{step:08d}.damaged1"
+        assert f"the damaged checkpoint is now {aside}" in caplog.text
+        assert (aside / "state.json").read_text() == f"not that of {step}"
+
+
+def test_one_that_is_damaged_again_is_lost_no_more_than_the_first(save, tmp_path):
+    begin, saver, _ = save
+    for step in (10, 20, 20, 20):
+        begin(step, saver)
+        saver.wait()
+        if step == 20:
+            (tmp_path / "step_00000020/state.json").write_text("damaged")
+            saver = Saver(tmp_path, ALONE, keep=2)
+            saver.go_on_from(tmp_path / "step_00000010")
+    names = ["step_00000010", "step_00000020", "step_00000020.damaged1", "step_00000020.damaged2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_a_copy_that_somebody_made_is_left_alone(save, tmp_path):
+    """It is no checkpoint of ours, so neither kept for one nor removed, and no save fails for it."""
+    copies = ["step_00000001.mine", "step_00000001_backup", "step_00000001.old.tmp", "step_1"]
+    for name in copies:
+        (tmp_path / name).mkdir()
+    begin, _, _ = save
+    saver = Saver(tmp_path, ALONE, keep=1, keep_every_steps=4)
+    for step in (1, 2, 3):
+        begin(step, saver)
+        saver.wait()
+    assert (saver.failed, saver.newest) == (0, tmp_path / "step_00000003")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*copies, "step_00000003"])
 
 
 def test_a_kill_while_an_old_one_is_removed_leaves_no_half_checkpoint(tmp_path, monkeypatch):

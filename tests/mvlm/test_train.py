@@ -2,6 +2,7 @@ import itertools
 import json
 import math
 import re
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from mvlm import fast, objectives, train
-from mvlm.checkpoint import load_model, verify_checkpoint
+from mvlm.checkpoint import find_checkpoint, load_model, verify_checkpoint
 from mvlm.distributed import World
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
 from mvlm.parallel import compile_step, parallelize
@@ -341,7 +342,12 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"reconstruction_first": 4}, {"eval_every_steps": 2, "batch_size": 7, "ema_decay": 0.9, "skip_spikes": True}],
+    [
+        {},
+        {"reconstruction_first": 4},
+        {"eval_every_steps": 2, "batch_size": 7, "ema_decay": 0.9},
+        {"reconstruction_first": 3, "skip_spikes": True},  # the objectives change where the run is cut
+    ],
 )
 def test_a_resumed_run_is_the_run_without_a_break(toys, scenes, tmp_path, monkeypatch, without_tensorboard, settings):
     """Six steps, against a run that is stopped in its fifth and goes on from its checkpoint of the third."""
@@ -370,6 +376,52 @@ def test_a_resumed_run_is_the_run_without_a_break(toys, scenes, tmp_path, monkey
     mine, theirs = (toys.contents(run.out / "checkpoints/step_00000006") for run in (broken, whole))
     assert mine == theirs
     assert {name.split("/")[0] for name in mine} > {"model", "optimizer", "generators", "state.json"}
+
+
+def test_a_run_that_goes_on_past_a_damaged_checkpoint_keeps_its_own(
+    toys, scenes, tmp_path, monkeypatch, without_tensorboard
+):
+    """Step 4 is damaged, so the run goes on from 2 and saves at 3, with room for one: it can go on from 3."""
+    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=4, checkpoint_every_steps=2)
+    pretrain(config)
+    (config.out / "checkpoints/step_00000004/state.json").write_text("{}")
+    one_step = Run.one_step
+
+    def stop(run, batches):
+        if run.step == 3:
+            raise Interrupted
+        return one_step(run, batches)
+
+    again = replace(config, resume=True, checkpoint_every_steps=3, keep_checkpoints=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "one_step", stop)
+        with pytest.raises(Interrupted):
+            pretrain(again)
+    assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000003"
+    pretrain(again)
+    assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000004"
+
+
+def test_a_full_disk_between_checkpoints_does_not_end_the_run(
+    toys, scenes, tmp_path, monkeypatch, without_tensorboard, caplog, file_limit
+):
+    """No line of steps 2 and 3 can be written; there is room again when step 5 is made and saved."""
+    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=5)
+    one_step, full = Run.one_step, ExitStack()
+
+    def fill(run, batches):
+        if run.step == 2:
+            full.enter_context(file_limit((config.out / "metrics.jsonl").stat().st_size + 20))
+        if run.step == 4:
+            full.close()
+        return one_step(run, batches)
+
+    monkeypatch.setattr(Run, "one_step", fill)
+    with full:
+        pretrain(config)
+    assert [row["step"] for row in read_metrics(config.out / "metrics.jsonl")] == [1, 4, 5]
+    assert caplog.text.count("could not write metrics.jsonl: [Errno 27] File too large; training goes on") == 1
+    assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000005"
 
 
 def test_a_complete_run_is_left_as_it_is(toys, scenes, run_copy, caplog):
