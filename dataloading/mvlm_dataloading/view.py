@@ -136,9 +136,19 @@ def _reason_against(facts: Facts, captions: list[str], choice: Choice) -> str | 
 
 
 def _draw(choice: Choice, purpose: str, dataset: Dataset, i: int) -> float:
-    """A number in [0, 1) that depends on the seed and the key alone."""
-    digest = hashlib.sha256(f"{choice.seed} {purpose} {dataset.keys[i]}".encode("utf-8", "surrogateescape")).digest()
+    """A number in [0, 1) that depends on the seed and the key, and on how many views the data have come through.
+
+    Else all that a view has taken by a share would be within the same share again.
+    """
+    depth = _depth(dataset.description)
+    told = f"{choice.seed} {purpose} {dataset.keys[i]}" + (f" {depth}" if depth else "")
+    digest = hashlib.sha256(told.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _depth(description: dict[str, Any]) -> int:
+    """How many views lie one on another; 0 for a data set that has tars of its own."""
+    return description.get("recipe", {}).get("view", {}).get("depth", 0)
 
 
 def _write_indices(
@@ -204,6 +214,7 @@ def _describe(
         return known[0].get(name) if all(one.get(name) == known[0].get(name) for one in known) else None
 
     recipe = {**asdict(choice), "sources": [one.get("name") for one in known], "weights": list(weights)}
+    recipe["depth"] = 1 + max(map(_depth, known))
     if recipe["max_aspect"] == float("inf"):
         recipe["max_aspect"] = None  # JSON has no infinity
     description: dict[str, Any] = {

@@ -129,6 +129,27 @@ def test_a_smaller_fraction_is_part_of_a_larger(one, tmp_path):
     assert set(keys(tmp_path / "seed")) != found[1]
 
 
+def test_a_share_of_a_share_is_drawn_anew(tmp_path):
+    """A half, a half of that, and of that: by fraction and by weight. About 60, 30 and 15 of 120."""
+    write(tmp_path / "whole", range(120), each=200, captions=lambda i: ["words"])
+    for kind in ("fraction", "weight"):
+        share = Choice(fraction=0.5) if kind == "fraction" else Choice()
+        found, source = [], tmp_path / "whole"
+        for turn in range(3):
+            view = tmp_path / f"{kind}{turn}"
+            make_view(view, [source], share, weights=[1.0 if kind == "fraction" else 0.5])
+            found.append(set(keys(view)))
+            source = view
+        assert found[0] > found[1] > found[2]
+        for turn, part in enumerate(found):
+            mean = 60 / 2**turn
+            assert abs(len(part) - mean) < 4 * (mean / 2) ** 0.5
+    make_view(tmp_path / "third", [tmp_path / "fraction0"], Choice(fraction=0.3))
+    make_view(tmp_path / "again", [tmp_path / "fraction0"], Choice(fraction=0.5))
+    assert set(keys(tmp_path / "third")) < set(keys(tmp_path / "again"))
+    assert set(keys(tmp_path / "again")) == set(keys(tmp_path / "fraction1"))
+
+
 def test_sets_are_mixed_by_weight(one, two, tmp_path):
     description = make_view(tmp_path / "view", [one, two], weights=[0.5, 2.5])
     found = keys(tmp_path / "view")
