@@ -60,7 +60,7 @@ def make_view(
     """
     choice = choice or Choice()
     choice.check()
-    out = Path(os.path.abspath(out))
+    out = Path(out).resolve()
     weights = [float(weight) for weight in weights or [1.0] * len(sources)]
     if not sources or len(weights) != len(sources) or min(weights) <= 0:
         raise DataError(f"weights: wanted one above 0 for each of {len(sources)} sources, got {weights}")
@@ -183,7 +183,7 @@ def _write_indices(
         (folder / name).write_bytes(content)
         entry["shards"].append(
             {
-                "tar": os.path.relpath(tar, out),
+                "tar": os.path.relpath(tar.parent.resolve() / tar.name, out),
                 "index": name,
                 "samples": len(chosen),
                 "bytes": known["bytes"],

@@ -219,6 +219,25 @@ def test_views_of_views_and_of_moved_folders(one, two, tmp_path):
                for shard in part["shards"])  # fmt: skip
 
 
+def test_views_seen_through_links(one, tmp_path):
+    """A link to a view, a view written and read through links, and of a source behind one."""
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    make_view(tmp_path / "deep" / "er" / "view", [one], Choice(match="number 3"))
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er" / "view")
+    assert keys(tmp_path / "link") == ["one003"]
+    (tmp_path / "folder").symlink_to(tmp_path / "deep" / "er")
+    (tmp_path / "source").symlink_to(one)
+    make_view(tmp_path / "folder" / "second", [tmp_path / "source", tmp_path / "link"], Choice(match="number [34]"))
+    wanted = ["one003", "one004", "one003"]
+    for folder in (tmp_path / "folder" / "second", tmp_path / "deep" / "er" / "second"):
+        assert keys(folder) == wanted
+        assert open_dataset(folder, "train").captions(0) == published.captions(3)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "to-empty").symlink_to(tmp_path / "empty")
+    make_view(tmp_path / "to-empty", [one], Choice(match="number 3"))
+    assert keys(tmp_path / "empty") == ["one003"]
+
+
 def test_the_fingerprint_follows_the_choice(one, tmp_path):
     prints = set()
     for name, pattern in (("a", "number 3$"), ("b", "number 4$"), ("c", "number 3$")):
