@@ -10,6 +10,7 @@ from typing import Any
 from .errors import DataError
 
 FORMAT_VERSION = 1
+_OF_A_SHARD = {"tar": str, "samples": int, "bytes": int, "sha256": str}
 
 
 def description_of(tar: Path, samples: int) -> dict[str, Any]:
@@ -62,8 +63,12 @@ def read_description(folder: Path) -> dict[str, Any]:
         version = description["format_version"]
         for split in description["splits"].values():
             for shard in split["shards"]:
-                _ = shard["tar"], shard["samples"], shard["bytes"], shard["sha256"]  # are they there?
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+                for name, kind in _OF_A_SHARD.items():
+                    if not isinstance(shard[name], kind):
+                        raise TypeError(f"{name} {shard[name]!r}")
+                if not isinstance(shard.get("index", ""), str):
+                    raise TypeError(f"index {shard['index']!r}")
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{file}: wanted the description of a data set, found {error!r}; build the data set again"
         ) from None

@@ -62,8 +62,8 @@ def make_view(
     choice.check()
     out = Path(out).resolve()
     weights = [float(weight) for weight in weights or [1.0] * len(sources)]
-    if not sources or len(weights) != len(sources) or min(weights) <= 0:
-        raise DataError(f"weights: wanted one above 0 for each of {len(sources)} sources, got {weights}")
+    if not sources or len(weights) != len(sources) or not all(0 < weight < float("inf") for weight in weights):
+        raise DataError(f"weights: wanted a number above 0 for each of {len(sources)} sources, got {weights}")
     refuse_occupied(out)
     rows, reasons = _judge(sources, choice)
     pictures = collect((str(r.dataset.keys[r.number]), r.dataset.split, r.facts) for r in rows)

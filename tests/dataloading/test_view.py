@@ -295,8 +295,8 @@ def test_what_cannot_be_a_view(one, tmp_path):
         (Choice(match="["), (), "match: wanted a regular expression"),
         (Choice(fraction=0), (), "fraction: wanted more than 0 and at most 1, got 0"),
         (Choice(splits=("dev",)), (), "splits: wanted some of test, train, got dev"),
-        (Choice(), (1.0, 2.0), "weights: wanted one above 0 for each of 1 sources"),
-        (Choice(), (0.0,), "weights: wanted one above 0"),
+        (Choice(), (1.0, 2.0), "weights: wanted a number above 0 for each of 1 sources"),
+        *((Choice(), (float(w),), "weights: wanted a number above 0") for w in ("0", "-1", "nan", "inf")),
         (Choice(min_side=1000), (), "wanted at least one sample in the view, found none; left out"),
     ):
         with pytest.raises(DataError, match=message):
