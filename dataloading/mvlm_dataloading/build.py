@@ -76,7 +76,7 @@ def build_shards(
     """
     settings = settings or Settings()
     settings.check()
-    out = Path(os.path.abspath(out))
+    out = Path(out).resolve()  # a link gets what it leads to filled, and is not replaced
     if settings.tokenizer is not None:
         need("tokenizers")
     recipe = _recipe(source, settings, against)

@@ -139,7 +139,7 @@ def parse_metadata(text: bytes, where: Callable[[], str]) -> dict[str, Any]:
         return {}
     try:
         metadata = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where()}: wanted metadata as JSON, found {error}; remove the sample") from None
     if not isinstance(metadata, dict):
         raise DataError(

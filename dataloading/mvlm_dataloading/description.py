@@ -10,6 +10,7 @@ from typing import Any
 from .errors import DataError
 
 FORMAT_VERSION = 1
+_OF_A_SHARD = {"tar": str, "samples": int, "bytes": int, "sha256": str}
 
 
 def description_of(tar: Path, samples: int) -> dict[str, Any]:
@@ -62,8 +63,12 @@ def read_description(folder: Path) -> dict[str, Any]:
         version = description["format_version"]
         for split in description["splits"].values():
             for shard in split["shards"]:
-                _ = shard["tar"], shard["samples"], shard["bytes"], shard["sha256"]  # are they there?
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+                for name, kind in _OF_A_SHARD.items():
+                    if not isinstance(shard[name], kind):
+                        raise TypeError(f"{name} {shard[name]!r}")
+                if not isinstance(shard.get("index", ""), str):
+                    raise TypeError(f"index {shard['index']!r}")
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{file}: wanted the description of a data set, found {error!r}; build the data set again"
         ) from None
@@ -76,12 +81,17 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 def shard_files(folder: Path, shard: Mapping[str, Any]) -> tuple[Path, Path]:
     """The tar and the index of one of a description's shards. Those of a view lie apart, and the view names both."""
-    tar = Path(os.path.normpath(folder / shard["tar"]))
-    return tar, folder / shard["index"] if "index" in shard else tar.with_suffix(".idx")
+    if "index" not in shard:
+        tar = folder / shard["tar"]
+        return tar, tar.with_suffix(".idx")
+    # Where a link leads to a view, `..` means the folder that the view is in, not the link's.
+    return Path(os.path.normpath(folder.resolve() / shard["tar"])), folder / shard["index"]
 
 
 def refuse_occupied(out: Path) -> None:
-    """Raises DataError unless `out` is a new or an empty folder."""
+    """Raises DataError unless `out` is a new or an empty folder, which a finished one can take the place of."""
+    if os.path.ismount(out.resolve()):
+        raise DataError(f"{out}: wanted a folder that can be replaced, found a mount point; name a new folder in it")
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists():

@@ -51,7 +51,8 @@ def uniforms(purpose: Purpose, seed: int, epoch: Any, sample_ids: Any, count: in
 
 def text_hash(text: str | bytes) -> int:
     """A stable int64 of a text: equal texts, equal numbers, on every machine."""
-    data = text.encode() if isinstance(text, str) else text
+    # JSON may spell half of a surrogate pair, which plain UTF-8 cannot.
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 

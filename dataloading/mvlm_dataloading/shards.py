@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import shutil
 import tarfile
 from collections import Counter
@@ -56,7 +55,7 @@ class ShardWriter:
         recipe: Mapping[str, Any],
         max_shard_bytes: int = 256 << 20,
     ):
-        out = Path(os.path.abspath(out))  # so that "." has a name too
+        out = Path(out).resolve()  # so that "." has a name too, and a link is not replaced
         refuse_occupied(out)
         self.out = out
         self._header = {"name": name, "source": source, "licence": licence, "attribution": attribution}

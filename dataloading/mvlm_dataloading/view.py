@@ -60,10 +60,10 @@ def make_view(
     """
     choice = choice or Choice()
     choice.check()
-    out = Path(os.path.abspath(out))
+    out = Path(out).resolve()
     weights = [float(weight) for weight in weights or [1.0] * len(sources)]
-    if not sources or len(weights) != len(sources) or min(weights) <= 0:
-        raise DataError(f"weights: wanted one above 0 for each of {len(sources)} sources, got {weights}")
+    if not sources or len(weights) != len(sources) or not all(0 < weight < float("inf") for weight in weights):
+        raise DataError(f"weights: wanted a number above 0 for each of {len(sources)} sources, got {weights}")
     refuse_occupied(out)
     rows, reasons = _judge(sources, choice)
     pictures = collect((str(r.dataset.keys[r.number]), r.dataset.split, r.facts) for r in rows)
@@ -136,9 +136,19 @@ def _reason_against(facts: Facts, captions: list[str], choice: Choice) -> str | 
 
 
 def _draw(choice: Choice, purpose: str, dataset: Dataset, i: int) -> float:
-    """A number in [0, 1) that depends on the seed and the key alone."""
-    digest = hashlib.sha256(f"{choice.seed} {purpose} {dataset.keys[i]}".encode("utf-8", "surrogateescape")).digest()
+    """A number in [0, 1) that depends on the seed and the key, and on how many views the data have come through.
+
+    Else all that a view has taken by a share would be within the same share again.
+    """
+    depth = _depth(dataset.description)
+    told = f"{choice.seed} {purpose} {dataset.keys[i]}" + (f" {depth}" if depth else "")
+    digest = hashlib.sha256(told.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _depth(description: dict[str, Any]) -> int:
+    """How many views lie one on another; 0 for a data set that has tars of its own."""
+    return description.get("recipe", {}).get("view", {}).get("depth", 0)
 
 
 def _write_indices(
@@ -173,7 +183,7 @@ def _write_indices(
         (folder / name).write_bytes(content)
         entry["shards"].append(
             {
-                "tar": os.path.relpath(tar, out),
+                "tar": os.path.relpath(tar.parent.resolve() / tar.name, out),
                 "index": name,
                 "samples": len(chosen),
                 "bytes": known["bytes"],
@@ -204,6 +214,7 @@ def _describe(
         return known[0].get(name) if all(one.get(name) == known[0].get(name) for one in known) else None
 
     recipe = {**asdict(choice), "sources": [one.get("name") for one in known], "weights": list(weights)}
+    recipe["depth"] = 1 + max(map(_depth, known))
     if recipe["max_aspect"] == float("inf"):
         recipe["max_aspect"] = None  # JSON has no infinity
     description: dict[str, Any] = {

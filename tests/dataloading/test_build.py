@@ -15,7 +15,7 @@ import published
 import pytest
 from PIL import Image
 
-from mvlm_dataloading import DataError, Settings, build_shards, open_dataset
+from mvlm_dataloading import DataError, Settings, ShardWriter, build_shards, open_dataset
 from mvlm_dataloading.decode import perceptual_hash
 from mvlm_dataloading.duplicates import MAX_DISTANCE, first_equal, near_known, near_pairs
 from mvlm_dataloading.records import Listed, Record, Source
@@ -268,6 +268,38 @@ def test_another_run_is_not_mixed_into_what_a_killed_one_left(tmp_path, monkeypa
     build_shards(source, tmp_path / "out", progress=seen.append, workers=0)
     assert (seen[0].pieces, seen[-1].records) == (2, 0)  # nothing was done twice
     assert keys(tmp_path / "out") == ["k0", "k1", "k2", "k3"]
+
+
+def test_a_link_to_an_empty_folder_gets_that_folder_filled(tmp_path):
+    records = {"train": [record("a", published.picture(0))]}
+    (tmp_path / "elsewhere" / "empty").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "empty")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "elsewhere" / "new")
+    for link in (tmp_path / "link", tmp_path / "nowhere"):
+        build(link, records)
+        build(link, records)  # and is known again
+        assert link.is_symlink()
+        assert keys(link) == keys(link.resolve()) == ["a"]
+    assert sorted(path.name for path in tmp_path.rglob("*.partial")) == []
+    (tmp_path / "third").mkdir()
+    (tmp_path / "to-third").symlink_to(tmp_path / "third")
+    with ShardWriter(tmp_path / "to-third", name="", source="", licence="", attribution="", recipe={}) as writer:
+        writer.add("b", published.encoded(published.picture(1)), ["words"])
+    assert keys(tmp_path / "third") == ["b"]
+
+
+def test_a_mount_point_is_refused_before_anything_is_done(tmp_path, monkeypatch):
+    """It cannot be replaced by a finished folder. Nothing is mounted here; the system is asked by its name."""
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "volume")
+    seen = []
+    source = Source("set", "", "", {}, [Listed("train", [record("a", published.picture(0))])])
+    with pytest.raises(DataError, match="volume: wanted a folder that can be replaced, found a mount point"):
+        build_shards(source, tmp_path / "volume", progress=seen.append, workers=0)
+    assert seen == []
+    assert [path.name for path in tmp_path.iterdir()] == ["volume"]
+    build_shards(source, tmp_path / "volume" / "set", workers=0)
+    build_shards(source, tmp_path / "volume" / "set", workers=0)
 
 
 def test_two_runs_at_once_are_refused(tmp_path):

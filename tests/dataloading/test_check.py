@@ -1,5 +1,6 @@
 """Reading a data set through, and indices made anew."""
 
+import hashlib
 import os
 import re
 import tarfile
@@ -72,6 +73,35 @@ def test_what_a_check_finds(tmp_path):
     assert rows["long side, pixels"][-5:] == ["60", "/", "105", "/", "150"]
     assert rows["width over height"][-5:] == ["1.20", "/", "2.10", "/", "3.00"]
     assert "rejected: 1 image file is empty" in table(out, found)
+
+
+@pytest.mark.parametrize(
+    "metadata, problem",
+    [
+        (b"[" * 100_000, "wanted metadata as JSON, found"),
+        (b'{"a":' * 100_000, "wanted metadata as JSON, found"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "wanted metadata as JSON, found"),
+        (b'{"image_id": "\\ud800"}', None),
+    ],
+    ids=["lists", "objects", "a long number", "half a pair"],
+)
+def test_odd_metadata_are_refused_or_accepted_by_check_and_loader_alike(tmp_path, tokenizer, metadata, problem):
+    image = published.encoded(published.picture(0))
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        published.add_members(tar, [("a.jpg", image), ("a.txt", b"words"), ("a.json", metadata)])
+    rebuild_indices(tmp_path)
+    loader = Loader(open_dataset(tmp_path, "train"), tokenizer, batch_size=1, image_size=32, text_length=8, seed=0)
+    if problem is None:
+        assert problems(tmp_path) == []
+        batch, _ = next(iter(loader))
+        wanted = hashlib.blake2b(b"image_id \xed\xa0\x80", digest_size=8).digest()
+        assert batch.image_id.tolist() == [int.from_bytes(wanted, "little", signed=True)]
+    else:
+        (found,) = problems(tmp_path)
+        assert problem in found
+        with pytest.raises(DataError, match=problem):
+            next(iter(loader))
+    loader.close()
 
 
 def test_scripts():

@@ -110,8 +110,19 @@ def test_missing_folder_and_description(tmp_path, folder):
     refuse(folder, "dataset.json: wanted the data set's description, found no such file")
 
 
+def one_shard(**changed) -> str:
+    shard = {"tar": "train-000000.tar", "samples": 1, "bytes": 1, "sha256": ""} | changed
+    return json.dumps({"format_version": 1, "splits": {"train": {"shards": [shard]}}})
+
+
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"format_version": 1, "splits": {"train": {"shards": [{}]}}}', "\xff"]
+    "text",
+    [
+        *("", "[]", "{}", '{"format_version": 1, "splits": {"train": {"shards": [{}]}}}', "\xff", "[" * 100_000),
+        *(one_shard(tar=5), one_shard(samples="1"), one_shard(bytes=None), one_shard(sha256=[]), one_shard(index=5)),
+        '{"format_version": ' + "9" * 5000 + "}",
+    ],
+    ids=lambda text: text[:60],
 )
 def test_a_description_that_is_none(folder, text):
     (folder / "dataset.json").write_text(text, encoding="latin-1")

@@ -291,6 +291,32 @@ def test_annotations_that_are_none(tmp_path, text, message):
         coco(tmp_path, tmp_path / "dataset_coco.json")
 
 
+@pytest.mark.parametrize("number", ["a", 1e999, None, [1], {}])
+def test_numbers_of_pictures_that_are_none(tmp_path, number):
+    published.coco(tmp_path / "coco")
+    published.visual_genome(tmp_path / "genome")
+    for name, make, field in (
+        ("coco/annotations/captions_train2014.json", lambda: coco(tmp_path / "coco"), "id"),
+        ("coco/dataset_coco.json", lambda: coco(tmp_path / "coco", tmp_path / "coco/dataset_coco.json"), "cocoid"),
+        ("genome/region_descriptions.json", lambda: visual_genome(tmp_path / "genome"), "id"),
+    ):
+        content = json.loads((tmp_path / name).read_text())
+        (content if isinstance(content, list) else content["images"])[1][field] = number
+        (tmp_path / name).write_text(json.dumps(content))
+        with pytest.raises(
+            DataError, match=r"\.json: wanted .*, found (Value|Type|Overflow)Error.*; download it again"
+        ):
+            make()
+
+
+def test_captions_nested_too_deeply(tmp_path):
+    published.flickr30k(tmp_path)
+    file = tmp_path / "flickr_annotations_30k.csv"
+    file.write_text(f"raw,split,filename\n{'[' * 100_000},train,1000.jpg\n")
+    with pytest.raises(DataError, match="wanted columns raw, split and filename, found RecursionError"):
+        flickr30k(tmp_path, file)
+
+
 def test_a_long_list_is_read_piece_by_piece(tmp_path, monkeypatch):
     elements = [1234567, "a] [,", {"b": [1, {"c": '\\"]'}]}, [], -0.5, None, "é" * 30]
     file = tmp_path / "list.json"

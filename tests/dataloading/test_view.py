@@ -129,6 +129,27 @@ def test_a_smaller_fraction_is_part_of_a_larger(one, tmp_path):
     assert set(keys(tmp_path / "seed")) != found[1]
 
 
+def test_a_share_of_a_share_is_drawn_anew(tmp_path):
+    """A half, a half of that, and of that: by fraction and by weight. About 60, 30 and 15 of 120."""
+    write(tmp_path / "whole", range(120), each=200, captions=lambda i: ["words"])
+    for kind in ("fraction", "weight"):
+        share = Choice(fraction=0.5) if kind == "fraction" else Choice()
+        found, source = [], tmp_path / "whole"
+        for turn in range(3):
+            view = tmp_path / f"{kind}{turn}"
+            make_view(view, [source], share, weights=[1.0 if kind == "fraction" else 0.5])
+            found.append(set(keys(view)))
+            source = view
+        assert found[0] > found[1] > found[2]
+        for turn, part in enumerate(found):
+            mean = 60 / 2**turn
+            assert abs(len(part) - mean) < 4 * (mean / 2) ** 0.5
+    make_view(tmp_path / "third", [tmp_path / "fraction0"], Choice(fraction=0.3))
+    make_view(tmp_path / "again", [tmp_path / "fraction0"], Choice(fraction=0.5))
+    assert set(keys(tmp_path / "third")) < set(keys(tmp_path / "again"))
+    assert set(keys(tmp_path / "again")) == set(keys(tmp_path / "fraction1"))
+
+
 def test_sets_are_mixed_by_weight(one, two, tmp_path):
     description = make_view(tmp_path / "view", [one, two], weights=[0.5, 2.5])
     found = keys(tmp_path / "view")
@@ -198,6 +219,25 @@ def test_views_of_views_and_of_moved_folders(one, two, tmp_path):
                for shard in part["shards"])  # fmt: skip
 
 
+def test_views_seen_through_links(one, tmp_path):
+    """A link to a view, a view written and read through links, and of a source behind one."""
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    make_view(tmp_path / "deep" / "er" / "view", [one], Choice(match="number 3"))
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er" / "view")
+    assert keys(tmp_path / "link") == ["one003"]
+    (tmp_path / "folder").symlink_to(tmp_path / "deep" / "er")
+    (tmp_path / "source").symlink_to(one)
+    make_view(tmp_path / "folder" / "second", [tmp_path / "source", tmp_path / "link"], Choice(match="number [34]"))
+    wanted = ["one003", "one004", "one003"]
+    for folder in (tmp_path / "folder" / "second", tmp_path / "deep" / "er" / "second"):
+        assert keys(folder) == wanted
+        assert open_dataset(folder, "train").captions(0) == published.captions(3)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "to-empty").symlink_to(tmp_path / "empty")
+    make_view(tmp_path / "to-empty", [one], Choice(match="number 3"))
+    assert keys(tmp_path / "empty") == ["one003"]
+
+
 def test_the_fingerprint_follows_the_choice(one, tmp_path):
     prints = set()
     for name, pattern in (("a", "number 3$"), ("b", "number 4$"), ("c", "number 3$")):
@@ -255,8 +295,8 @@ def test_what_cannot_be_a_view(one, tmp_path):
         (Choice(match="["), (), "match: wanted a regular expression"),
         (Choice(fraction=0), (), "fraction: wanted more than 0 and at most 1, got 0"),
         (Choice(splits=("dev",)), (), "splits: wanted some of test, train, got dev"),
-        (Choice(), (1.0, 2.0), "weights: wanted one above 0 for each of 1 sources"),
-        (Choice(), (0.0,), "weights: wanted one above 0"),
+        (Choice(), (1.0, 2.0), "weights: wanted a number above 0 for each of 1 sources"),
+        *((Choice(), (float(w),), "weights: wanted a number above 0") for w in ("0", "-1", "nan", "inf")),
         (Choice(min_side=1000), (), "wanted at least one sample in the view, found none; left out"),
     ):
         with pytest.raises(DataError, match=message):

@@ -75,7 +75,7 @@ def _captions(root: Path, file: Path) -> list[Record]:
             known, licence = captions.get(image["id"], []), licences.get(image.get("license"))
             records.append(_record(folder, image["file_name"], image["id"], known, licence))
         return records
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise DataError(
             f"{file}: wanted COCO captions (images, annotations), found {error!r}; download it again"
         ) from None
@@ -96,7 +96,7 @@ def _karpathy(root: Path, file: Path) -> dict[str, list[Record]]:
             captions = [str(sentence["raw"]) for sentence in image["sentences"]]
             split = split_name(image["split"], str(file))
             records.setdefault(split, []).append(_record(root, name, image["cocoid"], captions, None))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{file}: wanted Karpathy's dataset_coco.json, found {error!r}; download it again") from None

@@ -78,7 +78,7 @@ def _annotations(images: Path, file: Path) -> dict[str, list[Record]]:
             captions = [str(caption) for caption in json.loads(row["raw"])]
             split = split_name(row["split"], str(file))
             records.setdefault(split, []).append(_record(images, row["filename"], captions))
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
             raise DataError(
                 f"{file}: wanted columns raw, split and filename, found {error!r}; download it again"
             ) from None

@@ -40,7 +40,7 @@ def visual_genome(root: Path, validation: float = 0.0, test: float = 0.0) -> Sou
             metadata = {"image_id": f"visual-genome {number}", **others.get(number, {})}
             split = hash_split(str(number), validation, test)
             records.setdefault(split, []).append(Record(str(number), path, captions, str(path), metadata))
-    except (KeyError, TypeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(
