@@ -82,7 +82,7 @@ def verify_checkpoint(path: Path) -> None:
     try:
         values = json.loads(manifest.read_text())
         version, digests = values["format_version"], dict(values["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise RunError(f"{manifest}: wanted a readable manifest, got {error!r}; use another checkpoint") from None
     if version != FORMAT_VERSION:
         raise RunError(f"{manifest}: wanted format version {FORMAT_VERSION}, got {version}; use the mvlm that wrote it")
@@ -116,7 +116,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[Ma
     try:
         config = model_config(json.loads(file.read_text()), str(file))
         tokenizer = load_tokenizer(folder / "tokenizer.json")
-    except (ConfigError, DataError, ValueError, TypeError) as error:
+    except (ConfigError, DataError, ValueError, TypeError, RecursionError) as error:
         raise RunError(f"{folder}: {error}") from None
     model = MaskVLM(config)
     state = model.state_dict()

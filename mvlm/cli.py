@@ -132,9 +132,14 @@ def main() -> None:
         print(f"mvlm: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            told = f"wanted room to write, found none ({error}); free some space and try again"
+        elif error.filename is not None:
+            why = f"could not be read or written ({error.strerror})"
+            told = f"{error.filename}: {why}; check the path and its permissions"
+        else:
             raise
-        print(f"mvlm: wanted room to write, found none ({error}); free some space and try again", file=sys.stderr)
+        print(f"mvlm: {told}", file=sys.stderr)
         sys.exit(2)
     except (NonFiniteLossError, LostRankError) as error:
         print(f"mvlm: {error}", file=sys.stderr)

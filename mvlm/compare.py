@@ -10,7 +10,7 @@ from typing import Any
 from mvlm.charts import line_chart, smooth
 from mvlm.config_files import read_config
 from mvlm.errors import RunError
-from mvlm.report import STYLE, table
+from mvlm.report import STYLE, figures_of, table
 from mvlm.run_folder import read_metrics
 
 LAST = 20  # lines that the figures at the end are means over
@@ -107,11 +107,10 @@ def evaluations(runs: dict[str, Path]) -> str:
         file = run / "eval" / "test.json"
         if not file.is_file():
             continue
-        figures = json.loads(file.read_text())
-        found = [f"{figures[way][k]:.1f}" for way in ("tr", "ir") for k in ("r1", "r5", "r10")]
-        cells.append(
-            [name, figures["split"], *found, number(figures["gain_text_nats"]), number(figures["gain_pixels_pct"])]
-        )
+        with figures_of(file) as figures:
+            found = [f"{figures[way][k]:.1f}" for way in ("tr", "ir") for k in ("r1", "r5", "r10")]
+            gains = [number(figures[name]) for name in ("gain_text_nats", "gain_pixels_pct")]
+            cells.append([name, figures["split"], *found, *gains])
     if not cells:
         return ""
     ranks = [f"{way} R@{k}" for way in ("image to text", "text to image") for k in (1, 5, 10)]

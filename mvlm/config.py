@@ -1,6 +1,7 @@
 """The sizes and choices of a model, and its presets."""
 
-from dataclasses import asdict, dataclass, replace
+import math
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from mvlm.errors import ConfigError
@@ -22,6 +23,15 @@ SIZES = (
     "vocab_size",
     "itc_width",
 )
+
+
+def check_finite(config: Any) -> None:
+    """ConfigError for a number of a dataclass that is NaN, which comparisons do not find, or infinite."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"{field.name} must be a finite number, got {number}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +84,7 @@ class MaskVLMConfig:
     """Divides them afterwards."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in SIZES:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -105,6 +116,8 @@ class MaskVLMConfig:
             raise ConfigError(f"text_mask_ratio must be in [0, 1], got {self.text_mask_ratio}")
         if not 0.001 <= self.temperature <= 0.5:
             raise ConfigError(f"temperature must be in [0.001, 0.5], got {self.temperature}")
+        if min(self.image_std) <= 0:
+            raise ConfigError(f"image_std must be above 0, got {self.image_std}")
 
     @property
     def num_patches(self) -> int:

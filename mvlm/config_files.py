@@ -23,7 +23,7 @@ def read_config(file: Path) -> dict[str, Any]:
     """The settings in a run's config.json; RunError when it cannot be read."""
     try:
         values = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{file}: wanted the configuration of a run, got {error}") from None
     if not isinstance(values, dict):
         raise RunError(f"{file}: wanted the configuration of a run, got {type(values).__name__}")

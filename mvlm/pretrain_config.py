@@ -4,10 +4,26 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mvlm.config import CrossBackend, MaskVLMConfig, SelfBackend
+from mvlm.config import CrossBackend, MaskVLMConfig, SelfBackend, check_finite
 from mvlm.errors import ConfigError
 
 FORMAT_VERSION = 2  # of config.json
+NOT_NEGATIVE = (
+    "lr_encoder",
+    "lr_cross",
+    "lr_pixels",
+    "lr_end",
+    "warmup_steps",
+    "reconstruction_first",
+    "weight_decay",
+    "eval_every_steps",
+    "eval_every_minutes",
+    "eval_pictures",
+    "checkpoint_every_minutes",
+    "checkpoint_every_steps",
+    "keep_every_steps",
+    "max_bad_steps",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,18 +130,23 @@ class PretrainConfig:
     """Sizes of the model; the tokenizer decides `mask_token_id`."""
 
     def __post_init__(self) -> None:
+        check_finite(self)
         for name in ("max_steps", "batch_size", "accumulate", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.compile and (self.accumulate > 1 or self.plan != "fast"):
             raise ConfigError("compile: wanted --plan fast and --accumulate 1 beside it, got others")
-        for name in ("max_bad_steps", "keep_every_steps", "eval_every_minutes", "eval_pictures"):
+        for name in NOT_NEGATIVE:
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
-        if self.stall_minutes <= 0:
-            raise ConfigError(f"stall_minutes must be above 0, got {self.stall_minutes}")
+        for name in ("beta2", "ema_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("clip_norm", "stall_minutes"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not -(2**63) <= self.seed < 2**64:  # what torch's generators take
+            raise ConfigError(f"seed must be in [-2^63, 2^64), got {self.seed}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ConfigError(f"crop_scale must be 0 < smallest <= largest <= 1, got {self.crop_scale}")
         for name, most in (("flip", 1), ("color_jitter", 1), ("randaugment", 14), ("randaugment_magnitude", 30)):

@@ -1,6 +1,8 @@
 """A run's report: one HTML file with its pictures inside, readable offline."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from html import escape
 from pathlib import Path
@@ -26,13 +28,14 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
             f"{figures_file}: wanted the run's evaluation, found none; first run "
             f"`mvlm eval retrieval --checkpoint {run} --data {data or config['data']} --out {figures_file}`"
         )
-    figures = json.loads(figures_file.read_text())
     model, tokenizer = load_model(run)
+    with figures_of(figures_file) as figures:
+        head = headline(run, figures)
     split = open_dataset(data or config["data"], figures["split"])
     train = open_dataset(data or config["data"], "train")
     features = encode_split(model, split, tokenizer)
     parts = [
-        headline(run, figures),
+        head,
         curves(read_metrics(run / "metrics.jsonl")),
         examples.reconstructions(model, tokenizer, split),
         examples.filled_words(model, tokenizer, split),
@@ -49,6 +52,17 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page)
     return out
+
+
+@contextmanager
+def figures_of(file: Path) -> Iterator[dict[str, Any]]:
+    """What `mvlm eval retrieval` wrote; RunError where it is not that, also where it lacks what is read within."""
+    try:
+        yield json.loads(file.read_text())
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise RunError(
+            f"{file}: wanted the figures that `mvlm eval retrieval` writes, got {error!r}; evaluate the run again"
+        ) from None
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -145,12 +145,14 @@ class MetricsFile:
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, up to `last_step`. A last line that a crash cut short is left out."""
+    """The rows of a metrics.jsonl, up to `last_step`. A line that is no row, as a crash may cut one, is left out."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
+            continue
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             continue
         if last_step is None or row["step"] <= last_step:
             rows.append(row)

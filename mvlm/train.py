@@ -43,7 +43,7 @@ from mvlm.signals import StopRequest
 from mvlm.strip import strip
 from mvlm.utilisation import Utilisation
 from mvlm.watchdog import Watchdog
-from mvlm_dataloading import Batch, Dataset, Loader, Masks, Tokenizer, open_dataset
+from mvlm_dataloading import Batch, Dataset, Loader, Masks, Tokenizer, load_tokenizer, open_dataset
 
 log = logging.getLogger(__name__)
 
@@ -279,7 +279,7 @@ class Run:
         self.saver.save(self.step, self.model, parts, state, self.tokenizer)
 
     def restore(self, checkpoint: Path) -> None:
-        """Go on from a verified checkpoint. RunError or DataError where it is another model's or other data's."""
+        """Go on from a verified checkpoint. RunError or DataError where another model, tokenizer or data made it."""
         state = read_state(checkpoint)
         read_tensors(checkpoint / "model", self.model.state_dict())
         load_optimizer(checkpoint / "optimizer", self.model, self.optimizer)
@@ -287,6 +287,12 @@ class Run:
             read_tensors(checkpoint / "ema", self.average.tensors)
         set_generators(checkpoint, self.world.rank, self.device)
         self.loader.load_state_dict(state["loader"])
+        own = checkpoint / "tokenizer.json"
+        if load_tokenizer(own).fingerprint != self.tokenizer.fingerprint:
+            raise RunError(
+                f"{self.config.tokenizer or self.config.data}: wanted the tokenizer that the run was begun with, found "
+                f"another; its own is {own}; put that one back in its place, or choose another --out"
+            )
         self.saver.go_on_from(checkpoint)
         self.guard.load(state["guard"])
         self.bad.load(state["bad"])

@@ -255,6 +255,7 @@ def test_a_missing_file_is_found(run_copy, name):
     "text, message",
     [
         *((text, "wanted a readable manifest") for text in ("", "{}", "[]", '{"format_version": 2, "sha256": 3}')),
+        pytest.param("[" * 100_000, "wanted a readable manifest", id="deep"),
         ('{"format_version": 2, "sha256": {}}', "model.json: missing"),
         ('{"format_version": 1, "sha256": {}}', "wanted format version 2, got 1; use the mvlm that wrote it"),
     ],

@@ -274,6 +274,10 @@ def test_mistyped_commands_and_presets(mvlm, words, message, tmp_path, monkeypat
         (["--model.image-mask-ratio", "0"], "image_mask_ratio must hide 1 to 4 of 4 blocks, got 0"),
         (["--model.vocab-size", "100"], "model.vocab_size: wanted a vocabulary of at least 261"),
         (["--max-steps", "0"], "max_steps must be at least 1, got 0"),
+        (["--lr-cross", "nan"], "lr_cross must be a finite number, got nan"),
+        (["--clip-norm", "-1"], "clip_norm must be above 0, got -1.0"),
+        (["--beta2", "1.5"], "beta2 must be in [0, 1), got 1.5"),
+        (["--seed", "99999999999999999999"], "seed must be in [-2^63, 2^64), got 99999999999999999999"),
         (["--crop-scale", "0.5", "1.5"], "crop_scale must be 0 < smallest <= largest <= 1"),
         (["--tokenizer", "none.json"], "none.json: wanted a tokenizer.json, found no such file"),
     ],
@@ -359,6 +363,50 @@ def test_a_checkpoint_that_is_not_there(mvlm, scenes, toys, tmp_path, command):
     outcome = mvlm(*command.split(), "--checkpoint", tmp_path / "none", *words)
     refused(outcome, "wanted a run or a checkpoint folder, found no good checkpoint there; check the path")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize("command", ["pretrain", "export", "report", "eval retrieval"])
+def test_a_path_that_cannot_be(mvlm, scenes, trained, tmp_path, toys, command):
+    """A file where a folder would have to be."""
+    (tmp_path / "file").write_text("a file")
+    out = tmp_path / "file/x/y"
+    words = {
+        "pretrain": ("tiny", "--data", scenes, "--out", out, *MICRO),
+        "export": (trained, out),
+        "report": (made_up(tmp_path / "a"), made_up(tmp_path / "b"), "--out", out),
+        "eval retrieval": ("--checkpoint", trained, "--data", scenes, "--out", out),
+    }[command]
+    outcome = mvlm(*command.split(), *words)
+    assert outcome.code == 2
+    told = r"could not be read or written \(Not a directory\); check the path and its permissions"
+    assert re.fullmatch(rf"mvlm: {tmp_path}/file(/x|/x/y): {told}", outcome.err[-1])
+    assert (tmp_path / "file").read_text() == "a file"
+
+
+def made_up(run: Path) -> Path:
+    """What a comparison needs of a run."""
+    run.mkdir()
+    (run / "config.json").write_text('{"format_version": 2}')
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.5}\n')
+    return run
+
+
+def test_a_fault_of_the_system_without_a_path_keeps_its_traceback(mvlm, monkeypatch):
+    def fail(_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(cli, "run_command", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        mvlm("pretrain")
+
+
+@pytest.mark.parametrize("text", ["{}", "", "no figures", "[1]", '{"split": "test"}', "[" * 100_000])
+@pytest.mark.parametrize("others", [[], ["other"]])
+def test_a_report_of_figures_that_are_none(mvlm, run_copy, tmp_path, text, others):
+    (run_copy / "eval").mkdir()
+    (run_copy / "eval/test.json").write_text(text)
+    outcome = mvlm("report", run_copy, *(made_up(tmp_path / name) for name in others))
+    refused(outcome, f"{run_copy}/eval/test.json: wanted the figures that `mvlm eval retrieval` writes, got ")
 
 
 def test_a_picture_that_does_not_open(mvlm, trained, tmp_path, toys):

@@ -1,4 +1,6 @@
 import json
+import math
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -102,11 +104,36 @@ def test_every_preset_has_a_recipe(preset):
         ({"image_mask_ratio": 1.2}, "image_mask_ratio must hide 1 to 4 of 4 blocks, got 1.2"),
         ({"text_mask_ratio": 1.5}, r"text_mask_ratio must be in \[0, 1\], got 1.5"),
         ({"temperature": 0.0}, r"temperature must be in \[0.001, 0.5\], got 0.0"),
+        ({"image_mask_ratio": math.nan}, "image_mask_ratio must be a finite number, got nan"),
+        ({"image_mean": (0.5, math.inf, 0.5)}, "image_mean must be a finite number, got inf"),
+        ({"image_std": (0.5, 0.0, 0.5)}, r"image_std must be above 0, got \(0.5, 0.0, 0.5\)"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(toys, changes, message):
     with pytest.raises(ConfigError, match=message):
         toys.config(**changes)
+
+
+# Named one by one: a setting that is forgotten here is no less a number.
+NUMBERS = (
+    *("lr_encoder", "lr_cross", "lr_pixels", "lr_end", "weight_decay", "beta2", "clip_norm", "flip", "color_jitter"),
+    *("ema_decay", "eval_every_minutes", "checkpoint_every_minutes", "stall_minutes"),
+)
+NOT_NEGATIVE = (
+    *("lr_encoder", "lr_cross", "lr_pixels", "lr_end", "weight_decay", "warmup_steps", "reconstruction_first"),
+    *("eval_every_steps", "eval_every_minutes", "eval_pictures", "checkpoint_every_steps", "checkpoint_every_minutes"),
+    *("keep_every_steps", "max_bad_steps"),
+)
+
+
+def test_every_setting_that_is_a_number_is_looked_at():
+    floats = {field.name for field in fields(PretrainConfig) if field.type == "float" or field.type is float}
+    assert floats == set(NUMBERS)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**64 - 1])
+def test_a_seed_may_be_any_that_torch_takes(toys, seed):
+    torch.Generator().manual_seed(toys.pretrain_config(Path("data"), Path("out"), seed=seed).seed)
 
 
 @pytest.mark.parametrize(
@@ -119,6 +146,18 @@ def test_sizes_that_cannot_be_are_refused(toys, changes, message):
         ({"crop_scale": (0.0, 1.0)}, "crop_scale must be 0 < smallest <= largest <= 1"),
         ({"crop_scale": (0.9, 0.8)}, "crop_scale must be 0 < smallest <= largest <= 1"),
         ({"crop_scale": (0.9, 1.1)}, "crop_scale must be 0 < smallest <= largest <= 1"),
+        ({"beta2": 1.5}, r"beta2 must be in \[0, 1\), got 1.5"),
+        ({"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ({"clip_norm": -1.0}, "clip_norm must be above 0, got -1.0"),
+        ({"clip_norm": 0.0}, "clip_norm must be above 0, got 0.0"),
+        ({"stall_minutes": 0.0}, "stall_minutes must be above 0, got 0.0"),
+        ({"seed": 99999999999999999999}, r"seed must be in \[-2\^63, 2\^64\), got 99999999999999999999"),
+        ({"seed": -(2**63) - 1}, r"seed must be in \[-2\^63, 2\^64\), got -9223372036854775809"),
+        *(({name: math.nan}, f"{name} must be a finite number, got nan") for name in NUMBERS),
+        *(({name: math.inf}, f"{name} must be a finite number, got inf") for name in NUMBERS),
+        ({"crop_scale": (0.5, math.nan)}, "crop_scale must be a finite number, got nan"),
+        *(({name: -1}, f"{name} must be at least 0, got -1") for name in NOT_NEGATIVE),
     ],
 )
 def test_recipes_that_cannot_be_are_refused(toys, changes, message):

@@ -45,6 +45,16 @@ def test_without_shards_the_rest_is_told(tmp_path):
     assert "speed" not in found
 
 
+def test_a_data_set_without_validation_is_well(small, toys, tmp_path):
+    """Training needs it only for evaluations; without `train` there is nothing to train on."""
+    found = examine(toys.write_scenes(tmp_path / "data", {"train": 16}), tmp_path)
+    assert found["shards"] == Finding("green", "shards", "16 train pairs; the first shard's sha256 is right")
+    assert "speed" in found
+    found = doctor.shards(toys.write_scenes(tmp_path / "other", {"test": 4}))
+    assert found.state == "red"
+    assert "wanted the split train, found test" in found.text
+
+
 def test_shards_that_are_damaged_are_red(small, toys, tmp_path):
     data = toys.write_scenes(tmp_path / "data", {"train": 9, "validation": 2})
     tar = next(data.glob("train-*.tar"))

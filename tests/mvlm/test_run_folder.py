@@ -131,7 +131,7 @@ def test_a_configuration_is_written_whole_or_not_at_all(config, monkeypatch):
     assert (config.out / "config.json").read_text() == written
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '"words"'])
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '"words"', "[" * 100_000])
 def test_a_configuration_that_cannot_be_read(config, toys, text):
     config.out.mkdir()
     (config.out / "config.json").write_text(text)
@@ -226,6 +226,14 @@ def test_going_on_drops_the_lines_after_the_checkpoint_and_a_line_cut_short(tmp_
     metrics.write({"step": 3, "loss": 9.0})
     metrics.close()
     assert path.read_text().splitlines() == [*lines[:2], '{"step": 3, "loss": 9.0}']
+
+
+def test_lines_that_are_no_rows_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = ["[1]", "3", "null", '{"loss": 1.0}', '{"step": "3"}', "[" * 100_000, '{"step": 2}']
+    path.write_bytes(b"\xff\xfe\n" + "\n".join(lines).encode())
+    assert read_metrics(path) == read_metrics(path, 2) == [{"step": 2}]
+    assert read_metrics(path, 1) == []
 
 
 def test_beginning_drops_all_lines(tmp_path):

@@ -441,6 +441,24 @@ def test_other_data_is_refused_on_resume(toys, run_copy, tmp_path):
     assert toys.folder_hash(run_copy) == before
 
 
+def test_another_tokenizer_is_refused_on_resume(toys, scenes, tmp_path, train_split, without_tensorboard):
+    """The file has the name that it had, and other words in it."""
+    words = tmp_path / "words.json"
+    tokenizer_for(train_split, 300).save(words)
+    original = words.read_bytes()
+    config = toys.pretrain_config(scenes, tmp_path / "run", tokenizer=words, max_steps=1)
+    pretrain(config)
+    tokenizer_for(train_split, 280).save(words)
+    before = toys.folder_hash(config.out)
+    own = f"{config.out}/checkpoints/step_00000001/tokenizer.json"
+    with pytest.raises(RunError, match=rf"^{words}: wanted the tokenizer .* its own is {own}; put"):
+        pretrain(replace(config, resume=True))
+    assert toys.folder_hash(config.out) == before
+    words.write_bytes(original)
+    pretrain(replace(config, resume=True))
+    assert toys.folder_hash(config.out) == before
+
+
 def test_a_checkpoint_of_another_architecture_is_refused_on_resume(toys, scenes, run_copy):
     file = run_copy / "config.json"
     config = json.loads(file.read_text())
