@@ -6,7 +6,7 @@ DATA   ?= data/emoji
 RUN    ?= runs/demo
 STEPS  ?= 640
 
-.PHONY: demo test faults faults-data faults-loading soak test-gpu test-triton wheel-smoke aot traffic check format clean
+.PHONY: demo test faults faults-data faults-loading soak test-gpu test-triton wheel-smoke aot traffic bench check format clean
 
 # The stamp is older than pyproject.toml when a dependency changed, and the packages are then brought up to date.
 $(VENV)/.installed: pyproject.toml
@@ -52,6 +52,23 @@ traffic: $(VENV)/.installed
 FAULTS ?= 1000
 faults: $(VENV)/.installed
 	$(BIN)/python tests/faults/campaign.py --count $(FAULTS) --jobs $(JOBS) --json benchmarks/results/faults.json
+
+# Every measured figure of docs/, on a machine that does nothing else; on two cores about an hour. MACHINE is part of
+# the files' names. Where there is a GPU, all of it runs there.
+RESULTS ?= benchmarks/results
+MACHINE ?= here
+bench: $(VENV)/.installed $(DATA)/dataset.json
+	$(BIN)/mvlm bench kernels --out $(RESULTS)
+	$(BIN)/python -m mvlm_benchmarks.host --json $(RESULTS)/host.json
+	$(BIN)/mvlm bench step --rounds 9 --contenders timm+roberta timm+decoder-layer plain fast drop_masked \
+	    --json $(RESULTS)/step-tiny-$(MACHINE).json --csv $(RESULTS)/step-tiny-$(MACHINE).csv
+	$(BIN)/mvlm bench step --rounds 3 --contenders timm+roberta timm+roberta-compiled fast \
+	    --json $(RESULTS)/step-tiny-compiled-$(MACHINE).json --csv $(RESULTS)/step-tiny-compiled-$(MACHINE).csv
+	$(BIN)/mvlm bench step --preset base --batch 4 --rounds 3 --no-optimizer --contenders timm+roberta timm+decoder-layer fast \
+	    --json $(RESULTS)/step-base-$(MACHINE).json --csv $(RESULTS)/step-base-$(MACHINE).csv
+	$(BIN)/mvlm bench data --rounds 11 --soak 200000 --start 1000000 --step $(RESULTS)/step-tiny-$(MACHINE).json --out $(RESULTS)
+	$(BIN)/mvlm bench data --data $(DATA) --rounds 11 --out $(RESULTS)
+	$(BIN)/python -m mvlm_benchmarks.overhead $(DATA) --json $(RESULTS)/overhead.json
 
 # One run for two hours: memory and speed stay flat, nothing leaks.
 MINUTES ?= 120
