@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mvlm.errors import RunError
+from mvlm.errors import ConfigError, RunError
 from mvlm.inference import GREY, fill, hide_patches, load_picture, reconstruct, tokens_with_gaps
 from mvlm_dataloading import tokenizer_for
 
@@ -82,8 +82,10 @@ def test_gaps_in_a_caption(tokenizer):
 
 
 def test_a_caption_with_gaps_is_cut_to_length(tokenizer):
-    found = tokens_with_gaps("[MASK] " * 30, tokenizer, 12).tolist()
+    found = tokens_with_gaps("[MASK] " * 10 + "red blue", tokenizer, 12).tolist()
     assert found == [tokenizer.cls_id, *[tokenizer.mask_id] * 10, tokenizer.sep_id]
+    with pytest.raises(ConfigError, match=r"wanted every \[MASK\] among the first 10 tokens"):
+        tokens_with_gaps("[MASK] " * 11, tokenizer, 12)
 
 
 def test_hidden_patches_are_grey_and_the_rest_is_not(toys):
