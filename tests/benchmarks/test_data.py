@@ -100,7 +100,9 @@ class Fake:
 
 def test_what_is_printed_and_written(tmp_path, pictures, monkeypatch, capsys):
     monkeypatch.setattr(data, "Contender", Fake)
-    monkeypatch.setattr(Fake, "resident", [100.0, 110, 111, 112, 111, 110, 112, 113, 111, 112])
+    levels = [100.0, 110, 111, 112, 111, 110, 112, 113, 111, 112]
+    looks = [look for level in levels for look in (*[level] * (data.LOOKS - 1), 3 * level)]  # a moment is no level
+    monkeypatch.setattr(Fake, "resident", looks)
     step = tmp_path / "step.json"
     step.write_text(json.dumps({"rows": [{"pairs_per_s": 200.0}, {"pairs_per_s": 600.0}, {"pairs_per_s": None}]}))
     names = ["ours", "pil", "webdataset+pil"]
