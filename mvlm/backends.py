@@ -11,7 +11,6 @@ flash-attn and xformers are used where they are asked for: SDPA ships flash atte
 Shape legend: B sequences, R query sequences, Lq queries, Lk keys, T packed rows, H heads, D head width.
 """
 
-import functools
 from importlib.util import find_spec
 from typing import NamedTuple, get_args
 
@@ -28,6 +27,8 @@ from mvlm_kernels.cross_attention.ops import gpu_reasons
 SHORT = 128
 """Rows of the shorter side up to which the kernels work."""
 KERNEL_WIDTHS = (32, 64, 80, 96, 128)
+INSTALLED = {module: find_spec(module) is not None for module in ("flash_attn", "xformers")}
+"""Looked for once: every attention asks, and Python goes through the folders each time."""
 
 
 class Choice(NamedTuple):
@@ -94,19 +95,13 @@ def _reasons(device: torch.device, dtype: torch.dtype, width: int, shorter: int,
     elif torch.cuda.is_available() and (against := gpu_reasons(device, dtype, width, shorter)):
         found["triton"] = "; ".join(against)  # the card's, or float32 that may not be rounded to TF32
     for name, module in (("flash-attn", "flash_attn"), ("xformers", "xformers")):
-        if not _installed(module):
+        if not INSTALLED[module]:
             found[name] = f"{module} is not installed: pip install 'mvlm[gpu]'"
         elif dtype not in (torch.bfloat16, torch.float16):
             found[name] = f"{module} takes bf16 and fp16, not {dtype}"
         elif text:
             found[name] = "not used where text is on one side"
     return found
-
-
-@functools.cache
-def _installed(module: str) -> bool:
-    """Asked at every attention, and Python would look through the folders each time."""
-    return find_spec(module) is not None
 
 
 def self_attention(q: Tensor, k: Tensor, v: Tensor, wanted: str = "auto") -> Tensor:

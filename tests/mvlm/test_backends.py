@@ -11,6 +11,7 @@ from mvlm.attention import Attention
 from mvlm.errors import ConfigError
 from mvlm.packing import Packing
 from mvlm_kernels import dispatch
+from mvlm_kernels.cross_attention.ops import gpu_reasons
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -61,7 +62,7 @@ def test_the_rule_of_auto(device, dtype, text, shorter, width, wanted):
     ],
 )
 def test_what_cannot_run_says_why(wanted, device, dtype, width, shorter, text, message, monkeypatch):
-    monkeypatch.setattr(backends, "_installed", lambda name: False)
+    monkeypatch.setattr(backends, "INSTALLED", dict.fromkeys(backends.INSTALLED, False))
     with pytest.raises(ConfigError) as error:
         backends.choose(wanted, device, dtype, width, shorter, text=text)
     assert message in str(error.value)
@@ -79,6 +80,23 @@ def test_on_a_gpu_the_kernels_own_reasons_count(monkeypatch):
     monkeypatch.setattr(dispatch, "device_reasons", lambda _: ("compute capability 8.0 or later is needed",))
     found = backends.choose("auto", GPU, torch.bfloat16, 64, 32, text=True)
     assert (found.backend, found.reasons["triton"]) == ("sdpa", "compute capability 8.0 or later is needed")
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_choice_on_a_gpu_is_settled_while_a_compiler_traces(monkeypatch, dynamic):
+    monkeypatch.setattr(dispatch, "device_reasons", lambda _: ())
+    monkeypatch.setattr(dispatch, "arch", lambda _: 90)
+
+    def step(x, longest):
+        shorter = min(longest, len(x))
+        against = gpu_reasons(GPU, torch.bfloat16, 64, shorter)
+        backend = backends.choose("auto", GPU, torch.bfloat16, 64, shorter, text=True).backend
+        return x + 1 if backend == "triton" and not against else x - 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="eager", dynamic=dynamic)
+    for rows in (3, 40, 5):
+        assert torch.equal(compiled(torch.zeros(rows), 32), torch.ones(rows))
 
 
 def in_loops(q, k, v, q_bounds, k_bounds, key_index):

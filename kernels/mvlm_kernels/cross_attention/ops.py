@@ -145,8 +145,14 @@ def reasons(q: Tensor, max_len_q: int, max_len_k: int) -> tuple[str, ...]:
 def gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> tuple[str, ...]:
     """Every reason against the fused kernels on a GPU for heads of this width and a short side of so many rows, 1 to
     128."""
+    return _gpu_reasons(device, dtype, width, bucket(rows))
+
+
+@torch.compiler.assume_constant_result
+def _gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> tuple[str, ...]:
+    """Settled while a compiler traces, which cannot follow questions to the driver and files of tiles."""
     found = dispatch.device_reasons(device)
-    return found or type_reasons(dtype, width, bucket(rows), dispatch.arch(device), tf32(dtype))
+    return found or type_reasons(dtype, width, rows, dispatch.arch(device), tf32(dtype))
 
 
 def too_long(max_len_q: int, max_len_k: int) -> str:
