@@ -53,7 +53,7 @@ FAULTS ?= 1000
 faults: $(VENV)/.installed
 	$(BIN)/python tests/faults/campaign.py --count $(FAULTS) --jobs $(JOBS) --json benchmarks/results/faults.json
 
-# Every measured figure of docs/, on a machine that does nothing else; on two cores about an hour. MACHINE is part of
+# Every measured figure of docs/, on a machine that does nothing else; MACHINE is part of
 # the files' names. Where there is a GPU, all of it runs there.
 RESULTS ?= benchmarks/results
 MACHINE ?= here

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import io
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,11 +22,13 @@ def parse(target: Callable[..., Any], words: Sequence[str], *, prog: str, **opti
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            return tyro.cli(target, prog=prog, args=list(words), **options)
+            found = tyro.cli(target, prog=prog, args=list(words), **options)
     except SystemExit as end:
         if not end.code:
             raise
         raise ConfigError(f"{one_line(box.getvalue()).rstrip('.')}; `{prog} --help` tells more") from None
+    sys.stderr.write(box.getvalue())  # warnings of no mistake
+    return found
 
 
 def bound(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:

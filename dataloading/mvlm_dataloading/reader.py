@@ -217,7 +217,7 @@ class Reader:
 def _give_back_memory() -> None:
     """Let go of dropped pipelines, which are in reference cycles, and of their memory.
 
-    glibc would keep it, in pieces that the next pipeline's buffers fit badly: a sixth more, and more after some.
+    glibc would keep it, in pieces that the next pipeline's buffers fit badly.
     """
     gc.collect()
     with contextlib.suppress(AttributeError):  # other C libraries have no such function
