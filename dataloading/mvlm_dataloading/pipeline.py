@@ -56,17 +56,23 @@ def build_pipeline(
         draws: gives for the k-th batch the uniform numbers of its windows, float64 (B, 4).
         device_id: a CUDA device, or None for the CPU.
         drawn: gives for the k-th batch the parts of `augment.Drawn`; None leaves the augmentations out of the graph.
+        prefetch: batches made ahead on a GPU.
         tokens: read the component `tok`.
         guard: give the decoder a black picture in place of one whose ends look wrong, and say so in `fine`.
 
     Each `run()` returns images uint8 (B, 3, S, S), and on the CPU ragged vectors, empty where a sample has no such
     component: the encoded image, `.txt`, `.json` (uint8), `.tok` (int32); then fine (B,), bool, False where the guard
-    stepped in; then the window's corners and sizes, int32 (B, 2) each. It raises RuntimeError if one of the batch's
-    pictures cannot be decoded.
+    stepped in; then the window's corners and sizes, int32 (B, 2) each. On a CPU they hold until the next `run()`. It
+    raises RuntimeError if one of the batch's pictures cannot be decoded.
     """
     need("nvidia.dali.fn")
     dali = need("nvidia.dali")
     define = need("nvidia.dali.pipeline").pipeline_def(enable_conditionals=guard or drawn is not None)
+    executor: dict[str, Any] = {"prefetch_queue_depth": prefetch}
+    if device_id is None:
+        # DALI's older executor keeps its buffers from batch to batch. The newer asks for 70 MB and gives them back with
+        # each, of which glibc makes pieces that fit badly. It works when it is asked: the loader's thread runs ahead.
+        executor = dict.fromkeys(("exec_dynamic", "exec_async", "exec_pipelined"), False) | {"prefetch_queue_depth": 1}
     pipeline = define(_graph)(
         dali=dali,
         reader={"paths": list(tars), "index_paths": list(indices)},
@@ -79,8 +85,8 @@ def build_pipeline(
         batch_size=batch_size,
         num_threads=num_threads,
         device_id=device_id,
-        prefetch_queue_depth=prefetch,
         seed=0,
+        **executor,
     )
     pipeline.build()
     return pipeline

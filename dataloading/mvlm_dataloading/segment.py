@@ -59,7 +59,7 @@ class Rows:
     metadata: list[bytes]
     tokens: list[bytes]
     encoded: Callable[[int], bytes]
-    """The encoded image of a row: not copied unless it is asked for."""
+    """The encoded image of a row: not copied unless it is asked for, which is before the next batch is."""
 
 
 class Segment:
@@ -124,10 +124,11 @@ class Segment:
             delivered = texts[row].source_info()
             assert delivered.startswith(wanted), f"the reader was to deliver {wanted} and delivered {delivered}"
         self._begin += len(ids)
+        pixels = torch.from_dlpack(images.as_tensor())[: len(ids)]
         rows = Rows(
             ids=ids,
             epochs=epochs,
-            images=torch.from_dlpack(images.as_tensor())[: len(ids)],
+            images=pixels if pixels.is_cuda else pixels.clone(),  # DALI fills its own again with the next batch
             texts=[texts.at(row).tobytes() for row in range(len(ids))],
             metadata=[metadata.at(row).tobytes() for row in range(len(ids))],
             tokens=[tokens.at(row).tobytes() if self._tokens else b"" for row in range(len(ids))],

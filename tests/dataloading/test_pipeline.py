@@ -23,8 +23,14 @@ def run(dataset, ids, draws, geometry, tmp_path, *, batch_size=6, decoding=Decod
         num_threads=1,
         decoding=decoding,
     )
-    outputs = [pipeline.run() for _ in range(len(ids) // batch_size)]
-    return [np.concatenate([np.array(output[k].as_tensor()) for output in outputs]) for k in (0, 6, 7)]
+    # Copied before the next run, which fills the same buffers.
+    outputs = [[np.array(part.as_tensor()) for part in _images_and_windows(pipeline)] for _ in ids[::batch_size]]
+    return [np.concatenate(parts) for parts in zip(*outputs, strict=True)]
+
+
+def _images_and_windows(pipeline):
+    images, *_, corner, size = pipeline.run()
+    return images, corner, size
 
 
 def window_oracle(height: int, width: int, u: np.ndarray, scale, ratio) -> tuple[int, int, int, int]:

@@ -4,8 +4,8 @@
 
 Memory is flat when its median over the last fifth of the time is within 5 % of that over the second fifth, speed when
 its median is within 10 %; open files, threads and processes may not be more, but for those of one save. Speed is judged
-by pairs for a second of processor time, which other work on the machine distorts least; pairs for a second of the
-clock are reported beside it.
+by pairs for a second of processor time over those of the same run begun anew, for a moment, beside it: other work on
+the machine, on caches that programs share, changes both alike. Plain speeds are reported.
 """
 
 import argparse
@@ -27,6 +27,10 @@ from zygote import Trial, configuration, spawn
 
 from mvlm.run_folder import read_metrics
 
+FRESH_RUNS = 30
+"""Runs begun anew to compare with, over all of the time."""
+WARM_UP_PAIRS = 2000
+"""Of each: some ten seconds."""
 SLACK = 4
 """Files or threads more than at the start that a save in progress accounts for."""
 
@@ -46,6 +50,26 @@ def look(process: int, metrics: Path) -> dict[str, float]:
         "threads": len(list((folder / "task").iterdir())),
         "children": len(children),
     }
+
+
+def beside(process: int, metrics: Path, fresh: Trial, seconds: float) -> float:
+    """The speed of a process over that of a fresh run beside it, once that is warm, in pairs for a second of processor
+    time."""
+    of_fresh = fresh.config.out / "metrics.jsonl"
+    other = spawn(fresh)
+    try:
+        while last_pairs(of_fresh) < WARM_UP_PAIRS:
+            time.sleep(0.1)
+            if os.waitpid(other, os.WNOHANG)[0]:
+                raise RuntimeError(fresh.log.read_text()[-2000:])
+        began = look(process, metrics), look(other, of_fresh)
+        time.sleep(seconds)
+        ended = look(process, metrics), look(other, of_fresh)
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+    own, its = (rates([a, b], "cpu_s")[0] for a, b in zip(began, ended, strict=True))
+    return own / its
 
 
 def last_pairs(metrics: Path) -> float:
@@ -72,12 +96,15 @@ def fifth(values: list[float], number: int) -> float:
     return median(part)
 
 
-def verdicts(looks: list[dict[str, float]]) -> dict[str, dict[str, float | bool]]:
-    """For each thing that has to stay as it was: what it was, what it is, and whether that is well."""
+def verdicts(looks: list[dict[str, float]], relative: list[float]) -> dict[str, dict[str, float | bool]]:
+    """For each thing that has to stay as it was: what it was, what it is, and whether that is well.
+
+    `relative` are speeds over those of fresh runs, as `beside` gives them.
+    """
     found: dict[str, dict[str, float | bool]] = {}
     for name, values, share in (
         ("memory_mb", [look["memory_mb"] for look in looks], 0.05),
-        ("pairs_per_cpu_s", rates(looks, "cpu_s"), 0.10),
+        ("speed_over_fresh", relative, 0.10),
     ):
         before, after = fifth(values, 1), fifth(values, 4)
         found[name] = {"before": round(before, 2), "after": round(after, 2), "well": abs(after / before - 1) <= share}
@@ -85,8 +112,9 @@ def verdicts(looks: list[dict[str, float]]) -> dict[str, dict[str, float | bool]
         values = [look[name] for look in looks]
         before, after = fifth(values, 1), fifth(values, 4)
         found[name] = {"before": before, "after": after, "well": after <= before + SLACK}
-    speeds = rates(looks, "time")
-    found["pairs_per_s"] = {"before": round(fifth(speeds, 1), 2), "after": round(fifth(speeds, 4), 2)}
+    for name, by in (("pairs_per_cpu_s", "cpu_s"), ("pairs_per_s", "time")):
+        speeds = rates(looks, by)
+        found[name] = {"before": round(fifth(speeds, 1), 2), "after": round(fifth(speeds, 4), 2)}
     return found
 
 
@@ -100,25 +128,29 @@ def main() -> None:
         shutil.copytree(DATA, data)
         for index in data.glob("*.idx"):
             os.utime(index)
-        config = configuration(
-            data, out, max_steps=10**8, checkpoint_every_steps=200, eval_every_steps=500, log_every=10
-        )
+        often = {"max_steps": 10**8, "checkpoint_every_steps": 200, "eval_every_steps": 500, "log_every": 10}
         # If this process is killed, the run ends on its own.
         alarm = partial(signal.alarm, int(60 * arguments.minutes) + 600)
-        process = spawn(Trial(config, Path(folder) / "log", before=alarm))
-        looks, until = [], time.monotonic() + 60 * arguments.minutes
-        while time.monotonic() < until:
-            time.sleep(min(5.0, 60 * arguments.minutes / 60))
+        process = spawn(Trial(configuration(data, out, **often), Path(folder) / "log", before=alarm))
+        looks, relative = [], []
+        began, seconds = time.monotonic(), 60 * arguments.minutes
+        while (passed := time.monotonic() - began) < seconds:
+            if passed > (len(relative) + 0.5) * seconds / FRESH_RUNS:
+                again = Path(folder) / f"fresh-{len(relative)}"
+                trial = Trial(configuration(data, again, **often), again.with_suffix(".log"), before=alarm)
+                relative.append(beside(process, out / "metrics.jsonl", trial, seconds=seconds / FRESH_RUNS / 8))
+                shutil.rmtree(again)
+            time.sleep(min(5.0, seconds / 60))
             looks.append(look(process, out / "metrics.jsonl"))
         os.kill(process, signal.SIGTERM)
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         rows = read_metrics(out / "metrics.jsonl")
         if code:
             print((Path(folder) / "log").read_text()[-2000:])
-    found = verdicts(looks)
+    found = verdicts(looks, relative)
     for name, row in found.items():
         verdict = "" if "well" not in row else "well" if row["well"] else "NOT WELL"
-        print(f"{name:<16}{row['before']:>12}{row['after']:>12}  {verdict}")
+        print(f"{name:<18}{row['before']:>12}{row['after']:>12}  {verdict}")
     print(f"{rows[-1]['step']} steps in {arguments.minutes:g} minutes; SIGTERM ended the run with {code}")
     if arguments.json:
         figures = {"minutes": arguments.minutes, "steps": rows[-1]["step"], "exit_code": code, "rows": found}

@@ -32,14 +32,18 @@ def looks(slowing: float = 0.0, **growth: float) -> list[dict[str, float]]:
         ({"files": 20.0}, 0.0, {"files"}),
         ({"threads": 20.0}, 0.0, {"threads"}),
         ({"children": 20.0}, 0.0, {"children"}),
-        ({}, 0.3, {"pairs_per_cpu_s"}),
+        ({}, 0.3, {"speed_over_fresh"}),
         ({}, 0.1, set()),
     ],
 )
 def test_what_grows_is_found(growth, slowing, unwell):
-    found = soak.verdicts(looks(slowing, **growth))
+    found = soak.verdicts(looks(slowing, **growth), [1 - slowing * i / 29 for i in range(30)])
     assert {name for name, row in found.items() if not row.get("well", True)} == unwell
     assert found["pairs_per_s"]["before"] == pytest.approx(1.2 * found["pairs_per_cpu_s"]["before"], rel=1e-3)
+
+
+def test_what_slows_all_programs_alike_is_no_fault():
+    assert soak.verdicts(looks(slowing=0.5), [1.0] * 30)["speed_over_fresh"]["well"]
 
 
 def test_the_last_whole_line_tells_the_pairs(tmp_path):
