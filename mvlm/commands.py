@@ -36,7 +36,7 @@ def eval_retrieval(
         raise ConfigError(f"rerank: wanted at least 1, got {rerank}")
     model, tokenizer = load_model(checkpoint, choose_device(device))
     figures = evaluate(model, open_dataset(data, split), open_dataset(data, "train"), tokenizer, rerank)
-    figures = {"checkpoint": str(checkpoint), "split": split, **figures}
+    figures = {"checkpoint": str(checkpoint), "data": str(data), "split": split, **figures}
     print(format_table(figures))
     if out is not None:
         write_json(out, figures)
@@ -121,7 +121,7 @@ def report(run: Path, others: tuple[Path, ...] = (), /, data: Path | None = None
     Args:
         run: The run folder.
         others: Run folders to compare it with, up to five.
-        data: Folder of shards; the one the run was trained on when not given. A comparison needs none.
+        data: Folder of shards; the one it was evaluated on when not given. A comparison needs none.
         out: The file to write; report.html, or compare.html, in the (first) run folder when not given.
     """
     if others:

@@ -117,7 +117,8 @@ class PretrainConfig:
     skip_spikes: bool = False
     """Also skip an update whose loss is more than 6 standard deviations above the last 128 of the same objectives."""
     preemption_file: Path | None = None
-    """When this file appears, the run finishes its step, saves and ends, as after SIGTERM or SIGUSR1."""
+    """When this file appears, the run finishes its step, saves and ends, as after SIGTERM or SIGUSR1. A run does not
+    begin while it is there."""
     stall_minutes: float = 20.0
     """The run is ended, with the stacks of all threads, when a step or its data take longer than this."""
     wandb: bool = False

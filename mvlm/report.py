@@ -31,8 +31,8 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
     model, tokenizer = load_model(run)
     with figures_of(figures_file) as figures:
         head = headline(run, figures)
-    split = open_dataset(data or config["data"], figures["split"])
-    train = open_dataset(data or config["data"], "train")
+    shards = data or Path(str(figures.get("data", config["data"])))
+    split, train = open_dataset(shards, figures["split"]), open_dataset(shards, "train")
     features = encode_split(model, split, tokenizer)
     parts = [
         head,

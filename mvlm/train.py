@@ -17,7 +17,7 @@ from mvlm.checkpoint import load_optimizer, optimizer_tensors, read_state, read_
 from mvlm.console import Progress
 from mvlm.device import autocast
 from mvlm.distributed import World
-from mvlm.errors import LostRankError, NonFiniteLossError, RunError
+from mvlm.errors import ConfigError, LostRankError, NonFiniteLossError, RunError
 from mvlm.evaluation import evaluate_briefly
 from mvlm.global_batch import Microbatch, backward_global
 from mvlm.measures import Numbers, gradient_norms, whole
@@ -76,6 +76,9 @@ def pretrain(config: PretrainConfig) -> None:
 
 def open_inputs(config: PretrainConfig) -> tuple[Dataset, Dataset | None, Tokenizer, PretrainConfig]:
     """The data, the tokenizer, and the configuration with what the tokenizer decides."""
+    notice = config.preemption_file
+    if notice is not None and notice.exists():  # one of the last time, most likely: the run would end with every step
+        raise ConfigError(f"preemption_file: {notice} is there before the run begins; remove it to train")
     dataset = open_dataset(config.data, "train")
     evaluates = config.eval_every_steps or config.eval_every_minutes
     validation = open_dataset(config.data, "validation") if evaluates else None

@@ -177,6 +177,15 @@ def test_it_can_be_written_elsewhere_from_other_shards(reported, tmp_path):
     assert strip(out) == strip(file)  # the same pictures, again and again
 
 
+def test_the_examples_are_of_the_data_that_it_was_evaluated_on(reported, tmp_path):
+    run, data, figures, _ = reported
+    copy = shutil.copytree(run, tmp_path / "run")
+    config = json.loads((copy / "config.json").read_text()) | {"data": str(tmp_path / "gone")}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "eval/test.json").write_text(json.dumps(figures | {"data": str(data)}))
+    assert "filled" in write_report(copy).read_text().lower()
+
+
 def test_a_run_without_an_evaluation_is_told_the_command(trained, toys):
     before = toys.folder_hash(trained)
     with pytest.raises(RunError, match=r"test\.json: wanted the run's evaluation, found none; first run `mvlm eval"):

@@ -554,6 +554,14 @@ def test_a_tokenizer_that_is_too_large(toys, scenes, tmp_path, train_split):
     assert not config.out.exists()
 
 
+def test_a_notice_of_preemption_from_before(toys, scenes, tmp_path):
+    (tmp_path / "stop").touch()
+    config = toys.pretrain_config(scenes, tmp_path / "run", preemption_file=tmp_path / "stop")
+    with pytest.raises(ConfigError, match=r"preemption_file: .*stop is there before the run begins; remove"):
+        pretrain(config)
+    assert not config.out.exists()
+
+
 def test_a_vocabulary_without_room_for_all_bytes(toys, scenes, tmp_path):
     config = toys.pretrain_config(scenes, tmp_path / "run", model=toys.config(vocab_size=100))
     with pytest.raises(ConfigError, match="wanted a vocabulary of at least 261"):
