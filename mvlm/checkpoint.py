@@ -94,7 +94,11 @@ def verify_checkpoint(path: Path) -> None:
         file = path / name
         if not file.is_file():
             raise RunError(f"{file}: missing from the checkpoint; use another one")
-        if sha256(file) != digest:
+        try:
+            found = sha256(file)
+        except OSError as error:  # a bad sector, for one
+            raise RunError(f"{file}: cannot be read ({error.strerror}); use another checkpoint") from None
+        if found != digest:
             raise RunError(f"{file}: damaged, its sha256 is not the manifest's; use another checkpoint")
     for file in path.rglob("*"):
         # The reader takes every *.safetensors of a folder: a foreign one would be read with the others.

@@ -25,6 +25,8 @@ def pretrain(arguments: Sequence[str]) -> None:
     from mvlm.errors import ConfigError
     from mvlm.pretrain_config import pretrain_defaults
 
+    if arguments and arguments[0].startswith("--config="):
+        arguments = ["--config", arguments[0].removeprefix("--config="), *arguments[1:]]
     first = arguments[0] if arguments else ""
     if first in ("-h", "--help"):
         print(f"{pretrain.__doc__}\nThe settings of a preset: mvlm pretrain PRESET --help")

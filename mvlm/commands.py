@@ -1,5 +1,6 @@
 """The commands that use a trained model or look at a run, a plan or this machine."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -229,4 +230,6 @@ def plan(
         split=parallel == "fsdp",
         mfu=mfu,
     )
+    if not 0 < epochs < math.inf or not 0 <= loader_rate < math.inf:
+        raise ConfigError(f"plan: wanted --epochs above 0 and --loader-rate at least 0, got {epochs} and {loader_rate}")
     print(report(setting, parse_count(data), epochs, loader_rate))

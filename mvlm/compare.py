@@ -60,7 +60,7 @@ def labels(runs: list[Path]) -> list[str]:
     """The folders' names, or their paths where two names are equal; RunError for a run that is named twice."""
     if len({run.resolve() for run in runs}) < len(runs):
         raise RunError(f"report: wanted different runs, got one twice among {', '.join(map(str, runs))}")
-    names = [run.name for run in runs]
+    names = [run.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 

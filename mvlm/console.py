@@ -1,12 +1,16 @@
 """What a run shows while it goes: a progress bar on a terminal, plain lines elsewhere."""
 
+import logging
+import os
 import sys
 import time
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+
+log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LINES = 20.0
 
@@ -48,7 +52,18 @@ class Progress:
             return
         if now - self._shown >= SECONDS_BETWEEN_LINES or row["step"] == self._last or "tr_r1" in row:
             self._shown = now
-            print(f"step {row['step']}/{self._last}  {describe(row)}", flush=True)
+            try:
+                print(f"step {row['step']}/{self._last}  {describe(row)}", flush=True)
+            except OSError as error:  # a full disk, or a reader that has gone: no reason to lose a run
+                log.warning("could not write to standard output: %s; it shows nothing more, training goes on", error)
+                _silence(sys.stdout)
+
+
+def _silence(stream: TextIO) -> None:
+    """Let what is written to it go nowhere, also what it still holds and would write at the exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class Counting:

@@ -194,7 +194,7 @@ def trial(config: PretrainConfig, batch_size: int | None, device: torch.device) 
 
     def step() -> None:
         with autocast(device, config.precision):
-            losses = model(batch, masks)
+            losses = model(batch, masks, plan=config.plan)
         losses.total.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -60,16 +60,20 @@ class Numbers:
 
 
 def gradient_norms(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """The norm of all gradients, and by part of the model (its direct children and parameters). Scalars, no sync.
+    """The norm of all gradients, and by part of the model (its direct children and parameters; 0 where there are none).
+
+    Scalars, no sync.
 
     The whole is the norm of the norms of all tensors, as in torch's `clip_grad_norm_`.
     """
-    parts: dict[str, list[Tensor]] = {}
+    # A part that has no gradient yet has its name too: lines of metrics are made of steps with the same names.
+    parts: dict[str, list[Tensor]] = {name.split(".")[0]: [] for name, _ in model.named_parameters()}
     gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     norms = torch._foreach_norm([gradient for _, gradient in gradients])  # pyright: ignore[reportPrivateImportUsage]
     for (name, _), norm in zip(gradients, norms, strict=True):
-        parts.setdefault(name.split(".")[0], []).append(norm)
-    return _whole(norms), {name: _whole(part) for name, part in parts.items()}
+        parts[name.split(".")[0]].append(norm)
+    nothing = torch.zeros((), device=norms[0].device)
+    return _whole(norms), {name: _whole(part) if part else nothing for name, part in parts.items()}
 
 
 def _whole(norms: Sequence[Tensor]) -> Tensor:

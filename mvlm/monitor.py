@@ -4,6 +4,8 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 COUNTERS = ("step", "pairs_seen")
+SERVICES = ("wandb", "trackio")
 
 
 class Lines:
@@ -92,10 +95,10 @@ class Outputs:
     """
 
     def __init__(self, config: PretrainConfig, step: int) -> None:
-        self._services = {n: _start_service(n, config) for n in ("wandb", "trackio") if getattr(config, n)}
+        self._services = {n: _start_service(n, config) for n in SERVICES if getattr(config, n)}
         self._strips = config.out / "strips"
         self._metrics = MetricsFile(config.out / "metrics.jsonl", step)
-        self._board: SummaryWriter | None = SummaryWriter(str(config.out / "tensorboard"), purge_step=step)
+        self._board: SummaryWriter | None = SummaryWriter(str(config.out / "tensorboard"), purge_step=step + 1)
         self._failing: set[str] = set()
 
     def write(self, row: dict[str, Any]) -> None:
@@ -105,7 +108,7 @@ class Outputs:
         self._try("metrics.jsonl", lambda: self._metrics.write(row))
         self._try_board(lambda board: [board.add_scalar(name, value, step) for name, value in numbers.items()])
         for name, service in self._services.items():
-            self._try(name, lambda service=service: service.log(numbers, step=step))
+            self._try(name, lambda service=service: service.log(numbers, step=step), Exception)
 
     def picture(self, picture: np.ndarray, step: int) -> None:
         """A reconstruction strip, uint8 (H, W, 3): strips/step_XXXXXXXX.png, and TensorBoard."""
@@ -123,14 +126,17 @@ class Outputs:
     def __exit__(self, *_: object) -> None:
         self._try("metrics.jsonl", self._metrics.close)
         self._try_board(lambda board: board.close())
-        for service in self._services.values():
-            service.finish()
+        for name, service in self._services.items():
+            self._try(name, service.finish, Exception)
 
-    def _try(self, name: str, work: Callable[[], object]) -> bool:
-        """Do `work`. Returns whether it could be done; a warning says why not, once until it can again."""
+    def _try(self, name: str, work: Callable[[], object], errors: type[Exception] = OSError) -> bool:
+        """Do `work`. Returns whether it could be done; a warning says why not, once until it can again.
+
+        `errors` are those that do not end the run. A service has its own kinds, which do not share a base class.
+        """
         try:
             work()
-        except OSError as error:
+        except errors as error:
             if name not in self._failing:
                 log.warning("could not write %s: %s; training goes on", name, error)
             self._failing.add(name)
@@ -144,15 +150,19 @@ class Outputs:
             self._board = None
 
 
+def check_services(config: PretrainConfig) -> None:
+    """ConfigError where W&B or trackio is wanted and not installed."""
+    for name in SERVICES:
+        if getattr(config, name) and find_spec(name) is None:
+            raise ConfigError(f"--{name}: wanted the package {name}, which is not installed; pip install {name}")
+
+
 def _start_service(name: str, config: PretrainConfig) -> Any:
-    """W&B or trackio, which have the same calls, with a run begun. ConfigError where it is not installed."""
-    try:
-        if name == "wandb":
-            import wandb as service  # pyright: ignore[reportMissingImports]
-        else:
-            import trackio as service  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise ConfigError(f"--{name}: wanted the package {name}, which is not installed; pip install {name}") from None
+    """W&B or trackio, which have the same calls, with a run begun. ConfigError where that cannot be."""
     extra: dict[str, Any] = {"dir": str(config.out)} if name == "wandb" else {}
-    service.init(project="mvlm", name=config.out.name, config=config.to_dict(), **extra)
+    try:
+        service = import_module(name)
+        service.init(project="mvlm", name=config.out.name, config=config.to_dict(), **extra)
+    except Exception as error:
+        raise ConfigError(f"--{name}: could not begin a run: {error!r}; leave --{name} out") from error
     return service

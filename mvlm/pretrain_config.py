@@ -103,7 +103,7 @@ class PretrainConfig:
     eval_pictures: int = 0
     """Evaluate during training on the first so many pictures of the validation split; 0 for all."""
     checkpoint_every_minutes: float = 10.0
-    """Minutes between checkpoints; one more is written at the end."""
+    """Minutes between checkpoints; 0 for none by time. One more is written at the end."""
     checkpoint_every_steps: int = 0
     """Steps between checkpoints, besides those by minutes; 0 for none."""
     keep_checkpoints: int = 2

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mvlm import backends
 from mvlm.device import choose_device, has_fast_bf16
@@ -156,8 +156,13 @@ class WeightAverage:
         """The model has the averaged weights within, and its own again after."""
         with torch.no_grad():
             own = [p.detach().clone() for p in self._model.parameters()]
-            torch._foreach_copy_(list(self._model.parameters()), list(self.tensors.values()))  # pyright: ignore[reportPrivateImportUsage]
+            self._set(list(self.tensors.values()))
             try:
                 yield
             finally:
-                torch._foreach_copy_(list(self._model.parameters()), own)  # pyright: ignore[reportPrivateImportUsage]
+                self._set(own)
+
+    def _set(self, values: list[Tensor]) -> None:
+        # One by one: torch's list-wise copy does not know tensors that are split over ranks.
+        for parameter, value in zip(self._model.parameters(), values, strict=True):
+            parameter.copy_(value)

@@ -1,5 +1,6 @@
 """How a run is asked to end: signals and a file. The step is always finished first."""
 
+import contextlib
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_LOOKS = 1.0
+AGAIN = "SIGTERM or Ctrl-C once more ends at once"
 
 
 class StopRequest:
@@ -55,4 +57,5 @@ class StopRequest:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         # Not by logging: the signal may have come while a log line was being written.
-        os.write(2, f"mvlm: {self.reason}: finishing the step and saving; once more ends at once\n".encode())
+        with contextlib.suppress(OSError):  # `| tee` got Ctrl-C too, and is gone: the run is still to be saved
+            os.write(2, f"mvlm: {self.reason}: finishing the step and saving; {AGAIN}\n".encode())

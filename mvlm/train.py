@@ -21,7 +21,7 @@ from mvlm.errors import ConfigError, LostRankError, NonFiniteLossError, RunError
 from mvlm.evaluation import evaluate_briefly
 from mvlm.global_batch import Microbatch, backward_global
 from mvlm.measures import Numbers, gradient_norms, whole
-from mvlm.monitor import Lines, Outputs
+from mvlm.monitor import Lines, Outputs, check_services
 from mvlm.objectives import Losses
 from mvlm.packing import bucketed
 from mvlm.parallel import Parallel, checkpoint_activations, compile_step, parallelize, whole_model
@@ -79,6 +79,7 @@ def open_inputs(config: PretrainConfig) -> tuple[Dataset, Dataset | None, Tokeni
     notice = config.preemption_file
     if notice is not None and notice.exists():  # one of the last time, most likely: the run would end with every step
         raise ConfigError(f"preemption_file: {notice} is there before the run begins; remove it to train")
+    check_services(config)
     dataset = open_dataset(config.data, "train")
     evaluates = config.eval_every_steps or config.eval_every_minutes
     validation = open_dataset(config.data, "validation") if evaluates else None
@@ -158,7 +159,7 @@ class Run:
                 lines.write(progress)  # of the step before: its numbers have come while this step was begun
                 now = time.monotonic()
                 save, evaluate, end = wishes.grant(
-                    now - saved_at >= 60 * config.checkpoint_every_minutes,
+                    0 < 60 * config.checkpoint_every_minutes <= now - saved_at,
                     0 < 60 * config.eval_every_minutes <= now - evaluated_at,
                     stop.asked(),
                 )
@@ -173,7 +174,6 @@ class Run:
                     self.save()
                     saved_at = time.monotonic()
                 if end:
-                    log.info("%s: saved at step %d, and stopped", stop.reason or "another rank", self.step)
                     break
             self.watchdog.beat("the last checkpoint")
             wishes.close()
@@ -183,6 +183,8 @@ class Run:
                     f"{self.saver.path(self.step)}: could not be written (the reason is above), and the run ends here; "
                     f"older checkpoints are as they were: mend it and go on with --resume"
                 )
+            if self.step < config.max_steps:
+                log.info("%s: saved at step %d, and stopped", stop.reason or "another rank", self.step)
 
     def due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0

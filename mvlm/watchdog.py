@@ -1,10 +1,10 @@
 """A run that does not move is ended, with the stacks of its threads, rather than left hanging."""
 
+import contextlib
 import faulthandler
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 
 EXIT_CODE = 3
@@ -21,12 +21,15 @@ class Watchdog:
     def __init__(self, folder: Path, rank: int, minutes: float) -> None:
         self._file = folder / f"stalled_rank_{rank:05d}.txt"
         self._rank, self._seconds = rank, 60 * minutes
-        self._doing, self._since = "start", time.monotonic()
+        self._interval = min(self._seconds / 10, 5.0)
+        self._doing = "start"
+        # Time is counted by looks of the thread: what stands still with it, suspended by Ctrl-Z for one, is no stall.
+        self._looks = self._since = 0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        self._since = time.monotonic()
+        self._since = self._looks
         self._thread.start()
         return self
 
@@ -36,11 +39,12 @@ class Watchdog:
 
     def beat(self, doing: str) -> None:
         """The run moves; from now on it is busy with `doing`."""
-        self._doing, self._since = doing, time.monotonic()
+        self._doing, self._since = doing, self._looks
 
     def _watch(self) -> None:
-        while not self._end.wait(min(self._seconds / 10, 5.0)):
-            waited = time.monotonic() - self._since
+        while not self._end.wait(self._interval):
+            self._looks += 1
+            waited = (self._looks - self._since) * self._interval
             if waited > self._seconds:
                 self._report(waited)
                 os._exit(EXIT_CODE)
@@ -59,4 +63,5 @@ class Watchdog:
         except OSError as error:
             message += f" (not written: {error})"
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-        os.write(2, (message + "\n").encode())
+        with contextlib.suppress(OSError):
+            os.write(2, (message + "\n").encode())

@@ -127,6 +127,16 @@ def average(campaign: Campaign, out: Path) -> None:
     require(not any(torch.equal(own[name], averaged[name]) for name in own), "the average is the weights")
 
 
+def evaluated(campaign: Campaign, out: Path) -> None:
+    """The average of split weights is evaluated during training, with the figures of whole ones."""
+    changes: dict[str, Any] = {"eval_every_steps": 6, "max_steps": 6}
+    codes = campaign.run(out, 2, parallel="fsdp", **changes)
+    require(codes == [0, 0], f"ended with {codes}: {log_of(out)}")
+    ours, theirs = (read_metrics(run / "metrics.jsonl")[-1] for run in (out, campaign.whole(2, **changes)))
+    for name in ("masked_l1", "masked_nats"):
+        require(abs(ours[name] / theirs[name] - 1) < 1e-4, f"{name}: {ours[name]}, not {theirs[name]}")
+
+
 def half(campaign: Campaign, out: Path, parallel: str) -> None:
     """bf16 autocast on two ranks, as on one; and it is bf16."""
     changes: dict[str, Any] = {"precision": "bf16", "max_steps": 6}
@@ -144,4 +154,5 @@ TRIALS: dict[str, Callable[[Campaign, Path], None]] = {
     **{f"last save, {ranks}": partial(last_save, ranks=ranks) for ranks in (1, 2)},
     **{f"bf16, {kind}": partial(half, parallel=kind) for kind in ("ddp", "fsdp")},
     "average": average,
+    "evaluated average": evaluated,
 }

@@ -54,6 +54,10 @@ def test_split_weights_and_their_average_resume_exactly_and_are_those_of_ddp(tri
     trial("average")
 
 
+def test_the_average_of_split_weights_is_evaluated_during_training(trial):
+    trial("evaluated average")
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_bf16_on_two_ranks_learns_what_it_does_on_one(trial, parallel):
     trial(f"bf16, {parallel}")

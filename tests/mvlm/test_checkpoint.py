@@ -234,6 +234,17 @@ def test_a_flipped_bit_is_found_and_the_previous_checkpoint_used(run_copy, name,
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in model.state_dict().items())
 
 
+def test_a_file_that_the_disk_does_not_give_is_damaged(run_copy):
+    """Reading /proc/self/mem from its beginning is an error of input and output, as a bad sector is."""
+    root = run_copy / "checkpoints"
+    file = root / "step_00000002" / "model" / SHARD
+    file.unlink()
+    file.symlink_to("/proc/self/mem")
+    with pytest.raises(RunError, match=rf"{SHARD}: cannot be read \(Input/output error\); use another checkpoint"):
+        find_checkpoint(root / "step_00000002")
+    assert find_checkpoint(run_copy) == root / "step_00000001"
+
+
 def test_a_flipped_bit_in_the_manifest_is_found(run_copy):
     root = run_copy / "checkpoints"
     flip_a_byte(root / "step_00000002/manifest.json")

@@ -620,7 +620,7 @@ def test_the_module_is_the_program(data, tmp_path, toys):
 
 def test_a_run_is_repeated_from_its_configuration_and_exported(mvlm, run_copy, tmp_path):
     """The same run elsewhere, with every setting of the file but those that are given."""
-    outcome = mvlm("pretrain", "--config", run_copy / "config.json", "--out", tmp_path / "again")
+    outcome = mvlm("pretrain", f"--config={run_copy / 'config.json'}", "--out", tmp_path / "again")
     assert outcome.code == 0
     names = ("step", "loss", "mlm", "mim", "itc", "itm", "grad_norm", "lr")
     mine, theirs = (

@@ -60,6 +60,17 @@ def test_plain_lines_where_there_is_no_terminal(capsys, clock):
     assert not any("\r" in line or "\x1b" in line for line in lines)
 
 
+def test_an_output_that_cannot_be_written_to_is_a_warning(monkeypatch, clock, caplog):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with Progress(0, 100) as progress:
+            for step in (1, 2, 3):
+                clock[0] += 30
+                progress.show(ROW | {"step": step})
+    (record,) = caplog.records
+    assert "could not write to standard output: [Errno 28]" in record.getMessage()
+
+
 def test_a_bar_on_a_terminal(monkeypatch):
     master, slave = pty.openpty()
     monkeypatch.setenv("TERM", "xterm")

@@ -2,16 +2,19 @@
 
 import json
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mvlm import monitor
 from mvlm.errors import ConfigError
 from mvlm.monitor import Outputs
 from mvlm.run_folder import read_metrics
+from mvlm.train import pretrain
 
 ROW = {"step": 3, "pairs_seen": 24, "loss": 1.5, "itc": None, "skipped": 0}
 
@@ -53,8 +56,38 @@ def test_a_service_that_is_not_installed_is_named_before_anything_is_written(toy
     monkeypatch.setitem(sys.modules, "trackio", None)
     config = toys.pretrain_config(tmp_path / "data", tmp_path / "run", trackio=True)
     with pytest.raises(ConfigError, match="--trackio: wanted the package trackio, which is not installed; pip install"):
-        Outputs(config, 0)
+        pretrain(config)
     assert not config.out.exists()
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_service_that_fails_is_a_warning(toys, tmp_path, monkeypatch, without_tensorboard, caplog, name):
+    def fails(*_, **__):
+        raise ConnectionAbortedError("the network is down") if name == "wandb" else RuntimeError("locked")
+
+    service = SimpleNamespace(init=lambda **_: None, log=fails, finish=fails)
+    monkeypatch.setitem(sys.modules, name, service)
+    config = toys.pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
+    config.out.mkdir()
+    with Outputs(config, 0) as outputs:
+        for step in (3, 4):
+            outputs.write(ROW | {"step": step})
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"could not write {name}"]
+    assert [row["step"] for row in read_metrics(config.out / "metrics.jsonl")] == [3, 4]
+    service.init = fails
+    with pytest.raises(ConfigError, match=f"--{name}: could not begin a run: .*; leave --{name} out"):
+        Outputs(config, 0)
+
+
+def test_the_board_keeps_the_step_that_a_run_goes_on_from(toys, tmp_path):
+    config = toys.pretrain_config(tmp_path / "data", tmp_path)
+    for first, steps in ((0, (1, 2, 3, 4)), (3, (4, 5))):
+        with Outputs(config, first) as outputs:
+            for step in steps:
+                outputs.write(ROW | {"step": step, "loss": float(first)})
+        time.sleep(1.1)  # its files are told apart, and sorted, by the second
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0), (2, 0), (3, 0), (4, 3), (5, 3)]
 
 
 # TensorBoard writes in a thread, which says so itself.

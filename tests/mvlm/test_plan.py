@@ -85,3 +85,9 @@ def test_the_page_shows_what_the_command_prints(capsys):
     for ours, theirs in zip(re.findall(number, printed), re.findall(number, shown), strict=True):
         a, b = (float(x.replace(",", "")) for x in (ours, theirs))
         assert a == pytest.approx(b, rel=0.03, abs=1.01 if "." not in ours else 0.06), (ours, theirs)
+
+
+@pytest.mark.parametrize("words", [("--epochs", "-1"), ("--epochs", "nan"), ("--loader-rate", "-5")])
+def test_odd_numbers_are_refused(words):
+    with pytest.raises(ConfigError, match="plan: wanted --epochs above 0 and --loader-rate at least 0, got"):
+        cli.run_command(["plan", "--gpus", "8", "--data", "1M", *words])

@@ -20,7 +20,19 @@ def test_a_signal_asks_and_handlers_are_put_back(number, capfd):
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends the process
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     assert {n: signal.getsignal(n) for n in before} == before
-    assert "finishing the step and saving; once more ends at once" in capfd.readouterr().err
+    assert "finishing the step and saving; SIGTERM or Ctrl-C once more ends at once" in capfd.readouterr().err
+
+
+def test_a_signal_asks_also_where_nobody_reads_the_message(monkeypatch):
+    """As with `| tee`, which Ctrl-C ends too."""
+
+    def broken(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(signals.os, "write", broken)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked()
 
 
 def test_a_file_asks(tmp_path, monkeypatch):

@@ -479,6 +479,16 @@ def test_reconstruction_comes_first(toys, scenes, tmp_path, without_tensorboard)
         assert row["loss"] == pytest.approx(row["mlm"] + row["mim"], rel=1e-5)
 
 
+def test_itc_and_itm_may_join_within_a_line(toys, scenes, tmp_path, without_tensorboard):
+    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=6, reconstruction_first=4, log_every=3)
+    pretrain(config)
+    rows = read_metrics(config.out / "metrics.jsonl")
+    assert [(row["step"], row["itc"] is None) for row in rows] == [(3, True), (6, False)]
+    assert set(rows[0]) == set(rows[1])
+    joined = [name for name in rows[0] if name.startswith("grad_norm_") and rows[0][name] == 0 < rows[1][name]]
+    assert joined  # what only ITC and ITM train
+
+
 def test_evaluations_on_the_way_change_nothing(toys, scenes, tmp_path, without_tensorboard):
     plain = toys.pretrain_config(scenes, tmp_path / "plain", max_steps=4)
     watched = toys.pretrain_config(scenes, tmp_path / "watched", max_steps=4, eval_every_steps=2, log_every=4)
@@ -506,6 +516,7 @@ def test_lines_are_written_every_so_many_steps(toys, scenes, tmp_path, without_t
     [
         ({"checkpoint_every_steps": 2}, [2, 4, 5]),
         ({"checkpoint_every_steps": 5}, [5]),
+        ({"checkpoint_every_minutes": 0.0}, [5]),
         ({"checkpoint_every_minutes": 2.0}, [2, 4, 5]),  # a step takes 61 seconds here
         ({}, [5]),
     ],

@@ -1,6 +1,7 @@
 """What stands still is ended with stacks; each in a forked process, which is what ends."""
 
 import os
+import signal
 import threading
 import time
 
@@ -44,6 +45,21 @@ def test_a_run_that_moves_is_left_alone(tmp_path):
                 watchdog.beat(f"step {step}")
                 time.sleep(0.1)
         os._exit(0)
+    assert code_of(process) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_was_suspended_is_left_alone(tmp_path):
+    process = os.fork()
+    if process == 0:
+        with Watchdog(tmp_path, rank=0, minutes=1 / 60) as watchdog:
+            watchdog.beat("step 1")
+            os.kill(os.getpid(), signal.SIGSTOP)  # Ctrl-Z; this goes on when the parent says so
+            time.sleep(0.5)
+        os._exit(0)
+    os.waitpid(process, os.WUNTRACED)
+    time.sleep(2)
+    os.kill(process, signal.SIGCONT)
     assert code_of(process) == 0
     assert not list(tmp_path.iterdir())
 
