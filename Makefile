@@ -48,9 +48,9 @@ aot: $(VENV)/.installed
 traffic: $(VENV)/.installed
 	$(BIN)/python -m mvlm_kernels.traffic --json benchmarks/results/traffic.json
 
-# Runs of a micro model, each disturbed in one way and resumed: a table, and a JSON file. About 3 s a trial.
+# Both, and runs of a micro model, each disturbed in one way and resumed: a table, and a JSON file. About 3 s a trial.
 FAULTS ?= 1000
-faults: $(VENV)/.installed
+faults: faults-data faults-loading
 	$(BIN)/python tests/faults/campaign.py --count $(FAULTS) --jobs $(JOBS) --json benchmarks/results/faults.json
 
 # Every measured figure of docs/, on a machine that does nothing else; MACHINE is part of
