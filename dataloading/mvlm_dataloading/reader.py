@@ -5,9 +5,11 @@ import ctypes
 import gc
 import logging
 import threading
+from dataclasses import replace
 
 import numpy as np
 
+from .augment import Augment
 from .dataset import Dataset
 from .errors import DataError
 from .indices import Int64
@@ -164,14 +166,24 @@ class Reader:
         if self._dataset.stage is not None:
             self._dataset.stage.fetch([int(self._dataset.shard[i])])
         try:
+            self._decode_whole(np.array([i]))
             return self._open(np.array([i]), np.array([epoch]), 1, guard=False, prefetch=1).next()[0]
         except RuntimeError:
             return None
 
+    def _decode_whole(self, ids: Int64) -> None:
+        """Raises RuntimeError if one of the samples `ids` cannot be decoded.
+
+        Of a file that is cut, a window above the cut can be. Judged whole, a picture is bad or not whatever the epoch,
+        the rank and the batch it is met in.
+        """
+        settings = replace(self._settings, geometry=replace(self._settings.geometry, random=False), augment=Augment())
+        Segment(self._dataset, ids, np.zeros_like(ids), settings, len(ids), guard=False, prefetch=1).next()
+
     def _undecodable(self, ids: Int64) -> list[int]:
         """Those of the samples `ids` that cannot be decoded, by halving: DALI does not say which of a batch it was."""
         try:
-            self._open(ids, np.zeros_like(ids), len(ids), guard=False, prefetch=1).next()
+            self._decode_whole(ids)
         except RuntimeError:
             if len(ids) == 1:
                 return ids.tolist()

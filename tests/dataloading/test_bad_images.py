@@ -1,15 +1,17 @@
 """Pictures that cannot be decoded, met in training."""
 
+import io
 import itertools
 import json
 import subprocess
 import sys
+import tarfile
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mvlm_dataloading import DataError, Dataset, Loader, ShardWriter, open_dataset
+from mvlm_dataloading import DataError, Dataset, Loader, ShardWriter, open_dataset, rebuild_indices
 from mvlm_dataloading.order import Stream, substitute
 from mvlm_dataloading.randomness import Purpose, hash64
 
@@ -175,6 +177,56 @@ def test_bytes_after_the_end_of_an_image_do_no_harm(tmp_path, make, tokenizer, c
     assert plain == longer
     assert "images with bytes after their end" in caplog.text
     assert "cannot be decoded" not in caplog.text
+
+
+@pytest.fixture
+def cut(request, tmp_path, make):
+    """24 JPEGs, of which 5 is cut at 90 % and 17 at 97 %: many a window lies above the cut and can be decoded.
+
+    A parameter is bytes after the end of every fourth.
+    """
+    with tarfile.open(tmp_path / "train-000.tar", "w") as tar:
+        for i in range(24):
+            picture = make.picture(i, kind="JPEG", size=(240, 320))
+            if i in (5, 17):
+                picture = picture[: int(len(picture) * (0.9 if i == 5 else 0.97))]
+            elif i % 4 == 0:
+                picture += getattr(request, "param", b"")
+            for name, content in ((f"{i:02d}.jpg", picture), (f"{i:02d}.txt", b"a wave")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    rebuild_indices(tmp_path)
+    return open_dataset(tmp_path, "train")
+
+
+def test_a_file_that_is_cut_is_bad_whatever_its_window(cut, tokenizer, caplog):
+    settings = {"batch_size": 8, "max_bad_fraction": 0.2}
+    for seed in range(4):
+        loader = load(cut, tokenizer, **settings, seed=seed)
+        wanted = [i for i, _, _ in stream(loader, 12)]  # four epochs
+        loader.close()
+        assert loader.state_dict()["skipped"] == [5, 17]
+        assert not {5, 17} & set(wanted)
+        ranks = [load(cut, tokenizer, **settings, seed=seed, rank=rank, world_size=2) for rank in range(2)]
+        shares = [[i for i, _, _ in stream(loader, 12)] for loader in ranks]
+        for loader in ranks:
+            loader.close()
+        assert [i for step in range(12) for share in shares for i in share[4 * step : 4 * step + 4]] == wanted
+    assert "bytes after their end" not in caplog.text
+
+
+@pytest.mark.parametrize("cut", [b"\0"], indirect=True)
+def test_a_window_that_fails_where_that_of_epoch_0_does_not_stops_no_run(cut, tokenizer, caplog):
+    """Bytes after the end of other files turn the guard off, and then it is a batch that fails."""
+    found = set()
+    for seed in range(4):
+        loader = load(cut, tokenizer, batch_size=1, max_bad_fraction=0.2, seed=seed)
+        stream(loader, 100)
+        loader.close()
+        found.update(loader.state_dict()["skipped"])
+    assert found == {5, 17}
+    assert "bytes after their end" in caplog.text
 
 
 def test_too_many_stop_the_run_with_the_list(damaged, tokenizer):
