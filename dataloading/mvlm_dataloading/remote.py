@@ -4,7 +4,7 @@ A folder named s3://, gs://, hf:// or https:// is read through fsspec. Its descr
 opened; a shard comes when a batch is about to need it, and the next ones while it is in use:
 
     CACHE/.lock                        held for a moment while room is made
-    CACHE/<hash of url and content>/   dataset.json, X.idx
+    CACHE/<hash of url and content>/   dataset.json, tokenizer.json, X.idx
         X.tar.BYTES.part -> X.tar      renamed when the sha256 of dataset.json has been found in it; BYTES are its room
         X.tar.lock                     flock: exclusive to write or remove X.tar, shared while a process reads it
 
@@ -89,6 +89,12 @@ class Stage:
                     raise DataError(f"{self.url}: wanted shards inside the folder, found {name!r} in dataset.json")
             if not (self.folder / index).is_file():
                 _replace(self.folder / index, self._attempt(index, lambda path: self._files.cat_file(path)))
+
+    def bring_tokenizer(self, sha256: str) -> None:
+        """Bring the tokenizer.json that dataset.json names, unless it is here."""
+        path = self.folder / "tokenizer.json"
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            _replace(path, self._attempt("tokenizer.json", lambda path: self._files.cat_file(path)))
 
     def fetch(self, shards: Sequence[int]) -> None:
         """Return when these shards are here. They stay until `keep` is called without them."""

@@ -123,6 +123,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def tokenizer_for(dataset: Dataset, vocab_size: int) -> Tokenizer:
     """The tokenizer that the data set brings, or else one trained on the captions of its train split."""
     if dataset.tokenizer_sha256 is not None:
+        if dataset.stage is not None:
+            dataset.stage.bring_tokenizer(dataset.tokenizer_sha256)
         path = dataset.folder / "tokenizer.json"
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != dataset.tokenizer_sha256:
             raise DataError(f"{path}: wanted the tokenizer that dataset.json names, found another; restore it")

@@ -1,6 +1,7 @@
 """Data that lie elsewhere, behind real servers on this machine: an object store and a web server."""
 
 import functools
+import hashlib
 import http.server
 import itertools
 import json
@@ -188,6 +189,26 @@ def test_a_shard_with_other_bytes_is_refused(folder, web, cache, tokenizer):
     finally:
         tar.write_bytes(content)
         os.utime(tar.with_suffix(".idx"))
+
+
+def test_a_data_set_that_brings_a_tokenizer(folder, web, cache, tokenizer):
+    path, kept = folder / "tokenizer.json", (folder / "dataset.json").read_text()
+    try:
+        tokenizer.save(path)
+        own = {"tokenizer": hashlib.sha256(path.read_bytes()).hexdigest()}
+        (folder / "dataset.json").write_text(json.dumps(json.loads(kept) | own))
+        content = path.read_bytes()
+        path.write_bytes(content[:-1])  # as it is copied: what came then is not kept
+        dataset = open_dataset(web, "train")
+        with pytest.raises(DataError, match=r"wanted the tokenizer that dataset\.json names, found another"):
+            tokenizer_for(dataset, 300)
+        path.write_bytes(content)
+        for _ in range(2):
+            assert tokenizer_for(dataset, 300).fingerprint == tokenizer.fingerprint
+        assert Quiet.asked.count("/tokenizer.json") == 2
+    finally:
+        path.unlink()
+        (folder / "dataset.json").write_text(kept)
 
 
 def test_shards_outside_the_folder_are_refused(folder, cache, monkeypatch, tmp_path):
