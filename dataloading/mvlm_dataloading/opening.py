@@ -12,8 +12,9 @@ from .dataset import Dataset, Keys
 from .description import read_description, shard_files
 from .errors import DataError
 from .indices import IMAGE_EXTENSIONS, KINDS, Index, Part, head_of, parse
-from .remote import is_remote, stage_for
+from .remote import Stage, is_remote, stage_for
 
+_AT_SOURCE = "open the data set again, which brings it anew; if that does not help, make it again where it comes from"
 _SHORT = 8  # bytes; a caption file of at most so many is read when the data set is opened, as it may be blank
 
 
@@ -38,13 +39,16 @@ def open_dataset(folder: Path | str, split: str) -> Dataset:
     shards = description["splits"][split]["shards"]
     if stage is not None:
         stage.expect(shards)
-    tars, indices = [], []
+    tars, paths, indices = [], [], []
     for shard in shards:
         tar, path = shard_files(folder, shard)
         if stage is None:
             _check_tar(tar, shard["bytes"])
         tars.append(tar)
-        indices.append(_read_index(tar, path, shard, local=stage is None))
+        paths.append(path)
+        indices.append(_read_index(tar, path, shard) if stage is None else _staged_index(stage, tar, path, shard))
+    if stage is not None:
+        stage.compare = lambda i: _compare(tars[i], paths[i], indices[i], _AT_SOURCE)
     counts = np.array([len(index.begin) for index in indices], np.int64)
     if not counts.sum():
         raise DataError(f"{folder}: wanted samples in the split {split}, found none; build the data set again")
@@ -101,10 +105,21 @@ def _header(tar: Path, block: bytes) -> tarfile.TarInfo:
         ) from None
 
 
-def _read_index(tar: Path, path: Path, shard: dict[str, Any], *, local: bool) -> Index:
+def _staged_index(stage: Stage, tar: Path, path: Path, shard: dict[str, Any]) -> Index:
+    """The index of a shard that lies elsewhere, brought once more where that in the cache cannot be used."""
+    try:
+        return _read_index(tar, path, shard, local=False)
+    except DataError:
+        stage.bring_index(shard)
+        return _read_index(tar, path, shard, local=False)
+
+
+def _read_index(tar: Path, path: Path, shard: dict[str, Any], *, local: bool = True) -> Index:
     """The index of a shard, checked against the tar at its first and last samples where that is here."""
     samples = shard["samples"]
     hint = "make the view again" if "index" in shard else f"make it again with `wds2idx {tar} {path}`"
+    if not local:
+        hint = _AT_SOURCE
     if not path.is_file():
         raise DataError(f"{path}: wanted the index of {tar.name}, found no such file; {hint}")
     if local and path.stat().st_mtime_ns < tar.stat().st_mtime_ns:
@@ -133,11 +148,11 @@ def _read_index(tar: Path, path: Path, shard: dict[str, Any], *, local: bool) ->
                 + (" or write its captions" if kind == "text" else "")
             )
     if local:
-        _compare(tar, path, index)
+        _compare(tar, path, index, hint)
     return index
 
 
-def _compare(tar: Path, path: Path, index: Index) -> None:
+def _compare(tar: Path, path: Path, index: Index, hint: str) -> None:
     """Compare an index with its tar at the first, the middle and the last sample. Raises DataError."""
     rows = len(index.begin)
     end = tar.stat().st_size
@@ -163,6 +178,5 @@ def _compare(tar: Path, path: Path, index: Index) -> None:
                 fits = member is not None and member.size == size and (member.name == name or not plain)
                 if offset + size > end or not fits:
                     raise DataError(
-                        f"{path}: wanted the index of {tar.name}, found that {name} is not where it says; "
-                        f"make it again with `wds2idx {tar} {path}`"
+                        f"{path}: wanted the index of {tar.name}, found that {name} is not where it says; {hint}"
                     )

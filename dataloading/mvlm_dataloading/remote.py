@@ -21,7 +21,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def stage_for(folder: str) -> "Stage":
     size = os.environ.get("MVLM_CACHE_GB") or "100"
     try:
         limit = int(float(size) * 1e9)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise DataError(f"MVLM_CACHE_GB: wanted a number of gigabytes, got {size!r}") from None
     return Stage(f"{found[1]}://{found[2].rstrip('/')}", cache, limit)
 
@@ -58,6 +58,7 @@ class Stage:
 
     Attributes:
         folder: where dataset.json, the indices and, when they are fetched, the shards are.
+        compare: raises DataError if the shard of this number, which is here, does not fit its index.
 
     Raises:
         DataError: something is not there, is not what dataset.json says, or does not fit into the cache.
@@ -78,17 +79,23 @@ class Stage:
         self._shards: list[dict[str, Any]] = []
         self._held: dict[int, int] = {}  # shard -> descriptor of its lock
         self._guard = threading.RLock()
+        self.compare: Callable[[int], None] | None = None
+        self._compared: set[int] = set()
 
     def expect(self, shards: list[dict[str, Any]]) -> None:
         """Say which shards there are, as dataset.json lists them, and bring their indices."""
         self._shards = shards
         for shard in shards:
-            index = shard.get("index", Path(shard["tar"]).with_suffix(".idx").as_posix())
-            for name in (shard["tar"], index):
+            for name in (shard["tar"], _index_of(shard)):
                 if Path(name).is_absolute() or ".." in Path(name).parts:
                     raise DataError(f"{self.url}: wanted shards inside the folder, found {name!r} in dataset.json")
-            if not (self.folder / index).is_file():
-                _replace(self.folder / index, self._attempt(index, lambda path: self._files.cat_file(path)))
+            if not (self.folder / _index_of(shard)).is_file():
+                self.bring_index(shard)
+
+    def bring_index(self, shard: dict[str, Any]) -> None:
+        """Bring a shard's index, in the place of one that is here: dataset.json has no hash of it, so it may be old."""
+        name = _index_of(shard)
+        _replace(self.folder / name, self._attempt(name, lambda path: self._files.cat_file(path)))
 
     def bring_tokenizer(self, sha256: str) -> None:
         """Bring the tokenizer.json that dataset.json names, unless it is here."""
@@ -101,7 +108,7 @@ class Stage:
         for shard in shards:
             with self._guard:
                 if shard not in self._held:
-                    self._held[shard] = self._bring(self._shards[shard])
+                    self._held[shard] = self._bring(shard)
 
     def keep(self, shards: Sequence[int]) -> None:
         """Let go of all other shards: they may be removed when room is needed."""
@@ -112,14 +119,15 @@ class Stage:
     @contextlib.contextmanager
     def reading(self, shard: int) -> Iterator[None]:
         """A shard is here, inside this; what `fetch` and `keep` hold is not touched."""
-        descriptor = self._bring(self._shards[shard])  # a lock of its own beside theirs
+        descriptor = self._bring(shard)  # a lock of its own beside theirs
         try:
             yield
         finally:
             os.close(descriptor)
 
-    def _bring(self, shard: dict[str, Any]) -> int:
-        """Make sure that a shard is in the cache; the descriptor of its lock, shared."""
+    def _bring(self, number: int) -> int:
+        """Make sure that a shard is in the cache and fits its index; the descriptor of its lock, shared."""
+        shard = self._shards[number]
         tar = self.folder / shard["tar"]
         lock = os.open(f"{tar}.lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -127,6 +135,7 @@ class Stage:
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 if tar.is_file():
                     os.utime(lock)  # the time of its last use
+                    self._compare_once(number)
                     return lock
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not tar.is_file():  # else another job brought it while this one waited
@@ -134,6 +143,17 @@ class Stage:
         except BaseException:
             os.close(lock)
             raise
+
+    def _compare_once(self, number: int) -> None:
+        if number in self._compared or self.compare is None:
+            return
+        try:
+            self.compare(number)
+        except DataError:
+            # What is open has read it. It goes, so that the next opening brings the one that is at the source by then.
+            (self.folder / _index_of(self._shards[number])).unlink(missing_ok=True)
+            raise
+        self._compared.add(number)
 
     def _download(self, shard: dict[str, Any], tar: Path) -> None:
         # All its room is taken at once, so that jobs that fetch at the same time see what is left. The name says how
@@ -203,6 +223,10 @@ class Stage:
                 log.warning("%s/%s: trying again after: %s", self.url, name, error or repr(error))
                 time.sleep(_FIRST_PAUSE_S * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
+
+
+def _index_of(shard: dict[str, Any]) -> str:
+    return shard.get("index", Path(shard["tar"]).with_suffix(".idx").as_posix())
 
 
 def _replace(path: Path, content: bytes) -> None:

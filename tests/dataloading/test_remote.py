@@ -160,9 +160,10 @@ def test_a_cache_that_is_too_small(folder, web, cache, tokenizer, monkeypatch):
         DataError, match=r"wanted room for \d+ bytes more, found \d+ of \d+ in use; raise MVLM_CACHE_GB"
     ):
         batches(open_dataset(web, "train"), tokenizer, 1)
-    monkeypatch.setenv("MVLM_CACHE_GB", "much")
-    with pytest.raises(DataError, match="MVLM_CACHE_GB: wanted a number of gigabytes, got 'much'"):
-        open_dataset(web, "train")
+    for size in ("much", "inf", "1e300"):
+        monkeypatch.setenv("MVLM_CACHE_GB", size)
+        with pytest.raises(DataError, match=f"MVLM_CACHE_GB: wanted a number of gigabytes, got '{size}'"):
+            open_dataset(web, "train")
 
 
 def test_a_server_that_fails_at_times(folder, web, cache, tokenizer):
@@ -189,6 +190,33 @@ def test_a_shard_with_other_bytes_is_refused(folder, web, cache, tokenizer):
     finally:
         tar.write_bytes(content)
         os.utime(tar.with_suffix(".idx"))
+
+
+def test_a_damaged_index_in_the_cache_is_brought_again(folder, web, cache, tokenizer):
+    open_dataset(web, "train")
+    first, *_, last = sorted(cache.glob("*/*.idx"))
+    first.write_bytes(b"")
+    last.write_bytes(last.read_bytes().replace(b"jpg", b"gif"))
+    found = batches(open_dataset(web, "train"), tokenizer, 6)
+    assert_equal(found, batches(open_dataset(folder, "train"), tokenizer, 6))
+
+
+def test_an_index_of_another_tar_is_noticed_and_does_not_stay(folder, web, cache, tokenizer):
+    wanted = batches(open_dataset(folder, "train"), tokenizer, 6)
+    shards = json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"]
+    by_count = {}
+    for shard in shards:
+        by_count.setdefault(shard["samples"], []).append((folder / shard["tar"]).with_suffix(".idx"))
+    one, two, *_ = next(paths for paths in by_count.values() if len(paths) > 1)
+    kept = one.read_bytes()
+    try:
+        one.write_bytes(two.read_bytes())
+        for _ in range(2):
+            with pytest.raises(DataError, match=rf"{one.name}: wanted the index of .*; open the data set again, which"):
+                batches(open_dataset(web, "train"), tokenizer, 6)
+    finally:
+        one.write_bytes(kept)
+    assert_equal(batches(open_dataset(web, "train"), tokenizer, 6), wanted)
 
 
 def test_a_data_set_that_brings_a_tokenizer(folder, web, cache, tokenizer):
