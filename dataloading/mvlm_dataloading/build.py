@@ -34,7 +34,7 @@ from .writing import write_piece
 log = logging.getLogger(__name__)
 
 # Bumped when equal input gives other bytes, so that a folder built before is not taken for what would be built now.
-_REVISION = 1
+_REVISION = 2
 _MAX_CRASHES = 50
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

@@ -88,6 +88,51 @@ def test_coco_with_a_picture_missing_and_one_without_captions(tmp_path):
     assert description["rejected"] == {"image file is missing": 1, "no caption": 1}
 
 
+def test_only_a_text_is_a_caption(tmp_path):
+    """Nulls, numbers and objects, in every format that can hold them."""
+    cells = [["words", None], [None], [{"raw": "words", "id": 1}], [float("nan")], 7, None, "None"]
+    numbers = range(len(cells))
+    for i in numbers:
+        published.write_picture(tmp_path / "folder" / f"{i}.jpg", i)
+    rows = "\n".join(json.dumps({"image": f"{i}.jpg", "caption": cells[i]}) for i in numbers)
+    (tmp_path / "folder/captions.jsonl").write_text(rows)
+    source = folder(tmp_path / "folder", tmp_path / "folder/captions.jsonl")
+    assert written(source, tmp_path / "a")["train"] == {"0": ["words"], "6": ["None"]}
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for i in numbers:
+            told = json.dumps({"caption": cells[i]}).encode()
+            published.add_members(tar, [(f"{i}.jpg", published.encoded(published.picture(i))), (f"{i}.json", told)])
+    assert written(webdataset([tmp_path / "0.tar"]), tmp_path / "b")["train"] == {"0": ["words"], "6": ["None"]}
+    images = [published.encoded(published.picture(i)) for i in range(3)]
+    parquet.write_table(
+        pyarrow.table({"image": images, "caption": [["x", None], [None], ["y"]]}), tmp_path / "0.parquet"
+    )
+    assert [*written(huggingface([tmp_path / "0.parquet"]), tmp_path / "c")["train"].values()] == [["x"], ["y"]]
+    published.coco(tmp_path / "coco")
+    published.flickr30k(tmp_path / "flickr")
+    published.visual_genome(tmp_path / "genome")
+    for file, caption in (
+        ("coco/annotations/captions_train2014.json", "caption"),
+        ("coco/dataset_coco.json", "raw"),
+        ("flickr/dataset_flickr30k.json", "raw"),
+        ("genome/region_descriptions.json", "phrase"),
+    ):
+        text = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(text.replace(f'"{caption}": "', f'"{caption}": null, "was": "', 1))
+    table = tmp_path / "flickr/flickr_annotations_30k.csv"
+    table.write_text(table.read_text().replace('[""soft colours, number 0""]', "[null]"))
+    for source in (
+        coco(tmp_path / "coco"),
+        coco(tmp_path / "coco", tmp_path / "coco/dataset_coco.json"),
+        flickr30k(tmp_path / "flickr"),
+        flickr30k(tmp_path / "flickr", table),
+        visual_genome(tmp_path / "genome"),
+    ):
+        first = next(record for piece in source.pieces if piece.split == "train" for record in piece.records(1))
+        assert list(first.captions) == [f"part {k} of picture 0" for k in (1, 2, 3, 0)][: len(first.captions)]
+        assert len(first.captions) == (4 if source.name == "visual-genome" else 0)
+
+
 @pytest.mark.parametrize("file", ["dataset_flickr30k.json", "flickr_annotations_30k.csv"])
 def test_flickr30k_with_splits(tmp_path, file):
     published.flickr30k(tmp_path)

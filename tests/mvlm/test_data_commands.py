@@ -133,4 +133,4 @@ def test_the_number_of_processes(monkeypatch):
 
 def test_what_is_written_names_its_settings(view):
     recipe = json.loads((view.parent / "set" / "dataset.json").read_text())["recipe"]
-    assert (recipe["shard_bytes"], recipe["max_pixels"], recipe["revision"]) == (20000, 50_000_000, 1)
+    assert (recipe["shard_bytes"], recipe["max_pixels"], recipe["revision"]) == (20000, 50_000_000, 2)

@@ -7,7 +7,7 @@ from typing import Any
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.records import Record, Source, cut, file_sha256, need_folder, split_name
 
-from .files import outside, read_json
+from .files import as_captions, outside, read_json
 
 _FOLDERS = ("train2014", "val2014", "train2017", "val2017")
 
@@ -67,7 +67,7 @@ def _captions(root: Path, file: Path) -> list[Record]:
     try:
         captions: dict[int, list[str]] = {}
         for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).append(str(annotation["caption"]))
+            captions.setdefault(annotation["image_id"], []).extend(as_captions(annotation["caption"]))
         licences = {licence["id"]: licence.get("url") for licence in content.get("licenses", ())}
         folder = root / file.stem.removeprefix("captions_")
         records = []
@@ -93,7 +93,7 @@ def _karpathy(root: Path, file: Path) -> dict[str, list[Record]]:
             if not (root / name).parent.is_dir():  # the pictures of 2017 are those of 2014 under shorter names
                 short = f"{int(image['cocoid']):012d}.jpg"
                 name = next((f"{folder}/{short}" for folder in folders if (root / folder / short).is_file()), name)
-            captions = [str(sentence["raw"]) for sentence in image["sentences"]]
+            captions = as_captions([sentence["raw"] for sentence in image["sentences"]])
             split = split_name(image["split"], str(file))
             records.setdefault(split, []).append(_record(root, name, image["cocoid"], captions, None))
     except (KeyError, TypeError, ValueError, OverflowError) as error:

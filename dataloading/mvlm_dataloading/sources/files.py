@@ -97,7 +97,8 @@ def outside(name: str) -> str | None:
 
 
 def as_captions(value: Any) -> list[str]:
-    """The captions in a cell of a table: a text, or a list of texts."""
+    """The captions in a cell of a table: a text, or the texts in a list."""
     if isinstance(value, str):
         return [value]
-    return [str(one) for one in value] if isinstance(value, list | tuple) else []
+    # A null or an object among them is no caption: nobody means "None".
+    return [one for one in value if isinstance(one, str)] if isinstance(value, list | tuple) else []

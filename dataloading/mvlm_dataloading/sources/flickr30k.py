@@ -8,7 +8,7 @@ from typing import Any
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.records import Record, Source, cut, file_sha256, need_file, need_folder, safe_key, split_name
 
-from .files import outside, read_json, read_rows
+from .files import as_captions, outside, read_json, read_rows
 
 _IMAGES = ("flickr30k-images", "flickr30k_images", "images", "Images")
 _FILES = ("dataset_flickr30k.json", "flickr_annotations_30k.csv", "results_20130124.token", "results.csv")
@@ -59,7 +59,7 @@ def _karpathy(images: Path, file: Path) -> dict[str, list[Record]]:
     records: dict[str, list[Record]] = {}
     try:
         for image in read_json(file)["images"]:
-            captions = [str(sentence["raw"]) for sentence in image["sentences"]]
+            captions = as_captions([sentence["raw"] for sentence in image["sentences"]])
             records.setdefault(split_name(image["split"], str(file)), []).append(
                 _record(images, image["filename"], captions)
             )
@@ -75,7 +75,7 @@ def _annotations(images: Path, file: Path) -> dict[str, list[Record]]:
     records: dict[str, list[Record]] = {}
     for row in read_rows(file):
         try:
-            captions = [str(caption) for caption in json.loads(row["raw"])]
+            captions = as_captions(json.loads(row["raw"]))
             split = split_name(row["split"], str(file))
             records.setdefault(split, []).append(_record(images, row["filename"], captions))
         except (KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:

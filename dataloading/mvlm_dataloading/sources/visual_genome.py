@@ -5,7 +5,7 @@ from pathlib import Path
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.records import Record, Source, cut, file_sha256, hash_split, need_folder
 
-from .files import read_json_list
+from .files import as_captions, read_json_list
 
 _FOLDERS = ("VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2", "images")
 
@@ -36,7 +36,7 @@ def visual_genome(root: Path, validation: float = 0.0, test: float = 0.0) -> Sou
             path = next(
                 (p for folder in folders if (p := folder / f"{number}.jpg").is_file()), folders[0] / f"{number}.jpg"
             )
-            captions = [str(region["phrase"]) for region in regions]
+            captions = as_captions([region["phrase"] for region in regions])
             metadata = {"image_id": f"visual-genome {number}", **others.get(number, {})}
             split = hash_split(str(number), validation, test)
             records.setdefault(split, []).append(Record(str(number), path, captions, str(path), metadata))
