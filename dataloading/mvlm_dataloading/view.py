@@ -46,7 +46,8 @@ def make_view(
 ) -> dict[str, Any]:
     """Write a view of one or more data sets, which `open_dataset` opens like any other.
 
-    Training pictures that are in an evaluation split of any of the sources are left out.
+    Training pictures that are in an evaluation split of any of the sources are left out, also where the view takes
+    nothing of that split.
 
     Args:
         weights: how often an epoch has each training sample of each source, 1 when not given. 0.5 takes half of them,
@@ -65,10 +66,10 @@ def make_view(
     if not sources or len(weights) != len(sources) or not all(0 < weight < float("inf") for weight in weights):
         raise DataError(f"weights: wanted a number above 0 for each of {len(sources)} sources, got {weights}")
     refuse_occupied(out)
-    rows, reasons = _judge(sources, choice)
+    rows, held, reasons = _judge(sources, choice)
     pictures = collect((str(r.dataset.keys[r.number]), r.dataset.split, r.facts) for r in rows)
     dropped: dict[int, str] = {}
-    for _ in find_leaks(pictures, [], dropped):
+    for _ in find_leaks(pictures, [collect(held)], dropped):
         pass
     near = choice.duplicates == "near"
     for _ in find_duplicates(pictures, dropped, drop=near or choice.duplicates == "exact", drop_near=near):
@@ -89,32 +90,34 @@ def make_view(
     return description
 
 
-def _judge(sources: Sequence[Path], choice: Choice) -> tuple[list[_Row], Counter[str]]:
+def _judge(sources: Sequence[Path], choice: Choice) -> tuple[list[_Row], list[tuple[str, str, Facts]], Counter[str]]:
+    """What is chosen, the evaluation pictures that are not (key, split, facts), and why samples are left out."""
     decoder = any_size()
     rows: list[_Row] = []
+    held: list[tuple[str, str, Facts]] = []
     reasons: Counter[str] = Counter()
     known = {split for source in sources for split in read_description(Path(source))["splits"]}
     if missing := sorted(set(choice.splits) - known):
         raise DataError(f"splits: wanted some of {', '.join(sorted(known))}, got {', '.join(missing)}")
     for number, source in enumerate(sources):
         for split in read_description(Path(source))["splits"]:
-            if choice.splits and split not in choice.splits:
+            chosen, evaluation = not choice.splits or split in choice.splits, split in EVALUATION_SPLITS
+            if not chosen and not evaluation:
                 continue
             dataset = open_dataset(source, split)
             for i in range(len(dataset)):
                 facts = facts_of(dataset, i, decoder)
-                reason = _reason_against(facts, dataset.captions(i), choice)
-                if (
-                    reason is None
-                    and split not in EVALUATION_SPLITS
-                    and _draw(choice, "", dataset, i) >= choice.fraction
-                ):
+                reason = _reason_against(facts, dataset.captions(i), choice) if chosen else None
+                if reason is None and not evaluation and _draw(choice, "", dataset, i) >= choice.fraction:
                     reason = "not in the fraction"
-                if reason is None:
+                if chosen and reason is None:
                     rows.append(_Row(number, dataset, i, facts))
-                else:
+                    continue
+                if evaluation:  # others are evaluated on it all the same: it stays out of train
+                    held.append((str(dataset.keys[i]), split, facts))
+                if reason is not None:
                     reasons[reason] += 1
-    return rows, reasons
+    return rows, held, reasons
 
 
 def _reason_against(facts: Facts, captions: list[str], choice: Choice) -> str | None:

@@ -166,6 +166,20 @@ def test_sets_are_mixed_by_weight(one, two, tmp_path):
     assert keys(tmp_path / "view", "test") == named("one", [20, 21, 22])
 
 
+def test_what_is_evaluated_on_stays_out_of_train_whatever_is_chosen(one, two, tmp_path):
+    """Picture 20 of `two` is in `one`'s test split, of which these views take nothing."""
+    leaked = {"picture is in an evaluation split": 1}
+    train = make_view(tmp_path / "train", [one, two], Choice(splits=("train",)))
+    assert keys(tmp_path / "train") == named("one", range(20)) + named("two", range(100, 110))
+    assert (train["splits"].keys(), train["rejected"]) == ({"train"}, leaked)
+    # The test split's picture 20 is filtered away, the same in train is not.
+    again = write(tmp_path / "again", [20, 21], captions=lambda i: ["chosen words"])
+    filtered = make_view(tmp_path / "filtered", [one, again, two], Choice(without="number 2[02]$"))
+    assert keys(tmp_path / "filtered") == named("one", range(20)) + named("two", range(100, 110))
+    assert keys(tmp_path / "filtered", "test") == named("one", [21])
+    assert filtered["rejected"] == {"picture is in an evaluation split": 2, "a caption matches": 3}
+
+
 def test_duplicates_are_left_out_if_so_asked(tmp_path):
     def captions(i: int) -> list[str]:
         return ["one caption"]
