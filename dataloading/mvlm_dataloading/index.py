@@ -11,7 +11,7 @@ from .description import FORMAT_VERSION, description_of, read_description, shard
 from .errors import DataError
 from .records import split_name
 from .shards import index_text
-from .sources.tars import IMAGES, has_end, split_member
+from .sources.samples import IMAGES, has_end, split_member
 
 _TOLD = (*IMAGES, "txt", "json", "tok")
 

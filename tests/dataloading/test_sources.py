@@ -192,6 +192,38 @@ def test_cc3m(tmp_path):
     ]
 
 
+def test_several_downloads_of_a_split(tmp_path):
+    """Each counts its samples from 0, and what could not be downloaded is another in each."""
+    for number, first in (("one", 0), ("two", 50)):
+        published.img2dataset(tmp_path / number, first=first)
+    found = written(cc3m([tmp_path / "one", tmp_path / "two"]), tmp_path / "out")
+    wanted = [i for first in (0, 5, 50, 55) for i in range(first, first + 4)]
+    assert [*found["train"].values()] == [published.captions(i)[:1] for i in wanted]
+    assert [*found["train"]][:: len(wanted) - 1] == ["0-000000000", "1-000010003"]
+    rejected = lines(tmp_path / "out/rejected.jsonl")
+    assert {line["reason"] for line in rejected} == {"image was not downloaded"}
+    assert rejected[-1]["where"] == f"{tmp_path / 'two' / '00001.tar'}:000010004"
+    # The tars one by one count on from another, in a folder each: another data set.
+    tars = [tmp_path / number / f"0000{tar}.tar" for number in ("one", "two") for tar in (0, 1)]
+    assert [*written(cc3m(tars), tmp_path / "tars")["train"]][-1] == "3-000010003"
+    assert cc3m(tars).recipe != cc3m([tmp_path / "one", tmp_path / "two"]).recipe
+
+
+def test_tars_that_each_count_from_0(tmp_path):
+    for tar in range(3):
+        with tarfile.open(tmp_path / f"part.{tar}.tar.gz", "w:gz") as file:
+            for k in range(2 if tar else 20):
+                image = published.encoded(published.picture(10 * tar + k))
+                published.add_members(file, [(f"{k}.jpg", image), (f"{k}.txt", f"{tar} {k}".encode())])
+    source = webdataset([tmp_path])
+    found = written(source, tmp_path / "out")["train"]
+    assert [*found.values()] == [[f"{tar} {k}"] for tar in range(3) for k in range(2 if tar else 20)]
+    assert [*found][:2] == [safe_key("part.0-0"), safe_key("part.0-1")]
+    # Where no key comes again all stay as they are.
+    assert [*written(webdataset([tmp_path / "part.1.tar.gz"]), tmp_path / "alone")["train"]] == ["0", "1"]
+    assert webdataset([tmp_path]).recipe == source.recipe
+
+
 def test_sbu(tmp_path):
     published.img2dataset(tmp_path / "sbu")
     (tmp_path / "sbu/00001.parquet").unlink()  # without its table a tar says nothing of what failed

@@ -1,23 +1,22 @@
 """WebDataset tars of others: what img2dataset made of CC3M and SBU, and any set of tars with pictures and captions."""
 
 import json
-import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.captions import decode_text
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.records import TOO_LARGE, Piece, Record, Source, file_trace, safe_key
+from mvlm_dataloading.records import Piece, Record, Source, file_trace, safe_key
 
 from .files import as_captions
+from .samples import IMAGES, TEXTS, Sample, read_samples
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
-_KNOWN = (*IMAGES, "txt", "caption", "json", "cls", "gif", "bmp", "tif", "tiff", "npy", "tok")
-_MAX_TEXT = 1 << 22
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
-_TEXTS = ("txt", "caption")
+_COMPARED = 16
+"""Samples at the front of a tar whose keys tell whether another counts as it does."""
 
 
 def cc3m(train: Sequence[Path], validation: Sequence[Path] = ()) -> Source:
@@ -75,11 +74,38 @@ def _pieces(splits: dict[str, Sequence[Path]], caption_field: str) -> tuple[Sequ
     for split, paths in splits.items():
         # img2dataset counts the samples of every download from 0.
         prefix = f"{split}-" if several else ""
-        pieces += [_Tar(split, tar, prefix, caption_field) for path in paths for tar in find_tars(path)]
+        tars = _tell_apart([find_tars(path) for path in paths])
+        pieces += [_Tar(split, tar, prefix + own, caption_field) for tar, own in tars]
     sizes: dict[str, list[Any]] = {}
     for tar in pieces:
-        sizes.setdefault(tar.split, []).append(file_trace(tar.path))
+        sizes.setdefault(tar.split, []).append([*file_trace(tar.path), tar.prefix])
     return pieces, {"tars": sizes, "caption_field": caption_field}
+
+
+def _tell_apart(folders: list[list[Path]]) -> list[tuple[Path, str]]:
+    """The tars, each with what is put before its keys: nothing, unless those of another begin with the same.
+
+    Between folders, of which img2dataset counts each from 0, that is the folder's number; between the tars of a folder,
+    their names. It depends on what is in the tars alone, so that a run which goes on does the same.
+    """
+    keys = [[_first_keys(tar) for tar in tars] for tars in folders]
+    numbered = _overlap([set().union(*known) for known in keys])
+    found = []
+    for number, (tars, known) in enumerate(zip(folders, keys, strict=True)):
+        named = _overlap(known)
+        for tar in tars:
+            stem = next((tar.name.removesuffix(end) for end in _TARS if tar.name.endswith(end)), tar.name)
+            found.append((tar, (f"{number}-" if numbered else "") + (f"{stem}-" if named else "")))
+    return found
+
+
+def _first_keys(tar: Path) -> set[str]:
+    # A damaged tar's name stands for what it has lost.
+    return {sample.key for sample in islice(read_samples(tar, 0), _COMPARED)} - {tar.name}
+
+
+def _overlap(sets: list[set[str]]) -> bool:
+    return len(set().union(*sets)) < sum(map(len, sets))
 
 
 def find_tars(path: Path) -> list[Path]:
@@ -115,17 +141,17 @@ class _Tar:
             if key not in found and row.get("status") not in (None, "success"):
                 yield self._refusal(key, "image was not downloaded")
 
-    def _record(self, sample: "Sample", sidecar: dict[str, dict[str, Any]]) -> Record:
+    def _record(self, sample: Sample, sidecar: dict[str, dict[str, Any]]) -> Record:
         if sample.fault is not None:
             return self._refusal(sample.key, sample.fault)
         image = next((sample.parts[extension] for extension in IMAGES if extension in sample.parts), None)
         captions, fault = self._captions(sample, sidecar.get(sample.key, {}))
         metadata = _describe(sample.parts.get("json"))
-        where = f"{self.path.name}:{sample.key}"
+        where = f"{self.path}:{sample.key}"
         return Record(safe_key(self.prefix + sample.key), image, captions, where, metadata, fault)
 
-    def _captions(self, sample: "Sample", row: dict[str, Any]) -> tuple[list[str], str | None]:
-        text = next((sample.parts[extension] for extension in _TEXTS if sample.parts.get(extension)), None)
+    def _captions(self, sample: Sample, row: dict[str, Any]) -> tuple[list[str], str | None]:
+        text = next((sample.parts[extension] for extension in TEXTS if sample.parts.get(extension)), None)
         if text is not None:
             content = decode_text(text)
             return (content.split("\n"), None) if content is not None else ([], "caption is not UTF-8")
@@ -133,7 +159,7 @@ class _Tar:
         return as_captions(fields.get(self.caption_field)) or as_captions(row.get("caption")), None
 
     def _refusal(self, key: str, reason: str) -> Record:
-        return Record(safe_key(self.prefix + key), None, (), f"{self.path.name}:{key}", fault=reason)
+        return Record(safe_key(self.prefix + key), None, (), f"{self.path}:{key}", fault=reason)
 
 
 def _describe(text: bytes | None) -> dict[str, Any]:
@@ -162,76 +188,3 @@ def _read_sidecar(file: Path) -> dict[str, dict[str, Any]]:
     except (arrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{file}: wanted img2dataset's table, found {error}; remove it or download again") from None
     return {str(row["key"]): row for row in rows if row.get("key") is not None}
-
-
-@dataclass(slots=True)
-class Sample:
-    """Members of a tar that follow one another under one name."""
-
-    key: str
-    parts: dict[str, bytes] = field(default_factory=dict)
-    """Content by extension, in lower case."""
-    fault: str | None = None
-
-
-def read_samples(path: Path, max_bytes: int) -> Iterator[Sample]:
-    """The samples of a tar, read once from front to end. Nothing is unpacked, and links and devices are passed over.
-
-    A tar that is damaged ends with a sample that says so, whose key is the tar's name.
-    """
-    sample: Sample | None = None
-    damage = None
-    try:
-        with tarfile.open(path, "r|*") as tar:
-            for member in tar:
-                if not member.isfile() or member.name.rsplit("/", 1)[-1].startswith("."):
-                    continue
-                key, extension = split_member(member.name)
-                if extension not in _KNOWN:
-                    continue
-                if sample is None or sample.key != key:
-                    if sample is not None:
-                        yield sample
-                    sample = Sample(key)
-                _add(sample, tar, member, extension, max_bytes)
-    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-        damage = "tar is damaged from here on" if sample else f"tar cannot be read ({type(error).__name__})"
-    if sample is not None:
-        if damage is not None and sample.fault is None and _is_cut(sample):
-            sample.fault = damage
-        yield sample
-    if damage is None and path.suffix == ".tar" and not has_end(path):
-        damage = "tar ends early"
-    if damage is not None:
-        yield Sample(path.name, fault=damage)
-
-
-def has_end(path: Path) -> bool:
-    """Whether a tar has the empty block at its end, which one that was cut between two members has not."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - tarfile.BLOCKSIZE))
-        return file.read() == bytes(tarfile.BLOCKSIZE)
-
-
-def _add(sample: Sample, tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str, max_bytes: int) -> None:
-    if extension in sample.parts or (extension in IMAGES and any(one in sample.parts for one in IMAGES)):
-        sample.fault = "key names two files of a kind"
-        return
-    if member.size > (max_bytes if extension in IMAGES else _MAX_TEXT):
-        sample.fault = TOO_LARGE if extension in IMAGES else "caption is too long"
-        return
-    file = tar.extractfile(member)
-    content = file.read() if file is not None else b""
-    sample.parts[extension] = content
-    if len(content) != member.size:
-        sample.fault = "tar ends inside this sample"
-
-
-def _is_cut(sample: Sample) -> bool:
-    return not any(one in sample.parts for one in IMAGES) or not any(one in sample.parts for one in (*_TEXTS, "json"))
-
-
-def split_member(name: str) -> tuple[str, str]:
-    """Key and extension of a member: by the last dot, as names with dots in them are common and `a.seg.png` is not."""
-    stem, _, extension = name.rpartition(".")
-    return (stem.removeprefix("./"), extension.lower()) if stem and "/" not in extension else (name, "")
