@@ -1,6 +1,7 @@
 """Each published format, written to shards: who is in which split, with which captions."""
 
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -419,6 +420,29 @@ def test_tables_with_what_downloads_have(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"image": "a"}\n\n[1]\n')
     with pytest.raises(DataError, match=r"a\.jsonl line 3: wanted a JSON object, found list"):
         list(read_rows(tmp_path / "a.jsonl"))
+
+
+def test_captions_in_another_encoding(tmp_path):
+    """As cp1252, which spreadsheets write: rejected one by one, and what is plain stays."""
+    names = ["0.jpg", "1.jpg", "é.jpg"]
+    for i, name in enumerate(names):
+        published.write_picture(tmp_path / os.fsdecode(name.encode("cp1252")), i)
+    texts = ["un café à Paris", "a plain one", "a plain one too"]
+    rows = list(zip(names, texts, strict=True))
+    for file, text in (
+        ("c.csv", "image,caption\n" + "\n".join(map(",".join, rows))),
+        ("c.jsonl", "\n".join(f'{{"image": "{name}", "caption": "{text}"}}' for name, text in rows)),
+        ("c.token", "\n".join(f"{name}#0\t{text}" for name, text in rows)),
+        ("results.csv", "image_name| comment_number| comment\n" + "\n".join(map("| 0| ".join, rows))),
+    ):
+        (tmp_path / file).write_bytes(text.encode("cp1252"))
+        source = (folder if file.startswith("c.") and "token" not in file else flickr30k)(tmp_path, tmp_path / file)
+        out = tmp_path / f"out of {file}"
+        assert [*written(source, out)["train"].values()] == [["a plain one"], ["a plain one too"]], file
+        rejected = [(line["key"], line["reason"]) for line in lines(out / "rejected.jsonl")]
+        assert rejected == [("0", "caption is not valid Unicode")], file
+    (tmp_path / "list.json").write_bytes('["é", "e"]'.encode("cp1252"))
+    assert list(read_json_list(tmp_path / "list.json")) == ["\udce9", "e"]
 
 
 def test_names_of_splits_and_keys():

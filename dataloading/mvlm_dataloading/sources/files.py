@@ -1,4 +1,7 @@
-"""Reading annotation files: JSON, large JSON lists, CSV and JSONL, with the mistakes that downloads have."""
+"""Reading annotation files: JSON, large JSON lists, CSV and JSONL, with the mistakes that downloads have.
+
+Bytes that are not UTF-8 become halves of surrogate pairs, for which `clean_captions` rejects a caption.
+"""
 
 import csv
 import json
@@ -33,7 +36,7 @@ def read_json_list(file: Path) -> Iterator[Any]:
     def damaged(what: str) -> DataError:
         return DataError(f"{file}: wanted a JSON list, found {what}; download it again")
 
-    with need_file(file).open(encoding="utf-8-sig", errors="replace") as text:
+    with need_file(file).open(encoding="utf-8-sig", errors="surrogateescape") as text:
         rest = ""
         while not rest and (more := text.read(_CHUNK)):
             rest = more.lstrip()
@@ -65,7 +68,7 @@ def read_rows(file: Path, delimiter: str | None = None) -> Iterator[dict[str, An
     Raises:
         DataError: a line is not what it should be.
     """
-    with need_file(file).open(encoding="utf-8-sig", errors="replace", newline="") as text:
+    with need_file(file).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         if file.suffix.lower() in (".jsonl", ".ndjson"):
             for number, line in enumerate(text, 1):
                 if not line.strip():

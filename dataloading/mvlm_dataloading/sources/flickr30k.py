@@ -51,7 +51,7 @@ def flickr30k(root: Path, captions: Path | None = None) -> Source:
 
 
 def _header(file: Path) -> str:
-    with file.open(encoding="utf-8-sig", errors="replace") as text:
+    with file.open(encoding="utf-8-sig", errors="surrogateescape") as text:
         return text.readline(1000)
 
 
@@ -88,7 +88,7 @@ def _annotations(images: Path, file: Path) -> dict[str, list[Record]]:
 def _token_lines(file: Path) -> list[tuple[str, str]]:
     """`1000092795.jpg#0<tab>caption` a line."""
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="replace").split("\n"), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n"), 1):
         if not line.strip():
             continue
         name, tab, caption = line.partition("\t")
@@ -101,7 +101,7 @@ def _token_lines(file: Path) -> list[tuple[str, str]]:
 def _table_lines(file: Path) -> list[tuple[str, str]]:
     """`name| number| caption` a line, under a header. In one published row the second bar is missing."""
     found = []
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="replace").split("\n")[1:], 2):
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")[1:], 2):
         if not line.strip():
             continue
         match = re.fullmatch(r"\s*([^|,]+?)\s*[|,]\s*(?:(\d+)\s*[|,]?\s+|(\d+)\s*[|,]\s*)?(.*?)\s*", line)
