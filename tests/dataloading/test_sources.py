@@ -285,6 +285,23 @@ def test_webdataset_of_others(tmp_path):
     assert found == {"test": {safe_key(name): captions for name, captions in names.items()}}
 
 
+def test_folders_that_are_links(tmp_path):
+    """Each folder once, by its own name where it has one in here; links that lead in a circle end."""
+    published.folder(tmp_path / "pictures")
+    published.folder(tmp_path / "elsewhere", 2)
+    (tmp_path / "pictures/0").symlink_to(tmp_path / "pictures/a")
+    (tmp_path / "pictures/a/circle").symlink_to(tmp_path / "pictures")
+    (tmp_path / "pictures/a/more").symlink_to(tmp_path / "elsewhere")
+    found = written(folder(tmp_path / "pictures"), tmp_path / "out")["train"]
+    names = ["a/0", "a/2", "a/4", "a/more/a/0", "a/more/b/1", "b/1", "b/3", "b/5"]
+    assert [*found] == [safe_key(name) for name in names]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/part").symlink_to(tmp_path / "rows")
+    parquet.write_table(pyarrow.Table.from_pylist(hub_rows(2)), tmp_path / "rows/train.parquet")
+    assert len(written(huggingface([tmp_path / "linked"]), tmp_path / "rows-out")["train"]) == 2
+
+
 def hub_rows(count: int) -> list[dict]:
     return [
         {"image": {"bytes": published.encoded(published.picture(i)), "path": f"{i}.jpg"},

@@ -5,6 +5,7 @@ Bytes that are not UTF-8 become halves of surrogate pairs, for which `clean_capt
 
 import csv
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -88,6 +89,24 @@ def read_rows(file: Path, delimiter: str | None = None) -> Iterator[dict[str, An
             yield from csv.DictReader(text, delimiter=delimiter)
         except csv.Error as error:
             raise DataError(f"{file}: wanted a table, found {error}; repair it") from None
+
+
+def files_under(folder: Path) -> list[Path]:
+    """The files in a folder and the folders in it, sorted, also in folders that are links."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    starts = [str(folder)]
+    for start in starts:  # which grows by the links: what lies in the folder itself keeps its own name
+        for place, folders, names in os.walk(start):
+            real = os.path.realpath(place)
+            if real in seen:  # a link may lead back to where it lies
+                folders.clear()
+                continue
+            seen.add(real)
+            folders.sort()
+            found += [Path(place, name) for name in names]
+            starts += [path for name in folders if os.path.islink(path := os.path.join(place, name))]
+    return sorted(found)
 
 
 def outside(name: str) -> str | None:

@@ -7,7 +7,7 @@ from mvlm_dataloading.captions import decode_text
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.records import Record, Source, cut, file_sha256, hash_split, need_folder, safe_key, split_name
 
-from .files import as_captions, outside, read_rows
+from .files import as_captions, files_under, outside, read_rows
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 _MAX_TEXT = 1 << 22
@@ -55,7 +55,7 @@ def folder(
 
 def _sidecars(images: Path) -> list[tuple[Record, str | None]]:
     # Sorted by the name inside the folder: the order must not depend on the file system.
-    paths = sorted(path for path in images.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    paths = [path for path in files_under(images) if path.suffix.lower() in EXTENSIONS]
     return [(_beside(images, path), None) for path in paths]
 
 

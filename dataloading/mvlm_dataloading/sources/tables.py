@@ -9,7 +9,7 @@ from typing import Any
 from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.records import Piece, Record, Source, file_trace, hash_split, safe_key, split_name
 
-from .files import as_captions, read_json
+from .files import as_captions, files_under, read_json
 
 _BATCH = 64
 
@@ -81,7 +81,7 @@ def _find(path: Path) -> list[tuple[Path, str | None]]:
         state = read_json(path / "state.json")
         named = state.get("_split")
         return [(path / Path(entry["filename"]).name, named) for entry in state["_data_files"]]
-    found = sorted(path.rglob("*.parquet")) if path.is_dir() else []
+    found = [file for file in files_under(path) if file.suffix == ".parquet"] if path.is_dir() else []
     if not found:
         raise DataError(f"{path}: wanted parquet files or a folder of save_to_disk, found none; save the rows there")
     return [(file, _split_in(file.name) or _split_in(file.parent.name)) for file in found]
