@@ -101,9 +101,13 @@ def refuse_occupied(out: Path) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a file and wait until it is on the disk."""
-    path.write_text(text, encoding="utf-8")
-    sync_file(path)
+    """Write a file and wait until it is on the disk. Where that fails, as on a full disk, nothing is left of it."""
+    try:
+        path.write_text(text, encoding="utf-8")
+        sync_file(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def sync_folder(folder: Path) -> None:

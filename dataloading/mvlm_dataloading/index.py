@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .dataset import parse_captions, parse_metadata
 from .description import FORMAT_VERSION, description_of, read_description, shard_files, write_durably
 from .errors import DataError
 from .records import split_name
@@ -14,26 +15,35 @@ from .shards import index_text
 from .sources.samples import IMAGES, has_end, split_member
 
 _TOLD = (*IMAGES, "txt", "json", "tok")
+_MAX_TEXT = 1 << 22
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TarIndex:
     """What a tar holds."""
 
     lines: list[str]
     """One a sample, as in a DALI index."""
+    unreadable: list[str]
+    """The same of samples whose captions or metadata cannot be read."""
+    captions: int
+    """Of the samples in `lines`."""
     left_out: Counter[str]
     """Samples that cannot be used, by reason."""
 
 
 def index_of(tar: Path) -> TarIndex:
-    """Read the headers of a tar. Samples need a picture and a `.txt` that is not empty; other members are passed over.
+    """Read the headers and the texts of a tar. Other members than a sample's are passed over.
+
+    A sample needs a picture, and captions in UTF-8; its metadata, if there are any, have to be a JSON object.
 
     Raises:
         DataError: the file is no tar, is compressed, or ends early.
     """
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     faults: dict[str, str] = {}
+    captions: dict[str, int] = {}
+    unread: dict[str, str] = {}
     last = None
     try:
         with tarfile.open(tar, "r:") as file:
@@ -48,6 +58,12 @@ def index_of(tar: Path) -> TarIndex:
                     faults[key] = "files of a sample do not follow one another"
                 parts.setdefault(extension, member)
                 last = key
+                if extension in ("txt", "json"):
+                    found = _read_text(file, member, extension)
+                    if isinstance(found, str):
+                        unread.setdefault(key, found)
+                    elif extension == "txt":
+                        captions[key] = found
         if not has_end(tar):  # Python takes a header that is cut for the end
             raise tarfile.ReadError("it ends early")
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
@@ -57,17 +73,39 @@ def index_of(tar: Path) -> TarIndex:
             f"{tar}: wanted a whole, uncompressed tar, found otherwise ({error}); get it again, or write it anew with "
             f"`mvlm data webdataset`"
         ) from None
-    lines, left_out = [], Counter(faults.values())
+    index = TarIndex([], [], 0, Counter(faults.values()))
     for key, parts in samples.items():
         if key in faults:
             continue
         if not any(one in parts and parts[one].size for one in IMAGES):
-            left_out["no image"] += 1
-        elif "txt" not in parts or not parts["txt"].size:
-            left_out["no caption"] += 1
+            index.left_out["no image"] += 1
+            continue
+        line = " ".join(_component(member) for member in parts.values())
+        if key in unread:
+            index.left_out[unread[key]] += 1
+            index.unreadable.append(line)
+        elif key not in captions:
+            index.left_out["no caption"] += 1
         else:
-            lines.append(" ".join(_component(member) for member in parts.values()))
-    return TarIndex(lines, left_out)
+            index.lines.append(line)
+            index.captions += captions[key]
+    return index
+
+
+def _read_text(file: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> int | str:
+    """How many captions, or objects, a text of a sample holds; or why it cannot be used."""
+    content = file.extractfile(member).read(_MAX_TEXT + 1)  # pyright: ignore[reportOptionalMemberAccess] (a file)
+    what = "caption" if extension == "txt" else "metadata"
+    if len(content) > _MAX_TEXT:
+        return f"{what} is too long"
+    try:
+        if extension == "json":
+            return len([parse_metadata(content, lambda: member.name)])
+        return len(parse_captions(content, lambda: member.name))
+    except DataError:
+        if what == "metadata":
+            return "metadata is not a JSON object"
+        return "caption is not UTF-8" if content.strip() else "no caption"
 
 
 def rebuild_indices(folder: Path, split: str | None = None) -> dict[str, Any]:
@@ -97,7 +135,7 @@ def rebuild_indices(folder: Path, split: str | None = None) -> dict[str, Any]:
     return _describe(folder, tars, split)
 
 
-def _write_index(tar: Path, samples: int | None) -> tuple[int, Counter[str]]:
+def _write_index(tar: Path, samples: int | None) -> TarIndex:
     found = index_of(tar)
     if samples is not None and len(found.lines) != samples:
         raise DataError(
@@ -108,24 +146,23 @@ def _write_index(tar: Path, samples: int | None) -> tuple[int, Counter[str]]:
     aside = path.with_suffix(".idx.tmp")
     write_durably(aside, index_text(found.lines))
     aside.rename(path)
-    return len(found.lines), found.left_out
+    return found
 
 
 def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, Any]:
     splits: dict[str, dict[str, Any]] = {}
     left_out: Counter[str] = Counter()
     for tar in tars:
-        count, skipped = _write_index(tar, None)
-        left_out += skipped
-        if count:
+        found = _write_index(tar, None)
+        left_out += found.left_out
+        if found.lines:
             name = split_name(split, str(folder)) if split else _split_of(tar)
             part = splits.setdefault(name, {"samples": 0, "captions": 0, "shards": []})
-            part["samples"] += count
-            part["shards"].append(description_of(tar, count))
+            part["samples"] += len(found.lines)
+            part["captions"] += found.captions
+            part["shards"].append(description_of(tar, len(found.lines)))
     if not splits:
         raise DataError(f"{folder}: wanted at least one sample, found none; left out: {dict(left_out)}")
-    for part in splits.values():
-        part["captions"] = sum(_count_captions(folder / shard["tar"]) for shard in part["shards"])
     description = {
         "format_version": FORMAT_VERSION,
         "name": folder.resolve().name,
@@ -149,18 +186,6 @@ def _split_of(tar: Path) -> str:
         return split_name(word, str(tar))
     except DataError:
         return "train"
-
-
-def _count_captions(tar: Path) -> int:
-    lines = tar.with_suffix(".idx").read_text(encoding="utf-8", errors="surrogateescape").splitlines()[1:]
-    count = 0
-    with tar.open("rb") as file:
-        for line in lines:
-            for extension, offset, size, _ in zip(*[iter(line.split(" "))] * 4, strict=True):
-                if extension.lower() == "txt":
-                    file.seek(int(offset))
-                    count += sum(bool(caption.strip()) for caption in file.read(int(size)).split(b"\n"))
-    return count
 
 
 def _component(member: tarfile.TarInfo) -> str:

@@ -49,7 +49,9 @@ def stage_for(folder: str) -> "Stage":
     try:
         limit = int(float(size) * 1e9)
     except (ValueError, OverflowError):
-        raise DataError(f"MVLM_CACHE_GB: wanted a number of gigabytes, got {size!r}") from None
+        limit = 0
+    if limit <= 0:
+        raise DataError(f"MVLM_CACHE_GB: wanted a number of gigabytes above 0, got {size!r}")
     return Stage(f"{found[1]}://{found[2].rstrip('/')}", cache, limit)
 
 

@@ -76,7 +76,7 @@ def make_view(
         pass
     reasons += Counter(dropped.values())
     kept = [row for i, row in enumerate(rows) if i not in dropped]
-    partial = out.with_name(f".{out.name}.partial")
+    partial = out.with_name(f".{out.name}.view")  # not `.partial`, which a build that was killed goes on from
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:

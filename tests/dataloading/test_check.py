@@ -85,11 +85,15 @@ def test_what_a_check_finds(tmp_path):
     ],
     ids=["lists", "objects", "a long number", "half a pair"],
 )
-def test_odd_metadata_are_refused_or_accepted_by_check_and_loader_alike(tmp_path, tokenizer, metadata, problem):
+def test_odd_metadata_are_refused_or_accepted_by_check_and_loader_alike(
+    tmp_path, tokenizer, monkeypatch, metadata, problem
+):
     image = published.encoded(published.picture(0))
     with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
         published.add_members(tar, [("a.jpg", image), ("a.txt", b"words"), ("a.json", metadata)])
-    rebuild_indices(tmp_path)
+    with monkeypatch.context() as other_tool:  # whose index has samples that ours leaves out
+        other_tool.setattr("mvlm_dataloading.index.parse_metadata", lambda text, where: {})
+        rebuild_indices(tmp_path)
     loader = Loader(open_dataset(tmp_path, "train"), tokenizer, batch_size=1, image_size=32, text_length=8, seed=0)
     if problem is None:
         assert problems(tmp_path) == []
@@ -213,7 +217,12 @@ def foreign(folder: Path) -> None:
                 ("mute.jpg", jpegs[3]), ("late.jpg", jpegs[3]),
                 ("é.jpg", jpegs[4]), ("é.txt", b"accent"),
                 ("n" * 120 + ".jpg", jpegs[5]), ("n" * 120 + ".txt", b"long"),
-                ("late.txt", b"late"), ("two.jpg", jpegs[3]), ("two.png", jpegs[3]), ("two.txt", b"two"),
+                ("late.txt", b"late"),
+                ("latin.jpg", jpegs[3]), ("latin.txt", "\xe9t\xe9".encode("latin-1")),
+                ("blank.jpg", jpegs[3]), ("blank.txt", b" \n" * 9),
+                ("list.jpg", jpegs[3]), ("list.txt", b"list"), ("list.json", b"[1]"),
+                ("book.jpg", jpegs[3]), ("book.txt", b"x" * (1 << 22) + b"y"),
+                ("two.jpg", jpegs[3]), ("two.png", jpegs[3]), ("two.txt", b"two"),
             ],
         )  # fmt: skip
     with tarfile.open(folder / "val-0.tar", "w") as tar:
@@ -227,7 +236,10 @@ def test_tars_of_others_are_read_in_place(tmp_path, tokenizer):
     assert description["rejected"] == {
         "files of a sample do not follow one another": 1,
         "key names two files of a kind": 1,
-        "no caption": 1,
+        "no caption": 2,
+        "caption is not UTF-8": 1,
+        "caption is too long": 1,
+        "metadata is not a JSON object": 1,
     }
     assert {split: (part["samples"], part["captions"]) for split, part in description["splits"].items()} == {
         "train": (5, 5),

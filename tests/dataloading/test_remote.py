@@ -160,9 +160,9 @@ def test_a_cache_that_is_too_small(folder, web, cache, tokenizer, monkeypatch):
         DataError, match=r"wanted room for \d+ bytes more, found \d+ of \d+ in use; raise MVLM_CACHE_GB"
     ):
         batches(open_dataset(web, "train"), tokenizer, 1)
-    for size in ("much", "inf", "1e300"):
+    for size in ("much", "inf", "1e300", "nan", "-1", "0"):
         monkeypatch.setenv("MVLM_CACHE_GB", size)
-        with pytest.raises(DataError, match=f"MVLM_CACHE_GB: wanted a number of gigabytes, got '{size}'"):
+        with pytest.raises(DataError, match=f"MVLM_CACHE_GB: wanted a number of gigabytes above 0, got '{size}'"):
             open_dataset(web, "train")
 
 

@@ -223,6 +223,8 @@ def test_tars_that_each_count_from_0(tmp_path):
     # Where no key comes again all stay as they are.
     assert [*written(webdataset([tmp_path / "part.1.tar.gz"]), tmp_path / "alone")["train"]] == ["0", "1"]
     assert webdataset([tmp_path]).recipe == source.recipe
+    with pytest.raises(DataError, match=r"part\.1\.tar\.gz: wanted each file once, found it twice"):
+        webdataset([tmp_path], validation=[tmp_path / "part.1.tar.gz"])
 
 
 def test_sbu(tmp_path):
@@ -323,6 +325,15 @@ def test_parquet_of_the_hub(tmp_path):
     assert safe_key("row 0") in found["train"]
     with pytest.raises(DataError, match="wanted a column named text, found image, caption, id"):
         huggingface([tmp_path], caption_column="text")
+    with pytest.raises(DataError, match=r"test\.parquet: wanted each file once, found it twice"):
+        huggingface([tmp_path, tmp_path / "data/test.parquet"])
+
+
+def test_parquet_as_the_hub_converts_it(tmp_path):
+    for place in ("partial-train", "partial-validation", "test"):
+        (tmp_path / "default" / place).mkdir(parents=True)
+        parquet.write_table(pyarrow.Table.from_pylist(hub_rows(1)), tmp_path / f"default/{place}/0000.parquet")
+    assert [piece.split for piece in huggingface([tmp_path]).pieces] == ["train", "validation", "test"]
 
 
 def test_what_save_to_disk_writes(tmp_path):

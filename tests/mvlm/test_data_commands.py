@@ -87,6 +87,7 @@ def test_a_view_on_a_full_disk(view, tmp_path, monkeypatch, capsys):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    (tmp_path / ".other.partial").mkdir()  # of a build that was killed, which may be gone on with
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr("mvlm_dataloading.view.write_durably", full)
     code, _, err = run(monkeypatch, capsys, "view", tmp_path / "other", "--sources", tmp_path / "set")
@@ -95,6 +96,18 @@ def test_a_view_on_a_full_disk(view, tmp_path, monkeypatch, capsys):
         "mvlm: wanted room to write, found none ([Errno 28] No space left on device); free some space and try again\n"
     )
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_index_on_a_full_disk(view, monkeypatch, capsys):
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = {path.name: path.read_bytes() for path in (view.parent / "set").iterdir()}
+    monkeypatch.setattr("mvlm_dataloading.description.sync_file", full)
+    code, _, err = run(monkeypatch, capsys, "index", view.parent / "set")
+    assert code == 2
+    assert err.startswith("mvlm: wanted room to write, found none")
+    assert {path.name: path.read_bytes() for path in (view.parent / "set").iterdir()} == before
 
 
 @pytest.mark.parametrize(

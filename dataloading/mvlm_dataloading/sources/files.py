@@ -7,7 +7,7 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,15 @@ def outside(name: str) -> str | None:
     """
     path = Path(name)
     return "image is outside the folder" if path.is_absolute() or ".." in path.parts else None
+
+
+def refuse_repeated(files: Iterable[Path]) -> None:
+    """Raises DataError if a file is given twice: an epoch would have its samples twice, or two splits would."""
+    seen: set[Path] = set()
+    for file in files:
+        if (real := file.resolve()) in seen:
+            raise DataError(f"{file}: wanted each file once, found it twice; name it, or its folder, once")
+        seen.add(real)
 
 
 def as_captions(value: Any) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.records import Piece, Record, Source, file_trace, hash_split, safe_key, split_name
 
-from .files import as_captions, files_under, read_json
+from .files import as_captions, files_under, read_json, refuse_repeated
 
 _BATCH = 64
 
@@ -42,6 +42,7 @@ def huggingface(
         DataError: nothing is there, or it has not these columns.
     """
     files = [found for path in data for found in _find(path)]
+    refuse_repeated(path for path, _ in files)
     pieces: list[Piece] = []
     for number, (path, found_split) in enumerate(files):
         rows = _Rows(
@@ -88,7 +89,8 @@ def _find(path: Path) -> list[tuple[Path, str | None]]:
 
 
 def _split_in(name: str) -> str | None:
-    match = re.match(r"(train|training|validation|valid|val|dev|test|testing)(?=[-_.]|$)", name.lower())
+    # The hub's own conversion calls what it has cut off partial-train.
+    match = re.match(r"(?:partial-)?(train|training|validation|valid|val|dev|test|testing)(?=[-_.]|$)", name.lower())
     return match[1] if match else None
 
 

@@ -11,7 +11,7 @@ from mvlm_dataloading.captions import decode_text
 from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.records import Piece, Record, Source, file_trace, safe_key
 
-from .files import as_captions
+from .files import as_captions, refuse_repeated
 from .samples import IMAGES, TEXTS, Sample, read_samples
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -76,6 +76,7 @@ def _pieces(splits: dict[str, Sequence[Path]], caption_field: str) -> tuple[Sequ
         prefix = f"{split}-" if several else ""
         tars = _tell_apart([find_tars(path) for path in paths])
         pieces += [_Tar(split, tar, prefix + own, caption_field) for tar, own in tars]
+    refuse_repeated(tar.path for tar in pieces)
     sizes: dict[str, list[Any]] = {}
     for tar in pieces:
         sizes.setdefault(tar.split, []).append([*file_trace(tar.path), tar.prefix])
