@@ -34,7 +34,7 @@ PACKAGES = ["nvidia-dali-cuda130", "pillow", "torchvision", "webdataset", "simpl
 
 # Batches of the turn that does not count: more than anybody has made ahead, so that later turns begin as they end.
 WARM_UP = 10
-LOOKS = 8
+LOOKS = 39
 """At memory, in each tenth of a soak."""
 
 
@@ -222,7 +222,7 @@ def _stages(recipe: str, data: Path, shape: dict[str, int]) -> dict[str, dict[st
 def _soak(data: Path, shape: dict[str, int], samples: int) -> dict[str, Any]:
     """Resident memory of our loader's process while it makes so many samples: in each tenth.
 
-    Of eight looks the median, because pictures of other sizes need other buffers from moment to moment.
+    The median of many looks, because pictures of other sizes need other buffers from moment to moment.
     """
     turn = max(1, samples // (10 * LOOKS) // shape["batch"])
     with _started(["ours"], "crop+randaug", data, shape) as (ours,):

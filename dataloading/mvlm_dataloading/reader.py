@@ -22,7 +22,12 @@ log = logging.getLogger(__name__)
 # because to build one costs a little; and there is an end to it, so that the index has a bounded size however large
 # the data set is.
 _FIRST_SEGMENT_BATCHES = 16
-_SEGMENT_SAMPLES = 32768
+_SEGMENT_SAMPLES = 16384
+
+# Of a closed segment some hundred small objects are left in reference cycles, too few to call the garbage collector.
+_COLLECT_SEGMENTS = 8
+# glibc keeps what was freed, in pieces that later buffers fit badly. To give it back takes some milliseconds.
+_TRIM_SAMPLES = 4096
 
 
 class Reader:
@@ -41,8 +46,11 @@ class Reader:
         self._dataset, self._settings = dataset, settings
         self._stream = Stream(dataset.shard, settings.seed, shuffle=settings.train)
         self._segment: Segment | None = None
-        self._segment_batches = max(1, min(_FIRST_SEGMENT_BATCHES, _SEGMENT_SAMPLES // settings.batch_size))
+        # Of one rank, so that many ranks do not build often; but what all read is staged together.
+        self._longest = _SEGMENT_SAMPLES * (1 if dataset.stage is not None else settings.world_size)
+        self._segment_batches = max(1, min(_FIRST_SEGMENT_BATCHES, self._longest // settings.batch_size))
         self._guard = True
+        self._untrimmed = self._closed = 0
         self._staging: threading.Thread | None = None
         self._judge()
 
@@ -52,7 +60,7 @@ class Reader:
             return None
         while True:
             if self._segment is None or self._segment.exhausted:
-                self._drop_segment()  # before the next is built: two need twice the memory
+                self._close_segment()  # before the next is built: two need twice the memory
                 self._segment = self._read_from(self.position)
             try:
                 rows, fine = self._segment.next()
@@ -61,22 +69,35 @@ class Reader:
                 if not threading.main_thread().is_alive():
                     raise  # the interpreter is ending and has taken DALI's pipelines down: no picture is to blame
                 self._set_aside(self._undecodable(np.unique(self._segment.current()[0])), error)
-                self._segment = None
+                self._close_segment()
         for row in np.flatnonzero(~fine):
             self._replace(rows, int(row))
         self.position += len(rows.ids) * self._settings.world_size
         self.met += len(rows.ids)
+        self._untrimmed += len(rows.ids)
+        if self._untrimmed >= _TRIM_SAMPLES:
+            self._trim()
         return rows
 
-    def _drop_segment(self) -> None:
-        large = self._segment is not None and len(self._segment) >= _SEGMENT_SAMPLES // 4
+    def _close_segment(self) -> None:
+        if self._segment is None:
+            return
+        self._segment.close()
         self._segment = None
-        if large:
-            _give_back_memory()  # a tenth of a second, for many thousand samples
+        self._closed += 1
+        if self._closed % _COLLECT_SEGMENTS == 0:
+            gc.collect()
+        self._trim()
+
+    def _trim(self) -> None:
+        self._untrimmed = 0
+        if self._settings.device_id is None:
+            with contextlib.suppress(AttributeError):  # other C libraries than glibc have no such function
+                ctypes.CDLL(None).malloc_trim(0)
 
     def _read_from(self, position: int) -> Segment:
         count = self._segment_batches * self._settings.batch_size
-        if 2 * count <= _SEGMENT_SAMPLES:
+        if 2 * count <= self._longest:
             self._segment_batches *= 2
         ids, epochs = self._samples(position, count)
         if self._dataset.stage is not None:
@@ -128,7 +149,7 @@ class Reader:
 
     def close(self) -> None:
         """Let go of the pipeline and of staged shards."""
-        self._segment = None
+        self._close_segment()
         if self._staging is not None:
             self._staging.join()
         if self._dataset.stage is not None:
@@ -224,13 +245,3 @@ class Reader:
                 f"{dataset.folder}: wanted at most {limit:.0%} undecodable images, "
                 f"found {len(self.bad)} of {met:.0f}; build the data set again without them: {listed}"
             )
-
-
-def _give_back_memory() -> None:
-    """Let go of dropped pipelines, which are in reference cycles, and of their memory.
-
-    glibc would keep it, in pieces that the next pipeline's buffers fit badly.
-    """
-    gc.collect()
-    with contextlib.suppress(AttributeError):  # other C libraries have no such function
-        ctypes.CDLL(None).malloc_trim(0)

@@ -79,29 +79,36 @@ class Segment:
         self._dataset, self._ids, self._epochs, self._batch_size = dataset, ids, epochs, batch_size
         self._tokens = settings.stored_tokens
         self._begin = 0
-        windows = uniforms(Purpose.CROP, settings.seed, epochs, ids, 4)
-        drawn = None
+        # What is drawn for all samples; a dict, as the pipeline's functions hold on to it and `close` empties it.
+        tables: dict[str, Any] = {"windows": uniforms(Purpose.CROP, settings.seed, epochs, ids, 4)}
         if settings.train and not settings.augment.nothing:
-            drawn = draw(settings.augment, settings.seed, epochs, ids, settings.geometry.image_size)
+            side = settings.geometry.image_size
+            tables["drawn"] = draw(settings.augment, settings.seed, epochs, ids, side)
+        self._tables, count = tables, len(ids)
 
         def rows(batch: Any) -> Int64:
             # The reader begins anew after its last sample, also to fill up a last batch and to read ahead.
-            return (int(batch) * batch_size + np.arange(batch_size)) % len(ids)
+            return (int(batch) * batch_size + np.arange(batch_size)) % count
 
         with tempfile.TemporaryDirectory(prefix="mvlm-index-") as folder:
             self._pipeline = build_pipeline(
                 *write_index_views(Path(folder), dataset, ids),
-                lambda batch: windows[rows(batch)],
+                lambda batch: tables["windows"][rows(batch)],
                 settings.geometry,
                 batch_size=batch_size,
                 num_threads=settings.num_threads,
                 device_id=settings.device_id,
                 decoding=settings.decoding,
                 prefetch=prefetch,
-                drawn=None if drawn is None else lambda batch: drawn.rows(rows(batch)),
+                drawn=(lambda batch: tables["drawn"].rows(rows(batch))) if "drawn" in tables else None,
                 tokens=settings.stored_tokens,
                 guard=guard,
             )
+
+    def close(self) -> None:
+        """Let go of memory. A pipeline is in reference cycles: left alone it waits for the garbage collector."""
+        self._pipeline.__del__()
+        self._tables.clear()
 
     def __len__(self) -> int:
         return len(self._ids)

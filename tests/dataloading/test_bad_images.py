@@ -296,14 +296,13 @@ def test_other_failures_of_the_reader_are_not_taken_for_bad_images(train_split, 
     loader = load(train_split, tokenizer, ahead=0)
     stream(loader, 1)
 
-    class Broken:
-        def run(self):
-            raise RuntimeError("the disk is gone")
+    def fail():
+        raise RuntimeError("the disk is gone")
 
     assert loader._source is not None
     segment = loader._source._reader._segment
     assert segment is not None
-    segment._pipeline = Broken()
+    monkeypatch.setattr(segment._pipeline, "run", fail)
     with pytest.raises(RuntimeError, match="the disk is gone"):
         stream(loader, 1)
     assert loader.skipped == 0
