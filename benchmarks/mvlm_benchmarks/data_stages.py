@@ -20,7 +20,7 @@ from mvlm_dataloading import Loader, open_dataset, train_tokenizer
 from mvlm_dataloading.augment import Augment, draw
 from mvlm_dataloading.indices import IMAGE_EXTENSIONS
 from mvlm_dataloading.order import Stream, write_index_views
-from mvlm_dataloading.pipeline import build_pipeline
+from mvlm_dataloading.pipeline import build_pipeline, executor
 from mvlm_dataloading.randomness import Purpose, uniforms
 from mvlm_dataloading.resize import Resize
 from mvlm_dataloading.windows import Geometry, Windows
@@ -65,7 +65,7 @@ def _part(stage: str, tars: list[str], indices: list[str], draws: Any, batch: in
     fn: Any = dali.fn
     types: Any = dali.types
     make: Any = dali.pipeline.Pipeline
-    pipeline = make(batch_size=batch, num_threads=THREADS, device_id=None, prefetch_queue_depth=2)
+    pipeline = make(batch_size=batch, num_threads=THREADS, device_id=None, **executor(None, 1))
     with pipeline:
         result = encoded = fn.readers.webdataset(
             paths=tars,

@@ -68,11 +68,6 @@ def build_pipeline(
     need("nvidia.dali.fn")
     dali = need("nvidia.dali")
     define = need("nvidia.dali.pipeline").pipeline_def(enable_conditionals=guard or drawn is not None)
-    executor: dict[str, Any] = {"prefetch_queue_depth": prefetch}
-    if device_id is None:
-        # DALI's older executor keeps its buffers from batch to batch. The newer asks for 70 MB and gives them back with
-        # each, of which glibc makes pieces that fit badly. It works when it is asked: the loader's thread runs ahead.
-        executor = dict.fromkeys(("exec_dynamic", "exec_async", "exec_pipelined"), False) | {"prefetch_queue_depth": 1}
     pipeline = define(_graph)(
         dali=dali,
         reader={"paths": list(tars), "index_paths": list(indices)},
@@ -86,10 +81,23 @@ def build_pipeline(
         num_threads=num_threads,
         device_id=device_id,
         seed=0,
-        **executor,
+        **executor(device_id, prefetch),
     )
     pipeline.build()
     return pipeline
+
+
+def executor(device_id: int | None, prefetch: int) -> dict[str, Any]:
+    """How a `nvidia.dali.Pipeline` is to run: its arguments.
+
+    On a CPU in DALI's older executor, which keeps its buffers from batch to batch. The newer asks for 70 MB and gives
+    them back with each, of which glibc makes pieces that fit badly. It works when it is asked: the loader runs ahead.
+    """
+    if device_id is not None:
+        return {"prefetch_queue_depth": prefetch}
+    # So that it keeps those too of which a batch needs less than half: a stage has a picture more or fewer each time.
+    need("nvidia.dali.backend").SetHostBufferShrinkThreshold(0.0)  # of the process, whichever pipelines it has
+    return dict.fromkeys(("exec_dynamic", "exec_async", "exec_pipelined"), False) | {"prefetch_queue_depth": 1}
 
 
 def _graph(

@@ -14,6 +14,7 @@ from .dataset import Dataset
 from .errors import DataError
 from .indices import Int64
 from .order import Stream, substitute
+from .pages import Pages
 from .segment import Rows, Segment, Settings
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class Reader:
         # Of one rank, so that many ranks do not build often; but what all read is staged together.
         self._longest = _SEGMENT_SAMPLES * (1 if dataset.stage is not None else settings.world_size)
         self._segment_batches = max(1, min(_FIRST_SEGMENT_BATCHES, self._longest // settings.batch_size))
+        self._pages = Pages()
         self._guard = True
         self._untrimmed = self._closed = 0
         self._staging: threading.Thread | None = None
@@ -155,8 +157,12 @@ class Reader:
         if self._dataset.stage is not None:
             self._dataset.stage.keep([])
 
-    def _open(self, ids: Int64, epochs: Int64, batch_size: int, *, guard: bool, prefetch: int = 2) -> Segment:
-        return Segment(self._dataset, ids, epochs, self._settings, batch_size, guard=guard, prefetch=prefetch)
+    def _open(
+        self, ids: Int64, epochs: Int64, batch_size: int, *, guard: bool, prefetch: int = 2,
+        settings: Settings | None = None,
+    ) -> Segment:  # fmt: skip
+        settings = settings or self._settings
+        return Segment(self._dataset, ids, epochs, settings, batch_size, self._pages, guard=guard, prefetch=prefetch)
 
     def _replace(self, rows: Rows, row: int) -> None:
         """Fill in a row that the guard kept from the decoder: with the sample if it can be decoded after all, else with
@@ -199,7 +205,7 @@ class Reader:
         the rank and the batch it is met in.
         """
         settings = replace(self._settings, geometry=replace(self._settings.geometry, random=False), augment=Augment())
-        Segment(self._dataset, ids, np.zeros_like(ids), settings, len(ids), guard=False, prefetch=1).next()
+        self._open(ids, np.zeros_like(ids), len(ids), guard=False, prefetch=1, settings=settings).next()
 
     def _undecodable(self, ids: Int64) -> list[int]:
         """Those of the samples `ids` that cannot be decoded, by halving: DALI does not say which of a batch it was."""

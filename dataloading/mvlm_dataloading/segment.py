@@ -17,6 +17,7 @@ from .augment import Augment, draw
 from .dataset import Dataset
 from .indices import Int64
 from .order import write_index_views
+from .pages import Pages
 from .pipeline import Decoding, build_pipeline
 from .randomness import Purpose, uniforms
 from .windows import Geometry
@@ -72,12 +73,13 @@ class Segment:
         epochs: Int64,
         settings: Settings,
         batch_size: int,
+        pages: Pages,
         *,
         guard: bool,
         prefetch: int,
     ):
         self._dataset, self._ids, self._epochs, self._batch_size = dataset, ids, epochs, batch_size
-        self._tokens = settings.stored_tokens
+        self._pages, self._tokens = pages, settings.stored_tokens
         self._begin = 0
         # What is drawn for all samples; a dict, as the pipeline's functions hold on to it and `close` empties it.
         tables: dict[str, Any] = {"windows": uniforms(Purpose.CROP, settings.seed, epochs, ids, 4)}
@@ -135,7 +137,7 @@ class Segment:
         rows = Rows(
             ids=ids,
             epochs=epochs,
-            images=pixels if pixels.is_cuda else pixels.clone(),  # DALI fills its own again with the next batch
+            images=pixels if pixels.is_cuda else self._pages.copy(pixels),  # DALI fills its own with the next batch
             texts=[texts.at(row).tobytes() for row in range(len(ids))],
             metadata=[metadata.at(row).tobytes() for row in range(len(ids))],
             tokens=[tokens.at(row).tobytes() if self._tokens else b"" for row in range(len(ids))],

@@ -1,0 +1,37 @@
+"""Memory for one batch's pictures after another.
+
+A batch's pictures are megabytes that live until the consumer lets go of them. From malloc they would leave holes of
+that size for what is small and stays; pages fresh from the system cost several times the copying.
+"""
+
+import ctypes
+import mmap
+import weakref
+from collections import deque
+
+import torch
+from torch import Tensor
+
+
+class Pages:
+    """Copies uint8 tensors into memory that is used again as soon as nothing refers to the copy, nor to a view of it.
+
+    Args:
+        spare: how many pieces of memory to keep for copies to come.
+    """
+
+    def __init__(self, spare: int = 8):
+        self._spare: deque[mmap.mmap] = deque(maxlen=spare)
+
+    def copy(self, source: Tensor) -> Tensor:
+        """A copy of a uint8 tensor on the CPU, of any shape that is not empty."""
+        try:
+            pages = self._spare.pop()
+        except IndexError:
+            pages = mmap.mmap(-1, source.nbytes)
+        if len(pages) < source.nbytes:
+            pages = mmap.mmap(-1, source.nbytes)
+        # The tensor holds the handle, and nothing else does: so it goes when the tensor and its views have gone.
+        handle = (ctypes.c_uint8 * source.nbytes).from_buffer(pages)
+        weakref.finalize(handle, self._spare.append, pages).atexit = False
+        return torch.frombuffer(handle, dtype=torch.uint8).view(source.shape).copy_(source)
