@@ -28,9 +28,10 @@ class Pages:
         try:
             pages = self._spare.pop()
         except IndexError:
-            pages = mmap.mmap(-1, source.nbytes)
-        if len(pages) < source.nbytes:
-            pages = mmap.mmap(-1, source.nbytes)
+            pages = None
+        if pages is None or len(pages) < source.nbytes:
+            # Private: a forked process keeps what it had when it was forked.
+            pages = mmap.mmap(-1, source.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         # The tensor holds the handle, and nothing else does: so it goes when the tensor and its views have gone.
         handle = (ctypes.c_uint8 * source.nbytes).from_buffer(pages)
         weakref.finalize(handle, self._spare.append, pages).atexit = False

@@ -1,6 +1,7 @@
 """Memory that batches use one after another."""
 
 import gc
+import os
 
 import torch
 
@@ -55,3 +56,17 @@ def test_no_more_memory_is_kept_than_said():
     assert len(pages._spare) == 0
     held.clear()
     assert len(pages._spare) == 2
+
+
+def test_a_forked_process_keeps_its_batch():
+    pages = Pages()
+    batch = pages.copy(filled(1))
+    here, there = os.pipe(), os.pipe()
+    if (child := os.fork()) == 0:
+        os.read(there[0], 1)
+        os.write(here[1], bytes([int(batch[0, 0, 0, 0])]))
+        os._exit(0)
+    batch.fill_(2)
+    os.write(there[1], b".")
+    assert os.read(here[0], 1) == b"\x01"
+    os.waitpid(child, 0)
