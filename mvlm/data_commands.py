@@ -194,7 +194,7 @@ def webdataset(
     settings: Settings = Settings(),  # noqa: B008
     work: Work = Work(),
 ) -> None:
-    """Write shards of any WebDataset tars. (`mvlm data index` uses them in place, unchecked.)
+    """Write shards of any WebDataset tars. (`mvlm data index` uses them in place, pictures unchecked.)
 
     Args:
         out: Folder to write the shards to. A killed run goes on when the same command is given again.
