@@ -93,15 +93,14 @@ def index_of(tar: Path) -> TarIndex:
 
 
 def _read_text(file: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> int | str:
-    """How many captions, or objects, a text of a sample holds; or why it cannot be used."""
+    """How many captions, or fields, a text of a sample holds; or why it cannot be used."""
     content = file.extractfile(member).read(_MAX_TEXT + 1)  # pyright: ignore[reportOptionalMemberAccess] (a file)
     what = "caption" if extension == "txt" else "metadata"
     if len(content) > _MAX_TEXT:
         return f"{what} is too long"
+    parse = parse_captions if what == "caption" else parse_metadata
     try:
-        if extension == "json":
-            return len([parse_metadata(content, lambda: member.name)])
-        return len(parse_captions(content, lambda: member.name))
+        return len(parse(content, lambda: member.name))
     except DataError:
         if what == "metadata":
             return "metadata is not a JSON object"

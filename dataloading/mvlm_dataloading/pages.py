@@ -25,10 +25,7 @@ class Pages:
 
     def copy(self, source: Tensor) -> Tensor:
         """A copy of a uint8 tensor on the CPU, of any shape that is not empty."""
-        try:
-            pages = self._spare.pop()
-        except IndexError:
-            pages = None
+        pages = self._spare.pop() if self._spare else None
         if pages is None or len(pages) < source.nbytes:
             # Private: a forked process keeps what it had when it was forked.
             pages = mmap.mmap(-1, source.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
