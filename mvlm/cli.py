@@ -7,8 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mvlm import bench_commands, commands, data_commands, data_tools
-from mvlm.arguments import bound, parse
+from mvlm.commands import bench as bench_commands
+from mvlm.commands import data_build as data_commands
+from mvlm.commands import data_tools
+from mvlm.commands import predict as commands
+from mvlm.commands.arguments import bound, parse
 
 # A command imports what it needs when it runs, so that --help and mistakes answer at once.
 
@@ -20,10 +23,10 @@ def pretrain(arguments: Sequence[str]) -> None:
     """
     import tyro
 
-    from mvlm.config import PRESETS
-    from mvlm.config_files import read_config, run_config
+    from mvlm.config.json_files import read_config, run_config
+    from mvlm.config.model import PRESETS
+    from mvlm.config.pretrain import pretrain_defaults
     from mvlm.errors import ConfigError
-    from mvlm.pretrain_config import pretrain_defaults
 
     if arguments and arguments[0].startswith("--config="):
         arguments = ["--config", arguments[0].removeprefix("--config="), *arguments[1:]]
@@ -47,7 +50,7 @@ def pretrain(arguments: Sequence[str]) -> None:
         description=f"Pretrain as {source} says; the values shown are its own.",
         default=defaults,
     )
-    from mvlm.train import pretrain as run
+    from mvlm.training.trainer import pretrain as run
 
     run(config)
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import RobertaConfig, RobertaModel
 from transformers.models.roberta.modeling_roberta import RobertaLayer, RobertaLMHead
 
-from mvlm.config import MaskVLMConfig
-from mvlm.objectives import Losses
+from mvlm.config.model import MaskVLMConfig
+from mvlm.objectives.losses import Losses
 from mvlm.parts import part
 from mvlm_benchmarks.step_inputs import PAD, Padded
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from mvlm.config import MaskVLMConfig
-from mvlm.model import MaskVLM
-from mvlm.objectives import Losses
+from mvlm.config.model import MaskVLMConfig
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.objectives.losses import Losses
 from mvlm_benchmarks.baselines import Baseline, Cross
 from mvlm_benchmarks.shared_weights import SharedWeights
 from mvlm_benchmarks.step_inputs import Padded, make_batch, negatives, pad

@@ -1,4 +1,4 @@
-"""Floating-point operations of a step, counted with the formulas of `mvlm.flops`.
+"""Floating-point operations of a step, counted with the formulas of `mvlm.costs.flops`.
 
 Nothing is computed: parameters and inputs are fake tensors of the right shapes.
 """
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mvlm.config import MaskVLMConfig
-from mvlm.flops import counter
-from mvlm.objectives import Losses
+from mvlm.config.model import MaskVLMConfig
+from mvlm.costs.flops import counter
+from mvlm.objectives.losses import Losses
 from mvlm.parts import MATCHING, PREFIX
 from mvlm_benchmarks.contenders import Inputs, losses_of, make_module
 from mvlm_benchmarks.parts import OTHER, parts_of

@@ -22,14 +22,14 @@ from unittest.mock import patch
 
 import torch
 
-from mvlm import train
-from mvlm.agreement import Wishes
+from mvlm.config.pretrain import pretrain_defaults
 from mvlm.device import choose_device
-from mvlm.monitor import Lines
-from mvlm.pretrain_config import pretrain_defaults
-from mvlm.safety import Guard
-from mvlm.signals import StopRequest
-from mvlm.watchdog import Watchdog
+from mvlm.distributed.coordination import Wishes
+from mvlm.training import trainer as train
+from mvlm.training.loggers import Lines
+from mvlm.training.stop_request import StopRequest
+from mvlm.training.update_guard import Guard
+from mvlm.training.watchdog import Watchdog
 from mvlm_benchmarks.machine import describe
 
 STEP, SAVE = "step", "save"

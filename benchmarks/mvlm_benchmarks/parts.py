@@ -8,8 +8,9 @@ from unittest.mock import patch
 
 from torch import nn
 
-from mvlm import fast, reading
-from mvlm.model import MaskVLM
+from mvlm.model import fast
+from mvlm.model import fast_attention as reading
+from mvlm.model.maskvlm import MaskVLM
 from mvlm.parts import MATCHING, part
 
 OTHER = "other"
@@ -23,7 +24,7 @@ FUNCTIONS = {
     "linear_pixel_loss": "pixel head",
     "match_pairs": MATCHING,
 }
-"""Of `mvlm.fast`, which does not call the large modules as modules."""
+"""Of `mvlm.model.fast`, which does not call the large modules as modules."""
 
 
 @contextlib.contextmanager

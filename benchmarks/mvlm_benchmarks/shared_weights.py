@@ -10,9 +10,9 @@ keys and values in one matrix, ours become slices of it.
 import torch
 from torch import Tensor, nn
 
-from mvlm.attention import Attention, FeedForward
-from mvlm.crossmodal import CrossEncoder
-from mvlm.model import MaskVLM
+from mvlm.model.attention import Attention, FeedForward
+from mvlm.model.cross_encoder import CrossEncoder
+from mvlm.model.maskvlm import MaskVLM
 from mvlm_benchmarks.baselines import Baseline, Cross, DecoderLayerCross, check_bidirectional
 from mvlm_benchmarks.step_inputs import PAD
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from mvlm.config import MaskVLMConfig
+from mvlm.config.model import MaskVLMConfig
 from mvlm.device import autocast, choose_device, has_fast_bf16
 from mvlm.errors import ConfigError
-from mvlm.model import MaskVLM
-from mvlm.objectives import Losses
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.objectives.losses import Losses
 from mvlm_benchmarks import flops, machine, step_report
 from mvlm_benchmarks.activations import peak_mb
 from mvlm_benchmarks.contenders import (

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mvlm import objectives
-from mvlm.config import MaskVLMConfig
-from mvlm.masking import mask_tokens, masked_patches
-from mvlm.model import MaskVLM
+from mvlm.config.model import MaskVLMConfig
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.patches import mask_tokens, masked_patches
+from mvlm.objectives import losses as objectives
 from mvlm_dataloading import Batch, Masks, draw_patch_masks, draw_token_masks
 
 CLS, PAD, SEP = 0, 1, 2  # RoBERTa's own ids

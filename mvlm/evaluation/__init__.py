@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from mvlm.evaluation.features import Features, encode_split
-from mvlm.evaluation.gain import cross_modal_gain, trivial_losses
+from mvlm.evaluation.cross_modal_gain import cross_modal_gain, trivial_losses
 from mvlm.evaluation.retrieval import Ranks, rank, recall
-from mvlm.model import MaskVLM
+from mvlm.inference.encode import Features, encode_split
+from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Dataset, Tokenizer
 
 __all__ = ["Features", "Ranks", "encode_split", "evaluate", "evaluate_briefly", "rank", "unseen_images"]

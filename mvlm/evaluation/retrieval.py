@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mvlm.device import autocast
-from mvlm.evaluation.features import Features
-from mvlm.model import MaskVLM
+from mvlm.inference.encode import Features
+from mvlm.model.maskvlm import MaskVLM
 
 QUERIES_PER_BLOCK = 64
 PAIRS_PER_BATCH = 256

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from mvlm.config import MaskVLMConfig
-from mvlm.model import MaskVLM
+from mvlm.config.model import MaskVLMConfig
+from mvlm.model.maskvlm import MaskVLM
 from mvlm_benchmarks.baselines import Baseline, check_bidirectional
 from mvlm_benchmarks.shared_weights import SharedWeights
 from mvlm_benchmarks.step_inputs import caption_lengths, make_batch, negatives, pad

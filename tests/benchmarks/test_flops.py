@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mvlm.config import MaskVLMConfig
-from mvlm.model import MaskVLM
+from mvlm.config.model import MaskVLMConfig
+from mvlm.model.maskvlm import MaskVLM
 from mvlm.parts import part
 from mvlm_benchmarks import flops, step_report
 from mvlm_benchmarks.contenders import losses_of, make_inputs, make_module

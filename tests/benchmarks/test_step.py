@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mvlm.config import MaskVLMConfig
+from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError
-from mvlm.model import MaskVLM
-from mvlm.objectives import Losses
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.objectives.losses import Losses
 from mvlm_benchmarks import contenders, step, step_profile, step_report
 from mvlm_kernels.cases import GPUS
 

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
-from mvlm import cli, data_tools
+from mvlm import cli
+from mvlm.commands import data_tools
 from mvlm_dataloading import open_dataset
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"

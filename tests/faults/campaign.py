@@ -30,9 +30,9 @@ import zygote
 from safetensors.torch import load_file
 from zygote import Trial, configuration, spawn, wait
 
-from mvlm.checkpoint import checkpoints
-from mvlm.run_folder import read_metrics
-from mvlm.train import pretrain
+from mvlm.runs.checkpoint import checkpoints
+from mvlm.runs.folder import read_metrics
+from mvlm.training.trainer import pretrain
 
 DATA = Path(__file__).parent / "data"
 STEPS = 12

@@ -19,9 +19,9 @@ import zygote
 from campaign import STEPS, Campaign, files_of, log_of, require, told
 from torch import Tensor
 
-from mvlm.checkpoint import checkpoints, read_tensors, verify_checkpoint
-from mvlm.model import MaskVLM
-from mvlm.run_folder import read_metrics
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.runs.checkpoint import checkpoints, read_tensors, verify_checkpoint
+from mvlm.runs.folder import read_metrics
 
 LOSSES = ("loss", "mlm", "mim", "itc", "itm")
 FP32 = {"losses": 1e-5, "gradients": 1e-4}

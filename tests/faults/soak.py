@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from campaign import DATA
 from zygote import Trial, configuration, spawn
 
-from mvlm.run_folder import read_metrics
+from mvlm.runs.folder import read_metrics
 
 FRESH_RUNS = 30
 """Runs begun anew to compare with, over all of the time."""

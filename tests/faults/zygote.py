@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 
-from mvlm import cli, fast, saver
-from mvlm.config import MaskVLMConfig
-from mvlm.measures import Numbers
-from mvlm.pretrain_config import PretrainConfig
-from mvlm.train import Run, pretrain
+from mvlm import cli
+from mvlm.config.model import MaskVLMConfig
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.model import fast
+from mvlm.runs import checkpoint_writer as saver
+from mvlm.training.metrics import Numbers
+from mvlm.training.trainer import Run, pretrain
 from mvlm_dataloading.loader import Loader
 
 MICRO = MaskVLMConfig(

@@ -20,9 +20,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from mvlm.config import MaskVLMConfig
-from mvlm.model import MaskVLM
-from mvlm.pretrain_config import PretrainConfig
+from mvlm.config.model import MaskVLMConfig
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Batch, Dataset, Masks, ShardWriter, Tokenizer, open_dataset, tokenizer_for
 
 
@@ -237,7 +237,7 @@ def tokenizer(train_split) -> Tokenizer:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, scenes) -> Path:
     """A run of two steps, with a checkpoint after each. Read only; `run_copy` is yours."""
-    from mvlm.train import pretrain
+    from mvlm.training.trainer import pretrain
 
     out = tmp_path_factory.mktemp("trained") / "run"
     pretrain(pretrain_config(scenes, out, checkpoint_every_steps=1))
@@ -269,7 +269,7 @@ def file_limit():
 @pytest.fixture
 def without_tensorboard(monkeypatch) -> None:
     """Runs that write no TensorBoard events, which take longer than the micro model's steps."""
-    import mvlm.monitor
+    import mvlm.training.loggers
 
     class Board:
         def __init__(self, *_, **__): ...
@@ -280,4 +280,4 @@ def without_tensorboard(monkeypatch) -> None:
 
         def close(self): ...
 
-    monkeypatch.setattr(mvlm.monitor, "SummaryWriter", Board)
+    monkeypatch.setattr(mvlm.training.loggers, "SummaryWriter", Board)

@@ -13,11 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from mvlm import cli, fast
-from mvlm.checkpoint import load_model
-from mvlm.config import PRESETS
+from mvlm import cli
+from mvlm.config.model import PRESETS
 from mvlm.errors import ConfigError, RunError
-from mvlm.run_folder import read_metrics
+from mvlm.model import fast
+from mvlm.runs.checkpoint import load_model
+from mvlm.runs.folder import read_metrics
 from mvlm_dataloading import DataError, open_dataset
 
 MICRO = [
@@ -324,7 +325,7 @@ def test_a_device_that_is_not_there(mvlm, scenes, trained, tmp_path):
 
 def another_architecture(run: Path) -> None:
     """Give the checkpoints of a run another model.json, with a manifest that fits."""
-    from mvlm.checkpoint import sha256
+    from mvlm.runs.checkpoint import sha256
 
     for folder in (run / "checkpoints").iterdir():
         config = json.loads((folder / "model.json").read_text())
@@ -526,7 +527,7 @@ def test_from_shards_to_a_report(mvlm, scenes, tmp_path, toys):
 
 
 def test_resuming_is_the_same_command_with_one_word_more(mvlm, scenes, tmp_path, monkeypatch):
-    from mvlm.train import Run
+    from mvlm.training.trainer import Run
 
     words = ("pretrain", "tiny", "--data", scenes, "--out", tmp_path / "run", *MICRO, "--max-steps", 4)
     one_step = Run.one_step

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mvlm.config import MaskVLMConfig
-from mvlm.model import MaskVLM
-from mvlm.packing import bucketed
+from mvlm.config.model import MaskVLMConfig
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.packing import bucketed
 from mvlm_kernels import use_backend
 
 pytestmark = pytest.mark.gpu

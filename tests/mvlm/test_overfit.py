@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from mvlm.checkpoint import load_model
 from mvlm.evaluation import encode_split, rank, recall
-from mvlm.evaluation.gain import cross_modal_gain
-from mvlm.run_folder import read_metrics
-from mvlm.train import pretrain
+from mvlm.evaluation.cross_modal_gain import cross_modal_gain
+from mvlm.runs.checkpoint import load_model
+from mvlm.runs.folder import read_metrics
+from mvlm.training.trainer import pretrain
 from mvlm_dataloading import ShardWriter, open_dataset
 
 COLOURS, ANIMALS = ("red", "green", "blue", "black"), ("cat", "dog", "bird", "fish", "horse", "snake", "whale", "ant")

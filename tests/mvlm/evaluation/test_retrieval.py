@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from mvlm.evaluation.features import Features
 from mvlm.evaluation.retrieval import best_rank, match_scores, rank, recall
+from mvlm.inference.encode import Features
 
 
 class Lookup(nn.Module):

@@ -1,0 +1,164 @@
+"""The sizes and choices of a model, and its presets."""
+
+import math
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from mvlm.errors import ConfigError
+
+PRESETS = ("tiny", "small", "base")
+SelfBackend = Literal["auto", "triton", "sdpa", "flash-attn", "xformers", "products"]
+CrossBackend = Literal["auto", "triton", "sdpa", "products"]
+"""Attention backends, of images alone and with text on one side; mvlm/model/attention_backends.py has the rule."""
+SIZES = (
+    "image_size",
+    "patch_size",
+    "mask_block",
+    "width",
+    "heads",
+    "image_layers",
+    "text_layers",
+    "cross_layers",
+    "decoder_layers",
+    "vocab_size",
+    "itc_width",
+)
+
+
+def check_finite(config: Any) -> None:
+    """ConfigError for a number of a dataclass that is NaN, which comparisons do not find, or infinite."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"{field.name} must be a finite number, got {number}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MaskVLMConfig:
+    """Sizes and choices of one MaskVLM. Lengths are in tokens, image sides in pixels."""
+
+    image_size: int = 224
+    """Side of the square input image."""
+    patch_size: int = 16
+    """Side of a patch; divides `mask_block`."""
+    width: int = 768
+    """Feature width of both encoders and of all cross-modality blocks."""
+    heads: int = 12
+    """Attention heads; the width of one head is width / heads."""
+    image_layers: int = 12
+    """Self-attention blocks of the image encoder (ViT, pre-norm)."""
+    text_layers: int = 12
+    """Self-attention blocks of the text encoder (RoBERTa, post-norm)."""
+    cross_layers: int = 3
+    """Blocks of each of the two cross-modality encoders."""
+    decoder_layers: int = 3
+    """Blocks of the image decoder."""
+    vocab_size: int = 50265
+    """Rows of the word embedding and of the LM head; a tokenizer may use fewer."""
+    mask_token_id: int = 50264
+    """Id of [MASK], which replaces every masked token."""
+    text_length: int = 40
+    """Longest caption, [CLS] and [SEP] included."""
+    itc_width: int = 256
+    """Width of the contrastive embeddings."""
+    temperature: float = 0.07
+    """Where the learned contrastive temperature starts."""
+    cross_norm: Literal["post", "pre"] = "post"
+    """LayerNorm after each residual sum (post, the paper) or before each sub-layer (pre)."""
+    initialization: Literal["normal", "xavier"] = "normal"
+    """Weights of linear layers: trunc_normal(0.02), made for widths near 768, or Xavier's, which follows the width."""
+    pixel_initialization: Literal["normal", "xavier"] = "normal"
+    """The same for what rebuilds pixels: the image cross-modality encoder, the decoder, the pixel head."""
+    mask_block: int = 32
+    """Side of the square blocks that are masked together; divides `image_size`."""
+    image_mask_ratio: float = 0.6
+    """Share of the blocks that is masked, rounded to a whole number of blocks."""
+    drop_masked: bool = False
+    """Masked patches skip the image encoder and are mask tokens only behind it, as in MAE: a cheaper, other method."""
+    text_mask_ratio: float = 0.3
+    """Share of a caption's ordinary tokens that is masked; at least one is."""
+    image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Subtracted from pixels in 0..1, by channel."""
+    image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Divides them afterwards."""
+
+    def __post_init__(self) -> None:
+        check_finite(self)
+        for name in SIZES:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.text_length < 3:
+            raise ConfigError(f"text_length must be at least 3 ([CLS], a token, [SEP]), got {self.text_length}")
+        if self.image_size % self.mask_block:
+            raise ConfigError(
+                f"mask_block must divide image_size: wanted a divisor of {self.image_size}, got {self.mask_block}"
+            )
+        if self.mask_block % self.patch_size:
+            raise ConfigError(
+                f"patch_size must divide mask_block: wanted a divisor of {self.mask_block}, got {self.patch_size}"
+            )
+        if self.width % self.heads:
+            raise ConfigError(f"heads must divide width: wanted a divisor of {self.width}, got {self.heads}")
+        if self.cross_norm not in ("post", "pre"):
+            raise ConfigError(f'cross_norm must be "post" or "pre", got {self.cross_norm!r}')
+        for name in ("initialization", "pixel_initialization"):
+            if getattr(self, name) not in ("normal", "xavier"):
+                raise ConfigError(f'{name} must be "normal" or "xavier", got {getattr(self, name)!r}')
+        if not 0 <= self.mask_token_id < self.vocab_size:
+            raise ConfigError(f"mask_token_id must be in [0, {self.vocab_size}), got {self.mask_token_id}")
+        blocks = (self.image_size // self.mask_block) ** 2
+        if not 1 <= round(self.image_mask_ratio * blocks) <= blocks:
+            raise ConfigError(
+                f"image_mask_ratio must hide 1 to {blocks} of {blocks} blocks, got {self.image_mask_ratio}"
+            )
+        if not 0 <= self.text_mask_ratio <= 1:
+            raise ConfigError(f"text_mask_ratio must be in [0, 1], got {self.text_mask_ratio}")
+        if not 0.001 <= self.temperature <= 0.5:
+            raise ConfigError(f"temperature must be in [0.001, 0.5], got {self.temperature}")
+        if min(self.image_std) <= 0:
+            raise ConfigError(f"image_std must be above 0, got {self.image_std}")
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def patch_values(self) -> int:
+        """Values of one patch: channels x side x side."""
+        return 3 * self.patch_size**2
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "MaskVLMConfig":
+        """The named preset, with fields replaced by `changes`. ConfigError for an unknown name.
+
+        `base` is ViT-B/16 at 224 px with RoBERTa-base, as in the paper (about 335 M parameters); `small` has half the
+        width; `tiny` (about 10 M) trains on two CPU cores.
+        """
+        if name == "base":
+            config = cls()
+        elif name == "small":
+            config = cls(width=384, heads=6)
+        elif name == "tiny":
+            config = cls(
+                image_size=96,
+                width=192,
+                heads=3,
+                image_layers=6,
+                text_layers=6,
+                cross_layers=2,
+                decoder_layers=2,
+                vocab_size=2048,
+                mask_token_id=4,
+                text_length=24,
+                cross_norm="pre",  # these two: measured, docs/demo.md
+                initialization="xavier",
+            )
+        else:
+            raise ConfigError(f"unknown preset: wanted one of {', '.join(PRESETS)}, got {name!r}")
+        return replace(config, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self)

@@ -1,0 +1,1 @@
+"""Costs of a training step: FLOPs, memory, cluster plans, model FLOPs utilization."""

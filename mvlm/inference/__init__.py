@@ -1,0 +1,1 @@
+"""Questions to a trained model: features, reconstructions, filled-in words."""

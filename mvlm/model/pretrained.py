@@ -1,0 +1,101 @@
+"""A model as a folder that others can use: config.json and model.safetensors, here or on the Hugging Face hub.
+
+huggingface_hub is needed for the hub alone; without it folders work all the same. Nothing is pickled or unpickled.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from mvlm.config.json_files import model_config
+from mvlm.errors import ConfigError, RunError
+
+if TYPE_CHECKING:
+    from huggingface_hub import PyTorchModelHubMixin as Base
+else:
+    try:
+        from huggingface_hub import PyTorchModelHubMixin as Base
+    except ImportError:
+
+        class Base:
+            def __init_subclass__(cls, **_: Any) -> None:
+                super().__init_subclass__()
+
+            def save_pretrained(self, save_directory: str | Path) -> None:
+                Path(save_directory).mkdir(parents=True, exist_ok=True)
+                self._save_pretrained(Path(save_directory))
+
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+"""owner/name, the form of an id on the hub."""
+
+
+class HubMixin(Base, library_name="mvlm", license="apache-2.0", tags=["masked-vision-and-language"]):
+    """`from_pretrained` and `save_pretrained` (and `push_to_hub`, from huggingface_hub) for MaskVLM."""
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """The two files; huggingface_hub's `save_pretrained` calls it, and adds a model card."""
+        from safetensors.torch import save_file
+
+        model: Any = self
+        save_file({name: t.contiguous() for name, t in model.state_dict().items()}, save_directory / WEIGHTS)
+        (save_directory / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Self:
+        """The model, in evaluation mode on the CPU, of a folder that `save_pretrained` wrote or of a hub id owner/name.
+
+        A folder that exists is read where it is; only what is no folder and has the form of an id is asked of the hub,
+        to which the other arguments go. RunError where there is no such model or it is one of another architecture.
+        """
+        from mvlm.runs.checkpoint import load_weights
+
+        folder = Path(source)
+        if not folder.is_dir():
+            if not HUB_ID.fullmatch(str(source)):
+                raise RunError(
+                    f"{source}: wanted a folder that save_pretrained wrote or a hub id owner/name, found none"
+                )
+            options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+            folder = _download(
+                str(source), {**options, "local_files_only": local_files_only, "force_download": force_download}
+            )
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise RunError(
+                    f"{folder / name}: wanted the file, found none; save_pretrained writes {CONFIG} and {WEIGHTS}"
+                )
+        try:
+            config = model_config(json.loads((folder / CONFIG).read_text()), str(folder / CONFIG))
+        except (ConfigError, ValueError, TypeError) as error:
+            raise RunError(f"{folder / CONFIG}: wanted the settings of a MaskVLM, got: {error}") from None
+        make: Any = cls
+        model = make(config)
+        load_weights(model, folder)
+        return model.eval()
+
+
+def _download(hub_id: str, options: dict[str, Any]) -> Path:
+    """The folder of the hub's cache that then holds both files."""
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError:
+        raise ConfigError(f"{hub_id}: wanted huggingface_hub to ask the hub; pip install 'mvlm[train]'") from None
+    try:
+        return [Path(hf_hub_download(hub_id, name, **options)).parent for name in (CONFIG, WEIGHTS)][-1]
+    except Exception as error:  # the network's, the hub's and the cache's own, which share no type
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise RunError(
+            f"{hub_id}: wanted a folder, found none; the hub gave no {CONFIG} and {WEIGHTS} either ({reason})"
+        ) from error

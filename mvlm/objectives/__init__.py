@@ -1,0 +1,1 @@
+"""The four objectives, functions of tensors."""

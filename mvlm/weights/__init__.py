@@ -1,0 +1,1 @@
+"""Pretrained encoders of timm and transformers, in and out."""

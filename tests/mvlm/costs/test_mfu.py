@@ -1,0 +1,61 @@
+"""MFU: the peak by the name of the GPU, operations against a count by hand, and the field of a run's metrics."""
+
+import pytest
+import torch
+
+from mvlm.costs import mfu as utilisation
+from mvlm.costs.flops import counter
+from mvlm.costs.mfu import Utilisation, peak_flops
+from mvlm.distributed.world import World
+from mvlm.runs.folder import read_metrics
+from mvlm.training.trainer import pretrain
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA GH200 480GB", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_the_peak_of_a_gpu_by_its_name(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(torch.device("cuda", 0)) == peak
+    assert peak_flops(CPU) is None
+
+
+def test_the_share_of_all_ranks_peak(monkeypatch, toys, scenes, tmp_path):
+    """1,000 operations a second each; twice the pairs are twice the share."""
+    monkeypatch.setattr(utilisation, "peak_flops", lambda _: 1e3)
+    config = toys.pretrain_config(scenes, tmp_path)
+    found = Utilisation(config, World(0, 2, 0, CPU))
+    monkeypatch.setattr(found, "_count", lambda tokens: 10.0 * tokens)
+    assert found.mfu(8.0, 5.0) == pytest.approx(8 * 50 / 2000)
+    assert found.mfu(16.0, 7.0) == pytest.approx(16 * 50 / 2000)  # counted once
+
+
+def test_operations_are_those_of_a_step(toys, scenes, tmp_path):
+    """Against a count of a step on real tensors, captions of 7 tokens."""
+    config = toys.pretrain_config(scenes, tmp_path, model=toys.config(), batch_size=4)
+    counted = Utilisation(config, World(0, 1, 0, CPU))._count(7.0)
+    model = toys.model()
+    batch, masks = toys.batch((7, 7, 7, 7), config=model.config)
+    with counter() as real:
+        model(batch, masks, plan="fast").total.backward()
+    assert counted == pytest.approx(real.get_total_flops() / 4, rel=0.05)
+
+
+def test_a_run_tells_it_where_the_peak_is_known(monkeypatch, toys, scenes, tmp_path):
+    monkeypatch.setattr(utilisation, "peak_flops", lambda _: 1e12)
+    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=2)
+    pretrain(config)
+    rows = read_metrics(config.out / "metrics.jsonl")
+    operations = [row["mfu"] * 1e12 / row["pairs_per_s"] for row in rows]
+    assert operations[0] == pytest.approx(operations[1], rel=1e-9)
+    assert 1e5 < operations[0] < 1e9

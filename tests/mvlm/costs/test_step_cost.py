@@ -1,0 +1,88 @@
+"""What is counted on tensors without values against what the allocator reports of real steps, and by hand."""
+
+import json
+
+import pytest
+import torch
+
+from mvlm.config.model import MaskVLMConfig
+from mvlm.costs.step_cost import Shape, footprint
+from mvlm.distributed.global_batch import backward_global
+from mvlm.distributed.parallel import checkpoint_activations, parallelize
+from mvlm.distributed.world import World
+from mvlm.model.attention import Attention
+from mvlm.model.maskvlm import MaskVLM
+
+CPU = torch.device("cpu")
+ALONE = World(rank=0, size=1, local_rank=0, device=CPU)
+CONFIG = MaskVLMConfig.preset("tiny", image_layers=2, text_layers=2, cross_layers=1, decoder_layers=1)
+
+
+def allocated(toys, shape: Shape, path) -> int:
+    """The most bytes that one real step held beyond what was there before, by torch's report of its CPU allocator."""
+    torch.manual_seed(0)
+    model = MaskVLM(CONFIG)
+    if shape.checkpointed:
+        checkpoint_activations(model)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.backend = "sdpa"  # pyright: ignore[reportArgumentType]
+    lengths = (shape.tokens,) * shape.pairs
+    micro = [toys.batch(lengths, seed=a, config=CONFIG) for a in range(shape.microbatches)]
+
+    def step() -> None:
+        backward_global(
+            parallelize(model, ALONE),
+            micro,
+            ALONE,
+            seed=0,
+            step=0,
+            plan="fast",
+            autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=shape.bf16),
+        )
+
+    step()
+    model.zero_grad(set_to_none=True)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+        step()
+    profile.export_chrome_trace(str(path))
+    events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        now += event["args"]["Bytes"]
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"bf16": False}, {"checkpointed": True}, {"microbatches": 2, "bf16": False}],
+    ids=["bf16", "fp32", "checkpointed", "two microbatches"],
+)
+def test_memory_is_within_a_tenth_of_what_is_measured(toys, tmp_path, changes):
+    shape = Shape(pairs=16, tokens=12, longest=12, gpu=False, **changes)
+    assert footprint(CONFIG, shape).peak == pytest.approx(allocated(toys, shape, tmp_path / "trace.json"), rel=0.1)
+
+
+def test_operations_of_the_encoders_by_hand():
+    """Two steps that differ by one image block: 2 x 37 rows x 12 C^2 products, and two products of attention a head."""
+    shape = Shape(pairs=4)
+    more = MaskVLMConfig.preset("tiny", image_layers=3, text_layers=2, cross_layers=1, decoder_layers=1)
+    one, two = footprint(CONFIG, shape), footprint(more, shape)
+    wide, rows = 192, 37
+    by_hand = 4 * 2 * (2 * rows * 12 * wide**2 + 2 * 2 * rows**2 * wide)
+    assert two.forward - one.forward == by_hand
+    assert two.backward - one.backward == 2 * by_hand
+    assert two.parameters - one.parameters == 12 * wide**2 + 13 * wide
+    assert two.parts["image_encoder"] > 1.3 * one.parts["image_encoder"]
+
+
+def test_other_ranks_add_what_is_fetched_from_them():
+    """16 ranks: as many rows again for ITM. They are imagined, and leave no process group behind."""
+    alone, among = footprint(CONFIG, Shape(pairs=8)), footprint(CONFIG, Shape(pairs=8, ranks=16))
+    near = footprint(CONFIG, Shape(pairs=8, ranks=16, local_negatives=True))
+    assert not torch.distributed.is_initialized()
+    assert among.peak > near.peak
+    assert among.forward > near.forward
+    assert near.parameters == alone.parameters

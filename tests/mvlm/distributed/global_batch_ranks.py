@@ -1,0 +1,262 @@
+"""One rank of test_global_batch.py: `python global_batch_ranks.py RANK PORT OUT`.
+
+Four ranks are started once. They run every combination as a world of four; then the first two run them as a world of
+two. Each compares what it got with one rank on the whole batch and writes the largest differences to OUT.
+"""
+
+import importlib.util
+import itertools
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mvlm_dataloading import Batch, Masks
+
+LENGTHS = (7, 4, 12, 3, 9, 5, 3, 11, 12, 12, 3, 3, 8, 6, 10, 4)
+SEED, STEP = 3, 5
+SHALLOW = {"image_layers": 1, "text_layers": 1, "decoder_layers": 1}
+WIDTH = 5
+"""Of the embeddings whose logits are counted."""
+
+
+def load_toys() -> Any:
+    spec = importlib.util.spec_from_file_location("toys", Path(__file__).parents[1] / "conftest.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def whole_batch(toys: Any) -> tuple[Batch, Masks]:
+    """Sixteen pairs: one picture three times, equal captions, and from 1 to 3 masked words a caption."""
+    batch, masks = toys.micro_batch(LENGTHS, seed=1)
+    image_id, text_id = batch.image_id.clone(), batch.text_id.clone()
+    image_id[[5, 13]] = 102
+    text_id[[7, 8, 15]] = 200
+    return replace(batch, image_id=image_id, text_id=text_id), masks
+
+
+def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, Masks]:
+    """Pairs first to first + number - 1, as a batch of their own."""
+    starts = batch.cu_seqlens.tolist()
+    rows, begin, end = slice(first, first + number), starts[first], starts[first + number]
+    inside = (masks.token_ids >= begin) & (masks.token_ids < end)
+    part = Batch(
+        images=batch.images[rows],
+        tokens=batch.tokens[begin:end],
+        cu_seqlens=batch.cu_seqlens[first : first + number + 1] - begin,
+        max_length=max(b - a for a, b in itertools.pairwise(starts[first : first + number + 1])),
+        image_id=batch.image_id[rows],
+        text_id=batch.text_id[rows],
+        sample_id=batch.sample_id[rows],
+    )
+    return part, Masks(patch_ids=masks.patch_ids[rows], token_ids=masks.token_ids[inside] - begin)
+
+
+class Oracle:
+    """One rank on the whole batch, by the model's own forward."""
+
+    def __init__(self, toys: Any, reconstruction_only: bool) -> None:
+        model = toys.micro_model(**SHALLOW)
+        losses = model(*whole_batch(toys), seed=SEED, step=STEP, reconstruction_only=reconstruction_only)
+        losses.total.backward()
+        self.losses = [x.item() for x in losses]
+        self.gradients = {name: p.grad for name, p in model.named_parameters()}
+
+    def after_a_step(self, toys: Any) -> dict[str, Tensor]:
+        """The weights after one update with clipped gradients and a clamped temperature."""
+        model = toys.micro_model(**SHALLOW)
+        for name, parameter in model.named_parameters():
+            gradient = self.gradients[name]
+            parameter.grad = None if gradient is None else gradient.clone()
+        update(model, torch.nn.utils.get_total_norm([g for g in self.gradients.values() if g is not None]))
+        return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@torch.no_grad()
+def local_matching(toys: Any, number: int) -> float:
+    """ITM when each of `number` runs of pairs draws its negatives from itself alone, pair by pair."""
+    model, (batch, masks) = toys.micro_model(**SHALLOW), whole_batch(toys)
+    size, terms = len(LENGTHS) // number, []
+    for first in range(0, len(LENGTHS), size):
+        part, _ = piece(batch, masks, first, size)
+        v, (w, exists) = (
+            model.encode_image(part.images),
+            model.encode_text(part.tokens, part.cu_seqlens, part.max_length),
+        )
+        table = model.embed_image(v) @ model.embed_text(w).T * model.log_scale.exp()
+
+        def term(i: int, j: int, label: int, v: Tensor = v, w: Tensor = w, exists: Tensor = exists) -> float:
+            logits = model.match(v[i : i + 1], w[j : j + 1], exists[j : j + 1])
+            return -float(logits.log_softmax(1)[0, label])
+
+        for i in range(size):
+            terms.append(term(i, i, 1))
+            for stream, scores in ((0, table), (1, table.T)):
+                noisy = {
+                    j: float(scores[i, j])
+                    - math.log(-math.log(toys.uniform_of_pair(SEED, STEP, stream, first + i, first + j)))
+                    for j in range(size)
+                    if part.image_id[i] != part.image_id[j] and part.text_id[i] != part.text_id[j]
+                }
+                if noisy:
+                    j = max(noisy, key=noisy.__getitem__)
+                    terms.append(term(i, j, 0) if stream == 0 else term(j, i, 0))
+    return sum(terms) / len(terms)
+
+
+def update(model: Any, norm: Tensor) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, eps=1e-3, fused=True)
+    with torch.no_grad():
+        model.log_scale.fill_(9.0)
+    torch.nn.utils.clip_grads_with_norm_(model.parameters(), 0.5, norm)
+    optimizer.step()
+    model.clamp_temperature()
+
+
+def whole(x: Tensor | None) -> Tensor | None:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def differences(found: dict[str, Tensor | None], wanted: dict[str, Tensor | None]) -> float:
+    """The largest; infinite where one has a tensor and the other has none."""
+    assert found.keys() == wanted.keys()
+    largest = 0.0
+    for name, tensor in found.items():
+        other = wanted[name]
+        if (tensor is None) != (other is None):
+            return float("inf")
+        if tensor is not None and other is not None:
+            assert tensor.shape == other.shape
+            largest = max(largest, float((tensor - other).abs().max()))
+    return largest
+
+
+class LargestOf(TorchDispatchMode):
+    """The most elements that a matrix of `columns` made under it has, but for the embeddings, which have WIDTH rows."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns, self.elements = columns, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.ndim == 2 and x.shape[1] == self.columns and len(x) != WIDTH:
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+def logit_elements(rank: int, ranks: int, elements: int) -> tuple[int, float]:
+    """The largest block of logits in the step of 6 pairs a rank, and ITC."""
+    from mvlm.distributed.collectives import Place
+    from mvlm.distributed.contrastive import Draw, contrast
+
+    generator = torch.Generator().manual_seed(rank)
+    image, text = (
+        torch.randn(6, WIDTH, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)
+    )
+    place = Place(rank, ranks, 1, 6)
+    ids = torch.arange(place.total)
+    with LargestOf(place.total) as mode:
+        share, *_ = contrast(image, text, torch.zeros(1), Draw(ids, ids, 0, 0, False), place, elements)
+        share.backward()
+    assert image.grad is not None
+    return mode.elements, float(image.grad.sum())
+
+
+def combinations(ranks: int) -> list[dict[str, Any]]:
+    kinds = ["ddp", "fsdp", "hsdp"] if ranks == 4 else ["ddp", "fsdp"]
+    every = [
+        {"kind": kind, "microbatches": microbatches, "again": again, "reconstruction_only": False}
+        for kind, microbatches, again in itertools.product(kinds, (1, 2), (False, True))
+    ]
+    if ranks == 2:
+        every += [
+            {"kind": kind, "microbatches": microbatches, "again": False, "reconstruction_only": True}
+            for kind, microbatches in itertools.product(kinds, (1, 2))
+        ]
+    if ranks == 4:  # one plan each, to save time
+        return [case | {"plan": "fast" if case["microbatches"] == 2 else "plain"} for case in every]
+    return [case | {"plan": plan} for case in every for plan in ("plain", "fast")]
+
+
+def run(toys: Any, world: Any, oracles: dict[bool, Oracle], case: dict[str, Any]) -> dict[str, Any]:
+    from mvlm.distributed.global_batch import backward_global
+    from mvlm.distributed.parallel import checkpoint_activations, parallelize, whole_model
+    from mvlm.training.metrics import gradient_norms
+
+    kind, number, alone = case["kind"], case["microbatches"], case["reconstruction_only"]
+    model = toys.micro_model(**SHALLOW)
+    if case["again"]:
+        checkpoint_activations(model)
+    parallel = parallelize(model, world, "ddp" if kind == "ddp" else "fsdp", nodes=2 if kind == "hsdp" else 1)
+    batch, masks = whole_batch(toys)
+    size = len(LENGTHS) // (world.size * number)
+    micro = [piece(batch, masks, (a * world.size + world.rank) * size, size) for a in range(number)]
+    oracle, found = oracles[alone], dict(case)
+    # What a step leaves behind must not matter to the next.
+    for local in (True, False) if world.size == 2 and not case["again"] else (False,):
+        model.zero_grad(set_to_none=True)
+        losses = backward_global(
+            parallel,
+            micro,
+            world,
+            seed=SEED,
+            step=STEP,
+            plan=case["plan"],
+            reconstruction_only=alone,
+            local_negatives=local,
+        )
+        gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
+        part = "local" if local else "global"
+        if local:
+            found["local matching"] = losses.itm.item() - (0 if alone else local_matching(toys, world.size * number))
+        found[f"{part} losses"] = [abs(a.item() - b) for a, b in zip(losses, oracle.losses, strict=True)]
+        found[f"{part} gradients"] = differences(gradients, oracle.gradients)
+    if not case["again"] and not alone:
+        norm, _ = gradient_norms(model)
+        update(model, norm)
+        found["norm"] = float(norm) - float(torch.nn.utils.get_total_norm(list(oracle.gradients.values())))  # pyright: ignore[reportArgumentType]
+        weights = {name: p.detach() for name, p in whole_model(model).named_parameters()}
+        found["weights"] = differences(weights, oracle.after_a_step(toys))  # pyright: ignore[reportArgumentType]
+    return found
+
+
+def main() -> None:
+    rank, port, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    toys = load_toys()
+    oracles = {alone: Oracle(toys, alone) for alone in (False, True)}
+    tested = (
+        "mvlm.distributed.global_batch",
+        "mvlm.distributed.contrastive",
+        "mvlm.distributed.collectives",
+        "mvlm.distributed.parallel",
+    )
+    found: dict[str, Any] = {"oracle knows": [name for name in tested if name in sys.modules]}
+    from mvlm.distributed.world import World
+
+    for ranks in (4, 2):
+        if rank < ranks:
+            address = f"tcp://127.0.0.1:{port + ranks}"
+            dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
+            world = World(rank, ranks, rank, torch.device("cpu"))
+            found[str(ranks)] = [run(toys, world, oracles, case) for case in combinations(ranks)]
+            found[f"{ranks} logits"] = [logit_elements(rank, ranks, elements) for elements in (36, 1 << 20)]
+            dist.destroy_process_group()
+    out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""What ranks decide together, by two threads that stand for ranks: their collectives meet in this process."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+
+from mvlm.distributed.coordination import Wishes, agree, check_ranks
+from mvlm.errors import ConfigError, RunError
+from mvlm_dataloading import open_dataset
+
+
+@dataclass
+class Meeting:
+    """Where threads exchange values: a collective is everyone's value, by rank, once all have come."""
+
+    size: int = 2
+    values: dict[int, list[Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.barrier = threading.Barrier(self.size, timeout=20)
+        self.lock = threading.Lock()
+
+    def exchange(self, number: int, rank: int, value: Any) -> list[Any]:
+        with self.lock:
+            self.values.setdefault(number, [None] * self.size)[rank] = value
+        self.barrier.wait()
+        return self.values[number]
+
+
+class Rank:
+    """A rank of two, with the part of World's face that decisions need."""
+
+    size, device = 2, torch.device("cpu")
+
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        self.rank, self.first, self._meeting, self._number = rank, rank == 0, meeting, 0
+
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
+        self._number += 1
+        return self._meeting.exchange(self._number, self.rank, value)
+
+    def start_all_reduce(self, tensor: torch.Tensor, op: Any) -> None:
+        largest = torch.stack(self.gather(tensor.clone())).amax(0)
+        tensor.copy_(largest)
+
+
+def on_two_ranks(work: Callable[[Any], Any]) -> list[Any]:
+    """What `work` returned or raised on each of two ranks."""
+    meeting = Meeting()
+    found: list[Any] = [None, None]
+
+    def one(rank: int) -> None:
+        try:
+            found[rank] = work(Rank(rank, meeting))
+        except BaseException as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_if_one_fails_all_leave(failing):
+    def work(world):
+        def step() -> int:
+            if world.rank == failing:
+                raise ConfigError(f"no room on {world.rank}")
+            return world.rank
+
+        return agree(world, step)
+
+    first, second = on_two_ranks(work)
+    assert isinstance(first, ConfigError if failing == 0 else RunError)
+    assert str(first) == ("no room on 0" if failing == 0 else "rank 1: no room on 1")
+    assert isinstance(second, SystemExit)
+    assert second.code == 2
+
+
+def test_if_none_fails_each_has_its_own_result():
+    assert on_two_ranks(lambda world: agree(world, lambda: world.rank * 10)) == [0, 10]
+
+
+def test_a_fault_of_our_own_is_raised_where_it_happened():
+    def work(world):
+        return agree(world, lambda: 1 // world.rank)
+
+    first, second = on_two_ranks(work)
+    assert isinstance(first, ZeroDivisionError)
+    assert isinstance(second, SystemExit)
+
+
+@pytest.mark.parametrize("what", ["settings", "data", "out", "nothing"])
+def test_ranks_that_differ_all_end(toys, scenes, tmp_path, what):
+    other = toys.write_scenes(tmp_path / "other", {"train": 9})
+
+    def work(world):
+        changed = world.rank == 1
+        out = tmp_path / ("there" if what == "out" and changed else "run")
+        seed = 5 if what == "settings" and changed else 0
+        dataset = open_dataset(other if what == "data" and changed else scenes, "train")
+        return check_ranks(world, toys.pretrain_config(scenes, out, seed=seed), dataset)
+
+    first, second = on_two_ranks(work)
+    if what == "nothing":
+        assert (first, second) == (None, None)
+        return
+    assert isinstance(first, RunError)
+    assert isinstance(second, SystemExit)
+    message = str(first)
+    assert message.startswith("rank 1 was started with other settings or data than rank 0 (")
+    wanted = {"settings": "seed: rank 0 0, rank 1 5", "data": "data: rank 0 ", "out": f"out: rank 0 {tmp_path}/run"}
+    assert wanted[what] in message
+    assert "start all ranks with the same command on the same data" in message
+
+
+def test_a_wish_of_one_is_granted_to_all_after_the_next_step_and_once():
+    """Rank 1 wishes at steps 2 and 3, because its wish has not come true yet at 3."""
+
+    def work(world):
+        wishes = Wishes(world)
+        granted = [wishes.grant(world.rank == 1 and step in (2, 3), False) for step in range(1, 7)]
+        wishes.close()
+        return granted
+
+    first, second = on_two_ranks(work)
+    assert first == second
+    assert [row[0] for row in first] == [False, False, True, False, False, False]
+    assert not any(row[1] for row in first)

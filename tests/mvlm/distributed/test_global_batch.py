@@ -1,0 +1,224 @@
+"""Losses and gradients of several ranks and of accumulated microbatches against one rank on the whole batch.
+
+The ranks are processes of global_batch_ranks.py; what one rank gives there comes from the model's own forward, which
+tests/mvlm/model/test_maskvlm.py holds to the method written out in numpy.
+"""
+
+import json
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mvlm.distributed.collectives import pack
+from mvlm.distributed.global_batch import backward_global
+from mvlm.distributed.parallel import checkpoint_activations, parallelize, whole_model
+from mvlm.distributed.world import World
+from mvlm.model import plain
+
+EXACT = 1e-10
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+PROGRAM = Path(__file__).with_name("global_batch_ranks.py")
+RANKS: Any = SimpleNamespace(**runpy.run_path(str(PROGRAM), run_name="ranks"))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory) -> list[dict[str, Any]]:
+    """What each of four ranks found, in a world of four and, ranks 0 and 1, in a world of two."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", str(PROGRAM), str(rank), str(port), str(folder / f"{rank}.json")],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(4)
+    ]
+    for process in running:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
+
+
+def cases(ranks: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
+    """What every rank of both worlds found, of the combinations that are as wanted."""
+    every = [case for world in ("2", "4") for found in ranks for case in found.get(world, [])]
+    chosen = [case for case in every if all(case[name] == value for name, value in wanted.items())]
+    assert chosen
+    return chosen
+
+
+def test_the_oracle_knows_nothing_of_what_is_tested(ranks):
+    assert [found["oracle knows"] for found in ranks] == [[], [], [], []]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("kind, count", [("ddp", 8), ("fsdp", 8), ("hsdp", 4)])
+def test_ranks_agree_with_one_rank_on_the_whole_batch(ranks, kind, count, microbatches, again):
+    found = cases(ranks, kind=kind, microbatches=microbatches, again=again, reconstruction_only=False)
+    assert len(found) == count  # two ranks with both plans, four with one of them; HSDP needs four
+    for case in found:
+        assert max(case["global losses"]) < EXACT
+        assert case["global gradients"] < EXACT
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_reconstruction_alone(ranks, kind):
+    """What ITC and ITM alone use gets no gradient then, as in one process: `differences` tells none from zero."""
+    for case in cases(ranks, kind=kind, reconstruction_only=True):
+        assert max(case["global losses"]) < EXACT
+        assert case["global gradients"] < EXACT
+
+
+def test_local_negatives_are_drawn_within_a_microbatch(ranks):
+    for case in cases(ranks, again=False, reconstruction_only=False):
+        if "local losses" in case:
+            mlm, mim, itc, itm = case["local losses"][:4]
+            assert max(mlm, mim, itc) < EXACT
+            assert itm > 1e-3  # other negatives than the global ones
+            assert abs(case["local matching"]) < EXACT
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp"])
+def test_an_update_with_clipping_and_clamping_agrees(ranks, kind):
+    for case in cases(ranks, kind=kind, again=False, reconstruction_only=False):
+        assert abs(case["norm"]) < EXACT
+        assert case["weights"] < EXACT
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_logits_in_memory_are_bounded(ranks, count):
+    """Of 6 rows x 6 W columns in a rank no more than 36 elements exist at a time, and the gradient is the same."""
+    for found in ranks[:count]:
+        (blocks, gradient), (everything, wanted) = found[f"{count} logits"]
+        assert blocks <= 36
+        assert everything == 36 * count
+        assert gradient == pytest.approx(wanted, abs=1e-12)
+
+
+def test_one_rank_with_one_microbatch_is_the_model_itself(toys):
+    batch, masks = toys.batch()
+    model, same = toys.model(), toys.model()
+    losses = model(batch, masks, seed=1, step=2)
+    losses.total.backward()
+    found = backward_global(parallelize(same, ALONE), [(batch, masks)], ALONE, seed=1, step=2)
+    assert [x.item() for x in found] == [x.item() for x in losses]
+    for (name, ours), theirs in zip(same.named_parameters(), model.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad), name
+    assert whole_model(same) is same
+
+
+@pytest.mark.parametrize("plan", ["plain", "fast"])
+@pytest.mark.parametrize("local", [False, True])
+def test_microbatches_in_one_process(toys, plan, local):
+    """Four microbatches of two pairs against the whole; of two pairs each is the other's only negative."""
+    batch, masks = toys.batch((7, 4, 12, 3, 9, 5, 3, 11))
+    model, same = toys.model(), toys.model()
+    losses = model(batch, masks, seed=1, step=2)
+    losses.total.backward()
+    micro = [RANKS.piece(batch, masks, first, 2) for first in (0, 2, 4, 6)]
+    found = backward_global(parallelize(same, ALONE), micro, ALONE, seed=1, step=2, plan=plan, local_negatives=local)
+    if local:
+        assert [x.item() for x in found[:3]] == pytest.approx([x.item() for x in losses[:3]], abs=EXACT)
+        with torch.no_grad():
+            pairs = [(i, j) for a in (0, 2, 4, 6) for i, j in ((a, a + 1), (a + 1, a))]
+            terms = [match(model, batch, i, i, 1) for i in range(8)]
+            terms += [match(model, batch, i, j, 0) for i, j in pairs for _ in range(2)]
+        assert found.itm.item() == pytest.approx(sum(terms) / 24, abs=EXACT)
+        return
+    assert [x.item() for x in found] == pytest.approx([x.item() for x in losses], abs=EXACT)
+    for (name, ours), theirs in zip(same.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=EXACT, msg=name)
+
+
+@pytest.mark.parametrize("plan", ["plain", "fast"])
+def test_negatives_that_nobody_has(toys, plan):
+    """Pair 0 has no admissible negative in the whole batch, and the others have one: weights differ by microbatch."""
+    batch, masks = toys.batch((7, 4, 12, 3, 9, 5, 3, 11))
+    image_id, text_id = batch.image_id.clone(), torch.full((8,), 200)
+    text_id[7] = 201
+    image_id[0] = image_id[7].item()
+    batch = replace(batch, image_id=image_id, text_id=text_id)
+    model, same = toys.model(), toys.model()
+    losses = model(batch, masks, seed=1, step=2)
+    losses.total.backward()
+    micro = [RANKS.piece(batch, masks, first, 2) for first in (0, 2, 4, 6)]
+    found = backward_global(parallelize(same, ALONE), micro, ALONE, seed=1, step=2, plan=plan)
+    assert [x.item() for x in found] == pytest.approx([x.item() for x in losses], abs=EXACT)
+    for (name, ours), theirs in zip(same.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=EXACT, msg=name)
+
+
+def match(model: Any, batch: Any, image: int, text: int, label: int) -> float:
+    """ITM's cross-entropy of one pair."""
+    v = model.encode_image(batch.images[image : image + 1])
+    tokens = batch.tokens[batch.cu_seqlens[text] : batch.cu_seqlens[text + 1]]
+    w, exists = model.encode_text(tokens, torch.tensor([0, len(tokens)]), len(tokens))
+    return -model.match(v, w, exists).log_softmax(1)[0, label].item()
+
+
+def test_checkpointed_blocks_give_the_same_bits(toys):
+    batch, masks = toys.batch()
+    gradients, kept = [], []
+    for again in (False, True):
+        model = toys.model(dtype=torch.float32)
+        if again:
+            checkpoint_activations(model)
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: (sizes.append(x.numel()), x)[1], lambda x: x
+        ):
+            total = model(batch, masks).total
+        total.backward()
+        kept.append(sum(sizes))
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert kept[1] < kept[0] / 2
+    for name, gradient in gradients[0].items():
+        assert torch.equal(gradient, gradients[1][name]), name
+
+
+def test_microbatches_of_one_size(toys):
+    parallel = parallelize(toys.model(), ALONE)
+    with pytest.raises(ValueError, match=r"wanted at least one, all with as many pairs, got \[2, 3\] pairs"):
+        backward_global(parallel, [toys.batch((5, 6)), toys.batch((5, 6, 7))], ALONE, seed=0, step=0)
+    with pytest.raises(ValueError, match=r"wanted at least one, all with as many pairs, got \[\] pairs"):
+        backward_global(parallel, [], ALONE, seed=0, step=0)
+
+
+def test_packing_leaves_a_tail_that_nobody_reads(toys):
+    model = toys.model()
+    batch, _ = toys.batch((7, 3, 12))
+    w, exists = model.encode_text(batch.tokens, batch.cu_seqlens, batch.max_length)
+    text = pack(w, batch.cu_seqlens.diff())
+    assert text.rows.shape == (36, 16)
+    assert torch.equal(text.cu_seqlens, batch.cu_seqlens)
+    spoilt = text._replace(rows=torch.cat([text.rows[:22], torch.full((14, 16), float("nan"), dtype=w.dtype)]))
+    assert torch.equal(spoilt.padded()[0], w)
+    assert torch.equal(spoilt.padded()[1], exists)
+    rows = torch.tensor([2, 0, 1])
+    v = model.encode_image(batch.images)
+    wanted = plain.match_pairs(model, v, text, rows, rows)
+    assert torch.equal(plain.match_pairs(model, v, spoilt, rows, rows), wanted)
+
+
+def test_masked_tokens_that_only_fill_up_a_shape_do_not_count(toys):
+    """Positions after the last caption: the count that weighs microbatches leaves them out."""
+    from mvlm.distributed.global_batch import _masked_tokens
+
+    batch, masks = toys.batch()
+    filled = replace(masks, token_ids=torch.cat([masks.token_ids, torch.tensor([35, 35, 99])]))
+    assert _masked_tokens(batch, filled).item() == _masked_tokens(batch, masks).item() == len(masks.token_ids)

@@ -1,0 +1,71 @@
+"""`torchrun -m mvlm pretrain` and `mvlm pretrain` are one program: two ranks learn what one learns."""
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvlm.distributed.world import World
+from mvlm.errors import ConfigError
+from mvlm.runs.checkpoint import load_model
+from mvlm.runs.folder import read_metrics
+from mvlm.training.build import make_loader
+from mvlm.training.trainer import pretrain
+
+PAGE = Path(__file__).parents[3] / "docs" / "distributed.md"
+LOSSES = ("loss", "mlm", "mim", "itc", "itm", "grad_norm")
+
+
+@pytest.fixture(scope="module")
+def runs(toys, scenes, tmp_path_factory) -> tuple[Path, Path]:
+    """Four steps of one process, and the same by two ranks with FSDP2 and two microbatches each."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = toys.pretrain_config(scenes, folder / "one", max_steps=4, precision="fp32", eval_every_steps=4)
+    pretrain(config)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    # The command of docs/distributed.md, but for the preset and the folders.
+    shown = re.search(
+        r"^    torchrun (--standalone.*?) tiny --data data/emoji --out runs/two (.*)$", PAGE.read_text(), re.M
+    )
+    assert shown is not None
+    command = [sys.executable, "-m", "torch.distributed.run", *shlex.split(shown[1])]
+    command += ["--config", str(folder / "one" / "config.json"), "--out", str(folder / "two"), *shlex.split(shown[2])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    return folder / "one", folder / "two"
+
+
+def test_two_ranks_learn_what_one_learns(runs):
+    one, two = (read_metrics(run / "metrics.jsonl") for run in runs)
+    assert [row["step"] for row in two] == [1, 2, 3, 4]
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours["pairs_seen"] == theirs["pairs_seen"]
+        for name in LOSSES:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
+    for name in ("tr_r10", "ir_r10"):
+        assert two[-1][name] == one[-1][name]
+    assert two[-1]["gain_text_nats"] == pytest.approx(one[-1]["gain_text_nats"], abs=1e-3)
+
+
+def test_a_split_model_is_saved_whole(runs):
+    (one, _), (two, _) = (load_model(run) for run in runs)
+    for (name, ours), theirs in zip(two.named_parameters(), one.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4, msg=name)
+    settings = json.loads((runs[1] / "config.json").read_text())
+    assert (settings["parallel"], settings["accumulate"]) == ("fsdp", 2)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(toys, train_split, tokenizer):
+    config = toys.pretrain_config(Path(), Path(), batch_size=8, accumulate=2)
+    world = World(rank=0, size=3, local_rank=0, device=torch.device("cpu"))
+    with pytest.raises(ConfigError, match="wanted a multiple of 3 ranks x 2 microbatches = 6, got 8"):
+        make_loader(train_split, tokenizer, config, world)
+    with pytest.raises(ConfigError, match="accumulate must be at least 1, got 0"):
+        dataclasses.replace(config, accumulate=0)

@@ -1,0 +1,92 @@
+"""A world of one here; what several ranks tell each other is held by processes that torch starts."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mvlm.distributed import world as distributed
+
+RANK = """
+import json, sys, torch, torch.distributed as dist
+from mvlm.distributed import world as distributed
+world = distributed.start("cpu")
+print(json.dumps({
+    "rank": [world.rank, world.size, world.local_rank, world.first, str(world.device)],
+    "sum": world.all_reduce(torch.tensor([1.0 + world.rank, 5.0])).tolist(),
+    "max": world.all_reduce(torch.tensor([world.rank]), dist.ReduceOp.MAX).tolist(),
+    "gather": world.gather({"long": "é" * (1 + 3 * world.rank), "rank": world.rank}),
+}))
+world.barrier()
+world.close()
+"""
+
+
+def test_a_process_alone_is_a_world_of_one(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    world = distributed.start("cpu")
+    assert (world.rank, world.size, world.first) == (0, 1, True)
+    assert world.device == torch.device("cpu")
+    assert world.all_reduce(torch.tensor([3.0])).tolist() == [3.0]
+    assert world.gather({"a": 1}) == [{"a": 1}]
+    world.barrier()
+    world.close()
+    assert not torch.distributed.is_initialized()
+
+
+def test_two_ranks_add_compare_and_gather():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    found = [json.loads(process.communicate(timeout=60)[0]) for process in ranks]
+    for rank, process in enumerate(ranks):
+        assert process.returncode == 0
+        assert found[rank] == {
+            "rank": [rank, 2, rank, rank == 0, "cpu"],
+            "sum": [3.0, 10.0],
+            "max": [1],
+            "gather": [{"long": "é", "rank": 0}, {"long": "éééé", "rank": 1}],
+        }
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_an_attempt_does_not_see_what_the_one_before_left_in_torchruns_store(monkeypatch, caplog, nodes):
+    kept = dist.TCPStore("127.0.0.1", 0, is_master=True)  # pyright: ignore[reportPrivateImportUsage]
+    for name, value in {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "GROUP_WORLD_SIZE": str(nodes),
+        "RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(kept.port),
+    }.items():
+        monkeypatch.setenv(name, value)
+    seen = []
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        for _ in range(2):  # two ranks
+            store = distributed._store_of_attempt(timedelta(seconds=20))
+            assert store is not None
+            seen.append(store.add("arrived", 1))
+    assert seen == [1, 2, 1, 2]
+    assert ("cannot replace a node that is lost" in caplog.text) == (nodes > 1)
+
+
+def test_without_torchruns_store_torch_makes_one(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert distributed._store_of_attempt(timedelta(seconds=20)) is None

@@ -1,0 +1,138 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mvlm.evaluation.cross_modal_gain import bootstrap, cross_modal_gain, trivial_losses, wrong_partners
+from mvlm.inference.encode import encode_split, eval_loader
+
+
+@pytest.fixture
+def model(toys):
+    return toys.model(dtype=torch.float32).eval()
+
+
+@pytest.mark.parametrize("number", [2, 3, 8, 50, 399])
+def test_a_wrong_partner_is_another_sample_and_each_serves_once(number):
+    for seed in range(5):
+        partner = wrong_partners(number, seed).tolist()
+        assert sorted(partner) == list(range(number))
+        assert all(i != p for i, p in enumerate(partner))
+    if number > 8:
+        assert wrong_partners(number, 0).tolist() != wrong_partners(number, 1).tolist()
+    assert torch.equal(wrong_partners(number), wrong_partners(number))
+
+
+def test_a_model_that_reads_one_modality_gains_nothing(model, heldout_split, tokenizer):
+    """With the output of cross-attention switched off, the right and the wrong partner are the same to it."""
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if name.endswith("cross_attention.out"):
+                module.weight.zero_()
+                module.bias.zero_()
+    gain = cross_modal_gain(
+        model, heldout_split, encode_split(model, heldout_split, tokenizer, "fp32"), tokenizer, 2, "fp32"
+    )
+    assert (gain["gain_text_nats"], gain["gain_pixels_pct"]) == (0, 0)
+    assert gain["gain_text_nats_95"] == gain["gain_pixels_pct_95"] == [0, 0]
+    assert gain["masked_nats"] > 0 < gain["masked_l1"]
+
+
+def test_gain_of_a_model_with_known_losses(model, heldout_split, tokenizer, monkeypatch):
+    """With its own picture in view sample i gives the masked token in place c of its caption a logit of i/2 + c/3 more
+    than the others; with its own caption in view every masked pixel of it is off by (i + 1)/10. With a wrong picture
+    no token gets more than another, and with a wrong caption the pixels are off by half as much again."""
+    vocabulary, number = model.config.vocab_size, 8
+    batches = [next(iter(eval_loader(heldout_split, model, tokenizer, seed))) for seed in (0, 1, 2)]
+    features = encode_split(model, heldout_split, tokenizer, "fp32")
+    features.v[:, 0, 0] = torch.arange(number)  # so that what is in view can be told
+    features.w[:, 0, 0] = features.owner.float()
+    tokens, starts = batches[0][0].tokens, batches[0][0].cu_seqlens.tolist()  # the same in every pass
+    own = torch.arange(number)
+    row = {t: b for b in range(number) for t in range(starts[b], starts[b + 1])}
+
+    def bonus(place: int) -> float:
+        return row[place] / 2 + (place - starts[row[place]]) / 3
+
+    def fill_mask(v, wm, key_mask, cu_seqlens, token_ids):
+        logits = torch.zeros(len(token_ids), vocabulary)
+        for m, place in enumerate(token_ids.tolist()):
+            if v[row[place], 0, 0] == row[place]:
+                logits[m, tokens[place]] = bonus(place)
+        return logits
+
+    def reconstruct(vm, w, key_mask, patch_ids):
+        batch = next(batch for batch, masks in batches if torch.equal(masks.patch_ids, patch_ids))
+        off = (own + 1) / 10 * torch.where(w[:, 0, 0] == own, 1.0, 1.5)
+        return model.patch_targets(batch.images, patch_ids) + off[:, None, None]
+
+    monkeypatch.setattr(model, "fill_mask", fill_mask)
+    monkeypatch.setattr(model, "reconstruct", reconstruct)
+    gain = cross_modal_gain(model, heldout_split, features, tokenizer, 3, "fp32")
+
+    nats, lost, count = np.zeros(number), np.zeros(number), np.zeros(number)  # by sample
+    for _, masks in batches:
+        for place in masks.token_ids.tolist():
+            loss = math.log(math.exp(bonus(place)) + vocabulary - 1) - bonus(place)
+            nats[row[place]] += loss
+            lost[row[place]] += math.log(vocabulary) - loss
+            count[row[place]] += 1
+    assert gain["gain_text_nats"] == pytest.approx(lost.sum() / count.sum(), abs=6e-5)  # four digits are kept
+    assert gain["masked_nats"] == pytest.approx(nats.sum() / count.sum(), abs=6e-5)
+    assert gain["gain_pixels_pct"] == pytest.approx(50, abs=6e-4)
+    assert gain["masked_l1"] == pytest.approx(np.mean([(i + 1) / 10 for i in range(number)]), abs=6e-5)
+
+    rng, resampled = np.random.default_rng(0), []
+    for _ in range(1000):
+        drawn = [int(i) for i in rng.integers(number, size=number)]
+        resampled.append(sum(lost[i] for i in drawn) / sum(count[i] for i in drawn))
+    assert gain["gain_text_nats_95"] == pytest.approx(np.percentile(resampled, [2.5, 97.5]).tolist(), abs=6e-5)
+    assert gain["gain_pixels_pct_95"] == [pytest.approx(50, abs=1e-3)] * 2  # the ratio is the same for every sample
+
+
+def test_bootstrap_against_the_normal_interval():
+    """The mean of 400 numbers: the interval is 1.96 standard errors on either side, to a tenth."""
+    data = np.random.default_rng(0).normal(3, 2, size=400)
+    low, high = bootstrap(lambda i: data[i].mean(), 400)
+    error = data.std() / math.sqrt(400)
+    assert low == pytest.approx(data.mean() - 1.96 * error, abs=0.2 * error)
+    assert high == pytest.approx(data.mean() + 1.96 * error, abs=0.2 * error)
+    assert bootstrap(lambda i: data[i].mean(), 400) == [low, high]
+
+
+def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
+    """100 samples of 60: 95 hits are expected, with a standard deviation of 2.2."""
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(100):
+        data = rng.exponential(size=60)
+        low, high = bootstrap(lambda i, data=data: data[i].mean(), 60)
+        hits += low <= 1 <= high
+    assert 86 <= hits <= 100
+
+
+def test_trivial_predictors_against_numpy(model, train_split, heldout_split, tokenizer, toys):
+    pictures = np.stack([toys.scene(i)[0] for i in range(32)]).astype(np.float64)  # (32, S, S, 3)
+    median = np.floor(np.median(pictures, axis=0))
+    mean, std = np.array(model.config.image_mean), np.array(model.config.image_std)
+    ((batch, masks),) = list(eval_loader(heldout_split, model, tokenizer))
+    white, middle = [], []
+    for row in range(8):
+        pixels = batch.images[row].permute(1, 2, 0).numpy().astype(np.float64)
+        for patch in masks.patch_ids[row].tolist():
+            area = slice(patch // 4 * 8, patch // 4 * 8 + 8), slice(patch % 4 * 8, patch % 4 * 8 + 8)
+            target = (pixels[area] / 255 - mean) / std
+            white.append(np.abs((1 - mean) / std - target).mean())
+            middle.append(np.abs((median[area] / 255 - mean) / std - target).mean())
+    found = trivial_losses(model, train_split, heldout_split, tokenizer)
+    assert found["masked_l1_white"] == pytest.approx(np.mean(white), abs=6e-5)
+    assert found["masked_l1_train_median"] == pytest.approx(np.mean(middle), abs=6e-5)
+
+
+def test_the_median_is_of_no_more_pictures_than_asked_for(model, train_split, heldout_split, tokenizer, toys):
+    few = trivial_losses(model, train_split, heldout_split, tokenizer, most=1)
+    ((batch, masks),) = list(eval_loader(heldout_split, model, tokenizer))
+    first = torch.from_numpy(toys.scene(0)[0]).permute(2, 0, 1)[None].expand(8, -1, -1, -1)
+    off = (model.patch_targets(first, masks.patch_ids) - model.patch_targets(batch.images, masks.patch_ids)).abs()
+    assert few["masked_l1_train_median"] == pytest.approx(off.mean().item(), abs=6e-5)

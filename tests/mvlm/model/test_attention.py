@@ -1,0 +1,145 @@
+# Arguments are unpacked from tables of cases, whose types pyright cannot follow.
+# pyright: reportCallIssue=false
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mvlm.model.attention import Attention, FeedForward, attend
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+
+
+def attend_in_loops(q, k, v, key_mask=None) -> np.ndarray:
+    """float64 attention, one query of one head of one sample at a time, over the keys that exist."""
+    q, k, v = (x.detach().double().numpy() for x in (q, k, v))
+    batch, heads, queries, width = q.shape
+    found = np.zeros((batch, heads, queries, v.shape[-1]))
+    for b in range(batch):
+        keys = [j for j in range(k.shape[2]) if key_mask is None or key_mask[b, j]]
+        for h in range(heads):
+            for i in range(queries):
+                scores = np.array([q[b, h, i] @ k[b, h, j] / math.sqrt(width) for j in keys])
+                weights = np.exp(scores - scores.max())
+                weights /= weights.sum()
+                found[b, h, i] = sum(w * v[b, h, j] for w, j in zip(weights, keys, strict=True))
+    return found
+
+
+def prefix_mask(lengths: list[int], size: int) -> torch.Tensor:
+    return torch.arange(size) < torch.tensor(lengths)[:, None]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attend_against_loops(masked):
+    q, k, v = random(3, 2, 5, 4), random(3, 2, 7, 4, seed=1), random(3, 2, 7, 4, seed=2)
+    mask = prefix_mask([7, 3, 1], 7) if masked else None
+    np.testing.assert_allclose(attend(q, k, v, mask).numpy(), attend_in_loops(q, k, v, mask), atol=1e-12)
+
+
+SHAPES = [((4, 3, 37, 64), 37, None), ((4, 3, 37, 64), 20, [20, 11, 3, 1]), ((6, 2, 9, 32), 50, [50, 7, 1, 33, 2, 49])]
+
+
+@pytest.mark.parametrize("shape, keys, lengths", SHAPES)
+def test_bf16_on_a_cpu_is_as_exact_as_sdpa(shape, keys, lengths):
+    """Output and gradients: at most twice the error of torch's own bf16 attention, and one unit in the last place."""
+    batch, heads, queries, width = shape
+    q, k, v, out = (
+        random(batch, heads, rows, width, seed=seed).bfloat16()
+        for seed, rows in enumerate((queries, keys, keys, queries))
+    )
+    mask = None if lengths is None else prefix_mask(lengths, keys)
+    wide = None if mask is None else mask[:, None, None, :]
+
+    def outputs(function, dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        result = function(*inputs)
+        result.backward(out.to(dtype))
+        return [result.detach(), *(x.grad for x in inputs)]
+
+    def exact(q, k, v):
+        scores = q @ k.transpose(-1, -2) / math.sqrt(width)
+        scores = scores if wide is None else scores.masked_fill(~wide, float("-inf"))
+        return scores.softmax(-1) @ v
+
+    wanted = outputs(exact, torch.float64)
+    np.testing.assert_allclose(wanted[0].numpy(), attend_in_loops(q, k, v, mask), atol=1e-12)
+    ours = outputs(lambda q, k, v: attend(q, k, v, mask), torch.bfloat16)
+    peers = outputs(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=wide), torch.bfloat16)
+    for name, true, found, peer in zip(("out", "dq", "dk", "dv"), wanted, ours, peers, strict=True):
+        assert found.dtype == torch.bfloat16
+        error, peer_error = ((x.double() - true).abs().max().item() for x in (found, peer))
+        ulp = 2.0 ** (math.floor(math.log2(true.abs().max().item())) - 7)
+        assert error <= 2 * peer_error + ulp, (name, error, peer_error, ulp)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_keys_that_do_not_exist_have_no_say(dtype):
+    q, k, v = (random(2, 2, 6, 8, seed=seed).to(dtype) for seed in range(3))
+    mask = prefix_mask([4, 6], 6)
+    wanted = attend(q, k, v, mask)
+    k[0, :, 4:], v[0, :, 4:] = 50.0, 1e4
+    assert torch.equal(attend(q, k, v, mask), wanted)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_module_against_loops_over_heads(masked):
+    module = Attention(12, 3).double()
+    with torch.no_grad():
+        for seed, parameter in enumerate(module.parameters()):
+            parameter.copy_(random(*parameter.shape, seed=10 + seed))
+    x, memory = random(2, 4, 12), random(2, 5, 12, seed=1)
+    mask = prefix_mask([5, 2], 5) if masked else None
+
+    def project(layer, rows):
+        return rows.numpy() @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
+
+    query, key, value = project(module.query, x), project(module.key, memory), project(module.value, memory)
+    joined = np.zeros((2, 4, 12))
+    for head in range(3):
+        part = slice(4 * head, 4 * head + 4)  # head h owns features 4h to 4h+3
+        heads = [torch.from_numpy(y[:, None, :, part]) for y in (query, key, value)]
+        joined[:, :, part] = attend_in_loops(*heads, mask)[:, 0]
+    wanted = project(module.out, torch.from_numpy(joined))
+    np.testing.assert_allclose(module(x, memory, mask).detach().numpy(), wanted, atol=1e-12)
+
+
+def test_feed_forward_uses_the_exact_gelu():
+    module = FeedForward(3).double()
+    with torch.no_grad():
+        for seed, parameter in enumerate(module.parameters()):
+            parameter.copy_(random(*parameter.shape, seed=seed))
+    x = random(4, 3)
+    up = x.numpy() @ module.up.weight.detach().numpy().T + module.up.bias.detach().numpy()
+    assert up.shape == (4, 12)
+    gelu = np.array([[h / 2 * (1 + math.erf(h / math.sqrt(2))) for h in row] for row in up])
+    wanted = gelu @ module.down.weight.detach().numpy().T + module.down.bias.detach().numpy()
+    np.testing.assert_allclose(module(x).detach().numpy(), wanted, atol=1e-13)
+
+
+def test_a_feed_forward_keeps_no_activated_rows():
+    """It saves what goes into the GELU, not what comes out: (R, C), (R, 4C) and the weights, by element count."""
+    layer, x = FeedForward(8), torch.randn(100, 8, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    rows = sum(t.numel() for t in saved if t.shape[0] == 100)
+    assert rows == 100 * (8 + 32)
+
+
+def test_a_feed_forwards_gradients_are_autograds():
+    layer = FeedForward(6).double()
+    x = random(5, 3, 6).requires_grad_()
+    assert torch.autograd.gradcheck(layer, (x,))
+    weights = random(5, 3, 6, seed=1)
+    (layer(x) * weights).sum().backward()
+    found = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+    layer.zero_grad()
+    (layer.down(F.gelu(layer.up(x))) * weights).sum().backward()
+    for p, gradient in zip(layer.parameters(), found, strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(gradient, p.grad, rtol=0, atol=1e-12)

@@ -1,0 +1,181 @@
+# torch and transformers type the children of a module as Tensor or Module, whatever they are.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false, reportArgumentType=false
+# pyright: reportOperatorIssue=false, reportOptionalOperand=false
+"""The encoders against timm's ViT and transformers' RoBERTa with the weights copied over, in float64."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mvlm.model.encoders import ImageEncoder, PackedText, TextEncoder, padded_places, patchify, unpatchify
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+
+
+def randomize(module: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for seed, parameter in enumerate(module.parameters()):
+            parameter.copy_(0.3 * random(*parameter.shape, seed=100 + seed))
+    return module
+
+
+def copy(ours: nn.Module, theirs: nn.Module) -> None:
+    ours.load_state_dict(theirs.state_dict())
+
+
+def test_the_image_encoder_is_timms_vit(toys):
+    from timm.models.vision_transformer import VisionTransformer
+
+    config = toys.config(image_layers=3)
+    theirs = VisionTransformer(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        embed_dim=config.width,
+        depth=config.image_layers,
+        num_heads=config.heads,
+        num_classes=0,
+    )
+    theirs = randomize(theirs.double())
+    ours = ImageEncoder(config).double()
+    with torch.no_grad():
+        ours.patch_projection.weight.copy_(theirs.patch_embed.proj.weight.flatten(1))
+        ours.patch_projection.bias.copy_(theirs.patch_embed.proj.bias)
+        ours.cls_token.copy_(theirs.cls_token[0, 0])
+        ours.position.copy_(theirs.pos_embed[0])
+        copy(ours.norm, theirs.norm)
+        for block, other in zip(ours.blocks, theirs.blocks, strict=True):
+            parts = (block.attention.query, block.attention.key, block.attention.value)
+            for part, weight, bias in zip(
+                parts, other.attn.qkv.weight.chunk(3), other.attn.qkv.bias.chunk(3), strict=True
+            ):
+                part.weight.copy_(weight)
+                part.bias.copy_(bias)
+            copy(block.attention.out, other.attn.proj)
+            copy(block.norm1, other.norm1)
+            copy(block.norm2, other.norm2)
+            copy(block.mlp.up, other.mlp.fc1)
+            copy(block.mlp.down, other.mlp.fc2)
+
+    images = toys.batch()[0].images
+    mean, std = (torch.tensor(values).double().view(3, 1, 1) for values in (config.image_mean, config.image_std))
+    wanted = theirs.forward_features((images.double() / 255 - mean) / std)
+    assert wanted.shape == (5, 17, config.width)
+    torch.testing.assert_close(ours(images), wanted, rtol=0, atol=1e-10)
+
+
+def test_the_text_encoder_is_transformers_roberta(toys):
+    """With padding. RoBERTa's positions begin at 2, after its pad id 1; its one token type adds a constant."""
+    from transformers import RobertaConfig, RobertaModel
+
+    config = toys.config(text_layers=3)
+    theirs = RobertaModel(
+        RobertaConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=config.width,
+            num_hidden_layers=config.text_layers,
+            num_attention_heads=config.heads,
+            intermediate_size=4 * config.width,
+            max_position_embeddings=config.text_length + 2,
+            type_vocab_size=1,
+            layer_norm_eps=1e-5,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            pad_token_id=1,
+        ),
+        add_pooling_layer=False,
+    )
+    theirs = randomize(theirs.double().eval())
+    ours = TextEncoder(config).double()
+    with torch.no_grad():
+        embeddings = theirs.embeddings
+        ours.words.weight.copy_(embeddings.word_embeddings.weight)
+        ours.position.copy_(embeddings.position_embeddings.weight[2:] + embeddings.token_type_embeddings.weight[0])
+        copy(ours.norm, embeddings.LayerNorm)
+        for block, other in zip(ours.blocks, theirs.encoder.layer, strict=True):
+            copy(block.attention.query, other.attention.self.query)
+            copy(block.attention.key, other.attention.self.key)
+            copy(block.attention.value, other.attention.self.value)
+            copy(block.attention.out, other.attention.output.dense)
+            copy(block.norm1, other.attention.output.LayerNorm)
+            copy(block.mlp.up, other.intermediate.dense)
+            copy(block.mlp.down, other.output.dense)
+            copy(block.norm2, other.output.LayerNorm)
+
+    batch, _ = toys.batch()
+    padded = torch.ones(5, 12, dtype=torch.int64)  # 1 is RoBERTa's padding
+    for row, (start, end) in enumerate(pairwise(batch.cu_seqlens.tolist())):
+        padded[row, : end - start] = batch.tokens[start:end]
+    rows, key_mask = padded_places(len(batch.tokens), batch.cu_seqlens, batch.max_length)
+    with torch.no_grad():
+        wanted = theirs(input_ids=padded, attention_mask=key_mask.long()).last_hidden_state
+        found = ours(batch.tokens, rows, key_mask)
+    assert key_mask.sum(1).tolist() == [7, 4, 12, 3, 9]
+    torch.testing.assert_close(found, wanted[key_mask], rtol=0, atol=1e-10)
+    spread, places = PackedText(found, batch.cu_seqlens, batch.max_length).padded()
+    assert places.equal(key_mask)
+    assert spread[key_mask].equal(found)
+    assert (spread[~key_mask] == 0).all()
+
+
+def test_masked_patches_become_the_mask_token(toys):
+    """As if the projection of a masked patch had given the mask token: checked by a patch that does give it."""
+    encoder = randomize(ImageEncoder(toys.config()).double())
+    images = torch.rand(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    masked = torch.zeros(2, 16, dtype=torch.bool)
+    masked[0, 5] = masked[1, 0] = masked[1, 15] = True
+    patches = patchify(encoder.normalize(images), 8)
+    weight, bias = encoder.patch_projection.weight, encoder.patch_projection.bias
+    solution = torch.linalg.lstsq(weight, (encoder.mask_token - bias)[:, None]).solution[:, 0]
+    patches[masked] = solution.detach()
+    std, mean = (torch.tensor(v).double().view(3, 1, 1) for v in ((0.5, 0.25, 0.2), (0.5, 0.4, 0.3)))
+    replaced = unpatchify(patches, 8) * std + mean
+    torch.testing.assert_close(encoder(images, masked), encoder(replaced), rtol=0, atol=1e-10)
+
+
+def test_images_as_bytes_and_as_floats_are_the_same(toys):
+    encoder = ImageEncoder(toys.config()).double()
+    images = toys.batch()[0].images
+    found = encoder.normalize(images)
+    assert found.dtype == torch.float64
+    assert torch.equal(encoder.normalize(images.double() / 255), found)
+    for channel, (mean, std) in enumerate(zip((0.5, 0.4, 0.3), (0.5, 0.25, 0.2), strict=True)):
+        wanted = (images[1, channel, 3, 20].item() / 255 - mean) / std
+        assert found[1, channel, 3, 20].item() == pytest.approx(wanted, abs=1e-6)  # mean and std are made in fp32
+
+
+def test_patchify_against_loops():
+    images = random(2, 3, 12, 12)
+    rows = patchify(images, 4)
+    assert rows.shape == (2, 9, 48)
+    for b in range(2):
+        for patch in range(9):
+            top, left = patch // 3 * 4, patch % 3 * 4
+            wanted = [images[b, c, top + y, left + x] for c in range(3) for y in range(4) for x in range(4)]
+            assert rows[b, patch].tolist() == wanted
+
+
+def test_patchify_has_the_order_of_a_convolutions_weight():
+    images, convolution = random(2, 3, 12, 12), nn.Conv2d(3, 5, 4, stride=4).double()
+    wanted = convolution(images).flatten(2).transpose(1, 2)
+    found = patchify(images, 4) @ convolution.weight.flatten(1).T + convolution.bias
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_unpatchify_is_the_inverse():
+    images = random(2, 3, 20, 20)
+    assert torch.equal(unpatchify(patchify(images, 4), 4), images)
+    patches = random(2, 25, 48, seed=1)
+    assert torch.equal(patchify(unpatchify(patches, 4), 4), patches)
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_padded_places_against_a_loop(index):
+    lengths = [3, 1, 4, 2]
+    rows, key_mask = padded_places(10, torch.tensor([0, 3, 4, 8, 10], dtype=index), 6)
+    assert rows.tolist() == [6 * caption + place for caption, n in enumerate(lengths) for place in range(n)]
+    assert key_mask.tolist() == [[column < n for column in range(6)] for n in lengths]

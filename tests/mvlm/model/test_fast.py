@@ -1,0 +1,212 @@
+"""The fast plan against the plain one on the same weights, and what it leaves out."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mvlm.model.cross_encoder import CrossBlock
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.packing import bucketed
+from mvlm_dataloading import Batch, Masks
+from mvlm_kernels import dispatch, use_backend
+
+
+def configurations(number: int):
+    """Sizes, lengths, masks and duplicates of `number` random cases, some of them at the edges."""
+    rng = np.random.default_rng(20261124)
+    for case in range(number):
+        sizes = {
+            "image_size": 16 * int(rng.integers(2, 4)),
+            "width": 4 * int(rng.integers(1, 5)),
+            "heads": int(rng.choice([1, 2, 4])),
+            "image_layers": int(rng.integers(1, 3)),
+            "text_layers": int(rng.integers(1, 3)),
+            "cross_layers": int(rng.integers(1, 4)),
+            "decoder_layers": int(rng.integers(1, 3)),
+            "cross_norm": str(rng.choice(["post", "pre"])),
+            "drop_masked": bool(rng.random() < 0.2),
+        }
+        pairs = [1, 17][case] if case < 2 else int(rng.integers(1, 18))
+        lengths = tuple(int(n) for n in rng.integers(3, 13, pairs))
+        yield case, sizes, lengths, float(rng.random()) < 0.3
+
+
+def with_duplicates(batch: Batch) -> Batch:
+    """Every second pair shows the first one's picture, every third has the first one's caption as its identity."""
+    image_id, text_id = batch.image_id.clone(), batch.text_id.clone()
+    image_id[::2], text_id[::3] = image_id[0], text_id[0]
+    return replace(batch, image_id=image_id, text_id=text_id)
+
+
+def losses_and_gradients(model: MaskVLM, batch: Batch, masks: Masks, plan, **options):
+    model.zero_grad(set_to_none=True)
+    losses = model(batch, masks, seed=3, step=5, plan=plan, **options)
+    losses.total.backward()
+    return type(losses)(*(loss.detach() for loss in losses)), {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+    }
+
+
+def assert_equal_plans(model: MaskVLM, batch: Batch, masks: Masks, fast_inputs=None, **options) -> None:
+    plain_losses, wanted = losses_and_gradients(model, batch, masks, "plain", **options)
+    fast_batch, fast_masks = fast_inputs or (batch, masks)
+    fast_losses, found = losses_and_gradients(model, fast_batch, fast_masks, "fast", **options)
+    for name, a, b in zip(plain_losses._fields, plain_losses, fast_losses, strict=True):
+        assert abs(a - b) <= 1e-12 * max(1, abs(float(a))), name
+    largest = max(g.norm() for g in wanted.values())
+    for name, g in wanted.items():
+        assert (found[name] - g).abs().max() <= 1e-12 * largest, name
+
+
+@pytest.mark.parametrize("case, sizes, lengths, duplicates", list(configurations(50)))
+def test_the_plans_agree(toys, case, sizes, lengths, duplicates):
+    model = toys.model(seed=case, **sizes)
+    batch, masks = toys.batch(lengths, seed=case, config=model.config)
+    assert_equal_plans(model, with_duplicates(batch) if duplicates else batch, masks)
+
+
+def test_the_plans_agree_on_reconstruction_alone(toys):
+    model = toys.model()
+    assert_equal_plans(model, *toys.batch(config=model.config), reconstruction_only=True)
+
+
+@pytest.mark.parametrize("drop_masked", [False, True])
+def test_rounded_totals_change_nothing(toys, drop_masked):
+    model = toys.model(drop_masked=drop_masked)
+    batch, masks = toys.batch(config=model.config)
+    rounded = bucketed(batch, masks, model.config.text_length)
+    assert len(rounded[0].tokens) > len(batch.tokens)
+    assert len(rounded[1].token_ids) > len(masks.token_ids)
+    assert_equal_plans(model, batch, masks, fast_inputs=rounded)
+
+
+def test_rounding_gives_few_shapes(toys):
+    """200 batches of 64 captions: a handful of sizes, all of which hold what they must."""
+    rng, shapes = np.random.default_rng(0), set()
+    for _ in range(200):
+        lengths = np.clip(np.round(rng.gamma(4, 24 / 3 / 4, 64)), 6, 24).astype(int)
+        batch, masks = toys.batch(tuple(min(int(n), 24) for n in lengths))
+        rounded, hidden = bucketed(batch, masks, 24)
+        assert len(rounded.tokens) > len(batch.tokens)
+        assert len(hidden.token_ids) >= len(masks.token_ids)
+        assert rounded.tokens[: len(batch.tokens)].equal(batch.tokens)
+        assert hidden.token_ids[: len(masks.token_ids)].equal(masks.token_ids)
+        assert (hidden.token_ids[len(masks.token_ids) :] >= len(batch.tokens)).all()
+        shapes.add((len(rounded.tokens), len(hidden.token_ids)))
+    assert len(shapes) <= 8
+
+
+# Dynamo makes an instance of an autograd.Function while it traces one.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_it_is_one_graph_and_the_same(toys):
+    """`fullgraph` raises at a graph break, which a read of the device would be."""
+    model = toys.model(cross_layers=2)
+    batch, masks = toys.batch(config=model.config)
+    rounded = bucketed(batch, masks, model.config.text_length)
+    wanted, wanted_gradients = losses_and_gradients(model, batch, masks, "plain")
+    compiled = torch.compile(
+        lambda *args: model(*args, seed=3, step=5, plan="fast"), fullgraph=True, backend="aot_eager"
+    )
+    model.zero_grad(set_to_none=True)
+    losses = compiled(*rounded)
+    losses.total.backward()
+    torch.testing.assert_close(losses, wanted, rtol=0, atol=1e-12)
+    largest = max(g.norm() for g in wanted_gradients.values())
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        assert (p.grad - wanted_gradients[name]).abs().max() <= 1e-12 * largest, name
+
+
+def test_on_the_kernels_every_family_runs_and_nothing_changes(toys, monkeypatch):
+    """Interpreted: forward and backward of each op that a step is made of, in fp32."""
+    sizes = {"image_size": 48, "patch_size": 4, "image_layers": 1, "text_layers": 1, "decoder_layers": 1}
+    model = toys.model(width=32, heads=1, dtype=torch.float32, **sizes)
+    batch, masks = toys.batch((7, 4), config=model.config)  # 145 rows an image: text alone is short
+    wanted, wanted_gradients = losses_and_gradients(model, batch, masks, "plain")
+    launched: set[str] = set()
+    launch = dispatch.launch
+
+    def count(kernel, grid, *args, **meta):
+        launched.add(kernel.fn.__name__)
+        return launch(kernel, grid, *args, **meta)
+
+    monkeypatch.setattr(dispatch, "launch", count)
+    model.set_attention("sdpa", "triton")
+    with use_backend("triton"):
+        losses, gradients = losses_and_gradients(model, batch, masks, "fast")
+    torch.testing.assert_close(losses, wanted, rtol=1e-5, atol=1e-5)
+    largest = max(g.norm() for g in wanted_gradients.values())
+    for name, g in wanted_gradients.items():
+        assert (gradients[name] - g).abs().max() <= 1e-5 * largest, name
+    assert launched == {
+        "gather_kernel",
+        "place_kernel",
+        "place_backward_kernel",
+        "short_kv_forward",
+        "short_kv_backward",
+        "short_q_forward",
+        "short_q_backward",
+        "linear_loss_kernel",
+        "hidden_gradient_kernel",
+        "weight_gradient_kernel",
+        "column_sum_kernel",
+        "sum_kernel",
+        "sum_partials_kernel",
+    }
+
+
+def test_bf16_is_as_exact_as_the_plain_plan(toys):
+    """The fast plan's distance from fp32 is that of the plain one, for losses and for all gradients together."""
+    model = toys.model(width=32, heads=2, dtype=torch.float32)
+    batch, masks = toys.batch((7, 4, 12, 3, 9, 5, 8, 6), config=model.config)
+    exact, exact_gradients = losses_and_gradients(model, batch, masks, "plain")
+    errors = {}
+    for plan in ("plain", "fast"):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses, gradients = losses_and_gradients(model, batch, masks, plan)
+        difference = sum((gradients[name] - g).square().sum() for name, g in exact_gradients.items())
+        size = sum(g.square().sum() for g in exact_gradients.values())
+        errors[plan] = (abs(losses.total - exact.total), float(difference / size) ** 0.5)
+    assert errors["fast"][1] <= 1.25 * errors["plain"][1]
+    assert errors["fast"][0] <= errors["plain"][0] + 0.02 * exact.total
+
+
+def test_an_unknown_plan_is_refused(toys):
+    model = toys.model()
+    with pytest.raises(ValueError, match="plan: wanted plain or fast, got 'faster'"):
+        model(*toys.batch(config=model.config), plan="faster")
+
+
+def test_keys_and_values_are_made_once_a_layer(toys, monkeypatch):
+    """The text's serve MIM and ITM, the image's MLM and ITM; the decoder reads the text as well."""
+    model = toys.model(cross_layers=2, decoder_layers=2)
+    made = []
+    original = CrossBlock.keys_values
+    monkeypatch.setattr(CrossBlock, "keys_values", lambda self, rows: made.append(self) or original(self, rows))
+    model(*toys.batch(config=model.config), plan="fast")
+    assert len(made) == len(set(made)) == 2 + 2 + 2
+
+
+def test_short_runs_of_both_plans_end_within_the_noise_of_seeds(toys):
+    """AdamW in bf16 on eight pairs, four seeds: the plans' mean ends lie closer than one seed's end to another's."""
+    batch, masks = toys.batch((7, 4, 12, 3, 9, 5, 8, 6))
+
+    def end(plan, seed: int) -> float:
+        torch.manual_seed(seed)
+        model = MaskVLM(toys.config())
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+        losses = []
+        for step in range(60):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(batch, masks, step=step, plan=plan).total
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        assert np.mean(losses[-5:]) < 0.9 * losses[0]
+        return float(np.mean(losses[-5:]))
+
+    plain, fast_plan = ([end(plan, seed) for seed in range(4)] for plan in ("plain", "fast"))
+    assert abs(np.mean(plain) - np.mean(fast_plan)) <= np.std(plain, ddof=1)

@@ -1,0 +1,114 @@
+"""from_pretrained and save_pretrained: a folder, a hub id, no pickle, no network that was not asked for."""
+
+import json
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+import torch
+
+from mvlm.errors import RunError
+from mvlm.model.maskvlm import MaskVLM
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Asking the hub fails the test."""
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
+
+
+def same_weights(one: MaskVLM, other: MaskVLM) -> bool:
+    names = one.state_dict()
+    return names.keys() == other.state_dict().keys() and all(
+        torch.equal(t, other.state_dict()[n]) for n, t in names.items()
+    )
+
+
+def test_a_folder_there_and_back(toys, tmp_path, no_network):
+    model = toys.model(1, dtype=torch.float32, image_mask_ratio=0.25)
+    model.save_pretrained(tmp_path / "saved")
+    assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "saved").iterdir()}
+    assert not list(tmp_path.rglob("*.bin"))
+    found = MaskVLM.from_pretrained(tmp_path / "saved")
+    assert same_weights(found, model)
+    assert found.config == model.config
+    assert found.training is False
+    batch, masks = toys.batch()
+    assert torch.equal(found(batch, masks).total, model(batch, masks).total)
+
+
+def test_a_hub_id_is_asked_of_the_hub(toys, tmp_path, monkeypatch):
+    toys.model(1, dtype=torch.float32).save_pretrained(tmp_path / "cache")
+    asked = []
+
+    def download(repo, name, **options):
+        asked.append((repo, name, options["revision"], options["local_files_only"]))
+        return str(tmp_path / "cache" / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    found = MaskVLM.from_pretrained("someone/maskvlm", revision="v1", local_files_only=True)
+    assert same_weights(found, toys.model(1, dtype=torch.float32))
+    assert asked == [("someone/maskvlm", name, "v1", True) for name in ("config.json", "model.safetensors")]
+
+
+def test_a_hub_that_does_not_answer(monkeypatch):
+    def download(*_, **__):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(RunError, match=r"^a/b: wanted a folder, found none; .* either \(OSError: no route to host\)$"):
+        MaskVLM.from_pretrained("a/b")
+
+
+@pytest.mark.parametrize("name", ["none", "./a/b", "/a/b", "a/b/c", "a/b/", "../b", "a b/c", ""])
+def test_what_is_neither_a_folder_nor_an_id(tmp_path, monkeypatch, no_network, name):
+    monkeypatch.chdir(tmp_path)
+    if name:
+        with pytest.raises(RunError, match="wanted a folder that save_pretrained wrote or a hub id owner/name"):
+            MaskVLM.from_pretrained(name)
+    else:
+        with pytest.raises(RunError, match=r"config.json: wanted the file, found none"):
+            MaskVLM.from_pretrained(name)
+
+
+def test_folders_that_hold_no_such_model(toys, tmp_path, no_network):
+    model = toys.model(1, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (
+        ({"widht": 3}, "unknown model setting 'widht'; did you mean width"),
+        ({"heads": 3}, "heads must divide width"),
+        ({"width": 32}, "a checkpoint of another architecture"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(RunError, match=message):
+            MaskVLM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RunError, match=r"config.json: wanted the settings of a MaskVLM, got"):
+        MaskVLM.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")  # a pickle is no substitute
+    with pytest.raises(RunError, match=r"model.safetensors: wanted the file, found none"):
+        MaskVLM.from_pretrained(tmp_path)
+
+
+def test_without_huggingface_hub(toys, tmp_path):
+    """The model imports, and folders work; the hub asks for the package."""
+    toys.model(1, dtype=torch.float32).save_pretrained(tmp_path / "saved")
+    code = """
+import sys
+sys.modules["huggingface_hub"] = None
+from mvlm.model.maskvlm import MaskVLM
+model = MaskVLM.from_pretrained(sys.argv[1])
+model.save_pretrained(sys.argv[2])
+assert MaskVLM.from_pretrained(sys.argv[2]).config == model.config
+try:
+    MaskVLM.from_pretrained("a/b")
+except ValueError as error:
+    print(error)
+"""
+    words = [sys.executable, "-c", code, str(tmp_path / "saved"), str(tmp_path / "again")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "a/b: wanted huggingface_hub to ask the hub; pip install 'mvlm[train]'\n"

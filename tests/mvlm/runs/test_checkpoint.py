@@ -1,0 +1,362 @@
+# Arguments are unpacked from tables of cases, whose types pyright cannot follow.
+# pyright: reportCallIssue=false
+import errno
+import json
+import logging
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from mvlm.distributed.world import World
+from mvlm.errors import RunError
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.runs import checkpoint as checkpoints_module
+from mvlm.runs.checkpoint import (
+    checkpoints,
+    export,
+    find_checkpoint,
+    load_model,
+    load_optimizer,
+    newest_good_checkpoint,
+    optimizer_tensors,
+    read_state,
+    read_tensors,
+    verify_checkpoint,
+)
+from mvlm.runs.checkpoint_writer import Saver
+from mvlm.training.build import make_optimizer
+
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
+FILES = (
+    f"model/{SHARD}",
+    f"optimizer/{SHARD}",
+    "generators/rank_00000.safetensors",
+    "model.json",
+    "state.json",
+    "tokenizer.json",
+)
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def training(toys):
+    """A model and its optimizer after two updates."""
+    model = toys.model(dtype=torch.float32)
+    optimizer = make_optimizer(model, toys.pretrain_config(Path(), Path()), torch.device("cpu"))
+    for _ in range(2):
+        update(toys, model, optimizer)
+    return model, optimizer
+
+
+def update(toys, model: MaskVLM, optimizer: torch.optim.Optimizer) -> None:
+    batch, masks = toys.batch()
+    model(batch, masks).total.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def save(root: Path, step: int, training, tokenizer, state: dict[str, Any] | None = None, **settings: Any) -> Path:
+    """Write a checkpoint and wait for it."""
+    model, optimizer = training
+    saver = Saver(root, ALONE, **({"keep": 100} | settings))
+    parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
+    saver.save(step, model, parts, state or {}, tokenizer)
+    saver.wait()
+    path = root / f"step_{step:08d}"
+    assert saver.newest == path
+    return path
+
+
+def equal(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def sign_again(folder: Path) -> None:
+    """Make the manifest fit the files, as if they had been written like that."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sha256"] = {name: checkpoints_module.sha256(folder / name) for name in manifest["sha256"]}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_files_and_names(training, tokenizer, tmp_path):
+    path = save(tmp_path, 1234, training, tokenizer, {"loader": {"position": 3}})
+    assert path == tmp_path / "step_00001234"
+    files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
+    assert files == sorted([*FILES, "manifest.json"])
+    assert [file.name for file in tmp_path.iterdir()] == ["step_00001234"]  # nothing is left beside it
+    assert read_state(path) == {"step": 1234, "loader": {"position": 3}}
+    manifest = json.loads((path / "manifest.json").read_text())
+    assert (manifest["format_version"], manifest["world_size"]) == (2, 1)
+    assert sorted(manifest["sha256"]) == sorted(FILES)
+    verify_checkpoint(path)
+
+
+def test_model_and_tokenizer_come_back(training, tokenizer, tmp_path):
+    model, _ = training
+    save(tmp_path / "checkpoints", 5, training, tokenizer)
+    export(tmp_path, tmp_path / "exported")
+    for folder in (tmp_path, tmp_path / "checkpoints/step_00000005", tmp_path / "exported"):
+        found, words = load_model(folder)
+        assert found.config == model.config
+        assert equal(found, model)
+        assert not found.training
+        assert words.fingerprint == tokenizer.fingerprint
+
+
+def test_an_exported_folder_is_plain(training, tokenizer, tmp_path):
+    """Read here by safetensors alone; a folder with files in it is left as it is."""
+    model, _ = training
+    save(tmp_path / "checkpoints", 5, training, tokenizer)
+    out = tmp_path / "deep/exported"
+    export(tmp_path, out)
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "config.json", "tokenizer.json"}
+    tensors = load_file(out / "model.safetensors")
+    assert tensors.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+    assert json.loads((out / "config.json").read_text())["width"] == model.config.width
+    with pytest.raises(RunError, match=r"exported: wanted a new or empty folder, found other files"):
+        export(tmp_path, out)
+
+
+def test_the_average_is_what_is_evaluated_and_exported(training, tokenizer, tmp_path):
+    model, optimizer = training
+    average = {name: torch.full_like(p, 0.25) for name, p in model.named_parameters()}
+    saver = Saver(tmp_path / "checkpoints", ALONE, keep=1)
+    parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer), "ema": average}
+    saver.save(1, model, parts, {}, tokenizer)
+    saver.wait()
+    assert all((p == 0.25).all() for p in load_model(tmp_path)[0].parameters())
+    export(tmp_path, tmp_path / "out")
+    assert all((t == 0.25).all() for t in load_file(tmp_path / "out/model.safetensors").values())
+
+
+def test_training_goes_on_to_the_bit(toys, training, tokenizer, tmp_path):
+    """Every moment of the optimizer comes back, so the next update is the same; where there was none, there is none."""
+    model, optimizer = training
+    del optimizer.state[model.log_scale]
+    path = save(tmp_path, 2, training, tokenizer)
+    other = toys.model(seed=1, dtype=torch.float32)
+    other_optimizer = make_optimizer(other, toys.pretrain_config(Path(), Path()), torch.device("cpu"))
+    read_tensors(path / "model", other.state_dict())
+    load_optimizer(path / "optimizer", other, other_optimizer)
+    assert equal(other, model)
+    for (name, a), b in zip(model.named_parameters(), other.parameters(), strict=True):
+        mine, yours = optimizer.state[a], other_optimizer.state[b]
+        assert set(mine) == set(yours) == (set() if name == "log_scale" else {"step", "exp_avg", "exp_avg_sq"}), name
+        assert all(torch.equal(mine[key], yours[key]) for key in mine), name
+    for m, o in ((model, optimizer), (other, other_optimizer)):
+        update(toys, m, o)
+    assert equal(other, model)
+
+
+def test_nothing_is_pickled(training, tokenizer, tmp_path, monkeypatch):
+    """Neither on the way out nor on the way in."""
+
+    def refuse(*_, **__):
+        raise AssertionError("a pickle was asked for")
+
+    for module, names in ((pickle, ("dump", "dumps", "load", "loads")), (torch, ("save", "load"))):
+        for name in names:
+            monkeypatch.setattr(module, name, refuse)
+    path = save(tmp_path, 1, training, tokenizer)
+    load_model(path)
+    load_optimizer(path / "optimizer", *training)
+    for file in path.rglob("*.*"):
+        start = file.read_bytes()[:9]
+        assert start[8:9] == b"{" if file.suffix == ".safetensors" else start[:1] == b"{", file
+        assert file.suffix in (".json", ".safetensors")
+
+
+class Trap:
+    """What unpickling it would do."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("trapped",))
+
+
+@pytest.mark.parametrize("name", ["model/.metadata", "model/extra.safetensors", "optimizer.pt", "model/__0_0.distcp"])
+def test_a_foreign_file_is_refused_and_never_loaded(run_copy, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    newest = run_copy / "checkpoints/step_00000002"
+    (newest / name).write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(RunError, match=rf"{name}: not in the manifest, so not of this checkpoint"):
+        load_model(newest)
+    assert newest_good_checkpoint(run_copy / "checkpoints") == run_copy / "checkpoints/step_00000001"
+    assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_pickle_in_the_place_of_a_file_is_never_loaded(run_copy, tmp_path, monkeypatch, name):
+    """Even where the manifest vouches for it."""
+    monkeypatch.chdir(tmp_path)
+    newest = run_copy / "checkpoints/step_00000002"
+    (newest / name).write_bytes(pickle.dumps(Trap()))
+    sign_again(newest)
+    reads = {"model": load_model, "tokenizer.json": load_model, "model.json": load_model}
+    if name.split("/")[0] in reads:
+        with pytest.raises(RunError, match="step_00000002"):
+            load_model(newest)
+    elif name == "state.json":
+        with pytest.raises(UnicodeDecodeError):
+            read_state(newest)
+    else:
+        with pytest.raises(RunError, match="not readable as safetensors"):
+            read_tensors((newest / name).parent, {})
+    assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_found_and_the_previous_checkpoint_used(run_copy, name, caplog):
+    root = run_copy / "checkpoints"
+    newest, older = root / "step_00000002", root / "step_00000001"
+    assert newest_good_checkpoint(root) == newest
+    flip_a_byte(newest / name)
+    with pytest.raises(RunError, match=rf"step_00000002/{name}: damaged, its sha256 is not the manifest's"):
+        find_checkpoint(newest)
+    assert newest_good_checkpoint(root) == find_checkpoint(run_copy) == older
+    warning = next(record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    assert str(newest / name) in warning
+    assert "looking for an older checkpoint" in warning
+    model, _ = load_model(run_copy)
+    wanted = load_file(older / "model" / SHARD)
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in model.state_dict().items())
+
+
+def test_a_file_that_the_disk_does_not_give_is_damaged(run_copy):
+    """Reading /proc/self/mem from its beginning is an error of input and output, as a bad sector is."""
+    root = run_copy / "checkpoints"
+    file = root / "step_00000002" / "model" / SHARD
+    file.unlink()
+    file.symlink_to("/proc/self/mem")
+    with pytest.raises(RunError, match=rf"{SHARD}: cannot be read \(Input/output error\); use another checkpoint"):
+        find_checkpoint(root / "step_00000002")
+    assert find_checkpoint(run_copy) == root / "step_00000001"
+
+
+def test_a_flipped_bit_in_the_manifest_is_found(run_copy):
+    root = run_copy / "checkpoints"
+    flip_a_byte(root / "step_00000002/manifest.json")
+    with pytest.raises(RunError, match="step_00000002"):
+        find_checkpoint(root / "step_00000002")
+    assert newest_good_checkpoint(root) == root / "step_00000001"
+
+
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+def test_a_missing_file_is_found(run_copy, name):
+    root = run_copy / "checkpoints"
+    (root / "step_00000002" / name).unlink()
+    with pytest.raises(RunError, match=rf"{name}: (missing|wanted a readable manifest)"):
+        verify_checkpoint(root / "step_00000002")
+    assert newest_good_checkpoint(root) == root / "step_00000001"
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        *((text, "wanted a readable manifest") for text in ("", "{}", "[]", '{"format_version": 2, "sha256": 3}')),
+        pytest.param("[" * 100_000, "wanted a readable manifest", id="deep"),
+        ('{"format_version": 2, "sha256": {}}', "model.json: missing"),
+        ('{"format_version": 1, "sha256": {}}', "wanted format version 2, got 1; use the mvlm that wrote it"),
+    ],
+)
+def test_a_manifest_that_says_nothing_or_is_of_another_version(run_copy, text, message):
+    newest = run_copy / "checkpoints/step_00000002"
+    (newest / "manifest.json").write_text(text)
+    with pytest.raises(RunError, match=message):
+        verify_checkpoint(newest)
+    assert newest_good_checkpoint(run_copy / "checkpoints") == run_copy / "checkpoints/step_00000001"
+
+
+def test_no_checkpoint_at_all(tmp_path):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(RunError, match="wanted a run or a checkpoint folder, found no good checkpoint there"):
+            load_model(folder)
+
+
+def test_another_architecture_is_refused_with_the_shapes(toys, training, tokenizer, tmp_path):
+    model, _ = training
+    path = save(tmp_path, 1, training, tokenizer)
+    other = toys.model(seed=1, width=24, cross_layers=3, dtype=torch.float32)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(RunError) as caught:
+        read_tensors(path / "model", other.state_dict())
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"{path}/model: a checkpoint of another architecture: " in message
+    assert " and " in message
+    assert message.endswith(" more")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+    # One tensor of another shape alone is named with both.
+    file = path / "model" / SHARD
+    tensors = load_file(file)
+    tensors["matching_head.bias"] = torch.zeros(3)
+    save_file(tensors, file)
+    with pytest.raises(RunError, match=r"another architecture: matching_head.bias wanted \(2,\), got \(3,\)$"):
+        read_tensors(path / "model", model.state_dict())
+    tensors["extra"] = tensors.pop("matching_head.bias")
+    save_file(tensors, file)
+    with pytest.raises(RunError, match=r"another architecture: matching_head\.bias missing; extra unexpected$"):
+        read_tensors(path / "model", model.state_dict())
+
+
+def test_what_fails_while_tensors_are_read_is_told_as_it_was(run_copy, monkeypatch):
+    """torch.distributed.checkpoint wraps it in what no `except Exception` catches."""
+
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoints_module.HuggingFaceStorageReader, "read_data", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        load_model(run_copy)
+
+
+def test_files_that_fit_the_manifest_and_are_no_checkpoint(run_copy):
+    folder = run_copy / "checkpoints/step_00000002"
+    original = shutil.copytree(folder, run_copy / "kept")
+
+    def restore(name: str, text: str) -> None:
+        for file in FILES:
+            shutil.copy(original / file, folder / file)
+        (folder / name).write_text(text)
+        sign_again(folder)
+
+    restore(f"model/{SHARD}", "not tensors")
+    with pytest.raises(RunError, match=r"model: not readable as safetensors"):
+        load_model(folder)
+    config = json.loads((original / "model.json").read_text())
+    restore("model.json", json.dumps(config | {"widht": 3}))
+    with pytest.raises(RunError, match=r"model.json: unknown model setting 'widht'; did you mean width\?"):
+        load_model(folder)
+    restore("model.json", json.dumps(config | {"heads": 3}))
+    with pytest.raises(RunError, match="heads must divide width"):
+        load_model(folder)
+    for text in ("{", "[]", "3", "[1]", '"text"'):
+        restore("model.json", text)
+        with pytest.raises(RunError, match="step_00000002: "):
+            load_model(folder)
+    restore("tokenizer.json", "{}")
+    with pytest.raises(RunError, match=r"tokenizer\.json: wanted a tokenizer\.json"):
+        load_model(folder)
+
+
+def test_folders_in_order_of_their_steps(tmp_path):
+    """Numbers, not letters, and no folder that somebody copied beside them."""
+    steps = ["step_00000002", "step_00000010", "step_99999999", "step_100000000"]
+    copies = ["step_00000011.tmp", "step_00000011.damaged1", "step_00000010.mine", "step_00000010_backup", "step_3"]
+    for name in (*reversed(steps), *copies, "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_00000012").write_text("a file")
+    assert [path.name for path in checkpoints(tmp_path)] == steps

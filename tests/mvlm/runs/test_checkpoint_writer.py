@@ -1,0 +1,294 @@
+"""Saving beside the training: what is written is what was there at the call, or nothing."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvlm.distributed.world import World
+from mvlm.runs import checkpoint_writer as saver_module
+from mvlm.runs.checkpoint import checkpoints, load_model, newest_good_checkpoint, optimizer_tensors, verify_checkpoint
+from mvlm.runs.checkpoint_writer import Saver, remove_old_checkpoints
+from mvlm.training.build import make_optimizer
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def save(toys, tokenizer, tmp_path):
+    """A function that begins a checkpoint of a small part of a model, and the saver."""
+    model = toys.model(dtype=torch.float32)
+    optimizer = make_optimizer(model, toys.pretrain_config(Path(), Path()), ALONE.device)
+    saver = Saver(tmp_path, ALONE, keep=10)
+
+    def begin(step: int, saver: Saver = saver) -> None:
+        parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
+        parts["optimizer"]["log_scale/step"] = torch.tensor(float(step))
+        saver.save(step, model, parts, {}, tokenizer)
+
+    return begin, saver, model
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """A gate that the writing thread stands at until it is opened."""
+    opened, write = threading.Event(), saver_module.write_tensors
+
+    def wait(*arguments):
+        assert opened.wait(30)
+        write(*arguments)
+
+    monkeypatch.setattr(saver_module, "write_tensors", wait)
+    return opened
+
+
+def test_a_checkpoint_does_not_see_the_next_step(save, gate, tmp_path):
+    """The weights change after the call, and before a byte has been written."""
+    begin, saver, model = save
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    begin(1)
+    assert not checkpoints(tmp_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    gate.set()
+    saver.wait()
+    found, _ = load_model(tmp_path / "step_00000001")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in found.state_dict().items())
+
+
+def test_one_at_a_time(save, gate, tmp_path):
+    """The second call waits for the first checkpoint, whose copies it would overwrite."""
+    begin, saver, _ = save
+    begin(1)
+    second = threading.Thread(target=begin, args=(2,))
+    second.start()
+    second.join(0.2)
+    assert second.is_alive()
+    gate.set()
+    second.join(30)
+    assert (tmp_path / "step_00000001").is_dir()
+    saver.wait()
+    for step in (1, 2):
+        verify_checkpoint(tmp_path / f"step_{step:08d}")
+
+
+@pytest.mark.parametrize("stage", ["write_tensors", "save_file", "write_json", "sync", "sha256"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError("not yours")])
+def test_a_save_that_fails_is_a_warning(save, tmp_path, monkeypatch, caplog, stage, error):
+    begin, saver, _ = save
+    begin(1)
+    saver.wait()
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saver_module, stage, fail)
+        begin(2)
+        saver.wait()
+    assert (
+        f"could not save {tmp_path / 'step_00000002'}: {type(error).__name__}: {error}; training goes on" in caplog.text
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert (saver.failed, saver.newest) == (1, tmp_path / "step_00000001")
+    begin(3)
+    saver.wait()
+    assert newest_good_checkpoint(tmp_path) == saver.newest == tmp_path / "step_00000003"
+
+
+def test_so_is_a_file_that_the_system_refuses_to_write(save, tmp_path, caplog):
+    """No stand-in: from here on no file may be longer than 16 kB, and those of the weights are."""
+    begin, saver, _ = save
+    begin(1)
+    saver.wait()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
+    try:
+        begin(2)
+        saver.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"could not save {tmp_path / 'step_00000002'}: OSError: [Errno 27] File too large; training" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    assert (saver.failed, saver.newest) == (1, tmp_path / "step_00000001")
+
+
+OPERATIONS = ("write_tensors", "save_file", "write_json", "sync", "sha256")
+
+
+def die_after(operations: int) -> None:
+    """Make this (forked) process end before the operation on a checkpoint with this number, as by kill -9."""
+    left = [operations]
+
+    def mortal(function):
+        def call(*args, **kwargs):
+            if left[0] == 0:
+                os._exit(9)
+            left[0] -= 1
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in OPERATIONS:
+        setattr(saver_module, name, mortal(getattr(saver_module, name)))
+    Path.rename = mortal(Path.rename)
+    saver_module.threading = Immediate  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_a_kill_leaves_no_half_checkpoint_to_be_seen(save, tmp_path):
+    """A kill at each operation in turn, in a process of its own: the older checkpoint stands, or the new is whole."""
+    begin, saver, _ = save
+    begin(1)
+    saver.wait()
+    survived, code = 0, 9
+    while code:
+        shutil.rmtree(tmp_path / "step_00000002", ignore_errors=True)
+        process = os.fork()
+        if process == 0:
+            die_after(survived)
+            begin(2)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        whole = (tmp_path / "step_00000002").is_dir()
+        assert newest_good_checkpoint(tmp_path) == tmp_path / ("step_00000002" if whole else "step_00000001")
+        assert code == 9 or whole
+        survived += 1
+    assert survived > 20
+    begin(2)
+    saver.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
+
+
+class Immediate:
+    """In place of `threading`: a thread that runs where it is started, as a forked process has no other."""
+
+    class Thread:
+        def __init__(self, target, args, **_):
+            self.target, self.args = target, args
+
+        def start(self):
+            self.target(*self.args)
+
+        def join(self): ...
+
+
+def test_what_a_kill_left_is_removed_by_the_next_save(save, tmp_path):
+    begin, saver, _ = save
+    (tmp_path / "step_00000009.tmp").mkdir()
+    begin(1)
+    saver.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+
+
+def test_the_newest_are_kept_and_every_so_many(tmp_path):
+    def steps() -> list[int]:
+        return [int(path.name.removeprefix("step_")) for path in checkpoints(tmp_path)]
+
+    for step in (1, 2, 3, 4, 5, 6, 7, 10):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    remove_old_checkpoints(tmp_path, 3, keep_every_steps=2)
+    assert steps() == [2, 4, 6, 7, 10]
+    remove_old_checkpoints(tmp_path, 9, keep_every_steps=2)
+    assert steps() == [2, 4, 6, 7, 10]
+    remove_old_checkpoints(tmp_path, 1)
+    assert steps() == [10]
+
+
+@pytest.mark.parametrize("keep, kept", [(1, [13]), (2, [10, 13])])
+def test_a_damaged_one_takes_no_place_among_those_kept(save, tmp_path, caplog, keep, kept):
+    """The run goes on from 10, as 12 and 20 are damaged: no save removes the good ones for them, or loses them."""
+    begin, saver, _ = save
+    for step in (10, 12, 20):
+        begin(step)
+        saver.wait()
+    for step in (12, 20):
+        (tmp_path / f"step_{step:08d}/state.json").write_text(f"not that of {step}")
+    assert newest_good_checkpoint(tmp_path) == tmp_path / "step_00000010"
+    resumed = Saver(tmp_path, ALONE, keep)
+    resumed.go_on_from(tmp_path / "step_00000010")
+    begin(13, resumed)
+    resumed.wait()
+    assert (resumed.failed, resumed.newest) == (0, tmp_path / "step_00000013")
+    assert newest_good_checkpoint(tmp_path) == resumed.newest
+    assert [path.name for path in checkpoints(tmp_path)] == [f"step_{step:08d}" for step in kept]
+    begin(20, resumed)
+    begin(21, resumed)  # the run's own 20 is refused by nobody
+    resumed.wait()
+    assert [path.name for path in checkpoints(tmp_path)][-keep:] == ["step_00000020", "step_00000021"][-keep:]
+    for step in (12, 20):
+        aside = tmp_path / f"step_{step:08d}.damaged1"
+        assert f"the damaged checkpoint is now {aside}" in caplog.text
+        assert (aside / "state.json").read_text() == f"not that of {step}"
+
+
+def test_one_that_is_damaged_again_is_lost_no_more_than_the_first(save, tmp_path):
+    begin, saver, _ = save
+    for step in (10, 20, 20, 20):
+        begin(step, saver)
+        saver.wait()
+        if step == 20:
+            (tmp_path / "step_00000020/state.json").write_text("damaged")
+            saver = Saver(tmp_path, ALONE, keep=2)
+            saver.go_on_from(tmp_path / "step_00000010")
+    names = ["step_00000010", "step_00000020", "step_00000020.damaged1", "step_00000020.damaged2"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+
+
+def test_a_copy_that_somebody_made_is_left_alone(save, tmp_path):
+    """It is no checkpoint of ours, so neither kept for one nor removed, and no save fails for it."""
+    copies = ["step_00000001.mine", "step_00000001_backup", "step_00000001.old.tmp", "step_1"]
+    for name in copies:
+        (tmp_path / name).mkdir()
+    begin, _, _ = save
+    saver = Saver(tmp_path, ALONE, keep=1, keep_every_steps=4)
+    for step in (1, 2, 3):
+        begin(step, saver)
+        saver.wait()
+    assert (saver.failed, saver.newest) == (0, tmp_path / "step_00000003")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*copies, "step_00000003"])
+
+
+def test_a_kill_while_an_old_one_is_removed_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+    for step in (1, 2):
+        (tmp_path / f"step_{step:08d}").mkdir()
+        (tmp_path / f"step_{step:08d}" / "model.json").write_text("{}")
+
+    def cut_short(path):
+        (path / "model.json").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        remove_old_checkpoints(tmp_path, 1)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_00000002"]
+    assert (tmp_path / "step_00000002" / "model.json").exists()
+
+
+def test_a_folder_that_cannot_be_removed_is_warned_about(tmp_path, monkeypatch, caplog):
+    for step in (1, 2, 3):
+        (tmp_path / f"step_{step:08d}").mkdir()
+    remove = shutil.rmtree
+
+    def stubborn(path, *args, **kwargs):
+        if path.name == "step_00000001.tmp":
+            raise OSError("busy")
+        return remove(path, *args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", stubborn)
+    remove_old_checkpoints(tmp_path, 1)
+    assert "could not remove the old checkpoint" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001.tmp", "step_00000003"]
+
+
+def test_the_state_is_the_callers(save, tmp_path):
+    begin, saver, _ = save
+    begin(7)
+    saver.wait()
+    assert json.loads((tmp_path / "step_00000007/state.json").read_text()) == {"step": 7}

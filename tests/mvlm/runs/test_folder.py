@@ -1,0 +1,243 @@
+import errno
+import json
+from dataclasses import replace
+
+import pytest
+
+from mvlm.errors import RunError
+from mvlm.runs import folder as run_folder
+from mvlm.runs.folder import (
+    MetricsFile,
+    RunLock,
+    differing_settings,
+    open_run,
+    read_config,
+    read_metrics,
+    write_config,
+)
+
+
+@pytest.fixture
+def config(toys, tmp_path):
+    """A run that nobody has begun."""
+    return toys.pretrain_config(tmp_path / "data", tmp_path / "run")
+
+
+def begin(config) -> None:
+    assert open_run(config) is None
+    write_config(config)
+
+
+def refuse(config, toys, *words: str) -> None:
+    """Opening fails with one line that holds the words, and changes no file."""
+    before = toys.folder_hash(config.out)
+    with pytest.raises(RunError) as caught:
+        open_run(config)
+    assert "\n" not in str(caught.value)
+    for word in (str(config.out), *words):
+        assert word in str(caught.value)
+    assert toys.folder_hash(config.out) == before
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_new_run(config, there, resume, toys):
+    """In a folder that is not there or is empty; --resume starts a run that has not been begun."""
+    if there:
+        config.out.mkdir()
+    config = toys.pretrain_config(config.data, config.out, resume=resume)
+    begin(config)
+    written = json.loads((config.out / "config.json").read_text())
+    assert written == {"format_version": 2, **json.loads(json.dumps(config.to_dict()))}
+    assert written["model"]["width"] == 16
+
+
+def test_a_folder_with_other_files_is_refused(config, toys):
+    config.out.mkdir()
+    (config.out / "thesis.tex").write_text("ten years of work")
+    refuse(config, toys, "wanted an empty folder or a run, found other files; choose another --out")
+
+
+def test_a_file_is_refused(config, toys):
+    config.out.write_text("a file")
+    refuse(config, toys, "wanted a folder for the run, found a file; choose another --out")
+    assert config.out.read_text() == "a file"
+
+
+def test_a_run_is_not_begun_twice(config, toys):
+    begin(config)
+    refuse(config, toys, "holds this run already; go on with --resume, or choose another --out")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_different_run_is_refused_with_what_differs(config, toys, resume):
+    begin(config)
+    other = toys.pretrain_config(
+        config.data, config.out, resume=resume, seed=7, batch_size=16, model=toys.config(cross_norm="pre")
+    )
+    refuse(
+        other,
+        toys,
+        "holds a different run",
+        "batch_size: there 8, here 16",
+        "model.cross_norm: there post, here pre",
+        "seed: there 0, here 7",
+        "choose another --out",
+    )
+
+
+def test_settings_that_change_nothing_that_is_computed_may_differ(config, toys, tmp_path):
+    begin(config)
+    again = toys.pretrain_config(
+        tmp_path / "moved",
+        config.out,
+        resume=True,
+        device="auto",
+        log_every=5,
+        eval_every_steps=3,
+        checkpoint_every_minutes=1.0,
+        checkpoint_every_steps=4,
+        keep_checkpoints=9,
+    )
+    assert open_run(again) is None  # there is no checkpoint yet
+
+
+@pytest.mark.parametrize(
+    "setting", ["max_steps", "lr_encoder", "lr_cross", "lr_pixels", "warmup_steps", "weight_decay", "seed", "precision"]
+)
+def test_settings_that_change_what_is_computed_may_not_differ(config, toys, setting):
+    begin(config)
+    value = {"precision": "fp32"}.get(setting, 5)
+    changed = toys.pretrain_config(config.data, config.out, resume=True, **{setting: value})
+    refuse(changed, toys, f"{setting}: there")
+
+
+def test_a_configuration_is_written_whole_or_not_at_all(config, monkeypatch):
+    """What a full disk or a kill leaves is in nobody's way, and a run that goes on writes none again."""
+
+    def fail(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "sync", fail)
+        with pytest.raises(OSError, match="No space left"):
+            begin(config)
+    assert [path.name for path in config.out.iterdir()] == [".config.json.partial"]
+    (config.out / ".config.json.partial").write_text('{"format_ver')
+    begin(config)
+    written = (config.out / "config.json").read_text()
+    assert [path.name for path in config.out.iterdir()] == ["config.json"]
+    write_config(replace(config, resume=True, log_every=7))
+    assert (config.out / "config.json").read_text() == written
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '"words"', "[" * 100_000])
+def test_a_configuration_that_cannot_be_read(config, toys, text):
+    config.out.mkdir()
+    (config.out / "config.json").write_text(text)
+    refuse(config, toys, "config.json: wanted the configuration of a run, got")
+
+
+@pytest.mark.parametrize("version", [None, 1, 3, "2"])
+def test_a_configuration_of_another_version(config, toys, version):
+    begin(config)
+    file = config.out / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": version}))
+    refuse(config, toys, f"config.json: wanted a configuration of version 2, got version {version}; use the mvlm that")
+
+
+def test_a_folder_is_one_process_alone(config, toys):
+    """Held again by whoever asks once it is let go."""
+    with RunLock(config.out):
+        before = toys.folder_hash(config.out)
+        with pytest.raises(RunError, match=r"run: wanted a run folder of our own, found it in use by another process"):
+            RunLock(config.out)
+        assert toys.folder_hash(config.out) == before
+    with RunLock(config.out):
+        pass
+
+
+def test_a_configuration_that_is_not_there(tmp_path):
+    with pytest.raises(RunError, match=r"config.json: wanted the configuration of a run, got .*No such file"):
+        read_config(tmp_path / "config.json")
+
+
+def test_resume_goes_on_from_the_newest_whole_checkpoint(run_copy, toys, caplog):
+    config = toys.pretrain_config(json.loads((run_copy / "config.json").read_text())["data"], run_copy, resume=True)
+    newest, older = run_copy / "checkpoints/step_00000002", run_copy / "checkpoints/step_00000001"
+    # the tokenizer's [MASK] is written into a run's configuration
+    assert open_run(config) == newest
+    (newest / "state.json").write_text("{}")
+    assert open_run(config) == older
+    assert "state.json: damaged" in caplog.text
+    (older / "tokenizer.json").unlink()
+    refuse(config, toys, "no checkpoint is whole; remove the folder to start again, or restore one")
+
+
+def test_differing_settings():
+    there = {"a": 1, "model": {"width": 4, "out": 1}, "seed": 0, "out": "x", "gone": 3}
+    here = {"a": 1, "model": {"width": 8, "out": 2}, "seed": 0, "out": "y", "new": 4}
+    assert differing_settings(there, here) == [
+        "gone: there 3, here None",
+        "model.out: there 1, here 2",
+        "model.width: there 4, here 8",
+        "new: there None, here 4",
+    ]
+    assert differing_settings(there, there) == []
+
+
+def test_metrics_are_appended_a_line_at_a_time(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path, 0)
+    for step in (1, 2):
+        metrics.write({"step": step, "loss": 0.1 + 0.2})
+        assert read_metrics(path)[-1] == {"step": step, "loss": 0.30000000000000004}  # there at once, digit for digit
+    metrics.close()
+    assert path.read_text().count("\n") == 2
+
+
+def test_a_line_that_does_not_fit_on_the_disk_is_not_there_at_all(tmp_path, file_limit):
+    """And the next one, when there is room again, begins where a line begins."""
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path, 0)
+    metrics.write({"step": 1})
+    with file_limit(path.stat().st_size + 5), pytest.raises(OSError, match="File too large"):
+        metrics.write({"step": 2})
+    assert path.read_text() == '{"step": 1}\n'
+    metrics.write({"step": 3})
+    metrics.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
+
+
+def test_metrics_are_never_nan(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        metrics.write({"step": 1, "loss": float("nan")})
+    metrics.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_going_on_drops_the_lines_after_the_checkpoint_and_a_line_cut_short(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 0.5 / step}) for step in (1, 2, 3, 4)]
+    path.write_text("\n".join(lines) + '\n{"step": 5, "lo')
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 4]
+    metrics = MetricsFile(path, 2)
+    metrics.write({"step": 3, "loss": 9.0})
+    metrics.close()
+    assert path.read_text().splitlines() == [*lines[:2], '{"step": 3, "loss": 9.0}']
+
+
+def test_lines_that_are_no_rows_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = ["[1]", "3", "null", '{"loss": 1.0}', '{"step": "3"}', "[" * 100_000, '{"step": 2}']
+    path.write_bytes(b"\xff\xfe\n" + "\n".join(lines).encode())
+    assert read_metrics(path) == read_metrics(path, 2) == [{"step": 2}]
+    assert read_metrics(path, 1) == []
+
+
+def test_beginning_drops_all_lines(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    MetricsFile(path, 0).close()
+    assert path.read_text() == ""

@@ -1,0 +1,88 @@
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from mvlm.training import stop_request as signals
+from mvlm.training.stop_request import StopRequest
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_asks_and_handlers_are_put_back(number, capfd):
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    with StopRequest() as stop:
+        assert not stop.asked()
+        os.kill(os.getpid(), number)
+        assert stop.asked()
+        assert stop.reason == signal.Signals(number).name
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends the process
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert {n: signal.getsignal(n) for n in before} == before
+    assert "finishing the step and saving; SIGTERM or Ctrl-C once more ends at once" in capfd.readouterr().err
+
+
+def test_a_signal_asks_also_where_nobody_reads_the_message(monkeypatch):
+    """As with `| tee`, which Ctrl-C ends too."""
+
+    def broken(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(signals.os, "write", broken)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked()
+
+
+def test_a_file_asks(tmp_path, monkeypatch):
+    """It is looked for once a second."""
+    clock = [0.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    with StopRequest(tmp_path / "notice") as stop:
+        assert not stop.asked()
+        (tmp_path / "notice").touch()
+        clock[0] = 0.9
+        assert not stop.asked()
+        clock[0] = 1.0
+        assert stop.asked()
+        assert stop.reason == str(tmp_path / "notice")
+
+
+def test_beside_the_main_thread_only_the_file_asks(tmp_path):
+    """Python sets handlers nowhere else."""
+    (tmp_path / "notice").touch()
+    found = []
+
+    def look():
+        with StopRequest(tmp_path / "notice") as stop:
+            found.append(stop.asked())
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
+def test_a_second_signal_ends_at_once(number, code):
+    """In a process of its own, which would wait for ever."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            with StopRequest() as stop:
+                os.write(writing, b"1")
+                while not stop.asked():
+                    time.sleep(0.01)
+                os.write(writing, b"2")
+                time.sleep(60)
+        except KeyboardInterrupt:
+            os._exit(130)
+        os._exit(0)
+    for _ in range(2):
+        assert os.read(reading, 1)
+        os.kill(process, number)
+    started = time.monotonic()
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == code
+    assert time.monotonic() - started < 20

@@ -1,0 +1,71 @@
+"""What stands still is ended with stacks; each in a forked process, which is what ends."""
+
+import os
+import signal
+import threading
+import time
+
+from mvlm.training.watchdog import EXIT_CODE, Watchdog
+
+
+def code_of(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def hang_in_the_loader() -> None:
+    time.sleep(30)
+
+
+def test_a_stall_is_ended_with_the_stacks_of_all_threads(tmp_path, capfd):
+    process = os.fork()
+    if process == 0:
+        threading.Thread(target=time.sleep, args=(30,), name="another", daemon=True).start()
+        with Watchdog(tmp_path, rank=2, minutes=0.5 / 60) as watchdog:
+            watchdog.beat("the data of step 7")
+            hang_in_the_loader()
+        os._exit(0)
+    started = time.monotonic()
+    assert code_of(process) == EXIT_CODE
+    assert 0.4 < time.monotonic() - started < 20
+    stacks = (tmp_path / "stalled_rank_00002.txt").read_text()
+    error = capfd.readouterr().err
+    for text in (stacks, error):
+        assert "mvlm: rank 2 has been waiting" in text
+        assert "for the data of step 7, more than --stall-minutes 0.00833333; the run ends here" in text
+        assert "go on from the last checkpoint with --resume" in text
+        assert "in hang_in_the_loader" in text
+        assert text.count("hread 0x") >= 3  # the main one, the other and the watchdog's
+
+
+def test_a_run_that_moves_is_left_alone(tmp_path):
+    process = os.fork()
+    if process == 0:
+        with Watchdog(tmp_path, rank=0, minutes=0.5 / 60) as watchdog:
+            for step in range(10):
+                watchdog.beat(f"step {step}")
+                time.sleep(0.1)
+        os._exit(0)
+    assert code_of(process) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_that_was_suspended_is_left_alone(tmp_path):
+    process = os.fork()
+    if process == 0:
+        with Watchdog(tmp_path, rank=0, minutes=1 / 60) as watchdog:
+            watchdog.beat("step 1")
+            os.kill(os.getpid(), signal.SIGSTOP)  # Ctrl-Z; this goes on when the parent says so
+            time.sleep(0.5)
+        os._exit(0)
+    os.waitpid(process, os.WUNTRACED)
+    time.sleep(2)
+    os.kill(process, signal.SIGCONT)
+    assert code_of(process) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_it_ends_with_its_context(tmp_path):
+    before = threading.active_count()
+    with Watchdog(tmp_path, rank=0, minutes=1):
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
