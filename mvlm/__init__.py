@@ -1,0 +1,61 @@
+"""mvlm: fast pretraining of masked vision-and-language models (MaskVLM).
+
+    import mvlm
+
+    model, tokenizer = mvlm.load_model("runs/demo")
+
+Names are imported on first use, so that `import mvlm` is quick and needs no more packages than what is used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mvlm.config.model import MaskVLMConfig as MaskVLMConfig
+    from mvlm.config.pretrain import PretrainConfig as PretrainConfig
+    from mvlm.config.recipes import pretrain_defaults as pretrain_defaults
+    from mvlm.errors import ConfigError as ConfigError
+    from mvlm.errors import RunError as RunError
+    from mvlm.evaluation.evaluate import evaluate as evaluate
+    from mvlm.model.maskvlm import MaskVLM as MaskVLM
+    from mvlm.objectives.losses import Losses as Losses
+    from mvlm.runs.load import export as export
+    from mvlm.runs.load import load_model as load_model
+    from mvlm.training.run import pretrain as pretrain
+
+_MODULES = {
+    "ConfigError": "errors",
+    "Losses": "objectives.losses",
+    "MaskVLM": "model.maskvlm",
+    "MaskVLMConfig": "config.model",
+    "PretrainConfig": "config.pretrain",
+    "RunError": "errors",
+    "evaluate": "evaluation.evaluate",
+    "export": "runs.load",
+    "load_model": "runs.load",
+    "pretrain": "training.run",
+    "pretrain_defaults": "config.recipes",
+}
+__all__ = [
+    "ConfigError",
+    "Losses",
+    "MaskVLM",
+    "MaskVLMConfig",
+    "PretrainConfig",
+    "RunError",
+    "evaluate",
+    "export",
+    "load_model",
+    "pretrain",
+    "pretrain_defaults",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'mvlm' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(import_module(f"mvlm.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,84 +1,40 @@
-"""The command line: `mvlm COMMAND ... --help` is the documentation of each command."""
+"""The command line: find the command, run it, and turn errors into exit codes."""
 
 import difflib
 import errno
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from mvlm.commands import bench as bench_commands
-from mvlm.commands import data_build as data_commands
-from mvlm.commands import data_tools
-from mvlm.commands import predict as commands
+from mvlm.commands import bench, data_build, data_tools, evaluate, export, plan, predict, report
 from mvlm.commands.arguments import bound, parse
-
-# A command imports what it needs when it runs, so that --help and mistakes answer at once.
-
-
-def pretrain(arguments: Sequence[str]) -> None:
-    """Pretrain a MaskVLM: `mvlm pretrain PRESET --data SHARDS --out RUN`, PRESET one of tiny, small, base.
-
-    `mvlm pretrain --config FILE --out RUN` repeats the run whose config.json FILE is; other settings override it.
-    """
-    import tyro
-
-    from mvlm.config.json_files import read_config, run_config
-    from mvlm.config.model import PRESETS
-    from mvlm.config.pretrain import pretrain_defaults
-    from mvlm.errors import ConfigError
-
-    if arguments and arguments[0].startswith("--config="):
-        arguments = ["--config", arguments[0].removeprefix("--config="), *arguments[1:]]
-    first = arguments[0] if arguments else ""
-    if first in ("-h", "--help"):
-        print(f"{pretrain.__doc__}\nThe settings of a preset: mvlm pretrain PRESET --help")
-        return
-    if first == "--config" and len(arguments) > 1:
-        defaults, source, rest = run_config(read_config(Path(arguments[1])), arguments[1]), arguments[1], arguments[2:]
-    elif first.startswith("-") or not first:
-        got = repr(first) if first else "nothing"
-        if first == "--config":
-            got = "--config with no file after it"
-        raise ConfigError(f"wanted a preset after `mvlm pretrain`: {', '.join(PRESETS)}, or --config FILE; got {got}")
-    else:
-        defaults, source, rest = pretrain_defaults(first, data=tyro.MISSING, out=tyro.MISSING), first, arguments[1:]
-    config = parse(
-        type(defaults),
-        rest,
-        prog=f"mvlm pretrain {source}",
-        description=f"Pretrain as {source} says; the values shown are its own.",
-        default=defaults,
-    )
-    from mvlm.training.trainer import pretrain as run
-
-    run(config)
-
+from mvlm.commands.doctor import doctor
+from mvlm.commands.pretrain import pretrain
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "data emoji": data_commands.emoji,
-    "data coco": data_commands.coco,
-    "data flickr30k": data_commands.flickr30k,
-    "data visual-genome": data_commands.visual_genome,
-    "data cc3m": data_commands.cc3m,
-    "data sbu": data_commands.sbu,
-    "data folder": data_commands.folder,
-    "data webdataset": data_commands.webdataset,
-    "data huggingface": data_commands.huggingface,
+    "data emoji": data_build.emoji,
+    "data coco": data_build.coco,
+    "data flickr30k": data_build.flickr30k,
+    "data visual-genome": data_build.visual_genome,
+    "data cc3m": data_build.cc3m,
+    "data sbu": data_build.sbu,
+    "data folder": data_build.folder,
+    "data webdataset": data_build.webdataset,
+    "data huggingface": data_build.huggingface,
     "data check": data_tools.check,
     "data index": data_tools.index,
     "data view": data_tools.view,
     "pretrain": pretrain,
-    "plan": commands.plan,
-    "eval retrieval": commands.eval_retrieval,
-    "reconstruct": commands.reconstruct,
-    "fill": commands.fill,
-    "report": commands.report,
-    "export": commands.export,
-    "doctor": commands.doctor,
-    "bench kernels": bench_commands.kernels,
-    "bench step": bench_commands.step,
-    "bench data": bench_commands.data,
+    "plan": plan.plan,
+    "eval retrieval": evaluate.eval_retrieval,
+    "reconstruct": predict.reconstruct,
+    "fill": predict.fill,
+    "report": report.report,
+    "export": export.export,
+    "doctor": doctor,
+    "bench kernels": bench.kernels,
+    "bench step": bench.step,
+    "bench data": bench.data,
 }
 
 

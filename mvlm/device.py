@@ -1,8 +1,9 @@
-"""Which device and which precision a run uses here."""
+"""Device and precision of a run on this machine."""
 
 import contextlib
 
 import torch
+from torch import Tensor
 
 from mvlm.errors import ConfigError
 
@@ -32,3 +33,11 @@ def autocast(device: torch.device, precision: str = "auto") -> contextlib.Abstra
     if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a matrix product of x here: autocast's, or x's own."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype

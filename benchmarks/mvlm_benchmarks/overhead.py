@@ -22,21 +22,21 @@ from unittest.mock import patch
 
 import torch
 
-from mvlm.config.pretrain import pretrain_defaults
+from mvlm.config.recipes import pretrain_defaults
 from mvlm.device import choose_device
-from mvlm.distributed.coordination import Wishes
+from mvlm.distributed.coordination import StepDecisions
 from mvlm.training import trainer as train
-from mvlm.training.loggers import Lines
+from mvlm.training.metrics import MetricsLogger
 from mvlm.training.stop_request import StopRequest
-from mvlm.training.update_guard import Guard
+from mvlm.training.update_guard import UpdateGuard
 from mvlm.training.watchdog import Watchdog
 from mvlm_benchmarks.machine import describe
 
 STEP, SAVE = "step", "save"
 FUNCTIONS: dict[str, list[tuple[Any, str]]] = {
     # The norm of all gradients is needed for clipping; those by part of the model are not told apart from it here.
-    "logging": [(Lines, "close"), (Lines, "write"), (train, "gradient_norms")],
-    "safety": [(Guard, "judge"), (train.Run, "check"), (Watchdog, "beat"), (Wishes, "grant"), (StopRequest, "asked")],
+    "logging": [(MetricsLogger, "close"), (MetricsLogger, "write"), (train, "gradient_norms")],
+    "safety": [(UpdateGuard, "judge"), (train.Run, "check"), (Watchdog, "beat"), (StepDecisions, "grant"), (StopRequest, "asked")],
     SAVE: [(train.Run, "save")],
     STEP: [(train.Run, "one_step")],
 }

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.patches import mask_tokens, masked_patches
+from mvlm.model.patches import masked_patches
+from mvlm.model.packing import mask_tokens
 from mvlm.objectives import losses as objectives
 from mvlm_dataloading import Batch, Masks, draw_patch_masks, draw_token_masks
 

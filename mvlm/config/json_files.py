@@ -1,4 +1,4 @@
-"""Configurations from the JSON files that runs and models carry, every value checked against the type of its field."""
+"""Configurations from the JSON files of runs and models, with every value checked against its field's type."""
 
 import difflib
 import json
@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mvlm.config.model import MaskVLMConfig
-from mvlm.config.pretrain import FORMAT_VERSION, PretrainConfig
+from mvlm.config.pretrain import PretrainConfig, resume_may_change
 from mvlm.errors import ConfigError, RunError
+
+RENAMED_FIELDS = {"eval_pictures": "eval_images"}
+FORMAT_VERSION = 3
+"""Format of config.json. Version 3 renamed `eval_pictures` to `eval_images` and the backend `products` to `math`."""
 
 
 def model_config(values: Any, where: str) -> MaskVLMConfig:
-    """The model configuration that `asdict` wrote to the file `where`.
+    """The model configuration with these values; `where` names their file in errors.
 
-    ConfigError for a name that this version does not know (with the nearest one it does) and for values that cannot be.
+    ConfigError for an unknown name (with the nearest known one) and for a value that its field does not allow.
     """
     return _from_plain(MaskVLMConfig, values, where, "model setting")
 
@@ -27,16 +31,28 @@ def read_config(file: Path) -> dict[str, Any]:
         raise RunError(f"{file}: wanted the configuration of a run, got {error}") from None
     if not isinstance(values, dict):
         raise RunError(f"{file}: wanted the configuration of a run, got {type(values).__name__}")
-    if values.get("format_version") != FORMAT_VERSION:
+    version = values.get("format_version")
+    if version == 2:
+        return upgrade_version_2(values)
+    if version != FORMAT_VERSION:
         raise RunError(
-            f"{file}: wanted a configuration of version {FORMAT_VERSION}, got version {values.get('format_version')}; "
+            f"{file}: wanted a configuration of version 2 or {FORMAT_VERSION}, got version {version}; "
             f"use the mvlm that wrote it"
         )
     return values
 
 
+def upgrade_version_2(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a config.json of version 2 under the names of version 3."""
+    values = {RENAMED_FIELDS.get(name, name): value for name, value in values.items()}
+    for name in ("self_attention", "cross_attention"):
+        if values.get(name) == "products":
+            values[name] = "math"
+    return values | {"format_version": FORMAT_VERSION}
+
+
 def run_config(values: Any, where: str) -> PretrainConfig:
-    """The configuration of a run, as its config.json `where` has it; ConfigError as for `model_config`."""
+    """The configuration of a run with these values; `where` names their file. ConfigError as for `model_config`."""
     if isinstance(values, dict):
         values = {name: value for name, value in values.items() if name != "format_version"}
         values |= {"model": model_config(values.get("model"), where)}
@@ -60,7 +76,7 @@ def _from_plain(kind: type, values: Any, where: str, what: str) -> Any:
 
 
 def _of_type(wanted: Any, value: Any, where: str) -> Any:
-    """`value` as JSON has it, as the type `wanted` of a field; ConfigError where it is of another."""
+    """A JSON value as the type `wanted` of a field; ConfigError where it is of another type."""
     choices = get_args(wanted)
     if get_origin(wanted) is Literal:
         fits = value in choices
@@ -80,3 +96,22 @@ def _of_type(wanted: Any, value: Any, where: str) -> Any:
         name = getattr(wanted, "__name__", str(wanted)) if not choices else str(wanted).replace("typing.", "")
         raise ConfigError(f"{where}: wanted {name}, got {value!r}")
     return value
+
+
+def plain_settings(config: PretrainConfig) -> dict[str, Any]:
+    """Contents of config.json."""
+    return {"format_version": FORMAT_VERSION, **json.loads(json.dumps(config.to_dict()))}
+
+
+def differing_settings(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
+    """One "name: there A, here B" for every differing setting that a resumed run may not change."""
+    found = []
+    for name in sorted(set(there) | set(here)):
+        if not prefix and resume_may_change(name):
+            continue
+        a, b = there.get(name), here.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differing_settings(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found.append(f"{prefix}{name}: there {a}, here {b}")
+    return found

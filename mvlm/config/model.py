@@ -1,82 +1,60 @@
-"""The sizes and choices of a model, and its presets."""
+"""Sizes and choices of a model, and its presets."""
 
-import math
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Literal
 
+from mvlm.config.ranges import AT_LEAST_1, FRACTION, Range, check_ranges
 from mvlm.errors import ConfigError
 
 PRESETS = ("tiny", "small", "base")
-SelfBackend = Literal["auto", "triton", "sdpa", "flash-attn", "xformers", "products"]
-CrossBackend = Literal["auto", "triton", "sdpa", "products"]
+SelfBackend = Literal["auto", "triton", "sdpa", "flash-attn", "xformers", "math"]
+CrossBackend = Literal["auto", "triton", "sdpa", "math"]
 """Attention backends, of images alone and with text on one side; mvlm/model/attention_backends.py has the rule."""
-SIZES = (
-    "image_size",
-    "patch_size",
-    "mask_block",
-    "width",
-    "heads",
-    "image_layers",
-    "text_layers",
-    "cross_layers",
-    "decoder_layers",
-    "vocab_size",
-    "itc_width",
-)
-
-
-def check_finite(config: Any) -> None:
-    """ConfigError for a number of a dataclass that is NaN, which comparisons do not find, or infinite."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, float) and not math.isfinite(number):
-                raise ConfigError(f"{field.name} must be a finite number, got {number}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskVLMConfig:
     """Sizes and choices of one MaskVLM. Lengths are in tokens, image sides in pixels."""
 
-    image_size: int = 224
+    image_size: Annotated[int, AT_LEAST_1] = 224
     """Side of the square input image."""
-    patch_size: int = 16
+    patch_size: Annotated[int, AT_LEAST_1] = 16
     """Side of a patch; divides `mask_block`."""
-    width: int = 768
+    width: Annotated[int, AT_LEAST_1] = 768
     """Feature width of both encoders and of all cross-modality blocks."""
-    heads: int = 12
+    heads: Annotated[int, AT_LEAST_1] = 12
     """Attention heads; the width of one head is width / heads."""
-    image_layers: int = 12
+    image_layers: Annotated[int, AT_LEAST_1] = 12
     """Self-attention blocks of the image encoder (ViT, pre-norm)."""
-    text_layers: int = 12
+    text_layers: Annotated[int, AT_LEAST_1] = 12
     """Self-attention blocks of the text encoder (RoBERTa, post-norm)."""
-    cross_layers: int = 3
+    cross_layers: Annotated[int, AT_LEAST_1] = 3
     """Blocks of each of the two cross-modality encoders."""
-    decoder_layers: int = 3
+    decoder_layers: Annotated[int, AT_LEAST_1] = 3
     """Blocks of the image decoder."""
-    vocab_size: int = 50265
+    vocab_size: Annotated[int, AT_LEAST_1] = 50265
     """Rows of the word embedding and of the LM head; a tokenizer may use fewer."""
     mask_token_id: int = 50264
     """Id of [MASK], which replaces every masked token."""
     text_length: int = 40
     """Longest caption, [CLS] and [SEP] included."""
-    itc_width: int = 256
+    itc_width: Annotated[int, AT_LEAST_1] = 256
     """Width of the contrastive embeddings."""
-    temperature: float = 0.07
-    """Where the learned contrastive temperature starts."""
+    temperature: Annotated[float, Range(0.001, 0.5)] = 0.07
+    """Initial value of the learned contrastive temperature."""
     cross_norm: Literal["post", "pre"] = "post"
     """LayerNorm after each residual sum (post, the paper) or before each sub-layer (pre)."""
     initialization: Literal["normal", "xavier"] = "normal"
-    """Weights of linear layers: trunc_normal(0.02), made for widths near 768, or Xavier's, which follows the width."""
+    """Weights of linear layers: trunc_normal(0.02), made for widths near 768, or Xavier, which follows the width."""
     pixel_initialization: Literal["normal", "xavier"] = "normal"
-    """The same for what rebuilds pixels: the image cross-modality encoder, the decoder, the pixel head."""
-    mask_block: int = 32
+    """The same for the modules that rebuild pixels: image cross-modality encoder, decoder, pixel head."""
+    mask_block: Annotated[int, AT_LEAST_1] = 32
     """Side of the square blocks that are masked together; divides `image_size`."""
     image_mask_ratio: float = 0.6
     """Share of the blocks that is masked, rounded to a whole number of blocks."""
     drop_masked: bool = False
-    """Masked patches skip the image encoder and are mask tokens only behind it, as in MAE: a cheaper, other method."""
-    text_mask_ratio: float = 0.3
+    """Masked patches skip the image encoder and join after it as mask tokens, as in MAE: cheaper, another method."""
+    text_mask_ratio: Annotated[float, FRACTION] = 0.3
     """Share of a caption's ordinary tokens that is masked; at least one is."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Subtracted from pixels in 0..1, by channel."""
@@ -84,10 +62,7 @@ class MaskVLMConfig:
     """Divides them afterwards."""
 
     def __post_init__(self) -> None:
-        check_finite(self)
-        for name in SIZES:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_ranges(self)
         if self.text_length < 3:
             raise ConfigError(f"text_length must be at least 3 ([CLS], a token, [SEP]), got {self.text_length}")
         if self.image_size % self.mask_block:
@@ -112,10 +87,6 @@ class MaskVLMConfig:
             raise ConfigError(
                 f"image_mask_ratio must hide 1 to {blocks} of {blocks} blocks, got {self.image_mask_ratio}"
             )
-        if not 0 <= self.text_mask_ratio <= 1:
-            raise ConfigError(f"text_mask_ratio must be in [0, 1], got {self.text_mask_ratio}")
-        if not 0.001 <= self.temperature <= 0.5:
-            raise ConfigError(f"temperature must be in [0.001, 0.5], got {self.temperature}")
         if min(self.image_std) <= 0:
             raise ConfigError(f"image_std must be above 0, got {self.image_std}")
 

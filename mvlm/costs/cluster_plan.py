@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, replace
 
 from mvlm.config.model import MaskVLMConfig
-from mvlm.costs.step_cost import Footprint, Shape, footprint
+from mvlm.costs.step_cost import StepCost, StepShape, step_cost
 from mvlm.distributed.contrastive import LOGITS
 from mvlm.errors import ConfigError
 from mvlm_kernels.cases import GPUS
@@ -35,7 +35,7 @@ MACHINES = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
+class ClusterSetting:
     """What is planned."""
 
     model: MaskVLMConfig
@@ -77,7 +77,7 @@ def parse_count(text: str) -> int:
     return round(float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[found[2]])
 
 
-def count(setting: Setting) -> Footprint:
+def count(setting: ClusterSetting) -> StepCost:
     """What one rank's step does. ConfigError when ranks and microbatches cannot share the batch."""
     parts = setting.ranks * setting.accumulate
     if setting.batch_size % parts:
@@ -85,17 +85,17 @@ def count(setting: Setting) -> Footprint:
             f"batch_size: wanted a multiple of {setting.ranks} GPUs x {setting.accumulate} microbatches = {parts}, "
             f"got {setting.batch_size}"
         )
-    shape = Shape(
+    shape = StepShape(
         pairs=setting.batch_size // parts,
         ranks=setting.ranks,
         microbatches=setting.accumulate,
         checkpointed=setting.checkpointed,
         local_negatives=setting.local_negatives,
     )
-    return footprint(setting.model, shape)
+    return step_cost(setting.model, shape)
 
 
-def memory(setting: Setting, found: Footprint) -> dict[str, float]:
+def memory(setting: ClusterSetting, found: StepCost) -> dict[str, float]:
     """Bytes of one GPU by part, of weights and AdamW in fp32. Gradients that the step made count as activations."""
     whole = 4 * found.parameters
     share = whole / setting.per_node if setting.split else whole
@@ -108,7 +108,7 @@ def memory(setting: Setting, found: Footprint) -> dict[str, float]:
     return rows
 
 
-def exchange_bytes(setting: Setting) -> dict[str, float]:
+def exchange_bytes(setting: ClusterSetting) -> dict[str, float]:
     """Bytes that one GPU takes in for the objectives, forward; backward gives as many back."""
     if setting.ranks == 1:
         return {"embeddings": 0.0, "features": 0.0}
@@ -118,7 +118,7 @@ def exchange_bytes(setting: Setting) -> dict[str, float]:
     return {"embeddings": 2 * 4.0 * others * config.itc_width, "features": features}
 
 
-def seconds(setting: Setting, found: Footprint) -> dict[str, float]:
+def seconds(setting: ClusterSetting, found: StepCost) -> dict[str, float]:
     """Seconds of one step by what they go to, and `step`, all of them.
 
     Gradients (and FSDP2's parameters) travel behind the computation of backward: what does not fit there shows.
@@ -138,7 +138,7 @@ def seconds(setting: Setting, found: Footprint) -> dict[str, float]:
     return rows | {"step": sum(rows.values())}
 
 
-def scaling(setting: Setting, found: Footprint) -> list[tuple[int, int, float, float]]:
+def scaling(setting: ClusterSetting, found: StepCost) -> list[tuple[int, int, float, float]]:
     """(GPUs, pairs of a global batch, seconds a step, share of the time that computes), nodes doubling.
 
     The pairs of a GPU stay what they are, so the global batch grows.
@@ -154,7 +154,7 @@ def scaling(setting: Setting, found: Footprint) -> list[tuple[int, int, float, f
     return rows
 
 
-def report(setting: Setting, pairs: int, epochs: float, loader_rate: float = 0.0) -> str:
+def report(setting: ClusterSetting, pairs: int, epochs: float, loader_rate: float = 0.0) -> str:
     """The plan as a page of text, for `pairs` pairs of data seen `epochs` times.
 
     `loader_rate` is what a node's loader was measured to give, in pairs a second; 0 where nobody has measured.
@@ -203,7 +203,7 @@ def report(setting: Setting, pairs: int, epochs: float, loader_rate: float = 0.0
     return "\n".join(lines)
 
 
-def stops(setting: Setting, found: Footprint) -> str:
+def stops(setting: ClusterSetting, found: StepCost) -> str:
     """Where more nodes no longer help: what travels takes longer than what is computed."""
     for gpus, _, _, share in scaling(setting, found):
         if share < 0.5:

@@ -27,12 +27,13 @@ from torch.utils.flop_counter import flop_registry
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.flops import FORMULAS
-from mvlm.distributed.global_batch import Microbatch, backward_global
+from mvlm.distributed.global_batch import backward_global
+from mvlm.distributed.loss_shares import Microbatch
 from mvlm.distributed.parallel import BLOCKS, checkpoint_activations, parallelize
 from mvlm.distributed.world import World
 from mvlm.model.attention import Attention
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.packing import rounded
+from mvlm.model.packing import round_up_length
 from mvlm_dataloading import Batch, Masks
 
 CPU = torch.device("cpu")
@@ -42,7 +43,7 @@ OTHER, BACKWARD = "between blocks", "backward"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shape:
+class StepShape:
     """One rank's step: its pairs and how it goes through them."""
 
     pairs: int
@@ -61,7 +62,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Footprint:
+class StepCost:
     """What was counted."""
 
     parameters: int
@@ -76,7 +77,7 @@ class Footprint:
     """The same by what made it: the blocks of a part of the model, what is between blocks, or a backward pass."""
 
 
-class Live(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Follows the bytes of every storage that operators make, by the part of the model whose block made it."""
 
     def __init__(self, drawn_tokens: int) -> None:
@@ -150,7 +151,7 @@ class AsOnGpu(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def footprint(config: MaskVLMConfig, shape: Shape) -> Footprint:
+def step_cost(config: MaskVLMConfig, shape: StepShape) -> StepCost:
     """Count one step of rank 0. Takes seconds. RuntimeError inside a process group: it makes one that pretends."""
     with torch.device("meta"):
         model = MaskVLM(config)
@@ -162,28 +163,37 @@ def footprint(config: MaskVLMConfig, shape: Shape) -> Footprint:
     with _world(shape.ranks) as world, FakeTensorMode():
         _give_fake_tensors(model)
         micro = [_microbatch(config, shape) for _ in range(shape.microbatches)]
-        with Live(_drawn_tokens(config, shape)) as live, AsOnGpu() if shape.gpu else contextlib.nullcontext():
+        with MemoryTracker(_drawn_tokens(config, shape)) as live, AsOnGpu() if shape.gpu else contextlib.nullcontext():
             live.know([*model.parameters(), *model.buffers()])
             live.follow(model)
             with _stages(live) as in_backward:
-                backward_global(
-                    parallelize(model, World(0, 1, 0, CPU)),
-                    micro,
-                    world,
-                    seed=0,
-                    step=0,
-                    plan="fast",
-                    local_negatives=shape.local_negatives,
-                    autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=shape.bf16),
-                )
+                if world.size == len(micro) == 1:
+                    with _autocast(shape):
+                        losses = model(*micro[0], plan="fast")
+                    losses.total.backward()
+                else:
+                    backward_global(
+                        parallelize(model, World(0, 1, 0, CPU)),
+                        micro,
+                        world,
+                        seed=0,
+                        step=0,
+                        plan="fast",
+                        local_negatives=shape.local_negatives,
+                        autocast=lambda: _autocast(shape),
+                    )
         total, backward = live.operations, sum(in_backward)
     parameters = sum(p.numel() for p in model.parameters())
     parts = {name: size for name, size in live.parts.items() if size}
-    return Footprint(parameters, total - backward, backward, live.peak, parts)
+    return StepCost(parameters, total - backward, backward, live.peak, parts)
+
+
+def _autocast(shape: StepShape) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=shape.bf16)
 
 
 @contextlib.contextmanager
-def _stages(live: Live) -> Iterator[list[int]]:
+def _stages(live: MemoryTracker) -> Iterator[list[int]]:
     """Tells `live` when a backward pass runs; yields a list that gets the operations of each."""
     run, counts = torch.autograd.backward, []
 
@@ -208,12 +218,12 @@ def _world(ranks: int) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _drawn_tokens(config: MaskVLMConfig, shape: Shape) -> int:
+def _drawn_tokens(config: MaskVLMConfig, shape: StepShape) -> int:
     """Rows made for the captions that ITM draws: on a CPU as many as they have, on a GPU as many as they may have."""
     if not shape.gpu:
         return 3 * shape.pairs * shape.tokens
     alone = shape.microbatches == 1 and (shape.ranks == 1 or shape.local_negatives)
-    return 3 * shape.pairs * rounded(shape.longest if alone else config.text_length)
+    return 3 * shape.pairs * round_up_length(shape.longest if alone else config.text_length)
 
 
 def _give_fake_tensors(module: nn.Module) -> None:
@@ -225,7 +235,7 @@ def _give_fake_tensors(module: nn.Module) -> None:
             setattr(owner, name, torch.empty(value.shape, dtype=value.dtype))
 
 
-def _microbatch(config: MaskVLMConfig, shape: Shape) -> Microbatch:
+def _microbatch(config: MaskVLMConfig, shape: StepShape) -> Microbatch:
     """Shapes alone. A third of a caption's ordinary tokens is masked as the configuration says."""
     pairs, side = shape.pairs, config.image_size
     blocks = (side // config.mask_block) ** 2

@@ -1,1 +1,5 @@
 """Processes of a run: ranks, collectives, parallel models, losses of the global batch."""
+
+from mvlm.distributed.world import World, start
+
+__all__ = ["World", "start"]

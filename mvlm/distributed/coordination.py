@@ -1,4 +1,4 @@
-"""How the ranks of a run decide together: to begin, to save, to stop, to give up."""
+"""Decisions that all ranks of a run take together: to start, to save, to stop, to give up."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -7,23 +7,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mvlm.config.json_files import differing_settings
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
-from mvlm.runs.folder import differing_settings
 from mvlm_dataloading import DataError, Dataset
 
 T = TypeVar("T")
 USER_ERRORS = (ConfigError, RunError, DataError)
 
 
-def agree(world: World, work: Callable[[], T]) -> T:
-    """Do `work` on every rank. If it fails on any, all of them leave: rank 0 with the error, the others with code 2."""
+def run_on_all_ranks(world: World, work: Callable[[], T]) -> T:
+    """Do `work` on every rank. If it fails on any, all of them end: rank 0 with the error, the others with code 2."""
     try:
         result, error = work(), None
     except Exception as caught:
         result, error = None, caught
-    told = world.gather(None if error is None else str(error))
+    told = world.gather_objects(None if error is None else str(error))
     if error is not None and (world.first or not isinstance(error, USER_ERRORS)):
         raise error
     failed = [rank for rank, message in enumerate(told) if message is not None]
@@ -36,7 +36,7 @@ def agree(world: World, work: Callable[[], T]) -> T:
 
 def check_ranks(world: World, config: PretrainConfig, dataset: Dataset) -> None:
     """RunError on rank 0, and the end of the others, where a rank has other settings or data than rank 0."""
-    everyone = world.gather({"settings": config.to_dict(), "out": str(config.out), "data": dataset.fingerprint})
+    everyone = world.gather_objects({"settings": config.to_dict(), "out": str(config.out), "data": dataset.fingerprint})
 
     def compare() -> None:
         for rank, its in enumerate(everyone):
@@ -51,7 +51,7 @@ def check_ranks(world: World, config: PretrainConfig, dataset: Dataset) -> None:
                     f"start all ranks with the same command on the same data"
                 )
 
-    agree(world, compare)
+    run_on_all_ranks(world, compare)
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
@@ -59,41 +59,42 @@ def is_lost_rank(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
 
 
-class Wishes:
-    """Decisions that all ranks have to take after the same step, though one rank's clock or signal asks for them.
+class StepDecisions:
+    """Requests of any rank, on which all ranks act after the same step: to save, to evaluate, to stop.
 
-    Each rank's wishes are told to all while the next step runs, and are granted after that one, so that no step waits.
+    Requests are all-reduced while the next step runs and take effect after it, so no step waits.
     """
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._told: tuple[Tensor, dist.Work | None] | None = None
-        self._granted: list[bool] = []
+        self._sent: tuple[Tensor, dist.Work | None] | None = None
+        self._decided: list[bool] = []
 
-    def grant(self, *wishes: bool) -> list[bool]:
-        """What is granted now, by wish: in a world of one these; else what any rank wished at the call before.
+    def decide(self, *requests: bool) -> list[bool]:
+        """The decision on each request: in a world of one, the request itself; else what any rank requested last call.
 
-        What was granted at the call before is not granted again: the wish was told before it came true.
+        A request that took effect last call is dropped once: it was sent before the rank could see its effect.
         """
         if self._world.size == 1:
-            return list(wishes)
-        before = self._told
-        mine = torch.tensor(wishes, dtype=torch.int32)
-        self._told = (mine, self._world.start_all_reduce(mine, dist.ReduceOp.MAX))
+            return list(requests)
+        before = self._sent
+        mine = torch.tensor(requests, dtype=torch.int32)
+        self._sent = (mine, self._world.start_all_reduce(mine, dist.ReduceOp.MAX))
         if before is None:
-            return [False] * len(wishes)
-        heard = self._hear(before)
-        self._granted = [w and not g for w, g in zip(heard, self._granted or [False] * len(heard), strict=True)]
-        return self._granted
+            return [False] * len(requests)
+        received = self._receive(before)
+        last = self._decided or [False] * len(received)
+        self._decided = [new and not old for new, old in zip(received, last, strict=True)]
+        return self._decided
 
     def close(self) -> None:
-        """Hear out what is under way, before the ranks part."""
-        if self._told is not None:
-            self._hear(self._told)
+        """Wait for the requests under way. Call it before the process group is closed."""
+        if self._sent is not None:
+            self._receive(self._sent)
 
     @staticmethod
-    def _hear(told: "tuple[Tensor, dist.Work | None]") -> list[bool]:
-        values, work = told
+    def _receive(sent: "tuple[Tensor, dist.Work | None]") -> list[bool]:
+        values, work = sent
         if work is not None:
             work.wait()
         return values.bool().tolist()

@@ -1,4 +1,4 @@
-"""The model on several ranks: torch's DDP or FSDP2 around it, and a split model made whole."""
+"""The model on several ranks: DDP or FSDP2 around it, activation checkpointing, and unsharded copies."""
 
 import os
 import warnings
@@ -75,7 +75,7 @@ def parallelize(
     # Keys and values are views of one product. The warning is about changing them in place, which nothing does.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     mesh = _mesh(world, nodes)
-    # Inputs are left alone: residual streams are as wide as autocast makes them.
+    # Do not cast inputs: autocast decides the residual stream's dtype.
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=model.log_scale.dtype, cast_forward_inputs=False)
     for module in model.modules():
         if isinstance(module, BLOCKS):
@@ -107,7 +107,7 @@ def checkpoint_activations(model: MaskVLM) -> None:
 
 
 GRAPHS = 64
-"""Compiled steps that may be kept; batches come in a handful of shapes (`mvlm.model.packing.bucketed`)."""
+"""Compiled steps that may be kept; batches come in a handful of shapes (`mvlm.model.packing.pad_to_bucket`)."""
 
 
 def compile_step(model: MaskVLM, world: World, **settings: Any) -> None:
@@ -121,8 +121,11 @@ def compile_step(model: MaskVLM, world: World, **settings: Any) -> None:
     model.compile(fullgraph=True, dynamic=False, **settings)
 
 
-def whole_model(model: MaskVLM) -> MaskVLM:
-    """The model itself where its weights are whole, else a copy with all of them, on every rank. Not for training."""
+def unsharded_copy(model: MaskVLM) -> MaskVLM:
+    """The model itself if its weights are not sharded, else a copy with full weights on every rank.
+
+    The copy is not for training.
+    """
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         return model
     whole = MaskVLM(model.config).to(model.log_scale.device)

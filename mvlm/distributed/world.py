@@ -37,11 +37,6 @@ class World:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def barrier(self) -> None:
-        """Wait for every rank."""
-        if self.size > 1:
-            dist.all_reduce(torch.zeros(1))  # on the CPU, by gloo: a barrier of NCCL would wait for the device
-
     def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
         """The tensor, reduced over ranks in place. On the device, without waiting for it, where the tensor is there."""
         if self.size > 1:
@@ -52,7 +47,7 @@ class World:
         """The same, begun: `wait()` on what is returned (None in a world of one) before reading the tensor."""
         return dist.all_reduce(tensor, op=op, async_op=True) if self.size > 1 else None
 
-    def gather(self, value: Any, group: "dist.ProcessGroup | None" = None) -> list[Any]:
+    def gather_objects(self, value: Any, group: "dist.ProcessGroup | None" = None) -> list[Any]:
         """Every rank's value, by rank, on every rank. Values are plain and travel as JSON, so nothing is unpickled."""
         if self.size == 1:
             return [value]

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm.device import autocast
-from mvlm.inference.encode import Features, eval_loader
-from mvlm.model.encoders import patchify
+from mvlm.inference.encode import EncodedSplit, eval_loader
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.patches import mask_tokens, masked_patches
+from mvlm.model.packing import mask_tokens
+from mvlm.model.patches import masked_patches, patchify
 from mvlm_dataloading import Dataset, Loader, Tokenizer
 
 RESAMPLES = 1000
@@ -45,7 +45,12 @@ def wrong_partners(number: int, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def cross_modal_gain(
-    model: MaskVLM, dataset: Dataset, features: Features, tokenizer: Tokenizer, draws: int = 4, precision: str = "auto"
+    model: MaskVLM,
+    dataset: Dataset,
+    features: EncodedSplit,
+    tokenizer: Tokenizer,
+    draws: int = 4,
+    precision: str = "auto",
 ) -> dict[str, Any]:
     """Gains in both directions with 95 % intervals, and the masked losses behind them."""
     sums = _Sums(*(np.zeros(len(dataset)) for _ in range(5)))
@@ -71,7 +76,7 @@ def cross_modal_gain(
 
 
 def _add_losses(
-    sums: _Sums, model: MaskVLM, loader: Loader, features: Features, partner: Tensor, precision: str
+    sums: _Sums, model: MaskVLM, loader: Loader, features: EncodedSplit, partner: Tensor, precision: str
 ) -> None:
     device = next(model.parameters()).device
     for batch, masks in loader:

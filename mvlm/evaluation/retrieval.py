@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mvlm.device import autocast
-from mvlm.inference.encode import Features
+from mvlm.inference.encode import EncodedSplit
 from mvlm.model.maskvlm import MaskVLM
 
 QUERIES_PER_BLOCK = 64
@@ -36,7 +36,7 @@ class Ranks:
 
 
 @torch.no_grad()
-def rank(model: MaskVLM, features: Features, direction: str, k: int = 32, precision: str = "auto") -> Ranks:
+def rank(model: MaskVLM, features: EncodedSplit, direction: str, k: int = 32, precision: str = "auto") -> Ranks:
     """Rank the gallery for every query. direction "tr" (images ask, captions answer) or "ir" (the reverse)."""
     queries, gallery = features.image_embedding, features.text_embedding
     query_owner, gallery_owner = torch.arange(len(queries)), features.owner
@@ -69,7 +69,7 @@ def best_rank(scores: Tensor, right: Tensor) -> Tensor:
 
 
 def match_scores(
-    model: MaskVLM, features: Features, queries: Tensor, candidates: Tensor, direction: str, precision: str
+    model: MaskVLM, features: EncodedSplit, queries: Tensor, candidates: Tensor, direction: str, precision: str
 ) -> Tensor:
     """ITM's log-odds of a match for every query int64 (Q,) with its candidates int64 (Q, K). Returns float (Q, K)."""
     device = next(model.parameters()).device

@@ -1,7 +1,5 @@
 """The figures of an evaluation as text and as a file."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 
@@ -29,9 +27,3 @@ def format_table(figures: dict[str, Any]) -> str:
         f"masked tokens              {figures['masked_nats']:.3f} nats a token",
     ]
     return "\n".join(lines)
-
-
-def write_json(path: Path, figures: dict[str, Any]) -> None:
-    """Write the figures, making the folder if there is none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""A split passed once through both encoders; everything else in the evaluation reads these features.
+"""Features of a whole split: one pass through both encoders, which the evaluation then shares.
 
 Shape legend: I images, T captions, N patches, L tokens (the model's text length), C width, E contrastive width.
 """
@@ -17,7 +17,7 @@ BATCH = 64
 
 
 @dataclass(frozen=True)
-class Features:
+class EncodedSplit:
     """Features of one split, kept on the CPU so that the device holds one batch at a time."""
 
     v: Tensor
@@ -39,7 +39,7 @@ class Features:
 
 
 def eval_loader(dataset: Dataset, model: MaskVLM, tokenizer: Tokenizer, seed: int = 0) -> Loader:
-    """One pass in order over whole pictures, first captions and masks drawn from `seed`."""
+    """One pass in order over uncropped images and first captions, with masks drawn from `seed`."""
     config = model.config
     device = next(model.parameters()).device
     return Loader(
@@ -67,7 +67,7 @@ def encode_captions(model: MaskVLM, captions: list[str], tokenizer: Tokenizer) -
 
 
 @torch.no_grad()
-def encode_split(model: MaskVLM, dataset: Dataset, tokenizer: Tokenizer, precision: str = "auto") -> Features:
+def encode_split(model: MaskVLM, dataset: Dataset, tokenizer: Tokenizer, precision: str = "auto") -> EncodedSplit:
     """Encode every image and every caption of `dataset`."""
     device = next(model.parameters()).device
     images, image_embeddings = [], []
@@ -88,7 +88,7 @@ def encode_split(model: MaskVLM, dataset: Dataset, tokenizer: Tokenizer, precisi
             texts.append(w.cpu())
             key_masks.append(key_mask.cpu())
             text_embeddings.append(model.embed_text(w).cpu())
-    return Features(
+    return EncodedSplit(
         torch.cat(images),
         torch.cat(texts),
         torch.cat(key_masks),

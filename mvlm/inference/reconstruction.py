@@ -1,62 +1,20 @@
-"""One picture and one caption through a trained model: rebuild pixels, fill in words.
+"""Masked images rebuilt from what is left and from captions.
 
-Shape legend: B batch, S image side, K masked patches, N patches, P patch side, M masked tokens.
+Shape legend: B batch, S image side, K masked patches, P patch side.
 """
-
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from mvlm.device import autocast
-from mvlm.errors import ConfigError, RunError
-from mvlm.inference.encode import encode_captions
-from mvlm.model.encoders import patchify, unpatchify
+from mvlm.inference.encode import encode_captions, eval_loader
+from mvlm.inference.images import hide_patches
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.patches import mask_tokens, masked_patches
-from mvlm_dataloading import Tokenizer
+from mvlm.model.patches import masked_patches, patchify, unpatchify
+from mvlm_dataloading import Dataset, Tokenizer
 
-GREY = 190  # masked patches are shown in this grey
-
-
-def load_picture(path: Path, side: int) -> Tensor:
-    """A picture file as uint8 (3, S, S), squeezed to a square, transparency on white; RunError if it does not open."""
-    try:
-        with Image.open(path) as file:
-            rgba = file.convert("RGBA")
-    except FileNotFoundError:
-        raise RunError(f"{path}: wanted a picture, found no such file") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        raise RunError(f"{path}: wanted a picture, could not read it: {error}") from None
-    white = Image.new("RGBA", rgba.size, "white")
-    picture = Image.alpha_composite(white, rgba).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-
-
-def tokens_with_gaps(caption: str, tokenizer: Tokenizer, length: int) -> Tensor:
-    """int64 (L,) tokens of a caption in which every "[MASK]" stands for one token to guess; at most `length`.
-
-    The tokenizer itself never makes a special token of a caption's text, so the pieces between are encoded alone.
-
-    Raises:
-        ConfigError: a gap lies beyond `length`.
-    """
-    inner: list[int] = []
-    for number, piece in enumerate(caption.split("[MASK]")):
-        inner += [tokenizer.mask_id] if number else []
-        if piece.strip():
-            inner += tokenizer.encode([piece.strip()], length)[0][1:-1].tolist()
-    if tokenizer.mask_id in inner[length - 2 :]:
-        raise ConfigError(f"caption: wanted every [MASK] among the first {length - 2} tokens, got one at or after them")
-    return torch.tensor([tokenizer.cls_id, *inner[: length - 2], tokenizer.sep_id])
-
-
-def hide_patches(images: Tensor, patch_ids: Tensor, patch_size: int) -> Tensor:
-    """uint8 images (B, 3, S, S) with the patches int64 (B, K) painted grey."""
-    patches = patchify(images, patch_size)
-    return unpatchify(patches.scatter(1, patch_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1]), GREY), patch_size)
+STRIP_IMAGES = 8
 
 
 @torch.no_grad()
@@ -89,30 +47,12 @@ def reconstruct(
     return unpatchify(filled, config.patch_size).cpu()
 
 
-@torch.no_grad()
-def fill(
-    model: MaskVLM,
-    tokenizer: Tokenizer,
-    images: Tensor,
-    tokens: Tensor,
-    lengths: list[int],
-    token_ids: Tensor,
-    top: int = 1,
-    precision: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """Guess masked tokens from the rest of each caption and from its image.
-
-    images uint8 (B, 3, S, S); tokens packed int64 (T,) with `lengths`; token_ids int64 (M,), positions to hide.
-    Returns the `top` likeliest token ids int64 (M, top), of those that the tokenizer has, and their probabilities
-    (M, top), on the CPU.
-    """
-    device = next(model.parameters()).device
-    starts = torch.tensor([0, *np.cumsum(lengths)], device=device)
-    hidden = mask_tokens(tokens.to(device), token_ids.to(device), model.config.mask_token_id)
-    with autocast(device, precision):
-        v = model.encode_image(images.to(device))
-        wm, key_mask = model.encode_text(hidden, starts, max(lengths))
-        logits = model.fill_mask(v, wm, key_mask, starts, token_ids.to(device)).float()
-    logits = logits[:, : tokenizer.vocab_size]  # the model may have rows for tokens that there are not
-    found = logits.softmax(-1).topk(top, dim=-1)
-    return found.indices.cpu(), found.values.cpu()
+def reconstruction_strip(model: MaskVLM, split: Dataset, tokenizer: Tokenizer, precision: str = "auto") -> np.ndarray:
+    """The first images of a split in columns: original, masked, and rebuilt with their captions. uint8 (3S, 8S, 3)."""
+    batch, masks = next(iter(eval_loader(split, model, tokenizer)))
+    images, patch_ids = batch.images[:STRIP_IMAGES], masks.patch_ids[:STRIP_IMAGES].to(batch.images.device)
+    captions = [split.captions(i)[0] for i in batch.sample_id[:STRIP_IMAGES].tolist()]
+    masked = hide_patches(images, patch_ids, model.config.patch_size)
+    rebuilt = reconstruct(model, tokenizer, images, captions, patch_ids, precision)
+    rows = [torch.cat(list(row.cpu()), dim=2) for row in (images, masked, rebuilt)]  # (3, S, 8S) each
+    return torch.cat(rows, dim=1).permute(1, 2, 0).numpy()

@@ -1,4 +1,4 @@
-"""Multi-head attention: the plain module, and the calls that the fast plan makes of it.
+"""Multi-head attention: the module, and its projections as separate calls.
 
 Shape legend: B batch, Lq queries, Lk keys, T packed rows, R pairs, C width, H heads, D head width.
 """
@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mvlm.device import compute_dtype
 from mvlm.model import attention_backends as backends
+from mvlm.model.packing import Packing
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
@@ -23,17 +25,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> T
     """
     mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, Lk)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        return backends.products(q, k, v, mask)
+        return backends.math_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def spread(x: Tensor, rows: Tensor, key_mask: Tensor) -> Tensor:
-    """Packed x (T, C) -> (B, L, C) with zeros for padding; rows int64 (T,) are places in (B, L), flattened.
-
-    A place from B*L on is none: one more row takes what belongs to no caption.
-    """
-    places = x.new_zeros(key_mask.numel() + 1, x.shape[-1]).index_copy(0, rows.clamp(max=key_mask.numel()), x)
-    return places[:-1].view(*key_mask.shape, -1)
 
 
 class Attention(nn.Module):
@@ -44,7 +37,7 @@ class Attention(nn.Module):
         self.heads = heads
         self.self_backend: str = "auto"
         self.cross_backend: str = "auto"
-        """What the fast plan computes with; see `mvlm.model.attention_backends`."""
+        """Backends of the fast implementation; see `mvlm.model.attention_backends`."""
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
@@ -55,13 +48,10 @@ class Attention(nn.Module):
         q, k, v = self.query(x), self.key(memory), self.value(memory)
         return self.out(self._attend(q, k, v, key_mask))
 
-    def packed(self, x: Tensor, rows: Tensor, key_mask: Tensor) -> Tensor:
-        """Self-attention of packed sequences: x (T, C), whose rows int64 (T,) say where each lies in (B, L), flattened.
-
-        key_mask bool (B, L), True = exists. Returns (T, C). Only the attention itself sees padding.
-        """
-        q, k, v = (spread(projection(x), rows, key_mask) for projection in (self.query, self.key, self.value))
-        return self.out(self._attend(q, k, v, key_mask).flatten(0, 1).index_select(0, rows))
+    def packed(self, x: Tensor, packing: Packing) -> Tensor:
+        """Self-attention of packed sequences x (T, C) -> (T, C). Only the attention itself sees padding."""
+        q, k, v = (packing.pad(projection(x)) for projection in (self.query, self.key, self.value))
+        return self.out(packing.unpad(self._attend(q, k, v, packing.exists)))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """Projected q (B, Lq, C), k and v (B, Lk, C) -> (B, Lq, C)."""
@@ -71,7 +61,7 @@ class Attention(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, L, C) -> (B, H, L, D)
 
-    # What follows is the same in parts, so that a part that several uses share is computed once.
+    # The same projections as separate calls, so that the fast implementation can cache and share them.
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., C) -> queries, keys and values (..., H, D), by one matrix product."""
@@ -87,8 +77,8 @@ class Attention(nn.Module):
         """(..., C) -> (..., H, D)."""
         return self._project(x, (self.query,)).squeeze(-3)
 
-    def joined(self, heads: Tensor) -> Tensor:
-        """What attention gives, (..., H, D), projected: (..., C)."""
+    def project_out(self, heads: Tensor) -> Tensor:
+        """The output projection of attention's heads (..., H, D) -> (..., C)."""
         return self.out(heads.flatten(-2))
 
     def _project(self, x: Tensor, layers: tuple[nn.Linear, ...]) -> Tensor:
@@ -98,13 +88,13 @@ class Attention(nn.Module):
         return F.linear(x, weight, bias).unflatten(-1, (len(layers), self.heads, -1))
 
     def first_rows(self, first: Tensor, x: Tensor, exists: Tensor | None) -> Tensor:
-        """What the first row of each sequence gathers from all of them, without keys and values of all rows.
+        """Attention of each sequence's first row to all its rows, without making their keys and values.
 
-        first (R, C) are the first rows, x (R, L, C) all of them, exists bool (R, L) or None (all do). Returns (R, C),
-        projected. A score is q . (W_k x + b_k) = (W_k^T q) . x + const, and the softmax drops the constant; the
-        weights add up to one, so sum_j p_j (W_v x_j + b_v) = W_v (sum_j p_j x_j) + b_v.
+        first (R, C) are the first rows, x (R, L, C) all rows, exists bool (R, L), True = a row, or None: all exist.
+        Returns (R, C), projected. A score is q . (W_k x + b_k) = (W_k^T q) . x + const, and the softmax drops the
+        constant. The weights add up to one, so sum_j p_j (W_v x_j + b_v) = W_v (sum_j p_j x_j) + b_v.
         """
-        dtype = backends.compute_dtype(x)
+        dtype = compute_dtype(x)
         first, x = first.to(dtype), x.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             key, value = (
@@ -123,7 +113,7 @@ class Attention(nn.Module):
 
 
 Attend = Callable[[Attention, Tensor], Tensor]
-"""How a block's attention is computed: from its weights and the rows that attend, what is added to the stream."""
+"""Computation of a block's attention: from the module and the rows that attend to what is added to the stream."""
 
 
 class FeedForward(nn.Module):
@@ -140,8 +130,10 @@ class FeedForward(nn.Module):
 
 
 class _GeluLinear(torch.autograd.Function):
-    """linear(gelu(h)), which keeps h alone for the backward pass and makes gelu(h) again there: a fifth less memory in
-    a block for three per cent of its time."""
+    """linear(gelu(h)) that saves h alone for backward and recomputes gelu(h) there.
+
+    A block needs a fifth less memory for three per cent more time.
+    """
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -31,22 +31,16 @@ INSTALLED = {module: find_spec(module) is not None for module in ("flash_attn", 
 """Looked for once: every attention asks, and Python goes through the folders each time."""
 
 
-class Choice(NamedTuple):
+class BackendChoice(NamedTuple):
     """A backend, and why each of the others is not the one."""
 
     backend: str
     reasons: dict[str, str]
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a matrix product of x has here: autocast's, or its own."""
-    kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
-
-
-def choose(wanted: str, device: torch.device, dtype: torch.dtype, width: int, shorter: int, *, text: bool) -> Choice:
+def choose(
+    wanted: str, device: torch.device, dtype: torch.dtype, width: int, shorter: int, *, text: bool
+) -> BackendChoice:
     """The backend for heads of `width` where the shorter side has `shorter` rows; `text`: one side is text.
 
     ConfigError, with the reason, for a backend that is wanted and cannot run here.
@@ -60,15 +54,15 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype, width: int, sh
         if wanted in reasons and not interpreted:
             can = [name for name in names if name not in reasons and name != "auto"]
             raise ConfigError(f"attention backend {wanted}: {reasons[wanted]}; here can run: {', '.join(can)}")
-        return Choice(wanted, {})
+        return BackendChoice(wanted, {})
     if device.type == "cuda":
-        return Choice("triton" if text and "triton" not in reasons else "sdpa", reasons)
-    return Choice("products" if dtype == torch.bfloat16 else "sdpa", reasons)
+        return BackendChoice("triton" if text and "triton" not in reasons else "sdpa", reasons)
+    return BackendChoice("math" if dtype == torch.bfloat16 else "sdpa", reasons)
 
 
 def choices(
     config: MaskVLMConfig, device: torch.device, dtype: torch.dtype, own: str = "auto", cross: str = "auto"
-) -> dict[str, Choice]:
+) -> dict[str, BackendChoice]:
     """What a model of these sizes takes for "image" self-attention and where "text" is on one side.
 
     ConfigError where `own` or `cross`, what is wanted for each, cannot run.
@@ -163,12 +157,12 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, exists: Tensor | None, backend: str)
     """q (B, Lq, H, D), k and v (B, Lk, H, D), exists bool (B, Lk), True = the key exists -> (B, Lq, H, D)."""
     mask = None if exists is None else exists[:, None, None, :]
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if backend == "products":
-        return products(q, k, v, mask).transpose(1, 2)
+    if backend == "math":
+        return math_attention(q, k, v, mask).transpose(1, 2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
-def products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v by two batched matrix products, in the dtype of the inputs throughout.
 
     q (B, H, Lq, D), k and v (B, H, Lk, D); mask bool, broadcast to (B, H, Lq, Lk), True = the key exists.

@@ -1,4 +1,4 @@
-"""Cross-modality encoders: one stream reads the other encoder's output.
+"""Cross-modality encoders: self-attention of one stream, cross-attention to the other encoder's output.
 
 Shape legend: B batch, L rows of the own stream, M rows of the other, C width.
 """
@@ -8,10 +8,12 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from mvlm.device import compute_dtype
 from mvlm.model.attention import Attend, Attention, FeedForward
+from mvlm.model.packing import Packing
 
 Rows = Callable[[Tensor], Tensor]
-"""Chooses rows of a stream."""
+"""Selection of rows of a stream."""
 
 
 class CrossBlock(nn.Module):
@@ -31,15 +33,16 @@ class CrossBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width, eps=1e-5)
 
     def forward(
-        self, x: Tensor, own: Attend, other: Attend, take: Rows | None = None, between: Rows | None = None
+        self, x: Tensor, own: Attend, other: Attend, select: Rows | None = None, between: Rows | None = None
     ) -> Tensor:
         """x (B, L, C), or packed (T, C) -> the same, or fewer rows.
 
-        `own(attention, y)` is self-attention over y, what x is or its norm; `other(attention, y)` reads the other
-        stream. Where `own` answers for some rows alone, `take` takes them of x. `between` may draw rows before `other`.
+        `own(attention, y)` is self-attention over y, which is x or its norm. `other(attention, y)` is cross-attention.
+        Where `own` returns some rows alone, `select` selects the same rows of x. `between` may select rows before
+        `other`.
         """
         y = self.norm1(x) if self.pre else x
-        x = (x if take is None else take(x)) + own(self.self_attention, y)
+        x = (x if select is None else select(x)) + own(self.self_attention, y)
         x = x if self.pre else self.norm1(x)
         x = x if between is None else between(x)
         x = x + other(self.cross_attention, self.norm2(x) if self.pre else x)
@@ -48,7 +51,7 @@ class CrossBlock(nn.Module):
         return x if self.pre else self.norm3(x)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """What the cross-attention reads of the other stream, (..., C): keys and values (..., H, D)."""
+        """Keys and values (..., H, D) of the cross-attention, from the other stream's rows (..., C)."""
         return self.cross_attention.keys_values(memory)
 
 
@@ -85,7 +88,7 @@ class CrossEncoder(nn.Module):
         *early, last = self.layers
         for block in early:
             x = block(x, own, other)
-        return self.norm(last(x, own_first, other, take=first_rows) if first_row_only else last(x, own, other))
+        return self.norm(last(x, own_first, other, select=first_rows) if first_row_only else last(x, own, other))
 
     @property
     def layers(self) -> list[CrossBlock]:
@@ -95,3 +98,23 @@ class CrossEncoder(nn.Module):
 def first_rows(x: Tensor) -> Tensor:
     """(B, L, C) -> (B, 1, C)."""
     return x[:, :1]
+
+
+class KeyValueCache:
+    """Key/value cache for cross-attention: keys and values of one encoder's output, made once for each layer.
+
+    Args:
+        rows: (B, 1+N, C) padded, or (T, C) packed.
+        packing: layout of packed rows; None for padded ones.
+    """
+
+    def __init__(self, rows: Tensor, packing: Packing | None = None) -> None:
+        self.rows = rows.to(compute_dtype(rows))
+        self.packing = packing
+        self._made: dict[CrossBlock, tuple[Tensor, Tensor]] = {}
+
+    def keys_values(self, block: CrossBlock) -> tuple[Tensor, Tensor]:
+        """(B, 1+N, H, D) or (T, H, D) each."""
+        if block not in self._made:
+            self._made[block] = block.keys_values(self.rows)
+        return self._made[block]

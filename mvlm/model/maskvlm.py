@@ -1,145 +1,28 @@
-"""MaskVLM: two encoders, two cross-modality encoders, an image decoder, and four objectives (docs/method.md).
+"""MaskVLM: the network with its four objectives (docs/method.md).
 
-Shape legend: B batch, N patches, K masked patches, T packed tokens, L tokens of the longest caption, M masked tokens,
-C width, E contrastive width, V vocabulary, P patch side, S image side. Image features are (B, 1+N, C), [CLS] first;
-text features (B, L, C), [CLS] first, padded at the end, with a key mask bool (B, L), True = a token.
+Shape legend: B batch, E contrastive width.
 """
 
-import math
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from mvlm.config.model import CrossBackend, MaskVLMConfig, SelfBackend
 from mvlm.model import fast, plain
-from mvlm.model.attention import Attention
-from mvlm.model.cross_encoder import CrossEncoder
-from mvlm.model.encoders import ImageEncoder, PackedText, TextEncoder, padded_places, patchify
+from mvlm.model.implementation import Implementation
+from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.pretrained import HubMixin
-from mvlm.objectives import losses as objectives
+from mvlm.objectives import losses
 from mvlm.objectives.losses import Losses
+from mvlm.objectives.negatives import NegativeSampling, matching_pairs
 from mvlm_dataloading import Batch, Masks
 
-PLANS = {"plain": plain, "fast": fast}
-PIXEL_MODULES = ("image_cross.", "image_decoder.", "pixel_head")
-"""Name prefixes of what rebuilds pixels; it has a learning rate and an initialisation of its own."""
+IMPLEMENTATIONS: dict[str, Implementation] = {"plain": plain, "fast": fast}
+"""Implementations of the step, by the name that `plan` has in configurations and on the command line."""
 
 
-class LanguageHead(nn.Module):
-    """RoBERTa's LM head: dense, GELU, LayerNorm, vocabulary projection (not tied to the embedding)."""
-
-    def __init__(self, config: MaskVLMConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.width, config.width)
-        self.norm = nn.LayerNorm(config.width, eps=1e-5)
-        self.vocabulary = nn.Linear(config.width, config.vocab_size)
-
-    def transform(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C), all but the vocabulary projection."""
-        return self.norm(F.gelu(self.dense(x)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> logits (..., V)."""
-        return self.vocabulary(self.transform(x))
-
-
-class MaskVLM(nn.Module, HubMixin):
-    """The model and its objectives on one set of weights."""
-
-    def __init__(self, config: MaskVLMConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.image_encoder = ImageEncoder(config)
-        self.text_encoder = TextEncoder(config)
-        self.image_cross = CrossEncoder(config.width, config.heads, config.cross_layers, config.cross_norm)
-        self.text_cross = CrossEncoder(config.width, config.heads, config.cross_layers, config.cross_norm)
-        self.image_decoder = CrossEncoder(config.width, config.heads, config.decoder_layers, config.cross_norm)
-        self.pixel_head = nn.Linear(config.width, config.patch_values)
-        self.language_head = LanguageHead(config)
-        self.image_projection = nn.Linear(config.width, config.itc_width)
-        self.text_projection = nn.Linear(config.width, config.itc_width)
-        self.log_scale = nn.Parameter(torch.tensor([math.log(1 / config.temperature)]))  # (1,): FSDP2 splits no scalars
-        self.matching_head = nn.Linear(config.width, 2)
-        self._initialize()
-
-    def _initialize(self) -> None:
-        """Linear weights as the configuration says, embeddings and tokens trunc_normal(0.02), biases zero."""
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
-                pixels = name.startswith(PIXEL_MODULES)
-                if (self.config.pixel_initialization if pixels else self.config.initialization) == "xavier":
-                    nn.init.xavier_uniform_(module.weight)
-                else:
-                    nn.init.trunc_normal_(module.weight, std=0.02)
-        image, text = self.image_encoder, self.text_encoder
-        for embedding in (image.mask_token, image.cls_token, image.position, text.position, text.words.weight):
-            nn.init.trunc_normal_(embedding, std=0.02)
-
-    def encode_image(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
-        """images uint8 or float 0..1 (B, 3, S, S); masked bool (B, N), True = hidden. Returns (B, 1+N, C)."""
-        side = self.config.image_size
-        if images.ndim != 4 or images.shape[1:] != (3, side, side):
-            raise ValueError(f"images: wanted (B, 3, {side}, {side}), got {tuple(images.shape)}")
-        return self.image_encoder(images, masked)
-
-    def encode_text_packed(self, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
-        """Packed tokens int64 (T,), captions bounded by cu_seqlens int (B+1,), the longest of max_length tokens."""
-        if tokens.ndim != 1 or cu_seqlens.ndim != 1 or not 0 < max_length <= self.config.text_length:
-            raise ValueError(
-                f"tokens, cu_seqlens, max_length: wanted (T,), (B+1,) and at most {self.config.text_length}, "
-                f"got {tuple(tokens.shape)}, {tuple(cu_seqlens.shape)} and {max_length}"
-            )
-        rows, key_mask = padded_places(len(tokens), cu_seqlens, max_length)
-        return PackedText(self.text_encoder(tokens, rows, key_mask), cu_seqlens, max_length)
-
-    def encode_text(self, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
-        """As `encode_text_packed`, but padded: features (B, L, C), zero where there is padding, and their key mask.
-
-        The key mask is bool (B, L), True = a token.
-        """
-        return self.encode_text_packed(tokens, cu_seqlens, max_length).padded()
-
-    def embed_image(self, v: Tensor) -> Tensor:
-        """Contrastive embedding of image features (B, 1+N, C): unit length (B, E)."""
-        return F.normalize(objectives.at_least_float32(self.image_projection(v[:, 0])), dim=-1)
-
-    def embed_text(self, w: Tensor) -> Tensor:
-        """Contrastive embedding of text features (B, L, C): unit length (B, E)."""
-        return F.normalize(objectives.at_least_float32(self.text_projection(w[:, 0])), dim=-1)
-
-    def match(self, v: Tensor, w: Tensor, key_mask: Tensor) -> Tensor:
-        """ITM logits (B, 2), column 1 = "they match", for features v (B, 1+N, C) and w (B, L, C) of unmasked inputs."""
-        image = self.image_cross(v, w, None, key_mask, first_row_only=True)[:, 0]  # (B, C)
-        text = self.text_cross(w, v, key_mask, None, first_row_only=True)[:, 0]
-        return self.matching_head(image * text)
-
-    def fill_mask(self, v: Tensor, wm: Tensor, key_mask: Tensor, cu_seqlens: Tensor, token_ids: Tensor) -> Tensor:
-        """Logits (M, V) for the packed positions token_ids int64 (M,).
-
-        wm (B, L, C) are features of the masked text, v (B, 1+N, C) of the whole image; cu_seqlens int32 (B+1,).
-        """
-        x = self.text_cross(wm, v, key_mask, None)  # (B, L, C)
-        rows = x.flatten(0, 1)
-        caption = torch.searchsorted(cu_seqlens[1:].long(), token_ids, right=True)
-        return self.language_head(rows.index_select(0, caption * x.shape[1] + token_ids - cu_seqlens[caption]))
-
-    def reconstruct(self, vm: Tensor, w: Tensor, key_mask: Tensor, patch_ids: Tensor) -> Tensor:
-        """Normalised pixels (B, K, 3*P*P) of the patches patch_ids int64 (B, K).
-
-        vm (B, 1+N, C) are features of the masked image, w (B, L, C) of the whole text.
-        """
-        x = self.image_cross(vm, w, None, key_mask)
-        x = self.image_decoder(x, w, None, key_mask)  # (B, 1+N, C)
-        x = x.gather(1, 1 + patch_ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))  # (B, K, C)
-        return self.pixel_head(x)
-
-    def patch_targets(self, images: Tensor, patch_ids: Tensor) -> Tensor:
-        """Normalised pixels (B, K, 3*P*P) of the patches patch_ids int64 (B, K)."""
-        patches = patchify(self.image_encoder.normalize(images), self.config.patch_size)
-        return patches.gather(1, patch_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+class MaskVLM(MaskVLMNetwork, HubMixin):
+    """The model: a network, its objectives, and `from_pretrained` / `save_pretrained`."""
 
     def forward(
         self,
@@ -153,38 +36,27 @@ class MaskVLM(nn.Module, HubMixin):
     ) -> Losses:
         """The four losses of one batch.
 
-        `seed` and `step` choose ITM's negatives. With `reconstruction_only`, ITC and ITM are zero and cost nothing.
-        `plan` is how it is computed, not what: `mvlm.model.plain` is written to be read, `mvlm.model.fast` to be run.
+        Args:
+            seed: with `step`, decides ITM's negatives.
+            step: number of the update; an int64 scalar on the device under torch.compile and CUDA graphs.
+            reconstruction_only: MLM and MIM alone; ITC and ITM are zero and cost nothing.
+            plan: name of the implementation; `plain` and `fast` give the same losses, up to rounding.
         """
-        if plan not in PLANS:
-            raise ValueError(f"plan: wanted {' or '.join(PLANS)}, got {plan!r}")
-        steps = PLANS[plan]
-        streams = steps.encode(self, batch, masks)
-        mlm, mim, mlm_accuracy = steps.reconstruction_losses(self, streams, batch, masks)
+        if plan not in IMPLEMENTATIONS:
+            raise ValueError(f"plan: wanted {' or '.join(IMPLEMENTATIONS)}, got {plan!r}")
+        implementation = IMPLEMENTATIONS[plan]
+        streams = implementation.encode(self, batch, masks)
+        mlm, mim, mlm_accuracy = implementation.reconstruction_losses(self, streams, batch, masks)
         if reconstruction_only:
             itc = itm = itc_accuracy = itm_accuracy = torch.zeros_like(mim)
         else:
             image, text = self.embed_image(streams.image), self.embed_text(streams.text.first())  # (B, E)
-            logits = objectives.contrastive_logits(image, text, self.log_scale)
-            itc, itc_accuracy = objectives.contrastive_loss(logits), objectives.contrastive_hits(logits)
-            pairs = objectives.matching_pairs(logits, batch.image_id, batch.text_id, seed, step)
-            match = steps.match_pairs(
-                self, streams.image, streams.text, pairs.images, pairs.texts, streams.memories
+            logits = losses.contrastive_logits(image, text, self.log_scale)
+            itc, itc_accuracy = losses.contrastive_loss(logits)
+            negatives = NegativeSampling(batch.image_id, batch.text_id, seed, step).draw_both(logits)
+            pairs = matching_pairs(negatives)
+            match = implementation.match_pairs(
+                self, streams.image, streams.text, pairs.images, pairs.texts, streams.caches
             )  # (3B, 2)
-            judged = match, pairs.labels, pairs.weights
-            itm, itm_accuracy = objectives.matching_loss(*judged), objectives.matching_hits(*judged)
+            itm, itm_accuracy = losses.matching_loss(match, pairs.labels, pairs.weights)
         return Losses(mlm, mim, itc, itm, mlm + mim + itc + itm, mlm_accuracy, itc_accuracy, itm_accuracy)
-
-    def set_attention(self, self_attention: SelfBackend = "auto", cross_attention: CrossBackend = "auto") -> None:
-        """Choose what the fast plan computes attention with: of images alone, and where text is on one side.
-
-        A backend that cannot run where it is then used is a ConfigError that says why.
-        """
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.self_backend, module.cross_backend = self_attention, cross_attention
-
-    @torch.no_grad()
-    def clamp_temperature(self) -> None:
-        """Keep the temperature in [0.001, 0.5]; called after the optimizer's step, never inside the graph."""
-        self.log_scale.clamp_(math.log(1 / 0.5), math.log(1 / 0.001))

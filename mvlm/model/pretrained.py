@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mvlm.config.json_files import model_config
 from mvlm.errors import ConfigError, RunError
+from mvlm.files import load_weights, write_json, write_safetensors
 
 if TYPE_CHECKING:
     from huggingface_hub import PyTorchModelHubMixin as Base
@@ -37,11 +38,9 @@ class HubMixin(Base, library_name="mvlm", license="apache-2.0", tags=["masked-vi
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """The two files; huggingface_hub's `save_pretrained` calls it, and adds a model card."""
-        from safetensors.torch import save_file
-
         model: Any = self
-        save_file({name: t.contiguous() for name, t in model.state_dict().items()}, save_directory / WEIGHTS)
-        (save_directory / CONFIG).write_text(json.dumps(model.config.to_dict(), indent=1) + "\n")
+        write_safetensors(save_directory / WEIGHTS, model.state_dict())
+        write_json(save_directory / CONFIG, model.config.to_dict())
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -59,8 +58,6 @@ class HubMixin(Base, library_name="mvlm", license="apache-2.0", tags=["masked-vi
         A folder that exists is read where it is; only what is no folder and has the form of an id is asked of the hub,
         to which the other arguments go. RunError where there is no such model or it is one of another architecture.
         """
-        from mvlm.runs.checkpoint import load_weights
-
         folder = Path(source)
         if not folder.is_dir():
             if not HUB_ID.fullmatch(str(source)):

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mvlm.model.attention_backends import compute_dtype
-from mvlm.objectives.losses import hits
+from mvlm.device import compute_dtype
+from mvlm.objectives.losses import correct_top1
 
 LOGITS = 1 << 22
 """Logits of one chunk: 16 MB in fp32."""
@@ -47,7 +47,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 log_p = F.log_softmax(F.linear(part, w, b).to(wide), dim=-1)  # (rows, V)
                 loss = loss + F.nll_loss(log_p, target, ignore_index=-100, reduction="sum")
                 known = target != -100
-                right = right + (hits(log_p, target.clamp(min=0)) * known).sum()
+                right = right + (correct_top1(log_p, target.clamp(min=0)) * known).sum()
                 if dx is None or dw is None or db is None:
                     continue
                 grad = log_p.exp_()

@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mvlm.evaluation import Features, rank, unseen_images
+from mvlm.evaluation import rank, unseen_images
 from mvlm.evaluation.cross_modal_gain import wrong_partners
-from mvlm.inference import reconstruction as inference
-from mvlm.inference.encode import eval_loader
+from mvlm.inference.encode import EncodedSplit, eval_loader
+from mvlm.inference.fill_mask import fill_mask
+from mvlm.inference.images import hide_patches
+from mvlm.inference.reconstruction import reconstruct
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Batch, Dataset, Masks, Tokenizer
 
@@ -63,9 +65,9 @@ def reconstructions(model: MaskVLM, tokenizer: Tokenizer, split: Dataset) -> str
     partner = wrong_partners(len(split))
     captions = [split.captions(i)[0] for i in samples]
     wrong = [split.captions(int(partner[i]))[0] for i in samples]
-    masked = inference.hide_patches(images, patch_ids, model.config.patch_size)
-    with_own = inference.reconstruct(model, tokenizer, images, captions, patch_ids)
-    with_wrong = inference.reconstruct(model, tokenizer, images, wrong, patch_ids)
+    masked = hide_patches(images, patch_ids, model.config.patch_size)
+    with_own = reconstruct(model, tokenizer, images, captions, patch_ids)
+    with_wrong = reconstruct(model, tokenizer, images, wrong, patch_ids)
     strips = []
     for row in range(len(samples)):
         panels = (
@@ -98,7 +100,7 @@ def filled_words(model: MaskVLM, tokenizer: Tokenizer, split: Dataset) -> str:
     positions = torch.cat([h + int(s) for h, s in zip(hidden, starts[:-1], strict=True)])
     packed = torch.cat(tokens)
     guesses = [
-        inference.fill(model, tokenizer, view, packed, lengths, positions)[0][:, 0] for view in (images, other_images)
+        fill_mask(model, tokenizer, view, packed, lengths, positions)[0][:, 0] for view in (images, other_images)
     ]
     boxes, taken = [], 0
     for row in range(len(samples)):
@@ -143,7 +145,7 @@ def piece_text(tokenizer: Tokenizer, token: int) -> str:
     return blank + tokenizer.decode([token])
 
 
-def retrievals(model: MaskVLM, split: Dataset, train: Dataset, features: Features) -> str:
+def retrievals(model: MaskVLM, split: Dataset, train: Dataset, features: EncodedSplit) -> str:
     """The surest right answers and the most mistaken ones, in both directions."""
     parts = []
     unseen = unseen_images(split, train)
@@ -167,7 +169,7 @@ def retrievals(model: MaskVLM, split: Dataset, train: Dataset, features: Feature
 
 
 def retrieval_row(
-    split: Dataset, features: Features, direction: str, query: int, answers: list[int], wrong_before: int
+    split: Dataset, features: EncodedSplit, direction: str, query: int, answers: list[int], wrong_before: int
 ) -> str:
     """One query with its first five answers; right ones in green."""
     if direction == "tr":

@@ -12,8 +12,8 @@ from mvlm.errors import RunError
 from mvlm.inference.encode import encode_split
 from mvlm.report import examples
 from mvlm.report.charts import line_chart, smooth
-from mvlm.runs.checkpoint import load_model
 from mvlm.runs.folder import read_config, read_metrics
+from mvlm.runs.load import load_model
 from mvlm_dataloading import open_dataset
 
 STYLE = (Path(__file__).parent / "style.css").read_text()

@@ -1,1 +1,6 @@
-"""The folder of a run and its checkpoints."""
+"""The folder of a run, its checkpoints, and trained models loaded from it."""
+
+from mvlm.runs.folder import RunFolder
+from mvlm.runs.load import export, load_model
+
+__all__ = ["RunFolder", "export", "load_model"]

@@ -6,10 +6,8 @@
 No pickle is written or read, and nothing that the manifest does not name is opened.
 """
 
-import hashlib
 import json
 import logging
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -20,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -28,10 +25,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
-from mvlm.config.json_files import model_config
-from mvlm.errors import ConfigError, RunError
-from mvlm.model.maskvlm import MaskVLM
-from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
+from mvlm.errors import RunError
+from mvlm.files import check_fit, read_safetensors, sha256
 
 log = logging.getLogger(__name__)
 
@@ -108,43 +103,6 @@ def verify_checkpoint(path: Path) -> None:
             )
 
 
-def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[MaskVLM, Tokenizer]:
-    """The model (in eval mode, on `device`) and the tokenizer of a run, a checkpoint or an exported folder.
-
-    The averaged weights (EMA) where the run kept them. RunError for a folder that is none of these or is damaged.
-    """
-    path = Path(path)
-    exported = (path / "model.safetensors").is_file() and (path / "config.json").is_file()
-    folder = path if exported else find_checkpoint(path)
-    file = folder / ("config.json" if exported else "model.json")
-    try:
-        config = model_config(json.loads(file.read_text()), str(file))
-        tokenizer = load_tokenizer(folder / "tokenizer.json")
-    except (ConfigError, DataError, ValueError, TypeError, RecursionError) as error:
-        raise RunError(f"{folder}: {error}") from None
-    model = MaskVLM(config)
-    state = model.state_dict()
-    if exported:
-        fill(state, _read_file(folder / "model.safetensors"), folder / "model.safetensors")
-    else:
-        read_tensors(folder / ("ema" if (folder / "ema").is_dir() else "model"), state)
-    return model.to(device).eval(), tokenizer
-
-
-def export(path: Path, out: Path) -> None:
-    """Write one portable folder: model.safetensors, config.json (the model's) and tokenizer.json.
-
-    The averaged weights where the run kept them. RunError when `out` holds files, or `path` no good checkpoint.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out}: wanted a new or empty folder, found other files; choose another one")
-    model, tokenizer = load_model(path)
-    out.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous() for name, t in model.state_dict().items()}, out / "model.safetensors")
-    write_json(out / "config.json", model.config.to_dict())
-    tokenizer.save(out / "tokenizer.json")
-
-
 def write_tensors(folder: Path, tensors: dict[str, Tensor], group: "dist.ProcessGroup | None") -> None:
     """Write a folder of safetensors, every rank its own part. Collective over `group`; None for a process alone."""
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
@@ -175,33 +133,6 @@ def _as_raised() -> Iterator[None]:
         yield
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from None
-
-
-def fill(wanted: dict[str, Tensor], found: dict[str, Tensor], where: Path) -> None:
-    """Copy `found` into `wanted` in place. RunError lists names and shapes that do not fit, and nothing is copied."""
-    check_fit({n: tuple(t.shape) for n, t in wanted.items()}, {n: tuple(t.shape) for n, t in found.items()}, where)
-    for name, tensor in wanted.items():
-        tensor.copy_(found[name])
-
-
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load model.safetensors; RunError lists what does not fit, and the model is left as it was."""
-    file = folder / "model.safetensors"
-    fill(model.state_dict(), _read_file(file), file)
-
-
-def check_fit(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], where: Path) -> None:
-    """RunError listing what is missing, unexpected or of another shape."""
-    wrong = [f"{name} missing" for name in wanted if name not in found]
-    wrong += [f"{name} unexpected" for name in found if name not in wanted]
-    wrong += [
-        f"{name} wanted {shape}, got {found[name]}"
-        for name, shape in wanted.items()
-        if name in found and found[name] != shape
-    ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise RunError(f"{where}: a checkpoint of another architecture: {'; '.join(wrong[:3])}{more}")
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -249,32 +180,7 @@ def set_generators(folder: Path, rank: int, device: torch.device) -> None:
     file = folder / "generators" / f"rank_{rank:05d}.safetensors"
     if not file.is_file():
         return
-    states = _read_file(file)
+    states = read_safetensors(file)
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda" and "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-
-
-def sync(path: Path) -> None:
-    """Force a file's or folder's contents to the disk, so that the rename never outruns them."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _read_file(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{file}: not readable as safetensors: {error}") from None

@@ -17,17 +17,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from mvlm.distributed.world import World
+from mvlm.files import sha256, sync, write_json
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.runs.checkpoint import (
-    FORMAT_VERSION,
-    checkpoints,
-    generator_states,
-    sha256,
-    step_of,
-    sync,
-    write_json,
-    write_tensors,
-)
+from mvlm.runs.checkpoint import FORMAT_VERSION, checkpoints, generator_states, step_of, write_tensors
 from mvlm_dataloading import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -37,7 +29,7 @@ class SaveError(Exception):
     """A checkpoint that could not be written, on whatever rank."""
 
 
-class Saver:
+class CheckpointWriter:
     """Writes a run's checkpoints, one at a time.
 
     `save` copies everything to memory and returns; a thread of each rank then writes its part aside, forces it to the
@@ -63,7 +55,7 @@ class Saver:
         self.failed = 0
         """Saves that came to nothing."""
 
-    def go_on_from(self, checkpoint: Path) -> None:
+    def resume_from(self, checkpoint: Path) -> None:
         """The run goes on from this one: newer ones were refused as damaged, and the next save sets them aside."""
         self.newest = checkpoint
         self._refused = [path for path in checkpoints(self._root) if step_of(path) > step_of(checkpoint)]
@@ -99,7 +91,7 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def __enter__(self) -> "Saver":
+    def __enter__(self) -> "CheckpointWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -150,7 +142,7 @@ class Saver:
         except Exception as caught:
             error = f"{type(caught).__name__}: {caught}"
         try:
-            everyone = self._world.gather({"value": value, "error": error}, self._group)
+            everyone = self._world.gather_objects({"value": value, "error": error}, self._group)
         except Exception as caught:  # a rank is gone; the step will find out as well
             raise SaveError(error or f"lost a rank: {caught}") from None
         errors = [found["error"] for found in everyone if found["error"] is not None]

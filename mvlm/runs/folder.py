@@ -1,42 +1,76 @@
-"""The folder of a run: who may write to it, its configuration, and its metrics (docs/files.md)."""
+"""The folder of a run: its files, its lock, its configuration and its metrics (docs/files.md)."""
 
 import fcntl
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvlm.config.json_files import read_config
-from mvlm.config.pretrain import FORMAT_VERSION, PretrainConfig
+from mvlm.config.json_files import differing_settings, plain_settings, read_config
+from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import RunError
-from mvlm.runs.checkpoint import checkpoints, newest_good_checkpoint, sync, write_json
+from mvlm.files import sync, write_json
+from mvlm.runs.checkpoint import checkpoints, newest_good_checkpoint
 
 PARTIAL_CONFIG = ".config.json.partial"  # a kill may leave one
-# Settings that change where, how fast or how often, but not what is computed: a resumed run may differ in them.
-FREE_SETTINGS = (
-    "resume",
-    "out",
-    "data",  # the loader's fingerprint decides whether it is the same data
-    "device",
-    "log_every",
-    "eval_every_steps",
-    "checkpoint_every_minutes",
-    "checkpoint_every_steps",
-    "keep_checkpoints",
-    "keep_every_steps",
-    "eval_every_minutes",
-    "max_bad_steps",
-    "preemption_file",
-    "stall_minutes",
-    "wandb",
-    "trackio",
-)
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of a run's files. Nothing is read or made."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a row of metrics."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def evaluation(self) -> Path:
+        """Figures on the test split."""
+        return self.path / "eval" / "test.json"
+
+    @property
+    def strips(self) -> Path:
+        """Folder of reconstruction strips."""
+        return self.path / "strips"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard events."""
+        return self.path / "tensorboard"
+
+    @property
+    def report(self) -> Path:
+        """The run's HTML report."""
+        return self.path / "report.html"
+
+    @property
+    def comparison(self) -> Path:
+        """The HTML comparison of this run with others."""
+        return self.path / "compare.html"
+
+    def stalled(self, rank: int) -> Path:
+        """The stacks of a rank's threads, written when the watchdog ends it."""
+        return self.path / f"stalled_rank_{rank:05d}.txt"
 
 
 class RunLock:
-    """Keeps a run folder for this process until it is closed, or until the process ends in whatever way.
+    """Exclusive lock on a run folder, held until it is closed or the process ends, by whatever means.
 
-    The folder is made where there is none. RunError when another process holds it, or it is no folder.
+    Makes the folder if there is none. RunError when another process holds the lock, or when `out` is a file.
     """
 
     def __init__(self, out: Path) -> None:
@@ -61,21 +95,21 @@ class RunLock:
 
 
 def open_run(config: PretrainConfig) -> Path | None:
-    """Check that the run may be begun in its folder or resumed. Returns the checkpoint to go on from, None to start.
+    """Check that the run may start in its folder or resume there. Returns the checkpoint to resume from, None to start.
 
-    RunError when the folder holds anything that this run would spoil. Nothing is changed.
+    RunError when the folder holds anything that this run would overwrite. Nothing is changed.
     """
-    out, file = config.out, config.out / "config.json"
+    out, folder = config.out, RunFolder(config.out)
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: wanted a folder for the run, found a file; choose another --out")
-    if file.is_file():
-        differing = differing_settings(read_config(file), plain_settings(config))
+    if folder.config.is_file():
+        differing = differing_settings(read_config(folder.config), plain_settings(config))
         if differing:
             raise RunError(f"{out}: holds a different run ({'; '.join(differing)}); choose another --out")
         if not config.resume:
             raise RunError(f"{out}: holds this run already; go on with --resume, or choose another --out")
-        checkpoint = newest_good_checkpoint(out / "checkpoints")
-        if checkpoint is None and checkpoints(out / "checkpoints"):
+        checkpoint = newest_good_checkpoint(folder.checkpoints)
+        if checkpoint is None and checkpoints(folder.checkpoints):
             raise RunError(f"{out}: no checkpoint is whole; remove the folder to start again, or restore one")
         return checkpoint
     if out.is_dir() and any(path.name != PARTIAL_CONFIG for path in out.iterdir()):
@@ -83,17 +117,12 @@ def open_run(config: PretrainConfig) -> Path | None:
     return None
 
 
-def plain_settings(config: PretrainConfig) -> dict[str, Any]:
-    """What config.json holds."""
-    return {"format_version": FORMAT_VERSION, **json.loads(json.dumps(config.to_dict()))}
-
-
 def write_config(config: PretrainConfig) -> None:
-    """Make the folder that `open_run` looked at a run's: config.json, whole or not at all. One that is there stays.
+    """Write config.json atomically; this claims the folder for the run. An existing file is kept.
 
-    To be called when the run has been put together: a folder with a config.json is taken by that run.
+    Call it once the run has been set up without an error: a folder with a config.json belongs to that run.
     """
-    file, aside = config.out / "config.json", config.out / PARTIAL_CONFIG
+    file, aside = RunFolder(config.out).config, config.out / PARTIAL_CONFIG
     if file.is_file():
         return
     config.out.mkdir(parents=True, exist_ok=True)
@@ -103,33 +132,19 @@ def write_config(config: PretrainConfig) -> None:
     sync(config.out)
 
 
-def differing_settings(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
-    """ "name: there A, here B" for every setting that changes what a run computes."""
-    found = []
-    for name in sorted(set(there) | set(here)):
-        if not prefix and name in FREE_SETTINGS:
-            continue
-        a, b = there.get(name), here.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differing_settings(a, b, f"{prefix}{name}.")
-        elif a != b:
-            found.append(f"{prefix}{name}: there {a}, here {b}")
-    return found
-
-
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line. Opened to go on after `step`, it drops the lines of later steps."""
+    """Writer of metrics.jsonl: one JSON object a line. Lines of steps after `step` are dropped when it is opened."""
 
     def __init__(self, path: Path, step: int) -> None:
         kept = read_metrics(path, step) if path.is_file() else []
         aside = path.with_name(f".{path.name}.partial")  # a crash here leaves the old file as it was
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
         aside.replace(path)
-        self._file = path.open("ab", buffering=0)  # what a failed write left in a buffer would be written later
+        self._file = path.open("ab", buffering=0)  # a buffer would write the rest of a failed line later
         self._whole = path.stat().st_size
 
     def write(self, row: dict[str, Any]) -> None:
-        """Add a line. OSError where it cannot be written, as on a full disk; nothing of it is there then."""
+        """Add a line, whole or not at all. OSError where it cannot be written, as on a full disk."""
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
         written = 0
         try:
@@ -145,7 +160,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, up to `last_step`. A line that is no row, as a crash may cut one, is left out."""
+    """The rows of a metrics.jsonl, up to `last_step`. Lines that are not rows, as a crash leaves them, are skipped."""
     rows = []
     for line in path.read_text(errors="replace").splitlines():
         try:

@@ -1,1 +1,6 @@
-"""The training loop and its guards."""
+"""The training loop, the guards around it, and `pretrain`, which runs it from a configuration."""
+
+from mvlm.training.run import pretrain
+from mvlm.training.trainer import Trainer
+
+__all__ = ["Trainer", "pretrain"]

@@ -1,19 +1,16 @@
-"""What a configuration asks for: the tokenizer, the loader, the optimizer, the schedule, the average of the weights."""
+"""Tokenizer, loader and model of a run, built from its configuration."""
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
 
+from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import choose_device, has_fast_bf16
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
-from mvlm.model import attention_backends as backends
-from mvlm.model.maskvlm import PIXEL_MODULES, MaskVLM
+from mvlm.model.attention_backends import choices
+from mvlm.model.maskvlm import MaskVLM
 from mvlm.weights.convert import load_image_weights, load_text_weights
 from mvlm_dataloading import Augment, DataError, Dataset, Loader, Tokenizer, load_tokenizer, tokenizer_for
 
@@ -30,7 +27,7 @@ def choose_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
         raise ConfigError(f"model.vocab_size: {error}") from None
 
 
-def fit_to_tokenizer(config: PretrainConfig, tokenizer: Tokenizer):
+def fit_to_tokenizer(config: PretrainConfig, tokenizer: Tokenizer) -> MaskVLMConfig:
     """The model configuration with the tokenizer's [MASK]. ConfigError when the vocabulary does not hold its tokens."""
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
@@ -40,7 +37,7 @@ def fit_to_tokenizer(config: PretrainConfig, tokenizer: Tokenizer):
 
 
 def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, world: World) -> Loader:
-    """The training loader that the model and the recipe ask for: of each microbatch, this rank's pairs.
+    """The training loader, which yields this rank's pairs of each microbatch.
 
     ConfigError when ranks and microbatches cannot share the batch evenly.
     """
@@ -79,11 +76,11 @@ def check_attention(config: PretrainConfig) -> None:
     device = choose_device(config.device)
     half = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
     dtype = torch.bfloat16 if half else torch.float32
-    backends.choices(config.model, device, dtype, config.self_attention, config.cross_attention)
+    choices(config.model, device, dtype, config.self_attention, config.cross_attention)
 
 
 def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
-    """The model; a fresh one with its first weights, those of its encoders from the files that are given."""
+    """The model. A fresh one has initial weights, with its encoders loaded from the given files."""
     model = MaskVLM(config.model)
     model.set_attention(config.self_attention, config.cross_attention)
     if fresh and config.image_weights is not None:
@@ -91,78 +88,3 @@ def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
     if fresh and config.text_weights is not None:
         load_text_weights(model, config.text_weights)
     return model
-
-
-def make_optimizer(model: MaskVLM, config: PretrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW with a group for each rate, with and without decay. `peak` is a group's highest rate."""
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2 and not name.endswith(("position", "words.weight"))
-        groups.setdefault((peak_rate(name, config), matrix), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "peak": peak,
-                "weight_decay": config.weight_decay if matrix else 0.0,
-            }
-            for (peak, matrix), parameters in groups.items()
-        ],
-        lr=config.lr_cross,
-        betas=(0.9, config.beta2),
-        fused=True,
-    )
-
-
-def peak_rate(name: str, config: PretrainConfig) -> float:
-    """The highest learning rate of the parameter with this name."""
-    if name.startswith(("image_encoder.", "text_encoder.")):
-        return config.lr_encoder
-    if name.startswith(PIXEL_MODULES):
-        return config.lr_pixels
-    return config.lr_cross
-
-
-def learning_rate_factor(step: int, config: PretrainConfig) -> float:
-    """The share of its peak that a learning rate has at the step with this number (from 0): warm-up, then cosine."""
-    if step < config.warmup_steps:
-        return (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    return config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-class WeightAverage:
-    """An exponential moving average (EMA) of a model's weights, kept beside them on the same device.
-
-    The decay of update t, from 1, is min(decay, t / (9 + t)), so that the start is soon forgotten. A skipped update
-    leaves the weights as they were, and the average moves on towards them.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self._model, self._decay = model, decay
-        self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
-        """By parameter name, shapes and dtypes of the parameters."""
-
-    # torch has no public name for its list-wise operations.
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Follow the weights after the update with this number, from 1."""
-        decay = min(self._decay, step / (9 + step))
-        weights = [p.detach() for p in self._model.parameters()]
-        torch._foreach_lerp_(list(self.tensors.values()), weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """The model has the averaged weights within, and its own again after."""
-        with torch.no_grad():
-            own = [p.detach().clone() for p in self._model.parameters()]
-            self._set(list(self.tensors.values()))
-            try:
-                yield
-            finally:
-                self._set(own)
-
-    def _set(self, values: list[Tensor]) -> None:
-        # One by one: torch's list-wise copy does not know tensors that are split over ranks.
-        for parameter, value in zip(self._model.parameters(), values, strict=True):
-            parameter.copy_(value)

@@ -1,7 +1,9 @@
-"""Numbers of a run's steps, on the device until a line of metrics needs them, and what the process itself takes."""
+"""Metrics of a run's steps: kept on the device, sent to the host once a row, and logged."""
 
+import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.costs.mfu import ModelFlopsUtilization
+from mvlm.distributed.world import World
+from mvlm.progress import Progress
+from mvlm.training.loggers import LogSinks
+from mvlm.training.optimizer import learning_rate_factor
 
-class Numbers:
-    """Scalars of the steps since the last line. They stay on the device until they are read, all in one transfer."""
+
+class MetricsBuffer:
+    """Scalars of the steps since the last row. They stay on the device until they are read, in one transfer."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -19,14 +28,14 @@ class Numbers:
         self._sent: tuple[Tensor, Any] | None = None
         self.steps: list[int] = []
         self.samples: list[list[int]] = []
-        """The sample ids of each step's batch, on this rank."""
+        """Sample ids of each step's batch, on this rank."""
         self.tokens = 0
-        """Of all captions of this rank's batches."""
+        """Tokens of all captions of this rank's batches."""
         self.waited = 0.0
-        """Seconds that the steps waited for their data."""
+        """Seconds that the steps have waited for their data."""
 
     def add(self, step: int, samples: list[int], tokens: int, values: dict[str, Tensor], waited: float) -> None:
-        """Keep the scalars of one step; their names are the same for all steps of a line."""
+        """Keep the scalars of one step; their names are the same for all steps of a row."""
         self._names = list(values)
         self._rows.append(torch.stack([value.detach().float() for value in values.values()]))
         self._sent = None
@@ -36,7 +45,7 @@ class Numbers:
         self.waited += waited
 
     def send(self) -> None:
-        """Begin the transfer to the CPU, behind what the device is doing."""
+        """Start the transfer to the CPU, queued after the device's current work."""
         rows = torch.stack(self._rows)  # (steps, names)
         if not rows.is_cuda:
             self._sent = (rows, None)
@@ -47,7 +56,7 @@ class Numbers:
         self._sent = (copy, event)
 
     def read(self) -> list[dict[str, float]]:
-        """The scalars of each step. Waits for the device where it has not come as far as `send` yet."""
+        """The scalars of each step. Waits for the device if the transfer has not finished."""
         if not self._rows:
             return []
         if self._sent is None:
@@ -60,34 +69,92 @@ class Numbers:
 
 
 def gradient_norms(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """The norm of all gradients, and by part of the model (its direct children and parameters; 0 where there are none).
+    """The norm of all gradients, and that of each part of the model, its direct children and parameters.
 
-    Scalars, no sync.
-
-    The whole is the norm of the norms of all tensors, as in torch's `clip_grad_norm_`.
+    Scalars, no sync; 0 for a part without gradients. The total is the norm of the norms of all tensors, as in torch's
+    `clip_grad_norm_`.
     """
-    # A part that has no gradient yet has its name too: lines of metrics are made of steps with the same names.
+    # A part without a gradient yet is named too: the steps of a row must have the same names.
     parts: dict[str, list[Tensor]] = {name.split(".")[0]: [] for name, _ in model.named_parameters()}
     gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     norms = torch._foreach_norm([gradient for _, gradient in gradients])  # pyright: ignore[reportPrivateImportUsage]
     for (name, _), norm in zip(gradients, norms, strict=True):
         parts[name.split(".")[0]].append(norm)
     nothing = torch.zeros((), device=norms[0].device)
-    return _whole(norms), {name: _whole(part) if part else nothing for name, part in parts.items()}
+    return _total_norm(norms), {name: _total_norm(part) if part else nothing for name, part in parts.items()}
 
 
-def _whole(norms: Sequence[Tensor]) -> Tensor:
-    return whole(torch.linalg.vector_norm(torch.stack(list(norms))))
+def _total_norm(norms: Sequence[Tensor]) -> Tensor:
+    return full_tensor(torch.linalg.vector_norm(torch.stack(list(norms))))
 
 
-def whole(x: Tensor) -> Tensor:
-    """The tensor itself, or all of one that is split over ranks."""
+def full_tensor(x: Tensor) -> Tensor:
+    """The tensor itself, or the full tensor of one that is sharded over ranks."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def memory_mb(device: torch.device) -> float:
-    """MB: the most that tensors took on a GPU, or what the process takes now on a CPU."""
+    """Peak memory of tensors on a GPU, or the current memory of the process on a CPU, in MB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+class MetricsLogger:
+    """Makes rows of metrics from the steps since the last row.
+
+    `close` ends a row and starts the transfer of its numbers; `write`, called while the next step runs, has them
+    without waiting. So a row is written one step late, and the device never runs dry, even with `--log-every 1`.
+
+    Args:
+        check: counts the skipped updates among the steps and returns how many the run has had; may end the run.
+    """
+
+    def __init__(
+        self, config: PretrainConfig, world: World, sinks: LogSinks | None, check: Callable[[MetricsBuffer], int]
+    ) -> None:
+        self._config, self._world, self._sinks, self._check = config, world, sinks, check
+        self._mfu = ModelFlopsUtilization(config, world)
+        self._pending: tuple[dict[str, Any], MetricsBuffer, dict[str, float]] | None = None
+        self._began = time.perf_counter()
+
+    def close(self, buffer: MetricsBuffer, skipped_samples: int, figures: dict[str, float]) -> None:
+        """End the row after the last step of `buffer`; `figures` of an evaluation are part of it."""
+        buffer.send()
+        now = time.perf_counter()
+        seconds, steps = now - self._began, len(buffer.steps)
+        self._began = now
+        config, factor = self._config, learning_rate_factor(buffer.steps[-1] - 1, self._config)
+        rate = steps * config.batch_size / seconds
+        mfu = self._mfu.of_rate(rate, buffer.tokens * self._world.size / (steps * config.batch_size))
+        host = {
+            "lr": config.lr_cross * factor,
+            "lr_encoder": config.lr_encoder * factor,
+            "lr_pixels": config.lr_pixels * factor,
+            "pairs_per_s": rate,
+            "data_wait_s": buffer.waited / steps,
+            "memory_mb": memory_mb(self._world.device),
+            **({} if mfu is None else {"mfu": mfu}),
+            "skipped": skipped_samples,
+        }
+        self._pending = (host, buffer, figures)
+
+    def write(self, progress: Progress) -> None:
+        """Write the row that was closed last, if it has not been. Raises what `check` raises."""
+        if self._pending is None:
+            return
+        (host, buffer, figures), self._pending = self._pending, None
+        bad_steps = self._check(buffer)
+        values: dict[str, Any] = {
+            name: value if math.isfinite(value) else None for name, value in buffer.read()[-1].items()
+        }
+        step = buffer.steps[-1]
+        if step <= self._config.reconstruction_first:  # ITC and ITM are not trained yet: log null, not 0
+            values |= dict.fromkeys((name for name in values if name.startswith(("itc", "itm"))), None)
+        row = {"step": step, "pairs_seen": step * self._config.batch_size, "loss": values.pop("total")}
+        del values["good"]
+        row |= {**values, **host, "bad_steps": bad_steps, **figures}
+        if self._sinks is not None:
+            self._sinks.log(row)
+        progress.show(row)

@@ -8,19 +8,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mvlm.distributed.world import World
-from mvlm.training.metrics import Numbers
+from mvlm.training.metrics import MetricsBuffer
 
 WINDOW = 128
 """Losses that a spike is held against."""
 SIGMAS = 6.0
 
 
-class Guard:
+class UpdateGuard:
     """Says of each update whether it is to be made: loss and gradient are finite and, when asked for, no spike.
 
     A loss is a spike when it is more than 6 standard deviations above the mean of the last 128 that were let through.
     (The window of 128 and the 6 are those of OLMo-core's SkipStepOptimizer.) Losses of other objectives are no measure:
-    `begin_anew` when these change, and the first 128 of the new ones pass.
+    `reset` when these change, and the first 128 of the new ones pass.
     """
 
     def __init__(self, world: World, skip_spikes: bool) -> None:
@@ -41,7 +41,7 @@ class Guard:
         self._seen = self._seen + good
         return good
 
-    def begin_anew(self) -> None:
+    def reset(self) -> None:
         """Forget the losses seen. No device sync."""
         self._seen = torch.zeros_like(self._seen)
 
@@ -55,7 +55,7 @@ class Guard:
         self._seen = torch.tensor(state["seen"], dtype=torch.int64, device=self._seen.device)
 
 
-class BadSteps:
+class SkippedUpdates:
     """Counts, on the host and after the fact, the updates that the guard forbade.
 
     Args:
@@ -68,9 +68,9 @@ class BadSteps:
         self.total = 0
         self.in_a_row = 0
 
-    def count(self, numbers: Numbers) -> tuple[int, dict[str, float], list[int]] | None:
+    def count(self, metrics: MetricsBuffer) -> tuple[int, dict[str, float], list[int]] | None:
         """Count the steps not counted yet. Returns step, numbers and sample ids of one that is past the limit."""
-        for step, row, samples in zip(numbers.steps, numbers.read(), numbers.samples, strict=True):
+        for step, row, samples in zip(metrics.steps, metrics.read(), metrics.samples, strict=True):
             if step <= self._counted:
                 continue
             self._counted = step

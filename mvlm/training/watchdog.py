@@ -13,17 +13,17 @@ EXIT_CODE = 3
 class Watchdog:
     """A context with a thread that ends the process when `beat` was not called for `minutes`.
 
-    It writes the stacks of all threads to stderr and to `folder`/stalled_rank_XXXXX.txt, names what was waited for, and
+    It writes the stacks of all threads to stderr and to `file`, names what was waited for, and
     ends the process with code 3 without clean-up: what hangs may hang the clean-up too. Checkpoints are safe, they are
     renamed into place when they are whole.
     """
 
-    def __init__(self, folder: Path, rank: int, minutes: float) -> None:
-        self._file = folder / f"stalled_rank_{rank:05d}.txt"
+    def __init__(self, file: Path, rank: int, minutes: float) -> None:
+        self._file = file
         self._rank, self._seconds = rank, 60 * minutes
         self._interval = min(self._seconds / 10, 5.0)
         self._doing = "start"
-        # Time is counted by looks of the thread: what stands still with it, suspended by Ctrl-Z for one, is no stall.
+        # Count polls, not wall-clock time: a process suspended with Ctrl-Z has not stalled.
         self._looks = self._since = 0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

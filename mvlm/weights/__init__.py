@@ -1,1 +1,29 @@
 """Pretrained encoders of timm and transformers, in and out."""
+
+from mvlm.weights.convert import (
+    LoadReport,
+    export_hf_bert,
+    export_hf_roberta,
+    export_hf_vit,
+    export_timm_vit,
+    load_hf_bert,
+    load_hf_roberta,
+    load_hf_vit,
+    load_image_weights,
+    load_text_weights,
+    load_timm_vit,
+)
+
+__all__ = [
+    "LoadReport",
+    "export_hf_bert",
+    "export_hf_roberta",
+    "export_hf_vit",
+    "export_timm_vit",
+    "load_hf_bert",
+    "load_hf_roberta",
+    "load_hf_vit",
+    "load_image_weights",
+    "load_text_weights",
+    "load_timm_vit",
+]

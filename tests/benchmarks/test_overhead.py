@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mvlm.config.model import MaskVLMConfig
-from mvlm.config.pretrain import pretrain_defaults
+from mvlm.config.recipes import pretrain_defaults
 from mvlm_benchmarks import overhead
 from mvlm_benchmarks.overhead import Clock, measure
 

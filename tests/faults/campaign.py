@@ -32,7 +32,7 @@ from zygote import Trial, configuration, spawn, wait
 
 from mvlm.runs.checkpoint import checkpoints
 from mvlm.runs.folder import read_metrics
-from mvlm.training.trainer import pretrain
+from mvlm.training.run import pretrain
 
 DATA = Path(__file__).parent / "data"
 STEPS = 12

@@ -58,7 +58,7 @@ def worker_killed(campaign: Campaign, out: Path) -> None:
     settings = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "2")
     with torchrun(campaign, out, *settings, MVLM_KILL="1 8 worker") as agent:
         ends(agent, out)
-    told(out, "going on from")
+    told(out, "resuming from")
     campaign.is_as_undisturbed(out, ranks=2)
 
 
@@ -77,7 +77,7 @@ def node_killed(campaign: Campaign, out: Path) -> None:
         with torchrun(campaign, out, *settings, **own_stores) as again:
             ends(again, out)
         ends(first, out)
-    told(out, "going on from")
+    told(out, "resuming from")
     campaign.is_as_undisturbed(out, ranks=2)
 
 

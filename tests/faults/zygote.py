@@ -24,8 +24,9 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.model import fast
 from mvlm.runs import checkpoint_writer as saver
-from mvlm.training.metrics import Numbers
-from mvlm.training.trainer import Run, pretrain
+from mvlm.training.metrics import MetricsBuffer
+from mvlm.training.run import pretrain
+from mvlm.training.trainer import Trainer
 from mvlm_dataloading.loader import Loader
 
 MICRO = MaskVLMConfig(
@@ -137,15 +138,15 @@ def wait(process: int, seconds: float = 60.0) -> int:
 
 def at_step(step: int, action: Callable[[], None]) -> None:
     """Do `action` in the middle of the step with this number: after the gradients, before the update."""
-    forward_backward = Run.forward_backward
+    forward_backward = Trainer.forward_backward
 
-    def acting(run: Run, *arguments: Any) -> Any:
+    def acting(run: Trainer, *arguments: Any) -> Any:
         losses = forward_backward(run, *arguments)
         if run.step + 1 == step:
             action()
         return losses
 
-    Run.forward_backward = acting  # pyright: ignore[reportAttributeAccessIssue]
+    Trainer.forward_backward = acting  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def in_data(step: int, action: Callable[[], None]) -> None:
@@ -181,27 +182,27 @@ def in_save(operation: int, action: Callable[[], None]) -> None:
 
 def in_save_of(step: int, operation: int, action: Callable[[], None]) -> None:
     """The same of the checkpoint of this step alone: those before it are finished."""
-    save = saver.Saver.save
+    save = saver.CheckpointWriter.save
 
-    def acting(its: saver.Saver, number: int, *arguments: Any) -> None:
+    def acting(its: saver.CheckpointWriter, number: int, *arguments: Any) -> None:
         if number == step:
             its.wait()
             in_save(operation, action)
         save(its, number, *arguments)
 
-    saver.Saver.save = acting  # pyright: ignore[reportAttributeAccessIssue]
+    saver.CheckpointWriter.save = acting  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def note_samples(file: Path) -> None:
     """Add a line of JSON to `file` for every step: its number and the ids of this rank's samples, in order."""
-    add = Numbers.add
+    add = MetricsBuffer.add
 
-    def noting(numbers: Numbers, step: int, samples: list[int], *rest: Any) -> None:
+    def noting(numbers: MetricsBuffer, step: int, samples: list[int], *rest: Any) -> None:
         with file.open("a") as lines:
             lines.write(json.dumps([step, samples]) + "\n")
         add(numbers, step, samples, *rest)
 
-    Numbers.add = noting  # pyright: ignore[reportAttributeAccessIssue]
+    MetricsBuffer.add = noting  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def kill(number: int = signal.SIGKILL) -> Callable[[], None]:

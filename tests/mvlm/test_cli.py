@@ -17,9 +17,11 @@ from mvlm import cli
 from mvlm.config.model import PRESETS
 from mvlm.errors import ConfigError, RunError
 from mvlm.model import fast
-from mvlm.runs.checkpoint import load_model
 from mvlm.runs.folder import read_metrics
+from mvlm.runs.load import load_model
 from mvlm_dataloading import DataError, open_dataset
+from support.folders import folder_hash
+from support.scenes import overwrite, png, scene
 
 MICRO = [
     "--model.image-size",
@@ -101,34 +103,34 @@ def data(scenes, tmp_path) -> Path:
     return Path(shutil.copytree(scenes, tmp_path / "data"))
 
 
-def missing_shard(data: Path, split: str, toys) -> None:
+def missing_shard(data: Path, split: str) -> None:
     (data / f"{split}-000000.tar").unlink()
 
 
-def empty_shard(data: Path, split: str, toys) -> None:
+def empty_shard(data: Path, split: str) -> None:
     (data / f"{split}-000000.tar").write_bytes(b"")
     os.utime(data / f"{split}-000000.idx")
 
 
-def unreadable_tar(data: Path, split: str, toys) -> None:
+def unreadable_tar(data: Path, split: str) -> None:
     tar = data / f"{split}-000000.tar"
     tar.write_bytes(np.random.default_rng(0).bytes(tar.stat().st_size))
     os.utime(data / f"{split}-000000.idx")
 
 
-def older_index(data: Path, split: str, toys) -> None:
+def older_index(data: Path, split: str) -> None:
     os.utime(data / f"{split}-000000.idx", (1, 1))
 
 
-def missing_index(data: Path, split: str, toys) -> None:
+def missing_index(data: Path, split: str) -> None:
     (data / f"{split}-000000.idx").unlink()
 
 
-def blank_caption(data: Path, split: str, toys) -> None:
-    toys.overwrite(open_dataset(data, split), "text", [2], b" ")
+def blank_caption(data: Path, split: str) -> None:
+    overwrite(open_dataset(data, split), "text", [2], b" ")
 
 
-def missing_description(data: Path, split: str, toys) -> None:
+def missing_description(data: Path, split: str) -> None:
     (data / "dataset.json").unlink()
 
 
@@ -144,49 +146,49 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("damage, message", BROKEN, ids=lambda value: getattr(value, "__name__", ""))
-def test_pretraining_on_broken_data(mvlm, data, toys, tmp_path, damage, message):
-    damage(data, "train", toys)
-    before = toys.folder_hash(tmp_path)
+def test_pretraining_on_broken_data(mvlm, data, tmp_path, damage, message):
+    damage(data, "train")
+    before = folder_hash(tmp_path)
     outcome = mvlm("pretrain", "tiny", "--data", data, "--out", tmp_path / "run", *MICRO)
     refused(outcome, message)
     assert outcome.err[0].startswith(f"mvlm: {data}")  # what is wrong comes first, and it is the data
-    assert toys.folder_hash(tmp_path) == before
+    assert folder_hash(tmp_path) == before
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("damage, message", BROKEN, ids=lambda value: getattr(value, "__name__", ""))
-def test_evaluating_on_broken_data(mvlm, data, toys, tmp_path, run_copy, damage, message):
-    damage(data, "test", toys)
+def test_evaluating_on_broken_data(mvlm, data, tmp_path, run_copy, damage, message):
+    damage(data, "test")
     (tmp_path / "test.json").write_text("an earlier evaluation")
-    before = toys.folder_hash(tmp_path)
+    before = folder_hash(tmp_path)
     words = ("--checkpoint", run_copy, "--data", data, "--out", tmp_path / "test.json")
     refused(mvlm("eval", "retrieval", *words), message, str(data))
-    assert toys.folder_hash(tmp_path) == before
+    assert folder_hash(tmp_path) == before
 
 
-def test_evaluating_on_a_picture_that_cannot_be_decoded(mvlm, data, toys, tmp_path, trained):
-    toys.overwrite(open_dataset(data, "test"), "image", [5])
-    before = toys.folder_hash(tmp_path)
+def test_evaluating_on_a_picture_that_cannot_be_decoded(mvlm, data, tmp_path, trained):
+    overwrite(open_dataset(data, "test"), "image", [5])
+    before = folder_hash(tmp_path)
     outcome = mvlm("eval", "retrieval", "--checkpoint", trained, "--data", data, "--out", tmp_path / "test.json")
     refused(outcome, "test-000000.tar offset", "test005: wanted an image, found one that cannot be decoded; remove the")
-    assert toys.folder_hash(tmp_path) == before
+    assert folder_hash(tmp_path) == before
 
 
-def test_pretraining_on_pictures_that_cannot_be_decoded(mvlm, data, toys, tmp_path):
+def test_pretraining_on_pictures_that_cannot_be_decoded(mvlm, data, tmp_path):
     """Each is named, and more than 5 % of them, two of 32, stop the run."""
-    toys.overwrite(open_dataset(data, "train"), "image", [4])
+    overwrite(open_dataset(data, "train"), "image", [4])
     outcome = mvlm("pretrain", "tiny", "--data", data, "--out", tmp_path / "one", *MICRO, "--max-steps", 5)
     assert outcome.code == 0
     assert [line.split(":")[0] for line in outcome.err] == ["skipped an image that cannot be decoded"]
     assert read_metrics(tmp_path / "one/metrics.jsonl")[-1]["skipped"] == 1
 
-    toys.overwrite(open_dataset(data, "train"), "image", [9])
-    before = toys.folder_hash(data)
+    overwrite(open_dataset(data, "train"), "image", [9])
+    before = folder_hash(data)
     outcome = mvlm("pretrain", "tiny", "--data", data, "--out", tmp_path / "two", *MICRO, "--max-steps", 5)
     assert outcome.code == 2
     assert "wanted at most 5% undecodable images, found 2 of 32; build the data set again" in outcome.err[-1]
     assert all(line.startswith("skipped an image that cannot be decoded") for line in outcome.err[:-1])
-    assert toys.folder_hash(data) == before
+    assert folder_hash(data) == before
 
 
 def test_data_that_is_not_there(mvlm, tmp_path, trained):
@@ -205,12 +207,12 @@ def test_a_split_that_is_not_there(mvlm, scenes, trained):
     refused(mvlm("eval", "retrieval", *words), "wanted the split tset, found test, train, validation")
 
 
-def test_an_out_folder_with_a_different_run(mvlm, scenes, toys, run_copy):
-    before = toys.folder_hash(run_copy)
+def test_an_out_folder_with_a_different_run(mvlm, scenes, run_copy):
+    before = folder_hash(run_copy)
     for resume in ((), ("--resume",)):
         outcome = mvlm("pretrain", "tiny", "--data", scenes, "--out", run_copy, *MICRO, "--seed", 5, *resume)
         refused(outcome, f"{run_copy}: holds a different run", "seed: there 0, here 5", "choose another --out")
-        assert toys.folder_hash(run_copy) == before
+        assert folder_hash(run_copy) == before
 
 
 def test_a_mistake_leaves_no_run_behind(mvlm, scenes, tmp_path):
@@ -222,23 +224,23 @@ def test_a_mistake_leaves_no_run_behind(mvlm, scenes, tmp_path):
     assert mvlm(*words, "--accumulate", 2).code == 0
 
 
-def test_an_out_folder_with_this_run(mvlm, scenes, toys, tmp_path):
+def test_an_out_folder_with_this_run(mvlm, scenes, tmp_path):
     words = ("pretrain", "tiny", "--data", scenes, "--out", tmp_path / "run", *MICRO)
     assert mvlm(*words).code == 0
-    before = toys.folder_hash(tmp_path)
+    before = folder_hash(tmp_path)
     refused(mvlm(*words), "holds this run already; go on with --resume, or choose another --out")
-    assert toys.folder_hash(tmp_path) == before
+    assert folder_hash(tmp_path) == before
     outcome = mvlm(*words, "--resume")
     assert outcome.code == 0
     assert "is complete: 2 of 2 steps" in outcome.err[-1]
-    assert toys.folder_hash(tmp_path) == before
+    assert folder_hash(tmp_path) == before
 
 
-def test_an_out_folder_with_other_files(mvlm, scenes, toys, tmp_path):
+def test_an_out_folder_with_other_files(mvlm, scenes, tmp_path):
     (tmp_path / "thesis.tex").write_text("ten years of work")
-    before = toys.folder_hash(tmp_path)
+    before = folder_hash(tmp_path)
     refused(mvlm("pretrain", "tiny", "--data", scenes, "--out", tmp_path, *MICRO), "found other files; choose another")
-    assert toys.folder_hash(tmp_path) == before
+    assert folder_hash(tmp_path) == before
 
 
 @pytest.mark.parametrize(
@@ -336,11 +338,11 @@ def another_architecture(run: Path) -> None:
 
 
 @pytest.mark.parametrize("command", ["eval retrieval", "reconstruct", "fill", "report"])
-def test_a_checkpoint_of_another_architecture(mvlm, scenes, toys, run_copy, tmp_path, command):
+def test_a_checkpoint_of_another_architecture(mvlm, scenes, run_copy, tmp_path, command):
     another_architecture(run_copy)
     (run_copy / "eval").mkdir()
     (run_copy / "eval/test.json").write_text("{}")
-    (tmp_path / "a.png").write_bytes(toys.png(toys.scene(0)[0]))
+    (tmp_path / "a.png").write_bytes(png(scene(0)[0]))
     picture = ("--checkpoint", run_copy, "--image", tmp_path / "a.png", "--caption", "red [MASK]")
     words = {
         "eval retrieval": ("--checkpoint", run_copy, "--data", scenes, "--out", tmp_path / "test.json"),
@@ -348,14 +350,14 @@ def test_a_checkpoint_of_another_architecture(mvlm, scenes, toys, run_copy, tmp_
         "fill": picture,
         "report": (run_copy,),
     }[command]
-    before = toys.folder_hash(tmp_path)
+    before = folder_hash(tmp_path)
     refused(mvlm(*command.split(), *words), "model: a checkpoint of another architecture: ", "wanted (24,)")
-    assert toys.folder_hash(tmp_path) == before
+    assert folder_hash(tmp_path) == before
 
 
 @pytest.mark.parametrize("command", ["eval retrieval", "reconstruct", "fill"])
-def test_a_checkpoint_that_is_not_there(mvlm, scenes, toys, tmp_path, command):
-    (tmp_path / "a.png").write_bytes(toys.png(toys.scene(0)[0]))
+def test_a_checkpoint_that_is_not_there(mvlm, scenes, tmp_path, command):
+    (tmp_path / "a.png").write_bytes(png(scene(0)[0]))
     words = {
         "eval retrieval": ("--data", scenes),
         "reconstruct": ("--image", tmp_path / "a.png", "--caption", "red", "--out", tmp_path / "b.png"),
@@ -367,7 +369,7 @@ def test_a_checkpoint_that_is_not_there(mvlm, scenes, toys, tmp_path, command):
 
 
 @pytest.mark.parametrize("command", ["pretrain", "export", "report", "eval retrieval"])
-def test_a_path_that_cannot_be(mvlm, scenes, trained, tmp_path, toys, command):
+def test_a_path_that_cannot_be(mvlm, scenes, trained, tmp_path, command):
     """A file where a folder would have to be."""
     (tmp_path / "file").write_text("a file")
     out = tmp_path / "file/x/y"
@@ -410,17 +412,17 @@ def test_a_report_of_figures_that_are_none(mvlm, run_copy, tmp_path, text, other
     refused(outcome, f"{run_copy}/eval/test.json: wanted the figures that `mvlm eval retrieval` writes, got ")
 
 
-def test_a_picture_that_does_not_open(mvlm, trained, tmp_path, toys):
+def test_a_picture_that_does_not_open(mvlm, trained, tmp_path):
     (tmp_path / "a.png").write_text("no picture")
-    before = toys.folder_hash(tmp_path)
+    before = folder_hash(tmp_path)
     words = ("--checkpoint", trained, "--image", tmp_path / "a.png", "--caption", "red [MASK]")
-    refused(mvlm("reconstruct", *words, "--out", tmp_path / "b.png"), "a.png: wanted a picture, could not read it")
-    refused(mvlm("fill", *words), "a.png: wanted a picture, could not read it")
-    assert toys.folder_hash(tmp_path) == before
+    refused(mvlm("reconstruct", *words, "--out", tmp_path / "b.png"), "a.png: wanted an image, could not read it")
+    refused(mvlm("fill", *words), "a.png: wanted an image, could not read it")
+    assert folder_hash(tmp_path) == before
 
 
-def test_nothing_to_fill_in(mvlm, trained, tmp_path, toys):
-    (tmp_path / "a.png").write_bytes(toys.png(toys.scene(0)[0]))
+def test_nothing_to_fill_in(mvlm, trained, tmp_path):
+    (tmp_path / "a.png").write_bytes(png(scene(0)[0]))
     words = ("--checkpoint", trained, "--image", tmp_path / "a.png")
     refused(mvlm("fill", *words, "--caption", "red"), "caption: wanted at least one [MASK], got 'red'")
     late = "red " * 40 + "[MASK]"
@@ -436,10 +438,10 @@ def test_nothing_to_re_rank(mvlm, trained, scenes):
     refused(outcome, "rerank: wanted at least 1, got 0")
 
 
-def test_a_report_without_an_evaluation(mvlm, trained, toys):
-    before = toys.folder_hash(trained)
+def test_a_report_without_an_evaluation(mvlm, trained):
+    before = folder_hash(trained)
     refused(mvlm("report", trained), "wanted the run's evaluation, found none; first run `mvlm eval retrieval")
-    assert toys.folder_hash(trained) == before
+    assert folder_hash(trained) == before
 
 
 def test_a_loss_that_is_not_finite_stops_with_another_code(mvlm, scenes, tmp_path, monkeypatch):
@@ -479,7 +481,7 @@ def test_an_interrupt(mvlm, monkeypatch):
     assert (outcome.code, outcome.err) == (130, ["mvlm: interrupted"])
 
 
-def test_from_shards_to_a_report(mvlm, scenes, tmp_path, toys):
+def test_from_shards_to_a_report(mvlm, scenes, tmp_path):
     run = tmp_path / "run"
     outcome = mvlm("pretrain", "tiny", "--data", scenes, "--out", run, *MICRO, "--log-every", 2)
     assert outcome.code == 0
@@ -503,19 +505,19 @@ def test_from_shards_to_a_report(mvlm, scenes, tmp_path, toys):
     assert outcome.out == [str(run / "report.html")]
     assert (run / "report.html").read_text().startswith("<!doctype html>")
 
-    (tmp_path / "a.png").write_bytes(toys.png(toys.scene(0)[0]))
+    (tmp_path / "a.png").write_bytes(png(scene(0)[0]))
     picture = ("--checkpoint", run, "--image", tmp_path / "a.png")
-    for out, message in ((tmp_path / "a.png", "another file than the picture"), (tmp_path / "a.foo", "a .png file")):
+    for out, message in ((tmp_path / "a.png", "another file than the image"), (tmp_path / "a.foo", "a .png file")):
         refused(mvlm("reconstruct", *picture, "--caption", "red", "--out", out), f"out: wanted {message}")
     for wrong, panels in ((), 3), (("--wrong-caption", "blue"), 4):
         out = tmp_path / f"new/{panels}.png"
         outcome = mvlm("reconstruct", *picture, "--caption", "red", "--out", out, *wrong)
         assert outcome.code == 0
-        assert outcome.out[0].startswith(f"{out}: picture, masked, rebuilt")
+        assert outcome.out[0].startswith(f"{out}: image, masked, rebuilt")
         with Image.open(out) as shown:
             assert shown.size == (32 * panels, 32)
             pixels = np.array(shown)
-        assert (pixels[:, :32] == toys.scene(0)[0]).all()
+        assert (pixels[:, :32] == scene(0)[0]).all()
         grey = (pixels[:, 32:64] == 190).all(-1)
         assert grey.sum() == 32 * 32 / 2  # two of four blocks
         assert (pixels[:, 64:96][~grey] == pixels[:, :32][~grey]).all()
@@ -527,10 +529,10 @@ def test_from_shards_to_a_report(mvlm, scenes, tmp_path, toys):
 
 
 def test_resuming_is_the_same_command_with_one_word_more(mvlm, scenes, tmp_path, monkeypatch):
-    from mvlm.training.trainer import Run
+    from mvlm.training.trainer import Trainer
 
     words = ("pretrain", "tiny", "--data", scenes, "--out", tmp_path / "run", *MICRO, "--max-steps", 4)
-    one_step = Run.one_step
+    one_step = Trainer.one_step
 
     def stop(run, batches):
         if run.step == 3:
@@ -538,13 +540,13 @@ def test_resuming_is_the_same_command_with_one_word_more(mvlm, scenes, tmp_path,
         return one_step(run, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "one_step", stop)
+        patch.setattr(Trainer, "one_step", stop)
         assert mvlm(*words, "--checkpoint-every-steps", 2).code == 130
     outcome = mvlm(*words, "--resume")
     assert outcome.code == 0
     assert outcome.err == [
         "the data go on with the same samples in the same order, and the same pixels, captions and masks",
-        f"going on from {tmp_path}/run/checkpoints/step_00000002",
+        f"resuming from {tmp_path}/run/checkpoints/step_00000002",
     ]
     assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]
     assert load_model(tmp_path / "run")[0].config.width == 16
@@ -608,15 +610,15 @@ def test_mistakes_are_answered_without_loading_torch():
     assert done.stdout == "[]\n"
 
 
-def test_the_module_is_the_program(data, tmp_path, toys):
+def test_the_module_is_the_program(data, tmp_path):
     """`python -m mvlm`, with broken data: nothing but one line is on the error stream, no warning either."""
-    missing_shard(data, "train", toys)
-    before = toys.folder_hash(tmp_path)
+    missing_shard(data, "train")
+    before = folder_hash(tmp_path)
     done = run_process("-m", "mvlm", "pretrain", "tiny", "--data", data, "--out", tmp_path / "run", *MICRO)
     assert done.returncode == 2
     assert done.stdout == ""
     assert re.fullmatch(r"mvlm: \S+/train-000000.tar: wanted a shard that .*\n", done.stderr)
-    assert toys.folder_hash(tmp_path) == before
+    assert folder_hash(tmp_path) == before
 
 
 def test_a_run_is_repeated_from_its_configuration_and_exported(mvlm, run_copy, tmp_path):
@@ -638,7 +640,7 @@ def test_a_run_is_repeated_from_its_configuration_and_exported(mvlm, run_copy, t
     "change, message",
     [
         ({"bacth_size": 4}, "unknown setting 'bacth_size'; did you mean batch_size?"),
-        ({"format_version": 1}, "wanted a configuration of version 2, got version 1"),
+        ({"format_version": 1}, "wanted a configuration of version 2 or 3, got version 1"),
     ],
 )
 def test_a_configuration_that_is_refused(mvlm, run_copy, tmp_path, change, message):

@@ -38,9 +38,9 @@ def release(version: str) -> tuple[int, ...]:
 
 def run(folder: Path) -> list[list[float]]:
     """The four losses of each of 30 steps, (30, 4), on one thread."""
-    from mvlm.config.pretrain import pretrain_defaults
+    from mvlm.config.recipes import pretrain_defaults
     from mvlm.runs.folder import read_metrics
-    from mvlm.training.trainer import pretrain
+    from mvlm.training.run import pretrain
 
     data = Path(shutil.copytree(DATA, folder / "data"))
     for index in data.glob("*.idx"):

@@ -7,20 +7,21 @@ import torch
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.packing import bucketed
+from mvlm.model.packing import pad_to_bucket
 from mvlm_kernels import use_backend
+from support.models import micro_batch, micro_config
 
 pytestmark = pytest.mark.gpu
 SIZES = {"width": 128, "heads": 2, "image_size": 96, "patch_size": 16, "mask_block": 32, "text_length": 24}
 
 
-def make(toys, pairs: int = 16):
+def make(pairs: int = 16):
     """A model of heads 64 wide, and a batch with its totals rounded up, on the device."""
-    config = toys.config(**SIZES)
+    config = micro_config(**SIZES)
     torch.manual_seed(0)
     model = MaskVLM(config).cuda()
-    batch, masks = toys.batch(tuple(3 + n % 20 for n in range(pairs)), config=config)
-    batch, masks = bucketed(batch, masks, config.text_length)
+    batch, masks = micro_batch(tuple(3 + n % 20 for n in range(pairs)), config=config)
+    batch, masks = pad_to_bucket(batch, masks, config.text_length)
     return model, batch.to("cuda"), masks.to("cuda")
 
 
@@ -32,8 +33,8 @@ def step(model: MaskVLM, batch, masks, number: int | torch.Tensor = 0) -> torch.
 
 
 @pytest.mark.parametrize("drop_masked", [False, True])
-def test_a_step_never_waits_for_the_device(toys, drop_masked):
-    model, batch, masks = make(toys)
+def test_a_step_never_waits_for_the_device(drop_masked):
+    model, batch, masks = make()
     model.config = replace(model.config, drop_masked=drop_masked)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     step(model, batch, masks)  # kernels compile, caches fill
@@ -48,9 +49,9 @@ def test_a_step_never_waits_for_the_device(toys, drop_masked):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_step_under_a_cuda_graph_is_the_step(toys):
+def test_a_step_under_a_cuda_graph_is_the_step():
     """Captured once, replayed on other pictures and another step number, it gives what the eager step gives."""
-    model, batch, masks = make(toys)
+    model, batch, masks = make()
     number = torch.zeros((), dtype=torch.int64, device="cuda")
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -74,11 +75,11 @@ def test_a_step_under_a_cuda_graph_is_the_step(toys):
         assert torch.equal(gradients[name], parameter.grad), name
 
 
-def test_the_kernels_train_as_torch_does(toys):
+def test_the_kernels_train_as_torch_does():
     """200 steps with the kernels and without: the loss curves stay together."""
     curves = {}
     for backend in ("triton", "torch"):
-        model, batch, masks = make(toys)
+        model, batch, masks = make()
         model.set_attention("auto", "triton" if backend == "triton" else "sdpa")
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, fused=True)
         losses = []
@@ -93,10 +94,10 @@ def test_the_kernels_train_as_torch_does(toys):
     assert (a - b).abs().mean() <= 0.02 * b.mean()
 
 
-def test_the_whole_base_model_takes_a_step(toys):
+def test_the_whole_base_model_takes_a_step():
     torch.manual_seed(0)
     config = MaskVLMConfig.preset("base")
-    batch, masks = toys.batch(tuple(8 + n % 20 for n in range(32)), config=config)
-    batch, masks = (x.to("cuda") for x in bucketed(batch, masks, config.text_length))
+    batch, masks = micro_batch(tuple(8 + n % 20 for n in range(32)), config=config)
+    batch, masks = (x.to("cuda") for x in pad_to_bucket(batch, masks, config.text_length))
     model = MaskVLM(config).cuda()
     assert torch.isfinite(step(model, batch, masks))

@@ -2,12 +2,16 @@
 
 import numpy as np
 
-from mvlm.evaluation import encode_split, rank, recall
+from mvlm.evaluation import rank
 from mvlm.evaluation.cross_modal_gain import cross_modal_gain
-from mvlm.runs.checkpoint import load_model
+from mvlm.evaluation.retrieval import recall
+from mvlm.inference.encode import encode_split
 from mvlm.runs.folder import read_metrics
-from mvlm.training.trainer import pretrain
+from mvlm.runs.load import load_model
+from mvlm.training.run import pretrain
 from mvlm_dataloading import ShardWriter, open_dataset
+from support.models import micro_config, pretrain_config
+from support.scenes import png
 
 COLOURS, ANIMALS = ("red", "green", "blue", "black"), ("cat", "dog", "bird", "fish", "horse", "snake", "whale", "ant")
 
@@ -26,12 +30,12 @@ def write_mosaics(folder, png):
     return folder
 
 
-def test_overfitting_32_pairs(toys, tmp_path, without_tensorboard):
-    model = toys.config(width=64, heads=2, itc_width=32, cross_norm="pre", initialization="xavier")
+def test_overfitting_32_pairs(tmp_path, without_tensorboard):
+    model = micro_config(width=64, heads=2, itc_width=32, cross_norm="pre", initialization="xavier")
     settings = {"max_steps": 250, "batch_size": 32, "warmup_steps": 20, "crop_scale": (1.0, 1.0)}
     rates = {"lr_encoder": 2e-3, "lr_cross": 2e-3, "lr_pixels": 1e-3}
-    data = write_mosaics(tmp_path / "data", toys.png)
-    pretrain(toys.pretrain_config(data, tmp_path / "run", model=model, **settings, **rates))
+    data = write_mosaics(tmp_path / "data", png)
+    pretrain(pretrain_config(data, tmp_path / "run", model=model, **settings, **rates))
 
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-20:]
     means = {name: float(np.mean([row[name] for row in last])) for name in ("mlm", "itc")}

@@ -1,16 +1,18 @@
 import json
 import math
-from dataclasses import fields
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
 
 from mvlm.config.json_files import model_config, run_config
 from mvlm.config.model import PRESETS, MaskVLMConfig
-from mvlm.config.pretrain import PretrainConfig, pretrain_defaults
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.recipes import pretrain_defaults
 from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import MaskVLM
+from support.models import micro_config, pretrain_config
 
 
 def count_by_hand(c: MaskVLMConfig) -> int:
@@ -109,9 +111,9 @@ def test_every_preset_has_a_recipe(preset):
         ({"image_std": (0.5, 0.0, 0.5)}, r"image_std must be above 0, got \(0.5, 0.0, 0.5\)"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(toys, changes, message):
+def test_sizes_that_cannot_be_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        toys.config(**changes)
+        micro_config(**changes)
 
 
 # Named one by one: a setting that is forgotten here is no less a number.
@@ -121,19 +123,19 @@ NUMBERS = (
 )
 NOT_NEGATIVE = (
     *("lr_encoder", "lr_cross", "lr_pixels", "lr_end", "weight_decay", "warmup_steps", "reconstruction_first"),
-    *("eval_every_steps", "eval_every_minutes", "eval_pictures", "checkpoint_every_steps", "checkpoint_every_minutes"),
+    *("eval_every_steps", "eval_every_minutes", "eval_images", "checkpoint_every_steps", "checkpoint_every_minutes"),
     *("keep_every_steps", "max_bad_steps"),
 )
 
 
 def test_every_setting_that_is_a_number_is_looked_at():
-    floats = {field.name for field in fields(PretrainConfig) if field.type == "float" or field.type is float}
+    floats = {name for name, kind in get_type_hints(PretrainConfig).items() if kind is float}
     assert floats == set(NUMBERS)
 
 
 @pytest.mark.parametrize("seed", [-(2**63), -1, 2**64 - 1])
-def test_a_seed_may_be_any_that_torch_takes(toys, seed):
-    torch.Generator().manual_seed(toys.pretrain_config(Path("data"), Path("out"), seed=seed).seed)
+def test_a_seed_may_be_any_that_torch_takes(seed):
+    torch.Generator().manual_seed(pretrain_config(Path("data"), Path("out"), seed=seed).seed)
 
 
 @pytest.mark.parametrize(
@@ -160,20 +162,20 @@ def test_a_seed_may_be_any_that_torch_takes(toys, seed):
         *(({name: -1}, f"{name} must be at least 0, got -1") for name in NOT_NEGATIVE),
     ],
 )
-def test_recipes_that_cannot_be_are_refused(toys, changes, message):
+def test_recipes_that_cannot_be_are_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
-        toys.pretrain_config(Path("data"), Path("out"), **changes)
+        pretrain_config(Path("data"), Path("out"), **changes)
 
 
-def test_a_model_configuration_goes_through_json_and_back(toys):
-    config = toys.config(cross_norm="pre", image_mask_ratio=0.5)
+def test_a_model_configuration_goes_through_json_and_back():
+    config = micro_config(cross_norm="pre", image_mask_ratio=0.5)
     values = json.loads(json.dumps(config.to_dict()))
     assert model_config(values, "model.json") == config
     assert values["image_mean"] == [0.5, 0.4, 0.3]
 
 
-def test_an_unknown_setting_is_answered_with_the_nearest(toys):
-    values = toys.config().to_dict()
+def test_an_unknown_setting_is_answered_with_the_nearest():
+    values = micro_config().to_dict()
     with pytest.raises(ConfigError, match=r"^model.json: unknown model setting 'widht'; did you mean width\?$"):
         model_config(values | {"widht": 3}, "model.json")
     with pytest.raises(ConfigError, match=r"^model.json: unknown model setting 'zzz'$"):
@@ -182,8 +184,8 @@ def test_an_unknown_setting_is_answered_with_the_nearest(toys):
         model_config(values | {"heads": 5}, "model.json")
 
 
-def test_a_recipe_becomes_plain_values(toys):
-    config = toys.pretrain_config(Path("data"), Path("out"), tokenizer=Path("t.json"))
+def test_a_recipe_becomes_plain_values():
+    config = pretrain_config(Path("data"), Path("out"), tokenizer=Path("t.json"))
     assert isinstance(config, PretrainConfig)
     values = json.loads(json.dumps(config.to_dict()))
     assert (values["data"], values["out"], values["tokenizer"]) == ("data", "out", "t.json")

@@ -8,19 +8,28 @@ import pytest
 
 from mvlm import cli
 from mvlm.config.model import MaskVLMConfig
-from mvlm.costs.cluster_plan import Setting, count, exchange_bytes, memory, parse_count, parse_gpus, scaling, seconds
-from mvlm.costs.step_cost import Footprint
+from mvlm.costs.cluster_plan import (
+    ClusterSetting,
+    count,
+    exchange_bytes,
+    memory,
+    parse_count,
+    parse_gpus,
+    scaling,
+    seconds,
+)
+from mvlm.costs.step_cost import StepCost
 from mvlm.errors import ConfigError
 
 PAGE = Path(__file__).parents[3] / "docs" / "distributed.md"
-FOUND = Footprint(
+FOUND = StepCost(
     parameters=10**9, forward=10**14, backward=2 * 10**14, peak=3 * 10**9, parts={"image_encoder": 3 * 10**9}
 )
 
 
-def setting(**changes) -> Setting:
+def setting(**changes) -> ClusterSetting:
     values = {"model": MaskVLMConfig.preset("base"), "gpu": "H100", "per_node": 8, "nodes": 16, "batch_size": 12800}
-    return Setting(**(values | changes))  # pyright: ignore[reportArgumentType]
+    return ClusterSetting(**(values | changes))  # pyright: ignore[reportArgumentType]
 
 
 def test_memory_by_part():
@@ -47,7 +56,7 @@ def test_seconds_of_a_step():
     assert times["backward"] > 2 * 4e9 * (7 / 8 / 450e9 + 15 / 16 / (8 * 50e9))
     assert times["gradients that show"] == 0
     assert times["features"] == pytest.approx(2 * sum(exchange_bytes(setting()).values()) / 400e9)
-    slow = seconds(setting(mfu=0.5), Footprint(10**11, FOUND.forward, FOUND.backward, 0, {}))
+    slow = seconds(setting(mfu=0.5), StepCost(10**11, FOUND.forward, FOUND.backward, 0, {}))
     wanted = 2 * 4e11 * (7 / 8 / 450e9 + 15 / 16 / (8 * 50e9)) - times["backward"]
     assert slow["gradients that show"] == pytest.approx(wanted)
     assert times["step"] == pytest.approx(sum(time for name, time in times.items() if name != "step"))

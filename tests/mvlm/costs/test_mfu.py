@@ -5,10 +5,11 @@ import torch
 
 from mvlm.costs import mfu as utilisation
 from mvlm.costs.flops import counter
-from mvlm.costs.mfu import Utilisation, peak_flops
+from mvlm.costs.mfu import ModelFlopsUtilization, peak_flops
 from mvlm.distributed.world import World
 from mvlm.runs.folder import read_metrics
-from mvlm.training.trainer import pretrain
+from mvlm.training.run import pretrain
+from support.models import micro_batch, micro_config, micro_model, pretrain_config
 
 CPU = torch.device("cpu")
 
@@ -30,30 +31,30 @@ def test_the_peak_of_a_gpu_by_its_name(monkeypatch, name, peak):
     assert peak_flops(CPU) is None
 
 
-def test_the_share_of_all_ranks_peak(monkeypatch, toys, scenes, tmp_path):
+def test_the_share_of_all_ranks_peak(monkeypatch, scenes, tmp_path):
     """1,000 operations a second each; twice the pairs are twice the share."""
     monkeypatch.setattr(utilisation, "peak_flops", lambda _: 1e3)
-    config = toys.pretrain_config(scenes, tmp_path)
-    found = Utilisation(config, World(0, 2, 0, CPU))
+    config = pretrain_config(scenes, tmp_path)
+    found = ModelFlopsUtilization(config, World(0, 2, 0, CPU))
     monkeypatch.setattr(found, "_count", lambda tokens: 10.0 * tokens)
-    assert found.mfu(8.0, 5.0) == pytest.approx(8 * 50 / 2000)
-    assert found.mfu(16.0, 7.0) == pytest.approx(16 * 50 / 2000)  # counted once
+    assert found.of_rate(8.0, 5.0) == pytest.approx(8 * 50 / 2000)
+    assert found.of_rate(16.0, 7.0) == pytest.approx(16 * 50 / 2000)  # counted once
 
 
-def test_operations_are_those_of_a_step(toys, scenes, tmp_path):
+def test_operations_are_those_of_a_step(scenes, tmp_path):
     """Against a count of a step on real tensors, captions of 7 tokens."""
-    config = toys.pretrain_config(scenes, tmp_path, model=toys.config(), batch_size=4)
-    counted = Utilisation(config, World(0, 1, 0, CPU))._count(7.0)
-    model = toys.model()
-    batch, masks = toys.batch((7, 7, 7, 7), config=model.config)
+    config = pretrain_config(scenes, tmp_path, model=micro_config(), batch_size=4)
+    counted = ModelFlopsUtilization(config, World(0, 1, 0, CPU))._count(7.0)
+    model = micro_model()
+    batch, masks = micro_batch((7, 7, 7, 7), config=model.config)
     with counter() as real:
         model(batch, masks, plan="fast").total.backward()
     assert counted == pytest.approx(real.get_total_flops() / 4, rel=0.05)
 
 
-def test_a_run_tells_it_where_the_peak_is_known(monkeypatch, toys, scenes, tmp_path):
+def test_a_run_tells_it_where_the_peak_is_known(monkeypatch, scenes, tmp_path):
     monkeypatch.setattr(utilisation, "peak_flops", lambda _: 1e12)
-    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=2)
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=2)
     pretrain(config)
     rows = read_metrics(config.out / "metrics.jsonl")
     operations = [row["mfu"] * 1e12 / row["pairs_per_s"] for row in rows]

@@ -6,19 +6,20 @@ import pytest
 import torch
 
 from mvlm.config.model import MaskVLMConfig
-from mvlm.costs.step_cost import Shape, footprint
+from mvlm.costs.step_cost import StepShape, step_cost
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import checkpoint_activations, parallelize
 from mvlm.distributed.world import World
 from mvlm.model.attention import Attention
 from mvlm.model.maskvlm import MaskVLM
+from support.models import micro_batch
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, local_rank=0, device=CPU)
 CONFIG = MaskVLMConfig.preset("tiny", image_layers=2, text_layers=2, cross_layers=1, decoder_layers=1)
 
 
-def allocated(toys, shape: Shape, path) -> int:
+def allocated(shape: StepShape, path) -> int:
     """The most bytes that one real step held beyond what was there before, by torch's report of its CPU allocator."""
     torch.manual_seed(0)
     model = MaskVLM(CONFIG)
@@ -28,7 +29,7 @@ def allocated(toys, shape: Shape, path) -> int:
         if isinstance(module, Attention):
             module.backend = "sdpa"  # pyright: ignore[reportArgumentType]
     lengths = (shape.tokens,) * shape.pairs
-    micro = [toys.batch(lengths, seed=a, config=CONFIG) for a in range(shape.microbatches)]
+    micro = [micro_batch(lengths, seed=a, config=CONFIG) for a in range(shape.microbatches)]
 
     def step() -> None:
         backward_global(
@@ -60,16 +61,16 @@ def allocated(toys, shape: Shape, path) -> int:
     [{}, {"bf16": False}, {"checkpointed": True}, {"microbatches": 2, "bf16": False}],
     ids=["bf16", "fp32", "checkpointed", "two microbatches"],
 )
-def test_memory_is_within_a_tenth_of_what_is_measured(toys, tmp_path, changes):
-    shape = Shape(pairs=16, tokens=12, longest=12, gpu=False, **changes)
-    assert footprint(CONFIG, shape).peak == pytest.approx(allocated(toys, shape, tmp_path / "trace.json"), rel=0.1)
+def test_memory_is_within_a_tenth_of_what_is_measured(tmp_path, changes):
+    shape = StepShape(pairs=16, tokens=12, longest=12, gpu=False, **changes)
+    assert step_cost(CONFIG, shape).peak == pytest.approx(allocated(shape, tmp_path / "trace.json"), rel=0.1)
 
 
 def test_operations_of_the_encoders_by_hand():
     """Two steps that differ by one image block: 2 x 37 rows x 12 C^2 products, and two products of attention a head."""
-    shape = Shape(pairs=4)
+    shape = StepShape(pairs=4)
     more = MaskVLMConfig.preset("tiny", image_layers=3, text_layers=2, cross_layers=1, decoder_layers=1)
-    one, two = footprint(CONFIG, shape), footprint(more, shape)
+    one, two = step_cost(CONFIG, shape), step_cost(more, shape)
     wide, rows = 192, 37
     by_hand = 4 * 2 * (2 * rows * 12 * wide**2 + 2 * 2 * rows**2 * wide)
     assert two.forward - one.forward == by_hand
@@ -80,8 +81,8 @@ def test_operations_of_the_encoders_by_hand():
 
 def test_other_ranks_add_what_is_fetched_from_them():
     """16 ranks: as many rows again for ITM. They are imagined, and leave no process group behind."""
-    alone, among = footprint(CONFIG, Shape(pairs=8)), footprint(CONFIG, Shape(pairs=8, ranks=16))
-    near = footprint(CONFIG, Shape(pairs=8, ranks=16, local_negatives=True))
+    alone, among = step_cost(CONFIG, StepShape(pairs=8)), step_cost(CONFIG, StepShape(pairs=8, ranks=16))
+    near = step_cost(CONFIG, StepShape(pairs=8, ranks=16, local_negatives=True))
     assert not torch.distributed.is_initialized()
     assert among.peak > near.peak
     assert among.forward > near.forward

@@ -4,7 +4,6 @@ Four ranks are started once. They run every combination as a world of four; then
 two. Each compares what it got with one rank on the whole batch and writes the largest differences to OUT.
 """
 
-import importlib.util
 import itertools
 import json
 import math
@@ -20,27 +19,23 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import mvlm  # noqa: F401
 from mvlm_dataloading import Batch, Masks
+
+# The helpers, for a program that pytest does not run. Behind the rest, and after mvlm: tests/mvlm would hide it.
+sys.path.append(str(Path(__file__).parents[2]))
+from support.models import micro_batch, micro_model, uniform_of_pair
 
 LENGTHS = (7, 4, 12, 3, 9, 5, 3, 11, 12, 12, 3, 3, 8, 6, 10, 4)
 SEED, STEP = 3, 5
-SHALLOW = {"image_layers": 1, "text_layers": 1, "decoder_layers": 1}
+SHALLOW: dict[str, Any] = {"image_layers": 1, "text_layers": 1, "decoder_layers": 1}
 WIDTH = 5
 """Of the embeddings whose logits are counted."""
 
 
-def load_toys() -> Any:
-    spec = importlib.util.spec_from_file_location("toys", Path(__file__).parents[1] / "conftest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def whole_batch(toys: Any) -> tuple[Batch, Masks]:
-    """Sixteen pairs: one picture three times, equal captions, and from 1 to 3 masked words a caption."""
-    batch, masks = toys.micro_batch(LENGTHS, seed=1)
+def whole_batch() -> tuple[Batch, Masks]:
+    """Sixteen pairs: one image three times, equal captions, and from 1 to 3 masked words a caption."""
+    batch, masks = micro_batch(LENGTHS, seed=1)
     image_id, text_id = batch.image_id.clone(), batch.text_id.clone()
     image_id[[5, 13]] = 102
     text_id[[7, 8, 15]] = 200
@@ -67,16 +62,16 @@ def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, M
 class Oracle:
     """One rank on the whole batch, by the model's own forward."""
 
-    def __init__(self, toys: Any, reconstruction_only: bool) -> None:
-        model = toys.micro_model(**SHALLOW)
-        losses = model(*whole_batch(toys), seed=SEED, step=STEP, reconstruction_only=reconstruction_only)
+    def __init__(self, reconstruction_only: bool) -> None:
+        model = micro_model(**SHALLOW)
+        losses = model(*whole_batch(), seed=SEED, step=STEP, reconstruction_only=reconstruction_only)
         losses.total.backward()
         self.losses = [x.item() for x in losses]
         self.gradients = {name: p.grad for name, p in model.named_parameters()}
 
-    def after_a_step(self, toys: Any) -> dict[str, Tensor]:
+    def after_a_step(self) -> dict[str, Tensor]:
         """The weights after one update with clipped gradients and a clamped temperature."""
-        model = toys.micro_model(**SHALLOW)
+        model = micro_model(**SHALLOW)
         for name, parameter in model.named_parameters():
             gradient = self.gradients[name]
             parameter.grad = None if gradient is None else gradient.clone()
@@ -85,9 +80,9 @@ class Oracle:
 
 
 @torch.no_grad()
-def local_matching(toys: Any, number: int) -> float:
+def local_matching(number: int) -> float:
     """ITM when each of `number` runs of pairs draws its negatives from itself alone, pair by pair."""
-    model, (batch, masks) = toys.micro_model(**SHALLOW), whole_batch(toys)
+    model, (batch, masks) = micro_model(**SHALLOW), whole_batch()
     size, terms = len(LENGTHS) // number, []
     for first in range(0, len(LENGTHS), size):
         part, _ = piece(batch, masks, first, size)
@@ -106,7 +101,7 @@ def local_matching(toys: Any, number: int) -> float:
             for stream, scores in ((0, table), (1, table.T)):
                 noisy = {
                     j: float(scores[i, j])
-                    - math.log(-math.log(toys.uniform_of_pair(SEED, STEP, stream, first + i, first + j)))
+                    - math.log(-math.log(uniform_of_pair(SEED, STEP, stream, first + i, first + j)))
                     for j in range(size)
                     if part.image_id[i] != part.image_id[j] and part.text_id[i] != part.text_id[j]
                 }
@@ -160,17 +155,19 @@ class LargestOf(TorchDispatchMode):
 
 def logit_elements(rank: int, ranks: int, elements: int) -> tuple[int, float]:
     """The largest block of logits in the step of 6 pairs a rank, and ITC."""
-    from mvlm.distributed.collectives import Place
-    from mvlm.distributed.contrastive import Draw, contrast
+    from mvlm.distributed.collectives import GlobalBatchLayout
+    from mvlm.distributed.contrastive import sharded_contrastive_loss
+    from mvlm.objectives.negatives import NegativeSampling
 
     generator = torch.Generator().manual_seed(rank)
     image, text = (
         torch.randn(6, WIDTH, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)
     )
-    place = Place(rank, ranks, 1, 6)
-    ids = torch.arange(place.total)
-    with LargestOf(place.total) as mode:
-        share, *_ = contrast(image, text, torch.zeros(1), Draw(ids, ids, 0, 0, False), place, elements)
+    layout = GlobalBatchLayout(rank, ranks, 1, 6)
+    ids = torch.arange(layout.total)
+    with LargestOf(layout.total) as mode:
+        sampling = NegativeSampling(ids, ids, 0, 0)
+        share, *_ = sharded_contrastive_loss(image, text, torch.zeros(1), sampling, layout, elements)
         share.backward()
     assert image.grad is not None
     return mode.elements, float(image.grad.sum())
@@ -192,17 +189,17 @@ def combinations(ranks: int) -> list[dict[str, Any]]:
     return [case | {"plan": plan} for case in every for plan in ("plain", "fast")]
 
 
-def run(toys: Any, world: Any, oracles: dict[bool, Oracle], case: dict[str, Any]) -> dict[str, Any]:
+def run(world: Any, oracles: dict[bool, Oracle], case: dict[str, Any]) -> dict[str, Any]:
     from mvlm.distributed.global_batch import backward_global
-    from mvlm.distributed.parallel import checkpoint_activations, parallelize, whole_model
+    from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
     from mvlm.training.metrics import gradient_norms
 
     kind, number, alone = case["kind"], case["microbatches"], case["reconstruction_only"]
-    model = toys.micro_model(**SHALLOW)
+    model = micro_model(**SHALLOW)
     if case["again"]:
         checkpoint_activations(model)
     parallel = parallelize(model, world, "ddp" if kind == "ddp" else "fsdp", nodes=2 if kind == "hsdp" else 1)
-    batch, masks = whole_batch(toys)
+    batch, masks = whole_batch()
     size = len(LENGTHS) // (world.size * number)
     micro = [piece(batch, masks, (a * world.size + world.rank) * size, size) for a in range(number)]
     oracle, found = oracles[alone], dict(case)
@@ -222,22 +219,21 @@ def run(toys: Any, world: Any, oracles: dict[bool, Oracle], case: dict[str, Any]
         gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
         part = "local" if local else "global"
         if local:
-            found["local matching"] = losses.itm.item() - (0 if alone else local_matching(toys, world.size * number))
+            found["local matching"] = losses.itm.item() - (0 if alone else local_matching(world.size * number))
         found[f"{part} losses"] = [abs(a.item() - b) for a, b in zip(losses, oracle.losses, strict=True)]
         found[f"{part} gradients"] = differences(gradients, oracle.gradients)
     if not case["again"] and not alone:
         norm, _ = gradient_norms(model)
         update(model, norm)
         found["norm"] = float(norm) - float(torch.nn.utils.get_total_norm(list(oracle.gradients.values())))  # pyright: ignore[reportArgumentType]
-        weights = {name: p.detach() for name, p in whole_model(model).named_parameters()}
-        found["weights"] = differences(weights, oracle.after_a_step(toys))  # pyright: ignore[reportArgumentType]
+        weights = {name: p.detach() for name, p in unsharded_copy(model).named_parameters()}
+        found["weights"] = differences(weights, oracle.after_a_step())  # pyright: ignore[reportArgumentType]
     return found
 
 
 def main() -> None:
     rank, port, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    toys = load_toys()
-    oracles = {alone: Oracle(toys, alone) for alone in (False, True)}
+    oracles = {alone: Oracle(alone) for alone in (False, True)}
     tested = (
         "mvlm.distributed.global_batch",
         "mvlm.distributed.contrastive",
@@ -252,7 +248,7 @@ def main() -> None:
             address = f"tcp://127.0.0.1:{port + ranks}"
             dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
             world = World(rank, ranks, rank, torch.device("cpu"))
-            found[str(ranks)] = [run(toys, world, oracles, case) for case in combinations(ranks)]
+            found[str(ranks)] = [run(world, oracles, case) for case in combinations(ranks)]
             found[f"{ranks} logits"] = [logit_elements(rank, ranks, elements) for elements in (36, 1 << 20)]
             dist.destroy_process_group()
     out.write_text(json.dumps(found))

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from mvlm.distributed.coordination import Wishes, agree, check_ranks
+from mvlm.distributed.coordination import StepDecisions, check_ranks, run_on_all_ranks
 from mvlm.errors import ConfigError, RunError
 from mvlm_dataloading import open_dataset
+from support.models import pretrain_config
+from support.scenes import write_scenes
 
 
 @dataclass
@@ -39,12 +41,12 @@ class Rank:
     def __init__(self, rank: int, meeting: Meeting) -> None:
         self.rank, self.first, self._meeting, self._number = rank, rank == 0, meeting, 0
 
-    def gather(self, value: Any, group: Any = None) -> list[Any]:
+    def gather_objects(self, value: Any, group: Any = None) -> list[Any]:
         self._number += 1
         return self._meeting.exchange(self._number, self.rank, value)
 
     def start_all_reduce(self, tensor: torch.Tensor, op: Any) -> None:
-        largest = torch.stack(self.gather(tensor.clone())).amax(0)
+        largest = torch.stack(self.gather_objects(tensor.clone())).amax(0)
         tensor.copy_(largest)
 
 
@@ -75,7 +77,7 @@ def test_if_one_fails_all_leave(failing):
                 raise ConfigError(f"no room on {world.rank}")
             return world.rank
 
-        return agree(world, step)
+        return run_on_all_ranks(world, step)
 
     first, second = on_two_ranks(work)
     assert isinstance(first, ConfigError if failing == 0 else RunError)
@@ -85,12 +87,12 @@ def test_if_one_fails_all_leave(failing):
 
 
 def test_if_none_fails_each_has_its_own_result():
-    assert on_two_ranks(lambda world: agree(world, lambda: world.rank * 10)) == [0, 10]
+    assert on_two_ranks(lambda world: run_on_all_ranks(world, lambda: world.rank * 10)) == [0, 10]
 
 
 def test_a_fault_of_our_own_is_raised_where_it_happened():
     def work(world):
-        return agree(world, lambda: 1 // world.rank)
+        return run_on_all_ranks(world, lambda: 1 // world.rank)
 
     first, second = on_two_ranks(work)
     assert isinstance(first, ZeroDivisionError)
@@ -98,15 +100,15 @@ def test_a_fault_of_our_own_is_raised_where_it_happened():
 
 
 @pytest.mark.parametrize("what", ["settings", "data", "out", "nothing"])
-def test_ranks_that_differ_all_end(toys, scenes, tmp_path, what):
-    other = toys.write_scenes(tmp_path / "other", {"train": 9})
+def test_ranks_that_differ_all_end(scenes, tmp_path, what):
+    other = write_scenes(tmp_path / "other", {"train": 9})
 
     def work(world):
         changed = world.rank == 1
         out = tmp_path / ("there" if what == "out" and changed else "run")
         seed = 5 if what == "settings" and changed else 0
         dataset = open_dataset(other if what == "data" and changed else scenes, "train")
-        return check_ranks(world, toys.pretrain_config(scenes, out, seed=seed), dataset)
+        return check_ranks(world, pretrain_config(scenes, out, seed=seed), dataset)
 
     first, second = on_two_ranks(work)
     if what == "nothing":
@@ -125,8 +127,8 @@ def test_a_wish_of_one_is_granted_to_all_after_the_next_step_and_once():
     """Rank 1 wishes at steps 2 and 3, because its wish has not come true yet at 3."""
 
     def work(world):
-        wishes = Wishes(world)
-        granted = [wishes.grant(world.rank == 1 and step in (2, 3), False) for step in range(1, 7)]
+        wishes = StepDecisions(world)
+        granted = [wishes.decide(world.rank == 1 and step in (2, 3), False) for step in range(1, 7)]
         wishes.close()
         return granted
 

@@ -14,20 +14,21 @@ import torch
 
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
-from mvlm.runs.checkpoint import load_model
 from mvlm.runs.folder import read_metrics
+from mvlm.runs.load import load_model
 from mvlm.training.build import make_loader
-from mvlm.training.trainer import pretrain
+from mvlm.training.run import pretrain
+from support.models import pretrain_config
 
 PAGE = Path(__file__).parents[3] / "docs" / "distributed.md"
 LOSSES = ("loss", "mlm", "mim", "itc", "itm", "grad_norm")
 
 
 @pytest.fixture(scope="module")
-def runs(toys, scenes, tmp_path_factory) -> tuple[Path, Path]:
+def runs(scenes, tmp_path_factory) -> tuple[Path, Path]:
     """Four steps of one process, and the same by two ranks with FSDP2 and two microbatches each."""
     folder = tmp_path_factory.mktemp("runs")
-    config = toys.pretrain_config(scenes, folder / "one", max_steps=4, precision="fp32", eval_every_steps=4)
+    config = pretrain_config(scenes, folder / "one", max_steps=4, precision="fp32", eval_every_steps=4)
     pretrain(config)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     # The command of docs/distributed.md, but for the preset and the folders.
@@ -62,8 +63,8 @@ def test_a_split_model_is_saved_whole(runs):
     assert (settings["parallel"], settings["accumulate"]) == ("fsdp", 2)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(toys, train_split, tokenizer):
-    config = toys.pretrain_config(Path(), Path(), batch_size=8, accumulate=2)
+def test_a_batch_that_cannot_be_shared_is_refused(train_split, tokenizer):
+    config = pretrain_config(Path(), Path(), batch_size=8, accumulate=2)
     world = World(rank=0, size=3, local_rank=0, device=torch.device("cpu"))
     with pytest.raises(ConfigError, match="wanted a multiple of 3 ranks x 2 microbatches = 6, got 8"):
         make_loader(train_split, tokenizer, config, world)

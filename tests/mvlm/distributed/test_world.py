@@ -21,9 +21,8 @@ print(json.dumps({
     "rank": [world.rank, world.size, world.local_rank, world.first, str(world.device)],
     "sum": world.all_reduce(torch.tensor([1.0 + world.rank, 5.0])).tolist(),
     "max": world.all_reduce(torch.tensor([world.rank]), dist.ReduceOp.MAX).tolist(),
-    "gather": world.gather({"long": "é" * (1 + 3 * world.rank), "rank": world.rank}),
+    "gather": world.gather_objects({"long": "é" * (1 + 3 * world.rank), "rank": world.rank}),
 }))
-world.barrier()
 world.close()
 """
 
@@ -34,8 +33,7 @@ def test_a_process_alone_is_a_world_of_one(monkeypatch):
     assert (world.rank, world.size, world.first) == (0, 1, True)
     assert world.device == torch.device("cpu")
     assert world.all_reduce(torch.tensor([3.0])).tolist() == [3.0]
-    assert world.gather({"a": 1}) == [{"a": 1}]
-    world.barrier()
+    assert world.gather_objects({"a": 1}) == [{"a": 1}]
     world.close()
     assert not torch.distributed.is_initialized()
 

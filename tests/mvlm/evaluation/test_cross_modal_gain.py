@@ -6,11 +6,13 @@ import torch
 
 from mvlm.evaluation.cross_modal_gain import bootstrap, cross_modal_gain, trivial_losses, wrong_partners
 from mvlm.inference.encode import encode_split, eval_loader
+from support.models import micro_model
+from support.scenes import scene
 
 
 @pytest.fixture
-def model(toys):
-    return toys.model(dtype=torch.float32).eval()
+def model():
+    return micro_model(dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize("number", [2, 3, 8, 50, 399])
@@ -112,8 +114,8 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
     assert 86 <= hits <= 100
 
 
-def test_trivial_predictors_against_numpy(model, train_split, heldout_split, tokenizer, toys):
-    pictures = np.stack([toys.scene(i)[0] for i in range(32)]).astype(np.float64)  # (32, S, S, 3)
+def test_trivial_predictors_against_numpy(model, train_split, heldout_split, tokenizer):
+    pictures = np.stack([scene(i)[0] for i in range(32)]).astype(np.float64)  # (32, S, S, 3)
     median = np.floor(np.median(pictures, axis=0))
     mean, std = np.array(model.config.image_mean), np.array(model.config.image_std)
     ((batch, masks),) = list(eval_loader(heldout_split, model, tokenizer))
@@ -130,9 +132,9 @@ def test_trivial_predictors_against_numpy(model, train_split, heldout_split, tok
     assert found["masked_l1_train_median"] == pytest.approx(np.mean(middle), abs=6e-5)
 
 
-def test_the_median_is_of_no_more_pictures_than_asked_for(model, train_split, heldout_split, tokenizer, toys):
+def test_the_median_is_of_no_more_pictures_than_asked_for(model, train_split, heldout_split, tokenizer):
     few = trivial_losses(model, train_split, heldout_split, tokenizer, most=1)
     ((batch, masks),) = list(eval_loader(heldout_split, model, tokenizer))
-    first = torch.from_numpy(toys.scene(0)[0]).permute(2, 0, 1)[None].expand(8, -1, -1, -1)
+    first = torch.from_numpy(scene(0)[0]).permute(2, 0, 1)[None].expand(8, -1, -1, -1)
     off = (model.patch_targets(first, masks.patch_ids) - model.patch_targets(batch.images, masks.patch_ids)).abs()
     assert few["masked_l1_train_median"] == pytest.approx(off.mean().item(), abs=6e-5)

@@ -3,29 +3,32 @@ import math
 import pytest
 import torch
 
-from mvlm.evaluation import encode_split, evaluate, evaluate_briefly, rank, recall, unseen_images
+from mvlm.evaluation import evaluate, evaluate_briefly, rank, unseen_images
+from mvlm.evaluation.retrieval import recall
+from mvlm.inference.encode import encode_split
 from mvlm_dataloading import ShardWriter, open_dataset
+from support.models import micro_model
+from support.scenes import png, scene
 
 
 @pytest.fixture
-def model(toys):
-    return toys.model(dtype=torch.float32)
+def model():
+    return micro_model(dtype=torch.float32)
 
 
-def write(folder, toys, bases: dict[str, list[str | None]]):
+def write(folder, bases: dict[str, list[str | None]]):
     with ShardWriter(folder, name="x", source="", licence="", attribution="", recipe={}) as writer:
         for split, found in bases.items():
             for i, base in enumerate(found):
-                pixels, caption = toys.scene(i)
+                pixels, caption = scene(i)
                 metadata = {} if base is None else {"base": base}
-                writer.add(f"{split}{i}", toys.png(pixels), [caption, f"one {caption}"], metadata, split=split)
+                writer.add(f"{split}{i}", png(pixels), [caption, f"one {caption}"], metadata, split=split)
     return folder
 
 
-def test_unseen_are_the_concepts_that_training_lacks(tmp_path, toys):
+def test_unseen_are_the_concepts_that_training_lacks(tmp_path):
     folder = write(
         tmp_path / "data",
-        toys,
         {"train": ["cat", "dog", "cat", None], "test": ["cat", "owl", None, "dog", "hen"]},
     )
     unseen = unseen_images(open_dataset(folder, "test"), open_dataset(folder, "train"))
@@ -33,8 +36,8 @@ def test_unseen_are_the_concepts_that_training_lacks(tmp_path, toys):
     assert unseen.tolist() == [False, True, True, False, True]
 
 
-def test_every_figure(model, tmp_path, toys, tokenizer):
-    folder = write(tmp_path / "data", toys, {"train": ["cat"] * 4, "test": ["cat", "owl", "cat", "hen", "cat", "cat"]})
+def test_every_figure(model, tmp_path, tokenizer):
+    folder = write(tmp_path / "data", {"train": ["cat"] * 4, "test": ["cat", "owl", "cat", "hen", "cat", "cat"]})
     split, train = (open_dataset(folder, name) for name in ("test", "train"))
     figures = evaluate(model.eval(), split, train, tokenizer, 3, "fp32")
     features = encode_split(model, split, tokenizer, "fp32")
@@ -53,8 +56,8 @@ def test_every_figure(model, tmp_path, toys, tokenizer):
         assert figures[name] > 0
 
 
-def test_without_unseen_concepts_there_are_no_figures_for_them(model, tmp_path, toys, tokenizer):
-    folder = write(tmp_path / "data", toys, {"train": ["cat"], "test": ["cat", "cat"]})
+def test_without_unseen_concepts_there_are_no_figures_for_them(model, tmp_path, tokenizer):
+    folder = write(tmp_path / "data", {"train": ["cat"], "test": ["cat", "cat"]})
     split, train = (open_dataset(folder, name) for name in ("test", "train"))
     assert evaluate(model.eval(), split, train, tokenizer, 2, "fp32")["unseen"] is None
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mvlm.evaluation.retrieval import best_rank, match_scores, rank, recall
-from mvlm.inference.encode import Features
+from mvlm.inference.encode import EncodedSplit
 
 
 class Lookup(nn.Module):
@@ -28,10 +28,10 @@ class Lookup(nn.Module):
         return torch.stack([torch.full_like(odds, 3.0), odds + 3.0], dim=1)
 
 
-def features_of(image: np.ndarray, text: np.ndarray, owner: list[int]) -> Features:
+def features_of(image: np.ndarray, text: np.ndarray, owner: list[int]) -> EncodedSplit:
     """Features that carry numbers, with these embeddings; captions are 3 to 6 tokens long."""
     lengths = 3 + torch.arange(len(text)) % 4
-    return Features(
+    return EncodedSplit(
         v=torch.arange(len(image)).float()[:, None, None].expand(-1, 2, 4),
         w=torch.arange(len(text)).float()[:, None, None].expand(-1, 8, 4),
         key_mask=torch.arange(8) < lengths[:, None],

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from mvlm.evaluation.table import format_table, write_json
+from mvlm.evaluation.table import format_table
+from mvlm.files import write_json
 
 RECALLS = {"r1": 11.1, "r5": 22.2, "r10": 33.3}
 FIGURES: dict[str, Any] = {

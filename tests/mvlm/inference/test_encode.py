@@ -4,11 +4,13 @@ import torch
 
 from mvlm.inference import encode as features_module
 from mvlm.inference.encode import encode_captions, encode_split, eval_loader
+from support.models import micro_model
+from support.scenes import scene
 
 
 @pytest.fixture(scope="module")
-def model(toys):
-    return toys.model(dtype=torch.float32).eval()
+def model():
+    return micro_model(dtype=torch.float32).eval()
 
 
 def test_captions_are_padded_to_the_models_length(model, tokenizer):
@@ -24,13 +26,13 @@ def test_captions_are_padded_to_the_models_length(model, tokenizer):
     assert key_mask[2].all()
 
 
-def test_a_pass_is_in_order_over_whole_pictures_and_first_captions(model, heldout_split, tokenizer, toys):
+def test_a_pass_is_in_order_over_whole_pictures_and_first_captions(model, heldout_split, tokenizer):
     seen = []
     for batch, masks in eval_loader(heldout_split, model, tokenizer):
         starts = batch.cu_seqlens.tolist()
         for row, i in enumerate(batch.sample_id.tolist()):
             seen.append(i)
-            pixels, caption = toys.scene(3 * i + 1)
+            pixels, caption = scene(3 * i + 1)
             # the pictures have the model's size, so that nothing is resized
             assert np.array_equal(batch.images[row].permute(1, 2, 0).numpy(), pixels)
             assert batch.tokens[starts[row] : starts[row + 1]].tolist() == tokenizer.encode([caption], 12)[0].tolist()
@@ -46,9 +48,7 @@ def test_masks_of_a_pass_follow_its_seed(model, heldout_split, tokenizer):
 
 
 @pytest.mark.parametrize("batch", [64, 3])
-def test_features_are_those_of_each_picture_and_caption_alone(
-    model, heldout_split, tokenizer, toys, monkeypatch, batch
-):
+def test_features_are_those_of_each_picture_and_caption_alone(model, heldout_split, tokenizer, monkeypatch, batch):
     monkeypatch.setattr(features_module, "BATCH", batch)
     found = encode_split(model, heldout_split, tokenizer, "fp32")
     captions = [caption for i in range(8) for caption in heldout_split.captions(i)]
@@ -60,7 +60,7 @@ def test_features_are_those_of_each_picture_and_caption_alone(
     assert found.w.shape == (12, 12, 16)
     with torch.no_grad():
         for i in range(8):
-            pixels = torch.from_numpy(toys.scene(3 * i + 1)[0]).permute(2, 0, 1)[None]
+            pixels = torch.from_numpy(scene(3 * i + 1)[0]).permute(2, 0, 1)[None]
             v = model.encode_image(pixels)
             torch.testing.assert_close(found.v[i], v[0], rtol=0, atol=1e-5)
             torch.testing.assert_close(found.image_embedding[i], model.embed_image(v)[0], rtol=0, atol=1e-6)

@@ -19,9 +19,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 @pytest.mark.parametrize(
     "device, dtype, text, shorter, width, wanted",
     [
-        (CPU, torch.bfloat16, False, 197, 64, "products"),
+        (CPU, torch.bfloat16, False, 197, 64, "math"),
         (CPU, torch.float32, False, 197, 64, "sdpa"),
-        (CPU, torch.bfloat16, True, 32, 64, "products"),
+        (CPU, torch.bfloat16, True, 32, 64, "math"),
         (CPU, torch.float64, True, 32, 64, "sdpa"),
         (GPU, torch.bfloat16, False, 197, 64, "sdpa"),
         (GPU, torch.bfloat16, True, 32, 64, "triton"),
@@ -44,7 +44,7 @@ def test_the_rule_of_auto(device, dtype, text, shorter, width, wanted):
             64,
             197,
             False,
-            "tensors are on cpu, not on a GPU; here can run: sdpa, pro",
+            "tensors are on cpu, not on a GPU; here can run: sdpa, math",
         ),
         ("xformers", GPU, torch.bfloat16, 64, 197, False, "xformers is not installed: pip install"),
         ("triton", GPU, torch.bfloat16, 48, 32, True, "heads are 48 wide"),
@@ -56,7 +56,7 @@ def test_the_rule_of_auto(device, dtype, text, shorter, width, wanted):
             64,
             32,
             True,
-            "wanted one of auto, triton, sdpa, products, got 'flash-attn'",
+            "wanted one of auto, triton, sdpa, math, got 'flash-attn'",
         ),
         ("cudnn", CPU, torch.bfloat16, 64, 32, False, "wanted one of auto, triton, sdpa, flash-attn"),
     ],
@@ -112,7 +112,7 @@ def in_loops(q, k, v, q_bounds, k_bounds, key_index):
     return out
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "products", "triton"])
+@pytest.mark.parametrize("backend", ["sdpa", "math", "triton"])
 @pytest.mark.parametrize("packed", ["queries", "keys", "both"])
 @pytest.mark.parametrize("indexed", [False, True])
 def test_text_attention_against_loops(backend, packed, indexed):
@@ -143,7 +143,7 @@ def test_text_attention_against_loops(backend, packed, indexed):
     np.testing.assert_allclose(found.reshape(wanted.shape).numpy(), wanted, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "products", "triton"])
+@pytest.mark.parametrize("backend", ["sdpa", "math", "triton"])
 def test_self_attention_against_loops(backend):
     q, k, v = np.random.default_rng(1).normal(size=(3, 10, 2, 32))
     spans = [(0, 5), (5, 10)]

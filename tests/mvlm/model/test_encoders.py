@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from mvlm.model.encoders import ImageEncoder, PackedText, TextEncoder, padded_places, patchify, unpatchify
+from mvlm.model.encoders import ImageEncoder, TextEncoder
+from mvlm.model.packing import PackedText, Packing
+from mvlm.model.patches import patchify, unpatchify
+from support.models import micro_batch, micro_config
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -28,10 +31,10 @@ def copy(ours: nn.Module, theirs: nn.Module) -> None:
     ours.load_state_dict(theirs.state_dict())
 
 
-def test_the_image_encoder_is_timms_vit(toys):
+def test_the_image_encoder_is_timms_vit():
     from timm.models.vision_transformer import VisionTransformer
 
-    config = toys.config(image_layers=3)
+    config = micro_config(image_layers=3)
     theirs = VisionTransformer(
         img_size=config.image_size,
         patch_size=config.patch_size,
@@ -61,18 +64,18 @@ def test_the_image_encoder_is_timms_vit(toys):
             copy(block.mlp.up, other.mlp.fc1)
             copy(block.mlp.down, other.mlp.fc2)
 
-    images = toys.batch()[0].images
+    images = micro_batch()[0].images
     mean, std = (torch.tensor(values).double().view(3, 1, 1) for values in (config.image_mean, config.image_std))
     wanted = theirs.forward_features((images.double() / 255 - mean) / std)
     assert wanted.shape == (5, 17, config.width)
     torch.testing.assert_close(ours(images), wanted, rtol=0, atol=1e-10)
 
 
-def test_the_text_encoder_is_transformers_roberta(toys):
+def test_the_text_encoder_is_transformers_roberta():
     """With padding. RoBERTa's positions begin at 2, after its pad id 1; its one token type adds a constant."""
     from transformers import RobertaConfig, RobertaModel
 
-    config = toys.config(text_layers=3)
+    config = micro_config(text_layers=3)
     theirs = RobertaModel(
         RobertaConfig(
             vocab_size=config.vocab_size,
@@ -106,25 +109,26 @@ def test_the_text_encoder_is_transformers_roberta(toys):
             copy(block.mlp.down, other.output.dense)
             copy(block.norm2, other.output.LayerNorm)
 
-    batch, _ = toys.batch()
+    batch, _ = micro_batch()
     padded = torch.ones(5, 12, dtype=torch.int64)  # 1 is RoBERTa's padding
     for row, (start, end) in enumerate(pairwise(batch.cu_seqlens.tolist())):
         padded[row, : end - start] = batch.tokens[start:end]
-    rows, key_mask = padded_places(len(batch.tokens), batch.cu_seqlens, batch.max_length)
+    packing = Packing(batch.cu_seqlens, batch.max_length, len(batch.tokens))
+    key_mask = packing.exists
     with torch.no_grad():
         wanted = theirs(input_ids=padded, attention_mask=key_mask.long()).last_hidden_state
-        found = ours(batch.tokens, rows, key_mask)
+        found = ours(batch.tokens, packing)
     assert key_mask.sum(1).tolist() == [7, 4, 12, 3, 9]
     torch.testing.assert_close(found, wanted[key_mask], rtol=0, atol=1e-10)
-    spread, places = PackedText(found, batch.cu_seqlens, batch.max_length).padded()
+    spread, places = PackedText(found, packing).padded()
     assert places.equal(key_mask)
     assert spread[key_mask].equal(found)
     assert (spread[~key_mask] == 0).all()
 
 
-def test_masked_patches_become_the_mask_token(toys):
+def test_masked_patches_become_the_mask_token():
     """As if the projection of a masked patch had given the mask token: checked by a patch that does give it."""
-    encoder = randomize(ImageEncoder(toys.config()).double())
+    encoder = randomize(ImageEncoder(micro_config()).double())
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     masked = torch.zeros(2, 16, dtype=torch.bool)
     masked[0, 5] = masked[1, 0] = masked[1, 15] = True
@@ -137,9 +141,9 @@ def test_masked_patches_become_the_mask_token(toys):
     torch.testing.assert_close(encoder(images, masked), encoder(replaced), rtol=0, atol=1e-10)
 
 
-def test_images_as_bytes_and_as_floats_are_the_same(toys):
-    encoder = ImageEncoder(toys.config()).double()
-    images = toys.batch()[0].images
+def test_images_as_bytes_and_as_floats_are_the_same():
+    encoder = ImageEncoder(micro_config()).double()
+    images = micro_batch()[0].images
     found = encoder.normalize(images)
     assert found.dtype == torch.float64
     assert torch.equal(encoder.normalize(images.double() / 255), found)
@@ -174,8 +178,9 @@ def test_unpatchify_is_the_inverse():
 
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_padded_places_against_a_loop(index):
+def test_places_of_packed_rows_against_a_loop(index):
     lengths = [3, 1, 4, 2]
-    rows, key_mask = padded_places(10, torch.tensor([0, 3, 4, 8, 10], dtype=index), 6)
-    assert rows.tolist() == [6 * caption + place for caption, n in enumerate(lengths) for place in range(n)]
-    assert key_mask.tolist() == [[column < n for column in range(6)] for n in lengths]
+    packing = Packing(torch.tensor([0, 3, 4, 8, 10], dtype=index), 6, 10)
+    assert packing.place.tolist() == [6 * caption + place for caption, n in enumerate(lengths) for place in range(n)]
+    assert packing.position.tolist() == [place for n in lengths for place in range(n)]
+    assert packing.exists.tolist() == [[column < n for column in range(6)] for n in lengths]

@@ -8,9 +8,10 @@ import torch
 
 from mvlm.model.cross_encoder import CrossBlock
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.packing import bucketed
+from mvlm.model.packing import pad_to_bucket
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels import dispatch, use_backend
+from support.models import micro_batch, micro_config, micro_model
 
 
 def configurations(number: int):
@@ -61,34 +62,34 @@ def assert_equal_plans(model: MaskVLM, batch: Batch, masks: Masks, fast_inputs=N
 
 
 @pytest.mark.parametrize("case, sizes, lengths, duplicates", list(configurations(50)))
-def test_the_plans_agree(toys, case, sizes, lengths, duplicates):
-    model = toys.model(seed=case, **sizes)
-    batch, masks = toys.batch(lengths, seed=case, config=model.config)
+def test_the_plans_agree(case, sizes, lengths, duplicates):
+    model = micro_model(seed=case, **sizes)
+    batch, masks = micro_batch(lengths, seed=case, config=model.config)
     assert_equal_plans(model, with_duplicates(batch) if duplicates else batch, masks)
 
 
-def test_the_plans_agree_on_reconstruction_alone(toys):
-    model = toys.model()
-    assert_equal_plans(model, *toys.batch(config=model.config), reconstruction_only=True)
+def test_the_plans_agree_on_reconstruction_alone():
+    model = micro_model()
+    assert_equal_plans(model, *micro_batch(config=model.config), reconstruction_only=True)
 
 
 @pytest.mark.parametrize("drop_masked", [False, True])
-def test_rounded_totals_change_nothing(toys, drop_masked):
-    model = toys.model(drop_masked=drop_masked)
-    batch, masks = toys.batch(config=model.config)
-    rounded = bucketed(batch, masks, model.config.text_length)
+def test_rounded_totals_change_nothing(drop_masked):
+    model = micro_model(drop_masked=drop_masked)
+    batch, masks = micro_batch(config=model.config)
+    rounded = pad_to_bucket(batch, masks, model.config.text_length)
     assert len(rounded[0].tokens) > len(batch.tokens)
     assert len(rounded[1].token_ids) > len(masks.token_ids)
     assert_equal_plans(model, batch, masks, fast_inputs=rounded)
 
 
-def test_rounding_gives_few_shapes(toys):
+def test_rounding_gives_few_shapes():
     """200 batches of 64 captions: a handful of sizes, all of which hold what they must."""
     rng, shapes = np.random.default_rng(0), set()
     for _ in range(200):
         lengths = np.clip(np.round(rng.gamma(4, 24 / 3 / 4, 64)), 6, 24).astype(int)
-        batch, masks = toys.batch(tuple(min(int(n), 24) for n in lengths))
-        rounded, hidden = bucketed(batch, masks, 24)
+        batch, masks = micro_batch(tuple(min(int(n), 24) for n in lengths))
+        rounded, hidden = pad_to_bucket(batch, masks, 24)
         assert len(rounded.tokens) > len(batch.tokens)
         assert len(hidden.token_ids) >= len(masks.token_ids)
         assert rounded.tokens[: len(batch.tokens)].equal(batch.tokens)
@@ -100,11 +101,11 @@ def test_rounding_gives_few_shapes(toys):
 
 # Dynamo makes an instance of an autograd.Function while it traces one.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_compiled_it_is_one_graph_and_the_same(toys):
+def test_compiled_it_is_one_graph_and_the_same():
     """`fullgraph` raises at a graph break, which a read of the device would be."""
-    model = toys.model(cross_layers=2)
-    batch, masks = toys.batch(config=model.config)
-    rounded = bucketed(batch, masks, model.config.text_length)
+    model = micro_model(cross_layers=2)
+    batch, masks = micro_batch(config=model.config)
+    rounded = pad_to_bucket(batch, masks, model.config.text_length)
     wanted, wanted_gradients = losses_and_gradients(model, batch, masks, "plain")
     compiled = torch.compile(
         lambda *args: model(*args, seed=3, step=5, plan="fast"), fullgraph=True, backend="aot_eager"
@@ -119,11 +120,11 @@ def test_compiled_it_is_one_graph_and_the_same(toys):
         assert (p.grad - wanted_gradients[name]).abs().max() <= 1e-12 * largest, name
 
 
-def test_on_the_kernels_every_family_runs_and_nothing_changes(toys, monkeypatch):
+def test_on_the_kernels_every_family_runs_and_nothing_changes(monkeypatch):
     """Interpreted: forward and backward of each op that a step is made of, in fp32."""
     sizes = {"image_size": 48, "patch_size": 4, "image_layers": 1, "text_layers": 1, "decoder_layers": 1}
-    model = toys.model(width=32, heads=1, dtype=torch.float32, **sizes)
-    batch, masks = toys.batch((7, 4), config=model.config)  # 145 rows an image: text alone is short
+    model = micro_model(width=32, heads=1, dtype=torch.float32, **sizes)
+    batch, masks = micro_batch((7, 4), config=model.config)  # 145 rows an image: text alone is short
     wanted, wanted_gradients = losses_and_gradients(model, batch, masks, "plain")
     launched: set[str] = set()
     launch = dispatch.launch
@@ -157,10 +158,10 @@ def test_on_the_kernels_every_family_runs_and_nothing_changes(toys, monkeypatch)
     }
 
 
-def test_bf16_is_as_exact_as_the_plain_plan(toys):
+def test_bf16_is_as_exact_as_the_plain_plan():
     """The fast plan's distance from fp32 is that of the plain one, for losses and for all gradients together."""
-    model = toys.model(width=32, heads=2, dtype=torch.float32)
-    batch, masks = toys.batch((7, 4, 12, 3, 9, 5, 8, 6), config=model.config)
+    model = micro_model(width=32, heads=2, dtype=torch.float32)
+    batch, masks = micro_batch((7, 4, 12, 3, 9, 5, 8, 6), config=model.config)
     exact, exact_gradients = losses_and_gradients(model, batch, masks, "plain")
     errors = {}
     for plan in ("plain", "fast"):
@@ -173,29 +174,29 @@ def test_bf16_is_as_exact_as_the_plain_plan(toys):
     assert errors["fast"][0] <= errors["plain"][0] + 0.02 * exact.total
 
 
-def test_an_unknown_plan_is_refused(toys):
-    model = toys.model()
+def test_an_unknown_plan_is_refused():
+    model = micro_model()
     with pytest.raises(ValueError, match="plan: wanted plain or fast, got 'faster'"):
-        model(*toys.batch(config=model.config), plan="faster")
+        model(*micro_batch(config=model.config), plan="faster")
 
 
-def test_keys_and_values_are_made_once_a_layer(toys, monkeypatch):
+def test_keys_and_values_are_made_once_a_layer(monkeypatch):
     """The text's serve MIM and ITM, the image's MLM and ITM; the decoder reads the text as well."""
-    model = toys.model(cross_layers=2, decoder_layers=2)
+    model = micro_model(cross_layers=2, decoder_layers=2)
     made = []
     original = CrossBlock.keys_values
     monkeypatch.setattr(CrossBlock, "keys_values", lambda self, rows: made.append(self) or original(self, rows))
-    model(*toys.batch(config=model.config), plan="fast")
+    model(*micro_batch(config=model.config), plan="fast")
     assert len(made) == len(set(made)) == 2 + 2 + 2
 
 
-def test_short_runs_of_both_plans_end_within_the_noise_of_seeds(toys):
+def test_short_runs_of_both_plans_end_within_the_noise_of_seeds():
     """AdamW in bf16 on eight pairs, four seeds: the plans' mean ends lie closer than one seed's end to another's."""
-    batch, masks = toys.batch((7, 4, 12, 3, 9, 5, 8, 6))
+    batch, masks = micro_batch((7, 4, 12, 3, 9, 5, 8, 6))
 
     def end(plan, seed: int) -> float:
         torch.manual_seed(seed)
-        model = MaskVLM(toys.config())
+        model = MaskVLM(micro_config())
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
         losses = []
         for step in range(60):

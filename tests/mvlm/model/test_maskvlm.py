@@ -14,6 +14,7 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.objectives import losses as objectives
 from mvlm_dataloading import Batch, Masks
+from support.models import micro_batch, micro_config, micro_model, uniform_of_pair
 
 ERF = np.vectorize(math.erf)
 
@@ -178,30 +179,30 @@ def replace():
 
 
 @pytest.mark.parametrize("cross_norm", ["post", "pre"])
-def test_the_four_losses_against_the_method_in_numpy(toys, replace, cross_norm):
-    model = toys.model(cross_norm=cross_norm)
-    batch, masks = toys.batch()
+def test_the_four_losses_against_the_method_in_numpy(replace, cross_norm):
+    model = micro_model(cross_norm=cross_norm)
+    batch, masks = micro_batch()
     batch = with_true_matches(batch, replace)
     for step in (0, 1, 2):
         found = model(batch, masks, seed=3, step=step)
-        wanted = Reference(model).losses(batch, masks, 3, step, toys.uniform)
+        wanted = Reference(model).losses(batch, masks, 3, step, uniform_of_pair)
         for name, value in wanted.items():
             assert getattr(found, name).dtype == torch.float64
             assert getattr(found, name).item() == pytest.approx(value, abs=1e-9), name
         assert found.total.item() == pytest.approx(sum(wanted.values()), abs=1e-9)
 
 
-def test_the_negatives_depend_on_seed_and_step(toys):
-    model = toys.model()
-    batch, masks = toys.batch()
+def test_the_negatives_depend_on_seed_and_step():
+    model = micro_model()
+    batch, masks = micro_batch()
     losses = {(seed, step): model(batch, masks, seed=seed, step=step).itm.item() for seed in (0, 1) for step in (0, 1)}
     assert len(set(losses.values())) > 1
     assert model(batch, masks, seed=1, step=1).itm.item() == losses[1, 1]
 
 
-def test_reconstruction_alone(toys):
-    model = toys.model()
-    batch, masks = toys.batch()
+def test_reconstruction_alone():
+    model = micro_model()
+    batch, masks = micro_batch()
     whole, alone = model(batch, masks), model(batch, masks, reconstruction_only=True)
     assert alone.itc.item() == alone.itm.item() == 0
     assert (alone.mlm.item(), alone.mim.item()) == (whole.mlm.item(), whole.mim.item())
@@ -213,9 +214,9 @@ def test_reconstruction_alone(toys):
 
 
 @pytest.mark.parametrize("cross_norm", ["post", "pre"])
-def test_every_parameter_learns(toys, cross_norm):
-    model = toys.model(cross_norm=cross_norm)
-    batch, masks = toys.batch()
+def test_every_parameter_learns(cross_norm):
+    model = micro_model(cross_norm=cross_norm)
+    batch, masks = micro_batch()
     model(batch, masks).total.backward()
     for name, parameter in model.named_parameters():
         # softmax does not see what is added to all of its scores
@@ -273,9 +274,9 @@ def rows_of(batch: Batch, masks: Masks) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("cross_norm", ["post", "pre"])
-def test_masked_patches_never_see_their_own_pixels(toys, replace, predictions, cross_norm):
-    model = toys.model(cross_norm=cross_norm)
-    batch, masks = toys.batch()
+def test_masked_patches_never_see_their_own_pixels(replace, predictions, cross_norm):
+    model = micro_model(cross_norm=cross_norm)
+    batch, masks = micro_batch()
     before = predictions(model, batch, masks)
     after = predictions(model, change_pixels(batch, masks, replace, masked=True), masks)
     assert torch.equal(after["pixels"], before["pixels"])
@@ -288,9 +289,9 @@ def test_masked_patches_never_see_their_own_pixels(toys, replace, predictions, c
 
 
 @pytest.mark.parametrize("cross_norm", ["post", "pre"])
-def test_masked_tokens_never_see_themselves(toys, replace, predictions, cross_norm):
-    model = toys.model(cross_norm=cross_norm)
-    batch, masks = toys.batch()
+def test_masked_tokens_never_see_themselves(replace, predictions, cross_norm):
+    model = micro_model(cross_norm=cross_norm)
+    batch, masks = micro_batch()
     before = predictions(model, batch, masks)
     after = predictions(model, change_words(batch, masks, replace, masked=True), masks)
     assert torch.equal(after["logits"], before["logits"])
@@ -302,10 +303,10 @@ def test_masked_tokens_never_see_themselves(toys, replace, predictions, cross_no
         assert torch.equal(after["logits"][number], before["logits"][number]) == (row != 2)
 
 
-def test_pixels_are_rebuilt_with_the_whole_caption(toys, replace, predictions):
+def test_pixels_are_rebuilt_with_the_whole_caption(replace, predictions):
     """One modality is masked at a time: the caption's words matter, which of them are masked does not."""
-    model = toys.model()
-    batch, masks = toys.batch()
+    model = micro_model()
+    batch, masks = micro_batch()
     before = predictions(model, batch, masks)["pixels"]
     for masked in (True, False):
         after = predictions(model, change_words(batch, masks, replace, masked=masked), masks)["pixels"]
@@ -316,9 +317,9 @@ def test_pixels_are_rebuilt_with_the_whole_caption(toys, replace, predictions):
     assert torch.equal(predictions(model, batch, replace(masks, token_ids=others))["pixels"], before)
 
 
-def test_words_are_filled_in_with_the_whole_picture(toys, replace, predictions):
-    model = toys.model()
-    batch, masks = toys.batch()
+def test_words_are_filled_in_with_the_whole_picture(replace, predictions):
+    model = micro_model()
+    batch, masks = micro_batch()
     before = predictions(model, batch, masks)["logits"]
     for masked in (True, False):
         after = predictions(model, change_pixels(batch, masks, replace, masked=masked), masks)["logits"]
@@ -329,9 +330,9 @@ def test_words_are_filled_in_with_the_whole_picture(toys, replace, predictions):
     assert torch.equal(predictions(model, batch, others)["logits"], before)
 
 
-def test_targets_are_what_was_hidden(toys, predictions):
-    model = toys.model()
-    batch, masks = toys.batch()
+def test_targets_are_what_was_hidden(predictions):
+    model = micro_model()
+    batch, masks = micro_batch()
     found = predictions(model, batch, masks)
     assert found["words"].tolist() == [batch.tokens[t].item() for t in masks.token_ids.tolist()]
     assert found["target"].shape == found["pixels"].shape == (5, 8, 192)
@@ -340,10 +341,10 @@ def test_targets_are_what_was_hidden(toys, predictions):
         np.testing.assert_allclose(found["target"][row].numpy(), wanted, atol=1e-12)
 
 
-def test_a_row_does_not_depend_on_the_others(toys, predictions):
+def test_a_row_does_not_depend_on_the_others(predictions):
     """The same pair alone, and in a batch whose longest caption is longer: padding says nothing."""
-    model = toys.model()
-    batch, masks = toys.batch()
+    model = micro_model()
+    batch, masks = micro_batch()
     whole = predictions(model, batch, masks)
     starts = batch.cu_seqlens.tolist()
     for row in range(5):
@@ -367,11 +368,11 @@ def test_a_row_does_not_depend_on_the_others(toys, predictions):
 
 
 @pytest.mark.parametrize("cross_norm", ["post", "pre"])
-def test_words_of_every_position(toys, cross_norm):
+def test_words_of_every_position(cross_norm):
     """Any packed position may be asked for, in any order, the first and last of each caption too."""
-    model = toys.model(cross_norm=cross_norm)
+    model = micro_model(cross_norm=cross_norm)
     reference = Reference(model)
-    batch, _ = toys.batch()
+    batch, _ = micro_batch()
     positions = torch.randperm(len(batch.tokens), generator=torch.Generator().manual_seed(0))
     v = model.encode_image(batch.images)
     w, key_mask = model.encode_text(batch.tokens, batch.cu_seqlens, batch.max_length)
@@ -388,10 +389,10 @@ def test_words_of_every_position(toys, cross_norm):
 
 
 @pytest.mark.parametrize("case", ["one pair", "equal captions", "one picture"])
-def test_no_admissible_negative(toys, replace, case):
+def test_no_admissible_negative(replace, case):
     """ITM is then the positives' loss alone, and everything stays finite."""
-    model = toys.model()
-    batch, masks = toys.batch((6,) if case == "one pair" else (6, 4, 9))
+    model = micro_model()
+    batch, masks = micro_batch((6,) if case == "one pair" else (6, 4, 9))
     if case == "equal captions":
         batch = replace(batch, text_id=torch.full_like(batch.text_id, 7))
     if case == "one picture":
@@ -415,16 +416,18 @@ def test_no_admissible_negative(toys, replace, case):
         assert losses.itc.item() == 0
 
 
-def test_the_temperature_is_clamped_after_the_step_and_not_in_the_graph(toys):
-    model = toys.model()
-    batch, masks = toys.batch()
+def test_the_temperature_is_clamped_after_the_step_and_not_in_the_graph():
+    model = micro_model()
+    batch, masks = micro_batch()
     for start, end in ((20.0, 0.001), (-5.0, 0.5)):
         with torch.no_grad():
             model.log_scale.fill_(start)
         itc = model(batch, masks).itc
         itc.backward()
         assert model.log_scale.grad is not None
-        assert itc.item() == pytest.approx(Reference(model).losses(batch, masks, 0, 0, toys.uniform)["itc"], rel=1e-9)
+        assert itc.item() == pytest.approx(
+            Reference(model).losses(batch, masks, 0, 0, uniform_of_pair)["itc"], rel=1e-9
+        )
         model.clamp_temperature()
         assert 1 / math.exp(model.log_scale.item()) == pytest.approx(end, rel=1e-9)
     with torch.no_grad():
@@ -433,9 +436,9 @@ def test_the_temperature_is_clamped_after_the_step_and_not_in_the_graph(toys):
     assert model.log_scale.item() == math.log(1 / 0.07)
 
 
-def test_losses_are_single_precision_under_autocast(toys):
-    model = toys.model(dtype=torch.float32)
-    batch, masks = toys.batch()
+def test_losses_are_single_precision_under_autocast():
+    model = micro_model(dtype=torch.float32)
+    batch, masks = micro_batch()
     with torch.autocast("cpu", torch.bfloat16):
         losses = model(batch, masks)
     assert {x.dtype for x in losses} == {torch.float32}
@@ -445,10 +448,10 @@ def test_losses_are_single_precision_under_autocast(toys):
         assert getattr(losses, name).item() == pytest.approx(getattr(exact, name).item(), rel=0.03)
 
 
-def test_training_and_evaluation_mode_are_the_same(toys):
+def test_training_and_evaluation_mode_are_the_same():
     """Dropout and drop-path are 0."""
-    model = toys.model()
-    batch, masks = toys.batch()
+    model = micro_model()
+    batch, masks = micro_batch()
     assert model.training
     training = model(batch, masks)
     evaluating = model.eval()(batch, masks)
@@ -457,9 +460,9 @@ def test_training_and_evaluation_mode_are_the_same(toys):
 
 @pytest.mark.parametrize("initialization", ["normal", "xavier"])
 @pytest.mark.parametrize("pixel_initialization", ["normal", "xavier"])
-def test_weights_of_a_new_model(toys, initialization, pixel_initialization):
+def test_weights_of_a_new_model(initialization, pixel_initialization):
     torch.manual_seed(0)
-    config = toys.config(width=64, heads=1, initialization=initialization, pixel_initialization=pixel_initialization)
+    config = micro_config(width=64, heads=1, initialization=initialization, pixel_initialization=pixel_initialization)
     model = MaskVLM(config)
     assert model.log_scale.item() == pytest.approx(math.log(1 / 0.07), abs=1e-6)
     for name, module in model.named_modules():
@@ -480,8 +483,8 @@ def test_weights_of_a_new_model(toys, initialization, pixel_initialization):
         assert tensor.std().item() == pytest.approx(0.02, rel=deviations)
 
 
-def test_wrong_shapes_are_named(toys):
-    model = toys.model()
+def test_wrong_shapes_are_named():
+    model = micro_model()
     with pytest.raises(ValueError, match=r"images: wanted \(B, 3, 32, 32\), got \(2, 3, 32, 16\)"):
         model.encode_image(torch.zeros(2, 3, 32, 16))
     with pytest.raises(ValueError, match=r"images: wanted \(B, 3, 32, 32\), got \(3, 32, 32\)"):
@@ -493,7 +496,7 @@ def test_wrong_shapes_are_named(toys):
             model.encode_text(torch.zeros(tokens, dtype=torch.int64), torch.zeros(starts, dtype=torch.int32), longest)
 
 
-def test_gradients_at_the_size_of_the_demo_are_equal_bit_for_bit(toys):
+def test_gradients_at_the_size_of_the_demo_are_equal_bit_for_bit():
     """Threads share work only past some size, so that a small model tells nothing. Rows read more than once by ITM are
     the danger: their gradients have to add up in a fixed order.
     """
@@ -503,7 +506,7 @@ def test_gradients_at_the_size_of_the_demo_are_equal_bit_for_bit(toys):
         config = MaskVLMConfig.preset("tiny")
         torch.manual_seed(0)
         model = MaskVLM(config)
-        batch, masks = toys.batch(lengths=tuple(4 + i % 9 for i in range(64)), config=config)
+        batch, masks = micro_batch(lengths=tuple(4 + i % 9 for i in range(64)), config=config)
         runs = []
         for _ in range(4):
             model.zero_grad(set_to_none=True)

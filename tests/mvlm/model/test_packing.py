@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mvlm.model.packing import Packing, round_up
+from mvlm.model.packing import Packing, mask_tokens, round_up
 
 LENGTHS = [[3, 1, 4], [5], [2, 2, 2, 6, 1]]
 
@@ -56,3 +56,10 @@ def test_gradients_of_padding_reach_every_row_once():
 
 def test_round_up():
     assert [round_up(n, 16) for n in (1, 16, 17, 32)] == [16, 16, 32, 32]
+
+
+def test_masked_tokens_are_replaced_in_a_copy():
+    tokens = torch.tensor([2, 11, 12, 3, 2, 13, 3])
+    hidden = mask_tokens(tokens, torch.tensor([1, 5]), 4)
+    assert hidden.tolist() == [2, 4, 12, 3, 2, 4, 3]
+    assert tokens.tolist() == [2, 11, 12, 3, 2, 13, 3]

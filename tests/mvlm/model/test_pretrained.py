@@ -10,6 +10,7 @@ import torch
 
 from mvlm.errors import RunError
 from mvlm.model.maskvlm import MaskVLM
+from support.models import micro_batch, micro_model
 
 
 @pytest.fixture
@@ -25,8 +26,8 @@ def same_weights(one: MaskVLM, other: MaskVLM) -> bool:
     )
 
 
-def test_a_folder_there_and_back(toys, tmp_path, no_network):
-    model = toys.model(1, dtype=torch.float32, image_mask_ratio=0.25)
+def test_a_folder_there_and_back(tmp_path, no_network):
+    model = micro_model(1, dtype=torch.float32, image_mask_ratio=0.25)
     model.save_pretrained(tmp_path / "saved")
     assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "saved").iterdir()}
     assert not list(tmp_path.rglob("*.bin"))
@@ -34,12 +35,12 @@ def test_a_folder_there_and_back(toys, tmp_path, no_network):
     assert same_weights(found, model)
     assert found.config == model.config
     assert found.training is False
-    batch, masks = toys.batch()
+    batch, masks = micro_batch()
     assert torch.equal(found(batch, masks).total, model(batch, masks).total)
 
 
-def test_a_hub_id_is_asked_of_the_hub(toys, tmp_path, monkeypatch):
-    toys.model(1, dtype=torch.float32).save_pretrained(tmp_path / "cache")
+def test_a_hub_id_is_asked_of_the_hub(tmp_path, monkeypatch):
+    micro_model(1, dtype=torch.float32).save_pretrained(tmp_path / "cache")
     asked = []
 
     def download(repo, name, **options):
@@ -48,7 +49,7 @@ def test_a_hub_id_is_asked_of_the_hub(toys, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     found = MaskVLM.from_pretrained("someone/maskvlm", revision="v1", local_files_only=True)
-    assert same_weights(found, toys.model(1, dtype=torch.float32))
+    assert same_weights(found, micro_model(1, dtype=torch.float32))
     assert asked == [("someone/maskvlm", name, "v1", True) for name in ("config.json", "model.safetensors")]
 
 
@@ -72,8 +73,8 @@ def test_what_is_neither_a_folder_nor_an_id(tmp_path, monkeypatch, no_network, n
             MaskVLM.from_pretrained(name)
 
 
-def test_folders_that_hold_no_such_model(toys, tmp_path, no_network):
-    model = toys.model(1, dtype=torch.float32)
+def test_folders_that_hold_no_such_model(tmp_path, no_network):
+    model = micro_model(1, dtype=torch.float32)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for change, message in (
@@ -93,9 +94,9 @@ def test_folders_that_hold_no_such_model(toys, tmp_path, no_network):
         MaskVLM.from_pretrained(tmp_path)
 
 
-def test_without_huggingface_hub(toys, tmp_path):
+def test_without_huggingface_hub(tmp_path):
     """The model imports, and folders work; the hub asks for the package."""
-    toys.model(1, dtype=torch.float32).save_pretrained(tmp_path / "saved")
+    micro_model(1, dtype=torch.float32).save_pretrained(tmp_path / "saved")
     code = """
 import sys
 sys.modules["huggingface_hub"] = None

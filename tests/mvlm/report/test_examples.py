@@ -3,14 +3,17 @@ import re
 import pytest
 import torch
 
-from mvlm.evaluation import encode_split, unseen_images
+from mvlm.evaluation import unseen_images
+from mvlm.inference.encode import encode_split
 from mvlm.report import examples
 from mvlm_dataloading import open_dataset
+from support.models import micro_model
+from support.scenes import scene, write_scenes
 
 
 @pytest.fixture(scope="module")
-def model(toys):
-    return toys.model(dtype=torch.float32).eval()
+def model():
+    return micro_model(dtype=torch.float32).eval()
 
 
 def test_chosen_samples_are_a_fixed_choice():
@@ -24,11 +27,11 @@ def test_chosen_samples_are_a_fixed_choice():
     assert examples.chosen_samples(5, 3, 1) == [0, 1, 2]
 
 
-def test_one_pass_returns_the_wanted_samples_in_order(model, tokenizer, heldout_split, toys):
+def test_one_pass_returns_the_wanted_samples_in_order(model, tokenizer, heldout_split):
     images, patches, tokens, hidden = examples.one_pass(model, tokenizer, heldout_split, [6, 1, 3])
     assert patches.shape == (3, 8)
     for row, i in enumerate((1, 3, 6)):
-        pixels, caption = toys.scene(3 * i + 1)
+        pixels, caption = scene(3 * i + 1)
         assert (images[row].permute(1, 2, 0).numpy() == pixels).all()
         assert tokens[row].tolist() == tokenizer.encode([caption], 12)[0].tolist()
         assert hidden[row].min() > 0
@@ -106,10 +109,10 @@ def test_a_right_answer_is_marked(heldout_split, model, tokenizer):
     assert [bool(mark) for mark in re.findall(r"<figcaption><span( class=\"right\")?>", row)] == [False, True]
 
 
-def test_unseen_concepts_come_first_among_the_best(model, tokenizer, heldout_split, tmp_path, toys, monkeypatch):
+def test_unseen_concepts_come_first_among_the_best(model, tokenizer, heldout_split, tmp_path, monkeypatch):
     from mvlm.evaluation import Ranks
 
-    train = open_dataset(toys.write_scenes(tmp_path / "reds", {"train": 1}), "train")  # only scene 0, which is red
+    train = open_dataset(write_scenes(tmp_path / "reds", {"train": 1}), "train")  # only scene 0, which is red
     unseen = unseen_images(heldout_split, train)
     colours = [heldout_split.captions(i)[0].split()[0] for i in range(8)]
     assert unseen.tolist() == [colour != "red" for colour in colours]

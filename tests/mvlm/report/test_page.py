@@ -12,9 +12,12 @@ from PIL import Image
 from mvlm.errors import RunError
 from mvlm.evaluation import evaluate
 from mvlm.report.page import attribution, configuration, curves, table, unseen_note, write_report
-from mvlm.runs.checkpoint import load_model
-from mvlm.training.trainer import pretrain
+from mvlm.runs.load import load_model
+from mvlm.training.run import pretrain
 from mvlm_dataloading import open_dataset
+from support.folders import folder_hash
+from support.models import micro_config, pretrain_config
+from support.scenes import write_scenes
 
 HOSTILE = '<script>alert("&{}")</script><img src=x>'
 VOID = {"meta", "img", "br", "line", "polyline"}
@@ -52,17 +55,17 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def reported(tmp_path_factory, toys):
+def reported(tmp_path_factory):
     """A run of two steps on captions that would break a careless page, evaluated and reported."""
     folder = tmp_path_factory.mktemp("reported")
-    data = toys.write_scenes(
+    data = write_scenes(
         folder / "data",
         {"train": 24, "validation": 8, "test": 20},
         captions=lambda i: [f"{HOSTILE[:8]}{i}{HOSTILE[8:]}", f"scene {i} & more"],
     )
     run = folder / "run <b>"
-    model = toys.config(text_length=40, vocab_size=400)
-    pretrain(toys.pretrain_config(data, run, eval_every_steps=1, model=model))
+    model = micro_config(text_length=40, vocab_size=400)
+    pretrain(pretrain_config(data, run, eval_every_steps=1, model=model))
     split, train = open_dataset(data, "test"), open_dataset(data, "train")
     figures = {
         "checkpoint": str(run),
@@ -186,11 +189,11 @@ def test_the_examples_are_of_the_data_that_it_was_evaluated_on(reported, tmp_pat
     assert "filled" in write_report(copy).read_text().lower()
 
 
-def test_a_run_without_an_evaluation_is_told_the_command(trained, toys):
-    before = toys.folder_hash(trained)
+def test_a_run_without_an_evaluation_is_told_the_command(trained):
+    before = folder_hash(trained)
     with pytest.raises(RunError, match=r"test\.json: wanted the run's evaluation, found none; first run `mvlm eval"):
         write_report(trained)
-    assert toys.folder_hash(trained) == before
+    assert folder_hash(trained) == before
 
 
 def test_a_folder_that_is_no_run(tmp_path):

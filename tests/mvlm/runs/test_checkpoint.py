@@ -19,9 +19,7 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs import checkpoint as checkpoints_module
 from mvlm.runs.checkpoint import (
     checkpoints,
-    export,
     find_checkpoint,
-    load_model,
     load_optimizer,
     newest_good_checkpoint,
     optimizer_tensors,
@@ -29,8 +27,10 @@ from mvlm.runs.checkpoint import (
     read_tensors,
     verify_checkpoint,
 )
-from mvlm.runs.checkpoint_writer import Saver
-from mvlm.training.build import make_optimizer
+from mvlm.runs.checkpoint_writer import CheckpointWriter
+from mvlm.runs.load import export, load_model
+from mvlm.training.optimizer import make_optimizer
+from support.models import micro_batch, micro_model, pretrain_config
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 FILES = (
@@ -45,17 +45,17 @@ ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @pytest.fixture
-def training(toys):
+def training():
     """A model and its optimizer after two updates."""
-    model = toys.model(dtype=torch.float32)
-    optimizer = make_optimizer(model, toys.pretrain_config(Path(), Path()), torch.device("cpu"))
+    model = micro_model(dtype=torch.float32)
+    optimizer = make_optimizer(model, pretrain_config(Path(), Path()), torch.device("cpu"))
     for _ in range(2):
-        update(toys, model, optimizer)
+        update(model, optimizer)
     return model, optimizer
 
 
-def update(toys, model: MaskVLM, optimizer: torch.optim.Optimizer) -> None:
-    batch, masks = toys.batch()
+def update(model: MaskVLM, optimizer: torch.optim.Optimizer) -> None:
+    batch, masks = micro_batch()
     model(batch, masks).total.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -64,7 +64,7 @@ def update(toys, model: MaskVLM, optimizer: torch.optim.Optimizer) -> None:
 def save(root: Path, step: int, training, tokenizer, state: dict[str, Any] | None = None, **settings: Any) -> Path:
     """Write a checkpoint and wait for it."""
     model, optimizer = training
-    saver = Saver(root, ALONE, **({"keep": 100} | settings))
+    saver = CheckpointWriter(root, ALONE, **({"keep": 100} | settings))
     parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
     saver.save(step, model, parts, state or {}, tokenizer)
     saver.wait()
@@ -133,7 +133,7 @@ def test_an_exported_folder_is_plain(training, tokenizer, tmp_path):
 def test_the_average_is_what_is_evaluated_and_exported(training, tokenizer, tmp_path):
     model, optimizer = training
     average = {name: torch.full_like(p, 0.25) for name, p in model.named_parameters()}
-    saver = Saver(tmp_path / "checkpoints", ALONE, keep=1)
+    saver = CheckpointWriter(tmp_path / "checkpoints", ALONE, keep=1)
     parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer), "ema": average}
     saver.save(1, model, parts, {}, tokenizer)
     saver.wait()
@@ -142,13 +142,13 @@ def test_the_average_is_what_is_evaluated_and_exported(training, tokenizer, tmp_
     assert all((t == 0.25).all() for t in load_file(tmp_path / "out/model.safetensors").values())
 
 
-def test_training_goes_on_to_the_bit(toys, training, tokenizer, tmp_path):
+def test_training_goes_on_to_the_bit(training, tokenizer, tmp_path):
     """Every moment of the optimizer comes back, so the next update is the same; where there was none, there is none."""
     model, optimizer = training
     del optimizer.state[model.log_scale]
     path = save(tmp_path, 2, training, tokenizer)
-    other = toys.model(seed=1, dtype=torch.float32)
-    other_optimizer = make_optimizer(other, toys.pretrain_config(Path(), Path()), torch.device("cpu"))
+    other = micro_model(seed=1, dtype=torch.float32)
+    other_optimizer = make_optimizer(other, pretrain_config(Path(), Path()), torch.device("cpu"))
     read_tensors(path / "model", other.state_dict())
     load_optimizer(path / "optimizer", other, other_optimizer)
     assert equal(other, model)
@@ -157,7 +157,7 @@ def test_training_goes_on_to_the_bit(toys, training, tokenizer, tmp_path):
         assert set(mine) == set(yours) == (set() if name == "log_scale" else {"step", "exp_avg", "exp_avg_sq"}), name
         assert all(torch.equal(mine[key], yours[key]) for key in mine), name
     for m, o in ((model, optimizer), (other, other_optimizer)):
-        update(toys, m, o)
+        update(m, o)
     assert equal(other, model)
 
 
@@ -285,10 +285,10 @@ def test_no_checkpoint_at_all(tmp_path):
             load_model(folder)
 
 
-def test_another_architecture_is_refused_with_the_shapes(toys, training, tokenizer, tmp_path):
+def test_another_architecture_is_refused_with_the_shapes(training, tokenizer, tmp_path):
     model, _ = training
     path = save(tmp_path, 1, training, tokenizer)
-    other = toys.model(seed=1, width=24, cross_layers=3, dtype=torch.float32)
+    other = micro_model(seed=1, width=24, cross_layers=3, dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
     with pytest.raises(RunError) as caught:
         read_tensors(path / "model", other.state_dict())

@@ -13,21 +13,23 @@ import torch
 
 from mvlm.distributed.world import World
 from mvlm.runs import checkpoint_writer as saver_module
-from mvlm.runs.checkpoint import checkpoints, load_model, newest_good_checkpoint, optimizer_tensors, verify_checkpoint
-from mvlm.runs.checkpoint_writer import Saver, remove_old_checkpoints
-from mvlm.training.build import make_optimizer
+from mvlm.runs.checkpoint import checkpoints, newest_good_checkpoint, optimizer_tensors, verify_checkpoint
+from mvlm.runs.checkpoint_writer import CheckpointWriter, remove_old_checkpoints
+from mvlm.runs.load import load_model
+from mvlm.training.optimizer import make_optimizer
+from support.models import micro_model, pretrain_config
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @pytest.fixture
-def save(toys, tokenizer, tmp_path):
+def save(tokenizer, tmp_path):
     """A function that begins a checkpoint of a small part of a model, and the saver."""
-    model = toys.model(dtype=torch.float32)
-    optimizer = make_optimizer(model, toys.pretrain_config(Path(), Path()), ALONE.device)
-    saver = Saver(tmp_path, ALONE, keep=10)
+    model = micro_model(dtype=torch.float32)
+    optimizer = make_optimizer(model, pretrain_config(Path(), Path()), ALONE.device)
+    saver = CheckpointWriter(tmp_path, ALONE, keep=10)
 
-    def begin(step: int, saver: Saver = saver) -> None:
+    def begin(step: int, saver: CheckpointWriter = saver) -> None:
         parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
         parts["optimizer"]["log_scale/step"] = torch.tensor(float(step))
         saver.save(step, model, parts, {}, tokenizer)
@@ -211,8 +213,8 @@ def test_a_damaged_one_takes_no_place_among_those_kept(save, tmp_path, caplog, k
     for step in (12, 20):
         (tmp_path / f"step_{step:08d}/state.json").write_text(f"not that of {step}")
     assert newest_good_checkpoint(tmp_path) == tmp_path / "step_00000010"
-    resumed = Saver(tmp_path, ALONE, keep)
-    resumed.go_on_from(tmp_path / "step_00000010")
+    resumed = CheckpointWriter(tmp_path, ALONE, keep)
+    resumed.resume_from(tmp_path / "step_00000010")
     begin(13, resumed)
     resumed.wait()
     assert (resumed.failed, resumed.newest) == (0, tmp_path / "step_00000013")
@@ -235,8 +237,8 @@ def test_one_that_is_damaged_again_is_lost_no_more_than_the_first(save, tmp_path
         saver.wait()
         if step == 20:
             (tmp_path / "step_00000020/state.json").write_text("damaged")
-            saver = Saver(tmp_path, ALONE, keep=2)
-            saver.go_on_from(tmp_path / "step_00000010")
+            saver = CheckpointWriter(tmp_path, ALONE, keep=2)
+            saver.resume_from(tmp_path / "step_00000010")
     names = ["step_00000010", "step_00000020", "step_00000020.damaged1", "step_00000020.damaged2"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
@@ -247,7 +249,7 @@ def test_a_copy_that_somebody_made_is_left_alone(save, tmp_path):
     for name in copies:
         (tmp_path / name).mkdir()
     begin, _, _ = save
-    saver = Saver(tmp_path, ALONE, keep=1, keep_every_steps=4)
+    saver = CheckpointWriter(tmp_path, ALONE, keep=1, keep_every_steps=4)
     for step in (1, 2, 3):
         begin(step, saver)
         saver.wait()

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from mvlm.config.json_files import read_config, run_config
 from mvlm.errors import RunError
 from mvlm.runs import folder as run_folder
 from mvlm.runs.folder import (
@@ -15,12 +16,14 @@ from mvlm.runs.folder import (
     read_metrics,
     write_config,
 )
+from support.folders import folder_hash
+from support.models import micro_config, pretrain_config
 
 
 @pytest.fixture
-def config(toys, tmp_path):
+def config(tmp_path):
     """A run that nobody has begun."""
-    return toys.pretrain_config(tmp_path / "data", tmp_path / "run")
+    return pretrain_config(tmp_path / "data", tmp_path / "run")
 
 
 def begin(config) -> None:
@@ -28,56 +31,55 @@ def begin(config) -> None:
     write_config(config)
 
 
-def refuse(config, toys, *words: str) -> None:
+def refuse(config, *words: str) -> None:
     """Opening fails with one line that holds the words, and changes no file."""
-    before = toys.folder_hash(config.out)
+    before = folder_hash(config.out)
     with pytest.raises(RunError) as caught:
         open_run(config)
     assert "\n" not in str(caught.value)
     for word in (str(config.out), *words):
         assert word in str(caught.value)
-    assert toys.folder_hash(config.out) == before
+    assert folder_hash(config.out) == before
 
 
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_new_run(config, there, resume, toys):
+def test_a_new_run(config, there, resume):
     """In a folder that is not there or is empty; --resume starts a run that has not been begun."""
     if there:
         config.out.mkdir()
-    config = toys.pretrain_config(config.data, config.out, resume=resume)
+    config = pretrain_config(config.data, config.out, resume=resume)
     begin(config)
     written = json.loads((config.out / "config.json").read_text())
-    assert written == {"format_version": 2, **json.loads(json.dumps(config.to_dict()))}
+    assert written == {"format_version": 3, **json.loads(json.dumps(config.to_dict()))}
     assert written["model"]["width"] == 16
 
 
-def test_a_folder_with_other_files_is_refused(config, toys):
+def test_a_folder_with_other_files_is_refused(config):
     config.out.mkdir()
     (config.out / "thesis.tex").write_text("ten years of work")
-    refuse(config, toys, "wanted an empty folder or a run, found other files; choose another --out")
+    refuse(config, "wanted an empty folder or a run, found other files; choose another --out")
 
 
-def test_a_file_is_refused(config, toys):
+def test_a_file_is_refused(config):
     config.out.write_text("a file")
-    refuse(config, toys, "wanted a folder for the run, found a file; choose another --out")
+    refuse(config, "wanted a folder for the run, found a file; choose another --out")
     assert config.out.read_text() == "a file"
 
 
-def test_a_run_is_not_begun_twice(config, toys):
+def test_a_run_is_not_begun_twice(config):
     begin(config)
-    refuse(config, toys, "holds this run already; go on with --resume, or choose another --out")
+    refuse(config, "holds this run already; go on with --resume, or choose another --out")
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_different_run_is_refused_with_what_differs(config, toys, resume):
+def test_a_different_run_is_refused_with_what_differs(config, resume):
     begin(config)
-    other = toys.pretrain_config(
-        config.data, config.out, resume=resume, seed=7, batch_size=16, model=toys.config(cross_norm="pre")
+    other = pretrain_config(
+        config.data, config.out, resume=resume, seed=7, batch_size=16, model=micro_config(cross_norm="pre")
     )
     refuse(
         other,
-        toys,
         "holds a different run",
         "batch_size: there 8, here 16",
         "model.cross_norm: there post, here pre",
@@ -86,9 +88,9 @@ def test_a_different_run_is_refused_with_what_differs(config, toys, resume):
     )
 
 
-def test_settings_that_change_nothing_that_is_computed_may_differ(config, toys, tmp_path):
+def test_settings_that_change_nothing_that_is_computed_may_differ(config, tmp_path):
     begin(config)
-    again = toys.pretrain_config(
+    again = pretrain_config(
         tmp_path / "moved",
         config.out,
         resume=True,
@@ -105,11 +107,11 @@ def test_settings_that_change_nothing_that_is_computed_may_differ(config, toys, 
 @pytest.mark.parametrize(
     "setting", ["max_steps", "lr_encoder", "lr_cross", "lr_pixels", "warmup_steps", "weight_decay", "seed", "precision"]
 )
-def test_settings_that_change_what_is_computed_may_not_differ(config, toys, setting):
+def test_settings_that_change_what_is_computed_may_not_differ(config, setting):
     begin(config)
     value = {"precision": "fp32"}.get(setting, 5)
-    changed = toys.pretrain_config(config.data, config.out, resume=True, **{setting: value})
-    refuse(changed, toys, f"{setting}: there")
+    changed = pretrain_config(config.data, config.out, resume=True, **{setting: value})
+    refuse(changed, f"{setting}: there")
 
 
 def test_a_configuration_is_written_whole_or_not_at_all(config, monkeypatch):
@@ -132,27 +134,27 @@ def test_a_configuration_is_written_whole_or_not_at_all(config, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", '"words"', "[" * 100_000])
-def test_a_configuration_that_cannot_be_read(config, toys, text):
+def test_a_configuration_that_cannot_be_read(config, text):
     config.out.mkdir()
     (config.out / "config.json").write_text(text)
-    refuse(config, toys, "config.json: wanted the configuration of a run, got")
+    refuse(config, "config.json: wanted the configuration of a run, got")
 
 
-@pytest.mark.parametrize("version", [None, 1, 3, "2"])
-def test_a_configuration_of_another_version(config, toys, version):
+@pytest.mark.parametrize("version", [None, 1, 4, "2"])
+def test_a_configuration_of_another_version(config, version):
     begin(config)
     file = config.out / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": version}))
-    refuse(config, toys, f"config.json: wanted a configuration of version 2, got version {version}; use the mvlm that")
+    refuse(config, f"config.json: wanted a configuration of version 2 or 3, got version {version}; use the mvlm that")
 
 
-def test_a_folder_is_one_process_alone(config, toys):
+def test_a_folder_is_one_process_alone(config):
     """Held again by whoever asks once it is let go."""
     with RunLock(config.out):
-        before = toys.folder_hash(config.out)
+        before = folder_hash(config.out)
         with pytest.raises(RunError, match=r"run: wanted a run folder of our own, found it in use by another process"):
             RunLock(config.out)
-        assert toys.folder_hash(config.out) == before
+        assert folder_hash(config.out) == before
     with RunLock(config.out):
         pass
 
@@ -162,8 +164,8 @@ def test_a_configuration_that_is_not_there(tmp_path):
         read_config(tmp_path / "config.json")
 
 
-def test_resume_goes_on_from_the_newest_whole_checkpoint(run_copy, toys, caplog):
-    config = toys.pretrain_config(json.loads((run_copy / "config.json").read_text())["data"], run_copy, resume=True)
+def test_resume_goes_on_from_the_newest_whole_checkpoint(run_copy, caplog):
+    config = pretrain_config(json.loads((run_copy / "config.json").read_text())["data"], run_copy, resume=True)
     newest, older = run_copy / "checkpoints/step_00000002", run_copy / "checkpoints/step_00000001"
     # the tokenizer's [MASK] is written into a run's configuration
     assert open_run(config) == newest
@@ -171,7 +173,7 @@ def test_resume_goes_on_from_the_newest_whole_checkpoint(run_copy, toys, caplog)
     assert open_run(config) == older
     assert "state.json: damaged" in caplog.text
     (older / "tokenizer.json").unlink()
-    refuse(config, toys, "no checkpoint is whole; remove the folder to start again, or restore one")
+    refuse(config, "no checkpoint is whole; remove the folder to start again, or restore one")
 
 
 def test_differing_settings():
@@ -241,3 +243,17 @@ def test_beginning_drops_all_lines(tmp_path):
     path.write_text('{"step": 1}\n')
     MetricsFile(path, 0).close()
     assert path.read_text() == ""
+
+
+def test_a_run_of_version_2_goes_on_under_the_new_names(config):
+    """`eval_pictures` was renamed `eval_images`, and the attention backend `products` was renamed `math`."""
+    config = pretrain_config(config.data, config.out, eval_images=5, self_attention="math", cross_attention="math")
+    begin(config)
+    file = config.out / "config.json"
+    old = json.loads(file.read_text()) | {"format_version": 2, "self_attention": "products"}
+    old |= {"cross_attention": "products", "eval_pictures": old.pop("eval_images")}
+    file.write_text(json.dumps(old))
+    assert run_config(read_config(file), "config.json") == config
+    with pytest.raises(RunError, match="holds this run already"):
+        open_run(config)
+    refuse(replace(config, eval_images=6), "eval_images: there 5, here 6")

@@ -13,14 +13,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mvlm.errors import ConfigError
 from mvlm.runs.folder import read_metrics
 from mvlm.training import loggers as monitor
-from mvlm.training.loggers import Outputs
-from mvlm.training.trainer import pretrain
+from mvlm.training.loggers import LogSinks
+from mvlm.training.run import pretrain
+from support.models import pretrain_config
 
 ROW = {"step": 3, "pairs_seen": 24, "loss": 1.5, "itc": None, "skipped": 0}
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_service_gets_the_configuration_and_the_numbers(toys, tmp_path, monkeypatch, without_tensorboard, name):
+def test_a_service_gets_the_configuration_and_the_numbers(tmp_path, monkeypatch, without_tensorboard, name):
     begun, told, ended = [], [], []
     service = SimpleNamespace(
         init=lambda **words: begun.append(words),
@@ -28,10 +29,10 @@ def test_a_service_gets_the_configuration_and_the_numbers(toys, tmp_path, monkey
         finish=lambda: ended.append(True),
     )
     monkeypatch.setitem(sys.modules, name, service)
-    config = toys.pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
+    config = pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
     config.out.mkdir()
-    with Outputs(config, 0) as outputs:
-        outputs.write(ROW)
+    with LogSinks(config, 0) as sinks:
+        sinks.log(ROW)
     assert (begun[0]["project"], begun[0]["name"]) == ("mvlm", "run")
     assert begun[0]["config"]["batch_size"] == 8
     assert told == [({"loss": 1.5, "skipped": 0}, 3)]
@@ -40,51 +41,51 @@ def test_a_service_gets_the_configuration_and_the_numbers(toys, tmp_path, monkey
 
 
 @pytest.mark.parametrize("name, written", [("wandb", "run/wandb/offline-run-*/*.wandb"), ("trackio", "trackio/*.db")])
-def test_the_real_service_offline(toys, tmp_path, monkeypatch, without_tensorboard, name, written):
+def test_the_real_service_offline(tmp_path, monkeypatch, without_tensorboard, name, written):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
     pytest.importorskip(name, reason=f"pip install 'mvlm[track]' brings {name}")
-    config = toys.pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
+    config = pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
     config.out.mkdir()
-    with Outputs(config, 0) as outputs:
-        outputs.write(ROW)
+    with LogSinks(config, 0) as sinks:
+        sinks.log(ROW)
     assert all(file.stat().st_size > 1000 for file in tmp_path.glob(written))
     assert list(tmp_path.glob(written))
 
 
-def test_a_service_that_is_not_installed_is_named_before_anything_is_written(toys, tmp_path, monkeypatch):
+def test_a_service_that_is_not_installed_is_named_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
-    config = toys.pretrain_config(tmp_path / "data", tmp_path / "run", trackio=True)
+    config = pretrain_config(tmp_path / "data", tmp_path / "run", trackio=True)
     with pytest.raises(ConfigError, match="--trackio: wanted the package trackio, which is not installed; pip install"):
         pretrain(config)
     assert not config.out.exists()
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_service_that_fails_is_a_warning(toys, tmp_path, monkeypatch, without_tensorboard, caplog, name):
+def test_a_service_that_fails_is_a_warning(tmp_path, monkeypatch, without_tensorboard, caplog, name):
     def fails(*_, **__):
         raise ConnectionAbortedError("the network is down") if name == "wandb" else RuntimeError("locked")
 
     service = SimpleNamespace(init=lambda **_: None, log=fails, finish=fails)
     monkeypatch.setitem(sys.modules, name, service)
-    config = toys.pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
+    config = pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
     config.out.mkdir()
-    with Outputs(config, 0) as outputs:
+    with LogSinks(config, 0) as sinks:
         for step in (3, 4):
-            outputs.write(ROW | {"step": step})
+            sinks.log(ROW | {"step": step})
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"could not write {name}"]
     assert [row["step"] for row in read_metrics(config.out / "metrics.jsonl")] == [3, 4]
     service.init = fails
     with pytest.raises(ConfigError, match=f"--{name}: could not begin a run: .*; leave --{name} out"):
-        Outputs(config, 0)
+        LogSinks(config, 0)
 
 
-def test_the_board_keeps_the_step_that_a_run_goes_on_from(toys, tmp_path):
-    config = toys.pretrain_config(tmp_path / "data", tmp_path)
+def test_the_board_keeps_the_step_that_a_run_goes_on_from(tmp_path):
+    config = pretrain_config(tmp_path / "data", tmp_path)
     for first, steps in ((0, (1, 2, 3, 4)), (3, (4, 5))):
-        with Outputs(config, first) as outputs:
+        with LogSinks(config, first) as sinks:
             for step in steps:
-                outputs.write(ROW | {"step": step, "loss": float(first)})
+                sinks.log(ROW | {"step": step, "loss": float(first)})
         time.sleep(1.1)  # its files are told apart, and sorted, by the second
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0), (2, 0), (3, 0), (4, 3), (5, 3)]
@@ -92,18 +93,18 @@ def test_the_board_keeps_the_step_that_a_run_goes_on_from(toys, tmp_path):
 
 # TensorBoard writes in a thread, which says so itself.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_full_disk_is_a_warning_for_each_place_and_lines_go_on(toys, tmp_path, caplog, file_limit):
+def test_a_full_disk_is_a_warning_for_each_place_and_lines_go_on(tmp_path, caplog, file_limit):
     """No stand-in: for 40 lines no file may grow. TensorBoard's writer has ended by then."""
-    config = toys.pretrain_config(tmp_path / "data", tmp_path)
-    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    with Outputs(config, 0) as outputs:
-        outputs.write(ROW)
+    config = pretrain_config(tmp_path / "data", tmp_path)
+    image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    with LogSinks(config, 0) as sinks:
+        sinks.log(ROW)
         with file_limit(max(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())):
             for step in range(4, 44):
-                outputs.write(ROW | {"step": step})
-            outputs.picture(picture, 43)
-        outputs.write(ROW | {"step": 44})
-        outputs.picture(picture, 44)
+                sinks.log(ROW | {"step": step})
+            sinks.log_image(image, 43)
+        sinks.log(ROW | {"step": 44})
+        sinks.log_image(image, 44)
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert sorted(line.split(":")[0] for line in warnings) == [
         *(f"could not write {name}" for name in ("TensorBoard's files", "metrics.jsonl", "strips"))
@@ -116,14 +117,14 @@ def test_a_full_disk_is_a_warning_for_each_place_and_lines_go_on(toys, tmp_path,
     assert [path.name for path in (tmp_path / "strips").iterdir()] == ["step_00000044.png"]
 
 
-def test_a_strip_is_a_picture_in_the_run_folder_and_on_the_board(toys, tmp_path, monkeypatch):
+def test_a_strip_is_a_picture_in_the_run_folder_and_on_the_board(tmp_path, monkeypatch):
     shown = []
     board = SimpleNamespace(add_image=lambda *words, **_: shown.append(words[2]), close=lambda: None)
     monkeypatch.setattr(monitor, "SummaryWriter", lambda *_, **__: board)
-    config = toys.pretrain_config(tmp_path / "data", tmp_path)
+    config = pretrain_config(tmp_path / "data", tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    with Outputs(config, 0) as outputs:
-        outputs.picture(pixels, 7)
+    with LogSinks(config, 0) as sinks:
+        sinks.log_image(pixels, 7)
     with Image.open(tmp_path / "strips/step_00000007.png") as file:
         assert (np.array(file) == pixels).all()
     assert shown == [7]

@@ -18,20 +18,27 @@ from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
 from mvlm.model import fast
 from mvlm.objectives import losses as objectives
-from mvlm.runs.checkpoint import find_checkpoint, load_model, verify_checkpoint
-from mvlm.runs.checkpoint_writer import Saver
+from mvlm.runs.checkpoint import find_checkpoint, verify_checkpoint
+from mvlm.runs.checkpoint_writer import CheckpointWriter
 from mvlm.runs.folder import read_metrics
+from mvlm.runs.load import load_model
 from mvlm.training import trainer as train
-from mvlm.training.trainer import Run, learning_rate_factor, make_loader, make_optimizer, pretrain
+from mvlm.training.build import make_loader
+from mvlm.training.optimizer import make_optimizer
+from mvlm.training.run import pretrain
+from mvlm.training.trainer import Trainer, learning_rate_factor
 from mvlm_dataloading import DataError, open_dataset, tokenizer_for
+from support.folders import checkpoint_contents, folder_hash
+from support.models import micro_config, micro_model, pretrain_config
+from support.scenes import overwrite, write_scenes
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, local_rank=0, device=CPU)
 LOSSES = ("loss", "mlm", "mim", "itc", "itm", "grad_norm")
 
 
-def test_the_learning_rate_rises_in_a_line_and_falls_as_a_cosine(toys):
-    config = toys.pretrain_config(Path(), Path(), max_steps=110, warmup_steps=10, lr_end=0.2)
+def test_the_learning_rate_rises_in_a_line_and_falls_as_a_cosine():
+    config = pretrain_config(Path(), Path(), max_steps=110, warmup_steps=10, lr_end=0.2)
     factors = [learning_rate_factor(step, config) for step in range(111)]
     assert factors[:10] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
     assert factors[10] == 1
@@ -41,16 +48,16 @@ def test_the_learning_rate_rises_in_a_line_and_falls_as_a_cosine(toys):
     assert all(a > b for a, b in pairwise(factors[10:]))
 
 
-def test_a_run_without_warm_up_starts_at_the_peak(toys):
-    config = toys.pretrain_config(Path(), Path(), max_steps=10, warmup_steps=0)
+def test_a_run_without_warm_up_starts_at_the_peak():
+    config = pretrain_config(Path(), Path(), max_steps=10, warmup_steps=0)
     assert learning_rate_factor(0, config) == 1
 
 
 @pytest.mark.parametrize("cross_norm", ["post", "pre"])
-def test_only_matrices_decay_and_modules_have_their_rates(toys, cross_norm):
+def test_only_matrices_decay_and_modules_have_their_rates(cross_norm):
     """What decays is told by the kind of module here: the weights of linear layers, and nothing else."""
-    model = toys.model(dtype=torch.float32, cross_norm=cross_norm)
-    config = toys.pretrain_config(Path(), Path(), lr_encoder=1e-5, lr_cross=3e-4, lr_pixels=7e-5, weight_decay=0.06)
+    model = micro_model(dtype=torch.float32, cross_norm=cross_norm)
+    config = pretrain_config(Path(), Path(), lr_encoder=1e-5, lr_cross=3e-4, lr_pixels=7e-5, weight_decay=0.06)
     optimizer = make_optimizer(model, config, CPU)
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     rates = {}
@@ -74,28 +81,28 @@ def test_only_matrices_decay_and_modules_have_their_rates(toys, cross_norm):
 
 
 @pytest.fixture
-def start(toys, scenes, tokenizer, tmp_path):
+def start(scenes, tokenizer, tmp_path):
     """A function that makes a run in progress, and its batches."""
 
     def make(dtype=torch.float32, **changes):
-        config = toys.pretrain_config(scenes, tmp_path / "run", precision="fp32", max_steps=20, **changes)
-        model = toys.model(dtype=dtype)
+        config = pretrain_config(scenes, tmp_path / "run", precision="fp32", max_steps=20, **changes)
+        model = micro_model(dtype=dtype)
         loader = make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)
-        run = Run(config, ALONE, parallelize(model, ALONE), make_optimizer(model, config, CPU), loader, tokenizer)
+        run = Trainer(config, ALONE, parallelize(model, ALONE), make_optimizer(model, config, CPU), loader, tokenizer)
         return run, iter(loader)
 
     return make
 
 
-def last_numbers(run: Run) -> dict[str, float]:
+def last_numbers(run: Trainer) -> dict[str, float]:
     """What the last step told."""
-    return run.numbers.read()[-1]
+    return run.metrics.read()[-1]
 
 
-def test_the_loader_masks_and_cuts_as_the_settings_say(toys, scenes, tokenizer):
+def test_the_loader_masks_and_cuts_as_the_settings_say(scenes, tokenizer):
     """Patches of 4 pixels in blocks of 8, a quarter of the 16 blocks; all ordinary tokens of captions of at most 5."""
-    model = toys.config(patch_size=4, mask_block=8, image_mask_ratio=0.25, text_mask_ratio=1.0, text_length=5)
-    config = toys.pretrain_config(scenes, Path(), model=model, batch_size=32)
+    model = micro_config(patch_size=4, mask_block=8, image_mask_ratio=0.25, text_mask_ratio=1.0, text_length=5)
+    config = pretrain_config(scenes, Path(), model=model, batch_size=32)
     batch, masks = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)))
     assert batch.images.shape == (32, 3, 32, 32)
     assert masks.patch_ids.shape == (32, 16)
@@ -108,30 +115,30 @@ def test_the_loader_masks_and_cuts_as_the_settings_say(toys, scenes, tokenizer):
     assert masks.token_ids.tolist() == [t for t in range(starts[-1]) if t not in special]
 
 
-def test_the_loader_follows_the_seed(toys, scenes, tokenizer):
+def test_the_loader_follows_the_seed(scenes, tokenizer):
     orders = []
     for seed in (0, 0, 1):
-        config = toys.pretrain_config(scenes, Path(), batch_size=32, seed=seed)
+        config = pretrain_config(scenes, Path(), batch_size=32, seed=seed)
         batch, _ = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)))
         orders.append(batch.sample_id.tolist())
     assert orders[0] == orders[1] != orders[2]
 
 
 @pytest.mark.parametrize("scale, flat", [((0.01, 0.02), True), ((0.9, 1.0), False)])
-def test_the_loader_crops_as_the_recipe_says(toys, scenes, tokenizer, scale, flat):
+def test_the_loader_crops_as_the_recipe_says(scenes, tokenizer, scale, flat):
     """A hundredth of a scene is mostly of one colour, nine tenths of it never are."""
-    config = toys.pretrain_config(scenes, Path(), batch_size=32, crop_scale=scale)
+    config = pretrain_config(scenes, Path(), batch_size=32, crop_scale=scale)
     batch, _ = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)))
     spread = batch.images.flatten(2).float().std(2).amax(1)  # (32,) by picture
     assert (spread < 1).float().mean() > 0.5 if flat else (spread > 10).all()
 
 
-def test_a_step_is_what_adamw_does_with_the_gradient_of_the_total(toys, start):
+def test_a_step_is_what_adamw_does_with_the_gradient_of_the_total(start):
     """One update of every parameter against Loshchilov and Hutter's formula in numpy."""
     run, batches = start(warmup_steps=4, weight_decay=0.1, clip_norm=0.5)
     before = {name: p.detach().double().numpy().copy() for name, p in run.model.named_parameters()}
     batch, masks = next(iter(make_loader(run.loader.dataset, run.tokenizer, run.config, ALONE)))
-    twin = toys.model(dtype=torch.float32)
+    twin = micro_model(dtype=torch.float32)
     twin(batch, masks, seed=0, step=0, plan=run.config.plan).total.backward()
     gradients = {name: p.grad.double().numpy() for name, p in twin.named_parameters() if p.grad is not None}
     norm = math.sqrt(sum((g**2).sum() for g in gradients.values()))
@@ -139,7 +146,7 @@ def test_a_step_is_what_adamw_does_with_the_gradient_of_the_total(toys, start):
 
     run.one_step(batches)
     row = last_numbers(run)
-    assert run.numbers.steps == [run.step] == [1]
+    assert run.metrics.steps == [run.step] == [1]
     assert row["grad_norm"] == pytest.approx(norm, rel=1e-5)  # as it was before clipping
     for part, _ in run.model.named_children():
         squares = [(g**2).sum() for name, g in gradients.items() if name.startswith(f"{part}.")]
@@ -217,7 +224,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(start, monkeypatch, t
     monkeypatch.setattr(module, function, spoilt)
     run.one_step(batches)
     with pytest.raises(NonFiniteLossError, match=rf"^step 2: {term} is {value}; the update was not made "):
-        run.check(run.numbers)
+        run.check(run.metrics)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in run.model.state_dict().items())
     for before, state in zip(moments, run.optimizer.state.values(), strict=True):
         assert all(torch.equal(before[k], v) for k, v in state.items())
@@ -238,13 +245,13 @@ def test_a_gradient_that_is_not_finite_stops_too(start):
     before = parameter.detach().clone()
     run.one_step(batches)
     with pytest.raises(NonFiniteLossError, match=r"^step 1: grad_norm is nan; the update was not made "):
-        run.check(run.numbers)
+        run.check(run.metrics)
     assert torch.equal(parameter, before)
     assert all(not value.any() for state in run.optimizer.state.values() for value in state.values())
 
 
-def test_a_run_that_stops_keeps_what_it_had(toys, scenes, tmp_path, monkeypatch, without_tensorboard):
-    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=6, checkpoint_every_steps=2, max_bad_steps=0)
+def test_a_run_that_stops_keeps_what_it_had(scenes, tmp_path, monkeypatch, without_tensorboard):
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=6, checkpoint_every_steps=2, max_bad_steps=0)
     loss, calls = fast.linear_pixel_loss, []
 
     def broken(*inputs, **settings):
@@ -321,16 +328,14 @@ def two_threads():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_equal_seeds_equal_runs(toys, scenes, tmp_path, two_threads, without_tensorboard, precision):
+def test_equal_seeds_equal_runs(scenes, tmp_path, two_threads, without_tensorboard, precision):
     """Digit for digit, with two threads; another seed is another run."""
     runs = {}
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        config = toys.pretrain_config(
-            scenes, tmp_path / name, max_steps=4, batch_size=16, seed=seed, precision=precision
-        )
+        config = pretrain_config(scenes, tmp_path / name, max_steps=4, batch_size=16, seed=seed, precision=precision)
         torch.manual_seed(len(runs))  # whatever was drawn before
         pretrain(config)
-        weights = toys.contents(config.out / "checkpoints/step_00000004")
+        weights = checkpoint_contents(config.out / "checkpoints/step_00000004")
         runs[name] = (losses_of(config.out), weights)
     assert runs["a"] == runs["b"]
     assert len(runs["a"][0]) == 4
@@ -351,13 +356,13 @@ class Interrupted(Exception):
         {"reconstruction_first": 3, "skip_spikes": True},  # the objectives change where the run is cut
     ],
 )
-def test_a_resumed_run_is_the_run_without_a_break(toys, scenes, tmp_path, monkeypatch, without_tensorboard, settings):
+def test_a_resumed_run_is_the_run_without_a_break(scenes, tmp_path, monkeypatch, without_tensorboard, settings):
     """Six steps, against a run that is stopped in its fifth and goes on from its checkpoint of the third."""
-    whole = toys.pretrain_config(scenes, tmp_path / "whole", max_steps=6, **settings)
+    whole = pretrain_config(scenes, tmp_path / "whole", max_steps=6, **settings)
     pretrain(whole)
 
-    broken = toys.pretrain_config(scenes, tmp_path / "broken", max_steps=6, checkpoint_every_steps=3, **settings)
-    one_step = Run.one_step
+    broken = pretrain_config(scenes, tmp_path / "broken", max_steps=6, checkpoint_every_steps=3, **settings)
+    one_step = Trainer.one_step
 
     def stop(run, batches):
         if run.step == 4:
@@ -365,29 +370,27 @@ def test_a_resumed_run_is_the_run_without_a_break(toys, scenes, tmp_path, monkey
         return one_step(run, batches)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "one_step", stop)
+        patch.setattr(Trainer, "one_step", stop)
         with pytest.raises(Interrupted):
             pretrain(broken)
     # The line of the fourth was to be written while the fifth ran.
     assert [row["step"] for row in read_metrics(broken.out / "metrics.jsonl")] == [1, 2, 3]
     torch.manual_seed(99)
-    pretrain(toys.pretrain_config(scenes, tmp_path / "broken", max_steps=6, resume=True, **settings))
+    pretrain(pretrain_config(scenes, tmp_path / "broken", max_steps=6, resume=True, **settings))
 
     assert numbers_of(broken.out) == numbers_of(whole.out)
     assert [row["step"] for row in read_metrics(broken.out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    mine, theirs = (toys.contents(run.out / "checkpoints/step_00000006") for run in (broken, whole))
+    mine, theirs = (checkpoint_contents(run.out / "checkpoints/step_00000006") for run in (broken, whole))
     assert mine == theirs
     assert {name.split("/")[0] for name in mine} > {"model", "optimizer", "generators", "state.json"}
 
 
-def test_a_run_that_goes_on_past_a_damaged_checkpoint_keeps_its_own(
-    toys, scenes, tmp_path, monkeypatch, without_tensorboard
-):
+def test_a_run_that_goes_on_past_a_damaged_checkpoint_keeps_its_own(scenes, tmp_path, monkeypatch, without_tensorboard):
     """Step 4 is damaged, so the run goes on from 2 and saves at 3, with room for one: it can go on from 3."""
-    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=4, checkpoint_every_steps=2)
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=4, checkpoint_every_steps=2)
     pretrain(config)
     (config.out / "checkpoints/step_00000004/state.json").write_text("{}")
-    one_step = Run.one_step
+    one_step = Trainer.one_step
 
     def stop(run, batches):
         if run.step == 3:
@@ -396,7 +399,7 @@ def test_a_run_that_goes_on_past_a_damaged_checkpoint_keeps_its_own(
 
     again = replace(config, resume=True, checkpoint_every_steps=3, keep_checkpoints=1)
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "one_step", stop)
+        patch.setattr(Trainer, "one_step", stop)
         with pytest.raises(Interrupted):
             pretrain(again)
     assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000003"
@@ -405,11 +408,11 @@ def test_a_run_that_goes_on_past_a_damaged_checkpoint_keeps_its_own(
 
 
 def test_a_full_disk_between_checkpoints_does_not_end_the_run(
-    toys, scenes, tmp_path, monkeypatch, without_tensorboard, caplog, file_limit
+    scenes, tmp_path, monkeypatch, without_tensorboard, caplog, file_limit
 ):
     """No line of steps 2 and 3 can be written; there is room again when step 5 is made and saved."""
-    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=5)
-    one_step, full = Run.one_step, ExitStack()
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=5)
+    one_step, full = Trainer.one_step, ExitStack()
 
     def fill(run, batches):
         if run.step == 2:
@@ -418,7 +421,7 @@ def test_a_full_disk_between_checkpoints_does_not_end_the_run(
             full.close()
         return one_step(run, batches)
 
-    monkeypatch.setattr(Run, "one_step", fill)
+    monkeypatch.setattr(Trainer, "one_step", fill)
     with full:
         pretrain(config)
     assert [row["step"] for row in read_metrics(config.out / "metrics.jsonl")] == [1, 4, 5]
@@ -426,54 +429,54 @@ def test_a_full_disk_between_checkpoints_does_not_end_the_run(
     assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000005"
 
 
-def test_a_complete_run_is_left_as_it_is(toys, scenes, run_copy, caplog):
-    before = toys.folder_hash(run_copy)
+def test_a_complete_run_is_left_as_it_is(scenes, run_copy, caplog):
+    before = folder_hash(run_copy)
     with caplog.at_level("INFO"):
-        pretrain(toys.pretrain_config(scenes, run_copy, checkpoint_every_steps=1, resume=True))
+        pretrain(pretrain_config(scenes, run_copy, checkpoint_every_steps=1, resume=True))
     assert "is complete: 2 of 2 steps" in caplog.text
-    assert toys.folder_hash(run_copy) == before
+    assert folder_hash(run_copy) == before
 
 
-def test_other_data_is_refused_on_resume(toys, run_copy, tmp_path):
+def test_other_data_is_refused_on_resume(run_copy, tmp_path):
     """Its folder may have moved, its contents may not have changed."""
-    other = toys.write_scenes(tmp_path / "other", {"train": 31})
-    before = toys.folder_hash(run_copy)
+    other = write_scenes(tmp_path / "other", {"train": 31})
+    before = folder_hash(run_copy)
     with pytest.raises(DataError, match="wanted the data of the state, fingerprint"):
-        pretrain(toys.pretrain_config(other, run_copy, resume=True))
-    assert toys.folder_hash(run_copy) == before
+        pretrain(pretrain_config(other, run_copy, resume=True))
+    assert folder_hash(run_copy) == before
 
 
-def test_another_tokenizer_is_refused_on_resume(toys, scenes, tmp_path, train_split, without_tensorboard):
+def test_another_tokenizer_is_refused_on_resume(scenes, tmp_path, train_split, without_tensorboard):
     """The file has the name that it had, and other words in it."""
     words = tmp_path / "words.json"
     tokenizer_for(train_split, 300).save(words)
     original = words.read_bytes()
-    config = toys.pretrain_config(scenes, tmp_path / "run", tokenizer=words, max_steps=1)
+    config = pretrain_config(scenes, tmp_path / "run", tokenizer=words, max_steps=1)
     pretrain(config)
     tokenizer_for(train_split, 280).save(words)
-    before = toys.folder_hash(config.out)
+    before = folder_hash(config.out)
     own = f"{config.out}/checkpoints/step_00000001/tokenizer.json"
-    with pytest.raises(RunError, match=rf"^{words}: wanted the tokenizer .* its own is {own}; put"):
+    with pytest.raises(RunError, match=rf"^{words}: wanted the tokenizer .* the run's is {own}: restore"):
         pretrain(replace(config, resume=True))
-    assert toys.folder_hash(config.out) == before
+    assert folder_hash(config.out) == before
     words.write_bytes(original)
     pretrain(replace(config, resume=True))
-    assert toys.folder_hash(config.out) == before
+    assert folder_hash(config.out) == before
 
 
-def test_a_checkpoint_of_another_architecture_is_refused_on_resume(toys, scenes, run_copy):
+def test_a_checkpoint_of_another_architecture_is_refused_on_resume(scenes, run_copy):
     file = run_copy / "config.json"
     config = json.loads(file.read_text())
     config["model"]["width"] = 24
     file.write_text(json.dumps(config))
-    before = toys.folder_hash(run_copy)
+    before = folder_hash(run_copy)
     with pytest.raises(RunError, match="a checkpoint of another architecture"):
-        pretrain(toys.pretrain_config(scenes, run_copy, resume=True, model=toys.config(width=24)))
-    assert toys.folder_hash(run_copy) == before
+        pretrain(pretrain_config(scenes, run_copy, resume=True, model=micro_config(width=24)))
+    assert folder_hash(run_copy) == before
 
 
-def test_reconstruction_comes_first(toys, scenes, tmp_path, without_tensorboard):
-    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=3, reconstruction_first=2)
+def test_reconstruction_comes_first(scenes, tmp_path, without_tensorboard):
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=3, reconstruction_first=2)
     pretrain(config)
     rows = read_metrics(config.out / "metrics.jsonl")
     assert [(row["itc"] is None, row["itm"] is None) for row in rows] == [(True, True), (True, True), (False, False)]
@@ -481,8 +484,8 @@ def test_reconstruction_comes_first(toys, scenes, tmp_path, without_tensorboard)
         assert row["loss"] == pytest.approx(row["mlm"] + row["mim"], rel=1e-5)
 
 
-def test_itc_and_itm_may_join_within_a_line(toys, scenes, tmp_path, without_tensorboard):
-    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=6, reconstruction_first=4, log_every=3)
+def test_itc_and_itm_may_join_within_a_line(scenes, tmp_path, without_tensorboard):
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=6, reconstruction_first=4, log_every=3)
     pretrain(config)
     rows = read_metrics(config.out / "metrics.jsonl")
     assert [(row["step"], row["itc"] is None) for row in rows] == [(3, True), (6, False)]
@@ -491,9 +494,9 @@ def test_itc_and_itm_may_join_within_a_line(toys, scenes, tmp_path, without_tens
     assert joined  # what only ITC and ITM train
 
 
-def test_evaluations_on_the_way_change_nothing(toys, scenes, tmp_path, without_tensorboard):
-    plain = toys.pretrain_config(scenes, tmp_path / "plain", max_steps=4)
-    watched = toys.pretrain_config(scenes, tmp_path / "watched", max_steps=4, eval_every_steps=2, log_every=4)
+def test_evaluations_on_the_way_change_nothing(scenes, tmp_path, without_tensorboard):
+    plain = pretrain_config(scenes, tmp_path / "plain", max_steps=4)
+    watched = pretrain_config(scenes, tmp_path / "watched", max_steps=4, eval_every_steps=2, log_every=4)
     pretrain(plain)
     pretrain(watched)
     rows = read_metrics(watched.out / "metrics.jsonl")
@@ -507,8 +510,8 @@ def test_evaluations_on_the_way_change_nothing(toys, scenes, tmp_path, without_t
     assert losses_of(watched.out) == others
 
 
-def test_lines_are_written_every_so_many_steps(toys, scenes, tmp_path, without_tensorboard):
-    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=5, log_every=2)
+def test_lines_are_written_every_so_many_steps(scenes, tmp_path, without_tensorboard):
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=5, log_every=2)
     pretrain(config)
     assert [row["step"] for row in read_metrics(config.out / "metrics.jsonl")] == [2, 4, 5]
 
@@ -523,7 +526,7 @@ def test_lines_are_written_every_so_many_steps(toys, scenes, tmp_path, without_t
         ({}, [5]),
     ],
 )
-def test_when_checkpoints_are_written(toys, scenes, tmp_path, monkeypatch, without_tensorboard, settings, steps):
+def test_when_checkpoints_are_written(scenes, tmp_path, monkeypatch, without_tensorboard, settings, steps):
     """Each step at most once: the last is not written over itself."""
     clock = [0.0]
 
@@ -531,61 +534,63 @@ def test_when_checkpoints_are_written(toys, scenes, tmp_path, monkeypatch, witho
         clock[0] += 61
         return one_step(run, batches)
 
-    one_step, save, saved = Run.one_step, Saver.save, []
+    one_step, save, saved = Trainer.one_step, CheckpointWriter.save, []
     monkeypatch.setattr(
         train, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=train.time.perf_counter)
     )
-    monkeypatch.setattr(Run, "one_step", wait)
-    monkeypatch.setattr(Saver, "save", lambda saver, step, *rest: (saved.append(step), save(saver, step, *rest))[1])
-    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=5, keep_checkpoints=1, **settings)
+    monkeypatch.setattr(Trainer, "one_step", wait)
+    monkeypatch.setattr(
+        CheckpointWriter, "save", lambda saver, step, *rest: (saved.append(step), save(saver, step, *rest))[1]
+    )
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=5, keep_checkpoints=1, **settings)
     pretrain(config)
     assert saved == steps
     assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step_00000005"]
 
 
-def test_the_tokenizer_decides_what_stands_for_a_masked_token(toys, scenes, tmp_path, without_tensorboard):
-    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=1, model=toys.config(mask_token_id=7))
+def test_the_tokenizer_decides_what_stands_for_a_masked_token(scenes, tmp_path, without_tensorboard):
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=1, model=micro_config(mask_token_id=7))
     pretrain(config)
     model, tokenizer = load_model(config.out)
     assert model.config.mask_token_id == tokenizer.mask_id == 4
     assert json.loads((config.out / "config.json").read_text())["model"]["mask_token_id"] == 4
 
 
-def test_a_tokenizer_by_path(toys, scenes, tmp_path, tokenizer, without_tensorboard):
+def test_a_tokenizer_by_path(scenes, tmp_path, tokenizer, without_tensorboard):
     tokenizer.save(tmp_path / "words.json")
-    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=1, tokenizer=tmp_path / "words.json")
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=1, tokenizer=tmp_path / "words.json")
     pretrain(config)
     assert load_model(config.out)[1].fingerprint == tokenizer.fingerprint
 
 
-def test_a_tokenizer_that_is_too_large(toys, scenes, tmp_path, train_split):
+def test_a_tokenizer_that_is_too_large(scenes, tmp_path, train_split):
     tokenizer_for(train_split, 320).save(tmp_path / "words.json")
     size = tokenizer_for(train_split, 320).vocab_size
-    config = toys.pretrain_config(scenes, tmp_path / "run", tokenizer=tmp_path / "words.json")
+    config = pretrain_config(scenes, tmp_path / "run", tokenizer=tmp_path / "words.json")
     with pytest.raises(ConfigError, match=f"model.vocab_size: wanted at least the tokenizer's {size}, got 300"):
         pretrain(config)
     assert not config.out.exists()
 
 
-def test_a_notice_of_preemption_from_before(toys, scenes, tmp_path):
+def test_a_notice_of_preemption_from_before(scenes, tmp_path):
     (tmp_path / "stop").touch()
-    config = toys.pretrain_config(scenes, tmp_path / "run", preemption_file=tmp_path / "stop")
-    with pytest.raises(ConfigError, match=r"preemption_file: .*stop is there before the run begins; remove"):
+    config = pretrain_config(scenes, tmp_path / "run", preemption_file=tmp_path / "stop")
+    with pytest.raises(ConfigError, match=r"preemption_file: .*stop exists before the run starts; remove"):
         pretrain(config)
     assert not config.out.exists()
 
 
-def test_a_vocabulary_without_room_for_all_bytes(toys, scenes, tmp_path):
-    config = toys.pretrain_config(scenes, tmp_path / "run", model=toys.config(vocab_size=100))
+def test_a_vocabulary_without_room_for_all_bytes(scenes, tmp_path):
+    config = pretrain_config(scenes, tmp_path / "run", model=micro_config(vocab_size=100))
     with pytest.raises(ConfigError, match="wanted a vocabulary of at least 261"):
         pretrain(config)
     assert not config.out.exists()
 
 
-def test_pictures_that_cannot_be_decoded_are_skipped_and_counted(toys, tmp_path, caplog, without_tensorboard):
-    data = toys.write_scenes(tmp_path / "data", {"train": 40})
-    toys.overwrite(open_dataset(data, "train"), "image", [3, 17])  # 5 % of 40 is 2
-    config = toys.pretrain_config(data, tmp_path / "run", max_steps=6)
+def test_pictures_that_cannot_be_decoded_are_skipped_and_counted(tmp_path, caplog, without_tensorboard):
+    data = write_scenes(tmp_path / "data", {"train": 40})
+    overwrite(open_dataset(data, "train"), "image", [3, 17])  # 5 % of 40 is 2
+    config = pretrain_config(data, tmp_path / "run", max_steps=6)
     pretrain(config)
     skipped = [row["skipped"] for row in read_metrics(config.out / "metrics.jsonl")]
     assert skipped == sorted(skipped)
@@ -593,26 +598,26 @@ def test_pictures_that_cannot_be_decoded_are_skipped_and_counted(toys, tmp_path,
     assert len(re.findall("skipped an image that cannot be decoded: .*train-000000.tar", caplog.text)) == 2
 
 
-def test_too_many_of_them_stop_the_run(toys, tmp_path, without_tensorboard):
-    data = toys.write_scenes(tmp_path / "data", {"train": 40})
-    toys.overwrite(open_dataset(data, "train"), "image", [3, 17, 20])
-    config = toys.pretrain_config(data, tmp_path / "run", max_steps=6)
+def test_too_many_of_them_stop_the_run(tmp_path, without_tensorboard):
+    data = write_scenes(tmp_path / "data", {"train": 40})
+    overwrite(open_dataset(data, "train"), "image", [3, 17, 20])
+    config = pretrain_config(data, tmp_path / "run", max_steps=6)
     with pytest.raises(DataError, match="wanted at most 5% undecodable images, found 3 of 40"):
         pretrain(config)
 
 
-def test_an_attention_backend_that_cannot_run_here_leaves_no_folder(toys, scenes, tmp_path):
-    config = toys.pretrain_config(scenes, tmp_path / "run", cross_attention="triton", self_attention="flash-attn")
-    with pytest.raises(ConfigError, match=r"attention backend flash-attn: .*here can run: sdpa, products"):
+def test_an_attention_backend_that_cannot_run_here_leaves_no_folder(scenes, tmp_path):
+    config = pretrain_config(scenes, tmp_path / "run", cross_attention="triton", self_attention="flash-attn")
+    with pytest.raises(ConfigError, match=r"attention backend flash-attn: .*here can run: sdpa, math"):
         pretrain(config)
     assert not (tmp_path / "run").exists()
 
 
-def test_augmentations_reach_the_loader(toys, scenes, tmp_path):
+def test_augmentations_reach_the_loader(scenes, tmp_path):
     """The same run but for one setting sees other pixels; what it is not told of stays as it was."""
     seen = {}
     for name, changes in {"none": {}, "flip": {"flip": 1.0}, "randaugment": {"randaugment": 2}}.items():
-        config = toys.pretrain_config(scenes, tmp_path / name, **changes)
+        config = pretrain_config(scenes, tmp_path / name, **changes)
         dataset = open_dataset(scenes, "train")
         batch, masks = next(iter(make_loader(dataset, tokenizer_for(dataset, 300), config, ALONE)))
         seen[name] = batch.images, batch.tokens, masks.patch_ids
@@ -625,7 +630,7 @@ def test_augmentations_reach_the_loader(toys, scenes, tmp_path):
 
 # Dynamo makes an instance of an autograd.Function while it traces one.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_a_compiled_run_is_the_same_run(start, toys, scenes, tokenizer, tmp_path, monkeypatch):
+def test_a_compiled_run_is_the_same_run(start, scenes, tokenizer, tmp_path, monkeypatch):
     """Traced whole and run by torch's own kernels, in float64; batches of every length share a handful of graphs."""
     plain, batches = start(dtype=torch.float64)
     for _ in range(6):
@@ -637,21 +642,21 @@ def test_a_compiled_run_is_the_same_run(start, toys, scenes, tokenizer, tmp_path
     for _ in range(6):
         compiled.one_step(batches)
     assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] - before <= 3
-    for wanted, got in zip(plain.numbers.read(), compiled.numbers.read(), strict=True):
+    for wanted, got in zip(plain.metrics.read(), compiled.metrics.read(), strict=True):
         assert got == pytest.approx(wanted, rel=1e-6)  # numbers are kept in fp32
 
 
-def test_compiling_is_for_one_rank_and_one_microbatch(toys, scenes, tmp_path):
+def test_compiling_is_for_one_rank_and_one_microbatch(scenes, tmp_path):
     with pytest.raises(ConfigError, match="compile: wanted one rank, got 2; leave --compile out"):
-        compile_step(toys.model(), replace(ALONE, size=2))
+        compile_step(micro_model(), replace(ALONE, size=2))
     for changes in ({"accumulate": 2}, {"plan": "plain"}):
-        with pytest.raises(ConfigError, match="compile: wanted --plan fast and --accumulate 1 beside it"):
-            toys.pretrain_config(scenes, tmp_path, compile=True, **changes)
+        with pytest.raises(ConfigError, match="compile: wanted --plan fast and --accumulate 1 with it"):
+            pretrain_config(scenes, tmp_path, compile=True, **changes)
 
 
-def test_evaluation_on_the_first_pictures(toys, scenes, tmp_path):
+def test_evaluation_on_the_first_pictures(scenes, tmp_path):
     """Recall among three is a multiple of a third; among all it would not be."""
-    config = toys.pretrain_config(scenes, tmp_path / "run", max_steps=1, eval_every_steps=1, eval_pictures=3)
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=1, eval_every_steps=1, eval_images=3)
     pretrain(config)
     row = read_metrics(config.out / "metrics.jsonl")[-1]
     assert min(abs(row["tr_r1"] - 100 * k / 3) for k in range(4)) < 0.01

@@ -10,25 +10,27 @@ import torch
 from mvlm.distributed.world import World
 from mvlm.errors import NonFiniteLossError
 from mvlm.model import fast
-from mvlm.runs.checkpoint import load_model
 from mvlm.runs.folder import read_metrics
+from mvlm.runs.load import load_model
 from mvlm.training import trainer as train
 from mvlm.training import update_guard as safety
-from mvlm.training.metrics import Numbers
-from mvlm.training.trainer import pretrain
-from mvlm.training.update_guard import BadSteps, Guard
+from mvlm.training.metrics import MetricsBuffer
+from mvlm.training.run import pretrain
+from mvlm.training.update_guard import SkippedUpdates, UpdateGuard
+from support.folders import checkpoint_contents
+from support.models import pretrain_config
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 NAN, INF = math.nan, math.inf
 
 
-def judge(guard: Guard, loss: float, norm: float = 1.0) -> bool:
+def judge(guard: UpdateGuard, loss: float, norm: float = 1.0) -> bool:
     return bool(guard.judge(torch.tensor(loss), torch.tensor(norm)))
 
 
 @pytest.mark.parametrize("spikes", [False, True])
 def test_what_is_not_finite_is_never_let_through(spikes):
-    guard = Guard(ALONE, spikes)
+    guard = UpdateGuard(ALONE, spikes)
     for loss, norm in ((1.0, NAN), (NAN, 1.0), (INF, 1.0), (1.0, INF), (-INF, 1.0)):
         assert not judge(guard, loss, norm)
     assert judge(guard, 1.0)
@@ -37,7 +39,7 @@ def test_what_is_not_finite_is_never_let_through(spikes):
 def test_a_spike_is_six_deviations_above_the_last_128_that_were_let_through():
     """Against numpy over the same losses, with spikes and NaN among them."""
     rng = np.random.default_rng(0)
-    guard, let_through, verdicts = Guard(ALONE, True), [], []
+    guard, let_through, verdicts = UpdateGuard(ALONE, True), [], []
     for step in range(600):
         loss = float(np.float32(5 + rng.normal() * 0.1 - step / 200 + (rng.random() < 0.1) * rng.choice([0.5, 0.7, 3])))
         loss = NAN if step % 50 == 7 else loss
@@ -53,18 +55,18 @@ def test_a_spike_is_six_deviations_above_the_last_128_that_were_let_through():
 
 
 def test_without_being_asked_a_spike_passes():
-    guard = Guard(ALONE, False)
+    guard = UpdateGuard(ALONE, False)
     assert all(judge(guard, 1.0) for _ in range(130))
     assert judge(guard, 1e6)
 
 
 def test_after_a_new_beginning_other_losses_are_the_measure():
     """Losses of 7 after those of 1 pass, and 128 of them later it is they that a spike is held against."""
-    guard = Guard(ALONE, True)
+    guard = UpdateGuard(ALONE, True)
     for i in range(140):
         assert judge(guard, 1 + 0.01 * math.sin(i))
     assert not judge(guard, 7.0)
-    guard.begin_anew()
+    guard.reset()
     for i in range(128):
         assert judge(guard, 7 + 0.01 * math.sin(i)), i
     assert not judge(guard, 7.2)
@@ -72,7 +74,7 @@ def test_after_a_new_beginning_other_losses_are_the_measure():
 
 
 def test_the_window_goes_on_from_a_checkpoint():
-    guard, other = Guard(ALONE, True), Guard(ALONE, True)
+    guard, other = UpdateGuard(ALONE, True), UpdateGuard(ALONE, True)
     for i in range(140):
         judge(guard, 1 + 0.01 * math.sin(i))
     other.load(json.loads(json.dumps(guard.state())))
@@ -82,22 +84,20 @@ def test_the_window_goes_on_from_a_checkpoint():
 
 
 @pytest.mark.parametrize("reconstruction_first", [6, 0])
-def test_itc_and_itm_that_join_are_no_spike(
-    toys, scenes, tmp_path, monkeypatch, without_tensorboard, reconstruction_first
-):
+def test_itc_and_itm_that_join_are_no_spike(scenes, tmp_path, monkeypatch, without_tensorboard, reconstruction_first):
     """The loss jumps after step 6, where the window of four is full; a jump for no reason is a spike still."""
     monkeypatch.setattr(safety, "WINDOW", 4)
     rates = dict.fromkeys(("lr_encoder", "lr_cross", "lr_pixels"), 1e-9)
-    config = toys.pretrain_config(
+    config = pretrain_config(
         scenes, tmp_path / "run", max_steps=12, skip_spikes=True, reconstruction_first=reconstruction_first, **rates
     )
-    forward_backward = train.Run.forward_backward
+    forward_backward = train.Trainer.forward_backward
 
     def jump(run, micro):
         losses = forward_backward(run, micro)
         return losses._replace(total=losses.total + 100 * (run.step == 11))
 
-    monkeypatch.setattr(train.Run, "forward_backward", jump)
+    monkeypatch.setattr(train.Trainer, "forward_backward", jump)
     pretrain(config)
     rows = read_metrics(config.out / "metrics.jsonl")
     assert [row["bad_steps"] for row in rows] == [0] * 11 + [1]
@@ -105,8 +105,8 @@ def test_itc_and_itm_that_join_are_no_spike(
         assert rows[6]["loss"] > rows[5]["loss"] + 1
 
 
-def numbers_of(good: list[bool], first: int = 1, loss: float = NAN) -> Numbers:
-    numbers = Numbers()
+def numbers_of(good: list[bool], first: int = 1, loss: float = NAN) -> MetricsBuffer:
+    numbers = MetricsBuffer()
     for step, is_good in enumerate(good, first):
         values = {"mim": 1.0, "total": 1.0 if is_good else loss, "grad_norm": 2.0, "good": float(is_good)}
         numbers.add(step, [step, 100 + step], 12, {name: torch.tensor(value) for name, value in values.items()}, 0.0)
@@ -114,12 +114,12 @@ def numbers_of(good: list[bool], first: int = 1, loss: float = NAN) -> Numbers:
 
 
 def test_bad_steps_are_counted_once_and_the_limit_is_in_a_row():
-    bad = BadSteps(limit=2)
+    bad = SkippedUpdates(limit=2)
     first = numbers_of([True, False, False, True, False])
     assert bad.count(first) is None
     assert bad.count(first) is None  # a checkpoint counts before the line is full
     assert (bad.total, bad.in_a_row) == (3, 1)
-    again = BadSteps(limit=2)
+    again = SkippedUpdates(limit=2)
     again.load(json.loads(json.dumps(bad.state())))
     for count in (bad, again):
         past = count.count(numbers_of([False, False, False], first=6))
@@ -131,8 +131,8 @@ def test_bad_steps_are_counted_once_and_the_limit_is_in_a_row():
 
 def test_the_reason_names_what_was_wrong():
     row = {"mlm": NAN, "mim": 1.0, "total": NAN, "grad_norm": INF, "grad_norm_pixel_head": NAN, "good": 0.0}
-    assert BadSteps.reason(row) == "mlm is nan, grad_norm is inf"
-    assert BadSteps.reason({"mlm": 1.0, "total": 12.345678, "grad_norm": 1.0}) == "the loss 12.35 is a spike"
+    assert SkippedUpdates.reason(row) == "mlm is nan, grad_norm is inf"
+    assert SkippedUpdates.reason({"mlm": 1.0, "total": 12.345678, "grad_norm": 1.0}) == "the loss 12.35 is a spike"
 
 
 @pytest.fixture
@@ -151,10 +151,10 @@ def poison(monkeypatch):
     return at
 
 
-def test_a_bad_step_changes_nothing_and_the_run_goes_on(toys, scenes, tmp_path, without_tensorboard, poison):
+def test_a_bad_step_changes_nothing_and_the_run_goes_on(scenes, tmp_path, without_tensorboard, poison):
     """Two updates of four are skipped; the checkpoints around them hold the same weights and moments."""
     poison(2, 3)
-    config = toys.pretrain_config(
+    config = pretrain_config(
         scenes, tmp_path / "run", max_steps=4, checkpoint_every_steps=1, keep_checkpoints=4, max_bad_steps=2
     )
     pretrain(config)
@@ -163,17 +163,17 @@ def test_a_bad_step_changes_nothing_and_the_run_goes_on(toys, scenes, tmp_path, 
     assert [row["loss"] is None for row in rows] == [False, True, True, False]
     assert [row["mim"] is None for row in rows] == [False, True, True, False]
     assert all(row["mlm"] is not None for row in rows)
-    states = [toys.contents(config.out / f"checkpoints/step_{step:08d}") for step in (1, 2, 3, 4)]
+    states = [checkpoint_contents(config.out / f"checkpoints/step_{step:08d}") for step in (1, 2, 3, 4)]
     tensors = [{k: v for k, v in s.items() if k.startswith(("model/", "optimizer/"))} for s in states]
     assert tensors[0] == tensors[1] == tensors[2] != tensors[3]
     assert tensors[0].keys() == tensors[3].keys()
 
 
 @pytest.mark.parametrize("log_every", [1, 4])
-def test_too_many_stop_the_run_with_a_diagnosis(toys, scenes, tmp_path, without_tensorboard, poison, log_every):
+def test_too_many_stop_the_run_with_a_diagnosis(scenes, tmp_path, without_tensorboard, poison, log_every):
     """Which objective, which samples, which checkpoint; the weights in it are finite."""
     poison(*range(3, 100))
-    config = toys.pretrain_config(
+    config = pretrain_config(
         scenes, tmp_path / "run", max_steps=9, checkpoint_every_steps=2, max_bad_steps=1, log_every=log_every
     )
     with pytest.raises(NonFiniteLossError) as caught:

@@ -20,14 +20,14 @@ def test_a_stall_is_ended_with_the_stacks_of_all_threads(tmp_path, capfd):
     process = os.fork()
     if process == 0:
         threading.Thread(target=time.sleep, args=(30,), name="another", daemon=True).start()
-        with Watchdog(tmp_path, rank=2, minutes=0.5 / 60) as watchdog:
+        with Watchdog(tmp_path / "stalled.txt", rank=2, minutes=0.5 / 60) as watchdog:
             watchdog.beat("the data of step 7")
             hang_in_the_loader()
         os._exit(0)
     started = time.monotonic()
     assert code_of(process) == EXIT_CODE
     assert 0.4 < time.monotonic() - started < 20
-    stacks = (tmp_path / "stalled_rank_00002.txt").read_text()
+    stacks = (tmp_path / "stalled.txt").read_text()
     error = capfd.readouterr().err
     for text in (stacks, error):
         assert "mvlm: rank 2 has been waiting" in text
@@ -40,7 +40,7 @@ def test_a_stall_is_ended_with_the_stacks_of_all_threads(tmp_path, capfd):
 def test_a_run_that_moves_is_left_alone(tmp_path):
     process = os.fork()
     if process == 0:
-        with Watchdog(tmp_path, rank=0, minutes=0.5 / 60) as watchdog:
+        with Watchdog(tmp_path / "stalled.txt", rank=0, minutes=0.5 / 60) as watchdog:
             for step in range(10):
                 watchdog.beat(f"step {step}")
                 time.sleep(0.1)
@@ -52,7 +52,7 @@ def test_a_run_that_moves_is_left_alone(tmp_path):
 def test_a_process_that_was_suspended_is_left_alone(tmp_path):
     process = os.fork()
     if process == 0:
-        with Watchdog(tmp_path, rank=0, minutes=1 / 60) as watchdog:
+        with Watchdog(tmp_path / "stalled.txt", rank=0, minutes=1 / 60) as watchdog:
             watchdog.beat("step 1")
             os.kill(os.getpid(), signal.SIGSTOP)  # Ctrl-Z; this goes on when the parent says so
             time.sleep(0.5)
@@ -66,6 +66,6 @@ def test_a_process_that_was_suspended_is_left_alone(tmp_path):
 
 def test_it_ends_with_its_context(tmp_path):
     before = threading.active_count()
-    with Watchdog(tmp_path, rank=0, minutes=1):
+    with Watchdog(tmp_path / "stalled.txt", rank=0, minutes=1):
         assert threading.active_count() == before + 1
     assert threading.active_count() == before

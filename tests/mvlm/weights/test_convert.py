@@ -18,9 +18,10 @@ from mvlm.errors import RunError
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.weights import convert as weights
 from mvlm.weights.convert import LoadReport
+from support.models import micro_batch, micro_model, pretrain_config
 
 
-def vit(toys, seed: int = 0, **changes):
+def vit(seed: int = 0, **changes):
     """timm's ViT of the micro model's sizes, every parameter drawn wide enough to matter."""
     from timm.models.vision_transformer import VisionTransformer
 
@@ -68,12 +69,12 @@ def assert_unchanged(model: MaskVLM, before: dict[str, torch.Tensor], but: str =
 
 
 @pytest.mark.parametrize("prefix", ["", "module.encoder."])
-def test_a_vit_of_timm_computes_the_same(toys, prefix):
-    theirs, model = vit(toys), toys.model(3)
+def test_a_vit_of_timm_computes_the_same(prefix):
+    theirs, model = vit(), micro_model(3)
     before = state(model)
     tensors = {prefix + name: t for name, t in theirs.state_dict().items()} | {"head.weight": torch.zeros(5, 16)}
     report = weights.load_timm_vit(model, tensors)
-    images = toys.batch()[0].images
+    images = micro_batch()[0].images
     with torch.no_grad():
         wanted = theirs.forward_features(normalized(model.config, images))
     torch.testing.assert_close(encode_image(model, images), wanted, rtol=0, atol=1e-10)
@@ -87,31 +88,31 @@ def test_a_vit_of_timm_computes_the_same(toys, prefix):
     )
 
 
-def test_layer_scale_is_folded_into_the_weights(toys):
-    theirs, model = vit(toys, init_values=0.5), toys.model(3)
+def test_layer_scale_is_folded_into_the_weights():
+    theirs, model = vit(init_values=0.5), micro_model(3)
     assert any("ls1.gamma" in name for name in theirs.state_dict())
     weights.load_timm_vit(model, theirs.state_dict())
-    images = toys.batch()[0].images
+    images = micro_batch()[0].images
     with torch.no_grad():
         wanted = theirs.forward_features(normalized(model.config, images))
     torch.testing.assert_close(encode_image(model, images), wanted, rtol=0, atol=1e-10)
 
 
-def test_positions_without_cls(toys):
+def test_positions_without_cls():
     """DeiT III and others add positions to patches alone: [CLS] then has the position zero."""
-    theirs, model = vit(toys, no_embed_class=True), toys.model(3)
+    theirs, model = vit(no_embed_class=True), micro_model(3)
     assert theirs.pos_embed.shape == (1, 16, 16)
     weights.load_timm_vit(model, theirs.state_dict())
-    images = toys.batch()[0].images
+    images = micro_batch()[0].images
     with torch.no_grad():
         wanted = theirs.forward_features(normalized(model.config, images))
     torch.testing.assert_close(encode_image(model, images), wanted, rtol=0, atol=1e-10)
 
 
-def test_another_resolution_is_timms_interpolation(toys):
+def test_another_resolution_is_timms_interpolation():
     from timm.layers.pos_embed import resample_abs_pos_embed
 
-    theirs, model = vit(toys, img_size=56), toys.model(3, dtype=torch.float32)
+    theirs, model = vit(img_size=56), micro_model(3, dtype=torch.float32)
     report = weights.load_timm_vit(model, theirs.state_dict())
     wanted = resample_abs_pos_embed(theirs.pos_embed.detach().float(), [4, 4], num_prefix_tokens=1)[0]
     torch.testing.assert_close(model.image_encoder.position.detach(), wanted, rtol=0, atol=1e-6)
@@ -128,7 +129,7 @@ def test_a_linear_ramp_stays_one_when_it_grows():
 
 
 @pytest.mark.parametrize("old_names", [False, True])
-def test_a_vit_of_transformers_computes_the_same(toys, old_names):
+def test_a_vit_of_transformers_computes_the_same(old_names):
     from transformers import ViTConfig, ViTModel
 
     config = ViTConfig(
@@ -146,9 +147,9 @@ def test_a_vit_of_transformers_computes_the_same(toys, old_names):
         for new, old in modules.items():
             tensors = {name.replace(new, old): t for name, t in tensors.items()}
         tensors = {f"vit.{name}": t for name, t in tensors.items()} | {"decoder.0.weight": torch.zeros(3)}
-    model = toys.model(3)
+    model = micro_model(3)
     report = weights.load_image_weights(model, tensors)
-    images, masks = toys.batch()[0].images, torch.zeros(5, 16, dtype=torch.bool)
+    images, masks = micro_batch()[0].images, torch.zeros(5, 16, dtype=torch.bool)
     masks[:, ::3] = True
     with torch.no_grad():
         wanted = theirs(normalized(model.config, images), bool_masked_pos=masks).last_hidden_state
@@ -158,18 +159,18 @@ def test_a_vit_of_transformers_computes_the_same(toys, old_names):
     assert report.unexpected == (["decoder.0.weight"] if old_names else [])
 
 
-def test_mae_brings_its_encoder_and_not_its_decoders_mask_token(toys):
-    model = toys.model(3)
+def test_mae_brings_its_encoder_and_not_its_decoders_mask_token():
+    model = micro_model(3)
     mask_token = model.image_encoder.mask_token.clone()
     decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 17, 8)}
-    report = weights.load_image_weights(model, dict(vit(toys).state_dict()) | decoder)
+    report = weights.load_image_weights(model, dict(vit().state_dict()) | decoder)
     assert sorted(report.unexpected) == ["decoder_pos_embed", "mask_token"]
     assert torch.equal(model.image_encoder.mask_token, mask_token)
 
 
-def test_simmims_biases_and_mask_token(toys):
+def test_simmims_biases_and_mask_token():
     """It keeps biases of queries and values alone; a bias of keys adds one number to a whole row of scores."""
-    theirs, model = vit(toys), toys.model(3)
+    theirs, model = vit(), micro_model(3)
     tensors = dict(theirs.state_dict())
     for block in range(2):
         q, _, v = tensors.pop(f"blocks.{block}.attn.qkv.bias").chunk(3)
@@ -178,7 +179,7 @@ def test_simmims_biases_and_mask_token(toys):
     report = weights.load_timm_vit(model, {f"encoder.{name}": t for name, t in tensors.items()})
     assert report.missing == report.unexpected == []
     assert model.image_encoder.mask_token.tolist() == list(range(16))
-    images = toys.batch()[0].images
+    images = micro_batch()[0].images
     with torch.no_grad():
         wanted = theirs.forward_features(normalized(model.config, images))
     torch.testing.assert_close(encode_image(model, images), wanted, rtol=0, atol=1e-10)
@@ -186,9 +187,9 @@ def test_simmims_biases_and_mask_token(toys):
 
 @pytest.mark.parametrize("kind", ["Roberta", "Bert"])
 @pytest.mark.parametrize("direction", ["in", "out"])
-def test_text_encoders_compute_the_same(toys, kind, direction):
+def test_text_encoders_compute_the_same(kind, direction):
     """Positions are cut to the text length; BERT's begin at 0, RoBERTa's at 2; the first token type is added."""
-    theirs, model = hf_text(kind), toys.model(3)
+    theirs, model = hf_text(kind), micro_model(3)
     if direction == "in":
         tensors = {f"{kind.lower()}.{name}": t for name, t in theirs.state_dict().items()}
         report = weights.load_text_weights(model, tensors | {"lm_head.bias": torch.zeros(300)})
@@ -200,7 +201,7 @@ def test_text_encoders_compute_the_same(toys, kind, direction):
         theirs = hf_text(kind, max_position_embeddings=14 if kind == "Roberta" else 12)
         export = weights.export_hf_roberta if kind == "Roberta" else weights.export_hf_bert
         theirs.load_state_dict(export(model))
-    batch = toys.batch()[0]
+    batch = micro_batch()[0]
     w, key_mask = model.encode_text(batch.tokens, batch.cu_seqlens, batch.max_length)
     ids = torch.full(key_mask.shape, 1)
     ids[key_mask] = batch.tokens
@@ -210,10 +211,10 @@ def test_text_encoders_compute_the_same(toys, kind, direction):
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers"])
-def test_an_exported_image_encoder_loads_there_and_back(toys, library):
-    model, images = toys.model(3), toys.batch()[0].images
+def test_an_exported_image_encoder_loads_there_and_back(library):
+    model, images = micro_model(3), micro_batch()[0].images
     if library == "timm":
-        tensors, theirs = weights.export_timm_vit(model), vit(toys)
+        tensors, theirs = weights.export_timm_vit(model), vit()
         theirs.load_state_dict(tensors)
         with torch.no_grad():
             found = theirs.forward_features(normalized(model.config, images))
@@ -229,7 +230,7 @@ def test_an_exported_image_encoder_loads_there_and_back(toys, library):
         with torch.no_grad():
             found = theirs(normalized(model.config, images)).last_hidden_state
     torch.testing.assert_close(found, encode_image(model, images), rtol=0, atol=1e-10)
-    other = toys.model(4)
+    other = micro_model(4)
     weights.load_image_weights(other, tensors)
     for name, parameter in model.image_encoder.named_parameters():
         if name != "mask_token":
@@ -291,18 +292,18 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_vit_of_another_architecture_changes_nothing(toys, name):
+def test_a_vit_of_another_architecture_changes_nothing(name):
     changes, messages = WRONG[name]
-    model = toys.model(3)
+    model = micro_model(3)
     before = state(model)
     with pytest.raises(RunError, match=r"^image_encoder: weights of another architecture, nothing was loaded") as error:
-        weights.load_timm_vit(model, vit(toys, **changes).state_dict())
+        weights.load_timm_vit(model, vit(**changes).state_dict())
     assert all(message in str(error.value) for message in messages)
     assert_unchanged(model, before)
 
 
-def test_all_that_is_wrong_is_listed(toys):
-    model, tensors = toys.model(3), dict(hf_text("Roberta").state_dict())
+def test_all_that_is_wrong_is_listed():
+    model, tensors = micro_model(3), dict(hf_text("Roberta").state_dict())
     before = state(model)
     del tensors["encoder.layer.1.output.dense.bias"], tensors["embeddings.LayerNorm.weight"]
     tensors["embeddings.word_embeddings.weight"] = torch.zeros(299, 16)
@@ -318,24 +319,24 @@ def test_all_that_is_wrong_is_listed(toys):
     assert_unchanged(model, before)
 
 
-def test_a_grid_that_is_no_square(toys):
-    model, tensors = toys.model(3), dict(vit(toys).state_dict())
+def test_a_grid_that_is_no_square():
+    model, tensors = micro_model(3), dict(vit().state_dict())
     tensors["pos_embed"] = torch.zeros(1, 13, 16)
     with pytest.raises(RunError, match=r"pos_embed .*wanted positions of a square grid, with or without .CLS., got 13"):
         weights.load_timm_vit(model, tensors)
 
 
 @pytest.mark.parametrize("load", [weights.load_timm_vit, weights.load_hf_vit, weights.load_hf_roberta])
-def test_a_state_dict_of_something_else(toys, load):
-    model = toys.model(3)
+def test_a_state_dict_of_something_else(load):
+    model = micro_model(3)
     before = state(model)
     with pytest.raises(RunError, match=r"weights of another architecture, nothing was loaded: .* missing"):
         load(model, {"layer1.0.conv1.weight": torch.zeros(3)})
     assert_unchanged(model, before)
 
 
-def test_files_that_are_not_safetensors(toys, tmp_path):
-    model = toys.model(3)
+def test_files_that_are_not_safetensors(tmp_path):
+    model = micro_model(3)
     pickled, broken = tmp_path / "vit.pth", tmp_path / "broken.safetensors"
     torch.save({"x": torch.zeros(1)}, pickled)
     broken.write_bytes(b"no tensors here, but enough bytes for a header")
@@ -354,21 +355,21 @@ def test_a_report_names_what_it_counts():
     assert str(report) == "text_encoder: 2 loaded; 1 missing (c); 0 resized; 2 unexpected (d, e)"
 
 
-def test_pretraining_starts_from_them(toys, scenes, tmp_path, without_tensorboard, monkeypatch):
+def test_pretraining_starts_from_them(scenes, tmp_path, without_tensorboard, monkeypatch):
     """At a learning rate of zero the encoders are still theirs after the run; a wrong file leaves no run behind."""
-    import mvlm.training.trainer
-    from mvlm.runs.checkpoint import load_model
+    import mvlm.training.run
+    from mvlm.runs.load import load_model
 
-    save_file({name: t.float() for name, t in vit(toys).state_dict().items()}, tmp_path / "vit.safetensors")
+    save_file({name: t.float() for name, t in vit().state_dict().items()}, tmp_path / "vit.safetensors")
     save_file(
         {name: t.float().contiguous() for name, t in hf_text("Roberta").state_dict().items()},
         tmp_path / "text.safetensors",
     )
     files = {"image_weights": tmp_path / "vit.safetensors", "text_weights": tmp_path / "text.safetensors"}
-    config = toys.pretrain_config(
+    config = pretrain_config(
         scenes, tmp_path / "run", lr_encoder=0.0, lr_cross=1e-3, max_steps=1, weight_decay=0.0, **files
     )
-    mvlm.training.trainer.pretrain(config)
+    mvlm.training.run.pretrain(config)
     model, _ = load_model(tmp_path / "run")
     theirs = load_file(files["image_weights"])
     assert torch.equal(model.image_encoder.position, theirs["pos_embed"][0])
@@ -377,13 +378,13 @@ def test_pretraining_starts_from_them(toys, scenes, tmp_path, without_tensorboar
 
     # Going on needs the checkpoint alone.
     files["image_weights"].unlink()
-    mvlm.training.trainer.pretrain(
-        toys.pretrain_config(
+    mvlm.training.run.pretrain(
+        pretrain_config(
             scenes, tmp_path / "run", lr_encoder=0.0, lr_cross=1e-3, max_steps=1, weight_decay=0.0, resume=True, **files
         )
     )
     with pytest.raises(RunError, match="wanted a safetensors file, found none"):
-        mvlm.training.trainer.pretrain(toys.pretrain_config(scenes, tmp_path / "other", **files))
+        mvlm.training.run.pretrain(pretrain_config(scenes, tmp_path / "other", **files))
     assert not (tmp_path / "other").exists()
 
 
@@ -402,12 +403,12 @@ def test_the_pages_python_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_the_pages_command_is_one(monkeypatch):
-    import mvlm.training.trainer
+    import mvlm.training.run
     from mvlm import cli
 
     (block,) = re.findall(r"^```sh\nmvlm (.*?)\n```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     seen = []
-    monkeypatch.setattr(mvlm.training.trainer, "pretrain", seen.append)
+    monkeypatch.setattr(mvlm.training.run, "pretrain", seen.append)
     cli.run_command(block.split())
     assert (seen[0].image_weights, seen[0].text_weights) == (Path("vit.safetensors"), Path("roberta.safetensors"))
     assert seen[0].lr_encoder == 1e-5

@@ -5,21 +5,23 @@ import re
 import pytest
 
 from mvlm import cli
-from mvlm.commands import doctor
-from mvlm.commands.doctor import Finding
+from mvlm.commands import machine_check
+from mvlm.commands.machine_check import Finding
+from support.models import pretrain_config
+from support.scenes import write_scenes
 
 
 @pytest.fixture
-def small(monkeypatch, toys):
+def small(monkeypatch):
     """The micro model in the place of a preset."""
     monkeypatch.setattr(
-        doctor, "pretrain_defaults", lambda preset, data, out: toys.pretrain_config(data, out, max_steps=36000)
+        machine_check, "pretrain_defaults", lambda preset, data, out: pretrain_config(data, out, max_steps=36000)
     )
 
 
 def examine(data, out, **changes) -> dict[str, Finding]:
     settings = {"preset": "tiny", "data": data, "out": out, "batch_size": 8, "device": "cpu"} | changes
-    return {finding.name: finding for finding in doctor.examine(**settings)}
+    return {finding.name: finding for finding in machine_check.examine(**settings)}
 
 
 def test_a_machine_that_is_well(small, scenes, tmp_path):
@@ -28,7 +30,7 @@ def test_a_machine_that_is_well(small, scenes, tmp_path):
     assert "torch 2." in found["packages"].text
     assert "DALI 2." in found["packages"].text
     assert found["cross_attention"].text == "torch: the tensors are on the CPU"
-    assert found["image attention"].text.startswith(("products (not triton: the ten", "sdpa (not triton: the ten"))
+    assert found["image attention"].text.startswith(("math (not triton: the ten", "sdpa (not triton: the ten"))
     assert "not flash-attn: the tensors are on cpu, not on a GPU" in found["text attention"].text
     assert found["shards"].text.startswith("32 train, 8 validation pairs")
     assert re.search(r"at 8 pairs$", found["memory"].text)
@@ -46,18 +48,18 @@ def test_without_shards_the_rest_is_told(tmp_path):
     assert "speed" not in found
 
 
-def test_a_data_set_without_validation_is_well(small, toys, tmp_path):
+def test_a_data_set_without_validation_is_well(small, tmp_path):
     """Training needs it only for evaluations; without `train` there is nothing to train on."""
-    found = examine(toys.write_scenes(tmp_path / "data", {"train": 16}), tmp_path)
+    found = examine(write_scenes(tmp_path / "data", {"train": 16}), tmp_path)
     assert found["shards"] == Finding("green", "shards", "16 train pairs; the first shard's sha256 is right")
     assert "speed" in found
-    found = doctor.shards(toys.write_scenes(tmp_path / "other", {"test": 4}))
+    found = machine_check.shards(write_scenes(tmp_path / "other", {"test": 4}))
     assert found.state == "red"
     assert "wanted the split train, found test" in found.text
 
 
-def test_shards_that_are_damaged_are_red(small, toys, tmp_path):
-    data = toys.write_scenes(tmp_path / "data", {"train": 9, "validation": 2})
+def test_shards_that_are_damaged_are_red(small, tmp_path):
+    data = write_scenes(tmp_path / "data", {"train": 9, "validation": 2})
     tar = next(data.glob("train-*.tar"))
     content = bytearray(tar.read_bytes())
     content[700] ^= 1
@@ -70,9 +72,9 @@ def test_shards_that_are_damaged_are_red(small, toys, tmp_path):
 
 
 def test_a_package_that_is_missing_is_red(monkeypatch):
-    version = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda package: None if "dali" in package else version(package))
-    finding = doctor.versions()
+    version = machine_check._version
+    monkeypatch.setattr(machine_check, "_version", lambda package: None if "dali" in package else version(package))
+    finding = machine_check.versions()
     assert finding.state == "red"
     assert finding.text == "DALI not installed: pip install 'mvlm[data,train]'"
 
@@ -81,15 +83,15 @@ def test_a_folder_that_cannot_be_written_to_is_red(tmp_path, monkeypatch):
     def fail(**_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", fail)
-    finding = doctor.disk(tmp_path / "new")
+    monkeypatch.setattr(machine_check.tempfile, "TemporaryFile", fail)
+    finding = machine_check.disk(tmp_path / "new")
     assert finding.state == "red"
     assert finding.text == f"{tmp_path}: cannot be written to: [Errno 28] No space left on device"
 
 
 @pytest.mark.parametrize("states, code", [(("green", "amber"), 0), (("green", "red", "amber"), 1)])
 def test_the_exit_code(monkeypatch, capsys, states, code):
-    monkeypatch.setattr(doctor, "examine", lambda *_: (Finding(state, "name", "text") for state in states))
+    monkeypatch.setattr(machine_check, "examine", lambda *_: (Finding(state, "name", "text") for state in states))
     if code:
         with pytest.raises(SystemExit) as caught:
             cli.run_command(["doctor"])

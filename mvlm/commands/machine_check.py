@@ -1,0 +1,237 @@
+"""Findings of `mvlm doctor`: packages, devices, attention backends, disk, shards, memory and training speed."""
+
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from mvlm.config.model import MaskVLMConfig
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.recipes import pretrain_defaults
+from mvlm.device import autocast, choose_device, has_fast_bf16
+from mvlm.distributed.world import World
+from mvlm.errors import ConfigError, RunError
+from mvlm.model import attention_backends as backends
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.training.build import choose_tokenizer, fit_to_tokenizer, make_loader
+from mvlm.training.metrics import memory_mb
+from mvlm.training.optimizer import make_optimizer
+from mvlm_dataloading import DataError, open_dataset
+
+SLOW_DISK_MB_PER_S = 50.0
+STEPS = 3  # timed, of the loader alone and of the model alone
+
+
+class Finding(NamedTuple):
+    """One line of the report: green is well, amber works but costs something, red will not work."""
+
+    state: Literal["green", "amber", "red"]
+    name: str
+    text: str
+
+
+def examine(preset: str, data: Path | None, out: Path, batch_size: int | None, device: str) -> Iterator[Finding]:
+    """All findings, one by one as they are made. Nothing is left behind in `out`."""
+    yield versions()
+    chosen = choose_device(device)
+    yield from graphics(chosen)
+    yield from kernels(chosen)
+    yield from attention(MaskVLMConfig.preset(preset), chosen)
+    yield disk(out)
+    if data is None:
+        yield Finding("amber", "shards", "not looked at: --data FOLDER adds them, and memory and speed")
+        return
+    found = shards(data)
+    yield found
+    if found.state != "red":
+        yield from trial(pretrain_defaults(preset, data, out), batch_size, chosen)
+
+
+def versions() -> Finding:
+    """The packages that training needs."""
+    have, lack = [], []
+    for name, packages in (
+        ("torch", ("torch",)),
+        ("triton", ("triton",)),
+        ("DALI", ("nvidia-dali-cuda130", "nvidia-dali-cuda120")),
+        ("tokenizers", ("tokenizers",)),
+        ("safetensors", ("safetensors",)),
+    ):
+        found = [version for package in packages if (version := _version(package))]
+        (have if found else lack).append(f"{name} {found[0]}" if found else name)
+    if lack:
+        return Finding("red", "packages", f"{', '.join(lack)} not installed: pip install 'mvlm[data,train]'")
+    return Finding("green", "packages", ", ".join(have))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def graphics(device: torch.device) -> Iterator[Finding]:
+    """The GPU, its driver and its decoder; bf16."""
+    if device.type == "cuda":
+        from mvlm_dataloading.selftest import choose_decoding
+
+        about = torch.cuda.get_device_properties(device)
+        driver = Path("/proc/driver/nvidia/version")
+        release = driver.read_text().splitlines()[0] if driver.is_file() else "driver unknown"
+        yield Finding(
+            "green", "GPU", f"{about.name}, {about.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}, {release}"
+        )
+        decoding = choose_decoding(torch.cuda.current_device())
+        state = "green" if decoding.value.startswith("gpu") else "amber"
+        yield Finding(state, "image decoding", f"{decoding.value}, by trial in a process of its own")
+        attention = torch.backends.cuda
+        names = {"flash": attention.flash_sdp_enabled(), "cudnn": attention.cudnn_sdp_enabled()}
+        names |= {"memory-efficient": attention.mem_efficient_sdp_enabled(), "math": attention.math_sdp_enabled()}
+        yield Finding("green", "attention", f"torch may choose {', '.join(name for name, on in names.items() if on)}")
+    else:
+        why = "torch finds none" if not torch.cuda.is_available() else "not asked for"
+        yield Finding("amber", "GPU", f"none ({why}): {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
+    fast = has_fast_bf16(device)
+    yield Finding(
+        "green" if fast else "amber",
+        "bf16",
+        "in hardware" if fast else "not in hardware here: --precision auto is fp32",
+    )
+
+
+def kernels(device: torch.device) -> Iterator[Finding]:
+    """Which backend each fused op takes on the shapes of `base`, and why not the other."""
+    import mvlm_kernels as ops
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    images = torch.zeros(2, 3, 224, 224, dtype=torch.uint8, device=device)
+    ids = torch.arange(100, device=device).repeat(2, 1)
+    pixels = torch.zeros(2, 100, 768, dtype=dtype, device=device)
+    patches = torch.zeros(2, 196, 768, dtype=dtype, device=device)
+    row = torch.zeros(768, dtype=dtype, device=device)
+    q, k = (torch.zeros(2, length, 12, 64, dtype=dtype, device=device) for length in (197, 40))
+    calls = {
+        ops.cross_attention: (q, k, k),
+        ops.gather_patches: (images, ids, 16),
+        ops.masked_pixel_loss: (pixels, images, ids, 16),
+        ops.place_tokens: (patches, row, torch.zeros(197, 768, dtype=dtype, device=device), row),
+    }
+    for op, arguments in calls.items():
+        try:
+            told = ops.explain(op, *arguments)
+        except ValueError as error:
+            yield Finding("red", op.__name__, str(error))
+            continue
+        state = "green" if told.backend == "triton" or device.type == "cpu" else "amber"
+        yield Finding(state, op.__name__, f"{told.backend}: {'; '.join(told.reasons)}")
+
+
+def attention(config: MaskVLMConfig, device: torch.device) -> Iterator[Finding]:
+    """What `auto` computes attention with in this model, and why nothing else."""
+    dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
+    for name, choice in backends.choices(config, device, dtype).items():
+        against = "; ".join(f"not {other}: {reason}" for other, reason in choice.reasons.items())
+        yield Finding("green", f"{name} attention", f"{choice.backend}" + (f" ({against})" if against else ""))
+
+
+def disk(out: Path) -> Finding:
+    """How fast a checkpoint could be written where `out` is, forced to the disk."""
+    folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
+    content = os.urandom(2**20)
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            started = time.perf_counter()
+            for _ in range(64):
+                file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            speed = 64 * 2**20 / 1e6 / (time.perf_counter() - started)
+    except OSError as error:
+        return Finding("red", "disk", f"{folder}: cannot be written to: {error}")
+    return Finding("green" if speed >= SLOW_DISK_MB_PER_S else "amber", "disk", f"{folder}: {speed:.0f} MB/s, synced")
+
+
+def shards(data: Path) -> Finding:
+    """Whether the data set opens and its shards are what dataset.json says."""
+    try:
+        first = open_dataset(data, "train")
+        splits = {"train": first}
+        if "validation" in first.description["splits"]:  # training can do without
+            splits["validation"] = open_dataset(data, "validation")
+        wanted = first.description["splits"]["train"]["shards"][0]["sha256"]
+        with first.tars[0].open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
+                return Finding("red", "shards", f"{first.tars[0]}: damaged, its sha256 is not that of dataset.json")
+    except DataError as error:
+        return Finding("red", "shards", str(error))
+    counts = ", ".join(f"{len(dataset)} {split}" for split, dataset in splits.items())
+    return Finding("green", "shards", f"{counts} pairs; the first shard's sha256 is right")
+
+
+def trial(config: PretrainConfig, batch_size: int | None, device: torch.device) -> Iterator[Finding]:
+    """A few steps of the loader alone and of the model alone: memory, speed, and which of the two limits it."""
+    world = World(rank=0, size=1, local_rank=0, device=device)
+    try:
+        config = replace(config, batch_size=batch_size or config.batch_size)
+        dataset = open_dataset(config.data, "train")
+        tokenizer = choose_tokenizer(config, dataset)
+        config = replace(config, model=fit_to_tokenizer(config, tokenizer))
+        batches = iter(make_loader(dataset, tokenizer, config, world))
+        batch, masks = next(batches)
+    except (ConfigError, DataError, RunError, ValueError) as error:
+        yield Finding("red", "trial", str(error))
+        return
+    loader = config.batch_size / _seconds(lambda: next(batches), device)
+    batch, masks = batch.to(device), masks.to(device)
+    model = MaskVLM(config.model).to(device)
+    optimizer = make_optimizer(model, config, device)
+
+    def step() -> None:
+        with autocast(device, config.precision):
+            losses = model(batch, masks, plan=config.plan)
+        losses.total.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    try:
+        step()
+        speed = config.batch_size / _seconds(step, device)
+    except torch.OutOfMemoryError:
+        yield Finding("red", "memory", f"a batch of {config.batch_size} does not fit; lower --batch-size")
+        return
+    parameters = sum(p.numel() for p in model.parameters())
+    where = "of the GPU at the peak" if device.type == "cuda" else "of the process"
+    yield Finding(
+        "green",
+        "memory",
+        f"{memory_mb(device):.0f} MB {where}, {16 * parameters / 1e6:.0f} MB of them weights, gradients and moments "
+        f"({parameters / 1e6:.1f} M parameters), at {config.batch_size} pairs",
+    )
+    hours = config.max_steps * config.batch_size / min(loader, speed) / 3600
+    limit = "loader" if loader < speed else "model"
+    yield Finding(
+        "amber" if limit == "loader" else "green",
+        "speed",
+        f"loader alone {loader:.0f} pairs/s, model alone {speed:.0f} pairs/s: the {limit} is the limit; "
+        f"{config.max_steps} steps would take about {hours:.1f} h",
+    )
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, over a few."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(STEPS):
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / STEPS

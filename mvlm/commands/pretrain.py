@@ -1,0 +1,83 @@
+"""`mvlm pretrain`: parse, build, train, close."""
+
+from collections.abc import Sequence
+from dataclasses import fields, make_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+from mvlm.commands.arguments import parse
+from mvlm.config.model import MaskVLMConfig
+from mvlm.config.pretrain import GROUPS, PretrainConfig
+
+# A command imports what it needs when it runs, so that --help and mistakes answer at once.
+
+
+def pretrain(arguments: Sequence[str]) -> None:
+    """Pretrain a MaskVLM: `mvlm pretrain PRESET --data SHARDS --out RUN`, PRESET one of tiny, small, base.
+
+    `mvlm pretrain --config FILE --out RUN` repeats the run whose config.json is FILE; other settings override it.
+    """
+    if arguments and arguments[0] in ("-h", "--help"):
+        print(f"{pretrain.__doc__}\nThe settings of a preset: mvlm pretrain PRESET --help")
+        return
+    config = parse_config(arguments)
+    from mvlm.training.run import pretrain as run
+
+    run(config)
+
+
+def parse_config(arguments: Sequence[str]) -> PretrainConfig:
+    """The configuration of a preset or of a config.json, overridden by the settings given. ConfigError for mistakes."""
+    import tyro
+
+    from mvlm.config.json_files import read_config, run_config
+    from mvlm.config.model import PRESETS
+    from mvlm.config.recipes import pretrain_defaults
+    from mvlm.errors import ConfigError
+
+    if arguments and arguments[0].startswith("--config="):
+        arguments = ["--config", arguments[0].removeprefix("--config="), *arguments[1:]]
+    first = arguments[0] if arguments else ""
+    if first == "--config" and len(arguments) > 1:
+        defaults, source, rest = run_config(read_config(Path(arguments[1])), arguments[1]), arguments[1], arguments[2:]
+    elif first.startswith("-") or not first:
+        got = repr(first) if first else "nothing"
+        if first == "--config":
+            got = "--config with no file after it"
+        raise ConfigError(f"wanted a preset after `mvlm pretrain`: {', '.join(PRESETS)}, or --config FILE; got {got}")
+    else:
+        defaults, source, rest = pretrain_defaults(first, data=tyro.MISSING, out=tyro.MISSING), first, arguments[1:]
+    values = vars(defaults)
+    parsed = parse(
+        _grouped_type(),
+        rest,
+        prog=f"mvlm pretrain {source}",
+        description=f"Pretrain with the `{source}` recipe. The defaults below are that recipe's.",
+        default=_grouped_type()(
+            **{_title(group): group(**{f.name: values[f.name] for f in fields(group)}) for group in GROUPS},
+            model=defaults.model,
+        ),
+    )
+    settings = {name: value for group in GROUPS for name, value in vars(getattr(parsed, _title(group))).items()}
+    try:
+        return PretrainConfig(**settings, model=parsed.model)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; `mvlm pretrain {source} --help` tells more") from None
+
+
+@cache
+def _grouped_type() -> type:
+    """A dataclass with a field for each group of settings and one for the model. Each becomes a box in --help.
+
+    The flags of a group have no prefix (--seed); those of the model have one (--model.width).
+    """
+    import tyro
+
+    groups = [(_title(group), Annotated[group, tyro.conf.OmitArgPrefixes]) for group in GROUPS]
+    return make_dataclass("Pretrain", [*groups, ("model", MaskVLMConfig)], frozen=True, kw_only=True)
+
+
+def _title(group: type) -> str:
+    """The title of a group's box: RunSettings -> run."""
+    return group.__name__.removesuffix("Settings").lower()

@@ -1,0 +1,68 @@
+"""Evaluation without training: retrieval, cross-modal gain, and the trivial predictors to hold them against."""
+
+import time
+from typing import Any
+
+import torch
+
+from mvlm.evaluation.cross_modal_gain import cross_modal_gain, trivial_losses
+from mvlm.evaluation.retrieval import rank, recall
+from mvlm.inference.encode import encode_split
+from mvlm.model.maskvlm import MaskVLM
+from mvlm_dataloading import Dataset, Tokenizer
+
+
+def unseen_images(split: Dataset, train: Dataset) -> torch.Tensor:
+    """bool (images of `split`,), True where no training picture has the same concept (`base` in the metadata).
+
+    Without `base` a picture's concept is the picture itself, so that all are unseen.
+    """
+    known = {train.metadata(i).get("base") for i in range(len(train))}
+    bases = [split.metadata(i).get("base") for i in range(len(split))]
+    return torch.tensor([base is None or base not in known for base in bases])
+
+
+def evaluate(
+    model: MaskVLM, split: Dataset, train: Dataset, tokenizer: Tokenizer, k: int = 32, precision: str = "auto"
+) -> dict[str, Any]:
+    """Everything that `mvlm eval retrieval` writes, per cent and re-ranked unless said otherwise (docs/files.md)."""
+    started = time.perf_counter()
+    features = encode_split(model, split, tokenizer, precision)
+    tr, ir = (rank(model, features, direction, k, precision) for direction in ("tr", "ir"))
+    unseen = unseen_images(split, train)
+    unseen_texts = unseen[features.owner]
+    return {
+        "tr": recall(tr.itm),
+        "ir": recall(ir.itm),
+        "n_images": len(split),
+        "n_texts": len(features.captions),
+        "itc": {"tr": recall(tr.itc), "ir": recall(ir.itc)},
+        "unseen": {
+            "tr": recall(tr.itm[unseen]),
+            "ir": recall(ir.itm[unseen_texts]),
+            "n_images": int(unseen.sum()),
+            "n_texts": int(unseen_texts.sum()),
+            "itc": {"tr": recall(tr.itc[unseen]), "ir": recall(ir.itc[unseen_texts])},
+        }
+        if unseen.any()
+        else None,
+        "reranked": min(k, len(split)),
+        **cross_modal_gain(model, split, features, tokenizer, precision=precision),
+        **trivial_losses(model, train, split, tokenizer),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def evaluate_briefly(model: MaskVLM, split: Dataset, tokenizer: Tokenizer, precision: str = "auto") -> dict[str, float]:
+    """For a running job: retrieval by ITC alone (tr_r1 .. ir_r10), and cross-modal gain from one draw of masks."""
+    was_training = model.training
+    model.eval()
+    features = encode_split(model, split, tokenizer, precision)
+    found = {}
+    for direction in ("tr", "ir"):
+        ranks = rank(model, features, direction, k=1, precision=precision).itc
+        found |= {f"{direction}_{name}": value for name, value in recall(ranks).items()}
+    gain = cross_modal_gain(model, split, features, tokenizer, draws=1, precision=precision)
+    found |= {name: gain[name] for name in ("gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1")}
+    model.train(was_training)
+    return found

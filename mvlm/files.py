@@ -1,0 +1,75 @@
+"""Files that stay whole: checksums, JSON, safetensors, writes forced to the disk."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mvlm.errors import RunError
+
+
+def sha256(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Force a file's or a folder's contents to the disk. A rename after it never outruns them."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, making the folder if there is none. ValueError for NaN and infinity."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def read_safetensors(file: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, on the CPU. RunError where it is not one."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{file}: not readable as safetensors: {error}") from None
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors by name, contiguous."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+
+
+def copy_into(wanted: dict[str, Tensor], found: dict[str, Tensor], where: Path) -> None:
+    """Copy `found` into `wanted` in place. RunError lists names and shapes that do not fit, and nothing is copied."""
+    check_fit({n: tuple(t.shape) for n, t in wanted.items()}, {n: tuple(t.shape) for n, t in found.items()}, where)
+    for name, tensor in wanted.items():
+        tensor.copy_(found[name])
+
+
+def check_fit(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], where: Path) -> None:
+    """RunError listing what is missing, unexpected or of another shape."""
+    wrong = [f"{name} missing" for name in wanted if name not in found]
+    wrong += [f"{name} unexpected" for name in found if name not in wanted]
+    wrong += [
+        f"{name} wanted {shape}, got {found[name]}"
+        for name, shape in wanted.items()
+        if name in found and found[name] != shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise RunError(f"{where}: a checkpoint of another architecture: {'; '.join(wrong[:3])}{more}")
+
+
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Load model.safetensors; RunError lists what does not fit, and the model is left as it was."""
+    file = folder / "model.safetensors"
+    copy_into(model.state_dict(), read_safetensors(file), file)

@@ -1,0 +1,61 @@
+"""Guesses for the [MASK] tokens of a caption, given an image.
+
+Shape legend: B batch, S image side, T packed tokens, L tokens of a caption, M masked tokens.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvlm.device import autocast
+from mvlm.errors import ConfigError
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.packing import mask_tokens
+from mvlm_dataloading import Tokenizer
+
+
+def tokens_with_masks(caption: str, tokenizer: Tokenizer, length: int) -> Tensor:
+    """Tokens int64 (L,) of a caption in which every "[MASK]" stands for one token to guess; L is at most `length`.
+
+    The tokenizer never turns a caption's text into special tokens, so the pieces between masks are encoded separately.
+
+    Raises:
+        ConfigError: a [MASK] lies beyond `length`.
+    """
+    inner: list[int] = []
+    for number, piece in enumerate(caption.split("[MASK]")):
+        inner += [tokenizer.mask_id] if number else []
+        if piece.strip():
+            inner += tokenizer.encode([piece.strip()], length)[0][1:-1].tolist()
+    if tokenizer.mask_id in inner[length - 2 :]:
+        raise ConfigError(f"caption: wanted every [MASK] among the first {length - 2} tokens, got one at or after them")
+    return torch.tensor([tokenizer.cls_id, *inner[: length - 2], tokenizer.sep_id])
+
+
+@torch.no_grad()
+def fill_mask(
+    model: MaskVLM,
+    tokenizer: Tokenizer,
+    images: Tensor,
+    tokens: Tensor,
+    lengths: list[int],
+    token_ids: Tensor,
+    top: int = 1,
+    precision: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Guess masked tokens from the rest of each caption and from its image.
+
+    images uint8 (B, 3, S, S); tokens packed int64 (T,) with `lengths`; token_ids int64 (M,), positions to hide.
+    Returns the `top` likeliest token ids of the tokenizer, int64 (M, top), and their probabilities (M, top), on the
+    CPU.
+    """
+    device = next(model.parameters()).device
+    starts = torch.tensor([0, *np.cumsum(lengths)], device=device)
+    hidden = mask_tokens(tokens.to(device), token_ids.to(device), model.config.mask_token_id)
+    with autocast(device, precision):
+        v = model.encode_image(images.to(device))
+        wm, key_mask = model.encode_text(hidden, starts, max(lengths))
+        logits = model.fill_mask(v, wm, key_mask, starts, token_ids.to(device)).float()
+    logits = logits[:, : tokenizer.vocab_size]  # the LM head may be larger than the tokenizer's vocabulary
+    found = logits.softmax(-1).topk(top, dim=-1)
+    return found.indices.cpu(), found.values.cpu()

@@ -1,0 +1,71 @@
+"""Interface of an implementation of the training step.
+
+Two modules fit it: `mvlm.model.plain`, the readable specification, and `mvlm.model.fast`, the optimized one. Both give
+the same losses and gradients, up to rounding.
+
+Shape legend: B batch, N patches, T packed tokens, C width, R pairs of an image and a text.
+"""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from mvlm.model.cross_encoder import KeyValueCache
+from mvlm.model.network import MaskVLMNetwork
+from mvlm.model.packing import PackedText
+from mvlm_dataloading import Batch, Masks
+
+
+class PairCaches(NamedTuple):
+    """Key/value caches for the cross-attention to one batch of images and captions."""
+
+    image: KeyValueCache
+    text: KeyValueCache
+
+
+class Streams(NamedTuple):
+    """Outputs of the two encoders for one batch."""
+
+    image: Tensor
+    """v (B, 1+N, C), features of the unmasked images, [CLS] first."""
+    masked_image: Tensor
+    """vm (B, 1+N, C), features of the masked images."""
+    text: PackedText
+    """w, features of the unmasked captions."""
+    masked_text: PackedText
+    """wm, features of the masked captions."""
+    caches: PairCaches | None = None
+    """Caches for `image` and `text`, from an implementation that keeps them."""
+
+
+class Implementation(Protocol):
+    """Computation of one training step on a network's weights."""
+
+    def encode(self, model: MaskVLMNetwork, batch: Batch, masks: Masks) -> Streams:
+        """Encode the unmasked and the masked images and captions."""
+        ...
+
+    def encode_whole(self, model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
+        """Encode the unmasked images and captions alone: v (B, 1+N, C) and w."""
+        ...
+
+    def reconstruction_losses(
+        self, model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """MLM, MIM and MLM's accuracy: scalars, means over the masked tokens and the masked patches of the batch."""
+        ...
+
+    def match_pairs(
+        self,
+        model: MaskVLMNetwork,
+        v: Tensor,
+        text: PackedText,
+        images: Tensor,
+        texts: Tensor,
+        caches: PairCaches | None = None,
+    ) -> Tensor:
+        """ITM logits (R, 2) of pairs: rows images int64 (R,) of v (B, 1+N, C), captions texts int64 (R,) of text.
+
+        `caches`, if given, are those of v and text.
+        """
+        ...

@@ -1,0 +1,87 @@
+"""AdamW with a learning rate for each part of the model, its schedule, and the moving average of the weights."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.network import PIXEL_MODULES
+
+
+def make_optimizer(model: MaskVLM, config: PretrainConfig, device: torch.device) -> torch.optim.AdamW:
+    """AdamW with a parameter group for each learning rate, with and without decay. `peak` is a group's peak rate."""
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        matrix = parameter.ndim >= 2 and not name.endswith(("position", "words.weight"))
+        groups.setdefault((peak_rate(name, config), matrix), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "peak": peak,
+                "weight_decay": config.weight_decay if matrix else 0.0,
+            }
+            for (peak, matrix), parameters in groups.items()
+        ],
+        lr=config.lr_cross,
+        betas=(0.9, config.beta2),
+        fused=True,
+    )
+
+
+def peak_rate(name: str, config: PretrainConfig) -> float:
+    """The peak learning rate of the parameter with this name."""
+    if name.startswith(("image_encoder.", "text_encoder.")):
+        return config.lr_encoder
+    if name.startswith(PIXEL_MODULES):
+        return config.lr_pixels
+    return config.lr_cross
+
+
+def learning_rate_factor(step: int, config: PretrainConfig) -> float:
+    """Learning rate at a step (from 0) as a share of its peak: linear warm-up, then cosine."""
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    return config.lr_end + (1 - config.lr_end) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+class ExponentialMovingAverage:
+    """Exponential moving average (EMA) of a model's weights, on the same device.
+
+    The decay of update t, from 1, is min(decay, t / (9 + t)), so that the start is soon forgotten. A skipped update
+    leaves the weights unchanged, and the average still moves towards them.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._model, self._decay = model, decay
+        self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+        """Averages by parameter name, with the parameters' shapes and dtypes."""
+
+    # torch has no public name for its list-wise operations.
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move towards the weights after the update with this number, from 1."""
+        decay = min(self._decay, step / (9 + step))
+        weights = [p.detach() for p in self._model.parameters()]
+        torch._foreach_lerp_(list(self.tensors.values()), weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """A context in which the model has the averaged weights."""
+        with torch.no_grad():
+            own = [p.detach().clone() for p in self._model.parameters()]
+            self._set(list(self.tensors.values()))
+            try:
+                yield
+            finally:
+                self._set(own)
+
+    def _set(self, values: list[Tensor]) -> None:
+        # One by one: torch's list-wise copy does not handle DTensors.
+        for parameter, value in zip(self._model.parameters(), values, strict=True):
+            parameter.copy_(value)

@@ -1,0 +1,239 @@
+# Arguments are unpacked from tables of cases, whose types pyright cannot follow.
+# pyright: reportArgumentType=false
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mvlm.objectives.negatives import NegativeSampling, gumbel, matching_pairs
+from support.models import uniform_of_pair
+
+GOLDEN = 0x9E3779B97F4A7C15
+MIX1, MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+WORD = 1 << 64
+# Six pairs of which 0 and 1 show one image, 2 and 3 have equal captions, and 3 and 4 show one image.
+IMAGE_ID, TEXT_ID = torch.tensor([10, 10, 11, 12, 12, 13]), torch.tensor([20, 21, 22, 22, 23, 24])
+TRUE_MATCHES = {(0, 1), (1, 0), (2, 3), (3, 2), (3, 4), (4, 3)} | {(i, i) for i in range(6)}
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+
+
+def draw(
+    logits: Tensor, seed: int, step: int, stream: int, image_id: Tensor = IMAGE_ID, text_id: Tensor = TEXT_ID
+) -> tuple[Tensor, Tensor]:
+    return NegativeSampling(image_id, text_id, seed, step).draw(logits, torch.arange(len(logits)), stream)
+
+
+def admissible(image_id: Tensor, text_id: Tensor, block: int | None = None) -> Tensor:
+    return NegativeSampling(image_id, text_id, 0, 0, block).admissible(torch.arange(len(image_id)))
+
+
+def distinct(number: int) -> tuple[Tensor, Tensor]:
+    """Ids of pairs that share neither image nor caption."""
+    return torch.arange(number), torch.arange(number)
+
+
+def test_admissible_negatives_against_loops():
+    image_id, text_id = torch.tensor([1, 2, 1, 3, 4]), torch.tensor([7, 8, 9, 8, 5])
+    found = admissible(image_id, text_id)
+    for i in range(5):
+        for j in range(5):
+            match = image_id[i] == image_id[j] or text_id[i] == text_id[j]
+            assert bool(found[i, j]) == (not match)
+    assert found.any(1).all()
+
+
+def test_negatives_of_a_block_come_from_the_block():
+    found = admissible(*distinct(6), block=2)
+    for i in range(6):
+        for j in range(6):
+            assert bool(found[i, j]) == (i != j and i // 2 == j // 2)
+
+
+def test_matching_pairs_against_a_loop():
+    logits = random(6, 6, seed=8)
+    negatives = NegativeSampling(IMAGE_ID, TEXT_ID, 3, 4).draw_both(logits)
+    (texts, text_weights), (images, image_weights) = draw(logits, 3, 4, 0), draw(logits.T, 3, 4, 1)
+    wanted = [(i, i, 1, 1.0) for i in range(6)]
+    wanted += [(i, int(texts[i]), 0, float(text_weights[i])) for i in range(6)]
+    wanted += [(int(images[i]), i, 0, float(image_weights[i])) for i in range(6)]
+    assert list(zip(*(column.tolist() for column in matching_pairs(negatives)), strict=True)) == wanted
+
+
+@pytest.fixture(scope="module")
+def thousand_draws():
+    """Columns (stream, step, row) of 1,000 steps in both directions, and the logits they were drawn with."""
+    logits = 1.5 * random(6, 6, seed=2)
+    logits += 3 * torch.eye(6)  # as in training, the true match is the likeliest
+    columns = np.zeros((2, 1000, 6), int)
+    for step in range(1000):
+        columns[0, step] = draw(logits, 5, step, 0)[0].numpy()
+        columns[1, step] = draw(logits.T, 5, step, 1)[0].numpy()
+    return logits, columns
+
+
+def test_a_negative_is_never_a_true_match(thousand_draws):
+    _, columns = thousand_draws
+    drawn = {(row, int(column)) for stream in columns for step in stream for row, column in enumerate(step)}
+    assert not drawn & TRUE_MATCHES
+    assert drawn == {(i, j) for i in range(6) for j in range(6)} - TRUE_MATCHES  # and every other pair comes up
+
+
+@pytest.mark.parametrize("stream", [0, 1])
+def test_negatives_follow_the_softmax_over_admissible_columns(thousand_draws, stream):
+    logits, columns = thousand_draws
+    table = (logits if stream == 0 else logits.T).tolist()
+    for row in range(6):
+        allowed = [j for j in range(6) if (row, j) not in TRUE_MATCHES]
+        total = sum(math.exp(table[row][j]) for j in allowed)
+        for j in allowed:
+            p = math.exp(table[row][j]) / total
+            seen = int((columns[stream, :, row] == j).sum())
+            assert abs(seen - 1000 * p) < 4 * math.sqrt(1000 * p * (1 - p)), (row, j, p, seen)
+
+
+def test_the_two_directions_are_drawn_independently():
+    """With one table for both, the directions agree as often as two independent draws do."""
+    logits = random(5, 5, seed=3)
+    table = (logits + logits.T).tolist()
+    logits = logits + logits.T
+    agree = np.zeros(5)
+    for step in range(1000):
+        a, b = (draw(logits, 5, step, stream, *distinct(5))[0] for stream in (0, 1))
+        agree += (a == b).numpy()
+    for row in range(5):
+        weights = [math.exp(table[row][j]) for j in range(5) if j != row]
+        p = sum((w / sum(weights)) ** 2 for w in weights)
+        assert abs(agree[row] - 1000 * p) < 4 * math.sqrt(1000 * p * (1 - p))
+
+
+def test_a_draw_is_a_function_of_seed_step_row_and_column():
+    logits = random(6, 6, seed=4)
+    first = draw(logits, 1, 2, 0)[0]
+    torch.manual_seed(99)
+    torch.rand(5)
+    assert torch.equal(draw(logits, 1, 2, 0)[0], first)
+    # What other rows hold changes nothing.
+    others = logits.clone()
+    others[1:] = random(5, 6, seed=5)
+    assert draw(others, 1, 2, 0)[0][0] == first[0]
+    for change in ({"seed": 2}, {"step": 3}, {"stream": 1}):
+        settings = {"seed": 1, "step": 2, "stream": 0} | change
+        wide, ids = random(64, 64, seed=6), distinct(64)
+        assert not torch.equal(draw(wide, **settings, image_id=ids[0], text_id=ids[1])[0], draw(wide, 1, 2, 0, *ids)[0])
+
+
+def test_draws_against_gumbel_argmax_in_python():
+    logits = random(6, 6, seed=7)
+    for step in range(5):
+        columns, weights = draw(logits, 3, step, 1)
+        assert weights.tolist() == [1.0] * 6
+        for row in range(6):
+            scores = {
+                j: logits[row, j].item() - math.log(-math.log(uniform_of_pair(3, step, 1, row, j)))
+                for j in range(6)
+                if (row, j) not in TRUE_MATCHES
+            }
+            assert columns[row].item() == max(scores, key=scores.__getitem__)
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_without_an_admissible_negative_the_weight_is_zero(number):
+    """A batch of one pair, and a batch of equal captions."""
+    logits = random(number, number).requires_grad_()
+    columns, weights = draw(logits, 0, 0, 0, torch.arange(number), torch.zeros(number, dtype=torch.int64))
+    assert weights.tolist() == [0.0] * number
+    assert weights.dtype == logits.dtype
+    assert not weights.requires_grad
+    assert all(0 <= c < number for c in columns.tolist())
+
+
+def test_only_the_rows_without_a_negative_lose_theirs():
+    """Pair 0 shares its caption with pair 1 and its image with pair 2: it has no negative, they have each other."""
+    columns, weights = draw(random(3, 3), 0, 0, 0, torch.tensor([1, 2, 1]), torch.tensor([5, 5, 6]))
+    assert weights.tolist() == [0.0, 1.0, 1.0]
+    assert columns[1:].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345, -3, 2**63 + 5])
+@pytest.mark.parametrize("step, stream", [(0, 0), (0, 1), (600, 0), (10**9, 1)])
+def test_gumbel_against_splitmix_on_python_integers(seed, step, stream):
+    rows, columns = [0, 1, 7, 4095, 2**40], [0, 2, 3, 511, 2**33]
+    noise = gumbel(seed, step, stream, torch.tensor(rows), torch.tensor(columns))
+    uniform = torch.tensor([[uniform_of_pair(seed, step, stream, r, c) for c in columns] for r in rows])
+    assert noise.dtype == torch.float32
+    assert torch.equal(noise, -torch.log(-torch.log(uniform)))  # bit for bit
+    wanted = [[-math.log(-math.log(u)) for u in row] for row in uniform.double().tolist()]
+    np.testing.assert_allclose(noise.numpy(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def unmix(x: int) -> int:
+    """The inverse of SplitMix64's finaliser."""
+    x ^= (x >> 31) ^ (x >> 62)
+    x = x * pow(MIX2, -1, WORD) % WORD
+    x ^= (x >> 27) ^ (x >> 54)
+    x = x * pow(MIX1, -1, WORD) % WORD
+    return x ^ (x >> 30) ^ (x >> 60)
+
+
+@pytest.mark.parametrize("bits, extreme", [(0, "smallest"), (WORD - 1, "largest")])
+def test_gumbel_is_finite_where_the_hash_is_at_its_ends(bits, extreme):
+    """Columns are chosen so that the hash is all zeros and all ones: there 0 and 1 lie nearest."""
+
+    def mix(x: int) -> int:
+        x = ((x ^ (x >> 30)) * MIX1) % WORD
+        x = ((x ^ (x >> 27)) * MIX2) % WORD
+        return x ^ (x >> 31)
+
+    assert mix(unmix(123456789)) == 123456789
+    by_row = mix(mix(5 * GOLDEN % WORD))  # seed 5, step 0, stream 0, row 0
+    column = (unmix(bits) - by_row) * pow(GOLDEN, -1, WORD) % WORD
+    column -= WORD if column >> 63 else 0
+    noise = gumbel(5, 0, 0, torch.tensor([0]), torch.tensor([column])).item()
+    assert math.isfinite(noise)
+    assert noise < -2.5 if extreme == "smallest" else noise > 16
+
+
+def test_gumbel_has_the_distribution_of_its_name():
+    """262,144 draws: mean, variance and largest distance to the distribution function within four standard errors."""
+    index = torch.arange(512)
+    noise = gumbel(3, 5, 0, index, index).double().numpy()
+    number, variance = noise.size, math.pi**2 / 6
+    assert abs(noise.mean() - 0.5772156649) < 4 * math.sqrt(variance / number)
+    assert abs(noise.var() - variance) < 4 * variance * math.sqrt(4.4 / number)  # the kurtosis is 5.4
+    ordered = np.sort(noise.ravel())
+    distance = np.abs(np.exp(-np.exp(-ordered)) - (np.arange(number) + 0.5) / number).max()
+    assert distance < 1.95 / math.sqrt(number)  # Kolmogorov and Smirnov, one in a thousand
+
+
+@pytest.mark.parametrize("other", ["row", "column", "seed", "step", "stream"])
+def test_gumbel_neighbours_are_unrelated(other):
+    index = torch.arange(300)
+    settings = {"seed": 3, "step": 5, "stream": 0, "rows": index, "columns": index}
+    moved = {"row": {"rows": index + 1}, "column": {"columns": index + 1}}.get(other) or {other: 7}
+    a, b = (gumbel(**(settings | change)).double().numpy().ravel() for change in ({}, moved))
+    assert not np.array_equal(a, b)
+    correlation = np.corrcoef(a, b)[0, 1]
+    if other in ("row", "column"):  # shifted by one: the same numbers, elsewhere
+        axis = 0 if other == "row" else 1
+        a, b = a.reshape(300, 300), b.reshape(300, 300)
+        kept = slice(1, None), slice(None, -1)
+        assert np.array_equal(a[kept[0]] if axis == 0 else a[:, kept[0]], b[kept[1]] if axis == 0 else b[:, kept[1]])
+    assert abs(correlation) < 4 / 300
+
+
+def test_gumbel_of_a_pair_does_not_depend_on_the_rest_of_the_batch():
+    rows, columns = torch.tensor([4, 0, 9]), torch.tensor([8, 3])
+    index = torch.arange(10)
+    whole = gumbel(1, 2, 0, index, index)
+    assert torch.equal(gumbel(1, 2, 0, rows, columns), whole[rows][:, columns])
+
+
+@pytest.mark.parametrize("step", [0, 7, 2**40])
+def test_gumbel_of_a_step_on_the_device_is_that_of_the_number(step):
+    index = torch.arange(6)
+    assert torch.equal(gumbel(3, torch.tensor(step), 1, index, index), gumbel(3, step, 1, index, index))
