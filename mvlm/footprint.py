@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from mvlm.attention import Attention
 from mvlm.config import MaskVLMConfig
 from mvlm.distributed import World
 from mvlm.flops import FORMULAS
@@ -153,9 +152,7 @@ def footprint(config: MaskVLMConfig, shape: Shape) -> Footprint:
     """Count one step of rank 0. Takes seconds. RuntimeError inside a process group: it makes one that pretends."""
     with torch.device("meta"):
         model = MaskVLM(config)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.backend = "sdpa"  # pyright: ignore[reportArgumentType]  # keeps what a GPU's attention keeps: no scores
+    model.set_attention("sdpa", "sdpa")  # keeps what a GPU's attention keeps: no scores
     if shape.checkpointed:
         checkpoint_activations(model)
     with _world(shape.ranks) as world, FakeTensorMode():

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-from mvlm.attention import Attention
 from mvlm.config import MaskVLMConfig
 from mvlm.distributed import World
 from mvlm.footprint import Shape, footprint
@@ -24,9 +23,7 @@ def allocated(toys, shape: Shape, path) -> int:
     model = MaskVLM(CONFIG)
     if shape.checkpointed:
         checkpoint_activations(model)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.backend = "sdpa"  # pyright: ignore[reportArgumentType]
+    model.set_attention("sdpa", "sdpa")
     lengths = (shape.tokens,) * shape.pairs
     micro = [toys.batch(lengths, seed=a, config=CONFIG) for a in range(shape.microbatches)]
 
@@ -63,6 +60,21 @@ def allocated(toys, shape: Shape, path) -> int:
 def test_memory_is_within_a_tenth_of_what_is_measured(toys, tmp_path, changes):
     shape = Shape(pairs=16, tokens=12, longest=12, gpu=False, **changes)
     assert footprint(CONFIG, shape).peak == pytest.approx(allocated(toys, shape, tmp_path / "trace.json"), rel=0.1)
+
+
+def test_footprint_saves_no_attention_scores_for_backward():
+    """A GPU's attention saves none. Images have 37 rows, captions 16 with padding; the default dtype is bf16."""
+    saved: list[tuple[int, ...]] = []
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        saved.append(tuple(x.shape))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        footprint(CONFIG, Shape(pairs=4, tokens=12, longest=12))
+    rows = {1 + CONFIG.num_patches, 16}
+    assert any(shape[-2:] == (37, CONFIG.width) for shape in saved)
+    assert not [shape for shape in saved if len(shape) > 2 and rows.issuperset(shape[-2:])]
 
 
 def test_operations_of_the_encoders_by_hand():
