@@ -93,13 +93,20 @@ def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
     return model
 
 
-def make_optimizer(model: MaskVLM, config: PretrainConfig, device: torch.device) -> torch.optim.AdamW:
+class GuardedAdamW(torch.optim.AdamW):
+    """Fused AdamW with the attribute that its kernels read and that torch's GradScaler sets too."""
+
+    found_inf: Tensor | None = None
+    """float32 (), 1 = leave weights, moments and step counts untouched; on the device, so that no host waits."""
+
+
+def make_optimizer(model: MaskVLM, config: PretrainConfig, device: torch.device) -> GuardedAdamW:
     """AdamW with a group for each rate, with and without decay. `peak` is a group's highest rate."""
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim >= 2 and not name.endswith(("position", "words.weight"))
         groups.setdefault((peak_rate(name, config), matrix), []).append(parameter)
-    return torch.optim.AdamW(
+    return GuardedAdamW(
         [
             {
                 "params": parameters,

@@ -27,6 +27,7 @@ from mvlm.packing import bucketed
 from mvlm.parallel import Parallel, checkpoint_activations, compile_step, parallelize, whole_model
 from mvlm.pretrain_config import PretrainConfig
 from mvlm.recipe import (
+    GuardedAdamW,
     WeightAverage,
     check_attention,
     choose_tokenizer,
@@ -118,7 +119,7 @@ class Run:
         config: PretrainConfig,
         world: World,
         parallel: Parallel,
-        optimizer: torch.optim.AdamW,
+        optimizer: GuardedAdamW,
         loader: Loader,
         tokenizer: Tokenizer,
     ) -> None:
@@ -210,8 +211,7 @@ class Run:
         if self.step == self.config.reconstruction_first:  # ITC and ITM are in the loss from here on
             self.guard.begin_anew()
         good = self.guard.judge(losses.total.detach(), norm)
-        # What torch's GradScaler sets too: where it is 1, AdamW's fused kernels leave weights and moments untouched.
-        self.optimizer.found_inf = (~good).float()  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.found_inf = (~good).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.clamp_temperature()
