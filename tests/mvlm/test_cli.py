@@ -558,7 +558,7 @@ def test_building_the_emoji_data_set(mvlm, scenes, tmp_path, monkeypatch):
         asked.append((out, size))
         shutil.copytree(scenes, out)
 
-    monkeypatch.setattr(mvlm_dataloading, "build_emoji", build, raising=False)
+    monkeypatch.setattr(mvlm_dataloading, "build_emoji", build)
     outcome = mvlm("data", "emoji", tmp_path / "emoji", "--size", 64)
     assert outcome.code == 0
     assert asked == [(tmp_path / "emoji", 64)]
