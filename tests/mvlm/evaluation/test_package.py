@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from mvlm.evaluation import encode_split, evaluate, evaluate_briefly, rank, recall, unseen_images
+from mvlm.evaluation.table import format_table
+from mvlm.report_examples import retrievals
 from mvlm_dataloading import ShardWriter, open_dataset
 
 
@@ -29,8 +31,25 @@ def test_unseen_are_the_concepts_that_training_lacks(tmp_path, toys):
         {"train": ["cat", "dog", "cat", None], "test": ["cat", "owl", None, "dog", "hen"]},
     )
     unseen = unseen_images(open_dataset(folder, "test"), open_dataset(folder, "train"))
+    assert unseen is not None
     assert unseen.dtype == torch.bool
     assert unseen.tolist() == [False, True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    "train, test",
+    [([None, None], [None, None, None]), ([None, None], ["cat", "owl"]), (["cat", "owl"], [None, None])],
+    ids=["neither", "test alone", "train alone"],
+)
+def test_no_image_is_unseen_where_a_split_names_no_concepts(model, tmp_path, toys, tokenizer, train, test):
+    folder = write(tmp_path / "data", toys, {"train": train, "test": test})
+    split, known = (open_dataset(folder, name) for name in ("test", "train"))
+    assert unseen_images(split, known) is None
+    figures = evaluate(model.eval(), split, known, tokenizer, 2, "fp32")
+    assert figures["unseen"] is None
+    assert "unseen" not in format_table(figures)
+    features = encode_split(model, split, tokenizer, "fp32")
+    assert "unseen" not in retrievals(model, split, known, features)
 
 
 def test_every_figure(model, tmp_path, toys, tokenizer):
