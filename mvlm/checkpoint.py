@@ -70,10 +70,24 @@ def find_checkpoint(path: Path) -> Path:
     if (path / "manifest.json").is_file():
         verify_checkpoint(path)
         return path
+    check_folder(path, "a run, a checkpoint or an exported folder")
     found = newest_good_checkpoint(path / "checkpoints")
-    if found is None:
-        raise RunError(f"{path}: wanted a run or a checkpoint folder, found no good checkpoint there; check the path")
-    return found
+    if found is not None:
+        return found
+    damaged = len(checkpoints(path / "checkpoints"))
+    if damaged:
+        raise RunError(f"{path}: wanted a good checkpoint, found {damaged} damaged, as listed above; use another run")
+    raise RunError(
+        f"{path}: wanted a run, a checkpoint or an exported folder, found no finished checkpoint (checkpoints/step_*), "
+        f"no manifest.json, and no model.safetensors with a config.json; check the path"
+    )
+
+
+def check_folder(path: Path, wanted: str) -> None:
+    """RunError where `path`, which is to be `wanted`, is a file or nothing."""
+    if not path.is_dir():
+        found = "a file" if path.exists() else "no such folder"
+        raise RunError(f"{path}: wanted {wanted}, found {found}; check the path")
 
 
 def verify_checkpoint(path: Path) -> None:

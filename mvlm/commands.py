@@ -19,7 +19,7 @@ def eval_retrieval(
     """Zero-shot retrieval, by ITC and re-ranked by ITM, and cross-modal gain.
 
     Args:
-        checkpoint: A run folder or one of its checkpoints.
+        checkpoint: A run folder, one of its checkpoints, or an exported folder.
         data: Folder of shards; its train split gives the trivial predictors and tells which concepts are unseen.
         split: The split to evaluate on.
         out: JSON file for the figures, besides the table on the console.
@@ -49,7 +49,7 @@ def reconstruct(
     """Mask a picture and rebuild it from what is left and from a caption.
 
     Args:
-        checkpoint: A run folder or one of its checkpoints.
+        checkpoint: A run folder, one of its checkpoints, or an exported folder.
         image: The picture, of any size.
         caption: What it shows.
         out: PNG to write: the picture, masked, rebuilt with the caption and, if given, with the wrong one.
@@ -91,7 +91,7 @@ def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5) -> None:
     """Fill in the words of a caption that are written as [MASK], looking at a picture.
 
     Args:
-        checkpoint: A run folder or one of its checkpoints.
+        checkpoint: A run folder, one of its checkpoints, or an exported folder.
         image: The picture, of any size.
         caption: The caption with [MASK] for every token to guess, for example "flag of [MASK]".
         top: Guesses to print for each.

@@ -8,6 +8,7 @@ from statistics import fmean, median
 from typing import Any
 
 from mvlm.charts import line_chart, smooth
+from mvlm.checkpoint import check_folder
 from mvlm.config_files import read_config
 from mvlm.errors import RunError
 from mvlm.report import STYLE, figures_of, table
@@ -66,6 +67,7 @@ def labels(runs: list[Path]) -> list[str]:
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics, at least one."""
+    check_folder(run, "a run folder")
     file = run / "metrics.jsonl"
     rows = read_metrics(file) if file.is_file() else []
     if not rows:

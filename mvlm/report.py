@@ -10,7 +10,7 @@ from typing import Any
 
 from mvlm import report_examples as examples
 from mvlm.charts import line_chart, smooth
-from mvlm.checkpoint import load_model
+from mvlm.checkpoint import check_folder, load_model
 from mvlm.errors import RunError
 from mvlm.evaluation.features import encode_split
 from mvlm.run_folder import read_config, read_metrics
@@ -21,6 +21,7 @@ STYLE = (Path(__file__).parent / "report.css").read_text()
 
 def write_report(run: Path, data: Path | None = None, out: Path | None = None) -> Path:
     """Write the report of a run that has a checkpoint and an evaluation; returns the file, or RunError."""
+    check_folder(run, "a run folder")
     config = read_config(run / "config.json")
     figures_file = run / "eval" / "test.json"
     if not figures_file.is_file():
