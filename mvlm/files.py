@@ -29,6 +29,13 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def check_folder(path: Path, wanted: str) -> None:
+    """Raise RunError unless `path` is a folder; `wanted` says in the error what it should be."""
+    if not path.is_dir():
+        found = "a file" if path.exists() else "no such folder"
+        raise RunError(f"{path}: wanted {wanted}, found {found}; check the path")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a value as indented JSON, making the folder if there is none. ValueError for NaN and infinity."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ def eval_retrieval(
     """Zero-shot retrieval, by ITC and re-ranked by ITM, and cross-modal gain.
 
     Args:
-        checkpoint: A run folder or one of its checkpoints.
+        checkpoint: A run folder, one of its checkpoints, or an exported folder.
         data: Folder of shards; its train split gives the trivial predictors and tells which concepts are unseen.
         split: The split to evaluate on.
         out: JSON file for the figures, besides the table on the console.

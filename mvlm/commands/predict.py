@@ -11,7 +11,7 @@ def reconstruct(
     """Mask an image and rebuild it from what is left and from a caption.
 
     Args:
-        checkpoint: A run folder or one of its checkpoints.
+        checkpoint: A run folder, one of its checkpoints, or an exported folder.
         image: Image file, of any size.
         caption: What it shows.
         out: PNG to write: the image, masked, rebuilt with the caption and, if given, with the wrong one.
@@ -52,7 +52,7 @@ def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5) -> None:
     """Fill in the words of a caption that are written as [MASK], given an image.
 
     Args:
-        checkpoint: A run folder or one of its checkpoints.
+        checkpoint: A run folder, one of its checkpoints, or an exported folder.
         image: Image file, of any size.
         caption: The caption with [MASK] for every token to guess, for example "flag of [MASK]".
         top: Guesses to print for each.

@@ -27,6 +27,10 @@ def read_config(file: Path) -> dict[str, Any]:
     """The settings in a run's config.json; RunError when it cannot be read."""
     try:
         values = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise RunError(f"{file}: wanted the configuration of a run, found no such file; check the path") from None
+    except IsADirectoryError:
+        raise RunError(f"{file}: wanted the configuration of a run, found a folder; name a config.json") from None
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{file}: wanted the configuration of a run, got {error}") from None
     if not isinstance(values, dict):

@@ -62,8 +62,11 @@ MOST_GPUS = 1_000_000
 
 
 def parse_gpus(words: tuple[str, ...]) -> tuple[int, int]:
-    """("8", "x", "16") or ("8x16",) -> 8 GPUs a node, 16 nodes; ("8",) is one node. ConfigError for anything else."""
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", "".join(words).lower())
+    """("8", "x", "16"), ("8 x 16",) or ("8x16",) -> 8 GPUs a node, 16 nodes; ("8",) is one node.
+
+    ConfigError for anything else.
+    """
+    found = re.fullmatch(r"\s*(\d+)(?:\s*x\s*(\d+))?\s*", " ".join(words).lower())
     if found is None or not 1 <= int(found[1]) * int(found[2] or 1) <= MOST_GPUS:
         raise ConfigError(f"gpus: wanted GPUs a node x nodes, as in 8 x 16, got {' '.join(words)!r}")
     return int(found[1]), int(found[2] or 1)

@@ -60,26 +60,32 @@ def linear_pixel_loss_backward(
     return (hidden_too + weight_too) * linear_pixel_loss(hidden, weight)
 
 
-def _raw(formula: Callable[..., int]) -> Callable[..., int]:
-    """The counter hands over tensors instead of shapes: arguments in other places than SDPA's have to be told apart."""
-    formula._get_raw = True  # pyright: ignore[reportFunctionMemberAccess]
-    return formula
+class _Raw:
+    """A formula of tensors instead of shapes: arguments in other places than SDPA's have to be told apart."""
+
+    _get_raw = True  # torch's counter reads it, and passes tensors where it is true
+
+    def __init__(self, formula: Callable[..., int]) -> None:
+        self._formula = formula
+
+    def __call__(self, *args: Any, **kwargs: Any) -> int:
+        return self._formula(*args, **kwargs)
 
 
 # On CUDA and on the CPU; torch's own formulas charge SDPA's backward for recomputing and count the CPU's as nothing.
 FORMULAS: dict[Any, Callable[..., int]] = {
     **{
-        getattr(aten, f"_scaled_dot_product_{kind}"): _raw(attention)
+        getattr(aten, f"_scaled_dot_product_{kind}"): _Raw(attention)
         for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
     },
     **{
-        getattr(aten, f"_scaled_dot_product_{kind}_backward"): _raw(attention_backward)
+        getattr(aten, f"_scaled_dot_product_{kind}_backward"): _Raw(attention_backward)
         for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
     },
-    ours.cross_attention: _raw(cross_attention),
-    ours.cross_attention_backward: _raw(cross_attention_backward),
-    ours.linear_pixel_loss: _raw(linear_pixel_loss),
-    ours.linear_pixel_loss_backward: _raw(linear_pixel_loss_backward),
+    ours.cross_attention: _Raw(cross_attention),
+    ours.cross_attention_backward: _Raw(cross_attention_backward),
+    ours.linear_pixel_loss: _Raw(linear_pixel_loss),
+    ours.linear_pixel_loss_backward: _Raw(linear_pixel_loss_backward),
 }
 
 

@@ -31,7 +31,6 @@ from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.loss_shares import Microbatch
 from mvlm.distributed.parallel import BLOCKS, checkpoint_activations, parallelize
 from mvlm.distributed.world import World
-from mvlm.model.attention import Attention
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import round_up_length
 from mvlm_dataloading import Batch, Masks
@@ -155,9 +154,7 @@ def step_cost(config: MaskVLMConfig, shape: StepShape) -> StepCost:
     """Count one step of rank 0. Takes seconds. RuntimeError inside a process group: it makes one that pretends."""
     with torch.device("meta"):
         model = MaskVLM(config)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.backend = "sdpa"  # pyright: ignore[reportArgumentType]  # keeps what a GPU's attention keeps: no scores
+    model.set_attention("sdpa", "sdpa")  # keeps what a GPU's attention keeps: no scores
     if shape.checkpointed:
         checkpoint_activations(model)
     with _world(shape.ranks) as world, FakeTensorMode():

@@ -6,20 +6,23 @@ from typing import Any
 import torch
 
 from mvlm.evaluation.cross_modal_gain import cross_modal_gain, trivial_losses
-from mvlm.evaluation.retrieval import rank, recall
-from mvlm.inference.encode import encode_split
+from mvlm.evaluation.retrieval import Ranks, rank, recall
+from mvlm.inference.encode import EncodedSplit, encode_split
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Dataset, Tokenizer
 
 
-def unseen_images(split: Dataset, train: Dataset) -> torch.Tensor:
-    """bool (images of `split`,), True where no training picture has the same concept (`base` in the metadata).
+def unseen_images(split: Dataset, train: Dataset) -> torch.Tensor | None:
+    """bool (images of `split`,), True where no training image has the same concept (`base` in the metadata).
 
-    Without `base` a picture's concept is the picture itself, so that all are unseen.
+    An image without `base` is a concept by itself. None where no image of `split`, or none of `train`, has one: the
+    data name no concepts.
     """
-    known = {train.metadata(i).get("base") for i in range(len(train))}
+    known = {train.metadata(i).get("base") for i in range(len(train))} - {None}
     bases = [split.metadata(i).get("base") for i in range(len(split))]
-    return torch.tensor([base is None or base not in known for base in bases])
+    if not known or all(base is None for base in bases):
+        return None
+    return torch.tensor([base not in known for base in bases])
 
 
 def evaluate(
@@ -30,26 +33,29 @@ def evaluate(
     features = encode_split(model, split, tokenizer, precision)
     tr, ir = (rank(model, features, direction, k, precision) for direction in ("tr", "ir"))
     unseen = unseen_images(split, train)
-    unseen_texts = unseen[features.owner]
     return {
         "tr": recall(tr.itm),
         "ir": recall(ir.itm),
         "n_images": len(split),
         "n_texts": len(features.captions),
         "itc": {"tr": recall(tr.itc), "ir": recall(ir.itc)},
-        "unseen": {
-            "tr": recall(tr.itm[unseen]),
-            "ir": recall(ir.itm[unseen_texts]),
-            "n_images": int(unseen.sum()),
-            "n_texts": int(unseen_texts.sum()),
-            "itc": {"tr": recall(tr.itc[unseen]), "ir": recall(ir.itc[unseen_texts])},
-        }
-        if unseen.any()
-        else None,
+        "unseen": None if unseen is None or not unseen.any() else _of_images(unseen, tr, ir, features),
         "reranked": min(k, len(split)),
         **cross_modal_gain(model, split, features, tokenizer, precision=precision),
         **trivial_losses(model, train, split, tokenizer),
         "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def _of_images(chosen: torch.Tensor, tr: Ranks, ir: Ranks, features: EncodedSplit) -> dict[str, Any]:
+    """The retrieval figures of the images `chosen`, bool (images,), and their captions, against the whole gallery."""
+    texts = chosen[features.owner]
+    return {
+        "tr": recall(tr.itm[chosen]),
+        "ir": recall(ir.itm[texts]),
+        "n_images": int(chosen.sum()),
+        "n_texts": int(texts.sum()),
+        "itc": {"tr": recall(tr.itc[chosen]), "ir": recall(ir.itc[texts])},
     }
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mvlm.config.json_files import read_config
 from mvlm.errors import RunError
+from mvlm.files import check_folder
 from mvlm.report.charts import line_chart, smooth
 from mvlm.report.page import STYLE, figures_of, table
 from mvlm.runs.folder import read_metrics
@@ -66,6 +67,7 @@ def labels(runs: list[Path]) -> list[str]:
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics, at least one."""
+    check_folder(run, "a run folder")
     file = run / "metrics.jsonl"
     rows = read_metrics(file) if file.is_file() else []
     if not rows:

@@ -151,13 +151,15 @@ def retrievals(model: MaskVLM, split: Dataset, train: Dataset, features: Encoded
     unseen = unseen_images(split, train)
     for direction, title in (("tr", "Image to text"), ("ir", "Text to image")):
         ranks = rank(model, features, direction)
-        fresh = unseen if direction == "tr" else unseen[features.owner]
-        right = ranks.itm == 0
-        pool = right & fresh if (right & fresh).any() else right
+        pool, among = ranks.itm == 0, ""
+        if unseen is not None:
+            fresh = pool & (unseen if direction == "tr" else unseen[features.owner])
+            if fresh.any():
+                pool, among = fresh, ", among unseen concepts"
         best = ranks.score.masked_fill(~pool, float("-inf")).topk(min(RETRIEVALS, int(pool.sum()))).indices
         worst = ranks.itm.topk(min(RETRIEVALS, len(ranks.itm))).indices
         for name, chosen in (
-            ("best: right, and surest, among unseen concepts", best),
+            (f"best: right, and surest{among}", best),
             ("worst: the right answer ranked lowest", worst),
         ):
             rows = [

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm.errors import RunError
+from mvlm.files import check_folder
 from mvlm.inference.encode import encode_split
 from mvlm.report import examples
 from mvlm.report.charts import line_chart, smooth
@@ -21,6 +22,7 @@ STYLE = (Path(__file__).parent / "style.css").read_text()
 
 def write_report(run: Path, data: Path | None = None, out: Path | None = None) -> Path:
     """Write the report of a run that has a checkpoint and an evaluation; returns the file, or RunError."""
+    check_folder(run, "a run folder")
     config = read_config(run / "config.json")
     figures_file = run / "eval" / "test.json"
     if not figures_file.is_file():

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from mvlm.errors import RunError
-from mvlm.files import check_fit, read_safetensors, sha256
+from mvlm.files import check_fit, check_folder, read_safetensors, sha256
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +65,17 @@ def find_checkpoint(path: Path) -> Path:
     if (path / "manifest.json").is_file():
         verify_checkpoint(path)
         return path
+    check_folder(path, "a run, a checkpoint or an exported folder")
     found = newest_good_checkpoint(path / "checkpoints")
-    if found is None:
-        raise RunError(f"{path}: wanted a run or a checkpoint folder, found no good checkpoint there; check the path")
-    return found
+    if found is not None:
+        return found
+    damaged = len(checkpoints(path / "checkpoints"))
+    if damaged:
+        raise RunError(f"{path}: wanted a good checkpoint, found {damaged} damaged, as listed above; use another run")
+    raise RunError(
+        f"{path}: wanted a run, a checkpoint or an exported folder, found no finished checkpoint (checkpoints/step_*), "
+        f"no manifest.json, and no model.safetensors with a config.json; check the path"
+    )
 
 
 def verify_checkpoint(path: Path) -> None:

@@ -12,13 +12,21 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.network import PIXEL_MODULES
 
 
-def make_optimizer(model: MaskVLM, config: PretrainConfig, device: torch.device) -> torch.optim.AdamW:
+class GuardedAdamW(torch.optim.AdamW):
+    """Fused AdamW that can skip an update without a host sync."""
+
+    found_inf: Tensor | None = None
+    """float32 (), 1 = leave weights, moments and step counts unchanged. The fused kernels read it; GradScaler sets it
+    too."""
+
+
+def make_optimizer(model: MaskVLM, config: PretrainConfig, device: torch.device) -> GuardedAdamW:
     """AdamW with a parameter group for each learning rate, with and without decay. `peak` is a group's peak rate."""
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim >= 2 and not name.endswith(("position", "words.weight"))
         groups.setdefault((peak_rate(name, config), matrix), []).append(parameter)
-    return torch.optim.AdamW(
+    return GuardedAdamW(
         [
             {
                 "params": parameters,

@@ -28,7 +28,7 @@ from mvlm.runs.checkpoint_writer import CheckpointWriter
 from mvlm.runs.folder import RunFolder
 from mvlm.training.loggers import LogSinks
 from mvlm.training.metrics import MetricsBuffer, MetricsLogger, full_tensor, gradient_norms
-from mvlm.training.optimizer import ExponentialMovingAverage, learning_rate_factor
+from mvlm.training.optimizer import ExponentialMovingAverage, GuardedAdamW, learning_rate_factor
 from mvlm.training.stop_request import StopRequest
 from mvlm.training.update_guard import SkippedUpdates, UpdateGuard
 from mvlm.training.watchdog import Watchdog
@@ -45,7 +45,7 @@ class Trainer:
         config: PretrainConfig,
         world: World,
         parallel: Parallel,
-        optimizer: torch.optim.AdamW,
+        optimizer: GuardedAdamW,
         loader: Loader,
         tokenizer: Tokenizer,
         validation: Dataset | None = None,
@@ -146,8 +146,7 @@ class Trainer:
         if self.step == self.config.reconstruction_first:  # ITC and ITM are in the loss from here on
             self.guard.reset()
         good = self.guard.judge(losses.total.detach(), norm)
-        # What torch's GradScaler sets too: where it is 1, AdamW's fused kernels leave weights and moments untouched.
-        self.optimizer.found_inf = (~good).float()  # pyright: ignore[reportAttributeAccessIssue]
+        self.optimizer.found_inf = (~good).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.model.clamp_temperature()

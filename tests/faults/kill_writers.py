@@ -23,6 +23,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import nvidia.dali.fn  # noqa: F401 (imported before the forks)
@@ -99,7 +101,11 @@ class Moments:
 
         os.fsync = counted_fsync
         opened = tarfile.bltn_open  # pyright: ignore[reportAttributeAccessIssue]
-        tarfile.bltn_open = lambda name, mode: Tar(name, mode) if "w" in mode else opened(name, mode)  # pyright: ignore
+
+        def open_counted(name: str, mode: str) -> Any:
+            return Tar(name, mode) if "w" in mode else opened(name, mode)
+
+        patch.object(tarfile, "bltn_open", open_counted).start()
 
 
 def kill() -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -146,7 +147,7 @@ def at_step(step: int, action: Callable[[], None]) -> None:
             action()
         return losses
 
-    Trainer.forward_backward = acting  # pyright: ignore[reportAttributeAccessIssue]
+    patch.object(Trainer, "forward_backward", acting).start()
 
 
 def in_data(step: int, action: Callable[[], None]) -> None:
@@ -159,7 +160,7 @@ def in_data(step: int, action: Callable[[], None]) -> None:
                 action()
             yield batch
 
-    Loader.__iter__ = acting  # pyright: ignore[reportAttributeAccessIssue]
+    patch.object(Loader, "__iter__", acting).start()
 
 
 def in_save(operation: int, action: Callable[[], None]) -> None:
@@ -190,7 +191,7 @@ def in_save_of(step: int, operation: int, action: Callable[[], None]) -> None:
             in_save(operation, action)
         save(its, number, *arguments)
 
-    saver.CheckpointWriter.save = acting  # pyright: ignore[reportAttributeAccessIssue]
+    patch.object(saver.CheckpointWriter, "save", acting).start()
 
 
 def note_samples(file: Path) -> None:
@@ -202,7 +203,7 @@ def note_samples(file: Path) -> None:
             lines.write(json.dumps([step, samples]) + "\n")
         add(numbers, step, samples, *rest)
 
-    MetricsBuffer.add = noting  # pyright: ignore[reportAttributeAccessIssue]
+    patch.object(MetricsBuffer, "add", noting).start()
 
 
 def kill(number: int = signal.SIGKILL) -> Callable[[], None]:

@@ -364,8 +364,33 @@ def test_a_checkpoint_that_is_not_there(mvlm, scenes, tmp_path, command):
         "fill": ("--image", tmp_path / "a.png", "--caption", "red [MASK]"),
     }[command]
     outcome = mvlm(*command.split(), "--checkpoint", tmp_path / "none", *words)
-    refused(outcome, "wanted a run or a checkpoint folder, found no good checkpoint there; check the path")
+    refused(outcome, "none: wanted a run, a checkpoint or an exported folder, found no such folder; check the path")
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_run_that_is_no_run_folder_is_refused_by_what_is_there(mvlm, trained, tmp_path):
+    """Nothing, a file, an empty folder: for every command that takes a run."""
+    missing, file, empty, out = (tmp_path / name for name in ("missing", "file", "empty", "out"))
+    file.write_text("a file")
+    empty.mkdir()
+    wanted = "wanted a run, a checkpoint or an exported folder, found"
+    refused(mvlm("export", missing, out), f"{missing}: {wanted} no such folder; check the path")
+    refused(mvlm("export", file, out), f"{file}: {wanted} a file; check the path")
+    refused(
+        mvlm("export", empty, out), f"{empty}: {wanted} no finished checkpoint (checkpoints/step_*), no manifest.json"
+    )
+    for words in ((), (trained,)):
+        refused(
+            mvlm("report", missing, *words), f"{missing}: wanted a run folder, found no such folder; check the path"
+        )
+        refused(mvlm("report", file, *words), f"{file}: wanted a run folder, found a file; check the path")
+    refused(mvlm("report", empty), f"{empty}/config.json: wanted the configuration of a run, found no such file")
+    refused(mvlm("report", empty, trained), f"{empty}/metrics.jsonl: wanted the metrics of a run, found none")
+    outcome = mvlm("pretrain", "--config", missing, "--out", out)
+    refused(outcome, f"{missing}: wanted the configuration of a run, found no such file; check the path")
+    outcome = mvlm("pretrain", "--config", empty, "--out", out)
+    refused(outcome, f"{empty}: wanted the configuration of a run, found a folder; name a config.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
 
 
 @pytest.mark.parametrize("command", ["pretrain", "export", "report", "eval retrieval"])
@@ -561,7 +586,7 @@ def test_building_the_emoji_data_set(mvlm, scenes, tmp_path, monkeypatch):
         asked.append((out, size))
         shutil.copytree(scenes, out)
 
-    monkeypatch.setattr(mvlm_dataloading, "build_emoji", build, raising=False)
+    monkeypatch.setattr(mvlm_dataloading, "build_emoji", build)
     outcome = mvlm("data", "emoji", tmp_path / "emoji", "--size", 64)
     assert outcome.code == 0
     assert asked == [(tmp_path / "emoji", 64)]

@@ -72,7 +72,9 @@ def test_scaling_keeps_the_pairs_of_a_gpu():
 def test_what_cannot_be_planned_is_refused():
     assert (parse_gpus(("8", "x", "16")), parse_gpus(("4X2",)), parse_gpus(("8",))) == ((8, 16), (4, 2), (8, 1))
     assert (parse_count("400M"), parse_count("3.2k"), parse_count("7")) == (400_000_000, 3200, 7)
-    for words in (("8", "16x"), ("0", "x", "4"), ("eight",), ("9" * 20,)):
+    for words in (("8 x 16",), ("8x16",), ("8 X 16",), ("8", "x16"), (" 8x ", "16")):
+        assert parse_gpus(words) == (8, 16)
+    for words in (("8", "16x"), ("8", "16"), ("8 16",), ("1 6 x 2",), ("",), ("0", "x", "4"), ("eight",), ("9" * 20,)):
         with pytest.raises(ConfigError, match="gpus: wanted GPUs a node x nodes"):
             parse_gpus(words)
     for text in ("400X", "0", "-3", "M"):

@@ -10,7 +10,6 @@ from mvlm.costs.step_cost import StepShape, step_cost
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import checkpoint_activations, parallelize
 from mvlm.distributed.world import World
-from mvlm.model.attention import Attention
 from mvlm.model.maskvlm import MaskVLM
 from support.models import micro_batch
 
@@ -25,9 +24,7 @@ def allocated(shape: StepShape, path) -> int:
     model = MaskVLM(CONFIG)
     if shape.checkpointed:
         checkpoint_activations(model)
-    for module in model.modules():
-        if isinstance(module, Attention):
-            module.backend = "sdpa"  # pyright: ignore[reportArgumentType]
+    model.set_attention("sdpa", "sdpa")
     lengths = (shape.tokens,) * shape.pairs
     micro = [micro_batch(lengths, seed=a, config=CONFIG) for a in range(shape.microbatches)]
 
@@ -64,6 +61,21 @@ def allocated(shape: StepShape, path) -> int:
 def test_memory_is_within_a_tenth_of_what_is_measured(tmp_path, changes):
     shape = StepShape(pairs=16, tokens=12, longest=12, gpu=False, **changes)
     assert step_cost(CONFIG, shape).peak == pytest.approx(allocated(shape, tmp_path / "trace.json"), rel=0.1)
+
+
+def test_step_cost_saves_no_attention_scores_for_backward():
+    """A GPU's attention saves none. Images have 37 rows, captions 16 with padding; the default dtype is bf16."""
+    saved: list[tuple[int, ...]] = []
+
+    def note(x: torch.Tensor) -> torch.Tensor:
+        saved.append(tuple(x.shape))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+        step_cost(CONFIG, StepShape(pairs=4, tokens=12, longest=12))
+    rows = {1 + CONFIG.num_patches, 16}
+    assert any(shape[-2:] == (37, CONFIG.width) for shape in saved)
+    assert not [shape for shape in saved if len(shape) > 2 and rows.issuperset(shape[-2:])]
 
 
 def test_operations_of_the_encoders_by_hand():

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from mvlm.evaluation.cross_modal_gain import bootstrap, cross_modal_gain, trivial_losses, wrong_partners
@@ -101,6 +102,26 @@ def test_bootstrap_against_the_normal_interval():
     assert low == pytest.approx(data.mean() - 1.96 * error, abs=0.2 * error)
     assert high == pytest.approx(data.mean() + 1.96 * error, abs=0.2 * error)
     assert bootstrap(lambda i: data[i].mean(), 400) == [low, high]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bootstrap_is_scipys_percentile_interval(seed):
+    """The ratio of two sums, as a gain is one; scipy draws the same resamples from the same generator."""
+    rng = np.random.default_rng(5 + seed)
+    gains, tokens = rng.normal(3, 2, 200), rng.integers(1, 9, 200)
+
+    def ratio(i: np.ndarray) -> float:
+        return gains[i].sum() / tokens[i].sum()
+
+    wanted = scipy.stats.bootstrap(
+        (np.arange(200),),
+        ratio,
+        n_resamples=1000,
+        vectorized=False,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    assert bootstrap(ratio, 200, seed) == pytest.approx([wanted.low, wanted.high], abs=6e-5)
 
 
 def test_bootstrap_covers_the_truth_about_as_often_as_it_says():

@@ -5,7 +5,9 @@ import torch
 
 from mvlm.evaluation import evaluate, evaluate_briefly, rank, unseen_images
 from mvlm.evaluation.retrieval import recall
+from mvlm.evaluation.table import format_table
 from mvlm.inference.encode import encode_split
+from mvlm.report.examples import retrievals
 from mvlm_dataloading import ShardWriter, open_dataset
 from support.models import micro_model
 from support.scenes import png, scene
@@ -32,8 +34,29 @@ def test_unseen_are_the_concepts_that_training_lacks(tmp_path):
         {"train": ["cat", "dog", "cat", None], "test": ["cat", "owl", None, "dog", "hen"]},
     )
     unseen = unseen_images(open_dataset(folder, "test"), open_dataset(folder, "train"))
+    assert unseen is not None
     assert unseen.dtype == torch.bool
     assert unseen.tolist() == [False, True, True, False, True]
+
+
+def test_every_figure(model, tmp_path, tokenizer):
+    folder = write(tmp_path / "data", {"train": ["cat"] * 4, "test": ["cat", "owl", "cat", "hen", "cat", "cat"]})
+
+
+@pytest.mark.parametrize(
+    "train, test",
+    [([None, None], [None, None, None]), ([None, None], ["cat", "owl"]), (["cat", "owl"], [None, None])],
+    ids=["neither", "test alone", "train alone"],
+)
+def test_no_image_is_unseen_where_a_split_names_no_concepts(model, tmp_path, tokenizer, train, test):
+    folder = write(tmp_path / "data", {"train": train, "test": test})
+    split, known = (open_dataset(folder, name) for name in ("test", "train"))
+    assert unseen_images(split, known) is None
+    figures = evaluate(model.eval(), split, known, tokenizer, 2, "fp32")
+    assert figures["unseen"] is None
+    assert "unseen" not in format_table(figures)
+    features = encode_split(model, split, tokenizer, "fp32")
+    assert "unseen" not in retrievals(model, split, known, features)
 
 
 def test_every_figure(model, tmp_path, tokenizer):

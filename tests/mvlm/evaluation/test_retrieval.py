@@ -135,6 +135,24 @@ def test_chance(captions):
                 assert abs(recall(ranks)[f"r{k}"] / 100 - p) < 4 * error + 5e-5, (direction, k)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("right_answers", [1, 5])
+def test_recall_and_rank_are_those_of_torchmetrics(right_answers):
+    """Per query: a hit among the first K, and the reciprocal of the place of the first right answer."""
+    metrics = pytest.importorskip("torchmetrics.functional.retrieval")
+    generator = torch.Generator().manual_seed(right_answers)
+    scores = torch.rand(60, 40, generator=generator, dtype=torch.float64)
+    right = torch.zeros(60, 40, dtype=torch.bool)
+    right.scatter_(1, torch.rand(60, 40, generator=generator).topk(right_answers).indices, True)
+    ranks = best_rank(scores, right)
+    found = recall(ranks)
+    for k in (1, 5, 10):
+        hits = [float(metrics.retrieval_hit_rate(s, r, top_k=k)) for s, r in zip(scores, right, strict=True)]
+        assert found[f"r{k}"] == pytest.approx(100 * np.mean(hits), abs=0.005 + 1e-9)
+    reciprocal = [float(metrics.retrieval_reciprocal_rank(s, r)) for s, r in zip(scores, right, strict=True)]
+    assert (1 / (1 + ranks.double())).tolist() == pytest.approx(reciprocal, rel=1e-6)
+
+
 def test_ties_count_against_us():
     scores = torch.tensor([[0.5, 0.5, 0.5, 0.1], [0.9, 0.2, 0.9, 0.9], [0.1, 0.3, 0.2, 0.3]])
     right = torch.tensor([[True, False, False, False], [True, False, True, False], [False, False, True, False]])

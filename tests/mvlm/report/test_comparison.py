@@ -65,7 +65,7 @@ def test_what_cannot_be_compared(tmp_path):
     many = [made_up(tmp_path / f"many/{n}", 1.0) for n in range(7)]
     for runs, message in (
         ([run, run], "wanted different runs, got one twice"),
-        ([run, tmp_path / "none"], "metrics.jsonl: wanted the metrics of a run, found none"),
+        ([run, tmp_path / "none"], "none: wanted a run folder, found no such folder"),
         ([run, empty], "metrics.jsonl: wanted the metrics of a run, found none"),
         (many, "wanted 2 to 6 runs to compare, got 7"),
     ):

@@ -83,7 +83,9 @@ def test_retrievals_show_the_best_and_the_worst(model, tokenizer, heldout_split,
     from mvlm.evaluation import Ranks as examples_ranks
 
     monkeypatch.setattr(examples, "rank", ranks)
-    assert not unseen_images(heldout_split, train_split).any()  # so the best may be any that are right
+    unseen = unseen_images(heldout_split, train_split)
+    assert unseen is not None
+    assert not unseen.any()  # so the best may be any that are right
     rows = answers(examples.retrievals(model, heldout_split, train_split, features))
     shown = {}
     for heading, row in rows:
@@ -114,6 +116,7 @@ def test_unseen_concepts_come_first_among_the_best(model, tokenizer, heldout_spl
 
     train = open_dataset(write_scenes(tmp_path / "reds", {"train": 1}), "train")  # only scene 0, which is red
     unseen = unseen_images(heldout_split, train)
+    assert unseen is not None
     colours = [heldout_split.captions(i)[0].split()[0] for i in range(8)]
     assert unseen.tolist() == [colour != "red" for colour in colours]
     features = encode_split(model, heldout_split, tokenizer, "fp32")

@@ -280,9 +280,16 @@ def test_a_manifest_that_says_nothing_or_is_of_another_version(run_copy, text, m
 
 
 def test_no_checkpoint_at_all(tmp_path):
-    for folder in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(RunError, match="wanted a run or a checkpoint folder, found no good checkpoint there"):
+    for folder, found in ((tmp_path, "no finished checkpoint"), (tmp_path / "nowhere", "no such folder")):
+        with pytest.raises(RunError, match=f"wanted a run, a checkpoint or an exported folder, found {found}"):
             load_model(folder)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged(run_copy):
+    for name in ("step_00000001", "step_00000002"):
+        (run_copy / "checkpoints" / name / "state.json").write_text("{}")
+    with pytest.raises(RunError, match="wanted a good checkpoint, found 2 damaged, as listed above; use another run"):
+        load_model(run_copy)
 
 
 def test_another_architecture_is_refused_with_the_shapes(training, tokenizer, tmp_path):

@@ -7,6 +7,7 @@ import resource
 import shutil
 import threading
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def die_after(operations: int) -> None:
     for name in OPERATIONS:
         setattr(saver_module, name, mortal(getattr(saver_module, name)))
     Path.rename = mortal(Path.rename)
-    saver_module.threading = Immediate  # pyright: ignore[reportAttributeAccessIssue]
+    patch.object(saver_module, "threading", Immediate).start()
 
 
 def test_a_kill_leaves_no_half_checkpoint_to_be_seen(save, tmp_path):

@@ -12,7 +12,6 @@ from mvlm.runs.folder import (
     RunLock,
     differing_settings,
     open_run,
-    read_config,
     read_metrics,
     write_config,
 )
@@ -160,7 +159,7 @@ def test_a_folder_is_one_process_alone(config):
 
 
 def test_a_configuration_that_is_not_there(tmp_path):
-    with pytest.raises(RunError, match=r"config.json: wanted the configuration of a run, got .*No such file"):
+    with pytest.raises(RunError, match=r"config.json: wanted the configuration of a run, found no such file"):
         read_config(tmp_path / "config.json")
 
 

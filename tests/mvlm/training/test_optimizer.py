@@ -1,0 +1,99 @@
+"""The schedule and the average of the weights against torch's own."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, SequentialLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from mvlm.config.recipes import pretrain_defaults
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.training.optimizer import ExponentialMovingAverage, learning_rate_factor, make_optimizer
+
+
+@pytest.mark.parametrize("steps, warmup, end", [(110, 10, 0.2), (50, 2, 0.0), (30, 0, 0.01), (7, 5, 0.5)])
+def test_learning_rate_is_that_of_torchs_linear_and_cosine_schedulers(steps, warmup, end):
+    config = replace(
+        pretrain_defaults("tiny", data=Path("data"), out=Path("run")), max_steps=steps, warmup_steps=warmup, lr_end=end
+    )
+    peak = 3.0
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
+    rise = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1) if warmup else None
+    fall = CosineAnnealingLR(optimizer, T_max=steps - warmup, eta_min=end * peak)
+    schedule = SequentialLR(optimizer, [rise, fall], milestones=[warmup]) if rise else fall
+    for step in range(steps + 1):
+        assert peak * learning_rate_factor(step, config) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12), step
+        optimizer.step()
+        schedule.step()
+
+
+def moved(model: nn.Module) -> None:
+    """Change the weights as an update does."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+
+
+def assert_equal_averages(average: ExponentialMovingAverage, oracle: AveragedModel) -> None:
+    wanted = dict(oracle.module.named_parameters())
+    assert average.tensors.keys() == wanted.keys()
+    for name, value in average.tensors.items():
+        torch.testing.assert_close(value, wanted[name].detach(), rtol=0, atol=1e-12)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), nn.Linear(4, 3)).double()
+
+
+def test_weight_average_with_its_full_decay_is_torchs_ema(model):
+    """From update 81 on, t / (9 + t) is no longer below 0.9."""
+    average = ExponentialMovingAverage(model, 0.9)
+    oracle = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    oracle.update_parameters(model)  # torch's first update copies
+    for step in range(81, 101):
+        moved(model)
+        average.update(step)
+        oracle.update_parameters(model)
+        assert_equal_averages(average, oracle)
+
+
+def test_weight_average_from_the_first_update_is_torchs_with_the_decay_of_the_update(model):
+    """Torch's EMA has no warm-up of its decay; its AveragedModel takes any formula, and counts the updates."""
+
+    def formula(mean: Tensor, weight: Tensor, updates: Tensor | int) -> Tensor:
+        decay = min(0.7, float(updates) / (9 + float(updates)))
+        return decay * mean + (1 - decay) * weight
+
+    average = ExponentialMovingAverage(model, 0.7)
+    oracle = AveragedModel(model, avg_fn=formula)
+    oracle.update_parameters(model)
+    for step in range(1, 41):
+        moved(model)
+        average.update(step)
+        oracle.update_parameters(model)
+        assert_equal_averages(average, oracle)
+
+
+def test_optimizer_leaves_everything_untouched_where_found_inf_is_one():
+    config = pretrain_defaults("tiny", data=Path("data"), out=Path("run"))
+    sizes = {"image_layers": 1, "text_layers": 1, "cross_layers": 1, "decoder_layers": 1, "width": 64, "heads": 1}
+    model = MaskVLM(replace(config.model, **sizes))
+    optimizer = make_optimizer(model, config, torch.device("cpu"))
+
+    def update(found_inf: float) -> list[Tensor]:
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.found_inf = torch.tensor(found_inf)
+        optimizer.step()
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        return [value.detach().clone() for value in (*model.parameters(), *moments)]
+
+    once, skipped, twice = update(0.0), update(1.0), update(0.0)
+    assert len(once) == 4 * len(list(model.parameters()))
+    assert all(map(torch.equal, once, skipped))
+    assert not any(map(torch.equal, once, twice))
