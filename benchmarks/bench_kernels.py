@@ -10,12 +10,12 @@ import functools
 import pytest
 import torch
 
-from mvlm_benchmarks.case_inputs import Inputs
-from mvlm_benchmarks.cases import Case, cases
 from mvlm_benchmarks.clock import make_clock, settings
-from mvlm_benchmarks.compare import Entry, prepare
-from mvlm_benchmarks.measure import Expected, Local, expect, passes_of
-from mvlm_benchmarks.peers import PEERS, ours_as_peer
+from mvlm_benchmarks.kernels.cases import Case, cases
+from mvlm_benchmarks.kernels.compare import Entry, prepare
+from mvlm_benchmarks.kernels.inputs import Inputs
+from mvlm_benchmarks.kernels.measure import Expected, Local, expect, passes_of
+from mvlm_benchmarks.kernels.peers import PEERS, ours_as_peer
 
 # Peers warn as they please (SDPA says why a backend refuses); the suite's own code turns warnings into errors.
 pytestmark = pytest.mark.filterwarnings("default")

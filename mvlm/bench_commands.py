@@ -34,7 +34,7 @@ def kernels(
 
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("bench: wanted matplotlib, which is not installed; pip install 'mvlm[bench]'")
-    from mvlm_benchmarks import kernels as bench
+    from mvlm_benchmarks.kernels import run as bench
 
     for path in bench.run(ops, peers, out, device, dtype, quick, base, json):
         print(path)
@@ -78,7 +78,7 @@ def step(
     for package in ("matplotlib", "timm", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"bench: wanted {package}, which is not installed; pip install 'mvlm[bench]'")
-    from mvlm_benchmarks import step as bench
+    from mvlm_benchmarks.step import run as bench
 
     bench.run(
         preset, batch, rounds, contenders, device=device, precision=precision, threads=threads, optimizer=optimizer,
@@ -125,7 +125,7 @@ def data(
 
     if importlib.util.find_spec("torchvision") is None:
         raise ConfigError("bench: wanted torchvision, which is not installed; pip install 'mvlm[bench]'")
-    from mvlm_benchmarks import data as bench
+    from mvlm_benchmarks.data import run as bench
 
     turns = (rounds, batches, batch, size)
     for path in bench.run(data, pictures, out, contenders, recipes, *turns, soak, start, step, json):

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from mvlm_benchmarks.case_inputs import Inputs
-from mvlm_benchmarks.cases import Case
 from mvlm_benchmarks.clock import Timing
+from mvlm_benchmarks.kernels.cases import Case
+from mvlm_benchmarks.kernels.inputs import Inputs
 
 
 @dataclass
