@@ -2,8 +2,8 @@
 
     python -m mvlm_benchmarks.data.photos OUT [--count N]
 
-Each picture is a window of one of eleven photographs, resized to about 500 x 375 (or upright), with other colours and
-some noise, at JPEG quality 80 to 95: so many different files, of about 60 kB, that decode as photographs do.
+Each image is a random crop of one of eleven photographs, resized to about 500 x 375 or 375 x 500, with changed colours
+and some noise, at JPEG quality 80 to 95. All files differ, have about 60 kB and decode like photographs.
 """
 
 import argparse
@@ -26,7 +26,7 @@ PHOTOGRAPHS = (
 
 
 def build(out: Path, count: int, max_shard_bytes: int = 32 << 20) -> None:
-    """Write `count` pictures. ConfigError where a package that brings the photographs is not installed."""
+    """Write shards of `count` images. ConfigError if a package that ships the photographs is not installed."""
     photographs = [Image.open(_find(name)).convert("RGB") for name in PHOTOGRAPHS]
     with ShardWriter(
         out,
@@ -45,16 +45,14 @@ def build(out: Path, count: int, max_shard_bytes: int = 32 << 20) -> None:
 
 
 def _variant(photograph: Image.Image, rng: np.random.Generator) -> bytes:
-    """One JPEG of a window of the photograph; never enlarged by more than about a half."""
+    """One JPEG of a random crop of the photograph, enlarged by at most about a half."""
     size = np.array([500, 375] if rng.random() < 0.75 else [375, 500]) + rng.integers(-20, 21, 2)
     whole = np.array(photograph.size)
     scale = min(1.0, (whole / size).min()) * rng.uniform(0.7, 1.0)
-    window = size * scale
-    corner = rng.random(2) * (whole - window)
-    picture = photograph.resize(
-        (int(size[0]), int(size[1])), Image.Resampling.BICUBIC, box=(*corner, *(corner + window))
-    )
-    pixels = np.asarray(picture, np.float32) * rng.uniform(0.8, 1.2, 3) + rng.normal(0, 3, (size[1], size[0], 3))
+    crop = size * scale
+    corner = rng.random(2) * (whole - crop)
+    image = photograph.resize((int(size[0]), int(size[1])), Image.Resampling.BICUBIC, box=(*corner, *(corner + crop)))
+    pixels = np.asarray(image, np.float32) * rng.uniform(0.8, 1.2, 3) + rng.normal(0, 3, (size[1], size[0], 3))
     file = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=int(rng.integers(80, 96)))
     return file.getvalue()
@@ -72,8 +70,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m mvlm_benchmarks.data.photos", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("out", type=Path, help="folder to write the shards to")
-    parser.add_argument("--count", type=int, default=3000, help="pictures to make")
+    parser.add_argument("out", type=Path, help="folder of the shards")
+    parser.add_argument("--count", type=int, default=3000, help="images to make")
     arguments = parser.parse_args()
     build(arguments.out, arguments.count)
     print(arguments.out)

@@ -1,12 +1,9 @@
-"""What `mvlm bench data` prints and writes."""
+"""Report of `mvlm bench data`: tables on the console, CSV and JSON."""
 
-import csv
-import json
-import re
 from pathlib import Path
 from typing import Any
 
-from mvlm_benchmarks.kernels.report import MACHINE_COLUMNS
+from mvlm_benchmarks.results import MACHINE_COLUMNS, device_name, file_stem, write_csv, write_json
 
 Row = dict[str, Any]
 COLUMNS = (
@@ -16,7 +13,7 @@ COLUMNS = (
 
 
 def table(rows: list[Row], recipe: str) -> str:
-    """The contenders of one recipe."""
+    """The table of one recipe's contenders."""
     lines = [f"{recipe:24} {'images/s':>9} {'best':>8} {'worst':>8} {'ours/it':>8} {'CPU ms':>8} {'it/ours':>8}"]
     for row in rows:
         if row["recipe"] != recipe:
@@ -32,11 +29,10 @@ def table(rows: list[Row], recipe: str) -> str:
 
 
 def stage_table(stages: dict[str, dict[str, float]]) -> str:
-    """The stages of our loader, and which of them takes most."""
-    lines = [
-        f"{'stage':10} {'images/s':>9} {'adds us':>8}   up to and with it; processor time that it adds to a picture"
-    ]
-    lines += [f"{name:10} {row['images_per_s']:9.0f} {row['adds_us']:8.0f}" for name, row in stages.items()]
+    """The table of our loader's stages, with the most expensive one as bottleneck."""
+    explanation = "rate up to and with the stage; processor time that it adds per image"
+    lines = [f"{'stage':10} {'images/s':>9} {'adds us':>8}   {explanation}"]
+    lines += [f"{name:10} {stage['images_per_s']:9.0f} {stage['adds_us']:8.0f}" for name, stage in stages.items()]
     worst = max(stages, key=lambda name: stages[name]["adds_us"])
     return "\n".join([*lines, f"bottleneck: {worst}", ""])
 
@@ -50,32 +46,26 @@ def write(
     data: Path,
     json_file: Path | None,
 ) -> list[Path]:
-    """A CSV in `out`, and `json_file` where it is given; returns both.
+    """Write the CSV to `out` and the JSON to `json_file`. Returns the files.
 
-    rows are the contenders', stages those of each recipe, others what was measured besides, by name: its `text` is what
-    the CSV has of it, and its figures are in the JSON file.
+    Args:
+        rows: one per contender and recipe.
+        stages: recipe -> stage -> figures.
+        others: further measurements by name: step, start, memory. The CSV has only the `text` of each.
+        about: the machine.
+        data: the data set's folder, whose name is in the CSV.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"[^a-z0-9]+", "-", f"data {data.name} {about['device'].split(',')[0]}".lower()).strip("-")
-    files = [out / f"{name}.csv"]
-    versions = "; ".join(f"{package} {found}" for package, found in about["versions"].items() if found)
-    columns = {key: about[key] for key in MACHINE_COLUMNS} | {"versions": versions}
+    files = [out / f"{file_stem('data', data.name, device_name(about))}.csv"]
     lines = list(rows)
-    for recipe, found in stages.items():
-        for stage, figures in found.items():
-            note = f"stage, adds {figures['adds_us']} us of processor time a picture"
-            rate = {"images_per_s": figures["images_per_s"]}
-            lines.append(
-                {"data": data.name, "recipe": recipe, "contender": stage, "status": "ok", "note": note, **rate}
-            )
-    for what, found in others.items():
-        lines.append({"data": data.name, "recipe": "", "contender": what, "status": "ok", "note": found["text"]})
-    with files[0].open("w", newline="") as file:
-        writer = csv.DictWriter(file, list[str](COLUMNS))
-        writer.writeheader()
-        writer.writerows({**row, **columns} for row in lines)
+    for recipe, by_stage in stages.items():
+        for stage, figures in by_stage.items():
+            note = f"stage, adds {figures['adds_us']} us of processor time per image"
+            line = {"data": data.name, "recipe": recipe, "contender": stage, "status": "ok", "note": note}
+            lines.append(line | {"images_per_s": figures["images_per_s"]})
+    for name, result in others.items():
+        lines.append({"data": data.name, "recipe": "", "contender": name, "status": "ok", "note": result["text"]})
+    write_csv(lines, about, files[0], COLUMNS)
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps({"machine": about, "rows": rows, "stages": stages, **others}, indent=1) + "\n")
+        write_json({"machine": about, "rows": rows, "stages": stages, **others}, json_file)
         files.append(json_file)
     return files

@@ -1,97 +1,46 @@
-"""`mvlm bench data`: our loader and others on the same shards, each in a process of its own, in turns, with no model.
+"""`mvlm bench data`: our loader and others on the same shards, each in its own process, with no model.
 
-Only the process whose turn it is runs: the others are stopped (SIGSTOP), so that nothing they made ahead, and no work
-of theirs, falls into another's turn. In each round every contender makes as many batches; what is reported is the
-median over rounds, and for ratios the median of the rounds' ratios.
+Contenders take turns. All but one are stopped (SIGSTOP), so that no work of another process falls into a turn. In each
+round every contender makes the same number of batches. Reported rates are medians over rounds, and reported ratios are
+medians of the rounds' ratios.
 
-Processor time, of a contender's processes together, is reported beside it: all of them fill the cores, so on a machine
-that does nothing else both ratios agree, and on a busy one the ratio of processor times is the one to trust. It is the
-mean over rounds: what one turn makes ahead the next need not make, so turns differ, and only their sum is right.
+Processor time is reported too, summed over a contender's processes. On an idle machine both ratios agree, because every
+contender fills the cores. On a busy machine the ratio of processor times is the one to trust. It is a mean over rounds,
+not a median: work done ahead in one turn is missing in the next, so only the sum is right.
 """
 
 import contextlib
 import json
 import os
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mvlm.errors import ConfigError
 from mvlm_benchmarks import machine
-from mvlm_benchmarks.data import start_up as data_start
+from mvlm_benchmarks.choices import choose
+from mvlm_benchmarks.data import start_up
+from mvlm_benchmarks.data.process import LoaderProcess
 from mvlm_benchmarks.data.report import Row, stage_table, table, write
 from mvlm_benchmarks.data.stages import STAGES
 from mvlm_benchmarks.data.worker import CONTENDERS, RECIPES
-from mvlm_benchmarks.kernels.report import heading
+from mvlm_benchmarks.results import heading
 
 PACKAGES = ["nvidia-dali-cuda130", "pillow", "torchvision", "webdataset", "simplejpeg", "numpy"]
-
-
-# Batches of the turn that does not count: more than anybody has made ahead, so that later turns begin as they end.
 WARM_UP = 10
-LOOKS = 39
-"""At memory, in each tenth of a soak."""
-
-
-class Contender:
-    """A process that loads when it is told to, and stands still otherwise."""
-
-    def __init__(self, name: str, recipe: str, data: Path, batch: int, size: int):
-        self.name, self.recipe, self.batch = name, recipe, batch
-        command = [sys.executable, "-m", "mvlm_benchmarks.data.worker", name, recipe, str(data), str(batch), str(size)]
-        # Its workers belong to its group, so that they stand still with it.
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
-        )  # fmt: skip
-        self.rates: list[float] = []
-        """Images a second, of each turn."""
-        self.cpu_ms: list[float] = []
-        """Milliseconds of processor time an image, of each turn."""
-        answer = self._read()
-        self.status, self.note = answer["status"], answer["note"]
-        if self.status == "ok":
-            self._signal(signal.SIGSTOP)
-
-    def turn(self, batches: int) -> dict[str, Any]:
-        """Make so many batches; what the process says of it."""
-        spent = _cpu_s(self._process.pid)
-        self._signal(signal.SIGCONT)
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{batches}\n")
-        self._process.stdin.flush()
-        answer = self._read()
-        self._signal(signal.SIGSTOP)
-        self.rates.append(batches * self.batch / answer["seconds"])
-        self.cpu_ms.append(1e3 * (_cpu_s(self._process.pid) - spent) / (batches * self.batch))
-        return answer
-
-    def close(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.communicate()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            return {"status": "error", "note": f"ended with code {self._process.returncode}", "seconds": float("inf")}
-        return json.loads(line)
-
-    def _signal(self, number: int) -> None:
-        os.killpg(self._process.pid, number)
+"""Least batches of the first turn, which does not count: more than any contender makes ahead, so that later turns start
+and end in the same state."""
+READINGS = 39
+"""Readings of the memory in each tenth of a soak."""
 
 
 def run(
     data: Path,
-    pictures: int,
+    images: int,
     out: Path,
     contenders: Sequence[str] = (),
     recipes: Sequence[str] = (),
@@ -104,84 +53,97 @@ def run(
     step: Path | None = None,
     json_file: Path | None = None,
 ) -> list[Path]:
-    """Build the photographs at `data` if nothing is there, measure, print, write; returns the files written.
+    """Measure, print tables and write files. Returns the files.
+
+    Args:
+        data: folder of shards. If it does not exist, `images` photographs are built there.
+        out: folder of the CSV.
+        contenders, recipes: names; empty for all.
+        rounds: turns of every contender, of `batches` batches of `batch` images with sides of `size`.
+        soak: samples to load while memory is watched; 0 for no soak.
+        start: samples of an index for which the first batch is timed; 0 for none.
+        step: JSON file of `mvlm bench step`, to compare the loader with its fastest step.
+        json_file: JSON file, or None.
 
     Raises:
-        ConfigError: a contender or recipe that there is not, numbers below 1, a `step` that is no result.
+        ConfigError: an unknown contender or recipe, a number below 1, or a `step` file that is no result.
     """
-    chosen = _chosen("contenders", contenders, CONTENDERS)
-    recipes = _chosen("recipes", recipes, RECIPES)
-    if min(rounds, batches, batch, size, pictures) < 1:
-        raise ConfigError(
-            f"wanted rounds, batches, batch, size and pictures of at least 1, got {rounds}, {batches}, ..."
-        )
-    need = None if step is None else _step_rate(step)
+    names = choose("contenders", contenders, CONTENDERS)
+    recipes = choose("recipes", recipes, RECIPES)
+    settings = {"rounds": rounds, "batches": batches, "batch": batch, "size": size}
+    for option, value in (*settings.items(), ("images", images)):
+        if value < 1:
+            raise ConfigError(f"{option}: wanted at least 1, got {value}")
+    step_rate = None if step is None else _fastest_step(step)
     if not data.exists():
         from mvlm_benchmarks.data import photos
 
-        print(f"building {pictures} pictures in {data}", flush=True)
-        photos.build(data, pictures)
+        print(f"building {images} images in {data}", flush=True)
+        photos.build(data, images)
     about = machine.describe("cpu", PACKAGES) | {"figures": f"loader only, no model, {os.cpu_count()} cores"}
     print(heading(about))
-    shape = {"rounds": rounds, "batches": batches, "batch": batch, "size": size}
     rows, stages = [], {}
     for recipe in recipes:
-        rows += _measure(chosen, recipe, data, shape)
+        rows += measure_recipe(names, recipe, data, settings)
         print(table(rows, recipe), flush=True)
-        stages[recipe] = _stages(recipe, data, shape)
+        stages[recipe] = _measure_stages(recipe, data, settings)
         print(stage_table(stages[recipe]), flush=True)
     others: dict[str, dict[str, Any]] = {}
-    if need is not None and "ours" in chosen:
-        others["step"] = _feeds(need, max(row["images_per_s"] for row in rows if row["contender"] == "ours"))
+    if step_rate is not None and "ours" in names:
+        loader_rate = max(row["images_per_s"] for row in rows if row["contender"] == "ours")
+        others["step"] = _compare_with_step(step_rate, loader_rate)
     if start:
-        others["start"] = _start(start)
+        others["start"] = _measure_start_up(start)
     if soak:
-        write(rows, stages, others, about, out, data, json_file)  # a soak is long and may be cut short
-        others["memory"] = _soak(data, shape, soak)
-    for found in others.values():
-        print(found["text"])
+        write(rows, stages, others, about, out, data, json_file)  # a soak takes long and may be interrupted
+        others["memory"] = _measure_memory(data, settings, soak)
+    for result in others.values():
+        print(result["text"])
     return write(rows, stages, others, about, out, data, json_file)
 
 
-def _measure(names: Sequence[str], recipe: str, data: Path, shape: dict[str, int]) -> list[Row]:
-    with _started(names, recipe, data, shape) as contenders:
-        _rounds(contenders, shape)
+def measure_recipe(names: Sequence[str], recipe: str, data: Path, settings: dict[str, int]) -> list[Row]:
+    """One row for each named contender, from interleaved rounds. settings: rounds, batches, batch, size."""
+    with _started(names, recipe, data, settings) as contenders:
+        run_rounds(contenders, settings)
         ours = next((c for c in contenders if c.name == "ours" and c.status == "ok"), None)
-        return [_row(contender, ours, data, shape) for contender in contenders]
+        return [_row(contender, ours, data, settings) for contender in contenders]
 
 
 @contextlib.contextmanager
-def _started(names: Sequence[str], recipe: str, data: Path, shape: dict[str, int]) -> Iterator[list[Contender]]:
-    contenders: list[Contender] = []
+def _started(names: Sequence[str], recipe: str, data: Path, settings: dict[str, int]) -> Iterator[list[LoaderProcess]]:
+    """The contenders' processes, started one after another and closed on exit."""
+    contenders: list[LoaderProcess] = []
     try:
         for name in names:
-            contenders.append(Contender(name, recipe, data, shape["batch"], shape["size"]))
+            contenders.append(LoaderProcess(name, recipe, data, settings["batch"], settings["size"]))
         yield contenders
     finally:
         for contender in contenders:
             contender.close()
 
 
-def _rounds(contenders: list[Contender], shape: dict[str, int]) -> None:
+def run_rounds(contenders: Sequence[LoaderProcess], settings: dict[str, int]) -> None:
+    """Run the warm-up, whose figures are dropped, then all rounds. settings: rounds, batches."""
     running = [contender for contender in contenders if contender.status == "ok"]
-    for number in range(shape["rounds"] + 1):
-        # Every second round backwards, so that nobody always follows the same neighbour.
+    for number in range(settings["rounds"] + 1):
+        # Every second round runs backwards, so that no contender always follows the same one.
         for contender in running if number % 2 else running[::-1]:
-            contender.turn(shape["batches"] if number else max(WARM_UP, shape["batches"]))
+            contender.turn(settings["batches"] if number else max(WARM_UP, settings["batches"]))
             if number == 0:
                 contender.rates.clear()
                 contender.cpu_ms.clear()
 
 
-def _row(contender: Contender, ours: Contender | None, data: Path, shape: dict[str, int]) -> Row:
-    rates, cpu = contender.rates, contender.cpu_ms
+def _row(contender: LoaderProcess, ours: LoaderProcess | None, data: Path, settings: dict[str, int]) -> Row:
+    rates, cpu_ms = contender.rates, contender.cpu_ms
     row: Row = {
         "data": data.name,
         "recipe": contender.recipe,
         "contender": contender.name,
         "status": contender.status,
         "note": contender.note,
-        **shape,
+        **settings,
     }
     if not rates:
         return row | {"images_per_s": None}
@@ -189,87 +151,71 @@ def _row(contender: Contender, ours: Contender | None, data: Path, shape: dict[s
         "images_per_s": round(statistics.median(rates), 1),
         "images_per_s_best": round(max(rates), 1),
         "images_per_s_worst": round(min(rates), 1),
-        "cpu_ms": round(statistics.fmean(cpu), 3),
+        "cpu_ms": round(statistics.fmean(cpu_ms), 3),
     }
     if ours is not None:
         row["ours_over"] = round(statistics.median(a / b for a, b in zip(ours.rates, rates, strict=True)), 3)
-        row["ours_over_cpu"] = round(statistics.fmean(cpu) / statistics.fmean(ours.cpu_ms), 3)
+        row["ours_over_cpu"] = round(statistics.fmean(cpu_ms) / statistics.fmean(ours.cpu_ms), 3)
     return row
 
 
-def _cpu_s(group: int) -> float:
-    """Seconds of processor time that the living processes of a group have used."""
-    spent = 0.0
-    for process in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
-        with contextlib.suppress(OSError):  # one that has just ended
-            if os.getpgid(process) == group:
-                spent += time.clock_gettime((~process << 3) | 2)  # Linux's number of a process's clock, in nanoseconds
-    return spent
-
-
-def _stages(recipe: str, data: Path, shape: dict[str, int]) -> dict[str, dict[str, float]]:
-    """Stage -> images a second up to and with it, and microseconds of processor time a picture that it adds."""
-    with _started([f"stage:{name}" for name in STAGES], recipe, data, shape) as contenders:
-        _rounds(contenders, shape)
-        found, before = {}, [0.0] * shape["rounds"]
+def _measure_stages(recipe: str, data: Path, settings: dict[str, int]) -> dict[str, dict[str, float]]:
+    """Stage -> images_per_s of the loader up to and with it, and adds_us, its processor time per image."""
+    with _started([f"stage:{name}" for name in STAGES], recipe, data, settings) as contenders:
+        run_rounds(contenders, settings)
+        stages, previous = {}, [0.0] * settings["rounds"]
         for name, contender in zip(STAGES, contenders, strict=True):
-            took = [1e3 * ms for ms in contender.cpu_ms]
-            added = statistics.median(now - then for now, then in zip(took, before, strict=True))
-            found[name] = {"images_per_s": round(statistics.median(contender.rates), 1), "adds_us": round(added, 1)}
-            before = took
-        return found
+            spent_us = [1e3 * ms for ms in contender.cpu_ms]
+            added = statistics.median(now - before for now, before in zip(spent_us, previous, strict=True))
+            stages[name] = {"images_per_s": round(statistics.median(contender.rates), 1), "adds_us": round(added, 1)}
+            previous = spent_us
+        return stages
 
 
-def _soak(data: Path, shape: dict[str, int], samples: int) -> dict[str, Any]:
-    """Resident memory of our loader's process while it makes so many samples: in each tenth.
+def _measure_memory(data: Path, settings: dict[str, int], samples: int) -> dict[str, Any]:
+    """Resident memory of our loader's process in each tenth of a run over `samples` samples.
 
-    The median of many looks, because pictures of other sizes need other buffers from moment to moment.
+    A tenth's figure is the median of many readings, because image sizes change the buffers from moment to moment.
     """
-    turn = max(1, samples // (10 * LOOKS) // shape["batch"])
-    with _started(["ours"], "crop+randaug", data, shape) as (ours,):
-        looks = [[ours.turn(turn)["rss_mb"] for _ in range(LOOKS)] for _ in range(10)]
-    resident = [round(statistics.median(tenth), 1) for tenth in looks]
-    made, growth = 10 * LOOKS * turn * shape["batch"], max(resident[2:]) / resident[1] - 1
-    text = f"resident MB in each tenth of {made} samples: {resident}; grew by {100 * growth:.1f} % after the second"
-    return {"text": text, "samples": made, "rss_mb": resident, "growth": round(growth, 4)}
+    turn = max(1, samples // (10 * READINGS) // settings["batch"])
+    with _started(["ours"], "crop+randaug", data, settings) as (ours,):
+        readings = [[ours.turn(turn)["rss_mb"] for _ in range(READINGS)] for _ in range(10)]
+    resident = [round(statistics.median(tenth), 1) for tenth in readings]
+    loaded, growth = 10 * READINGS * turn * settings["batch"], max(resident[2:]) / resident[1] - 1
+    text = f"resident MB in each tenth of {loaded} samples: {resident}; grew by {100 * growth:.1f} % after the second"
+    return {"text": text, "samples": loaded, "rss_mb": resident, "growth": round(growth, 4)}
 
 
-def _start(samples: int) -> dict[str, Any]:
-    """Seconds from nothing to a first batch with an index of so many samples: the median of five processes."""
+def _measure_start_up(samples: int) -> dict[str, Any]:
+    """Seconds to the first batch with an index of `samples` samples: the median of five processes."""
     with tempfile.TemporaryDirectory(prefix="mvlm-start-") as folder:
-        data_start.build(Path(folder) / "data", samples)
+        start_up.build(Path(folder) / "data", samples)
         command = [sys.executable, "-m", "mvlm_benchmarks.data.start_up", str(Path(folder) / "data")]
-        found = [json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(5)]
-    seconds = [round(one["start_s"], 3) for one in found]
-    spent = statistics.median(one["cpu_s"] for one in found)
-    text = f"{statistics.median(seconds):.2f} s from nothing to the first batch of {found[0]['samples']} samples"
-    text += f", imports apart, of five processes: {seconds}; {spent:.2f} s of processor time"
-    return {"text": text, "samples": found[0]["samples"], "seconds": seconds, "cpu_s": round(spent, 3)}
+        runs = [json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(5)]
+    seconds = [round(run["start_s"], 3) for run in runs]
+    cpu_s = statistics.median(run["cpu_s"] for run in runs)
+    text = f"{statistics.median(seconds):.2f} s to the first batch of {runs[0]['samples']} samples, without imports"
+    text += f"; five processes: {seconds}; {cpu_s:.2f} s of processor time"
+    return {"text": text, "samples": runs[0]["samples"], "seconds": seconds, "cpu_s": round(cpu_s, 3)}
 
 
-def _feeds(need: float, ours: float) -> dict[str, Any]:
-    """Whether the loader's images a second are enough for a step that takes `need` pairs a second."""
-    enough = "feeds it" if ours >= need else f"is short of it: {need / ours:.1f} times these cores are needed"
-    text = f"a step takes {need:.0f} pairs/s; the loader's {ours:.0f} images/s on this machine {enough}"
+def _compare_with_step(step_rate: float, loader_rate: float) -> dict[str, Any]:
+    """Compare the loader's images per second with a step's pairs per second."""
+    enough = loader_rate >= step_rate
+    verdict = "is enough" if enough else f"is too slow: {step_rate / loader_rate:.1f} times these cores are needed"
+    text = f"a step takes {step_rate:.0f} pairs/s; the loader's {loader_rate:.0f} images/s on this machine {verdict}"
     return {
         "text": text,
-        "step_pairs_per_s": need,
-        "loader_images_per_s": ours,
-        "loader_over_step": round(ours / need, 3),
+        "step_pairs_per_s": step_rate,
+        "loader_images_per_s": loader_rate,
+        "loader_over_step": round(loader_rate / step_rate, 3),
     }
 
 
-def _step_rate(path: Path) -> float:
-    """The fastest step of a result of `mvlm bench step --json`."""
+def _fastest_step(path: Path) -> float:
+    """Pairs per second of the fastest contender in a JSON file of `mvlm bench step`."""
     try:
         rates = [row["pairs_per_s"] for row in json.loads(path.read_text())["rows"] if row.get("pairs_per_s")]
         return float(max(rates))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"step: wanted what `mvlm bench step --json` wrote, got {path}: {error!r}") from None
-
-
-def _chosen(what: str, wanted: Sequence[str], known: Sequence[str]) -> list[str]:
-    unknown = [name for name in wanted if name not in known]
-    if unknown:
-        raise ConfigError(f"{what}: wanted some of {', '.join(known)}, got {', '.join(map(repr, unknown))}")
-    return list(wanted) or list(known)
+        raise ConfigError(f"step: wanted a JSON file of `mvlm bench step --json`, got {path}: {error!r}") from None

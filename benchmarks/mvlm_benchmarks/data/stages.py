@@ -1,12 +1,12 @@
-"""Where our loader's time goes: the same shards through more and more of it.
+"""Cumulative stages of our loader, to find where its time goes.
 
-    read       the tars' components, by DALI's reader
-    decode     and the windows decoded
-    resize     and resized to squares
-    augment    and RandAugment, in the whole graph with its guard
-    hand-over  and captions, tokens and masks: batches as the model gets them
+    read       read the tars' components with DALI's reader
+    decode     + decode the random crops
+    resize     + resize them to squares
+    augment    + RandAugment, in the complete graph with its guard against bad files
+    hand-over  + captions, tokens and masks: batches as the model gets them
 
-Each is a contender of `data_worker`; what a stage takes is its time for a picture less that of the stage before.
+Each stage is a contender of `worker`. A stage's own time is its time per image minus that of the previous stage.
 """
 
 import tempfile
@@ -29,8 +29,8 @@ STAGES = ("read", "decode", "resize", "augment", "hand-over")
 THREADS = 2
 
 
-def batches(stage: str, data: Path, recipe: str, batch: int, size: int) -> Iterator[Any]:
-    """Endless results of the loader up to and with one stage."""
+def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int) -> Iterator[Any]:
+    """Endless results of the loader up to and including `stage`."""
     dataset = open_dataset(data, "train")
     augment = Augment(operations=2 if recipe == "crop+randaug" else 0)
     if stage == "hand-over":
@@ -40,9 +40,10 @@ def batches(stage: str, data: Path, recipe: str, batch: int, size: int) -> Itera
         return
     count = len(dataset) // batch * batch
     ids, epochs = Stream(dataset.shard, 0, shuffle=True)(0, count)
-    windows = uniforms(Purpose.CROP, 0, epochs, ids, 4)
+    crops = uniforms(Purpose.CROP, 0, epochs, ids, 4)
 
     def rows(k: Any) -> np.ndarray:
+        """The rows of batch k in the drawn arrays, int64 (B,)."""
         return (int(k) * batch + np.arange(batch)) % count
 
     with tempfile.TemporaryDirectory() as folder:
@@ -50,16 +51,16 @@ def batches(stage: str, data: Path, recipe: str, batch: int, size: int) -> Itera
         if stage == "augment":
             drawn = draw(augment, 0, epochs, ids, size)
             pipeline = build_pipeline(
-                tars, indices, lambda k: windows[rows(k)], Geometry(image_size=size), batch_size=batch,
+                tars, indices, lambda k: crops[rows(k)], Geometry(image_size=size), batch_size=batch,
                 num_threads=THREADS, guard=True, drawn=None if augment.nothing else lambda k: drawn.rows(rows(k)),
             )  # fmt: skip
         else:
-            pipeline = _part(stage, tars, indices, lambda k: windows[rows(k)], batch, size)
+            pipeline = _partial_pipeline(stage, tars, indices, lambda k: crops[rows(k)], batch, size)
     while True:
         yield pipeline.run()
 
 
-def _part(stage: str, tars: list[str], indices: list[str], draws: Any, batch: int, size: int) -> Any:
+def _partial_pipeline(stage: str, tars: list[str], indices: list[str], draws: Any, batch: int, size: int) -> Any:
     import nvidia.dali as dali
 
     fn: Any = dali.fn

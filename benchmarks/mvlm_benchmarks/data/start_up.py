@@ -1,9 +1,9 @@
-"""How long it takes from nothing to the first batch when the index has a million samples.
+"""Time to the first batch of a data set with a million samples.
 
     python -m mvlm_benchmarks.data.start_up FOLDER [--samples N]
 
-Writes N samples' indices over tars of 50 small pictures each, whose lines name every picture many times over: to the
-loader they are N samples. Prints the seconds of each part, imports apart.
+Writes tars of 50 small images each, with indices that name every image many times, so that the loader sees N samples.
+Prints the seconds of opening the data, making the loader and waiting for the first batch. Imports do not count.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 SHARDS = 200
-PICTURES = 50
+IMAGES_PER_SHARD = 50
 
 
 def build(folder: Path, samples: int) -> None:
-    """Write the data set: SHARDS tars and indices of `samples` lines in all."""
+    """Write the data set: SHARDS tars, with indices of `samples` lines in total."""
     import io
 
     from PIL import Image
@@ -29,15 +29,15 @@ def build(folder: Path, samples: int) -> None:
 
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(file, "JPEG")
-    one = folder.with_name(f"{folder.name}.one")
-    with ShardWriter(one, name="start", source="", licence="", attribution="", recipe={}) as writer:
-        for i in range(PICTURES):
+    single = folder.with_name(f"{folder.name}.one")
+    with ShardWriter(single, name="start", source="", licence="", attribution="", recipe={}) as writer:
+        for i in range(IMAGES_PER_SHARD):
             writer.add(f"{i:09d}", file.getvalue(), [f"a caption of sample {i}"], {"image_id": i})
-    tar, index = (one / "train-000000.tar").read_bytes(), (one / "train-000000.idx").read_text()
+    tar, index = (single / "train-000000.tar").read_bytes(), (single / "train-000000.idx").read_text()
     lines = index.splitlines()[1:]
     folder.mkdir(parents=True)
     count = samples // SHARDS
-    repeated = "\n".join([f"v1.2 {count}", *(lines[k % PICTURES] for k in range(count))]) + "\n"
+    repeated = "\n".join([f"v1.2 {count}", *(lines[k % IMAGES_PER_SHARD] for k in range(count))]) + "\n"
     shards = []
     for number in range(SHARDS):
         name = f"train-{number:06d}"
@@ -50,8 +50,7 @@ def build(folder: Path, samples: int) -> None:
 
 
 def seconds_to_first_batch(folder: Path, batch: int = 64) -> dict[str, float]:
-    """Seconds of opening the data, of making the loader, and to the first batch, one after
-    another; their sum; and processor time."""
+    """Seconds to open the data, to make the loader and to get the first batch; their sum; and processor time."""
     from mvlm_dataloading import Loader, open_dataset, train_tokenizer
     from mvlm_dataloading.augment import Augment
 
@@ -84,8 +83,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m mvlm_benchmarks.data.start_up", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("folder", type=Path, help="where to write the data set, if it is not there yet")
-    parser.add_argument("--samples", type=int, default=1_000_000, help="samples in the index")
+    parser.add_argument("folder", type=Path, help="folder of the data set; written if it does not exist")
+    parser.add_argument("--samples", type=int, default=1_000_000, help="samples in the indices")
     arguments = parser.parse_args()
     if not arguments.folder.exists():
         build(arguments.folder, arguments.samples)

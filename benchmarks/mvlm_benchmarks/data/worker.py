@@ -1,9 +1,12 @@
-"""One loader in a process of its own, which runs when it is told to: for each number a line of JSON.
+"""The process of one loader, run by `process.LoaderProcess`.
 
     python -m mvlm_benchmarks.data.worker CONTENDER RECIPE DATA BATCH SIZE
 
-Every contender hands over the same: pictures as normalised float32 (B, 3, S, S), a random window of each (scale 0.2 to
-1, ratio 3/4 to 4/3) resized with antialiasing, and captions. Ours hands over more: tokens and masks.
+Prints one line of JSON after the first batch. Then, for each number N on standard input, makes N batches and prints
+another line.
+
+Every contender gives the same: images as normalised float32 (B, 3, S, S), each a random crop (scale 0.2 to 1, ratio
+3/4 to 4/3) resized with antialiasing, and captions. Ours also gives tokens and masks.
 """
 
 import json
@@ -23,12 +26,13 @@ from mvlm_benchmarks.reasons import Missing, NotApplicable, one_line
 from mvlm_dataloading import Dataset, open_dataset
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # of the windows
+SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # of the crops
 WORKERS = 2
 RECIPES = ("crop", "crop+randaug")
 CONTENDERS = ("ours", "pil", "decode_jpeg", "webdataset+pil", "webdataset+simplejpeg")
 
 Batches = Iterator[tuple[Tensor, Any]]
+"""Images float32 (B, 3, S, S), and captions or our whole batch."""
 
 
 def ours(data: Path, recipe: str, batch: int, size: int) -> Batches:
@@ -42,11 +46,11 @@ def ours(data: Path, recipe: str, batch: int, size: int) -> Batches:
         augment=Augment(operations=2 if recipe == "crop+randaug" else 0),
     )  # fmt: skip
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (MEAN, STD))
-    # A model on a GPU takes the bytes and normalises in its first kernel; here they become what the others give. The
-    # batch is made where it is used, so its memory can be kept: fresh memory costs more than the arithmetic.
+    # In training the model takes bytes and normalises them on the GPU. Here they are normalised for a fair comparison.
+    # The result goes to one buffer, because fresh memory would cost more than the arithmetic.
     normalised = torch.empty(batch, 3, size, size)
-    for made, _ in loader:
-        yield normalised.copy_(made.images).sub_(mean).div_(std), made
+    for images_and_text, _ in loader:
+        yield normalised.copy_(images_and_text.images).sub_(mean).div_(std), images_and_text
 
 
 def _pil_transform(recipe: str, size: int) -> Callable[[Any], Tensor]:
@@ -70,8 +74,8 @@ def _tensor_transform(recipe: str, size: int) -> Callable[[Any], Tensor]:
     )
 
 
-class Files(torch.utils.data.Dataset):
-    """Samples by number from the same shards: where each lies is known, so no unpacked copy is needed."""
+class ShardDataset(torch.utils.data.Dataset):
+    """Samples of the shards by number. The index gives their offsets, so no unpacked copy is needed."""
 
     def __init__(self, dataset: Dataset, decode: Callable[[bytes], Any], transform: Callable[[Any], Tensor]):
         self.dataset, self.decode, self.transform = dataset, decode, transform
@@ -92,12 +96,13 @@ def _in_data_loader(dataset: Any, batch: int, shuffle: bool) -> Batches:
 
 
 def pil(data: Path, recipe: str, batch: int, size: int) -> Batches:
-    return _in_data_loader(Files(open_dataset(data, "train"), _decode_pil, _pil_transform(recipe, size)), batch, True)
+    dataset = open_dataset(data, "train")
+    return _in_data_loader(ShardDataset(dataset, _decode_pil, _pil_transform(recipe, size)), batch, True)
 
 
 def decode_jpeg(data: Path, recipe: str, batch: int, size: int) -> Batches:
     dataset = open_dataset(data, "train")
-    return _in_data_loader(Files(dataset, _decode_torchvision, _tensor_transform(recipe, size)), batch, True)
+    return _in_data_loader(ShardDataset(dataset, _decode_torchvision, _tensor_transform(recipe, size)), batch, True)
 
 
 def webdataset_pil(data: Path, recipe: str, batch: int, size: int) -> Batches:
@@ -106,7 +111,7 @@ def webdataset_pil(data: Path, recipe: str, batch: int, size: int) -> Batches:
 
 def webdataset_simplejpeg(data: Path, recipe: str, batch: int, size: int) -> Batches:
     if not open_dataset(data, "train").image_bytes(0).startswith(b"\xff\xd8"):
-        raise NotApplicable("simplejpeg decodes JPEG alone")
+        raise NotApplicable("simplejpeg decodes only JPEG")
     return _webdataset(data, _decode_simplejpeg, _tensor_transform(recipe, size), batch)
 
 
@@ -116,15 +121,15 @@ def _webdataset(data: Path, decode: Callable, transform: Callable, batch: int) -
     except ImportError:
         raise Missing("webdataset is not installed") from None
     dataset = open_dataset(data, "train")
-    # Shards are dealt to workers, so with fewer shards than workers some would stand idle; named twice they need not.
+    # webdataset gives whole shards to workers. With fewer shards than workers each is listed twice, so that none idles.
     tars = [str(tar) for tar in dataset.tars] * (WORKERS if len(dataset.tars) < WORKERS else 1)
-    made = (
+    samples = (
         webdataset.WebDataset(tars, shardshuffle=len(tars), seed=0, empty_check=False)
         .shuffle(1000)
         .to_tuple("jpg;jpeg;png;webp", "txt")
         .map_tuple(lambda image: transform(decode(image)), lambda text: text.decode())
     )
-    return _in_data_loader(made, batch, False)
+    return _in_data_loader(samples, batch, False)
 
 
 def _decode_pil(image: bytes) -> Any:
@@ -147,7 +152,7 @@ def _decode_simplejpeg(image: bytes) -> Tensor:
     return torch.from_numpy(simplejpeg.decode_jpeg(image)).permute(2, 0, 1)
 
 
-BUILD: dict[str, Callable[..., Batches]] = dict(
+LOADERS: dict[str, Callable[..., Batches]] = dict(
     zip(CONTENDERS, (ours, pil, decode_jpeg, webdataset_pil, webdataset_simplejpeg), strict=True)
 )
 
@@ -156,15 +161,15 @@ def main(contender: str, recipe: str, data: str, batch: str, size: str) -> None:
     torch.set_num_threads(1)
     try:
         if contender.startswith("stage:"):
-            from mvlm_benchmarks.data import stages as data_stages
+            from mvlm_benchmarks.data.stages import stage_batches
 
-            batches = data_stages.batches(contender.removeprefix("stage:"), Path(data), recipe, int(batch), int(size))
+            batches = stage_batches(contender.removeprefix("stage:"), Path(data), recipe, int(batch), int(size))
         else:
-            batches = BUILD[contender](Path(data), recipe, int(batch), int(size))
-        # The first batch starts threads, workers and caches.
+            batches = LOADERS[contender](Path(data), recipe, int(batch), int(size))
+        # The first batch starts threads and workers and fills caches.
         first = next(batches)
         if not contender.startswith("stage:"):
-            _check(first[0], int(batch), int(size))
+            _check_images(first[0], int(batch), int(size))
     except (ImportError, Missing, NotApplicable) as error:
         print(json.dumps({"status": "missing", "note": one_line(error)}), flush=True)
         return
@@ -177,16 +182,16 @@ def main(contender: str, recipe: str, data: str, batch: str, size: str) -> None:
         print(json.dumps({"seconds": seconds, "rss_mb": _rss_mb()}), flush=True)
 
 
-def _check(images: Tensor, batch: int, size: int) -> None:
+def _check_images(images: Tensor, batch: int, size: int) -> None:
     assert (images.dtype, tuple(images.shape)) == (torch.float32, (batch, 3, size, size))
-    assert 0.3 < float(images.std()) < 3, "pictures that are not normalised"
+    assert 0.3 < float(images.std()) < 3, "wanted normalised images"
 
 
 def _rss_mb() -> float:
-    """Megabytes that this process alone holds: pages of the tars, which it reads through mappings, are the system's."""
-    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024 / 1e6
+    """Megabytes of anonymous memory. Mapped pages of the tars do not count: the system may drop them at any time."""
+    match = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024 / 1e6
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Peers of cross_attention: each takes q (B, Lq, H, D), k and v as the op does, and returns the op's (B, Lq, H, D).
+"""Peers of cross_attention. Each takes q (B, Lq, H, D), k and v as the op does and returns (B, Lq, H, D).
 
-Libraries that know no packed or indexed keys are fed as their users feed them: padded into a dense batch, or copied by
-index. Those copies are part of what is timed; the masks and indices for them are made once, by the builder.
+A library without packed or indexed keys gets them as its users would give them: padded to a dense batch, or copied by
+index. These copies are timed. Their masks and indices are not: the builder makes them once.
+
+Legend: B rows of queries, B' rows of keys, Lq and Lk their lengths, H heads, D head width.
 """
 
 from collections.abc import Callable
@@ -34,26 +36,30 @@ def cudnn_backend() -> Any:
     return sdpa_kernel(SDPBackend.CUDNN_ATTENTION)
 
 
-def _need_cuda(inputs: Inputs) -> None:
+def require_cuda(inputs: Inputs) -> None:
+    """Raise Missing for tensors on a CPU."""
     if not inputs.leaves["q"].is_cuda:
         raise Missing("needs a CUDA device")
 
 
 def _key_lengths(inputs: Inputs) -> Tensor | None:
-    """(B',) int32 lengths of padded or packed keys; None where every row is full."""
+    """int32 (B',) lengths of padded or packed keys, or None if every row is full."""
     if "cu_seqlens_k" in inputs.fixed:
         return inputs.fixed["cu_seqlens_k"].diff()
     return inputs.fixed.get("key_lengths")
 
 
-def _rows_that_exist(lengths: Tensor, longest: int) -> Tensor:
-    """Indices into (B' * longest) of the rows within lengths, in order."""
-    exists = torch.arange(longest, device=lengths.device) < lengths[:, None]
-    return exists.flatten().nonzero()[:, 0]
+def _valid_rows(lengths: Tensor, longest: int) -> Tensor:
+    """int64: the rows of a (B' * longest, ...) tensor that are no padding, in order."""
+    valid = torch.arange(longest, device=lengths.device) < lengths[:, None]  # (B', longest), True = a key
+    return valid.flatten().nonzero()[:, 0]
 
 
-def _dense(inputs: Inputs) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
-    """How to make k or v one dense row (B, Lk, H, D) for each of q's, and which keys exist: (B, 1, 1, Lk) or None."""
+def _to_dense(inputs: Inputs) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
+    """A function that expands k or v to (B, Lk, H, D), and the mask of valid keys.
+
+    The mask is bool (B, 1, 1, Lk), True = a key, or None if every key is valid.
+    """
     fixed = inputs.fixed
     lengths = _key_lengths(inputs)
     if "key_index" in fixed:
@@ -65,7 +71,7 @@ def _dense(inputs: Inputs) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
     mask = (torch.arange(longest, device=lengths.device) < lengths[:, None])[:, None, None, :]
     if "cu_seqlens_k" not in fixed:
         return lambda x: x, mask
-    batch, rows = len(lengths), _rows_that_exist(lengths, longest)
+    batch, rows = len(lengths), _valid_rows(lengths, longest)
 
     def pad(x: Tensor) -> Tensor:
         padded = x.new_zeros(batch * longest, *x.shape[1:]).index_copy(0, rows, x)
@@ -75,14 +81,14 @@ def _dense(inputs: Inputs) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
 
 
 def _composition(inputs: Inputs, softmax: Callable[[Tensor], Tensor]) -> Function:
-    dense, mask = _dense(inputs)
+    dense, mask = _to_dense(inputs)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, dense(k), dense(v)))
         scores = (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        # The output projection reads rows of H*D: a layout that has to be copied for it is copied here.
+        # The next layer, the output projection, needs rows of H*D: a peer with another layout pays for the copy.
         return (softmax(scores) @ v).transpose(1, 2).contiguous()
 
     return attend
@@ -93,16 +99,16 @@ def eager(inputs: Inputs) -> Function:
 
 
 def liger(inputs: Inputs) -> Function:
-    """Liger has no cross-attention; its softmax kernel replaces torch's in the composition."""
+    """The eager composition with Liger's softmax kernel; Liger has no cross-attention."""
     from liger_kernel.ops import LigerSoftmaxFunction  # pyright: ignore[reportMissingImports]
 
-    _need_cuda(inputs)
+    require_cuda(inputs)
     return _composition(inputs, LigerSoftmaxFunction.apply)
 
 
 def sdpa(inputs: Inputs) -> Function:
-    """The backend is the one whose context is entered; where it does not take a call, torch raises."""
-    dense, mask = _dense(inputs)
+    """torch SDPA with the backend whose context is entered. torch raises if that backend refuses the call."""
+    dense, mask = _to_dense(inputs)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, dense(k), dense(v)))
@@ -112,12 +118,12 @@ def sdpa(inputs: Inputs) -> Function:
 
 
 def sdpa_cuda(inputs: Inputs) -> Function:
-    _need_cuda(inputs)
+    require_cuda(inputs)
     return sdpa(inputs)
 
 
 def flex(inputs: Inputs) -> Function:
-    """Compiled FlexAttention: lengths as a block mask; packed keys as one long sequence with a document mask."""
+    """Compiled FlexAttention. Lengths become a block mask; packed keys one long sequence with a document mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     attention: Any = torch.compile(flex_attention, dynamic=False)
@@ -138,7 +144,7 @@ def flex(inputs: Inputs) -> Function:
             )
 
         return packed
-    dense, _ = _dense(inputs)
+    dense, _ = _to_dense(inputs)
     block_mask = None
     if lengths is not None:
         len_k = inputs.leaves["k"].shape[1]
@@ -152,14 +158,14 @@ def flex(inputs: Inputs) -> Function:
 
 
 def xformers(inputs: Inputs) -> Function:
-    """memory_efficient_attention; lengths and packed keys as block-diagonal masks over one flat sequence."""
+    """memory_efficient_attention. Lengths and packed keys become block-diagonal masks over one flat sequence."""
     from xformers.ops import memory_efficient_attention as attention  # pyright: ignore[reportMissingImports]
     from xformers.ops.fmha import attn_bias  # pyright: ignore[reportMissingImports]
 
-    _need_cuda(inputs)
+    require_cuda(inputs)
     lengths = _key_lengths(inputs)
     if lengths is None:
-        dense, _ = _dense(inputs)
+        dense, _ = _to_dense(inputs)
         return lambda q, k, v: attention(q, dense(k), dense(v))
     batch, len_q = inputs.leaves["q"].shape[:2]
     rows_q, rows_k = [len_q] * batch, lengths.tolist()
@@ -191,29 +197,29 @@ def flash_attn_4(inputs: Inputs) -> Function:
 
 
 def _flash_attn(inputs: Inputs, dense_attention: Any, packed_attention: Any) -> Function:
-    _need_cuda(inputs)
+    require_cuda(inputs)
     q, lengths = inputs.leaves["q"], _key_lengths(inputs)
     if lengths is None:
-        dense, _ = _dense(inputs)
-        return lambda q, k, v: _first(dense_attention(q, dense(k), dense(v)))
+        dense, _ = _to_dense(inputs)
+        return lambda q, k, v: _output(dense_attention(q, dense(k), dense(v)))
     batch, len_q = q.shape[:2]
     longest = inputs.fixed.get("max_len_k", inputs.leaves["k"].shape[1])
-    sides = {
+    arguments = {
         "cu_seqlens_q": torch.arange(batch + 1, device=q.device, dtype=torch.int32) * len_q,
         "cu_seqlens_k": F.pad(lengths.cumsum(0), (1, 0)).int(),
         "max_seqlen_q": len_q,
         "max_seqlen_k": longest,
     }
-    rows = None if "cu_seqlens_k" in inputs.fixed else _rows_that_exist(lengths, longest)
+    rows = None if "cu_seqlens_k" in inputs.fixed else _valid_rows(lengths, longest)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if rows is not None:
             k, v = (x.flatten(0, 1).index_select(0, rows) for x in (k, v))
-        return _first(packed_attention(q.flatten(0, 1), k, v, **sides)).unflatten(0, (batch, len_q))
+        return _output(packed_attention(q.flatten(0, 1), k, v, **arguments)).unflatten(0, (batch, len_q))
 
     return attend
 
 
-def _first(out: Any) -> Tensor:
-    """flash-attn 4 returns the log-sum-exp beside the output."""
-    return out[0] if isinstance(out, tuple) else out
+def _output(result: Any) -> Tensor:
+    """The output alone; flash-attn 4 returns (output, log-sum-exp)."""
+    return result[0] if isinstance(result, tuple) else result

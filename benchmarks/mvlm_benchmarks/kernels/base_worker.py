@@ -1,8 +1,9 @@
-"""The process behind ``--base``: a JSON request a line on standard input, a JSON answer a line on standard output.
+"""The worker process of `--base`: one JSON request per line on standard input, one JSON answer per line on its output.
 
-Run as ``python -m mvlm_benchmarks.kernels.base_worker DEVICE QUICK`` with the exported revision first on the path. What
-imports ``mvlm_kernels`` is imported when it is asked for, so that a revision too old for these benchmarks is an answer
-and not a crash.
+    python -m mvlm_benchmarks.kernels.base_worker DEVICE QUICK
+
+The exported revision comes first on the path. Modules that import `mvlm_kernels` are imported by the requests, so that
+a revision that is too old for these benchmarks gives an error answer and not a crash.
 """
 
 import json
@@ -10,72 +11,74 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+from mvlm_benchmarks.reasons import one_line
+
 
 def serve(device: str, quick: bool, requests: IO[str], answers: IO[str]) -> None:
-    """Answer every request with {"value": ..} or {"error": a line}."""
-    worker = _Contender(device, quick)
+    """Answer every request with {"value": ..} or {"error": one line}."""
+    handler = _RequestHandler(device, quick)
     for line in requests:
-        request = json.loads(line)
+        message = json.loads(line)
         try:
-            answer = {"value": getattr(worker, request.pop("what"))(**request)}
+            answer = {"value": getattr(handler, message.pop("request"))(**message)}
         except Exception as error:
-            answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
+            answer = {"error": one_line(error)}
         print(json.dumps(answer), file=answers, flush=True)
 
 
-class _Contender:
-    """Our op of that revision at one case at a time; every method is a request."""
+class _RequestHandler:
+    """The revision's op at one case at a time. Each public method answers the request of its name."""
 
     def __init__(self, device: str, quick: bool) -> None:
         self._device, self._quick = device, quick
-        self._local: Any = None
+        self._contender: Any = None
 
-    def where(self) -> str:
-        import mvlm_benchmarks.kernels.measure  # noqa: F401  (fails here where the revision lacks what it needs)
+    def kernels_path(self) -> str:
+        """The file of the imported mvlm_kernels; an error if the revision lacks what the benchmarks need."""
+        import mvlm_benchmarks.kernels.measure  # noqa: F401
         import mvlm_kernels
 
         return str(Path(mvlm_kernels.__file__).resolve())
 
     def open(self, op: str, shape: str, batch: int, dtype: str) -> dict[str, list[str]]:
+        """Prepare and check the case; returns [status, note] of each pass."""
         import torch
 
-        from mvlm_benchmarks.clock import make_clock, settings
+        from mvlm_benchmarks.clock import make_clock, torch_settings
         from mvlm_benchmarks.kernels.cases import cases
-        from mvlm_benchmarks.kernels.measure import Local, expect, tolerance
+        from mvlm_benchmarks.kernels.measure import LocalContender, run_reference, tolerance
         from mvlm_benchmarks.kernels.peers import ours
 
-        self._local = None  # the last case's tensors go first
+        self._contender = None  # free the previous case's tensors first
         case = next(c for c in cases(batch, getattr(torch, dtype)) if (c.op, c.shape) == (op, shape))
-        with settings(self._device):
+        with torch_settings(self._device):
             inputs = case.make(self._device)
-            expected = expect(case, inputs)
+            expected = run_reference(case, inputs)
             clock = make_clock(self._device, self._quick)
-            self._local = Local(case, inputs, ours(case, inputs), expected.incoming, clock)
-            outcomes = self._local.check(expected, tolerance(case, self._device))
-        return {name: [o.status, o.note] for name, o in outcomes.items()}
+            self._contender = LocalContender(case, inputs, ours(case, inputs), expected.incoming, clock)
+            outcomes = self._contender.check(expected, tolerance(case, self._device))
+        return {name: [outcome.status, outcome.note] for name, outcome in outcomes.items()}
 
     def time(self, name: str) -> list[float]:
-        from mvlm_benchmarks.clock import settings
-
-        with settings(self._device):
-            timing = self._local.time(name)
+        """Microseconds of the pass: median, 20th and 80th percentile."""
+        timing = self._measure("time", name)
         return [timing.us, timing.p20, timing.p80]
 
     def graph(self, name: str) -> float | None:
-        from mvlm_benchmarks.clock import settings
-
-        with settings(self._device):
-            return self._local.graph(name)
+        return self._measure("graph", name)
 
     def peak_mb(self, name: str) -> float | None:
-        from mvlm_benchmarks.clock import settings
+        return self._measure("peak_mb", name)
 
-        with settings(self._device):
-            return self._local.peak_mb(name)
+    def _measure(self, figure: str, name: str) -> Any:
+        from mvlm_benchmarks.clock import torch_settings
+
+        with torch_settings(self._device):
+            return getattr(self._contender, figure)(name)
 
 
 def forget_editable_kernels() -> None:
-    """An editable install finds modules of ours that the revision lacks, and would mix the two: take ours out of it."""
+    """Remove mvlm_kernels from editable installs: their finders would fill in modules that the revision lacks."""
     for finder in sys.meta_path:
         module = sys.modules.get(getattr(finder, "__module__", ""))
         getattr(module, "MAPPING", {}).pop("mvlm_kernels", None)
@@ -83,6 +86,6 @@ def forget_editable_kernels() -> None:
 
 if __name__ == "__main__":
     forget_editable_kernels()
-    # Whatever a library prints goes to the error stream, so that answers stand alone on the other.
+    # Libraries may print, so standard output becomes standard error and carries no answers.
     answers, sys.stdout = sys.stdout, sys.stderr
     serve(sys.argv[1], sys.argv[2] == "1", sys.stdin, answers)

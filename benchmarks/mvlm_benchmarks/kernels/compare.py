@@ -1,7 +1,7 @@
-"""All contenders of one case: prepared, checked against the float64 reference, then timed in turns.
+"""Comparison of all contenders at one case: prepare, check against the float64 reference, time in turns.
 
-In each round every contender runs every pass, so that a clock that drifts or a neighbour that wakes up falls on all of
-them; what is reported is the median over rounds.
+In each round every contender runs every pass, so that a drifting clock rate or another process affects all of them.
+Reported figures are medians over rounds.
 """
 
 import statistics
@@ -13,10 +13,10 @@ import torch
 
 import mvlm_kernels
 from mvlm_benchmarks.clock import Clock, Timing
-from mvlm_benchmarks.kernels.base_revision import Worker
+from mvlm_benchmarks.kernels.base_revision import BaseWorker
 from mvlm_benchmarks.kernels.cases import Case
 from mvlm_benchmarks.kernels.inputs import Inputs
-from mvlm_benchmarks.kernels.measure import Expected, Local, Outcome, expect, passes_of, tolerance
+from mvlm_benchmarks.kernels.measure import Expected, LocalContender, Outcome, passes_of, run_reference, tolerance
 from mvlm_benchmarks.kernels.peers import Peer, ours_as_peer
 from mvlm_benchmarks.machine import roofline_us
 from mvlm_benchmarks.reasons import Missing, NotApplicable, one_line
@@ -27,45 +27,45 @@ Row = dict[str, Any]
 
 @dataclass
 class Entry:
-    """One contender at one case: what became of each pass, and what was measured of it."""
+    """Outcomes and measurements of one contender at one case, by pass."""
 
     contender: str
     outcomes: dict[str, Outcome]
-    runs: Local | Worker | None = None
+    runner: LocalContender | BaseWorker | None = None
     timings: dict[str, list[Timing]] = field(default_factory=dict)
     graph_us: dict[str, float | None] = field(default_factory=dict)
     peak_mb: dict[str, float | None] = field(default_factory=dict)
 
     def attempt(self, what: Literal["time", "graph", "peak_mb"], name: str) -> Any:
-        """The figure of the pass; None where it has failed or fails now, which ends no other pass and no other peer."""
+        """The figure of the pass, or None if the pass has failed or fails now. Other passes and contenders continue."""
         outcome = self.outcomes[name]
         if outcome.status != "ok":
             return None
         try:
-            return getattr(self.runs, what)(name)
+            return getattr(self.runner, what)(name)
         except Exception as error:
-            # Without its peak or its CUDA graph a pass still has its time.
+            # A pass without a peak or a CUDA graph still has its time.
             status = "error" if what == "time" else "ok"
             self.outcomes[name] = Outcome(status, f"{outcome.note} {what}: {one_line(error)}".strip())
             return None
 
 
 def bench_case(
-    case: Case, device: str, peers: Iterable[Peer], clock: Clock, rounds: int, worker: Worker | None = None
+    case: Case, device: str, peers: Iterable[Peer], clock: Clock, rounds: int, worker: BaseWorker | None = None
 ) -> list[Entry]:
-    """Every contender's figures, ours first, then --base's (worker), then the peers that know the op."""
+    """Measure every contender: ours, then that of `--base` (worker), then the peers that implement the op."""
     names = passes_of(case)
     contenders = [ours_as_peer(case), *(peer for peer in peers if case.op in peer.builders)]
     try:
         inputs = case.make(device)
-        expected = expect(case, inputs)
+        expected = run_reference(case, inputs)
     except Exception as error:
         outcome = Outcome("error", f"the float64 reference did not run: {one_line(error)}")
         return [Entry(peer.name, dict.fromkeys(names, outcome)) for peer in contenders]
     entries = [prepare(peer, case, inputs, expected, clock, device) for peer in contenders]
-    if device == "cuda" and (why := _why_torch(case, inputs)):
+    if device == "cuda" and (note := _torch_fallback(case, inputs)):
         entries[0].outcomes = {
-            k: Outcome(o.status, why) if o.status == "ok" else o for k, o in entries[0].outcomes.items()
+            k: Outcome(o.status, note) if o.status == "ok" else o for k, o in entries[0].outcomes.items()
         }
     if worker is not None:
         entries.insert(1, _open_base(worker, case, names))
@@ -79,7 +79,7 @@ def bench_case(
     for entry in entries:
         for name in names:
             entry.peak_mb[name] = entry.attempt("peak_mb", name)
-    # Last: a capture that fails may leave the device in a state that shows in what follows.
+    # Graphs come last: a failed capture may leave the device in a state that spoils later measurements.
     for entry in entries:
         for name in names:
             entry.graph_us[name] = entry.attempt("graph", name)
@@ -87,7 +87,7 @@ def bench_case(
 
 
 def prepare(peer: Peer, case: Case, inputs: Inputs, expected: Expected, clock: Clock, device: str) -> Entry:
-    """Build the peer's function for the case and run both passes once against the reference."""
+    """Build the peer's function for the case and check both passes against the reference."""
     names = passes_of(case)
     try:
         function = peer.builders[case.op](inputs)
@@ -97,17 +97,17 @@ def prepare(peer: Peer, case: Case, inputs: Inputs, expected: Expected, clock: C
         return Entry(peer.name, dict.fromkeys(names, Outcome("not applicable", str(error))))
     except Exception as error:
         return Entry(peer.name, dict.fromkeys(names, Outcome("error", one_line(error))))
-    local = Local(case, inputs, function, expected.incoming, clock, peer.context)
+    local = LocalContender(case, inputs, function, expected.incoming, clock, peer.context)
     return Entry(peer.name, local.check(expected, tolerance(case, device)), local)
 
 
-def _why_torch(case: Case, inputs: Inputs) -> str:
-    """Why our op is not a Triton kernel here; "" where it is."""
-    found = mvlm_kernels.explain(case.ours, **inputs.leaves, **inputs.fixed)
-    return "" if found.backend == "triton" else f"runs torch: {'; '.join(found.reasons)}"
+def _torch_fallback(case: Case, inputs: Inputs) -> str:
+    """A note with the reasons why our op runs torch and not Triton, or ""."""
+    choice = mvlm_kernels.explain(case.ours, **inputs.leaves, **inputs.fixed)
+    return "" if choice.backend == "triton" else f"runs torch: {'; '.join(choice.reasons)}"
 
 
-def _open_base(worker: Worker, case: Case, names: tuple[str, ...]) -> Entry:
+def _open_base(worker: BaseWorker, case: Case, names: tuple[str, ...]) -> Entry:
     try:
         return Entry("base", worker.open(case), worker)
     except RuntimeError as error:
@@ -115,17 +115,19 @@ def _open_base(worker: Worker, case: Case, names: tuple[str, ...]) -> Entry:
 
 
 def rows_of(case: Case, entries: list[Entry], gpu: Gpu | None = None) -> list[Row]:
-    """One row for each contender and pass, whatever became of it; a figure that there is not is None.
+    """One row for each contender and pass. Missing figures are None.
 
-    gpu: the data sheet's rates, None for a machine that the roofline table does not have. Its operations are bfloat16's
-    and float16's, so float32 gets no share of a roofline.
+    gpu: peak rates from the data sheet, or None for an unknown machine. The rates are for bfloat16 and float16, so
+    float32 has no `roofline_pct`.
     """
     roofline = roofline_us(case.minimum, case.flops, gpu) if gpu and case.dtype != torch.float32 else {}
     forward, backward = case.minimum
     bytes_minimum = {"forward": forward, "backward": backward, "both": forward + backward}
-    # Of a pass that failed in a later round nothing counts.
+    # A pass that failed in a later round has no figures.
     medians = {
-        entry.contender: {n: _median(found) for n, found in entry.timings.items() if entry.outcomes[n].status == "ok"}
+        entry.contender: {
+            n: _median(timings) for n, timings in entry.timings.items() if entry.outcomes[n].status == "ok"
+        }
         for entry in entries
     }
     rows = []

@@ -1,16 +1,16 @@
-"""Host time of each op's call: ours beyond what torch's own dispatch of an op with its gradient costs.
+"""Host time of one call of each op, compared with torch's own dispatch of an empty op.
 
     python -m mvlm_benchmarks.kernels.host_time [--rounds N] [--json FILE]
 
-Needs no GPU. A call runs all that the host does for it (checks, dispatch, autograd, choice of tiles, allocation of the
-outputs) up to the launch, which is left out: Triton's own launcher needs a driver. Index values are not read, as on a
-GPU. Beside it, in turns, an empty op registered in the same way, with the same tensors in and outputs of the same
-shapes allocated: that is torch's part. Microseconds of processor time a call: least and median of the rounds. The
-least says more: whatever else runs on the machine only ever adds.
+No GPU is needed. A call runs everything that the host does (checks, dispatch, autograd, choice of tiles, allocation of
+the outputs) except the launch, because Triton's launcher needs a driver. Index values are not read, as on a GPU.
+
+Calls of an empty op take turns with ours. It is registered like ours, takes the same tensors and allocates outputs of
+the same shapes, so its time is torch's part. Figures are microseconds of processor time per call, minimum and median
+of the rounds. The minimum is the better figure: other processes can only add to it.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mvlm_benchmarks.machine import describe
+from mvlm_benchmarks.results import write_json
 from mvlm_kernels import (
     cross_attention,
     dispatch,
@@ -32,15 +33,21 @@ from mvlm_kernels import (
     use_backend,
 )
 
-CALLS = 400  # of one contender, one after the other, in a round
+CALLS = 400
+"""Consecutive calls of one contender in a round."""
 
 
-def probe(name: str, inputs: int, shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> Callable[..., Any]:
-    """An op of so many tensors in that allocates outputs of these shapes, registered as ours are, with a gradient."""
+def empty_op(name: str, inputs: int, shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> Callable[..., Any]:
+    """An op with a gradient that computes nothing, registered like ours.
+
+    Args:
+        inputs: number of tensors that it takes.
+        shapes: shape and dtype of each output, which is allocated.
+    """
 
     def implementation(*x: Tensor) -> Any:
-        made = [torch.empty(shape, dtype=dtype, device=x[0].device) for shape, dtype in shapes]
-        return made[0] if len(made) == 1 else tuple(made)
+        outputs = [torch.empty(shape, dtype=dtype, device=x[0].device) for shape, dtype in shapes]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -55,11 +62,11 @@ def probe(name: str, inputs: int, shapes: list[tuple[tuple[int, ...], torch.dtyp
 
     arguments = ", ".join(f"Tensor x{i}" for i in range(inputs))
     returns = ", ".join(["Tensor"] * len(shapes))
-    return registration.define(f"probe_{name}({arguments}) -> ({returns})", implementation, implementation, Function)
+    return registration.define(f"empty_{name}({arguments}) -> ({returns})", implementation, implementation, Function)
 
 
 def contenders() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """Op -> (our call, the probe's call), at small sizes: the host's work does not depend on them."""
+    """Op -> (our call, the empty op's call), at small sizes: host time does not depend on them."""
     bf16, f32 = torch.bfloat16, torch.float32
     q = torch.zeros(2, 197, 12, 64, dtype=bf16, requires_grad=True)
     k, v = (torch.zeros(2, 32, 12, 64, dtype=bf16, requires_grad=True) for _ in range(2))
@@ -77,11 +84,11 @@ def contenders() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     mean, std = [0.5] * 3, [0.25] * 3
 
     losses = [((), f32), ((2, 116, 768), torch.int8)]
-    attention = probe("attention", 4, [((2, 197, 12, 64), bf16), ((2, 12, 197), f32)])
-    gather = probe("gather", 2, [((2, 116, 768), bf16)])
-    masked_loss = probe("masked_loss", 3, losses)
-    linear_loss = probe("linear_loss", 5, losses)
-    place = probe("place", 5, [((2, 197, 768), bf16)])
+    attention = empty_op("attention", 4, [((2, 197, 12, 64), bf16), ((2, 12, 197), f32)])
+    gather = empty_op("gather", 2, [((2, 116, 768), bf16)])
+    masked_loss = empty_op("masked_loss", 3, losses)
+    linear_loss = empty_op("linear_loss", 5, losses)
+    place = empty_op("place", 5, [((2, 197, 768), bf16)])
     return {
         "cross_attention": (
             lambda: cross_attention(q, k, v, key_lengths=lengths),
@@ -107,7 +114,7 @@ def contenders() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
 
 
 def microseconds(call: Callable[[], Any]) -> float:
-    """Mean of CALLS calls."""
+    """Microseconds of processor time per call, the mean of CALLS calls."""
     started = time.process_time()
     for _ in range(CALLS):
         call()
@@ -115,20 +122,20 @@ def microseconds(call: Callable[[], Any]) -> float:
 
 
 def measure(rounds: int = 15) -> list[dict[str, Any]]:
-    """Rows of op, ours, torch and beyond: microseconds a forward call, the least of the rounds and their median."""
+    """Rows with op, ours, torch, beyond (ours - torch) and beyond_median, in microseconds per forward call."""
     rows = []
     with dispatch.recording(lambda *_: None, target_arch=90), use_backend("triton"):
-        for name, (ours, torchs) in contenders().items():
-            for call in (ours, torchs):
+        for name, (ours, empty) in contenders().items():
+            for call in (ours, empty):
                 call()
-            pairs = [(microseconds(ours), microseconds(torchs)) for _ in range(rounds)]
-            least = [min(column) for column in zip(*pairs, strict=True)]
+            pairs = [(microseconds(ours), microseconds(empty)) for _ in range(rounds)]
+            minimum = [min(column) for column in zip(*pairs, strict=True)]
             rows.append(
                 {
                     "op": name,
-                    "ours": least[0],
-                    "torch": least[1],
-                    "beyond": least[0] - least[1],
+                    "ours": minimum[0],
+                    "torch": minimum[1],
+                    "beyond": minimum[0] - minimum[1],
                     "beyond_median": statistics.median(a - b for a, b in pairs),
                 }
             )
@@ -139,18 +146,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m mvlm_benchmarks.kernels.host_time", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of both contenders in turns")
-    parser.add_argument("--json", type=Path, help='write {"machine": .., "rows": [..]} here')
+    parser.add_argument("--rounds", type=int, default=15, help="rounds, in each of which both contenders take a turn")
+    parser.add_argument("--json", type=Path, help='JSON file: {"machine": .., "rows": [..]}')
     options = parser.parse_args()
     rows = measure(options.rounds)
-    print(f"{'op':18} {'ours':>6} {'torch':>6} {'beyond':>7} {'median':>7}  microseconds a forward call")
+    print(f"{'op':18} {'ours':>6} {'torch':>6} {'beyond':>7} {'median':>7}  microseconds per forward call")
     for row in rows:
         figures = f"{row['ours']:6.1f} {row['torch']:6.1f} {row['beyond']:7.1f} {row['beyond_median']:7.1f}"
         print(f"{row['op']:18} {figures}")
     if options.json:
-        options.json.write_text(
-            json.dumps({"machine": describe("cpu", ["torch", "triton"]), "rows": rows}, indent=1) + "\n"
-        )
+        write_json({"machine": describe("cpu", ["torch", "triton"]), "rows": rows}, options.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""One contender at one case: is it right, and how long does each pass take.
+"""Correctness and time of one contender at one case.
 
-Three passes. forward: the call with gradients enabled, so with whatever it saves for backward. backward: gradients of
-all leaves from a result that is there. both: one after the other.
+There are three passes:
+
+    forward   the call with gradients enabled, so it saves what backward needs
+    backward  the gradients of all leaves from an existing output
+    both      forward, then backward
 """
 
 import contextlib
@@ -19,35 +22,37 @@ from mvlm_benchmarks.kernels.inputs import Inputs
 from mvlm_benchmarks.reasons import one_line
 
 PASSES = ("forward", "backward", "both")
-# Largest error over the largest value of the reference. float32 runs in TF32 on a GPU, whose products have 10 bits.
+# Largest error relative to the reference's largest value. On a GPU float32 is TF32, which rounds operands to 10 bits.
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
 TOLERANCE_CPU_FLOAT32 = 1e-4
-# Gradients of a mean over millions of pixels are below what float16 holds; training scales its loss, and so do we.
+# Gradients of a mean over millions of pixels underflow in float16, so the loss is scaled as in training.
 LOSS_SCALE = 2.0**15
 
 Function = Callable[..., Tensor]
 
 
 def passes_of(case: Case) -> tuple[str, ...]:
-    """A case without gradients (of uint8 images) has a forward pass only."""
+    """The passes of a case; one without gradients (uint8 images) has a forward pass only."""
     return PASSES if case.minimum[1] else PASSES[:1]
 
 
 @dataclass(frozen=True)
 class Expected:
-    """The float64 reference's output and gradients, and the incoming gradient they belong to."""
+    """Output and gradients of the float64 reference."""
 
     out: Tensor
     gradients: tuple[Tensor, ...]
+    """Of the leaves, in their order."""
     incoming: Tensor
+    """The gradient of the output, from which those of the leaves are computed."""
 
 
-def expect(case: Case, inputs: Inputs) -> Expected:
-    """Run the case's reference in float64, on the inputs' device."""
+def run_reference(case: Case, inputs: Inputs) -> Expected:
+    """Output and gradients of the case's reference, in float64 on the inputs' device."""
     leaves = {name: x.detach().double().requires_grad_() for name, x in inputs.leaves.items()}
     out = case.reference(**leaves, **inputs.fixed)
     if out.ndim:
-        # Drawn on the CPU, as the inputs are.
+        # Drawn on the CPU, like the inputs.
         drawn = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device, case.dtype)
     else:
         drawn = torch.tensor(LOSS_SCALE, device=out.device)
@@ -56,13 +61,14 @@ def expect(case: Case, inputs: Inputs) -> Expected:
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """Largest error over the largest wanted value; infinite where a shape differs or a value is not finite."""
+    """Largest error over the largest wanted value; infinite if a shape differs or a value is not finite."""
     if got.shape != wanted.shape or not bool(got.isfinite().all()):
         return float("inf")
     return float((got.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
 
 
 def tolerance(case: Case, device: str) -> float:
+    """The largest relative error that is allowed; device: "cpu" or "cuda"."""
     if device == "cpu" and case.dtype == torch.float32:
         return TOLERANCE_CPU_FLOAT32
     return TOLERANCES[case.dtype]
@@ -70,14 +76,15 @@ def tolerance(case: Case, device: str) -> float:
 
 @dataclass(frozen=True)
 class Outcome:
-    """ok, missing, not applicable, error or WRONG, and why."""
+    """Status of a pass, with the reason if it has no figure."""
 
     status: str
+    """ok, missing, not applicable, error or WRONG."""
     note: str = ""
 
 
-class Local:
-    """A contender in this process: ``function`` of the leaves in their order, used inside ``context``."""
+class LocalContender:
+    """A contender in this process: `function` of the leaves in their order, always called inside `context`."""
 
     def __init__(
         self,
@@ -94,7 +101,10 @@ class Local:
         self._incoming = incoming
 
     def check(self, expected: Expected, limit: float) -> dict[str, Outcome]:
-        """The outcome of each pass. An error in backward leaves forward standing; a wrong output condemns all."""
+        """Run both passes once and compare them with the reference.
+
+        Returns the outcome of each pass. A wrong output fails all passes; a wrong gradient fails backward and both.
+        """
         with warnings.catch_warnings(record=True) as caught, self.context():
             try:
                 out = self._function(*self._leaves)
@@ -105,12 +115,14 @@ class Local:
                 return dict.fromkeys(self._passes, _wrong("output", error, limit))
             outcomes = dict.fromkeys(self._passes, Outcome("ok"))
             try:
-                names = self._gradient_errors(out, expected) if self._leaves else {}
-                late = next((_wrong(n, e, limit) for n, e in names.items() if not e <= limit), None)
+                errors = self._gradient_errors(out, expected) if self._leaves else {}
+                failure = next(
+                    (_wrong(name, error, limit) for name, error in errors.items() if not error <= limit), None
+                )
             except Exception as problem:
-                late = Outcome("error", _with_warnings(problem, caught))
-            if late is not None:
-                outcomes.update(dict.fromkeys(self._passes[1:], late))
+                failure = Outcome("error", _with_warnings(problem, caught))
+            if failure is not None:
+                outcomes.update(dict.fromkeys(self._passes[1:], failure))
             return outcomes
 
     def _gradient_errors(self, out: Tensor, expected: Expected) -> dict[str, float]:
@@ -121,7 +133,7 @@ class Local:
         }
 
     def step(self, name: str) -> Step:
-        """A function that runs the pass once. For backward, forward has run by then."""
+        """A function that runs the pass once. For `backward`, the forward runs here and not in that function."""
         function, leaves = self._function, self._leaves
         if name == "forward":
             return lambda: function(*leaves)
@@ -154,6 +166,6 @@ def _wrong(what: str, error: float, limit: float) -> Outcome:
 
 
 def _with_warnings(problem: Exception, caught: list[warnings.WarningMessage]) -> str:
-    """torch says in warnings why an SDPA backend refuses."""
-    said = " ".join(dict.fromkeys(str(w.message).split(" (Triggered", 1)[0] for w in caught))
-    return f"{one_line(problem)} {said}".strip()[:600]
+    """The exception with the warnings before it, in which torch explains why an SDPA backend refused."""
+    text = " ".join(dict.fromkeys(str(w.message).split(" (Triggered", 1)[0] for w in caught))
+    return f"{one_line(problem)} {text}".strip()[:600]

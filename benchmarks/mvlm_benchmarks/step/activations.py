@@ -1,9 +1,8 @@
-"""The peak of activation memory of a step: everything that is allocated, but for parameters, gradients and optimizer
-state.
+"""Peak activation memory of a step: all allocations except parameters, their gradients and optimizer state.
 
-On a CPU every allocation of torch is recorded by the profiler, temporaries inside an operator included, and replayed
-here; scratch memory that oneDNN or MKL take from the system is not torch's and is left out for everyone. On a GPU the
-caching allocator keeps the peak itself.
+On a CPU torch's profiler records every allocation, including temporaries inside operators, and `replay` finds the peak.
+Scratch memory that oneDNN and MKL take from the system is not recorded, for any contender. On a GPU the caching
+allocator reports its own peak.
 """
 
 import json
@@ -13,30 +12,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 Event = dict[str, Any]
+"""A memory event of the profiler's trace: Ev Idx, Addr, Bytes (negative for a free), Device Type (0 = CPU)."""
 
 
 def peak_mb(backward: Callable[[], Any], parameters: Iterable[nn.Parameter], device: str) -> float:
-    """Megabytes (10^6 bytes) at the highest point of `backward`, one forward and backward pass.
+    """Megabytes (10^6 bytes) at the peak of `backward`, a function that runs one forward and backward pass.
 
-    Afterwards no parameter has a gradient. The parameters' own gradients do not count, not even those that are already
-    there while activations are still alive.
+    The parameters' gradients do not count, not even while activations are still alive. On a CPU no parameter has a
+    gradient afterwards.
     """
     parameters = list(parameters)
-    backward()  # what is made once (caches, compiled code) is made here
+    backward()  # fills caches and compiles, which later passes do not repeat
     if device == "cuda":
         return _cuda_peak(backward)
     for parameter in parameters:
         parameter.grad = None
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         backward()
     gradients = {p.grad.untyped_storage().data_ptr() for p in parameters if p.grad is not None}
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
-        found.export_chrome_trace(str(trace))
+        profiler.export_chrome_trace(str(trace))
         events = [e["args"] for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
     for parameter in parameters:
         parameter.grad = None
@@ -44,42 +44,40 @@ def peak_mb(backward: Callable[[], Any], parameters: Iterable[nn.Parameter], dev
 
 
 def replay(events: list[Event], gradients: set[int]) -> int:
-    """The largest number of bytes alive at once, from the profiler's allocations and frees in their order.
+    """The largest number of bytes alive at once, from the profiler's allocations and frees.
 
-    An allocation that is never freed at one of the addresses `gradients` is a gradient, and left out from its start.
-    Memory that was there before is freed without having been allocated here, and is left out too.
+    Args:
+        events: in any order; they are sorted by "Ev Idx".
+        gradients: addresses of gradients. An allocation at one of them that is never freed does not count.
+
+    Memory that was allocated before the trace does not count: only its free is recorded.
     """
     events = sorted((e for e in events if e["Device Type"] == 0), key=lambda e: e["Ev Idx"])
-    born: dict[int, int] = {}  # address -> number of the event that allocated what lies there now
+    allocated_by: dict[int, int] = {}  # address -> number of the event that allocated its current block
     for number, event in enumerate(events):
         if event["Bytes"] > 0:
-            born[event["Addr"]] = number
+            allocated_by[event["Addr"]] = number
         else:
-            born.pop(event["Addr"], None)
-    left_out = {number for address, number in born.items() if address in gradients}
+            allocated_by.pop(event["Addr"], None)
+    excluded = {number for address, number in allocated_by.items() if address in gradients}
     alive: dict[int, int] = {}
-    now = peak = 0
+    total = peak = 0
     for number, event in enumerate(events):
         address, size = event["Addr"], event["Bytes"]
-        if size > 0 and number not in left_out:
+        if size > 0 and number not in excluded:
             alive[address] = size
-            now += size
-            peak = max(peak, now)
+            total += size
+            peak = max(peak, total)
         elif size < 0:
-            now -= alive.pop(address, 0)
+            total -= alive.pop(address, 0)
     return peak
 
 
 def _cuda_peak(backward: Callable[[], Any]) -> float:
-    """The gradients of the first pass stay, so the second adds to them: one of its own at a time is counted."""
+    """As `peak_mb`. Gradients of an earlier pass exist already, so of this pass's only one at a time counts."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     backward()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 1e6
-
-
-def parameter_mb(parameters: Iterable[Tensor]) -> float:
-    """Megabytes of the parameters themselves."""
-    return sum(p.numel() * p.element_size() for p in parameters) / 1e6

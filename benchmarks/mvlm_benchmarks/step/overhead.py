@@ -1,15 +1,16 @@
-"""What logging, safety and checkpoints cost a pretraining step, and how long a save keeps the step waiting.
+"""Overhead of logging, safety checks and checkpoints in a pretraining run.
 
     python -m mvlm_benchmarks.step.overhead DATA [--preset tiny] [--steps N] [--json FILE]
 
-A real run, with the functions that do these things timed where they stand (time spent in one inside another counts for
-the inner one alone). It logs every step and saves every few; what a save would cost at the default of one in ten
-minutes is computed from its median. Then the same checkpoint is saved with nobody training: the whole time of that is
-what a save without a thread would take.
+A real run in which the functions that do this work are timed. A function called by another timed function counts on
+its own, not for its caller. The run logs every step and saves every few steps. The share of saving is computed for the
+default of one checkpoint in ten minutes, from the median time for which a save blocks the step.
+
+Afterwards the same checkpoint is saved while nothing trains. Its whole time is what a save without a background
+thread would take.
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -31,10 +32,11 @@ from mvlm.safety import Guard
 from mvlm.signals import StopRequest
 from mvlm.watchdog import Watchdog
 from mvlm_benchmarks.machine import describe
+from mvlm_benchmarks.results import write_json
 
 STEP, SAVE = "step", "save"
-FUNCTIONS: dict[str, list[tuple[Any, str]]] = {
-    # The norm of all gradients is needed for clipping; those by part of the model are not told apart from it here.
+TIMED_FUNCTIONS: dict[str, list[tuple[Any, str]]] = {
+    # gradient_norms also computes the total norm, which clipping needs anyway; the two are not separated here.
     "logging": [(Lines, "close"), (Lines, "write"), (train, "gradient_norms")],
     "safety": [(Guard, "judge"), (train.Run, "check"), (Watchdog, "beat"), (Wishes, "grant"), (StopRequest, "asked")],
     SAVE: [(train.Run, "save")],
@@ -42,58 +44,58 @@ FUNCTIONS: dict[str, list[tuple[Any, str]]] = {
 }
 WARM_UP = 5
 SAVE_EVERY = 8
-MINUTES = 10
-"""Between checkpoints, by default."""
+CHECKPOINT_MINUTES = 10
+"""Time between checkpoints by default."""
 
 
-class Clock:
-    """Seconds spent in each kind of function since `begin`, a list of calls' own times for each."""
+class CallTimer:
+    """Seconds of every call of the timed functions, without the time in other timed functions that it called."""
 
     def __init__(self) -> None:
-        self.calls: dict[str, list[float]] = {name: [] for name in FUNCTIONS}
-        self._inside: list[float] = []
-        """Of the functions that are running: seconds spent in others that they called."""
+        self.calls: dict[str, list[float]] = {name: [] for name in TIMED_FUNCTIONS}
+        self._nested: list[float] = []
+        """For each running function: seconds spent in timed functions that it called."""
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, whose own time is added to the calls of `name`."""
+        """The function, with its own time appended to `calls[name]`."""
 
-        def call(*arguments: Any, **settings: Any) -> Any:
-            self._inside.append(0.0)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self._nested.append(0.0)
             began = time.perf_counter()
             try:
-                return function(*arguments, **settings)
+                return function(*args, **kwargs)
             finally:
                 took = time.perf_counter() - began
-                self.calls[name].append(took - self._inside.pop())
-                if self._inside:
-                    self._inside[-1] += took
+                self.calls[name].append(took - self._nested.pop())
+                if self._nested:
+                    self._nested[-1] += took
 
         return call
 
 
 @contextmanager
-def watched(clock: Clock) -> Iterator[None]:
-    """Inside, the functions are timed."""
+def timed_functions(timer: CallTimer) -> Iterator[None]:
+    """Time the functions inside this context."""
     with ExitStack() as stack:
-        for name, functions in FUNCTIONS.items():
+        for name, functions in TIMED_FUNCTIONS.items():
             for owner, function in functions:
-                stack.enter_context(patch.object(owner, function, clock.timed(name, getattr(owner, function))))
+                stack.enter_context(patch.object(owner, function, timer.timed(name, getattr(owner, function))))
         yield
 
 
 def measure(data: Path, preset: str, steps: int) -> dict[str, float]:
-    """Milliseconds and shares, by name (`main` prints them)."""
-    clock, kept = Clock(), []
+    """Milliseconds and shares of a step by name, as `main` prints them."""
+    timer, runs = CallTimer(), []
     one_step = train.Run.one_step
 
-    def keep(run: Any, batches: Any) -> None:
-        kept[:] = [run]
+    def step_and_wait(run: Any, batches: Any) -> None:
+        runs[:] = [run]
         if run.step == WARM_UP:
-            for calls in clock.calls.values():
+            for calls in timer.calls.values():
                 calls.clear()
         one_step(run, batches)
         if run.device.type == "cuda":
-            torch.cuda.synchronize()  # or the next line of the log would wait for the step, and be blamed for it
+            torch.cuda.synchronize()  # otherwise logging waits for the step and is charged for it
 
     with tempfile.TemporaryDirectory(prefix="mvlm-overhead-") as folder:
         config = replace(
@@ -102,16 +104,16 @@ def measure(data: Path, preset: str, steps: int) -> dict[str, float]:
             warmup_steps=WARM_UP,
             checkpoint_every_steps=SAVE_EVERY,
         )
-        with patch.object(train.Run, "one_step", keep), watched(clock):
+        with patch.object(train.Run, "one_step", step_and_wait), timed_functions(timer):
             train.pretrain(config)
-        run = kept[0]
+        run = runs[0]
         alone = []
         for _ in range(5):
             began = time.perf_counter()
             run.save()
             run.saver.wait()
             alone.append(time.perf_counter() - began)
-    calls = clock.calls
+    calls = timer.calls
     step = statistics.median(calls[STEP])
     logging, safety = (sum(calls[name]) / len(calls[STEP]) for name in ("logging", "safety"))
     stall, whole = statistics.median(calls[SAVE]), statistics.median(alone)
@@ -123,8 +125,8 @@ def measure(data: Path, preset: str, steps: int) -> dict[str, float]:
         "save_whole_ms": 1e3 * whole,
         "logging_share": logging / step,
         "safety_share": safety / step,
-        "save_share": stall / (60 * MINUTES),
-        "together_share": (logging + safety) / step + stall / (60 * MINUTES),
+        "save_share": stall / (60 * CHECKPOINT_MINUTES),
+        "together_share": (logging + safety) / step + stall / (60 * CHECKPOINT_MINUTES),
         "stall_over_whole": stall / whole,
     }
 
@@ -134,16 +136,16 @@ def main() -> None:
         prog="python -m mvlm_benchmarks.step.overhead", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("data", type=Path, help="folder of shards")
-    parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--preset", default="tiny", help="recipe: tiny, small or base")
+    parser.add_argument("--steps", type=int, default=40, help="steps to measure")
+    parser.add_argument("--json", type=Path, help="JSON file for the figures")
     arguments = parser.parse_args()
-    found = measure(arguments.data, arguments.preset, arguments.steps)
-    for name, value in found.items():
+    figures = measure(arguments.data, arguments.preset, arguments.steps)
+    for name, value in figures.items():
         print(f"{name:<18}{value:10.3f}" if name.endswith("ms") else f"{name:<18}{100 * value:9.2f} %")
     if arguments.json:
         about = describe(choose_device("auto").type, ["numpy", "nvidia-dali-cuda130", "safetensors"])
-        arguments.json.write_text(json.dumps({"machine": about, **found}, indent=1) + "\n")
+        write_json({"machine": about, **figures}, arguments.json)
 
 
 if __name__ == "__main__":

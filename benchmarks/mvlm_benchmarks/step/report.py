@@ -1,32 +1,30 @@
-"""What the step benchmark shows and writes: tables, JSON, CSV, a plot."""
+"""Report of `mvlm bench step`: tables on the console, JSON, CSV and plot."""
 
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mvlm.parts import PARTS
-from mvlm_benchmarks.kernels import report
+from mvlm_benchmarks import results
 from mvlm_benchmarks.step.contenders import BASELINES, COMPILED, eager_name
+from mvlm_benchmarks.step.parts import OTHER, PARTS, GflopPerPair
 from mvlm_kernels.cases import Gpu
 
 Row = dict[str, Any]
-Counts = dict[str, tuple[dict[str, float], float]]
-"""Contender -> forward GFLOP a pair by part, backward GFLOP a pair."""
 COLUMNS = (
     "contender", "pairs_per_s", "pairs_per_s_p20", "pairs_per_s_p80", "cpu_s", "peak_mb", "loss", "vs_eager",
     "vs_compiled", "peak_vs_eager", "mfu_pct", "mfu_baseline_pct", "largest_batch", "note",
 )  # fmt: skip
 BASELINE = next(iter(BASELINES))
-"""Both baselines are the same products; this one is counted."""
+"""The baseline whose FLOPs are counted. Both have the same matrix products."""
 
 
 def heading(about: dict[str, Any], setup: Row) -> str:
-    """The machine and what was measured on it."""
+    """The machine and the settings of the measurement."""
     return "\n".join(
         [
-            report.heading(about).splitlines()[0],
+            results.heading(about).splitlines()[0],
             f"{setup['preset']}, batch {setup['batch']}, {setup['caption_tokens']} tokens (the longest caption "
             f"{setup['longest']}), {setup['precision']}, {setup['threads']} threads, "
             f"{'with AdamW' if setup['optimizer'] else 'forward and backward only'}, {setup['rounds']} rounds",
@@ -34,16 +32,23 @@ def heading(about: dict[str, Any], setup: Row) -> str:
     )
 
 
-def compare(rows: list[Row], counts: Counts, batch: int, gpu: Gpu | None) -> None:
-    """Make figures of each row's seconds a round, and ratios to the fastest eager and the fastest compiled baseline.
+def add_figures(rows: list[Row], gflop: dict[str, GflopPerPair], batch: int, gpu: Gpu | None) -> None:
+    """Add rates and ratios to the rows, from their seconds per round.
 
-    A ratio of times is the median of the rounds' own; above 1 is faster. Memory's is ours over theirs; below 1 is less.
+    `vs_eager` and `vs_compiled` compare with the fastest eager and the fastest compiled baseline. They are medians of
+    the ratios within each round; above 1 is faster. `peak_vs_eager` is the row's memory over that of the fastest eager
+    baseline; below 1 is less.
+
+    Args:
+        gflop: contender -> its count.
+        batch: pairs per step.
+        gpu: peak rates, or None on a CPU; with them the rows get their MFU.
     """
     timed = [row for row in rows if "seconds" in row]
     eager = _fastest([row for row in timed if row["contender"] in BASELINES])
     compiled = _fastest(
         [row for row in timed if row["contender"] in COMPILED and eager_name(row["contender"]) in BASELINES]
-    )  # ours may be compiled as well, and is not what ours is held against
+    )  # baselines only: our own contenders may be compiled too
     for row in timed:
         seconds = np.array(row["seconds"])
         row["pairs_per_s_p20"], row["pairs_per_s"], row["pairs_per_s_p80"] = (
@@ -56,36 +61,37 @@ def compare(rows: list[Row], counts: Counts, batch: int, gpu: Gpu | None) -> Non
         )
         row["peak_vs_eager"] = None if eager is None else row["peak_mb"] / eager["peak_mb"]
         if gpu is not None:
-            own = counts.get(eager_name(row["contender"]), counts[BASELINE])
-            for name, found in (("mfu_pct", own), ("mfu_baseline_pct", counts[BASELINE])):
-                row[name] = 100 * 1e9 * total(found) * row["pairs_per_s"] / gpu.flops
+            own = gflop.get(eager_name(row["contender"]), gflop[BASELINE])
+            for name, count in (("mfu_pct", own), ("mfu_baseline_pct", gflop[BASELINE])):
+                row[name] = 100 * 1e9 * count.total * row["pairs_per_s"] / gpu.flops
 
 
 def _fastest(rows: list[Row]) -> Row | None:
     return min(rows, key=lambda row: float(np.median(row["seconds"])), default=None)
 
 
-def total(count: tuple[dict[str, float], float]) -> float:
-    """Forward and backward."""
-    return sum(count[0].values()) + count[1]
+def parts_table(gflop: dict[str, GflopPerPair]) -> str:
+    """GFLOP per pair of each contender: forward by part, then the sums and their ratio to the baseline's."""
+    baseline = gflop[BASELINE].total
+    parts = [part for part in (*PARTS, OTHER) if any(count.forward.get(part, 0) >= 5e-4 for count in gflop.values())]
 
+    def line(title: str, values: Iterable[float]) -> str:
+        return f"{title:16}" + "".join(f"{value:16.3f}" for value in values)
 
-def parts_table(counts: Counts) -> str:
-    """GFLOP a pair: forward by part, then the sums and their ratio to the baseline's."""
-    names = [part for part in (*PARTS, "other") if any(parts.get(part, 0) >= 5e-4 for parts, _ in counts.values())]
-    lines = [f"{'GFLOP a pair':16}" + "".join(f"{name:>16}" for name in counts)]
-    lines += [f"{name:16}" + "".join(f"{parts.get(name, 0.0):16.3f}" for parts, _ in counts.values()) for name in names]
-    lines.append(f"{'forward':16}" + "".join(f"{sum(parts.values()):16.3f}" for parts, _ in counts.values()))
-    lines.append(f"{'and backward':16}" + "".join(f"{total(found):16.3f}" for found in counts.values()))
-    lines.append(
-        f"{'over baseline':16}"
-        + "".join(f"{total(found) / total(counts[BASELINE]):16.3f}" for found in counts.values())
+    return "\n".join(
+        [
+            "",
+            f"{'GFLOP per pair':16}" + "".join(f"{name:>16}" for name in gflop),
+            *(line(part, (count.forward.get(part, 0.0) for count in gflop.values())) for part in parts),
+            line("forward", (sum(count.forward.values()) for count in gflop.values())),
+            line("and backward", (count.total for count in gflop.values())),
+            line("over baseline", (count.total / baseline for count in gflop.values())),
+        ]
     )
-    return "\n".join(["", *lines])
 
 
 def table(rows: list[Row]) -> str:
-    """A line for each contender, then a line for each that has no figures."""
+    """One line per contender, then the notes."""
     columns = [
         ("pairs/s", "pairs_per_s", 10), ("p20", "pairs_per_s_p20", 9), ("p80", "pairs_per_s_p80", 9),
         ("CPU s", "cpu_s", 8), ("x eager", "vs_eager", 8), ("x compiled", "vs_compiled", 11), ("peak MB", "peak_mb", 9),
@@ -107,15 +113,15 @@ def _cell(value: float | None, width: int) -> str:
     return f"{value:>{width}.{3 if value < 10 else 1 if value < 1000 else 0}f}"
 
 
-def as_json(rows: list[Row], about: dict[str, Any], setup: Row, counts: Counts) -> dict[str, Any]:
-    """The contract of `mvlm bench step --json`: rows without a figure are under `not_timed`."""
+def as_json(rows: list[Row], about: dict[str, Any], setup: Row, gflop: dict[str, GflopPerPair]) -> dict[str, Any]:
+    """The content of the JSON file. Contenders without figures are in `not_timed`, with the reason."""
     names = {BASELINE: "baseline"}
     return {
         "machine": about,
         "setup": setup,
-        "gflop_per_pair": {names.get(name, name): total(found) for name, found in counts.items()},
+        "gflop_per_pair": {names.get(name, name): count.total for name, count in gflop.items()},
         "gflop_by_part": {
-            names.get(name, name): {**found[0], "backward": found[1]} for name, found in counts.items()
+            names.get(name, name): {**count.forward, "backward": count.backward} for name, count in gflop.items()
         },
         "rows": [{key: row.get(key) for key in COLUMNS} for row in rows if "seconds" in row],
         "not_timed": [{key: row[key] for key in ("contender", "note")} for row in rows if "seconds" not in row],
@@ -123,31 +129,28 @@ def as_json(rows: list[Row], about: dict[str, Any], setup: Row, counts: Counts) 
 
 
 def write(result: dict[str, Any], json_file: Path | None, csv_file: Path | None, plot_file: Path | None) -> None:
-    """Write the files asked for and print their names."""
-    files = [path for path in (json_file, csv_file, plot_file) if path is not None]
-    for path in files:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    """Write the files that are asked for and print their names."""
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=1) + "\n")
+        results.write_json(result, json_file)
     if csv_file is not None:
-        report.write_csv(result["rows"], result["machine"], csv_file, COLUMNS)
+        results.write_csv(result["rows"], result["machine"], csv_file, COLUMNS)
     if plot_file is not None:
         plot(result, plot_file)
-    for path in files:
-        print(path)
+    for path in (json_file, csv_file, plot_file):
+        if path is not None:
+            print(path)
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Pairs a second and the peak of activation memory, a bar for each contender."""
-    from matplotlib import rc_context
+    """Bars of pairs per second and of peak activation memory, one per contender."""
     from matplotlib.figure import Figure
 
     rows = result["rows"]
     figure = Figure(figsize=(11, 0.45 * len(rows) + 1.8), layout="constrained")
     figure.suptitle(heading(result["machine"], result["setup"]), fontsize=8)
     panels = (
-        ("pairs_per_s", "pairs a second (more is better)"),
-        ("peak_mb", "peak of activations, MB (less is better)"),
+        ("pairs_per_s", "pairs per second (more is better)"),
+        ("peak_mb", "peak activation memory, MB (less is better)"),
     )
     for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
         colors = ["#999999" if eager_name(row["contender"]) in BASELINES else "#4477aa" for row in rows]
@@ -157,6 +160,4 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.set_yticks(range(len(rows)), [row["contender"] for row in rows], fontsize=8)
         axes.margins(x=0.15)
     figure.axes[0].invert_yaxis()
-    # Text as text and no date or random ids: small files whose differences are differences of figures.
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mvlm"}):
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    results.save_figure(figure, path)

@@ -1,8 +1,8 @@
-"""``mvlm bench step``: one pretraining step of ours against what a user would put together from libraries.
+"""`mvlm bench step`: one pretraining step against the same model built from timm, transformers and torch.
 
-All contenders hold the same weights and see the same batch, masks and negatives; their losses are compared before
-anything is timed. They take turns in one process, and a ratio is the median over the rounds, within which the machine
-has had little time to change.
+All contenders have the same weights and get the same batch, masks and negatives. Their losses are compared before
+anything is timed. They take turns in one process. A ratio is the median of the ratios within a round, because the
+machine changes little during a round.
 """
 
 import contextlib
@@ -20,21 +20,20 @@ from mvlm.errors import ConfigError
 from mvlm.model import MaskVLM
 from mvlm.objectives import Losses
 from mvlm_benchmarks import machine
+from mvlm_benchmarks.choices import choose
 from mvlm_benchmarks.reasons import one_line
-from mvlm_benchmarks.step import flops
-from mvlm_benchmarks.step import report as step_report
+from mvlm_benchmarks.step import flops, report
 from mvlm_benchmarks.step.activations import peak_mb
 from mvlm_benchmarks.step.contenders import (
-    BASELINES,
     COMPILED,
     CONTENDERS,
-    OTHER_METHOD,
-    PLANS,
+    DROP_MASKED,
+    IMPLEMENTATIONS,
     SEED,
     STEP,
     Contender,
-    Inputs,
-    losses_of,
+    StepInputs,
+    compute_losses,
     make_contenders,
     make_inputs,
 )  # fmt: skip
@@ -45,12 +44,12 @@ from mvlm_kernels.cases import peak_rates
 Row = dict[str, Any]
 PRECISIONS = ("auto", "bf16", "fp32")
 WARM_UP = 2
-"""Rounds that are not counted: the optimizer's state, threads, caches."""
+"""Rounds that do not count. They create the optimizer's state and threads and fill caches."""
 TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
-"""Largest difference of a loss over its value: in float32 on a CPU, where only the order of sums differs, and in TF32
-on a GPU, where operands are rounded to 10 bits (ITM's then moves by 1e-4)."""
+"""Largest relative difference of a loss. On a CPU, in float32, only the order of sums differs. On a GPU, in TF32,
+operands are rounded to 10 bits (which changes ITM's loss by 1e-4)."""
 TOLERANCE_COMPILED = {"fp32": 1e-3, "bf16": 3e-2}
-"""The same of compiled code, held against its eager form in the precision that is timed."""
+"""Largest relative difference between the losses of compiled and eager code, by the precision that is timed."""
 
 
 def run(
@@ -68,60 +67,73 @@ def run(
     plot: Path | None = None,
     profile: Path | None = None,
 ) -> dict[str, Any]:
-    """Check, time, print the tables and write the files asked for; returns what the JSON holds.
+    """Check all losses, time the steps, print tables and write files. Returns the content of the JSON file.
 
-    ConfigError on a preset, a contender, a device, a precision or a number that cannot be.
+    Args:
+        batch: pairs per step.
+        rounds: timed steps of each contender.
+        contenders: names; empty for all.
+        threads: CPU threads; 0 for torch's default.
+        optimizer: include AdamW in the step.
+        json, csv, plot: files, or None.
+        profile: folder for a profile of one step per contender, or None.
+
+    Raises:
+        ConfigError: an unknown preset, contender, device or precision, or a number that is too small.
+        AssertionError: a contender's losses differ from those of `plain`.
     """
-    names = _names(batch, rounds, threads, contenders, precision)
-    # The libraries' cross-modality blocks are post-norm.
+    names = check_arguments(batch, rounds, threads, contenders, precision)
+    # The baselines' cross-modality blocks are post-norm.
     config = MaskVLMConfig.preset(preset, cross_norm="post")
     chosen = choose_device(device)
     if precision == "auto":
         precision = "bf16" if has_fast_bf16(chosen) else "fp32"
     lengths = caption_lengths(batch, config.text_length, config.text_length / 3)
-    with settings(chosen, threads):
+    with step_settings(chosen, threads):
         about = machine.describe(chosen.type, ["timm", "transformers", "numpy"])
         setup = {
             "preset": preset, "batch": batch, "precision": precision, "optimizer": optimizer, "rounds": rounds,
             "threads": torch.get_num_threads(), "caption_tokens": int(lengths.sum()), "longest": int(lengths.max()),
         }  # fmt: skip
-        print(step_report.heading(about, setup), flush=True)
+        print(report.heading(about, setup), flush=True)
         torch.manual_seed(0)
         model = MaskVLM(config).to(chosen)
         inputs = make_inputs(model, lengths, chosen)
         ready = make_contenders(names, model, optimizer, functools.partial(autocast, chosen, precision))
-        notes = check(ready, model, inputs, precision)
-        counts = {name: flops.gflop_per_pair(config, lengths, name) for name in (next(iter(BASELINES)), *PLANS)}
-        print(step_report.parts_table(counts), flush=True)
-        able = [contender for contender in ready if contender.name not in notes]
-        rows = measure(able, inputs, rounds)
+        notes = check_losses(ready, model, inputs, precision)
+        counted = (report.BASELINE, *IMPLEMENTATIONS)
+        gflop = {name: flops.gflop_per_pair(config, lengths, name) for name in counted}
+        print(report.parts_table(gflop), flush=True)
+        runnable = [contender for contender in ready if contender.name not in notes]
+        rows = measure_rounds(runnable, inputs, rounds)
         if chosen.type == "cuda":
-            _largest_batches(rows, able, model, batch)
+            find_largest_batches(rows, runnable, model, batch)
         rows += [{"contender": name, "note": note} for name, note in notes.items()]
-        step_report.compare(rows, counts, batch, peak_rates(about["device"]))
-        print(step_report.table(rows), flush=True)
+        report.add_figures(rows, gflop, batch, peak_rates(about["device"]))
+        print(report.table(rows), flush=True)
         if profile is not None:
-            profile_steps(able, inputs, profile)
-    result = step_report.as_json(rows, about, setup, counts)
-    step_report.write(result, json_file=json, csv_file=csv, plot_file=plot)
+            profile_steps(runnable, inputs, profile)
+    result = report.as_json(rows, about, setup, gflop)
+    report.write(result, json_file=json, csv_file=csv, plot_file=plot)
     return result
 
 
-def _names(batch: int, rounds: int, threads: int, contenders: Sequence[str], precision: str) -> tuple[str, ...]:
+def check_arguments(
+    batch: int, rounds: int, threads: int, contenders: Sequence[str], precision: str
+) -> tuple[str, ...]:
+    """The contenders to run, each once. ConfigError on an unknown name or a number that is too small."""
     for name, value, least in (("batch", batch, 2), ("rounds", rounds, 1), ("threads", threads, 0)):
         if value < least:
             raise ConfigError(f"{name}: wanted at least {least}, got {value}")
-    unknown = [name for name in contenders if name not in CONTENDERS]
-    if unknown:
-        raise ConfigError(f"contenders: wanted some of {', '.join(CONTENDERS)}, got {', '.join(map(repr, unknown))}")
+    chosen = choose("contenders", contenders, CONTENDERS)
     if precision not in PRECISIONS:
         raise ConfigError(f"precision: wanted {', '.join(PRECISIONS)}, got {precision!r}")
-    return tuple(dict.fromkeys(contenders)) or CONTENDERS
+    return tuple(dict.fromkeys(chosen))
 
 
 @contextlib.contextmanager
-def settings(device: torch.device, threads: int) -> Iterator[None]:
-    """What every contender is measured under: the number of threads (0: torch's own choice), and TF32 on a GPU."""
+def step_settings(device: torch.device, threads: int) -> Iterator[None]:
+    """Number of threads (0 for torch's default) and TF32 on a GPU, for every contender; restored on exit."""
     before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(threads or before)
     if device.type == "cuda":
@@ -133,45 +145,52 @@ def settings(device: torch.device, threads: int) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def check(ready: list[Contender], model: MaskVLM, inputs: Inputs, precision: str) -> dict[str, str]:
-    """Assert that all compute the same losses; a note for each compiled contender that cannot run here.
+def check_losses(ready: list[Contender], model: MaskVLM, inputs: StepInputs, precision: str) -> dict[str, str]:
+    """Assert that all contenders compute the same losses.
 
-    Every implementation is held, uncompiled and in float32, against ours as the method is written; what is compiled is
-    compiled once, for what is timed, and held against its uncompiled form there.
+    Every implementation is compared, eager and in float32, with our plain implementation. A compiled contender is
+    compared with its eager form in the precision that is timed, so that it is compiled once.
+
+    Returns a note for each compiled contender that fails to run, which is then not timed.
     """
     notes: dict[str, str] = {}
     tolerance = TOLERANCE[inputs.batch.images.device.type]
     with torch.no_grad():
         wanted = model(inputs.batch, inputs.masks, seed=SEED, step=STEP)
         for contender in ready:
-            if contender.name != OTHER_METHOD:
-                assert_equal(contender.name, losses_of(contender.name, contender.module, inputs), wanted, tolerance)
+            if contender.name != DROP_MASKED:
+                assert_losses_equal(
+                    contender.name, compute_losses(contender.name, contender.module, inputs), wanted, tolerance
+                )
     for contender in ready:
         if contender.name not in COMPILED:
             continue
         with torch.no_grad(), contender.precision():
-            wanted = losses_of(contender.name, contender.module, inputs)
+            wanted = compute_losses(contender.name, contender.module, inputs)
         try:
-            found = contender.backward(inputs)
+            losses = contender.backward(inputs)
         except Exception as error:
             notes[contender.name] = one_line(error)
             continue
         contender.module.zero_grad(set_to_none=True)
-        assert_equal(contender.name, found, wanted, TOLERANCE_COMPILED[precision])
+        assert_losses_equal(contender.name, losses, wanted, TOLERANCE_COMPILED[precision])
     return notes
 
 
-def assert_equal(name: str, found: Losses, wanted: Losses, tolerance: float) -> None:
-    """AssertionError with the figures where one of the losses differs by more than `tolerance` of its value."""
+def assert_losses_equal(name: str, losses: Losses, wanted: Losses, tolerance: float) -> None:
+    """AssertionError with the values if a loss differs by more than `tolerance` times its value."""
     for term in ("mlm", "mim", "itc", "itm", "total"):
-        got, want = getattr(found, term).item(), getattr(wanted, term).item()
+        got, want = getattr(losses, term).item(), getattr(wanted, term).item()
         assert abs(got - want) <= tolerance * abs(want), (
             f"{name}: {term} is {got:.7g}, wanted {want:.7g} to within {tolerance:.0e} of it; nothing was timed"
         )
 
 
-def measure(ready: list[Contender], inputs: Inputs, rounds: int) -> list[Row]:
-    """Memory of each, then the rounds; `seconds` and `cpu_seconds` of a row have a figure for each."""
+def measure_rounds(ready: list[Contender], inputs: StepInputs, rounds: int) -> list[Row]:
+    """Measure the peak memory of each contender, then time all of them in rounds.
+
+    A row's `seconds` and `cpu_seconds` have one figure per round.
+    """
     rows: list[Row] = []
     for contender in ready:
         step = functools.partial(contender.backward, inputs)
@@ -180,7 +199,7 @@ def measure(ready: list[Contender], inputs: Inputs, rounds: int) -> list[Row]:
         rows.append({"contender": contender.name, "note": "", "peak_mb": peak, "seconds": [], "cpu_seconds": []})
     for number in range(-WARM_UP, rounds):
         for place in range(len(ready)):
-            which = (place + number) % len(ready)  # the order turns, so that no one always follows the same neighbour
+            which = (place + number) % len(ready)  # rotate the order over the rounds
             seconds, cpu_seconds, loss = time_step(ready[which], inputs)
             if number >= 0:
                 rows[which]["seconds"].append(seconds)
@@ -189,23 +208,23 @@ def measure(ready: list[Contender], inputs: Inputs, rounds: int) -> list[Row]:
     return rows
 
 
-def time_step(contender: Contender, inputs: Inputs) -> tuple[float, float, float]:
-    """Seconds, CPU seconds of all threads, and the loss, of a whole step: from uint8 images to the update."""
-    _wait(inputs)
+def time_step(contender: Contender, inputs: StepInputs) -> tuple[float, float, float]:
+    """Seconds, CPU seconds of all threads, and the loss of one step, from uint8 images to the optimizer's update."""
+    _synchronize(inputs)
     start, cpu = time.perf_counter(), time.process_time()
     losses = contender.backward(inputs)
     contender.update()
-    _wait(inputs)
+    _synchronize(inputs)
     return time.perf_counter() - start, time.process_time() - cpu, losses.total.item()
 
 
-def _wait(inputs: Inputs) -> None:
+def _synchronize(inputs: StepInputs) -> None:
     if inputs.batch.images.is_cuda:
         torch.cuda.synchronize()
 
 
-def _largest_batches(rows: list[Row], ready: list[Contender], model: MaskVLM, batch: int) -> None:
-    """Add to each row the largest batch of which a step fits this GPU."""
+def find_largest_batches(rows: list[Row], ready: list[Contender], model: MaskVLM, batch: int) -> None:
+    """Add `largest_batch` to each row: the largest batch whose step fits on this GPU."""
     length, device = model.config.text_length, model.log_scale.device
     for row, contender in zip(rows, ready, strict=True):
 
@@ -214,7 +233,7 @@ def _largest_batches(rows: list[Row], ready: list[Contender], model: MaskVLM, ba
                 time_step(contender, make_inputs(model, caption_lengths(number, length, length / 3), device))
             except torch.OutOfMemoryError:
                 return False
-            except RuntimeError as error:  # another limit: a grid, a 32-bit index
+            except RuntimeError as error:  # another limit, such as the grid's size or a 32-bit index
                 row["note"] = f"a batch of {number} ends with {one_line(error)}"
                 return False
             finally:
@@ -223,15 +242,16 @@ def _largest_batches(rows: list[Row], ready: list[Contender], model: MaskVLM, ba
             return True
 
         try:
-            row["largest_batch"] = largest(fits, batch)
-        except RuntimeError as error:  # the GPU can no longer be used: what was measured stays
+            row["largest_batch"] = largest_that_fits(fits, batch)
+        except RuntimeError as error:  # the GPU is no longer usable: keep the figures and stop
             row["note"] = f"the largest batch was not found: {one_line(error)}"
             return
 
 
-def largest(fits: Callable[[int], bool], start: int) -> int:
-    """The largest batch that fits, to within an eighth: doubled from `start`, then halved in between. 0 where `start`
-    does not fit.
+def largest_that_fits(fits: Callable[[int], bool], start: int) -> int:
+    """The largest batch that fits, to within an eighth, or 0 if `start` does not fit.
+
+    Doubles from `start`, then bisects.
     """
     if not fits(start):
         return 0

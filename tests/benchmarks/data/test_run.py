@@ -1,42 +1,25 @@
-"""`mvlm bench data`: its ratios with a margin, and what it prints and writes, with contenders that take no time."""
+"""`mvlm bench data`: the lead of our loader with a margin, and its output with contenders that take no time."""
 
 import csv
-import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from mvlm.errors import ConfigError
-from mvlm_benchmarks.data import photos
-from mvlm_benchmarks.data import run as data
-from mvlm_benchmarks.data import start_up as data_start
-from mvlm_dataloading import open_dataset
+from mvlm_benchmarks.data import photos, run
+from mvlm_benchmarks.data.process import LoaderProcess
 
-SHAPE = {"rounds": 5, "batches": 8, "batch": 32, "size": 224}
+SETTINGS = {"rounds": 5, "batches": 8, "batch": 32, "size": 224}
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pictures") / "photos"
+def photographs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "photos"
     photos.build(folder, 160)
     return folder
-
-
-def test_the_pictures_are_as_photographs_are(pictures):
-    dataset = open_dataset(pictures, "train")
-    assert len(dataset) == 160
-    files = [dataset.image_bytes(i) for i in range(160)]
-    assert len(set(files)) == 160
-    assert 30_000 < np.mean([len(file) for file in files]) < 90_000
-    sizes = np.array([sorted(Image.open(io.BytesIO(file)).size) for file in files])
-    assert (np.abs(sizes - [375, 500]) <= 21).all()
-    assert all(file.startswith(b"\xff\xd8") for file in files)
 
 
 @pytest.mark.parametrize(
@@ -44,33 +27,17 @@ def test_the_pictures_are_as_photographs_are(pictures):
     # Measured: 2.6 and 1.7; 1.9. See benchmarks/results.
     [("crop", {"pil": 1.7, "decode_jpeg": 1.3}), ("crop+randaug", {"pil": 1.2})],
 )
-def test_ours_takes_less_processor_time_than_the_others(pictures, recipe, least):
-    """Of processor time, which a busy machine distorts least, in interleaved rounds."""
-    rows = {row["contender"]: row for row in data._measure(["ours", *least], recipe, pictures, SHAPE)}
+@pytest.mark.slow
+def test_our_loader_takes_less_processor_time_than_the_others(photographs, recipe, least) -> None:
+    """Processor time, because a busy machine distorts it least, in interleaved rounds."""
+    rows = {row["contender"]: row for row in run.measure_recipe(["ours", *least], recipe, photographs, SETTINGS)}
     assert {row["status"] for row in rows.values()} == {"ok"}
     for name, ratio in least.items():
         assert rows[name]["ours_over_cpu"] >= ratio, rows
 
 
-def test_processor_time_is_that_of_a_process_and_its_workers():
-    spin = """if 1:
-    import os, sys, time
-    os.fork()
-    while time.process_time() < 0.15:
-        pass
-    print(time.process_time(), flush=True)
-    sys.stdin.read()
-    """
-    command = [sys.executable, "-c", spin]
-    with subprocess.Popen(command, stdin=-1, stdout=-1, text=True, start_new_session=True) as process:
-        assert process.stdout is not None
-        said = sum(float(process.stdout.readline()) for _ in range(2))
-        assert said <= data._cpu_s(process.pid) < said + 0.05
-        process.communicate()
-
-
-class Fake:
-    """A contender of a fixed rate, by its name."""
+class FakeProcess(LoaderProcess):
+    """A contender with a fixed rate, which its name decides."""
 
     rates_of: ClassVar[dict[str, float]] = {
         "ours": 300,
@@ -100,22 +67,25 @@ class Fake:
         pass
 
 
-def test_what_is_printed_and_written(tmp_path, pictures, monkeypatch, capsys):
-    monkeypatch.setattr(data, "Contender", Fake)
+@pytest.mark.slow
+def test_run_prints_and_writes_every_measurement(tmp_path, photographs, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(run, "LoaderProcess", FakeProcess)
     levels = [100.0, 110, 111, 112, 111, 110, 112, 113, 111, 112]
-    looks = [look for level in levels for look in (*[level] * (data.LOOKS - 1), 3 * level)]  # a moment is no level
-    monkeypatch.setattr(Fake, "resident", looks)
+    # One outlier in each tenth, which its median ignores.
+    readings = [reading for level in levels for reading in (*[level] * (run.READINGS - 1), 3 * level)]
+    monkeypatch.setattr(FakeProcess, "resident", readings)
     step = tmp_path / "step.json"
     step.write_text(json.dumps({"rows": [{"pairs_per_s": 200.0}, {"pairs_per_s": 600.0}, {"pairs_per_s": None}]}))
     names = ["ours", "pil", "webdataset+pil"]
-    files = data.run(pictures, 1, tmp_path, names, ["crop"], 2, 1, 8, 64, 1000, 2000, step, tmp_path / "sub" / "f.json")
+    json_file = tmp_path / "sub" / "f.json"
+    files = run.run(photographs, 1, tmp_path, names, ["crop"], 2, 1, 8, 64, 1000, 2000, step, json_file)
     printed = capsys.readouterr().out
     for words in (
         "webdataset+pil           missing: not installed here",
         "bottleneck: resize",
-        "a step takes 600 pairs/s; the loader's 300 images/s on this machine is short of it: 2.0 times",
+        "a step takes 600 pairs/s; the loader's 300 images/s on this machine is too slow: 2.0 times",
         "grew by 2.7 %",
-        " s from nothing to the first batch of 2000 samples",
+        " s to the first batch of 2000 samples, without imports",
     ):
         assert words in printed
     written = json.loads(files[1].read_text())
@@ -136,12 +106,12 @@ def test_what_is_printed_and_written(tmp_path, pictures, monkeypatch, capsys):
     assert all(row["figures"].startswith("loader only, no model") for row in rows)
 
 
-def test_the_first_turn_uses_up_what_was_made_ahead_and_does_not_count():
-    one, other = Fake("ours", "crop", Path(), 1, 1), Fake("pil", "crop", Path(), 1, 1)
-    data._rounds([one, other], {"rounds": 3, "batches": 2})  # pyright: ignore[reportArgumentType]
-    assert one.turns == other.turns == [data.WARM_UP, 2, 2, 2]
+def test_first_turn_is_a_warm_up_that_does_not_count() -> None:
+    one, other = (FakeProcess(name, "crop", Path(), 1, 1) for name in ("ours", "pil"))
+    run.run_rounds([one, other], {"rounds": 3, "batches": 2})
+    assert one.turns == other.turns == [run.WARM_UP, 2, 2, 2]
     assert len(one.rates) == len(one.cpu_ms) == 3
-    assert data.WARM_UP > 2 * 2 + 2  # the DataLoader's workers keep two batches each
+    assert run.WARM_UP > 2 * 2 + 2  # the DataLoader's workers keep two batches each
 
 
 @pytest.mark.parametrize(
@@ -149,23 +119,17 @@ def test_the_first_turn_uses_up_what_was_made_ahead_and_does_not_count():
     [
         ({"contenders": ["our"]}, "contenders: wanted some of ours, pil"),
         ({"recipes": ["crap"]}, "recipes: wanted some of crop, crop"),
-        ({"rounds": 0}, "wanted rounds, batches, batch, size and pictures of at least 1"),
-        ({"step": Path("none")}, "step: wanted what `mvlm bench step --json` wrote"),
+        ({"rounds": 0}, "rounds: wanted at least 1, got 0"),
+        ({"step": Path("none")}, "step: wanted a JSON file of `mvlm bench step --json`"),
     ],
 )
-def test_mistakes(tmp_path, pictures, arguments: dict[str, Any], message):
+def test_wrong_arguments_are_config_errors(tmp_path, arguments: dict[str, Any], message) -> None:
     with pytest.raises(ConfigError, match=message):
-        data.run(pictures, 1, tmp_path, **arguments)
+        run.run(tmp_path / "photos", 1, tmp_path, **arguments)
+    assert not (tmp_path / "photos").exists()
 
 
-def test_a_process_that_dies_is_an_error_and_no_figure(pictures, monkeypatch):
+def test_row_of_a_process_that_dies_has_no_figure(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    rows = data._measure(["ours"], "crop", pictures, SHAPE)
-    assert (rows[0]["status"], rows[0]["note"], rows[0]["images_per_s"]) == ("error", "ended with code 1", None)
-
-
-def test_a_hundred_thousand_samples_start_at_once(tmp_path):
-    data_start.build(tmp_path / "start", 100_000)
-    found = data_start.seconds_to_first_batch(tmp_path / "start")
-    assert found["samples"] == 100_000
-    assert found["cpu_s"] < 3  # a million took 1.5 s of processor time, and what does not grow with them is half of it
+    (row,) = run.measure_recipe(["ours"], "crop", tmp_path, SETTINGS)
+    assert (row["status"], row["note"], row["images_per_s"]) == ("error", "ended with code 1", None)

@@ -1,13 +1,13 @@
-"""All contenders of a case: who is missing, wrong or raises is said, and the others go on."""
+"""Comparison of contenders at a case: missing, wrong and raising ones are reported, and the others continue."""
 
 import pytest
 import torch
 
 from mvlm_benchmarks.kernels.compare import bench_case, rows_of
-from mvlm_benchmarks.kernels.measure import relative_error
 from mvlm_benchmarks.kernels.peers import Peer
 from mvlm_benchmarks.reasons import Missing, NotApplicable
 from mvlm_kernels.cases import Gpu
+from support.benchmarks import FakeClock, toy_case
 
 
 def peer(name: str, function=None, *, error: Exception | None = None) -> Peer:
@@ -20,6 +20,7 @@ def peer(name: str, function=None, *, error: Exception | None = None) -> Peer:
     return Peer(name, {"toy": build})
 
 
+TOY = toy_case()
 GOOD = peer("good", lambda x: x + x)
 
 
@@ -28,13 +29,13 @@ def by_contender(case, entries, **options):
     return {name: [row for row in rows if row["contender"] == name] for name in {row["contender"] for row in rows}}
 
 
-def test_a_missing_peer_is_named_with_its_reason(toy, clock) -> None:
+def test_missing_peer_is_named_with_its_reason() -> None:
     absent = [
         peer("no-package", error=ImportError("No module named 'nothing'")),
         peer("no-gpu", error=Missing("needs a CUDA device")),
         peer("elsewhere", error=NotApplicable("has no such op")),
     ]
-    rows = by_contender(toy, bench_case(toy, "cpu", [*absent, GOOD], clock, 1))
+    rows = by_contender(TOY, bench_case(TOY, "cpu", [*absent, GOOD], FakeClock(), 1))
     assert {(r["status"], r["note"]) for r in rows["no-package"]} == {("missing", "No module named 'nothing'")}
     assert {(r["status"], r["note"]) for r in rows["no-gpu"]} == {("missing", "needs a CUDA device")}
     assert {(r["status"], r["note"]) for r in rows["elsewhere"]} == {("not applicable", "has no such op")}
@@ -42,8 +43,8 @@ def test_a_missing_peer_is_named_with_its_reason(toy, clock) -> None:
     assert [r["us"] for r in rows["good"]] == [10.0] * 3
 
 
-def test_a_peer_of_other_ops_is_no_contender(toy, clock) -> None:
-    entries = bench_case(toy, "cpu", [Peer("other", {"another_op": lambda inputs: torch.neg})], clock, 1)
+def test_peer_of_other_ops_is_no_contender() -> None:
+    entries = bench_case(TOY, "cpu", [Peer("other", {"another_op": lambda inputs: torch.neg})], FakeClock(), 1)
     assert [entry.contender for entry in entries] == ["ours"]
 
 
@@ -52,28 +53,29 @@ def test_a_peer_of_other_ops_is_no_contender(toy, clock) -> None:
     [lambda x: x * 2.01, lambda x: (x * 2)[:-1], lambda x: x * 2 + x.new_full((), float("nan")), lambda x: -2 * x],
     ids=["off by half a per cent", "another shape", "nan", "sign"],
 )
-def test_a_wrong_peer_is_reported_and_not_timed(toy, clock, function) -> None:
-    rows = by_contender(toy, bench_case(toy, "cpu", [peer("liar", function)], clock, 2))
+def test_wrong_peer_is_reported_and_not_timed(function) -> None:
+    clock = FakeClock()
+    rows = by_contender(TOY, bench_case(TOY, "cpu", [peer("liar", function)], clock, 2))
     assert {r["status"] for r in rows["liar"]} == {"WRONG"}
     assert "allowed 1e-04" in rows["liar"][0]["note"]
     assert all(r[key] is None for r in rows["liar"] for key in ("us", "graph_us", "peak_mb", "vs_ours"))
     assert clock.times == 2 * 3  # ours alone
 
 
-def test_one_wrong_value_is_enough(toy, clock) -> None:
+def test_peer_with_one_wrong_value_is_wrong() -> None:
     spot = torch.zeros(1000)
     spot[17] = 0.001
-    rows = by_contender(toy, bench_case(toy, "cpu", [peer("almost", lambda x: x * 2 + spot)], clock, 1))
+    rows = by_contender(TOY, bench_case(TOY, "cpu", [peer("almost", lambda x: x * 2 + spot)], FakeClock(), 1))
     assert {r["status"] for r in rows["almost"]} == {"WRONG"}
 
 
-def test_a_wrong_gradient_leaves_forward(toy, clock) -> None:
-    rows = by_contender(toy, bench_case(toy, "cpu", [peer("half", lambda x: x + x.detach())], clock, 1))
+def test_wrong_gradient_fails_backward_and_not_forward() -> None:
+    rows = by_contender(TOY, bench_case(TOY, "cpu", [peer("half", lambda x: x + x.detach())], FakeClock(), 1))
     assert {r["pass"]: r["status"] for r in rows["half"]} == {"forward": "ok", "backward": "WRONG", "both": "WRONG"}
     assert "gradient 1 of 1" in rows["half"][1]["note"]
 
 
-def test_a_peer_that_raises_does_not_stop_the_run(toy, clock) -> None:
+def test_peer_that_raises_does_not_stop_the_others() -> None:
     class NoBackward(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -89,7 +91,7 @@ def test_a_peer_that_raises_does_not_stop_the_run(toy, clock) -> None:
     contenders = [
         peer("builder", error=ValueError("bad build")), peer("call", refuses), peer("late", NoBackward.apply), GOOD,
     ]  # fmt: skip
-    rows = by_contender(toy, bench_case(toy, "cpu", contenders, clock, 1))
+    rows = by_contender(TOY, bench_case(TOY, "cpu", contenders, FakeClock(), 1))
     assert {(r["status"], r["note"]) for r in rows["builder"]} == {("error", "ValueError: bad build")}
     assert {(r["status"], r["note"]) for r in rows["call"]} == {("error", "RuntimeError: no kernel for this shape")}
     assert [r["status"] for r in rows["late"]] == ["ok", "error", "error"]
@@ -97,7 +99,7 @@ def test_a_peer_that_raises_does_not_stop_the_run(toy, clock) -> None:
     assert [r["status"] for r in rows["good"]] == ["ok"] * 3
 
 
-def test_an_error_while_timing_ends_that_pass_alone(toy, clock) -> None:
+def test_error_while_timing_ends_that_pass_only() -> None:
     calls = []
 
     def tires(x):
@@ -106,14 +108,14 @@ def test_an_error_while_timing_ends_that_pass_alone(toy, clock) -> None:
             raise RuntimeError("out of memory")
         return x * 2
 
-    rows = by_contender(toy, bench_case(toy, "cpu", [peer("tires", tires), GOOD], clock, 1))
+    rows = by_contender(TOY, bench_case(TOY, "cpu", [peer("tires", tires), GOOD], FakeClock(), 1))
     assert [r["status"] for r in rows["tires"]] == ["ok", "error", "error"]
     assert rows["tires"][1]["note"] == "time: RuntimeError: out of memory"
     assert (rows["tires"][0]["us"], rows["tires"][0]["peak_mb"]) == (10.0, None)
     assert [r["us"] for r in rows["good"]] == [10.0] * 3
 
 
-def test_nothing_is_compared_with_ours_where_ours_failed(toy, clock) -> None:
+def test_rows_have_no_ratio_when_ours_failed() -> None:
     calls = []
 
     def tires(x, factor):
@@ -122,33 +124,33 @@ def test_nothing_is_compared_with_ours_where_ours_failed(toy, clock) -> None:
             raise RuntimeError("out of memory")
         return x * factor
 
-    ours = type(toy)(toy.op, toy.shape, toy.dtype, toy.make, tires, toy.reference, toy.minimum)
-    rows = by_contender(ours, bench_case(ours, "cpu", [GOOD], clock, 2))
+    ours = toy_case(ours=tires)
+    rows = by_contender(ours, bench_case(ours, "cpu", [GOOD], FakeClock(), 2))
     assert [(r["status"], r["us"]) for r in rows["ours"]] == [("error", None)] * 3
     assert [(r["status"], r["us"], r["vs_ours"]) for r in rows["good"]] == [("ok", 10.0, None)] * 3
 
 
-def test_a_graph_that_cannot_be_captured_is_a_note(toy, clock) -> None:
-    clock.graph_error = "capture failed"
-    rows = by_contender(toy, bench_case(toy, "cpu", [], clock, 1))["ours"]
+def test_failed_graph_capture_is_a_note() -> None:
+    clock = FakeClock(graph_error="capture failed")
+    rows = by_contender(TOY, bench_case(TOY, "cpu", [], clock, 1))["ours"]
     assert {(r["status"], r["us"], r["graph_us"]) for r in rows} == {("ok", 10.0, None)}
     assert rows[0]["note"] == "graph: RuntimeError: capture failed"
 
 
-def test_a_reference_that_fails_is_everybodys_error(toy, clock) -> None:
+def test_failing_reference_is_an_error_of_every_contender() -> None:
     def fails(**_):
         raise RuntimeError("too large")
 
-    broken = type(toy)(toy.op, toy.shape, toy.dtype, toy.make, toy.ours, fails, toy.minimum)
-    rows = rows_of(broken, bench_case(broken, "cpu", [GOOD], clock, 1))
+    broken = toy_case(reference=fails)
+    rows = rows_of(broken, bench_case(broken, "cpu", [GOOD], FakeClock(), 1))
     assert {row["note"] for row in rows} == {"the float64 reference did not run: RuntimeError: too large"}
     assert {row["contender"] for row in rows} == {"ours", "good"}
 
 
-def test_turns_and_medians(toy, clock) -> None:
+def test_contenders_take_turns_and_medians_are_reported() -> None:
     """Two contenders, three rounds: each round is ours forward, backward, both, then good's; the middle one counts."""
-    clock.readings = [10, 20, 30, 40, 50, 60, 1, 2, 3, 4, 5, 6, 11, 21, 31, 41, 51, 61]
-    rows = by_contender(toy, bench_case(toy, "cpu", [GOOD], clock, 3))
+    clock = FakeClock([10, 20, 30, 40, 50, 60, 1, 2, 3, 4, 5, 6, 11, 21, 31, 41, 51, 61])
+    rows = by_contender(TOY, bench_case(TOY, "cpu", [GOOD], clock, 3))
     assert [r["us"] for r in rows["ours"]] == [10, 20, 30]
     assert [r["us"] for r in rows["good"]] == [40, 50, 60]
     assert [(r["us_p20"], r["us_p80"]) for r in rows["good"]] == [(39, 41), (49, 51), (59, 61)]
@@ -157,25 +159,17 @@ def test_turns_and_medians(toy, clock) -> None:
     assert [r["graph_us"] for r in rows["good"]] == [5.0] * 3
 
 
-def test_bytes_and_roofline_by_hand(toy, clock) -> None:
+def test_rates_and_roofline_match_a_count_by_hand() -> None:
     """8,000 bytes at 1 GB/s are 8 us and 1,000 operations at 1 GFLOPS are 1 us: memory decides, at 10 us 80 %."""
-    half = type(toy)(toy.op, toy.shape, torch.float16, toy.make, toy.ours, toy.reference, toy.minimum, toy.flops)
-    entries = bench_case(half, "cpu", [], clock, 1)
+    half = toy_case(dtype=torch.float16)
+    entries = bench_case(half, "cpu", [], FakeClock(), 1)
     forward, _, both = rows_of(half, entries, Gpu(bandwidth=1e9, flops=1e9, source=""))
     assert (forward["gb_per_s"], forward["roofline_pct"], forward["bytes_minimum"]) == (0.8, 80.0, 8000)
     assert both["bytes_minimum"] == 16000
     assert both["gb_per_s"] == 1.6
-    assert both["roofline_pct"] == 160.0  # the fake clock is faster than this GPU
+    assert both["roofline_pct"] == 160.0  # the fake FakeClock() is faster than this GPU
     # At 0.3 GFLOPS backward's 3,000 operations take 10 us and its bytes 8.
     assert rows_of(half, entries, Gpu(1e9, 0.3e9, ""))[1]["roofline_pct"] == pytest.approx(100)
     # The table's operations are bfloat16's: float32 has no roofline in it; nor has an unknown machine.
-    assert all(row["roofline_pct"] is None for row in rows_of(toy, entries, Gpu(1e9, 1e9, "")))
+    assert all(row["roofline_pct"] is None for row in rows_of(TOY, entries, Gpu(1e9, 1e9, "")))
     assert all(row["roofline_pct"] is None for row in rows_of(half, entries))
-
-
-def test_relative_error() -> None:
-    wanted = torch.tensor([1.0, -4.0], dtype=torch.float64)
-    assert relative_error(torch.tensor([1.0, -4.0]), wanted) == 0
-    assert relative_error(torch.tensor([1.0, -3.0]), wanted) == 0.25
-    assert relative_error(torch.tensor([1.0]), wanted) == float("inf")
-    assert relative_error(torch.tensor([1.0, float("inf")]), wanted) == float("inf")

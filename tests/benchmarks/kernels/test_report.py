@@ -1,4 +1,4 @@
-"""What is written: every column, the word CPU where it belongs, a plot, the JSON of the contract."""
+"""The report of `mvlm bench kernels`: CSV with every column, plot, JSON and tables."""
 
 import csv
 import json
@@ -9,10 +9,12 @@ from mvlm_benchmarks import machine
 from mvlm_benchmarks.kernels import report
 from mvlm_benchmarks.kernels.compare import bench_case, rows_of
 from mvlm_benchmarks.kernels.peers import Peer
+from mvlm_benchmarks.results import heading
+from support.benchmarks import FakeClock, toy_case
 
 
 @pytest.fixture
-def rows(toy, clock):
+def rows():
     def absent(inputs):
         raise ImportError("No module named 'nothing'")
 
@@ -21,8 +23,8 @@ def rows(toy, clock):
 
     peers = [Peer("good", {"toy": lambda inputs: lambda x: x + x}), Peer("gone", {"toy": absent})]
     peers.append(Peer("liar", {"toy": broken}))
-    clock.readings = [10, 20, 30, 40, 50, 60]
-    return rows_of(toy, bench_case(toy, "cpu", peers, clock, 1))
+    toy = toy_case()
+    return rows_of(toy, bench_case(toy, "cpu", peers, FakeClock([10, 20, 30, 40, 50, 60]), 1))
 
 
 @pytest.fixture
@@ -50,7 +52,7 @@ def test_csv_has_every_column_and_says_cpu(rows, about, tmp_path) -> None:
     assert {line["note"] for line in found if line["contender"] == "gone"} == {"No module named 'nothing'"}
 
 
-def test_a_plot_is_drawn(rows, about, tmp_path) -> None:
+def test_plot_shows_ratios_and_is_reproducible(rows, about, tmp_path) -> None:
     path = report.write(rows, about, tmp_path)[1]
     drawing = path.read_text()
     assert path.suffix == ".svg"
@@ -63,12 +65,12 @@ def test_a_plot_is_drawn(rows, about, tmp_path) -> None:
     assert again.read_text() == drawing
 
 
-def test_a_plot_of_nothing(about, tmp_path) -> None:
+def test_plot_of_no_rows_is_written(about, tmp_path) -> None:
     report.plot([], about, tmp_path / "empty.png")
     assert (tmp_path / "empty.png").stat().st_size > 0
 
 
-def test_json_holds_the_contract(rows, about, tmp_path) -> None:
+def test_json_has_timed_rows_and_reasons_for_the_others(rows, about, tmp_path) -> None:
     path = tmp_path / "deep" / "figures.json"
     assert report.write(rows, about, tmp_path, path)[2] == path
     written = json.loads(path.read_text())
@@ -82,18 +84,18 @@ def test_json_holds_the_contract(rows, about, tmp_path) -> None:
     }
 
 
-def test_the_table_names_what_has_no_figure(rows, about) -> None:
+def test_tables_name_contenders_without_figures(rows, about) -> None:
     shown = report.table(rows).splitlines()
     assert any(line.startswith("good") and "40.00" in line and "4.00" in line for line in shown)
     assert any("WRONG" in line and line.strip().startswith("liar") for line in shown)
-    assert any("not here" in line and "gone" in line for line in shown)
-    end = report.closing(rows, about)
+    assert any("not available" in line and "gone" in line for line in shown)
+    end = report.footer(rows, about)
     assert "missing: gone: No module named 'nothing'" in end
     assert "WRONG: liar" in end
     assert "no Triton kernel ran" in end
-    assert "CPU figures of the torch references" in report.heading(about)
+    assert "CPU figures of the torch references" in heading(about)
 
 
-def test_a_gpus_table_says_nothing_of_cpus(rows, about) -> None:
+def test_report_of_a_gpu_does_not_mention_cpus(rows, about) -> None:
     about = {**about, "figures": machine.GPU_FIGURES}
-    assert "CPU figures" not in report.heading(about) + report.closing(rows, about)
+    assert "CPU figures" not in heading(about) + report.footer(rows, about)

@@ -1,4 +1,4 @@
-"""The command: its mistakes on one line, a whole run on a CPU, and the pytest-benchmark entries."""
+"""`mvlm bench kernels`: wrong arguments, a run on a CPU, its page, and the pytest-benchmark entries."""
 
 import csv
 import importlib.util
@@ -15,8 +15,7 @@ import torch
 
 from mvlm import cli
 from mvlm.errors import ConfigError
-from mvlm_benchmarks.kernels import report
-from mvlm_benchmarks.kernels import run as kernels
+from mvlm_benchmarks.kernels import report, run
 from mvlm_benchmarks.kernels.peers import PEERS
 
 ROOT = Path(__file__).parents[3]
@@ -43,14 +42,14 @@ def run_command(monkeypatch, capsys, *words: str) -> tuple[int, str, list[str]]:
         (["--device", "cpu", "--base", "no-such-revision"], "base: wanted a git revision"),
     ],
 )
-def test_mistakes_are_one_line(monkeypatch, capsys, words, said) -> None:
+def test_wrong_arguments_are_one_line(monkeypatch, capsys, words, said) -> None:
     code, out, err = run_command(monkeypatch, capsys, *words)
     assert (code, out, len(err)) == (2, "", 1), err
     assert err[0].startswith("mvlm: ")
     assert said in err[0]
 
 
-def test_without_the_extra(monkeypatch, capsys) -> None:
+def test_command_without_the_bench_extra_names_the_package(monkeypatch, capsys) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     code, _, err = run_command(monkeypatch, capsys)
@@ -58,14 +57,14 @@ def test_without_the_extra(monkeypatch, capsys) -> None:
     assert err == ["mvlm: bench: wanted matplotlib, which is not installed; pip install 'mvlm[bench]'"]
 
 
-def test_interpreted_kernels_are_not_timed_on_a_gpu(monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(kernels, "choose_device", lambda wanted: torch.device("cuda"))
+def test_interpreted_kernels_are_refused_on_a_gpu(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(run, "choose_device", lambda wanted: torch.device("cuda"))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(ConfigError, match="TRITON_INTERPRET: wanted unset on a GPU"):
-        kernels.run((), (), tmp_path)
+        run.run((), (), tmp_path)
 
 
-def test_a_run_on_a_cpu(monkeypatch, capsys, tmp_path) -> None:
+def test_run_on_a_cpu_writes_csv_plot_and_json(monkeypatch, capsys, tmp_path) -> None:
     words = ["--quick", "--device", "cpu", "--ops", "place_tokens", "gather_patches"]
     words += ["--peers", "eager", "gather-first", "liger", "--out", str(tmp_path), "--json", str(tmp_path / "f.json")]
     code, out, _ = run_command(monkeypatch, capsys, *words)
@@ -88,8 +87,8 @@ def test_a_run_on_a_cpu(monkeypatch, capsys, tmp_path) -> None:
         assert row["roofline_pct"] == row["graph_us"] == row["peak_mb"] == ""
 
 
-def test_the_commands_of_the_page_are_commands(monkeypatch, capsys) -> None:
-    """Each line of docs/benchmarks.md reaches the runner; what it does there, the other tests see."""
+def test_commands_of_the_page_are_accepted(monkeypatch, capsys) -> None:
+    """Each command of docs/benchmarks.md parses and reaches `run`; other tests check what that does."""
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     lines = [
         line
@@ -100,27 +99,28 @@ def test_the_commands_of_the_page_are_commands(monkeypatch, capsys) -> None:
     assert len(commands) >= 3
     assert set(lines) >= {"pytest benchmarks/bench_kernels.py"}
     reached = []
-    monkeypatch.setattr(kernels, "run", lambda *arguments: reached.append(arguments) or [])
+    monkeypatch.setattr(run, "run", lambda *arguments: reached.append(arguments) or [])
     for words in commands:
         assert run_command(monkeypatch, capsys, *words)[0] == 0
     assert len(reached) == len(commands)
 
 
-def test_the_page_names_every_column_and_peer() -> None:
+def test_page_names_every_column_and_peer() -> None:
     page = (ROOT / "docs" / "benchmarks.md").read_text()
     for name in [*report.COLUMNS, *(peer.name for peer in PEERS)]:
         assert f"`{name}`" in page, name
 
 
-def test_plain_pytest_leaves_the_entries_alone() -> None:
+def test_plain_pytest_does_not_collect_the_benchmark_entries() -> None:
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
     assert settings["testpaths"] == ["tests"]
     assert "python_files" not in settings
 
 
-def test_the_entries_run() -> None:
+@pytest.mark.slow
+def test_benchmark_entries_run() -> None:
     words = ["-q", "-p", "no:cacheprovider", "-k", "place_tokens and forward and (eager or liger or ours)"]
-    # Nor as one of several test processes: pytest-benchmark times nothing there.
+    # Under xdist pytest-benchmark times nothing.
     environment = {n: v for n, v in os.environ.items() if n != "TRITON_INTERPRET" and not n.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "benchmarks/bench_kernels.py", *words],

@@ -1,4 +1,4 @@
-"""The memory meter on graphs whose allocations can be counted by hand."""
+"""Peak activation memory of graphs whose allocations can be counted by hand."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ KILO = 1000 * 1000 * 4 / 1e6
 """Megabytes of a (1000, 1000) float32."""
 
 
-def test_a_chain_keeps_what_its_backward_needs() -> None:
+def test_peak_of_a_chain_has_its_saved_results() -> None:
     """exp keeps its result: three of them alive when the sum is made, the gradients of two more on the way back."""
     x = nn.Parameter(torch.ones(1000, 1000))
 
@@ -23,7 +23,7 @@ def test_a_chain_keeps_what_its_backward_needs() -> None:
     assert x.grad is None
 
 
-def test_temporaries_that_no_one_saves_count() -> None:
+def test_peak_has_temporaries_that_are_not_saved() -> None:
     """x * 2 * 2 keeps nothing for the backward, but two tensors are alive while the second product runs."""
     x = nn.Parameter(torch.ones(1000, 1000))
 
@@ -33,8 +33,8 @@ def test_temporaries_that_no_one_saves_count() -> None:
     assert peak_mb(backward, [x], "cpu") == pytest.approx(2 * KILO, rel=1e-3)
 
 
-def test_temporaries_inside_an_operator_count() -> None:
-    """The reference of our attention makes scores that its caller never sees: they are memory all the same."""
+def test_peak_has_temporaries_inside_an_operator() -> None:
+    """The reference of cross_attention allocates scores that it does not return."""
     from mvlm_kernels import cross_attention
 
     q, k = (nn.Parameter(torch.ones(1, n, 1, 32)) for n in (2000, 100))
@@ -48,8 +48,8 @@ def test_temporaries_inside_an_operator_count() -> None:
     assert 2 * scores <= found <= 5 * scores
 
 
-def test_gradients_are_left_out_while_activations_are_alive() -> None:
-    """Two layers: the second's weight gradient is there before the first's activations go."""
+def test_peak_leaves_out_gradients_while_activations_are_alive() -> None:
+    """Two layers: the second's weight gradient exists before the first's activations are freed."""
     first, second = nn.Linear(1000, 1000, bias=False), nn.Linear(1000, 1000, bias=False)
     x = torch.ones(10, 1000)
     parameters = [*first.parameters(), *second.parameters()]
@@ -58,7 +58,7 @@ def test_gradients_are_left_out_while_activations_are_alive() -> None:
     assert all(p.grad is None for p in parameters)
 
 
-def test_the_sum_of_two_gradients_counts_one() -> None:
+def test_peak_of_a_parameter_used_twice_has_one_of_its_gradients() -> None:
     """A parameter used twice: the first of its two gradients waits for the second; the sum is the gradient."""
     x = nn.Parameter(torch.ones(1000, 1000))
     found = peak_mb(lambda: (x.sin().sum() + x.cos().sum()).backward(), [x], "cpu")
@@ -70,7 +70,7 @@ def event(number: int, size: int, address: int, device: int = 0) -> dict[str, in
     return {"Ev Idx": number, "Bytes": size, "Addr": address, "Device Type": device}
 
 
-def test_replay_of_allocations() -> None:
+def test_replay_of_allocations_and_frees() -> None:
     events = [
         event(0, 100, 1),
         event(1, 50, 2),

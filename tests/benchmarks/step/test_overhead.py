@@ -1,4 +1,4 @@
-"""What logging, safety and checkpoints cost: the clock on functions of known time, and a short real run."""
+"""Overhead of logging, safety checks and checkpoints: timing of known functions, and a short real run."""
 
 import time
 from dataclasses import replace
@@ -9,27 +9,28 @@ import pytest
 from mvlm.config import MaskVLMConfig
 from mvlm.pretrain_config import pretrain_defaults
 from mvlm_benchmarks.step import overhead
-from mvlm_benchmarks.step.overhead import Clock, measure
+from mvlm_benchmarks.step.overhead import CallTimer, measure
 
 DATA = Path(__file__).parents[2] / "faults" / "data"
 
 
-def test_time_inside_another_function_counts_there_alone():
-    clock = Clock()
-    inner = clock.timed("safety", lambda: time.sleep(0.05))
+def test_time_of_a_nested_function_counts_only_for_it():
+    timer = CallTimer()
+    inner = timer.timed("safety", lambda: time.sleep(0.05))
 
     def outer() -> None:
         time.sleep(0.02)
         inner()
         inner()
 
-    clock.timed("logging", outer)()
-    assert clock.calls["safety"] == [pytest.approx(0.05, abs=0.02), pytest.approx(0.05, abs=0.02)]
-    assert clock.calls["logging"] == [pytest.approx(0.02, abs=0.02)]
+    timer.timed("logging", outer)()
+    assert timer.calls["safety"] == [pytest.approx(0.05, abs=0.02), pytest.approx(0.05, abs=0.02)]
+    assert timer.calls["logging"] == [pytest.approx(0.02, abs=0.02)]
 
 
-def test_a_run_is_measured(monkeypatch):
-    """Every part is called once a step, and the shares follow from the times."""
+@pytest.mark.slow
+def test_overhead_of_a_run_is_measured(monkeypatch):
+    """Every timed function runs once per step, and the shares follow from the times."""
 
     def small(preset, data, out):
         sizes = {"image_layers": 1, "text_layers": 1, "cross_layers": 1, "decoder_layers": 1, "width": 24, "heads": 2}
@@ -38,10 +39,10 @@ def test_a_run_is_measured(monkeypatch):
 
     monkeypatch.setattr(overhead, "pretrain_defaults", small)
     monkeypatch.setattr(overhead, "SAVE_EVERY", 3)
-    clocks = []
-    monkeypatch.setattr(overhead, "Clock", lambda: clocks.append(Clock()) or clocks[-1])
+    timers = []
+    monkeypatch.setattr(overhead, "CallTimer", lambda: timers.append(CallTimer()) or timers[-1])
     found = measure(DATA, "tiny", 6)
-    calls = clocks[0].calls
+    calls = timers[0].calls
     assert len(calls["step"]) == 6
     assert len(calls["logging"]) == pytest.approx(3 * 6, abs=4)  # close, write, the norms; and before a save
     assert all(value > 0 for value in found.values())
