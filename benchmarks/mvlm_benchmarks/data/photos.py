@@ -40,7 +40,7 @@ def build(out: Path, count: int, max_shard_bytes: int = 32 << 20) -> None:
         for i in range(count):
             photograph = photographs[i % len(photographs)]
             name = Path(PHOTOGRAPHS[i % len(photographs)]).stem.replace("_", " ")
-            caption = f"picture {i} shows a part of the photograph {name}, with other colours"
+            caption = f"image {i} shows a part of the photograph {name}, with other colours"
             writer.add(f"{i:06d}", _variant(photograph, np.random.default_rng(i)), [caption], {"image_id": i})
 
 
