@@ -59,7 +59,7 @@ RESULTS ?= benchmarks/results
 MACHINE ?= here
 bench: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm bench kernels --out $(RESULTS)
-	$(BIN)/python -m mvlm_benchmarks.host --json $(RESULTS)/host.json
+	$(BIN)/python -m mvlm_benchmarks.kernels.host_time --json $(RESULTS)/host.json
 	$(BIN)/mvlm bench step --rounds 9 --contenders timm+roberta timm+decoder-layer plain fast drop_masked \
 	    --json $(RESULTS)/step-tiny-$(MACHINE).json --csv $(RESULTS)/step-tiny-$(MACHINE).csv
 	$(BIN)/mvlm bench step --rounds 3 --contenders timm+roberta timm+roberta-compiled fast \
@@ -68,7 +68,7 @@ bench: $(VENV)/.installed $(DATA)/dataset.json
 	    --json $(RESULTS)/step-base-$(MACHINE).json --csv $(RESULTS)/step-base-$(MACHINE).csv
 	$(BIN)/mvlm bench data --rounds 11 --soak 200000 --start 1000000 --step $(RESULTS)/step-tiny-$(MACHINE).json --out $(RESULTS)
 	$(BIN)/mvlm bench data --data $(DATA) --rounds 11 --out $(RESULTS)
-	$(BIN)/python -m mvlm_benchmarks.overhead $(DATA) --json $(RESULTS)/overhead.json
+	$(BIN)/python -m mvlm_benchmarks.step.overhead $(DATA) --json $(RESULTS)/overhead.json
 
 # One run for two hours: memory and speed stay flat, nothing leaks.
 MINUTES ?= 120

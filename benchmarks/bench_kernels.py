@@ -1,8 +1,8 @@
-"""The cases of ``mvlm bench kernels`` as pytest-benchmark entries: ``pytest benchmarks/bench_kernels.py``.
+"""The cases of `mvlm bench kernels` for pytest-benchmark: `pytest benchmarks/bench_kernels.py`.
 
-For its comparisons between saved runs (``--benchmark-autosave``, ``--benchmark-compare``). Times are the host's, the
-launch included and the caches warm; the figures to quote are those of ``mvlm bench kernels``. On a CPU the main cases
-run at a small size, and they are torch references. A plain ``pytest`` does not collect this file.
+Use it to compare saved runs (`--benchmark-autosave`, `--benchmark-compare`). Times are host times, with the launch and
+with warm caches; quote the figures of `mvlm bench kernels` instead. On a CPU the core cases run at a small size, as
+torch references. Plain `pytest` does not collect this file.
 """
 
 import functools
@@ -10,14 +10,14 @@ import functools
 import pytest
 import torch
 
-from mvlm_benchmarks.case_inputs import Inputs
-from mvlm_benchmarks.cases import Case, cases
-from mvlm_benchmarks.clock import make_clock, settings
-from mvlm_benchmarks.compare import Entry, prepare
-from mvlm_benchmarks.measure import Expected, Local, expect, passes_of
-from mvlm_benchmarks.peers import PEERS, ours_as_peer
+from mvlm_benchmarks.clock import make_clock, torch_settings
+from mvlm_benchmarks.kernels.cases import Case, cases
+from mvlm_benchmarks.kernels.compare import Entry, prepare
+from mvlm_benchmarks.kernels.inputs import Inputs
+from mvlm_benchmarks.kernels.measure import Expected, LocalContender, passes_of, run_reference
+from mvlm_benchmarks.kernels.peers import PEERS, ours_as_peer
 
-# Peers warn as they please (SDPA says why a backend refuses); the suite's own code turns warnings into errors.
+# The suite turns warnings into errors, but peers may warn: SDPA explains in a warning why a backend refuses.
 pytestmark = pytest.mark.filterwarnings("default")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,7 +29,7 @@ CASES = [
 
 
 def entries() -> list:
-    """Every case, contender and pass; without a gradient there is a forward pass only."""
+    """Parameters of the tests: every case, contender and pass."""
     return [
         pytest.param(case, peer.name, name, id=f"{case.op}-{case.shape}-{name}-{peer.name}".replace(" ", "_"))
         for case in CASES
@@ -39,33 +39,33 @@ def entries() -> list:
     ]
 
 
-# Entries come case by case and contender by contender, so keeping the last of each is enough.
+# Tests are ordered by case, then contender, so a cache of one entry is enough.
 @functools.lru_cache(maxsize=1)
-def material(case: Case) -> tuple[Inputs, Expected]:
+def inputs_and_reference(case: Case) -> tuple[Inputs, Expected]:
     inputs = case.make(DEVICE)
-    return inputs, expect(case, inputs)
+    return inputs, run_reference(case, inputs)
 
 
 @functools.lru_cache(maxsize=1)
 def prepared(case: Case, contender: str) -> Entry:
     torch.compiler.reset()
     peer = next(peer for peer in [ours_as_peer(case), *PEERS] if peer.name == contender)
-    return prepare(peer, case, *material(case), make_clock(DEVICE, quick=True), DEVICE)
+    return prepare(peer, case, *inputs_and_reference(case), make_clock(DEVICE, quick=True), DEVICE)
 
 
 @pytest.mark.parametrize("case, contender, name", entries())
 def test_kernel(benchmark, case: Case, contender: str, name: str) -> None:
-    with settings(DEVICE):
+    with torch_settings(DEVICE):
         entry = prepared(case, contender)
         outcome = entry.outcomes[name]
         if outcome.status == "WRONG" or (outcome.status != "ok" and contender == "ours"):
             pytest.fail(f"{contender} {outcome.status}: {outcome.note}")
         if outcome.status != "ok":
             pytest.skip(f"{contender} {outcome.status}: {outcome.note}")
-        assert isinstance(entry.runs, Local)
+        assert isinstance(entry.runner, LocalContender)
         benchmark.group = f"{case.op} {case.shape} {name}"
-        with entry.runs.context():
-            step = entry.runs.step(name)
+        with entry.runner.context():
+            step = entry.runner.step(name)
 
             def timed() -> None:
                 step()

@@ -1,1 +1,1 @@
-"""Benchmarks of the kernels against what else a user could call; run by ``mvlm bench``."""
+"""Benchmarks of the kernels, the training step and the data loader; run by `mvlm bench`."""

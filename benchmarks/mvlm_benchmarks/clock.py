@@ -1,4 +1,4 @@
-"""How long a step takes on a CPU or a GPU, and the memory it takes there."""
+"""Clocks that measure the time and peak memory of a call on a CPU or a GPU."""
 
 import contextlib
 import statistics
@@ -14,7 +14,7 @@ Step = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds: the median, and the 20th and 80th percentile."""
+    """Microseconds of a call: median, 20th and 80th percentile."""
 
     us: float
     p20: float
@@ -22,21 +22,25 @@ class Timing:
 
 
 class Clock(Protocol):
-    """How steps are measured on one kind of device. ``time`` in microseconds; the other two are None on a CPU.
-
-    graph takes a function that makes the step, because what a CUDA graph captures has to be made on its stream.
-    """
+    """Measurements of a step (any call) on one kind of device."""
 
     def time(self, step: Step) -> Timing: ...
 
-    def graph(self, make_step: Callable[[], Step]) -> float | None: ...
+    def graph(self, make_step: Callable[[], Step]) -> float | None:
+        """Microseconds of one call as a CUDA graph, None on a CPU. The graph's stream has to run make_step too."""
+        ...
 
-    def peak_mb(self, step: Step) -> float | None: ...
+    def peak_mb(self, step: Step) -> float | None:
+        """Megabytes (10^6) allocated at the peak, above those before the call; None on a CPU."""
+        ...
 
 
 @dataclass(frozen=True)
 class CpuClock:
+    """Wall-clock times of at least five calls, after one that is not counted."""
+
     seconds: float
+    """Time to spend on a measurement."""
 
     def time(self, step: Step) -> Timing:
         step()
@@ -57,31 +61,32 @@ class CpuClock:
 
 @dataclass(frozen=True)
 class CudaClock:
+    """Times of triton's do_bench: CUDA events around each call, with the L2 cache overwritten before it."""
+
     milliseconds: int
+    """Time to spend on a measurement."""
 
     def time(self, step: Step) -> Timing:
-        """triton's do_bench: CUDA events around each call, the L2 cache overwritten before it."""
         from triton.testing import do_bench
 
         times: Any = do_bench(step, warmup=25, rep=self.milliseconds, quantiles=[0.5, 0.2, 0.8])
         return Timing(*(1e3 * t for t in times))
 
     def graph(self, make_step: Callable[[], Step]) -> float | None:
-        """The same of a CUDA graph of one call: without what the host needs to launch it."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            # Backward runs on the stream its forward ran on, so the step is made here.
+            # autograd runs a backward on the stream of its forward, so the step is made on the graph's stream.
             step = make_step()
             for _ in range(3):
                 step()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            # Held until the graph is gone: the result lives in the graph's memory.
-            kept = step()
+            # The result lives in the graph's memory, so it is kept as long as the graph.
+            result = step()
         us = self.time(graph.replay).us
-        del kept
+        del result
         return us
 
     def peak_mb(self, step: Step) -> float | None:
@@ -95,14 +100,15 @@ class CudaClock:
 
 
 @contextlib.contextmanager
-def settings(device: str) -> Iterator[None]:
-    """What every contender is measured under."""
+def torch_settings(device: str) -> Iterator[None]:
+    """The torch settings under which every contender is measured; restored on exit. device: "cpu" or "cuda"."""
     import torch._functorch.config as compiler
 
     precision = torch.get_float32_matmul_precision()
     if device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for all, as in training; without it ours takes no float32
-    # A compiled backward may reuse what forward saved as scratch, and then cannot run twice, as timing it alone needs.
+        # TF32, as in training: our kernels take float32 only if it is allowed.
+        torch.set_float32_matmul_precision("high")
+    # A compiled backward may overwrite buffers that forward saved. Timing it alone runs it many times on one forward.
     with compiler.patch(donated_buffer=False):
         try:
             yield
@@ -111,7 +117,7 @@ def settings(device: str) -> Iterator[None]:
 
 
 def make_clock(device: str, quick: bool) -> Clock:
-    """The clock of a device, "cpu" or "cuda"; quick: a fifth of the time."""
+    """The clock of a device, "cpu" or "cuda"; `quick` takes a fifth of the time."""
     if device == "cuda":
         return CudaClock(10 if quick else 50)
     return CpuClock(0.01 if quick else 0.05)

@@ -1,4 +1,4 @@
-"""What a result has to say about where it comes from, and what that machine could do at best."""
+"""Description of the machine and of the revision under test, and the roofline of a GPU."""
 
 import platform
 import re
@@ -18,12 +18,17 @@ GPU_FIGURES = "GPU"
 
 
 def describe(device: str, distributions: list[str]) -> dict[str, Any]:
-    """Names and versions for the head of every result; device is "cpu" or "cuda". What cannot be found out is ""."""
+    """Names and versions for the head of every result; unknown facts are "".
+
+    Args:
+        device: "cpu" or "cuda".
+        distributions: packages whose versions are listed under `versions`.
+    """
     commit, dirty = source_commit()
     return {
         "figures": GPU_FIGURES if device == "cuda" else CPU_FIGURES,
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "driver": _driver() if device == "cuda" else "",
+        "driver": driver_version() if device == "cuda" else "",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": (torch.version.cuda or "") if device == "cuda" else "",
@@ -44,15 +49,15 @@ def _version(distribution: str) -> str:
 
 
 def _cpu_name() -> str:
-    """The processor's name and the number of threads torch uses."""
+    """The processor's name and the number of threads that torch uses."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
-    return f"{found.group(1).strip() if found else name}, {torch.get_num_threads()} threads"
+    model = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
+    return f"{model.group(1).strip() if model else name}, {torch.get_num_threads()} threads"
 
 
-def _driver() -> str:
-    # A container may have the GPU without the tool, which is no reason to stop.
+def driver_version() -> str:
+    """The NVIDIA driver's version, or "" if nvidia-smi is missing or hangs, as in some containers."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split("\n")[0].strip()
@@ -61,12 +66,12 @@ def _driver() -> str:
 
 
 def source_root() -> Path:
-    """The folder that holds kernels/mvlm_kernels; only in a checkout is it a repository."""
+    """The folder that holds kernels/mvlm_kernels. It is a git repository in a checkout, not in an installation."""
     return Path(mvlm_kernels.__file__).parents[2]
 
 
 def git(root: Path, *arguments: str) -> subprocess.CompletedProcess[bytes] | None:
-    """The finished command, or None where there is no git."""
+    """Run git in `root` and return the finished command, or None if git is not installed."""
     try:
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True)
     except OSError:
@@ -74,9 +79,9 @@ def git(root: Path, *arguments: str) -> subprocess.CompletedProcess[bytes] | Non
 
 
 def source_commit() -> tuple[str, bool | str]:
-    """The revision that the kernels come from and whether files differ from it; ("", "") outside a checkout."""
+    """The kernels' git revision and whether the checkout has changes; ("", "") outside a checkout."""
     root = source_root()
-    # Installed in an environment inside some other repository, that repository's revision would say nothing.
+    # The kernels may be installed in an environment inside another repository, whose revision is not theirs.
     tracked = git(root, "ls-files", "--error-unmatch", "kernels/mvlm_kernels/__init__.py")
     if tracked is None or tracked.returncode:
         return "", ""
@@ -87,8 +92,13 @@ def source_commit() -> tuple[str, bool | str]:
 
 
 def roofline_us(minimum: tuple[int, int], flops: tuple[int, int], gpu: Gpu) -> dict[str, float]:
-    """The least microseconds of each pass: bytes over bandwidth or operations over the matrix units' peak, whichever is
-    more. minimum and flops are of (forward, backward)."""
+    """Lower bound on the microseconds of each pass: the larger of bytes / bandwidth and operations / matrix peak.
+
+    Args:
+        minimum: fewest bytes of (forward, backward).
+        flops: floating-point operations of (forward, backward).
+        gpu: peak rates in bytes/s and operations/s.
+    """
     forward, backward = (
         1e6 * max(moved / gpu.bandwidth, count / gpu.flops) for moved, count in zip(minimum, flops, strict=True)
     )

@@ -1,12 +1,12 @@
-"""Why a contender has no figure, and what an exception says on one line."""
+"""Reasons why a contender has no figure."""
 
 
 class Missing(Exception):
-    """The peer cannot run on this machine."""
+    """The contender cannot run on this machine."""
 
 
 class NotApplicable(Exception):
-    """The peer has nothing that computes the op."""
+    """The contender has no implementation of this op or for this data."""
 
 
 def one_line(error: BaseException) -> str:

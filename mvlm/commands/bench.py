@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-# A command imports what it needs when it runs, so that --help and mistakes answer at once.
+# A command imports its packages when it runs, so that --help and wrong arguments answer at once.
 
 
 def kernels(
@@ -16,25 +16,20 @@ def kernels(
     base: str | None = None,
     json: Path | None = None,
 ) -> None:
-    """Time the fused ops against every peer that is installed: a table, a CSV and a plot.
+    """Time the kernels against other implementations of the same ops.
 
     Args:
-        ops: The ops to time; all of them when not given.
-        peers: What to time them against; every peer when not given. One that is not installed is named as missing.
-        out: Folder to write the CSV and the plot to.
-        device: auto, cpu or cuda. On a CPU the ops are their torch references, and the results say so.
-        dtype: auto, bf16, fp16 or fp32; auto is bf16 on a GPU and fp32 on a CPU.
-        quick: The main shapes only, each for a shorter time.
-        base: A git revision whose kernels are one more contender, for example HEAD~1.
-        json: JSON file for the figures, besides the CSV.
+        ops: Ops to time; all if none is given.
+        peers: Implementations to compare with; all if none is given. Those not installed are listed as missing.
+        out: Folder for the CSV and the plot.
+        device: auto, cpu or cuda. On a CPU the torch references are timed, not the kernels, and the results say so.
+        dtype: auto, bf16, fp16 or fp32. auto is bf16 on a GPU and fp32 on a CPU.
+        quick: Time only the core shapes, in one short round.
+        base: Git revision whose kernels are another contender, for example HEAD~1.
+        json: JSON file for the figures.
     """
-    import importlib.util
-
-    from mvlm.errors import ConfigError
-
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("bench: wanted matplotlib, which is not installed; pip install 'mvlm[bench]'")
-    from mvlm_benchmarks import kernels as bench
+    _require("matplotlib")
+    from mvlm_benchmarks.kernels import run as bench
 
     for path in bench.run(ops, peers, out, device, dtype, quick, base, json):
         print(path)
@@ -55,30 +50,24 @@ def step(
     plot: Path | None = None,
     profile: Path | None = None,
 ) -> None:
-    """Time a pretraining step against what a user would put together from timm, transformers and torch.
+    """Time a pretraining step against the same model built from timm, transformers and torch.
 
     Args:
-        preset: Sizes of the model: tiny, small or base, with post-norm cross-modality blocks, which the others have.
-        batch: Pairs a step.
-        rounds: Steps of each contender, which take turns.
-        contenders: Who takes part; everyone when not given.
+        preset: Preset: tiny, small or base. Runs with `cross_norm="post"`, because the baselines are post-norm.
+        batch: Pairs per step.
+        rounds: Rounds. Each contender makes one step per round.
+        contenders: Contenders to time; all if none is given.
         device: auto, cpu or cuda.
-        precision: auto, bf16 or fp32; auto is bf16 autocast where the processor computes in bf16.
-        threads: CPU threads; 0 for torch's own choice.
-        optimizer: Whether a step includes AdamW, which needs memory for every contender.
+        precision: auto, bf16 or fp32. auto is bf16 autocast if the processor has fast bf16.
+        threads: CPU threads; 0 for torch's default.
+        optimizer: Include AdamW in the step. It needs memory for each implementation.
         json: JSON file for the figures.
-        csv: CSV file for the same.
+        csv: CSV file for the figures.
         plot: SVG, PNG or PDF file for a chart of speed and memory.
-        profile: Folder for a profile of one step each: a table on the console, a chart, traces for ui.perfetto.dev.
+        profile: Folder for a profile of one step per contender: a chart, and traces for ui.perfetto.dev.
     """
-    import importlib.util
-
-    from mvlm.errors import ConfigError
-
-    for package in ("matplotlib", "timm", "transformers"):
-        if importlib.util.find_spec(package) is None:
-            raise ConfigError(f"bench: wanted {package}, which is not installed; pip install 'mvlm[bench]'")
-    from mvlm_benchmarks import step as bench
+    _require("matplotlib", "timm", "transformers")
+    from mvlm_benchmarks.step import run as bench
 
     bench.run(
         preset, batch, rounds, contenders, device=device, precision=precision, threads=threads, optimizer=optimizer,
@@ -89,7 +78,7 @@ def step(
 def data(
     *,
     data: Path = Path("data/photos"),
-    pictures: int = 3000,
+    images: int = 3000,
     contenders: tuple[str, ...] = (),
     recipes: tuple[str, ...] = (),
     rounds: int = 7,
@@ -102,31 +91,37 @@ def data(
     out: Path = Path("benchmarks/results"),
     json: Path | None = None,
 ) -> None:
-    """Time the loader against others on the same shards, with no model: a table, stages, a CSV.
+    """Time the data loader against other loaders on the same shards, without a model.
 
     Args:
-        data: Folder of shards. If there is none, photographs are built there from scikit-image and scikit-learn.
-        pictures: How many of them.
-        contenders: ours, pil, decode_jpeg, webdataset+pil, webdataset+simplejpeg; all when not given.
-        recipes: crop, crop+randaug; both when not given.
-        rounds: Rounds in which every contender has a turn.
-        batches: Batches of a turn.
-        batch: Pictures of a batch.
-        size: Side of the squares.
-        soak: Samples to load while memory is watched; 0 does not.
-        start: Samples of an index whose first batch is waited for; 0 does not.
-        step: What `mvlm bench step --json` wrote: is the loader fast enough for that step?
-        out: Folder to write the CSV to.
-        json: JSON file for the figures, besides the CSV.
+        data: Folder of shards. If it does not exist, photographs of scikit-image and scikit-learn are built there.
+        images: Number of images to build.
+        contenders: ours, pil, decode_jpeg, webdataset+pil, webdataset+simplejpeg; all if none is given.
+        recipes: crop, crop+randaug; both if none is given.
+        rounds: Rounds. Each contender has one turn per round.
+        batches: Batches per turn.
+        batch: Images per batch.
+        size: Side of the resized images in pixels.
+        soak: Samples to load while memory is watched; 0 for no soak.
+        start: Samples in an index for which the first batch is timed; 0 for none.
+        step: JSON file of `mvlm bench step`, to check whether the loader is fast enough for that step.
+        out: Folder for the CSV.
+        json: JSON file for the figures.
     """
+    _require("torchvision")
+    from mvlm_benchmarks.data import run as bench
+
+    turns = (rounds, batches, batch, size)
+    for path in bench.run(data, images, out, contenders, recipes, *turns, soak, start, step, json):
+        print(path)
+
+
+def _require(*packages: str) -> None:
+    """ConfigError if a package of the extra `bench` is not installed."""
     import importlib.util
 
     from mvlm.errors import ConfigError
 
-    if importlib.util.find_spec("torchvision") is None:
-        raise ConfigError("bench: wanted torchvision, which is not installed; pip install 'mvlm[bench]'")
-    from mvlm_benchmarks import data as bench
-
-    turns = (rounds, batches, batch, size)
-    for path in bench.run(data, pictures, out, contenders, recipes, *turns, soak, start, step, json):
-        print(path)
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(f"bench: wanted {package}, which is not installed; pip install 'mvlm[bench]'")

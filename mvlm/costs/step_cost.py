@@ -158,7 +158,7 @@ def step_cost(config: MaskVLMConfig, shape: StepShape) -> StepCost:
     if shape.checkpointed:
         checkpoint_activations(model)
     with _world(shape.ranks) as world, FakeTensorMode():
-        _give_fake_tensors(model)
+        give_fake_tensors(model)
         micro = [_microbatch(config, shape) for _ in range(shape.microbatches)]
         with MemoryTracker(_drawn_tokens(config, shape)) as live, AsOnGpu() if shape.gpu else contextlib.nullcontext():
             live.know([*model.parameters(), *model.buffers()])
@@ -223,7 +223,7 @@ def _drawn_tokens(config: MaskVLMConfig, shape: StepShape) -> int:
     return 3 * shape.pairs * round_up_length(shape.longest if alone else config.text_length)
 
 
-def _give_fake_tensors(module: nn.Module) -> None:
+def give_fake_tensors(module: nn.Module) -> None:
     """Parameters and buffers that say they are on the CPU, in place of those on the meta device."""
     for owner in module.modules():
         for name, value in list(owner.named_parameters(recurse=False)):

@@ -1,4 +1,4 @@
-"""Where results come from, and which GPUs have a roofline."""
+"""The description of the machine, and which GPUs have a roofline."""
 
 import subprocess
 
@@ -23,11 +23,11 @@ from mvlm_kernels.cases import GPUS, peak_rates
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )
-def test_only_the_parts_of_the_table_have_a_roofline(name, found) -> None:
+def test_only_gpus_of_the_table_have_peak_rates(name, found) -> None:
     assert peak_rates(name) is (GPUS[found] if found else None)
 
 
-def test_roofline_takes_the_slower_of_memory_and_products() -> None:
+def test_roofline_is_the_slower_of_memory_and_products() -> None:
     gpu = GPUS["H100"]
     found = machine.roofline_us((3_350_000, 6_700_000), (0, 98_900_000_000), gpu)
     assert found["forward"] == pytest.approx(1.0)
@@ -36,15 +36,15 @@ def test_roofline_takes_the_slower_of_memory_and_products() -> None:
 
 
 @pytest.mark.parametrize("error", [FileNotFoundError("nvidia-smi"), subprocess.TimeoutExpired("nvidia-smi", 20)])
-def test_no_driver_tool_is_no_error(monkeypatch, error) -> None:
+def test_driver_version_is_empty_without_nvidia_smi(monkeypatch, error) -> None:
     def run(*_, **__):
         raise error
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert machine._driver() == ""
+    assert machine.driver_version() == ""
 
 
-def test_the_commit_is_the_checkouts(tmp_path, monkeypatch) -> None:
+def test_source_commit_is_that_of_the_checkout(tmp_path, monkeypatch) -> None:
     def git(*words: str) -> str:
         return subprocess.run(
             ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *words],

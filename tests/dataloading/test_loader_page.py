@@ -10,7 +10,7 @@ PAGE = (ROOT / "docs" / "loader.md").read_text()
 # Its commands take minutes: other tests run them on less.
 ELSEWHERE = {
     "python tests/dataloading/loading_faults.py data/emoji --kills 50",  # test_loading_faults
-    "mvlm bench data --data data/photos",  # tests/benchmarks/test_data.py, both
+    "mvlm bench data --data data/photos",  # tests/benchmarks/data/test_run.py, both
     "mvlm bench data --data data/photos --soak 200000 --start 1000000 --step step.json",
 }
 

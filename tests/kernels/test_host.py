@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mvlm_benchmarks.host import contenders
+from mvlm_benchmarks.kernels.host_time import contenders
 from mvlm_kernels import dispatch, use_backend
 
 # Counted when these were written; one that grows costs every call of every layer about a tenth of a microsecond.

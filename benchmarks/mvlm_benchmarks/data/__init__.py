@@ -1,0 +1,1 @@
+"""`mvlm bench data`: the data loader against other loaders on the same shards."""

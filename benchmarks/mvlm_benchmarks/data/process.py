@@ -1,0 +1,73 @@
+"""A loader in its own process, which runs during its turn and is stopped otherwise."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+class LoaderProcess:
+    """One contender: the process of `worker`, started and stopped as a group with its own workers."""
+
+    def __init__(self, name: str, recipe: str, data: Path, batch: int, size: int) -> None:
+        """Start the process, wait for its first batch and stop it. A failure is in `status` and `note`."""
+        self.name, self.recipe, self.batch = name, recipe, batch
+        command = [sys.executable, "-m", "mvlm_benchmarks.data.worker", name, recipe, str(data), str(batch), str(size)]
+        # A session of its own is a process group of its own: a signal to it reaches the process and its workers.
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        )  # fmt: skip
+        self.rates: list[float] = []
+        """Images per second of each turn."""
+        self.cpu_ms: list[float] = []
+        """Milliseconds of processor time per image, of each turn."""
+        answer = self._read()
+        self.status, self.note = answer["status"], answer["note"]
+        if self.status == "ok":
+            self._signal(signal.SIGSTOP)
+
+    def turn(self, batches: int) -> dict[str, Any]:
+        """Make `batches` batches. Returns the process's answer: seconds, rss_mb."""
+        before = group_cpu_seconds(self._process.pid)
+        self._signal(signal.SIGCONT)
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{batches}\n")
+        self._process.stdin.flush()
+        answer = self._read()
+        self._signal(signal.SIGSTOP)
+        self.rates.append(batches * self.batch / answer["seconds"])
+        self.cpu_ms.append(1e3 * (group_cpu_seconds(self._process.pid) - before) / (batches * self.batch))
+        return answer
+
+    def close(self) -> None:
+        """Kill the process and its workers."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.communicate()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            return {"status": "error", "note": f"ended with code {self._process.returncode}", "seconds": float("inf")}
+        return json.loads(line)
+
+    def _signal(self, number: int) -> None:
+        os.killpg(self._process.pid, number)
+
+
+def group_cpu_seconds(group: int) -> float:
+    """Processor time that the living processes of a process group have used."""
+    total = 0.0
+    for process in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
+        with contextlib.suppress(OSError):  # the process has just ended
+            if os.getpgid(process) == group:
+                total += time.clock_gettime((~process << 3) | 2)  # Linux's id of a process's CPU clock, in nanoseconds
+    return total

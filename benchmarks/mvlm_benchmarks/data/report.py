@@ -1,0 +1,71 @@
+"""Report of `mvlm bench data`: tables on the console, CSV and JSON."""
+
+from pathlib import Path
+from typing import Any
+
+from mvlm_benchmarks.results import MACHINE_COLUMNS, device_name, file_stem, write_csv, write_json
+
+Row = dict[str, Any]
+COLUMNS = (
+    "data", "recipe", "contender", "status", "note", "images_per_s", "images_per_s_best", "images_per_s_worst",
+    "ours_over", "cpu_ms", "ours_over_cpu", "rounds", "batches", "batch", "size", *MACHINE_COLUMNS,
+)  # fmt: skip
+
+
+def table(rows: list[Row], recipe: str) -> str:
+    """The table of one recipe's contenders."""
+    lines = [f"{recipe:24} {'images/s':>9} {'best':>8} {'worst':>8} {'ours/it':>8} {'CPU ms':>8} {'it/ours':>8}"]
+    for row in rows:
+        if row["recipe"] != recipe:
+            continue
+        if row["status"] != "ok":
+            lines.append(f"{row['contender']:24} {row['status']}: {row['note']}")
+            continue
+        rates = (row["images_per_s"], row["images_per_s_best"], row["images_per_s_worst"])
+        ratios = [f"{row[name]:.2f}x" if name in row else "" for name in ("ours_over", "ours_over_cpu")]
+        line = f"{row['contender']:24} {rates[0]:9.0f} {rates[1]:8.0f} {rates[2]:8.0f} {ratios[0]:>8}"
+        lines.append(f"{line} {row['cpu_ms']:8.2f} {ratios[1]:>8}")
+    return "\n".join(lines)
+
+
+def stage_table(stages: dict[str, dict[str, float]]) -> str:
+    """The table of our loader's stages, with the most expensive one as bottleneck."""
+    explanation = "rate up to and with the stage; processor time that it adds per image"
+    lines = [f"{'stage':10} {'images/s':>9} {'adds us':>8}   {explanation}"]
+    lines += [f"{name:10} {stage['images_per_s']:9.0f} {stage['adds_us']:8.0f}" for name, stage in stages.items()]
+    worst = max(stages, key=lambda name: stages[name]["adds_us"])
+    return "\n".join([*lines, f"bottleneck: {worst}", ""])
+
+
+def write(
+    rows: list[Row],
+    stages: dict[str, dict[str, dict[str, float]]],
+    others: dict[str, dict[str, Any]],
+    about: dict[str, Any],
+    out: Path,
+    data: Path,
+    json_file: Path | None,
+) -> list[Path]:
+    """Write the CSV to `out` and the JSON to `json_file`. Returns the files.
+
+    Args:
+        rows: one per contender and recipe.
+        stages: recipe -> stage -> figures.
+        others: further measurements by name: step, start, memory. The CSV has only the `text` of each.
+        about: the machine.
+        data: the data set's folder, whose name is in the CSV.
+    """
+    files = [out / f"{file_stem('data', data.name, device_name(about))}.csv"]
+    lines = list(rows)
+    for recipe, by_stage in stages.items():
+        for stage, figures in by_stage.items():
+            note = f"stage, adds {figures['adds_us']} us of processor time per image"
+            line = {"data": data.name, "recipe": recipe, "contender": stage, "status": "ok", "note": note}
+            lines.append(line | {"images_per_s": figures["images_per_s"]})
+    for name, result in others.items():
+        lines.append({"data": data.name, "recipe": "", "contender": name, "status": "ok", "note": result["text"]})
+    write_csv(lines, about, files[0], COLUMNS)
+    if json_file is not None:
+        write_json({"machine": about, "rows": rows, "stages": stages, **others}, json_file)
+        files.append(json_file)
+    return files

@@ -1,0 +1,221 @@
+"""`mvlm bench data`: our loader and others on the same shards, each in its own process, with no model.
+
+Contenders take turns. All but one are stopped (SIGSTOP), so that no work of another process falls into a turn. In each
+round every contender makes the same number of batches. Reported rates are medians over rounds, and reported ratios are
+medians of the rounds' ratios.
+
+Processor time is reported too, summed over a contender's processes. On an idle machine both ratios agree, because every
+contender fills the cores. On a busy machine the ratio of processor times is the one to trust. It is a mean over rounds,
+not a median: work done ahead in one turn is missing in the next, so only the sum is right.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mvlm.errors import ConfigError
+from mvlm_benchmarks import machine
+from mvlm_benchmarks.choices import choose
+from mvlm_benchmarks.data import start_up
+from mvlm_benchmarks.data.process import LoaderProcess
+from mvlm_benchmarks.data.report import Row, stage_table, table, write
+from mvlm_benchmarks.data.stages import STAGES
+from mvlm_benchmarks.data.worker import CONTENDERS, RECIPES
+from mvlm_benchmarks.results import heading
+
+PACKAGES = ["nvidia-dali-cuda130", "pillow", "torchvision", "webdataset", "simplejpeg", "numpy"]
+WARM_UP = 10
+"""Least batches of the first turn, which does not count: more than any contender makes ahead, so that later turns start
+and end in the same state."""
+READINGS = 39
+"""Readings of the memory in each tenth of a soak."""
+
+
+def run(
+    data: Path,
+    images: int,
+    out: Path,
+    contenders: Sequence[str] = (),
+    recipes: Sequence[str] = (),
+    rounds: int = 7,
+    batches: int = 8,
+    batch: int = 64,
+    size: int = 224,
+    soak: int = 0,
+    start: int = 0,
+    step: Path | None = None,
+    json_file: Path | None = None,
+) -> list[Path]:
+    """Measure, print tables and write files. Returns the files.
+
+    Args:
+        data: folder of shards. If it does not exist, `images` photographs are built there.
+        out: folder of the CSV.
+        contenders, recipes: names; empty for all.
+        rounds: turns of every contender, of `batches` batches of `batch` images with sides of `size`.
+        soak: samples to load while memory is watched; 0 for no soak.
+        start: samples of an index for which the first batch is timed; 0 for none.
+        step: JSON file of `mvlm bench step`, to compare the loader with its fastest step.
+        json_file: JSON file, or None.
+
+    Raises:
+        ConfigError: an unknown contender or recipe, a number below 1, or a `step` file that is no result.
+    """
+    names = choose("contenders", contenders, CONTENDERS)
+    recipes = choose("recipes", recipes, RECIPES)
+    settings = {"rounds": rounds, "batches": batches, "batch": batch, "size": size}
+    for option, value in (*settings.items(), ("images", images)):
+        if value < 1:
+            raise ConfigError(f"{option}: wanted at least 1, got {value}")
+    step_rate = None if step is None else _fastest_step(step)
+    if not data.exists():
+        from mvlm_benchmarks.data import photos
+
+        print(f"building {images} images in {data}", flush=True)
+        photos.build(data, images)
+    about = machine.describe("cpu", PACKAGES) | {"figures": f"loader only, no model, {os.cpu_count()} cores"}
+    print(heading(about))
+    rows, stages = [], {}
+    for recipe in recipes:
+        rows += measure_recipe(names, recipe, data, settings)
+        print(table(rows, recipe), flush=True)
+        stages[recipe] = _measure_stages(recipe, data, settings)
+        print(stage_table(stages[recipe]), flush=True)
+    others: dict[str, dict[str, Any]] = {}
+    if step_rate is not None and "ours" in names:
+        loader_rate = max(row["images_per_s"] for row in rows if row["contender"] == "ours")
+        others["step"] = _compare_with_step(step_rate, loader_rate)
+    if start:
+        others["start"] = _measure_start_up(start)
+    if soak:
+        write(rows, stages, others, about, out, data, json_file)  # a soak takes long and may be interrupted
+        others["memory"] = _measure_memory(data, settings, soak)
+    for result in others.values():
+        print(result["text"])
+    return write(rows, stages, others, about, out, data, json_file)
+
+
+def measure_recipe(names: Sequence[str], recipe: str, data: Path, settings: dict[str, int]) -> list[Row]:
+    """One row for each named contender, from interleaved rounds. settings: rounds, batches, batch, size."""
+    with _started(names, recipe, data, settings) as contenders:
+        run_rounds(contenders, settings)
+        ours = next((c for c in contenders if c.name == "ours" and c.status == "ok"), None)
+        return [_row(contender, ours, data, settings) for contender in contenders]
+
+
+@contextlib.contextmanager
+def _started(names: Sequence[str], recipe: str, data: Path, settings: dict[str, int]) -> Iterator[list[LoaderProcess]]:
+    """The contenders' processes, started one after another and closed on exit."""
+    contenders: list[LoaderProcess] = []
+    try:
+        for name in names:
+            contenders.append(LoaderProcess(name, recipe, data, settings["batch"], settings["size"]))
+        yield contenders
+    finally:
+        for contender in contenders:
+            contender.close()
+
+
+def run_rounds(contenders: Sequence[LoaderProcess], settings: dict[str, int]) -> None:
+    """Run the warm-up, whose figures are dropped, then all rounds. settings: rounds, batches."""
+    running = [contender for contender in contenders if contender.status == "ok"]
+    for number in range(settings["rounds"] + 1):
+        # Every second round runs backwards, so that no contender always follows the same one.
+        for contender in running if number % 2 else running[::-1]:
+            contender.turn(settings["batches"] if number else max(WARM_UP, settings["batches"]))
+            if number == 0:
+                contender.rates.clear()
+                contender.cpu_ms.clear()
+
+
+def _row(contender: LoaderProcess, ours: LoaderProcess | None, data: Path, settings: dict[str, int]) -> Row:
+    rates, cpu_ms = contender.rates, contender.cpu_ms
+    row: Row = {
+        "data": data.name,
+        "recipe": contender.recipe,
+        "contender": contender.name,
+        "status": contender.status,
+        "note": contender.note,
+        **settings,
+    }
+    if not rates:
+        return row | {"images_per_s": None}
+    row |= {
+        "images_per_s": round(statistics.median(rates), 1),
+        "images_per_s_best": round(max(rates), 1),
+        "images_per_s_worst": round(min(rates), 1),
+        "cpu_ms": round(statistics.fmean(cpu_ms), 3),
+    }
+    if ours is not None:
+        row["ours_over"] = round(statistics.median(a / b for a, b in zip(ours.rates, rates, strict=True)), 3)
+        row["ours_over_cpu"] = round(statistics.fmean(cpu_ms) / statistics.fmean(ours.cpu_ms), 3)
+    return row
+
+
+def _measure_stages(recipe: str, data: Path, settings: dict[str, int]) -> dict[str, dict[str, float]]:
+    """Stage -> images_per_s of the loader up to and with it, and adds_us, its processor time per image."""
+    with _started([f"stage:{name}" for name in STAGES], recipe, data, settings) as contenders:
+        run_rounds(contenders, settings)
+        stages, previous = {}, [0.0] * settings["rounds"]
+        for name, contender in zip(STAGES, contenders, strict=True):
+            spent_us = [1e3 * ms for ms in contender.cpu_ms]
+            added = statistics.median(now - before for now, before in zip(spent_us, previous, strict=True))
+            stages[name] = {"images_per_s": round(statistics.median(contender.rates), 1), "adds_us": round(added, 1)}
+            previous = spent_us
+        return stages
+
+
+def _measure_memory(data: Path, settings: dict[str, int], samples: int) -> dict[str, Any]:
+    """Resident memory of our loader's process in each tenth of a run over `samples` samples.
+
+    A tenth's figure is the median of many readings, because image sizes change the buffers from moment to moment.
+    """
+    turn = max(1, samples // (10 * READINGS) // settings["batch"])
+    with _started(["ours"], "crop+randaug", data, settings) as (ours,):
+        readings = [[ours.turn(turn)["rss_mb"] for _ in range(READINGS)] for _ in range(10)]
+    resident = [round(statistics.median(tenth), 1) for tenth in readings]
+    loaded, growth = 10 * READINGS * turn * settings["batch"], max(resident[2:]) / resident[1] - 1
+    text = f"resident MB in each tenth of {loaded} samples: {resident}; grew by {100 * growth:.1f} % after the second"
+    return {"text": text, "samples": loaded, "rss_mb": resident, "growth": round(growth, 4)}
+
+
+def _measure_start_up(samples: int) -> dict[str, Any]:
+    """Seconds to the first batch with an index of `samples` samples: the median of five processes."""
+    with tempfile.TemporaryDirectory(prefix="mvlm-start-") as folder:
+        start_up.build(Path(folder) / "data", samples)
+        command = [sys.executable, "-m", "mvlm_benchmarks.data.start_up", str(Path(folder) / "data")]
+        runs = [json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(5)]
+    seconds = [round(run["start_s"], 3) for run in runs]
+    cpu_s = statistics.median(run["cpu_s"] for run in runs)
+    text = f"{statistics.median(seconds):.2f} s to the first batch of {runs[0]['samples']} samples, without imports"
+    text += f"; five processes: {seconds}; {cpu_s:.2f} s of processor time"
+    return {"text": text, "samples": runs[0]["samples"], "seconds": seconds, "cpu_s": round(cpu_s, 3)}
+
+
+def _compare_with_step(step_rate: float, loader_rate: float) -> dict[str, Any]:
+    """Compare the loader's images per second with a step's pairs per second."""
+    enough = loader_rate >= step_rate
+    verdict = "is enough" if enough else f"is too slow: {step_rate / loader_rate:.1f} times these cores are needed"
+    text = f"a step takes {step_rate:.0f} pairs/s; the loader's {loader_rate:.0f} images/s on this machine {verdict}"
+    return {
+        "text": text,
+        "step_pairs_per_s": step_rate,
+        "loader_images_per_s": loader_rate,
+        "loader_over_step": round(loader_rate / step_rate, 3),
+    }
+
+
+def _fastest_step(path: Path) -> float:
+    """Pairs per second of the fastest contender in a JSON file of `mvlm bench step`."""
+    try:
+        rates = [row["pairs_per_s"] for row in json.loads(path.read_text())["rows"] if row.get("pairs_per_s")]
+        return float(max(rates))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"step: wanted a JSON file of `mvlm bench step --json`, got {path}: {error!r}") from None

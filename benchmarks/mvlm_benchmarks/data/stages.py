@@ -1,0 +1,92 @@
+"""Cumulative stages of our loader, to find where its time goes.
+
+    read       read the tars' components with DALI's reader
+    decode     + decode the random crops
+    resize     + resize them to squares
+    augment    + RandAugment, in the complete graph with its guard against bad files
+    hand-over  + captions, tokens and masks: batches as the model gets them
+
+Each stage is a contender of `worker`. A stage's own time is its time per image minus that of the previous stage.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvlm_dataloading import Loader, open_dataset, train_tokenizer
+from mvlm_dataloading.augment import Augment, draw
+from mvlm_dataloading.indices import IMAGE_EXTENSIONS
+from mvlm_dataloading.order import Stream, write_index_views
+from mvlm_dataloading.pipeline import build_pipeline, executor
+from mvlm_dataloading.randomness import Purpose, uniforms
+from mvlm_dataloading.resize import Resize
+from mvlm_dataloading.windows import Geometry, Windows
+
+STAGES = ("read", "decode", "resize", "augment", "hand-over")
+THREADS = 2
+
+
+def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int) -> Iterator[Any]:
+    """Endless results of the loader up to and including `stage`."""
+    dataset = open_dataset(data, "train")
+    augment = Augment(operations=2 if recipe == "crop+randaug" else 0)
+    if stage == "hand-over":
+        tokenizer = train_tokenizer([dataset.captions(i)[0] for i in range(min(len(dataset), 1000))], 1000)
+        settings: dict[str, Any] = {"text_length": 40, "seed": 0, "num_threads": THREADS, "augment": augment}
+        yield from Loader(dataset, tokenizer, batch_size=batch, image_size=size, **settings)
+        return
+    count = len(dataset) // batch * batch
+    ids, epochs = Stream(dataset.shard, 0, shuffle=True)(0, count)
+    crops = uniforms(Purpose.CROP, 0, epochs, ids, 4)
+
+    def rows(k: Any) -> np.ndarray:
+        """The rows of batch k in the drawn arrays, int64 (B,)."""
+        return (int(k) * batch + np.arange(batch)) % count
+
+    with tempfile.TemporaryDirectory() as folder:
+        tars, indices = write_index_views(Path(folder), dataset, ids)
+        if stage == "augment":
+            drawn = draw(augment, 0, epochs, ids, size)
+            pipeline = build_pipeline(
+                tars, indices, lambda k: crops[rows(k)], Geometry(image_size=size), batch_size=batch,
+                num_threads=THREADS, guard=True, drawn=None if augment.nothing else lambda k: drawn.rows(rows(k)),
+            )  # fmt: skip
+        else:
+            pipeline = _partial_pipeline(stage, tars, indices, lambda k: crops[rows(k)], batch, size)
+    while True:
+        yield pipeline.run()
+
+
+def _partial_pipeline(stage: str, tars: list[str], indices: list[str], draws: Any, batch: int, size: int) -> Any:
+    import nvidia.dali as dali
+
+    fn: Any = dali.fn
+    types: Any = dali.types
+    make: Any = dali.pipeline.Pipeline
+    pipeline = make(batch_size=batch, num_threads=THREADS, device_id=None, **executor(None, 1))
+    with pipeline:
+        result = encoded = fn.readers.webdataset(
+            paths=tars,
+            index_paths=indices,
+            ext=[";".join(IMAGE_EXTENSIONS)],
+            case_sensitive_extensions=False,
+        )
+        if stage != "read":
+            corner, shape = fn.python_function(
+                fn.peek_image_shape(encoded),
+                function=Windows(Geometry(image_size=size), draws),
+                batch_processing=True,
+                num_outputs=2,
+            )
+            result = fn.decoders.image_slice(
+                encoded, start=corner, shape=shape, axes=[0, 1], output_type=types.DALIImageType.RGB
+            )
+        if stage == "resize":
+            function = Resize(size, THREADS, planes=True)
+            result = fn.python_function(result, function=function, batch_processing=True, output_layouts="CHW")
+        pipeline.set_outputs(result)
+    pipeline.build()
+    return pipeline

@@ -1,0 +1,95 @@
+"""Time to the first batch of a data set with a million samples.
+
+    python -m mvlm_benchmarks.data.start_up FOLDER [--samples N]
+
+Writes tars of 50 small images each, with indices that name every image many times, so that the loader sees N samples.
+Prints the seconds of opening the data, making the loader and waiting for the first batch. Imports do not count.
+"""
+
+import argparse
+import hashlib
+import json
+import time
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+
+SHARDS = 200
+IMAGES_PER_SHARD = 50
+
+
+def build(folder: Path, samples: int) -> None:
+    """Write the data set: SHARDS tars, with indices of `samples` lines in total."""
+    import io
+
+    from PIL import Image
+
+    from mvlm_dataloading import ShardWriter
+
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(file, "JPEG")
+    single = folder.with_name(f"{folder.name}.one")
+    with ShardWriter(single, name="start", source="", licence="", attribution="", recipe={}) as writer:
+        for i in range(IMAGES_PER_SHARD):
+            writer.add(f"{i:09d}", file.getvalue(), [f"a caption of sample {i}"], {"image_id": i})
+    tar, index = (single / "train-000000.tar").read_bytes(), (single / "train-000000.idx").read_text()
+    lines = index.splitlines()[1:]
+    folder.mkdir(parents=True)
+    count = samples // SHARDS
+    repeated = "\n".join([f"v1.2 {count}", *(lines[k % IMAGES_PER_SHARD] for k in range(count))]) + "\n"
+    shards = []
+    for number in range(SHARDS):
+        name = f"train-{number:06d}"
+        (folder / f"{name}.tar").write_bytes(tar)
+        (folder / f"{name}.idx").write_text(repeated)
+        digest = hashlib.sha256(tar).hexdigest()
+        shards.append({"tar": f"{name}.tar", "samples": count, "bytes": len(tar), "sha256": digest})
+    splits = {"train": {"samples": count * SHARDS, "captions": count * SHARDS, "shards": shards}}
+    (folder / "dataset.json").write_text(json.dumps({"format_version": 1, "splits": splits}))
+
+
+def seconds_to_first_batch(folder: Path, batch: int = 64) -> dict[str, float]:
+    """Seconds to open the data, to make the loader and to get the first batch; their sum; and processor time."""
+    from mvlm_dataloading import Loader, open_dataset, train_tokenizer
+    from mvlm_dataloading.augment import Augment
+
+    tokenizer = train_tokenizer(["a caption of sample 1"], 300)
+    import_module("nvidia.dali.fn")
+    import_module("torch")
+    times, spent = [time.perf_counter()], time.process_time()
+    dataset = open_dataset(folder, "train")
+    times.append(time.perf_counter())
+    loader = Loader(
+        dataset, tokenizer, batch_size=batch, image_size=224, text_length=40, seed=0, augment=Augment(operations=2)
+    )
+    times.append(time.perf_counter())
+    next(iter(loader))
+    times.append(time.perf_counter())
+    spent = time.process_time() - spent
+    loader.close()
+    opened, made, first = np.diff(times).tolist()
+    seconds = {
+        "open_s": opened,
+        "make_s": made,
+        "first_batch_s": first,
+        "start_s": opened + made + first,
+        "cpu_s": spent,
+    }
+    return {"samples": len(dataset), **seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mvlm_benchmarks.data.start_up", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("folder", type=Path, help="folder of the data set; written if it does not exist")
+    parser.add_argument("--samples", type=int, default=1_000_000, help="samples in the indices")
+    arguments = parser.parse_args()
+    if not arguments.folder.exists():
+        build(arguments.folder, arguments.samples)
+    print(json.dumps(seconds_to_first_batch(arguments.folder)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""The process of one loader, run by `process.LoaderProcess`.
+
+    python -m mvlm_benchmarks.data.worker CONTENDER RECIPE DATA BATCH SIZE
+
+Prints one line of JSON after the first batch. Then, for each number N on standard input, makes N batches and prints
+another line.
+
+Every contender gives the same: images as normalised float32 (B, 3, S, S), each a random crop (scale 0.2 to 1, ratio
+3/4 to 4/3) resized with antialiasing, and captions. Ours also gives tokens and masks.
+"""
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvlm_benchmarks.reasons import Missing, NotApplicable, one_line
+from mvlm_dataloading import Dataset, open_dataset
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # of the crops
+WORKERS = 2
+RECIPES = ("crop", "crop+randaug")
+CONTENDERS = ("ours", "pil", "decode_jpeg", "webdataset+pil", "webdataset+simplejpeg")
+
+Batches = Iterator[tuple[Tensor, Any]]
+"""Images float32 (B, 3, S, S), and captions or our whole batch."""
+
+
+def ours(data: Path, recipe: str, batch: int, size: int) -> Batches:
+    from mvlm_dataloading import Loader, train_tokenizer
+    from mvlm_dataloading.augment import Augment
+
+    dataset = open_dataset(data, "train")
+    tokenizer = train_tokenizer([dataset.captions(i)[0] for i in range(min(len(dataset), 1000))], 1000)
+    loader = Loader(
+        dataset, tokenizer, batch_size=batch, image_size=size, text_length=40, seed=0, num_threads=WORKERS,
+        augment=Augment(operations=2 if recipe == "crop+randaug" else 0),
+    )  # fmt: skip
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (MEAN, STD))
+    # In training the model takes bytes and normalises them on the GPU. Here they are normalised for a fair comparison.
+    # The result goes to one buffer, because fresh memory would cost more than the arithmetic.
+    normalised = torch.empty(batch, 3, size, size)
+    for images_and_text, _ in loader:
+        yield normalised.copy_(images_and_text.images).sub_(mean).div_(std), images_and_text
+
+
+def _pil_transform(recipe: str, size: int) -> Callable[[Any], Tensor]:
+    from torchvision import transforms as t
+
+    more = [t.RandAugment(2, 9)] if recipe == "crop+randaug" else []
+    return t.Compose([t.RandomResizedCrop(size, SCALE, RATIO), *more, t.ToTensor(), t.Normalize(MEAN, STD)])
+
+
+def _tensor_transform(recipe: str, size: int) -> Callable[[Any], Tensor]:
+    from torchvision.transforms import v2 as t
+
+    more = [t.RandAugment(2, 9)] if recipe == "crop+randaug" else []
+    return t.Compose(
+        [
+            t.RandomResizedCrop(size, SCALE, RATIO, antialias=True),
+            *more,
+            t.ToDtype(torch.float32, scale=True),
+            t.Normalize(MEAN, STD),
+        ]
+    )
+
+
+class ShardDataset(torch.utils.data.Dataset):
+    """Samples of the shards by number. The index gives their offsets, so no unpacked copy is needed."""
+
+    def __init__(self, dataset: Dataset, decode: Callable[[bytes], Any], transform: Callable[[Any], Tensor]):
+        self.dataset, self.decode, self.transform = dataset, decode, transform
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, str]:
+        return self.transform(self.decode(self.dataset.image_bytes(i))), self.dataset.captions(i)[0]
+
+
+def _in_data_loader(dataset: Any, batch: int, shuffle: bool) -> Batches:
+    loader = torch.utils.data.DataLoader(
+        dataset, batch, shuffle=shuffle, num_workers=WORKERS, drop_last=True, persistent_workers=True
+    )
+    while True:
+        yield from loader
+
+
+def pil(data: Path, recipe: str, batch: int, size: int) -> Batches:
+    dataset = open_dataset(data, "train")
+    return _in_data_loader(ShardDataset(dataset, _decode_pil, _pil_transform(recipe, size)), batch, True)
+
+
+def decode_jpeg(data: Path, recipe: str, batch: int, size: int) -> Batches:
+    dataset = open_dataset(data, "train")
+    return _in_data_loader(ShardDataset(dataset, _decode_torchvision, _tensor_transform(recipe, size)), batch, True)
+
+
+def webdataset_pil(data: Path, recipe: str, batch: int, size: int) -> Batches:
+    return _webdataset(data, _decode_pil, _pil_transform(recipe, size), batch)
+
+
+def webdataset_simplejpeg(data: Path, recipe: str, batch: int, size: int) -> Batches:
+    if not open_dataset(data, "train").image_bytes(0).startswith(b"\xff\xd8"):
+        raise NotApplicable("simplejpeg decodes only JPEG")
+    return _webdataset(data, _decode_simplejpeg, _tensor_transform(recipe, size), batch)
+
+
+def _webdataset(data: Path, decode: Callable, transform: Callable, batch: int) -> Batches:
+    try:
+        webdataset: Any = import_module("webdataset")
+    except ImportError:
+        raise Missing("webdataset is not installed") from None
+    dataset = open_dataset(data, "train")
+    # webdataset gives whole shards to workers. With fewer shards than workers each is listed twice, so that none idles.
+    tars = [str(tar) for tar in dataset.tars] * (WORKERS if len(dataset.tars) < WORKERS else 1)
+    samples = (
+        webdataset.WebDataset(tars, shardshuffle=len(tars), seed=0, empty_check=False)
+        .shuffle(1000)
+        .to_tuple("jpg;jpeg;png;webp", "txt")
+        .map_tuple(lambda image: transform(decode(image)), lambda text: text.decode())
+    )
+    return _in_data_loader(samples, batch, False)
+
+
+def _decode_pil(image: bytes) -> Any:
+    import io
+
+    from PIL import Image
+
+    return Image.open(io.BytesIO(image)).convert("RGB")
+
+
+def _decode_torchvision(image: bytes) -> Tensor:
+    from torchvision.io import ImageReadMode, decode_image
+
+    return decode_image(torch.frombuffer(bytearray(image), dtype=torch.uint8), ImageReadMode.RGB)
+
+
+def _decode_simplejpeg(image: bytes) -> Tensor:
+    import simplejpeg
+
+    return torch.from_numpy(simplejpeg.decode_jpeg(image)).permute(2, 0, 1)
+
+
+LOADERS: dict[str, Callable[..., Batches]] = dict(
+    zip(CONTENDERS, (ours, pil, decode_jpeg, webdataset_pil, webdataset_simplejpeg), strict=True)
+)
+
+
+def main(contender: str, recipe: str, data: str, batch: str, size: str) -> None:
+    torch.set_num_threads(1)
+    try:
+        if contender.startswith("stage:"):
+            from mvlm_benchmarks.data.stages import stage_batches
+
+            batches = stage_batches(contender.removeprefix("stage:"), Path(data), recipe, int(batch), int(size))
+        else:
+            batches = LOADERS[contender](Path(data), recipe, int(batch), int(size))
+        # The first batch starts threads and workers and fills caches.
+        first = next(batches)
+        if not contender.startswith("stage:"):
+            _check_images(first[0], int(batch), int(size))
+    except (ImportError, Missing, NotApplicable) as error:
+        print(json.dumps({"status": "missing", "note": one_line(error)}), flush=True)
+        return
+    print(json.dumps({"status": "ok", "note": ""}), flush=True)
+    for line in sys.stdin:
+        started = time.perf_counter()
+        for _ in range(int(line)):
+            next(batches)
+        seconds = time.perf_counter() - started
+        print(json.dumps({"seconds": seconds, "rss_mb": _rss_mb()}), flush=True)
+
+
+def _check_images(images: Tensor, batch: int, size: int) -> None:
+    assert (images.dtype, tuple(images.shape)) == (torch.float32, (batch, 3, size, size))
+    assert 0.3 < float(images.std()) < 3, "wanted normalised images"
+
+
+def _rss_mb() -> float:
+    """Megabytes of anonymous memory. Mapped pages of the tars do not count: the system may drop them at any time."""
+    match = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024 / 1e6
+
+
+if __name__ == "__main__":
+    np.random.seed(0)  # noqa: NPY002 (webdataset and torchvision draw from the global generators)
+    torch.manual_seed(0)
+    main(*sys.argv[1:])

@@ -1,0 +1,91 @@
+"""The worker process of `--base`: one JSON request per line on standard input, one JSON answer per line on its output.
+
+    python -m mvlm_benchmarks.kernels.base_worker DEVICE QUICK
+
+The exported revision comes first on the path. Modules that import `mvlm_kernels` are imported by the requests, so that
+a revision that is too old for these benchmarks gives an error answer and not a crash.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from mvlm_benchmarks.reasons import one_line
+
+
+def serve(device: str, quick: bool, requests: IO[str], answers: IO[str]) -> None:
+    """Answer every request with {"value": ..} or {"error": one line}."""
+    handler = _RequestHandler(device, quick)
+    for line in requests:
+        message = json.loads(line)
+        try:
+            answer = {"value": getattr(handler, message.pop("request"))(**message)}
+        except Exception as error:
+            answer = {"error": one_line(error)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+class _RequestHandler:
+    """The revision's op at one case at a time. Each public method answers the request of its name."""
+
+    def __init__(self, device: str, quick: bool) -> None:
+        self._device, self._quick = device, quick
+        self._contender: Any = None
+
+    def kernels_path(self) -> str:
+        """The file of the imported mvlm_kernels; an error if the revision lacks what the benchmarks need."""
+        import mvlm_benchmarks.kernels.measure  # noqa: F401
+        import mvlm_kernels
+
+        return str(Path(mvlm_kernels.__file__).resolve())
+
+    def open(self, op: str, shape: str, batch: int, dtype: str) -> dict[str, list[str]]:
+        """Prepare and check the case; returns [status, note] of each pass."""
+        import torch
+
+        from mvlm_benchmarks.clock import make_clock, torch_settings
+        from mvlm_benchmarks.kernels.cases import cases
+        from mvlm_benchmarks.kernels.measure import LocalContender, run_reference, tolerance
+        from mvlm_benchmarks.kernels.peers import ours
+
+        self._contender = None  # free the previous case's tensors first
+        case = next(c for c in cases(batch, getattr(torch, dtype)) if (c.op, c.shape) == (op, shape))
+        with torch_settings(self._device):
+            inputs = case.make(self._device)
+            expected = run_reference(case, inputs)
+            clock = make_clock(self._device, self._quick)
+            self._contender = LocalContender(case, inputs, ours(case, inputs), expected.incoming, clock)
+            outcomes = self._contender.check(expected, tolerance(case, self._device))
+        return {name: [outcome.status, outcome.note] for name, outcome in outcomes.items()}
+
+    def time(self, name: str) -> list[float]:
+        """Microseconds of the pass: median, 20th and 80th percentile."""
+        timing = self._measure("time", name)
+        return [timing.us, timing.p20, timing.p80]
+
+    def graph(self, name: str) -> float | None:
+        return self._measure("graph", name)
+
+    def peak_mb(self, name: str) -> float | None:
+        return self._measure("peak_mb", name)
+
+    def _measure(self, figure: str, name: str) -> Any:
+        from mvlm_benchmarks.clock import torch_settings
+
+        with torch_settings(self._device):
+            return getattr(self._contender, figure)(name)
+
+
+def forget_editable_kernels() -> None:
+    """Remove mvlm_kernels from editable installs: their finders would fill in modules that the revision lacks."""
+    for finder in sys.meta_path:
+        module = sys.modules.get(getattr(finder, "__module__", ""))
+        getattr(module, "MAPPING", {}).pop("mvlm_kernels", None)
+
+
+if __name__ == "__main__":
+    forget_editable_kernels()
+    # Libraries may print, so standard output becomes standard error and carries no answers.
+    answers, sys.stdout = sys.stdout, sys.stderr
+    serve(sys.argv[1], sys.argv[2] == "1", sys.stdin, answers)

@@ -1,0 +1,162 @@
+"""Host time of one call of each op, compared with torch's own dispatch of an empty op.
+
+    python -m mvlm_benchmarks.kernels.host_time [--rounds N] [--json FILE]
+
+No GPU is needed. A call runs everything that the host does (checks, dispatch, autograd, choice of tiles, allocation of
+the outputs) except the launch, because Triton's launcher needs a driver. Index values are not read, as on a GPU.
+
+Calls of an empty op take turns with ours. It is registered like ours, takes the same tensors and allocates outputs of
+the same shapes, so its time is torch's part. Figures are microseconds of processor time per call, minimum and median
+of the rounds. The minimum is the better figure: other processes can only add to it.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvlm_benchmarks.machine import describe
+from mvlm_benchmarks.results import write_json
+from mvlm_kernels import (
+    cross_attention,
+    dispatch,
+    gather_patches,
+    linear_pixel_loss,
+    masked_pixel_loss,
+    place_tokens,
+    registration,
+    use_backend,
+)
+
+CALLS = 400
+"""Consecutive calls of one contender in a round."""
+
+
+def empty_op(name: str, inputs: int, shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> Callable[..., Any]:
+    """An op with a gradient that computes nothing, registered like ours.
+
+    Args:
+        inputs: number of tensors that it takes.
+        shapes: shape and dtype of each output, which is allocated.
+    """
+
+    def implementation(*x: Tensor) -> Any:
+        outputs = [torch.empty(shape, dtype=dtype, device=x[0].device) for shape, dtype in shapes]
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, below_autograd: Any, *x: Tensor) -> Any:
+            out = below_autograd(*x)
+            ctx.save_for_backward(*x)
+            return out
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return (None,) * (1 + inputs)
+
+    arguments = ", ".join(f"Tensor x{i}" for i in range(inputs))
+    returns = ", ".join(["Tensor"] * len(shapes))
+    return registration.define(f"empty_{name}({arguments}) -> ({returns})", implementation, implementation, Function)
+
+
+def contenders() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+    """Op -> (our call, the empty op's call), at small sizes: host time does not depend on them."""
+    bf16, f32 = torch.bfloat16, torch.float32
+    q = torch.zeros(2, 197, 12, 64, dtype=bf16, requires_grad=True)
+    k, v = (torch.zeros(2, 32, 12, 64, dtype=bf16, requires_grad=True) for _ in range(2))
+    lengths = torch.full((2,), 20, dtype=torch.int32)
+    images = torch.zeros(2, 3, 224, 224, dtype=torch.uint8)
+    floats = torch.zeros(2, 3, 224, 224, dtype=bf16, requires_grad=True)
+    ids = torch.arange(116, dtype=torch.int32).expand(2, 116).contiguous()
+    pred = torch.zeros(2, 116, 768, dtype=bf16, requires_grad=True)
+    weight = torch.zeros(768, 768, dtype=bf16, requires_grad=True)
+    bias = torch.zeros(768, dtype=bf16, requires_grad=True)
+    tokens = torch.zeros(2, 196, 768, dtype=bf16, requires_grad=True)
+    row = torch.zeros(768, dtype=bf16, requires_grad=True)
+    positions = torch.zeros(197, 768, dtype=bf16, requires_grad=True)
+    masked = torch.zeros(2, 196, dtype=torch.bool)
+    mean, std = [0.5] * 3, [0.25] * 3
+
+    losses = [((), f32), ((2, 116, 768), torch.int8)]
+    attention = empty_op("attention", 4, [((2, 197, 12, 64), bf16), ((2, 12, 197), f32)])
+    gather = empty_op("gather", 2, [((2, 116, 768), bf16)])
+    masked_loss = empty_op("masked_loss", 3, losses)
+    linear_loss = empty_op("linear_loss", 5, losses)
+    place = empty_op("place", 5, [((2, 197, 768), bf16)])
+    return {
+        "cross_attention": (
+            lambda: cross_attention(q, k, v, key_lengths=lengths),
+            lambda: attention(q, k, v, lengths),
+        ),
+        "gather_patches": (
+            lambda: gather_patches(floats, ids, 16, mean=mean, std=std),
+            lambda: gather(floats, ids),
+        ),
+        "masked_pixel_loss": (
+            lambda: masked_pixel_loss(pred, images, ids, 16, mean=mean, std=std),
+            lambda: masked_loss(pred, images, ids),
+        ),
+        "linear_pixel_loss": (
+            lambda: linear_pixel_loss(pred, weight, bias, images, ids, 16, mean=mean, std=std),
+            lambda: linear_loss(pred, weight, bias, images, ids),
+        ),
+        "place_tokens": (
+            lambda: place_tokens(tokens, row, positions, row, masked=masked),
+            lambda: place(tokens, row, positions, row, masked),
+        ),
+    }
+
+
+def microseconds(call: Callable[[], Any]) -> float:
+    """Microseconds of processor time per call, the mean of CALLS calls."""
+    started = time.process_time()
+    for _ in range(CALLS):
+        call()
+    return 1e6 * (time.process_time() - started) / CALLS
+
+
+def measure(rounds: int = 15) -> list[dict[str, Any]]:
+    """Rows with op, ours, torch, beyond (ours - torch) and beyond_median, in microseconds per forward call."""
+    rows = []
+    with dispatch.recording(lambda *_: None, target_arch=90), use_backend("triton"):
+        for name, (ours, empty) in contenders().items():
+            for call in (ours, empty):
+                call()
+            pairs = [(microseconds(ours), microseconds(empty)) for _ in range(rounds)]
+            minimum = [min(column) for column in zip(*pairs, strict=True)]
+            rows.append(
+                {
+                    "op": name,
+                    "ours": minimum[0],
+                    "torch": minimum[1],
+                    "beyond": minimum[0] - minimum[1],
+                    "beyond_median": statistics.median(a - b for a, b in pairs),
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mvlm_benchmarks.kernels.host_time", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--rounds", type=int, default=15, help="rounds, in each of which both contenders take a turn")
+    parser.add_argument("--json", type=Path, help='JSON file: {"machine": .., "rows": [..]}')
+    options = parser.parse_args()
+    rows = measure(options.rounds)
+    print(f"{'op':18} {'ours':>6} {'torch':>6} {'beyond':>7} {'median':>7}  microseconds per forward call")
+    for row in rows:
+        figures = f"{row['ours']:6.1f} {row['torch']:6.1f} {row['beyond']:7.1f} {row['beyond_median']:7.1f}"
+        print(f"{row['op']:18} {figures}")
+    if options.json:
+        write_json({"machine": describe("cpu", ["torch", "triton"]), "rows": rows}, options.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""Peers: other implementations of each op. Those of attention are in :mod:`mvlm_benchmarks.kernels.attention_peers`.
+
+A builder takes a case's inputs and returns a function of the leaves, in their order, that computes the op's output.
+Masks and index tensors, which a model makes once per batch for all its layers, are made by the builder and not timed.
+
+A builder raises ImportError or `Missing` if the peer cannot run on this machine, and `NotApplicable` if the peer has no
+implementation of the op. Any other exception, of the builder or its function, is reported as an error of the peer.
+
+Legend: B images, C channels, H and W their sides, P patch side, N patches, K chosen patches, F = C*P*P.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvlm_benchmarks.kernels import attention_peers as attention
+from mvlm_benchmarks.kernels.cases import Case
+from mvlm_benchmarks.kernels.inputs import CHANNELS, FEATURES, PATCH, PATCHES, SIDE, Inputs
+from mvlm_benchmarks.reasons import NotApplicable
+
+Function = Callable[..., Tensor]
+Builder = Callable[[Inputs], Function]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A named implementation of some ops."""
+
+    name: str
+    builders: dict[str, Builder]
+    """By op. The peer takes no part in the cases of other ops."""
+    distribution: str = "torch"
+    """The package whose version the results name."""
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = field(default=contextlib.nullcontext)
+    """Entered around every use of the function, timing included."""
+
+
+def _normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+    """(x - mean) / std of images (B, C, H, W) or patches (B, K, C, P, P); mean and std broadcast to them."""
+    x = images.to(dtype)
+    if images.dtype == torch.uint8:
+        x = x / 255
+    return (x - mean) / std
+
+
+def _patchify(images: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, N, C*P*P)."""
+    grid = SIDE // PATCH
+    x = images.reshape(-1, CHANNELS, grid, PATCH, grid, PATCH).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(-1, PATCHES, FEATURES)
+
+
+def _select(patches: Tensor, patch_ids: Tensor | None) -> Tensor:
+    """(B, N, F) -> (B, K, F)."""
+    return patches if patch_ids is None else patches.gather(1, patch_ids[:, :, None].expand(-1, -1, patches.shape[2]))
+
+
+def _ids_and_channels(inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Patch ids in int64, which torch.gather needs, and the channels' mean and std (C, 1, 1)."""
+    ids = inputs.fixed["patch_ids"]
+    images = inputs.fixed.get("images", inputs.leaves.get("images"))
+    assert images is not None
+    mean, std = (
+        torch.tensor(inputs.fixed[k], device=images.device, dtype=dtype)[:, None, None] for k in ("mean", "std")
+    )
+    return None if ids is None else ids.long(), mean, std
+
+
+def gather_eager(inputs: Inputs) -> Function:
+    """Normalise, patchify, then gather, as MAE and its successors do."""
+    dtype = inputs.fixed["dtype"]
+    ids, mean, std = _ids_and_channels(inputs, dtype)
+
+    def gather(images: Tensor) -> Tensor:
+        return _select(_patchify(_normalize(images, mean, std, dtype)), ids)
+
+    return _with_images(gather, inputs)
+
+
+def gather_first(inputs: Inputs) -> Function:
+    """Patchify, gather, then normalise the chosen patches only: the fewest bytes that torch ops can move."""
+    dtype = inputs.fixed["dtype"]
+    ids, mean, std = _ids_and_channels(inputs, dtype)
+
+    def gather(images: Tensor) -> Tensor:
+        chosen = _select(_patchify(images), ids).unflatten(2, (CHANNELS, PATCH, PATCH))
+        return _normalize(chosen, mean, std, dtype).flatten(2)
+
+    return _with_images(gather, inputs)
+
+
+def _with_images(gather: Function, inputs: Inputs) -> Function:
+    """Bind uint8 images, which get no gradient and are therefore no leaf."""
+    if "images" in inputs.leaves:
+        return gather
+    images = inputs.fixed["images"]
+    return lambda: gather(images)
+
+
+def _pixel_loss(inputs: Inputs) -> Callable[[Tensor], Tensor]:
+    """The loss of predictions (B, K, F) by torch's own loss function, with the target in float32."""
+    fixed = inputs.fixed
+    images, kind = fixed["images"], fixed["kind"]
+    ids, mean, std = _ids_and_channels(inputs, torch.float32)
+    loss = {"l1": F.l1_loss, "mse": F.mse_loss, "smooth_l1": F.smooth_l1_loss}[kind]
+
+    def compute(pred: Tensor) -> Tensor:
+        target = _select(_patchify(_normalize(images, mean, std, torch.float32)), ids)  # (B, K, F)
+        if fixed.get("normalize_target"):
+            var, center = torch.var_mean(target, dim=2, keepdim=True)
+            target = (target - center) / (var + 1e-6).sqrt()
+        return loss(pred.float(), target)
+
+    return compute
+
+
+def masked_loss_eager(inputs: Inputs) -> Function:
+    return _pixel_loss(inputs)
+
+
+def linear_loss_eager(inputs: Inputs) -> Function:
+    loss = _pixel_loss(inputs)
+    return lambda hidden, weight, bias: loss(F.linear(hidden, weight, bias))
+
+
+def place_eager(inputs: Inputs) -> Function:
+    """Mask tokens by SimMIM's multiply and add, or by MAE's concatenation and gather."""
+    masked, ids = inputs.fixed.get("masked"), inputs.fixed.get("visible_ids")
+    batch = inputs.leaves["tokens"].shape[0]
+    restore = None
+    if ids is not None:
+        hidden = torch.ones(batch, PATCHES, dtype=torch.bool, device=ids.device).scatter(1, ids.long(), False)
+        # A stable sort puts visible patches (False) first and in order. Its inverse finds each patch's token.
+        restore = hidden.byte().argsort(dim=1, stable=True).argsort(dim=1)
+
+    def place(tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, cls_token: Tensor) -> Tensor:
+        if restore is not None:
+            fill = mask_token.expand(batch, PATCHES - tokens.shape[1], -1)
+            x = torch.cat([tokens, fill], dim=1).gather(1, restore[:, :, None].expand(-1, -1, tokens.shape[2]))
+        else:
+            assert masked is not None
+            weight = masked[:, :, None].to(tokens.dtype)
+            x = tokens * (1 - weight) + mask_token * weight
+        return torch.cat([cls_token.expand(batch, 1, -1), x], dim=1) + pos_embed
+
+    return place
+
+
+def ours(case: Case, inputs: Inputs) -> Function:
+    """Our op, on the backend that it chooses on this machine."""
+    names = list(inputs.leaves)
+    return lambda *leaves: case.ours(**dict(zip(names, leaves, strict=True)), **inputs.fixed)
+
+
+def ours_as_peer(case: Case) -> Peer:
+    """Our op as the contender `ours`."""
+    return Peer("ours", {case.op: lambda inputs: ours(case, inputs)})
+
+
+def compiled(builder: Builder) -> Builder:
+    """torch.compile of the builder's function, for static shapes."""
+    return lambda inputs: torch.compile(builder(inputs), dynamic=False)
+
+
+def _not_in_liger(why: str) -> Builder:
+    def build(inputs: Inputs) -> Function:
+        raise NotApplicable(f"liger-kernel {why}")
+
+    return build
+
+
+EAGER: dict[str, Builder] = {
+    "cross_attention": attention.eager,
+    "gather_patches": gather_eager,
+    "masked_pixel_loss": masked_loss_eager,
+    "linear_pixel_loss": linear_loss_eager,
+    "place_tokens": place_eager,
+}
+LIGER: dict[str, Builder] = {
+    "cross_attention": attention.liger,
+    "gather_patches": _not_in_liger("has no kernel that reads images"),
+    "masked_pixel_loss": _not_in_liger("has losses over tokens and preferences, none over pixels"),
+    "linear_pixel_loss": _not_in_liger("fuses a linear layer with losses over tokens, not over pixels"),
+    "place_tokens": _not_in_liger("has no kernel that inserts tokens or adds a position embedding"),
+}
+
+
+def _attention_peer(name: str, build: Builder, distribution: str, **options: Any) -> Peer:
+    return Peer(name, {"cross_attention": build}, distribution, **options)
+
+
+PEERS = [
+    Peer("eager", EAGER),
+    Peer("gather-first", {"gather_patches": gather_first}),
+    Peer("compile", {op: compiled(builder) for op, builder in EAGER.items()}),
+    _attention_peer("sdpa-math", attention.sdpa, "torch", context=attention.math_backend),
+    _attention_peer("sdpa-efficient", attention.sdpa_cuda, "torch", context=attention.efficient_backend),
+    _attention_peer("sdpa-flash", attention.sdpa, "torch", context=attention.flash_backend),
+    _attention_peer("sdpa-cudnn", attention.sdpa_cuda, "torch", context=attention.cudnn_backend),
+    _attention_peer("flex", attention.flex, "torch"),
+    _attention_peer("xformers", attention.xformers, "xformers"),
+    _attention_peer("flash-attn-2", attention.flash_attn_2, "flash-attn"),
+    _attention_peer("flash-attn-4", attention.flash_attn_4, "flash-attn-4"),
+    Peer("liger", LIGER, "liger-kernel"),
+]

@@ -1,0 +1,137 @@
+"""Report of `mvlm bench kernels`: tables on the console, CSV, plot and JSON."""
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from mvlm_benchmarks.kernels.measure import PASSES
+from mvlm_benchmarks.results import MACHINE_COLUMNS, device_name, file_stem, heading, save_figure, write_csv, write_json
+
+Row = dict[str, Any]
+COLUMNS = (
+    "op", "pass", "shape", "dtype", "contender", "status", "note", "us", "us_p20", "us_p80", "graph_us", "gb_per_s",
+    "roofline_pct", "peak_mb", "vs_ours", "base", "vs_base", "bytes_minimum", *MACHINE_COLUMNS,
+)  # fmt: skip
+JSON_KEYS = (
+    "op", "pass", "shape", "dtype", "contender", "us", "us_p20", "us_p80", "graph_us", "gb_per_s", "roofline_pct",
+    "peak_mb", "vs_ours", "base", "vs_base",
+)  # fmt: skip
+
+# A contender with this status cannot run any case of an op.
+ABSENT = ("missing", "not applicable")
+
+
+def table(rows: list[Row]) -> str:
+    """The table of one case: a line per contender, then the reasons for missing figures."""
+    first = rows[0]
+    group = f"{'us':>9} {'x ours':>7} {'GB/s':>7} {'roof %':>6}"
+    lines = ["", f"{first['op']}  {first['shape']}  {first['dtype']}"]
+    lines.append(f"{'':16}" + "".join(f"  {name:^{len(group)}}" for name in PASSES) + f"  {'peak':>8}")
+    lines.append(f"{'contender':16}" + f"  {group}" * len(PASSES) + f"  {'MB':>8}")
+    reasons, absent = [], []
+    for contender, passes in groupby(rows, key=lambda row: row["contender"]):
+        by_pass = {row["pass"]: row for row in passes}
+        if all(row["status"] in ABSENT for row in by_pass.values()):
+            absent.append(contender)
+            continue
+        reasons += _reasons(contender, by_pass)
+        if any(row["us"] is not None for row in by_pass.values()):
+            cells = "".join(f"  {_cells(by_pass.get(name))}" for name in PASSES)
+            peak = by_pass.get("both", by_pass["forward"])["peak_mb"]
+            lines.append(f"{contender:16}{cells}  {_number(peak, 8)}")
+    if absent:
+        reasons.append(f"  not available, reasons at the end: {', '.join(absent)}")
+    return "\n".join(lines + reasons)
+
+
+def _cells(row: Row | None) -> str:
+    row = row or {}
+    return " ".join(
+        _number(row.get(key), width) for key, width in (("us", 9), ("vs_ours", 7), ("gb_per_s", 7), ("roofline_pct", 6))
+    )
+
+
+def _number(value: float | None, width: int) -> str:
+    return f"{'-':>{width}}" if value is None else f"{value:>{width}.{2 if value < 100 else 0}f}"
+
+
+def _reasons(contender: str, by_pass: dict[str, Row]) -> list[str]:
+    """One line if all passes share a reason, else one line for each pass with a reason."""
+    texts = {
+        name: f"{row['status']}: {row['note']}" for name, row in by_pass.items() if row["note"] or row["us"] is None
+    }
+    if len(texts) == len(by_pass) and len(set(texts.values())) == 1:
+        return [f"  {contender} {next(iter(texts.values()))}"]
+    return [f"  {contender} {name} {text}" for name, text in texts.items()]
+
+
+def footer(rows: list[Row], about: dict[str, Any]) -> str:
+    """Each reason for a missing figure, once; on a CPU also a reminder that no Triton kernel ran."""
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if row["us"] is None:
+            cases = reasons.setdefault((row["status"], row["contender"], row["note"]), [])
+            cases.append(f"{row['op']} {row['shape']} {row['pass']}")
+    lines = [""]
+    for (status, contender, note), cases in sorted(reasons.items()):
+        # A list of cases says nothing about a peer that is not available at all.
+        where = "" if status in ABSENT else f" ({cases[0]}{f' and {len(cases) - 1} more' if cases[1:] else ''})"
+        lines.append(f"{status}: {contender}: {note}{where}")
+    if about["figures"].startswith("CPU"):
+        lines.append("CPU figures of the torch references: no Triton kernel ran.")
+    return "\n".join(lines)
+
+
+def write(rows: list[Row], about: dict[str, Any], out: Path, json_file: Path | None = None) -> list[Path]:
+    """Write CSV and plot to `out`, named after device and dtype, and the JSON to `json_file`. Returns the files."""
+    stem = file_stem("kernels", device_name(about), rows[0]["dtype"])
+    files = [out / f"{stem}.csv", out / f"{stem}.svg"]
+    write_csv(rows, about, files[0], COLUMNS)
+    plot(rows, about, files[1])
+    if json_file is not None:
+        timed = [{key: row[key] for key in JSON_KEYS} for row in rows if row["us"] is not None]
+        others = [{key: row[key] for key in COLUMNS[:7]} for row in rows if row["us"] is None]
+        write_json({"machine": about, "rows": timed, "not_timed": others}, json_file)
+        files.append(json_file)
+    return files
+
+
+def plot(rows: list[Row], about: dict[str, Any], path: Path) -> None:
+    """Draw one panel per case: bars of time / our time by contender and pass. Longer to the right is slower."""
+    # Figure instead of pyplot: no display is needed and no global state is left.
+    from matplotlib.figure import Figure
+
+    timed = [row for row in rows if row["vs_ours"] is not None]
+    panels = [list(panel) for _, panel in groupby(timed, key=lambda row: (row["op"], row["shape"]))]
+    columns = min(2, max(1, len(panels)))
+    lines = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    heights = [max(len({row["contender"] for row in panel}) for panel in line) + 1.5 for line in lines]
+    figure = Figure(figsize=(7.5 * columns, 0.42 * sum(heights) + 1.2), layout="constrained")
+    figure.suptitle(f"Time over ours ({about['figures']})\n{heading(about).splitlines()[0]}", fontsize=9)
+    # All panels share one scale, with room for labels next to the longest bars.
+    ratios = [row["vs_ours"] for row in timed] or [1.0]
+    limits = min(0.8, *ratios) / 2, max(1.5, *ratios) * 2
+    if panels:
+        grid = figure.add_gridspec(len(lines), columns, height_ratios=heights)
+        for number, panel in enumerate(panels):
+            _draw_panel(figure.add_subplot(grid[number // columns, number % columns]), panel, limits)
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
+    save_figure(figure, path)
+
+
+def _draw_panel(axes: Any, panel: list[Row], limits: tuple[float, float]) -> None:
+    contenders = list(dict.fromkeys(row["contender"] for row in panel))
+    for number, (name, color) in enumerate(zip(PASSES, ("#4477aa", "#cc6677", "#999999"), strict=True)):
+        rows = [row for row in panel if row["pass"] == name]
+        heights = [contenders.index(row["contender"]) + 0.27 * (number - 1) for row in rows]
+        # Bars start at 1 on a logarithmic axis, so that "2x slower" and "2x faster" have the same length.
+        bars = axes.barh(heights, [row["vs_ours"] - 1 for row in rows], 0.25, left=1, color=color, label=name)
+        axes.bar_label(bars, [f"{row['vs_ours']:.2f}x  {row['us']:.0f} us" for row in rows], fontsize=6, padding=2)
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(*limits)
+    axes.xaxis.set_major_formatter(lambda ratio, _: f"{ratio:g}x")
+    axes.tick_params(axis="x", labelsize=7)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(contenders)), contenders, fontsize=8)
+    axes.set_ylim(len(contenders) - 0.4, -0.6)
+    axes.set_title(f"{panel[0]['op']}  {panel[0]['shape']}  {panel[0]['dtype']}", fontsize=8)

@@ -1,0 +1,1 @@
+"""`mvlm bench step`: one pretraining step against the same model built from timm and transformers."""

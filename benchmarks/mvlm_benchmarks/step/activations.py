@@ -1,0 +1,83 @@
+"""Peak activation memory of a step: all allocations except parameters, their gradients and optimizer state.
+
+On a CPU torch's profiler records every allocation, including temporaries inside operators, and `replay` finds the peak.
+Scratch memory that oneDNN and MKL take from the system is not recorded, for any contender. On a GPU the caching
+allocator reports its own peak.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+Event = dict[str, Any]
+"""A memory event of the profiler's trace: Ev Idx, Addr, Bytes (negative for a free), Device Type (0 = CPU)."""
+
+
+def peak_mb(backward: Callable[[], Any], parameters: Iterable[nn.Parameter], device: str) -> float:
+    """Megabytes (10^6 bytes) at the peak of `backward`, a function that runs one forward and backward pass.
+
+    The parameters' gradients do not count, not even while activations are still alive. On a CPU no parameter has a
+    gradient afterwards.
+    """
+    parameters = list(parameters)
+    backward()  # fills caches and compiles, which later passes do not repeat
+    if device == "cuda":
+        return _cuda_peak(backward)
+    for parameter in parameters:
+        parameter.grad = None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+        backward()
+    gradients = {p.grad.untyped_storage().data_ptr() for p in parameters if p.grad is not None}
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = [e["args"] for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    for parameter in parameters:
+        parameter.grad = None
+    return replay(events, gradients) / 1e6
+
+
+def replay(events: list[Event], gradients: set[int]) -> int:
+    """The largest number of bytes alive at once, from the profiler's allocations and frees.
+
+    Args:
+        events: in any order; they are sorted by "Ev Idx".
+        gradients: addresses of gradients. An allocation at one of them that is never freed does not count.
+
+    Memory that was allocated before the trace does not count: only its free is recorded.
+    """
+    events = sorted((e for e in events if e["Device Type"] == 0), key=lambda e: e["Ev Idx"])
+    allocated_by: dict[int, int] = {}  # address -> number of the event that allocated its current block
+    for number, event in enumerate(events):
+        if event["Bytes"] > 0:
+            allocated_by[event["Addr"]] = number
+        else:
+            allocated_by.pop(event["Addr"], None)
+    excluded = {number for address, number in allocated_by.items() if address in gradients}
+    alive: dict[int, int] = {}
+    total = peak = 0
+    for number, event in enumerate(events):
+        address, size = event["Addr"], event["Bytes"]
+        if size > 0 and number not in excluded:
+            alive[address] = size
+            total += size
+            peak = max(peak, total)
+        elif size < 0:
+            total -= alive.pop(address, 0)
+    return peak
+
+
+def _cuda_peak(backward: Callable[[], Any]) -> float:
+    """As `peak_mb`. Gradients of an earlier pass exist already, so of this pass's only one at a time counts."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    backward()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6

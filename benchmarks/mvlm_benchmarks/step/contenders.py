@@ -1,0 +1,127 @@
+"""Contenders of the step benchmark: their modules, weights and losses of one batch."""
+
+import contextlib
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from mvlm.config.model import MaskVLMConfig
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.objectives.losses import Losses
+from mvlm_benchmarks.step.baselines import Baseline, Cross
+from mvlm_benchmarks.step.inputs import PaddedBatch, draw_negatives, make_batch, pad_batch
+from mvlm_benchmarks.step.shared_weights import SharedWeights
+from mvlm_dataloading import Batch, Masks
+
+SEED, STEP = 0, 0
+"""Of the draw of ITM's negatives."""
+
+BASELINES: dict[str, Cross] = {"timm+roberta": "roberta", "timm+decoder-layer": "decoder-layer"}
+IMPLEMENTATIONS: dict[str, Literal["plain", "fast"]] = {"plain": "plain", "fast": "fast", "drop_masked": "fast"}
+"""Our contenders -> `plan=` of the model's call."""
+DROP_MASKED = "drop_masked"
+"""A different method: masked patches skip the encoder, so its losses differ from those of the other contenders."""
+COMPILED = ("timm+roberta-compiled", "timm+decoder-layer-compiled", "fast-compiled")
+CONTENDERS = (*BASELINES, "timm+roberta-compiled", "timm+decoder-layer-compiled", "plain", "fast", "fast-compiled",
+              "drop_masked")  # fmt: skip
+
+
+class StepInputs(NamedTuple):
+    """One batch in packed and in padded form. The padded form holds the negatives that our model draws."""
+
+    batch: Batch
+    masks: Masks
+    padded: PaddedBatch
+
+
+def make_inputs(model: MaskVLM, lengths: np.ndarray, device: torch.device) -> StepInputs:
+    """A batch on the device, with captions of these lengths (B,)."""
+    batch, masks = make_batch(model.config, lengths)
+    batch, masks = batch.to(device), masks.to(device)
+    negatives = draw_negatives(model, batch, SEED, STEP)
+    return StepInputs(batch, masks, pad_batch(model.config, batch, masks, *negatives))
+
+
+def eager_name(contender: str) -> str:
+    """The contender without its suffix `-compiled`."""
+    return contender.removesuffix("-compiled")
+
+
+def make_module(contender: str, config: MaskVLMConfig) -> nn.Module:
+    """A new module of the contender, with its own weights."""
+    name = eager_name(contender)
+    if name in BASELINES:
+        return Baseline(config, BASELINES[name])
+    return MaskVLM(replace(config, drop_masked=name == DROP_MASKED))
+
+
+def compute_losses(contender: str, module: Any, inputs: StepInputs) -> Losses:
+    """Losses of one forward pass. `module` is the contender's module or its compiled form."""
+    name = eager_name(contender)
+    if name in BASELINES:
+        return module(inputs.padded)
+    return module(inputs.batch, inputs.masks, seed=SEED, step=STEP, plan=IMPLEMENTATIONS[name])
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A contender with weights and optimizer, ready to step."""
+
+    name: str
+    module: nn.Module
+    """Holds the parameters. Contenders of one implementation share it."""
+    call: Any
+    """The module, or its compiled form."""
+    optimizer: torch.optim.Optimizer | None
+    precision: Callable[[], contextlib.AbstractContextManager[Any]]
+    """Makes the context of a forward pass, such as autocast."""
+
+    def losses(self, inputs: StepInputs) -> Losses:
+        with self.precision():
+            return compute_losses(self.name, self.call, inputs)
+
+    def backward(self, inputs: StepInputs) -> Losses:
+        losses = self.losses(inputs)
+        losses.total.backward()
+        return losses
+
+    def update(self) -> None:
+        """Step the optimizer, if there is one, and clear all gradients."""
+        if self.optimizer is not None:
+            self.optimizer.step()
+        self.module.zero_grad(set_to_none=True)
+
+
+def make_contenders(
+    names: tuple[str, ...],
+    model: MaskVLM,
+    optimizer: bool,
+    precision: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+) -> list[Contender]:
+    """The named contenders, which all share the model's weights in memory.
+
+    AdamW runs with a learning rate of 0: it does all of its work, and every step of every contender starts from the
+    same weights.
+    """
+    shared = SharedWeights(model)
+    # A shallow copy shares parameters and modules and has its own configuration.
+    drop_masked = copy.copy(model)
+    drop_masked.config = replace(model.config, drop_masked=True)
+    implementations: dict[str, tuple[nn.Module, torch.optim.Optimizer | None]] = {}
+    contenders = []
+    for name in names:
+        key = eager_name(name) if eager_name(name) in BASELINES else "ours"
+        if key not in implementations:
+            module = shared.baseline(BASELINES[key]) if key in BASELINES else model
+            adamw = torch.optim.AdamW(module.parameters(), lr=0.0, weight_decay=0.05, fused=True)
+            implementations[key] = module, adamw if optimizer else None
+        module, adamw = implementations[key]
+        module = drop_masked if name == DROP_MASKED else module
+        call = torch.compile(module) if name in COMPILED else module
+        contenders.append(Contender(name, module, call, adamw, precision))
+    return contenders

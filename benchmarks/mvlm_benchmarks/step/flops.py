@@ -1,0 +1,123 @@
+"""FLOPs of one training step of each contender, counted by running it on fake tensors.
+
+    python -m mvlm_benchmarks.step.flops
+
+Fake tensors have shapes and no values, so nothing is computed and no memory is needed. The formulas are those of
+`mvlm.costs.flops`.
+"""
+
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mvlm.config.model import MaskVLMConfig
+from mvlm.costs.flops import counter
+from mvlm.costs.step_cost import give_fake_tensors
+from mvlm.objectives.losses import Losses
+from mvlm_benchmarks.step.contenders import StepInputs, compute_losses, make_module
+from mvlm_benchmarks.step.inputs import PaddedBatch, make_batch, pad_batch
+from mvlm_benchmarks.step.parts import MATCHING, OTHER, PREFIX, GflopPerPair, mark_model_parts
+from mvlm_benchmarks.step.report import parts_table
+
+aten = torch.ops.aten
+
+
+class PartCounter(TorchDispatchMode):
+    """Splits a FLOP counter's total by the parts that `mark_part` marks. The rest is `OTHER`.
+
+    Enter it inside the FLOP counter, so that it sees an operation before the counter does.
+    """
+
+    def __init__(self, total: Callable[[], int]) -> None:
+        super().__init__()
+        self._total = total
+        self._open_ranges: list[str] = []
+        self._booked = 0
+        self.counts: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name.startswith("profiler._record_function_enter"):
+            self.close()
+            self._open_ranges.append(args[0])
+        elif name.startswith("profiler._record_function_exit"):
+            self.close()
+            self._open_ranges.pop()
+        return func(*args, **(kwargs or {}))
+
+    def close(self) -> None:
+        """Book the operations since the last begin or end of a range to the part that was open."""
+        parts = [name.removeprefix(PREFIX) for name in self._open_ranges if name.startswith(PREFIX)]
+        name = MATCHING if MATCHING in parts else parts[-1] if parts else OTHER
+        total = self._total()
+        self.counts[name] = self.counts.get(name, 0) + total - self._booked
+        self._booked = total
+
+
+class KnownTokenCount(TorchDispatchMode):
+    """Supplies the only value that a step reads from its tensors: the number of tokens in ITM's captions.
+
+    ITM sees every caption twice, with its own image and with a negative image, and each image with a negative caption.
+    A negative caption counts with the mean length, which makes 3 * tokens.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self._answers = [3 * tokens]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten._local_scalar_dense.default:
+            return self._answers.pop()  # a second read would be another value: it fails here
+        return func(*args, **(kwargs or {}))
+
+
+def count_flops(loss: Callable[[], Losses]) -> tuple[dict[str, int], int]:
+    """FLOPs of one step: forward by part, and the whole backward. `loss` runs the forward pass."""
+    with counter() as total:
+        parts = PartCounter(total.get_total_flops)
+        with parts:
+            losses = loss()
+        parts.close()
+        forward = total.get_total_flops()
+        losses.total.backward()
+        return {name: n for name, n in parts.counts.items() if n}, total.get_total_flops() - forward
+
+
+def gflop_per_pair(config: MaskVLMConfig, lengths: np.ndarray, contender: str) -> GflopPerPair:
+    """GFLOP per pair of the contender, for captions of these lengths (B,). Takes seconds for `base` at any batch."""
+    batch, masks = make_batch(config, lengths)
+    negatives = torch.zeros(len(lengths), dtype=torch.int64)  # the count does not depend on them
+    padded = pad_batch(config, batch, masks, negatives, negatives)
+    with torch.device("meta"):
+        module = make_module(contender, config)
+    with FakeTensorMode() as mode:
+        give_fake_tensors(module)
+        fake = PaddedBatch(*(mode.from_tensor(x) for x in padded))
+        inputs = StepInputs(_to_fake(batch, mode), _to_fake(masks, mode), fake)
+        with mark_model_parts(module), KnownTokenCount(int(lengths.sum())):
+            parts, backward = count_flops(lambda: compute_losses(contender, module, inputs))
+    scale = 1e9 * len(lengths)
+    return GflopPerPair({name: n / scale for name, n in parts.items()}, backward / scale)
+
+
+def _to_fake(item: Any, mode: FakeTensorMode) -> Any:
+    """A batch or masks with fake tensors in place of tensors. Other fields are kept."""
+    values = {f.name: getattr(item, f.name) for f in fields(item)}
+    return type(item)(**{name: mode.from_tensor(v) if isinstance(v, Tensor) else v for name, v in values.items()})
+
+
+def main() -> None:
+    """Print the table of docs/step.md: `base` with 64 captions, 12 tokens long on average, 30 at most."""
+    lengths = np.array([30, *[12] * 46, *[11] * 16, 10])
+    names = ("timm+roberta", "plain", "fast", "drop_masked")
+    print(parts_table({name: gflop_per_pair(MaskVLMConfig.preset("base"), lengths, name) for name in names}))
+
+
+if __name__ == "__main__":
+    main()

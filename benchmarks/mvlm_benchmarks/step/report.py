@@ -1,0 +1,163 @@
+"""Report of `mvlm bench step`: tables on the console, JSON, CSV and plot."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvlm_benchmarks import results
+from mvlm_benchmarks.step.contenders import BASELINES, COMPILED, eager_name
+from mvlm_benchmarks.step.parts import OTHER, PARTS, GflopPerPair
+from mvlm_kernels.cases import Gpu
+
+Row = dict[str, Any]
+COLUMNS = (
+    "contender", "pairs_per_s", "pairs_per_s_p20", "pairs_per_s_p80", "cpu_s", "peak_mb", "loss", "vs_eager",
+    "vs_compiled", "peak_vs_eager", "mfu_pct", "mfu_baseline_pct", "largest_batch", "note",
+)  # fmt: skip
+BASELINE = next(iter(BASELINES))
+"""The baseline whose FLOPs are counted. Both have the same matrix products."""
+
+
+def heading(about: dict[str, Any], setup: Row) -> str:
+    """The machine and the settings of the measurement."""
+    return "\n".join(
+        [
+            results.heading(about).splitlines()[0],
+            f"{setup['preset']}, batch {setup['batch']}, {setup['caption_tokens']} tokens (the longest caption "
+            f"{setup['longest']}), {setup['precision']}, {setup['threads']} threads, "
+            f"{'with AdamW' if setup['optimizer'] else 'forward and backward only'}, {setup['rounds']} rounds",
+        ]
+    )
+
+
+def add_figures(rows: list[Row], gflop: dict[str, GflopPerPair], batch: int, gpu: Gpu | None) -> None:
+    """Add rates and ratios to the rows, from their seconds per round.
+
+    `vs_eager` and `vs_compiled` compare with the fastest eager and the fastest compiled baseline. They are medians of
+    the ratios within each round; above 1 is faster. `peak_vs_eager` is the row's memory over that of the fastest eager
+    baseline; below 1 is less.
+
+    Args:
+        gflop: contender -> its count.
+        batch: pairs per step.
+        gpu: peak rates, or None on a CPU; with them the rows get their MFU.
+    """
+    timed = [row for row in rows if "seconds" in row]
+    eager = _fastest([row for row in timed if row["contender"] in BASELINES])
+    compiled = _fastest(
+        [row for row in timed if row["contender"] in COMPILED and eager_name(row["contender"]) in BASELINES]
+    )  # baselines only: our own contenders may be compiled too
+    for row in timed:
+        seconds = np.array(row["seconds"])
+        row["pairs_per_s_p20"], row["pairs_per_s"], row["pairs_per_s_p80"] = (
+            float(x) for x in np.percentile(batch / seconds, [20, 50, 80])
+        )
+        row["cpu_s"] = float(np.median(row["cpu_seconds"]))
+        row["vs_eager"], row["vs_compiled"] = (
+            None if other is None else float(np.median(np.array(other["seconds"]) / seconds))
+            for other in (eager, compiled)
+        )
+        row["peak_vs_eager"] = None if eager is None else row["peak_mb"] / eager["peak_mb"]
+        if gpu is not None:
+            own = gflop.get(eager_name(row["contender"]), gflop[BASELINE])
+            for name, count in (("mfu_pct", own), ("mfu_baseline_pct", gflop[BASELINE])):
+                row[name] = 100 * 1e9 * count.total * row["pairs_per_s"] / gpu.flops
+
+
+def _fastest(rows: list[Row]) -> Row | None:
+    return min(rows, key=lambda row: float(np.median(row["seconds"])), default=None)
+
+
+def parts_table(gflop: dict[str, GflopPerPair]) -> str:
+    """GFLOP per pair of each contender: forward by part, then the sums and their ratio to the baseline's."""
+    baseline = gflop[BASELINE].total
+    parts = [part for part in (*PARTS, OTHER) if any(count.forward.get(part, 0) >= 5e-4 for count in gflop.values())]
+
+    def line(title: str, values: Iterable[float]) -> str:
+        return f"{title:16}" + "".join(f"{value:16.3f}" for value in values)
+
+    return "\n".join(
+        [
+            "",
+            f"{'GFLOP per pair':16}" + "".join(f"{name:>16}" for name in gflop),
+            *(line(part, (count.forward.get(part, 0.0) for count in gflop.values())) for part in parts),
+            line("forward", (sum(count.forward.values()) for count in gflop.values())),
+            line("and backward", (count.total for count in gflop.values())),
+            line("over baseline", (count.total / baseline for count in gflop.values())),
+        ]
+    )
+
+
+def table(rows: list[Row]) -> str:
+    """One line per contender, then the notes."""
+    columns = [
+        ("pairs/s", "pairs_per_s", 10), ("p20", "pairs_per_s_p20", 9), ("p80", "pairs_per_s_p80", 9),
+        ("CPU s", "cpu_s", 8), ("x eager", "vs_eager", 8), ("x compiled", "vs_compiled", 11), ("peak MB", "peak_mb", 9),
+        ("x eager", "peak_vs_eager", 8), ("loss", "loss", 9),
+    ]  # fmt: skip
+    gpu_only = [("MFU %", "mfu_pct", 7), ("baseline's %", "mfu_baseline_pct", 13), ("batch", "largest_batch", 7)]
+    columns += [column for column in gpu_only if any(row.get(column[1]) is not None for row in rows)]
+    lines = ["", f"{'contender':28}" + "".join(f"{title:>{width}}" for title, _, width in columns)]
+    for row in rows:
+        if "seconds" in row:
+            lines.append(f"{row['contender']:28}" + "".join(_cell(row.get(key), width) for _, key, width in columns))
+    lines += [f"{row['contender']}: {row['note']}" for row in rows if row["note"]]
+    return "\n".join(lines)
+
+
+def _cell(value: float | None, width: int) -> str:
+    if value is None:
+        return f"{'-':>{width}}"
+    return f"{value:>{width}.{3 if value < 10 else 1 if value < 1000 else 0}f}"
+
+
+def as_json(rows: list[Row], about: dict[str, Any], setup: Row, gflop: dict[str, GflopPerPair]) -> dict[str, Any]:
+    """The content of the JSON file. Contenders without figures are in `not_timed`, with the reason."""
+    names = {BASELINE: "baseline"}
+    return {
+        "machine": about,
+        "setup": setup,
+        "gflop_per_pair": {names.get(name, name): count.total for name, count in gflop.items()},
+        "gflop_by_part": {
+            names.get(name, name): {**count.forward, "backward": count.backward} for name, count in gflop.items()
+        },
+        "rows": [{key: row.get(key) for key in COLUMNS} for row in rows if "seconds" in row],
+        "not_timed": [{key: row[key] for key in ("contender", "note")} for row in rows if "seconds" not in row],
+    }  # fmt: skip
+
+
+def write(result: dict[str, Any], json_file: Path | None, csv_file: Path | None, plot_file: Path | None) -> None:
+    """Write the files that are asked for and print their names."""
+    if json_file is not None:
+        results.write_json(result, json_file)
+    if csv_file is not None:
+        results.write_csv(result["rows"], result["machine"], csv_file, COLUMNS)
+    if plot_file is not None:
+        plot(result, plot_file)
+    for path in (json_file, csv_file, plot_file):
+        if path is not None:
+            print(path)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bars of pairs per second and of peak activation memory, one per contender."""
+    from matplotlib.figure import Figure
+
+    rows = result["rows"]
+    figure = Figure(figsize=(11, 0.45 * len(rows) + 1.8), layout="constrained")
+    figure.suptitle(heading(result["machine"], result["setup"]), fontsize=8)
+    panels = (
+        ("pairs_per_s", "pairs per second (more is better)"),
+        ("peak_mb", "peak activation memory, MB (less is better)"),
+    )
+    for axes, (key, title) in zip(figure.subplots(1, 2, sharey=True), panels, strict=True):
+        colors = ["#999999" if eager_name(row["contender"]) in BASELINES else "#4477aa" for row in rows]
+        bars = axes.barh(range(len(rows)), [row[key] for row in rows], color=colors)
+        axes.bar_label(bars, fmt="{:.4g}", fontsize=7, padding=2)
+        axes.set_title(title, fontsize=8)
+        axes.set_yticks(range(len(rows)), [row["contender"] for row in rows], fontsize=8)
+        axes.margins(x=0.15)
+    figure.axes[0].invert_yaxis()
+    results.save_figure(figure, path)

@@ -1,0 +1,265 @@
+"""`mvlm bench step`: one pretraining step against the same model built from timm, transformers and torch.
+
+All contenders have the same weights and get the same batch, masks and negatives. Their losses are compared before
+anything is timed. They take turns in one process. A ratio is the median of the ratios within a round, because the
+machine changes little during a round.
+"""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mvlm.config.model import MaskVLMConfig
+from mvlm.device import autocast, choose_device, has_fast_bf16
+from mvlm.errors import ConfigError
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.objectives.losses import Losses
+from mvlm_benchmarks import machine
+from mvlm_benchmarks.choices import choose
+from mvlm_benchmarks.reasons import one_line
+from mvlm_benchmarks.step import flops, report
+from mvlm_benchmarks.step.activations import peak_mb
+from mvlm_benchmarks.step.contenders import (
+    COMPILED,
+    CONTENDERS,
+    DROP_MASKED,
+    IMPLEMENTATIONS,
+    SEED,
+    STEP,
+    Contender,
+    StepInputs,
+    compute_losses,
+    make_contenders,
+    make_inputs,
+)  # fmt: skip
+from mvlm_benchmarks.step.inputs import caption_lengths
+from mvlm_benchmarks.step.profile import profile_steps
+from mvlm_kernels.cases import peak_rates
+
+Row = dict[str, Any]
+PRECISIONS = ("auto", "bf16", "fp32")
+WARM_UP = 2
+"""Rounds that do not count. They create the optimizer's state and threads and fill caches."""
+TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
+"""Largest relative difference of a loss. On a CPU, in float32, only the order of sums differs. On a GPU, in TF32,
+operands are rounded to 10 bits (which changes ITM's loss by 1e-4)."""
+TOLERANCE_COMPILED = {"fp32": 1e-3, "bf16": 3e-2}
+"""Largest relative difference between the losses of compiled and eager code, by the precision that is timed."""
+
+
+def run(
+    preset: str,
+    batch: int,
+    rounds: int,
+    contenders: Sequence[str] = (),
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    threads: int = 0,
+    optimizer: bool = True,
+    json: Path | None = None,
+    csv: Path | None = None,
+    plot: Path | None = None,
+    profile: Path | None = None,
+) -> dict[str, Any]:
+    """Check all losses, time the steps, print tables and write files. Returns the content of the JSON file.
+
+    Args:
+        batch: pairs per step.
+        rounds: timed steps of each contender.
+        contenders: names; empty for all.
+        threads: CPU threads; 0 for torch's default.
+        optimizer: include AdamW in the step.
+        json, csv, plot: files, or None.
+        profile: folder for a profile of one step per contender, or None.
+
+    Raises:
+        ConfigError: an unknown preset, contender, device or precision, or a number that is too small.
+        AssertionError: a contender's losses differ from those of `plain`.
+    """
+    names = check_arguments(batch, rounds, threads, contenders, precision)
+    # The baselines' cross-modality blocks are post-norm.
+    config = MaskVLMConfig.preset(preset, cross_norm="post")
+    chosen = choose_device(device)
+    if precision == "auto":
+        precision = "bf16" if has_fast_bf16(chosen) else "fp32"
+    lengths = caption_lengths(batch, config.text_length, config.text_length / 3)
+    with step_settings(chosen, threads):
+        about = machine.describe(chosen.type, ["timm", "transformers", "numpy"])
+        setup = {
+            "preset": preset, "batch": batch, "precision": precision, "optimizer": optimizer, "rounds": rounds,
+            "threads": torch.get_num_threads(), "caption_tokens": int(lengths.sum()), "longest": int(lengths.max()),
+        }  # fmt: skip
+        print(report.heading(about, setup), flush=True)
+        torch.manual_seed(0)
+        model = MaskVLM(config).to(chosen)
+        inputs = make_inputs(model, lengths, chosen)
+        ready = make_contenders(names, model, optimizer, functools.partial(autocast, chosen, precision))
+        notes = check_losses(ready, model, inputs, precision)
+        counted = (report.BASELINE, *IMPLEMENTATIONS)
+        gflop = {name: flops.gflop_per_pair(config, lengths, name) for name in counted}
+        print(report.parts_table(gflop), flush=True)
+        runnable = [contender for contender in ready if contender.name not in notes]
+        rows = measure_rounds(runnable, inputs, rounds)
+        if chosen.type == "cuda":
+            find_largest_batches(rows, runnable, model, batch)
+        rows += [{"contender": name, "note": note} for name, note in notes.items()]
+        report.add_figures(rows, gflop, batch, peak_rates(about["device"]))
+        print(report.table(rows), flush=True)
+        if profile is not None:
+            profile_steps(runnable, inputs, profile)
+    result = report.as_json(rows, about, setup, gflop)
+    report.write(result, json_file=json, csv_file=csv, plot_file=plot)
+    return result
+
+
+def check_arguments(
+    batch: int, rounds: int, threads: int, contenders: Sequence[str], precision: str
+) -> tuple[str, ...]:
+    """The contenders to run, each once. ConfigError on an unknown name or a number that is too small."""
+    for name, value, least in (("batch", batch, 2), ("rounds", rounds, 1), ("threads", threads, 0)):
+        if value < least:
+            raise ConfigError(f"{name}: wanted at least {least}, got {value}")
+    chosen = choose("contenders", contenders, CONTENDERS)
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision: wanted {', '.join(PRECISIONS)}, got {precision!r}")
+    return tuple(dict.fromkeys(chosen))
+
+
+@contextlib.contextmanager
+def step_settings(device: torch.device, threads: int) -> Iterator[None]:
+    """Number of threads (0 for torch's default) and TF32 on a GPU, for every contender; restored on exit."""
+    before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(threads or before)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch.set_float32_matmul_precision(precision)
+
+
+def check_losses(ready: list[Contender], model: MaskVLM, inputs: StepInputs, precision: str) -> dict[str, str]:
+    """Assert that all contenders compute the same losses.
+
+    Every implementation is compared, eager and in float32, with our plain implementation. A compiled contender is
+    compared with its eager form in the precision that is timed, so that it is compiled once.
+
+    Returns a note for each compiled contender that fails to run, which is then not timed.
+    """
+    notes: dict[str, str] = {}
+    tolerance = TOLERANCE[inputs.batch.images.device.type]
+    with torch.no_grad():
+        wanted = model(inputs.batch, inputs.masks, seed=SEED, step=STEP)
+        for contender in ready:
+            if contender.name != DROP_MASKED:
+                assert_losses_equal(
+                    contender.name, compute_losses(contender.name, contender.module, inputs), wanted, tolerance
+                )
+    for contender in ready:
+        if contender.name not in COMPILED:
+            continue
+        with torch.no_grad(), contender.precision():
+            wanted = compute_losses(contender.name, contender.module, inputs)
+        try:
+            losses = contender.backward(inputs)
+        except Exception as error:
+            notes[contender.name] = one_line(error)
+            continue
+        contender.module.zero_grad(set_to_none=True)
+        assert_losses_equal(contender.name, losses, wanted, TOLERANCE_COMPILED[precision])
+    return notes
+
+
+def assert_losses_equal(name: str, losses: Losses, wanted: Losses, tolerance: float) -> None:
+    """AssertionError with the values if a loss differs by more than `tolerance` times its value."""
+    for term in ("mlm", "mim", "itc", "itm", "total"):
+        got, want = getattr(losses, term).item(), getattr(wanted, term).item()
+        assert abs(got - want) <= tolerance * abs(want), (
+            f"{name}: {term} is {got:.7g}, wanted {want:.7g} to within {tolerance:.0e} of it; nothing was timed"
+        )
+
+
+def measure_rounds(ready: list[Contender], inputs: StepInputs, rounds: int) -> list[Row]:
+    """Measure the peak memory of each contender, then time all of them in rounds.
+
+    A row's `seconds` and `cpu_seconds` have one figure per round.
+    """
+    rows: list[Row] = []
+    for contender in ready:
+        step = functools.partial(contender.backward, inputs)
+        peak = peak_mb(step, contender.module.parameters(), inputs.batch.images.device.type)
+        contender.module.zero_grad(set_to_none=True)
+        rows.append({"contender": contender.name, "note": "", "peak_mb": peak, "seconds": [], "cpu_seconds": []})
+    for number in range(-WARM_UP, rounds):
+        for place in range(len(ready)):
+            which = (place + number) % len(ready)  # rotate the order over the rounds
+            seconds, cpu_seconds, loss = time_step(ready[which], inputs)
+            if number >= 0:
+                rows[which]["seconds"].append(seconds)
+                rows[which]["cpu_seconds"].append(cpu_seconds)
+                rows[which]["loss"] = loss
+    return rows
+
+
+def time_step(contender: Contender, inputs: StepInputs) -> tuple[float, float, float]:
+    """Seconds, CPU seconds of all threads, and the loss of one step, from uint8 images to the optimizer's update."""
+    _synchronize(inputs)
+    start, cpu = time.perf_counter(), time.process_time()
+    losses = contender.backward(inputs)
+    contender.update()
+    _synchronize(inputs)
+    return time.perf_counter() - start, time.process_time() - cpu, losses.total.item()
+
+
+def _synchronize(inputs: StepInputs) -> None:
+    if inputs.batch.images.is_cuda:
+        torch.cuda.synchronize()
+
+
+def find_largest_batches(rows: list[Row], ready: list[Contender], model: MaskVLM, batch: int) -> None:
+    """Add `largest_batch` to each row: the largest batch whose step fits on this GPU."""
+    length, device = model.config.text_length, model.log_scale.device
+    for row, contender in zip(rows, ready, strict=True):
+
+        def fits(number: int, row: Row = row, contender: Contender = contender) -> bool:
+            try:
+                time_step(contender, make_inputs(model, caption_lengths(number, length, length / 3), device))
+            except torch.OutOfMemoryError:
+                return False
+            except RuntimeError as error:  # another limit, such as the grid's size or a 32-bit index
+                row["note"] = f"a batch of {number} ends with {one_line(error)}"
+                return False
+            finally:
+                contender.module.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+            return True
+
+        try:
+            row["largest_batch"] = largest_that_fits(fits, batch)
+        except RuntimeError as error:  # the GPU is no longer usable: keep the figures and stop
+            row["note"] = f"the largest batch was not found: {one_line(error)}"
+            return
+
+
+def largest_that_fits(fits: Callable[[int], bool], start: int) -> int:
+    """The largest batch that fits, to within an eighth, or 0 if `start` does not fit.
+
+    Doubles from `start`, then bisects.
+    """
+    if not fits(start):
+        return 0
+    low = start
+    while fits(2 * low):
+        low *= 2
+    high = 2 * low
+    while high - low > max(1, low // 8):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

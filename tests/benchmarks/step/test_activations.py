@@ -1,0 +1,88 @@
+"""Peak activation memory of graphs whose allocations can be counted by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from mvlm_benchmarks.step.activations import peak_mb, replay
+
+KILO = 1000 * 1000 * 4 / 1e6
+"""Megabytes of a (1000, 1000) float32."""
+
+
+def test_peak_of_a_chain_has_its_saved_results() -> None:
+    """exp keeps its result: three of them alive when the sum is made, the gradients of two more on the way back."""
+    x = nn.Parameter(torch.ones(1000, 1000))
+
+    def backward() -> None:
+        x.exp().exp().exp().sum().backward()
+
+    # Forward: 3 results. Backward: the last result times the expanded gradient makes a fourth, and then one is freed
+    # for each that is made; x's own gradient is not counted.
+    assert peak_mb(backward, [x], "cpu") == pytest.approx(4 * KILO, rel=1e-3)
+    assert x.grad is None
+
+
+def test_peak_has_temporaries_that_are_not_saved() -> None:
+    """x * 2 * 2 keeps nothing for the backward, but two tensors are alive while the second product runs."""
+    x = nn.Parameter(torch.ones(1000, 1000))
+
+    def backward() -> None:
+        (x * 2 * 2).sum().backward()
+
+    assert peak_mb(backward, [x], "cpu") == pytest.approx(2 * KILO, rel=1e-3)
+
+
+def test_peak_has_temporaries_inside_an_operator() -> None:
+    """The reference of cross_attention allocates scores that it does not return."""
+    from mvlm_kernels import cross_attention
+
+    q, k = (nn.Parameter(torch.ones(1, n, 1, 32)) for n in (2000, 100))
+
+    def forward() -> None:
+        with torch.no_grad():
+            cross_attention(q, k, k)
+
+    scores = 2000 * 100 * 4 / 1e6
+    found = peak_mb(forward, [q, k], "cpu")
+    assert 2 * scores <= found <= 5 * scores
+
+
+def test_peak_leaves_out_gradients_while_activations_are_alive() -> None:
+    """Two layers: the second's weight gradient exists before the first's activations are freed."""
+    first, second = nn.Linear(1000, 1000, bias=False), nn.Linear(1000, 1000, bias=False)
+    x = torch.ones(10, 1000)
+    parameters = [*first.parameters(), *second.parameters()]
+    found = peak_mb(lambda: second(first(x)).sum().backward(), parameters, "cpu")
+    assert found < 10 * 10 * 1000 * 4 / 1e6  # activations of 0.04 MB each, and none of the 4 MB gradients
+    assert all(p.grad is None for p in parameters)
+
+
+def test_peak_of_a_parameter_used_twice_has_one_of_its_gradients() -> None:
+    """A parameter used twice: the first of its two gradients waits for the second; the sum is the gradient."""
+    x = nn.Parameter(torch.ones(1000, 1000))
+    found = peak_mb(lambda: (x.sin().sum() + x.cos().sum()).backward(), [x], "cpu")
+    # sin and cos keep x itself; forward holds one result at a time. Backward: cos(x), times the gradient.
+    assert KILO <= found <= 3.01 * KILO
+
+
+def event(number: int, size: int, address: int, device: int = 0) -> dict[str, int]:
+    return {"Ev Idx": number, "Bytes": size, "Addr": address, "Device Type": device}
+
+
+def test_replay_of_allocations_and_frees() -> None:
+    events = [
+        event(0, 100, 1),
+        event(1, 50, 2),
+        event(2, -100, 1),
+        event(3, 30, 1),  # the same address again
+        event(4, -999, 7),  # was there before
+        event(5, 1000, 3, device=1),  # another device's
+        event(6, 500, 4),  # a gradient: stays to the end
+        event(7, -50, 2),
+    ]
+    assert replay(events, gradients={4}) == 150
+    assert replay(events[::-1], gradients={4}) == 150
+    assert replay(events, gradients=set()) == 580
+    # An address at which a gradient ends up may have held something else before.
+    assert replay([event(0, 70, 4), event(1, -70, 4), event(2, 10, 4)], gradients={4}) == 70

@@ -1,0 +1,96 @@
+import math
+
+import pytest
+import torch
+
+from mvlm.evaluation import evaluate, evaluate_briefly, rank, unseen_images
+from mvlm.evaluation.retrieval import recall
+from mvlm.evaluation.table import format_table
+from mvlm.inference.encode import encode_split
+from mvlm.report.examples import retrievals
+from mvlm_dataloading import ShardWriter, open_dataset
+from support.models import micro_model
+from support.scenes import png, scene
+
+
+@pytest.fixture
+def model():
+    return micro_model(dtype=torch.float32)
+
+
+def write(folder, bases: dict[str, list[str | None]]):
+    with ShardWriter(folder, name="x", source="", licence="", attribution="", recipe={}) as writer:
+        for split, found in bases.items():
+            for i, base in enumerate(found):
+                pixels, caption = scene(i)
+                metadata = {} if base is None else {"base": base}
+                writer.add(f"{split}{i}", png(pixels), [caption, f"one {caption}"], metadata, split=split)
+    return folder
+
+
+def test_unseen_are_the_concepts_that_training_lacks(tmp_path):
+    folder = write(
+        tmp_path / "data",
+        {"train": ["cat", "dog", "cat", None], "test": ["cat", "owl", None, "dog", "hen"]},
+    )
+    unseen = unseen_images(open_dataset(folder, "test"), open_dataset(folder, "train"))
+    assert unseen is not None
+    assert unseen.dtype == torch.bool
+    assert unseen.tolist() == [False, True, True, False, True]
+
+
+@pytest.mark.parametrize(
+    "train, test",
+    [([None, None], [None, None, None]), ([None, None], ["cat", "owl"]), (["cat", "owl"], [None, None])],
+    ids=["neither", "test alone", "train alone"],
+)
+def test_no_image_is_unseen_where_a_split_names_no_concepts(model, tmp_path, tokenizer, train, test):
+    folder = write(tmp_path / "data", {"train": train, "test": test})
+    split, known = (open_dataset(folder, name) for name in ("test", "train"))
+    assert unseen_images(split, known) is None
+    figures = evaluate(model.eval(), split, known, tokenizer, 2, "fp32")
+    assert figures["unseen"] is None
+    assert "unseen" not in format_table(figures)
+    features = encode_split(model, split, tokenizer, "fp32")
+    assert "unseen" not in retrievals(model, split, known, features)
+
+
+def test_every_figure(model, tmp_path, tokenizer):
+    folder = write(tmp_path / "data", {"train": ["cat"] * 4, "test": ["cat", "owl", "cat", "hen", "cat", "cat"]})
+    split, train = (open_dataset(folder, name) for name in ("test", "train"))
+    figures = evaluate(model.eval(), split, train, tokenizer, 3, "fp32")
+    features = encode_split(model, split, tokenizer, "fp32")
+    ranks = {way: rank(model, features, way, 3, "fp32") for way in ("tr", "ir")}
+    for way, chosen in (("tr", [1, 3]), ("ir", [2, 3, 6, 7])):
+        assert figures[way] == recall(ranks[way].itm)
+        assert figures["itc"][way] == recall(ranks[way].itc)
+        assert figures["unseen"][way] == recall(ranks[way].itm[chosen])
+        assert figures["unseen"]["itc"][way] == recall(ranks[way].itc[chosen])
+    assert (figures["n_images"], figures["n_texts"]) == (6, 12)
+    assert (figures["unseen"]["n_images"], figures["unseen"]["n_texts"]) == (2, 4)
+    assert figures["reranked"] == 3
+    for name in ("gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1"):
+        assert math.isfinite(figures[name])
+    for name in ("masked_l1_white", "masked_l1_train_median", "seconds"):
+        assert figures[name] > 0
+
+
+def test_without_unseen_concepts_there_are_no_figures_for_them(model, tmp_path, tokenizer):
+    folder = write(tmp_path / "data", {"train": ["cat"], "test": ["cat", "cat"]})
+    split, train = (open_dataset(folder, name) for name in ("test", "train"))
+    assert evaluate(model.eval(), split, train, tokenizer, 2, "fp32")["unseen"] is None
+
+
+def test_a_brief_evaluation_leaves_the_model_in_training(model, heldout_split, tokenizer):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert model.training
+    found = evaluate_briefly(model, heldout_split, tokenizer, "fp32")
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    features = encode_split(model, heldout_split, tokenizer, "fp32")
+    for way in ("tr", "ir"):
+        alone = recall(rank(model, features, way, 8, "fp32").itc)
+        assert {name: found[f"{way}_{name}"] for name in alone} == alone
+    assert set(found) == {f"{way}_r{k}" for way in ("tr", "ir") for k in (1, 5, 10)} | {
+        *("gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1")
+    }
