@@ -18,6 +18,7 @@ from .batch import Batch, Masks
 from .dataset import Dataset
 from .masking import check_mask_sizes, check_token_ratio, draw_patch_masks, draw_token_masks
 from .order import ORDER_VERSION
+from .pages import copy_on_this_thread
 from .pipeline import Decoding
 from .reader import Reader
 from .segment import Rows, Settings
@@ -287,4 +288,8 @@ class _Source:
     def _host(self, values: np.ndarray) -> torch.Tensor:
         """A tensor on the CPU, in pinned memory where it is to be copied to a GPU."""
         tensor = torch.from_numpy(values)
-        return tensor.pin_memory() if self._pin else tensor
+        if not self._pin:
+            return tensor
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copy_on_this_thread(pinned, tensor)
+        return pinned

@@ -14,7 +14,7 @@ from .dataset import Dataset
 from .errors import DataError
 from .indices import Int64
 from .order import Stream, substitute
-from .pages import Pages
+from .pages import Pages, copy_on_this_thread
 from .segment import Rows, Segment, Settings
 
 log = logging.getLogger(__name__)
@@ -183,7 +183,11 @@ class Reader:
                 "images with bytes after their end, as %s: they are used, and damaged ones take longer to find",
                 self._dataset.where(i),
             )
-        rows.ids[row], rows.images[row] = i, alone.images[0]
+        rows.ids[row] = i
+        if rows.images.is_cuda:
+            rows.images[row] = alone.images[0]
+        else:
+            copy_on_this_thread(rows.images[row], alone.images[0])
         rows.texts[row], rows.metadata[row], rows.tokens[row] = alone.texts[0], alone.metadata[0], alone.tokens[0]
         others, encoded = rows.encoded, alone.encoded
         rows.encoded = lambda k: encoded(0) if k == row else others(k)

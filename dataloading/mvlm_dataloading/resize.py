@@ -53,7 +53,13 @@ class Resize:
         return [self._one(window) for window in windows]
 
     def _one(self, window: UInt8) -> UInt8:
-        pixels = torch.from_numpy(window).permute(2, 0, 1)[None]  # (1, 3, H, W), channels last in memory
         size = (self._side, self._side)
+        # No copy by torch on these threads: each would open an OpenMP team (see `pages.copy_on_this_thread`). torch
+        # copies where nothing is to be resized, and where the result has to be laid out in another way.
+        if window.shape[:2] == size:
+            return np.ascontiguousarray(window.transpose(2, 0, 1) if self._planes else window)
+        pixels = torch.from_numpy(window)
+        # (1, 3, H, W), channels last in memory. torch gives planes in the first form, channels last in the second.
+        pixels = pixels.permute(2, 0, 1)[None] if self._planes else pixels[None].permute(0, 3, 1, 2)
         pixels = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", antialias=True)[0]
-        return (pixels if self._planes else pixels.permute(1, 2, 0)).contiguous().numpy()
+        return np.ascontiguousarray((pixels if self._planes else pixels.permute(1, 2, 0)).numpy())

@@ -33,9 +33,9 @@ def make_captions(i: int) -> list[str]:
 
 
 def write_dataset(
-    folder: Path, count: int, *, max_shard_bytes: int = 1 << 30, splits=("train",), kinds=("PNG",)
+    folder: Path, count: int, *, max_shard_bytes: int = 1 << 30, splits=("train",), kinds=("PNG",), size=None
 ) -> Path:
-    """A data set of `count` pictures in each split."""
+    """A data set of `count` pictures in each split, of (height, width) `size` or of several sizes."""
     with ShardWriter(
         folder,
         name="waves",
@@ -49,7 +49,7 @@ def write_dataset(
             for i in range(count):
                 reason = writer.add(
                     f"{split}{i:04d}",
-                    make_picture(i, kind=kinds[i % len(kinds)]),
+                    make_picture(i, kind=kinds[i % len(kinds)], size=size),
                     make_captions(i),
                     {"number": i},
                     split=split,
