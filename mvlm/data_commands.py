@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mvlm import data_tools
-from mvlm_dataloading.settings import Settings
+from mvlm_dataloading.options import Settings
 
 if TYPE_CHECKING:
-    from mvlm_dataloading.records import Source
+    from mvlm_dataloading.sources.record import Source
 
 # A command imports what it needs when it runs, so that --help and mistakes answer at once.
 
@@ -251,8 +251,8 @@ def huggingface(
 
 def _build(source: "Source", out: Path, settings: Settings, work: Work) -> None:
     from mvlm.console import Counting
-    from mvlm_dataloading.build import build_shards
-    from mvlm_dataloading.description import read_description
+    from mvlm_dataloading.build.build import build_shards
+    from mvlm_dataloading.dataset.description import read_description
 
     with Counting("samples") as counting:
         build_shards(

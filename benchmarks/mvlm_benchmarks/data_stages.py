@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from mvlm_dataloading import Loader, open_dataset, train_tokenizer
-from mvlm_dataloading.augment import Augment, draw
-from mvlm_dataloading.indices import IMAGE_EXTENSIONS
-from mvlm_dataloading.order import Stream, write_index_views
-from mvlm_dataloading.pipeline import build_pipeline, executor
+from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS
+from mvlm_dataloading.loader.augment import Augment, draw
+from mvlm_dataloading.loader.crop import Geometry, Windows
+from mvlm_dataloading.loader.pipeline import build_pipeline, executor
+from mvlm_dataloading.loader.resize import Resize
+from mvlm_dataloading.loader.sampler import Stream, write_index_views
 from mvlm_dataloading.randomness import Purpose, uniforms
-from mvlm_dataloading.resize import Resize
-from mvlm_dataloading.windows import Geometry, Windows
 
 STAGES = ("read", "decode", "resize", "augment", "hand-over")
 THREADS = 2

@@ -53,7 +53,7 @@ def seconds_to_first_batch(folder: Path, batch: int = 64) -> dict[str, float]:
     """Seconds of opening the data, of making the loader, and to the first batch, one after
     another; their sum; and processor time."""
     from mvlm_dataloading import Loader, open_dataset, train_tokenizer
-    from mvlm_dataloading.augment import Augment
+    from mvlm_dataloading.loader.augment import Augment
 
     tokenizer = train_tokenizer(["a caption of sample 1"], 300)
     import_module("nvidia.dali.fn")

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dataset import Dataset
+from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.dataset.open import open_dataset
+
 from .errors import DataError, need
-from .opening import open_dataset
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of a tokenizer trained here
 

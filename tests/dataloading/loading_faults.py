@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mvlm_dataloading import Dataset, Loader, Tokenizer, open_dataset, train_tokenizer
-from mvlm_dataloading.augment import Augment
+from mvlm_dataloading.loader.augment import Augment
 
 BATCH = 8
 

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from mvlm_dataloading.ahead import Ahead
+from mvlm_dataloading.loader.prefetch import Ahead
 
 
 def threads() -> list[str]:

@@ -8,11 +8,11 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from mvlm_dataloading import Loader, ShardWriter, open_dataset
-from mvlm_dataloading.augment import OPERATIONS, Augment, Drawn, draw
-from mvlm_dataloading.order import write_index_views
-from mvlm_dataloading.pipeline import Decoding, build_pipeline
+from mvlm_dataloading.loader.augment import OPERATIONS, Augment, Drawn, draw
+from mvlm_dataloading.loader.crop import Geometry
+from mvlm_dataloading.loader.pipeline import Decoding, build_pipeline
+from mvlm_dataloading.loader.sampler import write_index_views
 from mvlm_dataloading.randomness import Purpose, hash64, uniforms
-from mvlm_dataloading.windows import Geometry
 
 SIDE = 48
 WAYS = 40  # samples that each operation is tried on
@@ -70,7 +70,7 @@ def test_the_graph_of_a_gpu_can_be_put_together(squares, tmp_path, monkeypatch, 
 def only(monkeypatch, name: str, magnitude: int) -> tuple[np.ndarray, Drawn]:
     """Ids of WAYS samples, and what is drawn for them when one operation is all there is."""
     ids = np.arange(WAYS) % 8
-    monkeypatch.setattr("mvlm_dataloading.augment.hash64", chooser(OPERATIONS.index(name)))
+    monkeypatch.setattr("mvlm_dataloading.loader.augment.hash64", chooser(OPERATIONS.index(name)))
     return ids, draw(Augment(operations=1, magnitude=magnitude), 3, np.arange(WAYS), ids, SIDE)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mvlm_dataloading import DataError, Dataset, Loader, ShardWriter, open_dataset, rebuild_indices
-from mvlm_dataloading.order import Stream, substitute
+from mvlm_dataloading.loader.sampler import Stream, substitute
 from mvlm_dataloading.randomness import Purpose, hash64
 
 BAD = [3, 41, 77, 78]

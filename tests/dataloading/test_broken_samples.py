@@ -15,8 +15,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from mvlm_dataloading import DataError, Loader, Settings, build_shards, open_dataset
-from mvlm_dataloading.decode import TOO_MANY_PIXELS, UNDECODABLE, Decoder
-from mvlm_dataloading.records import Listed, Record, Source, safe_key
+from mvlm_dataloading.build.image_check import TOO_MANY_PIXELS, UNDECODABLE, Decoder
+from mvlm_dataloading.sources.record import Listed, Record, Source, safe_key
 from mvlm_dataloading.sources.tars import webdataset
 
 GOOD = "accepted"

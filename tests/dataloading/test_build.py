@@ -16,11 +16,11 @@ import pytest
 from PIL import Image
 
 from mvlm_dataloading import DataError, Settings, ShardWriter, build_shards, open_dataset
-from mvlm_dataloading.decode import perceptual_hash
-from mvlm_dataloading.duplicates import MAX_DISTANCE, first_equal, near_known, near_pairs
-from mvlm_dataloading.records import Listed, Record, Source
+from mvlm_dataloading.build.hash_search import MAX_DISTANCE, first_equal, near_known, near_pairs
+from mvlm_dataloading.build.image_check import perceptual_hash
+from mvlm_dataloading.build.piece import CRASHED
 from mvlm_dataloading.sources.folder import folder
-from mvlm_dataloading.writing import CRASHED
+from mvlm_dataloading.sources.record import Listed, Record, Source
 
 ROOT = Path(__file__).parents[2]
 FAULTS = ROOT / "tests" / "faults"
@@ -223,7 +223,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path):
     (tmp_path / "pictures/a/0.jpg").write_bytes(b"broken")
 
     def cut() -> Source:
-        from mvlm_dataloading.records import cut
+        from mvlm_dataloading.sources.record import cut
 
         whole = folder(tmp_path / "pictures", test=0.2)
         records = {}
@@ -256,7 +256,7 @@ def test_another_run_is_not_mixed_into_what_a_killed_one_left(tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("mvlm_dataloading.build.assemble", stop)
+        patch.setattr("mvlm_dataloading.build.build.assemble", stop)
         with pytest.raises(KeyboardInterrupt):
             build(tmp_path / "out", records, each=2)
     assert not (tmp_path / "out").exists()

@@ -23,8 +23,8 @@ from mvlm_dataloading import (
     rebuild_indices,
 )
 from mvlm_dataloading.captions import script_of
-from mvlm_dataloading.records import Listed, Record, Source
-from mvlm_dataloading.summary import contact_sheet, table
+from mvlm_dataloading.sources.record import Listed, Record, Source
+from mvlm_dataloading.tools.summary import contact_sheet, table
 
 CAPTIONS = {0: ["red and green"], 1: ["красный круг", "ein roter Kreis"], 2: ["赤い丸"], 3: ["7"]}
 
@@ -92,7 +92,7 @@ def test_odd_metadata_are_refused_or_accepted_by_check_and_loader_alike(
     with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
         published.add_members(tar, [("a.jpg", image), ("a.txt", b"words"), ("a.json", metadata)])
     with monkeypatch.context() as other_tool:  # whose index has samples that ours leaves out
-        other_tool.setattr("mvlm_dataloading.index.parse_metadata", lambda text, where: {})
+        other_tool.setattr("mvlm_dataloading.tools.reindex.parse_metadata", lambda text, where: {})
         rebuild_indices(tmp_path)
     loader = Loader(open_dataset(tmp_path, "train"), tokenizer, batch_size=1, image_size=32, text_length=8, seed=0)
     if problem is None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mvlm_dataloading import DataError, ShardWriter, open_dataset
+from mvlm_dataloading.build.shard_writer import index_text
 from mvlm_dataloading.randomness import text_hash
-from mvlm_dataloading.shards import index_text
 
 
 @pytest.fixture

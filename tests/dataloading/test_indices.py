@@ -4,7 +4,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from mvlm_dataloading.indices import IMAGE_EXTENSIONS, head_of, parse
+from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS, head_of, parse
 
 
 def by_words(text: str) -> list[dict]:

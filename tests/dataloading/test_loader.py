@@ -9,7 +9,7 @@ import tokenizers
 import torch
 
 from mvlm_dataloading import DataError, Loader, Tokenizer, draw_patch_masks, draw_token_masks, open_dataset
-from mvlm_dataloading import reader as reader_module
+from mvlm_dataloading.loader import reader as reader_module
 from mvlm_dataloading.randomness import text_hash
 
 

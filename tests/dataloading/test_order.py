@@ -3,9 +3,9 @@ import time
 import numpy as np
 import pytest
 
-from mvlm_dataloading import order as order_module
 from mvlm_dataloading.errors import need
-from mvlm_dataloading.order import GROUP, RUN_LENGTH, Stream, epoch_order, substitute, write_index_views
+from mvlm_dataloading.loader import sampler as order_module
+from mvlm_dataloading.loader.sampler import GROUP, RUN_LENGTH, Stream, epoch_order, substitute, write_index_views
 from mvlm_dataloading.randomness import Purpose, hash64
 
 

@@ -7,10 +7,10 @@ import published
 import pytest
 
 from mvlm_dataloading import DataError, build_shards, open_dataset
-from mvlm_dataloading.records import Source
 from mvlm_dataloading.sources.coco import coco
 from mvlm_dataloading.sources.flickr30k import flickr30k
 from mvlm_dataloading.sources.folder import folder
+from mvlm_dataloading.sources.record import Source
 from mvlm_dataloading.sources.tables import huggingface
 from mvlm_dataloading.sources.visual_genome import visual_genome
 

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from mvlm_dataloading.pages import Pages
+from mvlm_dataloading.loader.buffers import Pages
 
 
 def filled(value: int, rows: int = 4) -> torch.Tensor:

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from mvlm_dataloading import ShardWriter, open_dataset
-from mvlm_dataloading.order import write_index_views
-from mvlm_dataloading.pipeline import Decoding, build_pipeline
-from mvlm_dataloading.windows import Geometry
+from mvlm_dataloading.loader.crop import Geometry
+from mvlm_dataloading.loader.pipeline import Decoding, build_pipeline
+from mvlm_dataloading.loader.sampler import write_index_views
 
 
 def run(dataset, ids, draws, geometry, tmp_path, *, batch_size=6, decoding=Decoding.CPU):

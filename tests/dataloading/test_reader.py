@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from mvlm_dataloading import Loader
-from mvlm_dataloading import reader as reader_module
+from mvlm_dataloading.loader import reader as reader_module
 
 
 @pytest.fixture

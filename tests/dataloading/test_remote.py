@@ -15,8 +15,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from mvlm_dataloading import DataError, Loader, open_dataset, order, remote, tokenizer_for
-from mvlm_dataloading.remote import Stage, is_remote
+from mvlm_dataloading import DataError, Loader, open_dataset, tokenizer_for
+from mvlm_dataloading.dataset import remote_cache as remote
+from mvlm_dataloading.dataset.remote_cache import Stage, is_remote
+from mvlm_dataloading.loader import sampler as order
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -120,8 +122,8 @@ def test_an_object_store(folder, cache, tokenizer, monkeypatch):
 
 def test_a_web_server_a_small_cache_and_several_epochs(folder, web, cache, tokenizer, monkeypatch):
     monkeypatch.setattr(order, "GROUP", 1)
-    monkeypatch.setattr("mvlm_dataloading.reader._FIRST_SEGMENT_BATCHES", 1)
-    monkeypatch.setattr("mvlm_dataloading.reader._SEGMENT_SAMPLES", 8)
+    monkeypatch.setattr("mvlm_dataloading.loader.reader._FIRST_SEGMENT_BATCHES", 1)
+    monkeypatch.setattr("mvlm_dataloading.loader.reader._SEGMENT_SAMPLES", 8)
     size = limit_to(monkeypatch, folder, 4.5)
     dataset = open_dataset(web, "train")
     wanted = batches(open_dataset(folder, "train"), tokenizer, 24)
@@ -140,8 +142,8 @@ def test_a_web_server_a_small_cache_and_several_epochs(folder, web, cache, token
 
 def test_shards_come_before_they_are_needed(folder, web, cache, tokenizer, monkeypatch):
     monkeypatch.setattr(order, "GROUP", 1)
-    monkeypatch.setattr("mvlm_dataloading.reader._FIRST_SEGMENT_BATCHES", 1)
-    monkeypatch.setattr("mvlm_dataloading.reader._SEGMENT_SAMPLES", 8)
+    monkeypatch.setattr("mvlm_dataloading.loader.reader._FIRST_SEGMENT_BATCHES", 1)
+    monkeypatch.setattr("mvlm_dataloading.loader.reader._SEGMENT_SAMPLES", 8)
     loader = Loader(open_dataset(web, "train"), tokenizer, batch_size=8, image_size=32, text_length=12, seed=4, ahead=0)
     batch, _ = next(iter(loader))
     assert loader._source is not None
@@ -339,7 +341,7 @@ HAMMER = """
 import hashlib, json, sys, time
 from pathlib import Path
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.remote import Stage
+from mvlm_dataloading.dataset.remote_cache import Stage
 
 url, cache, size, seed, shards = *sys.argv[1:5], json.loads(sys.argv[5])
 stage = Stage(url, Path(cache), int(size))

@@ -9,9 +9,9 @@ import published
 import pytest
 
 from mvlm_dataloading import DataError, build_shards
-from mvlm_dataloading.records import Source
 from mvlm_dataloading.sources.coco import coco
 from mvlm_dataloading.sources.folder import folder
+from mvlm_dataloading.sources.record import Source
 from mvlm_dataloading.sources.tars import webdataset
 
 
@@ -57,7 +57,7 @@ def test_a_killed_run_does_not_go_on_with_other_captions(tmp_path, monkeypatch):
 
     published.folder(tmp_path / "pictures")
     with monkeypatch.context() as patch:
-        patch.setattr("mvlm_dataloading.build.assemble", stop)
+        patch.setattr("mvlm_dataloading.build.build.assemble", stop)
         with pytest.raises(KeyboardInterrupt):
             build(folder(tmp_path / "pictures"), tmp_path / "out")
     (tmp_path / "pictures/a/2.txt").write_text("another\n")

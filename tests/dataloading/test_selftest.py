@@ -5,8 +5,8 @@ import subprocess
 
 import pytest
 
-from mvlm_dataloading import selftest
-from mvlm_dataloading.pipeline import Decoding
+from mvlm_dataloading.loader import decoder_check as selftest
+from mvlm_dataloading.loader.pipeline import Decoding
 
 
 @pytest.fixture

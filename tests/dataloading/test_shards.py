@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from mvlm_dataloading import DataError, ShardWriter, open_dataset
-from mvlm_dataloading.description import already_written
+from mvlm_dataloading.dataset.description import already_written
 
 HEADER: dict[str, Any] = {"name": "set", "source": "s", "licence": "CC0", "attribution": "a"}
 

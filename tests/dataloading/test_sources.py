@@ -12,11 +12,11 @@ import pytest
 from pyarrow import parquet
 
 from mvlm_dataloading import DataError, Settings, build_shards, open_dataset
-from mvlm_dataloading.records import Source, cut, safe_key, split_name
 from mvlm_dataloading.sources.coco import coco
 from mvlm_dataloading.sources.files import read_json_list, read_rows
 from mvlm_dataloading.sources.flickr30k import flickr30k
 from mvlm_dataloading.sources.folder import folder
+from mvlm_dataloading.sources.record import Source, cut, safe_key, split_name
 from mvlm_dataloading.sources.tables import huggingface
 from mvlm_dataloading.sources.tars import cc3m, sbu, webdataset
 from mvlm_dataloading.sources.visual_genome import visual_genome

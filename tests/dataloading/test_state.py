@@ -9,8 +9,8 @@ import time
 import pytest
 
 from mvlm_dataloading import DataError, Loader, open_dataset
-from mvlm_dataloading import reader as reader_module
-from mvlm_dataloading.augment import Augment
+from mvlm_dataloading.loader import reader as reader_module
+from mvlm_dataloading.loader.augment import Augment
 
 
 def load(dataset, tokenizer, **settings) -> Loader:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mvlm_dataloading import DataError, Loader, open_dataset
-from mvlm_dataloading.shards import index_text
-from mvlm_dataloading.text import split_stored
+from mvlm_dataloading.build.shard_writer import index_text
+from mvlm_dataloading.loader.text import split_stored
 
 LENGTH = 12
 

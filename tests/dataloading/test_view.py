@@ -11,9 +11,9 @@ import published
 import pytest
 
 from mvlm_dataloading import Choice, DataError, Loader, Settings, build_shards, make_view, open_dataset
-from mvlm_dataloading.pipeline import build_pipeline
-from mvlm_dataloading.records import Listed, Record, Source
-from mvlm_dataloading.windows import Geometry
+from mvlm_dataloading.loader.crop import Geometry
+from mvlm_dataloading.loader.pipeline import build_pipeline
+from mvlm_dataloading.sources.record import Listed, Record, Source
 
 
 def write(out: Path, numbers, splits=None, each: int = 6, captions=published.captions, **settings) -> Path:

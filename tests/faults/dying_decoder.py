@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import mvlm_dataloading.writing as writing
-from mvlm_dataloading.build import build_shards
-from mvlm_dataloading.records import Listed, Record, Source
-from mvlm_dataloading.settings import Settings
+import mvlm_dataloading.build.piece as writing
+from mvlm_dataloading.build.build import build_shards
+from mvlm_dataloading.options import Settings
+from mvlm_dataloading.sources.record import Listed, Record, Source
 
 DEADLY = b"deadly"
 

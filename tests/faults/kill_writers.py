@@ -29,10 +29,10 @@ import nvidia.dali.fn  # noqa: F401 (imported before the forks)
 from PIL import Image
 
 from mvlm_dataloading import open_dataset
-from mvlm_dataloading.build import build_shards
+from mvlm_dataloading.build.build import build_shards
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.records import Listed, Record, Source
-from mvlm_dataloading.settings import Settings
+from mvlm_dataloading.options import Settings
+from mvlm_dataloading.sources.record import Listed, Record, Source
 
 PICTURES = 40
 FINISHED, FULL = 0, 2

@@ -24,7 +24,7 @@ from mvlm.config import MaskVLMConfig
 from mvlm.measures import Numbers
 from mvlm.pretrain_config import PretrainConfig
 from mvlm.train import Run, pretrain
-from mvlm_dataloading.loader import Loader
+from mvlm_dataloading.loader.loader import Loader
 
 MICRO = MaskVLMConfig(
     image_size=32,

@@ -89,7 +89,7 @@ def test_a_view_on_a_full_disk(view, tmp_path, monkeypatch, capsys):
 
     (tmp_path / ".other.partial").mkdir()  # of a build that was killed, which may be gone on with
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr("mvlm_dataloading.view.write_durably", full)
+    monkeypatch.setattr("mvlm_dataloading.tools.view.write_durably", full)
     code, _, err = run(monkeypatch, capsys, "view", tmp_path / "other", "--sources", tmp_path / "set")
     assert code == 2
     assert err == (
@@ -103,7 +103,7 @@ def test_an_index_on_a_full_disk(view, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = {path.name: path.read_bytes() for path in (view.parent / "set").iterdir()}
-    monkeypatch.setattr("mvlm_dataloading.description.sync_file", full)
+    monkeypatch.setattr("mvlm_dataloading.dataset.description.sync_file", full)
     code, _, err = run(monkeypatch, capsys, "index", view.parent / "set")
     assert code == 2
     assert err.startswith("mvlm: wanted room to write, found none")

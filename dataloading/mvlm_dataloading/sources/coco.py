@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.records import Record, Source, cut, file_sha256, need_folder, split_name
 
 from .files import as_captions, outside, read_json
+from .record import Record, Source, cut, file_sha256, need_folder, split_name
 
 _FOLDERS = ("train2014", "val2014", "train2017", "val2017")
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.records import need_file
+
+from .record import need_file
 
 _CHUNK = 1 << 20
 _BETWEEN = re.compile(r"[\s,]*")

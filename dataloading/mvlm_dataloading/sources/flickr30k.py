@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.records import Record, Source, cut, file_sha256, need_file, need_folder, safe_key, split_name
 
 from .files import as_captions, outside, read_json, read_rows
+from .record import Record, Source, cut, file_sha256, need_file, need_folder, safe_key, split_name
 
 _IMAGES = ("flickr30k-images", "flickr30k_images", "images", "Images")
 _FILES = ("dataset_flickr30k.json", "flickr_annotations_30k.csv", "results_20130124.token", "results.csv")

@@ -5,9 +5,9 @@ from typing import Any
 
 from mvlm_dataloading.captions import decode_text
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.records import Record, Source, cut, file_sha256, hash_split, need_folder, safe_key, split_name
 
 from .files import as_captions, files_under, outside, read_rows
+from .record import Record, Source, cut, file_sha256, hash_split, need_folder, safe_key, split_name
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 _MAX_TEXT = 1 << 22

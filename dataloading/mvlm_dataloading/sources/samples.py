@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mvlm_dataloading.records import TOO_LARGE
+from .record import TOO_LARGE
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 _KNOWN = (*IMAGES, "txt", "caption", "json", "cls", "gif", "bmp", "tif", "tiff", "npy", "tok")

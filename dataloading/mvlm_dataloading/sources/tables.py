@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.records import Piece, Record, Source, file_trace, hash_split, safe_key, split_name
 
 from .files import as_captions, files_under, read_json, refuse_repeated
+from .record import Piece, Record, Source, file_trace, hash_split, safe_key, split_name
 
 _BATCH = 64
 

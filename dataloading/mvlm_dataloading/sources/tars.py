@@ -9,9 +9,9 @@ from typing import Any
 
 from mvlm_dataloading.captions import decode_text
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.records import Piece, Record, Source, file_trace, safe_key
 
 from .files import as_captions, refuse_repeated
+from .record import Piece, Record, Source, file_trace, safe_key
 from .samples import IMAGES, TEXTS, Sample, read_samples
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.records import Record, Source, cut, file_sha256, hash_split, need_folder
 
 from .files import as_captions, read_json_list
+from .record import Record, Source, cut, file_sha256, hash_split, need_folder
 
 _FOLDERS = ("VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2", "images")
 

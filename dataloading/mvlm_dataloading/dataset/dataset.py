@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
-from .indices import KINDS, Index, Int64, Part
-from .randomness import text_hash
-from .remote import Stage
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.randomness import text_hash
+
+from .dali_index import KINDS, Index, Int64, Part
+from .remote_cache import Stage
 
 
 class Keys:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .randomness import Purpose, hash64
+from mvlm_dataloading.randomness import Purpose, hash64
 
 Int64 = NDArray[np.int64]
 

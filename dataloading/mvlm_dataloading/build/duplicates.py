@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dataset import Dataset
-from .decode import Decoder, perceptual_hash
-from .description import read_description
-from .duplicates import first_equal, near_known, near_pairs
-from .errors import DataError
-from .opening import open_dataset
-from .records import EVALUATION_SPLITS
-from .settings import MAX_PIXELS
+from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.dataset.description import read_description
+from mvlm_dataloading.dataset.open import open_dataset
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.options import MAX_PIXELS
+from mvlm_dataloading.sources.record import EVALUATION_SPLITS
+
+from .hash_search import first_equal, near_known, near_pairs
+from .image_check import Decoder, perceptual_hash
 
 LEAKED = "picture is in an evaluation split"
 LEAKED_NEARLY = "picture is nearly one of an evaluation split"

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .dataset import Dataset
-from .randomness import Purpose, hash64
+from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.randomness import Purpose, hash64
 
 Int64 = NDArray[np.int64]
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
+from mvlm_dataloading.errors import DataError
 
 FORMAT_VERSION = 1
 _OF_A_SHARD = {"tar": str, "samples": int, "bytes": int, "sha256": str}

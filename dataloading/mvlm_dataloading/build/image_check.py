@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import need
+from mvlm_dataloading.errors import need
 
 # MPO is what cameras call a JPEG with further pictures behind it; decoders take the first.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from mvlm_dataloading.errors import DataError
+
+from .dali_index import IMAGE_EXTENSIONS, KINDS, Index, Part, head_of, parse
 from .dataset import Dataset, Keys
 from .description import read_description, shard_files
-from .errors import DataError
-from .indices import IMAGE_EXTENSIONS, KINDS, Index, Part, head_of, parse
-from .remote import Stage, is_remote, stage_for
+from .remote_cache import Stage, is_remote, stage_for
 
 _AT_SOURCE = "open the data set again, which brings it anew; if that does not help, make it again where it comes from"
 _SHORT = 8  # bytes; a caption file of at most so many is read when the data set is opened, as it may be blank
@@ -21,8 +22,8 @@ _SHORT = 8  # bytes; a caption file of at most so many is read when the data set
 def open_dataset(folder: Path | str, split: str) -> Dataset:
     """Open one split and check it, without reading the shards through.
 
-    A folder at s3://, gs://, hf:// or https:// is staged into a local cache: see `remote`. Its shards are checked when
-    they arrive.
+    A folder at s3://, gs://, hf:// or https:// is staged into a local cache: see `remote_cache`. Its shards are checked
+    when they arrive.
 
     Raises:
         DataError: the folder, `dataset.json`, the split, a shard or an index is missing; a shard has another size than

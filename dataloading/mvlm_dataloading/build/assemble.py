@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .description import FORMAT_VERSION, description_of, write_durably
-from .errors import DataError
-from .pictures import Pictures, collect, evaluation_splits, find_duplicates, find_leaks, parse_facts, pictures_of
-from .records import Source
-from .settings import Settings
-from .shards import Shard
+from mvlm_dataloading.dataset.description import FORMAT_VERSION, description_of, write_durably
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.options import Settings
+from mvlm_dataloading.sources.record import Source
+
+from .duplicates import Pictures, collect, evaluation_splits, find_duplicates, find_leaks, parse_facts, pictures_of
+from .shard_writer import Shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ def _describe(assembly: Assembly, splits: dict[str, dict[str, Any]], reasons: Co
         "rejected": dict(sorted(reasons.items())),
     }
     if settings.tokenizer is not None:
-        from .tokenizer import load_tokenizer
+        from mvlm_dataloading.tokenizer import load_tokenizer
 
         tokenizer = settings.tokenizer.read_bytes()
         (final / "tokenizer.json").write_bytes(tokenizer)

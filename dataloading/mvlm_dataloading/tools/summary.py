@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from mvlm_dataloading.build.duplicates import any_size
+from mvlm_dataloading.dataset.description import read_description
+from mvlm_dataloading.dataset.open import open_dataset
+from mvlm_dataloading.errors import need
+
 from .check import Findings
-from .description import read_description
-from .errors import need
-from .opening import open_dataset
-from .pictures import any_size
 
 _SHEET = (8, 6)  # pictures across and down
 _CELL, _TEXT = 160, 36

@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 
+from mvlm_dataloading.dataset.dali_index import Int64
+from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.errors import DataError
+
 from .augment import Augment
-from .dataset import Dataset
-from .errors import DataError
-from .indices import Int64
-from .order import Stream, substitute
-from .pages import Pages, copy_on_this_thread
+from .buffers import Pages, copy_on_this_thread
+from .sampler import Stream, substitute
 from .segment import Rows, Segment, Settings
 
 log = logging.getLogger(__name__)

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, need
+from mvlm_dataloading.errors import DataError, need
 
 log = logging.getLogger(__name__)
 

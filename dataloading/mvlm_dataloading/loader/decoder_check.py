@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from .errors import need
-from .opening import open_dataset
-from .order import write_index_views
+from mvlm_dataloading.build.shard_writer import ShardWriter
+from mvlm_dataloading.dataset.open import open_dataset
+from mvlm_dataloading.errors import need
+from mvlm_dataloading.randomness import Purpose, uniforms
+
+from .crop import Geometry
 from .pipeline import Decoding, build_pipeline
-from .randomness import Purpose, uniforms
-from .shards import ShardWriter
-from .windows import Geometry
+from .sampler import write_index_views
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 # or two; a black picture or another picture's pixels differ by dozens.
 _TOLERANCE = 6.0
 _TIMEOUT_S = 300
-_CODE = "import sys; from mvlm_dataloading.selftest import main; main(*sys.argv[1:])"
+_CODE = "import sys; from .decoder_check import main; main(*sys.argv[1:])"
 
 
 @functools.cache

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from .errors import DataError
-from .order import ORDER_VERSION
+from mvlm_dataloading.errors import DataError
+
+from .sampler import ORDER_VERSION
 from .segment import Settings
 
 _NEEDED = ("seed", "epoch", "position", "step", "fingerprint", "skipped", "met")

@@ -12,21 +12,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from .ahead import Ahead
+from mvlm_dataloading.batch import Batch, Masks
+from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.tokenizer import Tokenizer, check_text_length
+
 from .augment import Augment
-from .batch import Batch, Masks
-from .dataset import Dataset
+from .buffers import copy_on_this_thread
+from .crop import Geometry
+from .decoder_check import choose_decoding
 from .masking import check_mask_sizes, check_token_ratio, draw_patch_masks, draw_token_masks
-from .order import ORDER_VERSION
-from .pages import copy_on_this_thread
 from .pipeline import Decoding
+from .prefetch import Ahead
 from .reader import Reader
+from .resume import Resumed, compare, hash_of, pictures_of, versions
+from .sampler import ORDER_VERSION
 from .segment import Rows, Settings
-from .selftest import choose_decoding
-from .state import Resumed, compare, hash_of, pictures_of, versions
 from .text import Captions, stored_tokens_fit
-from .tokenizer import Tokenizer, check_text_length
-from .windows import Geometry
 
 log = logging.getLogger(__name__)
 

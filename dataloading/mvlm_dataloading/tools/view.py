@@ -19,14 +19,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .dataset import Dataset
-from .description import FORMAT_VERSION, read_description, refuse_occupied, shard_files, write_durably
-from .errors import DataError
-from .opening import open_dataset
-from .pictures import Facts, any_size, collect, facts_of, find_duplicates, find_leaks
-from .records import EVALUATION_SPLITS
-from .settings import Choice
-from .shards import index_text
+from mvlm_dataloading.build.duplicates import Facts, any_size, collect, facts_of, find_duplicates, find_leaks
+from mvlm_dataloading.build.shard_writer import index_text
+from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.dataset.description import (
+    FORMAT_VERSION,
+    read_description,
+    refuse_occupied,
+    shard_files,
+    write_durably,
+)
+from mvlm_dataloading.dataset.open import open_dataset
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.options import Choice
+from mvlm_dataloading.sources.record import EVALUATION_SPLITS
 
 log = logging.getLogger(__name__)
 

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .dataset import Dataset, image_identity, parse_captions, parse_metadata
-from .errors import DataError
-from .indices import Int64
-from .randomness import Purpose, hash64, text_hash
+from mvlm_dataloading.dataset.dali_index import Int64
+from mvlm_dataloading.dataset.dataset import Dataset, image_identity, parse_captions, parse_metadata
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.randomness import Purpose, hash64, text_hash
+from mvlm_dataloading.tokenizer import Tokenizer
+
 from .segment import Rows
-from .tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS
+from mvlm_dataloading.errors import need
+
 from .augment import Drawn, apply
-from .errors import need
-from .indices import IMAGE_EXTENSIONS
+from .crop import Geometry, Windows, looks_whole
 from .resize import Resize
-from .windows import Geometry, Windows, looks_whole
 
 # A black picture of one pixel, as PNG.
 _BLACK = bytes.fromhex(

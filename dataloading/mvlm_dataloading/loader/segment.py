@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mvlm_dataloading.dataset.dali_index import Int64
+from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.randomness import Purpose, uniforms
+
 from .augment import Augment, draw
-from .dataset import Dataset
-from .indices import Int64
-from .order import write_index_views
-from .pages import Pages
+from .buffers import Pages
+from .crop import Geometry
 from .pipeline import Decoding, build_pipeline
-from .randomness import Purpose, uniforms
-from .windows import Geometry
+from .sampler import write_index_views
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,7 +54,7 @@ class Resize:
 
     def _one(self, window: UInt8) -> UInt8:
         size = (self._side, self._side)
-        # No copy by torch on these threads: each would open an OpenMP team (see `pages.copy_on_this_thread`). torch
+        # No copy by torch on these threads: each would open an OpenMP team (see `buffers.copy_on_this_thread`). torch
         # copies where nothing is to be resized, and where the result has to be laid out in another way.
         if window.shape[:2] == size:
             return np.ascontiguousarray(window.transpose(2, 0, 1) if self._planes else window)

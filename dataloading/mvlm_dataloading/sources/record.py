@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from .errors import DataError
+from mvlm_dataloading.errors import DataError
 
 # DALI takes everything after the first dot of a name for its extension, and splits index lines at blanks.
 KEY = re.compile(r"[A-Za-z0-9_+=@,-]{1,80}")

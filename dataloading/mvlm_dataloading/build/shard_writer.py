@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .decode import UNDECODABLE, Header, read_header
-from .description import FORMAT_VERSION, refuse_occupied, sync_file, write_durably
-from .errors import DataError, need
-from .records import KEY
+from mvlm_dataloading.dataset.description import FORMAT_VERSION, refuse_occupied, sync_file, write_durably
+from mvlm_dataloading.errors import DataError, need
+from mvlm_dataloading.sources.record import KEY
+
+from .image_check import UNDECODABLE, Header, read_header
 
 if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
+    from mvlm_dataloading.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

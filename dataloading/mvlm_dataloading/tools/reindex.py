@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .dataset import parse_captions, parse_metadata
-from .description import FORMAT_VERSION, description_of, read_description, shard_files, write_durably
-from .errors import DataError
-from .records import split_name
-from .shards import index_text
-from .sources.samples import IMAGES, has_end, split_member
+from mvlm_dataloading.build.shard_writer import index_text
+from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
+from mvlm_dataloading.dataset.description import (
+    FORMAT_VERSION,
+    description_of,
+    read_description,
+    shard_files,
+    write_durably,
+)
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.sources.record import split_name
+from mvlm_dataloading.sources.samples import IMAGES, has_end, split_member
 
 _TOLD = (*IMAGES, "txt", "json", "tok")
 _MAX_TEXT = 1 << 22

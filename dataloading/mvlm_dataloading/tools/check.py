@@ -9,15 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from .captions import script_of
-from .crew import work
-from .dataset import parse_captions, parse_metadata
-from .decode import Decoder, read_header
-from .description import read_description, shard_files
-from .errors import DataError
-from .index import index_of
-from .opening import open_dataset
-from .pictures import any_size
+from mvlm_dataloading.build.duplicates import any_size
+from mvlm_dataloading.build.image_check import Decoder, read_header
+from mvlm_dataloading.build.workers import work
+from mvlm_dataloading.captions import script_of
+from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
+from mvlm_dataloading.dataset.description import read_description, shard_files
+from mvlm_dataloading.dataset.open import open_dataset
+from mvlm_dataloading.errors import DataError
+
+from .reindex import index_of
 
 _PROBLEMS = 100  # of a shard; more are counted
 
@@ -72,7 +73,7 @@ def check_shards(
     description = read_description(folder)
     vocab_size = None
     if description.get("tokens"):
-        from .tokenizer import load_tokenizer
+        from mvlm_dataloading.tokenizer import load_tokenizer
 
         vocab_size = load_tokenizer(folder / "tokenizer.json").vocab_size
     tasks = [

@@ -1,7 +1,7 @@
 """Making a data set of a source: pieces side by side, and again from where a killed run was.
 
     .OUT.partial/plan.json        what is being built: name, recipe, labels of the pieces
-    .OUT.partial/pieces/000000/   one folder for each piece that is done (`writing.py`)
+    .OUT.partial/pieces/000000/   one folder for each piece that is done (`piece.py`)
     .OUT.partial/final/           the data set, until it is complete and becomes OUT
 
 Which records go into which tar depends on the source and the settings alone, and each step renames what it has
@@ -23,13 +23,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mvlm_dataloading.dataset.description import already_written, refuse_occupied, sync_folder, write_durably
+from mvlm_dataloading.errors import DataError, need
+from mvlm_dataloading.options import Settings
+from mvlm_dataloading.sources.record import Piece, Source
+
 from .assemble import Assembly, assemble
-from .crew import work
-from .description import already_written, refuse_occupied, sync_folder, write_durably
-from .errors import DataError, need
-from .records import Piece, Source
-from .settings import Settings
-from .writing import write_piece
+from .piece import write_piece
+from .workers import work
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ def build_shards(
 
 
 def _recipe(source: Source, settings: Settings, against: Sequence[Path]) -> dict[str, Any]:
-    from .records import file_sha256, records_sha256
+    from mvlm_dataloading.sources.record import file_sha256, records_sha256
 
     given = {name: value for name, value in asdict(settings).items() if value is not None}
     if settings.tokenizer is not None:

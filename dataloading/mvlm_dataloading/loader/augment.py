@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .randomness import Purpose, hash64, uniforms
+from mvlm_dataloading.randomness import Purpose, hash64, uniforms
 
 OPERATIONS = (
     "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "colour", "contrast", "brightness",

@@ -1,4 +1,4 @@
-"""Turning one piece of a source into tars, in a process of its own. `build.py` makes a data set of them.
+"""Turning one piece of a source into tars, in a process of its own. `build` makes a data set of them.
 
     PIECE/000.tar, 000.idx, ...   the samples, in tars of a bounded size
     PIECE/samples.jsonl           a line for each record in order: what was written, or why not
@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .captions import clean_captions
-from .decode import TOO_MANY_PIXELS, UNDECODABLE, Decoder, Header, encode_jpeg, perceptual_hash, read_header
-from .description import sync_folder, write_durably
-from .records import KEY, TOO_LARGE, Piece, Record
-from .settings import Settings
-from .shards import Shard, pack_tokens
-from .tokenizer import Tokenizer, load_tokenizer
+from mvlm_dataloading.captions import clean_captions
+from mvlm_dataloading.dataset.description import sync_folder, write_durably
+from mvlm_dataloading.options import Settings
+from mvlm_dataloading.sources.record import KEY, TOO_LARGE, Piece, Record
+from mvlm_dataloading.tokenizer import Tokenizer, load_tokenizer
+
+from .image_check import TOO_MANY_PIXELS, UNDECODABLE, Decoder, Header, encode_jpeg, perceptual_hash, read_header
+from .shard_writer import Shard, pack_tokens
 
 CRASHED = "the decoder dies on the image"
 _GROUP, _GROUP_BYTES = 64, 32 << 20
