@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 
 from mvlm_dataloading import DataError, load_tokenizer, open_dataset, tokenizer_for, train_tokenizer
+from support.data import make_captions, write_dataset
 
 CAPTIONS = ["a cat on a mat", "two cats, one café — 猫", "the mat"] * 3
 
@@ -116,10 +117,10 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
         load_tokenizer(tmp_path / "bad.json")
 
 
-def test_the_data_sets_own_tokenizer_is_taken(tmp_path, make):
-    folder = make.dataset(tmp_path / "data", 4, splits=("train", "test"))
+def test_the_data_sets_own_tokenizer_is_taken(tmp_path):
+    folder = write_dataset(tmp_path / "data", 4, splits=("train", "test"))
     trained = tokenizer_for(open_dataset(folder, "test"), 300)
-    captions = [caption for i in range(4) for caption in make.captions(i)]
+    captions = [caption for i in range(4) for caption in make_captions(i)]
     assert trained.fingerprint == train_tokenizer(captions, 300).fingerprint
 
     own = train_tokenizer(CAPTIONS, 280)

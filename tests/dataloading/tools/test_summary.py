@@ -1,0 +1,41 @@
+"""The contact sheet of a data set."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mvlm_dataloading import (
+    Settings,
+    build_shards,
+)
+from mvlm_dataloading.sources.record import Listed, Record, Source
+from mvlm_dataloading.tools.summary import contact_sheet
+from support import published
+
+CAPTIONS = {0: ["red and green"], 1: ["красный круг", "ein roter Kreis"], 2: ["赤い丸"], 3: ["7"]}
+
+
+def write(out: Path, count: int = 10, **settings) -> Path:
+    records = [
+        Record(
+            f"k{i}", published.encoded(published.picture(i, (60 + 10 * i, 50))), CAPTIONS.get(i, [f"number {i}"]), ""
+        )
+        for i in range(count)
+    ]
+    test = [Record("t", published.encoded(published.picture(90), "PNG"), ["a", "b", "c"], "")]
+    pieces = [Listed("train", records[k : k + 4]) for k in range(0, count, 4)]
+    pieces.append(Listed("test", [*test, Record("bad", b"", ["x"], "")]))
+    return build_shards(Source("set", "tests", "CC0", {}, pieces), out, Settings(**settings), workers=0)
+
+
+def test_the_contact_sheet(tmp_path):
+    out = write(tmp_path / "out")
+    path = contact_sheet(out, tmp_path / "sheet.png")
+    with Image.open(path) as sheet:
+        assert sheet.size == (8 * 168 + 8, 2 * 204 + 8)
+        first = np.asarray(sheet.crop((8, 8, 168, 168)), float)
+    # The test split comes first, and its picture is in the middle of its cell, as wide as it is.
+    picture = np.asarray(published.picture(90), float)  # 72 x 54
+    assert np.abs(first[53 : 53 + 54, 44 : 44 + 72] - picture).mean() < 2
+    assert (first[:50] == 255).all()
