@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvlm_dataloading.options import Choice
+from mvlm_dataloading.options import ViewOptions
 
 if TYPE_CHECKING:
     from mvlm_dataloading.tools.check import Findings
@@ -23,13 +23,13 @@ def check(shards: Path, /, sheet: Path | None = None, workers: int | None = None
     from mvlm.console import Counting
     from mvlm_dataloading.errors import DataError
     from mvlm_dataloading.tools.check import check_shards
-    from mvlm_dataloading.tools.summary import contact_sheet, table
+    from mvlm_dataloading.tools.summary import contact_sheet, findings_table
 
     with Counting("pictures") as counting:
         found = check_shards(
             shards, workers=processes(workers), progress=lambda done, all: counting.show(done, all, done)
         )
-    print(table(shards, found))
+    print(findings_table(shards, found))
     with contextlib.suppress(DataError):  # what cannot be opened is among the problems
         print(contact_sheet(shards, sheet or shards / "contact-sheet.png"))
     _raise_problems(shards, found, DataError)
@@ -54,7 +54,7 @@ def view(
     /,
     sources: tuple[Path, ...],
     weights: tuple[float, ...] = (),
-    choice: Choice = Choice(),  # noqa: B008 (frozen)
+    choice: ViewOptions = ViewOptions(),  # noqa: B008 (frozen)
 ) -> None:
     """Select, dedupe, thin out and mix data sets without writing a tar: the view is a data folder of indices.
 

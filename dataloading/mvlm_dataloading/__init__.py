@@ -1,4 +1,4 @@
-"""Image-text shards, and the DALI loader that reads them."""
+"""Data sets of image-text pairs: building shards, and loading them with DALI."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from .loader.loader import Loader as Loader
     from .loader.masking import draw_patch_masks as draw_patch_masks
     from .loader.masking import draw_token_masks as draw_token_masks
-    from .options import Choice as Choice
-    from .options import Settings as Settings
+    from .options import BuildOptions as BuildOptions
+    from .options import ViewOptions as ViewOptions
     from .tokenizer import Tokenizer as Tokenizer
     from .tokenizer import load_tokenizer as load_tokenizer
     from .tokenizer import tokenizer_for as tokenizer_for
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .tools.reindex import rebuild_indices as rebuild_indices
     from .tools.view import make_view as make_view
 
-# Imported on first use: the processes that write shards start without torch, which takes seconds to load.
+# Imported on first use, so that processes that write shards start without torch, which takes seconds to load.
 _MODULES = {
     "batch": ("Batch", "Masks"),
     "build.build": ("build_shards",),
@@ -38,7 +38,7 @@ _MODULES = {
     "loader.augment": ("Augment",),
     "loader.loader": ("Loader",),
     "loader.masking": ("draw_patch_masks", "draw_token_masks"),
-    "options": ("Choice", "Settings"),
+    "options": ("ViewOptions", "BuildOptions"),
     "tokenizer": ("Tokenizer", "load_tokenizer", "tokenizer_for", "train_tokenizer"),
     "tools.check": ("check_shards",),
     "tools.reindex": ("rebuild_indices",),

@@ -1,4 +1,4 @@
-"""What a user can set when shards are written and when a view is chosen. Imports nothing that takes time."""
+"""Options for building data sets and views. Imports nothing that is slow to load."""
 
 import re
 from dataclasses import dataclass
@@ -8,40 +8,43 @@ from typing import Literal
 from .errors import DataError
 
 MAX_PIXELS = 89_478_485
-"""Beyond this Pillow takes any picture for a bomb."""
+"""Above this, Pillow takes an image for a decompression bomb."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """What becomes of pictures and captions, and what is refused."""
+class BuildOptions:
+    """Processing of images and captions, and limits above or below which they are rejected.
+
+    Field names are part of a data set's recipe, so renaming one would make finished data sets look different.
+    """
 
     short_side: int | None = None
-    """Pictures with a longer short side are made smaller, to this many pixels; none is ever made larger."""
+    """Downscale images to this short side, in pixels. Smaller images are never upscaled."""
     quality: int | None = None
-    """Encode every picture anew as a JPEG of this quality. Not given: only those made smaller, at 90."""
+    """Re-encode every image as a JPEG of this quality. Default: only downscaled images, at quality 90."""
     max_pixels: int = 50_000_000
-    """Width times height, read from the header before anything is decoded."""
+    """Maximum width x height, read from the header before the image is decoded."""
     min_side: int = 16
-    """Pixels of the shorter side at least."""
+    """Minimum short side in pixels."""
     max_aspect: float = 10.0
-    """Longer side over shorter side at most."""
+    """Maximum ratio of long side to short side."""
     max_image_bytes: int = 64 << 20
-    """Size of a picture's file at most."""
+    """Maximum size of an image file."""
     max_caption_bytes: int = 2000
-    """A longer caption is left out; a picture with no other is refused."""
+    """Drop captions above this many bytes of UTF-8. An image with no other caption is rejected."""
     max_captions: int | None = None
-    """Captions of a picture to keep at most, the first ones."""
+    """Keep at most this many captions per image, the first ones."""
     shard_bytes: int = 256 << 20
-    """A new tar is begun when the current one would grow past this."""
+    """Maximum size of a tar."""
     drop_duplicates: bool = False
-    """Leave out pictures whose file is equal to that of an earlier one in the same split."""
+    """Drop images whose file equals that of an earlier image in the same split."""
     tokenizer: Path | None = None
-    """A tokenizer.json, to store token ids beside the captions."""
+    """A tokenizer.json: store token ids with the captions."""
     text_length: int = 40
-    """Tokens of a caption at most, [CLS] and [SEP] counted; only with a tokenizer."""
+    """Maximum tokens of a stored caption, including [CLS] and [SEP]. Used only with a tokenizer."""
 
     def check(self) -> None:
-        """Raises DataError for a setting that cannot be."""
+        """Check the ranges of all options. Raises DataError."""
         for name, low, high in (
             ("short_side", 16, 65500), ("quality", 1, 100), ("max_pixels", 1, MAX_PIXELS), ("min_side", 1, 65500),
             ("max_aspect", 1, 65500), ("max_image_bytes", 1, 1 << 31), ("max_caption_bytes", 1, 1 << 20),
@@ -53,32 +56,33 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """Which samples a view takes."""
+class ViewOptions:
+    """Selection of a view's samples. Field names are part of the view's recipe."""
 
     splits: tuple[str, ...] = ()
-    """Splits to take; all of them when not given."""
+    """Splits to take. Default: all."""
     min_side: int = 1
-    """Pixels of the shorter side at least."""
+    """Minimum short side in pixels."""
     max_aspect: float = float("inf")
-    """Longer side over shorter side at most."""
+    """Maximum ratio of long side to short side."""
     min_words: int = 1
-    """Words of every caption at least."""
+    """Minimum words in every caption."""
     max_words: int = 1 << 20
-    """Words of every caption at most."""
+    """Maximum words in every caption."""
     match: str | None = None
-    """A regular expression that one of the captions has to contain."""
+    """Regular expression that at least one caption must contain."""
     without: str | None = None
-    """A regular expression that no caption may contain."""
+    """Regular expression that no caption may contain."""
     duplicates: Literal["keep", "exact", "near"] = "keep"
-    """Leave out pictures that are there before in the same split: no, equal files, or near-duplicates too."""
+    """Duplicates to drop within a split: `keep` (none), `exact` (identical files), `near` (perceptual near-duplicates
+    too)."""
     fraction: float = 1.0
-    """Share of the training samples to take, by a hash of the key: a smaller share is part of a larger one."""
+    """Share of the training samples to take, chosen by a hash of the key. A smaller share is a subset of a larger."""
     seed: int = 0
-    """Chooses the share, and what comes once more where a weight is no whole number."""
+    """Seed of the share, and of the extra copies for a fractional weight."""
 
     def check(self) -> None:
-        """Raises DataError for a setting that cannot be."""
+        """Check the options. Raises DataError."""
         if not 0 < self.fraction <= 1:
             raise DataError(f"fraction: wanted more than 0 and at most 1, got {self.fraction}")
         for name in ("match", "without"):

@@ -52,8 +52,8 @@ def view(data: Path, tmp_path: Path, monkeypatch, capsys) -> Path:
 def test_shards_are_written_checked_and_viewed(view, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "check", view)
     assert code == 0
-    assert "pictures               6" in out
-    assert "width over height      1.33 / 1.33 / 1.33" in out
+    assert "images              6" in out
+    assert "width over height   1.33 / 1.33 / 1.33" in out
     assert (view / "contact-sheet.png").is_file()
     code, out, _ = run(monkeypatch, capsys, "check", view.parent / "set", "--sheet", view.parent / "sheet.png")
     assert "rejected: 1 no caption" in out

@@ -103,7 +103,7 @@ def test_the_commands_leave_what_the_page_says(printed, downloads):
 
 
 def test_reasons_on_the_page_are_those_of_the_code(printed, downloads):
-    known = set(re.findall(r"`([^`]+)`", PAGE.read_text().split("## What is refused")[1].split("Captions lose")[0]))
+    known = set(re.findall(r"`([^`]+)`", PAGE.read_text().split("## What is rejected")[1].split("Captions lose")[0]))
     found = {
         json.loads(line)["reason"]
         for file in downloads.glob("data/*/rejected.jsonl")

@@ -33,7 +33,7 @@ def test_python(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert len(blocks("python")) == 1
     exec(blocks("python")[0], {})
-    assert "the same samples in the same order, and the same pixels, captions and masks" in capsys.readouterr().out
+    assert "same samples in the same order, same pixels, captions and masks" in capsys.readouterr().out
 
 
 def test_commands():

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from mvlm_dataloading import Loader, Settings, build_shards, open_dataset
+from mvlm_dataloading import BuildOptions, Loader, build_shards, open_dataset
 from mvlm_dataloading.build.image_check import TOO_MANY_PIXELS, UNDECODABLE
-from mvlm_dataloading.sources.record import Listed, Record, Source
+from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support import published
 from support.data import wave_tokenizer
 
@@ -212,7 +212,9 @@ def zoo(tmp_path_factory) -> dict[str, Any]:
     ]
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_since_reset()
-    build_shards(Source("zoo", "", "", {}, [Listed("train", records)]), out, Settings(max_pixels=1_000_000), workers=0)
+    build_shards(
+        Source("zoo", "", "", {}, [ListedPiece("train", records)]), out, BuildOptions(max_pixels=1_000_000), workers=0
+    )
     grown = peak_since_reset() - before
     rejected = {line["where"]: line["reason"] for line in rejections(out)}
     return {"cases": cases, "out": out, "rejected": rejected, "grown": grown, "dataset": open_dataset(out, "train")}

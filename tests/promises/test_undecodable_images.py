@@ -1,4 +1,4 @@
-"""Pictures that cannot be decoded, met in training."""
+"""ImageTable that cannot be decoded, met in training."""
 
 import io
 import itertools
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from mvlm_dataloading import DataError, Dataset, Loader, ShardWriter, Tokenizer, open_dataset, rebuild_indices
-from mvlm_dataloading.loader.sampler import Stream, substitute
+from mvlm_dataloading.loader.pipeline import build_pipeline
+from mvlm_dataloading.loader.sampler import SampleOrder, substitute_sample
 from mvlm_dataloading.randomness import Purpose, hash64
 from support.data import damage_images, make_image, wave_tokenizer, write_dataset, write_waves
 
@@ -55,9 +56,9 @@ def test_they_are_replaced_counted_and_named(damaged, tokenizer, caplog):
     loader = load(damaged, tokenizer)
     samples = [i for i, _, _ in stream(loader, 30)]  # three epochs
     assert loader.skipped == 4
-    ids, epochs = Stream(damaged.shard, 1, shuffle=True)(0, 300)
+    ids, epochs = SampleOrder(damaged.shard, 1, shuffle=True)(0, 300)
     for got, wanted, epoch in zip(samples, ids.tolist(), epochs.tolist(), strict=True):
-        assert got == (substitute(1, epoch, wanted, 100, set(BAD)) if wanted in BAD else wanted)
+        assert got == (substitute_sample(1, epoch, wanted, 100, set(BAD)) if wanted in BAD else wanted)
     skips = [record.getMessage() for record in caplog.records if "cannot be decoded" in record.getMessage()]
     assert sorted(skips) == sorted(f"skipped an image that cannot be decoded: {damaged.where(i)}" for i in BAD)
     assert all(".tar offset " in skip and " key train00" in skip for skip in skips)
@@ -191,7 +192,7 @@ def test_bytes_after_the_end_of_an_image_do_no_harm(tmp_path, tokenizer, caplog)
 
 
 @pytest.fixture
-def cut(request, tmp_path):
+def truncated(request, tmp_path):
     """24 JPEGs, of which 5 is cut at 90 % and 17 at 97 %: many a window lies above the cut and can be decoded.
 
     A parameter is bytes after the end of every fourth.
@@ -211,15 +212,15 @@ def cut(request, tmp_path):
     return open_dataset(tmp_path, "train")
 
 
-def test_a_file_that_is_cut_is_bad_whatever_its_window(cut, tokenizer, caplog):
+def test_a_file_that_is_cut_is_bad_whatever_its_window(truncated, tokenizer, caplog):
     settings = {"batch_size": 8, "max_bad_fraction": 0.2}
     for seed in range(4):
-        loader = load(cut, tokenizer, **settings, seed=seed)
+        loader = load(truncated, tokenizer, **settings, seed=seed)
         wanted = [i for i, _, _ in stream(loader, 12)]  # four epochs
         loader.close()
         assert loader.state_dict()["skipped"] == [5, 17]
         assert not {5, 17} & set(wanted)
-        ranks = [load(cut, tokenizer, **settings, seed=seed, rank=rank, world_size=2) for rank in range(2)]
+        ranks = [load(truncated, tokenizer, **settings, seed=seed, rank=rank, world_size=2) for rank in range(2)]
         shares = [[i for i, _, _ in stream(loader, 12)] for loader in ranks]
         for loader in ranks:
             loader.close()
@@ -227,12 +228,12 @@ def test_a_file_that_is_cut_is_bad_whatever_its_window(cut, tokenizer, caplog):
     assert "bytes after their end" not in caplog.text
 
 
-@pytest.mark.parametrize("cut", [b"\0"], indirect=True)
-def test_a_window_that_fails_where_that_of_epoch_0_does_not_stops_no_run(cut, tokenizer, caplog):
+@pytest.mark.parametrize("truncated", [b"\0"], indirect=True)
+def test_a_window_that_fails_where_that_of_epoch_0_does_not_stops_no_run(truncated, tokenizer, caplog):
     """Bytes after the end of other files turn the guard off, and then it is a batch that fails."""
     found = set()
     for seed in range(4):
-        loader = load(cut, tokenizer, batch_size=1, max_bad_fraction=0.2, seed=seed)
+        loader = load(truncated, tokenizer, batch_size=1, max_bad_fraction=0.2, seed=seed)
         stream(loader, 100)
         loader.close()
         found.update(loader.state_dict()["skipped"])
@@ -270,7 +271,9 @@ def test_a_bad_substitute_of_a_known_one_is_replaced_as_everywhere_else(tmp_path
     dataset = open_dataset(folder, "train")
     chains = 0
     for seed in range(3):
-        at = zip(*(part.tolist() for part in Stream(dataset.shard, seed, shuffle=True)(0, 10 * epochs)), strict=True)
+        at = zip(
+            *(part.tolist() for part in SampleOrder(dataset.shard, seed, shuffle=True)(0, 10 * epochs)), strict=True
+        )
         wanted = []
         for i, epoch in at:
             draws = (int(hash64(Purpose.SUBSTITUTE, seed, epoch, i, k) % np.uint64(10)) for k in itertools.count())
@@ -283,7 +286,7 @@ def test_a_bad_substitute_of_a_known_one_is_replaced_as_everywhere_else(tmp_path
         ranks = [load(dataset, tokenizer, **settings, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
         shares = [[i for i, _, _ in stream(loader, 5 * epochs)] for loader in ranks]
         assert [i for pair in zip(*shares, strict=True) for i in pair] == wanted, seed
-        chains += any(substitute(seed, 0, i, 10, {i}) in bad for i in bad)
+        chains += any(substitute_sample(seed, 0, i, 10, {i}) in bad for i in bad)
     assert chains > 0  # else nothing of this was tried
 
 
@@ -304,16 +307,19 @@ def test_a_shard_that_vanishes_is_not_a_bad_image(tmp_path, tokenizer):
 
 
 def test_other_failures_of_the_reader_are_not_taken_for_bad_images(train_split, tokenizer, monkeypatch):
-    loader = load(train_split, tokenizer, ahead=0)
-    stream(loader, 1)
+    pipelines = []
+
+    def build_recorded(*args, **settings):
+        pipelines.append(build_pipeline(*args, **settings))
+        return pipelines[-1]
 
     def fail():
         raise RuntimeError("the disk is gone")
 
-    assert loader._source is not None
-    segment = loader._source._reader._segment
-    assert segment is not None
-    monkeypatch.setattr(segment._pipeline, "run", fail)
+    monkeypatch.setattr("mvlm_dataloading.loader.segment.build_pipeline", build_recorded)
+    loader = load(train_split, tokenizer, ahead=0)
+    stream(loader, 1)
+    monkeypatch.setattr(pipelines[0], "run", fail)
     with pytest.raises(RuntimeError, match="the disk is gone"):
         stream(loader, 1)
     assert loader.skipped == 0

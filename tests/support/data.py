@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mvlm_dataloading import Dataset, Settings, ShardWriter, Tokenizer, build_shards, open_dataset, train_tokenizer
-from mvlm_dataloading.sources.record import Listed, Record, Source
+from mvlm_dataloading import BuildOptions, Dataset, ShardWriter, Tokenizer, build_shards, open_dataset, train_tokenizer
+from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 
 from . import published
 
@@ -90,14 +90,16 @@ def build_records(
     out: Path, splits: dict[str, list[Record]], each: int = 100, against: Sequence[Path] = (), **settings
 ) -> Path:
     """Build the records of each split as a data set, in this process, in pieces of `each`."""
-    pieces = [Listed(split, known[i : i + each]) for split, known in splits.items() for i in range(0, len(known), each)]
+    pieces = [
+        ListedPiece(split, known[i : i + each]) for split, known in splits.items() for i in range(0, len(known), each)
+    ]
     source = Source("set", "tests", "CC0", {}, pieces)
-    return build_shards(source, out, Settings(**settings), against=against, workers=0)
+    return build_shards(source, out, BuildOptions(**settings), against=against, workers=0)
 
 
 def build_source(source: Source, out: Path, **settings) -> dict[str, dict[str, list[str]]]:
     """Build a source in this process. Returns what `captions_by_key` gives of it."""
-    return captions_by_key(build_shards(source, out, Settings(**settings), workers=0))
+    return captions_by_key(build_shards(source, out, BuildOptions(**settings), workers=0))
 
 
 def captions_by_key(folder: Path) -> dict[str, dict[str, list[str]]]:

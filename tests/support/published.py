@@ -149,7 +149,7 @@ def add_members(tar: tarfile.TarFile, members: list[tuple[str, bytes]]) -> None:
 
 
 def folder(root: Path, count: int = 6, *, sidecars: bool = True) -> None:
-    """Pictures in two folders; captions beside them, in captions.csv and in captions.jsonl."""
+    """ImageTable in two folders; captions beside them, in captions.csv and in captions.jsonl."""
     names = [f"{'ab'[i % 2]}/{i}.jpg" for i in range(count)]
     for i, name in enumerate(names):
         write_picture(root / name, i)

@@ -1,7 +1,7 @@
-"""The last part of a build: what is left out for the sake of the other samples, and the folder of shards.
+"""The last step of a build: drop duplicates and leaks, and gather the pieces' tars into the data folder.
 
-    OUT/rejected.jsonl     a line for each record that is not there: key, split, reason, where it came from
-    OUT/duplicates.jsonl   a line for each picture that was there before: key, split, kind (exact or near), of which
+    OUT/rejected.jsonl     a line per rejected record: key, split, reason, where it came from
+    OUT/duplicates.jsonl   a line per duplicate image: key, split, kind (exact or near), the image that it repeats
 
 Shape legend: n written samples, in the order of the source.
 """
@@ -14,40 +14,49 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvlm_dataloading.dataset.description import FORMAT_VERSION, description_of, write_durably
+from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard, write_durably
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.options import Settings
+from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Source
+from mvlm_dataloading.tokenizer import load_tokenizer
 
-from .duplicates import Pictures, collect, evaluation_splits, find_duplicates, find_leaks, parse_facts, pictures_of
+from .duplicates import (
+    ImageTable,
+    evaluation_splits,
+    find_duplicates,
+    find_leaks,
+    images_of_split,
+    parse_image_facts,
+    tabulate,
+)
 from .shard_writer import Shard
 
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """What the pieces in `folder` are to become."""
+    """A build whose pieces are all in `folder`."""
 
     folder: Path
     source: Source
-    settings: Settings
+    options: BuildOptions
     recipe: dict[str, Any]
     against: tuple[Path, ...]
 
 
 def assemble(assembly: Assembly) -> Counter[str]:
-    """Write `final/`. Can be done again wherever it was interrupted. Returns counts for the log."""
+    """Write `final/`. It can be repeated after an interruption at any point. Returns counts for the log."""
     final = assembly.folder / "final"
     final.mkdir(exist_ok=True)
-    written, rejected = _read_lines(assembly)
-    pictures = written.pictures
-    dropped = _repeated_keys(pictures.keys)
-    evaluation = [pictures_of(folder, split) for folder in assembly.against for split in evaluation_splits(folder)]
-    duplicates = list(find_leaks(pictures, evaluation, dropped))
-    duplicates += find_duplicates(pictures, dropped, drop=assembly.settings.drop_duplicates)
+    written, rejected = _read_pieces(assembly)
+    images = written.images
+    dropped = _repeated_keys(images.keys)
+    evaluation = [images_of_split(folder, split) for folder in assembly.against for split in evaluation_splits(folder)]
+    duplicates = list(find_leaks(images, evaluation, dropped))
+    duplicates += find_duplicates(images, dropped, drop=assembly.options.drop_duplicates)
     for i, reason in dropped.items():
         where = written.where[i]
-        rejected.append({"key": pictures.keys[i], "split": pictures.splits[i], "reason": reason, "where": where})
-    if len(dropped) == len(pictures.keys):
+        rejected.append({"key": images.keys[i], "split": images.splits[i], "reason": reason, "where": where})
+    if len(dropped) == len(images.keys):
         reasons = dict(Counter(line["reason"] for line in rejected).most_common(5))
         shutil.rmtree(assembly.folder)
         raise DataError(f"{assembly.source.name}: wanted at least one sample, found none; rejected: {reasons}")
@@ -55,25 +64,26 @@ def assemble(assembly: Assembly) -> Counter[str]:
     for name, lines in (("rejected", rejected), ("duplicates", duplicates)):
         write_durably(final / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     reasons = Counter(line["reason"] for line in rejected)
-    _describe(assembly, splits, reasons)
+    _write_description(assembly, splits, reasons)
     kinds = Counter(f"duplicates ({line['kind']})" for line in duplicates)
     return Counter({f"{split} samples": s["samples"] for split, s in splits.items()}) + kinds + reasons
 
 
 @dataclass(slots=True)
 class _Written:
-    """What the pieces hold: lists of n."""
+    """The samples in the pieces: lists of n."""
 
-    pictures: Pictures
+    images: ImageTable
     where: list[str]
     captions: list[int]
-    places: list[tuple[int, int]]
-    """The piece and the tar in it that hold each."""
+    """Number of captions."""
+    tars: list[tuple[int, int]]
+    """Number of the piece, and of the tar in it."""
 
 
-def _read_lines(assembly: Assembly) -> tuple[_Written, list[dict[str, Any]]]:
-    """What was written, and what was refused."""
-    facts, where, captions, places, rejected = [], [], [], [], []
+def _read_pieces(assembly: Assembly) -> tuple[_Written, list[dict[str, Any]]]:
+    """The samples in the pieces, and a line per rejected record."""
+    facts, where, captions, tars, rejected = [], [], [], [], []
     for number, piece in enumerate(assembly.source.pieces):
         with (_piece_folder(assembly, number) / "samples.jsonl").open(encoding="utf-8") as file:
             for text in file:
@@ -81,11 +91,11 @@ def _read_lines(assembly: Assembly) -> tuple[_Written, list[dict[str, Any]]]:
                 if "reason" in line:
                     rejected.append({"key": line["key"], "split": piece.split, **line})
                     continue
-                facts.append((line["key"], piece.split, parse_facts(line)))
+                facts.append((line["key"], piece.split, parse_image_facts(line)))
                 where.append(line["where"])
                 captions.append(line["captions"])
-                places.append((number, line["tar"]))
-    return _Written(collect(facts), where, captions, places), rejected
+                tars.append((number, line["tar"]))
+    return _Written(tabulate(facts), where, captions, tars), rejected
 
 
 def _repeated_keys(keys: list[str]) -> dict[int, str]:
@@ -94,43 +104,43 @@ def _repeated_keys(keys: list[str]) -> dict[int, str]:
 
 
 def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]) -> dict[str, dict[str, Any]]:
-    """Move tars from which nothing was dropped, write the others again without; number them by split."""
-    kept: dict[tuple[int, int], list[int]] = {}
-    for i, place in enumerate(written.places):
-        kept.setdefault(place, []).append(i)
+    """Move the tars that keep all samples, rewrite the others, and number them by split. Returns `splits`."""
+    samples_of: dict[tuple[int, int], list[int]] = {}
+    for i, tar in enumerate(written.tars):
+        samples_of.setdefault(tar, []).append(i)
     splits: dict[str, dict[str, Any]] = {}
-    for (number, tar), inside in kept.items():
-        wanted = [i not in dropped for i in inside]
-        if not any(wanted):
+    for (number, tar), samples in samples_of.items():
+        keep = [i not in dropped for i in samples]
+        if not any(keep):
             continue
         split = assembly.source.pieces[number].split
         entry = splits.setdefault(split, {"samples": 0, "captions": 0, "shards": []})
         old = _piece_folder(assembly, number) / f"{tar:03d}.tar"
         new = assembly.folder / "final" / f"{split}-{len(entry['shards']):06d}.tar"
-        if all(wanted):
+        if all(keep):
             for suffix in (".tar", ".idx"):
                 if not new.with_suffix(suffix).exists():  # else moved before an interruption
                     old.with_suffix(suffix).rename(new.with_suffix(suffix))
             known = json.loads((old.parent / "shards.json").read_text())[tar]
             shard = {"tar": new.name, "samples": known["samples"], "bytes": known["bytes"], "sha256": known["sha256"]}
         else:
-            _copy_wanted(old, new, wanted)
-            shard = description_of(new, sum(wanted))
-        entry["samples"] += sum(wanted)
-        entry["captions"] += sum(written.captions[i] for i in inside if i not in dropped)
+            _copy_kept(old, new, keep)
+            shard = describe_shard(new, sum(keep))
+        entry["samples"] += sum(keep)
+        entry["captions"] += sum(written.captions[i] for i in samples if i not in dropped)
         entry["shards"].append(shard)
     return dict(sorted(splits.items()))
 
 
-def _copy_wanted(old: Path, new: Path, wanted: list[bool]) -> None:
-    """Write a tar again with some of its samples. `new` and its index are whole or not there."""
+def _copy_kept(old: Path, new: Path, keep: list[bool]) -> None:
+    """Copy a tar with some of its samples. `new` and its index appear complete, or not at all."""
     if new.exists() and new.with_suffix(".idx").exists():
         return
     shard = Shard(new.with_name(f"{new.stem}.new.tar"))
     lines = old.with_suffix(".idx").read_text(encoding="utf-8").splitlines()[1:]
     with old.open("rb") as file:
-        for line, take in zip(lines, wanted, strict=True):
-            if take:
+        for line, kept in zip(lines, keep, strict=True):
+            if kept:
                 parts, key = [], ""
                 words = line.split(" ")
                 for extension, offset, size, name in zip(*[iter(words)] * 4, strict=True):
@@ -139,13 +149,13 @@ def _copy_wanted(old: Path, new: Path, wanted: list[bool]) -> None:
                     key = name[: -len(extension) - 1]
                 shard.write(key, parts, num_captions=0)
     shard.close()
-    # The tar last: its name says that both are there.
+    # The tar last: its name says that both files are there.
     shard.path.with_suffix(".idx").rename(new.with_suffix(".idx"))
     shard.path.rename(new)
 
 
-def _describe(assembly: Assembly, splits: dict[str, dict[str, Any]], reasons: Counter[str]) -> None:
-    source, settings, final = assembly.source, assembly.settings, assembly.folder / "final"
+def _write_description(assembly: Assembly, splits: dict[str, dict[str, Any]], reasons: Counter[str]) -> None:
+    source, options, final = assembly.source, assembly.options, assembly.folder / "final"
     description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "name": source.name,
@@ -157,14 +167,12 @@ def _describe(assembly: Assembly, splits: dict[str, dict[str, Any]], reasons: Co
         "tokenizer": None,
         "rejected": dict(sorted(reasons.items())),
     }
-    if settings.tokenizer is not None:
-        from mvlm_dataloading.tokenizer import load_tokenizer
-
-        tokenizer = settings.tokenizer.read_bytes()
+    if options.tokenizer is not None:
+        tokenizer = options.tokenizer.read_bytes()
         (final / "tokenizer.json").write_bytes(tokenizer)
         description["tokenizer"] = hashlib.sha256(tokenizer).hexdigest()
-        fingerprint = load_tokenizer(settings.tokenizer).fingerprint
-        description["tokens"] = {"fingerprint": fingerprint, "max_length": settings.text_length}
+        fingerprint = load_tokenizer(options.tokenizer).fingerprint
+        description["tokens"] = {"fingerprint": fingerprint, "max_length": options.text_length}
     write_durably(final / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -1,9 +1,9 @@
-"""Which pictures of a data set are the same: in training and in an evaluation, or twice in a split.
+"""Duplicate images: between training and evaluation splits, or within a split.
 
-Two pictures are the same exactly if their files as published are equal, and nearly if their perceptual hashes differ in
-at most 3 of 64 bits and their shapes by at most a tenth.
+Two images are exact duplicates if their published files are equal. They are near-duplicates if their perceptual hashes
+differ in at most 3 of 64 bits and their aspect ratios by at most 10 %.
 
-Shape legend: n pictures.
+Shape legend: n images.
 """
 
 import hashlib
@@ -23,29 +23,30 @@ from mvlm_dataloading.options import MAX_PIXELS
 from mvlm_dataloading.sources.record import EVALUATION_SPLITS
 
 from .hash_search import first_equal, near_known, near_pairs
-from .image_check import Decoder, perceptual_hash
+from .image_check import ImageDecoder, perceptual_hash
 
-LEAKED = "picture is in an evaluation split"
-LEAKED_NEARLY = "picture is nearly one of an evaluation split"
-REPEATED = "picture was there before"
-REPEATED_NEARLY = "picture is nearly one that was there before"
-_ASPECT = 1.1
+LEAKED = "image is in an evaluation split"
+LEAKED_NEARLY = "image is a near-duplicate of one in an evaluation split"
+REPEATED = "image is a duplicate"
+REPEATED_NEARLY = "image is a near-duplicate"
+_MAX_ASPECT_CHANGE = 1.1
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """What is known of one picture."""
+class ImageFacts:
+    """Size and hashes of an image."""
 
     width: int
     height: int
     sha256: bytes
-    """Of the file as published."""
+    """Hash of the file as published."""
     phash: int | None
+    """Perceptual hash; None for a flat image."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
-    """What is known of many: lists and arrays (n,)."""
+class ImageTable:
+    """Facts of n images by columns."""
 
     keys: list[str]
     splits: list[str]
@@ -57,23 +58,23 @@ class Pictures:
     """Width over height."""
 
 
-def parse_facts(metadata: Mapping[str, Any]) -> Facts:
-    """The facts that our writer stores in `<key>.json`. KeyError, TypeError or ValueError where they are not there."""
+def parse_image_facts(metadata: Mapping[str, Any]) -> ImageFacts:
+    """The facts that a build stores in `<key>.json`. Raises KeyError, TypeError or ValueError if they are missing."""
     known = metadata["phash"]
     width, height = int(metadata["width"]), int(metadata["height"])
     if min(width, height) < 1:
         raise ValueError(f"{width} x {height}")
-    return Facts(width, height, bytes.fromhex(metadata["sha256"]), None if known is None else int(known, 16))
+    return ImageFacts(width, height, bytes.fromhex(metadata["sha256"]), None if known is None else int(known, 16))
 
 
-def facts_of(dataset: Dataset, i: int, decoder: Decoder) -> Facts:
-    """The facts of a sample, from its metadata, or found out where other tools wrote it.
+def image_facts(dataset: Dataset, i: int, decoder: ImageDecoder) -> ImageFacts:
+    """The facts of a sample: from its metadata, or computed for shards of other tools.
 
     Raises:
-        DataError: the picture cannot be decoded.
+        DataError: the image cannot be decoded.
     """
     try:
-        return parse_facts(dataset.metadata(i))
+        return parse_image_facts(dataset.metadata(i))
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, DataError):
             raise
@@ -82,18 +83,18 @@ def facts_of(dataset: Dataset, i: int, decoder: Decoder) -> Facts:
     if isinstance(pixels, str):
         raise DataError(f"{dataset.where(i)}: wanted an image, found that {pixels}; leave the sample out")
     height, width = pixels.shape[:2]
-    return Facts(width, height, hashlib.sha256(image).digest(), perceptual_hash(pixels))
+    return ImageFacts(width, height, hashlib.sha256(image).digest(), perceptual_hash(pixels))
 
 
-def any_size() -> Decoder:
-    """A decoder for pictures that a writer has let pass: its bound is the highest there is."""
-    return Decoder(MAX_PIXELS)
+def unbounded_decoder() -> ImageDecoder:
+    """A decoder for images that were accepted before: it has the highest size limit that a build can have."""
+    return ImageDecoder(MAX_PIXELS)
 
 
-def collect(facts: Iterable[tuple[str, str, Facts]]) -> Pictures:
-    """Key, split and facts of many pictures, side by side."""
+def tabulate(facts: Iterable[tuple[str, str, ImageFacts]]) -> ImageTable:
+    """Arrange (key, split, facts) of many images by columns."""
     rows = list(facts)
-    return Pictures(
+    return ImageTable(
         keys=[key for key, _, _ in rows],
         splits=[split for _, split, _ in rows],
         digest=np.array([one.sha256 for _, _, one in rows], "S32"),
@@ -104,78 +105,87 @@ def collect(facts: Iterable[tuple[str, str, Facts]]) -> Pictures:
 
 
 def evaluation_splits(folder: Path) -> list[str]:
-    """Those of a data set's splits that nothing may be trained on."""
+    """The evaluation splits of a data set."""
     return [split for split in EVALUATION_SPLITS if split in read_description(Path(folder))["splits"]]
 
 
-def pictures_of(folder: Path, split: str) -> Pictures:
-    """The pictures of another data set, whose keys say where they are from."""
-    dataset, decoder = open_dataset(folder, split), any_size()
+def images_of_split(folder: Path, split: str) -> ImageTable:
+    """The images of another data set, with its name prefixed to their keys."""
+    dataset, decoder = open_dataset(folder, split), unbounded_decoder()
     name = Path(folder).name
-    return collect((f"{name}/{dataset.keys[i]}", split, facts_of(dataset, i, decoder)) for i in range(len(dataset)))
+    return tabulate((f"{name}/{dataset.keys[i]}", split, image_facts(dataset, i, decoder)) for i in range(len(dataset)))
 
 
-def find_leaks(pictures: Pictures, evaluation: Sequence[Pictures], dropped: dict[int, str]) -> Iterator[dict[str, Any]]:
-    """Drop training pictures that are in an evaluation split, of their own set or of `evaluation`, and tell of each.
+def find_leaks(
+    images: ImageTable, evaluation: Sequence[ImageTable], dropped: dict[int, str]
+) -> Iterator[dict[str, Any]]:
+    """Drop training images that an evaluation split contains, and yield a line of duplicates.jsonl for each.
 
-    `dropped` maps the positions of what is left out to the reason; it is added to.
+    Args:
+        evaluation: evaluation images of other data sets, in addition to those in `images`.
+        dropped: position -> reason of the images that are dropped already. Leaks are added to it.
     """
-    own = [i for i, split in enumerate(pictures.splits) if split in EVALUATION_SPLITS and i not in dropped]
-    held = [_take(pictures, own), *evaluation]
-    names = [f"{split}/{key}" for one in held for split, key in zip(one.splits, one.keys, strict=True)]
-    digests = np.concatenate([one.digest for one in held]).tolist()
+    own = [i for i, split in enumerate(images.splits) if split in EVALUATION_SPLITS and i not in dropped]
+    tables = [_take(images, own), *evaluation]
+    names = [f"{split}/{key}" for table in tables for split, key in zip(table.splits, table.keys, strict=True)]
+    digests = np.concatenate([table.digest for table in tables]).tolist()
     known = {digest: i for i, digest in reversed(list(enumerate(digests)))}
-    usable = np.flatnonzero(np.concatenate([one.has_hash for one in held]))
-    hashes = np.concatenate([one.phash for one in held])[usable]
-    aspects = np.concatenate([one.aspect for one in held])[usable]
-    train = [i for i, split in enumerate(pictures.splits) if split == "train" and i not in dropped]
-    near = near_known(pictures.phash[train], pictures.aspect[train], hashes, aspects, _ASPECT)
+    usable = np.flatnonzero(np.concatenate([table.has_hash for table in tables]))
+    hashes = np.concatenate([table.phash for table in tables])[usable]
+    aspects = np.concatenate([table.aspect for table in tables])[usable]
+    train = [i for i, split in enumerate(images.splits) if split == "train" and i not in dropped]
+    near = near_known(images.phash[train], images.aspect[train], hashes, aspects, _MAX_ASPECT_CHANGE)
     for i, j in zip(train, near.tolist(), strict=True):
-        exact = known.get(pictures.digest[i].item())
+        exact = known.get(images.digest[i].item())
         if exact is not None:
             dropped[i] = LEAKED
-            yield _duplicate(pictures, i, "exact", names[exact])
-        elif j >= 0 and pictures.has_hash[i]:
+            yield _duplicate_line(images, i, "exact", names[exact])
+        elif j >= 0 and images.has_hash[i]:
             dropped[i] = LEAKED_NEARLY
-            yield _duplicate(pictures, i, "near", names[usable[j]])
+            yield _duplicate_line(images, i, "near", names[usable[j]])
 
 
 def find_duplicates(
-    pictures: Pictures, dropped: dict[int, str], *, drop: bool, drop_near: bool = False
+    images: ImageTable, dropped: dict[int, str], *, drop: bool, drop_near: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """Tell of pictures that were in their split before, and drop the exact ones, or the near ones too, if so asked."""
-    for split in sorted(set(pictures.splits)):
-        own = np.array([i for i, s in enumerate(pictures.splits) if s == split and i not in dropped], np.int64)
-        first = first_equal(pictures.digest[own])
-        again = first != np.arange(len(own))
-        for place in np.flatnonzero(again):
+    """Yield a line of duplicates.jsonl for each image that repeats an earlier one of its split.
+
+    Args:
+        dropped: position -> reason of the images that are dropped already.
+        drop, drop_near: add exact duplicates, or near-duplicates, to `dropped`.
+    """
+    for split in sorted(set(images.splits)):
+        own = np.array([i for i, s in enumerate(images.splits) if s == split and i not in dropped], np.int64)
+        first = first_equal(images.digest[own])
+        repeated = first != np.arange(len(own))
+        for place in np.flatnonzero(repeated):
             i = int(own[place])
-            yield _duplicate(pictures, i, "exact", f"{split}/{pictures.keys[own[first[place]]]}")
+            yield _duplicate_line(images, i, "exact", f"{split}/{images.keys[own[first[place]]]}")
             if drop:
                 dropped[i] = REPEATED
-        rest = own[~again & pictures.has_hash[own]]
+        rest = own[~repeated & images.has_hash[own]]
         nearest: dict[int, int] = {}
-        for a, b in near_pairs(pictures.phash[rest]):
+        for a, b in near_pairs(images.phash[rest]):
             i, j = int(rest[a]), int(rest[b])
-            one, other = sorted((pictures.aspect[i], pictures.aspect[j]))
-            if other <= _ASPECT * one:
+            narrow, wide = sorted((images.aspect[i], images.aspect[j]))
+            if wide <= _MAX_ASPECT_CHANGE * narrow:
                 nearest[j] = min(i, nearest.get(j, i))
         for j, i in sorted(nearest.items()):
-            yield _duplicate(pictures, j, "near", f"{split}/{pictures.keys[i]}")
+            yield _duplicate_line(images, j, "near", f"{split}/{images.keys[i]}")
             if drop_near:
                 dropped[j] = REPEATED_NEARLY
 
 
-def _take(pictures: Pictures, rows: list[int]) -> Pictures:
-    return Pictures(
-        [pictures.keys[i] for i in rows],
-        [pictures.splits[i] for i in rows],
-        pictures.digest[rows],
-        pictures.phash[rows],
-        pictures.has_hash[rows],
-        pictures.aspect[rows],
+def _take(images: ImageTable, rows: list[int]) -> ImageTable:
+    return ImageTable(
+        [images.keys[i] for i in rows],
+        [images.splits[i] for i in rows],
+        images.digest[rows],
+        images.phash[rows],
+        images.has_hash[rows],
+        images.aspect[rows],
     )
 
 
-def _duplicate(pictures: Pictures, i: int, kind: str, of: str) -> dict[str, Any]:
-    return {"key": pictures.keys[i], "split": pictures.splits[i], "kind": kind, "of": of}
+def _duplicate_line(images: ImageTable, i: int, kind: str, of: str) -> dict[str, Any]:
+    return {"key": images.keys[i], "split": images.splits[i], "kind": kind, "of": of}

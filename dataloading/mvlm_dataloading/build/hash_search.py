@@ -1,6 +1,6 @@
-"""Pictures that are there more than once: equal bytes, or perceptual hashes that nearly agree.
+"""Search for equal digests and for perceptual hashes that nearly agree.
 
-Shape legend: n pictures.
+Shape legend: n images.
 """
 
 from collections.abc import Iterator
@@ -13,21 +13,23 @@ Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
 
 MAX_DISTANCE = 3
-"""Bits of 64 by which the hashes of near-duplicates differ at most."""
+"""Maximum number of differing bits, of 64, between the hashes of near-duplicates."""
 _BANDS = MAX_DISTANCE + 1
 _ROWS = 2048
 
 
 def first_equal(digests: NDArray[np.bytes_]) -> Int64:
-    """int64 (n,): for each picture the first with an equal digest, which may be itself."""
+    """For each image, the position of the first with an equal digest, which may be itself: int64 (n,)."""
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     return first[inverse.reshape(-1)].astype(np.int64)
 
 
 def near_pairs(hashes: UInt64) -> Iterator[tuple[int, int]]:
-    """All i < j whose hashes (n,) differ in at most MAX_DISTANCE bits, each once, in no particular order.
+    """All pairs i < j of hashes (n,) that differ in at most MAX_DISTANCE bits, each once, in no particular order.
 
-    Two such hashes agree in at least one of MAX_DISTANCE + 1 bands of 16 bits. So only those that share a band are
+    Of several equal hashes, only the pairs with the first one are given.
+
+    Two such hashes agree in at least one of MAX_DISTANCE + 1 bands of 16 bits. So only hashes that share a band are
     compared, and a pair counts in the first band that it shares.
     """
     values, inverse = np.unique(hashes, return_inverse=True)
@@ -41,12 +43,12 @@ def near_pairs(hashes: UInt64) -> Iterator[tuple[int, int]]:
 
 
 def _within(same: Int64) -> Iterator[tuple[int, int]]:
-    # The first stands for all of them: a thousand copies are a thousand pairs and not half a million.
+    # Pairs with the first only: a thousand copies give a thousand pairs, not half a million.
     yield from ((int(same[0]), int(j)) for j in same[1:])
 
 
 def _near_values(values: UInt64) -> Iterator[tuple[int, int]]:
-    """Positions a < b of different hashes that are near one another."""
+    """Positions a < b of distinct hashes that are near each other."""
     bands = [(values >> np.uint64(16 * band)) & np.uint64(0xFFFF) for band in range(_BANDS)]
     for band in range(_BANDS):
         order = np.argsort(bands[band], kind="stable")
@@ -65,7 +67,11 @@ def _near_values(values: UInt64) -> Iterator[tuple[int, int]]:
 def near_known(
     hashes: UInt64, aspects: Float64, known: UInt64, known_aspects: Float64, max_aspect_ratio: float
 ) -> Int64:
-    """int64 (n,): for each hash the first in `known` that is near and of a picture of nearly the same shape, or -1."""
+    """For each hash, the first in `known` that is near and has a similar aspect ratio, or -1: int64 (n,).
+
+    Args:
+        max_aspect_ratio: maximum quotient of two similar aspect ratios.
+    """
     found = np.full(len(hashes), len(known), np.int64)
     for band in range(_BANDS):
         shift = np.uint64(16 * band)

@@ -1,6 +1,6 @@
-"""Whether a picture can be used, decided by the decoder that training uses; and what it looks like.
+"""Check of images with the decoder that training uses; re-encoding, and the perceptual hash.
 
-Shape legend: H and W of the picture as shown, that is with its EXIF orientation applied, as the loader applies it.
+Shape legend: H and W of the image after its EXIF orientation is applied, as the loader applies it.
 """
 
 import functools
@@ -15,48 +15,48 @@ from numpy.typing import NDArray
 
 from mvlm_dataloading.errors import need
 
-# MPO is what cameras call a JPEG with further pictures behind it; decoders take the first.
+# MPO is a JPEG followed by further images, written by cameras; decoders take the first.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 UNDECODABLE = "image cannot be decoded"
 TOO_MANY_PIXELS = "image has too many pixels"
 
 _BATCH = 32
-_BATCH_PIXELS = 1 << 24  # decoded together, so that a batch takes some 50 MB
-_FLAT = 2.0  # standard deviation in levels of 255, below which a picture has nothing to be recognised by
+_BATCH_PIXELS = 1 << 24  # per decoded batch: some 50 MB
+_FLAT = 2.0  # standard deviation in levels of 255 below which an image is too flat for a hash
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
-    """What the first bytes of a picture say. Width and height as stored, before any rotation."""
+class ImageHeader:
+    """Format and size from an image's header. Width and height are as stored, before any rotation."""
 
     extension: str
     width: int
     height: int
 
 
-def read_header(image: bytes) -> Header | str:
-    """The header of a picture, or the reason why it cannot be used. Nothing is decoded."""
+def read_header(image: bytes) -> ImageHeader | str:
+    """The header of an image, or the reason why it cannot be used. Nothing is decoded."""
     pil = need("PIL.Image")
     try:
         with warnings.catch_warnings():
-            # Pillow warns of a picture with very many pixels, before it spends the memory: for us that is a refusal.
+            # Pillow warns of very many pixels before it allocates memory; here such an image is rejected.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", pil.DecompressionBombWarning)
-            with pil.open(io.BytesIO(image)) as picture:
-                if picture.format not in EXTENSIONS:
-                    return f"image format is {picture.format}, not JPEG, PNG or WebP"
-                return Header(EXTENSIONS[picture.format], *picture.size)
+            with pil.open(io.BytesIO(image)) as opened:
+                if opened.format not in EXTENSIONS:
+                    return f"image format is {opened.format}, not JPEG, PNG or WebP"
+                return ImageHeader(EXTENSIONS[opened.format], *opened.size)
     except (pil.DecompressionBombWarning, pil.DecompressionBombError):
         return TOO_MANY_PIXELS
     except Exception:  # Pillow's parsers raise nearly anything on damaged input
         return UNDECODABLE
 
 
-class Decoder:
-    """DALI's CPU decoder, called on pictures in memory: the verdict on a picture is the loader's.
+class ImageDecoder:
+    """DALI's CPU decoder for images in memory. Its verdict on an image is the loader's.
 
-    Its parser may read a header in another way than Pillow does, so the sizes that it is going to allocate are asked
-    for first, and a picture of more than `max_pixels` is not decoded.
+    DALI may read a header differently from Pillow. So DALI is asked for the size first, and an image of more than
+    `max_pixels` is not decoded.
     """
 
     def __init__(self, max_pixels: int) -> None:
@@ -64,7 +64,7 @@ class Decoder:
         self._built: dict[bool, Any] = {}
 
     def __call__(self, images: Sequence[bytes]) -> Iterator[NDArray[np.uint8] | str]:
-        """For each picture uint8 (H, W, 3), RGB, or the reason why it cannot be used, in order."""
+        """For each image in order, its pixels, RGB uint8 (H, W, 3), or the reason why it cannot be used."""
         shapes = self._attempt(images, decode=False)
         begin = 0
         while begin < len(images):
@@ -87,7 +87,7 @@ class Decoder:
             begin += len(group)
 
     def _attempt(self, images: Sequence[bytes], decode: bool) -> list[NDArray[Any] | None]:
-        """What the pipeline makes of each picture, None where it fails: by halving, as it does not say which failed."""
+        """The pipeline's output per image, None where it fails. Bisects, because DALI does not say which one failed."""
         if not images:
             return []
         if len(images) > _BATCH:
@@ -96,7 +96,7 @@ class Decoder:
             try:
                 return self._run(images, decode)
             except RuntimeError:
-                self._built.pop(decode, None)  # it cannot be used again
+                self._built.pop(decode, None)  # a failed pipeline cannot be used again
             if len(images) == 1:
                 return [None]
             half = len(images) // 2
@@ -104,7 +104,7 @@ class Decoder:
 
     def _run(self, images: Sequence[bytes], decode: bool) -> list[NDArray[Any] | None]:
         if not all(images):
-            raise RuntimeError("an empty picture")
+            raise RuntimeError("an empty image")
         if decode not in self._built:
             self._built[decode] = _pipeline(decode)
         pipeline = self._built[decode]
@@ -128,7 +128,7 @@ def _pipeline(decode: bool) -> Any:
         encoded = fn.external_source(name="encoded", batch=True, dtype=types.DALIDataType.UINT8, ndim=1)
         shape = fn.peek_image_shape(encoded)
         if decode:
-            # As the loader does, which decodes windows: the header first, and then the window, here all of it.
+            # As in the loader: read the header first, then decode a crop, here the whole image.
             size = fn.cast(fn.slice(shape, 0, 2, axes=[0]), dtype=types.DALIDataType.INT32)
             output = fn.decoders.image_slice(
                 encoded, start=size * 0, shape=size, axes=[0, 1], device="cpu", output_type=types.DALIImageType.RGB
@@ -141,24 +141,24 @@ def _pipeline(decode: bool) -> Any:
 
 
 def encode_jpeg(pixels: NDArray[np.uint8], short_side: int | None, quality: int) -> bytes:
-    """A JPEG of uint8 (H, W, 3), made smaller until its short side is `short_side`, and never larger."""
+    """Encode uint8 (H, W, 3) as a JPEG, downscaled to `short_side` if its short side is longer."""
     pil = need("PIL.Image")
-    picture = pil.fromarray(pixels)
-    if short_side is not None and min(picture.size) > short_side:
-        scale = short_side / min(picture.size)
-        size = tuple(max(short_side, round(side * scale)) for side in picture.size)
-        picture = picture.resize(size, pil.Resampling.BICUBIC, reducing_gap=3.0)
+    image = pil.fromarray(pixels)
+    if short_side is not None and min(image.size) > short_side:
+        scale = short_side / min(image.size)
+        size = tuple(max(short_side, round(side * scale)) for side in image.size)
+        image = image.resize(size, pil.Resampling.BICUBIC, reducing_gap=3.0)
     file = io.BytesIO()
-    picture.save(file, "JPEG", quality=quality)
+    image.save(file, "JPEG", quality=quality)
     return file.getvalue()
 
 
 def perceptual_hash(pixels: NDArray[np.uint8]) -> int | None:
-    """64 bits that stay nearly the same when a picture uint8 (H, W, 3) is scaled or compressed again.
+    """64 bits that hardly change when an image, uint8 (H, W, 3), is scaled or compressed again.
 
-    The grey picture, 32 x 32, in a DCT-II: for each of the 64 lowest frequencies but the constant, whether its
-    coefficient is above their median (after Zauner, Implementation and Benchmarking of Perceptual Image Hash Functions,
-    2010). None for a picture that is flat: all those would be alike.
+    The image is reduced to grey, 32 x 32, and transformed by a DCT-II. Each of the 64 lowest frequencies, without the
+    constant, gives a bit: 1 if its coefficient is above their median (after Zauner, Implementation and Benchmarking of
+    Perceptual Image Hash Functions, 2010). None for a flat image: all flat images would have similar hashes.
     """
     pil = need("PIL.Image")
     grey = pil.fromarray(pixels).convert("L").resize((32, 32), pil.Resampling.BOX, reducing_gap=3.0)

@@ -1,11 +1,11 @@
-"""Writing a data set: WebDataset tars, their DALI indices, and `dataset.json`.
+"""Writing a data set sample by sample: WebDataset tars, their DALI indices, and `dataset.json`.
 
-    OUT/train-000000.tar   <key>.png|jpg|webp, <key>.txt (one caption a line), <key>.json (metadata)
-    OUT/train-000000.idx   where each sample lies in the tar
-    OUT/dataset.json       counts, sha256 of each shard, source, licence, what was rejected and why
+    OUT/train-000000.tar   <key>.png|jpg|webp, <key>.txt (one caption per line), <key>.json (metadata)
+    OUT/train-000000.idx   offset and size of each component in the tar
+    OUT/dataset.json       counts, sha256 of each shard, source, licence, rejections by reason
 
-Everything is written beside OUT, into `.OUT.partial`, and renamed when it is complete: a folder named OUT is a whole
-data set. Equal input gives equal bytes.
+The data set is written to `.OUT.partial`, which is renamed when it is complete. So a folder OUT is always a whole data
+set. Equal input gives equal bytes.
 """
 
 import contextlib
@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mvlm_dataloading.dataset.description import FORMAT_VERSION, refuse_occupied, sync_file, write_durably
+from mvlm_dataloading.dataset.description import FORMAT_VERSION, require_free_folder, sync_file, write_durably
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.sources.record import KEY
+from mvlm_dataloading.sources.record import KEY_PATTERN
 
-from .image_check import UNDECODABLE, Header, read_header
+from .image_check import UNDECODABLE, ImageHeader, read_header
 
 if TYPE_CHECKING:
     from mvlm_dataloading.tokenizer import Tokenizer
@@ -36,13 +36,16 @@ log = logging.getLogger(__name__)
 
 
 class ShardWriter:
-    """Writes one data set. A context manager: an exception inside leaves nothing behind.
+    """A context manager that writes one data set. An exception inside leaves nothing behind.
 
     Args:
-        out: the folder to create. It may be there if it is empty.
-        name, source, licence, attribution: go into `dataset.json` as they are.
-        recipe: what the content is a function of (sizes, versions, limits). `already_written` compares it.
-        max_shard_bytes: a new tar is begun when the current one would grow past this.
+        out: the folder to create; it may exist if it is empty.
+        name, source, licence, attribution: copied to `dataset.json`.
+        recipe: everything that determines the content (sizes, versions, limits). `already_written` compares it.
+        max_shard_bytes: maximum size of a tar.
+
+    Attributes:
+        rejected: number of rejected samples by reason.
     """
 
     def __init__(
@@ -56,8 +59,8 @@ class ShardWriter:
         recipe: Mapping[str, Any],
         max_shard_bytes: int = 256 << 20,
     ):
-        out = Path(out).resolve()  # so that "." has a name too, and a link is not replaced
-        refuse_occupied(out)
+        out = Path(out).resolve()  # gives "." a name, and keeps a link
+        require_free_folder(out)
         self.out = out
         self._header = {"name": name, "source": source, "licence": licence, "attribution": attribution}
         self._recipe = dict(recipe)
@@ -79,16 +82,16 @@ class ShardWriter:
         *,
         split: str = "train",
     ) -> str | None:
-        """Append one sample to a split, or refuse it.
+        """Append one sample to a split, or reject it.
 
-        Blank captions and repetitions are dropped, and white space inside a caption becomes single blanks.
+        Blank and repeated captions are dropped, and white space inside a caption becomes single blanks.
 
         Returns:
-            None when the sample was written, else the reason why it was refused, which is counted in `rejected`.
+            None if the sample was written, else the reason for its rejection, which is counted in `rejected`.
         """
         captions = list(dict.fromkeys(line for line in (" ".join(c.split()) for c in captions) if line))
         extension, reason = check_image(image)
-        if not KEY.fullmatch(key):
+        if not KEY_PATTERN.fullmatch(key):
             reason = "key is not 1 to 80 of A-Z a-z 0-9 _ + = @ , -"
         elif key in self._keys:
             reason = "key was used before"
@@ -96,7 +99,7 @@ class ShardWriter:
             reason = "no caption"
         if reason is not None:
             self.rejected[reason] += 1
-            log.warning("refused sample %r of %s: %s", key, self._header["name"], reason)
+            log.warning("rejected sample %r of %s: %s", key, self._header["name"], reason)
             return reason
 
         self._keys.add(key)
@@ -112,7 +115,7 @@ class ShardWriter:
         return None
 
     def finish(self) -> Path:
-        """Close all shards, write their indices and `dataset.json`, and give the folder its name."""
+        """Close all shards, write their indices and `dataset.json`, and rename the folder. Returns its path."""
         for split in list(self._open):
             self._finished[split].append(self._open.pop(split).close())
         if not self._finished:
@@ -135,13 +138,13 @@ class ShardWriter:
             "rejected": dict(sorted(self.rejected.items())),
         }
         write_durably(self._partial / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
-        self._partial.rename(self.out)  # takes the place of an empty folder, fails on any other
+        self._partial.rename(self.out)  # replaces an empty folder, and fails on any other
         return self.out
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Remove everything that was written."""
         for shard in self._open.values():
-            with contextlib.suppress(OSError):  # a full disk may be why we are here
+            with contextlib.suppress(OSError):  # a full disk may be the reason for the call
                 shard.tar.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
@@ -153,7 +156,7 @@ class ShardWriter:
             if kind is None:
                 self.finish()
         finally:
-            self.abandon()  # finds nothing after a finish
+            self.abandon()  # after `finish` there is nothing left
 
     def _next_shard(self, split: str) -> "Shard":
         shards = self._finished.setdefault(split, [])
@@ -165,7 +168,7 @@ class ShardWriter:
 
 @dataclass
 class Shard:
-    """One tar that is being written, and the lines of its index."""
+    """One tar being written, and the lines of its index."""
 
     path: Path
     samples: int = 0
@@ -177,14 +180,16 @@ class Shard:
         self.tar = tarfile.open(self.path, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115 (closed in `close`)
 
     def fits(self, parts: Sequence[tuple[str, bytes]], max_bytes: int) -> bool:
-        """Whether a sample leaves the tar within `max_bytes`. The first always does: it has to go somewhere."""
+        """True if the tar stays within `max_bytes` with this sample. The first sample always fits."""
         grown = sum(tarfile.BLOCKSIZE + _padded(len(content)) for _, content in parts)
         return not self.samples or self.tar.offset + grown <= max_bytes
 
     def write(self, key: str, parts: Sequence[tuple[str, bytes]], num_captions: int) -> None:
         components = []
         for extension, content in parts:
-            member = tarfile.TarInfo(f"{key}.{extension}")  # time, user and group stay 0: equal input, equal bytes
+            member = tarfile.TarInfo(
+                f"{key}.{extension}"
+            )  # time, user and group stay 0, so that equal input gives equal bytes
             member.size = len(content)
             offset = self.tar.offset + tarfile.BLOCKSIZE  # names are short, so a header is one block
             self.tar.addfile(member, io.BytesIO(content))
@@ -198,8 +203,8 @@ class Shard:
         sync_file(self.path)
         with self.path.open("rb") as file:
             self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        # After the tar: an index that is older than its tar is refused.
-        write_durably(self.path.with_suffix(".idx"), index_text(self.index))
+        # The index last: an index older than its tar is refused.
+        write_durably(self.path.with_suffix(".idx"), format_index(self.index))
         return self
 
     def description(self) -> dict[str, Any]:
@@ -208,22 +213,22 @@ class Shard:
 
 
 def check_image(image: bytes) -> tuple[str, str | None]:
-    """The extension for an encoded image, and None or the reason why it cannot be used. Decodes all of it."""
+    """The extension of an encoded image, and None or the reason why it cannot be used. Decodes the whole image."""
     header = read_header(image)
-    if not isinstance(header, Header):
+    if not isinstance(header, ImageHeader):
         return "", header
     try:
-        with need("PIL.Image").open(io.BytesIO(image)) as picture:
-            picture.load()
+        with need("PIL.Image").open(io.BytesIO(image)) as opened:
+            opened.load()
     except Exception:  # Pillow's decoders raise nearly anything on damaged input
         return "", UNDECODABLE
     return header.extension, None
 
 
 def pack_tokens(tokenizer: "Tokenizer", captions: Sequence[str], max_length: int) -> bytes | None:
-    """A `.tok` component: for each caption a count n and then n ids, [CLS] ... [SEP], all int32, little endian.
+    """A `.tok` component: for each caption a count n and then n ids, [CLS] ... [SEP], as little-endian int32.
 
-    The captions are in the order of the lines of `.txt`. None if the tokenizer finds no ordinary token in one of them.
+    Captions keep the order of the lines of `.txt`. None if a caption has no ordinary token.
     """
     tokens, lengths = tokenizer.encode(captions, max_length)
     if lengths.min() < 3:
@@ -233,8 +238,8 @@ def pack_tokens(tokenizer: "Tokenizer", captions: Sequence[str], max_length: int
     return np.concatenate(rows).astype("<i4").tobytes()
 
 
-def index_text(lines: Sequence[str]) -> str:
-    """A DALI index, version 1.2: a count, then for each sample `extension offset size name` of each component."""
+def format_index(lines: Sequence[str]) -> str:
+    """A DALI index, version 1.2: a count, then per sample a line of `extension offset size name` for each component."""
     return f"v1.2 {len(lines)}\n" + "".join(line + "\n" for line in lines)
 
 

@@ -1,8 +1,9 @@
-"""Processes that work through tasks, where the death of one is no more than news."""
+"""A process pool that survives the death of a worker."""
 
 import contextlib
 import multiprocessing
 import os
+import pickle
 import threading
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
-    """What became of a task: `kind` is "beat" (with a count), "done" (with the result), or "died" (with how
-    the process ended)."""
+class TaskEvent:
+    """News of a task.
+
+    `kind` is "progress" (value: the count reported), "done" (value: the result) or "died" (value: the exit code).
+    """
 
     kind: str
     task: Any
@@ -21,112 +24,112 @@ class Event:
 
 
 @dataclass(slots=True)
-class _Member:
+class _Worker:
     process: Any
     connection: Connection
     task: Any = None
 
 
-def work(function: Callable[..., Any], tasks: Iterable[Any], workers: int) -> Generator[Event, Any, None]:
-    """Call `function(task, beat)` for each task, in `workers` processes, or in this one if `workers` is 0.
+def run_tasks(function: Callable[..., Any], tasks: Iterable[Any], workers: int) -> Generator[TaskEvent, Any, None]:
+    """Call `function(task, report)` for each task, and yield events as they come.
 
-    What it returns comes with "done".
+    An exception of a task is raised here and ends the pool. A task whose process died is not repeated by itself: to
+    repeat it, answer the event with `generator.send(task)`.
 
-    An exception of a task is raised here, and ends the others. A task whose process died is not done again by itself:
-    who wants that sends it back with `generator.send(task)` in answer to the event.
+    Args:
+        function: must be picklable. Its second argument takes counts of work done.
+        workers: number of processes; 0 runs the tasks in this one.
     """
     if workers == 0:
         for task in tasks:
-            beats: list[int] = []
-            result = function(task, beats.append)
-            yield Event("beat", task, sum(beats))
-            yield Event("done", task, result)
+            counts: list[int] = []
+            result = function(task, counts.append)
+            yield TaskEvent("progress", task, sum(counts))
+            yield TaskEvent("done", task, result)
         return
     waiting, returned = iter(tasks), []
-    crew: list[_Member] = []
+    pool: list[_Worker] = []
     try:
         while True:
-            while len(crew) < workers or any(member.task is None for member in crew):
+            while len(pool) < workers or any(worker.task is None for worker in pool):
                 task = returned.pop() if returned else next(waiting, None)
                 if task is None:
                     break
-                member = next((one for one in crew if one.task is None), None)
-                if member is None:
-                    member = _hire(function)
-                    crew.append(member)
-                member.task = task
-                with contextlib.suppress(OSError):  # one that has died is noticed below
-                    member.connection.send(task)
-            busy = [member for member in crew if member.task is not None]
+                worker = next((one for one in pool if one.task is None), None)
+                if worker is None:
+                    worker = _start_worker(function)
+                    pool.append(worker)
+                worker.task = task
+                with contextlib.suppress(OSError):  # a dead worker is noticed below
+                    worker.connection.send(task)
+            busy = [worker for worker in pool if worker.task is not None]
             if not busy:
                 return
-            for member in _ready(busy):
+            for worker in _ready(busy):
                 try:
-                    kind, value = member.connection.recv()
+                    kind, value = worker.connection.recv()
                 except (EOFError, OSError):
-                    crew.remove(member)
-                    member.process.join()
-                    again = yield Event("died", member.task, member.process.exitcode)
+                    pool.remove(worker)
+                    worker.process.join()
+                    again = yield TaskEvent("died", worker.task, worker.process.exitcode)
                     if again is not None:
                         returned.append(again)
-                        yield Event("beat", again, 0)  # the answer to `send`
+                        yield TaskEvent("progress", again, 0)  # this is what `send` returns
                     continue
                 if kind == "failed":
                     raise value
-                task = member.task
+                task = worker.task
                 if kind == "done":
-                    member.task = None
-                yield Event(kind, task, value)
+                    worker.task = None
+                yield TaskEvent(kind, task, value)
     finally:
-        for member in crew:
-            member.process.kill()
-        for member in crew:
-            member.process.join()
-            member.connection.close()
+        for worker in pool:
+            worker.process.kill()
+        for worker in pool:
+            worker.process.join()
+            worker.connection.close()
 
 
-def _ready(busy: list[_Member]) -> list[_Member]:
-    found = wait([member.connection for member in busy])
-    return [member for member in busy if member.connection in found]
+def _ready(busy: list[_Worker]) -> list[_Worker]:
+    found = wait([worker.connection for worker in busy])
+    return [worker for worker in busy if worker.connection in found]
 
 
-def _hire(function: Callable[..., Any]) -> _Member:
-    # Not fork: the caller may have threads, which do not survive it.
+def _start_worker(function: Callable[..., Any]) -> _Worker:
+    # Not fork: threads of the caller would not survive it.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(function, theirs), daemon=True)
+    process = context.Process(target=_worker_main, args=(function, theirs), daemon=True)
     process.start()
     theirs.close()
-    return _Member(process, ours)
+    return _Worker(process, ours)
 
 
-def _serve(function: Callable[..., Any], connection: Connection) -> None:
-    """The life of a member: tasks in, beats and results out, until the connection or the parent is gone."""
+def _worker_main(function: Callable[..., Any], connection: Connection) -> None:
+    """Main function of a worker: receive tasks, send progress and results, until the connection or the parent ends."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         wait([parent.sentinel])
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
-    # The decoders print a line for each damaged picture; the reasons are in rejected.jsonl.
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    # Decoders print a line for each damaged image. The reasons are in rejected.jsonl.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
         while True:
             task = connection.recv()
             try:
-                result = function(task, lambda count: connection.send(("beat", count)))
+                result = function(task, lambda count: connection.send(("progress", count)))
             except Exception as error:
-                connection.send(("failed", _portable(error)))
+                connection.send(("failed", _picklable(error)))
             else:
                 connection.send(("done", result))
 
 
-def _portable(error: Exception) -> Exception:
-    """The exception, or its text where it cannot be sent."""
-    import pickle
-
+def _picklable(error: Exception) -> Exception:
+    """The exception, or one with its text if it cannot be pickled."""
     try:
         copy = pickle.loads(pickle.dumps(error))
     except Exception:

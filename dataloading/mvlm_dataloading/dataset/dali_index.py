@@ -1,6 +1,7 @@
-"""Parsing DALI's indices, by columns: a million samples in about a second.
+"""DALI indices, parsed by columns: a million samples in about a second.
 
 A line of a v1.2 index is `extension offset size name` for each component of a sample.
+
 Shape legend: n lines of an index, w words, c components.
 """
 
@@ -19,8 +20,8 @@ _BLANK, _NEWLINE = b" \n"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Part:
-    """Where one component of every sample lies in its tar: arrays (n,)."""
+class Component:
+    """Location in the tar of one component of each sample: arrays (n,)."""
 
     offset: Int64
     size: Int64
@@ -28,43 +29,43 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Index:
-    """One index."""
+class DaliIndex:
+    """A parsed index."""
 
     text: bytes
     begin: Int64
-    """(n,) where each sample's line begins in `text`."""
+    """(n,) start of each line in `text`."""
     end: Int64
-    """(n,) where it ends, the line's end not counted."""
-    parts: dict[str, Part]
-    """By the names in KINDS. Of several components of one kind the last counts."""
+    """(n,) end of each line, without the newline."""
+    components: dict[str, Component]
+    """Keyed by the names in KINDS. If a sample has several components of a kind, the last counts."""
 
     def line(self, i: int) -> bytes:
         return self.text[self.begin[i] : self.end[i]]
 
     def key(self, i: int) -> str:
-        """The sample's name: that of its first component without the extension."""
+        """The sample's key: the name of its first component without the extension."""
         extension, _, _, name = self.line(i).split(b" ", 4)[:4]
         return name[: -len(extension) - 1].decode(errors="surrogateescape")
 
     def name(self, i: int, kind: str) -> str:
-        """The name of a component in the tar."""
+        """The member name of a component in the tar."""
         words = self.line(i).decode(errors="surrogateescape").split(" ")
         return [words[k + 3] for k in range(0, len(words), 4) if words[k].lower() in KINDS[kind]][-1]
 
 
-def head_of(text: bytes) -> tuple[str, int]:
-    """The first line of an index, and how many lines follow."""
+def read_head(text: bytes) -> tuple[str, int]:
+    """The first line of an index, and the number of lines after it."""
     head, _, rest = text.partition(b"\n")
     lines = rest.count(b"\n") + (bool(rest) and not rest.endswith(b"\n"))
     return head.decode(errors="replace").strip(), lines
 
 
-def parse(text: bytes) -> Index:
-    """The samples of an index whose head has been looked at.
+def parse_index(text: bytes) -> DaliIndex:
+    """Parse an index whose first line has been checked.
 
     Raises:
-        ValueError: a line is not made of `extension offset size name`.
+        ValueError: a line does not consist of `extension offset size name`.
     """
     if not text.endswith(b"\n"):
         text += b"\n"
@@ -74,7 +75,7 @@ def parse(text: bytes) -> Index:
     word_begin = np.append(0, word_end + 1)[:-1]
     if (word_end == word_begin).any():
         raise ValueError("an empty word")
-    line_ends = np.flatnonzero(data[word_end] == _NEWLINE)  # (n,) the number of each line's last word
+    line_ends = np.flatnonzero(data[word_end] == _NEWLINE)  # (n,) number of each line's last word
     words = np.diff(line_ends, prepend=-1)
     if (words % 4).any():
         raise ValueError(f"{words[(words % 4).argmax()]} words in a line")
@@ -82,18 +83,18 @@ def parse(text: bytes) -> Index:
     offset = _numbers(data, word_begin[1::4], word_end[1::4])
     size = _numbers(data, word_begin[2::4], word_end[2::4])
     line = np.repeat(np.arange(len(words)), words // 4)
-    parts = {}
+    components = {}
     for name, extensions in KINDS.items():
         chosen = np.isin(kind, [int.from_bytes(e.encode(), "little") for e in extensions])
-        part = Part(np.zeros(len(words), np.int64), np.full(len(words), -1, np.int64))
-        part.offset[line[chosen]], part.size[line[chosen]] = offset[chosen], size[chosen]
-        parts[name] = part
+        component = Component(np.zeros(len(words), np.int64), np.full(len(words), -1, np.int64))
+        component.offset[line[chosen]], component.size[line[chosen]] = offset[chosen], size[chosen]
+        components[name] = component
     end = start + word_end[line_ends]
-    return Index(text, np.append(start, end + 1)[:-1], end, parts)
+    return DaliIndex(text, np.append(start, end + 1)[:-1], end, components)
 
 
 def _codes(data: UInt8, begin: Int64, end: Int64) -> Int64:
-    """Each word's first 7 characters in lower case as one number, the first in the lowest byte."""
+    """The first 7 characters of each word, in lower case, as one number with the first in the lowest byte."""
     code = np.zeros(len(begin), np.int64)
     for k in range(7):
         inside = begin + k < end

@@ -1,4 +1,4 @@
-"""One split of a data set: where its samples lie, and random access to single ones."""
+"""One split of a data set: the location of its samples, and random access to them."""
 
 import json
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from typing import Any
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.randomness import text_hash
 
-from .dali_index import KINDS, Index, Int64, Part
-from .remote_cache import Stage
+from .dali_index import KINDS, Component, DaliIndex, Int64
+from .remote_cache import RemoteCache
 
 
 class Keys:
-    """The samples' names, read from the indices when they are asked for."""
+    """The samples' keys, read from the indices on request."""
 
-    def __init__(self, indices: list[Index], shard: Int64, first: Int64):
+    def __init__(self, indices: list[DaliIndex], shard: Int64, first: Int64):
         self._indices, self._shard, self._first = indices, shard, first
 
     def __len__(self) -> int:
@@ -33,49 +33,54 @@ class Keys:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Dataset:
-    """One split of a data folder. A sample's id is its position, 0 to len - 1. Made by `open_dataset`."""
+    """One split of a data folder, made by `open_dataset`. A sample's id is its position, 0 to len - 1.
+
+    Shape legend: n samples.
+    """
 
     folder: Path
     split: str
     tars: list[Path]
     shard: Int64
-    """(n,) the position in `tars` of the shard that holds each sample; ascending."""
+    """(n,), ascending: the position in `tars` of each sample's shard."""
     first: Int64
-    """The id of each shard's first sample."""
-    indices: list[Index]
-    """Of each shard."""
+    """Id of the first sample of each shard."""
+    indices: list[DaliIndex]
+    """One per shard."""
     keys: Keys
-    image: Part
-    text: Part
-    meta: Part
-    tokens: Part
+    image: Component
+    text: Component
+    meta: Component
+    tokens: Component
     description: dict[str, Any]
-    """`dataset.json`."""
+    """Content of `dataset.json`."""
     fingerprint: str
-    """Changes when the split's samples do."""
-    stage: Stage | None = None
-    """Brings the shards here where the data set lies elsewhere; `tars` are then where they come to."""
+    """A hash that changes when the split's samples do."""
+    remote: RemoteCache | None = None
+    """Fetches the shards of a remote data set; `tars` are then their paths in the cache."""
 
     def __len__(self) -> int:
         return len(self.shard)
 
     def head(self, count: int) -> "Dataset":
-        """The first `count` samples as a data set; all where there are no more."""
+        """The first `count` samples as a data set, or all of them if there are fewer."""
         if count >= len(self):
             return self
-        parts = {kind: Part(getattr(self, kind).offset[:count], getattr(self, kind).size[:count]) for kind in KINDS}
+        components = {
+            kind: Component(getattr(self, kind).offset[:count], getattr(self, kind).size[:count]) for kind in KINDS
+        }
         shard = self.shard[:count]
         return replace(
             self,
             shard=shard,
             keys=Keys(self.indices, shard, self.first),
             fingerprint=f"{self.fingerprint}:{count}",
-            **parts,
+            **components,
         )
 
     @property
     def tokenizer_sha256(self) -> str | None:
-        """The hash of the `tokenizer.json` that belongs to the data, or None."""
+        """Hash of the `tokenizer.json` that belongs to the data, or None."""
         return self.description.get("tokenizer")
 
     def captions(self, i: int) -> list[str]:
@@ -83,7 +88,7 @@ class Dataset:
         return parse_captions(self._read(self.text, i), lambda: self.where(i))
 
     def metadata(self, i: int) -> dict[str, Any]:
-        """What `<key>.json` holds; empty if there is none."""
+        """Content of `<key>.json`; empty if there is none."""
         return parse_metadata(self._read(self.meta, i), lambda: self.where(i))
 
     def image_bytes(self, i: int) -> bytes:
@@ -91,40 +96,28 @@ class Dataset:
         return self._read(self.image, i)
 
     def image_id(self, i: int) -> int:
-        """int64, equal for samples that show the same picture; the loader hands over the same."""
+        """int64, equal for samples of the same image. `Batch.image_id` has the same values."""
         return image_identity(self.metadata(i), lambda: self.image_bytes(i))
 
     def where(self, i: int) -> str:
-        """Sample i for a message: tar, offset and key."""
+        """Tar, offset and key of sample i, for messages."""
         return f"{self.tars[self.shard[i]]} offset {self.image.offset[i]} key {self.keys[i]}"
 
-    def line(self, i: int) -> bytes:
+    def index_line(self, i: int) -> bytes:
         """Sample i's line of its index."""
         return self.indices[self.shard[i]].line(i - self.first[self.shard[i]])
 
-    def token_bytes(self, i: int) -> bytes:
-        """What `<key>.tok` holds; empty if there is none."""
-        return self._read(self.tokens, i)
-
-    def caption_bytes(self, i: int) -> bytes:
-        """What `<key>.txt` holds."""
-        return self._read(self.text, i)
-
-    def metadata_bytes(self, i: int) -> bytes:
-        """What `<key>.json` holds; empty if there is none."""
-        return self._read(self.meta, i)
-
-    def _read(self, part: Part, i: int) -> bytes:
-        if part.size[i] < 0:
+    def _read(self, component: Component, i: int) -> bytes:
+        if component.size[i] < 0:
             return b""
         shard = int(self.shard[i])
-        with self.stage.reading(shard) if self.stage else nullcontext(), self.tars[shard].open("rb") as tar:
-            tar.seek(part.offset[i])
-            return tar.read(part.size[i])
+        with self.remote.reading(shard) if self.remote else nullcontext(), self.tars[shard].open("rb") as tar:
+            tar.seek(component.offset[i])
+            return tar.read(component.size[i])
 
 
 def parse_captions(text: bytes, where: Callable[[], str]) -> list[str]:
-    """The nonblank lines of a `.txt` component. Raises DataError if there are none, or it is not UTF-8."""
+    """The nonblank lines of a `.txt` component. Raises DataError if there are none, or if it is not UTF-8."""
     try:
         captions = [line.strip() for line in text.decode().split("\n") if line.strip()]
     except UnicodeDecodeError:
@@ -135,7 +128,7 @@ def parse_captions(text: bytes, where: Callable[[], str]) -> list[str]:
 
 
 def parse_metadata(text: bytes, where: Callable[[], str]) -> dict[str, Any]:
-    """The object in a `.json` component, empty if there is no component. Raises DataError if it is not an object."""
+    """The object of a `.json` component; empty for an empty component. Raises DataError if it is not an object."""
     if not text:
         return {}
     try:
@@ -150,6 +143,6 @@ def parse_metadata(text: bytes, where: Callable[[], str]) -> dict[str, Any]:
 
 
 def image_identity(metadata: dict[str, Any], image: Callable[[], bytes]) -> int:
-    """int64, equal for equal pictures: from the metadata's `image_id` if the source gave one, else from the bytes."""
+    """int64, equal for equal images: a hash of the metadata's `image_id`, or of the encoded image if it has none."""
     given = metadata.get("image_id")
     return text_hash(image() if given is None else f"image_id {given}")

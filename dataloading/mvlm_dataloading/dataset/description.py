@@ -1,4 +1,4 @@
-"""`dataset.json`: what a data folder holds; and putting files there so that they stay."""
+"""`dataset.json`, the description of a data folder; and file writes that survive a crash."""
 
 import hashlib
 import json
@@ -10,25 +10,25 @@ from typing import Any
 from mvlm_dataloading.errors import DataError
 
 FORMAT_VERSION = 1
-_OF_A_SHARD = {"tar": str, "samples": int, "bytes": int, "sha256": str}
+_SHARD_FIELDS = {"tar": str, "samples": int, "bytes": int, "sha256": str}
 
 
-def description_of(tar: Path, samples: int) -> dict[str, Any]:
-    """The same of a tar that is there."""
+def describe_shard(tar: Path, samples: int) -> dict[str, Any]:
+    """A shard's entry in `dataset.json`, from its tar."""
     with tar.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"tar": tar.name, "samples": samples, "bytes": tar.stat().st_size, "sha256": digest}
 
 
 def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:
-    """Whether `out` holds this very data set, complete. It is then to be left as it is.
+    """True if `out` is this data set, complete. False if it is new or empty.
 
     Raises:
-        DataError: `out` holds something else, or this data set with a damaged shard.
+        DataError: `out` is in use otherwise, or is this data set with a damaged shard.
     """
     file = out / "dataset.json"
     if not file.is_file():
-        refuse_occupied(out)
+        require_free_folder(out)
         return False
     found = read_description(out)
     if (found.get("name"), found.get("recipe")) != (name, dict(recipe)):
@@ -48,10 +48,10 @@ def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """`dataset.json` of a data folder.
+    """Content of a data folder's `dataset.json`.
 
     Raises:
-        DataError: the folder or the file is missing, or the file is not what this version writes.
+        DataError: the folder or the file is missing, or the file has another format or version.
     """
     file = folder / "dataset.json"
     if not folder.is_dir():
@@ -63,7 +63,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         version = description["format_version"]
         for split in description["splits"].values():
             for shard in split["shards"]:
-                for name, kind in _OF_A_SHARD.items():
+                for name, kind in _SHARD_FIELDS.items():
                     if not isinstance(shard[name], kind):
                         raise TypeError(f"{name} {shard[name]!r}")
                 if not isinstance(shard.get("index", ""), str):
@@ -79,17 +79,17 @@ def read_description(folder: Path) -> dict[str, Any]:
     return description
 
 
-def shard_files(folder: Path, shard: Mapping[str, Any]) -> tuple[Path, Path]:
-    """The tar and the index of one of a description's shards. Those of a view lie apart, and the view names both."""
+def shard_paths(folder: Path, shard: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Paths of a shard's tar and index. A view stores only the index and names a tar of another folder."""
     if "index" not in shard:
         tar = folder / shard["tar"]
         return tar, tar.with_suffix(".idx")
-    # Where a link leads to a view, `..` means the folder that the view is in, not the link's.
+    # Resolve first: if `folder` is a link to a view, `..` is relative to the view, not to the link.
     return Path(os.path.normpath(folder.resolve() / shard["tar"])), folder / shard["index"]
 
 
-def refuse_occupied(out: Path) -> None:
-    """Raises DataError unless `out` is a new or an empty folder, which a finished one can take the place of."""
+def require_free_folder(out: Path) -> None:
+    """Raise DataError unless `out` is missing or an empty folder, so that a finished folder can replace it."""
     if os.path.ismount(out.resolve()):
         raise DataError(f"{out}: wanted a folder that can be replaced, found a mount point; name a new folder in it")
     if out.is_dir() and not any(out.iterdir()):
@@ -101,7 +101,7 @@ def refuse_occupied(out: Path) -> None:
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a file and wait until it is on the disk. Where that fails, as on a full disk, nothing is left of it."""
+    """Write a file and wait until it is on the disk. A failed write, as on a full disk, leaves no file."""
     try:
         path.write_text(text, encoding="utf-8")
         sync_file(path)

@@ -1,16 +1,15 @@
-"""Data folders that lie elsewhere: whole shards are brought into a bounded cache on this machine before they are read.
+"""A local cache of remote data folders: whole shards are fetched before they are read, within a size limit.
 
-A folder named s3://, gs://, hf:// or https:// is read through fsspec. Its description and indices come here when it is
-opened; a shard comes when a batch is about to need it, and the next ones while it is in use:
+A folder at s3://, gs://, hf:// or https:// is read through fsspec. Opening it fetches the description and the indices.
+A shard is fetched before a batch needs it, and the next shards while it is in use:
 
-    CACHE/.lock                        held for a moment while room is made
+    CACHE/.lock                        exclusive, held briefly while room is made
     CACHE/<hash of url and content>/   dataset.json, tokenizer.json, X.idx
-        X.tar.BYTES.part -> X.tar      renamed when the sha256 of dataset.json has been found in it; BYTES are its room
+        X.tar.BYTES.part -> X.tar      renamed when its sha256 is that of dataset.json; BYTES is the room it takes
         X.tar.lock                     flock: exclusive to write or remove X.tar, shared while a process reads it
 
-So jobs may share a cache: what one brings the other reads, and what one reads the other does not remove. When the cache
-is full the shards that were not used for longest go. MVLM_CACHE names the folder (~/.cache/mvlm), MVLM_CACHE_GB its
-size (100).
+Jobs may share a cache: one reads what another has fetched, and none removes what another reads. When the cache is full,
+the least recently used shards are removed. MVLM_CACHE names the folder (~/.cache/mvlm), MVLM_CACHE_GB its size (100).
 """
 
 import contextlib
@@ -25,25 +24,28 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from mvlm_dataloading.errors import DataError, need
 
 log = logging.getLogger(__name__)
 
 _URL = re.compile(r"(s3|gs|hf|https?):/+(.+)")
-_KEPT = re.compile(r"(.+\.tar)(?:\.(\d+)\.part)?")
+_SHARD_FILE = re.compile(r"(.+\.tar)(?:\.(\d+)\.part)?")
 _ATTEMPTS = 4
-_FIRST_PAUSE_S = 0.5
+FIRST_PAUSE_S = 0.5
+"""Pause after a failed attempt. Each further pause is twice as long."""
 
 
 def is_remote(folder: Path | str) -> bool:
-    """Whether a folder is named by a URL. A `Path` made of one, which has lost a stroke, is known too."""
+    """True if a folder is named by a URL. A `Path` made of one, which has lost a slash, counts too."""
     return _URL.fullmatch(str(folder)) is not None
 
 
-def stage_for(folder: str) -> "Stage":
-    """The stage of a remote data folder, with its description in the cache. Raises DataError."""
-    found = _URL.fullmatch(folder)
-    assert found is not None
+def open_remote_cache(folder: str) -> "RemoteCache":
+    """The cache of a remote data folder, with its description fetched. Raises DataError."""
+    url = _URL.fullmatch(folder)
+    assert url is not None
     cache = Path(os.environ.get("MVLM_CACHE") or Path.home() / ".cache" / "mvlm")
     size = os.environ.get("MVLM_CACHE_GB") or "100"
     try:
@@ -52,129 +54,134 @@ def stage_for(folder: str) -> "Stage":
         limit = 0
     if limit <= 0:
         raise DataError(f"MVLM_CACHE_GB: wanted a number of gigabytes above 0, got {size!r}")
-    return Stage(f"{found[1]}://{found[2].rstrip('/')}", cache, limit)
+    return RemoteCache(f"{url[1]}://{url[2].rstrip('/')}", cache, limit)
 
 
-class Stage:
-    """Brings the shards of one remote folder into the cache, and holds those in use.
+class RemoteCache:
+    """The cached files of one remote data folder. It fetches shards and holds those in use.
+
+    Args:
+        limit: bytes that all shards in `cache` may take.
 
     Attributes:
-        folder: where dataset.json, the indices and, when they are fetched, the shards are.
-        compare: raises DataError if the shard of this number, which is here, does not fit its index.
+        folder: local folder of dataset.json, the indices and the fetched shards.
+        filesystem: the fsspec file system that reads the URL.
+        verify: called with a fetched shard's number; raises DataError if the shard does not fit its index.
 
     Raises:
-        DataError: something is not there, is not what dataset.json says, or does not fit into the cache.
+        DataError: a file is missing, differs from dataset.json, or does not fit into the cache.
     """
 
     def __init__(self, url: str, cache: Path, limit: int):
         self.url, self.cache, self.limit = url, cache, limit
         try:
-            self._files, self._root = need("fsspec.core").url_to_fs(url)
+            self.filesystem, self._root = need("fsspec.core").url_to_fs(url)
         except (ImportError, ValueError) as error:
-            raise DataError(f"{url}: wanted a place that fsspec reads, found: {error}") from None
-        description = self._attempt("dataset.json", lambda path: self._files.cat_file(path))
+            raise DataError(f"{url}: wanted a URL that fsspec reads, found: {error}") from None
+        description = self._read("dataset.json")
         digest = hashlib.sha256(url.encode() + b"\0" + description).hexdigest()[:24]
-        # Another content is another folder, so nothing in the cache is ever out of date.
+        # Other content gets another folder, so nothing in the cache is ever out of date.
         self.folder = cache / digest
         self.folder.mkdir(parents=True, exist_ok=True)
         _replace(self.folder / "dataset.json", description)
         self._shards: list[dict[str, Any]] = []
         self._held: dict[int, int] = {}  # shard -> descriptor of its lock
         self._guard = threading.RLock()
-        self.compare: Callable[[int], None] | None = None
-        self._compared: set[int] = set()
+        self.verify: Callable[[int], None] | None = None
+        self._verified: set[int] = set()
 
-    def expect(self, shards: list[dict[str, Any]]) -> None:
-        """Say which shards there are, as dataset.json lists them, and bring their indices."""
+    def register_shards(self, shards: list[dict[str, Any]]) -> None:
+        """Set the shards, as dataset.json lists them, and fetch their indices."""
         self._shards = shards
         for shard in shards:
-            for name in (shard["tar"], _index_of(shard)):
+            for name in (shard["tar"], _index_name(shard)):
                 if Path(name).is_absolute() or ".." in Path(name).parts:
                     raise DataError(f"{self.url}: wanted shards inside the folder, found {name!r} in dataset.json")
-            if not (self.folder / _index_of(shard)).is_file():
-                self.bring_index(shard)
+            if not (self.folder / _index_name(shard)).is_file():
+                self.fetch_index(shard)
 
-    def bring_index(self, shard: dict[str, Any]) -> None:
-        """Bring a shard's index, in the place of one that is here: dataset.json has no hash of it, so it may be old."""
-        name = _index_of(shard)
-        _replace(self.folder / name, self._attempt(name, lambda path: self._files.cat_file(path)))
+    def fetch_index(self, shard: dict[str, Any]) -> None:
+        """Fetch a shard's index, even if one is cached: dataset.json has no hash of it, so a cached one may be old."""
+        name = _index_name(shard)
+        _replace(self.folder / name, self._read(name))
 
-    def bring_tokenizer(self, sha256: str) -> None:
-        """Bring the tokenizer.json that dataset.json names, unless it is here."""
+    def fetch_tokenizer(self, sha256: str) -> None:
+        """Fetch the tokenizer.json that dataset.json names, unless it is cached."""
         path = self.folder / "tokenizer.json"
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            _replace(path, self._attempt("tokenizer.json", lambda path: self._files.cat_file(path)))
+            _replace(path, self._read("tokenizer.json"))
 
     def fetch(self, shards: Sequence[int]) -> None:
-        """Return when these shards are here. They stay until `keep` is called without them."""
+        """Fetch these shards and hold them until `release_except` is called without them."""
         for shard in shards:
             with self._guard:
                 if shard not in self._held:
-                    self._held[shard] = self._bring(shard)
+                    self._held[shard] = self._lock_shard(shard)
 
-    def keep(self, shards: Sequence[int]) -> None:
-        """Let go of all other shards: they may be removed when room is needed."""
+    def release_except(self, shards: Sequence[int]) -> None:
+        """Release all other shards, so that they may be removed when room is needed."""
         with self._guard:
             for shard in set(self._held) - set(shards):
                 os.close(self._held.pop(shard))  # which releases the lock
 
     @contextlib.contextmanager
     def reading(self, shard: int) -> Iterator[None]:
-        """A shard is here, inside this; what `fetch` and `keep` hold is not touched."""
-        descriptor = self._bring(shard)  # a lock of its own beside theirs
+        """Hold a shard inside the `with` block, independently of `fetch` and `release_except`."""
+        descriptor = self._lock_shard(shard)
         try:
             yield
         finally:
             os.close(descriptor)
 
-    def _bring(self, number: int) -> int:
-        """Make sure that a shard is in the cache and fits its index; the descriptor of its lock, shared."""
+    def _lock_shard(self, number: int) -> int:
+        """Fetch a shard if it is not cached, and verify it. Returns the descriptor of its shared lock."""
         shard = self._shards[number]
         tar = self.folder / shard["tar"]
+        # flock itself, because filelock has no shared lock on top of it. The kernel drops a killed process's locks.
         lock = os.open(f"{tar}.lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             while True:
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 if tar.is_file():
                     os.utime(lock)  # the time of its last use
-                    self._compare_once(number)
+                    self._verify_once(number)
                     return lock
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                if not tar.is_file():  # else another job brought it while this one waited
+                if not tar.is_file():  # else another job fetched it while this one waited
                     self._download(shard, tar)
         except BaseException:
             os.close(lock)
             raise
 
-    def _compare_once(self, number: int) -> None:
-        if number in self._compared or self.compare is None:
+    def _verify_once(self, number: int) -> None:
+        if number in self._verified or self.verify is None:
             return
         try:
-            self.compare(number)
+            self.verify(number)
         except DataError:
-            # What is open has read it. It goes, so that the next opening brings the one that is at the source by then.
-            (self.folder / _index_of(self._shards[number])).unlink(missing_ok=True)
+            # The open data set has read this index. Remove it, so that the next opening fetches the current one.
+            (self.folder / _index_name(self._shards[number])).unlink(missing_ok=True)
             raise
-        self._compared.add(number)
+        self._verified.add(number)
 
     def _download(self, shard: dict[str, Any], tar: Path) -> None:
-        # All its room is taken at once, so that jobs that fetch at the same time see what is left. The name says how
-        # much, because fsspec begins the file anew, whatever its size was.
+        # The room is claimed at once, so that other jobs see what is left. The file name states its size, because
+        # fsspec truncates the file first, whatever its size was.
         part = Path(f"{tar}.{shard['bytes']}.part")
 
         def copy(path: str) -> None:
-            with _locked(self.cache / ".lock"):
+            with self._cache_lock():
                 part.unlink(missing_ok=True)
                 self._make_room(shard["bytes"])
                 part.touch()
-            self._files.get_file(path, str(part))
+            self.filesystem.get_file(path, str(part))
             with part.open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != shard["sha256"]:
                 raise OSError(f"sha256 {found} where dataset.json says {shard['sha256']}")
             with part.open("rb") as file:
                 os.fsync(file.fileno())
-            with _locked(self.cache / ".lock"):  # who makes room finds it under one of its names
+            with self._cache_lock():  # so that whoever makes room sees exactly one of the two names
                 part.rename(tar)
 
         try:
@@ -183,13 +190,13 @@ class Stage:
             part.unlink(missing_ok=True)
 
     def _make_room(self, wanted: int) -> None:
-        """Remove what was not used for longest, until so many bytes fit. The cache's lock is held."""
+        """Remove the least recently used shards until `wanted` bytes fit. The caller holds the cache's lock."""
         entries = []
         for path in self.cache.glob("*/*.tar*"):
-            if found := _KEPT.fullmatch(path.name):
-                lock = path.with_name(f"{found[1]}.lock")
-                with contextlib.suppress(FileNotFoundError):  # someone has just removed it
-                    size = int(found[2] or path.stat().st_size)
+            if name := _SHARD_FILE.fullmatch(path.name):
+                lock = path.with_name(f"{name[1]}.lock")
+                with contextlib.suppress(FileNotFoundError):  # another job has just removed it
+                    size = int(name[2] or path.stat().st_size)
                     entries.append((lock.stat().st_mtime_ns, path, size, lock))
         used = sum(size for _, _, size, _ in entries)
         for _, path, size, lock in sorted(entries):
@@ -207,8 +214,14 @@ class Stage:
                 "raise MVLM_CACHE_GB or write smaller shards"
             )
 
-    def _attempt(self, name: str, action: Any) -> Any:
-        """action(path of the remote file), again after a pause when it fails. DataError when it fails for good."""
+    def _cache_lock(self) -> FileLock:
+        return FileLock(self.cache / ".lock", poll_interval=0.01)
+
+    def _read(self, name: str) -> bytes:
+        return self._attempt(name, self.filesystem.cat_file)
+
+    def _attempt(self, name: str, action: Callable[[str], Any]) -> Any:
+        """The result of `action` on a remote path, retried after pauses. Raises DataError when all attempts fail."""
         for attempt in range(_ATTEMPTS):
             try:
                 return action(f"{self._root}/{name}")
@@ -216,30 +229,24 @@ class Stage:
                 raise DataError(f"{self.url}/{name}: wanted a file that the data set needs, found none") from None
             except DataError:
                 raise
-            except Exception as error:  # every kind of store has errors of its own
+            except Exception as error:  # every kind of store has its own errors
                 if attempt + 1 == _ATTEMPTS:
                     raise DataError(
                         f"{self.url}/{name}: wanted to read it, failed {_ATTEMPTS} times: {error or repr(error)}; "
                         "is the address right, and are there credentials?"
                     ) from None
                 log.warning("%s/%s: trying again after: %s", self.url, name, error or repr(error))
-                time.sleep(_FIRST_PAUSE_S * 2**attempt)
+                time.sleep(FIRST_PAUSE_S * 2**attempt)
         raise AssertionError("the last attempt returns or raises")
 
 
-def _index_of(shard: dict[str, Any]) -> str:
+def _index_name(shard: dict[str, Any]) -> str:
     return shard.get("index", Path(shard["tar"]).with_suffix(".idx").as_posix())
 
 
 def _replace(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
     aside.write_bytes(content)
     aside.rename(path)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

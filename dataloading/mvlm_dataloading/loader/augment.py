@@ -1,15 +1,14 @@
-"""Flip, colour jitter and RandAugment: what is drawn for a sample, and the part of the DALI graph that applies it.
+"""Flip, colour jitter and RandAugment: random parameters per sample, and the DALI stages that apply them.
 
-On a CPU an image operation costs a pass over memory, so the drawn operations are put together before any is done: all
-geometric ones are one matrix and one warp, brightness and contrast one multiplication, and a picture passes through a
-stage only if something of that stage was drawn for it. The stages follow one another in one fixed order, which is where
-this differs from RandAugment as published (Cubuk et al. 2020), and the operations drawn are distinct.
+On a CPU every image operation costs a pass over memory, so operations are combined first: all geometric ones become one
+matrix and one warp, brightness and contrast one multiplication. An image skips every stage for which it drew nothing.
+Two things differ from RandAugment as published (Cubuk et al. 2020): the stages have a fixed order, and the operations
+of an image are distinct.
 
     warp -> colour -> posterize -> solarize -> equalize -> autocontrast -> contrast and brightness -> sharpness -> flip
 
-Operations at magnitude m of 0 to 30, with a sign drawn where there is one, on pixels x in 0..255 (each result rounded
-and clamped to it); but for equalize they are those of Pillow's `ImageEnhance` and `ImageOps`, which the tests hold them
-to:
+Operations at magnitude m of 0 to 30, with a random sign where one is possible, on pixels x in 0..255. Each result is
+rounded and clamped to 0..255. All but equalize match Pillow's `ImageEnhance` and `ImageOps`, as the tests check:
 
     shear_x, shear_y          by 0.3 m/30 about the centre       translate_x, translate_y   by 150/331 m/30 of the side
     rotate                    by 30 m/30 degrees about the centre      (nearest pixel; outside is 128)
@@ -42,20 +41,22 @@ FILL = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Augment:
-    """What is done to a picture besides its window. Nothing by default.
+    """Augmentations of an image after its crop. None by default.
+
+    Field names are hashed into the loader's state, so renaming one would make old states look different.
 
     Raises:
         ValueError: a setting out of its range.
     """
 
     flip: float = 0.0
-    """Probability of a mirror image: captions say left and right, so none by default."""
+    """Probability of a horizontal flip. 0 by default, because captions say left and right."""
     jitter: float = 0.0
-    """Brightness, contrast and colour are each multiplied by a uniform number from 1 - jitter to 1 + jitter."""
+    """Brightness, contrast and colour factors are drawn uniformly from 1 - jitter to 1 + jitter."""
     operations: int = 0
-    """Distinct RandAugment operations a picture; 2 is usual."""
+    """Distinct RandAugment operations per image; 2 is usual."""
     magnitude: int = 9
-    """Of these operations, 0 to 30."""
+    """Strength of these operations, 0 to 30."""
 
     def __post_init__(self) -> None:
         for name, value, high in (
@@ -69,21 +70,21 @@ class Augment:
 
     @property
     def nothing(self) -> bool:
-        """Whether every picture stays as it is."""
+        """True if no image is changed."""
         return not (self.flip or self.jitter or self.operations)
 
 
-class Drawn(NamedTuple):
-    """What happens to each of n pictures: for every stage whether it does anything, and with which numbers."""
+class AugmentParameters(NamedTuple):
+    """Random parameters of n images: for each stage a switch, bool (n,), and its numbers."""
 
     warps: NDArray[np.bool_]
     matrix: NDArray[np.float32]
-    """(n, 2, 3): the source position of each pixel, from its own, (x, y) with pixel centres at a half."""
+    """(n, 2, 3): maps a pixel's position to its source position, (x, y) with pixel centres at 0.5."""
     colours: NDArray[np.bool_]
     colour: NDArray[np.float32]
     posterizes: NDArray[np.bool_]
     bits: NDArray[np.uint8]
-    """(n,) mask of the bits to keep."""
+    """(n,) bit mask: 1 for bits to keep."""
     solarizes: NDArray[np.bool_]
     threshold: NDArray[np.uint8]
     equalizes: NDArray[np.bool_]
@@ -97,12 +98,16 @@ class Drawn(NamedTuple):
     mirror: NDArray[np.int32]
 
     def rows(self, rows: NDArray[np.int64]) -> list[NDArray]:
-        """The same of some of the pictures, as DALI's external source takes them."""
-        return [part[rows] for part in self]
+        """The parameters of some of the images, as a list for DALI's external source."""
+        return [values[rows] for values in self]
 
 
-def draw(augment: Augment, seed: int, epochs: Any, ids: NDArray[np.int64], side: int) -> Drawn:
-    """What (seed, epoch, sample id) gives each of n samples, for pictures of `side` pixels. `epochs` is one or (n,)."""
+def draw_parameters(augment: Augment, seed: int, epochs: Any, ids: NDArray[np.int64], side: int) -> AugmentParameters:
+    """Parameters of n samples as a function of (seed, epoch, sample id), for images of `side` pixels.
+
+    Args:
+        epochs: one number, or int (n,).
+    """
     n = len(ids)
     keys = hash64(hash64(Purpose.AUGMENT, seed, epochs, ids)[:, None], np.arange(len(OPERATIONS)))
     chosen = np.argsort(keys, axis=1, kind="stable")[:, : augment.operations]  # (n, operations), in the order drawn
@@ -115,14 +120,14 @@ def draw(augment: Augment, seed: int, epochs: Any, ids: NDArray[np.int64], side:
         return np.where(done[name], 1 + 0.9 * signed[:, OPERATIONS.index(name)], 1.0)
 
     matrix = np.broadcast_to(np.eye(3), (n, 3, 3))
-    # What is done first is nearest to the source.
-    for place in range(augment.operations):
-        matrix = matrix @ _matrices(chosen[:, place], signed, side)
+    # The matrix maps the result to the source, so the operation drawn first is the leftmost factor.
+    for turn in range(augment.operations):
+        matrix = matrix @ _matrices(chosen[:, turn], signed, side)
     jitter = 1 + augment.jitter * (2 * u[:, -4:-1] - 1)  # (n, 3)
     contrast, brightness = jitter[:, 0] * factor("contrast"), jitter[:, 1] * factor("brightness")
     colour, sharpness = jitter[:, 2] * factor("colour"), factor("sharpness")[:, None, None]
     smooth = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
-    return Drawn(
+    return AugmentParameters(
         warps=(matrix != np.eye(3)).any(axis=(1, 2)),
         matrix=matrix[:, :2].astype(np.float32),
         colours=colour != 1,
@@ -143,7 +148,7 @@ def draw(augment: Augment, seed: int, epochs: Any, ids: NDArray[np.int64], side:
 
 
 def _matrices(operation: NDArray[np.int64], signed: NDArray[np.float64], side: int) -> NDArray[np.float64]:
-    """(n, 3, 3): the map from a pixel's position to its source's for one operation each; the identity for others."""
+    """Maps from a pixel's position to its source, (n, 3, 3), for one operation per image; identity if not geometric."""
     n = len(operation)
     amount = signed[np.arange(n), operation]
     linear = np.broadcast_to(np.eye(2), (n, 2, 2)).copy()
@@ -162,17 +167,21 @@ def _matrices(operation: NDArray[np.int64], signed: NDArray[np.float64], side: i
     return matrix
 
 
-def apply(dali: Any, image: Any, drawn: list[Any]) -> Any:
-    """The stages as a part of a DALI graph with conditionals: image uint8 (S, S, 3), `drawn` the parts of `Drawn`."""
+def apply_augmentations(dali: Any, image: Any, parameters: list[Any]) -> Any:
+    """Augmentation stages of a DALI graph with conditionals: image uint8 (S, S, 3) in and out.
+
+    Args:
+        parameters: the fields of `AugmentParameters`, as graph nodes.
+    """
     fn, types, grey_of = dali.fn, dali.types, dali.pipeline.do_not_convert(_grey)
-    d = Drawn(*drawn)
+    d = AugmentParameters(*parameters)
     uint8 = types.DALIDataType.UINT8
     if d.warps:
         image = fn.warp_affine(
             image, matrix=d.matrix, fill_value=FILL, interp_type=types.DALIInterpType.INTERP_NN, inverse_map=True
         )
     if d.colours:
-        # In sixteenths of a level, as 16-bit numbers: DALI's fast paths. Its `color_twist` takes four times as long.
+        # Int16 in sixteenths of a level takes DALI's fast paths; its `color_twist` takes four times as long.
         grey = fn.color_space_conversion(
             grey_of(dali, image), image_type=types.DALIImageType.GRAY, output_type=types.DALIImageType.RGB
         )
@@ -187,10 +196,10 @@ def apply(dali: Any, image: Any, drawn: list[Any]) -> Any:
     if d.equalizes:
         image = fn.equalize(image)
     if d.autocontrasts:
-        # To the host, where DALI wants the arguments of an operator, also of one on the GPU.
+        # DALI wants an operator's arguments on the host, even those of a GPU operator.
         low = fn.cast(fn.reductions.min(image, axes=[0, 1]), dtype=types.DALIDataType.FLOAT).cpu()
         high = fn.cast(fn.reductions.max(image, axes=[0, 1]), dtype=types.DALIDataType.FLOAT).cpu()
-        # A channel of one value is stretched by nothing.
+        # A channel of one single value stays as it is: mean 0, divisor 1.
         flat = high == low
         image = fn.crop_mirror_normalize(
             image, mean=low * (1 - flat), std=(high - low) / 255 + flat, dtype=uint8, output_layout="HWC"

@@ -1,7 +1,7 @@
-"""Memory for one batch's pictures after another.
+"""Recycled buffers for image batches.
 
-A batch's pictures are megabytes that live until the consumer lets go of them. From malloc they would leave holes of
-that size for what is small and stays; pages fresh from the system cost several times the copying.
+A batch of images takes megabytes and lives until its consumer drops it. malloc would fragment the heap, and fresh mmap
+pages cost several times the copy.
 """
 
 import ctypes
@@ -14,25 +14,29 @@ import torch
 from torch import Tensor
 
 
-class Pages:
-    """Copies uint8 tensors into memory that is used again as soon as nothing refers to the copy, nor to a view of it.
+class BufferPool:
+    """Copies of uint8 tensors in memory that is reused once nothing refers to a copy or to a view of it.
 
     Args:
-        spare: how many pieces of memory to keep for copies to come.
+        spare: number of idle buffers to keep.
     """
 
     def __init__(self, spare: int = 8):
         self._spare: deque[mmap.mmap] = deque(maxlen=spare)
 
+    def __len__(self) -> int:
+        """Number of idle buffers."""
+        return len(self._spare)
+
     def copy(self, source: Tensor) -> Tensor:
-        """A copy of a uint8 tensor on the CPU, of any shape that is not empty."""
-        pages = self._spare.pop() if self._spare else None
-        if pages is None or len(pages) < source.nbytes:
-            # Private: a forked process keeps what it had when it was forked.
-            pages = mmap.mmap(-1, source.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # The tensor holds the handle, and nothing else does: so it goes when the tensor and its views have gone.
-        handle = (ctypes.c_uint8 * source.nbytes).from_buffer(pages)
-        weakref.finalize(handle, self._spare.append, pages).atexit = False
+        """A copy of a nonempty uint8 CPU tensor of any shape."""
+        buffer = self._spare.pop() if self._spare else None
+        if buffer is None or len(buffer) < source.nbytes:
+            # MAP_PRIVATE: a forked process keeps the content that it had at the fork.
+            buffer = mmap.mmap(-1, source.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Only the tensor holds the handle, so the handle dies with the tensor and its last view.
+        handle = (ctypes.c_uint8 * source.nbytes).from_buffer(buffer)
+        weakref.finalize(handle, self._spare.append, buffer).atexit = False
         copy = torch.frombuffer(handle, dtype=torch.uint8).view(source.shape)
         copy_on_this_thread(copy, source)
         return copy

@@ -1,8 +1,8 @@
-"""Is the GPU's image decoder to be trusted here? Found out in a process of its own, before anything depends on it.
+"""Check of the GPU image decoder in a subprocess, before training depends on it.
 
-A release of nvImageCodec kills the process when it decodes a window on some cards, and others were seen to return
-black pictures without a word. So each way of decoding is first tried in a subprocess on pictures made for it, and its
-pixels are compared to the CPU's.
+A release of nvImageCodec kills the process when it decodes a crop on some GPUs, and other releases returned black
+images without an error. So each way of decoding is first tried on generated images, and its pixels are compared with
+the CPU's.
 """
 
 import functools
@@ -21,14 +21,14 @@ from mvlm_dataloading.dataset.open import open_dataset
 from mvlm_dataloading.errors import need
 from mvlm_dataloading.randomness import Purpose, uniforms
 
-from .crop import Geometry
+from .crop import CropGeometry
 from .pipeline import Decoding, build_pipeline
 from .sampler import write_index_views
 
 log = logging.getLogger(__name__)
 
-# Mean difference of a picture in levels of 255. Two correct JPEG decoders, and resizing on two devices, differ by one
-# or two; a black picture or another picture's pixels differ by dozens.
+# Mean difference of an image in levels of 255. Two correct JPEG decoders, or resizing on two devices, differ by one or
+# two; a black image, or another image's pixels, by dozens.
 _TOLERANCE = 6.0
 _TIMEOUT_S = 300
 _CODE = "import sys; from .decoder_check import main; main(*sys.argv[1:])"
@@ -36,8 +36,8 @@ _CODE = "import sys; from .decoder_check import main; main(*sys.argv[1:])"
 
 @functools.cache
 def choose_decoding(device_id: int) -> Decoding:
-    """The first that works on a CUDA device: the window on the GPU, the whole picture there, the CPU. Says which."""
-    for decoding in (Decoding.GPU_WINDOW, Decoding.GPU_WHOLE):
+    """The first way of decoding that works on a CUDA device: crop on the GPU, whole image on the GPU, CPU. Logs it."""
+    for decoding in (Decoding.GPU_CROP, Decoding.GPU_FULL_IMAGE):
         fault = find_fault(decoding, device_id)
         if fault is None:
             log.info("images are decoded as %s on CUDA device %d", decoding, device_id)
@@ -48,7 +48,7 @@ def choose_decoding(device_id: int) -> Decoding:
 
 
 def find_fault(decoding: Decoding, device_id: int) -> str | None:
-    """What is wrong with a way of decoding on a device, or None."""
+    """The fault of a way of decoding on a device, or None."""
     command = [sys.executable, "-c", _CODE, str(device_id), decoding.value]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
@@ -62,16 +62,16 @@ def find_fault(decoding: Decoding, device_id: int) -> str | None:
         worst = float(json.loads(done.stdout.strip().splitlines()[-1])["worst_difference"])
     except (IndexError, KeyError, TypeError, ValueError):
         return f"the trial gave no result: {done.stdout!r}"
-    # Written so that NaN is a fault too.
+    # `<=` and not `>`: NaN is a fault too.
     return (
-        None if worst <= _TOLERANCE else f"pixels differ from the CPU's by {worst:.1f} of 255 on average in one picture"
+        None if worst <= _TOLERANCE else f"pixels differ from the CPU's by {worst:.1f} of 255 on average in one image"
     )
 
 
 def main(device_id: str, decoding: str) -> None:
-    """The trial: print how far the pixels of one way of decoding are from the CPU's."""
-    with tempfile.TemporaryDirectory(prefix="mvlm-selftest-") as folder:
-        data = _write_pictures(Path(folder) / "data")
+    """Entry point of the subprocess: print how far the pixels of a way of decoding are from the CPU's, as JSON."""
+    with tempfile.TemporaryDirectory(prefix="mvlm-decoder-check-") as folder:
+        data = _write_images(Path(folder) / "data")
         pixels = [
             _decode(data, Decoding.CPU, None),
             _decode(data, Decoding(decoding), None if device_id == "cpu" else int(device_id)),
@@ -80,10 +80,10 @@ def main(device_id: str, decoding: str) -> None:
     print(json.dumps({"worst_difference": float(differences.max())}))
 
 
-def _write_pictures(folder: Path) -> Path:
-    """Smooth coloured pictures of many sizes as JPEG and PNG, with different content, so that a mix-up shows."""
+def _write_images(folder: Path) -> Path:
+    """Smooth colour images of many sizes, JPEG and PNG. All differ, so swapped images are noticed."""
     pil = need("PIL.Image")
-    with ShardWriter(folder, name="selftest", source="", licence="", attribution="", recipe={}) as writer:
+    with ShardWriter(folder, name="decoder-check", source="", licence="", attribution="", recipe={}) as writer:
         for i in range(32):
             height, width = 64 + 29 * i, 1000 - 23 * i
             y, x = np.mgrid[0:height, 0:width]
@@ -97,7 +97,7 @@ def _write_pictures(folder: Path) -> Path:
 
 
 def _decode(folder: Path, decoding: Decoding, device_id: int | None) -> np.ndarray:
-    """uint8 (n, 3, 224, 224): a random window of every picture."""
+    """A random crop of every image, uint8 (n, 3, 224, 224)."""
     dataset = open_dataset(folder, "train")
     ids = np.arange(len(dataset))
     draws = uniforms(Purpose.CROP, 0, 0, ids, 4)
@@ -106,7 +106,7 @@ def _decode(folder: Path, decoding: Decoding, device_id: int | None) -> np.ndarr
         pipeline = build_pipeline(
             *write_index_views(Path(views), dataset, ids),
             lambda batch: draws[(int(batch) * batch_size + np.arange(batch_size)) % len(ids)],
-            Geometry(image_size=224),
+            CropGeometry(image_size=224),
             batch_size=batch_size,
             num_threads=2,
             device_id=device_id,

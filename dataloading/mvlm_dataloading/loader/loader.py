@@ -1,4 +1,4 @@
-"""The loader: shards in, batches of image-text pairs and their masks out, for ever and reproducibly.
+"""The loader: reads shards, and yields reproducible batches of image-text pairs with their masks.
 
 Shape legend: B batch, S image side, T packed tokens.
 """
@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from mvlm_dataloading.batch import Batch, Masks
@@ -17,48 +16,45 @@ from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.tokenizer import Tokenizer, check_text_length
 
 from .augment import Augment
-from .buffers import copy_on_this_thread
-from .crop import Geometry
+from .batches import BatchStream, MaskConfig
+from .crop import CropGeometry
 from .decoder_check import choose_decoding
-from .masking import check_mask_sizes, check_token_ratio, draw_patch_masks, draw_token_masks
+from .masking import check_mask_sizes, check_token_ratio
 from .pipeline import Decoding
-from .prefetch import Ahead
 from .reader import Reader
-from .resume import Resumed, compare, hash_of, pictures_of, versions
+from .resume import ResumeReport, compare_states, package_versions, pixel_hash, settings_hash
 from .sampler import ORDER_VERSION
-from .segment import Rows, Settings
-from .text import Captions, stored_tokens_fit
+from .segment import ReaderConfig
+from .text import CaptionReader, can_use_stored_tokens
 
 log = logging.getLogger(__name__)
-
-# A batch, its masks, the position of the stream after it, the bad pictures known when it was made, and among how many.
-_Made = tuple[Batch, Masks, int, frozenset[int], int]
 
 
 class Loader:
     """Batches of one split.
 
-    In training (`train=True`) iteration never ends: every sample comes once an epoch, epochs follow one another, all
-    batches are full, and each sample's crop, caption and masks are drawn from (seed, epoch, sample id). With
-    `train=False` an iteration is one pass in order, over whole pictures and first captions, and its last batch may be
-    smaller.
+    With `train=True`, iteration never ends: every sample comes once per epoch, epochs follow one another, all batches
+    are full, and the crop, caption and masks of a sample are drawn from (seed, epoch, sample id). With `train=False`,
+    an iteration is one pass in stored order over whole images and first captions; its last batch may be smaller.
 
     Args:
-        batch_size: samples of a global batch. Of each, rank r hands over rows r B/W to (r + 1) B/W, for W ranks.
-        device: None for the CPU, "cuda" to decode and resize on the GPU. Images are there, all else is on the CPU.
-        text_length: tokens of a caption at most, [CLS] and [SEP] counted.
-        max_bad_fraction: undecodable pictures are replaced in training until more than this share of the split is bad.
-        rank, world_size: which of how many processes this is. Together they see what one process would see.
-        augment: what is done to pictures in training besides their random windows.
-        ahead: batches that a thread makes before they are asked for; 0 makes each when it is asked for, with no thread.
+        batch_size: samples of a global batch. Rank r of W yields its rows r B/W to (r + 1) B/W.
+        device: None for the CPU, "cuda" to decode and resize on the GPU. Images are there, the rest is on the CPU.
+        text_length: maximum tokens of a caption, including [CLS] and [SEP].
+        max_bad_fraction: share of undecodable images above which training stops; below it they are replaced.
+        rank, world_size: this process's rank and the number of ranks. Together they see what one process would see.
+        augment: augmentations of training images after their random crops.
+        ahead: batches made by a thread ahead of use; 0 makes each on request, without a thread.
 
     Attributes:
-        step: batches handed over. epoch: the epoch of the next sample. skipped: undecodable pictures met so far.
-        resumed: what `load_state_dict` went on with; None before.
-        stored_tokens: whether captions come as the tokens stored with the data.
+        step: batches yielded.
+        epoch: epoch of the next sample.
+        skipped: number of undecodable images found so far.
+        resumed: report of the last `load_state_dict`, or None.
+        stored_tokens: True if captions come as tokens stored with the data.
 
     Raises:
-        ValueError: sizes that do not fit each other.
+        ValueError: arguments that do not fit one another.
         DataError: while iterating, for a sample that cannot be used.
     """
 
@@ -86,20 +82,8 @@ class Loader:
         augment: Augment | None = None,
         ahead: int = 2,
     ):
-        if batch_size < 1 or num_threads < 1:
-            raise ValueError(f"wanted batch_size and num_threads of at least 1, got {batch_size} and {num_threads}")
-        if ahead < 0:
-            raise ValueError(f"wanted ahead of at least 0, got {ahead}")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"wanted a rank from 0 to world_size - 1, got rank {rank} of {world_size}")
-        if batch_size % world_size:
-            raise ValueError(
-                f"wanted a global batch_size that the ranks can share evenly, got {batch_size} for {world_size} ranks"
-            )
-        if world_size > 1 and not train:
-            raise ValueError(f"wanted one rank for a pass in order, whose last batch is smaller, got {world_size}")
-        if not 0 <= max_bad_fraction < 1:
-            raise ValueError(f"wanted max_bad_fraction in [0, 1), got {max_bad_fraction}")
+        _check_ranks(batch_size, rank, world_size, train)
+        _check_limits(num_threads, ahead, max_bad_fraction)
         check_mask_sizes(image_size, patch_size, mask_block, image_mask_ratio)
         check_token_ratio(text_mask_ratio)
         check_text_length(text_length)
@@ -107,22 +91,19 @@ class Loader:
         self.batch_size, self.text_length = batch_size, text_length
         self.rank, self.world_size = rank, world_size
         self.step = 0
-        self.resumed: Resumed | None = None
-        self.stored_tokens = stored_tokens_fit(dataset, tokenizer, text_length)
-        self._patch_masks = {
+        self.resumed: ResumeReport | None = None
+        self.stored_tokens = can_use_stored_tokens(dataset, tokenizer, text_length)
+        self._ahead = ahead
+        patches = {
             "image_size": image_size,
             "patch_size": patch_size,
             "mask_block": mask_block,
             "ratio": image_mask_ratio,
         }
-        self._text_mask_ratio = text_mask_ratio
-        device_id, decoding = None, Decoding.CPU
-        geometry = Geometry(image_size=image_size, crop_scale=crop_scale, crop_ratio=crop_ratio, random=train)
-        if device is not None and torch.device(device).type == "cuda":
-            index = torch.device(device).index
-            device_id = torch.cuda.current_device() if index is None else index
-            decoding = choose_decoding(device_id)
-        self._settings = Settings(
+        self._masks = MaskConfig(patches=patches, token_ratio=text_mask_ratio)
+        geometry = CropGeometry(image_size=image_size, crop_scale=crop_scale, crop_ratio=crop_ratio, random=train)
+        device_id, decoding = _choose_device(device)
+        self._config = ReaderConfig(
             seed=seed,
             geometry=geometry,
             augment=augment or Augment(),
@@ -136,15 +117,16 @@ class Loader:
             decoding=decoding,
             max_bad_fraction=max_bad_fraction,
         )
-        self._depth = ahead
-        self._position = 0  # samples of the stream handed over, those of all ranks
-        self._bad: frozenset[int] = frozenset()
-        self._met = 0  # samples among which these were found
-        self._source: _Source | None = None
+        # Progress of the batches yielded, not of those made ahead.
+        self._position = 0  # samples of the order, over all ranks
+        self._bad: frozenset[int] = frozenset()  # ids of undecodable images
+        self._samples_seen = 0  # samples among which they were found
+        self._stream: BatchStream | None = None
+        self._finalizer: weakref.finalize | None = None
 
     @property
     def seed(self) -> int:
-        return self._settings.seed
+        return self._config.seed
 
     @property
     def epoch(self) -> int:
@@ -158,24 +140,27 @@ class Loader:
         if not self.train:
             self._seek(0)
         while True:
-            if self._source is None:
-                self._source = _Source(self, self._depth)
-            made = self._source.get()
-            if made is None:
+            if self._stream is None:
+                self._stream = self._open_stream()
+            loaded = self._stream.get()
+            if loaded is None:
                 self.close()
                 return
-            batch, masks, self._position, self._bad, self._met = made
+            self._position, self._bad, self._samples_seen = loaded.position, loaded.bad, loaded.samples_seen
             self.step += 1
-            yield batch, masks
+            yield loaded.batch, loaded.masks
 
     def close(self) -> None:
-        """End the thread and let go of the data. Iterating goes on from where it was."""
-        if self._source is not None:
-            self._source.close()
-            self._source = None
+        """End the thread and release the data. Another iteration continues after the last batch yielded."""
+        if self._finalizer is not None:
+            self._finalizer.detach()
+            self._finalizer = None
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch to be handed over begins: plain values, for JSON. What was made ahead does not count."""
+        """The state after the last batch yielded, as plain values for JSON. Batches made ahead do not count."""
         epoch, position = divmod(self._position, len(self.dataset))
         return {
             "seed": self.seed,
@@ -186,42 +171,40 @@ class Loader:
             "batch_size": self.batch_size,
             "world_size": self.world_size,
             "skipped": sorted(self._bad),
-            "met": self._met,
+            "met": self._samples_seen,
             "order": ORDER_VERSION,
-            "pictures": pictures_of(self._settings),
-            "text": hash_of(
+            "pictures": pixel_hash(self._config),
+            "text": settings_hash(
                 {
                     "tokenizer": self.tokenizer.fingerprint,
                     "length": self.text_length,
-                    "ratio": self._text_mask_ratio,
-                    "patches": self._patch_masks,
+                    "ratio": self._masks.token_ratio,
+                    "patches": self._masks.patches,
                 }
             ),
-            "versions": versions(),
+            "versions": package_versions(),
         }
 
     def load_state_dict(self, state: dict[str, Any], *, other_data: bool = False) -> None:
-        """Continue with the sample after those that `state` was taken at, whatever the batch size and number of ranks.
+        """Continue with the sample after the state, at any batch size and number of ranks.
 
-        The seed is the state's. `resumed` and the log say whether pixels, captions and masks are those of a run that
-        was not interrupted, or just the samples.
+        The state's seed replaces this loader's. `resumed` and the log say whether pixels, captions and masks equal
+        those of an uninterrupted run, or only the samples.
 
         Args:
-            other_data: go on even if the data are not those of the state, from the same place in this data's epoch.
+            other_data: accept a state of other data, and continue at the same place in this data's epoch.
 
         Raises:
-            DataError: the state belongs to other data, or is none.
+            DataError: the state belongs to other data, or is not a loader's state.
         """
-        self.resumed = compare(state, self.state_dict(), folder=self.dataset.folder, other_data=other_data)
-        log.log(logging.WARNING if self.resumed.changed else logging.INFO, "the data go on with %s", self.resumed)
+        self.resumed = compare_states(state, self.state_dict(), folder=self.dataset.folder, other_data=other_data)
+        log.log(logging.WARNING if self.resumed.changed else logging.INFO, "data resumed: %s", self.resumed)
         if state["seed"] != self.seed:
-            log.warning(
-                "the data order goes on with the seed %d that it was begun with, not %d", state["seed"], self.seed
-            )
-            self._settings = replace(self._settings, seed=state["seed"])
+            log.warning("the data order keeps the seed %d of the resumed run; %d is ignored", state["seed"], self.seed)
+            self._config = replace(self._config, seed=state["seed"])
         same_data = state["fingerprint"] == self.dataset.fingerprint
         self._bad = frozenset(state["skipped"] if same_data else ())
-        self._met = state["met"] if same_data else 0
+        self._samples_seen = state["met"] if same_data else 0
         self.step = state["step"]
         self._seek(state["epoch"] * len(self.dataset) + min(state["position"], len(self.dataset) - 1))
 
@@ -229,68 +212,55 @@ class Loader:
         self.close()
         self._position = position
 
-
-class _Source:
-    """Batches from a loader's position on. Knows nothing of the loader, which can so be forgotten while this works."""
-
-    def __init__(self, loader: Loader, depth: int):
-        settings = loader._settings
-        self._reader = Reader(loader.dataset, settings, loader._position, loader._bad, loader._met)
-        self._captions = Captions(
-            loader.dataset,
-            loader.tokenizer,
-            loader.text_length,
-            settings.seed,
-            first=not settings.train,
-            stored=settings.stored_tokens,
+    def _open_stream(self) -> BatchStream:
+        config = self._config
+        captions = CaptionReader(
+            self.dataset,
+            self.tokenizer,
+            self.text_length,
+            config.seed,
+            first=not config.train,
+            stored=config.stored_tokens,
         )
-        self._seed, self._pin = settings.seed, settings.device_id is not None
-        self._patch_masks, self._text_mask_ratio = loader._patch_masks, loader._text_mask_ratio
-        self._ahead = Ahead(self._make, depth, self._reader.close) if depth else None
-        # Also at the interpreter's end: a pipeline must not be at work while DALI is unloaded.
-        self._finish = weakref.finalize(loader, self.close)
-
-    def get(self) -> _Made | None:
-        """The next batch; None at the end of a pass."""
-        return self._make() if self._ahead is None else self._ahead.get()
-
-    def close(self) -> None:
-        self._finish.detach()
-        if self._ahead is None:
-            self._reader.close()
-        else:
-            self._ahead.close()
-
-    def _make(self) -> _Made | None:
-        rows = self._reader.next()
-        if rows is None:
-            return None
-        batch, masks = self._assemble(rows)
-        return batch, masks, self._reader.position, self._reader.bad, self._reader.met
-
-    def _assemble(self, rows: Rows) -> tuple[Batch, Masks]:
-        words = self._captions(rows)
-        batch = Batch(
-            images=rows.images,
-            tokens=self._host(words.tokens),
-            cu_seqlens=self._host(np.concatenate([[0], np.cumsum(words.lengths)]).astype(np.int32)),
-            max_length=int(words.lengths.max()),
-            image_id=self._host(np.array(words.image_id, np.int64)),
-            text_id=self._host(np.array(words.text_id, np.int64)),
-            sample_id=self._host(rows.ids),
+        stream = BatchStream(
+            Reader(self.dataset, config, self._position, self._bad, self._samples_seen),
+            captions,
+            self._masks,
+            seed=config.seed,
+            pin=config.device_id is not None,
+            ahead=self._ahead,
         )
-        at = (self._seed, rows.epochs, rows.ids)
-        masks = Masks(
-            patch_ids=self._host(draw_patch_masks(*at, **self._patch_masks)),
-            token_ids=self._host(draw_token_masks(*at, words.lengths, ratio=self._text_mask_ratio)),
-        )
-        return batch, masks
+        # Also runs at the interpreter's exit: no pipeline may be running while DALI is unloaded.
+        self._finalizer = weakref.finalize(self, stream.close)
+        return stream
 
-    def _host(self, values: np.ndarray) -> torch.Tensor:
-        """A tensor on the CPU, in pinned memory where it is to be copied to a GPU."""
-        tensor = torch.from_numpy(values)
-        if not self._pin:
-            return tensor
-        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        copy_on_this_thread(pinned, tensor)
-        return pinned
+
+def _check_ranks(batch_size: int, rank: int, world_size: int, train: bool) -> None:
+    if batch_size < 1:
+        raise ValueError(f"wanted batch_size of at least 1, got {batch_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"wanted a rank from 0 to world_size - 1, got rank {rank} of {world_size}")
+    if batch_size % world_size:
+        raise ValueError(
+            f"wanted a global batch_size that the ranks can share evenly, got {batch_size} for {world_size} ranks"
+        )
+    if world_size > 1 and not train:
+        raise ValueError(f"wanted one rank for a pass in order, whose last batch is smaller, got {world_size}")
+
+
+def _check_limits(num_threads: int, ahead: int, max_bad_fraction: float) -> None:
+    if num_threads < 1:
+        raise ValueError(f"wanted num_threads of at least 1, got {num_threads}")
+    if ahead < 0:
+        raise ValueError(f"wanted ahead of at least 0, got {ahead}")
+    if not 0 <= max_bad_fraction < 1:
+        raise ValueError(f"wanted max_bad_fraction in [0, 1), got {max_bad_fraction}")
+
+
+def _choose_device(device: str | None) -> tuple[int | None, Decoding]:
+    """The CUDA device's number, or None for the CPU; and the way of decoding that works there."""
+    if device is None or torch.device(device).type != "cuda":
+        return None, Decoding.CPU
+    index = torch.device(device).index
+    device_id = torch.cuda.current_device() if index is None else index
+    return device_id, choose_decoding(device_id)

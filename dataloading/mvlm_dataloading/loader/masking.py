@@ -1,7 +1,7 @@
-"""Which patches and which tokens are hidden: exact counts, drawn from (seed, epoch, sample id).
+"""Random patch and token masks with exact counts, as a function of (seed, epoch, sample id).
 
-Shape legend: B samples, K masked patches an image, M masked tokens of all samples, T packed tokens.
-Polarity: the ids name what is *masked*, that is replaced and to be predicted.
+Shape legend: B samples, K masked patches per image, M masked tokens of all samples, T packed tokens.
+Polarity: ids name *masked* positions, which are replaced and have to be predicted.
 """
 
 from typing import Any
@@ -15,12 +15,12 @@ Int64 = NDArray[np.int64]
 
 
 def num_masked_blocks(image_size: int, mask_block: int, ratio: float) -> int:
-    """round(ratio x blocks), a half to the even number, as Python's `round`: 29 of 49 at 224 px, 5 of 9 at 96 px."""
+    """round(ratio x blocks), halves to even like Python's `round`: 29 of 49 at 224 px, 5 of 9 at 96 px."""
     return round(ratio * (image_size // mask_block) ** 2)
 
 
 def check_mask_sizes(image_size: int, patch_size: int, mask_block: int, ratio: float) -> None:
-    """Raises ValueError, with wanted and got, unless patches tile the mask blocks and blocks tile the image."""
+    """Check that patches tile the mask blocks and blocks tile the image. Raises ValueError."""
     if min(image_size, patch_size, mask_block) < 1 or image_size % mask_block or mask_block % patch_size:
         raise ValueError(
             "wanted an image side that is a multiple of the mask block, and a mask block that is one of the patch; "
@@ -32,7 +32,7 @@ def check_mask_sizes(image_size: int, patch_size: int, mask_block: int, ratio: f
 
 
 def check_token_ratio(ratio: float) -> None:
-    """Raises ValueError unless the ratio is in [0, 1]."""
+    """Check that a ratio is in [0, 1]. Raises ValueError."""
     if not 0 <= ratio <= 1:
         raise ValueError(f"wanted a token mask ratio in [0, 1], got {ratio}")
 
@@ -47,25 +47,27 @@ def draw_patch_masks(
     mask_block: int = 32,
     ratio: float = 0.6,
 ) -> Int64:
-    """Masked patches of each image: int64 (B, K), row-major patch numbers, ascending in each row.
+    """Masked patches of each image: int64 (B, K), row-major patch numbers, ascending within a row.
 
-    round(ratio x blocks) square blocks of `mask_block` pixels are hidden, every set of blocks with equal probability.
-    `epoch` is one number or int (B,).
+    round(ratio x blocks) square blocks of `mask_block` pixels are hidden. All sets of blocks are equally likely.
+
+    Args:
+        epoch: one number, or int (B,).
 
     Raises:
-        ValueError: the block does not divide the image side, or the patch the block.
+        ValueError: the block does not divide the image side, or the patch does not divide the block.
     """
     check_mask_sizes(image_size, patch_size, mask_block, ratio)
     blocks_a_side, patches_a_block = image_size // mask_block, mask_block // patch_size
     patches_a_side = image_size // patch_size
     chosen = num_masked_blocks(image_size, mask_block, ratio)
 
-    # The blocks with the smallest keys are hidden; a stable sort, so that even equal keys give one answer everywhere.
+    # Hide the blocks with the smallest keys. The sort is stable, so equal keys give the same result everywhere.
     keys = hash64(hash64(Purpose.PATCHES, seed, epoch, np.asarray(sample_ids))[:, None], np.arange(blocks_a_side**2))
     blocks = np.argsort(keys, axis=1, kind="stable")[:, :chosen].astype(np.int64)  # (B, chosen)
 
     inside = np.arange(patches_a_block)
-    within = (inside[:, None] * patches_a_side + inside).ravel()  # patches of a block, from its top left patch
+    within = (inside[:, None] * patches_a_side + inside).ravel()  # patches of a block, relative to its top left patch
     top_left = (blocks // blocks_a_side * patches_a_side + blocks % blocks_a_side) * patches_a_block
     return np.sort((top_left[:, :, None] + within).reshape(len(blocks), -1), axis=1)  # (B, K)
 
@@ -73,9 +75,11 @@ def draw_patch_masks(
 def draw_token_masks(seed: int, epoch: Any, sample_ids: Any, lengths: Any, *, ratio: float = 0.3) -> Int64:
     """Masked positions in the packed tokens: int64 (M,), ascending.
 
-    Sample b has `lengths[b]` tokens, [CLS] and [SEP] among them; of its n = lengths[b] - 2 ordinary tokens exactly
-    max(1, round(ratio n)) are masked (Python's `round`: a half goes to the even number), never one of those two.
-    `epoch` is one number or int (B,).
+    Sample b has `lengths[b]` tokens including [CLS] and [SEP]. Of its n = lengths[b] - 2 ordinary tokens, exactly
+    max(1, round(ratio n)) are masked, halves rounded to even. [CLS] and [SEP] are never masked.
+
+    Args:
+        epoch: one number, or int (B,).
 
     Raises:
         ValueError: a caption without an ordinary token, or a ratio outside [0, 1].
@@ -85,14 +89,13 @@ def draw_token_masks(seed: int, epoch: Any, sample_ids: Any, lengths: Any, *, ra
     if len(lengths) and lengths.min() < 3:
         raise ValueError(f"wanted captions of at least 3 tokens with [CLS] and [SEP], got one of {lengths.min()}")
     ordinary = lengths - 2
-    counts = np.maximum(1, np.rint(ratio * ordinary)).astype(np.int64)  # rint rounds as `round` does
+    counts = np.maximum(1, np.rint(ratio * ordinary)).astype(np.int64)  # rint rounds halves to even, like `round`
 
-    first = np.cumsum(ordinary) - ordinary  # (B,) where each sample begins among all ordinary tokens
+    first = np.cumsum(ordinary) - ordinary  # (B,) start of each sample among all ordinary tokens
     rows = np.repeat(np.arange(len(lengths)), ordinary)
-    place = np.arange(len(rows)) - first[rows]  # within the caption, [CLS] not counted
+    place = np.arange(len(rows)) - first[rows]  # position within the caption, [CLS] not counted
     keys = hash64(hash64(Purpose.TOKENS, seed, epoch, np.asarray(sample_ids))[rows], place)
-    by_key = np.lexsort((keys, rows))  # each sample's tokens stay together, in the order of their keys
-    chosen = by_key[
-        place < counts[rows]
-    ]  # the first counts[b] of each; `place` is also the rank within the sorted sample
-    return np.sort(chosen + 2 * rows[chosen] + 1)  # + the special tokens that lie before it
+    by_key = np.lexsort((keys, rows))  # sample by sample, each ordered by key
+    # Samples keep their extent in `by_key`, so `place` is also the rank by key: take the first counts[b] of each.
+    chosen = by_key[place < counts[rows]]
+    return np.sort(chosen + 2 * rows[chosen] + 1)  # skip the special tokens before each one

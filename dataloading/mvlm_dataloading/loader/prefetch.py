@@ -1,4 +1,4 @@
-"""One thread that makes things before they are asked for."""
+"""A background thread that makes results ahead of use."""
 
 import queue
 import threading
@@ -8,11 +8,14 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Ahead(Generic[T]):
-    """Calls `make` in a thread, up to `depth` results ahead, and hands the results over in order.
+class Prefetcher(Generic[T]):
+    """Results of `make`, computed by a thread up to `depth` ahead and returned in order.
 
-    An exception of `make` is raised by `get` in its turn, after all results before it, and ends the thread; so does a
-    result None, which `get` returns. `done` is called at the end, in the thread.
+    An exception of `make` is raised by `get` after all earlier results, and ends the thread. A result of None also ends
+    it, and `get` returns None.
+
+    Args:
+        done: called once in the thread when it ends.
     """
 
     def __init__(self, make: Callable[[], T | None], depth: int, done: Callable[[], None]):
@@ -24,7 +27,7 @@ class Ahead(Generic[T]):
         self._thread.start()
 
     def get(self) -> T | None:
-        """The next result. What ended the thread is given again and again."""
+        """The next result. After the end, every call gives None or raises the same exception."""
         if self._ended is None:
             result, error = self._results.get()
             if result is not None:
@@ -37,7 +40,7 @@ class Ahead(Generic[T]):
         return None
 
     def close(self) -> None:
-        """End the thread, whatever it is at, and wait for it."""
+        """End the thread after the result that it is making, and wait for it."""
         self._stop.set()
         self._room.release()
         if self._thread is not threading.current_thread():
@@ -54,7 +57,7 @@ class Ahead(Generic[T]):
                 if result is None:
                     break
                 self._results.put((result, None))
-                del result  # or the thread would hold on to it while it waits
+                del result  # else this thread would keep it alive while it waits
         except BaseException as error:
             last = (None, error)
         finally:

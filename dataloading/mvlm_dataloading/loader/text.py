@@ -1,4 +1,4 @@
-"""Captions of a batch: one drawn for each picture, as tokens that were stored with it or are made here.
+"""Captions of a batch: one per image, as stored tokens or tokenized here.
 
 Shape legend: B batch, T packed tokens.
 """
@@ -14,78 +14,89 @@ from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.randomness import Purpose, hash64, text_hash
 from mvlm_dataloading.tokenizer import Tokenizer
 
-from .segment import Rows
+from .segment import RawBatch
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
-    """The captions of one batch."""
+class CaptionBatch:
+    """The captions of a batch as packed tokens."""
 
     tokens: Int64
-    """(T,), each as [CLS] ... [SEP], one after another."""
+    """(T,), each caption as [CLS] ... [SEP], without padding."""
     lengths: Int64
-    """(B,)."""
+    """(B,), tokens of each caption."""
     text_id: list[int]
+    """Equal for equal captions."""
     image_id: list[int]
+    """Equal for equal images."""
 
 
-def stored_tokens_fit(dataset: Dataset, tokenizer: Tokenizer, length: int) -> bool:
-    """Whether the tokens stored with the data are those that this tokenizer gives at this text length."""
+def can_use_stored_tokens(dataset: Dataset, tokenizer: Tokenizer, length: int) -> bool:
+    """True if the tokens stored with the data are what this tokenizer yields at this text length. Logs why not."""
     stored = dataset.description.get("tokens")
     if not stored:
         return False
     if stored["fingerprint"] != tokenizer.fingerprint:
-        log.info("%s: the stored tokens are another tokenizer's; captions are tokenised here", dataset.folder)
+        log.info("%s: stored tokens are of another tokenizer; captions are tokenized while loading", dataset.folder)
         return False
     if stored["max_length"] < length:
         log.info(
-            "%s: the stored tokens end at %d, fewer than the %d wanted; captions are tokenised here",
+            "%s: stored tokens are cut at %d, and %d are wanted; captions are tokenized while loading",
             dataset.folder, stored["max_length"], length,
         )  # fmt: skip
         return False
     return True
 
 
-class Captions:
-    """Draws, tokenises and checks captions. `first` takes the first of each picture instead of drawing one."""
+class CaptionReader:
+    """Draws one caption per image and turns it into checked tokens.
+
+    Args:
+        first: take the first caption of each image instead of a random one.
+        stored: use the tokens stored with the data.
+    """
 
     def __init__(self, dataset: Dataset, tokenizer: Tokenizer, length: int, seed: int, *, first: bool, stored: bool):
         self._dataset, self._tokenizer, self._length, self._seed = dataset, tokenizer, length, seed
         self._first, self._stored = first, stored
 
-    def __call__(self, rows: Rows) -> Words:
-        """Raises DataError, naming the sample, for captions, metadata or tokens that cannot be used."""
+    def __call__(self, raw: RawBatch) -> CaptionBatch:
+        """The captions of a batch.
+
+        Raises:
+            DataError: captions, metadata or tokens of a sample cannot be used. The message names the sample.
+        """
         where = self._dataset.where
-        choices = hash64(Purpose.CAPTION, self._seed, rows.epochs, rows.ids)
-        captions, picked, counts, image_ids = [], [], [], []
-        for row, i in enumerate(rows.ids):
-            known = parse_captions(rows.texts[row], lambda i=i: where(i))
-            picked.append(0 if self._first else int(choices[row]) % len(known))
-            captions.append(known[picked[-1]])
+        draws = hash64(Purpose.CAPTION, self._seed, raw.epochs, raw.ids)
+        captions, chosen, counts, image_ids = [], [], [], []
+        for row, i in enumerate(raw.ids):
+            known = parse_captions(raw.texts[row], lambda i=i: where(i))
+            chosen.append(0 if self._first else int(draws[row]) % len(known))
+            captions.append(known[chosen[-1]])
             counts.append(len(known))
-            metadata = parse_metadata(rows.metadata[row], lambda i=i: where(i))
-            image_ids.append(image_identity(metadata, lambda row=row: rows.encoded(row)))
+            metadata = parse_metadata(raw.metadata[row], lambda i=i: where(i))
+            image_ids.append(image_identity(metadata, lambda row=row: raw.encoded(row)))
         if self._stored:
-            parts = [self._read(rows, row, picked[row], counts[row]) for row in range(len(captions))]
+            parts = [self._stored_tokens(raw, row, chosen[row], counts[row]) for row in range(len(captions))]
             tokens, lengths = np.concatenate(parts), np.array([len(part) for part in parts], np.int64)
         else:
             tokens, lengths = self._tokenizer.encode(captions, self._length)
         if lengths.min() < 3:
             row = int(lengths.argmin())
             raise DataError(
-                f"{where(rows.ids[row])}: wanted a caption with a token, found {captions[row]!r}; use another tokenizer"
+                f"{where(raw.ids[row])}: wanted a caption with a token, found {captions[row]!r}; use another tokenizer"
             )
-        return Words(tokens, lengths, [text_hash(caption) for caption in captions], image_ids)
+        return CaptionBatch(tokens, lengths, [text_hash(caption) for caption in captions], image_ids)
 
-    def _read(self, rows: Rows, row: int, caption: int, count: int) -> Int64:
-        """The stored tokens of one caption, cut before [SEP] to the text length."""
-        where = self._dataset.where(rows.ids[row])
-        tokens = split_stored(rows.tokens[row], count, where)[caption].astype(np.int64)
+    def _stored_tokens(self, raw: RawBatch, row: int, caption: int, count: int) -> Int64:
+        """Stored tokens of one caption, shortened to the text length with [SEP] kept."""
+        where = self._dataset.where(raw.ids[row])
+        tokens = split_stored_tokens(raw.tokens[row], count, where)[caption].astype(np.int64)
         if len(tokens) < 2 or tokens[0] != self._tokenizer.cls_id or tokens[-1] != self._tokenizer.sep_id:
             raise DataError(
-                f"{where}: wanted stored tokens as [CLS] ... [SEP], found {tokens.tolist()}; index it again"
+                f"{where}: wanted stored tokens as [CLS] ... [SEP], found {tokens.tolist()}; write the tokens again"
             )
         if tokens.min() < 0 or tokens.max() >= self._tokenizer.vocab_size:
             raise DataError(
@@ -97,8 +108,8 @@ class Captions:
         return tokens
 
 
-def split_stored(content: bytes, count: int, where: str) -> list[np.ndarray]:
-    """The captions' tokens, int32, of a `.tok` component: for each caption its number of tokens and then these.
+def split_stored_tokens(content: bytes, count: int, where: str) -> list[np.ndarray]:
+    """Split a `.tok` component into int32 tokens per caption. It holds, for each caption, a count and then the tokens.
 
     Raises:
         DataError: the component does not hold `count` captions.

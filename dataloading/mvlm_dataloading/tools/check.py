@@ -1,4 +1,4 @@
-"""Checking a data set: every byte read, every picture decoded, every caption looked at."""
+"""Check of a data set: every byte is read, every image decoded, every caption parsed."""
 
 import hashlib
 from collections import Counter
@@ -9,18 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from mvlm_dataloading.build.duplicates import any_size
-from mvlm_dataloading.build.image_check import Decoder, read_header
-from mvlm_dataloading.build.workers import work
+from mvlm_dataloading.build.duplicates import unbounded_decoder
+from mvlm_dataloading.build.image_check import ImageDecoder, read_header
+from mvlm_dataloading.build.workers import run_tasks
 from mvlm_dataloading.captions import script_of
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
-from mvlm_dataloading.dataset.description import read_description, shard_files
+from mvlm_dataloading.dataset.description import read_description, shard_paths
 from mvlm_dataloading.dataset.open import open_dataset
 from mvlm_dataloading.errors import DataError
 
-from .reindex import index_of
+from .reindex import index_tar
 
-_PROBLEMS = 100  # of a shard; more are counted
+_MAX_PROBLEMS = 100  # listed per shard; more are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +33,15 @@ class _Task:
 
 @dataclass(slots=True)
 class Findings:
-    """What was found in a split, or in one of its shards: lists of n."""
+    """Statistics and problems of a split or a shard: lists of n images."""
 
     sizes: list[tuple[int, int]] = field(default_factory=list)
-    """Width and height as shown."""
+    """Width and height, with the EXIF orientation applied."""
     image_bytes: list[int] = field(default_factory=list)
     captions: list[int] = field(default_factory=list)
-    """Captions of each picture."""
+    """Number of captions per image."""
     words: list[int] = field(default_factory=list)
-    """Words of every caption."""
+    """Number of words per caption."""
     scripts: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
     keys: list[str] = field(default_factory=list)
@@ -60,11 +60,11 @@ def check_shards(
     """Check every shard of every split.
 
     Args:
-        workers: processes; 0 works in this one.
-        progress: called with samples done and samples in all.
+        workers: number of processes; 0 works in this one.
+        progress: called with the samples done and the total.
 
     Returns:
-        Findings by split. Whatever is wrong is in their `problems`, a line each.
+        Findings by split. Their `problems` have a line per problem.
 
     Raises:
         DataError: the folder is no data set.
@@ -85,28 +85,28 @@ def check_shards(
     results: dict[int, Findings] = {}
     done, total = 0, sum(task.shard["samples"] for task in tasks)
     numbers = {id(task): number for number, task in enumerate(tasks)}
-    for event in work(_check_shard, tasks, workers):
+    for event in run_tasks(_check_shard, tasks, workers):
         number = numbers[id(event.task)]
-        if event.kind == "beat":
+        if event.kind == "progress":
             done += event.value
             progress(done, total)
         elif event.kind == "done":
             results[number] = event.value
         else:
-            problem = f"{event.task.shard['tar']}: wanted pictures that can be decoded, found one that ends the process"
+            problem = f"{event.task.shard['tar']}: wanted images that can be decoded, found one that kills the process"
             results[number] = Findings(problems=[problem])
     for number, task in enumerate(tasks):
         found[task.split].add(results[number])
     for split, findings in found.items():
-        # A view may repeat a sample on purpose.
+        # A view may repeat samples intentionally.
         if not any("index" in shard for shard in description["splits"][split]["shards"]):
             repeated = [key for key, count in Counter(findings.keys).items() if count > 1]
-            findings.problems += [f"{split}: wanted keys that are unique, found {key} again" for key in repeated]
+            findings.problems += [f"{split}: wanted unique keys, found {key} more than once" for key in repeated]
     return found
 
 
 def _opening_problems(folder: Path, split: str) -> list[str]:
-    """What `open_dataset` says, which stops at the first fault, and which a reader will meet."""
+    """The problem that `open_dataset` stops at, if any."""
     try:
         open_dataset(folder, split)
     except DataError as error:
@@ -114,37 +114,37 @@ def _opening_problems(folder: Path, split: str) -> list[str]:
     return []
 
 
-def _check_shard(task: _Task, beat: Callable[[int], None]) -> Findings:
+def _check_shard(task: _Task, report: Callable[[int], None]) -> Findings:
     found = Findings()
     try:
-        _read_through(task, found, beat)
-    except (OSError, ValueError) as error:  # a file that is missing, an index that is none
+        _read_through(task, found, report)
+    except (OSError, ValueError) as error:  # a missing file, a malformed index
         found.problems.append(f"{task.shard['tar']}: wanted a shard and its index, found {error}; restore it")
     return found
 
 
-def _read_through(task: _Task, found: Findings, beat: Callable[[int], None]) -> None:
-    tar, index = shard_files(task.folder, task.shard)
+def _read_through(task: _Task, found: Findings, report: Callable[[int], None]) -> None:
+    tar, index = shard_paths(task.folder, task.shard)
     with tar.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if task.shard["sha256"] and digest != task.shard["sha256"]:
         found.problems.append(f"{tar.name}: wanted sha256 {task.shard['sha256'][:16]}..., found {digest[:16]}...")
     lines = index.read_text(encoding="utf-8", errors="surrogateescape").splitlines()[1:]
     try:
-        own = index_of(tar)
-        strange = set(lines) - set(own.lines) - set(own.unreadable)  # texts are judged below, with the pictures
+        own = index_tar(tar)
+        strange = set(lines) - set(own.lines) - set(own.unreadable)  # their texts are checked below, with the images
         if strange or ("index" not in task.shard and set(own.lines) - set(lines)):
             found.problems.append(f"{index.name}: wanted the samples of {tar.name}, found others; `mvlm data index`")
     except DataError as error:
         found.problems.append(str(error))
-    decoder = any_size()
+    decoder = unbounded_decoder()
     with tar.open("rb") as file:
         for begin in range(0, len(lines), 32):
             _check_samples(task, tar.name, [_read(file, line) for line in lines[begin : begin + 32]], decoder, found)
-            beat(len(lines[begin : begin + 32]))
-    if len(found.problems) > _PROBLEMS:
-        more = len(found.problems) - _PROBLEMS
-        found.problems[_PROBLEMS:] = [f"{tar.name}: and {more} more"]
+            report(len(lines[begin : begin + 32]))
+    if len(found.problems) > _MAX_PROBLEMS:
+        more = len(found.problems) - _MAX_PROBLEMS
+        found.problems[_MAX_PROBLEMS:] = [f"{tar.name}: and {more} more"]
 
 
 def _read(file: Any, line: str) -> tuple[str, dict[str, bytes]]:
@@ -157,14 +157,14 @@ def _read(file: Any, line: str) -> tuple[str, dict[str, bytes]]:
 
 
 def _check_samples(
-    task: _Task, tar: str, samples: Sequence[tuple[str, dict[str, bytes]]], decoder: Decoder, found: Findings
+    task: _Task, tar: str, samples: Sequence[tuple[str, dict[str, bytes]]], decoder: ImageDecoder, found: Findings
 ) -> None:
     images = [next((p for e, p in parts.items() if e in ("jpg", "jpeg", "png", "webp")), b"") for _, parts in samples]
     for (key, parts), image, pixels in zip(samples, images, decoder(images), strict=True):
         where = f"{tar} key {key}"
         found.keys.append(key)
         if isinstance(pixels, str):
-            found.problems.append(f"{where}: wanted a picture, found that {pixels}")
+            found.problems.append(f"{where}: wanted an image, found that {pixels}")
         else:
             header = read_header(image)
             found.formats[header if isinstance(header, str) else header.extension] += 1
@@ -186,7 +186,7 @@ def _check_samples(
 
 
 def _token_problem(tokens: bytes | None, captions: int, vocab_size: int) -> str | None:
-    """What is wrong with a `.tok` component: for each caption a count n and n ids, int32."""
+    """The problem of a `.tok` component, or None. It must hold, for each caption, a count n and n ids, int32."""
     if tokens is None or len(tokens) % 4:
         return f"wanted token ids as int32, found {'none' if tokens is None else f'{len(tokens)} bytes'}"
     numbers = np.frombuffer(tokens, "<i4")

@@ -1,4 +1,4 @@
-"""Indices of tars, made from the tars alone: ours again, or those of tars that other tools wrote, read in place."""
+"""Rebuilding DALI indices from tars: of our data folders, or of other tools' tars, to use these in place."""
 
 import json
 import tarfile
@@ -7,44 +7,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvlm_dataloading.build.shard_writer import index_text
+from mvlm_dataloading.build.shard_writer import format_index
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import (
     FORMAT_VERSION,
-    description_of,
+    describe_shard,
     read_description,
-    shard_files,
+    shard_paths,
     write_durably,
 )
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.sources.record import split_name
-from mvlm_dataloading.sources.samples import IMAGES, has_end, split_member
+from mvlm_dataloading.sources.record import canonical_split
+from mvlm_dataloading.sources.samples import IMAGE_EXTENSIONS, has_end_block, split_member_name
 
-_TOLD = (*IMAGES, "txt", "json", "tok")
+_KNOWN = (*IMAGE_EXTENSIONS, "txt", "json", "tok")
 _MAX_TEXT = 1 << 22
 
 
 @dataclass(slots=True)
 class TarIndex:
-    """What a tar holds."""
+    """The samples of a tar."""
 
     lines: list[str]
-    """One a sample, as in a DALI index."""
+    """Index lines of the usable samples."""
     unreadable: list[str]
-    """The same of samples whose captions or metadata cannot be read."""
+    """Index lines of samples whose captions or metadata cannot be read."""
     captions: int
-    """Of the samples in `lines`."""
+    """Number of captions of the usable samples."""
     left_out: Counter[str]
-    """Samples that cannot be used, by reason."""
+    """Number of unusable samples by reason."""
 
 
-def index_of(tar: Path) -> TarIndex:
-    """Read the headers and the texts of a tar. Other members than a sample's are passed over.
+def index_tar(tar: Path) -> TarIndex:
+    """Index a tar from its headers and texts. Members that belong to no sample are skipped.
 
-    A sample needs a picture, and captions in UTF-8; its metadata, if there are any, have to be a JSON object.
+    A sample needs an image and captions in UTF-8. Its metadata, if it has any, must be a JSON object.
 
     Raises:
-        DataError: the file is no tar, is compressed, or ends early.
+        DataError: the file is missing, is no tar, is compressed, or ends early.
     """
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     faults: dict[str, str] = {}
@@ -54,11 +54,13 @@ def index_of(tar: Path) -> TarIndex:
     try:
         with tarfile.open(tar, "r:") as file:
             for member in file:
-                key, extension = split_member(member.name)
-                if not member.isfile() or member.issparse() or extension not in _TOLD:
+                key, extension = split_member_name(member.name)
+                if not member.isfile() or member.issparse() or extension not in _KNOWN:
                     continue
                 parts = samples.setdefault(key, {})
-                if extension in parts or (extension in IMAGES and any(one in parts for one in IMAGES)):
+                if extension in parts or (
+                    extension in IMAGE_EXTENSIONS and any(one in parts for one in IMAGE_EXTENSIONS)
+                ):
                     faults[key] = "key names two files of a kind"
                 elif parts and key != last:
                     faults[key] = "files of a sample do not follow one another"
@@ -70,20 +72,20 @@ def index_of(tar: Path) -> TarIndex:
                         unread.setdefault(key, found)
                     elif extension == "txt":
                         captions[key] = found
-        if not has_end(tar):  # Python takes a header that is cut for the end
+        if not has_end_block(tar):  # Python takes a truncated header for the end
             raise tarfile.ReadError("it ends early")
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
             raise DataError(f"{tar}: wanted a tar, found no such file") from None
         raise DataError(
-            f"{tar}: wanted a whole, uncompressed tar, found otherwise ({error}); get it again, or write it anew with "
+            f"{tar}: wanted a whole, uncompressed tar, found otherwise ({error}); get it again, or rewrite it with "
             f"`mvlm data webdataset`"
         ) from None
     index = TarIndex([], [], 0, Counter(faults.values()))
     for key, parts in samples.items():
         if key in faults:
             continue
-        if not any(one in parts and parts[one].size for one in IMAGES):
+        if not any(one in parts and parts[one].size for one in IMAGE_EXTENSIONS):
             index.left_out["no image"] += 1
             continue
         line = " ".join(_component(member) for member in parts.values())
@@ -99,7 +101,7 @@ def index_of(tar: Path) -> TarIndex:
 
 
 def _read_text(file: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> int | str:
-    """How many captions, or fields, a text of a sample holds; or why it cannot be used."""
+    """The number of captions or fields in a sample's text, or the reason why it cannot be used."""
     content = file.extractfile(member).read(_MAX_TEXT + 1)  # pyright: ignore[reportOptionalMemberAccess] (a file)
     what = "caption" if extension == "txt" else "metadata"
     if len(content) > _MAX_TEXT:
@@ -114,16 +116,17 @@ def _read_text(file: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -
 
 
 def rebuild_indices(folder: Path, split: str | None = None) -> dict[str, Any]:
-    """Make the indices of a data folder again; a folder of tars that has no `dataset.json` gets one.
+    """Rebuild the indices of a data folder. A folder of tars without `dataset.json` gets one.
 
     Args:
-        split: the split of tars that no description names, where their own names (train-000.tar) do not say it.
+        split: the split of all tars without a description. Default: the one in a tar's name (train-000.tar), else
+            train.
 
     Returns:
         The description.
 
     Raises:
-        DataError: a tar is damaged or does not hold what the description says; the folder is a view.
+        DataError: a tar is damaged or does not have the described samples; the folder is a view; no sample is usable.
     """
     if (folder / "dataset.json").is_file():
         description = read_description(folder)
@@ -131,7 +134,7 @@ def rebuild_indices(folder: Path, split: str | None = None) -> dict[str, Any]:
             for shard in part["shards"]:
                 if "index" in shard:
                     raise DataError(f"{folder}: wanted a folder of tars, found a view; make it again instead")
-                tar, _ = shard_files(folder, shard)
+                tar, _ = shard_paths(folder, shard)
                 _write_index(tar, shard["samples"])
         return description
     tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
@@ -141,7 +144,7 @@ def rebuild_indices(folder: Path, split: str | None = None) -> dict[str, Any]:
 
 
 def _write_index(tar: Path, samples: int | None) -> TarIndex:
-    found = index_of(tar)
+    found = index_tar(tar)
     if samples is not None and len(found.lines) != samples:
         raise DataError(
             f"{tar}: wanted {samples} samples as in dataset.json, found {len(found.lines)}; restore it or build the "
@@ -149,7 +152,7 @@ def _write_index(tar: Path, samples: int | None) -> TarIndex:
         )
     path = tar.with_suffix(".idx")
     aside = path.with_suffix(".idx.tmp")
-    write_durably(aside, index_text(found.lines))
+    write_durably(aside, format_index(found.lines))
     aside.rename(path)
     return found
 
@@ -161,11 +164,11 @@ def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, An
         found = _write_index(tar, None)
         left_out += found.left_out
         if found.lines:
-            name = split_name(split, str(folder)) if split else _split_of(tar)
+            name = canonical_split(split, str(folder)) if split else _split_of(tar)
             part = splits.setdefault(name, {"samples": 0, "captions": 0, "shards": []})
             part["samples"] += len(found.lines)
             part["captions"] += found.captions
-            part["shards"].append(description_of(tar, len(found.lines)))
+            part["shards"].append(describe_shard(tar, len(found.lines)))
     if not splits:
         raise DataError(f"{folder}: wanted at least one sample, found none; left out: {dict(left_out)}")
     description = {
@@ -188,13 +191,13 @@ def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, An
 def _split_of(tar: Path) -> str:
     word = tar.name.split(".")[0].split("-")[0].split("_")[0].lower()
     try:
-        return split_name(word, str(tar))
+        return canonical_split(word, str(tar))
     except DataError:
         return "train"
 
 
 def _component(member: tarfile.TarInfo) -> str:
-    # An index is split at blanks; the name in it serves to recognise a sample and is not looked up.
+    # Indices are split at blanks, so white space in a name is percent-encoded. Names in an index are not looked up.
     name = member.name
     for sign in ("%", *(sign for sign in set(name) if sign.isspace())):
         name = name.replace(sign, "".join(f"%{byte:02X}" for byte in sign.encode()))

@@ -1,4 +1,4 @@
-"""What a check found, to look at: a table, and a sheet of pictures."""
+"""Summary of a check: a table of findings, and a contact sheet of images."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -7,28 +7,28 @@ from typing import Any
 
 import numpy as np
 
-from mvlm_dataloading.build.duplicates import any_size
+from mvlm_dataloading.build.duplicates import unbounded_decoder
 from mvlm_dataloading.dataset.description import read_description
 from mvlm_dataloading.dataset.open import open_dataset
 from mvlm_dataloading.errors import need
 
 from .check import Findings
 
-_SHEET = (8, 6)  # pictures across and down
+_SHEET = (8, 6)  # images across and down
 _CELL, _TEXT = 160, 36
 
 
-def table(folder: Path, found: dict[str, Findings]) -> str:
-    """The findings as text: a column a split, and what was rejected when the data set was built."""
+def findings_table(folder: Path, found: dict[str, Findings]) -> str:
+    """The findings as text: a column per split, then the records rejected when the data set was built."""
     rows: list[list[str]] = [["", *found]]
 
     def row(name: str, cell: Callable[[Findings], str]) -> None:
         rows.append([name, *(cell(one) for one in found.values())])
 
-    row("pictures", lambda f: f"{len(f.sizes):,}")
+    row("images", lambda f: f"{len(f.sizes):,}")
     row("captions", lambda f: f"{sum(f.captions):,}")
-    row("captions of a picture", lambda f: _range(f.captions))
-    row("words of a caption", lambda f: _range(f.words))
+    row("captions per image", lambda f: _range(f.captions))
+    row("words per caption", lambda f: _range(f.words))
     row("short side, pixels", lambda f: _range([min(size) for size in f.sizes]))
     row("long side, pixels", lambda f: _range([max(size) for size in f.sizes]))
     row("width over height", lambda f: _range([w / h for w, h in f.sizes], 2))
@@ -56,7 +56,7 @@ def _shares(counts: Counter[str]) -> str:
 
 
 def contact_sheet(folder: Path, path: Path) -> Path:
-    """A PNG of up to 48 pictures from all splits, evenly spread, each over its first caption."""
+    """Write a PNG of up to 48 images, spread evenly over all splits, each with its first caption below."""
     pil, draw = need("PIL.Image"), need("PIL.ImageDraw")
     splits = [open_dataset(folder, split) for split in read_description(folder)["splits"]]
     places = [(dataset, i) for dataset in splits for i in range(len(dataset))]
@@ -65,7 +65,7 @@ def contact_sheet(folder: Path, path: Path) -> Path:
     chosen = [places[i * len(places) // count] for i in range(count)]
     rows = -(-count // across)
     sheet = pil.new("RGB", (across * (_CELL + 8) + 8, rows * (_CELL + _TEXT + 8) + 8), "white")
-    pen, decoder = draw.Draw(sheet), any_size()
+    pen, decoder = draw.Draw(sheet), unbounded_decoder()
     for place, (dataset, i) in enumerate(chosen):
         x, y = 8 + place % across * (_CELL + 8), 8 + place // across * (_CELL + _TEXT + 8)
         (pixels,) = decoder([dataset.image_bytes(i)])
@@ -73,9 +73,9 @@ def contact_sheet(folder: Path, path: Path) -> Path:
             pen.rectangle((x, y, x + _CELL, y + _CELL), outline="red")
             pen.text((x + 4, y + 4), pixels, fill="red")
         else:
-            picture = pil.fromarray(pixels)
-            picture.thumbnail((_CELL, _CELL))
-            sheet.paste(picture, (x + (_CELL - picture.width) // 2, y + (_CELL - picture.height) // 2))
+            image = pil.fromarray(pixels)
+            image.thumbnail((_CELL, _CELL))
+            sheet.paste(image, (x + (_CELL - image.width) // 2, y + (_CELL - image.height) // 2))
         for line, words in enumerate(_lines(pen, dataset.captions(i)[0])):
             pen.text((x, y + _CELL + 2 + 12 * line), words, fill="black")
     sheet.save(path)
@@ -83,7 +83,7 @@ def contact_sheet(folder: Path, path: Path) -> Path:
 
 
 def _lines(pen: Any, caption: str) -> list[str]:
-    """The caption in lines that fit under a picture, three at most."""
+    """The caption in at most three lines that fit below an image."""
     lines = [""]
     for word in caption[:200].split():
         longer = f"{lines[-1]} {word}".strip()

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mvlm_dataloading import DataError, Settings, ShardWriter, build_shards, open_dataset
+from mvlm_dataloading import BuildOptions, DataError, ShardWriter, build_shards, open_dataset
 from mvlm_dataloading.build.piece import CRASHED
 from mvlm_dataloading.sources.folder import folder
-from mvlm_dataloading.sources.record import Listed, Source
+from mvlm_dataloading.sources.record import ListedPiece, Source, cut_into_pieces
 from support import published
 from support.data import build_records, file_contents, make_record, read_json_lines
 
@@ -36,18 +36,18 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path):
     published.folder(tmp_path / "pictures", 30)
     (tmp_path / "pictures/a/0.jpg").write_bytes(b"broken")
 
-    def cut() -> Source:
-        from mvlm_dataloading.sources.record import cut
-
+    def in_small_pieces() -> Source:
         whole = folder(tmp_path / "pictures", test=0.2)
         records = {}
         for piece in whole.pieces:
             records.setdefault(piece.split, []).extend(piece.records(1))
-        return Source("folder", "", "", whole.recipe, cut(records, 7))
+        return Source("folder", "", "", whole.recipe, cut_into_pieces(records, 7))
 
-    seen = []
-    one = build_shards(cut(), tmp_path / "one", Settings(shard_bytes=20_000), workers=0)
-    two = build_shards(cut(), tmp_path / "two", Settings(shard_bytes=20_000), workers=2, progress=seen.append)
+    seen, options = [], BuildOptions(shard_bytes=20_000)
+    one = build_shards(in_small_pieces(), tmp_path / "one", options, workers=0)
+    two = build_shards(
+        in_small_pieces(), tmp_path / "two", BuildOptions(shard_bytes=20_000), workers=2, progress=seen.append
+    )
     assert file_contents(one) == file_contents(two)
     assert len(open_dataset(one, "train").tars) > 4
     assert (seen[-1].pieces, seen[-1].of_pieces, seen[-1].records) == (5, 5, 30)
@@ -78,7 +78,7 @@ def test_another_run_is_not_mixed_into_what_a_killed_one_left(tmp_path, monkeypa
         with pytest.raises(DataError, match="found that of another; give the same command again, or remove"):
             build_records(tmp_path / "out", records, each=each, quality=quality)
     seen = []
-    source = Source("set", "tests", "CC0", {}, [Listed("train", records["train"][i : i + 2]) for i in (0, 2)])
+    source = Source("set", "tests", "CC0", {}, [ListedPiece("train", records["train"][i : i + 2]) for i in (0, 2)])
     build_shards(source, tmp_path / "out", progress=seen.append, workers=0)
     assert (seen[0].pieces, seen[-1].records) == (2, 0)  # nothing was done twice
     assert keys(tmp_path / "out") == ["k0", "k1", "k2", "k3"]
@@ -107,7 +107,7 @@ def test_a_mount_point_is_refused_before_anything_is_done(tmp_path, monkeypatch)
     (tmp_path / "volume").mkdir()
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "volume")
     seen = []
-    source = Source("set", "", "", {}, [Listed("train", [make_record("a", published.picture(0))])])
+    source = Source("set", "", "", {}, [ListedPiece("train", [make_record("a", published.picture(0))])])
     with pytest.raises(DataError, match="volume: wanted a folder that can be replaced, found a mount point"):
         build_shards(source, tmp_path / "volume", progress=seen.append, workers=0)
     assert seen == []
@@ -120,7 +120,7 @@ def test_two_runs_at_once_are_refused(tmp_path):
     (tmp_path / ".out.partial").mkdir()
     with (tmp_path / ".out.partial/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(DataError, match="wanted to be the only one that writes there, found another"):
+        with pytest.raises(DataError, match="wanted to be the only process that writes there, found another"):
             build_records(tmp_path / "out", {"train": [make_record("a", published.picture(0))]})
     build_records(tmp_path / "out", {"train": [make_record("a", published.picture(0))]})
 
@@ -169,7 +169,7 @@ def test_a_full_disk_leaves_nothing_that_a_reader_takes(tmp_path):
     done = subprocess.run(command, preexec_fn=limited, **settings)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("mvlm: ")
-    assert "wanted room to write, found none (File too large); what is done is kept in" in done.stderr
+    assert "wanted room to write, found none (File too large); finished pieces are kept in" in done.stderr
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out.partial/pieces/*"))
     done = subprocess.run(command, **settings)

@@ -43,7 +43,8 @@ def test_what_is_in_an_evaluation_split_is_not_trained_on(tmp_path):
     )
     assert keys(out) == ["wider", "of-the-others-training", "alone"]
     assert keys(out, "test") == ["a", "b"]
-    exact, near = "picture is in an evaluation split", "picture is nearly one of an evaluation split"
+    exact = "image is in an evaluation split"
+    near = "image is a near-duplicate of one in an evaluation split"
     wanted = {"same": exact, "smaller": near, "brighter": near, "of-the-others-evaluation": exact}
     assert {line["key"]: line["reason"] for line in read_json_lines(out / "rejected.jsonl")} == wanted
     assert json.loads((out / "dataset.json").read_text())["rejected"] == {exact: 2, near: 2}

@@ -6,13 +6,13 @@ import numpy as np
 from PIL import Image
 
 from mvlm_dataloading.build.hash_search import MAX_DISTANCE
-from mvlm_dataloading.build.image_check import TOO_MANY_PIXELS, UNDECODABLE, Decoder, perceptual_hash
+from mvlm_dataloading.build.image_check import TOO_MANY_PIXELS, UNDECODABLE, ImageDecoder, perceptual_hash
 from support import published
 
 
 def test_16_bits_keep_their_high_byte():
     levels = np.tile(np.arange(0, 65536, 1024, dtype=np.uint16)[:, None], (1, 64))
-    (pixels,) = Decoder(1 << 20)([published.encoded(Image.fromarray(levels), "PNG")])
+    (pixels,) = ImageDecoder(1 << 20)([published.encoded(Image.fromarray(levels), "PNG")])
     assert not isinstance(pixels, str)
     assert np.abs(pixels.astype(int) - (levels / 257)[..., None]).max() <= 1
 
@@ -21,7 +21,7 @@ def test_the_decoder_asks_for_the_size_itself():
     """Should its parser read a header in another way than Pillow does."""
     kinds = [((40, 30), "PNG"), ((41, 30), "PNG"), ((40, 30), "JPEG"), ((60, 30), "WEBP"), ((30, 40), "WEBP")]
     images = [published.encoded(published.picture(i, size), kind) for i, (size, kind) in enumerate(kinds)]
-    found = list(Decoder(1200)([*images, b"", b"noise"]))
+    found = list(ImageDecoder(1200)([*images, b"", b"noise"]))
     shapes = [one if isinstance(one, str) else one.shape for one in found]
     large = TOO_MANY_PIXELS
     assert shapes == [(30, 40, 3), large, (30, 40, 3), large, (40, 30, 3), UNDECODABLE, UNDECODABLE]
@@ -31,7 +31,7 @@ def test_a_long_batch_is_decoded_in_parts_and_in_order():
     images = [
         published.encoded(published.picture(i, (20 + i, 20)), "PNG")[: 200 if i % 9 == 4 else None] for i in range(75)
     ]
-    found = list(Decoder(1 << 20)(images))
+    found = list(ImageDecoder(1 << 20)(images))
     assert [one if isinstance(one, str) else one.shape[1] for one in found] == [
         UNDECODABLE if i % 9 == 4 else 20 + i for i in range(75)
     ]

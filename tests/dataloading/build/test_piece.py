@@ -6,8 +6,8 @@ import json
 import numpy as np
 from PIL import Image, ImageOps
 
-from mvlm_dataloading import Settings, build_shards, open_dataset
-from mvlm_dataloading.sources.record import Listed, Record, Source
+from mvlm_dataloading import BuildOptions, build_shards, open_dataset
+from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support import published
 from support.data import build_records, make_record
 
@@ -27,8 +27,8 @@ def test_encoding_anew_turns_pictures_for_good(tmp_path):
         for kind in ("JPEG", "PNG", "WEBP")
         for orientation in (1, 3, 6)
     ]
-    source = Source("turned", "", "", {}, [Listed("train", records)])
-    build_shards(source, tmp_path / "out", Settings(short_side=30, quality=95), workers=0)
+    source = Source("turned", "", "", {}, [ListedPiece("train", records)])
+    build_shards(source, tmp_path / "out", BuildOptions(short_side=30, quality=95), workers=0)
     dataset = open_dataset(tmp_path / "out", "train")
     for i, record in enumerate(records):
         with Image.open(io.BytesIO(dataset.image_bytes(i))) as stored:

@@ -137,7 +137,7 @@ def test_bad_samples_are_refused_and_counted(tmp_path, caplog):
         "no caption": 2,
     }
     assert len(open_dataset(tmp_path / "out", "train")) == 1
-    assert "refused sample 'bomb' of set: image has too many pixels" in caplog.text
+    assert "rejected sample 'bomb' of set: image has too many pixels" in caplog.text
 
 
 def test_a_set_without_a_sample_is_refused_and_leaves_nothing(tmp_path):

@@ -4,7 +4,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS, head_of, parse
+from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS, parse_index, read_head
 
 
 def by_words(text: str) -> list[dict]:
@@ -45,18 +45,18 @@ def make(rows: int) -> str:
 @pytest.mark.parametrize("rows", [0, 1, 2, 300])
 def test_columns_are_what_the_lines_say(rows):
     text = make(rows)
-    index = parse(text.encode())
+    index = parse_index(text.encode())
     wanted = by_words(text)
     assert len(index.begin) == rows
     for i, row in enumerate(wanted):
         assert index.key(i) == row["key"]
         assert index.line(i).decode() == text.splitlines()[1 + i]
-        for kind, part in index.parts.items():
+        for kind, part in index.components.items():
             if kind in row:
                 assert (part.offset[i], part.size[i], index.name(i, kind)) == row[kind]
             else:
                 assert part.size[i] == -1
-    without_end = parse(text.encode().rstrip(b"\n")) if rows else index
+    without_end = parse_index(text.encode().rstrip(b"\n")) if rows else index
     assert np.array_equal(without_end.end, index.end)
 
 
@@ -73,21 +73,21 @@ def test_columns_are_what_the_lines_say(rows):
 )
 def test_lines_of_another_form(line, message):
     with pytest.raises(ValueError, match=message):
-        parse(f"v1.2 2\njpg 1 2 b.jpg\n{line}\n".encode())
+        parse_index(f"v1.2 2\njpg 1 2 b.jpg\n{line}\n".encode())
 
 
 def test_head():
-    assert head_of(b"v1.2 3\na\nb\nc\n") == ("v1.2 3", 3)
-    assert head_of(b"v1.2 3\na\nb\nc") == ("v1.2 3", 3)
-    assert head_of(b"") == ("", 0)
-    assert head_of(b"v1.2 0\n") == ("v1.2 0", 0)
+    assert read_head(b"v1.2 3\na\nb\nc\n") == ("v1.2 3", 3)
+    assert read_head(b"v1.2 3\na\nb\nc") == ("v1.2 3", 3)
+    assert read_head(b"") == ("", 0)
+    assert read_head(b"v1.2 0\n") == ("v1.2 0", 0)
 
 
 def test_memory_is_a_few_times_the_index():
     """So that a million samples, 90 MB of index, fit where a loader fits."""
     text = make(20000).encode()
     tracemalloc.start()
-    index = parse(text)
+    index = parse_index(text)
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(index.begin) == 20000

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mvlm_dataloading import DataError, ShardWriter, open_dataset
-from mvlm_dataloading.build.shard_writer import index_text
+from mvlm_dataloading.build.shard_writer import format_index
 from mvlm_dataloading.randomness import text_hash
 from support.data import make_captions, make_image, write_dataset
 
@@ -85,7 +85,7 @@ def test_an_index_of_another_name_is_a_view_with_a_fingerprint_of_its_own(folder
     lines = (folder / "train-000000.idx").read_text().splitlines()[1:]
     prints = set()
     for number, order in enumerate([[1, 0], [0, 1], [0], [1, 1]]):
-        (folder / f"view{number}.idx").write_text(index_text([lines[i] for i in order]))
+        (folder / f"view{number}.idx").write_text(format_index([lines[i] for i in order]))
         shard = shards[0] | {"index": f"view{number}.idx", "samples": len(order)}
         description["splits"]["train"]["shards"] = [shard]
         (folder / "dataset.json").write_text(json.dumps(description))
@@ -111,7 +111,7 @@ def write_by_hand(folder, members: list[tuple[str, bytes]]) -> None:
             key, extension = name.split(".", 1)
             samples.setdefault(key, []).append(f"{extension} {tar.offset + 512} {len(content)} {name}")
             tar.addfile(member, io.BytesIO(content))
-    path.with_suffix(".idx").write_text(index_text([" ".join(parts) for parts in samples.values()]))
+    path.with_suffix(".idx").write_text(format_index([" ".join(parts) for parts in samples.values()]))
     shard = {"tar": path.name, "samples": len(samples), "bytes": path.stat().st_size, "sha256": ""}
     description = {
         "format_version": 1,

@@ -9,7 +9,7 @@ import tarfile
 import pytest
 
 from mvlm_dataloading import DataError, open_dataset
-from mvlm_dataloading.build.shard_writer import index_text
+from mvlm_dataloading.build.shard_writer import format_index
 from support.data import make_image, write_dataset
 
 
@@ -138,7 +138,7 @@ def write_by_hand(folder, members: list[tuple[str, bytes]]) -> None:
             key, extension = name.split(".", 1)
             samples.setdefault(key, []).append(f"{extension} {tar.offset + 512} {len(content)} {name}")
             tar.addfile(member, io.BytesIO(content))
-    path.with_suffix(".idx").write_text(index_text([" ".join(parts) for parts in samples.values()]))
+    path.with_suffix(".idx").write_text(format_index([" ".join(parts) for parts in samples.values()]))
     shard = {"tar": path.name, "samples": len(samples), "bytes": path.stat().st_size, "sha256": ""}
     description = {
         "format_version": 1,

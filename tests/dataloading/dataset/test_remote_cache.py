@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from mvlm_dataloading import DataError, Loader, open_dataset, tokenizer_for
-from mvlm_dataloading.dataset import remote_cache as remote
-from mvlm_dataloading.dataset.remote_cache import Stage, is_remote
-from mvlm_dataloading.loader import sampler as order
+from mvlm_dataloading.dataset import remote_cache
+from mvlm_dataloading.dataset.remote_cache import RemoteCache, is_remote
+from mvlm_dataloading.loader import reader, sampler
 from support.data import write_dataset
 
 
@@ -66,7 +66,7 @@ def web(folder):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MVLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "_FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(remote_cache, "FIRST_PAUSE_S", 0.01)
     return tmp_path / "cache"
 
 
@@ -128,9 +128,9 @@ def test_an_object_store(folder, cache, tokenizer, monkeypatch):
 
 
 def test_a_web_server_a_small_cache_and_several_epochs(folder, web, cache, tokenizer, monkeypatch):
-    monkeypatch.setattr(order, "GROUP", 1)
-    monkeypatch.setattr("mvlm_dataloading.loader.reader._FIRST_SEGMENT_BATCHES", 1)
-    monkeypatch.setattr("mvlm_dataloading.loader.reader._SEGMENT_SAMPLES", 8)
+    monkeypatch.setattr(sampler, "GROUP", 1)
+    monkeypatch.setattr(reader, "FIRST_SEGMENT_BATCHES", 1)
+    monkeypatch.setattr(reader, "MAX_SEGMENT_SAMPLES", 8)
     size = limit_to(monkeypatch, folder, 4.5)
     dataset = open_dataset(web, "train")
     wanted = batches(open_dataset(folder, "train"), tokenizer, 24)
@@ -148,15 +148,14 @@ def test_a_web_server_a_small_cache_and_several_epochs(folder, web, cache, token
 
 
 def test_shards_come_before_they_are_needed(folder, web, cache, tokenizer, monkeypatch):
-    monkeypatch.setattr(order, "GROUP", 1)
-    monkeypatch.setattr("mvlm_dataloading.loader.reader._FIRST_SEGMENT_BATCHES", 1)
-    monkeypatch.setattr("mvlm_dataloading.loader.reader._SEGMENT_SAMPLES", 8)
+    monkeypatch.setattr(sampler, "GROUP", 1)
+    monkeypatch.setattr(reader, "FIRST_SEGMENT_BATCHES", 1)
+    monkeypatch.setattr(reader, "MAX_SEGMENT_SAMPLES", 8)
     loader = Loader(open_dataset(web, "train"), tokenizer, batch_size=8, image_size=32, text_length=12, seed=4, ahead=0)
     batch, _ = next(iter(loader))
-    assert loader._source is not None
-    staging = loader._source._reader._staging
-    assert staging is not None
-    staging.join(10)
+    for thread in threading.enumerate():
+        if thread.name == "mvlm-fetching":
+            thread.join(10)
     here = {path.name for path in cache.glob("*/*.tar")}
     in_use = {loader.dataset.tars[loader.dataset.shard[i]].name for i in batch.sample_id.tolist()}
     assert in_use < here
@@ -248,21 +247,26 @@ def test_a_data_set_that_brings_a_tokenizer(folder, web, cache, tokenizer):
         (folder / "dataset.json").write_text(kept)
 
 
-def test_shards_outside_the_folder_are_refused(folder, cache, monkeypatch, tmp_path):
-    description = json.loads((folder / "dataset.json").read_text())
+def test_shards_outside_the_folder_are_refused(folder, web, cache):
+    path = folder / "dataset.json"
+    kept = path.read_text()
+    description = json.loads(kept)
     description["splits"]["train"]["shards"][0]["tar"] = "../../stolen.tar"
-    monkeypatch.setattr(Stage, "_attempt", lambda *_: json.dumps(description).encode())
-    with pytest.raises(DataError, match=r"wanted shards inside the folder, found '\.\./\.\./stolen\.tar'"):
-        open_dataset("https://example.invalid/data", "train")
+    path.write_text(json.dumps(description))
+    try:
+        with pytest.raises(DataError, match=r"wanted shards inside the folder, found '\.\./\.\./stolen\.tar'"):
+            open_dataset(web, "train")
+    finally:
+        path.write_text(kept)
 
 
 def test_what_a_process_holds_another_does_not_remove(folder, web, cache, monkeypatch):
     """Two stages, as two jobs have them, in one cache with room for two shards."""
     size = limit_to(monkeypatch, folder, 2.2)
     shards = json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"]
-    one, two = Stage(web, cache, size), Stage(web, cache, size)
-    for stage in (one, two):
-        stage.expect(shards)
+    one, two = RemoteCache(web, cache, size), RemoteCache(web, cache, size)
+    for cached in (one, two):
+        cached.register_shards(shards)
     one.fetch([0])
     two.fetch([1])
     with pytest.raises(DataError, match="wanted room"):
@@ -270,15 +274,15 @@ def test_what_a_process_holds_another_does_not_remove(folder, web, cache, monkey
     asked = len(Quiet.asked)
     two.fetch([0])  # is there
     assert len(Quiet.asked) == asked
-    one.keep([])
+    one.release_except([])
     with pytest.raises(DataError, match="wanted room"):  # the other holds it still
         one.fetch([3])
-    two.keep([0])
+    two.release_except([0])
     one.fetch([3])  # in place of 1, which nobody holds
     left = sorted(path.name for path in cache.glob("*/*.tar"))
     assert left == [shards[0]["tar"], shards[3]["tar"]]
-    one.keep([])
-    two.keep([])
+    one.release_except([])
+    two.release_except([])
 
 
 def test_what_is_read_is_not_held(folder, web, cache, monkeypatch):
@@ -286,37 +290,37 @@ def test_what_is_read_is_not_held(folder, web, cache, monkeypatch):
     size = limit_to(monkeypatch, folder, 2.2)
     dataset = open_dataset(web, "train")
     assert tokenizer_for(dataset, 300).fingerprint == tokenizer_for(open_dataset(folder, "train"), 300).fingerprint
-    assert dataset.stage is not None
-    dataset.stage.fetch([0])
+    assert dataset.remote is not None
+    dataset.remote.fetch([0])
     assert dataset.captions(0) == open_dataset(folder, "train").captions(0)
-    other = Stage(web, cache, size)
-    other.expect(json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"])
+    other = RemoteCache(web, cache, size)
+    other.register_shards(json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"])
     other.fetch([1])
     with pytest.raises(DataError, match="wanted room"):
         other.fetch([2])
-    dataset.stage.keep([])
+    dataset.remote.release_except([])
     other.fetch([2])
-    other.keep([])
+    other.release_except([])
 
 
 def test_what_is_on_its_way_has_its_room(folder, web, cache, monkeypatch):
     """One job has begun to fetch a shard when another makes room for its own: together they would be too large."""
     size = limit_to(monkeypatch, folder, 1.5)
     shards = json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"]
-    one, two = Stage(web, cache, size), Stage(web, cache, size)
-    for stage in (one, two):
-        stage.expect(shards)
+    one, two = RemoteCache(web, cache, size), RemoteCache(web, cache, size)
+    for cached in (one, two):
+        cached.register_shards(shards)
     begun, go_on = threading.Event(), threading.Event()
-    whole = one._files.get_file
+    get_file = one.filesystem.get_file
 
     def slowly(path: str, to: str) -> None:
         with open(to, "wb"):  # as fsspec does
             begun.set()
         assert go_on.wait(60)
-        whole(path, to)
+        get_file(path, to)
 
     with monkeypatch.context() as patch:
-        patch.setattr(one, "_files", SimpleNamespace(get_file=slowly))
+        patch.setattr(one, "filesystem", SimpleNamespace(get_file=slowly))
         thread = threading.Thread(target=one.fetch, args=([0],))
         thread.start()
         assert begun.wait(60)
@@ -327,44 +331,44 @@ def test_what_is_on_its_way_has_its_room(folder, web, cache, monkeypatch):
             go_on.set()
             thread.join()
     assert [path.name for path in cache.glob("*/*.tar*") if path.suffix != ".lock"] == [shards[0]["tar"]]
-    one.keep([])
+    one.release_except([])
     two.fetch([1])
-    two.keep([])
+    two.release_except([])
 
 
 def test_a_file_that_goes_while_room_is_made(folder, web, cache, monkeypatch):
     """Between the listing and a look at its size, as when another job has just finished with it."""
     size = limit_to(monkeypatch, folder, 1.5)
-    stage = Stage(web, cache, size)
-    stage.expect(json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"])
+    cached = RemoteCache(web, cache, size)
+    cached.register_shards(json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"])
     listed = Path.glob
-    gone = [stage.folder / "train-000009.tar", stage.folder / "train-000009.tar.part"]
+    gone = [cached.folder / "train-000009.tar", cached.folder / "train-000009.tar.part"]
     monkeypatch.setattr(Path, "glob", lambda self, pattern: [*listed(self, pattern), *gone])
-    stage.fetch([0])
-    stage.keep([])
+    cached.fetch([0])
+    cached.release_except([])
 
 
 HAMMER = """
 import hashlib, json, sys, time
 from pathlib import Path
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.dataset.remote_cache import Stage
+from mvlm_dataloading.dataset.remote_cache import RemoteCache
 
 url, cache, size, seed, shards = *sys.argv[1:5], json.loads(sys.argv[5])
-stage = Stage(url, Path(cache), int(size))
-stage.expect(shards)
+cached = RemoteCache(url, Path(cache), int(size))
+cached.register_shards(shards)
 for turn in range(10):
     number = (turn * 7 + int(seed) * 3) % len(shards)
     while True:
         try:
-            stage.fetch([number])
+            cached.fetch([number])
             break
         except DataError:  # the others hold all the room just now
-            stage.keep([])
+            cached.release_except([])
             time.sleep(0.01)
-    tar = stage.folder / shards[number]["tar"]
+    tar = cached.folder / shards[number]["tar"]
     assert hashlib.sha256(tar.read_bytes()).hexdigest() == shards[number]["sha256"]
-    stage.keep([number])
+    cached.release_except([number])
 """
 
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from mvlm_dataloading import Loader, ShardWriter, open_dataset
-from mvlm_dataloading.loader.augment import OPERATIONS, Augment, Drawn, draw
-from mvlm_dataloading.loader.crop import Geometry
+from mvlm_dataloading.loader.augment import OPERATIONS, Augment, AugmentParameters, draw_parameters
+from mvlm_dataloading.loader.crop import CropGeometry
 from mvlm_dataloading.loader.pipeline import Decoding, build_pipeline
 from mvlm_dataloading.loader.sampler import write_index_views
 from mvlm_dataloading.randomness import Purpose, hash64, uniforms
@@ -33,15 +33,15 @@ def originals(squares, ids) -> list[Image.Image]:
     return [Image.open(io.BytesIO(squares.image_bytes(int(i)))).convert("RGB") for i in ids]
 
 
-def through_the_graph(squares, ids, drawn: Drawn, tmp_path) -> np.ndarray:
+def through_the_graph(squares, ids, drawn: AugmentParameters, tmp_path) -> np.ndarray:
     """uint8 (n, S, S, 3)."""
     pipeline = build_pipeline(
         *write_index_views(tmp_path, squares, ids),
         lambda _: np.zeros((len(ids), 4)),
-        Geometry(image_size=SIDE, random=False),
+        CropGeometry(image_size=SIDE, random=False),
         batch_size=len(ids),
         num_threads=1,
-        drawn=lambda _: drawn.rows(np.arange(len(ids))),
+        augment=lambda _: drawn.rows(np.arange(len(ids))),
         guard=True,
         prefetch=1,
     )
@@ -54,25 +54,25 @@ def test_the_graph_of_a_gpu_can_be_put_together(squares, tmp_path, monkeypatch, 
     """DALI checks where operators take what from while the graph is written down, which needs no GPU."""
     monkeypatch.setattr("nvidia.dali.Pipeline.build", lambda _: None)
     ids = np.arange(8)
-    drawn = draw(augment, 3, np.zeros(8, np.int64), ids, SIDE)
+    drawn = draw_parameters(augment, 3, np.zeros(8, np.int64), ids, SIDE)
     build_pipeline(
         *write_index_views(tmp_path, squares, ids),
         lambda _: np.zeros((8, 4)),
-        Geometry(image_size=SIDE),
+        CropGeometry(image_size=SIDE),
         batch_size=8,
         num_threads=1,
         device_id=0,
         decoding=decoding,
-        drawn=lambda _: drawn.rows(ids),
+        augment=lambda _: drawn.rows(ids),
         guard=True,
     )
 
 
-def only(monkeypatch, name: str, magnitude: int) -> tuple[np.ndarray, Drawn]:
+def only(monkeypatch, name: str, magnitude: int) -> tuple[np.ndarray, AugmentParameters]:
     """Ids of WAYS samples, and what is drawn for them when one operation is all there is."""
     ids = np.arange(WAYS) % 8
     monkeypatch.setattr("mvlm_dataloading.loader.augment.hash64", chooser(OPERATIONS.index(name)))
-    return ids, draw(Augment(operations=1, magnitude=magnitude), 3, np.arange(WAYS), ids, SIDE)
+    return ids, draw_parameters(Augment(operations=1, magnitude=magnitude), 3, np.arange(WAYS), ids, SIDE)
 
 
 def chooser(k: int):
@@ -158,7 +158,7 @@ def test_operations_put_together_follow_the_documented_order(squares, tmp_path):
     """All of random draws of three, with jitter and flip, by numpy in float64 from the drawn numbers' meaning."""
     ids = np.tile(np.arange(8), 10)
     augment = Augment(operations=3, magnitude=14, jitter=0.3, flip=0.5)
-    drawn = draw(augment, 5, np.repeat(np.arange(10), 8), ids, SIDE)
+    drawn = draw_parameters(augment, 5, np.repeat(np.arange(10), 8), ids, SIDE)
     found = through_the_graph(squares, ids, drawn, tmp_path).astype(int)
     assert all(
         0 < getattr(drawn, name).mean() < 1 for name in ("warps", "posterizes", "equalizes", "sharpens", "mirror")
@@ -198,7 +198,7 @@ def rounded(x) -> np.ndarray:
 
 def test_sharpness_is_pillows_kernel(squares):
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
-    drawn = draw(Augment(operations=14, magnitude=30), 0, 0, np.arange(50), SIDE)
+    drawn = draw_parameters(Augment(operations=14, magnitude=30), 0, 0, np.arange(50), SIDE)
     for matrix in drawn.kernel:
         assert matrix.sum() == pytest.approx(1, abs=1e-6)
         f = 1 - matrix[0, 0] * 13
@@ -207,7 +207,7 @@ def test_sharpness_is_pillows_kernel(squares):
 
 
 def test_operations_are_distinct_and_drawn_evenly():
-    drawn = draw(Augment(operations=2), 1, 0, np.arange(7000), 224)
+    drawn = draw_parameters(Augment(operations=2), 1, 0, np.arange(7000), 224)
     # Each of 14 operations is one of two for 2/14 of the samples: 1,000 expected, standard deviation 29.
     for name in ("posterizes", "solarizes", "equalizes", "autocontrasts", "colours", "sharpens"):
         assert 880 < getattr(drawn, name).sum() < 1120, name
@@ -220,7 +220,7 @@ def test_operations_are_distinct_and_drawn_evenly():
 
 def test_nothing_is_drawn_by_default_and_flips_are_as_often_as_asked():
     assert Augment().nothing
-    drawn = draw(Augment(), 1, 0, np.arange(100), 224)
+    drawn = draw_parameters(Augment(), 1, 0, np.arange(100), 224)
     for name in (
         "warps",
         "colours",
@@ -233,12 +233,12 @@ def test_nothing_is_drawn_by_default_and_flips_are_as_often_as_asked():
         "mirror",
     ):
         assert not getattr(drawn, name).any(), name
-    assert abs(draw(Augment(flip=0.25), 1, 0, np.arange(4000), 224).mirror.mean() - 0.25) < 0.03
+    assert abs(draw_parameters(Augment(flip=0.25), 1, 0, np.arange(4000), 224).mirror.mean() - 0.25) < 0.03
 
 
 def test_geometric_operations_compose_in_the_order_drawn():
     """The first drawn is done first: it is nearest to the source, so it stands on the left."""
-    drawn = draw(Augment(operations=2, magnitude=20), 9, 4, np.arange(300), 64)
+    drawn = draw_parameters(Augment(operations=2, magnitude=20), 9, 4, np.arange(300), 64)
     signs = uniforms(Purpose.SIGN, 9, 4, np.arange(300), len(OPERATIONS))
     pairs = 0
     for i in range(300):

@@ -5,7 +5,7 @@ import os
 
 import torch
 
-from mvlm_dataloading.loader.buffers import Pages
+from mvlm_dataloading.loader.buffers import BufferPool
 
 
 def filled(value: int, rows: int = 4) -> torch.Tensor:
@@ -15,7 +15,7 @@ def filled(value: int, rows: int = 4) -> torch.Tensor:
 def test_a_copy_is_a_copy():
     source = torch.randint(0, 256, (5, 3, 7, 9), dtype=torch.uint8)
     wanted = source.clone()
-    copy = Pages().copy(source)  # and outlives what made it
+    copy = BufferPool().copy(source)  # and outlives what made it
     source.zero_()
     gc.collect()
     assert torch.equal(copy, wanted)
@@ -24,43 +24,43 @@ def test_a_copy_is_a_copy():
 
 
 def test_memory_is_used_again_only_when_nothing_refers_to_it():
-    pages = Pages()
-    first = pages.copy(filled(1))
+    pool = BufferPool()
+    first = pool.copy(filled(1))
     view, place = first[2:3], first.data_ptr()
     del first
-    second = pages.copy(filled(2))
+    second = pool.copy(filled(2))
     assert second.data_ptr() != place
     assert torch.equal(view, filled(1, 1))
     del view
-    third = pages.copy(filled(3))
+    third = pool.copy(filled(3))
     assert third.data_ptr() == place
     assert torch.equal(second, filled(2))
     assert torch.equal(third, filled(3))
 
 
 def test_batches_of_other_sizes():
-    pages = Pages()
-    small, large = pages.copy(filled(1, 1)), pages.copy(filled(2, 8))
+    pool = BufferPool()
+    small, large = pool.copy(filled(1, 1)), pool.copy(filled(2, 8))
     del small
-    again = pages.copy(filled(3, 8))
+    again = pool.copy(filled(3, 8))
     assert again.shape == large.shape
     del large
-    fewer = pages.copy(filled(4, 2))
+    fewer = pool.copy(filled(4, 2))
     assert torch.equal(again, filled(3, 8))
     assert torch.equal(fewer, filled(4, 2))
 
 
 def test_no_more_memory_is_kept_than_said():
-    pages = Pages(spare=2)
-    held = [pages.copy(filled(k)) for k in range(5)]
-    assert len(pages._spare) == 0
+    pool = BufferPool(spare=2)
+    held = [pool.copy(filled(k)) for k in range(5)]
+    assert len(pool) == 0
     held.clear()
-    assert len(pages._spare) == 2
+    assert len(pool) == 2
 
 
 def test_a_forked_process_keeps_its_batch():
-    pages = Pages()
-    batch = pages.copy(filled(1))
+    pool = BufferPool()
+    batch = pool.copy(filled(1))
     here, there = os.pipe(), os.pipe()
     if (child := os.fork()) == 0:
         os.read(there[0], 1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvlm_dataloading.loader.crop import Geometry
+from mvlm_dataloading.loader.crop import CropGeometry
 from mvlm_dataloading.loader.pipeline import Decoding, build_pipeline
 from mvlm_dataloading.loader.sampler import write_index_views
 
@@ -36,7 +36,7 @@ def test_areas_and_ratios_are_spread_as_asked(train_split, tmp_path):
     ids = np.zeros(3000, np.int64)
     draws = np.random.default_rng(2).random((3000, 4))
     _, _, sizes = run(
-        train_split, ids, draws, Geometry(image_size=32, crop_scale=(0.25, 0.5)), tmp_path, batch_size=100
+        train_split, ids, draws, CropGeometry(image_size=32, crop_scale=(0.25, 0.5)), tmp_path, batch_size=100
     )
     picture = Image.open(io.BytesIO(train_split.image_bytes(0)))
     share = sizes.prod(axis=1) / (picture.height * picture.width)
@@ -52,4 +52,4 @@ def test_areas_and_ratios_are_spread_as_asked(train_split, tmp_path):
 )
 def test_ranges_that_make_no_sense_are_refused(settings):
     with pytest.raises(ValueError, match=f"wanted {next(iter(settings))} as 0 < low <= high"):
-        Geometry(image_size=32, **settings)
+        CropGeometry(image_size=32, **settings)

@@ -49,8 +49,8 @@ BAD = {
 def test_the_window_on_the_gpu_is_first(outcomes, caplog):
     caplog.set_level("INFO")
     outcomes[0].append(GOOD)
-    assert selftest.choose_decoding(0) is Decoding.GPU_WINDOW
-    assert selftest.choose_decoding(0) is Decoding.GPU_WINDOW  # tried once
+    assert selftest.choose_decoding(0) is Decoding.GPU_CROP
+    assert selftest.choose_decoding(0) is Decoding.GPU_CROP  # tried once
     assert len(outcomes[1]) == 1
     assert "images are decoded as gpu-window on CUDA device 0" in caplog.text
 
@@ -58,7 +58,7 @@ def test_the_window_on_the_gpu_is_first(outcomes, caplog):
 @pytest.mark.parametrize("reason", BAD)
 def test_a_trial_that_goes_wrong_is_not_trusted(outcomes, caplog, reason):
     outcomes[0].extend([BAD[reason], GOOD])
-    assert selftest.choose_decoding(1) is Decoding.GPU_WHOLE
+    assert selftest.choose_decoding(1) is Decoding.GPU_FULL_IMAGE
     assert "images are not decoded as gpu-window on CUDA device 1" in caplog.text
     assert reason in caplog.text
     assert [command[-2:] for command in outcomes[1]] == [["1", "gpu-window"], ["1", "gpu-whole"]]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mvlm_dataloading import ShardWriter, open_dataset
-from mvlm_dataloading.loader.crop import Geometry
+from mvlm_dataloading.loader.crop import CropGeometry
 from mvlm_dataloading.loader.pipeline import Decoding, build_pipeline
 from mvlm_dataloading.loader.sampler import write_index_views
 from support.data import make_image
@@ -51,7 +51,7 @@ def test_windows_follow_the_formula_and_pixels_follow_pillow(train_split, tmp_pa
     draws = np.random.default_rng(1).random((60, 4))
     draws[:4] = [[0, 0, 0, 0], [1 - 2**-53] * 4, [0, 1 - 2**-53, 0, 1 - 2**-53], [1 - 2**-53, 0, 1 - 2**-53, 0]]
     images, corners, sizes = run(
-        train_split, ids, draws, Geometry(image_size=32, crop_scale=scale, crop_ratio=ratio), tmp_path
+        train_split, ids, draws, CropGeometry(image_size=32, crop_scale=scale, crop_ratio=ratio), tmp_path
     )
     assert images.dtype == np.uint8
     assert images.shape == (60, 3, 32, 32)
@@ -71,7 +71,7 @@ def test_windows_follow_the_formula_and_pixels_follow_pillow(train_split, tmp_pa
 def test_without_randomness_the_whole_picture_is_resized(train_split, tmp_path):
     ids = np.arange(12)
     images, corners, sizes = run(
-        train_split, ids, np.full((12, 4), 0.5), Geometry(image_size=48, random=False), tmp_path
+        train_split, ids, np.full((12, 4), 0.5), CropGeometry(image_size=48, random=False), tmp_path
     )
     for i in ids:
         picture = Image.open(io.BytesIO(train_split.image_bytes(i)))
@@ -90,7 +90,7 @@ def test_grey_transparent_and_cmyk_pictures_become_rgb(tmp_path):
     dataset = open_dataset(tmp_path / "d", "train")
     ids = np.arange(len(kinds))
     images, *_ = run(
-        dataset, ids, np.zeros((len(ids), 4)), Geometry(image_size=32, random=False), tmp_path, batch_size=7
+        dataset, ids, np.zeros((len(ids), 4)), CropGeometry(image_size=32, random=False), tmp_path, batch_size=7
     )
     plain = np.array(Image.open(io.BytesIO(make_image(4))).resize((32, 32), Image.Resampling.BILINEAR)).transpose(
         2, 0, 1

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from mvlm_dataloading.loader.prefetch import Ahead
+from mvlm_dataloading.loader.prefetch import Prefetcher
 
 
 def threads() -> list[str]:
@@ -19,7 +19,7 @@ def test_results_come_in_order_and_so_many_ahead():
         made.append(next(numbers))
         return f"result {made[-1]}"
 
-    ahead = Ahead(make, 3, lambda: ended.append(True))
+    ahead = Prefetcher(make, 3, lambda: ended.append(True))
     deadline = time.monotonic() + 5
     while len(made) < 3 and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -39,7 +39,7 @@ def test_the_end_and_an_exception_come_in_their_turn_and_stay():
         raise OSError("the disk is gone")
 
     results = failing(["a", "b"])
-    ahead = Ahead(lambda: next(results), 5, lambda: None)
+    ahead = Prefetcher(lambda: next(results), 5, lambda: None)
     assert [ahead.get(), ahead.get()] == ["a", "b"]
     for _ in range(2):
         with pytest.raises(OSError, match="the disk is gone"):
@@ -47,7 +47,7 @@ def test_the_end_and_an_exception_come_in_their_turn_and_stay():
     ahead.close()
 
     left = iter(["a", None])
-    ahead = Ahead(lambda: next(left), 5, lambda: None)
+    ahead = Prefetcher(lambda: next(left), 5, lambda: None)
     assert [ahead.get() for _ in range(4)] == ["a", None, None, None]
     assert threads() == []
 
@@ -60,7 +60,7 @@ def test_closing_waits_for_what_is_being_made_and_a_second_time_does_nothing():
         assert go.wait(5)
         return 1
 
-    ahead = Ahead(slow, 1, lambda: None)
+    ahead = Prefetcher(slow, 1, lambda: None)
     assert inside.wait(5)
     threading.Timer(0.05, go.set).start()
     ahead.close()

@@ -1,6 +1,7 @@
 """What a reader does with its pipelines and their memory."""
 
 import gc
+import weakref
 from itertools import islice
 from types import SimpleNamespace
 
@@ -8,20 +9,28 @@ import pytest
 
 from mvlm_dataloading import Loader
 from mvlm_dataloading.loader import reader as reader_module
+from mvlm_dataloading.loader.pipeline import build_pipeline
+from mvlm_dataloading.randomness import uniforms
 
 
 @pytest.fixture
 def segments(monkeypatch):
-    """All that are built, of at most 32 samples."""
-    built = []
+    """The segments that a reader opens, of at most 32 samples each: their pipelines, draws and lengths."""
+    built = SimpleNamespace(pipelines=[], draws=[], lengths=[])
 
-    class Recorded(reader_module.Segment):
-        def __init__(self, *args, **settings):
-            super().__init__(*args, **settings)
-            built.append(self)
+    def build_recorded(*args, **settings):
+        built.pipelines.append(build_pipeline(*args, **settings))
+        return built.pipelines[-1]
 
-    monkeypatch.setattr(reader_module, "Segment", Recorded)
-    monkeypatch.setattr(reader_module, "_SEGMENT_SAMPLES", 32)
+    def draw_recorded(*args):
+        drawn = uniforms(*args)
+        built.draws.append(weakref.ref(drawn))
+        built.lengths.append(len(drawn))
+        return drawn
+
+    monkeypatch.setattr("mvlm_dataloading.loader.segment.build_pipeline", build_recorded)
+    monkeypatch.setattr("mvlm_dataloading.loader.segment.uniforms", draw_recorded)
+    monkeypatch.setattr(reader_module, "MAX_SEGMENT_SAMPLES", 32)
     return built
 
 
@@ -39,12 +48,12 @@ def test_a_pipeline_goes_without_the_garbage_collector(train_split, tokenizer, s
     try:
         loader = start(train_split, tokenizer)
         assert len(list(islice(loader, 10))) == 10
-        pipelines = [segment._pipeline for segment in segments]
-        assert len(pipelines) == 3
-        assert [pipeline._pipe is None for pipeline in pipelines] == [True, True, False]
-        assert [len(segment._tables) for segment in segments] == [0, 0, 1]  # what was drawn for each sample
+        # `_pipe` is DALI's: the C++ pipeline.
+        assert [pipeline._pipe is None for pipeline in segments.pipelines] == [True, True, False]
+        assert [draws() is None for draws in segments.draws] == [True, True, False]
         loader.close()
-        assert pipelines[-1]._pipe is None
+        assert segments.pipelines[-1]._pipe is None
+        assert segments.draws[-1]() is None
     finally:
         gc.enable()
 
@@ -52,13 +61,13 @@ def test_a_pipeline_goes_without_the_garbage_collector(train_split, tokenizer, s
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_a_segment_is_as_long_at_any_number_of_ranks(train_split, tokenizer, segments, ranks):
     assert len(list(islice(start(train_split, tokenizer, ranks), 10))) == 10
-    assert [len(segment) for segment in segments] == [32, 32, 32]
+    assert segments.lengths == [32, 32, 32]
 
 
 def test_memory_is_trimmed_at_intervals(train_split, tokenizer, monkeypatch):
     trims = []
     libc = SimpleNamespace(malloc_trim=trims.append)
     monkeypatch.setattr(reader_module, "ctypes", SimpleNamespace(CDLL=lambda name: libc))
-    monkeypatch.setattr(reader_module, "_TRIM_SAMPLES", 24)
+    monkeypatch.setattr(reader_module, "TRIM_EVERY_SAMPLES", 24)
     for count, _ in enumerate(islice(start(train_split, tokenizer), 12), 1):
         assert len(trims) == count // 3

@@ -40,7 +40,7 @@ def test_the_same_loader_goes_on_with_everything(train_split, tokenizer):
     loader.load_state_dict(state_after(train_split, tokenizer, 5))
     assert loader.resumed is not None
     assert (loader.resumed.exact_pixels, loader.resumed.exact_text, loader.resumed.changed) == (True, True, ())
-    assert str(loader.resumed) == "the same samples in the same order, and the same pixels, captions and masks"
+    assert str(loader.resumed) == "same samples in the same order, same pixels, captions and masks"
     assert samples(take(loader, 11)) == whole[40:]
 
 
@@ -68,11 +68,11 @@ def test_another_batch_size_and_number_of_ranks_keep_the_pixels(train_split, tok
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"augment": Augment()}, "the same captions and masks; pixels differ (windows or augmentations)"),
-        ({"crop_scale": (0.5, 1.0)}, "the same captions and masks; pixels differ (windows or augmentations)"),
-        ({"image_size": 64}, "the same no more; pixels and captions or masks differ"),
-        ({"text_length": 9}, "the same pixels; captions or masks differ (tokenizer, text length or masks)"),
-        ({"text_mask_ratio": 0.5}, "the same pixels; captions or masks differ (tokenizer, text length or masks)"),
+        ({"augment": Augment()}, "same captions and masks; pixels differ (crops or augmentations)"),
+        ({"crop_scale": (0.5, 1.0)}, "same captions and masks; pixels differ (crops or augmentations)"),
+        ({"image_size": 64}, "pixels and captions or masks differ"),
+        ({"text_length": 9}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
+        ({"text_mask_ratio": 0.5}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
     ],
 )
 def test_other_settings_keep_the_samples_and_say_so(train_split, tokenizer, settings, words, caplog):
@@ -113,9 +113,7 @@ def test_states_that_are_none_or_of_another_order(train_split, tokenizer):
     loader = load(train_split, tokenizer, batch_size=8)
     with pytest.raises(DataError, match="wanted the state of a loader, found one without seed, epoch"):
         loader.load_state_dict({"step": 1})
-    with pytest.raises(
-        DataError, match="wanted a state of order 1, found 99: this version deals samples in another order"
-    ):
+    with pytest.raises(DataError, match="wanted a state of order 1, found 99: this version has another sample order"):
         loader.load_state_dict(state_after(train_split, tokenizer, 1) | {"order": 99})
 
 

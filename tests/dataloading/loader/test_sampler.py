@@ -5,7 +5,14 @@ import pytest
 
 from mvlm_dataloading.errors import need
 from mvlm_dataloading.loader import sampler as order_module
-from mvlm_dataloading.loader.sampler import GROUP, RUN_LENGTH, Stream, epoch_order, substitute, write_index_views
+from mvlm_dataloading.loader.sampler import (
+    GROUP,
+    RUN_LENGTH,
+    SampleOrder,
+    epoch_order,
+    substitute_sample,
+    write_index_views,
+)
 from mvlm_dataloading.randomness import Purpose, hash64
 from support.data import make_captions
 
@@ -86,26 +93,28 @@ def test_with_one_shard_every_order_is_equally_likely():
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_slice_of_the_stream_does_not_depend_on_how_it_is_cut(shuffle):
     shard = shards_of(20, 13)
-    ids, epochs = Stream(shard, 5, shuffle=shuffle)(0, 4 * 33)
+    ids, epochs = SampleOrder(shard, 5, shuffle=shuffle)(0, 4 * 33)
     assert epochs.tolist() == [e for e in range(4) for _ in range(33)]
     for e in range(4):
         assert sorted(ids[epochs == e].tolist()) == list(range(33))
     if not shuffle:
         assert ids[:33].tolist() == list(range(33))
     for begin, count in ((0, 1), (30, 7), (32, 70), (66, 33), (99, 33)):
-        piece = Stream(shard, 5, shuffle=shuffle)(begin, count)
+        piece = SampleOrder(shard, 5, shuffle=shuffle)(begin, count)
         assert np.array_equal(piece[0], ids[begin : begin + count])
         assert np.array_equal(piece[1], epochs[begin : begin + count])
 
 
 def test_a_substitute_is_good_and_depends_on_nothing_but_the_bad_sample():
-    assert substitute(0, 1, 5, 100, {5}) == substitute(0, 1, 5, 100, {5, 6, 7} - {substitute(0, 1, 5, 100, {5})})
-    first = substitute(0, 1, 5, 100, set())
-    second = substitute(0, 1, 5, 100, {first})
+    assert substitute_sample(0, 1, 5, 100, {5}) == substitute_sample(
+        0, 1, 5, 100, {5, 6, 7} - {substitute_sample(0, 1, 5, 100, {5})}
+    )
+    first = substitute_sample(0, 1, 5, 100, set())
+    second = substitute_sample(0, 1, 5, 100, {first})
     assert first != second
-    assert substitute(0, 1, 5, 100, {second}) == first
-    assert substitute(0, 0, 0, 3, {0, 2}) == 1
-    assert len({substitute(s, e, i, 10**9, set()) for s in (0, 1) for e in (0, 1) for i in (0, 1)}) == 8
+    assert substitute_sample(0, 1, 5, 100, {second}) == first
+    assert substitute_sample(0, 0, 0, 3, {0, 2}) == 1
+    assert len({substitute_sample(s, e, i, 10**9, set()) for s in (0, 1) for e in (0, 1) for i in (0, 1)}) == 8
 
 
 def test_dali_delivers_an_index_view_in_its_order_with_repetitions(tmp_path, train_split):

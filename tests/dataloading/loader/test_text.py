@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from mvlm_dataloading import DataError, Loader, open_dataset
-from mvlm_dataloading.build.shard_writer import index_text
-from mvlm_dataloading.loader.text import split_stored
+from mvlm_dataloading.build.shard_writer import format_index
+from mvlm_dataloading.loader.text import split_stored_tokens
 from support.data import make_captions, make_image
 
 LENGTH = 12
@@ -45,7 +45,7 @@ def write(tmp_path, tokenizer):
                     line.append(f"{extension} {tar.offset + 512} {len(content)} {member.name}")
                     tar.addfile(member, io.BytesIO(content))
                 lines.append(" ".join(line))
-        (folder / "train-000000.idx").write_text(index_text(lines))
+        (folder / "train-000000.idx").write_text(format_index(lines))
         size = (folder / "train-000000.tar").stat().st_size
         shards = [{"tar": "train-000000.tar", "samples": 20, "bytes": size, "sha256": ""}]
         description = {"format_version": 1, "splits": {"train": {"samples": 20, "captions": 0, "shards": shards}}}
@@ -81,7 +81,7 @@ def test_those_of_another_tokenizer_or_length_are_not_used(write, tokenizer, cha
     described = {"fingerprint": tokenizer.fingerprint, "max_length": LENGTH} | changed
     dataset = write(lambda i: b"no tokens at all", described)
     assert len(batches(dataset, tokenizer)) == 5
-    assert "captions are tokenised here" in caplog.text
+    assert "captions are tokenized while loading" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -107,10 +107,10 @@ def test_tokens_that_cannot_be_are_refused_with_the_sample(write, tokenizer, sto
 
 
 def test_a_component_that_is_cut():
-    assert [part.tolist() for part in split_stored(np.array([1, 7, 0, 2, 8, 9], "<i4").tobytes(), 3, "x")] == [
+    assert [part.tolist() for part in split_stored_tokens(np.array([1, 7, 0, 2, 8, 9], "<i4").tobytes(), 3, "x")] == [
         [7],
         [],
         [8, 9],
     ]
     with pytest.raises(DataError, match="x: wanted stored tokens of 1 captions, found 7 bytes"):
-        split_stored(np.array([1, 7], "<i4").tobytes()[:7], 1, "x")
+        split_stored_tokens(np.array([1, 7], "<i4").tobytes()[:7], 1, "x")

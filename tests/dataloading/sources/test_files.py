@@ -46,7 +46,7 @@ def test_a_long_list_is_read_piece_by_piece(tmp_path, monkeypatch):
     for text in (json.dumps(elements), " \n" + json.dumps(elements, indent=3, ensure_ascii=False)):
         file.write_text(text, encoding="utf-8")
         for chunk in (1, 2, 3, 7, 64, 1 << 20):
-            monkeypatch.setattr("mvlm_dataloading.sources.files._CHUNK", chunk)
+            monkeypatch.setattr("mvlm_dataloading.sources.files.CHUNK", chunk)
             assert list(read_json_list(file)) == elements
         file.write_text(text[:-1].rstrip(), encoding="utf-8")
         with pytest.raises(DataError, match="wanted a JSON list, found no end after"):

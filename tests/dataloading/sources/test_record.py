@@ -3,12 +3,12 @@
 import numpy as np
 
 from mvlm_dataloading.sources.folder import folder
-from mvlm_dataloading.sources.record import cut, safe_key, split_name
+from mvlm_dataloading.sources.record import canonical_split, cut_into_pieces, safe_key
 from support import published
 
 
 def test_names_of_splits_and_keys():
-    assert [split_name(name, "") for name in ("train", "VAL", " dev", "restval", "test")] == [
+    assert [canonical_split(name, "") for name in ("train", "VAL", " dev", "restval", "test")] == [
         "train", "validation", "validation", "train", "test",
     ]  # fmt: skip
     assert safe_key("0001_a-b") == "0001_a-b"
@@ -20,7 +20,7 @@ def test_names_of_splits_and_keys():
 def test_pieces_are_cut_in_order(tmp_path):
     published.folder(tmp_path, 5)
     records = [record for piece in folder(tmp_path).pieces for record in piece.records(1)]
-    pieces = cut({"train": records, "test": records[:1]}, 2)
+    pieces = cut_into_pieces({"train": records, "test": records[:1]}, 2)
     assert [(piece.split, [r.key for r in piece.records(1)]) for piece in pieces] == [
         ("test", [records[0].key]),
         ("train", [records[0].key, records[1].key]),

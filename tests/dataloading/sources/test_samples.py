@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mvlm_dataloading import DataError, Settings, build_shards, open_dataset
+from mvlm_dataloading import BuildOptions, DataError, build_shards, open_dataset
 from mvlm_dataloading.sources.record import safe_key
 from mvlm_dataloading.sources.tars import webdataset
 from support import published
@@ -132,7 +132,7 @@ def test_a_member_that_is_too_large_is_not_read(tmp_path):
         file.write(bytes(1024))
     Path("/proc/self/clear_refs").write_text("5")
     before = peak_since_reset()
-    out = build_shards(webdataset([path]), tmp_path / "out", Settings(max_image_bytes=1 << 20), workers=0)
+    out = build_shards(webdataset([path]), tmp_path / "out", BuildOptions(max_image_bytes=1 << 20), workers=0)
     assert peak_since_reset() - before < 100 << 20
     reasons = [line["reason"] for line in rejections(out)]
     assert reasons == ["image file is too large"]

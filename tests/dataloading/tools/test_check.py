@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 from mvlm_dataloading import (
+    BuildOptions,
     DataError,
     Loader,
-    Settings,
     build_shards,
     check_shards,
     make_view,
     open_dataset,
     rebuild_indices,
 )
-from mvlm_dataloading.sources.record import Listed, Record, Source
-from mvlm_dataloading.tools.summary import table
+from mvlm_dataloading.sources.record import ListedPiece, Record, Source
+from mvlm_dataloading.tools.summary import findings_table
 from support import published
 
 CAPTIONS = {0: ["red and green"], 1: ["красный круг", "ein roter Kreis"], 2: ["赤い丸"], 3: ["7"]}
@@ -34,9 +34,9 @@ def write(out: Path, count: int = 10, **settings) -> Path:
         for i in range(count)
     ]
     test = [Record("t", published.encoded(published.picture(90), "PNG"), ["a", "b", "c"], "")]
-    pieces = [Listed("train", records[k : k + 4]) for k in range(0, count, 4)]
-    pieces.append(Listed("test", [*test, Record("bad", b"", ["x"], "")]))
-    return build_shards(Source("set", "tests", "CC0", {}, pieces), out, Settings(**settings), workers=0)
+    pieces = [ListedPiece("train", records[k : k + 4]) for k in range(0, count, 4)]
+    pieces.append(ListedPiece("test", [*test, Record("bad", b"", ["x"], "")]))
+    return build_shards(Source("set", "tests", "CC0", {}, pieces), out, BuildOptions(**settings), workers=0)
 
 
 def damage(path: Path, old: bytes, new: bytes, after: bytes = b"") -> None:
@@ -64,12 +64,12 @@ def test_what_a_check_finds(tmp_path):
     }  # fmt: skip
     assert (train.formats, found["test"].formats) == ({"jpg": 10}, {"png": 1})
     assert problems(out) == []
-    rows = {line.split("  ")[0]: line.split() for line in table(out, found).splitlines()}
-    assert rows["pictures"] == ["pictures", "1", "10"]
+    rows = {line.split("  ")[0]: line.split() for line in findings_table(out, found).splitlines()}
+    assert rows["images"] == ["images", "1", "10"]
     assert rows["captions"] == ["captions", "3", "11"]
     assert rows["long side, pixels"][-5:] == ["60", "/", "105", "/", "150"]
     assert rows["width over height"][-5:] == ["1.20", "/", "2.10", "/", "3.00"]
-    assert "rejected: 1 image file is empty" in table(out, found)
+    assert "rejected: 1 image file is empty" in findings_table(out, found)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_damage_is_found_and_named(tmp_path):
     other = write(tmp_path / "other")
     jpeg = open_dataset(other, "train").image_bytes(9)
     damage(other / "train-000002.tar", jpeg[200:], bytes(len(jpeg) - 200))
-    assert "train-000002.tar key k9: wanted a picture, found that image cannot be decoded" in problems(other)
+    assert "train-000002.tar key k9: wanted an image, found that image cannot be decoded" in problems(other)
     (other / "train-000000.tar").unlink()
     found = problems(other)
     assert "train-000000.tar: wanted a shard that dataset.json names, found no such file" in found[0]
@@ -136,7 +136,7 @@ def test_a_key_that_is_there_twice(tmp_path):
         content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
         (out / "train-000002.tar").write_bytes(content)
     rebuild_indices(out)
-    assert "train: wanted keys that are unique, found k1 again" in problems(out)
+    assert "train: wanted unique keys, found k1 more than once" in problems(out)
     make_view(tmp_path / "view", [write(tmp_path / "good")], weights=[2])
     assert problems(tmp_path / "view") == []  # there it is meant
 

@@ -8,17 +8,17 @@ import pytest
 from PIL import Image
 
 from mvlm_dataloading import (
-    Choice,
+    BuildOptions,
     DataError,
     Loader,
-    Settings,
+    ViewOptions,
     build_shards,
     check_shards,
     make_view,
     open_dataset,
     rebuild_indices,
 )
-from mvlm_dataloading.sources.record import Listed, Record, Source
+from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support import published
 
 CAPTIONS = {0: ["red and green"], 1: ["красный круг", "ein roter Kreis"], 2: ["赤い丸"], 3: ["7"]}
@@ -32,9 +32,9 @@ def write(out: Path, count: int = 10, **settings) -> Path:
         for i in range(count)
     ]
     test = [Record("t", published.encoded(published.picture(90), "PNG"), ["a", "b", "c"], "")]
-    pieces = [Listed("train", records[k : k + 4]) for k in range(0, count, 4)]
-    pieces.append(Listed("test", [*test, Record("bad", b"", ["x"], "")]))
-    return build_shards(Source("set", "tests", "CC0", {}, pieces), out, Settings(**settings), workers=0)
+    pieces = [ListedPiece("train", records[k : k + 4]) for k in range(0, count, 4)]
+    pieces.append(ListedPiece("test", [*test, Record("bad", b"", ["x"], "")]))
+    return build_shards(Source("set", "tests", "CC0", {}, pieces), out, BuildOptions(**settings), workers=0)
 
 
 def problems(folder: Path) -> list[str]:
@@ -112,7 +112,7 @@ def test_tars_of_others_are_read_in_place(tmp_path, tokenizer):
         wanted = np.asarray(published.picture(i).resize((54, 54), Image.Resampling.BILINEAR), float).transpose(2, 0, 1)
         assert np.abs(batch.images[row].numpy() - wanted).mean() < 8
     assert problems(tmp_path / "tars") == []
-    make_view(tmp_path / "view", [tmp_path / "tars"], Choice(match="blanks|accent"))
+    make_view(tmp_path / "view", [tmp_path / "tars"], ViewOptions(match="blanks|accent"))
     assert open_dataset(tmp_path / "view", "train").keys.tolist() == ["a%20name", "é"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "tars").glob("*.tar")} == before
 

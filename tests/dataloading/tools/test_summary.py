@@ -6,10 +6,10 @@ import numpy as np
 from PIL import Image
 
 from mvlm_dataloading import (
-    Settings,
+    BuildOptions,
     build_shards,
 )
-from mvlm_dataloading.sources.record import Listed, Record, Source
+from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from mvlm_dataloading.tools.summary import contact_sheet
 from support import published
 
@@ -24,9 +24,9 @@ def write(out: Path, count: int = 10, **settings) -> Path:
         for i in range(count)
     ]
     test = [Record("t", published.encoded(published.picture(90), "PNG"), ["a", "b", "c"], "")]
-    pieces = [Listed("train", records[k : k + 4]) for k in range(0, count, 4)]
-    pieces.append(Listed("test", [*test, Record("bad", b"", ["x"], "")]))
-    return build_shards(Source("set", "tests", "CC0", {}, pieces), out, Settings(**settings), workers=0)
+    pieces = [ListedPiece("train", records[k : k + 4]) for k in range(0, count, 4)]
+    pieces.append(ListedPiece("test", [*test, Record("bad", b"", ["x"], "")]))
+    return build_shards(Source("set", "tests", "CC0", {}, pieces), out, BuildOptions(**settings), workers=0)
 
 
 def test_the_contact_sheet(tmp_path):

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mvlm_dataloading import Choice, DataError, Loader, Settings, build_shards, make_view, open_dataset
-from mvlm_dataloading.loader.crop import Geometry
+from mvlm_dataloading import BuildOptions, DataError, Loader, ViewOptions, build_shards, make_view, open_dataset
+from mvlm_dataloading.loader.crop import CropGeometry
 from mvlm_dataloading.loader.pipeline import build_pipeline
-from mvlm_dataloading.sources.record import Listed, Record, Source
+from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support import published
 
 
@@ -23,8 +23,8 @@ def write(out: Path, numbers, splits=None, each: int = 6, captions=published.cap
     for i in numbers:
         image = published.encoded(published.picture(i, (60 + i, 50)), "PNG")
         records.setdefault(split_of(i), []).append(Record(f"{out.name}{i:03d}", image, captions(i), str(i)))
-    pieces = [Listed(s, known[k : k + each]) for s, known in records.items() for k in range(0, len(known), each)]
-    return build_shards(Source(out.name, "tests", "CC0", {}, pieces), out, Settings(**settings), workers=0)
+    pieces = [ListedPiece(s, known[k : k + each]) for s, known in records.items() for k in range(0, len(known), each)]
+    return build_shards(Source(out.name, "tests", "CC0", {}, pieces), out, BuildOptions(**settings), workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_dali_obeys_indices_that_permute_select_and_repeat(one, tmp_path):
         indices.append(tmp_path / f"{number}.idx")
         indices[-1].write_text(f"v1.2 {len(part)}\n" + "\n".join(part) + "\n")
     pipeline = build_pipeline(
-        tars, [*map(str, indices)], lambda batch: np.zeros((7, 4)), Geometry(image_size=32, random=False),
+        tars, [*map(str, indices)], lambda batch: np.zeros((7, 4)), CropGeometry(image_size=32, random=False),
         batch_size=7, num_threads=1,
     )  # fmt: skip
     wanted = [published.captions(i)[0] for i in (4, 1, 1, 5, 8, 0, 4)]
@@ -78,8 +78,8 @@ def test_dali_takes_the_extension_from_the_index(tmp_path):
         f"v1.2 1\njpg 512 {len(image)} a.b.c.jpg txt {1536 + len(image) // 512 * 512} 4 a.b.c.txt\n"
     )
     pipeline = build_pipeline(
-        [str(tar)], [str(tmp_path / "dots.idx")], lambda batch: np.zeros((1, 4)), Geometry(image_size=32, random=False),
-        batch_size=1, num_threads=1,
+        [str(tar)], [str(tmp_path / "dots.idx")], lambda batch: np.zeros((1, 4)),
+        CropGeometry(image_size=32, random=False),         batch_size=1, num_threads=1,
     )  # fmt: skip
     assert pipeline.run()[2].at(0).tobytes() == b"dots"
 
@@ -97,11 +97,11 @@ def test_a_view_of_everything_is_the_data_set(one, tmp_path):
 
 def test_samples_are_chosen_by_size_words_and_patterns(one, tmp_path):
     choices = [
-        ("side", Choice(max_aspect=1.4), named("one", range(11))),  # (60 + i) / 50
-        ("match", Choice(match="number [5-7]$"), named("one", [5, 6, 7])),
-        ("without", Choice(without="number 1"), named("one", [0, *range(2, 10)])),
-        ("words", Choice(max_words=4), named("one", range(0, 20, 2))),  # odd numbers have a caption of five
-        ("both", Choice(min_words=4, match="the 1"), named("one", [1, 11, 13, 15, 17, 19])),
+        ("side", ViewOptions(max_aspect=1.4), named("one", range(11))),  # (60 + i) / 50
+        ("match", ViewOptions(match="number [5-7]$"), named("one", [5, 6, 7])),
+        ("without", ViewOptions(without="number 1"), named("one", [0, *range(2, 10)])),
+        ("words", ViewOptions(max_words=4), named("one", range(0, 20, 2))),  # odd numbers have a caption of five
+        ("both", ViewOptions(min_words=4, match="the 1"), named("one", [1, 11, 13, 15, 17, 19])),
     ]  # fmt: skip
     for name, choice, wanted in choices:
         description = make_view(tmp_path / name, [one], choice)
@@ -112,7 +112,7 @@ def test_samples_are_chosen_by_size_words_and_patterns(one, tmp_path):
         assert train["captions"] == sum(len(opened.captions(i)) for i in range(len(wanted)))
         total = sum(part["samples"] for part in description["splits"].values())
         assert total + sum(description["rejected"].values()) == 23
-    make_view(tmp_path / "split", [one], Choice(splits=("test",)))
+    make_view(tmp_path / "split", [one], ViewOptions(splits=("test",)))
     assert keys(tmp_path / "split", "test") == named("one", [20, 21, 22])
     with pytest.raises(DataError, match="wanted the split train, found test"):
         open_dataset(tmp_path / "split", "train")
@@ -121,11 +121,11 @@ def test_samples_are_chosen_by_size_words_and_patterns(one, tmp_path):
 def test_a_smaller_fraction_is_part_of_a_larger(one, tmp_path):
     found = []
     for fraction in (0.3, 0.6, 1.0):
-        make_view(tmp_path / str(fraction), [one], Choice(fraction=fraction))
+        make_view(tmp_path / str(fraction), [one], ViewOptions(fraction=fraction))
         found.append(set(keys(tmp_path / str(fraction))))
         assert len(keys(tmp_path / str(fraction), "test")) == 3  # evaluations are left whole
     assert found[0] < found[1] < found[2]
-    make_view(tmp_path / "seed", [one], Choice(fraction=0.6, seed=1))
+    make_view(tmp_path / "seed", [one], ViewOptions(fraction=0.6, seed=1))
     assert set(keys(tmp_path / "seed")) != found[1]
 
 
@@ -133,7 +133,7 @@ def test_a_share_of_a_share_is_drawn_anew(tmp_path):
     """A half, a half of that, and of that: by fraction and by weight. About 60, 30 and 15 of 120."""
     write(tmp_path / "whole", range(120), each=200, captions=lambda i: ["words"])
     for kind in ("fraction", "weight"):
-        share = Choice(fraction=0.5) if kind == "fraction" else Choice()
+        share = ViewOptions(fraction=0.5) if kind == "fraction" else ViewOptions()
         found, source = [], tmp_path / "whole"
         for turn in range(3):
             view = tmp_path / f"{kind}{turn}"
@@ -144,8 +144,8 @@ def test_a_share_of_a_share_is_drawn_anew(tmp_path):
         for turn, part in enumerate(found):
             mean = 60 / 2**turn
             assert abs(len(part) - mean) < 4 * (mean / 2) ** 0.5
-    make_view(tmp_path / "third", [tmp_path / "fraction0"], Choice(fraction=0.3))
-    make_view(tmp_path / "again", [tmp_path / "fraction0"], Choice(fraction=0.5))
+    make_view(tmp_path / "third", [tmp_path / "fraction0"], ViewOptions(fraction=0.3))
+    make_view(tmp_path / "again", [tmp_path / "fraction0"], ViewOptions(fraction=0.5))
     assert set(keys(tmp_path / "third")) < set(keys(tmp_path / "again"))
     assert set(keys(tmp_path / "again")) == set(keys(tmp_path / "fraction1"))
 
@@ -162,22 +162,22 @@ def test_sets_are_mixed_by_weight(one, two, tmp_path):
     assert 21 <= sum(twos) <= 29
     # A picture of one's test split is not trained on, whoever brings it.
     assert "two020" not in counts
-    assert description["rejected"] == {"picture is in an evaluation split": 1}
+    assert description["rejected"] == {"image is in an evaluation split": 1}
     assert keys(tmp_path / "view", "test") == named("one", [20, 21, 22])
 
 
 def test_what_is_evaluated_on_stays_out_of_train_whatever_is_chosen(one, two, tmp_path):
     """Picture 20 of `two` is in `one`'s test split, of which these views take nothing."""
-    leaked = {"picture is in an evaluation split": 1}
-    train = make_view(tmp_path / "train", [one, two], Choice(splits=("train",)))
+    leaked = {"image is in an evaluation split": 1}
+    train = make_view(tmp_path / "train", [one, two], ViewOptions(splits=("train",)))
     assert keys(tmp_path / "train") == named("one", range(20)) + named("two", range(100, 110))
     assert (train["splits"].keys(), train["rejected"]) == ({"train"}, leaked)
     # The test split's picture 20 is filtered away, the same in train is not.
     again = write(tmp_path / "again", [20, 21], captions=lambda i: ["chosen words"])
-    filtered = make_view(tmp_path / "filtered", [one, again, two], Choice(without="number 2[02]$"))
+    filtered = make_view(tmp_path / "filtered", [one, again, two], ViewOptions(without="number 2[02]$"))
     assert keys(tmp_path / "filtered") == named("one", range(20)) + named("two", range(100, 110))
     assert keys(tmp_path / "filtered", "test") == named("one", [21])
-    assert filtered["rejected"] == {"picture is in an evaluation split": 2, "a caption matches": 3}
+    assert filtered["rejected"] == {"image is in an evaluation split": 2, "a caption matches": 3}
 
 
 def test_duplicates_are_left_out_if_so_asked(tmp_path):
@@ -186,7 +186,11 @@ def test_duplicates_are_left_out_if_so_asked(tmp_path):
 
     first = write(tmp_path / "a", range(4), captions=captions)
     second = write(tmp_path / "b", range(2, 6), captions=captions, quality=60)
-    for choice, wanted in ((Choice(), 8), (Choice(duplicates="exact"), 6), (Choice(duplicates="near"), 6)):
+    for choice, wanted in (
+        (ViewOptions(), 8),
+        (ViewOptions(duplicates="exact"), 6),
+        (ViewOptions(duplicates="near"), 6),
+    ):
         make_view(tmp_path / choice.duplicates, [first, second], choice)
         assert len(keys(tmp_path / choice.duplicates)) == wanted
     assert keys(tmp_path / "exact") == [*named("a", range(4)), *named("b", [4, 5])]
@@ -195,14 +199,14 @@ def test_duplicates_are_left_out_if_so_asked(tmp_path):
         content = tar.read_bytes().replace(b'"phash"', b'"ahash"')
         tar.write_bytes(content)
         tar.with_suffix(".idx").touch()
-    make_view(tmp_path / "foreign", [first, second], Choice(duplicates="exact"))
+    make_view(tmp_path / "foreign", [first, second], ViewOptions(duplicates="exact"))
     assert len(keys(tmp_path / "foreign")) == 8
-    make_view(tmp_path / "foreign-near", [first, second], Choice(duplicates="near"))
+    make_view(tmp_path / "foreign-near", [first, second], ViewOptions(duplicates="near"))
     assert len(keys(tmp_path / "foreign-near")) == 6
 
 
 def test_the_loader_reads_a_view(one, two, tmp_path, tokenizer):
-    make_view(tmp_path / "view", [one, two], Choice(match="[05]$"), weights=[1, 2])
+    make_view(tmp_path / "view", [one, two], ViewOptions(match="[05]$"), weights=[1, 2])
     dataset = open_dataset(tmp_path / "view", "train")
     # The pictures of a view in one's order: `two` has each twice.
     assert dataset.keys.tolist() == named("one", [0, 5, 10, 15]) + named("two", [100, 100, 105, 105])
@@ -217,15 +221,15 @@ def test_the_loader_reads_a_view(one, two, tmp_path, tokenizer):
 
 
 def test_views_of_views_and_of_moved_folders(one, two, tmp_path):
-    make_view(tmp_path / "all" / "first", [one], Choice(without="number 1"))
-    make_view(tmp_path / "all" / "second", [tmp_path / "all" / "first", two], Choice(match="number .*[37]"))
+    make_view(tmp_path / "all" / "first", [one], ViewOptions(without="number 1"))
+    make_view(tmp_path / "all" / "second", [tmp_path / "all" / "first", two], ViewOptions(match="number .*[37]"))
     wanted = named("one", [3, 7]) + named("two", [103, 107])
     assert keys(tmp_path / "all" / "second") == wanted
     # Tars are named by relative paths: a tree that is moved as a whole stays whole.
     tree = tmp_path / "tree"
     tree.mkdir()
     shutil.copytree(one, tree / "one")
-    make_view(tree / "view", [tree / "one"], Choice(match="number 3"))
+    make_view(tree / "view", [tree / "one"], ViewOptions(match="number 3"))
     tree.rename(tmp_path / "moved")
     assert keys(tmp_path / "moved" / "view") == ["one003"]
     assert all(not shard["tar"].startswith("/") for part in
@@ -236,26 +240,28 @@ def test_views_of_views_and_of_moved_folders(one, two, tmp_path):
 def test_views_seen_through_links(one, tmp_path):
     """A link to a view, a view written and read through links, and of a source behind one."""
     (tmp_path / "deep" / "er").mkdir(parents=True)
-    make_view(tmp_path / "deep" / "er" / "view", [one], Choice(match="number 3"))
+    make_view(tmp_path / "deep" / "er" / "view", [one], ViewOptions(match="number 3"))
     (tmp_path / "link").symlink_to(tmp_path / "deep" / "er" / "view")
     assert keys(tmp_path / "link") == ["one003"]
     (tmp_path / "folder").symlink_to(tmp_path / "deep" / "er")
     (tmp_path / "source").symlink_to(one)
-    make_view(tmp_path / "folder" / "second", [tmp_path / "source", tmp_path / "link"], Choice(match="number [34]"))
+    make_view(
+        tmp_path / "folder" / "second", [tmp_path / "source", tmp_path / "link"], ViewOptions(match="number [34]")
+    )
     wanted = ["one003", "one004", "one003"]
     for folder in (tmp_path / "folder" / "second", tmp_path / "deep" / "er" / "second"):
         assert keys(folder) == wanted
         assert open_dataset(folder, "train").captions(0) == published.captions(3)
     (tmp_path / "empty").mkdir()
     (tmp_path / "to-empty").symlink_to(tmp_path / "empty")
-    make_view(tmp_path / "to-empty", [one], Choice(match="number 3"))
+    make_view(tmp_path / "to-empty", [one], ViewOptions(match="number 3"))
     assert keys(tmp_path / "empty") == ["one003"]
 
 
 def test_the_fingerprint_follows_the_choice(one, tmp_path):
     prints = set()
     for name, pattern in (("a", "number 3$"), ("b", "number 4$"), ("c", "number 3$")):
-        make_view(tmp_path / name, [one], Choice(match=pattern, splits=("train",)))
+        make_view(tmp_path / name, [one], ViewOptions(match=pattern, splits=("train",)))
         prints.add(open_dataset(tmp_path / name, "train").fingerprint)
     assert len(prints) == 2  # equal choices, equal fingerprints; as many others of the same tar, another
 
@@ -278,7 +284,7 @@ def test_tokens_go_along_where_all_sources_agree(tmp_path, tokenizer):
 def broken(one, tmp_path) -> Path:
     """A view beside a copy of its source, to be damaged."""
     shutil.copytree(one, tmp_path / "source")
-    make_view(tmp_path / "view", [tmp_path / "source"], Choice(match="number [0-5]$"))
+    make_view(tmp_path / "view", [tmp_path / "source"], ViewOptions(match="number [0-5]$"))
     return tmp_path / "view"
 
 
@@ -306,12 +312,12 @@ def test_a_view_whose_source_was_built_anew(broken):
 
 def test_what_cannot_be_a_view(one, tmp_path):
     for choice, weights, message in (
-        (Choice(match="["), (), "match: wanted a regular expression"),
-        (Choice(fraction=0), (), "fraction: wanted more than 0 and at most 1, got 0"),
-        (Choice(splits=("dev",)), (), "splits: wanted some of test, train, got dev"),
-        (Choice(), (1.0, 2.0), "weights: wanted a number above 0 for each of 1 sources"),
-        *((Choice(), (float(w),), "weights: wanted a number above 0") for w in ("0", "-1", "nan", "inf")),
-        (Choice(min_side=1000), (), "wanted at least one sample in the view, found none; left out"),
+        (ViewOptions(match="["), (), "match: wanted a regular expression"),
+        (ViewOptions(fraction=0), (), "fraction: wanted more than 0 and at most 1, got 0"),
+        (ViewOptions(splits=("dev",)), (), "splits: wanted some of test, train, got dev"),
+        (ViewOptions(), (1.0, 2.0), "weights: wanted a number above 0 for each of 1 sources"),
+        *((ViewOptions(), (float(w),), "weights: wanted a number above 0") for w in ("0", "-1", "nan", "inf")),
+        (ViewOptions(min_side=1000), (), "wanted at least one sample in the view, found none; left out"),
     ):
         with pytest.raises(DataError, match=message):
             make_view(tmp_path / "view", [one], choice, weights=weights)
