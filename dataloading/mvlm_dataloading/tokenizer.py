@@ -126,7 +126,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def tokenizer_for(dataset: Dataset, vocab_size: int) -> Tokenizer:
-    """The tokenizer of the data set, or one trained on the captions of its train split."""
+    """The tokenizer of the data set, or one trained on the captions of its train split.
+
+    Raises:
+        DataError: the data set's tokenizer is missing or another, or there is neither a tokenizer nor a train split.
+    """
     if dataset.tokenizer_sha256 is not None:
         if dataset.remote is not None:
             dataset.remote.fetch_tokenizer(dataset.tokenizer_sha256)
@@ -134,5 +138,11 @@ def tokenizer_for(dataset: Dataset, vocab_size: int) -> Tokenizer:
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != dataset.tokenizer_sha256:
             raise DataError(f"{path}: wanted the tokenizer that dataset.json names, found another; restore it")
         return load_tokenizer(path)
+    splits = dataset.description["splits"]
+    if "train" not in splits:
+        raise DataError(
+            f"{dataset.folder}: wanted a tokenizer.json, or a train split to train a tokenizer on, found neither "
+            f"(splits: {', '.join(splits)}); give a tokenizer.json"
+        )
     train = dataset if dataset.split == "train" else open_dataset(dataset.folder, "train")
     return train_tokenizer((caption for i in range(len(train)) for caption in train.captions(i)), vocab_size)

@@ -117,6 +117,22 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
         load_tokenizer(tmp_path / "bad.json")
 
 
+def test_a_data_set_without_train_split_needs_a_tokenizer(tmp_path):
+    folder = write_dataset(tmp_path / "data", 4, splits=("test", "validation"))
+    message = (
+        r"data: wanted a tokenizer\.json, or a train split to train a tokenizer on, found neither "
+        r"\(splits: test, validation\); give a tokenizer\.json"
+    )
+    with pytest.raises(DataError, match=message):
+        tokenizer_for(open_dataset(folder, "test"), 300)
+    own = train_tokenizer(CAPTIONS, 280)
+    own.save(folder / "tokenizer.json")
+    description = json.loads((folder / "dataset.json").read_text())
+    description["tokenizer"] = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    (folder / "dataset.json").write_text(json.dumps(description))
+    assert tokenizer_for(open_dataset(folder, "test"), 300).fingerprint == own.fingerprint
+
+
 def test_the_data_sets_own_tokenizer_is_taken(tmp_path):
     folder = write_dataset(tmp_path / "data", 4, splits=("train", "test"))
     trained = tokenizer_for(open_dataset(folder, "test"), 300)

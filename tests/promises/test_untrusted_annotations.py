@@ -154,7 +154,7 @@ def test_only_a_text_is_a_caption(tmp_path):
         (lambda at: cc3m([at]), "wanted a tar or a folder of tars, found none"),
         (lambda at: huggingface([at]), "wanted parquet files or a folder of save_to_disk, found none"),
         (lambda at: folder(at / "no"), "no: wanted a folder, found none"),
-        (lambda at: folder(at, test=1.5), "wanted shares that leave some for train, got 0.0 and 1.5"),
+        (lambda at: folder(at, test=1.5), "wanted shares from 0 to 1 that sum to at most 1, got 0.0 and 1.5"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path, open_source, message):

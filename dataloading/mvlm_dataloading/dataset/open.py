@@ -56,8 +56,9 @@ class _OpenShard:
 
 def _shards_of_split(folder: Path, description: dict[str, Any], split: str) -> list[dict[str, Any]]:
     if split not in description["splits"]:
-        known = ", ".join(description["splits"]) or "no split"
-        raise DataError(f"{folder}: wanted the split {split}, found {known}; name one of these")
+        known = ", ".join(description["splits"])
+        hint = "name one of these" + (", or use a data set with training samples" if split == "train" else "")
+        raise DataError(f"{folder}: wanted the split {split}, found {known}; {hint}")
     return description["splits"][split]["shards"]
 
 

@@ -11,6 +11,7 @@ from .record import (
     Record,
     Source,
     canonical_split,
+    check_shares,
     cut_into_pieces,
     file_sha256,
     require_folder,
@@ -46,8 +47,7 @@ def folder(
     Raises:
         DataError: the folder or the table is missing, or the table lacks a column.
     """
-    if not 0 <= validation + test < 1 or min(validation, test) < 0:
-        raise DataError(f"validation and test: wanted shares that leave some for train, got {validation} and {test}")
+    check_shares(validation, test)
     require_folder(images)
     recipe: dict[str, Any] = {"validation": validation, "test": test}
     if captions is None:

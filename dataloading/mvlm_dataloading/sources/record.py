@@ -124,6 +124,14 @@ def split_by_hash(key: str, validation: float, test: float) -> str:
     return "validation" if place < test + validation else "train"
 
 
+def check_shares(validation: float, test: float) -> None:
+    """Check the shares of the evaluation splits. They may sum to 1, which leaves nothing for train. Raises DataError."""
+    if not (validation >= 0 and test >= 0 and validation + test <= 1):
+        raise DataError(
+            f"validation and test: wanted shares from 0 to 1 that sum to at most 1, got {validation} and {test}"
+        )
+
+
 def file_sha256(path: Path) -> str:
     """Hash of a file, for a recipe: another annotation file makes another data set."""
     with require_file(path).open("rb") as file:

@@ -9,7 +9,7 @@ from typing import Any
 from mvlm_dataloading.errors import DataError, need
 
 from .files import captions_in_cell, files_under, read_json, refuse_repeated_files
-from .record import Piece, Record, Source, canonical_split, file_fingerprint, safe_key, split_by_hash
+from .record import Piece, Record, Source, canonical_split, check_shares, file_fingerprint, safe_key, split_by_hash
 
 _BATCH = 64
 
@@ -41,6 +41,7 @@ def huggingface(
     Raises:
         DataError: no rows are found, or a column is missing.
     """
+    check_shares(validation, test)
     files = [found for path in data for found in _find(path)]
     refuse_repeated_files(path for path, _ in files)
     pieces: list[Piece] = []

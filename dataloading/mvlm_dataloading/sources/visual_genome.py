@@ -5,7 +5,7 @@ from pathlib import Path
 from mvlm_dataloading.errors import DataError
 
 from .files import captions_in_cell, read_json_list
-from .record import Record, Source, cut_into_pieces, file_sha256, require_folder, split_by_hash
+from .record import Record, Source, check_shares, cut_into_pieces, file_sha256, require_folder, split_by_hash
 
 _FOLDERS = ("VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2", "images")
 
@@ -22,6 +22,7 @@ def visual_genome(root: Path, validation: float = 0.0, test: float = 0.0) -> Sou
     Raises:
         DataError: a file or folder is missing, or has another format.
     """
+    check_shares(validation, test)
     file = root / "region_descriptions.json"
     folders = [root / name for name in _FOLDERS if (root / name).is_dir()] or [
         require_folder(*(root / name for name in _FOLDERS))

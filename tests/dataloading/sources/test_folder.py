@@ -45,6 +45,27 @@ def test_splits_by_hash_depend_on_the_name_alone(tmp_path):
     assert counts[0] > 24
 
 
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_all_images_of_a_folder_can_be_evaluation_images(tmp_path, split):
+    published.folder(tmp_path / "pictures", 40)
+    found = build_source(folder(tmp_path / "pictures", **{split: 1.0}), tmp_path / "out")
+    assert {name: len(samples) for name, samples in found.items()} == {split: 40}
+
+
+def test_shares_of_validation_and_test_may_leave_nothing_for_train(tmp_path):
+    published.folder(tmp_path / "pictures", 40)
+    found = build_source(folder(tmp_path / "pictures", validation=0.7, test=0.3), tmp_path / "out")
+    assert found.keys() == {"validation", "test"}
+    assert sum(map(len, found.values())) == 40
+
+
+@pytest.mark.parametrize("shares", [(0.7, 0.4), (-0.1, 0.5), (0.5, 1.1), (float("nan"), 0.1)])
+def test_shares_that_exceed_the_whole_are_refused(tmp_path, shares):
+    message = f"validation and test: wanted shares from 0 to 1 that sum to at most 1, got {shares[0]} and {shares[1]}"
+    with pytest.raises(DataError, match=message):
+        folder(tmp_path, validation=shares[0], test=shares[1])
+
+
 def test_captions_in_another_encoding(tmp_path):
     """As cp1252, which spreadsheets write: rejected one by one, and what is plain stays."""
     names = ["0.jpg", "1.jpg", "é.jpg"]
