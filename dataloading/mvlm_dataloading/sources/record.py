@@ -125,7 +125,7 @@ def split_by_hash(key: str, validation: float, test: float) -> str:
 
 
 def check_shares(validation: float, test: float) -> None:
-    """Check the shares of the evaluation splits. They may sum to 1, which leaves nothing for train. Raises DataError."""
+    """Check the shares of the evaluation splits. A sum of 1 leaves nothing for train. Raises DataError."""
     if not (validation >= 0 and test >= 0 and validation + test <= 1):
         raise DataError(
             f"validation and test: wanted shares from 0 to 1 that sum to at most 1, got {validation} and {test}"
