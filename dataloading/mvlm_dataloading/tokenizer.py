@@ -138,11 +138,10 @@ def tokenizer_for(dataset: Dataset, vocab_size: int) -> Tokenizer:
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != dataset.tokenizer_sha256:
             raise DataError(f"{path}: wanted the tokenizer that dataset.json names, found another; restore it")
         return load_tokenizer(path)
-    splits = dataset.description["splits"]
-    if "train" not in splits:
+    if "train" not in dataset.splits:
         raise DataError(
             f"{dataset.folder}: wanted a tokenizer.json, or a train split to train a tokenizer on, found neither "
-            f"(splits: {', '.join(splits)}); give a tokenizer.json"
+            f"(splits: {', '.join(dataset.splits)}); give a tokenizer.json"
         )
     train = dataset if dataset.split == "train" else open_dataset(dataset.folder, "train")
     return train_tokenizer((caption for i in range(len(train)) for caption in train.captions(i)), vocab_size)

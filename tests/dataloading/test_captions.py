@@ -3,7 +3,7 @@
 from mvlm_dataloading.captions import script_of
 
 
-def test_scripts():
+def test_script_of_a_caption():
     wanted = {
         "a word": "LATIN",
         "слово b": "CYRILLIC",

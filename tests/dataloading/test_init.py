@@ -6,7 +6,7 @@ import pytest
 import mvlm_dataloading
 
 
-def test_every_public_name_is_there():
+def test_every_public_name_can_be_imported():
     names = dir(mvlm_dataloading)
     assert {"Loader", "open_dataset", "build_emoji", "Batch"} <= set(names)
     for name in names:

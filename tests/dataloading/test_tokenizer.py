@@ -21,7 +21,7 @@ def test_special_tokens_have_the_first_ids():
     assert 261 < tokenizer.vocab_size <= 300
 
 
-def test_every_text_comes_back():
+def test_tokenizer_decodes_what_it_encodes():
     tokenizer = train_tokenizer(CAPTIONS, 300)
     for text in (*CAPTIONS, "Ω never seen ☃ 漢字", "x"):
         tokens, lengths = tokenizer.encode([text], 200)
@@ -41,7 +41,7 @@ def test_captions_are_packed_between_cls_and_sep():
         assert np.array_equal(part, tokenizer.encode([text], 100)[0])
 
 
-def test_truncation_keeps_the_beginning_and_sep():
+def test_truncation_keeps_the_start_of_a_caption_and_sep():
     tokenizer = train_tokenizer(CAPTIONS, 300)
     long, _ = tokenizer.encode(["a cat on a mat"], 100)
     cut, lengths = tokenizer.encode(["a cat on a mat", "a"], 5)
@@ -64,7 +64,7 @@ def test_equal_captions_give_an_equal_tokenizer_in_another_process(tmp_path):
     assert here.fingerprint != train_tokenizer(CAPTIONS[:2], 290).fingerprint
 
 
-def test_save_and_load(tmp_path):
+def test_tokenizer_save_and_load(tmp_path):
     tokenizer = train_tokenizer(CAPTIONS, 300)
     tokenizer.save(tmp_path / "tokenizer.json")
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
@@ -72,7 +72,7 @@ def test_save_and_load(tmp_path):
     assert np.array_equal(loaded.encode(CAPTIONS, 9)[0], tokenizer.encode(CAPTIONS, 9)[0])
 
 
-def test_a_small_vocabulary_is_refused():
+def test_a_vocabulary_below_the_byte_alphabet_is_refused():
     with pytest.raises(ValueError, match=r"at least 261 .* got 200"):
         train_tokenizer(CAPTIONS, 200)
     with pytest.raises(ValueError, match=r"at least 3 .* got 2"):
@@ -133,7 +133,7 @@ def test_a_data_set_without_train_split_needs_a_tokenizer(tmp_path):
     assert tokenizer_for(open_dataset(folder, "test"), 300).fingerprint == own.fingerprint
 
 
-def test_the_data_sets_own_tokenizer_is_taken(tmp_path):
+def test_the_tokenizer_of_the_data_set_is_used(tmp_path):
     folder = write_dataset(tmp_path / "data", 4, splits=("train", "test"))
     trained = tokenizer_for(open_dataset(folder, "test"), 300)
     captions = [caption for i in range(4) for caption in make_captions(i)]

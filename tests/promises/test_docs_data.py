@@ -18,6 +18,8 @@ from mvlm_dataloading import open_dataset
 from support import published
 from support.data import wave_tokenizer
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 
 
@@ -40,11 +42,11 @@ def downloads(tmp_path_factory) -> Path:
     (downloads / "tars").mkdir()
     with tarfile.open(downloads / "tars" / "train-000.tar", "w") as tar:
         for i in range(4):
-            members = [(f"{i}.jpg", published.encoded(published.picture(i))), (f"{i}.txt", b"words")]
+            members = [(f"{i}.jpg", published.encoded(published.make_image(i))), (f"{i}.txt", b"words")]
             published.add_members(tar, members)
     (downloads / "rows").mkdir()
     rows = [
-        {"image": {"bytes": published.encoded(published.picture(i)), "path": None}, "caption": f"row {i}"}
+        {"image": {"bytes": published.encoded(published.make_image(i)), "path": None}, "caption": f"row {i}"}
         for i in range(3)
     ]
     parquet.write_table(pyarrow.Table.from_pylist(rows), downloads / "rows" / "train-00000-of-00001.parquet")
@@ -76,7 +78,7 @@ def counts(folder: Path) -> dict[str, int]:
     }
 
 
-def test_the_commands_leave_what_the_page_says(printed, downloads):
+def test_commands_of_the_data_page_run(printed, downloads):
     data = downloads / "data"
     assert {folder.name: counts(folder) for folder in sorted(data.iterdir())} == {
         "coco": {"train": 9, "validation": 1, "test": 2},
@@ -102,7 +104,7 @@ def test_the_commands_leave_what_the_page_says(printed, downloads):
     assert len(open_dataset(downloads / "downloads" / "tars", "train")) == 4
 
 
-def test_reasons_on_the_page_are_those_of_the_code(printed, downloads):
+def test_rejection_reasons_of_the_code_are_on_the_data_page(printed, downloads):
     known = set(re.findall(r"`([^`]+)`", PAGE.read_text().split("## What is rejected")[1].split("Captions lose")[0]))
     found = {
         json.loads(line)["reason"]
@@ -113,7 +115,7 @@ def test_reasons_on_the_page_are_those_of_the_code(printed, downloads):
     assert found <= known
 
 
-def test_python_blocks_run(printed, downloads, monkeypatch, capsys):
+def test_python_of_the_data_page_runs(printed, downloads, monkeypatch, capsys):
     monkeypatch.chdir(downloads)
     for block in blocks("python"):
         exec(block, {})

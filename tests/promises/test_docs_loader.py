@@ -29,12 +29,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
-def test_python(folder, monkeypatch, capsys):
+def test_python_of_the_loader_page_runs(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert len(blocks("python")) == 1
     exec(blocks("python")[0], {})
     assert "same samples in the same order, same pixels, captions and masks" in capsys.readouterr().out
 
 
-def test_commands():
+def test_commands_of_the_loader_page_are_run_by_other_tests():
     assert {line for block in blocks("sh") for line in block.splitlines()} == ELSEWHERE

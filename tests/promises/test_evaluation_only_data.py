@@ -8,6 +8,7 @@ from support import published
 from support.data import wave_tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["test", "validation"])
 def test_a_set_of_evaluation_images_is_built_checked_viewed_and_loaded(tmp_path, monkeypatch, capsys, split):
     monkeypatch.chdir(tmp_path)

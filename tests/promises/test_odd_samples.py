@@ -84,9 +84,9 @@ def webp_of_size(width: int, height: int) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-def pictures() -> dict[str, tuple[bytes, str]]:
-    """Name: the picture's bytes, and what is to become of it."""
-    image = published.picture(1, (90, 60))
+def odd_images() -> dict[str, tuple[bytes, str]]:
+    """Name: the image's bytes, and what is to become of it."""
+    image = published.make_image(1, (90, 60))
     jpeg, png, webp = (published.encoded(image, kind) for kind in ("JPEG", "PNG", "WEBP"))
     progressive = published.encoded(image, "JPEG", progressive=True)
     zoo: dict[str, tuple[bytes, str]] = {}
@@ -128,9 +128,9 @@ def pictures() -> dict[str, tuple[bytes, str]]:
         "webp bomb": (webp_of_size(16_000, 16_000), TOO_MANY_PIXELS),
         "webp that is not as large as it says": (webp_of_size(90, 60), UNDECODABLE),
         "text bomb in a png": (text_bomb(png), "any"),
-        "too small": (published.encoded(published.picture(1, (90, 15)), "PNG"), "image is too small"),
+        "too small": (published.encoded(published.make_image(1, (90, 15)), "PNG"), "image is too small"),
         "a pixel": (published.encoded(Image.new("RGB", (1, 1))), "image is too small"),
-        "a banner": (published.encoded(published.picture(1, (400, 20))), "image is too long and thin"),
+        "a banner": (published.encoded(published.make_image(1, (400, 20))), "image is too long and thin"),
         "cmyk": (published.encoded(image.convert("CMYK")), GOOD),
         "grey": (published.encoded(image.convert("L")), GOOD),
         "16 bits": (published.encoded(Image.fromarray(np.asarray(image)[..., 0].astype(np.uint16) * 257), "PNG"), GOOD),
@@ -193,8 +193,8 @@ def peak_since_reset() -> int:
 def zoo(tmp_path_factory) -> dict[str, Any]:
     """What became of each: keys are the positions in the two tables above."""
     out = tmp_path_factory.mktemp("zoo") / "out"
-    good = published.encoded(published.picture(2))
-    cases = {name: (image, ["words"], wanted) for name, (image, wanted) in pictures().items()}
+    good = published.encoded(published.make_image(2))
+    cases = {name: (image, ["words"], wanted) for name, (image, wanted) in odd_images().items()}
     cases |= {f"caption: {name}": (good, known, wanted) for name, (known, wanted) in CAPTIONS.items()}
     records = [
         Record(f"{i:04d}", image, captions, name) for i, (name, (image, captions, _)) in enumerate(cases.items())
@@ -220,7 +220,7 @@ def zoo(tmp_path_factory) -> dict[str, Any]:
     return {"cases": cases, "out": out, "rejected": rejected, "grown": grown, "dataset": open_dataset(out, "train")}
 
 
-def test_each_is_accepted_or_rejected_with_its_reason(zoo):
+def test_each_odd_image_is_accepted_or_rejected_with_its_reason(zoo):
     assert len(zoo["cases"]) > 100
     keys = {str(key): i for i, key in enumerate(zoo["dataset"].keys)}
     wrong = {}
@@ -235,7 +235,7 @@ def test_each_is_accepted_or_rejected_with_its_reason(zoo):
     assert wrong == {}
 
 
-def test_the_rest_of_the_records(zoo):
+def test_odd_records_are_rejected_with_their_reasons(zoo):
     reasons = {where: reason for where, reason in zoo["rejected"].items() if where not in zoo["cases"]}
     keys = "key is not 1 to 80 of A-Z a-z 0-9 _ + = @ , -"
     assert reasons == {
@@ -251,11 +251,11 @@ def test_the_rest_of_the_records(zoo):
     }
 
 
-def test_memory_stays_bounded(zoo):
+def test_odd_images_take_bounded_memory(zoo):
     assert zoo["grown"] < 1 << 30
 
 
-def test_whatever_was_written_is_loaded_and_shown_as_it_should_be(zoo):
+def test_accepted_odd_images_are_loaded_correctly(zoo):
     """In the loader, with EXIF orientation applied: against Pillow's own decoders and its transposition."""
     dataset, side = zoo["dataset"], 60
     loader = Loader(dataset, wave_tokenizer(), batch_size=16, image_size=side, text_length=8, seed=0, train=False,

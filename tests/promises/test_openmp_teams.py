@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 from mvlm_dataloading import open_dataset
 from support.data import damage_images, wave_tokenizer, write_dataset
 
@@ -36,6 +38,7 @@ print(threads() - before)
 """
 
 
+@pytest.mark.slow
 def test_loader_threads_open_no_openmp_team(tmp_path):
     wave_tokenizer().save(tmp_path / "tokenizer.json")
     data = write_dataset(tmp_path / "data", 80, splits=("train", "test"), kinds=("JPEG",), size=(224, 224))

@@ -32,7 +32,7 @@ def train_split(tmp_path_factory) -> Dataset:
 
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory):
-    """100 pictures in a few shards, four of them damaged after they were written."""
+    """100 images in a few shards, four of them damaged after they were written."""
     folder = tmp_path_factory.mktemp("damaged") / "data"
     write_dataset(folder, 100, max_shard_bytes=300_000, kinds=("PNG", "JPEG"))
     damage_images(open_dataset(folder, "train"), BAD)
@@ -52,7 +52,7 @@ def stream(loader: Loader, count: int) -> list[tuple[int, bytes, bytes]]:
     return found
 
 
-def test_they_are_replaced_counted_and_named(damaged, tokenizer, caplog):
+def test_undecodable_images_are_replaced_counted_and_named(damaged, tokenizer, caplog):
     loader = load(damaged, tokenizer)
     samples = [i for i, _, _ in stream(loader, 30)]  # three epochs
     assert loader.skipped == 4
@@ -64,14 +64,15 @@ def test_they_are_replaced_counted_and_named(damaged, tokenizer, caplog):
     assert all(".tar offset " in skip and " key train00" in skip for skip in skips)
 
 
-def test_the_result_does_not_depend_on_the_batch_size(damaged, tokenizer):
+@pytest.mark.slow
+def test_substitutes_do_not_depend_on_the_batch_size(damaged, tokenizer):
     wanted = stream(load(damaged, tokenizer), 20)
     assert stream(load(damaged, tokenizer, batch_size=1, num_threads=1), 60) == wanted[:60]
     assert stream(load(damaged, tokenizer, batch_size=100), 2) == wanted
 
 
 @pytest.mark.parametrize("batches", [1, 6, 13])
-def test_resume_is_exact(damaged, tokenizer, batches):
+def test_resume_with_undecodable_images_is_exact(damaged, tokenizer, batches):
     whole = stream(load(damaged, tokenizer), 25)
     loader = load(damaged, tokenizer)
     stream(loader, batches)
@@ -84,7 +85,7 @@ def test_resume_is_exact(damaged, tokenizer, batches):
     assert resumed.skipped == 4
 
 
-def test_ranks_that_know_of_different_ones_see_what_one_rank_sees(damaged, tokenizer):
+def test_ranks_that_know_other_undecodable_images_see_what_one_rank_sees(damaged, tokenizer):
     wanted = stream(load(damaged, tokenizer), 16)
     loaders = [load(damaged, tokenizer, rank=rank, world_size=2) for rank in range(2)]
     shares = [stream(loader, 5) for loader in loaders]
@@ -96,7 +97,7 @@ def test_ranks_that_know_of_different_ones_see_what_one_rank_sees(damaged, token
         assert rows == wanted[10 * step : 10 * step + 10]
 
 
-def test_the_limit_holds_for_each_rank(damaged, tokenizer):
+def test_the_limit_of_undecodable_images_holds_for_each_rank(damaged, tokenizer):
     """A rank has met half of the samples, so half as many bad ones are too many, but for chance."""
     loader = load(damaged, tokenizer, rank=1, world_size=2, max_bad_fraction=0.0)
     with pytest.raises(DataError, match="wanted at most 0% undecodable images, found 1 of 50"):
@@ -105,7 +106,7 @@ def test_the_limit_holds_for_each_rank(damaged, tokenizer):
 
 @pytest.fixture
 def many(tmp_path):
-    """400 pictures, and a function that damages each one whose number modulo 100 is below its argument."""
+    """400 images, and a function that damages each one whose number modulo 100 is below its argument."""
     folder = write_dataset(tmp_path / "data", 400, kinds=("JPEG",))
 
     def damaged(percent: int) -> Dataset:
@@ -129,7 +130,8 @@ def of_all_ranks(dataset, tokenizer, state: dict[str, Any] | None, batches: int)
     return states[0] | {"skipped": known, "met": states[0]["epoch"] * len(dataset) + states[0]["position"]}
 
 
-def test_a_resumed_run_of_several_ranks_goes_on_as_one_that_was_not_interrupted(many, tokenizer):
+@pytest.mark.slow
+def test_ranks_that_resume_see_what_uninterrupted_ranks_see(many, tokenizer):
     """4 % are bad and 5 % may be: no rank may count against itself what the others had found."""
     dataset = many(4)
     of_all_ranks(dataset, tokenizer, None, 20)  # two epochs
@@ -139,7 +141,8 @@ def test_a_resumed_run_of_several_ranks_goes_on_as_one_that_was_not_interrupted(
     assert end["skipped"] == [i for i in range(400) if i % 100 < 4]
 
 
-def test_too_many_bad_ones_stop_a_run_of_several_ranks_however_often_it_is_resumed(many, tokenizer):
+@pytest.mark.slow
+def test_too_many_undecodable_images_stop_ranks_however_often_they_resume(many, tokenizer):
     dataset = many(10)
     assert of_all_ranks(dataset, tokenizer, None, 10)  # a rank alone sees too few of them to be sure
 
@@ -155,7 +158,7 @@ def test_too_many_bad_ones_stop_a_run_of_several_ranks_however_often_it_is_resum
         of_all_ranks(dataset, tokenizer, known, 1)
 
 
-def test_what_a_rank_has_met_itself_is_counted_on_from_its_own_state(many, tokenizer):
+def test_samples_seen_by_a_rank_continue_from_its_state(many, tokenizer):
     """30 % are bad: found within the first epoch, whether resumed after each batch or not at all."""
     dataset = many(30)
 
@@ -199,12 +202,12 @@ def truncated(request, tmp_path):
     """
     with tarfile.open(tmp_path / "train-000.tar", "w") as tar:
         for i in range(24):
-            picture = make_image(i, kind="JPEG", size=(240, 320))
+            image = make_image(i, kind="JPEG", size=(240, 320))
             if i in (5, 17):
-                picture = picture[: int(len(picture) * (0.9 if i == 5 else 0.97))]
+                image = image[: int(len(image) * (0.9 if i == 5 else 0.97))]
             elif i % 4 == 0:
-                picture += getattr(request, "param", b"")
-            for name, content in ((f"{i:02d}.jpg", picture), (f"{i:02d}.txt", b"a wave")):
+                image += getattr(request, "param", b"")
+            for name, content in ((f"{i:02d}.jpg", image), (f"{i:02d}.txt", b"a wave")):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
@@ -212,7 +215,8 @@ def truncated(request, tmp_path):
     return open_dataset(tmp_path, "train")
 
 
-def test_a_file_that_is_cut_is_bad_whatever_its_window(truncated, tokenizer, caplog):
+@pytest.mark.slow
+def test_a_truncated_image_is_bad_whatever_its_crop(truncated, tokenizer, caplog):
     settings = {"batch_size": 8, "max_bad_fraction": 0.2}
     for seed in range(4):
         loader = load(truncated, tokenizer, **settings, seed=seed)
@@ -228,8 +232,9 @@ def test_a_file_that_is_cut_is_bad_whatever_its_window(truncated, tokenizer, cap
     assert "bytes after their end" not in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("truncated", [b"\0"], indirect=True)
-def test_a_window_that_fails_where_that_of_epoch_0_does_not_stops_no_run(truncated, tokenizer, caplog):
+def test_a_crop_that_fails_in_one_epoch_only_does_not_stop_training(truncated, tokenizer, caplog):
     """Bytes after the end of other files turn the guard off, and then it is a batch that fails."""
     found = set()
     for seed in range(4):
@@ -241,7 +246,7 @@ def test_a_window_that_fails_where_that_of_epoch_0_does_not_stops_no_run(truncat
     assert "bytes after their end" in caplog.text
 
 
-def test_too_many_stop_the_run_with_the_list(damaged, tokenizer):
+def test_too_many_undecodable_images_stop_training_with_a_list(damaged, tokenizer):
     loader = load(damaged, tokenizer, max_bad_fraction=0.03)
     with pytest.raises(
         DataError, match="wanted at most 3% undecodable images, found 4 of 100; build the data set again"
@@ -254,7 +259,7 @@ def test_too_many_stop_the_run_with_the_list(damaged, tokenizer):
     stream(load(damaged, tokenizer, max_bad_fraction=0.04), 10)
 
 
-def test_a_substitute_may_be_bad_too(tmp_path, tokenizer):
+def test_a_substitute_may_be_undecodable_too(tmp_path, tokenizer):
     """With three of four damaged, the first substitute often is, before it is known."""
     folder = write_dataset(tmp_path / "data", 4)
     damage_images(open_dataset(folder, "train"), [0, 1, 3])
@@ -263,7 +268,8 @@ def test_a_substitute_may_be_bad_too(tmp_path, tokenizer):
     assert loader.skipped == 3
 
 
-def test_a_bad_substitute_of_a_known_one_is_replaced_as_everywhere_else(tmp_path, tokenizer):
+@pytest.mark.slow
+def test_an_undecodable_substitute_is_replaced_alike_on_all_ranks(tmp_path, tokenizer):
     """Two bad ones of ten: a run that knows of the first has read its substitute, and finds that one bad."""
     bad, epochs = {2, 7}, 8
     folder = write_dataset(tmp_path / "data", 10)
@@ -290,7 +296,7 @@ def test_a_bad_substitute_of_a_known_one_is_replaced_as_everywhere_else(tmp_path
     assert chains > 0  # else nothing of this was tried
 
 
-def test_a_pass_in_order_stops_at_one(damaged, tokenizer):
+def test_a_pass_in_order_stops_at_an_undecodable_image(damaged, tokenizer):
     with pytest.raises(DataError, match=r"offset .* key train0003: wanted an image, found one that cannot be decoded"):
         stream(load(damaged, tokenizer, train=False), 10)
 
@@ -306,7 +312,7 @@ def test_a_shard_that_vanishes_is_not_a_bad_image(tmp_path, tokenizer):
     assert loader.skipped == 0
 
 
-def test_other_failures_of_the_reader_are_not_taken_for_bad_images(train_split, tokenizer, monkeypatch):
+def test_other_reader_failures_are_not_taken_for_undecodable_images(train_split, tokenizer, monkeypatch):
     pipelines = []
 
     def build_recorded(*args, **settings):
@@ -337,7 +343,8 @@ for _ in range(4):
 """
 
 
-def test_no_picture_is_blamed_when_the_interpreter_ends(tmp_path):
+@pytest.mark.slow
+def test_no_image_is_blamed_when_the_interpreter_exits(tmp_path):
     """It takes DALI's pipelines down while the loader's thread makes the next batch."""
     write_dataset(tmp_path / "data", 100)
     done = subprocess.run([sys.executable, "-c", ENDS_EARLY, tmp_path / "data"], capture_output=True, text=True)

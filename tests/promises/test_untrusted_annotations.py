@@ -21,31 +21,31 @@ from support.data import build_source
 
 
 def written(source: Source, out: Path) -> tuple[list[str], list[str]]:
-    """Keys of the training pictures, and why the others were refused."""
+    """Keys of the training images, and why the others were refused."""
     build_shards(source, out, workers=0)
     lines = (out / "rejected.jsonl").read_text().splitlines()
     return open_dataset(out, "train").keys.tolist(), [json.loads(line)["reason"] for line in lines]
 
 
-def test_a_table_does_not_lead_out_of_its_folder(tmp_path):
-    published.write_picture(tmp_path / "secret.jpg", 0)
-    published.folder(tmp_path / "pictures", 1)
+def test_a_caption_table_cannot_name_files_outside_its_folder(tmp_path):
+    published.write_image(tmp_path / "secret.jpg", 0)
+    published.folder(tmp_path / "images", 1)
     table = tmp_path / "table.jsonl"
     names = ["../secret.jpg", str(tmp_path / "secret.jpg"), "a/0.jpg", "a/\0.jpg", "a/../../secret.jpg"]
     table.write_text("".join(json.dumps({"image": name, "caption": "x"}) + "\n" for name in names))
-    keys, reasons = written(folder(tmp_path / "pictures", table), tmp_path / "out")
+    keys, reasons = written(folder(tmp_path / "images", table), tmp_path / "out")
     assert len(keys) == 1
     assert sorted(reasons) == ["image file is missing", *3 * ["image is outside the folder"]]
 
 
 def outside_of(root: Path) -> list[str]:
-    """Names that lead from a folder two below `root`, as COCO's are, to a picture beside it."""
-    published.write_picture(root.parent / "secret.jpg", 0)
+    """Names that lead from a folder two below `root`, as COCO's are, to a image beside it."""
+    published.write_image(root.parent / "secret.jpg", 0)
     return ["../../secret.jpg", str(root.parent / "secret.jpg"), "a/../../../secret.jpg"]
 
 
 @pytest.mark.parametrize("karpathy", [False, True])
-def test_cocos_annotations_do_not_lead_out_of_its_folder(tmp_path, karpathy):
+def test_coco_annotations_cannot_name_files_outside_the_folder(tmp_path, karpathy):
     root = tmp_path / "coco"
     published.coco(root)
     file, field = (
@@ -65,7 +65,7 @@ def test_cocos_annotations_do_not_lead_out_of_its_folder(tmp_path, karpathy):
 
 
 @pytest.mark.parametrize("suffix", ["json", "annotations.csv", "token", "results.csv"])
-def test_flickrs_annotations_do_not_lead_out_of_its_folder(tmp_path, suffix):
+def test_flickr30k_annotations_cannot_name_files_outside_the_folder(tmp_path, suffix):
     root = tmp_path / "flickr"
     published.flickr30k(root)
     names = outside_of(root)
@@ -85,8 +85,8 @@ def test_flickrs_annotations_do_not_lead_out_of_its_folder(tmp_path, suffix):
     assert reasons == 3 * ["image is outside the folder"]
 
 
-def test_no_other_names_lead_out_of_a_folder(tmp_path):
-    """Visual Genome's pictures are named by numbers; the splits of save_to_disk are folders."""
+def test_visual_genome_and_save_to_disk_cannot_name_files_outside_the_folder(tmp_path):
+    """Visual Genome's images are named by numbers; the splits of save_to_disk are folders."""
     published.visual_genome(tmp_path / "genome")
     file = tmp_path / "genome/region_descriptions.json"
     images = json.loads(file.read_text())
@@ -100,12 +100,12 @@ def test_no_other_names_lead_out_of_a_folder(tmp_path):
         huggingface([tmp_path / "saved"])
 
 
-def test_only_a_text_is_a_caption(tmp_path):
+def test_only_strings_are_captions_in_every_source(tmp_path):
     """Nulls, numbers and objects, in every format that can hold them."""
     cells = [["words", None], [None], [{"raw": "words", "id": 1}], [float("nan")], 7, None, "None"]
     numbers = range(len(cells))
     for i in numbers:
-        published.write_picture(tmp_path / "folder" / f"{i}.jpg", i)
+        published.write_image(tmp_path / "folder" / f"{i}.jpg", i)
     rows = "\n".join(json.dumps({"image": f"{i}.jpg", "caption": cells[i]}) for i in numbers)
     (tmp_path / "folder/captions.jsonl").write_text(rows)
     source = folder(tmp_path / "folder", tmp_path / "folder/captions.jsonl")
@@ -113,9 +113,9 @@ def test_only_a_text_is_a_caption(tmp_path):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         for i in numbers:
             told = json.dumps({"caption": cells[i]}).encode()
-            published.add_members(tar, [(f"{i}.jpg", published.encoded(published.picture(i))), (f"{i}.json", told)])
+            published.add_members(tar, [(f"{i}.jpg", published.encoded(published.make_image(i))), (f"{i}.json", told)])
     assert build_source(webdataset([tmp_path / "0.tar"]), tmp_path / "b")["train"] == {"0": ["words"], "6": ["None"]}
-    images = [published.encoded(published.picture(i)) for i in range(3)]
+    images = [published.encoded(published.make_image(i)) for i in range(3)]
     parquet.write_table(
         pyarrow.table({"image": images, "caption": [["x", None], [None], ["y"]]}), tmp_path / "0.parquet"
     )
@@ -157,7 +157,7 @@ def test_only_a_text_is_a_caption(tmp_path):
         (lambda at: folder(at, test=1.5), "wanted shares from 0 to 1 that sum to at most 1, got 0.0 and 1.5"),
     ],
 )
-def test_what_is_missing_is_named(tmp_path, open_source, message):
+def test_missing_files_columns_and_arguments_are_named(tmp_path, open_source, message):
     with pytest.raises(DataError, match=message) as error:
         open_source(tmp_path)
     assert "\n" not in str(error.value)
@@ -173,7 +173,7 @@ def test_what_is_missing_is_named(tmp_path, open_source, message):
          "wanted a split named .*, found 'trial'"),
     ],
 )  # fmt: skip
-def test_annotations_that_are_none(tmp_path, text, message):
+def test_malformed_annotations_are_refused(tmp_path, text, message):
     (tmp_path / "train2014").mkdir()
     (tmp_path / "dataset_coco.json").write_text(text)
     with pytest.raises(DataError, match=message):
@@ -181,7 +181,7 @@ def test_annotations_that_are_none(tmp_path, text, message):
 
 
 @pytest.mark.parametrize("number", ["a", 1e999, None, [1], {}])
-def test_numbers_of_pictures_that_are_none(tmp_path, number):
+def test_malformed_image_numbers_are_refused(tmp_path, number):
     published.coco(tmp_path / "coco")
     published.visual_genome(tmp_path / "genome")
     for name, open_source, field in (
@@ -198,7 +198,7 @@ def test_numbers_of_pictures_that_are_none(tmp_path, number):
             open_source()
 
 
-def test_captions_nested_too_deeply(tmp_path):
+def test_captions_nested_too_deeply_are_refused(tmp_path):
     published.flickr30k(tmp_path)
     file = tmp_path / "flickr_annotations_30k.csv"
     file.write_text(f"raw,split,filename\n{'[' * 100_000},train,1000.jpg\n")

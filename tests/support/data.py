@@ -16,7 +16,7 @@ from . import published
 
 
 def make_image(i: int, *, kind: str = "PNG", size: tuple[int, int] | None = None) -> bytes:
-    """Picture number i: waves of colour, of (height, width) `size`."""
+    """Image number i: waves of colour, of (height, width) `size`."""
     height, width = size or (40 + 13 * (i % 7), 90 - 11 * (i % 5))
     y, x = np.mgrid[0:height, 0:width]
     waves = [127.5 + 110 * np.sin(x / (6 + i % 3) + y / (9 + c) + 0.7 * i + c) for c in range(3)]
@@ -26,7 +26,7 @@ def make_image(i: int, *, kind: str = "PNG", size: tuple[int, int] | None = None
 
 
 def make_captions(i: int) -> list[str]:
-    """One to three captions, none equal to another picture's."""
+    """One to three captions, none equal to another image's."""
     return [f"picture number {i} of some waves", f"the {i}th wave", f"waves, {i} in all, seen from above at noon"][
         : 1 + i % 3
     ]
@@ -35,7 +35,7 @@ def make_captions(i: int) -> list[str]:
 def write_dataset(
     folder: Path, count: int, *, max_shard_bytes: int = 1 << 30, splits=("train",), kinds=("PNG",), size=None
 ) -> Path:
-    """A data set of `count` pictures in each split, of (height, width) `size` or of several sizes."""
+    """A data set of `count` images in each split, of (height, width) `size` or of several sizes."""
     with ShardWriter(
         folder,
         name="waves",
@@ -59,7 +59,7 @@ def write_dataset(
 
 
 def damage_images(dataset: Dataset, ids) -> None:
-    """Make pictures undecodable without moving anything: what is left is their first 20 bytes."""
+    """Make images undecodable without moving anything: what is left is their first 20 bytes."""
     for i in ids:
         with dataset.tars[dataset.shard[i]].open("r+b") as tar:
             tar.seek(int(dataset.image.offset[i]) + 20)

@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 
-def picture(i: int, size: tuple[int, int] = (72, 54)) -> Image.Image:
-    """Picture number i, of (width, height) `size`: soft colours, unlike those of any other number."""
+def make_image(i: int, size: tuple[int, int] = (72, 54)) -> Image.Image:
+    """Image number i, of (width, height) `size`: soft colours, unlike those of any other number."""
     small = np.random.default_rng(i).integers(0, 256, (6, 8, 3), np.uint8)
     return Image.fromarray(small).resize(size, Image.Resampling.BICUBIC)
 
@@ -27,9 +27,9 @@ def captions(i: int) -> list[str]:
     return [f"soft colours, number {i}", f"the {i}th of some pictures"][: 1 + i % 2]
 
 
-def write_picture(path: Path, i: int) -> None:
+def write_image(path: Path, i: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encoded(picture(i)))
+    path.write_bytes(encoded(make_image(i)))
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -45,7 +45,7 @@ def coco(root: Path, train: int = 8, val: int = 4, year: int = 2014) -> None:
         for i in numbers:
             number = 100 + i
             name = f"COCO_{folder}_{number:012d}.jpg" if year == 2014 else f"{number:012d}.jpg"
-            write_picture(root / folder / name, i)
+            write_image(root / folder / name, i)
             images.append({"id": number, "file_name": name, "license": 1 + i % 2, "width": 72, "height": 54})
             annotations += [{"image_id": number, "id": 10 * i + k, "caption": c} for k, c in enumerate(captions(i))]
             split = "train" if i < train else ("restval", "val")[i - train] if i - train < 2 else "test"
@@ -73,11 +73,11 @@ FLICKR_SPLITS = ("train", "train", "train", "train", "val", "test")
 
 
 def flickr30k(root: Path) -> None:
-    """Six pictures, and their captions in all four formats. A row of results.csv lacks a bar, as the real one does."""
+    """Six images, and their captions in all four formats. A row of results.csv lacks a bar, as the real one does."""
     images, lines, bars, rows = [], [], ["image_name| comment_number| comment"], []
     for i, split in enumerate(FLICKR_SPLITS):
         name = f"{1000 + i}.jpg"
-        write_picture(root / "flickr30k-images" / name, i)
+        write_image(root / "flickr30k-images" / name, i)
         sentences = [{"raw": caption, "imgid": i} for caption in captions(i)]
         images.append({"filename": name, "split": split, "imgid": i, "sentids": [i], "sentences": sentences})
         for k, caption in enumerate(captions(i)):
@@ -95,7 +95,7 @@ def visual_genome(root: Path, count: int = 6) -> None:
     descriptions, data = [], []
     for i in range(count):
         number = 2407000 + i
-        write_picture(root / ("VG_100K" if i % 2 else "VG_100K_2") / f"{number}.jpg", i)
+        write_image(root / ("VG_100K" if i % 2 else "VG_100K_2") / f"{number}.jpg", i)
         phrases = [f"part {k} of picture {i}" for k in range(4)] + ["part 0 of picture " + str(i)]
         regions = [{"region_id": k, "image_id": number, "phrase": phrase, "x": 1, "y": 2, "width": 9, "height": 9}
                    for k, phrase in enumerate(phrases)]  # fmt: skip
@@ -132,7 +132,7 @@ def img2dataset(root: Path, first: int = 0, tars: int = 2, each: int = 5) -> Non
                     add_members(
                         tar,
                         [
-                            (f"{key}.jpg", encoded(picture(i))),
+                            (f"{key}.jpg", encoded(make_image(i))),
                             (f"{key}.txt", captions(i)[0].encode()),
                             (f"{key}.json", json.dumps(row).encode()),
                         ],
@@ -152,7 +152,7 @@ def folder(root: Path, count: int = 6, *, sidecars: bool = True) -> None:
     """ImageTable in two folders; captions beside them, in captions.csv and in captions.jsonl."""
     names = [f"{'ab'[i % 2]}/{i}.jpg" for i in range(count)]
     for i, name in enumerate(names):
-        write_picture(root / name, i)
+        write_image(root / name, i)
         if sidecars:
             (root / name).with_suffix(".txt").write_text("\n".join(captions(i)) + "\n")
     with (root / "captions.csv").open("w", newline="") as file:

@@ -79,6 +79,11 @@ class Dataset:
         )
 
     @property
+    def splits(self) -> list[str]:
+        """Names of all splits of the data set, this one included."""
+        return list(self.description["splits"])
+
+    @property
     def tokenizer_sha256(self) -> str | None:
         """Hash of the `tokenizer.json` that belongs to the data, or None."""
         return self.description.get("tokenizer")

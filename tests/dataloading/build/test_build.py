@@ -1,6 +1,7 @@
 """Writing a data set: what is left out, what goes on after an interruption, and what a full disk leaves."""
 
 import fcntl
+import json
 import os
 import resource
 import shutil
@@ -32,12 +33,13 @@ def keys(out: Path, split: str = "train") -> list[str]:
     return open_dataset(out, split).keys.tolist()
 
 
-def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path):
-    published.folder(tmp_path / "pictures", 30)
-    (tmp_path / "pictures/a/0.jpg").write_bytes(b"broken")
+@pytest.mark.slow
+def test_a_build_does_not_depend_on_the_number_of_processes(tmp_path):
+    published.folder(tmp_path / "images", 30)
+    (tmp_path / "images/a/0.jpg").write_bytes(b"broken")
 
     def in_small_pieces() -> Source:
-        whole = folder(tmp_path / "pictures", test=0.2)
+        whole = folder(tmp_path / "images", test=0.2)
         records = {}
         for piece in whole.pieces:
             records.setdefault(piece.split, []).extend(piece.records(1))
@@ -53,8 +55,8 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path):
     assert (seen[-1].pieces, seen[-1].of_pieces, seen[-1].records) == (5, 5, 30)
 
 
-def test_a_finished_set_is_left_as_it_is(tmp_path):
-    records = {"train": [make_record("a", published.picture(0))]}
+def test_a_finished_data_set_is_not_built_again(tmp_path):
+    records = {"train": [make_record("a", published.make_image(0))]}
     out = build_records(tmp_path / "out", records)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     build_records(out, records)
@@ -63,8 +65,31 @@ def test_a_finished_set_is_left_as_it_is(tmp_path):
         build_records(out, records, min_side=20)
 
 
-def test_another_run_is_not_mixed_into_what_a_killed_one_left(tmp_path, monkeypatch):
-    records = {"train": [make_record(f"k{i}", published.picture(i)) for i in range(4)]}
+def test_unfinished_builds_of_earlier_versions_fit(tmp_path, monkeypatch):
+    """The state of an unfinished build, as version 0.1.0 wrote it."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mvlm_dataloading.build.build.assemble", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build_records(tmp_path / "out", {"train": [make_record("a", published.make_image(0))]})
+    state = json.loads((tmp_path / ".out.partial" / "plan.json").read_text())
+    assert state["pieces"] == ["train 1 from a to a"]
+    assert state["recipe"].pop("records")
+    assert state == {
+        "name": "set",
+        "recipe": {
+            "revision": 2, "max_pixels": 50000000, "min_side": 16, "max_aspect": 10.0, "max_image_bytes": 67108864,
+            "max_caption_bytes": 2000, "shard_bytes": 268435456, "drop_duplicates": False, "text_length": 40,
+            "against": [],
+        },
+        "pieces": ["train 1 from a to a"],
+    }  # fmt: skip
+
+
+def test_a_killed_build_is_not_resumed_by_another_build(tmp_path, monkeypatch):
+    records = {"train": [make_record(f"k{i}", published.make_image(i)) for i in range(4)]}
 
     def stop(*_):
         raise KeyboardInterrupt
@@ -84,8 +109,8 @@ def test_another_run_is_not_mixed_into_what_a_killed_one_left(tmp_path, monkeypa
     assert keys(tmp_path / "out") == ["k0", "k1", "k2", "k3"]
 
 
-def test_a_link_to_an_empty_folder_gets_that_folder_filled(tmp_path):
-    records = {"train": [make_record("a", published.picture(0))]}
+def test_a_build_into_a_link_fills_the_linked_empty_folder(tmp_path):
+    records = {"train": [make_record("a", published.make_image(0))]}
     (tmp_path / "elsewhere" / "empty").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "empty")
     (tmp_path / "nowhere").symlink_to(tmp_path / "elsewhere" / "new")
@@ -98,16 +123,16 @@ def test_a_link_to_an_empty_folder_gets_that_folder_filled(tmp_path):
     (tmp_path / "third").mkdir()
     (tmp_path / "to-third").symlink_to(tmp_path / "third")
     with ShardWriter(tmp_path / "to-third", name="", source="", licence="", attribution="", recipe={}) as writer:
-        writer.add("b", published.encoded(published.picture(1)), ["words"])
+        writer.add("b", published.encoded(published.make_image(1)), ["words"])
     assert keys(tmp_path / "third") == ["b"]
 
 
-def test_a_mount_point_is_refused_before_anything_is_done(tmp_path, monkeypatch):
+def test_a_build_into_a_mount_point_is_refused_at_once(tmp_path, monkeypatch):
     """It cannot be replaced by a finished folder. Nothing is mounted here; the system is asked by its name."""
     (tmp_path / "volume").mkdir()
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "volume")
     seen = []
-    source = Source("set", "", "", {}, [ListedPiece("train", [make_record("a", published.picture(0))])])
+    source = Source("set", "", "", {}, [ListedPiece("train", [make_record("a", published.make_image(0))])])
     with pytest.raises(DataError, match="volume: wanted a folder that can be replaced, found a mount point"):
         build_shards(source, tmp_path / "volume", progress=seen.append, workers=0)
     assert seen == []
@@ -116,22 +141,23 @@ def test_a_mount_point_is_refused_before_anything_is_done(tmp_path, monkeypatch)
     build_shards(source, tmp_path / "volume" / "set", workers=0)
 
 
-def test_two_runs_at_once_are_refused(tmp_path):
+def test_two_builds_of_a_folder_at_once_are_refused(tmp_path):
     (tmp_path / ".out.partial").mkdir()
     with (tmp_path / ".out.partial/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(DataError, match="wanted to be the only process that writes there, found another"):
-            build_records(tmp_path / "out", {"train": [make_record("a", published.picture(0))]})
-    build_records(tmp_path / "out", {"train": [make_record("a", published.picture(0))]})
+            build_records(tmp_path / "out", {"train": [make_record("a", published.make_image(0))]})
+    build_records(tmp_path / "out", {"train": [make_record("a", published.make_image(0))]})
 
 
-def test_a_set_of_which_nothing_is_left(tmp_path):
+def test_a_build_without_a_usable_record_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"wanted at least one sample, found none; rejected: \{'no caption': 1\}"):
-        build_records(tmp_path / "out", {"train": [make_record("a", published.picture(0), [])]})
+        build_records(tmp_path / "out", {"train": [make_record("a", published.make_image(0), [])]})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_decoder_that_dies_costs_one_picture(tmp_path):
+@pytest.mark.slow
+def test_a_crash_of_the_decoder_costs_one_image(tmp_path):
     done = subprocess.run(
         [sys.executable, str(FAULTS / "dying_decoder.py"), str(tmp_path / "out")],
         capture_output=True, text=True, env=environment(), timeout=300,
@@ -144,7 +170,8 @@ def test_a_decoder_that_dies_costs_one_picture(tmp_path):
     }
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes():
+@pytest.mark.slow
+def test_a_killed_build_resumes_and_ends_with_the_same_bytes():
     """Ten trials here; `make faults-data` has fifty."""
     memory = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}
     done = subprocess.run(
@@ -156,10 +183,11 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes():
     assert done.stdout.count("kill@") >= 5
 
 
-def test_a_full_disk_leaves_nothing_that_a_reader_takes(tmp_path):
+@pytest.mark.slow
+def test_a_build_on_a_full_disk_leaves_no_data_set(tmp_path):
     """A real limit of the system on the size of a file: a tar cannot be finished, in another process."""
-    published.folder(tmp_path / "pictures", 12)
-    command = [sys.executable, "-m", "mvlm", "data", "folder", "pictures", "out", "--workers", "1"]
+    published.folder(tmp_path / "images", 12)
+    command = [sys.executable, "-m", "mvlm", "data", "folder", "images", "out", "--workers", "1"]
     limit = 20_000
 
     def limited() -> None:
@@ -177,5 +205,5 @@ def test_a_full_disk_leaves_nothing_that_a_reader_takes(tmp_path):
     assert "out: 12 train" in done.stdout
     shutil.rmtree(tmp_path / ".out.partial", ignore_errors=True)
     assert file_contents(tmp_path / "out") == file_contents(
-        build_shards(folder(tmp_path / "pictures"), tmp_path / "again", workers=0)
+        build_shards(folder(tmp_path / "images"), tmp_path / "again", workers=0)
     )

@@ -21,22 +21,22 @@ def keys(out: Path, split: str = "train") -> list[str]:
     return open_dataset(out, split).keys.tolist()
 
 
-def test_what_is_in_an_evaluation_split_is_not_trained_on(tmp_path):
-    other = build_records(tmp_path / "other", {"validation": [make_record("v", published.picture(50))],
-                                       "train": [make_record("t", published.picture(51))]})  # fmt: skip
-    shown = published.picture(1, (144, 108))
+def test_evaluation_images_are_dropped_from_train(tmp_path):
+    other = build_records(tmp_path / "other", {"validation": [make_record("v", published.make_image(50))],
+                                       "train": [make_record("t", published.make_image(51))]})  # fmt: skip
+    shown = published.make_image(1, (144, 108))
     out = build_records(
         tmp_path / "out",
         {
-            "test": [make_record("a", shown), make_record("b", published.picture(2))],
+            "test": [make_record("a", shown), make_record("b", published.make_image(2))],
             "train": [
                 make_record("same", shown),
                 make_record("smaller", shown.resize((72, 54)), kind="JPEG"),
                 make_record("brighter", brighter(shown, 12)),
-                make_record("wider", shown.resize((216, 108))),  # another shape is another picture
-                make_record("of-the-others-evaluation", published.picture(50)),
-                make_record("of-the-others-training", published.picture(51)),
-                make_record("alone", published.picture(3)),
+                make_record("wider", shown.resize((216, 108))),  # another shape is another image
+                make_record("of-the-others-evaluation", published.make_image(50)),
+                make_record("of-the-others-training", published.make_image(51)),
+                make_record("alone", published.make_image(3)),
             ],
         },
         against=[other],
@@ -56,11 +56,11 @@ def test_what_is_in_an_evaluation_split_is_not_trained_on(tmp_path):
     ]
 
 
-def test_duplicates_are_told_of_and_dropped_if_so_asked(tmp_path):
-    image = published.picture(1, (144, 108))
+def test_a_build_lists_duplicates_and_drops_them_on_request(tmp_path):
+    image = published.make_image(1, (144, 108))
     records = [
         make_record("a", image, ["first"]),
-        make_record("b", published.picture(2)),
+        make_record("b", published.make_image(2)),
         make_record("again", image, ["second", "third"]),
         make_record("nearly", image.resize((100, 75)), kind="JPEG"),
         make_record("flat", Image.new("RGB", (40, 40), "teal")),

@@ -16,7 +16,7 @@ def folder(tmp_path_factory):
     return build_emoji(tmp_path_factory.mktemp("emoji") / "out", size=48, limit=120, workers=1)
 
 
-def test_a_slice_of_the_real_set(folder):
+def test_emoji_data_set_has_images_captions_and_metadata(folder):
     seen = []
     for split in ("train", "validation", "test"):
         dataset = open_dataset(folder, split)
@@ -32,9 +32,9 @@ def test_a_slice_of_the_real_set(folder):
             assert meta["base"]
             assert meta["group"]
             assert not set("_:\t") & set("".join(dataset.captions(i)))
-            picture = Image.open(io.BytesIO(dataset.image_bytes(i)))
-            assert (picture.mode, picture.size, picture.format) == ("RGB", (48, 48), "PNG")
-            corners = np.array(picture)[[0, 0, -1, -1], [0, -1, 0, -1]]
+            image = Image.open(io.BytesIO(dataset.image_bytes(i)))
+            assert (image.mode, image.size, image.format) == ("RGB", (48, 48), "PNG")
+            corners = np.array(image)[[0, 0, -1, -1], [0, -1, 0, -1]]
             assert (corners == 255).all()
             seen.append(codepoints)
     assert len(seen) == len(set(seen)) == 120
@@ -44,7 +44,7 @@ def test_a_slice_of_the_real_set(folder):
     assert description["licence"] == "CC BY-SA 4.0"
 
 
-def test_building_again_leaves_it_alone_and_says_so(folder, caplog):
+def test_emoji_data_set_is_not_built_again(folder, caplog):
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     caplog.set_level("INFO")
     build_emoji(folder, size=48, limit=120)
@@ -55,14 +55,15 @@ def test_building_again_leaves_it_alone_and_says_so(folder, caplog):
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-def test_processes_change_nothing(tmp_path):
+@pytest.mark.slow
+def test_emoji_data_set_does_not_depend_on_the_number_of_processes(tmp_path):
     one = build_emoji(tmp_path / "one", size=16, limit=250, workers=1)
     two = build_emoji(tmp_path / "two", size=16, limit=250, workers=2)
     for path in one.iterdir():
         assert path.read_bytes() == (two / path.name).read_bytes()
 
 
-def test_nonsense_sizes_are_refused(tmp_path):
+def test_emoji_sizes_out_of_range_are_refused(tmp_path):
     for settings in ({"size": 0}, {"limit": 0}):
         with pytest.raises(DataError, match="wanted size >= 16 and limit >= 1"):
             build_emoji(tmp_path / "out", **settings)

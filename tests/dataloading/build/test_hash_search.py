@@ -5,7 +5,7 @@ import numpy as np
 from mvlm_dataloading.build.hash_search import MAX_DISTANCE, first_equal, near_known, near_pairs
 
 
-def test_near_pairs_are_those_of_a_loop():
+def test_near_pairs_match_a_loop_over_all_pairs():
     rng = np.random.default_rng(0)
     values = rng.integers(0, 2**64, 120, np.uint64)
     for i in range(0, 100, 2):  # neighbours at all distances from 0 to 6, and a few copies

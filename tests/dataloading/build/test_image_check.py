@@ -10,26 +10,27 @@ from mvlm_dataloading.build.image_check import TOO_MANY_PIXELS, UNDECODABLE, Ima
 from support import published
 
 
-def test_16_bits_keep_their_high_byte():
+def test_decoder_keeps_the_high_byte_of_16_bit_images():
     levels = np.tile(np.arange(0, 65536, 1024, dtype=np.uint16)[:, None], (1, 64))
     (pixels,) = ImageDecoder(1 << 20)([published.encoded(Image.fromarray(levels), "PNG")])
     assert not isinstance(pixels, str)
     assert np.abs(pixels.astype(int) - (levels / 257)[..., None]).max() <= 1
 
 
-def test_the_decoder_asks_for_the_size_itself():
+def test_decoder_checks_sizes_by_itself():
     """Should its parser read a header in another way than Pillow does."""
     kinds = [((40, 30), "PNG"), ((41, 30), "PNG"), ((40, 30), "JPEG"), ((60, 30), "WEBP"), ((30, 40), "WEBP")]
-    images = [published.encoded(published.picture(i, size), kind) for i, (size, kind) in enumerate(kinds)]
+    images = [published.encoded(published.make_image(i, size), kind) for i, (size, kind) in enumerate(kinds)]
     found = list(ImageDecoder(1200)([*images, b"", b"noise"]))
     shapes = [one if isinstance(one, str) else one.shape for one in found]
     large = TOO_MANY_PIXELS
     assert shapes == [(30, 40, 3), large, (30, 40, 3), large, (40, 30, 3), UNDECODABLE, UNDECODABLE]
 
 
-def test_a_long_batch_is_decoded_in_parts_and_in_order():
+def test_decoder_splits_long_batches_and_keeps_their_order():
     images = [
-        published.encoded(published.picture(i, (20 + i, 20)), "PNG")[: 200 if i % 9 == 4 else None] for i in range(75)
+        published.encoded(published.make_image(i, (20 + i, 20)), "PNG")[: 200 if i % 9 == 4 else None]
+        for i in range(75)
     ]
     found = list(ImageDecoder(1 << 20)(images))
     assert [one if isinstance(one, str) else one.shape[1] for one in found] == [
@@ -41,11 +42,11 @@ def brighter(image: Image.Image, levels: int) -> Image.Image:
     return Image.fromarray(np.minimum(np.asarray(image).astype(int) + levels, 255).astype(np.uint8))
 
 
-def test_the_perceptual_hash_survives_what_publishing_does():
+def test_perceptual_hash_survives_scaling_and_compression():
     distances, strangers = [], []
     hashes = []
     for i in range(60):
-        image = published.picture(i, (300, 225))
+        image = published.make_image(i, (300, 225))
         own = perceptual_hash(np.asarray(image))
         assert own is not None
         hashes.append(own)

@@ -20,8 +20,8 @@ def with_exif(image: Image.Image, kind: str, orientation: int) -> bytes:
     return published.encoded(image, kind, exif=exif.tobytes())
 
 
-def test_encoding_anew_turns_pictures_for_good(tmp_path):
-    image = published.picture(1, (90, 60))
+def test_re_encoding_applies_the_exif_orientation(tmp_path):
+    image = published.make_image(1, (90, 60))
     records = [
         Record(f"{kind}{orientation}", with_exif(image, kind, orientation), ["a"], "")
         for kind in ("JPEG", "PNG", "WEBP")
@@ -41,10 +41,10 @@ def test_encoding_anew_turns_pictures_for_good(tmp_path):
         assert (dataset.metadata(i)["width"], dataset.metadata(i)["height"]) == stored.size
 
 
-def test_pictures_are_made_smaller_and_never_larger(tmp_path):
+def test_images_are_downscaled_and_never_upscaled(tmp_path):
     records = [
-        make_record("large", published.picture(1, (200, 100))),
-        make_record("small", published.picture(2, (60, 40))),
+        make_record("large", published.make_image(1, (200, 100))),
+        make_record("small", published.make_image(2, (60, 40))),
     ]
     out = build_records(tmp_path / "out", {"train": records}, short_side=50)
     dataset = open_dataset(out, "train")
@@ -57,10 +57,10 @@ def test_pictures_are_made_smaller_and_never_larger(tmp_path):
         assert (image.format, image.size) == ("JPEG", (60, 40))
 
 
-def test_token_ids_are_written_beside_the_captions(tmp_path, tokenizer):
+def test_token_ids_are_stored_with_the_captions(tmp_path, tokenizer):
     tokenizer.save(tmp_path / "tokenizer.json")
     captions = [["picture number 1 of some waves", "the wave"], ["waves"]]
-    records = [make_record(f"k{i}", published.picture(i), known) for i, known in enumerate(captions)]
+    records = [make_record(f"k{i}", published.make_image(i), known) for i, known in enumerate(captions)]
     out = build_records(tmp_path / "out", {"train": records}, tokenizer=tmp_path / "tokenizer.json", text_length=6)
     description = json.loads((out / "dataset.json").read_text())
     assert description["tokens"] == {"fingerprint": tokenizer.fingerprint, "max_length": 6}

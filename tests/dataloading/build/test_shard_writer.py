@@ -24,10 +24,10 @@ def writer_for(folder: Path, **settings) -> ShardWriter:
     return ShardWriter(folder, **HEADER, recipe={"v": 1}, **settings)
 
 
-def test_what_is_written(tmp_path):
+def test_shard_writer_files_and_description(tmp_path):
     with writer_for(tmp_path / "out") as writer:
-        picture = make_image(0)
-        assert writer.add("a-1", picture, ["  two\nwords ", "two words", " ", "more"], {"name": "é"}) is None
+        image = make_image(0)
+        assert writer.add("a-1", image, ["  two\nwords ", "two words", " ", "more"], {"name": "é"}) is None
         assert writer.add("b", make_image(1, kind="JPEG"), ["b"]) is None
         assert writer.add("c", make_image(2, kind="WEBP"), ["c"], split="test") is None
     out = tmp_path / "out"
@@ -42,7 +42,7 @@ def test_what_is_written(tmp_path):
         assert tar.getnames() == ["a-1.png", "a-1.txt", "a-1.json", "b.jpg", "b.txt", "b.json"]
         read = {member.name: content.read() for member in tar if (content := tar.extractfile(member))}
         assert {(member.mtime, member.uid, member.gid, member.uname) for member in tar} == {(0, 0, 0, "")}
-    assert read["a-1.png"] == picture
+    assert read["a-1.png"] == image
     assert read["a-1.txt"].decode() == "two words\nmore\n"
     assert json.loads(read["a-1.json"]) == {"name": "é"}
     description = json.loads((out / "dataset.json").read_text())
@@ -71,7 +71,7 @@ def test_what_is_written(tmp_path):
     }
 
 
-def test_our_index_is_wds2idx_own(waves, tmp_path):
+def test_index_equals_that_of_wds2idx(waves, tmp_path):
     tars = sorted(waves.glob("*.tar"))
     assert len(tars) > 5
     for tar in tars:
@@ -80,14 +80,14 @@ def test_our_index_is_wds2idx_own(waves, tmp_path):
         assert (tmp_path / "made.idx").read_bytes() == tar.with_suffix(".idx").read_bytes()
 
 
-def test_building_twice_gives_equal_bytes(tmp_path):
+def test_shard_writer_output_is_deterministic(tmp_path):
     folders = [
         write_dataset(tmp_path / name, 9, max_shard_bytes=60_000, kinds=("PNG", "JPEG")) for name in ("one", "two")
     ]
     assert file_contents(folders[0]) == file_contents(folders[1])
 
 
-def test_a_new_shard_is_begun_in_time(waves):
+def test_shards_stay_below_their_maximum_size(waves):
     for tar in waves.glob("*.tar"):
         assert tar.stat().st_size <= 150_000 + tarfile.RECORDSIZE
     sizes = [
@@ -103,7 +103,7 @@ def gif() -> bytes:
 
 
 def huge_png() -> bytes:
-    # The header of a 60,000 x 60,000 picture before a small one's data.
+    # The header of a 60,000 x 60,000 image before a small one's data.
     file = io.BytesIO()
     Image.new("L", (8, 8)).save(file, "PNG")
     data = bytearray(file.getvalue())
@@ -112,7 +112,7 @@ def huge_png() -> bytes:
     return bytes(data)
 
 
-def test_bad_samples_are_refused_and_counted(tmp_path, caplog):
+def test_shard_writer_rejects_and_counts_bad_samples(tmp_path, caplog):
     good = make_image(3)
     noise = np.random.default_rng(0).bytes(500)
     with writer_for(tmp_path / "out") as writer:
@@ -140,7 +140,7 @@ def test_bad_samples_are_refused_and_counted(tmp_path, caplog):
     assert "rejected sample 'bomb' of set: image has too many pixels" in caplog.text
 
 
-def test_a_set_without_a_sample_is_refused_and_leaves_nothing(tmp_path):
+def test_shard_writer_without_a_sample_leaves_nothing(tmp_path):
     with (
         pytest.raises(DataError, match="wanted at least one sample, found none"),
         writer_for(tmp_path / "out") as writer,
@@ -149,7 +149,7 @@ def test_a_set_without_a_sample_is_refused_and_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_exception_leaves_nothing(tmp_path):
+def test_shard_writer_leaves_nothing_after_an_exception(tmp_path):
     def write():
         with writer_for(tmp_path / "out") as writer:
             writer.add("a", make_image(0), ["a"])
@@ -160,7 +160,7 @@ def test_an_exception_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+def test_shard_writer_leaves_nothing_on_a_full_disk(tmp_path, monkeypatch):
     close = tarfile.TarFile.close
 
     def full(tar, *_):
@@ -179,7 +179,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_run_left_is_replaced(tmp_path):
+def test_shard_writer_replaces_an_unfinished_folder(tmp_path):
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "train-000000.tar").write_bytes(b"half")
     (tmp_path / "out").mkdir()  # an empty folder is as good as none
@@ -188,7 +188,7 @@ def test_what_a_killed_run_left_is_replaced(tmp_path):
     assert len(open_dataset(tmp_path / "out", "train")) == 2
 
 
-def test_a_folder_in_use_is_refused_and_left_alone(tmp_path):
+def test_shard_writer_refuses_a_folder_in_use(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "letter.txt").write_text("dear")

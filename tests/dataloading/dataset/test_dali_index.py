@@ -43,7 +43,7 @@ def make(rows: int) -> str:
 
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 300])
-def test_columns_are_what_the_lines_say(rows):
+def test_index_columns_match_the_lines(rows):
     text = make(rows)
     index = parse_index(text.encode())
     wanted = by_words(text)
@@ -71,19 +71,19 @@ def test_columns_are_what_the_lines_say(rows):
         ("jpg 1 12345678901234567890 a.jpg", "a number of 20 digits"),
     ],
 )
-def test_lines_of_another_form(line, message):
+def test_malformed_index_lines_are_refused(line, message):
     with pytest.raises(ValueError, match=message):
         parse_index(f"v1.2 2\njpg 1 2 b.jpg\n{line}\n".encode())
 
 
-def test_head():
+def test_read_head_gives_first_line_and_line_count():
     assert read_head(b"v1.2 3\na\nb\nc\n") == ("v1.2 3", 3)
     assert read_head(b"v1.2 3\na\nb\nc") == ("v1.2 3", 3)
     assert read_head(b"") == ("", 0)
     assert read_head(b"v1.2 0\n") == ("v1.2 0", 0)
 
 
-def test_memory_is_a_few_times_the_index():
+def test_parsing_an_index_takes_a_few_times_its_size():
     """So that a million samples, 90 MB of index, fit where a loader fits."""
     text = make(20000).encode()
     tracemalloc.start()

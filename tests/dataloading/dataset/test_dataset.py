@@ -18,7 +18,7 @@ from support.data import make_captions, make_image, write_dataset
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two splits of 8 pictures in a few shards, to be broken."""
+    """Two splits of 8 images in a few shards, to be broken."""
     return write_dataset(tmp_path / "data", 8, max_shard_bytes=50_000, splits=("train", "validation"))
 
 
@@ -32,7 +32,7 @@ def refuse(folder, *words: str, split: str = "train") -> None:
         assert word in message
 
 
-def test_random_access(train_split):
+def test_dataset_gives_random_access_to_samples(train_split):
     assert len(train_split) == 60
     for i in (59, 0, 31, 17):
         assert train_split.captions(i) == make_captions(i)
@@ -54,7 +54,7 @@ def test_offsets_are_those_of_tarfile(train_split):
                 assert members[f"{train_split.keys[i]}.{wanted}"] == (part.offset[i], part.size[i])
 
 
-def test_image_id_is_the_sources_or_the_bytes(tmp_path):
+def test_image_id_comes_from_the_metadata_or_the_bytes(tmp_path):
     with ShardWriter(tmp_path / "d", name="", source="", licence="", attribution="", recipe={}) as writer:
         writer.add("a", make_image(0), ["one"])
         writer.add("b", make_image(0), ["two"])
@@ -77,7 +77,7 @@ def test_fingerprint_follows_the_split_and_its_bytes(tmp_path, waves, train_spli
     assert open_dataset(other, "train").fingerprint != train_split.fingerprint
 
 
-def test_an_index_of_another_name_is_a_view_with_a_fingerprint_of_its_own(folder):
+def test_a_shard_with_a_named_index_has_its_own_fingerprint(folder):
     """Some of a shard's samples, in another order, without another tar."""
     whole = open_dataset(folder, "train")
     description = json.loads((folder / "dataset.json").read_text())
@@ -120,7 +120,7 @@ def write_by_hand(folder, members: list[tuple[str, bytes]]) -> None:
     (folder / "dataset.json").write_text(json.dumps(description))
 
 
-def test_captions_and_metadata_of_other_writers(tmp_path):
+def test_captions_and_metadata_of_other_tools_are_read(tmp_path):
     write_by_hand(
         tmp_path,
         [

@@ -12,7 +12,7 @@ from support.data import write_dataset
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two splits of 8 pictures in a few shards, to be broken."""
+    """Two splits of 8 images in a few shards, to be broken."""
     return write_dataset(tmp_path / "data", 8, max_shard_bytes=50_000, splits=("train", "validation"))
 
 
@@ -26,7 +26,7 @@ def refuse(folder, *words: str, split: str = "train") -> None:
         assert word in message
 
 
-def test_missing_folder_and_description(tmp_path, folder):
+def test_a_missing_folder_or_description_is_refused(tmp_path, folder):
     refuse(tmp_path / "nowhere", "nowhere: wanted a data folder, found none; `mvlm data` writes one")
     (folder / "dataset.json").unlink()
     refuse(folder, "dataset.json: wanted the data set's description, found no such file")
@@ -46,12 +46,12 @@ def one_shard(**changed) -> str:
     ],
     ids=lambda text: text[:60],
 )
-def test_a_description_that_is_none(folder, text):
+def test_a_malformed_description_is_refused(folder, text):
     (folder / "dataset.json").write_text(text, encoding="latin-1")
     refuse(folder, "dataset.json: wanted the description of a data set, found")
 
 
-def test_a_description_of_another_version(folder):
+def test_a_description_of_another_version_is_refused(folder):
     description = json.loads((folder / "dataset.json").read_text())
     (folder / "dataset.json").write_text(json.dumps(description | {"format_version": 99}))
     refuse(folder, "wanted format_version 1, found 99")

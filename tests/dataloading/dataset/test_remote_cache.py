@@ -43,7 +43,7 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """48 pictures in several shards."""
+    """48 images in several shards."""
     folder = tmp_path_factory.mktemp("elsewhere") / "data"
     write_dataset(folder, 48, max_shard_bytes=60_000, kinds=("JPEG",))
     assert len(list(folder.glob("*.tar"))) >= 5
@@ -55,7 +55,7 @@ def web(folder):
     Quiet.asked.clear()
     Quiet.fail.clear()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
@@ -101,8 +101,9 @@ def used(cache) -> int:
     return sum(sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the server's and the client's packages
-def test_an_object_store(folder, cache, tokenizer, monkeypatch):
+def test_an_object_store_serves_a_data_set(folder, cache, tokenizer, monkeypatch):
     """S3 as boto speaks it, over several epochs, in a cache that holds all."""
     moto = pytest.importorskip("moto.server")
     boto3 = pytest.importorskip("boto3")
@@ -127,7 +128,8 @@ def test_an_object_store(folder, cache, tokenizer, monkeypatch):
         server.stop()
 
 
-def test_a_web_server_a_small_cache_and_several_epochs(folder, web, cache, tokenizer, monkeypatch):
+@pytest.mark.slow
+def test_several_epochs_from_a_web_server_through_a_small_cache(folder, web, cache, tokenizer, monkeypatch):
     monkeypatch.setattr(sampler, "GROUP", 1)
     monkeypatch.setattr(reader, "FIRST_SEGMENT_BATCHES", 1)
     monkeypatch.setattr(reader, "MAX_SEGMENT_SAMPLES", 8)
@@ -147,7 +149,7 @@ def test_a_web_server_a_small_cache_and_several_epochs(folder, web, cache, token
     assert not list(cache.glob("*/*.part"))
 
 
-def test_shards_come_before_they_are_needed(folder, web, cache, tokenizer, monkeypatch):
+def test_remote_shards_are_fetched_ahead_of_use(folder, web, cache, tokenizer, monkeypatch):
     monkeypatch.setattr(sampler, "GROUP", 1)
     monkeypatch.setattr(reader, "FIRST_SEGMENT_BATCHES", 1)
     monkeypatch.setattr(reader, "MAX_SEGMENT_SAMPLES", 8)
@@ -162,7 +164,7 @@ def test_shards_come_before_they_are_needed(folder, web, cache, tokenizer, monke
     loader.close()
 
 
-def test_a_cache_that_is_too_small(folder, web, cache, tokenizer, monkeypatch):
+def test_a_remote_cache_that_is_too_small_is_refused(folder, web, cache, tokenizer, monkeypatch):
     limit_to(monkeypatch, folder, 1.5)
     with pytest.raises(
         DataError, match=r"wanted room for \d+ bytes more, found \d+ of \d+ in use; raise MVLM_CACHE_GB"
@@ -174,7 +176,7 @@ def test_a_cache_that_is_too_small(folder, web, cache, tokenizer, monkeypatch):
             open_dataset(web, "train")
 
 
-def test_a_server_that_fails_at_times(folder, web, cache, tokenizer):
+def test_a_failed_fetch_is_retried(folder, web, cache, tokenizer):
     names = sorted(f"/{path.name}" for path in folder.glob("train*"))
     Quiet.fail += ["/dataset.json", *names, *names]
     dataset = open_dataset(web, "train")
@@ -185,7 +187,7 @@ def test_a_server_that_fails_at_times(folder, web, cache, tokenizer):
         open_dataset(web, "train")
 
 
-def test_a_shard_with_other_bytes_is_refused(folder, web, cache, tokenizer):
+def test_a_remote_shard_with_other_bytes_is_refused(folder, web, cache, tokenizer):
     tar = sorted(folder.glob("*.tar"))[2]
     content = tar.read_bytes()
     try:
@@ -200,7 +202,7 @@ def test_a_shard_with_other_bytes_is_refused(folder, web, cache, tokenizer):
         os.utime(tar.with_suffix(".idx"))
 
 
-def test_a_damaged_index_in_the_cache_is_brought_again(folder, web, cache, tokenizer):
+def test_a_damaged_cached_index_is_fetched_again(folder, web, cache, tokenizer):
     open_dataset(web, "train")
     first, *_, last = sorted(cache.glob("*/*.idx"))
     first.write_bytes(b"")
@@ -209,7 +211,7 @@ def test_a_damaged_index_in_the_cache_is_brought_again(folder, web, cache, token
     assert_equal(found, batches(open_dataset(folder, "train"), tokenizer, 6))
 
 
-def test_an_index_of_another_tar_is_noticed_and_does_not_stay(folder, web, cache, tokenizer):
+def test_a_cached_index_of_another_tar_is_noticed_and_removed(folder, web, cache, tokenizer):
     wanted = batches(open_dataset(folder, "train"), tokenizer, 6)
     shards = json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"]
     by_count = {}
@@ -227,7 +229,7 @@ def test_an_index_of_another_tar_is_noticed_and_does_not_stay(folder, web, cache
     assert_equal(batches(open_dataset(web, "train"), tokenizer, 6), wanted)
 
 
-def test_a_data_set_that_brings_a_tokenizer(folder, web, cache, tokenizer):
+def test_the_tokenizer_of_a_remote_data_set_is_fetched(folder, web, cache, tokenizer):
     path, kept = folder / "tokenizer.json", (folder / "dataset.json").read_text()
     try:
         tokenizer.save(path)
@@ -247,7 +249,7 @@ def test_a_data_set_that_brings_a_tokenizer(folder, web, cache, tokenizer):
         (folder / "dataset.json").write_text(kept)
 
 
-def test_shards_outside_the_folder_are_refused(folder, web, cache):
+def test_remote_shards_outside_the_folder_are_refused(folder, web, cache):
     path = folder / "dataset.json"
     kept = path.read_text()
     description = json.loads(kept)
@@ -260,7 +262,7 @@ def test_shards_outside_the_folder_are_refused(folder, web, cache):
         path.write_text(kept)
 
 
-def test_what_a_process_holds_another_does_not_remove(folder, web, cache, monkeypatch):
+def test_a_shard_held_by_one_process_is_not_removed_by_another(folder, web, cache, monkeypatch):
     """Two stages, as two jobs have them, in one cache with room for two shards."""
     size = limit_to(monkeypatch, folder, 2.2)
     shards = json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"]
@@ -285,7 +287,7 @@ def test_what_a_process_holds_another_does_not_remove(folder, web, cache, monkey
     two.release_except([])
 
 
-def test_what_is_read_is_not_held(folder, web, cache, monkeypatch):
+def test_reading_captions_does_not_hold_shards(folder, web, cache, monkeypatch):
     """A tokenizer is trained on all captions, with room for two shards; what a loader holds stays held."""
     size = limit_to(monkeypatch, folder, 2.2)
     dataset = open_dataset(web, "train")
@@ -303,7 +305,7 @@ def test_what_is_read_is_not_held(folder, web, cache, monkeypatch):
     other.release_except([])
 
 
-def test_what_is_on_its_way_has_its_room(folder, web, cache, monkeypatch):
+def test_a_shard_being_fetched_counts_in_the_cache_size(folder, web, cache, monkeypatch):
     """One job has begun to fetch a shard when another makes room for its own: together they would be too large."""
     size = limit_to(monkeypatch, folder, 1.5)
     shards = json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"]
@@ -336,7 +338,7 @@ def test_what_is_on_its_way_has_its_room(folder, web, cache, monkeypatch):
     two.release_except([])
 
 
-def test_a_file_that_goes_while_room_is_made(folder, web, cache, monkeypatch):
+def test_a_cached_file_may_vanish_while_room_is_made(folder, web, cache, monkeypatch):
     """Between the listing and a look at its size, as when another job has just finished with it."""
     size = limit_to(monkeypatch, folder, 1.5)
     cached = RemoteCache(web, cache, size)
@@ -372,7 +374,7 @@ for turn in range(10):
 """
 
 
-def test_jobs_that_share_a_cache(folder, web, cache, monkeypatch):
+def test_jobs_can_share_a_remote_cache(folder, web, cache, monkeypatch):
     """Three processes fetch, check and let go at once, with room for three shards."""
     size = limit_to(monkeypatch, folder, 3.2)
     shards = json.dumps(json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"])
@@ -385,6 +387,6 @@ def test_jobs_that_share_a_cache(folder, web, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["s3://b/x", "s3:/b/x", "gs://b/x", "hf://datasets/o/n", "https://h/x", "http://h/x"])
-def test_places_elsewhere(place):
+def test_urls_are_recognised_as_remote(place):
     assert is_remote(place)
     assert not any(is_remote(local) for local in ("data", "/data/s3", "./s3:", "c:/data"))

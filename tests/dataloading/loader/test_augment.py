@@ -21,7 +21,7 @@ WAYS = 40  # samples that each operation is tried on
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory):
-    """Square pictures of SIDE pixels, which a whole window hands over as they are; PNG, so that nothing is lost."""
+    """Square images of SIDE pixels, which a whole window hands over as they are; PNG, so that nothing is lost."""
     folder = tmp_path_factory.mktemp("squares") / "data"
     with ShardWriter(folder, name="", source="", licence="", attribution="", recipe={}) as writer:
         for i in range(8):
@@ -50,7 +50,7 @@ def through_the_graph(squares, ids, drawn: AugmentParameters, tmp_path) -> np.nd
 
 @pytest.mark.parametrize("decoding", Decoding)
 @pytest.mark.parametrize("augment", [Augment(operations=2), Augment(flip=0.5), Augment(jitter=0.4)], ids=str)
-def test_the_graph_of_a_gpu_can_be_put_together(squares, tmp_path, monkeypatch, decoding, augment):
+def test_gpu_graphs_can_be_defined(squares, tmp_path, monkeypatch, decoding, augment):
     """DALI checks where operators take what from while the graph is written down, which needs no GPU."""
     monkeypatch.setattr("nvidia.dali.Pipeline.build", lambda _: None)
     ids = np.arange(8)
@@ -116,7 +116,7 @@ def pillow(name: str, image: Image.Image, sign: int, magnitude: int) -> Image.Im
 
 
 def equalize(image: Image.Image) -> Image.Image:
-    """The documented formula: Pillow's rounds its steps to whole numbers, which on small pictures is far off."""
+    """The documented formula: Pillow's rounds its steps to whole numbers, which on small images is far off."""
     x = np.asarray(image)
     out = np.empty_like(x)
     for c in range(3):
@@ -134,7 +134,7 @@ def affine(image: Image.Image, rows) -> Image.Image:
 
 @pytest.mark.parametrize("magnitude", [9, 30])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_each_operation_is_pillows(squares, tmp_path, monkeypatch, name, magnitude):
+def test_each_augmentation_matches_pillow(squares, tmp_path, monkeypatch, name, magnitude):
     ids, drawn = only(monkeypatch, name, magnitude)
     monkeypatch.undo()
     found = through_the_graph(squares, ids, drawn, tmp_path).astype(int)
@@ -154,7 +154,7 @@ def test_each_operation_is_pillows(squares, tmp_path, monkeypatch, name, magnitu
     assert len(signs) == (2 if signed else 1)
 
 
-def test_operations_put_together_follow_the_documented_order(squares, tmp_path):
+def test_combined_augmentations_follow_the_documented_order(squares, tmp_path):
     """All of random draws of three, with jitter and flip, by numpy in float64 from the drawn numbers' meaning."""
     ids = np.tile(np.arange(8), 10)
     augment = Augment(operations=3, magnitude=14, jitter=0.3, flip=0.5)
@@ -196,7 +196,7 @@ def rounded(x) -> np.ndarray:
     return np.clip(np.rint(x), 0, 255)
 
 
-def test_sharpness_is_pillows_kernel(squares):
+def test_sharpness_kernel_is_that_of_pillow(squares):
     kernel = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
     drawn = draw_parameters(Augment(operations=14, magnitude=30), 0, 0, np.arange(50), SIDE)
     for matrix in drawn.kernel:
@@ -206,7 +206,7 @@ def test_sharpness_is_pillows_kernel(squares):
     assert (ImageFilter.SMOOTH.filterargs[1], ImageFilter.SMOOTH.filterargs[3]) == (13, (1, 1, 1, 1, 5, 1, 1, 1, 1))
 
 
-def test_operations_are_distinct_and_drawn_evenly():
+def test_augment_operations_are_distinct_and_evenly_drawn():
     drawn = draw_parameters(Augment(operations=2), 1, 0, np.arange(7000), 224)
     # Each of 14 operations is one of two for 2/14 of the samples: 1,000 expected, standard deviation 29.
     for name in ("posterizes", "solarizes", "equalizes", "autocontrasts", "colours", "sharpens"):
@@ -218,7 +218,7 @@ def test_operations_are_distinct_and_drawn_evenly():
     assert drawn.mirror.sum() == 0
 
 
-def test_nothing_is_drawn_by_default_and_flips_are_as_often_as_asked():
+def test_augment_draws_nothing_by_default_and_flips_at_its_probability():
     assert Augment().nothing
     drawn = draw_parameters(Augment(), 1, 0, np.arange(100), 224)
     for name in (
@@ -276,12 +276,12 @@ def matrix_of(k: int, level: float, side: int) -> np.ndarray:
         ({"magnitude": 31}, "wanted magnitude from 0 to 30, got 31"),
     ],
 )
-def test_settings_out_of_range_are_refused(settings, message):
+def test_augment_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Augment(**settings)
 
 
-def test_the_loader_augments_in_training_alone(train_split, tokenizer):
+def test_loader_augments_in_training_only(train_split, tokenizer):
     def first(**settings):
         loader = Loader(train_split, tokenizer, batch_size=20, image_size=32, text_length=9, seed=0, **settings)
         return next(iter(loader))[0]

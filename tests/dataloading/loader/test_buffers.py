@@ -12,7 +12,7 @@ def filled(value: int, rows: int = 4) -> torch.Tensor:
     return torch.full((rows, 3, 64, 64), value, dtype=torch.uint8)
 
 
-def test_a_copy_is_a_copy():
+def test_buffer_pool_copies():
     source = torch.randint(0, 256, (5, 3, 7, 9), dtype=torch.uint8)
     wanted = source.clone()
     copy = BufferPool().copy(source)  # and outlives what made it
@@ -23,7 +23,7 @@ def test_a_copy_is_a_copy():
     assert torch.equal(copy, wanted + 1)
 
 
-def test_memory_is_used_again_only_when_nothing_refers_to_it():
+def test_buffers_are_reused_only_when_nothing_refers_to_them():
     pool = BufferPool()
     first = pool.copy(filled(1))
     view, place = first[2:3], first.data_ptr()
@@ -38,7 +38,7 @@ def test_memory_is_used_again_only_when_nothing_refers_to_it():
     assert torch.equal(third, filled(3))
 
 
-def test_batches_of_other_sizes():
+def test_buffer_pool_serves_batches_of_several_sizes():
     pool = BufferPool()
     small, large = pool.copy(filled(1, 1)), pool.copy(filled(2, 8))
     del small
@@ -50,7 +50,7 @@ def test_batches_of_other_sizes():
     assert torch.equal(fewer, filled(4, 2))
 
 
-def test_no_more_memory_is_kept_than_said():
+def test_buffer_pool_keeps_a_bounded_number_of_spare_buffers():
     pool = BufferPool(spare=2)
     held = [pool.copy(filled(k)) for k in range(5)]
     assert len(pool) == 0
@@ -58,7 +58,7 @@ def test_no_more_memory_is_kept_than_said():
     assert len(pool) == 2
 
 
-def test_a_forked_process_keeps_its_batch():
+def test_a_forked_process_keeps_the_content_of_a_buffer():
     pool = BufferPool()
     batch = pool.copy(filled(1))
     here, there = os.pipe(), os.pipe()

@@ -32,15 +32,15 @@ def _images_and_windows(pipeline):
     return images, corner, size
 
 
-def test_areas_and_ratios_are_spread_as_asked(train_split, tmp_path):
+def test_crop_areas_and_ratios_cover_their_ranges(train_split, tmp_path):
     ids = np.zeros(3000, np.int64)
     draws = np.random.default_rng(2).random((3000, 4))
     _, _, sizes = run(
         train_split, ids, draws, CropGeometry(image_size=32, crop_scale=(0.25, 0.5)), tmp_path, batch_size=100
     )
-    picture = Image.open(io.BytesIO(train_split.image_bytes(0)))
-    share = sizes.prod(axis=1) / (picture.height * picture.width)
-    # Uniform between a quarter and a half, but for rounding to pixels and for windows that the picture's shape clamps.
+    image = Image.open(io.BytesIO(train_split.image_bytes(0)))
+    share = sizes.prod(axis=1) / (image.height * image.width)
+    # Uniform between a quarter and a half, but for rounding to pixels and for windows that the image's shape clamps.
     assert 0.2 < share.min() < 0.27
     assert 0.47 < share.max() < 0.53
     assert abs(share.mean() - 0.375) < 0.02
@@ -50,6 +50,6 @@ def test_areas_and_ratios_are_spread_as_asked(train_split, tmp_path):
     "settings",
     [{"crop_scale": (0.0, 1.0)}, {"crop_scale": (0.5, 1.1)}, {"crop_scale": (0.9, 0.5)}, {"crop_ratio": (0, 1)}],
 )
-def test_ranges_that_make_no_sense_are_refused(settings):
+def test_crop_ranges_out_of_order_are_refused(settings):
     with pytest.raises(ValueError, match=f"wanted {next(iter(settings))} as 0 < low <= high"):
         CropGeometry(image_size=32, **settings)

@@ -38,7 +38,7 @@ BAD = {
     "killed by signal 11": (-11, "", ""),
     "failed: RuntimeError: no decoder": (1, "", "Traceback\nRuntimeError: no decoder\n"),
     "failed: no message": (1, "", ""),
-    "differ from the CPU's by 96.4 of 255": result(96.4),  # black pictures
+    "differ from the CPU's by 96.4 of 255": result(96.4),  # black images
     "differ from the CPU's by nan": result(float("nan")),
     "gave no result": (0, "", ""),
     "gave no result: 'hello": (0, "hello\n", ""),
@@ -46,7 +46,7 @@ BAD = {
 }
 
 
-def test_the_window_on_the_gpu_is_first(outcomes, caplog):
+def test_cropped_gpu_decoding_is_tried_first(outcomes, caplog):
     caplog.set_level("INFO")
     outcomes[0].append(GOOD)
     assert selftest.choose_decoding(0) is Decoding.GPU_CROP
@@ -56,7 +56,7 @@ def test_the_window_on_the_gpu_is_first(outcomes, caplog):
 
 
 @pytest.mark.parametrize("reason", BAD)
-def test_a_trial_that_goes_wrong_is_not_trusted(outcomes, caplog, reason):
+def test_a_decoding_trial_that_fails_is_not_trusted(outcomes, caplog, reason):
     outcomes[0].extend([BAD[reason], GOOD])
     assert selftest.choose_decoding(1) is Decoding.GPU_FULL_IMAGE
     assert "images are not decoded as gpu-window on CUDA device 1" in caplog.text
@@ -64,12 +64,13 @@ def test_a_trial_that_goes_wrong_is_not_trusted(outcomes, caplog, reason):
     assert [command[-2:] for command in outcomes[1]] == [["1", "gpu-window"], ["1", "gpu-whole"]]
 
 
-def test_the_cpu_is_last(outcomes, caplog):
+def test_cpu_decoding_is_the_last_resort(outcomes, caplog):
     outcomes[0].extend([BAD["killed by signal 11"], BAD["did not end within"]])
     assert selftest.choose_decoding(0) is Decoding.CPU
     assert "images are decoded on the CPU and sent to CUDA device 0" in caplog.text
 
 
-def test_the_trial_itself_runs(capfd):
+@pytest.mark.slow
+def test_the_decoding_trial_runs(capfd):
     selftest.main("cpu", "cpu")
     assert json.loads(capfd.readouterr().out.strip().splitlines()[-1]) == {"worst_difference": 0.0}

@@ -47,7 +47,7 @@ def take(loader: Loader, count: int) -> list:
     return list(itertools.islice(loader, count))
 
 
-def test_what_a_batch_holds(train_split, tokenizer):
+def test_batch_shapes_dtypes_and_values(train_split, tokenizer):
     batch, masks = take(load(train_split, tokenizer), 1)[0]
     assert (batch.images.dtype, batch.images.shape) == (torch.uint8, (8, 3, 64, 64))
     assert batch.tokens.dtype == batch.image_id.dtype == batch.text_id.dtype == batch.sample_id.dtype == torch.int64
@@ -69,7 +69,7 @@ def test_what_a_batch_holds(train_split, tokenizer):
     assert not torch.isin(batch.tokens[masks.token_ids], special).any()
 
 
-def test_masks_are_those_that_can_be_drawn_without_a_loader(train_split, tokenizer):
+def test_loader_masks_equal_the_public_mask_functions(train_split, tokenizer):
     loader = load(train_split, tokenizer)
     for batch, masks in take(loader, 7):
         ids, lengths = batch.sample_id.numpy(), batch.cu_seqlens.diff().numpy()
@@ -77,7 +77,7 @@ def test_masks_are_those_that_can_be_drawn_without_a_loader(train_split, tokeniz
         assert np.array_equal(masks.token_ids, draw_token_masks(5, 0, ids, lengths))
 
 
-def test_every_sample_once_an_epoch_and_batches_are_always_full(train_split, tokenizer):
+def test_loader_yields_every_sample_once_per_epoch_in_full_batches(train_split, tokenizer):
     loader = load(train_split, tokenizer, batch_size=7)
     seen, epochs = [], []
     for batch, _ in itertools.islice(loader, 26):  # 182 samples: three epochs and two samples
@@ -109,12 +109,12 @@ def test_ranks_share_every_global_batch(train_split, tokenizer, world_size):
     assert [row for step in range(16) for share in shares for row in share[step]] == wanted
 
 
-def test_a_batch_larger_than_the_data_set_goes_round(train_split, tokenizer):
+def test_a_batch_larger_than_the_data_set_wraps_around(train_split, tokenizer):
     batch, _ = take(load(train_split, tokenizer, batch_size=130), 1)[0]
     assert Counter(Counter(batch.sample_id.tolist()).values()) == {2: 50, 3: 10}
 
 
-def test_epochs_and_seeds_draw_anew(train_split, tokenizer):
+def test_epochs_and_seeds_give_other_draws(train_split, tokenizer):
     first, second = np.split(np.array(rows(take(load(train_split, tokenizer, batch_size=60), 2))), 2)
     other = rows(take(load(train_split, tokenizer, batch_size=60, seed=6), 1))
     by_sample = [{row["sample"]: row for row in part} for part in (first, second, other)]
@@ -127,6 +127,7 @@ def test_epochs_and_seeds_draw_anew(train_split, tokenizer):
         )  # a third of them has one caption only
 
 
+@pytest.mark.slow
 def test_captions_are_drawn_evenly(train_split, tokenizer):
     i = 2  # has three captions
     texts = [text_hash(caption) for caption in train_split.captions(i)]
@@ -137,7 +138,7 @@ def test_captions_are_drawn_evenly(train_split, tokenizer):
     assert min(drawn.values()) > 8  # 20 expected, standard deviation 3.7
 
 
-def test_a_pass_in_order(train_split, tokenizer):
+def test_a_pass_in_order_yields_whole_images_and_first_captions(train_split, tokenizer):
     loader = load(train_split, tokenizer, batch_size=25, train=False)
     for _ in range(2):
         batches = list(loader)
@@ -167,7 +168,7 @@ def test_resume_is_bitwise(train_split, tokenizer, batches):
 
 
 @pytest.mark.parametrize("batch_size", [1, 12, 60])
-def test_resume_goes_on_with_another_batch_size(train_split, tokenizer, batch_size):
+def test_resume_continues_at_another_batch_size(train_split, tokenizer, batch_size):
     whole = rows(take(load(train_split, tokenizer, batch_size=6), 40))
     loader = load(train_split, tokenizer, batch_size=6)
     take(loader, 9)
@@ -186,7 +187,7 @@ def test_resume_in_the_same_loader_and_at_an_exact_epoch_end(train_split, tokeni
     assert rows(take(loader, 3)) == wanted
 
 
-def test_the_seed_of_the_state_wins(train_split, tokenizer, caplog):
+def test_the_seed_of_the_state_replaces_the_loaders(train_split, tokenizer, caplog):
     loader = load(train_split, tokenizer)
     take(loader, 2)
     wanted = loader.state_dict()
@@ -196,7 +197,7 @@ def test_the_seed_of_the_state_wins(train_split, tokenizer, caplog):
     assert rows(take(resumed, 3)) == rows(take(loader, 3))
 
 
-def test_a_state_of_other_data_is_refused(train_split, waves, tokenizer):
+def test_a_loader_state_of_other_data_is_refused(train_split, waves, tokenizer):
     state = load(open_dataset(waves, "test"), tokenizer).state_dict()
     with pytest.raises(
         DataError, match=r"wanted the data of the state, fingerprint .* resume with that data or begin a new run"
@@ -204,7 +205,7 @@ def test_a_state_of_other_data_is_refused(train_split, waves, tokenizer):
         load(train_split, tokenizer).load_state_dict(state)
 
 
-def test_readers_are_exchanged_without_a_seam(train_split, tokenizer, monkeypatch):
+def test_batches_do_not_depend_on_the_segment_length(train_split, tokenizer, monkeypatch):
     wanted = rows(take(load(train_split, tokenizer), 20))
     monkeypatch.setattr(reader_module, "FIRST_SEGMENT_BATCHES", 3)
     assert rows(take(load(train_split, tokenizer), 20)) == wanted
@@ -212,7 +213,7 @@ def test_readers_are_exchanged_without_a_seam(train_split, tokenizer, monkeypatc
     assert one_pass == list(range(60))
 
 
-def test_batches_stay_as_they_are_while_loading_goes_on(train_split, tokenizer):
+def test_batches_do_not_change_while_the_loader_continues(train_split, tokenizer):
     loader = load(train_split, tokenizer)
     held = take(loader, 10)
     copies = [batch.images.clone() for batch, _ in held]
@@ -232,7 +233,7 @@ def test_a_reader_that_delivers_other_samples_is_noticed(train_split, tokenizer,
         take(loader, 1)
 
 
-def test_folders_with_blanks_and_letters_of_all_kinds(tmp_path, tokenizer, monkeypatch):
+def test_loader_reads_folders_with_blanks_and_non_ascii_names(tmp_path, tokenizer, monkeypatch):
     write_dataset(tmp_path / "mein Ördner: 猫", 6)
     assert len(rows(take(load(open_dataset(tmp_path / "mein Ördner: 猫", "train"), tokenizer), 3))) == 24
     monkeypatch.chdir(tmp_path)
@@ -240,7 +241,7 @@ def test_folders_with_blanks_and_letters_of_all_kinds(tmp_path, tokenizer, monke
     assert len(rows(take(load(open_dataset("relative", "train"), tokenizer), 3))) == 24
 
 
-def test_no_index_views_are_left(train_split, tokenizer, tmp_path, monkeypatch):
+def test_loader_leaves_no_index_views_behind(train_split, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     loader = load(train_split, tokenizer)
     take(loader, 3)
@@ -264,12 +265,12 @@ def test_no_index_views_are_left(train_split, tokenizer, tmp_path, monkeypatch):
         ({"world_size": 2, "train": False}, "wanted one rank for a pass in order"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_at_once(train_split, tokenizer, settings, message):
+def test_loader_arguments_that_do_not_fit_are_refused(train_split, tokenizer, settings, message):
     with pytest.raises(ValueError, match=message):
         load(train_split, tokenizer, **settings)
 
 
-def test_a_tokenizer_that_finds_nothing_in_a_caption(tmp_path):
+def test_a_caption_without_a_token_is_refused(tmp_path):
     inner = tokenizers.Tokenizer(tokenizers.models.BPE({"[CLS]": 0, "[SEP]": 1, "[MASK]": 2, "[PAD]": 3}, []))
     dataset = open_dataset(write_dataset(tmp_path / "d", 2), "train")
     with pytest.raises(DataError, match=r"wanted a caption with a token, found '(picture|the)"):
@@ -288,7 +289,7 @@ def threads() -> int:
     return sum(thread.name == "mvlm-loader" for thread in threading.enumerate())
 
 
-def test_no_thread_is_left_by_a_loader_that_is_closed_forgotten_or_at_its_end(train_split, tokenizer):
+def test_loader_threads_end_with_close_collection_and_the_last_batch(train_split, tokenizer):
     assert threads() == 0
     loader = load(train_split, tokenizer, batch_size=8)
     first = samples(take(loader, 1))
@@ -304,7 +305,7 @@ def test_no_thread_is_left_by_a_loader_that_is_closed_forgotten_or_at_its_end(tr
     assert threads() == 0
 
 
-def test_an_error_in_the_thread_is_raised_where_the_batch_is_asked_for(train_split, tokenizer, monkeypatch):
+def test_an_error_in_the_loader_thread_is_raised_by_next(train_split, tokenizer, monkeypatch):
     loader = load(train_split, tokenizer, batch_size=8)
     take(loader, 2)
     monkeypatch.setattr(reader_module.Segment, "next", lambda _: (_ for _ in ()).throw(OSError("the disk is gone")))

@@ -19,7 +19,7 @@ def patches_of_blocks(image_size: int, patch: int, block: int) -> dict[int, list
     "image_size, patch, block, ratio, blocks",
     [(224, 16, 32, 0.6, 29), (96, 16, 32, 0.6, 5), (96, 8, 32, 0.6, 5), (64, 32, 32, 0.6, 2), (64, 16, 16, 0.5, 8)],
 )
-def test_patch_masks_are_whole_blocks_in_the_exact_number(image_size, patch, block, ratio, blocks):
+def test_patch_masks_are_an_exact_number_of_whole_blocks(image_size, patch, block, ratio, blocks):
     ids = draw_patch_masks(3, 1, np.arange(200), image_size=image_size, patch_size=patch, mask_block=block, ratio=ratio)
     assert ids.dtype == np.int64
     assert ids.shape == (200, blocks * (block // patch) ** 2)
@@ -41,14 +41,14 @@ def test_every_set_of_blocks_is_equally_likely():
 
 
 @pytest.mark.parametrize("sizes", [(100, 16, 32), (96, 16, 64), (96, 12, 32), (96, 0, 32)])
-def test_sizes_that_do_not_fit_are_named(sizes):
+def test_mask_sizes_that_do_not_fit_are_named(sizes):
     image_size, patch, block = sizes
     with pytest.raises(ValueError, match=rf"got image {image_size}, mask block {block}, patch {patch}"):
         draw_patch_masks(0, 0, [0], image_size=image_size, patch_size=patch, mask_block=block)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.01, 1.2])
-def test_a_ratio_that_masks_nothing_or_too_much_is_refused(ratio):
+def test_a_mask_ratio_that_masks_nothing_or_too_much_is_refused(ratio):
     with pytest.raises(ValueError, match="wanted a mask ratio"):
         draw_patch_masks(0, 0, [0], image_size=96, ratio=ratio)
 
@@ -67,7 +67,7 @@ def test_token_masks_hold_the_exact_number_of_ordinary_tokens():
         begin += length
 
 
-def test_a_half_is_rounded_to_the_even_number():
+def test_mask_counts_round_halves_to_even():
     for ordinary, wanted in ((5, 2), (15, 4), (25, 8)):  # 1.5, 4.5, 7.5
         assert len(draw_token_masks(0, 0, [0], [ordinary + 2])) == wanted == round(0.3 * ordinary)
 
@@ -86,7 +86,7 @@ def test_captions_without_an_ordinary_token_are_refused():
         draw_token_masks(0, 0, [0, 1], [5, 2])
 
 
-def test_masks_belong_to_the_sample_whatever_batch_it_is_in():
+def test_masks_depend_on_the_sample_and_not_on_the_batch():
     samples, epochs = np.arange(40), np.arange(40) // 25
     lengths = 3 + samples % 9
     patches = draw_patch_masks(1, epochs, samples, image_size=96)

@@ -35,7 +35,7 @@ def _images_and_windows(pipeline):
 
 
 def window_oracle(height: int, width: int, u: np.ndarray, scale, ratio) -> tuple[int, int, int, int]:
-    """The documented formula for one picture, in Python floats: y, x, h, w."""
+    """The documented formula for one image, in Python floats: y, x, h, w."""
     area = height * width * (scale[0] + (scale[1] - scale[0]) * float(u[0]))
     aspect = ratio[0] * (ratio[1] / ratio[0]) ** float(u[1])
     h = min(max(int(np.floor(np.sqrt(area / aspect) + 0.5)), 1), height)
@@ -46,7 +46,7 @@ def window_oracle(height: int, width: int, u: np.ndarray, scale, ratio) -> tuple
 @pytest.mark.parametrize(
     "scale, ratio", [((0.2, 1.0), (3 / 4, 4 / 3)), ((0.01, 0.02), (0.1, 10.0)), ((1.0, 1.0), (1.0, 1.0))]
 )
-def test_windows_follow_the_formula_and_pixels_follow_pillow(train_split, tmp_path, scale, ratio):
+def test_crops_follow_the_formula_and_pixels_match_pillow(train_split, tmp_path, scale, ratio):
     ids = np.arange(60)
     draws = np.random.default_rng(1).random((60, 4))
     draws[:4] = [[0, 0, 0, 0], [1 - 2**-53] * 4, [0, 1 - 2**-53, 0, 1 - 2**-53], [1 - 2**-53, 0, 1 - 2**-53, 0]]
@@ -57,30 +57,30 @@ def test_windows_follow_the_formula_and_pixels_follow_pillow(train_split, tmp_pa
     assert images.shape == (60, 3, 32, 32)
     worst = 0.0
     for i in ids:
-        picture = Image.open(io.BytesIO(train_split.image_bytes(i)))
-        y, x, h, w = window_oracle(picture.height, picture.width, draws[i], scale, ratio)
+        pillow_image = Image.open(io.BytesIO(train_split.image_bytes(i)))
+        y, x, h, w = window_oracle(pillow_image.height, pillow_image.width, draws[i], scale, ratio)
         assert (corners[i].tolist(), sizes[i].tolist()) == ([y, x], [h, w])
-        assert 0 <= y <= picture.height - h
-        assert 0 <= x <= picture.width - w
-        wanted = picture.crop((x, y, x + w, y + h)).resize((32, 32), Image.Resampling.BILINEAR)
+        assert 0 <= y <= pillow_image.height - h
+        assert 0 <= x <= pillow_image.width - w
+        wanted = pillow_image.crop((x, y, x + w, y + h)).resize((32, 32), Image.Resampling.BILINEAR)
         worst = max(worst, np.abs(np.array(wanted).transpose(2, 0, 1) - images[i].astype(float)).mean())
     # Rounding in two resizers, and for JPEG and WebP in two decoders: well under a level on average.
     assert worst < 1.0
 
 
-def test_without_randomness_the_whole_picture_is_resized(train_split, tmp_path):
+def test_without_randomness_the_whole_image_is_resized(train_split, tmp_path):
     ids = np.arange(12)
     images, corners, sizes = run(
         train_split, ids, np.full((12, 4), 0.5), CropGeometry(image_size=48, random=False), tmp_path
     )
     for i in ids:
-        picture = Image.open(io.BytesIO(train_split.image_bytes(i)))
-        assert (corners[i].tolist(), sizes[i].tolist()) == ([0, 0], [picture.height, picture.width])
-        wanted = picture.resize((48, 48), Image.Resampling.BILINEAR)
+        pillow_image = Image.open(io.BytesIO(train_split.image_bytes(i)))
+        assert (corners[i].tolist(), sizes[i].tolist()) == ([0, 0], [pillow_image.height, pillow_image.width])
+        wanted = pillow_image.resize((48, 48), Image.Resampling.BILINEAR)
         assert np.abs(np.array(wanted).transpose(2, 0, 1) - images[i].astype(float)).mean() < 1.0
 
 
-def test_grey_transparent_and_cmyk_pictures_become_rgb(tmp_path):
+def test_grey_transparent_and_cmyk_images_become_rgb(tmp_path):
     kinds = [("L", "PNG"), ("L", "JPEG"), ("LA", "PNG"), ("RGBA", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("1", "PNG")]
     with ShardWriter(tmp_path / "d", name="", source="", licence="", attribution="", recipe={}) as writer:
         for mode, kind in kinds:

@@ -11,7 +11,7 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "mvlm-loader"]
 
 
-def test_results_come_in_order_and_so_many_ahead():
+def test_prefetcher_yields_in_order_and_stays_within_its_depth():
     made, ended = [], []
     numbers = itertools.count()
 
@@ -33,7 +33,7 @@ def test_results_come_in_order_and_so_many_ahead():
     assert threads() == []
 
 
-def test_the_end_and_an_exception_come_in_their_turn_and_stay():
+def test_prefetcher_ends_and_raises_in_turn_and_repeatedly():
     def failing(results):
         yield from results
         raise OSError("the disk is gone")
@@ -52,7 +52,7 @@ def test_the_end_and_an_exception_come_in_their_turn_and_stay():
     assert threads() == []
 
 
-def test_closing_waits_for_what_is_being_made_and_a_second_time_does_nothing():
+def test_prefetcher_close_waits_and_can_be_repeated():
     inside, go = threading.Event(), threading.Event()
 
     def slow():

@@ -42,7 +42,7 @@ def start(dataset, tokenizer, ranks: int = 1) -> Loader:
     )  # fmt: skip
 
 
-def test_a_pipeline_goes_without_the_garbage_collector(train_split, tokenizer, segments):
+def test_closed_segments_free_memory_without_the_garbage_collector(train_split, tokenizer, segments):
     gc.collect()
     gc.disable()
     try:
@@ -59,12 +59,12 @@ def test_a_pipeline_goes_without_the_garbage_collector(train_split, tokenizer, s
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_a_segment_is_as_long_at_any_number_of_ranks(train_split, tokenizer, segments, ranks):
+def test_segments_have_the_same_length_at_any_number_of_ranks(train_split, tokenizer, segments, ranks):
     assert len(list(islice(start(train_split, tokenizer, ranks), 10))) == 10
     assert segments.lengths == [32, 32, 32]
 
 
-def test_memory_is_trimmed_at_intervals(train_split, tokenizer, monkeypatch):
+def test_reader_trims_memory_at_intervals(train_split, tokenizer, monkeypatch):
     trims = []
     libc = SimpleNamespace(malloc_trim=trims.append)
     monkeypatch.setattr(reader_module, "ctypes", SimpleNamespace(CDLL=lambda name: libc))

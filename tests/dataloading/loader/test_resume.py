@@ -34,7 +34,7 @@ def samples(batches) -> list[tuple[int, bytes]]:
     ]
 
 
-def test_the_same_loader_goes_on_with_everything(train_split, tokenizer):
+def test_resuming_the_same_loader_is_exact(train_split, tokenizer):
     whole = samples(take(load(train_split, tokenizer, batch_size=8), 16))
     loader = load(train_split, tokenizer, batch_size=8)
     loader.load_state_dict(state_after(train_split, tokenizer, 5))
@@ -44,7 +44,7 @@ def test_the_same_loader_goes_on_with_everything(train_split, tokenizer):
     assert samples(take(loader, 11)) == whole[40:]
 
 
-def test_another_batch_size_and_number_of_ranks_keep_the_pixels(train_split, tokenizer):
+def test_resuming_at_another_batch_size_and_number_of_ranks_keeps_the_pixels(train_split, tokenizer):
     """From 1 rank to 4 to 2, at other batch sizes, in the midst of an epoch and over its end."""
     whole = samples(take(load(train_split, tokenizer, batch_size=20), 9))
     state, at = state_after(train_split, tokenizer, 3), 24
@@ -75,7 +75,7 @@ def test_another_batch_size_and_number_of_ranks_keep_the_pixels(train_split, tok
         ({"text_mask_ratio": 0.5}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
     ],
 )
-def test_other_settings_keep_the_samples_and_say_so(train_split, tokenizer, settings, words, caplog):
+def test_resuming_with_other_settings_keeps_the_samples_and_reports_it(train_split, tokenizer, settings, words, caplog):
     whole = samples(take(load(train_split, tokenizer, batch_size=8), 8))
     loader = load(train_split, tokenizer, batch_size=8, **settings)
     loader.load_state_dict(state_after(train_split, tokenizer, 4))
@@ -87,7 +87,17 @@ def test_other_settings_keep_the_samples_and_say_so(train_split, tokenizer, sett
     assert loader.resumed.exact_pixels == (found == whole[32:])
 
 
-def test_other_versions_are_named(train_split, tokenizer):
+def test_states_of_earlier_versions_fit(train_split, tokenizer):
+    """Their keys, and the hash of what pixels depend on, as version 0.1.0 wrote them."""
+    state = load(train_split, tokenizer, batch_size=8).state_dict()
+    assert list(state) == [
+        "seed", "epoch", "position", "step", "fingerprint", "batch_size", "world_size", "skipped", "met", "order",
+        "pictures", "text", "versions",
+    ]  # fmt: skip
+    assert state["pictures"] == "a568720fe1b35222"
+
+
+def test_resuming_with_other_versions_reports_them(train_split, tokenizer):
     loader = load(train_split, tokenizer, batch_size=8)
     loader.load_state_dict(state_after(train_split, tokenizer, 1) | {"versions": {"torch": "0.1"}})
     assert loader.resumed is not None
@@ -95,7 +105,7 @@ def test_other_versions_are_named(train_split, tokenizer):
     assert "the version of torch, DALI or its decoders" in str(loader.resumed)
 
 
-def test_other_data_are_refused_unless_told_otherwise(train_split, waves, tokenizer, caplog):
+def test_other_data_are_refused_unless_allowed(train_split, waves, tokenizer, caplog):
     state = state_after(open_dataset(waves, "test"), tokenizer, 4)
     loader = load(train_split, tokenizer, batch_size=8)
     with pytest.raises(DataError, match="wanted the data of the state"):
@@ -109,7 +119,7 @@ def test_other_data_are_refused_unless_told_otherwise(train_split, waves, tokeni
     assert len(take(loader, 2)) == 2
 
 
-def test_states_that_are_none_or_of_another_order(train_split, tokenizer):
+def test_malformed_states_and_other_sample_orders_are_refused(train_split, tokenizer):
     loader = load(train_split, tokenizer, batch_size=8)
     with pytest.raises(DataError, match="wanted the state of a loader, found one without seed, epoch"):
         loader.load_state_dict({"step": 1})
@@ -117,7 +127,7 @@ def test_states_that_are_none_or_of_another_order(train_split, tokenizer):
         loader.load_state_dict(state_after(train_split, tokenizer, 1) | {"order": 99})
 
 
-def test_the_state_is_of_what_was_handed_over_not_of_what_was_made(train_split, tokenizer):
+def test_loader_state_ignores_batches_made_ahead(train_split, tokenizer):
     """However far the thread is ahead."""
     for ahead in (0, 1, 7):
         loader = load(train_split, tokenizer, batch_size=8, ahead=ahead)

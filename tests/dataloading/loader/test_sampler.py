@@ -22,7 +22,7 @@ def shards_of(*sizes: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("sizes", [(1,), (7,), (100,), (40, 1, 33), (RUN_LENGTH, 3 * RUN_LENGTH, 5)])
-def test_every_sample_comes_once_an_epoch(sizes):
+def test_sample_order_has_every_sample_once_per_epoch(sizes):
     shard = shards_of(*sizes)
     orders = [epoch_order(3, epoch, shard) for epoch in range(3)]
     for order in orders:
@@ -43,7 +43,7 @@ def test_shards_are_mixed_in_runs():
     assert np.abs(np.corrcoef(inside, np.arange(400))[0, 1]) < 0.2
 
 
-def test_many_shards_are_taken_a_group_at_a_time():
+def test_many_shards_are_mixed_in_groups():
     shard = shards_of(*[50 + k % 3 for k in range(3 * GROUP + 5)])
     order = epoch_order(1, 0, shard)
     assert sorted(order.tolist()) == list(range(len(shard)))
@@ -60,7 +60,7 @@ def test_many_shards_are_taken_a_group_at_a_time():
     assert len(np.unique(shard[order[:200]])) > 8  # mixed within the group
 
 
-def test_the_order_is_the_documented_one(monkeypatch):
+def test_sample_order_is_the_documented_one(monkeypatch):
     """Written out sample by sample with Python's sort, for three shards in groups of two."""
     monkeypatch.setattr(order_module, "GROUP", 2)
     shard = shards_of(37, 20, 50)
@@ -91,7 +91,7 @@ def test_with_one_shard_every_order_is_equally_likely():
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_a_slice_of_the_stream_does_not_depend_on_how_it_is_cut(shuffle):
+def test_sample_order_does_not_depend_on_the_slices(shuffle):
     shard = shards_of(20, 13)
     ids, epochs = SampleOrder(shard, 5, shuffle=shuffle)(0, 4 * 33)
     assert epochs.tolist() == [e for e in range(4) for _ in range(33)]
@@ -105,7 +105,7 @@ def test_a_slice_of_the_stream_does_not_depend_on_how_it_is_cut(shuffle):
         assert np.array_equal(piece[1], epochs[begin : begin + count])
 
 
-def test_a_substitute_is_good_and_depends_on_nothing_but_the_bad_sample():
+def test_a_substitute_is_good_and_depends_only_on_the_bad_sample():
     assert substitute_sample(0, 1, 5, 100, {5}) == substitute_sample(
         0, 1, 5, 100, {5, 6, 7} - {substitute_sample(0, 1, 5, 100, {5})}
     )

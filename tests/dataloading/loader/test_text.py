@@ -60,7 +60,7 @@ def batches(dataset, tokenizer, count: int = 5, length: int = LENGTH):
     return list(itertools.islice(loader, count))
 
 
-def test_they_are_the_tokens_that_would_be_made(write, tokenizer, monkeypatch):
+def test_stored_tokens_equal_those_made_while_loading(write, tokenizer, monkeypatch):
     described = {"fingerprint": tokenizer.fingerprint, "max_length": LENGTH}
     dataset = write(lambda i: component(tokenizer, make_captions(i)), described)
     plain = write(lambda i: None, None, "plain")
@@ -76,7 +76,7 @@ def test_they_are_the_tokens_that_would_be_made(write, tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("changed", [{"fingerprint": "other"}, {"max_length": LENGTH - 1}])
-def test_those_of_another_tokenizer_or_length_are_not_used(write, tokenizer, changed, caplog):
+def test_stored_tokens_of_another_tokenizer_or_length_are_not_used(write, tokenizer, changed, caplog):
     caplog.set_level("INFO")
     described = {"fingerprint": tokenizer.fingerprint, "max_length": LENGTH} | changed
     dataset = write(lambda i: b"no tokens at all", described)
@@ -97,7 +97,7 @@ def test_those_of_another_tokenizer_or_length_are_not_used(write, tokenizer, cha
         (None, "wanted stored tokens of 1 captions, found 0 bytes that hold 0"),
     ],
 )
-def test_tokens_that_cannot_be_are_refused_with_the_sample(write, tokenizer, stored, message):
+def test_malformed_stored_tokens_are_refused_with_the_sample(write, tokenizer, stored, message):
     described = {"fingerprint": tokenizer.fingerprint, "max_length": LENGTH}
     content = None if stored is None else np.array(stored, "<i4").tobytes()
     dataset = write(lambda i: content if i == 3 else component(tokenizer, make_captions(i)), described)
@@ -106,7 +106,7 @@ def test_tokens_that_cannot_be_are_refused_with_the_sample(write, tokenizer, sto
         batches(dataset, tokenizer)
 
 
-def test_a_component_that_is_cut():
+def test_a_truncated_token_component_is_refused():
     assert [part.tolist() for part in split_stored_tokens(np.array([1, 7, 0, 2, 8, 9], "<i4").tobytes(), 3, "x")] == [
         [7],
         [],

@@ -37,7 +37,7 @@ def test_coco_in_karpathys_splits(tmp_path, year):
     }
 
 
-def test_coco_of_two_years_needs_to_know_which(tmp_path):
+def test_coco_of_two_years_needs_a_year(tmp_path):
     published.coco(tmp_path, train=2, val=1)
     published.coco(tmp_path, train=3, val=1, year=2017)
     with pytest.raises(DataError, match="wanted the captions of one year, found 2014, 2017; give --year"):
@@ -45,7 +45,7 @@ def test_coco_of_two_years_needs_to_know_which(tmp_path):
     assert len(build_source(coco(tmp_path, year=2017), tmp_path / "out")["train"]) == 3
 
 
-def test_coco_with_a_picture_missing_and_one_without_captions(tmp_path):
+def test_coco_rejects_missing_images_and_images_without_captions(tmp_path):
     published.coco(tmp_path)
     (tmp_path / "val2014/COCO_val2014_000000000109.jpg").unlink()
     file = tmp_path / "annotations/captions_train2014.json"

@@ -30,11 +30,11 @@ from mvlm_dataloading.sources.emoji import base_of, captions_of, group_of, merge
         ("1F3FB", ":light_skin_tone:", [], ["light skin tone"]),
     ],
 )
-def test_captions_read_as_a_person_would_write_them(codepoints, name, aliases, captions):
+def test_emoji_captions_are_readable(codepoints, name, aliases, captions):
     assert captions_of(codepoints, name, aliases) == captions
 
 
-def test_base_is_the_concept_without_skin_tones():
+def test_emoji_base_is_the_concept_without_skin_tones():
     assert base_of(":woman_cartwheeling_dark_skin_tone:") == base_of(":woman_cartwheeling:") == "woman cartwheeling"
     assert base_of(":man_medium_skin_tone_red_hair:") == base_of(":man_red_hair:") != base_of(":man:")
     assert base_of(":kiss_person_person_light_skin_tone_dark_skin_tone:") == base_of(":kiss:")
@@ -42,13 +42,13 @@ def test_base_is_the_concept_without_skin_tones():
     assert base_of(":light_skin_tone:") == base_of(":medium-dark_skin_tone:") == "skin tone"
 
 
-def test_bases_that_share_a_picture_become_one():
+def test_emoji_bases_that_share_an_image_are_merged():
     bases = ["person", "man", "man", "woman", "elf", "man", "boy"]
-    pictures = [b"1", b"1", b"2", b"3", b"4", b"4", b"5"]
-    assert merge_bases(bases, pictures) == ["elf", "elf", "elf", "woman", "elf", "elf", "boy"]
+    images = [b"1", b"1", b"2", b"3", b"4", b"4", b"5"]
+    assert merge_bases(bases, images) == ["elf", "elf", "elf", "woman", "elf", "elf", "boy"]
 
 
-def test_one_base_for_all_that_differ_in_tone_alone():
+def test_emoji_that_differ_in_skin_tone_alone_have_one_base():
     """Over all emoji: equal code points without tones and variation selectors, equal base."""
     dropped = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF", "FE0F"}
     bases: dict[str, set[str]] = {}
@@ -64,7 +64,7 @@ def test_one_base_for_all_that_differ_in_tone_alone():
     assert 1800 < len(bases) < 2000
 
 
-def test_groups():
+def test_emoji_groups_by_code_point():
     assert group_of("1F1E9-1F1EA") == "flag"
     assert group_of("0023-FE0F-20E3") == "keycap"
     assert group_of("1F600") == "emoticons"
@@ -73,7 +73,7 @@ def test_groups():
     assert group_of("2764") == "signs"
 
 
-def test_about_a_tenth_is_test_and_a_tenth_validation():
+def test_a_tenth_of_the_emoji_is_test_and_a_tenth_validation():
     counts = {"train": 0, "validation": 0, "test": 0}
     for codepoints, *_ in named_emoji():
         counts[split_of(codepoints)] += 1

@@ -15,14 +15,14 @@ from support import published
 from support.data import build_source
 
 
-def test_folders_that_are_links(tmp_path):
+def test_links_to_folders_are_followed_once(tmp_path):
     """Each folder once, by its own name where it has one in here; links that lead in a circle end."""
-    published.folder(tmp_path / "pictures")
+    published.folder(tmp_path / "images")
     published.folder(tmp_path / "elsewhere", 2)
-    (tmp_path / "pictures/0").symlink_to(tmp_path / "pictures/a")
-    (tmp_path / "pictures/a/circle").symlink_to(tmp_path / "pictures")
-    (tmp_path / "pictures/a/more").symlink_to(tmp_path / "elsewhere")
-    found = build_source(folder(tmp_path / "pictures"), tmp_path / "out")["train"]
+    (tmp_path / "images/0").symlink_to(tmp_path / "images/a")
+    (tmp_path / "images/a/circle").symlink_to(tmp_path / "images")
+    (tmp_path / "images/a/more").symlink_to(tmp_path / "elsewhere")
+    found = build_source(folder(tmp_path / "images"), tmp_path / "out")["train"]
     names = ["a/0", "a/2", "a/4", "a/more/a/0", "a/more/b/1", "b/1", "b/3", "b/5"]
     assert [*found] == [safe_key(name) for name in names]
     (tmp_path / "rows").mkdir()
@@ -34,13 +34,13 @@ def test_folders_that_are_links(tmp_path):
 
 def hub_rows(count: int) -> list[dict]:
     return [
-        {"image": {"bytes": published.encoded(published.picture(i)), "path": f"{i}.jpg"},
+        {"image": {"bytes": published.encoded(published.make_image(i)), "path": f"{i}.jpg"},
          "caption": published.captions(i), "id": f"row {i}"}
         for i in range(count)
     ]  # fmt: skip
 
 
-def test_a_long_list_is_read_piece_by_piece(tmp_path, monkeypatch):
+def test_a_long_json_list_is_read_in_chunks(tmp_path, monkeypatch):
     elements = [1234567, "a] [,", {"b": [1, {"c": '\\"]'}]}, [], -0.5, None, "é" * 30]
     file = tmp_path / "list.json"
     for text in (json.dumps(elements), " \n" + json.dumps(elements, indent=3, ensure_ascii=False)):
@@ -56,7 +56,7 @@ def test_a_long_list_is_read_piece_by_piece(tmp_path, monkeypatch):
         list(read_json_list(file))
 
 
-def test_tables_with_what_downloads_have(tmp_path):
+def test_tables_tolerate_common_download_errors(tmp_path):
     (tmp_path / "a.csv").write_bytes(
         '\ufeffimage,caption\n"a.jpg","two\nlines, ""quoted"""\nb.jpg,nul\0byte\n'.encode()
     )

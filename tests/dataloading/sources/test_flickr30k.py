@@ -29,7 +29,7 @@ def test_flickr30k_without_splits(tmp_path, file):
     assert found == {"train": expected(range(6), lambda i: str(1000 + i))}
 
 
-def test_flickr30k_takes_the_file_that_is_there(tmp_path):
+def test_flickr30k_finds_its_caption_file(tmp_path):
     published.flickr30k(tmp_path)
     assert {piece.split for piece in flickr30k(tmp_path).pieces} == {"train", "validation", "test"}
     (tmp_path / "dataset_flickr30k.json").unlink()

@@ -7,7 +7,7 @@ from mvlm_dataloading.sources.record import canonical_split, cut_into_pieces, sa
 from support import published
 
 
-def test_names_of_splits_and_keys():
+def test_split_names_and_keys_are_canonical():
     assert [canonical_split(name, "") for name in ("train", "VAL", " dev", "restval", "test")] == [
         "train", "validation", "validation", "train", "test",
     ]  # fmt: skip

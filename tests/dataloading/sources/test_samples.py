@@ -38,9 +38,9 @@ def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
     return member
 
 
-def test_tars_with_what_does_not_belong_there(tmp_path):
+def test_odd_members_of_tars_are_skipped_or_rejected(tmp_path):
     """Nothing is unpacked, so a path may climb as it likes; links and devices are no files."""
-    jpegs = [published.encoded(published.picture(i)) for i in range(12)]
+    jpegs = [published.encoded(published.make_image(i)) for i in range(12)]
     write_tar(
         tmp_path / "odd.tar",
         [
@@ -85,14 +85,14 @@ def test_tars_with_what_does_not_belong_there(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["odd.tar", "out"]
 
 
-def test_tars_that_are_cut_keep_what_is_whole(tmp_path):
+def test_truncated_tars_keep_their_whole_samples(tmp_path):
     whole = tmp_path / "whole.tar"
-    jpegs = [published.encoded(published.picture(i)) for i in range(3)]
+    jpegs = [published.encoded(published.make_image(i)) for i in range(3)]
     write_tar(whole, [(f"{i}.{ext}", part) for i in range(3) for ext, part in (("jpg", jpegs[i]), ("txt", b"words"))])
     with tarfile.open(whole) as tar:
         members = tar.getmembers()
     content = whole.read_bytes()
-    last = members[-2]  # the third picture
+    last = members[-2]  # the third image
     cuts = {
         "in a picture": last.offset_data + 100,
         "in a header": last.offset + 100,
@@ -115,10 +115,10 @@ def test_tars_that_are_cut_keep_what_is_whole(tmp_path):
             build_shards(webdataset([tmp_path / f"{name}.tar"]), tmp_path / f"{name}-out", workers=0)
 
 
-def test_a_member_that_is_too_large_is_not_read(tmp_path):
+def test_a_tar_member_that_is_too_large_is_not_read(tmp_path):
     """The file has a hole in it there."""
     path = tmp_path / "huge.tar"
-    write_tar(path, [("a.jpg", published.encoded(published.picture(0))), ("a.txt", b"a")])
+    write_tar(path, [("a.jpg", published.encoded(published.make_image(0))), ("a.txt", b"a")])
     member = tarfile.TarInfo("b.jpg")
     member.size = 200 << 20
     with path.open("r+b") as file:

@@ -13,7 +13,7 @@ from support.data import build_source
 
 def hub_rows(count: int) -> list[dict]:
     return [
-        {"image": {"bytes": published.encoded(published.picture(i)), "path": f"{i}.jpg"},
+        {"image": {"bytes": published.encoded(published.make_image(i)), "path": f"{i}.jpg"},
          "caption": published.captions(i), "id": f"row {i}"}
         for i in range(count)
     ]  # fmt: skip
@@ -43,14 +43,14 @@ def test_parquet_as_the_hub_converts_it(tmp_path):
     assert [piece.split for piece in huggingface([tmp_path]).pieces] == ["train", "validation", "test"]
 
 
-def test_what_save_to_disk_writes(tmp_path):
+def test_folders_of_save_to_disk(tmp_path):
     import datasets
 
     features = datasets.Features({"picture": datasets.Image(), "text": datasets.Value("string")})
     parts = {}
     for split, numbers in (("train", range(7)), ("validation", range(7, 9))):
         columns = {
-            "picture": [{"bytes": published.encoded(published.picture(i), "PNG"), "path": None} for i in numbers],
+            "picture": [{"bytes": published.encoded(published.make_image(i), "PNG"), "path": None} for i in numbers],
             "text": [published.captions(i)[0] for i in numbers],
         }
         parts[split] = datasets.Dataset.from_dict(columns, features=features)

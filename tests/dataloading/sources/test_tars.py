@@ -31,7 +31,7 @@ def test_cc3m(tmp_path):
     ]
 
 
-def test_several_downloads_of_a_split(tmp_path):
+def test_keys_of_several_downloads_are_prefixed(tmp_path):
     """Each counts its samples from 0, and what could not be downloaded is another in each."""
     for number, first in (("one", 0), ("two", 50)):
         published.img2dataset(tmp_path / number, first=first)
@@ -48,11 +48,11 @@ def test_several_downloads_of_a_split(tmp_path):
     assert cc3m(tars).recipe != cc3m([tmp_path / "one", tmp_path / "two"]).recipe
 
 
-def test_tars_that_each_count_from_0(tmp_path):
+def test_keys_of_tars_that_each_count_from_0_are_prefixed(tmp_path):
     for tar in range(3):
         with tarfile.open(tmp_path / f"part.{tar}.tar.gz", "w:gz") as file:
             for k in range(2 if tar else 20):
-                image = published.encoded(published.picture(10 * tar + k))
+                image = published.encoded(published.make_image(10 * tar + k))
                 published.add_members(file, [(f"{k}.jpg", image), (f"{k}.txt", f"{tar} {k}".encode())])
     source = webdataset([tmp_path])
     found = build_source(source, tmp_path / "out")["train"]
@@ -73,8 +73,8 @@ def test_sbu(tmp_path):
     assert [line["key"] for line in read_json_lines(tmp_path / "out/rejected.jsonl")] == ["000000004"]
 
 
-def test_webdataset_of_others(tmp_path):
-    jpegs = [published.encoded(published.picture(i)) for i in range(6)]
+def test_webdataset_of_other_tools(tmp_path):
+    jpegs = [published.encoded(published.make_image(i)) for i in range(6)]
     with tarfile.open(tmp_path / "some.tar.gz", "w:gz") as tar:
         published.add_members(
             tar,

@@ -29,11 +29,14 @@ CAPTIONS = {0: ["red and green"], 1: ["красный круг", "ein roter Krei
 def write(out: Path, count: int = 10, **settings) -> Path:
     records = [
         Record(
-            f"k{i}", published.encoded(published.picture(i, (60 + 10 * i, 50))), CAPTIONS.get(i, [f"number {i}"]), ""
+            f"k{i}",
+            published.encoded(published.make_image(i, (60 + 10 * i, 50))),
+            CAPTIONS.get(i, [f"number {i}"]),
+            "",
         )
         for i in range(count)
     ]
-    test = [Record("t", published.encoded(published.picture(90), "PNG"), ["a", "b", "c"], "")]
+    test = [Record("t", published.encoded(published.make_image(90), "PNG"), ["a", "b", "c"], "")]
     pieces = [ListedPiece("train", records[k : k + 4]) for k in range(0, count, 4)]
     pieces.append(ListedPiece("test", [*test, Record("bad", b"", ["x"], "")]))
     return build_shards(Source("set", "tests", "CC0", {}, pieces), out, BuildOptions(**settings), workers=0)
@@ -50,7 +53,7 @@ def problems(folder: Path) -> list[str]:
     return [problem for findings in check_shards(folder, workers=0).values() for problem in findings.problems]
 
 
-def test_what_a_check_finds(tmp_path):
+def test_check_reports_statistics(tmp_path):
     out = write(tmp_path / "out")
     seen = []
     found = check_shards(out, workers=0, progress=lambda done, total: seen.append((done, total)))
@@ -85,7 +88,7 @@ def test_what_a_check_finds(tmp_path):
 def test_odd_metadata_are_refused_or_accepted_by_check_and_loader_alike(
     tmp_path, tokenizer, monkeypatch, metadata, problem
 ):
-    image = published.encoded(published.picture(0))
+    image = published.encoded(published.make_image(0))
     with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
         published.add_members(tar, [("a.jpg", image), ("a.txt", b"words"), ("a.json", metadata)])
     with monkeypatch.context() as other_tool:  # whose index has samples that ours leaves out
@@ -105,7 +108,7 @@ def test_odd_metadata_are_refused_or_accepted_by_check_and_loader_alike(
     loader.close()
 
 
-def test_damage_is_found_and_named(tmp_path):
+def test_check_finds_and_names_damage(tmp_path):
     out = write(tmp_path / "out")
     damage(out / "train-000001.tar", b"number 5", b"number\xff5")
     found = problems(out)
@@ -124,7 +127,7 @@ def test_damage_is_found_and_named(tmp_path):
     assert len(found) == 4  # the rest was read all the same
 
 
-def test_a_key_that_is_there_twice(tmp_path):
+def test_check_finds_a_repeated_key(tmp_path):
     out = write(tmp_path / "out")
     damage(out / "train-000002.tar", b"k8.jpg", b"k1.jpg")
     damage(out / "train-000002.tar", b"k8.txt", b"k1.txt")
@@ -141,7 +144,7 @@ def test_a_key_that_is_there_twice(tmp_path):
     assert problems(tmp_path / "view") == []  # there it is meant
 
 
-def test_token_ids_past_the_vocabulary(tmp_path, tokenizer):
+def test_check_finds_token_ids_beyond_the_vocabulary(tmp_path, tokenizer):
     tokenizer.save(tmp_path / "tokenizer.json")
     out = write(tmp_path / "out", tokenizer=tmp_path / "tokenizer.json", text_length=8)
     assert problems(out) == []

@@ -27,11 +27,11 @@ CAPTIONS = {0: ["red and green"], 1: ["красный круг", "ein roter Krei
 def write(out: Path, count: int = 10, **settings) -> Path:
     records = [
         Record(
-            f"k{i}", published.encoded(published.picture(i, (60 + 10 * i, 50))), CAPTIONS.get(i, [f"number {i}"]), ""
+            f"k{i}", published.encoded(published.make_image(i, (60 + 10 * i, 50))), CAPTIONS.get(i, [f"number {i}"]), ""
         )
         for i in range(count)
     ]
-    test = [Record("t", published.encoded(published.picture(90), "PNG"), ["a", "b", "c"], "")]
+    test = [Record("t", published.encoded(published.make_image(90), "PNG"), ["a", "b", "c"], "")]
     pieces = [ListedPiece("train", records[k : k + 4]) for k in range(0, count, 4)]
     pieces.append(ListedPiece("test", [*test, Record("bad", b"", ["x"], "")]))
     return build_shards(Source("set", "tests", "CC0", {}, pieces), out, BuildOptions(**settings), workers=0)
@@ -41,7 +41,7 @@ def problems(folder: Path) -> list[str]:
     return [problem for findings in check_shards(folder, workers=0).values() for problem in findings.problems]
 
 
-def test_indices_are_made_again(tmp_path):
+def test_indices_of_a_data_folder_are_rebuilt(tmp_path):
     out = write(tmp_path / "out")
     before = {path.name: path.read_bytes() for path in out.glob("*.idx")}
     assert len(before) == 4
@@ -63,7 +63,7 @@ def test_indices_are_made_again(tmp_path):
 def foreign(folder: Path) -> None:
     """Tars as other tools write them: dots, blanks and capitals in names, samples without a caption."""
     folder.mkdir()
-    jpegs = [published.encoded(published.picture(i)) for i in range(7)]
+    jpegs = [published.encoded(published.make_image(i)) for i in range(7)]
     with tarfile.open(folder / "train-0.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         published.add_members(
             tar,
@@ -86,7 +86,7 @@ def foreign(folder: Path) -> None:
         published.add_members(tar, [("v.jpg", jpegs[6]), ("v.txt", b"one\ntwo\n")])
 
 
-def test_tars_of_others_are_read_in_place(tmp_path, tokenizer):
+def test_tars_of_other_tools_are_indexed_in_place(tmp_path, tokenizer):
     foreign(tmp_path / "tars")
     before = {path.name: path.read_bytes() for path in (tmp_path / "tars").glob("*.tar")}
     description = rebuild_indices(tmp_path / "tars")
@@ -109,7 +109,9 @@ def test_tars_of_others_are_read_in_place(tmp_path, tokenizer):
                     patch_size=9, mask_block=18)  # fmt: skip
     ((batch, _),) = list(loader)
     for row, i in enumerate((0, 1, 2, 4, 5)):
-        wanted = np.asarray(published.picture(i).resize((54, 54), Image.Resampling.BILINEAR), float).transpose(2, 0, 1)
+        wanted = np.asarray(published.make_image(i).resize((54, 54), Image.Resampling.BILINEAR), float).transpose(
+            2, 0, 1
+        )
         assert np.abs(batch.images[row].numpy() - wanted).mean() < 8
     assert problems(tmp_path / "tars") == []
     make_view(tmp_path / "view", [tmp_path / "tars"], ViewOptions(match="blanks|accent"))
@@ -117,7 +119,7 @@ def test_tars_of_others_are_read_in_place(tmp_path, tokenizer):
     assert {path.name: path.read_bytes() for path in (tmp_path / "tars").glob("*.tar")} == before
 
 
-def test_tars_that_cannot_be_read_in_place(tmp_path):
+def test_tars_that_cannot_be_indexed_are_refused(tmp_path):
     with pytest.raises(DataError, match="wanted a folder of tars, found none"):
         rebuild_indices(tmp_path)
     for name, content in (("empty", b""), ("gzip", b"\x1f\x8b" + bytes(600)), ("text", b"x" * 600)):

@@ -17,11 +17,11 @@ from support import published
 
 
 def write(out: Path, numbers, splits=None, each: int = 6, captions=published.captions, **settings) -> Path:
-    """A data set of the pictures `numbers`, in tars of `each`."""
+    """A data set of the images `numbers`, in tars of `each`."""
     split_of = splits or (lambda i: "train")
     records: dict[str, list[Record]] = {}
     for i in numbers:
-        image = published.encoded(published.picture(i, (60 + i, 50)), "PNG")
+        image = published.encoded(published.make_image(i, (60 + i, 50)), "PNG")
         records.setdefault(split_of(i), []).append(Record(f"{out.name}{i:03d}", image, captions(i), str(i)))
     pieces = [ListedPiece(s, known[k : k + each]) for s, known in records.items() for k in range(0, len(known), each)]
     return build_shards(Source(out.name, "tests", "CC0", {}, pieces), out, BuildOptions(**settings), workers=0)
@@ -29,13 +29,13 @@ def write(out: Path, numbers, splits=None, each: int = 6, captions=published.cap
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory) -> Path:
-    """20 pictures for training in four tars, 3 for a test."""
+    """20 images for training in four tars, 3 for a test."""
     return write(tmp_path_factory.mktemp("views") / "one", range(23), lambda i: "test" if i >= 20 else "train")
 
 
 @pytest.fixture(scope="module")
 def two(one) -> Path:
-    """10 other pictures, and one that is in the test split of `one`."""
+    """10 other images, and one that is in the test split of `one`."""
     return write(one.parent / "two", [*range(100, 110), 20])
 
 
@@ -47,7 +47,7 @@ def named(dataset: str, numbers) -> list[str]:
     return [f"{dataset}{i:03d}" for i in numbers]
 
 
-def test_dali_obeys_indices_that_permute_select_and_repeat(one, tmp_path):
+def test_dali_follows_indices_that_permute_select_and_repeat(one, tmp_path):
     """Undocumented, and all that views and our own order rest on: lines in any order, some of them, several times, and
     a tar that is named again. For the installed version."""
     lines = (one / "train-000000.idx").read_text().splitlines()[1:]
@@ -71,7 +71,7 @@ def test_dali_obeys_indices_that_permute_select_and_repeat(one, tmp_path):
 def test_dali_takes_the_extension_from_the_index(tmp_path):
     """So tars with dots in their names can be read in place."""
     tar = tmp_path / "dots.tar"
-    image = published.encoded(published.picture(0))
+    image = published.encoded(published.make_image(0))
     with tarfile.open(tar, "w") as file:
         published.add_members(file, [("a.b.c.jpg", image), ("a.b.c.txt", b"dots")])
     (tmp_path / "dots.idx").write_text(
@@ -95,7 +95,7 @@ def test_a_view_of_everything_is_the_data_set(one, tmp_path):
             assert view.captions(i) == whole.captions(i)
 
 
-def test_samples_are_chosen_by_size_words_and_patterns(one, tmp_path):
+def test_a_view_selects_by_size_words_and_patterns(one, tmp_path):
     choices = [
         ("side", ViewOptions(max_aspect=1.4), named("one", range(11))),  # (60 + i) / 50
         ("match", ViewOptions(match="number [5-7]$"), named("one", [5, 6, 7])),
@@ -118,7 +118,7 @@ def test_samples_are_chosen_by_size_words_and_patterns(one, tmp_path):
         open_dataset(tmp_path / "split", "train")
 
 
-def test_a_smaller_fraction_is_part_of_a_larger(one, tmp_path):
+def test_a_smaller_fraction_of_a_view_is_part_of_a_larger(one, tmp_path):
     found = []
     for fraction in (0.3, 0.6, 1.0):
         make_view(tmp_path / str(fraction), [one], ViewOptions(fraction=fraction))
@@ -129,7 +129,7 @@ def test_a_smaller_fraction_is_part_of_a_larger(one, tmp_path):
     assert set(keys(tmp_path / "seed")) != found[1]
 
 
-def test_a_share_of_a_share_is_drawn_anew(tmp_path):
+def test_a_fraction_of_a_fraction_is_drawn_independently(tmp_path):
     """A half, a half of that, and of that: by fraction and by weight. About 60, 30 and 15 of 120."""
     write(tmp_path / "whole", range(120), each=200, captions=lambda i: ["words"])
     for kind in ("fraction", "weight"):
@@ -150,7 +150,7 @@ def test_a_share_of_a_share_is_drawn_anew(tmp_path):
     assert set(keys(tmp_path / "again")) == set(keys(tmp_path / "fraction1"))
 
 
-def test_sets_are_mixed_by_weight(one, two, tmp_path):
+def test_a_view_mixes_data_sets_by_weight(one, two, tmp_path):
     description = make_view(tmp_path / "view", [one, two], weights=[0.5, 2.5])
     found = keys(tmp_path / "view")
     counts = {key: found.count(key) for key in found}
@@ -160,19 +160,19 @@ def test_sets_are_mixed_by_weight(one, two, tmp_path):
     assert 4 <= sum(ones) <= 16
     assert set(twos) == {2, 3}
     assert 21 <= sum(twos) <= 29
-    # A picture of one's test split is not trained on, whoever brings it.
+    # A image of one's test split is not trained on, whoever brings it.
     assert "two020" not in counts
     assert description["rejected"] == {"image is in an evaluation split": 1}
     assert keys(tmp_path / "view", "test") == named("one", [20, 21, 22])
 
 
-def test_what_is_evaluated_on_stays_out_of_train_whatever_is_chosen(one, two, tmp_path):
-    """Picture 20 of `two` is in `one`'s test split, of which these views take nothing."""
+def test_evaluation_images_stay_out_of_a_views_train_split(one, two, tmp_path):
+    """Image 20 of `two` is in `one`'s test split, of which these views take nothing."""
     leaked = {"image is in an evaluation split": 1}
     train = make_view(tmp_path / "train", [one, two], ViewOptions(splits=("train",)))
     assert keys(tmp_path / "train") == named("one", range(20)) + named("two", range(100, 110))
     assert (train["splits"].keys(), train["rejected"]) == ({"train"}, leaked)
-    # The test split's picture 20 is filtered away, the same in train is not.
+    # The test split's image 20 is filtered away, the same in train is not.
     again = write(tmp_path / "again", [20, 21], captions=lambda i: ["chosen words"])
     filtered = make_view(tmp_path / "filtered", [one, again, two], ViewOptions(without="number 2[02]$"))
     assert keys(tmp_path / "filtered") == named("one", range(20)) + named("two", range(100, 110))
@@ -180,7 +180,7 @@ def test_what_is_evaluated_on_stays_out_of_train_whatever_is_chosen(one, two, tm
     assert filtered["rejected"] == {"image is in an evaluation split": 2, "a caption matches": 3}
 
 
-def test_duplicates_are_left_out_if_so_asked(tmp_path):
+def test_a_view_drops_duplicates_on_request(tmp_path):
     def captions(i: int) -> list[str]:
         return ["one caption"]
 
@@ -208,7 +208,7 @@ def test_duplicates_are_left_out_if_so_asked(tmp_path):
 def test_the_loader_reads_a_view(one, two, tmp_path, tokenizer):
     make_view(tmp_path / "view", [one, two], ViewOptions(match="[05]$"), weights=[1, 2])
     dataset = open_dataset(tmp_path / "view", "train")
-    # The pictures of a view in one's order: `two` has each twice.
+    # The images of a view in one's order: `two` has each twice.
     assert dataset.keys.tolist() == named("one", [0, 5, 10, 15]) + named("two", [100, 100, 105, 105])
     loader = Loader(dataset, tokenizer, batch_size=4, image_size=32, text_length=8, seed=0, train=False)
     plain = Loader(
@@ -258,7 +258,7 @@ def test_views_seen_through_links(one, tmp_path):
     assert keys(tmp_path / "empty") == ["one003"]
 
 
-def test_the_fingerprint_follows_the_choice(one, tmp_path):
+def test_the_fingerprint_of_a_view_follows_its_options(one, tmp_path):
     prints = set()
     for name, pattern in (("a", "number 3$"), ("b", "number 4$"), ("c", "number 3$")):
         make_view(tmp_path / name, [one], ViewOptions(match=pattern, splits=("train",)))
@@ -266,7 +266,7 @@ def test_the_fingerprint_follows_the_choice(one, tmp_path):
     assert len(prints) == 2  # equal choices, equal fingerprints; as many others of the same tar, another
 
 
-def test_tokens_go_along_where_all_sources_agree(tmp_path, tokenizer):
+def test_a_view_keeps_stored_tokens_if_all_sources_agree(tmp_path, tokenizer):
     tokenizer.save(tmp_path / "tokenizer.json")
     sets = [
         write(tmp_path / name, numbers, tokenizer=tmp_path / "tokenizer.json", text_length=length)
@@ -288,13 +288,13 @@ def broken(one, tmp_path) -> Path:
     return tmp_path / "view"
 
 
-def test_a_view_whose_shard_is_missing(broken):
+def test_a_view_whose_shard_is_missing_is_refused(broken):
     (broken.parent / "source" / "train-000000.tar").unlink()
     with pytest.raises(DataError, match=r"source/train-000000\.tar: wanted a shard that dataset\.json names, found no"):
         open_dataset(broken, "train")
 
 
-def test_a_view_with_the_index_of_another_tar(broken):
+def test_a_view_with_the_index_of_another_tar_is_refused(broken):
     shutil.copy(broken.parent / "source" / "train-000001.idx", broken / "train-000000.idx")
     with pytest.raises(
         DataError, match=r"wanted the index that dataset\.json names, found another; make the view again"
@@ -302,7 +302,7 @@ def test_a_view_with_the_index_of_another_tar(broken):
         open_dataset(broken, "train")
 
 
-def test_a_view_whose_source_was_built_anew(broken):
+def test_a_view_whose_source_was_rebuilt_is_refused(broken):
     source = broken.parent / "source"
     shutil.rmtree(source)
     write(source, range(40, 60))
@@ -310,7 +310,7 @@ def test_a_view_whose_source_was_built_anew(broken):
         open_dataset(broken, "train")
 
 
-def test_what_cannot_be_a_view(one, tmp_path):
+def test_malformed_views_are_refused(one, tmp_path):
     for choice, weights, message in (
         (ViewOptions(match="["), (), "match: wanted a regular expression"),
         (ViewOptions(fraction=0), (), "fraction: wanted more than 0 and at most 1, got 0"),
