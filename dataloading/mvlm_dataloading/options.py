@@ -11,12 +11,13 @@ MAX_PIXELS = 89_478_485
 """Above this, Pillow takes an image for a decompression bomb."""
 
 
+# Field names are part of a data set's recipe: after a renaming, finished data sets would look different. The docstrings
+# are the text of `mvlm data ... --help`.
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
-    """Processing of images and captions, and limits above or below which they are rejected.
-
-    Field names are part of a data set's recipe, so renaming one would make finished data sets look different.
-    """
+    """Processing of images and captions, and limits for their rejection."""
 
     short_side: int | None = None
     """Downscale images to this short side, in pixels. Smaller images are never upscaled."""
@@ -57,7 +58,7 @@ class BuildOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewOptions:
-    """Selection of a view's samples. Field names are part of the view's recipe."""
+    """Selection of a view's samples."""
 
     splits: tuple[str, ...] = ()
     """Splits to take. Default: all."""
