@@ -34,7 +34,7 @@ faults-data: $(VENV)/.installed
 
 # Fifty loading processes killed at random moments; `make test` kills ten.
 faults-loading: $(VENV)/.installed $(DATA)/dataset.json
-	$(BIN)/python tests/dataloading/loading_faults.py $(DATA) --kills 50
+	$(BIN)/python tests/promises/kill_loaders.py $(DATA) --kills 50
 
 # Kernels compile on a GPU, so this process must not interpret them.
 test-gpu: $(VENV)/.installed

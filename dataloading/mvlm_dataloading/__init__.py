@@ -1,48 +1,48 @@
-"""Image-text shards, and the DALI loader that reads them."""
+"""Data sets of image-text pairs: building shards, and loading them with DALI."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .augment import Augment as Augment
     from .batch import Batch as Batch
     from .batch import Masks as Masks
-    from .build import build_shards as build_shards
-    from .check import check_shards as check_shards
-    from .dataset import Dataset as Dataset
+    from .build.build import build_shards as build_shards
+    from .build.emoji import build_emoji as build_emoji
+    from .build.shard_writer import ShardWriter as ShardWriter
+    from .dataset.dataset import Dataset as Dataset
+    from .dataset.open import open_dataset as open_dataset
     from .errors import DataError as DataError
-    from .index import rebuild_indices as rebuild_indices
-    from .loader import Loader as Loader
-    from .masking import draw_patch_masks as draw_patch_masks
-    from .masking import draw_token_masks as draw_token_masks
-    from .opening import open_dataset as open_dataset
-    from .settings import Choice as Choice
-    from .settings import Settings as Settings
-    from .shards import ShardWriter as ShardWriter
-    from .sources.emoji import build_emoji as build_emoji
+    from .loader.augment import Augment as Augment
+    from .loader.loader import Loader as Loader
+    from .loader.masking import draw_patch_masks as draw_patch_masks
+    from .loader.masking import draw_token_masks as draw_token_masks
+    from .options import BuildOptions as BuildOptions
+    from .options import ViewOptions as ViewOptions
     from .tokenizer import Tokenizer as Tokenizer
     from .tokenizer import load_tokenizer as load_tokenizer
     from .tokenizer import tokenizer_for as tokenizer_for
     from .tokenizer import train_tokenizer as train_tokenizer
-    from .view import make_view as make_view
+    from .tools.check import check_shards as check_shards
+    from .tools.reindex import rebuild_indices as rebuild_indices
+    from .tools.view import make_view as make_view
 
-# Imported on first use: the processes that write shards start without torch, which takes seconds to load.
+# Imported on first use, so that processes that write shards start without torch, which takes seconds to load.
 _MODULES = {
-    "augment": ("Augment",),
     "batch": ("Batch", "Masks"),
-    "build": ("build_shards",),
-    "check": ("check_shards",),
-    "dataset": ("Dataset",),
+    "build.build": ("build_shards",),
+    "build.emoji": ("build_emoji",),
+    "build.shard_writer": ("ShardWriter",),
+    "dataset.dataset": ("Dataset",),
+    "dataset.open": ("open_dataset",),
     "errors": ("DataError",),
-    "index": ("rebuild_indices",),
-    "loader": ("Loader",),
-    "masking": ("draw_patch_masks", "draw_token_masks"),
-    "opening": ("open_dataset",),
-    "settings": ("Choice", "Settings"),
-    "shards": ("ShardWriter",),
-    "sources.emoji": ("build_emoji",),
+    "loader.augment": ("Augment",),
+    "loader.loader": ("Loader",),
+    "loader.masking": ("draw_patch_masks", "draw_token_masks"),
+    "options": ("ViewOptions", "BuildOptions"),
     "tokenizer": ("Tokenizer", "load_tokenizer", "tokenizer_for", "train_tokenizer"),
-    "view": ("make_view",),
+    "tools.check": ("check_shards",),
+    "tools.reindex": ("rebuild_indices",),
+    "tools.view": ("make_view",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

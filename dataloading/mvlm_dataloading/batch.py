@@ -1,7 +1,7 @@
-"""What the loader hands to the model: one batch of image-text pairs, and the masks drawn for it.
+"""Batches of image-text pairs and their masks, as the loader yields them and the model takes them.
 
-Shape legend: B batch, S image side, T packed tokens of the batch, K masked patches an image,
-M masked tokens of the batch.
+Shape legend: B batch, S image side, T packed tokens of the batch, K masked patches per image, M masked tokens of the
+batch.
 """
 
 from dataclasses import dataclass, fields
@@ -12,7 +12,7 @@ from torch import Tensor
 
 class _ToDevice:
     def to(self, device: torch.device | str, non_blocking: bool = False):
-        """The same object with every tensor on `device`; Python numbers and lists are kept."""
+        """A copy with every tensor on `device`. Python numbers stay as they are."""
         moved = {}
         for field in fields(self):  # pyright: ignore[reportArgumentType]
             value = getattr(self, field.name)
@@ -22,27 +22,27 @@ class _ToDevice:
 
 @dataclass(frozen=True, slots=True)
 class Batch(_ToDevice):
-    """Image-text pairs. Text is packed: the captions' tokens follow one another, with no padding."""
+    """Image-text pairs with packed text: the captions' tokens are concatenated, without padding."""
 
     images: Tensor
     """uint8 (B, 3, S, S), RGB."""
     tokens: Tensor
     """int64 (T,), every caption as [CLS] ... [SEP]."""
     cu_seqlens: Tensor
-    """int32 (B+1,), caption b is tokens[cu_seqlens[b]:cu_seqlens[b+1]]."""
+    """int32 (B+1,): caption b is tokens[cu_seqlens[b]:cu_seqlens[b+1]]."""
     max_length: int
-    """Tokens of the longest caption: a host number, so that nothing on the device has to be counted."""
+    """Tokens of the longest caption, as a Python number, so that no device value has to be read."""
     image_id: Tensor
-    """int64 (B,), equal for rows that show the same picture."""
+    """int64 (B,), equal for rows of the same image."""
     text_id: Tensor
     """int64 (B,), equal for rows with equal captions."""
     sample_id: Tensor
-    """int64 (B,), the sample's position in the split: what its randomness is a function of."""
+    """int64 (B,), the sample's position in the split. With seed and epoch, it determines all random draws."""
 
 
 @dataclass(frozen=True, slots=True)
 class Masks(_ToDevice):
-    """What is hidden. Both tensors name masked positions (masked = replaced, must be predicted)."""
+    """Masked positions, which are replaced and have to be predicted."""
 
     patch_ids: Tensor
     """int64 (B, K), masked patches of each image in row-major order, ascending."""

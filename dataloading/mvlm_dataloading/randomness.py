@@ -1,8 +1,7 @@
-"""Random numbers that are a function of what they are for, and of nothing else.
+"""Stateless random numbers: each draw is a hash of (purpose, seed, epoch, sample id, ...).
 
-A draw is a hash of (purpose, seed, epoch, sample id, ...). So it does not matter in which batch, on which rank, in
-which thread or after how many earlier draws a sample is met: its crop, its masks and its caption in an epoch are the
-same. There is no state to save.
+The crop, masks and caption of a sample in an epoch are therefore the same in any batch, on any rank, in any thread and
+after any number of earlier draws. There is no generator state to save.
 """
 
 import hashlib
@@ -16,7 +15,7 @@ UInt64 = NDArray[np.uint64]
 
 
 class Purpose(IntEnum):
-    """What a draw is for: equal seeds, epochs and ids give unrelated numbers for different purposes."""
+    """The first word of a hash: draws for different purposes are unrelated even at equal seeds, epochs and ids."""
 
     ORDER = 1
     RUNS = 2
@@ -31,27 +30,31 @@ class Purpose(IntEnum):
 
 
 def hash64(*words: Any) -> UInt64:
-    """Hash broadcastable integers (each word taken modulo 2^64) into uint64 of the broadcast shape.
+    """Hash broadcastable integers, each taken modulo 2^64, into uint64 of the broadcast shape.
 
-    The words are folded with the finaliser of splitmix64 (Steele, Lea, Flood 2014), whose output bits are each close
-    to fair.
+    Words are folded with the finaliser of splitmix64 (Steele, Lea, Flood 2014). Each of its output bits is close to
+    fair.
     """
     state = np.zeros((), np.uint64)
-    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is what is wanted
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is intended
         for word in words:
             state = _mix((state ^ _as_uint64(word)) + np.uint64(0x9E3779B97F4A7C15))
     return state
 
 
 def uniforms(purpose: Purpose, seed: int, epoch: Any, sample_ids: Any, count: int) -> NDArray[np.float64]:
-    """float64 (n, count) in [0, 1), `count` numbers for each of n samples. `epoch` is one number or one a sample."""
+    """Uniform numbers in [0, 1), float64 (n, count), for n samples.
+
+    Args:
+        epoch: one number, or int (n,).
+    """
     base = hash64(purpose, seed, epoch, sample_ids)  # (n,)
     return (hash64(base[:, None], np.arange(count)) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def text_hash(text: str | bytes) -> int:
-    """A stable int64 of a text: equal texts, equal numbers, on every machine."""
-    # JSON may spell half of a surrogate pair, which plain UTF-8 cannot.
+    """A hash of a text as int64, the same on every machine."""
+    # JSON can hold half of a surrogate pair, which plain UTF-8 cannot.
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 

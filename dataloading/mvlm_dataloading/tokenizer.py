@@ -1,4 +1,4 @@
-"""Captions to token ids: a byte-level BPE trained on the captions, or any `tokenizer.json`."""
+"""Tokenizers: a byte-level BPE trained on captions, or any `tokenizer.json`."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -8,31 +8,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .dataset import Dataset
+from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.dataset.open import open_dataset
+
 from .errors import DataError, need
-from .opening import open_dataset
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # ids 0 to 4 of a tokenizer trained here
 
-# What the special tokens are called in BERT's and in RoBERTa's vocabularies.
+# Names of the special tokens in BERT's and RoBERTa's vocabularies.
 _NAMES = {"cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>"), "mask": ("[MASK]", "<mask>"), "pad": ("[PAD]", "<pad>")}
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` that writes every caption as [CLS] ... [SEP], packed and without padding.
+    """A wrapper of `tokenizers.Tokenizer` that encodes every caption as [CLS] ... [SEP], without padding.
 
     Attributes:
         vocab_size, cls_id, sep_id, mask_id, pad_id: ints.
         fingerprint: sha256 of the tokenizer's definition.
 
     Raises:
-        DataError: the vocabulary has no token of one of the four kinds.
+        DataError: one of the four special tokens is missing.
     """
 
     def __init__(self, inner: Any, origin: str = "tokenizer"):
         inner.no_padding()
         inner.no_truncation()
-        inner.encode_special_tokens = True  # a caption that spells "[MASK]" means these six characters
+        inner.encode_special_tokens = True  # "[MASK]" in a caption means these six characters
         self._inner = inner
         self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)
         ids = {}
@@ -46,9 +47,9 @@ class Tokenizer:
         self.fingerprint: str = hashlib.sha256(inner.to_str().encode()).hexdigest()
 
     def encode(self, texts: Sequence[str], max_length: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Tokens int64 (T,) of all texts one after another, and lengths int64 (B,).
+        """Concatenated tokens of B texts, int64 (T,), and their lengths, int64 (B,).
 
-        Each text is [CLS] ... [SEP]; what goes past `max_length`, these two counted, is cut off before [SEP].
+        Each text becomes [CLS] ... [SEP]. Longer texts are truncated to `max_length` tokens, [SEP] kept.
         """
         check_text_length(max_length)
         rows = [e.ids[: max_length - 2] for e in self._inner.encode_batch(list(texts), add_special_tokens=False)]
@@ -56,26 +57,30 @@ class Tokenizer:
         return np.array(tokens, np.int64), np.array([len(row) + 2 for row in rows], np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids, without special tokens."""
+        """The text of token ids, without special tokens."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
     def token(self, token_id: int) -> str:
-        """One token as the vocabulary spells it."""
+        """A token as the vocabulary spells it."""
         return self._inner.id_to_token(int(token_id))
 
     def save(self, path: Path) -> None:
-        """Write `tokenizer.json`, which `load_tokenizer` and the `tokenizers` package read."""
+        """Write a `tokenizer.json` for `load_tokenizer` and the `tokenizers` package."""
         Path(path).write_text(self._inner.to_str(pretty=True), encoding="utf-8")
 
 
 def check_text_length(length: int) -> None:
-    """Raises ValueError if a caption of this many tokens has no place for an ordinary one."""
+    """Check that a caption of this many tokens has room for an ordinary token. Raises ValueError."""
     if length < 3:
         raise ValueError(f"wanted a text length of at least 3 ([CLS], a token, [SEP]), got {length}")
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens: every text has tokens; equal captions, equal tokenizer."""
+    """Train a byte-level BPE of at most `vocab_size` tokens. Equal captions give an equal tokenizer.
+
+    Raises:
+        ValueError: the vocabulary is too small for all bytes and the special tokens.
+    """
     tokenizers = need("tokenizers")
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     smallest = len(SPECIAL_TOKENS) + len(alphabet)
@@ -85,7 +90,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
         )
     inner = tokenizers.Tokenizer(tokenizers.models.BPE())
     inner.normalizer = tokenizers.normalizers.NFC()
-    # The prefix blank makes a word the same token at the start of a caption as inside it.
+    # With the prefix blank, a word is the same token at the start of a caption as inside it.
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
     inner.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
@@ -99,10 +104,10 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a `tokenizer.json` (ours, BERT's, RoBERTa's, ...).
+    """Read a `tokenizer.json` of ours, BERT, RoBERTa or others.
 
     Raises:
-        DataError: no such file, not a tokenizer, or without the special tokens that captions need.
+        DataError: the file is missing, is no tokenizer, or lacks a special token.
     """
     path = Path(path)
     if not path.is_file():
@@ -121,13 +126,22 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def tokenizer_for(dataset: Dataset, vocab_size: int) -> Tokenizer:
-    """The tokenizer that the data set brings, or else one trained on the captions of its train split."""
+    """The tokenizer of the data set, or one trained on the captions of its train split.
+
+    Raises:
+        DataError: the data set's tokenizer is missing or another, or there is neither a tokenizer nor a train split.
+    """
     if dataset.tokenizer_sha256 is not None:
-        if dataset.stage is not None:
-            dataset.stage.bring_tokenizer(dataset.tokenizer_sha256)
+        if dataset.remote is not None:
+            dataset.remote.fetch_tokenizer(dataset.tokenizer_sha256)
         path = dataset.folder / "tokenizer.json"
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != dataset.tokenizer_sha256:
             raise DataError(f"{path}: wanted the tokenizer that dataset.json names, found another; restore it")
         return load_tokenizer(path)
+    if "train" not in dataset.splits:
+        raise DataError(
+            f"{dataset.folder}: wanted a tokenizer.json, or a train split to train a tokenizer on, found neither "
+            f"(splits: {', '.join(dataset.splits)}); give a tokenizer.json"
+        )
     train = dataset if dataset.split == "train" else open_dataset(dataset.folder, "train")
     return train_tokenizer((caption for i in range(len(train)) for caption in train.captions(i)), vocab_size)

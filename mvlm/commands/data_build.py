@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mvlm.commands import data_tools
-from mvlm_dataloading.settings import Settings
+from mvlm_dataloading.options import BuildOptions
 
 if TYPE_CHECKING:
-    from mvlm_dataloading.records import Source
+    from mvlm_dataloading.sources.record import Source
 
 # A command imports what it needs when it runs, so that --help and mistakes answer at once.
 
@@ -41,7 +41,7 @@ def coco(
     root: Path,
     out: Path,
     /,
-    settings: Settings = Settings(),  # noqa: B008 (frozen)
+    settings: BuildOptions = BuildOptions(),  # noqa: B008 (frozen)
     karpathy: Path | None = None,
     year: int | None = None,
     work: Work = Work(),
@@ -63,7 +63,7 @@ def flickr30k(
     root: Path,
     out: Path,
     /,
-    settings: Settings = Settings(),  # noqa: B008
+    settings: BuildOptions = BuildOptions(),  # noqa: B008
     captions: Path | None = None,
     work: Work = Work(),
 ) -> None:
@@ -84,7 +84,7 @@ def visual_genome(
     root: Path,
     out: Path,
     /,
-    settings: Settings = Settings(),  # noqa: B008
+    settings: BuildOptions = BuildOptions(),  # noqa: B008
     validation: float = 0.0,
     test: float = 0.0,
     work: Work = Work(),
@@ -109,7 +109,7 @@ def cc3m(
     /,
     train: tuple[Path, ...],
     validation: tuple[Path, ...] = (),
-    settings: Settings = Settings(),  # noqa: B008
+    settings: BuildOptions = BuildOptions(),  # noqa: B008
     work: Work = Work(),
 ) -> None:
     """Write shards of Conceptual Captions 3M as img2dataset downloaded it.
@@ -129,7 +129,7 @@ def sbu(
     /,
     train: tuple[Path, ...],
     validation: tuple[Path, ...] = (),
-    settings: Settings = Settings(),  # noqa: B008
+    settings: BuildOptions = BuildOptions(),  # noqa: B008
     work: Work = Work(),
 ) -> None:
     """Write shards of SBU captions as img2dataset downloaded them.
@@ -156,7 +156,7 @@ def folder(
     test: float = 0.0,
     licence: str = "",
     name: str = "folder",
-    settings: Settings = Settings(),  # noqa: B008
+    settings: BuildOptions = BuildOptions(),  # noqa: B008
     work: Work = Work(),
 ) -> None:
     """Write shards of a folder of pictures, with captions in a table or in a text file beside each.
@@ -191,7 +191,7 @@ def webdataset(
     caption_field: str = "caption",
     licence: str = "",
     name: str = "webdataset",
-    settings: Settings = Settings(),  # noqa: B008
+    settings: BuildOptions = BuildOptions(),  # noqa: B008
     work: Work = Work(),
 ) -> None:
     """Write shards of any WebDataset tars. (`mvlm data index` uses them in place, pictures unchecked.)
@@ -223,7 +223,7 @@ def huggingface(
     test: float = 0.0,
     licence: str = "",
     name: str = "huggingface",
-    settings: Settings = Settings(),  # noqa: B008
+    settings: BuildOptions = BuildOptions(),  # noqa: B008
     work: Work = Work(),
 ) -> None:
     """Write shards of Hugging Face `datasets` rows on disk: parquet files, or what save_to_disk wrote.
@@ -249,10 +249,10 @@ def huggingface(
     _build(source, out, settings, work)
 
 
-def _build(source: "Source", out: Path, settings: Settings, work: Work) -> None:
+def _build(source: "Source", out: Path, settings: BuildOptions, work: Work) -> None:
     from mvlm.progress import Counting
-    from mvlm_dataloading.build import build_shards
-    from mvlm_dataloading.description import read_description
+    from mvlm_dataloading.build.build import build_shards
+    from mvlm_dataloading.dataset.description import read_description
 
     with Counting("samples") as counting:
         build_shards(

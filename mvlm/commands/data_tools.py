@@ -4,10 +4,10 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mvlm_dataloading.settings import Choice
+from mvlm_dataloading.options import ViewOptions
 
 if TYPE_CHECKING:
-    from mvlm_dataloading.check import Findings
+    from mvlm_dataloading.tools.check import Findings
 
 # A command imports what it needs when it runs, so that --help and mistakes answer at once.
 
@@ -21,15 +21,15 @@ def check(shards: Path, /, sheet: Path | None = None, workers: int | None = None
         workers: Processes, one a core by default.
     """
     from mvlm.progress import Counting
-    from mvlm_dataloading.check import check_shards
     from mvlm_dataloading.errors import DataError
-    from mvlm_dataloading.summary import contact_sheet, table
+    from mvlm_dataloading.tools.check import check_shards
+    from mvlm_dataloading.tools.summary import contact_sheet, findings_table
 
     with Counting("pictures") as counting:
         found = check_shards(
             shards, workers=processes(workers), progress=lambda done, all: counting.show(done, all, done)
         )
-    print(table(shards, found))
+    print(findings_table(shards, found))
     with contextlib.suppress(DataError):  # what cannot be opened is among the problems
         print(contact_sheet(shards, sheet or shards / "contact-sheet.png"))
     _raise_problems(shards, found, DataError)
@@ -42,7 +42,7 @@ def index(folder: Path, /, split: str | None = None) -> None:
         folder: The folder.
         split: The split of tars whose names (train-000.tar) do not say it; else train.
     """
-    from mvlm_dataloading.index import rebuild_indices
+    from mvlm_dataloading.tools.reindex import rebuild_indices
 
     description = rebuild_indices(folder, split)
     left_out = "".join(f"; left out: {n} {reason}" for reason, n in description.get("rejected", {}).items())
@@ -54,7 +54,7 @@ def view(
     /,
     sources: tuple[Path, ...],
     weights: tuple[float, ...] = (),
-    choice: Choice = Choice(),  # noqa: B008 (frozen)
+    choice: ViewOptions = ViewOptions(),  # noqa: B008 (frozen)
 ) -> None:
     """Select, dedupe, thin out and mix data sets without writing a tar: the view is a data folder of indices.
 
@@ -63,7 +63,7 @@ def view(
         sources: Data folders, which have to stay where they are, seen from the view.
         weights: How often an epoch has the training samples of each source, 1 when not given; 0.5 takes half of them.
     """
-    from mvlm_dataloading.view import make_view
+    from mvlm_dataloading.tools.view import make_view
 
     description = make_view(out, sources, choice, weights=weights)
     print(f"{out}: {counts(description)}")

@@ -81,7 +81,7 @@ def _version(package: str) -> str | None:
 def graphics(device: torch.device) -> Iterator[Finding]:
     """The GPU, its driver and its decoder; bf16."""
     if device.type == "cuda":
-        from mvlm_dataloading.selftest import choose_decoding
+        from mvlm_dataloading.loader.decoder_check import choose_decoding
 
         about = torch.cuda.get_device_properties(device)
         driver = Path("/proc/driver/nvidia/version")

@@ -19,19 +19,19 @@ def test_hash_follows_its_formula_in_python_integers():
     assert int(hash64(*words)) == state
 
 
-def test_finaliser_is_the_published_splitmix64():
+def test_hash_finaliser_is_the_published_splitmix64():
     # The first output of splitmix64 for seed 0, from its reference implementation.
     assert int(hash64(0)) == 0xE220A8397B1DCDAF
 
 
-def test_vectors_and_scalars_agree():
+def test_hashes_of_vectors_and_scalars_agree():
     ids = np.arange(50)
     together = hash64(Purpose.CROP, 5, 2, ids)
     assert together.shape == (50,)
     assert [int(hash64(Purpose.CROP, 5, 2, int(i))) for i in ids] == together.tolist()
 
 
-def test_words_keep_their_places():
+def test_hash_depends_on_the_order_of_words():
     assert int(hash64(1, 2)) != int(hash64(2, 1))
     assert int(hash64(1)) != int(hash64(1, 0))
 

@@ -8,6 +8,7 @@ import pytest
 import tokenizers
 
 from mvlm_dataloading import DataError, load_tokenizer, open_dataset, tokenizer_for, train_tokenizer
+from support.data import make_captions, write_dataset
 
 CAPTIONS = ["a cat on a mat", "two cats, one café — 猫", "the mat"] * 3
 
@@ -20,7 +21,7 @@ def test_special_tokens_have_the_first_ids():
     assert 261 < tokenizer.vocab_size <= 300
 
 
-def test_every_text_comes_back():
+def test_tokenizer_decodes_what_it_encodes():
     tokenizer = train_tokenizer(CAPTIONS, 300)
     for text in (*CAPTIONS, "Ω never seen ☃ 漢字", "x"):
         tokens, lengths = tokenizer.encode([text], 200)
@@ -40,7 +41,7 @@ def test_captions_are_packed_between_cls_and_sep():
         assert np.array_equal(part, tokenizer.encode([text], 100)[0])
 
 
-def test_truncation_keeps_the_beginning_and_sep():
+def test_truncation_keeps_the_start_of_a_caption_and_sep():
     tokenizer = train_tokenizer(CAPTIONS, 300)
     long, _ = tokenizer.encode(["a cat on a mat"], 100)
     cut, lengths = tokenizer.encode(["a cat on a mat", "a"], 5)
@@ -63,7 +64,7 @@ def test_equal_captions_give_an_equal_tokenizer_in_another_process(tmp_path):
     assert here.fingerprint != train_tokenizer(CAPTIONS[:2], 290).fingerprint
 
 
-def test_save_and_load(tmp_path):
+def test_tokenizer_save_and_load(tmp_path):
     tokenizer = train_tokenizer(CAPTIONS, 300)
     tokenizer.save(tmp_path / "tokenizer.json")
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
@@ -71,7 +72,7 @@ def test_save_and_load(tmp_path):
     assert np.array_equal(loaded.encode(CAPTIONS, 9)[0], tokenizer.encode(CAPTIONS, 9)[0])
 
 
-def test_a_small_vocabulary_is_refused():
+def test_a_vocabulary_below_the_byte_alphabet_is_refused():
     with pytest.raises(ValueError, match=r"at least 261 .* got 200"):
         train_tokenizer(CAPTIONS, 200)
     with pytest.raises(ValueError, match=r"at least 3 .* got 2"):
@@ -116,10 +117,26 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
         load_tokenizer(tmp_path / "bad.json")
 
 
-def test_the_data_sets_own_tokenizer_is_taken(tmp_path, make):
-    folder = make.dataset(tmp_path / "data", 4, splits=("train", "test"))
+def test_a_data_set_without_train_split_needs_a_tokenizer(tmp_path):
+    folder = write_dataset(tmp_path / "data", 4, splits=("test", "validation"))
+    message = (
+        r"data: wanted a tokenizer\.json, or a train split to train a tokenizer on, found neither "
+        r"\(splits: test, validation\); give a tokenizer\.json"
+    )
+    with pytest.raises(DataError, match=message):
+        tokenizer_for(open_dataset(folder, "test"), 300)
+    own = train_tokenizer(CAPTIONS, 280)
+    own.save(folder / "tokenizer.json")
+    description = json.loads((folder / "dataset.json").read_text())
+    description["tokenizer"] = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    (folder / "dataset.json").write_text(json.dumps(description))
+    assert tokenizer_for(open_dataset(folder, "test"), 300).fingerprint == own.fingerprint
+
+
+def test_the_tokenizer_of_the_data_set_is_used(tmp_path):
+    folder = write_dataset(tmp_path / "data", 4, splits=("train", "test"))
     trained = tokenizer_for(open_dataset(folder, "test"), 300)
-    captions = [caption for i in range(4) for caption in make.captions(i)]
+    captions = [caption for i in range(4) for caption in make_captions(i)]
     assert trained.fingerprint == train_tokenizer(captions, 300).fingerprint
 
     own = train_tokenizer(CAPTIONS, 280)

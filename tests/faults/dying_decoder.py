@@ -13,15 +13,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import mvlm_dataloading.writing as writing
-from mvlm_dataloading.build import build_shards
-from mvlm_dataloading.records import Listed, Record, Source
-from mvlm_dataloading.settings import Settings
+import mvlm_dataloading.build.piece as writing
+from mvlm_dataloading.build.build import build_shards
+from mvlm_dataloading.options import BuildOptions
+from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 
 DEADLY = b"deadly"
 
 
-class Decoder(writing.Decoder):
+class ImageDecoder(writing.ImageDecoder):
     def __call__(self, images):
         if any(image.endswith(DEADLY) for image in images):
             os.abort()
@@ -35,11 +35,11 @@ def picture(i: int) -> bytes:
     return file.getvalue() + (DEADLY if i in (3, 10) else b"")
 
 
-writing.Decoder = Decoder
+writing.ImageDecoder = ImageDecoder
 
 if __name__ == "__main__":
     pieces = [
-        Listed("train", [Record(f"k{i:02d}", picture(i), ["words"], f"{i}.png") for i in range(begin, begin + 6)])
+        ListedPiece("train", [Record(f"k{i:02d}", picture(i), ["words"], f"{i}.png") for i in range(begin, begin + 6)])
         for begin in (0, 6)
     ]
-    build_shards(Source("deadly", "", "", {}, pieces), Path(sys.argv[1]), Settings(), workers=2)
+    build_shards(Source("deadly", "", "", {}, pieces), Path(sys.argv[1]), BuildOptions(), workers=2)

@@ -31,10 +31,10 @@ import nvidia.dali.fn  # noqa: F401 (imported before the forks)
 from PIL import Image
 
 from mvlm_dataloading import open_dataset
-from mvlm_dataloading.build import build_shards
+from mvlm_dataloading.build.build import build_shards
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.records import Listed, Record, Source
-from mvlm_dataloading.settings import Settings
+from mvlm_dataloading.options import BuildOptions
+from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 
 PICTURES = 40
 FINISHED, FULL = 0, 2
@@ -52,13 +52,13 @@ def source(folder: Path) -> Source:
             Image.fromarray(small).resize((40, 30), Image.Resampling.BICUBIC).save(file, "PNG")
             path.write_bytes(file.getvalue()[: 300 if i in (12, 26) else None])
         records.append(Record(f"k{i:03d}", path, [f"caption {i}"], path.name))
-    pieces = [Listed("test", records[:8])]
-    pieces += [Listed("train", records[i : i + 8]) for i in range(8, PICTURES, 8)]
+    pieces = [ListedPiece("test", records[:8])]
+    pieces += [ListedPiece("train", records[i : i + 8]) for i in range(8, PICTURES, 8)]
     return Source("kills", "tests", "CC0", {"pictures": PICTURES}, pieces)
 
 
 def run(folder: Path, out: Path, workers: int) -> None:
-    settings = Settings(shard_bytes=40_000, drop_duplicates=True)
+    settings = BuildOptions(shard_bytes=40_000, drop_duplicates=True)
     build_shards(source(folder), out, settings, workers=workers)
 
 

@@ -28,7 +28,7 @@ from mvlm.runs import checkpoint_writer as saver
 from mvlm.training.metrics import MetricsBuffer
 from mvlm.training.run import pretrain
 from mvlm.training.trainer import Trainer
-from mvlm_dataloading.loader import Loader
+from mvlm_dataloading.loader.loader import Loader
 
 MICRO = MaskVLMConfig(
     image_size=32,

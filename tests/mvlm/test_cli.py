@@ -570,7 +570,7 @@ def test_resuming_is_the_same_command_with_one_word_more(mvlm, scenes, tmp_path,
     outcome = mvlm(*words, "--resume")
     assert outcome.code == 0
     assert outcome.err == [
-        "the data go on with the same samples in the same order, and the same pixels, captions and masks",
+        "data resumed: same samples in the same order, same pixels, captions and masks",
         f"resuming from {tmp_path}/run/checkpoints/step_00000002",
     ]
     assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl")] == [1, 2, 3, 4]

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from mvlm_dataloading import Loader, open_dataset, train_tokenizer
-from mvlm_dataloading.augment import Augment, draw
-from mvlm_dataloading.indices import IMAGE_EXTENSIONS
-from mvlm_dataloading.order import Stream, write_index_views
-from mvlm_dataloading.pipeline import build_pipeline, executor
+from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS
+from mvlm_dataloading.loader.augment import Augment, draw_parameters
+from mvlm_dataloading.loader.crop import CropGeometry, CropWindows
+from mvlm_dataloading.loader.pipeline import build_pipeline, executor_arguments
+from mvlm_dataloading.loader.resize import Resize
+from mvlm_dataloading.loader.sampler import SampleOrder, write_index_views
 from mvlm_dataloading.randomness import Purpose, uniforms
-from mvlm_dataloading.resize import Resize
-from mvlm_dataloading.windows import Geometry, Windows
 
 STAGES = ("read", "decode", "resize", "augment", "hand-over")
 THREADS = 2
@@ -39,7 +39,7 @@ def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int) ->
         yield from Loader(dataset, tokenizer, batch_size=batch, image_size=size, **settings)
         return
     count = len(dataset) // batch * batch
-    ids, epochs = Stream(dataset.shard, 0, shuffle=True)(0, count)
+    ids, epochs = SampleOrder(dataset.shard, 0, shuffle=True)(0, count)
     crops = uniforms(Purpose.CROP, 0, epochs, ids, 4)
 
     def rows(k: Any) -> np.ndarray:
@@ -49,10 +49,10 @@ def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int) ->
     with tempfile.TemporaryDirectory() as folder:
         tars, indices = write_index_views(Path(folder), dataset, ids)
         if stage == "augment":
-            drawn = draw(augment, 0, epochs, ids, size)
+            drawn = draw_parameters(augment, 0, epochs, ids, size)
             pipeline = build_pipeline(
-                tars, indices, lambda k: crops[rows(k)], Geometry(image_size=size), batch_size=batch,
-                num_threads=THREADS, guard=True, drawn=None if augment.nothing else lambda k: drawn.rows(rows(k)),
+                tars, indices, lambda k: crops[rows(k)], CropGeometry(image_size=size), batch_size=batch,
+                num_threads=THREADS, guard=True, augment=None if augment.nothing else lambda k: drawn.rows(rows(k)),
             )  # fmt: skip
         else:
             pipeline = _partial_pipeline(stage, tars, indices, lambda k: crops[rows(k)], batch, size)
@@ -66,7 +66,7 @@ def _partial_pipeline(stage: str, tars: list[str], indices: list[str], draws: An
     fn: Any = dali.fn
     types: Any = dali.types
     make: Any = dali.pipeline.Pipeline
-    pipeline = make(batch_size=batch, num_threads=THREADS, device_id=None, **executor(None, 1))
+    pipeline = make(batch_size=batch, num_threads=THREADS, device_id=None, **executor_arguments(None, 1))
     with pipeline:
         result = encoded = fn.readers.webdataset(
             paths=tars,
@@ -77,7 +77,7 @@ def _partial_pipeline(stage: str, tars: list[str], indices: list[str], draws: An
         if stage != "read":
             corner, shape = fn.python_function(
                 fn.peek_image_shape(encoded),
-                function=Windows(Geometry(image_size=size), draws),
+                function=CropWindows(CropGeometry(image_size=size), draws),
                 batch_processing=True,
                 num_outputs=2,
             )

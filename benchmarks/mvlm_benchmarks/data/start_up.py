@@ -52,7 +52,7 @@ def build(folder: Path, samples: int) -> None:
 def seconds_to_first_batch(folder: Path, batch: int = 64) -> dict[str, float]:
     """Seconds to open the data, to make the loader and to get the first batch; their sum; and processor time."""
     from mvlm_dataloading import Loader, open_dataset, train_tokenizer
-    from mvlm_dataloading.augment import Augment
+    from mvlm_dataloading.loader.augment import Augment
 
     tokenizer = train_tokenizer(["a caption of sample 1"], 300)
     import_module("nvidia.dali.fn")

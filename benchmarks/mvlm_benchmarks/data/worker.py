@@ -37,7 +37,7 @@ Batches = Iterator[tuple[Tensor, Any]]
 
 def ours(data: Path, recipe: str, batch: int, size: int) -> Batches:
     from mvlm_dataloading import Loader, train_tokenizer
-    from mvlm_dataloading.augment import Augment
+    from mvlm_dataloading.loader.augment import Augment
 
     dataset = open_dataset(data, "train")
     tokenizer = train_tokenizer([dataset.captions(i)[0] for i in range(min(len(dataset), 1000))], 1000)

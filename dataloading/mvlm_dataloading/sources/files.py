@@ -1,6 +1,6 @@
-"""Reading annotation files: JSON, large JSON lists, CSV and JSONL, with the mistakes that downloads have.
+"""Reading annotation files: JSON, large JSON lists, CSV and JSONL, tolerant of common download errors.
 
-Bytes that are not UTF-8 become halves of surrogate pairs, for which `clean_captions` rejects a caption.
+Bytes that are not UTF-8 become halves of surrogate pairs, and `clean_captions` rejects captions with these.
 """
 
 import csv
@@ -12,49 +12,50 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.records import need_file
 
-_CHUNK = 1 << 20
+from .record import require_file
+
+CHUNK = 1 << 20
 _BETWEEN = re.compile(r"[\s,]*")
 
 
 def read_json(file: Path) -> Any:
-    """A JSON file. Raises DataError if it is none."""
+    """Content of a JSON file. Raises DataError if it is missing or no JSON."""
     try:
-        return json.loads(need_file(file).read_text(encoding="utf-8-sig"))
+        return json.loads(require_file(file).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: wanted JSON, found {error}; download it again") from None
 
 
 def read_json_list(file: Path) -> Iterator[Any]:
-    """The elements of a JSON list one after another, so that a file of a gigabyte need not be held at once.
+    """The elements of a JSON list, one at a time, so that a large file need not fit into memory.
 
     Raises:
-        DataError: the file is no list, or ends early.
+        DataError: the file is missing, is no list, or ends early.
     """
     decoder = json.JSONDecoder()
 
     def damaged(what: str) -> DataError:
         return DataError(f"{file}: wanted a JSON list, found {what}; download it again")
 
-    with need_file(file).open(encoding="utf-8-sig", errors="surrogateescape") as text:
+    with require_file(file).open(encoding="utf-8-sig", errors="surrogateescape") as text:
         rest = ""
-        while not rest and (more := text.read(_CHUNK)):
+        while not rest and (more := text.read(CHUNK)):
             rest = more.lstrip()
         if not rest.startswith("["):
             raise damaged(repr(rest[:20]))
         at = 1
         while True:
-            at = _BETWEEN.match(rest, at).end()  # pyright: ignore[reportOptionalMemberAccess] (it matches nothing too)
+            at = _BETWEEN.match(rest, at).end()  # pyright: ignore[reportOptionalMemberAccess] (the pattern matches the empty string)
             if rest.startswith("]", at):
                 return
             try:
                 element, end = decoder.raw_decode(rest, at)
             except (ValueError, RecursionError):
                 element, end = None, len(rest)
-            # A number, or a word, at the very end of what was read may go on; so may everything that did not parse.
+            # A number or word that ends where the chunk does may continue in the next; so may whatever did not parse.
             if end >= len(rest):
-                more = text.read(max(_CHUNK, len(rest) - at))
+                more = text.read(max(CHUNK, len(rest) - at))
                 if not more:
                     raise damaged(f"no end after {rest[-20:]!r}")
                 rest, at = rest[at:] + more, 0
@@ -64,12 +65,12 @@ def read_json_list(file: Path) -> Iterator[Any]:
 
 
 def read_rows(file: Path, delimiter: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a table: `.jsonl` (or `.ndjson`) with an object a line, else CSV or TSV with a header.
+    """The rows of a table: `.jsonl` or `.ndjson` with one object per line, else CSV or TSV with a header.
 
     Raises:
-        DataError: a line is not what it should be.
+        DataError: the file is missing, or a line has another format.
     """
-    with need_file(file).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+    with require_file(file).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
         if file.suffix.lower() in (".jsonl", ".ndjson"):
             for number, line in enumerate(text, 1):
                 if not line.strip():
@@ -85,21 +86,22 @@ def read_rows(file: Path, delimiter: str | None = None) -> Iterator[dict[str, An
         csv.field_size_limit(1 << 24)
         delimiter = delimiter or ("\t" if file.suffix.lower() == ".tsv" else ",")
         try:
-            # NUL bytes are no reason to lose a table: in captions they are cleaned away.
+            # Rows may contain NUL bytes: `clean_captions` removes them.
             yield from csv.DictReader(text, delimiter=delimiter)
         except csv.Error as error:
             raise DataError(f"{file}: wanted a table, found {error}; repair it") from None
 
 
 def files_under(folder: Path) -> list[Path]:
-    """The files in a folder and the folders in it, sorted, also in folders that are links."""
+    """All files under a folder, sorted. Links to folders are followed."""
     found: list[Path] = []
     seen: set[str] = set()
     starts = [str(folder)]
-    for start in starts:  # which grows by the links: what lies in the folder itself keeps its own name
+    # Links are appended and visited last, so a file inside the folder keeps its own path, not that of a link to it.
+    for start in starts:
         for place, folders, names in os.walk(start):
             real = os.path.realpath(place)
-            if real in seen:  # a link may lead back to where it lies
+            if real in seen:  # a link may point to a parent folder
                 folders.clear()
                 continue
             seen.add(real)
@@ -109,17 +111,17 @@ def files_under(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def outside(name: str) -> str | None:
-    """Why a file that a table names is not read; None if it lies in the table's folder.
+def reason_if_outside(name: str) -> str | None:
+    """The reason to reject a file name in a table: it leaves the data set's folder. None if it does not.
 
-    A table from elsewhere must not make us read files of this machine that are no part of the data set.
+    A downloaded table must not add other files of this machine to the data set.
     """
     path = Path(name)
     return "image is outside the folder" if path.is_absolute() or ".." in path.parts else None
 
 
-def refuse_repeated(files: Iterable[Path]) -> None:
-    """Raises DataError if a file is given twice: an epoch would have its samples twice, or two splits would."""
+def refuse_repeated_files(files: Iterable[Path]) -> None:
+    """Raise DataError if a file is given twice: its samples would be repeated, or be in two splits."""
     seen: set[Path] = set()
     for file in files:
         if (real := file.resolve()) in seen:
@@ -127,9 +129,9 @@ def refuse_repeated(files: Iterable[Path]) -> None:
         seen.add(real)
 
 
-def as_captions(value: Any) -> list[str]:
-    """The captions in a cell of a table: a text, or the texts in a list."""
+def captions_in_cell(value: Any) -> list[str]:
+    """The captions in a table's cell: a string, or the strings of a list."""
     if isinstance(value, str):
         return [value]
-    # A null or an object among them is no caption: nobody means "None".
+    # Nulls and objects in a list are skipped, so that no caption reads "None".
     return [one for one in value if isinstance(one, str)] if isinstance(value, list | tuple) else []

@@ -1,4 +1,4 @@
-"""Flickr30k: Karpathy's JSON, the original token file, or the tables that mirrors publish."""
+"""Flickr30k, from Karpathy's JSON, the original token file, or the tables of mirrors."""
 
 import json
 import re
@@ -6,32 +6,41 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.records import Record, Source, cut, file_sha256, need_file, need_folder, safe_key, split_name
 
-from .files import as_captions, outside, read_json, read_rows
+from .files import captions_in_cell, read_json, read_rows, reason_if_outside
+from .record import (
+    Record,
+    Source,
+    canonical_split,
+    cut_into_pieces,
+    file_sha256,
+    require_file,
+    require_folder,
+    safe_key,
+)
 
 _IMAGES = ("flickr30k-images", "flickr30k_images", "images", "Images")
 _FILES = ("dataset_flickr30k.json", "flickr_annotations_30k.csv", "results_20130124.token", "results.csv")
 
 
 def flickr30k(root: Path, captions: Path | None = None) -> Source:
-    """Flickr30k from an unpacked download, with its pictures in ROOT/flickr30k-images (or ROOT/images).
+    """Flickr30k from an unpacked download, with its images in ROOT/flickr30k-images or ROOT/images.
 
     Args:
-        captions: one of `dataset_flickr30k.json` (Karpathy, with splits), `flickr_annotations_30k.csv` (the same as a
-            table), `results_20130124.token` and `results.csv` (both without splits: everything becomes train). Not
-            given: the first of them in ROOT.
+        captions: `dataset_flickr30k.json` (Karpathy's splits), `flickr_annotations_30k.csv` (the same as a table),
+            `results_20130124.token` or `results.csv` (both without splits: everything becomes train). Default: the
+            first of them in ROOT.
 
     Raises:
-        DataError: a file or folder is missing, or is in none of these formats.
+        DataError: a file or folder is missing, or has another format.
     """
-    images = need_folder(*(root / name for name in _IMAGES), root)
-    if (images / images.name).is_dir():  # one mirror's archive holds the folder in a folder of the same name
+    images = require_folder(*(root / name for name in _IMAGES), root)
+    if (images / images.name).is_dir():  # one mirror's archive nests the folder in another of the same name
         images = images / images.name
     if captions is None:
         places = [folder / name for name in _FILES for folder in (root, images, images.parent)]
         captions = next((place for place in places if place.is_file()), root / _FILES[0])
-    need_file(captions)
+    require_file(captions)
     if captions.suffix == ".json":
         records = _karpathy(images, captions)
     elif captions.suffix == ".token":
@@ -43,10 +52,10 @@ def flickr30k(root: Path, captions: Path | None = None) -> Source:
     return Source(
         name="flickr30k",
         origin="Flickr30k, https://shannon.cs.illinois.edu/DenotationGraph",
-        licence="pictures for non-commercial research and education, under the terms of Flickr",
+        licence="images for non-commercial research and education, under the terms of Flickr",
         attribution="Young, Lai, Hodosh and Hockenmaier, 2014",
         recipe={"annotations": [file_sha256(captions)]},
-        pieces=cut(records),
+        pieces=cut_into_pieces(records),
     )
 
 
@@ -59,8 +68,8 @@ def _karpathy(images: Path, file: Path) -> dict[str, list[Record]]:
     records: dict[str, list[Record]] = {}
     try:
         for image in read_json(file)["images"]:
-            captions = as_captions([sentence["raw"] for sentence in image["sentences"]])
-            records.setdefault(split_name(image["split"], str(file)), []).append(
+            captions = captions_in_cell([sentence["raw"] for sentence in image["sentences"]])
+            records.setdefault(canonical_split(image["split"], str(file)), []).append(
                 _record(images, image["filename"], captions)
             )
     except (KeyError, TypeError) as error:
@@ -71,12 +80,12 @@ def _karpathy(images: Path, file: Path) -> dict[str, list[Record]]:
 
 
 def _annotations(images: Path, file: Path) -> dict[str, list[Record]]:
-    """`raw` (a JSON list of captions), `split` and `filename` a row."""
+    """Records of a table with the columns `raw` (a JSON list of captions), `split` and `filename`."""
     records: dict[str, list[Record]] = {}
     for row in read_rows(file):
         try:
-            captions = as_captions(json.loads(row["raw"]))
-            split = split_name(row["split"], str(file))
+            captions = captions_in_cell(json.loads(row["raw"]))
+            split = canonical_split(row["split"], str(file))
             records.setdefault(split, []).append(_record(images, row["filename"], captions))
         except (KeyError, TypeError, json.JSONDecodeError, RecursionError) as error:
             raise DataError(
@@ -86,7 +95,7 @@ def _annotations(images: Path, file: Path) -> dict[str, list[Record]]:
 
 
 def _token_lines(file: Path) -> list[tuple[str, str]]:
-    """`1000092795.jpg#0<tab>caption` a line."""
+    """Pairs (image, caption) from lines `1000092795.jpg#0<tab>caption`."""
     found = []
     for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n"), 1):
         if not line.strip():
@@ -99,7 +108,7 @@ def _token_lines(file: Path) -> list[tuple[str, str]]:
 
 
 def _table_lines(file: Path) -> list[tuple[str, str]]:
-    """`name| number| caption` a line, under a header. In one published row the second bar is missing."""
+    """Pairs (image, caption) from lines `name| number| caption` below a header. One published row lacks a bar."""
     found = []
     for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")[1:], 2):
         if not line.strip():
@@ -121,4 +130,4 @@ def _records(images: Path, lines: list[tuple[str, str]]) -> list[Record]:
 def _record(images: Path, name: Any, captions: list[str]) -> Record:
     path = images / str(name)
     metadata = {"image_id": f"flickr {path.stem}"}
-    return Record(safe_key(path.stem), path, captions, str(path), metadata, outside(str(name)))
+    return Record(safe_key(path.stem), path, captions, str(path), metadata, reason_if_outside(str(name)))

@@ -1,15 +1,25 @@
-"""A folder of pictures, with captions in a table or in a text file beside each."""
+"""A folder of images, with captions in a table or in one text file per image."""
 
 from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.captions import decode_text
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.records import Record, Source, cut, file_sha256, hash_split, need_folder, safe_key, split_name
 
-from .files import as_captions, files_under, outside, read_rows
+from .files import captions_in_cell, files_under, read_rows, reason_if_outside
+from .record import (
+    Record,
+    Source,
+    canonical_split,
+    check_shares,
+    cut_into_pieces,
+    file_sha256,
+    require_folder,
+    safe_key,
+    split_by_hash,
+)
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 _MAX_TEXT = 1 << 22
 
 
@@ -25,21 +35,20 @@ def folder(
     licence: str = "",
     name: str = "folder",
 ) -> Source:
-    """Pictures (jpg, jpeg, png, webp, in any case) in a folder and the folders in it.
+    """All images (jpg, jpeg, png, webp, in any case) under a folder.
 
     Args:
-        captions: a table, `.csv`, `.tsv` or `.jsonl`, whose image column names a file relative to the folder; rows of
-            the same image are its captions, and a cell of a `.jsonl` may hold a list. Not given: the captions of
+        captions: a table, `.csv`, `.tsv` or `.jsonl`, whose image column names a file relative to the folder. Several
+            rows of an image are several captions; a cell of a `.jsonl` may hold a list. Default: the captions of
             `a/b.jpg` are the lines of `a/b.txt`.
-        split_column: where the table has it, its splits are taken.
-        validation, test: shares of the pictures, chosen by a hash of the name, where no split is given.
+        split_column: the table's column of splits, if it has one.
+        validation, test: shares of the images without a given split, chosen by a hash of the name.
 
     Raises:
-        DataError: the folder or the table is missing, or the table has not these columns.
+        DataError: the folder or the table is missing, or the table lacks a column.
     """
-    if not 0 <= validation + test < 1 or min(validation, test) < 0:
-        raise DataError(f"validation and test: wanted shares that leave some for train, got {validation} and {test}")
-    need_folder(images)
+    check_shares(validation, test)
+    require_folder(images)
     recipe: dict[str, Any] = {"validation": validation, "test": test}
     if captions is None:
         found = _sidecars(images)
@@ -49,17 +58,17 @@ def folder(
         recipe["columns"] = [image_column, caption_column, split_column]
     records: dict[str, list[Record]] = {}
     for record, split in found:
-        records.setdefault(split or hash_split(record.key, validation, test), []).append(record)
-    return Source(name=name, origin=str(images.name), licence=licence, recipe=recipe, pieces=cut(records))
+        records.setdefault(split or split_by_hash(record.key, validation, test), []).append(record)
+    return Source(name=name, origin=str(images.name), licence=licence, recipe=recipe, pieces=cut_into_pieces(records))
 
 
 def _sidecars(images: Path) -> list[tuple[Record, str | None]]:
-    # Sorted by the name inside the folder: the order must not depend on the file system.
-    paths = [path for path in files_under(images) if path.suffix.lower() in EXTENSIONS]
-    return [(_beside(images, path), None) for path in paths]
+    # `files_under` sorts, so that the order does not depend on the file system.
+    paths = [path for path in files_under(images) if path.suffix.lower() in IMAGE_EXTENSIONS]
+    return [(_with_text_file(images, path), None) for path in paths]
 
 
-def _beside(images: Path, path: Path) -> Record:
+def _with_text_file(images: Path, path: Path) -> Record:
     name = str(path.relative_to(images))
     texts = [path.with_suffix(suffix) for suffix in (".txt", ".TXT")]
     text = next((text for text in texts if text.is_file()), None)
@@ -86,12 +95,14 @@ def _table(
                 f"--image-column and --caption-column"
             )
         name = str(row[image_column])
-        captions.setdefault(name, []).extend(as_captions(row[caption_column]))
+        captions.setdefault(name, []).extend(captions_in_cell(row[caption_column]))
         if row.get(split_column):
-            splits[name] = split_name(str(row[split_column]), str(file))
-    return [(_record(images, name, known, outside(name)), splits.get(name)) for name, known in captions.items()]
+            splits[name] = canonical_split(str(row[split_column]), str(file))
+    return [
+        (_record(images, name, known, reason_if_outside(name)), splits.get(name)) for name, known in captions.items()
+    ]
 
 
 def _record(images: Path, name: str, captions: list[str], fault: str | None) -> Record:
-    key = safe_key(name if Path(name).suffix.lower() not in EXTENSIONS else name[: -len(Path(name).suffix)])
+    key = safe_key(name if Path(name).suffix.lower() not in IMAGE_EXTENSIONS else name[: -len(Path(name).suffix)])
     return Record(key, images / name, captions, name, {"file": name}, fault)

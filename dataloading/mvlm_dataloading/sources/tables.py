@@ -1,4 +1,4 @@
-"""Rows of Hugging Face `datasets`: parquet files as the hub keeps them, and folders that `save_to_disk` wrote."""
+"""Rows of Hugging Face `datasets`: parquet files of the hub, and folders of `save_to_disk`."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.records import Piece, Record, Source, file_trace, hash_split, safe_key, split_name
 
-from .files import as_captions, files_under, read_json, refuse_repeated
+from .files import captions_in_cell, files_under, read_json, refuse_repeated_files
+from .record import Piece, Record, Source, canonical_split, check_shares, file_fingerprint, safe_key, split_by_hash
 
 _BATCH = 64
 
@@ -26,27 +26,28 @@ def huggingface(
     licence: str = "",
     name: str = "huggingface",
 ) -> Source:
-    """Rows of `datasets` on disk. The package itself is not needed, and no code that a data set brings is run.
+    """Rows of `datasets` on disk. The package is not needed, and no code of a data set is run.
 
     Args:
         data: parquet files, folders of parquet files, or folders of `Dataset.save_to_disk` or
             `DatasetDict.save_to_disk`.
         image_column: of type `Image` (bytes and a path) or binary.
-        caption_column: a text or a list of texts.
-        key_column: names the samples; not given: the file and the number of the row.
-        split: the split of everything. Not given: what `save_to_disk` or the file's name says, such as
+        caption_column: a string or a list of strings.
+        key_column: keys of the samples. Default: numbers of file and row.
+        split: the split of all rows. Default: the one that `save_to_disk` or the file's name states, such as
             train-00000-of-00002.parquet; else train.
         validation, test: shares of train that become these splits, by a hash of the key.
 
     Raises:
-        DataError: nothing is there, or it has not these columns.
+        DataError: no rows are found, or a column is missing.
     """
+    check_shares(validation, test)
     files = [found for path in data for found in _find(path)]
-    refuse_repeated(path for path, _ in files)
+    refuse_repeated_files(path for path, _ in files)
     pieces: list[Piece] = []
     for number, (path, found_split) in enumerate(files):
-        rows = _Rows(
-            split_name(split or found_split or "train", str(path)),
+        rows = _RowsPiece(
+            canonical_split(split or found_split or "train", str(path)),
             path,
             number,
             image_column,
@@ -60,7 +61,7 @@ def huggingface(
         origin="rows of Hugging Face datasets",
         licence=licence,
         recipe={
-            "files": [file_trace(path) for path, _ in files],
+            "files": [file_fingerprint(path) for path, _ in files],
             "columns": [image_column, caption_column, key_column],
             "validation": validation,
             "test": test,
@@ -70,7 +71,7 @@ def huggingface(
 
 
 def _find(path: Path) -> list[tuple[Path, str | None]]:
-    """Files of rows, and the split that each says it belongs to."""
+    """Files of rows, each with the split that it states."""
     if path.is_file():
         return [(path, _split_in(path.name))]
     if (path / "dataset_dict.json").is_file():
@@ -89,14 +90,14 @@ def _find(path: Path) -> list[tuple[Path, str | None]]:
 
 
 def _split_in(name: str) -> str | None:
-    # The hub's own conversion calls what it has cut off partial-train.
+    # The hub's own conversion names a truncated split partial-train.
     match = re.match(r"(?:partial-)?(train|training|validation|valid|val|dev|test|testing)(?=[-_.]|$)", name.lower())
     return match[1] if match else None
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """One file of rows as a piece: all of them, or those whose hash puts them into `split`."""
+class _RowsPiece:
+    """A file of rows as a piece: all rows, or those that a hash of the key puts into `split`."""
 
     split: str
     path: Path
@@ -110,11 +111,11 @@ class _Rows:
     def label(self) -> str:
         return f"{self.split} {self.path.name} {self.number}"
 
-    def by_hash(self, validation: float, test: float) -> list["_Rows"]:
+    def by_hash(self, validation: float, test: float) -> list["_RowsPiece"]:
         if self.split != "train" or not validation + test:
             return [self]
         same = (self.path, self.number, self.image_column, self.caption_column, self.key_column, (validation, test))
-        return [_Rows(split, *same) for split in ("train", "validation", "test")]
+        return [_RowsPiece(split, *same) for split in ("train", "validation", "test")]
 
     def check_columns(self) -> None:
         names = _schema(self.path)
@@ -131,16 +132,16 @@ class _Rows:
             where = f"{self.path.name} row {number}"
             named = row[self.key_column] if self.key_column else f"{self.number:05d}-{number:08d}"
             key = safe_key(str(named))
-            if self.shares is not None and hash_split(key, *self.shares) != self.split:
+            if self.shares is not None and split_by_hash(key, *self.shares) != self.split:
                 continue
             image, fault = self._image(row[self.image_column])
-            yield Record(key, image, as_captions(row[self.caption_column]), where, {}, fault)
+            yield Record(key, image, captions_in_cell(row[self.caption_column]), where, {}, fault)
 
     def _image(self, cell: Any) -> tuple[bytes | None, str | None]:
         if isinstance(cell, dict):
             content = cell.get("bytes")
             if content is None and cell.get("path"):
-                return None, "image is a path and not in the table"  # it leads to a file of the machine that made it
+                return None, "image is a path and not in the table"  # a path on the machine that wrote the table
             cell = content
         return (cell, None) if isinstance(cell, bytes) or cell is None else (None, "image is not binary")
 

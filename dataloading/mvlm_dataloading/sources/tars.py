@@ -1,4 +1,4 @@
-"""WebDataset tars of others: what img2dataset made of CC3M and SBU, and any set of tars with pictures and captions."""
+"""WebDataset tars of other tools: CC3M and SBU from img2dataset, and any tars with images and captions."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -9,34 +9,34 @@ from typing import Any
 
 from mvlm_dataloading.captions import decode_text
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.records import Piece, Record, Source, file_trace, safe_key
 
-from .files import as_captions, refuse_repeated
-from .samples import IMAGES, TEXTS, Sample, read_samples
+from .files import captions_in_cell, refuse_repeated_files
+from .record import Piece, Record, Source, file_fingerprint, safe_key
+from .samples import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, TarSample, read_samples
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _COMPARED = 16
-"""Samples at the front of a tar whose keys tell whether another counts as it does."""
+"""First samples of a tar whose keys are compared with those of other tars."""
 
 
 def cc3m(train: Sequence[Path], validation: Sequence[Path] = ()) -> Source:
-    """Conceptual Captions 3M as img2dataset downloaded it: folders of 00000.tar with 00000.parquet beside each.
+    """Conceptual Captions 3M as img2dataset downloads it: folders of 00000.tar with 00000.parquet.
 
     Raises:
         DataError: a folder is missing or holds no tar.
     """
     return _downloaded(
         "cc3m", {"train": train, "validation": validation}, "Conceptual Captions, https://ai.google.com/research/ConceptualCaptions",
-        "captions and links: free for any purpose with acknowledgement; each picture under its own licence",
+        "captions and links: free for any purpose with acknowledgement; each image under its own licence",
         "Google LLC",
     )  # fmt: skip
 
 
 def sbu(train: Sequence[Path], validation: Sequence[Path] = ()) -> Source:
-    """SBU captioned photos as img2dataset downloaded them, see `cc3m`."""
+    """SBU captioned photos as img2dataset downloads them, see `cc3m`."""
     return _downloaded(
         "sbu", {"train": train, "validation": validation}, "SBU Captioned Photo Dataset, https://www.cs.rice.edu/~vo9/sbucaptions",
-        "each picture under its own Flickr licence", "Ordonez, Kulkarni and Berg, 2011",
+        "each image under its own Flickr licence", "Ordonez, Kulkarni and Berg, 2011",
     )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def webdataset(
 
     Args:
         train, validation, test: tars, or folders of tars.
-        caption_field: where a sample has no `.txt`, its captions are this field of its `.json`, a text or a list.
+        caption_field: field of a sample's `.json` with its caption or captions, if it has no `.txt`.
 
     Raises:
         DataError: a tar or a folder is missing.
@@ -69,25 +69,25 @@ def _downloaded(name: str, splits: dict[str, Sequence[Path]], origin: str, licen
 
 
 def _pieces(splits: dict[str, Sequence[Path]], caption_field: str) -> tuple[Sequence[Piece], dict[str, Any]]:
-    pieces: list[_Tar] = []
+    pieces: list[_TarPiece] = []
     several = sum(bool(paths) for paths in splits.values()) > 1
     for split, paths in splits.items():
-        # img2dataset counts the samples of every download from 0.
+        # img2dataset numbers the samples of every download from 0.
         prefix = f"{split}-" if several else ""
-        tars = _tell_apart([find_tars(path) for path in paths])
-        pieces += [_Tar(split, tar, prefix + own, caption_field) for tar, own in tars]
-    refuse_repeated(tar.path for tar in pieces)
+        tars = _with_key_prefixes([find_tars(path) for path in paths])
+        pieces += [_TarPiece(split, tar, prefix + own, caption_field) for tar, own in tars]
+    refuse_repeated_files(tar.path for tar in pieces)
     sizes: dict[str, list[Any]] = {}
     for tar in pieces:
-        sizes.setdefault(tar.split, []).append([*file_trace(tar.path), tar.prefix])
+        sizes.setdefault(tar.split, []).append([*file_fingerprint(tar.path), tar.prefix])
     return pieces, {"tars": sizes, "caption_field": caption_field}
 
 
-def _tell_apart(folders: list[list[Path]]) -> list[tuple[Path, str]]:
-    """The tars, each with what is put before its keys: nothing, unless those of another begin with the same.
+def _with_key_prefixes(folders: list[list[Path]]) -> list[tuple[Path, str]]:
+    """The tars, each with a prefix for its keys: empty, unless another tar has the same first keys.
 
-    Between folders, of which img2dataset counts each from 0, that is the folder's number; between the tars of a folder,
-    their names. It depends on what is in the tars alone, so that a run which goes on does the same.
+    If folders have common keys, as img2dataset numbers each from 0, the prefix is the folder's number; if tars of a
+    folder do, their names. It depends on the content of the tars alone, so a resumed build uses the same.
     """
     keys = [[_first_keys(tar) for tar in tars] for tars in folders]
     numbered = _overlap([set().union(*known) for known in keys])
@@ -101,7 +101,7 @@ def _tell_apart(folders: list[list[Path]]) -> list[tuple[Path, str]]:
 
 
 def _first_keys(tar: Path) -> set[str]:
-    # A damaged tar's name stands for what it has lost.
+    # `read_samples` reports damage under the tar's name, which is no key.
     return {sample.key for sample in islice(read_samples(tar, 0), _COMPARED)} - {tar.name}
 
 
@@ -110,7 +110,7 @@ def _overlap(sets: list[set[str]]) -> bool:
 
 
 def find_tars(path: Path) -> list[Path]:
-    """The tars in a folder, or the tar itself. Raises DataError if there is none."""
+    """The tars in a folder, or the tar itself. Raises DataError if there are none."""
     if path.is_file():
         return [path]
     found = sorted(p for p in path.glob("*") if p.name.endswith(_TARS)) if path.is_dir() else []
@@ -120,8 +120,8 @@ def find_tars(path: Path) -> list[Path]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tar:
-    """One tar as a piece."""
+class _TarPiece:
+    """A tar as a piece."""
 
     split: str
     path: Path
@@ -142,29 +142,29 @@ class _Tar:
             if key not in found and row.get("status") not in (None, "success"):
                 yield self._refusal(key, "image was not downloaded")
 
-    def _record(self, sample: Sample, sidecar: dict[str, dict[str, Any]]) -> Record:
+    def _record(self, sample: TarSample, sidecar: dict[str, dict[str, Any]]) -> Record:
         if sample.fault is not None:
             return self._refusal(sample.key, sample.fault)
-        image = next((sample.parts[extension] for extension in IMAGES if extension in sample.parts), None)
+        image = next((sample.parts[extension] for extension in IMAGE_EXTENSIONS if extension in sample.parts), None)
         captions, fault = self._captions(sample, sidecar.get(sample.key, {}))
         metadata = _describe(sample.parts.get("json"))
         where = f"{self.path}:{sample.key}"
         return Record(safe_key(self.prefix + sample.key), image, captions, where, metadata, fault)
 
-    def _captions(self, sample: Sample, row: dict[str, Any]) -> tuple[list[str], str | None]:
-        text = next((sample.parts[extension] for extension in TEXTS if sample.parts.get(extension)), None)
+    def _captions(self, sample: TarSample, row: dict[str, Any]) -> tuple[list[str], str | None]:
+        text = next((sample.parts[extension] for extension in CAPTION_EXTENSIONS if sample.parts.get(extension)), None)
         if text is not None:
             content = decode_text(text)
             return (content.split("\n"), None) if content is not None else ([], "caption is not UTF-8")
         fields = _parse_object(sample.parts.get("json"))
-        return as_captions(fields.get(self.caption_field)) or as_captions(row.get("caption")), None
+        return captions_in_cell(fields.get(self.caption_field)) or captions_in_cell(row.get("caption")), None
 
     def _refusal(self, key: str, reason: str) -> Record:
         return Record(safe_key(self.prefix + key), None, (), f"{self.path}:{key}", fault=reason)
 
 
 def _describe(text: bytes | None) -> dict[str, Any]:
-    """What is kept of img2dataset's metadata: where the picture comes from."""
+    """The origin of the image, from img2dataset's metadata."""
     fields = _parse_object(text)
     return {name: fields[name] for name in ("url", "image_id", "license") if isinstance(fields.get(name), str | int)}
 
@@ -178,7 +178,7 @@ def _parse_object(text: bytes | None) -> dict[str, Any]:
 
 
 def _read_sidecar(file: Path) -> dict[str, dict[str, Any]]:
-    """img2dataset's table of a tar by key: status and caption of every link, also of those that failed."""
+    """img2dataset's table of a tar, by key: status and caption of every link, failed ones included."""
     if not file.is_file():
         return {}
     parquet, arrow = need("pyarrow.parquet"), need("pyarrow")

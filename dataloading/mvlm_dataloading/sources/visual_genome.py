@@ -1,11 +1,11 @@
-"""Visual Genome: the region descriptions of each image, as captions of one sample."""
+"""Visual Genome: the region descriptions of an image are the captions of one sample."""
 
 from pathlib import Path
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.records import Record, Source, cut, file_sha256, hash_split, need_folder
 
-from .files import as_captions, read_json_list
+from .files import captions_in_cell, read_json_list
+from .record import Record, Source, check_shares, cut_into_pieces, file_sha256, require_folder, split_by_hash
 
 _FOLDERS = ("VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2", "images")
 
@@ -17,28 +17,29 @@ def visual_genome(root: Path, validation: float = 0.0, test: float = 0.0) -> Sou
         ROOT/VG_100K/*.jpg, ROOT/VG_100K_2/*.jpg
 
     Args:
-        validation, test: shares of the images, chosen by a hash of their ids, as the data set comes without splits.
+        validation, test: shares of the images, chosen by a hash of their ids. The data set has no splits of its own.
 
     Raises:
-        DataError: a file or folder is missing, or is not in the published format.
+        DataError: a file or folder is missing, or has another format.
     """
+    check_shares(validation, test)
     file = root / "region_descriptions.json"
     folders = [root / name for name in _FOLDERS if (root / name).is_dir()] or [
-        need_folder(*(root / name for name in _FOLDERS))
+        require_folder(*(root / name for name in _FOLDERS))
     ]
     others = _ids_elsewhere(root / "image_data.json")
     records: dict[str, list[Record]] = {}
     try:
         for image in read_json_list(file):
             regions = image["regions"]
-            # `id` was left out of some releases; every region names its image.
-            number = int(image["id"] if "id" in image else regions[0]["image_id"])  # and names its file: no path
+            # Some releases lack `id`, but every region names its image. int() keeps paths out of the file name.
+            number = int(image["id"] if "id" in image else regions[0]["image_id"])
             path = next(
                 (p for folder in folders if (p := folder / f"{number}.jpg").is_file()), folders[0] / f"{number}.jpg"
             )
-            captions = as_captions([region["phrase"] for region in regions])
+            captions = captions_in_cell([region["phrase"] for region in regions])
             metadata = {"image_id": f"visual-genome {number}", **others.get(number, {})}
-            split = hash_split(str(number), validation, test)
+            split = split_by_hash(str(number), validation, test)
             records.setdefault(split, []).append(Record(str(number), path, captions, str(path), metadata))
     except (KeyError, TypeError, IndexError, ValueError, OverflowError) as error:
         if isinstance(error, DataError):
@@ -49,15 +50,15 @@ def visual_genome(root: Path, validation: float = 0.0, test: float = 0.0) -> Sou
     return Source(
         name="visual-genome",
         origin="Visual Genome region descriptions, https://homes.cs.washington.edu/~ranjay/visualgenome",
-        licence="annotations CC BY 4.0; each picture under its own Flickr licence",
+        licence="annotations CC BY 4.0; each image under its own Flickr licence",
         attribution="Krishna et al., 2017",
         recipe={"annotations": [file_sha256(file)], "validation": validation, "test": test},
-        pieces=cut(records),
+        pieces=cut_into_pieces(records),
     )
 
 
 def _ids_elsewhere(file: Path) -> dict[int, dict[str, int]]:
-    """What the images are called in COCO and Flickr, where they come from. Empty without the file."""
+    """The images' ids in COCO and Flickr. Empty without the file."""
     if not file.is_file():
         return {}
     found = {}

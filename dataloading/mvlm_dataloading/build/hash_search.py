@@ -1,0 +1,90 @@
+"""Search for equal digests and for perceptual hashes that nearly agree.
+
+Shape legend: n images.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+UInt64 = NDArray[np.uint64]
+Int64 = NDArray[np.int64]
+Float64 = NDArray[np.float64]
+
+MAX_DISTANCE = 3
+"""Maximum number of differing bits, of 64, between the hashes of near-duplicates."""
+_BANDS = MAX_DISTANCE + 1
+_ROWS = 2048
+
+
+def first_equal(digests: NDArray[np.bytes_]) -> Int64:
+    """For each image, the position of the first with an equal digest, which may be itself: int64 (n,)."""
+    _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
+    return first[inverse.reshape(-1)].astype(np.int64)
+
+
+def near_pairs(hashes: UInt64) -> Iterator[tuple[int, int]]:
+    """All pairs i < j of hashes (n,) that differ in at most MAX_DISTANCE bits, each once, in no particular order.
+
+    Of several equal hashes, only the pairs with the first one are given.
+
+    Two such hashes agree in at least one of MAX_DISTANCE + 1 bands of 16 bits. So only hashes that share a band are
+    compared, and a pair counts in the first band that it shares.
+    """
+    values, inverse = np.unique(hashes, return_inverse=True)
+    members = np.split(np.argsort(inverse, kind="stable"), np.cumsum(np.bincount(inverse.reshape(-1)))[:-1])
+    for same in members:
+        yield from _within(same)
+    for one, other in _near_values(values):
+        for i in members[one]:
+            for j in members[other]:
+                yield (int(i), int(j)) if i < j else (int(j), int(i))
+
+
+def _within(same: Int64) -> Iterator[tuple[int, int]]:
+    # Pairs with the first only: a thousand copies give a thousand pairs, not half a million.
+    yield from ((int(same[0]), int(j)) for j in same[1:])
+
+
+def _near_values(values: UInt64) -> Iterator[tuple[int, int]]:
+    """Positions a < b of distinct hashes that are near each other."""
+    bands = [(values >> np.uint64(16 * band)) & np.uint64(0xFFFF) for band in range(_BANDS)]
+    for band in range(_BANDS):
+        order = np.argsort(bands[band], kind="stable")
+        starts = np.flatnonzero(np.diff(bands[band][order], prepend=np.uint64(1 << 20)))
+        for group in np.split(order, starts[1:]):
+            for begin in range(0, len(group) if len(group) > 1 else 0, _ROWS):
+                rows = group[begin : begin + _ROWS]
+                near = np.bitwise_count(values[rows][:, None] ^ values[group][None, :]) <= MAX_DISTANCE
+                one, other = rows[np.nonzero(near)[0]], group[np.nonzero(near)[1]]
+                new = one < other
+                for earlier in bands[:band]:
+                    new &= earlier[one] != earlier[other]
+                yield from zip(one[new].tolist(), other[new].tolist(), strict=True)
+
+
+def near_known(
+    hashes: UInt64, aspects: Float64, known: UInt64, known_aspects: Float64, max_aspect_ratio: float
+) -> Int64:
+    """For each hash, the first in `known` that is near and has a similar aspect ratio, or -1: int64 (n,).
+
+    Args:
+        max_aspect_ratio: maximum quotient of two similar aspect ratios.
+    """
+    found = np.full(len(hashes), len(known), np.int64)
+    for band in range(_BANDS):
+        shift = np.uint64(16 * band)
+        keys = (known >> shift) & np.uint64(0xFFFF)
+        order = np.argsort(keys, kind="stable")
+        wanted = (hashes >> shift) & np.uint64(0xFFFF)
+        begin = np.searchsorted(keys[order], wanted, side="left")
+        end = np.searchsorted(keys[order], wanted, side="right")
+        for i in np.flatnonzero(end > begin):
+            candidates = order[begin[i] : end[i]]
+            ratio = known_aspects[candidates] / aspects[i]
+            near = np.bitwise_count(known[candidates] ^ hashes[i]) <= MAX_DISTANCE
+            near &= np.maximum(ratio, 1 / ratio) <= max_aspect_ratio
+            if near.any():
+                found[i] = min(found[i], candidates[near].min())
+    return np.where(found < len(known), found, -1)

@@ -1,0 +1,180 @@
+"""Check of images with the decoder that training uses; re-encoding, and the perceptual hash.
+
+Shape legend: H and W of the image after its EXIF orientation is applied, as the loader applies it.
+"""
+
+import functools
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvlm_dataloading.errors import need
+
+# MPO is a JPEG followed by further images, written by cameras; decoders take the first.
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+UNDECODABLE = "image cannot be decoded"
+TOO_MANY_PIXELS = "image has too many pixels"
+
+_BATCH = 32
+_BATCH_PIXELS = 1 << 24  # per decoded batch: some 50 MB
+_FLAT = 2.0  # standard deviation in levels of 255 below which an image is too flat for a hash
+
+
+@dataclass(frozen=True, slots=True)
+class ImageHeader:
+    """Format and size from an image's header. Width and height are as stored, before any rotation."""
+
+    extension: str
+    width: int
+    height: int
+
+
+def read_header(image: bytes) -> ImageHeader | str:
+    """The header of an image, or the reason why it cannot be used. Nothing is decoded."""
+    pil = need("PIL.Image")
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of very many pixels before it allocates memory; here such an image is rejected.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", pil.DecompressionBombWarning)
+            with pil.open(io.BytesIO(image)) as opened:
+                if opened.format not in EXTENSIONS:
+                    return f"image format is {opened.format}, not JPEG, PNG or WebP"
+                return ImageHeader(EXTENSIONS[opened.format], *opened.size)
+    except (pil.DecompressionBombWarning, pil.DecompressionBombError):
+        return TOO_MANY_PIXELS
+    except Exception:  # Pillow's parsers raise nearly anything on damaged input
+        return UNDECODABLE
+
+
+class ImageDecoder:
+    """DALI's CPU decoder for images in memory. Its verdict on an image is the loader's.
+
+    DALI may read a header differently from Pillow. So DALI is asked for the size first, and an image of more than
+    `max_pixels` is not decoded.
+    """
+
+    def __init__(self, max_pixels: int) -> None:
+        self._max_pixels = max_pixels
+        self._built: dict[bool, Any] = {}
+
+    def __call__(self, images: Sequence[bytes]) -> Iterator[NDArray[np.uint8] | str]:
+        """For each image in order, its pixels, RGB uint8 (H, W, 3), or the reason why it cannot be used."""
+        shapes = self._attempt(images, decode=False)
+        begin = 0
+        while begin < len(images):
+            group, pixels = [], 0
+            for shape in shapes[begin : begin + _BATCH]:
+                area = 0 if shape is None else int(shape[0]) * int(shape[1])
+                usable = shape is not None and area <= self._max_pixels
+                if group and usable and pixels + area > _BATCH_PIXELS:
+                    break
+                pixels += area if usable else 0
+                group.append(usable)
+            rows = range(begin, begin + len(group))
+            decoded = iter(self._attempt([images[i] for i, usable in zip(rows, group, strict=True) if usable], True))
+            for i, usable in zip(rows, group, strict=True):
+                result = next(decoded) if usable else None
+                if result is not None:
+                    yield result
+                else:
+                    yield UNDECODABLE if usable or shapes[i] is None else TOO_MANY_PIXELS
+            begin += len(group)
+
+    def _attempt(self, images: Sequence[bytes], decode: bool) -> list[NDArray[Any] | None]:
+        """The pipeline's output per image, None where it fails. Bisects, because DALI does not say which one failed."""
+        if not images:
+            return []
+        if len(images) > _BATCH:
+            half = _BATCH
+        else:
+            try:
+                return self._run(images, decode)
+            except RuntimeError:
+                self._built.pop(decode, None)  # a failed pipeline cannot be used again
+            if len(images) == 1:
+                return [None]
+            half = len(images) // 2
+        return self._attempt(images[:half], decode) + self._attempt(images[half:], decode)
+
+    def _run(self, images: Sequence[bytes], decode: bool) -> list[NDArray[Any] | None]:
+        if not all(images):
+            raise RuntimeError("an empty image")
+        if decode not in self._built:
+            self._built[decode] = _pipeline(decode)
+        pipeline = self._built[decode]
+        pipeline.feed_input("encoded", [np.frombuffer(image, np.uint8) for image in images])
+        (found,) = pipeline.run()
+        return [np.array(found.at(i)) for i in range(len(images))]
+
+
+def _pipeline(decode: bool) -> Any:
+    fn, types = need("nvidia.dali.fn"), need("nvidia.dali.types")
+    pipeline = need("nvidia.dali.pipeline").Pipeline(
+        batch_size=_BATCH,
+        num_threads=1,
+        device_id=None,
+        prefetch_queue_depth=1,
+        exec_async=False,
+        exec_pipelined=False,
+        seed=0,
+    )
+    with pipeline:
+        encoded = fn.external_source(name="encoded", batch=True, dtype=types.DALIDataType.UINT8, ndim=1)
+        shape = fn.peek_image_shape(encoded)
+        if decode:
+            # As in the loader: read the header first, then decode a crop, here the whole image.
+            size = fn.cast(fn.slice(shape, 0, 2, axes=[0]), dtype=types.DALIDataType.INT32)
+            output = fn.decoders.image_slice(
+                encoded, start=size * 0, shape=size, axes=[0, 1], device="cpu", output_type=types.DALIImageType.RGB
+            )
+        else:
+            output = shape
+        pipeline.set_outputs(output)
+    pipeline.build()
+    return pipeline
+
+
+def encode_jpeg(pixels: NDArray[np.uint8], short_side: int | None, quality: int) -> bytes:
+    """Encode uint8 (H, W, 3) as a JPEG, downscaled to `short_side` if its short side is longer."""
+    pil = need("PIL.Image")
+    image = pil.fromarray(pixels)
+    if short_side is not None and min(image.size) > short_side:
+        scale = short_side / min(image.size)
+        size = tuple(max(short_side, round(side * scale)) for side in image.size)
+        image = image.resize(size, pil.Resampling.BICUBIC, reducing_gap=3.0)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
+    return file.getvalue()
+
+
+def perceptual_hash(pixels: NDArray[np.uint8]) -> int | None:
+    """64 bits that hardly change when an image, uint8 (H, W, 3), is scaled or compressed again.
+
+    The image is reduced to grey, 32 x 32, and transformed by a DCT-II. Each of the 64 lowest frequencies, without the
+    constant, gives a bit: 1 if its coefficient is above their median (after Zauner, Implementation and Benchmarking of
+    Perceptual Image Hash Functions, 2010). None for a flat image: all flat images would have similar hashes.
+    """
+    pil = need("PIL.Image")
+    grey = pil.fromarray(pixels).convert("L").resize((32, 32), pil.Resampling.BOX, reducing_gap=3.0)
+    levels = np.asarray(grey, np.float64)
+    if levels.std() < _FLAT:
+        return None
+    cosines, rows, columns = _frequencies()
+    low = (cosines @ levels @ cosines.T)[rows, columns]  # (64,)
+    bits = low > np.median(low)
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+@functools.cache
+def _frequencies() -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    k = np.arange(32)
+    cosines = np.cos(np.pi * k[:, None] * (2 * k[None, :] + 1) / 64)
+    order = sorted(((u, v) for u in k.tolist() for v in k.tolist()), key=lambda uv: (sum(uv), uv[0]))[1:65]
+    rows, columns = np.array(order).T
+    return cosines, rows, columns

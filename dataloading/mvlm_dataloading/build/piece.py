@@ -1,0 +1,250 @@
+"""Writing one piece of a source as tars, in a worker process. `build` joins the pieces to a data set.
+
+    PIECE/000.tar, 000.idx, ...   the samples, in tars of bounded size
+    PIECE/samples.jsonl           a line per record, in order: facts of the sample, or why it was rejected
+    PIECE/shards.json             samples, captions, bytes and sha256 of each tar
+
+A piece is written to a temporary folder, which is renamed when it is complete and on the disk.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvlm_dataloading.captions import clean_captions
+from mvlm_dataloading.dataset.description import sync_folder, write_durably
+from mvlm_dataloading.options import BuildOptions
+from mvlm_dataloading.sources.record import KEY_PATTERN, TOO_LARGE, Piece, Record
+from mvlm_dataloading.tokenizer import Tokenizer, load_tokenizer
+
+from .image_check import (
+    TOO_MANY_PIXELS,
+    UNDECODABLE,
+    ImageDecoder,
+    ImageHeader,
+    encode_jpeg,
+    perceptual_hash,
+    read_header,
+)
+from .shard_writer import Shard, pack_tokens
+
+CRASHED = "the decoder dies on the image"
+_GROUP, _GROUP_BYTES = 64, 32 << 20
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A record that has passed all checks but decoding."""
+
+    number: int
+    record: Record
+    image: bytes
+    extension: str
+    captions: list[str]
+
+
+def write_piece(
+    piece: Piece, target: Path, options: BuildOptions, crashes: dict[str, list[int]], report: Callable[[int], None]
+) -> None:
+    """Write a piece to the folder `target`, unless another process was faster.
+
+    Args:
+        crashes: numbers in the piece of records that killed a decoder ("fatal"), or were in a batch that did
+            ("suspect").
+        report: called with the number of records processed, from time to time.
+    """
+    aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    writer = _PieceWriter(aside, options, crashes)
+    try:
+        for group in _groups(piece.records(options.max_image_bytes)):
+            writer.add_group(group)
+            report(len(group))
+        writer.close()
+        sync_folder(aside)
+        try:
+            aside.rename(target)
+        except OSError:
+            if not (target / "shards.json").is_file():  # else another process was faster, with equal bytes
+                raise
+        sync_folder(target.parent)
+    finally:
+        writer.abandon()
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+class _PieceWriter:
+    def __init__(self, folder: Path, options: BuildOptions, crashes: dict[str, list[int]]):
+        self._folder, self._options = folder, options
+        self._fatal, self._suspect = set(crashes.get("fatal", ())), set(crashes.get("suspect", ()))
+        self._decoder = ImageDecoder(options.max_pixels)
+        self._tokenizer: Tokenizer | None = load_tokenizer(options.tokenizer) if options.tokenizer else None
+        self._lines = (folder / "samples.jsonl").open("w", encoding="utf-8")
+        self._shards: list[Shard] = []
+        self._seen = 0
+
+    def add_group(self, group: list[Record]) -> None:
+        """Check some records, decode the remaining ones, and write those that can be used."""
+        checked = [self._check(self._seen + i, record) for i, record in enumerate(group)]
+        self._seen += len(group)
+        candidates = [one for one in checked if isinstance(one, _Candidate)]
+        decoded = self._decode(candidates)
+        for record, one in zip(group, checked, strict=True):
+            if isinstance(one, _Candidate):
+                pixels = next(decoded)
+                reason = pixels if isinstance(pixels, str) else self._write(one, pixels)
+            else:
+                reason = one
+            if reason is not None:
+                self._write_line({"key": record.key, "reason": reason, "where": record.where})
+        assert next(decoded, None) is None  # which also removes the note of what is being decoded
+
+    def close(self) -> None:
+        if self._shards:
+            self._shards[-1].close()
+        self._lines.flush()
+        os.fsync(self._lines.fileno())
+        self._lines.close()
+        described = [{"captions": shard.captions, **shard.description()} for shard in self._shards]
+        write_durably(self._folder / "shards.json", json.dumps(described))
+
+    def abandon(self) -> None:
+        """Close open files, after an error. After `close`, it does nothing."""
+        for closing in (self._lines, *(shard.tar for shard in self._shards)):
+            with contextlib.suppress(OSError):  # a full disk may be why we are here
+                closing.close()
+
+    def _check(self, number: int, record: Record) -> _Candidate | str:
+        """All checks of a record that need no decoding. Returns a candidate, or the reason for its rejection."""
+        options = self._options
+        if record.fault is not None:
+            return record.fault
+        if not KEY_PATTERN.fullmatch(record.key):
+            return "key is not 1 to 80 of A-Z a-z 0-9 _ + = @ , -"
+        captions = clean_captions(record.captions, options.max_caption_bytes, options.max_captions)
+        if isinstance(captions, str):
+            return captions
+        image = _read(record.image, options.max_image_bytes)
+        if isinstance(image, str):
+            return image
+        header = read_header(image)
+        reason = header if isinstance(header, str) else _check_sizes(header, options)
+        if reason is not None:
+            return reason
+        if number in self._fatal:
+            return CRASHED
+        assert isinstance(header, ImageHeader)
+        return _Candidate(number, record, image, header.extension, captions)
+
+    def _decode(self, candidates: list[_Candidate]) -> Iterator[Any]:
+        """The images' pixels, or the reasons for rejection.
+
+        A note in the folder says which records are being decoded, in case they kill the process.
+        """
+        note = self._folder / "decoding"
+        unsuspected = [one for one in candidates if one.number not in self._suspect]
+        together = json.dumps([one.number for one in unsuspected])
+        note.write_text(together)
+        decoded = self._decoder([one.image for one in unsuspected])
+        for one in candidates:
+            if one.number in self._suspect:
+                note.write_text(json.dumps([one.number]))
+                yield next(self._decoder([one.image]))
+                note.write_text(together)
+            else:
+                yield next(decoded)
+        note.unlink()
+
+    def _write(self, one: _Candidate, pixels: Any) -> str | None:
+        """Write a sample. Returns None, or the reason why it cannot be used after all."""
+        options, record = self._options, one.record
+        image, extension = one.image, one.extension
+        height, width = pixels.shape[:2]
+        small = options.short_side is None or min(height, width) <= options.short_side
+        if options.quality is not None or not small:
+            image, extension = encode_jpeg(pixels, options.short_side, options.quality or 90), "jpg"
+            header = read_header(image)
+            assert isinstance(header, ImageHeader), header
+            height, width = header.height, header.width
+        known = perceptual_hash(pixels)
+        facts = {
+            "width": width,
+            "height": height,
+            "sha256": hashlib.sha256(one.image).hexdigest(),
+            "phash": None if known is None else f"{known:016x}",
+        }
+        metadata = json.dumps({**record.metadata, **facts}, ensure_ascii=False, separators=(",", ":"))
+        parts = [
+            (extension, image),
+            ("txt", "".join(caption + "\n" for caption in one.captions).encode()),
+            ("json", metadata.encode("utf-8", "replace")),
+        ]
+        if self._tokenizer is not None:
+            tokens = pack_tokens(self._tokenizer, one.captions, options.text_length)
+            if tokens is None:
+                return "caption has no token"
+            parts.append(("tok", tokens))
+        self._shard_for(parts).write(record.key, parts, num_captions=len(one.captions))
+        tar = len(self._shards) - 1
+        self._write_line({"key": record.key, "tar": tar, "captions": len(one.captions), **facts, "where": record.where})
+        return None
+
+    def _shard_for(self, parts: list[tuple[str, bytes]]) -> Shard:
+        if not self._shards or not self._shards[-1].fits(parts, self._options.shard_bytes):
+            if self._shards:
+                self._shards[-1].close()
+            self._shards.append(Shard(self._folder / f"{len(self._shards):03d}.tar"))
+        return self._shards[-1]
+
+    def _write_line(self, line: dict[str, Any]) -> None:
+        self._lines.write(json.dumps(line) + "\n")
+
+
+def _groups(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """Records in groups of bounded number and size."""
+    group, size = [], 0
+    for record in records:
+        group.append(record)
+        size += len(record.image) if isinstance(record.image, bytes) else 1 << 18
+        if len(group) == _GROUP or size >= _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _read(image: Path | bytes | None, max_bytes: int) -> bytes | str:
+    if image is None:
+        return "no image"
+    if isinstance(image, bytes):
+        content = image
+    else:
+        try:
+            if not image.is_file():
+                return "image file is missing"
+            if image.stat().st_size > max_bytes:
+                return TOO_LARGE
+            content = image.read_bytes()
+        except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
+            return f"image file cannot be read ({type(error).__name__})"
+    if len(content) > max_bytes:
+        return TOO_LARGE
+    return content or "image file is empty"
+
+
+def _check_sizes(header: ImageHeader, options: BuildOptions) -> str | None:
+    short, long = sorted((header.width, header.height))
+    if short * long > options.max_pixels:
+        return TOO_MANY_PIXELS
+    if short < options.min_side:
+        return "image is too small"
+    if long > options.max_aspect * short:
+        return "image is too long and thin"
+    return UNDECODABLE if short < 1 else None

@@ -1,0 +1,247 @@
+"""Writing a data set sample by sample: WebDataset tars, their DALI indices, and `dataset.json`.
+
+    OUT/train-000000.tar   <key>.png|jpg|webp, <key>.txt (one caption per line), <key>.json (metadata)
+    OUT/train-000000.idx   offset and size of each component in the tar
+    OUT/dataset.json       counts, sha256 of each shard, source, licence, rejections by reason
+
+The data set is written to `.OUT.partial`, which is renamed when it is complete. So a folder OUT is always a whole data
+set. Equal input gives equal bytes.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import shutil
+import tarfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mvlm_dataloading.dataset.description import FORMAT_VERSION, require_free_folder, sync_file, write_durably
+from mvlm_dataloading.errors import DataError, need
+from mvlm_dataloading.sources.record import KEY_PATTERN
+
+from .image_check import UNDECODABLE, ImageHeader, read_header
+
+if TYPE_CHECKING:
+    from mvlm_dataloading.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class ShardWriter:
+    """A context manager that writes one data set. An exception inside leaves nothing behind.
+
+    Args:
+        out: the folder to create; it may exist if it is empty.
+        name, source, licence, attribution: copied to `dataset.json`.
+        recipe: everything that determines the content (sizes, versions, limits). `already_written` compares it.
+        max_shard_bytes: maximum size of a tar.
+
+    Attributes:
+        rejected: number of rejected samples by reason.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        name: str,
+        source: str,
+        licence: str,
+        attribution: str,
+        recipe: Mapping[str, Any],
+        max_shard_bytes: int = 256 << 20,
+    ):
+        out = Path(out).resolve()  # gives "." a name, and keeps a link
+        require_free_folder(out)
+        self.out = out
+        self._header = {"name": name, "source": source, "licence": licence, "attribution": attribution}
+        self._recipe = dict(recipe)
+        self._max_shard_bytes = max_shard_bytes
+        self._partial = out.with_name(f".{out.name}.partial")
+        shutil.rmtree(self._partial, ignore_errors=True)  # left by a run that was killed
+        self._partial.mkdir(parents=True)
+        self._keys: set[str] = set()
+        self._open: dict[str, Shard] = {}
+        self._finished: dict[str, list[Shard]] = {}
+        self.rejected: Counter[str] = Counter()
+
+    def add(
+        self,
+        key: str,
+        image: bytes,
+        captions: Sequence[str],
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        split: str = "train",
+    ) -> str | None:
+        """Append one sample to a split, or reject it.
+
+        Blank and repeated captions are dropped, and white space inside a caption becomes single blanks.
+
+        Returns:
+            None if the sample was written, else the reason for its rejection, which is counted in `rejected`.
+        """
+        captions = list(dict.fromkeys(line for line in (" ".join(c.split()) for c in captions) if line))
+        extension, reason = check_image(image)
+        if not KEY_PATTERN.fullmatch(key):
+            reason = "key is not 1 to 80 of A-Z a-z 0-9 _ + = @ , -"
+        elif key in self._keys:
+            reason = "key was used before"
+        elif not captions:
+            reason = "no caption"
+        if reason is not None:
+            self.rejected[reason] += 1
+            log.warning("rejected sample %r of %s: %s", key, self._header["name"], reason)
+            return reason
+
+        self._keys.add(key)
+        parts = [
+            (extension, image),
+            ("txt", "".join(c + "\n" for c in captions).encode()),
+            ("json", json.dumps(metadata or {}, ensure_ascii=False, separators=(",", ":")).encode()),
+        ]
+        shard = self._open.get(split)
+        if shard is None or not shard.fits(parts, self._max_shard_bytes):
+            shard = self._next_shard(split)
+        shard.write(key, parts, num_captions=len(captions))
+        return None
+
+    def finish(self) -> Path:
+        """Close all shards, write their indices and `dataset.json`, and rename the folder. Returns its path."""
+        for split in list(self._open):
+            self._finished[split].append(self._open.pop(split).close())
+        if not self._finished:
+            raise DataError(
+                f"{self._header['name']}: wanted at least one sample, found none; rejected: {dict(self.rejected)}"
+            )
+        description = {
+            "format_version": FORMAT_VERSION,
+            **self._header,
+            "recipe": self._recipe,
+            "splits": {
+                split: {
+                    "samples": sum(s.samples for s in shards),
+                    "captions": sum(s.captions for s in shards),
+                    "shards": [s.description() for s in shards],
+                }
+                for split, shards in sorted(self._finished.items())
+            },
+            "tokenizer": None,
+            "rejected": dict(sorted(self.rejected.items())),
+        }
+        write_durably(self._partial / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+        self._partial.rename(self.out)  # replaces an empty folder, and fails on any other
+        return self.out
+
+    def abandon(self) -> None:
+        """Remove everything that was written."""
+        for shard in self._open.values():
+            with contextlib.suppress(OSError):  # a full disk may be the reason for the call
+                shard.tar.close()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        try:
+            if kind is None:
+                self.finish()
+        finally:
+            self.abandon()  # after `finish` there is nothing left
+
+    def _next_shard(self, split: str) -> "Shard":
+        shards = self._finished.setdefault(split, [])
+        if split in self._open:
+            shards.append(self._open[split].close())
+        self._open[split] = Shard(self._partial / f"{split}-{len(shards):06d}.tar")
+        return self._open[split]
+
+
+@dataclass
+class Shard:
+    """One tar being written, and the lines of its index."""
+
+    path: Path
+    samples: int = 0
+    captions: int = 0
+    sha256: str = ""
+    index: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tar = tarfile.open(self.path, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115 (closed in `close`)
+
+    def fits(self, parts: Sequence[tuple[str, bytes]], max_bytes: int) -> bool:
+        """True if the tar stays within `max_bytes` with this sample. The first sample always fits."""
+        grown = sum(tarfile.BLOCKSIZE + _padded(len(content)) for _, content in parts)
+        return not self.samples or self.tar.offset + grown <= max_bytes
+
+    def write(self, key: str, parts: Sequence[tuple[str, bytes]], num_captions: int) -> None:
+        components = []
+        for extension, content in parts:
+            member = tarfile.TarInfo(
+                f"{key}.{extension}"
+            )  # time, user and group stay 0, so that equal input gives equal bytes
+            member.size = len(content)
+            offset = self.tar.offset + tarfile.BLOCKSIZE  # names are short, so a header is one block
+            self.tar.addfile(member, io.BytesIO(content))
+            components.append(f"{extension} {offset} {len(content)} {member.name}")
+        self.index.append(" ".join(components))
+        self.samples += 1
+        self.captions += num_captions
+
+    def close(self) -> "Shard":
+        self.tar.close()
+        sync_file(self.path)
+        with self.path.open("rb") as file:
+            self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        # The index last: an index older than its tar is refused.
+        write_durably(self.path.with_suffix(".idx"), format_index(self.index))
+        return self
+
+    def description(self) -> dict[str, Any]:
+        size = self.path.stat().st_size
+        return {"tar": self.path.name, "samples": self.samples, "bytes": size, "sha256": self.sha256}
+
+
+def check_image(image: bytes) -> tuple[str, str | None]:
+    """The extension of an encoded image, and None or the reason why it cannot be used. Decodes the whole image."""
+    header = read_header(image)
+    if not isinstance(header, ImageHeader):
+        return "", header
+    try:
+        with need("PIL.Image").open(io.BytesIO(image)) as opened:
+            opened.load()
+    except Exception:  # Pillow's decoders raise nearly anything on damaged input
+        return "", UNDECODABLE
+    return header.extension, None
+
+
+def pack_tokens(tokenizer: "Tokenizer", captions: Sequence[str], max_length: int) -> bytes | None:
+    """A `.tok` component: for each caption a count n and then n ids, [CLS] ... [SEP], as little-endian int32.
+
+    Captions keep the order of the lines of `.txt`. None if a caption has no ordinary token.
+    """
+    tokens, lengths = tokenizer.encode(captions, max_length)
+    if lengths.min() < 3:
+        return None
+    ends = np.cumsum(lengths)
+    rows = [[n, *tokens[end - n : end]] for n, end in zip(lengths.tolist(), ends.tolist(), strict=True)]
+    return np.concatenate(rows).astype("<i4").tobytes()
+
+
+def format_index(lines: Sequence[str]) -> str:
+    """A DALI index, version 1.2: a count, then per sample a line of `extension offset size name` for each component."""
+    return f"v1.2 {len(lines)}\n" + "".join(line + "\n" for line in lines)
+
+
+def _padded(size: int) -> int:
+    return -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE

@@ -1,0 +1,137 @@
+"""A process pool that survives the death of a worker."""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import threading
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class TaskEvent:
+    """News of a task.
+
+    `kind` is "progress" (value: the count reported), "done" (value: the result) or "died" (value: the exit code).
+    """
+
+    kind: str
+    task: Any
+    value: Any = None
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: Any
+    connection: Connection
+    task: Any = None
+
+
+def run_tasks(function: Callable[..., Any], tasks: Iterable[Any], workers: int) -> Generator[TaskEvent, Any, None]:
+    """Call `function(task, report)` for each task, and yield events as they come.
+
+    An exception of a task is raised here and ends the pool. A task whose process died is not repeated by itself: to
+    repeat it, answer the event with `generator.send(task)`.
+
+    Args:
+        function: must be picklable. Its second argument takes counts of work done.
+        workers: number of processes; 0 runs the tasks in this one.
+    """
+    if workers == 0:
+        for task in tasks:
+            counts: list[int] = []
+            result = function(task, counts.append)
+            yield TaskEvent("progress", task, sum(counts))
+            yield TaskEvent("done", task, result)
+        return
+    waiting, returned = iter(tasks), []
+    pool: list[_Worker] = []
+    try:
+        while True:
+            while len(pool) < workers or any(worker.task is None for worker in pool):
+                task = returned.pop() if returned else next(waiting, None)
+                if task is None:
+                    break
+                worker = next((one for one in pool if one.task is None), None)
+                if worker is None:
+                    worker = _start_worker(function)
+                    pool.append(worker)
+                worker.task = task
+                with contextlib.suppress(OSError):  # a dead worker is noticed below
+                    worker.connection.send(task)
+            busy = [worker for worker in pool if worker.task is not None]
+            if not busy:
+                return
+            for worker in _ready(busy):
+                try:
+                    kind, value = worker.connection.recv()
+                except (EOFError, OSError):
+                    pool.remove(worker)
+                    worker.process.join()
+                    again = yield TaskEvent("died", worker.task, worker.process.exitcode)
+                    if again is not None:
+                        returned.append(again)
+                        yield TaskEvent("progress", again, 0)  # this is what `send` returns
+                    continue
+                if kind == "failed":
+                    raise value
+                task = worker.task
+                if kind == "done":
+                    worker.task = None
+                yield TaskEvent(kind, task, value)
+    finally:
+        for worker in pool:
+            worker.process.kill()
+        for worker in pool:
+            worker.process.join()
+            worker.connection.close()
+
+
+def _ready(busy: list[_Worker]) -> list[_Worker]:
+    found = wait([worker.connection for worker in busy])
+    return [worker for worker in busy if worker.connection in found]
+
+
+def _start_worker(function: Callable[..., Any]) -> _Worker:
+    # Not fork: threads of the caller would not survive it.
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_worker_main, args=(function, theirs), daemon=True)
+    process.start()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+def _worker_main(function: Callable[..., Any], connection: Connection) -> None:
+    """Main function of a worker: receive tasks, send progress and results, until the connection or the parent ends."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def exit_with_parent() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=exit_with_parent, daemon=True).start()
+    # Decoders print a line for each damaged image. The reasons are in rejected.jsonl.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
+        while True:
+            task = connection.recv()
+            try:
+                result = function(task, lambda count: connection.send(("progress", count)))
+            except Exception as error:
+                connection.send(("failed", _picklable(error)))
+            else:
+                connection.send(("done", result))
+
+
+def _picklable(error: Exception) -> Exception:
+    """The exception, or one with its text if it cannot be pickled."""
+    try:
+        copy = pickle.loads(pickle.dumps(error))
+    except Exception:
+        copy = None
+    return error if type(copy) is type(error) else RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,153 @@
+"""One split of a data set: the location of its samples, and random access to them."""
+
+import json
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.randomness import text_hash
+
+from .dali_index import KINDS, Component, DaliIndex, Int64
+from .remote_cache import RemoteCache
+
+
+class Keys:
+    """The samples' keys, read from the indices on request."""
+
+    def __init__(self, indices: list[DaliIndex], shard: Int64, first: Int64):
+        self._indices, self._shard, self._first = indices, shard, first
+
+    def __len__(self) -> int:
+        return len(self._shard)
+
+    def __getitem__(self, i: int) -> str:
+        shard = self._shard[i]
+        return self._indices[shard].key(i - self._first[shard])
+
+    def tolist(self) -> list[str]:
+        return [self[i] for i in range(len(self))]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dataset:
+    """One split of a data folder, made by `open_dataset`. A sample's id is its position, 0 to len - 1.
+
+    Shape legend: n samples.
+    """
+
+    folder: Path
+    split: str
+    tars: list[Path]
+    shard: Int64
+    """(n,), ascending: the position in `tars` of each sample's shard."""
+    first: Int64
+    """Id of the first sample of each shard."""
+    indices: list[DaliIndex]
+    """One per shard."""
+    keys: Keys
+    image: Component
+    text: Component
+    meta: Component
+    tokens: Component
+    description: dict[str, Any]
+    """Content of `dataset.json`."""
+    fingerprint: str
+    """A hash that changes when the split's samples do."""
+    remote: RemoteCache | None = None
+    """Fetches the shards of a remote data set; `tars` are then their paths in the cache."""
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def head(self, count: int) -> "Dataset":
+        """The first `count` samples as a data set, or all of them if there are fewer."""
+        if count >= len(self):
+            return self
+        components = {
+            kind: Component(getattr(self, kind).offset[:count], getattr(self, kind).size[:count]) for kind in KINDS
+        }
+        shard = self.shard[:count]
+        return replace(
+            self,
+            shard=shard,
+            keys=Keys(self.indices, shard, self.first),
+            fingerprint=f"{self.fingerprint}:{count}",
+            **components,
+        )
+
+    @property
+    def splits(self) -> list[str]:
+        """Names of all splits of the data set, this one included."""
+        return list(self.description["splits"])
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """Hash of the `tokenizer.json` that belongs to the data, or None."""
+        return self.description.get("tokenizer")
+
+    def captions(self, i: int) -> list[str]:
+        """All captions of sample i, the main one first."""
+        return parse_captions(self._read(self.text, i), lambda: self.where(i))
+
+    def metadata(self, i: int) -> dict[str, Any]:
+        """Content of `<key>.json`; empty if there is none."""
+        return parse_metadata(self._read(self.meta, i), lambda: self.where(i))
+
+    def image_bytes(self, i: int) -> bytes:
+        """The encoded image."""
+        return self._read(self.image, i)
+
+    def image_id(self, i: int) -> int:
+        """int64, equal for samples of the same image. `Batch.image_id` has the same values."""
+        return image_identity(self.metadata(i), lambda: self.image_bytes(i))
+
+    def where(self, i: int) -> str:
+        """Tar, offset and key of sample i, for messages."""
+        return f"{self.tars[self.shard[i]]} offset {self.image.offset[i]} key {self.keys[i]}"
+
+    def index_line(self, i: int) -> bytes:
+        """Sample i's line of its index."""
+        return self.indices[self.shard[i]].line(i - self.first[self.shard[i]])
+
+    def _read(self, component: Component, i: int) -> bytes:
+        if component.size[i] < 0:
+            return b""
+        shard = int(self.shard[i])
+        with self.remote.reading(shard) if self.remote else nullcontext(), self.tars[shard].open("rb") as tar:
+            tar.seek(component.offset[i])
+            return tar.read(component.size[i])
+
+
+def parse_captions(text: bytes, where: Callable[[], str]) -> list[str]:
+    """The nonblank lines of a `.txt` component. Raises DataError if there are none, or if it is not UTF-8."""
+    try:
+        captions = [line.strip() for line in text.decode().split("\n") if line.strip()]
+    except UnicodeDecodeError:
+        raise DataError(f"{where()}: wanted captions in UTF-8, found other bytes; remove the sample") from None
+    if not captions:
+        raise DataError(f"{where()}: wanted at least one caption, found none; remove the sample or write its captions")
+    return captions
+
+
+def parse_metadata(text: bytes, where: Callable[[], str]) -> dict[str, Any]:
+    """The object of a `.json` component; empty for an empty component. Raises DataError if it is not an object."""
+    if not text:
+        return {}
+    try:
+        metadata = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where()}: wanted metadata as JSON, found {error}; remove the sample") from None
+    if not isinstance(metadata, dict):
+        raise DataError(
+            f"{where()}: wanted metadata as a JSON object, found {type(metadata).__name__}; remove the sample"
+        )
+    return metadata
+
+
+def image_identity(metadata: dict[str, Any], image: Callable[[], bytes]) -> int:
+    """int64, equal for equal images: a hash of the metadata's `image_id`, or of the encoded image if it has none."""
+    given = metadata.get("image_id")
+    return text_hash(image() if given is None else f"image_id {given}")

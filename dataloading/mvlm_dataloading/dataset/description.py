@@ -1,0 +1,125 @@
+"""`dataset.json`, the description of a data folder; and file writes that survive a crash."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mvlm_dataloading.errors import DataError
+
+FORMAT_VERSION = 1
+_SHARD_FIELDS = {"tar": str, "samples": int, "bytes": int, "sha256": str}
+
+
+def describe_shard(tar: Path, samples: int) -> dict[str, Any]:
+    """A shard's entry in `dataset.json`, from its tar."""
+    with tar.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"tar": tar.name, "samples": samples, "bytes": tar.stat().st_size, "sha256": digest}
+
+
+def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:
+    """True if `out` is this data set, complete. False if it is new or empty.
+
+    Raises:
+        DataError: `out` is in use otherwise, or is this data set with a damaged shard.
+    """
+    file = out / "dataset.json"
+    if not file.is_file():
+        require_free_folder(out)
+        return False
+    found = read_description(out)
+    if (found.get("name"), found.get("recipe")) != (name, dict(recipe)):
+        raise DataError(
+            f"{out}: wanted a new folder or the data set {name} {dict(recipe)}, found {found.get('name')} "
+            f"{found.get('recipe')}; choose another folder or remove this one"
+        )
+    for split in found["splits"].values():
+        for shard in split["shards"]:
+            tar = out / shard["tar"]
+            size = tar.stat().st_size if tar.is_file() else None
+            if size != shard["bytes"] or not tar.with_suffix(".idx").is_file():
+                raise DataError(
+                    f"{tar}: wanted {shard['bytes']} bytes and an index, found {size}; remove {out} and build it again"
+                )
+    return True
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """Content of a data folder's `dataset.json`.
+
+    Raises:
+        DataError: the folder or the file is missing, or the file has another format or version.
+    """
+    file = folder / "dataset.json"
+    if not folder.is_dir():
+        raise DataError(f"{folder}: wanted a data folder, found none; `mvlm data` writes one")
+    if not file.is_file():
+        raise DataError(f"{file}: wanted the data set's description, found no such file; `mvlm data` writes it")
+    try:
+        description = json.loads(file.read_text())
+        version = description["format_version"]
+        for split in description["splits"].values():
+            for shard in split["shards"]:
+                for name, kind in _SHARD_FIELDS.items():
+                    if not isinstance(shard[name], kind):
+                        raise TypeError(f"{name} {shard[name]!r}")
+                if not isinstance(shard.get("index", ""), str):
+                    raise TypeError(f"index {shard['index']!r}")
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{file}: wanted the description of a data set, found {error!r}; build the data set again"
+        ) from None
+    if version != FORMAT_VERSION:
+        raise DataError(
+            f"{file}: wanted format_version {FORMAT_VERSION}, found {version}; build it again with this version"
+        )
+    return description
+
+
+def shard_paths(folder: Path, shard: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Paths of a shard's tar and index. A view stores only the index and names a tar of another folder."""
+    if "index" not in shard:
+        tar = folder / shard["tar"]
+        return tar, tar.with_suffix(".idx")
+    # Resolve first: if `folder` is a link to a view, `..` is relative to the view, not to the link.
+    return Path(os.path.normpath(folder.resolve() / shard["tar"])), folder / shard["index"]
+
+
+def require_free_folder(out: Path) -> None:
+    """Raise DataError unless `out` is missing or an empty folder, so that a finished folder can replace it."""
+    if os.path.ismount(out.resolve()):
+        raise DataError(f"{out}: wanted a folder that can be replaced, found a mount point; name a new folder in it")
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists():
+        raise DataError(
+            f"{out}: wanted a new or an empty folder, found one in use; choose another folder or remove this one"
+        )
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file and wait until it is on the disk. A failed write, as on a full disk, leaves no file."""
+    try:
+        path.write_text(text, encoding="utf-8")
+        sync_file(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,252 @@
+"""A local cache of remote data folders: whole shards are fetched before they are read, within a size limit.
+
+A folder at s3://, gs://, hf:// or https:// is read through fsspec. Opening it fetches the description and the indices.
+A shard is fetched before a batch needs it, and the next shards while it is in use:
+
+    CACHE/.lock                        exclusive, held briefly while room is made
+    CACHE/<hash of url and content>/   dataset.json, tokenizer.json, X.idx
+        X.tar.BYTES.part -> X.tar      renamed when its sha256 is that of dataset.json; BYTES is the room it takes
+        X.tar.lock                     flock: exclusive to write or remove X.tar, shared while a process reads it
+
+Jobs may share a cache: one reads what another has fetched, and none removes what another reads. When the cache is full,
+the least recently used shards are removed. MVLM_CACHE names the folder (~/.cache/mvlm), MVLM_CACHE_GB its size (100).
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from mvlm_dataloading.errors import DataError, need
+
+log = logging.getLogger(__name__)
+
+_URL = re.compile(r"(s3|gs|hf|https?):/+(.+)")
+_SHARD_FILE = re.compile(r"(.+\.tar)(?:\.(\d+)\.part)?")
+_ATTEMPTS = 4
+FIRST_PAUSE_S = 0.5
+"""Pause after a failed attempt. Each further pause is twice as long."""
+
+
+def is_remote(folder: Path | str) -> bool:
+    """True if a folder is named by a URL. A `Path` made of one, which has lost a slash, counts too."""
+    return _URL.fullmatch(str(folder)) is not None
+
+
+def open_remote_cache(folder: str) -> "RemoteCache":
+    """The cache of a remote data folder, with its description fetched. Raises DataError."""
+    url = _URL.fullmatch(folder)
+    assert url is not None
+    cache = Path(os.environ.get("MVLM_CACHE") or Path.home() / ".cache" / "mvlm")
+    size = os.environ.get("MVLM_CACHE_GB") or "100"
+    try:
+        limit = int(float(size) * 1e9)
+    except (ValueError, OverflowError):
+        limit = 0
+    if limit <= 0:
+        raise DataError(f"MVLM_CACHE_GB: wanted a number of gigabytes above 0, got {size!r}")
+    return RemoteCache(f"{url[1]}://{url[2].rstrip('/')}", cache, limit)
+
+
+class RemoteCache:
+    """The cached files of one remote data folder. It fetches shards and holds those in use.
+
+    Args:
+        limit: bytes that all shards in `cache` may take.
+
+    Attributes:
+        folder: local folder of dataset.json, the indices and the fetched shards.
+        filesystem: the fsspec file system that reads the URL.
+        verify: called with a fetched shard's number; raises DataError if the shard does not fit its index.
+
+    Raises:
+        DataError: a file is missing, differs from dataset.json, or does not fit into the cache.
+    """
+
+    def __init__(self, url: str, cache: Path, limit: int):
+        self.url, self.cache, self.limit = url, cache, limit
+        try:
+            self.filesystem, self._root = need("fsspec.core").url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise DataError(f"{url}: wanted a URL that fsspec reads, found: {error}") from None
+        description = self._read("dataset.json")
+        digest = hashlib.sha256(url.encode() + b"\0" + description).hexdigest()[:24]
+        # Other content gets another folder, so nothing in the cache is ever out of date.
+        self.folder = cache / digest
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _replace(self.folder / "dataset.json", description)
+        self._shards: list[dict[str, Any]] = []
+        self._held: dict[int, int] = {}  # shard -> descriptor of its lock
+        self._guard = threading.RLock()
+        self.verify: Callable[[int], None] | None = None
+        self._verified: set[int] = set()
+
+    def register_shards(self, shards: list[dict[str, Any]]) -> None:
+        """Set the shards, as dataset.json lists them, and fetch their indices."""
+        self._shards = shards
+        for shard in shards:
+            for name in (shard["tar"], _index_name(shard)):
+                if Path(name).is_absolute() or ".." in Path(name).parts:
+                    raise DataError(f"{self.url}: wanted shards inside the folder, found {name!r} in dataset.json")
+            if not (self.folder / _index_name(shard)).is_file():
+                self.fetch_index(shard)
+
+    def fetch_index(self, shard: dict[str, Any]) -> None:
+        """Fetch a shard's index, even if one is cached: dataset.json has no hash of it, so a cached one may be old."""
+        name = _index_name(shard)
+        _replace(self.folder / name, self._read(name))
+
+    def fetch_tokenizer(self, sha256: str) -> None:
+        """Fetch the tokenizer.json that dataset.json names, unless it is cached."""
+        path = self.folder / "tokenizer.json"
+        if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            _replace(path, self._read("tokenizer.json"))
+
+    def fetch(self, shards: Sequence[int]) -> None:
+        """Fetch these shards and hold them until `release_except` is called without them."""
+        for shard in shards:
+            with self._guard:
+                if shard not in self._held:
+                    self._held[shard] = self._lock_shard(shard)
+
+    def release_except(self, shards: Sequence[int]) -> None:
+        """Release all other shards, so that they may be removed when room is needed."""
+        with self._guard:
+            for shard in set(self._held) - set(shards):
+                os.close(self._held.pop(shard))  # which releases the lock
+
+    @contextlib.contextmanager
+    def reading(self, shard: int) -> Iterator[None]:
+        """Hold a shard inside the `with` block, independently of `fetch` and `release_except`."""
+        descriptor = self._lock_shard(shard)
+        try:
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _lock_shard(self, number: int) -> int:
+        """Fetch a shard if it is not cached, and verify it. Returns the descriptor of its shared lock."""
+        shard = self._shards[number]
+        tar = self.folder / shard["tar"]
+        # flock itself, because filelock has no shared lock on top of it. The kernel drops a killed process's locks.
+        lock = os.open(f"{tar}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            while True:
+                fcntl.flock(lock, fcntl.LOCK_SH)
+                if tar.is_file():
+                    os.utime(lock)  # the time of its last use
+                    self._verify_once(number)
+                    return lock
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not tar.is_file():  # else another job fetched it while this one waited
+                    self._download(shard, tar)
+        except BaseException:
+            os.close(lock)
+            raise
+
+    def _verify_once(self, number: int) -> None:
+        if number in self._verified or self.verify is None:
+            return
+        try:
+            self.verify(number)
+        except DataError:
+            # The open data set has read this index. Remove it, so that the next opening fetches the current one.
+            (self.folder / _index_name(self._shards[number])).unlink(missing_ok=True)
+            raise
+        self._verified.add(number)
+
+    def _download(self, shard: dict[str, Any], tar: Path) -> None:
+        # The room is claimed at once, so that other jobs see what is left. The file name states its size, because
+        # fsspec truncates the file first, whatever its size was.
+        part = Path(f"{tar}.{shard['bytes']}.part")
+
+        def copy(path: str) -> None:
+            with self._cache_lock():
+                part.unlink(missing_ok=True)
+                self._make_room(shard["bytes"])
+                part.touch()
+            self.filesystem.get_file(path, str(part))
+            with part.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != shard["sha256"]:
+                raise OSError(f"sha256 {found} where dataset.json says {shard['sha256']}")
+            with part.open("rb") as file:
+                os.fsync(file.fileno())
+            with self._cache_lock():  # so that whoever makes room sees exactly one of the two names
+                part.rename(tar)
+
+        try:
+            self._attempt(shard["tar"], copy)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _make_room(self, wanted: int) -> None:
+        """Remove the least recently used shards until `wanted` bytes fit. The caller holds the cache's lock."""
+        entries = []
+        for path in self.cache.glob("*/*.tar*"):
+            if name := _SHARD_FILE.fullmatch(path.name):
+                lock = path.with_name(f"{name[1]}.lock")
+                with contextlib.suppress(FileNotFoundError):  # another job has just removed it
+                    size = int(name[2] or path.stat().st_size)
+                    entries.append((lock.stat().st_mtime_ns, path, size, lock))
+        used = sum(size for _, _, size, _ in entries)
+        for _, path, size, lock in sorted(entries):
+            if used + wanted <= self.limit:
+                return
+            descriptor = os.open(lock, os.O_RDWR)
+            with contextlib.suppress(BlockingIOError):  # in use
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+                used -= size
+            os.close(descriptor)
+        if used + wanted > self.limit:
+            raise DataError(
+                f"{self.cache}: wanted room for {wanted} bytes more, found {used} of {self.limit} in use; "
+                "raise MVLM_CACHE_GB or write smaller shards"
+            )
+
+    def _cache_lock(self) -> FileLock:
+        return FileLock(self.cache / ".lock", poll_interval=0.01)
+
+    def _read(self, name: str) -> bytes:
+        return self._attempt(name, self.filesystem.cat_file)
+
+    def _attempt(self, name: str, action: Callable[[str], Any]) -> Any:
+        """The result of `action` on a remote path, retried after pauses. Raises DataError when all attempts fail."""
+        for attempt in range(_ATTEMPTS):
+            try:
+                return action(f"{self._root}/{name}")
+            except FileNotFoundError:
+                raise DataError(f"{self.url}/{name}: wanted a file that the data set needs, found none") from None
+            except DataError:
+                raise
+            except Exception as error:  # every kind of store has its own errors
+                if attempt + 1 == _ATTEMPTS:
+                    raise DataError(
+                        f"{self.url}/{name}: wanted to read it, failed {_ATTEMPTS} times: {error or repr(error)}; "
+                        "is the address right, and are there credentials?"
+                    ) from None
+                log.warning("%s/%s: trying again after: %s", self.url, name, error or repr(error))
+                time.sleep(FIRST_PAUSE_S * 2**attempt)
+        raise AssertionError("the last attempt returns or raises")
+
+
+def _index_name(shard: dict[str, Any]) -> str:
+    return shard.get("index", Path(shard["tar"]).with_suffix(".idx").as_posix())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+    aside.write_bytes(content)
+    aside.rename(path)

@@ -1,0 +1,1 @@
+"""The DALI loader: batches of image-text pairs and their masks."""

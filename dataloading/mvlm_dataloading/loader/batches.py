@@ -1,0 +1,98 @@
+"""Assembling batches: images from the reader, captions as tokens, and masks; optionally on a background thread."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from mvlm_dataloading.batch import Batch, Masks
+
+from .buffers import copy_on_this_thread
+from .masking import draw_patch_masks, draw_token_masks
+from .prefetch import Prefetcher
+from .reader import Reader
+from .segment import RawBatch
+from .text import CaptionReader
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedBatch:
+    """A batch, and the reader's progress after it. The loader adopts the progress when it yields the batch."""
+
+    batch: Batch
+    masks: Masks
+    position: int
+    """Samples of the sample order consumed by all ranks."""
+    bad: frozenset[int]
+    """Ids of undecodable images known so far."""
+    samples_seen: int
+    """Samples among which they were found."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MaskConfig:
+    """Arguments of the mask functions."""
+
+    patches: dict[str, Any]
+    """Keyword arguments of `draw_patch_masks`."""
+    token_ratio: float
+
+
+class BatchStream:
+    """Batches from a reader's position on.
+
+    It holds no reference to its loader, so a loader that is dropped can be collected while the thread works.
+
+    Args:
+        pin: put host tensors into pinned memory, for copies to a GPU.
+        ahead: batches made by a thread ahead of use; 0 makes each on request, without a thread.
+    """
+
+    def __init__(self, reader: Reader, captions: CaptionReader, masks: MaskConfig, *, seed: int, pin: bool, ahead: int):
+        self._reader, self._captions, self._masks, self._seed, self._pin = reader, captions, masks, seed, pin
+        self._prefetcher = Prefetcher(self._load, ahead, reader.close) if ahead else None
+
+    def get(self) -> LoadedBatch | None:
+        """The next batch; None at the end of a pass."""
+        return self._load() if self._prefetcher is None else self._prefetcher.get()
+
+    def close(self) -> None:
+        """End the thread and close the reader."""
+        if self._prefetcher is None:
+            self._reader.close()
+        else:
+            self._prefetcher.close()
+
+    def _load(self) -> LoadedBatch | None:
+        raw = self._reader.next()
+        if raw is None:
+            return None
+        batch, masks = self._assemble(raw)
+        return LoadedBatch(batch, masks, self._reader.position, self._reader.bad, self._reader.samples_seen)
+
+    def _assemble(self, raw: RawBatch) -> tuple[Batch, Masks]:
+        captions = self._captions(raw)
+        batch = Batch(
+            images=raw.images,
+            tokens=self._host_tensor(captions.tokens),
+            cu_seqlens=self._host_tensor(np.concatenate([[0], np.cumsum(captions.lengths)]).astype(np.int32)),
+            max_length=int(captions.lengths.max()),
+            image_id=self._host_tensor(np.array(captions.image_id, np.int64)),
+            text_id=self._host_tensor(np.array(captions.text_id, np.int64)),
+            sample_id=self._host_tensor(raw.ids),
+        )
+        of = (self._seed, raw.epochs, raw.ids)
+        masks = Masks(
+            patch_ids=self._host_tensor(draw_patch_masks(*of, **self._masks.patches)),
+            token_ids=self._host_tensor(draw_token_masks(*of, captions.lengths, ratio=self._masks.token_ratio)),
+        )
+        return batch, masks
+
+    def _host_tensor(self, values: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(values)
+        if not self._pin:
+            return tensor
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        copy_on_this_thread(pinned, tensor)
+        return pinned

@@ -1,0 +1,119 @@
+"""Check of the GPU image decoder in a subprocess, before training depends on it.
+
+A release of nvImageCodec kills the process when it decodes a crop on some GPUs, and other releases returned black
+images without an error. So each way of decoding is first tried on generated images, and its pixels are compared with
+the CPU's.
+"""
+
+import functools
+import io
+import json
+import logging
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from mvlm_dataloading.build.shard_writer import ShardWriter
+from mvlm_dataloading.dataset.open import open_dataset
+from mvlm_dataloading.errors import need
+from mvlm_dataloading.randomness import Purpose, uniforms
+
+from .crop import CropGeometry
+from .pipeline import Decoding, build_pipeline
+from .sampler import write_index_views
+
+log = logging.getLogger(__name__)
+
+# Mean difference of an image in levels of 255. Two correct JPEG decoders, or resizing on two devices, differ by one or
+# two; a black image, or another image's pixels, by dozens.
+_TOLERANCE = 6.0
+_TIMEOUT_S = 300
+_CODE = "import sys; from .decoder_check import main; main(*sys.argv[1:])"
+
+
+@functools.cache
+def choose_decoding(device_id: int) -> Decoding:
+    """The first way of decoding that works on a CUDA device: crop on the GPU, whole image on the GPU, CPU. Logs it."""
+    for decoding in (Decoding.GPU_CROP, Decoding.GPU_FULL_IMAGE):
+        fault = find_fault(decoding, device_id)
+        if fault is None:
+            log.info("images are decoded as %s on CUDA device %d", decoding, device_id)
+            return decoding
+        log.warning("images are not decoded as %s on CUDA device %d: %s", decoding, device_id, fault)
+    log.warning("images are decoded on the CPU and sent to CUDA device %d", device_id)
+    return Decoding.CPU
+
+
+def find_fault(decoding: Decoding, device_id: int) -> str | None:
+    """The fault of a way of decoding on a device, or None."""
+    command = [sys.executable, "-c", _CODE, str(device_id), decoding.value]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return f"the trial did not end within {_TIMEOUT_S} s"
+    if done.returncode < 0:
+        return f"the trial was killed by signal {-done.returncode}"
+    if done.returncode > 0:
+        return f"the trial failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}"
+    try:
+        worst = float(json.loads(done.stdout.strip().splitlines()[-1])["worst_difference"])
+    except (IndexError, KeyError, TypeError, ValueError):
+        return f"the trial gave no result: {done.stdout!r}"
+    # `<=` and not `>`: NaN is a fault too.
+    return (
+        None if worst <= _TOLERANCE else f"pixels differ from the CPU's by {worst:.1f} of 255 on average in one image"
+    )
+
+
+def main(device_id: str, decoding: str) -> None:
+    """Entry point of the subprocess: print how far the pixels of a way of decoding are from the CPU's, as JSON."""
+    with tempfile.TemporaryDirectory(prefix="mvlm-decoder-check-") as folder:
+        data = _write_images(Path(folder) / "data")
+        pixels = [
+            _decode(data, Decoding.CPU, None),
+            _decode(data, Decoding(decoding), None if device_id == "cpu" else int(device_id)),
+        ]
+    differences = np.abs(pixels[0].astype(np.float64) - pixels[1]).mean(axis=(1, 2, 3))
+    print(json.dumps({"worst_difference": float(differences.max())}))
+
+
+def _write_images(folder: Path) -> Path:
+    """Smooth colour images of many sizes, JPEG and PNG. All differ, so swapped images are noticed."""
+    pil = need("PIL.Image")
+    with ShardWriter(folder, name="decoder-check", source="", licence="", attribution="", recipe={}) as writer:
+        for i in range(32):
+            height, width = 64 + 29 * i, 1000 - 23 * i
+            y, x = np.mgrid[0:height, 0:width]
+            waves = [127.5 + 120 * np.sin(x / (20 + 7 * i) + y / (30 + 5 * c) + i + 2 * c) for c in range(3)]
+            file = io.BytesIO()
+            pil.fromarray(np.stack(waves, axis=-1).astype(np.uint8)).save(
+                file, "PNG" if i % 4 == 3 else "JPEG", quality=90
+            )
+            writer.add(f"{i:03d}", file.getvalue(), ["waves"])
+    return folder
+
+
+def _decode(folder: Path, decoding: Decoding, device_id: int | None) -> np.ndarray:
+    """A random crop of every image, uint8 (n, 3, 224, 224)."""
+    dataset = open_dataset(folder, "train")
+    ids = np.arange(len(dataset))
+    draws = uniforms(Purpose.CROP, 0, 0, ids, 4)
+    batch_size = 8
+    with tempfile.TemporaryDirectory(prefix="mvlm-index-") as views:
+        pipeline = build_pipeline(
+            *write_index_views(Path(views), dataset, ids),
+            lambda batch: draws[(int(batch) * batch_size + np.arange(batch_size)) % len(ids)],
+            CropGeometry(image_size=224),
+            batch_size=batch_size,
+            num_threads=2,
+            device_id=device_id,
+            decoding=decoding,
+        )
+    batches = []
+    for _ in range(len(ids) // batch_size):
+        images = pipeline.run()[0]
+        batches.append(np.array((images.as_cpu() if device_id is not None else images).as_tensor()))
+    return np.concatenate(batches)

@@ -1,0 +1,266 @@
+"""The loader: reads shards, and yields reproducible batches of image-text pairs with their masks.
+
+Shape legend: B batch, S image side, T packed tokens.
+"""
+
+import logging
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from mvlm_dataloading.batch import Batch, Masks
+from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.tokenizer import Tokenizer, check_text_length
+
+from .augment import Augment
+from .batches import BatchStream, MaskConfig
+from .crop import CropGeometry
+from .decoder_check import choose_decoding
+from .masking import check_mask_sizes, check_token_ratio
+from .pipeline import Decoding
+from .reader import Reader
+from .resume import ResumeReport, compare_states, package_versions, pixel_hash, settings_hash
+from .sampler import ORDER_VERSION
+from .segment import ReaderConfig
+from .text import CaptionReader, can_use_stored_tokens
+
+log = logging.getLogger(__name__)
+
+
+class Loader:
+    """Batches of one split.
+
+    With `train=True`, iteration never ends: every sample comes once per epoch, epochs follow one another, all batches
+    are full, and the crop, caption and masks of a sample are drawn from (seed, epoch, sample id). With `train=False`,
+    an iteration is one pass in stored order over whole images and first captions; its last batch may be smaller.
+
+    Args:
+        batch_size: samples of a global batch. Rank r of W yields its rows r B/W to (r + 1) B/W.
+        device: None for the CPU, "cuda" to decode and resize on the GPU. Images are there, the rest is on the CPU.
+        text_length: maximum tokens of a caption, including [CLS] and [SEP].
+        max_bad_fraction: share of undecodable images above which training stops; below it they are replaced.
+        rank, world_size: this process's rank and the number of ranks. Together they see what one process would see.
+        augment: augmentations of training images after their random crops.
+        ahead: batches made by a thread ahead of use; 0 makes each on request, without a thread.
+
+    Attributes:
+        step: batches yielded.
+        epoch: epoch of the next sample.
+        skipped: number of undecodable images found so far.
+        resumed: report of the last `load_state_dict`, or None.
+        stored_tokens: True if captions come as tokens stored with the data.
+
+    Raises:
+        ValueError: arguments that do not fit one another.
+        DataError: while iterating, for a sample that cannot be used.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        image_size: int,
+        text_length: int,
+        seed: int,
+        device: str | None = None,
+        patch_size: int = 16,
+        mask_block: int = 32,
+        image_mask_ratio: float = 0.6,
+        text_mask_ratio: float = 0.3,
+        crop_scale: tuple[float, float] = (0.2, 1.0),
+        crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        train: bool = True,
+        num_threads: int = 2,
+        max_bad_fraction: float = 0.05,
+        rank: int = 0,
+        world_size: int = 1,
+        augment: Augment | None = None,
+        ahead: int = 2,
+    ):
+        _check_ranks(batch_size, rank, world_size, train)
+        _check_limits(num_threads, ahead, max_bad_fraction)
+        check_mask_sizes(image_size, patch_size, mask_block, image_mask_ratio)
+        check_token_ratio(text_mask_ratio)
+        check_text_length(text_length)
+        self.dataset, self.tokenizer, self.train = dataset, tokenizer, train
+        self.batch_size, self.text_length = batch_size, text_length
+        self.rank, self.world_size = rank, world_size
+        self.step = 0
+        self.resumed: ResumeReport | None = None
+        self.stored_tokens = can_use_stored_tokens(dataset, tokenizer, text_length)
+        self._ahead = ahead
+        patches = {
+            "image_size": image_size,
+            "patch_size": patch_size,
+            "mask_block": mask_block,
+            "ratio": image_mask_ratio,
+        }
+        self._masks = MaskConfig(patches=patches, token_ratio=text_mask_ratio)
+        geometry = CropGeometry(image_size=image_size, crop_scale=crop_scale, crop_ratio=crop_ratio, random=train)
+        device_id, decoding = _choose_device(device)
+        self._config = ReaderConfig(
+            seed=seed,
+            geometry=geometry,
+            augment=augment or Augment(),
+            batch_size=batch_size,
+            rank=rank,
+            world_size=world_size,
+            train=train,
+            stored_tokens=self.stored_tokens,
+            num_threads=num_threads,
+            device_id=device_id,
+            decoding=decoding,
+            max_bad_fraction=max_bad_fraction,
+        )
+        # Progress of the batches yielded, not of those made ahead.
+        self._position = 0  # samples of the order, over all ranks
+        self._bad: frozenset[int] = frozenset()  # ids of undecodable images
+        self._samples_seen = 0  # samples among which they were found
+        self._stream: BatchStream | None = None
+        self._finalizer: weakref.finalize | None = None
+
+    @property
+    def seed(self) -> int:
+        return self._config.seed
+
+    @property
+    def epoch(self) -> int:
+        return self._position // len(self.dataset)
+
+    @property
+    def skipped(self) -> int:
+        return len(self._bad)
+
+    def __iter__(self) -> Iterator[tuple[Batch, Masks]]:
+        if not self.train:
+            self._seek(0)
+        while True:
+            if self._stream is None:
+                self._stream = self._open_stream()
+            loaded = self._stream.get()
+            if loaded is None:
+                self.close()
+                return
+            self._position, self._bad, self._samples_seen = loaded.position, loaded.bad, loaded.samples_seen
+            self.step += 1
+            yield loaded.batch, loaded.masks
+
+    def close(self) -> None:
+        """End the thread and release the data. Another iteration continues after the last batch yielded."""
+        if self._finalizer is not None:
+            self._finalizer.detach()
+            self._finalizer = None
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state after the last batch yielded, as plain values for JSON. Batches made ahead do not count."""
+        epoch, position = divmod(self._position, len(self.dataset))
+        return {
+            "seed": self.seed,
+            "epoch": epoch,
+            "position": position,
+            "step": self.step,
+            "fingerprint": self.dataset.fingerprint,
+            "batch_size": self.batch_size,
+            "world_size": self.world_size,
+            "skipped": sorted(self._bad),
+            "met": self._samples_seen,
+            "order": ORDER_VERSION,
+            "pictures": pixel_hash(self._config),
+            "text": settings_hash(
+                {
+                    "tokenizer": self.tokenizer.fingerprint,
+                    "length": self.text_length,
+                    "ratio": self._masks.token_ratio,
+                    "patches": self._masks.patches,
+                }
+            ),
+            "versions": package_versions(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, other_data: bool = False) -> None:
+        """Continue with the sample after the state, at any batch size and number of ranks.
+
+        The state's seed replaces this loader's. `resumed` and the log say whether pixels, captions and masks equal
+        those of an uninterrupted run, or only the samples.
+
+        Args:
+            other_data: accept a state of other data, and continue at the same place in this data's epoch.
+
+        Raises:
+            DataError: the state belongs to other data, or is not a loader's state.
+        """
+        self.resumed = compare_states(state, self.state_dict(), folder=self.dataset.folder, other_data=other_data)
+        log.log(logging.WARNING if self.resumed.changed else logging.INFO, "data resumed: %s", self.resumed)
+        if state["seed"] != self.seed:
+            log.warning("the data order keeps the seed %d of the resumed run; %d is ignored", state["seed"], self.seed)
+            self._config = replace(self._config, seed=state["seed"])
+        same_data = state["fingerprint"] == self.dataset.fingerprint
+        self._bad = frozenset(state["skipped"] if same_data else ())
+        self._samples_seen = state["met"] if same_data else 0
+        self.step = state["step"]
+        self._seek(state["epoch"] * len(self.dataset) + min(state["position"], len(self.dataset) - 1))
+
+    def _seek(self, position: int) -> None:
+        self.close()
+        self._position = position
+
+    def _open_stream(self) -> BatchStream:
+        config = self._config
+        captions = CaptionReader(
+            self.dataset,
+            self.tokenizer,
+            self.text_length,
+            config.seed,
+            first=not config.train,
+            stored=config.stored_tokens,
+        )
+        stream = BatchStream(
+            Reader(self.dataset, config, self._position, self._bad, self._samples_seen),
+            captions,
+            self._masks,
+            seed=config.seed,
+            pin=config.device_id is not None,
+            ahead=self._ahead,
+        )
+        # Also runs at the interpreter's exit: no pipeline may be running while DALI is unloaded.
+        self._finalizer = weakref.finalize(self, stream.close)
+        return stream
+
+
+def _check_ranks(batch_size: int, rank: int, world_size: int, train: bool) -> None:
+    if batch_size < 1:
+        raise ValueError(f"wanted batch_size of at least 1, got {batch_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"wanted a rank from 0 to world_size - 1, got rank {rank} of {world_size}")
+    if batch_size % world_size:
+        raise ValueError(
+            f"wanted a global batch_size that the ranks can share evenly, got {batch_size} for {world_size} ranks"
+        )
+    if world_size > 1 and not train:
+        raise ValueError(f"wanted one rank for a pass in order, whose last batch is smaller, got {world_size}")
+
+
+def _check_limits(num_threads: int, ahead: int, max_bad_fraction: float) -> None:
+    if num_threads < 1:
+        raise ValueError(f"wanted num_threads of at least 1, got {num_threads}")
+    if ahead < 0:
+        raise ValueError(f"wanted ahead of at least 0, got {ahead}")
+    if not 0 <= max_bad_fraction < 1:
+        raise ValueError(f"wanted max_bad_fraction in [0, 1), got {max_bad_fraction}")
+
+
+def _choose_device(device: str | None) -> tuple[int | None, Decoding]:
+    """The CUDA device's number, or None for the CPU; and the way of decoding that works there."""
+    if device is None or torch.device(device).type != "cuda":
+        return None, Decoding.CPU
+    index = torch.device(device).index
+    device_id = torch.cuda.current_device() if index is None else index
+    return device_id, choose_decoding(device_id)

@@ -1,0 +1,264 @@
+"""Reading samples in order: full batches of images and texts, with undecodable images replaced."""
+
+import contextlib
+import ctypes
+import gc
+import logging
+import threading
+from dataclasses import replace
+
+import numpy as np
+
+from mvlm_dataloading.dataset.dali_index import Int64
+from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.errors import DataError
+
+from .augment import Augment
+from .buffers import BufferPool, copy_on_this_thread
+from .sampler import SampleOrder, substitute_sample
+from .segment import RawBatch, ReaderConfig, Segment
+
+log = logging.getLogger(__name__)
+
+# Each DALI pipeline reads one segment of the sample order. The first segment is short, to start at once. Each next one
+# is twice as long, because building a pipeline takes time. The maximum bounds the size of its index files.
+FIRST_SEGMENT_BATCHES = 16
+MAX_SEGMENT_SAMPLES = 16384
+
+# A closed segment leaves some hundred small objects in reference cycles: too few to trigger the garbage collector.
+COLLECT_EVERY_SEGMENTS = 8
+# glibc keeps freed memory in pieces that later buffers do not fit. Returning it to the system takes milliseconds.
+TRIM_EVERY_SAMPLES = 4096
+
+
+class Reader:
+    """Batches from a position of the sample order: endless in training, else to the end of one pass.
+
+    Attributes:
+        position: samples of the order read so far, over all ranks.
+        bad: ids of undecodable images found so far.
+        samples_seen: samples that this rank has read, plus those counted in the state that it started from.
+
+    Raises:
+        DataError: too many images are known to be bad already.
+    """
+
+    def __init__(self, dataset: Dataset, config: ReaderConfig, position: int, bad: frozenset[int], samples_seen: int):
+        self.position, self.bad, self.samples_seen = position, bad, samples_seen
+        self._dataset, self._config = dataset, config
+        self._order = SampleOrder(dataset.shard, config.seed, shuffle=config.train)
+        self._segment: Segment | None = None
+        # The limit holds for one rank's samples, so that many ranks do not rebuild pipelines more often. Remote shards
+        # are fetched for the samples of all ranks, so there it limits these.
+        self._max_samples = MAX_SEGMENT_SAMPLES * (1 if dataset.remote is not None else config.world_size)
+        self._segment_batches = max(1, min(FIRST_SEGMENT_BATCHES, self._max_samples // config.batch_size))
+        self._buffers = BufferPool()
+        self._guard = True
+        self._samples_since_trim = self._closed_segments = 0
+        self._fetching: threading.Thread | None = None
+        self._stop_if_too_many_bad()
+
+    def next(self) -> RawBatch | None:
+        """The next batch; None at the end of a pass."""
+        if not self._config.train and self.position >= len(self._dataset):
+            return None
+        while True:
+            if self._segment is None or self._segment.exhausted:
+                self._close_segment()  # before the next is built: two would need twice the memory
+                self._segment = self._open_segment_at(self.position)
+            try:
+                batch, valid = self._segment.next()
+                break
+            except RuntimeError as error:
+                if not threading.main_thread().is_alive():
+                    raise  # the interpreter is exiting and has shut DALI down: no image is to blame
+                self._mark_bad(self._undecodable(np.unique(self._segment.current()[0])), error)
+                self._close_segment()
+        for row in np.flatnonzero(~valid):
+            self._replace(batch, int(row))
+        self.position += len(batch.ids) * self._config.world_size
+        self.samples_seen += len(batch.ids)
+        self._samples_since_trim += len(batch.ids)
+        if self._samples_since_trim >= TRIM_EVERY_SAMPLES:
+            self._trim_memory()
+        return batch
+
+    def close(self) -> None:
+        """Release the pipeline and the remote shards."""
+        self._close_segment()
+        if self._fetching is not None:
+            self._fetching.join()
+        if self._dataset.remote is not None:
+            self._dataset.remote.release_except([])
+
+    # Segments
+
+    def _open_segment_at(self, position: int) -> Segment:
+        count = self._segment_batches * self._config.batch_size
+        if 2 * count <= self._max_samples:
+            self._segment_batches *= 2
+        ids, epochs = self._samples(position, count)
+        if self._dataset.remote is not None:
+            self._fetch_shards(ids, position + count, self._segment_batches * self._config.batch_size)
+        return self._open_segment(ids, epochs, self._config.rank_batch, guard=self._guard)
+
+    def _open_segment(
+        self, ids: Int64, epochs: Int64, batch_size: int, *, guard: bool, prefetch: int = 2,
+        config: ReaderConfig | None = None,
+    ) -> Segment:  # fmt: skip
+        config = config or self._config
+        return Segment(self._dataset, ids, epochs, config, batch_size, self._buffers, guard=guard, prefetch=prefetch)
+
+    def _close_segment(self) -> None:
+        if self._segment is None:
+            return
+        self._segment.close()
+        self._segment = None
+        self._closed_segments += 1
+        if self._closed_segments % COLLECT_EVERY_SEGMENTS == 0:
+            gc.collect()
+        self._trim_memory()
+
+    def _trim_memory(self) -> None:
+        self._samples_since_trim = 0
+        if self._config.device_id is None:
+            with contextlib.suppress(AttributeError):  # only glibc has this function
+                ctypes.CDLL(None).malloc_trim(0)
+
+    def _samples(self, position: int, count: int) -> tuple[Int64, Int64]:
+        """Ids and epochs of this rank's share of `count` samples of the order, with known bad ones replaced."""
+        ids, epochs = self._ordered_samples(position, count)
+        for row in np.flatnonzero(np.isin(ids, list(self.bad))):
+            ids[row] = self._substitute(int(epochs[row]), int(ids[row]))
+        return ids, epochs
+
+    def _ordered_samples(self, position: int, count: int) -> tuple[Int64, Int64]:
+        """Ids and epochs of this rank's share of `count` samples of the order, bad ones included."""
+        config = self._config
+        if not config.train:
+            count = min(count, len(self._dataset) - position)
+        ids, epochs = self._order(position, count)
+        if config.world_size > 1:
+            shape = (-1, config.world_size, config.rank_batch)
+            ids, epochs = (values.reshape(shape)[:, config.rank].ravel() for values in (ids, epochs))
+        return ids, epochs
+
+    def _fetch_shards(self, ids: Int64, next_position: int, next_count: int) -> None:
+        """Wait for the remote shards of these samples, and fetch those of the next segment in the background."""
+        remote = self._dataset.remote
+        assert remote is not None
+        if self._fetching is not None:
+            self._fetching.join()
+        shards = np.unique(self._dataset.shard[ids]).tolist()
+        remote.release_except(shards)
+        remote.fetch(shards)
+        if not self._config.train and next_position >= len(self._dataset):
+            return
+        following = np.unique(self._dataset.shard[self._samples(next_position, next_count)[0]]).tolist()
+
+        def fetch_ahead() -> None:
+            try:
+                remote.fetch(following)
+            except DataError as error:  # fetched again when it is needed; an error then is raised
+                log.info("a shard was not fetched ahead of use: %s", error)
+
+        self._fetching = threading.Thread(target=fetch_ahead, name="mvlm-fetching", daemon=True)
+        self._fetching.start()
+
+    # Undecodable images
+
+    def _substitute(self, epoch: int, i: int) -> int:
+        return substitute_sample(self._config.seed, epoch, i, len(self._dataset), self.bad)
+
+    def _replace(self, batch: RawBatch, row: int) -> None:
+        """Fill a row that the guard withheld: with the sample itself if it decodes after all, else its substitute."""
+        epoch, read = int(batch.epochs[row]), int(batch.ids[row])
+        i, single = read, None
+        while True:
+            if i not in self.bad:
+                if (single := self._read_single(i, epoch)) is not None:
+                    break
+                self._mark_bad([i])
+            # The substitute of the sample in the order, not of `read`: that may be a substitute already, chosen with
+            # fewer bad ids, and other ranks and resumed runs would choose another.
+            ordered = int(self._ordered_samples(self.position, self._config.batch_size)[0][row])
+            i = self._substitute(epoch, ordered)
+        if i == read and self._guard:
+            self._guard = False
+            log.warning(
+                "images with bytes after their end, as in %s: they are used, and damaged images take longer to find",
+                self._dataset.where(i),
+            )
+        batch.ids[row] = i
+        if batch.images.is_cuda:
+            batch.images[row] = single.images[0]
+        else:
+            copy_on_this_thread(batch.images[row], single.images[0])
+        batch.texts[row], batch.metadata[row], batch.tokens[row] = single.texts[0], single.metadata[0], single.tokens[0]
+        others, encoded = batch.encoded, single.encoded
+        batch.encoded = lambda k: encoded(0) if k == row else others(k)
+
+    def _read_single(self, i: int, epoch: int) -> RawBatch | None:
+        """A batch of one sample; None if it cannot be decoded."""
+        if self._dataset.remote is not None:
+            self._dataset.remote.fetch([int(self._dataset.shard[i])])
+        try:
+            self._decode_whole(np.array([i]))
+            return self._open_segment(np.array([i]), np.array([epoch]), 1, guard=False, prefetch=1).next()[0]
+        except RuntimeError:
+            return None
+
+    def _decode_whole(self, ids: Int64) -> None:
+        """Decode the whole images of the samples `ids`. Raises RuntimeError if one cannot be decoded.
+
+        In a truncated file, a crop above the cut still decodes. Judging the whole image gives the same verdict in every
+        epoch, on every rank and in every batch.
+        """
+        config = replace(self._config, geometry=replace(self._config.geometry, random=False), augment=Augment())
+        self._open_segment(ids, np.zeros_like(ids), len(ids), guard=False, prefetch=1, config=config).next()
+
+    def _undecodable(self, ids: Int64) -> list[int]:
+        """The undecodable ones of the samples `ids`, found by bisection: DALI does not say which image failed."""
+        try:
+            self._decode_whole(ids)
+        except RuntimeError:
+            if len(ids) == 1:
+                return ids.tolist()
+            half = len(ids) // 2
+            return self._undecodable(ids[:half]) + self._undecodable(ids[half:])
+        return []
+
+    def _mark_bad(self, found: list[int], error: RuntimeError | None = None) -> None:
+        """Record undecodable images, and stop if there are too many. With none found, `error` has another cause."""
+        dataset = self._dataset
+        if not found:
+            assert error is not None
+            raise error
+        for i in found:
+            # A failing disk is not a bad image: reading raises OSError or returns fewer bytes.
+            if len(dataset.image_bytes(i)) != dataset.image.size[i]:
+                raise DataError(
+                    f"{dataset.where(i)}: wanted the shard that was opened, found a shorter one; restore it"
+                )
+        if not self._config.train:
+            raise DataError(
+                f"{dataset.where(found[0])}: wanted an image, found one that cannot be decoded; remove the sample"
+            )
+        for i in found:
+            log.warning("skipped an image that cannot be decoded: %s", dataset.where(i))
+        self.bad = self.bad | set(found)
+        self._stop_if_too_many_bad()
+
+    def _stop_if_too_many_bad(self) -> None:
+        dataset, limit = self._dataset, self._config.max_bad_fraction
+        # Bad ids are counted among the samples seen, but at least among a rank's share of the split. A rank sees a
+        # random share of the bad images, so it gets a margin of four standard deviations.
+        ranks = self._config.world_size
+        seen = min(len(dataset), max(len(dataset) / ranks, self.samples_seen))
+        allowed = limit * seen + (4 * (limit * seen) ** 0.5 if ranks > 1 else 0)
+        if len(self.bad) > allowed:
+            listed = "; ".join(dataset.where(i) for i in sorted(self.bad)[:20])
+            raise DataError(
+                f"{dataset.folder}: wanted at most {limit:.0%} undecodable images, "
+                f"found {len(self.bad)} of {seen:.0f}; build the data set again without them: {listed}"
+            )

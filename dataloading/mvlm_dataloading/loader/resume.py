@@ -1,0 +1,115 @@
+"""The loader's state as plain JSON: enough to continue with the next sample on any number of ranks.
+
+All randomness is a function of (seed, epoch, sample id), so the position in the sample order is the whole state. DALI's
+own checkpoints are not needed, because its graph draws no random number.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from mvlm_dataloading.errors import DataError
+
+from .sampler import ORDER_VERSION
+from .segment import ReaderConfig
+
+_NEEDED = ("seed", "epoch", "position", "step", "fingerprint", "skipped", "met")
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeReport:
+    """Comparison of a resumed loader with the one that its state was taken from."""
+
+    exact_pixels: bool
+    """True if images equal those of an uninterrupted run, pixel for pixel. Samples and their order always do."""
+    exact_text: bool
+    """True if captions, tokens and masks do."""
+    changed: tuple[str, ...]
+    """Differences from the state, in words."""
+
+    def __str__(self) -> str:
+        kept = {
+            (True, True): "same pixels, captions and masks",
+            (True, False): "same pixels; captions or masks differ",
+            (False, True): "same captions and masks; pixels differ",
+            (False, False): "pixels and captions or masks differ",
+        }[self.exact_pixels, self.exact_text]
+        why = f" ({'; '.join(self.changed)})" if self.changed else ""
+        return f"same samples in the same order, {kept}{why}"
+
+
+def pixel_hash(config: ReaderConfig) -> str:
+    """A hash of everything that pixels depend on besides sample, seed and epoch."""
+    return settings_hash(
+        {
+            "geometry": asdict(config.geometry),
+            "augment": asdict(config.augment),
+            "train": config.train,
+            "decoding": config.decoding,
+            "on_gpu": config.device_id is not None,
+        }
+    )
+
+
+def settings_hash(values: dict[str, Any]) -> str:
+    """A short hash of plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed packages that pixels or tokens may depend on."""
+    found = {}
+    for name in (
+        "torch",
+        "nvidia-dali-cuda130",
+        "nvidia-dali-cuda120",
+        "nvidia-nvimgcodec-cu13",
+        "nvidia-nvimgcodec-cu12",
+    ):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def compare_states(state: dict[str, Any], now: dict[str, Any], *, folder: Any, other_data: bool) -> ResumeReport:
+    """Compare a saved state with the state `now` of the loader that resumes from it.
+
+    Raises:
+        DataError: `state` is not a loader's state, has another sample order, or, unless `other_data`, other data.
+    """
+    missing = [name for name in _NEEDED if name not in state]
+    if missing:
+        raise DataError(f"{folder}: wanted the state of a loader, found one without {', '.join(missing)}")
+    if state.get("order", ORDER_VERSION) != ORDER_VERSION:
+        raise DataError(
+            f"{folder}: wanted a state of order {ORDER_VERSION}, found {state['order']}: this version has another "
+            "sample order; finish the run with the version that began it"
+        )
+    changed = []
+    if state["fingerprint"] != now["fingerprint"]:
+        if not other_data:
+            raise DataError(
+                f"{folder}: wanted the data of the state, fingerprint {state['fingerprint']}, "
+                f"found {now['fingerprint']}; resume with that data or begin a new run"
+            )
+        changed.append("the data")
+    for name, words in (("batch_size", "batch size"), ("world_size", "number of ranks")):
+        if state.get(name, now[name]) != now[name]:
+            changed.append(f"the {words}, from {state[name]} to {now[name]}, which changes no sample")
+    same = {name: state.get(name, now[name]) == now[name] for name in ("pictures", "text", "versions")}
+    if not same["pictures"]:
+        changed.append("crops or augmentations")
+    if not same["text"]:
+        changed.append("tokenizer, text length or masks")
+    if not same["versions"]:
+        changed.append("the version of torch, DALI or its decoders")
+    same_data = "the data" not in changed
+    return ResumeReport(
+        exact_pixels=same_data and same["pictures"] and same["versions"],
+        exact_text=same_data and same["text"],
+        changed=tuple(changed),
+    )

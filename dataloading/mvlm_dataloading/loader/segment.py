@@ -1,0 +1,156 @@
+"""A segment of the sample order: one DALI pipeline over known samples, with all random draws made beforehand.
+
+Shape legend: B samples of this rank's batch, S image side.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvlm_dataloading.dataset.dali_index import Int64
+from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.randomness import Purpose, uniforms
+
+from .augment import Augment, draw_parameters
+from .buffers import BufferPool
+from .crop import CropGeometry
+from .pipeline import Decoding, build_pipeline
+from .sampler import write_index_views
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReaderConfig:
+    """Settings of a reader: everything besides sample and machine that pixels depend on."""
+
+    seed: int
+    geometry: CropGeometry
+    augment: Augment
+    batch_size: int
+    """Samples of a global batch."""
+    rank: int
+    world_size: int
+    train: bool
+    stored_tokens: bool
+    """Read the component `tok`."""
+    num_threads: int
+    device_id: int | None
+    decoding: Decoding
+    max_bad_fraction: float
+
+    @property
+    def rank_batch(self) -> int:
+        """Samples of one rank in a batch."""
+        return self.batch_size // self.world_size
+
+
+@dataclass(slots=True)
+class RawBatch:
+    """One rank's samples of a batch, before captions are chosen and tokenized."""
+
+    ids: Int64
+    epochs: Int64
+    images: Tensor
+    """uint8 (B, 3, S, S)."""
+    texts: list[bytes]
+    metadata: list[bytes]
+    tokens: list[bytes]
+    encoded: Callable[[int], bytes]
+    """The encoded image of a row. Copied on request, which must come before the next batch is read."""
+
+
+class Segment:
+    """A DALI pipeline over known samples, and the position reached in them."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        ids: Int64,
+        epochs: Int64,
+        config: ReaderConfig,
+        batch_size: int,
+        buffers: BufferPool,
+        *,
+        guard: bool,
+        prefetch: int,
+    ):
+        self._dataset, self._ids, self._epochs, self._batch_size = dataset, ids, epochs, batch_size
+        self._buffers, self._stored_tokens = buffers, config.stored_tokens
+        self._begin = 0
+        # The draws of all samples. A dict, because the pipeline's functions refer to it and `close` must empty it.
+        draws: dict[str, Any] = {"crops": uniforms(Purpose.CROP, config.seed, epochs, ids, 4)}
+        if config.train and not config.augment.nothing:
+            side = config.geometry.image_size
+            draws["augment"] = draw_parameters(config.augment, config.seed, epochs, ids, side)
+        self._draws, count = draws, len(ids)
+
+        def rows(batch: Any) -> Int64:
+            # The reader wraps around after its last sample, to fill the last batch and to read ahead.
+            return (int(batch) * batch_size + np.arange(batch_size)) % count
+
+        with tempfile.TemporaryDirectory(prefix="mvlm-index-") as folder:
+            self._pipeline = build_pipeline(
+                *write_index_views(Path(folder), dataset, ids),
+                lambda batch: draws["crops"][rows(batch)],
+                config.geometry,
+                batch_size=batch_size,
+                num_threads=config.num_threads,
+                device_id=config.device_id,
+                decoding=config.decoding,
+                prefetch=prefetch,
+                augment=(lambda batch: draws["augment"].rows(rows(batch))) if "augment" in draws else None,
+                tokens=config.stored_tokens,
+                guard=guard,
+            )
+
+    def close(self) -> None:
+        """Release memory now. The pipeline is part of reference cycles and would wait for the garbage collector."""
+        self._pipeline.__del__()
+        self._draws.clear()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def exhausted(self) -> bool:
+        return self._begin >= len(self._ids)
+
+    def current(self) -> tuple[Int64, Int64]:
+        """Sample ids and epochs of the next batch, (B,) or fewer."""
+        rows = slice(self._begin, self._begin + self._batch_size)
+        return self._ids[rows].copy(), self._epochs[rows]
+
+    def next(self) -> tuple[RawBatch, np.ndarray]:
+        """The next batch, and bool (B,): False where the guard withheld an image, so that the row must be replaced.
+
+        Raises:
+            RuntimeError: an image of the batch cannot be decoded.
+        """
+        ids, epochs = self.current()
+        images, encoded, texts, metadata, tokens, valid, *_ = self._pipeline.run()
+        self._check_delivery(ids, texts)
+        self._begin += len(ids)
+        pixels = torch.from_dlpack(images.as_tensor())[: len(ids)]
+        batch = RawBatch(
+            ids=ids,
+            epochs=epochs,
+            # On a CPU, DALI overwrites its own memory with the next batch.
+            images=pixels if pixels.is_cuda else self._buffers.copy(pixels),
+            texts=[texts.at(row).tobytes() for row in range(len(ids))],
+            metadata=[metadata.at(row).tobytes() for row in range(len(ids))],
+            tokens=[tokens.at(row).tobytes() if self._stored_tokens else b"" for row in range(len(ids))],
+            encoded=lambda row: encoded.at(row).tobytes(),
+        )
+        return batch, np.array(valid.as_tensor())[: len(ids)].astype(bool)
+
+    def _check_delivery(self, ids: Int64, texts: Any) -> None:
+        """Assert that DALI delivered the samples asked for: its reader's freedom of order is not documented."""
+        for row, i in enumerate(ids):
+            wanted = f"{self._dataset.tars[self._dataset.shard[i]]}:{self._dataset.text.offset[i]}:"
+            delivered = texts[row].source_info()
+            assert delivered.startswith(wanted), f"the reader was to deliver {wanted} and delivered {delivered}"

@@ -1,0 +1,184 @@
+"""Records of a source: image-text pairs in pieces, each of which a worker process can read by itself."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from mvlm_dataloading.errors import DataError
+
+# DALI takes everything after the first dot of a name for its extension, and splits index lines at blanks.
+KEY_PATTERN = re.compile(r"[A-Za-z0-9_+=@,-]{1,80}")
+
+# Names of published splits -> ours. COCO's `restval` is used for training, as everybody does.
+_SPLITS = {"train": "train", "training": "train", "restval": "train"}
+_SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation") | dict.fromkeys(
+    ("test", "testing"), "test"
+)
+EVALUATION_SPLITS = ("validation", "test")
+
+_FINGERPRINTED = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An image and its captions, as published."""
+
+    key: str
+    """Unique in the data set, and matches KEY_PATTERN."""
+    image: Path | bytes | None
+    """The encoded image or its file; None if the source has none."""
+    captions: Sequence[str]
+    where: str
+    """The origin, for messages."""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    fault: str | None = None
+    """The source's own reason to reject the record."""
+
+
+class Piece(Protocol):
+    """A part of one split, at most a few thousand records. It is pickled and read in a worker process."""
+
+    @property
+    def split(self) -> str: ...
+
+    @property
+    def label(self) -> str:
+        """Identifies the piece, so that a resumed build can be compared with the unfinished one."""
+        ...
+
+    def records(self, max_bytes: int) -> Iterator[Record]:
+        """The records in a fixed order. An image above `max_bytes` need not be read; its fault is then TOO_LARGE."""
+        ...
+
+
+TOO_LARGE = "image file is too large"
+
+
+@dataclass(frozen=True, slots=True)
+class ListedPiece:
+    """A piece with a list of known records."""
+
+    split: str
+    listed: Sequence[Record]
+
+    @property
+    def label(self) -> str:
+        return f"{self.split} {len(self.listed)} from {self.listed[0].key} to {self.listed[-1].key}"
+
+    def records(self, max_bytes: int) -> Iterator[Record]:
+        return iter(self.listed)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A published data set: its origin, and its pieces in order."""
+
+    name: str
+    origin: str
+    licence: str
+    recipe: dict[str, Any]
+    """Everything that determines the content, besides the build options."""
+    pieces: Sequence[Piece]
+    attribution: str = ""
+
+
+PIECE_RECORDS = 2048
+
+
+def cut_into_pieces(records: dict[str, list[Record]], size: int = PIECE_RECORDS) -> list[Piece]:
+    """Divide the records of each split into pieces of `size`."""
+    return [
+        ListedPiece(split, listed[begin : begin + size])
+        for split, listed in sorted(records.items())
+        for begin in range(0, len(listed), size)
+    ]
+
+
+def canonical_split(name: str, where: str) -> str:
+    """Our name of a published split. Raises DataError for an unknown name."""
+    found = _SPLITS.get(name.strip().lower())
+    if found is None:
+        raise DataError(f"{where}: wanted a split named {', '.join(sorted(_SPLITS))}, found {name!r}; rename it")
+    return found
+
+
+def safe_key(name: str) -> str:
+    """A key for a name: the name itself if it is valid, else one with characters replaced and a hash appended."""
+    if KEY_PATTERN.fullmatch(name):
+        return name
+    plain = re.sub(r"[^A-Za-z0-9_+=@,-]+", "_", name)[:60].strip("_")
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    return f"{plain}-{digest}" if plain else digest
+
+
+def split_by_hash(key: str, validation: float, test: float) -> str:
+    """The split of an image in a set without splits: by a hash of its key, so it never changes."""
+    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    if place < test:
+        return "test"
+    return "validation" if place < test + validation else "train"
+
+
+def check_shares(validation: float, test: float) -> None:
+    """Check the shares of the evaluation splits. A sum of 1 leaves nothing for train. Raises DataError."""
+    if not (validation >= 0 and test >= 0 and validation + test <= 1):
+        raise DataError(
+            f"validation and test: wanted shares from 0 to 1 that sum to at most 1, got {validation} and {test}"
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """Hash of a file, for a recipe: another annotation file makes another data set."""
+    with require_file(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_fingerprint(path: Path) -> list[Any]:
+    """Name, size, and hash of the first and last 64 KiB of a file that is too large to be read twice, for a recipe."""
+    with path.open("rb") as file:
+        head, size = file.read(_FINGERPRINTED), os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - _FINGERPRINTED))
+        return [path.name, size, hashlib.sha256(head + file.read()).hexdigest()]
+
+
+def records_sha256(pieces: Sequence[Piece]) -> str:
+    """Hash of the records in `ListedPiece`s, for a recipe: their text and the sizes of their images.
+
+    It leaves out the images' paths, so that a moved folder is the same input, and their bytes, which are too many.
+    """
+    digest = hashlib.sha256()
+    for piece in pieces:
+        for one in piece.listed if isinstance(piece, ListedPiece) else ():
+            known = [piece.split, one.key, list(one.captions), one.metadata, one.fault, _image_size(one.image)]
+            digest.update(json.dumps(known).encode())
+    return digest.hexdigest()
+
+
+def _image_size(image: Path | bytes | None) -> int | None:
+    if not isinstance(image, Path):
+        return None if image is None else len(image)
+    try:
+        return image.stat().st_size
+    except (OSError, ValueError):  # missing; a name with a NUL raises ValueError
+        return None
+
+
+def require_file(path: Path) -> Path:
+    """The path, if it is a file. Raises DataError if not."""
+    if not path.is_file():
+        raise DataError(f"{path}: wanted a file, found none; give the folder that the data set was unpacked to")
+    return path
+
+
+def require_folder(*paths: Path) -> Path:
+    """The first of the folders that exists. Raises DataError if none does."""
+    found = next((path for path in paths if path.is_dir()), None)
+    if found is None:
+        names = " or ".join(map(str, paths))
+        raise DataError(f"{names}: wanted a folder, found none; give the folder that the data set was unpacked to")
+    return found

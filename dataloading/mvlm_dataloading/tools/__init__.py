@@ -1,0 +1,1 @@
+"""Work on finished data folders: check, summarise, reindex, and select as a view."""

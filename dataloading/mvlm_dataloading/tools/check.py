@@ -1,0 +1,202 @@
+"""Check of a data set: every byte is read, every image decoded, every caption parsed."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvlm_dataloading.build.duplicates import unbounded_decoder
+from mvlm_dataloading.build.image_check import ImageDecoder, read_header
+from mvlm_dataloading.build.workers import run_tasks
+from mvlm_dataloading.captions import script_of
+from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
+from mvlm_dataloading.dataset.description import read_description, shard_paths
+from mvlm_dataloading.dataset.open import open_dataset
+from mvlm_dataloading.errors import DataError
+
+from .reindex import index_tar
+
+_MAX_PROBLEMS = 100  # listed per shard; more are counted
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    folder: Path
+    split: str
+    shard: dict[str, Any]
+    vocab_size: int | None
+
+
+@dataclass(slots=True)
+class Findings:
+    """Statistics and problems of a split or a shard: lists of n images."""
+
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    """Width and height, with the EXIF orientation applied."""
+    image_bytes: list[int] = field(default_factory=list)
+    captions: list[int] = field(default_factory=list)
+    """Number of captions per image."""
+    words: list[int] = field(default_factory=list)
+    """Number of words per caption."""
+    scripts: Counter[str] = field(default_factory=Counter)
+    formats: Counter[str] = field(default_factory=Counter)
+    keys: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def add(self, other: "Findings") -> None:
+        for name in ("sizes", "image_bytes", "captions", "words", "keys", "problems"):
+            getattr(self, name).extend(getattr(other, name))
+        self.scripts += other.scripts
+        self.formats += other.formats
+
+
+def check_shards(
+    folder: Path, *, workers: int = 1, progress: Callable[[int, int], None] = lambda done, total: None
+) -> dict[str, Findings]:
+    """Check every shard of every split.
+
+    Args:
+        workers: number of processes; 0 works in this one.
+        progress: called with the samples done and the total.
+
+    Returns:
+        Findings by split. Their `problems` have a line per problem.
+
+    Raises:
+        DataError: the folder is no data set.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    vocab_size = None
+    if description.get("tokens"):
+        from mvlm_dataloading.tokenizer import load_tokenizer
+
+        vocab_size = load_tokenizer(folder / "tokenizer.json").vocab_size
+    tasks = [
+        _Task(folder, split, shard, vocab_size)
+        for split, part in description["splits"].items()
+        for shard in part["shards"]
+    ]
+    found = {split: Findings(problems=_opening_problems(folder, split)) for split in description["splits"]}
+    results: dict[int, Findings] = {}
+    done, total = 0, sum(task.shard["samples"] for task in tasks)
+    numbers = {id(task): number for number, task in enumerate(tasks)}
+    for event in run_tasks(_check_shard, tasks, workers):
+        number = numbers[id(event.task)]
+        if event.kind == "progress":
+            done += event.value
+            progress(done, total)
+        elif event.kind == "done":
+            results[number] = event.value
+        else:
+            problem = f"{event.task.shard['tar']}: wanted images that can be decoded, found one that kills the process"
+            results[number] = Findings(problems=[problem])
+    for number, task in enumerate(tasks):
+        found[task.split].add(results[number])
+    for split, findings in found.items():
+        # A view may repeat samples intentionally.
+        if not any("index" in shard for shard in description["splits"][split]["shards"]):
+            repeated = [key for key, count in Counter(findings.keys).items() if count > 1]
+            findings.problems += [f"{split}: wanted unique keys, found {key} more than once" for key in repeated]
+    return found
+
+
+def _opening_problems(folder: Path, split: str) -> list[str]:
+    """The problem that `open_dataset` stops at, if any."""
+    try:
+        open_dataset(folder, split)
+    except DataError as error:
+        return [str(error)]
+    return []
+
+
+def _check_shard(task: _Task, report: Callable[[int], None]) -> Findings:
+    found = Findings()
+    try:
+        _read_through(task, found, report)
+    except (OSError, ValueError) as error:  # a missing file, a malformed index
+        found.problems.append(f"{task.shard['tar']}: wanted a shard and its index, found {error}; restore it")
+    return found
+
+
+def _read_through(task: _Task, found: Findings, report: Callable[[int], None]) -> None:
+    tar, index = shard_paths(task.folder, task.shard)
+    with tar.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if task.shard["sha256"] and digest != task.shard["sha256"]:
+        found.problems.append(f"{tar.name}: wanted sha256 {task.shard['sha256'][:16]}..., found {digest[:16]}...")
+    lines = index.read_text(encoding="utf-8", errors="surrogateescape").splitlines()[1:]
+    try:
+        own = index_tar(tar)
+        strange = set(lines) - set(own.lines) - set(own.unreadable)  # their texts are checked below, with the images
+        if strange or ("index" not in task.shard and set(own.lines) - set(lines)):
+            found.problems.append(f"{index.name}: wanted the samples of {tar.name}, found others; `mvlm data index`")
+    except DataError as error:
+        found.problems.append(str(error))
+    decoder = unbounded_decoder()
+    with tar.open("rb") as file:
+        for begin in range(0, len(lines), 32):
+            _check_samples(task, tar.name, [_read(file, line) for line in lines[begin : begin + 32]], decoder, found)
+            report(len(lines[begin : begin + 32]))
+    if len(found.problems) > _MAX_PROBLEMS:
+        more = len(found.problems) - _MAX_PROBLEMS
+        found.problems[_MAX_PROBLEMS:] = [f"{tar.name}: and {more} more"]
+
+
+def _read(file: Any, line: str) -> tuple[str, dict[str, bytes]]:
+    key, parts = "", {}
+    for extension, offset, size, name in zip(*[iter(line.split(" "))] * 4, strict=True):
+        file.seek(int(offset))
+        parts[extension.lower()] = file.read(int(size))
+        key = name[: -len(extension) - 1]
+    return key, parts
+
+
+def _check_samples(
+    task: _Task, tar: str, samples: Sequence[tuple[str, dict[str, bytes]]], decoder: ImageDecoder, found: Findings
+) -> None:
+    images = [next((p for e, p in parts.items() if e in ("jpg", "jpeg", "png", "webp")), b"") for _, parts in samples]
+    for (key, parts), image, pixels in zip(samples, images, decoder(images), strict=True):
+        where = f"{tar} key {key}"
+        found.keys.append(key)
+        if isinstance(pixels, str):
+            found.problems.append(f"{where}: wanted an image, found that {pixels}")
+        else:
+            header = read_header(image)
+            found.formats[header if isinstance(header, str) else header.extension] += 1
+            found.sizes.append((pixels.shape[1], pixels.shape[0]))
+            found.image_bytes.append(len(image))
+        try:
+            captions = parse_captions(parts.get("txt", b""), lambda where=where: where)
+            parse_metadata(parts.get("json", b""), lambda where=where: where)
+        except DataError as error:
+            found.problems.append(str(error))
+            continue
+        found.captions.append(len(captions))
+        found.words += [len(caption.split()) for caption in captions]
+        found.scripts.update(map(script_of, captions))
+        if task.vocab_size is not None:
+            problem = _token_problem(parts.get("tok"), len(captions), task.vocab_size)
+            if problem is not None:
+                found.problems.append(f"{where}: {problem}")
+
+
+def _token_problem(tokens: bytes | None, captions: int, vocab_size: int) -> str | None:
+    """The problem of a `.tok` component, or None. It must hold, for each caption, a count n and n ids, int32."""
+    if tokens is None or len(tokens) % 4:
+        return f"wanted token ids as int32, found {'none' if tokens is None else f'{len(tokens)} bytes'}"
+    numbers = np.frombuffer(tokens, "<i4")
+    at = count = 0
+    while at < len(numbers):
+        length = int(numbers[at])
+        ids = numbers[at + 1 : at + 1 + length]
+        if length < 3 or len(ids) != length:
+            return f"wanted a caption's token ids, found a count of {length} before {len(numbers) - at - 1} numbers"
+        if ids.min() < 0 or ids.max() >= vocab_size:
+            return f"wanted token ids below {vocab_size}, found {int(ids.min())} to {int(ids.max())}"
+        at, count = at + 1 + length, count + 1
+    return None if count == captions else f"wanted token ids of {captions} captions, found those of {count}"

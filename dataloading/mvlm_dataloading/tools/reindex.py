@@ -1,0 +1,205 @@
+"""Rebuilding DALI indices from tars: of our data folders, or of other tools' tars, to use these in place."""
+
+import json
+import tarfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvlm_dataloading.build.shard_writer import format_index
+from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
+from mvlm_dataloading.dataset.description import (
+    FORMAT_VERSION,
+    describe_shard,
+    read_description,
+    shard_paths,
+    write_durably,
+)
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.sources.record import canonical_split
+from mvlm_dataloading.sources.samples import IMAGE_EXTENSIONS, has_end_block, split_member_name
+
+_KNOWN = (*IMAGE_EXTENSIONS, "txt", "json", "tok")
+_MAX_TEXT = 1 << 22
+
+
+@dataclass(slots=True)
+class TarIndex:
+    """The samples of a tar."""
+
+    lines: list[str]
+    """Index lines of the usable samples."""
+    unreadable: list[str]
+    """Index lines of samples whose captions or metadata cannot be read."""
+    captions: int
+    """Number of captions of the usable samples."""
+    left_out: Counter[str]
+    """Number of unusable samples by reason."""
+
+
+def index_tar(tar: Path) -> TarIndex:
+    """Index a tar from its headers and texts. Members that belong to no sample are skipped.
+
+    A sample needs an image and captions in UTF-8. Its metadata, if it has any, must be a JSON object.
+
+    Raises:
+        DataError: the file is missing, is no tar, is compressed, or ends early.
+    """
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    faults: dict[str, str] = {}
+    captions: dict[str, int] = {}
+    unread: dict[str, str] = {}
+    last = None
+    try:
+        with tarfile.open(tar, "r:") as file:
+            for member in file:
+                key, extension = split_member_name(member.name)
+                if not member.isfile() or member.issparse() or extension not in _KNOWN:
+                    continue
+                parts = samples.setdefault(key, {})
+                if extension in parts or (
+                    extension in IMAGE_EXTENSIONS and any(one in parts for one in IMAGE_EXTENSIONS)
+                ):
+                    faults[key] = "key names two files of a kind"
+                elif parts and key != last:
+                    faults[key] = "files of a sample do not follow one another"
+                parts.setdefault(extension, member)
+                last = key
+                if extension in ("txt", "json"):
+                    found = _read_text(file, member, extension)
+                    if isinstance(found, str):
+                        unread.setdefault(key, found)
+                    elif extension == "txt":
+                        captions[key] = found
+        if not has_end_block(tar):  # Python takes a truncated header for the end
+            raise tarfile.ReadError("it ends early")
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise DataError(f"{tar}: wanted a tar, found no such file") from None
+        raise DataError(
+            f"{tar}: wanted a whole, uncompressed tar, found otherwise ({error}); get it again, or rewrite it with "
+            f"`mvlm data webdataset`"
+        ) from None
+    index = TarIndex([], [], 0, Counter(faults.values()))
+    for key, parts in samples.items():
+        if key in faults:
+            continue
+        if not any(one in parts and parts[one].size for one in IMAGE_EXTENSIONS):
+            index.left_out["no image"] += 1
+            continue
+        line = " ".join(_component(member) for member in parts.values())
+        if key in unread:
+            index.left_out[unread[key]] += 1
+            index.unreadable.append(line)
+        elif key not in captions:
+            index.left_out["no caption"] += 1
+        else:
+            index.lines.append(line)
+            index.captions += captions[key]
+    return index
+
+
+def _read_text(file: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> int | str:
+    """The number of captions or fields in a sample's text, or the reason why it cannot be used."""
+    content = file.extractfile(member).read(_MAX_TEXT + 1)  # pyright: ignore[reportOptionalMemberAccess] (a file)
+    what = "caption" if extension == "txt" else "metadata"
+    if len(content) > _MAX_TEXT:
+        return f"{what} is too long"
+    parse = parse_captions if what == "caption" else parse_metadata
+    try:
+        return len(parse(content, lambda: member.name))
+    except DataError:
+        if what == "metadata":
+            return "metadata is not a JSON object"
+        return "caption is not UTF-8" if content.strip() else "no caption"
+
+
+def rebuild_indices(folder: Path, split: str | None = None) -> dict[str, Any]:
+    """Rebuild the indices of a data folder. A folder of tars without `dataset.json` gets one.
+
+    Args:
+        split: the split of all tars without a description. Default: the one in a tar's name (train-000.tar), else
+            train.
+
+    Returns:
+        The description.
+
+    Raises:
+        DataError: a tar is damaged or does not have the described samples; the folder is a view; no sample is usable.
+    """
+    if (folder / "dataset.json").is_file():
+        description = read_description(folder)
+        for part in description["splits"].values():
+            for shard in part["shards"]:
+                if "index" in shard:
+                    raise DataError(f"{folder}: wanted a folder of tars, found a view; make it again instead")
+                tar, _ = shard_paths(folder, shard)
+                _write_index(tar, shard["samples"])
+        return description
+    tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
+    if not tars:
+        raise DataError(f"{folder}: wanted a folder of tars, found none; name another")
+    return _describe(folder, tars, split)
+
+
+def _write_index(tar: Path, samples: int | None) -> TarIndex:
+    found = index_tar(tar)
+    if samples is not None and len(found.lines) != samples:
+        raise DataError(
+            f"{tar}: wanted {samples} samples as in dataset.json, found {len(found.lines)}; restore it or build the "
+            f"data set again"
+        )
+    path = tar.with_suffix(".idx")
+    aside = path.with_suffix(".idx.tmp")
+    write_durably(aside, format_index(found.lines))
+    aside.rename(path)
+    return found
+
+
+def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, Any]:
+    splits: dict[str, dict[str, Any]] = {}
+    left_out: Counter[str] = Counter()
+    for tar in tars:
+        found = _write_index(tar, None)
+        left_out += found.left_out
+        if found.lines:
+            name = canonical_split(split, str(folder)) if split else _split_of(tar)
+            part = splits.setdefault(name, {"samples": 0, "captions": 0, "shards": []})
+            part["samples"] += len(found.lines)
+            part["captions"] += found.captions
+            part["shards"].append(describe_shard(tar, len(found.lines)))
+    if not splits:
+        raise DataError(f"{folder}: wanted at least one sample, found none; left out: {dict(left_out)}")
+    description = {
+        "format_version": FORMAT_VERSION,
+        "name": folder.resolve().name,
+        "source": "tars of another tool, indexed in place",
+        "licence": "",
+        "attribution": "",
+        "recipe": {},
+        "splits": dict(sorted(splits.items())),
+        "tokenizer": None,
+        "rejected": dict(sorted(left_out.items())),
+    }
+    aside = folder / "dataset.json.tmp"
+    write_durably(aside, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    aside.rename(folder / "dataset.json")
+    return description
+
+
+def _split_of(tar: Path) -> str:
+    word = tar.name.split(".")[0].split("-")[0].split("_")[0].lower()
+    try:
+        return canonical_split(word, str(tar))
+    except DataError:
+        return "train"
+
+
+def _component(member: tarfile.TarInfo) -> str:
+    # Indices are split at blanks, so white space in a name is percent-encoded. Names in an index are not looked up.
+    name = member.name
+    for sign in ("%", *(sign for sign in set(name) if sign.isspace())):
+        name = name.replace(sign, "".join(f"%{byte:02X}" for byte in sign.encode()))
+    extension = name.rpartition(".")[2]
+    return f"{extension} {member.offset_data} {member.size} {name}"

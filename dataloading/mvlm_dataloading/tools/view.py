@@ -1,0 +1,257 @@
+"""Views: data sets that refer to the tars of other data sets and store indices only.
+
+DALI's reader follows the lines of an index in any order, in any subset and with repetitions. So a selection, a mixture
+or a repetition costs some hundred bytes per sample, and no tar is rewritten.
+
+    VIEW/dataset.json        as in any data set; a shard names its tar by a relative path, and its index in VIEW
+    VIEW/train-000000.idx    the lines of the chosen samples
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mvlm_dataloading.build.duplicates import (
+    ImageFacts,
+    find_duplicates,
+    find_leaks,
+    image_facts,
+    tabulate,
+    unbounded_decoder,
+)
+from mvlm_dataloading.build.shard_writer import format_index
+from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.dataset.description import (
+    FORMAT_VERSION,
+    read_description,
+    require_free_folder,
+    shard_paths,
+    write_durably,
+)
+from mvlm_dataloading.dataset.open import open_dataset
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.options import ViewOptions
+from mvlm_dataloading.sources.record import EVALUATION_SPLITS
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Row:
+    """A chosen sample."""
+
+    source: int
+    dataset: Dataset
+    number: int
+    facts: ImageFacts
+
+
+def make_view(
+    out: Path, sources: Sequence[Path], options: ViewOptions | None = None, *, weights: Sequence[float] = ()
+) -> dict[str, Any]:
+    """Write a view of one or more data sets. `open_dataset` opens it like any other data set.
+
+    Training images that are in an evaluation split of any source are dropped, even if the view leaves that split out.
+
+    Args:
+        weights: copies per epoch of each source's training samples, 1 by default. 0.5 takes half of them; 2.5 takes
+            each twice, and half of them once more. Evaluation samples come once.
+
+    Returns:
+        The description.
+
+    Raises:
+        DataError: a source is damaged or lacks a split, `out` is in use, or no sample is left.
+    """
+    options = options or ViewOptions()
+    options.check()
+    out = Path(out).resolve()
+    weights = [float(weight) for weight in weights or [1.0] * len(sources)]
+    if not sources or len(weights) != len(sources) or not all(0 < weight < float("inf") for weight in weights):
+        raise DataError(f"weights: wanted a number above 0 for each of {len(sources)} sources, got {weights}")
+    require_free_folder(out)
+    rows, evaluation, reasons = _select(sources, options)
+    images = tabulate((str(r.dataset.keys[r.number]), r.dataset.split, r.facts) for r in rows)
+    dropped: dict[int, str] = {}
+    for _ in find_leaks(images, [tabulate(evaluation)], dropped):
+        pass
+    near = options.duplicates == "near"
+    for _ in find_duplicates(images, dropped, drop=near or options.duplicates == "exact", drop_near=near):
+        pass
+    reasons += Counter(dropped.values())
+    kept = [row for i, row in enumerate(rows) if i not in dropped]
+    partial = out.with_name(f".{out.name}.view")  # not `.partial`, which may be an unfinished build
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        splits = _write_indices(partial, out, kept, options, weights)
+        if not splits:
+            raise DataError(f"{out}: wanted at least one sample in the view, found none; left out: {dict(reasons)}")
+        description = _write_description(partial, sources, weights, options, splits, reasons)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return description
+
+
+def _select(
+    sources: Sequence[Path], options: ViewOptions
+) -> tuple[list[_Row], list[tuple[str, str, ImageFacts]], Counter[str]]:
+    """Choose samples.
+
+    Returns:
+        The chosen samples; (key, split, facts) of the other evaluation images; rejections by reason.
+    """
+    decoder = unbounded_decoder()
+    rows: list[_Row] = []
+    evaluation: list[tuple[str, str, ImageFacts]] = []
+    reasons: Counter[str] = Counter()
+    known = {split for source in sources for split in read_description(Path(source))["splits"]}
+    if missing := sorted(set(options.splits) - known):
+        raise DataError(f"splits: wanted some of {', '.join(sorted(known))}, got {', '.join(missing)}")
+    for number, source in enumerate(sources):
+        for split in read_description(Path(source))["splits"]:
+            wanted, is_evaluation = not options.splits or split in options.splits, split in EVALUATION_SPLITS
+            if not wanted and not is_evaluation:
+                continue
+            dataset = open_dataset(source, split)
+            for i in range(len(dataset)):
+                facts = image_facts(dataset, i, decoder)
+                reason = _rejection(facts, dataset.captions(i), options) if wanted else None
+                if reason is None and not is_evaluation and _hash_share(options, "", dataset, i) >= options.fraction:
+                    reason = "not in the fraction"
+                if wanted and reason is None:
+                    rows.append(_Row(number, dataset, i, facts))
+                    continue
+                if is_evaluation:  # not chosen, but still evaluated on elsewhere, so it stays out of train
+                    evaluation.append((str(dataset.keys[i]), split, facts))
+                if reason is not None:
+                    reasons[reason] += 1
+    return rows, evaluation, reasons
+
+
+def _rejection(facts: ImageFacts, captions: list[str], options: ViewOptions) -> str | None:
+    short, long = sorted((facts.width, facts.height))
+    words = [len(caption.split()) for caption in captions]
+    if short < options.min_side:
+        return "image is too small"
+    if long > options.max_aspect * short:
+        return "image is too long and thin"
+    if min(words) < options.min_words:
+        return "caption is too short"
+    if max(words) > options.max_words:
+        return "caption is too long"
+    if options.match is not None and not any(re.search(options.match, caption) for caption in captions):
+        return "no caption matches"
+    if options.without is not None and any(re.search(options.without, caption) for caption in captions):
+        return "a caption matches"
+    return None
+
+
+def _hash_share(options: ViewOptions, purpose: str, dataset: Dataset, i: int) -> float:
+    """A number in [0, 1) from the seed, the key, and the depth of views.
+
+    Without the depth, a share of a view that is a share itself would take the same samples again, hence all of them.
+    """
+    depth = _depth(dataset.description)
+    text = f"{options.seed} {purpose} {dataset.keys[i]}" + (f" {depth}" if depth else "")
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def _depth(description: dict[str, Any]) -> int:
+    """Number of views on top of each other; 0 for a data set with its own tars."""
+    return description.get("recipe", {}).get("view", {}).get("depth", 0)
+
+
+def _write_indices(
+    folder: Path, out: Path, rows: list[_Row], options: ViewOptions, weights: Sequence[float]
+) -> dict[str, dict[str, Any]]:
+    """Write an index for each tar with a chosen sample. `rows` are ordered by source, split and tar."""
+    splits: dict[str, dict[str, Any]] = {}
+    begin = 0
+    while begin < len(rows):
+        source, dataset = rows[begin].source, rows[begin].dataset
+        shard, end = int(dataset.shard[rows[begin].number]), begin
+        while end < len(rows) and rows[end].dataset is dataset and dataset.shard[rows[end].number] == shard:
+            end += 1
+        known = dataset.description["splits"][dataset.split]["shards"][shard]
+        tar, index = shard_paths(dataset.folder, known)
+        lines = index.read_text(encoding="utf-8", errors="surrogateescape").splitlines()[1:]
+        first = int((dataset.shard < shard).sum())
+        chosen, captions = [], 0
+        for row in rows[begin:end]:
+            copies = 1
+            if dataset.split not in EVALUATION_SPLITS:
+                whole, part = divmod(weights[source], 1.0)
+                copies = int(whole) + (_hash_share(options, "weight", dataset, row.number) < part)
+            chosen += [lines[row.number - first]] * copies
+            captions += len(dataset.captions(row.number)) * copies
+        begin = end
+        if not chosen:
+            continue
+        entry = splits.setdefault(dataset.split, {"samples": 0, "captions": 0, "shards": []})
+        name = f"{dataset.split}-{len(entry['shards']):06d}.idx"
+        content = format_index(chosen).encode("utf-8", "surrogateescape")
+        (folder / name).write_bytes(content)
+        entry["shards"].append(
+            {
+                "tar": os.path.relpath(tar.parent.resolve() / tar.name, out),
+                "index": name,
+                "samples": len(chosen),
+                "bytes": known["bytes"],
+                "sha256": known["sha256"],
+                "index_sha256": hashlib.sha256(content).hexdigest(),
+            }
+        )
+        entry["samples"] += len(chosen)
+        entry["captions"] += captions
+    return dict(sorted(splits.items()))
+
+
+def _write_description(
+    folder: Path,
+    sources: Sequence[Path],
+    weights: Sequence[float],
+    options: ViewOptions,
+    splits: dict[str, dict[str, Any]],
+    reasons: Counter[str],
+) -> dict[str, Any]:
+    known = [read_description(Path(source)) for source in sources]
+
+    def joined(name: str) -> str:
+        return "; ".join(dict.fromkeys(str(one.get(name) or "") for one in known))
+
+    def common(name: str) -> Any:
+        """The value that all sources have, or None if they differ."""
+        return known[0].get(name) if all(one.get(name) == known[0].get(name) for one in known) else None
+
+    recipe = {**asdict(options), "sources": [one.get("name") for one in known], "weights": list(weights)}
+    recipe["depth"] = 1 + max(map(_depth, known))
+    if recipe["max_aspect"] == float("inf"):
+        recipe["max_aspect"] = None  # JSON has no infinity
+    description: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "name": "view of " + joined("name"),
+        "source": joined("source"),
+        "licence": joined("licence"),
+        "attribution": joined("attribution"),
+        "recipe": {"view": recipe},
+        "splits": splits,
+        "tokenizer": common("tokenizer"),
+        "rejected": dict(sorted(reasons.items())),
+    }
+    if description["tokenizer"] is not None:
+        shutil.copyfile(Path(sources[0]) / "tokenizer.json", folder / "tokenizer.json")
+    if common("tokens") is not None:
+        description["tokens"] = common("tokens")
+    write_durably(folder / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+    return description

@@ -1,0 +1,209 @@
+"""Writing a data set: what is left out, what goes on after an interruption, and what a full disk leaves."""
+
+import fcntl
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mvlm_dataloading import BuildOptions, DataError, ShardWriter, build_shards, open_dataset
+from mvlm_dataloading.build.piece import CRASHED
+from mvlm_dataloading.sources.folder import folder
+from mvlm_dataloading.sources.record import ListedPiece, Source, cut_into_pieces
+from support import published
+from support.data import build_records, file_contents, make_record, read_json_lines
+
+ROOT = Path(__file__).parents[3]
+
+
+FAULTS = ROOT / "tests" / "faults"
+
+
+def environment(**more: str) -> dict[str, str]:
+    """That of a process that imports what this one does."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **more}
+
+
+def keys(out: Path, split: str = "train") -> list[str]:
+    return open_dataset(out, split).keys.tolist()
+
+
+@pytest.mark.slow
+def test_a_build_does_not_depend_on_the_number_of_processes(tmp_path):
+    published.folder(tmp_path / "images", 30)
+    (tmp_path / "images/a/0.jpg").write_bytes(b"broken")
+
+    def in_small_pieces() -> Source:
+        whole = folder(tmp_path / "images", test=0.2)
+        records = {}
+        for piece in whole.pieces:
+            records.setdefault(piece.split, []).extend(piece.records(1))
+        return Source("folder", "", "", whole.recipe, cut_into_pieces(records, 7))
+
+    seen, options = [], BuildOptions(shard_bytes=20_000)
+    one = build_shards(in_small_pieces(), tmp_path / "one", options, workers=0)
+    two = build_shards(
+        in_small_pieces(), tmp_path / "two", BuildOptions(shard_bytes=20_000), workers=2, progress=seen.append
+    )
+    assert file_contents(one) == file_contents(two)
+    assert len(open_dataset(one, "train").tars) > 4
+    assert (seen[-1].pieces, seen[-1].of_pieces, seen[-1].records) == (5, 5, 30)
+
+
+def test_a_finished_data_set_is_not_built_again(tmp_path):
+    records = {"train": [make_record("a", published.make_image(0))]}
+    out = build_records(tmp_path / "out", records)
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    build_records(out, records)
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    with pytest.raises(DataError, match="wanted a new folder or the data set set"):
+        build_records(out, records, min_side=20)
+
+
+def test_unfinished_builds_of_earlier_versions_fit(tmp_path, monkeypatch):
+    """The state of an unfinished build, as version 0.1.0 wrote it."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mvlm_dataloading.build.build.assemble", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build_records(tmp_path / "out", {"train": [make_record("a", published.make_image(0))]})
+    state = json.loads((tmp_path / ".out.partial" / "plan.json").read_text())
+    assert state["pieces"] == ["train 1 from a to a"]
+    assert state["recipe"].pop("records")
+    assert state == {
+        "name": "set",
+        "recipe": {
+            "revision": 2, "max_pixels": 50000000, "min_side": 16, "max_aspect": 10.0, "max_image_bytes": 67108864,
+            "max_caption_bytes": 2000, "shard_bytes": 268435456, "drop_duplicates": False, "text_length": 40,
+            "against": [],
+        },
+        "pieces": ["train 1 from a to a"],
+    }  # fmt: skip
+
+
+def test_a_killed_build_is_not_resumed_by_another_build(tmp_path, monkeypatch):
+    records = {"train": [make_record(f"k{i}", published.make_image(i)) for i in range(4)]}
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mvlm_dataloading.build.build.assemble", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build_records(tmp_path / "out", records, each=2)
+    assert not (tmp_path / "out").exists()
+    for each, quality in ((1, None), (2, 50)):
+        with pytest.raises(DataError, match="found that of another; give the same command again, or remove"):
+            build_records(tmp_path / "out", records, each=each, quality=quality)
+    seen = []
+    source = Source("set", "tests", "CC0", {}, [ListedPiece("train", records["train"][i : i + 2]) for i in (0, 2)])
+    build_shards(source, tmp_path / "out", progress=seen.append, workers=0)
+    assert (seen[0].pieces, seen[-1].records) == (2, 0)  # nothing was done twice
+    assert keys(tmp_path / "out") == ["k0", "k1", "k2", "k3"]
+
+
+def test_a_build_into_a_link_fills_the_linked_empty_folder(tmp_path):
+    records = {"train": [make_record("a", published.make_image(0))]}
+    (tmp_path / "elsewhere" / "empty").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere" / "empty")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "elsewhere" / "new")
+    for link in (tmp_path / "link", tmp_path / "nowhere"):
+        build_records(link, records)
+        build_records(link, records)  # and is known again
+        assert link.is_symlink()
+        assert keys(link) == keys(link.resolve()) == ["a"]
+    assert sorted(path.name for path in tmp_path.rglob("*.partial")) == []
+    (tmp_path / "third").mkdir()
+    (tmp_path / "to-third").symlink_to(tmp_path / "third")
+    with ShardWriter(tmp_path / "to-third", name="", source="", licence="", attribution="", recipe={}) as writer:
+        writer.add("b", published.encoded(published.make_image(1)), ["words"])
+    assert keys(tmp_path / "third") == ["b"]
+
+
+def test_a_build_into_a_mount_point_is_refused_at_once(tmp_path, monkeypatch):
+    """It cannot be replaced by a finished folder. Nothing is mounted here; the system is asked by its name."""
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "volume")
+    seen = []
+    source = Source("set", "", "", {}, [ListedPiece("train", [make_record("a", published.make_image(0))])])
+    with pytest.raises(DataError, match="volume: wanted a folder that can be replaced, found a mount point"):
+        build_shards(source, tmp_path / "volume", progress=seen.append, workers=0)
+    assert seen == []
+    assert [path.name for path in tmp_path.iterdir()] == ["volume"]
+    build_shards(source, tmp_path / "volume" / "set", workers=0)
+    build_shards(source, tmp_path / "volume" / "set", workers=0)
+
+
+def test_two_builds_of_a_folder_at_once_are_refused(tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    with (tmp_path / ".out.partial/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match="wanted to be the only process that writes there, found another"):
+            build_records(tmp_path / "out", {"train": [make_record("a", published.make_image(0))]})
+    build_records(tmp_path / "out", {"train": [make_record("a", published.make_image(0))]})
+
+
+def test_a_build_without_a_usable_record_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"wanted at least one sample, found none; rejected: \{'no caption': 1\}"):
+        build_records(tmp_path / "out", {"train": [make_record("a", published.make_image(0), [])]})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_crash_of_the_decoder_costs_one_image(tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(FAULTS / "dying_decoder.py"), str(tmp_path / "out")],
+        capture_output=True, text=True, env=environment(), timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert keys(tmp_path / "out") == [f"k{i:02d}" for i in range(12) if i not in (3, 10)]
+    assert {line["key"]: line["reason"] for line in read_json_lines(tmp_path / "out" / "rejected.jsonl")} == {
+        "k03": CRASHED,
+        "k10": CRASHED,
+    }
+
+
+@pytest.mark.slow
+def test_a_killed_build_resumes_and_ends_with_the_same_bytes():
+    """Ten trials here; `make faults-data` has fifty."""
+    memory = {"TMPDIR": "/dev/shm"} if os.access("/dev/shm", os.W_OK) else {}
+    done = subprocess.run(
+        [sys.executable, str(FAULTS / "kill_writers.py"), "--trials", "10"],
+        capture_output=True, text=True, env=environment(**memory), timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "10 trials over" in done.stdout
+    assert done.stdout.count("kill@") >= 5
+
+
+@pytest.mark.slow
+def test_a_build_on_a_full_disk_leaves_no_data_set(tmp_path):
+    """A real limit of the system on the size of a file: a tar cannot be finished, in another process."""
+    published.folder(tmp_path / "images", 12)
+    command = [sys.executable, "-m", "mvlm", "data", "folder", "images", "out", "--workers", "1"]
+    limit = 20_000
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    settings = {"cwd": tmp_path, "capture_output": True, "text": True, "env": environment()}  # fmt: skip
+    done = subprocess.run(command, preexec_fn=limited, **settings)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("mvlm: ")
+    assert "wanted room to write, found none (File too large); finished pieces are kept in" in done.stderr
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".out.partial/pieces/*"))
+    done = subprocess.run(command, **settings)
+    assert done.returncode == 0, done.stderr
+    assert "out: 12 train" in done.stdout
+    shutil.rmtree(tmp_path / ".out.partial", ignore_errors=True)
+    assert file_contents(tmp_path / "out") == file_contents(
+        build_shards(folder(tmp_path / "images"), tmp_path / "again", workers=0)
+    )

@@ -1,0 +1,92 @@
+"""Duplicates within a split, and training images that an evaluation split holds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mvlm_dataloading import open_dataset
+from support import published
+from support.data import build_records, make_record, read_json_lines
+
+
+def brighter(image: Image.Image, levels: int) -> Image.Image:
+    return Image.fromarray(np.minimum(np.asarray(image).astype(int) + levels, 255).astype(np.uint8))
+
+
+def keys(out: Path, split: str = "train") -> list[str]:
+    return open_dataset(out, split).keys.tolist()
+
+
+def test_evaluation_images_are_dropped_from_train(tmp_path):
+    other = build_records(tmp_path / "other", {"validation": [make_record("v", published.make_image(50))],
+                                       "train": [make_record("t", published.make_image(51))]})  # fmt: skip
+    shown = published.make_image(1, (144, 108))
+    out = build_records(
+        tmp_path / "out",
+        {
+            "test": [make_record("a", shown), make_record("b", published.make_image(2))],
+            "train": [
+                make_record("same", shown),
+                make_record("smaller", shown.resize((72, 54)), kind="JPEG"),
+                make_record("brighter", brighter(shown, 12)),
+                make_record("wider", shown.resize((216, 108))),  # another shape is another image
+                make_record("of-the-others-evaluation", published.make_image(50)),
+                make_record("of-the-others-training", published.make_image(51)),
+                make_record("alone", published.make_image(3)),
+            ],
+        },
+        against=[other],
+    )
+    assert keys(out) == ["wider", "of-the-others-training", "alone"]
+    assert keys(out, "test") == ["a", "b"]
+    exact = "image is in an evaluation split"
+    near = "image is a near-duplicate of one in an evaluation split"
+    wanted = {"same": exact, "smaller": near, "brighter": near, "of-the-others-evaluation": exact}
+    assert {line["key"]: line["reason"] for line in read_json_lines(out / "rejected.jsonl")} == wanted
+    assert json.loads((out / "dataset.json").read_text())["rejected"] == {exact: 2, near: 2}
+    assert read_json_lines(out / "duplicates.jsonl") == [
+        {"key": "same", "split": "train", "kind": "exact", "of": "test/a"},
+        {"key": "smaller", "split": "train", "kind": "near", "of": "test/a"},
+        {"key": "brighter", "split": "train", "kind": "near", "of": "test/a"},
+        {"key": "of-the-others-evaluation", "split": "train", "kind": "exact", "of": "validation/other/v"},
+    ]
+
+
+def test_a_build_lists_duplicates_and_drops_them_on_request(tmp_path):
+    image = published.make_image(1, (144, 108))
+    records = [
+        make_record("a", image, ["first"]),
+        make_record("b", published.make_image(2)),
+        make_record("again", image, ["second", "third"]),
+        make_record("nearly", image.resize((100, 75)), kind="JPEG"),
+        make_record("flat", Image.new("RGB", (40, 40), "teal")),
+        make_record("flat-too", Image.new("RGB", (40, 40), "navy")),  # there is nothing in it to be recognised by
+    ]
+    told = [
+        {"key": "again", "split": "train", "kind": "exact", "of": "train/a"},
+        {"key": "nearly", "split": "train", "kind": "near", "of": "train/a"},
+    ]
+    kept = build_records(tmp_path / "kept", {"train": records}, each=2)
+    assert keys(kept) == [one.key for one in records]
+    assert read_json_lines(kept / "duplicates.jsonl") == told
+    dropped = build_records(tmp_path / "dropped", {"train": records}, each=2, drop_duplicates=True)
+    assert keys(dropped) == ["a", "b", "nearly", "flat", "flat-too"]
+    assert read_json_lines(dropped / "duplicates.jsonl") == told
+    # The tar from which a sample was taken is what it would have been without.
+    without = build_records(tmp_path / "without", {"train": [r for r in records if r.key != "again"]}, each=3)
+    assert open_dataset(dropped, "train").captions(2) == ["words"]
+    read = [open_dataset(out, "train") for out in (dropped, without)]
+    for i in range(5):
+        assert read[0].image_bytes(i) == read[1].image_bytes(i)
+        assert read[0].metadata(i) == read[1].metadata(i)
+    description = json.loads((dropped / "dataset.json").read_text())
+    assert description["splits"]["train"]["captions"] == 5
+    subprocess.run(
+        [sys.executable, "-m", "wds2idx", str(dropped / "train-000001.tar"), str(tmp_path / "made.idx")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    assert (tmp_path / "made.idx").read_bytes() == (dropped / "train-000001.idx").read_bytes()

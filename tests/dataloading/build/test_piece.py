@@ -1,0 +1,80 @@
+"""Samples as they are written: sizes, encoding and token ids."""
+
+import io
+import json
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from mvlm_dataloading import BuildOptions, build_shards, open_dataset
+from mvlm_dataloading.sources.record import ListedPiece, Record, Source
+from support import published
+from support.data import build_records, make_record
+
+EXIF_ORIENTATION = 0x0112
+
+
+def with_exif(image: Image.Image, kind: str, orientation: int) -> bytes:
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    return published.encoded(image, kind, exif=exif.tobytes())
+
+
+def test_re_encoding_applies_the_exif_orientation(tmp_path):
+    image = published.make_image(1, (90, 60))
+    records = [
+        Record(f"{kind}{orientation}", with_exif(image, kind, orientation), ["a"], "")
+        for kind in ("JPEG", "PNG", "WEBP")
+        for orientation in (1, 3, 6)
+    ]
+    source = Source("turned", "", "", {}, [ListedPiece("train", records)])
+    build_shards(source, tmp_path / "out", BuildOptions(short_side=30, quality=95), workers=0)
+    dataset = open_dataset(tmp_path / "out", "train")
+    for i, record in enumerate(records):
+        with Image.open(io.BytesIO(dataset.image_bytes(i))) as stored:
+            assert stored.getexif().get(EXIF_ORIENTATION, 1) == 1
+            assert isinstance(record.image, bytes)
+            shown = ImageOps.exif_transpose(Image.open(io.BytesIO(record.image))).convert("RGB")
+            assert stored.size == ((30, 45) if shown.width < shown.height else (45, 30))
+            wanted = np.asarray(shown.resize(stored.size, Image.Resampling.BICUBIC), np.float64)
+            assert np.abs(np.asarray(stored) - wanted).mean() < 8  # turned wrongly: more than 50
+        assert (dataset.metadata(i)["width"], dataset.metadata(i)["height"]) == stored.size
+
+
+def test_images_are_downscaled_and_never_upscaled(tmp_path):
+    records = [
+        make_record("large", published.make_image(1, (200, 100))),
+        make_record("small", published.make_image(2, (60, 40))),
+    ]
+    out = build_records(tmp_path / "out", {"train": records}, short_side=50)
+    dataset = open_dataset(out, "train")
+    with Image.open(io.BytesIO(dataset.image_bytes(0))) as image:
+        assert (image.format, image.size) == ("JPEG", (100, 50))
+    assert dataset.image_bytes(1) == records[1].image
+    encoded = build_records(tmp_path / "encoded", {"train": records}, short_side=50, quality=40)
+    dataset = open_dataset(encoded, "train")
+    with Image.open(io.BytesIO(dataset.image_bytes(1))) as image:
+        assert (image.format, image.size) == ("JPEG", (60, 40))
+
+
+def test_token_ids_are_stored_with_the_captions(tmp_path, tokenizer):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    captions = [["picture number 1 of some waves", "the wave"], ["waves"]]
+    records = [make_record(f"k{i}", published.make_image(i), known) for i, known in enumerate(captions)]
+    out = build_records(tmp_path / "out", {"train": records}, tokenizer=tmp_path / "tokenizer.json", text_length=6)
+    description = json.loads((out / "dataset.json").read_text())
+    assert description["tokens"] == {"fingerprint": tokenizer.fingerprint, "max_length": 6}
+    assert (out / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+    dataset = open_dataset(out, "train")
+    assert dataset.tokenizer_sha256 is not None
+    tar = (out / "train-000000.tar").read_bytes()
+    index = [line.split(" ") for line in (out / "train-000000.idx").read_text().splitlines()[1:]]
+    for row, known in zip(index, captions, strict=True):
+        extension, offset, size, name = row[-4:]
+        assert (extension, name.endswith(".tok")) == ("tok", True)
+        numbers = np.frombuffer(tar[int(offset) : int(offset) + int(size)], "<i4").tolist()
+        for caption in known:  # a count, then so many ids
+            ids, _ = tokenizer.encode([caption], 6)
+            assert numbers[: 1 + len(ids)] == [len(ids), *ids.tolist()]
+            numbers = numbers[1 + len(ids) :]
+        assert numbers == []

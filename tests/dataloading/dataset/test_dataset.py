@@ -1,0 +1,150 @@
+"""Random access to the samples of a split."""
+
+import io
+import json
+import os
+import pickle
+import shutil
+import tarfile
+
+import numpy as np
+import pytest
+
+from mvlm_dataloading import DataError, ShardWriter, open_dataset
+from mvlm_dataloading.build.shard_writer import format_index
+from mvlm_dataloading.randomness import text_hash
+from support.data import make_captions, make_image, write_dataset
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two splits of 8 images in a few shards, to be broken."""
+    return write_dataset(tmp_path / "data", 8, max_shard_bytes=50_000, splits=("train", "validation"))
+
+
+def refuse(folder, *words: str, split: str = "train") -> None:
+    """Opening fails with one line that holds all the words."""
+    with pytest.raises(DataError) as caught:
+        open_dataset(folder, split)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_dataset_gives_random_access_to_samples(train_split):
+    assert len(train_split) == 60
+    for i in (59, 0, 31, 17):
+        assert train_split.captions(i) == make_captions(i)
+        assert train_split.metadata(i) == {"number": i}
+        assert train_split.image_bytes(i) == make_image(i, kind=("PNG", "JPEG", "WEBP")[i % 3])
+        assert train_split.keys[i] == f"train{i:04d}"
+        assert f"train{i:04d}" in train_split.where(i)
+    assert train_split.shard.tolist() == sorted(train_split.shard.tolist())
+
+
+def test_offsets_are_those_of_tarfile(train_split):
+    for number, path in enumerate(train_split.tars):
+        inside = np.flatnonzero(train_split.shard == number)
+        with tarfile.open(path) as tar:
+            members = {member.name: (member.offset_data, member.size) for member in tar}
+        for part, extension in ((train_split.text, "txt"), (train_split.meta, "json"), (train_split.image, None)):
+            for i in inside:
+                wanted = extension or ("png", "jpg", "webp")[i % 3]
+                assert members[f"{train_split.keys[i]}.{wanted}"] == (part.offset[i], part.size[i])
+
+
+def test_image_id_comes_from_the_metadata_or_the_bytes(tmp_path):
+    with ShardWriter(tmp_path / "d", name="", source="", licence="", attribution="", recipe={}) as writer:
+        writer.add("a", make_image(0), ["one"])
+        writer.add("b", make_image(0), ["two"])
+        writer.add("c", make_image(1), ["three"])
+        writer.add("d", make_image(2), ["four"], {"image_id": 12})
+        writer.add("e", make_image(3), ["five"], {"image_id": 12})
+    dataset = open_dataset(tmp_path / "d", "train")
+    ids = [dataset.image_id(i) for i in range(5)]
+    assert ids[0] == ids[1] == text_hash(make_image(0))
+    assert ids[3] == ids[4]
+    assert len(set(ids)) == 3
+
+
+def test_fingerprint_follows_the_split_and_its_bytes(tmp_path, waves, train_split):
+    assert open_dataset(waves, "train").fingerprint == train_split.fingerprint
+    assert open_dataset(waves, "test").fingerprint != train_split.fingerprint
+    shutil.copytree(waves, tmp_path / "copy")
+    assert open_dataset(tmp_path / "copy", "train").fingerprint == train_split.fingerprint
+    other = write_dataset(tmp_path / "other", 59, max_shard_bytes=150_000, kinds=("PNG", "JPEG", "WEBP"))
+    assert open_dataset(other, "train").fingerprint != train_split.fingerprint
+
+
+def test_a_shard_with_a_named_index_has_its_own_fingerprint(folder):
+    """Some of a shard's samples, in another order, without another tar."""
+    whole = open_dataset(folder, "train")
+    description = json.loads((folder / "dataset.json").read_text())
+    shards = description["splits"]["train"]["shards"]
+    lines = (folder / "train-000000.idx").read_text().splitlines()[1:]
+    prints = set()
+    for number, order in enumerate([[1, 0], [0, 1], [0], [1, 1]]):
+        (folder / f"view{number}.idx").write_text(format_index([lines[i] for i in order]))
+        shard = shards[0] | {"index": f"view{number}.idx", "samples": len(order)}
+        description["splits"]["train"]["shards"] = [shard]
+        (folder / "dataset.json").write_text(json.dumps(description))
+        view = open_dataset(folder, "train")
+        assert [view.keys[i] for i in range(len(view))] == [whole.keys[i] for i in order]
+        assert [view.image_bytes(i) for i in range(len(view))] == [whole.image_bytes(i) for i in order]
+        prints.add(view.fingerprint)
+    assert len(prints | {whole.fingerprint}) == 5
+
+
+def test_a_data_set_can_be_pickled(train_split):
+    assert pickle.loads(pickle.dumps(train_split)).captions(5) == make_captions(5)
+
+
+def write_by_hand(folder, members: list[tuple[str, bytes]]) -> None:
+    """A shard that our writer would refuse, with an index that fits."""
+    samples: dict[str, list[str]] = {}
+    path = folder / "train-000000.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            key, extension = name.split(".", 1)
+            samples.setdefault(key, []).append(f"{extension} {tar.offset + 512} {len(content)} {name}")
+            tar.addfile(member, io.BytesIO(content))
+    path.with_suffix(".idx").write_text(format_index([" ".join(parts) for parts in samples.values()]))
+    shard = {"tar": path.name, "samples": len(samples), "bytes": path.stat().st_size, "sha256": ""}
+    description = {
+        "format_version": 1,
+        "splits": {"train": {"samples": len(samples), "captions": 0, "shards": [shard]}},
+    }
+    (folder / "dataset.json").write_text(json.dumps(description))
+
+
+def test_captions_and_metadata_of_other_tools_are_read(tmp_path):
+    write_by_hand(
+        tmp_path,
+        [
+            ("d/a.JPG", make_image(1, kind="JPEG")),
+            ("d/a.txt", b"\xe7\x8c\xab\r\n\n two "),
+            ("b.png", make_image(0)),
+            ("b.txt", b"\xff"),
+            ("b.json", b"[1]"),
+            ("c.png", make_image(0)),
+            ("c.txt", b"a caption longer than sixteen bytes"),
+            ("c.json", b"{"),
+        ],
+    )
+    refuse(tmp_path, "key b: wanted captions in UTF-8, found other bytes")
+    with (tmp_path / "train-000000.tar").open("r+b") as tar:
+        data = tar.read()
+        tar.seek(data.index(b"\xff" + bytes(511)))
+        tar.write(b"b")
+    os.utime(tmp_path / "train-000000.idx")
+    dataset = open_dataset(tmp_path, "train")
+    assert dataset.keys.tolist() == ["d/a", "b", "c"]
+    assert dataset.captions(0) == ["猫", "two"]
+    assert dataset.metadata(0) == {}
+    with pytest.raises(DataError, match="wanted metadata as a JSON object, found list"):
+        dataset.metadata(1)
+    with pytest.raises(DataError, match="wanted metadata as JSON, found"):
+        dataset.metadata(2)

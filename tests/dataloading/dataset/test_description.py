@@ -1,0 +1,76 @@
+"""`dataset.json` of a data folder."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mvlm_dataloading import DataError, open_dataset
+from mvlm_dataloading.dataset.description import already_written
+from support.data import write_dataset
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two splits of 8 images in a few shards, to be broken."""
+    return write_dataset(tmp_path / "data", 8, max_shard_bytes=50_000, splits=("train", "validation"))
+
+
+def refuse(folder, *words: str, split: str = "train") -> None:
+    """Opening fails with one line that holds all the words."""
+    with pytest.raises(DataError) as caught:
+        open_dataset(folder, split)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_a_missing_folder_or_description_is_refused(tmp_path, folder):
+    refuse(tmp_path / "nowhere", "nowhere: wanted a data folder, found none; `mvlm data` writes one")
+    (folder / "dataset.json").unlink()
+    refuse(folder, "dataset.json: wanted the data set's description, found no such file")
+
+
+def one_shard(**changed) -> str:
+    shard = {"tar": "train-000000.tar", "samples": 1, "bytes": 1, "sha256": ""} | changed
+    return json.dumps({"format_version": 1, "splits": {"train": {"shards": [shard]}}})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{}", '{"format_version": 1, "splits": {"train": {"shards": [{}]}}}', "\xff", "[" * 100_000),
+        *(one_shard(tar=5), one_shard(samples="1"), one_shard(bytes=None), one_shard(sha256=[]), one_shard(index=5)),
+        '{"format_version": ' + "9" * 5000 + "}",
+    ],
+    ids=lambda text: text[:60],
+)
+def test_a_malformed_description_is_refused(folder, text):
+    (folder / "dataset.json").write_text(text, encoding="latin-1")
+    refuse(folder, "dataset.json: wanted the description of a data set, found")
+
+
+def test_a_description_of_another_version_is_refused(folder):
+    description = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(description | {"format_version": 99}))
+    refuse(folder, "wanted format_version 1, found 99")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_already_written_compares_name_and_recipe(tmp_path):
+    out = tmp_path / "out"
+    assert not already_written(out, name="waves", recipe={"count": 2})
+    write_dataset(out, 2)
+    before = contents(out)
+    assert already_written(out, name="waves", recipe={"count": 2})
+    for other in ({"name": "waves", "recipe": {"count": 3}}, {"name": "emoji", "recipe": {"count": 2}}):
+        with pytest.raises(DataError, match=r"found waves \{'count': 2\}; choose another folder or remove this one"):
+            already_written(out, **other)
+    assert contents(out) == before
+    (out / "train-000000.tar").write_bytes(b"short")
+    with pytest.raises(DataError, match=r"train-000000\.tar: wanted \d+ bytes and an index, found 5; remove"):
+        already_written(out, name="waves", recipe={"count": 2})

@@ -1,0 +1,76 @@
+"""Whom the chooser trusts, with trials whose outcome is made up: there may be no GPU here."""
+
+import json
+import subprocess
+
+import pytest
+
+from mvlm_dataloading.loader import decoder_check as selftest
+from mvlm_dataloading.loader.pipeline import Decoding
+
+
+@pytest.fixture
+def outcomes(monkeypatch):
+    """A list of what the next trials do; the commands are kept."""
+    planned, commands = [], []
+
+    def run(command, **settings):
+        commands.append(command)
+        assert settings["timeout"] > 60
+        outcome = planned.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        code, stdout, stderr = outcome
+        return subprocess.CompletedProcess(command, code, stdout, stderr)
+
+    monkeypatch.setattr(selftest.subprocess, "run", run)
+    selftest.choose_decoding.cache_clear()
+    yield planned, commands
+    selftest.choose_decoding.cache_clear()
+
+
+def result(difference: float) -> tuple[int, str, str]:
+    return 0, f"dlopen says hello\n{json.dumps({'worst_difference': difference})}\n", ""
+
+
+GOOD = result(1.3)
+BAD = {
+    "killed by signal 11": (-11, "", ""),
+    "failed: RuntimeError: no decoder": (1, "", "Traceback\nRuntimeError: no decoder\n"),
+    "failed: no message": (1, "", ""),
+    "differ from the CPU's by 96.4 of 255": result(96.4),  # black images
+    "differ from the CPU's by nan": result(float("nan")),
+    "gave no result": (0, "", ""),
+    "gave no result: 'hello": (0, "hello\n", ""),
+    "did not end within": subprocess.TimeoutExpired("python", 300),
+}
+
+
+def test_cropped_gpu_decoding_is_tried_first(outcomes, caplog):
+    caplog.set_level("INFO")
+    outcomes[0].append(GOOD)
+    assert selftest.choose_decoding(0) is Decoding.GPU_CROP
+    assert selftest.choose_decoding(0) is Decoding.GPU_CROP  # tried once
+    assert len(outcomes[1]) == 1
+    assert "images are decoded as gpu-window on CUDA device 0" in caplog.text
+
+
+@pytest.mark.parametrize("reason", BAD)
+def test_a_decoding_trial_that_fails_is_not_trusted(outcomes, caplog, reason):
+    outcomes[0].extend([BAD[reason], GOOD])
+    assert selftest.choose_decoding(1) is Decoding.GPU_FULL_IMAGE
+    assert "images are not decoded as gpu-window on CUDA device 1" in caplog.text
+    assert reason in caplog.text
+    assert [command[-2:] for command in outcomes[1]] == [["1", "gpu-window"], ["1", "gpu-whole"]]
+
+
+def test_cpu_decoding_is_the_last_resort(outcomes, caplog):
+    outcomes[0].extend([BAD["killed by signal 11"], BAD["did not end within"]])
+    assert selftest.choose_decoding(0) is Decoding.CPU
+    assert "images are decoded on the CPU and sent to CUDA device 0" in caplog.text
+
+
+@pytest.mark.slow
+def test_the_decoding_trial_runs(capfd):
+    selftest.main("cpu", "cpu")
+    assert json.loads(capfd.readouterr().out.strip().splitlines()[-1]) == {"worst_difference": 0.0}

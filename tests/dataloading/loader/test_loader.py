@@ -1,0 +1,314 @@
+import gc
+import itertools
+import json
+import threading
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+
+from mvlm_dataloading import DataError, Loader, Tokenizer, draw_patch_masks, draw_token_masks, open_dataset
+from mvlm_dataloading.loader import reader as reader_module
+from mvlm_dataloading.loader.sampler import write_index_views
+from mvlm_dataloading.randomness import text_hash
+from support.data import write_dataset
+
+
+def load(dataset, tokenizer, **settings) -> Loader:
+    defaults: dict[str, Any] = {"batch_size": 8, "image_size": 64, "text_length": 12, "seed": 5}
+    return Loader(dataset, tokenizer, **(defaults | settings))
+
+
+def rows(batches) -> list[dict]:
+    """Every sample of some batches on its own: what it is, whatever batch it came in."""
+    found = []
+    for batch, masks in batches:
+        cuts = batch.cu_seqlens.tolist()
+        for b, sample in enumerate(batch.sample_id.tolist()):
+            inside = [i - cuts[b] for i in masks.token_ids.tolist() if cuts[b] <= i < cuts[b + 1]]
+            found.append(
+                {
+                    "sample": sample,
+                    "pixels": batch.images[b].numpy().tobytes(),
+                    "tokens": batch.tokens[cuts[b] : cuts[b + 1]].tolist(),
+                    "patches": masks.patch_ids[b].tolist(),
+                    "masked": inside,
+                    "ids": (int(batch.image_id[b]), int(batch.text_id[b])),
+                }
+            )
+    return found
+
+
+def take(loader: Loader, count: int) -> list:
+    return list(itertools.islice(loader, count))
+
+
+def test_batch_shapes_dtypes_and_values(train_split, tokenizer):
+    batch, masks = take(load(train_split, tokenizer), 1)[0]
+    assert (batch.images.dtype, batch.images.shape) == (torch.uint8, (8, 3, 64, 64))
+    assert batch.tokens.dtype == batch.image_id.dtype == batch.text_id.dtype == batch.sample_id.dtype == torch.int64
+    assert batch.cu_seqlens.dtype == torch.int32
+    lengths = batch.cu_seqlens.diff()
+    assert batch.cu_seqlens.tolist()[0] == 0
+    assert batch.cu_seqlens.tolist()[-1] == len(batch.tokens)
+    assert batch.max_length == lengths.max() <= 12
+    assert (masks.patch_ids.dtype, masks.patch_ids.shape) == (
+        torch.int64,
+        (8, 2 * 4),
+    )  # round(0.6 * 4) blocks of 4 patches
+    for b, i in enumerate(batch.sample_id.tolist()):
+        tokens = batch.tokens[batch.cu_seqlens[b] : batch.cu_seqlens[b + 1]]
+        known = {tuple(tokenizer.encode([c], 12)[0].tolist()): text_hash(c) for c in train_split.captions(i)}
+        assert known[tuple(tokens.tolist())] == batch.text_id[b]
+        assert batch.image_id[b] == train_split.image_id(i)
+    special = torch.tensor([tokenizer.cls_id, tokenizer.sep_id])
+    assert not torch.isin(batch.tokens[masks.token_ids], special).any()
+
+
+def test_loader_masks_equal_the_public_mask_functions(train_split, tokenizer):
+    loader = load(train_split, tokenizer)
+    for batch, masks in take(loader, 7):
+        ids, lengths = batch.sample_id.numpy(), batch.cu_seqlens.diff().numpy()
+        assert np.array_equal(masks.patch_ids, draw_patch_masks(5, 0, ids, image_size=64))
+        assert np.array_equal(masks.token_ids, draw_token_masks(5, 0, ids, lengths))
+
+
+def test_loader_yields_every_sample_once_per_epoch_in_full_batches(train_split, tokenizer):
+    loader = load(train_split, tokenizer, batch_size=7)
+    seen, epochs = [], []
+    for batch, _ in itertools.islice(loader, 26):  # 182 samples: three epochs and two samples
+        assert len(batch.sample_id) == 7
+        seen += batch.sample_id.tolist()
+        epochs.append(loader.epoch)
+    for epoch in range(3):
+        assert sorted(seen[60 * epoch : 60 * epoch + 60]) == list(range(60))
+    assert seen[:60] != seen[60:120]
+    assert epochs == [7 * (k + 1) // 60 for k in range(26)]
+    assert loader.step == 26
+
+
+def test_samples_are_the_same_in_batches_of_any_size(train_split, tokenizer):
+    wanted = rows(take(load(train_split, tokenizer, batch_size=20), 6))
+    for settings in ({"batch_size": 1}, {"batch_size": 7, "num_threads": 1}, {"batch_size": 60}, {"batch_size": 50}):
+        count = -(-120 // settings["batch_size"])
+        assert rows(take(load(train_split, tokenizer, **settings), count))[:120] == wanted
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_every_global_batch(train_split, tokenizer, world_size):
+    """Row for row what one rank sees, through the end of an epoch."""
+    wanted = rows(take(load(train_split, tokenizer), 16))
+    shares = [
+        [rows([pair]) for pair in take(load(train_split, tokenizer, rank=rank, world_size=world_size), 16)]
+        for rank in range(world_size)
+    ]
+    assert [row for step in range(16) for share in shares for row in share[step]] == wanted
+
+
+def test_a_batch_larger_than_the_data_set_wraps_around(train_split, tokenizer):
+    batch, _ = take(load(train_split, tokenizer, batch_size=130), 1)[0]
+    assert Counter(Counter(batch.sample_id.tolist()).values()) == {2: 50, 3: 10}
+
+
+def test_epochs_and_seeds_give_other_draws(train_split, tokenizer):
+    first, second = np.split(np.array(rows(take(load(train_split, tokenizer, batch_size=60), 2))), 2)
+    other = rows(take(load(train_split, tokenizer, batch_size=60, seed=6), 1))
+    by_sample = [{row["sample"]: row for row in part} for part in (first, second, other)]
+    for one, two in itertools.combinations(by_sample, 2):
+        for what in ("pixels", "patches"):
+            changed = sum(one[i][what] != two[i][what] for i in range(60))
+            assert changed > 40
+        assert (
+            10 < sum(one[i]["tokens"] != two[i]["tokens"] for i in range(60)) < 60
+        )  # a third of them has one caption only
+
+
+@pytest.mark.slow
+def test_captions_are_drawn_evenly(train_split, tokenizer):
+    i = 2  # has three captions
+    texts = [text_hash(caption) for caption in train_split.captions(i)]
+    drawn = Counter()
+    for batch, _ in take(load(train_split, tokenizer, batch_size=60, image_size=32), 60):
+        drawn[texts.index(int(batch.text_id[batch.sample_id == i][0]))] += 1
+    assert set(drawn) == {0, 1, 2}
+    assert min(drawn.values()) > 8  # 20 expected, standard deviation 3.7
+
+
+def test_a_pass_in_order_yields_whole_images_and_first_captions(train_split, tokenizer):
+    loader = load(train_split, tokenizer, batch_size=25, train=False)
+    for _ in range(2):
+        batches = list(loader)
+        assert [len(batch.images) for batch, _ in batches] == [25, 25, 10]
+        found = rows(batches)
+        assert [row["sample"] for row in found] == list(range(60))
+        for i, row in enumerate(found):
+            assert row["tokens"] == tokenizer.encode(train_split.captions(i)[:1], 12)[0].tolist()
+    other_seed = rows(load(train_split, tokenizer, batch_size=60, train=False, seed=99))
+    assert [row["pixels"] for row in other_seed] == [row["pixels"] for row in found]
+    assert len(list(load(train_split, tokenizer, batch_size=100, train=False))) == 1
+
+
+@pytest.mark.parametrize("batches", [0, 1, 3, 7, 8, 15])
+def test_resume_is_bitwise(train_split, tokenizer, batches):
+    """Positions before, at (7.5 batches of 8 are an epoch) and after the end of an epoch."""
+    whole = rows(take(load(train_split, tokenizer), 20))
+    loader = load(train_split, tokenizer)
+    take(loader, batches)
+    state = json.loads(json.dumps(loader.state_dict()))
+    assert (state["epoch"], state["position"]) == divmod(8 * batches, 60)
+    resumed = load(train_split, tokenizer, num_threads=1)
+    resumed.load_state_dict(state)
+    assert (resumed.step, resumed.epoch) == (loader.step, loader.epoch)
+    assert rows(take(resumed, 20 - batches)) == whole[8 * batches :]
+    assert resumed.step == 20
+
+
+@pytest.mark.parametrize("batch_size", [1, 12, 60])
+def test_resume_continues_at_another_batch_size(train_split, tokenizer, batch_size):
+    whole = rows(take(load(train_split, tokenizer, batch_size=6), 40))
+    loader = load(train_split, tokenizer, batch_size=6)
+    take(loader, 9)
+    resumed = load(train_split, tokenizer, batch_size=batch_size)
+    resumed.load_state_dict(loader.state_dict())
+    assert rows(take(resumed, 120 // batch_size)) == whole[54 : 54 + 120]
+
+
+def test_resume_in_the_same_loader_and_at_an_exact_epoch_end(train_split, tokenizer):
+    loader = load(train_split, tokenizer, batch_size=20)
+    take(loader, 3)
+    state = loader.state_dict()
+    assert (state["epoch"], state["position"]) == (1, 0)
+    wanted = rows(take(loader, 3))
+    loader.load_state_dict(state)
+    assert rows(take(loader, 3)) == wanted
+
+
+def test_the_seed_of_the_state_replaces_the_loaders(train_split, tokenizer, caplog):
+    loader = load(train_split, tokenizer)
+    take(loader, 2)
+    wanted = loader.state_dict()
+    resumed = load(train_split, tokenizer, seed=77)
+    resumed.load_state_dict(wanted)
+    assert "keeps the seed 5" in caplog.text
+    assert rows(take(resumed, 3)) == rows(take(loader, 3))
+
+
+def test_a_loader_state_of_other_data_is_refused(train_split, waves, tokenizer):
+    state = load(open_dataset(waves, "test"), tokenizer).state_dict()
+    with pytest.raises(
+        DataError, match=r"wanted the data of the state, fingerprint .* resume with that data or begin a new run"
+    ):
+        load(train_split, tokenizer).load_state_dict(state)
+
+
+def test_batches_do_not_depend_on_the_segment_length(train_split, tokenizer, monkeypatch):
+    wanted = rows(take(load(train_split, tokenizer), 20))
+    monkeypatch.setattr(reader_module, "FIRST_SEGMENT_BATCHES", 3)
+    assert rows(take(load(train_split, tokenizer), 20)) == wanted
+    one_pass = [row["sample"] for row in rows(load(train_split, tokenizer, train=False))]
+    assert one_pass == list(range(60))
+
+
+def test_batches_do_not_change_while_the_loader_continues(train_split, tokenizer):
+    loader = load(train_split, tokenizer)
+    held = take(loader, 10)
+    copies = [batch.images.clone() for batch, _ in held]
+    take(loader, 30)
+    del loader
+    assert all(torch.equal(batch.images, copy) for (batch, _), copy in zip(held, copies, strict=True))
+
+
+def test_a_reader_that_delivers_other_samples_is_noticed(train_split, tokenizer, monkeypatch):
+    def write_reversed(folder, dataset, ids):
+        return write_index_views(folder, dataset, np.concatenate([ids[:8], ids[8:16][::-1], ids[16:]]))
+
+    monkeypatch.setattr("mvlm_dataloading.loader.segment.write_index_views", write_reversed)
+    loader = load(train_split, tokenizer, ahead=0)
+    take(loader, 1)
+    with pytest.raises(AssertionError, match="the reader was to deliver"):
+        take(loader, 1)
+
+
+def test_loader_reads_folders_with_blanks_and_non_ascii_names(tmp_path, tokenizer, monkeypatch):
+    write_dataset(tmp_path / "mein Ördner: 猫", 6)
+    assert len(rows(take(load(open_dataset(tmp_path / "mein Ördner: 猫", "train"), tokenizer), 3))) == 24
+    monkeypatch.chdir(tmp_path)
+    write_dataset(Path("relative"), 6)
+    assert len(rows(take(load(open_dataset("relative", "train"), tokenizer), 3))) == 24
+
+
+def test_loader_leaves_no_index_views_behind(train_split, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    loader = load(train_split, tokenizer)
+    take(loader, 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"batch_size": 0}, "wanted batch_size of at least 1, got 0"),
+        ({"num_threads": 0}, "wanted num_threads of at least 1, got 0"),
+        ({"ahead": -1}, "wanted ahead of at least 0, got -1"),
+        ({"image_size": 100}, "got image 100, mask block 32, patch 16"),
+        ({"patch_size": 24}, "got image 64, mask block 32, patch 24"),
+        ({"crop_scale": (0, 1)}, "wanted crop_scale"),
+        ({"max_bad_fraction": 1.0}, r"wanted max_bad_fraction in \[0, 1\), got 1.0"),
+        ({"text_mask_ratio": 2.0}, r"wanted a token mask ratio in \[0, 1\], got 2.0"),
+        ({"text_length": 2}, "wanted a text length of at least 3"),
+        ({"world_size": 3}, "wanted a global batch_size that the ranks can share evenly, got 8 for 3 ranks"),
+        ({"rank": 2, "world_size": 2}, "wanted a rank from 0 to world_size - 1, got rank 2 of 2"),
+        ({"world_size": 2, "train": False}, "wanted one rank for a pass in order"),
+    ],
+)
+def test_loader_arguments_that_do_not_fit_are_refused(train_split, tokenizer, settings, message):
+    with pytest.raises(ValueError, match=message):
+        load(train_split, tokenizer, **settings)
+
+
+def test_a_caption_without_a_token_is_refused(tmp_path):
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE({"[CLS]": 0, "[SEP]": 1, "[MASK]": 2, "[PAD]": 3}, []))
+    dataset = open_dataset(write_dataset(tmp_path / "d", 2), "train")
+    with pytest.raises(DataError, match=r"wanted a caption with a token, found '(picture|the)"):
+        take(load(dataset, Tokenizer(inner)), 1)
+
+
+def samples(batches) -> list[tuple[int, bytes]]:
+    return [
+        (int(i), image.numpy().tobytes())
+        for batch, _ in batches
+        for i, image in zip(batch.sample_id, batch.images, strict=True)
+    ]
+
+
+def threads() -> int:
+    return sum(thread.name == "mvlm-loader" for thread in threading.enumerate())
+
+
+def test_loader_threads_end_with_close_collection_and_the_last_batch(train_split, tokenizer):
+    assert threads() == 0
+    loader = load(train_split, tokenizer, batch_size=8)
+    first = samples(take(loader, 1))
+    assert threads() == 1
+    loader.close()
+    assert threads() == 0
+    assert samples(take(loader, 1)) != first  # it goes on
+    assert threads() == 1
+    del loader
+    gc.collect()
+    assert threads() == 0
+    assert len(list(load(train_split, tokenizer, batch_size=32, train=False))) == 2
+    assert threads() == 0
+
+
+def test_an_error_in_the_loader_thread_is_raised_by_next(train_split, tokenizer, monkeypatch):
+    loader = load(train_split, tokenizer, batch_size=8)
+    take(loader, 2)
+    monkeypatch.setattr(reader_module.Segment, "next", lambda _: (_ for _ in ()).throw(OSError("the disk is gone")))
+    with pytest.raises(OSError, match="the disk is gone"):
+        take(loader, 20)
+    assert loader.step < 20

@@ -1,0 +1,107 @@
+import itertools
+
+import numpy as np
+import pytest
+
+from mvlm_dataloading import draw_patch_masks, draw_token_masks
+
+
+def patches_of_blocks(image_size: int, patch: int, block: int) -> dict[int, list[int]]:
+    """The patches of each block, by walking over the pixels."""
+    found: dict[int, set[int]] = {}
+    for y, x in itertools.product(range(0, image_size, patch), repeat=2):
+        number = y // patch * (image_size // patch) + x // patch
+        found.setdefault(y // block * (image_size // block) + x // block, set()).add(number)
+    return {b: sorted(p) for b, p in found.items()}
+
+
+@pytest.mark.parametrize(
+    "image_size, patch, block, ratio, blocks",
+    [(224, 16, 32, 0.6, 29), (96, 16, 32, 0.6, 5), (96, 8, 32, 0.6, 5), (64, 32, 32, 0.6, 2), (64, 16, 16, 0.5, 8)],
+)
+def test_patch_masks_are_an_exact_number_of_whole_blocks(image_size, patch, block, ratio, blocks):
+    ids = draw_patch_masks(3, 1, np.arange(200), image_size=image_size, patch_size=patch, mask_block=block, ratio=ratio)
+    assert ids.dtype == np.int64
+    assert ids.shape == (200, blocks * (block // patch) ** 2)
+    table = patches_of_blocks(image_size, patch, block)
+    for row in ids.tolist():
+        assert row == sorted(set(row))
+        masked = [b for b, patches in table.items() if set(patches) <= set(row)]
+        assert len(masked) == blocks
+        assert sorted(itertools.chain.from_iterable(table[b] for b in masked)) == row
+
+
+def test_every_set_of_blocks_is_equally_likely():
+    draws = 12_600
+    ids = draw_patch_masks(0, 0, np.arange(draws), image_size=96, patch_size=32, mask_block=32)
+    _, counts = np.unique(ids, axis=0, return_counts=True)
+    assert len(counts) == 126  # 5 of 9
+    # Chi-square with 125 degrees of freedom: mean 125, standard deviation 15.8; bounds at four of them.
+    assert 62 < ((counts - draws / 126) ** 2 / (draws / 126)).sum() < 188
+
+
+@pytest.mark.parametrize("sizes", [(100, 16, 32), (96, 16, 64), (96, 12, 32), (96, 0, 32)])
+def test_mask_sizes_that_do_not_fit_are_named(sizes):
+    image_size, patch, block = sizes
+    with pytest.raises(ValueError, match=rf"got image {image_size}, mask block {block}, patch {patch}"):
+        draw_patch_masks(0, 0, [0], image_size=image_size, patch_size=patch, mask_block=block)
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.01, 1.2])
+def test_a_mask_ratio_that_masks_nothing_or_too_much_is_refused(ratio):
+    with pytest.raises(ValueError, match="wanted a mask ratio"):
+        draw_patch_masks(0, 0, [0], image_size=96, ratio=ratio)
+
+
+def test_token_masks_hold_the_exact_number_of_ordinary_tokens():
+    lengths = np.array([3, 4, 5, 7, 12, 17, 24, 40, 3])
+    ids = draw_token_masks(7, 2, np.arange(9), lengths)
+    assert ids.dtype == np.int64
+    assert ids.tolist() == sorted(set(ids.tolist()))
+    begin = 0
+    for length in lengths.tolist():
+        inside = [i for i in ids.tolist() if begin <= i < begin + length]
+        assert len(inside) == max(1, round(0.3 * (length - 2)))
+        assert begin not in inside  # [CLS]
+        assert begin + length - 1 not in inside  # [SEP]
+        begin += length
+
+
+def test_mask_counts_round_halves_to_even():
+    for ordinary, wanted in ((5, 2), (15, 4), (25, 8)):  # 1.5, 4.5, 7.5
+        assert len(draw_token_masks(0, 0, [0], [ordinary + 2])) == wanted == round(0.3 * ordinary)
+
+
+def test_every_token_is_equally_likely():
+    draws = 6000
+    ids = draw_token_masks(0, 0, np.arange(draws), np.full(draws, 12))
+    places = ids % 12
+    counts = np.bincount(places, minlength=12)[1:11]
+    assert counts.sum() == 3 * draws
+    assert np.abs(counts - 0.3 * draws).max() < 5 * np.sqrt(draws * 0.3 * 0.7)
+
+
+def test_captions_without_an_ordinary_token_are_refused():
+    with pytest.raises(ValueError, match="got one of 2"):
+        draw_token_masks(0, 0, [0, 1], [5, 2])
+
+
+def test_masks_depend_on_the_sample_and_not_on_the_batch():
+    samples, epochs = np.arange(40), np.arange(40) // 25
+    lengths = 3 + samples % 9
+    patches = draw_patch_masks(1, epochs, samples, image_size=96)
+    tokens = np.split(
+        draw_token_masks(1, epochs, samples, lengths),
+        np.cumsum(np.maximum(1, np.rint(0.3 * (lengths - 2))))[:-1].astype(int),
+    )
+    begins = np.cumsum(lengths) - lengths
+    for i in np.random.default_rng(0).permutation(40):
+        one = slice(i, i + 1)
+        assert np.array_equal(draw_patch_masks(1, epochs[one], samples[one], image_size=96)[0], patches[i])
+        alone = draw_token_masks(1, int(epochs[i]), samples[one], lengths[one])
+        assert np.array_equal(alone, tokens[i] - begins[i])
+
+
+def test_masks_change_with_seed_epoch_and_sample():
+    draws = [draw_patch_masks(s, e, [i], image_size=224).tobytes() for s in (0, 1) for e in (0, 1) for i in range(5)]
+    assert len(set(draws)) == 20

@@ -1,0 +1,116 @@
+"""Tokens that are stored with the data."""
+
+import io
+import itertools
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+
+from mvlm_dataloading import DataError, Loader, open_dataset
+from mvlm_dataloading.build.shard_writer import format_index
+from mvlm_dataloading.loader.text import split_stored_tokens
+from support.data import make_captions, make_image
+
+LENGTH = 12
+
+
+def component(tokenizer, captions: list[str], length: int = LENGTH) -> bytes:
+    """By the definition: for each caption its count and its ids, int32."""
+    words = []
+    for caption in captions:
+        ids = tokenizer.encode([caption], length)[0].tolist()
+        words += [len(ids), *ids]
+    return np.array(words, "<i4").tobytes()
+
+
+@pytest.fixture
+def write(tmp_path, tokenizer):
+    def write(stored, described: dict | None, name: str = "data"):
+        """20 samples; `stored(i)` gives the component of sample i, None for none."""
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = []
+        with tarfile.open(folder / "train-000000.tar", "w") as tar:
+            for i in range(20):
+                parts = {"png": make_image(i), "txt": "\n".join(make_captions(i)).encode(), "tok": stored(i)}
+                line = []
+                for extension, content in parts.items():
+                    if content is None:
+                        continue
+                    member = tarfile.TarInfo(f"{i}.{extension}")
+                    member.size = len(content)
+                    line.append(f"{extension} {tar.offset + 512} {len(content)} {member.name}")
+                    tar.addfile(member, io.BytesIO(content))
+                lines.append(" ".join(line))
+        (folder / "train-000000.idx").write_text(format_index(lines))
+        size = (folder / "train-000000.tar").stat().st_size
+        shards = [{"tar": "train-000000.tar", "samples": 20, "bytes": size, "sha256": ""}]
+        description = {"format_version": 1, "splits": {"train": {"samples": 20, "captions": 0, "shards": shards}}}
+        (folder / "dataset.json").write_text(json.dumps(description | ({"tokens": described} if described else {})))
+        return open_dataset(folder, "train")
+
+    return write
+
+
+def batches(dataset, tokenizer, count: int = 5, length: int = LENGTH):
+    loader = Loader(dataset, tokenizer, batch_size=8, image_size=32, text_length=length, seed=2)
+    return list(itertools.islice(loader, count))
+
+
+def test_stored_tokens_equal_those_made_while_loading(write, tokenizer, monkeypatch):
+    described = {"fingerprint": tokenizer.fingerprint, "max_length": LENGTH}
+    dataset = write(lambda i: component(tokenizer, make_captions(i)), described)
+    plain = write(lambda i: None, None, "plain")
+    wanted = {length: batches(plain, tokenizer, length=length) for length in (LENGTH, 7)}
+    monkeypatch.setattr(type(tokenizer), "encode", None)  # must not be called
+    for length, expected in wanted.items():
+        for (a, masks), (b, other) in zip(batches(dataset, tokenizer, length=length), expected, strict=True):
+            assert torch.equal(a.tokens, b.tokens)
+            assert torch.equal(a.cu_seqlens, b.cu_seqlens)
+            assert torch.equal(a.text_id, b.text_id)
+            assert a.max_length == b.max_length
+            assert torch.equal(masks.token_ids, other.token_ids)
+
+
+@pytest.mark.parametrize("changed", [{"fingerprint": "other"}, {"max_length": LENGTH - 1}])
+def test_stored_tokens_of_another_tokenizer_or_length_are_not_used(write, tokenizer, changed, caplog):
+    caplog.set_level("INFO")
+    described = {"fingerprint": tokenizer.fingerprint, "max_length": LENGTH} | changed
+    dataset = write(lambda i: b"no tokens at all", described)
+    assert len(batches(dataset, tokenizer)) == 5
+    assert "captions are tokenized while loading" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "stored, message",
+    [
+        ([3, 2, 400, 3], "wanted stored tokens below the vocabulary's 400, found 400"),
+        ([3, 2, -1, 3], "wanted stored tokens below the vocabulary's 400, found -1"),
+        ([3, 9, 10, 3], r"wanted stored tokens as \[CLS\] ... \[SEP\], found \[9, 10, 3\]"),
+        ([2, 2, 3], "wanted a caption with a token, found"),
+        ([9, 2, 10, 3], "wanted stored tokens of 1 captions, found 16 bytes that hold 0"),
+        ([3, 2, 10, 3, 3, 2, 10, 3], "wanted stored tokens of 1 captions, found 32 bytes that hold 2"),
+        ([], "wanted stored tokens of 1 captions, found 0 bytes that hold 0"),
+        (None, "wanted stored tokens of 1 captions, found 0 bytes that hold 0"),
+    ],
+)
+def test_malformed_stored_tokens_are_refused_with_the_sample(write, tokenizer, stored, message):
+    described = {"fingerprint": tokenizer.fingerprint, "max_length": LENGTH}
+    content = None if stored is None else np.array(stored, "<i4").tobytes()
+    dataset = write(lambda i: content if i == 3 else component(tokenizer, make_captions(i)), described)
+    assert (tokenizer.vocab_size, tokenizer.cls_id, tokenizer.sep_id) == (400, 2, 3)
+    with pytest.raises(DataError, match=f"train-000000.tar offset .* key 3: {message}"):
+        batches(dataset, tokenizer)
+
+
+def test_a_truncated_token_component_is_refused():
+    assert [part.tolist() for part in split_stored_tokens(np.array([1, 7, 0, 2, 8, 9], "<i4").tobytes(), 3, "x")] == [
+        [7],
+        [],
+        [8, 9],
+    ]
+    with pytest.raises(DataError, match="x: wanted stored tokens of 1 captions, found 7 bytes"):
+        split_stored_tokens(np.array([1, 7], "<i4").tobytes()[:7], 1, "x")

@@ -1,0 +1,67 @@
+"""Reading annotation files."""
+
+import json
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from mvlm_dataloading import DataError
+from mvlm_dataloading.sources.files import read_json_list, read_rows
+from mvlm_dataloading.sources.folder import folder
+from mvlm_dataloading.sources.record import safe_key
+from mvlm_dataloading.sources.tables import huggingface
+from support import published
+from support.data import build_source
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    """Each folder once, by its own name where it has one in here; links that lead in a circle end."""
+    published.folder(tmp_path / "images")
+    published.folder(tmp_path / "elsewhere", 2)
+    (tmp_path / "images/0").symlink_to(tmp_path / "images/a")
+    (tmp_path / "images/a/circle").symlink_to(tmp_path / "images")
+    (tmp_path / "images/a/more").symlink_to(tmp_path / "elsewhere")
+    found = build_source(folder(tmp_path / "images"), tmp_path / "out")["train"]
+    names = ["a/0", "a/2", "a/4", "a/more/a/0", "a/more/b/1", "b/1", "b/3", "b/5"]
+    assert [*found] == [safe_key(name) for name in names]
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/part").symlink_to(tmp_path / "rows")
+    parquet.write_table(pyarrow.Table.from_pylist(hub_rows(2)), tmp_path / "rows/train.parquet")
+    assert len(build_source(huggingface([tmp_path / "linked"]), tmp_path / "rows-out")["train"]) == 2
+
+
+def hub_rows(count: int) -> list[dict]:
+    return [
+        {"image": {"bytes": published.encoded(published.make_image(i)), "path": f"{i}.jpg"},
+         "caption": published.captions(i), "id": f"row {i}"}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def test_a_long_json_list_is_read_in_chunks(tmp_path, monkeypatch):
+    elements = [1234567, "a] [,", {"b": [1, {"c": '\\"]'}]}, [], -0.5, None, "é" * 30]
+    file = tmp_path / "list.json"
+    for text in (json.dumps(elements), " \n" + json.dumps(elements, indent=3, ensure_ascii=False)):
+        file.write_text(text, encoding="utf-8")
+        for chunk in (1, 2, 3, 7, 64, 1 << 20):
+            monkeypatch.setattr("mvlm_dataloading.sources.files.CHUNK", chunk)
+            assert list(read_json_list(file)) == elements
+        file.write_text(text[:-1].rstrip(), encoding="utf-8")
+        with pytest.raises(DataError, match="wanted a JSON list, found no end after"):
+            list(read_json_list(file))
+    file.write_text('{"a": 1}')
+    with pytest.raises(DataError, match="wanted a JSON list, found "):
+        list(read_json_list(file))
+
+
+def test_tables_tolerate_common_download_errors(tmp_path):
+    (tmp_path / "a.csv").write_bytes(
+        '\ufeffimage,caption\n"a.jpg","two\nlines, ""quoted"""\nb.jpg,nul\0byte\n'.encode()
+    )
+    rows = list(read_rows(tmp_path / "a.csv"))
+    assert [row["caption"].replace("\0", " ") for row in rows] == ['two\nlines, "quoted"', "nul byte"]
+    (tmp_path / "a.jsonl").write_text('{"image": "a"}\n\n[1]\n')
+    with pytest.raises(DataError, match=r"a\.jsonl line 3: wanted a JSON object, found list"):
+        list(read_rows(tmp_path / "a.jsonl"))

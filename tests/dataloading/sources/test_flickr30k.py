@@ -1,0 +1,41 @@
+"""Flickr30k in each of its published forms."""
+
+import pytest
+
+from mvlm_dataloading import DataError
+from mvlm_dataloading.sources.flickr30k import flickr30k
+from support import published
+from support.data import build_source
+
+
+def expected(numbers, name=lambda i: f"{100 + i:012d}") -> dict[str, list[str]]:
+    return {name(i): published.captions(i) for i in numbers}
+
+
+@pytest.mark.parametrize("file", ["dataset_flickr30k.json", "flickr_annotations_30k.csv"])
+def test_flickr30k_with_splits(tmp_path, file):
+    published.flickr30k(tmp_path)
+    assert build_source(flickr30k(tmp_path, tmp_path / file), tmp_path / "out") == {
+        "train": expected(range(4), lambda i: str(1000 + i)),
+        "validation": expected([4], lambda i: str(1000 + i)),
+        "test": expected([5], lambda i: str(1000 + i)),
+    }
+
+
+@pytest.mark.parametrize("file", ["results_20130124.token", "results.csv"])
+def test_flickr30k_without_splits(tmp_path, file):
+    published.flickr30k(tmp_path)
+    found = build_source(flickr30k(tmp_path, tmp_path / file), tmp_path / "out")
+    assert found == {"train": expected(range(6), lambda i: str(1000 + i))}
+
+
+def test_flickr30k_finds_its_caption_file(tmp_path):
+    published.flickr30k(tmp_path)
+    assert {piece.split for piece in flickr30k(tmp_path).pieces} == {"train", "validation", "test"}
+    (tmp_path / "dataset_flickr30k.json").unlink()
+    (tmp_path / "flickr_annotations_30k.csv").unlink()
+    assert {piece.split for piece in flickr30k(tmp_path).pieces} == {"train"}
+    for name in ("results_20130124.token", "results.csv"):
+        (tmp_path / name).unlink()
+    with pytest.raises(DataError, match=r"dataset_flickr30k\.json: wanted a file, found none"):
+        flickr30k(tmp_path)

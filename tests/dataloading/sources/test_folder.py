@@ -1,0 +1,89 @@
+"""Folders of images, with captions in text files or in a table."""
+
+import os
+
+import pytest
+
+from mvlm_dataloading import DataError, open_dataset
+from mvlm_dataloading.sources.files import read_json_list
+from mvlm_dataloading.sources.flickr30k import flickr30k
+from mvlm_dataloading.sources.folder import folder
+from mvlm_dataloading.sources.record import safe_key
+from support import published
+from support.data import build_source, read_json_lines
+
+
+def test_folder_with_text_files(tmp_path):
+    published.folder(tmp_path / "images")
+    names = {safe_key(f"{'ab'[i % 2]}/{i}"): published.captions(i) for i in range(6)}
+    assert build_source(folder(tmp_path / "images"), tmp_path / "out") == {"train": names}
+    assert open_dataset(tmp_path / "out", "train").metadata(0)["file"] == "a/0.jpg"
+
+
+def test_folder_with_a_table(tmp_path):
+    published.folder(tmp_path / "images", sidecars=False)
+    names = {safe_key(f"{'ab'[i % 2]}/{i}"): published.captions(i) for i in range(6)}
+    table = folder(tmp_path / "images", tmp_path / "images/captions.csv")
+    assert build_source(table, tmp_path / "csv") == {"train": names}
+    found = build_source(folder(tmp_path / "images", tmp_path / "images/captions.jsonl"), tmp_path / "jsonl")
+    assert {split: len(part) for split, part in found.items()} == {"test": 2, "train": 2, "validation": 2}
+    assert {**found["train"], **found["validation"], **found["test"]} == names
+    with pytest.raises(DataError, match="wanted a column named text, found image, caption; name the columns"):
+        folder(tmp_path / "images", tmp_path / "images/captions.csv", caption_column="text")
+
+
+def test_splits_by_hash_depend_on_the_name_alone(tmp_path):
+    published.folder(tmp_path / "images", 40)
+    few = {record.key: piece.split for piece in folder(tmp_path / "images", validation=0.2, test=0.2).pieces
+           for record in piece.records(1 << 20)}  # fmt: skip
+    published.folder(tmp_path / "images", 60)
+    many = {record.key: piece.split for piece in folder(tmp_path / "images", validation=0.2, test=0.2).pieces
+            for record in piece.records(1 << 20)}  # fmt: skip
+    assert few.items() <= many.items()
+    counts = [list(many.values()).count(split) for split in ("train", "validation", "test")]
+    assert min(counts) >= 4
+    assert counts[0] > 24
+
+
+@pytest.mark.parametrize("split, validation, test", [("validation", 1.0, 0.0), ("test", 0.0, 1.0)])
+def test_all_images_of_a_folder_can_be_evaluation_images(tmp_path, split, validation, test):
+    published.folder(tmp_path / "images", 40)
+    found = build_source(folder(tmp_path / "images", validation=validation, test=test), tmp_path / "out")
+    assert {name: len(samples) for name, samples in found.items()} == {split: 40}
+
+
+def test_shares_of_validation_and_test_may_leave_nothing_for_train(tmp_path):
+    published.folder(tmp_path / "images", 40)
+    found = build_source(folder(tmp_path / "images", validation=0.7, test=0.3), tmp_path / "out")
+    assert found.keys() == {"validation", "test"}
+    assert sum(map(len, found.values())) == 40
+
+
+@pytest.mark.parametrize("shares", [(0.7, 0.4), (-0.1, 0.5), (0.5, 1.1), (float("nan"), 0.1)])
+def test_shares_that_exceed_the_whole_are_refused(tmp_path, shares):
+    message = f"validation and test: wanted shares from 0 to 1 that sum to at most 1, got {shares[0]} and {shares[1]}"
+    with pytest.raises(DataError, match=message):
+        folder(tmp_path, validation=shares[0], test=shares[1])
+
+
+def test_captions_in_another_encoding_are_rejected_one_by_one(tmp_path):
+    """As cp1252, which spreadsheets write: rejected one by one, and what is plain stays."""
+    names = ["0.jpg", "1.jpg", "é.jpg"]
+    for i, name in enumerate(names):
+        published.write_image(tmp_path / os.fsdecode(name.encode("cp1252")), i)
+    texts = ["un café à Paris", "a plain one", "a plain one too"]
+    rows = list(zip(names, texts, strict=True))
+    for file, text in (
+        ("c.csv", "image,caption\n" + "\n".join(map(",".join, rows))),
+        ("c.jsonl", "\n".join(f'{{"image": "{name}", "caption": "{text}"}}' for name, text in rows)),
+        ("c.token", "\n".join(f"{name}#0\t{text}" for name, text in rows)),
+        ("results.csv", "image_name| comment_number| comment\n" + "\n".join(map("| 0| ".join, rows))),
+    ):
+        (tmp_path / file).write_bytes(text.encode("cp1252"))
+        source = (folder if file.startswith("c.") and "token" not in file else flickr30k)(tmp_path, tmp_path / file)
+        out = tmp_path / f"out of {file}"
+        assert [*build_source(source, out)["train"].values()] == [["a plain one"], ["a plain one too"]], file
+        rejected = [(line["key"], line["reason"]) for line in read_json_lines(out / "rejected.jsonl")]
+        assert rejected == [("0", "caption is not valid Unicode")], file
+    (tmp_path / "list.json").write_bytes('["é", "e"]'.encode("cp1252"))
+    assert list(read_json_list(tmp_path / "list.json")) == ["\udce9", "e"]

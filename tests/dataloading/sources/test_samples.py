@@ -1,0 +1,138 @@
+"""Damaged and odd tars of other tools."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mvlm_dataloading import BuildOptions, DataError, build_shards, open_dataset
+from mvlm_dataloading.sources.record import safe_key
+from mvlm_dataloading.sources.tars import webdataset
+from support import published
+
+
+def rejections(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+
+
+def peak_since_reset() -> int:
+    """Bytes of this process's memory at most, since the file was last written to."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) << 10
+
+
+def write_tar(path: Path, members: list[tuple[tarfile.TarInfo | str, bytes]]) -> None:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name) if isinstance(name, str) else name
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+
+def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = kind, link
+    return member
+
+
+def test_odd_members_of_tars_are_skipped_or_rejected(tmp_path):
+    """Nothing is unpacked, so a path may climb as it likes; links and devices are no files."""
+    jpegs = [published.encoded(published.make_image(i)) for i in range(12)]
+    write_tar(
+        tmp_path / "odd.tar",
+        [
+            ("../../etc/climb.jpg", jpegs[0]), ("../../etc/climb.txt", b"climbs"),
+            ("/absolute.jpg", jpegs[1]), ("/absolute.txt", b"absolute"),
+            (special("linked.jpg", tarfile.SYMTYPE, "/etc/passwd"), b""), ("linked.txt", b"linked"),
+            (special("hard.jpg", tarfile.LNKTYPE, "/absolute.jpg"), b""), ("hard.txt", b"hard"),
+            (special("device.jpg", tarfile.CHRTYPE), b""), ("device.txt", b"device"),
+            (special("pipe.jpg", tarfile.FIFOTYPE), b""), ("pipe.txt", b"pipe"),
+            (special("folder.jpg", tarfile.DIRTYPE), b""), ("folder.txt", b"folder"),
+            ("猫 é.JPEG", jpegs[2]), ("猫 é.Txt", "猫".encode()),
+            ("dots.v1.final.jpg", jpegs[3]), ("dots.v1.final.txt", b"dots"),
+            ("twice.jpg", jpegs[4]), ("twice.png", jpegs[5]), ("twice.txt", b"twice"),
+            ("again.jpg", jpegs[6]), ("again.txt", b"again"),
+            ("other.jpg", jpegs[7]), ("other.txt", b"other"),
+            ("again.jpg", jpegs[8]), ("again.txt", b"again, another"),
+            ("latin1.jpg", jpegs[9]), ("latin1.txt", b"caf\xe9"),
+            ("mute.jpg", jpegs[10]),
+            ("blind.txt", b"blind"),
+            ("notes/README", b"not a sample"), (".hidden.jpg", jpegs[11]), ("unknown.xyz", b"1"),
+            ("long" * 60 + ".jpg", jpegs[11]), ("long" * 60 + ".txt", b"long"),
+        ],
+    )  # fmt: skip
+    out = build_shards(webdataset([tmp_path / "odd.tar"]), tmp_path / "out", workers=0)
+    dataset = open_dataset(out, "train")
+    names = ["../../etc/climb", "/absolute", "猫 é", "dots.v1.final", "again", "other", "long" * 60]
+    assert dataset.keys.tolist() == [safe_key(name) for name in names]
+    assert dataset.captions(2) == ["猫"]
+    rejected = {line["where"].removeprefix(f"{tmp_path}/"): line["reason"] for line in rejections(out)}
+    assert rejected == {
+        "odd.tar:linked": "no image",
+        "odd.tar:hard": "no image",
+        "odd.tar:device": "no image",
+        "odd.tar:pipe": "no image",
+        "odd.tar:folder": "no image",
+        "odd.tar:twice": "key names two files of a kind",
+        "odd.tar:again": "key was used before",
+        "odd.tar:latin1": "caption is not UTF-8",
+        "odd.tar:mute": "no caption",
+        "odd.tar:blind": "no image",
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["odd.tar", "out"]
+
+
+def test_truncated_tars_keep_their_whole_samples(tmp_path):
+    whole = tmp_path / "whole.tar"
+    jpegs = [published.encoded(published.make_image(i)) for i in range(3)]
+    write_tar(whole, [(f"{i}.{ext}", part) for i in range(3) for ext, part in (("jpg", jpegs[i]), ("txt", b"words"))])
+    with tarfile.open(whole) as tar:
+        members = tar.getmembers()
+    content = whole.read_bytes()
+    last = members[-2]  # the third image
+    cuts = {
+        "in a picture": last.offset_data + 100,
+        "in a header": last.offset + 100,
+        "behind a header": last.offset_data,
+        "before a caption": members[-1].offset,
+        "in a caption": members[-1].offset_data + 2,
+    }
+    for name, cut in cuts.items():
+        folder = tmp_path / name.replace(" ", "-")
+        folder.mkdir()
+        (folder / "cut.tar").write_bytes(content[:cut])
+        out = build_shards(webdataset([folder / "cut.tar"]), folder / "out", workers=0)
+        assert open_dataset(out, "train").keys.tolist() == ["0", "1"], name
+        reasons = [line["reason"] for line in rejections(out)]
+        assert reasons, name
+        assert all("tar" in reason or reason == "no caption" for reason in reasons), (name, reasons)
+    for name, content in (("empty", b""), ("no-tar", b"z" * 5000), ("gzip", b"\x1f\x8b" + bytes(100))):
+        (tmp_path / f"{name}.tar").write_bytes(content)
+        with pytest.raises(DataError, match="wanted at least one sample, found none; rejected"):
+            build_shards(webdataset([tmp_path / f"{name}.tar"]), tmp_path / f"{name}-out", workers=0)
+
+
+def test_a_tar_member_that_is_too_large_is_not_read(tmp_path):
+    """The file has a hole in it there."""
+    path = tmp_path / "huge.tar"
+    write_tar(path, [("a.jpg", published.encoded(published.make_image(0))), ("a.txt", b"a")])
+    member = tarfile.TarInfo("b.jpg")
+    member.size = 200 << 20
+    with path.open("r+b") as file:
+        file.seek(0)
+        with tarfile.open(path) as tar:
+            end = max(m.offset_data + 512 for m in tar.getmembers())
+        file.seek(end)
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(end + 512 + (200 << 20))
+        file.seek(0, 2)
+        file.write(bytes(1024))
+    Path("/proc/self/clear_refs").write_text("5")
+    before = peak_since_reset()
+    out = build_shards(webdataset([path]), tmp_path / "out", BuildOptions(max_image_bytes=1 << 20), workers=0)
+    assert peak_since_reset() - before < 100 << 20
+    reasons = [line["reason"] for line in rejections(out)]
+    assert reasons == ["image file is too large"]

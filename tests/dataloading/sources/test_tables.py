@@ -1,0 +1,69 @@
+"""Rows of Hugging Face `datasets`: parquet files and `save_to_disk`."""
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from mvlm_dataloading import DataError
+from mvlm_dataloading.sources.record import safe_key
+from mvlm_dataloading.sources.tables import huggingface
+from support import published
+from support.data import build_source
+
+
+def hub_rows(count: int) -> list[dict]:
+    return [
+        {"image": {"bytes": published.encoded(published.make_image(i)), "path": f"{i}.jpg"},
+         "caption": published.captions(i), "id": f"row {i}"}
+        for i in range(count)
+    ]  # fmt: skip
+
+
+def test_parquet_of_the_hub(tmp_path):
+    rows = hub_rows(5)
+    (tmp_path / "data").mkdir()
+    for name, part in (("train-00000-of-00002", rows[:2]), ("train-00001-of-00002", rows[2:4]), ("test", rows[4:])):
+        parquet.write_table(pyarrow.Table.from_pylist(part), tmp_path / f"data/{name}.parquet")
+    found = build_source(huggingface([tmp_path], key_column="id"), tmp_path / "out")
+    assert {split: [*part.values()] for split, part in found.items()} == {
+        "train": [published.captions(i) for i in range(4)],
+        "test": [published.captions(4)],
+    }
+    assert safe_key("row 0") in found["train"]
+    with pytest.raises(DataError, match="wanted a column named text, found image, caption, id"):
+        huggingface([tmp_path], caption_column="text")
+    with pytest.raises(DataError, match=r"test\.parquet: wanted each file once, found it twice"):
+        huggingface([tmp_path, tmp_path / "data/test.parquet"])
+
+
+def test_parquet_as_the_hub_converts_it(tmp_path):
+    for place in ("partial-train", "partial-validation", "test"):
+        (tmp_path / "default" / place).mkdir(parents=True)
+        parquet.write_table(pyarrow.Table.from_pylist(hub_rows(1)), tmp_path / f"default/{place}/0000.parquet")
+    assert [piece.split for piece in huggingface([tmp_path]).pieces] == ["train", "validation", "test"]
+
+
+def test_folders_of_save_to_disk(tmp_path):
+    import datasets
+
+    features = datasets.Features({"picture": datasets.Image(), "text": datasets.Value("string")})
+    parts = {}
+    for split, numbers in (("train", range(7)), ("validation", range(7, 9))):
+        columns = {
+            "picture": [{"bytes": published.encoded(published.make_image(i), "PNG"), "path": None} for i in numbers],
+            "text": [published.captions(i)[0] for i in numbers],
+        }
+        parts[split] = datasets.Dataset.from_dict(columns, features=features)
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved", num_shards={"train": 2, "validation": 1})
+    source = huggingface([tmp_path / "saved"], image_column="picture", caption_column="text")
+    assert len(source.pieces) == 3
+    found = build_source(source, tmp_path / "out")
+    assert {split: [*part.values()] for split, part in found.items()} == {
+        "train": [published.captions(i)[:1] for i in range(7)],
+        "validation": [published.captions(i)[:1] for i in (7, 8)],
+    }
+    one = build_source(
+        huggingface([tmp_path / "saved/train"], image_column="picture", caption_column="text", test=0.4),
+        tmp_path / "one",
+    )
+    assert len(one["train"]) + len(one["test"]) == 7

@@ -1,0 +1,93 @@
+"""Each published format, written to shards: who is in which split, with which captions."""
+
+import json
+import tarfile
+
+import pytest
+
+from mvlm_dataloading import DataError, open_dataset
+from mvlm_dataloading.sources.record import safe_key
+from mvlm_dataloading.sources.tars import cc3m, sbu, webdataset
+from support import published
+from support.data import build_source, read_json_lines
+
+
+def test_cc3m(tmp_path):
+    published.img2dataset(tmp_path / "train")
+    published.img2dataset(tmp_path / "validation", first=50, tars=1)
+    found = build_source(cc3m([tmp_path / "train"], [tmp_path / "validation"]), tmp_path / "out")
+    numbers = {"train": [0, 1, 2, 3, 5, 6, 7, 8], "validation": [50, 51, 52, 53]}
+    assert {split: [*part.values()] for split, part in found.items()} == {
+        split: [published.captions(i)[:1] for i in known] for split, known in numbers.items()
+    }
+    # Each download counts from 0.
+    assert [*found["train"]][:2] == ["train-000000000", "train-000000001"]
+    assert next(iter(found["validation"])) == "validation-000000000"
+    assert open_dataset(tmp_path / "out", "train").metadata(4)["url"] == "https://example.org/5.jpg"
+    assert [(line["key"], line["reason"]) for line in read_json_lines(tmp_path / "out/rejected.jsonl")] == [
+        ("train-000000004", "image was not downloaded"),
+        ("train-000010004", "image was not downloaded"),
+        ("validation-000000004", "image was not downloaded"),
+    ]
+
+
+def test_keys_of_several_downloads_are_prefixed(tmp_path):
+    """Each counts its samples from 0, and what could not be downloaded is another in each."""
+    for number, first in (("one", 0), ("two", 50)):
+        published.img2dataset(tmp_path / number, first=first)
+    found = build_source(cc3m([tmp_path / "one", tmp_path / "two"]), tmp_path / "out")
+    wanted = [i for first in (0, 5, 50, 55) for i in range(first, first + 4)]
+    assert [*found["train"].values()] == [published.captions(i)[:1] for i in wanted]
+    assert [*found["train"]][:: len(wanted) - 1] == ["0-000000000", "1-000010003"]
+    rejected = read_json_lines(tmp_path / "out/rejected.jsonl")
+    assert {line["reason"] for line in rejected} == {"image was not downloaded"}
+    assert rejected[-1]["where"] == f"{tmp_path / 'two' / '00001.tar'}:000010004"
+    # The tars one by one count on from another, in a folder each: another data set.
+    tars = [tmp_path / number / f"0000{tar}.tar" for number in ("one", "two") for tar in (0, 1)]
+    assert [*build_source(cc3m(tars), tmp_path / "tars")["train"]][-1] == "3-000010003"
+    assert cc3m(tars).recipe != cc3m([tmp_path / "one", tmp_path / "two"]).recipe
+
+
+def test_keys_of_tars_that_each_count_from_0_are_prefixed(tmp_path):
+    for tar in range(3):
+        with tarfile.open(tmp_path / f"part.{tar}.tar.gz", "w:gz") as file:
+            for k in range(2 if tar else 20):
+                image = published.encoded(published.make_image(10 * tar + k))
+                published.add_members(file, [(f"{k}.jpg", image), (f"{k}.txt", f"{tar} {k}".encode())])
+    source = webdataset([tmp_path])
+    found = build_source(source, tmp_path / "out")["train"]
+    assert [*found.values()] == [[f"{tar} {k}"] for tar in range(3) for k in range(2 if tar else 20)]
+    assert [*found][:2] == [safe_key("part.0-0"), safe_key("part.0-1")]
+    # Where no key comes again all stay as they are.
+    assert [*build_source(webdataset([tmp_path / "part.1.tar.gz"]), tmp_path / "alone")["train"]] == ["0", "1"]
+    assert webdataset([tmp_path]).recipe == source.recipe
+    with pytest.raises(DataError, match=r"part\.1\.tar\.gz: wanted each file once, found it twice"):
+        webdataset([tmp_path], validation=[tmp_path / "part.1.tar.gz"])
+
+
+def test_sbu(tmp_path):
+    published.img2dataset(tmp_path / "sbu")
+    (tmp_path / "sbu/00001.parquet").unlink()  # without its table a tar says nothing of what failed
+    found = build_source(sbu([tmp_path / "sbu"]), tmp_path / "out")
+    assert [*found["train"].values()] == [published.captions(i)[:1] for i in (0, 1, 2, 3, 5, 6, 7, 8)]
+    assert [line["key"] for line in read_json_lines(tmp_path / "out/rejected.jsonl")] == ["000000004"]
+
+
+def test_webdataset_of_other_tools(tmp_path):
+    jpegs = [published.encoded(published.make_image(i)) for i in range(6)]
+    with tarfile.open(tmp_path / "some.tar.gz", "w:gz") as tar:
+        published.add_members(
+            tar,
+            [
+                ("./a/one.JPG", jpegs[0]),
+                ("./a/one.TXT", b"\xef\xbb\xbffirst\nsecond"),
+                ("with.dots.in.it.jpeg", jpegs[1]),
+                ("with.dots.in.it.json", json.dumps({"text": ["third", "fourth"]}).encode()),
+                ("name with blanks.jpg", jpegs[2]),
+                ("name with blanks.cls", b"7"),
+                ("name with blanks.txt", b"fifth"),
+            ],
+        )
+    found = build_source(webdataset(test=[tmp_path / "some.tar.gz"], caption_field="text"), tmp_path / "out")
+    names = {"a/one": ["first", "second"], "with.dots.in.it": ["third", "fourth"], "name with blanks": ["fifth"]}
+    assert found == {"test": {safe_key(name): captions for name, captions in names.items()}}

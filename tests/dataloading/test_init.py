@@ -1,0 +1,28 @@
+import subprocess
+import sys
+
+import pytest
+
+import mvlm_dataloading
+
+
+def test_every_public_name_can_be_imported():
+    names = dir(mvlm_dataloading)
+    assert {"Loader", "open_dataset", "build_emoji", "Batch"} <= set(names)
+    for name in names:
+        assert getattr(mvlm_dataloading, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Loadr'"):
+        _ = mvlm_dataloading.Loadr
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_writing_shards_does_not_load_torch_or_dali():
+    run(
+        "import sys, mvlm_dataloading as d; d.ShardWriter, d.build_emoji, d.open_dataset, d.train_tokenizer;"
+        "assert not {'torch', 'nvidia.dali'} & set(sys.modules)"
+    )

@@ -1,0 +1,160 @@
+"""Reading a data set through, and indices made anew."""
+
+import hashlib
+import os
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mvlm_dataloading import (
+    BuildOptions,
+    DataError,
+    Loader,
+    build_shards,
+    check_shards,
+    make_view,
+    open_dataset,
+    rebuild_indices,
+)
+from mvlm_dataloading.sources.record import ListedPiece, Record, Source
+from mvlm_dataloading.tools.summary import findings_table
+from support import published
+
+CAPTIONS = {0: ["red and green"], 1: ["красный круг", "ein roter Kreis"], 2: ["赤い丸"], 3: ["7"]}
+
+
+def write(out: Path, count: int = 10, **settings) -> Path:
+    records = [
+        Record(
+            f"k{i}",
+            published.encoded(published.make_image(i, (60 + 10 * i, 50))),
+            CAPTIONS.get(i, [f"number {i}"]),
+            "",
+        )
+        for i in range(count)
+    ]
+    test = [Record("t", published.encoded(published.make_image(90), "PNG"), ["a", "b", "c"], "")]
+    pieces = [ListedPiece("train", records[k : k + 4]) for k in range(0, count, 4)]
+    pieces.append(ListedPiece("test", [*test, Record("bad", b"", ["x"], "")]))
+    return build_shards(Source("set", "tests", "CC0", {}, pieces), out, BuildOptions(**settings), workers=0)
+
+
+def damage(path: Path, old: bytes, new: bytes, after: bytes = b"") -> None:
+    content = path.read_bytes()
+    at = content.index(old, content.index(after))
+    path.write_bytes(content[:at] + new + content[at + len(old) :])
+    os.utime(path.with_suffix(".idx"))
+
+
+def problems(folder: Path) -> list[str]:
+    return [problem for findings in check_shards(folder, workers=0).values() for problem in findings.problems]
+
+
+def test_check_reports_statistics(tmp_path):
+    out = write(tmp_path / "out")
+    seen = []
+    found = check_shards(out, workers=0, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (11, 11)
+    train = found["train"]
+    assert train.sizes == [(60 + 10 * i, 50) for i in range(10)]
+    assert train.captions == [1, 2, *8 * [1]]
+    assert train.words == [3, 2, 3, 1, 1, *6 * [2]]
+    assert train.scripts == {"LATIN": 8, "CYRILLIC": 1, "CJK": 1, "NONE": 1} or train.scripts == {
+        "LATIN": 8, "CYRILLIC": 1, "HIRAGANA": 1, "NONE": 1,
+    }  # fmt: skip
+    assert (train.formats, found["test"].formats) == ({"jpg": 10}, {"png": 1})
+    assert problems(out) == []
+    rows = {line.split("  ")[0]: line.split() for line in findings_table(out, found).splitlines()}
+    assert rows["images"] == ["images", "1", "10"]
+    assert rows["captions"] == ["captions", "3", "11"]
+    assert rows["long side, pixels"][-5:] == ["60", "/", "105", "/", "150"]
+    assert rows["width over height"][-5:] == ["1.20", "/", "2.10", "/", "3.00"]
+    assert "rejected: 1 image file is empty" in findings_table(out, found)
+
+
+@pytest.mark.parametrize(
+    "metadata, problem",
+    [
+        (b"[" * 100_000, "wanted metadata as JSON, found"),
+        (b'{"a":' * 100_000, "wanted metadata as JSON, found"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "wanted metadata as JSON, found"),
+        (b'{"image_id": "\\ud800"}', None),
+    ],
+    ids=["lists", "objects", "a long number", "half a pair"],
+)
+def test_odd_metadata_are_refused_or_accepted_by_check_and_loader_alike(
+    tmp_path, tokenizer, monkeypatch, metadata, problem
+):
+    image = published.encoded(published.make_image(0))
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        published.add_members(tar, [("a.jpg", image), ("a.txt", b"words"), ("a.json", metadata)])
+    with monkeypatch.context() as other_tool:  # whose index has samples that ours leaves out
+        other_tool.setattr("mvlm_dataloading.tools.reindex.parse_metadata", lambda text, where: {})
+        rebuild_indices(tmp_path)
+    loader = Loader(open_dataset(tmp_path, "train"), tokenizer, batch_size=1, image_size=32, text_length=8, seed=0)
+    if problem is None:
+        assert problems(tmp_path) == []
+        batch, _ = next(iter(loader))
+        wanted = hashlib.blake2b(b"image_id \xed\xa0\x80", digest_size=8).digest()
+        assert batch.image_id.tolist() == [int.from_bytes(wanted, "little", signed=True)]
+    else:
+        (found,) = problems(tmp_path)
+        assert problem in found
+        with pytest.raises(DataError, match=problem):
+            next(iter(loader))
+    loader.close()
+
+
+def test_check_finds_and_names_damage(tmp_path):
+    out = write(tmp_path / "out")
+    damage(out / "train-000001.tar", b"number 5", b"number\xff5")
+    found = problems(out)
+    # Besides, opening the split may say so, as its captions are short.
+    assert len(found) in (2, 3)
+    assert "train-000001.tar: wanted sha256" in found[-2]
+    assert found[-1].startswith("train-000001.tar key k5: wanted captions in UTF-8")
+    other = write(tmp_path / "other")
+    jpeg = open_dataset(other, "train").image_bytes(9)
+    damage(other / "train-000002.tar", jpeg[200:], bytes(len(jpeg) - 200))
+    assert "train-000002.tar key k9: wanted an image, found that image cannot be decoded" in problems(other)
+    (other / "train-000000.tar").unlink()
+    found = problems(other)
+    assert "train-000000.tar: wanted a shard that dataset.json names, found no such file" in found[0]
+    assert "train-000000.tar: wanted a shard and its index, found" in found[1]
+    assert len(found) == 4  # the rest was read all the same
+
+
+def test_check_finds_a_repeated_key(tmp_path):
+    out = write(tmp_path / "out")
+    damage(out / "train-000002.tar", b"k8.jpg", b"k1.jpg")
+    damage(out / "train-000002.tar", b"k8.txt", b"k1.txt")
+    damage(out / "train-000002.tar", b"k8.json", b"k1.json")
+    for member in ("jpg", "txt", "json"):  # the checksums of the headers
+        content = bytearray((out / "train-000002.tar").read_bytes())
+        at = content.index(f"k1.{member}".encode())
+        content[at + 148 : at + 156] = b" " * 8
+        content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
+        (out / "train-000002.tar").write_bytes(content)
+    rebuild_indices(out)
+    assert "train: wanted unique keys, found k1 more than once" in problems(out)
+    make_view(tmp_path / "view", [write(tmp_path / "good")], weights=[2])
+    assert problems(tmp_path / "view") == []  # there it is meant
+
+
+def test_check_finds_token_ids_beyond_the_vocabulary(tmp_path, tokenizer):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    out = write(tmp_path / "out", tokenizer=tmp_path / "tokenizer.json", text_length=8)
+    assert problems(out) == []
+    ids, _ = tokenizer.encode(["number 6"], 8)
+    tokens = np.array([len(ids), *ids], "<i4")
+    for wrong, message in (
+        ([*tokens[:-1], 70000], "k6: wanted token ids below 400, found .* to 70000"),
+        ([*tokens[:-1], -1], "k6: wanted token ids below 400, found -1 to"),
+        ([99, *tokens[1:]], "k6: wanted a caption's token ids, found a count of 99 before"),
+    ):
+        damage(out / "train-000001.tar", tokens.tobytes(), np.array(wrong, "<i4").tobytes(), b"k6.tok")
+        assert any(re.search(message, problem) for problem in problems(out))
+        damage(out / "train-000001.tar", np.array(wrong, "<i4").tobytes(), tokens.tobytes(), b"k6.tok")

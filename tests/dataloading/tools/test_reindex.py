@@ -1,0 +1,131 @@
+"""Rebuilding indices, and indexing tars of other tools in place."""
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvlm_dataloading import (
+    BuildOptions,
+    DataError,
+    Loader,
+    ViewOptions,
+    build_shards,
+    check_shards,
+    make_view,
+    open_dataset,
+    rebuild_indices,
+)
+from mvlm_dataloading.sources.record import ListedPiece, Record, Source
+from support import published
+
+CAPTIONS = {0: ["red and green"], 1: ["красный круг", "ein roter Kreis"], 2: ["赤い丸"], 3: ["7"]}
+
+
+def write(out: Path, count: int = 10, **settings) -> Path:
+    records = [
+        Record(
+            f"k{i}", published.encoded(published.make_image(i, (60 + 10 * i, 50))), CAPTIONS.get(i, [f"number {i}"]), ""
+        )
+        for i in range(count)
+    ]
+    test = [Record("t", published.encoded(published.make_image(90), "PNG"), ["a", "b", "c"], "")]
+    pieces = [ListedPiece("train", records[k : k + 4]) for k in range(0, count, 4)]
+    pieces.append(ListedPiece("test", [*test, Record("bad", b"", ["x"], "")]))
+    return build_shards(Source("set", "tests", "CC0", {}, pieces), out, BuildOptions(**settings), workers=0)
+
+
+def problems(folder: Path) -> list[str]:
+    return [problem for findings in check_shards(folder, workers=0).values() for problem in findings.problems]
+
+
+def test_indices_of_a_data_folder_are_rebuilt(tmp_path):
+    out = write(tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in out.glob("*.idx")}
+    assert len(before) == 4
+    for path in out.glob("*.idx"):
+        path.unlink()
+    with pytest.raises(DataError, match="wanted the index of"):
+        open_dataset(out, "train")
+    rebuild_indices(out)
+    assert {path.name: path.read_bytes() for path in out.glob("*.idx")} == before
+    with (out / "train-000000.tar").open("r+b") as file:
+        file.truncate(3000)
+    with pytest.raises(DataError, match=r"train-000000\.tar: wanted a whole, uncompressed tar, found otherwise"):
+        rebuild_indices(out)
+    make_view(tmp_path / "view", [write(tmp_path / "good")])
+    with pytest.raises(DataError, match="wanted a folder of tars, found a view"):
+        rebuild_indices(tmp_path / "view")
+
+
+def foreign(folder: Path) -> None:
+    """Tars as other tools write them: dots, blanks and capitals in names, samples without a caption."""
+    folder.mkdir()
+    jpegs = [published.encoded(published.make_image(i)) for i in range(7)]
+    with tarfile.open(folder / "train-0.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        published.add_members(
+            tar,
+            [
+                ("a/v1.0.final.jpg", jpegs[0]), ("a/v1.0.final.txt", b"dots"), ("a/v1.0.final.cls", b"3"),
+                ("a name.JPG", jpegs[1]), ("a name.TXT", b"blanks"),
+                ("100%.jpg", jpegs[2]), ("100%.txt", b"per cent"),
+                ("mute.jpg", jpegs[3]), ("late.jpg", jpegs[3]),
+                ("é.jpg", jpegs[4]), ("é.txt", b"accent"),
+                ("n" * 120 + ".jpg", jpegs[5]), ("n" * 120 + ".txt", b"long"),
+                ("late.txt", b"late"),
+                ("latin.jpg", jpegs[3]), ("latin.txt", "\xe9t\xe9".encode("latin-1")),
+                ("blank.jpg", jpegs[3]), ("blank.txt", b" \n" * 9),
+                ("list.jpg", jpegs[3]), ("list.txt", b"list"), ("list.json", b"[1]"),
+                ("book.jpg", jpegs[3]), ("book.txt", b"x" * (1 << 22) + b"y"),
+                ("two.jpg", jpegs[3]), ("two.png", jpegs[3]), ("two.txt", b"two"),
+            ],
+        )  # fmt: skip
+    with tarfile.open(folder / "val-0.tar", "w") as tar:
+        published.add_members(tar, [("v.jpg", jpegs[6]), ("v.txt", b"one\ntwo\n")])
+
+
+def test_tars_of_other_tools_are_indexed_in_place(tmp_path, tokenizer):
+    foreign(tmp_path / "tars")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "tars").glob("*.tar")}
+    description = rebuild_indices(tmp_path / "tars")
+    assert description["rejected"] == {
+        "files of a sample do not follow one another": 1,
+        "key names two files of a kind": 1,
+        "no caption": 2,
+        "caption is not UTF-8": 1,
+        "caption is too long": 1,
+        "metadata is not a JSON object": 1,
+    }
+    assert {split: (part["samples"], part["captions"]) for split, part in description["splits"].items()} == {
+        "train": (5, 5),
+        "validation": (1, 2),
+    }
+    dataset = open_dataset(tmp_path / "tars", "train")
+    assert dataset.keys.tolist() == ["a/v1.0.final", "a%20name", "100%25", "é", "n" * 120]
+    assert [dataset.captions(i)[0] for i in range(5)] == ["dots", "blanks", "per cent", "accent", "long"]
+    loader = Loader(dataset, tokenizer, batch_size=5, image_size=54, text_length=8, seed=0, train=False,
+                    patch_size=9, mask_block=18)  # fmt: skip
+    ((batch, _),) = list(loader)
+    for row, i in enumerate((0, 1, 2, 4, 5)):
+        wanted = np.asarray(published.make_image(i).resize((54, 54), Image.Resampling.BILINEAR), float).transpose(
+            2, 0, 1
+        )
+        assert np.abs(batch.images[row].numpy() - wanted).mean() < 8
+    assert problems(tmp_path / "tars") == []
+    make_view(tmp_path / "view", [tmp_path / "tars"], ViewOptions(match="blanks|accent"))
+    assert open_dataset(tmp_path / "view", "train").keys.tolist() == ["a%20name", "é"]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "tars").glob("*.tar")} == before
+
+
+def test_tars_that_cannot_be_indexed_are_refused(tmp_path):
+    with pytest.raises(DataError, match="wanted a folder of tars, found none"):
+        rebuild_indices(tmp_path)
+    for name, content in (("empty", b""), ("gzip", b"\x1f\x8b" + bytes(600)), ("text", b"x" * 600)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "a.tar").write_bytes(content)
+        with pytest.raises(DataError, match=r"a\.tar: wanted a whole, uncompressed tar, found otherwise"):
+            rebuild_indices(folder)
+        assert not list(folder.glob("*.idx")) + list(folder.glob("*.json"))

@@ -1,0 +1,328 @@
+"""Views: what DALI's reader does with an index, and data sets that are nothing but indices."""
+
+import hashlib
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mvlm_dataloading import BuildOptions, DataError, Loader, ViewOptions, build_shards, make_view, open_dataset
+from mvlm_dataloading.loader.crop import CropGeometry
+from mvlm_dataloading.loader.pipeline import build_pipeline
+from mvlm_dataloading.sources.record import ListedPiece, Record, Source
+from support import published
+
+
+def write(out: Path, numbers, splits=None, each: int = 6, captions=published.captions, **settings) -> Path:
+    """A data set of the images `numbers`, in tars of `each`."""
+    split_of = splits or (lambda i: "train")
+    records: dict[str, list[Record]] = {}
+    for i in numbers:
+        image = published.encoded(published.make_image(i, (60 + i, 50)), "PNG")
+        records.setdefault(split_of(i), []).append(Record(f"{out.name}{i:03d}", image, captions(i), str(i)))
+    pieces = [ListedPiece(s, known[k : k + each]) for s, known in records.items() for k in range(0, len(known), each)]
+    return build_shards(Source(out.name, "tests", "CC0", {}, pieces), out, BuildOptions(**settings), workers=0)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """20 images for training in four tars, 3 for a test."""
+    return write(tmp_path_factory.mktemp("views") / "one", range(23), lambda i: "test" if i >= 20 else "train")
+
+
+@pytest.fixture(scope="module")
+def two(one) -> Path:
+    """10 other images, and one that is in the test split of `one`."""
+    return write(one.parent / "two", [*range(100, 110), 20])
+
+
+def keys(folder: Path, split: str = "train") -> list[str]:
+    return open_dataset(folder, split).keys.tolist()
+
+
+def named(dataset: str, numbers) -> list[str]:
+    return [f"{dataset}{i:03d}" for i in numbers]
+
+
+def test_dali_follows_indices_that_permute_select_and_repeat(one, tmp_path):
+    """Undocumented, and all that views and our own order rest on: lines in any order, some of them, several times, and
+    a tar that is named again. For the installed version."""
+    lines = (one / "train-000000.idx").read_text().splitlines()[1:]
+    others = (one / "train-000001.idx").read_text().splitlines()[1:]
+    chosen = [[lines[i] for i in (4, 1, 1, 5)], [others[2]], [lines[i] for i in (0, 4)]]
+    tars = [str(one / f"train-00000{tar}.tar") for tar in (0, 1, 0)]
+    indices = []
+    for number, part in enumerate(chosen):
+        indices.append(tmp_path / f"{number}.idx")
+        indices[-1].write_text(f"v1.2 {len(part)}\n" + "\n".join(part) + "\n")
+    pipeline = build_pipeline(
+        tars, [*map(str, indices)], lambda batch: np.zeros((7, 4)), CropGeometry(image_size=32, random=False),
+        batch_size=7, num_threads=1,
+    )  # fmt: skip
+    wanted = [published.captions(i)[0] for i in (4, 1, 1, 5, 8, 0, 4)]
+    for _ in range(3):  # and again in the next epochs
+        text = pipeline.run()[2]
+        assert [text.at(row).tobytes().decode().split("\n")[0] for row in range(7)] == wanted
+
+
+def test_dali_takes_the_extension_from_the_index(tmp_path):
+    """So tars with dots in their names can be read in place."""
+    tar = tmp_path / "dots.tar"
+    image = published.encoded(published.make_image(0))
+    with tarfile.open(tar, "w") as file:
+        published.add_members(file, [("a.b.c.jpg", image), ("a.b.c.txt", b"dots")])
+    (tmp_path / "dots.idx").write_text(
+        f"v1.2 1\njpg 512 {len(image)} a.b.c.jpg txt {1536 + len(image) // 512 * 512} 4 a.b.c.txt\n"
+    )
+    pipeline = build_pipeline(
+        [str(tar)], [str(tmp_path / "dots.idx")], lambda batch: np.zeros((1, 4)),
+        CropGeometry(image_size=32, random=False),         batch_size=1, num_threads=1,
+    )  # fmt: skip
+    assert pipeline.run()[2].at(0).tobytes() == b"dots"
+
+
+def test_a_view_of_everything_is_the_data_set(one, tmp_path):
+    make_view(tmp_path / "view", [one])
+    assert sorted(path.suffix for path in (tmp_path / "view").iterdir()) == [*5 * [".idx"], ".json"]
+    for split in ("train", "test"):
+        view, whole = open_dataset(tmp_path / "view", split), open_dataset(one, split)
+        assert view.keys.tolist() == whole.keys.tolist()
+        for i in range(len(whole)):
+            assert view.image_bytes(i) == whole.image_bytes(i)
+            assert view.captions(i) == whole.captions(i)
+
+
+def test_a_view_selects_by_size_words_and_patterns(one, tmp_path):
+    choices = [
+        ("side", ViewOptions(max_aspect=1.4), named("one", range(11))),  # (60 + i) / 50
+        ("match", ViewOptions(match="number [5-7]$"), named("one", [5, 6, 7])),
+        ("without", ViewOptions(without="number 1"), named("one", [0, *range(2, 10)])),
+        ("words", ViewOptions(max_words=4), named("one", range(0, 20, 2))),  # odd numbers have a caption of five
+        ("both", ViewOptions(min_words=4, match="the 1"), named("one", [1, 11, 13, 15, 17, 19])),
+    ]  # fmt: skip
+    for name, choice, wanted in choices:
+        description = make_view(tmp_path / name, [one], choice)
+        assert keys(tmp_path / name) == wanted, name
+        train = description["splits"]["train"]
+        assert train["samples"] == len(wanted)
+        opened = open_dataset(tmp_path / name, "train")
+        assert train["captions"] == sum(len(opened.captions(i)) for i in range(len(wanted)))
+        total = sum(part["samples"] for part in description["splits"].values())
+        assert total + sum(description["rejected"].values()) == 23
+    make_view(tmp_path / "split", [one], ViewOptions(splits=("test",)))
+    assert keys(tmp_path / "split", "test") == named("one", [20, 21, 22])
+    with pytest.raises(DataError, match="wanted the split train, found test"):
+        open_dataset(tmp_path / "split", "train")
+
+
+def test_a_smaller_fraction_of_a_view_is_part_of_a_larger(one, tmp_path):
+    found = []
+    for fraction in (0.3, 0.6, 1.0):
+        make_view(tmp_path / str(fraction), [one], ViewOptions(fraction=fraction))
+        found.append(set(keys(tmp_path / str(fraction))))
+        assert len(keys(tmp_path / str(fraction), "test")) == 3  # evaluations are left whole
+    assert found[0] < found[1] < found[2]
+    make_view(tmp_path / "seed", [one], ViewOptions(fraction=0.6, seed=1))
+    assert set(keys(tmp_path / "seed")) != found[1]
+
+
+def test_a_fraction_of_a_fraction_is_drawn_independently(tmp_path):
+    """A half, a half of that, and of that: by fraction and by weight. About 60, 30 and 15 of 120."""
+    write(tmp_path / "whole", range(120), each=200, captions=lambda i: ["words"])
+    for kind in ("fraction", "weight"):
+        share = ViewOptions(fraction=0.5) if kind == "fraction" else ViewOptions()
+        found, source = [], tmp_path / "whole"
+        for turn in range(3):
+            view = tmp_path / f"{kind}{turn}"
+            make_view(view, [source], share, weights=[1.0 if kind == "fraction" else 0.5])
+            found.append(set(keys(view)))
+            source = view
+        assert found[0] > found[1] > found[2]
+        for turn, part in enumerate(found):
+            mean = 60 / 2**turn
+            assert abs(len(part) - mean) < 4 * (mean / 2) ** 0.5
+    make_view(tmp_path / "third", [tmp_path / "fraction0"], ViewOptions(fraction=0.3))
+    make_view(tmp_path / "again", [tmp_path / "fraction0"], ViewOptions(fraction=0.5))
+    assert set(keys(tmp_path / "third")) < set(keys(tmp_path / "again"))
+    assert set(keys(tmp_path / "again")) == set(keys(tmp_path / "fraction1"))
+
+
+def test_a_view_mixes_data_sets_by_weight(one, two, tmp_path):
+    description = make_view(tmp_path / "view", [one, two], weights=[0.5, 2.5])
+    found = keys(tmp_path / "view")
+    counts = {key: found.count(key) for key in found}
+    ones = [counts.get(key, 0) for key in named("one", range(20))]
+    twos = [counts.get(key, 0) for key in named("two", range(100, 110))]
+    assert set(ones) == {0, 1}
+    assert 4 <= sum(ones) <= 16
+    assert set(twos) == {2, 3}
+    assert 21 <= sum(twos) <= 29
+    # A image of one's test split is not trained on, whoever brings it.
+    assert "two020" not in counts
+    assert description["rejected"] == {"image is in an evaluation split": 1}
+    assert keys(tmp_path / "view", "test") == named("one", [20, 21, 22])
+
+
+def test_evaluation_images_stay_out_of_a_views_train_split(one, two, tmp_path):
+    """Image 20 of `two` is in `one`'s test split, of which these views take nothing."""
+    leaked = {"image is in an evaluation split": 1}
+    train = make_view(tmp_path / "train", [one, two], ViewOptions(splits=("train",)))
+    assert keys(tmp_path / "train") == named("one", range(20)) + named("two", range(100, 110))
+    assert (train["splits"].keys(), train["rejected"]) == ({"train"}, leaked)
+    # The test split's image 20 is filtered away, the same in train is not.
+    again = write(tmp_path / "again", [20, 21], captions=lambda i: ["chosen words"])
+    filtered = make_view(tmp_path / "filtered", [one, again, two], ViewOptions(without="number 2[02]$"))
+    assert keys(tmp_path / "filtered") == named("one", range(20)) + named("two", range(100, 110))
+    assert keys(tmp_path / "filtered", "test") == named("one", [21])
+    assert filtered["rejected"] == {"image is in an evaluation split": 2, "a caption matches": 3}
+
+
+def test_a_view_drops_duplicates_on_request(tmp_path):
+    def captions(i: int) -> list[str]:
+        return ["one caption"]
+
+    first = write(tmp_path / "a", range(4), captions=captions)
+    second = write(tmp_path / "b", range(2, 6), captions=captions, quality=60)
+    for choice, wanted in (
+        (ViewOptions(), 8),
+        (ViewOptions(duplicates="exact"), 6),
+        (ViewOptions(duplicates="near"), 6),
+    ):
+        make_view(tmp_path / choice.duplicates, [first, second], choice)
+        assert len(keys(tmp_path / choice.duplicates)) == wanted
+    assert keys(tmp_path / "exact") == [*named("a", range(4)), *named("b", [4, 5])]
+    # Tars of others say nothing of the published file: only the pixels are alike.
+    for tar in second.glob("*.tar"):
+        content = tar.read_bytes().replace(b'"phash"', b'"ahash"')
+        tar.write_bytes(content)
+        tar.with_suffix(".idx").touch()
+    make_view(tmp_path / "foreign", [first, second], ViewOptions(duplicates="exact"))
+    assert len(keys(tmp_path / "foreign")) == 8
+    make_view(tmp_path / "foreign-near", [first, second], ViewOptions(duplicates="near"))
+    assert len(keys(tmp_path / "foreign-near")) == 6
+
+
+def test_the_loader_reads_a_view(one, two, tmp_path, tokenizer):
+    make_view(tmp_path / "view", [one, two], ViewOptions(match="[05]$"), weights=[1, 2])
+    dataset = open_dataset(tmp_path / "view", "train")
+    # The images of a view in one's order: `two` has each twice.
+    assert dataset.keys.tolist() == named("one", [0, 5, 10, 15]) + named("two", [100, 100, 105, 105])
+    loader = Loader(dataset, tokenizer, batch_size=4, image_size=32, text_length=8, seed=0, train=False)
+    plain = Loader(
+        open_dataset(one, "train"), tokenizer, batch_size=20, image_size=32, text_length=8, seed=0, train=False
+    )
+    ((whole, _),) = list(plain)
+    batches = [batch for batch, _ in loader]
+    assert (batches[0].images.numpy() == whole.images.numpy()[[0, 5, 10, 15]]).all()
+    assert batches[1].image_id[0] == batches[1].image_id[1] != batches[1].image_id[2]
+
+
+def test_views_of_views_and_of_moved_folders(one, two, tmp_path):
+    make_view(tmp_path / "all" / "first", [one], ViewOptions(without="number 1"))
+    make_view(tmp_path / "all" / "second", [tmp_path / "all" / "first", two], ViewOptions(match="number .*[37]"))
+    wanted = named("one", [3, 7]) + named("two", [103, 107])
+    assert keys(tmp_path / "all" / "second") == wanted
+    # Tars are named by relative paths: a tree that is moved as a whole stays whole.
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    shutil.copytree(one, tree / "one")
+    make_view(tree / "view", [tree / "one"], ViewOptions(match="number 3"))
+    tree.rename(tmp_path / "moved")
+    assert keys(tmp_path / "moved" / "view") == ["one003"]
+    assert all(not shard["tar"].startswith("/") for part in
+               json.loads((tmp_path / "moved/view/dataset.json").read_text())["splits"].values()
+               for shard in part["shards"])  # fmt: skip
+
+
+def test_views_seen_through_links(one, tmp_path):
+    """A link to a view, a view written and read through links, and of a source behind one."""
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    make_view(tmp_path / "deep" / "er" / "view", [one], ViewOptions(match="number 3"))
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "er" / "view")
+    assert keys(tmp_path / "link") == ["one003"]
+    (tmp_path / "folder").symlink_to(tmp_path / "deep" / "er")
+    (tmp_path / "source").symlink_to(one)
+    make_view(
+        tmp_path / "folder" / "second", [tmp_path / "source", tmp_path / "link"], ViewOptions(match="number [34]")
+    )
+    wanted = ["one003", "one004", "one003"]
+    for folder in (tmp_path / "folder" / "second", tmp_path / "deep" / "er" / "second"):
+        assert keys(folder) == wanted
+        assert open_dataset(folder, "train").captions(0) == published.captions(3)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "to-empty").symlink_to(tmp_path / "empty")
+    make_view(tmp_path / "to-empty", [one], ViewOptions(match="number 3"))
+    assert keys(tmp_path / "empty") == ["one003"]
+
+
+def test_the_fingerprint_of_a_view_follows_its_options(one, tmp_path):
+    prints = set()
+    for name, pattern in (("a", "number 3$"), ("b", "number 4$"), ("c", "number 3$")):
+        make_view(tmp_path / name, [one], ViewOptions(match=pattern, splits=("train",)))
+        prints.add(open_dataset(tmp_path / name, "train").fingerprint)
+    assert len(prints) == 2  # equal choices, equal fingerprints; as many others of the same tar, another
+
+
+def test_a_view_keeps_stored_tokens_if_all_sources_agree(tmp_path, tokenizer):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    sets = [
+        write(tmp_path / name, numbers, tokenizer=tmp_path / "tokenizer.json", text_length=length)
+        for name, numbers, length in (("a", range(3), 8), ("b", range(3, 6), 8), ("c", range(6, 9), 9))
+    ]
+    agreed = make_view(tmp_path / "agreed", sets[:2])
+    assert agreed["tokens"] == {"fingerprint": tokenizer.fingerprint, "max_length": 8}
+    digest = hashlib.sha256((tmp_path / "agreed" / "tokenizer.json").read_bytes()).hexdigest()
+    assert agreed["tokenizer"] == digest
+    assert " tok " in (tmp_path / "agreed" / "train-000000.idx").read_text()
+    assert "tokens" not in make_view(tmp_path / "others", sets)
+
+
+@pytest.fixture
+def broken(one, tmp_path) -> Path:
+    """A view beside a copy of its source, to be damaged."""
+    shutil.copytree(one, tmp_path / "source")
+    make_view(tmp_path / "view", [tmp_path / "source"], ViewOptions(match="number [0-5]$"))
+    return tmp_path / "view"
+
+
+def test_a_view_whose_shard_is_missing_is_refused(broken):
+    (broken.parent / "source" / "train-000000.tar").unlink()
+    with pytest.raises(DataError, match=r"source/train-000000\.tar: wanted a shard that dataset\.json names, found no"):
+        open_dataset(broken, "train")
+
+
+def test_a_view_with_the_index_of_another_tar_is_refused(broken):
+    shutil.copy(broken.parent / "source" / "train-000001.idx", broken / "train-000000.idx")
+    with pytest.raises(
+        DataError, match=r"wanted the index that dataset\.json names, found another; make the view again"
+    ):
+        open_dataset(broken, "train")
+
+
+def test_a_view_whose_source_was_rebuilt_is_refused(broken):
+    source = broken.parent / "source"
+    shutil.rmtree(source)
+    write(source, range(40, 60))
+    with pytest.raises(DataError, match=r"train-000000\.tar: wanted \d+ bytes as in dataset\.json, found"):
+        open_dataset(broken, "train")
+
+
+def test_malformed_views_are_refused(one, tmp_path):
+    for choice, weights, message in (
+        (ViewOptions(match="["), (), "match: wanted a regular expression"),
+        (ViewOptions(fraction=0), (), "fraction: wanted more than 0 and at most 1, got 0"),
+        (ViewOptions(splits=("dev",)), (), "splits: wanted some of test, train, got dev"),
+        (ViewOptions(), (1.0, 2.0), "weights: wanted a number above 0 for each of 1 sources"),
+        *((ViewOptions(), (float(w),), "weights: wanted a number above 0") for w in ("0", "-1", "nan", "inf")),
+        (ViewOptions(min_side=1000), (), "wanted at least one sample in the view, found none; left out"),
+    ):
+        with pytest.raises(DataError, match=message):
+            make_view(tmp_path / "view", [one], choice, weights=weights)
+        assert list(tmp_path.iterdir()) == []
+    (tmp_path / "view").mkdir()
+    (tmp_path / "view" / "letter").write_text("dear")
+    with pytest.raises(DataError, match="wanted a new or an empty folder"):
+        make_view(tmp_path / "view", [one])

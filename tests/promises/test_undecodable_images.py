@@ -1,0 +1,351 @@
+"""ImageTable that cannot be decoded, met in training."""
+
+import io
+import itertools
+import json
+import subprocess
+import sys
+import tarfile
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mvlm_dataloading import DataError, Dataset, Loader, ShardWriter, Tokenizer, open_dataset, rebuild_indices
+from mvlm_dataloading.loader.pipeline import build_pipeline
+from mvlm_dataloading.loader.sampler import SampleOrder, substitute_sample
+from mvlm_dataloading.randomness import Purpose, hash64
+from support.data import damage_images, make_image, wave_tokenizer, write_dataset, write_waves
+
+BAD = [3, 41, 77, 78]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return wave_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def train_split(tmp_path_factory) -> Dataset:
+    return open_dataset(write_waves(tmp_path_factory.mktemp("waves") / "data"), "train")
+
+
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory):
+    """100 images in a few shards, four of them damaged after they were written."""
+    folder = tmp_path_factory.mktemp("damaged") / "data"
+    write_dataset(folder, 100, max_shard_bytes=300_000, kinds=("PNG", "JPEG"))
+    damage_images(open_dataset(folder, "train"), BAD)
+    return open_dataset(folder, "train")
+
+
+def load(dataset, tokenizer, **settings) -> Loader:
+    defaults: dict[str, Any] = {"batch_size": 10, "image_size": 32, "text_length": 12, "seed": 1}
+    return Loader(dataset, tokenizer, **(defaults | settings))
+
+
+def stream(loader: Loader, count: int) -> list[tuple[int, bytes, bytes]]:
+    found = []
+    for batch, masks in itertools.islice(loader, count):
+        for b, i in enumerate(batch.sample_id.tolist()):
+            found.append((i, batch.images[b].numpy().tobytes(), masks.patch_ids[b].numpy().tobytes()))
+    return found
+
+
+def test_undecodable_images_are_replaced_counted_and_named(damaged, tokenizer, caplog):
+    loader = load(damaged, tokenizer)
+    samples = [i for i, _, _ in stream(loader, 30)]  # three epochs
+    assert loader.skipped == 4
+    ids, epochs = SampleOrder(damaged.shard, 1, shuffle=True)(0, 300)
+    for got, wanted, epoch in zip(samples, ids.tolist(), epochs.tolist(), strict=True):
+        assert got == (substitute_sample(1, epoch, wanted, 100, set(BAD)) if wanted in BAD else wanted)
+    skips = [record.getMessage() for record in caplog.records if "cannot be decoded" in record.getMessage()]
+    assert sorted(skips) == sorted(f"skipped an image that cannot be decoded: {damaged.where(i)}" for i in BAD)
+    assert all(".tar offset " in skip and " key train00" in skip for skip in skips)
+
+
+@pytest.mark.slow
+def test_substitutes_do_not_depend_on_the_batch_size(damaged, tokenizer):
+    wanted = stream(load(damaged, tokenizer), 20)
+    assert stream(load(damaged, tokenizer, batch_size=1, num_threads=1), 60) == wanted[:60]
+    assert stream(load(damaged, tokenizer, batch_size=100), 2) == wanted
+
+
+@pytest.mark.parametrize("batches", [1, 6, 13])
+def test_resume_with_undecodable_images_is_exact(damaged, tokenizer, batches):
+    whole = stream(load(damaged, tokenizer), 25)
+    loader = load(damaged, tokenizer)
+    stream(loader, batches)
+    state = json.loads(json.dumps(loader.state_dict()))
+    assert len(state["skipped"]) == loader.skipped
+    resumed = load(damaged, tokenizer)
+    resumed.load_state_dict(state)
+    assert resumed.skipped == loader.skipped
+    assert stream(resumed, 25 - batches) == whole[10 * batches :]
+    assert resumed.skipped == 4
+
+
+def test_ranks_that_know_other_undecodable_images_see_what_one_rank_sees(damaged, tokenizer):
+    wanted = stream(load(damaged, tokenizer), 16)
+    loaders = [load(damaged, tokenizer, rank=rank, world_size=2) for rank in range(2)]
+    shares = [stream(loader, 5) for loader in loaders]
+    assert len({tuple(loader.state_dict()["skipped"]) for loader in loaders}) == 2
+    for loader, share in zip(loaders, shares, strict=True):
+        share += stream(loader, 11)
+    for step in range(16):
+        rows = [row for share in shares for row in share[5 * step : 5 * step + 5]]
+        assert rows == wanted[10 * step : 10 * step + 10]
+
+
+def test_the_limit_of_undecodable_images_holds_for_each_rank(damaged, tokenizer):
+    """A rank has met half of the samples, so half as many bad ones are too many, but for chance."""
+    loader = load(damaged, tokenizer, rank=1, world_size=2, max_bad_fraction=0.0)
+    with pytest.raises(DataError, match="wanted at most 0% undecodable images, found 1 of 50"):
+        stream(loader, 10)
+
+
+@pytest.fixture
+def many(tmp_path):
+    """400 images, and a function that damages each one whose number modulo 100 is below its argument."""
+    folder = write_dataset(tmp_path / "data", 400, kinds=("JPEG",))
+
+    def damaged(percent: int) -> Dataset:
+        damage_images(open_dataset(folder, "train"), [i for i in range(400) if i % 100 < percent])
+        return open_dataset(folder, "train")
+
+    return damaged
+
+
+def of_all_ranks(dataset, tokenizer, state: dict[str, Any] | None, batches: int) -> dict[str, Any]:
+    """What a run of eight ranks saves after some batches, 40 samples each: the bad ones that any of them knows of."""
+    states = []
+    for rank in range(8):
+        loader = load(dataset, tokenizer, batch_size=40, rank=rank, world_size=8)
+        if state is not None:
+            loader.load_state_dict(state)
+        stream(loader, batches)
+        loader.close()
+        states.append(json.loads(json.dumps(loader.state_dict())))
+    known = sorted(set().union(*(state["skipped"] for state in states)))
+    return states[0] | {"skipped": known, "met": states[0]["epoch"] * len(dataset) + states[0]["position"]}
+
+
+@pytest.mark.slow
+def test_ranks_that_resume_see_what_uninterrupted_ranks_see(many, tokenizer):
+    """4 % are bad and 5 % may be: no rank may count against itself what the others had found."""
+    dataset = many(4)
+    of_all_ranks(dataset, tokenizer, None, 20)  # two epochs
+    half = of_all_ranks(dataset, tokenizer, None, 5)
+    assert len(half["skipped"]) > 5
+    end = of_all_ranks(dataset, tokenizer, half, 15)
+    assert end["skipped"] == [i for i in range(400) if i % 100 < 4]
+
+
+@pytest.mark.slow
+def test_too_many_undecodable_images_stop_ranks_however_often_they_resume(many, tokenizer):
+    dataset = many(10)
+    assert of_all_ranks(dataset, tokenizer, None, 10)  # a rank alone sees too few of them to be sure
+
+    def often() -> None:
+        state = None
+        for _ in range(10):
+            state = of_all_ranks(dataset, tokenizer, state, 1)
+
+    with pytest.raises(DataError, match=r"wanted at most 5% undecodable images, found \d+ of"):
+        often()
+    known = of_all_ranks(dataset, tokenizer, None, 10)
+    with pytest.raises(DataError, match="wanted at most 5% undecodable images, found 40 of 400"):
+        of_all_ranks(dataset, tokenizer, known, 1)
+
+
+def test_samples_seen_by_a_rank_continue_from_its_state(many, tokenizer):
+    """30 % are bad: found within the first epoch, whether resumed after each batch or not at all."""
+    dataset = many(30)
+
+    def run(each: int) -> None:
+        state = None
+        for _ in range(10 // each):
+            loader = load(dataset, tokenizer, batch_size=40, rank=3, world_size=8)
+            if state is not None:
+                loader.load_state_dict(state)
+            stream(loader, each)
+            state = loader.state_dict()
+            loader.close()
+
+    found = []
+    for each in (10, 1):
+        with pytest.raises(DataError, match="wanted at most 5% undecodable images") as error:
+            run(each)
+        found.append(str(error.value))
+    assert found[0] == found[1]
+
+
+def test_bytes_after_the_end_of_an_image_do_no_harm(tmp_path, tokenizer, caplog):
+    """The guard takes such a file for a damaged one, the decoder does not."""
+    kinds = {"JPEG": ".jpg", "PNG": ".png"}
+    for name, more in (("plain", b""), ("longer", b"\0" * 40)):
+        with ShardWriter(tmp_path / name, name="", source="", licence="", attribution="", recipe={}) as writer:
+            for i in range(12):
+                kind = list(kinds)[i % 2]
+                assert writer.add(f"{i}", make_image(i, kind=kind) + more, [f"picture {i}"], {"image_id": i}) is None
+    plain, longer = (stream(load(open_dataset(tmp_path / n, "train"), tokenizer), 3) for n in ("plain", "longer"))
+    assert plain == longer
+    assert "images with bytes after their end" in caplog.text
+    assert "cannot be decoded" not in caplog.text
+
+
+@pytest.fixture
+def truncated(request, tmp_path):
+    """24 JPEGs, of which 5 is cut at 90 % and 17 at 97 %: many a window lies above the cut and can be decoded.
+
+    A parameter is bytes after the end of every fourth.
+    """
+    with tarfile.open(tmp_path / "train-000.tar", "w") as tar:
+        for i in range(24):
+            image = make_image(i, kind="JPEG", size=(240, 320))
+            if i in (5, 17):
+                image = image[: int(len(image) * (0.9 if i == 5 else 0.97))]
+            elif i % 4 == 0:
+                image += getattr(request, "param", b"")
+            for name, content in ((f"{i:02d}.jpg", image), (f"{i:02d}.txt", b"a wave")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    rebuild_indices(tmp_path)
+    return open_dataset(tmp_path, "train")
+
+
+@pytest.mark.slow
+def test_a_truncated_image_is_bad_whatever_its_crop(truncated, tokenizer, caplog):
+    settings = {"batch_size": 8, "max_bad_fraction": 0.2}
+    for seed in range(4):
+        loader = load(truncated, tokenizer, **settings, seed=seed)
+        wanted = [i for i, _, _ in stream(loader, 12)]  # four epochs
+        loader.close()
+        assert loader.state_dict()["skipped"] == [5, 17]
+        assert not {5, 17} & set(wanted)
+        ranks = [load(truncated, tokenizer, **settings, seed=seed, rank=rank, world_size=2) for rank in range(2)]
+        shares = [[i for i, _, _ in stream(loader, 12)] for loader in ranks]
+        for loader in ranks:
+            loader.close()
+        assert [i for step in range(12) for share in shares for i in share[4 * step : 4 * step + 4]] == wanted
+    assert "bytes after their end" not in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("truncated", [b"\0"], indirect=True)
+def test_a_crop_that_fails_in_one_epoch_only_does_not_stop_training(truncated, tokenizer, caplog):
+    """Bytes after the end of other files turn the guard off, and then it is a batch that fails."""
+    found = set()
+    for seed in range(4):
+        loader = load(truncated, tokenizer, batch_size=1, max_bad_fraction=0.2, seed=seed)
+        stream(loader, 100)
+        loader.close()
+        found.update(loader.state_dict()["skipped"])
+    assert found == {5, 17}
+    assert "bytes after their end" in caplog.text
+
+
+def test_too_many_undecodable_images_stop_training_with_a_list(damaged, tokenizer):
+    loader = load(damaged, tokenizer, max_bad_fraction=0.03)
+    with pytest.raises(
+        DataError, match="wanted at most 3% undecodable images, found 4 of 100; build the data set again"
+    ) as error:
+        stream(loader, 10)
+    for i in BAD:
+        assert damaged.where(i) in str(error.value)
+    assert "\n" not in str(error.value)
+    # Four of a hundred are no more than 4 %.
+    stream(load(damaged, tokenizer, max_bad_fraction=0.04), 10)
+
+
+def test_a_substitute_may_be_undecodable_too(tmp_path, tokenizer):
+    """With three of four damaged, the first substitute often is, before it is known."""
+    folder = write_dataset(tmp_path / "data", 4)
+    damage_images(open_dataset(folder, "train"), [0, 1, 3])
+    loader = load(open_dataset(folder, "train"), tokenizer, batch_size=2, max_bad_fraction=0.9)
+    assert {i for i, _, _ in stream(loader, 20)} == {2}
+    assert loader.skipped == 3
+
+
+@pytest.mark.slow
+def test_an_undecodable_substitute_is_replaced_alike_on_all_ranks(tmp_path, tokenizer):
+    """Two bad ones of ten: a run that knows of the first has read its substitute, and finds that one bad."""
+    bad, epochs = {2, 7}, 8
+    folder = write_dataset(tmp_path / "data", 10)
+    damage_images(open_dataset(folder, "train"), bad)
+    dataset = open_dataset(folder, "train")
+    chains = 0
+    for seed in range(3):
+        at = zip(
+            *(part.tolist() for part in SampleOrder(dataset.shard, seed, shuffle=True)(0, 10 * epochs)), strict=True
+        )
+        wanted = []
+        for i, epoch in at:
+            draws = (int(hash64(Purpose.SUBSTITUTE, seed, epoch, i, k) % np.uint64(10)) for k in itertools.count())
+            wanted.append(i if i not in bad else next(draw for draw in draws if draw not in bad))
+        settings = {"seed": seed, "max_bad_fraction": 0.9}
+        for known in ([], [2]):
+            loader = load(dataset, tokenizer, **settings)
+            loader.load_state_dict(loader.state_dict() | {"skipped": known})
+            assert [i for i, _, _ in stream(loader, epochs)] == wanted, (seed, known)
+        ranks = [load(dataset, tokenizer, **settings, batch_size=2, rank=rank, world_size=2) for rank in range(2)]
+        shares = [[i for i, _, _ in stream(loader, 5 * epochs)] for loader in ranks]
+        assert [i for pair in zip(*shares, strict=True) for i in pair] == wanted, seed
+        chains += any(substitute_sample(seed, 0, i, 10, {i}) in bad for i in bad)
+    assert chains > 0  # else nothing of this was tried
+
+
+def test_a_pass_in_order_stops_at_an_undecodable_image(damaged, tokenizer):
+    with pytest.raises(DataError, match=r"offset .* key train0003: wanted an image, found one that cannot be decoded"):
+        stream(load(damaged, tokenizer, train=False), 10)
+
+
+def test_a_shard_that_vanishes_is_not_a_bad_image(tmp_path, tokenizer):
+    folder = write_dataset(tmp_path / "data", 4)
+    dataset = open_dataset(folder, "train")
+    damage_images(dataset, [0])
+    loader = load(dataset, tokenizer, batch_size=2)
+    dataset.tars[0].rename(tmp_path / "elsewhere")
+    with pytest.raises((OSError, RuntimeError)):
+        stream(loader, 10)
+    assert loader.skipped == 0
+
+
+def test_other_reader_failures_are_not_taken_for_undecodable_images(train_split, tokenizer, monkeypatch):
+    pipelines = []
+
+    def build_recorded(*args, **settings):
+        pipelines.append(build_pipeline(*args, **settings))
+        return pipelines[-1]
+
+    def fail():
+        raise RuntimeError("the disk is gone")
+
+    monkeypatch.setattr("mvlm_dataloading.loader.segment.build_pipeline", build_recorded)
+    loader = load(train_split, tokenizer, ahead=0)
+    stream(loader, 1)
+    monkeypatch.setattr(pipelines[0], "run", fail)
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        stream(loader, 1)
+    assert loader.skipped == 0
+
+
+ENDS_EARLY = """
+import sys
+from mvlm_dataloading import Loader, open_dataset, train_tokenizer
+
+dataset = open_dataset(sys.argv[1], "train")
+tokenizer = train_tokenizer(dataset.captions(0), 300)
+batches = iter(Loader(dataset, tokenizer, batch_size=50, image_size=224, text_length=16, seed=0))
+for _ in range(4):
+    next(batches)
+"""
+
+
+@pytest.mark.slow
+def test_no_image_is_blamed_when_the_interpreter_exits(tmp_path):
+    """It takes DALI's pipelines down while the loader's thread makes the next batch."""
+    write_dataset(tmp_path / "data", 100)
+    done = subprocess.run([sys.executable, "-c", ENDS_EARLY, tmp_path / "data"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -1,0 +1,206 @@
+"""Annotation files that are damaged, or that name files outside of the data set's folder."""
+
+import json
+import tarfile
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from mvlm_dataloading import DataError, build_shards, open_dataset
+from mvlm_dataloading.sources.coco import coco
+from mvlm_dataloading.sources.flickr30k import flickr30k
+from mvlm_dataloading.sources.folder import folder
+from mvlm_dataloading.sources.record import Source
+from mvlm_dataloading.sources.tables import huggingface
+from mvlm_dataloading.sources.tars import cc3m, webdataset
+from mvlm_dataloading.sources.visual_genome import visual_genome
+from support import published
+from support.data import build_source
+
+
+def written(source: Source, out: Path) -> tuple[list[str], list[str]]:
+    """Keys of the training images, and why the others were refused."""
+    build_shards(source, out, workers=0)
+    lines = (out / "rejected.jsonl").read_text().splitlines()
+    return open_dataset(out, "train").keys.tolist(), [json.loads(line)["reason"] for line in lines]
+
+
+def test_a_caption_table_cannot_name_files_outside_its_folder(tmp_path):
+    published.write_image(tmp_path / "secret.jpg", 0)
+    published.folder(tmp_path / "images", 1)
+    table = tmp_path / "table.jsonl"
+    names = ["../secret.jpg", str(tmp_path / "secret.jpg"), "a/0.jpg", "a/\0.jpg", "a/../../secret.jpg"]
+    table.write_text("".join(json.dumps({"image": name, "caption": "x"}) + "\n" for name in names))
+    keys, reasons = written(folder(tmp_path / "images", table), tmp_path / "out")
+    assert len(keys) == 1
+    assert sorted(reasons) == ["image file is missing", *3 * ["image is outside the folder"]]
+
+
+def outside_of(root: Path) -> list[str]:
+    """Names that lead from a folder two below `root`, as COCO's are, to a image beside it."""
+    published.write_image(root.parent / "secret.jpg", 0)
+    return ["../../secret.jpg", str(root.parent / "secret.jpg"), "a/../../../secret.jpg"]
+
+
+@pytest.mark.parametrize("karpathy", [False, True])
+def test_coco_annotations_cannot_name_files_outside_the_folder(tmp_path, karpathy):
+    root = tmp_path / "coco"
+    published.coco(root)
+    file, field = (
+        (root / "dataset_coco.json", "filename")
+        if karpathy
+        else (root / "annotations/captions_train2014.json", "file_name")
+    )
+    content = json.loads(file.read_text())
+    for image, name in zip(content["images"], outside_of(root), strict=False):
+        image[field] = name
+    if karpathy:
+        content["images"][3]["filepath"] = "../secret.jpg/.."
+    file.write_text(json.dumps(content))
+    keys, reasons = written(coco(root, file if karpathy else None), tmp_path / "out")
+    assert reasons == (3 + karpathy) * ["image is outside the folder"]
+    assert keys == [f"{100 + i:012d}" for i in range(3 + karpathy, 9 if karpathy else 8)]
+
+
+@pytest.mark.parametrize("suffix", ["json", "annotations.csv", "token", "results.csv"])
+def test_flickr30k_annotations_cannot_name_files_outside_the_folder(tmp_path, suffix):
+    root = tmp_path / "flickr"
+    published.flickr30k(root)
+    names = outside_of(root)
+    file = root / f"captions.{suffix.rpartition('.')[2]}"
+    if suffix == "json":
+        images = [{"filename": name, "split": "train", "sentences": [{"raw": "x"}]} for name in (*names, "1000.jpg")]
+        file.write_text(json.dumps({"images": images}))
+    elif suffix == "annotations.csv":
+        rows = [f'"[""x""]",train,{name}' for name in (*names, "1000.jpg")]
+        file.write_text("\n".join(["raw,split,filename", *rows]) + "\n")
+    elif suffix == "token":
+        file.write_text("".join(f"{name}#0\tx\n" for name in (*names, "1000.jpg")))
+    else:
+        file.write_text("image_name| comment_number| comment\n" + "".join(f"{n}| 0| x\n" for n in (*names, "1000.jpg")))
+    keys, reasons = written(flickr30k(root, file), tmp_path / "out")
+    assert keys == ["1000"]
+    assert reasons == 3 * ["image is outside the folder"]
+
+
+def test_visual_genome_and_save_to_disk_cannot_name_files_outside_the_folder(tmp_path):
+    """Visual Genome's images are named by numbers; the splits of save_to_disk are folders."""
+    published.visual_genome(tmp_path / "genome")
+    file = tmp_path / "genome/region_descriptions.json"
+    images = json.loads(file.read_text())
+    images[0]["id"] = "../../secret"
+    file.write_text(json.dumps(images))
+    with pytest.raises(DataError, match="wanted Visual Genome's region descriptions, found ValueError"):
+        visual_genome(tmp_path / "genome")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved/dataset_dict.json").write_text('{"splits": ["../genome"]}')
+    with pytest.raises(DataError, match=r"saved: wanted splits that are folders in it, found '\.\./genome'"):
+        huggingface([tmp_path / "saved"])
+
+
+def test_only_strings_are_captions_in_every_source(tmp_path):
+    """Nulls, numbers and objects, in every format that can hold them."""
+    cells = [["words", None], [None], [{"raw": "words", "id": 1}], [float("nan")], 7, None, "None"]
+    numbers = range(len(cells))
+    for i in numbers:
+        published.write_image(tmp_path / "folder" / f"{i}.jpg", i)
+    rows = "\n".join(json.dumps({"image": f"{i}.jpg", "caption": cells[i]}) for i in numbers)
+    (tmp_path / "folder/captions.jsonl").write_text(rows)
+    source = folder(tmp_path / "folder", tmp_path / "folder/captions.jsonl")
+    assert build_source(source, tmp_path / "a")["train"] == {"0": ["words"], "6": ["None"]}
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for i in numbers:
+            told = json.dumps({"caption": cells[i]}).encode()
+            published.add_members(tar, [(f"{i}.jpg", published.encoded(published.make_image(i))), (f"{i}.json", told)])
+    assert build_source(webdataset([tmp_path / "0.tar"]), tmp_path / "b")["train"] == {"0": ["words"], "6": ["None"]}
+    images = [published.encoded(published.make_image(i)) for i in range(3)]
+    parquet.write_table(
+        pyarrow.table({"image": images, "caption": [["x", None], [None], ["y"]]}), tmp_path / "0.parquet"
+    )
+    assert [*build_source(huggingface([tmp_path / "0.parquet"]), tmp_path / "c")["train"].values()] == [["x"], ["y"]]
+    published.coco(tmp_path / "coco")
+    published.flickr30k(tmp_path / "flickr")
+    published.visual_genome(tmp_path / "genome")
+    for file, caption in (
+        ("coco/annotations/captions_train2014.json", "caption"),
+        ("coco/dataset_coco.json", "raw"),
+        ("flickr/dataset_flickr30k.json", "raw"),
+        ("genome/region_descriptions.json", "phrase"),
+    ):
+        text = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(text.replace(f'"{caption}": "', f'"{caption}": null, "was": "', 1))
+    table = tmp_path / "flickr/flickr_annotations_30k.csv"
+    table.write_text(table.read_text().replace('[""soft colours, number 0""]', "[null]"))
+    for source in (
+        coco(tmp_path / "coco"),
+        coco(tmp_path / "coco", tmp_path / "coco/dataset_coco.json"),
+        flickr30k(tmp_path / "flickr"),
+        flickr30k(tmp_path / "flickr", table),
+        visual_genome(tmp_path / "genome"),
+    ):
+        first = next(record for piece in source.pieces if piece.split == "train" for record in piece.records(1))
+        assert list(first.captions) == [f"part {k} of picture 0" for k in (1, 2, 3, 0)][: len(first.captions)]
+        assert len(first.captions) == (4 if source.name == "visual-genome" else 0)
+
+
+@pytest.mark.parametrize(
+    "open_source, message",
+    [
+        (lambda at: coco(at), "annotations: wanted a folder, found none"),
+        (lambda at: coco(at, at / "k.json"), "k.json: wanted a file, found none"),
+        (lambda at: visual_genome(at), "VG_100K_2 .*wanted a folder, found none"),
+        (lambda at: cc3m([at]), "wanted a tar or a folder of tars, found none"),
+        (lambda at: huggingface([at]), "wanted parquet files or a folder of save_to_disk, found none"),
+        (lambda at: folder(at / "no"), "no: wanted a folder, found none"),
+        (lambda at: folder(at, test=1.5), "wanted shares from 0 to 1 that sum to at most 1, got 0.0 and 1.5"),
+    ],
+)
+def test_missing_files_columns_and_arguments_are_named(tmp_path, open_source, message):
+    with pytest.raises(DataError, match=message) as error:
+        open_source(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "wanted JSON, found"),
+        ("[]", "wanted Karpathy's dataset_coco.json, found TypeError"),
+        ('{"images": [{"filepath": "train2014"}]}', "wanted Karpathy's dataset_coco.json, found KeyError"),
+        ('{"images": [{"filepath": "train2014", "filename": "a.jpg", "split": "trial", "cocoid": 1, "sentences": []}]}',
+         "wanted a split named .*, found 'trial'"),
+    ],
+)  # fmt: skip
+def test_malformed_annotations_are_refused(tmp_path, text, message):
+    (tmp_path / "train2014").mkdir()
+    (tmp_path / "dataset_coco.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        coco(tmp_path, tmp_path / "dataset_coco.json")
+
+
+@pytest.mark.parametrize("number", ["a", 1e999, None, [1], {}])
+def test_malformed_image_numbers_are_refused(tmp_path, number):
+    published.coco(tmp_path / "coco")
+    published.visual_genome(tmp_path / "genome")
+    for name, open_source, field in (
+        ("coco/annotations/captions_train2014.json", lambda: coco(tmp_path / "coco"), "id"),
+        ("coco/dataset_coco.json", lambda: coco(tmp_path / "coco", tmp_path / "coco/dataset_coco.json"), "cocoid"),
+        ("genome/region_descriptions.json", lambda: visual_genome(tmp_path / "genome"), "id"),
+    ):
+        content = json.loads((tmp_path / name).read_text())
+        (content if isinstance(content, list) else content["images"])[1][field] = number
+        (tmp_path / name).write_text(json.dumps(content))
+        with pytest.raises(
+            DataError, match=r"\.json: wanted .*, found (Value|Type|Overflow)Error.*; download it again"
+        ):
+            open_source()
+
+
+def test_captions_nested_too_deeply_are_refused(tmp_path):
+    published.flickr30k(tmp_path)
+    file = tmp_path / "flickr_annotations_30k.csv"
+    file.write_text(f"raw,split,filename\n{'[' * 100_000},train,1000.jpg\n")
+    with pytest.raises(DataError, match="wanted columns raw, split and filename, found RecursionError"):
+        flickr30k(tmp_path, file)

@@ -1,0 +1,120 @@
+"""Small data sets made with Pillow: smooth images of several formats and sizes, several captions each."""
+
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mvlm_dataloading import BuildOptions, Dataset, ShardWriter, Tokenizer, build_shards, open_dataset, train_tokenizer
+from mvlm_dataloading.sources.record import ListedPiece, Record, Source
+
+from . import published
+
+
+def make_image(i: int, *, kind: str = "PNG", size: tuple[int, int] | None = None) -> bytes:
+    """Image number i: waves of colour, of (height, width) `size`."""
+    height, width = size or (40 + 13 * (i % 7), 90 - 11 * (i % 5))
+    y, x = np.mgrid[0:height, 0:width]
+    waves = [127.5 + 110 * np.sin(x / (6 + i % 3) + y / (9 + c) + 0.7 * i + c) for c in range(3)]
+    file = io.BytesIO()
+    Image.fromarray(np.stack(waves, axis=-1).astype(np.uint8)).save(file, kind, quality=95)
+    return file.getvalue()
+
+
+def make_captions(i: int) -> list[str]:
+    """One to three captions, none equal to another image's."""
+    return [f"picture number {i} of some waves", f"the {i}th wave", f"waves, {i} in all, seen from above at noon"][
+        : 1 + i % 3
+    ]
+
+
+def write_dataset(
+    folder: Path, count: int, *, max_shard_bytes: int = 1 << 30, splits=("train",), kinds=("PNG",), size=None
+) -> Path:
+    """A data set of `count` images in each split, of (height, width) `size` or of several sizes."""
+    with ShardWriter(
+        folder,
+        name="waves",
+        source="tests",
+        licence="CC0",
+        attribution="nobody",
+        recipe={"count": count},
+        max_shard_bytes=max_shard_bytes,
+    ) as writer:
+        for split in splits:
+            for i in range(count):
+                reason = writer.add(
+                    f"{split}{i:04d}",
+                    make_image(i, kind=kinds[i % len(kinds)], size=size),
+                    make_captions(i),
+                    {"number": i},
+                    split=split,
+                )
+                assert reason is None
+    return folder
+
+
+def damage_images(dataset: Dataset, ids) -> None:
+    """Make images undecodable without moving anything: what is left is their first 20 bytes."""
+    for i in ids:
+        with dataset.tars[dataset.shard[i]].open("r+b") as tar:
+            tar.seek(int(dataset.image.offset[i]) + 20)
+            tar.write(bytes(int(dataset.image.size[i]) - 20))
+    for tar in dataset.tars:
+        os.utime(tar.with_suffix(".idx"))
+
+
+def write_waves(folder: Path) -> Path:
+    """60 training and 60 test images in several shards, in three formats."""
+    return write_dataset(folder, 60, max_shard_bytes=150_000, splits=("train", "test"), kinds=("PNG", "JPEG", "WEBP"))
+
+
+def wave_tokenizer() -> Tokenizer:
+    """A tokenizer trained on the captions of 100 images."""
+    return train_tokenizer([caption for i in range(100) for caption in make_captions(i)], 400)
+
+
+def make_record(
+    key: str, image: Image.Image | bytes, captions: Sequence[str] = ("words",), kind: str = "PNG"
+) -> Record:
+    """A record of an image that is encoded as `kind` unless it is bytes already."""
+    content = image if isinstance(image, bytes) else published.encoded(image, kind)
+    return Record(key, content, list(captions), key)
+
+
+def build_records(
+    out: Path, splits: dict[str, list[Record]], each: int = 100, against: Sequence[Path] = (), **settings
+) -> Path:
+    """Build the records of each split as a data set, in this process, in pieces of `each`."""
+    pieces = [
+        ListedPiece(split, known[i : i + each]) for split, known in splits.items() for i in range(0, len(known), each)
+    ]
+    source = Source("set", "tests", "CC0", {}, pieces)
+    return build_shards(source, out, BuildOptions(**settings), against=against, workers=0)
+
+
+def build_source(source: Source, out: Path, **settings) -> dict[str, dict[str, list[str]]]:
+    """Build a source in this process. Returns what `captions_by_key` gives of it."""
+    return captions_by_key(build_shards(source, out, BuildOptions(**settings), workers=0))
+
+
+def captions_by_key(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """Captions by key, by split."""
+    found = {}
+    for split in json.loads((folder / "dataset.json").read_text())["splits"]:
+        dataset = open_dataset(folder, split)
+        found[split] = {dataset.keys[i]: dataset.captions(i) for i in range(len(dataset))}
+    return found
+
+
+def read_json_lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def file_contents(folder: Path) -> dict[str, bytes]:
+    """The bytes of each file in a folder, by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
