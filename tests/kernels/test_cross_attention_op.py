@@ -133,6 +133,7 @@ BAD = {
              "key_lengths": torch.tensor([4, 5])},
         "key_lengths must be None where cu_seqlens_k gives the lengths",
     ),
+    "scale": ({"scale": torch.ones((), requires_grad=True)}, "scale must be a float, got a tensor .* multiply q by it"),
 }  # fmt: skip
 
 
@@ -141,6 +142,12 @@ def test_bad_input(changes: dict[str, Any], message: str):
     tensors, kwargs = dense(**changes)
     with pytest.raises(ValueError, match=message):
         cross_attention(*tensors, **kwargs)
+
+
+def test_explain_refuses_a_tensor_as_scale():
+    tensors, _ = dense()
+    with pytest.raises(ValueError, match="scale must be a float"):
+        explain(cross_attention, *tensors, scale=torch.ones(()))
 
 
 def test_explain():

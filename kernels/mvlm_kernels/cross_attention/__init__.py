@@ -11,6 +11,7 @@ from mvlm_kernels.cross_attention.bounds import (
     check_arguments,
     check_values,
     longest_rows,
+    scale_of,
     short_side,
 )
 from mvlm_kernels.cross_attention.ops import attend_directly, attention_op, gpu_reasons, reasons, too_long
@@ -56,6 +57,7 @@ def _explain(
 ) -> tuple[str, ...]:
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
+    scale_of(scale, q.shape[-1])
     return reasons(q, *longest_rows(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k))
 
 
@@ -104,7 +106,7 @@ def cross_attention(
     """
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = scale_of(scale, q.shape[-1])
     len_q, len_k = longest_rows(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     side = short_side(len_q, len_k)
     if side is None:

@@ -26,6 +26,16 @@ def bucket(length: int) -> int:
     return 16 if length <= 16 else 32 if length <= 32 else 64 if length <= 64 else 128
 
 
+def scale_of(scale: float | None, width: int) -> float:
+    """The factor of the scores as a float; ``width ** -0.5`` by default. Raises ValueError for a tensor."""
+    if isinstance(scale, Tensor):
+        raise ValueError(
+            f"scale must be a float, got a tensor of shape {tuple(scale.shape)}, which would get no gradient; "
+            "multiply q by it and pass scale=1.0"
+        )
+    return float(width**-0.5 if scale is None else scale)
+
+
 def longest_rows(
     q: Tensor,
     k: Tensor,
