@@ -26,7 +26,7 @@ from mvlm_benchmarks.case_inputs import (
     Random,
 )
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
-from mvlm_kernels.patch_gather import reference as patches
+from mvlm_kernels.gather_patches import reference as patches
 from mvlm_kernels.pixel_loss import reference as pixels
 from mvlm_kernels.place_tokens import reference as placement
 

@@ -33,8 +33,8 @@ import torch
 from mvlm_kernels import dispatch
 
 MODULES = {
-    "cross_attention": "mvlm_kernels.cross_attention.targets",
-    "gather_patches": "mvlm_kernels.patch_gather.triton",
+    "cross_attention": "mvlm_kernels.cross_attention.aot_cases",
+    "gather_patches": "mvlm_kernels.gather_patches.triton",
     "masked_pixel_loss": "mvlm_kernels.pixel_loss.triton",
     "linear_pixel_loss": "mvlm_kernels.pixel_loss.linear",
     "place_tokens": "mvlm_kernels.place_tokens.triton",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mvlm_kernels import configs
 from mvlm_kernels.case import CHANNELS, FEATURES, MASKED, PATCH, PATCHES, SIDE, WIDTH, Case, Sizes, patch_ids
-from mvlm_kernels.patch_gather import gather_patches
+from mvlm_kernels.gather_patches import gather_patches
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
 
 
@@ -18,7 +18,7 @@ def _images(batch: int, device: str, dtype: torch.dtype) -> Tensor:
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
-def _usual_patches(images: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+def _eager_patches(images: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
     """Normalise, patchify, gather, as the MAE family does."""
     shape = (1, CHANNELS, 1, 1)
     mean = torch.zeros(shape, device=images.device, dtype=dtype)
@@ -44,7 +44,7 @@ def gather(dtype: torch.dtype) -> Case:
 
     def usual(sizes: Sizes, device: str):
         leaves, images, ids = inputs(sizes, device)
-        return leaves, lambda *_: _usual_patches(images, ids, torch.bfloat16)
+        return leaves, lambda *_: _eager_patches(images, ids, torch.bfloat16)
 
     def minimum(sizes: Sizes) -> tuple[int, int]:
         ids, out = MASKED * 4, MASKED * FEATURES * 2
@@ -68,7 +68,7 @@ def masked(kind: str, normalize: bool) -> Case:
 
     def usual(sizes: Sizes, device: str):
         pred, images, ids = inputs(sizes, device)
-        return [pred], lambda pred: _usual_loss(pred, images, ids, kind, normalize)
+        return [pred], lambda pred: _eager_loss(pred, images, ids, kind, normalize)
 
     def minimum(sizes: Sizes) -> tuple[int, int]:
         pixels = sizes["B"] * MASKED * FEATURES
@@ -79,8 +79,8 @@ def masked(kind: str, normalize: bool) -> Case:
     return Case("masked_pixel_loss", name, {"B": 256}, {"B": (1, 2)}, run, usual, minimum)
 
 
-def _usual_loss(pred: Tensor, images: Tensor, ids: Tensor, kind: str, normalize: bool) -> Tensor:
-    target = _usual_patches(images, ids, torch.float32)
+def _eager_loss(pred: Tensor, images: Tensor, ids: Tensor, kind: str, normalize: bool) -> Tensor:
+    target = _eager_patches(images, ids, torch.float32)
     if normalize:
         target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
     functional = torch.nn.functional
@@ -102,7 +102,7 @@ def linear(kind: str) -> Case:
     def usual(sizes: Sizes, device: str):
         leaves, images, ids = inputs(sizes, device)
         linear = torch.nn.functional.linear
-        return leaves, lambda h, w, b: _usual_loss(linear(h, w, b), images, ids, kind, False)
+        return leaves, lambda h, w, b: _eager_loss(linear(h, w, b), images, ids, kind, False)
 
     def minimum(sizes: Sizes) -> tuple[int, int]:
         rows = sizes["B"] * MASKED

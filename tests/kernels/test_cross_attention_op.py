@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch, explain, pack_key_mask
 from mvlm_kernels.cross_attention import targets
-from mvlm_kernels.cross_attention.bounds import longest_rows
+from mvlm_kernels.cross_attention.arguments import longest_rows
 
 
 def op_arguments(case: Case, requires_grad: bool = True) -> tuple[Any, ...]:

@@ -44,7 +44,7 @@ def launches() -> dict[str, Callable[[], Any]]:
     return {
         "key_lengths": lambda: attention(q, k, k, lengths, None, None, None, None, *bounds),
         "key_index": lambda: attention(q, k, k, None, None, lengths, None, None, *bounds),
-        "gather_patches": lambda: module("patch_gather")._forward(*pixels, torch.bfloat16),
+        "gather_patches": lambda: module("gather_patches")._forward(*pixels, torch.bfloat16),
         "masked_pixel_loss": lambda: losses._masked(pred, *pixels, "l1", False, True, True),
         "linear_pixel_loss": lambda: losses._linear(
             meta(2, 3, 5), meta(192, 5), None, *pixels, "l1", False, True, True

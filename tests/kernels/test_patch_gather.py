@@ -11,7 +11,7 @@ from kernel_checks import guarded
 from patch_cases import LAYOUTS, MEAN, SETTINGS, STD, accurate, assert_caught, make_ids, make_images, patches_oracle
 
 from mvlm_kernels import use_backend
-from mvlm_kernels.patch_gather import gather_patches
+from mvlm_kernels.gather_patches import gather_patches
 
 
 def check(images, ids, patch, mean=None, std=None, dtype=None, device="cpu"):
@@ -111,7 +111,7 @@ def test_strides_past_31_bits(stride):
 
 def test_a_bad_id_on_a_gpu_reads_nothing_and_is_loud():
     """Ids are not checked there by default; the launchers are called as the op calls them on a GPU."""
-    launchers = importlib.import_module("mvlm_kernels.patch_gather.triton")
+    launchers = importlib.import_module("mvlm_kernels.gather_patches.triton")
     images = guarded(make_images((1, 2, 4, 4), torch.float32, "contiguous"))
     ids = torch.tensor([[1, -1, 4, 2**31 - 1, 3]])
     out = launchers.gather_patches(images, ids, 2, None, None, torch.float32)
@@ -153,7 +153,7 @@ def exercise():
 
 @pytest.mark.parametrize("old, new", MUTANTS, ids=[new for _, new in MUTANTS])
 def test_a_broken_kernel_is_caught(old, new, tmp_path, poison):
-    assert_caught("mvlm_kernels.patch_gather.triton", old, new, tmp_path, poison, exercise)
+    assert_caught("mvlm_kernels.gather_patches.triton", old, new, tmp_path, poison, exercise)
 
 
 def test_the_whole_kernels_pass_what_the_broken_ones_fail():

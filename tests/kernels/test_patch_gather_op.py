@@ -7,7 +7,7 @@ import torch
 from patch_cases import MEAN, STD, make_ids, make_images
 
 from mvlm_kernels import dispatch, explain, use_backend
-from mvlm_kernels.patch_gather import gather_patches
+from mvlm_kernels.gather_patches import gather_patches
 
 OP = torch.ops.mvlm_kernels.gather_patches.default
 
@@ -77,7 +77,7 @@ def test_explain():
 
 
 def test_launchers_never_look_at_values():
-    launchers = importlib.import_module("mvlm_kernels.patch_gather.triton")
+    launchers = importlib.import_module("mvlm_kernels.gather_patches.triton")
     launched = []
     with dispatch.recording(lambda kernel, *_: launched.append(kernel.__name__), 90):
         for _, launch in launchers.aot_cases():

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.cross_attention import cpu
-from mvlm_kernels.cross_attention.bounds import (
+from mvlm_kernels.cross_attention.arguments import (
     HEAD_WIDTHS,
     bucket,
     check_arguments,

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.cross_attention.bounds import LONGEST_SHORT_SIDE, bucket, check_values, short_side
+from mvlm_kernels.cross_attention.arguments import LONGEST_SHORT_SIDE, bucket, check_values, short_side
 from mvlm_kernels.cross_attention.reference import reference_backward, reference_forward
 
 
@@ -170,7 +170,7 @@ def type_reasons(dtype: torch.dtype, width: int, rows: int, arch: int, tf32: boo
         return ("float64 has no kernel on a GPU: SDPA runs, or the reference on packed rows",)
     if dtype == torch.float32 and not tf32:
         return ('float32 runs in TF32, and float32_matmul_precision is "highest": SDPA or the reference runs',)
-    from mvlm_kernels.cross_attention.plan import has_tiles
+    from mvlm_kernels.cross_attention.tiles import has_tiles
 
     if not has_tiles(dtype, width, rows, arch):
         return (f"no tile of {dtype} at width {width} and {rows} rows fits this GPU: SDPA or the reference runs",)

@@ -15,7 +15,7 @@ Shape legend: BLOCK_M query rows, BLOCK_N key rows, BLOCK_D >= D head width; b q
 import triton
 import triton.language as tl
 
-from mvlm_kernels.cross_attention.rows import (
+from mvlm_kernels.cross_attention.tile_io import (
     INF,
     existing_keys,
     fill_lse_outside,

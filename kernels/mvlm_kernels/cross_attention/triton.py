@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.cross_attention.bounds import bucket, short_side
-from mvlm_kernels.cross_attention.plan import kernel_has_tiles, long_tiles, meta, splits
-from mvlm_kernels.cross_attention.rows import sum_partials
+from mvlm_kernels.cross_attention.arguments import bucket, short_side
 from mvlm_kernels.cross_attention.short_kv import short_kv_backward, short_kv_forward
 from mvlm_kernels.cross_attention.short_q import short_q_backward, short_q_combine, short_q_forward
+from mvlm_kernels.cross_attention.tile_io import sum_partials
+from mvlm_kernels.cross_attention.tiles import kernel_has_tiles, long_tiles, meta, splits
 from mvlm_kernels.sizes import ceil_div
 
 LOG2E = math.log2(math.e)  # kernels take powers of two
@@ -67,7 +67,7 @@ class _Call:
         self.acc_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def plan(self, short: int) -> tuple[Any, ...]:
-        """What :func:`~mvlm_kernels.cross_attention.plan.meta` chooses by, but for the kernel."""
+        """What :func:`~mvlm_kernels.cross_attention.tiles.meta` chooses by, but for the kernel."""
         return self.dtype, self.device.type, self.D, short, dispatch.arch(self.device)
 
     def query_tiles(self, block: int) -> int:

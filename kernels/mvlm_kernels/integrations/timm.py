@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mvlm_kernels.patch_gather import gather_patches
-from mvlm_kernels.patch_gather.arguments import ChannelValues
+from mvlm_kernels import gather_patches
+from mvlm_kernels.gather_patches.arguments import ChannelValues
 
 
 class GatherPatchEmbed(nn.Module):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import cross_attention
-from mvlm_kernels.cross_attention.bounds import HEAD_WIDTHS
+from mvlm_kernels.cross_attention.arguments import HEAD_WIDTHS
 
 NAME = "sdpa_mvlm"
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.patch_gather.arguments import (
+from mvlm_kernels.gather_patches.arguments import (
     FLOATS,
     ChannelValues,
     channel_tensors,

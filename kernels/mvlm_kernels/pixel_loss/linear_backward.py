@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mvlm_kernels import configs, dispatch
+from mvlm_kernels.gather_patches.triton import accumulator
 from mvlm_kernels.language import cast, dot, widen
-from mvlm_kernels.patch_gather.triton import accumulator
 from mvlm_kernels.pixel_loss.triton import decode_slope, grad_strides
 from mvlm_kernels.sizes import ceil_div
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mvlm_kernels.patch_gather.reference import compute_dtype, gather_patches
+from mvlm_kernels.gather_patches.reference import compute_dtype, gather_patches
 
 Kind = Literal["l1", "mse", "smooth_l1"]
 EPS = 1e-6

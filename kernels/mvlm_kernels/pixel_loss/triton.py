@@ -16,14 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.language import cast, widen
-from mvlm_kernels.patch_gather.triton import (
+from mvlm_kernels.gather_patches.triton import (
     accumulator,
     image_offsets,
     normalized_pixels,
     pixels_of_valid,
     tile_of,
 )
+from mvlm_kernels.language import cast, widen
 from mvlm_kernels.sizes import ceil_div, power_of_two
 
 EPS = tl.constexpr(1e-6)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.patch_gather.arguments import FLOATS, check_device, check_id_values, check_ids
+from mvlm_kernels.gather_patches.arguments import FLOATS, check_device, check_id_values, check_ids
 from mvlm_kernels.place_tokens import cpu, reference
 
 __all__ = ["place_tokens"]

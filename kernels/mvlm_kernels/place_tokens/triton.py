@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mvlm_kernels import dispatch
+from mvlm_kernels.gather_patches.triton import accumulator, inverse_index
 from mvlm_kernels.language import cast, widen
-from mvlm_kernels.patch_gather.triton import accumulator, inverse_index
 from mvlm_kernels.place_tokens.reference import output_dtype
 from mvlm_kernels.sizes import ceil_div
 

@@ -7,7 +7,7 @@ import torch
 import triton.language as tl
 
 from mvlm_kernels import configs, dispatch
-from mvlm_kernels.cross_attention.bounds import bucket
+from mvlm_kernels.cross_attention.arguments import bucket
 from mvlm_kernels.sizes import ceil_div, power_of_two
 
 _TYPE_NAMES = {torch.bfloat16: "16bit", torch.float16: "16bit", torch.float32: "tf32"}

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.patch_gather import reference
-from mvlm_kernels.patch_gather.arguments import (
+from mvlm_kernels.gather_patches import reference
+from mvlm_kernels.gather_patches.arguments import (
     FLOATS,
     ChannelValues,
     channel_tensors,
@@ -76,7 +76,7 @@ def _why_not_triton(images: Tensor, patch_size: int) -> tuple[str, ...]:
 def _backend(images: Tensor, patch_size: int) -> Any:
     if dispatch.choose(_why_not_triton(images, patch_size)) == "torch":
         return reference
-    from mvlm_kernels.patch_gather import triton
+    from mvlm_kernels.gather_patches import triton
 
     return triton
 

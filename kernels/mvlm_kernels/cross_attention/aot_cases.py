@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from mvlm_kernels.cross_attention.bounds import HEAD_WIDTHS
-from mvlm_kernels.cross_attention.plan import has_tiles
+from mvlm_kernels.cross_attention.arguments import HEAD_WIDTHS
+from mvlm_kernels.cross_attention.tiles import has_tiles
 from mvlm_kernels.cross_attention.triton import backward, forward
 
 
