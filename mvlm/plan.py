@@ -11,7 +11,7 @@ from mvlm.config import MaskVLMConfig
 from mvlm.contrast import LOGITS
 from mvlm.errors import ConfigError
 from mvlm.footprint import Footprint, Shape, footprint
-from mvlm_kernels.cases import GPUS
+from mvlm_kernels.hardware import GPUS
 
 GB = 1e9
 

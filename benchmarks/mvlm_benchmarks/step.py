@@ -38,7 +38,7 @@ from mvlm_benchmarks.contenders import (
 from mvlm_benchmarks.reasons import one_line
 from mvlm_benchmarks.step_inputs import caption_lengths
 from mvlm_benchmarks.step_profile import profile_steps
-from mvlm_kernels.cases import peak_rates
+from mvlm_kernels.hardware import peak_rates
 
 Row = dict[str, Any]
 PRECISIONS = ("auto", "bf16", "fp32")

@@ -9,7 +9,7 @@ import numpy as np
 from mvlm.parts import PARTS
 from mvlm_benchmarks import report
 from mvlm_benchmarks.contenders import BASELINES, COMPILED, eager_name
-from mvlm_kernels.cases import Gpu
+from mvlm_kernels.hardware import Gpu
 
 Row = dict[str, Any]
 Counts = dict[str, tuple[dict[str, float], float]]

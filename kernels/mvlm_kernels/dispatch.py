@@ -212,3 +212,14 @@ def recording(recorder: Callable[..., None], target_arch: int) -> Iterator[None]
         yield
     finally:
         _recorder, _recorded_arch = before
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up, for grids. Triton's own ``cdiv`` serves kernels too and unwraps its arguments first, which
+    costs several times as much in every call."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n >= 1; cheaper than Triton's ``next_power_of_2``, as above."""
+    return 1 << (n - 1).bit_length()

@@ -1,4 +1,4 @@
-"""Count the bytes that each kernel moves, against the fewest it could, and what the usual torch composition moves.
+"""Count the bytes that each kernel moves, the fewest bytes possible, and the bytes of the eager torch composition.
 
     python -m mvlm_kernels.traffic [--json FILE] [--select REGEX]
 
@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mvlm_kernels.case import Case, Sizes
-from mvlm_kernels.cases import GPUS, cases
+from mvlm_kernels.cases import Case, Sizes, cases
 from mvlm_kernels.dispatch import use_backend
+from mvlm_kernels.hardware import GPUS
 
 
 class Counter:
@@ -132,8 +132,8 @@ def moved(case: Case) -> tuple[int, int]:
 
 
 def torch_bytes(case: Case) -> tuple[int, int]:
-    """(forward, backward) bytes of the usual composition, on meta tensors at the case's sizes."""
-    inputs, call = case.usual(case.sizes, "meta")
+    """(forward, backward) bytes of the eager composition, on meta tensors at the case's sizes."""
+    inputs, call = case.eager(case.sizes, "meta")
     with TorchTraffic() as forward:
         out = call(*inputs)
     with TorchTraffic() as backward:
@@ -152,14 +152,14 @@ def rows(select: str = "") -> list[dict[str, Any]]:
             ("forward", "backward"), moved(case), case.minimum(case.sizes), torch_bytes(case), case.flops(case.sizes),
             strict=True,
         )  # fmt: skip
-        for name, count, minimum, usual, flops in columns:
+        for name, count, minimum, eager, flops in columns:
             if not minimum:  # uint8 images have no gradient
                 continue
             roofline = {g: round(1e6 * max(minimum / gpu.bandwidth, flops / gpu.flops), 1) for g, gpu in GPUS.items()}
             found.append(
                 {
                     "op": case.op, "pass": name, "shape": case.shape, "bytes_moved": count, "bytes_minimum": minimum,
-                    "ratio": round(count / minimum, 4), "torch_bytes": usual, "roofline_us": roofline,
+                    "ratio": round(count / minimum, 4), "torch_bytes": eager, "roofline_us": roofline,
                 }
             )  # fmt: skip
     return found

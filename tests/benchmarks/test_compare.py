@@ -7,7 +7,7 @@ from mvlm_benchmarks.compare import bench_case, rows_of
 from mvlm_benchmarks.measure import relative_error
 from mvlm_benchmarks.peers import Peer
 from mvlm_benchmarks.reasons import Missing, NotApplicable
-from mvlm_kernels.cases import Gpu
+from mvlm_kernels.hardware import Gpu
 
 
 def peer(name: str, function=None, *, error: Exception | None = None) -> Peer:

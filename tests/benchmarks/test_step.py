@@ -15,7 +15,7 @@ from mvlm.errors import ConfigError
 from mvlm.model import MaskVLM
 from mvlm.objectives import Losses
 from mvlm_benchmarks import contenders, step, step_profile, step_report
-from mvlm_kernels.cases import GPUS
+from mvlm_kernels.hardware import GPUS
 
 MICRO = MaskVLMConfig(
     image_size=32, patch_size=8, mask_block=16, width=32, heads=2, image_layers=1, text_layers=1, cross_layers=1,

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from mvlm_kernels import configs, dispatch
 from mvlm_kernels.cross_attention.arguments import bucket
-from mvlm_kernels.sizes import ceil_div, power_of_two
+from mvlm_kernels.dispatch import ceil_div, power_of_two
 
 _TYPE_NAMES = {torch.bfloat16: "16bit", torch.float16: "16bit", torch.float32: "tf32"}
 _MOST_SPLITS = 16

@@ -18,7 +18,7 @@ from mvlm_kernels.cross_attention.short_kv import short_kv_backward, short_kv_fo
 from mvlm_kernels.cross_attention.short_q import short_q_backward, short_q_combine, short_q_forward
 from mvlm_kernels.cross_attention.tile_io import sum_partials
 from mvlm_kernels.cross_attention.tiles import kernel_has_tiles, long_tiles, meta, splits
-from mvlm_kernels.sizes import ceil_div
+from mvlm_kernels.dispatch import ceil_div
 
 LOG2E = math.log2(math.e)  # kernels take powers of two
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mvlm_kernels.dispatch import power_of_two
 from mvlm_kernels.gather_patches.reference import compute_dtype
-from mvlm_kernels.sizes import power_of_two
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ChannelValues = Sequence[float] | Tensor | None

@@ -17,8 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mvlm_kernels import dispatch
+from mvlm_kernels.dispatch import ceil_div, power_of_two
 from mvlm_kernels.language import cast, widen
-from mvlm_kernels.sizes import ceil_div, power_of_two
 
 
 @functools.cache

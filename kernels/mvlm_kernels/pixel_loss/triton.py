@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mvlm_kernels import dispatch
+from mvlm_kernels.dispatch import ceil_div, power_of_two
 from mvlm_kernels.gather_patches.triton import (
     accumulator,
     image_offsets,
@@ -24,7 +25,6 @@ from mvlm_kernels.gather_patches.triton import (
     tile_of,
 )
 from mvlm_kernels.language import cast, widen
-from mvlm_kernels.sizes import ceil_div, power_of_two
 
 EPS = tl.constexpr(1e-6)
 

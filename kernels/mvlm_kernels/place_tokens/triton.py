@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mvlm_kernels import dispatch
+from mvlm_kernels.dispatch import ceil_div
 from mvlm_kernels.gather_patches.triton import accumulator, inverse_index
 from mvlm_kernels.language import cast, widen
 from mvlm_kernels.place_tokens.reference import output_dtype
-from mvlm_kernels.sizes import ceil_div
 
 BLOCK_B, BLOCK_C, WARPS = 16, 128, 4
 
