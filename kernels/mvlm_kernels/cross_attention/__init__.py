@@ -7,6 +7,7 @@ from mvlm_kernels import dispatch, registration
 from mvlm_kernels.cross_attention import cpu
 from mvlm_kernels.cross_attention.arguments import (
     HEAD_WIDTHS,
+    LONGEST_SHORT_SIDE,
     bucket,
     check_arguments,
     check_values,
@@ -14,10 +15,17 @@ from mvlm_kernels.cross_attention.arguments import (
     scale_of,
     short_side,
 )
-from mvlm_kernels.cross_attention.ops import attend_directly, attention_op, gpu_reasons, reasons, too_long
+from mvlm_kernels.cross_attention.ops import (
+    attend_directly,
+    attention_op,
+    gpu_reasons,
+    reasons,
+    too_long,
+    why_not_triton,
+)
 from mvlm_kernels.cross_attention.reference import pack_key_mask, sdpa
 
-__all__ = ["cross_attention", "pack_key_mask"]
+__all__ = ["HEAD_WIDTHS", "LONGEST_SHORT_SIDE", "cross_attention", "pack_key_mask", "why_not_triton"]
 
 
 def _takes_sdpa(q: Tensor, short: int) -> bool:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 HEAD_WIDTHS = (32, 64, 80, 96, 128)
+"""Head widths D with a kernel."""
 LONGEST_SHORT_SIDE = 128
+"""Rows up to which one side counts as short: the side that the kernels keep on chip."""
 _INDEX_TYPES = (torch.int32, torch.int64)
 
 

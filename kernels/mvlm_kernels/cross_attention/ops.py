@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.cross_attention.arguments import LONGEST_SHORT_SIDE, bucket, check_values, short_side
+from mvlm_kernels.cross_attention.arguments import HEAD_WIDTHS, LONGEST_SHORT_SIDE, bucket, check_values, short_side
 from mvlm_kernels.cross_attention.reference import reference_backward, reference_forward
 
 
@@ -129,6 +129,26 @@ _backward_op = registration.define(
     _backward_implementation,
     _backward_fake,
 )
+
+
+def why_not_triton(device: torch.device, dtype: torch.dtype, *, head_width: int, short_rows: int) -> tuple[str, ...]:
+    """Reasons why calls of this kind would not run on the fused kernels; empty where they would.
+
+    The question of :func:`mvlm_kernels.explain` without tensors, for a caller that picks an implementation in advance.
+
+    device: the device of q, k and v. A CUDA device is judged by width, rows and dtype alone on a machine without CUDA.
+    dtype: of q, k and v, after autocast. head_width: D. short_rows: the longest sequence of the shorter side.
+    Inside a compiled graph the answer is a constant. Runs no kernel and reads no tensor.
+    """
+    if head_width not in HEAD_WIDTHS:
+        return (f"heads are {head_width} wide, the kernels take {', '.join(map(str, HEAD_WIDTHS))}",)
+    if short_rows > LONGEST_SHORT_SIDE:
+        return (f"the shorter side has {short_rows} rows, the kernels take {LONGEST_SHORT_SIDE}",)
+    if device.type != "cuda":
+        return dispatch.device_reasons(device)
+    if not torch.cuda.is_available():
+        return ("float64 has no kernel",) if dtype == torch.float64 else ()
+    return gpu_reasons(device, dtype, head_width, short_rows)
 
 
 def reasons(q: Tensor, max_len_q: int, max_len_k: int) -> tuple[str, ...]:
