@@ -9,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch, explain, pack_key_mask
-from mvlm_kernels.cross_attention import targets
+from mvlm_kernels.cross_attention import aot_cases
 from mvlm_kernels.cross_attention.arguments import longest_rows
 
 
@@ -70,7 +70,7 @@ def test_compiled_kernels_give_the_same_bits(name: str):
 def test_launchers_read_no_tensor():
     # A meta tensor has no values: .item(), .tolist() or a data-dependent shape, each a sync on a GPU, would raise here.
     launched = []
-    for label, call in targets.aot_cases():
+    for label, call in aot_cases.aot_cases():
         if label.startswith("bfloat16/64/32/"):
             with dispatch.recording(lambda kernel, *rest: launched.append(kernel.__name__), 90):
                 call()
@@ -110,9 +110,9 @@ BAD = {
     "device": ({"key_lengths": torch.ones(2, dtype=torch.int32, device="meta")}, "key_lengths must be on the device"),
     "length-type": ({"key_lengths": torch.ones(2)}, "key_lengths must be int32 or int64, got torch.float32"),
     "length-shape": ({"key_lengths": torch.ones(3, dtype=torch.int32)}, r"key_lengths must have shape \(2,\), got \(3"),
-    "length-value": ({"key_lengths": torch.tensor([7, 8])}, r"key_lengths must lie in 0\.\.7, got 7\.\.8"),
-    "index-value": ({"key_index": torch.tensor([2, 0])}, r"key_index must lie in 0\.\.1, got 0\.\.2"),
-    "negative-index": ({"key_index": torch.tensor([0, -1])}, r"key_index must lie in 0\.\.1, got -1\.\.0"),
+    "length-value": ({"key_lengths": torch.tensor([7, 8])}, r"key_lengths must be in 0\.\.7, got 7\.\.8"),
+    "index-value": ({"key_index": torch.tensor([2, 0])}, r"key_index must be in 0\.\.1, got 0\.\.2"),
+    "negative-index": ({"key_index": torch.tensor([0, -1])}, r"key_index must be in 0\.\.1, got -1\.\.0"),
     "index-shape": ({"key_index": torch.tensor([0, 1, 1])}, r"key_index must have shape \(2,\), got \(3,\)"),
     "mask-type": ({"key_mask": torch.ones(2, 7)}, "key_mask must be bool, or int64 words"),
     "mask-shape": ({"key_mask": torch.ones(2, 9, dtype=torch.bool)}, r"key_mask must have shape \(2, 7\), got \(2, 9"),

@@ -162,8 +162,8 @@ def test_autocast_is_the_same(op: str):
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("cross_attention", {"key_lengths": torch.tensor([7, 8])}, "key_lengths must lie in 0..7"),
-    ("cross_attention", {"key_index": torch.tensor([0, 2])}, "key_index must lie in 0..1"),
+    ("cross_attention", {"key_lengths": torch.tensor([7, 8])}, "key_lengths must be in 0..7"),
+    ("cross_attention", {"key_index": torch.tensor([0, 2])}, "key_index must be in 0..1"),
     ("cross_attention", {"key_lengths": torch.ones(3, dtype=torch.int32)}, "key_lengths must have shape"),
     ("cross_attention", {"max_len_k": 7}, "max_len_k must be None"),
     *((op, {"ids": IDS - 1}, "patch_ids must be in") for op in list(CALLS)[1:4]),

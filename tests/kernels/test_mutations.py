@@ -33,7 +33,7 @@ Checked = Callable[[Case], None]
 PACKAGE = "mvlm_kernels.cross_attention"
 # Each module imports those in front of it, so that all of them are loaded anew around a mutant.
 MODULES = {
-    "rows": ("existing_keys", "fill_outside", "key_length", "key_row", "sum_partials"),
+    "tile_io": ("existing_keys", "fill_outside", "key_length", "key_row", "sum_partials"),
     "short_kv": ("short_kv_forward", "_backward_of_key_tile", "short_kv_backward"),
     "short_q": ("short_q_forward", "short_q_combine", "short_q_backward"),
     "triton": (),
