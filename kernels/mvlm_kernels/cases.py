@@ -23,8 +23,13 @@ Sizes = dict[str, int]
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape. ``run(sizes, device)`` returns inputs that get gradients, and a function of them; ``eager``
-    the same in plain torch. Both passes' minimum in bytes and floating-point operations are functions of the sizes."""
+    """One op at one shape.
+
+    run: ``run(sizes, device)`` returns the inputs that get gradients, and a function of them. eager: the same
+    computation in eager torch. samples: two values of each size that the byte counter samples. minimum: fewest bytes
+    of (forward, backward) at given sizes. flops: floating-point operations of (forward, backward). moved: bytes moved
+    by (forward, backward) where they are computed instead of counted.
+    """
 
     op: str
     shape: str
@@ -42,7 +47,7 @@ FEATURES = CHANNELS * PATCH * PATCH
 
 
 def patch_ids(batch: int, count: int, device: str, patches: int = PATCHES) -> Tensor:
-    # Which patches they are moves no bytes; that they are distinct does.
+    """Distinct patch ids (batch, count) int32. Repeated ids would be read once and count fewer bytes."""
     return (
         torch.arange(count, dtype=torch.int32, device=device)
         .mul(5)
@@ -60,7 +65,7 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 def _eager_patches(images: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normalise, patchify, gather, as the MAE family does."""
+    """Normalise, patchify and gather in eager torch, as MAE implementations do."""
     shape = (1, CHANNELS, 1, 1)
     mean = torch.zeros(shape, device=images.device, dtype=dtype)
     x = images.to(dtype)
@@ -165,8 +170,10 @@ def _linear(kind: str) -> Case:
 
 
 def linear_tiling_bytes(rows: int, features: int, width: int, kind: str, arch: int = 80) -> tuple[int, int]:
-    """(forward, backward) bytes that the tiling of ``linear_pixel_loss`` implies for bfloat16 operands, uint8 images,
-    a mean loss and all three gradients."""
+    """(forward, backward) bytes that follow from the tiling of ``linear_pixel_loss``.
+
+    For bfloat16 operands, uint8 images, a mean loss and all three gradients.
+    """
     from mvlm_kernels.pixel_loss.linear_backward import parts_of
 
     def tile(kernel: str) -> tuple[int, int, int]:
@@ -217,11 +224,11 @@ def _place(mode: str) -> Case:
         batch, patches = sizes["B"], sizes["N"]
 
         def place(tokens, mask_token, pos_embed, cls_token):
-            if mode == "visible":  # MAE: append mask tokens, unshuffle by a gather
+            if mode == "visible":  # as in MAE: append mask tokens and unshuffle by a gather
                 fill = mask_token.expand(batch, patches - tokens.shape[1], -1)
                 order = torch.zeros(batch, patches, dtype=torch.int64, device=tokens.device)
                 x = torch.cat([tokens, fill], dim=1).gather(1, order[:, :, None].expand(-1, -1, WIDTH))
-            else:  # SimMIM: blend with the mask
+            else:  # as in SimMIM: blend with the mask
                 w = masked[:, :, None].to(tokens.dtype)
                 x = tokens * (1 - w) + mask_token.expand_as(tokens) * w
             return torch.cat([cls_token.expand(batch, 1, -1), x], dim=1) + pos_embed
@@ -244,7 +251,7 @@ def _place(mode: str) -> Case:
 
 
 def _attention(queries: int, keys: int) -> Case:
-    width = 64  # batch times heads is one size: programs of one head are alike
+    width = 64  # batch times heads is one size, because all heads' programs are alike
 
     def run(sizes: Sizes, device: str):
         shapes = [(sizes["B*H"], n, 1, width) for n in (queries, keys, keys)]
@@ -264,7 +271,7 @@ def _attention(queries: int, keys: int) -> Case:
     def minimum(sizes: Sizes) -> tuple[int, int]:
         per_row = sizes["B*H"] * width * 2
         lse = 4 * sizes["B*H"] * queries
-        # Where every key of a query is seen at once, the backward does without the output.
+        # The short-KV backward sees every key of a query at once and does not read the output.
         read = 3 * queries if keys <= 128 else 4 * queries
         return per_row * (2 * queries + 2 * keys) + lse, per_row * (read + 4 * keys) + lse
 
@@ -277,6 +284,7 @@ def _attention(queries: int, keys: int) -> Case:
 
 
 def cases() -> list[Case]:
+    """Every case that ``python -m mvlm_kernels.traffic`` counts."""
     return [
         _attention(197, 32),
         _attention(32, 197),

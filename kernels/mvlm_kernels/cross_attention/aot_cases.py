@@ -1,4 +1,4 @@
-"""What :mod:`mvlm_kernels.aot` compiles of cross-attention: calls of the launchers on meta tensors."""
+"""Cases of cross-attention for :mod:`mvlm_kernels.aot`: calls of the launchers on meta tensors."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,16 +12,16 @@ from mvlm_kernels.cross_attention.triton import backward, forward
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(label, call); labels are dtype/width/keys/variant.
+    """(label, call) of each case; labels are dtype/width/short length/variant.
 
-    Every width, short length and type, dense with key_lengths as a padded batch has them; the other variants at width
+    Every dtype, width and short length is dense with key_lengths, like a padded batch. The other variants are of width
     64.
     """
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         for width in HEAD_WIDTHS:
             for short in (16, 32, 64, 128):
-                # Every table lists the same keys: what one target cannot hold, none takes.
+                # All tables have the same keys: a tile that one target cannot hold is in no table.
                 if has_tiles(dtype, width, short, 80):
                     yield f"{name}/{width}/{short}/lengths", partial(_aot_call, dtype, width, short, lengths=True)
     for variant in ("mask", "index", "packed", "splits"):
@@ -32,7 +32,7 @@ def _aot_call(
     dtype: torch.dtype, width: int, short: int, *, lengths: bool = False, mask: bool = False, index: bool = False,
     packed: bool = False, splits: bool = False,
 ) -> None:  # fmt: skip
-    """Forward and backward of both families: 197 patches against `short` text rows, and the other way round."""
+    """Forward and backward of both kernel families: 197 patches read ``short`` text rows, and the reverse."""
     batch, heads, patches = 2 if splits else 256, 12, 197
     meta = partial(torch.empty, device="meta")
     ints = partial(meta, dtype=torch.int32)

@@ -1,5 +1,6 @@
-"""Arguments of cross-attention: what is accepted, and what the host knows about lengths. Shapes only; nothing here
-reads a tensor, but for :func:`check_values`, which runs where reading costs nothing or was asked for.
+"""Checks of the arguments of cross-attention, and the lengths that follow from shapes.
+
+Only :func:`check_values` reads tensors. It runs on the CPU, and on a GPU in debug mode.
 """
 
 import torch
@@ -13,8 +14,9 @@ _INDEX_TYPES = (torch.int32, torch.int64)
 
 
 def short_side(max_len_q: int, max_len_k: int) -> str | None:
-    """Which side the kernels keep on chip, "kv" or "q", given the longest row of each side (negative: unknown, so
-    long); None if both are too long.
+    """The side that the kernels keep on chip, "kv" or "q"; None if both are too long.
+
+    max_len_q, max_len_k: longest sequence of each side; negative if unknown, which counts as long.
     """
     if 0 <= max_len_k <= LONGEST_SHORT_SIDE:
         return "kv"
@@ -22,8 +24,9 @@ def short_side(max_len_q: int, max_len_k: int) -> str | None:
 
 
 def bucket(length: int) -> int:
-    """Tile of the short side: a power of two, at least the 16 that a matrix instruction needs; a plain int also while a
-    compiler traces with symbolic lengths.
+    """Tile length of the short side: a power of two from 16, which a matrix instruction needs, to 128.
+
+    The result is a plain int even for a symbolic length, which a compiler traces with.
     """
     return 16 if length <= 16 else 32 if length <= 32 else 64 if length <= 64 else 128
 
@@ -46,9 +49,9 @@ def longest_rows(
     max_len_q: int | None,
     max_len_k: int | None,
 ) -> tuple[int, int]:
-    """Longest row of each side as far as the host knows; -1 for a packed long side of unknown length.
+    """Longest sequence of each side as far as the host knows; -1 for a packed long side of unknown length.
 
-    A packed side without a bound is taken for text, at most 128 long, where the other side is not short.
+    A packed side without a bound is taken to be text, at most 128 long, if the other side is not short.
     """
     len_q = q.shape[1] if cu_seqlens_q is None else max_len_q
     len_k = k.shape[1] if cu_seqlens_k is None else max_len_k
@@ -71,9 +74,7 @@ def check_arguments(
     max_len_q: int | None,
     max_len_k: int | None,
 ) -> None:
-    """Raises ValueError, naming the argument, wanted and got, on shapes, dtypes and devices that make no sense
-    together.
-    """
+    """Raise ValueError, naming the argument, wanted and got, for shapes, dtypes and devices that do not fit."""
     _check_side("q", q, cu_seqlens_q, max_len_q)
     _check_side("k", k, cu_seqlens_k, max_len_k)
     q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
@@ -148,7 +149,7 @@ def check_values(
     max_len_q: int,
     max_len_k: int,
 ) -> None:
-    """Raises ValueError on index values out of range. Reads them on the host: for CPU tensors, or in debug mode."""
+    """Raise ValueError for lengths and indices out of range. Reads them on the host, which on a GPU waits for it."""
     _check_cu_seqlens("q", q, cu_seqlens_q, max_len_q)
     _check_cu_seqlens("k", k, cu_seqlens_k, max_len_k)
     if key_lengths is not None:
@@ -162,7 +163,7 @@ def _check_range(name: str, x: Tensor, most: int) -> None:
     if x.numel():
         low, high = (int(y) for y in x.aminmax())
         if low < 0 or high > most:
-            raise ValueError(f"{name} must lie in 0..{most}, got {low}..{high}")
+            raise ValueError(f"{name} must be in 0..{most}, got {low}..{high}")
 
 
 def _check_cu_seqlens(name: str, x: Tensor, cu_seqlens: Tensor | None, max_len: int) -> None:

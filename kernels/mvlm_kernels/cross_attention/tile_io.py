@@ -1,7 +1,7 @@
-"""Rows of sequences, dense or packed, and the keys that exist: what both kernel families are made of.
+"""Loads and stores of tiles, bounds of dense and packed sequences, and key masks, for both kernel families.
 
-Shape legend: BLOCK_D >= D head width; b query sequence, kb key sequence, h head. Offsets inside one sequence are int32
-(the launcher sees to it); bases are int64.
+Legend: BLOCK_D >= D head width; b query sequence, kb key sequence, h head. Offsets inside one sequence are int32, which
+the launcher guarantees; bases are int64.
 """
 # pyright: reportArgumentType=false
 
@@ -10,13 +10,16 @@ import triton.language as tl
 
 from mvlm_kernels.language import cast
 
-# A constant of the kernels. NaN is none: Triton compares these at every launch, and NaN is unequal to itself.
+# Global of the kernels. NaN must not be one: Triton compares globals at every launch, and NaN is unequal to itself.
 INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
 def rows_of(cu_ptr, b, total):
-    """First row and number of rows of sequence b: (0, total) dense, from cu_seqlens, kept inside the buffer, packed."""
+    """First row and number of rows of sequence b: (0, total) if dense, else from cu_seqlens.
+
+    Packed bounds are clamped to the buffer, so that wrong cu_seqlens cannot read or write out of bounds.
+    """
     if cu_ptr is None:
         start = tl.zeros((), tl.int64)
         length = total
@@ -29,7 +32,7 @@ def rows_of(cu_ptr, b, total):
 
 @triton.jit
 def load_rows(ptr, rows, stride, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(rows, BLOCK_D) of a matrix with contiguous columns; zeros, and no access, outside."""
+    """Tile (rows, BLOCK_D) of a matrix with contiguous columns. Rows outside are zeros and are not accessed."""
     cols = tl.arange(0, BLOCK_D)
     if D == BLOCK_D:
         mask = inside[:, None]
@@ -50,7 +53,7 @@ def store_rows(ptr, rows, stride, inside, x, D: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def fill_rows(ptr, stride, start, end, value, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows [start, end) that no tile covers: what lies past a bound that was promised is NaN."""
+    """Store value in rows [start, end), which no tile covers: rows past a promised bound are NaN."""
     for r0 in range(start, end, BLOCK):
         rows = r0 + tl.arange(0, BLOCK).to(tl.int64)
         store_rows(ptr, rows, stride, rows < end, tl.full((BLOCK, BLOCK_D), value, tl.float32), D, BLOCK_D)
@@ -65,8 +68,9 @@ def fill_lse(ptr, start, end, value, BLOCK: tl.constexpr):
 
 @triton.jit
 def outside_rows(cu_ptr, seqs, total, leader):
-    """The rows in no sequence of a packed buffer: [0, front) and [back, end). One program, the leader, fills them; the
-    others have none.
+    """Rows of a packed buffer that belong to no sequence: [0, front) and [back, end).
+
+    One program, the leader, fills them. For all others both ranges are empty.
     """
     first = tl.minimum(tl.maximum(tl.load(cu_ptr).to(tl.int64), 0), total)
     back = tl.minimum(tl.maximum(tl.load(cu_ptr + seqs).to(tl.int64), first), total)
@@ -75,7 +79,7 @@ def outside_rows(cu_ptr, seqs, total, leader):
 
 @triton.jit
 def fill_outside(ptr, stride, cu_ptr, seqs, total, leader, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Zeros in the rows of a packed buffer that belong to no sequence."""
+    """Store zeros in the rows of a packed buffer that belong to no sequence."""
     front, back, end = outside_rows(cu_ptr, seqs, total, leader)
     fill_rows(ptr, stride, 0, front, 0.0, BLOCK, D, BLOCK_D)
     fill_rows(ptr, stride, back, end, 0.0, BLOCK, D, BLOCK_D)
@@ -100,8 +104,9 @@ def existing_keys(rn, klen, mask_ptr, kb, mask_words):
 
 @triton.jit
 def log_sum_exp(m, total):
-    """log2(total * 2^m), base 2 all the way to the backward: a change of base would round P once more. -inf without
-    keys.
+    """log2(total * 2^m); -inf for a row without keys.
+
+    It stays in base 2 up to the backward pass, because a change of base would round the probabilities once more.
     """
     empty = total == 0.0
     return tl.where(empty, -INF, m + tl.log2(tl.where(empty, 1.0, total)))
@@ -109,7 +114,7 @@ def log_sum_exp(m, total):
 
 @triton.jit
 def key_row(index_ptr, b, k_seqs):
-    """The K/V sequence that query sequence b reads, and whether the index was outside (then row 0, and NaN results)."""
+    """Key sequence of query sequence b, and True if its index was out of range (then sequence 0, and NaN results)."""
     if index_ptr is None:
         kb = b.to(tl.int64)
         bad = kb < 0
@@ -122,6 +127,7 @@ def key_row(index_ptr, b, k_seqs):
 
 @triton.jit
 def key_length(lengths_ptr, kb, stored):
+    """Number of keys of sequence kb, clamped to the stored rows."""
     klen = stored
     if lengths_ptr is not None:
         klen = tl.minimum(tl.maximum(tl.load(lengths_ptr + kb).to(tl.int32), 0), stored)

@@ -1,4 +1,4 @@
-"""What a launch is made of beyond its tensors, from shapes alone: tiles, constants, and in how many parts to cut it."""
+"""Tiles, constants and number of splits of a launch, chosen from shapes."""
 
 import functools
 from typing import Any
@@ -12,9 +12,9 @@ from mvlm_kernels.dispatch import ceil_div, power_of_two
 
 _TYPE_NAMES = {torch.bfloat16: "16bit", torch.float16: "16bit", torch.float32: "tf32"}
 _MOST_SPLITS = 16
-# These hold 99 KiB a block, the others 163 or more, and the widest tiles take 144.
+# Compute capabilities with 99 KiB of shared memory per block. Others have 163 or more; the widest tiles take 144.
 _SMALL_SHARED_MEMORY = (86, 87, 89, 120, 121)
-# Which side's tile each kernel takes whole, so that it is as long as the longest row of that side and in no table.
+# Constexpr of the side that a kernel keeps on chip whole. Its tile follows from the longest row, so no table has it.
 _WHOLE_SIDE = {
     "short_kv_forward": "BLOCK_N",
     "short_kv_backward": "BLOCK_N",
@@ -24,7 +24,7 @@ _WHOLE_SIDE = {
 
 
 def has_tiles(dtype: torch.dtype, width: int, short: int, arch: int) -> bool:
-    """Whether tiles without spills exist for this type, head width and longest row of the short side."""
+    """True if tiles without register spills exist for this dtype, head width and longest row of the short side."""
     block_d = power_of_two(width)
     if arch in _SMALL_SHARED_MEMORY and block_d * bucket(short) > 64 * 128:
         return False
@@ -37,9 +37,9 @@ def kernel_has_tiles(kernel: str, dtype: torch.dtype, device: str, width: int, s
 
 @functools.lru_cache(maxsize=1024)
 def meta(kernel: str, dtype: torch.dtype, device: str, width: int, short: int, arch: int) -> dict[str, Any]:
-    """Constants and compile options of a kernel: head width, types, its tiles from the table. Not to be written to.
+    """Constexprs and compile options of a kernel: head width, dtypes, tiles from the table. Callers must not change it.
 
-    device is a type ("cuda", "cpu"), short the longest row of the short side.
+    device is a device type ("cuda", "cpu"), short the longest row of the short side.
     """
     block_d = power_of_two(width)
     tiles = dict(configs.lookup("cross_attention", arch, _key(kernel, dtype, device, block_d, short)))
@@ -56,19 +56,20 @@ def meta(kernel: str, dtype: torch.dtype, device: str, width: int, short: int, a
 
 
 def _key(kernel: str, dtype: torch.dtype, device: str, block_d: int, short: int) -> str:
-    # The interpreter has no registers to run out of, so it takes every type through the tiles of the shipped ones.
+    # The interpreter has no registers to spill, so every dtype takes the 16-bit tiles there.
     kind = "16bit" if device == "cpu" else _TYPE_NAMES[dtype]
     return f"{kernel}/{kind}/{block_d}/{bucket(short)}"
 
 
 def splits(programs: int, work: int, device: torch.device) -> int:
-    """Into how many parts to cut the work of each program so that two programs a multiprocessor exist. A function of
-    shape and device alone: the order of every sum is the same in every run.
+    """Number of parts into which each program's work is cut, so that there are two programs per multiprocessor.
+
+    It depends on shape and device only, so every sum is taken in the same order in every run.
     """
     wanted = ceil_div(2 * dispatch.multiprocessors(device), programs or 1)
     return max(1, min(wanted, work, _MOST_SPLITS))
 
 
 def long_tiles(rows: int, seqs: int, longest: int, block: int) -> int:
-    """Tiles of the long side a sequence: of the longest if known, else of the mean of a packed buffer."""
+    """Tiles per sequence on the long side: of the longest sequence if known, else of a packed buffer's mean length."""
     return ceil_div(min(longest, rows) if longest >= 0 else ceil_div(rows, seqs or 1), block)

@@ -1,4 +1,4 @@
-"""Chosen patches straight from images, normalised on the way; see :func:`gather_patches`."""
+"""Gathering of normalised patches from images; see :func:`gather_patches`."""
 
 from typing import Any
 
@@ -36,27 +36,29 @@ def gather_patches(
     std: ChannelValues = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Cut patches out of images, normalised: ``(x / 255 if uint8 else x - mean) / std``, in one pass over the pixels.
+    """Gather patches of images and normalise them, ``(x - mean) / std``, in one pass over the pixels.
+
+    uint8 pixels are divided by 255 first.
 
     Args:
         images: (B, C, H, W), uint8 or floating, of any strides: contiguous, channels-last, expanded, a slice.
-        patch_ids: (B, K) int32 or int64, patches in row-major order; repeats are allowed. None takes every patch.
-        patch_size: side P of a square patch; it divides H and W.
-        mean, std: one value for each channel, in the units of normalised pixels (0..1 for uint8); a sequence, or a
-            tensor (C,) on the images' device. No gradient. The first call with a sequence copies it to the device;
-            make one before capturing a CUDA graph.
-        dtype: of the result; None is the images' type, float32 for uint8.
+        patch_ids: (B, K) int32 or int64, numbers of patches in row-major order; repeats are allowed. None takes all.
+        patch_size: side P of a square patch in pixels; it divides H and W.
+        mean, std: one value for each channel, in units of 0..1 for uint8 images, else in the images' own units. A
+            sequence, or a floating tensor (C,) on the images' device. They get no gradient. The first call with a
+            sequence copies it to the device, so make one call before capturing a CUDA graph.
+        dtype: floating dtype of the result; by default the images' dtype, float32 for uint8.
 
     Returns:
         (B, K, C*P*P), contiguous, features in (c, y, x) order: the order of a conv patch-embedding weight, so that
         ``gather_patches(...) @ conv.weight.flatten(1).T + conv.bias`` is that embedding of the chosen patches.
 
-    Differentiable in floating images; patches read more than once add up in rising order of k, without atomics.
-    Arithmetic is in float32 (float64 where an input is) and rounds once. Ids are checked on the CPU, and on a GPU with
-    MVLM_KERNELS_DEBUG=1; without it a bad id gives NaN and reads nothing.
+    Differentiable in floating images. Gradients of a patch that is read more than once add up in rising order of k,
+    without atomics. Arithmetic is in float32 (float64 if an input is) and rounds once. Ids are checked on the CPU, and
+    on a GPU with MVLM_KERNELS_DEBUG=1. Without the check a bad id gives NaN and reads nothing.
 
     Raises:
-        ValueError: on a wrong rank, dtype, device or id, or a patch size that does not divide the image.
+        ValueError: for a wrong rank, dtype, device or id, or a patch size that does not divide the image.
     """
     num_patches = check_images(images, patch_size)
     check_patch_ids(patch_ids, images, num_patches)
@@ -121,7 +123,7 @@ class _GatherPatches(torch.autograd.Function):
     @staticmethod
     def forward(ctx, forward, images, patch_ids, patch_size, mean, std, dtype):
         if ctx.needs_input_grad[1]:
-            # Only the shape, type and strides of images are needed, but an op takes tensors; it is alive anyway.
+            # The backward needs only shape, dtype and strides of images, but an op takes tensors. It is alive anyway.
             ctx.save_for_backward(images, patch_ids, std)
         ctx.patch_size = patch_size
         return forward(images, patch_ids, patch_size, mean, std, dtype)

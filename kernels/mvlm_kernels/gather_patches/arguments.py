@@ -1,4 +1,4 @@
-"""Checks and conversions of the arguments that every op on image patches shares."""
+"""Checks and conversions of the arguments that all ops on image patches share."""
 
 import functools
 from collections.abc import Sequence
@@ -14,8 +14,11 @@ ChannelValues = Sequence[float] | Tensor | None
 
 
 def check_images(images: Tensor, patch_size: int) -> int:
-    """The number of patches N of images (B, C, H, W). ValueError on another rank, a type that is neither uint8 nor
-    floating, a patch size that does not divide H and W."""
+    """Number of patches N of images (B, C, H, W).
+
+    Raises ValueError for another rank, a dtype that is neither uint8 nor floating, and a patch size that does not
+    divide H and W.
+    """
     if images.ndim != 4:
         raise ValueError(f"images must have shape (B, C, H, W), got {tuple(images.shape)}")
     if images.dtype != torch.uint8 and images.dtype not in FLOATS:
@@ -29,7 +32,7 @@ def check_images(images: Tensor, patch_size: int) -> int:
 
 
 def check_patch_ids(patch_ids: Tensor | None, images: Tensor, num_patches: int) -> int:
-    """The number of chosen patches K; all N for None. ValueError on another shape, type or device."""
+    """Number of chosen patches K; N for None. Raises ValueError for another shape, dtype or device."""
     if patch_ids is None:
         return num_patches
     check_ids("patch_ids", patch_ids, images.shape[0], "images", images.device)
@@ -37,7 +40,7 @@ def check_patch_ids(patch_ids: Tensor | None, images: Tensor, num_patches: int) 
 
 
 def check_ids(name: str, ids: Tensor, batch: int, other: str, device: torch.device) -> None:
-    """ValueError unless ids is an int32 or int64 (batch, K) on ``device``; ``other`` names what batch belongs to."""
+    """Raise ValueError unless ids is int32 or int64 (batch, K) on ``device``. other: the argument that batch is of."""
     if ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be int32 or int64, got {ids.dtype}")
     if ids.ndim != 2 or ids.shape[0] != batch:
@@ -51,8 +54,10 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
 
 
 def check_id_values(name: str, ids: Tensor | None, limit: int) -> None:
-    """ValueError unless every id is in [0, limit). Called inside the ops, where tensors are real also under
-    torch.compile, and where :func:`mvlm_kernels.dispatch.checks_values` holds: on a GPU this waits for the device."""
+    """Raise ValueError unless every id is in [0, limit). Reads the ids, which on a GPU waits for the device.
+
+    The ops call it, not the public functions: under torch.compile only the ops have real tensors.
+    """
     if ids is None or not ids.numel():
         return
     low, high = (int(x) for x in ids.aminmax())
@@ -63,11 +68,10 @@ def check_id_values(name: str, ids: Tensor | None, limit: int) -> None:
 def channel_tensors(
     mean: ChannelValues, std: ChannelValues, images: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """mean and std, one value for each channel, as the (C,) contiguous tensors on the images' device that ops take, or
-    None.
+    """mean and std as contiguous tensors (C,) on the images' device, or None.
 
-    A sequence becomes a tensor of the type to compute in, once for each device, and that tensor is kept. ValueError on
-    a wrong number of values or type, or a std that is not positive.
+    A sequence becomes a tensor of the dtype to compute in, once per device, and is kept. Raises ValueError for a wrong
+    number of values, a wrong dtype, and a std that is not positive (of a sequence; a tensor's values are not read).
     """
     wide, device = compute_dtype(images.dtype, dtype), images.device
     kept = not torch.compiler.is_compiling() and type(images) in (Tensor, torch.nn.Parameter)
@@ -86,8 +90,8 @@ def _channel_tensor(
             raise ValueError(f"{name} must have one value for each of {channels} channels, got {len(values)}")
         if not kept:
             _check_positive(name, values)
-            # A kept tensor could lie in the memory of whichever CUDA graph ran first, and a fake one is no use later.
-            # These fills are part of the compiled graph, and copy nothing to the device.
+            # A tensor kept from inside a compiled graph could be in that CUDA graph's memory, and a fake tensor has no
+            # values. These fills are part of the graph and copy nothing to the device.
             return torch.stack([torch.full((), v, dtype=wide, device=device) for v in values])
         return _constant(name, tuple(values), wide, device)
     if values.shape != (channels,) or values.dtype not in FLOATS:
@@ -107,18 +111,18 @@ def _check_positive(name: str, values: Sequence[float]) -> None:
 @functools.lru_cache(maxsize=256)
 def _constant(name: str, values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     _check_positive(name, values)
-    with torch.inference_mode(False):  # else no later call could keep it for a backward pass
+    with torch.inference_mode(False):  # an inference tensor could not be saved for a later backward pass
         return torch.tensor(values, dtype=dtype, device=device)
 
 
 @functools.cache
 def tile_reasons(channels: int, patch_size: int) -> tuple[str, ...]:
-    """Reason against Triton for patches that do not fit a tile."""
+    """Reasons against Triton for patches that do not fit a tile."""
     pixels = power_of_two(channels) * power_of_two(patch_size**2)
     if pixels <= MAX_TILE:
         return ()
     return (f"a patch of {channels} x {patch_size}^2 pixels needs a tile of {pixels}, and {MAX_TILE} is the largest",)
 
 
-# Pixels in a tile: at 16 warps this is 64 values a thread, about what fits beside the addresses without spilling.
+# Pixels per tile. With 16 warps this is 64 values per thread, about the most that fits without spilling registers.
 MAX_TILE = 32768

@@ -1,7 +1,7 @@
-"""Specification of ``gather_patches`` in plain torch, which is also what runs on the CPU.
+"""Specification of ``gather_patches`` in plain torch, and its implementation on the CPU.
 
 Legend: B batch, C channels, (H, W) image, P patch side, N = (H/P)(W/P) patches in row-major order, K chosen patches.
-Patches are cut out before anything is computed, so that pixels nobody chose cost nothing.
+Patches are gathered before they are normalised, so that pixels outside the chosen patches cost nothing.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The type that pixels are normalised and summed in: float64 where any input is, else float32."""
+    """The dtype in which pixels are normalised and summed: float64 if any input is, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
@@ -38,7 +38,7 @@ def gather_patches(
     if patch_ids is not None:
         rows = patch_rows(patch_ids, patches.shape[1])
         patches = patches.flatten(0, 1).index_select(0, rows).view(*patch_ids.shape, patches.shape[2])  # (B, K, C*P*P)
-    # Patches of whole images may be a view of them, which must not be written to, nor be what the op returns.
+    # Patches as large as the image are a view of it. An op must not write to its inputs or return a view of them.
     shared = patches.untyped_storage().data_ptr() == images.untyped_storage().data_ptr()
     if mean is None and std is None and images.dtype != torch.uint8:
         return patches.to(dtype, copy=shared).contiguous()
@@ -55,7 +55,7 @@ def gather_patches(
 
 
 def patch_rows(patch_ids: Tensor, num_patches: int) -> Tensor:
-    """(B*K,) int64: where the patches lie among all B*N. An id out of range stays out of range, and is an error."""
+    """Rows (B*K,) int64 of the patches among all B*N. An id out of range stays out of range and is an error."""
     ids = patch_ids.long()
     rows = ids + torch.arange(ids.shape[0], device=ids.device)[:, None] * num_patches
     return rows.masked_fill_((ids < 0) | (ids >= num_patches), ids.shape[0] * num_patches).flatten()
@@ -64,7 +64,7 @@ def patch_rows(patch_ids: Tensor, num_patches: int) -> Tensor:
 def gather_patches_backward(
     grad: Tensor, images: Tensor, patch_ids: Tensor | None, patch_size: int, std: Tensor | None
 ) -> Tensor:
-    """grad (B, K, C*P*P) -> gradient of images (B, C, H, W): patches read more than once add up in the order of K."""
+    """grad (B, K, C*P*P) -> gradient of images (B, C, H, W). Repeated patches add up in the order of K."""
     out = torch.empty_like(images)
     grid = patch_grid(out, patch_size)
     patches = grad if patch_ids is None and std is None else grad.to(compute_dtype(grad.dtype, images.dtype))
@@ -73,9 +73,9 @@ def gather_patches_backward(
         row = patch_rows(patch_ids, num_patches)
         total = patches.new_zeros(images.shape[0] * num_patches, patches.shape[2])
         if total.device.type == "cpu":
-            patches = total.index_add_(0, row, patches.flatten(0, 1))  # one row after the other
+            patches = total.index_add_(0, row, patches.flatten(0, 1))  # adds one row after the other
         else:
-            # Sorted first, so repeated runs agree bit for bit; index_add would use atomics.
+            # index_put sorts its indices, so repeated runs agree bit for bit. index_add would use atomics.
             patches = total.index_put_((row,), patches.flatten(0, 1), accumulate=True)
     pixels = patches.reshape(grid.shape)
     if std is not None:

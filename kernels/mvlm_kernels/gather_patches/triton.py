@@ -2,8 +2,8 @@
 """Triton kernels of ``gather_patches`` and their launchers.
 
 One program owns one patch: a tile of (channels, P*P pixels), both padded to powers of two. Offsets into images are
-int64 from the first multiplication, because strides and their products pass 2^31. A patch id outside the image reads
-nothing and gives NaN, so that a bad index is loud and never out of bounds.
+int64 from the first multiplication on, because strides and their products exceed 2^31. A patch id outside the image
+reads nothing and gives NaN, so that a bad index is seen and nothing is read out of bounds.
 """
 
 import functools
@@ -29,13 +29,13 @@ def tile_of(channels: int, patch_size: int) -> tuple[int, int, int]:
 
 
 def accumulator(*dtypes: torch.dtype) -> tl.dtype:
-    """Type to compute in: float64 where an input is (gradcheck, interpreted), else float32."""
+    """The dtype to compute in: float64 if an input is (gradcheck, interpreted), else float32."""
     return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
 @triton.jit
 def image_offsets(patch, c, p, grid_w, stride_c, stride_y, stride_x, P: tl.constexpr):
-    """Offsets from an image's start to the pixels of one patch; patch is a scalar, c (BLOCK_C, 1), p (1, BLOCK_P)."""
+    """Offsets from an image's start to the pixels of one patch. patch is a scalar, c (BLOCK_C, 1), p (1, BLOCK_P)."""
     top = (patch // grid_w).to(tl.int64) * P
     left = (patch % grid_w).to(tl.int64) * P
     return c.to(tl.int64) * stride_c + (top + p // P) * stride_y + (left + p % P) * stride_x
@@ -43,7 +43,7 @@ def image_offsets(patch, c, p, grid_w, stride_c, stride_y, stride_x, P: tl.const
 
 @triton.jit
 def pixels_of_valid(patch, num_patches, P: tl.constexpr):
-    """P*P, or 0 for an id outside the image: what to compare pixel indices with, so that such a patch reads nothing."""
+    """Number of pixels to read of a channel of the patch: P*P, or 0 for an id outside the image."""
     return tl.where((patch >= 0) & (patch < num_patches), P * P, 0)
 
 
@@ -52,9 +52,9 @@ def normalized_pixels(
     images_ptr, offsets, c, mask, mean_ptr, std_ptr,
     C: tl.constexpr, IS_UINT8: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Pixels at ``offsets`` where ``mask``, as (x / 255 - mean) / std; 0 elsewhere. c broadcasts against offsets.
+    """Pixels at ``offsets`` where ``mask`` is set, as (x / 255 - mean) / std; 0 elsewhere. c broadcasts with offsets.
 
-    A pixel costs a multiply-add and a multiplication: the divisions are by a constant and, once a channel, by std.
+    A pixel costs a multiply-add and a multiplication: 1/255 is a constant, and std is inverted once per channel.
     """
     x = widen(tl.load(images_ptr + offsets, mask=mask, other=0), ACC)
     if IS_UINT8:
@@ -75,7 +75,7 @@ def gather_kernel(
     HAS_IDS: tl.constexpr, IS_UINT8: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr,
     ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Program (b*K + k): one patch, image -> out (B, K, C*P*P) contiguous."""
+    """Gather one patch of an image into out (B, K, C*P*P), contiguous. Program (b*K + k)."""
     row = tl.program_id(0).to(tl.int64)
     b = row // K
     k = row % K
@@ -94,10 +94,11 @@ def gather_kernel(
 def inverse_kernel(
     ids_ptr, table_ptr, K, N, stride_kb, stride_kk, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """For every image the readers of each patch as a linked list in rising order, with no atomics.
+    """Build linked lists of the readers of each patch, in rising order and without atomics.
 
-    table (B, N+K) int32: table[b, n] is the first k that reads patch n, table[b, N+k] the next one after k that reads
-    the patch of k; -1 where there is none. Program (b, block of the N+K entries) compares with all ids of image b.
+    table (B, N+K) int32: table[b, n] is the first k that reads patch n, and table[b, N+k] is the next reader of k's
+    patch after k; -1 ends a list. Program (b, block of the N+K entries) compares its entries with all ids of image b,
+    so no order of execution can change the result.
     """
     b = tl.program_id(0).to(tl.int64)
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -123,7 +124,10 @@ def gather_backward_kernel(
     C: tl.constexpr, P: tl.constexpr, HAS_IDS: tl.constexpr, HAS_STD: tl.constexpr,
     ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Program (b*N + n): the gradient of one patch of the image, summed over its readers in rising order of k."""
+    """Gradient of one patch of an image, summed over its readers in rising order of k. Program (b*N + n).
+
+    Every patch has one program, which also stores zeros for a patch without readers, so the output needs no fill.
+    """
     row = tl.program_id(0).to(tl.int64)
     b = row // num_patches
     n = row % num_patches
@@ -154,7 +158,7 @@ def gather_patches(
     std: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """images (B, C, H, W) of any strides, patch_ids (B, K) or None, mean and std (C,) -> (B, K, C*P*P) contiguous."""
+    """images (B, C, H, W) of any strides, patch_ids (B, K) or None, mean and std (C,) -> (B, K, C*P*P), contiguous."""
     batch, channels, height, width = images.shape
     grid_w = width // patch_size
     num_patches = (height // patch_size) * grid_w
@@ -173,7 +177,7 @@ def gather_patches(
 
 
 def inverse_index(patch_ids: Tensor, num_patches: int) -> Tensor:
-    """patch_ids (B, K) -> (B, N+K) int32, the linked lists that :func:`inverse_kernel` describes."""
+    """Linked lists (B, N+K) int32 of the readers of each patch; see :func:`inverse_kernel`. patch_ids is (B, K)."""
     batch, chosen = patch_ids.shape
     table = patch_ids.new_empty(batch, num_patches + chosen, dtype=torch.int32)
     dispatch.launch(
@@ -187,7 +191,7 @@ def inverse_index(patch_ids: Tensor, num_patches: int) -> Tensor:
 def gather_patches_backward(
     grad: Tensor, images: Tensor, patch_ids: Tensor | None, patch_size: int, std: Tensor | None
 ) -> Tensor:
-    """grad (B, K, C*P*P) of any strides -> the gradient of images, in the type and memory format of images."""
+    """grad (B, K, C*P*P) of any strides -> gradient of images, in their dtype and memory format."""
     batch, channels, height, width = images.shape
     grid_w = width // patch_size
     num_patches = (height // patch_size) * grid_w
@@ -205,7 +209,7 @@ def gather_patches_backward(
 
 
 def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
-    """Launches to compile ahead of time: (label, function) with meta tensors of the paper's shapes."""
+    """Launches to compile ahead of time: (label, function) with meta tensors at the paper's shapes."""
     ids = torch.empty(64, 116, dtype=torch.int32, device="meta")
     values = torch.empty(3, device="meta")
 
