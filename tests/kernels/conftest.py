@@ -1,16 +1,14 @@
 """Fixtures of the kernel tests: poisoned allocations for all of them, and the lanes."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # also when this folder alone is asked for
-sys.path.insert(0, str(Path(__file__).parent))  # kernel_checks
 
 import torch
-from kernel_checks import Poison
+
+from support.kernels.guards import Poison
 
 
 def pytest_configure(config: pytest.Config) -> None:

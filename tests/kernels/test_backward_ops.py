@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from patch_cases import make_ids, make_images
 
 from mvlm_kernels import use_backend
+from support.kernels.patches import make_ids, make_images
 
 pytestmark = [pytest.mark.plain_empty, pytest.mark.parametrize("backend", ["torch", "triton"])]
 OPS = torch.ops.mvlm_kernels

@@ -7,13 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import pixel_loss_checks
-import place_cases as placing
 import pytest
-import test_patch_gather
 import torch
-from attention_cases import SIDES, Case, check
-from patch_cases import LAYOUTS, MEAN, STD, make_ids, make_images
 from torch import Tensor
 
 from mvlm_kernels import (
@@ -22,6 +17,9 @@ from mvlm_kernels import (
     place_tokens,
     use_backend,
 )
+from support.kernels import pixel_losses, token_placement
+from support.kernels.attention import SIDES, Case, check
+from support.kernels.patches import LAYOUTS, MEAN, STD, check_gather, make_ids, make_images
 
 pytestmark = pytest.mark.gpu
 
@@ -57,27 +55,27 @@ def test_attention_at_the_paper_size():
 def test_gather_patches(dtype: torch.dtype, layout: str):
     for patch in (7, 16):
         images = make_images((2, 3, 2 * patch, 3 * patch), dtype, layout)
-        test_patch_gather.check(images, make_ids(2, 4, 6, torch.int32), patch, MEAN[:3], STD[:3], device=DEVICE)
+        check_gather(images, make_ids(2, 4, 6, torch.int32), patch, MEAN[:3], STD[:3], device=DEVICE)
 
 
-@pytest.mark.parametrize("kind", pixel_loss_checks.KINDS)
+@pytest.mark.parametrize("kind", pixel_losses.KINDS)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_pixel_losses(kind: str, normalize: bool, reduction: str):
     images, ids = make_images((2, 3, 32, 48), torch.uint8, "channels_last"), make_ids(2, 4, 6)
     options = {"kind": kind, "normalize": normalize, "reduction": reduction, "device": DEVICE}
-    random = pixel_loss_checks.random
+    random = pixel_losses.random
     for dtype in HALVES:
-        pixel_loss_checks.check_masked(random((2, 4, 768), dtype), images, ids, 16, MEAN[:3], STD[:3], **options)
+        pixel_losses.check_masked(random((2, 4, 768), dtype), images, ids, 16, MEAN[:3], STD[:3], **options)
         hidden, weight, bias = (random(s, dtype, i, 0.05) for i, s in enumerate([(2, 4, 96), (768, 96), (768,)]))
-        pixel_loss_checks.check_linear(hidden, weight, bias, images, ids, 16, MEAN[:3], STD[:3], **options)
+        pixel_losses.check_linear(hidden, weight, bias, images, ids, 16, MEAN[:3], STD[:3], **options)
 
 
 @pytest.mark.parametrize("mode", ["all", "masked", "visible"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 def test_place_tokens(mode: str, dtype: torch.dtype):
-    inputs, options = placing.case(17, 50, 768, mode, dtype, visible=13)
-    placing.check(inputs, options, DEVICE)
+    inputs, options = token_placement.case(17, 50, 768, mode, dtype, visible=13)
+    token_placement.check(inputs, options, DEVICE)
 
 
 BAD_VALUES: dict[str, Callable[[], Tensor]] = {

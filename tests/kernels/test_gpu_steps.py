@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, build, moved
-from patch_cases import MEAN, STD, make_ids
 from torch import Tensor
 
 from mvlm_kernels import (
@@ -22,6 +20,8 @@ from mvlm_kernels import (
     place_tokens,
     use_backend,
 )
+from support.kernels.attention import Case, build, moved
+from support.kernels.patches import MEAN, STD, make_ids
 
 pytestmark = [pytest.mark.gpu, pytest.mark.plain_empty]
 

@@ -4,10 +4,10 @@ import importlib
 
 import pytest
 import torch
-from place_cases import case
 
 from mvlm_kernels import dispatch, explain, use_backend
 from mvlm_kernels.place_tokens import place_tokens
+from support.kernels.token_placement import case
 
 
 @pytest.mark.plain_empty

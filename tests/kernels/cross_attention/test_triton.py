@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import SIDES, Case, build, check, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import assert_accurate
 
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
+from support.kernels.attention import SIDES, Case, build, check, run
+from support.kernels.guards import assert_accurate
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

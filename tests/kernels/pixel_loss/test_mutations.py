@@ -4,8 +4,9 @@ import importlib
 
 import pytest
 import torch
-from patch_cases import MEAN, assert_caught, make_ids, make_images
-from pixel_loss_checks import check_linear, check_masked, random
+
+from support.kernels.patches import MEAN, assert_caught, make_ids, make_images
+from support.kernels.pixel_losses import check_linear, check_masked, random
 
 MASKED_MUTANTS = [
     ("tl.where(inside, loss, 0.0)", "loss"),

@@ -6,12 +6,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from kernel_checks import guarded
-from patch_cases import LAYOUTS, MEAN, SETTINGS, STD, make_ids, make_images
-from pixel_loss_checks import FLOATS, KINDS, check_linear, check_masked, random
 
 from mvlm_kernels import use_backend
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
+from support.kernels.guards import guarded
+from support.kernels.patches import LAYOUTS, MEAN, SETTINGS, STD, make_ids, make_images
+from support.kernels.pixel_losses import FLOATS, KINDS, check_linear, check_masked, random
 
 
 @pytest.mark.parametrize("kind", KINDS)

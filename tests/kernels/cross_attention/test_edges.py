@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import SIDES, Case, build, check_rows_in_front, run
 
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch
 from mvlm_kernels.cross_attention import ops
 from mvlm_kernels.cross_attention.reference import cross_attention_reference, pack_key_mask, unpack_key_mask
+from support.kernels.attention import SIDES, Case, build, check_rows_in_front, run
 
 
 @pytest.mark.parametrize("len_q, len_k", [(1, 1), (197, 1)])

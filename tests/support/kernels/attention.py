@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_checks import assert_accurate, guarded
 from torch import Tensor
 
 import mvlm_kernels
 from mvlm_kernels import dispatch
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
+from support.kernels.guards import assert_accurate, guarded
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,10 @@ import importlib
 
 import pytest
 import torch
-from patch_cases import MEAN, STD, make_ids, make_images
 
 from mvlm_kernels import dispatch, explain, use_backend
 from mvlm_kernels.gather_patches import gather_patches
+from support.kernels.patches import MEAN, STD, make_ids, make_images
 
 OP = torch.ops.mvlm_kernels.gather_patches.default
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from attention_cases import SIDES, Case, check, check_rows_in_front
-from kernel_checks import Poison
 
 from mvlm_kernels import dispatch
+from support.kernels.attention import SIDES, Case, check, check_rows_in_front
+from support.kernels.guards import Poison
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,12 +6,12 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
-from kernel_checks import guarded
-from patch_cases import SETTINGS, assert_caught
-from place_cases import by_reference, case, check, oracle, random
 
 from mvlm_kernels import use_backend
 from mvlm_kernels.place_tokens import place_tokens, reference
+from support.kernels.guards import guarded
+from support.kernels.patches import SETTINGS, assert_caught
+from support.kernels.token_placement import by_reference, case, check, oracle, random
 
 
 @pytest.mark.parametrize("mode", ["all", "masked", "visible"])

@@ -3,66 +3,37 @@
 import importlib
 
 import hypothesis.strategies as st
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from kernel_checks import guarded
-from patch_cases import LAYOUTS, MEAN, SETTINGS, STD, accurate, assert_caught, make_ids, make_images, patches_oracle
 
 from mvlm_kernels import use_backend
 from mvlm_kernels.gather_patches import gather_patches
-
-
-def check(images, ids, patch, mean=None, std=None, dtype=None, device="cpu"):
-    """Values and gradient of the kernels: held to twice the error of the torch code, against loops in float64."""
-    results = {}
-    grad = None
-    for backend in ("triton", "torch"):
-        x = guarded(images, device if backend == "triton" else "cpu")
-        if x.dtype.is_floating_point:
-            x.requires_grad_()
-        with use_backend(backend):
-            at = None if ids is None else guarded(ids, x.device)
-            out = gather_patches(x, at, patch, mean=mean, std=std, dtype=dtype)
-            if x.requires_grad:
-                grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
-                out.backward(grad.to(x.device))
-        results[backend] = out.detach().cpu(), None if x.grad is None else x.grad.cpu()
-    oracle = patches_oracle(images, ids, patch, mean, std)
-    (out, image_grad), (torch_out, torch_grad) = results["triton"], results["torch"]
-    assert out.is_contiguous()
-    accurate("patches", out, torch_out, torch.from_numpy(oracle), 0 if mean is None else 1 / min(std or (1.0,)))
-    if image_grad is not None:
-        assert grad is not None
-        wanted = gradient_oracle(grad, images.shape, ids, patch, std)
-        accurate("image gradient", image_grad, torch_grad, wanted)
-
-
-def gradient_oracle(grad, shape, ids, patch, std):
-    g = grad.double().numpy()
-    batch, channels, _, width = shape
-    out = np.zeros(tuple(shape))
-    for b in range(batch):
-        for k in range(g.shape[1]):
-            y, x = divmod(k if ids is None else int(ids[b, k]), width // patch)
-            out[b, :, y * patch : (y + 1) * patch, x * patch : (x + 1) * patch] += g[b, k].reshape(channels, patch, -1)
-    if std is not None:
-        out /= np.asarray(std, dtype=float).reshape(1, -1, 1, 1)
-    return torch.from_numpy(out)
+from support.kernels.guards import guarded
+from support.kernels.patches import (
+    LAYOUTS,
+    MEAN,
+    SETTINGS,
+    STD,
+    assert_caught,
+    check_gather,
+    make_ids,
+    make_images,
+    patches_oracle,
+)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_layouts_and_types(dtype, layout):
     images = make_images((2, 3, 14, 21), dtype, layout)
-    check(images, make_ids(2, 4, 6, torch.int32), 7, MEAN[:3], STD[:3])
+    check_gather(images, make_ids(2, 4, 6, torch.int32), 7, MEAN[:3], STD[:3])
 
 
 @pytest.mark.parametrize("patch, channels, grid", [(14, 3, (2, 2)), (16, 3, (1, 2)), (1, 5, (3, 2)), (32, 1, (1, 1))])
 def test_patch_sides(patch, channels, grid):
     images = make_images((1, channels, grid[0] * patch, grid[1] * patch), torch.uint8, "contiguous")
-    check(images, None, patch, MEAN[:channels], STD[:channels], torch.bfloat16)
+    check_gather(images, None, patch, MEAN[:channels], STD[:channels], torch.bfloat16)
 
 
 @SETTINGS
@@ -74,12 +45,12 @@ def test_patch_sides(patch, channels, grid):
 def test_any_shape(batch, channels, patch, rows, columns, count, dtype, layout, id_dtype, with_mean, with_std):
     images = make_images((batch, channels, rows * patch, columns * patch), dtype, layout)
     ids = None if count < 0 else make_ids(batch, count, rows * columns, id_dtype)
-    check(images, ids, patch, MEAN[:channels] if with_mean else None, STD[:channels] if with_std else None)
+    check_gather(images, ids, patch, MEAN[:channels] if with_mean else None, STD[:channels] if with_std else None)
 
 
 def test_repeated_ids_add_up_and_expanded_ids_are_read_in_place():
     images = make_images((3, 2, 4, 6), torch.float32, "contiguous")
-    check(images, torch.tensor([[5, 0, 5, 5, 0]]).expand(3, 5), 2, None, STD[:2])
+    check_gather(images, torch.tensor([[5, 0, 5, 5, 0]]).expand(3, 5), 2, None, STD[:2])
 
 
 def test_gradcheck_through_the_kernels():
@@ -146,9 +117,9 @@ MUTANTS = [
 
 
 def exercise():
-    check(make_images((2, 3, 4, 6), torch.uint8, "contiguous"), make_ids(2, 5, 6), 2, MEAN[:3], STD[:3])
+    check_gather(make_images((2, 3, 4, 6), torch.uint8, "contiguous"), make_ids(2, 5, 6), 2, MEAN[:3], STD[:3])
     images = make_images((2, 3, 4, 6), torch.float32, "contiguous")
-    check(images, torch.tensor([[0, 1, 2, 2], [3, 2, 3, 3]]), 2, MEAN[:3], STD[:3])
+    check_gather(images, torch.tensor([[0, 1, 2, 2], [3, 2, 3, 3]]), 2, MEAN[:3], STD[:3])
 
 
 @pytest.mark.parametrize("old, new", MUTANTS, ids=[new for _, new in MUTANTS])

@@ -2,11 +2,11 @@
 
 import numpy as np
 import torch
-from kernel_checks import assert_accurate, guarded
-from patch_cases import make_ids
 
 from mvlm_kernels import dispatch, use_backend
 from mvlm_kernels.place_tokens import place_tokens, reference
+from support.kernels.guards import assert_accurate, guarded
+from support.kernels.patches import make_ids
 
 NAMES = "tokens", "mask token", "position", "cls token"
 

@@ -4,11 +4,11 @@ import importlib
 
 import pytest
 import torch
-from patch_cases import MEAN, STD, make_ids, make_images
-from pixel_loss_checks import random
 
 from mvlm_kernels import dispatch, explain, use_backend
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
+from support.kernels.patches import MEAN, STD, make_ids, make_images
+from support.kernels.pixel_losses import random
 
 
 @pytest.mark.plain_empty

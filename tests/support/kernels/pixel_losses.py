@@ -3,11 +3,11 @@
 from typing import Any
 
 import torch
-from kernel_checks import guarded
-from patch_cases import accurate, losses_oracle, patches_oracle
 
 from mvlm_kernels import use_backend
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
+from support.kernels.guards import guarded
+from support.kernels.patches import accurate, losses_oracle, patches_oracle
 
 KINDS = ("l1", "mse", "smooth_l1")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

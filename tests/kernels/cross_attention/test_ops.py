@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import SIDES, Case, build, run
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch, explain, pack_key_mask
 from mvlm_kernels.cross_attention import aot_cases
 from mvlm_kernels.cross_attention.arguments import longest_rows
+from support.kernels.attention import SIDES, Case, build, run
 
 
 def op_arguments(case: Case, requires_grad: bool = True) -> tuple[Any, ...]:

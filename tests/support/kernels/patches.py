@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from kernel_checks import Poison, assert_accurate
 from torch import Tensor
+
+from mvlm_kernels import gather_patches, use_backend
+from support.kernels.guards import Poison, assert_accurate, guarded
 
 LAYOUTS = ("contiguous", "channels_last", "expanded", "strided", "transposed")
 MEAN = (0.485, 0.456, 0.406, 0.5, 0.25)
@@ -105,6 +107,44 @@ def losses_oracle(pred: np.ndarray, target: np.ndarray, kind: str, normalize: bo
                 loss[b, k] = np.where(np.abs(d) < 1, d * d / 2, np.abs(d) - 0.5).mean()
                 slope[b, k] = np.clip(d, -1, 1)
     return loss, slope
+
+
+def check_gather(images, ids, patch, mean=None, std=None, dtype=None, device="cpu"):
+    """Values and gradient of the kernels: held to twice the error of the torch code, against loops in float64."""
+    results = {}
+    grad = None
+    for backend in ("triton", "torch"):
+        x = guarded(images, device if backend == "triton" else "cpu")
+        if x.dtype.is_floating_point:
+            x.requires_grad_()
+        with use_backend(backend):
+            at = None if ids is None else guarded(ids, x.device)
+            out = gather_patches(x, at, patch, mean=mean, std=std, dtype=dtype)
+            if x.requires_grad:
+                grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+                out.backward(grad.to(x.device))
+        results[backend] = out.detach().cpu(), None if x.grad is None else x.grad.cpu()
+    oracle = patches_oracle(images, ids, patch, mean, std)
+    (out, image_grad), (torch_out, torch_grad) = results["triton"], results["torch"]
+    assert out.is_contiguous()
+    accurate("patches", out, torch_out, torch.from_numpy(oracle), 0 if mean is None else 1 / min(std or (1.0,)))
+    if image_grad is not None:
+        assert grad is not None
+        wanted = gradient_oracle(grad, images.shape, ids, patch, std)
+        accurate("image gradient", image_grad, torch_grad, wanted)
+
+
+def gradient_oracle(grad, shape, ids, patch, std):
+    g = grad.double().numpy()
+    batch, channels, _, width = shape
+    out = np.zeros(tuple(shape))
+    for b in range(batch):
+        for k in range(g.shape[1]):
+            y, x = divmod(k if ids is None else int(ids[b, k]), width // patch)
+            out[b, :, y * patch : (y + 1) * patch, x * patch : (x + 1) * patch] += g[b, k].reshape(channels, patch, -1)
+    if std is not None:
+        out /= np.asarray(std, dtype=float).reshape(1, -1, 1, 1)
+    return torch.from_numpy(out)
 
 
 @contextmanager
