@@ -36,7 +36,7 @@ def test_every_attention_kernel_compiles_for_every_target(rows: list[dict[str, A
     assert attention == {(k, a) for k in (*kernels, "sum_partials") for a in ("sm_80", "sm_90", "sm_100")}
 
 
-def test_no_spills_and_tensor_cores(rows: list[dict[str, Any]]):
+def test_kernels_spill_nothing_and_use_tensor_cores(rows: list[dict[str, Any]]):
     assert all(r["spill_bytes"] == 0 for r in rows)
     for r in rows:
         if r["kernel"].startswith("short_") and r["kernel"] != "short_q_combine":
@@ -53,7 +53,7 @@ def run_complaints(rows: list[dict[str, Any]], table: list[dict[str, Any]] | Non
     return json.loads(done.stdout)
 
 
-def test_complaints():
+def test_faults_of_compiled_kernels_are_named():
     good = {
         "op": "cross_attention", "kernel": "short_kv_forward", "case": "c", "dtype": "bfloat16", "config": "BLOCK_M=32",
         "arch": "sm_80", "registers": 100, "spill_bytes": 0, "stack": 0, "shared": 1000, "matrix_instruction": "HMMA",
@@ -69,7 +69,7 @@ def test_complaints():
     assert run_complaints([good], [good]) == []
 
 
-def test_update_replaces_whole_cases():
+def test_update_of_the_aot_table_replaces_whole_cases():
     def rows(*cases: tuple[str, str, int]) -> list[dict[str, Any]]:
         return [{"op": "o", "case": case, "arch": arch, "registers": n} for case, arch, n in cases]
 

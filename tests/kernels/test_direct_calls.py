@@ -89,7 +89,7 @@ def profiled(op: str) -> tuple[list[bool], Tensor, Tensor]:
 
 
 @OPS
-def test_a_plain_call_and_its_backward_are_direct_and_gives_the_same_bits(op: str):
+def test_plain_call_skips_the_dispatcher_and_gives_the_same_bits(op: str):
     entered, *direct = profiled(op)
     assert entered == [False, False]
     with through_the_dispatcher():
@@ -100,7 +100,7 @@ def test_a_plain_call_and_its_backward_are_direct_and_gives_the_same_bits(op: st
 
 
 @OPS
-def test_modes_and_subclasses_see_the_op(op: str):
+def test_torch_modes_and_subclasses_see_the_op(op: str):
     call, x = CALLS[op]
     want = call(x)
     for mode in (Dispatched(), Called()):
@@ -113,7 +113,7 @@ def test_modes_and_subclasses_see_the_op(op: str):
 
 
 @OPS
-def test_fake_tensors_stay_fake(op: str):
+def test_op_keeps_fake_tensors_fake(op: str):
     call, x = CALLS[op]
     want = call(x)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -124,7 +124,7 @@ def test_fake_tensors_stay_fake(op: str):
 
 @OPS
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_function_transforms(op: str):
+def test_op_under_vmap_and_refused_under_grad_transforms(op: str):
     """vmap runs the op row by row; a transform that differentiates is refused by torch, and not given a wrong value."""
     call, x = CALLS[op]
     rows = torch.stack([x, x / 2])
@@ -135,7 +135,7 @@ def test_function_transforms(op: str):
 
 
 @OPS
-def test_a_tensor_left_over_from_a_transform(op: str):
+def test_tensor_left_over_from_a_transform_takes_the_op(op: str):
     call, x = CALLS[op]
     left: list[Tensor] = []
 
@@ -150,7 +150,7 @@ def test_a_tensor_left_over_from_a_transform(op: str):
 
 
 @OPS
-def test_autocast_is_the_same(op: str):
+def test_autocast_is_the_same_with_and_without_the_dispatcher(op: str):
     call, x = CALLS[op]
     with torch.autocast("cpu", torch.bfloat16):
         got = call(x)

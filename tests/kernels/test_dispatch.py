@@ -1,4 +1,4 @@
-"""Choice of the backend, the text of explain, tile tables, and versions that cannot interpret."""
+"""Choice of the backend, the text of explain, and versions that cannot interpret."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 import triton
 
 import mvlm_kernels
-from mvlm_kernels import configs, dispatch
+from mvlm_kernels import dispatch
 
 
 def test_cpu_tensors_take_torch_and_say_so():
@@ -17,7 +17,7 @@ def test_cpu_tensors_take_torch_and_say_so():
     assert dispatch.choose(reasons) == "torch"
 
 
-def test_other_devices_are_named():
+def test_reasons_name_a_device_without_kernels():
     assert "device type is meta" in dispatch.device_reasons(torch.device("meta"))[0]
 
 
@@ -35,20 +35,9 @@ def test_use_backend_forces_restores_and_refuses():
         pass
 
 
-def test_explain_refuses_what_is_not_an_op():
+def test_explain_refuses_a_function_that_is_not_an_op():
     with pytest.raises(ValueError, match="op must be one of"):
         mvlm_kernels.explain(print)
-
-
-def test_config_lookup_by_architecture(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "toy.json").write_text(
-        '{"sm_80": {"a": {"n": 1}}, "sm_90": {"a": {"n": 2}}, "sm_100": {"a": {"n": 3}}}'
-    )
-    monkeypatch.setenv("MVLM_KERNELS_CONFIGS", str(tmp_path))
-    found = [configs.lookup("toy", arch, "a")["n"] for arch in (80, 86, 89, 90, 100, 103, 120)]
-    assert found == [1, 1, 1, 2, 3, 3, 1]
-    with pytest.raises(KeyError, match=r"toy\.json has no tiles for sm_90 b"):
-        configs.lookup("toy", 90, "b")
 
 
 @pytest.mark.parametrize(

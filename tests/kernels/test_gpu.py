@@ -18,7 +18,7 @@ from mvlm_kernels import (
     use_backend,
 )
 from support.kernels import pixel_losses, token_placement
-from support.kernels.attention import SIDES, Case, check
+from support.kernels.attention import SIDES, Case, check_attention
 from support.kernels.patches import LAYOUTS, MEAN, STD, check_gather, make_ids, make_images
 
 pytestmark = pytest.mark.gpu
@@ -30,7 +30,7 @@ HALVES = [torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("case", SIDES.values(), ids=SIDES.keys())
 def test_attention_with_lengths_masks_indices_and_packing(case: Case, dtype: torch.dtype):
-    check(replace(case, dtype=dtype, width=64, heads=3), DEVICE)
+    check_attention(replace(case, dtype=dtype, width=64, heads=3), DEVICE)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -38,21 +38,23 @@ def test_attention_with_lengths_masks_indices_and_packing(case: Case, dtype: tor
 @pytest.mark.parametrize("short", [1, 16, 31, 64, 65, 128])
 def test_attention_of_every_tile(width: int, short: int, dtype: torch.dtype):
     for len_q, len_k in ((197, short), (short, 197)):
-        check(Case(len_q=len_q, len_k=len_k, width=width, heads=2, batch=3, dtype=dtype, lengths=short > 1), DEVICE)
+        check_attention(
+            Case(len_q=len_q, len_k=len_k, width=width, heads=2, batch=3, dtype=dtype, lengths=short > 1), DEVICE
+        )
 
 
 @pytest.mark.parametrize("layout", ["strided", "expanded"])
 def test_attention_of_views(layout: str):
-    check(Case(len_q=197, len_k=33, width=64, heads=2, dtype=torch.bfloat16, layout=layout), DEVICE)
+    check_attention(Case(len_q=197, len_k=33, width=64, heads=2, dtype=torch.bfloat16, layout=layout), DEVICE)
 
 
 def test_attention_at_the_paper_size():
-    check(Case(len_q=197, len_k=40, width=64, heads=12, batch=32, dtype=torch.bfloat16, lengths=True), DEVICE)
+    check_attention(Case(len_q=197, len_k=40, width=64, heads=12, batch=32, dtype=torch.bfloat16, lengths=True), DEVICE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, *HALVES], ids=str)
-def test_gather_patches(dtype: torch.dtype, layout: str):
+def test_gather_patches_of_layouts_and_types(dtype: torch.dtype, layout: str):
     for patch in (7, 16):
         images = make_images((2, 3, 2 * patch, 3 * patch), dtype, layout)
         check_gather(images, make_ids(2, 4, 6, torch.int32), patch, MEAN[:3], STD[:3], device=DEVICE)
@@ -61,7 +63,7 @@ def test_gather_patches(dtype: torch.dtype, layout: str):
 @pytest.mark.parametrize("kind", pixel_losses.KINDS)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_pixel_losses(kind: str, normalize: bool, reduction: str):
+def test_pixel_losses_of_every_kind(kind: str, normalize: bool, reduction: str):
     images, ids = make_images((2, 3, 32, 48), torch.uint8, "channels_last"), make_ids(2, 4, 6)
     options = {"kind": kind, "normalize": normalize, "reduction": reduction, "device": DEVICE}
     random = pixel_losses.random
@@ -73,9 +75,9 @@ def test_pixel_losses(kind: str, normalize: bool, reduction: str):
 
 @pytest.mark.parametrize("mode", ["all", "masked", "visible"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_place_tokens(mode: str, dtype: torch.dtype):
+def test_place_tokens_of_modes_and_types(mode: str, dtype: torch.dtype):
     inputs, options = token_placement.case(17, 50, 768, mode, dtype, visible=13)
-    token_placement.check(inputs, options, DEVICE)
+    token_placement.check_placement(inputs, options, DEVICE)
 
 
 BAD_VALUES: dict[str, Callable[[], Tensor]] = {
@@ -108,7 +110,7 @@ def test_debug_mode_refuses_bad_values(name: str, monkeypatch: pytest.MonkeyPatc
             BAD_VALUES[name]()
 
 
-def test_bfloat16_rounds_to_nearest_even():
+def test_gather_patches_rounds_bfloat16_to_nearest_even():
     """An output that is one input, unchanged: place_tokens in float32 sums, rounded once as it is stored."""
     ties = torch.tensor(
         [1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 0.0, float("inf"), -float("inf"), 3.4e38, 1e-40, float("nan")]
@@ -122,7 +124,7 @@ def test_bfloat16_rounds_to_nearest_even():
 
 
 @pytest.mark.plain_empty
-def test_strides_past_two_to_the_31():
+def test_kernels_read_strides_past_31_bits():
     """Rows of a view that lie more than 2^31 elements apart, read and compared with a contiguous copy."""
     far = 2**31 + 64
     buffer = torch.zeros(far + 64 * 64 * 64, dtype=torch.bfloat16, device=DEVICE)

@@ -89,7 +89,7 @@ NAMES = (
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_bits_in_every_run(name: str):
+def test_step_gives_the_same_bits_in_every_run(name: str):
     step = dict(steps())[name]
     with use_backend("triton"):
         first = step()
@@ -100,7 +100,7 @@ def test_the_same_bits_in_every_run(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_captured_in_a_graph(name: str):
+def test_step_is_captured_in_a_cuda_graph(name: str):
     step = dict(steps())[name]
     with use_backend("triton"):
         side = torch.cuda.Stream()
@@ -120,7 +120,7 @@ def test_captured_in_a_graph(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_waits_for_the_device(name: str):
+def test_step_never_waits_for_the_device(name: str):
     step = dict(steps())[name]
     with use_backend("triton"):
         step()  # compiles, and copies constants to the device once
@@ -133,7 +133,7 @@ def test_nothing_waits_for_the_device(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_compiled_into_cuda_graphs(name: str):
+def test_step_compiled_into_cuda_graphs_gives_the_eager_bits(name: str):
     """torch.compile's own capture: the later calls replay a graph, and must give the bits of an eager call."""
     step = dict(steps())[name]
     torch._dynamo.reset()

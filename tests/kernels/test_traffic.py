@@ -14,7 +14,7 @@ DIRECT = [name for name, case in CASES.items() if case.moved is None]
 
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("name", DIRECT)
-def test_close_to_the_minimum(name):
+def test_kernels_move_few_bytes_beyond_the_minimum(name):
     case = CASES[name]
     forward, backward = traffic.moved(case)
     fewest_forward, fewest_backward = case.minimum(case.sizes)
@@ -25,7 +25,7 @@ def test_close_to_the_minimum(name):
 
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("kind", ["l1", "mse"])
-def test_the_linear_count_is_the_one_its_tiling_implies(kind):
+def test_bytes_of_linear_pixel_loss_follow_from_its_tiling(kind):
     """147 pixels, 70 wide, 66 rows: partial tiles on every side."""
     bf16 = torch.bfloat16
     hidden, weight = torch.zeros(6, 11, 70, dtype=bf16), torch.zeros(147, 70, dtype=bf16)
@@ -43,7 +43,7 @@ def test_the_linear_count_is_the_one_its_tiling_implies(kind):
 
 
 @pytest.mark.plain_empty
-def test_the_table_names_every_figure(tmp_path, monkeypatch, capsys):
+def test_traffic_table_names_every_figure(tmp_path, monkeypatch, capsys):
     path = tmp_path / "traffic.json"
     monkeypatch.setattr("sys.argv", ["traffic", "--json", str(path), "--select", "linear_pixel_loss.*l1"])
     traffic.main()

@@ -95,7 +95,7 @@ def short_kv_forward(
 
 
 @triton.jit
-def _backward_of_key_tile(
+def key_tile_backward(
     n0, kb, h, split, klen, k_base, v_base, dk_base, dv_base, k_end,
     q_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, mask_ptr, order_ptr, offsets_ptr, cu_q_ptr,
     stride_qb, stride_ql, stride_qh, stride_kl, stride_vl, stride_gb, stride_gl, stride_gh,
@@ -206,7 +206,7 @@ def short_kv_backward(
     k_base = k_ptr + kb * stride_kb + k_start * stride_kl + h * stride_kh
     v_base = v_ptr + kb * stride_vb + k_start * stride_vl + h * stride_vh
     if ALL_KEYS:
-        _backward_of_key_tile(
+        key_tile_backward(
             0, kb, h, split, klen, k_base, v_base, dk_base, dv_base, stored,
             q_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, mask_ptr, order_ptr, offsets_ptr, cu_q_ptr,
             stride_qb, stride_ql, stride_qh, stride_kl, stride_vl, stride_gb, stride_gl, stride_gh,
@@ -215,7 +215,7 @@ def short_kv_backward(
         )  # fmt: skip
     else:
         for n0 in range(tl.program_id(2) * BLOCK_N, stored, tl.num_programs(2) * BLOCK_N):
-            _backward_of_key_tile(
+            key_tile_backward(
                 n0, kb, h, split, klen, k_base, v_base, dk_base, dv_base, stored,
                 q_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, mask_ptr, order_ptr, offsets_ptr, cu_q_ptr,
                 stride_qb, stride_ql, stride_qh, stride_kl, stride_vl, stride_gb, stride_gl, stride_gh,

@@ -1,4 +1,4 @@
-"""Cross-attention where something is missing, wrong or odd: keys, lengths, strides; and what runs beside kernels."""
+"""Edge cases of cross-attention: no keys, wrong lengths and indices, odd strides, and paths without kernels."""
 
 import math
 import sys
@@ -9,13 +9,12 @@ import torch
 
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch
-from mvlm_kernels.cross_attention import ops
 from mvlm_kernels.cross_attention.reference import cross_attention_reference, pack_key_mask, unpack_key_mask
 from support.kernels.attention import SIDES, Case, build, check_rows_in_front, run
 
 
 @pytest.mark.parametrize("len_q, len_k", [(1, 1), (197, 1)])
-def test_a_single_key(len_q: int, len_k: int):
+def test_attention_over_a_single_key_is_its_value(len_q: int, len_k: int):
     call = build(Case(len_q=len_q, len_k=len_k))
     with mvlm_kernels.use_backend("triton"):
         out, dq, dk, dv = run(cross_attention, call)
@@ -26,12 +25,12 @@ def test_a_single_key(len_q: int, len_k: int):
 
 
 @pytest.mark.parametrize("name", ["lengths", "mask", "packed-both", "long-lengths"])
-def test_rows_without_keys_are_zeros(name: str):
+def test_queries_without_keys_give_zeros(name: str):
     case = SIDES[name]
     call = build(case)
     with mvlm_kernels.use_backend("triton"):
         out, dq, _, _ = run(cross_attention, call, **call.bounds)
-    if case.packed_k:  # row 1 is empty on both sides, and the bucket's last rows belong to nobody
+    if case.packed_k:  # sequence 1 is empty on both sides, and the buffer's last rows belong to no sequence
         out, dq = out[-5:], dq[-5:]
     else:
         out, dq = out[-1], dq[-1]
@@ -39,9 +38,9 @@ def test_rows_without_keys_are_zeros(name: str):
     assert not dq.any()
 
 
-def test_a_packed_row_longer_than_promised_is_nan_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
-    # Where values cannot be read without a sync, a wrong bound must not become a wrong number.
-    monkeypatch.setattr(ops, "check_values", lambda *args: None)
+def test_sequence_longer_than_promised_is_nan_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    # Values cannot be checked there without a sync, and a wrong bound must not become a wrong number.
+    monkeypatch.setattr(dispatch, "checks_values", lambda device: False)
     for case in (SIDES["packed-k"], SIDES["long-packed-q"]):
         call = build(case)
         with mvlm_kernels.use_backend("triton"):
@@ -54,8 +53,8 @@ def test_a_packed_row_longer_than_promised_is_nan_on_a_gpu(monkeypatch: pytest.M
         assert dv[0].isnan().any()
 
 
-def test_an_index_out_of_range_is_nan_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ops, "check_values", lambda *args: None)
+def test_key_index_out_of_range_is_nan_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dispatch, "checks_values", lambda device: False)
     for case in (SIDES["index"], SIDES["long-index"]):
         call = build(replace(case, lengths=False))
         index = call.kwargs["key_index"]
@@ -67,7 +66,7 @@ def test_an_index_out_of_range_is_nan_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
         assert out[2:].isfinite().all()
 
 
-def test_reference_is_sdpa():
+def test_attention_reference_equals_sdpa():
     q, k, v = (torch.randn(2, n, 3, 32, dtype=torch.float64) for n in (9, 7, 7))
     heads_first = [x.transpose(1, 2) for x in (q, k, v)]
     wanted = torch.nn.functional.scaled_dot_product_attention(heads_first[0], heads_first[1], heads_first[2]).transpose(
@@ -77,7 +76,7 @@ def test_reference_is_sdpa():
 
 
 @pytest.mark.parametrize("lengths, mask, index", [(False, False, False), (True, False, False), (True, True, True)])
-def test_long_on_both_sides_is_sdpa_with_the_same_meaning(lengths: bool, mask: bool, index: bool):
+def test_attention_long_on_both_sides_runs_sdpa_with_the_same_meaning(lengths: bool, mask: bool, index: bool):
     call = build(Case(len_q=131, len_k=149, lengths=lengths, mask=mask, readers=3 if index else 0, dtype=torch.float64))
     wanted = run(cross_attention_reference, call)
     for a, b in zip(run(cross_attention, call), wanted, strict=True):
@@ -89,7 +88,7 @@ def test_long_on_both_sides_is_sdpa_with_the_same_meaning(lengths: bool, mask: b
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
-def test_mask_words_round_trip(length: int):
+def test_key_mask_words_round_trip(length: int):
     mask = torch.rand(3, length) < 0.5
     words = pack_key_mask(mask)
     assert words.shape == (3, (length + 63) // 64)
@@ -99,8 +98,8 @@ def test_mask_words_round_trip(length: int):
 
 
 @pytest.mark.parametrize("case", [SIDES["index"], SIDES["long-index"], SIDES["packed-q"], SIDES["both"]])
-def test_vectors_of_any_stride(case: Case):
-    """Lengths, indices and words as columns of a table, where the next value is not the next in memory."""
+def test_attention_reads_vectors_of_any_stride(case: Case):
+    """Lengths, indices and mask words as columns of a table, so that neighbours are not contiguous in memory."""
     call = build(case)
     with mvlm_kernels.use_backend("triton"):
         wanted = run(cross_attention, call, None, **call.bounds)
@@ -115,7 +114,7 @@ def test_vectors_of_any_stride(case: Case):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-def test_a_second_derivative_of_the_kernels_is_refused():
+def test_second_derivative_of_attention_kernels_is_refused():
     q, k, v = (torch.randn(1, n, 1, 32, requires_grad=True) for n in (5, 3, 3))
     with mvlm_kernels.use_backend("triton"):
         (grad,) = torch.autograd.grad(cross_attention(q, k, v).square().sum(), q, create_graph=True)
@@ -123,7 +122,7 @@ def test_a_second_derivative_of_the_kernels_is_refused():
         grad.square().sum().backward()
 
 
-def test_a_second_derivative_on_the_cpu_is_right():
+def test_second_derivative_of_cpu_attention_is_right():
     q, k, v = (torch.randn(1, n, 1, 32, dtype=torch.float64, requires_grad=True) for n in (5, 3, 3))
     lengths = torch.tensor([2])
     assert torch.autograd.gradgradcheck(lambda *x: cross_attention(*x, key_lengths=lengths), (q, k, v), fast_mode=True)
@@ -131,12 +130,14 @@ def test_a_second_derivative_on_the_cpu_is_right():
 
 @pytest.mark.parametrize("name", ["packed-both", "packed-k", "long-packed-q", "long-packed-k", "long-packed-index"])
 @pytest.mark.parametrize("multiprocessors", [0, 40])
-def test_rows_in_front_of_the_first_sequence(name: str, multiprocessors: int, monkeypatch: pytest.MonkeyPatch):
+def test_rows_in_front_of_the_first_packed_sequence_are_zeros(
+    name: str, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(dispatch, "multiprocessors", lambda device: multiprocessors)
     check_rows_in_front(SIDES[name])
 
 
-def test_the_scale_is_no_constant_of_the_kernels():
+def test_scale_is_an_argument_of_the_attention_kernels():
     launches = []
     with dispatch.recording(lambda kernel, grid, args, meta: launches.append((args, meta)), 90):
         for scale in (0.125, 0.5):

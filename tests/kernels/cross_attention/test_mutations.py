@@ -1,7 +1,7 @@
-"""Kernels broken on purpose: the checks of this suite must notice each one, or they prove nothing.
+"""Attention kernels broken on purpose: the checks of this suite must notice each one, or they prove nothing.
 
-A mutant is a copy of the kernels' source with one line changed, loaded in place of the original. Each is a mistake that
-somebody could make: a dropped mask, an off-by-one length, an unwritten tile, splits that write over one another.
+A mutant is a copy of the kernels' source with one line changed, loaded in place of the original. Each is a plausible
+mistake: a dropped mask, an off-by-one length, an unwritten tile, splits that overwrite each other.
 """
 
 import importlib.util
@@ -13,28 +13,28 @@ from pathlib import Path
 import pytest
 
 from mvlm_kernels import dispatch
-from support.kernels.attention import SIDES, Case, check, check_rows_in_front
+from support.kernels.attention import SIDES, Case, check_attention, check_rows_in_front
 from support.kernels.guards import Poison
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mutant:
-    """old -> new, the first occurrence behind `after` in a module; `check` must then raise AssertionError."""
+    """old -> new at the first occurrence after ``after`` in a module. ``check`` must then raise AssertionError."""
 
     module: str
     after: str
     old: str
     new: str
     check: Callable[[], None]
-    multiprocessors: int = 12  # of the machine played: so many that work is split
+    multiprocessors: int = 12  # of the simulated GPU: so many that work is split
 
 
 Checked = Callable[[Case], None]
 PACKAGE = "mvlm_kernels.cross_attention"
-# Each module imports those in front of it, so that all of them are loaded anew around a mutant.
+# Each module imports those above it, so all of them are loaded again around a mutant.
 MODULES = {
     "tile_io": ("existing_keys", "fill_outside", "key_length", "key_row", "sum_partials"),
-    "short_kv": ("short_kv_forward", "_backward_of_key_tile", "short_kv_backward"),
+    "short_kv": ("short_kv_forward", "key_tile_backward", "short_kv_backward"),
     "short_q": ("short_q_forward", "short_q_combine", "short_q_backward"),
     "triton": (),
 }
@@ -42,7 +42,13 @@ MODULE_OF = {function: module for module, functions in MODULES.items() for funct
 
 
 def attention(
-    after: str, old: str, new: str, case: str, heads: int = 1, multiprocessors: int = 12, checked: Checked = check
+    after: str,
+    old: str,
+    new: str,
+    case: str,
+    heads: int = 1,
+    multiprocessors: int = 12,
+    checked: Checked = check_attention,
 ) -> Mutant:
     return Mutant(
         module=MODULE_OF[after.removeprefix("def ")],
@@ -63,12 +69,10 @@ MUTANTS = {
     "last query tile unwritten": attention(
         "def short_kv_forward", "tl.cdiv(q_len, BLOCK_M)", "q_len // BLOCK_M", "lengths"
     ),
-    "store behind the keys": attention("def _backward_of_key_tile", "rn < k_end", "rn <= k_end", "lengths"),
-    "delta dropped": attention("def _backward_of_key_tile", "pt * (dpt - delta[None, :])", "pt * dpt", "lengths"),
+    "store past the keys": attention("def key_tile_backward", "rn < k_end", "rn <= k_end", "lengths"),
+    "delta dropped": attention("def key_tile_backward", "pt * (dpt - delta[None, :])", "pt * dpt", "lengths"),
     "index ignored": attention("def key_row", "tl.load(index_ptr + b)", "tl.load(index_ptr)", "index"),
-    "reader chunk too long": attention(
-        "def _backward_of_key_tile", "tl.minimum(last, first + chunk)", "last", "index", 2
-    ),
+    "reader chunk too long": attention("def key_tile_backward", "tl.minimum(last, first + chunk)", "last", "index", 2),
     "splits without partials": attention(
         "def short_kv_backward", "split.to(tl.int64) * partial_size", "kb * 0", "lengths"
     ),
@@ -97,9 +101,7 @@ MUTANTS = {
 
 
 def load(mutant: Mutant, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the kernels in place anew, one of them mutated, each from a file of its own: Triton reads a kernel's
-    source from its file.
-    """
+    """Load the kernel modules again, one of them mutated, each from a new file, from which Triton reads the source."""
     package = sys.modules[PACKAGE]
     for name in MODULES:
         original = sys.modules[f"{PACKAGE}.{name}"]
@@ -108,7 +110,7 @@ def load(mutant: Mutant, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if name == mutant.module:
             head, found, tail = source.partition(mutant.after)
             assert found, f"{mutant.after!r} is gone: update the mutant"
-            assert mutant.old in tail, f"{mutant.old!r} is gone behind {mutant.after!r}: update the mutant"
+            assert mutant.old in tail, f"{mutant.old!r} is gone after {mutant.after!r}: update the mutant"
             source = head + found + tail.replace(mutant.old, mutant.new, 1)
         file = folder / f"{name}.py"
         file.write_text(source)
@@ -122,7 +124,9 @@ def load(mutant: Mutant, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
-def test_mutant_is_caught(mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Poison):
+def test_broken_attention_kernel_is_caught(
+    mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Poison
+):
     importlib.import_module(f"{PACKAGE}.triton")
     monkeypatch.setattr(dispatch, "multiprocessors", lambda device: mutant.multiprocessors)
 

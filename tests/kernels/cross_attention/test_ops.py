@@ -1,4 +1,4 @@
-"""Cross-attention as an op: registration, compilation, autocast, errors, and what explain says."""
+"""Cross-attention as an op: registration, compilation, autocast, errors, and the text of explain."""
 
 from typing import Any
 
@@ -7,41 +7,33 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import mvlm_kernels
-from mvlm_kernels import cross_attention, dispatch, explain, pack_key_mask
+from mvlm_kernels import cross_attention, dispatch, explain
 from mvlm_kernels.cross_attention import aot_cases
-from mvlm_kernels.cross_attention.arguments import longest_rows
-from support.kernels.attention import SIDES, Case, build, run
+from support.kernels.attention import SIDES, Case, build, op_arguments, run
 
 
-def op_arguments(case: Case, requires_grad: bool = True) -> tuple[Any, ...]:
+def arguments(case: Case, requires_grad: bool = True) -> tuple[Any, ...]:
     call = build(case)
-    names = ("key_lengths", "key_mask", "key_index", "cu_seqlens_q", "cu_seqlens_k")
-    sides = {name: call.kwargs.get(name) for name in names}
-    if sides["key_mask"] is not None:
-        sides["key_mask"] = pack_key_mask(sides["key_mask"])
-    bounds = longest_rows(
-        call.q, call.k, sides["cu_seqlens_q"], sides["cu_seqlens_k"], *map(call.bounds.get, ("max_len_q", "max_len_k"))
-    )
     tensors = [x.detach().clone().nan_to_num().requires_grad_(requires_grad) for x in (call.q, call.k, call.v)]
-    return (*tensors, *sides.values(), 0.125, *bounds)
+    return (*tensors, *op_arguments(call.q, call.k, call.kwargs | call.bounds, 0.125))
 
 
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", ["lengths", "mask", "packed-both", "long-index"])
-def test_opcheck(name: str, backend: Any):
+def test_cross_attention_passes_opcheck(name: str, backend: Any):
     forward = torch.ops.mvlm_kernels.cross_attention.default
     backward = torch.ops.mvlm_kernels.cross_attention_backward.default
     with mvlm_kernels.use_backend(backend):
-        torch.library.opcheck(forward, op_arguments(SIDES[name]))
-        q, k, v, *rest = op_arguments(SIDES[name], requires_grad=False)
+        torch.library.opcheck(forward, arguments(SIDES[name]))
+        q, k, v, *rest = arguments(SIDES[name], requires_grad=False)
         out, lse = forward(q, k, v, *rest)
         for needs in ((True, True), (True, False), (False, True)):
             torch.library.opcheck(backward, (torch.randn_like(out), q, k, v, out, lse, *rest, *needs))
 
 
 @pytest.mark.plain_empty
-def test_compiles_into_one_graph_for_all_lengths():
+def test_cross_attention_compiles_into_one_graph_for_all_lengths():
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(cross_attention, fullgraph=True, dynamic=True, backend=counter)
@@ -56,7 +48,7 @@ def test_compiles_into_one_graph_for_all_lengths():
 
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("name", ["packed-both", "long-index"])
-def test_compiled_kernels_give_the_same_bits(name: str):
+def test_compiled_attention_kernels_give_the_same_bits(name: str):
     call = build(SIDES[name])
     torch._dynamo.reset()
     compiled = torch.compile(cross_attention, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -67,8 +59,8 @@ def test_compiled_kernels_give_the_same_bits(name: str):
     torch._dynamo.reset()
 
 
-def test_launchers_read_no_tensor():
-    # A meta tensor has no values: .item(), .tolist() or a data-dependent shape, each a sync on a GPU, would raise here.
+def test_launchers_of_cross_attention_read_no_tensor():
+    # A meta tensor has no values: .item(), .tolist() or a data-dependent shape would raise. On a GPU each is a sync.
     launched = []
     for label, call in aot_cases.aot_cases():
         if label.startswith("bfloat16/64/32/"):
@@ -78,7 +70,7 @@ def test_launchers_read_no_tensor():
     assert set(launched) == names | {"short_q_combine", "sum_partials"}
 
 
-def test_autocast_accepts_mixed_dtypes():
+def test_autocast_casts_mixed_dtypes_of_cross_attention():
     q, k = torch.randn(2, 9, 2, 32), torch.randn(2, 7, 2, 32)
     with pytest.raises(ValueError, match="q, k and v must have one floating dtype, got"):
         cross_attention(q, k.bfloat16(), k)
@@ -91,7 +83,7 @@ def test_autocast_accepts_mixed_dtypes():
 
 
 def dense(**changes: Any) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
-    """Good arguments, with the named ones replaced."""
+    """Valid arguments, with the named ones replaced."""
     tensors = {"q": torch.randn(2, 9, 2, 32), "k": torch.randn(2, 7, 2, 32), "v": torch.randn(2, 7, 2, 32)}
     tensors |= {name: changes.pop(name) for name in ("q", "k", "v") if name in changes}
     return tuple(tensors.values()), changes
@@ -138,7 +130,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("changes, message", BAD.values(), ids=BAD.keys())
-def test_bad_input(changes: dict[str, Any], message: str):
+def test_bad_input_of_cross_attention_says_what_was_wanted(changes: dict[str, Any], message: str):
     tensors, kwargs = dense(**changes)
     with pytest.raises(ValueError, match=message):
         cross_attention(*tensors, **kwargs)
@@ -150,7 +142,7 @@ def test_explain_refuses_a_tensor_as_scale():
         explain(cross_attention, *tensors, scale=torch.ones(()))
 
 
-def test_explain():
+def test_explain_names_reasons_of_cross_attention():
     tensors, _ = dense()
     explanation = explain(cross_attention, *tensors)
     assert explanation.backend == "torch"

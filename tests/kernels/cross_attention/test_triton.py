@@ -1,7 +1,7 @@
-"""Values of the interpreted cross-attention kernels against the float64 reference, and the reference against SDPA."""
+"""Values and gradients of the interpreted cross-attention kernels and of the CPU paths, against the reference."""
 
 import itertools
-import sys
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -12,50 +12,50 @@ from hypothesis import strategies as st
 import mvlm_kernels
 from mvlm_kernels import cross_attention, dispatch
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
-from support.kernels.attention import SIDES, Case, build, check, run
-from support.kernels.guards import assert_accurate
+from support.kernels.accuracy import assert_accurate
+from support.kernels.attention import SIDES, Case, attention_by_op, build, check_attention, run
 
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.fixture
 def many_multiprocessors(monkeypatch: pytest.MonkeyPatch):
-    """A machine so large that every grid is too small for it: all kernels split their work."""
+    """A GPU so large that every grid is too small for it: all kernels split their work."""
     monkeypatch.setattr(dispatch, "multiprocessors", lambda device: 40)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("len_q, len_k", [(197, 32), (33, 577), (63, 64), (1, 2)])
-def test_types(dtype: torch.dtype, len_q: int, len_k: int):
-    check(Case(len_q=len_q, len_k=len_k, width=64, dtype=dtype, lengths=True))
+def test_attention_kernels_for_types(dtype: torch.dtype, len_q: int, len_k: int):
+    check_attention(Case(len_q=len_q, len_k=len_k, width=64, dtype=dtype, lengths=True))
 
 
 @pytest.mark.parametrize("width", [32, 64, 80, 96, 128])
 @pytest.mark.parametrize("len_q, len_k", [(65, 31), (31, 131)])
-def test_head_widths(width: int, len_q: int, len_k: int):
-    check(Case(len_q=len_q, len_k=len_k, width=width, heads=2))
+def test_attention_kernels_for_head_widths(width: int, len_q: int, len_k: int):
+    check_attention(Case(len_q=len_q, len_k=len_k, width=width, heads=2))
 
 
 @pytest.mark.parametrize("case", SIDES.values(), ids=SIDES.keys())
-def test_lengths_masks_indices_and_packing(case: Case):
-    check(case)
+def test_attention_kernels_for_lengths_masks_indices_and_packing(case: Case):
+    check_attention(case)
 
 
 @pytest.mark.parametrize("case", SIDES.values(), ids=SIDES.keys())
 @pytest.mark.usefixtures("many_multiprocessors")
-def test_fixed_splits(case: Case):
-    check(replace(case, heads=2, seed=1))
+def test_attention_kernels_with_split_work(case: Case):
+    check_attention(replace(case, heads=2, seed=1))
 
 
 @pytest.mark.parametrize("layout", ["strided", "expanded"])
 @pytest.mark.parametrize("case", [SIDES["lengths"], SIDES["packed-k"], SIDES["long-index"]], ids=["kv", "packed", "q"])
-def test_memory_layouts(case: Case, layout: str):
-    check(replace(case, layout=layout, heads=2))
+def test_attention_kernels_for_memory_layouts(case: Case, layout: str):
+    check_attention(replace(case, layout=layout, heads=2))
 
 
 @pytest.mark.parametrize("name", ["packed-k", "packed-both", "packed-q", "long-packed-q", "long-packed-k"])
-def test_packed_rows_of_unknown_length(name: str):
-    check(replace(SIDES[name], bounded=False, ids=torch.int64))
+def test_attention_kernels_for_packed_rows_of_unknown_length(name: str):
+    check_attention(replace(SIDES[name], bounded=False, ids=torch.int64))
 
 
 LENGTHS = st.sampled_from([2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128])
@@ -77,7 +77,7 @@ LENGTHS = st.sampled_from([2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128])
     seed=st.integers(0, 2**16),
 )
 @settings(max_examples=30, deadline=None, derandomize=True)
-def test_any_case(
+def test_attention_kernels_for_any_case(
     short: int, long: int, short_keys: bool, width: int, dtype: torch.dtype, batch: int, readers: int, lengths: bool,
     mask: bool, packed: str, layout: str, splits: bool, seed: int,
 ):  # fmt: skip
@@ -89,11 +89,11 @@ def test_any_case(
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "multiprocessors", lambda device: 12 if splits else 1)
-        check(case)
+        check_attention(case)
 
 
 @pytest.mark.parametrize("name", ["lengths", "index", "packed-both", "long-lengths", "long-index"])
-def test_gradcheck_through_the_kernels(name: str):
+def test_attention_kernels_pass_gradcheck(name: str):
     len_q, len_k = (18, 3) if SIDES[name].len_k <= 128 else (5, 131)
     case = replace(SIDES[name], dtype=torch.float64, len_q=len_q, len_k=len_k, batch=2)
     call = build(case)
@@ -104,21 +104,18 @@ def test_gradcheck_through_the_kernels(name: str):
         )
 
 
-@pytest.mark.parametrize("composed", [True, False], ids=["composition", "op"])
+@pytest.mark.parametrize("function", [cross_attention, attention_by_op], ids=["composition", "op"])
 @pytest.mark.parametrize("case", SIDES.values(), ids=SIDES.keys())
-def test_values_and_gradients_of_the_cpu_paths(case: Case, composed: bool, monkeypatch: pytest.MonkeyPatch):
+def test_attention_on_the_cpu_equals_the_reference(case: Case, function: Callable[..., torch.Tensor]):
     call = build(replace(case, dtype=torch.float64))
-    wanted = run(cross_attention_reference, call)  # by autograd
-    if not composed:  # the reference with its written-out backward, as a compiled graph calls it
-        package = sys.modules[cross_attention.__module__]  # the function has its name
-        monkeypatch.setattr(package, "_composes", lambda *_: False)
-    for a, b in zip(run(cross_attention, call, **call.bounds), wanted, strict=True):
+    wanted = run(cross_attention_reference, call)  # differentiated by autograd; the op has a written backward
+    for a, b in zip(run(function, call, **call.bounds), wanted, strict=True):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["both", "packed-index", "long-index", "long-packed-q"])
-def test_the_cpu_path_is_as_accurate_as_the_reference(name: str, dtype: torch.dtype):
+def test_attention_on_the_cpu_is_as_accurate_as_the_reference(name: str, dtype: torch.dtype):
     call = build(replace(SIDES[name], dtype=dtype, heads=3, layout="strided"))
     oracle, same = run(cross_attention_reference, call, torch.float64), run(cross_attention_reference, call)
     for i, got in enumerate(run(cross_attention, call, **call.bounds)):
@@ -127,7 +124,7 @@ def test_the_cpu_path_is_as_accurate_as_the_reference(name: str, dtype: torch.dt
 
 @pytest.mark.parametrize("name", ["lengths", "index", "long-lengths", "long-index"])
 @pytest.mark.usefixtures("many_multiprocessors")
-def test_bitwise_repeatable(name: str):
+def test_attention_kernels_are_bitwise_repeatable(name: str):
     call = build(SIDES[name])
     with mvlm_kernels.use_backend("triton"):
         first, second = (run(cross_attention, call, **call.bounds) for _ in range(2))
@@ -140,7 +137,9 @@ def test_bitwise_repeatable(name: str):
     ["lengths", "index", "packed-k", "packed-both", "long-lengths", "long-index", "long-packed-q", "long-packed-k"],
 )
 @pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)), ids=str)
-def test_requires_grad_matrix(name: str, needs: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch):
+def test_attention_computes_only_needed_gradients(
+    name: str, needs: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
+):
     call, launched, launch = build(SIDES[name]), [], dispatch.launch
     backends: tuple[dispatch.Backend, ...] = ("torch", "triton")
     for backend in backends:
@@ -156,7 +155,7 @@ def test_requires_grad_matrix(name: str, needs: tuple[bool, bool, bool], monkeyp
             assert (x.grad is not None) == need
             if x.grad is not None:
                 assert torch.equal(x.grad, grad)
-    # Nor is what nobody asked for computed: dK and dV come from one pass, dQ from one without them.
+    # Gradients that are not needed are not computed either: dK and dV come from one pass, dQ from one without them.
     assert launched
     assert any(meta.get("WRITE_DQ") for meta in launched) == needs[0]
     assert any(meta.get("WRITE_DKV") for meta in launched) == (needs[1] or needs[2])

@@ -14,7 +14,7 @@ OP = torch.ops.mvlm_kernels.gather_patches.default
 
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_opcheck(backend):
+def test_gather_patches_passes_opcheck(backend):
     images = make_images((2, 3, 4, 6), torch.float32, "channels_last").requires_grad_()
     ids = make_ids(2, 3, 6)
     with use_backend(backend):
@@ -23,7 +23,7 @@ def test_opcheck(backend):
 
 
 @pytest.mark.plain_empty
-def test_compiles_without_a_break_for_any_size():
+def test_gather_patches_compiles_without_a_break_for_any_size():
     compiled = torch.compile(
         lambda x, i: gather_patches(x, i, 2, mean=MEAN[:3], std=STD[:3]),
         fullgraph=True,
@@ -65,18 +65,18 @@ IDS = torch.zeros(2, 1, dtype=torch.int64)
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_bad_input_says_what_was_wanted(backend, args, kwargs, message):
+def test_bad_input_of_gather_patches_says_what_was_wanted(backend, args, kwargs, message):
     with use_backend(backend), pytest.raises(ValueError, match=message):
         gather_patches(*args, **kwargs)
 
 
-def test_explain():
+def test_explain_names_reasons_of_gather_patches():
     assert explain(gather_patches, IMAGES, None, 2).reasons == ("the tensors are on the CPU",)
     reasons = explain(gather_patches, torch.zeros(1, 3, 256, 256), None, 256).reasons
     assert reasons[1] == "a patch of 3 x 256^2 pixels needs a tile of 262144, and 32768 is the largest"
 
 
-def test_launchers_never_look_at_values():
+def test_launchers_of_gather_patches_read_no_tensor():
     launchers = importlib.import_module("mvlm_kernels.gather_patches.triton")
     launched = []
     with dispatch.recording(lambda kernel, *_: launched.append(kernel.__name__), 90):

@@ -10,12 +10,12 @@ from hypothesis import given
 from mvlm_kernels import use_backend
 from mvlm_kernels.gather_patches import gather_patches
 from support.kernels.guards import guarded
+from support.kernels.mutants import assert_caught
 from support.kernels.patches import (
     LAYOUTS,
     MEAN,
     SETTINGS,
     STD,
-    assert_caught,
     check_gather,
     make_ids,
     make_images,
@@ -25,13 +25,13 @@ from support.kernels.patches import (
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_layouts_and_types(dtype, layout):
+def test_gather_kernels_for_layouts_and_types(dtype, layout):
     images = make_images((2, 3, 14, 21), dtype, layout)
     check_gather(images, make_ids(2, 4, 6, torch.int32), 7, MEAN[:3], STD[:3])
 
 
 @pytest.mark.parametrize("patch, channels, grid", [(14, 3, (2, 2)), (16, 3, (1, 2)), (1, 5, (3, 2)), (32, 1, (1, 1))])
-def test_patch_sides(patch, channels, grid):
+def test_gather_kernels_for_patch_sides(patch, channels, grid):
     images = make_images((1, channels, grid[0] * patch, grid[1] * patch), torch.uint8, "contiguous")
     check_gather(images, None, patch, MEAN[:channels], STD[:channels], torch.bfloat16)
 
@@ -42,18 +42,20 @@ def test_patch_sides(patch, channels, grid):
     st.integers(-1, 9), st.sampled_from([torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64]),
     st.sampled_from(LAYOUTS), st.sampled_from([torch.int32, torch.int64]), st.booleans(), st.booleans(),
 )  # fmt: skip
-def test_any_shape(batch, channels, patch, rows, columns, count, dtype, layout, id_dtype, with_mean, with_std):
+def test_gather_kernels_for_any_shape(
+    batch, channels, patch, rows, columns, count, dtype, layout, id_dtype, with_mean, with_std
+):
     images = make_images((batch, channels, rows * patch, columns * patch), dtype, layout)
     ids = None if count < 0 else make_ids(batch, count, rows * columns, id_dtype)
     check_gather(images, ids, patch, MEAN[:channels] if with_mean else None, STD[:channels] if with_std else None)
 
 
-def test_repeated_ids_add_up_and_expanded_ids_are_read_in_place():
+def test_gradients_of_repeated_patch_ids_add_up():
     images = make_images((3, 2, 4, 6), torch.float32, "contiguous")
     check_gather(images, torch.tensor([[5, 0, 5, 5, 0]]).expand(3, 5), 2, None, STD[:2])
 
 
-def test_gradcheck_through_the_kernels():
+def test_gather_kernels_pass_gradcheck():
     images = make_images((2, 2, 4, 4), torch.float64, "channels_last").requires_grad_()
     ids = torch.tensor([[3, 0, 3], [1, 2, 0]])
     with use_backend("triton"):
@@ -61,7 +63,7 @@ def test_gradcheck_through_the_kernels():
         assert torch.autograd.gradcheck(lambda x: gather_patches(x, None, 2, std=STD[:2]), images)
 
 
-def test_it_is_the_conv_patch_embedding():
+def test_gather_patches_equals_a_conv_patch_embedding():
     images = make_images((2, 3, 8, 12), torch.float32, "channels_last")
     conv = torch.nn.Conv2d(3, 5, 4, 4)
     tokens = torch.nn.functional.linear(gather_patches(images, None, 4), conv.weight.flatten(1), conv.bias)
@@ -69,7 +71,7 @@ def test_it_is_the_conv_patch_embedding():
 
 
 @pytest.mark.parametrize("stride", [(2**31 + 64, 4, 2, 1), (16, 2**30 + 8, 2, 1), (16, 8, 2**31 + 8, 1)], ids=str)
-def test_strides_past_31_bits(stride):
+def test_gather_kernel_reads_strides_past_31_bits(stride):
     size = (2, 3, 2, 2)
     # Untouched pages of this buffer are never made: it costs address space, not memory.
     storage = torch.empty(1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)), dtype=torch.uint8)
@@ -80,7 +82,7 @@ def test_strides_past_31_bits(stride):
     torch.testing.assert_close(out.double().numpy(), patches_oracle(images, None, 1, None, None), rtol=1e-6, atol=0)
 
 
-def test_a_bad_id_on_a_gpu_reads_nothing_and_is_loud():
+def test_bad_patch_id_on_a_gpu_reads_nothing_and_gives_nan():
     """Ids are not checked there by default; the launchers are called as the op calls them on a GPU."""
     launchers = importlib.import_module("mvlm_kernels.gather_patches.triton")
     images = guarded(make_images((1, 2, 4, 4), torch.float32, "contiguous"))
@@ -93,7 +95,7 @@ def test_a_bad_id_on_a_gpu_reads_nothing_and_is_loud():
     assert grad[0, :, 2:, 2:].eq(1).all()
 
 
-def test_two_runs_agree_bit_for_bit():
+def test_gather_kernels_are_bitwise_repeatable():
     images = make_images((2, 3, 8, 8), torch.float32, "contiguous").requires_grad_()
     ids = make_ids(2, 9, 4)
     with use_backend("triton"):
@@ -123,15 +125,15 @@ def exercise():
 
 
 @pytest.mark.parametrize("old, new", MUTANTS, ids=[new for _, new in MUTANTS])
-def test_a_broken_kernel_is_caught(old, new, tmp_path, poison):
+def test_broken_gather_kernel_is_caught(old, new, tmp_path, poison):
     assert_caught("mvlm_kernels.gather_patches.triton", old, new, tmp_path, poison, exercise)
 
 
-def test_the_whole_kernels_pass_what_the_broken_ones_fail():
+def test_intact_gather_kernels_pass_the_mutation_check():
     exercise()
 
 
-def test_means_of_any_stride():
+def test_gather_kernel_reads_means_of_any_stride():
     images, table = (
         make_images((2, 3, 8, 8), torch.uint8, "contiguous"),
         torch.tensor([MEAN[:3], STD[:3]]).T.contiguous(),
@@ -141,7 +143,7 @@ def test_means_of_any_stride():
         torch.testing.assert_close(gather_patches(images, None, 4, mean=table[:, 0], std=table[:, 1]), wanted)
 
 
-def test_the_result_is_never_the_image():
+def test_gathered_patches_never_share_the_images_memory():
     images = torch.rand(2, 3, 4, 4)
     for patch in (1, 4):
         patches = gather_patches(images, None, patch)

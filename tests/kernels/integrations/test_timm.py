@@ -16,7 +16,7 @@ def small_vit(**options):
     ).eval()
 
 
-def test_same_features_from_uint8_and_chosen_patches():
+def test_swapped_patch_embed_gives_the_same_features():
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     mean, std = torch.tensor(timm.data.IMAGENET_DEFAULT_MEAN), torch.tensor(timm.data.IMAGENET_DEFAULT_STD)
     normalised = (images / 255 - mean[:, None, None]) / std[:, None, None]
@@ -30,7 +30,7 @@ def test_same_features_from_uint8_and_chosen_patches():
     torch.testing.assert_close(model.patch_embed(images, ids), chosen)
 
 
-def test_gradients_reach_the_conv_weight():
+def test_gradients_of_swapped_patch_embed_reach_the_conv_weight():
     model = small_vit()
     images = torch.rand(2, 3, 32, 32)
     weight = model.patch_embed.proj.weight
@@ -39,7 +39,7 @@ def test_gradients_reach_the_conv_weight():
     torch.testing.assert_close(got, wanted)
 
 
-def test_what_cannot_be_swapped_is_refused():
+def test_patch_embeds_that_cannot_be_swapped_are_refused():
     with pytest.raises(ValueError, match="model must have a patch_embed, got Linear"):
         swap_patch_embed(nn.Linear(1, 1))
     with pytest.raises(ValueError, match="must be a timm PatchEmbed"):

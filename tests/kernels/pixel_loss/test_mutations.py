@@ -5,7 +5,8 @@ import importlib
 import pytest
 import torch
 
-from support.kernels.patches import MEAN, assert_caught, make_ids, make_images
+from support.kernels.mutants import assert_caught
+from support.kernels.patches import MEAN, make_ids, make_images
 from support.kernels.pixel_losses import check_linear, check_masked, random
 
 MASKED_MUTANTS = [
@@ -43,7 +44,7 @@ def exercise_masked():
 
 
 @pytest.mark.parametrize("old, new", MASKED_MUTANTS, ids=[new for _, new in MASKED_MUTANTS])
-def test_a_broken_masked_kernel_is_caught(old, new, tmp_path, poison):
+def test_broken_masked_kernel_is_caught(old, new, tmp_path, poison):
     assert_caught("mvlm_kernels.pixel_loss.triton", old, new, tmp_path, poison, exercise_masked)
 
 
@@ -58,15 +59,15 @@ def exercise_linear():
 
 
 @pytest.mark.parametrize("old, new", LINEAR_MUTANTS, ids=[new for _, new in LINEAR_MUTANTS])
-def test_a_broken_linear_kernel_is_caught(old, new, tmp_path, poison):
+def test_broken_linear_kernel_is_caught(old, new, tmp_path, poison):
     assert_caught("mvlm_kernels.pixel_loss.linear", old, new, tmp_path, poison, exercise_linear)
 
 
 @pytest.mark.parametrize("old, new", LINEAR_BACKWARD_MUTANTS, ids=[new for _, new in LINEAR_BACKWARD_MUTANTS])
-def test_a_broken_gradient_kernel_is_caught(old, new, tmp_path, poison):
+def test_broken_linear_gradient_kernel_is_caught(old, new, tmp_path, poison):
     assert_caught("mvlm_kernels.pixel_loss.linear_backward", old, new, tmp_path, poison, exercise_linear)
 
 
-def test_the_whole_kernels_pass_what_the_broken_ones_fail():
+def test_intact_pixel_loss_kernels_pass_the_mutation_check():
     exercise_masked()
     exercise_linear()

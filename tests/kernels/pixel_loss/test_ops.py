@@ -13,7 +13,7 @@ from support.kernels.pixel_losses import random
 
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_opcheck(backend):
+def test_pixel_losses_pass_opcheck(backend):
     images, ids = make_images((1, 3, 4, 4), torch.uint8, "channels_last"), make_ids(1, 3, 4)
     pixels = (images, ids, 2, torch.tensor(MEAN[:3]), torch.tensor(STD[:3]))
     pred = random((1, 3, 12), torch.float32).requires_grad_()
@@ -25,7 +25,7 @@ def test_opcheck(backend):
 
 
 @pytest.mark.plain_empty
-def test_compiles_without_a_break_for_any_size():
+def test_pixel_losses_compile_without_a_break_for_any_size():
     def step(hidden, weight, bias, images, ids):
         pred = torch.nn.functional.linear(hidden, weight, bias)
         return masked_pixel_loss(pred, images, ids, 2, mean=MEAN[:3]) + linear_pixel_loss(
@@ -66,7 +66,7 @@ PRED, HIDDEN, WEIGHT, BIAS = torch.zeros(2, 1, 12), torch.zeros(2, 1, 5), torch.
         ((PRED, IMAGES, IDS, 2), {"mean": (0.5,)}, "mean must have one value for each of 3 channels, got 1"),
     ],
 )  # fmt: skip
-def test_bad_input_says_what_was_wanted(args, kwargs, message):
+def test_bad_input_of_masked_pixel_loss_says_what_was_wanted(args, kwargs, message):
     with pytest.raises(ValueError, match=message):
         masked_pixel_loss(*args, **kwargs)
 
@@ -81,17 +81,17 @@ def test_bad_input_says_what_was_wanted(args, kwargs, message):
         (HIDDEN, WEIGHT, BIAS.half(), "bias must be torch.float32 like weight, got torch.float16"),
     ],
 )
-def test_bad_parameters_say_what_was_wanted(hidden, weight, bias, message):
+def test_bad_input_of_linear_pixel_loss_says_what_was_wanted(hidden, weight, bias, message):
     with pytest.raises(ValueError, match=message):
         linear_pixel_loss(hidden, weight, bias, IMAGES, IDS, 2)
 
 
-def test_explain():
+def test_explain_names_reasons_of_pixel_losses():
     assert explain(masked_pixel_loss, PRED, IMAGES, IDS, 2).backend == "torch"
     assert explain(linear_pixel_loss, HIDDEN, WEIGHT, BIAS, IMAGES, IDS, 2).reasons == ("the tensors are on the CPU",)
 
 
-def test_launchers_never_look_at_values():
+def test_launchers_of_pixel_losses_read_no_tensor():
     launched = []
     with dispatch.recording(lambda kernel, *_: launched.append(kernel.__name__), 90):
         for name in ("triton", "linear"):
@@ -100,7 +100,7 @@ def test_launchers_never_look_at_values():
     assert {"loss_kernel", "linear_loss_kernel", "hidden_gradient_kernel", "weight_gradient_kernel"} <= set(launched)
 
 
-def test_images_in_float64_beside_narrower_hidden_states_take_torch():
+def test_linear_loss_of_float64_images_and_narrower_hidden_states_takes_torch():
     images, hidden = torch.rand(1, 1, 4, 4, dtype=torch.float64), random((1, 4, 3), torch.bfloat16)
     weight = random((4, 3), torch.bfloat16)
     assert any(

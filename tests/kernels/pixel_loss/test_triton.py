@@ -17,7 +17,7 @@ from support.kernels.pixel_losses import FLOATS, KINDS, check_linear, check_mask
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_masked_kinds(kind, normalize, reduction):
+def test_masked_kernels_for_kinds_and_reductions(kind, normalize, reduction):
     images = make_images((2, 3, 14, 21), torch.uint8, "channels_last")
     ids = make_ids(2, 4, 6, torch.int32)
     for dtype in (torch.float32, torch.bfloat16):
@@ -30,7 +30,7 @@ def test_masked_kinds(kind, normalize, reduction):
     st.integers(-1, 7), st.sampled_from([torch.uint8, *FLOATS]), st.sampled_from(FLOATS), st.sampled_from(LAYOUTS),
     st.sampled_from(KINDS), st.booleans(), st.sampled_from(["mean", "none"]), st.booleans(),
 )  # fmt: skip
-def test_masked_any_shape(
+def test_masked_kernels_for_any_shape(
     batch, channels, patch, rows, columns, count, images_dtype, dtype, layout, kind, normalize, reduction, strided
 ):
     images = make_images((batch, channels, rows * patch, columns * patch), images_dtype, layout)
@@ -42,7 +42,7 @@ def test_masked_any_shape(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_linear_tiles_and_parts(kind, dtype, monkeypatch):
+def test_linear_kernels_for_partial_tiles_and_parts(kind, dtype, monkeypatch):
     """More rows, pixels and width than a tile, none a multiple of it, and the rows summed in several parts."""
     backward = importlib.import_module("mvlm_kernels.pixel_loss.linear_backward")
     monkeypatch.setattr(backward, "PARTIAL_ROWS", 30)
@@ -59,7 +59,7 @@ def test_linear_tiles_and_parts(kind, dtype, monkeypatch):
     st.sampled_from([1, 5, 16, 33]), st.sampled_from(FLOATS), st.sampled_from(LAYOUTS), st.sampled_from(KINDS),
     st.booleans(), st.sampled_from(["mean", "none"]), st.booleans(), st.booleans(),
 )  # fmt: skip
-def test_linear_any_shape(
+def test_linear_kernels_for_any_shape(
     batch, channels, patch, count, width, dtype, layout, kind, normalize, reduction, with_bias, strided
 ):
     images = make_images((batch, channels, 2 * patch, 2 * patch), torch.uint8, layout)
@@ -71,7 +71,7 @@ def test_linear_any_shape(
     check_linear(hidden, weight, bias, images, ids, patch, None, None, kind, normalize and features > 1, reduction)
 
 
-def test_float32_weights_beside_bfloat16_activations_and_autocast():
+def test_linear_loss_takes_float32_weights_under_bfloat16_autocast():
     images, ids = make_images((2, 3, 4, 4), torch.uint8, "contiguous"), make_ids(2, 3, 4)
     hidden = random((2, 3, 24), torch.float32).requires_grad_()
     weight, bias = random((12, 24), torch.float32, 1).requires_grad_(), random((12,), torch.float32, 2).requires_grad_()
@@ -89,7 +89,7 @@ def test_float32_weights_beside_bfloat16_activations_and_autocast():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradcheck_through_the_kernels(kind, reduction):
+def test_pixel_loss_kernels_pass_gradcheck(kind, reduction):
     images, ids = make_images((1, 2, 4, 4), torch.uint8, "contiguous"), torch.tensor([[3, 0]])
     options = {"kind": kind, "normalize_target": reduction == "mean", "reduction": reduction}
     pred = random((1, 2, 8), torch.float64).requires_grad_()
@@ -102,7 +102,7 @@ def test_gradcheck_through_the_kernels(kind, reduction):
 
 
 @pytest.mark.parametrize("needs", [(i & 1 > 0, i & 2 > 0, i & 4 > 0) for i in range(8)], ids=str)
-def test_only_what_is_asked_for(needs):
+def test_linear_loss_computes_only_needed_gradients(needs):
     images, ids = make_images((1, 1, 4, 4), torch.uint8, "contiguous"), make_ids(1, 3, 4)
     parameters = [random(s, torch.float32, i) for i, s in enumerate([(1, 3, 5), (4, 5), (4,)])]
     with use_backend("triton"):
@@ -132,7 +132,7 @@ def test_nan_predictions_give_nan_gradients():
         assert p.grad.isnan().tolist() == [[[False, True, False, False]]]
 
 
-def test_no_patches_is_no_loss():
+def test_loss_of_no_patches_is_zero():
     images = make_images((2, 3, 4, 4), torch.uint8, "contiguous")
     ids = torch.empty(2, 0, dtype=torch.int64)
     for backend in ("torch", "triton"):
@@ -146,7 +146,7 @@ def test_no_patches_is_no_loss():
         assert torch.equal(weight.grad, torch.zeros(12, 5))
 
 
-def test_a_bad_id_on_a_gpu_reads_nothing_and_is_loud():
+def test_bad_patch_id_on_a_gpu_gives_a_nan_loss():
     launchers = importlib.import_module("mvlm_kernels.pixel_loss.triton")
     linear = importlib.import_module("mvlm_kernels.pixel_loss.linear")
     images, ids = guarded(make_images((1, 2, 4, 4), torch.float32, "contiguous")), torch.tensor([[1, -1, 4, 3]])
@@ -159,7 +159,7 @@ def test_a_bad_id_on_a_gpu_reads_nothing_and_is_loud():
         assert losses.isnan().tolist() == [[False, True, True, False]]
 
 
-def test_two_runs_agree_bit_for_bit(monkeypatch):
+def test_linear_kernels_are_bitwise_repeatable(monkeypatch):
     backward = importlib.import_module("mvlm_kernels.pixel_loss.linear_backward")
     monkeypatch.setattr(backward, "PARTIAL_ROWS", 2)
     images, ids = make_images((2, 3, 4, 4), torch.uint8, "contiguous"), make_ids(2, 4, 4)
@@ -174,7 +174,7 @@ def test_two_runs_agree_bit_for_bit(monkeypatch):
 
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
-def test_a_scaled_loss_of_each_patch_fits_float16(backend):
+def test_scaled_gradients_of_each_patch_fit_float16(backend):
     """A loss scale of 2^16 is no float16, though the gradients that come of it are."""
     images, ids = make_images((2, 3, 4, 4), torch.uint8, "contiguous"), make_ids(2, 4, 4)
     hidden, weight = random((2, 4, 9), torch.float16, scale=0.1), random((12, 9), torch.float16, 1, 0.1)

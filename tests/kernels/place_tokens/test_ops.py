@@ -12,7 +12,7 @@ from support.kernels.token_placement import case
 
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_opcheck(backend):
+def test_place_tokens_passes_opcheck(backend):
     with use_backend(backend):
         for mode in ("masked", "visible"):
             inputs, options = case(2, 3, 4, mode, visible=2)
@@ -21,7 +21,7 @@ def test_opcheck(backend):
 
 
 @pytest.mark.plain_empty
-def test_compiles_without_a_break_for_any_size():
+def test_place_tokens_compiles_without_a_break_for_any_size():
     compiled = torch.compile(place_tokens, fullgraph=True, dynamic=True, backend="aot_eager")
     for batch, num_patches in ((2, 3), (3, 5)):
         inputs, options = case(batch, num_patches, 4, "masked")
@@ -57,16 +57,16 @@ IDS = torch.tensor([[0, 1, 2], [0, 1, 2]])
         ((TOKENS, TOKEN, POS, TOKEN), {"visible_ids": IDS * 0}, "visible_ids must be distinct within a row, got 0"),
     ],
 )
-def test_bad_input_says_what_was_wanted(args, kwargs, message):
+def test_bad_input_of_place_tokens_says_what_was_wanted(args, kwargs, message):
     with pytest.raises(ValueError, match=message):
         place_tokens(*args, **kwargs)
 
 
-def test_explain():
+def test_explain_names_reasons_of_place_tokens():
     assert explain(place_tokens, TOKENS, TOKEN, POS, TOKEN).reasons == ("the tensors are on the CPU",)
 
 
-def test_launchers_never_look_at_values():
+def test_launchers_of_place_tokens_read_no_tensor():
     launched = []
     with dispatch.recording(lambda kernel, *_: launched.append(kernel.__name__), 90):
         for _, launch in importlib.import_module("mvlm_kernels.place_tokens.triton").aot_cases():

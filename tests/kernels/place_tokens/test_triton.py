@@ -10,8 +10,9 @@ from hypothesis import given
 from mvlm_kernels import use_backend
 from mvlm_kernels.place_tokens import place_tokens, reference
 from support.kernels.guards import guarded
-from support.kernels.patches import SETTINGS, assert_caught
-from support.kernels.token_placement import by_reference, case, check, oracle, random
+from support.kernels.mutants import assert_caught
+from support.kernels.patches import SETTINGS
+from support.kernels.token_placement import by_reference, case, check_placement, oracle, random
 
 
 @pytest.mark.parametrize("mode", ["all", "masked", "visible"])
@@ -20,8 +21,8 @@ from support.kernels.token_placement import by_reference, case, check, oracle, r
     [(torch.float32, None), (torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, torch.float32)],
     ids=str,
 )
-def test_modes_and_types(mode, dtype, parameter_dtype):
-    check(*case(17, 5, 130, mode, dtype, parameter_dtype, visible=2))  # batch and width past a tile
+def test_place_kernels_for_modes_and_types(mode, dtype, parameter_dtype):
+    check_placement(*case(17, 5, 130, mode, dtype, parameter_dtype, visible=2))  # batch and width past a tile
 
 
 @SETTINGS
@@ -31,7 +32,7 @@ def test_modes_and_types(mode, dtype, parameter_dtype):
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
     st.sampled_from(["contiguous", "transposed", "expanded", "strided"]),
 )  # fmt: skip
-def test_any_shape(batch, num_patches, width, mode, visible, share, dtype, layout):
+def test_place_kernels_for_any_shape(batch, num_patches, width, mode, visible, share, dtype, layout):
     inputs, options = case(batch, num_patches, width, mode, dtype, None, min(visible, num_patches), share)
     tokens, grad = inputs[0], random((batch, 1 + num_patches, width), torch.float64, 5)
     if layout == "transposed":  # what a conv patch embedding gives
@@ -43,15 +44,15 @@ def test_any_shape(batch, num_patches, width, mode, visible, share, dtype, layou
         grad = grad[:, :1, :1].expand_as(grad)  # of a sum
     elif layout == "strided":
         *inputs, grad = (torch.stack([x, x], dim=-1).flatten(-2)[..., ::2] for x in (*inputs, grad))
-    check(inputs, options, grad=grad)
+    check_placement(inputs, options, grad=grad)
 
 
-def test_a_197_position_vit():
-    check(*case(2, 196, 24, "masked"))
-    check(*case(2, 196, 24, "visible", visible=49))
+def test_place_kernels_for_197_positions():
+    check_placement(*case(2, 196, 24, "masked"))
+    check_placement(*case(2, 196, 24, "visible", visible=49))
 
 
-def test_parameters_as_timm_and_transformers_shape_them():
+def test_place_tokens_takes_parameters_in_the_shapes_of_timm_and_transformers():
     inputs, options = case(2, 4, 3, "masked")
     tokens, mask_token, pos_embed, cls_token = inputs
     out = place_tokens(tokens, mask_token[None, None], pos_embed[None], cls_token[None, None], **options)
@@ -60,7 +61,7 @@ def test_parameters_as_timm_and_transformers_shape_them():
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("mode", ["all", "masked", "visible"])
-def test_gradcheck(mode, backend):
+def test_place_tokens_passes_gradcheck(mode, backend):
     inputs, options = case(2, 3, 2, mode, torch.float64, visible=2)
     with use_backend(backend):
         assert torch.autograd.gradcheck(
@@ -71,7 +72,7 @@ def test_gradcheck(mode, backend):
 @pytest.mark.parametrize("needs", [tuple(bool(i >> j & 1) for j in range(4)) for i in range(16)], ids=str)
 @pytest.mark.parametrize("mode", ["masked", "visible"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_only_what_is_asked_for(needs, mode, backend):
+def test_place_tokens_computes_only_needed_gradients(needs, mode, backend):
     inputs, options = case(2, 2, 3, mode, visible=1)
     with use_backend(backend):
         full = [x.clone().requires_grad_() for x in inputs]
@@ -87,7 +88,7 @@ def test_only_what_is_asked_for(needs, mode, backend):
 
 
 @pytest.mark.parametrize("mode", ["all", "masked", "visible"])
-def test_the_cpu_runs_its_composition(mode, monkeypatch):
+def test_place_tokens_on_the_cpu_runs_its_composition(mode, monkeypatch):
     inputs, options = case(2, 3, 5, mode, torch.bfloat16, visible=2)
     grad = random((2, 4, 5), torch.bfloat16, 5)
     wanted, wanted_grads = by_reference(inputs, grad, **options)
@@ -118,7 +119,7 @@ def test_masked_tokens_and_their_gradients_may_be_nan(dtype, backend):
 
 @pytest.mark.parametrize("mode", ["masked", "visible"])
 @pytest.mark.parametrize("width", [1, 3, 64])
-def test_16_bit_sums_of_the_cpu_are_in_float32(mode, width):
+def test_place_tokens_on_the_cpu_sums_16_bits_in_float32(mode, width):
     """A sum of ones in bfloat16 would stop at 256."""
     inputs, options = case(3000, 3, width, mode, torch.bfloat16, visible=1)
     grad = 1 + random((3000, 4, width), torch.bfloat16, 5) / 8
@@ -128,7 +129,7 @@ def test_16_bit_sums_of_the_cpu_are_in_float32(mode, width):
         torch.testing.assert_close(a.double(), torch.from_numpy(b), rtol=2**-8, atol=0)
 
 
-def test_bad_visible_ids_on_a_gpu_touch_nothing():
+def test_bad_visible_ids_on_a_gpu_touch_no_other_memory():
     launchers = importlib.import_module("mvlm_kernels.place_tokens.triton")
     inputs, _ = case(1, 3, 4, "visible", visible=3)
     ids = torch.tensor([[1, -1, 3]])
@@ -139,7 +140,7 @@ def test_bad_visible_ids_on_a_gpu_touch_nothing():
     launchers.place_tokens_backward(out, None, ids, 3, (torch.float32,) * 4, (True,) * 4)
 
 
-def test_two_runs_agree_bit_for_bit():
+def test_place_kernels_are_bitwise_repeatable():
     inputs, options = case(5, 3, 8, "masked")
     x = [i.requires_grad_() for i in inputs]
     with use_backend("triton"):
@@ -175,19 +176,19 @@ CPU_MUTANTS = [
 
 
 def exercise():
-    check(*case(17, 1, 3, "masked"))
-    check(*case(17, 3, 3, "visible", visible=2))
+    check_placement(*case(17, 1, 3, "masked"))
+    check_placement(*case(17, 3, 3, "visible", visible=2))
 
 
 @pytest.mark.parametrize("old, new", MUTANTS, ids=[new[:40] for _, new in MUTANTS])
-def test_a_broken_kernel_is_caught(old, new, tmp_path, poison):
+def test_broken_place_kernel_is_caught(old, new, tmp_path, poison):
     assert_caught("mvlm_kernels.place_tokens.triton", old, new, tmp_path, poison, exercise)
 
 
 @pytest.mark.parametrize("old, new", CPU_MUTANTS, ids=[new[:40] for _, new in CPU_MUTANTS])
-def test_a_broken_composition_is_caught(old, new, tmp_path, poison):
+def test_broken_place_composition_is_caught(old, new, tmp_path, poison):
     assert_caught("mvlm_kernels.place_tokens.cpu", old, new, tmp_path, poison, exercise)
 
 
-def test_the_whole_pass_what_the_broken_ones_fail():
+def test_intact_place_tokens_passes_the_mutation_check():
     exercise()

@@ -1,4 +1,4 @@
-"""Inputs for the cross-attention tests: one description, from which tensors between guard bands are drawn."""
+"""Cases of cross-attention, their tensors between guard bands, and the check of the kernels."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,13 +10,15 @@ from torch import Tensor
 
 import mvlm_kernels
 from mvlm_kernels import dispatch
+from mvlm_kernels.cross_attention.arguments import longest_rows
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
-from support.kernels.guards import assert_accurate, guarded
+from support.kernels.accuracy import assert_accurate
+from support.kernels.guards import guarded
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One call. Lq and Lk are the longest rows; packed sides draw lengths from 0 to them."""
+    """Description of a call. len_q and len_k are the longest sequences; packed sides draw lengths up to them."""
 
     len_q: int
     len_k: int
@@ -64,10 +66,10 @@ SIDES = {
 
 
 def build(case: Case) -> Call:
-    """Draw the call; keys that do not exist and packed rows past the last sequence hold NaN.
+    """Tensors of a case. Keys that do not exist and packed rows past the last sequence hold NaN.
 
     Rows have no key or at least two: over a single key P is 1 and dS is 0 whatever the inputs, torch makes no error
-    at all, and that of a kernel has nothing to be compared with (test_a_single_key has bounds of its own).
+    at all, and that of a kernel has nothing to be compared with (single keys have a test with other bounds).
     """
     draw = torch.Generator().manual_seed(case.seed)
     q_seqs = case.readers or case.batch
@@ -144,16 +146,27 @@ def run(
     return out.detach(), q.grad, k.grad, v.grad
 
 
+def op_arguments(q: Tensor, k: Tensor, kwargs: dict[str, Any], scale: float) -> tuple[Any, ...]:
+    """Arguments of the registered op after q, k and v, from those of the public function."""
+    sides = [kwargs.get(n) for n in ("key_lengths", "key_mask", "key_index", "cu_seqlens_q", "cu_seqlens_k")]
+    if sides[1] is not None:
+        sides[1] = mvlm_kernels.pack_key_mask(sides[1])
+    return (*sides, scale, *longest_rows(q, k, *sides[3:], *map(kwargs.get, ("max_len_q", "max_len_k"))))
+
+
+def attention_by_op(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
+    """Cross-attention by the registered op, as a compiled graph calls it."""
+    return torch.ops.mvlm_kernels.cross_attention(q, k, v, *op_arguments(q, k, kwargs, q.shape[-1] ** -0.5))[0]
+
+
 def moved(call: Call, device: str) -> Call:
-    """The call with its tensors on another device, strides and guard bands included."""
+    """The call with its tensors on another device, with their strides and guard bands."""
     q, k, v, grad = (guarded(x, device) for x in (call.q, call.k, call.v, call.grad))
     return Call(q, k, v, grad, {name: guarded(x, device) for name, x in call.kwargs.items()}, call.bounds)
 
 
-def check(case: Case, device: str = "cpu") -> None:
-    """The kernels, interpreted on the CPU, against the float64 reference: AssertionError where an output is too far
-    off.
-    """
+def check_attention(case: Case, device: str = "cpu") -> None:
+    """Compare the kernels with the float64 reference. On the CPU they are interpreted."""
     call = build(case)
     oracle = run(cross_attention_reference, call, torch.float64)
     same = run(cross_attention_reference, call)
@@ -165,11 +178,10 @@ def check(case: Case, device: str = "cpu") -> None:
 
 
 def check_rows_in_front(case: Case, front: int = 3) -> None:
-    """Packed buffers with rows in front of the first sequence, which belong to none: AssertionError unless those come
-    out as zeros and all others as without them."""
+    """Assert that packed rows in front of the first sequence give zeros and leave all other rows as they are."""
     call = build(case)
     with pytest.MonkeyPatch.context() as patch, mvlm_kernels.use_backend("triton"):
-        patch.setattr(dispatch, "checks_values", lambda device: False)  # as on a GPU: nobody looks at cu_seqlens[0]
+        patch.setattr(dispatch, "checks_values", lambda device: False)  # as on a GPU, where cu_seqlens is not read
         wanted = run(mvlm_kernels.cross_attention, call, **call.bounds)
         for side, tensors in (("q", ("q", "grad")), ("k", ("k", "v"))):
             if f"cu_seqlens_{side}" in call.kwargs:

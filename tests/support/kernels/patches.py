@@ -1,26 +1,19 @@
-"""What the tests of the patch ops share: images of every layout, oracles in numpy loops, broken copies of kernels."""
-
-import importlib
-import importlib.util
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+"""Images and patch ids of every layout, oracles in NumPy loops, and the check of ``gather_patches``."""
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from mvlm_kernels import gather_patches, use_backend
-from support.kernels.guards import Poison, assert_accurate, guarded
+from support.kernels.accuracy import accurate
+from support.kernels.guards import guarded
 
 LAYOUTS = ("contiguous", "channels_last", "expanded", "strided", "transposed")
 MEAN = (0.485, 0.456, 0.406, 0.5, 0.25)
 STD = (0.229, 0.224, 0.225, 0.5, 0.125)
 
-# The fixtures hold nothing that an example could leave behind, and interpreted kernels have no even speed.
+# The fixtures have no state that an example could change, and interpreted kernels differ in speed.
 SETTINGS = settings(
     max_examples=20,
     deadline=None,
@@ -30,7 +23,7 @@ SETTINGS = settings(
 
 
 def make_images(shape: tuple[int, int, int, int], dtype: torch.dtype, layout: str, seed: int = 0) -> Tensor:
-    """(B, C, H, W) with the strides that ``layout`` names."""
+    """Random images (B, C, H, W) in the memory layout ``layout``."""
     batch, channels, height, width = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -51,7 +44,7 @@ def make_images(shape: tuple[int, int, int, int], dtype: torch.dtype, layout: st
 
 
 def make_ids(batch: int, count: int, num_patches: int, dtype: torch.dtype = torch.int64, seed: int = 0) -> Tensor:
-    """(B, count) with repeats, or distinct where they fit."""
+    """Patch ids (B, count), distinct within a row if count is at most num_patches."""
     generator = torch.Generator().manual_seed(seed)
     if count <= num_patches:
         rows = [torch.randperm(num_patches, generator=generator)[:count] for _ in range(batch)]
@@ -59,23 +52,8 @@ def make_ids(batch: int, count: int, num_patches: int, dtype: torch.dtype = torc
     return torch.randint(0, num_patches, (batch, count), generator=generator).to(dtype)
 
 
-def accurate(name: str, got: Tensor, same_dtype: Tensor, oracle: Tensor, terms: float = 0.0, rms=None) -> None:
-    """:func:`assert_accurate`, where outputs are differences of numbers as large as ``terms`` (0: they are not).
-
-    Where two terms cancel, a unit in the last place is one of the terms, and not of what is left of them. In float64
-    the oracle rounds as much as the kernel, so the two need only be close.
-    """
-    if got.dtype == torch.float64:
-        torch.testing.assert_close(got, oracle.double(), rtol=1e-11, atol=1e-12)
-        return
-    unit = 2 * torch.finfo(torch.float32).eps * terms
-    inexact = ~((got.double() - oracle).abs() <= unit)  # so that NaN stays
-    assert got.shape == oracle.shape, f"{name}: shape {tuple(got.shape)}, wanted {tuple(oracle.shape)}"
-    assert_accurate(name, torch.where(inexact, got, oracle.to(got.dtype)), same_dtype, oracle, rms)
-
-
 def patches_oracle(images: Tensor, ids: Tensor | None, patch: int, mean, std) -> np.ndarray:
-    """(B, K, C*P*P) float64, patch by patch."""
+    """Normalised patches (B, K, C*P*P) in float64, patch by patch."""
     pixels = images.detach().double().numpy() / (255 if images.dtype == torch.uint8 else 1)
     batch, channels, height, width = pixels.shape
     for c in range(channels):
@@ -110,7 +88,7 @@ def losses_oracle(pred: np.ndarray, target: np.ndarray, kind: str, normalize: bo
 
 
 def check_gather(images, ids, patch, mean=None, std=None, dtype=None, device="cpu"):
-    """Values and gradient of the kernels: held to twice the error of the torch code, against loops in float64."""
+    """Compare values and gradient of the kernels with loops in float64, within twice the error of the torch code."""
     results = {}
     grad = None
     for backend in ("triton", "torch"):
@@ -145,45 +123,3 @@ def gradient_oracle(grad, shape, ids, patch, std):
     if std is not None:
         out /= np.asarray(std, dtype=float).reshape(1, -1, 1, 1)
     return torch.from_numpy(out)
-
-
-@contextmanager
-def mutant(module: str, old: str, new: str, folder: Path) -> Iterator[None]:
-    """Inside the block, ``module`` is a copy of itself in which ``old``, which must occur once, reads ``new``.
-
-    The interpreter reads a kernel's source from its file, so the copy is a file too.
-    """
-    original = importlib.import_module(module)
-    source = Path(str(original.__file__)).read_text()
-    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {module}"
-    path = folder / "mutant.py"
-    path.write_text(source.replace(old, new))
-    # The name keeps the prefix by which allocations are recognised and poisoned.
-    spec = importlib.util.spec_from_file_location(f"{module}_mutant", path)
-    assert spec is not None
-    assert spec.loader is not None
-    broken = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(broken)
-    package, _, name = module.rpartition(".")
-    parent = sys.modules[package]
-    sys.modules[module] = broken
-    setattr(parent, name, broken)
-    try:
-        yield
-    finally:
-        sys.modules[module] = original
-        setattr(parent, name, original)
-
-
-def assert_caught(
-    module: str, old: str, new: str, folder: Path, poison: Poison, exercise: Callable[[], object]
-) -> None:
-    """``exercise``, or a guard band of a buffer it made, must fail on the mutant."""
-
-    def run() -> None:
-        exercise()
-        poison.check()
-
-    with mutant(module, old, new, folder), pytest.raises((AssertionError, RuntimeError)):
-        run()
-    poison.buffers.clear()

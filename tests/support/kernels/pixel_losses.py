@@ -1,4 +1,4 @@
-"""The two pixel losses, interpreted or compiled, held to loops in float64: what their tests and the GPU lane share."""
+"""Oracles and checks of the two pixel losses, for interpreted and compiled kernels."""
 
 from typing import Any
 
@@ -6,8 +6,9 @@ import torch
 
 from mvlm_kernels import use_backend
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
+from support.kernels.accuracy import accurate
 from support.kernels.guards import guarded
-from support.kernels.patches import accurate, losses_oracle, patches_oracle
+from support.kernels.patches import losses_oracle, patches_oracle
 
 KINDS = ("l1", "mse", "smooth_l1")
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -18,12 +19,12 @@ def random(shape, dtype, seed=0, scale=1.0):
 
 
 def incoming(shape, reduction):
-    """A gradient of the loss that is neither 1 nor the same for all patches."""
+    """Incoming gradient of the loss: not 1, and not the same for all patches."""
     return torch.tensor(1.7) if reduction == "mean" else random(shape, torch.float32, seed=9)
 
 
 def pred_gradient_oracle(slope, grad, reduction):
-    """(B, K, F) float64 of the predictions."""
+    """Gradient of the predictions, (B, K, F) in float64."""
     batch, count, features = slope.shape
     if reduction == "mean":
         return slope * float(grad) / max(1, batch * count * features)
@@ -87,7 +88,7 @@ def check_linear(
         g.T @ h.reshape(-1, h.shape[2]),
         g.sum(axis=0),
     ]
-    # The loss is in float32 whatever the type of its operands, and it comes out of their products.
+    # The loss is float32, but its error is that of products of narrower operands.
     bounds = [2e-3 if hidden.dtype in (torch.bfloat16, torch.float16) else None, None, None, None]
     names = "loss", "hidden gradient", "weight gradient", "bias gradient"
     for name, got, same, want, bound in zip(

@@ -1,11 +1,12 @@
-"""What the tests of place_tokens share: inputs, an oracle in loops, and the comparison of all implementations."""
+"""Inputs of place_tokens, an oracle in loops, and the check of all implementations."""
 
 import numpy as np
 import torch
 
 from mvlm_kernels import dispatch, use_backend
 from mvlm_kernels.place_tokens import place_tokens, reference
-from support.kernels.guards import assert_accurate, guarded
+from support.kernels.accuracy import assert_accurate
+from support.kernels.guards import guarded
 from support.kernels.patches import make_ids
 
 NAMES = "tokens", "mask token", "position", "cls token"
@@ -16,7 +17,7 @@ def random(shape, dtype, seed=0):
 
 
 def case(batch, num_patches, width, mode, dtype=torch.float32, parameter_dtype=None, visible=0, share=0.5):
-    """(the four tensors, keyword arguments)."""
+    """The four tensors and the keyword arguments of a call in mode "all", "masked" or "visible"."""
     parameter_dtype = parameter_dtype or dtype
     inputs = [
         random((batch, visible if mode == "visible" else num_patches, width), dtype),
@@ -33,7 +34,7 @@ def case(batch, num_patches, width, mode, dtype=torch.float32, parameter_dtype=N
 
 
 def oracle(inputs, grad, masked=None, visible_ids=None):
-    """(output, gradients of the four inputs) in float64, position by position."""
+    """Output and gradients of the four inputs in float64, position by position."""
     tokens, mask_token, pos_embed, cls_token = (x.detach().double().numpy() for x in inputs)
     g = grad.double().numpy()
     out = np.zeros(g.shape)
@@ -57,7 +58,7 @@ def oracle(inputs, grad, masked=None, visible_ids=None):
 
 
 def by_reference(inputs, grad, masked=None, visible_ids=None):
-    """(output, gradients of the four inputs) of the specification."""
+    """Output and gradients of the four inputs by the specification."""
     tokens, mask_token, pos_embed, cls_token = inputs
     out = reference.place_tokens(tokens, mask_token, pos_embed, cls_token, masked, visible_ids)
     dtypes = tokens.dtype, mask_token.dtype, pos_embed.dtype, cls_token.dtype
@@ -66,8 +67,8 @@ def by_reference(inputs, grad, masked=None, visible_ids=None):
     return out, reference.place_tokens_backward(grad, masked, visible_ids, tokens.shape[1], dtypes, needs)
 
 
-def check(inputs, options, device="cpu", grad=None):
-    """The kernels and the composition for the CPU against the oracle, as close to it as the reference is."""
+def check_placement(inputs, options, device="cpu", grad=None):
+    """Compare the kernels and the CPU's composition with the oracle, within the error of the reference."""
     if grad is None:
         grad = random((inputs[0].shape[0], *inputs[2].shape), torch.float64, 5)
     same, same_grads = by_reference(inputs, grad, **options)
