@@ -1,4 +1,4 @@
-"""Fixtures of the kernel tests: poisoned allocations for all of them, and the lanes."""
+"""Settings of the kernel tests: poisoned allocations for all of them, and skips without a GPU."""
 
 import os
 
@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """Every buffer the library allocates starts as NaN between NaN guard bands, which are checked afterwards."""
+    """Fill every buffer that the library allocates with NaN, between NaN guard bands that are checked afterwards."""
     if request.node.get_closest_marker("plain_empty"):
         yield None
         return

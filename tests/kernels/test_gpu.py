@@ -1,6 +1,6 @@
-"""The GPU lane, `make test-gpu`: compiled kernels on a CUDA device, held to the oracles of the interpreted ones.
+"""Compiled kernels on a CUDA device (`make test-gpu`), compared with the oracles of the interpreted kernels.
 
-What only a device shows is here too: rounding to bfloat16, strides past 2^31, debug mode's refusal of bad values.
+Three more things only a device can show: rounding to bfloat16, strides past 2^31, and checks of values in debug mode.
 """
 
 from collections.abc import Callable
@@ -103,7 +103,7 @@ def attention_inputs() -> tuple[Tensor, Tensor, Tensor]:
 def test_debug_mode_refuses_bad_values(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("MVLM_KERNELS_DEBUG", raising=False)
     with use_backend("triton"):
-        BAD_VALUES[name]()  # nothing is read out of bounds, and nothing raised
+        BAD_VALUES[name]()  # reads nothing out of bounds and raises nothing
         torch.cuda.synchronize()
         monkeypatch.setenv("MVLM_KERNELS_DEBUG", "1")
         with pytest.raises(ValueError, match=f"{name} must"):
@@ -111,7 +111,7 @@ def test_debug_mode_refuses_bad_values(name: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_gather_patches_rounds_bfloat16_to_nearest_even():
-    """An output that is one input, unchanged: place_tokens in float32 sums, rounded once as it is stored."""
+    """Without mean and std a patch is its pixels, rounded once when it is stored."""
     ties = torch.tensor(
         [1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 0.0, float("inf"), -float("inf"), 3.4e38, 1e-40, float("nan")]
     )
@@ -125,7 +125,7 @@ def test_gather_patches_rounds_bfloat16_to_nearest_even():
 
 @pytest.mark.plain_empty
 def test_kernels_read_strides_past_31_bits():
-    """Rows of a view that lie more than 2^31 elements apart, read and compared with a contiguous copy."""
+    """Views whose rows are more than 2^31 elements apart give the same as contiguous copies."""
     far = 2**31 + 64
     buffer = torch.zeros(far + 64 * 64 * 64, dtype=torch.bfloat16, device=DEVICE)
     shapes = {"q": (2, 40, 2, 64), "k": (2, 20, 2, 64)}

@@ -1,4 +1,4 @@
-"""The op boundary, on an op of our own: gradients, fake tensors, opcheck and full-graph compilation."""
+"""Registration, shown on a small op: gradients, fake tensors, opcheck and full-graph compilation."""
 
 import pytest
 import torch

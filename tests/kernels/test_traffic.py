@@ -1,4 +1,4 @@
-"""What the kernels move, counted in the interpreter, stays within a few per cent of the fewest bytes possible."""
+"""Bytes that the kernels move, counted in the interpreter: within a few per cent of the fewest possible."""
 
 import json
 
@@ -26,7 +26,7 @@ def test_kernels_move_few_bytes_beyond_the_minimum(name):
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("kind", ["l1", "mse"])
 def test_bytes_of_linear_pixel_loss_follow_from_its_tiling(kind):
-    """147 pixels, 70 wide, 66 rows: partial tiles on every side."""
+    """147 pixels, width 70 and 66 rows give partial tiles on every side."""
     bf16 = torch.bfloat16
     hidden, weight = torch.zeros(6, 11, 70, dtype=bf16), torch.zeros(147, 70, dtype=bf16)
     leaves = [x.requires_grad_() for x in (hidden, weight, torch.zeros(147, dtype=bf16))]

@@ -1,4 +1,4 @@
-"""gather_patches as an op: registration, compilation, errors, and what explain says."""
+"""gather_patches as an op: registration, compilation, errors, and the text of explain."""
 
 import importlib
 

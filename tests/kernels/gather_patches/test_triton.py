@@ -73,7 +73,7 @@ def test_gather_patches_equals_a_conv_patch_embedding():
 @pytest.mark.parametrize("stride", [(2**31 + 64, 4, 2, 1), (16, 2**30 + 8, 2, 1), (16, 8, 2**31 + 8, 1)], ids=str)
 def test_gather_kernel_reads_strides_past_31_bits(stride):
     size = (2, 3, 2, 2)
-    # Untouched pages of this buffer are never made: it costs address space, not memory.
+    # Untouched pages are never allocated: this buffer costs address space, not memory.
     storage = torch.empty(1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)), dtype=torch.uint8)
     images = storage.as_strided(size, stride)
     images.copy_(make_images(size, torch.uint8, "contiguous"))
@@ -83,7 +83,7 @@ def test_gather_kernel_reads_strides_past_31_bits(stride):
 
 
 def test_bad_patch_id_on_a_gpu_reads_nothing_and_gives_nan():
-    """Ids are not checked there by default; the launchers are called as the op calls them on a GPU."""
+    """Ids are not checked there by default, so the launchers are called as the op calls them on a GPU."""
     launchers = importlib.import_module("mvlm_kernels.gather_patches.triton")
     images = guarded(make_images((1, 2, 4, 4), torch.float32, "contiguous"))
     ids = torch.tensor([[1, -1, 4, 2**31 - 1, 3]])

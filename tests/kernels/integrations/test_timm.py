@@ -1,4 +1,4 @@
-"""A timm vision transformer gives the same features with its patch embedding swapped."""
+"""Swapped patch embeddings of timm models: features, gradients, and refusals."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Kernels of the pixel losses broken on purpose: the checks must notice each one, or they prove nothing."""
+"""Pixel-loss kernels broken on purpose: the checks must notice each one, or they prove nothing."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""masked_pixel_loss and linear_pixel_loss as ops: registration, compilation, bad input, and what explain says."""
+"""masked_pixel_loss and linear_pixel_loss as ops: registration, compilation, bad input, and the text of explain."""
 
 import importlib
 

@@ -1,4 +1,4 @@
-"""masked_pixel_loss and linear_pixel_loss: interpreted kernels against loops in float64."""
+"""Values of masked_pixel_loss and linear_pixel_loss: the interpreted kernels against loops in float64."""
 
 import importlib
 
@@ -43,7 +43,7 @@ def test_masked_kernels_for_any_shape(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_linear_kernels_for_partial_tiles_and_parts(kind, dtype, monkeypatch):
-    """More rows, pixels and width than a tile, none a multiple of it, and the rows summed in several parts."""
+    """Rows, pixels and width exceed a tile and are no multiples of it, and rows are summed in several parts."""
     backward = importlib.import_module("mvlm_kernels.pixel_loss.linear_backward")
     monkeypatch.setattr(backward, "PARTIAL_ROWS", 30)
     images = make_images((5, 3, 14, 21), torch.uint8, "contiguous")
@@ -119,7 +119,7 @@ def test_linear_loss_computes_only_needed_gradients(needs):
 
 
 def test_nan_predictions_give_nan_gradients():
-    """A sign byte has no NaN of its own; a loss scaler that looks for NaN in gradients must still see it."""
+    """Sign bytes have no NaN, but a loss scaler that looks for NaN in gradients must still see one."""
     images = make_images((1, 1, 2, 2), torch.uint8, "contiguous")
     pred = torch.tensor([[[0.5, float("nan"), -1.0, 2.0]]])
     for backend in ("torch", "triton"):
@@ -175,7 +175,7 @@ def test_linear_kernels_are_bitwise_repeatable(monkeypatch):
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_scaled_gradients_of_each_patch_fit_float16(backend):
-    """A loss scale of 2^16 is no float16, though the gradients that come of it are."""
+    """A loss scale of 2^16 exceeds float16, but the scaled gradients fit."""
     images, ids = make_images((2, 3, 4, 4), torch.uint8, "contiguous"), make_ids(2, 4, 4)
     hidden, weight = random((2, 4, 9), torch.float16, scale=0.1), random((12, 9), torch.float16, 1, 0.1)
     grads = []

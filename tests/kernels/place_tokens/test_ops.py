@@ -1,4 +1,4 @@
-"""place_tokens as an op: registration, compilation, errors, and what explain says."""
+"""place_tokens as an op: registration, compilation, errors, and the text of explain."""
 
 import importlib
 
