@@ -170,11 +170,12 @@ def test_register_refuses_a_name_that_transformers_does_not_check():
 @pytest.mark.parametrize("option", ["softcap", "s_aux"])
 def test_score_options_that_the_op_lacks_are_refused(option: str):
     q, k, v = torch.randn(3, 2, 2, 5, 32)
-    value: Any = 50.0 if option == "softcap" else torch.zeros(2)
+    given: dict[str, Any] = {option: 50.0 if option == "softcap" else torch.zeros(2)}
+    absent: dict[str, Any] = {option: None}
     module = torch.nn.Module()
     with pytest.raises(ValueError, match=f"{option} must be None"):
-        integration.attention(module, q, k, v, None, is_causal=False, **{option: value})
-    integration.attention(module, q, k, v, None, is_causal=False, **{option: None})
+        integration.attention(module, q, k, v, None, is_causal=False, **given)
+    integration.attention(module, q, k, v, None, is_causal=False, **absent)
 
 
 def test_sliding_window_goes_to_sdpa(fused_calls: list[torch.Size]):
