@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "aot.json"
 # One case of each kernel family at the most common shape, and the widest tiles, which would spill first.
 SLICE = r"cross_attention/(bfloat16/64/32/(lengths|splits)|float16/128/128/lengths)$|gather_patches|place_tokens.*bf16"

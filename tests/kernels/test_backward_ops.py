@@ -11,7 +11,7 @@ import torch
 from mvlm_kernels import use_backend
 from support.kernels.patches import make_ids, make_images
 
-pytestmark = [pytest.mark.plain_empty, pytest.mark.parametrize("backend", ["torch", "triton"])]
+pytestmark = [pytest.mark.slow, pytest.mark.plain_empty, pytest.mark.parametrize("backend", ["torch", "triton"])]
 OPS = torch.ops.mvlm_kernels
 
 

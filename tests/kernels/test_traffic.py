@@ -12,6 +12,7 @@ CASES = {f"{case.op} {case.shape}": case for case in cases.cases()}
 DIRECT = [name for name, case in CASES.items() if case.moved is None]
 
 
+@pytest.mark.slow
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("name", DIRECT)
 def test_kernels_move_few_bytes_beyond_the_minimum(name):

@@ -97,6 +97,7 @@ def test_key_mask_words_round_trip(length: int):
     torch.testing.assert_close(cross_attention(q, k, k, key_mask=words), cross_attention(q, k, k, key_mask=mask))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [SIDES["index"], SIDES["long-index"], SIDES["packed-q"], SIDES["both"]])
 def test_attention_reads_vectors_of_any_stride(case: Case):
     """Lengths, indices and mask words as columns of a table, so that neighbours are not contiguous in memory."""
@@ -128,6 +129,7 @@ def test_second_derivative_of_cpu_attention_is_right():
     assert torch.autograd.gradgradcheck(lambda *x: cross_attention(*x, key_lengths=lengths), (q, k, v), fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["packed-both", "packed-k", "long-packed-q", "long-packed-k", "long-packed-index"])
 @pytest.mark.parametrize("multiprocessors", [0, 40])
 def test_rows_in_front_of_the_first_packed_sequence_are_zeros(

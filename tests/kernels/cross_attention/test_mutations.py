@@ -16,6 +16,8 @@ from mvlm_kernels import dispatch
 from support.kernels.attention import SIDES, Case, check_attention, check_rows_in_front
 from support.kernels.guards import Poison
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mutant:

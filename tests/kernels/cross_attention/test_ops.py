@@ -18,6 +18,7 @@ def arguments(case: Case, requires_grad: bool = True) -> tuple[Any, ...]:
     return (*tensors, *op_arguments(call.q, call.k, call.kwargs | call.bounds, 0.125))
 
 
+@pytest.mark.slow
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", ["lengths", "mask", "packed-both", "long-index"])

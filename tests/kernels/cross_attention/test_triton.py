@@ -24,6 +24,7 @@ def many_multiprocessors(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dispatch, "multiprocessors", lambda device: 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("len_q, len_k", [(197, 32), (33, 577), (63, 64), (1, 2)])
 def test_attention_kernels_for_types(dtype: torch.dtype, len_q: int, len_k: int):
@@ -41,12 +42,14 @@ def test_attention_kernels_for_lengths_masks_indices_and_packing(case: Case):
     check_attention(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SIDES.values(), ids=SIDES.keys())
 @pytest.mark.usefixtures("many_multiprocessors")
 def test_attention_kernels_with_split_work(case: Case):
     check_attention(replace(case, heads=2, seed=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["strided", "expanded"])
 @pytest.mark.parametrize("case", [SIDES["lengths"], SIDES["packed-k"], SIDES["long-index"]], ids=["kv", "packed", "q"])
 def test_attention_kernels_for_memory_layouts(case: Case, layout: str):
@@ -61,6 +64,7 @@ def test_attention_kernels_for_packed_rows_of_unknown_length(name: str):
 LENGTHS = st.sampled_from([2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128])
 
 
+@pytest.mark.slow
 @given(
     short=LENGTHS,
     long=st.sampled_from([2, 5, 15, 64, 65, 97, 129, 197]),
@@ -92,6 +96,7 @@ def test_attention_kernels_for_any_case(
         check_attention(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lengths", "index", "packed-both", "long-lengths", "long-index"])
 def test_attention_kernels_pass_gradcheck(name: str):
     len_q, len_k = (18, 3) if SIDES[name].len_k <= 128 else (5, 131)
@@ -122,6 +127,7 @@ def test_attention_on_the_cpu_is_as_accurate_as_the_reference(name: str, dtype: 
         assert_accurate(f"{name}[{i}]", got, same[i], oracle[i], terms=8 if i in (1, 2) else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lengths", "index", "long-lengths", "long-index"])
 @pytest.mark.usefixtures("many_multiprocessors")
 def test_attention_kernels_are_bitwise_repeatable(name: str):
@@ -132,6 +138,7 @@ def test_attention_kernels_are_bitwise_repeatable(name: str):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["lengths", "index", "packed-k", "packed-both", "long-lengths", "long-index", "long-packed-q", "long-packed-k"],

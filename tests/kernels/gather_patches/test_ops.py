@@ -12,6 +12,7 @@ from support.kernels.patches import MEAN, STD, make_ids, make_images
 OP = torch.ops.mvlm_kernels.gather_patches.default
 
 
+@pytest.mark.slow
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_gather_patches_passes_opcheck(backend):
@@ -22,6 +23,7 @@ def test_gather_patches_passes_opcheck(backend):
         torch.library.opcheck(OP, (images.detach(), None, 2, torch.rand(3), None, torch.bfloat16))
 
 
+@pytest.mark.slow
 @pytest.mark.plain_empty
 def test_gather_patches_compiles_without_a_break_for_any_size():
     compiled = torch.compile(

@@ -36,6 +36,7 @@ def test_gather_kernels_for_patch_sides(patch, channels, grid):
     check_gather(images, None, patch, MEAN[:channels], STD[:channels], torch.bfloat16)
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(
     st.integers(0, 3), st.integers(1, 5), st.sampled_from([1, 2, 3, 5, 7]), st.integers(1, 3), st.integers(1, 4),
@@ -55,6 +56,7 @@ def test_gradients_of_repeated_patch_ids_add_up():
     check_gather(images, torch.tensor([[5, 0, 5, 5, 0]]).expand(3, 5), 2, None, STD[:2])
 
 
+@pytest.mark.slow
 def test_gather_kernels_pass_gradcheck():
     images = make_images((2, 2, 4, 4), torch.float64, "channels_last").requires_grad_()
     ids = torch.tensor([[3, 0, 3], [1, 2, 0]])

@@ -24,6 +24,7 @@ def test_pixel_losses_pass_opcheck(backend):
         torch.library.opcheck(ops.linear_pixel_loss.default, (*parameters, *pixels, "mse", False, False, True))
 
 
+@pytest.mark.slow
 @pytest.mark.plain_empty
 def test_pixel_losses_compile_without_a_break_for_any_size():
     def step(hidden, weight, bias, images, ids):

@@ -24,6 +24,7 @@ def test_masked_kernels_for_kinds_and_reductions(kind, normalize, reduction):
         check_masked(random((2, 4, 147), dtype), images, ids, 7, MEAN[:3], STD[:3], kind, normalize, reduction)
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(
     st.integers(0, 3), st.integers(1, 5), st.sampled_from([1, 2, 3, 5]), st.integers(1, 2), st.integers(1, 3),
@@ -40,6 +41,7 @@ def test_masked_kernels_for_any_shape(
     check_masked(pred, images, ids, patch, MEAN[:channels], None, kind, normalize and features > 1, reduction)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_linear_kernels_for_partial_tiles_and_parts(kind, dtype, monkeypatch):
@@ -53,6 +55,7 @@ def test_linear_kernels_for_partial_tiles_and_parts(kind, dtype, monkeypatch):
         check_linear(hidden, weight, bias, images, ids, 7, MEAN[:3], STD[:3], kind, normalize, reduction)
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(
     st.integers(0, 3), st.integers(1, 4), st.sampled_from([1, 2, 3]), st.integers(-1, 5),
@@ -87,6 +90,7 @@ def test_linear_loss_takes_float32_weights_under_bfloat16_autocast():
         torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_pixel_loss_kernels_pass_gradcheck(kind, reduction):

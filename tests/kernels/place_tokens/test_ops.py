@@ -20,6 +20,7 @@ def test_place_tokens_passes_opcheck(backend):
             torch.library.opcheck(torch.ops.mvlm_kernels.place_tokens.default, tuple(args))
 
 
+@pytest.mark.slow
 @pytest.mark.plain_empty
 def test_place_tokens_compiles_without_a_break_for_any_size():
     compiled = torch.compile(place_tokens, fullgraph=True, dynamic=True, backend="aot_eager")

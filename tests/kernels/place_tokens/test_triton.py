@@ -15,6 +15,7 @@ from support.kernels.patches import SETTINGS
 from support.kernels.token_placement import by_reference, case, check_placement, oracle, random
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["all", "masked", "visible"])
 @pytest.mark.parametrize(
     "dtype, parameter_dtype",
@@ -25,6 +26,7 @@ def test_place_kernels_for_modes_and_types(mode, dtype, parameter_dtype):
     check_placement(*case(17, 5, 130, mode, dtype, parameter_dtype, visible=2))  # batch and width past a tile
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(
     st.integers(0, 5), st.integers(0, 7), st.sampled_from([1, 3, 65]), st.sampled_from(["all", "masked", "visible"]),
@@ -47,6 +49,7 @@ def test_place_kernels_for_any_shape(batch, num_patches, width, mode, visible, s
     check_placement(inputs, options, grad=grad)
 
 
+@pytest.mark.slow
 def test_place_kernels_for_197_positions():
     check_placement(*case(2, 196, 24, "masked"))
     check_placement(*case(2, 196, 24, "visible", visible=49))
@@ -59,6 +62,7 @@ def test_place_tokens_takes_parameters_in_the_shapes_of_timm_and_transformers():
     assert torch.equal(out, place_tokens(*inputs, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("mode", ["all", "masked", "visible"])
 def test_place_tokens_passes_gradcheck(mode, backend):
@@ -69,6 +73,7 @@ def test_place_tokens_passes_gradcheck(mode, backend):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("needs", [tuple(bool(i >> j & 1) for j in range(4)) for i in range(16)], ids=str)
 @pytest.mark.parametrize("mode", ["masked", "visible"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
