@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import mvlm_kernels
-from mvlm_kernels.cases import Gpu
+from mvlm_kernels.hardware import Gpu
 
 CPU_FIGURES = "CPU: torch references, no Triton kernel"
 GPU_FIGURES = "GPU"

@@ -2,7 +2,7 @@
 
 from mvlm_kernels.cross_attention import cross_attention, pack_key_mask
 from mvlm_kernels.dispatch import Explanation, explain, use_backend
-from mvlm_kernels.patch_gather import gather_patches
+from mvlm_kernels.gather_patches import gather_patches
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
 from mvlm_kernels.place_tokens import place_tokens
 

@@ -1,14 +1,14 @@
-"""Compile every kernel for sm_80, sm_90 and sm_100 with no GPU, and say what the machine code costs.
+"""Compile every kernel for sm_80, sm_90 and sm_100 without a GPU, and print the cost of the machine code.
 
     python -m mvlm_kernels.aot [--json FILE [--update]] [--arch sm_90] [--select REGEX] [--jobs N] [--against FILE]
 
-Each op's launchers run on meta tensors while :func:`mvlm_kernels.dispatch.recording` catches what they would launch;
-Triton's own binder turns those very arguments into a signature, and its own compiler into machine code. A row is one
-kernel: op, pass, dtype, config, arch, registers, spill_bytes, stack, shared (bytes of shared memory),
-matrix_instruction (of the machine code; "" if none).
+Each op's launchers run on meta tensors while :func:`mvlm_kernels.dispatch.recording` records their launches. Triton's
+binder turns the recorded arguments into a signature, and its compiler makes machine code of it. A row is one kernel:
+op, pass, dtype, config, arch, registers (per thread), spill_bytes, stack, shared (bytes of shared memory per block),
+matrix_instruction (in the machine code; "" if none).
 
-Exits with 1 where a kernel spills, exceeds the target's shared memory, or (attention and linear kernels) has no
-tensor-core instruction, and, with --against, where a kernel takes more registers than in that table.
+Exits with 1 if a kernel spills registers, exceeds the target's shared memory, or, in attention and linear kernels, has
+no tensor-core instruction; with --against also if a kernel takes more registers than in that table.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-# Kernels decorated in an interpreting process cannot be compiled, and torch may have imported Triton by now.
+# A kernel decorated in an interpreting process cannot be compiled, and torch may have imported Triton already.
 if os.environ.pop("TRITON_INTERPRET", None) and __name__ == "__main__":
     os.execv(sys.executable, [sys.executable, "-m", "mvlm_kernels.aot", *sys.argv[1:]])
 
@@ -33,24 +33,23 @@ import torch
 from mvlm_kernels import dispatch
 
 MODULES = {
-    "cross_attention": "mvlm_kernels.cross_attention.targets",
-    "gather_patches": "mvlm_kernels.patch_gather.triton",
+    "cross_attention": "mvlm_kernels.cross_attention.aot_cases",
+    "gather_patches": "mvlm_kernels.gather_patches.triton",
     "masked_pixel_loss": "mvlm_kernels.pixel_loss.triton",
     "linear_pixel_loss": "mvlm_kernels.pixel_loss.linear",
     "place_tokens": "mvlm_kernels.place_tokens.triton",
 }
 ARCHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
-# Shared memory that one block may take, bytes: CUDA C++ programming guide, technical specifications per compute
-# capability.
+# Shared memory per block in bytes: CUDA C++ programming guide, technical specifications per compute capability.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
-# Kernels of the matrix ops that multiply nothing: they add partial sums, or take moments of pixels.
+# Kernels of the ops with matrix products that have none themselves: they add partial sums or take moments of pixels.
 WITHOUT_PRODUCTS = ("sum_partials", "short_q_combine", "sum_kernel", "sum_partials_kernel", "moments_kernel")
-# As the machine code spells mma.sync, wgmma and tcgen05.mma.
+# Names of mma.sync, wgmma and tcgen05.mma in machine code.
 _MATRIX_INSTRUCTIONS = re.compile(r"\b(UTC[A-Z]*MMA|[A-Z]GMMA|[HIDQ]MMA)\b")
 
 
 def recorded(op: str, arch: str, select: str = "") -> Iterator[tuple[str, Any, tuple, dict[str, Any]]]:
-    """(label, kernel, arguments, meta) of every launch of the op's cases whose "op/label" matches the regex select."""
+    """(label, kernel, arguments, meta) of each launch of the op's cases whose "op/label" matches the regex select."""
     for label, call in importlib.import_module(MODULES[op]).aot_cases():
         if not re.search(select, f"{op}/{label}"):
             continue
@@ -64,7 +63,7 @@ def recorded(op: str, arch: str, select: str = "") -> Iterator[tuple[str, Any, t
 
 
 def compile_launch(kernel: Any, args: tuple, meta: dict[str, Any], arch: str) -> Any:
-    """The compiled kernel for exactly these arguments, specialised as a launch on that GPU would specialise them."""
+    """The kernel compiled for these arguments, specialised as a launch on that GPU would specialise them."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -79,7 +78,7 @@ def compile_launch(kernel: Any, args: tuple, meta: dict[str, Any], arch: str) ->
     options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
     source = ASTSource(kernel, signature, constexprs, attrs)
     compiled = triton.compile(source, target=target, options=options.__dict__)
-    # Triton refuses a second launch where a global of the kernel seems changed, and NaN never equals itself.
+    # Triton refuses a second launch if a global of the kernel has changed, and NaN never equals itself.
     for (name, _), (value, _) in kernel.used_global_vals.items():
         if bool(value != value):
             raise AssertionError(f"{kernel.__name__} reads the global {name}, which is unequal to itself")
@@ -87,7 +86,7 @@ def compile_launch(kernel: Any, args: tuple, meta: dict[str, Any], arch: str) ->
 
 
 def row(op: str, label: str, kernel: Any, args: tuple, meta: dict[str, Any], arch: str) -> dict[str, Any]:
-    """Compile one launch and read its cost off the machine code."""
+    """Compile one launch and read its cost from the machine code."""
     compiled = compile_launch(kernel, args, meta, arch)
     usage = _usage(compiled.asm["cubin"])
     matrix = sorted(set(_MATRIX_INSTRUCTIONS.findall(compiled.asm["sass"])))
@@ -125,13 +124,13 @@ def _usage(cubin: bytes) -> dict[str, int]:
 
 
 def _spill_bytes(ptx: str, arch: str) -> int:
-    """Bytes of spill stores and loads by ptxas; asked only where there is a stack, for it compiles once more."""
+    """Bytes of spill stores and loads, from ptxas. It compiles once more, so ask only for kernels with a stack."""
     suffix = "" if arch == "sm_80" else "a"
     ptxas = _tool("ptxas-blackwell") if arch != "sm_80" and Path(_tool("ptxas-blackwell")).exists() else _tool("ptxas")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        # Triton's own flags: without them ptxas finds other schedules, with other spills.
+        # Triton's own flags: with others ptxas finds other schedules, which spill other registers.
         flags = ["-lineinfo", "--regAllocOptLevel=2"] if "blackwell" in ptxas else ["-lineinfo"]
         log = subprocess.run(
             [ptxas, "-v", *flags, f"--gpu-name={arch}{suffix}", str(source), "-o", f"{folder}/kernel.cubin"],
@@ -143,7 +142,7 @@ def _spill_bytes(ptx: str, arch: str) -> int:
 
 
 def complaints(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None = None) -> list[str]:
-    """What a shipped kernel must not be. table: rows of an earlier run, against which registers may not grow."""
+    """Faults of compiled kernels, one text each. table: rows of an earlier run, whose registers are the limit."""
     identity = ("op", "kernel", "case", "dtype", "config", "arch")
     before = {tuple(r[k] for k in identity): r["registers"] for r in table or ()}
     found = []
@@ -163,12 +162,12 @@ def complaints(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None = 
 
 
 def updated(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """before, with the rows of each (op, case, target) that was compiled anew in the place of its old ones."""
+    """Rows of ``before``, in which the newly compiled rows replace those of the same (op, case, target)."""
     places: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for r in before:
         places.setdefault((r["op"], r["case"], r["arch"]), []).append(r)
-    anew = {(r["op"], r["case"], r["arch"]) for r in rows}
-    places.update({key: [] for key in anew})
+    compiled = {(r["op"], r["case"], r["arch"]) for r in rows}
+    places.update({key: [] for key in compiled})
     for r in rows:
         places[r["op"], r["case"], r["arch"]].append(r)
     return [r for part in places.values() for r in part]
@@ -187,7 +186,7 @@ def _rows_of_case(task: tuple[str, str, str]) -> list[dict[str, Any]]:
 
 
 def tasks(archs: list[str], select: str) -> list[tuple[str, str, str]]:
-    """(op, arch, regex of one case), one a case, so that they spread over processes."""
+    """(op, arch, regex of one case) for each case, so that cases can be spread over processes."""
     found = []
     for op, module in MODULES.items():
         labels = [label for label, _ in importlib.import_module(module).aot_cases()]
@@ -209,11 +208,11 @@ def _print(rows: list[dict[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mvlm_kernels.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help='write {"rows": [..]} here')
-    parser.add_argument("--update", action="store_true", help="keep rows of --json that this run does not compile anew")
+    parser.add_argument("--update", action="store_true", help="keep the rows of --json that this run does not compile")
     parser.add_argument("--arch", action="append", choices=list(ARCHS), help="only this target; may be repeated")
     parser.add_argument("--select", default="", help='regex over "op/case"')
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
-    parser.add_argument("--against", type=Path, help="table of an earlier run: registers may not have grown")
+    parser.add_argument("--against", type=Path, help="table of an earlier run, whose registers are the limit")
     options = parser.parse_args()
 
     work = tasks(options.arch or list(ARCHS), options.select)

@@ -1,49 +1,202 @@
-"""What is counted by :mod:`mvlm_kernels.traffic` and timed by the benchmarks: each op at the paper's shapes.
+"""Cases of the byte counter and the benchmarks: each op at the paper's shapes.
 
-A case knows its op, the usual torch composition, and by arithmetic the fewest bytes and the floating-point operations
-of each pass. Images of 224 px in patches of 16, 116 of 196 masked, bfloat16 unless it says otherwise.
+A case holds the op, the same computation in eager torch, and formulas for the fewest bytes and the floating-point
+operations of each pass. Images are 224 px in patches of 16, 116 of 196 patches are masked, and the dtype is bfloat16
+unless a case says otherwise.
 """
 
-import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mvlm_kernels import pixel_cases
-from mvlm_kernels.case import WIDTH, Case, Sizes, patch_ids
+from mvlm_kernels import configs
 from mvlm_kernels.cross_attention import cross_attention
+from mvlm_kernels.gather_patches import gather_patches
+from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
 from mvlm_kernels.place_tokens import place_tokens
+
+Sizes = dict[str, int]
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """Peak rates from the data sheet: memory in bytes a second, dense bfloat16 in operations a second."""
+class Case:
+    """One op at one shape.
 
-    bandwidth: float
-    flops: float
-    source: str
-
-
-GPUS = {
-    "A100": Gpu(2.039e12, 312e12, "NVIDIA A100 Tensor Core GPU data sheet, SXM 80 GB"),
-    "H100": Gpu(3.35e12, 989e12, "NVIDIA H100 Tensor Core GPU data sheet, SXM; 1,979 TFLOPS with sparsity"),
-    "H200": Gpu(4.8e12, 989e12, "NVIDIA H200 Tensor Core GPU data sheet, SXM; 1,979 TFLOPS with sparsity"),
-    "B200": Gpu(
-        8.0e12, 2250e12, "NVIDIA HGX B200 data sheet: an eighth of 64 TB/s and of 36 PFLOPS with sparsity, halved"
-    ),
-}
-
-
-def peak_rates(device_name: str) -> Gpu | None:
-    """The data sheet's rates of this GPU; None for one that the table does not have.
-
-    The table is of the SXM (A100: 80 GB) parts, so their PCIe, NVL and 40 GB relatives, and slices of them, have none.
+    run: ``run(sizes, device)`` returns the inputs that get gradients, and a function of them. eager: the same
+    computation in eager torch. samples: two values of each size that the byte counter samples. minimum: fewest bytes
+    of (forward, backward) at given sizes. flops: floating-point operations of (forward, backward). moved: bytes moved
+    by (forward, backward) where they are computed instead of counted.
     """
-    if re.search(r"PCIe|NVL|40GB|MIG", device_name, re.IGNORECASE):
-        return None
-    found = re.search(rf"\b({'|'.join(GPUS)})\b", device_name)
-    return GPUS[found.group(1)] if found else None
+
+    op: str
+    shape: str
+    sizes: Sizes
+    samples: dict[str, tuple[int, int]]
+    run: Callable[[Sizes, str], tuple[list[Tensor], Callable[..., Tensor]]]
+    eager: Callable[[Sizes, str], tuple[list[Tensor], Callable[..., Tensor]]]
+    minimum: Callable[[Sizes], tuple[int, int]]
+    flops: Callable[[Sizes], tuple[int, int]] = lambda sizes: (0, 0)
+    moved: Callable[[Sizes], tuple[int, int]] | None = None
+
+
+CHANNELS, PATCH, SIDE, PATCHES, MASKED, WIDTH = 3, 16, 224, 196, 116, 768
+FEATURES = CHANNELS * PATCH * PATCH
+
+
+def patch_ids(batch: int, count: int, device: str, patches: int = PATCHES) -> Tensor:
+    """Distinct patch ids (batch, count) int32. Repeated ids would be read once and count fewer bytes."""
+    return (
+        torch.arange(count, dtype=torch.int32, device=device)
+        .mul(5)
+        .remainder(patches)
+        .expand(batch, count)
+        .contiguous()
+    )
+
+
+def _images(batch: int, device: str, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(batch, CHANNELS, SIDE, SIDE, dtype=dtype, device=device)
+
+
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def _eager_patches(images: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Normalise, patchify and gather in eager torch, as MAE implementations do."""
+    shape = (1, CHANNELS, 1, 1)
+    mean = torch.zeros(shape, device=images.device, dtype=dtype)
+    x = images.to(dtype)
+    if images.dtype == torch.uint8:
+        x = x / 255
+    x = (x - mean) / (mean + 1)
+    grid = SIDE // PATCH
+    x = x.reshape(-1, CHANNELS, grid, PATCH, grid, PATCH).permute(0, 2, 4, 1, 3, 5).reshape(-1, PATCHES, FEATURES)
+    return x.gather(1, ids.long()[:, :, None].expand(-1, -1, FEATURES))
+
+
+def _gather(dtype: torch.dtype) -> Case:
+    floating = dtype != torch.uint8
+
+    def inputs(sizes: Sizes, device: str) -> tuple[list[Tensor], Tensor, Tensor]:
+        images, ids = _images(sizes["B"], device, dtype), patch_ids(sizes["B"], MASKED, device)
+        return ([images.requires_grad_()] if floating else []), images, ids
+
+    def run(sizes: Sizes, device: str):
+        leaves, images, ids = inputs(sizes, device)
+        return leaves, lambda *_: gather_patches(images, ids, PATCH, mean=MEAN, std=STD, dtype=torch.bfloat16)
+
+    def eager(sizes: Sizes, device: str):
+        leaves, images, ids = inputs(sizes, device)
+        return leaves, lambda *_: _eager_patches(images, ids, torch.bfloat16)
+
+    def minimum(sizes: Sizes) -> tuple[int, int]:
+        ids, out = MASKED * 4, MASKED * FEATURES * 2
+        read = MASKED * FEATURES * dtype.itemsize
+        backward = out + ids + PATCHES * FEATURES * dtype.itemsize if floating else 0
+        return sizes["B"] * (read + ids + out), sizes["B"] * backward
+
+    name = f"B256 3x224x224 p16, 116 of 196, {str(dtype).removeprefix('torch.')} -> bfloat16"
+    return Case("gather_patches", name, {"B": 256}, {"B": (1, 2)}, run, eager, minimum)
+
+
+def _masked(kind: str, normalize: bool) -> Case:
+    def inputs(sizes: Sizes, device: str):
+        pred = torch.zeros(sizes["B"], MASKED, FEATURES, dtype=torch.bfloat16, device=device, requires_grad=True)
+        return pred, _images(sizes["B"], device, torch.uint8), patch_ids(sizes["B"], MASKED, device)
+
+    def run(sizes: Sizes, device: str):
+        pred, images, ids = inputs(sizes, device)
+        options: Any = {"mean": MEAN, "std": STD, "kind": kind, "normalize_target": normalize}
+        return [pred], lambda pred: masked_pixel_loss(pred, images, ids, PATCH, **options)
+
+    def eager(sizes: Sizes, device: str):
+        pred, images, ids = inputs(sizes, device)
+        return [pred], lambda pred: _eager_loss(pred, images, ids, kind, normalize)
+
+    def minimum(sizes: Sizes) -> tuple[int, int]:
+        pixels = sizes["B"] * MASKED * FEATURES
+        slope = pixels if kind == "l1" else 2 * pixels
+        return 2 * pixels + pixels + slope + sizes["B"] * MASKED * 4 + 4, slope + 4 + 2 * pixels
+
+    name = f"B256 116 patches of 768, {kind}{', normalised' if normalize else ''}, uint8 images"
+    return Case("masked_pixel_loss", name, {"B": 256}, {"B": (1, 2)}, run, eager, minimum)
+
+
+def _eager_loss(pred: Tensor, images: Tensor, ids: Tensor, kind: str, normalize: bool) -> Tensor:
+    target = _eager_patches(images, ids, torch.float32)
+    if normalize:
+        target = (target - target.mean(dim=-1, keepdim=True)) / (target.var(dim=-1, keepdim=True) + 1e-6) ** 0.5
+    functional = torch.nn.functional
+    loss = {"l1": functional.l1_loss, "mse": functional.mse_loss, "smooth_l1": functional.smooth_l1_loss}[kind]
+    return loss(pred.float(), target)
+
+
+def _linear(kind: str) -> Case:
+    def inputs(sizes: Sizes, device: str):
+        bf16: Any = {"dtype": torch.bfloat16, "device": device, "requires_grad": True}
+        leaves = [torch.zeros(sizes["B"], MASKED, WIDTH, **bf16), torch.zeros(FEATURES, WIDTH, **bf16)]
+        leaves.append(torch.zeros(FEATURES, **bf16))
+        return leaves, _images(sizes["B"], device, torch.uint8), patch_ids(sizes["B"], MASKED, device)
+
+    def run(sizes: Sizes, device: str):
+        leaves, images, ids = inputs(sizes, device)
+        return leaves, lambda h, w, b: linear_pixel_loss(h, w, b, images, ids, PATCH, mean=MEAN, std=STD, kind=kind)  # pyright: ignore
+
+    def eager(sizes: Sizes, device: str):
+        leaves, images, ids = inputs(sizes, device)
+        linear = torch.nn.functional.linear
+        return leaves, lambda h, w, b: _eager_loss(linear(h, w, b), images, ids, kind, False)
+
+    def minimum(sizes: Sizes) -> tuple[int, int]:
+        rows = sizes["B"] * MASKED
+        parameters = 2 * FEATURES * (WIDTH + 1)
+        slope = rows * FEATURES * (1 if kind == "l1" else 2)
+        hidden = 2 * rows * WIDTH
+        forward = hidden + parameters + rows * FEATURES + 4 * rows + slope + 4
+        return forward, slope + 4 + 2 * hidden + 2 * parameters - 2 * FEATURES
+
+    def flops(sizes: Sizes) -> tuple[int, int]:
+        product = 2 * sizes["B"] * MASKED * FEATURES * WIDTH
+        return product, 2 * product
+
+    def implied(sizes: Sizes) -> tuple[int, int]:
+        return linear_tiling_bytes(sizes["B"] * MASKED, FEATURES, WIDTH, kind)
+
+    name = f"B256 116 rows of 768 -> 768, {kind}, uint8 images"
+    return Case("linear_pixel_loss", name, {"B": 256}, {"B": (1, 2)}, run, eager, minimum, flops, implied)
+
+
+def linear_tiling_bytes(rows: int, features: int, width: int, kind: str, arch: int = 80) -> tuple[int, int]:
+    """(forward, backward) bytes that follow from the tiling of ``linear_pixel_loss``.
+
+    For bfloat16 operands, uint8 images, a mean loss and all three gradients.
+    """
+    from mvlm_kernels.pixel_loss.linear_backward import parts_of
+
+    def tile(kernel: str) -> tuple[int, int, int]:
+        found = configs.lookup("linear_pixel_loss", arch, f"{kernel}/16")
+        return found["BLOCK_M"], found["BLOCK_F"], found["BLOCK_D"]
+
+    def tiles(n: int, block: int) -> int:
+        return -(-n // block)
+
+    slope = rows * features * (1 if kind == "l1" else 2)
+    hidden, weight = 2 * rows * width, 2 * features * width
+    block_m, block_f, _ = tile("forward")
+    across, down = tiles(features, block_f), tiles(rows, block_m)
+    forward = across * (hidden + 4 * rows) + down * (weight + 2 * features)
+    forward += rows * features + slope + 2 * (4 * across * rows) + 4  # pixels, slopes, partial losses twice, the loss
+    block_m, _, block_d = tile("backward_hidden")
+    backward = tiles(width, block_d) * (slope + 4 * tiles(rows, block_m)) + tiles(rows, block_m) * weight + hidden
+    _, block_f, block_d = tile("backward_weight")
+    across, down = tiles(width, block_d), tiles(features, block_f)
+    parts = parts_of(rows, across * down)
+    backward += across * slope + down * hidden
+    backward += 2 * 4 * parts * features * (width + 1) + weight + 2 * features  # partials twice, the two gradients
+    return forward, backward
 
 
 def _place(mode: str) -> Case:
@@ -66,16 +219,16 @@ def _place(mode: str) -> Case:
         options: Any = {"visible_ids": ids} if mode == "visible" else {"masked": masked}
         return leaves, lambda *x: place_tokens(*x, **options)
 
-    def usual(sizes: Sizes, device: str):
+    def eager(sizes: Sizes, device: str):
         leaves, masked, _ = inputs(sizes, device)
         batch, patches = sizes["B"], sizes["N"]
 
         def place(tokens, mask_token, pos_embed, cls_token):
-            if mode == "visible":  # MAE: append mask tokens, unshuffle by a gather
+            if mode == "visible":  # as in MAE: append mask tokens and unshuffle by a gather
                 fill = mask_token.expand(batch, patches - tokens.shape[1], -1)
                 order = torch.zeros(batch, patches, dtype=torch.int64, device=tokens.device)
                 x = torch.cat([tokens, fill], dim=1).gather(1, order[:, :, None].expand(-1, -1, WIDTH))
-            else:  # SimMIM: blend with the mask
+            else:  # as in SimMIM: blend with the mask
                 w = masked[:, :, None].to(tokens.dtype)
                 x = tokens * (1 - w) + mask_token.expand_as(tokens) * w
             return torch.cat([cls_token.expand(batch, 1, -1), x], dim=1) + pos_embed
@@ -94,18 +247,18 @@ def _place(mode: str) -> Case:
 
     what = "49 of 196 visible" if mode == "visible" else "half of 196 masked"
     samples = {"B": (2, 4), "N": (4, 8)}
-    return Case("place_tokens", f"B256 width 768, {what}", {"B": 256, "N": 196}, samples, run, usual, minimum)
+    return Case("place_tokens", f"B256 width 768, {what}", {"B": 256, "N": 196}, samples, run, eager, minimum)
 
 
 def _attention(queries: int, keys: int) -> Case:
-    width = 64  # batch times heads is one size: programs of one head are alike
+    width = 64  # batch times heads is one size, because all heads' programs are alike
 
     def run(sizes: Sizes, device: str):
         shapes = [(sizes["B*H"], n, 1, width) for n in (queries, keys, keys)]
         leaves = [torch.zeros(s, dtype=torch.bfloat16, device=device, requires_grad=True) for s in shapes]
         return leaves, lambda q, k, v: cross_attention(q, k, v)
 
-    def usual(sizes: Sizes, device: str):
+    def eager(sizes: Sizes, device: str):
         leaves, _ = run(sizes, device)
 
         def attend(q, k, v):
@@ -118,7 +271,7 @@ def _attention(queries: int, keys: int) -> Case:
     def minimum(sizes: Sizes) -> tuple[int, int]:
         per_row = sizes["B*H"] * width * 2
         lse = 4 * sizes["B*H"] * queries
-        # Where every key of a query is seen at once, the backward does without the output.
+        # The short-KV backward sees every key of a query at once and does not read the output.
         read = 3 * queries if keys <= 128 else 4 * queries
         return per_row * (2 * queries + 2 * keys) + lse, per_row * (read + 4 * keys) + lse
 
@@ -127,19 +280,20 @@ def _attention(queries: int, keys: int) -> Case:
         return 2 * product, 5 * product
 
     name = f"B256 H12 D64 {queries}x{keys}"
-    return Case("cross_attention", name, {"B*H": 256 * 12}, {"B*H": (1, 2)}, run, usual, minimum, flops)
+    return Case("cross_attention", name, {"B*H": 256 * 12}, {"B*H": (1, 2)}, run, eager, minimum, flops)
 
 
 def cases() -> list[Case]:
+    """Every case that ``python -m mvlm_kernels.traffic`` counts."""
     return [
         _attention(197, 32),
         _attention(32, 197),
-        pixel_cases.gather(torch.uint8),
-        pixel_cases.gather(torch.bfloat16),
-        pixel_cases.masked("l1", False),
-        pixel_cases.masked("mse", True),
-        pixel_cases.linear("l1"),
-        pixel_cases.linear("mse"),
+        _gather(torch.uint8),
+        _gather(torch.bfloat16),
+        _masked("l1", False),
+        _masked("mse", True),
+        _linear("l1"),
+        _linear("mse"),
         _place("masked"),
         _place("visible"),
     ]

@@ -1,10 +1,10 @@
-"""Which backend runs an op, why not the other, and the one place that launches kernels.
+"""Choice of the backend for each op, the reasons for it, and the launch of kernels.
 
-Backends are ``"triton"`` (fused kernels) and ``"torch"`` (the readable reference, or where an op says so SDPA or a
-composition for the CPU). Tensors on a CUDA device take Triton wherever an op has no reason against it; tensors on the
-CPU take torch. :func:`use_backend` overrides both: ``use_backend("triton")`` insists, and raises where a reason stands
-against it, so a test can never pass on a fallback. On CPU tensors that works in a process started with
-``TRITON_INTERPRET=1``, where Triton interprets.
+There are two backends: ``"triton"`` (fused kernels) and ``"torch"`` (the readable reference; an op may use SDPA or a
+composition for the CPU instead, and says so). Tensors on a CUDA device take Triton unless the op has a reason against
+it. Tensors on the CPU take torch. :func:`use_backend` overrides the choice. ``use_backend("triton")`` raises an error
+where a reason stands against Triton, so that a test cannot pass on a fallback. CPU tensors can take Triton only in a
+process started with ``TRITON_INTERPRET=1``, where Triton interprets kernels.
 """
 
 import functools
@@ -23,14 +23,14 @@ Op = TypeVar("Op", bound=Callable[..., Any])
 _forced: Backend | None = None
 _reason_functions: dict[Callable[..., Any], Callable[..., Sequence[str]]] = {}
 
-# Set by `recording`: what the launchers would launch goes here, and not to a device.
+# Set by `recording`: receives the launches instead of a device.
 _recorder: Callable[..., None] | None = None
 _recorded_arch: int | None = None
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :func:`explain` returns: the backend that would run, and every reason why the other would not."""
+    """Result of :func:`explain`: the backend that would run, and every reason against the other one."""
 
     backend: Backend
     reasons: tuple[str, ...]
@@ -43,10 +43,10 @@ class Explanation:
 
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
-    """Inside the block every op runs on ``backend``, in this whole process (the backward pass has its own threads).
+    """Run every op inside the block on ``backend``, in the whole process: the backward pass has threads of its own.
 
-    Raises ValueError for another name. Under ``"triton"`` an op that cannot run there raises RuntimeError with its
-    reasons.
+    backend is ``"triton"`` or ``"torch"``; any other name is a ValueError. Under ``"triton"`` an op that cannot run
+    there raises RuntimeError with its reasons.
     """
     global _forced
     if backend not in ("triton", "torch"):
@@ -59,9 +59,9 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Say which backend ``op(*args, **kwargs)`` would run on, and every reason why the other would not. Runs nothing.
+    """Name the backend that ``op(*args, **kwargs)`` would take, and every reason against the other. Runs no kernel.
 
-    op is a public function of :mod:`mvlm_kernels`. Raises ValueError for any other, and whatever op itself raises on
+    op is a public op of :mod:`mvlm_kernels`. Raises ValueError for any other function, and the op's own ValueError for
     bad arguments.
     """
     if op not in _reason_functions:
@@ -76,9 +76,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 
 
 def explained_by(reason_function: Callable[..., Sequence[str]]) -> Callable[[Op], Op]:
-    """Decorator for a public op: ``reason_function``, called with the op's arguments, lists every reason against
-    Triton.
-    """
+    """Decorator of a public op. ``reason_function`` takes the op's arguments and lists every reason against Triton."""
 
     def register(op: Op) -> Op:
         _reason_functions[op] = reason_function
@@ -88,14 +86,18 @@ def explained_by(reason_function: Callable[..., Sequence[str]]) -> Callable[[Op]
 
 
 def choose(reasons: Sequence[str]) -> Backend:
-    """The backend that runs, given an op's reasons against Triton (empty: none), those of :func:`device_reasons`
-    included.
+    """The backend to run, given every reason of an op against Triton, those of :func:`device_reasons` included.
+
+    Raises RuntimeError with the reasons where ``use_backend("triton")`` is in force and they forbid Triton.
     """
     if _forced == "torch":
         return "torch"
     if _forced == "triton":
-        # Away from a GPU Triton still runs where it interprets, so being on the CPU is no reason there.
-        hard = [r for r in reasons if not (r == _ON_CPU and interpreting())] if _recorder is None else []
+        hard: list[str] = []
+        if _recorder is None:  # recording runs nothing, so nothing can stand against it
+            for reason in reasons:
+                # An interpreting process runs Triton on CPU tensors.
+                hard += interpreter_reasons() if reason == _ON_CPU else (reason,)
         if hard:
             raise RuntimeError('use_backend("triton") is in force, but: ' + "; ".join(hard))
         return "triton"
@@ -103,7 +105,7 @@ def choose(reasons: Sequence[str]) -> Backend:
 
 
 def refuse_if_forced(reason: str) -> None:
-    """Raises RuntimeError with the reason where the caller insists on Triton; for calls that never reach a kernel."""
+    """Raise RuntimeError with the reason if ``use_backend("triton")`` is in force. For calls that have no kernel."""
     if _forced == "triton":
         raise RuntimeError(f'use_backend("triton") is in force, but: {reason}')
 
@@ -132,22 +134,62 @@ def device_reasons(device: torch.device) -> tuple[str, ...]:
 
 
 def tf32_allowed() -> bool:
-    """Whether float32 products may run in TF32: ``torch.set_float32_matmul_precision`` above "highest", or the newer
-    setting by backend, beside which the older may not be read."""
+    """True if float32 products may run in TF32, by torch's setting ``float32_matmul_precision``."""
     try:
         return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:
+    except RuntimeError:  # set by torch's newer switch for each backend, after which the older one cannot be read
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Autocast's dtype on this device; None where autocast is off, or unknown to the device type (meta)."""
+    kind = device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 @functools.cache
 def interpreting() -> bool:
-    """Whether this process interprets kernels (TRITON_INTERPRET=1 when Triton was imported). Imports Triton."""
+    """True if this process interprets kernels: TRITON_INTERPRET=1 was set when Triton was imported. Imports Triton."""
     if importlib.util.find_spec("triton") is None:
         return False
     from mvlm_kernels.language import INTERPRETING
 
     return INTERPRETING
+
+
+@functools.cache
+def interpreter_reasons() -> tuple[str, ...]:
+    """Reasons why this process cannot interpret kernels on CPU tensors; empty where it can. Imports Triton."""
+    if not interpreting():
+        return (_ON_CPU,)
+    import numpy
+    import triton
+
+    fault = interpreter_fault(triton.__version__, numpy.__version__)
+    return () if fault is None else (fault,)
+
+
+def interpreter_fault(triton_version: str, numpy_version: str) -> str | None:
+    """Error text for versions of Triton and NumPy whose interpreter does not work; None for all others.
+
+    Triton's interpreter before 3.7 converts arrays of one element to Python scalars, which NumPy 2.4 refuses. Package
+    metadata cannot say so: a requirement on NumPy cannot depend on the installed Triton. Compiled kernels do not use
+    NumPy.
+    """
+    if _release(triton_version) >= (3, 7) or _release(numpy_version) < (2, 4):
+        return None
+    return (
+        f"the interpreter of triton {triton_version} needs numpy<2.4, and numpy {numpy_version} is installed; "
+        'install triton>=3.7 or "numpy<2.4"'
+    )
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """(major, minor) of a version such as 3.6.0 or 2.4.0rc1."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 @functools.cache
@@ -157,15 +199,17 @@ def _device_arch(index: int | None) -> int:
 
 
 def arch(device: torch.device) -> int:
-    """Compute capability of the device as an int (80, 90, 100), of the recorded target while recording, else 80."""
+    """Compute capability as an int (80, 90, 100): of the recorded target, of the device, or 80 for a CPU."""
     if _recorded_arch is not None:
         return _recorded_arch
     return _device_arch(device.index) if device.type == "cuda" else 80
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of the device, or of the recorded target. On the CPU 0: no grid is too small for the
-    interpreter, so it never splits work unasked."""
+    """Number of streaming multiprocessors of the recorded target or of the device.
+
+    0 for a CPU: no grid is too small for the interpreter, so launchers split no work there.
+    """
     if _recorded_arch is not None:
         return {80: 108, 90: 132, 100: 148}.get(_recorded_arch, 64)
     return _device_multiprocessors(device.index) if device.type == "cuda" else 0
@@ -177,8 +221,10 @@ def _device_multiprocessors(index: int | None) -> int:
 
 
 def checks_values(device: torch.device) -> bool:
-    """Whether values of indices and lengths are read and checked: on the CPU, and on a GPU, where that synchronises,
-    with MVLM_KERNELS_DEBUG=1 alone. Not while recording, as nothing runs on the values then.
+    """True if ops read and check the values of indices and lengths on this device.
+
+    They do on the CPU, but not while recording, when there are no values. On a GPU they do with MVLM_KERNELS_DEBUG=1
+    only, because reading waits for the device.
     """
     if device.type == "cpu":
         return _recorder is None
@@ -186,12 +232,15 @@ def checks_values(device: torch.device) -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """Run a Triton kernel: ``kernel[grid](*args, **meta)``. Every launcher goes through here, so that the ahead-of-time
-    compiler and the byte counter see the very arguments that a GPU would get."""
+    """Run a Triton kernel: ``kernel[grid](*args, **meta)``.
+
+    Every launcher calls this function, so that the ahead-of-time compiler and the byte counter see exactly the
+    arguments that a GPU would get.
+    """
     if _recorder is not None:
         _recorder(kernel, grid, args, meta)
     elif 0 not in grid:
-        # Triton launches on the current device, whatever its arguments lie on.
+        # Triton launches on the current device, even if the arguments are on another one.
         device = next(x.device for x in args if isinstance(x, torch.Tensor))
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
@@ -202,8 +251,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 @contextmanager
 def recording(recorder: Callable[..., None], target_arch: int) -> Iterator[None]:
-    """Inside the block :func:`launch` calls ``recorder(kernel, grid, args, meta)`` and runs nothing, tiles are chosen
-    for ``target_arch``, and ops called on meta tensors take their launchers.
+    """Record launches instead of running them.
+
+    Inside the block :func:`launch` calls ``recorder(kernel, grid, args, meta)``. Tiles are chosen for ``target_arch``
+    (80, 90 or 100), and ops called on meta tensors take their launchers.
     """
     global _recorder, _recorded_arch
     before = _recorder, _recorded_arch
@@ -212,3 +263,14 @@ def recording(recorder: Callable[..., None], target_arch: int) -> Iterator[None]
         yield
     finally:
         _recorder, _recorded_arch = before
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up, for grids. Triton's own ``cdiv`` serves kernels too and unwraps its arguments first, which
+    costs several times as much in every call."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n >= 1; cheaper than Triton's ``next_power_of_2``, as above."""
+    return 1 << (n - 1).bit_length()

@@ -1,28 +1,28 @@
-"""Triton helpers that mean the same compiled and interpreted.
+"""Triton helpers with the same meaning in compiled and in interpreted kernels.
 
-Triton's interpreter multiplies the bit patterns of bfloat16 in ``tl.dot``, adds them wrongly, and truncates where a GPU
-rounds to nearest even (triton issue 11584). Every kernel of this package therefore multiplies with :func:`dot`,
-computes on values that :func:`widen` has turned into the accumulator's type, and stores what :func:`cast` has rounded.
-Compiled, the three are exactly ``tl.dot``, ``.to`` and ``.to``.
+Triton's interpreter is wrong for bfloat16: ``tl.dot`` multiplies bit patterns, sums are wrong, and conversions truncate
+where a GPU rounds to nearest even (triton issue 11584). So every kernel of this package multiplies with :func:`dot`,
+computes on values that :func:`widen` has converted to the accumulator's dtype, and stores values that :func:`cast` has
+rounded. Compiled, the three are exactly ``tl.dot``, ``.to`` and ``.to``.
 
-Importing this module imports Triton; only the ``triton.py`` of each op does so, and only when its kernels first run.
+Importing this module imports Triton. Only kernel modules import it, when a kernel first runs.
 """
 
 import triton
 import triton.language as tl
 from triton import knobs
 
-# Triton decides when a kernel is decorated whether the process interprets or compiles; so do we, once.
+# Triton decides between interpreter and compiler when a kernel is decorated. This constant is read at the same time.
 INTERPRETING: bool = bool(knobs.runtime.interpret)
 _INTERPRET = tl.constexpr(INTERPRETING)
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """``acc + a @ b`` in the type of ``acc``.
+    """``acc + a @ b`` in the dtype of ``acc``.
 
-    a (M, K) and b (K, N) of one type, acc (M, N) float32 (float64 interpreted). PRECISION is ``"tf32"`` or ``"ieee"``
-    and matters for float32 operands alone; the interpreter always computes IEEE products.
+    a (M, K) and b (K, N) of one dtype, acc (M, N) float32 (float64 interpreted). PRECISION is ``"tf32"`` or ``"ieee"``
+    and matters for float32 operands only. The interpreter always computes IEEE products.
     """
     if _INTERPRET:
         a = a.to(acc.dtype)
@@ -32,7 +32,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def widen(x, ACC: tl.constexpr):
-    """x in the accumulator's type ACC (float32, or float64 interpreted). Never compute on bfloat16 before this."""
+    """x in the accumulator's dtype ACC (float32, or float64 interpreted). Arithmetic on bfloat16 needs this first."""
     return x.to(ACC)
 
 
@@ -42,7 +42,7 @@ def cast(x, DTYPE: tl.constexpr):
     if _INTERPRET and DTYPE == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        # A NaN whose payload sits in the low bits would round to infinity: keep its high half and make it quiet.
+        # A NaN with its payload in the low bits would round to infinity, so NaNs keep their high half and become quiet.
         rounded = tl.where(x != x, (bits >> 16) | 0x40, rounded)
         y = rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:

@@ -1,13 +1,13 @@
-"""Count the bytes that each kernel moves, against the fewest it could, and what the usual torch composition moves.
+"""Count the bytes that each kernel moves, the fewest bytes possible, and the bytes of the eager torch composition.
 
     python -m mvlm_kernels.traffic [--json FILE] [--select REGEX]
 
-The interpreter runs the kernels on small inputs and every load and store is counted: the lanes of one instruction that
-share an address count once, as in the hardware, and masked lanes count nothing. Bytes grow linearly in each size that
-is sampled (batch, patches), so samples at two values of each give the count at the paper's; sizes that kernels tile
-over are run in full. The minimum reads each input once and writes each output once, and counts what forward saves for
-backward as an output. ``linear_pixel_loss`` rereads its operands tile by tile: its count is the one its tiling implies,
-which a test holds against the interpreter at a small shape.
+The interpreter runs the kernels on small inputs, and every load and store is counted. Lanes of one instruction that
+share an address count once, as in hardware, and masked lanes do not count. Bytes grow linearly in each sampled size
+(batch, patches), so samples at two values of each size give the count at the paper's sizes. Sizes that kernels tile
+over are run in full. The minimum reads each input once and writes each output once; tensors that forward saves for
+backward count as outputs. ``linear_pixel_loss`` rereads its operands tile by tile, so its count is computed from its
+tiling, and a test compares that with the interpreter at a small shape.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Triton decides as it is imported whether it interprets, and torch may have imported it by now.
+# Triton decides at import whether it interprets, and torch may have imported it already.
 if os.environ.get("TRITON_INTERPRET") != "1" and __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"
     os.execv(sys.executable, [sys.executable, "-m", "mvlm_kernels.traffic", *sys.argv[1:]])
@@ -33,12 +33,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mvlm_kernels.case import Case, Sizes
-from mvlm_kernels.cases import GPUS, cases
+from mvlm_kernels.cases import Case, Sizes, cases
 from mvlm_kernels.dispatch import use_backend
+from mvlm_kernels.hardware import GPUS
 
 
 class Counter:
+    """Sum of the bytes moved. ``add`` takes the addresses and the mask of one load or store instruction."""
+
     def __init__(self) -> None:
         self.bytes = 0
 
@@ -50,7 +52,7 @@ class Counter:
 
 @contextmanager
 def counting() -> Iterator[Counter]:
-    """Counts what interpreted kernels load and store inside the block."""
+    """Count the bytes that interpreted kernels load and store inside the block."""
     from triton.runtime.interpreter import InterpreterBuilder, _get_np_dtype
 
     counter = Counter()
@@ -77,8 +79,10 @@ def _itemsize(dtype: Any) -> int:
 
 
 class TorchTraffic(TorchDispatchMode):
-    """Counts what a composition of torch ops moves, each op reading its inputs and writing its outputs once; views and
-    allocations are free. On meta tensors nothing is computed."""
+    """Count the bytes that a composition of torch ops moves: each op reads its inputs and writes its outputs once.
+
+    Views and allocations are free. On meta tensors nothing is computed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +101,7 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _size(x: Tensor) -> int:
-    """Bytes of the distinct elements of x: an expanded dimension is read once."""
+    """Bytes of the distinct elements of x: an expanded dimension counts once."""
     return math.prod(n for n, s in zip(x.shape, x.stride(), strict=True) if s != 0) * x.element_size()
 
 
@@ -132,8 +136,8 @@ def moved(case: Case) -> tuple[int, int]:
 
 
 def torch_bytes(case: Case) -> tuple[int, int]:
-    """(forward, backward) bytes of the usual composition, on meta tensors at the case's sizes."""
-    inputs, call = case.usual(case.sizes, "meta")
+    """(forward, backward) bytes of the eager composition, on meta tensors at the case's sizes."""
+    inputs, call = case.eager(case.sizes, "meta")
     with TorchTraffic() as forward:
         out = call(*inputs)
     with TorchTraffic() as backward:
@@ -152,14 +156,14 @@ def rows(select: str = "") -> list[dict[str, Any]]:
             ("forward", "backward"), moved(case), case.minimum(case.sizes), torch_bytes(case), case.flops(case.sizes),
             strict=True,
         )  # fmt: skip
-        for name, count, minimum, usual, flops in columns:
+        for name, count, minimum, eager, flops in columns:
             if not minimum:  # uint8 images have no gradient
                 continue
             roofline = {g: round(1e6 * max(minimum / gpu.bandwidth, flops / gpu.flops), 1) for g, gpu in GPUS.items()}
             found.append(
                 {
                     "op": case.op, "pass": name, "shape": case.shape, "bytes_moved": count, "bytes_minimum": minimum,
-                    "ratio": round(count / minimum, 4), "torch_bytes": usual, "roofline_us": roofline,
+                    "ratio": round(count / minimum, 4), "torch_bytes": eager, "roofline_us": roofline,
                 }
             )  # fmt: skip
     return found

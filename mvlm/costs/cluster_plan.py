@@ -11,7 +11,7 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.step_cost import StepCost, StepShape, step_cost
 from mvlm.distributed.contrastive import LOGITS
 from mvlm.errors import ConfigError
-from mvlm_kernels.cases import GPUS
+from mvlm_kernels.hardware import GPUS
 
 GB = 1e9
 

@@ -4,7 +4,7 @@ import torch
 
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.distributed.world import World
-from mvlm_kernels.cases import peak_rates
+from mvlm_kernels.hardware import peak_rates
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -22,11 +22,8 @@ from mvlm.config.model import CrossBackend, MaskVLMConfig, SelfBackend
 from mvlm.errors import ConfigError
 from mvlm.model.packing import Packing
 from mvlm_kernels import cross_attention, dispatch
-from mvlm_kernels.cross_attention.ops import gpu_reasons
+from mvlm_kernels.cross_attention import why_not_triton
 
-SHORT = 128
-"""Rows of the shorter side up to which the kernels work."""
-KERNEL_WIDTHS = (32, 64, 80, 96, 128)
 INSTALLED = {module: find_spec(module) is not None for module in ("flash_attn", "xformers")}
 """Looked for once: every attention asks, and Python goes through the folders each time."""
 
@@ -80,14 +77,8 @@ def _reasons(device: torch.device, dtype: torch.dtype, width: int, shorter: int,
     if device.type != "cuda":
         found |= dict.fromkeys(("triton", "flash-attn", "xformers"), f"the tensors are on {device.type}, not on a GPU")
         return found
-    if width not in KERNEL_WIDTHS:
-        found["triton"] = f"heads are {width} wide, the kernels take {', '.join(map(str, KERNEL_WIDTHS))}"
-    elif shorter > SHORT:
-        found["triton"] = f"the shorter side has {shorter} rows, the kernels take {SHORT}"
-    elif dtype == torch.float64:
-        found["triton"] = "float64 has no kernel"
-    elif torch.cuda.is_available() and (against := gpu_reasons(device, dtype, width, shorter)):
-        found["triton"] = "; ".join(against)  # the card's, or float32 that may not be rounded to TF32
+    if against := why_not_triton(device, dtype, head_width=width, short_rows=shorter):
+        found["triton"] = "; ".join(against)
     for name, module in (("flash-attn", "flash_attn"), ("xformers", "xformers")):
         if not INSTALLED[module]:
             found[name] = f"{module} is not installed: pip install 'mvlm[gpu]'"

@@ -5,7 +5,7 @@ import subprocess
 import pytest
 
 from mvlm_benchmarks import machine
-from mvlm_kernels.cases import GPUS, peak_rates
+from mvlm_kernels.hardware import GPUS, peak_rates
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,14 @@
-"""Fixtures of the kernel tests: poisoned allocations for all of them, and the lanes."""
+"""Settings of the kernel tests: poisoned allocations for all of them, and skips without a GPU."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # also when this folder alone is asked for
-sys.path.insert(0, str(Path(__file__).parent))  # kernel_checks
 
 import torch
-from kernel_checks import Poison
+
+from support.kernels.guards import Poison
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -25,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def poison(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    """Every buffer the library allocates starts as NaN between NaN guard bands, which are checked afterwards."""
+    """Fill every buffer that the library allocates with NaN, between NaN guard bands that are checked afterwards."""
     if request.node.get_closest_marker("plain_empty"):
         yield None
         return

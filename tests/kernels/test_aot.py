@@ -1,6 +1,6 @@
-"""Machine code without a GPU: a slice of the compile matrix, and the rules that hold for all of it.
+"""Ahead-of-time compilation without a GPU: a slice of the cases, and the faults that the command names.
 
-Compiling needs a process that does not interpret, so the compiler runs as the command that users run.
+Compiling needs a process that does not interpret, so these tests run the command that users run.
 """
 
 import json
@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "aot.json"
-# One case of each kernel family at the commonest shape, and the widest tiles, where spills would come first.
+# One case of each kernel family at the most common shape, and the widest tiles, which would spill first.
 SLICE = r"cross_attention/(bfloat16/64/32/(lengths|splits)|float16/128/128/lengths)$|gather_patches|place_tokens.*bf16"
 
 
@@ -36,7 +37,7 @@ def test_every_attention_kernel_compiles_for_every_target(rows: list[dict[str, A
     assert attention == {(k, a) for k in (*kernels, "sum_partials") for a in ("sm_80", "sm_90", "sm_100")}
 
 
-def test_no_spills_and_tensor_cores(rows: list[dict[str, Any]]):
+def test_kernels_spill_nothing_and_use_tensor_cores(rows: list[dict[str, Any]]):
     assert all(r["spill_bytes"] == 0 for r in rows)
     for r in rows:
         if r["kernel"].startswith("short_") and r["kernel"] != "short_q_combine":
@@ -45,7 +46,7 @@ def test_no_spills_and_tensor_cores(rows: list[dict[str, Any]]):
 
 
 def run_complaints(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None = None) -> list[str]:
-    # The module takes TRITON_INTERPRET out of its process's environment, so it is imported in another.
+    # The module removes TRITON_INTERPRET from its process's environment, so it is imported in another process.
     code = "import json, sys, mvlm_kernels.aot as aot; print(json.dumps(aot.complaints(*json.load(sys.stdin))))"
     done = subprocess.run(
         [sys.executable, "-c", code], input=json.dumps([rows, table]), capture_output=True, text=True, check=True
@@ -53,7 +54,7 @@ def run_complaints(rows: list[dict[str, Any]], table: list[dict[str, Any]] | Non
     return json.loads(done.stdout)
 
 
-def test_complaints():
+def test_faults_of_compiled_kernels_are_named():
     good = {
         "op": "cross_attention", "kernel": "short_kv_forward", "case": "c", "dtype": "bfloat16", "config": "BLOCK_M=32",
         "arch": "sm_80", "registers": 100, "spill_bytes": 0, "stack": 0, "shared": 1000, "matrix_instruction": "HMMA",
@@ -69,15 +70,15 @@ def test_complaints():
     assert run_complaints([good], [good]) == []
 
 
-def test_update_replaces_whole_cases():
+def test_update_of_the_aot_table_replaces_whole_cases():
     def rows(*cases: tuple[str, str, int]) -> list[dict[str, Any]]:
         return [{"op": "o", "case": case, "arch": arch, "registers": n} for case, arch, n in cases]
 
     before = rows(("a", "sm_80", 1), ("a", "sm_80", 2), ("b", "sm_80", 3), ("b", "sm_90", 4))
-    anew = rows(("b", "sm_80", 5), ("c", "sm_80", 6), ("a", "sm_80", 7))
+    compiled = rows(("b", "sm_80", 5), ("c", "sm_80", 6), ("a", "sm_80", 7))
     code = "import json, sys, mvlm_kernels.aot as aot; print(json.dumps(aot.updated(*json.load(sys.stdin))))"
     done = subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps([before, anew]), capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], input=json.dumps([before, compiled]), capture_output=True, text=True, check=True
     )
     wanted = rows(("a", "sm_80", 7), ("b", "sm_80", 5), ("b", "sm_90", 4), ("c", "sm_80", 6))
     assert json.loads(done.stdout) == wanted

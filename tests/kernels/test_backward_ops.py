@@ -1,17 +1,17 @@
-"""Each backward is an op of its own: schema, fake tensors and tracing of those that images and patch tokens have.
+"""Backwards as ops: schema, fake tensors and tracing of those of images and patch tokens.
 
-What they compute is held against oracles beside each op; attention's is checked in test_cross_attention_op.
+Their values are compared with oracles in the tests of each op. Attention's backward is in cross_attention/test_ops.py.
 """
 
 from typing import Any
 
 import pytest
 import torch
-from patch_cases import make_ids, make_images
 
 from mvlm_kernels import use_backend
+from support.kernels.patches import make_ids, make_images
 
-pytestmark = [pytest.mark.plain_empty, pytest.mark.parametrize("backend", ["torch", "triton"])]
+pytestmark = [pytest.mark.slow, pytest.mark.plain_empty, pytest.mark.parametrize("backend", ["torch", "triton"])]
 OPS = torch.ops.mvlm_kernels
 
 
@@ -21,7 +21,7 @@ def opcheck(backend: Any, op: Any, *args: Any) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_gather_patches(backend: str, layout: str):
+def test_gather_patches_backward_is_an_op(backend: str, layout: str):
     images, ids = make_images((2, 3, 4, 6), torch.float32, layout), make_ids(2, 3, 6)
     opcheck(backend, OPS.gather_patches_backward, torch.rand(2, 3, 12), images, ids, 2, torch.rand(3))
     opcheck(backend, OPS.gather_patches_backward, torch.rand(2, 6, 12), images, None, 2, None)
@@ -29,7 +29,7 @@ def test_gather_patches(backend: str, layout: str):
 
 @pytest.mark.parametrize("kind", ["l1", "mse"])
 @pytest.mark.parametrize("grad", [torch.tensor(1.5), torch.rand(2, 3)], ids=["mean", "none"])
-def test_pixel_losses(backend: str, kind: str, grad: torch.Tensor):
+def test_pixel_loss_backwards_are_ops(backend: str, kind: str, grad: torch.Tensor):
     dtype = torch.bfloat16
     hidden, weight = torch.rand(2, 3, 5).to(dtype), torch.rand(12, 5)
     slope = torch.ones(2, 3, 12, dtype=torch.int8 if kind == "l1" else dtype)
@@ -39,7 +39,7 @@ def test_pixel_losses(backend: str, kind: str, grad: torch.Tensor):
 
 
 @pytest.mark.parametrize("mode", ["all", "masked", "visible"])
-def test_place_tokens(backend: str, mode: str):
+def test_place_tokens_backward_is_an_op(backend: str, mode: str):
     masked = torch.tensor([[True, False, True], [False, False, True]]) if mode == "masked" else None
     visible, count = (make_ids(2, 2, 3), 2) if mode == "visible" else (None, 3)
     dtypes = (torch.bfloat16, *(torch.float32,) * 3)

@@ -1,4 +1,4 @@
-"""Plain eager calls go around the dispatcher. Whatever could see or change such a call must find no difference."""
+"""Plain eager calls skip the dispatcher. Everything that can see or change a call must find no difference."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from mvlm_kernels import (
 pytestmark = pytest.mark.plain_empty
 IMAGES, IDS = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([[0, 1], [2, 3]])
 WEIGHT, ROW, POSITIONS, KEYS = torch.ones(48, 5) / 7, torch.ones(4), torch.ones(4, 4) / 3, torch.ones(2, 7, 2, 32) / 5
-# Of each op: a call of one tensor, and that tensor.
+# For each op: a call of one tensor, and that tensor.
 CALLS: dict[str, tuple[Callable[..., Tensor], Tensor]] = {
     "cross_attention": (lambda q, **k: cross_attention(q, KEYS, KEYS, **k), torch.ones(2, 9, 2, 32) / 3),
     "gather_patches": (lambda x, ids=IDS, p=4: gather_patches(x, ids, p), IMAGES),
@@ -59,12 +59,12 @@ class Called(TorchFunctionMode):
 
 
 class Named(Tensor):
-    """What image libraries hand out: a tensor of a class of its own."""
+    """A tensor subclass, such as image libraries return."""
 
 
 @pytest.fixture(autouse=True)
 def kernels() -> Iterator[None]:
-    with use_backend("triton"):  # on the CPU attention is else composed of torch ops, and no op of ours
+    with use_backend("triton"):  # on the CPU attention would be composed of torch ops, without an op
         yield
 
 
@@ -76,7 +76,7 @@ def through_the_dispatcher() -> Iterator[None]:
 
 
 def profiled(op: str) -> tuple[list[bool], Tensor, Tensor]:
-    """Whether a call of the op and its backward enter the dispatcher, the output, and the gradient of the input."""
+    """[call enters the dispatcher, its backward does], the output, and the gradient of the input."""
     call, x = CALLS[op]
     leaf = x.clone().requires_grad_()
     profile = torch.autograd.profiler.profile()
@@ -89,7 +89,7 @@ def profiled(op: str) -> tuple[list[bool], Tensor, Tensor]:
 
 
 @OPS
-def test_a_plain_call_and_its_backward_are_direct_and_gives_the_same_bits(op: str):
+def test_plain_call_skips_the_dispatcher_and_gives_the_same_bits(op: str):
     entered, *direct = profiled(op)
     assert entered == [False, False]
     with through_the_dispatcher():
@@ -100,7 +100,7 @@ def test_a_plain_call_and_its_backward_are_direct_and_gives_the_same_bits(op: st
 
 
 @OPS
-def test_modes_and_subclasses_see_the_op(op: str):
+def test_torch_modes_and_subclasses_see_the_op(op: str):
     call, x = CALLS[op]
     want = call(x)
     for mode in (Dispatched(), Called()):
@@ -113,7 +113,7 @@ def test_modes_and_subclasses_see_the_op(op: str):
 
 
 @OPS
-def test_fake_tensors_stay_fake(op: str):
+def test_op_keeps_fake_tensors_fake(op: str):
     call, x = CALLS[op]
     want = call(x)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -124,8 +124,8 @@ def test_fake_tensors_stay_fake(op: str):
 
 @OPS
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-def test_function_transforms(op: str):
-    """vmap runs the op row by row; a transform that differentiates is refused by torch, and not given a wrong value."""
+def test_op_under_vmap_and_refused_under_grad_transforms(op: str):
+    """vmap runs the op row by row. torch refuses a transform that differentiates: no wrong value."""
     call, x = CALLS[op]
     rows = torch.stack([x, x / 2])
     got = torch.func.vmap(call)(rows)
@@ -135,7 +135,7 @@ def test_function_transforms(op: str):
 
 
 @OPS
-def test_a_tensor_left_over_from_a_transform(op: str):
+def test_tensor_left_over_from_a_transform_takes_the_op(op: str):
     call, x = CALLS[op]
     left: list[Tensor] = []
 
@@ -150,7 +150,7 @@ def test_a_tensor_left_over_from_a_transform(op: str):
 
 
 @OPS
-def test_autocast_is_the_same(op: str):
+def test_autocast_is_the_same_with_and_without_the_dispatcher(op: str):
     call, x = CALLS[op]
     with torch.autocast("cpu", torch.bfloat16):
         got = call(x)
@@ -162,8 +162,8 @@ def test_autocast_is_the_same(op: str):
 
 
 BAD: list[tuple[str, dict[str, Any], str]] = [
-    ("cross_attention", {"key_lengths": torch.tensor([7, 8])}, "key_lengths must lie in 0..7"),
-    ("cross_attention", {"key_index": torch.tensor([0, 2])}, "key_index must lie in 0..1"),
+    ("cross_attention", {"key_lengths": torch.tensor([7, 8])}, "key_lengths must be in 0..7"),
+    ("cross_attention", {"key_index": torch.tensor([0, 2])}, "key_index must be in 0..1"),
     ("cross_attention", {"key_lengths": torch.ones(3, dtype=torch.int32)}, "key_lengths must have shape"),
     ("cross_attention", {"max_len_k": 7}, "max_len_k must be None"),
     *((op, {"ids": IDS - 1}, "patch_ids must be in") for op in list(CALLS)[1:4]),

@@ -1,12 +1,14 @@
-"""Which backend runs, and what explain says about it."""
+"""Choice of the backend, the text of explain, and versions that cannot interpret."""
 
 from typing import Any
 
+import numpy
 import pytest
 import torch
+import triton
 
 import mvlm_kernels
-from mvlm_kernels import configs, dispatch
+from mvlm_kernels import dispatch
 
 
 def test_cpu_tensors_take_torch_and_say_so():
@@ -15,7 +17,7 @@ def test_cpu_tensors_take_torch_and_say_so():
     assert dispatch.choose(reasons) == "torch"
 
 
-def test_other_devices_are_named():
+def test_reasons_name_a_device_without_kernels():
     assert "device type is meta" in dispatch.device_reasons(torch.device("meta"))[0]
 
 
@@ -33,17 +35,47 @@ def test_use_backend_forces_restores_and_refuses():
         pass
 
 
-def test_explain_refuses_what_is_not_an_op():
+def test_explain_refuses_a_function_that_is_not_an_op():
     with pytest.raises(ValueError, match="op must be one of"):
         mvlm_kernels.explain(print)
 
 
-def test_config_lookup_by_architecture(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    (tmp_path / "toy.json").write_text(
-        '{"sm_80": {"a": {"n": 1}}, "sm_90": {"a": {"n": 2}}, "sm_100": {"a": {"n": 3}}}'
-    )
-    monkeypatch.setenv("MVLM_KERNELS_CONFIGS", str(tmp_path))
-    found = [configs.lookup("toy", arch, "a")["n"] for arch in (80, 86, 89, 90, 100, 103, 120)]
-    assert found == [1, 1, 1, 2, 3, 3, 1]
-    with pytest.raises(KeyError, match=r"toy\.json has no tiles for sm_90 b"):
-        configs.lookup("toy", 90, "b")
+@pytest.mark.parametrize(
+    "triton_version, numpy_version, works",
+    [
+        ("3.6.0", "2.3.5", True),
+        ("3.6.0", "2.4.0rc1", False),
+        ("3.6.0", "3.0.0", False),
+        ("3.7.0", "2.4.6", True),
+        ("4.0.0", "2.4.6", True),
+    ],
+)
+def test_interpreter_of_triton_before_3_7_needs_numpy_before_2_4(triton_version: str, numpy_version: str, works: bool):
+    assert (dispatch.interpreter_fault(triton_version, numpy_version) is None) == works
+
+
+def test_forced_kernels_name_the_versions_that_cannot_interpret(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.setattr(numpy, "__version__", "2.4.6")
+    images = torch.zeros(1, 3, 4, 4)
+    dispatch.interpreter_reasons.cache_clear()
+    try:
+        assert mvlm_kernels.gather_patches(images, None, 2).shape == (1, 4, 12)  # torch runs as before
+        with (
+            mvlm_kernels.use_backend("triton"),
+            pytest.raises(
+                RuntimeError, match=r"triton 3\.6\.0 needs numpy<2\.4, and numpy 2\.4\.6 .* install triton>=3\.7"
+            ),
+        ):
+            mvlm_kernels.gather_patches(images, None, 2)
+    finally:
+        dispatch.interpreter_reasons.cache_clear()
+
+
+def test_ops_that_ask_for_autocast_run_on_the_meta_device():
+    def meta(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    assert mvlm_kernels.cross_attention(meta(2, 9, 2, 32), meta(2, 7, 2, 32), meta(2, 7, 2, 32)).shape == (2, 9, 2, 32)
+    loss = mvlm_kernels.linear_pixel_loss(meta(2, 4, 5), meta(12, 5), meta(12), meta(2, 3, 4, 4), None, 2)
+    assert loss.shape == ()

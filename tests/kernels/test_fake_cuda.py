@@ -1,6 +1,6 @@
-"""Calls on CUDA tensors that do not exist: what a GPU's process would trace, choose and return, up to the launch.
+"""Calls on fake CUDA tensors: what a process with a GPU would trace, choose and return, up to the launch.
 
-Without gradients: autograd asks the device for its stream, and this torch may know no CUDA.
+They have no gradients: autograd asks the device for its stream, and this torch may be built without CUDA.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,13 +28,12 @@ BF16: Any = {"dtype": torch.bfloat16, "device": "cuda"}
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A process that compiles kernels, on a machine with a GPU of compute capability 9.0."""
     dispatch.device_reasons.cache_clear()
-    dispatch._device_arch.cache_clear()
+    monkeypatch.setattr(dispatch, "arch", lambda _: 90)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(dispatch, "interpreting", lambda: False)
     with FakeTensorMode():
         yield
     dispatch.device_reasons.cache_clear()
-    dispatch._device_arch.cache_clear()
     torch._dynamo.reset()
 
 
@@ -67,7 +66,7 @@ def calls(batch: int, count: int) -> dict[str, tuple[Callable[..., torch.Tensor]
 @pytest.mark.parametrize(
     "op", ["cross_attention", "gather_patches", "masked_pixel_loss", "linear_pixel_loss", "place_tokens"]
 )
-def test_one_graph_for_all_sizes_calls_the_op(op: str):
+def test_compiled_gpu_call_is_one_graph_with_the_op(op: str):
     graphs: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
@@ -91,8 +90,8 @@ def test_eager_calls_on_a_gpu_take_the_kernels():
     assert explain(cross_attention, *attention(2, 5)).backend == "triton"
 
 
-def test_float32_without_tf32_is_sdpa_inside_the_graph(monkeypatch: pytest.MonkeyPatch):
-    # SDPA asks the device which of its backends to take; what is traced here is that it is called.
+def test_float32_attention_without_tf32_is_sdpa_inside_the_graph(monkeypatch: pytest.MonkeyPatch):
+    # SDPA asks the device which of its backends to take, so a stand-in shows that it is called.
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: q.tan())
     graphs: list[torch.fx.GraphModule] = []
 

@@ -1,19 +1,14 @@
-"""The GPU lane, `make test-gpu`: compiled kernels on a CUDA device, held to the oracles of the interpreted ones.
+"""Compiled kernels on a CUDA device (`make test-gpu`), compared with the oracles of the interpreted kernels.
 
-What only a device shows is here too: rounding to bfloat16, strides past 2^31, debug mode's refusal of bad values.
+Three more things only a device can show: rounding to bfloat16, strides past 2^31, and checks of values in debug mode.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import pixel_loss_checks
-import place_cases as placing
 import pytest
-import test_patch_gather
 import torch
-from attention_cases import SIDES, Case, check
-from patch_cases import LAYOUTS, MEAN, STD, make_ids, make_images
 from torch import Tensor
 
 from mvlm_kernels import (
@@ -22,6 +17,9 @@ from mvlm_kernels import (
     place_tokens,
     use_backend,
 )
+from support.kernels import pixel_losses, token_placement
+from support.kernels.attention import SIDES, Case, check_attention
+from support.kernels.patches import LAYOUTS, MEAN, STD, check_gather, make_ids, make_images
 
 pytestmark = pytest.mark.gpu
 
@@ -32,7 +30,7 @@ HALVES = [torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("case", SIDES.values(), ids=SIDES.keys())
 def test_attention_with_lengths_masks_indices_and_packing(case: Case, dtype: torch.dtype):
-    check(replace(case, dtype=dtype, width=64, heads=3), DEVICE)
+    check_attention(replace(case, dtype=dtype, width=64, heads=3), DEVICE)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -40,44 +38,46 @@ def test_attention_with_lengths_masks_indices_and_packing(case: Case, dtype: tor
 @pytest.mark.parametrize("short", [1, 16, 31, 64, 65, 128])
 def test_attention_of_every_tile(width: int, short: int, dtype: torch.dtype):
     for len_q, len_k in ((197, short), (short, 197)):
-        check(Case(len_q=len_q, len_k=len_k, width=width, heads=2, batch=3, dtype=dtype, lengths=short > 1), DEVICE)
+        check_attention(
+            Case(len_q=len_q, len_k=len_k, width=width, heads=2, batch=3, dtype=dtype, lengths=short > 1), DEVICE
+        )
 
 
 @pytest.mark.parametrize("layout", ["strided", "expanded"])
 def test_attention_of_views(layout: str):
-    check(Case(len_q=197, len_k=33, width=64, heads=2, dtype=torch.bfloat16, layout=layout), DEVICE)
+    check_attention(Case(len_q=197, len_k=33, width=64, heads=2, dtype=torch.bfloat16, layout=layout), DEVICE)
 
 
 def test_attention_at_the_paper_size():
-    check(Case(len_q=197, len_k=40, width=64, heads=12, batch=32, dtype=torch.bfloat16, lengths=True), DEVICE)
+    check_attention(Case(len_q=197, len_k=40, width=64, heads=12, batch=32, dtype=torch.bfloat16, lengths=True), DEVICE)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, *HALVES], ids=str)
-def test_gather_patches(dtype: torch.dtype, layout: str):
+def test_gather_patches_of_layouts_and_types(dtype: torch.dtype, layout: str):
     for patch in (7, 16):
         images = make_images((2, 3, 2 * patch, 3 * patch), dtype, layout)
-        test_patch_gather.check(images, make_ids(2, 4, 6, torch.int32), patch, MEAN[:3], STD[:3], device=DEVICE)
+        check_gather(images, make_ids(2, 4, 6, torch.int32), patch, MEAN[:3], STD[:3], device=DEVICE)
 
 
-@pytest.mark.parametrize("kind", pixel_loss_checks.KINDS)
+@pytest.mark.parametrize("kind", pixel_losses.KINDS)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_pixel_losses(kind: str, normalize: bool, reduction: str):
+def test_pixel_losses_of_every_kind(kind: str, normalize: bool, reduction: str):
     images, ids = make_images((2, 3, 32, 48), torch.uint8, "channels_last"), make_ids(2, 4, 6)
     options = {"kind": kind, "normalize": normalize, "reduction": reduction, "device": DEVICE}
-    random = pixel_loss_checks.random
+    random = pixel_losses.random
     for dtype in HALVES:
-        pixel_loss_checks.check_masked(random((2, 4, 768), dtype), images, ids, 16, MEAN[:3], STD[:3], **options)
+        pixel_losses.check_masked(random((2, 4, 768), dtype), images, ids, 16, MEAN[:3], STD[:3], **options)
         hidden, weight, bias = (random(s, dtype, i, 0.05) for i, s in enumerate([(2, 4, 96), (768, 96), (768,)]))
-        pixel_loss_checks.check_linear(hidden, weight, bias, images, ids, 16, MEAN[:3], STD[:3], **options)
+        pixel_losses.check_linear(hidden, weight, bias, images, ids, 16, MEAN[:3], STD[:3], **options)
 
 
 @pytest.mark.parametrize("mode", ["all", "masked", "visible"])
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_place_tokens(mode: str, dtype: torch.dtype):
-    inputs, options = placing.case(17, 50, 768, mode, dtype, visible=13)
-    placing.check(inputs, options, DEVICE)
+def test_place_tokens_of_modes_and_types(mode: str, dtype: torch.dtype):
+    inputs, options = token_placement.case(17, 50, 768, mode, dtype, visible=13)
+    token_placement.check_placement(inputs, options, DEVICE)
 
 
 BAD_VALUES: dict[str, Callable[[], Tensor]] = {
@@ -103,15 +103,15 @@ def attention_inputs() -> tuple[Tensor, Tensor, Tensor]:
 def test_debug_mode_refuses_bad_values(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("MVLM_KERNELS_DEBUG", raising=False)
     with use_backend("triton"):
-        BAD_VALUES[name]()  # nothing is read out of bounds, and nothing raised
+        BAD_VALUES[name]()  # reads nothing out of bounds and raises nothing
         torch.cuda.synchronize()
         monkeypatch.setenv("MVLM_KERNELS_DEBUG", "1")
         with pytest.raises(ValueError, match=f"{name} must"):
             BAD_VALUES[name]()
 
 
-def test_bfloat16_rounds_to_nearest_even():
-    """An output that is one input, unchanged: place_tokens in float32 sums, rounded once as it is stored."""
+def test_gather_patches_rounds_bfloat16_to_nearest_even():
+    """Without mean and std a patch is its pixels, rounded once when it is stored."""
     ties = torch.tensor(
         [1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 0.0, float("inf"), -float("inf"), 3.4e38, 1e-40, float("nan")]
     )
@@ -124,8 +124,8 @@ def test_bfloat16_rounds_to_nearest_even():
 
 
 @pytest.mark.plain_empty
-def test_strides_past_two_to_the_31():
-    """Rows of a view that lie more than 2^31 elements apart, read and compared with a contiguous copy."""
+def test_kernels_read_strides_past_31_bits():
+    """Views whose rows are more than 2^31 elements apart give the same as contiguous copies."""
     far = 2**31 + 64
     buffer = torch.zeros(far + 64 * 64 * 64, dtype=torch.bfloat16, device=DEVICE)
     shapes = {"q": (2, 40, 2, 64), "k": (2, 20, 2, 64)}

@@ -1,7 +1,7 @@
-"""The GPU lane: forward and backward of every op at a working size, repeated, captured, compiled and watched.
+"""Forward and backward of every op at a working size on a CUDA device (`make test-gpu`).
 
-What a process without a device cannot show: the same bits in a thousand backward passes, capture in a CUDA graph, by
-hand and by torch.compile, and no synchronisation.
+Checks that need a device: the same bits in a thousand backward passes, capture in a CUDA graph, by hand and by
+torch.compile, and no synchronisation.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import Case, build, moved
-from patch_cases import MEAN, STD, make_ids
 from torch import Tensor
 
 from mvlm_kernels import (
@@ -22,6 +20,8 @@ from mvlm_kernels import (
     place_tokens,
     use_backend,
 )
+from support.kernels.attention import Case, build, moved
+from support.kernels.patches import MEAN, STD, make_ids
 
 pytestmark = [pytest.mark.gpu, pytest.mark.plain_empty]
 
@@ -31,7 +31,7 @@ REPEATS = 1000
 
 @dataclass(frozen=True)
 class Step:
-    """Forward and backward of one call: of ``leaves``, which get gradients, under the incoming gradient ``grad``."""
+    """Forward and backward of one call. leaves get gradients; grad is the incoming gradient, ones by default."""
 
     call: Callable[..., Tensor]
     leaves: list[Tensor]
@@ -64,7 +64,7 @@ def steps() -> Iterator[tuple[str, Step]]:
     images = torch.randint(0, 256, (8, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
     ids = make_ids(8, 116, 196, torch.int32).to(DEVICE)
     masked = torch.rand(8, 196, device=DEVICE) < 0.6
-    # Tensors, as a sequence becomes one inside a compiled graph and need not be captured outside it.
+    # Tensors, because a sequence would be copied to the device, which a capture cannot contain.
     norm: Any = {"mean": torch.tensor(MEAN[:3], device=DEVICE), "std": torch.tensor(STD[:3], device=DEVICE)}
     hidden, head = (8, 116, 768), [(768, 768), (768,)]
     yield (
@@ -89,7 +89,7 @@ NAMES = (
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_bits_in_every_run(name: str):
+def test_step_gives_the_same_bits_in_every_run(name: str):
     step = dict(steps())[name]
     with use_backend("triton"):
         first = step()
@@ -100,14 +100,14 @@ def test_the_same_bits_in_every_run(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_captured_in_a_graph(name: str):
+def test_step_is_captured_in_a_cuda_graph(name: str):
     step = dict(steps())[name]
     with use_backend("triton"):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                wanted = [x.detach() for x in step()]  # a graph that lives on would tie the gradients to this stream
+                wanted = [x.detach() for x in step()]  # a living graph would tie the gradients to this stream
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -120,7 +120,7 @@ def test_captured_in_a_graph(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_waits_for_the_device(name: str):
+def test_step_never_waits_for_the_device(name: str):
     step = dict(steps())[name]
     with use_backend("triton"):
         step()  # compiles, and copies constants to the device once
@@ -133,8 +133,8 @@ def test_nothing_waits_for_the_device(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_compiled_into_cuda_graphs(name: str):
-    """torch.compile's own capture: the later calls replay a graph, and must give the bits of an eager call."""
+def test_step_compiled_into_cuda_graphs_gives_the_eager_bits(name: str):
+    """torch.compile captures the call itself. The later calls replay its graph."""
     step = dict(steps())[name]
     torch._dynamo.reset()
     compiled = torch.compile(step.call, fullgraph=True, mode="reduce-overhead")

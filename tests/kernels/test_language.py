@@ -1,4 +1,4 @@
-"""The helpers that make interpreted bfloat16 mean what it means on a GPU."""
+"""Helpers that give interpreted kernels a GPU's meaning of bfloat16."""
 # pyright: reportArgumentType=false
 
 import pytest

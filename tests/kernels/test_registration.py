@@ -1,4 +1,4 @@
-"""The op boundary, on an op of our own: gradients, fake tensors, opcheck and full-graph compilation."""
+"""Registration, shown on a small op: gradients, fake tensors, opcheck and full-graph compilation."""
 
 import pytest
 import torch
@@ -27,11 +27,11 @@ OP = registration.define(
 
 
 @pytest.mark.plain_empty
-def test_opcheck():
+def test_registered_op_passes_opcheck():
     torch.library.opcheck(OP, (torch.randn(3, requires_grad=True), 2.0))
 
 
-def test_gradient_and_compile():
+def test_registered_op_has_a_gradient_and_compiles():
     for f in (OP, torch.compile(OP, fullgraph=True, dynamic=True, backend="aot_eager")):
         x = torch.randn(5, requires_grad=True)
         f(x, 3.0).sum().backward()

@@ -1,4 +1,4 @@
-"""What the kernels move, counted in the interpreter, stays within a few per cent of the fewest bytes possible."""
+"""Bytes that the kernels move, counted in the interpreter: within a few per cent of the fewest possible."""
 
 import json
 
@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from mvlm_kernels import cases, linear_pixel_loss, traffic
-from mvlm_kernels.case import Case
-from mvlm_kernels.pixel_cases import linear_tiling_bytes
+from mvlm_kernels.cases import Case, linear_tiling_bytes
 
 CASES = {f"{case.op} {case.shape}": case for case in cases.cases()}
 DIRECT = [name for name, case in CASES.items() if case.moved is None]
 
 
+@pytest.mark.slow
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("name", DIRECT)
-def test_close_to_the_minimum(name):
+def test_kernels_move_few_bytes_beyond_the_minimum(name):
     case = CASES[name]
     forward, backward = traffic.moved(case)
     fewest_forward, fewest_backward = case.minimum(case.sizes)
@@ -26,8 +26,8 @@ def test_close_to_the_minimum(name):
 
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("kind", ["l1", "mse"])
-def test_the_linear_count_is_the_one_its_tiling_implies(kind):
-    """147 pixels, 70 wide, 66 rows: partial tiles on every side."""
+def test_bytes_of_linear_pixel_loss_follow_from_its_tiling(kind):
+    """147 pixels, width 70 and 66 rows give partial tiles on every side."""
     bf16 = torch.bfloat16
     hidden, weight = torch.zeros(6, 11, 70, dtype=bf16), torch.zeros(147, 70, dtype=bf16)
     leaves = [x.requires_grad_() for x in (hidden, weight, torch.zeros(147, dtype=bf16))]
@@ -44,7 +44,7 @@ def test_the_linear_count_is_the_one_its_tiling_implies(kind):
 
 
 @pytest.mark.plain_empty
-def test_the_table_names_every_figure(tmp_path, monkeypatch, capsys):
+def test_traffic_table_names_every_figure(tmp_path, monkeypatch, capsys):
     path = tmp_path / "traffic.json"
     monkeypatch.setattr("sys.argv", ["traffic", "--json", str(path), "--select", "linear_pixel_loss.*l1"])
     traffic.main()

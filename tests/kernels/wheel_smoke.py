@@ -1,7 +1,7 @@
-"""Run by `make wheel-smoke` with an interpreter that has the wheel, torch and Triton, and nothing else of ours.
+"""Check of an installed wheel, run by `make wheel-smoke` in an environment with the wheel, torch and Triton only.
 
-Every op computes through its reference, through its interpreted kernel, and without Triton installed; one kernel is
-compiled for a GPU. Each part has a process of its own: Triton decides at import whether it interprets.
+Every op computes by its reference, by its interpreted kernel, and without Triton. One kernel is compiled for a GPU.
+Each part runs in its own process, because Triton decides at import whether it interprets.
 """
 
 import os
@@ -55,7 +55,7 @@ def run(name: str, code: list[str], **environment: str) -> None:
     )
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    print(f"{name}: right")
+    print(f"{name}: ok")
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from mvlm_benchmarks.kernels.measure import Expected, LocalContender, Outcome, p
 from mvlm_benchmarks.kernels.peers import Peer, ours_as_peer
 from mvlm_benchmarks.machine import roofline_us
 from mvlm_benchmarks.reasons import Missing, NotApplicable, one_line
-from mvlm_kernels.cases import Gpu
+from mvlm_kernels.hardware import Gpu
 
 Row = dict[str, Any]
 

@@ -18,7 +18,7 @@ from mvlm_benchmarks.kernels.cases import Case, cases
 from mvlm_benchmarks.kernels.compare import Row, bench_case, rows_of
 from mvlm_benchmarks.kernels.peers import EAGER, PEERS, Peer
 from mvlm_benchmarks.results import heading
-from mvlm_kernels.cases import peak_rates
+from mvlm_kernels.hardware import peak_rates
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -9,7 +9,7 @@ import numpy as np
 from mvlm_benchmarks import results
 from mvlm_benchmarks.step.contenders import BASELINES, COMPILED, eager_name
 from mvlm_benchmarks.step.parts import OTHER, PARTS, GflopPerPair
-from mvlm_kernels.cases import Gpu
+from mvlm_kernels.hardware import Gpu
 
 Row = dict[str, Any]
 COLUMNS = (

@@ -39,7 +39,7 @@ from mvlm_benchmarks.step.contenders import (
 )  # fmt: skip
 from mvlm_benchmarks.step.inputs import caption_lengths
 from mvlm_benchmarks.step.profile import profile_steps
-from mvlm_kernels.cases import peak_rates
+from mvlm_kernels.hardware import peak_rates
 
 Row = dict[str, Any]
 PRECISIONS = ("auto", "bf16", "fp32")

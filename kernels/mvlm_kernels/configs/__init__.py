@@ -1,11 +1,10 @@
-"""Tile tables: ``<op>.json`` beside this file, by architecture and then by a key such as
-``"short_kv_backward/bf16/64/32"``.
+"""Tile tables: ``<op>.json`` in this folder, by architecture and then by a key of kernel, dtype, width and rows.
 
-    {"sm_80": {"short_kv_backward/bf16/64/32": {"BLOCK_M": 32, "num_warps": 4, "num_stages": 1}}}
+    {"sm_80": {"short_kv_backward/16bit/64/32": {"BLOCK_M": 32, "num_warps": 4, "num_stages": 1}}}
 
-A table is chosen in plain Python from shapes, never by timing, so the same call takes the same tiles in every run:
-repeatability needs it, the interpreter has no autotuner, and nothing is compiled twice.
-``MVLM_KERNELS_CONFIGS=<folder>`` reads the tables from elsewhere.
+Tiles are looked up by shape and never chosen by timing, so the same call takes the same tiles in every run. Bitwise
+repeatability needs that, the interpreter has no autotuner, and no kernel is compiled twice.
+``MVLM_KERNELS_CONFIGS=<folder>`` reads the tables from another folder.
 """
 
 import functools
@@ -15,11 +14,12 @@ from pathlib import Path
 
 
 def lookup(op: str, arch: int, key: str) -> dict[str, int]:
-    """Tiles of one kernel: constexpr names and ``num_warps``, ``num_stages``.
+    """Tiles of one kernel: values of its constexprs, ``num_warps`` and ``num_stages``.
 
-    op names the file, arch is a compute capability (90), key is read in the newest table that is not newer than arch.
-    Data-centre and consumer parts of one generation differ in shared memory (99 KiB against 163 to 227), so 8.6, 8.9
-    and 12.x read ``sm_80``, whose tiles are the smallest. Raises KeyError, naming key and file, if there is none.
+    op names the file, arch is a compute capability (90), and key is read in the newest table not newer than arch.
+    Consumer GPUs have less shared memory than data-centre GPUs of their generation (99 KiB against 163 to 227 KiB), so
+    8.6, 8.9 and 12.x read ``sm_80``, whose tiles are the smallest. Raises KeyError, naming key and file, for a key
+    that the table does not have.
     """
     table = _table(op, os.environ.get("MVLM_KERNELS_CONFIGS", ""))
     if key not in table[_table_arch(arch)]:
@@ -28,7 +28,7 @@ def lookup(op: str, arch: int, key: str) -> dict[str, int]:
 
 
 def has(op: str, arch: int, key: str) -> bool:
-    """Whether :func:`lookup` would find tiles."""
+    """True if :func:`lookup` would find tiles."""
     return key in _table(op, os.environ.get("MVLM_KERNELS_CONFIGS", ""))[_table_arch(arch)]
 
 

@@ -5,18 +5,27 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.cross_attention import cpu
-from mvlm_kernels.cross_attention.bounds import (
+from mvlm_kernels.cross_attention.arguments import (
     HEAD_WIDTHS,
+    LONGEST_SHORT_SIDE,
     bucket,
     check_arguments,
     check_values,
     longest_rows,
+    scale_of,
     short_side,
 )
-from mvlm_kernels.cross_attention.ops import attend_directly, attention_op, gpu_reasons, reasons, too_long
+from mvlm_kernels.cross_attention.ops import (
+    attend_directly,
+    attention_op,
+    gpu_reasons,
+    reasons,
+    too_long,
+    why_not_triton,
+)
 from mvlm_kernels.cross_attention.reference import pack_key_mask, sdpa
 
-__all__ = ["cross_attention", "pack_key_mask"]
+__all__ = ["HEAD_WIDTHS", "LONGEST_SHORT_SIDE", "cross_attention", "pack_key_mask", "why_not_triton"]
 
 
 def _takes_sdpa(q: Tensor, short: int) -> bool:
@@ -26,12 +35,12 @@ def _takes_sdpa(q: Tensor, short: int) -> bool:
 
 @torch.compiler.assume_constant_result
 def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> bool:
-    """Whether a dense call on this GPU goes around the kernels; settled while tracing, so SDPA itself is traced."""
+    """True if a dense call on this GPU runs on SDPA. A constant of a compiled graph, so that SDPA itself is traced."""
     return dispatch.choose(gpu_reasons(device, dtype, width, rows)) == "torch"
 
 
 def _composes(q: Tensor, max_len_q: int, max_len_k: int) -> bool:
-    """Whether the CPU's composition runs: it reads lengths, so not where a compiler traces or tensors are fake."""
+    """True if the CPU's composition runs. It reads lengths, so it cannot run in a compiler or on fake tensors."""
     return (
         q.device.type == "cpu"
         and type(q) in (Tensor, torch.nn.Parameter)
@@ -56,6 +65,7 @@ def _explain(
 ) -> tuple[str, ...]:
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
+    scale_of(scale, q.shape[-1])
     return reasons(q, *longest_rows(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k))
 
 
@@ -74,37 +84,44 @@ def cross_attention(
     max_len_q: int | None = None,
     max_len_k: int | None = None,
 ) -> Tensor:
-    """Softmax attention of q over k and v where one side is short (text, at most 128 rows) and the other is image
-    patches.
+    """Softmax attention in which one side is short (text, at most 128 rows) and the other is image patches.
 
     ``out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[r, j, h]) v[r, j, h]`` with ``r = key_index[b]``, or b
-    without it.
+    without an index.
 
-    Shapes: B query sequences, B' key sequences, L rows each, T packed rows, H heads, D head width (32, 64, 80, 96 or
-    128).
+    Dimensions: B query sequences, B' key sequences, Lq and Lk rows of each, Tq and Tk packed rows, H heads, D head
+    width (32, 64, 80, 96 or 128). The layout is (batch, length, heads, width), not SDPA's (batch, heads, length,
+    width).
 
-    q: (B, Lq, H, D), or packed (Tq, H, D) with ``cu_seqlens_q`` (B + 1,). k, v: (B', Lk, H, D), or packed (Tk, H, D)
-    with ``cu_seqlens_k`` (B' + 1,). Either side alone may be packed. key_lengths: (B',) int; keys past it do not exist:
-    they may hold NaN and get zero gradients. key_mask: (B', Lk) bool, True = the key exists, or the int64 words that
-    :func:`pack_key_mask` makes of it. With both, a key exists
-        where both say so. A row without any key gives zeros, and zero gradients.
-    key_index: (B,) int; query sequence b reads K/V sequence key_index[b] in place. Gradients of a sequence that several
-    read add up
-        in a fixed order. Without it B' = B.
-    scale: ``D ** -0.5`` by default. max_len_q, max_len_k: for a packed side only, an upper bound of its sequences'
-    lengths, from which tiles are chosen. Without one
-        the shorter side counts as text, at most 128 long. Longer sequences than that are a ValueError on the CPU, NaN
-        on a GPU, where reading the lengths would be a sync. Rows behind the last sequence come out as zeros.
+    Args:
+        q: (B, Lq, H, D), or packed (Tq, H, D) with cu_seqlens_q. Floating.
+        k, v: (B', Lk, H, D), or packed (Tk, H, D) with cu_seqlens_k. Same dtype as q. Either side alone may be packed.
+        key_lengths: (B',) int32 or int64. Keys past the length do not exist: they may hold NaN, and their gradients
+            are zeros.
+        key_mask: (B', Lk) bool, True = the key exists, or the int64 words that :func:`pack_key_mask` makes of such a
+            mask. With key_lengths too, a key exists where both say so. A query without any key gives zeros and has
+            zero gradients.
+        key_index: (B,) int32 or int64. Query sequence b reads key sequence key_index[b] in place. Gradients of a
+            sequence with several readers add up in a fixed order. Without an index B' = B.
+        cu_seqlens_q, cu_seqlens_k: (B + 1,) and (B' + 1,) int32 or int64. Sequence b is rows cu_seqlens[b] to
+            cu_seqlens[b + 1] of a packed side. Output rows that belong to no sequence are zeros.
+        scale: a float, factor of the scores; D ** -0.5 by default. Multiply q by a learned temperature instead.
+        max_len_q, max_len_k: upper bound of the sequence lengths of a packed side, by which tiles are chosen. Without
+            a bound the text side is taken to be at most 128 long. A longer sequence is a ValueError on the CPU. On a
+            GPU, where reading the lengths would wait for the device, its output is NaN.
 
-    Returns the output, contiguous, in q's shape and dtype. bfloat16, float16 and float32 (TF32 on a GPU) accumulate in
-    float32; float64 runs on the reference. On the CPU an eager call is composed of torch ops. Under autocast all three
-    are cast first. Where both sides are longer than 128 this is SDPA, as :func:`mvlm_kernels.explain` will say. Raises
-    ValueError on shapes, dtypes or devices that do not fit; on values of lengths and indices only for CPU tensors or
-    with MVLM_KERNELS_DEBUG=1.
+    Returns:
+        The output in q's shape and dtype, contiguous. bfloat16, float16 and float32 (TF32 on a GPU) accumulate in
+        float32; float64 runs on the reference. Autocast casts q, k and v first. Eager CPU calls are composed of torch
+        ops. Where both sides are longer than 128, SDPA runs, as :func:`mvlm_kernels.explain` says.
+
+    Raises:
+        ValueError: for shapes, dtypes or devices that do not fit, and for a tensor as scale. Values of lengths and
+            indices are checked for CPU tensors, and for GPU tensors with MVLM_KERNELS_DEBUG=1.
     """
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
-    scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    scale = scale_of(scale, q.shape[-1])
     len_q, len_k = longest_rows(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     side = short_side(len_q, len_k)
     if side is None:
@@ -122,11 +139,8 @@ def cross_attention(
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Under autocast, fp32 projections beside bf16 activations are one dtype; float64 is left alone, as torch's own ops
-    do.
-    """
-    kind = q.device.type
-    if not torch.is_autocast_enabled(kind) or q.dtype == torch.float64:
+    """q, k and v in autocast's dtype, if it is on. Leaves float64 as it is, as torch's own ops do."""
+    dtype = dispatch.autocast_dtype(q.device)
+    if dtype is None or q.dtype == torch.float64:
         return q, k, v
-    dtype = torch.get_autocast_dtype(kind)
     return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -1,10 +1,10 @@
-"""Cross-attention on CPU tensors, composed for speed: what eager calls run there, differentiated by autograd.
+"""Cross-attention on CPU tensors, composed of torch ops for speed and differentiated by autograd.
 
-The mathematics is that of ``reference.py``, and tests hold the two together. What differs is what a CPU pays for.
-Batched products want every matrix contiguous (``einsum`` on (B, L, H, D) hands over strides with which they run several
-times slower), so heads go to the front first. SDPA's backward is scalar code in bfloat16, four times slower than two
-plain products. And the backward keeps the probabilities: with 128 keys at most they are small, and computing them again
-from a saved log-sum-exp, as the kernels do to save memory traffic, would be a third of the backward's work here.
+Eager calls on CPU tensors run this. The mathematics is that of ``reference.py``, and tests compare the two. Three
+choices are made for a CPU. Heads are moved to the front first, because batched products on contiguous matrices are
+several times faster than ``einsum`` on (B, L, H, D). Two plain products replace SDPA, whose bfloat16 backward is scalar
+code and four times slower. The backward keeps the probabilities: with at most 128 keys they are small, and recomputing
+them from a saved log-sum-exp, as the kernels do to save memory traffic, would be a third of the backward's work here.
 """
 
 import torch
@@ -24,7 +24,7 @@ def attend(
     cu_seqlens_k: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """As :func:`~mvlm_kernels.cross_attention.reference.cross_attention_reference`; the output alone, as q."""
+    """Output of :func:`~mvlm_kernels.cross_attention.reference.cross_attention_reference`, in q's shape and dtype."""
     inside_q, inside_k = _inside(cu_seqlens_q), _inside(cu_seqlens_k)
     dense_q = q if inside_q is None else _spread(q, inside_q)
     exists = inside_k
@@ -33,7 +33,7 @@ def attend(
     elif key_lengths is not None or key_mask is not None:
         exists = _existing(k.shape[1], key_lengths, key_mask)
         missing = (~exists).flatten().nonzero().squeeze(1)
-        # Padded keys may hold NaN, and 0 * NaN is NaN.
+        # Padded keys may hold NaN, and 0 * NaN is NaN, so their rows are set to 0 before the products.
         k, v = (x.flatten(0, 1).index_fill(0, missing, 0).view_as(x) for x in (k, v))
     if key_index is not None:
         k, v = k.index_select(0, key_index), v.index_select(0, key_index)
@@ -45,7 +45,8 @@ def attend(
     if exists is None:
         s = s * scale
     else:
-        # The lowest number and not -inf: a row without keys is then uniform over zeros, so 0 in value and gradient.
+        # The lowest finite number instead of -inf: the softmax of a row without keys is then uniform over zero values,
+        # and its output and gradient are 0, not NaN.
         lowest = s.new_zeros(exists.shape).masked_fill_(~exists, torch.finfo(s.dtype).min)
         s = torch.add(lowest[:, None, None, :], s, alpha=scale)
     out = (s.softmax(-1).to(q.dtype) @ v_bhkd).transpose(1, 2)  # (B, Lq, H, D)
@@ -53,7 +54,7 @@ def attend(
 
 
 def _inside(cu_seqlens: Tensor | None) -> Tensor | None:
-    """bool (B, longest), True = a row of the sequence; None where nothing is packed."""
+    """bool (B, longest), True = the row belongs to the sequence; None for a dense side."""
     if cu_seqlens is None:
         return None
     lengths = cu_seqlens.diff()
@@ -73,14 +74,14 @@ def _existing(length: int, key_lengths: Tensor | None, key_mask: Tensor | None) 
 
 
 def _spread(x: Tensor, inside: Tensor) -> Tensor:
-    """Packed (T, H, D) -> (B, longest, H, D), zeros past each sequence's end. Rows behind the last one are not read."""
+    """Packed (T, H, D) -> (B, longest, H, D), zeros past each sequence's end. Rows after the last are not read."""
     rows = inside.flatten().nonzero().squeeze(1)
     padded = x.new_zeros((inside.numel(), *x.shape[1:])).index_copy(0, rows, x[: len(rows)])
     return padded.view(*inside.shape, *x.shape[1:])
 
 
 def _gathered(x: Tensor, inside: Tensor, total: int) -> Tensor:
-    """(B, longest, H, D) -> packed (total, H, D), zeros behind the last sequence."""
+    """(B, longest, H, D) -> packed (total, H, D), zeros after the last sequence."""
     rows = inside.flatten().nonzero().squeeze(1)
     packed = x.flatten(0, 1).index_select(0, rows)
     rest = total - len(rows)

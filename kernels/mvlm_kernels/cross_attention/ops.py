@@ -1,4 +1,4 @@
-"""``torch.ops.mvlm_kernels.cross_attention``: backends, fake tensors, gradient, and the reasons against Triton."""
+"""The op ``torch.ops.mvlm_kernels.cross_attention``: backends, fake tensors, gradient, reasons against Triton."""
 
 import functools
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.cross_attention.bounds import LONGEST_SHORT_SIDE, bucket, check_values, short_side
+from mvlm_kernels.cross_attention.arguments import HEAD_WIDTHS, LONGEST_SHORT_SIDE, bucket, check_values, short_side
 from mvlm_kernels.cross_attention.reference import reference_backward, reference_forward
 
 
@@ -68,7 +68,7 @@ def _backward_implementation(
         grads = triton.backward(grad, q, k, v, out, lse, *sides, max_len_q, max_len_k, need_dq, need_dkv)
     else:
         grads = reference_backward(grad, q, k, v, lse, *sides)
-    # An op returns tensors: what is not needed is an empty one.
+    # An op returns tensors, so a gradient that is not needed is an empty one.
     dq, dk, dv = grads
     return (
         dq if dq is not None and need_dq else q.new_empty(0),
@@ -92,7 +92,7 @@ class _CrossAttention(torch.autograd.Function):
     def forward(ctx: Any, forward: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         out, lse = forward(q, k, v, *args)
         *sides, ctx.scale, ctx.max_len_q, ctx.max_len_k = args
-        # Delta needs the output only where the short side is the queries: elsewhere it is not kept for the backward.
+        # Only the short-Q backward reads the output, for delta. With short keys it is not kept in memory.
         kept = out if short_side(ctx.max_len_q, ctx.max_len_k) == "q" else None
         ctx.save_for_backward(q, k, v, kept, lse, *sides)
         ctx.mark_non_differentiable(lse)
@@ -131,8 +131,28 @@ _backward_op = registration.define(
 )
 
 
+def why_not_triton(device: torch.device, dtype: torch.dtype, *, head_width: int, short_rows: int) -> tuple[str, ...]:
+    """Reasons why calls of this kind would not run on the fused kernels; empty where they would.
+
+    The question of :func:`mvlm_kernels.explain` without tensors, for a caller that picks an implementation in advance.
+
+    device: the device of q, k and v. A CUDA device is judged by width, rows and dtype alone on a machine without CUDA.
+    dtype: of q, k and v, after autocast. head_width: D. short_rows: the longest sequence of the shorter side.
+    Inside a compiled graph the answer is a constant. Runs no kernel and reads no tensor.
+    """
+    if head_width not in HEAD_WIDTHS:
+        return (f"heads are {head_width} wide, the kernels take {', '.join(map(str, HEAD_WIDTHS))}",)
+    if short_rows > LONGEST_SHORT_SIDE:
+        return (f"the shorter side has {short_rows} rows, the kernels take {LONGEST_SHORT_SIDE}",)
+    if device.type != "cuda":
+        return dispatch.device_reasons(device)
+    if not torch.cuda.is_available():
+        return ("float64 has no kernel",) if dtype == torch.float64 else ()
+    return gpu_reasons(device, dtype, head_width, short_rows)
+
+
 def reasons(q: Tensor, max_len_q: int, max_len_k: int) -> tuple[str, ...]:
-    """Every reason against the fused kernels, from what the host knows."""
+    """Every reason against the fused kernels that the host knows."""
     against = dispatch.device_reasons(q.device)
     side = short_side(max_len_q, max_len_k)
     if side is None:
@@ -143,14 +163,13 @@ def reasons(q: Tensor, max_len_q: int, max_len_k: int) -> tuple[str, ...]:
 
 
 def gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> tuple[str, ...]:
-    """Every reason against the fused kernels on a GPU for heads of this width and a short side of so many rows, 1 to
-    128."""
+    """Every reason against the fused kernels on a GPU, for head width ``width`` and 1 to 128 rows on the short side."""
     return _gpu_reasons(device, dtype, width, bucket(rows))
 
 
 @torch.compiler.assume_constant_result
 def _gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> tuple[str, ...]:
-    """Settled while a compiler traces, which cannot follow questions to the driver and files of tiles."""
+    """A constant of a compiled graph: a compiler cannot trace calls of the driver and reads of tile tables."""
     found = dispatch.device_reasons(device)
     return found or type_reasons(dtype, width, rows, dispatch.arch(device), tf32(dtype))
 
@@ -165,12 +184,12 @@ def tf32(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def type_reasons(dtype: torch.dtype, width: int, rows: int, arch: int, tf32: bool) -> tuple[str, ...]:
-    """Reasons that hold on a GPU only: the interpreter takes every type."""
+    """Reasons of the dtype, which hold on a GPU only: the interpreter takes every dtype. rows: a tile's length."""
     if dtype == torch.float64:
         return ("float64 has no kernel on a GPU: SDPA runs, or the reference on packed rows",)
     if dtype == torch.float32 and not tf32:
         return ('float32 runs in TF32, and float32_matmul_precision is "highest": SDPA or the reference runs',)
-    from mvlm_kernels.cross_attention.plan import has_tiles
+    from mvlm_kernels.cross_attention.tiles import has_tiles
 
     if not has_tiles(dtype, width, rows, arch):
         return (f"no tile of {dtype} at width {width} and {rows} rows fits this GPU: SDPA or the reference runs",)

@@ -1,5 +1,4 @@
-"""Cross-attention in plain torch: the specification, the CPU path, and (through SDPA) the path for what the kernels
-leave out.
+"""Cross-attention in plain torch: the specification of the kernels, and the op's implementation without them.
 
     s[b,h,i,j] = scale * q[b,i,h,:] . k[r(b),j,h,:]        r(b) = key_index[b], or b
     p[b,h,i,:] = softmax of s[b,h,i,:] over the keys that exist; a row without keys is zeros
@@ -27,9 +26,10 @@ def cross_attention_reference(
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """What :func:`mvlm_kernels.cross_attention` computes, differentiable by autograd, in any floating dtype.
+    """Specification of :func:`mvlm_kernels.cross_attention`, in any floating dtype, differentiable by autograd.
 
-    Same arguments; reads the lengths on the host, so on a GPU it synchronises.
+    Takes the same arguments and returns the output in q's shape and dtype. It reads the lengths on the host, which on
+    a GPU waits for the device.
     """
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     return reference_forward(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)[0]
@@ -46,10 +46,10 @@ def reference_forward(
     cu_seqlens_k: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output (as q) and base-2 log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq); -inf for a row without
-    keys.
+    """Output, in q's shape and dtype, and base-2 log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq).
 
-    Base 2 is what the kernels keep, and a backward on one backend may follow a forward on the other.
+    The log-sum-exp of a row without keys is -inf. It is in base 2 as in the kernels, because the backward may run on
+    another backend than the forward.
     """
     q_bqhd = _padded(q, cu_seqlens_q)
     k_bkhd, v_bkhd, exists = _keys(k, v, key_lengths, key_mask, cu_seqlens_k)
@@ -114,14 +114,14 @@ def sdpa(
     key_index: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """The same function through ``scaled_dot_product_attention``, dense only: for lengths and types without a kernel.
+    """Dense cross-attention by ``scaled_dot_product_attention``, for lengths and dtypes without a kernel.
 
-    q (B, Lq, H, D), k and v (B', Lk, H, D) -> (B, Lq, H, D). Unlike the kernels it copies rows of k and v under
+    q (B, Lq, H, D), k and v (B', Lk, H, D) -> (B, Lq, H, D). Unlike the kernels it copies sequences of k and v under
     key_index.
     """
     exists = None
     if key_lengths is not None or key_mask is not None:
-        # Padded keys may hold NaN, and 0 * NaN is NaN: SDPA must not see them. True = the key exists.
+        # Padded keys may hold NaN, and 0 * NaN is NaN, so SDPA gets zeros there. exists: True = the key exists.
         k, v, exists = _keys(k, v, key_lengths, key_mask, None)
     if key_index is not None:
         k, v = k[key_index.long()], v[key_index.long()]
@@ -129,7 +129,8 @@ def sdpa(
     mask = some = None
     if exists is not None:
         some = exists.any(-1)[:, None, None, None]  # (B, 1, 1, 1)
-        # Backends differ on rows without keys (NaN, zeros), so such a row attends to everything and is zeroed below.
+        # SDPA's backends differ on rows without keys (NaN or zeros), so such a row attends to every key here and its
+        # output is set to zero below.
         mask = exists[:, None, None, :] | ~some
     out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, scale=scale)
     out = out.transpose(1, 2)
@@ -137,7 +138,10 @@ def sdpa(
 
 
 def pack_key_mask(mask: Tensor) -> Tensor:
-    """bool (B', Lk), True = the key exists -> int64 (B', ceil(Lk / 64)); bit j % 64 of word j // 64 is key j."""
+    """Pack a key mask into bits: bool (B', Lk), True = the key exists -> int64 (B', ceil(Lk / 64)).
+
+    Bit j % 64 of word j // 64 is key j. Packing once serves every layer that reads the same mask.
+    """
     words = (mask.shape[1] + 63) // 64
     bits = F.pad(mask, (0, words * 64 - mask.shape[1])).view(mask.shape[0], words, 64)
     return (bits.long() << torch.arange(64, device=mask.device)).sum(-1)
@@ -150,14 +154,14 @@ def unpack_key_mask(words: Tensor, length: int) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, exists: Tensor, scale: float) -> Tensor:
-    """(B, H, Lq, Lk), -inf where the key does not exist. In float32 at least, as every softmax should be."""
+    """Scaled scores (B, H, Lq, Lk) in float32 or float64, -inf where the key does not exist."""
     s = torch.einsum("bqhd,bkhd->bhqk", q, k)
     s = s.to(torch.promote_types(s.dtype, torch.float32)) * scale
     return s.masked_fill(~exists[:, None, None, :], -torch.inf)
 
 
 def _probabilities(s: Tensor, lse: Tensor) -> Tensor:
-    # A row without keys has lse = -inf, and -inf - -inf is NaN in the value and in the gradient: such rows subtract 0.
+    # A row without keys has lse = -inf, and -inf - -inf is NaN in value and gradient, so such a row subtracts 0.
     return (s - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
 
 
@@ -174,12 +178,12 @@ def _keys(
     if key_mask is not None:
         exists = exists & (key_mask if key_mask.dtype == torch.bool else unpack_key_mask(key_mask, k.shape[1]))
     zero = torch.zeros((), dtype=k.dtype, device=k.device)
-    # Not a product: a padded key may hold NaN.
+    # where and not a product: a padded key may hold NaN.
     return k.where(exists[..., None, None], zero), v.where(exists[..., None, None], zero), exists
 
 
 def _padded(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Packed (T, ...) -> (B, longest, ...), zeros past each sequence's end; a dense x comes back as it is."""
+    """Packed (T, ...) -> (B, longest, ...), zeros past each sequence's end. Returns a dense x unchanged."""
     if cu_seqlens is None:
         return x
     lengths = cu_seqlens.diff().long()
@@ -202,7 +206,7 @@ def _packed(x: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
 
 
 def _summed_by_row(x: Tensor, index: Tensor, rows: int) -> Tensor:
-    """Sums x (B, ...) into (rows, ...) by index, in the order of B, accumulating in float32 at least."""
+    """Sum x (B, ...) into (rows, ...) by index, in the order of B, in float32 or float64."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     # index_put sorts its indices on a GPU, where index_add would use atomics.
     return wide.new_zeros((rows, *x.shape[1:])).index_put((index.long(),), wide, accumulate=True).to(x.dtype)

@@ -1,21 +1,21 @@
-"""Image queries read text keys: one program owns one K/V row and head.
+"""Short-KV kernels: image queries read text keys. One backward program owns one key sequence and head.
 
-K and V stay on chip, one pass over the queries. The backward sees every key of a query at once, so delta = sum_j p_ij
-dp_ij needs neither the output nor a pre-pass; dQ is written once per query tile, dK and dV once at the end. With
-key_index the program walks the queries that read its row. The same backward, run over tiles of a long K/V row, serves
-the short-Q family where several queries read one row.
+K and V stay on chip for one pass over the queries. The backward sees every key of a query at once, so
+delta = sum_j p_ij dp_ij needs neither the output nor a pass before. dQ is written once per query tile, dK and dV once
+at the end. With key_index a program walks the query sequences that read its key sequence. The same backward, run over
+tiles of a long key sequence, serves the short-Q family where several queries read one key sequence.
 
-Scores are formed transposed, (keys, queries), in the backward: P^T and dS^T are then direct left operands, which on
-sm_80 and sm_90 is the difference between 130 and 255 registers.
+The backward forms scores transposed, (keys, queries). P^T and dS^T are then direct left operands of the products, which
+on sm_80 and sm_90 is the difference between 130 and 255 registers.
 
-Shape legend: BLOCK_M query rows, BLOCK_N key rows, BLOCK_D >= D head width; b query sequence, kb key sequence, h head.
+Legend: BLOCK_M query rows, BLOCK_N key rows, BLOCK_D >= D head width; b query sequence, kb key sequence, h head.
 """
 # pyright: reportArgumentType=false
 
 import triton
 import triton.language as tl
 
-from mvlm_kernels.cross_attention.rows import (
+from mvlm_kernels.cross_attention.tile_io import (
     INF,
     existing_keys,
     fill_lse_outside,
@@ -39,7 +39,10 @@ def short_kv_forward(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H, splits). q_rows and k_rows are rows a sequence when dense, and rows in all when packed."""
+    """Output and log-sum-exp. Grid (B * H, splits); split s takes every num_splits-th query tile.
+
+    q_rows and k_rows: rows per sequence of a dense side, all rows of a packed side.
+    """
     b = tl.program_id(0) // H
     h = (tl.program_id(0) % H).to(tl.int64)
     split = tl.program_id(1)
@@ -47,7 +50,8 @@ def short_kv_forward(
     kb, bad = key_row(index_ptr, b, k_seqs)
     k_start, stored = rows_of(cu_k_ptr, kb, k_rows)
     klen = key_length(lengths_ptr, kb, stored)
-    # A packed row longer than promised, or a wrong index, cannot be reported without a sync: it is NaN, never wrong.
+    # A sequence longer than promised or a wrong index cannot be an error without waiting for the device. Its output is
+    # NaN, so the mistake is seen.
     bad = bad | (klen > BLOCK_N)
 
     rn = tl.arange(0, BLOCK_N)
@@ -55,6 +59,7 @@ def short_kv_forward(
     k = load_rows(k_ptr + kb * stride_kb + k_start * stride_kl + h * stride_kh, rn, stride_kl, exists, D, BLOCK_D)
     v = load_rows(v_ptr + kb * stride_vb + k_start * stride_vl + h * stride_vh, rn, stride_vl, exists, D, BLOCK_D)
     kt = tl.trans(k)
+    # Interpreted, a float argument is a Python float, which a product would round to float32. tl.full keeps float64.
     scale_log2 = tl.full((), scale_log2, ACC)
 
     stride_ol = H * D
@@ -71,10 +76,11 @@ def short_kv_forward(
         s = dot(q, kt, tl.zeros((BLOCK_M, BLOCK_N), ACC), PRECISION) * scale_log2
         s = tl.where(exists[None, :], s, -INF)
         m = tl.max(s, 1)
-        m = tl.where(m == -INF, 0.0, m)  # no key: p = exp2(-inf) = 0, not exp2(NaN)
+        m = tl.where(m == -INF, 0.0, m)  # without keys: p = exp2(-inf) = 0 instead of exp2(-inf + inf) = NaN
         p = tl.exp2(s - m[:, None])
         total = tl.sum(p, 1)
         o = dot(cast(p, v.dtype), v, tl.zeros((BLOCK_M, BLOCK_D), ACC), PRECISION)
+        # The product takes P before it is normalised, at most 1, and the division is in the accumulator's dtype.
         o = o / tl.where(total == 0.0, 1.0, total)[:, None]
         lse = log_sum_exp(m, total)
         if index_ptr is not None or cu_k_ptr is not None:
@@ -89,7 +95,7 @@ def short_kv_forward(
 
 
 @triton.jit
-def _backward_of_key_tile(
+def key_tile_backward(
     n0, kb, h, split, klen, k_base, v_base, dk_base, dv_base, k_end,
     q_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, mask_ptr, order_ptr, offsets_ptr, cu_q_ptr,
     stride_qb, stride_ql, stride_qh, stride_kl, stride_vl, stride_gb, stride_gl, stride_gh,
@@ -98,11 +104,10 @@ def _backward_of_key_tile(
     ACC: tl.constexpr, PRECISION: tl.constexpr, WRITE_DQ: tl.constexpr, WRITE_DKV: tl.constexpr,
     ALL_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Walks every query that reads keys [n0, n0 + BLOCK_N) of row kb, writing those queries' dQ and then the tile's dK
-    and dV.
+    """Gradients through keys [n0, n0 + BLOCK_N) of key sequence kb: dQ of every reader, then dK and dV of the tile.
 
-    ALL_KEYS: the tile holds the whole row, so dQ is complete and delta follows from P and dP alone; else delta needs
-    the output.
+    ALL_KEYS: the tile holds the whole key sequence, so dQ is complete and delta follows from P and dP. Otherwise delta
+    needs the output, and WRITE_DQ is False.
     """
     rn = n0 + tl.arange(0, BLOCK_N)
     exists = existing_keys(rn, klen, mask_ptr, kb, mask_words)
@@ -114,8 +119,8 @@ def _backward_of_key_tile(
     scale = tl.full((), scale, ACC)
     stride_ol = H * D
 
-    # Readers of this row, in the order of the stable sort: chunk `split // tile_splits` of them, and of each reader's
-    # query tiles every tile_splits-th. Without an index the row's one reader is its own query sequence.
+    # A split takes chunk `split // tile_splits` of the readers, in the order of the stable sort, and every
+    # tile_splits-th query tile of each. Without an index the only reader is the query sequence of the same number.
     first = tl.zeros((), tl.int64)
     last = first + 1
     if order_ptr is not None:
@@ -146,7 +151,7 @@ def _backward_of_key_tile(
             lse = tl.load(lse_base + rm, mask=inside, other=0.0)
             zeros = tl.zeros((BLOCK_N, BLOCK_M), ACC)
             st = dot(k, tl.trans(q), zeros, PRECISION) * scale_log2
-            # Not by a product: a row without keys has lse = -inf, and a masked score may overflow.
+            # where and not a product with 0: a query without keys has lse = -inf, so st - lse is inf.
             pt = tl.exp2(tl.where(exists[:, None], st - lse[None, :], -INF))
             if WRITE_DKV:
                 dv = dot(cast(pt, do.dtype), do, dv, PRECISION)
@@ -157,6 +162,7 @@ def _backward_of_key_tile(
                 out = load_rows(out_ptr + out_offset, rm, stride_ol, inside, D, BLOCK_D)
                 delta = tl.sum(widen(out, ACC) * widen(do, ACC), 1)
             dst = cast(pt * (dpt - delta[None, :]), q.dtype)
+            # dQ and dK are scaled as sums, in the accumulator's dtype: dS stays unscaled when it is rounded.
             if WRITE_DKV:
                 dk = dot(dst, q, dk, PRECISION)
             if WRITE_DQ:
@@ -178,10 +184,10 @@ def short_kv_backward(
     ACC: tl.constexpr, PRECISION: tl.constexpr, WRITE_DQ: tl.constexpr, WRITE_DKV: tl.constexpr,
     ALL_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B' * H, reader splits * tile splits, key tiles; one key tile under ALL_KEYS).
+    """dQ, dK and dV. Grid (B' * H, reader_splits * tile_splits, key tiles); one key tile under ALL_KEYS.
 
-    order and offsets invert key_index: readers of row kb are order[offsets[kb] : offsets[kb + 1]]. Split s writes its
-    share of dK and dV at s * partial_size elements into dk_ptr and dv_ptr.
+    order and offsets invert key_index: readers of key sequence kb are order[offsets[kb] : offsets[kb + 1]]. Split s
+    writes its share of dK and dV at s * partial_size elements into dk_ptr and dv_ptr.
     """
     kb = (tl.program_id(0) // H).to(tl.int64)
     h = (tl.program_id(0) % H).to(tl.int64)
@@ -200,7 +206,7 @@ def short_kv_backward(
     k_base = k_ptr + kb * stride_kb + k_start * stride_kl + h * stride_kh
     v_base = v_ptr + kb * stride_vb + k_start * stride_vl + h * stride_vh
     if ALL_KEYS:
-        _backward_of_key_tile(
+        key_tile_backward(
             0, kb, h, split, klen, k_base, v_base, dk_base, dv_base, stored,
             q_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, mask_ptr, order_ptr, offsets_ptr, cu_q_ptr,
             stride_qb, stride_ql, stride_qh, stride_kl, stride_vl, stride_gb, stride_gl, stride_gh,
@@ -209,18 +215,18 @@ def short_kv_backward(
         )  # fmt: skip
     else:
         for n0 in range(tl.program_id(2) * BLOCK_N, stored, tl.num_programs(2) * BLOCK_N):
-            _backward_of_key_tile(
+            key_tile_backward(
                 n0, kb, h, split, klen, k_base, v_base, dk_base, dv_base, stored,
                 q_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, mask_ptr, order_ptr, offsets_ptr, cu_q_ptr,
                 stride_qb, stride_ql, stride_qh, stride_kl, stride_vl, stride_gb, stride_gl, stride_gh,
                 H, q_rows, mask_words, scale, scale_log2, reader_splits, tile_splits,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, ACC, PRECISION, WRITE_DQ, WRITE_DKV, ALL_KEYS,
             )  # fmt: skip
-    # Every split writes all rows of its own partial sums; the query side's gradient is written once.
+    # Each split has partial sums of dK and dV of its own, so each fills their outside rows. dQ exists once.
     first_row = (kb == 0) & (tl.program_id(2) == 0)
     if cu_k_ptr is not None:
         if WRITE_DKV:
-            if ALL_KEYS:  # a row longer than promised: its last keys are in no tile
+            if ALL_KEYS:  # a sequence longer than promised: its last keys are in no tile, and their gradients are NaN
                 fill_rows(dk_base, stride_ol, BLOCK_N, stored, float("nan"), BLOCK_N, D, BLOCK_D)
                 fill_rows(dv_base, stride_ol, BLOCK_N, stored, float("nan"), BLOCK_N, D, BLOCK_D)
             fill_outside(dk_ptr + grad_base, stride_ol, cu_k_ptr, k_seqs, k_rows, first_row, BLOCK_N, D, BLOCK_D)

@@ -1,17 +1,18 @@
-"""Text queries read image keys: one program owns one query sequence and head.
+"""Short-Q kernels: text queries read image keys. One program owns one query sequence and head.
 
-Q stays on chip, one pass over the keys with an online softmax. The backward finishes each dK/dV tile when it has read
-it and keeps dQ in registers. With key_index several queries add to one row: this backward then writes dQ alone, and
-``short_kv_backward`` over tiles of the long row writes dK and dV.
+Q stays on chip for one pass over the keys with an online softmax (Milakov and Gimelshein, arXiv 1805.02867). The
+backward finishes dK and dV of a key tile as it passes and keeps dQ in registers. With key_index several query sequences
+add to one key sequence: this backward then writes dQ only, and ``short_kv_backward`` over tiles of the long key
+sequence writes dK and dV.
 
-Shape legend: BLOCK_M query rows, BLOCK_N key rows, BLOCK_D >= D head width; b query sequence, kb key sequence, h head.
+Legend: BLOCK_M query rows, BLOCK_N key rows, BLOCK_D >= D head width; b query sequence, kb key sequence, h head.
 """
 # pyright: reportArgumentType=false
 
 import triton
 import triton.language as tl
 
-from mvlm_kernels.cross_attention.rows import (
+from mvlm_kernels.cross_attention.tile_io import (
     INF,
     existing_keys,
     fill_lse,
@@ -36,8 +37,10 @@ def short_q_forward(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H, splits). Split s takes every num_splits-th key tile and writes its own softmax at s partials into
-    the outputs.
+    """Output and log-sum-exp. Grid (B * H, splits); split s takes every num_splits-th key tile.
+
+    Each split writes the output and log-sum-exp of its own keys, at s * partial_size and s * partial_lse_size elements
+    into the outputs. :func:`short_q_combine` joins them.
     """
     b = (tl.program_id(0) // H).to(tl.int64)
     h = (tl.program_id(0) % H).to(tl.int64)
@@ -46,7 +49,7 @@ def short_q_forward(
     kb, bad = key_row(index_ptr, b, k_seqs)
     k_start, stored = rows_of(cu_k_ptr, kb, k_rows)
     klen = key_length(lengths_ptr, kb, stored)
-    bad = bad | (q_len > BLOCK_M)
+    bad = bad | (q_len > BLOCK_M)  # longer than promised: NaN, as no error is possible without waiting for the device
 
     rm = tl.arange(0, BLOCK_M)
     inside = rm < q_len
@@ -65,9 +68,9 @@ def short_q_forward(
         s = dot(q, tl.trans(k), tl.zeros((BLOCK_M, BLOCK_N), ACC), PRECISION) * scale_log2
         s = tl.where(exists[None, :], s, -INF)
         m_new = tl.maximum(m, tl.max(s, 1))
-        m_safe = tl.where(m_new == -INF, 0.0, m_new)  # nothing seen yet: exp2(-inf - 0) = 0, not exp2(NaN)
+        m_safe = tl.where(m_new == -INF, 0.0, m_new)  # no key yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf) = NaN
         p = tl.exp2(s - m_safe[:, None])
-        shrink = tl.exp2(m - m_safe)
+        shrink = tl.exp2(m - m_safe)  # rescales what was summed under the smaller maximum
         total = total * shrink + tl.sum(p, 1)
         o = dot(cast(p, v.dtype), v, o * shrink[:, None], PRECISION)
         m = m_new
@@ -87,7 +90,7 @@ def short_q_forward(
     if cu_q_ptr is not None:
         fill_rows(out_base + q_start * stride_ol, stride_ol, BLOCK_M, q_len, float("nan"), BLOCK_M, D, BLOCK_D)
         fill_lse(lse_base + q_start, BLOCK_M, q_len, float("nan"), BLOCK_M)
-        # Every split writes all rows of its own partial result.
+        # Each split has a partial result of its own, so each fills its outside rows.
         fill_outside(out_base, stride_ol, cu_q_ptr, q_seqs, q_rows, b == 0, BLOCK_M, D, BLOCK_D)
         fill_lse_outside(lse_base, cu_q_ptr, q_seqs, q_rows, b == 0, BLOCK_M)
 
@@ -97,10 +100,10 @@ def short_q_combine(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, H, rows, num_splits, partial_size, partial_lse_size, packed_rows,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row tiles, H). Joins the splits of short_q_forward in the order of the splits.
+    """Join the splits of short_q_forward, in the order of the splits. Grid (row tiles, H).
 
-    rows: B * Lq or Tq, rows of the output over which h varies fastest; the log-sum-exp of row r is at
-    r // packed_rows * H * packed_rows + h * packed_rows + r % packed_rows, with packed_rows = Lq or Tq.
+    rows: B * Lq or Tq rows of the output, each of H heads. With packed_rows = Lq or Tq, the log-sum-exp of row r is at
+    r // packed_rows * H * packed_rows + h * packed_rows + r % packed_rows.
     """
     h = tl.program_id(1).to(tl.int64)
     r = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -112,6 +115,7 @@ def short_q_combine(
     for split in range(num_splits):
         lse = tl.load(partial_lse_ptr + split * partial_lse_size + at, mask=inside, other=-INF)
         x = load_rows(partial_ptr + split * partial_size + h * D, r, H * D, inside, D, BLOCK_D)
+        # A split's NaN marks a wrong index or length. tl.maximum would drop it by default.
         m_new = tl.maximum(m, lse, propagate_nan=tl.PropagateNan.ALL)
         m_safe = tl.where(m_new == -INF, 0.0, m_new)
         shrink = tl.exp2(m - m_safe)
@@ -135,10 +139,11 @@ def short_q_backward(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, WRITE_DQ: tl.constexpr, WRITE_DKV: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * H, splits, query tiles). Split s takes every num_splits-th key tile and writes its share of dQ at
-    s * partial_size elements. Under WRITE_DKV there is one query tile, which holds every query.
+    """dQ, and dK and dV under WRITE_DKV. Grid (B * H, splits, query tiles).
 
-    WRITE_DKV only without key_index, where the program is the one reader of its K/V row.
+    Split s takes every num_splits-th key tile and writes its share of dQ at s * partial_size elements. WRITE_DKV is
+    only for calls without key_index, where the program is the only reader of its key sequence. There is then one query
+    tile, which holds every query, so that dK and dV of a key tile are complete.
     """
     b = (tl.program_id(0) // H).to(tl.int64)
     h = (tl.program_id(0) % H).to(tl.int64)
@@ -166,13 +171,14 @@ def short_q_backward(
     q = load_rows(q_ptr + b * stride_qb + q_start * stride_ql + h * stride_qh, rm, stride_ql, inside, D, BLOCK_D)
     do = load_rows(do_ptr + b * stride_gb + q_start * stride_gl + h * stride_gh, rm, stride_gl, inside, D, BLOCK_D)
     out = load_rows(out_ptr + out_offset, rm, stride_ol, inside, D, BLOCK_D)
+    # delta = sum_j p_ij dp_ij = out . do. No program sees all keys of a query at once, so it comes from the output.
     delta = tl.sum(widen(out, ACC) * widen(do, ACC), 1)
     lse = tl.load(lse_base + rm, mask=inside, other=0.0)
 
     k_base = k_ptr + kb * stride_kb + k_start * stride_kl + h * stride_kh
     v_base = v_ptr + kb * stride_vb + k_start * stride_vl + h * stride_vh
     dq = tl.zeros((BLOCK_M, BLOCK_D), ACC)
-    # dK and dV of padded keys are zeros that somebody has to write; without them there is nothing past the last key.
+    # dK and dV of padded keys are zeros and have to be written. dQ needs no key past the last one.
     end = stored if WRITE_DKV else klen
     for n0 in range(split * BLOCK_N, end, num_splits * BLOCK_N):
         rn = n0 + tl.arange(0, BLOCK_N)
@@ -197,6 +203,7 @@ def short_q_backward(
         store_rows(dq_base + out_offset, rm, stride_ol, inside, dq * scale, D, BLOCK_D)
         if cu_q_ptr is not None:
             leader = tl.program_id(2) == 0
+            # Queries past the promised length are in no tile: one program writes NaN there.
             promised = tl.num_programs(2) * BLOCK_M
             overlong = tl.where(leader, q_len, promised)
             fill_rows(dq_base + out_offset, stride_ol, promised, overlong, float("nan"), BLOCK_M, D, BLOCK_D)

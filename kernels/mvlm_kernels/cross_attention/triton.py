@@ -1,8 +1,8 @@
-"""The launchers of the two kernel families, and what picks between them.
+"""Launchers of the two kernel families, and the choice between them.
 
 **Short-KV** (``short_kv.py``): image queries read text keys. **Short-Q** (``short_q.py``): text queries read image
-keys. No atomics anywhere. Where a grid is too small for the machine, a fixed number of splits writes float32 partials
-that a second kernel adds in a fixed order.
+keys. There are no atomics. Where a grid is too small to fill the GPU, a fixed number of splits writes float32 partial
+sums, and a second kernel adds them in a fixed order.
 """
 # pyright: reportArgumentType=false
 
@@ -13,30 +13,30 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.cross_attention.bounds import bucket, short_side
-from mvlm_kernels.cross_attention.plan import kernel_has_tiles, long_tiles, meta, splits
-from mvlm_kernels.cross_attention.rows import sum_partials
+from mvlm_kernels.cross_attention.arguments import bucket, short_side
 from mvlm_kernels.cross_attention.short_kv import short_kv_backward, short_kv_forward
 from mvlm_kernels.cross_attention.short_q import short_q_backward, short_q_combine, short_q_forward
-from mvlm_kernels.sizes import ceil_div
+from mvlm_kernels.cross_attention.tile_io import sum_partials
+from mvlm_kernels.cross_attention.tiles import kernel_has_tiles, long_tiles, meta, splits
+from mvlm_kernels.dispatch import ceil_div
 
-LOG2E = math.log2(math.e)  # kernels take powers of two
+LOG2E = math.log2(math.e)  # kernels compute exp2, which is one instruction, so scores are scaled by log2(e) too
 
 
 def _readable(x: Tensor) -> Tensor:
-    """x with contiguous columns and int32 offsets inside a sequence; a copy only where x has neither."""
+    """x if its columns are contiguous and its offsets inside a sequence fit int32, else a contiguous copy."""
     if x.is_contiguous():
         return x
     return x if x.stride(-1) == 1 and x.shape[-3] * x.stride(-3) < 2**31 else x.contiguous()
 
 
 def _strides(x: Tensor, packed: bool) -> tuple[int, ...]:
-    """Strides of sequence, row and head; a packed tensor has no stride of sequences."""
+    """Strides of sequence, row and head. A packed tensor has no sequence dimension, so that stride is 0."""
     return (0, *x.stride()[:2]) if packed else x.stride()[:3]
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
-    """What kernels read one after the other: a column of a table, or one expanded length, is copied."""
+    """Contiguous x: kernels read vectors without a stride, so a column of a table or an expanded length is copied."""
     return x if x is None else x.contiguous()
 
 
@@ -45,8 +45,11 @@ def _new(x: Tensor) -> Tensor:
 
 
 class _Call:
-    """Sizes and strides that all kernels of one call share. The scale is one of the sizes: as a constant, each new
-    value would be a compilation. Its product with log2(e) is another: made in the kernel it took up to 31 registers."""
+    """Sizes and strides that all kernels of one call share.
+
+    The scale is a runtime argument: as a constexpr each new value would compile the kernels again. Its product with
+    log2(e) is an argument too, because computing it in the kernel took up to 31 registers.
+    """
 
     def __init__(self, q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, scale, max_len_q, max_len_k) -> None:
         self.q, self.k, self.v = _readable(q), _readable(k), _readable(v)
@@ -66,8 +69,8 @@ class _Call:
         self.dtype, self.device = q.dtype, q.device
         self.acc_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    def plan(self, short: int) -> tuple[Any, ...]:
-        """What :func:`~mvlm_kernels.cross_attention.plan.meta` chooses by, but for the kernel."""
+    def tile_key(self, short: int) -> tuple[Any, ...]:
+        """Arguments of :func:`~mvlm_kernels.cross_attention.tiles.meta` after the kernel's name."""
         return self.dtype, self.device.type, self.D, short, dispatch.arch(self.device)
 
     def query_tiles(self, block: int) -> int:
@@ -81,9 +84,9 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, mask_words: Tensor | None, key_index: Tensor | None,
     cu_q: Tensor | None, cu_k: Tensor | None, scale: float, max_len_q: int, max_len_k: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output, contiguous in q's shape, and log-sum-exp in float32 and base 2, (B, H, Lq) or packed (H, Tq).
+    """Output, contiguous in q's shape, and base-2 log-sum-exp in float32, (B, H, Lq) or packed (H, Tq).
 
-    max_len_q and max_len_k: longest row of each side, known to the host; that of the long side may be negative,
+    max_len_q, max_len_k: longest sequence of each side, known to the host. That of the long side may be negative:
     unknown.
     """
     c = _Call(q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, scale, max_len_q, max_len_k)
@@ -97,11 +100,11 @@ def forward(
     if programs == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     if c.side == "kv":
-        chosen = meta("short_kv_forward", *c.plan(max_len_k))
+        chosen = meta("short_kv_forward", *c.tile_key(max_len_k))
         parts = splits(programs, c.query_tiles(chosen["BLOCK_M"]), c.device)
         dispatch.launch(short_kv_forward, (programs, parts), c.q, c.k, c.v, out, lse, *inputs, parts, **chosen)
         return out, lse
-    chosen = meta("short_q_forward", *c.plan(max_len_q))
+    chosen = meta("short_q_forward", *c.tile_key(max_len_q))
     parts = splits(programs, c.key_tiles(chosen["BLOCK_N"]), c.device)
     grid = (programs, parts)
     if parts == 1:
@@ -125,7 +128,7 @@ def backward(
     mask_words: Tensor | None, key_index: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, scale: float,
     max_len_q: int, max_len_k: int, need_dq: bool, need_dkv: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of q, k, v, contiguous in their shapes, None where not needed. Only the short-Q family reads out."""
+    """Gradients of q, k and v, contiguous in their shapes; None where not needed. Only the short-Q family reads out."""
     c = _Call(q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, scale, max_len_q, max_len_k)
     grad = _readable(grad)
     dq = _new(q) if need_dq else None
@@ -135,10 +138,11 @@ def backward(
         return tuple(x if x is None else x.zero_() for x in (dq, dk, dv))  # type: ignore[return-value]
     if c.side == "kv":
         _short_kv_backward(c, grad, None, lse, dq, dk, dv)
-    elif key_index is None and kernel_has_tiles("short_q_backward", *c.plan(max_len_q)):
+    elif key_index is None and kernel_has_tiles("short_q_backward", *c.tile_key(max_len_q)):
         _short_q_backward(c, grad, out, lse, dq, dk, dv)
     else:
-        # Several queries add to one K/V row, or one pass over it would spill: dQ first, then dK and dV tile by tile.
+        # Two passes: dQ first, then dK and dV by key tile. With an index several programs would add to one K/V row,
+        # and where one pass has no tiles it would spill registers.
         if need_dq:
             _short_q_backward(c, grad, out, lse, dq, None, None)
         if need_dkv:
@@ -149,15 +153,16 @@ def backward(
 def _short_kv_backward(
     c: _Call, grad: Tensor, out: Tensor | None, lse: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
 ) -> None:
+    # In the short-KV family one tile holds every key. For the short-Q family the same kernel walks the long K/V row.
     all_keys = c.side == "kv"
     order = offsets = None
     if c.index is not None:
         order, offsets = inverse_index(c.index, c.k_seqs)
     if all_keys:
-        chosen, key_tiles = meta("short_kv_backward", *c.plan(c.max_len_k)), 1
+        chosen, key_tiles = meta("short_kv_backward", *c.tile_key(c.max_len_k)), 1
     else:
-        chosen = meta("long_kv_backward", *c.plan(c.max_len_q))
-        key_tiles = max(1, min(c.key_tiles(chosen["BLOCK_N"]), 65535))
+        chosen = meta("long_kv_backward", *c.tile_key(c.max_len_q))
+        key_tiles = max(1, min(c.key_tiles(chosen["BLOCK_N"]), 65535))  # CUDA's limit of a grid's third dimension
     programs = c.k_seqs * c.H * key_tiles
     tile_splits = splits(programs, c.query_tiles(chosen["BLOCK_M"]), c.device)
     reader_splits = 1 if order is None else splits(programs * tile_splits, c.q_seqs, c.device)
@@ -181,7 +186,7 @@ def _short_kv_backward(
 def _short_q_backward(
     c: _Call, grad: Tensor, out: Tensor | None, lse: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
 ) -> None:
-    chosen = meta("short_q_backward" if dk is not None else "short_q_backward_dq", *c.plan(c.max_len_q))
+    chosen = meta("short_q_backward" if dk is not None else "short_q_backward_dq", *c.tile_key(c.max_len_q))
     query_tiles = ceil_div(bucket(c.max_len_q), chosen["BLOCK_M"])
     parts = splits(c.q_seqs * c.H * query_tiles, c.key_tiles(chosen["BLOCK_N"]), c.device)
     dq_out, size = dq, 0
@@ -206,11 +211,11 @@ def _sum_partials(partial: Tensor | None, x: Tensor, parts: int, acc: Any) -> No
 
 
 def inverse_index(key_index: Tensor, k_seqs: int) -> tuple[Tensor, Tensor]:
-    """order (B,) and offsets (B' + 1,), int64: the queries that read row r are order[offsets[r] : offsets[r + 1]],
-    ascending.
+    """order (B,) and offsets (B' + 1,), int64: the query sequences that read key sequence r are
+    order[offsets[r] : offsets[r + 1]], ascending.
 
-    Indices outside [0, B') count as the nearest row, so that every query has one program that writes its gradient (NaN
-    then).
+    An index outside [0, B') counts as the nearest one, so that each query has exactly one program that writes its
+    gradient, which is then NaN.
     """
     rows, order = torch.sort(key_index.clamp(0, k_seqs - 1), stable=True)
     bounds = torch.arange(k_seqs + 1, dtype=rows.dtype, device=rows.device)

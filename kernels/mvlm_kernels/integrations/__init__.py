@@ -1,1 +1,1 @@
-"""Bridges to other libraries; each module imports its library only when used."""
+"""Integrations with other libraries. Each module imports its library only when it is used."""

@@ -1,5 +1,5 @@
-"""Losses between predicted patches and the pixels of images; see :func:`masked_pixel_loss` and
-:func:`linear_pixel_loss`."""
+"""Losses between predicted patches and the pixels of images; see the functions ``masked_pixel_loss`` and
+``linear_pixel_loss``."""
 
 from typing import Any, Literal
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.patch_gather.arguments import (
+from mvlm_kernels.gather_patches.arguments import (
     FLOATS,
     ChannelValues,
     channel_tensors,
@@ -65,28 +65,29 @@ def masked_pixel_loss(
     normalize_target: bool = False,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Loss of predicted patches against the pixels of the image; the target never exists in memory.
+    """Loss between predicted patches and the pixels of images, without a target tensor in memory.
 
     Args:
-        pred: (B, K, C*P*P) floating, of any strides: predictions of the masked patches only, in (c, y, x) order.
-        images: (B, C, H, W), uint8 or floating, of any strides; constants, they get no gradient.
-        patch_ids: (B, K) int32 or int64, the masked patches in row-major order; None: all, K = N.
-        patch_size: side P of a square patch; it divides H and W.
-        mean, std: as in :func:`mvlm_kernels.gather_patches`, to normalise the pixels first.
+        pred: (B, K, C*P*P) floating, of any strides: predictions of the chosen patches only, features in (c, y, x)
+            order.
+        images: (B, C, H, W), uint8 or floating, of any strides. They are constants and get no gradient.
+        patch_ids: (B, K) int32 or int64, numbers of the predicted patches in row-major order; None: all, K = N.
+        patch_size: side P of a square patch in pixels; it divides H and W.
+        mean, std: normalisation of the pixels before the loss, as in :func:`mvlm_kernels.gather_patches`.
         kind: "l1", "mse", or "smooth_l1" with beta 1.
-        normalize_target: MAE's target, (x - mean) / sqrt(var + 1e-6) over each patch, unbiased variance
+        normalize_target: MAE's target, (x - mean) / sqrt(var + 1e-6) over each patch, with the unbiased variance
             (facebookresearch/mae, models_mae.py, forward_loss).
         reduction: "mean" over all pixels of all K patches, or "none" for the mean of each patch.
 
     Returns:
-        A scalar, or (B, K), in float32 (float64 where an input is). The mean of no patches is 0.
+        A scalar, or (B, K) for "none", in float32 (float64 if an input is). The mean of no patches is 0.
 
-    Differentiable in pred. Forward reads pred and the pixels once and writes the slope too (a byte a pixel for L1);
-    sums are taken in a fixed order, without atomics. Ids are checked on the CPU, and on a GPU with
-    MVLM_KERNELS_DEBUG=1; without it a bad id gives NaN and reads nothing. A NaN prediction gives a NaN gradient.
+    Differentiable in pred. The forward pass reads pred and the pixels once and also writes the slope, one byte per
+    pixel for L1. Sums are taken in a fixed order, without atomics. Ids are checked on the CPU, and on a GPU with
+    MVLM_KERNELS_DEBUG=1. Without the check a bad id gives NaN and reads nothing. A NaN prediction has a NaN gradient.
 
     Raises:
-        ValueError: on a wrong rank, shape, dtype, device, id, kind or reduction.
+        ValueError: for a wrong rank, shape, dtype, device, id, kind or reduction.
     """
     _check(images, patch_ids, patch_size, pred, "pred")
     features = images.shape[1] * patch_size**2
@@ -116,23 +117,23 @@ def linear_pixel_loss(
     normalize_target: bool = False,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """``masked_pixel_loss(hidden @ weight.T + bias, ...)`` tile by tile: predictions never reach memory.
+    """``masked_pixel_loss(hidden @ weight.T + bias, ...)``, computed by tiles without predictions in memory.
 
     Args:
-        hidden: (B, K, D) floating, of any strides: the decoder's states of the masked patches only. Under autocast it
-            is taken in autocast's type, as nn.Linear would.
-        weight: (C*P*P, D) as in nn.Linear, in hidden's type or float32.
-        bias: (C*P*P,) in weight's type, or None.
+        hidden: (B, K, D) floating, of any strides: decoder states of the chosen patches only. Autocast casts float32
+            states, as nn.Linear would.
+        weight: (C*P*P, D) as in nn.Linear, in hidden's dtype or float32.
+        bias: (C*P*P,) in weight's dtype, or None.
         images, patch_ids, patch_size, mean, std, kind, normalize_target, reduction: as in :func:`masked_pixel_loss`.
 
     Returns:
-        A scalar, or (B, K), in float32 (float64 where an input is).
+        A scalar, or (B, K) for "none", in float32 (float64 if an input is).
 
-    Differentiable in hidden, weight and bias. What is saved is one slope a pixel: a byte for L1, else hidden's type.
-    Gradients of weight and bias accumulate in float32, in fixed parts added in a fixed order.
+    Differentiable in hidden, weight and bias. The forward pass saves one slope per pixel: a byte for L1, else a value
+    of hidden's dtype. Gradients of weight and bias accumulate in float32, in fixed parts added in a fixed order.
 
     Raises:
-        ValueError: on a wrong rank, shape, dtype, device, id, kind or reduction.
+        ValueError: for a wrong rank, shape, dtype, device, id, kind or reduction.
     """
     hidden = _as_autocast(hidden)
     _check(images, patch_ids, patch_size, hidden, "hidden")
@@ -149,13 +150,12 @@ def linear_pixel_loss(
 
 
 def _as_autocast(hidden: Tensor) -> Tensor:
-    if hidden.dtype == torch.float32 and torch.is_autocast_enabled(hidden.device.type):
-        return hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return hidden
+    dtype = dispatch.autocast_dtype(hidden.device) if hidden.dtype == torch.float32 else None
+    return hidden if dtype is None else hidden.to(dtype)
 
 
 def _check(images: Tensor, patch_ids: Tensor | None, patch_size: int, rows: Tensor, name: str) -> None:
-    """rows (pred or hidden) must be floating (B, K, *) with the B and K of images and patch_ids."""
+    """Raise ValueError unless rows (pred or hidden) is floating (B, K, *) with the B of images and K of patch_ids."""
     batch, shape = images.shape[0], rows.shape
     chosen = check_patch_ids(patch_ids, images, check_images(images, patch_size))
     if len(shape) != 3 or shape[0] != batch or shape[1] != chosen:

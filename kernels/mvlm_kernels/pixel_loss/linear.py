@@ -18,17 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.language import cast, dot, widen
-from mvlm_kernels.patch_gather.triton import (
+from mvlm_kernels.dispatch import ceil_div
+from mvlm_kernels.gather_patches.triton import (
     accumulator,
     image_offsets,
     normalized_pixels,
     pixels_of_valid,
     tile_of,
 )
+from mvlm_kernels.language import cast, dot, widen
 from mvlm_kernels.pixel_loss.linear_backward import linear_pixel_loss_backward, sum_partials, tiles
 from mvlm_kernels.pixel_loss.triton import encode_slope, loss_and_slope, new_slope, patch_moments, total
-from mvlm_kernels.sizes import ceil_div
 
 
 @triton.jit

@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from mvlm_kernels import configs, dispatch
+from mvlm_kernels.dispatch import ceil_div
+from mvlm_kernels.gather_patches.triton import accumulator
 from mvlm_kernels.language import cast, dot, widen
-from mvlm_kernels.patch_gather.triton import accumulator
 from mvlm_kernels.pixel_loss.triton import decode_slope, grad_strides
-from mvlm_kernels.sizes import ceil_div
 
 # Enough programs for the largest GPU in the table twice over; a constant, so that the order of summation depends on
 # shapes alone and results agree bit for bit between machines of one architecture.

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.patch_gather.arguments import check_id_values, tile_reasons
+from mvlm_kernels.gather_patches.arguments import check_id_values, tile_reasons
 from mvlm_kernels.pixel_loss import reference
 
 

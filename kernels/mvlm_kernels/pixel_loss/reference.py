@@ -1,9 +1,9 @@
-"""Specification of ``masked_pixel_loss`` and ``linear_pixel_loss`` in plain torch, which is also what runs on the CPU.
+"""Specification of ``masked_pixel_loss`` and ``linear_pixel_loss`` in plain torch, and their implementation on the CPU.
 
-Legend: B batch, K masked patches, F = C*P*P pixels of a patch, D width of the hidden states.
-The ops save the derivative of the loss by the prediction, before any scaling: a sign byte for L1 (-1, 0, 1, and -128
-for NaN), else a value in the prediction's type. Unscaled it is of the order of 1, so that float16 neither under- nor
-overflows; the factor 1/F, the mean and the incoming gradient are applied in float32 in the backward pass.
+Legend: B batch, K predicted patches, F = C*P*P pixels of a patch, D width of the hidden states.
+Slope: the derivative of a pixel's loss by its prediction, before any scaling. The ops save it for the backward pass:
+for L1 as a sign byte (-1, 0, 1, and -128 for NaN), else in the prediction's dtype. Unscaled it is of the order of 1, so
+float16 neither underflows nor overflows. The backward pass applies 1/F, the mean and the incoming gradient in float32.
 """
 
 from typing import Literal
@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mvlm_kernels.patch_gather.reference import compute_dtype, gather_patches
+from mvlm_kernels.gather_patches.reference import compute_dtype, gather_patches
 
 Kind = Literal["l1", "mse", "smooth_l1"]
 EPS = 1e-6
@@ -27,10 +27,13 @@ def pixel_targets(
     normalize_target: bool,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The pixels to predict, (B, K, F) in ``dtype``; normalize_target is MAE's (x - mean) / sqrt(var + 1e-6) over each
-    patch, with the unbiased variance (facebookresearch/mae, models_mae.py, forward_loss)."""
+    """Target pixels (B, K, F) in ``dtype``.
+
+    normalize_target is MAE's (x - mean) / sqrt(var + 1e-6) over each patch, with the unbiased variance
+    (facebookresearch/mae, models_mae.py, forward_loss).
+    """
     target = gather_patches(images, patch_ids, patch_size, mean, std, dtype)
-    if normalize_target and target.numel():  # torch warns about the variance of nothing
+    if normalize_target and target.numel():  # torch warns about the variance of an empty tensor
         var, center = torch.var_mean(target, dim=2, keepdim=True)  # (B, K, 1) each
         target = (target - center) / (var + EPS).sqrt()
     return target
@@ -48,10 +51,10 @@ def pixel_loss(difference: Tensor, kind: Kind) -> Tensor:
 
 
 def encoded_slope(difference: Tensor, loss: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
-    """Derivative of :func:`pixel_loss` as it is saved: int8 for L1, else ``dtype``; loss is that of each patch."""
+    """Derivative of :func:`pixel_loss` in its saved form: int8 for L1, else ``dtype``. loss: of each patch."""
     if kind == "l1":
         sign = difference.sign()
-        # torch.sign calls NaN 0. A look at the losses says whether there is any; on a GPU it would be a sync.
+        # torch.sign(NaN) is 0. The losses tell cheaply if there is a NaN; on a GPU reading them would be a sync.
         if difference.device.type != "cpu" or bool(loss.isnan().any()):
             sign = sign.masked_fill(difference.isnan(), NAN_SIGN)
         return sign.to(torch.int8)
@@ -71,8 +74,10 @@ def masked_pixel_loss(
     reduce: bool,
     with_slope: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """pred (B, K, F) -> loss (scalar if reduce, else (B, K)), and the slope (B, K, F) that the backward pass starts
-    from (empty without with_slope). The mean of nothing is 0."""
+    """pred (B, K, F) -> loss (scalar if reduce, else (B, K)) and slope (B, K, F), which is empty without with_slope.
+
+    The mean of no patches is 0.
+    """
     dtype = compute_dtype(pred.dtype, images.dtype)
     target = pixel_targets(images, patch_ids, patch_size, mean, std, normalize_target, dtype)
     difference = pred.to(dtype) - target
@@ -85,14 +90,14 @@ def masked_pixel_loss(
 def decoded_slope(slope: Tensor, dtype: torch.dtype) -> Tensor:
     """A saved slope as a new tensor of ``dtype``."""
     values = slope.to(dtype, copy=True)
-    # The smallest byte says whether there is a NaN at all; to read it on a GPU would be a sync.
+    # The smallest byte tells if there is a NaN at all; reading it on a GPU would be a sync.
     if slope.dtype != torch.int8 or (slope.device.type == "cpu" and not (slope.numel() and slope.min() == NAN_SIGN)):
         return values
     return values.masked_fill_(slope == NAN_SIGN, float("nan"))
 
 
 def slope_factor(grad: Tensor, slope: Tensor) -> Tensor:
-    """What to multiply slope (B, K, F) with for the gradient of the predictions, () or (B, K, 1), in grad's type."""
+    """Factor from slope (B, K, F) to the gradient of the predictions: () or (B, K, 1), in grad's dtype."""
     rows = slope.shape[0] * slope.shape[1] if grad.ndim == 0 else 1
     factor = grad / (max(1, rows) * slope.shape[2])
     return factor if grad.ndim == 0 else factor[:, :, None]
@@ -100,7 +105,7 @@ def slope_factor(grad: Tensor, slope: Tensor) -> Tensor:
 
 def masked_pixel_loss_backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
     """grad (scalar of the mean loss, or (B, K)), slope (B, K, F) -> gradient of pred (B, K, F) in ``dtype``."""
-    # In place, the product is taken in the wider type of the two and rounded once.
+    # In place, so that the product is taken in the wider dtype of the two and rounded once.
     return decoded_slope(slope, dtype).mul_(slope_factor(grad, slope))
 
 
@@ -118,8 +123,10 @@ def linear_pixel_loss(
     reduce: bool,
     with_slope: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """hidden (B, K, D), weight (F, D), bias (F,) or None: :func:`masked_pixel_loss` of hidden @ weight.T + bias. The
-    parameters take the type of hidden, as autocast has it."""
+    """:func:`masked_pixel_loss` of hidden @ weight.T + bias, for hidden (B, K, D), weight (F, D), bias (F,) or None.
+
+    The parameters are cast to hidden's dtype, as autocast does.
+    """
     pred = torch.nn.functional.linear(
         hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
     )  # (B, K, F)
@@ -129,10 +136,10 @@ def linear_pixel_loss(
 def linear_pixel_loss_backward(
     grad: Tensor, slope: Tensor, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden (B, K, D), weight (F, D) and bias (F,), each in its own type, empty where not needed.
+    """Gradients of hidden (B, K, D), weight (F, D) and bias (F,), each in its tensor's dtype, empty where not needed.
 
-    Products are taken in the type of hidden, as nn.Linear's own backward does, and in float32 for float16, in which
-    sums of unscaled slopes could overflow.
+    Products are taken in hidden's dtype, as in nn.Linear's backward. float16 states take float32 products, because sums
+    of unscaled slopes could overflow in float16.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32) if hidden.dtype == torch.float16 else hidden.dtype
     factor = slope_factor(grad, slope)

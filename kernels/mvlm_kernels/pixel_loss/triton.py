@@ -1,9 +1,9 @@
 # pyright: reportArgumentType=false
-"""Triton kernels of ``masked_pixel_loss`` and their launchers; those of ``linear_pixel_loss`` are in ``linear.py``.
+"""Triton kernels of ``masked_pixel_loss`` and their launchers. Those of ``linear_pixel_loss`` are in ``linear.py``.
 
 Forward: one program owns one patch, reads its prediction and its pixels once, and writes one loss and the slope (the
-derivative by the prediction, a sign byte for L1). The mean is the sum of those losses by one program, in a fixed order.
-Backward: slope times the incoming gradient.
+derivative by the prediction, a sign byte for L1). One program adds the losses in a fixed order for the mean. Backward:
+slope times the incoming gradient, so neither pixels nor predictions are read again.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,15 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.language import cast, widen
-from mvlm_kernels.patch_gather.triton import (
+from mvlm_kernels.dispatch import ceil_div, power_of_two
+from mvlm_kernels.gather_patches.triton import (
     accumulator,
     image_offsets,
     normalized_pixels,
     pixels_of_valid,
     tile_of,
 )
-from mvlm_kernels.sizes import ceil_div, power_of_two
+from mvlm_kernels.language import cast, widen
 
 EPS = tl.constexpr(1e-6)
 
@@ -32,6 +32,7 @@ EPS = tl.constexpr(1e-6)
 @triton.jit
 def loss_and_slope(difference, KIND: tl.constexpr):
     """Loss of each pixel and its derivative. A NaN difference gives NaN in both."""
+    # Neither comparison holds for NaN, so the sign of NaN is the difference itself: NaN.
     size = tl.abs(difference)
     sign = tl.where(difference > 0, 1.0, tl.where(difference < 0, -1.0, difference))
     if KIND == "l1":
@@ -48,7 +49,7 @@ def loss_and_slope(difference, KIND: tl.constexpr):
 
 @triton.jit
 def encode_slope(slope, DTYPE: tl.constexpr):
-    """Slope as it is saved: int8 for L1, where -128 stands for NaN, else rounded to DTYPE."""
+    """Slope in its saved form: int8 for L1, in which -128 stands for NaN, else rounded to DTYPE."""
     return tl.where(slope != slope, -128.0, slope).to(tl.int8) if tl.int8 == DTYPE else cast(slope, DTYPE)
 
 
@@ -62,7 +63,7 @@ def decode_slope(slope, ACC: tl.constexpr):
 
 @triton.jit
 def patch_moments(x, inside, F: tl.constexpr):
-    """(mean, 1 / sqrt(var + eps)) of one patch; in two passes over registers, as E[x^2] - E[x]^2 would cancel."""
+    """(mean, 1 / sqrt(var + eps)) of one patch, in two passes over registers: E[x^2] - E[x]^2 would cancel."""
     center = tl.sum(tl.sum(tl.where(inside, x, 0.0), axis=1), axis=0) * (1.0 / F)
     deviation = tl.where(inside, x - center, 0.0)
     var = tl.sum(tl.sum(deviation * deviation, axis=1), axis=0) * (1.0 / (F - 1))
@@ -78,7 +79,7 @@ def loss_kernel(
     HAS_IDS: tl.constexpr, IS_UINT8: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr,
     ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Program (b*K + k): loss (B, K) and slope (B, K, C*P*P), both contiguous, of one patch."""
+    """Loss (B, K) and slope (B, K, C*P*P) of one patch, both contiguous. Program (b*K + k)."""
     row = tl.program_id(0).to(tl.int64)
     b = row // K
     k = row % K
@@ -95,6 +96,7 @@ def loss_kernel(
     if NORMALIZE_TARGET:
         center, inverse_deviation = patch_moments(target, inside, C * P * P)
         target = (target - center) * inverse_deviation
+    # A bad id has no readable pixel: its loss and its gradient are NaN.
     loss, slope = loss_and_slope(tl.where(readable, pred - target, float("nan")), KIND)
     total = tl.sum(tl.sum(tl.where(inside, loss, 0.0), axis=1), axis=0)
     tl.store(loss_ptr + row, total / (C * P * P))
@@ -104,7 +106,7 @@ def loss_kernel(
 
 @triton.jit
 def sum_kernel(x_ptr, out_ptr, n, divisor, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    """out = sum(x[:n]) / divisor in one program, lane by lane and then across lanes: the same order in every run."""
+    """out = sum(x[:n]) / divisor. One program adds per lane and then across lanes, in the same order in every run."""
     total = tl.zeros((BLOCK,), ACC)
     for start in range(0, n, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -117,7 +119,7 @@ def scale_slope_kernel(
     slope_ptr, grad_ptr, out_ptr, K, rows_of_mean, stride_gb, stride_gk,
     F: tl.constexpr, ACC: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Program (b*K + k, part of F): slope (B, K, F) times grad[b, k] / (F * rows_of_mean) -> out, contiguous both."""
+    """out = slope (B, K, F) * grad[b, k] / (F * rows_of_mean), both contiguous. Program (b*K + k, part of F)."""
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     grad = widen(tl.load(grad_ptr + (row // K) * stride_gb + (row % K) * stride_gk), ACC)
@@ -131,12 +133,12 @@ def new_slope(rows: tuple[int, int, int], kind: str, like: Tensor) -> Tensor:
 
 
 def grad_strides(grad: Tensor) -> tuple[int, int]:
-    """Strides by which (b, k) finds its incoming gradient; 0 where the loss is one mean."""
+    """Strides of the incoming gradient in b and k; 0 for a scalar, the gradient of a mean."""
     return (grad.stride(0), grad.stride(1)) if grad.ndim else (0, 0)
 
 
 def total(losses: Tensor, divisor: int) -> Tensor:
-    """sum(losses) / divisor as a scalar tensor; 0 where there is nothing to sum."""
+    """sum(losses) / divisor as a scalar tensor; 0 for no losses."""
     out = losses.new_empty(())
     dispatch.launch(
         sum_kernel, (1,), losses, out, losses.numel(), max(divisor, 1),
@@ -157,7 +159,7 @@ def masked_pixel_loss(
     reduce: bool,
     with_slope: bool,
 ) -> tuple[Tensor, Tensor]:
-    """pred (B, K, F), images (B, C, H, W), both of any strides -> (loss scalar or (B, K), slope (B, K, F) or empty)."""
+    """pred (B, K, F), images (B, C, H, W), both of any strides -> loss (scalar or (B, K)), slope (B, K, F) or empty."""
     batch, chosen, features = pred.shape
     channels, grid_w = images.shape[1], images.shape[3] // patch_size
     wide = torch.float64 if torch.float64 in (pred.dtype, images.dtype) else torch.float32
@@ -192,7 +194,7 @@ def masked_pixel_loss_backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) 
 
 
 def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
-    """Launches to compile ahead of time: (label, function) with meta tensors of the paper's shapes."""
+    """Launches to compile ahead of time: (label, function) with meta tensors at the paper's shapes."""
     ids = torch.empty(64, 116, dtype=torch.int32, device="meta")
     values = torch.empty(3, device="meta")
 

@@ -1,4 +1,4 @@
-"""Mask tokens, position embedding and [CLS] in one pass; see :func:`place_tokens`."""
+"""Placement of mask tokens, position embeddings and [CLS] in one pass; see :func:`place_tokens`."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.patch_gather.arguments import FLOATS, check_device, check_id_values, check_ids
+from mvlm_kernels.gather_patches.arguments import FLOATS, check_device, check_id_values, check_ids
 from mvlm_kernels.place_tokens import cpu, reference
 
 __all__ = ["place_tokens"]
@@ -27,29 +27,30 @@ def place_tokens(
     masked: Tensor | None = None,
     visible_ids: Tensor | None = None,
 ) -> Tensor:
-    """The input sequence of a masked vision transformer, in one pass over the patch tokens, which are read in place.
+    """Input sequence of a masked vision transformer: [CLS], tokens or mask tokens, plus position embeddings.
 
-    ``out[:, 0] = cls_token + pos_embed[0]``; ``out[:, 1+n] = (tokens[:, n] or mask_token) + pos_embed[1+n]``.
+    ``out[:, 0] = cls_token + pos_embed[0]``; ``out[:, 1+n] = (tokens[:, n] or mask_token) + pos_embed[1+n]``. Tokens
+    are read once, in place.
 
     Args:
-        tokens: floating, of any strides; (B, N, C), a token of every patch, or with visible_ids (B, K, C).
-        mask_token, cls_token: C values each, of shape (C,) or (1, 1, C).
-        pos_embed: (1+N, C) or (1, 1+N, C), the row of [CLS] first.
-        masked: bool (B, N), True = the patch is replaced by the mask token; None: none is.
-        visible_ids: int32 or int64 (B, K), the patches that tokens stand for, distinct within a row; all others become
-            mask tokens (MAE's decoder input). Not together with masked.
+        tokens: floating, of any strides: (B, N, C), one token per patch, or with visible_ids (B, K, C).
+        mask_token, cls_token: (C,) or (1, 1, C), floating.
+        pos_embed: (1+N, C) or (1, 1+N, C), floating; the row of [CLS] is first.
+        masked: bool (B, N), True = the patch is replaced by the mask token; None replaces no patch.
+        visible_ids: int32 or int64 (B, K), the patches of the given tokens, distinct within a row. All other patches
+            become mask tokens (MAE's decoder input). Not together with masked.
 
     Returns:
-        (B, 1+N, C) contiguous, in the type that torch would promote the four tensors to: float32 for bfloat16 tokens
-        beside float32 parameters, as under autocast. Sums are in float32 (float64) and round once.
+        (B, 1+N, C), contiguous, in the dtype that torch promotes the four tensors to: float32 for bfloat16 tokens with
+        float32 parameters, as under autocast. Sums are in float32 (float64 for float64) and round once.
 
-    Differentiable in all four; gradients of the three parameters are summed over the batch in a fixed order, without
-    atomics. On the CPU it is composed of torch ops. Ids are checked on the CPU, and on a GPU with MVLM_KERNELS_DEBUG=1;
-    without it a bad or repeated id leaves its row of the gradient undefined, and nothing is read or written out of
-    bounds.
+    Differentiable in the four tensors. Gradients of the three parameters are summed over the batch in a fixed order,
+    without atomics. On the CPU the op is composed of torch ops. Ids are checked on the CPU, and on a GPU with
+    MVLM_KERNELS_DEBUG=1. Without the check a bad or repeated id leaves its row of the gradient undefined; nothing is
+    read or written out of bounds.
 
     Raises:
-        ValueError: on a wrong rank, shape, dtype, device or id, or masked together with visible_ids.
+        ValueError: for a wrong rank, shape, dtype, device or id, and for masked together with visible_ids.
     """
     if tokens.ndim != 3:
         raise ValueError(f"tokens must have shape (B, N, C), got {tuple(tokens.shape)}")
@@ -90,7 +91,7 @@ def place_tokens(
 
 
 def _row(name: str, x: Tensor, width: int) -> Tensor:
-    """x of shape (C,) or (1, 1, C) as (C,)."""
+    """x of shape (C,) or (1, 1, C) as (C,). Raises ValueError for another shape."""
     if x.shape not in ((width,), (1, 1, width)):
         raise ValueError(f"{name} must have shape ({width},) or (1, 1, {width}), got {tuple(x.shape)}")
     return x[0, 0] if x.ndim == 3 else x
@@ -142,7 +143,7 @@ def _backward_fake(grad, masked, visible_ids, num_tokens, tokens_dtype, mask_dty
 class _PlaceTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx, forward, tokens, mask_token, pos_embed, cls_token, masked, visible_ids):
-        # Not the tokens: nothing reads them again, and they would stay in memory until the backward pass.
+        # The tokens are not saved: the backward pass does not need them, and they would stay in memory until then.
         ctx.save_for_backward(masked, visible_ids)
         ctx.num_tokens = tokens.shape[1]
         ctx.dtypes = tokens.dtype, mask_token.dtype, pos_embed.dtype, cls_token.dtype

@@ -1,9 +1,9 @@
-"""``place_tokens`` on CPU tensors, composed for speed: what runs there, forward and backward.
+"""``place_tokens`` and its gradient on CPU tensors, composed of torch ops for speed.
 
-The mathematics is that of ``reference.py``, and tests hold the two together. What differs is what a CPU pays for: fresh
-memory, so almost nothing is made beside the results; float32 copies of 16-bit tensors, which are not needed, as torch's
-``+`` and ``sum`` of 16-bit operands compute in float32 and round once; and ``where``, ``gather`` and ``scatter``, which
-go one element at a time there, so that what only moves values is done on whole rows, or on bits, in vectors.
+The mathematics is that of ``reference.py``, and tests compare the two. Three things are slow on a CPU and avoided here.
+Fresh memory: almost no temporaries are made. float32 copies of 16-bit tensors: torch's ``+`` and ``sum`` of 16-bit
+operands compute in float32 and round once anyway. ``where``, ``gather`` and ``scatter``, which handle one element at a
+time: values are moved by whole rows, or by vectorised operations on their bits.
 """
 
 import torch
@@ -22,7 +22,7 @@ def place_tokens(
     masked: Tensor | None,
     visible_ids: Tensor | None,
 ) -> Tensor:
-    """As :func:`mvlm_kernels.place_tokens.reference.place_tokens`."""
+    """Same contract as :func:`mvlm_kernels.place_tokens.reference.place_tokens`."""
     dtype = output_dtype(tokens, mask_token, pos_embed, cls_token)
     batch, _, width = tokens.shape
     positions = pos_embed.to(dtype)
@@ -37,7 +37,8 @@ def place_tokens(
     torch.add(tokens, positions[1:], out=patches)
     if masked is not None:
         bits, other = patches.view(_INTEGERS[dtype.itemsize]), without_token.view(_INTEGERS[dtype.itemsize])
-        bits.bitwise_xor_(other).bitwise_and_(_kept_bits(masked, bits.dtype)).bitwise_xor_(other)  # other where masked
+        # A select by bits: ((x ^ other) & kept) ^ other is x where all bits are kept, and other where none is.
+        bits.bitwise_xor_(other).bitwise_and_(_kept_bits(masked, bits.dtype)).bitwise_xor_(other)
     return out
 
 
@@ -49,7 +50,7 @@ def place_tokens_backward(
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype],
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`mvlm_kernels.place_tokens.reference.place_tokens_backward`."""
+    """Same contract as :func:`mvlm_kernels.place_tokens.reference.place_tokens_backward`."""
     batch, length, width = grad.shape
     rows = grad.flatten(0, 1)
     token_grad = mask_grad = pos_grad = cls_grad = None
@@ -79,17 +80,17 @@ def place_tokens_backward(
 
 
 def _rows_of(visible_ids: Tensor, length: int) -> Tensor:
-    """Of each visible patch its row of the sequences, (B * length, C)."""
+    """Row of each visible patch among the sequences' B * length rows, (B * K,)."""
     begin = torch.arange(visible_ids.shape[0], device=visible_ids.device) * length + 1
     return (visible_ids + begin[:, None]).flatten()
 
 
 def _kept_bits(masked: Tensor, integer: torch.dtype) -> Tensor:
-    """(B, N, 1): all bits of what stays, none of what is masked. A product would keep a NaN."""
+    """(B, N, 1): all bits set for tokens that stay, none for masked ones. A product with 0 would keep a NaN."""
     return (masked.to(integer) - 1)[:, :, None]
 
 
 def _zero_where(masked: Tensor, x: Tensor) -> Tensor:
-    """x (B, N, C), zeros where masked (B, N)."""
+    """x (B, N, C) with zeros where masked (B, N) is True."""
     integer = _INTEGERS[x.dtype.itemsize]
     return (x.view(integer) & _kept_bits(masked, integer)).view(x.dtype)

@@ -1,4 +1,4 @@
-"""Specification of ``place_tokens`` in plain torch, and what runs on a GPU without the kernels.
+"""Specification of ``place_tokens`` in plain torch, and its implementation on a GPU without the kernels.
 
 Legend: B batch, N patches, K visible patches, C width. ``masked`` (B, N): True = replaced by the mask token.
 """
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def output_dtype(tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, cls_token: Tensor) -> torch.dtype:
-    """What torch.where, + and torch.cat would promote to: float32 for bfloat16 tokens beside float32 parameters."""
+    """The dtype that torch promotes the four tensors to: float32 for bfloat16 tokens with float32 parameters."""
     dtype = tokens.dtype
     for other in (mask_token, pos_embed, cls_token):
         dtype = torch.promote_types(dtype, other.dtype)
@@ -16,7 +16,7 @@ def output_dtype(tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, cls_toke
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Sums are taken in float32, or in float64 for float64 outputs."""
+    """The dtype in which sums are taken: float64 for float64 outputs, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -28,8 +28,10 @@ def place_tokens(
     masked: Tensor | None,
     visible_ids: Tensor | None,
 ) -> Tensor:
-    """tokens (B, N, C), or (B, K, C) with visible_ids (B, K); mask_token and cls_token (C,); pos_embed (1+N, C)
-    -> (B, 1+N, C): [CLS] first, then each patch's token or the mask token, all plus their position's embedding."""
+    """[CLS], then each patch's token or the mask token, plus the position embeddings: (B, 1+N, C).
+
+    tokens (B, N, C), or (B, K, C) with visible_ids (B, K); mask_token and cls_token (C,); pos_embed (1+N, C).
+    """
     dtype = output_dtype(tokens, mask_token, pos_embed, cls_token)
     wide = compute_dtype(dtype)
     batch, num_patches = tokens.shape[0], pos_embed.shape[0] - 1
@@ -51,8 +53,10 @@ def place_tokens_backward(
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype],
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad (B, 1+N, C) -> gradients of tokens (B, num_tokens, C), mask_token (C,), pos_embed (1+N, C) and cls_token
-    (C,) in ``dtypes``; empty where not in ``needs``."""
+    """Gradients of tokens (B, num_tokens, C), mask_token (C,), pos_embed (1+N, C) and cls_token (C,), in ``dtypes``.
+
+    grad is (B, 1+N, C). A gradient that is not in ``needs`` is empty.
+    """
     wide = compute_dtype(grad.dtype)
     patches = grad[:, 1:].to(wide)  # (B, N, C)
     zero = patches.new_zeros(())

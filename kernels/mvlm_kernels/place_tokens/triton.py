@@ -1,9 +1,9 @@
 # pyright: reportArgumentType=false
 """Triton kernels of ``place_tokens`` and their launchers.
 
-One program owns one position of the sequence and a slice of the width, and walks the batch. So the position's embedding
-is read once, and its gradient, and that of the mask token at this position, are summed in registers in the order of the
-batch: no atomics and no partials of the size of the tokens.
+One program owns one position of the sequence and a slice of the width, and walks the batch. The position's embedding is
+then read once. Its gradient, and that of the mask token at this position, are summed in registers in the order of the
+batch, without atomics and without partial sums of the size of the tokens.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,17 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from mvlm_kernels import dispatch
+from mvlm_kernels.dispatch import ceil_div
+from mvlm_kernels.gather_patches.triton import accumulator, inverse_index
 from mvlm_kernels.language import cast, widen
-from mvlm_kernels.patch_gather.triton import accumulator, inverse_index
 from mvlm_kernels.place_tokens.reference import output_dtype
-from mvlm_kernels.sizes import ceil_div
 
 BLOCK_B, BLOCK_C, WARPS = 16, 128, 4
 
 
 @triton.jit
 def token_of(masked_ptr, table_ptr, b, n, limit, table_width, stride_mb, stride_mn, MODE: tl.constexpr):
-    """For rows b of the batch: which token stands at patch n, or -1 for the mask token; -1 for b >= limit."""
+    """Index of the token at patch n for batch rows b; -1 for the mask token, and for b >= limit."""
     if MODE == "visible":
         source = tl.load(table_ptr + b * table_width + n, mask=b < limit, other=-1)
     elif MODE == "masked":
@@ -44,7 +44,10 @@ def place_kernel(
     stride_tb, stride_tk, stride_tc, stride_m, stride_pn, stride_pc, stride_c, stride_mb, stride_mn,
     MODE: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Program (position, width slice): out (B, 1+N, C) contiguous. Position 0 is [CLS], position 1+n is patch n."""
+    """out (B, 1+N, C), contiguous. Program (position, width slice); position 0 is [CLS], position 1+n is patch n.
+
+    table (B, N+K): linked lists of the visible patches' tokens (see gather_patches), of which only the heads are read.
+    """
     position = tl.program_id(0).to(tl.int64)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     embedding = widen(tl.load(pos_embed_ptr + position * stride_pn + c * stride_pc, mask=c < C, other=0.0), ACC)
@@ -54,7 +57,7 @@ def place_kernel(
         fill = tl.zeros((BLOCK_C,), ACC)
     else:
         fill = widen(tl.load(mask_token_ptr + c * stride_m, mask=c < C, other=0.0), ACC)
-    # No patch stands at [CLS]: with a limit of 0 rows every source is -1 there, and the fill is the [CLS] token.
+    # [CLS] has no patch. With a limit of 0 rows every source is -1 there, so the fill, the [CLS] token, is stored.
     limit = tl.where(position > 0, B, 0)
     for start in range(0, B, BLOCK_B):
         b = (start + tl.arange(0, BLOCK_B)).to(tl.int64)
@@ -74,8 +77,11 @@ def place_backward_kernel(
     MODE: tl.constexpr, NEEDS_TOKENS: tl.constexpr, NEEDS_MASK: tl.constexpr, NEEDS_POS: tl.constexpr,
     NEEDS_CLS: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Program (position, width slice): reads its column of grad (B, 1+N, C) once. Writes tokens_grad (B, T, C), where T
-    is N or the number of visible patches, pos_grad (1+N, C), cls_grad (C,), and mask_partial (N, C)."""
+    """Gradients from grad (B, 1+N, C). Program (position, width slice) reads its column of grad once.
+
+    Writes tokens_grad (B, T, C), with T = N or the number of visible patches, pos_grad (1+N, C), cls_grad (C,), and
+    mask_partial (N, C), the share of each patch in the mask token's gradient.
+    """
     position = tl.program_id(0).to(tl.int64)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     total = tl.zeros((BLOCK_B, BLOCK_C), ACC)
@@ -89,7 +95,7 @@ def place_backward_kernel(
         total += g
         source = token_of(masked_ptr, table_ptr, b, position - 1, limit, table_width, stride_mb, stride_mn, MODE)
         keep = (source >= 0)[:, None]
-        of_mask += tl.where(keep, 0.0, g)
+        of_mask += tl.where(keep, 0.0, g)  # where and not a product: a kept position's gradient may be NaN
         if NEEDS_TOKENS:
             if MODE == "visible":
                 row = source
@@ -114,7 +120,7 @@ def place_backward_kernel(
 def column_sum_kernel(
     x_ptr, out_ptr, N, C, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
-    """Program (width slice): x (N, C) -> out (C,), in a fixed order."""
+    """out (C,) = column sums of x (N, C), in a fixed order. Program (width slice)."""
     c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     total = tl.zeros((BLOCK_N, BLOCK_C), ACC)
     for start in range(0, N, BLOCK_N):
@@ -135,11 +141,12 @@ def place_tokens(
     masked: Tensor | None,
     visible_ids: Tensor | None,
 ) -> Tensor:
-    """tokens (B, N, C) or (B, K, C) of any strides -> (B, 1+N, C) contiguous."""
+    """Output (B, 1+N, C), contiguous, for tokens (B, N, C) or (B, K, C) of any strides."""
     batch, _, width = tokens.shape
     num_patches = pos_embed.shape[0] - 1
     dtype = output_dtype(tokens, mask_token, pos_embed, cls_token)
     out = tokens.new_empty(batch, num_patches + 1, width, dtype=dtype)
+    # Ids are distinct, so the list of each patch has at most one reader: its head is the index of the patch's token.
     table = None if visible_ids is None else inverse_index(visible_ids, num_patches)
     dispatch.launch(
         place_kernel, (num_patches + 1, ceil_div(width, BLOCK_C)),
@@ -161,7 +168,7 @@ def place_tokens_backward(
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype],
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad (B, 1+N, C) of any strides -> gradients as in the reference."""
+    """Gradients as in the reference, for grad (B, 1+N, C) of any strides."""
     batch, positions, width = grad.shape
     num_patches = positions - 1
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
@@ -189,7 +196,7 @@ def place_tokens_backward(
 
 
 def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
-    """Launches to compile ahead of time: (label, function) with meta tensors of the paper's shapes."""
+    """Launches to compile ahead of time: (label, function) with meta tensors at the paper's shapes."""
 
     def both(mode: str, dtype: torch.dtype, parameter_dtype: torch.dtype) -> None:
         count = 49 if mode == "visible" else 196

@@ -4,7 +4,7 @@ import pytest
 
 from mvlm_benchmarks.step import report
 from mvlm_benchmarks.step.parts import GflopPerPair
-from mvlm_kernels.cases import GPUS
+from mvlm_kernels.hardware import GPUS
 
 
 def test_ratios_are_medians_of_rounds_against_the_fastest_baseline() -> None:

@@ -11,7 +11,7 @@ from mvlm.model import attention_backends as backends
 from mvlm.model.attention import Attention
 from mvlm.model.packing import Packing
 from mvlm_kernels import dispatch
-from mvlm_kernels.cross_attention.ops import gpu_reasons
+from mvlm_kernels.cross_attention import why_not_triton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -89,7 +89,7 @@ def test_the_choice_on_a_gpu_is_settled_while_a_compiler_traces(monkeypatch, dyn
 
     def step(x, longest):
         shorter = min(longest, len(x))
-        against = gpu_reasons(GPU, torch.bfloat16, 64, shorter)
+        against = why_not_triton(GPU, torch.bfloat16, head_width=64, short_rows=shorter)
         backend = backends.choose("auto", GPU, torch.bfloat16, 64, shorter, text=True).backend
         return x + 1 if backend == "triton" and not against else x - 1
 

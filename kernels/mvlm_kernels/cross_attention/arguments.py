@@ -1,0 +1,179 @@
+"""Checks of the arguments of cross-attention, and the lengths that follow from shapes.
+
+Only :func:`check_values` reads tensors. It runs on the CPU, and on a GPU in debug mode.
+"""
+
+import torch
+from torch import Tensor
+
+HEAD_WIDTHS = (32, 64, 80, 96, 128)
+"""Head widths D with a kernel."""
+LONGEST_SHORT_SIDE = 128
+"""Rows up to which one side counts as short: the side that the kernels keep on chip."""
+_INDEX_TYPES = (torch.int32, torch.int64)
+
+
+def short_side(max_len_q: int, max_len_k: int) -> str | None:
+    """The side that the kernels keep on chip, "kv" or "q"; None if both are too long.
+
+    max_len_q, max_len_k: longest sequence of each side; negative if unknown, which counts as long.
+    """
+    if 0 <= max_len_k <= LONGEST_SHORT_SIDE:
+        return "kv"
+    return "q" if 0 <= max_len_q <= LONGEST_SHORT_SIDE else None
+
+
+def bucket(length: int) -> int:
+    """Tile length of the short side: a power of two from 16, which a matrix instruction needs, to 128.
+
+    The result is a plain int even for a symbolic length, which a compiler traces with.
+    """
+    return 16 if length <= 16 else 32 if length <= 32 else 64 if length <= 64 else 128
+
+
+def scale_of(scale: float | None, width: int) -> float:
+    """The factor of the scores as a float; ``width ** -0.5`` by default. Raises ValueError for a tensor."""
+    if isinstance(scale, Tensor):
+        raise ValueError(
+            f"scale must be a float, got a tensor of shape {tuple(scale.shape)}, which would get no gradient; "
+            "multiply q by it and pass scale=1.0"
+        )
+    return float(width**-0.5 if scale is None else scale)
+
+
+def longest_rows(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_len_q: int | None,
+    max_len_k: int | None,
+) -> tuple[int, int]:
+    """Longest sequence of each side as far as the host knows; -1 for a packed long side of unknown length.
+
+    A packed side without a bound is taken to be text, at most 128 long, if the other side is not short.
+    """
+    len_q = q.shape[1] if cu_seqlens_q is None else max_len_q
+    len_k = k.shape[1] if cu_seqlens_k is None else max_len_k
+    if len_k is None:
+        len_k = -1 if len_q is not None and len_q <= LONGEST_SHORT_SIDE else LONGEST_SHORT_SIDE
+    if len_q is None:
+        len_q = -1 if 0 <= len_k <= LONGEST_SHORT_SIDE else LONGEST_SHORT_SIDE
+    return len_q, len_k
+
+
+def check_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    key_index: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_len_q: int | None,
+    max_len_k: int | None,
+) -> None:
+    """Raise ValueError, naming the argument, wanted and got, for shapes, dtypes and devices that do not fit."""
+    _check_side("q", q, cu_seqlens_q, max_len_q)
+    _check_side("k", k, cu_seqlens_k, max_len_k)
+    q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
+    if v.shape != k_shape:
+        raise ValueError(f"v must have the shape of k, {tuple(k_shape)}, got {tuple(v.shape)}")
+    if k_shape[-2:] != q_shape[-2:]:
+        wanted, got = tuple(q_shape[-2:]), tuple(k_shape[-2:])
+        raise ValueError(f"k must have the heads and head width of q, {wanted}, got {got}")
+    if q_shape[-1] not in HEAD_WIDTHS:
+        raise ValueError(f"q must have a head width of 32, 64, 80, 96 or 128, got {q_shape[-1]}")
+    if not dtype.is_floating_point or k.dtype != dtype or v.dtype != dtype:
+        raise ValueError(f"q, k and v must have one floating dtype, got {dtype}, {k.dtype} and {v.dtype}")
+    k_seqs = k_shape[0] if cu_seqlens_k is None else cu_seqlens_k.shape[0] - 1
+    q_seqs = q_shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    if key_index is None:
+        if q_seqs != k_seqs:
+            raise ValueError(f"k must have the {q_seqs} sequences of q (or give key_index), got {k_seqs}")
+    else:
+        _check_index("key_index", key_index, q_seqs)
+        if q_seqs and not k_seqs:
+            raise ValueError("k must have a sequence that key_index can name, got none")
+    if key_lengths is not None:
+        if cu_seqlens_k is not None:
+            raise ValueError("key_lengths must be None where cu_seqlens_k gives the lengths, got a tensor")
+        _check_index("key_lengths", key_lengths, k_seqs)
+    if key_mask is not None:
+        if cu_seqlens_k is not None:
+            raise ValueError("key_mask must be None where cu_seqlens_k packs the keys, got a tensor")
+        shapes = {torch.bool: (k_seqs, k_shape[1]), torch.int64: (k_seqs, (k_shape[1] + 63) // 64)}
+        if key_mask.dtype not in shapes:
+            raise ValueError(f"key_mask must be bool, or int64 words from pack_key_mask, got {key_mask.dtype}")
+        if key_mask.shape != shapes[key_mask.dtype]:
+            raise ValueError(f"key_mask must have shape {shapes[key_mask.dtype]}, got {tuple(key_mask.shape)}")
+    others = k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k
+    for i, x in enumerate(others):
+        if x is not None and x.device != device:
+            name = ("k", "v", "key_lengths", "key_mask", "key_index", "cu_seqlens_q", "cu_seqlens_k")[i]
+            raise ValueError(f"{name} must be on the device of q, {device}, got {x.device}")
+
+
+def _check_side(name: str, x: Tensor, cu_seqlens: Tensor | None, max_len: int | None) -> None:
+    if cu_seqlens is None:
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be (batch, length, heads, width), got shape {tuple(x.shape)}")
+        if max_len is not None:
+            raise ValueError(f"max_len_{name} must be None where {name} is dense, got {max_len}")
+        return
+    if x.dim() != 3:
+        raise ValueError(f"{name} must be packed (rows, heads, width) with cu_seqlens_{name}, got {tuple(x.shape)}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(f"cu_seqlens_{name} must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.dtype not in _INDEX_TYPES:
+        raise ValueError(f"cu_seqlens_{name} must be int32 or int64, got {cu_seqlens.dtype}")
+    if max_len is not None and max_len < 0:
+        raise ValueError(f"max_len_{name} must not be negative, got {max_len}")
+
+
+def _check_index(name: str, x: Tensor, length: int) -> None:
+    if x.shape != (length,):
+        raise ValueError(f"{name} must have shape ({length},), got {tuple(x.shape)}")
+    if x.dtype not in _INDEX_TYPES:
+        raise ValueError(f"{name} must be int32 or int64, got {x.dtype}")
+
+
+def check_values(
+    q: Tensor,
+    k: Tensor,
+    key_lengths: Tensor | None,
+    key_index: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_len_q: int,
+    max_len_k: int,
+) -> None:
+    """Raise ValueError for lengths and indices out of range. Reads them on the host, which on a GPU waits for it."""
+    _check_cu_seqlens("q", q, cu_seqlens_q, max_len_q)
+    _check_cu_seqlens("k", k, cu_seqlens_k, max_len_k)
+    if key_lengths is not None:
+        _check_range("key_lengths", key_lengths, k.shape[1])
+    if key_index is not None:
+        k_seqs = k.shape[0] if cu_seqlens_k is None else cu_seqlens_k.shape[0] - 1
+        _check_range("key_index", key_index, k_seqs - 1)
+
+
+def _check_range(name: str, x: Tensor, most: int) -> None:
+    if x.numel():
+        low, high = (int(y) for y in x.aminmax())
+        if low < 0 or high > most:
+            raise ValueError(f"{name} must be in 0..{most}, got {low}..{high}")
+
+
+def _check_cu_seqlens(name: str, x: Tensor, cu_seqlens: Tensor | None, max_len: int) -> None:
+    if cu_seqlens is None:
+        return
+    lengths = cu_seqlens.diff()
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) > x.shape[0] or (lengths.numel() and int(lengths.min()) < 0):
+        raise ValueError(
+            f"cu_seqlens_{name} must rise from 0 to at most the {x.shape[0]} rows of {name}, got {cu_seqlens.tolist()}"
+        )
+    longest = int(lengths.max()) if lengths.numel() else 0
+    if 0 <= max_len < longest:
+        raise ValueError(f"max_len_{name} must be at least the longest sequence, {longest}, got {max_len}")

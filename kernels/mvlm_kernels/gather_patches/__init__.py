@@ -1,0 +1,153 @@
+"""Gathering of normalised patches from images; see :func:`gather_patches`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mvlm_kernels import dispatch, registration
+from mvlm_kernels.gather_patches import reference
+from mvlm_kernels.gather_patches.arguments import (
+    FLOATS,
+    ChannelValues,
+    channel_tensors,
+    check_id_values,
+    check_images,
+    check_patch_ids,
+    tile_reasons,
+)
+
+__all__ = ["gather_patches"]
+
+
+def _reasons(images: Tensor, patch_ids: Tensor | None, patch_size: int, **_: Any) -> tuple[str, ...]:
+    check_patch_ids(patch_ids, images, check_images(images, patch_size))
+    return _why_not_triton(images, patch_size)
+
+
+@dispatch.explained_by(_reasons)
+def gather_patches(
+    images: Tensor,
+    patch_ids: Tensor | None,
+    patch_size: int,
+    *,
+    mean: ChannelValues = None,
+    std: ChannelValues = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Gather patches of images and normalise them, ``(x - mean) / std``, in one pass over the pixels.
+
+    uint8 pixels are divided by 255 first.
+
+    Args:
+        images: (B, C, H, W), uint8 or floating, of any strides: contiguous, channels-last, expanded, a slice.
+        patch_ids: (B, K) int32 or int64, numbers of patches in row-major order; repeats are allowed. None takes all.
+        patch_size: side P of a square patch in pixels; it divides H and W.
+        mean, std: one value for each channel, in units of 0..1 for uint8 images, else in the images' own units. A
+            sequence, or a floating tensor (C,) on the images' device. They get no gradient. The first call with a
+            sequence copies it to the device, so make one call before capturing a CUDA graph.
+        dtype: floating dtype of the result; by default the images' dtype, float32 for uint8.
+
+    Returns:
+        (B, K, C*P*P), contiguous, features in (c, y, x) order: the order of a conv patch-embedding weight, so that
+        ``gather_patches(...) @ conv.weight.flatten(1).T + conv.bias`` is that embedding of the chosen patches.
+
+    Differentiable in floating images. Gradients of a patch that is read more than once add up in rising order of k,
+    without atomics. Arithmetic is in float32 (float64 if an input is) and rounds once. Ids are checked on the CPU, and
+    on a GPU with MVLM_KERNELS_DEBUG=1. Without the check a bad id gives NaN and reads nothing.
+
+    Raises:
+        ValueError: for a wrong rank, dtype, device or id, or a patch size that does not divide the image.
+    """
+    num_patches = check_images(images, patch_size)
+    check_patch_ids(patch_ids, images, num_patches)
+    if dtype is None:
+        dtype = torch.float32 if images.dtype == torch.uint8 else images.dtype
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
+    means, stds = channel_tensors(mean, std, images, dtype)
+    call = _direct if registration.called_directly(images) else _forward_op
+    return call(images, patch_ids, patch_size, means, stds, dtype)
+
+
+def _why_not_triton(images: Tensor, patch_size: int) -> tuple[str, ...]:
+    return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
+
+
+def _backend(images: Tensor, patch_size: int) -> Any:
+    if dispatch.choose(_why_not_triton(images, patch_size)) == "torch":
+        return reference
+    from mvlm_kernels.gather_patches import triton
+
+    return triton
+
+
+def _num_patches(images: Tensor, patch_size: int) -> int:
+    return (images.shape[2] // patch_size) * (images.shape[3] // patch_size)
+
+
+def _forward(
+    images: Tensor,
+    patch_ids: Tensor | None,
+    patch_size: int,
+    mean: Tensor | None,
+    std: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    if dispatch.checks_values(images.device):
+        check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
+    return _backend(images, patch_size).gather_patches(images, patch_ids, patch_size, mean, std, dtype)
+
+
+def _forward_fake(images, patch_ids, patch_size, mean, std, dtype):
+    chosen = _num_patches(images, patch_size) if patch_ids is None else patch_ids.shape[1]
+    return images.new_empty(images.shape[0], chosen, images.shape[1] * patch_size**2, dtype=dtype)
+
+
+def _backward(
+    grad: Tensor,
+    images: Tensor,
+    patch_ids: Tensor | None,
+    patch_size: int,
+    std: Tensor | None,
+) -> Tensor:
+    return _backend(images, patch_size).gather_patches_backward(grad, images, patch_ids, patch_size, std)
+
+
+def _backward_fake(grad, images, patch_ids, patch_size, std):
+    return torch.empty_like(images)
+
+
+class _GatherPatches(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, forward, images, patch_ids, patch_size, mean, std, dtype):
+        if ctx.needs_input_grad[1]:
+            # The backward needs only shape, dtype and strides of images, but an op takes tensors. It is alive anyway.
+            ctx.save_for_backward(images, patch_ids, std)
+        ctx.patch_size = patch_size
+        return forward(images, patch_ids, patch_size, mean, std, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        if not ctx.needs_input_grad[1]:
+            return (None,) * 7
+        images, patch_ids, std = ctx.saved_tensors
+        backward = registration.backward_of(_backward_op, _backward, grad, images)
+        return None, backward(grad, images, patch_ids, ctx.patch_size, std), *(None,) * 5
+
+
+_direct = registration.direct(_GatherPatches, _forward)
+_backward_op = registration.define(
+    "gather_patches_backward(Tensor grad, Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? std) -> Tensor",
+    _backward,
+    _backward_fake,
+)
+_forward_op = registration.define(
+    "gather_patches(Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? mean, Tensor? std, "
+    "ScalarType dtype) -> Tensor",
+    _forward,
+    _forward_fake,
+    _GatherPatches,
+)

@@ -1,0 +1,84 @@
+"""Specification of ``gather_patches`` in plain torch, and its implementation on the CPU.
+
+Legend: B batch, C channels, (H, W) image, P patch side, N = (H/P)(W/P) patches in row-major order, K chosen patches.
+Patches are gathered before they are normalised, so that pixels outside the chosen patches cost nothing.
+"""
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype in which pixels are normalised and summed: float64 if any input is, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def patch_grid(images: Tensor, patch_size: int) -> Tensor:
+    """A view of images (B, C, H, W) as (B, H/P, W/P, C, P, P)."""
+    grid = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, C, H/P, P, W/P, P)
+    return grid.permute(0, 2, 4, 1, 3, 5)
+
+
+def gather_patches(
+    images: Tensor,
+    patch_ids: Tensor | None,
+    patch_size: int,
+    mean: Tensor | None,
+    std: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(x / 255 if uint8 else x - mean) / std of the chosen patches.
+
+    images (B, C, H, W), patch_ids (B, K) or None for all, mean and std (C,) or None -> (B, K, C*P*P) in ``dtype``,
+    contiguous, features in (c, y, x) order (a flattened conv patch-embedding weight's), rounded once.
+    """
+    batch, channels = images.shape[:2]
+    grid = patch_grid(images, patch_size)
+    patches = grid.reshape(batch, grid.shape[1] * grid.shape[2], channels * patch_size**2)  # (B, N, C*P*P)
+    if patch_ids is not None:
+        rows = patch_rows(patch_ids, patches.shape[1])
+        patches = patches.flatten(0, 1).index_select(0, rows).view(*patch_ids.shape, patches.shape[2])  # (B, K, C*P*P)
+    # Patches as large as the image are a view of it. An op must not write to its inputs or return a view of them.
+    shared = patches.untyped_storage().data_ptr() == images.untyped_storage().data_ptr()
+    if mean is None and std is None and images.dtype != torch.uint8:
+        return patches.to(dtype, copy=shared).contiguous()
+    pixels = patches.to(compute_dtype(images.dtype, dtype), copy=shared).view(
+        *patches.shape[:2], channels, patch_size**2
+    )
+    if images.dtype == torch.uint8:
+        pixels = pixels.div_(255)
+    if mean is not None:
+        pixels = pixels.sub_(mean.to(pixels.dtype)[:, None])
+    if std is not None:
+        pixels = pixels.div_(std.to(pixels.dtype)[:, None])
+    return pixels.flatten(2).to(dtype).contiguous()
+
+
+def patch_rows(patch_ids: Tensor, num_patches: int) -> Tensor:
+    """Rows (B*K,) int64 of the patches among all B*N. An id out of range stays out of range and is an error."""
+    ids = patch_ids.long()
+    rows = ids + torch.arange(ids.shape[0], device=ids.device)[:, None] * num_patches
+    return rows.masked_fill_((ids < 0) | (ids >= num_patches), ids.shape[0] * num_patches).flatten()
+
+
+def gather_patches_backward(
+    grad: Tensor, images: Tensor, patch_ids: Tensor | None, patch_size: int, std: Tensor | None
+) -> Tensor:
+    """grad (B, K, C*P*P) -> gradient of images (B, C, H, W). Repeated patches add up in the order of K."""
+    out = torch.empty_like(images)
+    grid = patch_grid(out, patch_size)
+    patches = grad if patch_ids is None and std is None else grad.to(compute_dtype(grad.dtype, images.dtype))
+    if patch_ids is not None:
+        num_patches = grid.shape[1] * grid.shape[2]
+        row = patch_rows(patch_ids, num_patches)
+        total = patches.new_zeros(images.shape[0] * num_patches, patches.shape[2])
+        if total.device.type == "cpu":
+            patches = total.index_add_(0, row, patches.flatten(0, 1))  # adds one row after the other
+        else:
+            # index_put sorts its indices, so repeated runs agree bit for bit. index_add would use atomics.
+            patches = total.index_put_((row,), patches.flatten(0, 1), accumulate=True)
+    pixels = patches.reshape(grid.shape)
+    if std is not None:
+        pixels = pixels / std.to(pixels.dtype)[:, None, None]
+    grid.copy_(pixels)
+    return out

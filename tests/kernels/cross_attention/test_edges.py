@@ -1,0 +1,152 @@
+"""Edge cases of cross-attention: no keys, wrong lengths and indices, odd strides, and paths without kernels."""
+
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import mvlm_kernels
+from mvlm_kernels import cross_attention, dispatch
+from mvlm_kernels.cross_attention.reference import cross_attention_reference, pack_key_mask, unpack_key_mask
+from support.kernels.attention import SIDES, Case, build, check_rows_in_front, run
+
+
+@pytest.mark.parametrize("len_q, len_k", [(1, 1), (197, 1)])
+def test_attention_over_a_single_key_is_its_value(len_q: int, len_k: int):
+    call = build(Case(len_q=len_q, len_k=len_k))
+    with mvlm_kernels.use_backend("triton"):
+        out, dq, dk, dv = run(cross_attention, call)
+    torch.testing.assert_close(out, call.v.expand_as(out))
+    torch.testing.assert_close(dv, call.grad.sum(1, keepdim=True))
+    for zero in (dq, dk):
+        torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["lengths", "mask", "packed-both", "long-lengths"])
+def test_queries_without_keys_give_zeros(name: str):
+    case = SIDES[name]
+    call = build(case)
+    with mvlm_kernels.use_backend("triton"):
+        out, dq, _, _ = run(cross_attention, call, **call.bounds)
+    if case.packed_k:  # sequence 1 is empty on both sides, and the buffer's last rows belong to no sequence
+        out, dq = out[-5:], dq[-5:]
+    else:
+        out, dq = out[-1], dq[-1]
+    assert not out.any()
+    assert not dq.any()
+
+
+def test_sequence_longer_than_promised_is_nan_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    # Values cannot be checked there without a sync, and a wrong bound must not become a wrong number.
+    monkeypatch.setattr(dispatch, "checks_values", lambda device: False)
+    for case in (SIDES["packed-k"], SIDES["long-packed-q"]):
+        call = build(case)
+        with mvlm_kernels.use_backend("triton"):
+            out, dq, dk, dv = run(cross_attention, call, None, **dict.fromkeys(call.bounds, 16))
+        cu = call.kwargs.get("cu_seqlens_q")
+        first = slice(0, int(cu[1])) if cu is not None else 0
+        assert out[first].isnan().all()
+        assert dq[first].isnan().all()
+        assert dk[0].isnan().any()
+        assert dv[0].isnan().any()
+
+
+def test_key_index_out_of_range_is_nan_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(dispatch, "checks_values", lambda device: False)
+    for case in (SIDES["index"], SIDES["long-index"]):
+        call = build(replace(case, lengths=False))
+        index = call.kwargs["key_index"]
+        index[0], index[1], index[2:] = -7, case.batch + 1000, 0
+        with mvlm_kernels.use_backend("triton"):
+            out, dq, _, _ = run(cross_attention, call)
+        assert out[:2].isnan().all()
+        assert dq[:2].isnan().all()
+        assert out[2:].isfinite().all()
+
+
+def test_attention_reference_equals_sdpa():
+    q, k, v = (torch.randn(2, n, 3, 32, dtype=torch.float64) for n in (9, 7, 7))
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    wanted = torch.nn.functional.scaled_dot_product_attention(heads_first[0], heads_first[1], heads_first[2]).transpose(
+        1, 2
+    )
+    torch.testing.assert_close(cross_attention_reference(q, k, v), wanted)
+
+
+@pytest.mark.parametrize("lengths, mask, index", [(False, False, False), (True, False, False), (True, True, True)])
+def test_attention_long_on_both_sides_runs_sdpa_with_the_same_meaning(lengths: bool, mask: bool, index: bool):
+    call = build(Case(len_q=131, len_k=149, lengths=lengths, mask=mask, readers=3 if index else 0, dtype=torch.float64))
+    wanted = run(cross_attention_reference, call)
+    for a, b in zip(run(cross_attention, call), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+    reasons = mvlm_kernels.explain(cross_attention, call.q, call.k, call.v, **call.kwargs).reasons
+    assert any("both sides are longer than 128 (131 queries, 149 keys): SDPA runs" in r for r in reasons)
+    with mvlm_kernels.use_backend("triton"), pytest.raises(RuntimeError, match="both sides are longer"):
+        cross_attention(call.q, call.k, call.v, **call.kwargs)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+def test_key_mask_words_round_trip(length: int):
+    mask = torch.rand(3, length) < 0.5
+    words = pack_key_mask(mask)
+    assert words.shape == (3, (length + 63) // 64)
+    assert torch.equal(unpack_key_mask(words, length), mask)
+    q, k = torch.randn(3, 5, 1, 32), torch.randn(3, length, 1, 32)
+    torch.testing.assert_close(cross_attention(q, k, k, key_mask=words), cross_attention(q, k, k, key_mask=mask))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [SIDES["index"], SIDES["long-index"], SIDES["packed-q"], SIDES["both"]])
+def test_attention_reads_vectors_of_any_stride(case: Case):
+    """Lengths, indices and mask words as columns of a table, so that neighbours are not contiguous in memory."""
+    call = build(case)
+    with mvlm_kernels.use_backend("triton"):
+        wanted = run(cross_attention, call, None, **call.bounds)
+        if "key_mask" in call.kwargs:
+            call.kwargs["key_mask"] = pack_key_mask(call.kwargs["key_mask"])
+        for name, x in call.kwargs.items():
+            call.kwargs[name] = torch.stack([x, torch.full_like(x, -9)], dim=-1)[..., 0]
+            assert not call.kwargs[name].is_contiguous()
+        got = run(cross_attention, call, None, **call.bounds)
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def test_second_derivative_of_attention_kernels_is_refused():
+    q, k, v = (torch.randn(1, n, 1, 32, requires_grad=True) for n in (5, 3, 3))
+    with mvlm_kernels.use_backend("triton"):
+        (grad,) = torch.autograd.grad(cross_attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.square().sum().backward()
+
+
+def test_second_derivative_of_cpu_attention_is_right():
+    q, k, v = (torch.randn(1, n, 1, 32, dtype=torch.float64, requires_grad=True) for n in (5, 3, 3))
+    lengths = torch.tensor([2])
+    assert torch.autograd.gradgradcheck(lambda *x: cross_attention(*x, key_lengths=lengths), (q, k, v), fast_mode=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["packed-both", "packed-k", "long-packed-q", "long-packed-k", "long-packed-index"])
+@pytest.mark.parametrize("multiprocessors", [0, 40])
+def test_rows_in_front_of_the_first_packed_sequence_are_zeros(
+    name: str, multiprocessors: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(dispatch, "multiprocessors", lambda device: multiprocessors)
+    check_rows_in_front(SIDES[name])
+
+
+def test_scale_is_an_argument_of_the_attention_kernels():
+    launches = []
+    with dispatch.recording(lambda kernel, grid, args, meta: launches.append((args, meta)), 90):
+        for scale in (0.125, 0.5):
+            q, k = torch.empty(2, 40, 1, 64, device="meta"), torch.empty(2, 16, 1, 64, device="meta")
+            kernels = sys.modules["mvlm_kernels.cross_attention.triton"]
+            kernels.forward(q, k, k, None, None, None, None, None, scale, 40, 16)
+    (first, first_meta), (second, second_meta) = launches
+    assert first_meta == second_meta
+    assert [a for a in first if isinstance(a, float)] == [0.125, 0.125 * math.log2(math.e)]
+    assert [a for a in second if isinstance(a, float)] == [0.5, 0.5 * math.log2(math.e)]

@@ -1,0 +1,34 @@
+"""why_not_triton: what the attention kernels cover, asked without tensors."""
+
+import pytest
+import torch
+
+from mvlm_kernels import cross_attention, explain
+from mvlm_kernels.cross_attention import HEAD_WIDTHS, LONGEST_SHORT_SIDE, why_not_triton
+
+GPU = torch.device("cuda", 0)
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without CUDA")
+
+
+@pytest.mark.parametrize("width", HEAD_WIDTHS)
+@needs_no_gpu
+def test_every_width_up_to_the_longest_short_side_has_a_kernel(width: int):
+    assert why_not_triton(GPU, torch.bfloat16, head_width=width, short_rows=LONGEST_SHORT_SIDE) == ()
+
+
+@pytest.mark.parametrize(
+    "dtype, width, rows, reason",
+    [
+        (torch.bfloat16, 48, 32, "heads are 48 wide, the kernels take 32, 64, 80, 96, 128"),
+        (torch.bfloat16, 64, 129, "the shorter side has 129 rows, the kernels take 128"),
+        (torch.float64, 64, 32, "float64 has no kernel"),
+    ],
+)
+def test_width_rows_and_dtype_without_kernel_are_named(dtype: torch.dtype, width: int, rows: int, reason: str):
+    assert why_not_triton(GPU, dtype, head_width=width, short_rows=rows)[0].startswith(reason)
+
+
+def test_why_not_triton_agrees_with_explain_on_the_cpu():
+    q, k = torch.randn(2, 9, 2, 32), torch.randn(2, 7, 2, 32)
+    reasons = why_not_triton(q.device, q.dtype, head_width=32, short_rows=7)
+    assert reasons == explain(cross_attention, q, k, k).reasons

@@ -1,0 +1,143 @@
+"""Attention kernels broken on purpose: the checks of this suite must notice each one, or they prove nothing.
+
+A mutant is a copy of the kernels' source with one line changed, loaded in place of the original. Each is a plausible
+mistake: a dropped mask, an off-by-one length, an unwritten tile, splits that overwrite each other.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from mvlm_kernels import dispatch
+from support.kernels.attention import SIDES, Case, check_attention, check_rows_in_front
+from support.kernels.guards import Poison
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """old -> new at the first occurrence after ``after`` in a module. ``check`` must then raise AssertionError."""
+
+    module: str
+    after: str
+    old: str
+    new: str
+    check: Callable[[], None]
+    multiprocessors: int = 12  # of the simulated GPU: so many that work is split
+
+
+Checked = Callable[[Case], None]
+PACKAGE = "mvlm_kernels.cross_attention"
+# Each module imports those above it, so all of them are loaded again around a mutant.
+MODULES = {
+    "tile_io": ("existing_keys", "fill_outside", "key_length", "key_row", "sum_partials"),
+    "short_kv": ("short_kv_forward", "key_tile_backward", "short_kv_backward"),
+    "short_q": ("short_q_forward", "short_q_combine", "short_q_backward"),
+    "triton": (),
+}
+MODULE_OF = {function: module for module, functions in MODULES.items() for function in functions}
+
+
+def attention(
+    after: str,
+    old: str,
+    new: str,
+    case: str,
+    heads: int = 1,
+    multiprocessors: int = 12,
+    checked: Checked = check_attention,
+) -> Mutant:
+    return Mutant(
+        module=MODULE_OF[after.removeprefix("def ")],
+        after=after,
+        old=old,
+        new=new,
+        check=lambda: checked(replace(SIDES[case], heads=heads)),
+        multiprocessors=multiprocessors,
+    )
+
+
+MUTANTS = {
+    "length off by one": attention("def existing_keys", "rn < klen", "rn <= klen", "lengths"),
+    "length ignored": attention("def key_length", "if lengths_ptr is not None", "if False", "lengths"),
+    "mask dropped": attention("def existing_keys", "if mask_ptr is not None", "if False", "mask"),
+    "mask word of the wrong key": attention("def existing_keys", "rn // 64", "rn // 128", "long-mask"),
+    "padded values read": attention("def short_kv_forward", "stride_vl, exists", "stride_vl, rn < stored", "lengths"),
+    "last query tile unwritten": attention(
+        "def short_kv_forward", "tl.cdiv(q_len, BLOCK_M)", "q_len // BLOCK_M", "lengths"
+    ),
+    "store past the keys": attention("def key_tile_backward", "rn < k_end", "rn <= k_end", "lengths"),
+    "delta dropped": attention("def key_tile_backward", "pt * (dpt - delta[None, :])", "pt * dpt", "lengths"),
+    "index ignored": attention("def key_row", "tl.load(index_ptr + b)", "tl.load(index_ptr)", "index"),
+    "reader chunk too long": attention("def key_tile_backward", "tl.minimum(last, first + chunk)", "last", "index", 2),
+    "splits without partials": attention(
+        "def short_kv_backward", "split.to(tl.int64) * partial_size", "kb * 0", "lengths"
+    ),
+    "first split forgotten": attention("def sum_partials", "range(num_splits)", "range(1, num_splits)", "lengths"),
+    "bucket's tail unwritten": attention("def short_kv_forward", "if cu_q_ptr is not None", "if False", "packed-q"),
+    "gradient's tail unwritten": attention(
+        "def short_kv_backward", "k_seqs, k_rows, first_row", "k_seqs, k_rows, kb < 0", "packed-k"
+    ),
+    **{
+        f"rows in front unwritten, {case}": attention(
+            "def fill_outside", "0, front, 0.0", "0, 0, 0.0", case, checked=check_rows_in_front
+        )
+        for case in ("packed-q", "packed-k", "long-packed-q", "long-packed-k")
+    },
+    "online softmax without shrinking": attention(
+        "def short_q_forward", "total * shrink + tl.sum", "total + tl.sum", "long-mask", multiprocessors=1
+    ),
+    "split weights swapped": attention(
+        "def short_q_combine", "x * weight[:, None]", "x * shrink[:, None]", "long-lengths"
+    ),
+    "padded keys' gradient unwritten": attention(
+        "def short_q_backward", "stored if WRITE_DKV else klen", "klen", "long-lengths"
+    ),
+    "unfinished output as delta": attention("def short_q_backward", "widen(out, ACC) * ", "", "long-lengths"),
+}
+
+
+def load(mutant: Mutant, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load the kernel modules again, one of them mutated, each from a new file, from which Triton reads the source."""
+    package = sys.modules[PACKAGE]
+    for name in MODULES:
+        original = sys.modules[f"{PACKAGE}.{name}"]
+        assert original.__file__ is not None
+        source = Path(original.__file__).read_text()
+        if name == mutant.module:
+            head, found, tail = source.partition(mutant.after)
+            assert found, f"{mutant.after!r} is gone: update the mutant"
+            assert mutant.old in tail, f"{mutant.old!r} is gone after {mutant.after!r}: update the mutant"
+            source = head + found + tail.replace(mutant.old, mutant.new, 1)
+        file = folder / f"{name}.py"
+        file.write_text(source)
+        spec = importlib.util.spec_from_file_location(original.__name__, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setitem(sys.modules, original.__name__, module)
+        monkeypatch.setattr(package, name, module)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS.keys())
+def test_broken_attention_kernel_is_caught(
+    mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Poison
+):
+    importlib.import_module(f"{PACKAGE}.triton")
+    monkeypatch.setattr(dispatch, "multiprocessors", lambda device: mutant.multiprocessors)
+
+    def check() -> None:
+        mutant.check()
+        poison.check()
+
+    check()
+    load(mutant, tmp_path, monkeypatch)
+    with pytest.raises(AssertionError):
+        check()
+    poison.buffers.clear()  # the mutant may have written outside them

@@ -1,0 +1,168 @@
+"""Values and gradients of the interpreted cross-attention kernels and of the CPU paths, against the reference."""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mvlm_kernels
+from mvlm_kernels import cross_attention, dispatch
+from mvlm_kernels.cross_attention.reference import cross_attention_reference
+from support.kernels.accuracy import assert_accurate
+from support.kernels.attention import SIDES, Case, attention_by_op, build, check_attention, run
+
+TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+@pytest.fixture
+def many_multiprocessors(monkeypatch: pytest.MonkeyPatch):
+    """A GPU so large that every grid is too small for it: all kernels split their work."""
+    monkeypatch.setattr(dispatch, "multiprocessors", lambda device: 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("len_q, len_k", [(197, 32), (33, 577), (63, 64), (1, 2)])
+def test_attention_kernels_for_types(dtype: torch.dtype, len_q: int, len_k: int):
+    check_attention(Case(len_q=len_q, len_k=len_k, width=64, dtype=dtype, lengths=True))
+
+
+@pytest.mark.parametrize("width", [32, 64, 80, 96, 128])
+@pytest.mark.parametrize("len_q, len_k", [(65, 31), (31, 131)])
+def test_attention_kernels_for_head_widths(width: int, len_q: int, len_k: int):
+    check_attention(Case(len_q=len_q, len_k=len_k, width=width, heads=2))
+
+
+@pytest.mark.parametrize("case", SIDES.values(), ids=SIDES.keys())
+def test_attention_kernels_for_lengths_masks_indices_and_packing(case: Case):
+    check_attention(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SIDES.values(), ids=SIDES.keys())
+@pytest.mark.usefixtures("many_multiprocessors")
+def test_attention_kernels_with_split_work(case: Case):
+    check_attention(replace(case, heads=2, seed=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+@pytest.mark.parametrize("case", [SIDES["lengths"], SIDES["packed-k"], SIDES["long-index"]], ids=["kv", "packed", "q"])
+def test_attention_kernels_for_memory_layouts(case: Case, layout: str):
+    check_attention(replace(case, layout=layout, heads=2))
+
+
+@pytest.mark.parametrize("name", ["packed-k", "packed-both", "packed-q", "long-packed-q", "long-packed-k"])
+def test_attention_kernels_for_packed_rows_of_unknown_length(name: str):
+    check_attention(replace(SIDES[name], bounded=False, ids=torch.int64))
+
+
+LENGTHS = st.sampled_from([2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128])
+
+
+@pytest.mark.slow
+@given(
+    short=LENGTHS,
+    long=st.sampled_from([2, 5, 15, 64, 65, 97, 129, 197]),
+    short_keys=st.booleans(),
+    width=st.sampled_from([32, 64, 80]),
+    dtype=st.sampled_from(TYPES),
+    batch=st.integers(1, 3),
+    readers=st.integers(0, 4),
+    lengths=st.booleans(),
+    mask=st.booleans(),
+    packed=st.sampled_from(["", "q", "k"]),
+    layout=st.sampled_from(["contiguous", "strided", "expanded"]),
+    splits=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_attention_kernels_for_any_case(
+    short: int, long: int, short_keys: bool, width: int, dtype: torch.dtype, batch: int, readers: int, lengths: bool,
+    mask: bool, packed: str, layout: str, splits: bool, seed: int,
+):  # fmt: skip
+    packed_k = packed == "k"
+    case = Case(
+        len_q=long if short_keys else short, len_k=short if short_keys else long, batch=batch, readers=readers,
+        width=width, dtype=dtype, packed_q=packed == "q", packed_k=packed_k, lengths=lengths and not packed_k,
+        mask=mask and not packed_k, layout=layout, seed=seed,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "multiprocessors", lambda device: 12 if splits else 1)
+        check_attention(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lengths", "index", "packed-both", "long-lengths", "long-index"])
+def test_attention_kernels_pass_gradcheck(name: str):
+    len_q, len_k = (18, 3) if SIDES[name].len_k <= 128 else (5, 131)
+    case = replace(SIDES[name], dtype=torch.float64, len_q=len_q, len_k=len_k, batch=2)
+    call = build(case)
+    tensors = [x.detach().nan_to_num().requires_grad_() for x in (call.q, call.k, call.v)]
+    with mvlm_kernels.use_backend("triton"):
+        assert torch.autograd.gradcheck(
+            lambda q, k, v: cross_attention(q, k, v, **call.kwargs, **call.bounds), tensors, fast_mode=True
+        )
+
+
+@pytest.mark.parametrize("function", [cross_attention, attention_by_op], ids=["composition", "op"])
+@pytest.mark.parametrize("case", SIDES.values(), ids=SIDES.keys())
+def test_attention_on_the_cpu_equals_the_reference(case: Case, function: Callable[..., torch.Tensor]):
+    call = build(replace(case, dtype=torch.float64))
+    wanted = run(cross_attention_reference, call)  # differentiated by autograd; the op has a written backward
+    for a, b in zip(run(function, call, **call.bounds), wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["both", "packed-index", "long-index", "long-packed-q"])
+def test_attention_on_the_cpu_is_as_accurate_as_the_reference(name: str, dtype: torch.dtype):
+    call = build(replace(SIDES[name], dtype=dtype, heads=3, layout="strided"))
+    oracle, same = run(cross_attention_reference, call, torch.float64), run(cross_attention_reference, call)
+    for i, got in enumerate(run(cross_attention, call, **call.bounds)):
+        assert_accurate(f"{name}[{i}]", got, same[i], oracle[i], terms=8 if i in (1, 2) else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lengths", "index", "long-lengths", "long-index"])
+@pytest.mark.usefixtures("many_multiprocessors")
+def test_attention_kernels_are_bitwise_repeatable(name: str):
+    call = build(SIDES[name])
+    with mvlm_kernels.use_backend("triton"):
+        first, second = (run(cross_attention, call, **call.bounds) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    ["lengths", "index", "packed-k", "packed-both", "long-lengths", "long-index", "long-packed-q", "long-packed-k"],
+)
+@pytest.mark.parametrize("needs", list(itertools.product((False, True), repeat=3)), ids=str)
+def test_attention_computes_only_needed_gradients(
+    name: str, needs: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
+):
+    call, launched, launch = build(SIDES[name]), [], dispatch.launch
+    backends: tuple[dispatch.Backend, ...] = ("torch", "triton")
+    for backend in backends:
+        with mvlm_kernels.use_backend(backend), monkeypatch.context() as patch:
+            wanted = run(cross_attention, call, **call.bounds)[1:]
+            tensors = [x.detach().requires_grad_(n) for x, n in zip((call.q, call.k, call.v), needs, strict=True)]
+            patch.setattr(dispatch, "launch", lambda *args, **meta: (launched.append(meta), launch(*args, **meta)))
+            out = cross_attention(*tensors, **call.kwargs, **call.bounds)
+            assert out.requires_grad == any(needs)
+            if any(needs):
+                out.backward(call.grad)
+        for x, need, grad in zip(tensors, needs, wanted, strict=True):
+            assert (x.grad is not None) == need
+            if x.grad is not None:
+                assert torch.equal(x.grad, grad)
+    # Gradients that are not needed are not computed either: dK and dV come from one pass, dQ from one without them.
+    assert launched
+    assert any(meta.get("WRITE_DQ") for meta in launched) == needs[0]
+    assert any(meta.get("WRITE_DKV") for meta in launched) == (needs[1] or needs[2])

@@ -1,0 +1,153 @@
+"""Values of gather_patches: the interpreted kernels against loops in float64."""
+
+import importlib
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from mvlm_kernels import use_backend
+from mvlm_kernels.gather_patches import gather_patches
+from support.kernels.guards import guarded
+from support.kernels.mutants import assert_caught
+from support.kernels.patches import (
+    LAYOUTS,
+    MEAN,
+    SETTINGS,
+    STD,
+    check_gather,
+    make_ids,
+    make_images,
+    patches_oracle,
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_gather_kernels_for_layouts_and_types(dtype, layout):
+    images = make_images((2, 3, 14, 21), dtype, layout)
+    check_gather(images, make_ids(2, 4, 6, torch.int32), 7, MEAN[:3], STD[:3])
+
+
+@pytest.mark.parametrize("patch, channels, grid", [(14, 3, (2, 2)), (16, 3, (1, 2)), (1, 5, (3, 2)), (32, 1, (1, 1))])
+def test_gather_kernels_for_patch_sides(patch, channels, grid):
+    images = make_images((1, channels, grid[0] * patch, grid[1] * patch), torch.uint8, "contiguous")
+    check_gather(images, None, patch, MEAN[:channels], STD[:channels], torch.bfloat16)
+
+
+@pytest.mark.slow
+@SETTINGS
+@given(
+    st.integers(0, 3), st.integers(1, 5), st.sampled_from([1, 2, 3, 5, 7]), st.integers(1, 3), st.integers(1, 4),
+    st.integers(-1, 9), st.sampled_from([torch.uint8, torch.float32, torch.float16, torch.bfloat16, torch.float64]),
+    st.sampled_from(LAYOUTS), st.sampled_from([torch.int32, torch.int64]), st.booleans(), st.booleans(),
+)  # fmt: skip
+def test_gather_kernels_for_any_shape(
+    batch, channels, patch, rows, columns, count, dtype, layout, id_dtype, with_mean, with_std
+):
+    images = make_images((batch, channels, rows * patch, columns * patch), dtype, layout)
+    ids = None if count < 0 else make_ids(batch, count, rows * columns, id_dtype)
+    check_gather(images, ids, patch, MEAN[:channels] if with_mean else None, STD[:channels] if with_std else None)
+
+
+def test_gradients_of_repeated_patch_ids_add_up():
+    images = make_images((3, 2, 4, 6), torch.float32, "contiguous")
+    check_gather(images, torch.tensor([[5, 0, 5, 5, 0]]).expand(3, 5), 2, None, STD[:2])
+
+
+@pytest.mark.slow
+def test_gather_kernels_pass_gradcheck():
+    images = make_images((2, 2, 4, 4), torch.float64, "channels_last").requires_grad_()
+    ids = torch.tensor([[3, 0, 3], [1, 2, 0]])
+    with use_backend("triton"):
+        assert torch.autograd.gradcheck(lambda x: gather_patches(x, ids, 2, mean=MEAN[:2], std=STD[:2]), images)
+        assert torch.autograd.gradcheck(lambda x: gather_patches(x, None, 2, std=STD[:2]), images)
+
+
+def test_gather_patches_equals_a_conv_patch_embedding():
+    images = make_images((2, 3, 8, 12), torch.float32, "channels_last")
+    conv = torch.nn.Conv2d(3, 5, 4, 4)
+    tokens = torch.nn.functional.linear(gather_patches(images, None, 4), conv.weight.flatten(1), conv.bias)
+    torch.testing.assert_close(tokens, conv(images).flatten(2).transpose(1, 2))
+
+
+@pytest.mark.parametrize("stride", [(2**31 + 64, 4, 2, 1), (16, 2**30 + 8, 2, 1), (16, 8, 2**31 + 8, 1)], ids=str)
+def test_gather_kernel_reads_strides_past_31_bits(stride):
+    size = (2, 3, 2, 2)
+    # Untouched pages are never allocated: this buffer costs address space, not memory.
+    storage = torch.empty(1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)), dtype=torch.uint8)
+    images = storage.as_strided(size, stride)
+    images.copy_(make_images(size, torch.uint8, "contiguous"))
+    with use_backend("triton"):
+        out = gather_patches(images, None, 1)
+    torch.testing.assert_close(out.double().numpy(), patches_oracle(images, None, 1, None, None), rtol=1e-6, atol=0)
+
+
+def test_bad_patch_id_on_a_gpu_reads_nothing_and_gives_nan():
+    """Ids are not checked there by default, so the launchers are called as the op calls them on a GPU."""
+    launchers = importlib.import_module("mvlm_kernels.gather_patches.triton")
+    images = guarded(make_images((1, 2, 4, 4), torch.float32, "contiguous"))
+    ids = torch.tensor([[1, -1, 4, 2**31 - 1, 3]])
+    out = launchers.gather_patches(images, ids, 2, None, None, torch.float32)
+    assert out[0, 1:4].isnan().all()
+    torch.testing.assert_close(out[:, [0, 4]], gather_patches(images, ids[:, [0, 4]], 2))
+    grad = launchers.gather_patches_backward(torch.ones_like(out), images, ids, 2, None)
+    assert grad[0, :, :2, :2].eq(0).all()
+    assert grad[0, :, 2:, 2:].eq(1).all()
+
+
+def test_gather_kernels_are_bitwise_repeatable():
+    images = make_images((2, 3, 8, 8), torch.float32, "contiguous").requires_grad_()
+    ids = make_ids(2, 9, 4)
+    with use_backend("triton"):
+        runs = []
+        for _ in range(2):
+            out = gather_patches(images, ids, 4, mean=MEAN[:3], std=STD[:3])
+            runs.append((out, *torch.autograd.grad(out, images, out.detach())))
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+MUTANTS = [
+    ("top = (patch // grid_w).to(tl.int64) * P", "top = (patch % grid_w).to(tl.int64) * P"),
+    ("x - widen(", "x + widen("),
+    ("x * (1.0 / 255.0)", "x * (1.0 / 256.0)"),
+    ("while k >= 0:", "while k > 0:"),
+    ("(k[None, :] > after[:, None])", "(k[None, :] >= after[:, None] + 2)"),
+    ("c.to(tl.int64) * stride_c", "c.to(tl.int64) * stride_y"),
+    ("(batch * chosen,)", "(batch * chosen - 1,)"),
+]
+
+
+def exercise():
+    check_gather(make_images((2, 3, 4, 6), torch.uint8, "contiguous"), make_ids(2, 5, 6), 2, MEAN[:3], STD[:3])
+    images = make_images((2, 3, 4, 6), torch.float32, "contiguous")
+    check_gather(images, torch.tensor([[0, 1, 2, 2], [3, 2, 3, 3]]), 2, MEAN[:3], STD[:3])
+
+
+@pytest.mark.parametrize("old, new", MUTANTS, ids=[new for _, new in MUTANTS])
+def test_broken_gather_kernel_is_caught(old, new, tmp_path, poison):
+    assert_caught("mvlm_kernels.gather_patches.triton", old, new, tmp_path, poison, exercise)
+
+
+def test_intact_gather_kernels_pass_the_mutation_check():
+    exercise()
+
+
+def test_gather_kernel_reads_means_of_any_stride():
+    images, table = (
+        make_images((2, 3, 8, 8), torch.uint8, "contiguous"),
+        torch.tensor([MEAN[:3], STD[:3]]).T.contiguous(),
+    )
+    wanted = gather_patches(images, None, 4, mean=MEAN[:3], std=STD[:3])
+    with use_backend("triton"):
+        torch.testing.assert_close(gather_patches(images, None, 4, mean=table[:, 0], std=table[:, 1]), wanted)
+
+
+def test_gathered_patches_never_share_the_images_memory():
+    images = torch.rand(2, 3, 4, 4)
+    for patch in (1, 4):
+        patches = gather_patches(images, None, patch)
+        assert patches.is_contiguous()
+        assert patches.data_ptr() != images.data_ptr()

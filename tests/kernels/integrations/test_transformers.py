@@ -1,0 +1,201 @@
+"""Models of transformers with attn_implementation="sdpa_mvlm", compared with transformers' own attention."""
+
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from transformers import (  # noqa: E402
+    BertConfig,
+    BertModel,
+    MPNetConfig,
+    MPNetModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
+    ViltConfig,
+    ViltModel,
+)
+from transformers.masking_utils import bidirectional_mask_function, create_bidirectional_mask  # noqa: E402
+from transformers.models.bert.modeling_bert import BertCrossAttention, BertSelfAttention  # noqa: E402
+
+from mvlm_kernels import use_backend  # noqa: E402
+from mvlm_kernels.integrations import transformers as integration  # noqa: E402
+
+NAME = integration.NAME
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
+
+
+@pytest.fixture(autouse=True)
+def registered() -> None:
+    integration.register()
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The query shapes of every call that reaches the op."""
+    found: list[torch.Size] = []
+    real = integration.cross_attention
+
+    def counted(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        found.append(q.shape)
+        return real(q, *args, **kwargs)
+
+    monkeypatch.setattr(integration, "cross_attention", counted)
+    return found
+
+
+def config(implementation: str, **changes: Any) -> BertConfig:
+    made = BertConfig(hidden_size=64, num_attention_heads=2, attention_probs_dropout_prob=0.0)
+    for name, value in changes.items():
+        setattr(made, name, value)
+    made._attn_implementation = implementation
+    return made
+
+
+def outputs(layer_class: type, padding: torch.Tensor | None, **changes: Any) -> list[torch.Tensor]:
+    """Output of one layer under SDPA and under ours, with the mask that transformers makes for each."""
+    torch.manual_seed(0)
+    hidden, encoded = torch.randn(3, 9, 64), torch.randn(3, 7, 64)
+    cross = layer_class is BertCrossAttention
+    found = []
+    for implementation in ("sdpa", NAME):
+        made = config(implementation, **changes)
+        torch.manual_seed(1)
+        layer = layer_class(made).eval()
+        extra: dict[str, Any] = {"encoder_hidden_states": encoded} if cross else {}
+        mask = create_bidirectional_mask(config=made, inputs_embeds=hidden, attention_mask=padding, **extra)
+        if implementation == NAME and padding is not None:
+            assert mask is not None
+            assert mask.shape == (3, 1, 9, padding.shape[1])
+            assert mask.untyped_storage().nbytes() == padding.numel()  # a view: expanded, not copied
+        found.append(layer(hidden, attention_mask=mask, **extra)[0])
+    return found
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_bert_cross_attention_with_key_padding_equals_sdpa(backend: Any, fused_calls: list[torch.Size]):
+    padding = torch.arange(7) < torch.tensor([[7], [3], [1]])
+    with use_backend(backend):
+        torch.testing.assert_close(*outputs(BertCrossAttention, padding.long()))
+        torch.testing.assert_close(*outputs(BertCrossAttention, None))
+    assert len(fused_calls) == 2
+
+
+def test_head_width_without_kernel_goes_to_sdpa(fused_calls: list[torch.Size]):
+    padding = (torch.arange(9) < torch.tensor([[9], [3], [5]])).long()
+    torch.testing.assert_close(*outputs(BertSelfAttention, padding))
+    assert len(fused_calls) == 1
+    torch.testing.assert_close(*outputs(BertSelfAttention, padding, num_attention_heads=4))  # width 16
+    assert len(fused_calls) == 1
+
+
+def built(model_class: Any, made: Any, implementation: str) -> Any:
+    torch.manual_seed(1)
+    return model_class._from_config(made, attn_implementation=implementation).eval()
+
+
+def test_siglip2_pools_the_same_as_eager_under_a_pixel_mask(fused_calls: list[torch.Size]):
+    # Its pooling head repeats and reshapes the encoder's mask, so it needs one of four dimensions.
+    torch.manual_seed(0)
+    mask = torch.ones(2, 16, dtype=torch.long)
+    mask[1, 12:] = 0
+    inputs = {
+        "pixel_values": torch.randn(2, 16, 192),
+        "pixel_attention_mask": mask,
+        "spatial_shapes": torch.tensor([[4, 4], [4, 3]]),
+    }
+    eager, ours = (
+        built(Siglip2VisionModel, Siglip2VisionConfig(**SIZES, num_patches=16, patch_size=8), name)(**inputs)
+        for name in ("eager", NAME)
+    )
+    torch.testing.assert_close(eager.pooler_output, ours.pooler_output)
+    exists = mask.bool()
+    torch.testing.assert_close(eager.last_hidden_state[exists], ours.last_hidden_state[exists])
+    assert len(fused_calls) == 2  # the encoder's two layers; the head has torch's own attention
+
+
+@pytest.mark.slow
+def test_compiled_bert_recognises_key_padding(fused_calls: list[torch.Size]):
+    ids = torch.arange(24).view(2, 12)
+    padding = (torch.arange(12) < torch.tensor([[12], [6]])).long()
+    made = BertConfig(vocab_size=99, **SIZES)
+    eager = built(BertModel, made, "eager")(ids, padding)[0]
+    compiled = torch.compile(built(BertModel, made, NAME), fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids, padding)[0], eager)
+    assert len(fused_calls) == 2
+
+
+def test_mask_is_made_where_a_model_asks_for_one():
+    # T5Gemma2 joins its encoder's and decoder's masks, so None would be an error there.
+    made = integration.mask(2, 3, 5, mask_function=bidirectional_mask_function, allow_is_bidirectional_skip=False)
+    assert made is not None
+    assert made.shape == (2, 1, 3, 5)
+    assert made.all()
+    assert (
+        integration.mask(2, 3, 5, mask_function=bidirectional_mask_function, allow_is_bidirectional_skip=True) is None
+    )
+
+
+def test_mask_takes_the_keys_from_the_offset_and_pads_a_static_cache():
+    padding = torch.tensor([[1, 0, 1, 1]])
+    made = integration.mask(1, 2, 5, kv_offset=1, mask_function=bidirectional_mask_function, attention_mask=padding)
+    assert made is not None
+    assert made[0, 0].tolist() == [[False, True, True, False, False]] * 2
+
+
+@pytest.mark.parametrize("implementation", ["mvlm", NAME])
+@pytest.mark.parametrize(
+    "model_class, made",
+    [(MPNetModel, MPNetConfig(vocab_size=99, **SIZES)), (ViltModel, ViltConfig(vocab_size=99, image_size=32, **SIZES))],
+    ids=["mpnet", "vilt"],
+)
+def test_models_without_attention_interface_are_refused(model_class: Any, made: Any, implementation: str):
+    # They add the mask to their scores, so a bool mask would hide nothing.
+    with pytest.raises(ValueError, match=r"does not support an attention implementation|is not supported"):
+        built(model_class, made, implementation)
+
+
+def test_register_refuses_a_name_that_transformers_does_not_check():
+    with pytest.raises(ValueError, match=r'name must contain "sdpa", got .mvlm.'):
+        integration.register("mvlm")
+
+
+@pytest.mark.parametrize("option", ["softcap", "s_aux"])
+def test_score_options_that_the_op_lacks_are_refused(option: str):
+    q, k, v = torch.randn(3, 2, 2, 5, 32)
+    given: dict[str, Any] = {option: 50.0 if option == "softcap" else torch.zeros(2)}
+    absent: dict[str, Any] = {option: None}
+    module = torch.nn.Module()
+    with pytest.raises(ValueError, match=f"{option} must be None"):
+        integration.attention(module, q, k, v, None, is_causal=False, **given)
+    integration.attention(module, q, k, v, None, is_causal=False, **absent)
+
+
+def test_sliding_window_goes_to_sdpa(fused_calls: list[torch.Size]):
+    q, k, v = torch.randn(3, 2, 2, 5, 32)
+    integration.attention(torch.nn.Module(), q, k, v, None, is_causal=False, sliding_window=8)
+    assert not fused_calls
+
+
+def test_mask_of_two_dimensions_is_refused():
+    q, k, v = torch.randn(3, 2, 2, 5, 32)
+    with pytest.raises(ValueError, match=r"attention_mask must have shape .*, got \(2, 5\)"):
+        integration.attention(torch.nn.Module(), q, k, v, torch.ones(2, 5, dtype=torch.bool), is_causal=False)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_masks_that_differ_between_queries_go_to_sdpa(causal: bool, fused_calls: list[torch.Size]):
+    q, k, v = torch.randn(3, 2, 2, 5, 32)
+    mask = torch.rand(2, 1, 5, 5) < 0.5
+    mask[..., 0] = True
+    wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    out, _ = integration.attention(torch.nn.Module(), q, k, v, mask, is_causal=causal)
+    torch.testing.assert_close(out, wanted.transpose(1, 2))
+    assert not fused_calls

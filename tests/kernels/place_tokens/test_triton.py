@@ -1,0 +1,199 @@
+"""Values of place_tokens: the interpreted kernels and the CPU's composition against loops in float64."""
+
+import importlib
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from mvlm_kernels import use_backend
+from mvlm_kernels.place_tokens import place_tokens, reference
+from support.kernels.guards import guarded
+from support.kernels.mutants import assert_caught
+from support.kernels.patches import SETTINGS
+from support.kernels.token_placement import by_reference, case, check_placement, oracle, random
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["all", "masked", "visible"])
+@pytest.mark.parametrize(
+    "dtype, parameter_dtype",
+    [(torch.float32, None), (torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+def test_place_kernels_for_modes_and_types(mode, dtype, parameter_dtype):
+    check_placement(*case(17, 5, 130, mode, dtype, parameter_dtype, visible=2))  # batch and width past a tile
+
+
+@pytest.mark.slow
+@SETTINGS
+@given(
+    st.integers(0, 5), st.integers(0, 7), st.sampled_from([1, 3, 65]), st.sampled_from(["all", "masked", "visible"]),
+    st.integers(0, 7), st.sampled_from([0.0, 0.5, 1.0]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    st.sampled_from(["contiguous", "transposed", "expanded", "strided"]),
+)  # fmt: skip
+def test_place_kernels_for_any_shape(batch, num_patches, width, mode, visible, share, dtype, layout):
+    inputs, options = case(batch, num_patches, width, mode, dtype, None, min(visible, num_patches), share)
+    tokens, grad = inputs[0], random((batch, 1 + num_patches, width), torch.float64, 5)
+    if layout == "transposed":  # what a conv patch embedding gives
+        inputs[0] = tokens.transpose(1, 2).contiguous().transpose(1, 2)
+        grad = grad.transpose(0, 1).contiguous().transpose(0, 1)
+    elif layout == "expanded":
+        inputs[0] = tokens[:1].expand_as(tokens)
+        inputs[1], inputs[3] = inputs[1][:1].expand(width), inputs[3][:1].expand(width)
+        grad = grad[:, :1, :1].expand_as(grad)  # of a sum
+    elif layout == "strided":
+        *inputs, grad = (torch.stack([x, x], dim=-1).flatten(-2)[..., ::2] for x in (*inputs, grad))
+    check_placement(inputs, options, grad=grad)
+
+
+@pytest.mark.slow
+def test_place_kernels_for_197_positions():
+    check_placement(*case(2, 196, 24, "masked"))
+    check_placement(*case(2, 196, 24, "visible", visible=49))
+
+
+def test_place_tokens_takes_parameters_in_the_shapes_of_timm_and_transformers():
+    inputs, options = case(2, 4, 3, "masked")
+    tokens, mask_token, pos_embed, cls_token = inputs
+    out = place_tokens(tokens, mask_token[None, None], pos_embed[None], cls_token[None, None], **options)
+    assert torch.equal(out, place_tokens(*inputs, **options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("mode", ["all", "masked", "visible"])
+def test_place_tokens_passes_gradcheck(mode, backend):
+    inputs, options = case(2, 3, 2, mode, torch.float64, visible=2)
+    with use_backend(backend):
+        assert torch.autograd.gradcheck(
+            lambda *x: place_tokens(*x, **options), [x.requires_grad_() for x in inputs], fast_mode=True
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("needs", [tuple(bool(i >> j & 1) for j in range(4)) for i in range(16)], ids=str)
+@pytest.mark.parametrize("mode", ["masked", "visible"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_place_tokens_computes_only_needed_gradients(needs, mode, backend):
+    inputs, options = case(2, 2, 3, mode, visible=1)
+    with use_backend(backend):
+        full = [x.clone().requires_grad_() for x in inputs]
+        wanted = torch.autograd.grad(place_tokens(*full, **options).square().sum(), full)
+        some = [x.clone().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
+        out = place_tokens(*some, **options)
+        assert out.requires_grad == any(needs)
+        if any(needs):
+            out.square().sum().backward()
+    for x, want, need in zip(some, wanted, needs, strict=True):
+        assert (x.grad is not None) == need
+        assert x.grad is None or torch.equal(x.grad, want)
+
+
+@pytest.mark.parametrize("mode", ["all", "masked", "visible"])
+def test_place_tokens_on_the_cpu_runs_its_composition(mode, monkeypatch):
+    inputs, options = case(2, 3, 5, mode, torch.bfloat16, visible=2)
+    grad = random((2, 4, 5), torch.bfloat16, 5)
+    wanted, wanted_grads = by_reference(inputs, grad, **options)
+    for name in ("place_tokens", "place_tokens_backward"):
+        monkeypatch.setattr(reference, name, None)
+    x = [i.requires_grad_() for i in inputs]
+    out = place_tokens(*x, **options)
+    assert torch.equal(out, wanted)
+    for got, want in zip(torch.autograd.grad(out, x, grad), wanted_grads, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masked_tokens_and_their_gradients_may_be_nan(dtype, backend):
+    (tokens, *parameters), options = case(2, 6, 5, "masked", dtype)
+    hidden, grad = options["masked"], random((2, 7, 5), dtype, 5)
+    tokens[hidden] = torch.nan
+    grad[:, 1:][hidden] = torch.nan
+    tokens.requires_grad_()
+    with use_backend(backend):
+        out = place_tokens(tokens, *parameters, **options)
+        (token_grad,) = torch.autograd.grad(out, tokens, grad)
+    assert out.isfinite().all()
+    assert torch.equal(token_grad[~hidden], grad[:, 1:][~hidden])
+    assert not token_grad[hidden].any()
+
+
+@pytest.mark.parametrize("mode", ["masked", "visible"])
+@pytest.mark.parametrize("width", [1, 3, 64])
+def test_place_tokens_on_the_cpu_sums_16_bits_in_float32(mode, width):
+    """A sum of ones in bfloat16 would stop at 256."""
+    inputs, options = case(3000, 3, width, mode, torch.bfloat16, visible=1)
+    grad = 1 + random((3000, 4, width), torch.bfloat16, 5) / 8
+    x = [i.requires_grad_() for i in inputs]
+    got = torch.autograd.grad(place_tokens(*x, **options), x, grad)
+    for a, b in zip(got[1:], oracle(inputs, grad, **options)[1][1:], strict=True):
+        torch.testing.assert_close(a.double(), torch.from_numpy(b), rtol=2**-8, atol=0)
+
+
+def test_bad_visible_ids_on_a_gpu_touch_no_other_memory():
+    launchers = importlib.import_module("mvlm_kernels.place_tokens.triton")
+    inputs, _ = case(1, 3, 4, "visible", visible=3)
+    ids = torch.tensor([[1, -1, 3]])
+    tokens, mask_token, pos_embed, cls_token = (guarded(x) for x in inputs)
+    out = launchers.place_tokens(tokens, mask_token, pos_embed, cls_token, None, ids)
+    assert torch.equal(out[0, 2], tokens[0, 0] + pos_embed[2])
+    assert torch.equal(out[0, [1, 3]], mask_token + pos_embed[[1, 3]])
+    launchers.place_tokens_backward(out, None, ids, 3, (torch.float32,) * 4, (True,) * 4)
+
+
+def test_place_kernels_are_bitwise_repeatable():
+    inputs, options = case(5, 3, 8, "masked")
+    x = [i.requires_grad_() for i in inputs]
+    with use_backend("triton"):
+        runs = []
+        for _ in range(2):
+            out = place_tokens(*x, **options)
+            runs.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+MUTANTS = [
+    ("source = tl.where(masked != 0, -1, n.to(tl.int32))", "source = tl.where(masked == 0, -1, n.to(tl.int32))"),
+    ("y = tl.where(keep, x, fill[None, :])", "y = tl.where(keep, x, 0.0)"),
+    ("+ embedding[None, :]", "+ 0 * embedding[None, :]"),
+    ("tl.where(keep, g, 0.0), tokens_grad_ptr", "g, tokens_grad_ptr"),
+    ("total += g", "total = g"),
+    ("written = inside & keep", "written = inside"),
+    ("tl.store(mask_partial_ptr + (position - 1) * C + c", "tl.store(mask_partial_ptr + position * C + c"),
+    ("for start in range(0, N, BLOCK_N):", "for start in range(0, N - 1, BLOCK_N):"),
+]  # fmt: skip
+
+
+CPU_MUTANTS = [
+    ("positions.index_select(0, visible_ids.flatten() + 1)", "positions.index_select(0, visible_ids.flatten())"),
+    ("out[:, 0] = cls_token.to(dtype) + positions[0]", "out[:, 0] = cls_token.to(dtype)"),
+    ("bits.bitwise_xor_(other).bitwise_and_", "bits.bitwise_and_"),
+    ("(masked.to(integer) - 1)[:, :, None]", "(-masked.to(integer))[:, :, None]"),
+    ("b * length + 1 + n", "b * length + n"),
+    ("device=visible_ids.device) * length + 1", "device=visible_ids.device) * length"),
+    ("grad[:, 0].sum(0) if pos_grad is None else pos_grad[0].clone()", "grad[0, 0].clone()"),
+]
+
+
+def exercise():
+    check_placement(*case(17, 1, 3, "masked"))
+    check_placement(*case(17, 3, 3, "visible", visible=2))
+
+
+@pytest.mark.parametrize("old, new", MUTANTS, ids=[new[:40] for _, new in MUTANTS])
+def test_broken_place_kernel_is_caught(old, new, tmp_path, poison):
+    assert_caught("mvlm_kernels.place_tokens.triton", old, new, tmp_path, poison, exercise)
+
+
+@pytest.mark.parametrize("old, new", CPU_MUTANTS, ids=[new[:40] for _, new in CPU_MUTANTS])
+def test_broken_place_composition_is_caught(old, new, tmp_path, poison):
+    assert_caught("mvlm_kernels.place_tokens.cpu", old, new, tmp_path, poison, exercise)
+
+
+def test_intact_place_tokens_passes_the_mutation_check():
+    exercise()

@@ -1,0 +1,1 @@
+"""Inputs, oracles and guard bands of the kernel tests."""
