@@ -117,8 +117,8 @@ def weight_gradient_kernel(
     end = tl.minimum((part + 1) * rows_per_part, M)
     if HAS_BIAS:
         # The sums do not reuse the tiles that the product below loads. Where slope has hidden's type, the product reads
-        # such a tile in shared memory. If registers read it too, Triton's pipeliner (3.9, sm_90) reserves one buffer
-        # too few, and a later copy overwrites what the asynchronous wgmma is still reading.
+        # such a tile in shared memory. If registers read it too, Triton's pipeliner (3.6 to 3.9, sm_90) reserves one
+        # buffer too few, and a later copy overwrites what the asynchronous wgmma is still reading.
         # The programs of one pixel tile and part share its rows, so that slope is read only once more in total.
         # The sums come before the product, where they need fewer registers: two programs fit an SM (sm_90, sm_100).
         share = tl.cdiv(tl.cdiv(rows_per_part, BLOCK_M), tl.num_programs(0)) * BLOCK_M
