@@ -195,7 +195,8 @@ def linear_tiling_bytes(rows: int, features: int, width: int, kind: str, arch: i
     across, down = tiles(width, block_d), tiles(features, block_f)
     parts = parts_of(rows, across * down)
     backward += across * slope + down * hidden
-    backward += 2 * 4 * parts * features * (width + 1) + weight + 2 * features  # partials twice, the two gradients
+    backward += slope + 2 * 4 * parts * across * features + 2 * features  # the bias: its sums' pass, partials twice
+    backward += 2 * 4 * parts * features * width + weight  # the weight's partials twice, its gradient
     return forward, backward
 
 

@@ -1,11 +1,12 @@
 # pyright: reportArgumentType=false
-"""Forward of ``linear_pixel_loss``: Triton kernels and their launcher.
+"""Forward of ``linear_pixel_loss``: Triton kernels, their launcher, and the launches to compile ahead of time.
 
-    forward          tile (rows, pixels): hidden @ weight.T + bias, minus the pixels of the image; the tile leaves the
-                     chip as one partial loss a row and one slope a pixel (a byte for L1), never as predictions
+A program computes one tile (rows, pixels) of the predictions, hidden @ weight.T + bias, and subtracts the pixels of the
+images. It stores one partial loss per row and one slope per pixel (a byte for L1). Predictions never reach memory.
 
-Rows are the B*K masked patches, F = C*P*P pixels, D the width of hidden. Parameters take the type of hidden as they are
-read, so float32 weights beside bfloat16 activations cost no cast pass. Gradients: :mod:`.linear_backward`.
+Rows are the B*K masked patches, F = C*P*P the pixels of a patch, D the width of hidden. Weight and bias are cast to
+hidden's dtype as they are loaded, so float32 parameters with bfloat16 activations need no cast kernel. Gradients are in
+:mod:`.linear_backward`.
 """
 
 from collections.abc import Callable, Iterable
@@ -39,7 +40,10 @@ def moments_kernel(
     HAS_IDS: tl.constexpr, IS_UINT8: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr,
     ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Program (b*K + k): moments (B*K, 2) of one target patch, for tiles that hold a part of a patch only."""
+    """Store (mean, 1 / sqrt(var + eps)) of each target patch in moments (B*K, 2).
+
+    A program reads one patch; the grid is (B*K,). A tile of the loss holds only a part of a patch, so it needs them.
+    """
     row = tl.program_id(0).to(tl.int64)
     b = row // K
     k = row % K
@@ -65,8 +69,11 @@ def linear_loss_kernel(
     HAS_STD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (pixel tile, row tile): partial (tiles, M) sums of loss, slope (M, F). Pixel tiles run first, so that one
-    row tile of hidden and of the image stays in the cache while they pass."""
+    """Store partial (pixel tiles, M), each row's loss summed over a tile and divided by F, and slope (M, F).
+
+    A program computes one tile; the grid is (pixel tiles, row tiles). Pixel tiles vary fastest, so the hidden states
+    and images of a row tile stay in the cache while its pixel tiles are computed.
+    """
     F: tl.constexpr = C * P * P
     f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
     m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -88,6 +95,7 @@ def linear_loss_kernel(
     else:
         patch = tl.where(m < M, k, -1)
     c = (f // (P * P))[None, :]
+    # Pixels of a patch that does not exist are never read. Their difference is NaN, so a wrong id gives a NaN loss.
     inside = (m < M)[:, None] & (f < F)[None, :]
     readable = (f < F)[None, :] & (f[None, :] < pixels_of_valid(patch, num_patches, P)[:, None] * C)
     offsets = (b * stride_ib)[:, None] + image_offsets(
@@ -120,7 +128,11 @@ def linear_pixel_loss(
     reduce: bool,
     with_slope: bool,
 ) -> tuple[Tensor, Tensor]:
-    """hidden (B, K, D), weight (F, D), bias (F,) -> (loss scalar or (B, K), slope (B, K, F) or empty)."""
+    """Loss and slope of hidden (B, K, D), weight (F, D), bias (F,) and images (B, C, H, W), of any strides.
+
+    patch_ids is (B, K), or None for all patches; mean and std are (C,) or None. The loss is a scalar if reduce, else
+    (B, K), in float32, or in float64 for float64 inputs. slope is (B, K, F), empty without with_slope.
+    """
     batch, chosen, width = hidden.shape
     features, rows = weight.shape[0], batch * chosen
     _, channels, image_h, image_w = images.shape
@@ -163,20 +175,31 @@ def linear_pixel_loss(
 
 
 def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
-    """Launches to compile ahead of time: (label, function) with meta tensors of the paper's shapes. float32 weights
-    beside 16-bit activations are what autocast passes."""
-    ids = torch.empty(64, 116, dtype=torch.int32, device="meta")
+    """Launches to compile ahead of time: (label, function) with meta tensors of the paper's shapes.
+
+    Autocast passes float32 weights with 16-bit hidden states, hence ``fp32-weight``. Without patches a loop that never
+    runs must still compile.
+    """
     values = torch.empty(3, device="meta")
 
-    def both(dtype: torch.dtype, weight_dtype: torch.dtype, kind: str, reduce: bool, normalize_target: bool) -> None:
+    def both(
+        dtype: torch.dtype,
+        weight_dtype: torch.dtype,
+        kind: str,
+        reduce: bool,
+        normalize_target: bool,
+        with_bias: bool = True,
+        chosen: int = 116,
+    ) -> None:
         images = torch.empty(64, 3, 224, 224, dtype=torch.uint8, device="meta")
-        hidden = torch.empty(64, 116, 768, dtype=dtype, device="meta")
+        ids = torch.empty(64, chosen, dtype=torch.int32, device="meta")
+        hidden = torch.empty(64, chosen, 768, dtype=dtype, device="meta")
         weight = torch.empty(768, 768, dtype=weight_dtype, device="meta")
-        bias = torch.empty(768, dtype=weight_dtype, device="meta")
+        bias = torch.empty(768, dtype=weight_dtype, device="meta") if with_bias else None
         loss, slope = linear_pixel_loss(
             hidden, weight, bias, images, ids, 16, values, values, kind, normalize_target, reduce, True
         )
-        linear_pixel_loss_backward(loss, slope, hidden, weight, (True, True, True))
+        linear_pixel_loss_backward(loss, slope, hidden, weight, (True, True, with_bias))
 
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     for name, dtype in types.items():
@@ -184,3 +207,6 @@ def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
             yield f"{name}/{kind}", partial(both, dtype, dtype, kind, True, False)
         yield f"{name}/smooth_l1/rows/normalized", partial(both, dtype, dtype, "smooth_l1", False, True)
     yield "bf16/l1/fp32-weight", partial(both, torch.bfloat16, torch.float32, "l1", True, False)
+    for kind in ("l1", "mse"):
+        yield f"bf16/{kind}/no-bias", partial(both, torch.bfloat16, torch.bfloat16, kind, True, False, with_bias=False)
+    yield "bf16/mse/rows/no-patches", partial(both, torch.bfloat16, torch.bfloat16, "mse", False, False, chosen=0)

@@ -1,11 +1,12 @@
 # pyright: reportArgumentType=false
-"""Gradients of ``linear_pixel_loss``: Triton kernels and their launcher, and what its forward shares with them.
+"""Gradients of ``linear_pixel_loss``: Triton kernels and their launcher, and the helpers shared with the forward.
 
-    backward hidden  tile (rows, width): slope @ weight, scaled row by row at the end
-    backward params  tile (pixels, width): slope.T @ hidden over a share of the rows, as float32 partials that a second
-                     kernel adds in a fixed order; the bias's gradient is the column sums of the same slope tiles
+    hidden gradient  tile (rows, width): slope @ weight, scaled row by row at the end
+    weight gradient  tile (pixels, width): slope.T @ hidden over one part of the rows, stored as a float32 partial
+    bias gradient    column sums of slope, stored as float32 partials by the programs of the weight gradient
+    sums             a second kernel adds the partials in a fixed order
 
-Rows are the B*K masked patches, F = C*P*P pixels, D the width of hidden.
+Rows are the B*K masked patches, F = C*P*P the pixels of a patch, D the width of hidden.
 """
 
 import functools
@@ -21,9 +22,10 @@ from mvlm_kernels.gather_patches.triton import accumulator
 from mvlm_kernels.language import cast, dot, widen
 from mvlm_kernels.pixel_loss.triton import decode_slope, grad_strides
 
-# Enough programs for the largest GPU in the table twice over; a constant, so that the order of summation depends on
-# shapes alone and results agree bit for bit between machines of one architecture.
+# Programs of the weight gradient: about two for each SM of the largest GPU. A constant, so that the order of summation
+# depends on shapes alone and machines of one architecture give equal bits.
 PARTIAL_PROGRAMS = 288
+# Fewest rows that are worth a part of their own.
 PARTIAL_ROWS = 1024
 
 
@@ -32,10 +34,10 @@ def sum_partials_kernel(
     partial_ptr, out_ptr, grad_ptr, n, num_partials, divisor,
     HAS_GRAD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """partial (num_partials, n) -> out (n), added in rising order, over divisor, times grad where there is one."""
+    """Write sum(partial) / divisor * grad to out (n); partial (num_partials, n) is added in rising order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), ACC)
-    # A pointer that moves on needs no product of two ints, which could pass 2^31.
+    # Advance the pointer: an offset of partial times n could overflow int32.
     partial_ptrs = partial_ptr + i
     for _ in range(0, num_partials):
         total += tl.load(partial_ptrs, mask=i < n, other=0.0)
@@ -53,7 +55,10 @@ def hidden_gradient_kernel(
     F: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (width tile, row tile): out (M, D) contiguous = grad[row] / (F * rows_of_mean) * slope @ weight."""
+    """Gradient of hidden: out (M, D), contiguous, = grad[row] / (F * rows_of_mean) * slope @ weight.
+
+    A program computes one tile; the grid is (width tiles, row tiles).
+    """
     d = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     acc = tl.zeros((BLOCK_M, BLOCK_D), ACC)
@@ -65,7 +70,7 @@ def hidden_gradient_kernel(
             mask=(f < F)[:, None] & (d < D)[None, :],
             other=0.0,
         )
-        # A sign is exact in every type, and so are the other slopes in the type they were saved in, that of hidden.
+        # The cast is exact: slopes are signs (L1), or were saved in hidden's type.
         a = cast(decode_slope(slope, ACC), out_ptr.dtype.element_ty)
         acc = dot(a, cast(widen(w, ACC), out_ptr.dtype.element_ty), acc, PRECISION)
     grad = tl.load(grad_ptr + (m // K) * stride_gb + (m % K) * stride_gk, mask=m < M, other=0.0)
@@ -75,54 +80,83 @@ def hidden_gradient_kernel(
 
 
 @triton.jit
+def scaled_slopes(
+    slope_ptr, grad_ptr, largest_ptr, m, f, end, K, stride_gb, stride_gk,
+    F: tl.constexpr, PER_ROW: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Slopes (rows m, pixels f) in ACC, zero for rows at or past end; PER_ROW multiplies row m by grad[m] / largest."""
+    offsets = m.to(tl.int64)[:, None] * F + f[None, :]
+    slope = tl.load(slope_ptr + offsets, mask=(m < end)[:, None] & (f < F)[None, :], other=0)
+    values = decode_slope(slope, ACC)
+    if PER_ROW:
+        b = (m // K).to(tl.int64)
+        k = (m % K).to(tl.int64)
+        grad = tl.load(grad_ptr + b * stride_gb + k * stride_gk, mask=m < end, other=0.0)
+        values = values * (widen(grad, ACC) / widen(tl.load(largest_ptr), ACC))[:, None]
+    return values
+
+
+@triton.jit
 def weight_gradient_kernel(
     slope_ptr, hidden_ptr, grad_ptr, largest_ptr, weight_partial_ptr, bias_partial_ptr,
     M, K, D, rows_per_part, stride_hb, stride_hk, stride_hd, stride_gb, stride_gk,
     F: tl.constexpr, HAS_BIAS: tl.constexpr, PER_ROW: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Program (width tile, pixel tile, part): weight_partial (parts, F, D) and bias_partial (parts, F) of one part's
-    rows, in ACC. The gradient of one mean is a scalar and is left to the summation. That of (B, K) losses comes in here
-    (PER_ROW), row by row, over the largest of them, which is left to the summation too: a scaled loss's would overflow
-    float16."""
+    """Partial gradients in ACC: weight_partial (parts, F, D) and bias_partial (parts * width tiles, F).
+
+    A program computes one tile of weight_partial; the grid is (width tiles, pixel tiles, parts). The gradient of a mean
+    loss is one scalar, applied by the summation. Gradients of (B, K) losses (PER_ROW) are applied here, divided by the
+    largest of them, and the summation multiplies by it: a scaled loss would overflow float16.
+    """
+    # Row numbers stay int32, as the forward's grid has at most 65,535 row tiles: the loop divides them by K, and a
+    # division in int64 costs several times as much.
     d = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     f = (tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
-    part = tl.program_id(2).to(tl.int64)
-    acc = tl.zeros((BLOCK_F, BLOCK_D), ACC)
-    column_sums = tl.zeros((BLOCK_F,), ACC)
+    part = tl.program_id(2)
     end = tl.minimum((part + 1) * rows_per_part, M)
+    if HAS_BIAS:
+        # The sums do not reuse the tiles that the product below loads. Where slope has hidden's type, the product reads
+        # such a tile in shared memory. If registers read it too, Triton's pipeliner (3.6 to 3.9, sm_90) reserves one
+        # buffer too few, and a later copy overwrites what the asynchronous wgmma is still reading.
+        # The programs of one pixel tile and part share its rows, so that slope is read only once more in total.
+        # The sums come before the product, where they need fewer registers: two programs fit an SM (sm_90, sm_100).
+        share = tl.cdiv(tl.cdiv(rows_per_part, BLOCK_M), tl.num_programs(0)) * BLOCK_M
+        first = part * rows_per_part + tl.program_id(0) * share
+        last = tl.minimum(first + share, end)
+        sums = tl.zeros((BLOCK_M, BLOCK_F), ACC)
+        for start in range(first, last, BLOCK_M):
+            m = start + tl.arange(0, BLOCK_M)
+            sums += scaled_slopes(
+                slope_ptr, grad_ptr, largest_ptr, m, f, last, K, stride_gb, stride_gk, F, PER_ROW, ACC
+            )
+        partial = (part * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+        tl.store(bias_partial_ptr + partial * F + f, tl.sum(sums, axis=0), mask=f < F)
+    acc = tl.zeros((BLOCK_F, BLOCK_D), ACC)
     for start in range(part * rows_per_part, end, BLOCK_M):
-        m = start + tl.arange(0, BLOCK_M).to(tl.int64)
-        b = m // K
-        k = m % K
-        slope = tl.load(slope_ptr + m[:, None] * F + f[None, :], mask=(m < end)[:, None] & (f < F)[None, :], other=0)
+        m = start + tl.arange(0, BLOCK_M)
+        a = scaled_slopes(slope_ptr, grad_ptr, largest_ptr, m, f, end, K, stride_gb, stride_gk, F, PER_ROW, ACC)
+        b = (m // K).to(tl.int64)
+        k = (m % K).to(tl.int64)
         h = tl.load(
             hidden_ptr + (b * stride_hb + k * stride_hk)[:, None] + d[None, :] * stride_hd,
             mask=(m < end)[:, None] & (d < D)[None, :],
             other=0.0,
         )
-        a = decode_slope(slope, ACC)
-        if PER_ROW:
-            grad = tl.load(grad_ptr + b * stride_gb + k * stride_gk, mask=m < end, other=0.0)
-            a = a * (widen(grad, ACC) / widen(tl.load(largest_ptr), ACC))[:, None]
-        if HAS_BIAS:
-            column_sums += tl.sum(a, axis=0)
         acc = dot(tl.trans(cast(a, h.dtype)), h, acc, PRECISION)
-    offsets = (part * F + f)[:, None] * D + d[None, :]
+    offsets = (part.to(tl.int64) * F + f)[:, None] * D + d[None, :]
     tl.store(weight_partial_ptr + offsets, acc, mask=(f < F)[:, None] & (d < D)[None, :])
-    if HAS_BIAS and tl.program_id(0) == 0:
-        tl.store(bias_partial_ptr + part * F + f, column_sums, mask=f < F)
 
 
 @functools.cache
 def tiles(kernel: str, dtype: torch.dtype, target: int) -> dict[str, int]:
-    """Tile of a kernel by the width of its operands; float64 exists interpreted only and takes float32's."""
+    """Tile sizes of a kernel for a compute capability. float64, which is only interpreted, takes float32's."""
     bits = "16" if dtype in (torch.float16, torch.bfloat16) else "32"
     return configs.lookup("linear_pixel_loss", target, f"{kernel}/{bits}")
 
 
 def sum_partials(partial: Tensor, out: Tensor, grad: Tensor | None, divisor: int) -> None:
-    """out (n elements) = sum over the first dimension of partial (parts, n) over divisor, times grad."""
+    """Write partial.sum(0) / divisor * grad to out (n elements); partial is (parts, n), grad a scalar or None for 1."""
     n = out.numel()
     dispatch.launch(
         sum_partials_kernel, (ceil_div(n, 1024),), partial, out, grad, n, partial.shape[0], divisor,
@@ -133,7 +167,10 @@ def sum_partials(partial: Tensor, out: Tensor, grad: Tensor | None, divisor: int
 def linear_pixel_loss_backward(
     grad: Tensor, slope: Tensor, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden (B, K, D), weight (F, D) and bias (F,), each in its own type, empty where not needed."""
+    """Gradients of hidden (B, K, D), weight (F, D) and bias (F,), each in its own dtype, empty where not needed.
+
+    grad is the incoming gradient, a scalar or (B, K); slope (B, K, F) is the forward's.
+    """
     batch, chosen, width = hidden.shape
     features, rows = weight.shape[0], batch * chosen
     acc, wide = accumulator(grad.dtype), grad.dtype
@@ -154,24 +191,25 @@ def linear_pixel_loss_backward(
         across, down = ceil_div(width, tile["BLOCK_D"]), ceil_div(features, tile["BLOCK_F"])
         parts = parts_of(rows, across * down)
         weight_partial = hidden.new_empty(parts, features, width, dtype=wide)
-        bias_partial = hidden.new_empty(parts, features, dtype=wide) if needs[2] else None
-        largest = None
-        if grad.ndim and rows:
-            largest = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny)
+        bias_partial = hidden.new_empty(parts * across, features, dtype=wide) if needs[2] else None
+        # With no rows there is no largest gradient, and the partials are zeros.
+        per_row = grad.ndim > 0 and rows > 0
+        largest = grad.abs().amax().clamp_min(torch.finfo(grad.dtype).tiny) if per_row else None
         dispatch.launch(
             weight_gradient_kernel, (across, down, parts),
             slope, hidden, grad, largest, weight_partial, bias_partial, rows, chosen, width,
             ceil_div(rows, parts), *hidden.stride(), *grad_strides(grad),
-            F=features, HAS_BIAS=needs[2], PER_ROW=grad.ndim > 0, ACC=acc, PRECISION="tf32",
+            F=features, HAS_BIAS=needs[2], PER_ROW=per_row, ACC=acc, PRECISION="tf32",
             **tile, enable_fp_fusion=True,
         )  # fmt: skip
+        factor = largest if grad.ndim else grad
         if needs[1]:
-            sum_partials(weight_partial, weight_grad, largest if grad.ndim else grad, rows_of_mean * features)
+            sum_partials(weight_partial, weight_grad, factor, rows_of_mean * features)
         if bias_partial is not None:
-            sum_partials(bias_partial, bias_grad, largest if grad.ndim else grad, rows_of_mean * features)
+            sum_partials(bias_partial, bias_grad, factor, rows_of_mean * features)
     return hidden_grad, weight_grad, bias_grad
 
 
 def parts_of(rows: int, tiles_of_a_part: int) -> int:
-    """In how many parts the rows are summed: enough to fill a GPU, at least PARTIAL_ROWS rows each, at least one."""
+    """Number of parts that the rows are summed in: enough to fill a GPU, at least PARTIAL_ROWS rows each, never 0."""
     return max(1, min(PARTIAL_PROGRAMS // tiles_of_a_part, rows // PARTIAL_ROWS))

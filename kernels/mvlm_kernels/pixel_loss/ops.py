@@ -1,6 +1,6 @@
-"""``torch.ops.mvlm_kernels.masked_pixel_loss`` and ``linear_pixel_loss``: backends, fakes and gradients.
+"""Operators ``torch.ops.mvlm_kernels.masked_pixel_loss`` and ``linear_pixel_loss``: backends, fakes and gradients.
 
-Both save one slope a pixel for the backward, d(loss of its patch) / d(prediction) before scaling.
+Both save one slope per pixel for the backward: F * d(loss of its patch) / d(prediction), with F = C*P*P pixels.
 """
 
 import torch
@@ -13,10 +13,12 @@ from mvlm_kernels.pixel_loss import reference
 
 
 def pixel_reasons(images: Tensor, patch_size: int) -> tuple[str, ...]:
+    """Reasons against Triton for ``masked_pixel_loss``."""
     return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
 
 
 def product_reasons(hidden: Tensor) -> tuple[str, ...]:
+    """Reasons against Triton for matrix products in hidden's dtype."""
     reasons = dispatch.device_reasons(hidden.device)
     if hidden.is_cuda and hidden.dtype == torch.float64:
         return (*reasons, "float64 products run in the interpreter only")
@@ -26,13 +28,14 @@ def product_reasons(hidden: Tensor) -> tuple[str, ...]:
 
 
 def linear_reasons(hidden: Tensor, images: Tensor, patch_size: int) -> tuple[str, ...]:
+    """Reasons against Triton for ``linear_pixel_loss``."""
     reasons = product_reasons(hidden) + tile_reasons(images.shape[1], patch_size)
     return reasons + (_mixed_reasons(hidden) if images.dtype == torch.float64 else ())
 
 
 def _mixed_reasons(hidden: Tensor) -> tuple[str, ...]:
-    """Against a loss in float64, which its images ask for, of narrower operands: the products have one accumulator."""
-    return () if hidden.dtype == torch.float64 else (f"images in float64 beside hidden in {hidden.dtype}",)
+    """Reason against a float64 loss (from float64 images) of narrower operands: kernels have one accumulator dtype."""
+    return () if hidden.dtype == torch.float64 else (f"images are float64 and hidden is {hidden.dtype}",)
 
 
 def _num_patches(images: Tensor, patch_size: int) -> int:
@@ -50,7 +53,7 @@ def _slope_fake(rows: Tensor, features: int, kind: str, with_slope: bool) -> Ten
     return rows.new_empty(shape, dtype=torch.int8 if kind == "l1" else rows.dtype)
 
 
-# ---- masked_pixel_loss as an op
+# ---- masked_pixel_loss
 
 
 def _masked(pred, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope):
@@ -83,7 +86,7 @@ class MaskedPixelLoss(torch.autograd.Function):
         loss, slope = forward(pred, *args)
         ctx.save_for_backward(slope)
         ctx.mark_non_differentiable(slope)
-        # Else a zero gradient of the slope's size would be made in every backward pass.
+        # Otherwise every backward pass would allocate a zero gradient of slope's size.
         ctx.set_materialize_grads(False)
         return loss, slope
 
@@ -113,7 +116,7 @@ masked_op = registration.define(
 )
 
 
-# ---- linear_pixel_loss as an op
+# ---- linear_pixel_loss
 
 
 def _linear(

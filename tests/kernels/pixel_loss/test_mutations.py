@@ -25,12 +25,13 @@ LINEAR_MUTANTS = [
 ]
 LINEAR_BACKWARD_MUTANTS = [
     ("for start in range(0, F, BLOCK_F):", "for start in range(0, F - BLOCK_F, BLOCK_F):"),
-    ("mask=(m < end)[:, None] & (f < F)[None, :]", "mask=(m < M)[:, None] & (f < F)[None, :]"),
+    ("m, f, last, K,", "m, f, M, K,"),
+    ("tl.program_id(0) * share", "0 * share"),
     ("end = tl.minimum((part + 1) * rows_per_part, M)", "end = tl.minimum((part + 1) * rows_per_part - 1, M)"),
     ("(across, down, parts)", "(across, down, parts - 1)"),
-    ("(part * F + f)[:, None] * D", "(0 * part * F + f)[:, None] * D"),
+    ("(part.to(tl.int64) * F + f)[:, None] * D", "f[:, None] * D"),
     ("partial_ptrs += n", "partial_ptrs += 0"),
-    ("if HAS_BIAS and tl.program_id(0) == 0:", "if HAS_BIAS and tl.program_id(0) == 1:"),
+    ("part * tl.num_programs(0) + tl.program_id(0)", "part * tl.num_programs(0)"),
 ]
 
 
@@ -51,7 +52,7 @@ def test_broken_masked_kernel_is_caught(old, new, tmp_path, poison):
 def exercise_linear():
     backward = importlib.import_module("mvlm_kernels.pixel_loss.linear_backward")
     images, ids = make_images((5, 3, 14, 21), torch.uint8, "contiguous"), make_ids(5, 17, 6)
-    shapes = (5, 17, 9), (147, 9), (147,)
+    shapes = (5, 17, 67), (147, 67), (147,)  # two tiles of width, which share the rows of the bias's sums
     hidden, weight, bias = (random(shape, torch.float32, i) for i, shape in enumerate(shapes))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backward, "PARTIAL_ROWS", 30)
