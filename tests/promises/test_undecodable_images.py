@@ -1,4 +1,4 @@
-"""ImageTable that cannot be decoded, met in training."""
+"""Undecodable images in training: replaced, counted, and alike on all ranks."""
 
 import io
 import itertools
@@ -98,7 +98,7 @@ def test_ranks_that_know_other_undecodable_images_see_what_one_rank_sees(damaged
 
 
 def test_the_limit_of_undecodable_images_holds_for_each_rank(damaged, tokenizer):
-    """A rank has met half of the samples, so half as many bad ones are too many, but for chance."""
+    """A rank has seen half of the samples, so half as many bad ones are too many, plus a margin."""
     loader = load(damaged, tokenizer, rank=1, world_size=2, max_bad_fraction=0.0)
     with pytest.raises(DataError, match="wanted at most 0% undecodable images, found 1 of 50"):
         stream(loader, 10)
@@ -117,7 +117,7 @@ def many(tmp_path):
 
 
 def of_all_ranks(dataset, tokenizer, state: dict[str, Any] | None, batches: int) -> dict[str, Any]:
-    """What a run of eight ranks saves after some batches, 40 samples each: the bad ones that any of them knows of."""
+    """The state that a run of eight ranks saves after some batches: the bad images known to any of them."""
     states = []
     for rank in range(8):
         loader = load(dataset, tokenizer, batch_size=40, rank=rank, world_size=8)
@@ -132,7 +132,7 @@ def of_all_ranks(dataset, tokenizer, state: dict[str, Any] | None, batches: int)
 
 @pytest.mark.slow
 def test_ranks_that_resume_see_what_uninterrupted_ranks_see(many, tokenizer):
-    """4 % are bad and 5 % may be: no rank may count against itself what the others had found."""
+    """4 % are bad and 5 % are allowed: a rank must not count what the others found against its own samples."""
     dataset = many(4)
     of_all_ranks(dataset, tokenizer, None, 20)  # two epochs
     half = of_all_ranks(dataset, tokenizer, None, 5)
@@ -144,7 +144,7 @@ def test_ranks_that_resume_see_what_uninterrupted_ranks_see(many, tokenizer):
 @pytest.mark.slow
 def test_too_many_undecodable_images_stop_ranks_however_often_they_resume(many, tokenizer):
     dataset = many(10)
-    assert of_all_ranks(dataset, tokenizer, None, 10)  # a rank alone sees too few of them to be sure
+    assert of_all_ranks(dataset, tokenizer, None, 10)  # one rank alone sees too few of them
 
     def often() -> None:
         state = None
@@ -159,7 +159,7 @@ def test_too_many_undecodable_images_stop_ranks_however_often_they_resume(many, 
 
 
 def test_samples_seen_by_a_rank_continue_from_its_state(many, tokenizer):
-    """30 % are bad: found within the first epoch, whether resumed after each batch or not at all."""
+    """30 % are bad, which is noticed within the first epoch, whether the run resumes after each batch or never."""
     dataset = many(30)
 
     def run(each: int) -> None:
@@ -196,9 +196,9 @@ def test_bytes_after_the_end_of_an_image_do_no_harm(tmp_path, tokenizer, caplog)
 
 @pytest.fixture
 def truncated(request, tmp_path):
-    """24 JPEGs, of which 5 is cut at 90 % and 17 at 97 %: many a window lies above the cut and can be decoded.
+    """24 JPEGs. Number 5 is truncated at 90 % and 17 at 97 %, so many crops above the cut decode.
 
-    A parameter is bytes after the end of every fourth.
+    The parameter is appended to every fourth file.
     """
     with tarfile.open(tmp_path / "train-000.tar", "w") as tar:
         for i in range(24):
@@ -293,7 +293,7 @@ def test_an_undecodable_substitute_is_replaced_alike_on_all_ranks(tmp_path, toke
         shares = [[i for i, _, _ in stream(loader, 5 * epochs)] for loader in ranks]
         assert [i for pair in zip(*shares, strict=True) for i in pair] == wanted, seed
         chains += any(substitute_sample(seed, 0, i, 10, {i}) in bad for i in bad)
-    assert chains > 0  # else nothing of this was tried
+    assert chains > 0  # else the case did not occur
 
 
 def test_a_pass_in_order_stops_at_an_undecodable_image(damaged, tokenizer):

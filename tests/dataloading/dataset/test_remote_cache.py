@@ -1,4 +1,4 @@
-"""Data that lie elsewhere, behind real servers on this machine: an object store and a web server."""
+"""The cache of remote data, with local servers: an object store and a web server."""
 
 import contextlib
 import functools
@@ -24,7 +24,7 @@ from support.data import write_dataset
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder; counts what is asked for, and fails at first where it is told to."""
+    """A server of a folder's files. It records requests, and fails once for each path in `fail`."""
 
     asked: list[str] = []  # noqa: RUF012
     fail: list[str] = []  # noqa: RUF012
@@ -71,7 +71,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def limit_to(monkeypatch, folder, shards: float) -> int:
-    """Set the cache's size to so many of the largest shards."""
+    """Set the cache size to that of `shards` of the largest shards."""
     size = int(shards * max(tar.stat().st_size for tar in folder.glob("*.tar")))
     monkeypatch.setenv("MVLM_CACHE_GB", repr(size / 1e9))
     return size
@@ -93,7 +93,7 @@ def assert_equal(found, wanted) -> None:
 
 
 def used(cache) -> int:
-    """Bytes of the shards in a cache, also while others come and go."""
+    """Bytes of the shards in a cache. Files may vanish meanwhile."""
     sizes = []
     for path in cache.glob("*/*.tar*"):
         with contextlib.suppress(FileNotFoundError):
@@ -104,7 +104,7 @@ def used(cache) -> int:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the server's and the client's packages
 def test_an_object_store_serves_a_data_set(folder, cache, tokenizer, monkeypatch):
-    """S3 as boto speaks it, over several epochs, in a cache that holds all."""
+    """S3 through boto, over several epochs, with a cache that holds all shards."""
     moto = pytest.importorskip("moto.server")
     boto3 = pytest.importorskip("boto3")
     for name, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1"}.items():
@@ -236,7 +236,7 @@ def test_the_tokenizer_of_a_remote_data_set_is_fetched(folder, web, cache, token
         own = {"tokenizer": hashlib.sha256(path.read_bytes()).hexdigest()}
         (folder / "dataset.json").write_text(json.dumps(json.loads(kept) | own))
         content = path.read_bytes()
-        path.write_bytes(content[:-1])  # as it is copied: what came then is not kept
+        path.write_bytes(content[:-1])  # during the copy: a damaged one is not kept
         dataset = open_dataset(web, "train")
         with pytest.raises(DataError, match=r"wanted the tokenizer that dataset\.json names, found another"):
             tokenizer_for(dataset, 300)
@@ -263,7 +263,7 @@ def test_remote_shards_outside_the_folder_are_refused(folder, web, cache):
 
 
 def test_a_shard_held_by_one_process_is_not_removed_by_another(folder, web, cache, monkeypatch):
-    """Two stages, as two jobs have them, in one cache with room for two shards."""
+    """Two jobs share a cache with room for two shards."""
     size = limit_to(monkeypatch, folder, 2.2)
     shards = json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"]
     one, two = RemoteCache(web, cache, size), RemoteCache(web, cache, size)
@@ -274,10 +274,10 @@ def test_a_shard_held_by_one_process_is_not_removed_by_another(folder, web, cach
     with pytest.raises(DataError, match="wanted room"):
         two.fetch([2])
     asked = len(Quiet.asked)
-    two.fetch([0])  # is there
+    two.fetch([0])  # cached already
     assert len(Quiet.asked) == asked
     one.release_except([])
-    with pytest.raises(DataError, match="wanted room"):  # the other holds it still
+    with pytest.raises(DataError, match="wanted room"):  # the other still holds it
         one.fetch([3])
     two.release_except([0])
     one.fetch([3])  # in place of 1, which nobody holds
@@ -288,7 +288,7 @@ def test_a_shard_held_by_one_process_is_not_removed_by_another(folder, web, cach
 
 
 def test_reading_captions_does_not_hold_shards(folder, web, cache, monkeypatch):
-    """A tokenizer is trained on all captions, with room for two shards; what a loader holds stays held."""
+    """Training a tokenizer on all captions works with room for two shards, and fetched shards stay held."""
     size = limit_to(monkeypatch, folder, 2.2)
     dataset = open_dataset(web, "train")
     assert tokenizer_for(dataset, 300).fingerprint == tokenizer_for(open_dataset(folder, "train"), 300).fingerprint
@@ -306,7 +306,7 @@ def test_reading_captions_does_not_hold_shards(folder, web, cache, monkeypatch):
 
 
 def test_a_shard_being_fetched_counts_in_the_cache_size(folder, web, cache, monkeypatch):
-    """One job has begun to fetch a shard when another makes room for its own: together they would be too large."""
+    """One job is fetching a shard when another makes room for its own. Both would exceed the limit."""
     size = limit_to(monkeypatch, folder, 1.5)
     shards = json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"]
     one, two = RemoteCache(web, cache, size), RemoteCache(web, cache, size)
@@ -339,7 +339,7 @@ def test_a_shard_being_fetched_counts_in_the_cache_size(folder, web, cache, monk
 
 
 def test_a_cached_file_may_vanish_while_room_is_made(folder, web, cache, monkeypatch):
-    """Between the listing and a look at its size, as when another job has just finished with it."""
+    """It vanishes between the listing and the stat, as when another job removes it."""
     size = limit_to(monkeypatch, folder, 1.5)
     cached = RemoteCache(web, cache, size)
     cached.register_shards(json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"])
@@ -365,7 +365,7 @@ for turn in range(10):
         try:
             cached.fetch([number])
             break
-        except DataError:  # the others hold all the room just now
+        except DataError:  # the other jobs hold all the room
             cached.release_except([])
             time.sleep(0.01)
     tar = cached.folder / shards[number]["tar"]
@@ -375,7 +375,7 @@ for turn in range(10):
 
 
 def test_jobs_can_share_a_remote_cache(folder, web, cache, monkeypatch):
-    """Three processes fetch, check and let go at once, with room for three shards."""
+    """Three processes fetch, verify and release shards concurrently, with room for three."""
     size = limit_to(monkeypatch, folder, 3.2)
     shards = json.dumps(json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"])
     command = [sys.executable, "-c", HAMMER, web, str(cache), str(size)]

@@ -24,7 +24,7 @@ def load(dataset, tokenizer, **settings) -> Loader:
 
 
 def rows(batches) -> list[dict]:
-    """Every sample of some batches on its own: what it is, whatever batch it came in."""
+    """The samples of batches one by one, independent of the batch that they came in."""
     found = []
     for batch, masks in batches:
         cuts = batch.cu_seqlens.tolist()

@@ -1,4 +1,4 @@
-"""The graph against numpy and Pillow."""
+"""The DALI graph against numpy and Pillow."""
 
 import io
 
