@@ -1,17 +1,13 @@
-"""Views: data sets of indices alone, and the behaviour of DALI's reader that they rely on."""
+"""Views: data sets of indices alone."""
 
 import hashlib
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from mvlm_dataloading import BuildOptions, DataError, Loader, ViewOptions, build_shards, make_view, open_dataset
-from mvlm_dataloading.loader.crop import CropGeometry
-from mvlm_dataloading.loader.pipeline import build_pipeline
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support import published
 
@@ -45,43 +41,6 @@ def keys(folder: Path, split: str = "train") -> list[str]:
 
 def named(dataset: str, numbers) -> list[str]:
     return [f"{dataset}{i:03d}" for i in numbers]
-
-
-def test_dali_follows_indices_that_permute_select_and_repeat(one, tmp_path):
-    """Views and the loader rely on this undocumented behaviour: lines in any order, in part, repeated, and tars named
-    several times. Checked for the installed version."""
-    lines = (one / "train-000000.idx").read_text().splitlines()[1:]
-    others = (one / "train-000001.idx").read_text().splitlines()[1:]
-    chosen = [[lines[i] for i in (4, 1, 1, 5)], [others[2]], [lines[i] for i in (0, 4)]]
-    tars = [str(one / f"train-00000{tar}.tar") for tar in (0, 1, 0)]
-    indices = []
-    for number, part in enumerate(chosen):
-        indices.append(tmp_path / f"{number}.idx")
-        indices[-1].write_text(f"v1.2 {len(part)}\n" + "\n".join(part) + "\n")
-    pipeline = build_pipeline(
-        tars, [*map(str, indices)], lambda batch: np.zeros((7, 4)), CropGeometry(image_size=32, random=False),
-        batch_size=7, num_threads=1,
-    )  # fmt: skip
-    wanted = [published.captions(i)[0] for i in (4, 1, 1, 5, 8, 0, 4)]
-    for _ in range(3):  # over several epochs
-        text = pipeline.run()[2]
-        assert [text.at(row).tobytes().decode().split("\n")[0] for row in range(7)] == wanted
-
-
-def test_dali_takes_the_extension_from_the_index(tmp_path):
-    """Otherwise tars with dots in their member names could not be read in place."""
-    tar = tmp_path / "dots.tar"
-    image = published.encoded(published.make_image(0))
-    with tarfile.open(tar, "w") as file:
-        published.add_members(file, [("a.b.c.jpg", image), ("a.b.c.txt", b"dots")])
-    (tmp_path / "dots.idx").write_text(
-        f"v1.2 1\njpg 512 {len(image)} a.b.c.jpg txt {1536 + len(image) // 512 * 512} 4 a.b.c.txt\n"
-    )
-    pipeline = build_pipeline(
-        [str(tar)], [str(tmp_path / "dots.idx")], lambda batch: np.zeros((1, 4)),
-        CropGeometry(image_size=32, random=False),         batch_size=1, num_threads=1,
-    )  # fmt: skip
-    assert pipeline.run()[2].at(0).tobytes() == b"dots"
 
 
 def test_a_view_of_everything_is_the_data_set(one, tmp_path):
