@@ -1,9 +1,9 @@
-"""Loading that is killed, and loading by several processes: the batches must be those of one undisturbed process.
+"""Kill loading processes, and load with several ranks: batches must equal those of one undisturbed process.
 
     python tests/promises/kill_loaders.py DATA [--kills 50]
 
-DATA is a folder of shards. One process imports everything and forks the ones that load, because an import takes longer
-than a trial. Prints a line for each part; exit code 1 if something differs.
+DATA is a folder of shards. One process imports everything and forks the loading ones, because an import takes longer
+than a trial. It prints a line per part, and exits with 1 if a batch differs.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def make_loader(
 
 
 def hashes(batch, masks) -> list[str]:
-    """For each row its sample id and a hash of all that a model gets of it."""
+    """For each row, its sample id and a hash of everything that a model gets."""
     found, cuts = [], batch.cu_seqlens.tolist()
     for row, i in enumerate(batch.sample_id.tolist()):
         hidden = masks.token_ids[(masks.token_ids >= cuts[row]) & (masks.token_ids < cuts[row + 1])] - cuts[row]
@@ -46,7 +46,7 @@ def hashes(batch, masks) -> list[str]:
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """Fork a process that does this and nothing else; its id."""
+    """Fork a process that only calls `work`. Returns its id."""
     pid = os.fork()
     if pid:
         return pid
@@ -89,7 +89,7 @@ def read_log(folder: Path) -> list[tuple[int, list[str]]]:
 
 
 def kill(dataset: Dataset, tokenizer: Tokenizer, kills: int, rng: random.Random) -> str | None:
-    """What differs from an undisturbed run, or None."""
+    """Kill loaders. Returns the difference from an undisturbed run, or None."""
     with tempfile.TemporaryDirectory() as folder:
         killed, whole = Path(folder) / "killed", Path(folder) / "whole"
         killed.mkdir()
@@ -98,7 +98,7 @@ def kill(dataset: Dataset, tokenizer: Tokenizer, kills: int, rng: random.Random)
             log, before = killed / "log", (killed / "log").stat().st_size if trial else 0
             log.touch()
             pid = in_child(lambda: load_until_killed(dataset, tokenizer, killed, None))
-            # One in five while it starts, the others between batches or within one.
+            # Kill one in five while it starts, the others between batches or within one.
             while trial % 5 and log.stat().st_size == before:
                 time.sleep(0.005)
             time.sleep(rng.uniform(0.0, 0.3))
@@ -123,12 +123,12 @@ def kill(dataset: Dataset, tokenizer: Tokenizer, kills: int, rng: random.Random)
 
 
 def ranks(dataset: Dataset, tokenizer: Tokenizer) -> str | None:
-    """1, 2 and 4 processes, then 1 -> 4 -> 2 within an epoch, against one process."""
+    """Compare 1, 2 and 4 processes, and 1 -> 4 -> 2 within an epoch, with one. Returns the difference, or None."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
 
         def run(name: str, world_size: int, state: dict | None, steps: int) -> tuple[list[str], dict]:
-            """All rows in the global order, and the state after them."""
+            """All rows in global order, and the state after them."""
 
             def work(rank: int) -> None:
                 loader = make_loader(dataset, tokenizer, rank=rank, world_size=world_size)

@@ -1,4 +1,4 @@
-"""Ten kills, and several ranks, as processes; `make faults` kills fifty."""
+"""Ten kills of loading processes, and several ranks; `make faults` has fifty kills."""
 
 import subprocess
 import sys
