@@ -37,7 +37,7 @@ def parse(target: Callable[..., Any], words: Sequence[str], *, prog: str, **opti
     except SystemExit as end:
         if not end.code:
             raise
-        raise ConfigError(f"{one_line(box.getvalue()).rstrip('.')}; `{prog} --help` tells more") from None
+        raise ConfigError(f"{one_line(box.getvalue()).rstrip('.')}; see `{prog} --help`") from None
     sys.stderr.write(box.getvalue())  # tyro's warnings, when parsing succeeded
     return parsed
 
@@ -53,7 +53,7 @@ def check_renamed(words: Sequence[str], prog: str) -> None:
         flag = flag.replace("_", "-")  # tyro takes both
         for old in (flag, f"{flag} {value or following}"):
             if old in renamed:
-                raise ConfigError(f"{old} is now {renamed[old]}; `{prog} --help` tells more")
+                raise ConfigError(f"{old} is now {renamed[old]}; see `{prog} --help`")
 
 
 def bound(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:

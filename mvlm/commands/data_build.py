@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
+class CommonOptions:
     """Options of all build commands."""
 
     against: tuple[Path, ...] = ()
@@ -41,10 +41,10 @@ def coco(
     root: Path,
     out: Path,
     /,
-    settings: BuildOptions = BuildOptions(),  # noqa: B008 (frozen)
+    build: BuildOptions = BuildOptions(),  # noqa: B008 (frozen)
     karpathy: Path | None = None,
     year: int | None = None,
-    work: Work = Work(),
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Build shards from COCO captions, with Karpathy's splits or the published ones.
 
@@ -56,16 +56,16 @@ def coco(
     """
     from mvlm_dataloading.sources.coco import coco
 
-    _build(coco(root, karpathy, year), out, settings, work)
+    _build(coco(root, karpathy, year), out, build, common)
 
 
 def flickr30k(
     root: Path,
     out: Path,
     /,
-    settings: BuildOptions = BuildOptions(),  # noqa: B008
+    build: BuildOptions = BuildOptions(),  # noqa: B008
     captions: Path | None = None,
-    work: Work = Work(),
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Build shards from Flickr30k.
 
@@ -77,17 +77,17 @@ def flickr30k(
     """
     from mvlm_dataloading.sources.flickr30k import flickr30k
 
-    _build(flickr30k(root, captions), out, settings, work)
+    _build(flickr30k(root, captions), out, build, common)
 
 
 def visual_genome(
     root: Path,
     out: Path,
     /,
-    settings: BuildOptions = BuildOptions(),  # noqa: B008
+    build: BuildOptions = BuildOptions(),  # noqa: B008
     validation: float = 0.0,
     test: float = 0.0,
-    work: Work = Work(),
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Build shards from Visual Genome, with the region descriptions of an image as its captions.
 
@@ -101,7 +101,7 @@ def visual_genome(
     """
     from mvlm_dataloading.sources.visual_genome import visual_genome
 
-    _build(visual_genome(root, validation, test), out, settings, work)
+    _build(visual_genome(root, validation, test), out, build, common)
 
 
 def cc3m(
@@ -109,8 +109,8 @@ def cc3m(
     /,
     train: tuple[Path, ...],
     validation: tuple[Path, ...] = (),
-    settings: BuildOptions = BuildOptions(),  # noqa: B008
-    work: Work = Work(),
+    build: BuildOptions = BuildOptions(),  # noqa: B008
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Build shards from Conceptual Captions 3M as img2dataset downloads it.
 
@@ -121,7 +121,7 @@ def cc3m(
     """
     from mvlm_dataloading.sources.tars import cc3m
 
-    _build(cc3m(train, validation), out, settings, work)
+    _build(cc3m(train, validation), out, build, common)
 
 
 def sbu(
@@ -129,8 +129,8 @@ def sbu(
     /,
     train: tuple[Path, ...],
     validation: tuple[Path, ...] = (),
-    settings: BuildOptions = BuildOptions(),  # noqa: B008
-    work: Work = Work(),
+    build: BuildOptions = BuildOptions(),  # noqa: B008
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Build shards from SBU captions as img2dataset downloads them.
 
@@ -141,7 +141,7 @@ def sbu(
     """
     from mvlm_dataloading.sources.tars import sbu
 
-    _build(sbu(train, validation), out, settings, work)
+    _build(sbu(train, validation), out, build, common)
 
 
 def folder(
@@ -156,8 +156,8 @@ def folder(
     test: float = 0.0,
     licence: str = "",
     name: str = "folder",
-    settings: BuildOptions = BuildOptions(),  # noqa: B008
-    work: Work = Work(),
+    build: BuildOptions = BuildOptions(),  # noqa: B008
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Build shards from a folder of images, with captions in a table or in one text file per image.
 
@@ -179,7 +179,7 @@ def folder(
         images, captions, image_column=image_column, caption_column=caption_column, split_column=split_column,
         validation=validation, test=test, licence=licence, name=name,
     )  # fmt: skip
-    _build(source, out, settings, work)
+    _build(source, out, build, common)
 
 
 def webdataset(
@@ -191,8 +191,8 @@ def webdataset(
     caption_field: str = "caption",
     licence: str = "",
     name: str = "webdataset",
-    settings: BuildOptions = BuildOptions(),  # noqa: B008
-    work: Work = Work(),
+    build: BuildOptions = BuildOptions(),  # noqa: B008
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Build shards from any WebDataset tars. (`mvlm data index` uses tars in place, with images unchecked.)
 
@@ -208,7 +208,7 @@ def webdataset(
     from mvlm_dataloading.sources.tars import webdataset
 
     source = webdataset(train, validation, test, caption_field=caption_field, licence=licence, name=name)
-    _build(source, out, settings, work)
+    _build(source, out, build, common)
 
 
 def huggingface(
@@ -223,8 +223,8 @@ def huggingface(
     test: float = 0.0,
     licence: str = "",
     name: str = "huggingface",
-    settings: BuildOptions = BuildOptions(),  # noqa: B008
-    work: Work = Work(),
+    build: BuildOptions = BuildOptions(),  # noqa: B008
+    common: CommonOptions = CommonOptions(),
 ) -> None:
     """Build shards from rows of Hugging Face `datasets` on disk: parquet files, or folders of save_to_disk.
 
@@ -246,10 +246,10 @@ def huggingface(
         [data], image_column=image_column, caption_column=caption_column, key_column=key_column, split=split,
         validation=validation, test=test, licence=licence, name=name,
     )  # fmt: skip
-    _build(source, out, settings, work)
+    _build(source, out, build, common)
 
 
-def _build(source: "Source", out: Path, settings: BuildOptions, work: Work) -> None:
+def _build(source: "Source", out: Path, build: BuildOptions, common: CommonOptions) -> None:
     from mvlm.progress import Counting
     from mvlm_dataloading.build.build import build_shards
     from mvlm_dataloading.dataset.description import read_description
@@ -258,9 +258,9 @@ def _build(source: "Source", out: Path, settings: BuildOptions, work: Work) -> N
         build_shards(
             source,
             out,
-            settings,
-            against=work.against,
-            workers=data_tools.processes(work.workers, len(source.pieces)),
+            build,
+            against=common.against,
+            workers=data_tools.processes(common.workers, len(source.pieces)),
             progress=lambda done: counting.show(done.pieces, done.of_pieces, done.records),
         )
     print(f"{out}: {data_tools.counts(read_description(out))}")

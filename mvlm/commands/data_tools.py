@@ -54,7 +54,7 @@ def view(
     /,
     sources: tuple[Path, ...],
     weights: tuple[float, ...] = (),
-    choice: ViewOptions = ViewOptions(),  # noqa: B008 (frozen)
+    selection: ViewOptions = ViewOptions(),  # noqa: B008 (frozen)
 ) -> None:
     """Select, deduplicate, subsample and mix data sets without writing a tar. The view is a data folder of indices.
 
@@ -65,7 +65,7 @@ def view(
     """
     from mvlm_dataloading.tools.view import make_view
 
-    description = make_view(out, sources, choice, weights=weights)
+    description = make_view(out, sources, selection, weights=weights)
     print(f"{out}: {counts(description)}")
     for reason, count in description["rejected"].items():
         print(f"left out: {count} {reason}")
