@@ -6,6 +6,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from mvlm.errors import ConfigError
@@ -48,7 +49,7 @@ def check_renamed(words: Sequence[str], prog: str) -> None:
     for command, names in RENAMED.items():
         if f"{prog} ".startswith(f"{command} "):  # the prog of `pretrain` ends in the preset
             renamed |= names
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         flag, _, value = word.partition("=")
         flag = flag.replace("_", "-")  # tyro takes both
         for old in (flag, f"{flag} {value or following}"):
