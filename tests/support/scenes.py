@@ -50,7 +50,7 @@ def write_scenes(folder: Path, counts: dict[str, int] | None = None, captions=No
 
 
 def overwrite(dataset: Dataset, part: str, ids, content: bytes | None = None) -> None:
-    """Damage the "image" or "text" of samples in place: zeros after the first 20 bytes, or the byte `content` throughout."""
+    """Damage the "image" or "text" of samples in place: zeros after 20 bytes, or the byte `content` throughout."""
     for i in ids:
         where = getattr(dataset, part)
         with dataset.tars[dataset.shard[i]].open("r+b") as tar:
