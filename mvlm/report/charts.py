@@ -1,7 +1,7 @@
 """Line charts as inline SVG, so that a report needs neither a network nor a plotting package."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from markupsafe import Markup
 
@@ -12,7 +12,7 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 12, 14, 30
 
 
 def line_chart(
-    title: str, series: dict[str, tuple[Sequence[float], Sequence[float]]], guides: dict[str, float] | None = None
+    title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], guides: Mapping[str, float] | None = None
 ) -> Markup:
     """An SVG with one polyline a series (name -> x values, y values) and dashed lines at the `guides` (name -> y).
 

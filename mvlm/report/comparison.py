@@ -1,7 +1,6 @@
 """Several runs side by side: one HTML file with their curves in the same charts, readable offline."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -132,7 +131,7 @@ def charts(metrics: dict[str, list[dict[str, Any]]]) -> list[Markup]:
     found = []
     for name, title in CURVES.items():
         # A run without the metric keeps an empty line, so that a run has the same colour in all charts.
-        series: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
+        series = {}
         for run, rows in metrics.items():
             kept = [row for row in rows if row.get(name) is not None]
             series[run] = ([row["step"] for row in kept], smooth([row[name] for row in kept], max(1, len(kept) // 60)))

@@ -114,7 +114,7 @@ def test_help_of_every_command(run_mvlm, command):
 
 
 def test_a_mistake_is_answered_without_importing_torch():
-    """In a process of its own, as a user meets it: one line, exit code 2, at once."""
+    """In a new process: one line, exit code 2, at once."""
     program = (
         "import sys, atexit, mvlm.cli\n"
         "atexit.register(lambda: print(sorted({'torch', 'nvidia.dali', 'tensorboard'} & set(sys.modules))))\n"

@@ -1,4 +1,4 @@
-"""`mvlm data check`, `index` and `view`, on whole and broken data sets and on a full disk."""
+"""`mvlm data check`, `index` and `view`, on intact and broken data sets and on a full disk."""
 
 import errno
 import shutil
