@@ -30,11 +30,11 @@ test: $(VENV)/.installed
 
 # Writers of shards, killed at 50 moments; `make test` has ten.
 faults-data: $(VENV)/.installed
-	$(BIN)/python tests/faults/kill_writers.py --trials 50
+	$(BIN)/python tests/promises/faults/kill_writers.py --trials 50
 
 # Fifty loading processes killed at random moments; `make test` kills ten.
 faults-loading: $(VENV)/.installed $(DATA)/dataset.json
-	$(BIN)/python tests/promises/kill_loaders.py $(DATA) --kills 50
+	$(BIN)/python tests/promises/faults/kill_loaders.py $(DATA) --kills 50
 
 # Kernels compile on a GPU, so this process must not interpret them.
 test-gpu: $(VENV)/.installed
@@ -51,7 +51,7 @@ traffic: $(VENV)/.installed
 # Both, and runs of a micro model, each disturbed in one way and resumed: a table, and a JSON file. About 3 s a trial.
 FAULTS ?= 1000
 faults: faults-data faults-loading
-	$(BIN)/python tests/faults/campaign.py --count $(FAULTS) --jobs $(JOBS) --json benchmarks/results/faults.json
+	$(BIN)/python tests/promises/faults/campaign.py --count $(FAULTS) --jobs $(JOBS) --json benchmarks/results/faults.json
 
 # Every measured figure of docs/, on a machine that does nothing else; MACHINE is part of
 # the files' names. Where there is a GPU, all of it runs there.
@@ -73,7 +73,7 @@ bench: $(VENV)/.installed $(DATA)/dataset.json
 # One run for two hours: memory and speed stay flat, nothing leaks.
 MINUTES ?= 120
 soak: $(VENV)/.installed
-	$(BIN)/python tests/faults/soak.py --minutes $(MINUTES) --json benchmarks/results/soak.json
+	$(BIN)/python tests/promises/faults/soak.py --minutes $(MINUTES) --json benchmarks/results/soak.json
 
 # The kernels' tests with the oldest and the newest supported Triton, each in its own environment. Before 3.7 Triton's
 # interpreter converts arrays of one element to scalars, which NumPy 2.4 refuses. Compiled kernels do not use NumPy.

@@ -11,7 +11,7 @@ from mvlm.config.recipes import pretrain_defaults
 from mvlm_benchmarks.step import overhead
 from mvlm_benchmarks.step.overhead import CallTimer, measure
 
-DATA = Path(__file__).parents[2] / "faults" / "data"
+DATA = Path(__file__).parents[2] / "promises" / "faults" / "data"
 
 
 def test_time_of_a_nested_function_counts_only_for_it():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-GUIDE = Path(__file__).parents[1] / "docs" / "guide.md"
+GUIDE = Path(__file__).parents[2] / "docs" / "guide.md"
 SHORT = ["--max-steps", "2", "--batch-size", "8"]
 
 

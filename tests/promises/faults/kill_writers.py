@@ -1,6 +1,6 @@
 """Kill the writing of shards at random moments, give the same command again, compare with a run that was not killed.
 
-    python tests/faults/kill_writers.py --trials 50
+    python tests/promises/faults/kill_writers.py --trials 50
 
 Moments are counted in events: every file that is opened, renamed or removed, every wait for the disk, and every write
 to a tar, which then ends half-way. A third of the trials have a disk that is full from that moment on instead; each

@@ -1,6 +1,6 @@
 """A soak: one run for hours on small data, watched from outside. Memory and speed have to stay flat, nothing may leak.
 
-    python tests/faults/soak.py --minutes 120 --json benchmarks/results/soak.json
+    python tests/promises/faults/soak.py --minutes 120 --json benchmarks/results/soak.json
 
 Memory is flat when its median over the last fifth of the time is within 5 % of that over the second fifth, speed when
 its median is within 10 %; open files, threads and processes may not be more, but for those of one save. Speed is judged

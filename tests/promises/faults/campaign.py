@@ -1,6 +1,6 @@
 """A fault campaign: runs of a micro model, each disturbed in one way, and what became of them.
 
-    python tests/faults/campaign.py --count 1000 --jobs 2 --json benchmarks/results/faults.json
+    python tests/promises/faults/campaign.py --count 1000 --jobs 2 --json benchmarks/results/faults.json
 
 After it was resumed, every trial has to end in the weights and the metrics of the undisturbed run, to the bit, or in
 one clear error that left every file as it was. Trials differ in kind, place and moment, drawn from (seed, number).

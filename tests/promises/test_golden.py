@@ -4,7 +4,7 @@ They hold what nobody means to change: a refactoring that moves a digit has chan
 samples, a mask, a draw or the initialisation. Renew them, saying why in the commit, when a change means to move them:
 another recipe for `tiny`, another order of operations, another torch, other data. This file renews them:
 
-    python tests/mvlm/test_golden.py
+    python tests/promises/test_golden.py
 """
 
 import json
@@ -20,7 +20,7 @@ import pytest
 import torch
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
-DATA = Path(__file__).parents[1] / "faults" / "data"
+DATA = Path(__file__).parent / "faults" / "data"
 LOSSES = ("mlm", "mim", "itc", "itm")
 
 

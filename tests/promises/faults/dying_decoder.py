@@ -1,6 +1,6 @@
 """A decoder that kills its process on some pictures, and what becomes of the data set: called by test_build.py.
 
-    python tests/faults/dying_decoder.py OUT
+    python tests/promises/faults/dying_decoder.py OUT
 
 Processes that are started from here import this file again, and get the deadly decoder by it.
 """

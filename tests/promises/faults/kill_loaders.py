@@ -1,6 +1,6 @@
 """Loading that is killed, and loading by several processes: the batches must be those of one undisturbed process.
 
-    python tests/promises/kill_loaders.py DATA [--kills 50]
+    python tests/promises/faults/kill_loaders.py DATA [--kills 50]
 
 DATA is a folder of shards. One process imports everything and forks the ones that load, because an import takes longer
 than a trial. Prints a line for each part; exit code 1 if something differs.

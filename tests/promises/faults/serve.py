@@ -1,6 +1,6 @@
 """The trials of test_ranks.py, asked for by name; they share a process that has everything imported.
 
-echo "1 to 2, ddp" | python tests/faults/serve.py
+echo "1 to 2, ddp" | python tests/promises/faults/serve.py
 """
 
 import json

@@ -1,8 +1,8 @@
 """Draw the committed data set anew: pictures of one or two shapes on a ground, and their captions.
 
-    python tests/faults/make_data.py
+    python tests/promises/faults/make_data.py
 
-Its bytes are part of the golden losses, so whoever draws it anew renews those too (tests/mvlm/test_golden.py).
+Its bytes are part of the golden losses, so whoever draws it anew renews those too (tests/promises/test_golden.py).
 """
 
 import io
@@ -41,7 +41,12 @@ def main() -> None:
     shutil.rmtree(DATA, ignore_errors=True)
     rng = np.random.default_rng(0)
     with ShardWriter(
-        DATA, name="shapes", source="drawn by tests/faults/make_data.py", licence="CC0", attribution="", recipe={}
+        DATA,
+        name="shapes",
+        source="drawn by tests/promises/faults/make_data.py",
+        licence="CC0",
+        attribution="",
+        recipe={},
     ) as writer:
         for split, count in (("train", 60), ("validation", 8), ("test", 8)):
             for i in range(count):
