@@ -1,19 +1,17 @@
-"""A fault campaign: runs of a micro model, each disturbed in one way, and what became of them.
+"""A fault campaign: runs of a micro model, each disturbed in one way and then resumed.
 
     python tests/promises/faults/campaign.py --count 1000 --jobs 2 --json benchmarks/results/faults.json
 
-After it was resumed, every trial has to end in the weights and the metrics of the undisturbed run, to the bit, or in
-one clear error that left every file as it was. Trials differ in kind, place and moment, drawn from (seed, number).
+After it was resumed, every run has to end with the weights and the metrics of the undisturbed run, to the bit, or with
+one clear error that leaves every file as it was. Trials differ in kind, place and moment, drawn from (seed, number).
 """
 
 import argparse
 import collections
 import json
-import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -24,138 +22,39 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import zygote
-from safetensors.torch import load_file
-from zygote import Trial, configuration, spawn, wait
+sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order: tests/mvlm must not hide mvlm
 
 from mvlm.runs.checkpoint import checkpoints
-from mvlm.runs.folder import read_metrics
-from mvlm.training.run import pretrain
+from support.faults import injections
+from support.faults.campaign import Campaign, Failed, end_of_log, file_bytes, require, require_log
+from support.faults.forked_runs import STEPS
 
-DATA = Path(__file__).parent / "data"
-STEPS = 12
-PASSING = ("pairs_per_s", "data_wait_s", "memory_mb", "mfu")
-"""Fields of metrics.jsonl that no two runs share."""
-
-
-class Failed(Exception):
-    """A trial that did not end as it has to."""
-
-
-def contents(folder: Path) -> dict[str, Any]:
-    """A checkpoint's tensors, bytes by file and name, and its state."""
-    found: dict[str, Any] = {"state": (folder / "state.json").read_text()}
-    for path in sorted(folder.glob("*/*.safetensors")):
-        found |= {f"{path.relative_to(folder)}/{name}": t.numpy().tobytes() for name, t in load_file(path).items()}
-    return found
-
-
-def outcome(run: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The final weights and state of a run, and its metrics but times, rates and memory."""
-    rows = [{k: v for k, v in row.items() if k not in PASSING} for row in read_metrics(run / "metrics.jsonl")]
-    return contents(run / "checkpoints" / f"step_{STEPS:08d}"), rows
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def require(condition: bool, message: str) -> None:
-    if not condition:
-        raise Failed(message)
-
-
-class Campaign:
-    """The undisturbed runs, and the trials against them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.data = folder, folder / "data"
-        shutil.copytree(DATA, self.data)
-        for index in self.data.glob("*.idx"):
-            os.utime(index)  # a checkout may have made the tar after its index
-        # What is imported and set up on first use is so before any fork, and need not be again in each.
-        pretrain(configuration(self.data, folder / "warm"))
-        self._whole: dict[str, Path] = {}
-
-    def whole(self, ranks: int = 1, **changes: Any) -> Path:
-        """The undisturbed run with these changes of the configuration, which is made when it is first asked for."""
-        asked = json.dumps([ranks, changes], sort_keys=True)
-        if asked not in self._whole:
-            out = self.folder / f"whole-{len(self._whole)}"
-            codes = self.run(out, ranks, **changes)
-            require(codes == [0] * ranks, f"the undisturbed run ended with {codes}: {log_of(out)}")
-            self._whole[asked] = out
-        return self._whole[asked]
-
-    def run(
-        self, out: Path, ranks: int = 1, before: dict[int, Callable[[], None]] | None = None, **changes
-    ) -> list[int]:
-        """Run (or resume) to the end; `before` arranges a rank's fault. Returns the ranks' exit codes."""
-        environment: dict[str, str] = {}
-        if ranks > 1:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = free.getsockname()[1]
-            environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-        config = configuration(self.data, out, **changes)
-        processes = []
-        for rank in range(ranks):
-            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-            fault = (before or {}).get(rank)
-            processes.append(spawn(Trial(config, out.with_suffix(".log"), own, fault)))
-        return [wait(process) for process in processes]
-
-    def ends_as_undisturbed(self, out: Path, ranks: int = 1, **changes: Any) -> None:
-        """Resume until the run is complete, and compare it with the undisturbed one."""
-        codes = self.run(out, ranks, **changes)
-        require(codes == [0] * ranks, f"resuming ended with {codes}: {log_of(out)}")
-        self.is_as_undisturbed(out, ranks, **changes)
-
-    def is_as_undisturbed(self, out: Path, ranks: int = 1, **changes: Any) -> None:
-        """Compare a complete run with the undisturbed one: tensors, state and metrics, to the bit."""
-        state, rows = outcome(out)
-        whole_state, whole_rows = outcome(self.whole(ranks, **changes))
-        wrong = [name for name in whole_state if state.get(name) != whole_state[name]]
-        require(not wrong and state.keys() == whole_state.keys(), f"another end: {wrong[:3]}")
-        require(rows == whole_rows, "other metrics")
-
-
-def log_of(out: Path) -> str:
-    lines = out.with_suffix(".log").read_text().splitlines()
-    return " | ".join(lines[-3:])
-
-
-def told(out: Path, words: str) -> None:
-    require(words in out.with_suffix(".log").read_text(), f"wanted {words!r} in: {log_of(out)}")
-
-
-# Each kind of fault: a trial in the folder `out`, with a generator for what is random in it. Returns the place.
+# One function a kind of fault. Each does one trial in the folder `out`, draws its random choices from `draw`, and
+# returns the place of the fault.
 
 
 def killed(campaign: Campaign, out: Path, draw: random.Random) -> str:
     """kill -9 in the step, in the loader, or between two operations of a save."""
     place = draw.choice(["step", "data", "save"])
     if place == "save":
-        before = partial(zygote.in_save, draw.randrange(50), zygote.kill())
+        before = partial(injections.at_save, draw.randrange(50), injections.kill())
     else:
-        arrange = zygote.at_step if place == "step" else zygote.in_data
-        before = partial(arrange, draw.randint(1, STEPS), zygote.kill())
-    codes = campaign.run(out, before={0: before})
-    require(codes == [-signal.SIGKILL], f"ended with {codes}: {log_of(out)}")
-    campaign.ends_as_undisturbed(out)
+        arrange = injections.at_step if place == "step" else injections.at_batch
+        before = partial(arrange, draw.randint(1, STEPS), injections.kill())
+    codes = campaign.run(out, faults={0: before})
+    require(codes == [-signal.SIGKILL], f"ended with {codes}: {end_of_log(out)}")
+    campaign.require_resume(out)
     return place
 
 
 def killed_twice(campaign: Campaign, out: Path, draw: random.Random) -> str:
-    """kill -9, and kill -9 again in the attempt to go on."""
+    """kill -9, and kill -9 again while the run resumes."""
     killed_at = draw.randint(4, STEPS)
-    campaign.run(out, before={0: partial(zygote.at_step, killed_at, zygote.kill())})
-    again = partial(zygote.in_save, draw.randrange(12), zygote.kill())
-    codes = campaign.run(out, before={0: again})
-    require(codes == [-signal.SIGKILL], f"ended with {codes}: {log_of(out)}")
-    campaign.ends_as_undisturbed(out)
+    campaign.run(out, faults={0: partial(injections.at_step, killed_at, injections.kill())})
+    again = partial(injections.at_save, draw.randrange(12), injections.kill())
+    codes = campaign.run(out, faults={0: again})
+    require(codes == [-signal.SIGKILL], f"ended with {codes}: {end_of_log(out)}")
+    campaign.require_resume(out)
     return "step, then save"
 
 
@@ -164,39 +63,39 @@ def asked_to_stop(campaign: Campaign, out: Path, draw: random.Random) -> str:
     how = draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, None])
     step = draw.randint(1, STEPS - 1)
     notice = out.with_suffix(".notice")
-    action = zygote.kill(how) if how is not None else notice.touch
+    action = injections.kill(how) if how is not None else notice.touch
     changes: dict[str, Any] = {} if how is not None else {"preemption_file": notice}
-    codes = campaign.run(out, before={0: partial(zygote.at_step, step, action)}, **changes)
-    require(codes == [0], f"ended with {codes}: {log_of(out)}")
+    codes = campaign.run(out, faults={0: partial(injections.at_step, step, action)}, **changes)
+    require(codes == [0], f"ended with {codes}: {end_of_log(out)}")
     newest = checkpoints(out / "checkpoints")[-1].name
-    if how is not None:  # the file is looked for once a second
+    if how is not None:  # the loop looks for the file only once a second
         require(newest == f"step_{step:08d}", f"asked in step {step}, saved {newest}")
-    campaign.ends_as_undisturbed(out)
+    campaign.require_resume(out)
     return how.name if how is not None else "file"
 
 
 def disk_full(campaign: Campaign, out: Path, draw: random.Random) -> str:
-    """A write fails for want of space: training goes on, or the run ends with one error if it was its last save."""
-    codes = campaign.run(out, before={0: partial(zygote.in_save, draw.randrange(50), zygote.disk_full)})
-    told(out, "could not save")
-    told(out, "No space left on device")
-    require(codes in ([0], [2]), f"ended with {codes}: {log_of(out)}")
+    """A write finds the disk full: training goes on, or the run ends with one error if it was the last save."""
+    codes = campaign.run(out, faults={0: partial(injections.at_save, draw.randrange(50), injections.disk_full)})
+    require_log(out, "could not save")
+    require_log(out, "No space left on device")
+    require(codes in ([0], [2]), f"ended with {codes}: {end_of_log(out)}")
     if codes == [2]:
-        told(out, "could not be written (the reason is above), and the run ends here")
-    campaign.ends_as_undisturbed(out)
+        require_log(out, "could not be written (the reason is above), and the run ends here")
+    campaign.require_resume(out)
     return "an earlier save" if codes == [0] else "the last save"
 
 
 def damaged(campaign: Campaign, out: Path, draw: random.Random, how: str) -> str:
-    """The newest checkpoint, or both, are damaged while the run is down: the older one is used, or one clear error."""
-    campaign.run(out, before={0: partial(zygote.at_step, draw.randint(10, STEPS), zygote.kill())})
+    """The newest checkpoint, or every one, is damaged after a kill: an older one is used, or one clear error."""
+    campaign.run(out, faults={0: partial(injections.at_step, draw.randint(10, STEPS), injections.kill())})
     folders = checkpoints(out / "checkpoints")
-    # Three, where the kill fell between the rename of the newest and the removal of the oldest.
+    # Three if the kill fell between the rename of the newest and the removal of the oldest.
     require(len(folders) in (2, 3), f"wanted two or three checkpoints, found {len(folders)}")
     files = sorted(str(p.relative_to(folders[-1])) for p in folders[-1].rglob("*.*") if p.is_file())
     name = draw.choice(files)
-    both = draw.random() < 0.2  # or all three
-    for folder in folders if both else folders[-1:]:
+    every = draw.random() < 0.2
+    for folder in folders if every else folders[-1:]:
         content = bytearray((folder / name).read_bytes())
         place = draw.randrange(len(content))
         if how == "bit flip":
@@ -204,52 +103,54 @@ def damaged(campaign: Campaign, out: Path, draw: random.Random, how: str) -> str
         else:
             del content[place:]
         (folder / name).write_bytes(content)
-    if both:
-        before = files_of(out)
+    if every:
+        before = file_bytes(out)
         codes = campaign.run(out)
-        require(codes == [2], f"ended with {codes}: {log_of(out)}")
-        told(out, "no checkpoint is whole; remove the folder to start again, or restore one")
-        require(files_of(out) == before, "files were changed")
-        return "both, an error"
-    campaign.ends_as_undisturbed(out)
-    if name != "manifest.json":  # there it may be a digest that changed, or the blank between two
-        told(out, f"{name}: ")
-        told(out, "looking for an older checkpoint")
+        require(codes == [2], f"ended with {codes}: {end_of_log(out)}")
+        require_log(out, "no checkpoint is whole; remove the folder to start again, or restore one")
+        require(file_bytes(out) == before, "files were changed")
+        return "both, an error"  # the name in committed tables
+    campaign.require_resume(out)
+    if name != "manifest.json":  # a changed digest there is reported for the file it belongs to
+        require_log(out, f"{name}: ")
+        require_log(out, "looking for an older checkpoint")
     return name.split("/")[0]
 
 
 def not_finite(campaign: Campaign, out: Path, draw: random.Random) -> str:
-    """The loss is NaN: the run stops with a diagnosis, and goes on as if nothing had been when the cause is gone."""
+    """The loss is NaN: the run stops with a diagnosis. Resumed without the cause, it ends as the undisturbed run."""
     step = draw.randint(1, STEPS)
-    codes = campaign.run(out, before={0: partial(zygote.poison, step, draw.randint(1, 3))}, max_bad_steps=0)
-    require(codes == [1], f"ended with {codes}: {log_of(out)}")
-    told(out, f"mvlm: step {step}: mim is nan, grad_norm is nan; the update was not made")
-    told(out, "Its samples: ")
-    campaign.ends_as_undisturbed(out)
+    codes = campaign.run(out, faults={0: partial(injections.nan_loss, step, draw.randint(1, 3))}, max_bad_steps=0)
+    require(codes == [1], f"ended with {codes}: {end_of_log(out)}")
+    require_log(out, f"mvlm: step {step}: mim is nan, grad_norm is nan; the update was not made")
+    require_log(out, "Its samples: ")
+    campaign.require_resume(out)
     return "step"
 
 
 def stalled(campaign: Campaign, out: Path, draw: random.Random) -> str:
-    """The loader or the step stands still: the watchdog ends the run with stacks."""
-    place, arrange = draw.choice([("loader", zygote.in_data), ("step", zygote.at_step)])
-    codes = campaign.run(out, before={0: partial(arrange, draw.randint(2, STEPS), zygote.stall)}, stall_minutes=2 / 60)
-    require(codes == [3], f"ended with {codes}: {log_of(out)}")
-    told(out, "more than --stall-minutes")
+    """The loader or the step hangs: the watchdog ends the run and writes stacks."""
+    place, arrange = draw.choice([("loader", injections.at_batch), ("step", injections.at_step)])
+    codes = campaign.run(
+        out, faults={0: partial(arrange, draw.randint(2, STEPS), injections.stall)}, stall_minutes=2 / 60
+    )
+    require(codes == [3], f"ended with {codes}: {end_of_log(out)}")
+    require_log(out, "more than --stall-minutes")
     require("in stall" in (out / "stalled_rank_00000.txt").read_text(), "no stacks")
-    campaign.ends_as_undisturbed(out)
+    campaign.require_resume(out)
     return place
 
 
 def lost_rank(campaign: Campaign, out: Path, draw: random.Random) -> str:
-    """One of two ranks is killed, or stands still: the other ends too, and both go on from the last checkpoint."""
-    place, action = draw.choice([("killed", zygote.kill()), ("stalled", zygote.stall)])
+    """One of two ranks is killed or hangs: the other ends too, and both resume from the last checkpoint."""
+    place, action = draw.choice([("killed", injections.kill()), ("stalled", injections.stall)])
     rank = draw.randrange(2)
-    fault = partial(zygote.at_step, draw.randint(2, STEPS), action)
-    codes = campaign.run(out, ranks=2, before={rank: fault}, stall_minutes=(4 if place == "stalled" else 30) / 60)
-    require(0 not in codes, f"ended with {codes}: {log_of(out)}")
+    fault = partial(injections.at_step, draw.randint(2, STEPS), action)
+    codes = campaign.run(out, ranks=2, faults={rank: fault}, stall_minutes=(4 if place == "stalled" else 30) / 60)
+    require(0 not in codes, f"ended with {codes}: {end_of_log(out)}")
     if place == "killed":
-        told(out, f"mvlm: rank {1 - rank} lost another rank after step ")
-    campaign.ends_as_undisturbed(out, 2)
+        require_log(out, f"mvlm: rank {1 - rank} lost another rank after step ")
+    campaign.require_resume(out, 2)
     return f"rank {rank} {place}"
 
 
@@ -267,11 +168,12 @@ KINDS: dict[str, Callable[[Campaign, Path, random.Random], str]] = {
 
 
 Rows = dict[tuple[str, str], collections.Counter[str]]
-"""By fault and place, how many trials passed and failed."""
+"""Numbers of trials that passed and failed, by fault and place."""
 
 
 def trials(numbers: range, seed: int, until: float) -> tuple[Rows, list[dict[str, Any]]]:
-    """The trials with these numbers, none begun after `until` (of time.monotonic): the table, and what failed."""
+    """Do the trials with these numbers, and start none after `until` (of time.monotonic). Returns the table and the
+    failures."""
     rows: Rows = collections.defaultdict(collections.Counter)
     failures = []
     with tempfile.TemporaryDirectory(prefix="mvlm-faults-") as folder:
@@ -286,7 +188,7 @@ def trials(numbers: range, seed: int, until: float) -> tuple[Rows, list[dict[str
             try:
                 place = KINDS[kind](campaign, out, draw)
                 rows[kind, place]["passed"] += 1
-            except Exception as error:  # a trial's own mistake is a failure as well, and the others go on
+            except Exception as error:  # a mistake in the trial is a failure too, and must not stop the others
                 rows[kind, place]["failed"] += 1
                 message = str(error) if isinstance(error, Failed) else repr(error)
                 failures.append({"number": number, "kind": kind, "message": message})
@@ -301,9 +203,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=40, help="trials")
     parser.add_argument("--jobs", type=int, default=1, help="processes that share the trials")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no trial after this")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no trial after this time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args()
     started = time.monotonic()
     shares = [range(k, arguments.count, arguments.jobs) for k in range(arguments.jobs)]
@@ -311,7 +213,7 @@ def main() -> None:
     if arguments.jobs == 1:
         found = [work(shares[0])]
     else:
-        # A fresh interpreter each: every share forks its own runs.
+        # Each in a new interpreter, because every share forks its own runs.
         with ProcessPoolExecutor(arguments.jobs, mp_context=get_context("spawn")) as pool:
             found = list(pool.map(work, shares))
     rows: Rows = collections.defaultdict(collections.Counter)

@@ -1,4 +1,4 @@
-"""Ten kills, and several ranks, as processes; `make faults` kills fifty."""
+"""Ten killed loading processes, and several ranks. `make faults-loading` kills fifty."""
 
 import subprocess
 import sys

@@ -1,7 +1,7 @@
-"""What torchrun starts in elastic.py: `python -m mvlm`, and in it the end of a process, if MVLM_KILL asks for one.
+"""Worker that torchrun starts in elastic.py: `python -m mvlm`, which kills itself if MVLM_KILL says so.
 
-MVLM_KILL is "RANK STEP worker" or "RANK STEP node": in the middle of that step of the first attempt that rank gets
-SIGKILL, and with "node" its agent gets one before it.
+MVLM_KILL is "RANK STEP worker" or "RANK STEP node". In the middle of that step of the first attempt, that rank gets
+SIGKILL. With "node", its agent gets SIGKILL before it.
 """
 
 import os
@@ -9,22 +9,21 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import zygote
+sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order: tests/mvlm must not hide mvlm
 
 from mvlm import cli
+from support.faults import injections
 
 
-def end(what: str) -> None:
-    if what == "node":
+def end(target: str) -> None:
+    if target == "node":
         os.kill(os.getppid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 asked = os.environ.get("MVLM_KILL")
 if asked is not None and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    rank, step, what = asked.split()
+    rank, step, target = asked.split()
     if rank == os.environ["RANK"]:
-        zygote.at_step(int(step), lambda: end(what))
+        injections.at_step(int(step), lambda: end(target))
 cli.main()
