@@ -1,6 +1,5 @@
 """Fixtures of the tests of `mvlm`: a small data set on disk, a trained run, the command line, and a full disk."""
 
-import os
 import resource
 import shutil
 import sys
@@ -9,19 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
 from mvlm import cli
 from mvlm_dataloading import Dataset, Tokenizer, open_dataset, tokenizer_for
 from support.commands import Outcome
 from support.models import MICRO, pretrain_config
 from support.scenes import write_scenes
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("gpu") and not (torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] == "0"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device and TRITON_INTERPRET=0: run `make test-gpu`"))
 
 
 @pytest.fixture(scope="session")
@@ -81,23 +73,6 @@ def file_limit():
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limited
-
-
-@pytest.fixture
-def without_tensorboard(monkeypatch) -> None:
-    """Runs that write no TensorBoard events, which take longer than the micro model's steps."""
-    import mvlm.training.loggers
-
-    class Board:
-        def __init__(self, *_, **__): ...
-
-        def add_scalar(self, *_): ...
-
-        def add_image(self, *_, **__): ...
-
-        def close(self): ...
-
-    monkeypatch.setattr(mvlm.training.loggers, "SummaryWriter", Board)
 
 
 @pytest.fixture

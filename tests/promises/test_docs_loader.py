@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "loader.md").read_text()
 # Its commands take minutes; other tests run them on less data.
 ELSEWHERE = {
-    "python tests/promises/kill_loaders.py data/emoji --kills 50",  # test_killed_loaders
+    "python tests/promises/faults/kill_loaders.py data/emoji --kills 50",  # test_killed_loaders
     "mvlm bench data --data data/photos",  # tests/benchmarks/data/test_run.py, both
     "mvlm bench data --data data/photos --soak 200000 --start 1000000 --step step.json",
 }

@@ -21,7 +21,7 @@ from support.data import build_records, file_contents, make_record, read_json_li
 ROOT = Path(__file__).parents[3]
 
 
-FAULTS = ROOT / "tests" / "faults"
+FAULTS = ROOT / "tests" / "promises" / "faults"
 
 
 def environment(**more: str) -> dict[str, str]:

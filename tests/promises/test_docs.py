@@ -1,11 +1,10 @@
-"""Every command in docs/guide.md runs, in order, as written, but for the length of the pretraining; so does every
-example of an op.
+"""Commands and examples of docs/ run as written, in order. Only pretraining is shortened.
+
+docs/data.md and docs/loader.md are run by test_docs_data.py and test_docs_loader.py.
 """
 
-import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +12,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-GUIDE = Path(__file__).parents[1] / "docs" / "guide.md"
+from mvlm.cli import run_command
+from support.shapes import copy_shapes
+
+ROOT = Path(__file__).parents[2]
+GUIDE, TRAINING = ROOT / "docs" / "guide.md", ROOT / "docs" / "training.md"
 SHORT = ["--max-steps", "2", "--batch-size", "8"]
 
 
-def blocks(language: str, page: Path = GUIDE) -> list[str]:
+def blocks(language: str, page: Path) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
@@ -25,7 +28,7 @@ def blocks(language: str, page: Path = GUIDE) -> list[str]:
 def guide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("guide")
     Image.new("RGB", (80, 60), "red").save(folder / "image.png")
-    commands = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
+    commands = [shlex.split(line) for block in blocks("sh", GUIDE) for line in block.splitlines()]
     assert len(commands) >= 7
     for words in commands:
         assert words[0] == "mvlm"
@@ -35,22 +38,24 @@ def guide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_commands_leave_what_the_guide_says(guide_folder: Path) -> None:
+@pytest.mark.slow
+def test_commands_of_the_guide_run(guide_folder: Path) -> None:
     for name in ("data/emoji/dataset.json", "runs/guide/eval/test.json", "runs/guide/report.html", "rebuilt.png"):
         assert (guide_folder / name).stat().st_size > 0
     with Image.open(guide_folder / "rebuilt.png") as rebuilt:
         assert rebuilt.size == (4 * 96, 96)
 
 
-def test_python_blocks_run(guide_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_python_of_the_guide_runs(guide_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(guide_folder)
-    for block in blocks("python"):
+    for block in blocks("python", GUIDE):
         names: dict[str, object] = {}
         exec(block, names)
         assert names["model"].training is False  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@pytest.mark.parametrize("page", sorted(GUIDE.parent.glob("kernels/*.md")), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/kernels/*.md")), ids=lambda page: page.stem)
 def test_examples_of_the_ops_run(page: Path) -> None:
     assert blocks("python", page)
     for block in blocks("python", page):
@@ -58,34 +63,21 @@ def test_examples_of_the_ops_run(page: Path) -> None:
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    root = GUIDE.parents[1]
-    for page in [*root.glob("*.md"), *root.glob("docs/**/*.md")]:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
             if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name} points to {target}, which is not there"
+                assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
 
 
-TRAINING = GUIDE.with_name("training.md")
-
-
+@pytest.mark.slow
 def test_commands_of_the_training_page_run(tmp_path, monkeypatch, capsys) -> None:
-    """In one process, on the committed pictures in place of the emoji that the guide's commands build."""
-    from mvlm.cli import run_command
-
+    """They run in one process, on the committed images in place of the emoji that the guide's commands build."""
     monkeypatch.chdir(tmp_path)
-    data = shutil.copytree(Path(__file__).parent / "faults" / "data", tmp_path / "data" / "emoji")
-    for index in data.glob("*.idx"):
-        os.utime(index)
+    copy_shapes(tmp_path / "data" / "emoji")
     commands = [shlex.split(line) for block in blocks("sh", TRAINING) for line in block.splitlines()]
     assert [words[1] for words in commands] == [
-        "data",
-        "doctor",
-        "pretrain",
-        "pretrain",
-        "pretrain",
-        "report",
-        "export",
-    ]
+        "data", "doctor", "pretrain", "pretrain", "pretrain", "report", "export",
+    ]  # fmt: skip
     for words in commands[1:]:
         short = SHORT if words[1] == "pretrain" else SHORT[2:] if words[1] == "doctor" else []
         run_command([*words[1:], *short])
@@ -98,9 +90,9 @@ def test_commands_of_the_training_page_run(tmp_path, monkeypatch, capsys) -> Non
         assert (tmp_path / name).stat().st_size > 0
 
 
-def test_each_promise_names_a_test_that_there_is() -> None:
+def test_each_promise_of_the_training_page_names_a_test() -> None:
     promises = re.findall(r"^\| .* \| `(tests/\S+)::(test_\w+)` \|$", TRAINING.read_text(), re.MULTILINE)
     assert len(promises) >= 20
     for file, name in promises:
-        text = (GUIDE.parents[1] / file).read_text()
-        assert re.search(rf"^def {name}\(", text, re.MULTILINE), f"{file}::{name} is not there"
+        text = (ROOT / file).read_text()
+        assert re.search(rf"^def {name}\(", text, re.MULTILINE), f"{file}::{name} does not exist"

@@ -1,4 +1,4 @@
-"""Ten kills of loading processes, and several ranks; `make faults` has fifty kills."""
+"""Ten killed loading processes, and several ranks. `make faults-loading` kills fifty."""
 
 import subprocess
 import sys

@@ -1,11 +1,11 @@
-"""A soak: one run for hours on small data, watched from outside. Memory and speed have to stay flat, nothing may leak.
+"""A soak test: one run for hours on small data, watched from outside. Memory and speed stay flat, nothing leaks.
 
-    python tests/faults/soak.py --minutes 120 --json benchmarks/results/soak.json
+    python tests/promises/faults/soak.py --minutes 120 --json benchmarks/results/soak.json
 
-Memory is flat when its median over the last fifth of the time is within 5 % of that over the second fifth, speed when
-its median is within 10 %; open files, threads and processes may not be more, but for those of one save. Speed is judged
-by pairs for a second of processor time over those of the same run begun anew, for a moment, beside it: other work on
-the machine, on caches that programs share, changes both alike. Plain speeds are reported.
+Memory is flat if its median over the last fifth of the time is within 5 % of that over the second fifth; speed, within
+10 %. Open files, threads and processes must not grow, except by those of one save. Speed is pairs per second of
+processor time, divided by that of a second, fresh run at the same time: other programs slow both alike through shared
+caches. Plain speeds are reported but not judged.
 """
 
 import argparse
@@ -20,23 +20,24 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from campaign import DATA
-from zygote import Trial, configuration, spawn
+sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order: tests/mvlm must not hide mvlm
 
 from mvlm.runs.folder import read_metrics
+from support.faults.forked_runs import ForkedRun, run_config, start
+from support.shapes import copy_shapes
 
 FRESH_RUNS = 30
-"""Runs begun anew to compare with, over all of the time."""
+"""Number of fresh runs to compare with, spread over the time; one a minute in a shorter test."""
 WARM_UP_PAIRS = 2000
-"""Of each: some ten seconds."""
+"""Pairs that a fresh run sees before it is timed: about ten seconds."""
+MIN_SECONDS = 5.0
+"""Shortest time over which two runs are compared: metrics are written every ten steps."""
 SLACK = 4
-"""Files or threads more than at the start that a save in progress accounts for."""
+"""Additional files or threads that a save in progress accounts for."""
 
 
-def look(process: int, metrics: Path) -> dict[str, float]:
-    """Memory in MB, open files, threads, children and seconds of processor time of a process now, and its pairs."""
+def sample(process: int, metrics: Path) -> dict[str, float]:
+    """A process now: memory in MB, open files, threads, children, seconds of processor time, and pairs seen."""
     folder = Path(f"/proc/{process}")
     pages = int((folder / "statm").read_text().split()[1])
     ticks = (folder / "stat").read_text().rpartition(")")[2].split()[11:13]  # in user and in system mode
@@ -52,19 +53,19 @@ def look(process: int, metrics: Path) -> dict[str, float]:
     }
 
 
-def beside(process: int, metrics: Path, fresh: Trial, seconds: float) -> float:
-    """The speed of a process over that of a fresh run beside it, once that is warm, in pairs for a second of processor
-    time."""
+def speed_over_fresh(process: int, metrics: Path, fresh: ForkedRun, seconds: float) -> float:
+    """Speed of a process divided by that of a fresh, warm run at the same time, both in pairs per second of processor
+    time. Timed for `seconds`."""
     of_fresh = fresh.config.out / "metrics.jsonl"
-    other = spawn(fresh)
+    other = start(fresh)
     try:
         while last_pairs(of_fresh) < WARM_UP_PAIRS:
             time.sleep(0.1)
             if os.waitpid(other, os.WNOHANG)[0]:
                 raise RuntimeError(fresh.log.read_text()[-2000:])
-        began = look(process, metrics), look(other, of_fresh)
+        began = sample(process, metrics), sample(other, of_fresh)
         time.sleep(seconds)
-        ended = look(process, metrics), look(other, of_fresh)
+        ended = sample(process, metrics), sample(other, of_fresh)
     finally:
         os.kill(other, signal.SIGKILL)
         os.waitpid(other, 0)
@@ -73,7 +74,7 @@ def beside(process: int, metrics: Path, fresh: Trial, seconds: float) -> float:
 
 
 def last_pairs(metrics: Path) -> float:
-    """Pairs seen by the last whole line of metrics.jsonl; 0 before there is one."""
+    """Pairs seen by the last complete row of metrics.jsonl; 0 if there is none."""
     try:
         with metrics.open("rb") as file:
             file.seek(max(0, metrics.stat().st_size - 8192))
@@ -83,71 +84,72 @@ def last_pairs(metrics: Path) -> float:
     return json.loads(lines[-1])["pairs_seen"] if lines else 0
 
 
-def rates(looks: list[dict[str, float]], by: str) -> list[float]:
-    """Pairs for a unit of `by` between looks a minute or so apart."""
-    apart = max(1, len(looks) // 100)
-    pairs = [(a, b) for a, b in zip(looks[::apart], looks[apart::apart], strict=False) if b[by] > a[by]]
+def rates(samples: list[dict[str, float]], by: str) -> list[float]:
+    """Pairs per unit of `by` between samples, at most about a hundred values."""
+    apart = max(1, len(samples) // 100)
+    pairs = [(a, b) for a, b in zip(samples[::apart], samples[apart::apart], strict=False) if b[by] > a[by]]
     return [(b["pairs"] - a["pairs"]) / (b[by] - a[by]) for a, b in pairs]
 
 
 def fifth(values: list[float], number: int) -> float:
-    """The median of the fifth of the values with this number, from 0."""
+    """Median of one fifth of the values, numbered from 0."""
     part = values[len(values) * number // 5 : len(values) * (number + 1) // 5]
     return median(part)
 
 
-def verdicts(looks: list[dict[str, float]], relative: list[float]) -> dict[str, dict[str, float | bool]]:
-    """For each thing that has to stay as it was: what it was, what it is, and whether that is well.
+def verdicts(samples: list[dict[str, float]], relative: list[float]) -> dict[str, dict[str, float | bool]]:
+    """Each quantity before and after, with "well" true if it stayed flat and absent if it is not judged.
 
-    `relative` are speeds over those of fresh runs, as `beside` gives them.
+    `relative` are values of `speed_over_fresh`.
     """
     found: dict[str, dict[str, float | bool]] = {}
     for name, values, share in (
-        ("memory_mb", [look["memory_mb"] for look in looks], 0.05),
+        ("memory_mb", [row["memory_mb"] for row in samples], 0.05),
         ("speed_over_fresh", relative, 0.10),
     ):
         before, after = fifth(values, 1), fifth(values, 4)
         found[name] = {"before": round(before, 2), "after": round(after, 2), "well": abs(after / before - 1) <= share}
     for name in ("files", "threads", "children"):
-        values = [look[name] for look in looks]
+        values = [row[name] for row in samples]
         before, after = fifth(values, 1), fifth(values, 4)
         found[name] = {"before": before, "after": after, "well": after <= before + SLACK}
     for name, by in (("pairs_per_cpu_s", "cpu_s"), ("pairs_per_s", "time")):
-        speeds = rates(looks, by)
+        speeds = rates(samples, by)
         found[name] = {"before": round(fifth(speeds, 1), 2), "after": round(fifth(speeds, 4), 2)}
     return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=120.0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--minutes", type=float, default=120.0, help="how long to train, at least 5")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
     arguments = parser.parse_args()
+    if arguments.minutes < 5:  # a verdict compares fifths of the time
+        parser.error(f"wanted at least 5 minutes, got {arguments.minutes:g}")
     with tempfile.TemporaryDirectory(prefix="mvlm-soak-") as folder:
-        data, out = Path(folder) / "data", Path(folder) / "run"
-        shutil.copytree(DATA, data)
-        for index in data.glob("*.idx"):
-            os.utime(index)
+        data, out = copy_shapes(Path(folder) / "data"), Path(folder) / "run"
         often = {"max_steps": 10**8, "checkpoint_every_steps": 200, "eval_every_steps": 500, "log_every": 10}
-        # If this process is killed, the run ends on its own.
+        # Ends the run if this process is killed.
         alarm = partial(signal.alarm, int(60 * arguments.minutes) + 600)
-        process = spawn(Trial(configuration(data, out, **often), Path(folder) / "log", before=alarm))
-        looks, relative = [], []
+        process = start(ForkedRun(run_config(data, out, **often), Path(folder) / "log", before=alarm))
+        samples, relative = [], []
         began, seconds = time.monotonic(), 60 * arguments.minutes
+        fresh_runs = min(FRESH_RUNS, round(arguments.minutes))
+        timed = max(MIN_SECONDS, seconds / FRESH_RUNS / 8)
         while (passed := time.monotonic() - began) < seconds:
-            if passed > (len(relative) + 0.5) * seconds / FRESH_RUNS:
+            if passed > (len(relative) + 0.5) * seconds / fresh_runs:
                 again = Path(folder) / f"fresh-{len(relative)}"
-                trial = Trial(configuration(data, again, **often), again.with_suffix(".log"), before=alarm)
-                relative.append(beside(process, out / "metrics.jsonl", trial, seconds=seconds / FRESH_RUNS / 8))
+                fresh = ForkedRun(run_config(data, again, **often), again.with_suffix(".log"), before=alarm)
+                relative.append(speed_over_fresh(process, out / "metrics.jsonl", fresh, timed))
                 shutil.rmtree(again)
             time.sleep(min(5.0, seconds / 60))
-            looks.append(look(process, out / "metrics.jsonl"))
+            samples.append(sample(process, out / "metrics.jsonl"))
         os.kill(process, signal.SIGTERM)
         code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
         rows = read_metrics(out / "metrics.jsonl")
         if code:
             print((Path(folder) / "log").read_text()[-2000:])
-    found = verdicts(looks, relative)
+    found = verdicts(samples, relative)
     for name, row in found.items():
         verdict = "" if "well" not in row else "well" if row["well"] else "NOT WELL"
         print(f"{name:<18}{row['before']:>12}{row['after']:>12}  {verdict}")

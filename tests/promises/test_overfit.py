@@ -1,6 +1,7 @@
-"""A small model learns 32 pairs by heart: every part of the chain, from shards to updates, has to work for that."""
+"""A small model overfits 32 pairs, which needs every part of training to work, from shards to updates."""
 
 import numpy as np
+import pytest
 
 from mvlm.evaluation import rank
 from mvlm.evaluation.cross_modal_gain import cross_modal_gain
@@ -16,10 +17,10 @@ from support.scenes import png
 COLOURS, ANIMALS = ("red", "green", "blue", "black"), ("cat", "dog", "bird", "fish", "horse", "snake", "whale", "ant")
 
 
-def write_mosaics(folder, png):
-    """32 mosaics of random colours, one a patch, each with a caption of its own.
+def write_mosaics(folder):
+    """32 mosaics of random colours, one colour a patch, each with a unique caption.
 
-    A caption has two words, every one of which goes with several others: which word is masked only the mosaic tells.
+    A caption has two words. Each word occurs with several others, so only the mosaic determines a masked word.
     """
     rng = np.random.default_rng(0)
     with ShardWriter(folder, name="mosaics", source="tests", licence="CC0", attribution="nobody", recipe={}) as writer:
@@ -30,11 +31,12 @@ def write_mosaics(folder, png):
     return folder
 
 
-def test_overfitting_32_pairs(tmp_path, without_tensorboard):
+@pytest.mark.slow
+def test_a_small_model_overfits_32_pairs(tmp_path, without_tensorboard):
     model = micro_config(width=64, heads=2, itc_width=32, cross_norm="pre", initialization="xavier")
     settings = {"max_steps": 250, "batch_size": 32, "warmup_steps": 20, "crop_scale": (1.0, 1.0)}
     rates = {"lr_encoder": 2e-3, "lr_cross": 2e-3, "lr_pixels": 1e-3}
-    data = write_mosaics(tmp_path / "data", png)
+    data = write_mosaics(tmp_path / "data")
     pretrain(pretrain_config(data, tmp_path / "run", model=model, **settings, **rates))
 
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-20:]
@@ -42,7 +44,7 @@ def test_overfitting_32_pairs(tmp_path, without_tensorboard):
     assert means["mlm"] < 0.1, means
     assert means["itc"] < 0.1, means
 
-    # What it knows of the captions it has from the pictures, and it finds each by the other.
+    # It predicts captions from images, and retrieves each from the other.
     trained, tokenizer = load_model(tmp_path / "run")
     split = open_dataset(data, "train")
     features = encode_split(trained, split, tokenizer)

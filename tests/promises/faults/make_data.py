@@ -1,8 +1,8 @@
-"""Draw the committed data set anew: pictures of one or two shapes on a ground, and their captions.
+"""Draw the committed data set again: images of one or two shapes on a plain ground, and their captions.
 
-    python tests/faults/make_data.py
+    python tests/promises/faults/make_data.py
 
-Its bytes are part of the golden losses, so whoever draws it anew renews those too (tests/mvlm/test_golden.py).
+The golden losses depend on its bytes: renew them too (tests/promises/test_golden.py).
 """
 
 import io
@@ -20,10 +20,10 @@ SHAPES = ("circle", "square", "bar")
 
 
 def draw(rng: np.random.Generator, side: int = 96) -> tuple[bytes, str]:
-    """One picture as a PNG file, and its caption."""
+    """One image as a PNG file, and its caption."""
     ground, *inks = rng.permutation(list(COLOURS))[: 2 + int(rng.integers(2))]
-    picture = Image.new("RGB", (side, side), COLOURS[ground])
-    pencil = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side, side), COLOURS[ground])
+    pencil = ImageDraw.Draw(image)
     words = []
     for number, ink in enumerate(inks):
         shape = SHAPES[int(rng.integers(len(SHAPES)))]
@@ -33,7 +33,7 @@ def draw(rng: np.random.Generator, side: int = 96) -> tuple[bytes, str]:
         (pencil.ellipse if shape == "circle" else pencil.rectangle)(box, fill=COLOURS[ink])
         words.append(f"a {ink} {shape}")
     file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
+    image.save(file, "PNG", optimize=True)
     return file.getvalue(), f"{' and '.join(words)} on {ground}"
 
 
@@ -41,12 +41,17 @@ def main() -> None:
     shutil.rmtree(DATA, ignore_errors=True)
     rng = np.random.default_rng(0)
     with ShardWriter(
-        DATA, name="shapes", source="drawn by tests/faults/make_data.py", licence="CC0", attribution="", recipe={}
+        DATA,
+        name="shapes",
+        source="drawn by tests/promises/faults/make_data.py",
+        licence="CC0",
+        attribution="",
+        recipe={},
     ) as writer:
         for split, count in (("train", 60), ("validation", 8), ("test", 8)):
             for i in range(count):
-                picture, caption = draw(rng)
-                writer.add(f"{split}{i:03d}", picture, [caption], {"image_id": f"{split}{i}"}, split=split)
+                image, caption = draw(rng)
+                writer.add(f"{split}{i:03d}", image, [caption], {"image_id": f"{split}{i}"}, split=split)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Runs on several ranks: torchrun starts them again, their number changes, their weights are split, their disk is full.
+"""Runs on several ranks: restarted by torchrun, resumed on other numbers of ranks, sharded, and on a full disk.
 
-Each test is a trial of ranks.py or elastic.py; those with torchrun take about 20 s each.
+Each test is a trial of ranks.py or elastic.py. Trials with torchrun take about 20 s each.
 """
 
 import json
@@ -11,12 +11,16 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+SERVER = Path(__file__).with_name("serve.py")
+
 
 @pytest.fixture(scope="module")
 def trial() -> Iterator[Callable[[str], None]]:
-    """Does a trial by name, in a process that all of them share. AssertionError when it fails."""
-    words = [sys.executable, str(Path(__file__).with_name("serve.py"))]
-    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as process:
+    """A function that does a trial by name, in a process that all trials share. It raises AssertionError on failure."""
+    with subprocess.Popen(
+        [sys.executable, str(SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
         asking, answers = process.stdin, process.stdout
         assert asking is not None
         assert answers is not None
@@ -31,7 +35,7 @@ def trial() -> Iterator[Callable[[str], None]]:
         yield do
 
 
-def test_torchrun_starts_again_after_a_worker_is_killed(trial):
+def test_torchrun_restarts_a_run_after_a_worker_is_killed(trial):
     trial("worker killed")
 
 
@@ -41,7 +45,7 @@ def test_a_node_that_is_killed_is_replaced(trial):
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 @pytest.mark.parametrize("ranks", ["1 to 2", "2 to 1"])
-def test_a_run_goes_on_with_another_number_of_ranks(trial, ranks, parallel):
+def test_a_run_resumes_on_another_number_of_ranks(trial, ranks, parallel):
     trial(f"{ranks}, {parallel}")
 
 
@@ -50,14 +54,14 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_says_so_and_can_be_resume
     trial(f"last save, {ranks}")
 
 
-def test_split_weights_and_their_average_resume_exactly_and_are_those_of_ddp(trial):
+def test_sharded_weights_and_their_average_resume_exactly_and_equal_those_of_ddp(trial):
     trial("average")
 
 
-def test_the_average_of_split_weights_is_evaluated_during_training(trial):
+def test_the_average_of_sharded_weights_is_evaluated_during_training(trial):
     trial("evaluated average")
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_bf16_on_two_ranks_learns_what_it_does_on_one(trial, parallel):
+def test_bf16_learns_the_same_on_two_ranks_as_on_one(trial, parallel):
     trial(f"bf16, {parallel}")

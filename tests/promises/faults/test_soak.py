@@ -1,19 +1,12 @@
-"""The soak's verdicts on made-up looks: each thing that may not grow is caught when it does."""
-
-import importlib.util
-from pathlib import Path
+"""Verdicts of the soak test on made-up samples: each quantity that must not grow is caught if it does."""
 
 import pytest
 
-spec = importlib.util.spec_from_file_location("soak", Path(__file__).parent / "soak.py")
-assert spec is not None
-assert spec.loader is not None
-soak = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(soak)
+from promises.faults.soak import last_pairs, verdicts
 
 
-def looks(slowing: float = 0.0, **growth: float) -> list[dict[str, float]]:
-    """A hundred looks, 5 s apart, each field growing by so much over the time; the speed falls by a share of itself."""
+def samples(slowing: float = 0.0, **growth: float) -> list[dict[str, float]]:
+    """A hundred samples, 5 s apart. Each field grows by its `growth` in all; the speed falls by the share `slowing`."""
     start = {"memory_mb": 700.0, "files": 30.0, "threads": 9.0, "children": 0.0}
     found, pairs = [], 0.0
     for i in range(100):
@@ -36,18 +29,18 @@ def looks(slowing: float = 0.0, **growth: float) -> list[dict[str, float]]:
         ({}, 0.1, set()),
     ],
 )
-def test_what_grows_is_found(growth, slowing, unwell):
-    found = soak.verdicts(looks(slowing, **growth), [1 - slowing * i / 29 for i in range(30)])
+def test_soak_finds_what_grows_or_slows(growth, slowing, unwell):
+    found = verdicts(samples(slowing, **growth), [1 - slowing * i / 29 for i in range(30)])
     assert {name for name, row in found.items() if not row.get("well", True)} == unwell
     assert found["pairs_per_s"]["before"] == pytest.approx(1.2 * found["pairs_per_cpu_s"]["before"], rel=1e-3)
 
 
-def test_what_slows_all_programs_alike_is_no_fault():
-    assert soak.verdicts(looks(slowing=0.5), [1.0] * 30)["speed_over_fresh"]["well"]
+def test_soak_does_not_blame_a_run_for_a_slow_machine():
+    assert verdicts(samples(slowing=0.5), [1.0] * 30)["speed_over_fresh"]["well"]
 
 
-def test_the_last_whole_line_tells_the_pairs(tmp_path):
+def test_soak_reads_the_last_complete_row_of_metrics(tmp_path):
     file = tmp_path / "metrics.jsonl"
-    assert soak.last_pairs(file) == 0
+    assert last_pairs(file) == 0
     file.write_text('{"pairs_seen": 8}\n{"pairs_seen": 16}\n{"pairs_s')
-    assert soak.last_pairs(file) == 16
+    assert last_pairs(file) == 16

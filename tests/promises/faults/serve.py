@@ -1,6 +1,6 @@
-"""The trials of test_ranks.py, asked for by name; they share a process that has everything imported.
+"""Server of the trials of test_ranks.py: all of them share one process that has everything imported.
 
-echo "1 to 2, ddp" | python tests/faults/serve.py
+echo "1 to 2, ddp" | python tests/promises/faults/serve.py
 """
 
 import json
@@ -9,19 +9,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.extend(str(Path(__file__).parents[n]) for n in (3, 2))  # in this order: tests/mvlm must not hide mvlm
 
 import elastic
 import ranks
-from campaign import Campaign, Failed
+
+from support.faults.campaign import Campaign, Failed
 
 TRIALS = ranks.TRIALS | elastic.TRIALS
 
 
 def main() -> None:
-    """Do the trials whose names come by stdin, a line each; answer each with a line of JSON, null or why it failed.
+    """Read names of trials from stdin, one a line. Answer each with a line of JSON: null, or why the trial failed.
 
-    A trial gets a folder of its own that is not there yet. What else is printed goes to stderr.
+    Each trial gets the name of a new folder. All other output goes to stderr.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

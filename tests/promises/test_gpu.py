@@ -1,4 +1,4 @@
-"""The training step on a CUDA device: no waiting for it, CUDA graphs, and the kernels on against off."""
+"""The training step on a CUDA device: no host synchronization, CUDA graphs, and kernels against torch."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ SIZES = {"width": 128, "heads": 2, "image_size": 96, "patch_size": 16, "mask_blo
 
 
 def make(pairs: int = 16):
-    """A model of heads 64 wide, and a batch with its totals rounded up, on the device."""
+    """A model with heads of width 64, and a batch padded to buckets, on the device."""
     config = micro_config(**SIZES)
     torch.manual_seed(0)
     model = MaskVLM(config).cuda()
@@ -33,7 +33,7 @@ def step(model: MaskVLM, batch, masks, number: int | torch.Tensor = 0) -> torch.
 
 
 @pytest.mark.parametrize("drop_masked", [False, True])
-def test_a_step_never_waits_for_the_device(drop_masked):
+def test_a_step_never_synchronizes_with_the_device(drop_masked):
     model, batch, masks = make()
     model.config = replace(model.config, drop_masked=drop_masked)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -49,8 +49,8 @@ def test_a_step_never_waits_for_the_device(drop_masked):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_step_under_a_cuda_graph_is_the_step():
-    """Captured once, replayed on other pictures and another step number, it gives what the eager step gives."""
+def test_a_step_in_a_cuda_graph_equals_the_eager_step():
+    """Captured once and replayed on other images and another step number, it gives the eager step's gradients."""
     model, batch, masks = make()
     number = torch.zeros((), dtype=torch.int64, device="cuda")
     side = torch.cuda.Stream()
@@ -75,8 +75,8 @@ def test_a_step_under_a_cuda_graph_is_the_step():
         assert torch.equal(gradients[name], parameter.grad), name
 
 
-def test_the_kernels_train_as_torch_does():
-    """200 steps with the kernels and without: the loss curves stay together."""
+def test_kernels_train_as_torch_does():
+    """The loss curves of 200 steps with and without the kernels stay together."""
     curves = {}
     for backend in ("triton", "torch"):
         model, batch, masks = make()
@@ -94,7 +94,7 @@ def test_the_kernels_train_as_torch_does():
     assert (a - b).abs().mean() <= 0.02 * b.mean()
 
 
-def test_the_whole_base_model_takes_a_step():
+def test_the_base_model_takes_a_step():
     torch.manual_seed(0)
     config = MaskVLMConfig.preset("base")
     batch, masks = micro_batch(tuple(8 + n % 20 for n in range(32)), config=config)

@@ -1,9 +1,9 @@
-"""Kill loading processes, and load with several ranks: batches must equal those of one undisturbed process.
+"""Loading that is killed and resumed, and loading on several ranks: the batches must equal those of one process.
 
-    python tests/promises/kill_loaders.py DATA [--kills 50]
+    python tests/promises/faults/kill_loaders.py DATA [--kills 50]
 
-DATA is a folder of shards. One process imports everything and forks the loading ones, because an import takes longer
-than a trial. It prints a line per part, and exits with 1 if a batch differs.
+DATA is a folder of shards. One process imports everything and forks those that load, because an import takes longer
+than a trial. Prints a line for each part. The exit code is 1 if batches differ.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def make_loader(
 
 
 def hashes(batch, masks) -> list[str]:
-    """For each row, its sample id and a hash of everything that a model gets."""
+    """Sample id of each row, and a hash of its image, tokens and masks."""
     found, cuts = [], batch.cu_seqlens.tolist()
     for row, i in enumerate(batch.sample_id.tolist()):
         hidden = masks.token_ids[(masks.token_ids >= cuts[row]) & (masks.token_ids < cuts[row + 1])] - cuts[row]
@@ -46,7 +46,7 @@ def hashes(batch, masks) -> list[str]:
 
 
 def in_child(work: Callable[[], None]) -> int:
-    """Fork a process that only calls `work`. Returns its id."""
+    """Fork a process that calls `work` and ends. Returns its id."""
     pid = os.fork()
     if pid:
         return pid
@@ -67,7 +67,7 @@ def wait(pids: list[int]) -> None:
 
 
 def load_until_killed(dataset: Dataset, tokenizer: Tokenizer, folder: Path, steps: int | None) -> None:
-    """Append each batch's hashes to `log` and then write the state, as a training run writes checkpoints."""
+    """Append the hashes of each batch to `log`, then write the loader's state, as training writes checkpoints."""
     loader = make_loader(dataset, tokenizer)
     state = folder / "state.json"
     if state.exists():
@@ -89,11 +89,11 @@ def read_log(folder: Path) -> list[tuple[int, list[str]]]:
 
 
 def kill(dataset: Dataset, tokenizer: Tokenizer, kills: int, rng: random.Random) -> str | None:
-    """Kill loaders. Returns the difference from an undisturbed run, or None."""
+    """Kill `kills` loading processes. Returns the difference from an undisturbed process, or None."""
     with tempfile.TemporaryDirectory() as folder:
-        killed, whole = Path(folder) / "killed", Path(folder) / "whole"
+        killed, undisturbed = Path(folder) / "killed", Path(folder) / "undisturbed"
         killed.mkdir()
-        whole.mkdir()
+        undisturbed.mkdir()
         for trial in range(kills):
             log, before = killed / "log", (killed / "log").stat().st_size if trial else 0
             log.touch()
@@ -105,30 +105,30 @@ def kill(dataset: Dataset, tokenizer: Tokenizer, kills: int, rng: random.Random)
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
         steps = max([step for step, _ in read_log(killed)], default=0) + 3
-        for where in (killed, whole):
+        for where in (killed, undisturbed):
             wait([in_child(lambda where=where: load_until_killed(dataset, tokenizer, where, steps))])
-        wanted = dict(read_log(whole))
+        wanted = dict(read_log(undisturbed))
         found = read_log(killed)
         print(f"{kills} kills within {steps} batches, {len(found) - steps} of them made twice")
         for step, row in found:
             if row != wanted[step]:
-                return f"batch {step} is {row} where {wanted[step]} was to be"
+                return f"batch {step} is {row} wanted {wanted[step]}"
         if {step for step, _ in found} != set(range(1, steps + 1)) or set(wanted) != set(range(1, steps + 1)):
             return "batches are missing"
         ids = [int(word.split(":")[0]) for step in range(1, steps + 1) for word in wanted[step]]
         for begin in range(0, len(ids) - len(dataset) + 1, len(dataset)):
             if sorted(ids[begin : begin + len(dataset)]) != list(range(len(dataset))):
-                return f"the epoch from sample {begin} on has not every sample once"
+                return f"the epoch from sample {begin} on does not have every sample once"
         return None if steps > 3 else "no batch was made before a kill"
 
 
 def ranks(dataset: Dataset, tokenizer: Tokenizer) -> str | None:
-    """Compare 1, 2 and 4 processes, and 1 -> 4 -> 2 within an epoch, with one. Returns the difference, or None."""
+    """Compare 2 and 4 ranks, and 1 -> 4 -> 2 ranks within an epoch, with one rank. Returns the difference, or None."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
 
         def run(name: str, world_size: int, state: dict | None, steps: int) -> tuple[list[str], dict]:
-            """All rows in global order, and the state after them."""
+            """Load `steps` batches a rank. Returns all rows in global order, and the state after them."""
 
             def work(rank: int) -> None:
                 loader = make_loader(dataset, tokenizer, rank=rank, world_size=world_size)
@@ -146,13 +146,13 @@ def ranks(dataset: Dataset, tokenizer: Tokenizer) -> str | None:
         wanted, _ = run("one", 1, None, 2 * per_epoch)
         for world_size in (2, 4):
             if run(f"of{world_size}", world_size, None, 2 * per_epoch)[0] != wanted:
-                return f"{world_size} ranks see something else than one"
+                return f"{world_size} ranks load other rows than one"
         rows, state = run("first", 1, None, 2)
         for world_size, steps in ((4, 2), (2, per_epoch)):
             more, state = run(f"then{world_size}", world_size, state, steps)
             rows += more
         print(f"2 and 4 ranks over {len(wanted)} samples; 1 -> 4 -> 2 ranks over {len(rows)}")
-        return None if rows == wanted[: len(rows)] else "1 -> 4 -> 2 ranks see something else than one"
+        return None if rows == wanted[: len(rows)] else "1 -> 4 -> 2 ranks load other rows than one"
 
 
 def main() -> int:
@@ -171,7 +171,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # DALI and torch are loaded here, and start no thread before the forks.
+    # Import DALI before the forks; it must start no thread in this process.
     import nvidia.dali.fn  # noqa: F401
 
     sys.exit(main())
