@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 SECONDS_BETWEEN_LINES = 20.0
 
 
-class Progress:
+class TrainingProgress:
     """A context that shows one row of metrics after another, from step `first` to step `last`."""
 
     def __init__(self, first: int, last: int, shown: bool = True) -> None:
@@ -33,7 +33,7 @@ class Progress:
             )
             self._task = self._bar.add_task("", total=last, completed=first)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "TrainingProgress":
         if self._bar:
             self._bar.start()
         return self
@@ -66,7 +66,7 @@ def _silence(stream: TextIO) -> None:
     os.close(nowhere)
 
 
-class Counting:
+class WorkProgress:
     """A context that shows how far some work is, with its rate and an estimate of what is left."""
 
     def __init__(self, unit: str) -> None:
@@ -79,7 +79,7 @@ class Counting:
             self._bar = Bar(BarColumn(), TextColumn("{task.description}"), console=Console(file=sys.stdout))
             self._task = self._bar.add_task("", total=None)
 
-    def __enter__(self) -> "Counting":
+    def __enter__(self) -> "WorkProgress":
         if self._bar:
             self._bar.start()
         return self

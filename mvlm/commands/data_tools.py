@@ -20,12 +20,12 @@ def check(shards: Path, /, sheet: Path | None = None, workers: int | None = None
         sheet: PNG to write; contact-sheet.png in the data folder when not given.
         workers: Processes, one a core by default.
     """
-    from mvlm.progress import Counting
+    from mvlm.progress import WorkProgress
     from mvlm_dataloading.errors import DataError
     from mvlm_dataloading.tools.check import check_shards
     from mvlm_dataloading.tools.summary import contact_sheet, findings_table
 
-    with Counting("pictures") as counting:
+    with WorkProgress("pictures") as counting:
         found = check_shards(
             shards, workers=processes(workers), progress=lambda done, all: counting.show(done, all, done)
         )

@@ -102,7 +102,7 @@ def _of_type(wanted: Any, value: Any, where: str) -> Any:
     return value
 
 
-def plain_settings(config: PretrainConfig) -> dict[str, Any]:
+def config_json(config: PretrainConfig) -> dict[str, Any]:
     """Contents of config.json."""
     return {"format_version": FORMAT_VERSION, **json.loads(json.dumps(config.to_dict()))}
 

@@ -7,8 +7,8 @@ from mvlm.config.ranges import AT_LEAST_1, FRACTION, Range, check_ranges
 from mvlm.errors import ConfigError
 
 PRESETS = ("tiny", "small", "base")
-SelfBackend = Literal["auto", "triton", "sdpa", "flash-attn", "xformers", "math"]
-CrossBackend = Literal["auto", "triton", "sdpa", "math"]
+ImageAttentionBackend = Literal["auto", "triton", "sdpa", "flash-attn", "xformers", "math"]
+TextAttentionBackend = Literal["auto", "triton", "sdpa", "math"]
 """Attention backends, of images alone and with text on one side; mvlm/model/attention_backends.py has the rule."""
 
 

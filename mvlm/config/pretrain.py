@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from mvlm.config.model import CrossBackend, MaskVLMConfig, SelfBackend
+from mvlm.config.model import ImageAttentionBackend, MaskVLMConfig, TextAttentionBackend
 from mvlm.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, DECAY, FRACTION, Range, check_ranges
 from mvlm.errors import ConfigError
 
@@ -117,9 +117,9 @@ class ComputeSettings:
     plan: Literal["fast", "plain"] = "fast"
     """Implementation of the training step; both give the same losses and gradients. `plain` is the readable reference,
     `fast` the optimized one."""
-    self_attention: SelfBackend = "auto"
+    self_attention: ImageAttentionBackend = "auto"
     """Backend of the images' self-attention; `mvlm doctor` says what auto chooses here, and why."""
-    cross_attention: CrossBackend = "auto"
+    cross_attention: TextAttentionBackend = "auto"
     """Backend of cross-attention and of the text encoder's self-attention."""
     compile: bool = False
     """torch.compile the step (one rank, no accumulation): a minute or more at the start, then faster on a GPU."""

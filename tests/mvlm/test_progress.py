@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mvlm import progress as console
-from mvlm.progress import Progress, describe
+from mvlm.progress import TrainingProgress, describe
 
 ROW: dict[str, Any] = {
     "step": 3,
@@ -43,7 +43,7 @@ def clock(monkeypatch):
 
 
 def test_plain_lines_where_there_is_no_terminal(capsys, clock):
-    with Progress(0, 100) as progress:
+    with TrainingProgress(0, 100) as progress:
         for step, now, row in (
             (1, 1000.0, ROW),  # the first
             (2, 1019.0, ROW),  # too soon
@@ -63,7 +63,7 @@ def test_plain_lines_where_there_is_no_terminal(capsys, clock):
 def test_an_output_that_cannot_be_written_to_is_a_warning(monkeypatch, clock, caplog):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        with Progress(0, 100) as progress:
+        with TrainingProgress(0, 100) as progress:
             for step in (1, 2, 3):
                 clock[0] += 30
                 progress.show(ROW | {"step": step})
@@ -76,7 +76,7 @@ def test_a_bar_on_a_terminal(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(sys, "stdout", os.fdopen(slave, "w"))
-    with Progress(2, 10) as progress:
+    with TrainingProgress(2, 10) as progress:
         for step in (3, 10):
             progress.show(ROW | {"step": step})
     sys.stdout.close()
@@ -99,7 +99,7 @@ def test_counting_tells_rate_and_what_is_left(
 ) -> None:
     times = iter([0.0, 0.0, 10.0, 30.0, 70.0, 140.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(times))
-    with console.Counting("samples") as counting:
+    with console.WorkProgress("samples") as counting:
         counting.show(4, 20, 0)  # an earlier run did four parts
         for done, count in ((5, 500), (8, 2000), (12, 4200), (20, 8400)):
             counting.show(done, 20, count)

@@ -31,7 +31,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
     ],
 )
 def test_the_rule_of_auto(device, dtype, text, shorter, width, wanted):
-    assert backends.choose("auto", device, dtype, width, shorter, text=text).backend == wanted
+    assert backends.choose_backend("auto", device, dtype, width, shorter, text=text).backend == wanted
 
 
 @pytest.mark.parametrize(
@@ -62,9 +62,9 @@ def test_the_rule_of_auto(device, dtype, text, shorter, width, wanted):
     ],
 )
 def test_what_cannot_run_says_why(wanted, device, dtype, width, shorter, text, message, monkeypatch):
-    monkeypatch.setattr(backends, "INSTALLED", dict.fromkeys(backends.INSTALLED, False))
+    monkeypatch.setattr(backends, "INSTALLED_LIBRARIES", frozenset())
     with pytest.raises(ConfigError) as error:
-        backends.choose(wanted, device, dtype, width, shorter, text=text)
+        backends.choose_backend(wanted, device, dtype, width, shorter, text=text)
     assert message in str(error.value)
 
 
@@ -75,10 +75,10 @@ def test_on_a_gpu_the_kernels_own_reasons_count(monkeypatch):
     monkeypatch.setattr(dispatch, "arch", lambda _: 90)
     for precision, backend in (("highest", "sdpa"), ("high", "triton")):
         monkeypatch.setattr(dispatch, "tf32_allowed", lambda precision=precision: precision != "highest")
-        assert backends.choose("auto", GPU, torch.float32, 64, 32, text=True).backend == backend
-    assert backends.choose("auto", GPU, torch.bfloat16, 64, 32, text=True).backend == "triton"
+        assert backends.choose_backend("auto", GPU, torch.float32, 64, 32, text=True).backend == backend
+    assert backends.choose_backend("auto", GPU, torch.bfloat16, 64, 32, text=True).backend == "triton"
     monkeypatch.setattr(dispatch, "device_reasons", lambda _: ("compute capability 8.0 or later is needed",))
-    found = backends.choose("auto", GPU, torch.bfloat16, 64, 32, text=True)
+    found = backends.choose_backend("auto", GPU, torch.bfloat16, 64, 32, text=True)
     assert (found.backend, found.reasons["triton"]) == ("sdpa", "compute capability 8.0 or later is needed")
 
 
@@ -90,7 +90,7 @@ def test_the_choice_on_a_gpu_is_settled_while_a_compiler_traces(monkeypatch, dyn
     def step(x, longest):
         shorter = min(longest, len(x))
         against = why_not_triton(GPU, torch.bfloat16, head_width=64, short_rows=shorter)
-        backend = backends.choose("auto", GPU, torch.bfloat16, 64, shorter, text=True).backend
+        backend = backends.choose_backend("auto", GPU, torch.bfloat16, 64, shorter, text=True).backend
         return x + 1 if backend == "triton" and not against else x - 1
 
     torch._dynamo.reset()
@@ -148,7 +148,7 @@ def test_self_attention_against_loops(backend):
     q, k, v = np.random.default_rng(1).normal(size=(3, 10, 2, 32))
     spans = [(0, 5), (5, 10)]
     x, y, z = (torch.from_numpy(rows).unflatten(0, (2, 5)) for rows in (q, k, v))
-    found = backends.self_attention(x, y, z, backend)
+    found = backends.image_attention(x, y, z, backend)
     np.testing.assert_allclose(found.flatten(0, 1).numpy(), in_loops(q, k, v, spans, spans, None), atol=1e-12)
 
 
@@ -164,7 +164,7 @@ def test_first_rows_are_what_whole_attention_gives_the_first_row(padded):
     exists = torch.arange(6) < torch.tensor([6, 1, 3, 5])[:, None] if padded else None
     weights = torch.randn(4, 12, dtype=torch.float64)
     gradients = []
-    for found in (attention(x[:, :1], x, exists)[:, 0], attention.first_rows(x[:, 0], x, exists)):
+    for found in (attention(x[:, :1], x, exists)[:, 0], attention.attend_first_row(x[:, 0], x, exists)):
         attention.zero_grad()
         x.grad = None
         (found * weights).sum().backward()

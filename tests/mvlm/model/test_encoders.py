@@ -114,7 +114,7 @@ def test_the_text_encoder_is_transformers_roberta():
     for row, (start, end) in enumerate(pairwise(batch.cu_seqlens.tolist())):
         padded[row, : end - start] = batch.tokens[start:end]
     packing = Packing(batch.cu_seqlens, batch.max_length, len(batch.tokens))
-    key_mask = packing.exists
+    key_mask = packing.key_mask
     with torch.no_grad():
         wanted = theirs(input_ids=padded, attention_mask=key_mask.long()).last_hidden_state
         found = ours(batch.tokens, packing)
@@ -181,6 +181,8 @@ def test_unpatchify_is_the_inverse():
 def test_places_of_packed_rows_against_a_loop(index):
     lengths = [3, 1, 4, 2]
     packing = Packing(torch.tensor([0, 3, 4, 8, 10], dtype=index), 6, 10)
-    assert packing.place.tolist() == [6 * caption + place for caption, n in enumerate(lengths) for place in range(n)]
+    assert packing.padded_index.tolist() == [
+        6 * caption + place for caption, n in enumerate(lengths) for place in range(n)
+    ]
     assert packing.position.tolist() == [place for n in lengths for place in range(n)]
-    assert packing.exists.tolist() == [[column < n for column in range(6)] for n in lengths]
+    assert packing.key_mask.tolist() == [[column < n for column in range(6)] for n in lengths]

@@ -25,10 +25,10 @@ def test_rows_and_padding_against_loops(lengths, tail):
     for b, length in enumerate(lengths):
         assert padded[b, :length].equal(rows[start : start + length])
         assert (padded[b, length:] == 0).all()
-        assert packing.exists[b].tolist() == [j < length for j in range(max(lengths) + 2)]
-        assert packing.owner[start : start + length].tolist() == [b] * length
+        assert packing.key_mask[b].tolist() == [j < length for j in range(max(lengths) + 2)]
+        assert packing.sequence_of_row[start : start + length].tolist() == [b] * length
         start += length
-    assert packing.owner[start:].tolist() == [len(lengths)] * tail
+    assert packing.sequence_of_row[start:].tolist() == [len(lengths)] * tail
     assert packing.unpad(padded)[:start].equal(rows[:start])
 
 
