@@ -11,7 +11,7 @@ from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
 from mvlm.model.attention_backends import choose_for_model
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.weights.convert import load_image_weights, load_text_weights
+from mvlm.weights.load import load_image_weights, load_text_weights
 from mvlm_dataloading import Augment, DataError, Dataset, Loader, Tokenizer, load_tokenizer, tokenizer_for
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mvlm import progress as console
-from mvlm.progress import TrainingProgress, describe
+from mvlm.progress import TrainingProgress, describe_row
 
 ROW: dict[str, Any] = {
     "step": 3,
@@ -22,15 +22,15 @@ EVALUATION = {"tr_r1": 12.34, "ir_r1": 9.87, "gain_text_nats": 0.456, "gain_pixe
 
 
 def test_a_row_in_words():
-    assert describe(ROW) == "mlm 5.250  mim 0.500  itc 2.000  itm 0.625  42 pairs/s"
+    assert describe_row(ROW) == "mlm 5.250  mim 0.500  itc 2.000  itm 0.625  42 pairs/s"
 
 
 def test_what_is_not_there_is_not_shown():
-    assert describe(ROW | {"itc": None, "itm": None}) == "mlm 5.250  mim 0.500  42 pairs/s"
+    assert describe_row(ROW | {"itc": None, "itm": None}) == "mlm 5.250  mim 0.500  42 pairs/s"
 
 
 def test_skipped_pictures_and_evaluations_are_shown():
-    words = describe(ROW | {"skipped": 2} | EVALUATION)
+    words = describe_row(ROW | {"skipped": 2} | EVALUATION)
     assert words.endswith("42 pairs/s  2 skipped  validation R@1 12.3 / 9.9  gain 0.46 nats, 1.3 %")
 
 
@@ -56,7 +56,7 @@ def test_plain_lines_where_there_is_no_terminal(capsys, clock):
             progress.show(row | {"step": step})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 1/100", "step 3/100", "step 4/100", "step 100/100"]
-    assert lines[0] == f"step 1/100  {describe(ROW)}"
+    assert lines[0] == f"step 1/100  {describe_row(ROW)}"
     assert not any("\r" in line or "\x1b" in line for line in lines)
 
 
@@ -109,4 +109,4 @@ def test_counting_tells_rate_and_what_is_left(
         "12/20  4,200 samples  60 samples/s  1 min 10 s left",
         "20/20  8,400 samples  60 samples/s",
     ]
-    assert [console.duration(s) for s in (7.4, 61, 3725)] == ["7 s", "1 min 1 s", "1 h 2 min"]
+    assert [console.format_duration(s) for s in (7.4, 61, 3725)] == ["7 s", "1 min 1 s", "1 h 2 min"]

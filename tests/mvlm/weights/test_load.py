@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import RunError
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.weights import convert as weights
-from mvlm.weights.convert import LoadReport
+import mvlm.weights as weights
+from mvlm.weights.load import LoadReport, resize_positions
 from support.models import micro_batch, micro_model, pretrain_config
 
 
@@ -122,7 +122,7 @@ def test_another_resolution_is_timms_interpolation():
 def test_a_linear_ramp_stays_one_when_it_grows():
     """Bicubic interpolation of a plane, away from the border, is the plane at the new pixels' centres."""
     ramp = torch.arange(16.0).repeat(16, 1).double()  # (row, column): the column
-    found = weights.resize_positions(torch.cat([torch.full((1, 1), 7.0).double(), ramp.reshape(-1, 1)]), 32)
+    found = resize_positions(torch.cat([torch.full((1, 1), 7.0).double(), ramp.reshape(-1, 1)]), 32)
     assert found[0, 0] == 7
     middle = found[1:].reshape(32, 32)[8:24, 8:24]
     assert np.allclose(middle.numpy(), np.tile((np.arange(8, 24) + 0.5) / 2 - 0.5, (16, 1)), atol=1e-2)
