@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mvlm.weights as weights
 from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import RunError
 from mvlm.model.maskvlm import MaskVLM
-import mvlm.weights as weights
 from mvlm.weights.load import LoadReport, resize_positions
 from support.models import micro_batch, micro_model, pretrain_config
 
