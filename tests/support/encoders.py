@@ -13,7 +13,14 @@ def timm_vit(seed: int = 0, **changes: Any) -> Any:
     """timm's VisionTransformer with the sizes of the micro model."""
     from timm.models.vision_transformer import VisionTransformer
 
-    settings = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0}
+    settings: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 0,
+    }
     return randomized(VisionTransformer(**(settings | changes)), seed)
 
 
@@ -21,7 +28,7 @@ def hf_text(kind: str, **changes: Any) -> Any:
     """transformers' model `kind`, "Roberta" or "Bert", with the sizes of the micro model."""
     import transformers
 
-    settings = {
+    settings: dict[str, Any] = {
         "vocab_size": 300, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
         "layer_norm_eps": 1e-5, "max_position_embeddings": 20,
     }  # fmt: skip

@@ -47,7 +47,7 @@ class Reference:
         """Normalised pixels (N, 3*P*P) of an image uint8 (3, S, S)."""
         side, patch = self.config.image_size, self.config.patch_size
         mean, std = (
-            np.float32(values).astype(np.float64)[:, None, None]  # the model keeps them in fp32
+            np.asarray(values, np.float32).astype(np.float64)[:, None, None]  # the model keeps them in fp32
             for values in (self.config.image_mean, self.config.image_std)
         )
         normal = (image / 255 - mean) / std

@@ -123,15 +123,15 @@ from mvlm.commands.pretrain import parse_config
 from mvlm.config.json_files import config_json, differing_settings, run_config
 from mvlm.errors import ConfigError
 
-words = ["tiny", "--data", "data", "--out", "out"]
-before = parse_config(words)
-after = parse_config([*words, "--data-extra", "5", "--log-extra", "6"])
+arguments = ["tiny", "--data", "data", "--out", "out"]
+before = parse_config(arguments)
+after = parse_config([*arguments, "--data-extra", "5", "--log-extra", "6"])
 assert (before.data_extra, before.log_extra, after.data_extra, after.log_extra) == (3, 4, 5, 6)
 assert (config_json(after)["data_extra"], config_json(after)["log_extra"]) == (5, 6)
 assert run_config(config_json(after), "config.json") == after
 assert differing_settings(config_json(before), config_json(after)) == ["data_extra: there 3, here 5"]
 try:
-    parse_config([*words, "--data-extra", "0"])
+    parse_config([*arguments, "--data-extra", "0"])
 except ConfigError as error:
     print(error)
 """

@@ -35,6 +35,7 @@ def test_patchify_against_loops():
 
 def test_patchify_has_the_order_of_a_convolutions_weight():
     images, convolution = normal(2, 3, 12, 12), nn.Conv2d(3, 5, 4, stride=4).double()
+    assert convolution.bias is not None
     wanted = convolution(images).flatten(2).transpose(1, 2)
     found = patchify(images, 4) @ convolution.weight.flatten(1).T + convolution.bias
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)

@@ -110,7 +110,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    words = [sys.executable, "-c", code, str(tmp_path / "saved"), str(tmp_path / "again")]
-    done = subprocess.run(words, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, str(tmp_path / "saved"), str(tmp_path / "again")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "a/b: wanted huggingface_hub to ask the hub; pip install 'mvlm[train]'\n"
