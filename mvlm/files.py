@@ -76,7 +76,6 @@ def check_fit(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ..
         raise RunError(f"{where}: a checkpoint of another architecture: {'; '.join(wrong[:3])}{more}")
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load model.safetensors; RunError lists what does not fit, and the model is left as it was."""
-    file = folder / "model.safetensors"
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Load a safetensors file into a model. RunError lists what does not fit; the model is then unchanged."""
     copy_into(model.state_dict(), read_safetensors(file), file)

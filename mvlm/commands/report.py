@@ -18,8 +18,9 @@ def report(run: Path, others: tuple[Path, ...] = (), /, data: Path | None = None
     """
     if others:
         from mvlm.report.comparison import write_comparison
+        from mvlm.runs.folder import RunFolder
 
-        print(write_comparison([run, *others], out or run / "compare.html"))
+        print(write_comparison([run, *others], out or RunFolder(run).comparison))
         return
     from mvlm.report.page import write_report
 

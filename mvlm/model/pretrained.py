@@ -38,9 +38,7 @@ class HubMixin(Base, library_name="mvlm", license="apache-2.0", tags=["masked-vi
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """The two files; huggingface_hub's `save_pretrained` calls it, and adds a model card."""
-        model: Any = self
-        write_safetensors(save_directory / WEIGHTS, model.state_dict())
-        write_json(save_directory / CONFIG, model.config.to_dict())
+        write_model(self, save_directory)
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -79,8 +77,14 @@ class HubMixin(Base, library_name="mvlm", license="apache-2.0", tags=["masked-vi
             raise RunError(f"{folder / CONFIG}: wanted the settings of a MaskVLM, got: {error}") from None
         make: Any = cls
         model = make(config)
-        load_weights(model, folder)
+        load_weights(model, folder / WEIGHTS)
         return model.eval()
+
+
+def write_model(model: Any, folder: Path) -> None:
+    """Write a MaskVLM's weights and configuration, the two files that `from_pretrained` reads."""
+    write_safetensors(folder / WEIGHTS, model.state_dict())
+    write_json(folder / CONFIG, model.config.to_dict())
 
 
 def _download(hub_id: str, options: dict[str, Any]) -> Path:

@@ -12,7 +12,7 @@ from mvlm.errors import RunError
 from mvlm.files import check_folder
 from mvlm.report.charts import line_chart, smooth
 from mvlm.report.page import STYLE, figures_of, table
-from mvlm.runs.folder import read_metrics
+from mvlm.runs.folder import RunFolder, read_metrics
 
 LAST = 20  # lines that the figures at the end are means over
 MOST = 6  # runs; there are as many colours
@@ -38,7 +38,7 @@ def write_comparison(runs: list[Path], out: Path) -> Path:
         raise RunError(f"report: wanted 2 to {MOST} runs to compare, got {len(runs)}")
     names = labels(runs)
     metrics = {name: rows_of(run) for name, run in zip(names, runs, strict=True)}
-    configs = {name: flat(read_config(run / "config.json")) for name, run in zip(names, runs, strict=True)}
+    configs = {name: flat(read_config(RunFolder(run).config)) for name, run in zip(names, runs, strict=True)}
     parts = [
         f"<h1>{escape(' · '.join(names))}</h1>",
         f"<section><h2>At the end</h2>{ends(metrics)}<p class='note'>Losses: means over the last {LAST} lines; "
@@ -68,7 +68,7 @@ def labels(runs: list[Path]) -> list[str]:
 def rows_of(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics, at least one."""
     check_folder(run, "a run folder")
-    file = run / "metrics.jsonl"
+    file = RunFolder(run).metrics
     rows = read_metrics(file) if file.is_file() else []
     if not rows:
         raise RunError(f"{file}: wanted the metrics of a run, found none; check the path")
@@ -106,7 +106,7 @@ def evaluations(runs: dict[str, Path]) -> str:
     """Retrieval and cross-modal gain of the runs that have been evaluated."""
     cells = []
     for name, run in runs.items():
-        file = run / "eval" / "test.json"
+        file = RunFolder(run).evaluation
         if not file.is_file():
             continue
         with figures_of(file) as figures:

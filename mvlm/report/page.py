@@ -8,12 +8,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from mvlm.config.json_files import read_config
 from mvlm.errors import RunError
 from mvlm.files import check_folder
 from mvlm.inference.encode import encode_split
 from mvlm.report import examples
 from mvlm.report.charts import line_chart, smooth
-from mvlm.runs.folder import read_config, read_metrics
+from mvlm.runs.folder import RunFolder, read_metrics
 from mvlm.runs.load import load_model
 from mvlm_dataloading import open_dataset
 
@@ -23,8 +24,9 @@ STYLE = (Path(__file__).parent / "style.css").read_text()
 def write_report(run: Path, data: Path | None = None, out: Path | None = None) -> Path:
     """Write the report of a run that has a checkpoint and an evaluation; returns the file, or RunError."""
     check_folder(run, "a run folder")
-    config = read_config(run / "config.json")
-    figures_file = run / "eval" / "test.json"
+    folder = RunFolder(run)
+    config = read_config(folder.config)
+    figures_file = folder.evaluation
     if not figures_file.is_file():
         raise RunError(
             f"{figures_file}: wanted the run's evaluation, found none; first run "
@@ -38,7 +40,7 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
     features = encode_split(model, split, tokenizer)
     parts = [
         head,
-        curves(read_metrics(run / "metrics.jsonl")),
+        curves(read_metrics(folder.metrics)),
         examples.reconstructions(model, tokenizer, split),
         examples.filled_words(model, tokenizer, split),
         examples.retrievals(model, split, train, features),
@@ -50,7 +52,7 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
         f"<body><main>{''.join(parts)}</main></body></html>"
     )
-    out = out or run / "report.html"
+    out = out or folder.report
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(page)
     return out

@@ -208,7 +208,7 @@ def damaged(campaign: Campaign, out: Path, draw: random.Random, how: str) -> str
         before = files_of(out)
         codes = campaign.run(out)
         require(codes == [2], f"ended with {codes}: {log_of(out)}")
-        told(out, "no checkpoint is whole; remove the folder to start again, or restore one")
+        told(out, "wanted a good checkpoint, found all of them damaged; remove the folder to start again")
         require(files_of(out) == before, "files were changed")
         return "both, an error"
     campaign.ends_as_undisturbed(out)

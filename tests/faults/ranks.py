@@ -101,7 +101,7 @@ def last_save(campaign: Campaign, out: Path, ranks: int) -> None:
     codes = campaign.run(out, ranks, {ranks - 1: fault}, **keep)
     require(codes == [2] * ranks, f"ended with {codes}: {log_of(out)}")
     folder = out / "checkpoints"
-    told(out, f"could not save {folder}/step_{STEPS:08d}: {why}; training goes on, older checkpoints stay")
+    told(out, f"could not save {folder}/step_{STEPS:08d}: {why}; training continues, older checkpoints are unchanged")
     told(out, f"mvlm: {folder}/step_{STEPS:08d}: could not be written (the reason is above), and the run ends here")
     kept = files_of(folder)
     require({name.split("/")[0] for name in kept} == {f"step_{step:08d}" for step in (3, 6, 9)}, f"found {list(kept)}")

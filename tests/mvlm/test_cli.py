@@ -228,7 +228,7 @@ def test_an_out_folder_with_this_run(mvlm, scenes, tmp_path):
     words = ("pretrain", "tiny", "--data", scenes, "--out", tmp_path / "run", *MICRO)
     assert mvlm(*words).code == 0
     before = folder_hash(tmp_path)
-    refused(mvlm(*words), "holds this run already; go on with --resume, or choose another --out")
+    refused(mvlm(*words), "holds this run already; continue it with --resume, or choose another --out")
     assert folder_hash(tmp_path) == before
     outcome = mvlm(*words, "--resume")
     assert outcome.code == 0

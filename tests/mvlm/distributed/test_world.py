@@ -78,7 +78,7 @@ def test_an_attempt_does_not_see_what_the_one_before_left_in_torchruns_store(mon
     for attempt in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
         for _ in range(2):  # two ranks
-            store = distributed._store_of_attempt(timedelta(seconds=20))
+            store = distributed.attempt_store(timedelta(seconds=20))
             assert store is not None
             seen.append(store.add("arrived", 1))
     assert seen == [1, 2, 1, 2]
@@ -87,4 +87,4 @@ def test_an_attempt_does_not_see_what_the_one_before_left_in_torchruns_store(mon
 
 def test_without_torchruns_store_torch_makes_one(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
-    assert distributed._store_of_attempt(timedelta(seconds=20)) is None
+    assert distributed.attempt_store(timedelta(seconds=20)) is None

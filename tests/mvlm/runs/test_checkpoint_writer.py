@@ -97,7 +97,7 @@ def test_a_save_that_fails_is_a_warning(save, tmp_path, monkeypatch, caplog, sta
         begin(2)
         saver.wait()
     assert (
-        f"could not save {tmp_path / 'step_00000002'}: {type(error).__name__}: {error}; training goes on" in caplog.text
+        f"could not save {tmp_path / 'step_00000002'}: {type(error).__name__}: {error}; training continues" in caplog.text
     )
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert (saver.failed, saver.newest) == (1, tmp_path / "step_00000001")

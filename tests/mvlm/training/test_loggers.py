@@ -76,7 +76,7 @@ def test_a_service_that_fails_is_a_warning(tmp_path, monkeypatch, without_tensor
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"could not write {name}"]
     assert [row["step"] for row in read_metrics(config.out / "metrics.jsonl")] == [3, 4]
     service.init = fails
-    with pytest.raises(ConfigError, match=f"--{name}: could not begin a run: .*; leave --{name} out"):
+    with pytest.raises(ConfigError, match=f"--{name}: could not start a run: .*; leave --{name} out"):
         LogSinks(config, 0)
 
 
@@ -109,7 +109,7 @@ def test_a_full_disk_is_a_warning_for_each_place_and_lines_go_on(tmp_path, caplo
     assert sorted(line.split(":")[0] for line in warnings) == [
         *(f"could not write {name}" for name in ("TensorBoard's files", "metrics.jsonl", "strips"))
     ]
-    assert all("File too large; training goes on" in line for line in warnings)
+    assert all("File too large; training continues" in line for line in warnings)
     steps = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
     assert (steps[0], steps[-1]) == (3, 44)
     assert len(steps) < 42

@@ -13,9 +13,9 @@ from mvlm.training.stop_request import StopRequest
 def test_a_signal_asks_and_handlers_are_put_back(number, capfd):
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     with StopRequest() as stop:
-        assert not stop.asked()
+        assert not stop.requested()
         os.kill(os.getpid(), number)
-        assert stop.asked()
+        assert stop.requested()
         assert stop.reason == signal.Signals(number).name
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends the process
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
@@ -32,7 +32,7 @@ def test_a_signal_asks_also_where_nobody_reads_the_message(monkeypatch):
     monkeypatch.setattr(signals.os, "write", broken)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked()
+        assert stop.requested()
 
 
 def test_a_file_asks(tmp_path, monkeypatch):
@@ -40,12 +40,12 @@ def test_a_file_asks(tmp_path, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
     with StopRequest(tmp_path / "notice") as stop:
-        assert not stop.asked()
+        assert not stop.requested()
         (tmp_path / "notice").touch()
         clock[0] = 0.9
-        assert not stop.asked()
+        assert not stop.requested()
         clock[0] = 1.0
-        assert stop.asked()
+        assert stop.requested()
         assert stop.reason == str(tmp_path / "notice")
 
 
@@ -56,7 +56,7 @@ def test_beside_the_main_thread_only_the_file_asks(tmp_path):
 
     def look():
         with StopRequest(tmp_path / "notice") as stop:
-            found.append(stop.asked())
+            found.append(stop.requested())
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -73,7 +73,7 @@ def test_a_second_signal_ends_at_once(number, code):
         try:
             with StopRequest() as stop:
                 os.write(writing, b"1")
-                while not stop.asked():
+                while not stop.requested():
                     time.sleep(0.01)
                 os.write(writing, b"2")
                 time.sleep(60)

@@ -18,7 +18,7 @@ from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, NonFiniteLossError, RunError
 from mvlm.model import fast
 from mvlm.objectives import losses as objectives
-from mvlm.runs.checkpoint import find_checkpoint, verify_checkpoint
+from mvlm.runs.checkpoint import verify_checkpoint
 from mvlm.runs.checkpoint_writer import CheckpointWriter
 from mvlm.runs.folder import read_metrics
 from mvlm.runs.load import load_model
@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(start, monkeypatch, t
     monkeypatch.setattr(module, function, spoilt)
     run.one_step(batches)
     with pytest.raises(NonFiniteLossError, match=rf"^step 2: {term} is {value}; the update was not made "):
-        run.check(run.metrics)
+        run.check_skipped_updates(run.metrics)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in run.model.state_dict().items())
     for before, state in zip(moments, run.optimizer.state.values(), strict=True):
         assert all(torch.equal(before[k], v) for k, v in state.items())
@@ -245,7 +245,7 @@ def test_a_gradient_that_is_not_finite_stops_too(start):
     before = parameter.detach().clone()
     run.one_step(batches)
     with pytest.raises(NonFiniteLossError, match=r"^step 1: grad_norm is nan; the update was not made "):
-        run.check(run.metrics)
+        run.check_skipped_updates(run.metrics)
     assert torch.equal(parameter, before)
     assert all(not value.any() for state in run.optimizer.state.values() for value in state.values())
 
@@ -425,7 +425,7 @@ def test_a_full_disk_between_checkpoints_does_not_end_the_run(
     with full:
         pretrain(config)
     assert [row["step"] for row in read_metrics(config.out / "metrics.jsonl")] == [1, 4, 5]
-    assert caplog.text.count("could not write metrics.jsonl: [Errno 27] File too large; training goes on") == 1
+    assert caplog.text.count("could not write metrics.jsonl: [Errno 27] File too large; training continues") == 1
     assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000005"
 
 
