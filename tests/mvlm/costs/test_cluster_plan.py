@@ -32,14 +32,14 @@ def setting(**changes) -> ClusterSetting:
     return ClusterSetting(**(values | changes))  # pyright: ignore[reportArgumentType]
 
 
-def test_memory_by_part():
+def test_gpu_memory_by_part():
     rows = memory(setting(), FOUND)
     assert list(rows.values()) == [4e9, 4e9, 8e9, 3e9]
     split = memory(setting(split=True), FOUND)
     assert [split[name] for name in rows] == [0.5e9, 0.5e9, 1e9, 3e9]
 
 
-def test_what_travels_for_the_objectives():
+def test_exchange_bytes_by_hand():
     """Of 127 x 100 pairs: two embeddings of 256 numbers; 197 rows of the image and 40 of the text of 768 numbers."""
     assert exchange_bytes(setting()) == pytest.approx(
         {"embeddings": 12700 * 2 * 256 * 4, "features": 12700 * (197 + 40) * 768 * 4}
@@ -48,7 +48,7 @@ def test_what_travels_for_the_objectives():
     assert set(exchange_bytes(setting(per_node=1, nodes=1)).values()) == {0}
 
 
-def test_seconds_of_a_step():
+def test_step_seconds_by_hand():
     times = seconds(setting(mfu=0.5), FOUND)
     assert times["forward"] == pytest.approx(1e14 / (0.5 * 989e12))
     assert times["backward"] == pytest.approx(2e14 / (0.5 * 989e12))
@@ -69,7 +69,7 @@ def test_scaling_keeps_the_pairs_of_a_gpu():
     assert shares == sorted(shares, reverse=True)
 
 
-def test_what_cannot_be_planned_is_refused():
+def test_parse_gpus_and_parse_count_refuse_other_forms():
     assert (parse_gpus(("8", "x", "16")), parse_gpus(("4X2",)), parse_gpus(("8",))) == ((8, 16), (4, 2), (8, 1))
     assert (parse_count("400M"), parse_count("3.2k"), parse_count("7")) == (400_000_000, 3200, 7)
     for words in (("8 x 16",), ("8x16",), ("8 X 16",), ("8", "x16"), (" 8x ", "16")):
@@ -86,7 +86,7 @@ def test_what_cannot_be_planned_is_refused():
         cli.run_command(["plan", "--gpus", "8", "--data", "1M", "--gpu", "H1000"])
 
 
-def test_the_page_shows_what_the_command_prints(capsys):
+def test_page_shows_the_output_of_mvlm_plan(capsys):
     """Figures within 3 %, so that a better kernel does not break the page, and a page that is wrong does not stay."""
     command, shown = re.findall(r"^    (mvlm plan .*?)$.*?^```text\n(.*?)^```", PAGE.read_text(), re.M | re.S)[0]
     cli.run_command(shlex.split(command)[1:])
@@ -99,6 +99,6 @@ def test_the_page_shows_what_the_command_prints(capsys):
 
 
 @pytest.mark.parametrize("words", [("--epochs", "-1"), ("--epochs", "nan"), ("--loader-rate", "-5")])
-def test_odd_numbers_are_refused(words):
+def test_plan_refuses_epochs_and_rates_out_of_range(words):
     with pytest.raises(ConfigError, match="plan: wanted --epochs above 0 and --loader-rate at least 0, got"):
         cli.run_command(["plan", "--gpus", "8", "--data", "1M", *words])

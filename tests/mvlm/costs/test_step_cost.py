@@ -58,7 +58,7 @@ def allocated(shape: StepShape, path) -> int:
     [{}, {"bf16": False}, {"checkpointed": True}, {"microbatches": 2, "bf16": False}],
     ids=["bf16", "fp32", "checkpointed", "two microbatches"],
 )
-def test_memory_is_within_a_tenth_of_what_is_measured(tmp_path, changes):
+def test_counted_memory_is_within_a_tenth_of_the_allocators(tmp_path, changes):
     shape = StepShape(pairs=16, tokens=12, longest=12, gpu=False, **changes)
     assert step_cost(CONFIG, shape).peak == pytest.approx(allocated(shape, tmp_path / "trace.json"), rel=0.1)
 
@@ -78,7 +78,7 @@ def test_step_cost_saves_no_attention_scores_for_backward():
     assert not [shape for shape in saved if len(shape) > 2 and rows.issuperset(shape[-2:])]
 
 
-def test_operations_of_the_encoders_by_hand():
+def test_flops_of_an_image_block_by_hand():
     """Two steps that differ by one image block: 2 x 37 rows x 12 C^2 products, and two products of attention a head."""
     shape = StepShape(pairs=4)
     more = MaskVLMConfig.preset("tiny", image_layers=3, text_layers=2, cross_layers=1, decoder_layers=1)
@@ -91,7 +91,7 @@ def test_operations_of_the_encoders_by_hand():
     assert two.parts["image_encoder"] > 1.3 * one.parts["image_encoder"]
 
 
-def test_other_ranks_add_what_is_fetched_from_them():
+def test_fetched_features_of_other_ranks_add_memory_and_flops():
     """16 ranks: as many rows again for ITM. They are imagined, and leave no process group behind."""
     alone, among = step_cost(CONFIG, StepShape(pairs=8)), step_cost(CONFIG, StepShape(pairs=8, ranks=16))
     near = step_cost(CONFIG, StepShape(pairs=8, ranks=16, local_negatives=True))

@@ -70,7 +70,7 @@ def on_two_ranks(work: Callable[[Any], Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_if_one_fails_all_leave(failing):
+def test_failure_on_one_rank_ends_all_ranks(failing):
     def work(world):
         def step() -> int:
             if world.rank == failing:
@@ -86,11 +86,11 @@ def test_if_one_fails_all_leave(failing):
     assert second.code == 2
 
 
-def test_if_none_fails_each_has_its_own_result():
+def test_each_rank_gets_its_own_result_if_none_fails():
     assert on_two_ranks(lambda world: run_on_all_ranks(world, lambda: world.rank * 10)) == [0, 10]
 
 
-def test_a_fault_of_our_own_is_raised_where_it_happened():
+def test_fault_of_the_program_is_raised_on_its_rank():
     def work(world):
         return run_on_all_ranks(world, lambda: 1 // world.rank)
 
@@ -100,7 +100,7 @@ def test_a_fault_of_our_own_is_raised_where_it_happened():
 
 
 @pytest.mark.parametrize("what", ["settings", "data", "out", "nothing"])
-def test_ranks_that_differ_all_end(scenes, tmp_path, what):
+def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, what):
     other = write_scenes(tmp_path / "other", {"train": 9})
 
     def work(world):
@@ -123,7 +123,7 @@ def test_ranks_that_differ_all_end(scenes, tmp_path, what):
     assert "start all ranks with the same command on the same data" in message
 
 
-def test_a_wish_of_one_is_granted_to_all_after_the_next_step_and_once():
+def test_request_of_one_rank_is_granted_once_to_all_after_the_next_step():
     """Rank 1 wishes at steps 2 and 3, because its wish has not come true yet at 3."""
 
     def work(world):

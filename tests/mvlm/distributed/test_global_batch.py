@@ -79,7 +79,7 @@ def test_ranks_agree_with_one_rank_on_the_whole_batch(ranks, kind, count, microb
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_reconstruction_alone(ranks, kind):
+def test_reconstruction_alone_leaves_itc_and_itm_without_gradients(ranks, kind):
     """What ITC and ITM alone use gets no gradient then, as in one process: `differences` tells none from zero."""
     for case in cases(ranks, kind=kind, reconstruction_only=True):
         assert max(case["global losses"]) < EXACT
@@ -96,7 +96,7 @@ def test_local_negatives_are_drawn_within_a_microbatch(ranks):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp"])
-def test_an_update_with_clipping_and_clamping_agrees(ranks, kind):
+def test_update_with_clipping_and_clamping_agrees_with_one_rank(ranks, kind):
     for case in cases(ranks, kind=kind, again=False, reconstruction_only=False):
         assert abs(case["norm"]) < EXACT
         assert case["weights"] < EXACT
@@ -128,7 +128,7 @@ def test_one_rank_with_one_microbatch_has_the_models_losses_and_gradients():
 
 @pytest.mark.parametrize("plan", ["plain", "fast"])
 @pytest.mark.parametrize("local", [False, True])
-def test_microbatches_in_one_process(plan, local):
+def test_microbatches_in_one_process_equal_the_whole_batch(plan, local):
     """Four microbatches of two pairs against the whole; of two pairs each is the other's only negative."""
     batch, masks = micro_batch((7, 4, 12, 3, 9, 5, 3, 11))
     model, same = micro_model(), micro_model()
@@ -150,7 +150,7 @@ def test_microbatches_in_one_process(plan, local):
 
 
 @pytest.mark.parametrize("plan", ["plain", "fast"])
-def test_negatives_that_nobody_has(plan):
+def test_pair_without_an_admissible_negative_has_no_weight(plan):
     """Pair 0 has no admissible negative in the whole batch, and the others have one: weights differ by microbatch."""
     batch, masks = micro_batch((7, 4, 12, 3, 9, 5, 3, 11))
     image_id, text_id = batch.image_id.clone(), torch.full((8,), 200)
@@ -175,7 +175,7 @@ def match(model: Any, batch: Any, image: int, text: int, label: int) -> float:
     return -model.match(v, w, exists).log_softmax(1)[0, label].item()
 
 
-def test_checkpointed_blocks_give_the_same_bits():
+def test_checkpointed_blocks_give_the_same_gradients_to_the_bit():
     batch, masks = micro_batch()
     gradients, kept = [], []
     for again in (False, True):
@@ -195,7 +195,7 @@ def test_checkpointed_blocks_give_the_same_bits():
         assert torch.equal(gradient, gradients[1][name]), name
 
 
-def test_microbatches_of_one_size():
+def test_microbatches_of_different_sizes_are_refused():
     parallel = parallelize(micro_model(), ALONE)
     with pytest.raises(ValueError, match=r"wanted at least one, all with as many pairs, got \[2, 3\] pairs"):
         backward_global(parallel, [micro_batch((5, 6)), micro_batch((5, 6, 7))], ALONE, seed=0, step=0)
@@ -203,7 +203,7 @@ def test_microbatches_of_one_size():
         backward_global(parallel, [], ALONE, seed=0, step=0)
 
 
-def test_packing_leaves_a_tail_that_nobody_reads():
+def test_match_pairs_ignores_rows_after_the_last_caption():
     model = micro_model()
     batch, _ = micro_batch((7, 3, 12))
     w, exists = model.encode_text(batch.tokens, batch.cu_seqlens, batch.max_length)
@@ -219,7 +219,7 @@ def test_packing_leaves_a_tail_that_nobody_reads():
     assert torch.equal(plain.match_pairs(model, v, spoilt, rows, rows), wanted)
 
 
-def testcount_masked_tokens_that_only_fill_up_a_shape_do_not_count():
+def test_count_of_masked_tokens_ignores_padding_positions():
     """Positions after the last caption: the count that weighs microbatches leaves them out."""
     batch, masks = micro_batch()
     filled = replace(masks, token_ids=torch.cat([masks.token_ids, torch.tensor([35, 35, 99])]))

@@ -14,14 +14,13 @@ import torch
 
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
-from mvlm.runs.folder import read_metrics
 from mvlm.runs.load import load_model
 from mvlm.training.build import make_loader
 from mvlm.training.run import pretrain
+from support.folders import LOSSES, rows_of
 from support.models import pretrain_config
 
 PAGE = Path(__file__).parents[3] / "docs" / "distributed.md"
-LOSSES = ("loss", "mlm", "mim", "itc", "itm", "grad_norm")
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +42,8 @@ def runs(scenes, tmp_path_factory) -> tuple[Path, Path]:
     return folder / "one", folder / "two"
 
 
-def test_two_ranks_learn_what_one_learns(runs):
-    one, two = (read_metrics(run / "metrics.jsonl") for run in runs)
+def test_two_ranks_log_the_losses_of_one(runs):
+    one, two = (rows_of(run) for run in runs)
     assert [row["step"] for row in two] == [1, 2, 3, 4]
     for ours, theirs in zip(two, one, strict=True):
         assert ours["pairs_seen"] == theirs["pairs_seen"]
@@ -55,7 +54,7 @@ def test_two_ranks_learn_what_one_learns(runs):
     assert two[-1]["gain_text_nats"] == pytest.approx(one[-1]["gain_text_nats"], abs=1e-3)
 
 
-def test_a_split_model_is_saved_whole(runs):
+def test_sharded_model_is_saved_unsharded(runs):
     (one, _), (two, _) = (load_model(run) for run in runs)
     for (name, ours), theirs in zip(two.named_parameters(), one.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4, msg=name)
@@ -63,7 +62,7 @@ def test_a_split_model_is_saved_whole(runs):
     assert (settings["parallel"], settings["accumulate"]) == ("fsdp", 2)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(train_split, tokenizer):
+def test_batch_that_does_not_divide_among_ranks_is_refused(train_split, tokenizer):
     config = pretrain_config(Path(), Path(), batch_size=8, accumulate=2)
     world = World(rank=0, size=3, local_rank=0, device=torch.device("cpu"))
     with pytest.raises(ConfigError, match="wanted a multiple of 3 ranks x 2 microbatches = 6, got 8"):

@@ -27,7 +27,7 @@ world.close()
 """
 
 
-def test_a_process_alone_is_a_world_of_one(monkeypatch):
+def test_process_without_torchrun_is_a_world_of_one(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     world = distributed.start("cpu")
     assert (world.rank, world.size, world.first) == (0, 1, True)
@@ -38,7 +38,7 @@ def test_a_process_alone_is_a_world_of_one(monkeypatch):
     assert not torch.distributed.is_initialized()
 
 
-def test_two_ranks_add_compare_and_gather():
+def test_two_ranks_reduce_and_gather():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -64,7 +64,7 @@ def test_two_ranks_add_compare_and_gather():
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_an_attempt_does_not_see_what_the_one_before_left_in_torchruns_store(monkeypatch, caplog, nodes):
+def test_attempt_does_not_see_the_store_of_the_attempt_before(monkeypatch, caplog, nodes):
     kept = dist.TCPStore("127.0.0.1", 0, is_master=True)  # pyright: ignore[reportPrivateImportUsage]
     for name, value in {
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -85,6 +85,6 @@ def test_an_attempt_does_not_see_what_the_one_before_left_in_torchruns_store(mon
     assert ("cannot replace a node that is lost" in caplog.text) == (nodes > 1)
 
 
-def test_without_torchruns_store_torch_makes_one(monkeypatch):
+def test_without_torchruns_store_torch_makes_its_own(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
     assert distributed.attempt_store(timedelta(seconds=20)) is None

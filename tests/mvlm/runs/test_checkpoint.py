@@ -90,7 +90,7 @@ def sign_again(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_files_and_names(training, tokenizer, tmp_path):
+def test_checkpoint_has_the_documented_files(training, tokenizer, tmp_path):
     path = save(tmp_path, 1234, training, tokenizer, {"loader": {"position": 3}})
     assert path == tmp_path / "step_00001234"
     files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
@@ -103,7 +103,7 @@ def test_files_and_names(training, tokenizer, tmp_path):
     verify_checkpoint(path)
 
 
-def test_model_and_tokenizer_come_back(training, tokenizer, tmp_path):
+def test_load_model_restores_model_and_tokenizer(training, tokenizer, tmp_path):
     model, _ = training
     save(tmp_path / "checkpoints", 5, training, tokenizer)
     export(tmp_path, tmp_path / "exported")
@@ -115,7 +115,7 @@ def test_model_and_tokenizer_come_back(training, tokenizer, tmp_path):
         assert words.fingerprint == tokenizer.fingerprint
 
 
-def test_an_exported_folder_is_plain(training, tokenizer, tmp_path):
+def test_export_writes_a_folder_that_safetensors_reads(training, tokenizer, tmp_path):
     """Read here by safetensors alone; a folder with files in it is left as it is."""
     model, _ = training
     save(tmp_path / "checkpoints", 5, training, tokenizer)
@@ -130,7 +130,7 @@ def test_an_exported_folder_is_plain(training, tokenizer, tmp_path):
         export(tmp_path, out)
 
 
-def test_the_average_is_what_is_evaluated_and_exported(training, tokenizer, tmp_path):
+def test_load_model_and_export_take_the_averaged_weights(training, tokenizer, tmp_path):
     model, optimizer = training
     average = {name: torch.full_like(p, 0.25) for name, p in model.named_parameters()}
     saver = CheckpointWriter(tmp_path / "checkpoints", ALONE, keep=1)
@@ -142,7 +142,7 @@ def test_the_average_is_what_is_evaluated_and_exported(training, tokenizer, tmp_
     assert all((t == 0.25).all() for t in load_file(tmp_path / "out/model.safetensors").values())
 
 
-def test_training_goes_on_to_the_bit(training, tokenizer, tmp_path):
+def test_optimizer_state_is_restored_to_the_bit(training, tokenizer, tmp_path):
     """Every moment of the optimizer comes back, so the next update is the same; where there was none, there is none."""
     model, optimizer = training
     del optimizer.state[model.log_scale]
@@ -161,7 +161,7 @@ def test_training_goes_on_to_the_bit(training, tokenizer, tmp_path):
     assert equal(other, model)
 
 
-def test_nothing_is_pickled(training, tokenizer, tmp_path, monkeypatch):
+def test_no_file_of_a_checkpoint_is_a_pickle(training, tokenizer, tmp_path, monkeypatch):
     """Neither on the way out nor on the way in."""
 
     def refuse(*_, **__):
@@ -187,7 +187,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("name", ["model/.metadata", "model/extra.safetensors", "optimizer.pt", "model/__0_0.distcp"])
-def test_a_foreign_file_is_refused_and_never_loaded(run_copy, tmp_path, monkeypatch, name):
+def test_foreign_file_in_a_checkpoint_is_refused_and_never_loaded(run_copy, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     newest = run_copy / "checkpoints/step_00000002"
     (newest / name).write_bytes(pickle.dumps(Trap()))
@@ -198,7 +198,7 @@ def test_a_foreign_file_is_refused_and_never_loaded(run_copy, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_pickle_in_the_place_of_a_file_is_never_loaded(run_copy, tmp_path, monkeypatch, name):
+def test_pickle_in_the_place_of_a_file_is_never_loaded(run_copy, tmp_path, monkeypatch, name):
     """Even where the manifest vouches for it."""
     monkeypatch.chdir(tmp_path)
     newest = run_copy / "checkpoints/step_00000002"
@@ -218,7 +218,7 @@ def test_a_pickle_in_the_place_of_a_file_is_never_loaded(run_copy, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_is_found_and_the_previous_checkpoint_used(run_copy, name, caplog):
+def test_flipped_bit_is_found_and_the_previous_checkpoint_is_used(run_copy, name, caplog):
     root = run_copy / "checkpoints"
     newest, older = root / "step_00000002", root / "step_00000001"
     assert newest_good_checkpoint(root) == newest
@@ -234,7 +234,7 @@ def test_a_flipped_bit_is_found_and_the_previous_checkpoint_used(run_copy, name,
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in model.state_dict().items())
 
 
-def test_a_file_that_the_disk_does_not_give_is_damaged(run_copy):
+def test_checkpoint_with_an_unreadable_file_is_damaged(run_copy):
     """Reading /proc/self/mem from its beginning is an error of input and output, as a bad sector is."""
     root = run_copy / "checkpoints"
     file = root / "step_00000002" / "model" / SHARD
@@ -245,7 +245,7 @@ def test_a_file_that_the_disk_does_not_give_is_damaged(run_copy):
     assert find_checkpoint(run_copy) == root / "step_00000001"
 
 
-def test_a_flipped_bit_in_the_manifest_is_found(run_copy):
+def test_flipped_bit_in_the_manifest_is_found(run_copy):
     root = run_copy / "checkpoints"
     flip_a_byte(root / "step_00000002/manifest.json")
     with pytest.raises(RunError, match="step_00000002"):
@@ -254,7 +254,7 @@ def test_a_flipped_bit_in_the_manifest_is_found(run_copy):
 
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
-def test_a_missing_file_is_found(run_copy, name):
+def test_missing_file_of_a_checkpoint_is_found(run_copy, name):
     root = run_copy / "checkpoints"
     (root / "step_00000002" / name).unlink()
     with pytest.raises(RunError, match=rf"{name}: (missing|wanted a readable manifest)"):
@@ -271,7 +271,7 @@ def test_a_missing_file_is_found(run_copy, name):
         ('{"format_version": 1, "sha256": {}}', "wanted format version 2, got 1; use the mvlm that wrote it"),
     ],
 )
-def test_a_manifest_that_says_nothing_or_is_of_another_version(run_copy, text, message):
+def test_unreadable_manifest_or_one_of_another_version_is_refused(run_copy, text, message):
     newest = run_copy / "checkpoints/step_00000002"
     (newest / "manifest.json").write_text(text)
     with pytest.raises(RunError, match=message):
@@ -279,20 +279,20 @@ def test_a_manifest_that_says_nothing_or_is_of_another_version(run_copy, text, m
     assert newest_good_checkpoint(run_copy / "checkpoints") == run_copy / "checkpoints/step_00000001"
 
 
-def test_no_checkpoint_at_all(tmp_path):
+def test_load_model_refuses_a_folder_without_a_checkpoint(tmp_path):
     for folder, found in ((tmp_path, "no finished checkpoint"), (tmp_path / "nowhere", "no such folder")):
         with pytest.raises(RunError, match=f"wanted a run, a checkpoint or an exported folder, found {found}"):
             load_model(folder)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged(run_copy):
+def test_load_model_refuses_a_run_whose_checkpoints_are_all_damaged(run_copy):
     for name in ("step_00000001", "step_00000002"):
         (run_copy / "checkpoints" / name / "state.json").write_text("{}")
     with pytest.raises(RunError, match="wanted a good checkpoint, found 2 damaged, as listed above; use another run"):
         load_model(run_copy)
 
 
-def test_another_architecture_is_refused_with_the_shapes(training, tokenizer, tmp_path):
+def test_tensors_of_another_architecture_are_refused_with_their_shapes(training, tokenizer, tmp_path):
     model, _ = training
     path = save(tmp_path, 1, training, tokenizer)
     other = micro_model(seed=1, width=24, cross_layers=3, dtype=torch.float32)
@@ -319,7 +319,7 @@ def test_another_architecture_is_refused_with_the_shapes(training, tokenizer, tm
         read_tensors(path / "model", model.state_dict())
 
 
-def test_what_fails_while_tensors_are_read_is_told_as_it_was(run_copy, monkeypatch):
+def test_error_while_tensors_are_read_is_raised_unwrapped(run_copy, monkeypatch):
     """torch.distributed.checkpoint wraps it in what no `except Exception` catches."""
 
     def broken(*_):
@@ -330,7 +330,7 @@ def test_what_fails_while_tensors_are_read_is_told_as_it_was(run_copy, monkeypat
         load_model(run_copy)
 
 
-def test_files_that_fit_the_manifest_and_are_no_checkpoint(run_copy):
+def test_load_model_refuses_files_that_match_the_manifest_but_are_invalid(run_copy):
     folder = run_copy / "checkpoints/step_00000002"
     original = shutil.copytree(folder, run_copy / "kept")
 
@@ -359,7 +359,7 @@ def test_files_that_fit_the_manifest_and_are_no_checkpoint(run_copy):
         load_model(folder)
 
 
-def test_folders_in_order_of_their_steps(tmp_path):
+def test_checkpoints_are_listed_in_order_of_their_steps(tmp_path):
     """Numbers, not letters, and no folder that somebody copied beside them."""
     steps = ["step_00000002", "step_00000010", "step_99999999", "step_100000000"]
     copies = ["step_00000011.tmp", "step_00000011.damaged1", "step_00000010.mine", "step_00000010_backup", "step_3"]

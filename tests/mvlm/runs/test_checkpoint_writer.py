@@ -51,7 +51,7 @@ def gate(monkeypatch):
     return opened
 
 
-def test_a_checkpoint_does_not_see_the_next_step(save, gate, tmp_path):
+def test_checkpoint_does_not_see_the_next_step(save, gate, tmp_path):
     """The weights change after the call, and before a byte has been written."""
     begin, saver, model = save
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -66,7 +66,7 @@ def test_a_checkpoint_does_not_see_the_next_step(save, gate, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in found.state_dict().items())
 
 
-def test_one_at_a_time(save, gate, tmp_path):
+def test_writer_writes_one_checkpoint_at_a_time(save, gate, tmp_path):
     """The second call waits for the first checkpoint, whose copies it would overwrite."""
     begin, saver, _ = save
     begin(1)
@@ -84,7 +84,7 @@ def test_one_at_a_time(save, gate, tmp_path):
 
 @pytest.mark.parametrize("stage", ["write_tensors", "save_file", "write_json", "sync", "sha256"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError("not yours")])
-def test_a_save_that_fails_is_a_warning(save, tmp_path, monkeypatch, caplog, stage, error):
+def test_save_that_fails_is_a_warning(save, tmp_path, monkeypatch, caplog, stage, error):
     begin, saver, _ = save
     begin(1)
     saver.wait()
@@ -97,7 +97,8 @@ def test_a_save_that_fails_is_a_warning(save, tmp_path, monkeypatch, caplog, sta
         begin(2)
         saver.wait()
     assert (
-        f"could not save {tmp_path / 'step_00000002'}: {type(error).__name__}: {error}; training continues" in caplog.text
+        f"could not save {tmp_path / 'step_00000002'}: {type(error).__name__}: {error}; training continues"
+        in caplog.text
     )
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert (saver.failed, saver.newest) == (1, tmp_path / "step_00000001")
@@ -106,7 +107,7 @@ def test_a_save_that_fails_is_a_warning(save, tmp_path, monkeypatch, caplog, sta
     assert newest_good_checkpoint(tmp_path) == saver.newest == tmp_path / "step_00000003"
 
 
-def test_so_is_a_file_that_the_system_refuses_to_write(save, tmp_path, caplog):
+def test_save_that_the_system_refuses_is_a_warning(save, tmp_path, caplog):
     """No stand-in: from here on no file may be longer than 16 kB, and those of the weights are."""
     begin, saver, _ = save
     begin(1)
@@ -145,7 +146,7 @@ def die_after(operations: int) -> None:
     patch.object(saver_module, "threading", Immediate).start()
 
 
-def test_a_kill_leaves_no_half_checkpoint_to_be_seen(save, tmp_path):
+def test_kill_during_a_save_leaves_no_partial_checkpoint(save, tmp_path):
     """A kill at each operation in turn, in a process of its own: the older checkpoint stands, or the new is whole."""
     begin, saver, _ = save
     begin(1)
@@ -182,7 +183,7 @@ class Immediate:
         def join(self): ...
 
 
-def test_what_a_kill_left_is_removed_by_the_next_save(save, tmp_path):
+def test_next_save_removes_the_remains_of_a_killed_save(save, tmp_path):
     begin, saver, _ = save
     (tmp_path / "step_00000009.tmp").mkdir()
     begin(1)
@@ -190,7 +191,7 @@ def test_what_a_kill_left_is_removed_by_the_next_save(save, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
-def test_the_newest_are_kept_and_every_so_many(tmp_path):
+def test_newest_checkpoints_and_those_at_multiples_are_kept(tmp_path):
     def steps() -> list[int]:
         return [int(path.name.removeprefix("step_")) for path in checkpoints(tmp_path)]
 
@@ -205,7 +206,7 @@ def test_the_newest_are_kept_and_every_so_many(tmp_path):
 
 
 @pytest.mark.parametrize("keep, kept", [(1, [13]), (2, [10, 13])])
-def test_a_damaged_one_takes_no_place_among_those_kept(save, tmp_path, caplog, keep, kept):
+def test_damaged_checkpoint_is_renamed_and_not_counted(save, tmp_path, caplog, keep, kept):
     """The run goes on from 10, as 12 and 20 are damaged: no save removes the good ones for them, or loses them."""
     begin, saver, _ = save
     for step in (10, 12, 20):
@@ -231,7 +232,7 @@ def test_a_damaged_one_takes_no_place_among_those_kept(save, tmp_path, caplog, k
         assert (aside / "state.json").read_text() == f"not that of {step}"
 
 
-def test_one_that_is_damaged_again_is_lost_no_more_than_the_first(save, tmp_path):
+def test_checkpoint_that_is_damaged_again_is_renamed_too(save, tmp_path):
     begin, saver, _ = save
     for step in (10, 20, 20, 20):
         begin(step, saver)
@@ -244,7 +245,7 @@ def test_one_that_is_damaged_again_is_lost_no_more_than_the_first(save, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
-def test_a_copy_that_somebody_made_is_left_alone(save, tmp_path):
+def test_folder_of_another_name_is_neither_counted_nor_removed(save, tmp_path):
     """It is no checkpoint of ours, so neither kept for one nor removed, and no save fails for it."""
     copies = ["step_00000001.mine", "step_00000001_backup", "step_00000001.old.tmp", "step_1"]
     for name in copies:
@@ -258,7 +259,7 @@ def test_a_copy_that_somebody_made_is_left_alone(save, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*copies, "step_00000003"])
 
 
-def test_a_kill_while_an_old_one_is_removed_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+def test_kill_during_a_removal_leaves_no_partial_checkpoint(tmp_path, monkeypatch):
     for step in (1, 2):
         (tmp_path / f"step_{step:08d}").mkdir()
         (tmp_path / f"step_{step:08d}" / "model.json").write_text("{}")
@@ -274,7 +275,7 @@ def test_a_kill_while_an_old_one_is_removed_leaves_no_half_checkpoint(tmp_path, 
     assert (tmp_path / "step_00000002" / "model.json").exists()
 
 
-def test_a_folder_that_cannot_be_removed_is_warned_about(tmp_path, monkeypatch, caplog):
+def test_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch, caplog):
     for step in (1, 2, 3):
         (tmp_path / f"step_{step:08d}").mkdir()
     remove = shutil.rmtree
@@ -290,7 +291,7 @@ def test_a_folder_that_cannot_be_removed_is_warned_about(tmp_path, monkeypatch, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001.tmp", "step_00000003"]
 
 
-def test_the_state_is_the_callers(save, tmp_path):
+def test_state_file_has_the_step_and_the_callers_state(save, tmp_path):
     begin, saver, _ = save
     begin(7)
     saver.wait()

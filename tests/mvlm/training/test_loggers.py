@@ -11,17 +11,17 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mvlm.errors import ConfigError
-from mvlm.runs.folder import read_metrics
 from mvlm.training import loggers as monitor
 from mvlm.training.loggers import LogSinks
 from mvlm.training.run import pretrain
+from support.folders import rows_of
 from support.models import pretrain_config
 
 ROW = {"step": 3, "pairs_seen": 24, "loss": 1.5, "itc": None, "skipped": 0}
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_service_gets_the_configuration_and_the_numbers(tmp_path, monkeypatch, without_tensorboard, name):
+def test_service_gets_the_configuration_and_the_rows(tmp_path, monkeypatch, without_tensorboard, name):
     begun, told, ended = [], [], []
     service = SimpleNamespace(
         init=lambda **words: begun.append(words),
@@ -37,11 +37,11 @@ def test_a_service_gets_the_configuration_and_the_numbers(tmp_path, monkeypatch,
     assert begun[0]["config"]["batch_size"] == 8
     assert told == [({"loss": 1.5, "skipped": 0}, 3)]
     assert ended == [True]
-    assert read_metrics(config.out / "metrics.jsonl") == [ROW]
+    assert rows_of(config.out) == [ROW]
 
 
 @pytest.mark.parametrize("name, written", [("wandb", "run/wandb/offline-run-*/*.wandb"), ("trackio", "trackio/*.db")])
-def test_the_real_service_offline(tmp_path, monkeypatch, without_tensorboard, name, written):
+def test_service_writes_its_files_offline(tmp_path, monkeypatch, without_tensorboard, name, written):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
     pytest.importorskip(name, reason=f"pip install 'mvlm[track]' brings {name}")
@@ -53,7 +53,7 @@ def test_the_real_service_offline(tmp_path, monkeypatch, without_tensorboard, na
     assert list(tmp_path.glob(written))
 
 
-def test_a_service_that_is_not_installed_is_named_before_anything_is_written(tmp_path, monkeypatch):
+def test_service_that_is_not_installed_is_refused_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     config = pretrain_config(tmp_path / "data", tmp_path / "run", trackio=True)
     with pytest.raises(ConfigError, match="--trackio: wanted the package trackio, which is not installed; pip install"):
@@ -62,7 +62,7 @@ def test_a_service_that_is_not_installed_is_named_before_anything_is_written(tmp
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_service_that_fails_is_a_warning(tmp_path, monkeypatch, without_tensorboard, caplog, name):
+def test_service_that_fails_is_a_warning(tmp_path, monkeypatch, without_tensorboard, caplog, name):
     def fails(*_, **__):
         raise ConnectionAbortedError("the network is down") if name == "wandb" else RuntimeError("locked")
 
@@ -74,13 +74,13 @@ def test_a_service_that_fails_is_a_warning(tmp_path, monkeypatch, without_tensor
         for step in (3, 4):
             sinks.log(ROW | {"step": step})
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"could not write {name}"]
-    assert [row["step"] for row in read_metrics(config.out / "metrics.jsonl")] == [3, 4]
+    assert [row["step"] for row in rows_of(config.out)] == [3, 4]
     service.init = fails
     with pytest.raises(ConfigError, match=f"--{name}: could not start a run: .*; leave --{name} out"):
         LogSinks(config, 0)
 
 
-def test_the_board_keeps_the_step_that_a_run_goes_on_from(tmp_path):
+def test_tensorboard_keeps_the_step_that_a_run_continues_from(tmp_path):
     config = pretrain_config(tmp_path / "data", tmp_path)
     for first, steps in ((0, (1, 2, 3, 4)), (3, (4, 5))):
         with LogSinks(config, first) as sinks:
@@ -93,7 +93,7 @@ def test_the_board_keeps_the_step_that_a_run_goes_on_from(tmp_path):
 
 # TensorBoard writes in a thread, which says so itself.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_full_disk_is_a_warning_for_each_place_and_lines_go_on(tmp_path, caplog, file_limit):
+def test_full_disk_is_one_warning_a_sink_and_rows_continue(tmp_path, caplog, file_limit):
     """No stand-in: for 40 lines no file may grow. TensorBoard's writer has ended by then."""
     config = pretrain_config(tmp_path / "data", tmp_path)
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -110,14 +110,14 @@ def test_a_full_disk_is_a_warning_for_each_place_and_lines_go_on(tmp_path, caplo
         *(f"could not write {name}" for name in ("TensorBoard's files", "metrics.jsonl", "strips"))
     ]
     assert all("File too large; training continues" in line for line in warnings)
-    steps = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    steps = [row["step"] for row in rows_of(tmp_path)]
     assert (steps[0], steps[-1]) == (3, 44)
     assert len(steps) < 42
     assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert [path.name for path in (tmp_path / "strips").iterdir()] == ["step_00000044.png"]
 
 
-def test_a_strip_is_a_picture_in_the_run_folder_and_on_the_board(tmp_path, monkeypatch):
+def test_strip_is_an_image_in_the_run_folder_and_in_tensorboard(tmp_path, monkeypatch):
     shown = []
     board = SimpleNamespace(add_image=lambda *words, **_: shown.append(words[2]), close=lambda: None)
     monkeypatch.setattr(monitor, "SummaryWriter", lambda *_, **__: board)

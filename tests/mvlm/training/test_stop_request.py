@@ -10,7 +10,7 @@ from mvlm.training.stop_request import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_asks_and_handlers_are_put_back(number, capfd):
+def test_signal_requests_a_stop_and_handlers_are_restored(number, capfd):
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     with StopRequest() as stop:
         assert not stop.requested()
@@ -23,7 +23,7 @@ def test_a_signal_asks_and_handlers_are_put_back(number, capfd):
     assert "finishing the step and saving; SIGTERM or Ctrl-C once more ends at once" in capfd.readouterr().err
 
 
-def test_a_signal_asks_also_where_nobody_reads_the_message(monkeypatch):
+def test_signal_requests_a_stop_even_if_stderr_is_closed(monkeypatch):
     """As with `| tee`, which Ctrl-C ends too."""
 
     def broken(*_):
@@ -35,7 +35,7 @@ def test_a_signal_asks_also_where_nobody_reads_the_message(monkeypatch):
         assert stop.requested()
 
 
-def test_a_file_asks(tmp_path, monkeypatch):
+def test_preemption_file_requests_a_stop(tmp_path, monkeypatch):
     """It is looked for once a second."""
     clock = [0.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
@@ -49,7 +49,7 @@ def test_a_file_asks(tmp_path, monkeypatch):
         assert stop.reason == str(tmp_path / "notice")
 
 
-def test_beside_the_main_thread_only_the_file_asks(tmp_path):
+def test_in_another_thread_only_the_file_requests_a_stop(tmp_path):
     """Python sets handlers nowhere else."""
     (tmp_path / "notice").touch()
     found = []
@@ -65,7 +65,7 @@ def test_beside_the_main_thread_only_the_file_asks(tmp_path):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
-def test_a_second_signal_ends_at_once(number, code):
+def test_second_signal_ends_the_process_at_once(number, code):
     """In a process of its own, which would wait for ever."""
     reading, writing = os.pipe()
     process = os.fork()

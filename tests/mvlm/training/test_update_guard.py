@@ -10,14 +10,13 @@ import torch
 from mvlm.distributed.world import World
 from mvlm.errors import NonFiniteLossError
 from mvlm.model import fast
-from mvlm.runs.folder import read_metrics
 from mvlm.runs.load import load_model
 from mvlm.training import trainer as train
 from mvlm.training import update_guard as safety
 from mvlm.training.metrics import MetricsBuffer
 from mvlm.training.run import pretrain
 from mvlm.training.update_guard import SkippedUpdates, UpdateGuard
-from support.folders import checkpoint_contents
+from support.folders import checkpoint_contents, rows_of
 from support.models import pretrain_config
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -29,14 +28,14 @@ def judge(guard: UpdateGuard, loss: float, norm: float = 1.0) -> bool:
 
 
 @pytest.mark.parametrize("spikes", [False, True])
-def test_what_is_not_finite_is_never_let_through(spikes):
+def test_guard_never_passes_what_is_not_finite(spikes):
     guard = UpdateGuard(ALONE, spikes)
     for loss, norm in ((1.0, NAN), (NAN, 1.0), (INF, 1.0), (1.0, INF), (-INF, 1.0)):
         assert not judge(guard, loss, norm)
     assert judge(guard, 1.0)
 
 
-def test_a_spike_is_six_deviations_above_the_last_128_that_were_let_through():
+def test_spike_is_six_deviations_above_the_last_128_losses_that_passed():
     """Against numpy over the same losses, with spikes and NaN among them."""
     rng = np.random.default_rng(0)
     guard, let_through, verdicts = UpdateGuard(ALONE, True), [], []
@@ -54,13 +53,13 @@ def test_a_spike_is_six_deviations_above_the_last_128_that_were_let_through():
     assert verdicts.count(False) > 12  # more than the NaNs
 
 
-def test_without_being_asked_a_spike_passes():
+def test_spike_passes_without_skip_spikes():
     guard = UpdateGuard(ALONE, False)
     assert all(judge(guard, 1.0) for _ in range(130))
     assert judge(guard, 1e6)
 
 
-def test_after_a_new_beginning_other_losses_are_the_measure():
+def test_guard_compares_with_new_losses_after_a_reset():
     """Losses of 7 after those of 1 pass, and 128 of them later it is they that a spike is held against."""
     guard = UpdateGuard(ALONE, True)
     for i in range(140):
@@ -73,7 +72,7 @@ def test_after_a_new_beginning_other_losses_are_the_measure():
     assert judge(guard, 7.01)
 
 
-def test_the_window_goes_on_from_a_checkpoint():
+def test_guard_continues_from_its_saved_window():
     guard, other = UpdateGuard(ALONE, True), UpdateGuard(ALONE, True)
     for i in range(140):
         judge(guard, 1 + 0.01 * math.sin(i))
@@ -99,7 +98,7 @@ def test_itc_and_itm_that_join_are_no_spike(scenes, tmp_path, monkeypatch, witho
 
     monkeypatch.setattr(train.Trainer, "forward_backward", jump)
     pretrain(config)
-    rows = read_metrics(config.out / "metrics.jsonl")
+    rows = rows_of(config.out)
     assert [row["bad_steps"] for row in rows] == [0] * 11 + [1]
     if reconstruction_first:
         assert rows[6]["loss"] > rows[5]["loss"] + 1
@@ -113,7 +112,7 @@ def numbers_of(good: list[bool], first: int = 1, loss: float = NAN) -> MetricsBu
     return numbers
 
 
-def test_bad_steps_are_counted_once_and_the_limit_is_in_a_row():
+def test_skipped_updates_are_counted_once_and_limited_in_a_row():
     bad = SkippedUpdates(limit=2)
     first = numbers_of([True, False, False, True, False])
     assert bad.count(first) is None
@@ -129,7 +128,7 @@ def test_bad_steps_are_counted_once_and_the_limit_is_in_a_row():
         assert (count.total, count.in_a_row) == (5, 3)
 
 
-def test_the_reason_names_what_was_wrong():
+def test_reason_names_the_metrics_that_are_not_finite():
     row = {"mlm": NAN, "mim": 1.0, "total": NAN, "grad_norm": INF, "grad_norm_pixel_head": NAN, "good": 0.0}
     assert SkippedUpdates.reason(row) == "mlm is nan, grad_norm is inf"
     assert SkippedUpdates.reason({"mlm": 1.0, "total": 12.345678, "grad_norm": 1.0}) == "the loss 12.35 is a spike"
@@ -151,14 +150,14 @@ def poison(monkeypatch):
     return at
 
 
-def test_a_bad_step_changes_nothing_and_the_run_goes_on(scenes, tmp_path, without_tensorboard, poison):
+def test_skipped_update_changes_no_weight_and_the_run_continues(scenes, tmp_path, without_tensorboard, poison):
     """Two updates of four are skipped; the checkpoints around them hold the same weights and moments."""
     poison(2, 3)
     config = pretrain_config(
         scenes, tmp_path / "run", max_steps=4, checkpoint_every_steps=1, keep_checkpoints=4, max_bad_steps=2
     )
     pretrain(config)
-    rows = read_metrics(config.out / "metrics.jsonl")
+    rows = rows_of(config.out)
     assert [row["bad_steps"] for row in rows] == [0, 1, 2, 2]
     assert [row["loss"] is None for row in rows] == [False, True, True, False]
     assert [row["mim"] is None for row in rows] == [False, True, True, False]
@@ -170,7 +169,9 @@ def test_a_bad_step_changes_nothing_and_the_run_goes_on(scenes, tmp_path, withou
 
 
 @pytest.mark.parametrize("log_every", [1, 4])
-def test_too_many_stop_the_run_with_a_diagnosis(scenes, tmp_path, without_tensorboard, poison, log_every):
+def test_too_many_skipped_updates_stop_the_run_with_a_diagnosis(
+    scenes, tmp_path, without_tensorboard, poison, log_every
+):
     """Which objective, which samples, which checkpoint; the weights in it are finite."""
     poison(*range(3, 100))
     config = pretrain_config(

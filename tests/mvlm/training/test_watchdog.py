@@ -16,7 +16,7 @@ def hang_in_the_loader() -> None:
     time.sleep(30)
 
 
-def test_a_stall_is_ended_with_the_stacks_of_all_threads(tmp_path, capfd):
+def test_watchdog_ends_a_stall_with_the_stacks_of_all_threads(tmp_path, capfd):
     process = os.fork()
     if process == 0:
         threading.Thread(target=time.sleep, args=(30,), name="another", daemon=True).start()
@@ -37,7 +37,7 @@ def test_a_stall_is_ended_with_the_stacks_of_all_threads(tmp_path, capfd):
         assert text.count("hread 0x") >= 3  # the main one, the other and the watchdog's
 
 
-def test_a_run_that_moves_is_left_alone(tmp_path):
+def test_watchdog_leaves_a_run_that_makes_progress(tmp_path):
     process = os.fork()
     if process == 0:
         with Watchdog(tmp_path / "stalled.txt", rank=0, minutes=0.5 / 60) as watchdog:
@@ -49,7 +49,7 @@ def test_a_run_that_moves_is_left_alone(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_process_that_was_suspended_is_left_alone(tmp_path):
+def test_watchdog_leaves_a_process_that_was_suspended(tmp_path):
     process = os.fork()
     if process == 0:
         with Watchdog(tmp_path / "stalled.txt", rank=0, minutes=1 / 60) as watchdog:
@@ -64,7 +64,7 @@ def test_a_process_that_was_suspended_is_left_alone(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_it_ends_with_its_context(tmp_path):
+def test_watchdog_thread_ends_with_its_context(tmp_path):
     before = threading.active_count()
     with Watchdog(tmp_path / "stalled.txt", rank=0, minutes=1):
         assert threading.active_count() == before + 1
