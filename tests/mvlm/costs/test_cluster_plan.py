@@ -1,4 +1,4 @@
-"""The plan's arithmetic by hand, and the page that the guide shows."""
+"""Arithmetic of the cluster plan by hand, and its output against docs/distributed.md."""
 
 import re
 import shlex
@@ -10,13 +10,13 @@ from mvlm import cli
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.cluster_plan import (
     ClusterSetting,
-    count,
     exchange_bytes,
-    memory,
+    gpu_memory,
     parse_count,
     parse_gpus,
+    rank_step_cost,
     scaling,
-    seconds,
+    step_seconds,
 )
 from mvlm.costs.step_cost import StepCost
 from mvlm.errors import ConfigError
@@ -33,14 +33,14 @@ def setting(**changes) -> ClusterSetting:
 
 
 def test_gpu_memory_by_part():
-    rows = memory(setting(), FOUND)
+    rows = gpu_memory(setting(), FOUND)
     assert list(rows.values()) == [4e9, 4e9, 8e9, 3e9]
-    split = memory(setting(split=True), FOUND)
-    assert [split[name] for name in rows] == [0.5e9, 0.5e9, 1e9, 3e9]
+    sharded = gpu_memory(setting(sharded=True), FOUND)
+    assert [sharded[name] for name in rows] == [0.5e9, 0.5e9, 1e9, 3e9]
 
 
 def test_exchange_bytes_by_hand():
-    """Of 127 x 100 pairs: two embeddings of 256 numbers; 197 rows of the image and 40 of the text of 768 numbers."""
+    """Other GPUs have 127 x 100 pairs, each with two embeddings (256,) and features (197 + 40, 768)."""
     assert exchange_bytes(setting()) == pytest.approx(
         {"embeddings": 12700 * 2 * 256 * 4, "features": 12700 * (197 + 40) * 768 * 4}
     )
@@ -49,14 +49,14 @@ def test_exchange_bytes_by_hand():
 
 
 def test_step_seconds_by_hand():
-    times = seconds(setting(mfu=0.5), FOUND)
+    times = step_seconds(setting(mfu=0.5), FOUND)
     assert times["forward"] == pytest.approx(1e14 / (0.5 * 989e12))
     assert times["backward"] == pytest.approx(2e14 / (0.5 * 989e12))
     # All-reduce of 4 GB: 7/8 of it twice over NVLink, 15/16 twice over eight adapters; backward takes longer.
     assert times["backward"] > 2 * 4e9 * (7 / 8 / 450e9 + 15 / 16 / (8 * 50e9))
     assert times["gradients that show"] == 0
     assert times["features"] == pytest.approx(2 * sum(exchange_bytes(setting()).values()) / 400e9)
-    slow = seconds(setting(mfu=0.5), StepCost(10**11, FOUND.forward, FOUND.backward, 0, {}))
+    slow = step_seconds(setting(mfu=0.5), StepCost(10**11, FOUND.forward, FOUND.backward, 0, {}))
     wanted = 2 * 4e11 * (7 / 8 / 450e9 + 15 / 16 / (8 * 50e9)) - times["backward"]
     assert slow["gradients that show"] == pytest.approx(wanted)
     assert times["step"] == pytest.approx(sum(time for name, time in times.items() if name != "step"))
@@ -81,13 +81,13 @@ def test_parse_gpus_and_parse_count_refuse_other_forms():
         with pytest.raises(ConfigError, match="data: wanted a number of pairs"):
             parse_count(text)
     with pytest.raises(ConfigError, match="wanted a multiple of 128 GPUs x 3 microbatches = 384, got 12800"):
-        count(setting(accumulate=3))
+        rank_step_cost(setting(accumulate=3))
     with pytest.raises(ConfigError, match="wanted --gpu one of A100, H100, H200, B200"):
         cli.run_command(["plan", "--gpus", "8", "--data", "1M", "--gpu", "H1000"])
 
 
 def test_page_shows_the_output_of_mvlm_plan(capsys):
-    """Figures within 3 %, so that a better kernel does not break the page, and a page that is wrong does not stay."""
+    """Figures within 3 %: a better kernel may change them a little, an error changes them more."""
     command, shown = re.findall(r"^    (mvlm plan .*?)$.*?^```text\n(.*?)^```", PAGE.read_text(), re.M | re.S)[0]
     cli.run_command(shlex.split(command)[1:])
     printed = capsys.readouterr().out

@@ -19,7 +19,6 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs import checkpoint as checkpoints_module
 from mvlm.runs.checkpoint import (
     checkpoints,
-    find_checkpoint,
     load_optimizer,
     newest_good_checkpoint,
     optimizer_tensors,
@@ -28,6 +27,7 @@ from mvlm.runs.checkpoint import (
     verify_checkpoint,
 )
 from mvlm.runs.checkpoint_writer import CheckpointWriter
+from mvlm.runs.folder import find_checkpoint
 from mvlm.runs.load import export, load_model
 from mvlm.training.optimizer import make_optimizer
 from support.models import micro_batch, micro_model, pretrain_config
@@ -191,7 +191,7 @@ def test_foreign_file_in_a_checkpoint_is_refused_and_never_loaded(run_copy, tmp_
     monkeypatch.chdir(tmp_path)
     newest = run_copy / "checkpoints/step_00000002"
     (newest / name).write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(RunError, match=rf"{name}: not in the manifest, so not of this checkpoint"):
+    with pytest.raises(RunError, match=rf"{name}: not in the manifest, so not part of this checkpoint"):
         load_model(newest)
     assert newest_good_checkpoint(run_copy / "checkpoints") == run_copy / "checkpoints/step_00000001"
     assert not (tmp_path / "trapped").exists()

@@ -1,16 +1,19 @@
 import errno
 import json
+import os
+import signal
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from mvlm.config.json_files import read_config, run_config
+from mvlm.config.json_files import differing_settings, read_config, run_config
 from mvlm.errors import RunError
 from mvlm.runs import folder as run_folder
 from mvlm.runs.folder import (
     MetricsFile,
     RunLock,
-    differing_settings,
     open_run,
     read_metrics,
     write_config,
@@ -21,7 +24,7 @@ from support.models import micro_config, pretrain_config
 
 @pytest.fixture
 def config(tmp_path):
-    """A run that nobody has begun."""
+    """Configuration of a run that has not started."""
     return pretrain_config(tmp_path / "data", tmp_path / "run")
 
 
@@ -31,7 +34,7 @@ def begin(config) -> None:
 
 
 def refuse(config, *words: str) -> None:
-    """Opening fails with one line that holds the words, and changes no file."""
+    """Assert that opening the run fails with a one-line error that has the words, and changes no file."""
     before = folder_hash(config.out)
     with pytest.raises(RunError) as caught:
         open_run(config)
@@ -44,7 +47,7 @@ def refuse(config, *words: str) -> None:
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("resume", [False, True])
 def test_new_run_claims_a_missing_or_empty_folder(config, there, resume):
-    """In a folder that is not there or is empty; --resume starts a run that has not been begun."""
+    """With --resume too, which starts a run that has not started."""
     if there:
         config.out.mkdir()
     config = pretrain_config(config.data, config.out, resume=resume)
@@ -68,7 +71,7 @@ def test_file_in_the_place_of_a_run_folder_is_refused(config):
 
 def test_run_is_not_started_twice(config):
     begin(config)
-    refuse(config, "holds this run already; go on with --resume, or choose another --out")
+    refuse(config, "holds this run already; continue it with --resume, or choose another --out")
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -114,7 +117,7 @@ def test_settings_that_affect_the_result_may_not_differ_on_resume(config, settin
 
 
 def test_configuration_is_written_atomically(config, monkeypatch):
-    """What a full disk or a kill leaves is in nobody's way, and a run that goes on writes none again."""
+    """A partial file, left by a full disk or a kill, does not matter; a resumed run writes no other configuration."""
 
     def fail(path):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -148,14 +151,69 @@ def test_configuration_of_another_version_is_refused(config, version):
 
 
 def test_run_folder_belongs_to_one_process(config):
-    """Held again by whoever asks once it is let go."""
+    """A second lock is refused, by this process and by a forked one, until the first is released."""
     with RunLock(config.out):
         before = folder_hash(config.out)
         with pytest.raises(RunError, match=r"run: wanted a run folder of our own, found it in use by another process"):
             RunLock(config.out)
+        process = os.fork()
+        if process == 0:
+            os._exit(1 if can_lock(config.out) else 0)
+        assert os.waitpid(process, 0)[1] == 0
         assert folder_hash(config.out) == before
+    assert can_lock(config.out)
+
+
+def can_lock(folder: Path) -> bool:
+    try:
+        with RunLock(folder):
+            return True
+    except RunError:
+        return False
+
+
+def test_lock_of_a_killed_process_is_free_even_if_a_child_lives_on(config):
+    """The child is forked while the lock is held, as the loader's processes are."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        with RunLock(config.out):
+            child = os.fork()
+            if child:
+                os.write(writing, child.to_bytes(4, "little"))
+            time.sleep(60)
+        os._exit(0)
+    child = int.from_bytes(os.read(reading, 4), "little")
+    assert not can_lock(config.out)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    try:
+        assert can_lock(config.out)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_folder_with_only_the_lock_file_counts_as_empty(config):
     with RunLock(config.out):
-        pass
+        begin(config)
+    assert sorted(path.name for path in config.out.iterdir()) == [".lock", "config.json"]
+
+
+def test_lock_leaves_no_file_in_a_folder_that_holds_no_run(config):
+    config.out.mkdir()
+    (config.out / "thesis.tex").write_text("ten years of work")
+    with pytest.raises(RunError, match="wanted an empty folder or a run, found other files"):
+        RunLock(config.out)
+    assert [path.name for path in config.out.iterdir()] == ["thesis.tex"]
+
+
+def test_lock_that_cannot_be_made_is_an_error_of_the_run(config, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(run_folder.FileLock, "acquire", refuse)
+    with pytest.raises(RunError, match=r"run/\.lock: cannot be locked \(Permission denied\); choose another --out"):
+        RunLock(config.out)
 
 
 def test_configuration_that_is_missing_is_named(tmp_path):
@@ -166,13 +224,12 @@ def test_configuration_that_is_missing_is_named(tmp_path):
 def test_resume_continues_from_the_newest_good_checkpoint(run_copy, caplog):
     config = pretrain_config(json.loads((run_copy / "config.json").read_text())["data"], run_copy, resume=True)
     newest, older = run_copy / "checkpoints/step_00000002", run_copy / "checkpoints/step_00000001"
-    # the tokenizer's [MASK] is written into a run's configuration
     assert open_run(config) == newest
     (newest / "state.json").write_text("{}")
     assert open_run(config) == older
     assert "state.json: damaged" in caplog.text
     (older / "tokenizer.json").unlink()
-    refuse(config, "no checkpoint is whole; remove the folder to start again, or restore one")
+    refuse(config, "wanted a good checkpoint, found all of them damaged; remove the folder to start again")
 
 
 def test_differing_settings_are_listed_by_name():
@@ -198,7 +255,7 @@ def test_metrics_file_appends_a_line_at_a_time(tmp_path):
 
 
 def test_line_of_metrics_is_written_completely_or_not_at_all(tmp_path, file_limit):
-    """And the next one, when there is room again, begins where a line begins."""
+    """The next line, when there is room again, is a line of its own."""
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path, 0)
     metrics.write({"step": 1})

@@ -46,15 +46,15 @@ def test_loader_order_follows_the_seed(scenes, tokenizer):
 
 @pytest.mark.parametrize("scale, flat", [((0.01, 0.02), True), ((0.9, 1.0), False)])
 def test_loader_crops_as_configured(scenes, tokenizer, scale, flat):
-    """A hundredth of a scene is mostly of one colour, nine tenths of it never are."""
+    """A hundredth of a scene mostly has one colour; nine tenths of it never do."""
     config = pretrain_config(scenes, Path(), batch_size=32, crop_scale=scale)
     batch, _ = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)))
-    spread = batch.images.flatten(2).float().std(2).amax(1)  # (32,) by picture
+    spread = batch.images.flatten(2).float().std(2).amax(1)  # (32,) by image
     assert (spread < 1).float().mean() > 0.5 if flat else (spread > 10).all()
 
 
 def test_loader_augments_as_configured(scenes, tmp_path):
-    """The same run but for one setting sees other pixels; what it is not told of stays as it was."""
+    """One augmentation changes the pixels, and neither captions nor masks."""
     seen = {}
     for name, changes in {"none": {}, "flip": {"flip": 1.0}, "randaugment": {"randaugment": 2}}.items():
         config = pretrain_config(scenes, tmp_path / name, **changes)

@@ -34,7 +34,7 @@ class Interrupted(Exception):
     ],
 )
 def test_resumed_run_equals_the_uninterrupted_run(scenes, tmp_path, monkeypatch, without_tensorboard, settings):
-    """Six steps, against a run that is stopped in its fifth and goes on from its checkpoint of the third."""
+    """Six steps, against a run that is stopped in its fifth and continues from its checkpoint of the third."""
     whole = pretrain_config(scenes, tmp_path / "whole", max_steps=6, **settings)
     pretrain(whole)
 
@@ -50,7 +50,7 @@ def test_resumed_run_equals_the_uninterrupted_run(scenes, tmp_path, monkeypatch,
         patch.setattr(Trainer, "one_step", stop)
         with pytest.raises(Interrupted):
             pretrain(broken)
-    # The line of the fourth was to be written while the fifth ran.
+    # The row of the fourth step is written while the fifth runs.
     assert [row["step"] for row in rows_of(broken.out)] == [1, 2, 3]
     torch.manual_seed(99)
     pretrain(pretrain_config(scenes, tmp_path / "broken", max_steps=6, resume=True, **settings))
@@ -65,7 +65,7 @@ def test_resumed_run_equals_the_uninterrupted_run(scenes, tmp_path, monkeypatch,
 def test_run_resumed_past_a_damaged_checkpoint_keeps_its_own_checkpoints(
     scenes, tmp_path, monkeypatch, without_tensorboard
 ):
-    """Step 4 is damaged, so the run goes on from 2 and saves at 3, with room for one: it can go on from 3."""
+    """Step 4 is damaged, so the run continues from 2 and saves at 3, keeping one checkpoint: it can continue from 3."""
     config = pretrain_config(scenes, tmp_path / "run", max_steps=4, checkpoint_every_steps=2)
     pretrain(config)
     (config.out / "checkpoints/step_00000004/state.json").write_text("{}")
@@ -95,7 +95,7 @@ def test_resume_of_a_complete_run_changes_no_file(scenes, run_copy, caplog):
 
 
 def test_resume_with_other_data_is_refused(run_copy, tmp_path):
-    """Its folder may have moved, its contents may not have changed."""
+    """The folder of the data may have moved; its contents must not have changed."""
     other = write_scenes(tmp_path / "other", {"train": 31})
     before = folder_hash(run_copy)
     with pytest.raises(DataError, match="wanted the data of the state, fingerprint"):
@@ -104,7 +104,7 @@ def test_resume_with_other_data_is_refused(run_copy, tmp_path):
 
 
 def test_resume_with_another_tokenizer_is_refused(scenes, tmp_path, train_split, without_tensorboard):
-    """The file has the name that it had, and other words in it."""
+    """The file has the same name and other contents."""
     words = tmp_path / "words.json"
     tokenizer_for(train_split, 300).save(words)
     original = words.read_bytes()

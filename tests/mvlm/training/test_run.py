@@ -62,7 +62,13 @@ def test_run_writes_metrics_configuration_checkpoints_and_events(trained, scenes
     assert config["model"]["mask_token_id"] == 4
     assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["step_00000001", "step_00000002"]
     assert list((trained / "tensorboard").iterdir())
-    assert {path.name for path in trained.iterdir()} == {"config.json", "metrics.jsonl", "checkpoints", "tensorboard"}
+    assert {path.name for path in trained.iterdir()} == {
+        ".lock",
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "tensorboard",
+    }
 
 
 def test_tensorboard_has_the_figures_of_the_metrics(trained):
@@ -108,7 +114,7 @@ def test_itc_and_itm_may_join_within_a_row_of_metrics(scenes, tmp_path, without_
     assert [(row["step"], row["itc"] is None) for row in rows] == [(3, True), (6, False)]
     assert set(rows[0]) == set(rows[1])
     joined = [name for name in rows[0] if name.startswith("grad_norm_") and rows[0][name] == 0 < rows[1][name]]
-    assert joined  # what only ITC and ITM train
+    assert joined  # parameters that only ITC and ITM train
 
 
 def test_evaluations_change_no_loss(scenes, tmp_path, without_tensorboard):
@@ -122,7 +128,7 @@ def test_evaluations_change_no_loss(scenes, tmp_path, without_tensorboard):
     figures |= {"gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1"}
     for row in rows:
         assert figures < set(row)
-        assert 0 <= row["tr_r1"] <= row["tr_r5"] <= row["tr_r10"] <= row["ir_r10"] == 100  # there are eight pictures
+        assert 0 <= row["tr_r1"] <= row["tr_r5"] <= row["tr_r10"] <= row["ir_r10"] == 100  # there are eight images
     others = [row for row in losses_of(plain.out) if row["step"] in (2, 4)]
     assert losses_of(watched.out) == others
 
@@ -155,7 +161,7 @@ def test_rows_of_metrics_are_written_every_log_every_steps(scenes, tmp_path, wit
 def test_checkpoints_are_written_by_steps_minutes_and_at_the_end(
     scenes, tmp_path, monkeypatch, without_tensorboard, settings, steps
 ):
-    """Each step at most once: the last is not written over itself."""
+    """A step is saved at most once, the last one too."""
     clock = [0.0]
 
     def wait(run, batches):
@@ -179,7 +185,7 @@ def test_checkpoints_are_written_by_steps_minutes_and_at_the_end(
 def test_full_disk_between_checkpoints_does_not_end_the_run(
     scenes, tmp_path, monkeypatch, without_tensorboard, caplog, file_limit
 ):
-    """No line of steps 2 and 3 can be written; there is room again when step 5 is made and saved."""
+    """No row of steps 2 and 3 can be written. There is room again when step 5 is made and saved."""
     config = pretrain_config(scenes, tmp_path / "run", max_steps=5)
     one_step, full = Trainer.one_step, ExitStack()
 

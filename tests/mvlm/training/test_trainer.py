@@ -24,7 +24,7 @@ ALONE = World(rank=0, size=1, local_rank=0, device=CPU)
 
 @pytest.fixture
 def start(scenes, tokenizer, tmp_path):
-    """A function that makes a run in progress, and its batches."""
+    """Function that makes a trainer and its batches."""
 
     def make(dtype=torch.float32, **changes):
         config = pretrain_config(scenes, tmp_path / "run", precision="fp32", max_steps=20, **changes)
@@ -37,7 +37,7 @@ def start(scenes, tokenizer, tmp_path):
 
 
 def last_row(run: Trainer) -> dict[str, float]:
-    """What the last step told."""
+    """Metrics of the last step."""
     return run.metrics.read()[-1]
 
 
@@ -69,7 +69,7 @@ def test_step_is_adamws_update_with_the_gradient_of_the_total(start):
 
 
 def test_model_gets_seed_and_step(start, monkeypatch):
-    """ITM's negatives follow from both; reconstruction comes first."""
+    """Both determine ITM's negatives. The first two steps train reconstruction alone."""
     run, batches = start(seed=7, reconstruction_first=2)
     told, forward = [], run.model.forward
 
@@ -139,7 +139,7 @@ def test_loss_that_is_not_finite_stops_the_run_before_the_update(start, monkeypa
 
 
 def test_gradient_that_is_not_finite_stops_the_run_before_the_update(start):
-    """A loss may be finite and its gradient not: here through the square root of zero."""
+    """The loss is finite and its gradient is not, by the square root of zero."""
     run, batches = start(max_bad_steps=0)
     parameter = run.model.pixel_head.bias
     forward = run.model.forward
@@ -158,10 +158,10 @@ def test_gradient_that_is_not_finite_stops_the_run_before_the_update(start):
     assert all(not value.any() for state in run.optimizer.state.values() for value in state.values())
 
 
-# Dynamo makes an instance of an autograd.Function while it traces one.
+# Dynamo instantiates an autograd.Function while it traces it.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_steps_equal_eager_steps(start, scenes, tokenizer, tmp_path, monkeypatch):
-    """Traced whole and run by torch's own kernels, in float64; batches of every length share a handful of graphs."""
+    """One graph a step, run by torch's own kernels in float64. Batches of all lengths share a handful of graphs."""
     plain, batches = start(dtype=torch.float64)
     for _ in range(6):
         plain.one_step(batches)
