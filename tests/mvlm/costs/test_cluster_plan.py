@@ -86,6 +86,7 @@ def test_parse_gpus_and_parse_count_refuse_other_forms():
         cli.run_command(["plan", "--gpus", "8", "--data", "1M", "--gpu", "H1000"])
 
 
+@pytest.mark.slow
 def test_page_shows_the_output_of_mvlm_plan(capsys):
     """Figures within 3 %: a better kernel may change them a little, an error changes them more."""
     command, shown = re.findall(r"^    (mvlm plan .*?)$.*?^```text\n(.*?)^```", PAGE.read_text(), re.M | re.S)[0]

@@ -41,6 +41,7 @@ def test_mfu_is_a_fraction_of_the_peak_of_all_ranks(monkeypatch, scenes, tmp_pat
     assert found.of_rate(16.0, 7.0) == pytest.approx(16 * 50 / 2000)  # counted once
 
 
+@pytest.mark.slow
 def test_flops_per_pair_equal_those_of_a_real_step(scenes, tmp_path):
     """Against a count of a step on real tensors, captions of 7 tokens."""
     config = pretrain_config(scenes, tmp_path, model=micro_config(), batch_size=4)
@@ -52,6 +53,7 @@ def test_flops_per_pair_equal_those_of_a_real_step(scenes, tmp_path):
     assert counted == pytest.approx(real.get_total_flops() / 4, rel=0.05)
 
 
+@pytest.mark.slow
 def test_run_logs_mfu_if_the_peak_is_known(monkeypatch, scenes, tmp_path):
     monkeypatch.setattr(utilisation, "peak_flops", lambda _: 1e12)
     config = pretrain_config(scenes, tmp_path / "run", max_steps=2)

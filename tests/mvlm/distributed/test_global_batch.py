@@ -63,10 +63,12 @@ def cases(ranks: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
     return chosen
 
 
+@pytest.mark.slow
 def test_the_oracle_knows_nothing_of_what_is_tested(ranks):
     assert [found["oracle knows"] for found in ranks] == [[], [], [], []]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("microbatches", [1, 2])
 @pytest.mark.parametrize("kind, count", [("ddp", 8), ("fsdp", 8), ("hsdp", 4)])
@@ -78,6 +80,7 @@ def test_ranks_agree_with_one_rank_on_the_whole_batch(ranks, kind, count, microb
         assert case["global gradients"] < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_reconstruction_alone_leaves_itc_and_itm_without_gradients(ranks, kind):
     """What ITC and ITM alone use gets no gradient then, as in one process: `differences` tells none from zero."""
@@ -86,6 +89,7 @@ def test_reconstruction_alone_leaves_itc_and_itm_without_gradients(ranks, kind):
         assert case["global gradients"] < EXACT
 
 
+@pytest.mark.slow
 def test_local_negatives_are_drawn_within_a_microbatch(ranks):
     for case in cases(ranks, again=False, reconstruction_only=False):
         if "local losses" in case:
@@ -95,6 +99,7 @@ def test_local_negatives_are_drawn_within_a_microbatch(ranks):
             assert abs(case["local matching"]) < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp"])
 def test_update_with_clipping_and_clamping_agrees_with_one_rank(ranks, kind):
     for case in cases(ranks, kind=kind, again=False, reconstruction_only=False):
@@ -102,6 +107,7 @@ def test_update_with_clipping_and_clamping_agrees_with_one_rank(ranks, kind):
         assert case["weights"] < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_logits_in_memory_are_bounded(ranks, count):
     """Of 6 rows x 6 W columns in a rank no more than 36 elements exist at a time, and the gradient is the same."""

@@ -42,6 +42,7 @@ def runs(scenes, tmp_path_factory) -> tuple[Path, Path]:
     return folder / "one", folder / "two"
 
 
+@pytest.mark.slow
 def test_two_ranks_log_the_losses_of_one(runs):
     one, two = (rows_of(run) for run in runs)
     assert [row["step"] for row in two] == [1, 2, 3, 4]
@@ -54,6 +55,7 @@ def test_two_ranks_log_the_losses_of_one(runs):
     assert two[-1]["gain_text_nats"] == pytest.approx(one[-1]["gain_text_nats"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_sharded_model_is_saved_unsharded(runs):
     (one, _), (two, _) = (load_model(run) for run in runs)
     for (name, ours), theirs in zip(two.named_parameters(), one.parameters(), strict=True):

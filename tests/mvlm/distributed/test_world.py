@@ -38,6 +38,7 @@ def test_process_without_torchrun_is_a_world_of_one(monkeypatch):
     assert not torch.distributed.is_initialized()
 
 
+@pytest.mark.slow
 def test_two_ranks_reduce_and_gather():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

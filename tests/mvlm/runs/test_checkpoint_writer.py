@@ -146,6 +146,7 @@ def die_after(operations: int) -> None:
     patch.object(saver_module, "threading", Immediate).start()
 
 
+@pytest.mark.slow
 def test_kill_during_a_save_leaves_no_partial_checkpoint(save, tmp_path):
     """A kill at each operation in turn, in a process of its own: the older checkpoint stands, or the new is whole."""
     begin, saver, _ = save

@@ -40,6 +40,7 @@ def test_service_gets_the_configuration_and_the_rows(tmp_path, monkeypatch, with
     assert rows_of(config.out) == [ROW]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, written", [("wandb", "run/wandb/offline-run-*/*.wandb"), ("trackio", "trackio/*.db")])
 def test_service_writes_its_files_offline(tmp_path, monkeypatch, without_tensorboard, name, written):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -80,6 +81,7 @@ def test_service_that_fails_is_a_warning(tmp_path, monkeypatch, without_tensorbo
         LogSinks(config, 0)
 
 
+@pytest.mark.slow
 def test_tensorboard_keeps_the_step_that_a_run_continues_from(tmp_path):
     config = pretrain_config(tmp_path / "data", tmp_path)
     for first, steps in ((0, (1, 2, 3, 4)), (3, (4, 5))):

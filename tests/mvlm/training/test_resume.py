@@ -24,6 +24,7 @@ class Interrupted(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -62,6 +63,7 @@ def test_resumed_run_equals_the_uninterrupted_run(scenes, tmp_path, monkeypatch,
     assert {name.split("/")[0] for name in mine} > {"model", "optimizer", "generators", "state.json"}
 
 
+@pytest.mark.slow
 def test_run_resumed_past_a_damaged_checkpoint_keeps_its_own_checkpoints(
     scenes, tmp_path, monkeypatch, without_tensorboard
 ):

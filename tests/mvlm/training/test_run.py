@@ -82,6 +82,7 @@ def test_tensorboard_has_the_figures_of_the_metrics(trained):
         assert rate.value == pytest.approx(row["lr"], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_equal_seeds_give_equal_runs(scenes, tmp_path, two_threads, without_tensorboard, precision):
     """Digit for digit, with two threads; another seed is another run."""

@@ -159,6 +159,7 @@ def test_gradient_that_is_not_finite_stops_the_run_before_the_update(start):
 
 
 # Dynamo instantiates an autograd.Function while it traces it.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_steps_equal_eager_steps(start, scenes, tokenizer, tmp_path, monkeypatch):
     """One graph a step, run by torch's own kernels in float64. Batches of all lengths share a handful of graphs."""

@@ -82,6 +82,7 @@ def test_guard_continues_from_its_saved_window():
     assert guard.state() == other.state()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reconstruction_first", [6, 0])
 def test_itc_and_itm_that_join_are_no_spike(scenes, tmp_path, monkeypatch, without_tensorboard, reconstruction_first):
     """The loss jumps after step 6, where the window of four is full; a jump for no reason is a spike still."""
@@ -150,6 +151,7 @@ def poison(monkeypatch):
     return at
 
 
+@pytest.mark.slow
 def test_skipped_update_changes_no_weight_and_the_run_continues(scenes, tmp_path, without_tensorboard, poison):
     """Two updates of four are skipped; the checkpoints around them hold the same weights and moments."""
     poison(2, 3)
@@ -168,6 +170,7 @@ def test_skipped_update_changes_no_weight_and_the_run_continues(scenes, tmp_path
     assert tensors[0].keys() == tensors[3].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log_every", [1, 4])
 def test_too_many_skipped_updates_stop_the_run_with_a_diagnosis(
     scenes, tmp_path, without_tensorboard, poison, log_every

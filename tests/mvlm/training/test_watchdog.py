@@ -5,6 +5,8 @@ import signal
 import threading
 import time
 
+import pytest
+
 from mvlm.training.watchdog import EXIT_CODE, Watchdog
 
 
@@ -49,6 +51,7 @@ def test_watchdog_leaves_a_run_that_makes_progress(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_watchdog_leaves_a_process_that_was_suspended(tmp_path):
     process = os.fork()
     if process == 0:
