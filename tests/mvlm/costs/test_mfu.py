@@ -1,9 +1,9 @@
-"""MFU: the peak by the name of the GPU, operations against a count by hand, and the field of a run's metrics."""
+"""MFU: the peak of a GPU by its name, FLOPs against those of a real step, and the field of a run's metrics."""
 
 import pytest
 import torch
 
-from mvlm.costs import mfu as utilisation
+from mvlm.costs import mfu
 from mvlm.costs.flops import counter
 from mvlm.costs.mfu import ModelFlopsUtilization, peak_flops
 from mvlm.distributed.world import World
@@ -32,8 +32,8 @@ def test_peak_flops_of_a_gpu_by_its_name(monkeypatch, name, peak):
 
 
 def test_mfu_is_a_fraction_of_the_peak_of_all_ranks(monkeypatch, scenes, tmp_path):
-    """1,000 operations a second each; twice the pairs are twice the share."""
-    monkeypatch.setattr(utilisation, "peak_flops", lambda _: 1e3)
+    """Two ranks of 1,000 FLOP/s each. Twice the rate is twice the MFU."""
+    monkeypatch.setattr(mfu, "peak_flops", lambda _: 1e3)
     config = pretrain_config(scenes, tmp_path)
     found = ModelFlopsUtilization(config, World(0, 2, 0, CPU))
     monkeypatch.setattr(found, "flops_per_pair", lambda tokens: 10.0 * tokens)
@@ -43,7 +43,7 @@ def test_mfu_is_a_fraction_of_the_peak_of_all_ranks(monkeypatch, scenes, tmp_pat
 
 @pytest.mark.slow
 def test_flops_per_pair_equal_those_of_a_real_step(scenes, tmp_path):
-    """Against a count of a step on real tensors, captions of 7 tokens."""
+    """Against a step on real tensors, with captions of 7 tokens."""
     config = pretrain_config(scenes, tmp_path, model=micro_config(), batch_size=4)
     counted = ModelFlopsUtilization(config, World(0, 1, 0, CPU)).flops_per_pair(7.0)
     model = micro_model()
@@ -55,7 +55,7 @@ def test_flops_per_pair_equal_those_of_a_real_step(scenes, tmp_path):
 
 @pytest.mark.slow
 def test_run_logs_mfu_if_the_peak_is_known(monkeypatch, scenes, tmp_path):
-    monkeypatch.setattr(utilisation, "peak_flops", lambda _: 1e12)
+    monkeypatch.setattr(mfu, "peak_flops", lambda _: 1e12)
     config = pretrain_config(scenes, tmp_path / "run", max_steps=2)
     pretrain(config)
     rows = rows_of(config.out)

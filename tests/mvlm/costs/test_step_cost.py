@@ -1,4 +1,4 @@
-"""What is counted on tensors without values against what the allocator reports of real steps, and by hand."""
+"""Counts on fake tensors against the allocator's report of real steps, and by hand."""
 
 import json
 
@@ -20,7 +20,7 @@ CONFIG = MaskVLMConfig.preset("tiny", image_layers=2, text_layers=2, cross_layer
 
 
 def allocated(shape: StepShape, path) -> int:
-    """The most bytes that one real step held beyond what was there before, by torch's report of its CPU allocator."""
+    """Peak bytes of one real step, beyond those allocated before it, by torch's report of its CPU allocator."""
     torch.manual_seed(0)
     model = MaskVLM(CONFIG)
     if shape.checkpointed:
@@ -80,7 +80,7 @@ def test_step_cost_saves_no_attention_scores_for_backward():
 
 
 def test_flops_of_an_image_block_by_hand():
-    """Two steps that differ by one image block: 2 x 37 rows x 12 C^2 products, and two products of attention a head."""
+    """Two steps that differ by one image block: products with 12 C^2 weights for 2 x 37 rows, and attention's two."""
     shape = StepShape(pairs=4)
     more = MaskVLMConfig.preset("tiny", image_layers=3, text_layers=2, cross_layers=1, decoder_layers=1)
     one, two = step_cost(CONFIG, shape), step_cost(more, shape)
@@ -93,7 +93,7 @@ def test_flops_of_an_image_block_by_hand():
 
 
 def test_fetched_features_of_other_ranks_add_memory_and_flops():
-    """16 ranks: as many rows again for ITM. They are imagined, and leave no process group behind."""
+    """On 16 simulated ranks ITM has as many rows again. No process group is left."""
     alone, among = step_cost(CONFIG, StepShape(pairs=8)), step_cost(CONFIG, StepShape(pairs=8, ranks=16))
     near = step_cost(CONFIG, StepShape(pairs=8, ranks=16, local_negatives=True))
     assert not torch.distributed.is_initialized()

@@ -1,3 +1,5 @@
+"""Format of a checkpoint: written, verified, read back, and refused when damaged."""
+
 # Arguments are unpacked from tables of cases, whose types pyright cannot follow.
 # pyright: reportCallIssue=false
 import errno
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.runs import checkpoint as checkpoints_module
+from mvlm.runs import checkpoint as checkpoint_module
 from mvlm.runs.checkpoint import (
     checkpoints,
     load_optimizer,
@@ -64,12 +66,12 @@ def update(model: MaskVLM, optimizer: torch.optim.Optimizer) -> None:
 def save(root: Path, step: int, training, tokenizer, state: dict[str, Any] | None = None, **settings: Any) -> Path:
     """Write a checkpoint and wait for it."""
     model, optimizer = training
-    saver = CheckpointWriter(root, ALONE, **({"keep": 100} | settings))
+    writer = CheckpointWriter(root, ALONE, **({"keep": 100} | settings))
     parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
-    saver.save(step, model, parts, state or {}, tokenizer)
-    saver.wait()
+    writer.save(step, model, parts, state or {}, tokenizer)
+    writer.wait()
     path = root / f"step_{step:08d}"
-    assert saver.newest == path
+    assert writer.newest == path
     return path
 
 
@@ -84,9 +86,9 @@ def flip_a_byte(file: Path) -> None:
 
 
 def sign_again(folder: Path) -> None:
-    """Make the manifest fit the files, as if they had been written like that."""
+    """Make the manifest match the files, as if they had been written so."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["sha256"] = {name: checkpoints_module.sha256(folder / name) for name in manifest["sha256"]}
+    manifest["sha256"] = {name: checkpoint_module.sha256(folder / name) for name in manifest["sha256"]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -95,7 +97,7 @@ def test_checkpoint_has_the_documented_files(training, tokenizer, tmp_path):
     assert path == tmp_path / "step_00001234"
     files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
     assert files == sorted([*FILES, "manifest.json"])
-    assert [file.name for file in tmp_path.iterdir()] == ["step_00001234"]  # nothing is left beside it
+    assert [file.name for file in tmp_path.iterdir()] == ["step_00001234"]  # no temporary folder is left
     assert read_state(path) == {"step": 1234, "loader": {"position": 3}}
     manifest = json.loads((path / "manifest.json").read_text())
     assert (manifest["format_version"], manifest["world_size"]) == (2, 1)
@@ -116,7 +118,7 @@ def test_load_model_restores_model_and_tokenizer(training, tokenizer, tmp_path):
 
 
 def test_export_writes_a_folder_that_safetensors_reads(training, tokenizer, tmp_path):
-    """Read here by safetensors alone; a folder with files in it is left as it is."""
+    """The test reads it with safetensors alone. A folder with files in it is refused."""
     model, _ = training
     save(tmp_path / "checkpoints", 5, training, tokenizer)
     out = tmp_path / "deep/exported"
@@ -133,17 +135,17 @@ def test_export_writes_a_folder_that_safetensors_reads(training, tokenizer, tmp_
 def test_load_model_and_export_take_the_averaged_weights(training, tokenizer, tmp_path):
     model, optimizer = training
     average = {name: torch.full_like(p, 0.25) for name, p in model.named_parameters()}
-    saver = CheckpointWriter(tmp_path / "checkpoints", ALONE, keep=1)
+    writer = CheckpointWriter(tmp_path / "checkpoints", ALONE, keep=1)
     parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer), "ema": average}
-    saver.save(1, model, parts, {}, tokenizer)
-    saver.wait()
+    writer.save(1, model, parts, {}, tokenizer)
+    writer.wait()
     assert all((p == 0.25).all() for p in load_model(tmp_path)[0].parameters())
     export(tmp_path, tmp_path / "out")
     assert all((t == 0.25).all() for t in load_file(tmp_path / "out/model.safetensors").values())
 
 
 def test_optimizer_state_is_restored_to_the_bit(training, tokenizer, tmp_path):
-    """Every moment of the optimizer comes back, so the next update is the same; where there was none, there is none."""
+    """All moments are restored, so the next update is the same. A parameter without moments has none afterwards."""
     model, optimizer = training
     del optimizer.state[model.log_scale]
     path = save(tmp_path, 2, training, tokenizer)
@@ -162,7 +164,7 @@ def test_optimizer_state_is_restored_to_the_bit(training, tokenizer, tmp_path):
 
 
 def test_no_file_of_a_checkpoint_is_a_pickle(training, tokenizer, tmp_path, monkeypatch):
-    """Neither on the way out nor on the way in."""
+    """Neither writing nor reading calls pickle."""
 
     def refuse(*_, **__):
         raise AssertionError("a pickle was asked for")
@@ -180,7 +182,7 @@ def test_no_file_of_a_checkpoint_is_a_pickle(training, tokenizer, tmp_path, monk
 
 
 class Trap:
-    """What unpickling it would do."""
+    """An object that makes a folder when it is unpickled."""
 
     def __reduce__(self):
         return (os.mkdir, ("trapped",))
@@ -199,7 +201,7 @@ def test_foreign_file_in_a_checkpoint_is_refused_and_never_loaded(run_copy, tmp_
 
 @pytest.mark.parametrize("name", FILES)
 def test_pickle_in_the_place_of_a_file_is_never_loaded(run_copy, tmp_path, monkeypatch, name):
-    """Even where the manifest vouches for it."""
+    """Even if the manifest has its hash."""
     monkeypatch.chdir(tmp_path)
     newest = run_copy / "checkpoints/step_00000002"
     (newest / name).write_bytes(pickle.dumps(Trap()))
@@ -235,7 +237,7 @@ def test_flipped_bit_is_found_and_the_previous_checkpoint_is_used(run_copy, name
 
 
 def test_checkpoint_with_an_unreadable_file_is_damaged(run_copy):
-    """Reading /proc/self/mem from its beginning is an error of input and output, as a bad sector is."""
+    """Reading /proc/self/mem from its beginning is an input/output error, like a bad sector."""
     root = run_copy / "checkpoints"
     file = root / "step_00000002" / "model" / SHARD
     file.unlink()
@@ -306,7 +308,7 @@ def test_tensors_of_another_architecture_are_refused_with_their_shapes(training,
     assert message.endswith(" more")
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
-    # One tensor of another shape alone is named with both.
+    # A single tensor of another shape is named with both shapes.
     file = path / "model" / SHARD
     tensors = load_file(file)
     tensors["matching_head.bias"] = torch.zeros(3)
@@ -320,12 +322,12 @@ def test_tensors_of_another_architecture_are_refused_with_their_shapes(training,
 
 
 def test_error_while_tensors_are_read_is_raised_unwrapped(run_copy, monkeypatch):
-    """torch.distributed.checkpoint wraps it in what no `except Exception` catches."""
+    """torch.distributed.checkpoint wraps it in an exception that `except Exception` does not catch."""
 
     def broken(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoints_module.HuggingFaceStorageReader, "read_data", broken)
+    monkeypatch.setattr(checkpoint_module.HuggingFaceStorageReader, "read_data", broken)
     with pytest.raises(OSError, match="Input/output error"):
         load_model(run_copy)
 
@@ -360,7 +362,7 @@ def test_load_model_refuses_files_that_match_the_manifest_but_are_invalid(run_co
 
 
 def test_checkpoints_are_listed_in_order_of_their_steps(tmp_path):
-    """Numbers, not letters, and no folder that somebody copied beside them."""
+    """In numerical order, without copies under other names."""
     steps = ["step_00000002", "step_00000010", "step_99999999", "step_100000000"]
     copies = ["step_00000011.tmp", "step_00000011.damaged1", "step_00000010.mine", "step_00000010_backup", "step_3"]
     for name in (*reversed(steps), *copies, "other"):

@@ -1,4 +1,4 @@
-"""Where lines go besides metrics.jsonl: services, stood in for by modules that write down what they are told."""
+"""Sinks for metrics and images. Modules that record their calls stand in for the services."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mvlm.errors import ConfigError
-from mvlm.training import loggers as monitor
+from mvlm.training import loggers
 from mvlm.training.loggers import LogSinks
 from mvlm.training.run import pretrain
 from support.folders import rows_of
@@ -22,21 +22,21 @@ ROW = {"step": 3, "pairs_seen": 24, "loss": 1.5, "itc": None, "skipped": 0}
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_service_gets_the_configuration_and_the_rows(tmp_path, monkeypatch, without_tensorboard, name):
-    begun, told, ended = [], [], []
+    started, logged, finished = [], [], []
     service = SimpleNamespace(
-        init=lambda **words: begun.append(words),
-        log=lambda numbers, step: told.append((numbers, step)),
-        finish=lambda: ended.append(True),
+        init=lambda **settings: started.append(settings),
+        log=lambda numbers, step: logged.append((numbers, step)),
+        finish=lambda: finished.append(True),
     )
     monkeypatch.setitem(sys.modules, name, service)
     config = pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
     config.out.mkdir()
     with LogSinks(config, 0) as sinks:
         sinks.log(ROW)
-    assert (begun[0]["project"], begun[0]["name"]) == ("mvlm", "run")
-    assert begun[0]["config"]["batch_size"] == 8
-    assert told == [({"loss": 1.5, "skipped": 0}, 3)]
-    assert ended == [True]
+    assert (started[0]["project"], started[0]["name"]) == ("mvlm", "run")
+    assert started[0]["config"]["batch_size"] == 8
+    assert logged == [({"loss": 1.5, "skipped": 0}, 3)]
+    assert finished == [True]
     assert rows_of(config.out) == [ROW]
 
 
@@ -44,7 +44,7 @@ def test_service_gets_the_configuration_and_the_rows(tmp_path, monkeypatch, with
 @pytest.mark.parametrize("name, written", [("wandb", "run/wandb/offline-run-*/*.wandb"), ("trackio", "trackio/*.db")])
 def test_service_writes_its_files_offline(tmp_path, monkeypatch, without_tensorboard, name, written):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at import
     pytest.importorskip(name, reason=f"pip install 'mvlm[track]' brings {name}")
     config = pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
     config.out.mkdir()
@@ -88,15 +88,15 @@ def test_tensorboard_keeps_the_step_that_a_run_continues_from(tmp_path):
         with LogSinks(config, first) as sinks:
             for step in steps:
                 sinks.log(ROW | {"step": step, "loss": float(first)})
-        time.sleep(1.1)  # its files are told apart, and sorted, by the second
+        time.sleep(1.1)  # TensorBoard names its files by the second
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0), (2, 0), (3, 0), (4, 3), (5, 3)]
 
 
-# TensorBoard writes in a thread, which says so itself.
+# The thread of TensorBoard's writer raises, and pytest warns of it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_full_disk_is_one_warning_a_sink_and_rows_continue(tmp_path, caplog, file_limit):
-    """No stand-in: for 40 lines no file may grow. TensorBoard's writer has ended by then."""
+    """The system's own error: for 40 rows no file may grow. TensorBoard's writer ends meanwhile."""
     config = pretrain_config(tmp_path / "data", tmp_path)
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     with LogSinks(config, 0) as sinks:
@@ -122,7 +122,7 @@ def test_full_disk_is_one_warning_a_sink_and_rows_continue(tmp_path, caplog, fil
 def test_strip_is_an_image_in_the_run_folder_and_in_tensorboard(tmp_path, monkeypatch):
     shown = []
     board = SimpleNamespace(add_image=lambda *words, **_: shown.append(words[2]), close=lambda: None)
-    monkeypatch.setattr(monitor, "SummaryWriter", lambda *_, **__: board)
+    monkeypatch.setattr(loggers, "SummaryWriter", lambda *_, **__: board)
     config = pretrain_config(tmp_path / "data", tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     with LogSinks(config, 0) as sinks:

@@ -1,3 +1,5 @@
+"""Requests to end a run: signals in this process and in a forked one, and the preemption file."""
+
 import os
 import signal
 import threading
@@ -5,7 +7,7 @@ import time
 
 import pytest
 
-from mvlm.training import stop_request as signals
+from mvlm.training import stop_request
 from mvlm.training.stop_request import StopRequest
 
 
@@ -24,21 +26,21 @@ def test_signal_requests_a_stop_and_handlers_are_restored(number, capfd):
 
 
 def test_signal_requests_a_stop_even_if_stderr_is_closed(monkeypatch):
-    """As with `| tee`, which Ctrl-C ends too."""
+    """Ctrl-C also ends a `| tee`."""
 
     def broken(*_):
         raise BrokenPipeError
 
-    monkeypatch.setattr(signals.os, "write", broken)
+    monkeypatch.setattr(stop_request.os, "write", broken)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested()
 
 
 def test_preemption_file_requests_a_stop(tmp_path, monkeypatch):
-    """It is looked for once a second."""
+    """The file is polled once a second."""
     clock = [0.0]
-    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(stop_request.time, "monotonic", lambda: clock[0])
     with StopRequest(tmp_path / "notice") as stop:
         assert not stop.requested()
         (tmp_path / "notice").touch()
@@ -50,7 +52,7 @@ def test_preemption_file_requests_a_stop(tmp_path, monkeypatch):
 
 
 def test_in_another_thread_only_the_file_requests_a_stop(tmp_path):
-    """Python sets handlers nowhere else."""
+    """Python allows signal handlers in the main thread only."""
     (tmp_path / "notice").touch()
     found = []
 
@@ -66,7 +68,7 @@ def test_in_another_thread_only_the_file_requests_a_stop(tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
 def test_second_signal_ends_the_process_at_once(number, code):
-    """In a process of its own, which would wait for ever."""
+    """In a forked process, which would wait for a minute."""
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:

@@ -1,4 +1,4 @@
-"""What stands still is ended with stacks; each in a forked process, which is what ends."""
+"""The watchdog, in forked processes that it may end."""
 
 import os
 import signal
@@ -57,7 +57,7 @@ def test_watchdog_leaves_a_process_that_was_suspended(tmp_path):
     if process == 0:
         with Watchdog(tmp_path / "stalled.txt", rank=0, minutes=1 / 60) as watchdog:
             watchdog.beat("step 1")
-            os.kill(os.getpid(), signal.SIGSTOP)  # Ctrl-Z; this goes on when the parent says so
+            os.kill(os.getpid(), signal.SIGSTOP)  # as Ctrl-Z does, until the parent sends SIGCONT
             time.sleep(0.5)
         os._exit(0)
     os.waitpid(process, os.WUNTRACED)
