@@ -1,4 +1,4 @@
-"""`torchrun -m mvlm pretrain` and `mvlm pretrain` are one program: two ranks learn what one learns."""
+"""`torchrun -m mvlm pretrain` on two ranks against `mvlm pretrain` on one."""
 
 import dataclasses
 import json
@@ -25,12 +25,12 @@ PAGE = Path(__file__).parents[3] / "docs" / "distributed.md"
 
 @pytest.fixture(scope="module")
 def runs(scenes, tmp_path_factory) -> tuple[Path, Path]:
-    """Four steps of one process, and the same by two ranks with FSDP2 and two microbatches each."""
+    """Runs of four steps: one process, and two ranks with FSDP2 and two microbatches each."""
     folder = tmp_path_factory.mktemp("runs")
     config = pretrain_config(scenes, folder / "one", max_steps=4, precision="fp32", eval_every_steps=4)
     pretrain(config)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    # The command of docs/distributed.md, but for the preset and the folders.
+    # The command of docs/distributed.md, with another configuration and other folders.
     shown = re.search(
         r"^    torchrun (--standalone.*?) tiny --data data/emoji --out runs/two (.*)$", PAGE.read_text(), re.M
     )

@@ -1,4 +1,4 @@
-"""A world of one here; what several ranks tell each other is held by processes that torch starts."""
+"""World: one process here, and two processes for the collectives."""
 
 import json
 import os

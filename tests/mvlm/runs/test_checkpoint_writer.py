@@ -148,7 +148,7 @@ def die_after(operations: int) -> None:
 
 @pytest.mark.slow
 def test_kill_during_a_save_leaves_no_partial_checkpoint(save, tmp_path):
-    """A kill at each operation in turn, in a forked process: the older checkpoint is good, and the new one if it is there."""
+    """A kill at each operation in turn, in a fork. The older checkpoint stays good; the new one is good or absent."""
     begin, writer, _ = save
     begin(1)
     writer.wait()
@@ -208,7 +208,7 @@ def test_newest_checkpoints_and_those_at_multiples_are_kept(tmp_path):
 
 @pytest.mark.parametrize("keep, kept", [(1, [13]), (2, [10, 13])])
 def test_damaged_checkpoint_is_renamed_and_not_counted(save, tmp_path, caplog, keep, kept):
-    """The run continues from 10, as 12 and 20 are damaged. No save removes a good checkpoint for them, or loses them."""
+    """The run continues from 10, as 12 and 20 are damaged. No save removes a good checkpoint for them or loses one."""
     begin, writer, _ = save
     for step in (10, 12, 20):
         begin(step)
