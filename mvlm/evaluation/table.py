@@ -1,10 +1,10 @@
-"""The figures of an evaluation as text and as a file."""
+"""The figures of an evaluation as a table of text."""
 
 from typing import Any
 
 
 def format_table(figures: dict[str, Any]) -> str:
-    """Retrieval, gain and masked losses, as `mvlm eval retrieval` prints them."""
+    """Recall, cross-modal gain and masked losses, as `mvlm eval retrieval` prints them."""
     parts = [(f"all {figures['n_images']} images, {figures['n_texts']} captions", figures)]
     if figures["unseen"]:
         parts.append((f"{figures['unseen']['n_images']} images of unseen concepts", figures["unseen"]))

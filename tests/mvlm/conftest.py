@@ -1,22 +1,31 @@
-"""Fixtures of the tests of `mvlm`: a small data set on disk, a trained run, and faults of the system."""
+"""Fixtures of the tests of `mvlm`: a small data set on disk, a trained run, the command line, and a full disk."""
 
 import resource
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from mvlm import cli
 from mvlm_dataloading import Dataset, Tokenizer, open_dataset, tokenizer_for
+from support.commands import Outcome
 from support.models import MICRO, pretrain_config
 from support.scenes import write_scenes
 
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
-    """A data set of 32 training, 8 validation and 8 test pictures. Read only."""
+    """A data set of 32 training, 8 validation and 8 test images. Read only; `scenes_copy` may be changed."""
     return write_scenes(tmp_path_factory.mktemp("scenes") / "data")
+
+
+@pytest.fixture
+def scenes_copy(scenes, tmp_path) -> Path:
+    """A copy of the data set, to be damaged."""
+    return Path(shutil.copytree(scenes, tmp_path / "data"))
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +45,7 @@ def tokenizer(train_split) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, scenes) -> Path:
-    """A run of two steps, with a checkpoint after each. Read only; `run_copy` is yours."""
+    """A run of two steps, with a checkpoint after each. Read only; `run_copy` may be changed."""
     from mvlm.training.run import pretrain
 
     out = tmp_path_factory.mktemp("trained") / "run"
@@ -64,3 +73,24 @@ def file_limit():
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limited
+
+
+@pytest.fixture
+def run_mvlm(monkeypatch, capsys, caplog, without_tensorboard) -> Callable[..., Outcome]:
+    """Runs `mvlm WORDS` in this process."""
+
+    def run(*words: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["mvlm", *map(str, words)])
+        capsys.readouterr()
+        caplog.clear()
+        code = 0
+        with caplog.at_level("INFO"):
+            try:
+                cli.main()
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+        printed = capsys.readouterr()
+        logged = [record.getMessage() for record in caplog.records]
+        return Outcome(code, printed.out.splitlines(), logged + printed.err.splitlines())
+
+    return run

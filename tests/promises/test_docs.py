@@ -27,7 +27,7 @@ def blocks(language: str, page: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def guide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("guide")
-    Image.new("RGB", (80, 60), "red").save(folder / "picture.png")
+    Image.new("RGB", (80, 60), "red").save(folder / "image.png")
     commands = [shlex.split(line) for block in blocks("sh", GUIDE) for line in block.splitlines()]
     assert len(commands) >= 7
     for words in commands:
