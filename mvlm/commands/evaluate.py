@@ -18,7 +18,7 @@ def eval_retrieval(
 
     Args:
         checkpoint: Run folder, one of its checkpoints, or exported folder.
-        data: Folder of shards. Its train split gives the trivial predictors and the known concepts.
+        data: Folder of shards. Its train split, if there is one, gives the median predictor and the known concepts.
         split: Split to evaluate on.
         out: JSON file for the figures. Default: print them only.
         rerank: Candidates of each query for ITM to re-rank.
@@ -35,7 +35,9 @@ def eval_retrieval(
     if rerank < 1:
         raise ConfigError(f"rerank: wanted at least 1, got {rerank}")
     model, tokenizer = load_model(checkpoint, choose_device(device))
-    figures = evaluate(model, open_dataset(data, split), open_dataset(data, "train"), tokenizer, rerank)
+    dataset = open_dataset(data, split)
+    train = open_dataset(data, "train") if "train" in dataset.splits else None
+    figures = evaluate(model, dataset, train, tokenizer, rerank)
     figures = {"checkpoint": str(checkpoint), "data": str(data), "split": split, **figures}
     print(format_table(figures))
     if out is not None:

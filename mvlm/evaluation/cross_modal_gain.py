@@ -126,25 +126,17 @@ def bootstrap(statistic: Callable[[np.ndarray], float], number: int, seed: int =
 
 
 def trivial_losses(
-    model: MaskVLM, train: Dataset, split: Dataset, tokenizer: Tokenizer, most: int = 4096
-) -> dict[str, float]:
+    model: MaskVLM, train: Dataset | None, split: Dataset, tokenizer: Tokenizer, most: int = 4096
+) -> dict[str, float | None]:
     """Masked L1 on `split` of two image-blind predictors: constant white, and the training set's median.
 
-    The median is taken per pixel and channel over the first `most` training images.
+    The median is taken per pixel and channel over the first `most` training images; None without a training split.
     """
-    images, taken = [], 0
-    for batch, _ in eval_loader(train, model, tokenizer):
-        images.append(batch.images.cpu())
-        taken += len(batch.images)
-        if taken >= most:
-            break
-    median = torch.from_numpy(np.median(torch.cat(images)[:most].numpy(), axis=0)).to(torch.uint8)[None]  # (1, 3, S, S)
     encoder, config = model.image_encoder, model.config
     device = next(model.parameters()).device
-    guesses = {
-        "masked_l1_white": torch.full_like(median, 255),
-        "masked_l1_train_median": median,
-    }
+    guesses = {"masked_l1_white": torch.full((1, 3, config.image_size, config.image_size), 255, dtype=torch.uint8)}
+    if train is not None:
+        guesses["masked_l1_train_median"] = _median_image(model, train, tokenizer, most)
     patches = {name: patchify(encoder.normalize(g.to(device)), config.patch_size) for name, g in guesses.items()}
     totals = dict.fromkeys(guesses, 0.0)
     for batch, masks in eval_loader(split, model, tokenizer):
@@ -153,4 +145,16 @@ def trivial_losses(
         for name, guess in patches.items():
             chosen = guess.expand(len(ids), -1, -1).gather(1, ids.unsqueeze(-1).expand_as(targets))
             totals[name] += (chosen - targets).abs().mean((1, 2)).sum().item()
-    return {name: round(total / len(split), 4) for name, total in totals.items()}
+    means = {name: round(total / len(split), 4) for name, total in totals.items()}
+    return {"masked_l1_train_median": None, **means}
+
+
+def _median_image(model: MaskVLM, train: Dataset, tokenizer: Tokenizer, most: int) -> Tensor:
+    """Median per pixel and channel of the first `most` images of `train`, uint8 (1, 3, S, S)."""
+    images, taken = [], 0
+    for batch, _ in eval_loader(train, model, tokenizer):
+        images.append(batch.images.cpu())
+        taken += len(batch.images)
+        if taken >= most:
+            break
+    return torch.from_numpy(np.median(torch.cat(images)[:most].numpy(), axis=0)).to(torch.uint8)[None]

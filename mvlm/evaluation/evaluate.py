@@ -12,12 +12,14 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Dataset, Tokenizer
 
 
-def unseen_images(split: Dataset, train: Dataset) -> torch.Tensor | None:
+def unseen_images(split: Dataset, train: Dataset | None) -> torch.Tensor | None:
     """Images of unseen concepts, bool (images of `split`,), True = no training image has the same concept.
 
     The concept of an image is `base` in its metadata; an image without `base` is a concept by itself. None if no image
-    of `split` or none of `train` has a `base`: such data name no concepts.
+    of `split` or none of `train` has a `base` (such data name no concepts), or if there is no training split.
     """
+    if train is None:
+        return None
     known = {train.metadata(i).get("base") for i in range(len(train))} - {None}
     bases = [split.metadata(i).get("base") for i in range(len(split))]
     if not known or all(base is None for base in bases):
@@ -26,7 +28,7 @@ def unseen_images(split: Dataset, train: Dataset) -> torch.Tensor | None:
 
 
 def evaluate(
-    model: MaskVLM, split: Dataset, train: Dataset, tokenizer: Tokenizer, k: int = 32, precision: str = "auto"
+    model: MaskVLM, split: Dataset, train: Dataset | None, tokenizer: Tokenizer, k: int = 32, precision: str = "auto"
 ) -> dict[str, Any]:
     """Figures of a model on a split, as `mvlm eval retrieval` writes them (docs/files.md).
 
@@ -34,7 +36,7 @@ def evaluate(
 
     Args:
         split: Images and captions to evaluate on.
-        train: Training split, for the trivial predictors and the known concepts.
+        train: Training split, for the median predictor and the known concepts; None for data without one.
         k: Candidates of each query for ITM to re-rank.
         precision: auto, bf16 or fp32.
     """

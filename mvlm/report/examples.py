@@ -186,7 +186,7 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
     return space + tokenizer.decode([token])
 
 
-def retrievals(model: MaskVLM, split: Dataset, train: Dataset, features: EncodedSplit) -> list[RetrievalGroup]:
+def retrievals(model: MaskVLM, split: Dataset, train: Dataset | None, features: EncodedSplit) -> list[RetrievalGroup]:
     """The right answers with the highest scores and the lowest-ranked right answers, in both directions."""
     groups = []
     unseen = unseen_images(split, train)

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from mvlm.config.json_files import read_config
 from mvlm.errors import RunError
+from mvlm.evaluation.table import describe_trivial_losses
 from mvlm.files import check_folder
 from mvlm.inference.encode import encode_split
 from mvlm.report import examples
@@ -43,7 +44,8 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
         tables = {"recalls": recalls(figures), "objectives": objectives(figures), "unseen_note": unseen_note(figures)}
         source = {"split": figures["split"], "checkpoint": figures["checkpoint"]}
     shards = data or Path(str(figures.get("data", config["data"])))
-    split, train = open_dataset(shards, source["split"]), open_dataset(shards, "train")
+    split = open_dataset(shards, source["split"])
+    train = open_dataset(shards, "train") if "train" in split.splits else None
     features = encode_split(model, split, tokenizer)
     rows = read_metrics(folder.metrics)
     window = max(1, len(rows) // 60)
@@ -98,8 +100,7 @@ def objectives(figures: dict[str, Any]) -> Markup:
             [
                 "pixels: masked L1",
                 f"{figures['masked_l1']:.4f}",
-                f"constant white {figures['masked_l1_white']:.4f}, "
-                f"training median {figures['masked_l1_train_median']:.4f}",
+                describe_trivial_losses(figures),
             ],
             ["text: masked tokens", f"{figures['masked_nats']:.3f} nats a token", ""],
         ],

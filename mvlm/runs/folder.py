@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvlm.config.json_files import differing_settings, plain_settings, read_config
+from mvlm.config.json_files import config_json, differing_settings, read_config
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import RunError
 from mvlm.files import sync, write_json
@@ -103,7 +103,7 @@ def open_run(config: PretrainConfig) -> Path | None:
     if out.exists() and not out.is_dir():
         raise RunError(f"{out}: wanted a folder for the run, found a file; choose another --out")
     if folder.config.is_file():
-        differing = differing_settings(read_config(folder.config), plain_settings(config))
+        differing = differing_settings(read_config(folder.config), config_json(config))
         if differing:
             raise RunError(f"{out}: holds a different run ({'; '.join(differing)}); choose another --out")
         if not config.resume:
@@ -126,7 +126,7 @@ def write_config(config: PretrainConfig) -> None:
     if file.is_file():
         return
     config.out.mkdir(parents=True, exist_ok=True)
-    write_json(aside, plain_settings(config))
+    write_json(aside, config_json(config))
     sync(aside)
     aside.replace(file)
     sync(config.out)

@@ -96,3 +96,14 @@ def test_a_brief_evaluation_leaves_the_model_in_training(model, heldout_split, t
     assert set(found) == {f"{way}_r{k}" for way in ("tr", "ir") for k in (1, 5, 10)} | {
         *("gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1")
     }
+
+
+def test_a_data_set_without_a_train_split_is_evaluated(model, tmp_path, tokenizer):
+    folder = write(tmp_path / "data", {"test": ["cat", "owl", "dog", "hen"]})
+    split = open_dataset(folder, "test")
+    assert split.splits == ["test"]
+    figures = evaluate(model.eval(), split, None, tokenizer, 2, "fp32")
+    assert figures["unseen"] is None
+    assert figures["masked_l1_train_median"] is None
+    assert figures["masked_l1_white"] > 0
+    assert "training median" not in format_table(figures)
