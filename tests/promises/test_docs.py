@@ -90,8 +90,9 @@ def test_commands_of_the_training_page_run(tmp_path, monkeypatch, capsys) -> Non
         assert (tmp_path / name).stat().st_size > 0
 
 
-def test_each_promise_of_the_training_page_names_a_test() -> None:
-    promises = re.findall(r"^\| .* \| `(tests/\S+)::(test_\w+)` \|$", TRAINING.read_text(), re.MULTILINE)
+def test_each_promise_of_a_page_names_a_test() -> None:
+    pages = "\n".join(page.read_text() for page in sorted(ROOT.glob("docs/**/*.md")))
+    promises = re.findall(r"^\| .* \| `(tests/\S+)::(test_\w+)` \|$", pages, re.MULTILINE)
     assert len(promises) >= 20
     for file, name in promises:
         text = (ROOT / file).read_text()
