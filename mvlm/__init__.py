@@ -4,7 +4,7 @@
 
     model, tokenizer = mvlm.load_model("runs/demo")
 
-Names are imported on first use, so that `import mvlm` is quick and needs no more packages than what is used.
+Names are imported on first use, so `import mvlm` is quick and needs only the packages of the names that are used.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""`python -m mvlm` is the same program as `mvlm`, as torchrun needs it."""
+"""Entry point of `python -m mvlm`, which torchrun needs. The same program as `mvlm`."""
 
 from mvlm.cli import main
 

@@ -1,4 +1,4 @@
-"""The command line: find the command, run it, and turn errors into exit codes."""
+"""The command line: find a command, run it, and turn errors into exit codes."""
 
 import difflib
 import errno
@@ -39,7 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 
 
 def usage(names: Sequence[str] = ()) -> str:
-    """The list of commands, or of those named."""
+    """The list of all commands, or of the commands `names`, with their first lines of help."""
     lines = [f"  mvlm {name:<20} {(COMMANDS[name].__doc__ or '').splitlines()[0]}" for name in names or COMMANDS]
     return "\n".join(
         [
@@ -47,13 +47,13 @@ def usage(names: Sequence[str] = ()) -> str:
             "",
             *lines,
             "",
-            "mvlm COMMAND --help tells more.",
+            "mvlm COMMAND --help describes a command.",
         ]
     )
 
 
 def run_command(arguments: Sequence[str]) -> None:
-    """Find the command that the arguments begin with and run it. ConfigError when there is none."""
+    """Run the command that the arguments begin with. ConfigError if there is none."""
     import tyro
 
     from mvlm.errors import ConfigError
@@ -66,9 +66,9 @@ def run_command(arguments: Sequence[str]) -> None:
         if name in COMMANDS:
             rest = arguments[words:]
             if name == "pretrain":
-                pretrain(rest)
+                pretrain(rest)  # its preset decides the defaults of all flags, so it parses them itself
             else:
-                # A group of settings is no prefix: --min-side, not --settings.min-side.
+                # A group of options is not a prefix of its flags: --min-side, not --build.min-side.
                 parse(bound(COMMANDS[name]), rest, prog=f"mvlm {name}", config=(tyro.conf.OmitArgPrefixes,))()
             return
     within = [name for name in COMMANDS if name.startswith(arguments[0] + " ")]
@@ -82,7 +82,7 @@ def run_command(arguments: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Entry point: user errors on one line with exit code 2, a stopped run with 1."""
+    """Entry point of `mvlm`. User errors are one line and exit code 2; a run that stopped itself is exit code 1."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from mvlm.errors import ConfigError, LostRankError, NonFiniteLossError, RunError
     from mvlm_dataloading.errors import DataError
@@ -94,13 +94,13 @@ def main() -> None:
         sys.exit(2)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            told = f"wanted room to write, found none ({error}); free some space and try again"
+            message = f"wanted room to write, found none ({error}); free some space and try again"
         elif error.filename is not None:
-            why = f"could not be read or written ({error.strerror})"
-            told = f"{error.filename}: {why}; check the path and its permissions"
+            what = f"could not be read or written ({error.strerror})"
+            message = f"{error.filename}: {what}; check the path and its permissions"
         else:
             raise
-        print(f"mvlm: {told}", file=sys.stderr)
+        print(f"mvlm: {message}", file=sys.stderr)
         sys.exit(2)
     except (NonFiniteLossError, LostRankError) as error:
         print(f"mvlm: {error}", file=sys.stderr)

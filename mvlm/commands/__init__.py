@@ -1,1 +1,1 @@
-"""The commands of `mvlm`, one file a command or a group of them: parse, call, print."""
+"""Commands of `mvlm`, one file a command or a group of commands: parse, call, print."""

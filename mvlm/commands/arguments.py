@@ -1,4 +1,4 @@
-"""What is typed after a command, as its arguments. A mistake is told on one line, as all others are."""
+"""Arguments of a command, parsed by tyro. A mistake is one line, like every other error."""
 
 import contextlib
 import functools
@@ -6,45 +6,72 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from mvlm.errors import ConfigError
 
+RENAMED = {
+    "mvlm pretrain": {
+        "--eval-pictures": "--eval-images",
+        "--self-attention products": "--self-attention math",
+        "--cross-attention products": "--cross-attention math",
+    },
+    "mvlm bench data": {"--pictures": "--images"},
+}
+"""Flags, and values of flags, that earlier versions had under another name."""
+
 
 def parse(target: Callable[..., Any], words: Sequence[str], *, prog: str, **options: Any) -> Any:
-    """What tyro makes of the words for a dataclass or function. `--help` prints and exits.
+    """Parse the words after a command as the arguments of a dataclass or function. `--help` prints and exits.
 
     Raises:
-        ConfigError: in place of the box that tyro prints.
+        ConfigError: the words do not fit. The message names the new flag if an old one was given.
     """
     import tyro
 
+    check_renamed(words, prog)
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            found = tyro.cli(target, prog=prog, args=list(words), **options)
+            parsed = tyro.cli(target, prog=prog, args=list(words), **options)
     except SystemExit as end:
         if not end.code:
             raise
-        raise ConfigError(f"{one_line(box.getvalue()).rstrip('.')}; `{prog} --help` tells more") from None
-    sys.stderr.write(box.getvalue())  # warnings of no mistake
-    return found
+        raise ConfigError(f"{one_line(box.getvalue()).rstrip('.')}; see `{prog} --help`") from None
+    sys.stderr.write(box.getvalue())  # tyro's warnings, when parsing succeeded
+    return parsed
+
+
+def check_renamed(words: Sequence[str], prog: str) -> None:
+    """ConfigError for a flag, or a value of a flag, that has a new name."""
+    renamed = {}
+    for command, names in RENAMED.items():
+        if f"{prog} ".startswith(f"{command} "):  # the prog of `pretrain` ends in the preset
+            renamed |= names
+    for word, following in pairwise([*words, ""]):
+        flag, _, value = word.partition("=")
+        flag = flag.replace("_", "-")  # tyro takes both
+        for old in (flag, f"{flag} {value or following}"):
+            if old in renamed:
+                raise ConfigError(f"{old} is now {renamed[old]}; see `{prog} --help`")
 
 
 def bound(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """A function with the command's own signature and docstring, whose call only notes the arguments."""
+    """A function with the command's own signature and docstring. Its call returns the command with the arguments."""
 
     @functools.wraps(command)
-    def note(*arguments: Any, **settings: Any) -> Callable[[], None]:
+    def bind(*arguments: Any, **settings: Any) -> Callable[[], None]:
         return functools.partial(command, *arguments, **settings)
 
-    return note
+    return bind
 
 
 def one_line(box: str) -> str:
-    """The message of tyro's box, without frame, title and the pointer to --help.
+    """The message of tyro's error box, without its frame, its title and its pointer to --help.
 
-    Where the terminal's encoding is not UTF-8 the box has no sides, and hyphens for lines.
+    tyro's public interface has no other way to the message: `console_outputs=False` drops it, and the hooks of
+    `tyro._errors` are private. If the terminal's encoding is not UTF-8, the box has no sides, and hyphens for lines.
     """
     sections = [[]]
     for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()[1:]:
@@ -52,6 +79,6 @@ def one_line(box: str) -> str:
             sections.append([])
         else:
             sections[-1].append(line.strip("│ "))
-    told = [" ".join(section) for section in sections if section and not section[0].startswith("For full helptext")]
-    # "Error parsing PretrainConfig: ..." names a class, which nobody typed; "Error parsing --seed: ..." an option.
-    return re.sub(r"Error parsing (?:[^-\s:]+: )?", "", "; ".join(told)).replace("Argument helptext: ", "")
+    kept = [" ".join(section) for section in sections if section and not section[0].startswith("For full helptext")]
+    # "Error parsing PretrainConfig: ..." names a class, which nobody typed; "Error parsing --seed: ..." names a flag.
+    return re.sub(r"Error parsing (?:[^-\s:]+: )?", "", "; ".join(kept)).replace("Argument helptext: ", "")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-# A command imports its packages when it runs, so that --help and wrong arguments answer at once.
+# Commands import what they need when they run, so that --help and errors are immediate.
 
 
 def kernels(
@@ -19,13 +19,14 @@ def kernels(
     """Time the kernels against other implementations of the same ops.
 
     Args:
-        ops: Ops to time; all if none is given.
-        peers: Implementations to compare with; all if none is given. Those not installed are listed as missing.
+        ops: Ops to time. Default: all.
+        peers: Implementations to compare with. Default: all. Those not installed are listed as missing.
         out: Folder for the CSV and the plot.
-        device: auto, cpu or cuda. On a CPU the torch references are timed, not the kernels, and the results say so.
+        device: auto, cpu or cuda. On a CPU, the torch references are timed instead of the kernels, and the results say
+            so.
         dtype: auto, bf16, fp16 or fp32. auto is bf16 on a GPU and fp32 on a CPU.
         quick: Time only the core shapes, in one short round.
-        base: Git revision whose kernels are another contender, for example HEAD~1.
+        base: Git revision whose kernels to time as another contender, for example HEAD~1.
         json: JSON file for the figures.
     """
     _require("matplotlib")
@@ -53,14 +54,14 @@ def step(
     """Time a pretraining step against the same model built from timm, transformers and torch.
 
     Args:
-        preset: Preset: tiny, small or base. Runs with `cross_norm="post"`, because the baselines are post-norm.
+        preset: tiny, small or base. Runs with `cross_norm="post"`, because the baselines are post-norm.
         batch: Pairs per step.
         rounds: Rounds. Each contender makes one step per round.
-        contenders: Contenders to time; all if none is given.
+        contenders: Contenders to time. Default: all.
         device: auto, cpu or cuda.
         precision: auto, bf16 or fp32. auto is bf16 autocast if the processor has fast bf16.
-        threads: CPU threads; 0 for torch's default.
-        optimizer: Include AdamW in the step. It needs memory for each implementation.
+        threads: CPU threads. 0: torch's default.
+        optimizer: Include AdamW in the step. Needs memory for the moments of every contender.
         json: JSON file for the figures.
         csv: CSV file for the figures.
         plot: SVG, PNG or PDF file for a chart of speed and memory.
@@ -94,17 +95,18 @@ def data(
     """Time the data loader against other loaders on the same shards, without a model.
 
     Args:
-        data: Folder of shards. If it does not exist, photographs of scikit-image and scikit-learn are built there.
-        images: Number of images to build.
-        contenders: ours, pil, decode_jpeg, webdataset+pil, webdataset+simplejpeg; all if none is given.
-        recipes: crop, crop+randaug; both if none is given.
+        data: Folder of shards. If it does not exist, a data set of scikit-image's and scikit-learn's photographs is
+            built there.
+        images: Images of the data set, if it is built.
+        contenders: ours, pil, decode_jpeg, webdataset+pil, webdataset+simplejpeg. Default: all.
+        recipes: crop, crop+randaug. Default: both.
         rounds: Rounds. Each contender has one turn per round.
         batches: Batches per turn.
         batch: Images per batch.
         size: Side of the resized images in pixels.
-        soak: Samples to load while memory is watched; 0 for no soak.
-        start: Samples in an index for which the first batch is timed; 0 for none.
-        step: JSON file of `mvlm bench step`, to check whether the loader is fast enough for that step.
+        soak: Samples to load while memory is recorded. 0: no soak.
+        start: Samples in a made-up index, to time the first batch of a large data set. 0: not timed.
+        step: JSON file of `mvlm bench step`, to compare the loader's speed with the step's.
         out: Folder for the CSV.
         json: JSON file for the figures.
     """

@@ -1,4 +1,4 @@
-"""The commands `mvlm data ...` that write shards from published data sets."""
+"""The commands `mvlm data ...` that build shards from published data sets."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,25 +10,25 @@ from mvlm_dataloading.options import BuildOptions
 if TYPE_CHECKING:
     from mvlm_dataloading.sources.record import Source
 
-# A command imports what it needs when it runs, so that --help and mistakes answer at once.
+# Commands import what they need when they run, so that --help and errors are immediate.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Work:
-    """How shards are written, whatever they are made of."""
+class CommonOptions:
+    """Options of all build commands."""
 
     against: tuple[Path, ...] = ()
-    """Other data sets whose validation and test pictures are kept out of training."""
+    """Other data sets whose validation and test images are excluded from training."""
     workers: int | None = None
-    """Processes, one a core by default."""
+    """Number of processes. Default: one per core."""
 
 
 def emoji(out: Path, /, size: int = 144) -> None:
-    """Build the emoji data set: about 3,900 pictures with their English names, from Python packages alone.
+    """Build the emoji data set: about 3,900 images with their English names, from Python packages alone.
 
     Args:
-        out: Folder to write the shards to.
-        size: Side of the square pictures in pixels.
+        out: Folder for the shards.
+        size: Side of the square images in pixels.
     """
     from mvlm_dataloading import build_emoji, open_dataset
 
@@ -41,67 +41,67 @@ def coco(
     root: Path,
     out: Path,
     /,
-    settings: BuildOptions = BuildOptions(),  # noqa: B008 (frozen)
+    build: BuildOptions = BuildOptions(),  # noqa: B008 (frozen)
     karpathy: Path | None = None,
     year: int | None = None,
-    work: Work = Work(),
+    common: CommonOptions = CommonOptions(),
 ) -> None:
-    """Write shards of COCO captions, with Karpathy's splits or the published ones.
+    """Build shards from COCO captions, with Karpathy's splits or the published ones.
 
     Args:
-        root: The unpacked download: annotations, train2014, val2014 or those of 2017.
-        out: Folder to write the shards to. A killed run goes on when the same command is given again.
-        karpathy: dataset_coco.json, for Karpathy's splits.
-        year: 2014 or 2017, where the annotations of both are there.
+        root: Unpacked download with annotations, train2014 and val2014, or those of 2017.
+        out: Folder for the shards. To resume a killed build, give the same command again.
+        karpathy: Karpathy's dataset_coco.json, to use its splits.
+        year: 2014 or 2017, needed if the annotations of both are there.
     """
     from mvlm_dataloading.sources.coco import coco
 
-    _build(coco(root, karpathy, year), out, settings, work)
+    _build(coco(root, karpathy, year), out, build, common)
 
 
 def flickr30k(
     root: Path,
     out: Path,
     /,
-    settings: BuildOptions = BuildOptions(),  # noqa: B008
+    build: BuildOptions = BuildOptions(),  # noqa: B008
     captions: Path | None = None,
-    work: Work = Work(),
+    common: CommonOptions = CommonOptions(),
 ) -> None:
-    """Write shards of Flickr30k.
+    """Build shards from Flickr30k.
 
     Args:
-        root: The unpacked download, with flickr30k-images.
-        out: Folder to write the shards to. A killed run goes on when the same command is given again.
-        captions: dataset_flickr30k.json (with splits), flickr_annotations_30k.csv (with splits),
-            results_20130124.token or results.csv; the first of them in ROOT when not given.
+        root: Unpacked download with flickr30k-images.
+        out: Folder for the shards. To resume a killed build, give the same command again.
+        captions: dataset_flickr30k.json or flickr_annotations_30k.csv (with splits), results_20130124.token or
+            results.csv (without). Default: the first of them in ROOT.
     """
     from mvlm_dataloading.sources.flickr30k import flickr30k
 
-    _build(flickr30k(root, captions), out, settings, work)
+    _build(flickr30k(root, captions), out, build, common)
 
 
 def visual_genome(
     root: Path,
     out: Path,
     /,
-    settings: BuildOptions = BuildOptions(),  # noqa: B008
+    build: BuildOptions = BuildOptions(),  # noqa: B008
     validation: float = 0.0,
     test: float = 0.0,
-    work: Work = Work(),
+    common: CommonOptions = CommonOptions(),
 ) -> None:
-    """Write shards of Visual Genome: the descriptions of all regions of an image are its captions.
+    """Build shards from Visual Genome, with the region descriptions of an image as its captions.
 
-    Many of its images are in COCO too: see --against.
+    Half of the images are in COCO too: see --against.
 
     Args:
-        root: The unpacked download: region_descriptions.json, VG_100K and VG_100K_2.
-        out: Folder to write the shards to. A killed run goes on when the same command is given again.
-        validation: Share of the images for this split, chosen by a hash.
-        test: Share of the images for this split, chosen by a hash.
+        root: Unpacked download with region_descriptions.json, VG_100K and VG_100K_2.
+        out: Folder for the shards. To resume a killed build, give the same command again.
+        validation: Share of the images for validation, chosen by a hash of the id.
+        test: Share of the images for test, chosen by a hash of the id.
     """
     from mvlm_dataloading.sources.visual_genome import visual_genome
 
-    _build(visual_genome(root, validation, test), out, settings, work)
+    _build(visual_genome(root, validation, test), out, build, common)
 
 
 def cc3m(
@@ -109,19 +109,19 @@ def cc3m(
     /,
     train: tuple[Path, ...],
     validation: tuple[Path, ...] = (),
-    settings: BuildOptions = BuildOptions(),  # noqa: B008
-    work: Work = Work(),
+    build: BuildOptions = BuildOptions(),  # noqa: B008
+    common: CommonOptions = CommonOptions(),
 ) -> None:
-    """Write shards of Conceptual Captions 3M as img2dataset downloaded it.
+    """Build shards from Conceptual Captions 3M as img2dataset downloads it.
 
     Args:
-        out: Folder to write the shards to. A killed run goes on when the same command is given again.
+        out: Folder for the shards. To resume a killed build, give the same command again.
         train: Folders of img2dataset's tars and tables.
-        validation: The same of the validation split.
+        validation: Folders of the validation split.
     """
     from mvlm_dataloading.sources.tars import cc3m
 
-    _build(cc3m(train, validation), out, settings, work)
+    _build(cc3m(train, validation), out, build, common)
 
 
 def sbu(
@@ -129,19 +129,19 @@ def sbu(
     /,
     train: tuple[Path, ...],
     validation: tuple[Path, ...] = (),
-    settings: BuildOptions = BuildOptions(),  # noqa: B008
-    work: Work = Work(),
+    build: BuildOptions = BuildOptions(),  # noqa: B008
+    common: CommonOptions = CommonOptions(),
 ) -> None:
-    """Write shards of SBU captions as img2dataset downloaded them.
+    """Build shards from SBU captions as img2dataset downloads them.
 
     Args:
-        out: Folder to write the shards to. A killed run goes on when the same command is given again.
+        out: Folder for the shards. To resume a killed build, give the same command again.
         train: Folders of img2dataset's tars and tables.
-        validation: The same of a validation split.
+        validation: Folders of a validation split.
     """
     from mvlm_dataloading.sources.tars import sbu
 
-    _build(sbu(train, validation), out, settings, work)
+    _build(sbu(train, validation), out, build, common)
 
 
 def folder(
@@ -156,22 +156,22 @@ def folder(
     test: float = 0.0,
     licence: str = "",
     name: str = "folder",
-    settings: BuildOptions = BuildOptions(),  # noqa: B008
-    work: Work = Work(),
+    build: BuildOptions = BuildOptions(),  # noqa: B008
+    common: CommonOptions = CommonOptions(),
 ) -> None:
-    """Write shards of a folder of pictures, with captions in a table or in a text file beside each.
+    """Build shards from a folder of images, with captions in a table or in one text file per image.
 
     Args:
-        images: The folder.
-        out: Folder to write the shards to. A killed run goes on when the same command is given again.
-        captions: A .csv, .tsv or .jsonl; when not given, the captions of a/b.jpg are the lines of a/b.txt.
-        image_column: Its column of file names, relative to the folder.
-        caption_column: Its column of captions; several rows of a picture are several captions.
-        split_column: Its column of splits, if it has one.
-        validation: Share of the pictures for this split, chosen by a hash of the name.
-        test: Share of the pictures for this split, chosen by a hash of the name.
-        licence: Goes into dataset.json.
-        name: Goes into dataset.json.
+        images: Folder of images, subfolders included.
+        out: Folder for the shards. To resume a killed build, give the same command again.
+        captions: Table of captions: .csv, .tsv or .jsonl. Default: the captions of a/b.jpg are the lines of a/b.txt.
+        image_column: Column of file names, relative to the folder.
+        caption_column: Column of captions. Several rows of an image are several captions.
+        split_column: Column of splits, if the table has one.
+        validation: Share of the images for validation, chosen by a hash of the name. 1.0 takes all.
+        test: Share of the images for test, chosen by a hash of the name. 1.0 takes all.
+        licence: Licence to state in dataset.json.
+        name: Name to state in dataset.json.
     """
     from mvlm_dataloading.sources.folder import folder
 
@@ -179,7 +179,7 @@ def folder(
         images, captions, image_column=image_column, caption_column=caption_column, split_column=split_column,
         validation=validation, test=test, licence=licence, name=name,
     )  # fmt: skip
-    _build(source, out, settings, work)
+    _build(source, out, build, common)
 
 
 def webdataset(
@@ -191,24 +191,24 @@ def webdataset(
     caption_field: str = "caption",
     licence: str = "",
     name: str = "webdataset",
-    settings: BuildOptions = BuildOptions(),  # noqa: B008
-    work: Work = Work(),
+    build: BuildOptions = BuildOptions(),  # noqa: B008
+    common: CommonOptions = CommonOptions(),
 ) -> None:
-    """Write shards of any WebDataset tars. (`mvlm data index` uses them in place, pictures unchecked.)
+    """Build shards from any WebDataset tars. (`mvlm data index` uses tars in place, with images unchecked.)
 
     Args:
-        out: Folder to write the shards to. A killed run goes on when the same command is given again.
-        train: Tars, or folders of tars, compressed or not.
-        validation: The same of this split.
-        test: The same of this split.
-        caption_field: Field of a sample's .json that holds its captions, where it has no .txt.
-        licence: Goes into dataset.json.
-        name: Goes into dataset.json.
+        out: Folder for the shards. To resume a killed build, give the same command again.
+        train: Tars, or folders of tars, of the train split. They may be compressed.
+        validation: Tars, or folders of tars, of the validation split.
+        test: Tars, or folders of tars, of the test split.
+        caption_field: Field of a sample's .json with its captions, if it has no .txt.
+        licence: Licence to state in dataset.json.
+        name: Name to state in dataset.json.
     """
     from mvlm_dataloading.sources.tars import webdataset
 
     source = webdataset(train, validation, test, caption_field=caption_field, licence=licence, name=name)
-    _build(source, out, settings, work)
+    _build(source, out, build, common)
 
 
 def huggingface(
@@ -223,22 +223,22 @@ def huggingface(
     test: float = 0.0,
     licence: str = "",
     name: str = "huggingface",
-    settings: BuildOptions = BuildOptions(),  # noqa: B008
-    work: Work = Work(),
+    build: BuildOptions = BuildOptions(),  # noqa: B008
+    common: CommonOptions = CommonOptions(),
 ) -> None:
-    """Write shards of Hugging Face `datasets` rows on disk: parquet files, or what save_to_disk wrote.
+    """Build shards from rows of Hugging Face `datasets` on disk: parquet files, or folders of save_to_disk.
 
     Args:
-        data: A parquet file, a folder of them, or a folder of save_to_disk.
-        out: Folder to write the shards to. A killed run goes on when the same command is given again.
-        image_column: The column of pictures.
-        caption_column: The column of captions, a text or a list of texts.
-        key_column: A column that names the samples.
-        split: The split of everything; when not given, what the folders or file names say.
-        validation: Share of train that becomes this split, by a hash of the key.
-        test: Share of train that becomes this split, by a hash of the key.
-        licence: Goes into dataset.json.
-        name: Goes into dataset.json.
+        data: Parquet file, folder of parquet files, or folder of save_to_disk.
+        out: Folder for the shards. To resume a killed build, give the same command again.
+        image_column: Column of images.
+        caption_column: Column of captions: strings, or lists of strings.
+        key_column: Column of keys. Default: numbers of file and row.
+        split: Split of all rows. Default: the one that the folder or file name states.
+        validation: Share of train to use for validation, chosen by a hash of the key.
+        test: Share of train to use for test, chosen by a hash of the key.
+        licence: Licence to state in dataset.json.
+        name: Name to state in dataset.json.
     """
     from mvlm_dataloading.sources.tables import huggingface
 
@@ -246,10 +246,10 @@ def huggingface(
         [data], image_column=image_column, caption_column=caption_column, key_column=key_column, split=split,
         validation=validation, test=test, licence=licence, name=name,
     )  # fmt: skip
-    _build(source, out, settings, work)
+    _build(source, out, build, common)
 
 
-def _build(source: "Source", out: Path, settings: BuildOptions, work: Work) -> None:
+def _build(source: "Source", out: Path, build: BuildOptions, common: CommonOptions) -> None:
     from mvlm.progress import Counting
     from mvlm_dataloading.build.build import build_shards
     from mvlm_dataloading.dataset.description import read_description
@@ -258,9 +258,9 @@ def _build(source: "Source", out: Path, settings: BuildOptions, work: Work) -> N
         build_shards(
             source,
             out,
-            settings,
-            against=work.against,
-            workers=data_tools.processes(work.workers, len(source.pieces)),
+            build,
+            against=common.against,
+            workers=data_tools.processes(common.workers, len(source.pieces)),
             progress=lambda done: counting.show(done.pieces, done.of_pieces, done.records),
         )
     print(f"{out}: {data_tools.counts(read_description(out))}")

@@ -1,4 +1,4 @@
-"""The commands that check, index and select data sets, and what all `mvlm data` commands share."""
+"""The commands that check, index and select data sets, and helpers of all `mvlm data` commands."""
 
 import contextlib
 from pathlib import Path
@@ -9,38 +9,38 @@ from mvlm_dataloading.options import ViewOptions
 if TYPE_CHECKING:
     from mvlm_dataloading.tools.check import Findings
 
-# A command imports what it needs when it runs, so that --help and mistakes answer at once.
+# Commands import what they need when they run, so that --help and errors are immediate.
 
 
 def check(shards: Path, /, sheet: Path | None = None, workers: int | None = None) -> None:
-    """Read a data set through: hashes, indices, every picture and caption; a table, and a sheet of pictures.
+    """Check every byte of a data set: hashes, indices, images and captions. Print a table and write a contact sheet.
 
     Args:
-        shards: The data folder.
-        sheet: PNG to write; contact-sheet.png in the data folder when not given.
-        workers: Processes, one a core by default.
+        shards: Data folder.
+        sheet: PNG for the contact sheet. Default: contact-sheet.png in the data folder.
+        workers: Number of processes. Default: one per core.
     """
     from mvlm.progress import Counting
     from mvlm_dataloading.errors import DataError
     from mvlm_dataloading.tools.check import check_shards
     from mvlm_dataloading.tools.summary import contact_sheet, findings_table
 
-    with Counting("pictures") as counting:
+    with Counting("images") as counting:
         found = check_shards(
             shards, workers=processes(workers), progress=lambda done, all: counting.show(done, all, done)
         )
     print(findings_table(shards, found))
-    with contextlib.suppress(DataError):  # what cannot be opened is among the problems
+    with contextlib.suppress(DataError):  # a split that cannot be opened is among the problems
         print(contact_sheet(shards, sheet or shards / "contact-sheet.png"))
     _raise_problems(shards, found, DataError)
 
 
 def index(folder: Path, /, split: str | None = None) -> None:
-    """Make the indices of a data folder again, or of a folder of other tools' tars, which is then a data folder.
+    """Rebuild a data set's DALI indices, or index existing WebDataset tars so that they can be used in place.
 
     Args:
-        folder: The folder.
-        split: The split of tars whose names (train-000.tar) do not say it; else train.
+        folder: Data folder, or folder of tars.
+        split: Split of all tars. Default: the one in a tar's name (train-000.tar), else train.
     """
     from mvlm_dataloading.tools.reindex import rebuild_indices
 
@@ -54,30 +54,30 @@ def view(
     /,
     sources: tuple[Path, ...],
     weights: tuple[float, ...] = (),
-    choice: ViewOptions = ViewOptions(),  # noqa: B008 (frozen)
+    selection: ViewOptions = ViewOptions(),  # noqa: B008 (frozen)
 ) -> None:
-    """Select, dedupe, thin out and mix data sets without writing a tar: the view is a data folder of indices.
+    """Select, deduplicate, subsample and mix data sets without writing a tar. The view is a data folder of indices.
 
     Args:
-        out: Folder to write the view to.
-        sources: Data folders, which have to stay where they are, seen from the view.
-        weights: How often an epoch has the training samples of each source, 1 when not given; 0.5 takes half of them.
+        out: Folder for the view.
+        sources: Data folders. They must keep their place relative to the view.
+        weights: Copies per epoch of each source's training samples. Default: 1. 0.5 takes half of them.
     """
     from mvlm_dataloading.tools.view import make_view
 
-    description = make_view(out, sources, choice, weights=weights)
+    description = make_view(out, sources, selection, weights=weights)
     print(f"{out}: {counts(description)}")
     for reason, count in description["rejected"].items():
         print(f"left out: {count} {reason}")
 
 
 def counts(description: dict[str, Any]) -> str:
-    """Samples of each split, from a dataset.json."""
+    """Number of samples of each split, as text, from a dataset.json."""
     return ", ".join(f"{part['samples']} {split}" for split, part in description["splits"].items())
 
 
 def processes(given: int | None, pieces: int | None = None) -> int:
-    """How many to work with: as many as given, or one a core, and no more than there are pieces."""
+    """Number of processes: the given number, or one per core, and at most one per piece."""
     import os
 
     from mvlm.errors import ConfigError
@@ -92,4 +92,4 @@ def _raise_problems(shards: Path, found: "dict[str, Findings]", error: type[Exce
     for problem in problems[:20]:
         print(f"problem: {problem}")
     if problems:
-        raise error(f"{shards}: wanted a data set without faults, found {len(problems)}; the first: {problems[0]}")
+        raise error(f"{shards}: wanted a data set without problems, found {len(problems)}; the first: {problems[0]}")

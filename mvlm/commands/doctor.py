@@ -1,9 +1,9 @@
-"""`mvlm doctor`: report on this machine."""
+"""`mvlm doctor`: a report on this machine."""
 
 import sys
 from pathlib import Path
 
-# A command imports what it needs when it runs, so that --help and mistakes answer at once.
+# Commands import what they need when they run, so that --help and errors are immediate.
 
 
 def doctor(
@@ -14,15 +14,15 @@ def doctor(
     batch_size: int | None = None,
     device: str = "auto",
 ) -> None:
-    """Say what this machine can do, what it cannot and why; with shards also how fast it would train.
+    """Check this machine: packages, devices, backends, disk. With --data also shards, memory and training speed.
 
-    The exit code is 0, or 1 when a line is red.
+    Lines are green (works), amber (works at a cost) or red (does not work). The exit code is 1 if a line is red.
 
     Args:
-        preset: The preset whose memory and speed are tried.
-        data: Folder of shards.
-        out: Where runs would be written.
-        batch_size: Pairs a step; the preset's own when not given.
+        preset: Preset of the trial: tiny, small or base.
+        data: Folder of shards for the trial. Default: no trial.
+        out: Folder in which runs would be written.
+        batch_size: Pairs a step. Default: the preset's.
         device: auto, cpu or cuda.
     """
     from mvlm.commands.machine_check import examine

@@ -1,8 +1,8 @@
-"""`mvlm eval`: figures of a trained model on a data set."""
+"""`mvlm eval`: evaluation of a trained model on a data set."""
 
 from pathlib import Path
 
-# A command imports what it needs when it runs, so that --help and mistakes answer at once.
+# Commands import what they need when they run, so that --help and errors are immediate.
 
 
 def eval_retrieval(
@@ -14,19 +14,19 @@ def eval_retrieval(
     rerank: int = 32,
     device: str = "auto",
 ) -> None:
-    """Zero-shot retrieval, by ITC and re-ranked by ITM, and cross-modal gain.
+    """Evaluate a model without training: zero-shot retrieval, by ITC and re-ranked by ITM, and cross-modal gain.
 
     Args:
-        checkpoint: A run folder, one of its checkpoints, or an exported folder.
-        data: Folder of shards; its train split gives the trivial predictors and tells which concepts are unseen.
-        split: The split to evaluate on.
-        out: JSON file for the figures, besides the table on the console.
-        rerank: Candidates of each query that ITM re-ranks.
+        checkpoint: Run folder, one of its checkpoints, or exported folder.
+        data: Folder of shards. Its train split, if there is one, gives the median predictor and the known concepts.
+        split: Split to evaluate on.
+        out: JSON file for the figures. Default: print them only.
+        rerank: Candidates of each query for ITM to re-rank.
         device: auto, cpu or cuda.
     """
     from mvlm.device import choose_device
     from mvlm.errors import ConfigError
-    from mvlm.evaluation import evaluate
+    from mvlm.evaluation.evaluate import evaluate
     from mvlm.evaluation.table import format_table
     from mvlm.files import write_json
     from mvlm.runs.load import load_model
@@ -35,7 +35,9 @@ def eval_retrieval(
     if rerank < 1:
         raise ConfigError(f"rerank: wanted at least 1, got {rerank}")
     model, tokenizer = load_model(checkpoint, choose_device(device))
-    figures = evaluate(model, open_dataset(data, split), open_dataset(data, "train"), tokenizer, rerank)
+    dataset = open_dataset(data, split)
+    train = open_dataset(data, "train") if "train" in dataset.splits else None
+    figures = evaluate(model, dataset, train, tokenizer, rerank)
     figures = {"checkpoint": str(checkpoint), "data": str(data), "split": split, **figures}
     print(format_table(figures))
     if out is not None:

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-# A command imports what it needs when it runs, so that --help and mistakes answer at once.
+# Commands import what they need when they run, so that --help and errors are immediate.
 
 
 def export(run: Path, out: Path, /) -> None:
     """Write a trained model as one portable folder: model.safetensors, config.json, tokenizer.json.
 
     Args:
-        run: A run folder or one of its checkpoints. Its averaged weights are taken where it kept them.
-        out: A new or empty folder.
+        run: Run folder, or one of its checkpoints. If the run kept averaged weights (--ema-decay), they are exported.
+        out: New or empty folder.
     """
     from mvlm.runs.load import export as write
 

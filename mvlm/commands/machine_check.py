@@ -26,11 +26,11 @@ from mvlm.training.optimizer import make_optimizer
 from mvlm_dataloading import DataError, open_dataset
 
 SLOW_DISK_MB_PER_S = 50.0
-STEPS = 3  # timed, of the loader alone and of the model alone
+TIMED_STEPS = 3
 
 
 class Finding(NamedTuple):
-    """One line of the report: green is well, amber works but costs something, red will not work."""
+    """One line of the report: green works, amber works at a cost, red does not work."""
 
     state: Literal["green", "amber", "red"]
     name: str
@@ -38,7 +38,7 @@ class Finding(NamedTuple):
 
 
 def examine(preset: str, data: Path | None, out: Path, batch_size: int | None, device: str) -> Iterator[Finding]:
-    """All findings, one by one as they are made. Nothing is left behind in `out`."""
+    """Yield all findings as they are made. No file is left in `out`."""
     yield versions()
     chosen = choose_device(device)
     yield from graphics(chosen)
@@ -46,7 +46,7 @@ def examine(preset: str, data: Path | None, out: Path, batch_size: int | None, d
     yield from attention(MaskVLMConfig.preset(preset), chosen)
     yield disk(out)
     if data is None:
-        yield Finding("amber", "shards", "not looked at: --data FOLDER adds them, and memory and speed")
+        yield Finding("amber", "shards", "not checked: --data FOLDER checks them, and tries memory and speed")
         return
     found = shards(data)
     yield found
@@ -55,7 +55,7 @@ def examine(preset: str, data: Path | None, out: Path, batch_size: int | None, d
 
 
 def versions() -> Finding:
-    """The packages that training needs."""
+    """Versions of the packages that training needs; red if one is not installed."""
     have, lack = [], []
     for name, packages in (
         ("torch", ("torch",)),
@@ -64,14 +64,15 @@ def versions() -> Finding:
         ("tokenizers", ("tokenizers",)),
         ("safetensors", ("safetensors",)),
     ):
-        found = [version for package in packages if (version := _version(package))]
+        found = [version for package in packages if (version := package_version(package))]
         (have if found else lack).append(f"{name} {found[0]}" if found else name)
     if lack:
         return Finding("red", "packages", f"{', '.join(lack)} not installed: pip install 'mvlm[data,train]'")
     return Finding("green", "packages", ", ".join(have))
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """The version of an installed distribution; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -79,25 +80,27 @@ def _version(package: str) -> str | None:
 
 
 def graphics(device: torch.device) -> Iterator[Finding]:
-    """The GPU, its driver and its decoder; bf16."""
+    """The GPU with its driver, image decoder and attention kernels; fast bf16."""
     if device.type == "cuda":
         from mvlm_dataloading.loader.decoder_check import choose_decoding
 
-        about = torch.cuda.get_device_properties(device)
+        properties = torch.cuda.get_device_properties(device)
         driver = Path("/proc/driver/nvidia/version")
         release = driver.read_text().splitlines()[0] if driver.is_file() else "driver unknown"
         yield Finding(
-            "green", "GPU", f"{about.name}, {about.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}, {release}"
+            "green",
+            "GPU",
+            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}, {release}",
         )
         decoding = choose_decoding(torch.cuda.current_device())
         state = "green" if decoding.value.startswith("gpu") else "amber"
-        yield Finding(state, "image decoding", f"{decoding.value}, by trial in a process of its own")
+        yield Finding(state, "image decoding", f"{decoding.value}, tried in a separate process")
         attention = torch.backends.cuda
         names = {"flash": attention.flash_sdp_enabled(), "cudnn": attention.cudnn_sdp_enabled()}
         names |= {"memory-efficient": attention.mem_efficient_sdp_enabled(), "math": attention.math_sdp_enabled()}
         yield Finding("green", "attention", f"torch may choose {', '.join(name for name, on in names.items() if on)}")
     else:
-        why = "torch finds none" if not torch.cuda.is_available() else "not asked for"
+        why = "torch finds none" if not torch.cuda.is_available() else "not chosen"
         yield Finding("amber", "GPU", f"none ({why}): {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads")
     fast = has_fast_bf16(device)
     yield Finding(
@@ -108,7 +111,7 @@ def graphics(device: torch.device) -> Iterator[Finding]:
 
 
 def kernels(device: torch.device) -> Iterator[Finding]:
-    """Which backend each fused op takes on the shapes of `base`, and why not the other."""
+    """The backend of each fused op on the shapes of `base`, with the reasons against the other one."""
     import mvlm_kernels as ops
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -126,16 +129,16 @@ def kernels(device: torch.device) -> Iterator[Finding]:
     }
     for op, arguments in calls.items():
         try:
-            told = ops.explain(op, *arguments)
+            choice = ops.explain(op, *arguments)
         except ValueError as error:
             yield Finding("red", op.__name__, str(error))
             continue
-        state = "green" if told.backend == "triton" or device.type == "cpu" else "amber"
-        yield Finding(state, op.__name__, f"{told.backend}: {'; '.join(told.reasons)}")
+        state = "green" if choice.backend == "triton" or device.type == "cpu" else "amber"
+        yield Finding(state, op.__name__, f"{choice.backend}: {'; '.join(choice.reasons)}")
 
 
 def attention(config: MaskVLMConfig, device: torch.device) -> Iterator[Finding]:
-    """What `auto` computes attention with in this model, and why nothing else."""
+    """The attention backends that `auto` chooses in this model, with the reasons against the others."""
     dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
     for name, choice in backends.choices(config, device, dtype).items():
         against = "; ".join(f"not {other}: {reason}" for other, reason in choice.reasons.items())
@@ -143,7 +146,7 @@ def attention(config: MaskVLMConfig, device: torch.device) -> Iterator[Finding]:
 
 
 def disk(out: Path) -> Finding:
-    """How fast a checkpoint could be written where `out` is, forced to the disk."""
+    """Speed of synced writes on the disk of `out`, where checkpoints go."""
     folder = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     content = os.urandom(2**20)
     try:
@@ -160,24 +163,24 @@ def disk(out: Path) -> Finding:
 
 
 def shards(data: Path) -> Finding:
-    """Whether the data set opens and its shards are what dataset.json says."""
+    """Check that the data set opens and that its first shard has the hash of dataset.json."""
     try:
         first = open_dataset(data, "train")
         splits = {"train": first}
-        if "validation" in first.description["splits"]:  # training can do without
+        if "validation" in first.description["splits"]:  # training does not need it
             splits["validation"] = open_dataset(data, "validation")
         wanted = first.description["splits"]["train"]["shards"][0]["sha256"]
         with first.tars[0].open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != wanted:
-                return Finding("red", "shards", f"{first.tars[0]}: damaged, its sha256 is not that of dataset.json")
+                return Finding("red", "shards", f"{first.tars[0]}: damaged: its sha256 is not that of dataset.json")
     except DataError as error:
         return Finding("red", "shards", str(error))
     counts = ", ".join(f"{len(dataset)} {split}" for split, dataset in splits.items())
-    return Finding("green", "shards", f"{counts} pairs; the first shard's sha256 is right")
+    return Finding("green", "shards", f"{counts} pairs; the first shard's sha256 is that of dataset.json")
 
 
 def trial(config: PretrainConfig, batch_size: int | None, device: torch.device) -> Iterator[Finding]:
-    """A few steps of the loader alone and of the model alone: memory, speed, and which of the two limits it."""
+    """Run a few steps of the loader alone and of the model alone, for memory, speed and the slower of the two."""
     world = World(rank=0, size=1, local_rank=0, device=device)
     try:
         config = replace(config, batch_size=batch_size or config.batch_size)
@@ -189,7 +192,7 @@ def trial(config: PretrainConfig, batch_size: int | None, device: torch.device) 
     except (ConfigError, DataError, RunError, ValueError) as error:
         yield Finding("red", "trial", str(error))
         return
-    loader = config.batch_size / _seconds(lambda: next(batches), device)
+    loader_speed = config.batch_size / _seconds(lambda: next(batches), device)
     batch, masks = batch.to(device), masks.to(device)
     model = MaskVLM(config.model).to(device)
     optimizer = make_optimizer(model, config, device)
@@ -203,35 +206,35 @@ def trial(config: PretrainConfig, batch_size: int | None, device: torch.device) 
 
     try:
         step()
-        speed = config.batch_size / _seconds(step, device)
+        model_speed = config.batch_size / _seconds(step, device)
     except torch.OutOfMemoryError:
         yield Finding("red", "memory", f"a batch of {config.batch_size} does not fit; lower --batch-size")
         return
     parameters = sum(p.numel() for p in model.parameters())
-    where = "of the GPU at the peak" if device.type == "cuda" else "of the process"
+    where = "at the peak on the GPU" if device.type == "cuda" else "of the process"
     yield Finding(
         "green",
         "memory",
-        f"{memory_mb(device):.0f} MB {where}, {16 * parameters / 1e6:.0f} MB of them weights, gradients and moments "
+        f"{memory_mb(device):.0f} MB {where}, {16 * parameters / 1e6:.0f} MB of it weights, gradients and moments "
         f"({parameters / 1e6:.1f} M parameters), at {config.batch_size} pairs",
     )
-    hours = config.max_steps * config.batch_size / min(loader, speed) / 3600
-    limit = "loader" if loader < speed else "model"
+    hours = config.max_steps * config.batch_size / min(loader_speed, model_speed) / 3600
+    limit = "loader" if loader_speed < model_speed else "model"
     yield Finding(
         "amber" if limit == "loader" else "green",
         "speed",
-        f"loader alone {loader:.0f} pairs/s, model alone {speed:.0f} pairs/s: the {limit} is the limit; "
+        f"loader alone {loader_speed:.0f} pairs/s, model alone {model_speed:.0f} pairs/s: the {limit} is the limit; "
         f"{config.max_steps} steps would take about {hours:.1f} h",
     )
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, over a few."""
+    """Mean seconds of one call of `work`."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
-    for _ in range(STEPS):
+    for _ in range(TIMED_STEPS):
         work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - started) / STEPS
+    return (time.perf_counter() - started) / TIMED_STEPS

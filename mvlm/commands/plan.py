@@ -1,8 +1,8 @@
-"""`mvlm plan`: memory, time and traffic of a run on many GPUs."""
+"""`mvlm plan`: a cluster plan, with memory, time and traffic of a run on many GPUs."""
 
 import math
 
-# A command imports what it needs when it runs, so that --help and mistakes answer at once.
+# Commands import what they need when they run, so that --help and errors are immediate.
 
 
 def plan(
@@ -20,21 +20,21 @@ def plan(
     mfu: float = 0.4,
     loader_rate: float = 0.0,
 ) -> None:
-    """Memory, time and traffic of a run on many GPUs, counted from the code and from stated rates: no GPU is needed.
+    """Plan a run on many GPUs: memory, time and traffic, computed without a GPU from operation counts and data sheets.
 
     Args:
         gpus: GPUs a node x nodes, for example 8 x 16.
-        data: Pairs of the data set, for example 400M.
-        preset: Sizes of the model: tiny, small or base.
+        data: Pairs in the data set, for example 400M.
+        preset: Preset of the model: tiny, small or base.
         gpu: A100, H100, H200 or B200.
-        batch_size: Pairs of the global batch; 0 for 128 a GPU.
-        epochs: How often the data are seen.
+        batch_size: Pairs in the global batch. 0: 128 a GPU.
+        epochs: Passes over the data.
         accumulate: Microbatches a step on each GPU.
-        checkpoint_activations: Compute what is inside a block again in backward.
-        local_negatives: Draw ITM's negatives within a microbatch.
+        checkpoint_activations: Recompute each block in backward instead of keeping its activations.
+        local_negatives: Draw ITM's negatives within a rank's microbatch instead of the global batch.
         parallel: ddp or fsdp.
-        mfu: Share of the peak rate that the step's matrix products reach; measure it with `mvlm bench step`.
-        loader_rate: Pairs a second that the loader of a node was measured to give; 0 for not measured.
+        mfu: Model FLOPs utilisation: share of the peak rate that a step reaches. `mvlm bench step` measures it.
+        loader_rate: Measured speed of one node's loader, in pairs a second. 0: not measured.
     """
     from mvlm.config.model import MaskVLMConfig
     from mvlm.costs.cluster_plan import NODES, ClusterSetting, format_plan, parse_count, parse_gpus

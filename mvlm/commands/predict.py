@@ -1,22 +1,22 @@
-"""`mvlm reconstruct` and `mvlm fill`: images and words from a trained model."""
+"""`mvlm reconstruct` and `mvlm fill`: masked images and captions, filled in by a trained model."""
 
 from pathlib import Path
 
-# A command imports what it needs when it runs, so that --help and mistakes answer at once.
+# Commands import what they need when they run, so that --help and errors are immediate.
 
 
 def reconstruct(
     *, checkpoint: Path, image: Path, caption: str, out: Path, wrong_caption: str | None = None, seed: int = 0
 ) -> None:
-    """Mask an image and rebuild it from what is left and from a caption.
+    """Mask an image and rebuild it from its visible patches and a caption.
 
     Args:
-        checkpoint: A run folder, one of its checkpoints, or an exported folder.
-        image: Image file, of any size.
-        caption: What it shows.
+        checkpoint: Run folder, one of its checkpoints, or exported folder.
+        image: Image file of any size.
+        caption: Caption of the image.
         out: PNG to write: the image, masked, rebuilt with the caption and, if given, with the wrong one.
-        wrong_caption: A caption of something else, to see what the words contribute.
-        seed: Chooses the mask.
+        wrong_caption: Caption of another image, to see the caption's contribution.
+        seed: Seed of the mask.
     """
     import torch
     from PIL import Image
@@ -40,22 +40,20 @@ def reconstruct(
     )  # fmt: skip
     ids = torch.from_numpy(ids)
     panels = [pixels, hide_patches(pixels, ids, config.patch_size)]
-    panels += [
-        rebuild(model, tokenizer, pixels, [words], ids) for words in (caption, wrong_caption) if words is not None
-    ]
+    panels += [rebuild(model, tokenizer, pixels, [text], ids) for text in (caption, wrong_caption) if text is not None]
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(torch.cat([p[0] for p in panels], dim=2).permute(1, 2, 0).numpy()).save(out)
     print(f"{out}: image, masked, rebuilt{' and rebuilt with the wrong caption' if wrong_caption else ''}")
 
 
 def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5) -> None:
-    """Fill in the words of a caption that are written as [MASK], given an image.
+    """Guess the [MASK] tokens of a caption, given its image.
 
     Args:
-        checkpoint: A run folder, one of its checkpoints, or an exported folder.
-        image: Image file, of any size.
-        caption: The caption with [MASK] for every token to guess, for example "flag of [MASK]".
-        top: Guesses to print for each.
+        checkpoint: Run folder, one of its checkpoints, or exported folder.
+        image: Image file of any size.
+        caption: Caption with [MASK] for every token to guess, for example "flag of [MASK]".
+        top: Guesses to print for each [MASK].
     """
     from mvlm.errors import ConfigError
     from mvlm.inference.fill_mask import fill_mask, tokens_with_masks
@@ -70,7 +68,7 @@ def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5) -> None:
     if not len(ids):
         raise ConfigError(f'caption: wanted at least one [MASK], got {caption!r}; write it as in "flag of [MASK]"')
     pixels = load_image(image, model.config.image_size)[None]
-    guesses, chances = fill_mask(model, tokenizer, pixels, tokens, [len(tokens)], ids, top)
-    for number, (row, chance) in enumerate(zip(guesses.tolist(), chances.tolist(), strict=True), 1):
-        words = "  ".join(f"{tokenizer.decode([g])} {100 * c:.0f}%" for g, c in zip(row, chance, strict=True))
-        print(f"[MASK] {number}: {words}")
+    guesses, probabilities = fill_mask(model, tokenizer, pixels, tokens, [len(tokens)], ids, top)
+    for number, (row, probability) in enumerate(zip(guesses.tolist(), probabilities.tolist(), strict=True), 1):
+        shown = "  ".join(f"{tokenizer.decode([g])} {100 * p:.0f}%" for g, p in zip(row, probability, strict=True))
+        print(f"[MASK] {number}: {shown}")

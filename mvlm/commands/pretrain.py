@@ -10,16 +10,16 @@ from mvlm.commands.arguments import parse
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import GROUPS, PretrainConfig
 
-# A command imports what it needs when it runs, so that --help and mistakes answer at once.
+# Commands import what they need when they run, so that --help and errors are immediate.
 
 
 def pretrain(arguments: Sequence[str]) -> None:
-    """Pretrain a MaskVLM: `mvlm pretrain PRESET --data SHARDS --out RUN`, PRESET one of tiny, small, base.
+    """Pretrain a MaskVLM: `mvlm pretrain PRESET --data SHARDS --out RUN`. Presets: tiny, small, base.
 
-    `mvlm pretrain --config FILE --out RUN` repeats the run whose config.json is FILE; other settings override it.
+    `mvlm pretrain --config FILE --out RUN` repeats the run whose config.json is FILE. Further settings override it.
     """
     if arguments and arguments[0] in ("-h", "--help"):
-        print(f"{pretrain.__doc__}\nThe settings of a preset: mvlm pretrain PRESET --help")
+        print(f"{pretrain.__doc__}\nAll settings of a preset: mvlm pretrain PRESET --help")
         return
     config = parse_config(arguments)
     from mvlm.training.run import pretrain as run
@@ -28,7 +28,12 @@ def pretrain(arguments: Sequence[str]) -> None:
 
 
 def parse_config(arguments: Sequence[str]) -> PretrainConfig:
-    """The configuration of a preset or of a config.json, overridden by the settings given. ConfigError for mistakes."""
+    """The configuration of a preset or of a config.json, overridden by the given settings.
+
+    Raises:
+        ConfigError: the preset is unknown, or a setting is misspelt or out of its range.
+        RunError: the config.json cannot be read.
+    """
     import tyro
 
     from mvlm.config.json_files import read_config, run_config
@@ -63,12 +68,12 @@ def parse_config(arguments: Sequence[str]) -> PretrainConfig:
     try:
         return PretrainConfig(**settings, model=parsed.model)
     except ConfigError as error:
-        raise ConfigError(f"{error}; `mvlm pretrain {source} --help` tells more") from None
+        raise ConfigError(f"{error}; see `mvlm pretrain {source} --help`") from None
 
 
 @cache
 def _grouped_type() -> type:
-    """A dataclass with a field for each group of settings and one for the model. Each becomes a box in --help.
+    """A dataclass with one field for each group of settings and one for the model. Each becomes a box in --help.
 
     The flags of a group have no prefix (--seed); those of the model have one (--model.width).
     """

@@ -2,19 +2,20 @@
 
 from pathlib import Path
 
-# A command imports what it needs when it runs, so that --help and mistakes answer at once.
+# Commands import what they need when they run, so that --help and errors are immediate.
 
 
 def report(run: Path, others: tuple[Path, ...] = (), /, data: Path | None = None, out: Path | None = None) -> None:
-    """Write a run's report: curves, reconstructions, filled-in words, retrievals, tables, in one HTML file.
+    """Write a report of a run, or a comparison of several runs, as one HTML file.
 
-    Several runs are compared side by side instead, from their metrics and evaluations.
+    A report has tables, curves, reconstructions, filled-in captions and retrievals. A comparison has the metrics,
+    evaluations and differing settings of its runs.
 
     Args:
-        run: The run folder.
-        others: Run folders to compare it with, up to five.
-        data: Folder of shards; the one it was evaluated on when not given. A comparison needs none.
-        out: The file to write; report.html, or compare.html, in the (first) run folder when not given.
+        run: Run folder.
+        others: Up to five run folders to compare it with.
+        data: Folder of shards for a report's examples. Default: the one that the run was evaluated on.
+        out: File to write. Default: report.html in the run folder, or compare.html in the first one.
     """
     if others:
         from mvlm.report.comparison import write_comparison

@@ -1,8 +1,8 @@
-"""Cross-modal gain: how much the other modality helps to rebuild what is masked (docs/method.md).
+"""Cross-modal gain, a measure of how much one modality helps to predict masked parts of the other (docs/method.md).
 
-For text: the loss of masked tokens with a wrong image, less that with the right one, in nats a token. For pixels: the
-loss of masked pixels with a wrong caption over that with the right one, in per cent. Every sample is masked several
-times; intervals are bootstrapped over samples.
+For text: the loss of masked tokens given a wrong image, minus the loss given the right one, in nats a token. For
+pixels: the relative increase of the masked pixels' loss given a wrong caption, in per cent. Every sample is masked
+several times; intervals are bootstrapped over samples.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ RESAMPLES = 1000
 
 @dataclass
 class _Sums:
-    """Per sample, float64 (I,): summed losses with the right and the wrong partner, and the tokens summed over."""
+    """Sums per sample, each float64 (I,): losses with the right and the wrong partner, and masked tokens."""
 
     text: np.ndarray
     text_wrong: np.ndarray
@@ -36,7 +36,10 @@ class _Sums:
 
 
 def wrong_partners(number: int, seed: int = 0) -> Tensor:
-    """int64 (number,): another sample for each, once each: the next in a random cycle over all samples."""
+    """A wrong partner for each sample, int64 (number,): the next one in a random cycle over all samples.
+
+    Each sample is a partner once. With one sample, the partner is the sample itself.
+    """
     order = torch.from_numpy(np.random.default_rng(seed).permutation(number))
     partner = torch.empty_like(order)
     partner[order] = order.roll(-1)
@@ -52,7 +55,13 @@ def cross_modal_gain(
     draws: int = 4,
     precision: str = "auto",
 ) -> dict[str, Any]:
-    """Gains in both directions with 95 % intervals, and the masked losses behind them."""
+    """Cross-modal gain in both directions with 95 % intervals, and the masked losses with the right partner.
+
+    Args:
+        features: `encode_split` of the same model and dataset.
+        draws: Masks drawn for each sample.
+        precision: auto, bf16 or fp32.
+    """
     sums = _Sums(*(np.zeros(len(dataset)) for _ in range(5)))
     partner = wrong_partners(len(dataset))
     for draw in range(draws):
@@ -64,11 +73,11 @@ def cross_modal_gain(
     def pixels(i: np.ndarray) -> float:
         return 100 * (sums.pixels_wrong[i].sum() / sums.pixels[i].sum() - 1)
 
-    everyone = np.arange(len(dataset))
+    all_samples = np.arange(len(dataset))
     return {
-        "gain_text_nats": round(float(text(everyone)), 4),
+        "gain_text_nats": round(float(text(all_samples)), 4),
         "gain_text_nats_95": bootstrap(text, len(dataset)),
-        "gain_pixels_pct": round(float(pixels(everyone)), 3),
+        "gain_pixels_pct": round(float(pixels(all_samples)), 3),
         "gain_pixels_pct_95": bootstrap(pixels, len(dataset)),
         "masked_nats": round(float(sums.text.sum() / sums.tokens.sum()), 4),
         "masked_l1": round(float(sums.pixels.mean() / draws), 4),
@@ -107,32 +116,27 @@ def _add_losses(
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], number: int, seed: int = 0) -> list[float]:
-    """95 % percentile interval of a statistic of sample indices, over resamples of `number` samples."""
+    """95 % interval of a statistic of sample indices: the percentile bootstrap over resamples of `number` samples.
+
+    `scipy.stats.bootstrap` with `method="percentile"` gives the same interval (tests).
+    """
     rng = np.random.default_rng(seed)
     values = [statistic(rng.integers(number, size=number)) for _ in range(RESAMPLES)]
     return [round(float(v), 4) for v in np.percentile(values, (2.5, 97.5))]
 
 
 def trivial_losses(
-    model: MaskVLM, train: Dataset, split: Dataset, tokenizer: Tokenizer, most: int = 4096
-) -> dict[str, float]:
-    """Masked L1 on `split` of two predictors that know nothing of the picture: white, and the training set's median.
+    model: MaskVLM, train: Dataset | None, split: Dataset, tokenizer: Tokenizer, most: int = 4096
+) -> dict[str, float | None]:
+    """Masked L1 on `split` of two image-blind predictors: constant white, and the training set's median.
 
-    The median is taken by pixel and channel over the first `most` training pictures.
+    The median is taken per pixel and channel over the first `most` training images; None without a training split.
     """
-    seen, taken = [], 0
-    for batch, _ in eval_loader(train, model, tokenizer):
-        seen.append(batch.images.cpu())
-        taken += len(batch.images)
-        if taken >= most:
-            break
-    median = torch.from_numpy(np.median(torch.cat(seen)[:most].numpy(), axis=0)).to(torch.uint8)[None]  # (1, 3, S, S)
     encoder, config = model.image_encoder, model.config
     device = next(model.parameters()).device
-    guesses = {
-        "masked_l1_white": torch.full_like(median, 255),
-        "masked_l1_train_median": median,
-    }
+    guesses = {"masked_l1_white": torch.full((1, 3, config.image_size, config.image_size), 255, dtype=torch.uint8)}
+    if train is not None:
+        guesses["masked_l1_train_median"] = _median_image(model, train, tokenizer, most)
     patches = {name: patchify(encoder.normalize(g.to(device)), config.patch_size) for name, g in guesses.items()}
     totals = dict.fromkeys(guesses, 0.0)
     for batch, masks in eval_loader(split, model, tokenizer):
@@ -141,4 +145,16 @@ def trivial_losses(
         for name, guess in patches.items():
             chosen = guess.expand(len(ids), -1, -1).gather(1, ids.unsqueeze(-1).expand_as(targets))
             totals[name] += (chosen - targets).abs().mean((1, 2)).sum().item()
-    return {name: round(total / len(split), 4) for name, total in totals.items()}
+    means = {name: round(total / len(split), 4) for name, total in totals.items()}
+    return {"masked_l1_train_median": None, **means}
+
+
+def _median_image(model: MaskVLM, train: Dataset, tokenizer: Tokenizer, most: int) -> Tensor:
+    """Median per pixel and channel of the first `most` images of `train`, uint8 (1, 3, S, S)."""
+    images, taken = [], 0
+    for batch, _ in eval_loader(train, model, tokenizer):
+        images.append(batch.images.cpu())
+        taken += len(batch.images)
+        if taken >= most:
+            break
+    return torch.from_numpy(np.median(torch.cat(images)[:most].numpy(), axis=0)).to(torch.uint8)[None]

@@ -1,4 +1,4 @@
-"""Evaluation without training: retrieval, cross-modal gain, and the trivial predictors to hold them against."""
+"""Evaluation without training: retrieval, cross-modal gain, and the trivial predictors to compare with."""
 
 import time
 from typing import Any
@@ -12,12 +12,14 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Dataset, Tokenizer
 
 
-def unseen_images(split: Dataset, train: Dataset) -> torch.Tensor | None:
-    """bool (images of `split`,), True where no training image has the same concept (`base` in the metadata).
+def unseen_images(split: Dataset, train: Dataset | None) -> torch.Tensor | None:
+    """Images of unseen concepts, bool (images of `split`,), True = no training image has the same concept.
 
-    An image without `base` is a concept by itself. None where no image of `split`, or none of `train`, has one: the
-    data name no concepts.
+    The concept of an image is `base` in its metadata; an image without `base` is a concept by itself. None if no image
+    of `split` or none of `train` has a `base` (such data name no concepts), or if there is no training split.
     """
+    if train is None:
+        return None
     known = {train.metadata(i).get("base") for i in range(len(train))} - {None}
     bases = [split.metadata(i).get("base") for i in range(len(split))]
     if not known or all(base is None for base in bases):
@@ -26,9 +28,18 @@ def unseen_images(split: Dataset, train: Dataset) -> torch.Tensor | None:
 
 
 def evaluate(
-    model: MaskVLM, split: Dataset, train: Dataset, tokenizer: Tokenizer, k: int = 32, precision: str = "auto"
+    model: MaskVLM, split: Dataset, train: Dataset | None, tokenizer: Tokenizer, k: int = 32, precision: str = "auto"
 ) -> dict[str, Any]:
-    """Everything that `mvlm eval retrieval` writes, per cent and re-ranked unless said otherwise (docs/files.md)."""
+    """Figures of a model on a split, as `mvlm eval retrieval` writes them (docs/files.md).
+
+    Recall is in per cent, re-ranked unless under `itc`. The model must be in evaluation mode.
+
+    Args:
+        split: Images and captions to evaluate on.
+        train: Training split, for the median predictor and the known concepts; None for data without one.
+        k: Candidates of each query for ITM to re-rank.
+        precision: auto, bf16 or fp32.
+    """
     started = time.perf_counter()
     features = encode_split(model, split, tokenizer, precision)
     tr, ir = (rank(model, features, direction, k, precision) for direction in ("tr", "ir"))
@@ -39,7 +50,7 @@ def evaluate(
         "n_images": len(split),
         "n_texts": len(features.captions),
         "itc": {"tr": recall(tr.itc), "ir": recall(ir.itc)},
-        "unseen": None if unseen is None or not unseen.any() else _of_images(unseen, tr, ir, features),
+        "unseen": None if unseen is None or not unseen.any() else _recall_of_images(unseen, tr, ir, features),
         "reranked": min(k, len(split)),
         **cross_modal_gain(model, split, features, tokenizer, precision=precision),
         **trivial_losses(model, train, split, tokenizer),
@@ -47,8 +58,8 @@ def evaluate(
     }
 
 
-def _of_images(chosen: torch.Tensor, tr: Ranks, ir: Ranks, features: EncodedSplit) -> dict[str, Any]:
-    """The retrieval figures of the images `chosen`, bool (images,), and their captions, against the whole gallery."""
+def _recall_of_images(chosen: torch.Tensor, tr: Ranks, ir: Ranks, features: EncodedSplit) -> dict[str, Any]:
+    """Recall for the queries among the images `chosen`, bool (images,), and their captions, in the full gallery."""
     texts = chosen[features.owner]
     return {
         "tr": recall(tr.itm[chosen]),
@@ -60,7 +71,10 @@ def _of_images(chosen: torch.Tensor, tr: Ranks, ir: Ranks, features: EncodedSpli
 
 
 def evaluate_briefly(model: MaskVLM, split: Dataset, tokenizer: Tokenizer, precision: str = "auto") -> dict[str, float]:
-    """For a running job: retrieval by ITC alone (tr_r1 .. ir_r10), and cross-modal gain from one draw of masks."""
+    """Figures during training: recall by ITC alone (tr_r1 to ir_r10), and cross-modal gain from one draw of masks.
+
+    The model's mode (training or evaluation) is restored.
+    """
     was_training = model.training
     model.eval()
     features = encode_split(model, split, tokenizer, precision)

@@ -1,10 +1,10 @@
 """Zero-shot retrieval in both directions: candidates by ITC, re-ranked with ITM.
 
-ITM learns to tell true pairs from negatives that are drawn from ITC's own softmax, so that its log-odds estimate the
-log-ratio of the two (noise-contrastive estimation, Gutmann and Hyvärinen, 2010). The score of a candidate is therefore
-the ITC logit, which is the negatives' log-probability up to a constant, plus ITM's log-odds. BLIP adds the two as well.
-TR searches captions for an image and is right when any of the image's captions is among the first K; IR searches
-images for a caption. Memory is bounded: similarities are computed a block of queries at a time.
+ITM learns to distinguish true pairs from negatives that are drawn from ITC's own softmax, so its log-odds estimate the
+log-ratio of the two distributions (noise-contrastive estimation, Gutmann and Hyvärinen, 2010). The score of a candidate
+is therefore the ITC logit, which is the negatives' log-probability up to a constant, plus ITM's log-odds. BLIP adds the
+two as well. TR retrieves captions for an image; any of the image's captions is a right answer. IR retrieves images for
+a caption. Memory is bounded: similarities are computed for one block of queries at a time.
 Shape legend: Q queries of a block, G gallery size, K candidates that are re-ranked.
 """
 
@@ -23,21 +23,28 @@ PAIRS_PER_BATCH = 256
 
 @dataclass(frozen=True)
 class Ranks:
-    """For every query, how many wrong answers stand before the best right one, and the first answers."""
+    """Rank of the best right answer for every query (wrong answers before it, from 0), and the first answers."""
 
     itc: Tensor
     """int64 (queries,), by contrastive similarity alone."""
     itm: Tensor
     """int64 (queries,), after re-ranking."""
     top: Tensor
-    """int64 (queries, up to 5), the first gallery rows after re-ranking."""
+    """int64 (queries, up to 5), gallery rows of the first answers after re-ranking."""
     score: Tensor
-    """(queries,), the score of the first of them."""
+    """(queries,), score of the first answer."""
 
 
 @torch.no_grad()
 def rank(model: MaskVLM, features: EncodedSplit, direction: str, k: int = 32, precision: str = "auto") -> Ranks:
-    """Rank the gallery for every query. direction "tr" (images ask, captions answer) or "ir" (the reverse)."""
+    """Rank the gallery for every query.
+
+    Args:
+        features: `encode_split` of the same model.
+        direction: "tr" (queries are images, the gallery is captions) or "ir" (the reverse).
+        k: Candidates of each query for ITM to re-rank.
+        precision: auto, bf16 or fp32.
+    """
     queries, gallery = features.image_embedding, features.text_embedding
     query_owner, gallery_owner = torch.arange(len(queries)), features.owner
     if direction == "ir":
@@ -53,7 +60,7 @@ def rank(model: MaskVLM, features: EncodedSplit, direction: str, k: int = 32, pr
         scores = match_scores(model, features, block, candidates, direction, precision)  # (Q, K)
         scores += model.log_scale.exp().item() * similarity.gather(1, candidates)
         found = right.gather(1, candidates)
-        # A right answer that is no candidate keeps the place that ITC gave it.
+        # If no candidate is right, the best right answer keeps its rank by ITC.
         itm.append(torch.where(found.any(1), best_rank(scores, found), ranks))
         itc.append(ranks)
         best = scores.topk(min(5, k), dim=1)
@@ -63,7 +70,10 @@ def rank(model: MaskVLM, features: EncodedSplit, direction: str, k: int = 32, pr
 
 
 def best_rank(scores: Tensor, right: Tensor) -> Tensor:
-    """For scores (Q, G) and right bool (Q, G): int64 (Q,), wrong answers that score no lower than the best right."""
+    """Rank of the best right answer, int64 (Q,), from scores (Q, G) and right bool (Q, G), True = a right answer.
+
+    It counts the wrong answers that score at least as high, so a tie is not a success.
+    """
     best = scores.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
     return ((scores >= best) & ~right).sum(dim=1)
 
@@ -79,7 +89,9 @@ def match_scores(
     scores = []
     for start in range(0, len(images), PAIRS_PER_BATCH):
         i, t = images[start : start + PAIRS_PER_BATCH], texts[start : start + PAIRS_PER_BATCH]
-        length = int(features.key_mask[t].sum(1).max())  # the longest caption of this batch: the rest is padding
+        length = int(
+            features.key_mask[t].sum(1).max()
+        )  # the longest caption of this batch; columns after it are padding
         v, w, key_mask = features.v[i], features.w[t, :length], features.key_mask[t, :length]
         with autocast(device, precision):
             logits = model.match(v.to(device), w.to(device), key_mask.to(device)).float()
@@ -88,5 +100,5 @@ def match_scores(
 
 
 def recall(ranks: Tensor) -> dict[str, float]:
-    """int64 (queries,) -> per cent of queries with a right answer among the first 1, 5 and 10."""
+    """Per cent of queries with a right answer among the first 1, 5 and 10, from ranks int64 (queries,) from 0."""
     return {f"r{k}": round(100 * (ranks < k).double().mean().item(), 2) for k in (1, 5, 10)}

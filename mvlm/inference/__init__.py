@@ -1,1 +1,1 @@
-"""Questions to a trained model: features, reconstructions, filled-in words."""
+"""Inference with a trained model: features, reconstructions, filled-in captions."""

@@ -1,4 +1,4 @@
-"""Features of a whole split: one pass through both encoders, which the evaluation then shares.
+"""Features of all images and captions of a split, from one pass through both encoders.
 
 Shape legend: I images, T captions, N patches, L tokens (the model's text length), C width, E contrastive width.
 """
@@ -18,7 +18,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """Features of one split, kept on the CPU so that the device holds one batch at a time."""
+    """Features of one split, on the CPU, so that the device holds one batch at a time."""
 
     v: Tensor
     """(I, 1+N, C), unmasked images."""
@@ -31,15 +31,15 @@ class EncodedSplit:
     text_embedding: Tensor
     """(T, E), unit length."""
     owner: Tensor
-    """int64 (T,), the image that a caption belongs to."""
+    """int64 (T,), image of each caption."""
     first: Tensor
-    """int64 (I,), the row of an image's first caption."""
+    """int64 (I,), row of each image's first caption."""
     captions: list[str]
-    """The T captions."""
+    """Texts of the T captions."""
 
 
 def eval_loader(dataset: Dataset, model: MaskVLM, tokenizer: Tokenizer, seed: int = 0) -> Loader:
-    """One pass in order over uncropped images and first captions, with masks drawn from `seed`."""
+    """A loader for one pass in order over uncropped images and first captions, with masks drawn from `seed`."""
     config = model.config
     device = next(model.parameters()).device
     return Loader(
@@ -59,7 +59,7 @@ def eval_loader(dataset: Dataset, model: MaskVLM, tokenizer: Tokenizer, seed: in
 
 
 def encode_captions(model: MaskVLM, captions: list[str], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Features (T, L, C) and key mask bool (T, L), True = a token, of T captions; L is the model's text length."""
+    """Features (T, L, C) of T captions and their key mask bool (T, L), True = a token; L is the model's text length."""
     device, length = next(model.parameters()).device, model.config.text_length
     tokens, lengths = tokenizer.encode(captions, length)
     starts = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
@@ -68,7 +68,7 @@ def encode_captions(model: MaskVLM, captions: list[str], tokenizer: Tokenizer) -
 
 @torch.no_grad()
 def encode_split(model: MaskVLM, dataset: Dataset, tokenizer: Tokenizer, precision: str = "auto") -> EncodedSplit:
-    """Encode every image and every caption of `dataset`."""
+    """Encode all images and captions of `dataset`. `precision` is auto, bf16 or fp32."""
     device = next(model.parameters()).device
     images, image_embeddings = [], []
     with autocast(device, precision):

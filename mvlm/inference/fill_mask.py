@@ -15,12 +15,12 @@ from mvlm_dataloading import Tokenizer
 
 
 def tokens_with_masks(caption: str, tokenizer: Tokenizer, length: int) -> Tensor:
-    """Tokens int64 (L,) of a caption in which every "[MASK]" stands for one token to guess; L is at most `length`.
+    """Tokens int64 (L,) of a caption in which every "[MASK]" is one token to guess; L is at most `length`.
 
-    The tokenizer never turns a caption's text into special tokens, so the pieces between masks are encoded separately.
+    The tokenizer never turns text into special tokens, so the pieces between masks are encoded separately.
 
     Raises:
-        ConfigError: a [MASK] lies beyond `length`.
+        ConfigError: a [MASK] is beyond `length`.
     """
     inner: list[int] = []
     for number, piece in enumerate(caption.split("[MASK]")):
@@ -45,9 +45,16 @@ def fill_mask(
 ) -> tuple[Tensor, Tensor]:
     """Guess masked tokens from the rest of each caption and from its image.
 
-    images uint8 (B, 3, S, S); tokens packed int64 (T,) with `lengths`; token_ids int64 (M,), positions to hide.
-    Returns the `top` likeliest token ids of the tokenizer, int64 (M, top), and their probabilities (M, top), on the
-    CPU.
+    Args:
+        images: uint8 (B, 3, S, S).
+        tokens: Packed captions, int64 (T,).
+        lengths: Tokens of each caption.
+        token_ids: Positions in `tokens` to mask, int64 (M,).
+        top: Guesses for each masked token.
+        precision: auto, bf16 or fp32.
+
+    Returns:
+        The `top` likeliest token ids of the tokenizer, int64 (M, top), and their probabilities (M, top), on the CPU.
     """
     device = next(model.parameters()).device
     starts = torch.tensor([0, *np.cumsum(lengths)], device=device)

@@ -1,4 +1,4 @@
-"""Images from files, and images with hidden patches.
+"""Images loaded from files, and images with masked patches painted grey.
 
 Shape legend: B batch, S image side, K masked patches.
 """
@@ -13,11 +13,15 @@ from torch import Tensor
 from mvlm.errors import RunError
 from mvlm.model.patches import patchify, unpatchify
 
-GREY = 190  # masked patches are shown in this grey
+GREY = 190  # of masked patches
 
 
 def load_image(path: Path, side: int) -> Tensor:
-    """An image file as uint8 (3, S, S), squeezed to a square, transparency on white. RunError if it cannot be read."""
+    """An image file as uint8 (3, S, S), squeezed to a square of `side` pixels, transparent areas white.
+
+    Raises:
+        RunError: the file is missing or is not an image.
+    """
     try:
         with Image.open(path) as file:
             rgba = file.convert("RGBA")

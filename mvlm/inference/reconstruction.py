@@ -1,4 +1,4 @@
-"""Masked images rebuilt from what is left and from captions.
+"""Masked images, rebuilt from their visible patches and captions.
 
 Shape legend: B batch, S image side, K masked patches, P patch side.
 """
@@ -26,10 +26,16 @@ def reconstruct(
     patch_ids: Tensor,
     precision: str = "auto",
 ) -> Tensor:
-    """Rebuild the masked patches of images from what is left and from captions.
+    """Rebuild the masked patches of images from their visible patches and captions.
 
-    images uint8 (B, 3, S, S), patch_ids int64 (B, K). Returns uint8 (B, 3, S, S) on the CPU: the given pixels where
-    nothing was masked, the model's elsewhere.
+    Args:
+        images: uint8 (B, 3, S, S).
+        captions: One for each image.
+        patch_ids: Masked patches, int64 (B, K).
+        precision: auto, bf16 or fp32.
+
+    Returns:
+        uint8 (B, 3, S, S) on the CPU: given pixels in visible patches, the model's pixels in masked ones.
     """
     config, device = model.config, next(model.parameters()).device
     images, patch_ids = images.to(device), patch_ids.to(device)
@@ -48,7 +54,7 @@ def reconstruct(
 
 
 def reconstruction_strip(model: MaskVLM, split: Dataset, tokenizer: Tokenizer, precision: str = "auto") -> np.ndarray:
-    """The first images of a split in columns: original, masked, and rebuilt with their captions. uint8 (3S, 8S, 3)."""
+    """The first eight images of a split in columns: original, masked, rebuilt with its caption. uint8 (3S, 8S, 3)."""
     batch, masks = next(iter(eval_loader(split, model, tokenizer)))
     images, patch_ids = batch.images[:STRIP_IMAGES], masks.patch_ids[:STRIP_IMAGES].to(batch.images.device)
     captions = [split.captions(i)[0] for i in batch.sample_id[:STRIP_IMAGES].tolist()]

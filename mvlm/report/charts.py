@@ -1,19 +1,22 @@
 """Line charts as inline SVG, so that a report needs neither a network nor a plotting package."""
 
 import math
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
+
+from markupsafe import Markup
+
+from mvlm.report.html import render
 
 WIDTH, HEIGHT = 460, 210
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 14, 30
 
 
 def line_chart(
-    title: str, series: dict[str, tuple[Sequence[float], Sequence[float]]], guides: dict[str, float] | None = None
-) -> str:
+    title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], guides: Mapping[str, float] | None = None
+) -> Markup:
     """An SVG with one polyline a series (name -> x values, y values) and dashed lines at the `guides` (name -> y).
 
-    Points that are not finite break nothing: they are left out.
+    Points that are not finite are left out.
     """
     guides = guides or {}
     points = {
@@ -23,7 +26,7 @@ def line_chart(
     xs = [x for line in points.values() for x, _ in line]
     ys = [y for line in points.values() for _, y in line] + list(guides.values())
     if not xs:
-        return f'<figure class="chart"><figcaption>{escape(title)}</figcaption><p>no points</p></figure>'
+        return render("chart.html", title=title, names=[], lines=[])
     x_low, x_high, (y_low, y_high, y_step) = min(xs), max(xs), nice_range(min(ys), max(ys))
 
     def px(x: float) -> float:
@@ -32,29 +35,26 @@ def line_chart(
     def py(y: float) -> float:
         return TOP + (y_high - y) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
-    parts = []
-    for n in range(round((y_high - y_low) / y_step) + 1):
-        y = y_low + n * y_step
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>'
-            f'<text x="{LEFT - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{y:.4g}</text>'
-        )
-    for x in (x_low, (x_low + x_high) / 2, x_high):
-        anchor = "end" if x == x_high else "middle"
-        parts.append(f'<text x="{px(x):.1f}" y="{HEIGHT - 10}" text-anchor="{anchor}">{x:.0f}</text>')
-    for name, y in guides.items():
-        parts.append(
-            f'<line class="guide" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>'
-            f'<text class="guide" x="{WIDTH - RIGHT}" y="{py(y) - 4:.1f}" text-anchor="end">{escape(name)}</text>'
-        )
-    for number, line in enumerate(points.values()):
-        path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in line)
-        parts.append(f'<polyline class="line{number}" points="{path}"/>')
-    keys = [f'<span class="key{number}">{escape(name)}</span>' for number, name in enumerate(points)]
-    legend = " ".join(keys) if len(keys) > 1 else ""
-    return (
-        f'<figure class="chart"><figcaption>{escape(title)} {legend}</figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
+    def line_at(y: float, text: str, below: float) -> dict[str, str]:
+        """A horizontal line and its label, which stands `below` the line."""
+        return {"y": f"{py(y):.1f}", "text": text, "text_y": f"{py(y) + below:.1f}"}
+
+    grid_values = [y_low + n * y_step for n in range(round((y_high - y_low) / y_step) + 1)]
+    return render(
+        "chart.html",
+        title=title,
+        names=list(points),
+        width=WIDTH,
+        height=HEIGHT,
+        left=LEFT,
+        right=WIDTH - RIGHT,
+        grid=[line_at(y, f"{y:.4g}", 4) for y in grid_values],
+        ticks=[
+            {"x": f"{px(x):.1f}", "anchor": "end" if x == x_high else "middle", "text": f"{x:.0f}"}
+            for x in (x_low, (x_low + x_high) / 2, x_high)
+        ],
+        guides=[line_at(y, name, -4) for name, y in guides.items()],
+        lines=[" ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in line) for line in points.values()],
     )
 
 

@@ -1,21 +1,21 @@
 """Several runs side by side: one HTML file with their curves in the same charts, readable offline."""
 
 import json
-from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
+
+from markupsafe import Markup
 
 from mvlm.config.json_files import read_config
 from mvlm.errors import RunError
 from mvlm.files import check_folder
 from mvlm.report.charts import line_chart, smooth
-from mvlm.report.page import STYLE, figures_of, table
+from mvlm.report.html import figures_of, table, write_page
 from mvlm.runs.folder import RunFolder, read_metrics
 
-LAST = 20  # lines that the figures at the end are means over
-MOST = 6  # runs; there are as many colours
+LAST_ROWS = 20  # the final losses are means over this many rows
+MOST_RUNS = 6  # style.css has six colours
 CURVES = {
     "loss": "loss",
     "mlm": "MLM, nats a masked token",
@@ -33,110 +33,105 @@ CURVES = {
 
 
 def write_comparison(runs: list[Path], out: Path) -> Path:
-    """Write the comparison of two to six run folders, from their metrics alone; returns the file, or RunError."""
-    if not 2 <= len(runs) <= MOST:
-        raise RunError(f"report: wanted 2 to {MOST} runs to compare, got {len(runs)}")
-    names = labels(runs)
-    metrics = {name: rows_of(run) for name, run in zip(names, runs, strict=True)}
-    configs = {name: flat(read_config(RunFolder(run).config)) for name, run in zip(names, runs, strict=True)}
-    parts = [
-        f"<h1>{escape(' · '.join(names))}</h1>",
-        f"<section><h2>At the end</h2>{ends(metrics)}<p class='note'>Losses: means over the last {LAST} lines; "
-        f"pairs/s: the median of all.</p></section>",
-        evaluations(dict(zip(names, runs, strict=True))),
-        f"<section><h2>What differs</h2>{differences(configs)}</section>",
-        f"<section><h2>Training</h2><div class='charts'>{''.join(charts(metrics))}</div></section>",
-    ]
-    page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(" · ".join(names))} · mvlm</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head>'
-        f"<body><main>{''.join(parts)}</main></body></html>"
+    """Write the comparison of two to six run folders, from their metrics and evaluations. Returns the file.
+
+    Raises:
+        RunError: too few or too many runs, the same run twice, or a folder without metrics.
+    """
+    if not 2 <= len(runs) <= MOST_RUNS:
+        raise RunError(f"report: wanted 2 to {MOST_RUNS} runs to compare, got {len(runs)}")
+    folders = dict(zip(run_labels(runs), map(RunFolder, runs), strict=True))
+    metrics = {name: metrics_of(folder) for name, folder in folders.items()}
+    configs = {name: flat_settings(read_config(folder.config)) for name, folder in folders.items()}
+    return write_page(
+        out,
+        "comparison.html",
+        title=" · ".join(folders),
+        last_rows=LAST_ROWS,
+        final_metrics=final_metrics(metrics),
+        evaluations=evaluations(folders),
+        differences=differences(configs),
+        charts=charts(metrics),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page)
-    return out
 
 
-def labels(runs: list[Path]) -> list[str]:
-    """The folders' names, or their paths where two names are equal; RunError for a run that is named twice."""
+def run_labels(runs: list[Path]) -> list[str]:
+    """Names of the run folders; their paths if two names are equal. RunError for a run that is given twice."""
     if len({run.resolve() for run in runs}) < len(runs):
         raise RunError(f"report: wanted different runs, got one twice among {', '.join(map(str, runs))}")
     names = [run.resolve().name for run in runs]
     return names if len(set(names)) == len(names) else [str(run) for run in runs]
 
 
-def rows_of(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics, at least one."""
-    check_folder(run, "a run folder")
-    file = RunFolder(run).metrics
-    rows = read_metrics(file) if file.is_file() else []
+def metrics_of(folder: RunFolder) -> list[dict[str, Any]]:
+    """The rows of a run's metrics. RunError if there is none."""
+    check_folder(folder.path, "a run folder")
+    rows = read_metrics(folder.metrics) if folder.metrics.is_file() else []
     if not rows:
-        raise RunError(f"{file}: wanted the metrics of a run, found none; check the path")
+        raise RunError(f"{folder.metrics}: wanted the metrics of a run, found none; check the path")
     return rows
 
 
-def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration as one level of names."""
+def flat_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as one level of names; those of the model begin with `model.`."""
     model = {f"model.{name}": value for name, value in config.get("model", {}).items()}
     return {name: value for name, value in config.items() if name != "model"} | model
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    return "" if value is None else f"{value:.{digits}g}"
+def format_number(value: float, digits: int = 4) -> str:
+    return f"{value:.{digits}g}"
 
 
 def values_of(rows: list[dict[str, Any]], name: str) -> list[float]:
     return [row[name] for row in rows if row.get(name) is not None]
 
 
-def ends(metrics: dict[str, list[dict[str, Any]]]) -> str:
-    """A row for each run: how far it came, its last losses, its speed."""
+def final_metrics(metrics: dict[str, list[dict[str, Any]]]) -> Markup:
+    """A table with a row for each run: its length, last losses and speed."""
     names = ("loss", "mlm", "mim", "itc", "itm", "grad_norm", "memory_mb")
     cells = []
     for run, rows in metrics.items():
-        last = [values_of(rows, name)[-LAST:] for name in names]
+        last = [values_of(rows, name)[-LAST_ROWS:] for name in names]
         speed = values_of(rows, "pairs_per_s")
         counts = [str(rows[-1].get(name, "")) for name in ("step", "skipped", "bad_steps")]
-        means = [number(fmean(values)) if values else "" for values in last]
-        cells.append([run, *counts, *means, number(median(speed), 3) if speed else ""])
+        means = [format_number(fmean(values)) if values else "" for values in last]
+        cells.append([run, *counts, *means, format_number(median(speed), 3) if speed else ""])
     return table(["run", "steps", "skipped", "bad steps", *names, "pairs/s"], cells)
 
 
-def evaluations(runs: dict[str, Path]) -> str:
-    """Retrieval and cross-modal gain of the runs that have been evaluated."""
+def evaluations(folders: dict[str, RunFolder]) -> Markup | None:
+    """A table of retrieval and cross-modal gain; None if no run has been evaluated."""
     cells = []
-    for name, run in runs.items():
-        file = RunFolder(run).evaluation
-        if not file.is_file():
+    for name, folder in folders.items():
+        if not folder.evaluation.is_file():
             continue
-        with figures_of(file) as figures:
-            found = [f"{figures[way][k]:.1f}" for way in ("tr", "ir") for k in ("r1", "r5", "r10")]
-            gains = [number(figures[name]) for name in ("gain_text_nats", "gain_pixels_pct")]
-            cells.append([name, figures["split"], *found, *gains])
+        with figures_of(folder.evaluation) as figures:
+            recalls = [f"{figures[way][k]:.1f}" for way in ("tr", "ir") for k in ("r1", "r5", "r10")]
+            gains = [format_number(figures[gain]) for gain in ("gain_text_nats", "gain_pixels_pct")]
+            cells.append([name, figures["split"], *recalls, *gains])
     if not cells:
-        return ""
+        return None
     ranks = [f"{way} R@{k}" for way in ("image to text", "text to image") for k in (1, 5, 10)]
-    head = ["run", "split", *ranks, "gain, text, nats", "gain, pixels, %"]
-    return f"<section><h2>Evaluation, re-ranked</h2>{table(head, cells)}</section>"
+    return table(["run", "split", *ranks, "gain, text, nats", "gain, pixels, %"], cells)
 
 
-def differences(configs: dict[str, dict[str, Any]]) -> str:
-    """The settings that are not the same in all runs."""
+def differences(configs: dict[str, dict[str, Any]]) -> Markup | None:
+    """A table of the settings that are not the same in all runs; None if all are."""
     names = sorted({name for config in configs.values() for name in config})
     rows = []
     for name in names:
         values = [json.dumps(config.get(name)) for config in configs.values()]
         if len(set(values)) > 1:
             rows.append([name, *values])
-    return table(["setting", *configs], rows) if rows else "<p>No setting.</p>"
+    return table(["setting", *configs], rows) if rows else None
 
 
-def charts(metrics: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """A chart for each figure that at least one run has, with a line for each run that has it."""
+def charts(metrics: dict[str, list[dict[str, Any]]]) -> list[Markup]:
+    """A chart for each metric that at least one run has, with a line for each run."""
     found = []
     for name, title in CURVES.items():
-        # A run without the figure keeps its place, so that a run has one colour in all charts.
-        series: dict[str, tuple[Sequence[float], Sequence[float]]] = {}
+        # A run without the metric keeps an empty line, so that a run has the same colour in all charts.
+        series = {}
         for run, rows in metrics.items():
             kept = [row for row in rows if row.get(name) is not None]
             series[run] = ([row["step"] for row in kept], smooth([row[name] for row in kept], max(1, len(kept) // 60)))

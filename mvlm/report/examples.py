@@ -1,16 +1,21 @@
-"""The pictures of a report: reconstructions, filled-in words, the best and the worst retrievals."""
+"""Examples in a report: reconstructions, filled-in captions, the best and the worst retrievals.
+
+Functions return plain data; `templates/report.html` draws it.
+"""
 
 import base64
 import io
-from html import escape
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from mvlm.evaluation import rank, unseen_images
 from mvlm.evaluation.cross_modal_gain import wrong_partners
+from mvlm.evaluation.evaluate import unseen_images
+from mvlm.evaluation.retrieval import rank
 from mvlm.inference.encode import EncodedSplit, eval_loader
 from mvlm.inference.fill_mask import fill_mask
 from mvlm.inference.images import hide_patches
@@ -23,11 +28,65 @@ FILLED_CAPTIONS = 18
 RETRIEVALS = 4  # of each kind
 
 
-def picture(pixels: Tensor, alt: str) -> str:
-    """uint8 (3, S, S) as an <img> that carries its PNG."""
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A text, an image, or both."""
+
+    text: str
+    image: str = ""
+    """A data URI with a PNG; empty for a text alone."""
+    mark: str = ""
+    """"right" (drawn green), "wrong" (red) or empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class FilledCaption:
+    """A masked caption, and its guesses given the right image and a wrong one."""
+
+    right_image: str
+    wrong_image: str
+    masked: list[Example]
+    with_right: list[Example]
+    with_wrong: list[Example]
+
+
+@dataclass(frozen=True, slots=True)
+class Retrieval:
+    """One query and its first answers."""
+
+    query: Example
+    rank: int
+    """Rank of the best right answer, from 1."""
+    answers: list[Example]
+
+
+@dataclass(frozen=True, slots=True)
+class RetrievalGroup:
+    """The best or the worst retrievals of one direction."""
+
+    title: str
+    retrievals: list[Retrieval]
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Masked samples of a split, on the CPU. S image side, n samples, K masked patches, L tokens of a caption."""
+
+    images: Tensor
+    """uint8 (n, 3, S, S)."""
+    patch_ids: Tensor
+    """int64 (n, K), masked patches."""
+    tokens: list[Tensor]
+    """int64 (L,) each."""
+    masked_tokens: list[Tensor]
+    """int64, positions within each caption."""
+
+
+def data_uri(pixels: Tensor) -> str:
+    """An image uint8 (3, S, S) as a data URI that holds its PNG."""
     buffer = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(buffer, format="PNG")
-    return f'<img alt="{escape(alt)}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def chosen_samples(number: int, size: int, seed: int) -> list[int]:
@@ -35,167 +94,141 @@ def chosen_samples(number: int, size: int, seed: int) -> list[int]:
     return sorted(np.random.default_rng(seed).permutation(size)[:number].tolist())
 
 
-def one_pass(
-    model: MaskVLM, tokenizer: Tokenizer, split: Dataset, wanted: list[int]
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
-    """Pictures uint8 (n, 3, S, S), masked patches (n, K), tokens and masked positions of each wanted sample."""
-    images, patches, tokens, hidden = [], [], [], []
+def read_samples(model: MaskVLM, tokenizer: Tokenizer, split: Dataset, wanted: Sequence[int]) -> Samples:
+    """Read the wanted samples of a split with their masks, in the split's order, in one pass over it."""
+    images, patch_ids, tokens, masked_tokens = [], [], [], []
     for batch, masks in eval_loader(split, model, tokenizer):
         for row, sample in enumerate(batch.sample_id.tolist()):
             if sample in wanted:
                 images.append(batch.images[row].cpu())
-                patches.append(masks.patch_ids[row])
-                row_tokens, row_hidden = caption_of(batch, masks, row)
+                patch_ids.append(masks.patch_ids[row])
+                row_tokens, row_masked = caption_of(batch, masks, row)
                 tokens.append(row_tokens)
-                hidden.append(row_hidden)
-    return torch.stack(images), torch.stack(patches), tokens, hidden
+                masked_tokens.append(row_masked)
+    return Samples(torch.stack(images), torch.stack(patch_ids), tokens, masked_tokens)
 
 
 def caption_of(batch: Batch, masks: Masks, row: int) -> tuple[Tensor, Tensor]:
-    """Tokens of one caption, and its masked positions within it."""
+    """Tokens of one caption, and the positions within it that are masked."""
     start, end = batch.cu_seqlens[row : row + 2].tolist()
     inside = masks.token_ids[(masks.token_ids >= start) & (masks.token_ids < end)]
     return batch.tokens[start:end], inside - start
 
 
-def reconstructions(model: MaskVLM, tokenizer: Tokenizer, split: Dataset) -> str:
-    """Pictures, masked, and rebuilt with their own caption and with another's."""
-    samples = chosen_samples(RECONSTRUCTIONS, len(split), seed=1)
-    images, patch_ids, _, _ = one_pass(model, tokenizer, split, samples)
+def reconstructions(model: MaskVLM, tokenizer: Tokenizer, split: Dataset) -> list[list[Example]]:
+    """Strips of four images: the original, masked, rebuilt with its caption, rebuilt with another image's caption."""
+    chosen = chosen_samples(RECONSTRUCTIONS, len(split), seed=1)
+    samples = read_samples(model, tokenizer, split, chosen)
     partner = wrong_partners(len(split))
-    captions = [split.captions(i)[0] for i in samples]
-    wrong = [split.captions(int(partner[i]))[0] for i in samples]
-    masked = hide_patches(images, patch_ids, model.config.patch_size)
-    with_own = reconstruct(model, tokenizer, images, captions, patch_ids)
-    with_wrong = reconstruct(model, tokenizer, images, wrong, patch_ids)
-    strips = []
-    for row in range(len(samples)):
-        panels = (
-            (images, "original"),
-            (masked, "masked"),
-            (with_own, captions[row]),
-            (with_wrong, wrong[row]),
-        )
-        cells = [
-            f"<figure>{picture(p[row], name)}<figcaption>{escape(name)}</figcaption></figure>" for p, name in panels
+    captions = [split.captions(i)[0] for i in chosen]
+    wrong = [split.captions(int(partner[i]))[0] for i in chosen]
+    masked = hide_patches(samples.images, samples.patch_ids, model.config.patch_size)
+    with_own = reconstruct(model, tokenizer, samples.images, captions, samples.patch_ids)
+    with_wrong = reconstruct(model, tokenizer, samples.images, wrong, samples.patch_ids)
+    return [
+        [
+            Example("original", data_uri(samples.images[row])),
+            Example("masked", data_uri(masked[row])),
+            Example(captions[row], data_uri(with_own[row])),
+            Example(wrong[row], data_uri(with_wrong[row])),
         ]
-        strips.append(f'<div class="strip">{"".join(cells)}</div>')
-    return (
-        "<section><h2>Masked pictures, rebuilt</h2><p class='note'>Original; what the model sees; rebuilt with its "
-        "caption; rebuilt with the caption of another picture. Chosen at random from the split.</p>"
-        f"<div class='pictures'>{''.join(strips)}</div></section>"
-    )
-
-
-def filled_words(model: MaskVLM, tokenizer: Tokenizer, split: Dataset) -> str:
-    """Masked captions, filled in with the right and with a wrong picture in view."""
-    samples = chosen_samples(FILLED_CAPTIONS, len(split), seed=2)
-    partner = wrong_partners(len(split))
-    others = [int(partner[i]) for i in samples]
-    images, _, tokens, hidden = one_pass(model, tokenizer, split, samples)
-    by_sample = dict(zip(sorted(set(others)), one_pass(model, tokenizer, split, others)[0], strict=True))
-    other_images = torch.stack([by_sample[i] for i in others])
-    lengths = [len(t) for t in tokens]
-    starts = np.concatenate([[0], np.cumsum(lengths)])
-    positions = torch.cat([h + int(s) for h, s in zip(hidden, starts[:-1], strict=True)])
-    packed = torch.cat(tokens)
-    guesses = [
-        fill_mask(model, tokenizer, view, packed, lengths, positions)[0][:, 0] for view in (images, other_images)
+        for row in range(len(chosen))
     ]
-    boxes, taken = [], 0
-    for row in range(len(samples)):
-        mine = slice(taken, taken + len(hidden[row]))
-        taken = mine.stop
-        shown = [
-            marked_caption(tokenizer, tokens[row], hidden[row], None),
-            marked_caption(tokenizer, tokens[row], hidden[row], guesses[0][mine]),
-            marked_caption(tokenizer, tokens[row], hidden[row], guesses[1][mine]),
-        ]
-        lines = "".join(
-            f"<p>{name}: {text}</p>" for name, text in zip(("hidden", "right", "wrong"), shown, strict=True)
-        )
-        pictures = picture(images[row], "right picture") + picture(other_images[row], "wrong picture")
-        boxes.append(f'<div class="filled"><div>{pictures}</div><div>{lines}</div></div>')
-    return (
-        "<section><h2>Masked captions, filled in</h2><p class='note'>Above the caption's own picture, below a wrong "
-        "one; the likeliest token for each gap with either in view. Green: the hidden token was found.</p>"
-        f"<div class='fills'>{''.join(boxes)}</div></section>"
+
+
+def filled_captions(model: MaskVLM, tokenizer: Tokenizer, split: Dataset) -> list[FilledCaption]:
+    """Masked captions, filled in given the right image and given a wrong one."""
+    chosen = chosen_samples(FILLED_CAPTIONS, len(split), seed=2)
+    partner = wrong_partners(len(split))
+    others = [int(partner[i]) for i in chosen]
+    samples = read_samples(model, tokenizer, split, chosen)
+    by_sample = dict(zip(sorted(others), read_samples(model, tokenizer, split, others).images, strict=True))
+    other_images = torch.stack([by_sample[i] for i in others])
+    lengths = [len(tokens) for tokens in samples.tokens]
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    positions = torch.cat([m + int(s) for m, s in zip(samples.masked_tokens, starts[:-1], strict=True)])
+    packed = torch.cat(samples.tokens)
+    counts = [len(masked) for masked in samples.masked_tokens]
+    right, wrong = (
+        fill_mask(model, tokenizer, images, packed, lengths, positions)[0][:, 0].split(counts)
+        for images in (samples.images, other_images)
     )
+    found = []
+    for row, (tokens, masked) in enumerate(zip(samples.tokens, samples.masked_tokens, strict=True)):
+        masked_out, with_right, with_wrong = (
+            marked_caption(tokenizer, tokens, masked, guesses) for guesses in (None, right[row], wrong[row])
+        )
+        images = data_uri(samples.images[row]), data_uri(other_images[row])
+        found.append(FilledCaption(*images, masked_out, with_right, with_wrong))
+    return found
 
 
-def marked_caption(tokenizer: Tokenizer, tokens: Tensor, hidden: Tensor, guesses: Tensor | None) -> str:
-    """A caption as HTML: gaps as blanks when there are no guesses, else the guesses, green when right."""
-    pieces, gap = [], dict(zip(hidden.tolist(), range(len(hidden)), strict=True))
-    inner = tokens.tolist()[1:-1]
-    for position, token in enumerate(inner, 1):
-        if position not in gap:
-            pieces.append(escape(piece_text(tokenizer, token)))
+def marked_caption(tokenizer: Tokenizer, tokens: Tensor, masked: Tensor, guesses: Tensor | None) -> list[Example]:
+    """A caption token by token, without [CLS] and [SEP].
+
+    Masked tokens are blanks if there are no guesses, else the guesses, marked right or wrong.
+    """
+    pieces, guess_of = [], dict(zip(masked.tolist(), range(len(masked)), strict=True))
+    for position, token in enumerate(tokens.tolist()[1:-1], 1):
+        if position not in guess_of:
+            pieces.append(Example(token_text(tokenizer, token)))
         elif guesses is None:
-            pieces.append(" ▢")
+            pieces.append(Example(" ▢"))
         else:
-            guess = int(guesses[gap[position]])
-            mark = "right" if guess == token else "wrong"
-            pieces.append(f'<span class="{mark}">{escape(piece_text(tokenizer, guess))}</span>')
-    return "".join(pieces)
+            guess = int(guesses[guess_of[position]])
+            pieces.append(Example(token_text(tokenizer, guess), mark="right" if guess == token else "wrong"))
+    return pieces
 
 
-def piece_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token's own text; byte-level BPE writes the blank before a word as Ġ."""
-    blank = " " if tokenizer.token(token).startswith("Ġ") else ""
-    return blank + tokenizer.decode([token])
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token's text; byte-level BPE writes the space before a word as Ġ."""
+    space = " " if tokenizer.token(token).startswith("Ġ") else ""
+    return space + tokenizer.decode([token])
 
 
-def retrievals(model: MaskVLM, split: Dataset, train: Dataset, features: EncodedSplit) -> str:
-    """The surest right answers and the most mistaken ones, in both directions."""
-    parts = []
+def retrievals(model: MaskVLM, split: Dataset, train: Dataset | None, features: EncodedSplit) -> list[RetrievalGroup]:
+    """The right answers with the highest scores and the lowest-ranked right answers, in both directions."""
+    groups = []
     unseen = unseen_images(split, train)
     for direction, title in (("tr", "Image to text"), ("ir", "Text to image")):
         ranks = rank(model, features, direction)
         pool, among = ranks.itm == 0, ""
         if unseen is not None:
-            fresh = pool & (unseen if direction == "tr" else unseen[features.owner])
-            if fresh.any():
-                pool, among = fresh, ", among unseen concepts"
+            unseen_pool = pool & (unseen if direction == "tr" else unseen[features.owner])
+            if unseen_pool.any():
+                pool, among = unseen_pool, ", among unseen concepts"
         best = ranks.score.masked_fill(~pool, float("-inf")).topk(min(RETRIEVALS, int(pool.sum()))).indices
         worst = ranks.itm.topk(min(RETRIEVALS, len(ranks.itm))).indices
         for name, chosen in (
-            (f"best: right, and surest{among}", best),
-            ("worst: the right answer ranked lowest", worst),
+            (f"best: right, with the highest scores{among}", best),
+            ("worst: right answers ranked lowest", worst),
         ):
-            rows = [
-                retrieval_row(split, features, direction, int(q), ranks.top[q].tolist(), int(ranks.itm[q]))
-                for q in chosen
+            found = [
+                retrieval(split, features, direction, int(q), ranks.top[q].tolist(), int(ranks.itm[q])) for q in chosen
             ]
-            parts.append(f"<h3>{title}, {name}</h3>{''.join(rows)}")
-    return f"<section><h2>Retrieval, best and worst</h2>{''.join(parts)}</section>"
+            groups.append(RetrievalGroup(f"{title}, {name}", found))
+    return groups
 
 
-def retrieval_row(
+def retrieval(
     split: Dataset, features: EncodedSplit, direction: str, query: int, answers: list[int], wrong_before: int
-) -> str:
-    """One query with its first five answers; right ones in green."""
+) -> Retrieval:
+    """One query with its first answers; `wrong_before` wrong answers rank above the best right one."""
+
+    def mark(image: int, caption: int) -> str:
+        return "right" if int(features.owner[caption]) == image else ""
+
     if direction == "tr":
-        asked = thumbnail(split, query)
-        cells = [mark(escape(features.captions[a]), int(features.owner[a]) == query) for a in answers]
+        asked = Example(split.captions(query)[0], thumbnail(split, query))
+        found = [Example(features.captions[a], mark=mark(query, a)) for a in answers]
     else:
-        asked = f"<p>{escape(features.captions[query])}</p>"
-        owner = int(features.owner[query])
-        names = [mark(escape(split.captions(a)[0]), owner == a) for a in answers]
-        cells = [
-            f"<figure>{thumbnail(split, a)}<figcaption>{name}</figcaption></figure>"
-            for a, name in zip(answers, names, strict=True)
-        ]
-    body = "".join(f"<div>{cell}</div>" for cell in cells)
-    note = f"<p class='note'>right answer at rank {wrong_before + 1}</p>"
-    return f'<div class="row"><div class="query">{asked}{note}</div><div class="answers">{body}</div></div>'
-
-
-def mark(text: str, right: bool) -> str:
-    return f'<span class="right">{text}</span>' if right else f"<span>{text}</span>"
+        asked = Example(features.captions[query])
+        found = [Example(split.captions(a)[0], thumbnail(split, a), mark(a, query)) for a in answers]
+    return Retrieval(asked, wrong_before + 1, found)
 
 
 def thumbnail(split: Dataset, sample: int, side: int = 96) -> str:
-    """A picture of the split as an <img>."""
+    """An image of the split, squeezed to a square, as a data URI."""
     with Image.open(io.BytesIO(split.image_bytes(sample))) as file:
         small = file.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-    return picture(torch.from_numpy(np.array(small)).permute(2, 0, 1), split.captions(sample)[0])
+    return data_uri(torch.from_numpy(np.array(small)).permute(2, 0, 1))

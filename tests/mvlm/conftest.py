@@ -1,30 +1,31 @@
-"""Fixtures of the tests of `mvlm`: a small data set on disk, a trained run, and faults of the system."""
+"""Fixtures of the tests of `mvlm`: a small data set on disk, a trained run, the command line, and a full disk."""
 
-import os
 import resource
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 
+from mvlm import cli
 from mvlm_dataloading import Dataset, Tokenizer, open_dataset, tokenizer_for
+from support.commands import Outcome
 from support.models import MICRO, pretrain_config
 from support.scenes import write_scenes
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("gpu") and not (torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] == "0"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device and TRITON_INTERPRET=0: run `make test-gpu`"))
-
-
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
-    """A data set of 32 training, 8 validation and 8 test pictures. Read only."""
+    """A data set of 32 training, 8 validation and 8 test images. Read only; `scenes_copy` may be changed."""
     return write_scenes(tmp_path_factory.mktemp("scenes") / "data")
+
+
+@pytest.fixture
+def scenes_copy(scenes, tmp_path) -> Path:
+    """A copy of the data set, to be damaged."""
+    return Path(shutil.copytree(scenes, tmp_path / "data"))
 
 
 @pytest.fixture(scope="session")
@@ -44,7 +45,7 @@ def tokenizer(train_split) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, scenes) -> Path:
-    """A run of two steps, with a checkpoint after each. Read only; `run_copy` is yours."""
+    """A run of two steps, with a checkpoint after each. Read only; `run_copy` may be changed."""
     from mvlm.training.run import pretrain
 
     out = tmp_path_factory.mktemp("trained") / "run"
@@ -75,17 +76,21 @@ def file_limit():
 
 
 @pytest.fixture
-def without_tensorboard(monkeypatch) -> None:
-    """Runs that write no TensorBoard events, which take longer than the micro model's steps."""
-    import mvlm.training.loggers
+def run_mvlm(monkeypatch, capsys, caplog, without_tensorboard) -> Callable[..., Outcome]:
+    """Runs `mvlm WORDS` in this process."""
 
-    class Board:
-        def __init__(self, *_, **__): ...
+    def run(*words: object) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["mvlm", *map(str, words)])
+        capsys.readouterr()
+        caplog.clear()
+        code = 0
+        with caplog.at_level("INFO"):
+            try:
+                cli.main()
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+        printed = capsys.readouterr()
+        logged = [record.getMessage() for record in caplog.records]
+        return Outcome(code, printed.out.splitlines(), logged + printed.err.splitlines())
 
-        def add_scalar(self, *_): ...
-
-        def add_image(self, *_, **__): ...
-
-        def close(self): ...
-
-    monkeypatch.setattr(mvlm.training.loggers, "SummaryWriter", Board)
+    return run

@@ -1,4 +1,4 @@
-"""Whether a data set that is there, whole or in part, is of the same input: else it is not to be taken for it."""
+"""A finished or unfinished data set of other input is not taken for the one to be built."""
 
 import os
 import shutil
@@ -24,14 +24,14 @@ def contents(out: Path) -> dict[str, bytes]:
 
 
 def test_other_images_or_captions_make_another_data_set(tmp_path):
-    """Each of these changes leaves the number of images and the first and last key as they are, or adds one."""
+    """The changes keep the number of images and the first and last key, or add an image."""
     published.folder(tmp_path / "images")
     build(folder(tmp_path / "images"), tmp_path / "out")
     before = contents(tmp_path / "out")
     (tmp_path / "images").rename(tmp_path / "moved")
     moved, text = tmp_path / "moved", tmp_path / "moved/a/0.txt"
     os.utime(moved / "a/0.jpg")
-    build(folder(moved), tmp_path / "out")  # the same still
+    build(folder(moved), tmp_path / "out")  # moved, but the same input
     assert contents(tmp_path / "out") == before
 
     def caption() -> None:
@@ -66,7 +66,7 @@ def test_a_killed_build_does_not_resume_with_other_captions(tmp_path, monkeypatc
 
 
 def test_an_image_that_was_missing_makes_another_data_set(tmp_path):
-    """Annotations name images that were not unpacked yet: the same command takes them when they are."""
+    """Images that are unpacked later make another data set of the same annotations."""
     published.coco(tmp_path / "coco")
     late = tmp_path / "coco/val2014/COCO_val2014_000000000109.jpg"
     late.rename(tmp_path / "late.jpg")

@@ -1,4 +1,4 @@
-"""Every command in docs/data.md runs, in order, as written, on small sets in the published formats."""
+"""Every command in docs/data.md runs as written, in order, on small sets in the published formats."""
 
 import contextlib
 import io
@@ -30,7 +30,7 @@ def blocks(language: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def downloads(tmp_path_factory) -> Path:
-    """A folder with everything that the page says is downloaded."""
+    """A folder with all downloads that the page mentions."""
     folder = tmp_path_factory.mktemp("docs")
     downloads = folder / "downloads"
     published.coco(downloads / "coco")
@@ -57,7 +57,7 @@ def downloads(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def printed(downloads) -> dict[str, str]:
-    """What each command printed. The first has processes of its own; the others, for time, work in this one."""
+    """The output of each command. The first uses worker processes; the others run in this one, to save time."""
     commands = [line for block in blocks("sh") for line in block.splitlines()]
     named = {" ".join(shlex.split(line)[1:3]) for line in commands}
     assert named == {name for name in cli.COMMANDS if name.startswith("data ")} - {"data emoji"}

@@ -1,4 +1,4 @@
-"""What docs/loader.md shows runs as written."""
+"""The code of docs/loader.md runs as written."""
 
 import re
 from pathlib import Path
@@ -9,9 +9,9 @@ from support.data import write_waves
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "loader.md").read_text()
-# Its commands take minutes: other tests run them on less.
+# Its commands take minutes; other tests run them on less data.
 ELSEWHERE = {
-    "python tests/promises/kill_loaders.py data/emoji --kills 50",  # test_killed_loaders
+    "python tests/promises/faults/kill_loaders.py data/emoji --kills 50",  # test_killed_loaders
     "mvlm bench data --data data/photos",  # tests/benchmarks/data/test_run.py, both
     "mvlm bench data --data data/photos --soak 200000 --start 1000000 --step step.json",
 }

@@ -1,4 +1,4 @@
-"""A zoo of broken and odd samples: each is accepted as it should be, or rejected with its reason; nobody dies."""
+"""Broken and odd samples: each is accepted, or rejected with its reason, and no process dies."""
 
 import io
 import json
@@ -25,7 +25,7 @@ EXIF_ORIENTATION = 0x0112
 
 
 def chunks_of_png(png: bytes) -> Iterator[int]:
-    """Where each chunk begins, and its data."""
+    """Start and data of each chunk."""
     at = 8
     while at < len(png):
         yield at
@@ -34,7 +34,7 @@ def chunks_of_png(png: bytes) -> Iterator[int]:
 
 
 def segments_of_jpeg(jpeg: bytes) -> Iterator[int]:
-    """Where each segment begins, and its content, up to and with the start of the scan."""
+    """Start and content of each segment, up to the start of the scan."""
     at = 2
     while True:
         yield at
@@ -70,7 +70,7 @@ def png_of_size(width: int, height: int, data: bytes = b"") -> bytes:
 
 
 def jpeg_of_size(jpeg: bytes, width: int, height: int, *, second: bool = False) -> bytes:
-    """A JPEG whose header says another size; with `second`, in a header before the right one."""
+    """A JPEG whose header states another size; with `second`, in a header before the right one."""
     at = jpeg.index(b"\xff\xc0")
     end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
     header = jpeg[at : at + 5] + struct.pack(">HH", height, width) + jpeg[at + 9 : end]
@@ -85,7 +85,7 @@ def webp_of_size(width: int, height: int) -> bytes:
 
 
 def odd_images() -> dict[str, tuple[bytes, str]]:
-    """Name: the image's bytes, and what is to become of it."""
+    """Name -> the image's bytes, and GOOD or the reason for its rejection."""
     image = published.make_image(1, (90, 60))
     jpeg, png, webp = (published.encoded(image, kind) for kind in ("JPEG", "PNG", "WEBP"))
     progressive = published.encoded(image, "JPEG", progressive=True)
@@ -184,14 +184,14 @@ def rejections(out: Path) -> list[dict[str, Any]]:
 
 
 def peak_since_reset() -> int:
-    """Bytes of this process's memory at most, since the file was last written to."""
+    """Peak memory of this process in bytes since the peak was last reset."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) << 10
 
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory) -> dict[str, Any]:
-    """What became of each: keys are the positions in the two tables above."""
+    """Results of a build of all records; keys are their positions in the two tables above."""
     out = tmp_path_factory.mktemp("zoo") / "out"
     good = published.encoded(published.make_image(2))
     cases = {name: (image, ["words"], wanted) for name, (image, wanted) in odd_images().items()}
@@ -231,7 +231,7 @@ def test_each_odd_image_is_accepted_or_rejected_with_its_reason(zoo):
             found = zoo["dataset"].captions(i) if i is not None else found
         if (wanted == "any" and not found) or (wanted != "any" and found != wanted):
             wrong[name] = (found, wanted)
-        assert (i is None) == (name in zoo["rejected"]), name  # in the shards or in the list, never in both
+        assert (i is None) == (name in zoo["rejected"]), name  # either in the shards or in the list
     assert wrong == {}
 
 
@@ -256,7 +256,7 @@ def test_odd_images_take_bounded_memory(zoo):
 
 
 def test_accepted_odd_images_are_loaded_correctly(zoo):
-    """In the loader, with EXIF orientation applied: against Pillow's own decoders and its transposition."""
+    """The loader's images, EXIF orientation applied, against Pillow's decoders and its transposition."""
     dataset, side = zoo["dataset"], 60
     loader = Loader(dataset, wave_tokenizer(), batch_size=16, image_size=side, text_length=8, seed=0, train=False,
                     patch_size=20, mask_block=20)  # fmt: skip
@@ -267,7 +267,7 @@ def test_accepted_odd_images_are_loaded_correctly(zoo):
     for i, pixels in enumerate(images):
         name = names[int(str(dataset.keys[i]))]
         if name in ("camera's jpeg of two", "16 bits") or "bomb" in name:
-            continue  # Pillow reads these in another way
+            continue  # Pillow decodes these differently
         with Image.open(io.BytesIO(dataset.image_bytes(i))) as stored:
             shown = ImageOps.exif_transpose(stored).convert("RGB")
         size = dataset.metadata(i)["width"], dataset.metadata(i)["height"]

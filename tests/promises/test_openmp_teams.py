@@ -1,4 +1,4 @@
-"""The loader's threads open no OpenMP team beside that of the training step."""
+"""The loader's threads open no OpenMP team, so the training step's stays the only one."""
 
 import subprocess
 import sys

@@ -21,7 +21,7 @@ from support.data import build_source
 
 
 def written(source: Source, out: Path) -> tuple[list[str], list[str]]:
-    """Keys of the training images, and why the others were refused."""
+    """Keys of the training images, and reasons for rejection of the others."""
     build_shards(source, out, workers=0)
     lines = (out / "rejected.jsonl").read_text().splitlines()
     return open_dataset(out, "train").keys.tolist(), [json.loads(line)["reason"] for line in lines]
@@ -39,7 +39,7 @@ def test_a_caption_table_cannot_name_files_outside_its_folder(tmp_path):
 
 
 def outside_of(root: Path) -> list[str]:
-    """Names that lead from a folder two below `root`, as COCO's are, to a image beside it."""
+    """File names that lead from a folder two levels below `root`, as in COCO, to an image outside it."""
     published.write_image(root.parent / "secret.jpg", 0)
     return ["../../secret.jpg", str(root.parent / "secret.jpg"), "a/../../../secret.jpg"]
 
@@ -86,7 +86,7 @@ def test_flickr30k_annotations_cannot_name_files_outside_the_folder(tmp_path, su
 
 
 def test_visual_genome_and_save_to_disk_cannot_name_files_outside_the_folder(tmp_path):
-    """Visual Genome's images are named by numbers; the splits of save_to_disk are folders."""
+    """Visual Genome numbers its images, and the splits of save_to_disk are folders."""
     published.visual_genome(tmp_path / "genome")
     file = tmp_path / "genome/region_descriptions.json"
     images = json.loads(file.read_text())
@@ -101,7 +101,7 @@ def test_visual_genome_and_save_to_disk_cannot_name_files_outside_the_folder(tmp
 
 
 def test_only_strings_are_captions_in_every_source(tmp_path):
-    """Nulls, numbers and objects, in every format that can hold them."""
+    """Nulls, numbers and objects are skipped in every format that can hold them."""
     cells = [["words", None], [None], [{"raw": "words", "id": 1}], [float("nan")], 7, None, "None"]
     numbers = range(len(cells))
     for i in numbers:

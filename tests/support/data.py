@@ -16,7 +16,7 @@ from . import published
 
 
 def make_image(i: int, *, kind: str = "PNG", size: tuple[int, int] | None = None) -> bytes:
-    """Image number i: waves of colour, of (height, width) `size`."""
+    """Image number i as a file: waves of colour, of (height, width) `size`."""
     height, width = size or (40 + 13 * (i % 7), 90 - 11 * (i % 5))
     y, x = np.mgrid[0:height, 0:width]
     waves = [127.5 + 110 * np.sin(x / (6 + i % 3) + y / (9 + c) + 0.7 * i + c) for c in range(3)]
@@ -59,7 +59,7 @@ def write_dataset(
 
 
 def damage_images(dataset: Dataset, ids) -> None:
-    """Make images undecodable without moving anything: what is left is their first 20 bytes."""
+    """Make images undecodable in place: zero all but their first 20 bytes."""
     for i in ids:
         with dataset.tars[dataset.shard[i]].open("r+b") as tar:
             tar.seek(int(dataset.image.offset[i]) + 20)
@@ -81,7 +81,7 @@ def wave_tokenizer() -> Tokenizer:
 def make_record(
     key: str, image: Image.Image | bytes, captions: Sequence[str] = ("words",), kind: str = "PNG"
 ) -> Record:
-    """A record of an image that is encoded as `kind` unless it is bytes already."""
+    """A record of an image, encoded as `kind` unless it is bytes."""
     content = image if isinstance(image, bytes) else published.encoded(image, kind)
     return Record(key, content, list(captions), key)
 
@@ -103,7 +103,7 @@ def build_source(source: Source, out: Path, **settings) -> dict[str, dict[str, l
 
 
 def captions_by_key(folder: Path) -> dict[str, dict[str, list[str]]]:
-    """Captions by key, by split."""
+    """Captions by split and key."""
     found = {}
     for split in json.loads((folder / "dataset.json").read_text())["splits"]:
         dataset = open_dataset(folder, split)

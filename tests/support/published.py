@@ -1,4 +1,4 @@
-"""Small data sets in the formats that the real ones are published in, made with Pillow."""
+"""Small data sets in the published formats, made with Pillow."""
 
 import csv
 import io
@@ -149,7 +149,7 @@ def add_members(tar: tarfile.TarFile, members: list[tuple[str, bytes]]) -> None:
 
 
 def folder(root: Path, count: int = 6, *, sidecars: bool = True) -> None:
-    """ImageTable in two folders; captions beside them, in captions.csv and in captions.jsonl."""
+    """Images in two folders, with captions in text files, in captions.csv and in captions.jsonl."""
     names = [f"{'ab'[i % 2]}/{i}.jpg" for i in range(count)]
     for i, name in enumerate(names):
         write_image(root / name, i)

@@ -1,4 +1,4 @@
-"""A small data set of coloured squares, on disk, and damage done to it."""
+"""A small data set of coloured squares on disk, damage done to it, and a made-up run."""
 
 import io
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mvlm_dataloading import Dataset, ShardWriter
+from mvlm_dataloading import Dataset, ShardWriter, open_dataset
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 60, 220), "yellow": (230, 220, 40)}
 PLACES = ("top left", "top right", "bottom left", "bottom right")
@@ -36,7 +36,7 @@ def scene(number: int, side: int = 32) -> tuple[np.ndarray, str]:
 
 
 def write_scenes(folder: Path, counts: dict[str, int] | None = None, captions=None) -> Path:
-    """Shards of scenes; every second picture has a further caption. `base` is the colour."""
+    """Shards of scenes. Every second image has a second caption. `base` in the metadata is the colour."""
     with ShardWriter(
         folder, name="scenes", source="made up for tests", licence="CC0", attribution="drawn by <nobody>", recipe={}
     ) as writer:
@@ -50,7 +50,7 @@ def write_scenes(folder: Path, counts: dict[str, int] | None = None, captions=No
 
 
 def overwrite(dataset: Dataset, part: str, ids, content: bytes | None = None) -> None:
-    """Damage the "image" or "text" of samples in place: fill them with zeros after 20 bytes, or with `content`."""
+    """Damage the "image" or "text" of samples in place: zeros after 20 bytes, or the byte `content` throughout."""
     for i in ids:
         where = getattr(dataset, part)
         with dataset.tars[dataset.shard[i]].open("r+b") as tar:
@@ -59,3 +59,53 @@ def overwrite(dataset: Dataset, part: str, ids, content: bytes | None = None) ->
             tar.write(bytes(size - 20) if content is None else content * size)
     for tar in dataset.tars:
         os.utime(tar.with_suffix(".idx"))
+
+
+def missing_shard(data: Path, split: str) -> None:
+    (data / f"{split}-000000.tar").unlink()
+
+
+def empty_shard(data: Path, split: str) -> None:
+    (data / f"{split}-000000.tar").write_bytes(b"")
+    os.utime(data / f"{split}-000000.idx")
+
+
+def unreadable_tar(data: Path, split: str) -> None:
+    tar = data / f"{split}-000000.tar"
+    tar.write_bytes(np.random.default_rng(0).bytes(tar.stat().st_size))
+    os.utime(data / f"{split}-000000.idx")
+
+
+def older_index(data: Path, split: str) -> None:
+    os.utime(data / f"{split}-000000.idx", (1, 1))
+
+
+def missing_index(data: Path, split: str) -> None:
+    (data / f"{split}-000000.idx").unlink()
+
+
+def blank_caption(data: Path, split: str) -> None:
+    overwrite(open_dataset(data, split), "text", [2], b" ")
+
+
+def missing_description(data: Path, split: str) -> None:
+    (data / "dataset.json").unlink()
+
+
+BROKEN = [  # damage to a split, and the error that names it
+    (missing_shard, "000000.tar: wanted a shard that dataset.json names, found no such file; restore it"),
+    (empty_shard, "found an empty file; restore it or build the data set again"),
+    (unreadable_tar, "wanted a tar file, found something unreadable"),
+    (older_index, "wanted an index at least as new as"),
+    (missing_index, "000000.idx: wanted the index of"),
+    (blank_caption, "wanted at least one caption, found none; remove the sample or write its captions"),
+    (missing_description, "dataset.json: wanted the data set's description, found no such file"),
+]
+
+
+def made_up_run(run: Path) -> Path:
+    """A run folder with the two files that a comparison reads."""
+    run.mkdir()
+    (run / "config.json").write_text('{"format_version": 2}')
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.5}\n')
+    return run

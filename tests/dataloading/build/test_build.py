@@ -1,4 +1,4 @@
-"""Writing a data set: what is left out, what goes on after an interruption, and what a full disk leaves."""
+"""Builds: equal bytes, resuming after a kill, locks, crashes of the decoder, and a full disk."""
 
 import fcntl
 import json
@@ -21,11 +21,11 @@ from support.data import build_records, file_contents, make_record, read_json_li
 ROOT = Path(__file__).parents[3]
 
 
-FAULTS = ROOT / "tests" / "faults"
+FAULTS = ROOT / "tests" / "promises" / "faults"
 
 
 def environment(**more: str) -> dict[str, str]:
-    """That of a process that imports what this one does."""
+    """Environment of a subprocess with this process's import path."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **more}
 
 
@@ -105,7 +105,7 @@ def test_a_killed_build_is_not_resumed_by_another_build(tmp_path, monkeypatch):
     seen = []
     source = Source("set", "tests", "CC0", {}, [ListedPiece("train", records["train"][i : i + 2]) for i in (0, 2)])
     build_shards(source, tmp_path / "out", progress=seen.append, workers=0)
-    assert (seen[0].pieces, seen[-1].records) == (2, 0)  # nothing was done twice
+    assert (seen[0].pieces, seen[-1].records) == (2, 0)  # no piece was built twice
     assert keys(tmp_path / "out") == ["k0", "k1", "k2", "k3"]
 
 
@@ -116,7 +116,7 @@ def test_a_build_into_a_link_fills_the_linked_empty_folder(tmp_path):
     (tmp_path / "nowhere").symlink_to(tmp_path / "elsewhere" / "new")
     for link in (tmp_path / "link", tmp_path / "nowhere"):
         build_records(link, records)
-        build_records(link, records)  # and is known again
+        build_records(link, records)  # and is recognised
         assert link.is_symlink()
         assert keys(link) == keys(link.resolve()) == ["a"]
     assert sorted(path.name for path in tmp_path.rglob("*.partial")) == []
@@ -128,7 +128,7 @@ def test_a_build_into_a_link_fills_the_linked_empty_folder(tmp_path):
 
 
 def test_a_build_into_a_mount_point_is_refused_at_once(tmp_path, monkeypatch):
-    """It cannot be replaced by a finished folder. Nothing is mounted here; the system is asked by its name."""
+    """A finished folder cannot replace it. `os.path.ismount` is patched, as nothing is mounted here."""
     (tmp_path / "volume").mkdir()
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == tmp_path / "volume")
     seen = []
@@ -185,7 +185,7 @@ def test_a_killed_build_resumes_and_ends_with_the_same_bytes():
 
 @pytest.mark.slow
 def test_a_build_on_a_full_disk_leaves_no_data_set(tmp_path):
-    """A real limit of the system on the size of a file: a tar cannot be finished, in another process."""
+    """A limit of the system on file sizes stands in for the full disk, in a subprocess."""
     published.folder(tmp_path / "images", 12)
     command = [sys.executable, "-m", "mvlm", "data", "folder", "images", "out", "--workers", "1"]
     limit = 20_000

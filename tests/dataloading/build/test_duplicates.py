@@ -33,7 +33,7 @@ def test_evaluation_images_are_dropped_from_train(tmp_path):
                 make_record("same", shown),
                 make_record("smaller", shown.resize((72, 54)), kind="JPEG"),
                 make_record("brighter", brighter(shown, 12)),
-                make_record("wider", shown.resize((216, 108))),  # another shape is another image
+                make_record("wider", shown.resize((216, 108))),  # another aspect ratio is no duplicate
                 make_record("of-the-others-evaluation", published.make_image(50)),
                 make_record("of-the-others-training", published.make_image(51)),
                 make_record("alone", published.make_image(3)),
@@ -64,7 +64,7 @@ def test_a_build_lists_duplicates_and_drops_them_on_request(tmp_path):
         make_record("again", image, ["second", "third"]),
         make_record("nearly", image.resize((100, 75)), kind="JPEG"),
         make_record("flat", Image.new("RGB", (40, 40), "teal")),
-        make_record("flat-too", Image.new("RGB", (40, 40), "navy")),  # there is nothing in it to be recognised by
+        make_record("flat-too", Image.new("RGB", (40, 40), "navy")),  # a flat image has no hash
     ]
     told = [
         {"key": "again", "split": "train", "kind": "exact", "of": "train/a"},
@@ -76,7 +76,7 @@ def test_a_build_lists_duplicates_and_drops_them_on_request(tmp_path):
     dropped = build_records(tmp_path / "dropped", {"train": records}, each=2, drop_duplicates=True)
     assert keys(dropped) == ["a", "b", "nearly", "flat", "flat-too"]
     assert read_json_lines(dropped / "duplicates.jsonl") == told
-    # The tar from which a sample was taken is what it would have been without.
+    # A tar from which a sample was dropped has the bytes of one built without it.
     without = build_records(tmp_path / "without", {"train": [r for r in records if r.key != "again"]}, each=3)
     assert open_dataset(dropped, "train").captions(2) == ["words"]
     read = [open_dataset(out, "train") for out in (dropped, without)]

@@ -1,4 +1,4 @@
-"""The emoji data set as it is built."""
+"""Building the emoji data set."""
 
 import hashlib
 import io

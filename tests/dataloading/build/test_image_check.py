@@ -1,4 +1,4 @@
-"""The decoder that judges images, and their perceptual hash."""
+"""The image decoder of builds, and the perceptual hash."""
 
 import io
 
@@ -18,7 +18,7 @@ def test_decoder_keeps_the_high_byte_of_16_bit_images():
 
 
 def test_decoder_checks_sizes_by_itself():
-    """Should its parser read a header in another way than Pillow does."""
+    """Its parser may read a header differently from Pillow."""
     kinds = [((40, 30), "PNG"), ((41, 30), "PNG"), ((40, 30), "JPEG"), ((60, 30), "WEBP"), ((30, 40), "WEBP")]
     images = [published.encoded(published.make_image(i, size), kind) for i, (size, kind) in enumerate(kinds)]
     found = list(ImageDecoder(1200)([*images, b"", b"noise"]))

@@ -8,7 +8,7 @@ from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS, parse_index, r
 
 
 def by_words(text: str) -> list[dict]:
-    """The documented form of an index, line by line."""
+    """A line-by-line parser of the documented format."""
     found = []
     for line in text.splitlines()[1:]:
         words, row = line.split(" "), {}
@@ -84,7 +84,7 @@ def test_read_head_gives_first_line_and_line_count():
 
 
 def test_parsing_an_index_takes_a_few_times_its_size():
-    """So that a million samples, 90 MB of index, fit where a loader fits."""
+    """An index of a million samples has 90 MB."""
     text = make(20000).encode()
     tracemalloc.start()
     index = parse_index(text)

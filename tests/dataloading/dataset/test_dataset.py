@@ -18,12 +18,12 @@ from support.data import make_captions, make_image, write_dataset
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two splits of 8 images in a few shards, to be broken."""
+    """Two splits of 8 images in a few shards, for tests that damage them."""
     return write_dataset(tmp_path / "data", 8, max_shard_bytes=50_000, splits=("train", "validation"))
 
 
 def refuse(folder, *words: str, split: str = "train") -> None:
-    """Opening fails with one line that holds all the words."""
+    """Check that opening fails with a one-line message that contains all `words`."""
     with pytest.raises(DataError) as caught:
         open_dataset(folder, split)
     message = str(caught.value)
@@ -78,7 +78,7 @@ def test_fingerprint_follows_the_split_and_its_bytes(tmp_path, waves, train_spli
 
 
 def test_a_shard_with_a_named_index_has_its_own_fingerprint(folder):
-    """Some of a shard's samples, in another order, without another tar."""
+    """Its index selects and permutes samples of the same tar."""
     whole = open_dataset(folder, "train")
     description = json.loads((folder / "dataset.json").read_text())
     shards = description["splits"]["train"]["shards"]
@@ -101,7 +101,7 @@ def test_a_data_set_can_be_pickled(train_split):
 
 
 def write_by_hand(folder, members: list[tuple[str, bytes]]) -> None:
-    """A shard that our writer would refuse, with an index that fits."""
+    """Write a shard that ShardWriter would reject, with its index."""
     samples: dict[str, list[str]] = {}
     path = folder / "train-000000.tar"
     with tarfile.open(path, "w") as tar:

@@ -12,12 +12,12 @@ from support.data import write_dataset
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two splits of 8 images in a few shards, to be broken."""
+    """Two splits of 8 images in a few shards, for tests that damage them."""
     return write_dataset(tmp_path / "data", 8, max_shard_bytes=50_000, splits=("train", "validation"))
 
 
 def refuse(folder, *words: str, split: str = "train") -> None:
-    """Opening fails with one line that holds all the words."""
+    """Check that opening fails with a one-line message that contains all `words`."""
     with pytest.raises(DataError) as caught:
         open_dataset(folder, split)
     message = str(caught.value)

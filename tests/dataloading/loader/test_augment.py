@@ -1,4 +1,4 @@
-"""The augmentations against Pillow and numpy, one by one and put together."""
+"""Augmentations against Pillow and numpy, one by one and combined."""
 
 import io
 import itertools
@@ -21,7 +21,7 @@ WAYS = 40  # samples that each operation is tried on
 
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory):
-    """Square images of SIDE pixels, which a whole window hands over as they are; PNG, so that nothing is lost."""
+    """Square PNGs of SIDE pixels, which the graph returns unchanged when nothing is augmented."""
     folder = tmp_path_factory.mktemp("squares") / "data"
     with ShardWriter(folder, name="", source="", licence="", attribution="", recipe={}) as writer:
         for i in range(8):
@@ -51,7 +51,7 @@ def through_the_graph(squares, ids, drawn: AugmentParameters, tmp_path) -> np.nd
 @pytest.mark.parametrize("decoding", Decoding)
 @pytest.mark.parametrize("augment", [Augment(operations=2), Augment(flip=0.5), Augment(jitter=0.4)], ids=str)
 def test_gpu_graphs_can_be_defined(squares, tmp_path, monkeypatch, decoding, augment):
-    """DALI checks where operators take what from while the graph is written down, which needs no GPU."""
+    """DALI checks devices and types while a graph is defined, which needs no GPU."""
     monkeypatch.setattr("nvidia.dali.Pipeline.build", lambda _: None)
     ids = np.arange(8)
     drawn = draw_parameters(augment, 3, np.zeros(8, np.int64), ids, SIDE)
@@ -69,14 +69,14 @@ def test_gpu_graphs_can_be_defined(squares, tmp_path, monkeypatch, decoding, aug
 
 
 def only(monkeypatch, name: str, magnitude: int) -> tuple[np.ndarray, AugmentParameters]:
-    """Ids of WAYS samples, and what is drawn for them when one operation is all there is."""
+    """Ids of WAYS samples, and their parameters when the only operation is `name`."""
     ids = np.arange(WAYS) % 8
     monkeypatch.setattr("mvlm_dataloading.loader.augment.hash64", chooser(OPERATIONS.index(name)))
     return ids, draw_parameters(Augment(operations=1, magnitude=magnitude), 3, np.arange(WAYS), ids, SIDE)
 
 
 def chooser(k: int):
-    """In place of the hash: keys that are smallest for operation k."""
+    """A replacement for the hash, whose keys are smallest for operation k."""
 
     def keys(*words):
         if np.ndim(words[-1]) == 1 and len(words[-1]) == len(OPERATIONS):
@@ -87,7 +87,7 @@ def chooser(k: int):
 
 
 def pillow(name: str, image: Image.Image, sign: int, magnitude: int) -> Image.Image:
-    """The documented operation, by Pillow."""
+    """The documented operation, computed by Pillow."""
     level = sign * magnitude / 30
     centre = SIDE / 2
     if name in ("shear_x", "shear_y", "rotate"):
@@ -116,7 +116,7 @@ def pillow(name: str, image: Image.Image, sign: int, magnitude: int) -> Image.Im
 
 
 def equalize(image: Image.Image) -> Image.Image:
-    """The documented formula: Pillow's rounds its steps to whole numbers, which on small images is far off."""
+    """The documented formula. Pillow rounds its steps to integers, which is far off for small images."""
     x = np.asarray(image)
     out = np.empty_like(x)
     for c in range(3):
@@ -155,7 +155,7 @@ def test_each_augmentation_matches_pillow(squares, tmp_path, monkeypatch, name, 
 
 
 def test_combined_augmentations_follow_the_documented_order(squares, tmp_path):
-    """All of random draws of three, with jitter and flip, by numpy in float64 from the drawn numbers' meaning."""
+    """Three random operations, jitter and flip, against numpy in float64 from the parameters' definition."""
     ids = np.tile(np.arange(8), 10)
     augment = Augment(operations=3, magnitude=14, jitter=0.3, flip=0.5)
     drawn = draw_parameters(augment, 5, np.repeat(np.arange(10), 8), ids, SIDE)
@@ -237,7 +237,7 @@ def test_augment_draws_nothing_by_default_and_flips_at_its_probability():
 
 
 def test_geometric_operations_compose_in_the_order_drawn():
-    """The first drawn is done first: it is nearest to the source, so it stands on the left."""
+    """The operation drawn first is applied first. Its matrix is the leftmost factor."""
     drawn = draw_parameters(Augment(operations=2, magnitude=20), 9, 4, np.arange(300), 64)
     signs = uniforms(Purpose.SIGN, 9, 4, np.arange(300), len(OPERATIONS))
     pairs = 0

@@ -1,4 +1,4 @@
-"""Memory that batches use one after another."""
+"""Recycled buffers of image batches."""
 
 import gc
 import os

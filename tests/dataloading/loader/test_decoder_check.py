@@ -1,17 +1,17 @@
-"""Whom the chooser trusts, with trials whose outcome is made up: there may be no GPU here."""
+"""The choice of a way of decoding, with simulated trials, as there may be no GPU."""
 
 import json
 import subprocess
 
 import pytest
 
-from mvlm_dataloading.loader import decoder_check as selftest
+from mvlm_dataloading.loader import decoder_check
 from mvlm_dataloading.loader.pipeline import Decoding
 
 
 @pytest.fixture
 def outcomes(monkeypatch):
-    """A list of what the next trials do; the commands are kept."""
+    """Outcomes of the next trials, and the commands that were run."""
     planned, commands = [], []
 
     def run(command, **settings):
@@ -23,10 +23,10 @@ def outcomes(monkeypatch):
         code, stdout, stderr = outcome
         return subprocess.CompletedProcess(command, code, stdout, stderr)
 
-    monkeypatch.setattr(selftest.subprocess, "run", run)
-    selftest.choose_decoding.cache_clear()
+    monkeypatch.setattr(decoder_check.subprocess, "run", run)
+    decoder_check.choose_decoding.cache_clear()
     yield planned, commands
-    selftest.choose_decoding.cache_clear()
+    decoder_check.choose_decoding.cache_clear()
 
 
 def result(difference: float) -> tuple[int, str, str]:
@@ -49,8 +49,8 @@ BAD = {
 def test_cropped_gpu_decoding_is_tried_first(outcomes, caplog):
     caplog.set_level("INFO")
     outcomes[0].append(GOOD)
-    assert selftest.choose_decoding(0) is Decoding.GPU_CROP
-    assert selftest.choose_decoding(0) is Decoding.GPU_CROP  # tried once
+    assert decoder_check.choose_decoding(0) is Decoding.GPU_CROP
+    assert decoder_check.choose_decoding(0) is Decoding.GPU_CROP  # tried once
     assert len(outcomes[1]) == 1
     assert "images are decoded as gpu-window on CUDA device 0" in caplog.text
 
@@ -58,7 +58,7 @@ def test_cropped_gpu_decoding_is_tried_first(outcomes, caplog):
 @pytest.mark.parametrize("reason", BAD)
 def test_a_decoding_trial_that_fails_is_not_trusted(outcomes, caplog, reason):
     outcomes[0].extend([BAD[reason], GOOD])
-    assert selftest.choose_decoding(1) is Decoding.GPU_FULL_IMAGE
+    assert decoder_check.choose_decoding(1) is Decoding.GPU_FULL_IMAGE
     assert "images are not decoded as gpu-window on CUDA device 1" in caplog.text
     assert reason in caplog.text
     assert [command[-2:] for command in outcomes[1]] == [["1", "gpu-window"], ["1", "gpu-whole"]]
@@ -66,11 +66,11 @@ def test_a_decoding_trial_that_fails_is_not_trusted(outcomes, caplog, reason):
 
 def test_cpu_decoding_is_the_last_resort(outcomes, caplog):
     outcomes[0].extend([BAD["killed by signal 11"], BAD["did not end within"]])
-    assert selftest.choose_decoding(0) is Decoding.CPU
+    assert decoder_check.choose_decoding(0) is Decoding.CPU
     assert "images are decoded on the CPU and sent to CUDA device 0" in caplog.text
 
 
 @pytest.mark.slow
 def test_the_decoding_trial_runs(capfd):
-    selftest.main("cpu", "cpu")
+    decoder_check.main("cpu", "cpu")
     assert json.loads(capfd.readouterr().out.strip().splitlines()[-1]) == {"worst_difference": 0.0}

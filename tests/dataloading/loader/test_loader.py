@@ -1,7 +1,5 @@
-import gc
 import itertools
 import json
-import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,12 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
-import torch
 
-from mvlm_dataloading import DataError, Loader, Tokenizer, draw_patch_masks, draw_token_masks, open_dataset
+from mvlm_dataloading import DataError, Loader, Tokenizer, open_dataset
 from mvlm_dataloading.loader import reader as reader_module
 from mvlm_dataloading.loader.sampler import write_index_views
-from mvlm_dataloading.randomness import text_hash
 from support.data import write_dataset
 
 
@@ -24,7 +20,7 @@ def load(dataset, tokenizer, **settings) -> Loader:
 
 
 def rows(batches) -> list[dict]:
-    """Every sample of some batches on its own: what it is, whatever batch it came in."""
+    """The samples of batches one by one, independent of the batch that they came in."""
     found = []
     for batch, masks in batches:
         cuts = batch.cu_seqlens.tolist()
@@ -45,36 +41,6 @@ def rows(batches) -> list[dict]:
 
 def take(loader: Loader, count: int) -> list:
     return list(itertools.islice(loader, count))
-
-
-def test_batch_shapes_dtypes_and_values(train_split, tokenizer):
-    batch, masks = take(load(train_split, tokenizer), 1)[0]
-    assert (batch.images.dtype, batch.images.shape) == (torch.uint8, (8, 3, 64, 64))
-    assert batch.tokens.dtype == batch.image_id.dtype == batch.text_id.dtype == batch.sample_id.dtype == torch.int64
-    assert batch.cu_seqlens.dtype == torch.int32
-    lengths = batch.cu_seqlens.diff()
-    assert batch.cu_seqlens.tolist()[0] == 0
-    assert batch.cu_seqlens.tolist()[-1] == len(batch.tokens)
-    assert batch.max_length == lengths.max() <= 12
-    assert (masks.patch_ids.dtype, masks.patch_ids.shape) == (
-        torch.int64,
-        (8, 2 * 4),
-    )  # round(0.6 * 4) blocks of 4 patches
-    for b, i in enumerate(batch.sample_id.tolist()):
-        tokens = batch.tokens[batch.cu_seqlens[b] : batch.cu_seqlens[b + 1]]
-        known = {tuple(tokenizer.encode([c], 12)[0].tolist()): text_hash(c) for c in train_split.captions(i)}
-        assert known[tuple(tokens.tolist())] == batch.text_id[b]
-        assert batch.image_id[b] == train_split.image_id(i)
-    special = torch.tensor([tokenizer.cls_id, tokenizer.sep_id])
-    assert not torch.isin(batch.tokens[masks.token_ids], special).any()
-
-
-def test_loader_masks_equal_the_public_mask_functions(train_split, tokenizer):
-    loader = load(train_split, tokenizer)
-    for batch, masks in take(loader, 7):
-        ids, lengths = batch.sample_id.numpy(), batch.cu_seqlens.diff().numpy()
-        assert np.array_equal(masks.patch_ids, draw_patch_masks(5, 0, ids, image_size=64))
-        assert np.array_equal(masks.token_ids, draw_token_masks(5, 0, ids, lengths))
 
 
 def test_loader_yields_every_sample_once_per_epoch_in_full_batches(train_split, tokenizer):
@@ -125,17 +91,6 @@ def test_epochs_and_seeds_give_other_draws(train_split, tokenizer):
         assert (
             10 < sum(one[i]["tokens"] != two[i]["tokens"] for i in range(60)) < 60
         )  # a third of them has one caption only
-
-
-@pytest.mark.slow
-def test_captions_are_drawn_evenly(train_split, tokenizer):
-    i = 2  # has three captions
-    texts = [text_hash(caption) for caption in train_split.captions(i)]
-    drawn = Counter()
-    for batch, _ in take(load(train_split, tokenizer, batch_size=60, image_size=32), 60):
-        drawn[texts.index(int(batch.text_id[batch.sample_id == i][0]))] += 1
-    assert set(drawn) == {0, 1, 2}
-    assert min(drawn.values()) > 8  # 20 expected, standard deviation 3.7
 
 
 def test_a_pass_in_order_yields_whole_images_and_first_captions(train_split, tokenizer):
@@ -213,15 +168,6 @@ def test_batches_do_not_depend_on_the_segment_length(train_split, tokenizer, mon
     assert one_pass == list(range(60))
 
 
-def test_batches_do_not_change_while_the_loader_continues(train_split, tokenizer):
-    loader = load(train_split, tokenizer)
-    held = take(loader, 10)
-    copies = [batch.images.clone() for batch, _ in held]
-    take(loader, 30)
-    del loader
-    assert all(torch.equal(batch.images, copy) for (batch, _), copy in zip(held, copies, strict=True))
-
-
 def test_a_reader_that_delivers_other_samples_is_noticed(train_split, tokenizer, monkeypatch):
     def write_reversed(folder, dataset, ids):
         return write_index_views(folder, dataset, np.concatenate([ids[:8], ids[8:16][::-1], ids[16:]]))
@@ -275,40 +221,3 @@ def test_a_caption_without_a_token_is_refused(tmp_path):
     dataset = open_dataset(write_dataset(tmp_path / "d", 2), "train")
     with pytest.raises(DataError, match=r"wanted a caption with a token, found '(picture|the)"):
         take(load(dataset, Tokenizer(inner)), 1)
-
-
-def samples(batches) -> list[tuple[int, bytes]]:
-    return [
-        (int(i), image.numpy().tobytes())
-        for batch, _ in batches
-        for i, image in zip(batch.sample_id, batch.images, strict=True)
-    ]
-
-
-def threads() -> int:
-    return sum(thread.name == "mvlm-loader" for thread in threading.enumerate())
-
-
-def test_loader_threads_end_with_close_collection_and_the_last_batch(train_split, tokenizer):
-    assert threads() == 0
-    loader = load(train_split, tokenizer, batch_size=8)
-    first = samples(take(loader, 1))
-    assert threads() == 1
-    loader.close()
-    assert threads() == 0
-    assert samples(take(loader, 1)) != first  # it goes on
-    assert threads() == 1
-    del loader
-    gc.collect()
-    assert threads() == 0
-    assert len(list(load(train_split, tokenizer, batch_size=32, train=False))) == 2
-    assert threads() == 0
-
-
-def test_an_error_in_the_loader_thread_is_raised_by_next(train_split, tokenizer, monkeypatch):
-    loader = load(train_split, tokenizer, batch_size=8)
-    take(loader, 2)
-    monkeypatch.setattr(reader_module.Segment, "next", lambda _: (_ for _ in ()).throw(OSError("the disk is gone")))
-    with pytest.raises(OSError, match="the disk is gone"):
-        take(loader, 20)
-    assert loader.step < 20

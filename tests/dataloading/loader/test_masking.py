@@ -7,7 +7,7 @@ from mvlm_dataloading import draw_patch_masks, draw_token_masks
 
 
 def patches_of_blocks(image_size: int, patch: int, block: int) -> dict[int, list[int]]:
-    """The patches of each block, by walking over the pixels."""
+    """The patches of each block, found by a loop over pixels."""
     found: dict[int, set[int]] = {}
     for y, x in itertools.product(range(0, image_size, patch), repeat=2):
         number = y // patch * (image_size // patch) + x // patch

@@ -1,15 +1,24 @@
-"""The graph against numpy and Pillow."""
+"""The DALI graph against numpy and Pillow."""
 
 import io
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mvlm_dataloading import ShardWriter, open_dataset
+from mvlm_dataloading import (
+    BuildOptions,
+    ShardWriter,
+    build_shards,
+    open_dataset,
+)
 from mvlm_dataloading.loader.crop import CropGeometry
 from mvlm_dataloading.loader.pipeline import Decoding, build_pipeline
 from mvlm_dataloading.loader.sampler import write_index_views
+from mvlm_dataloading.sources.record import ListedPiece, Record, Source
+from support import published
 from support.data import make_image
 
 
@@ -98,3 +107,57 @@ def test_grey_transparent_and_cmyk_images_become_rgb(tmp_path):
     for (mode, kind), image in zip(kinds, images, strict=True):
         expected = plain if mode not in ("L", "LA", "1") else np.broadcast_to(image[:1], image.shape)
         assert np.abs(image.astype(float) - expected).mean() < 12, (mode, kind)
+
+
+def write(out: Path, numbers, splits=None, each: int = 6, captions=published.captions, **settings) -> Path:
+    """A data set of the images `numbers`, in tars of `each`."""
+    split_of = splits or (lambda i: "train")
+    records: dict[str, list[Record]] = {}
+    for i in numbers:
+        image = published.encoded(published.make_image(i, (60 + i, 50)), "PNG")
+        records.setdefault(split_of(i), []).append(Record(f"{out.name}{i:03d}", image, captions(i), str(i)))
+    pieces = [ListedPiece(s, known[k : k + each]) for s, known in records.items() for k in range(0, len(known), each)]
+    return build_shards(Source(out.name, "tests", "CC0", {}, pieces), out, BuildOptions(**settings), workers=0)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory) -> Path:
+    """20 images for training in four tars, 3 for a test."""
+    return write(tmp_path_factory.mktemp("views") / "one", range(23), lambda i: "test" if i >= 20 else "train")
+
+
+def test_dali_follows_indices_that_permute_select_and_repeat(one, tmp_path):
+    """Views and the loader rely on this undocumented behaviour: lines in any order, in part, repeated, and tars named
+    several times. Checked for the installed version."""
+    lines = (one / "train-000000.idx").read_text().splitlines()[1:]
+    others = (one / "train-000001.idx").read_text().splitlines()[1:]
+    chosen = [[lines[i] for i in (4, 1, 1, 5)], [others[2]], [lines[i] for i in (0, 4)]]
+    tars = [str(one / f"train-00000{tar}.tar") for tar in (0, 1, 0)]
+    indices = []
+    for number, part in enumerate(chosen):
+        indices.append(tmp_path / f"{number}.idx")
+        indices[-1].write_text(f"v1.2 {len(part)}\n" + "\n".join(part) + "\n")
+    pipeline = build_pipeline(
+        tars, [*map(str, indices)], lambda batch: np.zeros((7, 4)), CropGeometry(image_size=32, random=False),
+        batch_size=7, num_threads=1,
+    )  # fmt: skip
+    wanted = [published.captions(i)[0] for i in (4, 1, 1, 5, 8, 0, 4)]
+    for _ in range(3):  # over several epochs
+        text = pipeline.run()[2]
+        assert [text.at(row).tobytes().decode().split("\n")[0] for row in range(7)] == wanted
+
+
+def test_dali_takes_the_extension_from_the_index(tmp_path):
+    """Otherwise tars with dots in their member names could not be read in place."""
+    tar = tmp_path / "dots.tar"
+    image = published.encoded(published.make_image(0))
+    with tarfile.open(tar, "w") as file:
+        published.add_members(file, [("a.b.c.jpg", image), ("a.b.c.txt", b"dots")])
+    (tmp_path / "dots.idx").write_text(
+        f"v1.2 1\njpg 512 {len(image)} a.b.c.jpg txt {1536 + len(image) // 512 * 512} 4 a.b.c.txt\n"
+    )
+    pipeline = build_pipeline(
+        [str(tar)], [str(tmp_path / "dots.idx")], lambda batch: np.zeros((1, 4)),
+        CropGeometry(image_size=32, random=False),         batch_size=1, num_threads=1,
+    )  # fmt: skip
+    assert pipeline.run()[2].at(0).tobytes() == b"dots"

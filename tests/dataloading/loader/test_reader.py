@@ -1,4 +1,4 @@
-"""What a reader does with its pipelines and their memory."""
+"""Segments of a reader: their length, and the memory that they free."""
 
 import gc
 import weakref
@@ -15,7 +15,7 @@ from mvlm_dataloading.randomness import uniforms
 
 @pytest.fixture
 def segments(monkeypatch):
-    """The segments that a reader opens, of at most 32 samples each: their pipelines, draws and lengths."""
+    """Pipelines, crop draws and lengths of the segments that a reader opens, of at most 32 samples each."""
     built = SimpleNamespace(pipelines=[], draws=[], lengths=[])
 
     def build_recorded(*args, **settings):

@@ -1,4 +1,4 @@
-"""Going on: what a state gives a loader that is the same, and one that is not."""
+"""Resuming from a state with the same loader and with others."""
 
 import itertools
 import json
@@ -46,7 +46,7 @@ def test_resuming_the_same_loader_is_exact(train_split, tokenizer):
 
 
 def test_resuming_at_another_batch_size_and_number_of_ranks_keeps_the_pixels(train_split, tokenizer):
-    """From 1 rank to 4 to 2, at other batch sizes, in the midst of an epoch and over its end."""
+    """From 1 rank to 4 to 2, at other batch sizes, within an epoch and across its end."""
     whole = samples(take(load(train_split, tokenizer, batch_size=20), 9))
     state, at = state_after(train_split, tokenizer, 3), 24
     for world_size, batch_size, batches in ((4, 12, 2), (2, 10, 6), (1, 6, 1)):
@@ -89,7 +89,7 @@ def test_resuming_with_other_settings_keeps_the_samples_and_reports_it(train_spl
 
 
 def test_states_of_earlier_versions_fit(train_split, tokenizer):
-    """Their keys, and the hash of what pixels depend on, as version 0.1.0 wrote them."""
+    """The keys of a state, and its hash of pixel settings, are those of version 0.1.0."""
     state = load(train_split, tokenizer, batch_size=8).state_dict()
     assert list(state) == [
         "seed", "epoch", "position", "step", "fingerprint", "batch_size", "world_size", "skipped", "met", "order",
@@ -129,13 +129,13 @@ def test_malformed_states_and_other_sample_orders_are_refused(train_split, token
 
 
 def test_loader_state_ignores_batches_made_ahead(train_split, tokenizer):
-    """However far the thread is ahead."""
+    """The state does not depend on how far the thread is ahead."""
     for ahead in (0, 1, 7):
         loader = load(train_split, tokenizer, batch_size=8, ahead=ahead)
         states = []
         for _ in range(9):
             take(loader, 1)
-            time.sleep(0.02)  # so that it gets ahead
+            time.sleep(0.02)  # lets the thread get ahead
             states.append(loader.state_dict())
         assert [state["epoch"] * 60 + state["position"] for state in states] == [8 * k for k in range(1, 10)]
 

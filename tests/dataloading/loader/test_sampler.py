@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mvlm_dataloading.errors import need
-from mvlm_dataloading.loader import sampler as order_module
+from mvlm_dataloading.loader import sampler
 from mvlm_dataloading.loader.sampler import (
     GROUP,
     RUN_LENGTH,
@@ -61,8 +61,8 @@ def test_many_shards_are_mixed_in_groups():
 
 
 def test_sample_order_is_the_documented_one(monkeypatch):
-    """Written out sample by sample with Python's sort, for three shards in groups of two."""
-    monkeypatch.setattr(order_module, "GROUP", 2)
+    """An oracle with Python's sort, for three shards in groups of two."""
+    monkeypatch.setattr(sampler, "GROUP", 2)
     shard = shards_of(37, 20, 50)
     key = lambda purpose, i: int(hash64(purpose, 7, 2, i))  # noqa: E731
     runs = []
@@ -118,7 +118,7 @@ def test_a_substitute_is_good_and_depends_only_on_the_bad_sample():
 
 
 def test_dali_delivers_an_index_view_in_its_order_with_repetitions(tmp_path, train_split):
-    """The freedom that the loader rests on, and that DALI's documentation does not promise."""
+    """The loader relies on this, and DALI's documentation does not promise it."""
     rng = np.random.default_rng(0)
     ids = np.concatenate([rng.permutation(len(train_split)), rng.integers(0, len(train_split), 37), [3, 3, 3]])
     tars, indices = write_index_views(tmp_path, train_split, ids)

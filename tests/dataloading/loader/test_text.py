@@ -1,4 +1,4 @@
-"""Tokens that are stored with the data."""
+"""Captions as tokens stored with the data."""
 
 import io
 import itertools
@@ -18,7 +18,7 @@ LENGTH = 12
 
 
 def component(tokenizer, captions: list[str], length: int = LENGTH) -> bytes:
-    """By the definition: for each caption its count and its ids, int32."""
+    """A `.tok` component by its definition: for each caption a count and its ids, int32."""
     words = []
     for caption in captions:
         ids = tokenizer.encode([caption], length)[0].tolist()
@@ -29,7 +29,7 @@ def component(tokenizer, captions: list[str], length: int = LENGTH) -> bytes:
 @pytest.fixture
 def write(tmp_path, tokenizer):
     def write(stored, described: dict | None, name: str = "data"):
-        """20 samples; `stored(i)` gives the component of sample i, None for none."""
+        """Writes 20 samples. `stored(i)` is the `.tok` component of sample i, or None."""
         folder = tmp_path / name
         folder.mkdir()
         lines = []

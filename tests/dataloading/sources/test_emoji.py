@@ -49,7 +49,7 @@ def test_emoji_bases_that_share_an_image_are_merged():
 
 
 def test_emoji_that_differ_in_skin_tone_alone_have_one_base():
-    """Over all emoji: equal code points without tones and variation selectors, equal base."""
+    """Checked over all emoji: equal code points, without tones and variation selectors, have an equal base."""
     dropped = {"1F3FB", "1F3FC", "1F3FD", "1F3FE", "1F3FF", "FE0F"}
     bases: dict[str, set[str]] = {}
     count = 0

@@ -16,7 +16,7 @@ from support.data import build_source
 
 
 def test_links_to_folders_are_followed_once(tmp_path):
-    """Each folder once, by its own name where it has one in here; links that lead in a circle end."""
+    """A folder inside keeps its own path. Links in a circle end."""
     published.folder(tmp_path / "images")
     published.folder(tmp_path / "elsewhere", 2)
     (tmp_path / "images/0").symlink_to(tmp_path / "images/a")

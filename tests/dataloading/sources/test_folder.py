@@ -67,7 +67,7 @@ def test_shares_that_exceed_the_whole_are_refused(tmp_path, shares):
 
 
 def test_captions_in_another_encoding_are_rejected_one_by_one(tmp_path):
-    """As cp1252, which spreadsheets write: rejected one by one, and what is plain stays."""
+    """Spreadsheets write cp1252. Its non-ASCII captions are rejected, and the others stay."""
     names = ["0.jpg", "1.jpg", "é.jpg"]
     for i, name in enumerate(names):
         published.write_image(tmp_path / os.fsdecode(name.encode("cp1252")), i)

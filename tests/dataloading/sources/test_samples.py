@@ -19,7 +19,7 @@ def rejections(out: Path) -> list[dict[str, Any]]:
 
 
 def peak_since_reset() -> int:
-    """Bytes of this process's memory at most, since the file was last written to."""
+    """Peak memory of this process in bytes since the peak was last reset."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) << 10
 
@@ -39,7 +39,7 @@ def special(name: str, kind: bytes, link: str = "") -> tarfile.TarInfo:
 
 
 def test_odd_members_of_tars_are_skipped_or_rejected(tmp_path):
-    """Nothing is unpacked, so a path may climb as it likes; links and devices are no files."""
+    """Nothing is unpacked, so `..` in a path is harmless. Links and devices are skipped."""
     jpegs = [published.encoded(published.make_image(i)) for i in range(12)]
     write_tar(
         tmp_path / "odd.tar",
@@ -116,7 +116,7 @@ def test_truncated_tars_keep_their_whole_samples(tmp_path):
 
 
 def test_a_tar_member_that_is_too_large_is_not_read(tmp_path):
-    """The file has a hole in it there."""
+    """The tar is sparse there, so the member takes no disk space."""
     path = tmp_path / "huge.tar"
     write_tar(path, [("a.jpg", published.encoded(published.make_image(0))), ("a.txt", b"a")])
     member = tarfile.TarInfo("b.jpg")

@@ -1,4 +1,4 @@
-"""Each published format, written to shards: who is in which split, with which captions."""
+"""WebDataset tars: CC3M and SBU from img2dataset, and tars of other tools."""
 
 import json
 import tarfile
@@ -32,7 +32,7 @@ def test_cc3m(tmp_path):
 
 
 def test_keys_of_several_downloads_are_prefixed(tmp_path):
-    """Each counts its samples from 0, and what could not be downloaded is another in each."""
+    """Each download numbers its samples from 0, and other links failed in each."""
     for number, first in (("one", 0), ("two", 50)):
         published.img2dataset(tmp_path / number, first=first)
     found = build_source(cc3m([tmp_path / "one", tmp_path / "two"]), tmp_path / "out")
@@ -42,7 +42,7 @@ def test_keys_of_several_downloads_are_prefixed(tmp_path):
     rejected = read_json_lines(tmp_path / "out/rejected.jsonl")
     assert {line["reason"] for line in rejected} == {"image was not downloaded"}
     assert rejected[-1]["where"] == f"{tmp_path / 'two' / '00001.tar'}:000010004"
-    # The tars one by one count on from another, in a folder each: another data set.
+    # The same tars in a folder each get other prefixes: another data set.
     tars = [tmp_path / number / f"0000{tar}.tar" for number in ("one", "two") for tar in (0, 1)]
     assert [*build_source(cc3m(tars), tmp_path / "tars")["train"]][-1] == "3-000010003"
     assert cc3m(tars).recipe != cc3m([tmp_path / "one", tmp_path / "two"]).recipe
@@ -58,7 +58,7 @@ def test_keys_of_tars_that_each_count_from_0_are_prefixed(tmp_path):
     found = build_source(source, tmp_path / "out")["train"]
     assert [*found.values()] == [[f"{tar} {k}"] for tar in range(3) for k in range(2 if tar else 20)]
     assert [*found][:2] == [safe_key("part.0-0"), safe_key("part.0-1")]
-    # Where no key comes again all stay as they are.
+    # Without repeated keys there is no prefix.
     assert [*build_source(webdataset([tmp_path / "part.1.tar.gz"]), tmp_path / "alone")["train"]] == ["0", "1"]
     assert webdataset([tmp_path]).recipe == source.recipe
     with pytest.raises(DataError, match=r"part\.1\.tar\.gz: wanted each file once, found it twice"):
@@ -67,7 +67,7 @@ def test_keys_of_tars_that_each_count_from_0_are_prefixed(tmp_path):
 
 def test_sbu(tmp_path):
     published.img2dataset(tmp_path / "sbu")
-    (tmp_path / "sbu/00001.parquet").unlink()  # without its table a tar says nothing of what failed
+    (tmp_path / "sbu/00001.parquet").unlink()  # without its table, failed links are unknown
     found = build_source(sbu([tmp_path / "sbu"]), tmp_path / "out")
     assert [*found["train"].values()] == [published.captions(i)[:1] for i in (0, 1, 2, 3, 5, 6, 7, 8)]
     assert [line["key"] for line in read_json_lines(tmp_path / "out/rejected.jsonl")] == ["000000004"]

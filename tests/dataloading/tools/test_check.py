@@ -1,4 +1,4 @@
-"""Reading a data set through, and indices made anew."""
+"""Checks of a data set: statistics, damage, keys, metadata and token ids."""
 
 import hashlib
 import os
@@ -91,7 +91,7 @@ def test_odd_metadata_are_refused_or_accepted_by_check_and_loader_alike(
     image = published.encoded(published.make_image(0))
     with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
         published.add_members(tar, [("a.jpg", image), ("a.txt", b"words"), ("a.json", metadata)])
-    with monkeypatch.context() as other_tool:  # whose index has samples that ours leaves out
+    with monkeypatch.context() as other_tool:  # writes index lines that ours leaves out
         other_tool.setattr("mvlm_dataloading.tools.reindex.parse_metadata", lambda text, where: {})
         rebuild_indices(tmp_path)
     loader = Loader(open_dataset(tmp_path, "train"), tokenizer, batch_size=1, image_size=32, text_length=8, seed=0)
@@ -112,7 +112,7 @@ def test_check_finds_and_names_damage(tmp_path):
     out = write(tmp_path / "out")
     damage(out / "train-000001.tar", b"number 5", b"number\xff5")
     found = problems(out)
-    # Besides, opening the split may say so, as its captions are short.
+    # Opening the split may report it too, because short captions are read then.
     assert len(found) in (2, 3)
     assert "train-000001.tar: wanted sha256" in found[-2]
     assert found[-1].startswith("train-000001.tar key k5: wanted captions in UTF-8")
@@ -124,7 +124,7 @@ def test_check_finds_and_names_damage(tmp_path):
     found = problems(other)
     assert "train-000000.tar: wanted a shard that dataset.json names, found no such file" in found[0]
     assert "train-000000.tar: wanted a shard and its index, found" in found[1]
-    assert len(found) == 4  # the rest was read all the same
+    assert len(found) == 4  # the rest was checked anyway
 
 
 def test_check_finds_a_repeated_key(tmp_path):
@@ -141,7 +141,7 @@ def test_check_finds_a_repeated_key(tmp_path):
     rebuild_indices(out)
     assert "train: wanted unique keys, found k1 more than once" in problems(out)
     make_view(tmp_path / "view", [write(tmp_path / "good")], weights=[2])
-    assert problems(tmp_path / "view") == []  # there it is meant
+    assert problems(tmp_path / "view") == []  # a view may repeat keys
 
 
 def test_check_finds_token_ids_beyond_the_vocabulary(tmp_path, tokenizer):

@@ -61,7 +61,7 @@ def test_indices_of_a_data_folder_are_rebuilt(tmp_path):
 
 
 def foreign(folder: Path) -> None:
-    """Tars as other tools write them: dots, blanks and capitals in names, samples without a caption."""
+    """Tars as other tools write them: dots, blanks and capitals in names, and samples without a caption."""
     folder.mkdir()
     jpegs = [published.encoded(published.make_image(i)) for i in range(7)]
     with tarfile.open(folder / "train-0.tar", "w", format=tarfile.PAX_FORMAT) as tar:

@@ -35,7 +35,7 @@ def test_contact_sheet_shows_images_and_captions(tmp_path):
     with Image.open(path) as sheet:
         assert sheet.size == (8 * 168 + 8, 2 * 204 + 8)
         first = np.asarray(sheet.crop((8, 8, 168, 168)), float)
-    # The test split comes first, and its image is in the middle of its cell, as wide as it is.
+    # The test split comes first. Its image is centred in its cell, unscaled.
     image = np.asarray(published.make_image(90), float)  # 72 x 54
     assert np.abs(first[53 : 53 + 54, 44 : 44 + 72] - image).mean() < 2
     assert (first[:50] == 255).all()

@@ -1,17 +1,13 @@
-"""Views: what DALI's reader does with an index, and data sets that are nothing but indices."""
+"""Views: data sets of indices alone."""
 
 import hashlib
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from mvlm_dataloading import BuildOptions, DataError, Loader, ViewOptions, build_shards, make_view, open_dataset
-from mvlm_dataloading.loader.crop import CropGeometry
-from mvlm_dataloading.loader.pipeline import build_pipeline
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support import published
 
@@ -45,43 +41,6 @@ def keys(folder: Path, split: str = "train") -> list[str]:
 
 def named(dataset: str, numbers) -> list[str]:
     return [f"{dataset}{i:03d}" for i in numbers]
-
-
-def test_dali_follows_indices_that_permute_select_and_repeat(one, tmp_path):
-    """Undocumented, and all that views and our own order rest on: lines in any order, some of them, several times, and
-    a tar that is named again. For the installed version."""
-    lines = (one / "train-000000.idx").read_text().splitlines()[1:]
-    others = (one / "train-000001.idx").read_text().splitlines()[1:]
-    chosen = [[lines[i] for i in (4, 1, 1, 5)], [others[2]], [lines[i] for i in (0, 4)]]
-    tars = [str(one / f"train-00000{tar}.tar") for tar in (0, 1, 0)]
-    indices = []
-    for number, part in enumerate(chosen):
-        indices.append(tmp_path / f"{number}.idx")
-        indices[-1].write_text(f"v1.2 {len(part)}\n" + "\n".join(part) + "\n")
-    pipeline = build_pipeline(
-        tars, [*map(str, indices)], lambda batch: np.zeros((7, 4)), CropGeometry(image_size=32, random=False),
-        batch_size=7, num_threads=1,
-    )  # fmt: skip
-    wanted = [published.captions(i)[0] for i in (4, 1, 1, 5, 8, 0, 4)]
-    for _ in range(3):  # and again in the next epochs
-        text = pipeline.run()[2]
-        assert [text.at(row).tobytes().decode().split("\n")[0] for row in range(7)] == wanted
-
-
-def test_dali_takes_the_extension_from_the_index(tmp_path):
-    """So tars with dots in their names can be read in place."""
-    tar = tmp_path / "dots.tar"
-    image = published.encoded(published.make_image(0))
-    with tarfile.open(tar, "w") as file:
-        published.add_members(file, [("a.b.c.jpg", image), ("a.b.c.txt", b"dots")])
-    (tmp_path / "dots.idx").write_text(
-        f"v1.2 1\njpg 512 {len(image)} a.b.c.jpg txt {1536 + len(image) // 512 * 512} 4 a.b.c.txt\n"
-    )
-    pipeline = build_pipeline(
-        [str(tar)], [str(tmp_path / "dots.idx")], lambda batch: np.zeros((1, 4)),
-        CropGeometry(image_size=32, random=False),         batch_size=1, num_threads=1,
-    )  # fmt: skip
-    assert pipeline.run()[2].at(0).tobytes() == b"dots"
 
 
 def test_a_view_of_everything_is_the_data_set(one, tmp_path):
@@ -123,14 +82,14 @@ def test_a_smaller_fraction_of_a_view_is_part_of_a_larger(one, tmp_path):
     for fraction in (0.3, 0.6, 1.0):
         make_view(tmp_path / str(fraction), [one], ViewOptions(fraction=fraction))
         found.append(set(keys(tmp_path / str(fraction))))
-        assert len(keys(tmp_path / str(fraction), "test")) == 3  # evaluations are left whole
+        assert len(keys(tmp_path / str(fraction), "test")) == 3  # evaluation splits are kept whole
     assert found[0] < found[1] < found[2]
     make_view(tmp_path / "seed", [one], ViewOptions(fraction=0.6, seed=1))
     assert set(keys(tmp_path / "seed")) != found[1]
 
 
 def test_a_fraction_of_a_fraction_is_drawn_independently(tmp_path):
-    """A half, a half of that, and of that: by fraction and by weight. About 60, 30 and 15 of 120."""
+    """Halves of halves, by fraction and by weight: about 60, 30 and 15 of 120."""
     write(tmp_path / "whole", range(120), each=200, captions=lambda i: ["words"])
     for kind in ("fraction", "weight"):
         share = ViewOptions(fraction=0.5) if kind == "fraction" else ViewOptions()
@@ -160,19 +119,19 @@ def test_a_view_mixes_data_sets_by_weight(one, two, tmp_path):
     assert 4 <= sum(ones) <= 16
     assert set(twos) == {2, 3}
     assert 21 <= sum(twos) <= 29
-    # A image of one's test split is not trained on, whoever brings it.
+    # An image of `one`'s test split is dropped from train, from whichever source it comes.
     assert "two020" not in counts
     assert description["rejected"] == {"image is in an evaluation split": 1}
     assert keys(tmp_path / "view", "test") == named("one", [20, 21, 22])
 
 
 def test_evaluation_images_stay_out_of_a_views_train_split(one, two, tmp_path):
-    """Image 20 of `two` is in `one`'s test split, of which these views take nothing."""
+    """Image 20 of `two` is in `one`'s test split, which these views leave out."""
     leaked = {"image is in an evaluation split": 1}
     train = make_view(tmp_path / "train", [one, two], ViewOptions(splits=("train",)))
     assert keys(tmp_path / "train") == named("one", range(20)) + named("two", range(100, 110))
     assert (train["splits"].keys(), train["rejected"]) == ({"train"}, leaked)
-    # The test split's image 20 is filtered away, the same in train is not.
+    # Image 20 of the test split is filtered out; the same image in train is not.
     again = write(tmp_path / "again", [20, 21], captions=lambda i: ["chosen words"])
     filtered = make_view(tmp_path / "filtered", [one, again, two], ViewOptions(without="number 2[02]$"))
     assert keys(tmp_path / "filtered") == named("one", range(20)) + named("two", range(100, 110))
@@ -194,7 +153,7 @@ def test_a_view_drops_duplicates_on_request(tmp_path):
         make_view(tmp_path / choice.duplicates, [first, second], choice)
         assert len(keys(tmp_path / choice.duplicates)) == wanted
     assert keys(tmp_path / "exact") == [*named("a", range(4)), *named("b", [4, 5])]
-    # Tars of others say nothing of the published file: only the pixels are alike.
+    # Tars of other tools have no hash of the published file, so only the pixels are compared.
     for tar in second.glob("*.tar"):
         content = tar.read_bytes().replace(b'"phash"', b'"ahash"')
         tar.write_bytes(content)
@@ -225,7 +184,7 @@ def test_views_of_views_and_of_moved_folders(one, two, tmp_path):
     make_view(tmp_path / "all" / "second", [tmp_path / "all" / "first", two], ViewOptions(match="number .*[37]"))
     wanted = named("one", [3, 7]) + named("two", [103, 107])
     assert keys(tmp_path / "all" / "second") == wanted
-    # Tars are named by relative paths: a tree that is moved as a whole stays whole.
+    # Paths are relative, so a tree can be moved as a whole.
     tree = tmp_path / "tree"
     tree.mkdir()
     shutil.copytree(one, tree / "one")
@@ -238,7 +197,7 @@ def test_views_of_views_and_of_moved_folders(one, two, tmp_path):
 
 
 def test_views_seen_through_links(one, tmp_path):
-    """A link to a view, a view written and read through links, and of a source behind one."""
+    """A link to a view, a view written and read through links, and a view of a linked source."""
     (tmp_path / "deep" / "er").mkdir(parents=True)
     make_view(tmp_path / "deep" / "er" / "view", [one], ViewOptions(match="number 3"))
     (tmp_path / "link").symlink_to(tmp_path / "deep" / "er" / "view")
@@ -263,7 +222,7 @@ def test_the_fingerprint_of_a_view_follows_its_options(one, tmp_path):
     for name, pattern in (("a", "number 3$"), ("b", "number 4$"), ("c", "number 3$")):
         make_view(tmp_path / name, [one], ViewOptions(match=pattern, splits=("train",)))
         prints.add(open_dataset(tmp_path / name, "train").fingerprint)
-    assert len(prints) == 2  # equal choices, equal fingerprints; as many others of the same tar, another
+    assert len(prints) == 2  # equal options give equal fingerprints; other samples of the same tar do not
 
 
 def test_a_view_keeps_stored_tokens_if_all_sources_agree(tmp_path, tokenizer):
@@ -282,7 +241,7 @@ def test_a_view_keeps_stored_tokens_if_all_sources_agree(tmp_path, tokenizer):
 
 @pytest.fixture
 def broken(one, tmp_path) -> Path:
-    """A view beside a copy of its source, to be damaged."""
+    """A view and a copy of its source, for tests that damage them."""
     shutil.copytree(one, tmp_path / "source")
     make_view(tmp_path / "view", [tmp_path / "source"], ViewOptions(match="number [0-5]$"))
     return tmp_path / "view"

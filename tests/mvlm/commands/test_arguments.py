@@ -1,9 +1,13 @@
-"""Mistakes in what is typed after a command: one line, exit code 2."""
+"""Wrong arguments of commands: one line, exit code 2, and the new name of a renamed flag."""
+
+import inspect
+import re
+from dataclasses import is_dataclass
 
 import pytest
 
-from mvlm.cli import run_command
-from mvlm.commands.arguments import bound, one_line, parse
+from mvlm.cli import COMMANDS, run_command
+from mvlm.commands.arguments import RENAMED, bound, check_renamed, one_line, parse
 from mvlm.errors import ConfigError
 
 PRETRAIN = ["pretrain", "tiny", "--data", "none", "--out", "none"]
@@ -14,22 +18,16 @@ PRETRAIN = ["pretrain", "tiny", "--data", "none", "--out", "none"]
     [
         (["pretrain", "tiny", "--data", "none"], "Missing from mvlm pretrain tiny: --out PATH"),
         ([*PRETRAIN, "--bacth-size", "3"], "--bacth-size"),
-        (
-            [*PRETRAIN, "--batch-size", "0"],
-            "batch_size must be at least 1, got 0; `mvlm pretrain tiny",
-        ),
+        ([*PRETRAIN, "--batch-size", "0"], "batch_size must be at least 1, got 0; see `mvlm pretrain tiny --help`"),
         ([*PRETRAIN, "--batch-size", "abc"], "--batch-size: invalid literal for int() with base 10: 'abc'"),
-        (
-            [*PRETRAIN, "--model.image-size", "100"],
-            "mask_block must divide image_size: wanted a divisor of 100",
-        ),
+        ([*PRETRAIN, "--model.image-size", "100"], "mask_block must divide image_size: wanted a divisor of 100"),
         ([*PRETRAIN, "--plan", "slow"], "invalid choice 'slow' for argument '--plan'. Expected one of"),
         (["data", "emoji"], "Missing from mvlm data emoji: PATH"),
         (["bench"], "unknown command 'bench'; wanted one of: bench kernels, bench step, bench data"),
         (["pretrain", "--config"], "got --config with no file after it"),
     ],
 )
-def test_a_mistake_is_one_line(words, message, capsys):
+def test_wrong_arguments_are_one_line(words, message, capsys):
     with pytest.raises(ConfigError) as caught:
         run_command(words)
     assert message in str(caught.value)
@@ -37,32 +35,83 @@ def test_a_mistake_is_one_line(words, message, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_command_gets_what_was_typed():
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["pretrain", "tiny", "--eval-pictures", "64"], "--eval-pictures is now --eval-images"),
+        (["pretrain", "base", "--eval_pictures=64"], "--eval-pictures is now --eval-images"),
+        (
+            ["pretrain", "tiny", "--self-attention", "products"],
+            "--self-attention products is now --self-attention math",
+        ),
+        (
+            ["pretrain", "tiny", "--cross-attention=products"],
+            "--cross-attention products is now --cross-attention math",
+        ),
+        (["bench", "data", "--pictures", "30"], "--pictures is now --images; see `mvlm bench data --help`"),
+    ],
+)
+def test_a_renamed_flag_is_refused_with_its_new_name(run_mvlm, words, message):
+    outcome = run_mvlm(*words)
+    assert (outcome.code, len(outcome.err)) == (2, 1)
+    assert outcome.err[0].startswith(f"mvlm: {message}")
+
+
+@pytest.mark.parametrize("command", RENAMED)
+def test_the_new_name_of_a_renamed_flag_is_a_flag_of_the_command(command, capsys):
+    words = command.split()[1:] + (["tiny"] if command == "mvlm pretrain" else [])
+    with pytest.raises(SystemExit, match="0"):
+        run_command([*words, "--help"])
+    text = capsys.readouterr().out
+    for old, new in RENAMED[command].items():
+        flag, _, value = new.partition(" ")
+        line = next(line for line in text.splitlines() if line.strip("│ ").startswith(flag))
+        assert value in line
+        assert old.split()[0] not in text or " " in old
+
+
+def test_flags_of_other_commands_are_not_renamed():
+    check_renamed(["--pictures", "3", "--self-attention", "products"], "mvlm report")
+    check_renamed(["--self-attention", "math", "--pictures"], "mvlm pretrain tiny")
+    check_renamed([], "mvlm pretrain tiny")
+
+
+def test_a_bound_command_is_called_with_the_parsed_arguments():
     def command(one: int, /, *, two: str = "b") -> None:
         """Does something."""
-        seen.append((one, two))
+        calls.append((one, two))
 
-    seen = []
+    calls = []
     ready = parse(bound(command), ["1", "--two", "c"], prog="x")
-    assert seen == []
+    assert calls == []
     ready()
-    assert seen == [(1, "c")]
+    assert calls == [(1, "c")]
 
 
-def test_help_is_still_help(capsys):
-    for words, told in (
+def test_help_is_printed_and_exits_with_0(capsys):
+    for words, text in (
         (["pretrain", "tiny", "--help"], "--batch-size INT"),
-        (["fill", "--help"], "Fill in the words"),
+        (["fill", "--help"], "Guess the [MASK] tokens"),
     ):
         with pytest.raises(SystemExit, match="0"):
             run_command(words)
-        assert told in capsys.readouterr().out
-    for words, told in ((["data", "--help"], "mvlm data view"), (["bench", "-h"], "mvlm bench step")):
+        assert text in capsys.readouterr().out
+    for words, text in ((["data", "--help"], "mvlm data view"), (["bench", "-h"], "mvlm bench step")):
         run_command(words)
-        assert told in capsys.readouterr().out
+        assert text in capsys.readouterr().out
 
 
-def test_a_box_of_several_parts():
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "pretrain"])
+def test_help_of_a_command_describes_every_flag(command):
+    """tyro takes the text of a flag from the docstring; a flag without a line there has no text in --help."""
+    doc = COMMANDS[command].__doc__ or ""
+    for name, parameter in inspect.signature(COMMANDS[command]).parameters.items():
+        if not is_dataclass(parameter.default):  # the fields of options have docstrings of their own
+            assert re.search(rf"^ +{name}: \S", doc, re.MULTILINE), name
+    assert "picture" not in doc
+
+
+def test_an_error_box_of_several_parts_becomes_one_line():
     box = """\
 ╭─ Required options ───╮
 │ Missing from x:      │

@@ -1,4 +1,4 @@
-"""What the doctor finds, against a machine and shards that the tests make better or worse."""
+"""Findings of `mvlm doctor`, on this machine and on shards and disks that are broken on purpose."""
 
 import re
 
@@ -12,8 +12,8 @@ from support.scenes import write_scenes
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """The micro model in the place of a preset."""
+def micro_preset(monkeypatch):
+    """The micro model instead of a preset."""
     monkeypatch.setattr(
         machine_check, "pretrain_defaults", lambda preset, data, out: pretrain_config(data, out, max_steps=36000)
     )
@@ -24,7 +24,8 @@ def examine(data, out, **changes) -> dict[str, Finding]:
     return {finding.name: finding for finding in machine_check.examine(**settings)}
 
 
-def test_a_machine_that_is_well(small, scenes, tmp_path):
+@pytest.mark.slow
+def test_doctor_finds_a_working_machine_green_or_amber(micro_preset, scenes, tmp_path):
     found = examine(scenes, tmp_path / "not/there/yet")
     assert {finding.state for finding in found.values()} <= {"green", "amber"}
     assert "torch 2." in found["packages"].text
@@ -34,31 +35,33 @@ def test_a_machine_that_is_well(small, scenes, tmp_path):
     assert "not flash-attn: the tensors are on cpu, not on a GPU" in found["text attention"].text
     assert found["shards"].text.startswith("32 train, 8 validation pairs")
     assert re.search(r"at 8 pairs$", found["memory"].text)
-    words = re.match(r"loader alone (\d+) pairs/s, model alone (\d+) .* about ([\d.]+) h", found["speed"].text)
-    assert words is not None
-    loader, model, hours = map(float, words.groups())
+    figures = re.match(r"loader alone (\d+) pairs/s, model alone (\d+) .* about ([\d.]+) h", found["speed"].text)
+    assert figures is not None
+    loader, model, hours = map(float, figures.groups())
     assert ("the loader is the limit" in found["speed"].text) == (loader < model)
     assert hours == pytest.approx(36000 * 8 / min(loader, model) / 3600, rel=0.05, abs=0.06)
     assert not list(tmp_path.iterdir())
 
 
-def test_without_shards_the_rest_is_told(tmp_path):
+def test_doctor_without_shards_tries_no_speed(tmp_path):
     found = examine(None, tmp_path)
     assert found["shards"].state == "amber"
     assert "speed" not in found
 
 
-def test_a_data_set_without_validation_is_well(small, tmp_path):
-    """Training needs it only for evaluations; without `train` there is nothing to train on."""
+def test_doctor_needs_no_validation_split(micro_preset, tmp_path):
+    """Training needs it only for evaluations. Without `train` the shards are red."""
     found = examine(write_scenes(tmp_path / "data", {"train": 16}), tmp_path)
-    assert found["shards"] == Finding("green", "shards", "16 train pairs; the first shard's sha256 is right")
+    assert found["shards"] == Finding(
+        "green", "shards", "16 train pairs; the first shard's sha256 is that of dataset.json"
+    )
     assert "speed" in found
     found = machine_check.shards(write_scenes(tmp_path / "other", {"test": 4}))
     assert found.state == "red"
     assert "wanted the split train, found test" in found.text
 
 
-def test_shards_that_are_damaged_are_red(small, tmp_path):
+def test_doctor_finds_damaged_shards_red(micro_preset, tmp_path):
     data = write_scenes(tmp_path / "data", {"train": 9, "validation": 2})
     tar = next(data.glob("train-*.tar"))
     content = bytearray(tar.read_bytes())
@@ -71,15 +74,15 @@ def test_shards_that_are_damaged_are_red(small, tmp_path):
     assert "speed" not in found
 
 
-def test_a_package_that_is_missing_is_red(monkeypatch):
-    version = machine_check._version
-    monkeypatch.setattr(machine_check, "_version", lambda package: None if "dali" in package else version(package))
+def test_doctor_finds_a_missing_package_red(monkeypatch):
+    version = machine_check.package_version
+    monkeypatch.setattr(machine_check, "package_version", lambda name: None if "dali" in name else version(name))
     finding = machine_check.versions()
     assert finding.state == "red"
     assert finding.text == "DALI not installed: pip install 'mvlm[data,train]'"
 
 
-def test_a_folder_that_cannot_be_written_to_is_red(tmp_path, monkeypatch):
+def test_doctor_finds_an_unwritable_folder_red(tmp_path, monkeypatch):
     def fail(**_):
         raise OSError(28, "No space left on device")
 
@@ -90,7 +93,7 @@ def test_a_folder_that_cannot_be_written_to_is_red(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("states, code", [(("green", "amber"), 0), (("green", "red", "amber"), 1)])
-def test_the_exit_code(monkeypatch, capsys, states, code):
+def test_exit_code_of_doctor(monkeypatch, capsys, states, code):
     monkeypatch.setattr(machine_check, "examine", lambda *_: (Finding(state, "name", "text") for state in states))
     if code:
         with pytest.raises(SystemExit) as caught:

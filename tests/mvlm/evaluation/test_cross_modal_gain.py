@@ -1,3 +1,5 @@
+"""Cross-modal gain of models with known losses, its intervals, and the trivial predictors."""
+
 import math
 
 import numpy as np
@@ -17,7 +19,7 @@ def model():
 
 
 @pytest.mark.parametrize("number", [2, 3, 8, 50, 399])
-def test_a_wrong_partner_is_another_sample_and_each_serves_once(number):
+def test_wrong_partners_are_other_samples_each_once(number):
     for seed in range(5):
         partner = wrong_partners(number, seed).tolist()
         assert sorted(partner) == list(range(number))
@@ -27,8 +29,8 @@ def test_a_wrong_partner_is_another_sample_and_each_serves_once(number):
     assert torch.equal(wrong_partners(number), wrong_partners(number))
 
 
-def test_a_model_that_reads_one_modality_gains_nothing(model, heldout_split, tokenizer):
-    """With the output of cross-attention switched off, the right and the wrong partner are the same to it."""
+def test_a_model_without_cross_attention_gains_nothing(model, heldout_split, tokenizer):
+    """With its output at zero, the right and the wrong partner make no difference."""
     with torch.no_grad():
         for name, module in model.named_modules():
             if name.endswith("cross_attention.out"):
@@ -43,13 +45,13 @@ def test_a_model_that_reads_one_modality_gains_nothing(model, heldout_split, tok
 
 
 def test_gain_of_a_model_with_known_losses(model, heldout_split, tokenizer, monkeypatch):
-    """With its own picture in view sample i gives the masked token in place c of its caption a logit of i/2 + c/3 more
-    than the others; with its own caption in view every masked pixel of it is off by (i + 1)/10. With a wrong picture
+    """Given its own image, sample i gives the masked token at position c of its caption a logit of i/2 + c/3 more
+    than the others; given its own caption, each of its masked pixels is off by (i + 1)/10. Given a wrong image,
     no token gets more than another, and with a wrong caption the pixels are off by half as much again."""
     vocabulary, number = model.config.vocab_size, 8
     batches = [next(iter(eval_loader(heldout_split, model, tokenizer, seed))) for seed in (0, 1, 2)]
     features = encode_split(model, heldout_split, tokenizer, "fp32")
-    features.v[:, 0, 0] = torch.arange(number)  # so that what is in view can be told
+    features.v[:, 0, 0] = torch.arange(number)  # so that the mocks below can see which sample they are given
     features.w[:, 0, 0] = features.owner.float()
     tokens, starts = batches[0][0].tokens, batches[0][0].cu_seqlens.tolist()  # the same in every pass
     own = torch.arange(number)
@@ -105,7 +107,7 @@ def test_bootstrap_against_the_normal_interval():
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_bootstrap_is_scipys_percentile_interval(seed):
+def test_bootstrap_gives_scipys_percentile_interval(seed):
     """The ratio of two sums, as a gain is one; scipy draws the same resamples from the same generator."""
     rng = np.random.default_rng(5 + seed)
     gains, tokens = rng.normal(3, 2, 200), rng.integers(1, 9, 200)
@@ -124,7 +126,7 @@ def test_bootstrap_is_scipys_percentile_interval(seed):
     assert bootstrap(ratio, 200, seed) == pytest.approx([wanted.low, wanted.high], abs=6e-5)
 
 
-def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
+def test_bootstrap_intervals_cover_the_truth_in_95_of_100_cases():
     """100 samples of 60: 95 hits are expected, with a standard deviation of 2.2."""
     rng = np.random.default_rng(1)
     hits = 0
@@ -136,8 +138,8 @@ def test_bootstrap_covers_the_truth_about_as_often_as_it_says():
 
 
 def test_trivial_predictors_against_numpy(model, train_split, heldout_split, tokenizer):
-    pictures = np.stack([scene(i)[0] for i in range(32)]).astype(np.float64)  # (32, S, S, 3)
-    median = np.floor(np.median(pictures, axis=0))
+    images = np.stack([scene(i)[0] for i in range(32)]).astype(np.float64)  # (32, S, S, 3)
+    median = np.floor(np.median(images, axis=0))
     mean, std = np.array(model.config.image_mean), np.array(model.config.image_std)
     ((batch, masks),) = list(eval_loader(heldout_split, model, tokenizer))
     white, middle = [], []
@@ -153,7 +155,7 @@ def test_trivial_predictors_against_numpy(model, train_split, heldout_split, tok
     assert found["masked_l1_train_median"] == pytest.approx(np.mean(middle), abs=6e-5)
 
 
-def test_the_median_is_of_no_more_pictures_than_asked_for(model, train_split, heldout_split, tokenizer):
+def test_training_median_is_of_at_most_the_given_number_of_images(model, train_split, heldout_split, tokenizer):
     few = trivial_losses(model, train_split, heldout_split, tokenizer, most=1)
     ((batch, masks),) = list(eval_loader(heldout_split, model, tokenizer))
     first = torch.from_numpy(scene(0)[0]).permute(2, 0, 1)[None].expand(8, -1, -1, -1)

@@ -12,7 +12,7 @@ from mvlm.inference.encode import EncodedSplit
 
 
 class Lookup(nn.Module):
-    """Stands in for a model: features carry the number of their picture or caption, `match` reads a table."""
+    """Stands in for a model: features carry the number of their image or caption, `match` reads a table."""
 
     def __init__(self, log_odds: np.ndarray, scale: float = 1.0) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def by_hand(image, text, owner, log_odds, scale, direction, k):
 @pytest.mark.parametrize("direction", ["tr", "ir"])
 @pytest.mark.parametrize("k", [1, 4, 12, 1000])
 def test_ranks_against_brute_force(direction, k):
-    """70 pictures with one to four captions each; more queries than a block holds, more pairs than a batch."""
+    """70 images with one to four captions each; more queries than a block holds, more pairs than a batch."""
     rng = np.random.default_rng(0)
     owner = [i for i in range(70) for _ in range(1 + i % 4)]
     image, text = rng.normal(size=(70, 5)), rng.normal(size=(len(owner), 5))
@@ -90,8 +90,8 @@ def test_ranks_against_brute_force(direction, k):
 
 
 @pytest.mark.parametrize("direction", ["tr", "ir"])
-def test_re_ranking_can_only_help_those_it_sees(direction):
-    """Right answers below the first k keep their rank, also when the matching head would put them first."""
+def test_re_ranking_leaves_right_answers_below_the_candidates_where_they_are(direction):
+    """Right answers below the first k keep their rank, even if the matching head would put them first."""
     rng = np.random.default_rng(1)
     image, text = rng.normal(size=(30, 4)), rng.normal(size=(30, 4))
     sure = 1000 * np.eye(30)
@@ -102,7 +102,7 @@ def test_re_ranking_can_only_help_those_it_sees(direction):
 
 
 @pytest.mark.parametrize("direction", ["tr", "ir"])
-def test_the_log_odds_are_those_of_the_right_pair(direction):
+def test_match_scores_are_the_log_odds_of_each_pair(direction):
     rng = np.random.default_rng(2)
     table = rng.normal(size=(9, 300))
     model, features = Lookup(table), features_of(np.zeros((9, 2)), np.zeros((300, 2)), [0] * 292 + list(range(1, 9)))
@@ -116,8 +116,8 @@ def test_the_log_odds_are_those_of_the_right_pair(direction):
 
 
 @pytest.mark.parametrize("captions", [1, 3])
-def test_chance(captions):
-    """Random embeddings of 400 pictures: recall within four standard errors of the share that chance gives."""
+def test_recall_of_random_embeddings_is_chance(captions):
+    """400 images: recall is within four standard errors of the probability of a hit by chance."""
     rng = np.random.default_rng(3)
     owner = [i for i in range(400) for _ in range(captions)]
     image, text = rng.normal(size=(400, 16)), rng.normal(size=(len(owner), 16))
@@ -130,7 +130,7 @@ def test_chance(captions):
             for k in (1, 5, 10):
                 misses = [(gallery - answers - i) / (gallery - i) for i in range(k)]
                 p = 1 - math.prod(misses)
-                # captions of one picture are not quite independent queries: count the pictures
+                # captions of one image are not independent queries, so the images are counted
                 error = math.sqrt(p * (1 - p) / min(queries, 400))
                 assert abs(recall(ranks)[f"r{k}"] / 100 - p) < 4 * error + 5e-5, (direction, k)
 
@@ -153,7 +153,7 @@ def test_recall_and_rank_are_those_of_torchmetrics(right_answers):
     assert (1 / (1 + ranks.double())).tolist() == pytest.approx(reciprocal, rel=1e-6)
 
 
-def test_ties_count_against_us():
+def test_ties_count_as_wrong_answers_before_the_right_one():
     scores = torch.tensor([[0.5, 0.5, 0.5, 0.1], [0.9, 0.2, 0.9, 0.9], [0.1, 0.3, 0.2, 0.3]])
     right = torch.tensor([[True, False, False, False], [True, False, True, False], [False, False, True, False]])
     assert best_rank(scores, right).tolist() == [2, 1, 2]
@@ -161,7 +161,7 @@ def test_ties_count_against_us():
 
 
 @pytest.mark.parametrize("direction", ["tr", "ir"])
-def test_a_model_that_says_the_same_of_everything_finds_nothing(direction):
+def test_recall_of_a_constant_model_is_zero(direction):
     features = features_of(np.ones((20, 3)), np.ones((20, 3)), list(range(20)))
     found = rank(Lookup(np.zeros((20, 20))), features, direction, 20, "fp32")  # pyright: ignore[reportArgumentType]
     for ranks in (found.itc, found.itm):

@@ -1,3 +1,5 @@
+"""The table of an evaluation, and its figures as a file."""
+
 import copy
 import json
 from typing import Any
@@ -32,7 +34,7 @@ FIGURES: dict[str, Any] = {
 }
 
 
-def test_the_table_has_every_figure_in_its_place():
+def test_table_has_every_figure_in_its_column():
     lines = format_table(FIGURES).splitlines()
     cells = [line.split()[-6:] for line in lines if line.split() and line.split()[-1].replace(".", "").isdigit()]
     assert cells[:4] == [
@@ -54,7 +56,7 @@ def test_the_table_has_every_figure_in_its_place():
     assert len({line.index("R@1") for line in lines if "R@1" in line}) == 1
 
 
-def test_without_unseen_concepts_there_is_no_row_for_them():
+def test_table_has_no_row_of_unseen_concepts_without_them():
     text = format_table(FIGURES | {"unseen": None})
     assert "unseen" not in text
     assert "11.1" in text
@@ -67,7 +69,7 @@ def test_figures_are_written_into_a_new_folder(tmp_path):
     assert path.read_text().endswith("}\n")
 
 
-def test_figures_that_are_no_numbers_leave_the_old_file(tmp_path):
+def test_figures_that_are_not_finite_leave_the_old_file(tmp_path):
     path = tmp_path / "test.json"
     write_json(path, FIGURES)
     before = path.read_text()

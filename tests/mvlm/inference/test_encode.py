@@ -1,8 +1,10 @@
+"""Features of a split, against each image and caption alone."""
+
 import numpy as np
 import pytest
 import torch
 
-from mvlm.inference import encode as features_module
+from mvlm.inference import encode
 from mvlm.inference.encode import encode_captions, encode_split, eval_loader
 from support.models import micro_model
 from support.scenes import scene
@@ -13,7 +15,7 @@ def model():
     return micro_model(dtype=torch.float32).eval()
 
 
-def test_captions_are_padded_to_the_models_length(model, tokenizer):
+def test_encoded_captions_are_padded_to_the_models_length(model, tokenizer):
     captions = ["red top left on white", "blue", "a square, green bottom right on black, " * 5]
     with torch.no_grad():
         w, key_mask = encode_captions(model, captions, tokenizer)
@@ -26,21 +28,21 @@ def test_captions_are_padded_to_the_models_length(model, tokenizer):
     assert key_mask[2].all()
 
 
-def test_a_pass_is_in_order_over_whole_pictures_and_first_captions(model, heldout_split, tokenizer):
+def test_eval_loader_yields_uncropped_images_and_first_captions_in_order(model, heldout_split, tokenizer):
     seen = []
     for batch, masks in eval_loader(heldout_split, model, tokenizer):
         starts = batch.cu_seqlens.tolist()
         for row, i in enumerate(batch.sample_id.tolist()):
             seen.append(i)
             pixels, caption = scene(3 * i + 1)
-            # the pictures have the model's size, so that nothing is resized
+            # the images have the model's size, so nothing is resized
             assert np.array_equal(batch.images[row].permute(1, 2, 0).numpy(), pixels)
             assert batch.tokens[starts[row] : starts[row + 1]].tolist() == tokenizer.encode([caption], 12)[0].tolist()
         assert masks.patch_ids.shape[1] == 8  # two of four blocks, of four patches each
     assert seen == list(range(8))
 
 
-def test_masks_of_a_pass_follow_its_seed(model, heldout_split, tokenizer):
+def test_masks_of_eval_loader_depend_on_its_seed(model, heldout_split, tokenizer):
     drawn = [next(iter(eval_loader(heldout_split, model, tokenizer, seed)))[1] for seed in (0, 0, 1)]
     assert torch.equal(drawn[0].patch_ids, drawn[1].patch_ids)
     assert torch.equal(drawn[0].token_ids, drawn[1].token_ids)
@@ -48,12 +50,14 @@ def test_masks_of_a_pass_follow_its_seed(model, heldout_split, tokenizer):
 
 
 @pytest.mark.parametrize("batch", [64, 3])
-def test_features_are_those_of_each_picture_and_caption_alone(model, heldout_split, tokenizer, monkeypatch, batch):
-    monkeypatch.setattr(features_module, "BATCH", batch)
+def test_features_of_a_split_are_those_of_each_image_and_caption_alone(
+    model, heldout_split, tokenizer, monkeypatch, batch
+):
+    monkeypatch.setattr(encode, "BATCH", batch)
     found = encode_split(model, heldout_split, tokenizer, "fp32")
     captions = [caption for i in range(8) for caption in heldout_split.captions(i)]
     assert found.captions == captions
-    assert len(captions) == 12  # every second picture has two
+    assert len(captions) == 12  # every second image has two
     assert found.owner.tolist() == [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7]
     assert found.first.tolist() == [0, 1, 3, 4, 6, 7, 9, 10]
     assert found.v.shape == (8, 17, 16)

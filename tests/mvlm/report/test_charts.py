@@ -1,5 +1,5 @@
-# Arguments are unpacked from tables of cases, whose types pyright cannot follow.
-# pyright: reportArgumentType=false
+"""Line charts: where points, axes and labels stand."""
+
 import math
 import re
 from xml.etree import ElementTree
@@ -24,7 +24,7 @@ def polylines(chart: str) -> list[list[tuple[float, float]]]:
     return found
 
 
-def test_points_lie_where_the_axes_say():
+def test_chart_points_stand_where_the_axes_say():
     chart = line_chart("loss", {"mlm": ([10, 20, 40], [1.0, 4.0, 2.0])})
     root = parse(chart)
     labels = {t.text: (float(t.attrib["x"]), float(t.attrib["y"])) for t in root.iter("text")}
@@ -42,7 +42,7 @@ def test_points_lie_where_the_axes_say():
     assert all(0 < x < WIDTH and 0 < y < HEIGHT for x, y in line)
 
 
-def test_each_series_has_a_line_and_a_key():
+def test_each_series_of_a_chart_has_a_line_and_a_key():
     chart = line_chart("R@1", {"image to text": ([1, 2], [3, 4]), "text to image": ([1, 3], [5, 6])})
     assert [len(line) for line in polylines(chart)] == [2, 2]
     assert [key.text for key in parse(chart).iter("span")] == ["image to text", "text to image"]
@@ -52,7 +52,7 @@ def test_each_series_has_a_line_and_a_key():
     assert keys == ["key0", "key1"]
 
 
-def test_guides_widen_the_axis_and_are_named():
+def test_guides_of_a_chart_widen_its_axis_and_are_named():
     chart = line_chart("L1", {"l1": ([1, 2], [0.3, 0.31])}, {"constant white": 0.4})
     guide = next(line for line in parse(chart).iter("line") if line.attrib["class"] == "guide")
     assert all(y > float(guide.attrib["y1"]) > 0 for _, y in polylines(chart)[0])
@@ -60,14 +60,14 @@ def test_guides_widen_the_axis_and_are_named():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_points_that_are_not_finite_are_left_out(bad):
+def test_chart_points_that_are_not_finite_are_left_out(bad):
     chart = line_chart("x", {"x": ([1, 2, 3, 4], [1.0, bad, 3.0, 2.0])})
     assert chart == line_chart("x", {"x": ([1, 3, 4], [1.0, 3.0, 2.0])})
     assert "nan" not in chart
     assert "inf" not in chart
 
 
-def test_nothing_to_draw():
+def test_a_chart_without_points_says_so():
     for series in ({}, {"x": ([], [])}, {"x": ([1], [math.nan])}):
         chart = line_chart("x", series, {"guide": 1.0})
         assert "no points" in "".join(parse(chart).itertext())
@@ -75,12 +75,12 @@ def test_nothing_to_draw():
 
 
 @pytest.mark.parametrize("xs, ys", [([5], [2.0]), ([1, 2], [0.0, 0.0]), ([1, 2], [-3.0, -3.0])])
-def test_one_point_and_a_constant(xs, ys):
+def test_a_chart_of_one_point_or_of_a_constant(xs, ys):
     (line,) = polylines(line_chart("x", {"x": (xs, ys)}))
     assert all(0 < x < WIDTH and 0 < y < HEIGHT for x, y in line)
 
 
-def test_names_are_escaped():
+def test_names_in_a_chart_are_escaped():
     name = '<script>alert("1")</script> & co'
     chart = line_chart(name, {name: ([1, 2], [1, 2]), "<b>": ([1, 2], [2, 1])}, {name: 1.5})
     root = parse(chart)
@@ -112,7 +112,7 @@ def test_the_axis_is_round_and_covers_the_values(low, span):
 
 
 @pytest.mark.parametrize("window", [1, 2, 7, 50])
-def test_smooth_against_numpy(window):
+def test_trailing_means_against_numpy(window):
     values = np.random.default_rng(0).normal(size=40).tolist()
     wanted = [np.mean(values[max(0, i - window + 1) : i + 1]) for i in range(40)]
     np.testing.assert_allclose(smooth(values, window), wanted, atol=1e-12)

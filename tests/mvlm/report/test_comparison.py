@@ -1,8 +1,6 @@
 """The comparison of runs, from folders whose numbers the tests make up."""
 
 import json
-import re
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
@@ -10,6 +8,7 @@ import pytest
 from mvlm import cli
 from mvlm.errors import RunError
 from mvlm.report.comparison import write_comparison
+from support.pages import HOSTILE, Page
 
 
 def made_up(folder: Path, loss: float, steps: int = 40, **settings) -> Path:
@@ -24,34 +23,39 @@ def made_up(folder: Path, loss: float, steps: int = 40, **settings) -> Path:
     return folder
 
 
-def cells(page: str) -> list[list[str]]:
-    return [re.findall(r"<t[hd]>(.*?)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", page)]
-
-
-def test_what_is_told_of_each_run(tmp_path):
+def test_a_comparison_has_the_figures_of_each_run(tmp_path):
     runs = [made_up(tmp_path / "a", 1.5), made_up(tmp_path / "b", 2.5, 60, seed=7, model={"width": 24})]
     (runs[1] / "eval").mkdir()
     ranks = {"r1": 10.0, "r5": 20.0, "r10": 30.0}
     figures = {"split": "test", "tr": ranks, "ir": ranks, "gain_text_nats": 0.5, "gain_pixels_pct": 4.25}
     (runs[1] / "eval/test.json").write_text(json.dumps(figures))
-    page = write_comparison(runs, tmp_path / "new/page.html").read_text()
-    rows = cells(page)
+    text = write_comparison(runs, tmp_path / "new/page.html").read_text()
+    page = Page(text)
+    rows = page.rows
     head = next(row for row in rows if row[:2] == ["run", "steps"])
-    told = {row[0]: dict(zip(head, row, strict=True)) for row in rows if len(row) == len(head) and row[0] in "ab"}
-    assert (told["a"]["steps"], told["a"]["loss"], told["a"]["mlm"], told["a"]["itc"]) == ("40", "1.5", "1.5", "")
-    assert (told["b"]["steps"], told["b"]["loss"], told["b"]["bad steps"]) == ("60", "2.5", "3")
-    assert (told["a"]["pairs/s"], told["b"]["pairs/s"]) == ("20.5", "30.5")
+    found = {row[0]: dict(zip(head, row, strict=True)) for row in rows if len(row) == len(head) and row[0] in "ab"}
+    assert (found["a"]["steps"], found["a"]["loss"], found["a"]["mlm"], found["a"]["itc"]) == ("40", "1.5", "1.5", "")
+    assert (found["b"]["steps"], found["b"]["loss"], found["b"]["bad steps"]) == ("60", "2.5", "3")
+    assert (found["a"]["pairs/s"], found["b"]["pairs/s"]) == ("20.5", "30.5")
     assert ["b", "test", "10.0", "20.0", "30.0", "10.0", "20.0", "30.0", "0.5", "4.25"] in rows
     differing = [row for row in rows if row[0] in ("seed", "model.width", "batch_size")]
     assert differing == [["model.width", "16", "24"], ["seed", "0", "7"]]
-    for svg in re.findall(r"<svg.*?</svg>", page):
-        lines = ET.fromstring(svg).findall("polyline")
-        assert [line.get("class") for line in lines] == ["line0", "line1"]
-    assert len(re.findall("<svg", page)) == 3  # loss, MLM, pairs/s: what there is
-    assert "http" not in page.replace("http://www.w3.org", "")
+    assert [line["class"] for line in page.all("polyline")] == ["line0", "line1"] * 3
+    assert [svg["aria-label"] for svg in page.all("svg")] == ["loss", "MLM, nats a masked token", "pairs/s"]
+    assert "http" not in text
+    assert text.startswith("<!doctype html>")
 
 
-def test_equal_names_are_told_apart(tmp_path):
+def test_hostile_names_and_settings_are_escaped(tmp_path):
+    runs = [made_up(tmp_path / "<script>a", 1.5), made_up(tmp_path / "b", 2.5, tokenizer=HOSTILE)]
+    page = Page(write_comparison(runs, tmp_path / "page.html").read_text())
+    assert not page.all("script")
+    assert not page.all("img")
+    assert ["tokenizer", "null", json.dumps(HOSTILE)] in page.rows
+    assert "<script>a" in page.text
+
+
+def test_runs_of_equal_names_are_told_apart_by_their_paths(tmp_path):
     runs = [made_up(tmp_path / "x/run", 1.0), made_up(tmp_path / "<y>/run", 2.0)]
     page = write_comparison(runs, tmp_path / "page.html").read_text()
     assert f"{tmp_path}/x/run" in page
@@ -59,7 +63,7 @@ def test_equal_names_are_told_apart(tmp_path):
     assert "<y>" not in page
 
 
-def test_what_cannot_be_compared(tmp_path):
+def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     run = made_up(tmp_path / "a", 1.0)
     empty = made_up(tmp_path / "empty", 1.0, steps=0)
     many = [made_up(tmp_path / f"many/{n}", 1.0) for n in range(7)]
@@ -74,7 +78,7 @@ def test_what_cannot_be_compared(tmp_path):
     assert not (tmp_path / "page.html").exists()
 
 
-def test_the_command(tmp_path, capsys):
+def test_report_of_several_runs_writes_a_comparison(tmp_path, capsys):
     runs = [made_up(tmp_path / name, 1.0) for name in "abc"]
     cli.run_command(["report", *map(str, runs)])
     assert capsys.readouterr().out.strip() == str(tmp_path / "a/compare.html")

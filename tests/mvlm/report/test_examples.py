@@ -1,9 +1,10 @@
-import re
+"""Examples of a report, with the micro model and with made-up ranks."""
 
 import pytest
 import torch
 
-from mvlm.evaluation import unseen_images
+from mvlm.evaluation.evaluate import unseen_images
+from mvlm.evaluation.retrieval import Ranks
 from mvlm.inference.encode import encode_split
 from mvlm.report import examples
 from mvlm_dataloading import open_dataset
@@ -27,93 +28,98 @@ def test_chosen_samples_are_a_fixed_choice():
     assert examples.chosen_samples(5, 3, 1) == [0, 1, 2]
 
 
-def test_one_pass_returns_the_wanted_samples_in_order(model, tokenizer, heldout_split):
-    images, patches, tokens, hidden = examples.one_pass(model, tokenizer, heldout_split, [6, 1, 3])
-    assert patches.shape == (3, 8)
+def test_samples_are_read_in_the_order_of_the_split(model, tokenizer, heldout_split):
+    samples = examples.read_samples(model, tokenizer, heldout_split, [6, 1, 3])
+    assert samples.patch_ids.shape == (3, 8)
     for row, i in enumerate((1, 3, 6)):
         pixels, caption = scene(3 * i + 1)
-        assert (images[row].permute(1, 2, 0).numpy() == pixels).all()
-        assert tokens[row].tolist() == tokenizer.encode([caption], 12)[0].tolist()
-        assert hidden[row].min() > 0
-        assert hidden[row].max() < len(tokens[row]) - 1
-        assert len(hidden[row]) == max(1, round(0.3 * (len(tokens[row]) - 2)))
+        assert (samples.images[row].permute(1, 2, 0).numpy() == pixels).all()
+        tokens, masked = samples.tokens[row], samples.masked_tokens[row]
+        assert tokens.tolist() == tokenizer.encode([caption], 12)[0].tolist()
+        assert masked.min() > 0
+        assert masked.max() < len(tokens) - 1
+        assert len(masked) == max(1, round(0.3 * (len(tokens) - 2)))
 
 
-def test_a_caption_with_its_gaps_and_its_guesses(tokenizer):
+def text_of(pieces: list[examples.Example]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+def test_a_caption_with_its_masked_tokens_and_its_guesses(tokenizer):
     tokens = torch.from_numpy(tokenizer.encode(["red top left on white"], 12)[0])
     number = len(tokens) - 2
     plain = examples.marked_caption(tokenizer, tokens, torch.tensor([], dtype=torch.int64), None)
-    assert plain.strip() == "red top left on white"
-    hidden = torch.tensor([1, number])
-    assert examples.marked_caption(tokenizer, tokens, hidden, None).count("▢") == 2
+    assert text_of(plain).strip() == "red top left on white"
+    masked = torch.tensor([1, number])
+    assert text_of(examples.marked_caption(tokenizer, tokens, masked, None)).count("▢") == 2
     guesses = torch.tensor([tokens[1].item(), tokens[1].item()])
-    marked = examples.marked_caption(tokenizer, tokens, hidden, guesses)
-    found = re.findall('<span class="(right|wrong)">(.*?)</span>', marked)
-    assert [kind for kind, _ in found] == ["right", "wrong"]
-    assert found[0][1] == found[1][1] == examples.piece_text(tokenizer, int(tokens[1]))
+    found = [piece for piece in examples.marked_caption(tokenizer, tokens, masked, guesses) if piece.mark]
+    assert [piece.mark for piece in found] == ["right", "wrong"]
+    assert found[0].text == found[1].text == examples.token_text(tokenizer, int(tokens[1]))
 
 
-def test_guesses_are_escaped(tokenizer):
-    token = tokenizer.encode(["<"], 12)[0][1:-1].tolist()[-1]
-    tokens = torch.tensor([tokenizer.cls_id, token, token, tokenizer.sep_id])
-    marked = examples.marked_caption(tokenizer, tokens, torch.tensor([1]), torch.tensor([token]))
-    assert marked.count("&lt;") == 2
+def test_filled_captions_pair_each_caption_with_its_image_and_a_wrong_one(model, tokenizer, heldout_split):
+    found = examples.filled_captions(model, tokenizer, heldout_split)
+    assert len(found) == len(heldout_split)
+    images = {scene_uri(3 * i + 1) for i in range(8)}
+    for i, filled in enumerate(found):
+        assert filled.right_image == scene_uri(3 * i + 1)
+        assert filled.wrong_image in images - {filled.right_image}
+        assert text_of(filled.masked).count("▢") == sum(bool(piece.mark) for piece in filled.with_right) > 0
+        assert not any(piece.mark for piece in filled.masked)
 
 
-def answers(html: str) -> list[tuple[str, str]]:
-    """(heading, row) of every row of the retrieval section."""
-    found, heading = [], ""
-    for piece in re.split(r'(?=<h3>)|(?=<div class="row">)', html):
-        if piece.startswith("<h3>"):
-            heading = re.sub("<.*?>", "", piece.split("</h3>")[0])
-        elif piece.startswith('<div class="row">'):
-            found.append((heading, piece))
-    return found
+def scene_uri(number: int) -> str:
+    return examples.data_uri(torch.from_numpy(scene(number)[0]).permute(2, 0, 1))
+
+
+def test_reconstructions_are_strips_of_four_images(model, tokenizer, heldout_split):
+    strips = examples.reconstructions(model, tokenizer, heldout_split)
+    assert [len(strip) for strip in strips] == [4] * 8
+    for i, (original, masked, own, wrong) in enumerate(strips):
+        assert (original.text, masked.text) == ("original", "masked")
+        assert original.image == scene_uri(3 * i + 1)
+        assert own.text == scene(3 * i + 1)[1] != wrong.text
+        assert len({panel.image for panel in (original, masked, own, wrong)}) == 4
 
 
 def test_retrievals_show_the_best_and_the_worst(model, tokenizer, heldout_split, train_split, monkeypatch):
-    """With given ranks: the best are right and sure, the worst are those with most before them."""
+    """The best are right and have the highest scores; the worst have most wrong answers before them."""
     features = encode_split(model, heldout_split, tokenizer, "fp32")
 
     def ranks(model, features, direction):
         number = 8 if direction == "tr" else 12
         found = torch.arange(number) % 3 * 2  # rank 0, 2, 4, 0, 2, 4, ...
-        return examples_ranks(found, found, torch.zeros(number, 3, dtype=torch.int64), torch.arange(number).float())
-
-    from mvlm.evaluation import Ranks as examples_ranks
+        return Ranks(found, found, torch.zeros(number, 3, dtype=torch.int64), torch.arange(number).float())
 
     monkeypatch.setattr(examples, "rank", ranks)
     unseen = unseen_images(heldout_split, train_split)
     assert unseen is not None
     assert not unseen.any()  # so the best may be any that are right
-    rows = answers(examples.retrievals(model, heldout_split, train_split, features))
-    shown = {}
-    for heading, row in rows:
-        place = int(re.findall(r"right answer at rank (\d+)", row)[0])
-        shown.setdefault(heading.split(":")[0], []).append(place)
-    assert shown["Image to text, best"] == [1, 1, 1]  # pictures 6, 3, 0
+    groups = {g.title.split(":")[0]: g for g in examples.retrievals(model, heldout_split, train_split, features)}
+    shown = {title: [found.rank for found in group.retrievals] for title, group in groups.items()}
+    assert shown["Image to text, best"] == [1, 1, 1]  # images 6, 3, 0
     assert shown["Text to image, best"] == [1, 1, 1, 1]
     assert shown["Image to text, worst"][:2] == [5, 5]
     assert shown["Text to image, worst"] == [5, 5, 5, 5]
-    best = [row for heading, row in rows if heading.startswith("Text to image, best")]
-    for row, caption in zip(best, (9, 6, 3, 0), strict=True):  # the surest first
-        assert features.captions[caption] in row
+    best = [found.query.text for found in groups["Text to image, best"].retrievals]
+    assert best == [features.captions[caption] for caption in (9, 6, 3, 0)]  # the highest score first
 
 
 def test_a_right_answer_is_marked(heldout_split, model, tokenizer):
     features = encode_split(model, heldout_split, tokenizer, "fp32")
-    row = examples.retrieval_row(heldout_split, features, "tr", 1, [2, 0, 1], 1)
-    marks = re.findall(r"<div><span( class=\"right\")?>(.*?)</span></div>", row)
-    assert [bool(mark) for mark, _ in marks] == [True, False, True]  # captions 1 and 2 are picture 1's
-    assert [caption for _, caption in marks] == [features.captions[t] for t in (2, 0, 1)]
-    assert "right answer at rank 2" in row
-    row = examples.retrieval_row(heldout_split, features, "ir", 4, [0, 3], 1)
-    assert [bool(mark) for mark in re.findall(r"<figcaption><span( class=\"right\")?>", row)] == [False, True]
+    found = examples.retrieval(heldout_split, features, "tr", 1, [2, 0, 1], 1)
+    assert [answer.mark for answer in found.answers] == ["right", "", "right"]  # captions 1 and 2 are image 1's
+    assert [answer.text for answer in found.answers] == [features.captions[t] for t in (2, 0, 1)]
+    assert found.rank == 2
+    assert found.query.image
+    found = examples.retrieval(heldout_split, features, "ir", 4, [0, 3], 1)
+    assert [answer.mark for answer in found.answers] == ["", "right"]
+    assert all(answer.image for answer in found.answers)
+    assert (found.query.text, found.query.image) == (features.captions[4], "")
 
 
 def test_unseen_concepts_come_first_among_the_best(model, tokenizer, heldout_split, tmp_path, monkeypatch):
-    from mvlm.evaluation import Ranks
-
     train = open_dataset(write_scenes(tmp_path / "reds", {"train": 1}), "train")  # only scene 0, which is red
     unseen = unseen_images(heldout_split, train)
     assert unseen is not None
@@ -125,10 +131,11 @@ def test_unseen_concepts_come_first_among_the_best(model, tokenizer, heldout_spl
         number = 8 if direction == "tr" else 12
         zeros = torch.zeros(number, dtype=torch.int64)
         red = ~unseen if direction == "tr" else ~unseen[features.owner]
-        return Ranks(zeros, zeros, zeros[:, None], red.float())  # surest of all where the picture is red
+        return Ranks(zeros, zeros, zeros[:, None], red.float())  # the red images have the highest scores
 
     monkeypatch.setattr(examples, "rank", all_right)
-    rows = answers(examples.retrievals(model, heldout_split, train, features))
-    best = [row for heading, row in rows if "Text to image, best" in heading]
-    assert len(best) == 4
-    assert not any(re.search('class="query"><p>(a square, )?red', row) for row in best)
+    groups = examples.retrievals(model, heldout_split, train, features)
+    (best,) = [group for group in groups if group.title.startswith("Text to image, best")]
+    assert best.title.endswith(", among unseen concepts")
+    assert len(best.retrievals) == 4
+    assert not any("red" in found.query.text.split() for found in best.retrievals)

@@ -1,0 +1,58 @@
+"""The HTML of a report: the template environment, and the parts that both pages use."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from mvlm.errors import RunError
+
+FOLDER = Path(__file__).parent
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(FOLDER / "templates"),
+    autoescape=True,  # run names, captions and attributions are other people's text
+    undefined=StrictUndefined,  # a misspelt name in a template is an error, not an empty string
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+ENVIRONMENT.globals["style"] = Markup((FOLDER / "style.css").read_text())  # pages load nothing, so they carry it
+
+
+def render(template: str, **values: Any) -> Markup:
+    """The HTML of a template of `templates/`. Every value is escaped, except Markup."""
+    return Markup(ENVIRONMENT.get_template(template).render(values))
+
+
+def write_page(out: Path, template: str, **values: Any) -> Path:
+    """Render a template into a file, making its folder if there is none. Returns the file."""
+    page = render(template, **values)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(page)
+    return out
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
+    """An HTML table; cells are plain text."""
+    return render("table.html", header=header, rows=rows)
+
+
+ENVIRONMENT.globals["table"] = table
+
+
+@contextmanager
+def figures_of(file: Path) -> Iterator[dict[str, Any]]:
+    """The figures that `mvlm eval retrieval` wrote to a file.
+
+    Raises:
+        RunError: the file is something else, or lacks a figure that is read inside the `with` block.
+    """
+    try:
+        yield json.loads(file.read_text())
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise RunError(
+            f"{file}: wanted the figures that `mvlm eval retrieval` writes, got {error!r}; evaluate the run again"
+        ) from None

@@ -1,0 +1,75 @@
+"""`mvlm data check`, `index` and `view`, on intact and broken data sets and on a full disk."""
+
+import errno
+import shutil
+
+import pytest
+
+from mvlm.commands import data_tools
+from support.data import file_contents
+
+
+def fail_with_a_full_disk(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_built_data_set_and_its_view_pass_the_check(view, data_set, run_data):
+    outcome = run_data("check", view)
+    assert outcome.code == 0
+    assert "images              6" in "\n".join(outcome.out)
+    assert "width over height   1.33 / 1.33 / 1.33" in "\n".join(outcome.out)
+    assert (view / "contact-sheet.png").is_file()
+    outcome = run_data("check", data_set, "--sheet", view.parent / "sheet.png")
+    assert "rejected: 1 no caption" in "\n".join(outcome.out)
+    assert (view.parent / "sheet.png").is_file()
+    outcome = run_data("index", data_set)
+    assert (outcome.code, outcome.out[0].split(":")[1]) == (0, " 6 train; left out")
+
+
+def test_check_finds_a_missing_shard_of_a_view(view, data_set, run_data):
+    (data_set / "train-000000.tar").unlink()
+    outcome = run_data("check", view)
+    assert outcome.code == 2
+    assert len(outcome.err) == 1
+    assert "train-000000.tar: wanted a shard that dataset.json names, found no such file" in outcome.err[0]
+    assert "problems" in "\n".join(outcome.out)
+
+
+def test_index_repairs_the_index_of_another_tar(data_set, run_data):
+    assert len(list(data_set.glob("*.tar"))) > 1
+    shutil.copy(data_set / "train-000001.idx", data_set / "train-000000.idx")
+    outcome = run_data("check", data_set)
+    assert outcome.code == 2
+    assert len(outcome.err) == 1
+    assert "train-000000.idx: wanted" in outcome.err[0]
+    assert run_data("index", data_set).code == 0
+    assert run_data("check", data_set).code == 0
+
+
+def test_a_view_on_a_full_disk_leaves_nothing(view, data_set, tmp_path, monkeypatch, run_data):
+    (tmp_path / ".other.partial").mkdir()  # of a killed build, which may be resumed
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr("mvlm_dataloading.tools.view.write_durably", fail_with_a_full_disk)
+    outcome = run_data("view", tmp_path / "other", "--sources", data_set)
+    assert outcome.code == 2
+    assert outcome.err == [
+        "mvlm: wanted room to write, found none ([Errno 28] No space left on device); free some space and try again"
+    ]
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_index_on_a_full_disk_changes_nothing(data_set, monkeypatch, run_data):
+    before = file_contents(data_set)
+    monkeypatch.setattr("mvlm_dataloading.dataset.description.sync_file", fail_with_a_full_disk)
+    outcome = run_data("index", data_set)
+    assert outcome.code == 2
+    assert outcome.err[0].startswith("mvlm: wanted room to write, found none")
+    assert file_contents(data_set) == before
+
+
+def test_number_of_processes_is_at_most_one_a_piece():
+    assert data_tools.processes(3) == 3
+    assert data_tools.processes(3, 2) == 2
+    assert data_tools.processes(None, 1) == 1
+    with pytest.raises(ValueError, match="workers: wanted at least 1, got 0"):
+        data_tools.processes(0)

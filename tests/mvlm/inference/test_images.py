@@ -1,0 +1,82 @@
+"""Images loaded from files, and images with masked patches."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mvlm.errors import RunError
+from mvlm.inference.images import GREY, hide_patches, load_image
+from support.models import micro_batch
+from support.scenes import png, scene
+
+
+def test_an_image_of_the_right_size_is_loaded_unchanged(tmp_path):
+    pixels, _ = scene(5)
+    (tmp_path / "a.png").write_bytes(png(pixels))
+    found = load_image(tmp_path / "a.png", 32)
+    assert found.dtype == torch.uint8
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), pixels)
+
+
+def test_an_image_is_squeezed_to_a_square(tmp_path):
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 30:] = (200, 100, 50)
+    (tmp_path / "a.png").write_bytes(png(wide))
+    found = load_image(tmp_path / "a.png", 32)
+    assert found.shape == (3, 32, 32)
+    assert found[:, :, :12].max() == 0
+    assert found[:, :, 20:].float().mean((1, 2)).tolist() == [200, 100, 50]
+
+
+def test_transparent_areas_of_an_image_become_white(tmp_path):
+    clear = np.zeros((32, 32, 4), np.uint8)
+    clear[:, 16:] = (10, 20, 30, 255)
+    clear[:8, 16:, 3] = 0
+    (tmp_path / "a.png").write_bytes(png(clear))
+    found = load_image(tmp_path / "a.png", 32)
+    assert (found[:, :, :16] == 255).all()
+    assert (found[:, :8] == 255).all()
+    assert found[:, 20, 20].tolist() == [10, 20, 30]
+
+
+@pytest.mark.parametrize("mode, value", [("L", 77), ("P", 0), ("1", 1), ("CMYK", (0, 0, 0, 0))])
+def test_images_of_other_modes_are_loaded(tmp_path, mode, value):
+    path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
+    Image.new(mode, (40, 40), value).save(path)
+    found = load_image(path, 16)
+    assert found.shape == (3, 16, 16)
+    assert (found == {"L": 77, "P": 0, "1": 255, "CMYK": 255}[mode]).all()
+
+
+@pytest.mark.parametrize("content, message", [(None, "found no such file"), (b"", "could not"), (b"text", "could not")])
+def test_a_file_that_is_not_an_image_is_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(RunError, match=rf"a\.png: wanted an image, {message}"):
+        load_image(tmp_path / "a.png", 32)
+
+
+def test_a_truncated_image_and_a_folder_are_refused(tmp_path):
+    content = png(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    (tmp_path / "a.png").write_bytes(content[: len(content) // 2])
+    for path in (tmp_path / "a.png", tmp_path):
+        with pytest.raises(RunError, match="wanted an image, could not read it"):
+            load_image(path, 32)
+
+
+def test_hidden_patches_are_grey_and_the_others_unchanged():
+    batch, masks = micro_batch()
+    shown = hide_patches(batch.images, masks.patch_ids, 8)
+    for row in range(5):
+        for patch in range(16):
+            area = (
+                row,
+                slice(None),
+                slice(patch // 4 * 8, patch // 4 * 8 + 8),
+                slice(patch % 4 * 8, patch % 4 * 8 + 8),
+            )
+            if patch in masks.patch_ids[row].tolist():
+                assert (shown[area] == GREY).all()
+            else:
+                assert torch.equal(shown[area], batch.images[area])

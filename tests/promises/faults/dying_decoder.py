@@ -1,0 +1,45 @@
+"""A build whose decoder aborts its process on some images. test_build.py runs it.
+
+    python tests/promises/faults/dying_decoder.py OUT
+
+Worker processes import this file, and thereby replace the decoder too.
+"""
+
+import io
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mvlm_dataloading.build import piece
+from mvlm_dataloading.build.build import build_shards
+from mvlm_dataloading.options import BuildOptions
+from mvlm_dataloading.sources.record import ListedPiece, Record, Source
+
+DEADLY = b"deadly"
+
+
+class ImageDecoder(piece.ImageDecoder):
+    def __call__(self, images):
+        if any(image.endswith(DEADLY) for image in images):
+            os.abort()
+        yield from super().__call__(images)
+
+
+def image(i: int) -> bytes:
+    file = io.BytesIO()
+    small = np.random.default_rng(i).integers(0, 256, (6, 8, 3), np.uint8)
+    Image.fromarray(small).resize((40, 30), Image.Resampling.BICUBIC).save(file, "PNG")
+    return file.getvalue() + (DEADLY if i in (3, 10) else b"")
+
+
+piece.ImageDecoder = ImageDecoder
+
+if __name__ == "__main__":
+    pieces = [
+        ListedPiece("train", [Record(f"k{i:02d}", image(i), ["words"], f"{i}.png") for i in range(begin, begin + 6)])
+        for begin in (0, 6)
+    ]
+    build_shards(Source("deadly", "", "", {}, pieces), Path(sys.argv[1]), BuildOptions(), workers=2)

@@ -1,0 +1,159 @@
+"""Trials of test_ranks.py that compare runs on one and two ranks.
+
+Equal means equal to the bit. Tolerances apply only between different numbers of ranks or different shardings of the
+weights, which sum in another order.
+"""
+
+import json
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.runs.checkpoint import checkpoints, read_tensors, verify_checkpoint
+from mvlm.runs.folder import read_metrics
+from support.faults import injections
+from support.faults.campaign import Campaign, end_of_log, file_bytes, require, require_log
+from support.faults.forked_runs import MODEL, STEPS
+
+LOSSES = ("loss", "mlm", "mim", "itc", "itm")
+FP32 = {"losses": 1e-5, "gradients": 1e-4}
+"""Relative tolerances of fp32 losses and gradient norms. Usual differences are 3e-7 and 2e-6."""
+BF16 = {"losses": 1e-2, "gradients": 0.15}
+"""Relative tolerances of bf16, which has 8 bits. Usual differences are 4e-3 and 0.05, as to one rank in fp32."""
+WEIGHTS = 1e-4
+"""Absolute tolerance of fp32 weights. 1e-5 is usual. AdamW moves a weight by its rate, 1e-3, even if its gradient is
+almost 0."""
+
+
+def weights(run: Path, part: str) -> dict[str, Tensor]:
+    """Unsharded weights ("model") or their average ("ema") in the last checkpoint, by name."""
+    found = {name: torch.full_like(p, torch.nan) for name, p in MaskVLM(MODEL).state_dict().items()}
+    read_tensors(run / "checkpoints" / f"step_{STEPS:08d}" / part, found)
+    return found
+
+
+def require_close_metrics(run: Path, other: Path, losses: float, gradients: float) -> None:
+    """Require every loss and gradient norm of every step of two runs to agree, to relative tolerances."""
+    ours, theirs = (read_metrics(folder / "metrics.jsonl") for folder in (run, other))
+    require([row["step"] for row in ours] == [row["step"] for row in theirs], "other steps")
+    for a, b in zip(ours, theirs, strict=True):
+        for name, most in {**dict.fromkeys(LOSSES, losses), "grad_norm": gradients}.items():
+            off = abs(a[name] - b[name]) / abs(b[name])
+            require(off < most, f"{name} of step {a['step']}: {a[name]}, not {b[name]}; off by {off:.2g} of it")
+
+
+def require_close_weights(run: Path, other: Path, part: str) -> None:
+    ours, theirs = weights(run, part), weights(other, part)
+    worst = max((float((ours[name] - theirs[name]).abs().max()), name) for name in theirs)
+    require(worst[0] < WEIGHTS, f"{part}/{worst[1]} is off by {worst[0]:.2g}")
+
+
+def samples(out: Path, ranks: int) -> dict[int, list[int]]:
+    """Sample ids of the global batch of each step, in order, from the files of `log_samples`."""
+    found: dict[int, list[int]] = {}
+    for rank in range(ranks):
+        for line in out.with_suffix(f".{ranks}-{rank}").read_text().splitlines():
+            step, ids = json.loads(line)
+            found.setdefault(step, []).extend(ids)
+    return found
+
+
+def resized(campaign: Campaign, out: Path, before: int, after: int, parallel: str) -> None:
+    """A run stopped after step 6 and resumed on another number of ranks equals the run that stays on one."""
+
+    def arrange(rank: int, ranks: int, stops: int | None) -> None:
+        injections.log_samples(out.with_suffix(f".{ranks}-{rank}"))
+        if stops is not None:
+            injections.at_step(stops, injections.kill(signal.SIGTERM))
+
+    for ranks in (before, after):
+        # Two ranks agree to stop during the step after the request.
+        stops = None if ranks == after else 6 if ranks == 1 else 5
+        faults = {rank: partial(arrange, rank, ranks, stops) for rank in range(ranks)}
+        codes = campaign.run(out, ranks, faults, parallel=parallel)
+        require(codes == [0] * ranks, f"ended with {codes}: {end_of_log(out)}")
+    first, rest = samples(out, before), samples(out, after)
+    require((list(first), list(rest)) == ([1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 11, 12]), f"steps {[*first]}, {[*rest]}")
+    stays = out.with_name("stays")  # shared by these trials: on one rank `parallel` changes nothing
+    if not stays.exists():
+        campaign.run(stays, 1, {0: partial(injections.log_samples, stays.with_suffix(".1-0"))})
+    require(first | rest == samples(stays, 1), "other samples, or in another order")
+    require_log(out, "and the same pixels, captions and masks")
+    require_close_metrics(out, stays, **FP32)
+    for part in ("model", "ema"):
+        require_close_weights(out, stays, part)
+
+
+def last_save(campaign: Campaign, out: Path, ranks: int) -> None:
+    """The last checkpoint cannot be written: a full disk on the only rank, or a size limit on the second of two."""
+    keep: dict[str, Any] = {"keep_checkpoints": 3}
+    why, operation, action = "OSError: [Errno 28] No space left on device", 1, injections.disk_full
+    if ranks == 2:
+        why, operation, action = "OSError: [Errno 27] File too large", 0, injections.limit_file_size
+    fault = partial(injections.at_save_of_step, STEPS, operation, action)
+    codes = campaign.run(out, ranks, {ranks - 1: fault}, **keep)
+    require(codes == [2] * ranks, f"ended with {codes}: {end_of_log(out)}")
+    folder = out / "checkpoints"
+    require_log(out, f"could not save {folder}/step_{STEPS:08d}: {why}; training continues, older checkpoints are unchanged")
+    require_log(
+        out, f"mvlm: {folder}/step_{STEPS:08d}: could not be written (the reason is above), and the run ends here"
+    )
+    kept = file_bytes(folder)
+    require({name.split("/")[0] for name in kept} == {f"step_{step:08d}" for step in (3, 6, 9)}, f"found {list(kept)}")
+    for path in checkpoints(folder):
+        verify_checkpoint(path)
+    require(len(read_metrics(out / "metrics.jsonl")) == STEPS, "rows are missing")
+    codes = campaign.run(out, ranks, **keep)
+    require(codes == [0] * ranks, f"resuming ended with {codes}: {end_of_log(out)}")
+    campaign.require_equal(out, ranks)
+    stayed = {name: content for name, content in kept.items() if not name.startswith("step_00000003")}
+    require(stayed.items() <= file_bytes(folder).items(), "an older checkpoint was changed")
+
+
+def average(campaign: Campaign, out: Path) -> None:
+    """Sharded weights and their average resume exactly after a kill, and are close to those of unsharded ranks."""
+    fault = partial(injections.at_step, 8, injections.kill())
+    codes = campaign.run(out, 2, {1: fault}, parallel="fsdp")
+    require(codes == [1, -signal.SIGKILL], f"ended with {codes}: {end_of_log(out)}")
+    campaign.require_resume(out, 2, parallel="fsdp")
+    for part in ("model", "ema"):
+        require_close_weights(out, campaign.undisturbed(2), part)
+    own, averaged = weights(out, "model"), weights(out, "ema")
+    require(not any(torch.equal(own[name], averaged[name]) for name in own), "the average is the weights")
+
+
+def evaluated(campaign: Campaign, out: Path) -> None:
+    """The average of sharded weights is evaluated during training, with the figures of unsharded weights."""
+    changes: dict[str, Any] = {"eval_every_steps": 6, "max_steps": 6}
+    codes = campaign.run(out, 2, parallel="fsdp", **changes)
+    require(codes == [0, 0], f"ended with {codes}: {end_of_log(out)}")
+    ours, theirs = (read_metrics(run / "metrics.jsonl")[-1] for run in (out, campaign.undisturbed(2, **changes)))
+    for name in ("masked_l1", "masked_nats"):
+        require(abs(ours[name] / theirs[name] - 1) < 1e-4, f"{name}: {ours[name]}, not {theirs[name]}")
+
+
+def bfloat16(campaign: Campaign, out: Path, parallel: str) -> None:
+    """bf16 autocast on two ranks learns as on one, and does compute in bf16."""
+    changes: dict[str, Any] = {"precision": "bf16", "max_steps": 6}
+    codes = campaign.run(out, 2, parallel=parallel, **changes)
+    require(codes == [0, 0], f"ended with {codes}: {end_of_log(out)}")
+    require_close_metrics(out, campaign.undisturbed(1, **changes), **BF16)
+    rows, exact = (read_metrics(run / "metrics.jsonl") for run in (out, campaign.undisturbed(1)))
+    require(all(row["bad_steps"] == 0 for row in rows), "steps were skipped")
+    require(rows[0]["loss"] != exact[0]["loss"], "computed in fp32")
+
+
+LAYOUTS = [(a, b, kind) for a, b in ((1, 2), (2, 1)) for kind in ("ddp", "fsdp")]
+TRIALS: dict[str, Callable[[Campaign, Path], None]] = {
+    **{f"{a} to {b}, {kind}": partial(resized, before=a, after=b, parallel=kind) for a, b, kind in LAYOUTS},
+    **{f"last save, {ranks}": partial(last_save, ranks=ranks) for ranks in (1, 2)},
+    **{f"bf16, {kind}": partial(bfloat16, parallel=kind) for kind in ("ddp", "fsdp")},
+    "average": average,
+    "evaluated average": evaluated,
+}

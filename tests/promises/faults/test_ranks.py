@@ -1,0 +1,67 @@
+"""Runs on several ranks: restarted by torchrun, resumed on other numbers of ranks, sharded, and on a full disk.
+
+Each test is a trial of ranks.py or elastic.py. Trials with torchrun take about 20 s each.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow
+SERVER = Path(__file__).with_name("serve.py")
+
+
+@pytest.fixture(scope="module")
+def trial() -> Iterator[Callable[[str], None]]:
+    """A function that does a trial by name, in a process that all trials share. It raises AssertionError on failure."""
+    with subprocess.Popen(
+        [sys.executable, str(SERVER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
+        asking, answers = process.stdin, process.stdout
+        assert asking is not None
+        assert answers is not None
+
+        def do(name: str) -> None:
+            asking.write(name + "\n")
+            answer = answers.readline()
+            assert answer, "the process ended"
+            failure = json.loads(answer)
+            assert failure is None, failure
+
+        yield do
+
+
+def test_torchrun_restarts_a_run_after_a_worker_is_killed(trial):
+    trial("worker killed")
+
+
+def test_a_node_that_is_killed_is_replaced(trial):
+    trial("node killed")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("ranks", ["1 to 2", "2 to 1"])
+def test_a_run_resumes_on_another_number_of_ranks(trial, ranks, parallel):
+    trial(f"{ranks}, {parallel}")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_whose_last_checkpoint_cannot_be_written_says_so_and_can_be_resumed(trial, ranks):
+    trial(f"last save, {ranks}")
+
+
+def test_sharded_weights_and_their_average_resume_exactly_and_equal_those_of_ddp(trial):
+    trial("average")
+
+
+def test_the_average_of_sharded_weights_is_evaluated_during_training(trial):
+    trial("evaluated average")
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_bf16_learns_the_same_on_two_ranks_as_on_one(trial, parallel):
+    trial(f"bf16, {parallel}")

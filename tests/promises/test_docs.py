@@ -1,0 +1,98 @@
+"""Commands and examples of docs/ run as written, in order. Only pretraining is shortened.
+
+docs/data.md and docs/loader.md are run by test_docs_data.py and test_docs_loader.py.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mvlm.cli import run_command
+from support.shapes import copy_shapes
+
+ROOT = Path(__file__).parents[2]
+GUIDE, TRAINING = ROOT / "docs" / "guide.md", ROOT / "docs" / "training.md"
+SHORT = ["--max-steps", "2", "--batch-size", "8"]
+
+
+def blocks(language: str, page: Path) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def guide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("guide")
+    Image.new("RGB", (80, 60), "red").save(folder / "image.png")
+    commands = [shlex.split(line) for block in blocks("sh", GUIDE) for line in block.splitlines()]
+    assert len(commands) >= 7
+    for words in commands:
+        assert words[0] == "mvlm"
+        words = [*words[1:], *(SHORT if words[1] == "pretrain" else [])]
+        done = subprocess.run([sys.executable, "-m", "mvlm", *words], cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, f"mvlm {shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    return folder
+
+
+@pytest.mark.slow
+def test_commands_of_the_guide_run(guide_folder: Path) -> None:
+    for name in ("data/emoji/dataset.json", "runs/guide/eval/test.json", "runs/guide/report.html", "rebuilt.png"):
+        assert (guide_folder / name).stat().st_size > 0
+    with Image.open(guide_folder / "rebuilt.png") as rebuilt:
+        assert rebuilt.size == (4 * 96, 96)
+
+
+@pytest.mark.slow
+def test_python_of_the_guide_runs(guide_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(guide_folder)
+    for block in blocks("python", GUIDE):
+        names: dict[str, object] = {}
+        exec(block, names)
+        assert names["model"].training is False  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/kernels/*.md")), ids=lambda page: page.stem)
+def test_examples_of_the_ops_run(page: Path) -> None:
+    assert blocks("python", page)
+    for block in blocks("python", page):
+        exec(block, {})
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
+
+
+@pytest.mark.slow
+def test_commands_of_the_training_page_run(tmp_path, monkeypatch, capsys) -> None:
+    """They run in one process, on the committed images in place of the emoji that the guide's commands build."""
+    monkeypatch.chdir(tmp_path)
+    copy_shapes(tmp_path / "data" / "emoji")
+    commands = [shlex.split(line) for block in blocks("sh", TRAINING) for line in block.splitlines()]
+    assert [words[1] for words in commands] == [
+        "data", "doctor", "pretrain", "pretrain", "pretrain", "report", "export",
+    ]  # fmt: skip
+    for words in commands[1:]:
+        short = SHORT if words[1] == "pretrain" else SHORT[2:] if words[1] == "doctor" else []
+        run_command([*words[1:], *short])
+    for name in (
+        "runs/mine/compare.html",
+        "runs/mine/metrics.jsonl",
+        "runs/again/metrics.jsonl",
+        "portable/model.safetensors",
+    ):
+        assert (tmp_path / name).stat().st_size > 0
+
+
+def test_each_promise_of_the_training_page_names_a_test() -> None:
+    promises = re.findall(r"^\| .* \| `(tests/\S+)::(test_\w+)` \|$", TRAINING.read_text(), re.MULTILINE)
+    assert len(promises) >= 20
+    for file, name in promises:
+        text = (ROOT / file).read_text()
+        assert re.search(rf"^def {name}\(", text, re.MULTILINE), f"{file}::{name} does not exist"

@@ -1,0 +1,103 @@
+"""The training step on a CUDA device: no host synchronization, CUDA graphs, and kernels against torch."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mvlm.config.model import MaskVLMConfig
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.packing import pad_to_bucket
+from mvlm_kernels import use_backend
+from support.models import micro_batch, micro_config
+
+pytestmark = pytest.mark.gpu
+SIZES = {"width": 128, "heads": 2, "image_size": 96, "patch_size": 16, "mask_block": 32, "text_length": 24}
+
+
+def make(pairs: int = 16):
+    """A model with heads of width 64, and a batch padded to buckets, on the device."""
+    config = micro_config(**SIZES)
+    torch.manual_seed(0)
+    model = MaskVLM(config).cuda()
+    batch, masks = micro_batch(tuple(3 + n % 20 for n in range(pairs)), config=config)
+    batch, masks = pad_to_bucket(batch, masks, config.text_length)
+    return model, batch.to("cuda"), masks.to("cuda")
+
+
+def step(model: MaskVLM, batch, masks, number: int | torch.Tensor = 0) -> torch.Tensor:
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = model(batch, masks, step=number, plan="fast").total
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("drop_masked", [False, True])
+def test_a_step_never_synchronizes_with_the_device(drop_masked):
+    model, batch, masks = make()
+    model.config = replace(model.config, drop_masked=drop_masked)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    step(model, batch, masks)  # kernels compile, caches fill
+    optimizer.step()
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        step(model, batch, masks)
+        optimizer.step()
+        model.clamp_temperature()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_in_a_cuda_graph_equals_the_eager_step():
+    """Captured once and replayed on other images and another step number, it gives the eager step's gradients."""
+    model, batch, masks = make()
+    number = torch.zeros((), dtype=torch.int64, device="cuda")
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step(model, batch, masks, number)
+            model.zero_grad(set_to_none=False)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step(model, batch, masks, number)
+    batch.images.copy_(batch.images.flip(0))
+    number.fill_(5)
+    model.zero_grad(set_to_none=False)
+    graph.replay()
+    found, gradients = loss.clone(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=False)
+    wanted = step(model, batch, masks, 5)
+    assert torch.equal(found, wanted)
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        assert torch.equal(gradients[name], parameter.grad), name
+
+
+def test_kernels_train_as_torch_does():
+    """The loss curves of 200 steps with and without the kernels stay together."""
+    curves = {}
+    for backend in ("triton", "torch"):
+        model, batch, masks = make()
+        model.set_attention("auto", "triton" if backend == "triton" else "sdpa")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, fused=True)
+        losses = []
+        with use_backend(backend):
+            for number in range(200):
+                losses.append(step(model, batch, masks, number))
+                optimizer.step()
+                optimizer.zero_grad()
+        curves[backend] = torch.stack(losses)
+    a, b = curves["triton"], curves["torch"]
+    assert a[-20:].mean() < 0.7 * a[0]
+    assert (a - b).abs().mean() <= 0.02 * b.mean()
+
+
+def test_the_base_model_takes_a_step():
+    torch.manual_seed(0)
+    config = MaskVLMConfig.preset("base")
+    batch, masks = micro_batch(tuple(8 + n % 20 for n in range(32)), config=config)
+    batch, masks = (x.to("cuda") for x in pad_to_bucket(batch, masks, config.text_length))
+    model = MaskVLM(config).cuda()
+    assert torch.isfinite(step(model, batch, masks))

@@ -1,0 +1,202 @@
+"""Remote data through local servers, an object store and a web server, from opening to batches."""
+
+import contextlib
+import itertools
+import json
+import os
+import threading
+
+import pytest
+import torch
+
+from mvlm_dataloading import DataError, Loader, Tokenizer, open_dataset
+from mvlm_dataloading.dataset import remote_cache
+from mvlm_dataloading.loader import reader, sampler
+from support.data import wave_tokenizer, write_dataset
+from support.web_server import FolderHandler, serve
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return wave_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """48 images in several shards."""
+    folder = tmp_path_factory.mktemp("elsewhere") / "data"
+    write_dataset(folder, 48, max_shard_bytes=60_000, kinds=("JPEG",))
+    assert len(list(folder.glob("*.tar"))) >= 5
+    return folder
+
+
+@pytest.fixture
+def web(folder):
+    with serve(folder) as url:
+        yield url
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MVLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote_cache, "FIRST_PAUSE_S", 0.01)
+    return tmp_path / "cache"
+
+
+def limit_to(monkeypatch, folder, shards: float) -> int:
+    """Set the cache size to that of `shards` of the largest shards."""
+    size = int(shards * max(tar.stat().st_size for tar in folder.glob("*.tar")))
+    monkeypatch.setenv("MVLM_CACHE_GB", repr(size / 1e9))
+    return size
+
+
+def batches(dataset, tokenizer, count: int):
+    loader = Loader(dataset, tokenizer, batch_size=8, image_size=32, text_length=12, seed=4)
+    found = list(itertools.islice(loader, count))
+    loader.close()
+    return found
+
+
+def assert_equal(found, wanted) -> None:
+    assert len(found) == len(wanted)
+    for (a, _), (b, _) in zip(found, wanted, strict=True):
+        assert a.sample_id.tolist() == b.sample_id.tolist()
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.tokens, b.tokens)
+
+
+def used(cache) -> int:
+    """Bytes of the shards in a cache. Files may vanish meanwhile."""
+    sizes = []
+    for path in cache.glob("*/*.tar*"):
+        with contextlib.suppress(FileNotFoundError):
+            sizes.append(path.stat().st_size if path.suffix != ".lock" else 0)
+    return sum(sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the server's and the client's packages
+def test_an_object_store_serves_a_data_set(folder, cache, tokenizer, monkeypatch):
+    """S3 through boto, over several epochs, with a cache that holds all shards."""
+    moto = pytest.importorskip("moto.server")
+    boto3 = pytest.importorskip("boto3")
+    for name, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        store = boto3.client("s3")
+        store.create_bucket(Bucket="pairs")
+        for path in folder.iterdir():
+            store.upload_file(str(path), "pairs", f"deep/{path.name}")
+        dataset = open_dataset("s3://pairs/deep", "train")
+        assert not list(cache.glob("*/*.tar"))  # before they are needed
+        assert_equal(batches(dataset, tokenizer, 15), batches(open_dataset(folder, "train"), tokenizer, 15))
+        assert len(list(cache.glob("*/*.tar"))) == len(dataset.tars)
+        with pytest.raises(DataError, match=r"s3://pairs/none/dataset.json: wanted a file that the data set needs"):
+            open_dataset("s3://pairs/none", "train")
+    finally:
+        server.stop()
+
+
+@pytest.mark.slow
+def test_several_epochs_from_a_web_server_through_a_small_cache(folder, web, cache, tokenizer, monkeypatch):
+    monkeypatch.setattr(sampler, "GROUP", 1)
+    monkeypatch.setattr(reader, "FIRST_SEGMENT_BATCHES", 1)
+    monkeypatch.setattr(reader, "MAX_SEGMENT_SAMPLES", 8)
+    size = limit_to(monkeypatch, folder, 4.5)
+    dataset = open_dataset(web, "train")
+    wanted = batches(open_dataset(folder, "train"), tokenizer, 24)
+    found = []
+    loader = Loader(dataset, tokenizer, batch_size=8, image_size=32, text_length=12, seed=4)
+    for batch in itertools.islice(loader, 24):  # four epochs
+        found.append(batch)
+        assert used(cache) <= size
+    loader.close()
+    assert_equal(found, wanted)
+    tars = [path for path in FolderHandler.asked if path.endswith(".tar")]
+    assert set(tars) == {f"/{tar.name}" for tar in dataset.tars}
+    assert len(tars) > len(dataset.tars)  # some were removed and came again
+    assert not list(cache.glob("*/*.part"))
+
+
+def test_remote_shards_are_fetched_ahead_of_use(folder, web, cache, tokenizer, monkeypatch):
+    monkeypatch.setattr(sampler, "GROUP", 1)
+    monkeypatch.setattr(reader, "FIRST_SEGMENT_BATCHES", 1)
+    monkeypatch.setattr(reader, "MAX_SEGMENT_SAMPLES", 8)
+    loader = Loader(open_dataset(web, "train"), tokenizer, batch_size=8, image_size=32, text_length=12, seed=4, ahead=0)
+    batch, _ = next(iter(loader))
+    for thread in threading.enumerate():
+        if thread.name == "mvlm-fetching":
+            thread.join(10)
+    here = {path.name for path in cache.glob("*/*.tar")}
+    in_use = {loader.dataset.tars[loader.dataset.shard[i]].name for i in batch.sample_id.tolist()}
+    assert in_use < here
+    loader.close()
+
+
+def test_a_remote_cache_that_is_too_small_is_refused(folder, web, cache, tokenizer, monkeypatch):
+    limit_to(monkeypatch, folder, 1.5)
+    with pytest.raises(
+        DataError, match=r"wanted room for \d+ bytes more, found \d+ of \d+ in use; raise MVLM_CACHE_GB"
+    ):
+        batches(open_dataset(web, "train"), tokenizer, 1)
+    for size in ("much", "inf", "1e300", "nan", "-1", "0"):
+        monkeypatch.setenv("MVLM_CACHE_GB", size)
+        with pytest.raises(DataError, match=f"MVLM_CACHE_GB: wanted a number of gigabytes above 0, got '{size}'"):
+            open_dataset(web, "train")
+
+
+def test_a_failed_fetch_is_retried(folder, web, cache, tokenizer):
+    names = sorted(f"/{path.name}" for path in folder.glob("train*"))
+    FolderHandler.fail += ["/dataset.json", *names, *names]
+    dataset = open_dataset(web, "train")
+    assert_equal(batches(dataset, tokenizer, 6), batches(open_dataset(folder, "train"), tokenizer, 6))
+    assert not FolderHandler.fail
+    FolderHandler.fail += ["/dataset.json"] * 4
+    with pytest.raises(DataError, match=r"dataset\.json: wanted to read it, failed 4 times"):
+        open_dataset(web, "train")
+
+
+def test_a_remote_shard_with_other_bytes_is_refused(folder, web, cache, tokenizer):
+    tar = sorted(folder.glob("*.tar"))[2]
+    content = tar.read_bytes()
+    try:
+        tar.write_bytes(content[:-1] + b"x")
+        with pytest.raises(
+            DataError, match=rf"{tar.name}: wanted to read it, failed 4 times: sha256 .* where dataset.json"
+        ):
+            batches(open_dataset(web, "train"), tokenizer, 6)
+        assert not [path for path in cache.glob("*/*") if path.name.startswith(tar.name) and path.suffix != ".lock"]
+    finally:
+        tar.write_bytes(content)
+        os.utime(tar.with_suffix(".idx"))
+
+
+def test_a_damaged_cached_index_is_fetched_again(folder, web, cache, tokenizer):
+    open_dataset(web, "train")
+    first, *_, last = sorted(cache.glob("*/*.idx"))
+    first.write_bytes(b"")
+    last.write_bytes(last.read_bytes().replace(b"jpg", b"gif"))
+    found = batches(open_dataset(web, "train"), tokenizer, 6)
+    assert_equal(found, batches(open_dataset(folder, "train"), tokenizer, 6))
+
+
+def test_a_cached_index_of_another_tar_is_noticed_and_removed(folder, web, cache, tokenizer):
+    wanted = batches(open_dataset(folder, "train"), tokenizer, 6)
+    shards = json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"]
+    by_count = {}
+    for shard in shards:
+        by_count.setdefault(shard["samples"], []).append((folder / shard["tar"]).with_suffix(".idx"))
+    one, two, *_ = next(paths for paths in by_count.values() if len(paths) > 1)
+    kept = one.read_bytes()
+    try:
+        one.write_bytes(two.read_bytes())
+        for _ in range(2):
+            with pytest.raises(DataError, match=rf"{one.name}: wanted the index of .*; open the data set again, which"):
+                batches(open_dataset(web, "train"), tokenizer, 6)
+    finally:
+        one.write_bytes(kept)
+    assert_equal(batches(open_dataset(web, "train"), tokenizer, 6), wanted)
