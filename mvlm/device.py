@@ -1,4 +1,4 @@
-"""Device and precision of a run on this machine."""
+"""Device and precision of computations on this machine."""
 
 import contextlib
 
@@ -9,7 +9,10 @@ from mvlm.errors import ConfigError
 
 
 def choose_device(wanted: str = "auto") -> torch.device:
-    """The device for "auto" (the GPU when there is one), "cpu" or "cuda"; ConfigError where there is no such device."""
+    """The device named "cpu" or "cuda", or for "auto" the GPU if there is one, else the CPU.
+
+    ConfigError for another name, or for "cuda" without a CUDA device.
+    """
     if wanted not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device: wanted auto, cpu or cuda, got {wanted!r}")
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -18,10 +21,10 @@ def choose_device(wanted: str = "auto") -> torch.device:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products run in hardware (AVX512-BF16 or AMX on a CPU)."""
+    """True if the device computes bf16 matrix products in hardware (on a CPU, AVX512-BF16 or AMX)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # The one place where torch tells; there is no public name for it yet.
+    # torch has no public function for this yet.
     capabilities = torch.backends.cpu.get_cpu_capability()
     return "AVX512" in capabilities and bool(
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -29,14 +32,17 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: str = "auto") -> contextlib.AbstractContextManager[object]:
-    """bf16 autocast where `precision` ("auto", "bf16" or "fp32") asks for it, else a context that does nothing."""
+    """A context of bf16 autocast, or one that does nothing, for a precision "auto", "bf16" or "fp32".
+
+    "auto" is bf16 on a device with fast bf16, else fp32.
+    """
     if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a matrix product of x here: autocast's, or x's own."""
+    """The dtype of a matrix product of x at this point: autocast's if it is on and x is not float64, else x's."""
     kind = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

@@ -1,4 +1,4 @@
-"""Files that stay whole: checksums, JSON, safetensors, writes forced to the disk."""
+"""Files: checksums, JSON, safetensors, and writes forced to the disk."""
 
 import hashlib
 import json
@@ -21,7 +21,10 @@ def sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Force a file's or a folder's contents to the disk. A rename after it never outruns them."""
+    """Force the contents of a file or a folder to the disk (fsync).
+
+    Sync a file before it is renamed: after a power cut the disk may hold the rename without the contents.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -30,20 +33,20 @@ def sync(path: Path) -> None:
 
 
 def check_folder(path: Path, wanted: str) -> None:
-    """Raise RunError unless `path` is a folder; `wanted` says in the error what it should be."""
+    """Raise RunError unless `path` is a folder. `wanted` is the noun phrase for it in the error."""
     if not path.is_dir():
         found = "a file" if path.exists() else "no such folder"
         raise RunError(f"{path}: wanted {wanted}, found {found}; check the path")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, making the folder if there is none. ValueError for NaN and infinity."""
+    """Write a value as indented JSON, and make the folder if it does not exist. ValueError for NaN and infinity."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, on the CPU. RunError where it is not one."""
+    """All tensors of a safetensors file by name, on the CPU. RunError if it cannot be read as one."""
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
@@ -51,19 +54,22 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors by name, contiguous."""
+    """Write tensors by name to a safetensors file; contiguous copies are made if necessary."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 
 
 def copy_into(wanted: dict[str, Tensor], found: dict[str, Tensor], where: Path) -> None:
-    """Copy `found` into `wanted` in place. RunError lists names and shapes that do not fit, and nothing is copied."""
+    """Copy the tensors `found` into `wanted` in place. If names or shapes do not fit, RunError, and nothing is copied.
+
+    `where` is the source's path, for the error.
+    """
     check_fit({n: tuple(t.shape) for n, t in wanted.items()}, {n: tuple(t.shape) for n, t in found.items()}, where)
     for name, tensor in wanted.items():
         tensor.copy_(found[name])
 
 
 def check_fit(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], where: Path) -> None:
-    """RunError listing what is missing, unexpected or of another shape."""
+    """Raise RunError if names or shapes of `found` are not those of `wanted`. It lists the first three differences."""
     wrong = [f"{name} missing" for name in wanted if name not in found]
     wrong += [f"{name} unexpected" for name in found if name not in wanted]
     wrong += [

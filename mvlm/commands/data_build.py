@@ -250,11 +250,11 @@ def huggingface(
 
 
 def _build(source: "Source", out: Path, build: BuildOptions, common: CommonOptions) -> None:
-    from mvlm.progress import Counting
+    from mvlm.progress import WorkProgress
     from mvlm_dataloading.build.build import build_shards
     from mvlm_dataloading.dataset.description import read_description
 
-    with Counting("samples") as counting:
+    with WorkProgress("samples") as counting:
         build_shards(
             source,
             out,

@@ -20,12 +20,12 @@ def check(shards: Path, /, sheet: Path | None = None, workers: int | None = None
         sheet: PNG for the contact sheet. Default: contact-sheet.png in the data folder.
         workers: Number of processes. Default: one per core.
     """
-    from mvlm.progress import Counting
+    from mvlm.progress import WorkProgress
     from mvlm_dataloading.errors import DataError
     from mvlm_dataloading.tools.check import check_shards
     from mvlm_dataloading.tools.summary import contact_sheet, findings_table
 
-    with Counting("images") as counting:
+    with WorkProgress("images") as counting:
         found = check_shards(
             shards, workers=processes(workers), progress=lambda done, all: counting.show(done, all, done)
         )

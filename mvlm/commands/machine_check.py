@@ -140,7 +140,7 @@ def kernels(device: torch.device) -> Iterator[Finding]:
 def attention(config: MaskVLMConfig, device: torch.device) -> Iterator[Finding]:
     """The attention backends that `auto` chooses in this model, with the reasons against the others."""
     dtype = torch.bfloat16 if has_fast_bf16(device) else torch.float32
-    for name, choice in backends.choices(config, device, dtype).items():
+    for name, choice in backends.choose_for_model(config, device, dtype).items():
         against = "; ".join(f"not {other}: {reason}" for other, reason in choice.reasons.items())
         yield Finding("green", f"{name} attention", f"{choice.backend}" + (f" ({against})" if against else ""))
 

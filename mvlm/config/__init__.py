@@ -1,4 +1,4 @@
-"""Every setting of a model and of a run, the recipes, and their JSON files."""
+"""Settings of models and of runs, their ranges, recipes and JSON files."""
 
 from mvlm.config.model import PRESETS, MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig

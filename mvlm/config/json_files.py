@@ -1,4 +1,4 @@
-"""Configurations from the JSON files of runs and models, with every value checked against its field's type."""
+"""JSON files of models and runs: reading and writing configurations, with every value checked against its type."""
 
 import difflib
 import json
@@ -11,20 +11,21 @@ from mvlm.config.pretrain import PretrainConfig, resume_may_change
 from mvlm.errors import ConfigError, RunError
 
 RENAMED_FIELDS = {"eval_pictures": "eval_images"}
+"""Settings of version 2 that have another name in version 3."""
 FORMAT_VERSION = 3
 """Format of config.json. Version 3 renamed `eval_pictures` to `eval_images` and the backend `products` to `math`."""
 
 
 def model_config(values: Any, where: str) -> MaskVLMConfig:
-    """The model configuration with these values; `where` names their file in errors.
+    """Make a model's configuration from the values of a JSON file; `where` names the file in errors.
 
-    ConfigError for an unknown name (with the nearest known one) and for a value that its field does not allow.
+    ConfigError for an unknown name (with the nearest known one), a missing setting, and an invalid value.
     """
-    return _from_plain(MaskVLMConfig, values, where, "model setting")
+    return _from_json(MaskVLMConfig, values, where, "model setting")
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """The settings in a run's config.json; RunError when it cannot be read."""
+    """Read the settings in a run's config.json, of this version or of version 2. RunError if that is impossible."""
     try:
         values = json.loads(file.read_text())
     except FileNotFoundError:
@@ -47,7 +48,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def upgrade_version_2(values: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a config.json of version 2 under the names of version 3."""
+    """Rename the settings and values of a config.json of version 2 as in version 3."""
     values = {RENAMED_FIELDS.get(name, name): value for name, value in values.items()}
     for name in ("self_attention", "cross_attention"):
         if values.get(name) == "products":
@@ -56,15 +57,15 @@ def upgrade_version_2(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_config(values: Any, where: str) -> PretrainConfig:
-    """The configuration of a run with these values; `where` names their file. ConfigError as for `model_config`."""
+    """Make a run's configuration from the values of a config.json; `where` and errors are as for `model_config`."""
     if isinstance(values, dict):
         values = {name: value for name, value in values.items() if name != "format_version"}
         values |= {"model": model_config(values.get("model"), where)}
-    return _from_plain(PretrainConfig, values, where, "setting")
+    return _from_json(PretrainConfig, values, where, "setting")
 
 
-def _from_plain(kind: type, values: Any, where: str, what: str) -> Any:
-    """A dataclass from the plain values of a JSON file, each checked against the type of its field."""
+def _from_json(kind: type, values: Any, where: str, what: str) -> Any:
+    """Make a dataclass from the values of a JSON file, each checked against the type of its field."""
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: wanted the {what}s as a JSON object, got {values!r}")
     types = get_type_hints(kind)
@@ -76,19 +77,19 @@ def _from_plain(kind: type, values: Any, where: str, what: str) -> Any:
     missing = [f.name for f in fields(kind) if f.name not in values and f.default is f.default_factory is MISSING]
     if missing:
         raise ConfigError(f"{where}: wanted the {what}s {', '.join(missing)}, found none")
-    return kind(**{name: _of_type(types[name], value, f"{where}: {name}") for name, value in values.items()})
+    return kind(**{name: _checked(types[name], value, f"{where}: {name}") for name, value in values.items()})
 
 
-def _of_type(wanted: Any, value: Any, where: str) -> Any:
-    """A JSON value as the type `wanted` of a field; ConfigError where it is of another type."""
+def _checked(wanted: Any, value: Any, where: str) -> Any:
+    """Convert a JSON value to the type `wanted` of a field. ConfigError if it is of another type."""
     choices = get_args(wanted)
     if get_origin(wanted) is Literal:
         fits = value in choices
     elif type(None) in choices:  # Path | None
-        return None if value is None else _of_type(choices[0], value, where)
+        return None if value is None else _checked(choices[0], value, where)
     elif get_origin(wanted) is tuple:
         fits = isinstance(value, list | tuple) and len(value) == len(choices)
-        value = tuple(_of_type(of, part, where) for of, part in zip(choices, value, strict=True)) if fits else value
+        value = tuple(_checked(of, part, where) for of, part in zip(choices, value, strict=True)) if fits else value
     elif wanted is float:
         fits = isinstance(value, int | float) and not isinstance(value, bool)
     elif wanted is Path:
@@ -102,13 +103,13 @@ def _of_type(wanted: Any, value: Any, where: str) -> Any:
     return value
 
 
-def plain_settings(config: PretrainConfig) -> dict[str, Any]:
-    """Contents of config.json."""
+def config_json(config: PretrainConfig) -> dict[str, Any]:
+    """The contents of a run's config.json."""
     return {"format_version": FORMAT_VERSION, **json.loads(json.dumps(config.to_dict()))}
 
 
 def differing_settings(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
-    """One "name: there A, here B" for every differing setting that a resumed run may not change."""
+    """Settings that differ and that a resumed run may not change, each as "name: there A, here B"."""
     found = []
     for name in sorted(set(there) | set(here)):
         if not prefix and resume_may_change(name):

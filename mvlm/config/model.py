@@ -1,4 +1,4 @@
-"""Sizes and choices of a model, and its presets."""
+"""Configuration of a model, and its presets."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
@@ -7,14 +7,15 @@ from mvlm.config.ranges import AT_LEAST_1, FRACTION, Range, check_ranges
 from mvlm.errors import ConfigError
 
 PRESETS = ("tiny", "small", "base")
-SelfBackend = Literal["auto", "triton", "sdpa", "flash-attn", "xformers", "math"]
-CrossBackend = Literal["auto", "triton", "sdpa", "math"]
-"""Attention backends, of images alone and with text on one side; mvlm/model/attention_backends.py has the rule."""
+ImageAttentionBackend = Literal["auto", "triton", "sdpa", "flash-attn", "xformers", "math"]
+"""Backends of attention between image patches; `mvlm.model.attention_backends` has the rule of `auto`."""
+TextAttentionBackend = Literal["auto", "triton", "sdpa", "math"]
+"""Backends of attention with text on at least one side."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MaskVLMConfig:
-    """Sizes and choices of one MaskVLM. Lengths are in tokens, image sides in pixels."""
+    """Configuration of a MaskVLM. Lengths are in tokens, image sides in pixels."""
 
     image_size: Annotated[int, AT_LEAST_1] = 224
     """Side of the square input image."""
@@ -33,9 +34,9 @@ class MaskVLMConfig:
     decoder_layers: Annotated[int, AT_LEAST_1] = 3
     """Blocks of the image decoder."""
     vocab_size: Annotated[int, AT_LEAST_1] = 50265
-    """Rows of the word embedding and of the LM head; a tokenizer may use fewer."""
+    """Rows of the token embedding and of the LM head; a tokenizer may use fewer."""
     mask_token_id: int = 50264
-    """Id of [MASK], which replaces every masked token."""
+    """Id of [MASK], which replaces masked tokens."""
     text_length: int = 40
     """Longest caption, [CLS] and [SEP] included."""
     itc_width: Annotated[int, AT_LEAST_1] = 256
@@ -45,21 +46,21 @@ class MaskVLMConfig:
     cross_norm: Literal["post", "pre"] = "post"
     """LayerNorm after each residual sum (post, the paper) or before each sub-layer (pre)."""
     initialization: Literal["normal", "xavier"] = "normal"
-    """Weights of linear layers: trunc_normal(0.02), made for widths near 768, or Xavier, which follows the width."""
+    """Initial weights of linear layers: trunc_normal(0.02), meant for widths near 768, or Xavier, for any width."""
     pixel_initialization: Literal["normal", "xavier"] = "normal"
-    """The same for the modules that rebuild pixels: image cross-modality encoder, decoder, pixel head."""
+    """The same for the modules that reconstruct pixels: image cross-modality encoder, decoder, pixel head."""
     mask_block: Annotated[int, AT_LEAST_1] = 32
-    """Side of the square blocks that are masked together; divides `image_size`."""
+    """Side of the square blocks of patches that are masked together; divides `image_size`."""
     image_mask_ratio: float = 0.6
-    """Share of the blocks that is masked, rounded to a whole number of blocks."""
+    """Share of an image's blocks to mask, rounded to a whole number of blocks."""
     drop_masked: bool = False
-    """Masked patches skip the image encoder and join after it as mask tokens, as in MAE: cheaper, another method."""
+    """Leave masked patches out of the image encoder; mask tokens join after it, as in MAE. Cheaper, another method."""
     text_mask_ratio: Annotated[float, FRACTION] = 0.3
-    """Share of a caption's ordinary tokens that is masked; at least one is."""
+    """Share of a caption's tokens to mask, special tokens aside; at least one is masked."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Subtracted from pixels in 0..1, by channel."""
+    """Subtracted from each channel of pixels in 0..1."""
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Divides them afterwards."""
+    """Divides each channel after that."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -102,7 +103,7 @@ class MaskVLMConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "MaskVLMConfig":
-        """The named preset, with fields replaced by `changes`. ConfigError for an unknown name.
+        """Make the configuration of a preset, with fields replaced by `changes`. ConfigError for an unknown name.
 
         `base` is ViT-B/16 at 224 px with RoBERTa-base, as in the paper (about 335 M parameters); `small` has half the
         width; `tiny` (about 10 M) trains on two CPU cores.
@@ -123,7 +124,7 @@ class MaskVLMConfig:
                 vocab_size=2048,
                 mask_token_id=4,
                 text_length=24,
-                cross_norm="pre",  # these two: measured, docs/demo.md
+                cross_norm="pre",  # docs/demo.md has the measurements for this choice and the next
                 initialization="xavier",
             )
         else:
@@ -131,5 +132,5 @@ class MaskVLMConfig:
         return replace(config, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """The settings as plain values for JSON."""
         return asdict(self)

@@ -1,14 +1,15 @@
-"""Settings of a pretraining run, in groups.
+"""Configuration of a pretraining run, in groups of settings.
 
-A group is a dataclass. It says whether a resumed run may change its settings. A new setting is one line in its group:
-the command line, config.json and the resume check follow from it.
+A group is a dataclass. Its `resume_may_change` says whether a resumed run may change its settings. A new setting is
+one line in its group, with its type, range, default and docstring: the command line, config.json and the resume check
+follow from it.
 """
 
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from mvlm.config.model import CrossBackend, MaskVLMConfig, SelfBackend
+from mvlm.config.model import ImageAttentionBackend, MaskVLMConfig, TextAttentionBackend
 from mvlm.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, DECAY, FRACTION, Range, check_ranges
 from mvlm.errors import ConfigError
 
@@ -17,16 +18,16 @@ from mvlm.errors import ConfigError
 class RunSettings:
     """Folders and device of the run. A resumed run may change these."""
 
-    resume_may_change: ClassVar[bool] = True  # the loader's fingerprint decides whether `data` is the same data
+    resume_may_change: ClassVar[bool] = True  # `data` may move; the loader compares fingerprints of the data themselves
 
     data: Path
-    """Folder of shards that `mvlm data` wrote."""
+    """Data set: a folder of shards written by `mvlm data`."""
     out: Path
-    """Folder of the run: configuration, metrics, checkpoints."""
+    """Run folder, for the configuration, metrics and checkpoints."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU when there is one."""
+    """Device to train on. auto: the GPU if there is one, else the CPU."""
     resume: bool = False
-    """Continue from the newest checkpoint in `out`, or start when there is none."""
+    """Continue from the newest checkpoint in `out`; start a new run if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,44 +37,44 @@ class DataSettings:
     resume_may_change: ClassVar[bool] = False
 
     batch_size: Annotated[int, AT_LEAST_1]
-    """Pairs a step: the global batch, over all ranks and microbatches."""
+    """Pairs per step: the global batch, over all ranks and microbatches."""
     crop_scale: tuple[float, float]
-    """Share of the image's area that a random crop keeps, smallest and largest."""
+    """Smallest and largest share of the image's area that a random crop keeps."""
     flip: Annotated[float, FRACTION] = 0.0
-    """Probability of a mirror image. 0 by default, because captions say left and right."""
+    """Probability of a horizontal flip. 0 by default, because captions say left and right."""
     color_jitter: Annotated[float, FRACTION] = 0.0
-    """Brightness, contrast and saturation are each multiplied by a number from 1 - this to 1 + this."""
+    """Strength of colour jitter: factors of brightness, contrast and saturation are within 1 - this to 1 + this."""
     randaugment: Annotated[int, Range(0, 14)] = 0
-    """RandAugment operations an image."""
+    """RandAugment operations per image."""
     randaugment_magnitude: Annotated[int, Range(0, 30)] = 9
     """Magnitude of RandAugment's operations, 0 to 30."""
     tokenizer: Path | None = None
-    """A tokenizer.json; by default the data set's own, or a BPE trained on the training captions."""
+    """A tokenizer.json. Default: the data set's own, or else a BPE trained on the training captions."""
     seed: int = 0
-    """Seed of weights, order, crops, masks and negatives."""
+    """Seed of initial weights, sample order, crops, masks and negatives."""
     eval_images: Annotated[int, AT_LEAST_0] = 0
-    """Evaluate during training on this many images from the start of the validation split; 0 for all."""
+    """Images for evaluations during training, from the start of the validation split; 0 for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSettings:
-    """Length of the run and course of the learning rate. A resumed run keeps these. Steps count optimizer updates."""
+    """Length of the run, in optimizer steps, and learning rate schedule. A resumed run keeps these."""
 
     resume_may_change: ClassVar[bool] = False
 
     max_steps: Annotated[int, AT_LEAST_1]
-    """Length of the run; the learning rate reaches its end value here."""
+    """Steps of the run. The learning rate reaches its last value at the end."""
     warmup_steps: Annotated[int, AT_LEAST_0]
     """Steps over which the learning rates rise linearly to their peaks."""
     lr_end: Annotated[float, AT_LEAST_0] = 0.1
-    """Last learning rate, as a share of the peak."""
+    """Last learning rate, as a fraction of the peak."""
     reconstruction_first: Annotated[int, AT_LEAST_0] = 0
-    """Steps at the start with MLM and MIM alone; ITC and ITM join after them."""
+    """Steps at the start that train MLM and MIM alone; ITC and ITM join after them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """AdamW and what surrounds an update. A resumed run keeps these."""
+    """AdamW, gradient clipping, weight averaging and skipped updates. A resumed run keeps these."""
 
     resume_may_change: ClassVar[bool] = False
 
@@ -82,18 +83,17 @@ class OptimizerSettings:
     lr_cross: Annotated[float, AT_LEAST_0]
     """Peak learning rate of the text cross-modality encoder and of the LM, ITC and ITM heads."""
     lr_pixels: Annotated[float, AT_LEAST_0]
-    """Peak learning rate of the modules that rebuild pixels: image cross-modality encoder, decoder, pixel head."""
+    """Peak learning rate of the modules that reconstruct pixels: image cross-modality encoder, decoder, pixel head."""
     weight_decay: Annotated[float, AT_LEAST_0] = 0.05
-    """AdamW's decay, on matrices only: never on norms, biases and embeddings."""
+    """AdamW's weight decay, for matrices only: not for norms, biases and embeddings."""
     beta2: Annotated[float, DECAY] = 0.98
-    """AdamW's second-moment decay."""
+    """AdamW's decay of the second moment."""
     clip_norm: Annotated[float, ABOVE_0] = 1.0
-    """Largest gradient norm over all parameters."""
+    """Gradients are scaled down to at most this norm, taken over all parameters."""
     ema_decay: Annotated[float, DECAY] = 0.0
-    """Decay of an exponential moving average of the weights, which evaluation and export then use; 0 for none, 0.999 is
-    usual."""
+    """Decay of an exponential moving average of the weights, for evaluation and export; 0 for none, 0.999 is usual."""
     skip_spikes: bool = False
-    """Also skip an update whose loss is more than 6 standard deviations above the last 128 of the same objectives."""
+    """Skip an update if its loss is over 6 standard deviations above the last 128 losses of the same objectives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +117,14 @@ class ComputeSettings:
     plan: Literal["fast", "plain"] = "fast"
     """Implementation of the training step; both give the same losses and gradients. `plain` is the readable reference,
     `fast` the optimized one."""
-    self_attention: SelfBackend = "auto"
-    """Backend of the images' self-attention; `mvlm doctor` says what auto chooses here, and why."""
-    cross_attention: CrossBackend = "auto"
-    """Backend of cross-attention and of the text encoder's self-attention."""
+    self_attention: ImageAttentionBackend = "auto"
+    """Attention backend for images alone; `mvlm doctor` prints the one that auto chooses here, and the reason."""
+    cross_attention: TextAttentionBackend = "auto"
+    """Attention backend for text: cross-attention, and self-attention of text."""
     compile: bool = False
-    """torch.compile the step (one rank, no accumulation): a minute or more at the start, then faster on a GPU."""
+    """Compile the step with torch.compile (one rank, no accumulation). Takes a minute or more at the start."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """auto: bf16 autocast where the processor computes in bf16, else fp32."""
+    """auto: bf16 autocast if the device computes bf16 in hardware, else fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,11 +134,12 @@ class ParallelSettings:
     resume_may_change: ClassVar[bool] = False
 
     parallel: Literal["ddp", "fsdp"] = "ddp"
-    """Over several ranks: weights on each (DDP), or split over the ranks of a node (FSDP2; over several nodes HSDP)."""
+    """Placement of weights on several ranks. ddp: all on each rank. fsdp: split over the ranks of a node (FSDP2); over
+    several nodes, a copy on each node (HSDP)."""
     accumulate: Annotated[int, AT_LEAST_1] = 1
-    """Microbatches a step on each rank. ITC and ITM still see the whole global batch."""
+    """Microbatches per step on each rank. ITC and ITM still use the global batch."""
     checkpoint_activations: bool = False
-    """Recompute each block in backward instead of keeping its activations: less memory, a third more work."""
+    """Recompute the activations of each block in backward instead of keeping them: less memory, a third more work."""
     local_negatives: bool = False
     """Draw ITM's negatives within a rank's microbatch instead of the global batch. No features are communicated, but
     the loss then depends on the number of ranks."""
@@ -151,31 +152,31 @@ class LoggingSettings:
     resume_may_change: ClassVar[bool] = True
 
     log_every: Annotated[int, AT_LEAST_1] = 1
-    """Steps between lines of metrics.jsonl."""
+    """Steps between rows of metrics."""
     eval_every_steps: Annotated[int, AT_LEAST_0] = 0
     """Steps between evaluations on the validation split; 0 for none."""
     eval_every_minutes: Annotated[float, AT_LEAST_0] = 0.0
-    """Minutes between evaluations, in addition to those by steps; 0 for none. Their steps differ from run to run."""
+    """Minutes between further evaluations; 0 for none. Their steps differ from run to run."""
     wandb: bool = False
-    """Send metrics to Weights & Biases too; WANDB_MODE=offline keeps them on this machine."""
+    """Also send metrics to Weights & Biases. WANDB_MODE=offline keeps them on this machine."""
     trackio: bool = False
-    """Write metrics with trackio too, on this machine."""
+    """Also log metrics with trackio, on this machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
-    """Checkpoints. A resumed run may change these."""
+    """Times of checkpoints, and those to keep. A resumed run may change these."""
 
     resume_may_change: ClassVar[bool] = True
 
     checkpoint_every_minutes: Annotated[float, AT_LEAST_0] = 10.0
-    """Minutes between checkpoints; 0 for none by time. One more is written at the end."""
+    """Minutes between checkpoints; 0 for none by time. The end of the run always writes one."""
     checkpoint_every_steps: Annotated[int, AT_LEAST_0] = 0
-    """Steps between checkpoints, in addition to those by minutes; 0 for none."""
+    """Steps between further checkpoints; 0 for none."""
     keep_checkpoints: Annotated[int, AT_LEAST_1] = 2
-    """Newest checkpoints to keep."""
+    """Number of newest checkpoints to keep."""
     keep_every_steps: Annotated[int, AT_LEAST_0] = 0
-    """Checkpoints at multiples of this are kept for good, in addition to the newest; 0 for none."""
+    """Also keep checkpoints at multiples of this step for good; 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,16 +186,16 @@ class SafetySettings:
     resume_may_change: ClassVar[bool] = True
 
     max_bad_steps: Annotated[int, AT_LEAST_0] = 10
-    """Updates in a row that may be skipped as not finite (or as spikes); the run stops at the next."""
+    """Largest number of consecutive skipped updates (not finite, or spikes); the next one stops the run."""
     preemption_file: Path | None = None
-    """When this file appears, the run finishes its step, saves and ends, as after SIGTERM or SIGUSR1. A run does not
-    start while the file exists."""
+    """Stop when this file appears: finish the step, save and end, as after SIGTERM or SIGUSR1. A run does not start
+    while the file exists."""
     stall_minutes: Annotated[float, ABOVE_0] = 20.0
-    """The run is ended, with the stacks of all threads, when a step or its data take longer than this."""
+    """End the run, with the stacks of all threads, if a step or its data take longer than this many minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(  # a dataclass has the fields of its last base first
+class PretrainConfig(  # a dataclass takes fields from its bases from last to first
     SafetySettings,
     CheckpointSettings,
     LoggingSettings,
@@ -206,10 +207,10 @@ class PretrainConfig(  # a dataclass has the fields of its last base first
     DataSettings,
     RunSettings,
 ):
-    """One pretraining run: the settings of all groups, and the model's."""
+    """Configuration of a pretraining run: the settings of all groups, and the model's. ConfigError for invalid ones."""
 
     model: MaskVLMConfig = field(default_factory=MaskVLMConfig)
-    """Sizes of the model; the tokenizer decides `mask_token_id`."""
+    """Configuration of the model; the tokenizer decides `mask_token_id`."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -221,14 +222,14 @@ class PretrainConfig(  # a dataclass has the fields of its last base first
             raise ConfigError(f"crop_scale must be 0 < smallest <= largest <= 1, got {self.crop_scale}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON."""
+        """The settings as plain values for JSON."""
         return {name: str(v) if isinstance(v, Path) else v for name, v in asdict(self).items()}
 
 
 GROUPS: tuple[type, ...] = PretrainConfig.__bases__[::-1]
-"""The groups, in the order of --help and config.json."""
+"""Groups of settings, in the order of --help and config.json."""
 
 
 def resume_may_change(name: str) -> bool:
-    """True for a setting that changes where, how fast or how often, but not what a run computes."""
+    """True for a setting that a resumed run may change, because the results of the run do not depend on it."""
     return any(name in {f.name for f in fields(group)} for group in GROUPS if group.resume_may_change)

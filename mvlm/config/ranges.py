@@ -1,4 +1,4 @@
-"""Ranges of settings, stated beside the field: `batch_size: Annotated[int, AT_LEAST_1] = 64`."""
+"""Ranges of settings, stated in the field's type: `batch_size: Annotated[int, AT_LEAST_1] = 64`."""
 
 import math
 from dataclasses import dataclass, fields
@@ -9,40 +9,41 @@ from mvlm.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """Numbers that a field may have, from `low` to `high`, ends included unless said otherwise."""
+    """Range of the numbers that a field may have, from `low` to `high`; both ends are included by default."""
 
     low: float
     high: float = math.inf
-    above_low: bool = False
+    exclude_low: bool = False
     """True = `low` itself is not allowed."""
-    below_high: bool = False
+    exclude_high: bool = False
     """True = `high` itself is not allowed."""
 
     def __contains__(self, value: float) -> bool:
-        above = value > self.low if self.above_low else value >= self.low
-        return above and (value < self.high if self.below_high else value <= self.high)
+        above = value > self.low if self.exclude_low else value >= self.low
+        return above and (value < self.high if self.exclude_high else value <= self.high)
 
     def __str__(self) -> str:
         if self.high == math.inf:
-            return f"{'above' if self.above_low else 'at least'} {self.low:g}"
-        return f"in {'(' if self.above_low else '['}{self.low:g}, {self.high:g}{')' if self.below_high else ']'}"
+            return f"{'above' if self.exclude_low else 'at least'} {self.low:g}"
+        return f"in {'(' if self.exclude_low else '['}{self.low:g}, {self.high:g}{')' if self.exclude_high else ']'}"
 
 
 AT_LEAST_0 = Range(0)
 AT_LEAST_1 = Range(1)
-ABOVE_0 = Range(0, above_low=True)
+ABOVE_0 = Range(0, exclude_low=True)
 FRACTION = Range(0, 1)
-DECAY = Range(0, 1, below_high=True)
+DECAY = Range(0, 1, exclude_high=True)
+"""Decay of a moving average. 1 would never forget its start."""
 
 
 def check_ranges(config: Any) -> None:
-    """ConfigError for a number of a dataclass that is NaN, infinite, or outside the range stated beside its field."""
+    """Raise ConfigError for a number of a dataclass that is NaN, infinite, or outside the range of its field."""
     hints = get_type_hints(type(config), include_extras=True)
     for field in fields(config):
         value = getattr(config, field.name)
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
         for number in numbers:
-            if not math.isfinite(number):  # NaN passes every comparison below
+            if not math.isfinite(number):  # also checked for fields without a range
                 raise ConfigError(f"{field.name} must be a finite number, got {number}")
             for wanted in getattr(hints[field.name], "__metadata__", ()):
                 if isinstance(wanted, Range) and number not in wanted:

@@ -1,4 +1,4 @@
-"""Recipes: the defaults of `mvlm pretrain PRESET`."""
+"""Recipes of the presets: the default settings of `mvlm pretrain PRESET`."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ from mvlm.config.pretrain import PretrainConfig
 
 
 def pretrain_defaults(preset: str, data: Path, out: Path) -> PretrainConfig:
-    """The recipe of a preset, for shards in `data` and a run in `out`. ConfigError for an unknown name."""
+    """Make the recipe of a preset, for shards in `data` and a run folder `out`. ConfigError for an unknown preset."""
     model = MaskVLMConfig.preset(preset)
     if preset == "tiny":
-        # Chosen on two CPU cores for a run of 10 minutes; the table of what was tried is in docs/demo.md.
+        # Chosen on two CPU cores for a run of 10 minutes; docs/demo.md has the alternatives that were tried.
         return PretrainConfig(
             data=data,
             out=out,
@@ -24,7 +24,8 @@ def pretrain_defaults(preset: str, data: Path, out: Path) -> PretrainConfig:
             crop_scale=(0.9, 1.0),
             model=model,
         )
-    # The paper's recipe (512 pairs, 3e-4 to 3e-5 after a warm-up), for encoders that start from scratch as well.
+    # The paper's recipe: 512 pairs, a learning rate of 3e-4 that falls to 3e-5 after a warm-up. The encoders have the
+    # same rate as the rest, because they start from scratch here.
     return PretrainConfig(
         data=data,
         out=out,

@@ -78,7 +78,7 @@ def backward_cached(
 def _features_without_graph(model: MaskVLM, batch: Batch, step: GlobalStep) -> PairFeatures:
     """Features of the unmasked images and captions of one microbatch."""
     with step.autocast():
-        image, text = step.implementation.encode_whole(model, batch)
+        image, text = step.implementation.encode_unmasked(model, batch)
     return pair_features(image, text, model.config.text_length)
 
 

@@ -1,4 +1,4 @@
-"""Multi-head attention: the module, and its projections as separate calls.
+"""Multi-head attention and the feed-forward layer. Attention's projections can also be called one by one.
 
 Shape legend: B batch, Lq queries, Lk keys, T packed rows, R pairs, C width, H heads, D head width.
 """
@@ -17,41 +17,42 @@ from mvlm.model.packing import Packing
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v.
+    """softmax(q k^T / sqrt(D)) v, by SDPA or on a CPU in bf16 by two matrix products.
 
     q (B, H, Lq, D), k and v (B, H, Lk, D); key_mask bool (B, Lk), True = the key exists. Returns (B, H, Lq, D).
-    On a CPU in bf16 two batched matrix products are about four times as fast as SDPA, forward and backward together
-    (its bf16 backward runs in scalar code); everywhere else SDPA is used.
     """
     mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, Lk)
+    # SDPA's bf16 backward on CPUs runs in scalar code. Two batched matrix products are about four times as fast,
+    # forward and backward together.
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         return backends.math_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 class Attention(nn.Module):
-    """Attention with projections: queries from one stream, keys and values from the same or from another."""
+    """Multi-head attention with projections. Keys and values come from the queries' stream or from another one."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.self_backend: str = "auto"
-        self.cross_backend: str = "auto"
-        """Backends of the fast implementation; see `mvlm.model.attention_backends`."""
+        self.image_backend: str = "auto"
+        """Backend of the fast implementation for images alone (`mvlm.model.attention_backends`)."""
+        self.text_backend: str = "auto"
+        """Backend of the fast implementation if queries or keys are text."""
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, memory: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """x (B, Lq, C) attends to memory (B, Lk, C); key_mask bool (B, Lk), True = exists. Returns (B, Lq, C)."""
+        """x (B, Lq, C) attends to memory (B, Lk, C); key_mask bool (B, Lk), True = a key. Returns (B, Lq, C)."""
         q, k, v = self.query(x), self.key(memory), self.value(memory)
         return self.out(self._attend(q, k, v, key_mask))
 
     def packed(self, x: Tensor, packing: Packing) -> Tensor:
-        """Self-attention of packed sequences x (T, C) -> (T, C). Only the attention itself sees padding."""
+        """Self-attention of packed sequences x (T, C) -> (T, C). Rows are padded for the softmax alone."""
         q, k, v = (packing.pad(projection(x)) for projection in (self.query, self.key, self.value))
-        return self.out(packing.unpad(self._attend(q, k, v, packing.exists)))
+        return self.out(packing.unpad(self._attend(q, k, v, packing.key_mask)))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """Projected q (B, Lq, C), k and v (B, Lk, C) -> (B, Lq, C)."""
@@ -61,7 +62,8 @@ class Attention(nn.Module):
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, L, C) -> (B, H, L, D)
 
-    # The same projections as separate calls, so that the fast implementation can cache and share them.
+    # The same projections as separate calls, so that the fast implementation can cache keys and values and leave out
+    # queries that nobody needs.
 
     def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., C) -> queries, keys and values (..., H, D), by one matrix product."""
@@ -74,38 +76,44 @@ class Attention(nn.Module):
         return k, v
 
     def queries(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., H, D)."""
+        """(..., C) -> queries (..., H, D)."""
         return self._project(x, (self.query,)).squeeze(-3)
 
     def project_out(self, heads: Tensor) -> Tensor:
-        """The output projection of attention's heads (..., H, D) -> (..., C)."""
+        """Output projection: heads (..., H, D) -> (..., C)."""
         return self.out(heads.flatten(-2))
 
     def _project(self, x: Tensor, layers: tuple[nn.Linear, ...]) -> Tensor:
-        """(..., C) -> (..., len(layers), H, D)."""
+        """(..., C) -> (..., len(layers), H, D), by one matrix product."""
+        # One wide product in place of two or three narrow ones; the concatenation copies only weights.
         weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
         bias = layers[0].bias if len(layers) == 1 else torch.cat([layer.bias for layer in layers])
         return F.linear(x, weight, bias).unflatten(-1, (len(layers), self.heads, -1))
 
-    def first_rows(self, first: Tensor, x: Tensor, exists: Tensor | None) -> Tensor:
-        """Attention of each sequence's first row to all its rows, without making their keys and values.
+    def attend_first_row(self, first: Tensor, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Attention of each sequence's first row to all of its rows, projected, without keys and values.
 
-        first (R, C) are the first rows, x (R, L, C) all rows, exists bool (R, L), True = a row, or None: all exist.
-        Returns (R, C), projected. A score is q . (W_k x + b_k) = (W_k^T q) . x + const, and the softmax drops the
-        constant. The weights add up to one, so sum_j p_j (W_v x_j + b_v) = W_v (sum_j p_j x_j) + b_v.
+        first (R, C) are the first rows, x (R, L, C) all rows, key_mask bool (R, L), True = the row exists, None = all
+        exist. Returns (R, C).
+
+        One query needs no key and value of every row, because both projections are linear:
+
+        - The score of row j is q . (W_k x_j + b_k) = (W_k^T q) . x_j + const. The softmax drops the constant.
+        - The weights p_j add up to one, so sum_j p_j (W_v x_j + b_v) = W_v (sum_j p_j x_j) + b_v.
         """
         dtype = compute_dtype(x)
         first, x = first.to(dtype), x.to(dtype)
+        # Everything is in `dtype` already. Autocast would copy the scores to fp32 for the softmax.
         with torch.autocast(x.device.type, enabled=False):
             key, value = (
                 layer.weight.to(dtype).unflatten(0, (self.heads, -1)) for layer in (self.key, self.value)
             )  # (H, D, C)
             q = F.linear(first, self.query.weight.to(dtype), self.query.bias.to(dtype))  # (R, C)
             q = q.unflatten(-1, (self.heads, -1)).transpose(0, 1)  # (H, R, D)
-            folded = (q * q.shape[-1] ** -0.5) @ key  # (H, R, C)
+            folded = (q * q.shape[-1] ** -0.5) @ key  # (H, R, C), W_k^T q of each head
             scores = folded.transpose(0, 1) @ x.transpose(1, 2)  # (R, H, L)
-            if exists is not None:
-                scores = scores.masked_fill(~exists[:, None, :], float("-inf"))
+            if key_mask is not None:
+                scores = scores.masked_fill(~key_mask[:, None, :], float("-inf"))
             mean = scores.softmax(-1) @ x  # (R, H, C)
             heads = mean.transpose(0, 1) @ value.transpose(1, 2)  # (H, R, D)
             heads = heads.transpose(0, 1).flatten(1) + self.value.bias.to(dtype)  # (R, C)
@@ -113,11 +121,11 @@ class Attention(nn.Module):
 
 
 Attend = Callable[[Attention, Tensor], Tensor]
-"""Computation of a block's attention: from the module and the rows that attend to what is added to the stream."""
+"""Computation of a block's attention: (module, rows that attend) -> rows to add to the residual stream."""
 
 
 class FeedForward(nn.Module):
-    """Linear to four times the width, GELU, linear back."""
+    """Linear to four times the width, GELU, linear back to the width."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -130,14 +138,15 @@ class FeedForward(nn.Module):
 
 
 class _GeluLinear(torch.autograd.Function):
-    """linear(gelu(h)) that saves h alone for backward and recomputes gelu(h) there.
+    """linear(gelu(h)) that saves only h for backward and recomputes gelu(h) there.
 
-    A block needs a fifth less memory for three per cent more time.
+    A block needs a fifth less memory and three per cent more time.
     """
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ctx.save_for_backward(h, weight)
+        # Compute in h's dtype, as backward does, which runs without autocast.
         with torch.autocast(h.device.type, enabled=False):
             return F.linear(F.gelu(h), weight.to(h.dtype), bias.to(h.dtype))
 

@@ -1,14 +1,14 @@
-"""Which implementation computes an attention, and why not another.
+"""Backends of attention in the fast implementation: the choice of one, and the calls.
 
-The rule of `auto`, by what the host knows (`mvlm doctor` prints it for this machine):
+A caller names a backend or asks for `auto`, which decides by device, dtype and shape (`mvlm doctor` prints the result):
 
-- self-attention of dense rows (images): SDPA on a GPU and in fp32 on a CPU; on a CPU in bf16 two matrix products.
-- everything with text on one side (packed text, image to text, text to image): the kernels on a GPU that they cover;
-  elsewhere packed rows are padded, and the dense rule holds.
+- Images alone: SDPA on a GPU, and on a CPU in fp32. On a CPU in bf16, two matrix products (`math`).
+- Text on at least one side (text alone, image to text, text to image): our Triton kernels on a GPU, if they cover the
+  call. Otherwise packed rows are padded and the rule for images alone holds.
 
-flash-attn and xformers are used where they are asked for: SDPA ships flash attention already.
+`auto` never picks flash-attn or xformers, because SDPA ships flash attention already.
 
-Shape legend: B sequences, R query sequences, Lq queries, Lk keys, T packed rows, H heads, D head width.
+Shape legend: B sequences, R query sequences, L rows, Lq queries, Lk keys, T packed rows, H heads, D head width.
 """
 
 from importlib.util import find_spec
@@ -18,32 +18,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvlm.config.model import CrossBackend, MaskVLMConfig, SelfBackend
+from mvlm.config.model import ImageAttentionBackend, MaskVLMConfig, TextAttentionBackend
 from mvlm.errors import ConfigError
 from mvlm.model.packing import Packing
 from mvlm_kernels import cross_attention, dispatch
 from mvlm_kernels.cross_attention import why_not_triton
 
-INSTALLED = {module: find_spec(module) is not None for module in ("flash_attn", "xformers")}
-"""Looked for once: every attention asks, and Python goes through the folders each time."""
+# Looked up once, at import: find_spec searches the path, and every call of attention asks.
+INSTALLED_LIBRARIES = frozenset(module for module in ("flash_attn", "xformers") if find_spec(module))
+"""Optional attention libraries that are installed here, by module name."""
 
 
 class BackendChoice(NamedTuple):
-    """A backend, and why each of the others is not the one."""
+    """A chosen backend."""
 
     backend: str
     reasons: dict[str, str]
+    """Why each unavailable backend was not chosen; empty if the caller named the backend."""
 
 
-def choose(
-    wanted: str, device: torch.device, dtype: torch.dtype, width: int, shorter: int, *, text: bool
+def choose_backend(
+    wanted: str, device: torch.device, dtype: torch.dtype, head_width: int, short_rows: int, *, text: bool
 ) -> BackendChoice:
-    """The backend for heads of `width` where the shorter side has `shorter` rows; `text`: one side is text.
+    """The backend for one kind of attention call: the wanted one, or the best one for "auto".
 
-    ConfigError, with the reason, for a backend that is wanted and cannot run here.
+    Args:
+        wanted: name of a backend, or "auto".
+        device: device of q, k and v.
+        dtype: dtype of q, k and v, after autocast.
+        head_width: D.
+        short_rows: rows of the longest sequence on the shorter of the two sides.
+        text: True if queries or keys are text, False for images alone.
+
+    Raises:
+        ConfigError: the wanted backend does not exist or cannot run here. The message has the reason.
     """
-    reasons = _reasons(device, dtype, width, shorter, text)
-    names = get_args(CrossBackend if text else SelfBackend)
+    reasons = _why_not(device, dtype, head_width, short_rows, text)
+    names = get_args(TextAttentionBackend if text else ImageAttentionBackend)
     if wanted not in names:
         raise ConfigError(f"attention backend: wanted one of {', '.join(names)}, got {wanted!r}")
     if wanted != "auto":
@@ -54,33 +65,38 @@ def choose(
         return BackendChoice(wanted, {})
     if device.type == "cuda":
         return BackendChoice("triton" if text and "triton" not in reasons else "sdpa", reasons)
+    # On CPUs SDPA's bf16 backward runs in scalar code and is slower than two matrix products.
     return BackendChoice("math" if dtype == torch.bfloat16 else "sdpa", reasons)
 
 
-def choices(
-    config: MaskVLMConfig, device: torch.device, dtype: torch.dtype, own: str = "auto", cross: str = "auto"
+def choose_for_model(
+    config: MaskVLMConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    image: str = "auto",
+    text: str = "auto",
 ) -> dict[str, BackendChoice]:
-    """What a model of these sizes takes for "image" self-attention and where "text" is on one side.
+    """The two backends of a model of these sizes: "image" for images alone, "text" for attention with text.
 
-    ConfigError where `own` or `cross`, what is wanted for each, cannot run.
+    `image` and `text` are the wanted backends. ConfigError, with the reason, if one of them cannot run here.
     """
-    width, rows = config.width // config.heads, 1 + config.num_patches
+    head_width, image_rows = config.width // config.heads, 1 + config.num_patches
     return {
-        "image": choose(own, device, dtype, width, rows, text=False),
-        "text": choose(cross, device, dtype, width, min(rows, config.text_length), text=True),
+        "image": choose_backend(image, device, dtype, head_width, image_rows, text=False),
+        "text": choose_backend(text, device, dtype, head_width, min(image_rows, config.text_length), text=True),
     }
 
 
-def _reasons(device: torch.device, dtype: torch.dtype, width: int, shorter: int, text: bool) -> dict[str, str]:
-    """Why a backend cannot run."""
+def _why_not(device: torch.device, dtype: torch.dtype, head_width: int, short_rows: int, text: bool) -> dict[str, str]:
+    """Reasons against the backends that cannot run, by backend."""
     found = {}
     if device.type != "cuda":
         found |= dict.fromkeys(("triton", "flash-attn", "xformers"), f"the tensors are on {device.type}, not on a GPU")
         return found
-    if against := why_not_triton(device, dtype, head_width=width, short_rows=shorter):
+    if against := why_not_triton(device, dtype, head_width=head_width, short_rows=short_rows):
         found["triton"] = "; ".join(against)
     for name, module in (("flash-attn", "flash_attn"), ("xformers", "xformers")):
-        if not INSTALLED[module]:
+        if module not in INSTALLED_LIBRARIES:
             found[name] = f"{module} is not installed: pip install 'mvlm[gpu]'"
         elif dtype not in (torch.bfloat16, torch.float16):
             found[name] = f"{module} takes bf16 and fp16, not {dtype}"
@@ -89,9 +105,9 @@ def _reasons(device: torch.device, dtype: torch.dtype, width: int, shorter: int,
     return found
 
 
-def self_attention(q: Tensor, k: Tensor, v: Tensor, wanted: str = "auto") -> Tensor:
-    """Dense attention without a mask: q, k and v (B, L, H, D) -> (B, L, H, D)."""
-    backend = choose(wanted, q.device, q.dtype, q.shape[-1], q.shape[1], text=False).backend
+def image_attention(q: Tensor, k: Tensor, v: Tensor, wanted: str = "auto") -> Tensor:
+    """Attention of images alone, without a mask: q, k and v (B, L, H, D) -> (B, L, H, D)."""
+    backend = choose_backend(wanted, q.device, q.dtype, q.shape[-1], q.shape[1], text=False).backend
     if backend == "triton":
         return cross_attention(q, k, v)
     if backend == "flash-attn":
@@ -102,7 +118,7 @@ def self_attention(q: Tensor, k: Tensor, v: Tensor, wanted: str = "auto") -> Ten
         from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
 
         return memory_efficient_attention(q, k, v)
-    return _dense(q, k, v, None, backend)
+    return _padded_attention(q, k, v, None, backend)
 
 
 def text_attention(
@@ -114,14 +130,21 @@ def text_attention(
     key_index: Tensor | None = None,
     wanted: str = "auto",
 ) -> Tensor:
-    """Attention with text on at least one side, each side dense or packed.
+    """Attention with text on at least one side. Either side may be packed.
 
-    q (R, Lq, H, D), or packed (T, H, D) with `queries`; k and v (B, Lk, H, D), or packed with `keys`. Query sequence r
-    reads sequence key_index[r] of k and v, int64 (R,), or r. Returns what q is like.
+    Args:
+        q: (R, Lq, H, D), or packed (T, H, D) with `queries`.
+        k, v: (B, Lk, H, D), or packed (T, H, D) with `keys`.
+        queries, keys: layouts of packed rows; None for rows that are not packed.
+        key_index: int64 (R,); query sequence r attends to sequence key_index[r] of k and v. None: to sequence r.
+        wanted: name of a backend, or "auto".
+
+    Returns a tensor of q's shape. ConfigError if the wanted backend cannot run here.
     """
     longest = (queries.max_length if queries else q.shape[1], keys.max_length if keys else k.shape[1])
-    backend = choose(wanted, q.device, q.dtype, q.shape[-1], min(longest), text=True).backend
+    backend = choose_backend(wanted, q.device, q.dtype, q.shape[-1], min(longest), text=True).backend
     if backend == "triton":
+        # The kernels read packed rows and key_index in place. Nothing is padded or copied.
         return cross_attention(
             q,
             k,
@@ -134,19 +157,19 @@ def text_attention(
         )
     if queries:
         q = queries.pad(q)
-    exists = None
+    key_mask = None
     if keys:
-        k, v, exists = keys.pad(k), keys.pad(v), keys.exists
+        k, v, key_mask = keys.pad(k), keys.pad(v), keys.key_mask
     if key_index is not None:
         k, v = k.index_select(0, key_index), v.index_select(0, key_index)
-        exists = None if exists is None else exists.index_select(0, key_index)
-    heads = _dense(q, k, v, exists, backend)
+        key_mask = None if key_mask is None else key_mask.index_select(0, key_index)
+    heads = _padded_attention(q, k, v, key_mask, backend)
     return queries.unpad(heads) if queries else heads
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, exists: Tensor | None, backend: str) -> Tensor:
-    """q (B, Lq, H, D), k and v (B, Lk, H, D), exists bool (B, Lk), True = the key exists -> (B, Lq, H, D)."""
-    mask = None if exists is None else exists[:, None, None, :]
+def _padded_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, backend: str) -> Tensor:
+    """q (B, Lq, H, D), k and v (B, Lk, H, D), key_mask bool (B, Lk), True = the key exists -> (B, Lq, H, D)."""
+    mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, Lk)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if backend == "math":
         return math_attention(q, k, v, mask).transpose(1, 2)
@@ -154,7 +177,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, exists: Tensor | None, backend: str)
 
 
 def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v by two batched matrix products, in the dtype of the inputs throughout.
+    """softmax(q k^T / sqrt(D)) v by two batched matrix products, all in the dtype of the inputs.
 
     q (B, H, Lq, D), k and v (B, H, Lk, D); mask bool, broadcast to (B, H, Lq, Lk), True = the key exists.
     """

@@ -1,6 +1,7 @@
 """Cross-modality encoders: self-attention of one stream, cross-attention to the other encoder's output.
 
-Shape legend: B batch, L rows of the own stream, M rows of the other, C width.
+Shape legend: B batch, L rows of this stream, M rows of the other, N patches, T packed rows, C width, H heads, D head
+width.
 """
 
 from collections.abc import Callable
@@ -12,14 +13,14 @@ from mvlm.device import compute_dtype
 from mvlm.model.attention import Attend, Attention, FeedForward
 from mvlm.model.packing import Packing
 
-Rows = Callable[[Tensor], Tensor]
-"""Selection of rows of a stream."""
+SelectRows = Callable[[Tensor], Tensor]
+"""Selection of some rows of a stream: (..., L, C) -> (..., fewer or repeated rows, C)."""
 
 
 class CrossBlock(nn.Module):
-    """Self-attention, cross-attention (keys and values from the other encoder), feed-forward; residual around each.
+    """Self-attention, cross-attention to the other encoder's output, and feed-forward, each with a residual sum.
 
-    `norm="post"` normalises after each sum, as in the paper; `"pre"` before each sub-layer.
+    `norm="post"` normalises after each sum, as in the paper; `norm="pre"` normalises before each sub-layer.
     """
 
     def __init__(self, width: int, heads: int, norm: Literal["post", "pre"]) -> None:
@@ -33,30 +34,37 @@ class CrossBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width, eps=1e-5)
 
     def forward(
-        self, x: Tensor, own: Attend, other: Attend, select: Rows | None = None, between: Rows | None = None
+        self,
+        x: Tensor,
+        attend_self: Attend,
+        attend_cross: Attend,
+        select: SelectRows | None = None,
+        select_between: SelectRows | None = None,
     ) -> Tensor:
-        """x (B, L, C), or packed (T, C) -> the same, or fewer rows.
+        """x (B, L, C), or packed (T, C) -> the same shape, or fewer rows.
 
-        `own(attention, y)` is self-attention over y, which is x or its norm. `other(attention, y)` is cross-attention.
-        Where `own` returns some rows alone, `select` selects the same rows of x. `between` may select rows before
-        `other`.
+        Args:
+            attend_self: self-attention; called with this block's module and x, or the norm of x.
+            attend_cross: cross-attention; called with this block's module and the rows after self-attention.
+            select: for an `attend_self` that returns some rows only: selects the same rows of x.
+            select_between: selects rows after self-attention, for `attend_cross` and all that follows.
         """
         y = self.norm1(x) if self.pre else x
-        x = (x if select is None else select(x)) + own(self.self_attention, y)
+        x = (x if select is None else select(x)) + attend_self(self.self_attention, y)
         x = x if self.pre else self.norm1(x)
-        x = x if between is None else between(x)
-        x = x + other(self.cross_attention, self.norm2(x) if self.pre else x)
+        x = x if select_between is None else select_between(x)
+        x = x + attend_cross(self.cross_attention, self.norm2(x) if self.pre else x)
         x = x if self.pre else self.norm2(x)
         x = x + self.mlp(self.norm3(x) if self.pre else x)
         return x if self.pre else self.norm3(x)
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (..., H, D) of the cross-attention, from the other stream's rows (..., C)."""
+        """Keys and values (..., H, D) of the cross-attention, from rows (..., C) of the other stream."""
         return self.cross_attention.keys_values(memory)
 
 
 class CrossEncoder(nn.Module):
-    """A stack of cross-modality blocks; with pre-norm, one more LayerNorm closes it."""
+    """A stack of cross-modality blocks. With pre-norm, a last LayerNorm follows."""
 
     def __init__(self, width: int, heads: int, layers: int, norm: Literal["post", "pre"]) -> None:
         super().__init__()
@@ -71,50 +79,54 @@ class CrossEncoder(nn.Module):
         memory_mask: Tensor | None = None,
         first_row_only: bool = False,
     ) -> Tensor:
-        """x (B, L, C) reads memory (B, M, C); masks bool (B, L) and (B, M), True = exists.
+        """x (B, L, C) attends to itself and to memory (B, M, C); masks bool (B, L) and (B, M), True = the row exists.
 
-        Returns (B, L, C), or with `first_row_only` the first row (B, 1, C), for which the last block computes no other.
+        Returns (B, L, C). With `first_row_only` it returns the first row (B, 1, C), and the last block computes no
+        other.
         """
 
-        def own(attention: Attention, y: Tensor) -> Tensor:
+        def attend_self(attention: Attention, y: Tensor) -> Tensor:
             return attention(y, y, key_mask)
 
-        def own_first(attention: Attention, y: Tensor) -> Tensor:
-            return attention(y[:, :1], y, key_mask)
+        def attend_self_first(attention: Attention, y: Tensor) -> Tensor:
+            return attention(first_row(y), y, key_mask)
 
-        def other(attention: Attention, y: Tensor) -> Tensor:
+        def attend_cross(attention: Attention, y: Tensor) -> Tensor:
             return attention(y, memory, memory_mask)
 
         *early, last = self.layers
         for block in early:
-            x = block(x, own, other)
-        return self.norm(last(x, own_first, other, select=first_rows) if first_row_only else last(x, own, other))
+            x = block(x, attend_self, attend_cross)
+        if first_row_only:
+            return self.norm(last(x, attend_self_first, attend_cross, select=first_row))
+        return self.norm(last(x, attend_self, attend_cross))
 
     @property
     def layers(self) -> list[CrossBlock]:
+        """The blocks, with their type."""
         return [block for block in self.blocks if isinstance(block, CrossBlock)]
 
 
-def first_rows(x: Tensor) -> Tensor:
+def first_row(x: Tensor) -> Tensor:
     """(B, L, C) -> (B, 1, C)."""
     return x[:, :1]
 
 
 class KeyValueCache:
-    """Key/value cache for cross-attention: keys and values of one encoder's output, made once for each layer.
+    """Key/value cache for cross-attention: keys and values of one encoder's output, computed once for each layer.
 
     Args:
-        rows: (B, 1+N, C) padded, or (T, C) packed.
-        packing: layout of packed rows; None for padded ones.
+        rows: features (B, 1+N, C), or packed (T, C).
+        packing: layout of packed rows; None for rows that are not packed.
     """
 
     def __init__(self, rows: Tensor, packing: Packing | None = None) -> None:
         self.rows = rows.to(compute_dtype(rows))
         self.packing = packing
-        self._made: dict[CrossBlock, tuple[Tensor, Tensor]] = {}
+        self._cached: dict[CrossBlock, tuple[Tensor, Tensor]] = {}
 
     def keys_values(self, block: CrossBlock) -> tuple[Tensor, Tensor]:
-        """(B, 1+N, H, D) or (T, H, D) each."""
-        if block not in self._made:
-            self._made[block] = block.keys_values(self.rows)
-        return self._made[block]
+        """Keys and values for a block: (B, 1+N, H, D) or (T, H, D) each."""
+        if block not in self._cached:
+            self._cached[block] = block.keys_values(self.rows)
+        return self._cached[block]

@@ -1,7 +1,8 @@
 """The two encoders: a ViT for images (pre-norm, as in timm) and a RoBERTa for text (post-norm, as in transformers).
 
-Both agree with those libraries when their weights are copied over; tests/mvlm/model/test_encoders.py holds it.
-Shape legend: B batch, N patches, T packed tokens, L tokens of the longest caption, C width, P patch side, S image side.
+Both compute the same as those libraries on the same weights (tests/mvlm/model/test_encoders.py).
+
+Shape legend: B batch, N patches, K visible patches, L rows, T packed tokens, C width, P patch side, S image side.
 """
 
 import torch
@@ -15,7 +16,7 @@ from mvlm.model.patches import patchify
 
 
 class ImageBlock(nn.Module):
-    """Pre-norm self-attention and feed-forward."""
+    """Pre-norm block of self-attention and feed-forward, as in ViT."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -31,7 +32,7 @@ class ImageBlock(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """ViT over all patches. Masked patches go through it as a learned mask token (SimMIM), none is dropped."""
+    """ViT over all patches. A learned mask token stands for each masked patch, as in SimMIM."""
 
     def __init__(self, config: MaskVLMConfig) -> None:
         super().__init__()
@@ -48,19 +49,19 @@ class ImageEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 images (B, 3, S, S) -> (x/255 - mean) / std in the parameters' dtype; floats are taken as 0..1."""
+        """Images (B, 3, S, S), uint8 or float in 0..1 -> (x - mean) / std of x in 0..1, in the parameters' dtype."""
         scale = 255 if images.dtype == torch.uint8 else 1
         return (images.to(self.mean.dtype) / scale - self.mean) / self.std
 
     def forward(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
-        """images uint8 or float 0..1 (B, 3, S, S); masked bool (B, N), True = replaced by the mask token.
+        """images uint8 or float in 0..1 (B, 3, S, S); masked bool (B, N), True = replaced by the mask token.
 
         Returns features (B, 1+N, C), [CLS] first.
         """
         return self.run(self.embed(images, masked), lambda attention, y: attention(y, y))
 
     def embed(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
-        """Input of the blocks: (B, 1+N, C)."""
+        """Embed [CLS] and the patches, with positions: the input of the blocks (B, 1+N, C)."""
         x = self.patch_projection(patchify(self.normalize(images), self.patch_size))  # (B, N, C)
         if masked is not None:
             x = torch.where(masked.unsqueeze(-1), self.mask_token.to(x.dtype), x)
@@ -68,10 +69,10 @@ class ImageEncoder(nn.Module):
         return torch.cat([cls, x], dim=1) + self.position
 
     def forward_visible(self, images: Tensor, visible_ids: Tensor) -> Tensor:
-        """Only the patches visible_ids int64 (B, K) go through the blocks (MAE, He et al. 2022).
+        """Encode the patches visible_ids int64 (B, K) alone, as MAE does (He et al. 2022).
 
-        After the blocks each goes to its place, mask tokens fill the others, and positions are added to all once more,
-        as at MAE's decoder. Returns (B, 1+N, C), [CLS] first.
+        After the blocks each visible patch returns to its position, mask tokens fill the others, and positions are
+        added to all rows again, as for MAE's decoder. Returns (B, 1+N, C), [CLS] first.
         """
         x = self.embed(images)
         index = torch.cat([torch.zeros_like(visible_ids[:, :1]), 1 + visible_ids], dim=1).unsqueeze(-1)  # (B, 1+K, 1)
@@ -80,14 +81,14 @@ class ImageEncoder(nn.Module):
         return hidden.scatter(1, index.expand(-1, -1, x.shape[-1]), x) + self.position
 
     def run(self, x: Tensor, attend: Attend) -> Tensor:
-        """The blocks over embedded rows (B, L, C), and the last norm -> (B, L, C)."""
+        """Run the blocks and the last norm over embedded rows (B, L, C) -> (B, L, C)."""
         for block in self.blocks:
             x = block(x, attend)
         return self.norm(x)
 
 
 class TextBlock(nn.Module):
-    """Post-norm self-attention and feed-forward."""
+    """Post-norm block of self-attention and feed-forward, as in RoBERTa."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -103,7 +104,7 @@ class TextBlock(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """RoBERTa without token types: its single type embedding is a constant that the positions absorb."""
+    """RoBERTa without token types. Its only type embedding is a constant, which the positions can absorb."""
 
     def __init__(self, config: MaskVLMConfig) -> None:
         super().__init__()
@@ -117,7 +118,7 @@ class TextEncoder(nn.Module):
         return self.run(tokens, packing, lambda attention, x: attention.packed(x, packing))
 
     def run(self, tokens: Tensor, packing: Packing, attend: Attend) -> Tensor:
-        """The embeddings and the blocks over packed tokens int64 (T,) -> (T, C); `attend` computes self-attention."""
+        """Embed packed tokens int64 (T,) and run the blocks -> (T, C); `attend` computes self-attention."""
         # F.embedding, not index_select: its backward is deterministic on CUDA.
         x = self.norm(self.words(tokens) + F.embedding(packing.position, self.position))  # (T, C)
         for block in self.blocks:

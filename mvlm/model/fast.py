@@ -1,18 +1,18 @@
 """The fast implementation: the losses and gradients of `mvlm.model.plain`, with about a fifth less work.
 
-Nothing is approximated. Work is skipped where its result is unused or already known:
+Nothing is approximated. Work is skipped if its result is unused or already known:
 
 - Padding: text is packed in the encoder, in both cross-modality encoders, and at the LM head.
 - Each encoder runs once, over unmasked and masked inputs together. Patches are projected once for both.
-- Keys and values of an encoder's output are made once per cross-attention layer. The reconstruction and the three
+- Keys and values of an encoder's output are computed once per cross-attention layer. The reconstruction and the three
   pairings of ITM share them in place.
 - ITM reads [CLS] alone, so the last block computes no other row. The part of block 0 that does not depend on the
   partner runs once per image or caption, not once per pair.
-- The last block of the decoder, the pixel head, the last block before the LM head and the head itself see masked rows
-  alone. The predicted pixels and the full logits are never materialised.
+- The last block of the decoder, the pixel head, the last block before the LM head, and the head itself compute masked
+  rows alone. The predicted pixels and the full logits are never materialised.
 
-Shape legend: B batch, N patches, T packed tokens, M masked tokens, K masked patches, R = 3B pairs, C width, H heads, D
-head width.
+Shape legend: B batch, N patches, L rows, T packed tokens, M masked tokens, K masked patches, R = 3B pairs, C width,
+H heads, D head width, P patch side, S image side.
 """
 
 import torch
@@ -32,23 +32,23 @@ from mvlm_kernels import gather_patches, linear_pixel_loss, place_tokens
 
 
 def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> Streams:
-    """One pass of each encoder over unmasked and masked inputs."""
-    v, vm = _encode_images(model, batch.images, masks.patch_ids)
-    w, wm = _encode_texts(model, batch, masks)
+    """Encode unmasked and masked inputs together, in one pass of each encoder."""
+    v, vm = encode_images(model, batch.images, masks.patch_ids)
+    w, wm = encode_texts(model, batch, masks)
     return Streams(v, vm, w, wm, _make_caches(v, w))
 
 
-def encode_whole(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
-    """v (B, 1+N, C) and w of the unmasked images and captions alone."""
+def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
+    """Encode the unmasked images and captions alone: v (B, 1+N, C) and w."""
     image, text = model.image_encoder, model.text_encoder
-    whole = place_tokens(_patch_tokens(model, batch.images), image.mask_token, image.position, image.cls_token)
+    embedded = place_tokens(_project_patches(model, batch.images), image.mask_token, image.position, image.cls_token)
     packing = Packing(batch.cu_seqlens, round_up_length(batch.max_length), len(batch.tokens))
     x = text.run(batch.tokens, packing, attend_self(packing))  # (T, C)
-    return image.run(whole, attend_self(None)), PackedText(x, packing)
+    return image.run(embedded, attend_self(None)), PackedText(x, packing)
 
 
-def _patch_tokens(model: MaskVLMNetwork, images: Tensor) -> Tensor:
-    """The projected patches (B, N, C) of images uint8 (B, 3, H, W)."""
+def _project_patches(model: MaskVLMNetwork, images: Tensor) -> Tensor:
+    """Images uint8 (B, 3, S, S) -> projected patches (B, N, C)."""
     encoder = model.image_encoder
     patches = gather_patches(
         images,
@@ -61,33 +61,34 @@ def _patch_tokens(model: MaskVLMNetwork, images: Tensor) -> Tensor:
     return encoder.patch_projection(patches)
 
 
-def _encode_images(model: MaskVLMNetwork, images: Tensor, patch_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """v and vm, (B, 1+N, C) each."""
+def encode_images(model: MaskVLMNetwork, images: Tensor, patch_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode images uint8 (B, 3, S, S) unmasked and masked: v and vm, (B, 1+N, C) each. patch_ids int64 (B, K)."""
     encoder, config = model.image_encoder, model.config
-    tokens = _patch_tokens(model, images)
+    patches = _project_patches(model, images)
     parameters = (encoder.mask_token, encoder.position, encoder.cls_token)
-    whole = place_tokens(tokens, *parameters)  # (B, 1+N, C)
+    unmasked = place_tokens(patches, *parameters)  # (B, 1+N, C)
     if not config.drop_masked:
-        masked = masked_patches(patch_ids, config.num_patches)  # (B, N), True = hidden
-        v, vm = encoder.run(
-            torch.cat([whole, place_tokens(tokens, *parameters, masked=masked)]), attend_self(None)
-        ).chunk(2)
+        hidden = masked_patches(patch_ids, config.num_patches)  # (B, N), True = masked
+        masked = place_tokens(patches, *parameters, masked=hidden)
+        v, vm = encoder.run(torch.cat([unmasked, masked]), attend_self(None)).chunk(2)
         return v, vm
     visible = visible_patches(patch_ids, config.num_patches)  # (B, N-K)
-    seen = torch.cat([torch.zeros_like(visible[:, :1]), 1 + visible], dim=1)  # [CLS] too
-    x = encoder.run(select_within(whole, seen), attend_self(None))  # (B, 1+N-K, C)
+    rows = torch.cat([torch.zeros_like(visible[:, :1]), 1 + visible], dim=1)  # [CLS] too
+    x = encoder.run(select_within(unmasked, rows), attend_self(None))  # (B, 1+N-K, C)
+    # place_tokens makes row 0 from the parameter cls_token. [CLS] has been encoded here, so its row replaces row 0.
     placed = place_tokens(x[:, 1:], *parameters, visible_ids=visible)
     vm = torch.cat([x[:, :1] + encoder.position[0], placed[:, 1:]], dim=1)
-    return encoder.run(whole, attend_self(None)), vm
+    return encoder.run(unmasked, attend_self(None)), vm
 
 
-def _encode_texts(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> tuple[PackedText, PackedText]:
-    """w and wm, (T, C) each."""
+def encode_texts(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> tuple[PackedText, PackedText]:
+    """Encode captions unmasked and masked: w and wm, (T, C) each."""
     encoder, total = model.text_encoder, len(batch.tokens)
     longest = round_up_length(batch.max_length)
     hidden = mask_tokens(batch.tokens, masks.token_ids, model.config.mask_token_id)
-    # Rows that belong to no caption (where totals are rounded up) must all come last, so the masked captions follow
-    # the last unmasked caption, not its padding.
+    # A packing has its padding positions (see `pad_to_bucket`) after the last sequence. So the first masked caption
+    # follows the last unmasked caption, not the padding after it, and the padding of both comes last. `end` stays on
+    # the device.
     end = batch.cu_seqlens[-1:].long()
     rows = torch.arange(2 * total, device=end.device)
     tokens = torch.where(rows < end, torch.cat([batch.tokens, hidden]), hidden[(rows - end).clamp(0, total - 1)])
@@ -103,17 +104,18 @@ def reconstruction_losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """MLM, the mean over the batch's M masked tokens; MIM, the mean over its B x K masked patches; MLM's accuracy."""
     caches = streams.caches or _make_caches(streams.image, streams.text)
-    mlm, accuracy = _masked_language(model, streams, caches.image, batch, masks)
-    return mlm, _masked_image(model, streams, caches.text, batch, masks), accuracy
+    mlm, accuracy = language_loss(model, streams, caches.image, batch, masks)
+    return mlm, image_loss(model, streams, caches.text, batch, masks), accuracy
 
 
-def _masked_language(
+def language_loss(
     model: MaskVLMNetwork, streams: Streams, image: KeyValueCache, batch: Batch, masks: Masks
 ) -> tuple[Tensor, Tensor]:
+    """MLM and its accuracy, scalars; the masked captions attend to the unmasked images of the cache."""
     x, packing = streams.masked_text
-    # Padding positions (see `pad_to_bucket`) point past the last caption and are ignored.
+    # Layout of the masked tokens alone, M rows. token_ids rise, so those of a caption are consecutive.
     bounds = torch.searchsorted(masks.token_ids, batch.cu_seqlens.long()).int()  # (B+1,)
-    chosen = Packing(bounds, packing.max_length, len(masks.token_ids))
+    selected = Packing(bounds, packing.max_length, len(masks.token_ids))
 
     def select(rows: Tensor) -> Tensor:
         return rows.index_select(0, masks.token_ids)  # (T, C) -> (M, C)
@@ -121,16 +123,17 @@ def _masked_language(
     *early, last = model.text_cross.layers
     for block in early:
         x = block(x, attend_self(packing), attend_cross(block, packing, image))
-    x = model.text_cross.norm(
-        last(x, attend_self(packing, select, chosen), attend_cross(last, chosen, image), select)
-    )  # (M, C)
+    x = last(x, attend_self(packing, select, selected), attend_cross(last, selected, image), select)
+    x = model.text_cross.norm(x)  # (M, C)
     targets = batch.tokens.index_select(0, masks.token_ids)
+    # Padding positions (see `pad_to_bucket`) point past the last caption and are ignored.
     targets = targets.masked_fill(masks.token_ids >= batch.cu_seqlens[-1], -100)
     head = model.language_head
     return linear_cross_entropy(head.transform(x), head.vocabulary.weight, head.vocabulary.bias, targets)
 
 
-def _masked_image(model: MaskVLMNetwork, streams: Streams, text: KeyValueCache, batch: Batch, masks: Masks) -> Tensor:
+def image_loss(model: MaskVLMNetwork, streams: Streams, text: KeyValueCache, batch: Batch, masks: Masks) -> Tensor:
+    """MIM, a scalar; the masked images attend to the unmasked captions of the cache."""
     x = streams.masked_image
 
     def select(rows: Tensor) -> Tensor:
@@ -164,70 +167,77 @@ def match_pairs(
     texts: Tensor,
     caches: PairCaches | None = None,
 ) -> Tensor:
-    """ITM logits (R, 2) of pairs: rows images int64 (R,) of v (B, 1+N, C), captions texts int64 (R,) of text.
+    """ITM logits (R, 2) of pairs of image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,).
 
     `caches`, if given, are those of v and text.
     """
     caches = caches or _make_caches(v, text)
-    packing = _rounded_up(text.packing)
-    # The device alone knows how many rows the drawn captions have together. On a CPU asking costs nothing; on a GPU it
-    # would be a sync, so there the bound is taken.
+    packing = _with_rounded_length(text.packing)
+    # Only the device knows how many tokens the R captions have together. Asking costs nothing on a CPU. On a GPU it
+    # would be a sync, so the upper bound is taken there.
     capacity = len(texts) * packing.max_length
     if texts.device.type == "cpu" and not torch.compiler.is_compiling():
         capacity = int(packing.lengths.index_select(0, texts).sum())
-    chosen, rows = packing.select(texts, capacity)
-    image = _first_rows(model.image_cross, v, None, caches.text, texts, images, None)
-    word = _first_rows(model.text_cross, text.rows, packing, caches.image, images, rows, chosen)
-    return model.matching_head(image * word)
+    pair_packing, rows = packing.select(texts, capacity)
+    image = _encode_pairs(model.image_cross, v, None, caches.text, texts, images, None)
+    caption = _encode_pairs(model.text_cross, text.rows, packing, caches.image, images, rows, pair_packing)
+    return model.matching_head(image * caption)
 
 
-def _first_rows(
+def _encode_pairs(
     encoder: CrossEncoder,
     x: Tensor,
     packing: Packing | None,
     cache: KeyValueCache,
     key_index: Tensor,
-    drawn: Tensor,
-    chosen: Packing | None,
+    rows: Tensor,
+    pair_packing: Packing | None,
 ) -> Tensor:
-    """[CLS] (R, C) of R sequences drawn from x; sequence r attends to sequence key_index[r] of the cache.
+    """Encode R sequences of x, each with its partner in the cache: [CLS] (R, C).
 
-    x is (B, L, C) padded, and drawn int64 (R,) are its sequences. Or x is packed (T, C) with `packing`, drawn are the
-    rows of the R sequences, and `chosen` is their layout.
+    Args:
+        x: (B, L, C), or packed (T, C) with `packing`.
+        key_index: int64 (R,); sequence r attends to sequence key_index[r] of the cache.
+        rows: int64 (R,), the R sequences of x; or, if x is packed, the rows of x that they consist of.
+        pair_packing: layout of these rows if x is packed, else None.
     """
 
-    def draw(rows: Tensor) -> Tensor:
-        return select_rows(rows, drawn)
+    def expand(y: Tensor) -> Tensor:
+        return select_rows(y, rows)
 
-    def first(rows: Tensor) -> Tensor:
-        return rows.index_select(0, chosen.cu_seqlens[:-1]) if chosen else rows[:, 0]  # (R, C)
+    def first(y: Tensor) -> Tensor:
+        return y.index_select(0, pair_packing.cu_seqlens[:-1]) if pair_packing else y[:, 0]  # (R, C)
 
-    def own_first(attention: Attention, y: Tensor) -> Tensor:
-        return attention.first_rows(first(y), chosen.pad(y) if chosen else y, chosen.exists if chosen else None)
+    def attend_self_first(attention: Attention, y: Tensor) -> Tensor:
+        if pair_packing is None:
+            return attention.attend_first_row(first(y), y, None)
+        return attention.attend_first_row(first(y), pair_packing.pad(y), pair_packing.key_mask)
 
     *early, last = encoder.layers
     if not early:
-        x = draw(x)
+        x = expand(x)
     for number, block in enumerate(early):
-        # Block 0's self-attention does not depend on the partner, so it runs once per image or caption; only its result
-        # is expanded to pairs.
-        own, between = (attend_self(packing), draw) if number == 0 else (attend_self(chosen), None)
-        x = block(x, own, attend_cross(block, chosen, cache, key_index), between=between)
+        cross = attend_cross(block, pair_packing, cache, key_index)
+        if number == 0:
+            # Block 0's self-attention does not depend on the partner, so it runs once per image or caption; only its
+            # result is expanded to pairs.
+            x = block(x, attend_self(packing), cross, select_between=expand)
+        else:
+            x = block(x, attend_self(pair_packing), cross)
 
-    # Made outside the block: activation checkpointing calls the block again in backward, and the cache must not.
-    read = attend_cross(last, None, cache, key_index)
+    # Made outside the block, for the reason given in `attend_cross`.
+    cross = attend_cross(last, None, cache, key_index)
 
-    def other(attention: Attention, y: Tensor) -> Tensor:
-        return read(attention, y.unsqueeze(1)).squeeze(1)
+    def attend_cross_first(attention: Attention, y: Tensor) -> Tensor:
+        return cross(attention, y.unsqueeze(1)).squeeze(1)
 
-    return encoder.norm(last(x, own_first, other, select=first))
+    return encoder.norm(last(x, attend_self_first, attend_cross_first, select=first))
 
 
 def _make_caches(v: Tensor, text: PackedText) -> PairCaches:
-    packing = _rounded_up(text.packing)
-    return PairCaches(KeyValueCache(v), KeyValueCache(text.rows, packing))
+    return PairCaches(KeyValueCache(v), KeyValueCache(text.rows, _with_rounded_length(text.packing)))
 
 
-def _rounded_up(packing: Packing) -> Packing:
-    """The layout with a longest length that repeats from batch to batch."""
+def _with_rounded_length(packing: Packing) -> Packing:
+    """The layout with its longest length rounded up, so that few shapes occur."""
     return packing.with_max_length(round_up_length(packing.max_length))

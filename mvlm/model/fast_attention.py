@@ -2,8 +2,7 @@
 
 `attend_self` and `attend_cross` make the functions that a block calls for its attention.
 
-Shape legend: B sequences, N patches, L rows of the longest sequence, T packed rows, C width, H heads, D head width,
-K selected rows, R query sequences.
+Shape legend: B sequences, L rows of the longest sequence, T packed rows, C width, K selected rows, R query sequences.
 """
 
 import torch
@@ -12,27 +11,29 @@ from torch import Tensor
 from mvlm.device import compute_dtype
 from mvlm.model import attention_backends as backends
 from mvlm.model.attention import Attend, Attention
-from mvlm.model.cross_encoder import CrossBlock, KeyValueCache, Rows
+from mvlm.model.cross_encoder import CrossBlock, KeyValueCache, SelectRows
 from mvlm.model.packing import Packing
 
 
-def attend_self(packing: Packing | None, select: Rows | None = None, selected: Packing | None = None) -> Attend:
-    """Self-attention of padded (B, L, C) or packed (T, C) rows.
+def attend_self(packing: Packing | None, select: SelectRows | None = None, selected: Packing | None = None) -> Attend:
+    """Make the self-attention of rows (B, L, C), or packed (T, C) with `packing`.
 
-    With `select`, the selected rows alone are queries; `selected` is their layout.
+    With `select`, only the rows that it selects are queries; `selected` is their layout if they are packed.
     """
 
     def attend(attention: Attention, y: Tensor) -> Tensor:
+        # Cast once, before the projections: autocast would cast y for each of them and save every copy.
         y = y.to(compute_dtype(y))
         if select is None:
             q, k, v = attention.queries_keys_values(y)
         else:
             q, (k, v) = attention.queries(select(y)), attention.keys_values(y)
         if select is None and packing is None:
-            heads = backends.self_attention(q, k, v, attention.self_backend)
+            heads = backends.image_attention(q, k, v, attention.image_backend)
         else:
+            # Selected queries of images come here too: text_attention takes sides of different lengths.
             queries = packing if select is None else selected
-            heads = backends.text_attention(q, k, v, queries, packing, None, attention.cross_backend)
+            heads = backends.text_attention(q, k, v, queries, packing, None, attention.text_backend)
         return attention.project_out(heads)
 
     return attend
@@ -41,22 +42,28 @@ def attend_self(packing: Packing | None, select: Rows | None = None, selected: P
 def attend_cross(
     block: CrossBlock, packing: Packing | None, cache: KeyValueCache, key_index: Tensor | None = None
 ) -> Attend:
-    """Cross-attention of padded or packed rows; sequence r attends to sequence key_index[r] of the cache, or r."""
+    """Make the cross-attention of rows (R, L, C), or packed (T, C) with `packing`, to the sequences of a cache.
+
+    key_index int64 (R,): sequence r attends to sequence key_index[r] of the cache. None: to sequence r.
+    """
+    # Not inside `attend`: activation checkpointing calls that again in backward. It would find the cache filled, and
+    # recompute fewer tensors than the forward pass saved.
     k, v = cache.keys_values(block)
 
     def attend(attention: Attention, y: Tensor) -> Tensor:
         q = attention.queries(y)
         return attention.project_out(
-            backends.text_attention(q, k, v, packing, cache.packing, key_index, attention.cross_backend)
+            backends.text_attention(q, k, v, packing, cache.packing, key_index, attention.text_backend)
         )
 
     return attend
 
 
-def select_within(x: Tensor, places: Tensor) -> Tensor:
-    """Rows places int64 (B, K), all different, of each sequence of x (B, L, C): (B, K, C). Faster than `gather`."""
-    rows = places + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, places.shape)
+def select_within(x: Tensor, positions: Tensor) -> Tensor:
+    """Select rows positions int64 (B, K), all different, of each sequence of x (B, L, C) -> (B, K, C)."""
+    # index_select over flattened rows is faster than `gather`, which needs an index for every feature.
+    rows = positions + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+    return x.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, positions.shape)
 
 
 def select_rows(x: Tensor, rows: Tensor) -> Tensor:

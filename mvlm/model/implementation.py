@@ -1,7 +1,7 @@
 """Interface of an implementation of the training step.
 
-Two modules fit it: `mvlm.model.plain`, the readable specification, and `mvlm.model.fast`, the optimized one. Both give
-the same losses and gradients, up to rounding.
+Two modules satisfy it: `mvlm.model.plain`, the readable specification, and `mvlm.model.fast`, the optimized one. Both
+give the same losses and gradients, up to rounding.
 
 Shape legend: B batch, N patches, T packed tokens, C width, R pairs of an image and a text.
 """
@@ -17,7 +17,7 @@ from mvlm_dataloading import Batch, Masks
 
 
 class PairCaches(NamedTuple):
-    """Key/value caches for the cross-attention to one batch of images and captions."""
+    """Key/value caches of one batch, for the cross-attention to its images and to its captions."""
 
     image: KeyValueCache
     text: KeyValueCache
@@ -35,24 +35,27 @@ class Streams(NamedTuple):
     masked_text: PackedText
     """wm, features of the masked captions."""
     caches: PairCaches | None = None
-    """Caches for `image` and `text`, from an implementation that keeps them."""
+    """Caches of `image` and `text`; None from an implementation without caches."""
 
 
 class Implementation(Protocol):
-    """Computation of one training step on a network's weights."""
+    """Computation of one training step with the weights of a network.
+
+    A module satisfies this protocol with functions of these names and parameters.
+    """
 
     def encode(self, model: MaskVLMNetwork, batch: Batch, masks: Masks) -> Streams:
         """Encode the unmasked and the masked images and captions."""
         ...
 
-    def encode_whole(self, model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
+    def encode_unmasked(self, model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
         """Encode the unmasked images and captions alone: v (B, 1+N, C) and w."""
         ...
 
     def reconstruction_losses(
         self, model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """MLM, MIM and MLM's accuracy: scalars, means over the masked tokens and the masked patches of the batch."""
+        """MLM, MIM and MLM's accuracy, scalars: means over the masked tokens and the masked patches of the batch."""
         ...
 
     def match_pairs(
@@ -64,7 +67,7 @@ class Implementation(Protocol):
         texts: Tensor,
         caches: PairCaches | None = None,
     ) -> Tensor:
-        """ITM logits (R, 2) of pairs: rows images int64 (R,) of v (B, 1+N, C), captions texts int64 (R,) of text.
+        """ITM logits (R, 2) of pairs of image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,).
 
         `caches`, if given, are those of v and text.
         """

@@ -18,11 +18,11 @@ from mvlm.objectives.negatives import NegativeSampling, matching_pairs
 from mvlm_dataloading import Batch, Masks
 
 IMPLEMENTATIONS: dict[str, Implementation] = {"plain": plain, "fast": fast}
-"""Implementations of the step, by the name that `plan` has in configurations and on the command line."""
+"""Implementations of the training step, by the value of `plan` in calls, configurations and on the command line."""
 
 
 class MaskVLM(MaskVLMNetwork, HubMixin):
-    """The model: a network, its objectives, and `from_pretrained` / `save_pretrained`."""
+    """MaskVLM: the network with its four losses, `from_pretrained` and `save_pretrained`."""
 
     def forward(
         self,
@@ -34,13 +34,16 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
         reconstruction_only: bool = False,
         plan: Literal["plain", "fast"] = "plain",
     ) -> Losses:
-        """The four losses of one batch.
+        """Compute the four losses of one batch.
 
         Args:
-            seed: with `step`, decides ITM's negatives.
-            step: number of the update; an int64 scalar on the device under torch.compile and CUDA graphs.
-            reconstruction_only: MLM and MIM alone; ITC and ITM are zero and cost nothing.
-            plan: name of the implementation; `plain` and `fast` give the same losses, up to rounding.
+            seed: seed of ITM's negatives.
+            step: number of the update; with `seed` it determines the negatives. Under torch.compile and CUDA graphs, an
+                int64 scalar on the device.
+            reconstruction_only: compute MLM and MIM alone; ITC and ITM are zero and cost nothing.
+            plan: name of the implementation; "plain" and "fast" give the same losses, up to rounding.
+
+        ValueError for an unknown plan.
         """
         if plan not in IMPLEMENTATIONS:
             raise ValueError(f"plan: wanted {' or '.join(IMPLEMENTATIONS)}, got {plan!r}")

@@ -1,8 +1,10 @@
 """Network of MaskVLM: two encoders, two cross-modality encoders, an image decoder, and the heads (docs/method.md).
 
+Image features are (B, 1+N, C), [CLS] first. Text features are (B, L, C), [CLS] first and padded at the end, with a key
+mask bool (B, L), True = a token.
+
 Shape legend: B batch, N patches, K masked patches, T packed tokens, L tokens of the longest caption, M masked tokens,
-C width, E contrastive width, V vocabulary, P patch side, S image side. Image features are (B, 1+N, C), [CLS] first;
-text features (B, L, C), [CLS] first, padded at the end, with a key mask bool (B, L), True = a token.
+C width, E contrastive width, V vocabulary, P patch side, S image side.
 """
 
 import math
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvlm.config.model import CrossBackend, MaskVLMConfig, SelfBackend
+from mvlm.config.model import ImageAttentionBackend, MaskVLMConfig, TextAttentionBackend
 from mvlm.model.attention import Attention
 from mvlm.model.cross_encoder import CrossEncoder
 from mvlm.model.encoders import ImageEncoder, TextEncoder
@@ -20,11 +22,11 @@ from mvlm.model.patches import patchify
 from mvlm.objectives.losses import at_least_float32
 
 PIXEL_MODULES = ("image_cross.", "image_decoder.", "pixel_head")
-"""Name prefixes of what rebuilds pixels; it has a learning rate and an initialisation of its own."""
+"""Name prefixes of the modules that reconstruct pixels. They have their own learning rate and initialisation."""
 
 
 class LanguageHead(nn.Module):
-    """RoBERTa's LM head: dense, GELU, LayerNorm, vocabulary projection (not tied to the embedding)."""
+    """RoBERTa's LM head: linear, GELU, LayerNorm, vocabulary projection (not tied to the embedding)."""
 
     def __init__(self, config: MaskVLMConfig) -> None:
         super().__init__()
@@ -33,7 +35,7 @@ class LanguageHead(nn.Module):
         self.vocabulary = nn.Linear(config.width, config.vocab_size)
 
     def transform(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C), all but the vocabulary projection."""
+        """The layers before the vocabulary projection: (..., C) -> (..., C)."""
         return self.norm(F.gelu(self.dense(x)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ class LanguageHead(nn.Module):
 
 
 class MaskVLMNetwork(nn.Module):
-    """Modules of MaskVLM and the computations on their weights."""
+    """Modules of MaskVLM, and the method's functions of their weights."""
 
     def __init__(self, config: MaskVLMConfig) -> None:
         super().__init__()
@@ -61,7 +63,7 @@ class MaskVLMNetwork(nn.Module):
         self._initialize()
 
     def _initialize(self) -> None:
-        """Linear weights as the configuration says, embeddings and tokens trunc_normal(0.02), biases zero."""
+        """Initialise linear weights as configured, embeddings with trunc_normal(0.02), and biases with zero."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
@@ -75,14 +77,20 @@ class MaskVLMNetwork(nn.Module):
             nn.init.trunc_normal_(embedding, std=0.02)
 
     def encode_image(self, images: Tensor, masked: Tensor | None = None) -> Tensor:
-        """images uint8 or float 0..1 (B, 3, S, S); masked bool (B, N), True = hidden. Returns (B, 1+N, C)."""
+        """Encode images (B, 3, S, S), uint8 or float in 0..1 -> (B, 1+N, C). masked bool (B, N), True = masked.
+
+        ValueError for images of another shape.
+        """
         side = self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (3, side, side):
             raise ValueError(f"images: wanted (B, 3, {side}, {side}), got {tuple(images.shape)}")
         return self.image_encoder(images, masked)
 
     def encode_text_packed(self, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
-        """Packed tokens int64 (T,), captions bounded by cu_seqlens int (B+1,), the longest of max_length tokens."""
+        """Encode packed tokens int64 (T,); caption b is tokens cu_seqlens[b] to cu_seqlens[b+1], cu_seqlens int (B+1,).
+
+        No caption has more than max_length tokens. ValueError for other shapes or a max_length above `text_length`.
+        """
         if tokens.ndim != 1 or cu_seqlens.ndim != 1 or not 0 < max_length <= self.config.text_length:
             raise ValueError(
                 f"tokens, cu_seqlens, max_length: wanted (T,), (B+1,) and at most {self.config.text_length}, "
@@ -92,30 +100,30 @@ class MaskVLMNetwork(nn.Module):
         return PackedText(self.text_encoder(tokens, packing), packing)
 
     def encode_text(self, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
-        """As `encode_text_packed`, but padded: features (B, L, C), zero where there is padding, and their key mask.
+        """Encode packed tokens, as `encode_text_packed` does, and pad.
 
-        The key mask is bool (B, L), True = a token.
+        Returns features (B, L, C), zeros for padding, and the key mask bool (B, L), True = a token.
         """
         return self.encode_text_packed(tokens, cu_seqlens, max_length).padded()
 
     def embed_image(self, v: Tensor) -> Tensor:
-        """Contrastive embedding of image features (B, 1+N, C): unit length (B, E)."""
+        """Contrastive embedding of image features: v (B, 1+N, C) -> (B, E) of unit length."""
         return F.normalize(at_least_float32(self.image_projection(v[:, 0])), dim=-1)
 
     def embed_text(self, w: Tensor) -> Tensor:
-        """Contrastive embedding of text features (B, L, C): unit length (B, E)."""
+        """Contrastive embedding of text features: w (B, L, C) -> (B, E) of unit length."""
         return F.normalize(at_least_float32(self.text_projection(w[:, 0])), dim=-1)
 
     def match(self, v: Tensor, w: Tensor, key_mask: Tensor) -> Tensor:
-        """ITM logits (B, 2), column 1 = "they match", for features v (B, 1+N, C) and w (B, L, C) of unmasked inputs."""
+        """ITM logits (B, 2), column 1 = match, from features v (B, 1+N, C) and w (B, L, C) of unmasked inputs."""
         image = self.image_cross(v, w, None, key_mask, first_row_only=True)[:, 0]  # (B, C)
         text = self.text_cross(w, v, key_mask, None, first_row_only=True)[:, 0]
         return self.matching_head(image * text)
 
     def fill_mask(self, v: Tensor, wm: Tensor, key_mask: Tensor, cu_seqlens: Tensor, token_ids: Tensor) -> Tensor:
-        """Logits (M, V) for the packed positions token_ids int64 (M,).
+        """LM logits (M, V) of the tokens token_ids int64 (M,), given as packed positions.
 
-        wm (B, L, C) are features of the masked text, v (B, 1+N, C) of the whole image; cu_seqlens int32 (B+1,).
+        v (B, 1+N, C) are features of the unmasked image, wm (B, L, C) of the masked text; cu_seqlens int32 (B+1,).
         """
         x = self.text_cross(wm, v, key_mask, None)  # (B, L, C)
         rows = x.flatten(0, 1)
@@ -123,9 +131,9 @@ class MaskVLMNetwork(nn.Module):
         return self.language_head(rows.index_select(0, caption * x.shape[1] + token_ids - cu_seqlens[caption]))
 
     def reconstruct(self, vm: Tensor, w: Tensor, key_mask: Tensor, patch_ids: Tensor) -> Tensor:
-        """Normalised pixels (B, K, 3*P*P) of the patches patch_ids int64 (B, K).
+        """Predicted normalised pixels (B, K, 3*P*P) of the patches patch_ids int64 (B, K).
 
-        vm (B, 1+N, C) are features of the masked image, w (B, L, C) of the whole text.
+        vm (B, 1+N, C) are features of the masked image, w (B, L, C) of the unmasked text.
         """
         x = self.image_cross(vm, w, None, key_mask)
         x = self.image_decoder(x, w, None, key_mask)  # (B, 1+N, C)
@@ -133,20 +141,26 @@ class MaskVLMNetwork(nn.Module):
         return self.pixel_head(x)
 
     def patch_targets(self, images: Tensor, patch_ids: Tensor) -> Tensor:
-        """Normalised pixels (B, K, 3*P*P) of the patches patch_ids int64 (B, K)."""
+        """True normalised pixels (B, K, 3*P*P) of the patches patch_ids int64 (B, K)."""
         patches = patchify(self.image_encoder.normalize(images), self.config.patch_size)
         return patches.gather(1, patch_ids.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
 
-    def set_attention(self, self_attention: SelfBackend = "auto", cross_attention: CrossBackend = "auto") -> None:
-        """Choose what the fast plan computes attention with: of images alone, and where text is on one side.
+    def set_attention(
+        self, self_attention: ImageAttentionBackend = "auto", cross_attention: TextAttentionBackend = "auto"
+    ) -> None:
+        """Set the attention backends of the fast implementation.
 
-        A backend that cannot run where it is then used is a ConfigError that says why.
+        A backend that cannot run raises ConfigError, with the reason, when attention is computed.
+
+        Args:
+            self_attention: for images alone.
+            cross_attention: for attention with text on at least one side, so for the text encoder too.
         """
         for module in self.modules():
             if isinstance(module, Attention):
-                module.self_backend, module.cross_backend = self_attention, cross_attention
+                module.image_backend, module.text_backend = self_attention, cross_attention
 
     @torch.no_grad()
     def clamp_temperature(self) -> None:
-        """Keep the temperature in [0.001, 0.5]; called after the optimizer's step, never inside the graph."""
+        """Clamp the temperature to [0.001, 0.5]. Call it after the optimizer's step, not in the forward pass."""
         self.log_scale.clamp_(math.log(1 / 0.5), math.log(1 / 0.001))

@@ -1,6 +1,7 @@
-"""Packed sequences: rows of different lengths one after another, with no padding between.
+"""Packed sequences: rows of sequences of different lengths, one sequence after another, without padding.
 
-Shape legend: B sequences, T packed rows, L rows of the longest sequence, M masked tokens, R drawn sequences, C width.
+Shape legend: B sequences, T packed rows, L rows of the longest sequence, M masked tokens, R selected sequences,
+C width.
 """
 
 from dataclasses import replace
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from mvlm_dataloading import Batch, Masks
 
-KEY_MULTIPLE = 16
-"""Multiple that longest captions are rounded up to: shapes then repeat, and a CPU's matrix products run faster."""
+LENGTH_MULTIPLE = 16
+"""Longest lengths are rounded up to a multiple of this: shapes then repeat, and a CPU's matrix products run faster."""
 
 
 def round_up(number: int, multiple: int) -> int:
@@ -22,12 +23,12 @@ def round_up(number: int, multiple: int) -> int:
 
 
 def round_up_length(length: int) -> int:
-    """A longest length that repeats from batch to batch."""
-    return round_up(length, KEY_MULTIPLE)
+    """Round the longest length of a batch up, so that few lengths occur."""
+    return round_up(length, LENGTH_MULTIPLE)
 
 
 def pad_to_bucket(batch: Batch, masks: Masks, text_length: int) -> tuple[Batch, Masks]:
-    """The batch with its totals rounded up, so that few shapes occur. For compiled steps and CUDA graphs.
+    """Round the totals of a batch up, so that few shapes occur. For compiled steps and CUDA graphs.
 
     The number of tokens is rounded up to a multiple of a 16th of B x text_length, the number of masked tokens to a
     multiple of a third of that, and the longest length as `round_up_length` does. The added tokens come after the last
@@ -49,89 +50,92 @@ def mask_tokens(tokens: Tensor, token_ids: Tensor, mask_token_id: int) -> Tensor
 
 
 class Packing:
-    """Layout of packed rows: sequence bounds, and each row's place once padded.
+    """Layout of packed rows: the bounds of the sequences, and the index of each row after padding.
 
-    Everything is computed on the device from `cu_seqlens`, once, when it is first needed.
+    Everything is computed on the device from `cu_seqlens`, once, at first use.
 
     Args:
         cu_seqlens: int32 (B+1,), rising; sequence b is rows cu_seqlens[b] to cu_seqlens[b+1].
-        max_length: at least the rows of the longest sequence, L; a host number.
-        total: number of rows, T; a host number. Rows from cu_seqlens[-1] on belong to no sequence: they may hold
-            anything and are never read.
+        max_length: L, at least the rows of the longest sequence; a host number.
+        total: T, the number of rows; a host number. Rows from cu_seqlens[-1] on are padding: they belong to no
+            sequence, may hold anything, and are ignored.
     """
 
     def __init__(self, cu_seqlens: Tensor, max_length: int, total: int) -> None:
         self.cu_seqlens, self.max_length, self.total = cu_seqlens, max_length, total
-        self._owner: Tensor | None = None
-        self._place: Tensor | None = None
-        self._exists: Tensor | None = None
+        self._sequence_of_row: Tensor | None = None
+        self._padded_index: Tensor | None = None
+        self._key_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.cu_seqlens) - 1
 
     @property
     def lengths(self) -> Tensor:
-        """int32 (B,), rows of each sequence."""
+        """int32 (B,), number of rows of each sequence."""
         return self.cu_seqlens[1:] - self.cu_seqlens[:-1]
 
     @property
-    def owner(self) -> Tensor:
+    def sequence_of_row(self) -> Tensor:
         """int64 (T,), the sequence of each row; B for a row of no sequence."""
-        if self._owner is None:
+        if self._sequence_of_row is None:
             rows = torch.arange(self.total, device=self.cu_seqlens.device)
-            self._owner = torch.searchsorted(self.cu_seqlens[1:].long(), rows, right=True)
-        return self._owner
+            self._sequence_of_row = torch.searchsorted(self.cu_seqlens[1:].long(), rows, right=True)
+        return self._sequence_of_row
 
     @property
-    def place(self) -> Tensor:
-        """int64 (T,), each row's index in (B, L) flattened; B*L for a row of no sequence."""
-        if self._place is None:
+    def padded_index(self) -> Tensor:
+        """int64 (T,), index of each row in the padded rows (B*L,); B*L for a row of no sequence."""
+        if self._padded_index is None:
+            sequence = self.sequence_of_row
             rows = torch.arange(self.total, device=self.cu_seqlens.device)
-            starts = self.cu_seqlens.long().index_select(0, self.owner)
-            inside = self.owner * self.max_length + rows - starts
-            self._place = torch.where(self.owner < len(self), inside, len(self) * self.max_length)
-        return self._place
+            # cu_seqlens has B+1 entries, so rows of no sequence (sequence B) have a start too.
+            starts = self.cu_seqlens.long().index_select(0, sequence)
+            index = sequence * self.max_length + rows - starts
+            self._padded_index = torch.where(sequence < len(self), index, len(self) * self.max_length)
+        return self._padded_index
 
     @property
     def position(self) -> Tensor:
-        """int64 (T,), each row's position in its sequence, below L; 0 for a row of no sequence."""
-        return self.place % self.max_length
+        """int64 (T,), position of each row in its sequence, below L; 0 for a row of no sequence."""
+        return self.padded_index % self.max_length
 
     @property
-    def exists(self) -> Tensor:
+    def key_mask(self) -> Tensor:
         """bool (B, L), True = a row of the sequence, False = padding."""
-        if self._exists is None:
-            self._exists = torch.arange(self.max_length, device=self.cu_seqlens.device) < self.lengths[:, None]
-        return self._exists
+        if self._key_mask is None:
+            self._key_mask = torch.arange(self.max_length, device=self.cu_seqlens.device) < self.lengths[:, None]
+        return self._key_mask
 
     def pad(self, x: Tensor) -> Tensor:
-        """(T, ...) -> (B, L, ...), zeros for padding."""
-        # One row more than B*L receives the rows of no sequence, whatever they hold.
-        padded = x.new_zeros(len(self) * self.max_length + 1, *x.shape[1:]).index_copy(0, self.place, x)
+        """Pad rows (T, ...) with zeros -> (B, L, ...)."""
+        # One extra row takes all rows of no sequence. The alternative, to drop them, needs their number on the host.
+        padded = x.new_zeros(len(self) * self.max_length + 1, *x.shape[1:]).index_copy(0, self.padded_index, x)
         return padded[:-1].unflatten(0, (len(self), self.max_length))
 
     def unpad(self, x: Tensor) -> Tensor:
-        """(B, L, ...) -> (T, ...); rows of no sequence get the last place, whatever it holds."""
-        return x.flatten(0, 1).index_select(0, self.place.clamp(max=len(self) * self.max_length - 1))
+        """The inverse of `pad`: (B, L, ...) -> (T, ...). Rows of no sequence are copies of the last padded row."""
+        return x.flatten(0, 1).index_select(0, self.padded_index.clamp(max=len(self) * self.max_length - 1))
 
     def with_max_length(self, length: int) -> "Packing":
-        """The same rows with another bound of their lengths."""
+        """The same layout with another L, at least the rows of the longest sequence."""
         return self if length == self.max_length else Packing(self.cu_seqlens, length, self.total)
 
     def select(self, sequences: Tensor, capacity: int) -> tuple["Packing", Tensor]:
-        """Packing of the sequences int64 (R,), in this order and with repetitions, and their rows here.
+        """Select the sequences int64 (R,), in this order and with repetitions. Returns their layout and their rows.
 
-        The rows are int64 (capacity,), 0 for a row of no sequence. `capacity` is a host number, at least the rows that
-        the chosen sequences have together.
+        The rows are int64 (capacity,), indices of the rows of this layout; 0 for a row of no sequence. `capacity` is a
+        host number, at least the number of rows of the selected sequences together.
         """
         starts = self.cu_seqlens.long()
         lengths = (starts[1:] - starts[:-1]).index_select(0, sequences)  # (R,)
         bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        chosen = Packing(bounds.int(), self.max_length, capacity)
-        owner = chosen.owner.clamp(max=len(sequences) - 1)
-        first = starts.index_select(0, sequences).index_select(0, owner)
-        rows = first + torch.arange(capacity, device=starts.device) - bounds.index_select(0, owner)
-        return chosen, torch.where(chosen.owner < len(sequences), rows, 0)
+        selected = Packing(bounds.int(), self.max_length, capacity)
+        # Rows of no sequence take the last sequence here, to stay within bounds, and are set to 0 at the end.
+        sequence = selected.sequence_of_row.clamp(max=len(sequences) - 1)
+        first = starts.index_select(0, sequences).index_select(0, sequence)
+        rows = first + torch.arange(capacity, device=starts.device) - bounds.index_select(0, sequence)
+        return selected, torch.where(selected.sequence_of_row < len(sequences), rows, 0)
 
 
 class PackedText(NamedTuple):
@@ -148,17 +152,17 @@ class PackedText(NamedTuple):
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Features (B, L, C), zeros for padding, and the key mask bool (B, L), True = a token."""
-        return self.packing.pad(self.rows), self.packing.exists
+        return self.packing.pad(self.rows), self.packing.key_mask
 
 
 def pack(x: Tensor, lengths: Tensor) -> PackedText:
-    """Padded captions (R, L, C) of lengths int (R,), packed.
+    """Pack padded captions (R, L, C) of lengths int (R,).
 
     The host does not know the sum of the lengths, so R*L rows are returned; those after the last caption are ignored.
     """
     number, longest, _ = x.shape
     cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # (R+1,)
-    place = torch.arange(number * longest, device=x.device)
-    caption = torch.searchsorted(cu_seqlens[1:].long(), place, right=True).clamp(max=number - 1)
-    rows = caption * longest + (place - cu_seqlens[caption]).clamp(max=longest - 1)
+    index = torch.arange(number * longest, device=x.device)
+    caption = torch.searchsorted(cu_seqlens[1:].long(), index, right=True).clamp(max=number - 1)
+    rows = caption * longest + (index - cu_seqlens[caption]).clamp(max=longest - 1)
     return PackedText(x.flatten(0, 1).index_select(0, rows), Packing(cu_seqlens, longest, number * longest))

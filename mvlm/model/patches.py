@@ -1,6 +1,6 @@
-"""Putting masks to work on the device, and random draws that belong to what they are drawn for.
+"""The grid of patches of an image: cutting, joining, and masks of patches.
 
-The masks themselves are drawn by the loader. Shape legend: B batch, N patches, K masked patches, M masked tokens.
+The loader draws the masks. Shape legend: B batch, N patches, K masked patches, P patch side, S image side.
 """
 
 import torch
@@ -8,19 +8,20 @@ from torch import Tensor
 
 
 def masked_patches(patch_ids: Tensor, num_patches: int) -> Tensor:
-    """patch_ids int64 (B, K) -> bool (B, N), True = masked."""
+    """Mask of the masked patches: patch_ids int64 (B, K) -> bool (B, N), True = masked."""
     mask = torch.zeros(len(patch_ids), num_patches, dtype=torch.bool, device=patch_ids.device)
     return mask.scatter_(1, patch_ids, True)
 
 
 def visible_patches(patch_ids: Tensor, num_patches: int) -> Tensor:
-    """The others: masked patch_ids int64 (B, K) -> int64 (B, N-K), ascending."""
+    """Indices of the patches that are not masked: masked patch_ids int64 (B, K) -> int64 (B, N-K), ascending."""
+    # A stable sort of the flags keeps the indices ascending, with a shape that the host knows.
     visible = ~masked_patches(patch_ids, num_patches)  # (B, N), True = not masked
     return visible.byte().argsort(dim=1, descending=True, stable=True)[:, : num_patches - patch_ids.shape[1]]
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut images (B, 3, S, S) into rows (B, N, 3*P*P); features in (c, y, x) order, patches in row-major order."""
+    """Cut images (B, 3, S, S) into patches (B, N, 3*P*P), in row-major order; values of a patch in (c, y, x) order."""
     rows = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, 3, S/P, P, S/P, P)
     return rows.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 

@@ -1,5 +1,6 @@
-"""The plain implementation: one training step written as the method reads, every stream on its own. It is the
-specification.
+"""The plain implementation: one training step as the method states it, each stream encoded separately.
+
+It is the specification; `mvlm.model.fast` has to give the same losses and gradients.
 
 Shape legend: B batch, N patches, T packed tokens, L tokens of the longest caption, M masked tokens, K masked patches,
 C width, R pairs of an image and a text.
@@ -16,7 +17,7 @@ from mvlm_dataloading import Batch, Masks
 
 
 def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> Streams:
-    """Four passes: unmasked and masked, image and text."""
+    """Encode the unmasked and the masked images and captions, in four passes."""
     config, patch_ids = model.config, masks.patch_ids
     hidden = mask_tokens(batch.tokens, masks.token_ids, config.mask_token_id)  # (T,)
     if config.drop_masked:
@@ -31,8 +32,8 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> Streams:
     )
 
 
-def encode_whole(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
-    """v (B, 1+N, C) and w of the unmasked images and captions alone."""
+def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
+    """Encode the unmasked images and captions alone: v (B, 1+N, C) and w."""
     image = model.encode_image(batch.images)
     return image, model.encode_text_packed(batch.tokens, batch.cu_seqlens, batch.max_length)
 
@@ -60,7 +61,7 @@ def match_pairs(
     texts: Tensor,
     caches: PairCaches | None = None,
 ) -> Tensor:
-    """ITM logits (R, 2) of pairs: rows images int64 (R,) of v (B, 1+N, C), captions texts int64 (R,) of text."""
+    """ITM logits (R, 2) of pairs of image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,)."""
     w, key_mask = text.padded()
     # index_select, not v[images]: on a CPU the backward of indexing adds up repeated rows in thread order.
     return model.match(v.index_select(0, images), w.index_select(0, texts), key_mask[texts])

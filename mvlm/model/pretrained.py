@@ -1,6 +1,6 @@
-"""A model as a folder that others can use: config.json and model.safetensors, here or on the Hugging Face hub.
+"""Models as portable folders of config.json and model.safetensors, on this machine or on the Hugging Face hub.
 
-huggingface_hub is needed for the hub alone; without it folders work all the same. Nothing is pickled or unpickled.
+Only the hub needs huggingface_hub; folders work without it. Nothing is pickled or unpickled.
 """
 
 import json
@@ -20,6 +20,8 @@ else:
     except ImportError:
 
         class Base:
+            """Stand-in for huggingface_hub's mixin, which saves folders alone."""
+
             def __init_subclass__(cls, **_: Any) -> None:
                 super().__init_subclass__()
 
@@ -28,16 +30,16 @@ else:
                 self._save_pretrained(Path(save_directory))
 
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
-"""owner/name, the form of an id on the hub."""
+"""Form of a model's id on the hub: owner/name."""
 
 
 class HubMixin(Base, library_name="mvlm", license="apache-2.0", tags=["masked-vision-and-language"]):
     """`from_pretrained` and `save_pretrained` (and `push_to_hub`, from huggingface_hub) for MaskVLM."""
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """The two files; huggingface_hub's `save_pretrained` calls it, and adds a model card."""
+        """Write the two files. huggingface_hub's `save_pretrained` calls this and adds a model card."""
         write_model(self, save_directory)
 
     @classmethod
@@ -51,10 +53,15 @@ class HubMixin(Base, library_name="mvlm", license="apache-2.0", tags=["masked-vi
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> Self:
-        """The model, in evaluation mode on the CPU, of a folder that `save_pretrained` wrote or of a hub id owner/name.
+        """Load a model from a folder that `save_pretrained` wrote, or from the hub, in evaluation mode on the CPU.
 
-        A folder that exists is read where it is; only what is no folder and has the form of an id is asked of the hub,
-        to which the other arguments go. RunError where there is no such model or it is one of another architecture.
+        Args:
+            source: a folder, or an id owner/name on the hub. A folder that exists is never looked up on the hub.
+            revision, token, cache_dir, local_files_only, force_download: for `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            RunError: there is no such model, or its files do not fit each other.
+            ConfigError: the hub is needed and huggingface_hub is not installed.
         """
         folder = Path(source)
         if not folder.is_dir():
@@ -66,37 +73,38 @@ class HubMixin(Base, library_name="mvlm", license="apache-2.0", tags=["masked-vi
             folder = _download(
                 str(source), {**options, "local_files_only": local_files_only, "force_download": force_download}
             )
-        for name in (CONFIG, WEIGHTS):
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise RunError(
-                    f"{folder / name}: wanted the file, found none; save_pretrained writes {CONFIG} and {WEIGHTS}"
+                    f"{folder / name}: wanted the file, found none; "
+                    f"save_pretrained writes {CONFIG_FILE} and {WEIGHTS_FILE}"
                 )
         try:
-            config = model_config(json.loads((folder / CONFIG).read_text()), str(folder / CONFIG))
+            config = model_config(json.loads((folder / CONFIG_FILE).read_text()), str(folder / CONFIG_FILE))
         except (ConfigError, ValueError, TypeError) as error:
-            raise RunError(f"{folder / CONFIG}: wanted the settings of a MaskVLM, got: {error}") from None
+            raise RunError(f"{folder / CONFIG_FILE}: wanted the settings of a MaskVLM, got: {error}") from None
         make: Any = cls
         model = make(config)
-        load_weights(model, folder / WEIGHTS)
+        load_weights(model, folder / WEIGHTS_FILE)
         return model.eval()
 
 
 def write_model(model: Any, folder: Path) -> None:
     """Write a MaskVLM's weights and configuration, the two files that `from_pretrained` reads."""
-    write_safetensors(folder / WEIGHTS, model.state_dict())
-    write_json(folder / CONFIG, model.config.to_dict())
+    write_safetensors(folder / WEIGHTS_FILE, model.state_dict())
+    write_json(folder / CONFIG_FILE, model.config.to_dict())
 
 
 def _download(hub_id: str, options: dict[str, Any]) -> Path:
-    """The folder of the hub's cache that then holds both files."""
+    """Download both files from the hub. Returns their folder in the hub's cache."""
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
         raise ConfigError(f"{hub_id}: wanted huggingface_hub to ask the hub; pip install 'mvlm[train]'") from None
     try:
-        return [Path(hf_hub_download(hub_id, name, **options)).parent for name in (CONFIG, WEIGHTS)][-1]
+        return [Path(hf_hub_download(hub_id, name, **options)).parent for name in (CONFIG_FILE, WEIGHTS_FILE)][-1]
     except Exception as error:  # the network's, the hub's and the cache's own, which share no type
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise RunError(
-            f"{hub_id}: wanted a folder, found none; the hub gave no {CONFIG} and {WEIGHTS} either ({reason})"
+            f"{hub_id}: wanted a folder, found none; the hub gave no {CONFIG_FILE} and {WEIGHTS_FILE} either ({reason})"
         ) from error

@@ -1,4 +1,4 @@
-"""The four objectives, functions of tensors."""
+"""The four objectives (MLM, MIM, ITC, ITM) as functions of tensors."""
 
 from mvlm.objectives.losses import Losses
 

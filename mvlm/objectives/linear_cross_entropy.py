@@ -1,7 +1,7 @@
-"""The last linear layer and its cross-entropy in one, a few rows at a time: all logits never exist.
+"""Fused linear layer and cross-entropy, computed a few rows at a time, so that the full logits never exist.
 
-The gradients of a chunk are made while its logits are there (as in Liger Kernel's fused linear cross-entropy), so the
-backward pass only scales them. Shape legend: M rows, C width, V vocabulary.
+The gradients of a chunk are computed in the forward pass, while its logits exist, and the backward pass only scales
+them (as in Liger Kernel's fused linear cross-entropy). Shape legend: M rows, C width, V vocabulary.
 """
 
 from typing import Any
@@ -14,17 +14,16 @@ from torch.autograd.function import once_differentiable
 from mvlm.device import compute_dtype
 from mvlm.objectives.losses import correct_top1
 
-LOGITS = 1 << 22
-"""Logits of one chunk: 16 MB in fp32."""
+LOGITS_PER_CHUNK = 1 << 22
+"""Largest number of logits that exist at a time: 16 MB in fp32."""
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of the logits x weight^T + bias over the rows whose target is not -100, and the share of these
-    rows whose target has the largest logit, which has no gradient.
+    """Mean cross-entropy of the logits x weight^T + bias, and top-1 accuracy, over the rows whose target is not -100.
 
-    x (M, C), weight (V, C), bias (V,), targets int64 (M,) in [0, V) or -100. Returns scalars in fp32, float64 for
-    float64. Logits have autocast's dtype, or x's; sums are taken in fp32 (float64). Without any row both are NaN, as
-    torch's cross_entropy is.
+    x (M, C), weight (V, C), bias (V,), targets int64 (M,) in [0, V) or -100. Returns two scalars, fp32, or float64 for
+    float64; the accuracy has no gradient. Logits have autocast's dtype, or x's. Sums are taken in fp32 (float64). If
+    all targets are -100 both are NaN, as torch's cross_entropy is.
     """
     return _LinearCrossEntropy.apply(x.to(compute_dtype(x)), weight, bias, targets)  # pyright: ignore[reportReturnType]
 
@@ -32,34 +31,37 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tenso
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        rows = max(1, LOGITS // len(weight))
+        sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        rows = max(1, LOGITS_PER_CHUNK // len(weight))
         with torch.autocast(x.device.type, enabled=False):
             w, b = weight.to(x.dtype), bias.to(x.dtype)
-            share = 1 / (targets != -100).sum().to(wide)
-            loss, right = torch.zeros(2, dtype=wide, device=x.device)
-            wanted = any(ctx.needs_input_grad)
-            dx = torch.empty_like(x) if wanted else None
-            dw = torch.zeros(weight.shape, dtype=wide, device=x.device) if wanted else None
-            db = torch.zeros(bias.shape, dtype=wide, device=x.device) if wanted else None
+            # The number of targets stays on the device: with it on the host, every step would wait for the device.
+            share = 1 / (targets != -100).sum().to(sum_dtype)
+            loss, correct = torch.zeros(2, dtype=sum_dtype, device=x.device)
+            with_gradients = any(ctx.needs_input_grad)
+            dx = torch.empty_like(x) if with_gradients else None
+            dw = torch.zeros(weight.shape, dtype=sum_dtype, device=x.device) if with_gradients else None
+            db = torch.zeros(bias.shape, dtype=sum_dtype, device=x.device) if with_gradients else None
             for start in range(0, len(x), rows):
-                part, target = x[start : start + rows], targets[start : start + rows]
-                log_p = F.log_softmax(F.linear(part, w, b).to(wide), dim=-1)  # (rows, V)
+                chunk, target = x[start : start + rows], targets[start : start + rows]
+                log_p = F.log_softmax(F.linear(chunk, w, b).to(sum_dtype), dim=-1)  # (rows, V)
                 loss = loss + F.nll_loss(log_p, target, ignore_index=-100, reduction="sum")
-                known = target != -100
-                right = right + (correct_top1(log_p, target.clamp(min=0)) * known).sum()
+                counted = target != -100
+                correct = correct + (correct_top1(log_p, target.clamp(min=0)) * counted).sum()
                 if dx is None or dw is None or db is None:
                     continue
+                # The gradient of the mean with respect to the logits: (softmax - one-hot target) / number of targets.
+                # It overwrites log_p, to save memory.
                 grad = log_p.exp_()
                 grad.scatter_add_(1, target.clamp(min=0)[:, None], -torch.ones_like(grad[:, :1]))
-                grad *= torch.where(known, share, 0)[:, None]
+                grad *= torch.where(counted, share, 0)[:, None]
                 db += grad.sum(0)
                 grad = grad.to(x.dtype)
                 dx[start : start + rows] = grad @ w
-                dw += grad.T @ part
+                dw += grad.T @ chunk
         ctx.save_for_backward(dx, dw, db)
         ctx.dtypes = weight.dtype, bias.dtype
-        accuracy = right * share
+        accuracy = correct * share
         ctx.mark_non_differentiable(accuracy)
         return loss * share, accuracy
 
@@ -68,5 +70,5 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, db = ctx.saved_tensors
         grad = grads[0]
-        weight_type, bias_type = ctx.dtypes
-        return (dx * grad).to(dx.dtype), (dw * grad).to(weight_type), (db * grad).to(bias_type), None
+        weight_dtype, bias_dtype = ctx.dtypes
+        return (dx * grad).to(dx.dtype), (dw * grad).to(weight_dtype), (db * grad).to(bias_dtype), None

@@ -1,6 +1,7 @@
-"""The four objectives, each a function of tensors. Formulas: MaskVLM (ICLR 2023) equations 1 to 3, docs/method.md.
+"""Losses of the four objectives. Formulas: MaskVLM (ICLR 2023), equations 1 to 3, and docs/method.md.
 
-Shape legend: B pairs, G pairs of the global batch, M masked tokens, K masked patches, V vocabulary, E embedding width.
+Shape legend: B pairs, G pairs of the global batch, Q rows of a block, R pairs of ITM, M masked tokens,
+K masked patches, V vocabulary, E contrastive width, P patch side.
 """
 
 from typing import NamedTuple
@@ -11,60 +12,67 @@ from torch import Tensor
 
 
 class Losses(NamedTuple):
-    """Scalars, fp32 or float64. `total` is the unweighted sum of the four losses; accuracies have no gradient."""
+    """Losses and accuracies of one batch: scalars, fp32 or float64. Accuracies have no gradient."""
 
     mlm: Tensor
     mim: Tensor
     itc: Tensor
     itm: Tensor
     total: Tensor
+    """Unweighted sum of the four losses."""
     mlm_accuracy: Tensor
-    """Share of masked tokens for which the true token has the largest logit."""
+    """Share of masked tokens whose true token has the largest logit."""
     itc_accuracy: Tensor
-    """Share of images and captions of the batch whose true partner is nearest; the mean of both directions."""
+    """Share of images and captions whose true partner is the nearest in the batch: the mean of both directions."""
     itm_accuracy: Tensor
-    """Share of ITM's pairs that are classified rightly."""
+    """Share of ITM's pairs that are classified correctly."""
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Losses are computed in fp32 under autocast, and in float64 where the model is float64."""
+    """Convert to the dtype of losses: fp32, or float64 for float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 @torch.no_grad()
 def correct_top1(logits: Tensor, targets: Tensor) -> Tensor:
-    """1 where the target's logit is the largest of its row, else 0. logits (R, V), targets int64 (R,) -> (R,)."""
+    """1 for each row whose target has the largest logit, else 0. logits (R, V), targets int64 (R,) -> (R,).
+
+    A target that ties with the largest counts as correct.
+    """
     own = logits.gather(1, targets[:, None]).squeeze(1)
     return (own >= logits.amax(1)).to(at_least_float32(logits).dtype)
 
 
 def masked_language_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy over masked tokens. logits (M, V), targets int64 (M,)."""
+    """MLM: mean cross-entropy over masked tokens. logits (M, V), targets int64 (M,)."""
     return F.cross_entropy(at_least_float32(logits), targets)
 
 
 def masked_image_loss(pred: Tensor, target: Tensor) -> Tensor:
-    """Mean absolute error over masked pixels. pred and target (B, K, 3*P*P), in normalised pixels."""
+    """MIM: mean absolute error over masked pixels. pred and target (B, K, 3*P*P), in normalised pixels."""
     return (at_least_float32(pred) - target).abs().mean()
 
 
 def contrastive_logits(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
-    """Cosine similarity over temperature: image (B, E) and text (G, E) of unit length -> (B, G)."""
+    """Cosine similarity divided by temperature: image (B, E) and text (G, E) of unit length -> (B, G).
+
+    log_scale (1,) is the logarithm of 1 / temperature.
+    """
     return at_least_float32(image) @ at_least_float32(text).T * log_scale.exp()
 
 
 def contrastive_sums(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """One direction of InfoNCE over a block of rows: summed cross-entropy, and number of rows with the target on top.
+    """Sums of one direction of InfoNCE over a block of rows: cross-entropy, and number of correct rows.
 
-    logits (Q, G), targets int64 (Q,). Two scalars.
+    logits (Q, G), targets int64 (Q,). Returns two scalars.
     """
     return F.cross_entropy(logits, targets, reduction="sum"), correct_top1(logits, targets).sum()
 
 
 def contrastive_loss(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """InfoNCE and its accuracy, means of both directions. logits (B, B), rows images, columns captions.
+    """ITC: InfoNCE and its accuracy, the means of both directions. logits (B, B), rows images, columns captions.
 
-    The accuracy is the share of rows and columns whose largest logit is on the diagonal. Two scalars.
+    The accuracy is the share of rows and columns whose largest logit is on the diagonal. Returns two scalars.
     """
     target = torch.arange(len(logits), device=logits.device)
     sums = zip(contrastive_sums(logits, target), contrastive_sums(logits.T, target), strict=True)
@@ -73,9 +81,9 @@ def contrastive_loss(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def matching_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted mean cross-entropy, and the weighted share of pairs judged rightly.
+    """ITM: weighted mean cross-entropy, and the weighted share of correctly classified pairs.
 
-    logits (R, 2), labels int64 (R,), 1 = match; weights (R,), not all zero. Two scalars.
+    logits (R, 2), labels int64 (R,), 1 = match; weights (R,), not all zero. Returns two scalars.
     """
     losses = F.cross_entropy(at_least_float32(logits), labels, reduction="none")
     correct = correct_top1(logits, labels)

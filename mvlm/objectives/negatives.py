@@ -1,6 +1,7 @@
 """Hard negatives for ITM, drawn from the contrastive logits.
 
-Shape legend: G pairs of the batch that negatives are drawn from, Q of them in a block of rows, n pairs of this rank.
+Shape legend: G pairs of the batch that negatives are drawn from, Q of them in a block of rows, n pairs of this rank,
+R rows, C columns.
 """
 
 from typing import NamedTuple
@@ -8,39 +9,38 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Constants of SplitMix64 (Steele, Lea and Flood, 2014): the increment, and the two multipliers of the finaliser.
 _GOLDEN = 0x9E3779B97F4A7C15
-
 _MIX1 = 0xBF58476D1CE4E5B9
-
 _MIX2 = 0x94D049BB133111EB
 
 
 def _signed(value: int) -> int:
-    """A 64-bit pattern as the int64 that torch can hold."""
+    """Convert a 64-bit pattern to the int64 with the same bits, because torch computes with int64."""
     value &= (1 << 64) - 1
     return value - (1 << 64) if value >> 63 else value
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, 2014), elementwise on int64; products wrap around."""
+    """SplitMix64's finaliser, elementwise on int64. Products wrap around."""
     x = (x ^ _shift(x, 30)) * _signed(_MIX1)
     x = (x ^ _shift(x, 27)) * _signed(_MIX2)
     return x ^ _shift(x, 31)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """A logical right shift: int64's own shift copies the sign."""
+    """Logical right shift. The shift of int64 would copy the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def gumbel(seed: int, step: int | Tensor, stream: int, rows: Tensor, columns: Tensor) -> Tensor:
     """Standard Gumbel noise float32 (R, C) for the pairs of rows int64 (R,) and columns int64 (C,).
 
-    A pure function of its arguments (a counter hash, no generator state), so that a pair's noise does not depend on
-    how the batch lies across devices. `step` as an int64 scalar on the device gives what the number gives: a CUDA graph
-    and a compiled step need it so.
+    The noise is a hash of the arguments, without generator state. So the noise of a pair does not depend on the ranks
+    that the batch is split over. A `step` on the device, an int64 scalar, gives the same noise as the number; a CUDA
+    graph and a compiled step need that form.
     """
-    # Filled on the device: a number copied there would be waited for.
+    # torch.full fills the key on the device. torch.tensor would copy it from the host, and the step would wait.
     key = torch.full((), _signed(seed * _GOLDEN + stream * _MIX2), dtype=torch.int64, device=rows.device)
     key = key + (step * _signed(_MIX1) if isinstance(step, Tensor) else _signed(step * _MIX1))
     by_row = _mix(_mix(key) + rows * _signed(_GOLDEN))[:, None]  # (R, 1)
@@ -50,34 +50,34 @@ def gumbel(seed: int, step: int | Tensor, stream: int, rows: Tensor, columns: Te
 
 
 class Negatives(NamedTuple):
-    """A drawn caption for each image and a drawn image for each caption. A weight of 0: none was admissible."""
+    """A drawn caption for each image, and a drawn image for each caption. Weight 0 means that none was admissible."""
 
     texts: Tensor
-    """int64 (n,), captions, as columns of the logits."""
+    """int64 (n,), drawn captions, as columns of the logits."""
     text_weights: Tensor
     """(n,), 1 or 0."""
     images: Tensor
-    """int64 (n,), images, as columns of the transposed logits."""
+    """int64 (n,), drawn images, as columns of the transposed logits."""
     image_weights: Tensor
     """(n,), 1 or 0."""
 
 
 class NegativeSampling(NamedTuple):
-    """Pairs that negatives may be drawn from, and the noise that decides."""
+    """Sampling of negatives among G pairs: identities of the pairs, and seed and step of the noise."""
 
     image_id: Tensor
-    """int64 (G,)."""
+    """int64 (G,), equal for pairs with the same image."""
     text_id: Tensor
-    """int64 (G,)."""
+    """int64 (G,), equal for pairs with the same caption text."""
     seed: int
     step: int | Tensor
     block: int | None = None
-    """Draw within blocks of this many consecutive pairs only; None for the whole batch."""
+    """Draw only within blocks of this many consecutive pairs; None for the whole batch."""
 
     def admissible(self, rows: Tensor) -> Tensor:
-        """bool (Q, G) for the pairs rows int64 (Q,), True where pair j may serve as a mismatch for pair i.
+        """Admissible negatives of the pairs rows int64 (Q,): bool (Q, G), True = column j is a mismatch for row i.
 
-        False where they share the image or the caption's words: such a pair is a true match.
+        False if the two pairs share the image or the caption text: they are then a true match.
         """
         same = (self.image_id[rows, None] == self.image_id) | (self.text_id[rows, None] == self.text_id)
         if self.block is not None:
@@ -86,11 +86,11 @@ class NegativeSampling(NamedTuple):
         return ~same
 
     def draw(self, logits: Tensor, rows: Tensor, stream: int) -> tuple[Tensor, Tensor]:
-        """One column a row, with probability softmax(logits) among the admissible ones (Gumbel-argmax).
+        """Draw one column per row, with probability softmax(logits) over the admissible ones (Gumbel-argmax).
 
-        logits (Q, G) of the pairs rows int64 (Q,). Returns the columns int64 (Q,) and their weights (Q,): 1, or 0 where
-        a row has no admissible column and the drawn one is meaningless. `stream` separates the draws of the two
-        directions.
+        logits (Q, G) of the pairs rows int64 (Q,); `stream` makes the draws of the two directions independent. Returns
+        the columns int64 (Q,) and their weights (Q,): 1, or 0 if a row has no admissible column and the drawn one is
+        meaningless.
         """
         columns = torch.arange(logits.shape[1], device=logits.device)
         admissible = self.admissible(rows)
@@ -99,26 +99,26 @@ class NegativeSampling(NamedTuple):
         return drawn, admissible.any(dim=1).to(logits.dtype)
 
     def draw_both(self, logits: Tensor) -> Negatives:
-        """Negatives in both directions from the logits (G, G), rows images, columns captions."""
+        """Draw negatives in both directions from the logits (G, G), rows images, columns captions."""
         rows = torch.arange(len(logits), device=logits.device)
         return Negatives(*self.draw(logits, rows, stream=0), *self.draw(logits.T, rows, stream=1))
 
 
 class MatchingPairs(NamedTuple):
-    """Pairs for ITM: every row's own pair, its image with a drawn caption, a drawn image with its caption."""
+    """Pairs for ITM: n true pairs, then n images with drawn captions, then n captions with drawn images."""
 
     images: Tensor
-    """int64 (3n,), rows of the image features."""
+    """int64 (3n,), images of the pairs, as rows of the image features."""
     texts: Tensor
-    """int64 (3n,), captions."""
+    """int64 (3n,), captions of the pairs, as rows of the text features."""
     labels: Tensor
     """int64 (3n,), 1 = match."""
     weights: Tensor
-    """(3n,), 0 where no negative was admissible."""
+    """(3n,), 0 if no negative was admissible, else 1."""
 
 
 def matching_pairs(negatives: Negatives) -> MatchingPairs:
-    """The three pairs of each of n rows, whose negatives are given as rows of the same features."""
+    """Make the ITM pairs of n true pairs and their negatives, which are rows of the same features."""
     own = torch.arange(len(negatives.texts), device=negatives.texts.device)
     return MatchingPairs(
         torch.cat([own, own, negatives.images]),
@@ -129,6 +129,6 @@ def matching_pairs(negatives: Negatives) -> MatchingPairs:
 
 
 def matching_weights(negatives: Negatives) -> Tensor:
-    """Weights (3n,) of the pairs of `matching_pairs`."""
+    """Weights (3n,) of the pairs that `matching_pairs` makes."""
     ones = torch.ones_like(negatives.text_weights)
     return torch.cat([ones, negatives.text_weights, negatives.image_weights])

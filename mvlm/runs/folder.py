@@ -7,7 +7,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mvlm.config.json_files import differing_settings, plain_settings, read_config
+from mvlm.config.json_files import config_json, differing_settings, read_config
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import RunError
 from mvlm.files import check_folder, sync, write_json
@@ -124,7 +124,7 @@ def open_run(config: PretrainConfig) -> Path | None:
     check_usable(out)
     if not folder.config.is_file():
         return None
-    differing = differing_settings(read_config(folder.config), plain_settings(config))
+    differing = differing_settings(read_config(folder.config), config_json(config))
     if differing:
         raise RunError(f"{out}: holds a different run ({'; '.join(differing)}); choose another --out")
     if not config.resume:
@@ -166,7 +166,7 @@ def write_config(config: PretrainConfig) -> None:
     if folder.config.is_file():
         return
     config.out.mkdir(parents=True, exist_ok=True)
-    write_json(folder.partial_config, plain_settings(config))
+    write_json(folder.partial_config, config_json(config))
     sync(folder.partial_config)
     folder.partial_config.replace(folder.config)
     sync(config.out)

@@ -9,7 +9,7 @@ from mvlm.config.json_files import model_config
 from mvlm.errors import ConfigError, RunError
 from mvlm.files import copy_into, read_safetensors
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.pretrained import CONFIG, WEIGHTS, write_model
+from mvlm.model.pretrained import CONFIG_FILE, WEIGHTS_FILE, write_model
 from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, TOKENIZER, read_tensors
 from mvlm.runs.folder import find_checkpoint
 from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
@@ -21,9 +21,9 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[Ma
     The weights are the averaged ones (EMA) if the run kept them. RunError for a damaged folder or one of another kind.
     """
     path = Path(path)
-    exported = (path / WEIGHTS).is_file() and (path / CONFIG).is_file()
+    exported = (path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file()
     folder = path if exported else find_checkpoint(path)
-    file = folder / (CONFIG if exported else MODEL_CONFIG)
+    file = folder / (CONFIG_FILE if exported else MODEL_CONFIG)
     try:
         config = model_config(json.loads(file.read_text()), str(file))
         tokenizer = load_tokenizer(folder / TOKENIZER)
@@ -32,7 +32,7 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[Ma
     model = MaskVLM(config)
     state = model.state_dict()
     if exported:
-        copy_into(state, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
+        copy_into(state, read_safetensors(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
     else:
         read_tensors(folder / (EMA if (folder / EMA).is_dir() else MODEL), state)
     return model.to(device).eval(), tokenizer

@@ -9,9 +9,9 @@ from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import choose_device, has_fast_bf16
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
-from mvlm.model.attention_backends import choices
+from mvlm.model.attention_backends import choose_for_model
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.weights.convert import load_image_weights, load_text_weights
+from mvlm.weights.load import load_image_weights, load_text_weights
 from mvlm_dataloading import Augment, DataError, Dataset, Loader, Tokenizer, load_tokenizer, tokenizer_for
 
 
@@ -76,7 +76,7 @@ def check_attention(config: PretrainConfig) -> None:
     device = choose_device(config.device)
     half = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
     dtype = torch.bfloat16 if half else torch.float32
-    choices(config.model, device, dtype, config.self_attention, config.cross_attention)
+    choose_for_model(config.model, device, dtype, config.self_attention, config.cross_attention)
 
 
 def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.costs.mfu import ModelFlopsUtilization
 from mvlm.distributed.world import World
-from mvlm.progress import Progress
+from mvlm.progress import TrainingProgress
 from mvlm.training.loggers import LogSinks
 from mvlm.training.optimizer import learning_rate_factor
 
@@ -141,7 +141,7 @@ class MetricsLogger:
         }
         self._pending = (host, buffer, figures)
 
-    def write(self, progress: Progress) -> None:
+    def write(self, progress: TrainingProgress) -> None:
         """Write the row that was closed last, unless it has been written. Raises what `check` raises."""
         if self._pending is None:
             return

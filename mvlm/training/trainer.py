@@ -22,7 +22,7 @@ from mvlm.evaluation.evaluate import evaluate_briefly
 from mvlm.inference.reconstruction import reconstruction_strip
 from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import Losses
-from mvlm.progress import Progress
+from mvlm.progress import TrainingProgress
 from mvlm.runs.checkpoint import (
     EMA,
     MODEL,
@@ -97,7 +97,7 @@ class Trainer:
             self.writer,
             self.watchdog,
             StopRequest(config.preemption_file) as stop,
-            Progress(self.step, config.max_steps, shown=world.first) as progress,
+            TrainingProgress(self.step, config.max_steps, shown=world.first) as progress,
         ):
             while not self.complete:
                 self.one_step(batches)

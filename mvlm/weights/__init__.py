@@ -1,11 +1,8 @@
-"""Pretrained encoders of timm and transformers, in and out."""
+"""Pretrained encoders of timm and transformers: loading and export."""
 
-from mvlm.weights.convert import (
+from mvlm.weights.export import export_hf_bert, export_hf_roberta, export_hf_vit, export_timm_vit
+from mvlm.weights.load import (
     LoadReport,
-    export_hf_bert,
-    export_hf_roberta,
-    export_hf_vit,
-    export_timm_vit,
     load_hf_bert,
     load_hf_roberta,
     load_hf_vit,

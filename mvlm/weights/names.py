@@ -1,6 +1,7 @@
-"""Names of an encoder's tensors in timm and in transformers, and what their checkpoints keep in another form.
+"""Names of the encoders' tensors in timm and in transformers, and tensors that checkpoints store in another form.
 
-A table maps our names to theirs; where they keep queries, keys and values in one tensor, to it and which third.
+A table maps our names to theirs. If they store queries, keys and values in one tensor, it maps to that tensor and one
+of its thirds.
 """
 
 import re
@@ -8,13 +9,15 @@ import re
 import torch
 from torch import Tensor
 
-Name = str | tuple[str, int]
-"""Of the source's tensor that one of ours is, or of the one and which third of it."""
+SourceName = str | tuple[str, int]
+"""Name of a tensor in the source; or the name, and 0, 1 or 2 for one third of the tensor."""
+ROBERTA_FIRST_POSITION = 2
+"""Row of RoBERTa's first position: positions start after its padding id, 1."""
 
 
-def timm_names(layers: int) -> dict[str, Name]:
-    """Ours -> timm's, for all tensors of the image encoder."""
-    names: dict[str, Name] = {
+def timm_names(layers: int) -> dict[str, SourceName]:
+    """Table of our names -> timm's, for all tensors of the image encoder."""
+    names: dict[str, SourceName] = {
         "patch_projection.weight": "patch_embed.proj.weight",
         "patch_projection.bias": "patch_embed.proj.bias",
         "mask_token": "mask_token",
@@ -38,9 +41,9 @@ def timm_names(layers: int) -> dict[str, Name]:
     return names
 
 
-def hf_vit_names(layers: int) -> dict[str, Name]:
-    """Ours -> transformers', for all tensors of the image encoder."""
-    names: dict[str, Name] = {
+def hf_vit_names(layers: int) -> dict[str, SourceName]:
+    """Table of our names -> those of transformers' ViT, for all tensors of the image encoder."""
+    names: dict[str, SourceName] = {
         "patch_projection.weight": "embeddings.patch_embeddings.projection.weight",
         "patch_projection.bias": "embeddings.patch_embeddings.projection.bias",
         "mask_token": "embeddings.mask_token",
@@ -61,7 +64,7 @@ def hf_vit_names(layers: int) -> dict[str, Name]:
 
 
 def current_vit_name(name: str) -> str:
-    """transformers renamed ViT's modules; files on the hub have the old names."""
+    """The current name of a tensor of transformers' ViT. Files on the hub have names from before a renaming."""
     found = re.fullmatch(r"encoder\.layer\.(\d+)\.(.+)\.(weight|bias)", name)
     if found is None:
         return name
@@ -74,9 +77,9 @@ def current_vit_name(name: str) -> str:
     return f"layers.{layer}.{modules.get(module, module)}.{kind}"
 
 
-def bert_names(layers: int) -> dict[str, Name]:
-    """Ours -> BERT's and RoBERTa's in transformers, for all tensors of the text encoder."""
-    names: dict[str, Name] = {
+def bert_names(layers: int) -> dict[str, SourceName]:
+    """Table of our names -> those of transformers' BERT and RoBERTa, for all tensors of the text encoder."""
+    names: dict[str, SourceName] = {
         "words.weight": "embeddings.word_embeddings.weight",
         "position": "embeddings.position_embeddings.weight",
         "norm.weight": "embeddings.LayerNorm.weight",
@@ -94,8 +97,11 @@ def bert_names(layers: int) -> dict[str, Name]:
     return names
 
 
-def whole_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """BEiT's and SimMIM's separate biases of queries and values as one; a bias of keys changes no softmax."""
+def join_qkv_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Join BEiT's and SimMIM's separate biases of queries and values into one, with zeros for keys.
+
+    A bias of keys adds the same number to all scores of a query, so the softmax does not depend on it.
+    """
     found = dict(tensors)
     for name in tensors:
         if name.endswith(".attn.q_bias") and name.replace("q_bias", "v_bias") in found:
@@ -104,9 +110,9 @@ def whole_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def without_layer_scale(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """timm's names with LayerScale folded in: x + gamma * f(x) is x + f'(x) with gamma in f's last layer."""
-    found = whole_bias(tensors)
+def fold_layer_scale(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Fold LayerScale into the weights: x + gamma * f(x) is x + f'(x), with gamma in f's last layer. timm's names."""
+    found = join_qkv_bias(tensors)
     for gamma, layer in (
         ("ls1.gamma", "attn.proj"),
         ("ls2.gamma", "mlp.fc2"),

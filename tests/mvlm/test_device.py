@@ -1,3 +1,5 @@
+"""Choice of device and precision."""
+
 import pytest
 import torch
 
@@ -8,20 +10,20 @@ from mvlm.errors import ConfigError
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("there", [False, True])
-def test_the_gpu_is_taken_where_there_is_one(monkeypatch, there):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert choose_device().type == choose_device("auto").type == ("cuda" if there else "cpu")
+@pytest.mark.parametrize("available", [False, True])
+def test_the_default_device_is_the_gpu_if_there_is_one(monkeypatch, available):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert choose_device().type == choose_device("auto").type == ("cuda" if available else "cpu")
     assert choose_device("cpu").type == "cpu"
 
 
-def test_a_gpu_that_is_not_there_is_the_users_to_mend(monkeypatch):
+def test_a_missing_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match="device: wanted cuda, but torch finds no CUDA device here; use --device cpu"):
         choose_device("cuda")
 
 
-def test_a_device_by_another_name_is_refused():
+def test_an_unknown_device_is_refused():
     with pytest.raises(ConfigError, match="device: wanted auto, cpu or cuda, got 'gpu'"):
         choose_device("gpu")
 
@@ -32,18 +34,18 @@ def test_a_device_by_another_name_is_refused():
         ("AVX512", True, False, True),
         ("AVX512", False, True, True),
         ("AVX512", False, False, False),
-        ("AVX2", True, True, False),  # torch was told to leave AVX512 alone
+        ("AVX2", True, True, False),  # torch is configured not to use AVX512
         ("DEFAULT", False, False, False),
     ],
 )
-def test_fast_bf16_on_a_cpu(monkeypatch, capability, avx512_bf16, amx, fast):
+def test_bf16_is_fast_on_a_cpu_with_avx512_bf16_or_amx(monkeypatch, capability, avx512_bf16, amx, fast):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert has_fast_bf16(CPU) is fast
 
 
-def test_fast_bf16_on_a_gpu_is_the_hardwares(monkeypatch):
+def test_bf16_is_fast_on_a_gpu_without_emulation(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **settings: asked.append(settings) or True)
     assert has_fast_bf16(torch.device("cuda"))
@@ -59,7 +61,7 @@ def test_fast_bf16_on_a_gpu_is_the_hardwares(monkeypatch):
         ("fp32", True, torch.float32),
     ],
 )
-def test_precision(monkeypatch, precision, fast, wanted):
+def test_autocast_follows_the_precision(monkeypatch, precision, fast, wanted):
     monkeypatch.setattr(devices, "has_fast_bf16", lambda device: fast)
     a = torch.ones(4, 4)
     with autocast(CPU, precision):

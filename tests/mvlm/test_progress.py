@@ -1,3 +1,5 @@
+"""Progress of training and of other work, on a terminal and elsewhere."""
+
 import io
 import os
 import pty
@@ -6,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mvlm import progress as console
-from mvlm.progress import Progress, describe
+from mvlm import progress as module
+from mvlm.progress import TrainingProgress, WorkProgress, describe_row, format_duration
 
 ROW: dict[str, Any] = {
     "step": 3,
@@ -21,29 +23,29 @@ ROW: dict[str, Any] = {
 EVALUATION = {"tr_r1": 12.34, "ir_r1": 9.87, "gain_text_nats": 0.456, "gain_pixels_pct": 1.26}
 
 
-def test_a_row_in_words():
-    assert describe(ROW) == "mlm 5.250  mim 0.500  itc 2.000  itm 0.625  42 pairs/s"
+def test_describe_row_has_losses_and_speed():
+    assert describe_row(ROW) == "mlm 5.250  mim 0.500  itc 2.000  itm 0.625  42 pairs/s"
 
 
-def test_what_is_not_there_is_not_shown():
-    assert describe(ROW | {"itc": None, "itm": None}) == "mlm 5.250  mim 0.500  42 pairs/s"
+def test_describe_row_leaves_out_missing_losses():
+    assert describe_row(ROW | {"itc": None, "itm": None}) == "mlm 5.250  mim 0.500  42 pairs/s"
 
 
-def test_skipped_pictures_and_evaluations_are_shown():
-    words = describe(ROW | {"skipped": 2} | EVALUATION)
-    assert words.endswith("42 pairs/s  2 skipped  validation R@1 12.3 / 9.9  gain 0.46 nats, 1.3 %")
+def test_describe_row_has_skipped_samples_and_evaluations():
+    text = describe_row(ROW | {"skipped": 2} | EVALUATION)
+    assert text.endswith("42 pairs/s  2 skipped  validation R@1 12.3 / 9.9  gain 0.46 nats, 1.3 %")
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that the test sets."""
     times = [1000.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: times[0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: times[0])
     return times
 
 
-def test_plain_lines_where_there_is_no_terminal(capsys, clock):
-    with Progress(0, 100) as progress:
+def test_training_progress_prints_lines_without_a_terminal(capsys, clock):
+    with TrainingProgress(0, 100) as progress:
         for step, now, row in (
             (1, 1000.0, ROW),  # the first
             (2, 1019.0, ROW),  # too soon
@@ -56,14 +58,14 @@ def test_plain_lines_where_there_is_no_terminal(capsys, clock):
             progress.show(row | {"step": step})
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 1/100", "step 3/100", "step 4/100", "step 100/100"]
-    assert lines[0] == f"step 1/100  {describe(ROW)}"
+    assert lines[0] == f"step 1/100  {describe_row(ROW)}"
     assert not any("\r" in line or "\x1b" in line for line in lines)
 
 
-def test_an_output_that_cannot_be_written_to_is_a_warning(monkeypatch, clock, caplog):
+def test_training_progress_warns_once_if_it_cannot_print(monkeypatch, clock, caplog):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
-        with Progress(0, 100) as progress:
+        with TrainingProgress(0, 100) as progress:
             for step in (1, 2, 3):
                 clock[0] += 30
                 progress.show(ROW | {"step": step})
@@ -71,12 +73,12 @@ def test_an_output_that_cannot_be_written_to_is_a_warning(monkeypatch, clock, ca
     assert "could not write to standard output: [Errno 28]" in record.getMessage()
 
 
-def test_a_bar_on_a_terminal(monkeypatch):
+def test_training_progress_shows_a_bar_on_a_terminal(monkeypatch):
     master, slave = pty.openpty()
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")
     monkeypatch.setattr(sys, "stdout", os.fdopen(slave, "w"))
-    with Progress(2, 10) as progress:
+    with TrainingProgress(2, 10) as progress:
         for step in (3, 10):
             progress.show(ROW | {"step": step})
     sys.stdout.close()
@@ -84,29 +86,32 @@ def test_a_bar_on_a_terminal(monkeypatch):
     while True:
         try:
             shown.write(os.read(master, 65536))
-        except OSError:  # what Linux says at the end of a terminal
+        except OSError:  # Linux, at the end of a terminal's output
             break
     os.close(master)
     text = shown.getvalue().decode()
     assert "10/10" in text
     assert "mlm 5.250" in text
     assert "━" in text
-    assert "step 3/10" not in text  # no plain lines beside the bar
+    assert "step 3/10" not in text  # no plain lines with a bar
 
 
-def test_counting_tells_rate_and_what_is_left(
+def test_work_progress_shows_rate_and_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     times = iter([0.0, 0.0, 10.0, 30.0, 70.0, 140.0])
-    monkeypatch.setattr(console.time, "monotonic", lambda: next(times))
-    with console.Counting("samples") as counting:
-        counting.show(4, 20, 0)  # an earlier run did four parts
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(times))
+    with WorkProgress("samples") as progress:
+        progress.show(4, 20, 0)  # four parts were done before
         for done, count in ((5, 500), (8, 2000), (12, 4200), (20, 8400)):
-            counting.show(done, 20, count)
+            progress.show(done, 20, count)
     assert capsys.readouterr().out.splitlines() == [
         "4/20  0 samples",
         "8/20  2,000 samples  67 samples/s  1 min 30 s left",
         "12/20  4,200 samples  60 samples/s  1 min 10 s left",
         "20/20  8,400 samples  60 samples/s",
     ]
-    assert [console.duration(s) for s in (7.4, 61, 3725)] == ["7 s", "1 min 1 s", "1 h 2 min"]
+
+
+def test_durations_have_two_units() -> None:
+    assert [format_duration(s) for s in (7.4, 61, 3725)] == ["7 s", "1 min 1 s", "1 h 2 min"]

@@ -220,6 +220,7 @@ def zoo(tmp_path_factory) -> dict[str, Any]:
     return {"cases": cases, "out": out, "rejected": rejected, "grown": grown, "dataset": open_dataset(out, "train")}
 
 
+@pytest.mark.slow
 def test_each_odd_image_is_accepted_or_rejected_with_its_reason(zoo):
     assert len(zoo["cases"]) > 100
     keys = {str(key): i for i, key in enumerate(zoo["dataset"].keys)}

@@ -52,6 +52,7 @@ def stream(loader: Loader, count: int) -> list[tuple[int, bytes, bytes]]:
     return found
 
 
+@pytest.mark.slow
 def test_undecodable_images_are_replaced_counted_and_named(damaged, tokenizer, caplog):
     loader = load(damaged, tokenizer)
     samples = [i for i, _, _ in stream(loader, 30)]  # three epochs
@@ -71,6 +72,7 @@ def test_substitutes_do_not_depend_on_the_batch_size(damaged, tokenizer):
     assert stream(load(damaged, tokenizer, batch_size=100), 2) == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [1, 6, 13])
 def test_resume_with_undecodable_images_is_exact(damaged, tokenizer, batches):
     whole = stream(load(damaged, tokenizer), 25)
@@ -85,6 +87,7 @@ def test_resume_with_undecodable_images_is_exact(damaged, tokenizer, batches):
     assert resumed.skipped == 4
 
 
+@pytest.mark.slow
 def test_ranks_that_know_other_undecodable_images_see_what_one_rank_sees(damaged, tokenizer):
     wanted = stream(load(damaged, tokenizer), 16)
     loaders = [load(damaged, tokenizer, rank=rank, world_size=2) for rank in range(2)]
@@ -97,6 +100,7 @@ def test_ranks_that_know_other_undecodable_images_see_what_one_rank_sees(damaged
         assert rows == wanted[10 * step : 10 * step + 10]
 
 
+@pytest.mark.slow
 def test_bytes_after_the_end_of_an_image_do_no_harm(tmp_path, tokenizer, caplog):
     """The guard takes such a file for a damaged one, the decoder does not."""
     kinds = {"JPEG": ".jpg", "PNG": ".png"}
@@ -176,6 +180,7 @@ def test_too_many_undecodable_images_stop_training_with_a_list(damaged, tokenize
     stream(load(damaged, tokenizer, max_bad_fraction=0.04), 10)
 
 
+@pytest.mark.slow
 def test_a_substitute_may_be_undecodable_too(tmp_path, tokenizer):
     """With three of four damaged, the first substitute often is, before it is known."""
     folder = write_dataset(tmp_path / "data", 4)

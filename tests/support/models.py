@@ -1,6 +1,6 @@
-"""Micro models, made-up batches and run configurations for the tests of `mvlm`.
+"""Micro models, random tensors and batches, and run configurations for the tests of `mvlm`.
 
-The reference formulas here and in the tests are plain Python or numpy in float64, and share no code with the library.
+Reference formulas, here and in the tests, are plain Python or numpy in float64. They share no code with the library.
 """
 
 from pathlib import Path
@@ -33,12 +33,17 @@ MICRO: dict[str, Any] = {
 }
 
 
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Standard normal numbers, float64."""
+    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+
+
 def micro_config(**changes: Any) -> MaskVLMConfig:
     return MaskVLMConfig(**(MICRO | changes))
 
 
 def micro_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: Any) -> MaskVLM:
-    """A micro model in which every parameter, biases and norms too, is drawn wide enough to matter."""
+    """A micro model whose parameters, biases and norms included, are all random and large enough to matter."""
     model = MaskVLM(micro_config(**changes))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -50,8 +55,10 @@ def micro_model(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: An
     return model.to(dtype)
 
 
-def micro_batch(lengths: tuple[int, ...] = (7, 4, 12, 3, 9), seed: int = 0, config: MaskVLMConfig | None = None):
-    """A made-up batch with captions of these lengths, and masks: half the patches, about a third of the words."""
+def micro_batch(
+    lengths: tuple[int, ...] = (7, 4, 12, 3, 9), seed: int = 0, config: MaskVLMConfig | None = None
+) -> tuple[Batch, Masks]:
+    """A random batch with captions of these lengths, and masks of half the patches and about a third of the tokens."""
     config = config or micro_config()
     rng = np.random.default_rng(seed)
     number, side = len(lengths), config.image_size
@@ -77,7 +84,7 @@ def micro_batch(lengths: tuple[int, ...] = (7, 4, 12, 3, 9), seed: int = 0, conf
 
 
 def pretrain_config(data: Path, out: Path, **changes: Any) -> PretrainConfig:
-    """A run of a few steps of the micro model."""
+    """Configuration of a run of a few steps of the micro model."""
     settings: dict[str, Any] = {
         "data": data,
         "out": out,
@@ -88,14 +95,14 @@ def pretrain_config(data: Path, out: Path, **changes: Any) -> PretrainConfig:
         "lr_pixels": 3e-3,
         "warmup_steps": 2,
         "crop_scale": (0.5, 1.0),
-        "device": "cpu",  # what is compared digit for digit is computed there
+        "device": "cpu",  # some tests compare digit for digit
         "model": micro_config(),
     }
     return PretrainConfig(**(settings | changes))
 
 
 def uniform_of_pair(seed: int, step: int, stream: int, row: int, column: int) -> float:
-    """The uniform number in (0, 1) behind the Gumbel noise of one pair, by SplitMix64 on Python's integers."""
+    """The uniform number in (0, 1) that makes the Gumbel noise of one pair, by SplitMix64 on Python's integers."""
     golden, mask = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
     def mix(x: int) -> int:

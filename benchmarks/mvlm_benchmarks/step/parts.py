@@ -32,11 +32,11 @@ MATCHING = "ITM"
 OTHER = "other"
 """Everything outside the parts."""
 FAST_FUNCTIONS = {
-    "_encode_images": "image encoder",
-    "_encode_texts": "text encoder",
-    "_masked_language": "MLM cross",
+    "encode_images": "image encoder",
+    "encode_texts": "text encoder",
+    "language_loss": "MLM cross",
     "linear_cross_entropy": "LM head",
-    "_masked_image": "MIM cross",
+    "image_loss": "MIM cross",
     "linear_pixel_loss": "pixel head",
     "match_pairs": MATCHING,
 }

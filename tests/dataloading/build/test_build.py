@@ -55,6 +55,7 @@ def test_a_build_does_not_depend_on_the_number_of_processes(tmp_path):
     assert (seen[-1].pieces, seen[-1].of_pieces, seen[-1].records) == (5, 5, 30)
 
 
+@pytest.mark.slow
 def test_a_finished_data_set_is_not_built_again(tmp_path):
     records = {"train": [make_record("a", published.make_image(0))]}
     out = build_records(tmp_path / "out", records)
@@ -109,6 +110,7 @@ def test_a_killed_build_is_not_resumed_by_another_build(tmp_path, monkeypatch):
     assert keys(tmp_path / "out") == ["k0", "k1", "k2", "k3"]
 
 
+@pytest.mark.slow
 def test_a_build_into_a_link_fills_the_linked_empty_folder(tmp_path):
     records = {"train": [make_record("a", published.make_image(0))]}
     (tmp_path / "elsewhere" / "empty").mkdir(parents=True)

@@ -71,6 +71,7 @@ def test_shard_writer_files_and_description(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_index_equals_that_of_wds2idx(waves, tmp_path):
     tars = sorted(waves.glob("*.tar"))
     assert len(tars) > 5

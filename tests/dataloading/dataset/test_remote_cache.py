@@ -201,6 +201,7 @@ for turn in range(10):
 """
 
 
+@pytest.mark.slow
 def test_jobs_can_share_a_remote_cache(folder, web, cache, monkeypatch):
     """Three processes fetch, verify and release shards concurrently, with room for three."""
     size = limit_to(monkeypatch, folder, 3.2)

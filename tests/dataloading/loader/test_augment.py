@@ -132,6 +132,7 @@ def affine(image: Image.Image, rows) -> Image.Image:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("magnitude", [9, 30])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_each_augmentation_matches_pillow(squares, tmp_path, monkeypatch, name, magnitude):

@@ -57,6 +57,7 @@ def test_loader_yields_every_sample_once_per_epoch_in_full_batches(train_split, 
     assert loader.step == 26
 
 
+@pytest.mark.slow
 def test_samples_are_the_same_in_batches_of_any_size(train_split, tokenizer):
     wanted = rows(take(load(train_split, tokenizer, batch_size=20), 6))
     for settings in ({"batch_size": 1}, {"batch_size": 7, "num_threads": 1}, {"batch_size": 60}, {"batch_size": 50}):

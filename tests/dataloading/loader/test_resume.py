@@ -45,6 +45,7 @@ def test_resuming_the_same_loader_is_exact(train_split, tokenizer):
     assert samples(take(loader, 11)) == whole[40:]
 
 
+@pytest.mark.slow
 def test_resuming_at_another_batch_size_and_number_of_ranks_keeps_the_pixels(train_split, tokenizer):
     """From 1 rank to 4 to 2, at other batch sizes, within an epoch and across its end."""
     whole = samples(take(load(train_split, tokenizer, batch_size=20), 9))
@@ -128,6 +129,7 @@ def test_malformed_states_and_other_sample_orders_are_refused(train_split, token
         loader.load_state_dict(state_after(train_split, tokenizer, 1) | {"order": 99})
 
 
+@pytest.mark.slow
 def test_loader_state_ignores_batches_made_ahead(train_split, tokenizer):
     """The state does not depend on how far the thread is ahead."""
     for ahead in (0, 1, 7):

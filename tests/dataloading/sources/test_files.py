@@ -15,6 +15,7 @@ from support import published
 from support.data import build_source
 
 
+@pytest.mark.slow
 def test_links_to_folders_are_followed_once(tmp_path):
     """A folder inside keeps its own path. Links in a circle end."""
     published.folder(tmp_path / "images")

@@ -41,6 +41,7 @@ def problems(folder: Path) -> list[str]:
     return [problem for findings in check_shards(folder, workers=0).values() for problem in findings.problems]
 
 
+@pytest.mark.slow
 def test_indices_of_a_data_folder_are_rebuilt(tmp_path):
     out = write(tmp_path / "out")
     before = {path.name: path.read_bytes() for path in out.glob("*.idx")}

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from mvlm_dataloading import (
@@ -29,6 +30,7 @@ def write(out: Path, count: int = 10, **settings) -> Path:
     return build_shards(Source("set", "tests", "CC0", {}, pieces), out, BuildOptions(**settings), workers=0)
 
 
+@pytest.mark.slow
 def test_contact_sheet_shows_images_and_captions(tmp_path):
     out = write(tmp_path / "out")
     path = contact_sheet(out, tmp_path / "sheet.png")

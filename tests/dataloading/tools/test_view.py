@@ -109,6 +109,7 @@ def test_a_fraction_of_a_fraction_is_drawn_independently(tmp_path):
     assert set(keys(tmp_path / "again")) == set(keys(tmp_path / "fraction1"))
 
 
+@pytest.mark.slow
 def test_a_view_mixes_data_sets_by_weight(one, two, tmp_path):
     description = make_view(tmp_path / "view", [one, two], weights=[0.5, 2.5])
     found = keys(tmp_path / "view")

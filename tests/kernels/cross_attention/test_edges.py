@@ -53,6 +53,7 @@ def test_sequence_longer_than_promised_is_nan_on_a_gpu(monkeypatch: pytest.Monke
         assert dv[0].isnan().any()
 
 
+@pytest.mark.slow
 def test_key_index_out_of_range_is_nan_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(dispatch, "checks_values", lambda device: False)
     for case in (SIDES["index"], SIDES["long-index"]):

@@ -33,6 +33,7 @@ def test_cross_attention_passes_opcheck(name: str, backend: Any):
             torch.library.opcheck(backward, (torch.randn_like(out), q, k, v, out, lse, *rest, *needs))
 
 
+@pytest.mark.slow
 @pytest.mark.plain_empty
 def test_cross_attention_compiles_into_one_graph_for_all_lengths():
     counter = CompileCounterWithBackend("aot_eager")
@@ -47,6 +48,7 @@ def test_cross_attention_compiles_into_one_graph_for_all_lengths():
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("name", ["packed-both", "long-index"])
 def test_compiled_attention_kernels_give_the_same_bits(name: str):

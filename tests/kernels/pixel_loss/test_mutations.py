@@ -64,11 +64,13 @@ def test_broken_linear_kernel_is_caught(old, new, tmp_path, poison):
     assert_caught("mvlm_kernels.pixel_loss.linear", old, new, tmp_path, poison, exercise_linear)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old, new", LINEAR_BACKWARD_MUTANTS, ids=[new for _, new in LINEAR_BACKWARD_MUTANTS])
 def test_broken_linear_gradient_kernel_is_caught(old, new, tmp_path, poison):
     assert_caught("mvlm_kernels.pixel_loss.linear_backward", old, new, tmp_path, poison, exercise_linear)
 
 
+@pytest.mark.slow
 def test_intact_pixel_loss_kernels_pass_the_mutation_check():
     exercise_masked()
     exercise_linear()

@@ -11,6 +11,7 @@ from support.kernels.patches import MEAN, STD, make_ids, make_images
 from support.kernels.pixel_losses import random
 
 
+@pytest.mark.slow
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_pixel_losses_pass_opcheck(backend):

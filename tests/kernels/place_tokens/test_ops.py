@@ -10,6 +10,7 @@ from mvlm_kernels.place_tokens import place_tokens
 from support.kernels.token_placement import case
 
 
+@pytest.mark.slow
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_place_tokens_passes_opcheck(backend):

@@ -8,10 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from mvlm.model.attention import Attention, FeedForward, attend
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+from support.models import normal
 
 
 def attend_in_loops(q, k, v, key_mask=None) -> np.ndarray:
@@ -36,7 +33,7 @@ def prefix_mask(lengths: list[int], size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_attend_against_loops(masked):
-    q, k, v = random(3, 2, 5, 4), random(3, 2, 7, 4, seed=1), random(3, 2, 7, 4, seed=2)
+    q, k, v = normal(3, 2, 5, 4), normal(3, 2, 7, 4, seed=1), normal(3, 2, 7, 4, seed=2)
     mask = prefix_mask([7, 3, 1], 7) if masked else None
     np.testing.assert_allclose(attend(q, k, v, mask).numpy(), attend_in_loops(q, k, v, mask), atol=1e-12)
 
@@ -45,11 +42,11 @@ SHAPES = [((4, 3, 37, 64), 37, None), ((4, 3, 37, 64), 20, [20, 11, 3, 1]), ((6,
 
 
 @pytest.mark.parametrize("shape, keys, lengths", SHAPES)
-def test_bf16_on_a_cpu_is_as_exact_as_sdpa(shape, keys, lengths):
+def test_attend_in_bf16_on_a_cpu_is_as_exact_as_sdpa(shape, keys, lengths):
     """Output and gradients: at most twice the error of torch's own bf16 attention, and one unit in the last place."""
     batch, heads, queries, width = shape
     q, k, v, out = (
-        random(batch, heads, rows, width, seed=seed).bfloat16()
+        normal(batch, heads, rows, width, seed=seed).bfloat16()
         for seed, rows in enumerate((queries, keys, keys, queries))
     )
     mask = None if lengths is None else prefix_mask(lengths, keys)
@@ -78,8 +75,8 @@ def test_bf16_on_a_cpu_is_as_exact_as_sdpa(shape, keys, lengths):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_keys_that_do_not_exist_have_no_say(dtype):
-    q, k, v = (random(2, 2, 6, 8, seed=seed).to(dtype) for seed in range(3))
+def test_attend_ignores_masked_keys(dtype):
+    q, k, v = (normal(2, 2, 6, 8, seed=seed).to(dtype) for seed in range(3))
     mask = prefix_mask([4, 6], 6)
     wanted = attend(q, k, v, mask)
     k[0, :, 4:], v[0, :, 4:] = 50.0, 1e4
@@ -91,20 +88,20 @@ def test_attention_module_against_loops_over_heads(masked):
     module = Attention(12, 3).double()
     with torch.no_grad():
         for seed, parameter in enumerate(module.parameters()):
-            parameter.copy_(random(*parameter.shape, seed=10 + seed))
-    x, memory = random(2, 4, 12), random(2, 5, 12, seed=1)
+            parameter.copy_(normal(*parameter.shape, seed=10 + seed))
+    x, memory = normal(2, 4, 12), normal(2, 5, 12, seed=1)
     mask = prefix_mask([5, 2], 5) if masked else None
 
     def project(layer, rows):
         return rows.numpy() @ layer.weight.detach().numpy().T + layer.bias.detach().numpy()
 
     query, key, value = project(module.query, x), project(module.key, memory), project(module.value, memory)
-    joined = np.zeros((2, 4, 12))
+    heads_joined = np.zeros((2, 4, 12))
     for head in range(3):
         part = slice(4 * head, 4 * head + 4)  # head h owns features 4h to 4h+3
         heads = [torch.from_numpy(y[:, None, :, part]) for y in (query, key, value)]
-        joined[:, :, part] = attend_in_loops(*heads, mask)[:, 0]
-    wanted = project(module.out, torch.from_numpy(joined))
+        heads_joined[:, :, part] = attend_in_loops(*heads, mask)[:, 0]
+    wanted = project(module.out, torch.from_numpy(heads_joined))
     np.testing.assert_allclose(module(x, memory, mask).detach().numpy(), wanted, atol=1e-12)
 
 
@@ -112,8 +109,8 @@ def test_feed_forward_uses_the_exact_gelu():
     module = FeedForward(3).double()
     with torch.no_grad():
         for seed, parameter in enumerate(module.parameters()):
-            parameter.copy_(random(*parameter.shape, seed=seed))
-    x = random(4, 3)
+            parameter.copy_(normal(*parameter.shape, seed=seed))
+    x = normal(4, 3)
     up = x.numpy() @ module.up.weight.detach().numpy().T + module.up.bias.detach().numpy()
     assert up.shape == (4, 12)
     gelu = np.array([[h / 2 * (1 + math.erf(h / math.sqrt(2))) for h in row] for row in up])
@@ -121,8 +118,8 @@ def test_feed_forward_uses_the_exact_gelu():
     np.testing.assert_allclose(module(x).detach().numpy(), wanted, atol=1e-13)
 
 
-def test_a_feed_forward_keeps_no_activated_rows():
-    """It saves what goes into the GELU, not what comes out: (R, C), (R, 4C) and the weights, by element count."""
+def test_feed_forward_saves_no_output_of_the_gelu():
+    """It saves its input (R, C) and the GELU's input (R, 4C): counted by elements."""
     layer, x = FeedForward(8), torch.randn(100, 8, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -131,11 +128,11 @@ def test_a_feed_forward_keeps_no_activated_rows():
     assert rows == 100 * (8 + 32)
 
 
-def test_a_feed_forwards_gradients_are_autograds():
+def test_gradients_of_feed_forward_are_those_of_autograd():
     layer = FeedForward(6).double()
-    x = random(5, 3, 6).requires_grad_()
+    x = normal(5, 3, 6).requires_grad_()
     assert torch.autograd.gradcheck(layer, (x,))
-    weights = random(5, 3, 6, seed=1)
+    weights = normal(5, 3, 6, seed=1)
     (layer(x) * weights).sum().backward()
     found = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
     layer.zero_grad()
@@ -143,3 +140,31 @@ def test_a_feed_forwards_gradients_are_autograds():
     for p, gradient in zip(layer.parameters(), found, strict=True):
         assert p.grad is not None
         torch.testing.assert_close(gradient, p.grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attend_first_row_is_attention_of_the_first_row(padded):
+    """Output and gradients are the same. The key bias is left out: its gradient is zero, up to rounding."""
+    torch.manual_seed(0)
+    attention = Attention(12, 3).double()
+    with torch.no_grad():
+        for parameter in attention.parameters():
+            parameter.normal_()
+    x = torch.randn(4, 6, 12, dtype=torch.float64, requires_grad=True)
+    key_mask = torch.arange(6) < torch.tensor([6, 1, 3, 5])[:, None] if padded else None
+    weights = torch.randn(4, 12, dtype=torch.float64)
+    gradients = []
+    for found in (attention(x[:, :1], x, key_mask)[:, 0], attention.attend_first_row(x[:, 0], x, key_mask)):
+        attention.zero_grad()
+        x.grad = None
+        (found * weights).sum().backward()
+        assert x.grad is not None
+        gradients.append(
+            [
+                found.detach(),
+                x.grad.clone(),
+                *(p.grad.clone() for p in attention.parameters() if p.grad is not None and p is not attention.key.bias),
+            ]
+        )
+    for wanted, found in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""The rule for which implementation computes an attention, and each against loops."""
+"""The rule that chooses an attention backend, and each backend against loops."""
 
 from itertools import pairwise
 
@@ -8,7 +8,6 @@ import torch
 
 from mvlm.errors import ConfigError
 from mvlm.model import attention_backends as backends
-from mvlm.model.attention import Attention
 from mvlm.model.packing import Packing
 from mvlm_kernels import dispatch
 from mvlm_kernels.cross_attention import why_not_triton
@@ -30,8 +29,8 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         (GPU, torch.float64, True, 32, 64, "sdpa"),
     ],
 )
-def test_the_rule_of_auto(device, dtype, text, shorter, width, wanted):
-    assert backends.choose("auto", device, dtype, width, shorter, text=text).backend == wanted
+def test_auto_chooses_by_device_dtype_and_shape(device, dtype, text, shorter, width, wanted):
+    assert backends.choose_backend("auto", device, dtype, width, shorter, text=text).backend == wanted
 
 
 @pytest.mark.parametrize(
@@ -61,36 +60,38 @@ def test_the_rule_of_auto(device, dtype, text, shorter, width, wanted):
         ("cudnn", CPU, torch.bfloat16, 64, 32, False, "wanted one of auto, triton, sdpa, flash-attn"),
     ],
 )
-def test_what_cannot_run_says_why(wanted, device, dtype, width, shorter, text, message, monkeypatch):
-    monkeypatch.setattr(backends, "INSTALLED", dict.fromkeys(backends.INSTALLED, False))
+def test_a_backend_that_cannot_run_is_refused_with_the_reason(
+    wanted, device, dtype, width, shorter, text, message, monkeypatch
+):
+    monkeypatch.setattr(backends, "INSTALLED_LIBRARIES", frozenset())
     with pytest.raises(ConfigError) as error:
-        backends.choose(wanted, device, dtype, width, shorter, text=text)
+        backends.choose_backend(wanted, device, dtype, width, shorter, text=text)
     assert message in str(error.value)
 
 
-def test_on_a_gpu_the_kernels_own_reasons_count(monkeypatch):
-    """float32 that may not be rounded to TF32, or an old card: SDPA, rather than the kernels' slow reference."""
+def test_auto_on_a_gpu_asks_the_kernels_for_their_limits(monkeypatch):
+    """SDPA, not the kernels' slow reference, for float32 without TF32 and on an old GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(dispatch, "device_reasons", lambda _: ())
     monkeypatch.setattr(dispatch, "arch", lambda _: 90)
     for precision, backend in (("highest", "sdpa"), ("high", "triton")):
         monkeypatch.setattr(dispatch, "tf32_allowed", lambda precision=precision: precision != "highest")
-        assert backends.choose("auto", GPU, torch.float32, 64, 32, text=True).backend == backend
-    assert backends.choose("auto", GPU, torch.bfloat16, 64, 32, text=True).backend == "triton"
+        assert backends.choose_backend("auto", GPU, torch.float32, 64, 32, text=True).backend == backend
+    assert backends.choose_backend("auto", GPU, torch.bfloat16, 64, 32, text=True).backend == "triton"
     monkeypatch.setattr(dispatch, "device_reasons", lambda _: ("compute capability 8.0 or later is needed",))
-    found = backends.choose("auto", GPU, torch.bfloat16, 64, 32, text=True)
+    found = backends.choose_backend("auto", GPU, torch.bfloat16, 64, 32, text=True)
     assert (found.backend, found.reasons["triton"]) == ("sdpa", "compute capability 8.0 or later is needed")
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_the_choice_on_a_gpu_is_settled_while_a_compiler_traces(monkeypatch, dynamic):
+def test_the_choice_on_a_gpu_is_a_constant_for_torch_compile(monkeypatch, dynamic):
     monkeypatch.setattr(dispatch, "device_reasons", lambda _: ())
     monkeypatch.setattr(dispatch, "arch", lambda _: 90)
 
     def step(x, longest):
         shorter = min(longest, len(x))
         against = why_not_triton(GPU, torch.bfloat16, head_width=64, short_rows=shorter)
-        backend = backends.choose("auto", GPU, torch.bfloat16, 64, shorter, text=True).backend
+        backend = backends.choose_backend("auto", GPU, torch.bfloat16, 64, shorter, text=True).backend
         return x + 1 if backend == "triton" and not against else x - 1
 
     torch._dynamo.reset()
@@ -99,8 +100,8 @@ def test_the_choice_on_a_gpu_is_settled_while_a_compiler_traces(monkeypatch, dyn
         assert torch.equal(compiled(torch.zeros(rows), 32), torch.ones(rows))
 
 
-def in_loops(q, k, v, q_bounds, k_bounds, key_index):
-    """float64, one query row of one head at a time. Bounds are (first, end) rows of each sequence."""
+def attention_in_loops(q, k, v, q_bounds, k_bounds, key_index):
+    """Attention in float64, one query row of one head at a time. Bounds are (first, end) rows of each sequence."""
     out = np.zeros(q.shape)
     for r, (first, end) in enumerate(q_bounds):
         begin, stop = k_bounds[r if key_index is None else key_index[r]]
@@ -116,7 +117,7 @@ def in_loops(q, k, v, q_bounds, k_bounds, key_index):
 @pytest.mark.parametrize("packed", ["queries", "keys", "both"])
 @pytest.mark.parametrize("indexed", [False, True])
 def test_text_attention_against_loops(backend, packed, indexed):
-    """Lengths 3, 1 and 4 on a packed side, 5 rows on a dense one; two of the sequences read the same."""
+    """Lengths 3, 1 and 4 on a packed side, 5 rows on the other; with an index, two sequences share their keys."""
     rng = np.random.default_rng(0)
     lengths, width = [3, 1, 4], 32
     bounds = np.concatenate([[0], np.cumsum(lengths)])
@@ -124,7 +125,7 @@ def test_text_attention_against_loops(backend, packed, indexed):
     sides = {"queries": packed != "keys", "keys": packed != "queries"}
     q, k, v = (rng.normal(size=(8 if sides[side] else 15, 2, width)) for side in ("queries", "keys", "keys"))
     index = np.array([2, 2, 0]) if indexed else None
-    wanted = in_loops(q, k, v, spans[sides["queries"]], spans[sides["keys"]], index)
+    wanted = attention_in_loops(q, k, v, spans[sides["queries"]], spans[sides["keys"]], index)
 
     def tensor(x, packed):
         x = torch.from_numpy(x)
@@ -144,37 +145,9 @@ def test_text_attention_against_loops(backend, packed, indexed):
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "math", "triton"])
-def test_self_attention_against_loops(backend):
+def test_image_attention_against_loops(backend):
     q, k, v = np.random.default_rng(1).normal(size=(3, 10, 2, 32))
     spans = [(0, 5), (5, 10)]
     x, y, z = (torch.from_numpy(rows).unflatten(0, (2, 5)) for rows in (q, k, v))
-    found = backends.self_attention(x, y, z, backend)
-    np.testing.assert_allclose(found.flatten(0, 1).numpy(), in_loops(q, k, v, spans, spans, None), atol=1e-12)
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_first_rows_are_what_whole_attention_gives_the_first_row(padded):
-    """Keys and values folded away: the same output, and the same gradients but for a key bias, whose own is zero."""
-    torch.manual_seed(0)
-    attention = Attention(12, 3).double()
-    with torch.no_grad():
-        for parameter in attention.parameters():
-            parameter.normal_()
-    x = torch.randn(4, 6, 12, dtype=torch.float64, requires_grad=True)
-    exists = torch.arange(6) < torch.tensor([6, 1, 3, 5])[:, None] if padded else None
-    weights = torch.randn(4, 12, dtype=torch.float64)
-    gradients = []
-    for found in (attention(x[:, :1], x, exists)[:, 0], attention.first_rows(x[:, 0], x, exists)):
-        attention.zero_grad()
-        x.grad = None
-        (found * weights).sum().backward()
-        assert x.grad is not None
-        gradients.append(
-            [
-                found.detach(),
-                x.grad.clone(),
-                *(p.grad.clone() for p in attention.parameters() if p.grad is not None and p is not attention.key.bias),
-            ]
-        )
-    for wanted, found in zip(*gradients, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+    found = backends.image_attention(x, y, z, backend)
+    np.testing.assert_allclose(found.flatten(0, 1).numpy(), attention_in_loops(q, k, v, spans, spans, None), atol=1e-12)

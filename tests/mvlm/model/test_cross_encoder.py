@@ -2,24 +2,20 @@
 # pyright: reportAttributeAccessIssue=false, reportArgumentType=false, reportGeneralTypeIssues=false
 """Cross-modality blocks against torch's own decoder layers with the weights copied over, in float64."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from mvlm.model.cross_encoder import CrossBlock, CrossEncoder
+from support.models import normal
 
 WIDTH, HEADS = 12, 3
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
 
 
 def randomize(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for seed, parameter in enumerate(module.parameters()):
-            parameter.copy_(0.4 * random(*parameter.shape, seed=100 + seed))
+            parameter.copy_(0.4 * normal(*parameter.shape, seed=100 + seed))
     return module
 
 
@@ -48,15 +44,15 @@ def decoder_layer(block: CrossBlock, norm: str) -> nn.TransformerDecoderLayer:
 
 @pytest.fixture
 def streams():
-    """x (3, 5, C), memory (3, 4, C), and the masks of rows that exist."""
+    """x (3, 5, C), memory (3, 4, C), and their key masks."""
     own = torch.arange(5) < torch.tensor([5, 2, 3])[:, None]
     other = torch.arange(4) < torch.tensor([1, 4, 2])[:, None]
-    return random(3, 5, WIDTH), random(3, 4, WIDTH, seed=1), own, other
+    return normal(3, 5, WIDTH), normal(3, 4, WIDTH, seed=1), own, other
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
 @pytest.mark.parametrize("masks", ["none", "own", "other", "both"])
-def test_a_block_is_torchs_decoder_layer(streams, norm, masks):
+def test_a_cross_block_is_torchs_decoder_layer(streams, norm, masks):
     x, memory, own, other = streams
     own = own if masks in ("own", "both") else None
     other = other if masks in ("other", "both") else None
@@ -73,8 +69,8 @@ def test_a_block_is_torchs_decoder_layer(streams, norm, masks):
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
-def test_an_encoder_is_its_blocks_in_turn(streams, norm):
-    """With pre-norm a last LayerNorm follows; with post-norm nothing does."""
+def test_a_cross_encoder_is_its_blocks_in_turn(streams, norm):
+    """With pre-norm, a last LayerNorm follows."""
     x, memory, own, other = streams
     encoder = randomize(CrossEncoder(WIDTH, HEADS, 3, norm).double())
     wanted = x
@@ -89,7 +85,7 @@ def test_an_encoder_is_its_blocks_in_turn(streams, norm):
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
 @pytest.mark.parametrize("layers", [1, 3])
-def test_the_first_row_alone_is_the_first_row_of_all(streams, norm, layers):
+def test_a_cross_encoder_of_the_first_row_alone_gives_the_same_row(streams, norm, layers):
     x, memory, own, other = streams
     encoder = randomize(CrossEncoder(WIDTH, HEADS, layers, norm).double())
     alone = encoder(x, memory, own, other, first_row_only=True)
@@ -98,7 +94,7 @@ def test_the_first_row_alone_is_the_first_row_of_all(streams, norm, layers):
 
 
 @pytest.mark.parametrize("norm", ["post", "pre"])
-def test_rows_that_do_not_exist_have_no_say(streams, norm):
+def test_a_cross_encoder_ignores_masked_rows(streams, norm):
     x, memory, own, other = streams
     encoder = randomize(CrossEncoder(WIDTH, HEADS, 2, norm).double())
     wanted = encoder(x, memory, own, other)

@@ -5,7 +5,6 @@
 
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,17 +12,13 @@ from torch import nn
 from mvlm.model.encoders import ImageEncoder, TextEncoder
 from mvlm.model.packing import PackedText, Packing
 from mvlm.model.patches import patchify, unpatchify
-from support.models import micro_batch, micro_config
-
-
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
+from support.models import micro_batch, micro_config, normal
 
 
 def randomize(module: nn.Module) -> nn.Module:
     with torch.no_grad():
         for seed, parameter in enumerate(module.parameters()):
-            parameter.copy_(0.3 * random(*parameter.shape, seed=100 + seed))
+            parameter.copy_(0.3 * normal(*parameter.shape, seed=100 + seed))
     return module
 
 
@@ -114,20 +109,20 @@ def test_the_text_encoder_is_transformers_roberta():
     for row, (start, end) in enumerate(pairwise(batch.cu_seqlens.tolist())):
         padded[row, : end - start] = batch.tokens[start:end]
     packing = Packing(batch.cu_seqlens, batch.max_length, len(batch.tokens))
-    key_mask = packing.exists
+    key_mask = packing.key_mask
     with torch.no_grad():
         wanted = theirs(input_ids=padded, attention_mask=key_mask.long()).last_hidden_state
         found = ours(batch.tokens, packing)
     assert key_mask.sum(1).tolist() == [7, 4, 12, 3, 9]
     torch.testing.assert_close(found, wanted[key_mask], rtol=0, atol=1e-10)
-    spread, places = PackedText(found, packing).padded()
-    assert places.equal(key_mask)
-    assert spread[key_mask].equal(found)
-    assert (spread[~key_mask] == 0).all()
+    padded_text, text_mask = PackedText(found, packing).padded()
+    assert text_mask.equal(key_mask)
+    assert padded_text[key_mask].equal(found)
+    assert (padded_text[~key_mask] == 0).all()
 
 
-def test_masked_patches_become_the_mask_token():
-    """As if the projection of a masked patch had given the mask token: checked by a patch that does give it."""
+def test_the_image_encoder_replaces_masked_patches_with_the_mask_token():
+    """The result equals that for an image whose patch, once projected, is the mask token."""
     encoder = randomize(ImageEncoder(micro_config()).double())
     images = torch.rand(2, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     masked = torch.zeros(2, 16, dtype=torch.bool)
@@ -141,7 +136,7 @@ def test_masked_patches_become_the_mask_token():
     torch.testing.assert_close(encoder(images, masked), encoder(replaced), rtol=0, atol=1e-10)
 
 
-def test_images_as_bytes_and_as_floats_are_the_same():
+def test_the_image_encoder_takes_bytes_and_floats_alike():
     encoder = ImageEncoder(micro_config()).double()
     images = micro_batch()[0].images
     found = encoder.normalize(images)
@@ -150,37 +145,3 @@ def test_images_as_bytes_and_as_floats_are_the_same():
     for channel, (mean, std) in enumerate(zip((0.5, 0.4, 0.3), (0.5, 0.25, 0.2), strict=True)):
         wanted = (images[1, channel, 3, 20].item() / 255 - mean) / std
         assert found[1, channel, 3, 20].item() == pytest.approx(wanted, abs=1e-6)  # mean and std are made in fp32
-
-
-def test_patchify_against_loops():
-    images = random(2, 3, 12, 12)
-    rows = patchify(images, 4)
-    assert rows.shape == (2, 9, 48)
-    for b in range(2):
-        for patch in range(9):
-            top, left = patch // 3 * 4, patch % 3 * 4
-            wanted = [images[b, c, top + y, left + x] for c in range(3) for y in range(4) for x in range(4)]
-            assert rows[b, patch].tolist() == wanted
-
-
-def test_patchify_has_the_order_of_a_convolutions_weight():
-    images, convolution = random(2, 3, 12, 12), nn.Conv2d(3, 5, 4, stride=4).double()
-    wanted = convolution(images).flatten(2).transpose(1, 2)
-    found = patchify(images, 4) @ convolution.weight.flatten(1).T + convolution.bias
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
-
-
-def test_unpatchify_is_the_inverse():
-    images = random(2, 3, 20, 20)
-    assert torch.equal(unpatchify(patchify(images, 4), 4), images)
-    patches = random(2, 25, 48, seed=1)
-    assert torch.equal(patchify(unpatchify(patches, 4), 4), patches)
-
-
-@pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_places_of_packed_rows_against_a_loop(index):
-    lengths = [3, 1, 4, 2]
-    packing = Packing(torch.tensor([0, 3, 4, 8, 10], dtype=index), 6, 10)
-    assert packing.place.tolist() == [6 * caption + place for caption, n in enumerate(lengths) for place in range(n)]
-    assert packing.position.tolist() == [place for n in lengths for place in range(n)]
-    assert packing.exists.tolist() == [[column < n for column in range(6)] for n in lengths]

@@ -1,4 +1,4 @@
-"""The fast plan against the plain one on the same weights, and what it leaves out."""
+"""The fast implementation against the plain one on the same weights."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from support.models import micro_batch, micro_config, micro_model
 
 
 def configurations(number: int):
-    """Sizes, lengths, masks and duplicates of `number` random cases, some of them at the edges."""
+    """Random cases: number, sizes of the model, lengths of captions, and whether pairs share images and captions."""
     rng = np.random.default_rng(20261124)
     for case in range(number):
         sizes = {
@@ -35,7 +35,7 @@ def configurations(number: int):
 
 
 def with_duplicates(batch: Batch) -> Batch:
-    """Every second pair shows the first one's picture, every third has the first one's caption as its identity."""
+    """Every second pair has the first pair's image_id, every third its text_id."""
     image_id, text_id = batch.image_id.clone(), batch.text_id.clone()
     image_id[::2], text_id[::3] = image_id[0], text_id[0]
     return replace(batch, image_id=image_id, text_id=text_id)
@@ -50,7 +50,7 @@ def losses_and_gradients(model: MaskVLM, batch: Batch, masks: Masks, plan, **opt
     }
 
 
-def assert_equal_plans(model: MaskVLM, batch: Batch, masks: Masks, fast_inputs=None, **options) -> None:
+def assert_implementations_agree(model: MaskVLM, batch: Batch, masks: Masks, fast_inputs=None, **options) -> None:
     plain_losses, wanted = losses_and_gradients(model, batch, masks, "plain", **options)
     fast_batch, fast_masks = fast_inputs or (batch, masks)
     fast_losses, found = losses_and_gradients(model, fast_batch, fast_masks, "fast", **options)
@@ -62,56 +62,41 @@ def assert_equal_plans(model: MaskVLM, batch: Batch, masks: Masks, fast_inputs=N
 
 
 @pytest.mark.parametrize("case, sizes, lengths, duplicates", list(configurations(50)))
-def test_the_plans_agree(case, sizes, lengths, duplicates):
+def test_implementations_agree(case, sizes, lengths, duplicates):
     model = micro_model(seed=case, **sizes)
     batch, masks = micro_batch(lengths, seed=case, config=model.config)
-    assert_equal_plans(model, with_duplicates(batch) if duplicates else batch, masks)
+    assert_implementations_agree(model, with_duplicates(batch) if duplicates else batch, masks)
 
 
-def test_the_plans_agree_on_reconstruction_alone():
+def test_implementations_agree_on_reconstruction_only():
     model = micro_model()
-    assert_equal_plans(model, *micro_batch(config=model.config), reconstruction_only=True)
+    assert_implementations_agree(model, *micro_batch(config=model.config), reconstruction_only=True)
 
 
 @pytest.mark.parametrize("drop_masked", [False, True])
-def test_rounded_totals_change_nothing(drop_masked):
+def test_a_batch_padded_to_a_bucket_gives_the_same_losses(drop_masked):
     model = micro_model(drop_masked=drop_masked)
     batch, masks = micro_batch(config=model.config)
-    rounded = pad_to_bucket(batch, masks, model.config.text_length)
-    assert len(rounded[0].tokens) > len(batch.tokens)
-    assert len(rounded[1].token_ids) > len(masks.token_ids)
-    assert_equal_plans(model, batch, masks, fast_inputs=rounded)
-
-
-def test_rounding_gives_few_shapes():
-    """200 batches of 64 captions: a handful of sizes, all of which hold what they must."""
-    rng, shapes = np.random.default_rng(0), set()
-    for _ in range(200):
-        lengths = np.clip(np.round(rng.gamma(4, 24 / 3 / 4, 64)), 6, 24).astype(int)
-        batch, masks = micro_batch(tuple(min(int(n), 24) for n in lengths))
-        rounded, hidden = pad_to_bucket(batch, masks, 24)
-        assert len(rounded.tokens) > len(batch.tokens)
-        assert len(hidden.token_ids) >= len(masks.token_ids)
-        assert rounded.tokens[: len(batch.tokens)].equal(batch.tokens)
-        assert hidden.token_ids[: len(masks.token_ids)].equal(masks.token_ids)
-        assert (hidden.token_ids[len(masks.token_ids) :] >= len(batch.tokens)).all()
-        shapes.add((len(rounded.tokens), len(hidden.token_ids)))
-    assert len(shapes) <= 8
+    padded = pad_to_bucket(batch, masks, model.config.text_length)
+    assert len(padded[0].tokens) > len(batch.tokens)
+    assert len(padded[1].token_ids) > len(masks.token_ids)
+    assert_implementations_agree(model, batch, masks, fast_inputs=padded)
 
 
 # Dynamo makes an instance of an autograd.Function while it traces one.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_compiled_it_is_one_graph_and_the_same():
-    """`fullgraph` raises at a graph break, which a read of the device would be."""
+def test_the_compiled_fast_step_is_one_graph_and_gives_the_same():
+    """`fullgraph` raises at a graph break, such as a copy from the device to the host."""
     model = micro_model(cross_layers=2)
     batch, masks = micro_batch(config=model.config)
-    rounded = pad_to_bucket(batch, masks, model.config.text_length)
+    padded = pad_to_bucket(batch, masks, model.config.text_length)
     wanted, wanted_gradients = losses_and_gradients(model, batch, masks, "plain")
     compiled = torch.compile(
         lambda *args: model(*args, seed=3, step=5, plan="fast"), fullgraph=True, backend="aot_eager"
     )
     model.zero_grad(set_to_none=True)
-    losses = compiled(*rounded)
+    losses = compiled(*padded)
     losses.total.backward()
     torch.testing.assert_close(losses, wanted, rtol=0, atol=1e-12)
     largest = max(g.norm() for g in wanted_gradients.values())
@@ -120,11 +105,12 @@ def test_compiled_it_is_one_graph_and_the_same():
         assert (p.grad - wanted_gradients[name]).abs().max() <= 1e-12 * largest, name
 
 
-def test_on_the_kernels_every_family_runs_and_nothing_changes(monkeypatch):
-    """Interpreted: forward and backward of each op that a step is made of, in fp32."""
+@pytest.mark.slow
+def test_the_fast_step_on_interpreted_kernels_launches_all_and_gives_the_same(monkeypatch):
+    """Forward and backward of every op of a step, in fp32."""
     sizes = {"image_size": 48, "patch_size": 4, "image_layers": 1, "text_layers": 1, "decoder_layers": 1}
     model = micro_model(width=32, heads=1, dtype=torch.float32, **sizes)
-    batch, masks = micro_batch((7, 4), config=model.config)  # 145 rows an image: text alone is short
+    batch, masks = micro_batch((7, 4), config=model.config)  # 145 rows per image: only text is the short side
     wanted, wanted_gradients = losses_and_gradients(model, batch, masks, "plain")
     launched: set[str] = set()
     launch = dispatch.launch
@@ -158,8 +144,8 @@ def test_on_the_kernels_every_family_runs_and_nothing_changes(monkeypatch):
     }
 
 
-def test_bf16_is_as_exact_as_the_plain_plan():
-    """The fast plan's distance from fp32 is that of the plain one, for losses and for all gradients together."""
+def test_the_fast_step_in_bf16_is_as_exact_as_the_plain_one():
+    """Distance from fp32, of the losses and of all gradients together."""
     model = micro_model(width=32, heads=2, dtype=torch.float32)
     batch, masks = micro_batch((7, 4, 12, 3, 9, 5, 8, 6), config=model.config)
     exact, exact_gradients = losses_and_gradients(model, batch, masks, "plain")
@@ -174,14 +160,8 @@ def test_bf16_is_as_exact_as_the_plain_plan():
     assert errors["fast"][0] <= errors["plain"][0] + 0.02 * exact.total
 
 
-def test_an_unknown_plan_is_refused():
-    model = micro_model()
-    with pytest.raises(ValueError, match="plan: wanted plain or fast, got 'faster'"):
-        model(*micro_batch(config=model.config), plan="faster")
-
-
-def test_keys_and_values_are_made_once_a_layer(monkeypatch):
-    """The text's serve MIM and ITM, the image's MLM and ITM; the decoder reads the text as well."""
+def test_the_fast_step_makes_keys_and_values_once_per_layer(monkeypatch):
+    """MIM and ITM share those of the text, MLM and ITM those of the image; the decoder has its own of the text."""
     model = micro_model(cross_layers=2, decoder_layers=2)
     made = []
     original = CrossBlock.keys_values
@@ -190,8 +170,9 @@ def test_keys_and_values_are_made_once_a_layer(monkeypatch):
     assert len(made) == len(set(made)) == 2 + 2 + 2
 
 
-def test_short_runs_of_both_plans_end_within_the_noise_of_seeds():
-    """AdamW in bf16 on eight pairs, four seeds: the plans' mean ends lie closer than one seed's end to another's."""
+@pytest.mark.slow
+def test_short_runs_of_both_implementations_end_within_the_noise_of_seeds():
+    """AdamW in bf16 on eight pairs, four seeds: mean final losses differ by less than the deviation over seeds."""
     batch, masks = micro_batch((7, 4, 12, 3, 9, 5, 8, 6))
 
     def end(plan, seed: int) -> float:
@@ -209,5 +190,5 @@ def test_short_runs_of_both_plans_end_within_the_noise_of_seeds():
         assert np.mean(losses[-5:]) < 0.9 * losses[0]
         return float(np.mean(losses[-5:]))
 
-    plain, fast_plan = ([end(plan, seed) for seed in range(4)] for plan in ("plain", "fast"))
-    assert abs(np.mean(plain) - np.mean(fast_plan)) <= np.std(plain, ddof=1)
+    plain, fast = ([end(plan, seed) for seed in range(4)] for plan in ("plain", "fast"))
+    assert abs(np.mean(plain) - np.mean(fast)) <= np.std(plain, ddof=1)

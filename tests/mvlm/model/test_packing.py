@@ -1,15 +1,17 @@
-"""Packed rows against loops over their sequences."""
+"""Packed sequences against loops over the sequences."""
 
+import numpy as np
 import pytest
 import torch
 
-from mvlm.model.packing import Packing, mask_tokens, round_up
+from mvlm.model.packing import Packing, mask_tokens, pad_to_bucket, round_up
+from support.models import micro_batch
 
 LENGTHS = [[3, 1, 4], [5], [2, 2, 2, 6, 1]]
 
 
 def make(lengths: list[int], tail: int) -> tuple[Packing, torch.Tensor]:
-    """A packing with `tail` rows of no sequence at the end, and rows float64 (T, 2) to tell apart."""
+    """A packing with `tail` rows of no sequence at the end, and distinct rows float64 (T, 2)."""
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     total = sum(lengths) + tail
     return Packing(bounds, max(lengths) + 2, total), torch.arange(2.0 * total, dtype=torch.float64).view(total, 2) + 1
@@ -17,7 +19,7 @@ def make(lengths: list[int], tail: int) -> tuple[Packing, torch.Tensor]:
 
 @pytest.mark.parametrize("tail", [0, 3])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_rows_and_padding_against_loops(lengths, tail):
+def test_pad_and_unpad_against_loops(lengths, tail):
     packing, rows = make(lengths, tail)
     padded = packing.pad(rows)
     assert padded.shape == (len(lengths), max(lengths) + 2, 2)
@@ -25,27 +27,36 @@ def test_rows_and_padding_against_loops(lengths, tail):
     for b, length in enumerate(lengths):
         assert padded[b, :length].equal(rows[start : start + length])
         assert (padded[b, length:] == 0).all()
-        assert packing.exists[b].tolist() == [j < length for j in range(max(lengths) + 2)]
-        assert packing.owner[start : start + length].tolist() == [b] * length
+        assert packing.key_mask[b].tolist() == [j < length for j in range(max(lengths) + 2)]
+        assert packing.sequence_of_row[start : start + length].tolist() == [b] * length
         start += length
-    assert packing.owner[start:].tolist() == [len(lengths)] * tail
+    assert packing.sequence_of_row[start:].tolist() == [len(lengths)] * tail
     assert packing.unpad(padded)[:start].equal(rows[:start])
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_indices_and_positions_of_packed_rows_against_a_loop(index):
+    lengths = [3, 1, 4, 2]
+    packing = Packing(torch.tensor([0, 3, 4, 8, 10], dtype=index), 6, 10)
+    assert packing.padded_index.tolist() == [6 * b + position for b, n in enumerate(lengths) for position in range(n)]
+    assert packing.position.tolist() == [position for n in lengths for position in range(n)]
+    assert packing.key_mask.tolist() == [[column < n for column in range(6)] for n in lengths]
 
 
 @pytest.mark.parametrize("tail", [0, 3])
 @pytest.mark.parametrize("capacity", [0, 4])
 def test_selected_sequences_against_a_loop(tail, capacity):
     packing, rows = make([3, 1, 4], tail)
-    chosen = [2, 0, 0, 1, 2]
-    wanted = [row for s in chosen for row in range(*[(0, 3), (3, 4), (4, 8)][s])]
-    selected, taken = packing.select(torch.tensor(chosen), len(wanted) + capacity)
-    assert taken[: len(wanted)].tolist() == wanted
-    assert taken.max() < len(rows)  # what the capacity leaves over still points at a row
+    sequences = [2, 0, 0, 1, 2]
+    wanted = [row for s in sequences for row in range(*[(0, 3), (3, 4), (4, 8)][s])]
+    selected, indices = packing.select(torch.tensor(sequences), len(wanted) + capacity)
+    assert indices[: len(wanted)].tolist() == wanted
+    assert indices.max() < len(rows)  # rows of no sequence still point at a row
     assert selected.cu_seqlens.tolist() == [0, 4, 7, 10, 11, 15]
     assert selected.total == len(wanted) + capacity
 
 
-def test_gradients_of_padding_reach_every_row_once():
+def test_the_gradient_of_pad_reaches_every_row_once():
     packing, rows = make([3, 1, 4], 2)
     rows.requires_grad_()
     (packing.pad(rows) * 3).sum().backward()
@@ -54,11 +65,27 @@ def test_gradients_of_padding_reach_every_row_once():
     assert rows.grad[8:].eq(0).all()
 
 
-def test_round_up():
+def test_round_up_gives_the_next_multiple():
     assert [round_up(n, 16) for n in (1, 16, 17, 32)] == [16, 16, 32, 32]
 
 
-def test_masked_tokens_are_replaced_in_a_copy():
+def test_padding_to_buckets_gives_few_shapes():
+    """200 batches of 64 captions; each keeps its tokens and masked tokens."""
+    rng, shapes = np.random.default_rng(0), set()
+    for _ in range(200):
+        lengths = np.clip(np.round(rng.gamma(4, 24 / 3 / 4, 64)), 6, 24).astype(int)
+        batch, masks = micro_batch(tuple(min(int(n), 24) for n in lengths))
+        padded, hidden = pad_to_bucket(batch, masks, 24)
+        assert len(padded.tokens) > len(batch.tokens)
+        assert len(hidden.token_ids) >= len(masks.token_ids)
+        assert padded.tokens[: len(batch.tokens)].equal(batch.tokens)
+        assert hidden.token_ids[: len(masks.token_ids)].equal(masks.token_ids)
+        assert (hidden.token_ids[len(masks.token_ids) :] >= len(batch.tokens)).all()
+        shapes.add((len(padded.tokens), len(hidden.token_ids)))
+    assert len(shapes) <= 8
+
+
+def test_mask_tokens_replaces_them_in_a_copy():
     tokens = torch.tensor([2, 11, 12, 3, 2, 13, 3])
     hidden = mask_tokens(tokens, torch.tensor([1, 5]), 4)
     assert hidden.tolist() == [2, 4, 12, 3, 2, 4, 3]

@@ -1,6 +1,10 @@
-import torch
+"""The grid of patches against loops."""
 
-from mvlm.model.patches import masked_patches, visible_patches
+import torch
+from torch import nn
+
+from mvlm.model.patches import masked_patches, patchify, unpatchify, visible_patches
+from support.models import normal
 
 
 def test_masked_patches_against_a_loop():
@@ -16,3 +20,29 @@ def test_masked_patches_against_a_loop():
 def test_visible_patches_are_the_others():
     patch_ids = torch.tensor([[0, 3, 4], [1, 2, 8]])
     assert visible_patches(patch_ids, 9).tolist() == [[1, 2, 5, 6, 7, 8], [0, 3, 4, 5, 6, 7]]
+
+
+def test_patchify_against_loops():
+    images = normal(2, 3, 12, 12)
+    rows = patchify(images, 4)
+    assert rows.shape == (2, 9, 48)
+    for b in range(2):
+        for patch in range(9):
+            top, left = patch // 3 * 4, patch % 3 * 4
+            wanted = [images[b, c, top + y, left + x] for c in range(3) for y in range(4) for x in range(4)]
+            assert rows[b, patch].tolist() == wanted
+
+
+def test_patchify_has_the_order_of_a_convolutions_weight():
+    images, convolution = normal(2, 3, 12, 12), nn.Conv2d(3, 5, 4, stride=4).double()
+    assert convolution.bias is not None
+    wanted = convolution(images).flatten(2).transpose(1, 2)
+    found = patchify(images, 4) @ convolution.weight.flatten(1).T + convolution.bias
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_unpatchify_is_the_inverse_of_patchify():
+    images = normal(2, 3, 20, 20)
+    assert torch.equal(unpatchify(patchify(images, 4), 4), images)
+    patches = normal(2, 25, 48, seed=1)
+    assert torch.equal(patchify(unpatchify(patches, 4), 4), patches)

@@ -1,4 +1,4 @@
-"""from_pretrained and save_pretrained: a folder, a hub id, no pickle, no network that was not asked for."""
+"""from_pretrained and save_pretrained: folders, ids on the hub, no pickle, and no unwanted use of the network."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ from support.models import micro_batch, micro_model
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Asking the hub fails the test."""
+    """A request to the hub fails the test."""
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: pytest.fail("the hub was asked"))
 
 
@@ -26,7 +26,7 @@ def same_weights(one: MaskVLM, other: MaskVLM) -> bool:
     )
 
 
-def test_a_folder_there_and_back(tmp_path, no_network):
+def test_a_saved_model_loads_from_its_folder(tmp_path, no_network):
     model = micro_model(1, dtype=torch.float32, image_mask_ratio=0.25)
     model.save_pretrained(tmp_path / "saved")
     assert {"config.json", "model.safetensors"} <= {path.name for path in (tmp_path / "saved").iterdir()}
@@ -39,7 +39,7 @@ def test_a_folder_there_and_back(tmp_path, no_network):
     assert torch.equal(found(batch, masks).total, model(batch, masks).total)
 
 
-def test_a_hub_id_is_asked_of_the_hub(tmp_path, monkeypatch):
+def test_an_id_loads_from_the_hub(tmp_path, monkeypatch):
     micro_model(1, dtype=torch.float32).save_pretrained(tmp_path / "cache")
     asked = []
 
@@ -53,7 +53,7 @@ def test_a_hub_id_is_asked_of_the_hub(tmp_path, monkeypatch):
     assert asked == [("someone/maskvlm", name, "v1", True) for name in ("config.json", "model.safetensors")]
 
 
-def test_a_hub_that_does_not_answer(monkeypatch):
+def test_a_hub_that_does_not_answer_is_an_error_with_its_reason(monkeypatch):
     def download(*_, **__):
         raise OSError("no route\nto host")
 
@@ -63,7 +63,7 @@ def test_a_hub_that_does_not_answer(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["none", "./a/b", "/a/b", "a/b/c", "a/b/", "../b", "a b/c", ""])
-def test_what_is_neither_a_folder_nor_an_id(tmp_path, monkeypatch, no_network, name):
+def test_neither_a_folder_nor_an_id_is_refused(tmp_path, monkeypatch, no_network, name):
     monkeypatch.chdir(tmp_path)
     if name:
         with pytest.raises(RunError, match="wanted a folder that save_pretrained wrote or a hub id owner/name"):
@@ -73,7 +73,7 @@ def test_what_is_neither_a_folder_nor_an_id(tmp_path, monkeypatch, no_network, n
             MaskVLM.from_pretrained(name)
 
 
-def test_folders_that_hold_no_such_model(tmp_path, no_network):
+def test_a_folder_without_a_fitting_model_is_refused(tmp_path, no_network):
     model = micro_model(1, dtype=torch.float32)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -89,13 +89,14 @@ def test_folders_that_hold_no_such_model(tmp_path, no_network):
     with pytest.raises(RunError, match=r"config.json: wanted the settings of a MaskVLM, got"):
         MaskVLM.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")  # a pickle is no substitute
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")  # a pickle is never read
     with pytest.raises(RunError, match=r"model.safetensors: wanted the file, found none"):
         MaskVLM.from_pretrained(tmp_path)
 
 
-def test_without_huggingface_hub(tmp_path):
-    """The model imports, and folders work; the hub asks for the package."""
+@pytest.mark.slow
+def test_folders_load_and_save_without_huggingface_hub(tmp_path):
+    """The hub needs the package, and the error says so."""
     micro_model(1, dtype=torch.float32).save_pretrained(tmp_path / "saved")
     code = """
 import sys
@@ -109,7 +110,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    words = [sys.executable, "-c", code, str(tmp_path / "saved"), str(tmp_path / "again")]
-    done = subprocess.run(words, capture_output=True, text=True)
+    command = [sys.executable, "-c", code, str(tmp_path / "saved"), str(tmp_path / "again")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "a/b: wanted huggingface_hub to ask the hub; pip install 'mvlm[train]'\n"

@@ -1,4 +1,4 @@
-"""The LM head fused with its loss, against numpy in float64, one row at a time."""
+"""Fused linear layer and cross-entropy against numpy in float64, one row at a time."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from mvlm.objectives import linear_cross_entropy as module
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
 
 
-def draw(rows: int, width: int = 5, vocabulary: int = 11, dtype: torch.dtype = torch.float64):
+def random_inputs(rows: int, width: int = 5, vocabulary: int = 11, dtype: torch.dtype = torch.float64):
     generator = torch.Generator().manual_seed(rows)
     x, weight, bias = (
         torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
@@ -38,10 +38,10 @@ def in_numpy(x, weight, bias, targets):
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 @pytest.mark.parametrize("unknown", [[], [0, 4, 6]])
-def test_against_numpy(monkeypatch, chunk, unknown):
-    monkeypatch.setattr(module, "LOGITS", chunk * 11)
-    x, weight, bias, targets = draw(7)
-    targets[3:6] = (x @ weight.T + bias).argmax(1)[3:6]  # three rows, or two, that are right
+def test_linear_cross_entropy_against_numpy(monkeypatch, chunk, unknown):
+    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", chunk * 11)
+    x, weight, bias, targets = random_inputs(7)
+    targets[3:6] = (x @ weight.T + bias).argmax(1)[3:6]  # so that some rows are correct
     targets[unknown] = -100
     loss, accuracy = linear_cross_entropy(x, weight, bias, targets)
     (2.5 * loss).backward()
@@ -55,9 +55,9 @@ def test_against_numpy(monkeypatch, chunk, unknown):
         np.testing.assert_allclose(parameter.grad.numpy(), 2.5 * gradient, atol=1e-13)
 
 
-def test_bf16_is_as_exact_as_torch():
-    """Under autocast: loss and weight gradient no further from float64 than torch's linear and cross_entropy are."""
-    x, weight, bias, targets = draw(40, 32, 64, torch.float32)
+def test_linear_cross_entropy_in_bf16_is_as_exact_as_torch():
+    """Under autocast, loss and weight gradient are no further from float64 than those of torch."""
+    x, weight, bias, targets = random_inputs(40, 32, 64, torch.float32)
     wanted, _, _, wanted_dw, _ = in_numpy(x, weight, bias, targets)
     errors = []
     for fused in (True, False):
@@ -77,7 +77,7 @@ def test_bf16_is_as_exact_as_torch():
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that one tensor had."""
+    """Mode that records the number of elements of the largest tensor."""
 
     elements = 0
 
@@ -89,9 +89,9 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_all_logits_never_exist(monkeypatch):
-    monkeypatch.setattr(module, "LOGITS", 4 * 50)
-    x, weight, bias, targets = draw(100, 3, 50)
+def test_the_full_logits_never_exist(monkeypatch):
+    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", 4 * 50)
+    x, weight, bias, targets = random_inputs(100, 3, 50)
     with Largest() as largest:
         linear_cross_entropy(x, weight, bias, targets)[0].backward()
     assert largest.elements <= max(4 * 50, x.numel(), weight.numel())

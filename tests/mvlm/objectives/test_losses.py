@@ -1,6 +1,7 @@
+"""The losses against loops in float64."""
+
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from mvlm.objectives.losses import (
     masked_language_loss,
     matching_loss,
 )
+from support.models import normal
 
 
 def log_softmax(row: list[float]) -> list[float]:
@@ -20,18 +22,14 @@ def log_softmax(row: list[float]) -> list[float]:
     return [x - total for x in row]
 
 
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
-
-
 def test_masked_language_loss_against_loops():
-    logits, targets = 3 * random(7, 11), torch.tensor([0, 10, 4, 4, 7, 2, 9])
+    logits, targets = 3 * normal(7, 11), torch.tensor([0, 10, 4, 4, 7, 2, 9])
     wanted = sum(-log_softmax(row)[t] for row, t in zip(logits.tolist(), targets.tolist(), strict=True)) / 7
     assert masked_language_loss(logits, targets).item() == pytest.approx(wanted, abs=1e-12)
 
 
 def test_masked_image_loss_against_loops():
-    pred, target = random(3, 4, 12), random(3, 4, 12, seed=1)
+    pred, target = normal(3, 4, 12), normal(3, 4, 12, seed=1)
     total = sum(
         abs(pred[b, k, i].item() - target[b, k, i].item()) for b in range(3) for k in range(4) for i in range(12)
     )
@@ -39,10 +37,10 @@ def test_masked_image_loss_against_loops():
 
 
 @pytest.mark.parametrize("loss", ["mlm", "mim", "itm"])
-def test_low_precision_is_raised_before_the_loss(loss):
-    """Under autocast the logits come in bf16: the loss is that of the same numbers in fp32, to the bit."""
-    x = (4 * random(6, 2)).bfloat16()
-    other = {"mlm": torch.tensor([0, 1, 1, 0, 0, 1]), "mim": random(6, 2, seed=1).float()}
+def test_losses_of_bf16_inputs_are_computed_in_fp32(loss):
+    """Equal to the bit to the losses of the same numbers in fp32."""
+    x = (4 * normal(6, 2)).bfloat16()
+    other = {"mlm": torch.tensor([0, 1, 1, 0, 0, 1]), "mim": normal(6, 2, seed=1).float()}
     found, wanted = (
         {
             "mlm": lambda x: masked_language_loss(x, other["mlm"]),
@@ -56,7 +54,7 @@ def test_low_precision_is_raised_before_the_loss(loss):
 
 
 def test_contrastive_logits_against_loops():
-    image, text, log_scale = random(3, 5), random(4, 5, seed=1), torch.tensor(1.7, dtype=torch.float64)
+    image, text, log_scale = normal(3, 5), normal(4, 5, seed=1), torch.tensor(1.7, dtype=torch.float64)
     logits = contrastive_logits(image, text, log_scale)
     for i in range(3):
         for j in range(4):
@@ -64,11 +62,11 @@ def test_contrastive_logits_against_loops():
             assert logits[i, j].item() == pytest.approx(math.exp(1.7) * dot, rel=1e-12)
 
 
-def test_contrastive_loss_of_matrices_made_by_hand():
+def test_contrastive_loss_of_small_matrices_by_hand():
     symmetric = torch.tensor([[2.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
     assert contrastive_loss(symmetric)[0].item() == pytest.approx(math.log(1 + math.exp(-2)), abs=1e-12)
 
-    # [[1, 2], [3, 4]]: by rows the right answers trail by 1 and lead by 1; by columns they trail by 2 and lead by 2.
+    # [[1, 2], [3, 4]]: by rows the diagonal trails by 1 and leads by 1; by columns it trails by 2 and leads by 2.
     skew = torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.float64)
     rows = (math.log(1 + math.e) + math.log(1 + 1 / math.e)) / 2
     columns = (math.log(1 + math.exp(2)) + math.log(1 + math.exp(-2))) / 2
@@ -79,15 +77,15 @@ def test_contrastive_loss_of_matrices_made_by_hand():
 
 
 def test_matching_loss_against_loops():
-    logits = random(9, 2)
+    logits = normal(9, 2)
     labels, weights = [1, 1, 1, 0, 0, 0, 0, 0, 0], [1.0, 1, 1, 1, 0, 1, 0, 0, 1]
     total = sum(-w * log_softmax(row)[y] for row, y, w in zip(logits.tolist(), labels, weights, strict=True))
     found, _ = matching_loss(logits, torch.tensor(labels), torch.tensor(weights, dtype=torch.float64))
     assert found.item() == pytest.approx(total / 6, abs=1e-12)
 
 
-def test_matching_loss_with_no_negative_at_all_is_that_of_the_positives():
-    logits = random(3, 2).requires_grad_()
+def test_matching_loss_without_negatives_is_that_of_the_true_pairs():
+    logits = normal(3, 2).requires_grad_()
     loss, _ = matching_loss(logits, torch.tensor([1, 0, 0]), torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
     assert loss.item() == pytest.approx(-log_softmax(logits[0].tolist())[1], abs=1e-12)
     loss.backward()
@@ -101,19 +99,17 @@ def is_largest(row: list[float], place: int) -> bool:
 
 
 def test_correct_top1_against_loops():
-    logits = random(12, 4)
+    logits = normal(12, 4)
     targets = [0, 1, 2, 3] * 3
     wanted = [is_largest(row, t) for row, t in zip(logits.tolist(), targets, strict=True)]
     assert 0 < sum(wanted) < 12
     assert correct_top1(logits.requires_grad_(), torch.tensor(targets)).tolist() == wanted
     assert not correct_top1(logits, torch.tensor(targets)).requires_grad
-    assert correct_top1(torch.zeros(1, 3, dtype=torch.bfloat16), torch.tensor([2])).tolist() == [
-        1
-    ]  # an equal one is right
+    assert correct_top1(torch.zeros(1, 3, dtype=torch.bfloat16), torch.tensor([2])).tolist() == [1]  # a tie is correct
 
 
 def test_contrastive_accuracy_is_the_mean_of_both_directions():
-    logits = random(9, 9) + 1.5 * torch.eye(9)
+    logits = normal(9, 9) + 1.5 * torch.eye(9)
     rows = [is_largest(row, i) for i, row in enumerate(logits.tolist())]
     columns = [is_largest(column, i) for i, column in enumerate(logits.T.tolist())]
     assert sum(rows) != sum(columns)

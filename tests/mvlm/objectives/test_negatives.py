@@ -1,5 +1,7 @@
 # Arguments are unpacked from tables of cases, whose types pyright cannot follow.
 # pyright: reportArgumentType=false
+"""Hard negatives and their noise, against loops and SplitMix64 on Python integers."""
+
 import math
 
 import numpy as np
@@ -8,18 +10,14 @@ import torch
 from torch import Tensor
 
 from mvlm.objectives.negatives import NegativeSampling, gumbel, matching_pairs
-from support.models import uniform_of_pair
+from support.models import normal, uniform_of_pair
 
 GOLDEN = 0x9E3779B97F4A7C15
 MIX1, MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 WORD = 1 << 64
-# Six pairs of which 0 and 1 show one image, 2 and 3 have equal captions, and 3 and 4 show one image.
+# Six pairs: 0 and 1 share an image, 2 and 3 a caption, 3 and 4 an image.
 IMAGE_ID, TEXT_ID = torch.tensor([10, 10, 11, 12, 12, 13]), torch.tensor([20, 21, 22, 22, 23, 24])
 TRUE_MATCHES = {(0, 1), (1, 0), (2, 3), (3, 2), (3, 4), (4, 3)} | {(i, i) for i in range(6)}
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=shape))
 
 
 def draw(
@@ -55,7 +53,7 @@ def test_negatives_of_a_block_come_from_the_block():
 
 
 def test_matching_pairs_against_a_loop():
-    logits = random(6, 6, seed=8)
+    logits = normal(6, 6, seed=8)
     negatives = NegativeSampling(IMAGE_ID, TEXT_ID, 3, 4).draw_both(logits)
     (texts, text_weights), (images, image_weights) = draw(logits, 3, 4, 0), draw(logits.T, 3, 4, 1)
     wanted = [(i, i, 1, 1.0) for i in range(6)]
@@ -66,8 +64,8 @@ def test_matching_pairs_against_a_loop():
 
 @pytest.fixture(scope="module")
 def thousand_draws():
-    """Columns (stream, step, row) of 1,000 steps in both directions, and the logits they were drawn with."""
-    logits = 1.5 * random(6, 6, seed=2)
+    """Logits, and the columns (stream, step, row) drawn from them in 1,000 steps and both directions."""
+    logits = 1.5 * normal(6, 6, seed=2)
     logits += 3 * torch.eye(6)  # as in training, the true match is the likeliest
     columns = np.zeros((2, 1000, 6), int)
     for step in range(1000):
@@ -76,15 +74,15 @@ def thousand_draws():
     return logits, columns
 
 
-def test_a_negative_is_never_a_true_match(thousand_draws):
+def test_a_drawn_negative_is_never_a_true_match(thousand_draws):
     _, columns = thousand_draws
     drawn = {(row, int(column)) for stream in columns for step in stream for row, column in enumerate(step)}
     assert not drawn & TRUE_MATCHES
-    assert drawn == {(i, j) for i in range(6) for j in range(6)} - TRUE_MATCHES  # and every other pair comes up
+    assert drawn == {(i, j) for i in range(6) for j in range(6)} - TRUE_MATCHES  # every other pair is drawn
 
 
 @pytest.mark.parametrize("stream", [0, 1])
-def test_negatives_follow_the_softmax_over_admissible_columns(thousand_draws, stream):
+def test_drawn_negatives_follow_the_softmax_over_admissible_columns(thousand_draws, stream):
     logits, columns = thousand_draws
     table = (logits if stream == 0 else logits.T).tolist()
     for row in range(6):
@@ -97,8 +95,8 @@ def test_negatives_follow_the_softmax_over_admissible_columns(thousand_draws, st
 
 
 def test_the_two_directions_are_drawn_independently():
-    """With one table for both, the directions agree as often as two independent draws do."""
-    logits = random(5, 5, seed=3)
+    """With the same logits for both, the directions agree as often as two independent draws."""
+    logits = normal(5, 5, seed=3)
     table = (logits + logits.T).tolist()
     logits = logits + logits.T
     agree = np.zeros(5)
@@ -112,23 +110,23 @@ def test_the_two_directions_are_drawn_independently():
 
 
 def test_a_draw_is_a_function_of_seed_step_row_and_column():
-    logits = random(6, 6, seed=4)
+    logits = normal(6, 6, seed=4)
     first = draw(logits, 1, 2, 0)[0]
     torch.manual_seed(99)
     torch.rand(5)
     assert torch.equal(draw(logits, 1, 2, 0)[0], first)
-    # What other rows hold changes nothing.
+    # Other rows have no influence.
     others = logits.clone()
-    others[1:] = random(5, 6, seed=5)
+    others[1:] = normal(5, 6, seed=5)
     assert draw(others, 1, 2, 0)[0][0] == first[0]
     for change in ({"seed": 2}, {"step": 3}, {"stream": 1}):
         settings = {"seed": 1, "step": 2, "stream": 0} | change
-        wide, ids = random(64, 64, seed=6), distinct(64)
+        wide, ids = normal(64, 64, seed=6), distinct(64)
         assert not torch.equal(draw(wide, **settings, image_id=ids[0], text_id=ids[1])[0], draw(wide, 1, 2, 0, *ids)[0])
 
 
 def test_draws_against_gumbel_argmax_in_python():
-    logits = random(6, 6, seed=7)
+    logits = normal(6, 6, seed=7)
     for step in range(5):
         columns, weights = draw(logits, 3, step, 1)
         assert weights.tolist() == [1.0] * 6
@@ -144,7 +142,7 @@ def test_draws_against_gumbel_argmax_in_python():
 @pytest.mark.parametrize("number", [1, 4])
 def test_without_an_admissible_negative_the_weight_is_zero(number):
     """A batch of one pair, and a batch of equal captions."""
-    logits = random(number, number).requires_grad_()
+    logits = normal(number, number).requires_grad_()
     columns, weights = draw(logits, 0, 0, 0, torch.arange(number), torch.zeros(number, dtype=torch.int64))
     assert weights.tolist() == [0.0] * number
     assert weights.dtype == logits.dtype
@@ -152,9 +150,9 @@ def test_without_an_admissible_negative_the_weight_is_zero(number):
     assert all(0 <= c < number for c in columns.tolist())
 
 
-def test_only_the_rows_without_a_negative_lose_theirs():
+def test_only_rows_without_an_admissible_negative_have_weight_zero():
     """Pair 0 shares its caption with pair 1 and its image with pair 2: it has no negative, they have each other."""
-    columns, weights = draw(random(3, 3), 0, 0, 0, torch.tensor([1, 2, 1]), torch.tensor([5, 5, 6]))
+    columns, weights = draw(normal(3, 3), 0, 0, 0, torch.tensor([1, 2, 1]), torch.tensor([5, 5, 6]))
     assert weights.tolist() == [0.0, 1.0, 1.0]
     assert columns[1:].tolist() == [2, 1]
 
@@ -181,8 +179,8 @@ def unmix(x: int) -> int:
 
 
 @pytest.mark.parametrize("bits, extreme", [(0, "smallest"), (WORD - 1, "largest")])
-def test_gumbel_is_finite_where_the_hash_is_at_its_ends(bits, extreme):
-    """Columns are chosen so that the hash is all zeros and all ones: there 0 and 1 lie nearest."""
+def test_gumbel_is_finite_for_the_smallest_and_largest_hash(bits, extreme):
+    """Columns are chosen so that the hash is all zeros or all ones, where the uniform number is nearest to 0 or 1."""
 
     def mix(x: int) -> int:
         x = ((x ^ (x >> 30)) * MIX1) % WORD
@@ -198,7 +196,7 @@ def test_gumbel_is_finite_where_the_hash_is_at_its_ends(bits, extreme):
     assert noise < -2.5 if extreme == "smallest" else noise > 16
 
 
-def test_gumbel_has_the_distribution_of_its_name():
+def test_gumbel_has_the_gumbel_distribution():
     """262,144 draws: mean, variance and largest distance to the distribution function within four standard errors."""
     index = torch.arange(512)
     noise = gumbel(3, 5, 0, index, index).double().numpy()
@@ -211,14 +209,14 @@ def test_gumbel_has_the_distribution_of_its_name():
 
 
 @pytest.mark.parametrize("other", ["row", "column", "seed", "step", "stream"])
-def test_gumbel_neighbours_are_unrelated(other):
+def test_gumbel_of_neighbouring_arguments_is_uncorrelated(other):
     index = torch.arange(300)
     settings = {"seed": 3, "step": 5, "stream": 0, "rows": index, "columns": index}
     moved = {"row": {"rows": index + 1}, "column": {"columns": index + 1}}.get(other) or {other: 7}
     a, b = (gumbel(**(settings | change)).double().numpy().ravel() for change in ({}, moved))
     assert not np.array_equal(a, b)
     correlation = np.corrcoef(a, b)[0, 1]
-    if other in ("row", "column"):  # shifted by one: the same numbers, elsewhere
+    if other in ("row", "column"):  # the same numbers, shifted by one
         axis = 0 if other == "row" else 1
         a, b = a.reshape(300, 300), b.reshape(300, 300)
         kept = slice(1, None), slice(None, -1)
@@ -234,6 +232,6 @@ def test_gumbel_of_a_pair_does_not_depend_on_the_rest_of_the_batch():
 
 
 @pytest.mark.parametrize("step", [0, 7, 2**40])
-def test_gumbel_of_a_step_on_the_device_is_that_of_the_number(step):
+def test_gumbel_of_a_step_tensor_is_that_of_the_number(step):
     index = torch.arange(6)
     assert torch.equal(gumbel(3, torch.tensor(step), 1, index, index), gumbel(3, step, 1, index, index))

@@ -84,7 +84,7 @@ def resized(campaign: Campaign, out: Path, before: int, after: int, parallel: st
     if not stays.exists():
         campaign.run(stays, 1, {0: partial(injections.log_samples, stays.with_suffix(".1-0"))})
     require(first | rest == samples(stays, 1), "other samples, or in another order")
-    require_log(out, "and the same pixels, captions and masks")
+    require_log(out, "same samples in the same order, same pixels, captions and masks")
     require_close_metrics(out, stays, **FP32)
     for part in ("model", "ema"):
         require_close_weights(out, stays, part)

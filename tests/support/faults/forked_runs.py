@@ -21,7 +21,14 @@ from mvlm.training.run import pretrain
 from support.models import micro_config, pretrain_config
 
 STEPS = 12
-MODEL = micro_config(image_layers=1, text_layers=1, cross_layers=1, decoder_layers=1)
+MODEL = micro_config(
+    image_layers=1,
+    text_layers=1,
+    cross_layers=1,
+    decoder_layers=1,
+    image_mean=(0.5, 0.5, 0.5),
+    image_std=(0.5, 0.5, 0.5),
+)
 
 
 def run_config(data: Path, out: Path, **changes: Any) -> PretrainConfig:

@@ -1,0 +1,242 @@
+"""Loading of pretrained encoders: ViTs of timm and transformers, RoBERTa and BERT of transformers.
+
+Either all tensors of an encoder are loaded or none: an error lists everything that is missing, unexpected or of another
+shape, and leaves the model unchanged.
+
+The encoders compute what the models of these libraries compute, with the LayerNorm eps of a ViT (1e-6) and of RoBERTa
+(1e-5). BERT's eps is 1e-12; its features differ in the fifth digit at most.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvlm.errors import RunError
+from mvlm.model.network import MaskVLMNetwork
+from mvlm.weights.names import (
+    ROBERTA_FIRST_POSITION,
+    SourceName,
+    bert_names,
+    current_vit_name,
+    fold_layer_scale,
+    hf_vit_names,
+    timm_names,
+)
+from mvlm.weights.source import Source, read_source, split_prefix
+
+log = logging.getLogger(__name__)
+
+Convert = Callable[[Tensor], Tensor]
+
+
+@dataclass
+class LoadReport:
+    """Outcome of loading one encoder, by tensor names."""
+
+    module: str
+    """Name of the encoder in the model."""
+    loaded: list[str] = field(default_factory=list)
+    """The encoder's tensors that were loaded."""
+    missing: list[str] = field(default_factory=list)
+    """The encoder's tensors that the source lacks and that keep their values. Only a mask token may be missing."""
+    resized: list[str] = field(default_factory=list)
+    """The encoder's tensors that were resized, with the shapes before and after."""
+    unexpected: list[str] = field(default_factory=list)
+    """The source's tensors that belong to no encoder (heads, decoders, poolers). They are not used."""
+
+    def __str__(self) -> str:
+        parts = [f"{self.module}: {len(self.loaded)} loaded"]
+        for title in ("missing", "resized", "unexpected"):
+            names = getattr(self, title)
+            parts.append(f"{len(names)} {title}" + (f" ({', '.join(names)})" if names else ""))
+        return "; ".join(parts)
+
+
+def load_timm_vit(model: MaskVLMNetwork, source: Source) -> LoadReport:
+    """Load the image encoder from a VisionTransformer of timm, or from a checkpoint with its names (MAE, SimMIM).
+
+    LayerScale is folded into the weights. SimMIM's mask token is loaded, MAE's is not. RunError, with all reasons, for
+    a source of another architecture or an unreadable file; the model is then unchanged.
+    """
+    tensors = read_source(source)
+    found, rest = split_prefix(tensors, "patch_embed.proj.weight")
+    found = fold_layer_scale(found)
+    if "decoder_pos_embed" in found:
+        # MAE's mask token is an input of its decoder, so it is not the encoder's.
+        rest |= {name: found.pop(name) for name in ("mask_token",) if name in found}
+    names = timm_names(model.config.image_layers)
+    encoder_prefixes = ("patch_embed.", "blocks.", "norm.", "norm_pre.", "reg_token")
+    return _load_image_encoder(model, found, rest, names, encoder_prefixes)
+
+
+def load_hf_vit(model: MaskVLMNetwork, source: Source) -> LoadReport:
+    """Load the image encoder from transformers' ViTModel, or from a model that contains one.
+
+    RunError as for `load_timm_vit`.
+    """
+    found, rest = split_prefix(read_source(source), "embeddings.patch_embeddings.projection.weight")
+    found = {current_vit_name(name): t for name, t in found.items()}
+    names = hf_vit_names(model.config.image_layers)
+    return _load_image_encoder(model, found, rest, names, ("embeddings.", "layers.", "layernorm."))
+
+
+def load_hf_roberta(model: MaskVLMNetwork, source: Source) -> LoadReport:
+    """Load the text encoder from transformers' RobertaModel, or from a model that contains one.
+
+    RunError as for `load_timm_vit`.
+    """
+    return _load_text_encoder(model, read_source(source), ROBERTA_FIRST_POSITION)
+
+
+def load_hf_bert(model: MaskVLMNetwork, source: Source) -> LoadReport:
+    """Load the text encoder from transformers' BertModel, or from a model that contains one.
+
+    RunError as for `load_timm_vit`.
+    """
+    return _load_text_encoder(model, read_source(source), 0)
+
+
+def load_image_weights(model: MaskVLMNetwork, source: Source) -> LoadReport:
+    """Load the image encoder with `load_timm_vit` or `load_hf_vit`, chosen by the names in the source."""
+    tensors = read_source(source)
+    hf = any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in tensors)
+    return (load_hf_vit if hf else load_timm_vit)(model, tensors)
+
+
+def load_text_weights(model: MaskVLMNetwork, source: Source) -> LoadReport:
+    """Load the text encoder with `load_hf_bert` if the source has two token types, else with `load_hf_roberta`."""
+    tensors = read_source(source)
+    types = [t for name, t in tensors.items() if name.endswith("embeddings.token_type_embeddings.weight")]
+    return (load_hf_bert if types and len(types[0]) == 2 else load_hf_roberta)(model, tensors)
+
+
+def _load_image_encoder(
+    model: MaskVLMNetwork,
+    found: dict[str, Tensor],
+    rest: dict[str, Tensor],
+    names: dict[str, SourceName],
+    encoder_prefixes: tuple[str, ...],
+) -> LoadReport:
+    side = model.config.image_size // model.config.patch_size
+    report = LoadReport("image_encoder")
+
+    def position(tensor: Tensor) -> Tensor:
+        resized = resize_positions(tensor.flatten(0, -2), side)
+        if resized.shape[0] != tensor.shape[-2]:
+            report.resized.append(f"position {tuple(tensor.flatten(0, -2).shape)} to {tuple(resized.shape)}")
+        return resized
+
+    def flat(tensor: Tensor) -> Tensor:
+        return tensor.flatten()
+
+    convert = {
+        "patch_projection.weight": lambda tensor: tensor.flatten(1),
+        "mask_token": flat,
+        "cls_token": flat,
+        "position": position,
+    }
+    return _load(model.image_encoder, report, found, rest, names, encoder_prefixes, convert)
+
+
+def resize_positions(position: Tensor, side: int) -> Tensor:
+    """Resize positions of a square grid, (1+N, C) or without [CLS] (N, C), to (1 + side^2, C).
+
+    The interpolation is bicubic with antialiasing, as in timm. Without [CLS], its row is zero. ValueError if N is not a
+    square number.
+    """
+    rows = len(position)
+    cls_rows = 0 if round(rows**0.5) ** 2 == rows else 1
+    old_side = round((rows - cls_rows) ** 0.5)
+    if old_side**2 != rows - cls_rows:
+        raise ValueError(f"wanted positions of a square grid, with or without [CLS], got {rows}")
+    first = position[:1] if cls_rows else torch.zeros_like(position[:1])
+    grid = position[cls_rows:]
+    if old_side != side:
+        square = grid.T.reshape(1, -1, old_side, old_side).to(torch.promote_types(grid.dtype, torch.float32))
+        square = F.interpolate(square, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+        grid = square.flatten(2)[0].T.to(position.dtype)
+    return torch.cat([first, grid])
+
+
+def _load_text_encoder(model: MaskVLMNetwork, tensors: dict[str, Tensor], first_position: int) -> LoadReport:
+    length = model.config.text_length
+    found, rest = split_prefix(tensors, "embeddings.word_embeddings.weight")
+    types = found.pop("embeddings.token_type_embeddings.weight", None)
+    found.pop("embeddings.position_ids", None)  # 0, 1, 2, ..., which old files contain
+    report = LoadReport("text_encoder")
+
+    def position(tensor: Tensor) -> Tensor:
+        used = tensor[first_position:]
+        if len(used) > length:
+            report.resized.append(f"position {tuple(used.shape)} to {(length, *used.shape[1:])}")
+        # Captions have the first token type alone, so its embedding is a constant that the positions absorb.
+        return used[:length] if types is None else used[:length] + types[0]
+
+    encoder_prefixes = ("embeddings.", "encoder.layer.")
+    names = bert_names(model.config.text_layers)
+    return _load(model.text_encoder, report, found, rest, names, encoder_prefixes, {"position": position})
+
+
+def _load(
+    module: nn.Module,
+    report: LoadReport,
+    found: dict[str, Tensor],
+    rest: dict[str, Tensor],
+    names: dict[str, SourceName],
+    encoder_prefixes: tuple[str, ...],
+    convert: Mapping[str, Convert],
+) -> LoadReport:
+    """Copy the tensors of a source into an encoder and complete the report.
+
+    Args:
+        module: the encoder.
+        found: tensors of the source's model.
+        rest: tensors of the source outside that model.
+        names: for each of the encoder's tensors, its name in the source.
+        encoder_prefixes: name prefixes of tensors of the source's encoder. None of these may be left over: an encoder
+            with more tensors than ours computes something else.
+        convert: functions for tensors that have another form in the source.
+
+    Raises:
+        RunError: something does not fit. It lists everything; the encoder is unchanged.
+    """
+    parameters = dict(module.named_parameters())
+    assert parameters.keys() == names.keys()
+    ready: dict[str, Tensor] = {}
+    wrong: list[str] = []
+    for ours, theirs in names.items():
+        name, third = theirs if isinstance(theirs, tuple) else (theirs, None)
+        if name not in found:
+            report.missing.append(ours)
+            if ours != "mask_token":
+                wrong.append(f"{name} missing")
+            continue
+        try:
+            tensor = found[name] if third is None else found[name].chunk(3)[third]
+            tensor = convert[ours](tensor) if ours in convert else tensor
+        except (ValueError, RuntimeError, IndexError) as error:
+            wrong.append(f"{name} {tuple(found[name].shape)}: {error}")
+            continue
+        if tensor.shape != parameters[ours].shape:
+            wrong.append(f"{name} wanted {tuple(parameters[ours].shape)}, got {tuple(tensor.shape)}")
+        ready[ours] = tensor
+    used = {theirs[0] if isinstance(theirs, tuple) else theirs for theirs in names.values()}
+    unused = [name for name in found if name not in used]
+    wrong += [f"{name} unexpected" for name in unused if name.startswith(encoder_prefixes)]
+    report.unexpected = [*(name for name in unused if not name.startswith(encoder_prefixes)), *rest]
+    if wrong:
+        distinct = dict.fromkeys(wrong)  # the three thirds of one tensor have the same message
+        raise RunError(
+            f"{report.module}: weights of another architecture, nothing was loaded: {'; '.join(distinct)}; "
+            f"set the model's sizes to the source's, or take another source"
+        )
+    with torch.no_grad():
+        for ours, tensor in ready.items():
+            parameters[ours].copy_(tensor)
+    report.loaded = list(ready)
+    log.info("%s", report)
+    return report

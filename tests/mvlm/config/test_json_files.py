@@ -1,0 +1,109 @@
+"""Configurations of models and runs as JSON."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mvlm.config.json_files import config_json, model_config, read_config, run_config
+from mvlm.config.model import PRESETS
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.recipes import pretrain_defaults
+from mvlm.errors import ConfigError, RunError
+from support.models import micro_config, pretrain_config
+
+
+def test_a_model_configuration_survives_json():
+    config = micro_config(cross_norm="pre", image_mask_ratio=0.5)
+    values = json.loads(json.dumps(config.to_dict()))
+    assert model_config(values, "model.json") == config
+    assert values["image_mean"] == [0.5, 0.4, 0.3]
+
+
+def test_an_unknown_model_setting_is_refused_with_the_nearest_known_one():
+    values = micro_config().to_dict()
+    with pytest.raises(ConfigError, match=r"^model.json: unknown model setting 'widht'; did you mean width\?$"):
+        model_config(values | {"widht": 3}, "model.json")
+    with pytest.raises(ConfigError, match=r"^model.json: unknown model setting 'zzz'$"):
+        model_config(values | {"zzz": 3}, "model.json")
+    with pytest.raises(ConfigError, match="heads must divide width"):
+        model_config(values | {"heads": 5}, "model.json")
+
+
+def test_a_run_configuration_becomes_plain_values():
+    config = pretrain_config(Path("data"), Path("out"), tokenizer=Path("t.json"))
+    assert isinstance(config, PretrainConfig)
+    values = json.loads(json.dumps(config.to_dict()))
+    assert (values["data"], values["out"], values["tokenizer"]) == ("data", "out", "t.json")
+    assert values["model"]["width"] == 16
+    assert values["crop_scale"] == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_run_configuration_survives_json(preset):
+    config = pretrain_defaults(preset, Path("data"), Path("run"))
+    again = run_config(json.loads(json.dumps(config_json(config))), "config.json")
+    assert again == config
+    assert isinstance(again.data, Path)
+    assert isinstance(again.crop_scale, tuple)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"bacth_size": 3}, "config.json: unknown setting 'bacth_size'; did you mean batch_size?"),
+        ({"model": {"widht": 3}}, "config.json: unknown model setting 'widht'; did you mean width?"),
+        ({"max_steps": "ten"}, "config.json: max_steps: wanted int, got 'ten'"),
+        ({"max_steps": 1.5}, "config.json: max_steps: wanted int, got 1.5"),
+        ({"max_steps": True}, "config.json: max_steps: wanted int, got True"),
+        ({"lr_cross": "3e-4"}, "config.json: lr_cross: wanted float, got '3e-4'"),
+        ({"resume": 1}, "config.json: resume: wanted bool, got 1"),
+        ({"data": None}, "config.json: data: wanted Path, got None"),
+        ({"crop_scale": [0.5]}, "config.json: crop_scale: wanted tuple[float, float], got [0.5]"),
+        ({"precision": "fp8"}, "config.json: precision: wanted Literal['auto', 'bf16', 'fp32'], got 'fp8'"),
+        ({"model": [1]}, "config.json: wanted the model settings as a JSON object, got [1]"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_an_invalid_run_configuration_is_refused(change, message):
+    values = json.loads(json.dumps(pretrain_defaults("tiny", Path("data"), Path("run")).to_dict()))
+    with pytest.raises(ConfigError) as caught:
+        run_config(values | change, "config.json")
+    assert str(caught.value) == message
+
+
+def test_a_run_configuration_without_required_settings_is_refused():
+    values = json.loads(json.dumps(pretrain_defaults("tiny", Path("data"), Path("run")).to_dict()))
+    del values["out"], values["max_steps"]
+    with pytest.raises(ConfigError, match=r"config.json: wanted the settings out, max_steps, found none"):
+        run_config(values, "config.json")
+
+
+def test_a_configuration_of_version_2_is_read_under_the_new_names(tmp_path):
+    file = tmp_path / "config.json"
+    current = config_json(pretrain_config(Path("data"), Path("out"), eval_images=5, cross_attention="math"))
+    old = current | {"format_version": 2, "cross_attention": "products", "eval_pictures": 5}
+    del old["eval_images"]
+    file.write_text(json.dumps(old))
+    assert read_config(file) == current
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "wanted the configuration of a run, found no such file; check the path"),
+        ("{", "wanted the configuration of a run, got Expecting property name"),
+        ("[1]", "wanted the configuration of a run, got list"),
+        (
+            '{"format_version": 1}',
+            "wanted a configuration of version 2 or 3, got version 1; use the mvlm that wrote it",
+        ),
+    ],
+)
+def test_a_file_without_a_run_configuration_is_refused(tmp_path, content, message):
+    file = tmp_path / "config.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(RunError, match=f"^{re.escape(f'{file}: {message}')}"):
+        read_config(file)

@@ -1,0 +1,144 @@
+"""The configuration of a run, and its groups of settings."""
+
+import math
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import torch
+
+from mvlm.config.model import MaskVLMConfig
+from mvlm.config.pretrain import GROUPS, PretrainConfig, resume_may_change
+from mvlm.errors import ConfigError
+from support.models import pretrain_config
+
+# Listed by hand, to be independent of the ranges in the groups.
+NUMBERS = (
+    *("lr_encoder", "lr_cross", "lr_pixels", "lr_end", "weight_decay", "beta2", "clip_norm", "flip", "color_jitter"),
+    *("ema_decay", "eval_every_minutes", "checkpoint_every_minutes", "stall_minutes"),
+)
+
+
+NOT_NEGATIVE = (
+    *("lr_encoder", "lr_cross", "lr_pixels", "lr_end", "weight_decay", "warmup_steps", "reconstruction_first"),
+    *("eval_every_steps", "eval_every_minutes", "eval_images", "checkpoint_every_steps", "checkpoint_every_minutes"),
+    *("keep_every_steps", "max_bad_steps"),
+)
+
+
+def test_the_list_of_float_settings_is_complete():
+    floats = {name for name, kind in get_type_hints(PretrainConfig).items() if kind is float}
+    assert floats == set(NUMBERS)
+
+
+@pytest.mark.parametrize("seed", [-(2**63), -1, 2**64 - 1])
+def test_every_seed_that_torch_takes_is_valid(seed):
+    torch.Generator().manual_seed(pretrain_config(Path("data"), Path("out"), seed=seed).seed)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"log_every": 0}, "log_every must be at least 1, got 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
+        ({"crop_scale": (0.0, 1.0)}, "crop_scale must be 0 < smallest <= largest <= 1"),
+        ({"crop_scale": (0.9, 0.8)}, "crop_scale must be 0 < smallest <= largest <= 1"),
+        ({"crop_scale": (0.9, 1.1)}, "crop_scale must be 0 < smallest <= largest <= 1"),
+        ({"beta2": 1.5}, r"beta2 must be in \[0, 1\), got 1.5"),
+        ({"beta2": 1.0}, r"beta2 must be in \[0, 1\), got 1.0"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ({"clip_norm": -1.0}, "clip_norm must be above 0, got -1.0"),
+        ({"clip_norm": 0.0}, "clip_norm must be above 0, got 0.0"),
+        ({"stall_minutes": 0.0}, "stall_minutes must be above 0, got 0.0"),
+        ({"seed": 99999999999999999999}, r"seed must be in \[-2\^63, 2\^64\), got 99999999999999999999"),
+        ({"seed": -(2**63) - 1}, r"seed must be in \[-2\^63, 2\^64\), got -9223372036854775809"),
+        *(({name: math.nan}, f"{name} must be a finite number, got nan") for name in NUMBERS),
+        *(({name: math.inf}, f"{name} must be a finite number, got inf") for name in NUMBERS),
+        ({"crop_scale": (0.5, math.nan)}, "crop_scale must be a finite number, got nan"),
+        *(({name: -1}, f"{name} must be at least 0, got -1") for name in NOT_NEGATIVE),
+    ],
+)
+def test_invalid_settings_of_a_run_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        pretrain_config(Path("data"), Path("out"), **changes)
+
+
+@pytest.mark.parametrize("changes", [{"accumulate": 2}, {"plan": "plain"}])
+def test_compile_is_refused_with_accumulation_and_with_the_plain_implementation(changes) -> None:
+    with pytest.raises(ConfigError, match="compile: wanted --plan fast and --accumulate 1 with it, got others"):
+        pretrain_config(Path("data"), Path("out"), compile=True, **changes)
+
+
+def test_every_setting_but_the_model_belongs_to_one_group() -> None:
+    grouped = [field.name for group in GROUPS for field in fields(group)]
+    assert sorted([*grouped, "model"]) == sorted(field.name for field in fields(PretrainConfig))
+
+
+def test_the_group_says_if_a_resumed_run_may_change_a_setting() -> None:
+    for group in GROUPS:
+        assert {resume_may_change(field.name) for field in fields(group)} == {group.resume_may_change}
+    assert not resume_may_change("model")
+    names = {field.name for field in fields(PretrainConfig) if resume_may_change(field.name)}
+    assert {"out", "log_every", "keep_checkpoints", "stall_minutes"} <= names
+    assert not names & {"batch_size", "max_steps", "lr_cross", "image_weights", "plan", "parallel"}
+
+
+def test_help_shows_every_setting(capsys) -> None:
+    from mvlm.commands.pretrain import parse_config
+
+    with pytest.raises(SystemExit):
+        parse_config(["tiny", "--help"])
+    shown = set(re.findall(r"--[\w.-]+", capsys.readouterr().out))
+    for field in fields(PretrainConfig):
+        flag = "--" + field.name.replace("_", "-")
+        assert flag in shown or field.name == "model", flag
+    for field in fields(MaskVLMConfig):
+        assert "--model." + field.name.replace("_", "-") in shown
+
+
+NEW_SETTING = """
+import sys
+from importlib.util import find_spec, module_from_spec
+from pathlib import Path
+
+spec = find_spec("mvlm.config.pretrain")
+source = Path(spec.origin).read_text()
+lines = {"DataSettings": "data_extra: Annotated[int, AT_LEAST_1] = 3", "LoggingSettings": "log_extra: int = 4"}
+for group, line in lines.items():
+    start = source.index("    resume_may_change", source.index(f"class {group}:"))
+    end = source.index("\\n", start) + 1
+    source = source[:end] + f"    {line}\\n" + source[end:]
+module = module_from_spec(spec)
+sys.modules["mvlm.config.pretrain"] = module
+exec(compile(source, spec.origin, "exec"), module.__dict__)
+del sys.modules["mvlm.config.recipes"]  # imports the changed module when it is needed
+
+from mvlm.commands.pretrain import parse_config
+from mvlm.config.json_files import config_json, differing_settings, run_config
+from mvlm.errors import ConfigError
+
+arguments = ["tiny", "--data", "data", "--out", "out"]
+before = parse_config(arguments)
+after = parse_config([*arguments, "--data-extra", "5", "--log-extra", "6"])
+assert (before.data_extra, before.log_extra, after.data_extra, after.log_extra) == (3, 4, 5, 6)
+assert (config_json(after)["data_extra"], config_json(after)["log_extra"]) == (5, 6)
+assert run_config(config_json(after), "config.json") == after
+assert differing_settings(config_json(before), config_json(after)) == ["data_extra: there 3, here 5"]
+try:
+    parse_config([*arguments, "--data-extra", "0"])
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_a_setting_is_added_by_one_line_in_its_group() -> None:
+    """The command line, config.json, the range check and the resume check follow from the line."""
+    done = subprocess.run([sys.executable, "-c", NEW_SETTING], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("data_extra must be at least 1, got 0")

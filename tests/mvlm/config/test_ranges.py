@@ -1,0 +1,64 @@
+"""Ranges of settings, in the types of dataclass fields."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+import pytest
+
+from mvlm.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, DECAY, FRACTION, Range, check_ranges
+from mvlm.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "wanted, inside, outside, text",
+    [
+        (AT_LEAST_0, (0, 0.5, 1e9), (-1, -1e-9), "at least 0"),
+        (AT_LEAST_1, (1, 7), (0, 0.999), "at least 1"),
+        (ABOVE_0, (1e-9, 3), (0, -1), "above 0"),
+        (FRACTION, (0, 0.5, 1), (-0.1, 1.1), "in [0, 1]"),
+        (DECAY, (0, 0.999), (1, 1.5, -0.1), "in [0, 1)"),
+        (Range(0.001, 0.5), (0.001, 0.5), (0, 0.51), "in [0.001, 0.5]"),
+        (Range(2, 4, exclude_low=True, exclude_high=True), (3,), (2, 4), "in (2, 4)"),
+    ],
+)
+def test_a_range_holds_its_numbers_and_says_so(wanted, inside, outside, text) -> None:
+    assert all(number in wanted for number in inside)
+    assert not any(number in wanted for number in outside)
+    assert str(wanted) == text
+
+
+def test_nan_is_in_no_range() -> None:
+    assert not any(math.nan in wanted for wanted in (AT_LEAST_0, ABOVE_0, FRACTION, DECAY))
+
+
+@dataclass
+class Settings:
+    count: Annotated[int, AT_LEAST_1] = 1
+    shares: tuple[float, float] = (0.0, 1.0)
+    rates: Annotated[tuple[float, ...], FRACTION] = (0.5,)
+    free: float = -3.0
+    name: str = "x"
+    folder: Annotated[str | None, "no range"] = None
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"count": 0}, "count must be at least 1, got 0"),
+        ({"free": math.nan}, "free must be a finite number, got nan"),
+        ({"shares": (0.0, -math.inf)}, "shares must be a finite number, got -inf"),
+        ({"rates": (0.5, 1.5)}, r"rates must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_a_number_that_is_not_finite_or_outside_its_range_is_refused(changes, message) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}$"):
+        Settings(**changes)
+
+
+def test_fields_without_a_range_may_have_any_finite_number() -> None:
+    settings = Settings(count=7, shares=(-5.0, 9.0), rates=(), free=1e30, name="y", folder="z")
+    assert settings.free == 1e30

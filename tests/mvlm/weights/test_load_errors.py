@@ -1,0 +1,97 @@
+# torch and transformers type the children of a module as Tensor or Module, whatever they are.
+# pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
+# pyright: reportOptionalMemberAccess=false
+"""Sources that do not fit: errors, reports, and models that stay as they were."""
+
+import pytest
+import torch
+
+import mvlm.weights as weights
+from mvlm.errors import RunError
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.weights.load import LoadReport
+from support.encoders import hf_text, timm_vit
+from support.models import micro_model
+
+
+def state(model: MaskVLM) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+def assert_unchanged(model: MaskVLM, before: dict[str, torch.Tensor], but: str = "") -> None:
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items() if not but or but not in name)
+
+
+WRONG = {
+    "deeper": ({"depth": 3}, ["blocks.2.norm1.weight unexpected", "blocks.2.attn.qkv.weight unexpected"]),
+    "shallower": ({"depth": 1}, ["blocks.1.attn.qkv.weight missing", "blocks.1.norm2.bias missing"]),
+    "wider": ({"embed_dim": 24}, ["patch_embed.proj.weight wanted (16, 192), got (24, 192)", "cls_token wanted (16,)"]),
+    "another patch size": ({"patch_size": 16}, ["patch_embed.proj.weight wanted (16, 192), got (16, 768)"]),
+    "registers": ({"reg_tokens": 2}, ["reg_token unexpected"]),
+    "norms of queries and keys": ({"qk_norm": True}, ["blocks.1.attn.q_norm.weight unexpected"]),
+    "a norm before the blocks": ({"pre_norm": True}, ["norm_pre.weight unexpected"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_vit_of_another_architecture_changes_nothing(name):
+    changes, messages = WRONG[name]
+    model = micro_model(3)
+    before = state(model)
+    with pytest.raises(RunError, match=r"^image_encoder: weights of another architecture, nothing was loaded") as error:
+        weights.load_timm_vit(model, timm_vit(**changes).state_dict())
+    assert all(message in str(error.value) for message in messages)
+    assert_unchanged(model, before)
+
+
+def test_the_error_lists_everything_that_does_not_fit():
+    model, tensors = micro_model(3), dict(hf_text("Roberta").state_dict())
+    before = state(model)
+    del tensors["encoder.layer.1.output.dense.bias"], tensors["embeddings.LayerNorm.weight"]
+    tensors["embeddings.word_embeddings.weight"] = torch.zeros(299, 16)
+    tensors["embeddings.position_embeddings.weight"] = torch.zeros(13, 16)
+    with pytest.raises(RunError) as error:
+        weights.load_hf_roberta(model, tensors)
+    for message in (
+        "encoder.layer.1.output.dense.bias missing", "embeddings.LayerNorm.weight missing",
+        "embeddings.word_embeddings.weight wanted (300, 16), got (299, 16)",
+        "embeddings.position_embeddings.weight wanted (12, 16), got (11, 16)",
+    ):  # fmt: skip
+        assert message in str(error.value)
+    assert_unchanged(model, before)
+
+
+def test_positions_of_no_square_grid_are_refused():
+    model, tensors = micro_model(3), dict(timm_vit().state_dict())
+    tensors["pos_embed"] = torch.zeros(1, 13, 16)
+    with pytest.raises(RunError, match=r"pos_embed .*wanted positions of a square grid, with or without .CLS., got 13"):
+        weights.load_timm_vit(model, tensors)
+
+
+@pytest.mark.parametrize("load", [weights.load_timm_vit, weights.load_hf_vit, weights.load_hf_roberta])
+def test_a_state_dict_of_another_kind_of_model_is_refused(load):
+    model = micro_model(3)
+    before = state(model)
+    with pytest.raises(RunError, match=r"weights of another architecture, nothing was loaded: .* missing"):
+        load(model, {"layer1.0.conv1.weight": torch.zeros(3)})
+    assert_unchanged(model, before)
+
+
+def test_files_that_are_missing_or_not_safetensors_are_refused(tmp_path):
+    model = micro_model(3)
+    pickled, broken = tmp_path / "vit.pth", tmp_path / "broken.safetensors"
+    torch.save({"x": torch.zeros(1)}, pickled)
+    broken.write_bytes(b"no tensors here, but enough bytes for a header")
+    for path, message in (
+        (pickled, "vit.pth: wanted a .safetensors file; another kind may run code when it is read"),
+        (broken, "broken.safetensors: wanted a safetensors file, got one that cannot be read"),
+        (tmp_path / "none.safetensors", "none.safetensors: wanted a safetensors file, found none"),
+        (tmp_path, "model.safetensors: wanted a safetensors file, found none"),
+    ):
+        with pytest.raises(RunError, match=message):
+            weights.load_image_weights(model, path)
+
+
+def test_a_load_report_counts_and_names_tensors():
+    report = LoadReport("text_encoder", ["a", "b"], ["c"], [], ["d", "e"])
+    assert str(report) == "text_encoder: 2 loaded; 1 missing (c); 0 resized; 2 unexpected (d, e)"
