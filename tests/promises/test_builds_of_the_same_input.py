@@ -11,7 +11,7 @@ from mvlm_dataloading import DataError, build_shards
 from mvlm_dataloading.sources.coco import coco
 from mvlm_dataloading.sources.folder import folder
 from mvlm_dataloading.sources.record import Source
-from mvlm_dataloading.sources.tars import webdataset
+from mvlm_dataloading.sources.webdataset import webdataset
 from support import published
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mvlm_benchmarks.reasons import Missing, NotApplicable, one_line
+from mvlm_benchmarks.unavailable import Missing, NotApplicable, one_line
 from mvlm_dataloading import Dataset, open_dataset
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mvlm_benchmarks.kernels.inputs import Inputs
-from mvlm_benchmarks.reasons import Missing
+from mvlm_benchmarks.unavailable import Missing
 
 Function = Callable[..., Tensor]
 

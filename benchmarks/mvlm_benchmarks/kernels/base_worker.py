@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
-from mvlm_benchmarks.reasons import one_line
+from mvlm_benchmarks.unavailable import one_line
 
 
 def serve(device: str, quick: bool, requests: IO[str], answers: IO[str]) -> None:

@@ -19,7 +19,7 @@ from mvlm_benchmarks.kernels.inputs import Inputs
 from mvlm_benchmarks.kernels.measure import Expected, LocalContender, Outcome, passes_of, run_reference, tolerance
 from mvlm_benchmarks.kernels.peers import Peer, ours_as_peer
 from mvlm_benchmarks.machine import roofline_us
-from mvlm_benchmarks.reasons import Missing, NotApplicable, one_line
+from mvlm_benchmarks.unavailable import Missing, NotApplicable, one_line
 from mvlm_kernels.hardware import Gpu
 
 Row = dict[str, Any]

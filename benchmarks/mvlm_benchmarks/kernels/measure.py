@@ -19,7 +19,7 @@ from torch import Tensor
 from mvlm_benchmarks.clock import Clock, Step, Timing
 from mvlm_benchmarks.kernels.cases import Case
 from mvlm_benchmarks.kernels.inputs import Inputs
-from mvlm_benchmarks.reasons import one_line
+from mvlm_benchmarks.unavailable import one_line
 
 PASSES = ("forward", "backward", "both")
 # Largest error relative to the reference's largest value. On a GPU float32 is TF32, which rounds operands to 10 bits.

@@ -21,7 +21,7 @@ from torch import Tensor
 from mvlm_benchmarks.kernels import attention_peers as attention
 from mvlm_benchmarks.kernels.cases import Case
 from mvlm_benchmarks.kernels.inputs import CHANNELS, FEATURES, PATCH, PATCHES, SIDE, Inputs
-from mvlm_benchmarks.reasons import NotApplicable
+from mvlm_benchmarks.unavailable import NotApplicable
 
 Function = Callable[..., Tensor]
 Builder = Callable[[Inputs], Function]

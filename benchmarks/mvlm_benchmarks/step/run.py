@@ -21,7 +21,6 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.objectives.losses import Losses
 from mvlm_benchmarks import machine
 from mvlm_benchmarks.choices import choose
-from mvlm_benchmarks.reasons import one_line
 from mvlm_benchmarks.step import flops, report
 from mvlm_benchmarks.step.activations import peak_mb
 from mvlm_benchmarks.step.contenders import (
@@ -39,6 +38,7 @@ from mvlm_benchmarks.step.contenders import (
 )  # fmt: skip
 from mvlm_benchmarks.step.inputs import caption_lengths
 from mvlm_benchmarks.step.profile import profile_steps
+from mvlm_benchmarks.unavailable import one_line
 from mvlm_kernels.hardware import peak_rates
 
 Row = dict[str, Any]

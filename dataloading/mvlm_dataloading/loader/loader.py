@@ -16,7 +16,7 @@ from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.tokenizer import Tokenizer, check_text_length
 
 from .augment import Augment
-from .batches import BatchStream, MaskConfig
+from .batch_stream import BatchStream, MaskConfig
 from .crop import CropGeometry
 from .decoder_check import choose_decoding
 from .masking import check_mask_sizes, check_token_ratio

@@ -18,7 +18,7 @@ from mvlm_dataloading.dataset.description import (
 )
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.sources.record import canonical_split
-from mvlm_dataloading.sources.samples import IMAGE_EXTENSIONS, has_end_block, split_member_name
+from mvlm_dataloading.sources.tar_samples import IMAGE_EXTENSIONS, has_end_block, split_member_name
 
 _KNOWN = (*IMAGE_EXTENSIONS, "txt", "json", "tok")
 _MAX_TEXT = 1 << 22

@@ -10,7 +10,7 @@ import pytest
 
 from mvlm_dataloading import BuildOptions, DataError, build_shards, open_dataset
 from mvlm_dataloading.sources.record import safe_key
-from mvlm_dataloading.sources.tars import webdataset
+from mvlm_dataloading.sources.webdataset import webdataset
 from support import published
 
 

@@ -12,7 +12,7 @@ from mvlm_dataloading.errors import DataError, need
 
 from .files import captions_in_cell, refuse_repeated_files
 from .record import Piece, Record, Source, file_fingerprint, safe_key
-from .samples import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, TarSample, read_samples
+from .tar_samples import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, TarSample, read_samples
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _COMPARED = 16
