@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard, write_durably
+from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard
+from mvlm_dataloading.dataset.durable_files import write_durably
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Source

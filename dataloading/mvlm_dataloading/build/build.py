@@ -24,7 +24,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mvlm_dataloading.dataset.description import already_written, require_free_folder, sync_folder, write_durably
+from mvlm_dataloading.dataset.description import already_written, require_free_folder
+from mvlm_dataloading.dataset.durable_files import sync_folder, write_durably
 from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Piece, Source, file_sha256, records_sha256

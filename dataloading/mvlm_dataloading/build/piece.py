@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.captions import clean_captions
-from mvlm_dataloading.dataset.description import sync_folder, write_durably
+from mvlm_dataloading.dataset.durable_files import sync_folder, write_durably
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import KEY_PATTERN, TOO_LARGE, Piece, Record
 from mvlm_dataloading.tokenizer import Tokenizer, load_tokenizer

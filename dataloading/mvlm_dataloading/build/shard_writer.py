@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mvlm_dataloading.dataset.description import FORMAT_VERSION, require_free_folder, sync_file, write_durably
+from mvlm_dataloading.dataset.description import FORMAT_VERSION, require_free_folder
+from mvlm_dataloading.dataset.durable_files import sync_file, write_durably
 from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.sources.record import KEY_PATTERN
 

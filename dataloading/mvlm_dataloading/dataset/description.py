@@ -1,4 +1,4 @@
-"""`dataset.json`, the description of a data folder; and file writes that survive a crash."""
+"""`dataset.json`, the description of a data folder."""
 
 import hashlib
 import json
@@ -98,28 +98,3 @@ def require_free_folder(out: Path) -> None:
         raise DataError(
             f"{out}: wanted a new or an empty folder, found one in use; choose another folder or remove this one"
         )
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file and wait until it is on the disk. A failed write, as on a full disk, leaves no file."""
-    try:
-        path.write_text(text, encoding="utf-8")
-        sync_file(path)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_file(path: Path) -> None:
-    """Wait until a file's bytes are on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

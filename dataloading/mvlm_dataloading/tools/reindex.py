@@ -9,13 +9,8 @@ from typing import Any
 
 from mvlm_dataloading.build.shard_writer import format_index
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
-from mvlm_dataloading.dataset.description import (
-    FORMAT_VERSION,
-    describe_shard,
-    read_description,
-    shard_paths,
-    write_durably,
-)
+from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard, read_description, shard_paths
+from mvlm_dataloading.dataset.durable_files import write_durably
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.sources.record import canonical_split
 from mvlm_dataloading.sources.tar_samples import IMAGE_EXTENSIONS, has_end_block, split_member_name

@@ -29,13 +29,8 @@ from mvlm_dataloading.build.duplicates import (
 )
 from mvlm_dataloading.build.shard_writer import format_index
 from mvlm_dataloading.dataset.dataset import Dataset
-from mvlm_dataloading.dataset.description import (
-    FORMAT_VERSION,
-    read_description,
-    require_free_folder,
-    shard_paths,
-    write_durably,
-)
+from mvlm_dataloading.dataset.description import FORMAT_VERSION, read_description, require_free_folder, shard_paths
+from mvlm_dataloading.dataset.durable_files import write_durably
 from mvlm_dataloading.dataset.open import open_dataset
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.options import ViewOptions

@@ -104,7 +104,7 @@ def test_an_index_on_a_full_disk(view, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     before = {path.name: path.read_bytes() for path in (view.parent / "set").iterdir()}
-    monkeypatch.setattr("mvlm_dataloading.dataset.description.sync_file", full)
+    monkeypatch.setattr("mvlm_dataloading.dataset.durable_files.sync_file", full)
     code, _, err = run(monkeypatch, capsys, "index", view.parent / "set")
     assert code == 2
     assert err.startswith("mvlm: wanted room to write, found none")
