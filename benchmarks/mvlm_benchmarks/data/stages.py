@@ -52,7 +52,7 @@ def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int) ->
             drawn = draw_parameters(augment, 0, epochs, ids, size)
             pipeline = build_pipeline(
                 tars, indices, lambda k: crops[rows(k)], CropGeometry(image_size=size), batch_size=batch,
-                num_threads=THREADS, guard=True, augment=None if augment.nothing else lambda k: drawn.rows(rows(k)),
+                num_threads=THREADS, guard=True, augment=None if augment.is_identity else lambda k: drawn.rows(rows(k)),
             )  # fmt: skip
         else:
             pipeline = _partial_pipeline(stage, tars, indices, lambda k: crops[rows(k)], batch, size)

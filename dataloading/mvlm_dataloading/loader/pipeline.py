@@ -143,8 +143,8 @@ def _graph(
     if augment is None and on_gpu:
         image = fn.transpose(image, perm=[2, 0, 1])
     if augment is not None:
-        *parameters, mirror = fn.external_source(source=augment, batch=True, num_outputs=len(AugmentParameters._fields))
-        image = apply_augmentations(dali, image, [*parameters, mirror])
+        *parameters, flip = fn.external_source(source=augment, batch=True, num_outputs=len(AugmentParameters._fields))
+        image = apply_augmentations(dali, image, [*parameters, flip])
         # The flip and the change of layout to planes share one pass.
-        image = fn.crop_mirror_normalize(image, mirror=mirror, dtype=kinds.UINT8, output_layout="CHW")
+        image = fn.crop_mirror_normalize(image, mirror=flip, dtype=kinds.UINT8, output_layout="CHW")
     return image, encoded, text, metadata, ids, valid, corner, size

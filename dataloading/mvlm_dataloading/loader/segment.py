@@ -84,7 +84,7 @@ class Segment:
         self._begin = 0
         # The draws of all samples. A dict, because the pipeline's functions refer to it and `close` must empty it.
         draws: dict[str, Any] = {"crops": uniforms(Purpose.CROP, config.seed, epochs, ids, 4)}
-        if config.train and not config.augment.nothing:
+        if config.train and not config.augment.is_identity:
             side = config.geometry.image_size
             draws["augment"] = draw_parameters(config.augment, config.seed, epochs, ids, side)
         self._draws, count = draws, len(ids)
