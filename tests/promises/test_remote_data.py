@@ -126,7 +126,9 @@ def test_remote_shards_are_fetched_ahead_of_use(folder, web, cache, tokenizer, m
     monkeypatch.setattr(sampler, "GROUP", 1)
     monkeypatch.setattr(reader, "FIRST_SEGMENT_BATCHES", 1)
     monkeypatch.setattr(reader, "MAX_SEGMENT_SAMPLES", 8)
-    loader = Loader(open_dataset(web, "train"), tokenizer, batch_size=8, image_size=32, text_length=12, seed=4, ahead=0)
+    loader = Loader(
+        open_dataset(web, "train"), tokenizer, batch_size=8, image_size=32, text_length=12, seed=4, prefetch_batches=0
+    )
     batch, _ = next(iter(loader))
     for thread in threading.enumerate():
         if thread.name == "mvlm-fetching":

@@ -40,7 +40,7 @@ def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int) ->
         return
     count = len(dataset) // batch * batch
     ids, epochs = SampleOrder(dataset.shard, 0, shuffle=True)(0, count)
-    crops = uniforms(Purpose.CROP, 0, epochs, ids, 4)
+    crop_uniforms = uniforms(Purpose.CROP, 0, epochs, ids, 4)
 
     def rows(k: Any) -> np.ndarray:
         """The rows of batch k in the drawn arrays, int64 (B,)."""
@@ -51,11 +51,17 @@ def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int) ->
         if stage == "augment":
             drawn = draw_parameters(augment, 0, epochs, ids, size)
             pipeline = build_pipeline(
-                tars, indices, lambda k: crops[rows(k)], CropGeometry(image_size=size), batch_size=batch,
-                num_threads=THREADS, guard=True, augment=None if augment.is_identity else lambda k: drawn.rows(rows(k)),
-            )  # fmt: skip
+                tars,
+                indices,
+                lambda k: crop_uniforms[rows(k)],
+                CropGeometry(image_size=size),
+                batch_size=batch,
+                num_threads=THREADS,
+                check_file_ends=True,
+                augment=None if augment.is_identity else lambda k: drawn.rows(rows(k)),
+            )
         else:
-            pipeline = _partial_pipeline(stage, tars, indices, lambda k: crops[rows(k)], batch, size)
+            pipeline = _partial_pipeline(stage, tars, indices, lambda k: crop_uniforms[rows(k)], batch, size)
     while True:
         yield pipeline.run()
 

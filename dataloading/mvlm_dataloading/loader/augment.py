@@ -1,7 +1,8 @@
 """Flip, colour jitter and RandAugment: random parameters per sample, and the DALI stages that apply them.
 
-On a CPU every image operation costs a pass over memory, so operations are combined first: all geometric ones become one
-matrix and one warp, brightness and contrast one multiplication. An image skips every stage for which it drew nothing.
+On a CPU every image operation costs a pass over memory, so operations are combined: all geometric ones become one warp
+by one matrix, brightness and contrast one multiplication. An image skips the stages that would not change it.
+
 Two things differ from RandAugment as published (Cubuk et al. 2020): the stages have a fixed order, and the operations
 of an image are distinct.
 
@@ -41,12 +42,12 @@ FILL = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Augment:
-    """Augmentations of an image after its crop. None by default.
+    """Augmentations applied after the crop. All are off by default.
 
-    Field names are hashed into the loader's state, so renaming one would make old states look different.
+    Field names are hashed into the loader's state. A renamed field would make old states look different.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting is out of its range.
     """
 
     flip: float = 0.0
@@ -54,7 +55,7 @@ class Augment:
     jitter: float = 0.0
     """Brightness, contrast and colour factors are drawn uniformly from 1 - jitter to 1 + jitter."""
     operations: int = 0
-    """Distinct RandAugment operations per image; 2 is usual."""
+    """Number of distinct RandAugment operations per image; 2 is usual."""
     magnitude: int = 9
     """Strength of these operations, 0 to 30."""
 
@@ -70,16 +71,16 @@ class Augment:
 
     @property
     def is_identity(self) -> bool:
-        """True if no image is changed."""
+        """True if these settings change no image."""
         return not (self.flip or self.jitter or self.operations)
 
 
 class AugmentParameters(NamedTuple):
-    """Random parameters of n images: for each stage a switch, bool (n,), and its numbers."""
+    """Random parameters of n images. A stage changes the images whose `apply_*`, bool (n,), is True."""
 
     apply_warp: NDArray[np.bool_]
     matrix: NDArray[np.float32]
-    """(n, 2, 3): maps a pixel's position to its source position, (x, y) with pixel centres at 0.5."""
+    """(n, 2, 3): maps the position of a pixel in the result to its source, (x, y) with pixel centres at 0.5."""
     apply_colour: NDArray[np.bool_]
     colour: NDArray[np.float32]
     apply_posterize: NDArray[np.bool_]
@@ -98,7 +99,7 @@ class AugmentParameters(NamedTuple):
     flip: NDArray[np.int32]
 
     def rows(self, rows: NDArray[np.int64]) -> list[NDArray]:
-        """The parameters of some of the images, as a list for DALI's external source."""
+        """Parameters of the images `rows`, as a list for DALI's external source."""
         return [values[rows] for values in self]
 
 
@@ -148,7 +149,7 @@ def draw_parameters(augment: Augment, seed: int, epochs: Any, ids: NDArray[np.in
 
 
 def _matrices(operation: NDArray[np.int64], signed: NDArray[np.float64], side: int) -> NDArray[np.float64]:
-    """Maps from a pixel's position to its source, (n, 3, 3), for one operation per image; identity if not geometric."""
+    """Maps from result to source positions, (n, 3, 3), for one operation per image; identity if not geometric."""
     n = len(operation)
     amount = signed[np.arange(n), operation]
     linear = np.broadcast_to(np.eye(2), (n, 2, 2)).copy()
@@ -168,7 +169,7 @@ def _matrices(operation: NDArray[np.int64], signed: NDArray[np.float64], side: i
 
 
 def apply_augmentations(dali: Any, image: Any, parameters: list[Any]) -> Any:
-    """Augmentation stages of a DALI graph with conditionals: image uint8 (S, S, 3) in and out.
+    """Apply the stages before the flip, in a DALI graph with conditionals: image uint8 (S, S, 3) in and out.
 
     Args:
         parameters: the fields of `AugmentParameters`, as graph nodes.
@@ -181,7 +182,7 @@ def apply_augmentations(dali: Any, image: Any, parameters: list[Any]) -> Any:
             image, matrix=d.matrix, fill_value=FILL, interp_type=types.DALIInterpType.INTERP_NN, inverse_map=True
         )
     if d.apply_colour:
-        # Int16 in sixteenths of a level takes DALI's fast paths; its `color_twist` takes four times as long.
+        # int16 arithmetic in sixteenths of a level takes DALI's fast paths. Its `color_twist` takes four times as long.
         grey = fn.color_space_conversion(
             grey_of(dali, image), image_type=types.DALIImageType.GRAY, output_type=types.DALIImageType.RGB
         )

@@ -42,7 +42,7 @@ def through_the_graph(squares, ids, drawn: AugmentParameters, tmp_path) -> np.nd
         batch_size=len(ids),
         num_threads=1,
         augment=lambda _: drawn.rows(np.arange(len(ids))),
-        guard=True,
+        check_file_ends=True,
         prefetch=1,
     )
     return np.array(pipeline.run()[0].as_tensor()).transpose(0, 2, 3, 1)
@@ -64,7 +64,7 @@ def test_gpu_graphs_can_be_defined(squares, tmp_path, monkeypatch, decoding, aug
         device_id=0,
         decoding=decoding,
         augment=lambda _: drawn.rows(ids),
-        guard=True,
+        check_file_ends=True,
     )
 
 
@@ -161,7 +161,8 @@ def test_combined_augmentations_follow_the_documented_order(squares, tmp_path):
     drawn = draw_parameters(augment, 5, np.repeat(np.arange(10), 8), ids, SIDE)
     found = through_the_graph(squares, ids, drawn, tmp_path).astype(int)
     assert all(
-        0 < getattr(drawn, name).mean() < 1 for name in ("apply_warp", "apply_posterize", "apply_equalize", "apply_sharpness", "flip")
+        0 < getattr(drawn, name).mean() < 1
+        for name in ("apply_warp", "apply_posterize", "apply_equalize", "apply_sharpness", "flip")
     )
     for row, original in enumerate(originals(squares, ids)):
         image = original
@@ -209,7 +210,14 @@ def test_sharpness_kernel_is_that_of_pillow(squares):
 def test_augment_operations_are_distinct_and_evenly_drawn():
     drawn = draw_parameters(Augment(operations=2), 1, 0, np.arange(7000), 224)
     # Each of 14 operations is one of two for 2/14 of the samples: 1,000 expected, standard deviation 29.
-    for name in ("apply_posterize", "apply_solarize", "apply_equalize", "apply_autocontrast", "apply_colour", "apply_sharpness"):
+    for name in (
+        "apply_posterize",
+        "apply_solarize",
+        "apply_equalize",
+        "apply_autocontrast",
+        "apply_colour",
+        "apply_sharpness",
+    ):
         assert 880 < getattr(drawn, name).sum() < 1120, name
     assert 880 < (drawn.contrast > 1).sum() + (drawn.contrast < 1).sum() < 1120
     assert abs((drawn.colour > 1).sum() - (drawn.colour < 1).sum()) < 150
