@@ -259,7 +259,7 @@ def _build(source: "Source", out: Path, settings: BuildOptions, work: Work) -> N
             source,
             out,
             settings,
-            against=work.against,
+            evaluation_sets=work.against,
             workers=data_tools.processes(work.workers, len(source.pieces)),
             progress=lambda done: counting.show(done.pieces, done.of_pieces, done.records),
         )

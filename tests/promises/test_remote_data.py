@@ -158,7 +158,7 @@ def test_a_failed_fetch_is_retried(folder, web, cache, tokenizer):
     assert_equal(batches(dataset, tokenizer, 6), batches(open_dataset(folder, "train"), tokenizer, 6))
     assert not FolderHandler.fail
     FolderHandler.fail += ["/dataset.json"] * 4
-    with pytest.raises(DataError, match=r"dataset\.json: wanted to read it, failed 4 times"):
+    with pytest.raises(DataError, match=r"dataset\.json: wanted to read it, found that 4 attempts failed"):
         open_dataset(web, "train")
 
 
@@ -168,7 +168,8 @@ def test_a_remote_shard_with_other_bytes_is_refused(folder, web, cache, tokenize
     try:
         tar.write_bytes(content[:-1] + b"x")
         with pytest.raises(
-            DataError, match=rf"{tar.name}: wanted to read it, failed 4 times: sha256 .* where dataset.json"
+            DataError,
+            match=rf"{tar.name}: wanted to read it, found that 4 attempts failed: sha256 .* where dataset.json",
         ):
             batches(open_dataset(web, "train"), tokenizer, 6)
         assert not [path for path in cache.glob("*/*") if path.name.startswith(tar.name) and path.suffix != ".lock"]

@@ -14,17 +14,17 @@ _SHARD_FIELDS = {"tar": str, "samples": int, "bytes": int, "sha256": str}
 
 
 def describe_shard(tar: Path, samples: int) -> dict[str, Any]:
-    """A shard's entry in `dataset.json`, from its tar."""
+    """Describe a tar as an entry of `dataset.json`."""
     with tar.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"tar": tar.name, "samples": samples, "bytes": tar.stat().st_size, "sha256": digest}
 
 
 def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:
-    """True if `out` is this data set, complete. False if it is new or empty.
+    """True if `out` holds this data set, complete. False if `out` is missing or empty.
 
     Raises:
-        DataError: `out` is in use otherwise, or is this data set with a damaged shard.
+        DataError: `out` has other content, or holds this data set with a damaged shard.
     """
     file = out / "dataset.json"
     if not file.is_file():
@@ -80,11 +80,11 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def shard_paths(folder: Path, shard: Mapping[str, Any]) -> tuple[Path, Path]:
-    """Paths of a shard's tar and index. A view stores only the index and names a tar of another folder."""
+    """Paths of a shard's tar and index. A view stores only indices, and refers to tars of other folders."""
     if "index" not in shard:
         tar = folder / shard["tar"]
         return tar, tar.with_suffix(".idx")
-    # Resolve first: if `folder` is a link to a view, `..` is relative to the view, not to the link.
+    # Resolve `folder` first: if it is a link to a view, `..` is relative to the view, not to the link.
     return Path(os.path.normpath(folder.resolve() / shard["tar"])), folder / shard["index"]
 
 

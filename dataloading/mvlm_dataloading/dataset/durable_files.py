@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a file and wait until it is on the disk. A failed write, as on a full disk, leaves no file."""
+    """Write a text file and wait until it is on the disk. A failed write, as on a full disk, leaves no file."""
     try:
         path.write_text(text, encoding="utf-8")
         sync_file(path)
@@ -15,7 +15,7 @@ def write_durably(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
+    """Wait until a folder's entries are on the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -24,6 +24,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Wait until a file's bytes are on the disk."""
+    """Wait until a file's content is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())

@@ -39,7 +39,7 @@ def test_evaluation_images_are_dropped_from_train(tmp_path):
                 make_record("alone", published.make_image(3)),
             ],
         },
-        against=[other],
+        evaluation_sets=[other],
     )
     assert keys(out) == ["wider", "of-the-others-training", "alone"]
     assert keys(out, "test") == ["a", "b"]

@@ -175,7 +175,7 @@ def test_a_reader_that_delivers_other_samples_is_noticed(train_split, tokenizer,
     monkeypatch.setattr("mvlm_dataloading.loader.segment.write_index_views", write_reversed)
     loader = load(train_split, tokenizer, prefetch_batches=0)
     take(loader, 1)
-    with pytest.raises(AssertionError, match="wanted .* from DALI.s reader, got"):
+    with pytest.raises(AssertionError, match=r"wanted .* from DALI's reader, got"):
         take(loader, 1)
 
 

@@ -76,7 +76,7 @@ def test_odd_members_of_tars_are_skipped_or_rejected(tmp_path):
         "odd.tar:device": "no image",
         "odd.tar:pipe": "no image",
         "odd.tar:folder": "no image",
-        "odd.tar:twice": "key names two files of a kind",
+        "odd.tar:twice": "sample has two files of the same kind",
         "odd.tar:again": "key was used before",
         "odd.tar:latin1": "caption is not UTF-8",
         "odd.tar:mute": "no caption",
