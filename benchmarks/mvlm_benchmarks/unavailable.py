@@ -1,4 +1,4 @@
-"""Reasons why a contender has no figure."""
+"""Exceptions of a contender that cannot run, and error texts for results."""
 
 
 class Missing(Exception):
@@ -6,9 +6,9 @@ class Missing(Exception):
 
 
 class NotApplicable(Exception):
-    """The contender has no implementation of this op or for this data."""
+    """The contender does not implement this op, or cannot read this data."""
 
 
 def one_line(error: BaseException) -> str:
-    """The error's type and message, at most 300 characters."""
+    """Type and message of an error as one line of at most 300 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
