@@ -1,4 +1,4 @@
-"""Small data sets made with Pillow: smooth images of several formats and sizes, several captions each."""
+"""Small data sets, made with Pillow: smooth images of several formats and sizes, several captions each."""
 
 import io
 import json

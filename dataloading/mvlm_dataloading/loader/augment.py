@@ -200,7 +200,7 @@ def apply_augmentations(dali: Any, image: Any, parameters: list[Any]) -> Any:
         # DALI wants an operator's arguments on the host, even those of a GPU operator.
         low = fn.cast(fn.reductions.min(image, axes=[0, 1]), dtype=types.DALIDataType.FLOAT).cpu()
         high = fn.cast(fn.reductions.max(image, axes=[0, 1]), dtype=types.DALIDataType.FLOAT).cpu()
-        # A channel of one single value stays as it is: mean 0, divisor 1.
+        # A channel with a single value is kept: mean 0, divisor 1.
         flat = high == low
         image = fn.crop_mirror_normalize(
             image, mean=low * (1 - flat), std=(high - low) / 255 + flat, dtype=uint8, output_layout="HWC"

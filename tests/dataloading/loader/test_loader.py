@@ -66,7 +66,7 @@ def test_samples_are_the_same_in_batches_of_any_size(train_split, tokenizer):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_every_global_batch(train_split, tokenizer, world_size):
-    """Row for row what one rank sees, through the end of an epoch."""
+    """All ranks together see the samples of a single rank, across the end of an epoch."""
     wanted = rows(take(load(train_split, tokenizer), 16))
     shares = [
         [rows([pair]) for pair in take(load(train_split, tokenizer, rank=rank, world_size=world_size), 16)]

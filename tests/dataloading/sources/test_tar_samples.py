@@ -94,9 +94,9 @@ def test_truncated_tars_keep_their_whole_samples(tmp_path):
     content = whole.read_bytes()
     last = members[-2]  # the third image
     cuts = {
-        "in a picture": last.offset_data + 100,
+        "in an image": last.offset_data + 100,
         "in a header": last.offset + 100,
-        "behind a header": last.offset_data,
+        "after a header": last.offset_data,
         "before a caption": members[-1].offset,
         "in a caption": members[-1].offset_data + 2,
     }
