@@ -8,7 +8,7 @@ import torch
 
 from mvlm_kernels.cross_attention.arguments import HEAD_WIDTHS
 from mvlm_kernels.cross_attention.tiles import has_tiles
-from mvlm_kernels.cross_attention.triton import backward, forward
+from mvlm_kernels.cross_attention.launch import backward, forward
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], Any]]]:

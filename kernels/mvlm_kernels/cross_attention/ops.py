@@ -29,9 +29,9 @@ def _implementation(
         check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     args = (q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
     if dispatch.choose(reasons(q, max_len_q, max_len_k)) == "triton":
-        from mvlm_kernels.cross_attention import triton
+        from mvlm_kernels.cross_attention import launch
 
-        return triton.forward(*args, max_len_q, max_len_k)
+        return launch.forward(*args, max_len_q, max_len_k)
     return reference_forward(*args)
 
 
@@ -63,9 +63,9 @@ def _backward_implementation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     sides = (key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
     if dispatch.choose(reasons(q, max_len_q, max_len_k)) == "triton":
-        from mvlm_kernels.cross_attention import triton
+        from mvlm_kernels.cross_attention import launch
 
-        grads = triton.backward(grad, q, k, v, out, lse, *sides, max_len_q, max_len_k, need_dq, need_dkv)
+        grads = launch.backward(grad, q, k, v, out, lse, *sides, max_len_q, max_len_k, need_dq, need_dkv)
     else:
         grads = reference_backward(grad, q, k, v, lse, *sides)
     # An op returns tensors, so a gradient that is not needed is an empty one.

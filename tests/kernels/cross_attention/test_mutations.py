@@ -38,7 +38,7 @@ MODULES = {
     "tile_io": ("existing_keys", "fill_outside", "key_length", "key_row", "sum_partials"),
     "short_kv": ("short_kv_forward", "key_tile_backward", "short_kv_backward"),
     "short_q": ("short_q_forward", "short_q_combine", "short_q_backward"),
-    "triton": (),
+    "launch": (),
 }
 MODULE_OF = {function: module for module, functions in MODULES.items() for function in functions}
 
@@ -129,7 +129,7 @@ def load(mutant: Mutant, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_broken_attention_kernel_is_caught(
     mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Poison
 ):
-    importlib.import_module(f"{PACKAGE}.triton")
+    importlib.import_module(f"{PACKAGE}.launch")
     monkeypatch.setattr(dispatch, "multiprocessors", lambda device: mutant.multiprocessors)
 
     def check() -> None:
