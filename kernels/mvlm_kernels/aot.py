@@ -43,7 +43,7 @@ ARCHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 # Shared memory per block in bytes: CUDA C++ programming guide, technical specifications per compute capability.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
 # Kernels of the ops with matrix products that have none themselves: they add partial sums or take moments of pixels.
-WITHOUT_PRODUCTS = ("sum_partials", "short_q_combine", "sum_kernel", "sum_partials_kernel", "moments_kernel")
+WITHOUT_PRODUCTS = ("sum_splits", "short_q_combine", "sum_kernel", "sum_partials_kernel", "moments_kernel")
 # Names of mma.sync, wgmma and tcgen05.mma in machine code.
 _MATRIX_INSTRUCTIONS = re.compile(r"\b(UTC[A-Z]*MMA|[A-Z]GMMA|[HIDQ]MMA)\b")
 
@@ -141,7 +141,7 @@ def _spill_bytes(ptx: str, arch: str) -> int:
     return sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
 
 
-def complaints(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None = None) -> list[str]:
+def find_problems(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None = None) -> list[str]:
     """Faults of compiled kernels, one text each. table: rows of an earlier run, whose registers are the limit."""
     identity = ("op", "kernel", "case", "dtype", "config", "arch")
     before = {tuple(r[k] for k in identity): r["registers"] for r in table or ()}
@@ -177,7 +177,7 @@ def _rows_of_case(task: tuple[str, str, str]) -> list[dict[str, Any]]:
     op, arch, select = task
     seen, rows = set(), []
     for label, kernel, args, meta in recorded(op, arch, select):
-        # sum_partials is launched for dK and again for dV, with the same arguments.
+        # sum_splits is launched for dK and again for dV, with the same arguments.
         key = (kernel.__name__, label, str(meta), tuple(a.dtype if isinstance(a, torch.Tensor) else a for a in args))
         if key not in seen:
             seen.add(key)
@@ -240,7 +240,7 @@ def main() -> int:
             parser.error(f"--update: {options.json} is of {before['versions']}, and this is {versions}")
         everything = {"versions": versions, "rows": updated(before["rows"], rows)}
         options.json.write_text(json.dumps(everything, indent=1) + "\n")
-    found = complaints(rows, table)
+    found = find_problems(rows, table)
     print("\n".join(found) if found else f"{len(rows)} kernels: no spills, shared memory within limits")
     return 1 if found else 0
 

@@ -34,7 +34,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_every_attention_kernel_compiles_for_every_target(rows: list[dict[str, Any]]):
     attention = {(r["kernel"], r["arch"]) for r in rows if r["op"] == "cross_attention"}
     kernels = ("short_kv_forward", "short_kv_backward", "short_q_forward", "short_q_backward", "short_q_combine")
-    assert attention == {(k, a) for k in (*kernels, "sum_partials") for a in ("sm_80", "sm_90", "sm_100")}
+    assert attention == {(k, a) for k in (*kernels, "sum_splits") for a in ("sm_80", "sm_90", "sm_100")}
 
 
 def test_kernels_spill_nothing_and_use_tensor_cores(rows: list[dict[str, Any]]):
@@ -45,9 +45,9 @@ def test_kernels_spill_nothing_and_use_tensor_cores(rows: list[dict[str, Any]]):
         assert 0 < r["registers"] <= 255, r
 
 
-def run_complaints(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None = None) -> list[str]:
+def problems_of(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None = None) -> list[str]:
     # The module removes TRITON_INTERPRET from its process's environment, so it is imported in another process.
-    code = "import json, sys, mvlm_kernels.aot as aot; print(json.dumps(aot.complaints(*json.load(sys.stdin))))"
+    code = "import json, sys, mvlm_kernels.aot as aot; print(json.dumps(aot.find_problems(*json.load(sys.stdin))))"
     done = subprocess.run(
         [sys.executable, "-c", code], input=json.dumps([rows, table]), capture_output=True, text=True, check=True
     )
@@ -60,14 +60,14 @@ def test_faults_of_compiled_kernels_are_named():
         "arch": "sm_80", "registers": 100, "spill_bytes": 0, "stack": 0, "shared": 1000, "matrix_instruction": "HMMA",
     }  # fmt: skip
     bad = [good | {"spill_bytes": 8}, good | {"shared": 170_000}, good | {"matrix_instruction": ""}]
-    found = run_complaints([good, *bad, good | {"registers": 101}], [good])
+    found = problems_of([good, *bad, good | {"registers": 101}], [good])
     assert [text.split(": ")[1] for text in found] == [
         "spills 8 bytes",
         "170000 bytes of shared memory, limit 166912",
         "no tensor-core instruction",
         "101 registers, 100 in the table",
     ]
-    assert run_complaints([good], [good]) == []
+    assert problems_of([good], [good]) == []
 
 
 def test_update_of_the_aot_table_replaces_whole_cases():

@@ -11,7 +11,7 @@ from mvlm_kernels.cross_attention.arguments import (
     bucket,
     check_arguments,
     check_values,
-    longest_rows,
+    longest_sequences,
     scale_of,
     short_side,
 )
@@ -39,7 +39,7 @@ def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, rows: 
     return dispatch.choose(gpu_reasons(device, dtype, width, rows)) == "torch"
 
 
-def _composes(q: Tensor, max_len_q: int, max_len_k: int) -> bool:
+def _uses_cpu_path(q: Tensor, max_len_q: int, max_len_k: int) -> bool:
     """True if the CPU's composition runs. It reads lengths, so it cannot run in a compiler or on fake tensors."""
     return (
         q.device.type == "cpu"
@@ -66,7 +66,7 @@ def _explain(
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     scale_of(scale, q.shape[-1])
-    return reasons(q, *longest_rows(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k))
+    return reasons(q, *longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k))
 
 
 @dispatch.explained_by(_explain)
@@ -122,11 +122,11 @@ def cross_attention(
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     scale = scale_of(scale, q.shape[-1])
-    len_q, len_k = longest_rows(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
+    len_q, len_k = longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     side = short_side(len_q, len_k)
     if side is None:
         dispatch.refuse_if_forced(too_long(len_q, len_k))
-    elif _composes(q, len_q, len_k):
+    elif _uses_cpu_path(q, len_q, len_k):
         check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, len_q, len_k)
         return cpu.attend(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
     if cu_seqlens_q is None and cu_seqlens_k is None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from mvlm_kernels.cross_attention.arguments import HEAD_WIDTHS
-from mvlm_kernels.cross_attention.tiles import has_tiles
 from mvlm_kernels.cross_attention.launch import backward, forward
+from mvlm_kernels.cross_attention.tiles import has_tiles
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], Any]]]:

@@ -41,7 +41,7 @@ def scale_of(scale: float | None, width: int) -> float:
     return float(width**-0.5 if scale is None else scale)
 
 
-def longest_rows(
+def longest_sequences(
     q: Tensor,
     k: Tensor,
     cu_seqlens_q: Tensor | None,

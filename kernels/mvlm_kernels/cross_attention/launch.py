@@ -16,7 +16,7 @@ from mvlm_kernels import dispatch
 from mvlm_kernels.cross_attention.arguments import bucket, short_side
 from mvlm_kernels.cross_attention.short_kv import short_kv_backward, short_kv_forward
 from mvlm_kernels.cross_attention.short_q import short_q_backward, short_q_combine, short_q_forward
-from mvlm_kernels.cross_attention.tile_io import sum_partials
+from mvlm_kernels.cross_attention.tile_io import sum_splits
 from mvlm_kernels.cross_attention.tiles import kernel_has_tiles, long_tiles, meta, splits
 from mvlm_kernels.dispatch import ceil_div
 
@@ -179,8 +179,8 @@ def _short_kv_backward(
         **chosen,
     )  # fmt: skip
     if dk is not None and dv is not None and parts > 1:
-        _sum_partials(dk_out, dk, parts, chosen["ACC"])
-        _sum_partials(dv_out, dv, parts, chosen["ACC"])
+        _launch_sum_splits(dk_out, dk, parts, chosen["ACC"])
+        _launch_sum_splits(dv_out, dv, parts, chosen["ACC"])
 
 
 def _short_q_backward(
@@ -199,13 +199,13 @@ def _short_q_backward(
         parts, size, WRITE_DQ=dq is not None, WRITE_DKV=dk is not None, **chosen,
     )  # fmt: skip
     if dq is not None and parts > 1:
-        _sum_partials(dq_out, dq, parts, chosen["ACC"])
+        _launch_sum_splits(dq_out, dq, parts, chosen["ACC"])
 
 
-def _sum_partials(partial: Tensor | None, x: Tensor, parts: int, acc: Any) -> None:
+def _launch_sum_splits(partial: Tensor | None, x: Tensor, parts: int, acc: Any) -> None:
     block = 1024
     dispatch.launch(
-        sum_partials, (ceil_div(x.numel(), block),), partial, x, x.numel(), parts,
+        sum_splits, (ceil_div(x.numel(), block),), partial, x, x.numel(), parts,
         BLOCK=block, ACC=acc, num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ from mvlm_kernels.cross_attention.tile_io import (
     fill_outside,
     fill_rows,
     key_length,
-    key_row,
+    key_sequence,
     load_rows,
     log_sum_exp,
     rows_of,
@@ -47,7 +47,7 @@ def short_kv_forward(
     h = (tl.program_id(0) % H).to(tl.int64)
     split = tl.program_id(1)
     q_start, q_len = rows_of(cu_q_ptr, b, q_rows)
-    kb, bad = key_row(index_ptr, b, k_seqs)
+    kb, bad = key_sequence(index_ptr, b, k_seqs)
     k_start, stored = rows_of(cu_k_ptr, kb, k_rows)
     klen = key_length(lengths_ptr, kb, stored)
     # A sequence longer than promised or a wrong index cannot be an error without waiting for the device. Its output is

@@ -20,7 +20,7 @@ from mvlm_kernels.cross_attention.tile_io import (
     fill_outside,
     fill_rows,
     key_length,
-    key_row,
+    key_sequence,
     load_rows,
     log_sum_exp,
     rows_of,
@@ -46,7 +46,7 @@ def short_q_forward(
     h = (tl.program_id(0) % H).to(tl.int64)
     split = tl.program_id(1)
     q_start, q_len = rows_of(cu_q_ptr, b, q_rows)
-    kb, bad = key_row(index_ptr, b, k_seqs)
+    kb, bad = key_sequence(index_ptr, b, k_seqs)
     k_start, stored = rows_of(cu_k_ptr, kb, k_rows)
     klen = key_length(lengths_ptr, kb, stored)
     bad = bad | (q_len > BLOCK_M)  # longer than promised: NaN, as no error is possible without waiting for the device
@@ -149,7 +149,7 @@ def short_q_backward(
     h = (tl.program_id(0) % H).to(tl.int64)
     split = tl.program_id(1)
     q_start, q_len = rows_of(cu_q_ptr, b, q_rows)
-    kb, _ = key_row(index_ptr, b, k_seqs)
+    kb, _ = key_sequence(index_ptr, b, k_seqs)
     k_start, stored = rows_of(cu_k_ptr, kb, k_rows)
     klen = key_length(lengths_ptr, kb, stored)
     stride_ol = H * D

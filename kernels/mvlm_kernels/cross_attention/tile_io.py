@@ -113,7 +113,7 @@ def log_sum_exp(m, total):
 
 
 @triton.jit
-def key_row(index_ptr, b, k_seqs):
+def key_sequence(index_ptr, b, k_seqs):
     """Key sequence of query sequence b, and True if its index was out of range (then sequence 0, and NaN results)."""
     if index_ptr is None:
         kb = b.to(tl.int64)
@@ -135,7 +135,7 @@ def key_length(lengths_ptr, kb, stored):
 
 
 @triton.jit
-def sum_partials(partial_ptr, x_ptr, size, num_splits, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def sum_splits(partial_ptr, x_ptr, size, num_splits, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """Grid (tiles,). x = partial[0] + partial[1] + ... in that order; partials are `size` elements apart."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size

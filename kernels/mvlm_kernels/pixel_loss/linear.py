@@ -24,7 +24,7 @@ from mvlm_kernels.gather_patches.triton import (
     accumulator,
     image_offsets,
     normalized_pixels,
-    pixels_of_valid,
+    readable_pixels,
     tile_of,
 )
 from mvlm_kernels.language import cast, dot, widen
@@ -50,7 +50,7 @@ def moments_kernel(
     c = tl.arange(0, BLOCK_C)[:, None]
     p = tl.arange(0, BLOCK_P)[None, :]
     patch = tl.load(ids_ptr + b * stride_kb + k * stride_kk).to(tl.int64) if HAS_IDS else k
-    readable = (c < C) & (p < pixels_of_valid(patch, num_patches, P))
+    readable = (c < C) & (p < readable_pixels(patch, num_patches, P))
     offsets = b * stride_ib + image_offsets(patch, c, p, grid_w, stride_ic, stride_iy, stride_ix, P)
     x = normalized_pixels(images_ptr, offsets, c, readable, mean_ptr, std_ptr, C, IS_UINT8, HAS_MEAN, HAS_STD, ACC)
     center, inverse_deviation = patch_moments(x, (c < C) & (p < P * P), C * P * P)
@@ -97,7 +97,7 @@ def linear_loss_kernel(
     c = (f // (P * P))[None, :]
     # Pixels of a patch that does not exist are never read. Their difference is NaN, so a wrong id gives a NaN loss.
     inside = (m < M)[:, None] & (f < F)[None, :]
-    readable = (f < F)[None, :] & (f[None, :] < pixels_of_valid(patch, num_patches, P)[:, None] * C)
+    readable = (f < F)[None, :] & (f[None, :] < readable_pixels(patch, num_patches, P)[:, None] * C)
     offsets = (b * stride_ib)[:, None] + image_offsets(
         patch[:, None], c, (f % (P * P))[None, :], grid_w, stride_ic, stride_iy, stride_ix, P
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch
 from mvlm_kernels.dispatch import ceil_div
-from mvlm_kernels.gather_patches.triton import accumulator, inverse_index
+from mvlm_kernels.gather_patches.triton import accumulator, reader_lists
 from mvlm_kernels.language import cast, widen
 from mvlm_kernels.place_tokens.reference import output_dtype
 
@@ -147,7 +147,7 @@ def place_tokens(
     dtype = output_dtype(tokens, mask_token, pos_embed, cls_token)
     out = tokens.new_empty(batch, num_patches + 1, width, dtype=dtype)
     # Ids are distinct, so the list of each patch has at most one reader: its head is the index of the patch's token.
-    table = None if visible_ids is None else inverse_index(visible_ids, num_patches)
+    table = None if visible_ids is None else reader_lists(visible_ids, num_patches)
     dispatch.launch(
         place_kernel, (num_patches + 1, ceil_div(width, BLOCK_C)),
         tokens, mask_token, pos_embed, cls_token, masked, table, out,
@@ -177,7 +177,7 @@ def place_tokens_backward(
     pos_grad = grad.new_empty((positions, width) if needs[2] else (0,), dtype=dtypes[2])
     cls_grad = grad.new_empty(width if needs[3] else 0, dtype=dtypes[3])
     mask_partial = grad.new_empty((num_patches, width) if needs[1] else (0,), dtype=wide)
-    table = None if visible_ids is None else inverse_index(visible_ids, num_patches)
+    table = None if visible_ids is None else reader_lists(visible_ids, num_patches)
     dispatch.launch(
         place_backward_kernel, (positions, ceil_div(width, BLOCK_C)),
         grad, masked, table, tokens_grad, mask_partial, pos_grad, cls_grad,

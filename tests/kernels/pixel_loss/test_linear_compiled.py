@@ -43,7 +43,7 @@ rows = [
     if kernel.__name__ == "weight_gradient_kernel"
 ]
 known = table["rows"] if table["versions"]["triton"] == triton.__version__ else None
-print(json.dumps({"rows": rows, "complaints": aot.complaints(rows, known)}))
+print(json.dumps({"rows": rows, "problems": aot.find_problems(rows, known)}))
 """
 
 
@@ -138,7 +138,7 @@ def test_weight_gradient_compiles_without_bias_and_without_patches():
     cases = "bf16/mse/no-bias", "bf16/mse/rows/no-patches"
     wanted = {(case, arch) for case in cases for arch in ("sm_80", "sm_90", "sm_100")}
     assert {(row["case"], row["arch"]) for row in found["rows"]} == wanted
-    assert found["complaints"] == []
+    assert found["problems"] == []
 
 
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3)], ids=["no patches", "no images"])
