@@ -36,7 +36,7 @@ MODULES = {
     "cross_attention": "mvlm_kernels.cross_attention.aot_cases",
     "gather_patches": "mvlm_kernels.gather_patches.triton",
     "masked_pixel_loss": "mvlm_kernels.pixel_loss.triton",
-    "linear_pixel_loss": "mvlm_kernels.pixel_loss.linear",
+    "linear_pixel_loss": "mvlm_kernels.pixel_loss.linear_aot_cases",
     "place_tokens": "mvlm_kernels.place_tokens.triton",
 }
 ARCHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}

@@ -177,7 +177,7 @@ def gather_patches(
 
 
 def reader_lists(patch_ids: Tensor, num_patches: int) -> Tensor:
-    """Linked lists (B, N+K) int32 of the readers of each patch; see :func:`reader_lists_kernel`. patch_ids is (B, K)."""
+    """Readers of each patch as linked lists, (B, N+K) int32; see :func:`reader_lists_kernel`. patch_ids: (B, K)."""
     batch, chosen = patch_ids.shape
     table = patch_ids.new_empty(batch, num_patches + chosen, dtype=torch.int32)
     dispatch.launch(

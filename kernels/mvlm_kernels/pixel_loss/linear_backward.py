@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false
-"""Gradients of ``linear_pixel_loss``: Triton kernels and their launcher, and the helpers shared with the forward.
+"""Gradients of ``linear_pixel_loss``: Triton kernels and their launcher.
 
     hidden gradient  tile (rows, width): slope @ weight, scaled row by row at the end
     weight gradient  tile (pixels, width): slope.T @ hidden over one part of the rows, stored as a float32 partial
@@ -9,17 +9,16 @@
 Rows are the B*K masked patches, F = C*P*P the pixels of a patch, D the width of hidden.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvlm_kernels import configs, dispatch
+from mvlm_kernels import dispatch
 from mvlm_kernels.dispatch import ceil_div
 from mvlm_kernels.gather_patches.triton import accumulator
 from mvlm_kernels.language import cast, dot, widen
+from mvlm_kernels.pixel_loss.shared import sum_partials, tiles
 from mvlm_kernels.pixel_loss.triton import decode_slope, grad_strides
 
 # Programs of the weight gradient: about two for each SM of the largest GPU. A constant, so that the order of summation
@@ -27,25 +26,6 @@ from mvlm_kernels.pixel_loss.triton import decode_slope, grad_strides
 PARTIAL_PROGRAMS = 288
 # Fewest rows that are worth a part of their own.
 PARTIAL_ROWS = 1024
-
-
-@triton.jit
-def sum_partials_kernel(
-    partial_ptr, out_ptr, grad_ptr, n, num_partials, divisor,
-    HAS_GRAD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write sum(partial) / divisor * grad to out (n); partial (num_partials, n) is added in rising order."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), ACC)
-    # Advance the pointer: an offset of partial times n could overflow int32.
-    partial_ptrs = partial_ptr + i
-    for _ in range(0, num_partials):
-        total += tl.load(partial_ptrs, mask=i < n, other=0.0)
-        partial_ptrs += n
-    total = total / divisor
-    if HAS_GRAD:
-        total = total * widen(tl.load(grad_ptr), ACC)
-    tl.store(out_ptr + i, cast(total, out_ptr.dtype.element_ty), mask=i < n)
 
 
 @triton.jit
@@ -146,22 +126,6 @@ def weight_gradient_kernel(
         acc = dot(tl.trans(cast(a, h.dtype)), h, acc, PRECISION)
     offsets = (part.to(tl.int64) * F + f)[:, None] * D + d[None, :]
     tl.store(weight_partial_ptr + offsets, acc, mask=(f < F)[:, None] & (d < D)[None, :])
-
-
-@functools.cache
-def tiles(kernel: str, dtype: torch.dtype, target: int) -> dict[str, int]:
-    """Tile sizes of a kernel for a compute capability. float64, which is only interpreted, takes float32's."""
-    bits = "16" if dtype in (torch.float16, torch.bfloat16) else "32"
-    return configs.lookup("linear_pixel_loss", target, f"{kernel}/{bits}")
-
-
-def sum_partials(partial: Tensor, out: Tensor, grad: Tensor | None, divisor: int) -> None:
-    """Write partial.sum(0) / divisor * grad to out (n elements); partial is (parts, n), grad a scalar or None for 1."""
-    n = out.numel()
-    dispatch.launch(
-        sum_partials_kernel, (ceil_div(n, 1024),), partial, out, grad, n, partial.shape[0], divisor,
-        HAS_GRAD=grad is not None, ACC=accumulator(partial.dtype), BLOCK=1024, num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
 
 
 def linear_pixel_loss_backward(
