@@ -1,4 +1,11 @@
-"""Cross-attention with one short side, forward and backward; see :func:`cross_attention`."""
+"""Cross-attention with one short side, forward and backward; see :func:`cross_attention`.
+
+Where the backward is: on a GPU ``launch.backward`` runs the kernel ``short_kv_backward`` (``short_kv.py``) for short
+keys and ``short_q_backward`` (``short_q.py``) for short queries. With ``key_index``, or without tiles for a single pass,
+``short_kv_backward`` also computes dK and dV of short queries. An eager CPU call is differentiated by autograd
+(``cpu.py``). A compiled CPU graph, and a GPU without kernels for packed sequences, run ``reference_backward``
+(``reference.py``). Dense calls without a kernel run SDPA, whose backward is torch's.
+"""
 
 import torch
 from torch import Tensor
@@ -29,18 +36,21 @@ __all__ = ["HEAD_WIDTHS", "LONGEST_SHORT_SIDE", "cross_attention", "pack_key_mas
 
 
 def _takes_sdpa(q: Tensor, short: int) -> bool:
-    width = next(w for w in HEAD_WIDTHS if w == q.shape[-1])  # a plain int, also where a compiler traces
+    width = next(w for w in HEAD_WIDTHS if w == q.shape[-1])  # a plain int, even if a compiler traces the shape
     return _gpu_takes_sdpa(q.device, q.dtype, width, bucket(short))
 
 
 @torch.compiler.assume_constant_result
 def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> bool:
-    """True if a dense call on this GPU runs on SDPA. A constant of a compiled graph, so that SDPA itself is traced."""
+    """True if a dense call on this GPU runs on SDPA.
+
+    A compiler takes the result as a constant of the graph, and traces SDPA itself.
+    """
     return dispatch.choose(gpu_reasons(device, dtype, width, rows)) == "torch"
 
 
 def _uses_cpu_path(q: Tensor, max_len_q: int, max_len_k: int) -> bool:
-    """True if the CPU's composition runs. It reads lengths, so it cannot run in a compiler or on fake tensors."""
+    """True if the call runs on ``cpu.py``, which reads lengths and so needs plain tensors outside a compiler."""
     return (
         q.device.type == "cpu"
         and type(q) in (Tensor, torch.nn.Parameter)
@@ -84,7 +94,7 @@ def cross_attention(
     max_len_q: int | None = None,
     max_len_k: int | None = None,
 ) -> Tensor:
-    """Softmax attention in which one side is short (text, at most 128 rows) and the other is image patches.
+    """Softmax attention in which one side is short (text, at most 128 tokens) and the other is image patches.
 
     ``out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[r, j, h]) v[r, j, h]`` with ``r = key_index[b]``, or b
     without an index.
@@ -99,21 +109,23 @@ def cross_attention(
         key_lengths: (B',) int32 or int64. Keys past the length do not exist: they may hold NaN, and their gradients
             are zeros.
         key_mask: (B', Lk) bool, True = the key exists, or the int64 words that :func:`pack_key_mask` makes of such a
-            mask. With key_lengths too, a key exists where both say so. A query without any key gives zeros and has
-            zero gradients.
+            mask. If key_lengths is also given, a key exists only if both allow it. A query without any key gives
+            zeros and has zero gradients.
         key_index: (B,) int32 or int64. Query sequence b reads key sequence key_index[b] in place. Gradients of a
             sequence with several readers add up in a fixed order. Without an index B' = B.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) and (B' + 1,) int32 or int64. Sequence b is rows cu_seqlens[b] to
             cu_seqlens[b + 1] of a packed side. Output rows that belong to no sequence are zeros.
         scale: a float, factor of the scores; D ** -0.5 by default. Multiply q by a learned temperature instead.
-        max_len_q, max_len_k: upper bound of the sequence lengths of a packed side, by which tiles are chosen. Without
-            a bound the text side is taken to be at most 128 long. A longer sequence is a ValueError on the CPU. On a
-            GPU, where reading the lengths would wait for the device, its output is NaN.
+        max_len_q, max_len_k: upper bound of the sequence lengths of a packed side, by which tiles are chosen. A packed
+            side without a bound is assumed to be at most 128 long, unless the other side is known to be short. A
+            longer sequence is a ValueError on the CPU. On a GPU its output is NaN, because reading the lengths would
+            wait for the device.
 
     Returns:
         The output in q's shape and dtype, contiguous. bfloat16, float16 and float32 (TF32 on a GPU) accumulate in
-        float32; float64 runs on the reference. Autocast casts q, k and v first. Eager CPU calls are composed of torch
-        ops. Where both sides are longer than 128, SDPA runs, as :func:`mvlm_kernels.explain` says.
+        float32; float64 has no compiled kernel. Autocast casts q, k and v first. Eager CPU calls are composed of torch
+        ops. If both sides are longer than 128, SDPA runs for dense calls and the reference with cu_seqlens.
+        :func:`mvlm_kernels.explain` names the backend and the reasons.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, and for a tensor as scale. Values of lengths and
@@ -139,7 +151,7 @@ def cross_attention(
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in autocast's dtype, if it is on. Leaves float64 as it is, as torch's own ops do."""
+    """q, k and v in autocast's dtype if it is on. float64 stays float64, as in torch's own ops."""
     dtype = dispatch.autocast_dtype(q.device)
     if dtype is None or q.dtype == torch.float64:
         return q, k, v

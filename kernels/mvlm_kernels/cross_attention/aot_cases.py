@@ -14,14 +14,14 @@ from mvlm_kernels.cross_attention.tiles import has_tiles
 def aot_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """(label, call) of each case; labels are dtype/width/short length/variant.
 
-    Every dtype, width and short length is dense with key_lengths, like a padded batch. The other variants are of width
-    64.
+    Variant ``lengths`` has every dtype, width and short length: a dense batch with key_lengths. The other variants have
+    bfloat16, width 64 and short length 32 only.
     """
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         for width in HEAD_WIDTHS:
             for short in (16, 32, 64, 128):
-                # All tables have the same keys: a tile that one target cannot hold is in no table.
+                # The tables of all targets have the same keys, so the keys of sm_80 serve for all.
                 if has_tiles(dtype, width, short, 80):
                     yield f"{name}/{width}/{short}/lengths", partial(_aot_call, dtype, width, short, lengths=True)
     for variant in ("mask", "index", "packed", "splits"):

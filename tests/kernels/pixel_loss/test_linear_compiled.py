@@ -25,8 +25,8 @@ COMPILE = """
 import json, sys
 from mvlm_kernels import aot
 found = [
-    (f"{kernel.__name__} {label}", meta["num_stages"], aot.compile_launch(kernel, args, meta, "sm_90").asm["ttgir"])
-    for label, kernel, args, meta in aot.recorded("linear_pixel_loss", "sm_90", sys.argv[1])
+    (f"{kernel.__name__} {case}", meta["num_stages"], aot.compile_launch(kernel, args, meta, "sm_90").asm["ttgir"])
+    for case, kernel, args, meta, _ in aot.recorded("linear_pixel_loss", "sm_90", sys.argv[1])
     if kernel.__name__ not in aot.WITHOUT_PRODUCTS
 ]
 print(json.dumps(found))
@@ -37,10 +37,10 @@ import triton
 from mvlm_kernels import aot
 table = json.load(open(sys.argv[2]))
 rows = [
-    aot.row("linear_pixel_loss", label, kernel, args, meta, arch)
+    aot.row("linear_pixel_loss", launch, arch)
     for arch in aot.ARCHS
-    for label, kernel, args, meta in aot.recorded("linear_pixel_loss", arch, sys.argv[1])
-    if kernel.__name__ == "weight_gradient_kernel"
+    for launch in aot.recorded("linear_pixel_loss", arch, sys.argv[1])
+    if launch.kernel.__name__ == "weight_gradient_kernel"
 ]
 known = table["rows"] if table["versions"]["triton"] == triton.__version__ else None
 print(json.dumps({"rows": rows, "problems": aot.find_problems(rows, known)}))
