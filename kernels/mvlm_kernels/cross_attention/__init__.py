@@ -1,10 +1,13 @@
 """Cross-attention with one short side, forward and backward; see :func:`cross_attention`.
 
-Where the backward is: on a GPU ``launch.backward`` runs the kernel ``short_kv_backward`` (``short_kv.py``) for short
-keys and ``short_q_backward`` (``short_q.py``) for short queries. With ``key_index``, or without tiles for a single pass,
-``short_kv_backward`` also computes dK and dV of short queries. An eager CPU call is differentiated by autograd
-(``cpu.py``). A compiled CPU graph, and a GPU without kernels for packed sequences, run ``reference_backward``
-(``reference.py``). Dense calls without a kernel run SDPA, whose backward is torch's.
+Where the backward is:
+
+- Kernels: ``launch.backward`` runs ``short_kv_backward`` (``short_kv.py``) for short keys and ``short_q_backward``
+  (``short_q.py``) for short queries. With ``key_index``, or without tiles for a single pass, dK and dV of short queries
+  come from ``short_kv_backward`` too.
+- Eager calls on the CPU: autograd differentiates ``cpu.py``.
+- Compiled graphs on the CPU, and packed sequences without a kernel: ``reference_backward`` (``reference.py``).
+- Dense calls without a kernel: SDPA, and its backward in torch.
 """
 
 import torch

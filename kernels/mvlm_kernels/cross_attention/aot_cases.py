@@ -21,7 +21,7 @@ def aot_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
         name = str(dtype).removeprefix("torch.")
         for width in HEAD_WIDTHS:
             for short in (16, 32, 64, 128):
-                # The tables of all targets have the same keys, so the keys of sm_80 serve for all.
+                # has_tiles looks for tiles of short_kv_backward, and all targets have the same keys of that kernel.
                 if has_tiles(dtype, width, short, 80):
                     yield f"{name}/{width}/{short}/lengths", partial(_aot_call, dtype, width, short, lengths=True)
     for variant in ("mask", "index", "packed", "splits"):

@@ -145,8 +145,8 @@ def backward(
     elif key_index is None and kernel_has_tiles("short_q_backward", *c.tile_key(max_len_q)):
         _short_q_backward(c, grad, out, lse, dq, dk, dv)
     else:
-        # Two passes: dQ first, then dK and dV by key tile. With an index, several programs of a single pass would add to
-        # one key sequence. Without tiles, a single pass would spill registers.
+        # Two passes: dQ first, then dK and dV by key tile. With an index, several programs of a single pass would add
+        # to one key sequence. Without tiles, a single pass would spill registers.
         if need_dq:
             _short_q_backward(c, grad, out, lse, dq, None, None)
         if need_dkv:
@@ -157,7 +157,7 @@ def backward(
 def _short_kv_backward(
     c: _Call, grad: Tensor, out: Tensor | None, lse: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
 ) -> None:
-    # In the short-KV family one tile holds every key. For the short-Q family the kernel loops over the long key sequence.
+    # In the short-KV family one tile holds every key. For the short-Q family the kernel loops over tiles of keys.
     all_keys = c.side == "kv"
     order = offsets = None
     if c.index is not None:

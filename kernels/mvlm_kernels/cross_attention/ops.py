@@ -195,8 +195,8 @@ def type_reasons(dtype: torch.dtype, width: int, rows: int, arch: int, tf32: boo
         return ("float64 has no kernel on a GPU: SDPA runs, or the reference on packed rows",)
     if dtype == torch.float32 and not tf32:
         return (
-            'float32 kernels use TF32, which float32_matmul_precision "highest" forbids: SDPA runs, or the reference on '
-            "packed rows",
+            'float32 kernels use TF32, which float32_matmul_precision "highest" forbids: SDPA runs, or the reference '
+            "on packed rows",
         )
     from mvlm_kernels.cross_attention.tiles import has_tiles
 

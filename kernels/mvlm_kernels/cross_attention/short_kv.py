@@ -53,7 +53,8 @@ def short_kv_forward(
     kb, bad = key_sequence(index_ptr, b, k_seqs)
     k_start, stored = rows_of(cu_k_ptr, kb, k_rows)
     klen = key_length(lengths_ptr, kb, stored)
-    # A sequence longer than its bound, or a wrong index: raising an error would wait for the device, so the output is NaN.
+    # A sequence longer than its bound, or a wrong index. The output is NaN, because raising an error would wait for the
+    # device.
     bad = bad | (klen > BLOCK_N)
 
     rn = tl.arange(0, BLOCK_N)

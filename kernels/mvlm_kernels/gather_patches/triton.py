@@ -43,7 +43,7 @@ def image_offsets(patch, c, p, grid_w, stride_c, stride_y, stride_x, P: tl.const
 
 @triton.jit
 def readable_pixels(patch, num_patches, P: tl.constexpr):
-    """Number of pixels to read of a channel of the patch: P*P, or 0 for an id outside the image."""
+    """Number of pixels to read in each channel of the patch: P*P, or 0 for an id outside the image."""
     return tl.where((patch >= 0) & (patch < num_patches), P * P, 0)
 
 
@@ -96,9 +96,9 @@ def reader_lists_kernel(
 ):  # fmt: skip
     """Build linked lists of the readers of each patch, in rising order and without atomics.
 
-    table (B, N+K) int32: table[b, n] is the first k that reads patch n, and table[b, N+k] is the next reader of k's
-    patch after k; -1 ends a list. Program (b, block of the N+K entries) compares its entries with all ids of image b,
-    so no order of execution can change the result.
+    A reader of patch n is an index k with patch_ids[b, k] = n. table is (B, N+K) int32: table[b, n] is the first reader
+    of patch n, and table[b, N+k] is the reader that follows k; -1 ends a list. Program (b, block of the N+K entries)
+    compares its entries with all ids of image b, so no order of execution can change the result.
     """
     b = tl.program_id(0).to(tl.int64)
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -209,7 +209,7 @@ def gather_patches_backward(
 
 
 def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
-    """Launches to compile ahead of time: (label, function) with meta tensors at the paper's shapes."""
+    """(label, call) of each case for :mod:`mvlm_kernels.aot`, on meta tensors at the paper's shapes."""
     ids = torch.empty(64, 116, dtype=torch.int32, device="meta")
     values = torch.empty(3, device="meta")
 

@@ -38,7 +38,8 @@ def moments_kernel(
 ):  # fmt: skip
     """Store (mean, 1 / sqrt(var + eps)) of each target patch in moments (B*K, 2).
 
-    A program reads one patch; the grid is (B*K,). A tile of the loss holds only a part of a patch, so it needs them.
+    A program reads one patch; the grid is (B*K,). The loss kernel needs precomputed moments, because one of its tiles
+    holds only part of a patch.
     """
     row = tl.program_id(0).to(tl.int64)
     b = row // K
@@ -91,7 +92,7 @@ def linear_loss_kernel(
     else:
         patch = tl.where(m < M, k, -1)
     c = (f // (P * P))[None, :]
-    # Pixels of a patch that does not exist are never read. Their difference is NaN, so a wrong id gives a NaN loss.
+    # Pixels of a patch outside the image are not read. Their difference is NaN, so a wrong id gives a NaN loss.
     inside = (m < M)[:, None] & (f < F)[None, :]
     readable = (f < F)[None, :] & (f[None, :] < readable_pixels(patch, num_patches, P)[:, None] * C)
     offsets = (b * stride_ib)[:, None] + image_offsets(

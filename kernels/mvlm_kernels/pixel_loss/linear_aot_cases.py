@@ -11,10 +11,11 @@ from mvlm_kernels.pixel_loss.linear_backward import linear_pixel_loss_backward
 
 
 def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
-    """Launches to compile ahead of time: (label, function) with meta tensors of the paper's shapes.
+    """(label, call) of each case at the paper's shapes; labels are dtype/kind/variants.
 
-    Autocast passes float32 weights with 16-bit hidden states, hence ``fp32-weight``. Without patches a loop that never
-    runs must still compile.
+    Variants: ``rows`` is reduction="none". ``normalized`` is normalize_target=True. ``fp32-weight`` has float32 weights
+    with 16-bit hidden states, as under autocast. ``no-bias`` has no bias. ``no-patches`` has K = 0: its loops never run
+    but must compile.
     """
     values = torch.empty(3, device="meta")
 

@@ -51,10 +51,14 @@ def pixel_loss(difference: Tensor, kind: Kind) -> Tensor:
 
 
 def encode_slope(difference: Tensor, loss: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
-    """Derivative of :func:`pixel_loss` in its saved form: int8 for L1, else ``dtype``. loss: of each patch."""
+    """Derivative of :func:`pixel_loss` in its saved form: int8 for L1, else ``dtype``.
+
+    loss: (B, K), used only to detect NaN.
+    """
     if kind == "l1":
         sign = difference.sign()
-        # torch.sign(NaN) is 0. The losses tell cheaply if there is a NaN; on a GPU reading them would be a sync.
+        # torch.sign(NaN) is 0. On the CPU the losses show cheaply if there is a NaN. On a GPU, reading them would be a
+        # sync.
         if difference.device.type != "cpu" or bool(loss.isnan().any()):
             sign = sign.masked_fill(difference.isnan(), NAN_SIGN)
         return sign.to(torch.int8)
@@ -88,9 +92,9 @@ def masked_pixel_loss(
 
 
 def decode_slope(slope: Tensor, dtype: torch.dtype) -> Tensor:
-    """A saved slope as a new tensor of ``dtype``."""
+    """Convert a saved slope to a new tensor of ``dtype``."""
     values = slope.to(dtype, copy=True)
-    # The smallest byte tells if there is a NaN at all; reading it on a GPU would be a sync.
+    # On the CPU the smallest byte shows if there is a NaN. On a GPU, reading it would be a sync.
     if slope.dtype != torch.int8 or (slope.device.type == "cpu" and not (slope.numel() and slope.min() == NAN_SIGN)):
         return values
     return values.masked_fill_(slope == NAN_SIGN, float("nan"))

@@ -19,7 +19,7 @@ def sum_partials_kernel(
     partial_ptr, out_ptr, grad_ptr, n, num_partials, divisor,
     HAS_GRAD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write sum(partial) / divisor * grad to out (n); partial (num_partials, n) is added in rising order."""
+    """Write sum(partial) / divisor * grad to out (n). partial is (num_partials, n), added in rising order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), ACC)
     # Advance the pointer: an offset of partial times n could overflow int32.
@@ -35,13 +35,16 @@ def sum_partials_kernel(
 
 @functools.cache
 def tiles(kernel: str, dtype: torch.dtype, target: int) -> dict[str, int]:
-    """Tile sizes of a kernel for a compute capability. float64, which is only interpreted, takes float32's."""
+    """Tile sizes of a kernel for a compute capability. float64 runs in the interpreter only, with tiles of float32."""
     bits = "16" if dtype in (torch.float16, torch.bfloat16) else "32"
     return configs.lookup("linear_pixel_loss", target, f"{kernel}/{bits}")
 
 
 def sum_partials(partial: Tensor, out: Tensor, grad: Tensor | None, divisor: int) -> None:
-    """Write partial.sum(0) / divisor * grad to out (n elements); partial is (parts, n), grad a scalar or None for 1."""
+    """Launch ``sum_partials_kernel``: out = partial.sum(0) / divisor * grad.
+
+    out has n elements, partial is (parts, n), and grad is a scalar tensor, or None for 1.
+    """
     n = out.numel()
     dispatch.launch(
         sum_partials_kernel, (ceil_div(n, 1024),), partial, out, grad, n, partial.shape[0], divisor,

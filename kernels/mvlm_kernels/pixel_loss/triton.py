@@ -194,7 +194,7 @@ def masked_pixel_loss_backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) 
 
 
 def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
-    """Launches to compile ahead of time: (label, function) with meta tensors at the paper's shapes."""
+    """(label, call) of each case for :mod:`mvlm_kernels.aot`, on meta tensors at the paper's shapes."""
     ids = torch.empty(64, 116, dtype=torch.int32, device="meta")
     values = torch.empty(3, device="meta")
 
