@@ -25,11 +25,12 @@ Sizes = dict[str, int]
 class Case:
     """One op at one shape.
 
-    sizes: the paper's sizes by name. samples: for each size two small values at which bytes are counted; the count is
-    extrapolated linearly to ``sizes``. run: ``run(sizes, device)`` returns the inputs that get gradients, and a function
-    of them that calls the op. eager: the same computation in eager torch. minimum: fewest bytes of (forward, backward).
-    flops: floating-point operations of (forward, backward). moved: formula for the bytes of (forward, backward), used
-    instead of counting.
+    sizes: the paper's sizes by name.
+    samples: for each size two small values at which bytes are counted. The count is extrapolated linearly to ``sizes``.
+    run: ``run(sizes, device)`` returns the inputs that get gradients, and a function of them that calls the op.
+    eager: the same computation in eager torch.
+    minimum, flops: fewest bytes, and floating-point operations, of (forward, backward).
+    moved: formula for the bytes of (forward, backward), used instead of counting.
     """
 
     op: str

@@ -88,9 +88,9 @@ def weight_gradient_kernel(
     A program computes one tile of weight_partial; the grid is (width tiles, pixel tiles, parts).
 
     The incoming gradient of a mean loss is one scalar, and ``sum_partials_kernel`` multiplies by it. The incoming
-    gradients of (B, K) losses (PER_ROW) differ by row, so this kernel multiplies each row by its gradient divided by the
-    largest of them. Without the division, a scaled loss would overflow float16. ``sum_partials_kernel`` multiplies by
-    the largest.
+    gradients of (B, K) losses (PER_ROW) differ by row, so this kernel multiplies each row by its gradient divided by
+    the largest of them. Without the division, a scaled loss would overflow float16. ``sum_partials_kernel`` multiplies
+    by the largest.
     """
     # Row numbers stay int32, because the loop divides them by K, and an int64 division costs several times as much.
     # They fit, because the forward's grid has at most 65,535 row tiles.

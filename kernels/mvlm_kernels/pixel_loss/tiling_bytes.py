@@ -24,19 +24,17 @@ def linear_tiling_bytes(rows: int, features: int, width: int, kind: str, arch: i
     block_m, block_f, _ = tile("forward")
     across, down = ceil_div(features, block_f), ceil_div(rows, block_m)
     forward = across * (hidden + 4 * rows) + down * (weight + 2 * features)
-    forward += (
-        rows * features + slope + 2 * (4 * across * rows) + 4
-    )  # pixels, slopes, partial losses written and read, the loss
+    # Pixels, slopes, partial losses written and read, the loss.
+    forward += rows * features + slope + 2 * (4 * across * rows) + 4
     block_m, _, block_d = tile("backward_hidden")
-    backward = (
-        ceil_div(width, block_d) * (slope + 4 * ceil_div(rows, block_m)) + ceil_div(rows, block_m) * weight + hidden
-    )
+    across, down = ceil_div(width, block_d), ceil_div(rows, block_m)
+    backward = across * (slope + 4 * down) + down * weight + hidden
     _, block_f, block_d = tile("backward_weight")
     across, down = ceil_div(width, block_d), ceil_div(features, block_f)
     parts = parts_of(rows, across * down)
     backward += across * slope + down * hidden
-    backward += (
-        slope + 2 * 4 * parts * across * features + 2 * features
-    )  # bias: slopes again, partial sums written and read, gradient
-    backward += 2 * 4 * parts * features * width + weight  # weight: partial sums written and read, gradient
+    # Bias: slopes once more, partial sums written and read, gradient.
+    backward += slope + 2 * 4 * parts * across * features + 2 * features
+    # Weight: partial sums written and read, gradient.
+    backward += 2 * 4 * parts * features * width + weight
     return forward, backward

@@ -38,7 +38,7 @@ def test_queries_without_keys_give_zeros(name: str):
     assert not dq.any()
 
 
-def test_sequence_longer_than_promised_is_nan_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+def test_sequence_longer_than_its_bound_is_nan_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
     # Values cannot be checked there without a sync, and a wrong bound must not become a wrong number.
     monkeypatch.setattr(dispatch, "checks_values", lambda device: False)
     for case in (SIDES["packed-k"], SIDES["long-packed-q"]):

@@ -1,4 +1,4 @@
-"""why_not_triton: what the attention kernels cover, asked without tensors."""
+"""Limits of the attention kernels, as why_not_triton and the tile tables give them without tensors."""
 
 import pytest
 import torch

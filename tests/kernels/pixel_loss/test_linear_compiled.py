@@ -1,6 +1,6 @@
 """linear_pixel_loss as compiled for GPUs: buffers of the pipelined tiles on Hopper, and cases without bias or patches.
 
-Triton compiles only in a process that does not interpret, so compilers run in processes of their own.
+Triton compiles only in a process that does not interpret, so compilers run in other processes.
 """
 
 import json
@@ -107,7 +107,7 @@ def test_copies_on_hopper_never_overwrite_tiles_of_pending_products(hopper):
     """Triton's pipeliner reserves one buffer too few for a tile that both a product and registers read.
 
     The weight gradient of mse and smooth_l1 with a bias had such a tile: two buffers, where the pending product needs
-    three. Values stay right until a GPU's copy is faster than its product, so only the compiled code can tell.
+    three. Values stay right until a GPU's copy is faster than its product, so the test reads the compiled code.
     """
     for name, (stages, ttgir) in hopper.items():
         loops = product_loops(ttgir)
