@@ -82,7 +82,6 @@ def check_fit(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ..
         raise RunError(f"{where}: a checkpoint of another architecture: {'; '.join(wrong[:3])}{more}")
 
 
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Load a folder's model.safetensors into a model. If it does not fit, RunError, and the model is unchanged."""
-    file = folder / "model.safetensors"
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Load a safetensors file into a model. RunError lists what does not fit; the model is then unchanged."""
     copy_into(model.state_dict(), read_safetensors(file), file)

@@ -1,10 +1,187 @@
-"""Rules of the code itself, read from its text."""
+"""The house: rooms on floors, imports that go down, no circle, no crowded room, plain docstrings.
+
+docs/explain/architecture.md says what lies in each room.
+"""
 
 import ast
 import re
+import statistics
+from functools import cache
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
+PACKAGES = {
+    "mvlm": ROOT / "mvlm",
+    "mvlm_kernels": ROOT / "kernels" / "mvlm_kernels",
+    "mvlm_dataloading": ROOT / "dataloading" / "mvlm_dataloading",
+    "mvlm_benchmarks": ROOT / "benchmarks" / "mvlm_benchmarks",
+}
+FLOORS: dict[str, list[set[str]]] = {  # top to bottom; rooms of one floor do not know each other
+    "mvlm": [
+        {"__main__"},
+        {"cli"},
+        {"commands"},
+        {"tasks", "studies", "app"},
+        {"training", "report"},
+        {"costs", "runs", "evaluation", "search"},
+        {"distributed", "weights", "inference"},
+        {"model"},
+        {"objectives"},
+        {"config"},
+        {"files", "device", "progress"},
+        {"errors"},
+    ],
+    "mvlm_dataloading": [
+        {"loader", "tools"},
+        {"build"},
+        {"tokenizer"},
+        {"dataset", "sources", "options"},
+        {"captions", "randomness"},
+        {"batch"},
+        {"errors"},
+    ],
+    "mvlm_benchmarks": [
+        {"kernels", "step", "data"},
+        {"clock", "machine", "unavailable", "reasons", "results", "choices"},
+    ],
+}
+MAY_NAME = {  # other packages of ours that a package may import
+    "mvlm": {"mvlm_kernels", "mvlm_dataloading"},
+    "mvlm_kernels": set(),
+    "mvlm_dataloading": set(),
+    "mvlm_benchmarks": {"mvlm", "mvlm_kernels", "mvlm_dataloading"},
+}
+MOST_MODULES, MOST_LINES, MEDIAN_LINES = 16, 300, 200
+FILES = [(package, file) for package, folder in PACKAGES.items() for file in sorted(folder.rglob("*.py"))]
+NAMES = [f"{package}/{file.relative_to(PACKAGES[package])}" for package, file in FILES]
+each_file = pytest.mark.parametrize("package, file", FILES, ids=NAMES)
+
+
+@cache
+def tree(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
+def module_of(package: str, file: Path) -> str:
+    """The dotted name of a file's module; that of a package for its __init__.py."""
+    parts = (package, *file.relative_to(PACKAGES[package]).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(package, file) for package, file in FILES}
+
+
+def imports(file: Path, lazy: bool = True) -> set[str]:
+    """Our modules that a file imports: in functions too with `lazy`, never for types alone."""
+    for_types = {
+        id(node)
+        for block in ast.walk(tree(file))
+        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        for node in ast.walk(block)
+    }
+    functions = {
+        id(node)
+        for block in ast.walk(tree(file))
+        if isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef)
+        for node in ast.walk(block)
+    }
+    found = set()
+    for node in ast.walk(tree(file)):
+        if not lazy and (id(node) in for_types or id(node) in functions):
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names} & MODULES
+            found |= inside or {node.module}
+    return {name for name in found if name.split(".")[0] in PACKAGES}
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_every_room_has_a_floor(package: str) -> None:
+    rooms = {
+        path.stem for path in PACKAGES[package].iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()
+    }
+    assert rooms - {"__init__"} <= set().union(*FLOORS[package])
+
+
+@each_file
+def test_imports_go_down(package: str, file: Path) -> None:
+    """Lazy imports and those for types count too."""
+    floors = {room: number for number, rooms in enumerate(FLOORS.get(package, ())) for room in rooms}
+    module = module_of(package, file)
+    if package not in FLOORS or module == package:  # the face of a package imports on first use
+        return
+    room = room_of(module)
+    for other in imports(file):
+        if other.startswith(f"{package}.") and room_of(other) != room:
+            assert floors[room_of(other)] > floors[room], f"{file}: {room}/ may not import {other}"
+
+
+@each_file
+def test_packages_know_only_what_they_may(package: str, file: Path) -> None:
+    others = {name.split(".")[0] for name in imports(file)} - {package}
+    allowed = MAY_NAME[package] | ({"mvlm_benchmarks"} if file == PACKAGES["mvlm"] / "commands" / "bench.py" else set())
+    assert others <= allowed
+
+
+def test_no_circle_among_modules() -> None:
+    arrows = {
+        module_of(package, file): {name for name in imports(file, lazy=False) if name in MODULES}
+        for package, file in FILES
+        if file.name != "__init__.py"  # a face names the modules of its room
+    }
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"a circle: {' -> '.join([*path[path.index(module) :], module])}"
+        if module not in done:
+            for other in sorted(arrows.get(module, ())):
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in sorted(arrows):
+        visit(module, ())
+
+
+def test_rooms_are_not_crowded_and_files_are_not_long() -> None:
+    lengths = {str(file.relative_to(ROOT)): len(file.read_text().splitlines()) for _, file in FILES}
+    assert {name: length for name, length in lengths.items() if length > MOST_LINES} == {}
+    assert statistics.median(lengths.values()) < MEDIAN_LINES
+    for folder in {file.parent for _, file in FILES}:
+        modules = [file for file in folder.glob("*.py") if file.name != "__init__.py"]
+        assert len(modules) <= MOST_MODULES, f"{folder}: {len(modules)} modules"
+
+
+RIDDLE = re.compile(r"(What|How|Which|Where|Whether|Why|When|Of those|So|Also|That|This is)\b")
+
+
+@each_file
+def test_docstrings_begin_with_the_thing(package: str, file: Path) -> None:
+    """A noun phrase or an imperative, not a clause that leans on its surroundings."""
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = (ast.get_docstring(node) or "").split("\n")[0]
+            assert not RIDDLE.match(first), f"{file}: {first}"
+
+
+def test_the_architecture_page_and_its_picture_name_every_room() -> None:
+    page = (ROOT / "docs" / "explain" / "architecture.md").read_text()
+    picture = (ROOT / "docs" / "images" / "floors.svg").read_text()
+    for path in PACKAGES["mvlm"].iterdir():
+        if (path / "__init__.py").is_file():
+            assert f"`{path.name}/`" in page
+            assert f">{path.name}/<" in picture
+    for path in re.findall(r"`((?:mvlm|kernels|dataloading|benchmarks|tests|docs)/[\w/.]+)`", page):
+        assert (ROOT / path).exists(), f"{path} is not there"
+
+
 FOLDERS = ("mvlm", "kernels", "dataloading", "benchmarks", "tests")
 
 

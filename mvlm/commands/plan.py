@@ -37,12 +37,12 @@ def plan(
         loader_rate: Measured speed of one node's loader, in pairs a second. 0: not measured.
     """
     from mvlm.config.model import MaskVLMConfig
-    from mvlm.costs.cluster_plan import MACHINES, ClusterSetting, parse_count, parse_gpus, report
+    from mvlm.costs.cluster_plan import NODES, ClusterSetting, format_plan, parse_count, parse_gpus
     from mvlm.errors import ConfigError
 
-    if gpu not in MACHINES or parallel not in ("ddp", "fsdp") or not 0 < mfu <= 1 or accumulate < 1 or batch_size < 0:
+    if gpu not in NODES or parallel not in ("ddp", "fsdp") or not 0 < mfu <= 1 or accumulate < 1 or batch_size < 0:
         raise ConfigError(
-            f"plan: wanted --gpu one of {', '.join(MACHINES)}, --parallel ddp or fsdp, --mfu in (0, 1], --accumulate "
+            f"plan: wanted --gpu one of {', '.join(NODES)}, --parallel ddp or fsdp, --mfu in (0, 1], --accumulate "
             f"at least 1, --batch-size at least 0; got {gpu}, {parallel}, {mfu}, {accumulate}, {batch_size}"
         )
     per_node, nodes = parse_gpus(gpus)
@@ -55,9 +55,9 @@ def plan(
         accumulate=accumulate,
         checkpointed=checkpoint_activations,
         local_negatives=local_negatives,
-        split=parallel == "fsdp",
+        sharded=parallel == "fsdp",
         mfu=mfu,
     )
     if not 0 < epochs < math.inf or not 0 <= loader_rate < math.inf:
         raise ConfigError(f"plan: wanted --epochs above 0 and --loader-rate at least 0, got {epochs} and {loader_rate}")
-    print(report(setting, parse_count(data), epochs, loader_rate))
+    print(format_plan(setting, parse_count(data), epochs, loader_rate))

@@ -1,4 +1,4 @@
-"""`mvlm pretrain`: parse, build, train, close."""
+"""`mvlm pretrain`: parse the settings; `mvlm.training.run.pretrain` then builds, trains and closes the run."""
 
 from collections.abc import Sequence
 from dataclasses import fields, make_dataclass

@@ -1,5 +1,7 @@
-"""A pretraining run on paper: memory, time and traffic of a step on many GPUs, from what the code counts
-(`mvlm.costs.step_cost`) and from rates that are stated. The assumptions are printed with the figures that rest on them.
+"""Cluster plan: memory, time and traffic of a pretraining step on many GPUs.
+
+FLOPs and bytes are counted from the code (`mvlm.costs.step_cost`). Rates are those of data sheets and of the settings.
+The plan prints its assumptions with its figures. No GPU has timed this.
 
 Shape legend: W GPUs, n pairs of a GPU, N patches, L tokens a caption may have, C width, E contrastive width.
 """
@@ -9,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.step_cost import StepCost, StepShape, step_cost
-from mvlm.distributed.contrastive import LOGITS
+from mvlm.distributed.contrastive import MAX_LOGITS
 from mvlm.errors import ConfigError
 from mvlm_kernels.hardware import GPUS
 
@@ -17,26 +19,29 @@ GB = 1e9
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
-    """What is around a GPU: bytes of memory; bytes a second, each way, to GPUs of its node and to other nodes."""
+class Node:
+    """A GPU's memory, and its links in the node that it usually comes in."""
 
     memory: float
-    within: float
-    between: float
+    """Bytes of a GPU."""
+    intra_node: float
+    """Bytes a second, each way, from a GPU to the other GPUs of its node."""
+    inter_node: float
+    """Bytes a second, each way, from a GPU to other nodes."""
     source: str
 
 
-MACHINES = {
-    "A100": Machine(80e9, 300e9, 25e9, "DGX A100 data sheet: 600 GB/s NVLink both ways, a 200 Gb/s adapter a GPU"),
-    "H100": Machine(80e9, 450e9, 50e9, "DGX H100 data sheet: 900 GB/s NVLink both ways, a 400 Gb/s adapter a GPU"),
-    "H200": Machine(141e9, 450e9, 50e9, "DGX H200 data sheet: 900 GB/s NVLink both ways, a 400 Gb/s adapter a GPU"),
-    "B200": Machine(180e9, 900e9, 50e9, "DGX B200 data sheet: 1.8 TB/s NVLink both ways, a 400 Gb/s adapter a GPU"),
+NODES = {
+    "A100": Node(80e9, 300e9, 25e9, "DGX A100 data sheet: 600 GB/s NVLink both ways, a 200 Gb/s adapter a GPU"),
+    "H100": Node(80e9, 450e9, 50e9, "DGX H100 data sheet: 900 GB/s NVLink both ways, a 400 Gb/s adapter a GPU"),
+    "H200": Node(141e9, 450e9, 50e9, "DGX H200 data sheet: 900 GB/s NVLink both ways, a 400 Gb/s adapter a GPU"),
+    "B200": Node(180e9, 900e9, 50e9, "DGX B200 data sheet: 1.8 TB/s NVLink both ways, a 400 Gb/s adapter a GPU"),
 }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClusterSetting:
-    """What is planned."""
+    """Model, cluster and settings of a planned run."""
 
     model: MaskVLMConfig
     gpu: str
@@ -47,14 +52,14 @@ class ClusterSetting:
     accumulate: int = 1
     checkpointed: bool = False
     local_negatives: bool = False
-    split: bool = False
+    sharded: bool = False
     """FSDP2 instead of DDP."""
     mfu: float = 0.4
-    """Share of the peak rate that matrix products reach over a whole step."""
+    """FLOPs of a step as a fraction of the GPUs' peak in the time of forward and backward."""
 
     @property
     def ranks(self) -> int:
-        """W."""
+        """W, number of GPUs."""
         return self.per_node * self.nodes
 
 
@@ -62,7 +67,7 @@ MOST_GPUS = 1_000_000
 
 
 def parse_gpus(words: tuple[str, ...]) -> tuple[int, int]:
-    """("8", "x", "16"), ("8 x 16",) or ("8x16",) -> 8 GPUs a node, 16 nodes; ("8",) is one node.
+    """Parse GPUs a node and nodes: ("8", "x", "16"), ("8 x 16",) or ("8x16",) -> (8, 16); ("8",) -> (8, 1).
 
     ConfigError for anything else.
     """
@@ -73,15 +78,15 @@ def parse_gpus(words: tuple[str, ...]) -> tuple[int, int]:
 
 
 def parse_count(text: str) -> int:
-    """A number of pairs such as 400M; k, M and B stand for 1e3, 1e6 and 1e9. ConfigError for anything else."""
+    """Parse a number of pairs such as 400M; k, M and B stand for 1e3, 1e6 and 1e9. ConfigError for anything else."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kMB]?)", text)
     if found is None or not float(found[1]):
         raise ConfigError(f"data: wanted a number of pairs such as 400M, got {text!r}")
     return round(float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9}[found[2]])
 
 
-def count(setting: ClusterSetting) -> StepCost:
-    """What one rank's step does. ConfigError when ranks and microbatches cannot share the batch."""
+def rank_step_cost(setting: ClusterSetting) -> StepCost:
+    """Count one rank's step. ConfigError if the batch does not divide evenly among ranks and microbatches."""
     parts = setting.ranks * setting.accumulate
     if setting.batch_size % parts:
         raise ConfigError(
@@ -98,21 +103,24 @@ def count(setting: ClusterSetting) -> StepCost:
     return step_cost(setting.model, shape)
 
 
-def memory(setting: ClusterSetting, found: StepCost) -> dict[str, float]:
-    """Bytes of one GPU by part, of weights and AdamW in fp32. Gradients that the step made count as activations."""
-    whole = 4 * found.parameters
-    share = whole / setting.per_node if setting.split else whole
+def gpu_memory(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
+    """Bytes of one GPU by part. Weights and AdamW are in fp32.
+
+    Gradients may be counted twice: as buffers, and in `activations: backward` if they are alive at the peak.
+    """
+    weights = 4 * cost.parameters
+    share = weights / setting.per_node if setting.sharded else weights
     rows = {"parameters": share, "gradients": share, "optimizer (two moments)": 2 * share}
-    if setting.split:  # what is in no block stays gathered through a step; of blocks, two at a time
+    if setting.sharded:  # parameters outside blocks stay gathered through a step; blocks are gathered two at a time
         config = setting.model
         outside = 4 * config.width * (2 * config.vocab_size + config.patch_values + 4 * config.width)
         rows["gathered parameters"] = outside + 2 * 4 * 16 * config.width**2
-    rows |= {f"activations: {name}": size for name, size in sorted(found.parts.items())}
+    rows |= {f"activations: {name}": size for name, size in sorted(cost.parts.items())}
     return rows
 
 
 def exchange_bytes(setting: ClusterSetting) -> dict[str, float]:
-    """Bytes that one GPU takes in for the objectives, forward; backward gives as many back."""
+    """Bytes that one GPU receives in forward for ITC (embeddings) and ITM (features). Backward sends as many back."""
     if setting.ranks == 1:
         return {"embeddings": 0.0, "features": 0.0}
     config, others = setting.model, setting.batch_size * (1 - 1 / setting.ranks)
@@ -121,35 +129,36 @@ def exchange_bytes(setting: ClusterSetting) -> dict[str, float]:
     return {"embeddings": 2 * 4.0 * others * config.itc_width, "features": features}
 
 
-def seconds(setting: ClusterSetting, found: StepCost) -> dict[str, float]:
-    """Seconds of one step by what they go to, and `step`, all of them.
+def step_seconds(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
+    """Seconds of one step by activity, and their sum, `step`.
 
-    Gradients (and FSDP2's parameters) travel behind the computation of backward: what does not fit there shows.
-    Features travel before ITM, when there is nothing else to compute. A message to all enters a node through all its
-    adapters.
+    Communication of gradients (and of FSDP2's parameters) overlaps with backward; only the rest counts. Communication
+    of features precedes ITM and overlaps with nothing. A broadcast enters a node through all its adapters.
     """
-    machine, rate = MACHINES[setting.gpu], GPUS[setting.gpu].flops * setting.mfu
-    forward, backward = found.forward / rate, found.backward / rate
-    entering = machine.within if setting.nodes == 1 else min(machine.within, setting.per_node * machine.between)
-    moved = 4.0 * found.parameters
-    passes = 3 * setting.accumulate if setting.split else 2  # gather twice and scatter, each microbatch; or all-reduce
-    inside = passes * moved * (1 - 1 / setting.per_node) / machine.within
-    outside = 2 * moved * (1 - 1 / setting.nodes) / (setting.per_node * machine.between)
+    node, rate = NODES[setting.gpu], GPUS[setting.gpu].flops * setting.mfu
+    forward, backward = cost.forward / rate, cost.backward / rate
+    entering = node.intra_node if setting.nodes == 1 else min(node.intra_node, setting.per_node * node.inter_node)
+    moved = 4.0 * cost.parameters
+    passes = (
+        3 * setting.accumulate if setting.sharded else 2
+    )  # gather twice and scatter, each microbatch; or all-reduce
+    inside = passes * moved * (1 - 1 / setting.per_node) / node.intra_node
+    outside = 2 * moved * (1 - 1 / setting.nodes) / (setting.per_node * node.inter_node)
     shown = max(0.0, inside + outside - backward)
     exchanged = 2 * sum(exchange_bytes(setting).values()) / entering
     rows = {"forward": forward, "backward": backward, "gradients that show": shown, "features": exchanged}
     return rows | {"step": sum(rows.values())}
 
 
-def scaling(setting: ClusterSetting, found: StepCost) -> list[tuple[int, int, float, float]]:
-    """(GPUs, pairs of a global batch, seconds a step, share of the time that computes), nodes doubling.
+def scaling(setting: ClusterSetting, cost: StepCost) -> list[tuple[int, int, float, float]]:
+    """Weak scaling over doubling numbers of nodes: GPUs, global batch, seconds a step, fraction of time in computation.
 
-    The pairs of a GPU stay what they are, so the global batch grows.
+    The pairs of a GPU stay constant, so the global batch grows.
     """
     rows, nodes = [], 1
     while setting.per_node * nodes <= 1024:
         wider = replace(setting, nodes=nodes, batch_size=setting.batch_size // setting.ranks * setting.per_node * nodes)
-        times = seconds(wider, found)
+        times = step_seconds(wider, cost)
         rows.append(
             (wider.ranks, wider.batch_size, times["step"], (times["forward"] + times["backward"]) / times["step"])
         )
@@ -157,28 +166,31 @@ def scaling(setting: ClusterSetting, found: StepCost) -> list[tuple[int, int, fl
     return rows
 
 
-def report(setting: ClusterSetting, pairs: int, epochs: float, loader_rate: float = 0.0) -> str:
-    """The plan as a page of text, for `pairs` pairs of data seen `epochs` times.
+def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate: float = 0.0) -> str:
+    """Format the plan as text.
 
-    `loader_rate` is what a node's loader was measured to give, in pairs a second; 0 where nobody has measured.
+    Args:
+        pairs: pairs of the data set.
+        epochs: passes over it.
+        loader_rate: measured pairs a second of a node's loader; 0 for not measured.
     """
-    found = count(setting)
-    machine, gpu = MACHINES[setting.gpu], GPUS[setting.gpu]
-    parts, times, carried = memory(setting, found), seconds(setting, found), exchange_bytes(setting)
+    cost = rank_step_cost(setting)
+    node, gpu = NODES[setting.gpu], GPUS[setting.gpu]
+    parts, times, carried = gpu_memory(setting, cost), step_seconds(setting, cost), exchange_bytes(setting)
     total, step = sum(parts.values()), times["step"]
     steps = pairs * epochs / setting.batch_size
     per_second = setting.batch_size / step
     own = setting.batch_size // setting.ranks
     lines = [
         f"{setting.ranks} x {setting.gpu} ({setting.nodes} nodes of {setting.per_node}), {setting.batch_size:,} pairs a"
-        f" step: {own} a GPU in microbatches of {own // setting.accumulate}, {'FSDP2' if setting.split else 'DDP'}",
-        f"{found.parameters / 1e6:.1f} M parameters; {(found.forward + found.backward) / own / GB:.1f} GFLOP a pair",
+        f" step: {own} a GPU in microbatches of {own // setting.accumulate}, {'FSDP2' if setting.sharded else 'DDP'}",
+        f"{cost.parameters / 1e6:.1f} M parameters; {(cost.forward + cost.backward) / own / GB:.1f} GFLOP a pair",
         "",
         "Memory of a GPU, GB",
         *(f"  {name:<34}{size / GB:10.2f}" for name, size in parts.items()),
-        f"  {'all':<34}{total / GB:10.2f}   of {machine.memory / GB:.0f}"
-        + ("" if total < 0.9 * machine.memory else "   DOES NOT FIT: more microbatches or checkpointed activations"),
-        f"  of the activations, logits at most {4 * LOGITS / GB:.2f}, embeddings of all "
+        f"  {'all':<34}{total / GB:10.2f}   of {node.memory / GB:.0f}"
+        + ("" if total < 0.9 * node.memory else "   DOES NOT FIT: more microbatches or checkpointed activations"),
+        f"  of the activations, logits at most {4 * MAX_LOGITS / GB:.2f}, embeddings of all "
         f"{2 * 4 * setting.batch_size * setting.model.itc_width / GB:.2f}",
         "",
         "A step, milliseconds",
@@ -192,13 +204,14 @@ def report(setting: ClusterSetting, pairs: int, epochs: float, loader_rate: floa
         "",
         "The same pairs a GPU on more nodes",
         *(f"  {gpus:6,} GPUs {batch:10,} pairs {1e3 * time:8.0f} ms, {100 * share:3.0f} % computing"
-          for gpus, batch, time, share in scaling(setting, found)),
-        stops(setting, found),
+          for gpus, batch, time, share in scaling(setting, cost)),
+        scaling_limit(setting, cost),
         "",
         "Assumed",
         f"  {setting.mfu:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s in bf16 ({gpu.source})",
-        f"  {machine.within / GB:.0f} GB/s to GPUs of a node, {machine.between / GB:.0f} GB/s to other nodes, each way",
-        f"  ({machine.source})",
+        f"  {node.intra_node / GB:.0f} GB/s to GPUs of a node, {node.inter_node / GB:.0f} GB/s to other nodes, "
+        "each way",
+        f"  ({node.source})",
         "  operations and activations counted, not measured: the fast plan, captions of 12 tokens, the longest of 30,",
         "  dtypes of CUDA's autocast; no allocator's waste, no CUDA context, no NCCL buffers, no kernel workspace",
         "  the optimizer's step, the loader's wait, evaluation and checkpoints take no time",
@@ -206,9 +219,9 @@ def report(setting: ClusterSetting, pairs: int, epochs: float, loader_rate: floa
     return "\n".join(lines)
 
 
-def stops(setting: ClusterSetting, found: StepCost) -> str:
-    """Where more nodes no longer help: what travels takes longer than what is computed."""
-    for gpus, _, _, share in scaling(setting, found):
+def scaling_limit(setting: ClusterSetting, cost: StepCost) -> str:
+    """Number of GPUs from which a step spends more time on communication than on computation, as a line of text."""
+    for gpus, _, _, share in scaling(setting, cost):
         if share < 0.5:
             return f"  It stops scaling at {gpus:,} GPUs: more than half of a step is spent on what travels"
     return "  More than half of a step computes as far as this goes"

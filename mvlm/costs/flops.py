@@ -1,8 +1,8 @@
-"""Formulas for `torch.utils.flop_counter`: what it does not know, and attention by its mathematics.
+"""FLOP formulas for `torch.utils.flop_counter`: our kernels, and attention independent of its backend.
 
-A product of (m, k) and (k, n) is 2 m k n operations; what is not a matrix product is not counted. Attention is its two
-products forward and four backward whichever kernel runs: those that recompute the scores are not charged for it, so
-that counts compare mathematics.
+A product of (m, k) and (k, n) counts 2 m k n FLOPs; other operations count nothing. Attention counts two products
+forward and four backward for every backend. Recomputation of scores in backward is not counted, so that backends
+compare equal.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ aten, ours = torch.ops.aten, torch.ops.mvlm_kernels
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    """SDPA: q (B, H, Lq, D), k (B, H, Lk, D), v (B, H, Lk, Dv)."""
+    """SDPA forward: q (B, H, Lq, D), k (B, H, Lk, D), v (B, H, Lk, Dv)."""
     return 2 * q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
 
 
@@ -27,10 +27,10 @@ def attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, *
 
 
 def cross_attention(q: Tensor, k: Tensor, v: Tensor, *sides: Any, out_val: Any = None) -> int:
-    """mvlm_kernels.cross_attention, dense or packed, by its operator's arguments.
+    """Forward of mvlm_kernels.cross_attention, padded or packed, from its operator's arguments.
 
-    Exact where at most one side is packed; where both are, every sequence counts as long as the longest, because
-    lengths are values on the device. Keys that do not exist count like the others.
+    Exact if at most one side is packed. If both are, every key sequence counts with the longest length, because lengths
+    are values on the device. Padding keys count too.
     """
     _, _, key_index, packed_q, packed_k, _, _, longest_k = sides[:8]
     heads, width = q.shape[-2:]
@@ -43,14 +43,17 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, *sides: Any, out_val: Any =
 
 
 def cross_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, out_val: Any = None) -> int:
-    """Two products for dQ (dP, then dQ) and two for dK and dV (dP counts once): four in all, three or two for one."""
+    """Backward of cross_attention: dP once, then one product for dQ and two for dK and dV.
+
+    Four products for all gradients, three for dK and dV alone, two for dQ alone.
+    """
     *sides, need_dq, need_dkv = rest[2:]
     products = 1 + need_dq + 2 * need_dkv if need_dq or need_dkv else 0
     return products * cross_attention(q, k, v, *sides) // 2
 
 
 def linear_pixel_loss(hidden: Tensor, weight: Tensor, *_: Any, out_val: Any = None) -> int:
-    """hidden (B, K, C), weight (3*P*P, C): the pixel head's product."""
+    """Forward of mvlm_kernels.linear_pixel_loss, one product: hidden (B, K, C), weight (3*P*P, C)."""
     return 2 * hidden.numel() * weight.shape[0]
 
 
@@ -61,9 +64,9 @@ def linear_pixel_loss_backward(
 
 
 class _Raw:
-    """A formula of tensors instead of shapes: arguments in other places than SDPA's have to be told apart."""
+    """A formula that takes the operator's arguments themselves. torch's counter passes shapes to a plain function."""
 
-    _get_raw = True  # torch's counter reads it, and passes tensors where it is true
+    _get_raw = True  # read by torch's counter
 
     def __init__(self, formula: Callable[..., int]) -> None:
         self._formula = formula
@@ -72,7 +75,7 @@ class _Raw:
         return self._formula(*args, **kwargs)
 
 
-# On CUDA and on the CPU; torch's own formulas charge SDPA's backward for recomputing and count the CPU's as nothing.
+# For CUDA and the CPU. torch's own formulas count the recomputation in SDPA's backward, and nothing on the CPU.
 FORMULAS: dict[Any, Callable[..., int]] = {
     **{
         getattr(aten, f"_scaled_dot_product_{kind}"): _Raw(attention)
@@ -90,5 +93,5 @@ FORMULAS: dict[Any, Callable[..., int]] = {
 
 
 def counter() -> FlopCounterMode:
-    """A context that counts; `get_total_flops()` tells."""
+    """Context that counts FLOPs; `get_total_flops()` returns them."""
     return FlopCounterMode(display=False, custom_mapping=FORMULAS)

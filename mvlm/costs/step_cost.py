@@ -1,8 +1,8 @@
-"""What a step of one rank costs, found by going through it with tensors that have shapes and no values.
+"""FLOPs and peak activation memory of one training step, counted by running the real step on fake tensors.
 
-The real step runs (`mvlm.distributed.global_batch`, all ranks but this one imagined), so that operations and memory
-are those of the code and not of a formula that follows it. Nothing is computed and nothing allocated: `base` takes
-seconds.
+Fake tensors have a shape and a dtype but no data, so nothing is computed or allocated, and `base` takes seconds. The
+step is that of `mvlm.distributed.global_batch`; the other ranks are simulated. Counts therefore follow the code, not a
+separate formula.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-# A process group that pretends: collectives return at once. torch has no public name for it.
+# A fake process group, whose collectives return at once. torch has no public name for it.
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -36,88 +36,88 @@ from mvlm.model.packing import round_up_length
 from mvlm_dataloading import Batch, Masks
 
 CPU = torch.device("cpu")
-# Not torch's counter: it follows modules with hooks that keep a graph which runs again alive.
+# Not torch's FlopCounterMode: its module hooks keep the graphs of checkpointed blocks alive, which adds memory.
 COUNTED: dict[Any, Any] = {**flop_registry, **FORMULAS}
-OTHER, BACKWARD = "between blocks", "backward"
+BETWEEN_BLOCKS, BACKWARD = "between blocks", "backward"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepShape:
-    """One rank's step: its pairs and how it goes through them."""
+    """Sizes and settings of one rank's step."""
 
     pairs: int
-    """Of a microbatch."""
+    """Pairs of a microbatch."""
     tokens: int = 12
-    """Of a caption, the mean."""
+    """Mean number of tokens of a caption."""
     longest: int = 30
-    """Tokens of the longest caption of a batch."""
+    """Number of tokens of the longest caption of a batch."""
     ranks: int = 1
     microbatches: int = 1
     checkpointed: bool = False
     local_negatives: bool = False
     bf16: bool = True
     gpu: bool = True
-    """Dtypes as autocast chooses them on a GPU: LayerNorm in fp32."""
+    """Dtypes and shapes of a GPU's step: LayerNorm in fp32, and padding to sizes that the host knows."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """What was counted."""
+    """FLOPs and memory of one rank's step."""
 
     parameters: int
-    """Elements."""
+    """Number of parameters."""
     forward: int
-    """Operations of the forward passes, a second one of microbatches included."""
+    """FLOPs of the forward passes, both of them with gradient caching."""
     backward: int
-    """Operations of backward, with the blocks that it runs again."""
+    """FLOPs of the backward passes, with the blocks that they recompute."""
     peak: int
-    """Bytes of all that the step made and still held when that was most, gradients included."""
+    """Peak bytes of the tensors that the step made, gradients included."""
     parts: dict[str, int]
-    """The same by what made it: the blocks of a part of the model, what is between blocks, or a backward pass."""
+    """Bytes at the peak by origin: blocks of a part of the model, code between blocks, or a backward pass."""
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Follows the bytes of every storage that operators make, by the part of the model whose block made it."""
+    """Counts FLOPs, and the bytes of every storage by the part of the model whose block made it."""
 
     def __init__(self, drawn_tokens: int) -> None:
         super().__init__()
         self._drawn_tokens = drawn_tokens
-        self._open: list[str] = []
-        """The blocks that are running, by the child of the model that has them."""
+        self._running: list[str] = []
+        """Child of the model of each block that is running, outermost first."""
         self._known: set[int] = set()
-        self._before: list[torch.UntypedStorage] = []
-        self._sums: dict[str, int] = {}
-        self._now = 0
-        self.operations = 0
+        """Ids of storages that are counted or ignored."""
+        self._ignored: list[torch.UntypedStorage] = []
+        self._held_by_part: dict[str, int] = {}
+        self._held = 0
+        self.flops = 0
         self.peak = 0
         self.parts: dict[str, int] = {}
-        self.stage = OTHER
-        """What is in no part belongs to this."""
+        self.stage = BETWEEN_BLOCKS
+        """Origin of a storage that no block makes."""
 
-    def follow(self, model: MaskVLM) -> None:
-        """Tell apart what blocks make."""
+    def track_blocks(self, model: MaskVLM) -> None:
+        """Attribute storages to the block that is running when they are made."""
         for name, module in model.named_modules():
             if isinstance(module, BLOCKS):
                 child = name.split(".")[0]
-                module.register_forward_pre_hook(lambda *_, child=child: self._open.append(child))
+                module.register_forward_pre_hook(lambda *_, child=child: self._running.append(child))
                 module.register_forward_hook(lambda *_: self._leave(), always_call=True)
 
     def _leave(self) -> None:
-        self._open.pop()
+        self._running.pop()
 
-    def know(self, tensors: Any) -> None:
-        """Leave these out: they were there before."""
-        self._before = [tensor.untyped_storage() for tensor in tensors]
-        self._known = {id(storage) for storage in self._before}
+    def ignore(self, tensors: Any) -> None:
+        """Leave out the storages of these tensors, which exist before the step."""
+        self._ignored = [tensor.untyped_storage() for tensor in tensors]  # kept, so that no other gets an equal id
+        self._known = {id(storage) for storage in self._ignored}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (
-            func is torch.ops.aten._local_scalar_dense.default
-        ):  # the one number that a step asks for, and on a CPU alone
+        # A fake tensor has no value to read. A step reads one number, on a CPU only: the tokens of the drawn captions.
+        if func is torch.ops.aten._local_scalar_dense.default:
             return self._drawn_tokens
         out = func(*args, **(kwargs or {}))
         if func._overloadpacket in COUNTED:
-            self.operations += COUNTED[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+            self.flops += COUNTED[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._add(x.untyped_storage())
@@ -127,22 +127,22 @@ class MemoryTracker(TorchDispatchMode):
         key, size = id(storage), storage.nbytes()
         if key in self._known or not size:
             return
-        part = self._open[0] if self._open and self.stage != BACKWARD else self.stage
+        part = self._running[0] if self._running and self.stage != BACKWARD else self.stage
         self._known.add(key)
         weakref.finalize(storage, self._free, key, part, size)
-        self._now += size
-        self._sums[part] = self._sums.get(part, 0) + size
-        if self._now > self.peak:
-            self.peak, self.parts = self._now, dict(self._sums)
+        self._held += size
+        self._held_by_part[part] = self._held_by_part.get(part, 0) + size
+        if self._held > self.peak:
+            self.peak, self.parts = self._held, dict(self._held_by_part)
 
     def _free(self, key: int, part: str, size: int) -> None:
         self._known.discard(key)
-        self._now -= size
-        self._sums[part] -= size
+        self._held -= size
+        self._held_by_part[part] -= size
 
 
-class AsOnGpu(TorchFunctionMode):
-    """LayerNorm in fp32, as CUDA's autocast has it and the CPU's has not."""
+class GpuLayerNorm(TorchFunctionMode):
+    """LayerNorm in fp32, as in CUDA's autocast. The CPU's autocast leaves it in bf16."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.layer_norm and args[0].dtype == torch.bfloat16:
@@ -151,19 +151,20 @@ class AsOnGpu(TorchFunctionMode):
 
 
 def step_cost(config: MaskVLMConfig, shape: StepShape) -> StepCost:
-    """Count one step of rank 0. Takes seconds. RuntimeError inside a process group: it makes one that pretends."""
+    """Count one step of rank 0. It takes seconds. RuntimeError inside a process group, because it makes a fake one."""
     with torch.device("meta"):
         model = MaskVLM(config)
-    model.set_attention("sdpa", "sdpa")  # keeps what a GPU's attention keeps: no scores
+    model.set_attention("sdpa", "sdpa")  # like the backends of a GPU, it keeps no scores for backward
     if shape.checkpointed:
         checkpoint_activations(model)
     with _world(shape.ranks) as world, FakeTensorMode():
         give_fake_tensors(model)
         micro = [_microbatch(config, shape) for _ in range(shape.microbatches)]
-        with MemoryTracker(_drawn_tokens(config, shape)) as live, AsOnGpu() if shape.gpu else contextlib.nullcontext():
-            live.know([*model.parameters(), *model.buffers()])
-            live.follow(model)
-            with _stages(live) as in_backward:
+        layer_norm = GpuLayerNorm() if shape.gpu else contextlib.nullcontext()
+        with MemoryTracker(_drawn_tokens(config, shape)) as tracker, layer_norm:
+            tracker.ignore([*model.parameters(), *model.buffers()])
+            tracker.track_blocks(model)
+            with _count_backward(tracker) as backward_flops:
                 if world.size == len(micro) == 1:
                     with _autocast(shape):
                         losses = model(*micro[0], plan="fast")
@@ -179,10 +180,10 @@ def step_cost(config: MaskVLMConfig, shape: StepShape) -> StepCost:
                         local_negatives=shape.local_negatives,
                         autocast=lambda: _autocast(shape),
                     )
-        total, backward = live.operations, sum(in_backward)
+        total, backward = tracker.flops, sum(backward_flops)
     parameters = sum(p.numel() for p in model.parameters())
-    parts = {name: size for name, size in live.parts.items() if size}
-    return StepCost(parameters, total - backward, backward, live.peak, parts)
+    parts = {name: size for name, size in tracker.parts.items() if size}
+    return StepCost(parameters, total - backward, backward, tracker.peak, parts)
 
 
 def _autocast(shape: StepShape) -> torch.autocast:
@@ -190,15 +191,15 @@ def _autocast(shape: StepShape) -> torch.autocast:
 
 
 @contextlib.contextmanager
-def _stages(live: MemoryTracker) -> Iterator[list[int]]:
-    """Tells `live` when a backward pass runs; yields a list that gets the operations of each."""
+def _count_backward(tracker: MemoryTracker) -> Iterator[list[int]]:
+    """Context that tells `tracker` when a backward pass runs. It yields a list of the FLOPs of each pass."""
     run, counts = torch.autograd.backward, []
 
     def backward(*args: Any, **kwargs: Any) -> None:
-        before, live.stage = live.operations, BACKWARD
+        before, tracker.stage = tracker.flops, BACKWARD
         run(*args, **kwargs)
-        counts.append(live.operations - before)
-        live.stage = OTHER
+        counts.append(tracker.flops - before)
+        tracker.stage = BETWEEN_BLOCKS
 
     with patch("torch.autograd.backward", backward):
         yield counts
@@ -216,15 +217,16 @@ def _world(ranks: int) -> Iterator[World]:
 
 
 def _drawn_tokens(config: MaskVLMConfig, shape: StepShape) -> int:
-    """Rows made for the captions that ITM draws: on a CPU as many as they have, on a GPU as many as they may have."""
+    """Rows for the captions of ITM's pairs: on a CPU their tokens, on a GPU the most that they may have."""
     if not shape.gpu:
         return 3 * shape.pairs * shape.tokens
+    # Fetched captions may come from any batch, so only the model's text length bounds them.
     alone = shape.microbatches == 1 and (shape.ranks == 1 or shape.local_negatives)
     return 3 * shape.pairs * round_up_length(shape.longest if alone else config.text_length)
 
 
 def give_fake_tensors(module: nn.Module) -> None:
-    """Parameters and buffers that say they are on the CPU, in place of those on the meta device."""
+    """Replace parameters and buffers on the meta device by fake tensors that report the CPU as their device."""
     for owner in module.modules():
         for name, value in list(owner.named_parameters(recurse=False)):
             setattr(owner, name, nn.Parameter(torch.empty(value.shape, dtype=value.dtype)))
@@ -233,7 +235,7 @@ def give_fake_tensors(module: nn.Module) -> None:
 
 
 def _microbatch(config: MaskVLMConfig, shape: StepShape) -> Microbatch:
-    """Shapes alone. A third of a caption's ordinary tokens is masked as the configuration says."""
+    """Microbatch of fake tensors, with as many masked patches and tokens as the configuration says."""
     pairs, side = shape.pairs, config.image_size
     blocks = (side // config.mask_block) ** 2
     patches = round(config.image_mask_ratio * blocks) * (config.mask_block // config.patch_size) ** 2

@@ -1,4 +1,4 @@
-"""Processes of a run: ranks, collectives, parallel models, losses of the global batch."""
+"""Ranks of a run, collectives, parallel models, and the losses of the global batch."""
 
 from mvlm.distributed.world import World, start
 

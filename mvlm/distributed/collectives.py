@@ -1,8 +1,10 @@
-"""Differentiable collectives on rows of the global batch: gather embeddings, fetch rows by global index.
+"""Differentiable collectives on rows of the global batch: gather all rows, or fetch rows by global index.
 
-The pairs of a global batch are numbered as the loader orders them: blocks of b pairs, block k belonging to rank k % W
-as its microbatch k // W. Shape legend: W ranks, A microbatches a rank, b pairs of a microbatch, n = A b pairs of a
-rank, G = W n pairs of the global batch, R requested rows.
+Global indices follow the loader's order. The batch consists of blocks of b pairs; block k is microbatch k // W of rank
+k % W.
+
+Shape legend: W ranks, A microbatches a rank, b pairs of a microbatch, n = A b pairs of a rank, G = W n pairs of the
+global batch, R requested rows, F elements of a row.
 """
 
 from collections.abc import Sequence
@@ -16,41 +18,42 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class GlobalBatchLayout:
-    """Position of this rank's pairs in the global batch. The host knows all of it."""
+    """Positions of this rank's pairs in the global batch: numbers on the host."""
 
     rank: int
     ranks: int
-    """W."""
+    """W, number of ranks."""
     microbatches: int
-    """A, of each rank."""
+    """A, microbatches of each rank."""
     pairs: int
-    """b, of each microbatch."""
+    """b, pairs of each microbatch."""
 
     @property
     def total(self) -> int:
         """G, the pairs of the global batch."""
         return self.ranks * self.microbatches * self.pairs
 
-    def numbers(self, microbatch: int, device: torch.device) -> Tensor:
+    def indices(self, microbatch: int, device: torch.device) -> Tensor:
         """Global indices int64 (b,) of the pairs of one of this rank's microbatches."""
         first = (microbatch * self.ranks + self.rank) * self.pairs
         return torch.arange(first, first + self.pairs, device=device)
 
-    def own_numbers(self, device: torch.device) -> Tensor:
-        """Global indices int64 (n,) of all pairs of this rank, microbatch after microbatch."""
-        return torch.cat([self.numbers(a, device) for a in range(self.microbatches)])
+    def own_indices(self, device: torch.device) -> Tensor:
+        """Global indices int64 (n,) of all pairs of this rank, in the order of its microbatches."""
+        return torch.cat([self.indices(a, device) for a in range(self.microbatches)])
 
 
 def gather_rows(x: Tensor, layout: GlobalBatchLayout) -> Tensor:
-    """Rows (n, ...) of this rank -> rows (G, ...) of all ranks, by global index. Without gradient."""
+    """Gather rows (n, ...) of every rank into (G, ...), ordered by global index. No gradient."""
     if layout.ranks == 1:
         return x
     parts = x.new_empty(layout.ranks, *x.shape)
     dist.all_gather(list(parts), x.contiguous())
+    # (W, A, b, ...) -> (A, W, b, ...): global order deals a microbatch to every rank before the next microbatch.
     return parts.unflatten(1, (layout.microbatches, layout.pairs)).transpose(0, 1).flatten(0, 2)
 
 
-class _Gather(torch.autograd.Function):
+class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, layout: GlobalBatchLayout) -> Tensor:
         ctx.layout = layout
@@ -66,30 +69,33 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_rows_with_gradient(x: Tensor, layout: GlobalBatchLayout) -> Tensor:
-    """`gather_rows` with a gradient: that of a row is the sum over ranks."""
-    return x if layout.ranks == 1 else _Gather.apply(x, layout)  # pyright: ignore[reportReturnType]
+    """`gather_rows` with a gradient: the owner of a row gets the sum of its gradients on all ranks."""
+    return x if layout.ranks == 1 else _GatherRows.apply(x, layout)  # pyright: ignore[reportReturnType]
 
 
-class _Fetch(torch.autograd.Function):
+class _FetchRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, wanted: Tensor, layout: GlobalBatchLayout, *own: Tensor) -> Tensor:
         ctx.layout, ctx.shape = layout, own[0].shape
         ctx.save_for_backward(wanted)
         rows = wanted % layout.pairs
+        # All ranks broadcast all blocks, whatever is wanted. To send only the wanted rows, the host would have to know
+        # how many each rank wants, and wait for the device.
         fetched = own[0].new_zeros(len(wanted), *own[0].shape[1:])
         for block in range(layout.microbatches * layout.ranks):
             microbatch, owner = divmod(block, layout.ranks)
             sent = own[microbatch].contiguous() if owner == layout.rank else torch.empty_like(own[microbatch])
             if layout.ranks > 1:
                 dist.broadcast(sent, owner)
-            here = (wanted // layout.pairs == block).view(-1, *[1] * (sent.ndim - 1))
-            fetched = torch.where(here, sent.index_select(0, rows), fetched)
+            in_block = (wanted // layout.pairs == block).view(-1, *[1] * (sent.ndim - 1))
+            fetched = torch.where(in_block, sent.index_select(0, rows), fetched)
         return fetched
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         layout: GlobalBatchLayout = ctx.layout
-        # A stable sort puts repeated rows together in a fixed order, so their gradients add up in that order.
+        # A row may be requested several times, and index_add_ would sum its gradients in an arbitrary order on CUDA. A
+        # stable sort puts them next to each other in a fixed order, and segment_reduce sums them in that order.
         wanted, order = ctx.saved_tensors[0].sort(stable=True)
         grad = grad.index_select(0, order).flatten(1)  # (R, F)
         starts = torch.searchsorted(wanted, torch.arange(layout.total + 1, device=wanted.device))
@@ -106,10 +112,10 @@ class _Fetch(torch.autograd.Function):
 
 
 def fetch_rows(own: Sequence[Tensor], wanted: Tensor, layout: GlobalBatchLayout) -> Tensor:
-    """Fetch rows by global index wanted int64 (R,), from whichever rank has them: (R, ...).
+    """Fetch rows by global index wanted int64 (R,), from the ranks that own them: (R, ...).
 
-    own are this rank's features, (b, ...) for each of its microbatches. Ranks broadcast their blocks in turn and keep
-    the rows they asked for: sizes are static, the host never waits, and one remote block is in memory at a time.
-    Gradients return the same way.
+    own are this rank's rows, (b, ...) for each of its microbatches. Ranks broadcast their blocks in turn and keep the
+    rows they asked for: sizes are static, the host never waits, and one remote block is in memory at a time. Backward
+    returns gradients the same way, one block at a time.
     """
-    return _Fetch.apply(wanted, layout, *own)  # pyright: ignore[reportReturnType]
+    return _FetchRows.apply(wanted, layout, *own)  # pyright: ignore[reportReturnType]

@@ -1,4 +1,4 @@
-"""ITC and the draw of ITM's negatives over the global batch, with the logits one block of rows at a time.
+"""ITC, and sampling of ITM's hard negatives, over the global batch. Logits are computed in blocks of rows.
 
 Shape legend: n pairs of this rank, G pairs of the global batch, E contrastive width, Q rows of a block.
 """
@@ -11,8 +11,8 @@ from mvlm.distributed.collectives import GlobalBatchLayout, gather_rows_with_gra
 from mvlm.objectives.losses import contrastive_logits, contrastive_sums
 from mvlm.objectives.negatives import Negatives, NegativeSampling
 
-LOGITS = 1 << 22
-"""Elements of the logit matrix that exist at a time: 16 MiB in fp32, for any number of ranks."""
+MAX_LOGITS = 1 << 22
+"""Most elements of the logit matrix in memory at a time: 16 MiB in fp32, for any number of ranks."""
 
 
 def sharded_contrastive_loss(
@@ -21,13 +21,16 @@ def sharded_contrastive_loss(
     log_scale: Tensor,
     sampling: NegativeSampling,
     layout: GlobalBatchLayout,
-    elements: int = LOGITS,
+    elements: int = MAX_LOGITS,
 ) -> tuple[Tensor, Tensor, Negatives]:
-    """This rank's shares of ITC and of its accuracy, and the negatives of its pairs.
+    """Compute this rank's shares of ITC and of its accuracy, and draw negatives for its pairs.
 
-    image and text (n, E) are this rank's embeddings of unit length, microbatch after microbatch. The rank computes the
-    rows of its own images against all captions, and those of its own captions against all images. The shares of all
-    ranks add up to `objectives.losses.contrastive_loss` of the global batch.
+    image and text (n, E) are this rank's embeddings of unit length, in the order of its microbatches. The rank computes
+    the logits of its own images with all captions, and of its own captions with all images. The shares of all ranks add
+    up to `objectives.losses.contrastive_loss` of the global batch.
+
+    Args:
+        elements: most logits in memory at a time.
     """
     all_images = gather_rows_with_gradient(image, layout)  # (G, E)
     all_texts = gather_rows_with_gradient(text, layout)
@@ -46,17 +49,17 @@ def _rows(
     stream: int,
     elements: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One direction, for own (n, E) against others (G, E).
+    """One direction of ITC: logits of own (n, E) with others (G, E).
 
     Returns the summed cross-entropy, the number of rows nearest to their partner, and for each row a drawn column int64
     (n,) and its weight (n,).
     """
-    numbers = layout.own_numbers(own.device)
+    indices = layout.own_indices(own.device)
     size = max(1, elements // len(others))
-    blocks = list(zip(own.split(size), numbers.split(size), strict=True))
+    blocks = list(zip(own.split(size), indices.split(size), strict=True))
     if len(blocks) == 1:
-        return _block(own, numbers, others, log_scale, sampling, stream)
-    # Backward recomputes a block's logits, so that those of one block exist at a time.
+        return _block(own, indices, others, log_scale, sampling, stream)
+    # Backward computes a block's logits again. Kept ones would make n x G elements, which grows with the ranks.
     parts = [
         checkpoint(_block, rows, of, others, log_scale, sampling, stream, use_reentrant=False) for rows, of in blocks
     ]
@@ -65,8 +68,8 @@ def _rows(
 
 
 def _block(
-    own: Tensor, numbers: Tensor, others: Tensor, log_scale: Tensor, sampling: NegativeSampling, stream: int
+    own: Tensor, indices: Tensor, others: Tensor, log_scale: Tensor, sampling: NegativeSampling, stream: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`_rows` for the rows own (Q, E) of the pairs with the global numbers int64 (Q,)."""
+    """`_rows` for one block of rows own (Q, E), whose global indices are int64 (Q,)."""
     logits = contrastive_logits(own, others, log_scale)  # (Q, G)
-    return *contrastive_sums(logits, numbers), *sampling.draw(logits, numbers, stream)
+    return *contrastive_sums(logits, indices), *sampling.draw(logits, indices, stream)

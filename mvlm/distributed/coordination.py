@@ -1,4 +1,4 @@
-"""Decisions that all ranks of a run take together: to start, to save, to stop, to give up."""
+"""Decisions that all ranks of a run make together: start, save, evaluate, stop, fail."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -15,35 +15,40 @@ from mvlm_dataloading import DataError, Dataset
 
 T = TypeVar("T")
 USER_ERRORS = (ConfigError, RunError, DataError)
+"""Errors with a message for the user; others are faults of the program and keep their traceback."""
 
 
 def run_on_all_ranks(world: World, work: Callable[[], T]) -> T:
-    """Do `work` on every rank. If it fails on any, all of them end: rank 0 with the error, the others with code 2."""
+    """Do `work` on every rank and return its result. If it fails on one rank, all of them end.
+
+    Rank 0 raises the error, and the other ranks raise SystemExit with code 2, so that a user sees one message.
+    """
     try:
         result, error = work(), None
     except Exception as caught:
         result, error = None, caught
-    told = world.gather_objects(None if error is None else str(error))
+    messages = world.gather_objects(None if error is None else str(error))
     if error is not None and (world.first or not isinstance(error, USER_ERRORS)):
         raise error
-    failed = [rank for rank, message in enumerate(told) if message is not None]
+    failed = [rank for rank, message in enumerate(messages) if message is not None]
     if failed and world.first:
-        raise RunError(f"rank {failed[0]}: {told[failed[0]]}")
+        raise RunError(f"rank {failed[0]}: {messages[failed[0]]}")
     if failed:
         raise SystemExit(2)
     return result  # pyright: ignore[reportReturnType]
 
 
 def check_ranks(world: World, config: PretrainConfig, dataset: Dataset) -> None:
-    """RunError on rank 0, and the end of the others, where a rank has other settings or data than rank 0."""
-    everyone = world.gather_objects({"settings": config.to_dict(), "out": str(config.out), "data": dataset.fingerprint})
+    """End all ranks if one has other settings or data than rank 0, which raises RunError."""
+    own = {"settings": config.to_dict(), "out": str(config.out), "data": dataset.fingerprint}
+    by_rank = world.gather_objects(own)
 
     def compare() -> None:
-        for rank, its in enumerate(everyone):
-            differing = differing_settings(everyone[0]["settings"], its["settings"])
+        for rank, values in enumerate(by_rank):
+            differing = differing_settings(by_rank[0]["settings"], values["settings"])
             for name in ("out", "data"):
-                if its[name] != everyone[0][name]:
-                    differing.append(f"{name}: there {everyone[0][name]}, here {its[name]}")
+                if values[name] != by_rank[0][name]:
+                    differing.append(f"{name}: there {by_rank[0][name]}, here {values[name]}")
             if differing and world.first:
                 raise RunError(
                     f"rank {rank} was started with other settings or data than rank 0 "
@@ -55,12 +60,15 @@ def check_ranks(world: World, config: PretrainConfig, dataset: Dataset) -> None:
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank is gone. NCCL and the store have classes for it, gloo words."""
+    """True if a collective failed because another rank is gone.
+
+    NCCL and the store raise their own exception classes. Gloo raises RuntimeError, recognised by its message.
+    """
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
 
 
 class StepDecisions:
-    """Requests of any rank, on which all ranks act after the same step: to save, to evaluate, to stop.
+    """Requests to save, evaluate or stop. Any rank may make one; all ranks act on it after the same step.
 
     Requests are all-reduced while the next step runs and take effect after it, so no step waits.
     """
@@ -71,9 +79,10 @@ class StepDecisions:
         self._decided: list[bool] = []
 
     def decide(self, *requests: bool) -> list[bool]:
-        """The decision on each request: in a world of one, the request itself; else what any rank requested last call.
+        """Send this rank's requests, and return the decisions: what any rank requested at the previous call.
 
-        A request that took effect last call is dropped once: it was sent before the rank could see its effect.
+        In a world of one, a request is decided at once. A request that the previous call granted is ignored once,
+        because it was sent before the rank could see its effect.
         """
         if self._world.size == 1:
             return list(requests)
@@ -88,7 +97,7 @@ class StepDecisions:
         return self._decided
 
     def close(self) -> None:
-        """Wait for the requests under way. Call it before the process group is closed."""
+        """Wait for requests in flight. Call it before the process group is closed."""
         if self._sent is not None:
             self._receive(self._sent)
 

@@ -1,8 +1,8 @@
 """Losses and gradients of one step over the global batch: W ranks with A microbatches of b pairs each.
 
-They equal those of one rank that has all W A b pairs (docs/distributed.md). Each rank computes its share of every loss;
-the shares of all ranks and microbatches add up to the loss. With A = 1 a step is one graph. With more, it caches
-gradients (`mvlm.distributed.gradient_cache`).
+They equal those of one rank with all W A b pairs (docs/distributed.md). Each rank computes its share of every loss; the
+shares of all ranks and microbatches add up to the loss. With A = 1, forward and backward are one autograd graph. With
+more microbatches the step uses gradient caching (`mvlm.distributed.gradient_cache`).
 
 Shape legend: W ranks, A microbatches, b pairs of a microbatch, n = A b pairs of a rank, G = W n pairs, E contrastive
 width.
@@ -19,8 +19,8 @@ from mvlm.distributed.collectives import GlobalBatchLayout, gather_rows
 from mvlm.distributed.contrastive import sharded_contrastive_loss
 from mvlm.distributed.gradient_cache import backward_cached
 from mvlm.distributed.loss_shares import (
-    NAMES,
     OBJECTIVES,
+    SHARE_NAMES,
     GlobalStep,
     MatchingInputs,
     Microbatch,
@@ -54,16 +54,24 @@ def backward_global(
     local_negatives: bool = False,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Losses:
-    """Leave the gradients of the global batch's total loss in `.grad`; return its losses, equal on every rank.
+    """Compute the losses of the global batch, and the gradients of their total in the parameters' `.grad`.
 
-    Every rank brings the same number of microbatches, all with the same number of pairs. Pair i of microbatch a of rank
-    r is pair (a W + r) b + i of the global batch, the order in which a loader deals pairs out. `local_negatives` draws
-    ITM's negatives within a microbatch instead; the losses then depend on the number of ranks.
+    Every rank passes the same number of microbatches, all with the same number of pairs. Pair i of microbatch a of rank
+    r is pair (a W + r) b + i of the global batch: the loader's order.
+
+    Args:
+        local_negatives: draw ITM's negatives within a microbatch, not from the global batch. The losses then depend on
+            the number of ranks and microbatches.
+
+    Returns:
+        The losses, scalars without gradient, equal on every rank.
     """
     sizes = sorted({len(batch.images) for batch, _ in microbatches})
     if len(sizes) != 1:
         raise ValueError(f"microbatches: wanted at least one, all with as many pairs, got {sizes} pairs")
     layout = GlobalBatchLayout(world.rank, world.size, len(microbatches), sizes[0])
+    # Every rank needs the ids of all pairs, to exclude true matches from the negatives, and the lengths of all
+    # captions, to pack the text features that it fetches, which arrive padded.
     ids = torch.cat([_ids(batch) for batch, _ in microbatches])  # (n, 3)
     image_id, text_id, lengths = gather_rows(ids, layout).unbind(1)
     sampling = NegativeSampling(image_id, text_id, seed, step, block=layout.pairs if local_negatives else None)
@@ -72,20 +80,21 @@ def backward_global(
     run = _backward_one_graph if len(microbatches) == 1 else backward_cached
     shares = world.all_reduce(run(parallel, microbatches, shared, not reconstruction_only))
     if reconstruction_only:
+        # `backward_root` gave these zero gradients, with which AdamW would still decay the weights. None skips them.
         for parameter in contrastive_parameters(parallel.model):
-            parameter.grad = None  # the optimizer then leaves it alone, as if nothing had asked for it
-    return Losses(**dict(zip(NAMES, shares, strict=True)), total=shares[: len(OBJECTIVES)].sum())
+            parameter.grad = None
+    return Losses(**dict(zip(SHARE_NAMES, shares, strict=True)), total=shares[: len(OBJECTIVES)].sum())
 
 
 def _ids(batch: Batch) -> Tensor:
-    """int64 (b, 3): image_id, text_id and number of tokens of each pair."""
+    """image_id, text_id and number of tokens of each pair: int64 (b, 3), gathered in one collective."""
     return torch.stack([batch.image_id, batch.text_id, batch.cu_seqlens.diff().long()], dim=1)
 
 
 def _backward_one_graph(
     parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep, contrastive: bool
 ) -> Tensor:
-    """Forward and backward of one microbatch. Returns the rank's shares (7,), in the order of NAMES."""
+    """Forward and backward of a single microbatch. Returns the rank's shares (7,), in the order of SHARE_NAMES."""
 
     def forward(model: MaskVLM) -> tuple[Tensor, Tensor]:
         batch, masks = microbatches[0]
@@ -98,7 +107,7 @@ def _backward_one_graph(
                     *embeddings, model.log_scale, step.sampling, step.layout
                 )
                 inputs = MatchingInputs(streams.image, streams.text, streams.caches)
-                if not step.local_negatives:
+                if not step.local_negatives:  # features of other ranks come without key/value caches
                     own = pair_features(streams.image, streams.text, model.config.text_length)
                     inputs = append_negatives(own, fetch_negatives([own], negatives, step))
                 shares |= {"itc": itc, "itc_accuracy": accuracy}

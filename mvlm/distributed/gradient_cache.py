@@ -1,10 +1,13 @@
 """Gradient caching: a step of several microbatches in the memory of one (GradCache, Gao et al., 2021).
 
-ITC and ITM need the features of all pairs at once. So features are computed twice:
+ITC and ITM need the features of all pairs at once; their graphs would not fit into memory. Features are therefore
+computed twice:
 
-1. without a graph, for all microbatches. ITC and ITM give the gradients of these features, which are kept.
-2. with a graph, one microbatch at a time, for the reconstruction losses. The kept gradients enter as the inner product
-   with the features, whose derivative they are, and so reach the encoders.
+1. Without a graph, for all microbatches. ITC and ITM then give the gradients of the losses with respect to these
+   features. Only the gradients are kept: the cache.
+2. With a graph, one microbatch at a time, together with MLM and MIM. The loss of this pass contains the inner product
+   of the features with their cached gradients. Its derivative with respect to the features is the cached gradient, so
+   backward carries ITC and ITM into the encoders.
 
 Shape legend: A microbatches, b pairs of a microbatch, n = A b pairs of a rank, E contrastive width.
 """
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from mvlm.distributed.contrastive import sharded_contrastive_loss
 from mvlm.distributed.loss_shares import (
-    NAMES,
+    SHARE_NAMES,
     GlobalStep,
     MatchingInputs,
     Microbatch,
@@ -40,29 +43,31 @@ from mvlm_dataloading import Batch, Masks
 def backward_cached(
     parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep, contrastive: bool
 ) -> Tensor:
-    """Forward and backward of several microbatches. Returns the rank's shares (7,), in the order of NAMES.
+    """Forward and backward of several microbatches. Returns the rank's shares (7,), in the order of SHARE_NAMES.
 
     Without `contrastive`, the step trains MLM and MIM alone, in one pass.
     """
-    own: list[PairFeatures] = []
-    shares = torch.zeros(len(NAMES), device=step.masked_tokens.device)
+    cached: list[PairFeatures] = []
+    shares = torch.zeros(len(SHARE_NAMES), device=step.masked_tokens.device)
     if contrastive:
         for batch, _ in microbatches:
-            own.append(parallel(partial(_features_without_graph, batch=batch, step=step), last=False))
-        shares = _backward_to_features(parallel, own, step)
+            cached.append(parallel(partial(_features_without_graph, batch=batch, step=step), last=False))
+        shares = _backward_to_features(parallel, cached, step)
     for number, (batch, masks) in enumerate(microbatches):
-
+        # Defaults bind this microbatch. A plain closure would see the loop's variables as they are when it runs.
         def forward(model: MaskVLM, batch: Batch = batch, masks: Masks = masks, number: int = number):
             with step.autocast():
                 streams = step.implementation.encode(model, batch, masks)
-                rebuilt = reconstruction_shares(model, streams, batch, masks, step)
-            total, parts = backward_root(model, rebuilt, step)
+                reconstruction = reconstruction_shares(model, streams, batch, masks, step)
+            total, parts = backward_root(model, reconstruction, step)
             if contrastive:
-                # The gradient of this sum with respect to the features is the one that ITC and ITM gave them.
-                again = pair_features(streams.image, streams.text, model.config.text_length)
-                total = total + _inner(again.image, own[number].image) + _inner(again.text, own[number].text)
+                # The cached gradients are of W times the shares already, like `total`.
+                features = pair_features(streams.image, streams.text, model.config.text_length)
+                total = total + _product_with_gradient(features.image, cached[number].image)
+                total = total + _product_with_gradient(features.text, cached[number].text)
             return total, parts
 
+        # DDP reduces gradients in the last backward pass; until then they accumulate on each rank.
         total, parts = parallel(forward, last=number == len(microbatches) - 1)
         total.backward()
         shares = shares + parts
@@ -71,23 +76,26 @@ def backward_cached(
 
 @torch.no_grad()
 def _features_without_graph(model: MaskVLM, batch: Batch, step: GlobalStep) -> PairFeatures:
-    """Features of one microbatch, from unmasked images and captions."""
+    """Features of the unmasked images and captions of one microbatch."""
     with step.autocast():
         image, text = step.implementation.encode_unmasked(model, batch)
     return pair_features(image, text, model.config.text_length)
 
 
-def _backward_to_features(parallel: Parallel, own: list[PairFeatures], step: GlobalStep) -> Tensor:
-    """ITC and ITM on features without a graph: leaves their gradients in the features' `.grad`; returns shares (7,)."""
-    for mine in own:
-        mine.image.requires_grad_()
-        mine.text.requires_grad_()
+def _backward_to_features(parallel: Parallel, cached: list[PairFeatures], step: GlobalStep) -> Tensor:
+    """Backward of ITC and ITM down to the features, whose `.grad` they leave. Returns the rank's shares (7,).
+
+    The gradients of ITC's and ITM's own parameters are left too.
+    """
+    for own in cached:
+        own.image.requires_grad_()
+        own.text.requires_grad_()
     drawn: list[Negatives] = []
 
     def itc(model: MaskVLM) -> tuple[Tensor, Tensor]:
         with step.autocast():
-            image = torch.cat([model.embed_image(mine.image) for mine in own])  # (n, E)
-            text = torch.cat([model.embed_text(mine.text) for mine in own])
+            image = torch.cat([model.embed_image(own.image) for own in cached])  # (n, E)
+            text = torch.cat([model.embed_text(own.text) for own in cached])
             share, accuracy, negatives = sharded_contrastive_loss(
                 image, text, model.log_scale, step.sampling, step.layout
             )
@@ -97,18 +105,19 @@ def _backward_to_features(parallel: Parallel, own: list[PairFeatures], step: Glo
     total, shares = parallel(itc, last=False)
     total.backward()
     negatives, weight = drawn[0], total_matching_weight(drawn[0], step)
-    fetched = None if step.local_negatives else fetch_negatives(own, negatives, step)
-    # The fetched rows are leaves too, so that each microbatch's backward stops at them and frees its graph.
+    fetched = None if step.local_negatives else fetch_negatives(cached, negatives, step)
+    # Detached copies of the fetched rows: each microbatch's backward stops at them and frees its graph. One backward
+    # through `fetch_negatives` then serves all microbatches.
     leaves = [] if fetched is None else [x.detach().requires_grad_(x.is_floating_point()) for x in fetched]
-    for number, mine in enumerate(own):
+    for number, own in enumerate(cached):
         rows = slice(number * step.layout.pairs, (number + 1) * step.layout.pairs)
 
-        def itm(model: MaskVLM, mine: PairFeatures = mine, rows: slice = rows):
+        def itm(model: MaskVLM, own: PairFeatures = own, rows: slice = rows):
             with step.autocast():
                 if step.local_negatives:
-                    inputs = MatchingInputs(mine.image, pack(mine.text, mine.lengths))
+                    inputs = MatchingInputs(own.image, pack(own.text, own.lengths))
                 else:
-                    inputs = append_negatives(mine, PairFeatures(*(x[rows] for x in leaves)))
+                    inputs = append_negatives(own, PairFeatures(*(x[rows] for x in leaves)))
                 shares = matching_shares(model, inputs, Negatives(*(x[rows] for x in negatives)), weight, step)
             return backward_root(model, shares, step)
 
@@ -120,7 +129,7 @@ def _backward_to_features(parallel: Parallel, own: list[PairFeatures], step: Glo
     return shares
 
 
-def _inner(x: Tensor, leaf: Tensor) -> Tensor:
-    """Inner product of x with the gradient of leaf, both of one shape. A scalar."""
-    assert leaf.grad is not None
-    return (x * leaf.grad).sum()
+def _product_with_gradient(features: Tensor, cached: Tensor) -> Tensor:
+    """Inner product, a scalar, of features with the gradient of their cached copy, which has the same shape."""
+    assert cached.grad is not None
+    return (features * cached.grad).sum()

@@ -1,6 +1,7 @@
-"""A rank's shares of the losses of a global batch, and the features that ITC and ITM compute them from.
+"""Shares of the losses of a global batch, and the features from which ITC and ITM are computed.
 
-The shares of all ranks and microbatches add up to the loss of one rank that has the whole batch.
+Each rank computes a share of every loss from each of its microbatches. The shares of all ranks and microbatches add up
+to the loss that one rank would compute from the whole batch.
 
 Shape legend: W ranks, A microbatches a rank, b pairs of a microbatch, n = A b pairs of a rank, G = W n pairs, N
 patches, L tokens a caption may have, C width.
@@ -24,28 +25,29 @@ from mvlm_dataloading import Batch, Masks
 
 Microbatch = tuple[Batch, Masks]
 Shares = dict[str, Tensor]
-"""Shares of losses and accuracies, by name: scalars."""
+"""Shares of losses and accuracies by name: scalars."""
 OBJECTIVES = ("mlm", "mim", "itc", "itm")
-NAMES = (*OBJECTIVES, "mlm_accuracy", "itc_accuracy", "itm_accuracy")
+"""Losses that add up to the total."""
+SHARE_NAMES = (*OBJECTIVES, "mlm_accuracy", "itc_accuracy", "itm_accuracy")
 
 
 class GlobalStep(NamedTuple):
-    """State shared by the parts of one training step."""
+    """Values that all parts of one training step share."""
 
     layout: GlobalBatchLayout
     world: World
     implementation: Implementation
     autocast: Callable[[], AbstractContextManager[object]]
     sampling: NegativeSampling
-    """Negatives come from one microbatch where its `block` is set, else from the global batch."""
+    """Sampling of ITM's negatives: within a microbatch if its `block` is set, else from the global batch."""
     lengths: Tensor
-    """int64 (G,), tokens of every caption of the global batch."""
+    """int64 (G,), number of tokens of each caption of the global batch."""
     masked_tokens: Tensor
     """Number of masked tokens of the global batch, a scalar on the device."""
 
     @property
     def local_negatives(self) -> bool:
-        """True where negatives are drawn within a microbatch."""
+        """True if negatives are drawn within a microbatch."""
         return self.sampling.block is not None
 
 
@@ -57,73 +59,80 @@ class PairFeatures(NamedTuple):
     text: Tensor
     """w (b, L, C), zeros for padding."""
     lengths: Tensor
-    """int64 (b,), tokens of each caption."""
+    """int64 (b,), number of tokens of each caption."""
 
 
 class MatchingInputs(NamedTuple):
-    """Features that ITM's pairs of one microbatch are taken from."""
+    """Image and text features of which ITM forms the pairs of one microbatch."""
 
     image: Tensor
-    """(b, 1+N, C), or (2b, 1+N, C) with the drawn images after the own."""
+    """(b, 1+N, C), or (2b, 1+N, C) with the drawn images after the microbatch's own."""
     text: PackedText
-    """b or 2b captions, likewise."""
+    """b captions, or 2b with the drawn captions after the microbatch's own."""
     caches: PairCaches | None = None
-    """Key/value caches for both, where the implementation has made them."""
+    """Key/value caches of both, if the implementation has made them."""
 
 
 def pair_features(image: Tensor, text: PackedText, length: int) -> PairFeatures:
-    """Features from v (b, 1+N, C) and w; captions are padded to `length`, the model's text length."""
+    """Features from v (b, 1+N, C) and w. Captions are padded to `length`, the model's text length.
+
+    One length for all ranks keeps the sizes of `fetch_rows` static.
+    """
     padded, _ = PackedText(text.rows, text.packing.with_max_length(length)).padded()
     return PairFeatures(image, padded, text.packing.lengths.long())
 
 
 def append_negatives(own: PairFeatures, drawn: PairFeatures) -> MatchingInputs:
-    """Own rows 0 to b - 1, followed by the rows drawn for them."""
+    """Concatenate a microbatch's own features (rows 0 to b - 1) and those of its drawn negatives (b to 2b - 1)."""
     text = pack(torch.cat([own.text, drawn.text]), torch.cat([own.lengths, drawn.lengths]))
     return MatchingInputs(torch.cat([own.image, drawn.image]), text)
 
 
 def fetch_negatives(own: list[PairFeatures], negatives: Negatives, step: GlobalStep) -> PairFeatures:
-    """Features (n, ...) of the drawn images and captions, from whichever rank has them."""
+    """Fetch the features (n, ...) of the drawn images and captions from the ranks that have them."""
     image = fetch_rows([features.image for features in own], negatives.images, step.layout)
     text = fetch_rows([features.text for features in own], negatives.texts, step.layout)
     return PairFeatures(image, text, step.lengths.index_select(0, negatives.texts))
 
 
 def contrastive_parameters(model: MaskVLMNetwork) -> list[nn.Parameter]:
-    """The parameters that ITC and ITM alone use."""
+    """Parameters that only ITC and ITM use."""
     modules = (model.image_projection, model.text_projection, model.matching_head)
     return [model.log_scale, *(p for module in modules for p in module.parameters())]
 
 
 def count_masked_tokens(batch: Batch, masks: Masks) -> Tensor:
-    """Number of masked tokens, a scalar on the device. Positions after the last caption are padding."""
+    """Number of masked tokens, a scalar on the device. Padding positions point past the last caption: not counted."""
     return (masks.token_ids < batch.cu_seqlens[-1]).sum()
 
 
 def reconstruction_shares(
     model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks, step: GlobalStep
 ) -> Shares:
-    """Shares of MLM, MIM and MLM's accuracy."""
+    """Shares of MLM, MIM and MLM's accuracy, from one microbatch."""
     mlm, mim, accuracy = step.implementation.reconstruction_losses(model, streams, batch, masks)
-    # MLM is a mean over masked tokens, whose number differs between microbatches; that of masked patches does not.
+    # MLM is a mean over masked tokens. Microbatches have different numbers of them, so the mean of their means would
+    # not be the loss of the global batch: each is weighted by its number. All have equally many masked patches.
     mlm, accuracy = (x * count_masked_tokens(batch, masks) / step.masked_tokens for x in (mlm, accuracy))
     return {"mlm": mlm, "mim": mim / (step.layout.ranks * step.layout.microbatches), "mlm_accuracy": accuracy}
 
 
 def total_matching_weight(negatives: Negatives, step: GlobalStep) -> Tensor:
-    """Sum of the weights of ITM's pairs over the global batch, a scalar on the device."""
+    """Sum of the weights of ITM's pairs over the global batch, a scalar on the device.
+
+    It is known only after all ranks have drawn: a pair without an admissible negative has weight 0.
+    """
     return step.world.all_reduce(matching_weights(negatives).sum())
 
 
 def matching_shares(
     model: MaskVLMNetwork, inputs: MatchingInputs, negatives: Negatives, total: Tensor, step: GlobalStep
 ) -> Shares:
-    """Shares of ITM and its accuracy, of one microbatch and the negatives (b,) drawn for it."""
+    """Shares of ITM and its accuracy, from one microbatch and the negatives (b,) drawn for it."""
     pairs = step.layout.pairs
-    if step.local_negatives:  # global numbers to rows of the microbatch
+    if step.local_negatives:  # global indices -> rows of the microbatch
         rows = negatives._replace(texts=negatives.texts % pairs, images=negatives.images % pairs)
-    else:  # the negative of row i is row b + i of the inputs
+    else:  # `append_negatives` put the negative of row i into row b + i
         drawn = torch.arange(pairs, device=total.device) + pairs
         rows = negatives._replace(texts=drawn, images=drawn)
     matching = matching_pairs(rows)
@@ -131,18 +140,19 @@ def matching_shares(
         model, inputs.image, inputs.text, matching.images, matching.texts, inputs.caches
     )
     loss, accuracy = matching_loss(logits, matching.labels, matching.weights)
+    # `matching_loss` divides by this microbatch's weights; the share divides by those of the global batch.
     share = matching.weights.sum() / total
     return {"itm": loss * share, "itm_accuracy": accuracy * share}
 
 
 def backward_root(model: MaskVLMNetwork, shares: Shares, step: GlobalStep) -> tuple[Tensor, Tensor]:
-    """The scalar that backward starts from, and the shares (7,) in the order of NAMES, 0 for those not given.
+    """Scalar that backward starts from, and the shares (7,) in the order of SHARE_NAMES, 0 for missing ones.
 
-    The scalar is W times the sum of the losses' shares, because DDP and FSDP2 average the ranks' gradients.
+    The scalar is W times the sum of the losses' shares, because DDP and FSDP2 average gradients over ranks.
     """
     losses = [shares[name] for name in OBJECTIVES if name in shares]
-    # DDP waits for a gradient of every parameter, so an empty sum gives one to those that nothing has used.
+    # DDP waits for a gradient of every parameter. A sum of no elements gives a zero gradient to the unused ones.
     unused = sum(p.flatten()[:0].sum() for p in contrastive_parameters(model))
     zero = torch.zeros_like(losses[0])
-    found = torch.stack([shares.get(name, zero).detach() for name in NAMES])
+    found = torch.stack([shares.get(name, zero).detach() for name in SHARE_NAMES])
     return step.world.size * torch.stack(losses).sum() + unused, found

@@ -1,4 +1,4 @@
-"""The model on several ranks: DDP or FSDP2 around it, activation checkpointing, and unsharded copies."""
+"""The model on several ranks: DDP or FSDP2, activation checkpointing, compilation, and unsharded copies."""
 
 import os
 import warnings
@@ -25,7 +25,10 @@ T = TypeVar("T")
 
 
 class _Call(nn.Module):
-    """Runs a function of the model as its forward, where DDP and FSDP2 hook in; a step has several parts."""
+    """Module whose forward calls any function of the model, so that DDP's and FSDP2's hooks run around it.
+
+    A step of several microbatches is several such functions; none is the model's own forward.
+    """
 
     def __init__(self, model: MaskVLM) -> None:
         super().__init__()
@@ -38,9 +41,9 @@ class _Call(nn.Module):
 class Parallel:
     """A model whose gradients are the mean over ranks after the last backward pass of a step.
 
-    `parallel(function, last=...)` returns `function(model)`. Parts of a step go through it one after another, and its
-    last one says so: DDP adds up over ranks in the backward pass of that one, which has to use every parameter.
-    FSDP2 gathers parameters for each part and adds up after each.
+    `parallel(function, last=...)` returns `function(model)`. A step may call it several times; the last call has
+    `last=True`. DDP reduces gradients over ranks in the backward pass of the last call, which must use every
+    parameter. FSDP2 gathers parameters for each call, and reduces gradients after each backward pass.
     """
 
     def __init__(self, model: MaskVLM, call: nn.Module, last: nn.Module) -> None:
@@ -58,12 +61,14 @@ def parallelize(
     nodes: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Parallel:
-    """The model, on its rank's device and with the same weights on every rank, made ready for `backward_global`.
+    """Prepare a model for `backward_global`. It is on its rank's device and has the same weights on every rank.
 
-    With "fsdp" its parameters become DTensors in place: make the optimizer afterwards. They are split over the ranks of
-    a node and kept once on each of `nodes` nodes (as torchrun tells, when not given), which is HSDP. Each block is
-    gathered when it is called and freed after it, in `dtype` if that is given; gradients are added up in the
-    parameters' own.
+    With "fsdp" the parameters become DTensors in place: make the optimizer afterwards. They are sharded over the ranks
+    of a node and replicated on each node (HSDP). A block's parameters are gathered when it is called, in `dtype` if
+    given, and freed afterwards. Gradients are reduced in the parameters' own dtype.
+
+    Args:
+        nodes: number of nodes; by default as torchrun started them.
     """
     call = _Call(model)
     if world.size == 1:
@@ -72,7 +77,7 @@ def parallelize(
         devices = [world.device] if world.device.type == "cuda" else None
         last = DistributedDataParallel(call, device_ids=devices, gradient_as_bucket_view=True)
         return Parallel(model, call, last)
-    # Keys and values are views of one product. The warning is about changing them in place, which nothing does.
+    # Keys and values are views of one product. The warning is about in-place changes of such views; there are none.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     mesh = _mesh(world, nodes)
     # Do not cast inputs: autocast decides the residual stream's dtype.
@@ -81,55 +86,56 @@ def parallelize(
         if isinstance(module, BLOCKS):
             fully_shard(module, mesh=mesh, mp_policy=precision)
         if isinstance(module, CrossBlock):
-            register_fsdp_forward_method(module, "keys_values")  # the fast plan asks for them by themselves
-    # What is in no block, with the temperature and the embeddings, keeps its precision.
+            register_fsdp_forward_method(module, "keys_values")  # the fast implementation calls it on its own
+    # Parameters outside the blocks, with the temperature and the embeddings, keep their dtype.
     fully_shard(call, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     return Parallel(model, call, call)
 
 
 def _mesh(world: World, nodes: int | None) -> DeviceMesh:
-    """All ranks in one dimension, or (nodes, ranks of a node)."""
+    """Mesh of all ranks in one dimension (FSDP), or of (nodes, ranks of a node) (HSDP)."""
     if nodes is None:
         nodes = max(1, world.size // int(os.environ.get("LOCAL_WORLD_SIZE", world.size)))
     if world.size % nodes:
         raise ConfigError(f"nodes: wanted a divisor of the {world.size} ranks, got {nodes}; start as many on each node")
     if nodes == 1:
         return init_device_mesh(world.device.type, (world.size,))
-    return init_device_mesh(world.device.type, (nodes, world.size // nodes), mesh_dim_names=("replicated", "split"))
+    return init_device_mesh(world.device.type, (nodes, world.size // nodes), mesh_dim_names=("replicate", "shard"))
 
 
 def checkpoint_activations(model: MaskVLM) -> None:
-    """From now on backward runs every block again instead of keeping what is inside it; the gradients are the same."""
+    """Make backward recompute the activations of every block instead of keeping them. Gradients are the same."""
     for module in model.modules():
         if isinstance(module, BLOCKS):
-            # Inside the module's call, so that FSDP2's hooks are around it and gather parameters once for both.
+            # `forward`, not the module's call: FSDP2's hooks then stay outside, and gather a block's parameters once
+            # for the recomputation and the backward pass.
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
 
 
-GRAPHS = 64
-"""Compiled steps that may be kept; batches come in a handful of shapes (`mvlm.model.packing.pad_to_bucket`)."""
+MAX_GRAPHS = 64
+"""Most compiled graphs of a step. `mvlm.model.packing.pad_to_bucket` leaves a handful of shapes; torch's limit is 8."""
 
 
 def compile_step(model: MaskVLM, world: World, **settings: Any) -> None:
-    """From now on a call of the model runs compiled, in one graph. `settings` are torch.compile's.
+    """Compile the model's forward, as one graph. `settings` are torch.compile's.
 
-    ConfigError on several ranks: their step is no call of the model but of its parts.
+    ConfigError on several ranks, whose steps call parts of the model and not its forward.
     """
     if world.size > 1:
         raise ConfigError(f"compile: wanted one rank, got {world.size}; leave --compile out")
-    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.recompile_limit = max(MAX_GRAPHS, torch._dynamo.config.recompile_limit)
     model.compile(fullgraph=True, dynamic=False, **settings)
 
 
 def unsharded_copy(model: MaskVLM) -> MaskVLM:
-    """The model itself if its weights are not sharded, else a copy with full weights on every rank.
+    """Return the model itself if its weights are not sharded, else a copy with full weights on every rank.
 
-    The copy is not for training.
+    The copy is for evaluation only.
     """
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         return model
-    whole = MaskVLM(model.config).to(model.log_scale.device)
+    copy = MaskVLM(model.config).to(model.log_scale.device)
     with torch.no_grad():
-        for ours, theirs in zip(whole.parameters(), model.parameters(), strict=True):
+        for ours, theirs in zip(copy.parameters(), model.parameters(), strict=True):
             ours.data = theirs.full_tensor() if isinstance(theirs, DTensor) else theirs.detach()
-    return whole.train(model.training)
+    return copy.train(model.training)

@@ -1,7 +1,7 @@
-"""Where a process stands among the processes of a run: ranks, devices, and the few small things they tell each other.
+"""Ranks of a run, their devices, and small collectives.
 
-`torchrun` starts the processes and sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT; without those
-variables a process is a world of one and there is no process group.
+`torchrun` starts the ranks and sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without these variables
+a process is a world of one, without a process group.
 """
 
 import json
@@ -23,32 +23,32 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The processes of a run, seen from one of them. With `size` 1 nothing here communicates."""
+    """All ranks of a run, seen from one of them. With `size` 1 nothing here communicates."""
 
     rank: int
-    """0 to size - 1; rank 0 writes the files that there is one of."""
+    """0 to size - 1. Rank 0 writes the files that exist once for the whole run."""
     size: int
     local_rank: int
-    """The rank within this machine, which chooses the GPU."""
+    """Rank within this node, which selects the GPU."""
     device: torch.device
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0."""
+        """True for rank 0."""
         return self.rank == 0
 
     def all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """The tensor, reduced over ranks in place. On the device, without waiting for it, where the tensor is there."""
+        """Reduce a tensor over ranks in place and return it. A tensor on a GPU is reduced there, without a sync."""
         if self.size > 1:
             dist.all_reduce(tensor, op=op)
         return tensor
 
     def start_all_reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> "dist.Work | None":
-        """The same, begun: `wait()` on what is returned (None in a world of one) before reading the tensor."""
+        """Start an all-reduce in place. Call `wait()` on the result, None in a world of one, before a read."""
         return dist.all_reduce(tensor, op=op, async_op=True) if self.size > 1 else None
 
     def gather_objects(self, value: Any, group: "dist.ProcessGroup | None" = None) -> list[Any]:
-        """Every rank's value, by rank, on every rank. Values are plain and travel as JSON, so nothing is unpickled."""
+        """Return every rank's value, by rank, on every rank. Values are sent as JSON, so nothing is unpickled."""
         if self.size == 1:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
@@ -60,15 +60,15 @@ class World:
         return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, lengths, strict=True)]
 
     def close(self) -> None:
-        """Leave the process group. After an error it is left out: other ranks may be stuck in it."""
+        """Leave the process group. Do not call it after an error: it would wait for ranks that may be stuck."""
         if self.size > 1:
             dist.destroy_process_group()
 
 
 def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
-    """Join the processes that torchrun started, or be a world of one. ConfigError where `device` is not here.
+    """Join the ranks that torchrun started, or return a world of one. ConfigError if this machine has no such device.
 
-    Tensors on the CPU travel by gloo, those on a GPU by NCCL; a collective that takes longer than the time-out raises.
+    Gloo carries tensors on the CPU, NCCL those on a GPU. A collective that takes longer than the time-out raises.
     """
     chosen = choose_device(device)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
@@ -81,15 +81,15 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     if size > 1:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
-        dist.init_process_group(backend, store=_store_of_attempt(timeout), rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(backend, store=attempt_store(timeout), rank=rank, world_size=size, timeout=timeout)
     return World(rank=rank, size=size, local_rank=local_rank, device=chosen)
 
 
-def _store_of_attempt(timeout: timedelta) -> PrefixStore | None:
-    """Where the ranks of this attempt find each other, if torchrun keeps it; None where torch makes one for them.
+def attempt_store(timeout: timedelta) -> PrefixStore | None:
+    """Store in which the ranks of this attempt find each other; None if torch makes one for them.
 
-    The torchrun of torch 2.13 gives every attempt the same store, in which the addresses of ranks that have ended still
-    stand; so each attempt takes a corner of its own.
+    torchrun (torch 2.13) gives every attempt the same store, which still has the addresses of ranks that have ended.
+    Each attempt therefore uses its own prefix.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None

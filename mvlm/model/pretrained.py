@@ -40,9 +40,7 @@ class HubMixin(Base, library_name="mvlm", license="apache-2.0", tags=["masked-vi
 
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write the two files. huggingface_hub's `save_pretrained` calls this and adds a model card."""
-        model: Any = self
-        write_safetensors(save_directory / WEIGHTS_FILE, model.state_dict())
-        write_json(save_directory / CONFIG_FILE, model.config.to_dict())
+        write_model(self, save_directory)
 
     @classmethod
     def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -87,8 +85,14 @@ class HubMixin(Base, library_name="mvlm", license="apache-2.0", tags=["masked-vi
             raise RunError(f"{folder / CONFIG_FILE}: wanted the settings of a MaskVLM, got: {error}") from None
         make: Any = cls
         model = make(config)
-        load_weights(model, folder)
+        load_weights(model, folder / WEIGHTS_FILE)
         return model.eval()
+
+
+def write_model(model: Any, folder: Path) -> None:
+    """Write a MaskVLM's weights and configuration, the two files that `from_pretrained` reads."""
+    write_safetensors(folder / WEIGHTS_FILE, model.state_dict())
+    write_json(folder / CONFIG_FILE, model.config.to_dict())
 
 
 def _download(hub_id: str, options: dict[str, Any]) -> Path:

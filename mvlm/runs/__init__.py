@@ -1,4 +1,4 @@
-"""The folder of a run, its checkpoints, and trained models loaded from it."""
+"""Run folders, their checkpoints, and trained models loaded from them."""
 
 from mvlm.runs.folder import RunFolder
 from mvlm.runs.load import export, load_model

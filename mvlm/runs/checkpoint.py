@@ -1,9 +1,9 @@
-"""Checkpoints: a folder of safetensors and JSON, written aside and renamed, each file held by a sha256.
+"""Format of a checkpoint: a folder of safetensors and JSON, with a manifest of the files' SHA-256 hashes.
 
     step_00000600/ model/  ema/  optimizer/  generators/   safetensors, a file a rank, by torch.distributed.checkpoint
                    model.json  state.json  tokenizer.json  manifest.json
 
-No pickle is written or read, and nothing that the manifest does not name is opened.
+No pickle is written or read. A file that the manifest does not name is never opened.
 """
 
 import json
@@ -26,30 +26,44 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_distribu
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 
 from mvlm.errors import RunError
-from mvlm.files import check_fit, check_folder, read_safetensors, sha256
+from mvlm.files import check_fit, read_safetensors, sha256
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
-TEXTS = ("model.json", "state.json", "tokenizer.json")
 
-# A single process needs no process group, and DCP says so each time.
+MODEL, EMA, OPTIMIZER, GENERATORS = "model", "ema", "optimizer", "generators"
+"""Folders of tensors. The averaged weights, `EMA`, are there only if the run keeps them."""
+MODEL_CONFIG, STATE, TOKENIZER, MANIFEST = "model.json", "state.json", "tokenizer.json", "manifest.json"
+REQUIRED = (MODEL_CONFIG, STATE, TOKENIZER, MODEL, OPTIMIZER, GENERATORS)
+
+# A single process needs no process group. DCP warns about its absence at every call.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """The finished checkpoints under `root`, oldest first. A folder of another name is none, and nobody's to remove."""
+    """Finished checkpoints under `root`, oldest first. Folders of other names are ignored, so nothing removes them."""
     found = (path for path in root.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
     return sorted(found, key=step_of)
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint, from its folder's name."""
+    """Step of a checkpoint, from its folder's name."""
     return int(path.name.removeprefix("step_"))
 
 
+def checkpoint_name(step: int) -> str:
+    """Folder name of the checkpoint of a step."""
+    return f"step_{step:08d}"
+
+
+def generators_name(rank: int) -> str:
+    """File name, under `GENERATORS`, of a rank's generator states."""
+    return f"rank_{rank:05d}.safetensors"
+
+
 def newest_good_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint whose files are what its manifest says; damaged ones are named in a warning."""
+    """Newest checkpoint whose files match its manifest, or None. A damaged one is skipped with a warning."""
     for path in reversed(checkpoints(root)):
         try:
             verify_checkpoint(path)
@@ -60,27 +74,9 @@ def newest_good_checkpoint(root: Path) -> Path | None:
     return None
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint that `path` names: itself, or the newest good one of a run folder. RunError without one."""
-    if (path / "manifest.json").is_file():
-        verify_checkpoint(path)
-        return path
-    check_folder(path, "a run, a checkpoint or an exported folder")
-    found = newest_good_checkpoint(path / "checkpoints")
-    if found is not None:
-        return found
-    damaged = len(checkpoints(path / "checkpoints"))
-    if damaged:
-        raise RunError(f"{path}: wanted a good checkpoint, found {damaged} damaged, as listed above; use another run")
-    raise RunError(
-        f"{path}: wanted a run, a checkpoint or an exported folder, found no finished checkpoint (checkpoints/step_*), "
-        f"no manifest.json, and no model.safetensors with a config.json; check the path"
-    )
-
-
 def verify_checkpoint(path: Path) -> None:
-    """RunError naming the first file that is missing, differs from the manifest, or is not in it."""
-    manifest = path / "manifest.json"
+    """Raise RunError for the first file that is missing, differs from the manifest, or is not in it."""
+    manifest = path / MANIFEST
     try:
         values = json.loads(manifest.read_text())
         version, digests = values["format_version"], dict(values["sha256"])
@@ -88,9 +84,9 @@ def verify_checkpoint(path: Path) -> None:
         raise RunError(f"{manifest}: wanted a readable manifest, got {error!r}; use another checkpoint") from None
     if version != FORMAT_VERSION:
         raise RunError(f"{manifest}: wanted format version {FORMAT_VERSION}, got {version}; use the mvlm that wrote it")
-    parts = {name.split("/")[0] for name in digests}
-    for name in (*TEXTS, "model", "optimizer", "generators"):
-        if name not in parts:
+    entries = {name.split("/")[0] for name in digests}
+    for name in REQUIRED:
+        if name not in entries:
             raise RunError(f"{path / name}: missing from the checkpoint; use another one")
     for name, digest in digests.items():
         file = path / name
@@ -98,29 +94,29 @@ def verify_checkpoint(path: Path) -> None:
             raise RunError(f"{file}: missing from the checkpoint; use another one")
         try:
             found = sha256(file)
-        except OSError as error:  # a bad sector, for one
+        except OSError as error:  # for example, a bad sector
             raise RunError(f"{file}: cannot be read ({error.strerror}); use another checkpoint") from None
         if found != digest:
             raise RunError(f"{file}: damaged, its sha256 is not the manifest's; use another checkpoint")
     for file in path.rglob("*"):
-        # The reader takes every *.safetensors of a folder: a foreign one would be read with the others.
+        # DCP's reader takes every *.safetensors of a folder, so a foreign file would be read with the others.
         if file.is_file() and file != manifest and str(file.relative_to(path)) not in digests:
             raise RunError(
-                f"{file}: not in the manifest, so not of this checkpoint; remove it or use another checkpoint"
+                f"{file}: not in the manifest, so not part of this checkpoint; remove it or use another checkpoint"
             )
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], group: "dist.ProcessGroup | None") -> None:
-    """Write a folder of safetensors, every rank its own part. Collective over `group`; None for a process alone."""
+    """Write a folder of safetensors. Each rank writes its own file; collective over `group`, None for one process."""
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _as_raised():
+    with _original_error():
         save_distributed(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
 
 
 def read_tensors(folder: Path, wanted: dict[str, Tensor]) -> None:
-    """Fill `wanted` in place from a folder of safetensors, whatever number of ranks wrote it. Not collective.
+    """Fill `wanted` in place from a folder of safetensors that any number of ranks wrote. Not collective.
 
-    RunError lists names and shapes that do not fit, and nothing is filled then.
+    RunError lists names and shapes that do not fit; then nothing is filled.
     """
     reader = HuggingFaceStorageReader(str(folder))
     try:
@@ -129,13 +125,13 @@ def read_tensors(folder: Path, wanted: dict[str, Tensor]) -> None:
         raise RunError(f"{folder}: not readable as safetensors: {error}") from None
     shapes = {name: tuple(m.size) for name, m in found.items() if isinstance(m, TensorStorageMetadata)}
     check_fit({name: tuple(t.shape) for name, t in wanted.items()}, shapes, folder)
-    with _as_raised():
+    with _original_error():
         load_distributed(wanted, storage_reader=reader, no_dist=True)
 
 
 @contextmanager
-def _as_raised() -> Iterator[None]:
-    """What failed, on whatever rank, is raised as it was there: DCP wraps it in an exception that is no Exception."""
+def _original_error() -> Iterator[None]:
+    """Unwrap DCP's CheckpointException, a BaseException that `except Exception` misses, into a rank's own error."""
     try:
         yield
     except CheckpointException as error:
@@ -143,7 +139,7 @@ def _as_raised() -> Iterator[None]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state by parameter name: name/exp_avg, name/exp_avg_sq, name/step."""
+    """State of AdamW by parameter name: name/exp_avg, name/exp_avg_sq, name/step."""
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
@@ -152,7 +148,10 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """AdamW's state from the folder of a verified checkpoint. Parameters that had none there get none."""
+    """Load AdamW's state from the `OPTIMIZER` folder of a verified checkpoint.
+
+    A parameter without state in the checkpoint has none afterwards: ITC's and ITM's, while reconstruction runs alone.
+    """
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     states = {
         name: {
@@ -170,12 +169,12 @@ def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimi
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a verified checkpoint."""
-    return json.loads((folder / "state.json").read_text())
+    """Read state.json of a verified checkpoint."""
+    return json.loads((folder / STATE).read_text())
 
 
 def generator_states(device: torch.device) -> dict[str, Tensor]:
-    """The states of torch's generators on this rank: uint8 (bytes,)."""
+    """States of torch's random generators on this rank, by device type: uint8 (bytes,)."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -183,8 +182,8 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_generators(folder: Path, rank: int, device: torch.device) -> None:
-    """Set this rank's generators as a verified checkpoint has them; a rank that it does not know keeps its own."""
-    file = folder / "generators" / f"rank_{rank:05d}.safetensors"
+    """Restore this rank's generators from a verified checkpoint. A rank that it does not know keeps its own."""
+    file = folder / GENERATORS / generators_name(rank)
     if not file.is_file():
         return
     states = read_safetensors(file)

@@ -1,19 +1,17 @@
-"""The folder of a run: its files, its lock, its configuration and its metrics (docs/files.md)."""
+"""The folder of a run: names of its files, its lock, its configuration and its metrics (docs/files.md)."""
 
-import fcntl
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from mvlm.config.json_files import config_json, differing_settings, read_config
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import RunError
-from mvlm.files import sync, write_json
-from mvlm.runs.checkpoint import checkpoints, newest_good_checkpoint
-
-PARTIAL_CONFIG = ".config.json.partial"  # a kill may leave one
+from mvlm.files import check_folder, sync, write_json
+from mvlm.runs.checkpoint import MANIFEST, checkpoints, newest_good_checkpoint, verify_checkpoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +22,22 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """The resolved configuration."""
+        """Resolved configuration. A folder that has it belongs to a run."""
         return self.path / "config.json"
 
     @property
+    def partial_config(self) -> Path:
+        """Configuration that is being written. A kill may leave it behind."""
+        return self.path / ".config.json.partial"
+
+    @property
+    def lock(self) -> Path:
+        """Empty file that `RunLock` locks. It stays when the run ends."""
+        return self.path / ".lock"
+
+    @property
     def metrics(self) -> Path:
-        """One JSON object a row of metrics."""
+        """Rows of metrics, a JSON object a line."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -54,67 +62,99 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        """The run's HTML report."""
+        """HTML report on the run."""
         return self.path / "report.html"
 
     @property
     def comparison(self) -> Path:
-        """The HTML comparison of this run with others."""
+        """HTML comparison of this run with others."""
         return self.path / "compare.html"
 
     def stalled(self, rank: int) -> Path:
-        """The stacks of a rank's threads, written when the watchdog ends it."""
+        """Stacks of a rank's threads, written when the watchdog ends it."""
         return self.path / f"stalled_rank_{rank:05d}.txt"
 
 
 class RunLock:
-    """Exclusive lock on a run folder, held until it is closed or the process ends, by whatever means.
+    """Exclusive lock on a run folder, held until it is closed or the process ends, even by kill -9.
 
-    Makes the folder if there is none. RunError when another process holds the lock, or when `out` is a file.
+    The folder is made if there is none. RunError if another process holds the lock, or if `out` cannot hold a run.
     """
 
     def __init__(self, out: Path) -> None:
-        if out.exists() and not out.is_dir():
-            raise RunError(f"{out}: wanted a folder for the run, found a file; choose another --out")
+        # First, so that a folder of other files gets no lock file.
+        check_usable(out)
         out.mkdir(parents=True, exist_ok=True)
-        self._handle = os.open(out, os.O_RDONLY)
+        # A file of its own, because NFS grants an exclusive lock only to who may write: never on a folder.
+        lock = RunFolder(out).lock
+        self._lock = FileLock(lock, timeout=0)
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._handle)
+            self._lock.acquire()
+        except Timeout:
             raise RunError(
                 f"{out}: wanted a run folder of our own, found it in use by another process; "
                 f"wait for that run, stop it, or choose another --out"
             ) from None
+        except OSError as error:
+            raise RunError(f"{lock}: cannot be locked ({error.strerror}); choose another --out") from None
 
     def __enter__(self) -> "RunLock":
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._handle)
+        self._lock.release()
+
+
+def check_usable(out: Path) -> None:
+    """Raise RunError unless `out` is a run folder, an empty folder, or not there."""
+    folder = RunFolder(out)
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out}: wanted a folder for the run, found a file; choose another --out")
+    ours = (folder.partial_config, folder.lock)
+    if out.is_dir() and not folder.config.is_file() and any(path not in ours for path in out.iterdir()):
+        raise RunError(f"{out}: wanted an empty folder or a run, found other files; choose another --out")
 
 
 def open_run(config: PretrainConfig) -> Path | None:
     """Check that the run may start in its folder or resume there. Returns the checkpoint to resume from, None to start.
 
-    RunError when the folder holds anything that this run would overwrite. Nothing is changed.
+    RunError if the folder holds anything that this run would overwrite. Nothing is changed.
     """
     out, folder = config.out, RunFolder(config.out)
-    if out.exists() and not out.is_dir():
-        raise RunError(f"{out}: wanted a folder for the run, found a file; choose another --out")
-    if folder.config.is_file():
-        differing = differing_settings(read_config(folder.config), config_json(config))
-        if differing:
-            raise RunError(f"{out}: holds a different run ({'; '.join(differing)}); choose another --out")
-        if not config.resume:
-            raise RunError(f"{out}: holds this run already; go on with --resume, or choose another --out")
-        checkpoint = newest_good_checkpoint(folder.checkpoints)
-        if checkpoint is None and checkpoints(folder.checkpoints):
-            raise RunError(f"{out}: no checkpoint is whole; remove the folder to start again, or restore one")
-        return checkpoint
-    if out.is_dir() and any(path.name != PARTIAL_CONFIG for path in out.iterdir()):
-        raise RunError(f"{out}: wanted an empty folder or a run, found other files; choose another --out")
-    return None
+    check_usable(out)
+    if not folder.config.is_file():
+        return None
+    differing = differing_settings(read_config(folder.config), config_json(config))
+    if differing:
+        raise RunError(f"{out}: holds a different run ({'; '.join(differing)}); choose another --out")
+    if not config.resume:
+        raise RunError(f"{out}: holds this run already; continue it with --resume, or choose another --out")
+    checkpoint = newest_good_checkpoint(folder.checkpoints)
+    if checkpoint is None and checkpoints(folder.checkpoints):
+        raise RunError(
+            f"{out}: wanted a good checkpoint, found all of them damaged; remove the folder to start again, or "
+            f"restore one"
+        )
+    return checkpoint
+
+
+def find_checkpoint(path: Path) -> Path:
+    """Find the checkpoint that `path` names: itself, or the newest good one of a run folder. RunError without one."""
+    if (path / MANIFEST).is_file():
+        verify_checkpoint(path)
+        return path
+    check_folder(path, "a run, a checkpoint or an exported folder")
+    root = RunFolder(path).checkpoints
+    found = newest_good_checkpoint(root)
+    if found is not None:
+        return found
+    damaged = len(checkpoints(root))
+    if damaged:
+        raise RunError(f"{path}: wanted a good checkpoint, found {damaged} damaged, as listed above; use another run")
+    raise RunError(
+        f"{path}: wanted a run, a checkpoint or an exported folder, found no finished checkpoint (checkpoints/step_*), "
+        f"no manifest.json, and no model.safetensors with a config.json; check the path"
+    )
 
 
 def write_config(config: PretrainConfig) -> None:
@@ -122,45 +162,46 @@ def write_config(config: PretrainConfig) -> None:
 
     Call it once the run has been set up without an error: a folder with a config.json belongs to that run.
     """
-    file, aside = RunFolder(config.out).config, config.out / PARTIAL_CONFIG
-    if file.is_file():
+    folder = RunFolder(config.out)
+    if folder.config.is_file():
         return
     config.out.mkdir(parents=True, exist_ok=True)
-    write_json(aside, config_json(config))
-    sync(aside)
-    aside.replace(file)
+    write_json(folder.partial_config, config_json(config))
+    sync(folder.partial_config)
+    folder.partial_config.replace(folder.config)
     sync(config.out)
 
 
 class MetricsFile:
-    """Writer of metrics.jsonl: one JSON object a line. Lines of steps after `step` are dropped when it is opened."""
+    """Writer of metrics.jsonl, a JSON object a line. Opening it drops the rows of steps after `step`."""
 
     def __init__(self, path: Path, step: int) -> None:
         kept = read_metrics(path, step) if path.is_file() else []
-        aside = path.with_name(f".{path.name}.partial")  # a crash here leaves the old file as it was
+        aside = path.with_name(f".{path.name}.partial")  # a crash here leaves the old file unchanged
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
         aside.replace(path)
         self._file = path.open("ab", buffering=0)  # a buffer would write the rest of a failed line later
-        self._whole = path.stat().st_size
+        self._complete_bytes = path.stat().st_size
+        """Length of the file up to its last complete line."""
 
     def write(self, row: dict[str, Any]) -> None:
-        """Add a line, whole or not at all. OSError where it cannot be written, as on a full disk."""
+        """Append a complete line, or nothing. OSError if it cannot be written, for example on a full disk."""
         line = (json.dumps(row, allow_nan=False) + "\n").encode()
         written = 0
         try:
             while written < len(line):
                 written += self._file.write(line[written:])
         except OSError:
-            self._file.truncate(self._whole)
+            self._file.truncate(self._complete_bytes)
             raise
-        self._whole += written
+        self._complete_bytes += written
 
     def close(self) -> None:
         self._file.close()
 
 
 def read_metrics(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, up to `last_step`. Lines that are not rows, as a crash leaves them, are skipped."""
+    """Read the rows of a metrics.jsonl up to `last_step`. A broken line, which a crash may leave, is skipped."""
     rows = []
     for line in path.read_text(errors="replace").splitlines():
         try:

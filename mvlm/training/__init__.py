@@ -1,4 +1,4 @@
-"""The training loop, the guards around it, and `pretrain`, which runs it from a configuration."""
+"""The training loop, its guards, and `pretrain`, which runs it from a configuration."""
 
 from mvlm.training.run import pretrain
 from mvlm.training.trainer import Trainer

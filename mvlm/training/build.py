@@ -16,19 +16,19 @@ from mvlm_dataloading import Augment, DataError, Dataset, Loader, Tokenizer, loa
 
 
 def choose_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
-    """The tokenizer by path, the data set's own, or one trained on its captions."""
+    """Load the configured tokenizer or the data set's own, or train one on the data set's captions."""
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer)
     try:
         return tokenizer_for(dataset, config.model.vocab_size)
     except DataError:
         raise
-    except ValueError as error:  # a vocabulary with no room for all bytes
+    except ValueError as error:  # the vocabulary is too small for all bytes
         raise ConfigError(f"model.vocab_size: {error}") from None
 
 
 def fit_to_tokenizer(config: PretrainConfig, tokenizer: Tokenizer) -> MaskVLMConfig:
-    """The model configuration with the tokenizer's [MASK]. ConfigError when the vocabulary does not hold its tokens."""
+    """Model configuration with the tokenizer's [MASK]. ConfigError if the tokenizer has more tokens than the model."""
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"model.vocab_size: wanted at least the tokenizer's {tokenizer.vocab_size}, got {config.model.vocab_size}"
@@ -37,9 +37,9 @@ def fit_to_tokenizer(config: PretrainConfig, tokenizer: Tokenizer) -> MaskVLMCon
 
 
 def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, world: World) -> Loader:
-    """The training loader, which yields this rank's pairs of each microbatch.
+    """Make the training loader, which yields this rank's pairs of each microbatch.
 
-    ConfigError when ranks and microbatches cannot share the batch evenly.
+    ConfigError if the batch does not divide evenly among ranks and microbatches.
     """
     model, parts = config.model, world.size * config.accumulate
     if config.batch_size % parts:
@@ -72,7 +72,7 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
 
 
 def check_attention(config: PretrainConfig) -> None:
-    """ConfigError for an attention backend that cannot run here."""
+    """Raise ConfigError for an attention backend that cannot run here."""
     device = choose_device(config.device)
     half = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
     dtype = torch.bfloat16 if half else torch.float32
@@ -80,7 +80,7 @@ def check_attention(config: PretrainConfig) -> None:
 
 
 def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
-    """The model. A fresh one has initial weights, with its encoders loaded from the given files."""
+    """Make the model. A fresh one has its encoders loaded from `image_weights` and `text_weights`, if given."""
     model = MaskVLM(config.model)
     model.set_attention(config.self_attention, config.cross_attention)
     if fresh and config.image_weights is not None:

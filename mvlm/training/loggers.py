@@ -23,11 +23,11 @@ SERVICES = ("wandb", "trackio")
 class LogSinks:
     """Writes metrics and images to metrics.jsonl, TensorBoard and, when asked for, W&B and trackio. Rank 0 only.
 
-    A sink that cannot be written, on a full disk for example, is warned about once and tried again with the next row.
-    TensorBoard is not: its writer's thread ends at the first failure.
+    If a sink cannot be written, for example on a full disk, the run continues with one warning, and the sink is tried
+    again with the next row. TensorBoard is not: the thread of its writer ends at the first failure.
 
     Args:
-        step: the step that the run continues from; later rows of an earlier attempt are dropped.
+        step: the step that the run continues from. Rows of later steps, from an earlier attempt, are dropped.
     """
 
     def __init__(self, config: PretrainConfig, step: int) -> None:
@@ -39,7 +39,7 @@ class LogSinks:
         self._failing: set[str] = set()
 
     def log(self, row: dict[str, Any]) -> None:
-        """Write one row of metrics; None stands for a missing number."""
+        """Write one row of metrics. None stands for a missing number."""
         step = row["step"]
         numbers = {name: value for name, value in row.items() if name not in COUNTERS and value is not None}
         self._try("metrics.jsonl", lambda: self._metrics.write(row))
@@ -67,13 +67,13 @@ class LogSinks:
             self._try(name, service.finish, Exception)
 
     def _try(self, name: str, work: Callable[[], object], errors: type[Exception] = OSError) -> bool:
-        """Do `work` and return True; on one of `errors`, warn once until it succeeds again and return False."""
-        # A service has its own kinds of errors, which share no base class: for those, `errors` is Exception.
+        """Do `work` and return True. On one of `errors` return False, with a warning for the first failure in a row."""
+        # W&B and trackio raise errors of many kinds without a common base class: for them `errors` is Exception.
         try:
             work()
         except errors as error:
             if name not in self._failing:
-                log.warning("could not write %s: %s; training goes on", name, error)
+                log.warning("could not write %s: %s; training continues", name, error)
             self._failing.add(name)
             return False
         self._failing.discard(name)
@@ -86,18 +86,18 @@ class LogSinks:
 
 
 def check_services(config: PretrainConfig) -> None:
-    """Raise ConfigError where W&B or trackio is wanted and not installed."""
+    """Raise ConfigError if W&B or trackio is wanted but not installed."""
     for name in SERVICES:
         if getattr(config, name) and find_spec(name) is None:
             raise ConfigError(f"--{name}: wanted the package {name}, which is not installed; pip install {name}")
 
 
 def _start_service(name: str, config: PretrainConfig) -> Any:
-    """The module of W&B or trackio, which have the same calls, with a run started. ConfigError where that fails."""
+    """Start a run of W&B or trackio and return the module; both have the same calls. ConfigError if that fails."""
     extra: dict[str, Any] = {"dir": str(config.out)} if name == "wandb" else {}
     try:
         service = import_module(name)
         service.init(project="mvlm", name=config.out.name, config=config.to_dict(), **extra)
     except Exception as error:
-        raise ConfigError(f"--{name}: could not begin a run: {error!r}; leave --{name} out") from error
+        raise ConfigError(f"--{name}: could not start a run: {error!r}; leave --{name} out") from error
     return service

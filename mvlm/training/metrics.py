@@ -1,4 +1,4 @@
-"""Metrics of a run's steps: kept on the device, sent to the host once a row, and logged."""
+"""Metrics of training steps: kept on the device, sent to the host once a row, and logged."""
 
 import math
 import os
@@ -20,7 +20,7 @@ from mvlm.training.optimizer import learning_rate_factor
 
 
 class MetricsBuffer:
-    """Scalars of the steps since the last row. They stay on the device until they are read, in one transfer."""
+    """Scalars of the steps since the last row. They stay on the device until they are read in one transfer."""
 
     def __init__(self) -> None:
         self._names: list[str] = []
@@ -32,10 +32,10 @@ class MetricsBuffer:
         self.tokens = 0
         """Tokens of all captions of this rank's batches."""
         self.waited = 0.0
-        """Seconds that the steps have waited for their data."""
+        """Seconds that the steps waited for data."""
 
     def add(self, step: int, samples: list[int], tokens: int, values: dict[str, Tensor], waited: float) -> None:
-        """Keep the scalars of one step; their names are the same for all steps of a row."""
+        """Add the scalars of one step. All steps of a row have the same names."""
         self._names = list(values)
         self._rows.append(torch.stack([value.detach().float() for value in values.values()]))
         self._sent = None
@@ -45,7 +45,7 @@ class MetricsBuffer:
         self.waited += waited
 
     def send(self) -> None:
-        """Start the transfer to the CPU, queued after the device's current work."""
+        """Start the transfer to the host. It is queued after the device's current work."""
         rows = torch.stack(self._rows)  # (steps, names)
         if not rows.is_cuda:
             self._sent = (rows, None)
@@ -56,7 +56,7 @@ class MetricsBuffer:
         self._sent = (copy, event)
 
     def read(self) -> list[dict[str, float]]:
-        """The scalars of each step. Waits for the device if the transfer has not finished."""
+        """Return the scalars of each step. Waits for the device if the transfer has not finished."""
         if not self._rows:
             return []
         if self._sent is None:
@@ -69,12 +69,12 @@ class MetricsBuffer:
 
 
 def gradient_norms(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
-    """The norm of all gradients, and that of each part of the model, its direct children and parameters.
+    """Norms before clipping: of all gradients, and by part of the model (its direct children and parameters).
 
-    Scalars, no sync; 0 for a part without gradients. The total is the norm of the norms of all tensors, as in torch's
-    `clip_grad_norm_`.
+    Scalars on the device, without a sync; 0 for a part without gradients. The total is the norm of the norms of all
+    tensors, as in torch's `clip_grad_norm_`.
     """
-    # A part without a gradient yet is named too: the steps of a row must have the same names.
+    # Parts without gradients are listed too, because the steps of a row must have the same names.
     parts: dict[str, list[Tensor]] = {name.split(".")[0]: [] for name, _ in model.named_parameters()}
     gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     norms = torch._foreach_norm([gradient for _, gradient in gradients])  # pyright: ignore[reportPrivateImportUsage]
@@ -89,12 +89,12 @@ def _total_norm(norms: Sequence[Tensor]) -> Tensor:
 
 
 def full_tensor(x: Tensor) -> Tensor:
-    """The tensor itself, or the full tensor of one that is sharded over ranks."""
+    """Gather a tensor that is sharded over ranks; return any other tensor unchanged."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def memory_mb(device: torch.device) -> float:
-    """Peak memory of tensors on a GPU, or the current memory of the process on a CPU, in MB."""
+    """Memory in MB: peak of tensors on a GPU, or resident memory of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     pages = int(Path("/proc/self/statm").read_text().split()[1])
@@ -104,11 +104,12 @@ def memory_mb(device: torch.device) -> float:
 class MetricsLogger:
     """Makes rows of metrics from the steps since the last row.
 
-    `close` ends a row and starts the transfer of its numbers; `write`, called while the next step runs, has them
-    without waiting. So a row is written one step late, and the device never runs dry, even with `--log-every 1`.
+    `close` ends a row and starts the transfer of its numbers. `write`, called while the next step runs, finds them on
+    the host without waiting. A row is therefore written one step late, and the device always has work queued, even with
+    `--log-every 1`.
 
     Args:
-        check: counts the skipped updates among the steps and returns how many the run has had; may end the run.
+        check: counts the skipped updates among the steps and returns the run's total; it raises to end the run.
     """
 
     def __init__(
@@ -117,14 +118,14 @@ class MetricsLogger:
         self._config, self._world, self._sinks, self._check = config, world, sinks, check
         self._mfu = ModelFlopsUtilization(config, world)
         self._pending: tuple[dict[str, Any], MetricsBuffer, dict[str, float]] | None = None
-        self._began = time.perf_counter()
+        self._row_started = time.perf_counter()
 
     def close(self, buffer: MetricsBuffer, skipped_samples: int, figures: dict[str, float]) -> None:
-        """End the row after the last step of `buffer`; `figures` of an evaluation are part of it."""
+        """End a row with the steps of `buffer`. `figures` of an evaluation, if any, become fields of the row."""
         buffer.send()
         now = time.perf_counter()
-        seconds, steps = now - self._began, len(buffer.steps)
-        self._began = now
+        seconds, steps = now - self._row_started, len(buffer.steps)
+        self._row_started = now
         config, factor = self._config, learning_rate_factor(buffer.steps[-1] - 1, self._config)
         rate = steps * config.batch_size / seconds
         mfu = self._mfu.of_rate(rate, buffer.tokens * self._world.size / (steps * config.batch_size))
@@ -141,7 +142,7 @@ class MetricsLogger:
         self._pending = (host, buffer, figures)
 
     def write(self, progress: TrainingProgress) -> None:
-        """Write the row that was closed last, if it has not been. Raises what `check` raises."""
+        """Write the row that was closed last, unless it has been written. Raises what `check` raises."""
         if self._pending is None:
             return
         (host, buffer, figures), self._pending = self._pending, None

@@ -1,4 +1,4 @@
-"""AdamW with a learning rate for each part of the model, its schedule, and the moving average of the weights."""
+"""AdamW with learning rates by part of the model, the learning rate schedule, and an average of the weights."""
 
 import math
 from collections.abc import Iterator
@@ -16,12 +16,15 @@ class GuardedAdamW(torch.optim.AdamW):
     """Fused AdamW that can skip an update without a host sync."""
 
     found_inf: Tensor | None = None
-    """float32 (), 1 = leave weights, moments and step counts unchanged. The fused kernels read it; GradScaler sets it
-    too."""
+    """float32 (), 1 = leave weights, moments and step counts unchanged. The fused kernels read this attribute, which
+    GradScaler sets for the same purpose."""
 
 
 def make_optimizer(model: MaskVLM, config: PretrainConfig, device: torch.device) -> GuardedAdamW:
-    """AdamW with a parameter group for each learning rate, with and without decay. `peak` is a group's peak rate."""
+    """Make AdamW with a parameter group for each pair of peak learning rate (`peak`) and weight decay.
+
+    Weights of linear layers decay. Biases, norms and embeddings do not.
+    """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim >= 2 and not name.endswith(("position", "words.weight"))
@@ -42,7 +45,7 @@ def make_optimizer(model: MaskVLM, config: PretrainConfig, device: torch.device)
 
 
 def peak_rate(name: str, config: PretrainConfig) -> float:
-    """The peak learning rate of the parameter with this name."""
+    """Peak learning rate of the parameter with this name."""
     if name.startswith(("image_encoder.", "text_encoder.")):
         return config.lr_encoder
     if name.startswith(PIXEL_MODULES):
@@ -51,7 +54,7 @@ def peak_rate(name: str, config: PretrainConfig) -> float:
 
 
 def learning_rate_factor(step: int, config: PretrainConfig) -> float:
-    """Learning rate at a step (from 0) as a share of its peak: linear warm-up, then cosine."""
+    """Learning rate at a step (from 0) as a fraction of its peak: linear warm-up, then cosine decay to `lr_end`."""
     if step < config.warmup_steps:
         return (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
@@ -61,8 +64,8 @@ def learning_rate_factor(step: int, config: PretrainConfig) -> float:
 class ExponentialMovingAverage:
     """Exponential moving average (EMA) of a model's weights, on the same device.
 
-    The decay of update t, from 1, is min(decay, t / (9 + t)), so that the start is soon forgotten. A skipped update
-    leaves the weights unchanged, and the average still moves towards them.
+    The decay of update t, from 1, is min(decay, t / (9 + t)), so that the initial weights are soon forgotten. After a
+    skipped update the weights are unchanged, and the average still moves towards them.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -70,17 +73,17 @@ class ExponentialMovingAverage:
         self.tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
         """Averages by parameter name, with the parameters' shapes and dtypes."""
 
-    # torch has no public name for its list-wise operations.
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move towards the weights after the update with this number, from 1."""
+        """Move the average towards the weights after update `step`, from 1."""
         decay = min(self._decay, step / (9 + step))
         weights = [p.detach() for p in self._model.parameters()]
+        # One kernel for all tensors. torch has no public name for its list-wise operations.
         torch._foreach_lerp_(list(self.tensors.values()), weights, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """A context in which the model has the averaged weights."""
+        """Context in which the model has the averaged weights."""
         with torch.no_grad():
             own = [p.detach().clone() for p in self._model.parameters()]
             self._set(list(self.tensors.values()))

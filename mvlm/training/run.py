@@ -1,10 +1,11 @@
-"""One pretraining run from its configuration to its last checkpoint."""
+"""One pretraining run, from its configuration to its last checkpoint."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +24,17 @@ from mvlm_dataloading import Dataset, Tokenizer, open_dataset
 log = logging.getLogger(__name__)
 
 
+class RunInputs(NamedTuple):
+    """Everything that a run reads before it has a model."""
+
+    config: PretrainConfig
+    """The given configuration, with the tokenizer's [MASK]."""
+    dataset: Dataset
+    validation: Dataset | None
+    """Validation split, if the run evaluates."""
+    tokenizer: Tokenizer
+
+
 def pretrain(config: PretrainConfig) -> None:
     """Start or resume one pretraining run. Every file it writes is under `config.out`.
 
@@ -32,7 +44,7 @@ def pretrain(config: PretrainConfig) -> None:
         LostRankError: another process of the run is gone.
     """
     world = start(config.device)
-    with open_trainer(config, world) as trainer:
+    with build_run(config, world) as trainer:
         if trainer.complete:
             log.info("%s is complete: %d of %d steps", config.out, trainer.step, config.max_steps)
         else:
@@ -40,8 +52,26 @@ def pretrain(config: PretrainConfig) -> None:
     world.close()
 
 
+@contextmanager
+def build_run(config: PretrainConfig, world: World) -> Iterator[Trainer]:
+    """Context with a trainer at the run's first step or at its newest good checkpoint. It locks the run folder.
+
+    Every stage runs on all ranks, and if it fails on one, all of them end: none is left waiting for another.
+    """
+    inputs = run_on_all_ranks(world, lambda: open_inputs(config))
+    check_ranks(world, inputs.config, inputs.dataset)
+    # Rank 0 locks the folder and verifies the checkpoints, for all ranks.
+    with run_on_all_ranks(world, lambda: RunLock(config.out) if world.first else nullcontext()):
+        found = run_on_all_ranks(world, lambda: str(open_run(inputs.config) or "") if world.first else "")
+        checkpoint = world.gather_objects(found)[0]
+        trainer = run_on_all_ranks(world, lambda: build_trainer(inputs, world, checkpoint))
+        # Last, so that a run that cannot be built leaves no config.json, which would claim the folder.
+        run_on_all_ranks(world, lambda: write_config(inputs.config) if world.first else None)
+        yield trainer
+
+
 def train(trainer: Trainer) -> None:
-    """`trainer.train()`, with LostRankError where a collective fails because another rank is gone."""
+    """Call `trainer.train()`. LostRankError if a collective fails because another rank is gone."""
     world = trainer.world
     try:
         trainer.train()
@@ -54,29 +84,10 @@ def train(trainer: Trainer) -> None:
         ) from error
 
 
-@contextmanager
-def open_trainer(config: PretrainConfig, world: World) -> Iterator[Trainer]:
-    """A trainer at the run's first step, or at its newest good checkpoint; the run folder is locked in this context.
-
-    Every stage runs on all ranks: if it fails on one, all of them end.
-    """
-    dataset, validation, tokenizer, config = run_on_all_ranks(world, lambda: open_inputs(config))
-    check_ranks(world, config, dataset)
-    # Rank 0 looks at the folder, locks it, and verifies the checkpoints, for all ranks.
-    with run_on_all_ranks(world, lambda: RunLock(config.out) if world.first else nullcontext()):
-        found = run_on_all_ranks(world, lambda: str(open_run(config) or "") if world.first else "")
-        checkpoint = world.gather_objects(found)[0]
-        trainer = run_on_all_ranks(
-            world, lambda: build_trainer(config, world, dataset, validation, tokenizer, checkpoint)
-        )
-        run_on_all_ranks(world, lambda: write_config(config) if world.first else None)
-        yield trainer
-
-
-def open_inputs(config: PretrainConfig) -> tuple[Dataset, Dataset | None, Tokenizer, PretrainConfig]:
-    """The training split, the validation split if it is needed, the tokenizer, and the configuration fitted to it."""
+def open_inputs(config: PretrainConfig) -> RunInputs:
+    """Open data and tokenizer, and check everything that can be checked before there is a folder."""
     notice = config.preemption_file
-    if notice is not None and notice.exists():  # left by an earlier preemption: the run would end after every step
+    if notice is not None and notice.exists():  # left by an earlier preemption: it would end the run at once
         raise ConfigError(f"preemption_file: {notice} exists before the run starts; remove it to train")
     check_services(config)
     dataset = open_dataset(config.data, "train")
@@ -88,29 +99,23 @@ def open_inputs(config: PretrainConfig) -> tuple[Dataset, Dataset | None, Tokeni
     config = replace(config, model=fit_to_tokenizer(config, tokenizer))
     check_attention(config)
     if (config.image_weights or config.text_weights) and not RunFolder(config.out).config.exists():
-        make_model(config, fresh=True)  # weights that do not fit are reported before there is a folder
-    return dataset, validation, tokenizer, config
+        make_model(config, fresh=True)  # raises for weights that do not fit
+    return RunInputs(config, dataset, validation, tokenizer)
 
 
-def build_trainer(
-    config: PretrainConfig,
-    world: World,
-    dataset: Dataset,
-    validation: Dataset | None,
-    tokenizer: Tokenizer,
-    checkpoint: str,
-) -> Trainer:
-    """A trainer at its first step or, if `checkpoint` is not empty, at that verified checkpoint."""
+def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
+    """Build a trainer at its first step or, if `checkpoint` is not empty, at that verified checkpoint."""
+    config = inputs.config
     torch.manual_seed(config.seed)
-    loader = make_loader(dataset, tokenizer, config, world)
+    loader = make_loader(inputs.dataset, inputs.tokenizer, config, world)
     model = make_model(config, fresh=not checkpoint).to(world.device)
     if config.checkpoint_activations:
         checkpoint_activations(model)
     if config.compile:
         compile_step(model, world)
     parallel = parallelize(model, world, config.parallel)
-    optimizer = make_optimizer(model, config, world.device)
-    trainer = Trainer(config, world, parallel, optimizer, loader, tokenizer, validation)
+    optimizer = make_optimizer(model, config, world.device)  # after parallelize, which replaces the parameters
+    trainer = Trainer(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)
     if checkpoint:
         trainer.restore(Path(checkpoint))
         log.info("resuming from %s", checkpoint)

@@ -1,4 +1,4 @@
-"""How a run is asked to end: signals and a file. The step is always finished first."""
+"""Requests to end a run: signals and a file. The step is always finished first."""
 
 import contextlib
 import logging
@@ -12,50 +12,50 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LOOKS = 1.0
-AGAIN = "SIGTERM or Ctrl-C once more ends at once"
+POLL_SECONDS = 1.0
 
 
 class StopRequest:
-    """A context in which SIGTERM, SIGINT (Ctrl-C), SIGUSR1 and a file ask for the end of the run.
+    """Context in which SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or a file requests the end of the run.
 
-    The first one sets `asked`; the step is then finished and saved by the loop. After it, SIGTERM and SIGINT have their
-    usual effect again, so that a second one ends the process at once. Handlers are put back on the way out.
+    After a request, the training loop finishes the step and saves. SIGTERM and SIGINT then have their usual effect
+    again, so that a second signal ends the process at once. The context restores the previous handlers on exit.
 
     Args:
-        file: its appearance is a notice of preemption; looked for at most once a second.
+        file: its appearance is a notice of preemption. It is polled at most once a second.
     """
 
     def __init__(self, file: Path | None = None) -> None:
         self.reason: str | None = None
-        """What asked, or None."""
+        """Signal or file that made the request, or None."""
         self._file = file
-        self._looked = -SECONDS_BETWEEN_LOOKS
+        self._polled_at = -POLL_SECONDS
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # nowhere else may handlers be set
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in no other
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                self._previous[number] = signal.signal(number, self._ask)
+                self._previous[number] = signal.signal(number, self._request)
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def asked(self) -> bool:
-        """Whether this process has been asked to end."""
+    def requested(self) -> bool:
+        """True if this process has been asked to end."""
         now = time.monotonic()
-        if self.reason is None and self._file is not None and now - self._looked >= SECONDS_BETWEEN_LOOKS:
-            self._looked = now
+        if self.reason is None and self._file is not None and now - self._polled_at >= POLL_SECONDS:
+            self._polled_at = now
             if self._file.exists():
                 self.reason = str(self._file)
         return self.reason is not None
 
-    def _ask(self, number: int, _: FrameType | None) -> None:
+    def _request(self, number: int, _: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        # Not by logging: the signal may have come while a log line was being written.
-        with contextlib.suppress(OSError):  # `| tee` got Ctrl-C too, and is gone: the run is still to be saved
-            os.write(2, f"mvlm: {self.reason}: finishing the step and saving; {AGAIN}\n".encode())
+        message = f"mvlm: {self.reason}: finishing the step and saving; SIGTERM or Ctrl-C once more ends at once\n"
+        # Not by logging: the signal may have interrupted a log call, which holds a lock.
+        with contextlib.suppress(OSError):  # Ctrl-C also ends a `| tee`; the run must be saved without it
+            os.write(2, message.encode())

@@ -23,7 +23,17 @@ from mvlm.inference.reconstruction import reconstruction_strip
 from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import Losses
 from mvlm.progress import TrainingProgress
-from mvlm.runs.checkpoint import load_optimizer, optimizer_tensors, read_state, read_tensors, set_generators
+from mvlm.runs.checkpoint import (
+    EMA,
+    MODEL,
+    OPTIMIZER,
+    TOKENIZER,
+    load_optimizer,
+    optimizer_tensors,
+    read_state,
+    read_tensors,
+    set_generators,
+)
 from mvlm.runs.checkpoint_writer import CheckpointWriter
 from mvlm.runs.folder import RunFolder
 from mvlm.training.loggers import LogSinks
@@ -33,12 +43,13 @@ from mvlm.training.stop_request import StopRequest
 from mvlm.training.update_guard import SkippedUpdates, UpdateGuard
 from mvlm.training.watchdog import Watchdog
 from mvlm_dataloading import Batch, Dataset, Loader, Masks, Tokenizer, load_tokenizer
+from mvlm_dataloading.loader.resume import merge_states
 
 log = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One rank's part of a pretraining run: model, optimizer, loader, and what guards and saves them."""
+    """One rank of a pretraining run: its model, optimizer, loader, guards and checkpoint writer."""
 
     def __init__(
         self,
@@ -65,18 +76,18 @@ class Trainer:
         self.step = 0
         """Updates made or skipped."""
         self.best: dict[str, float] | None = None
-        """Step of the best evaluation and its figure, the mean of both R@1."""
+        """Step of the best evaluation, and its figure: the mean of both R@1, in per cent."""
 
     @property
     def complete(self) -> bool:
-        """True when no step is left."""
+        """True if all steps have been made."""
         return self.step >= self.config.max_steps
 
     def train(self) -> None:
-        """Train to `max_steps`, or until asked to stop, with checkpoints on the way and at the end."""
+        """Train to `max_steps` or until a stop is requested, with a checkpoint at the end in either case."""
         config, world = self.config, self.world
         sinks = LogSinks(config, self.step) if world.first else None
-        logger = MetricsLogger(config, world, sinks, self.check)
+        logger = MetricsLogger(config, world, sinks, self.check_skipped_updates)
         batches = iter(self.loader)
         decisions = StepDecisions(world)
         saved_at = evaluated_at = time.monotonic()
@@ -90,13 +101,16 @@ class Trainer:
         ):
             while not self.complete:
                 self.one_step(batches)
-                logger.write(progress)  # the previous row: its numbers have arrived while this step was queued
+                # The previous row. Its numbers arrived while this step was being queued, so nothing waits here.
+                logger.write(progress)
                 now = time.monotonic()
                 save, evaluate, end = decisions.decide(
                     0 < 60 * config.checkpoint_every_minutes <= now - saved_at,
                     0 < 60 * config.eval_every_minutes <= now - evaluated_at,
-                    stop.asked(),
+                    stop.requested(),
                 )
+                # Clocks and signals differ between ranks, so time and stops are decided together. Numbers of steps are
+                # the same everywhere: `due` needs no communication.
                 figures = {}
                 if self.validation is not None and (evaluate or self.due(config.eval_every_steps)):
                     figures = self.evaluate(self.validation, sinks)
@@ -105,7 +119,8 @@ class Trainer:
                     closed, self.metrics = self.metrics, MetricsBuffer()
                     logger.close(closed, self.loader.skipped, figures)
                 if save or end or self.due(config.checkpoint_every_steps) or self.complete:
-                    logger.write(progress)  # a checkpoint never overtakes the rows of its steps
+                    # Rows first: a resume drops the rows after its checkpoint, and never misses one before it.
+                    logger.write(progress)
                     self.save()
                     saved_at = time.monotonic()
                 if end:
@@ -116,17 +131,20 @@ class Trainer:
             if self.writer.newest != self.writer.path(self.step):
                 raise RunError(
                     f"{self.writer.path(self.step)}: could not be written (the reason is above), and the run ends "
-                    f"here; older checkpoints are unchanged: mend the cause and continue with --resume"
+                    f"here; older checkpoints are unchanged: remove the cause and continue with --resume"
                 )
             if not self.complete:
                 log.info("%s: saved at step %d, and stopped", stop.reason or "another rank", self.step)
 
     def due(self, every: int) -> bool:
-        """True after every `every`th step; never for 0."""
+        """True if this step is a multiple of `every`; never for 0."""
         return every > 0 and self.step % every == 0
 
     def one_step(self, batches: Iterator[tuple[Batch, Masks]]) -> None:
-        """One update, or none where the guard forbids it. Its metrics stay on the device, in `self.metrics`."""
+        """Make one update, or skip it if the guard says so. Its metrics stay on the device, in `self.metrics`.
+
+        The host never waits for the device here: it queues the next step while this one runs.
+        """
         self.watchdog.beat(f"the data of step {self.step + 1}")
         started = time.perf_counter()
         loaded = [next(batches) for _ in range(self.config.accumulate)]
@@ -134,18 +152,22 @@ class Trainer:
         tokens = sum(len(batch.tokens) for batch, _ in loaded)
         if self.config.compile:
             loaded = [pad_to_bucket(batch, masks, self.config.model.text_length) for batch, masks in loaded]
-        micro = [(b.to(self.device, non_blocking=True), m.to(self.device, non_blocking=True)) for b, m in loaded]
+        microbatches = [
+            (batch.to(self.device, non_blocking=True), masks.to(self.device, non_blocking=True))
+            for batch, masks in loaded
+        ]
         waited = time.perf_counter() - started
         self.watchdog.beat(f"step {self.step + 1}")
         factor = learning_rate_factor(self.step, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        losses = self.forward_backward(micro)
+        losses = self.forward_backward(microbatches)
         norm, parts = gradient_norms(self.model)
         nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
-        if self.step == self.config.reconstruction_first:  # ITC and ITM are in the loss from here on
+        if self.step == self.config.reconstruction_first:  # ITC and ITM join the loss, which jumps
             self.guard.reset()
         good = self.guard.judge(losses.total.detach(), norm)
+        # The fused optimizer reads this flag on the device. An `if` here would make the host wait for the step.
         self.optimizer.found_inf = (~good).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -158,14 +180,14 @@ class Trainer:
         values["temperature"] = (-full_tensor(self.model.log_scale.detach()[0])).exp()
         self.metrics.add(self.step, samples, tokens, values, waited)
 
-    def forward_backward(self, micro: list[Microbatch]) -> Losses:
-        """The losses of the global batch, scalars; leaves the gradients of their total in the parameters' `grad`."""
+    def forward_backward(self, microbatches: list[Microbatch]) -> Losses:
+        """Compute the losses of the global batch, scalars, and the parameters' gradients of their total."""
         config = self.config
-        # A Python number would be a constant of the compiled code, and every step would compile again.
+        # In compiled code a Python number is a constant: each step would be compiled again.
         step = torch.full((), self.step, device=self.device) if config.compile else self.step
         reconstruction_only = self.step < config.reconstruction_first
-        if self.world.size == len(micro) == 1:
-            batch, masks = micro[0]
+        if self.world.size == len(microbatches) == 1:
+            batch, masks = microbatches[0]
             with autocast(self.device, config.precision):
                 losses: Losses = self.model(
                     batch,
@@ -179,7 +201,7 @@ class Trainer:
             return Losses(*(loss.detach() for loss in losses))
         return backward_global(
             self.parallel,
-            micro,
+            microbatches,
             self.world,
             seed=config.seed,
             step=step,
@@ -189,18 +211,18 @@ class Trainer:
             autocast=partial(autocast, self.device, config.precision),
         )
 
-    def check(self, metrics: MetricsBuffer) -> int:
+    def check_skipped_updates(self, metrics: MetricsBuffer) -> int:
         """Count the skipped updates among `metrics` and return the run's total.
 
         Raises:
-            NonFiniteLossError: more than --max-bad-steps of them in a row.
+            NonFiniteLossError: more than --max-bad-steps updates in a row were skipped.
         """
-        past = self.skipped.count(metrics)
-        if past is None:
+        beyond_limit = self.skipped.count(metrics)
+        if beyond_limit is None:
             return self.skipped.total
-        step, row, samples = past
-        mine = [str(self.loader.dataset.keys[i]) for i in samples]
-        keys = sorted(key for its in self.world.gather_objects(mine) for key in its)
+        step, row, samples = beyond_limit
+        own_keys = [str(self.loader.dataset.keys[i]) for i in samples]
+        keys = sorted(key for rank_keys in self.world.gather_objects(own_keys) for key in rank_keys)
         more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
         self.writer.wait()
         raise NonFiniteLossError(
@@ -211,7 +233,7 @@ class Trainer:
         )
 
     def evaluate(self, validation: Dataset, sinks: LogSinks | None) -> dict[str, float]:
-        """Figures on the validation split, with the averaged weights if the run keeps them."""
+        """Evaluate on the validation split, with the averaged weights if the run keeps them. Returns the figures."""
         self.watchdog.beat("the evaluation")
         with self.average.applied() if self.average is not None else nullcontext():
             model = unsharded_copy(self.model)
@@ -227,26 +249,26 @@ class Trainer:
     def save(self) -> None:
         """Start to write a checkpoint of this step."""
         self.watchdog.beat("the checkpoint before")
-        self.check(self.metrics)
-        parts = {"model": self.model.state_dict(), "optimizer": optimizer_tensors(self.model, self.optimizer)}
+        # A checkpoint records how many updates were skipped, so those of an unfinished row are counted now.
+        self.check_skipped_updates(self.metrics)
+        parts = {MODEL: self.model.state_dict(), OPTIMIZER: optimizer_tensors(self.model, self.optimizer)}
         if self.average is not None:
-            parts["ema"] = self.average.tensors
-        loader = self.loader.state_dict()
-        loader["skipped"] = sorted(set().union(*self.world.gather_objects(loader["skipped"])))
-        loader["met"] = loader["epoch"] * len(self.loader.dataset) + loader["position"]  # all ranks together
+            parts[EMA] = self.average.tensors
+        # Each rank knows the undecodable images of its own batches. A resume may deal the samples out differently.
+        loader = merge_states(self.world.gather_objects(self.loader.state_dict()), len(self.loader.dataset))
         state = {"loader": loader, "guard": self.guard.state(), "bad": self.skipped.state(), "best": self.best}
         self.writer.save(self.step, self.model, parts, state, self.tokenizer)
 
     def restore(self, checkpoint: Path) -> None:
-        """Continue from a verified checkpoint. RunError or DataError where its model, tokenizer or data differ."""
+        """Continue from a verified checkpoint. RunError or DataError if its model, tokenizer or data differ."""
         state = read_state(checkpoint)
-        read_tensors(checkpoint / "model", self.model.state_dict())
-        load_optimizer(checkpoint / "optimizer", self.model, self.optimizer)
+        read_tensors(checkpoint / MODEL, self.model.state_dict())
+        load_optimizer(checkpoint / OPTIMIZER, self.model, self.optimizer)
         if self.average is not None:
-            read_tensors(checkpoint / "ema", self.average.tensors)
+            read_tensors(checkpoint / EMA, self.average.tensors)
         set_generators(checkpoint, self.world.rank, self.device)
         self.loader.load_state_dict(state["loader"])
-        own = checkpoint / "tokenizer.json"
+        own = checkpoint / TOKENIZER
         if load_tokenizer(own).fingerprint != self.tokenizer.fingerprint:
             raise RunError(
                 f"{self.config.tokenizer or self.config.data}: wanted the tokenizer that the run started with, found "

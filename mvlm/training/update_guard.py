@@ -1,4 +1,4 @@
-"""Which updates are made. Decided on the device, so that the step never waits for the answer."""
+"""Decide which updates are made. The decision stays on the device, so that no step waits for it."""
 
 import math
 from typing import Any
@@ -11,16 +11,17 @@ from mvlm.distributed.world import World
 from mvlm.training.metrics import MetricsBuffer
 
 WINDOW = 128
-"""Losses that a spike is held against."""
+"""Number of recent losses that a loss is compared with."""
 SIGMAS = 6.0
+"""Standard deviations above their mean at which a loss is a spike."""
 
 
 class UpdateGuard:
-    """Says of each update whether it is to be made: loss and gradient are finite and, when asked for, no spike.
+    """Allows an update if loss and gradient are finite and, with `skip_spikes`, the loss is no spike.
 
-    A loss is a spike when it is more than 6 standard deviations above the mean of the last 128 that were let through.
-    (The window of 128 and the 6 are those of OLMo-core's SkipStepOptimizer.) Losses of other objectives are no measure:
-    `reset` when these change, and the first 128 of the new ones pass.
+    A spike is a loss more than 6 standard deviations above the mean of the last 128 losses that passed. (128 and 6 are
+    the defaults of OLMo-core's SkipStepOptimizer.) Losses of different objectives are not comparable: call `reset` when
+    the objectives change. The next 128 finite losses then pass.
     """
 
     def __init__(self, world: World, skip_spikes: bool) -> None:
@@ -29,37 +30,38 @@ class UpdateGuard:
         self._seen = torch.zeros((), dtype=torch.int64, device=world.device)
 
     def judge(self, loss: Tensor, gradient_norm: Tensor) -> Tensor:
-        """Scalars in, bool () out, True = make the update; the same on every rank. No device sync."""
+        """Decide on an update from scalars on the device: bool (), True = make it. Equal on all ranks; no sync."""
         good = torch.isfinite(loss) & torch.isfinite(gradient_norm)
         if self._skip_spikes:
             deviation, mean = torch.std_mean(self._window)
             good &= (self._seen < WINDOW) | (loss - mean <= SIGMAS * deviation)
         bad = self._world.all_reduce((~good).float(), dist.ReduceOp.MAX)
         good = bad == 0
+        # A mask, because indexing with a scalar tensor reads its value on the host, which would wait for the device.
         slot = torch.arange(WINDOW, device=bad.device) == self._seen % WINDOW
         self._window = torch.where(slot & good, loss.float(), self._window)
         self._seen = self._seen + good
         return good
 
     def reset(self) -> None:
-        """Forget the losses seen. No device sync."""
+        """Forget all losses. No sync."""
         self._seen = torch.zeros_like(self._seen)
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, ready for JSON: the window, exactly, and how many losses it has seen."""
+        """State for a checkpoint, as plain JSON: the losses of the window, exactly, and the number seen."""
         return {"window": self._window.tolist(), "seen": int(self._seen)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on with the state of a checkpoint."""
+        """Continue from the state of a checkpoint."""
         self._window = torch.tensor(state["window"], device=self._window.device)
         self._seen = torch.tensor(state["seen"], dtype=torch.int64, device=self._seen.device)
 
 
 class SkippedUpdates:
-    """Counts, on the host and after the fact, the updates that the guard forbade.
+    """Counts the updates that the guard did not allow, on the host, once their metrics have arrived.
 
     Args:
-        limit: updates in a row that may be skipped.
+        limit: number of updates in a row that may be skipped.
     """
 
     def __init__(self, limit: int) -> None:
@@ -69,7 +71,7 @@ class SkippedUpdates:
         self.in_a_row = 0
 
     def count(self, metrics: MetricsBuffer) -> tuple[int, dict[str, float], list[int]] | None:
-        """Count the steps not counted yet. Returns step, numbers and sample ids of one that is past the limit."""
+        """Count new steps. Returns step, metrics and sample ids of the first beyond the limit, or None."""
         for step, row, samples in zip(metrics.steps, metrics.read(), metrics.samples, strict=True):
             if step <= self._counted:
                 continue
@@ -82,15 +84,15 @@ class SkippedUpdates:
 
     @staticmethod
     def reason(row: dict[str, float]) -> str:
-        """What was wrong with the numbers of a step, objective by objective."""
+        """Reason for a skipped update: the metrics that are not finite, or the loss that is a spike."""
         names = [name for name in row if name == "grad_norm" or not name.startswith(("grad_norm", "good", "total"))]
-        wrong = [f"{name} is {row[name]}" for name in names if not math.isfinite(row[name])]
-        return ", ".join(wrong) or f"the loss {row['total']:.4g} is a spike"
+        not_finite = [f"{name} is {row[name]}" for name in names if not math.isfinite(row[name])]
+        return ", ".join(not_finite) or f"the loss {row['total']:.4g} is a spike"
 
     def state(self) -> dict[str, int]:
-        """What a checkpoint keeps, ready for JSON."""
+        """State for a checkpoint, as plain JSON."""
         return {"counted": self._counted, "total": self.total, "in_a_row": self.in_a_row}
 
     def load(self, state: dict[str, int]) -> None:
-        """Go on with the state of a checkpoint."""
+        """Continue from the state of a checkpoint."""
         self._counted, self.total, self.in_a_row = state["counted"], state["total"], state["in_a_row"]

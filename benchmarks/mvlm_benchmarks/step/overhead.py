@@ -45,7 +45,7 @@ TIMED_FUNCTIONS: dict[str, list[tuple[Any, str]]] = {
         (Trainer, "check"),
         (Watchdog, "beat"),
         (StepDecisions, "decide"),
-        (StopRequest, "asked"),
+        (StopRequest, "requested"),
     ],
     SAVE: [(Trainer, "save")],
     STEP: [(Trainer, "one_step")],

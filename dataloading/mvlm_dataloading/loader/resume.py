@@ -6,6 +6,7 @@ own checkpoints are not needed, because its graph draws no random number.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -113,3 +114,18 @@ def compare_states(state: dict[str, Any], now: dict[str, Any], *, folder: Any, o
         exact_text=same_data and same["text"],
         changed=tuple(changed),
     )
+
+
+def merge_states(states: Sequence[dict[str, Any]], samples: int) -> dict[str, Any]:
+    """Merge the states of all ranks after the same step into one, from which any number of ranks can continue.
+
+    Each rank knows the undecodable images of its own batches only. The merged state has those of all ranks, and the
+    number of samples among which they were found.
+
+    Args:
+        states: state of each rank, by rank, as `Loader.state_dict` returns it.
+        samples: number of samples of the data set.
+    """
+    first = states[0]
+    skipped = sorted(set().union(*(state["skipped"] for state in states)))
+    return first | {"skipped": skipped, "met": first["epoch"] * samples + first["position"]}

@@ -8,6 +8,7 @@ import pytest
 
 from mvlm_dataloading import DataError, Loader, open_dataset
 from mvlm_dataloading.loader.augment import Augment
+from mvlm_dataloading.loader.resume import merge_states
 
 
 def load(dataset, tokenizer, **settings) -> Loader:
@@ -139,3 +140,16 @@ def test_loader_state_ignores_batches_made_ahead(train_split, tokenizer):
             time.sleep(0.02)  # lets the thread get ahead
             states.append(loader.state_dict())
         assert [state["epoch"] * 60 + state["position"] for state in states] == [8 * k for k in range(1, 10)]
+
+
+def test_merge_states_has_the_bad_images_of_all_ranks_and_the_samples_of_all():
+    """Two ranks after 30 samples of the second epoch of 100, each with the bad images of its own batches."""
+    state = {"seed": 3, "epoch": 1, "position": 30, "step": 13, "order": 1}
+    states = [state | {"skipped": [7, 90], "met": 65}, state | {"skipped": [2, 7], "met": 65}]
+    assert merge_states(states, samples=100) == state | {"skipped": [2, 7, 90], "met": 130}
+    assert states[0] == state | {"skipped": [7, 90], "met": 65}  # unchanged
+
+
+def test_merge_states_of_one_rank_is_its_state():
+    state = {"seed": 3, "epoch": 0, "position": 8, "step": 1, "skipped": [5], "met": 8}
+    assert merge_states([state], samples=100) == state

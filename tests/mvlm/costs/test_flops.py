@@ -21,7 +21,7 @@ def leaf(*shape: int) -> torch.Tensor:
 
 
 def test_sdpa_on_the_cpu_counts_two_products_and_four_backward() -> None:
-    """torch alone counts nothing: 2 products of B x H x Lq x Lk x D, twice as many in the backward."""
+    """Two products of B x H x Lq x Lk x D, and four in backward. torch alone counts nothing on the CPU."""
     q, k, v = leaf(2, 3, 5, 16), leaf(2, 3, 7, 16), leaf(2, 3, 7, 16)
     product = 2 * 2 * 3 * 5 * 7 * 16
     assert counted(lambda: F.scaled_dot_product_attention(q, k, v)) == 2 * product

@@ -1,14 +1,14 @@
-"""MFU: the peak by the name of the GPU, operations against a count by hand, and the field of a run's metrics."""
+"""MFU: the peak of a GPU by its name, FLOPs against those of a real step, and the field of a run's metrics."""
 
 import pytest
 import torch
 
-from mvlm.costs import mfu as utilisation
+from mvlm.costs import mfu
 from mvlm.costs.flops import counter
 from mvlm.costs.mfu import ModelFlopsUtilization, peak_flops
 from mvlm.distributed.world import World
-from mvlm.runs.folder import read_metrics
 from mvlm.training.run import pretrain
+from support.folders import rows_of
 from support.models import micro_batch, micro_config, micro_model, pretrain_config
 
 CPU = torch.device("cpu")
@@ -25,26 +25,27 @@ CPU = torch.device("cpu")
         ("Tesla T4", None),
     ],
 )
-def test_the_peak_of_a_gpu_by_its_name(monkeypatch, name, peak):
+def test_peak_flops_of_a_gpu_by_its_name(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     assert peak_flops(torch.device("cuda", 0)) == peak
     assert peak_flops(CPU) is None
 
 
-def test_the_share_of_all_ranks_peak(monkeypatch, scenes, tmp_path):
-    """1,000 operations a second each; twice the pairs are twice the share."""
-    monkeypatch.setattr(utilisation, "peak_flops", lambda _: 1e3)
+def test_mfu_is_a_fraction_of_the_peak_of_all_ranks(monkeypatch, scenes, tmp_path):
+    """Two ranks of 1,000 FLOP/s each. Twice the rate is twice the MFU."""
+    monkeypatch.setattr(mfu, "peak_flops", lambda _: 1e3)
     config = pretrain_config(scenes, tmp_path)
     found = ModelFlopsUtilization(config, World(0, 2, 0, CPU))
-    monkeypatch.setattr(found, "_count", lambda tokens: 10.0 * tokens)
+    monkeypatch.setattr(found, "flops_per_pair", lambda tokens: 10.0 * tokens)
     assert found.of_rate(8.0, 5.0) == pytest.approx(8 * 50 / 2000)
     assert found.of_rate(16.0, 7.0) == pytest.approx(16 * 50 / 2000)  # counted once
 
 
-def test_operations_are_those_of_a_step(scenes, tmp_path):
-    """Against a count of a step on real tensors, captions of 7 tokens."""
+@pytest.mark.slow
+def test_flops_per_pair_equal_those_of_a_real_step(scenes, tmp_path):
+    """Against a step on real tensors, with captions of 7 tokens."""
     config = pretrain_config(scenes, tmp_path, model=micro_config(), batch_size=4)
-    counted = ModelFlopsUtilization(config, World(0, 1, 0, CPU))._count(7.0)
+    counted = ModelFlopsUtilization(config, World(0, 1, 0, CPU)).flops_per_pair(7.0)
     model = micro_model()
     batch, masks = micro_batch((7, 7, 7, 7), config=model.config)
     with counter() as real:
@@ -52,11 +53,12 @@ def test_operations_are_those_of_a_step(scenes, tmp_path):
     assert counted == pytest.approx(real.get_total_flops() / 4, rel=0.05)
 
 
-def test_a_run_tells_it_where_the_peak_is_known(monkeypatch, scenes, tmp_path):
-    monkeypatch.setattr(utilisation, "peak_flops", lambda _: 1e12)
+@pytest.mark.slow
+def test_run_logs_mfu_if_the_peak_is_known(monkeypatch, scenes, tmp_path):
+    monkeypatch.setattr(mfu, "peak_flops", lambda _: 1e12)
     config = pretrain_config(scenes, tmp_path / "run", max_steps=2)
     pretrain(config)
-    rows = read_metrics(config.out / "metrics.jsonl")
+    rows = rows_of(config.out)
     operations = [row["mfu"] * 1e12 / row["pairs_per_s"] for row in rows]
     assert operations[0] == pytest.approx(operations[1], rel=1e-9)
     assert 1e5 < operations[0] < 1e9

@@ -1,4 +1,4 @@
-"""What is counted on tensors without values against what the allocator reports of real steps, and by hand."""
+"""Counts on fake tensors against the allocator's report of real steps, and by hand."""
 
 import json
 
@@ -13,13 +13,14 @@ from mvlm.distributed.world import World
 from mvlm.model.maskvlm import MaskVLM
 from support.models import micro_batch
 
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, local_rank=0, device=CPU)
 CONFIG = MaskVLMConfig.preset("tiny", image_layers=2, text_layers=2, cross_layers=1, decoder_layers=1)
 
 
 def allocated(shape: StepShape, path) -> int:
-    """The most bytes that one real step held beyond what was there before, by torch's report of its CPU allocator."""
+    """Peak bytes of one real step, beyond those allocated before it, by torch's report of its CPU allocator."""
     torch.manual_seed(0)
     model = MaskVLM(CONFIG)
     if shape.checkpointed:
@@ -58,7 +59,7 @@ def allocated(shape: StepShape, path) -> int:
     [{}, {"bf16": False}, {"checkpointed": True}, {"microbatches": 2, "bf16": False}],
     ids=["bf16", "fp32", "checkpointed", "two microbatches"],
 )
-def test_memory_is_within_a_tenth_of_what_is_measured(tmp_path, changes):
+def test_counted_memory_is_within_a_tenth_of_the_allocators(tmp_path, changes):
     shape = StepShape(pairs=16, tokens=12, longest=12, gpu=False, **changes)
     assert step_cost(CONFIG, shape).peak == pytest.approx(allocated(shape, tmp_path / "trace.json"), rel=0.1)
 
@@ -78,8 +79,8 @@ def test_step_cost_saves_no_attention_scores_for_backward():
     assert not [shape for shape in saved if len(shape) > 2 and rows.issuperset(shape[-2:])]
 
 
-def test_operations_of_the_encoders_by_hand():
-    """Two steps that differ by one image block: 2 x 37 rows x 12 C^2 products, and two products of attention a head."""
+def test_flops_of_an_image_block_by_hand():
+    """Two steps that differ by one image block: products with 12 C^2 weights for 2 x 37 rows, and attention's two."""
     shape = StepShape(pairs=4)
     more = MaskVLMConfig.preset("tiny", image_layers=3, text_layers=2, cross_layers=1, decoder_layers=1)
     one, two = step_cost(CONFIG, shape), step_cost(more, shape)
@@ -91,8 +92,8 @@ def test_operations_of_the_encoders_by_hand():
     assert two.parts["image_encoder"] > 1.3 * one.parts["image_encoder"]
 
 
-def test_other_ranks_add_what_is_fetched_from_them():
-    """16 ranks: as many rows again for ITM. They are imagined, and leave no process group behind."""
+def test_fetched_features_of_other_ranks_add_memory_and_flops():
+    """On 16 simulated ranks ITM has as many rows again. No process group is left."""
     alone, among = step_cost(CONFIG, StepShape(pairs=8)), step_cost(CONFIG, StepShape(pairs=8, ranks=16))
     near = step_cost(CONFIG, StepShape(pairs=8, ranks=16, local_negatives=True))
     assert not torch.distributed.is_initialized()

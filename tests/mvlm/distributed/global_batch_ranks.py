@@ -1,7 +1,8 @@
 """One rank of test_global_batch.py: `python global_batch_ranks.py RANK PORT OUT`.
 
 Four ranks are started once. They run every combination as a world of four; then the first two run them as a world of
-two. Each compares what it got with one rank on the whole batch and writes the largest differences to OUT.
+two. Each compares its losses and gradients with those of one rank on the whole batch, and writes the largest
+differences to OUT.
 """
 
 import itertools
@@ -22,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 import mvlm  # noqa: F401
 from mvlm_dataloading import Batch, Masks
 
-# The helpers, for a program that pytest does not run. Behind the rest, and after mvlm: tests/mvlm would hide it.
+# Helpers, for a program that pytest does not run. Last in the path and after mvlm, which tests/mvlm would hide.
 sys.path.append(str(Path(__file__).parents[2]))
 from support.models import micro_batch, micro_model, uniform_of_pair
 
@@ -30,11 +31,11 @@ LENGTHS = (7, 4, 12, 3, 9, 5, 3, 11, 12, 12, 3, 3, 8, 6, 10, 4)
 SEED, STEP = 3, 5
 SHALLOW: dict[str, Any] = {"image_layers": 1, "text_layers": 1, "decoder_layers": 1}
 WIDTH = 5
-"""Of the embeddings whose logits are counted."""
+"""Width of the embeddings whose logits are counted."""
 
 
 def whole_batch() -> tuple[Batch, Masks]:
-    """Sixteen pairs: one image three times, equal captions, and from 1 to 3 masked words a caption."""
+    """Sixteen pairs: one image three times, equal captions, and from 1 to 3 masked tokens a caption."""
     batch, masks = micro_batch(LENGTHS, seed=1)
     image_id, text_id = batch.image_id.clone(), batch.text_id.clone()
     image_id[[5, 13]] = 102
@@ -43,7 +44,7 @@ def whole_batch() -> tuple[Batch, Masks]:
 
 
 def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, Masks]:
-    """Pairs first to first + number - 1, as a batch of their own."""
+    """Pairs first to first + number - 1, as a batch."""
     starts = batch.cu_seqlens.tolist()
     rows, begin, end = slice(first, first + number), starts[first], starts[first + number]
     inside = (masks.token_ids >= begin) & (masks.token_ids < end)
@@ -60,7 +61,7 @@ def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, M
 
 
 class Oracle:
-    """One rank on the whole batch, by the model's own forward."""
+    """Losses and gradients of one rank on the whole batch, by the model's own forward."""
 
     def __init__(self, reconstruction_only: bool) -> None:
         model = micro_model(**SHALLOW)
@@ -70,7 +71,7 @@ class Oracle:
         self.gradients = {name: p.grad for name, p in model.named_parameters()}
 
     def after_a_step(self) -> dict[str, Tensor]:
-        """The weights after one update with clipped gradients and a clamped temperature."""
+        """Weights after one update with clipped gradients and a clamped temperature."""
         model = micro_model(**SHALLOW)
         for name, parameter in model.named_parameters():
             gradient = self.gradients[name]
@@ -81,7 +82,7 @@ class Oracle:
 
 @torch.no_grad()
 def local_matching(number: int) -> float:
-    """ITM when each of `number` runs of pairs draws its negatives from itself alone, pair by pair."""
+    """ITM, pair by pair, if each of `number` equal parts of the batch draws its negatives from itself."""
     model, (batch, masks) = micro_model(**SHALLOW), whole_batch()
     size, terms = len(LENGTHS) // number, []
     for first in range(0, len(LENGTHS), size):
@@ -125,7 +126,7 @@ def whole(x: Tensor | None) -> Tensor | None:
 
 
 def differences(found: dict[str, Tensor | None], wanted: dict[str, Tensor | None]) -> float:
-    """The largest; infinite where one has a tensor and the other has none."""
+    """Largest difference; infinite if one side has a tensor where the other has None."""
     assert found.keys() == wanted.keys()
     largest = 0.0
     for name, tensor in found.items():
@@ -139,7 +140,7 @@ def differences(found: dict[str, Tensor | None], wanted: dict[str, Tensor | None
 
 
 class LargestOf(TorchDispatchMode):
-    """The most elements that a matrix of `columns` made under it has, but for the embeddings, which have WIDTH rows."""
+    """Context that finds the most elements of a matrix with `columns` columns, except embeddings, of WIDTH rows."""
 
     def __init__(self, columns: int) -> None:
         super().__init__()
@@ -154,7 +155,7 @@ class LargestOf(TorchDispatchMode):
 
 
 def logit_elements(rank: int, ranks: int, elements: int) -> tuple[int, float]:
-    """The largest block of logits in the step of 6 pairs a rank, and ITC."""
+    """Elements of the largest block of logits with 6 pairs a rank, and the sum of ITC's gradient."""
     from mvlm.distributed.collectives import GlobalBatchLayout
     from mvlm.distributed.contrastive import sharded_contrastive_loss
     from mvlm.objectives.negatives import NegativeSampling
@@ -184,7 +185,7 @@ def combinations(ranks: int) -> list[dict[str, Any]]:
             {"kind": kind, "microbatches": microbatches, "again": False, "reconstruction_only": True}
             for kind, microbatches in itertools.product(kinds, (1, 2))
         ]
-    if ranks == 4:  # one plan each, to save time
+    if ranks == 4:  # one implementation each, to save time
         return [case | {"plan": "fast" if case["microbatches"] == 2 else "plain"} for case in every]
     return [case | {"plan": plan} for case in every for plan in ("plain", "fast")]
 
@@ -203,7 +204,7 @@ def run(world: Any, oracles: dict[bool, Oracle], case: dict[str, Any]) -> dict[s
     size = len(LENGTHS) // (world.size * number)
     micro = [piece(batch, masks, (a * world.size + world.rank) * size, size) for a in range(number)]
     oracle, found = oracles[alone], dict(case)
-    # What a step leaves behind must not matter to the next.
+    # Two steps in turn: the first must not affect the second.
     for local in (True, False) if world.size == 2 and not case["again"] else (False,):
         model.zero_grad(set_to_none=True)
         losses = backward_global(
@@ -240,7 +241,7 @@ def main() -> None:
         "mvlm.distributed.collectives",
         "mvlm.distributed.parallel",
     )
-    found: dict[str, Any] = {"oracle knows": [name for name in tested if name in sys.modules]}
+    found: dict[str, Any] = {"oracle imports": [name for name in tested if name in sys.modules]}
     from mvlm.distributed.world import World
 
     for ranks in (4, 2):

@@ -1,4 +1,4 @@
-"""What ranks decide together, by two threads that stand for ranks: their collectives meet in this process."""
+"""Decisions of several ranks. Two threads stand for ranks, and exchange values in this process."""
 
 import threading
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from support.scenes import write_scenes
 
 @dataclass
 class Meeting:
-    """Where threads exchange values: a collective is everyone's value, by rank, once all have come."""
+    """Exchange of values among threads: a collective returns the values of all, by rank, once all have arrived."""
 
     size: int = 2
     values: dict[int, list[Any]] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Meeting:
 
 
 class Rank:
-    """A rank of two, with the part of World's face that decisions need."""
+    """One of two ranks, with the methods of World that decisions use."""
 
     size, device = 2, torch.device("cpu")
 
@@ -51,7 +51,7 @@ class Rank:
 
 
 def on_two_ranks(work: Callable[[Any], Any]) -> list[Any]:
-    """What `work` returned or raised on each of two ranks."""
+    """Result or exception of `work` on each of two ranks."""
     meeting = Meeting()
     found: list[Any] = [None, None]
 
@@ -70,7 +70,7 @@ def on_two_ranks(work: Callable[[Any], Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_if_one_fails_all_leave(failing):
+def test_failure_on_one_rank_ends_all_ranks(failing):
     def work(world):
         def step() -> int:
             if world.rank == failing:
@@ -86,11 +86,11 @@ def test_if_one_fails_all_leave(failing):
     assert second.code == 2
 
 
-def test_if_none_fails_each_has_its_own_result():
+def test_each_rank_gets_its_own_result_if_none_fails():
     assert on_two_ranks(lambda world: run_on_all_ranks(world, lambda: world.rank * 10)) == [0, 10]
 
 
-def test_a_fault_of_our_own_is_raised_where_it_happened():
+def test_fault_of_the_program_is_raised_on_its_rank():
     def work(world):
         return run_on_all_ranks(world, lambda: 1 // world.rank)
 
@@ -100,7 +100,7 @@ def test_a_fault_of_our_own_is_raised_where_it_happened():
 
 
 @pytest.mark.parametrize("what", ["settings", "data", "out", "nothing"])
-def test_ranks_that_differ_all_end(scenes, tmp_path, what):
+def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, what):
     other = write_scenes(tmp_path / "other", {"train": 9})
 
     def work(world):
@@ -123,13 +123,13 @@ def test_ranks_that_differ_all_end(scenes, tmp_path, what):
     assert "start all ranks with the same command on the same data" in message
 
 
-def test_a_wish_of_one_is_granted_to_all_after_the_next_step_and_once():
-    """Rank 1 wishes at steps 2 and 3, because its wish has not come true yet at 3."""
+def test_request_of_one_rank_is_granted_once_to_all_after_the_next_step():
+    """Rank 1 requests at steps 2 and 3, because its request has no effect yet at 3."""
 
     def work(world):
-        wishes = StepDecisions(world)
-        granted = [wishes.decide(world.rank == 1 and step in (2, 3), False) for step in range(1, 7)]
-        wishes.close()
+        decisions = StepDecisions(world)
+        granted = [decisions.decide(world.rank == 1 and step in (2, 3), False) for step in range(1, 7)]
+        decisions.close()
         return granted
 
     first, second = on_two_ranks(work)

@@ -1,7 +1,7 @@
 """Losses and gradients of several ranks and of accumulated microbatches against one rank on the whole batch.
 
-The ranks are processes of global_batch_ranks.py; what one rank gives there comes from the model's own forward, which
-tests/mvlm/model/test_maskvlm.py holds to the method written out in numpy.
+The ranks are processes of global_batch_ranks.py. The oracle there is the model's own forward on one rank, which
+tests/mvlm/model/test_maskvlm.py compares with the method in numpy.
 """
 
 import json
@@ -34,7 +34,7 @@ RANKS: Any = SimpleNamespace(**runpy.run_path(str(PROGRAM), run_name="ranks"))
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    """What each of four ranks found, in a world of four and, ranks 0 and 1, in a world of two."""
+    """Results of each of four ranks in a world of four, and of ranks 0 and 1 in a world of two."""
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -56,36 +56,40 @@ def ranks(tmp_path_factory) -> list[dict[str, Any]]:
 
 
 def cases(ranks: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
-    """What every rank of both worlds found, of the combinations that are as wanted."""
+    """Results of all ranks of both worlds, for the combinations that match `wanted`."""
     every = [case for world in ("2", "4") for found in ranks for case in found.get(world, [])]
     chosen = [case for case in every if all(case[name] == value for name, value in wanted.items())]
     assert chosen
     return chosen
 
 
-def test_the_oracle_knows_nothing_of_what_is_tested(ranks):
-    assert [found["oracle knows"] for found in ranks] == [[], [], [], []]
+@pytest.mark.slow
+def test_oracle_imports_no_module_under_test(ranks):
+    assert [found["oracle imports"] for found in ranks] == [[], [], [], []]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("microbatches", [1, 2])
 @pytest.mark.parametrize("kind, count", [("ddp", 8), ("fsdp", 8), ("hsdp", 4)])
 def test_ranks_agree_with_one_rank_on_the_whole_batch(ranks, kind, count, microbatches, again):
     found = cases(ranks, kind=kind, microbatches=microbatches, again=again, reconstruction_only=False)
-    assert len(found) == count  # two ranks with both plans, four with one of them; HSDP needs four
+    assert len(found) == count  # two ranks with both implementations, four with one of them; HSDP needs four
     for case in found:
         assert max(case["global losses"]) < EXACT
         assert case["global gradients"] < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_reconstruction_alone(ranks, kind):
-    """What ITC and ITM alone use gets no gradient then, as in one process: `differences` tells none from zero."""
+def test_reconstruction_alone_leaves_itc_and_itm_without_gradients(ranks, kind):
+    """Parameters that only ITC and ITM use get no gradient, as on one rank: `differences` distinguishes None from 0."""
     for case in cases(ranks, kind=kind, reconstruction_only=True):
         assert max(case["global losses"]) < EXACT
         assert case["global gradients"] < EXACT
 
 
+@pytest.mark.slow
 def test_local_negatives_are_drawn_within_a_microbatch(ranks):
     for case in cases(ranks, again=False, reconstruction_only=False):
         if "local losses" in case:
@@ -95,16 +99,18 @@ def test_local_negatives_are_drawn_within_a_microbatch(ranks):
             assert abs(case["local matching"]) < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp"])
-def test_an_update_with_clipping_and_clamping_agrees(ranks, kind):
+def test_update_with_clipping_and_clamping_agrees_with_one_rank(ranks, kind):
     for case in cases(ranks, kind=kind, again=False, reconstruction_only=False):
         assert abs(case["norm"]) < EXACT
         assert case["weights"] < EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_logits_in_memory_are_bounded(ranks, count):
-    """Of 6 rows x 6 W columns in a rank no more than 36 elements exist at a time, and the gradient is the same."""
+    """Of 6 x 6 W logits of a rank, at most 36 are in memory at a time, and the gradient is the same."""
     for found in ranks[:count]:
         (blocks, gradient), (everything, wanted) = found[f"{count} logits"]
         assert blocks <= 36
@@ -128,8 +134,8 @@ def test_one_rank_with_one_microbatch_has_the_models_losses_and_gradients():
 
 @pytest.mark.parametrize("plan", ["plain", "fast"])
 @pytest.mark.parametrize("local", [False, True])
-def test_microbatches_in_one_process(plan, local):
-    """Four microbatches of two pairs against the whole; of two pairs each is the other's only negative."""
+def test_microbatches_in_one_process_equal_the_whole_batch(plan, local):
+    """Four microbatches of two pairs against the whole batch. Within two pairs, each is the other's only negative."""
     batch, masks = micro_batch((7, 4, 12, 3, 9, 5, 3, 11))
     model, same = micro_model(), micro_model()
     losses = model(batch, masks, seed=1, step=2)
@@ -150,8 +156,8 @@ def test_microbatches_in_one_process(plan, local):
 
 
 @pytest.mark.parametrize("plan", ["plain", "fast"])
-def test_negatives_that_nobody_has(plan):
-    """Pair 0 has no admissible negative in the whole batch, and the others have one: weights differ by microbatch."""
+def test_pair_without_an_admissible_negative_has_no_weight(plan):
+    """Pair 0 has no admissible negative in the batch, and the others have one: weights differ by microbatch."""
     batch, masks = micro_batch((7, 4, 12, 3, 9, 5, 3, 11))
     image_id, text_id = batch.image_id.clone(), torch.full((8,), 200)
     text_id[7] = 201
@@ -168,14 +174,14 @@ def test_negatives_that_nobody_has(plan):
 
 
 def match(model: Any, batch: Any, image: int, text: int, label: int) -> float:
-    """ITM's cross-entropy of one pair."""
+    """Cross-entropy of ITM for one pair."""
     v = model.encode_image(batch.images[image : image + 1])
     tokens = batch.tokens[batch.cu_seqlens[text] : batch.cu_seqlens[text + 1]]
     w, exists = model.encode_text(tokens, torch.tensor([0, len(tokens)]), len(tokens))
     return -model.match(v, w, exists).log_softmax(1)[0, label].item()
 
 
-def test_checkpointed_blocks_give_the_same_bits():
+def test_checkpointed_blocks_give_the_same_gradients_to_the_bit():
     batch, masks = micro_batch()
     gradients, kept = [], []
     for again in (False, True):
@@ -195,7 +201,7 @@ def test_checkpointed_blocks_give_the_same_bits():
         assert torch.equal(gradient, gradients[1][name]), name
 
 
-def test_microbatches_of_one_size():
+def test_microbatches_of_different_sizes_are_refused():
     parallel = parallelize(micro_model(), ALONE)
     with pytest.raises(ValueError, match=r"wanted at least one, all with as many pairs, got \[2, 3\] pairs"):
         backward_global(parallel, [micro_batch((5, 6)), micro_batch((5, 6, 7))], ALONE, seed=0, step=0)
@@ -203,7 +209,7 @@ def test_microbatches_of_one_size():
         backward_global(parallel, [], ALONE, seed=0, step=0)
 
 
-def test_packing_leaves_a_tail_that_nobody_reads():
+def test_match_pairs_ignores_rows_after_the_last_caption():
     model = micro_model()
     batch, _ = micro_batch((7, 3, 12))
     w, exists = model.encode_text(batch.tokens, batch.cu_seqlens, batch.max_length)
@@ -219,8 +225,8 @@ def test_packing_leaves_a_tail_that_nobody_reads():
     assert torch.equal(plain.match_pairs(model, v, spoilt, rows, rows), wanted)
 
 
-def testcount_masked_tokens_that_only_fill_up_a_shape_do_not_count():
-    """Positions after the last caption: the count that weighs microbatches leaves them out."""
+def test_count_of_masked_tokens_ignores_padding_positions():
+    """Padding positions point past the last caption."""
     batch, masks = micro_batch()
     filled = replace(masks, token_ids=torch.cat([masks.token_ids, torch.tensor([35, 35, 99])]))
     assert count_masked_tokens(batch, filled).item() == count_masked_tokens(batch, masks).item() == len(masks.token_ids)

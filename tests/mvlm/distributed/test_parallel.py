@@ -1,4 +1,4 @@
-"""`torchrun -m mvlm pretrain` and `mvlm pretrain` are one program: two ranks learn what one learns."""
+"""`torchrun -m mvlm pretrain` on two ranks against `mvlm pretrain` on one."""
 
 import dataclasses
 import json
@@ -14,24 +14,23 @@ import torch
 
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
-from mvlm.runs.folder import read_metrics
 from mvlm.runs.load import load_model
 from mvlm.training.build import make_loader
 from mvlm.training.run import pretrain
+from support.folders import LOSSES, rows_of
 from support.models import pretrain_config
 
 PAGE = Path(__file__).parents[3] / "docs" / "distributed.md"
-LOSSES = ("loss", "mlm", "mim", "itc", "itm", "grad_norm")
 
 
 @pytest.fixture(scope="module")
 def runs(scenes, tmp_path_factory) -> tuple[Path, Path]:
-    """Four steps of one process, and the same by two ranks with FSDP2 and two microbatches each."""
+    """Runs of four steps: one process, and two ranks with FSDP2 and two microbatches each."""
     folder = tmp_path_factory.mktemp("runs")
     config = pretrain_config(scenes, folder / "one", max_steps=4, precision="fp32", eval_every_steps=4)
     pretrain(config)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    # The command of docs/distributed.md, but for the preset and the folders.
+    # The command of docs/distributed.md, with another configuration and other folders.
     shown = re.search(
         r"^    torchrun (--standalone.*?) tiny --data data/emoji --out runs/two (.*)$", PAGE.read_text(), re.M
     )
@@ -43,8 +42,9 @@ def runs(scenes, tmp_path_factory) -> tuple[Path, Path]:
     return folder / "one", folder / "two"
 
 
-def test_two_ranks_learn_what_one_learns(runs):
-    one, two = (read_metrics(run / "metrics.jsonl") for run in runs)
+@pytest.mark.slow
+def test_two_ranks_log_the_losses_of_one(runs):
+    one, two = (rows_of(run) for run in runs)
     assert [row["step"] for row in two] == [1, 2, 3, 4]
     for ours, theirs in zip(two, one, strict=True):
         assert ours["pairs_seen"] == theirs["pairs_seen"]
@@ -55,7 +55,8 @@ def test_two_ranks_learn_what_one_learns(runs):
     assert two[-1]["gain_text_nats"] == pytest.approx(one[-1]["gain_text_nats"], abs=1e-3)
 
 
-def test_a_split_model_is_saved_whole(runs):
+@pytest.mark.slow
+def test_sharded_model_is_saved_unsharded(runs):
     (one, _), (two, _) = (load_model(run) for run in runs)
     for (name, ours), theirs in zip(two.named_parameters(), one.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4, msg=name)
@@ -63,7 +64,7 @@ def test_a_split_model_is_saved_whole(runs):
     assert (settings["parallel"], settings["accumulate"]) == ("fsdp", 2)
 
 
-def test_a_batch_that_cannot_be_shared_is_refused(train_split, tokenizer):
+def test_batch_that_does_not_divide_among_ranks_is_refused(train_split, tokenizer):
     config = pretrain_config(Path(), Path(), batch_size=8, accumulate=2)
     world = World(rank=0, size=3, local_rank=0, device=torch.device("cpu"))
     with pytest.raises(ConfigError, match="wanted a multiple of 3 ranks x 2 microbatches = 6, got 8"):

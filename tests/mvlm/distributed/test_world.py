@@ -1,4 +1,4 @@
-"""A world of one here; what several ranks tell each other is held by processes that torch starts."""
+"""World: one process here, and two processes for the collectives."""
 
 import json
 import os
@@ -27,7 +27,7 @@ world.close()
 """
 
 
-def test_a_process_alone_is_a_world_of_one(monkeypatch):
+def test_process_without_torchrun_is_a_world_of_one(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     world = distributed.start("cpu")
     assert (world.rank, world.size, world.first) == (0, 1, True)
@@ -38,7 +38,8 @@ def test_a_process_alone_is_a_world_of_one(monkeypatch):
     assert not torch.distributed.is_initialized()
 
 
-def test_two_ranks_add_compare_and_gather():
+@pytest.mark.slow
+def test_two_ranks_reduce_and_gather():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -64,7 +65,7 @@ def test_two_ranks_add_compare_and_gather():
 
 
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_an_attempt_does_not_see_what_the_one_before_left_in_torchruns_store(monkeypatch, caplog, nodes):
+def test_attempt_does_not_see_the_store_of_the_attempt_before(monkeypatch, caplog, nodes):
     kept = dist.TCPStore("127.0.0.1", 0, is_master=True)  # pyright: ignore[reportPrivateImportUsage]
     for name, value in {
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -78,13 +79,13 @@ def test_an_attempt_does_not_see_what_the_one_before_left_in_torchruns_store(mon
     for attempt in ("0", "1"):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
         for _ in range(2):  # two ranks
-            store = distributed._store_of_attempt(timedelta(seconds=20))
+            store = distributed.attempt_store(timedelta(seconds=20))
             assert store is not None
             seen.append(store.add("arrived", 1))
     assert seen == [1, 2, 1, 2]
     assert ("cannot replace a node that is lost" in caplog.text) == (nodes > 1)
 
 
-def test_without_torchruns_store_torch_makes_one(monkeypatch):
+def test_without_torchruns_store_torch_makes_its_own(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
-    assert distributed._store_of_attempt(timedelta(seconds=20)) is None
+    assert distributed.attempt_store(timedelta(seconds=20)) is None

@@ -1,3 +1,5 @@
+"""Format of a checkpoint: written, verified, read back, and refused when damaged."""
+
 # Arguments are unpacked from tables of cases, whose types pyright cannot follow.
 # pyright: reportCallIssue=false
 import errno
@@ -16,10 +18,9 @@ from safetensors.torch import load_file, save_file
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.runs import checkpoint as checkpoints_module
+from mvlm.runs import checkpoint as checkpoint_module
 from mvlm.runs.checkpoint import (
     checkpoints,
-    find_checkpoint,
     load_optimizer,
     newest_good_checkpoint,
     optimizer_tensors,
@@ -28,6 +29,7 @@ from mvlm.runs.checkpoint import (
     verify_checkpoint,
 )
 from mvlm.runs.checkpoint_writer import CheckpointWriter
+from mvlm.runs.folder import find_checkpoint
 from mvlm.runs.load import export, load_model
 from mvlm.training.optimizer import make_optimizer
 from support.models import micro_batch, micro_model, pretrain_config
@@ -64,12 +66,12 @@ def update(model: MaskVLM, optimizer: torch.optim.Optimizer) -> None:
 def save(root: Path, step: int, training, tokenizer, state: dict[str, Any] | None = None, **settings: Any) -> Path:
     """Write a checkpoint and wait for it."""
     model, optimizer = training
-    saver = CheckpointWriter(root, ALONE, **({"keep": 100} | settings))
+    writer = CheckpointWriter(root, ALONE, **({"keep": 100} | settings))
     parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
-    saver.save(step, model, parts, state or {}, tokenizer)
-    saver.wait()
+    writer.save(step, model, parts, state or {}, tokenizer)
+    writer.wait()
     path = root / f"step_{step:08d}"
-    assert saver.newest == path
+    assert writer.newest == path
     return path
 
 
@@ -84,18 +86,18 @@ def flip_a_byte(file: Path) -> None:
 
 
 def sign_again(folder: Path) -> None:
-    """Make the manifest fit the files, as if they had been written like that."""
+    """Make the manifest match the files, as if they had been written so."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["sha256"] = {name: checkpoints_module.sha256(folder / name) for name in manifest["sha256"]}
+    manifest["sha256"] = {name: checkpoint_module.sha256(folder / name) for name in manifest["sha256"]}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_files_and_names(training, tokenizer, tmp_path):
+def test_checkpoint_has_the_documented_files(training, tokenizer, tmp_path):
     path = save(tmp_path, 1234, training, tokenizer, {"loader": {"position": 3}})
     assert path == tmp_path / "step_00001234"
     files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
     assert files == sorted([*FILES, "manifest.json"])
-    assert [file.name for file in tmp_path.iterdir()] == ["step_00001234"]  # nothing is left beside it
+    assert [file.name for file in tmp_path.iterdir()] == ["step_00001234"]  # no temporary folder is left
     assert read_state(path) == {"step": 1234, "loader": {"position": 3}}
     manifest = json.loads((path / "manifest.json").read_text())
     assert (manifest["format_version"], manifest["world_size"]) == (2, 1)
@@ -103,7 +105,7 @@ def test_files_and_names(training, tokenizer, tmp_path):
     verify_checkpoint(path)
 
 
-def test_model_and_tokenizer_come_back(training, tokenizer, tmp_path):
+def test_load_model_restores_model_and_tokenizer(training, tokenizer, tmp_path):
     model, _ = training
     save(tmp_path / "checkpoints", 5, training, tokenizer)
     export(tmp_path, tmp_path / "exported")
@@ -115,8 +117,8 @@ def test_model_and_tokenizer_come_back(training, tokenizer, tmp_path):
         assert words.fingerprint == tokenizer.fingerprint
 
 
-def test_an_exported_folder_is_plain(training, tokenizer, tmp_path):
-    """Read here by safetensors alone; a folder with files in it is left as it is."""
+def test_export_writes_a_folder_that_safetensors_reads(training, tokenizer, tmp_path):
+    """The test reads it with safetensors alone. A folder with files in it is refused."""
     model, _ = training
     save(tmp_path / "checkpoints", 5, training, tokenizer)
     out = tmp_path / "deep/exported"
@@ -130,20 +132,20 @@ def test_an_exported_folder_is_plain(training, tokenizer, tmp_path):
         export(tmp_path, out)
 
 
-def test_the_average_is_what_is_evaluated_and_exported(training, tokenizer, tmp_path):
+def test_load_model_and_export_take_the_averaged_weights(training, tokenizer, tmp_path):
     model, optimizer = training
     average = {name: torch.full_like(p, 0.25) for name, p in model.named_parameters()}
-    saver = CheckpointWriter(tmp_path / "checkpoints", ALONE, keep=1)
+    writer = CheckpointWriter(tmp_path / "checkpoints", ALONE, keep=1)
     parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer), "ema": average}
-    saver.save(1, model, parts, {}, tokenizer)
-    saver.wait()
+    writer.save(1, model, parts, {}, tokenizer)
+    writer.wait()
     assert all((p == 0.25).all() for p in load_model(tmp_path)[0].parameters())
     export(tmp_path, tmp_path / "out")
     assert all((t == 0.25).all() for t in load_file(tmp_path / "out/model.safetensors").values())
 
 
-def test_training_goes_on_to_the_bit(training, tokenizer, tmp_path):
-    """Every moment of the optimizer comes back, so the next update is the same; where there was none, there is none."""
+def test_optimizer_state_is_restored_to_the_bit(training, tokenizer, tmp_path):
+    """All moments are restored, so the next update is the same. A parameter without moments has none afterwards."""
     model, optimizer = training
     del optimizer.state[model.log_scale]
     path = save(tmp_path, 2, training, tokenizer)
@@ -161,8 +163,8 @@ def test_training_goes_on_to_the_bit(training, tokenizer, tmp_path):
     assert equal(other, model)
 
 
-def test_nothing_is_pickled(training, tokenizer, tmp_path, monkeypatch):
-    """Neither on the way out nor on the way in."""
+def test_no_file_of_a_checkpoint_is_a_pickle(training, tokenizer, tmp_path, monkeypatch):
+    """Neither writing nor reading calls pickle."""
 
     def refuse(*_, **__):
         raise AssertionError("a pickle was asked for")
@@ -180,26 +182,26 @@ def test_nothing_is_pickled(training, tokenizer, tmp_path, monkeypatch):
 
 
 class Trap:
-    """What unpickling it would do."""
+    """An object that makes a folder when it is unpickled."""
 
     def __reduce__(self):
         return (os.mkdir, ("trapped",))
 
 
 @pytest.mark.parametrize("name", ["model/.metadata", "model/extra.safetensors", "optimizer.pt", "model/__0_0.distcp"])
-def test_a_foreign_file_is_refused_and_never_loaded(run_copy, tmp_path, monkeypatch, name):
+def test_foreign_file_in_a_checkpoint_is_refused_and_never_loaded(run_copy, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     newest = run_copy / "checkpoints/step_00000002"
     (newest / name).write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(RunError, match=rf"{name}: not in the manifest, so not of this checkpoint"):
+    with pytest.raises(RunError, match=rf"{name}: not in the manifest, so not part of this checkpoint"):
         load_model(newest)
     assert newest_good_checkpoint(run_copy / "checkpoints") == run_copy / "checkpoints/step_00000001"
     assert not (tmp_path / "trapped").exists()
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_pickle_in_the_place_of_a_file_is_never_loaded(run_copy, tmp_path, monkeypatch, name):
-    """Even where the manifest vouches for it."""
+def test_pickle_in_the_place_of_a_file_is_never_loaded(run_copy, tmp_path, monkeypatch, name):
+    """Even if the manifest has its hash."""
     monkeypatch.chdir(tmp_path)
     newest = run_copy / "checkpoints/step_00000002"
     (newest / name).write_bytes(pickle.dumps(Trap()))
@@ -218,7 +220,7 @@ def test_a_pickle_in_the_place_of_a_file_is_never_loaded(run_copy, tmp_path, mon
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_is_found_and_the_previous_checkpoint_used(run_copy, name, caplog):
+def test_flipped_bit_is_found_and_the_previous_checkpoint_is_used(run_copy, name, caplog):
     root = run_copy / "checkpoints"
     newest, older = root / "step_00000002", root / "step_00000001"
     assert newest_good_checkpoint(root) == newest
@@ -234,8 +236,8 @@ def test_a_flipped_bit_is_found_and_the_previous_checkpoint_used(run_copy, name,
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in model.state_dict().items())
 
 
-def test_a_file_that_the_disk_does_not_give_is_damaged(run_copy):
-    """Reading /proc/self/mem from its beginning is an error of input and output, as a bad sector is."""
+def test_checkpoint_with_an_unreadable_file_is_damaged(run_copy):
+    """Reading /proc/self/mem from its beginning is an input/output error, like a bad sector."""
     root = run_copy / "checkpoints"
     file = root / "step_00000002" / "model" / SHARD
     file.unlink()
@@ -245,7 +247,7 @@ def test_a_file_that_the_disk_does_not_give_is_damaged(run_copy):
     assert find_checkpoint(run_copy) == root / "step_00000001"
 
 
-def test_a_flipped_bit_in_the_manifest_is_found(run_copy):
+def test_flipped_bit_in_the_manifest_is_found(run_copy):
     root = run_copy / "checkpoints"
     flip_a_byte(root / "step_00000002/manifest.json")
     with pytest.raises(RunError, match="step_00000002"):
@@ -254,7 +256,7 @@ def test_a_flipped_bit_in_the_manifest_is_found(run_copy):
 
 
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
-def test_a_missing_file_is_found(run_copy, name):
+def test_missing_file_of_a_checkpoint_is_found(run_copy, name):
     root = run_copy / "checkpoints"
     (root / "step_00000002" / name).unlink()
     with pytest.raises(RunError, match=rf"{name}: (missing|wanted a readable manifest)"):
@@ -271,7 +273,7 @@ def test_a_missing_file_is_found(run_copy, name):
         ('{"format_version": 1, "sha256": {}}', "wanted format version 2, got 1; use the mvlm that wrote it"),
     ],
 )
-def test_a_manifest_that_says_nothing_or_is_of_another_version(run_copy, text, message):
+def test_unreadable_manifest_or_one_of_another_version_is_refused(run_copy, text, message):
     newest = run_copy / "checkpoints/step_00000002"
     (newest / "manifest.json").write_text(text)
     with pytest.raises(RunError, match=message):
@@ -279,20 +281,20 @@ def test_a_manifest_that_says_nothing_or_is_of_another_version(run_copy, text, m
     assert newest_good_checkpoint(run_copy / "checkpoints") == run_copy / "checkpoints/step_00000001"
 
 
-def test_no_checkpoint_at_all(tmp_path):
+def test_load_model_refuses_a_folder_without_a_checkpoint(tmp_path):
     for folder, found in ((tmp_path, "no finished checkpoint"), (tmp_path / "nowhere", "no such folder")):
         with pytest.raises(RunError, match=f"wanted a run, a checkpoint or an exported folder, found {found}"):
             load_model(folder)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged(run_copy):
+def test_load_model_refuses_a_run_whose_checkpoints_are_all_damaged(run_copy):
     for name in ("step_00000001", "step_00000002"):
         (run_copy / "checkpoints" / name / "state.json").write_text("{}")
     with pytest.raises(RunError, match="wanted a good checkpoint, found 2 damaged, as listed above; use another run"):
         load_model(run_copy)
 
 
-def test_another_architecture_is_refused_with_the_shapes(training, tokenizer, tmp_path):
+def test_tensors_of_another_architecture_are_refused_with_their_shapes(training, tokenizer, tmp_path):
     model, _ = training
     path = save(tmp_path, 1, training, tokenizer)
     other = micro_model(seed=1, width=24, cross_layers=3, dtype=torch.float32)
@@ -306,7 +308,7 @@ def test_another_architecture_is_refused_with_the_shapes(training, tokenizer, tm
     assert message.endswith(" more")
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
-    # One tensor of another shape alone is named with both.
+    # A single tensor of another shape is named with both shapes.
     file = path / "model" / SHARD
     tensors = load_file(file)
     tensors["matching_head.bias"] = torch.zeros(3)
@@ -319,18 +321,18 @@ def test_another_architecture_is_refused_with_the_shapes(training, tokenizer, tm
         read_tensors(path / "model", model.state_dict())
 
 
-def test_what_fails_while_tensors_are_read_is_told_as_it_was(run_copy, monkeypatch):
-    """torch.distributed.checkpoint wraps it in what no `except Exception` catches."""
+def test_error_while_tensors_are_read_is_raised_unwrapped(run_copy, monkeypatch):
+    """torch.distributed.checkpoint wraps it in an exception that `except Exception` does not catch."""
 
     def broken(*_):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoints_module.HuggingFaceStorageReader, "read_data", broken)
+    monkeypatch.setattr(checkpoint_module.HuggingFaceStorageReader, "read_data", broken)
     with pytest.raises(OSError, match="Input/output error"):
         load_model(run_copy)
 
 
-def test_files_that_fit_the_manifest_and_are_no_checkpoint(run_copy):
+def test_load_model_refuses_files_that_match_the_manifest_but_are_invalid(run_copy):
     folder = run_copy / "checkpoints/step_00000002"
     original = shutil.copytree(folder, run_copy / "kept")
 
@@ -359,8 +361,8 @@ def test_files_that_fit_the_manifest_and_are_no_checkpoint(run_copy):
         load_model(folder)
 
 
-def test_folders_in_order_of_their_steps(tmp_path):
-    """Numbers, not letters, and no folder that somebody copied beside them."""
+def test_checkpoints_are_listed_in_order_of_their_steps(tmp_path):
+    """In numerical order, without copies under other names."""
     steps = ["step_00000002", "step_00000010", "step_99999999", "step_100000000"]
     copies = ["step_00000011.tmp", "step_00000011.damaged1", "step_00000010.mine", "step_00000010_backup", "step_3"]
     for name in (*reversed(steps), *copies, "other"):

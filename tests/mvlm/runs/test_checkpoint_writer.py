@@ -1,4 +1,4 @@
-"""Saving beside the training: what is written is what was there at the call, or nothing."""
+"""Asynchronous checkpoints: complete or absent, with the state of their step."""
 
 import errno
 import json
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mvlm.distributed.world import World
-from mvlm.runs import checkpoint_writer as saver_module
+from mvlm.runs import checkpoint_writer as writer_module
 from mvlm.runs.checkpoint import checkpoints, newest_good_checkpoint, optimizer_tensors, verify_checkpoint
 from mvlm.runs.checkpoint_writer import CheckpointWriter, remove_old_checkpoints
 from mvlm.runs.load import load_model
@@ -25,35 +25,35 @@ ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 @pytest.fixture
 def save(tokenizer, tmp_path):
-    """A function that begins a checkpoint of a small part of a model, and the saver."""
+    """Function that starts a checkpoint of a micro model; the writer; the model."""
     model = micro_model(dtype=torch.float32)
     optimizer = make_optimizer(model, pretrain_config(Path(), Path()), ALONE.device)
-    saver = CheckpointWriter(tmp_path, ALONE, keep=10)
+    writer = CheckpointWriter(tmp_path, ALONE, keep=10)
 
-    def begin(step: int, saver: CheckpointWriter = saver) -> None:
+    def begin(step: int, writer: CheckpointWriter = writer) -> None:
         parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
         parts["optimizer"]["log_scale/step"] = torch.tensor(float(step))
-        saver.save(step, model, parts, {}, tokenizer)
+        writer.save(step, model, parts, {}, tokenizer)
 
-    return begin, saver, model
+    return begin, writer, model
 
 
 @pytest.fixture
 def gate(monkeypatch):
-    """A gate that the writing thread stands at until it is opened."""
-    opened, write = threading.Event(), saver_module.write_tensors
+    """Event that the writing thread waits for."""
+    opened, write = threading.Event(), writer_module.write_tensors
 
     def wait(*arguments):
         assert opened.wait(30)
         write(*arguments)
 
-    monkeypatch.setattr(saver_module, "write_tensors", wait)
+    monkeypatch.setattr(writer_module, "write_tensors", wait)
     return opened
 
 
-def test_a_checkpoint_does_not_see_the_next_step(save, gate, tmp_path):
-    """The weights change after the call, and before a byte has been written."""
-    begin, saver, model = save
+def test_checkpoint_does_not_see_the_next_step(save, gate, tmp_path):
+    """The weights change after the call and before a byte is written."""
+    begin, writer, model = save
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     begin(1)
     assert not checkpoints(tmp_path)
@@ -61,14 +61,14 @@ def test_a_checkpoint_does_not_see_the_next_step(save, gate, tmp_path):
         for parameter in model.parameters():
             parameter.zero_()
     gate.set()
-    saver.wait()
+    writer.wait()
     found, _ = load_model(tmp_path / "step_00000001")
     assert all(torch.equal(tensor, before[name]) for name, tensor in found.state_dict().items())
 
 
-def test_one_at_a_time(save, gate, tmp_path):
+def test_writer_writes_one_checkpoint_at_a_time(save, gate, tmp_path):
     """The second call waits for the first checkpoint, whose copies it would overwrite."""
-    begin, saver, _ = save
+    begin, writer, _ = save
     begin(1)
     second = threading.Thread(target=begin, args=(2,))
     second.start()
@@ -77,57 +77,58 @@ def test_one_at_a_time(save, gate, tmp_path):
     gate.set()
     second.join(30)
     assert (tmp_path / "step_00000001").is_dir()
-    saver.wait()
+    writer.wait()
     for step in (1, 2):
         verify_checkpoint(tmp_path / f"step_{step:08d}")
 
 
 @pytest.mark.parametrize("stage", ["write_tensors", "save_file", "write_json", "sync", "sha256"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError("not yours")])
-def test_a_save_that_fails_is_a_warning(save, tmp_path, monkeypatch, caplog, stage, error):
-    begin, saver, _ = save
+def test_save_that_fails_is_a_warning(save, tmp_path, monkeypatch, caplog, stage, error):
+    begin, writer, _ = save
     begin(1)
-    saver.wait()
+    writer.wait()
 
     def fail(*_):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(saver_module, stage, fail)
+        patch.setattr(writer_module, stage, fail)
         begin(2)
-        saver.wait()
+        writer.wait()
     assert (
-        f"could not save {tmp_path / 'step_00000002'}: {type(error).__name__}: {error}; training goes on" in caplog.text
+        f"could not save {tmp_path / 'step_00000002'}: {type(error).__name__}: {error}; training continues"
+        in caplog.text
     )
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
-    assert (saver.failed, saver.newest) == (1, tmp_path / "step_00000001")
+    assert (writer.failed, writer.newest) == (1, tmp_path / "step_00000001")
     begin(3)
-    saver.wait()
-    assert newest_good_checkpoint(tmp_path) == saver.newest == tmp_path / "step_00000003"
+    writer.wait()
+    assert newest_good_checkpoint(tmp_path) == writer.newest == tmp_path / "step_00000003"
 
 
-def test_so_is_a_file_that_the_system_refuses_to_write(save, tmp_path, caplog):
-    """No stand-in: from here on no file may be longer than 16 kB, and those of the weights are."""
-    begin, saver, _ = save
+def test_save_that_the_system_refuses_is_a_warning(save, tmp_path, caplog):
+    """The system's own error: no file may be longer than 16 kB, and those of the weights are."""
+    begin, writer, _ = save
     begin(1)
-    saver.wait()
+    writer.wait()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, limits[1]))
     try:
         begin(2)
-        saver.wait()
+        writer.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert f"could not save {tmp_path / 'step_00000002'}: OSError: [Errno 27] File too large; training" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
-    assert (saver.failed, saver.newest) == (1, tmp_path / "step_00000001")
+    assert (writer.failed, writer.newest) == (1, tmp_path / "step_00000001")
 
 
 OPERATIONS = ("write_tensors", "save_file", "write_json", "sync", "sha256")
 
 
 def die_after(operations: int) -> None:
-    """Make this (forked) process end before the operation on a checkpoint with this number, as by kill -9."""
+    """Make this (forked) process end before the operation with this number on a checkpoint, as by kill -9."""
     left = [operations]
 
     def mortal(function):
@@ -140,16 +141,17 @@ def die_after(operations: int) -> None:
         return call
 
     for name in OPERATIONS:
-        setattr(saver_module, name, mortal(getattr(saver_module, name)))
+        setattr(writer_module, name, mortal(getattr(writer_module, name)))
     Path.rename = mortal(Path.rename)
-    patch.object(saver_module, "threading", Immediate).start()
+    patch.object(writer_module, "threading", Immediate).start()
 
 
-def test_a_kill_leaves_no_half_checkpoint_to_be_seen(save, tmp_path):
-    """A kill at each operation in turn, in a process of its own: the older checkpoint stands, or the new is whole."""
-    begin, saver, _ = save
+@pytest.mark.slow
+def test_kill_during_a_save_leaves_no_partial_checkpoint(save, tmp_path):
+    """A kill at each operation in turn, in a fork. The older checkpoint stays good; the new one is good or absent."""
+    begin, writer, _ = save
     begin(1)
-    saver.wait()
+    writer.wait()
     survived, code = 0, 9
     while code:
         shutil.rmtree(tmp_path / "step_00000002", ignore_errors=True)
@@ -165,12 +167,12 @@ def test_a_kill_leaves_no_half_checkpoint_to_be_seen(save, tmp_path):
         survived += 1
     assert survived > 20
     begin(2)
-    saver.wait()
+    writer.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001", "step_00000002"]
 
 
 class Immediate:
-    """In place of `threading`: a thread that runs where it is started, as a forked process has no other."""
+    """Stand-in for `threading` whose threads run when they are started, in the forked process's only thread."""
 
     class Thread:
         def __init__(self, target, args, **_):
@@ -182,15 +184,15 @@ class Immediate:
         def join(self): ...
 
 
-def test_what_a_kill_left_is_removed_by_the_next_save(save, tmp_path):
-    begin, saver, _ = save
+def test_next_save_removes_the_remains_of_a_killed_save(save, tmp_path):
+    begin, writer, _ = save
     (tmp_path / "step_00000009.tmp").mkdir()
     begin(1)
-    saver.wait()
+    writer.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
 
 
-def test_the_newest_are_kept_and_every_so_many(tmp_path):
+def test_newest_checkpoints_and_those_at_multiples_are_kept(tmp_path):
     def steps() -> list[int]:
         return [int(path.name.removeprefix("step_")) for path in checkpoints(tmp_path)]
 
@@ -205,12 +207,12 @@ def test_the_newest_are_kept_and_every_so_many(tmp_path):
 
 
 @pytest.mark.parametrize("keep, kept", [(1, [13]), (2, [10, 13])])
-def test_a_damaged_one_takes_no_place_among_those_kept(save, tmp_path, caplog, keep, kept):
-    """The run goes on from 10, as 12 and 20 are damaged: no save removes the good ones for them, or loses them."""
-    begin, saver, _ = save
+def test_damaged_checkpoint_is_renamed_and_not_counted(save, tmp_path, caplog, keep, kept):
+    """The run continues from 10, as 12 and 20 are damaged. No save removes a good checkpoint for them or loses one."""
+    begin, writer, _ = save
     for step in (10, 12, 20):
         begin(step)
-        saver.wait()
+        writer.wait()
     for step in (12, 20):
         (tmp_path / f"step_{step:08d}/state.json").write_text(f"not that of {step}")
     assert newest_good_checkpoint(tmp_path) == tmp_path / "step_00000010"
@@ -222,7 +224,7 @@ def test_a_damaged_one_takes_no_place_among_those_kept(save, tmp_path, caplog, k
     assert newest_good_checkpoint(tmp_path) == resumed.newest
     assert [path.name for path in checkpoints(tmp_path)] == [f"step_{step:08d}" for step in kept]
     begin(20, resumed)
-    begin(21, resumed)  # the run's own 20 is refused by nobody
+    begin(21, resumed)  # the run's own 20 is good
     resumed.wait()
     assert [path.name for path in checkpoints(tmp_path)][-keep:] == ["step_00000020", "step_00000021"][-keep:]
     for step in (12, 20):
@@ -231,34 +233,34 @@ def test_a_damaged_one_takes_no_place_among_those_kept(save, tmp_path, caplog, k
         assert (aside / "state.json").read_text() == f"not that of {step}"
 
 
-def test_one_that_is_damaged_again_is_lost_no_more_than_the_first(save, tmp_path):
-    begin, saver, _ = save
+def test_checkpoint_that_is_damaged_again_is_renamed_too(save, tmp_path):
+    begin, writer, _ = save
     for step in (10, 20, 20, 20):
-        begin(step, saver)
-        saver.wait()
+        begin(step, writer)
+        writer.wait()
         if step == 20:
             (tmp_path / "step_00000020/state.json").write_text("damaged")
-            saver = CheckpointWriter(tmp_path, ALONE, keep=2)
-            saver.resume_from(tmp_path / "step_00000010")
+            writer = CheckpointWriter(tmp_path, ALONE, keep=2)
+            writer.resume_from(tmp_path / "step_00000010")
     names = ["step_00000010", "step_00000020", "step_00000020.damaged1", "step_00000020.damaged2"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
-def test_a_copy_that_somebody_made_is_left_alone(save, tmp_path):
-    """It is no checkpoint of ours, so neither kept for one nor removed, and no save fails for it."""
+def test_folder_of_another_name_is_neither_counted_nor_removed(save, tmp_path):
+    """No save fails because of it."""
     copies = ["step_00000001.mine", "step_00000001_backup", "step_00000001.old.tmp", "step_1"]
     for name in copies:
         (tmp_path / name).mkdir()
     begin, _, _ = save
-    saver = CheckpointWriter(tmp_path, ALONE, keep=1, keep_every_steps=4)
+    writer = CheckpointWriter(tmp_path, ALONE, keep=1, keep_every_steps=4)
     for step in (1, 2, 3):
-        begin(step, saver)
-        saver.wait()
-    assert (saver.failed, saver.newest) == (0, tmp_path / "step_00000003")
+        begin(step, writer)
+        writer.wait()
+    assert (writer.failed, writer.newest) == (0, tmp_path / "step_00000003")
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*copies, "step_00000003"])
 
 
-def test_a_kill_while_an_old_one_is_removed_leaves_no_half_checkpoint(tmp_path, monkeypatch):
+def test_kill_during_a_removal_leaves_no_partial_checkpoint(tmp_path, monkeypatch):
     for step in (1, 2):
         (tmp_path / f"step_{step:08d}").mkdir()
         (tmp_path / f"step_{step:08d}" / "model.json").write_text("{}")
@@ -274,7 +276,7 @@ def test_a_kill_while_an_old_one_is_removed_leaves_no_half_checkpoint(tmp_path, 
     assert (tmp_path / "step_00000002" / "model.json").exists()
 
 
-def test_a_folder_that_cannot_be_removed_is_warned_about(tmp_path, monkeypatch, caplog):
+def test_checkpoint_that_cannot_be_removed_is_a_warning(tmp_path, monkeypatch, caplog):
     for step in (1, 2, 3):
         (tmp_path / f"step_{step:08d}").mkdir()
     remove = shutil.rmtree
@@ -290,8 +292,8 @@ def test_a_folder_that_cannot_be_removed_is_warned_about(tmp_path, monkeypatch, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000001.tmp", "step_00000003"]
 
 
-def test_the_state_is_the_callers(save, tmp_path):
-    begin, saver, _ = save
+def test_state_file_has_the_step_and_the_callers_state(save, tmp_path):
+    begin, writer, _ = save
     begin(7)
-    saver.wait()
+    writer.wait()
     assert json.loads((tmp_path / "step_00000007/state.json").read_text()) == {"step": 7}

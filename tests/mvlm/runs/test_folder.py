@@ -1,16 +1,19 @@
 import errno
 import json
+import os
+import signal
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from mvlm.config.json_files import read_config, run_config
+from mvlm.config.json_files import differing_settings, read_config, run_config
 from mvlm.errors import RunError
 from mvlm.runs import folder as run_folder
 from mvlm.runs.folder import (
     MetricsFile,
     RunLock,
-    differing_settings,
     open_run,
     read_metrics,
     write_config,
@@ -21,7 +24,7 @@ from support.models import micro_config, pretrain_config
 
 @pytest.fixture
 def config(tmp_path):
-    """A run that nobody has begun."""
+    """Configuration of a run that has not started."""
     return pretrain_config(tmp_path / "data", tmp_path / "run")
 
 
@@ -31,7 +34,7 @@ def begin(config) -> None:
 
 
 def refuse(config, *words: str) -> None:
-    """Opening fails with one line that holds the words, and changes no file."""
+    """Assert that opening the run fails with a one-line error that has the words, and changes no file."""
     before = folder_hash(config.out)
     with pytest.raises(RunError) as caught:
         open_run(config)
@@ -43,8 +46,8 @@ def refuse(config, *words: str) -> None:
 
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_new_run(config, there, resume):
-    """In a folder that is not there or is empty; --resume starts a run that has not been begun."""
+def test_new_run_claims_a_missing_or_empty_folder(config, there, resume):
+    """With --resume too, which starts a run that has not started."""
     if there:
         config.out.mkdir()
     config = pretrain_config(config.data, config.out, resume=resume)
@@ -54,25 +57,25 @@ def test_a_new_run(config, there, resume):
     assert written["model"]["width"] == 16
 
 
-def test_a_folder_with_other_files_is_refused(config):
+def test_folder_with_other_files_is_refused(config):
     config.out.mkdir()
     (config.out / "thesis.tex").write_text("ten years of work")
     refuse(config, "wanted an empty folder or a run, found other files; choose another --out")
 
 
-def test_a_file_is_refused(config):
+def test_file_in_the_place_of_a_run_folder_is_refused(config):
     config.out.write_text("a file")
     refuse(config, "wanted a folder for the run, found a file; choose another --out")
     assert config.out.read_text() == "a file"
 
 
-def test_a_run_is_not_begun_twice(config):
+def test_run_is_not_started_twice(config):
     begin(config)
-    refuse(config, "holds this run already; go on with --resume, or choose another --out")
+    refuse(config, "holds this run already; continue it with --resume, or choose another --out")
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_different_run_is_refused_with_what_differs(config, resume):
+def test_different_run_is_refused_with_the_settings_that_differ(config, resume):
     begin(config)
     other = pretrain_config(
         config.data, config.out, resume=resume, seed=7, batch_size=16, model=micro_config(cross_norm="pre")
@@ -87,7 +90,7 @@ def test_a_different_run_is_refused_with_what_differs(config, resume):
     )
 
 
-def test_settings_that_change_nothing_that_is_computed_may_differ(config, tmp_path):
+def test_settings_without_effect_on_the_result_may_differ_on_resume(config, tmp_path):
     begin(config)
     again = pretrain_config(
         tmp_path / "moved",
@@ -106,15 +109,15 @@ def test_settings_that_change_nothing_that_is_computed_may_differ(config, tmp_pa
 @pytest.mark.parametrize(
     "setting", ["max_steps", "lr_encoder", "lr_cross", "lr_pixels", "warmup_steps", "weight_decay", "seed", "precision"]
 )
-def test_settings_that_change_what_is_computed_may_not_differ(config, setting):
+def test_settings_that_affect_the_result_may_not_differ_on_resume(config, setting):
     begin(config)
     value = {"precision": "fp32"}.get(setting, 5)
     changed = pretrain_config(config.data, config.out, resume=True, **{setting: value})
     refuse(changed, f"{setting}: there")
 
 
-def test_a_configuration_is_written_whole_or_not_at_all(config, monkeypatch):
-    """What a full disk or a kill leaves is in nobody's way, and a run that goes on writes none again."""
+def test_configuration_is_written_atomically(config, monkeypatch):
+    """A partial file, left by a full disk or a kill, does not matter; a resumed run writes no other configuration."""
 
     def fail(path):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -133,49 +136,103 @@ def test_a_configuration_is_written_whole_or_not_at_all(config, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", '"words"', "[" * 100_000])
-def test_a_configuration_that_cannot_be_read(config, text):
+def test_configuration_that_cannot_be_read_is_refused(config, text):
     config.out.mkdir()
     (config.out / "config.json").write_text(text)
     refuse(config, "config.json: wanted the configuration of a run, got")
 
 
 @pytest.mark.parametrize("version", [None, 1, 4, "2"])
-def test_a_configuration_of_another_version(config, version):
+def test_configuration_of_another_version_is_refused(config, version):
     begin(config)
     file = config.out / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": version}))
     refuse(config, f"config.json: wanted a configuration of version 2 or 3, got version {version}; use the mvlm that")
 
 
-def test_a_folder_is_one_process_alone(config):
-    """Held again by whoever asks once it is let go."""
+def test_run_folder_belongs_to_one_process(config):
+    """A second lock is refused, by this process and by a forked one, until the first is released."""
     with RunLock(config.out):
         before = folder_hash(config.out)
         with pytest.raises(RunError, match=r"run: wanted a run folder of our own, found it in use by another process"):
             RunLock(config.out)
+        process = os.fork()
+        if process == 0:
+            os._exit(1 if can_lock(config.out) else 0)
+        assert os.waitpid(process, 0)[1] == 0
         assert folder_hash(config.out) == before
+    assert can_lock(config.out)
+
+
+def can_lock(folder: Path) -> bool:
+    try:
+        with RunLock(folder):
+            return True
+    except RunError:
+        return False
+
+
+def test_lock_of_a_killed_process_is_free_even_if_a_child_lives_on(config):
+    """The child is forked while the lock is held, as the loader's processes are."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        with RunLock(config.out):
+            child = os.fork()
+            if child:
+                os.write(writing, child.to_bytes(4, "little"))
+            time.sleep(60)
+        os._exit(0)
+    child = int.from_bytes(os.read(reading, 4), "little")
+    assert not can_lock(config.out)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    try:
+        assert can_lock(config.out)
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_folder_with_only_the_lock_file_counts_as_empty(config):
     with RunLock(config.out):
-        pass
+        begin(config)
+    assert sorted(path.name for path in config.out.iterdir()) == [".lock", "config.json"]
 
 
-def test_a_configuration_that_is_not_there(tmp_path):
+def test_lock_leaves_no_file_in_a_folder_that_holds_no_run(config):
+    config.out.mkdir()
+    (config.out / "thesis.tex").write_text("ten years of work")
+    with pytest.raises(RunError, match="wanted an empty folder or a run, found other files"):
+        RunLock(config.out)
+    assert [path.name for path in config.out.iterdir()] == ["thesis.tex"]
+
+
+def test_lock_that_cannot_be_made_is_an_error_of_the_run(config, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(run_folder.FileLock, "acquire", refuse)
+    with pytest.raises(RunError, match=r"run/\.lock: cannot be locked \(Permission denied\); choose another --out"):
+        RunLock(config.out)
+
+
+def test_configuration_that_is_missing_is_named(tmp_path):
     with pytest.raises(RunError, match=r"config.json: wanted the configuration of a run, found no such file"):
         read_config(tmp_path / "config.json")
 
 
-def test_resume_goes_on_from_the_newest_whole_checkpoint(run_copy, caplog):
+def test_resume_continues_from_the_newest_good_checkpoint(run_copy, caplog):
     config = pretrain_config(json.loads((run_copy / "config.json").read_text())["data"], run_copy, resume=True)
     newest, older = run_copy / "checkpoints/step_00000002", run_copy / "checkpoints/step_00000001"
-    # the tokenizer's [MASK] is written into a run's configuration
     assert open_run(config) == newest
     (newest / "state.json").write_text("{}")
     assert open_run(config) == older
     assert "state.json: damaged" in caplog.text
     (older / "tokenizer.json").unlink()
-    refuse(config, "no checkpoint is whole; remove the folder to start again, or restore one")
+    refuse(config, "wanted a good checkpoint, found all of them damaged; remove the folder to start again")
 
 
-def test_differing_settings():
+def test_differing_settings_are_listed_by_name():
     there = {"a": 1, "model": {"width": 4, "out": 1}, "seed": 0, "out": "x", "gone": 3}
     here = {"a": 1, "model": {"width": 8, "out": 2}, "seed": 0, "out": "y", "new": 4}
     assert differing_settings(there, here) == [
@@ -187,7 +244,7 @@ def test_differing_settings():
     assert differing_settings(there, there) == []
 
 
-def test_metrics_are_appended_a_line_at_a_time(tmp_path):
+def test_metrics_file_appends_a_line_at_a_time(tmp_path):
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path, 0)
     for step in (1, 2):
@@ -197,8 +254,8 @@ def test_metrics_are_appended_a_line_at_a_time(tmp_path):
     assert path.read_text().count("\n") == 2
 
 
-def test_a_line_that_does_not_fit_on_the_disk_is_not_there_at_all(tmp_path, file_limit):
-    """And the next one, when there is room again, begins where a line begins."""
+def test_line_of_metrics_is_written_completely_or_not_at_all(tmp_path, file_limit):
+    """The next line, when there is room again, is a line of its own."""
     path = tmp_path / "metrics.jsonl"
     metrics = MetricsFile(path, 0)
     metrics.write({"step": 1})
@@ -210,7 +267,7 @@ def test_a_line_that_does_not_fit_on_the_disk_is_not_there_at_all(tmp_path, file
     assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
 
 
-def test_metrics_are_never_nan(tmp_path):
+def test_metrics_file_refuses_nan(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl", 0)
     with pytest.raises(ValueError, match="not JSON compliant"):
         metrics.write({"step": 1, "loss": float("nan")})
@@ -218,7 +275,7 @@ def test_metrics_are_never_nan(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
-def test_going_on_drops_the_lines_after_the_checkpoint_and_a_line_cut_short(tmp_path):
+def test_metrics_file_drops_later_rows_and_a_broken_line_on_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 0.5 / step}) for step in (1, 2, 3, 4)]
     path.write_text("\n".join(lines) + '\n{"step": 5, "lo')
@@ -229,7 +286,7 @@ def test_going_on_drops_the_lines_after_the_checkpoint_and_a_line_cut_short(tmp_
     assert path.read_text().splitlines() == [*lines[:2], '{"step": 3, "loss": 9.0}']
 
 
-def test_lines_that_are_no_rows_are_left_out(tmp_path):
+def test_read_metrics_skips_lines_that_are_no_rows(tmp_path):
     path = tmp_path / "metrics.jsonl"
     lines = ["[1]", "3", "null", '{"loss": 1.0}', '{"step": "3"}', "[" * 100_000, '{"step": 2}']
     path.write_bytes(b"\xff\xfe\n" + "\n".join(lines).encode())
@@ -237,14 +294,14 @@ def test_lines_that_are_no_rows_are_left_out(tmp_path):
     assert read_metrics(path, 1) == []
 
 
-def test_beginning_drops_all_lines(tmp_path):
+def test_metrics_file_of_a_new_run_is_empty(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n')
     MetricsFile(path, 0).close()
     assert path.read_text() == ""
 
 
-def test_a_run_of_version_2_goes_on_under_the_new_names(config):
+def test_run_with_a_configuration_of_version_2_continues(config):
     """`eval_pictures` was renamed `eval_images`, and the attention backend `products` was renamed `math`."""
     config = pretrain_config(config.data, config.out, eval_images=5, self_attention="math", cross_attention="math")
     begin(config)

@@ -1,4 +1,4 @@
-"""Where lines go besides metrics.jsonl: services, stood in for by modules that write down what they are told."""
+"""Sinks for metrics and images. Modules that record their calls stand in for the services."""
 
 import json
 import sys
@@ -11,39 +11,40 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mvlm.errors import ConfigError
-from mvlm.runs.folder import read_metrics
-from mvlm.training import loggers as monitor
+from mvlm.training import loggers
 from mvlm.training.loggers import LogSinks
 from mvlm.training.run import pretrain
+from support.folders import rows_of
 from support.models import pretrain_config
 
 ROW = {"step": 3, "pairs_seen": 24, "loss": 1.5, "itc": None, "skipped": 0}
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_service_gets_the_configuration_and_the_numbers(tmp_path, monkeypatch, without_tensorboard, name):
-    begun, told, ended = [], [], []
+def test_service_gets_the_configuration_and_the_rows(tmp_path, monkeypatch, without_tensorboard, name):
+    started, logged, finished = [], [], []
     service = SimpleNamespace(
-        init=lambda **words: begun.append(words),
-        log=lambda numbers, step: told.append((numbers, step)),
-        finish=lambda: ended.append(True),
+        init=lambda **settings: started.append(settings),
+        log=lambda numbers, step: logged.append((numbers, step)),
+        finish=lambda: finished.append(True),
     )
     monkeypatch.setitem(sys.modules, name, service)
     config = pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
     config.out.mkdir()
     with LogSinks(config, 0) as sinks:
         sinks.log(ROW)
-    assert (begun[0]["project"], begun[0]["name"]) == ("mvlm", "run")
-    assert begun[0]["config"]["batch_size"] == 8
-    assert told == [({"loss": 1.5, "skipped": 0}, 3)]
-    assert ended == [True]
-    assert read_metrics(config.out / "metrics.jsonl") == [ROW]
+    assert (started[0]["project"], started[0]["name"]) == ("mvlm", "run")
+    assert started[0]["config"]["batch_size"] == 8
+    assert logged == [({"loss": 1.5, "skipped": 0}, 3)]
+    assert finished == [True]
+    assert rows_of(config.out) == [ROW]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, written", [("wandb", "run/wandb/offline-run-*/*.wandb"), ("trackio", "trackio/*.db")])
-def test_the_real_service_offline(tmp_path, monkeypatch, without_tensorboard, name, written):
+def test_service_writes_its_files_offline(tmp_path, monkeypatch, without_tensorboard, name, written):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at import
     pytest.importorskip(name, reason=f"pip install 'mvlm[track]' brings {name}")
     config = pretrain_config(tmp_path / "data", tmp_path / "run", **{name: True})
     config.out.mkdir()
@@ -53,7 +54,7 @@ def test_the_real_service_offline(tmp_path, monkeypatch, without_tensorboard, na
     assert list(tmp_path.glob(written))
 
 
-def test_a_service_that_is_not_installed_is_named_before_anything_is_written(tmp_path, monkeypatch):
+def test_service_that_is_not_installed_is_refused_before_the_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     config = pretrain_config(tmp_path / "data", tmp_path / "run", trackio=True)
     with pytest.raises(ConfigError, match="--trackio: wanted the package trackio, which is not installed; pip install"):
@@ -62,7 +63,7 @@ def test_a_service_that_is_not_installed_is_named_before_anything_is_written(tmp
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_service_that_fails_is_a_warning(tmp_path, monkeypatch, without_tensorboard, caplog, name):
+def test_service_that_fails_is_a_warning(tmp_path, monkeypatch, without_tensorboard, caplog, name):
     def fails(*_, **__):
         raise ConnectionAbortedError("the network is down") if name == "wandb" else RuntimeError("locked")
 
@@ -74,27 +75,28 @@ def test_a_service_that_fails_is_a_warning(tmp_path, monkeypatch, without_tensor
         for step in (3, 4):
             sinks.log(ROW | {"step": step})
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"could not write {name}"]
-    assert [row["step"] for row in read_metrics(config.out / "metrics.jsonl")] == [3, 4]
+    assert [row["step"] for row in rows_of(config.out)] == [3, 4]
     service.init = fails
-    with pytest.raises(ConfigError, match=f"--{name}: could not begin a run: .*; leave --{name} out"):
+    with pytest.raises(ConfigError, match=f"--{name}: could not start a run: .*; leave --{name} out"):
         LogSinks(config, 0)
 
 
-def test_the_board_keeps_the_step_that_a_run_goes_on_from(tmp_path):
+@pytest.mark.slow
+def test_tensorboard_keeps_the_step_that_a_run_continues_from(tmp_path):
     config = pretrain_config(tmp_path / "data", tmp_path)
     for first, steps in ((0, (1, 2, 3, 4)), (3, (4, 5))):
         with LogSinks(config, first) as sinks:
             for step in steps:
                 sinks.log(ROW | {"step": step, "loss": float(first)})
-        time.sleep(1.1)  # its files are told apart, and sorted, by the second
+        time.sleep(1.1)  # TensorBoard names its files by the second
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0), (2, 0), (3, 0), (4, 3), (5, 3)]
 
 
-# TensorBoard writes in a thread, which says so itself.
+# The thread of TensorBoard's writer raises, and pytest warns of it.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_full_disk_is_a_warning_for_each_place_and_lines_go_on(tmp_path, caplog, file_limit):
-    """No stand-in: for 40 lines no file may grow. TensorBoard's writer has ended by then."""
+def test_full_disk_is_one_warning_a_sink_and_rows_continue(tmp_path, caplog, file_limit):
+    """The system's own error: for 40 rows no file may grow. TensorBoard's writer ends meanwhile."""
     config = pretrain_config(tmp_path / "data", tmp_path)
     image = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     with LogSinks(config, 0) as sinks:
@@ -109,18 +111,18 @@ def test_a_full_disk_is_a_warning_for_each_place_and_lines_go_on(tmp_path, caplo
     assert sorted(line.split(":")[0] for line in warnings) == [
         *(f"could not write {name}" for name in ("TensorBoard's files", "metrics.jsonl", "strips"))
     ]
-    assert all("File too large; training goes on" in line for line in warnings)
-    steps = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert all("File too large; training continues" in line for line in warnings)
+    steps = [row["step"] for row in rows_of(tmp_path)]
     assert (steps[0], steps[-1]) == (3, 44)
     assert len(steps) < 42
     assert all(json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert [path.name for path in (tmp_path / "strips").iterdir()] == ["step_00000044.png"]
 
 
-def test_a_strip_is_a_picture_in_the_run_folder_and_on_the_board(tmp_path, monkeypatch):
+def test_strip_is_an_image_in_the_run_folder_and_in_tensorboard(tmp_path, monkeypatch):
     shown = []
     board = SimpleNamespace(add_image=lambda *words, **_: shown.append(words[2]), close=lambda: None)
-    monkeypatch.setattr(monitor, "SummaryWriter", lambda *_, **__: board)
+    monkeypatch.setattr(loggers, "SummaryWriter", lambda *_, **__: board)
     config = pretrain_config(tmp_path / "data", tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     with LogSinks(config, 0) as sinks:

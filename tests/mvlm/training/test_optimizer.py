@@ -1,6 +1,8 @@
-"""The schedule and the average of the weights against torch's own."""
+"""Learning rate schedule, parameter groups and average of the weights; the first and last against torch's own."""
 
+import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mvlm.config.recipes import pretrain_defaults
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.training.optimizer import ExponentialMovingAverage, learning_rate_factor, make_optimizer
+from support.models import micro_model, pretrain_config
 
 
 @pytest.mark.parametrize("steps, warmup, end", [(110, 10, 0.2), (50, 2, 0.0), (30, 0, 0.01), (7, 5, 0.5)])
@@ -30,7 +33,7 @@ def test_learning_rate_is_that_of_torchs_linear_and_cosine_schedulers(steps, war
         schedule.step()
 
 
-def moved(model: nn.Module) -> None:
+def move_weights(model: nn.Module) -> None:
     """Change the weights as an update does."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -56,14 +59,14 @@ def test_weight_average_with_its_full_decay_is_torchs_ema(model):
     oracle = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
     oracle.update_parameters(model)  # torch's first update copies
     for step in range(81, 101):
-        moved(model)
+        move_weights(model)
         average.update(step)
         oracle.update_parameters(model)
         assert_equal_averages(average, oracle)
 
 
 def test_weight_average_from_the_first_update_is_torchs_with_the_decay_of_the_update(model):
-    """Torch's EMA has no warm-up of its decay; its AveragedModel takes any formula, and counts the updates."""
+    """Torch's EMA has no warm-up of its decay. Its AveragedModel takes any formula, and counts the updates."""
 
     def formula(mean: Tensor, weight: Tensor, updates: Tensor | int) -> Tensor:
         decay = min(0.7, float(updates) / (9 + float(updates)))
@@ -73,7 +76,7 @@ def test_weight_average_from_the_first_update_is_torchs_with_the_decay_of_the_up
     oracle = AveragedModel(model, avg_fn=formula)
     oracle.update_parameters(model)
     for step in range(1, 41):
-        moved(model)
+        move_weights(model)
         average.update(step)
         oracle.update_parameters(model)
         assert_equal_averages(average, oracle)
@@ -97,3 +100,46 @@ def test_optimizer_leaves_everything_untouched_where_found_inf_is_one():
     assert len(once) == 4 * len(list(model.parameters()))
     assert all(map(torch.equal, once, skipped))
     assert not any(map(torch.equal, once, twice))
+
+
+def test_learning_rate_rises_linearly_and_falls_as_a_cosine():
+    config = pretrain_config(Path(), Path(), max_steps=110, warmup_steps=10, lr_end=0.2)
+    factors = [learning_rate_factor(step, config) for step in range(111)]
+    assert factors[:10] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    assert factors[10] == 1
+    assert factors[60] == pytest.approx((1 + 0.2) / 2)  # half of the way down
+    assert factors[35] == pytest.approx(0.2 + 0.8 * (1 + math.sqrt(0.5)) / 2)  # a quarter of the way
+    assert factors[110] == pytest.approx(0.2)
+    assert all(a > b for a, b in pairwise(factors[10:]))
+
+
+def test_learning_rate_without_warm_up_starts_at_the_peak():
+    config = pretrain_config(Path(), Path(), max_steps=10, warmup_steps=0)
+    assert learning_rate_factor(0, config) == 1
+
+
+@pytest.mark.parametrize("cross_norm", ["post", "pre"])
+def test_optimizer_decays_only_matrices_and_has_a_rate_for_each_module(cross_norm):
+    """Weights of linear layers decay, and nothing else. The test knows them by the kind of module, the code by name."""
+    model = micro_model(dtype=torch.float32, cross_norm=cross_norm)
+    config = pretrain_config(Path(), Path(), lr_encoder=1e-5, lr_cross=3e-4, lr_pixels=7e-5, weight_decay=0.06)
+    optimizer = make_optimizer(model, config, torch.device("cpu"))
+    matrices = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
+    rates = {}
+    for name, module in model.named_children():
+        pixels = name in ("image_cross", "image_decoder", "pixel_head")
+        rate = 1e-5 if name in ("image_encoder", "text_encoder") else 7e-5 if pixels else 3e-4
+        rates |= {id(parameter): rate for parameter in module.parameters()}
+    rates[id(model.log_scale)] = 3e-4
+
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    seen = []
+    for group in optimizer.param_groups:
+        assert group["betas"] == (0.9, config.beta2)
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert group["weight_decay"] == (0.06 if id(parameter) in matrices else 0.0), name
+            assert group["peak"] == rates[id(parameter)], name
+            seen.append(id(parameter))
+    assert len(seen) == len(set(seen))
+    assert set(seen) == set(names)

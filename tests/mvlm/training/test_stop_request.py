@@ -1,3 +1,5 @@
+"""Requests to end a run: signals in this process and in a forked one, and the preemption file."""
+
 import os
 import signal
 import threading
@@ -5,17 +7,17 @@ import time
 
 import pytest
 
-from mvlm.training import stop_request as signals
+from mvlm.training import stop_request
 from mvlm.training.stop_request import StopRequest
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_asks_and_handlers_are_put_back(number, capfd):
+def test_signal_requests_a_stop_and_handlers_are_restored(number, capfd):
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     with StopRequest() as stop:
-        assert not stop.asked()
+        assert not stop.requested()
         os.kill(os.getpid(), number)
-        assert stop.asked()
+        assert stop.requested()
         assert stop.reason == signal.Signals(number).name
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # a second one ends the process
         assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
@@ -23,40 +25,40 @@ def test_a_signal_asks_and_handlers_are_put_back(number, capfd):
     assert "finishing the step and saving; SIGTERM or Ctrl-C once more ends at once" in capfd.readouterr().err
 
 
-def test_a_signal_asks_also_where_nobody_reads_the_message(monkeypatch):
-    """As with `| tee`, which Ctrl-C ends too."""
+def test_signal_requests_a_stop_even_if_stderr_is_closed(monkeypatch):
+    """Ctrl-C also ends a `| tee`."""
 
     def broken(*_):
         raise BrokenPipeError
 
-    monkeypatch.setattr(signals.os, "write", broken)
+    monkeypatch.setattr(stop_request.os, "write", broken)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.asked()
+        assert stop.requested()
 
 
-def test_a_file_asks(tmp_path, monkeypatch):
-    """It is looked for once a second."""
+def test_preemption_file_requests_a_stop(tmp_path, monkeypatch):
+    """The file is polled once a second."""
     clock = [0.0]
-    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(stop_request.time, "monotonic", lambda: clock[0])
     with StopRequest(tmp_path / "notice") as stop:
-        assert not stop.asked()
+        assert not stop.requested()
         (tmp_path / "notice").touch()
         clock[0] = 0.9
-        assert not stop.asked()
+        assert not stop.requested()
         clock[0] = 1.0
-        assert stop.asked()
+        assert stop.requested()
         assert stop.reason == str(tmp_path / "notice")
 
 
-def test_beside_the_main_thread_only_the_file_asks(tmp_path):
-    """Python sets handlers nowhere else."""
+def test_in_another_thread_only_the_file_requests_a_stop(tmp_path):
+    """Python allows signal handlers in the main thread only."""
     (tmp_path / "notice").touch()
     found = []
 
     def look():
         with StopRequest(tmp_path / "notice") as stop:
-            found.append(stop.asked())
+            found.append(stop.requested())
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -65,15 +67,15 @@ def test_beside_the_main_thread_only_the_file_asks(tmp_path):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGINT, 130)])
-def test_a_second_signal_ends_at_once(number, code):
-    """In a process of its own, which would wait for ever."""
+def test_second_signal_ends_the_process_at_once(number, code):
+    """In a forked process, which would wait for a minute."""
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
         try:
             with StopRequest() as stop:
                 os.write(writing, b"1")
-                while not stop.asked():
+                while not stop.requested():
                     time.sleep(0.01)
                 os.write(writing, b"2")
                 time.sleep(60)

@@ -1,4 +1,4 @@
-"""Updates that must not be made: weights and moments stay as they are to the bit, and the run counts."""
+"""Skipped updates: which ones, how they are counted, and that they change no weight and no moment."""
 
 import json
 import math
@@ -10,14 +10,13 @@ import torch
 from mvlm.distributed.world import World
 from mvlm.errors import NonFiniteLossError
 from mvlm.model import fast
-from mvlm.runs.folder import read_metrics
 from mvlm.runs.load import load_model
-from mvlm.training import trainer as train
-from mvlm.training import update_guard as safety
+from mvlm.training import update_guard
 from mvlm.training.metrics import MetricsBuffer
 from mvlm.training.run import pretrain
+from mvlm.training.trainer import Trainer
 from mvlm.training.update_guard import SkippedUpdates, UpdateGuard
-from support.folders import checkpoint_contents
+from support.folders import checkpoint_contents, rows_of
 from support.models import pretrain_config
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -29,39 +28,39 @@ def judge(guard: UpdateGuard, loss: float, norm: float = 1.0) -> bool:
 
 
 @pytest.mark.parametrize("spikes", [False, True])
-def test_what_is_not_finite_is_never_let_through(spikes):
+def test_guard_never_passes_what_is_not_finite(spikes):
     guard = UpdateGuard(ALONE, spikes)
     for loss, norm in ((1.0, NAN), (NAN, 1.0), (INF, 1.0), (1.0, INF), (-INF, 1.0)):
         assert not judge(guard, loss, norm)
     assert judge(guard, 1.0)
 
 
-def test_a_spike_is_six_deviations_above_the_last_128_that_were_let_through():
+def test_spike_is_six_deviations_above_the_last_128_losses_that_passed():
     """Against numpy over the same losses, with spikes and NaN among them."""
     rng = np.random.default_rng(0)
-    guard, let_through, verdicts = UpdateGuard(ALONE, True), [], []
+    guard, passed, verdicts = UpdateGuard(ALONE, True), [], []
     for step in range(600):
         loss = float(np.float32(5 + rng.normal() * 0.1 - step / 200 + (rng.random() < 0.1) * rng.choice([0.5, 0.7, 3])))
         loss = NAN if step % 50 == 7 else loss
-        window = np.array(let_through[-128:], np.float64)
-        spike = len(let_through) >= 128 and loss > window.mean() + 6 * window.std(ddof=1)
+        window = np.array(passed[-128:], np.float64)
+        spike = len(passed) >= 128 and loss > window.mean() + 6 * window.std(ddof=1)
         wanted = not (math.isnan(loss) or spike)
         assert judge(guard, loss) is wanted, step
         verdicts.append(wanted)
         if wanted:
-            let_through.append(loss)
+            passed.append(loss)
     assert 10 < verdicts.count(False) < 200
     assert verdicts.count(False) > 12  # more than the NaNs
 
 
-def test_without_being_asked_a_spike_passes():
+def test_spike_passes_without_skip_spikes():
     guard = UpdateGuard(ALONE, False)
     assert all(judge(guard, 1.0) for _ in range(130))
     assert judge(guard, 1e6)
 
 
-def test_after_a_new_beginning_other_losses_are_the_measure():
-    """Losses of 7 after those of 1 pass, and 128 of them later it is they that a spike is held against."""
+def test_guard_compares_with_new_losses_after_a_reset():
+    """Losses near 7 pass after losses near 1. After 128 of them, a loss is compared with them."""
     guard = UpdateGuard(ALONE, True)
     for i in range(140):
         assert judge(guard, 1 + 0.01 * math.sin(i))
@@ -73,7 +72,7 @@ def test_after_a_new_beginning_other_losses_are_the_measure():
     assert judge(guard, 7.01)
 
 
-def test_the_window_goes_on_from_a_checkpoint():
+def test_guard_continues_from_its_saved_window():
     guard, other = UpdateGuard(ALONE, True), UpdateGuard(ALONE, True)
     for i in range(140):
         judge(guard, 1 + 0.01 * math.sin(i))
@@ -83,53 +82,54 @@ def test_the_window_goes_on_from_a_checkpoint():
     assert guard.state() == other.state()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reconstruction_first", [6, 0])
 def test_itc_and_itm_that_join_are_no_spike(scenes, tmp_path, monkeypatch, without_tensorboard, reconstruction_first):
-    """The loss jumps after step 6, where the window of four is full; a jump for no reason is a spike still."""
-    monkeypatch.setattr(safety, "WINDOW", 4)
+    """The loss jumps after step 6, when the window of four is full. A later jump without a reason is a spike."""
+    monkeypatch.setattr(update_guard, "WINDOW", 4)
     rates = dict.fromkeys(("lr_encoder", "lr_cross", "lr_pixels"), 1e-9)
     config = pretrain_config(
         scenes, tmp_path / "run", max_steps=12, skip_spikes=True, reconstruction_first=reconstruction_first, **rates
     )
-    forward_backward = train.Trainer.forward_backward
+    forward_backward = Trainer.forward_backward
 
     def jump(run, micro):
         losses = forward_backward(run, micro)
         return losses._replace(total=losses.total + 100 * (run.step == 11))
 
-    monkeypatch.setattr(train.Trainer, "forward_backward", jump)
+    monkeypatch.setattr(Trainer, "forward_backward", jump)
     pretrain(config)
-    rows = read_metrics(config.out / "metrics.jsonl")
+    rows = rows_of(config.out)
     assert [row["bad_steps"] for row in rows] == [0] * 11 + [1]
     if reconstruction_first:
         assert rows[6]["loss"] > rows[5]["loss"] + 1
 
 
-def numbers_of(good: list[bool], first: int = 1, loss: float = NAN) -> MetricsBuffer:
-    numbers = MetricsBuffer()
+def buffer_of(good: list[bool], first: int = 1, loss: float = NAN) -> MetricsBuffer:
+    buffer = MetricsBuffer()
     for step, is_good in enumerate(good, first):
         values = {"mim": 1.0, "total": 1.0 if is_good else loss, "grad_norm": 2.0, "good": float(is_good)}
-        numbers.add(step, [step, 100 + step], 12, {name: torch.tensor(value) for name, value in values.items()}, 0.0)
-    return numbers
+        buffer.add(step, [step, 100 + step], 12, {name: torch.tensor(value) for name, value in values.items()}, 0.0)
+    return buffer
 
 
-def test_bad_steps_are_counted_once_and_the_limit_is_in_a_row():
-    bad = SkippedUpdates(limit=2)
-    first = numbers_of([True, False, False, True, False])
-    assert bad.count(first) is None
-    assert bad.count(first) is None  # a checkpoint counts before the line is full
-    assert (bad.total, bad.in_a_row) == (3, 1)
+def test_skipped_updates_are_counted_once_and_limited_in_a_row():
+    skipped = SkippedUpdates(limit=2)
+    first = buffer_of([True, False, False, True, False])
+    assert skipped.count(first) is None
+    assert skipped.count(first) is None  # a checkpoint counts before the row is closed
+    assert (skipped.total, skipped.in_a_row) == (3, 1)
     again = SkippedUpdates(limit=2)
-    again.load(json.loads(json.dumps(bad.state())))
-    for count in (bad, again):
-        past = count.count(numbers_of([False, False, False], first=6))
+    again.load(json.loads(json.dumps(skipped.state())))
+    for count in (skipped, again):
+        past = count.count(buffer_of([False, False, False], first=6))
         assert past is not None
         step, row, samples = past
         assert (step, samples, row["mim"]) == (7, [7, 107], 1.0)
         assert (count.total, count.in_a_row) == (5, 3)
 
 
-def test_the_reason_names_what_was_wrong():
+def test_reason_names_the_metrics_that_are_not_finite():
     row = {"mlm": NAN, "mim": 1.0, "total": NAN, "grad_norm": INF, "grad_norm_pixel_head": NAN, "good": 0.0}
     assert SkippedUpdates.reason(row) == "mlm is nan, grad_norm is inf"
     assert SkippedUpdates.reason({"mlm": 1.0, "total": 12.345678, "grad_norm": 1.0}) == "the loss 12.35 is a spike"
@@ -137,7 +137,7 @@ def test_the_reason_names_what_was_wrong():
 
 @pytest.fixture
 def poison(monkeypatch):
-    """A function that makes the masked-image loss NaN at the calls with these numbers, from 1."""
+    """Function that makes the masked-image loss NaN at the calls with the given numbers, from 1."""
 
     def at(*calls: int) -> None:
         loss, made = fast.linear_pixel_loss, []
@@ -151,14 +151,15 @@ def poison(monkeypatch):
     return at
 
 
-def test_a_bad_step_changes_nothing_and_the_run_goes_on(scenes, tmp_path, without_tensorboard, poison):
-    """Two updates of four are skipped; the checkpoints around them hold the same weights and moments."""
+@pytest.mark.slow
+def test_skipped_update_changes_no_weight_and_the_run_continues(scenes, tmp_path, without_tensorboard, poison):
+    """Two updates of four are skipped. The checkpoints around them have the same weights and moments."""
     poison(2, 3)
     config = pretrain_config(
         scenes, tmp_path / "run", max_steps=4, checkpoint_every_steps=1, keep_checkpoints=4, max_bad_steps=2
     )
     pretrain(config)
-    rows = read_metrics(config.out / "metrics.jsonl")
+    rows = rows_of(config.out)
     assert [row["bad_steps"] for row in rows] == [0, 1, 2, 2]
     assert [row["loss"] is None for row in rows] == [False, True, True, False]
     assert [row["mim"] is None for row in rows] == [False, True, True, False]
@@ -169,9 +170,12 @@ def test_a_bad_step_changes_nothing_and_the_run_goes_on(scenes, tmp_path, withou
     assert tensors[0].keys() == tensors[3].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("log_every", [1, 4])
-def test_too_many_stop_the_run_with_a_diagnosis(scenes, tmp_path, without_tensorboard, poison, log_every):
-    """Which objective, which samples, which checkpoint; the weights in it are finite."""
+def test_too_many_skipped_updates_stop_the_run_with_a_diagnosis(
+    scenes, tmp_path, without_tensorboard, poison, log_every
+):
+    """The error names objective, samples and checkpoint, whose weights are finite."""
     poison(*range(3, 100))
     config = pretrain_config(
         scenes, tmp_path / "run", max_steps=9, checkpoint_every_steps=2, max_bad_steps=1, log_every=log_every

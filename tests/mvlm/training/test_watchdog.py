@@ -1,9 +1,11 @@
-"""What stands still is ended with stacks; each in a forked process, which is what ends."""
+"""The watchdog, in forked processes that it may end."""
 
 import os
 import signal
 import threading
 import time
+
+import pytest
 
 from mvlm.training.watchdog import EXIT_CODE, Watchdog
 
@@ -16,7 +18,7 @@ def hang_in_the_loader() -> None:
     time.sleep(30)
 
 
-def test_a_stall_is_ended_with_the_stacks_of_all_threads(tmp_path, capfd):
+def test_watchdog_ends_a_stall_with_the_stacks_of_all_threads(tmp_path, capfd):
     process = os.fork()
     if process == 0:
         threading.Thread(target=time.sleep, args=(30,), name="another", daemon=True).start()
@@ -32,12 +34,12 @@ def test_a_stall_is_ended_with_the_stacks_of_all_threads(tmp_path, capfd):
     for text in (stacks, error):
         assert "mvlm: rank 2 has been waiting" in text
         assert "for the data of step 7, more than --stall-minutes 0.00833333; the run ends here" in text
-        assert "go on from the last checkpoint with --resume" in text
+        assert "continue from the last checkpoint with --resume" in text
         assert "in hang_in_the_loader" in text
         assert text.count("hread 0x") >= 3  # the main one, the other and the watchdog's
 
 
-def test_a_run_that_moves_is_left_alone(tmp_path):
+def test_watchdog_leaves_a_run_that_makes_progress(tmp_path):
     process = os.fork()
     if process == 0:
         with Watchdog(tmp_path / "stalled.txt", rank=0, minutes=0.5 / 60) as watchdog:
@@ -49,12 +51,13 @@ def test_a_run_that_moves_is_left_alone(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_process_that_was_suspended_is_left_alone(tmp_path):
+@pytest.mark.slow
+def test_watchdog_leaves_a_process_that_was_suspended(tmp_path):
     process = os.fork()
     if process == 0:
         with Watchdog(tmp_path / "stalled.txt", rank=0, minutes=1 / 60) as watchdog:
             watchdog.beat("step 1")
-            os.kill(os.getpid(), signal.SIGSTOP)  # Ctrl-Z; this goes on when the parent says so
+            os.kill(os.getpid(), signal.SIGSTOP)  # as Ctrl-Z does, until the parent sends SIGCONT
             time.sleep(0.5)
         os._exit(0)
     os.waitpid(process, os.WUNTRACED)
@@ -64,7 +67,7 @@ def test_a_process_that_was_suspended_is_left_alone(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_it_ends_with_its_context(tmp_path):
+def test_watchdog_thread_ends_with_its_context(tmp_path):
     before = threading.active_count()
     with Watchdog(tmp_path / "stalled.txt", rank=0, minutes=1):
         assert threading.active_count() == before + 1

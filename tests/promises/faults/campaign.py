@@ -107,7 +107,7 @@ def damaged(campaign: Campaign, out: Path, draw: random.Random, how: str) -> str
         before = file_bytes(out)
         codes = campaign.run(out)
         require(codes == [2], f"ended with {codes}: {end_of_log(out)}")
-        require_log(out, "no checkpoint is whole; remove the folder to start again, or restore one")
+        require_log(out, "wanted a good checkpoint, found all of them damaged; remove the folder to start again")
         require(file_bytes(out) == before, "files were changed")
         return "both, an error"  # the name in committed tables
     campaign.require_resume(out)

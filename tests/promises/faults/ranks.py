@@ -100,7 +100,9 @@ def last_save(campaign: Campaign, out: Path, ranks: int) -> None:
     codes = campaign.run(out, ranks, {ranks - 1: fault}, **keep)
     require(codes == [2] * ranks, f"ended with {codes}: {end_of_log(out)}")
     folder = out / "checkpoints"
-    require_log(out, f"could not save {folder}/step_{STEPS:08d}: {why}; training goes on, older checkpoints stay")
+    require_log(
+        out, f"could not save {folder}/step_{STEPS:08d}: {why}; training continues, older checkpoints are unchanged"
+    )
     require_log(
         out, f"mvlm: {folder}/step_{STEPS:08d}: could not be written (the reason is above), and the run ends here"
     )

@@ -1,0 +1,134 @@
+"""Resumed runs against uninterrupted ones, and resumes that are refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mvlm.distributed.world import World
+from mvlm.errors import RunError
+from mvlm.runs.folder import find_checkpoint
+from mvlm.training.run import pretrain
+from mvlm.training.trainer import Trainer
+from mvlm_dataloading import DataError, tokenizer_for
+from support.folders import checkpoint_contents, folder_hash, reproducible_rows, rows_of
+from support.models import micro_config, pretrain_config
+from support.scenes import write_scenes
+
+CPU = torch.device("cpu")
+ALONE = World(rank=0, size=1, local_rank=0, device=CPU)
+
+
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"reconstruction_first": 4},
+        {"eval_every_steps": 2, "batch_size": 7, "ema_decay": 0.9},
+        {"reconstruction_first": 3, "skip_spikes": True},  # the objectives change where the run is cut
+    ],
+)
+def test_resumed_run_equals_the_uninterrupted_run(scenes, tmp_path, monkeypatch, without_tensorboard, settings):
+    """Six steps, against a run that is stopped in its fifth and continues from its checkpoint of the third."""
+    whole = pretrain_config(scenes, tmp_path / "whole", max_steps=6, **settings)
+    pretrain(whole)
+
+    broken = pretrain_config(scenes, tmp_path / "broken", max_steps=6, checkpoint_every_steps=3, **settings)
+    one_step = Trainer.one_step
+
+    def stop(run, batches):
+        if run.step == 4:
+            raise Interrupted
+        return one_step(run, batches)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "one_step", stop)
+        with pytest.raises(Interrupted):
+            pretrain(broken)
+    # The row of the fourth step is written while the fifth runs.
+    assert [row["step"] for row in rows_of(broken.out)] == [1, 2, 3]
+    torch.manual_seed(99)
+    pretrain(pretrain_config(scenes, tmp_path / "broken", max_steps=6, resume=True, **settings))
+
+    assert reproducible_rows(broken.out) == reproducible_rows(whole.out)
+    assert [row["step"] for row in rows_of(broken.out)] == [1, 2, 3, 4, 5, 6]
+    mine, theirs = (checkpoint_contents(run.out / "checkpoints/step_00000006") for run in (broken, whole))
+    assert mine == theirs
+    assert {name.split("/")[0] for name in mine} > {"model", "optimizer", "generators", "state.json"}
+
+
+@pytest.mark.slow
+def test_run_resumed_past_a_damaged_checkpoint_keeps_its_own_checkpoints(
+    scenes, tmp_path, monkeypatch, without_tensorboard
+):
+    """Step 4 is damaged, so the run continues from 2 and saves at 3, keeping one checkpoint: it can continue from 3."""
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=4, checkpoint_every_steps=2)
+    pretrain(config)
+    (config.out / "checkpoints/step_00000004/state.json").write_text("{}")
+    one_step = Trainer.one_step
+
+    def stop(run, batches):
+        if run.step == 3:
+            raise Interrupted
+        return one_step(run, batches)
+
+    again = replace(config, resume=True, checkpoint_every_steps=3, keep_checkpoints=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "one_step", stop)
+        with pytest.raises(Interrupted):
+            pretrain(again)
+    assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000003"
+    pretrain(again)
+    assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000004"
+
+
+def test_resume_of_a_complete_run_changes_no_file(scenes, run_copy, caplog):
+    before = folder_hash(run_copy)
+    with caplog.at_level("INFO"):
+        pretrain(pretrain_config(scenes, run_copy, checkpoint_every_steps=1, resume=True))
+    assert "is complete: 2 of 2 steps" in caplog.text
+    assert folder_hash(run_copy) == before
+
+
+def test_resume_with_other_data_is_refused(run_copy, tmp_path):
+    """The folder of the data may have moved; its contents must not have changed."""
+    other = write_scenes(tmp_path / "other", {"train": 31})
+    before = folder_hash(run_copy)
+    with pytest.raises(DataError, match="wanted the data of the state, fingerprint"):
+        pretrain(pretrain_config(other, run_copy, resume=True))
+    assert folder_hash(run_copy) == before
+
+
+def test_resume_with_another_tokenizer_is_refused(scenes, tmp_path, train_split, without_tensorboard):
+    """The file has the same name and other contents."""
+    words = tmp_path / "words.json"
+    tokenizer_for(train_split, 300).save(words)
+    original = words.read_bytes()
+    config = pretrain_config(scenes, tmp_path / "run", tokenizer=words, max_steps=1)
+    pretrain(config)
+    tokenizer_for(train_split, 280).save(words)
+    before = folder_hash(config.out)
+    own = f"{config.out}/checkpoints/step_00000001/tokenizer.json"
+    with pytest.raises(RunError, match=rf"^{words}: wanted the tokenizer .* the run's is {own}: restore"):
+        pretrain(replace(config, resume=True))
+    assert folder_hash(config.out) == before
+    words.write_bytes(original)
+    pretrain(replace(config, resume=True))
+    assert folder_hash(config.out) == before
+
+
+def test_resume_of_another_architecture_is_refused(scenes, run_copy):
+    file = run_copy / "config.json"
+    config = json.loads(file.read_text())
+    config["model"]["width"] = 24
+    file.write_text(json.dumps(config))
+    before = folder_hash(run_copy)
+    with pytest.raises(RunError, match="a checkpoint of another architecture"):
+        pretrain(pretrain_config(scenes, run_copy, resume=True, model=micro_config(width=24)))
+    assert folder_hash(run_copy) == before

@@ -1,0 +1,248 @@
+"""Whole runs of a micro model: files, metrics, checkpoints, evaluations, faults."""
+
+import json
+import math
+import re
+from contextlib import ExitStack
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mvlm.distributed.world import World
+from mvlm.errors import ConfigError, NonFiniteLossError
+from mvlm.model import fast
+from mvlm.runs.checkpoint import verify_checkpoint
+from mvlm.runs.checkpoint_writer import CheckpointWriter
+from mvlm.runs.folder import find_checkpoint
+from mvlm.training import trainer as train
+from mvlm.training.run import pretrain
+from mvlm.training.trainer import Trainer
+from mvlm_dataloading import DataError, open_dataset
+from support.folders import LOSSES, checkpoint_contents, losses_of, rows_of
+from support.models import pretrain_config
+from support.scenes import overwrite, write_scenes
+
+CPU = torch.device("cpu")
+ALONE = World(rank=0, size=1, local_rank=0, device=CPU)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_run_writes_metrics_configuration_checkpoints_and_events(trained, scenes):
+    rows = rows_of(trained)
+    assert [row["step"] for row in rows] == [1, 2]
+    for number, row in enumerate(rows, 1):
+        assert list(row) == [
+            *("step", "pairs_seen", "loss", "mlm", "mim", "itc", "itm"),
+            *("mlm_accuracy", "itc_accuracy", "itm_accuracy", "grad_norm"),
+            *(f"grad_norm_{part}" for part in ("log_scale", "image_encoder", "text_encoder", "image_cross")),
+            *(f"grad_norm_{part}" for part in ("text_cross", "image_decoder", "pixel_head", "language_head")),
+            *(f"grad_norm_{part}" for part in ("image_projection", "text_projection", "matching_head")),
+            *("temperature", "lr", "lr_encoder", "lr_pixels", "pairs_per_s", "data_wait_s", "memory_mb"),
+            *("skipped", "bad_steps"),
+        ]
+        assert (row["lr_encoder"], row["lr_pixels"]) == (row["lr"] / 2, pytest.approx(row["lr"] * 1.5))
+        assert 0.06 < row["temperature"] < 0.08
+        assert all(0 <= row[f"{name}_accuracy"] <= 1 for name in ("mlm", "itc", "itm"))
+        assert row["memory_mb"] > 50
+        assert row["pairs_seen"] == 8 * number
+        assert row["loss"] == pytest.approx(row["mlm"] + row["mim"] + row["itc"] + row["itm"], rel=1e-5)
+        assert row["lr"] == pytest.approx(2e-3 * number / 2)
+        assert row["skipped"] == 0
+        assert row["pairs_per_s"] > 0 <= row["data_wait_s"]
+    config = json.loads((trained / "config.json").read_text())
+    assert config["data"] == str(scenes)
+    assert config["model"]["mask_token_id"] == 4
+    assert sorted(path.name for path in (trained / "checkpoints").iterdir()) == ["step_00000001", "step_00000002"]
+    assert list((trained / "tensorboard").iterdir())
+    assert {path.name for path in trained.iterdir()} == {
+        ".lock",
+        "config.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "tensorboard",
+    }
+
+
+def test_tensorboard_has_the_figures_of_the_metrics(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained / "tensorboard"))
+    events.Reload()
+    for row, loss, rate in zip(rows_of(trained), events.Scalars("mlm"), events.Scalars("lr"), strict=True):
+        assert (loss.step, rate.step) == (row["step"], row["step"])
+        assert loss.value == pytest.approx(row["mlm"], rel=1e-6)
+        assert rate.value == pytest.approx(row["lr"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_equal_seeds_give_equal_runs(scenes, tmp_path, two_threads, without_tensorboard, precision):
+    """Digit for digit, with two threads; another seed is another run."""
+    runs = {}
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        config = pretrain_config(scenes, tmp_path / name, max_steps=4, batch_size=16, seed=seed, precision=precision)
+        torch.manual_seed(len(runs))  # whatever was drawn before
+        pretrain(config)
+        weights = checkpoint_contents(config.out / "checkpoints/step_00000004")
+        runs[name] = (losses_of(config.out), weights)
+    assert runs["a"] == runs["b"]
+    assert len(runs["a"][0]) == 4
+    for mine, yours in zip(runs["a"][0], runs["c"][0], strict=True):
+        assert all(mine[name] != yours[name] for name in LOSSES)
+
+
+def test_itc_and_itm_are_null_while_reconstruction_runs_alone(scenes, tmp_path, without_tensorboard):
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=3, reconstruction_first=2)
+    pretrain(config)
+    rows = rows_of(config.out)
+    assert [(row["itc"] is None, row["itm"] is None) for row in rows] == [(True, True), (True, True), (False, False)]
+    for row in rows[:2]:
+        assert row["loss"] == pytest.approx(row["mlm"] + row["mim"], rel=1e-5)
+
+
+def test_itc_and_itm_may_join_within_a_row_of_metrics(scenes, tmp_path, without_tensorboard):
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=6, reconstruction_first=4, log_every=3)
+    pretrain(config)
+    rows = rows_of(config.out)
+    assert [(row["step"], row["itc"] is None) for row in rows] == [(3, True), (6, False)]
+    assert set(rows[0]) == set(rows[1])
+    joined = [name for name in rows[0] if name.startswith("grad_norm_") and rows[0][name] == 0 < rows[1][name]]
+    assert joined  # parameters that only ITC and ITM train
+
+
+def test_evaluations_change_no_loss(scenes, tmp_path, without_tensorboard):
+    plain = pretrain_config(scenes, tmp_path / "plain", max_steps=4)
+    watched = pretrain_config(scenes, tmp_path / "watched", max_steps=4, eval_every_steps=2, log_every=4)
+    pretrain(plain)
+    pretrain(watched)
+    rows = rows_of(watched.out)
+    assert [row["step"] for row in rows] == [2, 4]
+    figures = {f"{way}_r{k}" for way in ("tr", "ir") for k in (1, 5, 10)}
+    figures |= {"gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1"}
+    for row in rows:
+        assert figures < set(row)
+        assert 0 <= row["tr_r1"] <= row["tr_r5"] <= row["tr_r10"] <= row["ir_r10"] == 100  # there are eight images
+    others = [row for row in losses_of(plain.out) if row["step"] in (2, 4)]
+    assert losses_of(watched.out) == others
+
+
+def test_evaluation_on_the_first_images_alone(scenes, tmp_path):
+    """Recall among three is a multiple of a third; among all it would not be."""
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=1, eval_every_steps=1, eval_images=3)
+    pretrain(config)
+    row = rows_of(config.out)[-1]
+    assert min(abs(row["tr_r1"] - 100 * k / 3) for k in range(4)) < 0.01
+    assert (row["tr_r5"], row["tr_r10"]) == (100, 100)
+
+
+def test_rows_of_metrics_are_written_every_log_every_steps(scenes, tmp_path, without_tensorboard):
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=5, log_every=2)
+    pretrain(config)
+    assert [row["step"] for row in rows_of(config.out)] == [2, 4, 5]
+
+
+@pytest.mark.parametrize(
+    "settings, steps",
+    [
+        ({"checkpoint_every_steps": 2}, [2, 4, 5]),
+        ({"checkpoint_every_steps": 5}, [5]),
+        ({"checkpoint_every_minutes": 0.0}, [5]),
+        ({"checkpoint_every_minutes": 2.0}, [2, 4, 5]),  # a step takes 61 seconds here
+        ({}, [5]),
+    ],
+)
+def test_checkpoints_are_written_by_steps_minutes_and_at_the_end(
+    scenes, tmp_path, monkeypatch, without_tensorboard, settings, steps
+):
+    """A step is saved at most once, the last one too."""
+    clock = [0.0]
+
+    def wait(run, batches):
+        clock[0] += 61
+        return one_step(run, batches)
+
+    one_step, save, saved = Trainer.one_step, CheckpointWriter.save, []
+    monkeypatch.setattr(
+        train, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=train.time.perf_counter)
+    )
+    monkeypatch.setattr(Trainer, "one_step", wait)
+    monkeypatch.setattr(
+        CheckpointWriter, "save", lambda saver, step, *rest: (saved.append(step), save(saver, step, *rest))[1]
+    )
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=5, keep_checkpoints=1, **settings)
+    pretrain(config)
+    assert saved == steps
+    assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step_00000005"]
+
+
+def test_full_disk_between_checkpoints_does_not_end_the_run(
+    scenes, tmp_path, monkeypatch, without_tensorboard, caplog, file_limit
+):
+    """No row of steps 2 and 3 can be written. There is room again when step 5 is made and saved."""
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=5)
+    one_step, full = Trainer.one_step, ExitStack()
+
+    def fill(run, batches):
+        if run.step == 2:
+            full.enter_context(file_limit((config.out / "metrics.jsonl").stat().st_size + 20))
+        if run.step == 4:
+            full.close()
+        return one_step(run, batches)
+
+    monkeypatch.setattr(Trainer, "one_step", fill)
+    with full:
+        pretrain(config)
+    assert [row["step"] for row in rows_of(config.out)] == [1, 4, 5]
+    assert caplog.text.count("could not write metrics.jsonl: [Errno 27] File too large; training continues") == 1
+    assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000005"
+
+
+def test_run_that_fails_keeps_its_rows_and_checkpoints(scenes, tmp_path, monkeypatch, without_tensorboard):
+    config = pretrain_config(scenes, tmp_path / "run", max_steps=6, checkpoint_every_steps=2, max_bad_steps=0)
+    loss, calls = fast.linear_pixel_loss, []
+
+    def broken(*inputs, **settings):
+        calls.append(1)
+        return loss(*inputs, **settings) * (math.nan if len(calls) == 4 else 1)
+
+    monkeypatch.setattr(fast, "linear_pixel_loss", broken)
+    with pytest.raises(NonFiniteLossError, match=r"^step 4: mim is nan"):
+        pretrain(config)
+    assert [row["step"] for row in rows_of(config.out)] == [1, 2, 3]
+    assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step_00000002"]
+    verify_checkpoint(config.out / "checkpoints/step_00000002")
+
+
+def test_notice_of_preemption_from_before_the_run_is_refused(scenes, tmp_path):
+    (tmp_path / "stop").touch()
+    config = pretrain_config(scenes, tmp_path / "run", preemption_file=tmp_path / "stop")
+    with pytest.raises(ConfigError, match=r"preemption_file: .*stop exists before the run starts; remove"):
+        pretrain(config)
+    assert not config.out.exists()
+
+
+def test_images_that_cannot_be_decoded_are_skipped_and_counted(tmp_path, caplog, without_tensorboard):
+    data = write_scenes(tmp_path / "data", {"train": 40})
+    overwrite(open_dataset(data, "train"), "image", [3, 17])  # 5 % of 40 is 2
+    config = pretrain_config(data, tmp_path / "run", max_steps=6)
+    pretrain(config)
+    skipped = [row["skipped"] for row in rows_of(config.out)]
+    assert skipped == sorted(skipped)
+    assert skipped[-1] == 2  # six batches of 8 are more than an epoch
+    assert len(re.findall("skipped an image that cannot be decoded: .*train-000000.tar", caplog.text)) == 2
+
+
+def test_too_many_images_that_cannot_be_decoded_stop_the_run(tmp_path, without_tensorboard):
+    data = write_scenes(tmp_path / "data", {"train": 40})
+    overwrite(open_dataset(data, "train"), "image", [3, 17, 20])
+    config = pretrain_config(data, tmp_path / "run", max_steps=6)
+    with pytest.raises(DataError, match="wanted at most 5% undecodable images, found 3 of 40"):
+        pretrain(config)
