@@ -5,8 +5,6 @@ docs/data.md and docs/loader.md are run by test_docs_data.py and test_docs_loade
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,15 +24,16 @@ def blocks(language: str, page: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def guide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which all commands of the guide ran, in this process: importing torch for each takes longer."""
     folder = tmp_path_factory.mktemp("guide")
     Image.new("RGB", (80, 60), "red").save(folder / "image.png")
     commands = [shlex.split(line) for block in blocks("sh", GUIDE) for line in block.splitlines()]
     assert len(commands) >= 7
-    for words in commands:
-        assert words[0] == "mvlm"
-        words = [*words[1:], *(SHORT if words[1] == "pretrain" else [])]
-        done = subprocess.run([sys.executable, "-m", "mvlm", *words], cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, f"mvlm {shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, *words in commands:
+            assert name == "mvlm"
+            run_command([*words, *(SHORT if words[0] == "pretrain" else [])])
     return folder
 
 
