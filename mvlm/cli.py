@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from mvlm.commands import bench, data_build, data_tools, evaluate, export, plan, predict, report
-from mvlm.commands.arguments import bound, parse
+from mvlm.commands.arguments import deferred, parse
 from mvlm.commands.doctor import doctor
 from mvlm.commands.pretrain import pretrain
 
@@ -69,7 +69,7 @@ def run_command(arguments: Sequence[str]) -> None:
                 pretrain(rest)  # its preset decides the defaults of all flags, so it parses them itself
             else:
                 # A group of options is not a prefix of its flags: --min-side, not --build.min-side.
-                parse(bound(COMMANDS[name]), rest, prog=f"mvlm {name}", config=(tyro.conf.OmitArgPrefixes,))()
+                parse(deferred(COMMANDS[name]), rest, prog=f"mvlm {name}", config=(tyro.conf.OmitArgPrefixes,))()
             return
     within = [name for name in COMMANDS if name.startswith(arguments[0] + " ")]
     if within and arguments[1:2] in (["-h"], ["--help"]):
@@ -82,7 +82,10 @@ def run_command(arguments: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Entry point of `mvlm`. User errors are one line and exit code 2; a run that stopped itself is exit code 1."""
+    """Entry point of `mvlm`. User errors are one line and exit code 2; a run that stopped itself is exit code 1.
+
+    Ctrl-C outside of training is exit code 130. The watchdog of a run exits with code 3 (`mvlm.training.watchdog`).
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from mvlm.errors import ConfigError, LostRankError, NonFiniteLossError, RunError
     from mvlm_dataloading.errors import DataError

@@ -32,7 +32,7 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: str = "auto") -> contextlib.AbstractContextManager[object]:
-    """A context of bf16 autocast, or one that does nothing, for a precision "auto", "bf16" or "fp32".
+    """Autocast context for a precision: bf16 autocast for "bf16", no autocast for "fp32".
 
     "auto" is bf16 on a device with fast bf16, else fp32.
     """

@@ -1,7 +1,7 @@
 """Errors of mvlm. The command line prints them on one line.
 
-ConfigError and RunError are mistakes that a user can correct; the command exits with code 2. After the others, which
-end a run, it exits with code 1.
+ConfigError and RunError: the user can correct them; exit code 2. LostRankError and NonFiniteLossError: the run ends
+early; exit code 1.
 """
 
 
@@ -18,4 +18,4 @@ class LostRankError(RuntimeError):
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss or gradient is NaN or infinite. The update was not made."""
+    """Too many updates in a row were skipped: a loss or gradient was NaN or infinite, or the loss was a spike."""

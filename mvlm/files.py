@@ -50,7 +50,7 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{file}: not readable as safetensors: {error}") from None
+        raise RunError(f"{file}: wanted a safetensors file, could not read it: {error}; restore the file") from None
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -79,7 +79,10 @@ def check_fit(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ..
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise RunError(f"{where}: a checkpoint of another architecture: {'; '.join(wrong[:3])}{more}")
+        raise RunError(
+            f"{where}: wanted the tensors of this model's architecture, found others: {'; '.join(wrong[:3])}{more}; "
+            f"use a checkpoint or a model configuration that fits"
+        )
 
 
 def load_weights(model: nn.Module, file: Path) -> None:

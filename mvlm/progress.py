@@ -128,13 +128,13 @@ def format_duration(seconds: float) -> str:
 
 
 def describe_row(row: dict[str, Any]) -> str:
-    """Losses and speed of a row of metrics, with skipped samples, bad steps and evaluation figures if there are any."""
+    """Losses and speed of a row of metrics, with undecodable images, skipped updates and evaluation, if any."""
     parts = [f"{name} {row[name]:.3f}" for name in ("mlm", "mim", "itc", "itm") if row[name] is not None]
     parts.append(f"{row['pairs_per_s']:.0f} pairs/s")
     if row["skipped"]:
-        parts.append(f"{row['skipped']} skipped")
+        parts.append(f"{row['skipped']} undecodable images")
     if row.get("bad_steps"):
-        parts.append(f"{row['bad_steps']} bad steps")
+        parts.append(f"{row['bad_steps']} skipped updates")
     if "tr_r1" in row:
         parts.append(f"validation R@1 {row['tr_r1']:.1f} / {row['ir_r1']:.1f}")
         parts.append(f"gain {row['gain_text_nats']:.2f} nats, {row['gain_pixels_pct']:.1f} %")

@@ -1,1 +1,1 @@
-"""Commands of `mvlm`, one file a command or a group of commands: parse, call, print."""
+"""Commands of `mvlm`, one file per command or group of commands: parse, call, print."""

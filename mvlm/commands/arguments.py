@@ -57,8 +57,11 @@ def check_renamed(words: Sequence[str], prog: str) -> None:
                 raise ConfigError(f"{old} is now {renamed[old]}; see `{prog} --help`")
 
 
-def bound(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
-    """A function with the command's own signature and docstring. Its call returns the command with the arguments."""
+def deferred(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """Wrap a command so that calling it binds the arguments and returns a function without parameters.
+
+    Signature and docstring stay, because tyro reads them.
+    """
 
     @functools.wraps(command)
     def bind(*arguments: Any, **settings: Any) -> Callable[[], None]:

@@ -22,7 +22,7 @@ def doctor(
         preset: Preset of the trial: tiny, small or base.
         data: Folder of shards for the trial. Default: no trial.
         out: Folder in which runs would be written.
-        batch_size: Pairs a step. Default: the preset's.
+        batch_size: Pairs per step. Default: the preset's.
         device: auto, cpu or cuda.
     """
     from mvlm.commands.machine_check import examine

@@ -18,7 +18,8 @@ def eval_retrieval(
 
     Args:
         checkpoint: Run folder, one of its checkpoints, or exported folder.
-        data: Folder of shards. Its train split, if there is one, gives the median predictor and the known concepts.
+        data: Folder of shards. A train split, if present, is used for the median-image baseline and to find images of
+            unseen concepts.
         split: Split to evaluate on.
         out: JSON file for the figures. Default: print them only.
         rerank: Candidates of each query for ITM to re-rank.

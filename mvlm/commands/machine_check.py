@@ -111,7 +111,7 @@ def graphics(device: torch.device) -> Iterator[Finding]:
 
 
 def kernels(device: torch.device) -> Iterator[Finding]:
-    """The backend of each fused op on the shapes of `base`, with the reasons against the other one."""
+    """Backends of the fused ops for the shapes of `base`, with the reasons."""
     import mvlm_kernels as ops
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -120,10 +120,12 @@ def kernels(device: torch.device) -> Iterator[Finding]:
     pixels = torch.zeros(2, 100, 768, dtype=dtype, device=device)
     patches = torch.zeros(2, 196, 768, dtype=dtype, device=device)
     row = torch.zeros(768, dtype=dtype, device=device)
+    weight = torch.zeros(768, 768, device=device)  # (3*16*16, C): the pixel head, whose parameters are in fp32
     q, k = (torch.zeros(2, length, 12, 64, dtype=dtype, device=device) for length in (197, 40))
     calls = {
         ops.cross_attention: (q, k, k),
         ops.gather_patches: (images, ids, 16),
+        ops.linear_pixel_loss: (pixels, weight, weight[0], images, ids, 16),
         ops.masked_pixel_loss: (pixels, images, ids, 16),
         ops.place_tokens: (patches, row, torch.zeros(197, 768, dtype=dtype, device=device), row),
     }
@@ -211,11 +213,14 @@ def trial(config: PretrainConfig, batch_size: int | None, device: torch.device) 
         yield Finding("red", "memory", f"a batch of {config.batch_size} does not fit; lower --batch-size")
         return
     parameters = sum(p.numel() for p in model.parameters())
-    where = "at the peak on the GPU" if device.type == "cuda" else "of the process"
+    if device.type == "cuda":
+        where, kept, of = "at the peak on the GPU", 16 * parameters, "weights, gradients and moments"
+    else:  # `memory_mb` is the memory at this moment, and the step has freed its gradients
+        where, kept, of = "of the process", 12 * parameters, "weights and moments"
     yield Finding(
         "green",
         "memory",
-        f"{memory_mb(device):.0f} MB {where}, {16 * parameters / 1e6:.0f} MB of it weights, gradients and moments "
+        f"{memory_mb(device):.0f} MB {where}, {kept / 1e6:.0f} MB of it {of} "
         f"({parameters / 1e6:.1f} M parameters), at {config.batch_size} pairs",
     )
     hours = config.max_steps * config.batch_size / min(loader_speed, model_speed) / 3600

@@ -23,18 +23,18 @@ def plan(
     """Plan a run on many GPUs: memory, time and traffic, computed without a GPU from operation counts and data sheets.
 
     Args:
-        gpus: GPUs a node x nodes, for example 8 x 16.
+        gpus: GPUs per node x nodes, for example 8 x 16.
         data: Pairs in the data set, for example 400M.
         preset: Preset of the model: tiny, small or base.
         gpu: A100, H100, H200 or B200.
-        batch_size: Pairs in the global batch. 0: 128 a GPU.
+        batch_size: Pairs in the global batch. 0: 128 per GPU.
         epochs: Passes over the data.
-        accumulate: Microbatches a step on each GPU.
+        accumulate: Microbatches per step on each GPU.
         checkpoint_activations: Recompute each block in backward instead of keeping its activations.
         local_negatives: Draw ITM's negatives within a rank's microbatch instead of the global batch.
         parallel: ddp or fsdp.
         mfu: Model FLOPs utilisation: share of the peak rate that a step reaches. `mvlm bench step` measures it.
-        loader_rate: Measured speed of one node's loader, in pairs a second. 0: not measured.
+        loader_rate: Measured speed of one node's loader, in pairs per second. 0: not measured.
     """
     from mvlm.config.model import MaskVLMConfig
     from mvlm.costs.cluster_plan import NODES, ClusterSetting, format_plan, parse_count, parse_gpus

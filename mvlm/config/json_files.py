@@ -25,7 +25,10 @@ def model_config(values: Any, where: str) -> MaskVLMConfig:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    """Read the settings in a run's config.json, of this version or of version 2. RunError if that is impossible."""
+    """Read a run's config.json of version 2 or 3.
+
+    RunError for a file that is missing, not readable or of another version.
+    """
     try:
         values = json.loads(file.read_text())
     except FileNotFoundError:
@@ -81,7 +84,10 @@ def _from_json(kind: type, values: Any, where: str, what: str) -> Any:
 
 
 def _checked(wanted: Any, value: Any, where: str) -> Any:
-    """Convert a JSON value to the type `wanted` of a field. ConfigError if it is of another type."""
+    """Convert a JSON value to the type `wanted` of a field. ConfigError if it is of another type.
+
+    Types of fields: int, float, bool, str, Path, Literal, a tuple of a fixed length, and `X | None` for one of these.
+    """
     choices = get_args(wanted)
     if get_origin(wanted) is Literal:
         fits = value in choices
@@ -108,15 +114,18 @@ def config_json(config: PretrainConfig) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, **json.loads(json.dumps(config.to_dict()))}
 
 
-def differing_settings(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> list[str]:
-    """Settings that differ and that a resumed run may not change, each as "name: there A, here B"."""
+def differing_settings(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Settings that differ and that a resumed run may not change: (name, value before, value now).
+
+    None stands for the value of a setting that is missing on one side.
+    """
     found = []
-    for name in sorted(set(there) | set(here)):
+    for name in sorted(set(before) | set(now)):
         if not prefix and resume_may_change(name):
             continue
-        a, b = there.get(name), here.get(name)
+        a, b = before.get(name), now.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
             found += differing_settings(a, b, f"{prefix}{name}.")
         elif a != b:
-            found.append(f"{prefix}{name}: there {a}, here {b}")
+            found.append((f"{prefix}{name}", a, b))
     return found

@@ -48,19 +48,21 @@ class MaskVLMConfig:
     initialization: Literal["normal", "xavier"] = "normal"
     """Initial weights of linear layers: trunc_normal(0.02), meant for widths near 768, or Xavier, for any width."""
     pixel_initialization: Literal["normal", "xavier"] = "normal"
-    """The same for the modules that reconstruct pixels: image cross-modality encoder, decoder, pixel head."""
+    """Initial weights of the linear layers that reconstruct pixels (image cross-modality encoder, decoder, pixel head):
+    normal or xavier, as in `initialization`."""
     mask_block: Annotated[int, AT_LEAST_1] = 32
     """Side of the square blocks of patches that are masked together; divides `image_size`."""
     image_mask_ratio: float = 0.6
     """Share of an image's blocks to mask, rounded to a whole number of blocks."""
     drop_masked: bool = False
-    """Leave masked patches out of the image encoder; mask tokens join after it, as in MAE. Cheaper, another method."""
+    """Encode only the visible patches of masked images, as in MAE. Mask tokens are added after the encoder. Cheaper,
+    but not the paper's method."""
     text_mask_ratio: Annotated[float, FRACTION] = 0.3
     """Share of a caption's tokens to mask, special tokens aside; at least one is masked."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Subtracted from each channel of pixels in 0..1."""
+    """Mean of each channel, for pixels in 0..1. Pixels are normalised as (x - mean) / std."""
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Divides each channel after that."""
+    """Standard deviation of each channel, for pixels in 0..1. Pixels are normalised as (x - mean) / std."""
 
     def __post_init__(self) -> None:
         check_ranges(self)

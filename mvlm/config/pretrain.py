@@ -1,8 +1,12 @@
 """Configuration of a pretraining run, in groups of settings.
 
-A group is a dataclass. Its `resume_may_change` says whether a resumed run may change its settings. A new setting is
-one line in its group, with its type, range, default and docstring: the command line, config.json and the resume check
-follow from it.
+A group is a dataclass. Its `resume_may_change` says whether a resumed run may change its settings. The model's settings
+are in no group: a resumed run may never change them.
+
+To add a setting, add one line to its group, with its type, range, default and docstring. The command line, config.json
+and the resume check follow; only the code that reads the setting is missing then. A setting may be an int, float, bool,
+str, Path, Literal, tuple of a fixed length, or one of these or None (`mvlm.config.json_files`). To add a group, add it
+to the bases of `PretrainConfig` too.
 """
 
 from dataclasses import asdict, dataclass, field, fields
@@ -16,7 +20,7 @@ from mvlm.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Folders and device of the run. A resumed run may change these."""
+    """Folders and device of the run. A resumed run may change these; another device changes rounding."""
 
     resume_may_change: ClassVar[bool] = True  # `data` may move; the loader compares fingerprints of the data themselves
 
@@ -43,7 +47,7 @@ class DataSettings:
     flip: Annotated[float, FRACTION] = 0.0
     """Probability of a horizontal flip. 0 by default, because captions say left and right."""
     color_jitter: Annotated[float, FRACTION] = 0.0
-    """Strength of colour jitter: factors of brightness, contrast and saturation are within 1 - this to 1 + this."""
+    """Strength s of colour jitter: brightness, contrast and saturation are multiplied by factors in [1 - s, 1 + s]."""
     randaugment: Annotated[int, Range(0, 14)] = 0
     """RandAugment operations per image."""
     randaugment_magnitude: Annotated[int, Range(0, 30)] = 9
@@ -69,7 +73,7 @@ class ScheduleSettings:
     lr_end: Annotated[float, AT_LEAST_0] = 0.1
     """Last learning rate, as a fraction of the peak."""
     reconstruction_first: Annotated[int, AT_LEAST_0] = 0
-    """Steps at the start that train MLM and MIM alone; ITC and ITM join after them."""
+    """Steps at the start that train only MLM and MIM; ITC and ITM join after them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +97,8 @@ class OptimizerSettings:
     ema_decay: Annotated[float, DECAY] = 0.0
     """Decay of an exponential moving average of the weights, for evaluation and export; 0 for none, 0.999 is usual."""
     skip_spikes: bool = False
-    """Skip an update if its loss is over 6 standard deviations above the last 128 losses of the same objectives."""
+    """Skip an update whose loss is a spike: more than 6 standard deviations above the mean of the last 128 losses that
+    passed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +123,9 @@ class ComputeSettings:
     """Implementation of the training step; both give the same losses and gradients. `plain` is the readable reference,
     `fast` the optimized one."""
     self_attention: ImageAttentionBackend = "auto"
-    """Attention backend for images alone; `mvlm doctor` prints the one that auto chooses here, and the reason."""
+    """Backend for attention between image patches. `mvlm doctor` prints the one that auto chooses, with the reasons."""
     cross_attention: TextAttentionBackend = "auto"
-    """Attention backend for text: cross-attention, and self-attention of text."""
+    """Backend for all attention that involves text: cross-attention, and self-attention of captions."""
     compile: bool = False
     """Compile the step with torch.compile (one rank, no accumulation). Takes a minute or more at the start."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -191,7 +196,8 @@ class SafetySettings:
     """Stop when this file appears: finish the step, save and end, as after SIGTERM or SIGUSR1. A run does not start
     while the file exists."""
     stall_minutes: Annotated[float, ABOVE_0] = 20.0
-    """End the run, with the stacks of all threads, if a step or its data take longer than this many minutes."""
+    """Limit in minutes for one step, its data, one evaluation or one checkpoint. Beyond it the run writes the stacks of
+    all threads and exits with code 3."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,7 +221,10 @@ class PretrainConfig(  # a dataclass takes fields from its bases from last to fi
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.compile and (self.accumulate > 1 or self.plan != "fast"):
-            raise ConfigError("compile: wanted --plan fast and --accumulate 1 with it, got others")
+            raise ConfigError(
+                f"compile: wanted --plan fast and --accumulate 1, got --plan {self.plan} and "
+                f"--accumulate {self.accumulate}; change them or leave --compile out"
+            )
         if not -(2**63) <= self.seed < 2**64:  # what torch's generators take
             raise ConfigError(f"seed must be in [-2^63, 2^64), got {self.seed}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
@@ -231,5 +240,5 @@ GROUPS: tuple[type, ...] = PretrainConfig.__bases__[::-1]
 
 
 def resume_may_change(name: str) -> bool:
-    """True for a setting that a resumed run may change, because the results of the run do not depend on it."""
+    """True if a resumed run may change this setting. Model settings may never change."""
     return any(name in {f.name for f in fields(group)} for group in GROUPS if group.resume_may_change)

@@ -25,17 +25,17 @@ class Node:
     memory: float
     """Bytes of a GPU."""
     intra_node: float
-    """Bytes a second, each way, from a GPU to the other GPUs of its node."""
+    """Bytes per second, each way, from a GPU to the other GPUs of its node."""
     inter_node: float
-    """Bytes a second, each way, from a GPU to other nodes."""
+    """Bytes per second, each way, from a GPU to other nodes."""
     source: str
 
 
 NODES = {
-    "A100": Node(80e9, 300e9, 25e9, "DGX A100 data sheet: 600 GB/s NVLink both ways, a 200 Gb/s adapter a GPU"),
-    "H100": Node(80e9, 450e9, 50e9, "DGX H100 data sheet: 900 GB/s NVLink both ways, a 400 Gb/s adapter a GPU"),
-    "H200": Node(141e9, 450e9, 50e9, "DGX H200 data sheet: 900 GB/s NVLink both ways, a 400 Gb/s adapter a GPU"),
-    "B200": Node(180e9, 900e9, 50e9, "DGX B200 data sheet: 1.8 TB/s NVLink both ways, a 400 Gb/s adapter a GPU"),
+    "A100": Node(80e9, 300e9, 25e9, "DGX A100 data sheet: 600 GB/s NVLink both ways, a 200 Gb/s adapter per GPU"),
+    "H100": Node(80e9, 450e9, 50e9, "DGX H100 data sheet: 900 GB/s NVLink both ways, a 400 Gb/s adapter per GPU"),
+    "H200": Node(141e9, 450e9, 50e9, "DGX H200 data sheet: 900 GB/s NVLink both ways, a 400 Gb/s adapter per GPU"),
+    "B200": Node(180e9, 900e9, 50e9, "DGX B200 data sheet: 1.8 TB/s NVLink both ways, a 400 Gb/s adapter per GPU"),
 }
 
 
@@ -55,7 +55,7 @@ class ClusterSetting:
     sharded: bool = False
     """FSDP2 instead of DDP."""
     mfu: float = 0.4
-    """FLOPs of a step as a fraction of the GPUs' peak in the time of forward and backward."""
+    """Model FLOPs utilization during forward and backward, in (0, 1]."""
 
     @property
     def ranks(self) -> int:
@@ -67,13 +67,13 @@ MOST_GPUS = 1_000_000
 
 
 def parse_gpus(words: tuple[str, ...]) -> tuple[int, int]:
-    """Parse GPUs a node and nodes: ("8", "x", "16"), ("8 x 16",) or ("8x16",) -> (8, 16); ("8",) -> (8, 1).
+    """Parse GPUs per node and nodes: ("8", "x", "16"), ("8 x 16",) or ("8x16",) -> (8, 16); ("8",) -> (8, 1).
 
     ConfigError for anything else.
     """
     found = re.fullmatch(r"\s*(\d+)(?:\s*x\s*(\d+))?\s*", " ".join(words).lower())
     if found is None or not 1 <= int(found[1]) * int(found[2] or 1) <= MOST_GPUS:
-        raise ConfigError(f"gpus: wanted GPUs a node x nodes, as in 8 x 16, got {' '.join(words)!r}")
+        raise ConfigError(f"gpus: wanted GPUs per node x nodes, as in 8 x 16, got {' '.join(words)!r}")
     return int(found[1]), int(found[2] or 1)
 
 
@@ -133,7 +133,8 @@ def step_seconds(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
     """Seconds of one step by activity, and their sum, `step`.
 
     Communication of gradients (and of FSDP2's parameters) overlaps with backward; only the rest counts. Communication
-    of features precedes ITM and overlaps with nothing. A broadcast enters a node through all its adapters.
+    of embeddings and features precedes ITC and ITM, and overlaps with nothing. A broadcast enters a node through all of
+    its adapters.
     """
     node, rate = NODES[setting.gpu], GPUS[setting.gpu].flops * setting.mfu
     forward, backward = cost.forward / rate, cost.backward / rate
@@ -146,14 +147,15 @@ def step_seconds(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
     outside = 2 * moved * (1 - 1 / setting.nodes) / (setting.per_node * node.inter_node)
     shown = max(0.0, inside + outside - backward)
     exchanged = 2 * sum(exchange_bytes(setting).values()) / entering
-    rows = {"forward": forward, "backward": backward, "gradients that show": shown, "features": exchanged}
+    rows = {"forward": forward, "backward": backward, "gradients, not overlapped": shown}
+    rows["embeddings and features"] = exchanged
     return rows | {"step": sum(rows.values())}
 
 
 def scaling(setting: ClusterSetting, cost: StepCost) -> list[tuple[int, int, float, float]]:
-    """Weak scaling over doubling numbers of nodes: GPUs, global batch, seconds a step, fraction of time in computation.
+    """Weak scaling over doubling numbers of nodes: the pairs of a GPU stay constant, so the global batch grows.
 
-    The pairs of a GPU stay constant, so the global batch grows.
+    Each row has GPUs, global batch, seconds per step, and the fraction of the time that is computation.
     """
     rows, nodes = [], 1
     while setting.per_node * nodes <= 1024:
@@ -172,7 +174,7 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
     Args:
         pairs: pairs of the data set.
         epochs: passes over it.
-        loader_rate: measured pairs a second of a node's loader; 0 for not measured.
+        loader_rate: measured pairs per second of one node's loader; 0 for not measured.
     """
     cost = rank_step_cost(setting)
     node, gpu = NODES[setting.gpu], GPUS[setting.gpu]
@@ -182,11 +184,12 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
     per_second = setting.batch_size / step
     own = setting.batch_size // setting.ranks
     lines = [
-        f"{setting.ranks} x {setting.gpu} ({setting.nodes} nodes of {setting.per_node}), {setting.batch_size:,} pairs a"
-        f" step: {own} a GPU in microbatches of {own // setting.accumulate}, {'FSDP2' if setting.sharded else 'DDP'}",
-        f"{cost.parameters / 1e6:.1f} M parameters; {(cost.forward + cost.backward) / own / GB:.1f} GFLOP a pair",
+        f"{setting.ranks} x {setting.gpu} ({setting.nodes} nodes of {setting.per_node}), "
+        f"{setting.batch_size:,} pairs per step: {own} per GPU in microbatches of {own // setting.accumulate}, "
+        + ("FSDP2" if setting.sharded else "DDP"),
+        f"{cost.parameters / 1e6:.1f} M parameters; {(cost.forward + cost.backward) / own / GB:.1f} GFLOP per pair",
         "",
-        "Memory of a GPU, GB",
+        "Memory per GPU, GB",
         *(f"  {name:<34}{size / GB:10.2f}" for name, size in parts.items()),
         f"  {'all':<34}{total / GB:10.2f}   of {node.memory / GB:.0f}"
         + ("" if total < 0.9 * node.memory else "   DOES NOT FIT: more microbatches or checkpointed activations"),
@@ -195,14 +198,15 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
         "",
         "A step, milliseconds",
         *(f"  {name:<34}{1e3 * time:10.1f}" for name, time in times.items()),
-        f"  taken in by a GPU for features, GB{carried['features'] / GB:10.2f}   and given back as gradients",
+        f"  received per GPU in forward, GB: embeddings {carried['embeddings'] / GB:.2f}, features "
+        f"{carried['features'] / GB:.2f}; backward returns as many",
         "",
         f"{per_second:,.0f} pairs/s; {steps:,.0f} steps, {steps * step / 3600:,.1f} hours",
-        f"The loader has to give {per_second / setting.nodes:,.0f} pairs/s on each node"
+        f"The loader of each node has to deliver {per_second / setting.nodes:,.0f} pairs/s"
         + (f"; measured {loader_rate:,.0f}" + (": it is the limit" if loader_rate < per_second / setting.nodes else "")
            if loader_rate else ""),
         "",
-        "The same pairs a GPU on more nodes",
+        "More nodes, same pairs per GPU",
         *(f"  {gpus:6,} GPUs {batch:10,} pairs {1e3 * time:8.0f} ms, {100 * share:3.0f} % computing"
           for gpus, batch, time, share in scaling(setting, cost)),
         scaling_limit(setting, cost),
@@ -212,9 +216,10 @@ def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate:
         f"  {node.intra_node / GB:.0f} GB/s to GPUs of a node, {node.inter_node / GB:.0f} GB/s to other nodes, "
         "each way",
         f"  ({node.source})",
-        "  operations and activations counted, not measured: the fast plan, captions of 12 tokens, the longest of 30,",
-        "  dtypes of CUDA's autocast; no allocator's waste, no CUDA context, no NCCL buffers, no kernel workspace",
-        "  the optimizer's step, the loader's wait, evaluation and checkpoints take no time",
+        "  operations and activations counted, not measured, for the fast implementation, with captions of 12 tokens",
+        "  (at most 30) and the dtypes of CUDA's autocast",
+        "  not counted in memory: allocator overhead, CUDA context, NCCL buffers, kernel workspace",
+        "  not counted in time: optimizer step, loader, evaluation, checkpoints",
     ]  # fmt: skip
     return "\n".join(lines)
 
@@ -223,5 +228,5 @@ def scaling_limit(setting: ClusterSetting, cost: StepCost) -> str:
     """Number of GPUs from which a step spends more time on communication than on computation, as a line of text."""
     for gpus, _, _, share in scaling(setting, cost):
         if share < 0.5:
-            return f"  It stops scaling at {gpus:,} GPUs: more than half of a step is spent on what travels"
-    return "  More than half of a step computes as far as this goes"
+            return f"  From {gpus:,} GPUs on, communication takes more than half of a step"
+    return "  Computation takes at least half of a step at all sizes above"

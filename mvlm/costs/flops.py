@@ -45,7 +45,7 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, *sides: Any, out_val: Any =
 def cross_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, out_val: Any = None) -> int:
     """Backward of cross_attention: dP once, then one product for dQ and two for dK and dV.
 
-    Four products for all gradients, three for dK and dV alone, two for dQ alone.
+    Four products for all gradients, three for dK and dV without dQ, two for only dQ.
     """
     *sides, need_dq, need_dkv = rest[2:]
     products = 1 + need_dq + 2 * need_dkv if need_dq or need_dkv else 0
@@ -58,9 +58,16 @@ def linear_pixel_loss(hidden: Tensor, weight: Tensor, *_: Any, out_val: Any = No
 
 
 def linear_pixel_loss_backward(
-    grad: Tensor, slope: Tensor, hidden: Tensor, weight: Tensor, hidden_too: bool, weight_too: bool, *_: Any, **__: Any
+    grad: Tensor,
+    slope: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    need_dhidden: bool,
+    need_dweight: bool,
+    *_: Any,
+    **__: Any,
 ) -> int:
-    return (hidden_too + weight_too) * linear_pixel_loss(hidden, weight)
+    return (need_dhidden + need_dweight) * linear_pixel_loss(hidden, weight)
 
 
 class _Raw:
@@ -75,7 +82,7 @@ class _Raw:
         return self._formula(*args, **kwargs)
 
 
-# For CUDA and the CPU. torch's own formulas count the recomputation in SDPA's backward, and nothing on the CPU.
+# These replace torch's formulas, which count recomputation in SDPA's backward and know no CPU attention.
 FORMULAS: dict[Any, Callable[..., int]] = {
     **{
         getattr(aten, f"_scaled_dot_product_{kind}"): _Raw(attention)

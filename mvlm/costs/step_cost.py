@@ -67,7 +67,7 @@ class StepCost:
     parameters: int
     """Number of parameters."""
     forward: int
-    """FLOPs of the forward passes, both of them with gradient caching."""
+    """FLOPs of the forward passes. Gradient caching has two per microbatch; both are counted."""
     backward: int
     """FLOPs of the backward passes, with the blocks that they recompute."""
     peak: int

@@ -46,7 +46,7 @@ def _rows(
     log_scale: Tensor,
     sampling: NegativeSampling,
     layout: GlobalBatchLayout,
-    stream: int,
+    direction: int,
     elements: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One direction of ITC: logits of own (n, E) with others (G, E).
@@ -58,18 +58,18 @@ def _rows(
     size = max(1, elements // len(others))
     blocks = list(zip(own.split(size), indices.split(size), strict=True))
     if len(blocks) == 1:
-        return _block(own, indices, others, log_scale, sampling, stream)
+        return _block(own, indices, others, log_scale, sampling, direction)
     # Backward computes a block's logits again. Kept ones would make n x G elements, which grows with the ranks.
     parts = [
-        checkpoint(_block, rows, of, others, log_scale, sampling, stream, use_reentrant=False) for rows, of in blocks
+        checkpoint(_block, rows, of, others, log_scale, sampling, direction, use_reentrant=False) for rows, of in blocks
     ]
     losses, correct, columns, weights = zip(*parts, strict=True)  # pyright: ignore[reportArgumentType]
     return torch.stack(losses).sum(), torch.stack(correct).sum(), torch.cat(columns), torch.cat(weights)
 
 
 def _block(
-    own: Tensor, indices: Tensor, others: Tensor, log_scale: Tensor, sampling: NegativeSampling, stream: int
+    own: Tensor, indices: Tensor, others: Tensor, log_scale: Tensor, sampling: NegativeSampling, direction: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`_rows` for one block of rows own (Q, E), whose global indices are int64 (Q,)."""
     logits = contrastive_logits(own, others, log_scale)  # (Q, G)
-    return *contrastive_sums(logits, indices), *sampling.draw(logits, indices, stream)
+    return *contrastive_sums(logits, indices), *sampling.draw(logits, indices, direction)

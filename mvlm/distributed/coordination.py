@@ -19,9 +19,10 @@ USER_ERRORS = (ConfigError, RunError, DataError)
 
 
 def run_on_all_ranks(world: World, work: Callable[[], T]) -> T:
-    """Do `work` on every rank and return its result. If it fails on one rank, all of them end.
+    """Run `work` on every rank and return its result. If it fails on one rank, all ranks end.
 
-    Rank 0 raises the error, and the other ranks raise SystemExit with code 2, so that a user sees one message.
+    A user error is raised on rank 0 alone, so that the user sees one message; the other ranks raise SystemExit(2). Any
+    other error is also raised on its own rank, with its traceback.
     """
     try:
         result, error = work(), None
@@ -39,7 +40,7 @@ def run_on_all_ranks(world: World, work: Callable[[], T]) -> T:
 
 
 def check_ranks(world: World, config: PretrainConfig, dataset: Dataset) -> None:
-    """End all ranks if one has other settings or data than rank 0, which raises RunError."""
+    """Check that all ranks have the same settings and data. If not, rank 0 raises RunError and the others end."""
     own = {"settings": config.to_dict(), "out": str(config.out), "data": dataset.fingerprint}
     by_rank = world.gather_objects(own)
 
@@ -48,11 +49,11 @@ def check_ranks(world: World, config: PretrainConfig, dataset: Dataset) -> None:
             differing = differing_settings(by_rank[0]["settings"], values["settings"])
             for name in ("out", "data"):
                 if values[name] != by_rank[0][name]:
-                    differing.append(f"{name}: there {by_rank[0][name]}, here {values[name]}")
+                    differing.append((name, by_rank[0][name], values[name]))
             if differing and world.first:
+                listed = "; ".join(f"{name}: rank 0 has {a}, rank {rank} has {b}" for name, a, b in differing)
                 raise RunError(
-                    f"rank {rank} was started with other settings or data than rank 0 "
-                    f"({'; '.join(differing).replace('there', 'rank 0').replace('here', f'rank {rank}')}); "
+                    f"rank {rank} was started with other settings or data than rank 0 ({listed}); "
                     f"start all ranks with the same command on the same data"
                 )
 
@@ -79,10 +80,10 @@ class StepDecisions:
         self._decided: list[bool] = []
 
     def decide(self, *requests: bool) -> list[bool]:
-        """Send this rank's requests, and return the decisions: what any rank requested at the previous call.
+        """Send this rank's requests, and return those that any rank sent at the previous call.
 
-        In a world of one, a request is decided at once. A request that the previous call granted is ignored once,
-        because it was sent before the rank could see its effect.
+        A rank repeats a request in the call that grants it, before it can see the effect; the repetition is ignored.
+        With one rank, requests are granted at once.
         """
         if self._world.size == 1:
             return list(requests)

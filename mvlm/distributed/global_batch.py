@@ -25,13 +25,13 @@ from mvlm.distributed.loss_shares import (
     MatchingInputs,
     Microbatch,
     append_negatives,
-    backward_root,
     contrastive_parameters,
     count_masked_tokens,
     fetch_negatives,
     matching_shares,
     pair_features,
     reconstruction_shares,
+    scaled_total,
     total_matching_weight,
 )
 from mvlm.distributed.parallel import Parallel
@@ -80,7 +80,7 @@ def backward_global(
     run = _backward_one_graph if len(microbatches) == 1 else backward_cached
     shares = world.all_reduce(run(parallel, microbatches, shared, not reconstruction_only))
     if reconstruction_only:
-        # `backward_root` gave these zero gradients, with which AdamW would still decay the weights. None skips them.
+        # `scaled_total` gave these zero gradients, with which AdamW would still decay the weights. None skips them.
         for parameter in contrastive_parameters(parallel.model):
             parameter.grad = None
     return Losses(**dict(zip(SHARE_NAMES, shares, strict=True)), total=shares[: len(OBJECTIVES)].sum())
@@ -112,7 +112,7 @@ def _backward_one_graph(
                     inputs = append_negatives(own, fetch_negatives([own], negatives, step))
                 shares |= {"itc": itc, "itc_accuracy": accuracy}
                 shares |= matching_shares(model, inputs, negatives, total_matching_weight(negatives, step), step)
-        return backward_root(model, shares, step)
+        return scaled_total(model, shares, step)
 
     total, shares = parallel(forward)
     total.backward()

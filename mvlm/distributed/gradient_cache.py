@@ -26,11 +26,11 @@ from mvlm.distributed.loss_shares import (
     Microbatch,
     PairFeatures,
     append_negatives,
-    backward_root,
     fetch_negatives,
     matching_shares,
     pair_features,
     reconstruction_shares,
+    scaled_total,
     total_matching_weight,
 )
 from mvlm.distributed.parallel import Parallel
@@ -45,7 +45,7 @@ def backward_cached(
 ) -> Tensor:
     """Forward and backward of several microbatches. Returns the rank's shares (7,), in the order of SHARE_NAMES.
 
-    Without `contrastive`, the step trains MLM and MIM alone, in one pass.
+    Without `contrastive`, the step trains only MLM and MIM, in one pass.
     """
     cached: list[PairFeatures] = []
     shares = torch.zeros(len(SHARE_NAMES), device=step.masked_tokens.device)
@@ -59,9 +59,9 @@ def backward_cached(
             with step.autocast():
                 streams = step.implementation.encode(model, batch, masks)
                 reconstruction = reconstruction_shares(model, streams, batch, masks, step)
-            total, parts = backward_root(model, reconstruction, step)
+            total, parts = scaled_total(model, reconstruction, step)
             if contrastive:
-                # The cached gradients are of W times the shares already, like `total`.
+                # `total` and the cached gradients both contain the factor W already (see `scaled_total`).
                 features = pair_features(streams.image, streams.text, model.config.text_length)
                 total = total + _product_with_gradient(features.image, cached[number].image)
                 total = total + _product_with_gradient(features.text, cached[number].text)
@@ -83,9 +83,10 @@ def _features_without_graph(model: MaskVLM, batch: Batch, step: GlobalStep) -> P
 
 
 def _backward_to_features(parallel: Parallel, cached: list[PairFeatures], step: GlobalStep) -> Tensor:
-    """Backward of ITC and ITM down to the features, whose `.grad` they leave. Returns the rank's shares (7,).
+    """Run the backward pass of ITC and ITM as far as the features. Returns the rank's shares (7,).
 
-    The gradients of ITC's and ITM's own parameters are left too.
+    The gradients of the features are in `.grad` of `cached`. Those of ITC's and ITM's own parameters accumulate as
+    usual.
     """
     for own in cached:
         own.image.requires_grad_()
@@ -100,7 +101,7 @@ def _backward_to_features(parallel: Parallel, cached: list[PairFeatures], step: 
                 image, text, model.log_scale, step.sampling, step.layout
             )
         drawn.append(negatives)
-        return backward_root(model, {"itc": share, "itc_accuracy": accuracy}, step)
+        return scaled_total(model, {"itc": share, "itc_accuracy": accuracy}, step)
 
     total, shares = parallel(itc, last=False)
     total.backward()
@@ -119,7 +120,7 @@ def _backward_to_features(parallel: Parallel, cached: list[PairFeatures], step: 
                 else:
                     inputs = append_negatives(own, PairFeatures(*(x[rows] for x in leaves)))
                 shares = matching_shares(model, inputs, Negatives(*(x[rows] for x in negatives)), weight, step)
-            return backward_root(model, shares, step)
+            return scaled_total(model, shares, step)
 
         total, part = parallel(itm, last=False)
         total.backward()

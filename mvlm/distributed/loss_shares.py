@@ -145,10 +145,11 @@ def matching_shares(
     return {"itm": loss * share, "itm_accuracy": accuracy * share}
 
 
-def backward_root(model: MaskVLMNetwork, shares: Shares, step: GlobalStep) -> tuple[Tensor, Tensor]:
-    """Scalar that backward starts from, and the shares (7,) in the order of SHARE_NAMES, 0 for missing ones.
+def scaled_total(model: MaskVLMNetwork, shares: Shares, step: GlobalStep) -> tuple[Tensor, Tensor]:
+    """Sum of the losses' shares times W, to call backward on, and all shares (7,).
 
-    The scalar is W times the sum of the losses' shares, because DDP and FSDP2 average gradients over ranks.
+    The factor W is there because DDP and FSDP2 average gradients over ranks. Shares are in the order of SHARE_NAMES; a
+    missing one is 0.
     """
     losses = [shares[name] for name in OBJECTIVES if name in shares]
     # DDP waits for a gradient of every parameter. A sum of no elements gives a zero gradient to the unused ones.

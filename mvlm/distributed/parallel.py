@@ -27,7 +27,7 @@ T = TypeVar("T")
 class _Call(nn.Module):
     """Module whose forward calls any function of the model, so that DDP's and FSDP2's hooks run around it.
 
-    A step of several microbatches is several such functions; none is the model's own forward.
+    A step of several microbatches calls several such functions instead of the model's forward.
     """
 
     def __init__(self, model: MaskVLM) -> None:
@@ -119,7 +119,7 @@ MAX_GRAPHS = 64
 def compile_step(model: MaskVLM, world: World, **settings: Any) -> None:
     """Compile the model's forward, as one graph. `settings` are torch.compile's.
 
-    ConfigError on several ranks, whose steps call parts of the model and not its forward.
+    ConfigError on several ranks, because their steps call parts of the model instead of its forward.
     """
     if world.size > 1:
         raise ConfigError(f"compile: wanted one rank, got {world.size}; leave --compile out")

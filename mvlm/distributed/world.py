@@ -65,7 +65,7 @@ class World:
             dist.destroy_process_group()
 
 
-def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
+def join_ranks(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     """Join the ranks that torchrun started, or return a world of one. ConfigError if this machine has no such device.
 
     Gloo carries tensors on the CPU, NCCL those on a GPU. A collective that takes longer than the time-out raises.

@@ -1,6 +1,6 @@
 """Cross-modal gain, a measure of how much one modality helps to predict masked parts of the other (docs/method.md).
 
-For text: the loss of masked tokens given a wrong image, minus the loss given the right one, in nats a token. For
+For text: the loss of masked tokens given a wrong image, minus the loss given the right one, in nats per token. For
 pixels: the relative increase of the masked pixels' loss given a wrong caption, in per cent. Every sample is masked
 several times; intervals are bootstrapped over samples.
 """
@@ -118,7 +118,7 @@ def _add_losses(
 def bootstrap(statistic: Callable[[np.ndarray], float], number: int, seed: int = 0) -> list[float]:
     """95 % interval of a statistic of sample indices: the percentile bootstrap over resamples of `number` samples.
 
-    `scipy.stats.bootstrap` with `method="percentile"` gives the same interval (tests).
+    `scipy.stats.bootstrap` with `method="percentile"` gives the same interval.
     """
     rng = np.random.default_rng(seed)
     values = [statistic(rng.integers(number, size=number)) for _ in range(RESAMPLES)]

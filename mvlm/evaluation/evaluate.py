@@ -15,8 +15,8 @@ from mvlm_dataloading import Dataset, Tokenizer
 def unseen_images(split: Dataset, train: Dataset | None) -> torch.Tensor | None:
     """Images of unseen concepts, bool (images of `split`,), True = no training image has the same concept.
 
-    The concept of an image is `base` in its metadata; an image without `base` is a concept by itself. None if no image
-    of `split` or none of `train` has a `base` (such data name no concepts), or if there is no training split.
+    The concept of an image is `base` in its metadata; an image without `base` is a concept by itself. None
+    without a training split, and for data that name no concepts: no `base` in `split` or none in `train`.
     """
     if train is None:
         return None
@@ -71,7 +71,7 @@ def _recall_of_images(chosen: torch.Tensor, tr: Ranks, ir: Ranks, features: Enco
 
 
 def evaluate_briefly(model: MaskVLM, split: Dataset, tokenizer: Tokenizer, precision: str = "auto") -> dict[str, float]:
-    """Figures during training: recall by ITC alone (tr_r1 to ir_r10), and cross-modal gain from one draw of masks.
+    """Figures during training: recall by only ITC (tr_r1 to ir_r10), and cross-modal gain from one draw of masks.
 
     The model's mode (training or evaluation) is restored.
     """

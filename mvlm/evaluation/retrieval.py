@@ -23,7 +23,10 @@ PAIRS_PER_BATCH = 256
 
 @dataclass(frozen=True)
 class Ranks:
-    """Rank of the best right answer for every query (wrong answers before it, from 0), and the first answers."""
+    """Results of ranking: for each query, the rank of its best right answer and its top answers.
+
+    A rank is the number of wrong answers before the best right one; 0 = first.
+    """
 
     itc: Tensor
     """int64 (queries,), by contrastive similarity alone."""
@@ -89,9 +92,8 @@ def match_scores(
     scores = []
     for start in range(0, len(images), PAIRS_PER_BATCH):
         i, t = images[start : start + PAIRS_PER_BATCH], texts[start : start + PAIRS_PER_BATCH]
-        length = int(
-            features.key_mask[t].sum(1).max()
-        )  # the longest caption of this batch; columns after it are padding
+        # The longest caption of this batch; columns after it are padding.
+        length = int(features.key_mask[t].sum(1).max())
         v, w, key_mask = features.v[i], features.w[t, :length], features.key_mask[t, :length]
         with autocast(device, precision):
             logits = model.match(v.to(device), w.to(device), key_mask.to(device)).float()
@@ -100,5 +102,5 @@ def match_scores(
 
 
 def recall(ranks: Tensor) -> dict[str, float]:
-    """Per cent of queries with a right answer among the first 1, 5 and 10, from ranks int64 (queries,) from 0."""
+    """Per cent of queries with a right answer among the first 1, 5 and 10; ranks int64 (queries,), 0 = first."""
     return {f"r{k}": round(100 * (ranks < k).double().mean().item(), 2) for k in (1, 5, 10)}

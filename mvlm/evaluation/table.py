@@ -19,11 +19,11 @@ def format_table(figures: dict[str, Any]) -> str:
             )
     text, pixels = figures["gain_text_nats_95"], figures["gain_pixels_pct_95"]
     lines += [
-        f"cross-modal gain, text     {figures['gain_text_nats']:.2f} nats a token "
+        f"cross-modal gain, text     {figures['gain_text_nats']:.2f} nats per token "
         f"(95 %: {text[0]:.2f} to {text[1]:.2f})",
         f"cross-modal gain, pixels   {figures['gain_pixels_pct']:.2f} % (95 %: {pixels[0]:.2f} to {pixels[1]:.2f})",
         f"masked L1                  {figures['masked_l1']:.4f}; {describe_trivial_losses(figures)}",
-        f"masked tokens              {figures['masked_nats']:.3f} nats a token",
+        f"masked tokens              {figures['masked_nats']:.3f} nats per token",
     ]
     return "\n".join(lines)
 

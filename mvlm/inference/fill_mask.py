@@ -28,7 +28,10 @@ def tokens_with_masks(caption: str, tokenizer: Tokenizer, length: int) -> Tensor
         if piece.strip():
             inner += tokenizer.encode([piece.strip()], length)[0][1:-1].tolist()
     if tokenizer.mask_id in inner[length - 2 :]:
-        raise ConfigError(f"caption: wanted every [MASK] among the first {length - 2} tokens, got one at or after them")
+        raise ConfigError(
+            f"caption: wanted every [MASK] among the first {length - 2} tokens, found one after them; "
+            f"shorten the caption"
+        )
     return torch.tensor([tokenizer.cls_id, *inner[: length - 2], tokenizer.sep_id])
 
 

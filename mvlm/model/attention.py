@@ -1,5 +1,8 @@
 """Multi-head attention and the feed-forward layer. Attention's projections can also be called one by one.
 
+The backward of attention is autograd's here. On a GPU the fast implementation calls `mvlm_kernels.cross_attention` for
+attention with text, which has a backward of ours. `_GeluLinear.backward` below is the feed-forward layer's.
+
 Shape legend: B batch, Lq queries, Lk keys, T packed rows, R pairs, C width, H heads, D head width.
 """
 
@@ -17,7 +20,7 @@ from mvlm.model.packing import Packing
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, by SDPA or on a CPU in bf16 by two matrix products.
+    """Attention: softmax(q k^T / sqrt(D)) v. SDPA computes it; on a CPU in bf16, two matrix products do.
 
     q (B, H, Lq, D), k and v (B, H, Lk, D); key_mask bool (B, Lk), True = the key exists. Returns (B, H, Lq, D).
     """
@@ -36,7 +39,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.image_backend: str = "auto"
-        """Backend of the fast implementation for images alone (`mvlm.model.attention_backends`)."""
+        """Backend of the fast implementation for attention between image patches (`mvlm.model.attention_backends`)."""
         self.text_backend: str = "auto"
         """Backend of the fast implementation if queries or keys are text."""
         self.query = nn.Linear(width, width)
@@ -50,7 +53,7 @@ class Attention(nn.Module):
         return self.out(self._attend(q, k, v, key_mask))
 
     def packed(self, x: Tensor, packing: Packing) -> Tensor:
-        """Self-attention of packed sequences x (T, C) -> (T, C). Rows are padded for the softmax alone."""
+        """Self-attention of packed sequences x (T, C) -> (T, C). Rows are padded only for the softmax."""
         q, k, v = (packing.pad(projection(x)) for projection in (self.query, self.key, self.value))
         return self.out(packing.unpad(self._attend(q, k, v, packing.key_mask)))
 

@@ -1,10 +1,13 @@
-"""Backends of attention in the fast implementation: the choice of one, and the calls.
+"""Attention backends of the fast implementation: choosing one, and calling it.
 
 A caller names a backend or asks for `auto`, which decides by device, dtype and shape (`mvlm doctor` prints the result):
 
-- Images alone: SDPA on a GPU, and on a CPU in fp32. On a CPU in bf16, two matrix products (`math`).
-- Text on at least one side (text alone, image to text, text to image): our Triton kernels on a GPU, if they cover the
-  call. Otherwise packed rows are padded and the rule for images alone holds.
+- Only images: SDPA on a GPU, and on a CPU in fp32. On a CPU in bf16, two matrix products (`math`).
+- Text on at least one side (text to text, image to text, text to image): our Triton kernels on a GPU, if they cover
+  the call. Otherwise packed rows are padded and the rule for images holds.
+
+Backward: `triton` calls `mvlm_kernels.cross_attention`, whose backward is in `mvlm_kernels/cross_attention/` (its
+`__init__.py` says where). All other backends use the backward of torch or of their library.
 
 `auto` never picks flash-attn or xformers, because SDPA ships flash attention already.
 
@@ -48,7 +51,7 @@ def choose_backend(
         dtype: dtype of q, k and v, after autocast.
         head_width: D.
         short_rows: rows of the longest sequence on the shorter of the two sides.
-        text: True if queries or keys are text, False for images alone.
+        text: True if queries or keys are text, False for only images.
 
     Raises:
         ConfigError: the wanted backend does not exist or cannot run here. The message has the reason.
@@ -61,7 +64,9 @@ def choose_backend(
         interpreted = wanted == "triton" and device.type == "cpu" and dispatch.interpreting()
         if wanted in reasons and not interpreted:
             can = [name for name in names if name not in reasons and name != "auto"]
-            raise ConfigError(f"attention backend {wanted}: {reasons[wanted]}; here can run: {', '.join(can)}")
+            raise ConfigError(
+                f"attention backend {wanted}: {reasons[wanted]}; choose one that can run: {', '.join(can)}"
+            )
         return BackendChoice(wanted, {})
     if device.type == "cuda":
         return BackendChoice("triton" if text and "triton" not in reasons else "sdpa", reasons)
@@ -76,7 +81,7 @@ def choose_for_model(
     image: str = "auto",
     text: str = "auto",
 ) -> dict[str, BackendChoice]:
-    """The two backends of a model of these sizes: "image" for images alone, "text" for attention with text.
+    """The two backends of a model of these sizes: "image" for only images, "text" for attention with text.
 
     `image` and `text` are the wanted backends. ConfigError, with the reason, if one of them cannot run here.
     """
@@ -106,7 +111,7 @@ def _why_not(device: torch.device, dtype: torch.dtype, head_width: int, short_ro
 
 
 def image_attention(q: Tensor, k: Tensor, v: Tensor, wanted: str = "auto") -> Tensor:
-    """Attention of images alone, without a mask: q, k and v (B, L, H, D) -> (B, L, H, D)."""
+    """Attention between patches of images, without a mask: q, k and v (B, L, H, D) -> (B, L, H, D)."""
     backend = choose_backend(wanted, q.device, q.dtype, q.shape[-1], q.shape[1], text=False).backend
     if backend == "triton":
         return cross_attention(q, k, v)

@@ -104,7 +104,10 @@ class TextBlock(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """RoBERTa without token types. Its only type embedding is a constant, which the positions can absorb."""
+    """RoBERTa encoder without token type embeddings.
+
+    RoBERTa has only one type, so its embedding is a constant that the position embeddings can absorb.
+    """
 
     def __init__(self, config: MaskVLMConfig) -> None:
         super().__init__()

@@ -86,9 +86,8 @@ def encode_texts(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> tuple[Pac
     encoder, total = model.text_encoder, len(batch.tokens)
     longest = round_up_length(batch.max_length)
     hidden = mask_tokens(batch.tokens, masks.token_ids, model.config.mask_token_id)
-    # A packing has its padding positions (see `pad_to_bucket`) after the last sequence. So the first masked caption
-    # follows the last unmasked caption, not the padding after it, and the padding of both comes last. `end` stays on
-    # the device.
+    # A packing allows padding positions (see `pad_to_bucket`) only after its last sequence. The first masked caption
+    # therefore follows the last unmasked caption directly, and all padding comes at the end. `end` stays on the device.
     end = batch.cu_seqlens[-1:].long()
     rows = torch.arange(2 * total, device=end.device)
     tokens = torch.where(rows < end, torch.cat([batch.tokens, hidden]), hidden[(rows - end).clamp(0, total - 1)])
@@ -113,7 +112,7 @@ def language_loss(
 ) -> tuple[Tensor, Tensor]:
     """MLM and its accuracy, scalars; the masked captions attend to the unmasked images of the cache."""
     x, packing = streams.masked_text
-    # Layout of the masked tokens alone, M rows. token_ids rise, so those of a caption are consecutive.
+    # Layout of only the masked tokens, M rows. token_ids rise, so those of a caption are consecutive.
     bounds = torch.searchsorted(masks.token_ids, batch.cu_seqlens.long()).int()  # (B+1,)
     selected = Packing(bounds, packing.max_length, len(masks.token_ids))
 
@@ -198,7 +197,8 @@ def _encode_pairs(
     Args:
         x: (B, L, C), or packed (T, C) with `packing`.
         key_index: int64 (R,); sequence r attends to sequence key_index[r] of the cache.
-        rows: int64 (R,), the R sequences of x; or, if x is packed, the rows of x that they consist of.
+        rows: indices into x. Not packed: int64 (R,), one sequence per pair. Packed: int64 (T',), rows of the selected
+            captions, T' = pair_packing.total.
         pair_packing: layout of these rows if x is packed, else None.
     """
 

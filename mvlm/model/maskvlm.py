@@ -34,13 +34,15 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
         reconstruction_only: bool = False,
         plan: Literal["plain", "fast"] = "plain",
     ) -> Losses:
-        """Compute the four losses of one batch.
+        """Compute the four losses of one batch, on one rank and without microbatches.
+
+        `mvlm.distributed.global_batch` computes the same losses over ranks and microbatches.
 
         Args:
             seed: seed of ITM's negatives.
             step: number of the update; with `seed` it determines the negatives. Under torch.compile and CUDA graphs, an
                 int64 scalar on the device.
-            reconstruction_only: compute MLM and MIM alone; ITC and ITM are zero and cost nothing.
+            reconstruction_only: compute only MLM and MIM; ITC and ITM are zero and cost nothing.
             plan: name of the implementation; "plain" and "fast" give the same losses, up to rounding.
 
         ValueError for an unknown plan.

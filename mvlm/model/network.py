@@ -44,7 +44,7 @@ class LanguageHead(nn.Module):
 
 
 class MaskVLMNetwork(nn.Module):
-    """Modules of MaskVLM, and the method's functions of their weights."""
+    """The network of MaskVLM: its modules, and methods to encode, embed, match and reconstruct."""
 
     def __init__(self, config: MaskVLMConfig) -> None:
         super().__init__()

@@ -30,8 +30,9 @@ def round_up_length(length: int) -> int:
 def pad_to_bucket(batch: Batch, masks: Masks, text_length: int) -> tuple[Batch, Masks]:
     """Round the totals of a batch up, so that few shapes occur. For compiled steps and CUDA graphs.
 
-    The number of tokens is rounded up to a multiple of a 16th of B x text_length, the number of masked tokens to a
-    multiple of a third of that, and the longest length as `round_up_length` does. The added tokens come after the last
+    The number of tokens is rounded up to a multiple of a 16th of B x text_length, and the number of masked tokens to a
+    multiple of a third of that. Both multiples are themselves rounded up to multiples of 16. The longest length is
+    rounded up by `round_up_length`. The added tokens come after the last
     caption. The added masked tokens point at them. Both are ignored.
     """
     multiple = round_up(max(1, len(batch.image_id) * text_length // 16), 16)
@@ -57,8 +58,8 @@ class Packing:
     Args:
         cu_seqlens: int32 (B+1,), rising; sequence b is rows cu_seqlens[b] to cu_seqlens[b+1].
         max_length: L, at least the rows of the longest sequence; a host number.
-        total: T, the number of rows; a host number. Rows from cu_seqlens[-1] on are padding: they belong to no
-            sequence, may hold anything, and are ignored.
+        total: T, the number of rows; a host number. Rows from cu_seqlens[-1] on are padding rows: they belong to
+            no sequence, may hold anything, and are ignored.
     """
 
     def __init__(self, cu_seqlens: Tensor, max_length: int, total: int) -> None:
@@ -77,7 +78,7 @@ class Packing:
 
     @property
     def sequence_of_row(self) -> Tensor:
-        """int64 (T,), the sequence of each row; B for a row of no sequence."""
+        """int64 (T,), the sequence of each row; B for a padding row."""
         if self._sequence_of_row is None:
             rows = torch.arange(self.total, device=self.cu_seqlens.device)
             self._sequence_of_row = torch.searchsorted(self.cu_seqlens[1:].long(), rows, right=True)
@@ -85,11 +86,11 @@ class Packing:
 
     @property
     def padded_index(self) -> Tensor:
-        """int64 (T,), index of each row in the padded rows (B*L,); B*L for a row of no sequence."""
+        """int64 (T,), index of each row in the padded rows (B*L,); B*L for a padding row."""
         if self._padded_index is None:
             sequence = self.sequence_of_row
             rows = torch.arange(self.total, device=self.cu_seqlens.device)
-            # cu_seqlens has B+1 entries, so rows of no sequence (sequence B) have a start too.
+            # cu_seqlens has B+1 entries, so padding rows (sequence B) have a start too.
             starts = self.cu_seqlens.long().index_select(0, sequence)
             index = sequence * self.max_length + rows - starts
             self._padded_index = torch.where(sequence < len(self), index, len(self) * self.max_length)
@@ -97,7 +98,7 @@ class Packing:
 
     @property
     def position(self) -> Tensor:
-        """int64 (T,), position of each row in its sequence, below L; 0 for a row of no sequence."""
+        """int64 (T,), position of each row in its sequence, below L; 0 for a padding row."""
         return self.padded_index % self.max_length
 
     @property
@@ -109,12 +110,12 @@ class Packing:
 
     def pad(self, x: Tensor) -> Tensor:
         """Pad rows (T, ...) with zeros -> (B, L, ...)."""
-        # One extra row takes all rows of no sequence. The alternative, to drop them, needs their number on the host.
+        # One extra row takes all padding rows. The alternative, to drop them, needs their number on the host.
         padded = x.new_zeros(len(self) * self.max_length + 1, *x.shape[1:]).index_copy(0, self.padded_index, x)
         return padded[:-1].unflatten(0, (len(self), self.max_length))
 
     def unpad(self, x: Tensor) -> Tensor:
-        """The inverse of `pad`: (B, L, ...) -> (T, ...). Rows of no sequence are copies of the last padded row."""
+        """The inverse of `pad`: (B, L, ...) -> (T, ...). Padding rows are copies of the last row (B-1, L-1) of x."""
         return x.flatten(0, 1).index_select(0, self.padded_index.clamp(max=len(self) * self.max_length - 1))
 
     def with_max_length(self, length: int) -> "Packing":
@@ -124,14 +125,14 @@ class Packing:
     def select(self, sequences: Tensor, capacity: int) -> tuple["Packing", Tensor]:
         """Select the sequences int64 (R,), in this order and with repetitions. Returns their layout and their rows.
 
-        The rows are int64 (capacity,), indices of the rows of this layout; 0 for a row of no sequence. `capacity` is a
+        The rows are int64 (capacity,), indices of the rows of this layout; 0 for a padding row. `capacity` is a
         host number, at least the number of rows of the selected sequences together.
         """
         starts = self.cu_seqlens.long()
         lengths = (starts[1:] - starts[:-1]).index_select(0, sequences)  # (R,)
         bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         selected = Packing(bounds.int(), self.max_length, capacity)
-        # Rows of no sequence take the last sequence here, to stay within bounds, and are set to 0 at the end.
+        # Padding rows take the last sequence here, to stay within bounds, and are set to 0 at the end.
         sequence = selected.sequence_of_row.clamp(max=len(sequences) - 1)
         first = starts.index_select(0, sequences).index_select(0, sequence)
         rows = first + torch.arange(capacity, device=starts.device) - bounds.index_select(0, sequence)

@@ -20,7 +20,7 @@ else:
     except ImportError:
 
         class Base:
-            """Stand-in for huggingface_hub's mixin, which saves folders alone."""
+            """Stand-in for huggingface_hub's mixin, which saves to local folders only."""
 
             def __init_subclass__(cls, **_: Any) -> None:
                 super().__init_subclass__()
@@ -67,7 +67,7 @@ class HubMixin(Base, library_name="mvlm", license="apache-2.0", tags=["masked-vi
         if not folder.is_dir():
             if not HUB_ID.fullmatch(str(source)):
                 raise RunError(
-                    f"{source}: wanted a folder that save_pretrained wrote or a hub id owner/name, found none"
+                    f"{source}: wanted an existing model folder or a hub id owner/name, found neither; check the path"
                 )
             options = {"revision": revision, "token": token, "cache_dir": cache_dir}
             folder = _download(
@@ -100,11 +100,14 @@ def _download(hub_id: str, options: dict[str, Any]) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise ConfigError(f"{hub_id}: wanted huggingface_hub to ask the hub; pip install 'mvlm[train]'") from None
+        raise ConfigError(
+            f"{hub_id}: wanted the package huggingface_hub, which is not installed; pip install 'mvlm[train]'"
+        ) from None
     try:
         return [Path(hf_hub_download(hub_id, name, **options)).parent for name in (CONFIG_FILE, WEIGHTS_FILE)][-1]
     except Exception as error:  # the network's, the hub's and the cache's own, which share no type
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise RunError(
-            f"{hub_id}: wanted a folder, found none; the hub gave no {CONFIG_FILE} and {WEIGHTS_FILE} either ({reason})"
+            f"{hub_id}: wanted a local folder or a model on the hub, found neither ({reason}); check the name and the "
+            f"network"
         ) from error

@@ -1,5 +1,8 @@
 """Hard negatives for ITM, drawn from the contrastive logits.
 
+`MaskVLM.forward` draws them for one rank, `mvlm.distributed.contrastive` for the global batch; both by
+`NegativeSampling.draw`.
+
 Shape legend: G pairs of the batch that negatives are drawn from, Q of them in a block of rows, n pairs of this rank,
 R rows, C columns.
 """
@@ -33,19 +36,20 @@ def _shift(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def gumbel(seed: int, step: int | Tensor, stream: int, rows: Tensor, columns: Tensor) -> Tensor:
+def gumbel(seed: int, step: int | Tensor, direction: int, rows: Tensor, columns: Tensor) -> Tensor:
     """Standard Gumbel noise float32 (R, C) for the pairs of rows int64 (R,) and columns int64 (C,).
 
-    The noise is a hash of the arguments, without generator state. So the noise of a pair does not depend on the ranks
-    that the batch is split over. A `step` on the device, an int64 scalar, gives the same noise as the number; a CUDA
-    graph and a compiled step need that form.
+    The noise is a hash of the arguments, without generator state. The noise of a pair therefore does not depend on the
+    ranks that the batch is split over. `direction` is 0 or 1, as in `NegativeSampling.draw`. A `step` on the device, an
+    int64 scalar, gives the same noise as the number; a CUDA graph and a compiled step need that form.
     """
     # torch.full fills the key on the device. torch.tensor would copy it from the host, and the step would wait.
-    key = torch.full((), _signed(seed * _GOLDEN + stream * _MIX2), dtype=torch.int64, device=rows.device)
+    key = torch.full((), _signed(seed * _GOLDEN + direction * _MIX2), dtype=torch.int64, device=rows.device)
     key = key + (step * _signed(_MIX1) if isinstance(step, Tensor) else _signed(step * _MIX1))
     by_row = _mix(_mix(key) + rows * _signed(_GOLDEN))[:, None]  # (R, 1)
     bits = _mix(by_row + columns * _signed(_GOLDEN))  # (R, C)
-    uniform = (_shift(bits, 41).float() + 0.5) / (1 << 23)  # 23 bits and a half are exact in fp32: never 0 or 1
+    # (k + 0.5) / 2^23 with k < 2^23 is exact in fp32, so it is never 0 or 1.
+    uniform = (_shift(bits, 41).float() + 0.5) / (1 << 23)
     return -torch.log(-torch.log(uniform))
 
 
@@ -72,7 +76,8 @@ class NegativeSampling(NamedTuple):
     seed: int
     step: int | Tensor
     block: int | None = None
-    """Draw only within blocks of this many consecutive pairs; None for the whole batch."""
+    """Draw only within blocks of this many consecutive pairs (`local_negatives`: the pairs of a microbatch); None for
+    the whole batch."""
 
     def admissible(self, rows: Tensor) -> Tensor:
         """Admissible negatives of the pairs rows int64 (Q,): bool (Q, G), True = column j is a mismatch for row i.
@@ -85,23 +90,23 @@ class NegativeSampling(NamedTuple):
             same |= rows[:, None] // self.block != columns // self.block
         return ~same
 
-    def draw(self, logits: Tensor, rows: Tensor, stream: int) -> tuple[Tensor, Tensor]:
+    def draw(self, logits: Tensor, rows: Tensor, direction: int) -> tuple[Tensor, Tensor]:
         """Draw one column per row, with probability softmax(logits) over the admissible ones (Gumbel-argmax).
 
-        logits (Q, G) of the pairs rows int64 (Q,); `stream` makes the draws of the two directions independent. Returns
-        the columns int64 (Q,) and their weights (Q,): 1, or 0 if a row has no admissible column and the drawn one is
-        meaningless.
+        logits (Q, G) of the pairs rows int64 (Q,). `direction` is 0 if rows are images and 1 if rows are captions, so
+        that the two draws are independent. Returns the columns int64 (Q,) and their weights (Q,): 1, or 0 for a row
+        without an admissible column, whose drawn column must be ignored.
         """
         columns = torch.arange(logits.shape[1], device=logits.device)
         admissible = self.admissible(rows)
-        scores = logits.detach() + gumbel(self.seed, self.step, stream, rows, columns)
+        scores = logits.detach() + gumbel(self.seed, self.step, direction, rows, columns)
         drawn = scores.masked_fill(~admissible, float("-inf")).argmax(dim=1)
         return drawn, admissible.any(dim=1).to(logits.dtype)
 
     def draw_both(self, logits: Tensor) -> Negatives:
         """Draw negatives in both directions from the logits (G, G), rows images, columns captions."""
         rows = torch.arange(len(logits), device=logits.device)
-        return Negatives(*self.draw(logits, rows, stream=0), *self.draw(logits.T, rows, stream=1))
+        return Negatives(*self.draw(logits, rows, direction=0), *self.draw(logits.T, rows, direction=1))
 
 
 class MatchingPairs(NamedTuple):

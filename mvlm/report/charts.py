@@ -14,7 +14,7 @@ LEFT, RIGHT, TOP, BOTTOM = 48, 12, 14, 30
 def line_chart(
     title: str, series: Mapping[str, tuple[Sequence[float], Sequence[float]]], guides: Mapping[str, float] | None = None
 ) -> Markup:
-    """An SVG with one polyline a series (name -> x values, y values) and dashed lines at the `guides` (name -> y).
+    """An SVG with one polyline per series (name -> x values, y values) and dashed lines at the `guides` (name -> y).
 
     Points that are not finite are left out.
     """

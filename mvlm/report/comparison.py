@@ -18,7 +18,7 @@ LAST_ROWS = 20  # the final losses are means over this many rows
 MOST_RUNS = 6  # style.css has six colours
 CURVES = {
     "loss": "loss",
-    "mlm": "MLM, nats a masked token",
+    "mlm": "MLM, nats per masked token",
     "mim": "MIM, L1 of masked pixels",
     "itc": "ITC, nats",
     "itm": "ITM, nats",
@@ -27,7 +27,7 @@ CURVES = {
     "pairs_per_s": "pairs/s",
     "tr_r1": "validation image to text R@1 by ITC, %",
     "ir_r1": "validation text to image R@1 by ITC, %",
-    "gain_text_nats": "validation gain, text, nats a token",
+    "gain_text_nats": "validation gain, text, nats per token",
     "gain_pixels_pct": "validation gain, pixels, %",
 }
 
@@ -96,7 +96,7 @@ def final_metrics(metrics: dict[str, list[dict[str, Any]]]) -> Markup:
         counts = [str(rows[-1].get(name, "")) for name in ("step", "skipped", "bad_steps")]
         means = [format_number(fmean(values)) if values else "" for values in last]
         cells.append([run, *counts, *means, format_number(median(speed), 3) if speed else ""])
-    return table(["run", "steps", "skipped", "bad steps", *names, "pairs/s"], cells)
+    return table(["run", "steps", "undecodable images", "skipped updates", *names, "pairs/s"], cells)
 
 
 def evaluations(folders: dict[str, RunFolder]) -> Markup | None:

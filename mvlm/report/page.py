@@ -89,7 +89,7 @@ def objectives(figures: dict[str, Any]) -> Markup:
         [
             [
                 "text: cross-modal gain",
-                f"{figures['gain_text_nats']:.2f} nats a token ({text[0]:.2f} to {text[1]:.2f})",
+                f"{figures['gain_text_nats']:.2f} nats per token ({text[0]:.2f} to {text[1]:.2f})",
                 "0 if the image does not help",
             ],
             [
@@ -102,7 +102,7 @@ def objectives(figures: dict[str, Any]) -> Markup:
                 f"{figures['masked_l1']:.4f}",
                 describe_trivial_losses(figures),
             ],
-            ["text: masked tokens", f"{figures['masked_nats']:.3f} nats a token", ""],
+            ["text: masked tokens", f"{figures['masked_nats']:.3f} nats per token", ""],
         ],
     )
 
@@ -130,7 +130,7 @@ def curves(rows: list[dict[str, Any]], window: int) -> list[Markup]:
         return [row["step"] for row in kept], smooth([row[name] for row in kept], window)
 
     titles = {
-        "mlm": "MLM, nats a masked token",
+        "mlm": "MLM, nats per masked token",
         "mim": "MIM, L1 of masked pixels",
         "itc": "ITC, nats",
         "itm": "ITM, nats",
@@ -143,8 +143,10 @@ def curves(rows: list[dict[str, Any]], window: int) -> list[Markup]:
             line_chart("validation R@1 by ITC, %", {"image to text": line("tr_r1"), "text to image": line("ir_r1")})
         )
         charts.append(line_chart("validation masked L1", {"masked L1": line("masked_l1")}))
-        charts.append(line_chart("validation gain, text, nats a token", {"gain": line("gain_text_nats")}, {"none": 0}))
-        charts.append(line_chart("validation gain, pixels, %", {"gain": line("gain_pixels_pct")}, {"none": 0}))
+        charts.append(
+            line_chart("validation gain, text, nats per token", {"gain": line("gain_text_nats")}, {"no gain": 0})
+        )
+        charts.append(line_chart("validation gain, pixels, %", {"gain": line("gain_pixels_pct")}, {"no gain": 0}))
     return charts
 
 

@@ -1,7 +1,16 @@
 """Format of a checkpoint: a folder of safetensors and JSON, with a manifest of the files' SHA-256 hashes.
 
-    step_00000600/ model/  ema/  optimizer/  generators/   safetensors, a file a rank, by torch.distributed.checkpoint
-                   model.json  state.json  tokenizer.json  manifest.json
+    step_00000600/
+        model/  ema/  optimizer/    safetensors, one file per rank, written by torch.distributed.checkpoint
+        generators/                 rank_XXXXX.safetensors, states of a rank's random generators
+        model.json                  configuration of the model
+        state.json                  step, and the states that are not tensors (below)
+        tokenizer.json
+        manifest.json               SHA-256 of all other files
+
+Fields of state.json: `step`; `loader`, the loader's position and undecodable images; `guard`, the losses that spikes
+are compared with; `bad`, the counts of skipped updates; `best`, step and figure of the best evaluation, or null.
+`mvlm.training.trainer.Trainer.save` collects them.
 
 No pickle is written or read. A file that the manifest does not name is never opened.
 """
@@ -122,7 +131,9 @@ def read_tensors(folder: Path, wanted: dict[str, Tensor]) -> None:
     try:
         found = reader.read_metadata().state_dict_metadata
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise RunError(f"{folder}: not readable as safetensors: {error}") from None
+        raise RunError(
+            f"{folder}: wanted a folder of safetensors, could not read it: {error}; use another checkpoint"
+        ) from None
     shapes = {name: tuple(m.size) for name, m in found.items() if isinstance(m, TensorStorageMetadata)}
     check_fit({name: tuple(t.shape) for name, t in wanted.items()}, shapes, folder)
     with _original_error():
@@ -150,7 +161,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load AdamW's state from the `OPTIMIZER` folder of a verified checkpoint.
 
-    A parameter without state in the checkpoint has none afterwards: ITC's and ITM's, while reconstruction runs alone.
+    Parameters without saved state get none. Those of ITC and ITM have none during `reconstruction_first`.
     """
     found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     states = {
@@ -182,7 +193,7 @@ def generator_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def set_generators(folder: Path, rank: int, device: torch.device) -> None:
-    """Restore this rank's generators from a verified checkpoint. A rank that it does not know keeps its own."""
+    """Restore this rank's generators from a verified checkpoint. A rank without saved states keeps its own."""
     file = folder / GENERATORS / generators_name(rank)
     if not file.is_file():
         return

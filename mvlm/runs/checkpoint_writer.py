@@ -47,7 +47,8 @@ class CheckpointWriter:
 
     `save` copies everything to memory and returns. A thread of each rank then writes its part to a temporary folder
     and forces it to the disk. When all ranks have finished, rank 0 renames the folder. The next `save` waits for the
-    one before. If a save fails on any rank, rank 0 logs a warning; the run and its older checkpoints are unaffected.
+    previous one. If a save fails on any rank, rank 0 logs a warning, and older checkpoints stay. The trainer raises
+    RunError if the run's last save failed.
 
     Args:
         keep: number of newest checkpoints to keep.
@@ -72,7 +73,7 @@ class CheckpointWriter:
     def resume_from(self, checkpoint: Path) -> None:
         """Register the checkpoint that the run continues from.
 
-        Newer ones were refused as damaged; the next save renames them.
+        Newer checkpoints are damaged. The next save renames them.
         """
         self.newest = checkpoint
         self._refused = [path for path in checkpoints(self._root) if step_of(path) > step_of(checkpoint)]
@@ -131,7 +132,7 @@ class CheckpointWriter:
         return copies
 
     def _write(self, step: int, parts, generators, model_config, state, tokenizer: Tokenizer) -> None:
-        """Write a checkpoint in four stages. Each starts when every rank has finished the one before without error."""
+        """Write a checkpoint in four stages. A stage starts when all ranks have finished the previous one without error."""
         if self._world.device.type == "cuda":
             # A new thread is on GPU 0, where DCP would then make a context for every rank.
             torch.cuda.set_device(self._world.device)

@@ -37,7 +37,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """Rows of metrics, a JSON object a line."""
+        """Rows of metrics, one JSON object per line."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -85,14 +85,14 @@ class RunLock:
         # First, so that a folder of other files gets no lock file.
         check_usable(out)
         out.mkdir(parents=True, exist_ok=True)
-        # A file of its own, because NFS grants an exclusive lock only to who may write: never on a folder.
+        # A separate lock file, because NFS locks only files that are open for writing, never folders.
         lock = RunFolder(out).lock
         self._lock = FileLock(lock, timeout=0)
         try:
             self._lock.acquire()
         except Timeout:
             raise RunError(
-                f"{out}: wanted a run folder of our own, found it in use by another process; "
+                f"{out}: wanted a run folder that no other process uses, found it in use; "
                 f"wait for that run, stop it, or choose another --out"
             ) from None
         except OSError as error:
@@ -126,7 +126,11 @@ def open_run(config: PretrainConfig) -> Path | None:
         return None
     differing = differing_settings(read_config(folder.config), config_json(config))
     if differing:
-        raise RunError(f"{out}: holds a different run ({'; '.join(differing)}); choose another --out")
+        settings = "; ".join(f"{name}: config.json has {a}, this command {b}" for name, a, b in differing)
+        raise RunError(
+            f"{out}: wanted the settings of the run in this folder, got others ({settings}); "
+            f"use the same settings or choose another --out"
+        )
     if not config.resume:
         raise RunError(f"{out}: holds this run already; continue it with --resume, or choose another --out")
     checkpoint = newest_good_checkpoint(folder.checkpoints)
@@ -173,7 +177,7 @@ def write_config(config: PretrainConfig) -> None:
 
 
 class MetricsFile:
-    """Writer of metrics.jsonl, a JSON object a line. Opening it drops the rows of steps after `step`."""
+    """Writer of metrics.jsonl, one JSON object per line. Opening it drops the rows of steps after `step`."""
 
     def __init__(self, path: Path, step: int) -> None:
         kept = read_metrics(path, step) if path.is_file() else []

@@ -1,4 +1,7 @@
-"""Metrics of training steps: kept on the device, sent to the host once a row, and logged."""
+"""Metrics of training steps: kept on the device, sent to the host once per row, and logged.
+
+In a row, `skipped` counts undecodable images and `bad_steps` counts skipped updates, both since the start of the run.
+"""
 
 import math
 import os
@@ -104,8 +107,8 @@ def memory_mb(device: torch.device) -> float:
 class MetricsLogger:
     """Makes rows of metrics from the steps since the last row.
 
-    `close` ends a row and starts the transfer of its numbers. `write`, called while the next step runs, finds them on
-    the host without waiting. A row is therefore written one step late, and the device always has work queued, even with
+    `end_row` starts the transfer of a row's numbers to the host. `write_row`, called while the next step runs, then
+    needs no wait. A row is therefore written one step late, and the device always has work queued, even with
     `--log-every 1`.
 
     Args:
@@ -120,7 +123,7 @@ class MetricsLogger:
         self._pending: tuple[dict[str, Any], MetricsBuffer, dict[str, float]] | None = None
         self._row_started = time.perf_counter()
 
-    def close(self, buffer: MetricsBuffer, skipped_samples: int, figures: dict[str, float]) -> None:
+    def end_row(self, buffer: MetricsBuffer, undecodable_images: int, figures: dict[str, float]) -> None:
         """End a row with the steps of `buffer`. `figures` of an evaluation, if any, become fields of the row."""
         buffer.send()
         now = time.perf_counter()
@@ -137,16 +140,16 @@ class MetricsLogger:
             "data_wait_s": buffer.waited / steps,
             "memory_mb": memory_mb(self._world.device),
             **({} if mfu is None else {"mfu": mfu}),
-            "skipped": skipped_samples,
+            "skipped": undecodable_images,
         }
         self._pending = (host, buffer, figures)
 
-    def write(self, progress: TrainingProgress) -> None:
-        """Write the row that was closed last, unless it has been written. Raises what `check` raises."""
+    def write_row(self, progress: TrainingProgress) -> None:
+        """Write the row that was ended last, unless it has been written. Raises what `check` raises."""
         if self._pending is None:
             return
         (host, buffer, figures), self._pending = self._pending, None
-        bad_steps = self._check(buffer)
+        skipped_updates = self._check(buffer)
         values: dict[str, Any] = {
             name: value if math.isfinite(value) else None for name, value in buffer.read()[-1].items()
         }
@@ -155,7 +158,7 @@ class MetricsLogger:
             values |= dict.fromkeys((name for name in values if name.startswith(("itc", "itm"))), None)
         row = {"step": step, "pairs_seen": step * self._config.batch_size, "loss": values.pop("total")}
         del values["good"]
-        row |= {**values, **host, "bad_steps": bad_steps, **figures}
+        row |= {**values, **host, "bad_steps": skipped_updates, **figures}
         if self._sinks is not None:
             self._sinks.log(row)
         progress.show(row)

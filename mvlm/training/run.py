@@ -12,7 +12,7 @@ import torch
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.distributed.coordination import check_ranks, is_lost_rank, run_on_all_ranks
 from mvlm.distributed.parallel import checkpoint_activations, compile_step, parallelize
-from mvlm.distributed.world import World, start
+from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError, LostRankError
 from mvlm.runs.folder import RunFolder, RunLock, open_run, write_config
 from mvlm.training.build import check_attention, choose_tokenizer, fit_to_tokenizer, make_loader, make_model
@@ -43,7 +43,7 @@ def pretrain(config: PretrainConfig) -> None:
         NonFiniteLossError: too many updates in a row were skipped.
         LostRankError: another process of the run is gone.
     """
-    world = start(config.device)
+    world = join_ranks(config.device)
     with build_run(config, world) as trainer:
         if trainer.complete:
             log.info("%s is complete: %d of %d steps", config.out, trainer.step, config.max_steps)

@@ -1,4 +1,4 @@
-"""Requests to end a run: signals and a file. The step is always finished first."""
+"""Requests to end a run: signals and a file. The current step is always finished first."""
 
 import contextlib
 import logging
@@ -18,8 +18,10 @@ POLL_SECONDS = 1.0
 class StopRequest:
     """Context in which SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or a file requests the end of the run.
 
-    After a request, the training loop finishes the step and saves. SIGTERM and SIGINT then have their usual effect
-    again, so that a second signal ends the process at once. The context restores the previous handlers on exit.
+    After a request, the training loop finishes the step and saves. With several ranks it makes one more step first,
+    because requests take effect one step later (`StepDecisions`). After the first signal, SIGTERM and SIGINT have their
+    usual effect again, so that one more of them ends the process at once; SIGUSR1 never does. The context restores the
+    previous handlers on exit.
 
     Args:
         file: its appearance is a notice of preemption. It is polled at most once a second.

@@ -102,7 +102,7 @@ class Trainer:
             while not self.complete:
                 self.one_step(batches)
                 # The previous row. Its numbers arrived while this step was being queued, so nothing waits here.
-                logger.write(progress)
+                logger.write_row(progress)
                 now = time.monotonic()
                 save, evaluate, end = decisions.decide(
                     0 < 60 * config.checkpoint_every_minutes <= now - saved_at,
@@ -117,10 +117,10 @@ class Trainer:
                     evaluated_at = time.monotonic()
                 if figures or self.due(config.log_every) or self.complete:
                     closed, self.metrics = self.metrics, MetricsBuffer()
-                    logger.close(closed, self.loader.skipped, figures)
+                    logger.end_row(closed, self.loader.skipped, figures)
                 if save or end or self.due(config.checkpoint_every_steps) or self.complete:
                     # Rows first: a resume drops the rows after its checkpoint, and never misses one before it.
-                    logger.write(progress)
+                    logger.write_row(progress)
                     self.save()
                     saved_at = time.monotonic()
                 if end:
@@ -134,7 +134,7 @@ class Trainer:
                     f"here; older checkpoints are unchanged: remove the cause and continue with --resume"
                 )
             if not self.complete:
-                log.info("%s: saved at step %d, and stopped", stop.reason or "another rank", self.step)
+                log.info("stopped by %s at step %d; saved", stop.reason or "another rank", self.step)
 
     def due(self, every: int) -> bool:
         """True if this step is a multiple of `every`; never for 0."""
@@ -247,8 +247,8 @@ class Trainer:
         return figures
 
     def save(self) -> None:
-        """Start to write a checkpoint of this step."""
-        self.watchdog.beat("the checkpoint before")
+        """Start to write a checkpoint of this step (`mvlm.runs.checkpoint` has the format)."""
+        self.watchdog.beat("the previous checkpoint")
         # A checkpoint records how many updates were skipped, so those of an unfinished row are counted now.
         self.check_skipped_updates(self.metrics)
         parts = {MODEL: self.model.state_dict(), OPTIMIZER: optimizer_tensors(self.model, self.optimizer)}

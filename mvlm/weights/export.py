@@ -21,7 +21,7 @@ def export_hf_vit(model: MaskVLMNetwork) -> dict[str, Tensor]:
 def export_hf_roberta(model: MaskVLMNetwork) -> dict[str, Tensor]:
     """The text encoder as the state dict of transformers' RobertaModel without a pooler.
 
-    The RobertaModel has text_length + 2 positions and one token type, which is zero.
+    The RobertaModel has text_length + 2 positions and one token type, whose embedding is zero.
     """
     return _export_text_encoder(model, ROBERTA_FIRST_POSITION, 1)
 
@@ -29,7 +29,7 @@ def export_hf_roberta(model: MaskVLMNetwork) -> dict[str, Tensor]:
 def export_hf_bert(model: MaskVLMNetwork) -> dict[str, Tensor]:
     """The text encoder as the state dict of transformers' BertModel without a pooler.
 
-    The BertModel has text_length positions and two token types, which are zero.
+    The BertModel has text_length positions and two token types, whose embeddings are zero.
     """
     return _export_text_encoder(model, 0, 2)
 

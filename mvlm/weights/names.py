@@ -111,7 +111,10 @@ def join_qkv_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def fold_layer_scale(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fold LayerScale into the weights: x + gamma * f(x) is x + f'(x), with gamma in f's last layer. timm's names."""
+    """Fold LayerScale into the weights: x + gamma * f(x) is x + f'(x), with gamma in f's last layer.
+
+    Tensors have timm's names.
+    """
     found = join_qkv_bias(tensors)
     for gamma, layer in (
         ("ls1.gamma", "attn.proj"),

@@ -31,9 +31,9 @@ def test_describe_row_leaves_out_missing_losses():
     assert describe_row(ROW | {"itc": None, "itm": None}) == "mlm 5.250  mim 0.500  42 pairs/s"
 
 
-def test_describe_row_has_skipped_samples_and_evaluations():
+def test_describe_row_has_undecodable_images_and_evaluations():
     text = describe_row(ROW | {"skipped": 2} | EVALUATION)
-    assert text.endswith("42 pairs/s  2 skipped  validation R@1 12.3 / 9.9  gain 0.46 nats, 1.3 %")
+    assert text.endswith("42 pairs/s  2 undecodable images  validation R@1 12.3 / 9.9  gain 0.46 nats, 1.3 %")
 
 
 @pytest.fixture

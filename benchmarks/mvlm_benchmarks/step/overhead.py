@@ -39,7 +39,7 @@ from mvlm_benchmarks.results import write_json
 STEP, SAVE = "step", "save"
 TIMED_FUNCTIONS: dict[str, list[tuple[Any, str]]] = {
     # gradient_norms also computes the total norm, which clipping needs anyway. Its time is not separated here.
-    "logging": [(MetricsLogger, "close"), (MetricsLogger, "write"), (trainer, "gradient_norms")],
+    "logging": [(MetricsLogger, "end_row"), (MetricsLogger, "write_row"), (trainer, "gradient_norms")],
     "safety": [
         (UpdateGuard, "judge"),
         (Trainer, "check"),

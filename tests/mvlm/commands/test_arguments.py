@@ -7,7 +7,7 @@ from dataclasses import is_dataclass
 import pytest
 
 from mvlm.cli import COMMANDS, run_command
-from mvlm.commands.arguments import RENAMED, bound, check_renamed, one_line, parse
+from mvlm.commands.arguments import RENAMED, check_renamed, deferred, one_line, parse
 from mvlm.errors import ConfigError
 
 PRETRAIN = ["pretrain", "tiny", "--data", "none", "--out", "none"]
@@ -82,7 +82,7 @@ def test_a_bound_command_is_called_with_the_parsed_arguments():
         calls.append((one, two))
 
     calls = []
-    ready = parse(bound(command), ["1", "--two", "c"], prog="x")
+    ready = parse(deferred(command), ["1", "--two", "c"], prog="x")
     assert calls == []
     ready()
     assert calls == [(1, "c")]

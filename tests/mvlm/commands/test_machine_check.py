@@ -3,7 +3,9 @@
 import re
 
 import pytest
+import torch
 
+import mvlm_kernels
 from mvlm import cli
 from mvlm.commands import machine_check
 from mvlm.commands.machine_check import Finding
@@ -31,16 +33,24 @@ def test_doctor_finds_a_working_machine_green_or_amber(micro_preset, scenes, tmp
     assert "torch 2." in found["packages"].text
     assert "DALI 2." in found["packages"].text
     assert found["cross_attention"].text == "torch: the tensors are on the CPU"
+    assert found["linear_pixel_loss"].text == "torch: the tensors are on the CPU"
     assert found["image attention"].text.startswith(("math (not triton: the ten", "sdpa (not triton: the ten"))
     assert "not flash-attn: the tensors are on cpu, not on a GPU" in found["text attention"].text
     assert found["shards"].text.startswith("32 train, 8 validation pairs")
-    assert re.search(r"at 8 pairs$", found["memory"].text)
+    assert re.search(r"MB of it weights and moments \(.* at 8 pairs$", found["memory"].text)
     figures = re.match(r"loader alone (\d+) pairs/s, model alone (\d+) .* about ([\d.]+) h", found["speed"].text)
     assert figures is not None
     loader, model, hours = map(float, figures.groups())
     assert ("the loader is the limit" in found["speed"].text) == (loader < model)
     assert hours == pytest.approx(36000 * 8 / min(loader, model) / 3600, rel=0.05, abs=0.06)
     assert not list(tmp_path.iterdir())
+
+
+def test_doctor_names_the_backend_of_every_fused_op():
+    ops = {name for name in mvlm_kernels.__all__ if name.islower()} - {"explain", "pack_key_mask", "use_backend"}
+    found = list(machine_check.kernels(torch.device("cpu")))
+    assert {finding.name for finding in found} == ops
+    assert {finding.text for finding in found} == {"torch: the tensors are on the CPU"}
 
 
 def test_doctor_without_shards_tries_no_speed(tmp_path):

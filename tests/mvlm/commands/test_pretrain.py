@@ -52,7 +52,12 @@ def test_pretraining_refuses_a_folder_with_a_different_run(run_mvlm, scenes, run
     before = folder_hash(run_copy)
     for resume in ((), ("--resume",)):
         outcome = run_mvlm("pretrain", "tiny", "--data", scenes, "--out", run_copy, *MICRO_FLAGS, "--seed", 5, *resume)
-        assert_refused(outcome, f"{run_copy}: holds a different run", "seed: there 0, here 5", "choose another --out")
+        assert_refused(
+            outcome,
+            f"{run_copy}: wanted the settings of the run",
+            "seed: config.json has 0, this command 5",
+            "choose another --out",
+        )
         assert folder_hash(run_copy) == before
 
 

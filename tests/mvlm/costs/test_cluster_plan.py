@@ -54,11 +54,11 @@ def test_step_seconds_by_hand():
     assert times["backward"] == pytest.approx(2e14 / (0.5 * 989e12))
     # All-reduce of 4 GB: 7/8 of it twice over NVLink, 15/16 twice over eight adapters; backward takes longer.
     assert times["backward"] > 2 * 4e9 * (7 / 8 / 450e9 + 15 / 16 / (8 * 50e9))
-    assert times["gradients that show"] == 0
-    assert times["features"] == pytest.approx(2 * sum(exchange_bytes(setting()).values()) / 400e9)
+    assert times["gradients, not overlapped"] == 0
+    assert times["embeddings and features"] == pytest.approx(2 * sum(exchange_bytes(setting()).values()) / 400e9)
     slow = step_seconds(setting(mfu=0.5), StepCost(10**11, FOUND.forward, FOUND.backward, 0, {}))
     wanted = 2 * 4e11 * (7 / 8 / 450e9 + 15 / 16 / (8 * 50e9)) - times["backward"]
-    assert slow["gradients that show"] == pytest.approx(wanted)
+    assert slow["gradients, not overlapped"] == pytest.approx(wanted)
     assert times["step"] == pytest.approx(sum(time for name, time in times.items() if name != "step"))
 
 
@@ -75,7 +75,7 @@ def test_parse_gpus_and_parse_count_refuse_other_forms():
     for words in (("8 x 16",), ("8x16",), ("8 X 16",), ("8", "x16"), (" 8x ", "16")):
         assert parse_gpus(words) == (8, 16)
     for words in (("8", "16x"), ("8", "16"), ("8 16",), ("1 6 x 2",), ("",), ("0", "x", "4"), ("eight",), ("9" * 20,)):
-        with pytest.raises(ConfigError, match="gpus: wanted GPUs a node x nodes"):
+        with pytest.raises(ConfigError, match="gpus: wanted GPUs per node x nodes"):
             parse_gpus(words)
     for text in ("400X", "0", "-3", "M"):
         with pytest.raises(ConfigError, match="data: wanted a number of pairs"):

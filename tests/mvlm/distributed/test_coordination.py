@@ -118,7 +118,11 @@ def test_ranks_with_different_settings_or_data_all_end(scenes, tmp_path, what):
     assert isinstance(second, SystemExit)
     message = str(first)
     assert message.startswith("rank 1 was started with other settings or data than rank 0 (")
-    wanted = {"settings": "seed: rank 0 0, rank 1 5", "data": "data: rank 0 ", "out": f"out: rank 0 {tmp_path}/run"}
+    wanted = {
+        "settings": "seed: rank 0 has 0, rank 1 has 5",
+        "data": "data: rank 0 has ",
+        "out": f"out: rank 0 has {tmp_path}/run",
+    }
     assert wanted[what] in message
     assert "start all ranks with the same command on the same data" in message
 

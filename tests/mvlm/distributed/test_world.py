@@ -16,7 +16,7 @@ from mvlm.distributed import world as distributed
 RANK = """
 import json, sys, torch, torch.distributed as dist
 from mvlm.distributed import world as distributed
-world = distributed.start("cpu")
+world = distributed.join_ranks("cpu")
 print(json.dumps({
     "rank": [world.rank, world.size, world.local_rank, world.first, str(world.device)],
     "sum": world.all_reduce(torch.tensor([1.0 + world.rank, 5.0])).tolist(),
@@ -29,7 +29,7 @@ world.close()
 
 def test_process_without_torchrun_is_a_world_of_one(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
-    world = distributed.start("cpu")
+    world = distributed.join_ranks("cpu")
     assert (world.rank, world.size, world.first) == (0, 1, True)
     assert world.device == torch.device("cpu")
     assert world.all_reduce(torch.tensor([3.0])).tolist() == [3.0]

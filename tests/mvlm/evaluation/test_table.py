@@ -47,10 +47,10 @@ def test_table_has_every_figure_in_its_column():
     for words in (
         "all 400 images, 700 captions",
         "120 images of unseen concepts",
-        "0.51 nats a token (95 %: 0.45 to 0.58)",
+        "0.51 nats per token (95 %: 0.45 to 0.58)",
         "1.23 % (95 %: 0.90 to 1.50)",
         "0.3123; constant white 0.3632, training median 0.3141",
-        "1.877 nats a token",
+        "1.877 nats per token",
     ):
         assert words in text
     assert len({line.index("R@1") for line in lines if "R@1" in line}) == 1

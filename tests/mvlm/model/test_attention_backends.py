@@ -43,7 +43,7 @@ def test_auto_chooses_by_device_dtype_and_shape(device, dtype, text, shorter, wi
             64,
             197,
             False,
-            "tensors are on cpu, not on a GPU; here can run: sdpa, math",
+            "tensors are on cpu, not on a GPU; choose one that can run: sdpa, math",
         ),
         ("xformers", GPU, torch.bfloat16, 64, 197, False, "xformers is not installed: pip install"),
         ("triton", GPU, torch.bfloat16, 48, 32, True, "heads are 48 wide"),

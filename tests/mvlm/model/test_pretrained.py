@@ -66,7 +66,7 @@ def test_a_hub_that_does_not_answer_is_an_error_with_its_reason(monkeypatch):
 def test_neither_a_folder_nor_an_id_is_refused(tmp_path, monkeypatch, no_network, name):
     monkeypatch.chdir(tmp_path)
     if name:
-        with pytest.raises(RunError, match="wanted a folder that save_pretrained wrote or a hub id owner/name"):
+        with pytest.raises(RunError, match="wanted an existing model folder or a hub id owner/name"):
             MaskVLM.from_pretrained(name)
     else:
         with pytest.raises(RunError, match=r"config.json: wanted the file, found none"):
@@ -80,7 +80,7 @@ def test_a_folder_without_a_fitting_model_is_refused(tmp_path, no_network):
     for change, message in (
         ({"widht": 3}, "unknown model setting 'widht'; did you mean width"),
         ({"heads": 3}, "heads must divide width"),
-        ({"width": 32}, "a checkpoint of another architecture"),
+        ({"width": 32}, "wanted the tensors of this model's architecture, found others"),
     ):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(RunError, match=message):
@@ -113,4 +113,6 @@ except ValueError as error:
     command = [sys.executable, "-c", code, str(tmp_path / "saved"), str(tmp_path / "again")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "a/b: wanted huggingface_hub to ask the hub; pip install 'mvlm[train]'\n"
+    assert done.stdout == (
+        "a/b: wanted the package huggingface_hub, which is not installed; pip install 'mvlm[train]'\n"
+    )

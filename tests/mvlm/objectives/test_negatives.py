@@ -21,9 +21,9 @@ TRUE_MATCHES = {(0, 1), (1, 0), (2, 3), (3, 2), (3, 4), (4, 3)} | {(i, i) for i 
 
 
 def draw(
-    logits: Tensor, seed: int, step: int, stream: int, image_id: Tensor = IMAGE_ID, text_id: Tensor = TEXT_ID
+    logits: Tensor, seed: int, step: int, direction: int, image_id: Tensor = IMAGE_ID, text_id: Tensor = TEXT_ID
 ) -> tuple[Tensor, Tensor]:
-    return NegativeSampling(image_id, text_id, seed, step).draw(logits, torch.arange(len(logits)), stream)
+    return NegativeSampling(image_id, text_id, seed, step).draw(logits, torch.arange(len(logits)), direction)
 
 
 def admissible(image_id: Tensor, text_id: Tensor, block: int | None = None) -> Tensor:
@@ -64,7 +64,7 @@ def test_matching_pairs_against_a_loop():
 
 @pytest.fixture(scope="module")
 def thousand_draws():
-    """Logits, and the columns (stream, step, row) drawn from them in 1,000 steps and both directions."""
+    """Logits, and the columns (direction, step, row) drawn from them in 1,000 steps and both directions."""
     logits = 1.5 * normal(6, 6, seed=2)
     logits += 3 * torch.eye(6)  # as in training, the true match is the likeliest
     columns = np.zeros((2, 1000, 6), int)
@@ -76,21 +76,21 @@ def thousand_draws():
 
 def test_a_drawn_negative_is_never_a_true_match(thousand_draws):
     _, columns = thousand_draws
-    drawn = {(row, int(column)) for stream in columns for step in stream for row, column in enumerate(step)}
+    drawn = {(row, int(column)) for direction in columns for step in direction for row, column in enumerate(step)}
     assert not drawn & TRUE_MATCHES
     assert drawn == {(i, j) for i in range(6) for j in range(6)} - TRUE_MATCHES  # every other pair is drawn
 
 
-@pytest.mark.parametrize("stream", [0, 1])
-def test_drawn_negatives_follow_the_softmax_over_admissible_columns(thousand_draws, stream):
+@pytest.mark.parametrize("direction", [0, 1])
+def test_drawn_negatives_follow_the_softmax_over_admissible_columns(thousand_draws, direction):
     logits, columns = thousand_draws
-    table = (logits if stream == 0 else logits.T).tolist()
+    table = (logits if direction == 0 else logits.T).tolist()
     for row in range(6):
         allowed = [j for j in range(6) if (row, j) not in TRUE_MATCHES]
         total = sum(math.exp(table[row][j]) for j in allowed)
         for j in allowed:
             p = math.exp(table[row][j]) / total
-            seen = int((columns[stream, :, row] == j).sum())
+            seen = int((columns[direction, :, row] == j).sum())
             assert abs(seen - 1000 * p) < 4 * math.sqrt(1000 * p * (1 - p)), (row, j, p, seen)
 
 
@@ -101,7 +101,7 @@ def test_the_two_directions_are_drawn_independently():
     logits = logits + logits.T
     agree = np.zeros(5)
     for step in range(1000):
-        a, b = (draw(logits, 5, step, stream, *distinct(5))[0] for stream in (0, 1))
+        a, b = (draw(logits, 5, step, direction, *distinct(5))[0] for direction in (0, 1))
         agree += (a == b).numpy()
     for row in range(5):
         weights = [math.exp(table[row][j]) for j in range(5) if j != row]
@@ -119,8 +119,8 @@ def test_a_draw_is_a_function_of_seed_step_row_and_column():
     others = logits.clone()
     others[1:] = normal(5, 6, seed=5)
     assert draw(others, 1, 2, 0)[0][0] == first[0]
-    for change in ({"seed": 2}, {"step": 3}, {"stream": 1}):
-        settings = {"seed": 1, "step": 2, "stream": 0} | change
+    for change in ({"seed": 2}, {"step": 3}, {"direction": 1}):
+        settings = {"seed": 1, "step": 2, "direction": 0} | change
         wide, ids = normal(64, 64, seed=6), distinct(64)
         assert not torch.equal(draw(wide, **settings, image_id=ids[0], text_id=ids[1])[0], draw(wide, 1, 2, 0, *ids)[0])
 
@@ -158,11 +158,11 @@ def test_only_rows_without_an_admissible_negative_have_weight_zero():
 
 
 @pytest.mark.parametrize("seed", [0, 1, 12345, -3, 2**63 + 5])
-@pytest.mark.parametrize("step, stream", [(0, 0), (0, 1), (600, 0), (10**9, 1)])
-def test_gumbel_against_splitmix_on_python_integers(seed, step, stream):
+@pytest.mark.parametrize("step, direction", [(0, 0), (0, 1), (600, 0), (10**9, 1)])
+def test_gumbel_against_splitmix_on_python_integers(seed, step, direction):
     rows, columns = [0, 1, 7, 4095, 2**40], [0, 2, 3, 511, 2**33]
-    noise = gumbel(seed, step, stream, torch.tensor(rows), torch.tensor(columns))
-    uniform = torch.tensor([[uniform_of_pair(seed, step, stream, r, c) for c in columns] for r in rows])
+    noise = gumbel(seed, step, direction, torch.tensor(rows), torch.tensor(columns))
+    uniform = torch.tensor([[uniform_of_pair(seed, step, direction, r, c) for c in columns] for r in rows])
     assert noise.dtype == torch.float32
     assert torch.equal(noise, -torch.log(-torch.log(uniform)))  # bit for bit
     wanted = [[-math.log(-math.log(u)) for u in row] for row in uniform.double().tolist()]
@@ -188,7 +188,7 @@ def test_gumbel_is_finite_for_the_smallest_and_largest_hash(bits, extreme):
         return x ^ (x >> 31)
 
     assert mix(unmix(123456789)) == 123456789
-    by_row = mix(mix(5 * GOLDEN % WORD))  # seed 5, step 0, stream 0, row 0
+    by_row = mix(mix(5 * GOLDEN % WORD))  # seed 5, step 0, direction 0, row 0
     column = (unmix(bits) - by_row) * pow(GOLDEN, -1, WORD) % WORD
     column -= WORD if column >> 63 else 0
     noise = gumbel(5, 0, 0, torch.tensor([0]), torch.tensor([column])).item()
@@ -208,10 +208,10 @@ def test_gumbel_has_the_gumbel_distribution():
     assert distance < 1.95 / math.sqrt(number)  # Kolmogorov and Smirnov, one in a thousand
 
 
-@pytest.mark.parametrize("other", ["row", "column", "seed", "step", "stream"])
+@pytest.mark.parametrize("other", ["row", "column", "seed", "step", "direction"])
 def test_gumbel_of_neighbouring_arguments_is_uncorrelated(other):
     index = torch.arange(300)
-    settings = {"seed": 3, "step": 5, "stream": 0, "rows": index, "columns": index}
+    settings = {"seed": 3, "step": 5, "direction": 0, "rows": index, "columns": index}
     moved = {"row": {"rows": index + 1}, "column": {"columns": index + 1}}.get(other) or {other: 7}
     a, b = (gumbel(**(settings | change)).double().numpy().ravel() for change in ({}, moved))
     assert not np.array_equal(a, b)

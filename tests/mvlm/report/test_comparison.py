@@ -35,13 +35,13 @@ def test_a_comparison_has_the_figures_of_each_run(tmp_path):
     head = next(row for row in rows if row[:2] == ["run", "steps"])
     found = {row[0]: dict(zip(head, row, strict=True)) for row in rows if len(row) == len(head) and row[0] in "ab"}
     assert (found["a"]["steps"], found["a"]["loss"], found["a"]["mlm"], found["a"]["itc"]) == ("40", "1.5", "1.5", "")
-    assert (found["b"]["steps"], found["b"]["loss"], found["b"]["bad steps"]) == ("60", "2.5", "3")
+    assert (found["b"]["steps"], found["b"]["loss"], found["b"]["skipped updates"]) == ("60", "2.5", "3")
     assert (found["a"]["pairs/s"], found["b"]["pairs/s"]) == ("20.5", "30.5")
     assert ["b", "test", "10.0", "20.0", "30.0", "10.0", "20.0", "30.0", "0.5", "4.25"] in rows
     differing = [row for row in rows if row[0] in ("seed", "model.width", "batch_size")]
     assert differing == [["model.width", "16", "24"], ["seed", "0", "7"]]
     assert [line["class"] for line in page.all("polyline")] == ["line0", "line1"] * 3
-    assert [svg["aria-label"] for svg in page.all("svg")] == ["loss", "MLM, nats a masked token", "pairs/s"]
+    assert [svg["aria-label"] for svg in page.all("svg")] == ["loss", "MLM, nats per masked token", "pairs/s"]
     assert "http" not in text
     assert text.startswith("<!doctype html>")
 

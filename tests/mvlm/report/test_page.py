@@ -117,7 +117,7 @@ def test_report_shows_the_figures_of_the_evaluation(reported, page):
     for way in ("tr", "ir"):
         for k in ("r1", "r5", "r10"):
             assert f"{figures[way][k]:.1f}" in page.text
-    assert f"{figures['gain_text_nats']:.2f} nats a token" in page.text
+    assert f"{figures['gain_text_nats']:.2f} nats per token" in page.text
     assert f"constant white {figures['masked_l1_white']:.4f}" in page.text
     assert f"{100 / 20:.2f}" in page.text  # chance of R@1 among 20 images
     assert "unseen concepts" not in page.text  # all colours are known

@@ -28,7 +28,7 @@ def test_curves_leave_out_what_was_not_computed():
     assert "ITC, nats" not in points
     assert "no points" in found.text
     assert len((points["ITM, nats"] or "").split()) == 2
-    assert len((points["MLM, nats a masked token"] or "").split()) == 4
+    assert len((points["MLM, nats per masked token"] or "").split()) == 4
 
 
 def test_settings_and_attribution_are_plain_text():

@@ -214,7 +214,7 @@ def test_pickle_in_the_place_of_a_file_is_never_loaded(run_copy, tmp_path, monke
         with pytest.raises(UnicodeDecodeError):
             read_state(newest)
     else:
-        with pytest.raises(RunError, match="not readable as safetensors"):
+        with pytest.raises(RunError, match=r"wanted .*safetensors.*, could not read it"):
             read_tensors((newest / name).parent, {})
     assert not (tmp_path / "trapped").exists()
 
@@ -303,9 +303,9 @@ def test_tensors_of_another_architecture_are_refused_with_their_shapes(training,
         read_tensors(path / "model", other.state_dict())
     message = str(caught.value)
     assert "\n" not in message
-    assert f"{path}/model: a checkpoint of another architecture: " in message
+    assert f"{path}/model: wanted the tensors of this model's architecture, found others: " in message
     assert " and " in message
-    assert message.endswith(" more")
+    assert message.endswith(" more; use a checkpoint or a model configuration that fits")
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
 
     # A single tensor of another shape is named with both shapes.
@@ -313,11 +313,13 @@ def test_tensors_of_another_architecture_are_refused_with_their_shapes(training,
     tensors = load_file(file)
     tensors["matching_head.bias"] = torch.zeros(3)
     save_file(tensors, file)
-    with pytest.raises(RunError, match=r"another architecture: matching_head.bias wanted \(2,\), got \(3,\)$"):
+    with pytest.raises(RunError, match=r"found others: matching_head.bias wanted \(2,\), got \(3,\); use a checkpoint"):
         read_tensors(path / "model", model.state_dict())
     tensors["extra"] = tensors.pop("matching_head.bias")
     save_file(tensors, file)
-    with pytest.raises(RunError, match=r"another architecture: matching_head\.bias missing; extra unexpected$"):
+    with pytest.raises(
+        RunError, match=r"found others: matching_head\.bias missing; extra unexpected; use a checkpoint"
+    ):
         read_tensors(path / "model", model.state_dict())
 
 
@@ -343,7 +345,7 @@ def test_load_model_refuses_files_that_match_the_manifest_but_are_invalid(run_co
         sign_again(folder)
 
     restore(f"model/{SHARD}", "not tensors")
-    with pytest.raises(RunError, match=r"model: not readable as safetensors"):
+    with pytest.raises(RunError, match=r"model: wanted a folder of safetensors, could not read it"):
         load_model(folder)
     config = json.loads((original / "model.json").read_text())
     restore("model.json", json.dumps(config | {"widht": 3}))

@@ -82,10 +82,10 @@ def test_different_run_is_refused_with_the_settings_that_differ(config, resume):
     )
     refuse(
         other,
-        "holds a different run",
-        "batch_size: there 8, here 16",
-        "model.cross_norm: there post, here pre",
-        "seed: there 0, here 7",
+        "wanted the settings of the run in this folder, got others (",
+        "batch_size: config.json has 8, this command 16",
+        "model.cross_norm: config.json has post, this command pre",
+        "seed: config.json has 0, this command 7",
         "choose another --out",
     )
 
@@ -113,7 +113,7 @@ def test_settings_that_affect_the_result_may_not_differ_on_resume(config, settin
     begin(config)
     value = {"precision": "fp32"}.get(setting, 5)
     changed = pretrain_config(config.data, config.out, resume=True, **{setting: value})
-    refuse(changed, f"{setting}: there")
+    refuse(changed, f"{setting}: config.json has")
 
 
 def test_configuration_is_written_atomically(config, monkeypatch):
@@ -154,7 +154,7 @@ def test_run_folder_belongs_to_one_process(config):
     """A second lock is refused, by this process and by a forked one, until the first is released."""
     with RunLock(config.out):
         before = folder_hash(config.out)
-        with pytest.raises(RunError, match=r"run: wanted a run folder of our own, found it in use by another process"):
+        with pytest.raises(RunError, match=r"run: wanted a run folder that no other process uses, found it in use"):
             RunLock(config.out)
         process = os.fork()
         if process == 0:
@@ -233,15 +233,15 @@ def test_resume_continues_from_the_newest_good_checkpoint(run_copy, caplog):
 
 
 def test_differing_settings_are_listed_by_name():
-    there = {"a": 1, "model": {"width": 4, "out": 1}, "seed": 0, "out": "x", "gone": 3}
-    here = {"a": 1, "model": {"width": 8, "out": 2}, "seed": 0, "out": "y", "new": 4}
-    assert differing_settings(there, here) == [
-        "gone: there 3, here None",
-        "model.out: there 1, here 2",
-        "model.width: there 4, here 8",
-        "new: there None, here 4",
+    before = {"a": 1, "model": {"width": 4, "out": 1}, "seed": 0, "out": "x", "gone": 3}
+    now = {"a": 1, "model": {"width": 8, "out": 2}, "seed": 0, "out": "y", "new": 4}
+    assert differing_settings(before, now) == [
+        ("gone", 3, None),
+        ("model.out", 1, 2),
+        ("model.width", 4, 8),
+        ("new", None, 4),
     ]
-    assert differing_settings(there, there) == []
+    assert differing_settings(before, before) == []
 
 
 def test_metrics_file_appends_a_line_at_a_time(tmp_path):
@@ -312,4 +312,4 @@ def test_run_with_a_configuration_of_version_2_continues(config):
     assert run_config(read_config(file), "config.json") == config
     with pytest.raises(RunError, match="holds this run already"):
         open_run(config)
-    refuse(replace(config, eval_images=6), "eval_images: there 5, here 6")
+    refuse(replace(config, eval_images=6), "eval_images: config.json has 5, this command 6")

@@ -129,6 +129,6 @@ def test_resume_of_another_architecture_is_refused(scenes, run_copy):
     config["model"]["width"] = 24
     file.write_text(json.dumps(config))
     before = folder_hash(run_copy)
-    with pytest.raises(RunError, match="a checkpoint of another architecture"):
+    with pytest.raises(RunError, match="wanted the tensors of this model's architecture, found others"):
         pretrain(pretrain_config(scenes, run_copy, resume=True, model=micro_config(width=24)))
     assert folder_hash(run_copy) == before
