@@ -1,7 +1,7 @@
-"""The cases of `mvlm bench kernels` for pytest-benchmark: `pytest benchmarks/bench_kernels.py`.
+"""Cases of `mvlm bench kernels` for pytest-benchmark: `pytest benchmarks/bench_kernels.py`.
 
-Use it to compare saved runs (`--benchmark-autosave`, `--benchmark-compare`). Times are host times, with the launch and
-with warm caches; quote the figures of `mvlm bench kernels` instead. On a CPU the core cases run at a small size, as
+Use it to compare saved runs (`--benchmark-autosave`, `--benchmark-compare`). It measures host time, including the
+launch, with warm caches. To quote a figure, use `mvlm bench kernels`. On a CPU the core cases run at a small size, as
 torch references. Plain `pytest` does not collect this file.
 """
 
@@ -17,7 +17,7 @@ from mvlm_benchmarks.kernels.inputs import Inputs
 from mvlm_benchmarks.kernels.measure import Expected, LocalContender, passes_of, run_reference
 from mvlm_benchmarks.kernels.peers import PEERS, ours_as_peer
 
-# The suite turns warnings into errors, but peers may warn: SDPA explains in a warning why a backend refuses.
+# Warnings are errors in the test suite, but peers may warn: SDPA gives the reason for a refused backend in a warning.
 pytestmark = pytest.mark.filterwarnings("default")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,7 +29,7 @@ CASES = [
 
 
 def entries() -> list:
-    """Parameters of the tests: every case, contender and pass."""
+    """Parameters of the tests: each pass of each contender at each case."""
     return [
         pytest.param(case, peer.name, name, id=f"{case.op}-{case.shape}-{name}-{peer.name}".replace(" ", "_"))
         for case in CASES

@@ -1,4 +1,4 @@
-"""Checks of the names that a user chooses from a list: ops, peers, contenders, recipes."""
+"""Check of names that a user chooses from a list: ops, peers, contenders, recipes."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from mvlm.errors import ConfigError
 
 
 def choose(option: str, wanted: Sequence[str], known: Sequence[str]) -> list[str]:
-    """The wanted names, or all known names if none is wanted.
+    """The wanted names, or all known names if `wanted` is empty.
 
     Raises:
         ConfigError: a wanted name is unknown.

@@ -14,7 +14,7 @@ Step = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Timing:
-    """Microseconds of a call: median, 20th and 80th percentile."""
+    """Time of a call in microseconds: median, 20th and 80th percentile."""
 
     us: float
     p20: float
@@ -22,12 +22,15 @@ class Timing:
 
 
 class Clock(Protocol):
-    """Measurements of a step (any call) on one kind of device."""
+    """Measures a step, which may be any call, on one type of device."""
 
     def time(self, step: Step) -> Timing: ...
 
     def graph(self, make_step: Callable[[], Step]) -> float | None:
-        """Microseconds of one call as a CUDA graph, None on a CPU. The graph's stream has to run make_step too."""
+        """Microseconds of one call as a CUDA graph; None on a CPU.
+
+        `make_step` is called on the stream that is captured.
+        """
         ...
 
     def peak_mb(self, step: Step) -> float | None:
@@ -37,10 +40,10 @@ class Clock(Protocol):
 
 @dataclass(frozen=True)
 class CpuClock:
-    """Wall-clock times of at least five calls, after one that is not counted."""
+    """Wall-clock times of at least five calls, after one call for warm-up."""
 
     seconds: float
-    """Time to spend on a measurement."""
+    """Duration of a measurement."""
 
     def time(self, step: Step) -> Timing:
         step()
@@ -64,7 +67,7 @@ class CudaClock:
     """Times of triton's do_bench: CUDA events around each call, with the L2 cache overwritten before it."""
 
     milliseconds: int
-    """Time to spend on a measurement."""
+    """Duration of a measurement."""
 
     def time(self, step: Step) -> Timing:
         from triton.testing import do_bench
@@ -83,7 +86,7 @@ class CudaClock:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            # The result lives in the graph's memory, so it is kept as long as the graph.
+            # The result is in the graph's memory, so keep it as long as the graph.
             result = step()
         us = self.time(graph.replay).us
         del result
@@ -101,14 +104,14 @@ class CudaClock:
 
 @contextlib.contextmanager
 def torch_settings(device: str) -> Iterator[None]:
-    """The torch settings under which every contender is measured; restored on exit. device: "cpu" or "cuda"."""
+    """Set torch as every contender is measured, and restore the settings on exit. device: "cpu" or "cuda"."""
     import torch._functorch.config as compiler
 
     precision = torch.get_float32_matmul_precision()
     if device == "cuda":
-        # TF32, as in training: our kernels take float32 only if it is allowed.
+        # TF32, as in training. Our kernels accept float32 only if TF32 is allowed.
         torch.set_float32_matmul_precision("high")
-    # A compiled backward may overwrite buffers that forward saved. Timing it alone runs it many times on one forward.
+    # A compiled backward may overwrite buffers that forward saved. Here backward runs many times on one forward.
     with compiler.patch(donated_buffer=False):
         try:
             yield

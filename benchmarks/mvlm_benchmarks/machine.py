@@ -18,7 +18,7 @@ GPU_FIGURES = "GPU"
 
 
 def describe(device: str, distributions: list[str]) -> dict[str, Any]:
-    """Names and versions for the head of every result; unknown facts are "".
+    """Machine and package versions, stored with every result. Unknown values are "".
 
     Args:
         device: "cpu" or "cuda".
@@ -49,7 +49,7 @@ def _version(distribution: str) -> str:
 
 
 def _cpu_name() -> str:
-    """The processor's name and the number of threads that torch uses."""
+    """Name of the processor, and number of threads that torch uses."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     model = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.exists() else None
@@ -57,7 +57,7 @@ def _cpu_name() -> str:
 
 
 def driver_version() -> str:
-    """The NVIDIA driver's version, or "" if nvidia-smi is missing or hangs, as in some containers."""
+    """Version of the NVIDIA driver, or "" if nvidia-smi is missing, or hangs as in some containers."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.split("\n")[0].strip()
@@ -66,7 +66,7 @@ def driver_version() -> str:
 
 
 def source_root() -> Path:
-    """The folder that holds kernels/mvlm_kernels. It is a git repository in a checkout, not in an installation."""
+    """Folder that contains kernels/mvlm_kernels. It is a git repository in a checkout, not in an installation."""
     return Path(mvlm_kernels.__file__).parents[2]
 
 
@@ -79,9 +79,9 @@ def git(root: Path, *arguments: str) -> subprocess.CompletedProcess[bytes] | Non
 
 
 def source_commit() -> tuple[str, bool | str]:
-    """The kernels' git revision and whether the checkout has changes; ("", "") outside a checkout."""
+    """Git revision of the kernels, and True if the checkout has changes; ("", "") outside a checkout."""
     root = source_root()
-    # The kernels may be installed in an environment inside another repository, whose revision is not theirs.
+    # Installed kernels may be in an environment inside another repository, whose revision would be wrong.
     tracked = git(root, "ls-files", "--error-unmatch", "kernels/mvlm_kernels/__init__.py")
     if tracked is None or tracked.returncode:
         return "", ""

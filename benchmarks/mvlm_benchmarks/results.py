@@ -1,4 +1,4 @@
-"""Result files: the columns that describe the machine, and writers for CSV, JSON and plots."""
+"""Writers of result files (CSV, JSON, plots), and the columns that describe the machine."""
 
 import csv
 import json
@@ -14,7 +14,7 @@ MACHINE_COLUMNS = (
 
 
 def heading(about: dict[str, Any]) -> str:
-    """One line about the machine (`machine.describe`); on a CPU also a line that no Triton kernel was measured."""
+    """One line about the machine (`machine.describe`). On a CPU, a second line says that no Triton kernel runs."""
     commit = about["commit"] + (" with changes" if about["dirty"] is True else "")
     facts = [
         about["device"], about["driver"] and f"driver {about['driver']}", f"torch {about['torch']}",
@@ -23,7 +23,7 @@ def heading(about: dict[str, Any]) -> str:
     lines = [", ".join(fact for fact in facts if fact)]
     if about["figures"].startswith("CPU"):
         lines.append(
-            "These are CPU figures of the torch references; no Triton kernel runs, and they say nothing of one."
+            "These are CPU timings of the torch references. No Triton kernel runs; do not read them as kernel timings."
         )
     return "\n".join(lines)
 
@@ -34,7 +34,7 @@ def file_stem(*words: str) -> str:
 
 
 def device_name(about: dict[str, Any]) -> str:
-    """The device without its number of threads."""
+    """Name of the device, without the number of threads."""
     return about["device"].split(",")[0]
 
 
@@ -55,10 +55,10 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 
 
 def save_figure(figure: Any, path: Path, **options: Any) -> None:
-    """Save a matplotlib figure, so that equal figures give equal SVG files."""
+    """Save a matplotlib figure. Equal figures give equal SVG files."""
     from matplotlib import rc_context
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Text stays text, without a date or random ids: small files, and a diff shows changed values only.
+    # Text is stored as text, without a date or random ids. Files are small, and a diff shows only changed values.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "mvlm"}):
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, **options)

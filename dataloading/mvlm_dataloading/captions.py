@@ -1,25 +1,25 @@
-"""Cleaning of captions: one line each, without invisible characters."""
+"""Cleaning of captions to single lines without invisible characters."""
 
 import re
 import unicodedata
 from collections.abc import Sequence
 
-# Controls of writing direction (marks, embeddings, overrides, isolates): they reorder or hide text.
+# Controls of writing direction (marks, embeddings, overrides, isolates) reorder or hide text.
 _BIDI = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _CONTROL = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def clean_captions(captions: Sequence[str], max_bytes: int, max_captions: int | None = None) -> list[str] | str:
-    """The usable captions, the main one first, or the reason why there is none.
+    """Clean captions and drop unusable ones. Returns the usable captions in order, or a reason if no caption is usable.
 
-    White space and control characters become single blanks; controls of writing direction are removed. Dropped are
-    repetitions, blank captions, captions with half a surrogate pair, and captions above `max_bytes` of UTF-8.
+    White space and control characters become single blanks. Controls of writing direction are removed. Drops repeated
+    captions, blank captions, captions with a lone surrogate, and captions above `max_bytes` bytes of UTF-8.
     """
     found: dict[str, None] = {}
     reason = "no caption"
     for caption in captions:
-        if len(caption) > max_bytes:  # a character has at least one byte, so cleaning megabytes is pointless
+        if len(caption) > max_bytes:  # a character takes at least one byte; skips cleaning of megabytes
             reason = "caption is too long"
             continue
         if _SURROGATE.search(caption):
@@ -42,7 +42,7 @@ def decode_text(text: bytes) -> str | None:
 
 
 def script_of(text: str) -> str:
-    """The script of most letters in a text, such as LATIN, CJK or CYRILLIC; NONE if it has no letter.
+    """The most frequent script of a text's letters, such as LATIN, CJK or CYRILLIC; NONE for a text without letters.
 
     A letter's script is the first word of its Unicode name, as the standard library has no script property.
     """

@@ -21,5 +21,5 @@ def need(module: str, extra: str = "data") -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not (module + ".").startswith(error.name + "."):
-            raise  # the package is installed, but one of its own dependencies is not
+            raise  # the package is installed, but one of its dependencies is not
         raise ImportError(f"{module} is needed here and is not installed: pip install 'mvlm[{extra}]'") from error

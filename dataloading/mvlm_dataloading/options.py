@@ -1,4 +1,4 @@
-"""Options for building data sets and views. Imports nothing that is slow to load."""
+"""Options for building data sets and views. Imports no slow package."""
 
 import re
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from typing import Literal
 from .errors import DataError
 
 MAX_PIXELS = 89_478_485
-"""Above this, Pillow takes an image for a decompression bomb."""
+"""Maximum of `max_pixels`. Above it, Pillow treats an image as a decompression bomb."""
 
 
-# Field names are part of a data set's recipe: after a renaming, finished data sets would look different. The docstrings
-# are the text of `mvlm data ... --help`.
+# Field names are stored in a data set's recipe. After a rename, finished data sets would look different. Docstrings are
+# the text of `mvlm data ... --help`.
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
-    """Processing of images and captions, and limits for their rejection."""
+    """Options of a build: image processing, caption processing, rejection limits."""
 
     short_side: int | None = None
     """Downscale images to this short side, in pixels. Smaller images are never upscaled."""
@@ -58,7 +58,7 @@ class BuildOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ViewOptions:
-    """Selection of a view's samples."""
+    """Options of a view: selection of its samples."""
 
     splits: tuple[str, ...] = ()
     """Splits to take. Default: all."""
@@ -78,9 +78,10 @@ class ViewOptions:
     """Duplicates to drop within a split: `keep` (none), `exact` (identical files), `near` (perceptual near-duplicates
     too)."""
     fraction: float = 1.0
-    """Share of the training samples to take, chosen by a hash of the key. A smaller share is a subset of a larger."""
+    """Fraction of the training samples to take, chosen by a hash of the key. Smaller fractions are subsets of larger
+    ones."""
     seed: int = 0
-    """Seed of the share, and of the extra copies for a fractional weight."""
+    """Seed for choosing the fraction, and the additional copies of a fractional weight."""
 
     def check(self) -> None:
         """Check the options. Raises DataError."""

@@ -1,7 +1,7 @@
 """Stateless random numbers: each draw is a hash of (purpose, seed, epoch, sample id, ...).
 
-The crop, masks and caption of a sample in an epoch are therefore the same in any batch, on any rank, in any thread and
-after any number of earlier draws. There is no generator state to save.
+The crop, masks and caption of a sample in an epoch therefore do not depend on batch, rank, thread or earlier draws.
+There is no generator state to save.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ UInt64 = NDArray[np.uint64]
 
 
 class Purpose(IntEnum):
-    """The first word of a hash: draws for different purposes are unrelated even at equal seeds, epochs and ids."""
+    """Purpose of a random draw, the first input of its hash. Draws for different purposes are independent."""
 
     ORDER = 1
     RUNS = 2
@@ -29,16 +29,16 @@ class Purpose(IntEnum):
     SHARDS = 10
 
 
-def hash64(*words: Any) -> UInt64:
+def hash64(*values: Any) -> UInt64:
     """Hash broadcastable integers, each taken modulo 2^64, into uint64 of the broadcast shape.
 
-    Words are folded with the finaliser of splitmix64 (Steele, Lea, Flood 2014). Each of its output bits is close to
-    fair.
+    Values are mixed in one after another with the finaliser of splitmix64 (Steele, Lea, Flood 2014). Each of its output
+    bits is close to fair.
     """
     state = np.zeros((), np.uint64)
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is intended
-        for word in words:
-            state = _mix((state ^ _as_uint64(word)) + np.uint64(0x9E3779B97F4A7C15))
+        for value in values:
+            state = _mix((state ^ _as_uint64(value)) + np.uint64(0x9E3779B97F4A7C15))
     return state
 
 
@@ -53,16 +53,16 @@ def uniforms(purpose: Purpose, seed: int, epoch: Any, sample_ids: Any, count: in
 
 
 def text_hash(text: str | bytes) -> int:
-    """A hash of a text as int64, the same on every machine."""
-    # JSON can hold half of a surrogate pair, which plain UTF-8 cannot.
+    """Hash of a text as int64, equal on all machines."""
+    # JSON can hold a lone surrogate, which strict UTF-8 cannot encode.
     data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
-def _as_uint64(word: Any) -> UInt64:
-    if isinstance(word, int):
-        return np.asarray(word & 0xFFFFFFFFFFFFFFFF, np.uint64)
-    return np.asarray(word).astype(np.uint64)
+def _as_uint64(value: Any) -> UInt64:
+    if isinstance(value, int):
+        return np.asarray(value & 0xFFFFFFFFFFFFFFFF, np.uint64)
+    return np.asarray(value).astype(np.uint64)
 
 
 def _mix(x: UInt64) -> UInt64:

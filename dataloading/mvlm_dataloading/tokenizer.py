@@ -33,7 +33,7 @@ class Tokenizer:
     def __init__(self, inner: Any, origin: str = "tokenizer"):
         inner.no_padding()
         inner.no_truncation()
-        inner.encode_special_tokens = True  # "[MASK]" in a caption means these six characters
+        inner.encode_special_tokens = True  # "[MASK]" in a caption is text, not the special token
         self._inner = inner
         self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)
         ids = {}
@@ -57,11 +57,11 @@ class Tokenizer:
         return np.array(tokens, np.int64), np.array([len(row) + 2 for row in rows], np.int64)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids, without special tokens."""
+        """Text of token ids, without special tokens."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
     def token(self, token_id: int) -> str:
-        """A token as the vocabulary spells it."""
+        """Spelling of a token in the vocabulary."""
         return self._inner.id_to_token(int(token_id))
 
     def save(self, path: Path) -> None:
@@ -104,7 +104,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Read a `tokenizer.json` of ours, BERT, RoBERTa or others.
+    """Read a `tokenizer.json`, of ours, BERT, RoBERTa or others.
 
     Raises:
         DataError: the file is missing, is no tokenizer, or lacks a special token.
@@ -125,11 +125,24 @@ def load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(inner, str(path))
 
 
-def tokenizer_for(dataset: Dataset, vocab_size: int) -> Tokenizer:
-    """The tokenizer of the data set, or one trained on the captions of its train split.
+def load_stored_tokenizer(folder: Path) -> Tokenizer:
+    """Read the `tokenizer.json` of a data folder whose `dataset.json` names one.
 
     Raises:
-        DataError: the data set's tokenizer is missing or another, or there is neither a tokenizer nor a train split.
+        DataError: the file is missing, is no tokenizer, or lacks a special token.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"{path}: wanted the tokenizer.json that dataset.json names, found no such file; restore it")
+    return load_tokenizer(path)
+
+
+def tokenizer_for(dataset: Dataset, vocab_size: int) -> Tokenizer:
+    """The tokenizer stored with the data set, or one trained on the captions of its train split.
+
+    Raises:
+        DataError: the stored tokenizer is missing or is not the one that `dataset.json` names; or the data set has
+            neither a tokenizer nor a train split.
     """
     if dataset.tokenizer_sha256 is not None:
         if dataset.remote is not None:
@@ -137,7 +150,7 @@ def tokenizer_for(dataset: Dataset, vocab_size: int) -> Tokenizer:
         path = dataset.folder / "tokenizer.json"
         if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() != dataset.tokenizer_sha256:
             raise DataError(f"{path}: wanted the tokenizer that dataset.json names, found another; restore it")
-        return load_tokenizer(path)
+        return load_stored_tokenizer(dataset.folder)
     if "train" not in dataset.splits:
         raise DataError(
             f"{dataset.folder}: wanted a tokenizer.json, or a train split to train a tokenizer on, found neither "

@@ -2,13 +2,19 @@
 
     python -m mvlm_kernels.aot [--json FILE [--update]] [--arch sm_90] [--select REGEX] [--jobs N] [--against FILE]
 
-Each op's launchers run on meta tensors while :func:`mvlm_kernels.dispatch.recording` records their launches. Triton's
-binder turns the recorded arguments into a signature, and its compiler makes machine code of it. A row is one kernel:
-op, pass, dtype, config, arch, registers (per thread), spill_bytes, stack, shared (bytes of shared memory per block),
-matrix_instruction (in the machine code; "" if none).
+Each op's launchers run on meta tensors while :func:`mvlm_kernels.dispatch.recording` records their launches. Triton
+derives a signature from the recorded arguments and compiles the kernel for it. A row is one compiled kernel:
 
-Exits with 1 if a kernel spills registers, exceeds the target's shared memory, or, in attention and linear kernels, has
-no tensor-core instruction; with --against also if a kernel takes more registers than in that table.
+    op, pass             the op, and the pass (forward or backward) that launches the kernel
+    kernel, case         name of the Triton function, and label of the op's case
+    dtype, config, arch  dtype of the first floating argument ("int" without one), tile sizes, target such as sm_90
+    registers            per thread
+    spill_bytes, stack   bytes of spill stores and loads in the code, and bytes of stack per thread
+    shared               bytes of shared memory per block
+    matrix_instruction   tensor-core instructions in the machine code, "" without one
+
+Exits with 1 if a kernel spills registers or exceeds the target's shared memory, or if an attention or linear kernel has
+no tensor-core instruction. With --against it also exits with 1 if a kernel takes more registers than in that table.
 """
 
 import argparse
@@ -19,12 +25,14 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-# A kernel decorated in an interpreting process cannot be compiled, and torch may have imported Triton already.
+# A kernel decorated in an interpreting process cannot be compiled, and torch may have imported Triton already, so the
+# module starts again in a process that does not interpret.
 if os.environ.pop("TRITON_INTERPRET", None) and __name__ == "__main__":
     os.execv(sys.executable, [sys.executable, "-m", "mvlm_kernels.aot", *sys.argv[1:]])
 
@@ -36,34 +44,58 @@ MODULES = {
     "cross_attention": "mvlm_kernels.cross_attention.aot_cases",
     "gather_patches": "mvlm_kernels.gather_patches.triton",
     "masked_pixel_loss": "mvlm_kernels.pixel_loss.triton",
-    "linear_pixel_loss": "mvlm_kernels.pixel_loss.linear",
+    "linear_pixel_loss": "mvlm_kernels.pixel_loss.linear_aot_cases",
     "place_tokens": "mvlm_kernels.place_tokens.triton",
 }
 ARCHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 # Shared memory per block in bytes: CUDA C++ programming guide, technical specifications per compute capability.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
-# Kernels of the ops with matrix products that have none themselves: they add partial sums or take moments of pixels.
-WITHOUT_PRODUCTS = ("sum_partials", "short_q_combine", "sum_kernel", "sum_partials_kernel", "moments_kernel")
+# Kernels without a matrix product, in ops that otherwise have one: they sum partial results or compute moments.
+WITHOUT_PRODUCTS = ("sum_splits", "short_q_combine", "sum_kernel", "sum_partials_kernel", "moments_kernel")
 # Names of mma.sync, wgmma and tcgen05.mma in machine code.
 _MATRIX_INSTRUCTIONS = re.compile(r"\b(UTC[A-Z]*MMA|[A-Z]GMMA|[HIDQ]MMA)\b")
 
 
-def recorded(op: str, arch: str, select: str = "") -> Iterator[tuple[str, Any, tuple, dict[str, Any]]]:
-    """(label, kernel, arguments, meta) of each launch of the op's cases whose "op/label" matches the regex select."""
+class Launch(NamedTuple):
+    """One recorded launch. meta: constexprs and compile options."""
+
+    case: str
+    kernel: Any
+    args: tuple
+    meta: dict[str, Any]
+    pass_name: str
+
+
+def recorded(op: str, arch: str, select: str = "") -> Iterator[Launch]:
+    """Launches of the op's cases whose "op/label" matches the regex select."""
     for label, call in importlib.import_module(MODULES[op]).aot_cases():
         if not re.search(select, f"{op}/{label}"):
             continue
-        launches: list[tuple[Any, tuple, dict[str, Any]]] = []
-        with dispatch.recording(
-            lambda kernel, grid, args, meta, to=launches: to.append((kernel, args, meta)), ARCHS[arch]
-        ):
+        launches: list[Launch] = []
+
+        def record(kernel: Any, grid: Any, args: tuple, meta: dict[str, Any], case=label, to=launches) -> None:
+            to.append(Launch(case, kernel, args, meta, _launching_pass()))
+
+        with dispatch.recording(record, ARCHS[arch]):
             call()
-        for kernel, args, meta in launches:
-            yield label, kernel, args, meta
+        yield from launches
+
+
+def _launching_pass() -> str:
+    """The pass whose launcher is running. Both passes launch some kernels, so a kernel's name does not tell."""
+    for frame, _ in traceback.walk_stack(None):
+        if frame.f_code.co_name == recorded.__name__:
+            break
+        if "backward" in frame.f_code.co_name:  # as in the names of all launchers of a backward pass, and of no others
+            return "backward"
+    return "forward"
 
 
 def compile_launch(kernel: Any, args: tuple, meta: dict[str, Any], arch: str) -> Any:
-    """The kernel compiled for these arguments, specialised as a launch on that GPU would specialise them."""
+    """Compile a kernel for these arguments, specialised as a launch on that GPU would specialise them.
+
+    Raises AssertionError for a kernel that reads a global which is unequal to itself.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -85,8 +117,9 @@ def compile_launch(kernel: Any, args: tuple, meta: dict[str, Any], arch: str) ->
     return compiled
 
 
-def row(op: str, label: str, kernel: Any, args: tuple, meta: dict[str, Any], arch: str) -> dict[str, Any]:
-    """Compile one launch and read its cost from the machine code."""
+def row(op: str, launch: Launch, arch: str) -> dict[str, Any]:
+    """Row of the table for one launch: compile its kernel and read the costs from the machine code."""
+    case, kernel, args, meta, pass_name = launch
     compiled = compile_launch(kernel, args, meta, arch)
     usage = _usage(compiled.asm["cubin"])
     matrix = sorted(set(_MATRIX_INSTRUCTIONS.findall(compiled.asm["sass"])))
@@ -94,9 +127,9 @@ def row(op: str, label: str, kernel: Any, args: tuple, meta: dict[str, Any], arc
     tiles = {k: v for k, v in meta.items() if k.startswith("BLOCK") or k in ("num_warps", "num_stages")}
     return {
         "op": op,
-        "pass": "backward" if "backward" in kernel.__name__ else "forward",
+        "pass": pass_name,
         "kernel": kernel.__name__,
-        "case": label,
+        "case": case,
         "dtype": str(floats[0]).removeprefix("torch.") if floats else "int",
         "config": " ".join(f"{k}={v}" for k, v in tiles.items()),
         "arch": arch,
@@ -124,13 +157,13 @@ def _usage(cubin: bytes) -> dict[str, int]:
 
 
 def _spill_bytes(ptx: str, arch: str) -> int:
-    """Bytes of spill stores and loads, from ptxas. It compiles once more, so ask only for kernels with a stack."""
+    """Bytes of spill stores and loads. ptxas has to compile again to print them: call it only if there is a stack."""
     suffix = "" if arch == "sm_80" else "a"
     ptxas = _tool("ptxas-blackwell") if arch != "sm_80" and Path(_tool("ptxas-blackwell")).exists() else _tool("ptxas")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        # Triton's own flags: with others ptxas finds other schedules, which spill other registers.
+        # Triton's own flags: other flags give other schedules, which spill other registers.
         flags = ["-lineinfo", "--regAllocOptLevel=2"] if "blackwell" in ptxas else ["-lineinfo"]
         log = subprocess.run(
             [ptxas, "-v", *flags, f"--gpu-name={arch}{suffix}", str(source), "-o", f"{folder}/kernel.cubin"],
@@ -141,10 +174,14 @@ def _spill_bytes(ptx: str, arch: str) -> int:
     return sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
 
 
-def complaints(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None = None) -> list[str]:
-    """Faults of compiled kernels, one text each. table: rows of an earlier run, whose registers are the limit."""
+def find_problems(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None = None) -> list[str]:
+    """Problems of the compiled kernels, one line each. table: rows of an earlier run, whose registers are the limit."""
     identity = ("op", "kernel", "case", "dtype", "config", "arch")
-    before = {tuple(r[k] for k in identity): r["registers"] for r in table or ()}
+    limits: dict[tuple, int] = {}
+    for r in table or ():
+        # A case may launch a kernel several times with other sizes, which no column shows. The largest is the limit.
+        key = tuple(r[k] for k in identity)
+        limits[key] = max(limits.get(key, 0), r["registers"])
     found = []
     for r in rows:
         name = f"{r['op']} {r['kernel']} {r['case']} {r['arch']}"
@@ -155,38 +192,39 @@ def complaints(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None = 
         multiplies = r["op"] in ("cross_attention", "linear_pixel_loss") and r["kernel"] not in WITHOUT_PRODUCTS
         if multiplies and not r["matrix_instruction"]:
             found.append(f"{name}: no tensor-core instruction")
-        allowed = before.get(tuple(r[k] for k in identity), r["registers"])
+        allowed = limits.get(tuple(r[k] for k in identity), r["registers"])
         if r["registers"] > allowed:
             found.append(f"{name}: {r['registers']} registers, {allowed} in the table")
     return found
 
 
 def updated(before: list[dict[str, Any]], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of ``before``, in which the newly compiled rows replace those of the same (op, case, target)."""
-    places: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    """The table ``before`` with the new ``rows``, which replace all earlier ones of the same (op, case, arch)."""
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for r in before:
-        places.setdefault((r["op"], r["case"], r["arch"]), []).append(r)
+        groups.setdefault((r["op"], r["case"], r["arch"]), []).append(r)
     compiled = {(r["op"], r["case"], r["arch"]) for r in rows}
-    places.update({key: [] for key in compiled})
+    groups.update({key: [] for key in compiled})
     for r in rows:
-        places[r["op"], r["case"], r["arch"]].append(r)
-    return [r for part in places.values() for r in part]
+        groups[r["op"], r["case"], r["arch"]].append(r)
+    return [r for group in groups.values() for r in group]
 
 
 def _rows_of_case(task: tuple[str, str, str]) -> list[dict[str, Any]]:
     op, arch, select = task
     seen, rows = set(), []
-    for label, kernel, args, meta in recorded(op, arch, select):
-        # sum_partials is launched for dK and again for dV, with the same arguments.
-        key = (kernel.__name__, label, str(meta), tuple(a.dtype if isinstance(a, torch.Tensor) else a for a in args))
+    for launch in recorded(op, arch, select):
+        # sum_splits is launched for dK and again for dV, with the same arguments.
+        kinds = tuple(a.dtype if isinstance(a, torch.Tensor) else a for a in launch.args)
+        key = (launch.kernel.__name__, launch.case, str(launch.meta), kinds)
         if key not in seen:
             seen.add(key)
-            rows.append(row(op, label, kernel, args, meta, arch))
+            rows.append(row(op, launch, arch))
     return rows
 
 
 def tasks(archs: list[str], select: str) -> list[tuple[str, str, str]]:
-    """(op, arch, regex of one case) for each case, so that cases can be spread over processes."""
+    """(op, arch, regex of one case) for each case and target: units of work for a pool of processes."""
     found = []
     for op, module in MODULES.items():
         labels = [label for label, _ in importlib.import_module(module).aot_cases()]
@@ -212,7 +250,9 @@ def main() -> int:
     parser.add_argument("--arch", action="append", choices=list(ARCHS), help="only this target; may be repeated")
     parser.add_argument("--select", default="", help='regex over "op/case"')
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
-    parser.add_argument("--against", type=Path, help="table of an earlier run, whose registers are the limit")
+    parser.add_argument(
+        "--against", type=Path, help="table of an earlier run; a kernel with more registers than there is a problem"
+    )
     options = parser.parse_args()
 
     work = tasks(options.arch or list(ARCHS), options.select)
@@ -233,14 +273,19 @@ def main() -> int:
         if committed["versions"]["triton"] == triton.__version__:
             table = committed["rows"]
         else:
-            print(f"{options.against} is of triton {committed['versions']['triton']}: registers are not compared")
+            print(
+                f"{options.against} was made with triton {committed['versions']['triton']}: registers are not compared"
+            )
     if options.json:
         before = json.loads(options.json.read_text()) if options.update else {"versions": versions, "rows": []}
         if before["versions"] != versions:
-            parser.error(f"--update: {options.json} is of {before['versions']}, and this is {versions}")
+            parser.error(
+                f"--update: wanted a table made with {versions}, got {options.json} made with {before['versions']}; "
+                "compile every kernel without --update"
+            )
         everything = {"versions": versions, "rows": updated(before["rows"], rows)}
         options.json.write_text(json.dumps(everything, indent=1) + "\n")
-    found = complaints(rows, table)
+    found = find_problems(rows, table)
     print("\n".join(found) if found else f"{len(rows)} kernels: no spills, shared memory within limits")
     return 1 if found else 0
 

@@ -1,8 +1,8 @@
-"""Cases of the byte counter and the benchmarks: each op at the paper's shapes.
+"""Cases of the byte counter (:mod:`mvlm_kernels.traffic`): each op at the paper's shapes.
 
 A case holds the op, the same computation in eager torch, and formulas for the fewest bytes and the floating-point
 operations of each pass. Images are 224 px in patches of 16, 116 of 196 patches are masked, and the dtype is bfloat16
-unless a case says otherwise.
+unless a case has another one.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvlm_kernels import configs
 from mvlm_kernels.cross_attention import cross_attention
 from mvlm_kernels.gather_patches import gather_patches
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
+from mvlm_kernels.pixel_loss.tiling_bytes import linear_tiling_bytes
 from mvlm_kernels.place_tokens import place_tokens
 
 Sizes = dict[str, int]
@@ -25,10 +25,12 @@ Sizes = dict[str, int]
 class Case:
     """One op at one shape.
 
-    run: ``run(sizes, device)`` returns the inputs that get gradients, and a function of them. eager: the same
-    computation in eager torch. samples: two values of each size that the byte counter samples. minimum: fewest bytes
-    of (forward, backward) at given sizes. flops: floating-point operations of (forward, backward). moved: bytes moved
-    by (forward, backward) where they are computed instead of counted.
+    sizes: the paper's sizes by name.
+    samples: for each size two small values at which bytes are counted. The count is extrapolated linearly to ``sizes``.
+    run: ``run(sizes, device)`` returns the inputs that get gradients, and a function of them that calls the op.
+    eager: the same computation in eager torch.
+    minimum, flops: fewest bytes, and floating-point operations, of (forward, backward).
+    moved: formula for the bytes of (forward, backward), used instead of counting.
     """
 
     op: str
@@ -47,7 +49,7 @@ FEATURES = CHANNELS * PATCH * PATCH
 
 
 def patch_ids(batch: int, count: int, device: str, patches: int = PATCHES) -> Tensor:
-    """Distinct patch ids (batch, count) int32. Repeated ids would be read once and count fewer bytes."""
+    """Distinct patch ids (batch, count) int32. The kernels read repeated ids once, so they would count fewer bytes."""
     return (
         torch.arange(count, dtype=torch.int32, device=device)
         .mul(5)
@@ -169,37 +171,6 @@ def _linear(kind: str) -> Case:
     return Case("linear_pixel_loss", name, {"B": 256}, {"B": (1, 2)}, run, eager, minimum, flops, implied)
 
 
-def linear_tiling_bytes(rows: int, features: int, width: int, kind: str, arch: int = 80) -> tuple[int, int]:
-    """(forward, backward) bytes that follow from the tiling of ``linear_pixel_loss``.
-
-    For bfloat16 operands, uint8 images, a mean loss and all three gradients.
-    """
-    from mvlm_kernels.pixel_loss.linear_backward import parts_of
-
-    def tile(kernel: str) -> tuple[int, int, int]:
-        found = configs.lookup("linear_pixel_loss", arch, f"{kernel}/16")
-        return found["BLOCK_M"], found["BLOCK_F"], found["BLOCK_D"]
-
-    def tiles(n: int, block: int) -> int:
-        return -(-n // block)
-
-    slope = rows * features * (1 if kind == "l1" else 2)
-    hidden, weight = 2 * rows * width, 2 * features * width
-    block_m, block_f, _ = tile("forward")
-    across, down = tiles(features, block_f), tiles(rows, block_m)
-    forward = across * (hidden + 4 * rows) + down * (weight + 2 * features)
-    forward += rows * features + slope + 2 * (4 * across * rows) + 4  # pixels, slopes, partial losses twice, the loss
-    block_m, _, block_d = tile("backward_hidden")
-    backward = tiles(width, block_d) * (slope + 4 * tiles(rows, block_m)) + tiles(rows, block_m) * weight + hidden
-    _, block_f, block_d = tile("backward_weight")
-    across, down = tiles(width, block_d), tiles(features, block_f)
-    parts = parts_of(rows, across * down)
-    backward += across * slope + down * hidden
-    backward += slope + 2 * 4 * parts * across * features + 2 * features  # the bias: its sums' pass, partials twice
-    backward += 2 * 4 * parts * features * width + weight  # the weight's partials twice, its gradient
-    return forward, backward
-
-
 def _place(mode: str) -> Case:
     def inputs(sizes: Sizes, device: str):
         batch, patches = sizes["B"], sizes["N"]
@@ -243,8 +214,8 @@ def _place(mode: str) -> Case:
         written = patches // 4 if mode == "visible" else patches
         index = batch * (seen * 4 if mode == "visible" else patches)
         parameters = row * (patches + 3)
-        whole = batch * (1 + patches) * row
-        return batch * seen * row + index + parameters + whole, whole + index + batch * written * row + parameters
+        output = batch * (1 + patches) * row
+        return batch * seen * row + index + parameters + output, output + index + batch * written * row + parameters
 
     what = "49 of 196 visible" if mode == "visible" else "half of 196 masked"
     samples = {"B": (2, 4), "N": (4, 8)}
@@ -252,7 +223,7 @@ def _place(mode: str) -> Case:
 
 
 def _attention(queries: int, keys: int) -> Case:
-    width = 64  # batch times heads is one size, because all heads' programs are alike
+    width = 64  # of a head; batch times heads is one size, because the programs of all heads are alike
 
     def run(sizes: Sizes, device: str):
         shapes = [(sizes["B*H"], n, 1, width) for n in (queries, keys, keys)]

@@ -1,10 +1,10 @@
 """Choice of the backend for each op, the reasons for it, and the launch of kernels.
 
-There are two backends: ``"triton"`` (fused kernels) and ``"torch"`` (the readable reference; an op may use SDPA or a
-composition for the CPU instead, and says so). Tensors on a CUDA device take Triton unless the op has a reason against
-it. Tensors on the CPU take torch. :func:`use_backend` overrides the choice. ``use_backend("triton")`` raises an error
-where a reason stands against Triton, so that a test cannot pass on a fallback. CPU tensors can take Triton only in a
-process started with ``TRITON_INTERPRET=1``, where Triton interprets kernels.
+There are two backends: ``"triton"`` (fused kernels) and ``"torch"`` (the readable reference; some ops use SDPA or a
+composition for the CPU instead, see their documentation). Tensors on a CUDA device take Triton unless the op has a
+reason against it. Tensors on the CPU take torch. :func:`use_backend` overrides the choice. Under
+``use_backend("triton")`` an op raises an error if Triton cannot run the call, so that a test cannot pass on a fallback.
+CPU tensors can take Triton only in a process started with ``TRITON_INTERPRET=1``, where Triton interprets kernels.
 """
 
 import functools
@@ -30,23 +30,30 @@ _recorded_arch: int | None = None
 
 @dataclass(frozen=True)
 class Explanation:
-    """Result of :func:`explain`: the backend that would run, and every reason against the other one."""
+    """Result of :func:`explain`: the chosen backend, and the reasons.
+
+    backend "torch": every reason is one against Triton. backend "triton": the first reason is that of the choice. More
+    follow under ``use_backend("triton")`` only: everything that would otherwise have been a reason against Triton.
+    """
 
     backend: Backend
     reasons: tuple[str, ...]
 
     def __str__(self) -> str:
-        other = "torch" if self.backend == "triton" else "triton"
-        lines = [f"runs: {self.backend}"] + [f"not {other}: {reason}" for reason in self.reasons]
-        return "\n".join(lines)
+        if self.backend == "torch":
+            kinds = ["not triton"] * len(self.reasons)
+        else:
+            kinds = ["because", *["against triton"] * (len(self.reasons) - 1)]
+        lines = [f"{kind}: {reason}" for kind, reason in zip(kinds, self.reasons, strict=True)]
+        return "\n".join([f"runs: {self.backend}", *lines])
 
 
 @contextmanager
 def use_backend(backend: Backend) -> Iterator[None]:
-    """Run every op inside the block on ``backend``, in the whole process: the backward pass has threads of its own.
+    """Run every op inside the block on ``backend``, in all threads: autograd runs the backward pass in other threads.
 
-    backend is ``"triton"`` or ``"torch"``; any other name is a ValueError. Under ``"triton"`` an op that cannot run
-    there raises RuntimeError with its reasons.
+    backend is ``"triton"`` or ``"torch"``; any other name is a ValueError. Under ``"triton"`` an op that Triton cannot
+    run raises RuntimeError with the reasons.
     """
     global _forced
     if backend not in ("triton", "torch"):
@@ -59,10 +66,10 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
-    """Name the backend that ``op(*args, **kwargs)`` would take, and every reason against the other. Runs no kernel.
+    """Explain which backend ``op(*args, **kwargs)`` takes. Runs no kernel.
 
     op is a public op of :mod:`mvlm_kernels`. Raises ValueError for any other function, and the op's own ValueError for
-    bad arguments.
+    bad arguments. Under ``use_backend("triton")`` it lists the reasons against Triton, and does not raise them.
     """
     if op not in _reason_functions:
         names = ", ".join(sorted(f.__name__ for f in _reason_functions))
@@ -86,15 +93,15 @@ def explained_by(reason_function: Callable[..., Sequence[str]]) -> Callable[[Op]
 
 
 def choose(reasons: Sequence[str]) -> Backend:
-    """The backend to run, given every reason of an op against Triton, those of :func:`device_reasons` included.
+    """Choose the backend, given all reasons of an op against Triton, those of :func:`device_reasons` included.
 
-    Raises RuntimeError with the reasons where ``use_backend("triton")`` is in force and they forbid Triton.
+    Raises RuntimeError with the reasons if ``use_backend("triton")`` is in force and Triton cannot run the call.
     """
     if _forced == "torch":
         return "torch"
     if _forced == "triton":
         hard: list[str] = []
-        if _recorder is None:  # recording runs nothing, so nothing can stand against it
+        if _recorder is None:  # while recording no kernel runs, so device limits do not apply
             for reason in reasons:
                 # An interpreting process runs Triton on CPU tensors.
                 hard += interpreter_reasons() if reason == _ON_CPU else (reason,)
@@ -142,7 +149,7 @@ def tf32_allowed() -> bool:
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Autocast's dtype on this device; None where autocast is off, or unknown to the device type (meta)."""
+    """Autocast's dtype on this device; None if autocast is off, or if the device type does not have it (meta)."""
     kind = device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
@@ -208,7 +215,7 @@ def arch(device: torch.device) -> int:
 def multiprocessors(device: torch.device) -> int:
     """Number of streaming multiprocessors of the recorded target or of the device.
 
-    0 for a CPU: no grid is too small for the interpreter, so launchers split no work there.
+    It is 0 for a CPU, because no grid is too small for the interpreter: launchers then split no work.
     """
     if _recorded_arch is not None:
         return {80: 108, 90: 132, 100: 148}.get(_recorded_arch, 64)
@@ -221,10 +228,10 @@ def _device_multiprocessors(index: int | None) -> int:
 
 
 def checks_values(device: torch.device) -> bool:
-    """True if ops read and check the values of indices and lengths on this device.
+    """True if ops check the values of indices and lengths on this device.
 
-    They do on the CPU, but not while recording, when there are no values. On a GPU they do with MVLM_KERNELS_DEBUG=1
-    only, because reading waits for the device.
+    On the CPU they always do, except while recording, because meta tensors have no values. On a GPU they do only with
+    MVLM_KERNELS_DEBUG=1, because reading values waits for the device.
     """
     if device.type == "cpu":
         return _recorder is None
@@ -266,11 +273,10 @@ def recording(recorder: Callable[..., None], target_arch: int) -> Iterator[None]
 
 
 def ceil_div(a: int, b: int) -> int:
-    """a / b rounded up, for grids. Triton's own ``cdiv`` serves kernels too and unwraps its arguments first, which
-    costs several times as much in every call."""
+    """a / b rounded up, for grids. Avoids the host cost of ``triton.cdiv``, which unwraps its arguments."""
     return -(-a // b)
 
 
 def power_of_two(n: int) -> int:
-    """The least power of two that is at least n >= 1; cheaper than Triton's ``next_power_of_2``, as above."""
+    """Smallest power of two >= n, for n >= 1. Avoids the host cost of ``triton.next_power_of_2``."""
     return 1 << (n - 1).bit_length()

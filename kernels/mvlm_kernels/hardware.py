@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """Peak rates of one GPU: memory in bytes per second, dense bfloat16 products in operations per second. source names
-    the data sheet."""
+    """Peak rates of one GPU.
+
+    bandwidth: bytes per second of its memory. flops: dense bfloat16 operations per second. source: the data sheet.
+    """
 
     bandwidth: float
     flops: float
@@ -25,10 +27,10 @@ GPUS = {
 
 
 def peak_rates(device_name: str) -> Gpu | None:
-    """Data-sheet rates of a GPU by its CUDA device name; None for a GPU that is not in :data:`GPUS`.
+    """Peak rates of a GPU by its CUDA device name; None for a GPU that is not in :data:`GPUS`.
 
-    The table lists SXM parts (A100: 80 GB). PCIe, NVL and 40 GB versions and MIG slices have other rates, so they
-    give None.
+    The table lists SXM parts (A100: 80 GB). PCIe, NVL and 40 GB versions and MIG slices have other rates, so the result
+    is None for them.
     """
     if re.search(r"PCIe|NVL|40GB|MIG", device_name, re.IGNORECASE):
         return None

@@ -1,8 +1,8 @@
 """Registration of ops with ``torch.library``.
 
 Schemas are written by hand and registered with ``define`` and ``impl``. The gradient is a plain ``autograd.Function``.
-This boundary takes about half the host time of ``custom_op`` with ``register_autograd``, which matters: an attention
-kernel here takes tens of microseconds. Forward and backward are one op each, so a compiler sees two opaque calls with
+A call takes about half the host time of ``custom_op`` with ``register_autograd``. That matters, because an attention
+kernel takes only tens of microseconds. Forward and backward are one op each, so a compiler sees two opaque calls with
 known output shapes.
 """
 
@@ -25,8 +25,8 @@ def define(
     """Register an op and return its overload, ``torch.ops.mvlm_kernels.<name>.default``.
 
     schema: ``"name(Tensor x, ...) -> Tensor"``. implementation: runs on CPU and CUDA tensors. fake: returns empty
-    tensors of the outputs' shapes, dtypes and strides. autograd: its forward takes the function to call and then the
-    op's arguments in order; here that function is the op below autograd.
+    tensors of the outputs' shapes, dtypes and strides. autograd: Function whose forward is
+    ``forward(ctx, call, *arguments)``, with the op's arguments in order; ``call`` is the op without autograd.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -62,20 +62,24 @@ def called_directly(*tensors: torch.Tensor) -> bool:
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-# True even after the transform has ended. The module has no type stub.
+# functorch wrappers can outlive their transform, so it is not enough to check for active transforms. The module has no
+# type stub.
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def direct(function: type[torch.autograd.Function], implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """``function.apply(implementation, ...)`` for plain calls, see :func:`called_directly`.
+    """Make ``function.apply(implementation, ...)`` for plain calls, see :func:`called_directly`.
 
-    Calls the base class's ``apply``. torch's own first searches for transforms and looks at every argument, which
-    takes a fifth of the host time of a call.
+    The result calls the ``apply`` of the base class in C++. The ``apply`` of ``autograd.Function`` first searches for
+    transforms and looks at every argument, which takes a fifth of the host time of a call.
     """
     apply: Any = getattr(super(torch.autograd.Function, function), "apply")  # noqa: B009, a type checker sees object
     return functools.partial(apply, implementation)
 
 
 def backward_of(op: Any, implementation: Callable[..., Any], *tensors: torch.Tensor) -> Callable[..., Any]:
-    """The callee of a Function's backward: the implementation for plain calls, else the op, which has no gradient."""
+    """Choose the function that a Function's backward calls.
+
+    That is the Python implementation for plain tensors, else the registered op. Neither is differentiable.
+    """
     return implementation if called_directly(*tensors) else op

@@ -5,7 +5,7 @@
 The interpreter runs the kernels on small inputs, and every load and store is counted. Lanes of one instruction that
 share an address count once, as in hardware, and masked lanes do not count. Bytes grow linearly in each sampled size
 (batch, patches), so samples at two values of each size give the count at the paper's sizes. Sizes that kernels tile
-over are run in full. The minimum reads each input once and writes each output once; tensors that forward saves for
+over are not reduced. The minimum reads each input once and writes each output once; tensors that forward saves for
 backward count as outputs. ``linear_pixel_loss`` rereads its operands tile by tile, so its count is computed from its
 tiling, and a test compares that with the interpreter at a small shape.
 """
@@ -118,7 +118,7 @@ def measure(case: Case, sizes: Sizes) -> tuple[int, int]:
 
 
 def moved(case: Case) -> tuple[int, int]:
-    """(forward, backward) bytes at the case's sizes, from interpreted samples of it."""
+    """(forward, backward) bytes at the case's sizes: by the case's formula, else extrapolated from its samples."""
     if case.moved is not None:
         return case.moved(case.sizes)
     names = list(case.samples)
@@ -171,7 +171,7 @@ def rows(select: str = "") -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m mvlm_kernels.traffic", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
     parser.add_argument("--select", default="", help='regex on "op shape"')
     arguments = parser.parse_args()
     table = rows(arguments.select)

@@ -119,7 +119,7 @@ def cc3m(
         train: Folders of img2dataset's tars and tables.
         validation: Folders of the validation split.
     """
-    from mvlm_dataloading.sources.tars import cc3m
+    from mvlm_dataloading.sources.webdataset import cc3m
 
     _build(cc3m(train, validation), out, build, common)
 
@@ -139,7 +139,7 @@ def sbu(
         train: Folders of img2dataset's tars and tables.
         validation: Folders of a validation split.
     """
-    from mvlm_dataloading.sources.tars import sbu
+    from mvlm_dataloading.sources.webdataset import sbu
 
     _build(sbu(train, validation), out, build, common)
 
@@ -205,7 +205,7 @@ def webdataset(
         licence: Licence to state in dataset.json.
         name: Name to state in dataset.json.
     """
-    from mvlm_dataloading.sources.tars import webdataset
+    from mvlm_dataloading.sources.webdataset import webdataset
 
     source = webdataset(train, validation, test, caption_field=caption_field, licence=licence, name=name)
     _build(source, out, build, common)
@@ -240,7 +240,7 @@ def huggingface(
         licence: Licence to state in dataset.json.
         name: Name to state in dataset.json.
     """
-    from mvlm_dataloading.sources.tables import huggingface
+    from mvlm_dataloading.sources.huggingface import huggingface
 
     source = huggingface(
         [data], image_column=image_column, caption_column=caption_column, key_column=key_column, split=split,
@@ -259,7 +259,7 @@ def _build(source: "Source", out: Path, build: BuildOptions, common: CommonOptio
             source,
             out,
             build,
-            against=common.against,
+            evaluation_sets=common.against,
             workers=data_tools.processes(common.workers, len(source.pieces)),
             progress=lambda done: counting.show(done.pieces, done.of_pieces, done.records),
         )

@@ -20,7 +20,7 @@ def test_heading_of_a_gpu_is_one_line_of_known_facts() -> None:
 def test_heading_of_a_cpu_says_that_no_kernel_ran() -> None:
     lines = heading(ABOUT | {"figures": machine.CPU_FIGURES}).splitlines()
     assert len(lines) == 2
-    assert "no Triton kernel runs" in lines[1]
+    assert "No Triton kernel runs" in lines[1]
 
 
 def test_every_csv_line_describes_the_machine(tmp_path) -> None:

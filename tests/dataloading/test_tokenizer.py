@@ -150,5 +150,5 @@ def test_the_tokenizer_of_the_data_set_is_used(tmp_path):
     with pytest.raises(DataError, match=r"wanted the tokenizer that dataset\.json names, found another"):
         tokenizer_for(dataset, 300)
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match="found no such file"):
+    with pytest.raises(DataError, match=r"that dataset\.json names, found no such file; restore it"):
         tokenizer_for(dataset, 300)

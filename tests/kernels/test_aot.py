@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation without a GPU: a slice of the cases, and the faults that the command names.
+"""Ahead-of-time compilation without a GPU: a slice of the cases, and the problems that the command names.
 
 Compiling needs a process that does not interpret, so these tests run the command that users run.
 """
@@ -34,7 +34,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_every_attention_kernel_compiles_for_every_target(rows: list[dict[str, Any]]):
     attention = {(r["kernel"], r["arch"]) for r in rows if r["op"] == "cross_attention"}
     kernels = ("short_kv_forward", "short_kv_backward", "short_q_forward", "short_q_backward", "short_q_combine")
-    assert attention == {(k, a) for k in (*kernels, "sum_partials") for a in ("sm_80", "sm_90", "sm_100")}
+    assert attention == {(k, a) for k in (*kernels, "sum_splits") for a in ("sm_80", "sm_90", "sm_100")}
 
 
 def test_kernels_spill_nothing_and_use_tensor_cores(rows: list[dict[str, Any]]):
@@ -45,29 +45,49 @@ def test_kernels_spill_nothing_and_use_tensor_cores(rows: list[dict[str, Any]]):
         assert 0 < r["registers"] <= 255, r
 
 
-def run_complaints(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None = None) -> list[str]:
+def problems_of(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None = None) -> list[str]:
     # The module removes TRITON_INTERPRET from its process's environment, so it is imported in another process.
-    code = "import json, sys, mvlm_kernels.aot as aot; print(json.dumps(aot.complaints(*json.load(sys.stdin))))"
+    code = "import json, sys, mvlm_kernels.aot as aot; print(json.dumps(aot.find_problems(*json.load(sys.stdin))))"
     done = subprocess.run(
         [sys.executable, "-c", code], input=json.dumps([rows, table]), capture_output=True, text=True, check=True
     )
     return json.loads(done.stdout)
 
 
-def test_faults_of_compiled_kernels_are_named():
+def test_aot_rows_name_the_pass_that_launches_the_kernel(rows: list[dict[str, Any]]):
+    passes = {(r["op"], r["kernel"]): r["pass"] for r in rows}
+    assert passes["cross_attention", "short_q_combine"] == "forward"
+    assert passes["cross_attention", "sum_splits"] == "backward"
+    assert passes["gather_patches", "reader_lists_kernel"] == "backward"
+    assert passes["place_tokens", "reader_lists_kernel"] == "forward"
+    assert passes["place_tokens", "column_sum_kernel"] == "backward"
+
+
+def test_problems_of_compiled_kernels_are_named():
     good = {
         "op": "cross_attention", "kernel": "short_kv_forward", "case": "c", "dtype": "bfloat16", "config": "BLOCK_M=32",
         "arch": "sm_80", "registers": 100, "spill_bytes": 0, "stack": 0, "shared": 1000, "matrix_instruction": "HMMA",
     }  # fmt: skip
     bad = [good | {"spill_bytes": 8}, good | {"shared": 170_000}, good | {"matrix_instruction": ""}]
-    found = run_complaints([good, *bad, good | {"registers": 101}], [good])
+    found = problems_of([good, *bad, good | {"registers": 101}], [good])
     assert [text.split(": ")[1] for text in found] == [
         "spills 8 bytes",
         "170000 bytes of shared memory, limit 166912",
         "no tensor-core instruction",
         "101 registers, 100 in the table",
     ]
-    assert run_complaints([good], [good]) == []
+    assert problems_of([good], [good]) == []
+
+
+def test_rows_of_one_identity_are_compared_with_the_most_registers_of_the_table():
+    """One case may launch a kernel several times with other sizes, as sums of partial gradients are."""
+    row = {
+        "op": "linear_pixel_loss", "kernel": "sum_partials_kernel", "case": "c", "dtype": "float32", "config": "",
+        "arch": "sm_90", "registers": 32, "spill_bytes": 0, "stack": 0, "shared": 0, "matrix_instruction": "",
+    }  # fmt: skip
+    table = [row, row | {"registers": 28}]
+    assert problems_of(table, table) == []
+    assert len(problems_of([row | {"registers": 33}], table)) == 1
 
 
 def test_update_of_the_aot_table_replaces_whole_cases():

@@ -35,6 +35,23 @@ def test_use_backend_forces_restores_and_refuses():
         pass
 
 
+def test_text_of_explain_separates_the_choice_from_what_is_against_triton():
+    images = torch.zeros(1, 3, 4, 4)
+
+    def text() -> str:
+        return str(mvlm_kernels.explain(mvlm_kernels.gather_patches, images, None, 2))
+
+    assert text() == "runs: torch\nnot triton: the tensors are on the CPU"
+    with mvlm_kernels.use_backend("torch"):
+        forced = 'runs: torch\nnot triton: use_backend("torch") is in force\nnot triton: the tensors are on the CPU'
+        assert text() == forced
+    with mvlm_kernels.use_backend("triton"):
+        forced = 'runs: triton\nbecause: use_backend("triton") is in force\nagainst triton: the tensors are on the CPU'
+        assert text() == forced
+    covered = mvlm_kernels.Explanation("triton", ("the fused kernel covers this call",))
+    assert str(covered) == "runs: triton\nbecause: the fused kernel covers this call"
+
+
 def test_explain_refuses_a_function_that_is_not_an_op():
     with pytest.raises(ValueError, match="op must be one of"):
         mvlm_kernels.explain(print)

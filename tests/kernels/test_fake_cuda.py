@@ -1,4 +1,4 @@
-"""Calls on fake CUDA tensors: what a process with a GPU would trace, choose and return, up to the launch.
+"""Calls on fake CUDA tensors: traces, choices and results of a process with a GPU, up to the launch.
 
 They have no gradients: autograd asks the device for its stream, and this torch may be built without CUDA.
 """

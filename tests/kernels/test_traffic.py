@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mvlm_kernels import cases, linear_pixel_loss, traffic
-from mvlm_kernels.cases import Case, linear_tiling_bytes
+from mvlm_kernels.cases import Case
+from mvlm_kernels.pixel_loss.tiling_bytes import linear_tiling_bytes
 
 CASES = {f"{case.op} {case.shape}": case for case in cases.cases()}
 DIRECT = [name for name, case in CASES.items() if case.moved is None]

@@ -11,7 +11,7 @@ from mvlm_dataloading import DataError, build_shards
 from mvlm_dataloading.sources.coco import coco
 from mvlm_dataloading.sources.folder import folder
 from mvlm_dataloading.sources.record import Source
-from mvlm_dataloading.sources.tars import webdataset
+from mvlm_dataloading.sources.webdataset import webdataset
 from support import published
 
 
@@ -61,7 +61,7 @@ def test_a_killed_build_does_not_resume_with_other_captions(tmp_path, monkeypatc
         with pytest.raises(KeyboardInterrupt):
             build(folder(tmp_path / "images"), tmp_path / "out")
     (tmp_path / "images/a/2.txt").write_text("another\n")
-    with pytest.raises(DataError, match="found that of another; give the same command again, or remove"):
+    with pytest.raises(DataError, match="found another one; finish it with its own command, or remove"):
         build(folder(tmp_path / "images"), tmp_path / "out")
 
 

@@ -39,7 +39,7 @@ def downloads(tmp_path_factory) -> Path:
     published.img2dataset(downloads / "cc3m" / "train", first=100)
     published.img2dataset(downloads / "cc3m" / "validation", first=200, tars=1)
     published.img2dataset(downloads / "sbu", first=7)  # some are in COCO's evaluation splits
-    published.folder(downloads / "pictures", 20)
+    published.folder(downloads / "images", 20)
     (downloads / "tars").mkdir()
     with tarfile.open(downloads / "tars" / "train-000.tar", "w") as tar:
         for i in range(4):

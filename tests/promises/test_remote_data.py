@@ -126,7 +126,9 @@ def test_remote_shards_are_fetched_ahead_of_use(folder, web, cache, tokenizer, m
     monkeypatch.setattr(sampler, "GROUP", 1)
     monkeypatch.setattr(reader, "FIRST_SEGMENT_BATCHES", 1)
     monkeypatch.setattr(reader, "MAX_SEGMENT_SAMPLES", 8)
-    loader = Loader(open_dataset(web, "train"), tokenizer, batch_size=8, image_size=32, text_length=12, seed=4, ahead=0)
+    loader = Loader(
+        open_dataset(web, "train"), tokenizer, batch_size=8, image_size=32, text_length=12, seed=4, prefetch_batches=0
+    )
     batch, _ = next(iter(loader))
     for thread in threading.enumerate():
         if thread.name == "mvlm-fetching":
@@ -156,7 +158,7 @@ def test_a_failed_fetch_is_retried(folder, web, cache, tokenizer):
     assert_equal(batches(dataset, tokenizer, 6), batches(open_dataset(folder, "train"), tokenizer, 6))
     assert not FolderHandler.fail
     FolderHandler.fail += ["/dataset.json"] * 4
-    with pytest.raises(DataError, match=r"dataset\.json: wanted to read it, failed 4 times"):
+    with pytest.raises(DataError, match=r"dataset\.json: wanted to read it, found that 4 attempts failed"):
         open_dataset(web, "train")
 
 
@@ -166,7 +168,8 @@ def test_a_remote_shard_with_other_bytes_is_refused(folder, web, cache, tokenize
     try:
         tar.write_bytes(content[:-1] + b"x")
         with pytest.raises(
-            DataError, match=rf"{tar.name}: wanted to read it, failed 4 times: sha256 .* where dataset.json"
+            DataError,
+            match=rf"{tar.name}: wanted to read it, found that 4 attempts failed: sha256 .* where dataset.json",
         ):
             batches(open_dataset(web, "train"), tokenizer, 6)
         assert not [path for path in cache.glob("*/*") if path.name.startswith(tar.name) and path.suffix != ".lock"]

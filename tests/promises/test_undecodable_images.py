@@ -245,7 +245,7 @@ def test_other_reader_failures_are_not_taken_for_undecodable_images(train_split,
         raise RuntimeError("the disk is gone")
 
     monkeypatch.setattr("mvlm_dataloading.loader.segment.build_pipeline", build_recorded)
-    loader = load(train_split, tokenizer, ahead=0)
+    loader = load(train_split, tokenizer, prefetch_batches=0)
     stream(loader, 1)
     monkeypatch.setattr(pipelines[0], "run", fail)
     with pytest.raises(RuntimeError, match="the disk is gone"):

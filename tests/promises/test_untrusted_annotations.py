@@ -12,10 +12,10 @@ from mvlm_dataloading import DataError, build_shards, open_dataset
 from mvlm_dataloading.sources.coco import coco
 from mvlm_dataloading.sources.flickr30k import flickr30k
 from mvlm_dataloading.sources.folder import folder
+from mvlm_dataloading.sources.huggingface import huggingface
 from mvlm_dataloading.sources.record import Source
-from mvlm_dataloading.sources.tables import huggingface
-from mvlm_dataloading.sources.tars import cc3m, webdataset
 from mvlm_dataloading.sources.visual_genome import visual_genome
+from mvlm_dataloading.sources.webdataset import cc3m, webdataset
 from support import published
 from support.data import build_source
 

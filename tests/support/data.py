@@ -1,4 +1,4 @@
-"""Small data sets made with Pillow: smooth images of several formats and sizes, several captions each."""
+"""Small data sets, made with Pillow: smooth images of several formats and sizes, several captions each."""
 
 import io
 import json
@@ -87,14 +87,14 @@ def make_record(
 
 
 def build_records(
-    out: Path, splits: dict[str, list[Record]], each: int = 100, against: Sequence[Path] = (), **settings
+    out: Path, splits: dict[str, list[Record]], each: int = 100, evaluation_sets: Sequence[Path] = (), **settings
 ) -> Path:
     """Build the records of each split as a data set, in this process, in pieces of `each`."""
     pieces = [
         ListedPiece(split, known[i : i + each]) for split, known in splits.items() for i in range(0, len(known), each)
     ]
     source = Source("set", "tests", "CC0", {}, pieces)
-    return build_shards(source, out, BuildOptions(**settings), against=against, workers=0)
+    return build_shards(source, out, BuildOptions(**settings), evaluation_sets=evaluation_sets, workers=0)
 
 
 def build_source(source: Source, out: Path, **settings) -> dict[str, dict[str, list[str]]]:

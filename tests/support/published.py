@@ -106,7 +106,7 @@ def visual_genome(root: Path, count: int = 6) -> None:
 
 
 def img2dataset(root: Path, first: int = 0, tars: int = 2, each: int = 5) -> None:
-    """Tars of five links, the last of which could not be downloaded, each with its parquet table and statistics."""
+    """Tars of five links each, with parquet table and statistics. The last download of each tar has failed."""
     import pyarrow
     from pyarrow import parquet
 

@@ -1,9 +1,10 @@
-"""A data set of realistic JPEGs, made from the photographs that scikit-image and scikit-learn ship.
+"""A data set of realistic JPEGs, made from photographs in scikit-image and scikit-learn.
 
     python -m mvlm_benchmarks.data.photos OUT [--count N]
 
 Each image is a random crop of one of eleven photographs, resized to about 500 x 375 or 375 x 500, with changed colours
-and some noise, at JPEG quality 80 to 95. All files differ, have about 60 kB and decode like photographs.
+and some noise, at JPEG quality 80 to 95. All files differ. They have about 60 kB and take as long to decode as
+photographs.
 """
 
 import argparse
@@ -26,7 +27,7 @@ PHOTOGRAPHS = (
 
 
 def build(out: Path, count: int, max_shard_bytes: int = 32 << 20) -> None:
-    """Write shards of `count` images. ConfigError if a package that ships the photographs is not installed."""
+    """Write shards of `count` images. Raises ConfigError if a package with photographs is not installed."""
     photographs = [Image.open(_find(name)).convert("RGB") for name in PHOTOGRAPHS]
     with ShardWriter(
         out,
@@ -45,7 +46,7 @@ def build(out: Path, count: int, max_shard_bytes: int = 32 << 20) -> None:
 
 
 def _variant(photograph: Image.Image, rng: np.random.Generator) -> bytes:
-    """One JPEG of a random crop of the photograph, enlarged by at most about a half."""
+    """Make one JPEG: a random crop of the photograph, enlarged at most by about a half."""
     size = np.array([500, 375] if rng.random() < 0.75 else [375, 500]) + rng.integers(-20, 21, 2)
     whole = np.array(photograph.size)
     scale = min(1.0, (whole / size).min()) * rng.uniform(0.7, 1.0)

@@ -1,4 +1,4 @@
-"""A loader in its own process, which runs during its turn and is stopped otherwise."""
+"""A loader in its own process, which runs only during its turns."""
 
 import contextlib
 import json
@@ -12,21 +12,21 @@ from typing import Any
 
 
 class LoaderProcess:
-    """One contender: the process of `worker`, started and stopped as a group with its own workers."""
+    """A contender: a process that runs `worker`. It is stopped and continued together with its own workers."""
 
     def __init__(self, name: str, recipe: str, data: Path, batch: int, size: int) -> None:
-        """Start the process, wait for its first batch and stop it. A failure is in `status` and `note`."""
+        """Start the process, wait for its first batch and stop it. `status` and `note` describe a failure."""
         self.name, self.recipe, self.batch = name, recipe, batch
         command = [sys.executable, "-m", "mvlm_benchmarks.data.worker", name, recipe, str(data), str(batch), str(size)]
-        # A session of its own is a process group of its own: a signal to it reaches the process and its workers.
+        # start_new_session gives the loader and its workers one process group, so one signal stops all of them.
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         )  # fmt: skip
         self.rates: list[float] = []
-        """Images per second of each turn."""
+        """Images per second, by turn."""
         self.cpu_ms: list[float] = []
-        """Milliseconds of processor time per image, of each turn."""
+        """Milliseconds of processor time per image, by turn."""
         answer = self._read()
         self.status, self.note = answer["status"], answer["note"]
         if self.status == "ok":
@@ -64,10 +64,10 @@ class LoaderProcess:
 
 
 def group_cpu_seconds(group: int) -> float:
-    """Processor time that the living processes of a process group have used."""
+    """Processor time of the running and stopped processes of a process group. Ended processes do not count."""
     total = 0.0
     for process in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
-        with contextlib.suppress(OSError):  # the process has just ended
+        with contextlib.suppress(OSError):  # the process has ended in the meantime
             if os.getpgid(process) == group:
-                total += time.clock_gettime((~process << 3) | 2)  # Linux's id of a process's CPU clock, in nanoseconds
+                total += time.clock_gettime((~process << 3) | 2)  # Linux's clock id of a process's CPU time
     return total

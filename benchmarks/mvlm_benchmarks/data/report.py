@@ -13,8 +13,8 @@ COLUMNS = (
 
 
 def table(rows: list[Row], recipe: str) -> str:
-    """The table of one recipe's contenders."""
-    lines = [f"{recipe:24} {'images/s':>9} {'best':>8} {'worst':>8} {'ours/it':>8} {'CPU ms':>8} {'it/ours':>8}"]
+    """The table of one recipe's contenders, with a legend."""
+    lines = [f"{recipe:24} {'images/s':>9} {'best':>8} {'worst':>8} {'ours over':>9} {'CPU ms':>8} {'CPU over':>9}"]
     for row in rows:
         if row["recipe"] != recipe:
             continue
@@ -23,14 +23,15 @@ def table(rows: list[Row], recipe: str) -> str:
             continue
         rates = (row["images_per_s"], row["images_per_s_best"], row["images_per_s_worst"])
         ratios = [f"{row[name]:.2f}x" if name in row else "" for name in ("ours_over", "ours_over_cpu")]
-        line = f"{row['contender']:24} {rates[0]:9.0f} {rates[1]:8.0f} {rates[2]:8.0f} {ratios[0]:>8}"
-        lines.append(f"{line} {row['cpu_ms']:8.2f} {ratios[1]:>8}")
-    return "\n".join(lines)
+        line = f"{row['contender']:24} {rates[0]:9.0f} {rates[1]:8.0f} {rates[2]:8.0f} {ratios[0]:>9}"
+        lines.append(f"{line} {row['cpu_ms']:8.2f} {ratios[1]:>9}")
+    lines.append("ours over: our images/s over this contender's; CPU over: this contender's CPU ms over ours.")
+    return "\n".join([*lines, "Above 1, ours is faster."])
 
 
 def stage_table(stages: dict[str, dict[str, float]]) -> str:
-    """The table of our loader's stages, with the most expensive one as bottleneck."""
-    explanation = "rate up to and with the stage; processor time that it adds per image"
+    """The table of our loader's stages, with the most expensive stage as the bottleneck."""
+    explanation = "rate up to and including the stage; processor time that it adds per image"
     lines = [f"{'stage':10} {'images/s':>9} {'adds us':>8}   {explanation}"]
     lines += [f"{name:10} {stage['images_per_s']:9.0f} {stage['adds_us']:8.0f}" for name, stage in stages.items()]
     worst = max(stages, key=lambda name: stages[name]["adds_us"])
@@ -51,9 +52,9 @@ def write(
     Args:
         rows: one per contender and recipe.
         stages: recipe -> stage -> figures.
-        others: further measurements by name: step, start, memory. The CSV has only the `text` of each.
-        about: the machine.
-        data: the data set's folder, whose name is in the CSV.
+        others: further measurements by name: step, start, memory. The CSV contains only the `text` of each.
+        about: the machine (`machine.describe`).
+        data: folder of the data set. The CSV contains its name.
     """
     files = [out / f"{file_stem('data', data.name, device_name(about))}.csv"]
     lines = list(rows)

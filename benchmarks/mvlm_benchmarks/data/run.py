@@ -1,12 +1,15 @@
-"""`mvlm bench data`: our loader and others on the same shards, each in its own process, with no model.
+"""`mvlm bench data`: our loader and others on the same shards, each in its own process, without a model.
 
-Contenders take turns. All but one are stopped (SIGSTOP), so that no work of another process falls into a turn. In each
-round every contender makes the same number of batches. Reported rates are medians over rounds, and reported ratios are
-medians of the rounds' ratios.
+Contenders take turns. All others are stopped (SIGSTOP), so that they do no work during the turn. In each round every
+contender makes the same number of batches. Rates are medians over rounds, and ratios of rates are medians of the ratios
+within a round.
 
 Processor time is reported too, summed over a contender's processes. On an idle machine both ratios agree, because every
-contender fills the cores. On a busy machine the ratio of processor times is the one to trust. It is a mean over rounds,
-not a median: work done ahead in one turn is missing in the next, so only the sum is right.
+contender fills the cores. On a busy machine, trust the ratio of processor times.
+
+The processor time of a contender is a mean over rounds, not a median: work done in advance in one turn is missing in
+the next, so only the sum is right. The processor time that a stage adds is a small difference of large figures. It is
+a median over rounds, because one disturbed round could dominate a mean.
 """
 
 import contextlib
@@ -32,10 +35,10 @@ from mvlm_benchmarks.results import heading
 
 PACKAGES = ["nvidia-dali-cuda130", "pillow", "torchvision", "webdataset", "simplejpeg", "numpy"]
 WARM_UP = 10
-"""Least batches of the first turn, which does not count: more than any contender makes ahead, so that later turns start
-and end in the same state."""
+"""Minimum number of batches in the first turn, which does not count. More than any contender prepares in advance, so
+that later turns start and end in the same state."""
 READINGS = 39
-"""Readings of the memory in each tenth of a soak."""
+"""Memory readings in each tenth of the soak test."""
 
 
 def run(
@@ -48,21 +51,21 @@ def run(
     batches: int = 8,
     batch: int = 64,
     size: int = 224,
-    soak: int = 0,
-    start: int = 0,
+    soak_samples: int = 0,
+    start_up_samples: int = 0,
     step: Path | None = None,
     json_file: Path | None = None,
 ) -> list[Path]:
     """Measure, print tables and write files. Returns the files.
 
     Args:
-        data: folder of shards. If it does not exist, `images` photographs are built there.
+        data: folder of shards. If it does not exist, a data set of `images` photographs is built there.
         out: folder of the CSV.
         contenders, recipes: names; empty for all.
-        rounds: turns of every contender, of `batches` batches of `batch` images with sides of `size`.
-        soak: samples to load while memory is watched; 0 for no soak.
-        start: samples of an index for which the first batch is timed; 0 for none.
-        step: JSON file of `mvlm bench step`, to compare the loader with its fastest step.
+        rounds: turns of each contender. A turn has `batches` batches of `batch` images with sides of `size` pixels.
+        soak_samples: samples of the soak test, which loads them and watches memory; 0 for no soak test.
+        start_up_samples: size of the index for which the time to the first batch is measured; 0 for no measurement.
+        step: JSON file of `mvlm bench step`. The loader is compared with its fastest step.
         json_file: JSON file, or None.
 
     Raises:
@@ -92,18 +95,18 @@ def run(
     if step_rate is not None and "ours" in names:
         loader_rate = max(row["images_per_s"] for row in rows if row["contender"] == "ours")
         others["step"] = _compare_with_step(step_rate, loader_rate)
-    if start:
-        others["start"] = _measure_start_up(start)
-    if soak:
-        write(rows, stages, others, about, out, data, json_file)  # a soak takes long and may be interrupted
-        others["memory"] = _measure_memory(data, settings, soak)
+    if start_up_samples:
+        others["start"] = _measure_start_up(start_up_samples)
+    if soak_samples:
+        write(rows, stages, others, about, out, data, json_file)  # the soak test takes long and may be interrupted
+        others["memory"] = _measure_memory(data, settings, soak_samples)
     for result in others.values():
         print(result["text"])
     return write(rows, stages, others, about, out, data, json_file)
 
 
 def measure_recipe(names: Sequence[str], recipe: str, data: Path, settings: dict[str, int]) -> list[Row]:
-    """One row for each named contender, from interleaved rounds. settings: rounds, batches, batch, size."""
+    """Measure the named contenders in rounds. Returns a row for each. settings: rounds, batches, batch, size."""
     with _started(names, recipe, data, settings) as contenders:
         run_rounds(contenders, settings)
         ours = next((c for c in contenders if c.name == "ours" and c.status == "ok"), None)
@@ -112,7 +115,7 @@ def measure_recipe(names: Sequence[str], recipe: str, data: Path, settings: dict
 
 @contextlib.contextmanager
 def _started(names: Sequence[str], recipe: str, data: Path, settings: dict[str, int]) -> Iterator[list[LoaderProcess]]:
-    """The contenders' processes, started one after another and closed on exit."""
+    """Start the contenders' processes one after another, and close them on exit."""
     contenders: list[LoaderProcess] = []
     try:
         for name in names:
@@ -124,10 +127,10 @@ def _started(names: Sequence[str], recipe: str, data: Path, settings: dict[str, 
 
 
 def run_rounds(contenders: Sequence[LoaderProcess], settings: dict[str, int]) -> None:
-    """Run the warm-up, whose figures are dropped, then all rounds. settings: rounds, batches."""
+    """Run a warm-up round, whose figures are dropped, then all rounds. settings: rounds, batches."""
     running = [contender for contender in contenders if contender.status == "ok"]
     for number in range(settings["rounds"] + 1):
-        # Every second round runs backwards, so that no contender always follows the same one.
+        # Every second round runs in reverse order, so that no contender always follows the same one.
         for contender in running if number % 2 else running[::-1]:
             contender.turn(settings["batches"] if number else max(WARM_UP, settings["batches"]))
             if number == 0:
@@ -160,7 +163,12 @@ def _row(contender: LoaderProcess, ours: LoaderProcess | None, data: Path, setti
 
 
 def _measure_stages(recipe: str, data: Path, settings: dict[str, int]) -> dict[str, dict[str, float]]:
-    """Stage -> images_per_s of the loader up to and with it, and adds_us, its processor time per image."""
+    """Measure our loader up to each stage.
+
+    Returns:
+        Stage -> `images_per_s` up to and including it, and `adds_us`, the processor time per image that it adds (median
+        over rounds of the difference from the previous stage).
+    """
     with _started([f"stage:{name}" for name in STAGES], recipe, data, settings) as contenders:
         run_rounds(contenders, settings)
         stages, previous = {}, [0.0] * settings["rounds"]
@@ -173,9 +181,9 @@ def _measure_stages(recipe: str, data: Path, settings: dict[str, int]) -> dict[s
 
 
 def _measure_memory(data: Path, settings: dict[str, int], samples: int) -> dict[str, Any]:
-    """Resident memory of our loader's process in each tenth of a run over `samples` samples.
+    """Measure resident memory of our loader's process in each tenth of a run over `samples` samples.
 
-    A tenth's figure is the median of many readings, because image sizes change the buffers from moment to moment.
+    The figure of a tenth is the median of many readings, because buffers vary with the sizes of the images.
     """
     turn = max(1, samples // (10 * READINGS) // settings["batch"])
     with _started(["ours"], "crop+randaug", data, settings) as (ours,):
@@ -187,7 +195,7 @@ def _measure_memory(data: Path, settings: dict[str, int], samples: int) -> dict[
 
 
 def _measure_start_up(samples: int) -> dict[str, Any]:
-    """Seconds to the first batch with an index of `samples` samples: the median of five processes."""
+    """Measure the seconds to the first batch of an index of `samples` samples, in five processes."""
     with tempfile.TemporaryDirectory(prefix="mvlm-start-") as folder:
         start_up.build(Path(folder) / "data", samples)
         command = [sys.executable, "-m", "mvlm_benchmarks.data.start_up", str(Path(folder) / "data")]

@@ -1,12 +1,13 @@
-"""Cumulative stages of our loader, to find where its time goes.
+"""Cumulative stages of our loader, to find the bottleneck.
 
-    read       read the tars' components with DALI's reader
-    decode     + decode the random crops
+    read       read the components of tars with DALI's reader
+    decode     + decode random crops
     resize     + resize them to squares
-    augment    + RandAugment, in the complete graph with its guard against bad files
-    hand-over  + captions, tokens and masks: batches as the model gets them
+    augment    + RandAugment, in the complete DALI graph with its check of file ends
+    hand-over  + captions, tokens and masks: the complete batches that the model gets
 
-Each stage is a contender of `worker`. A stage's own time is its time per image minus that of the previous stage.
+Each stage is a contender of `worker`. The time that a stage adds is its time per image minus that of the previous
+stage.
 """
 
 import tempfile
@@ -30,7 +31,7 @@ THREADS = 2
 
 
 def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int) -> Iterator[Any]:
-    """Endless results of the loader up to and including `stage`."""
+    """Yield endless results of the loader up to and including `stage`."""
     dataset = open_dataset(data, "train")
     augment = Augment(operations=2 if recipe == "crop+randaug" else 0)
     if stage == "hand-over":
@@ -40,10 +41,10 @@ def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int) ->
         return
     count = len(dataset) // batch * batch
     ids, epochs = SampleOrder(dataset.shard, 0, shuffle=True)(0, count)
-    crops = uniforms(Purpose.CROP, 0, epochs, ids, 4)
+    crop_uniforms = uniforms(Purpose.CROP, 0, epochs, ids, 4)
 
     def rows(k: Any) -> np.ndarray:
-        """The rows of batch k in the drawn arrays, int64 (B,)."""
+        """Positions of batch k's samples in the drawn arrays, int64 (B,)."""
         return (int(k) * batch + np.arange(batch)) % count
 
     with tempfile.TemporaryDirectory() as folder:
@@ -51,11 +52,17 @@ def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int) ->
         if stage == "augment":
             drawn = draw_parameters(augment, 0, epochs, ids, size)
             pipeline = build_pipeline(
-                tars, indices, lambda k: crops[rows(k)], CropGeometry(image_size=size), batch_size=batch,
-                num_threads=THREADS, guard=True, augment=None if augment.nothing else lambda k: drawn.rows(rows(k)),
-            )  # fmt: skip
+                tars,
+                indices,
+                lambda k: crop_uniforms[rows(k)],
+                CropGeometry(image_size=size),
+                batch_size=batch,
+                num_threads=THREADS,
+                check_file_ends=True,
+                augment=None if augment.is_identity else lambda k: drawn.rows(rows(k)),
+            )
         else:
-            pipeline = _partial_pipeline(stage, tars, indices, lambda k: crops[rows(k)], batch, size)
+            pipeline = _partial_pipeline(stage, tars, indices, lambda k: crop_uniforms[rows(k)], batch, size)
     while True:
         yield pipeline.run()
 

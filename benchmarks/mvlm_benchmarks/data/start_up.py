@@ -2,8 +2,8 @@
 
     python -m mvlm_benchmarks.data.start_up FOLDER [--samples N]
 
-Writes tars of 50 small images each, with indices that name every image many times, so that the loader sees N samples.
-Prints the seconds of opening the data, making the loader and waiting for the first batch. Imports do not count.
+Writes tars of 50 small images each. Their indices list every image many times, so the loader sees N samples. Prints the
+seconds for opening the data, making the loader and getting the first batch. Imports do not count.
 """
 
 import argparse
@@ -20,7 +20,7 @@ IMAGES_PER_SHARD = 50
 
 
 def build(folder: Path, samples: int) -> None:
-    """Write the data set: SHARDS tars, with indices of `samples` lines in total."""
+    """Write the data set: SHARDS tars, whose indices have `samples` lines in total."""
     import io
 
     from PIL import Image

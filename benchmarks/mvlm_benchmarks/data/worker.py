@@ -2,11 +2,17 @@
 
     python -m mvlm_benchmarks.data.worker CONTENDER RECIPE DATA BATCH SIZE
 
-Prints one line of JSON after the first batch. Then, for each number N on standard input, makes N batches and prints
-another line.
+Prints one line of JSON after the first batch. Then it reads numbers N from standard input; for each, it makes N batches
+and prints another line.
 
-Every contender gives the same: images as normalised float32 (B, 3, S, S), each a random crop (scale 0.2 to 1, ratio
-3/4 to 4/3) resized with antialiasing, and captions. Ours also gives tokens and masks.
+All contenders yield normalised float32 images (B, 3, S, S), random crops (scale 0.2 to 1, ratio 3/4 to 4/3) resized
+with antialiasing, and captions. Ours also yields tokens and masks.
+
+    ours                    our `Loader`
+    pil                     PIL and torchvision's transforms in a DataLoader that reads the tars by offset
+    decode_jpeg             the same with torchvision's decoder, `decode_image`, and its v2 transforms on tensors
+    webdataset+pil          webdataset with PIL and torchvision's transforms
+    webdataset+simplejpeg   webdataset with simplejpeg and torchvision's v2 transforms
 """
 
 import json
@@ -22,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mvlm_benchmarks.reasons import Missing, NotApplicable, one_line
+from mvlm_benchmarks.unavailable import Missing, NotApplicable, one_line
 from mvlm_dataloading import Dataset, open_dataset
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -32,7 +38,7 @@ RECIPES = ("crop", "crop+randaug")
 CONTENDERS = ("ours", "pil", "decode_jpeg", "webdataset+pil", "webdataset+simplejpeg")
 
 Batches = Iterator[tuple[Tensor, Any]]
-"""Images float32 (B, 3, S, S), and captions or our whole batch."""
+"""Images, float32 (B, 3, S, S), and captions; for ours the complete `Batch`."""
 
 
 def ours(data: Path, recipe: str, batch: int, size: int) -> Batches:
@@ -46,8 +52,8 @@ def ours(data: Path, recipe: str, batch: int, size: int) -> Batches:
         augment=Augment(operations=2 if recipe == "crop+randaug" else 0),
     )  # fmt: skip
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (MEAN, STD))
-    # In training the model takes bytes and normalises them on the GPU. Here they are normalised for a fair comparison.
-    # The result goes to one buffer, because fresh memory would cost more than the arithmetic.
+    # In training the model normalises uint8 images on the GPU. Here the loader does, as the other contenders do. One
+    # buffer is reused, because fresh memory would cost more than the arithmetic.
     normalised = torch.empty(batch, 3, size, size)
     for images_and_text, _ in loader:
         yield normalised.copy_(images_and_text.images).sub_(mean).div_(std), images_and_text
@@ -75,7 +81,7 @@ def _tensor_transform(recipe: str, size: int) -> Callable[[Any], Tensor]:
 
 
 class ShardDataset(torch.utils.data.Dataset):
-    """Samples of the shards by number. The index gives their offsets, so no unpacked copy is needed."""
+    """Random access to samples of the shards, at the offsets in their indices. No unpacked copy is needed."""
 
     def __init__(self, dataset: Dataset, decode: Callable[[bytes], Any], transform: Callable[[Any], Tensor]):
         self.dataset, self.decode, self.transform = dataset, decode, transform
@@ -121,7 +127,8 @@ def _webdataset(data: Path, decode: Callable, transform: Callable, batch: int) -
     except ImportError:
         raise Missing("webdataset is not installed") from None
     dataset = open_dataset(data, "train")
-    # webdataset gives whole shards to workers. With fewer shards than workers each is listed twice, so that none idles.
+    # webdataset assigns whole shards to workers. Fewer shards than workers are listed repeatedly, so that no worker
+    # idles.
     tars = [str(tar) for tar in dataset.tars] * (WORKERS if len(dataset.tars) < WORKERS else 1)
     samples = (
         webdataset.WebDataset(tars, shardshuffle=len(tars), seed=0, empty_check=False)
@@ -188,7 +195,7 @@ def _check_images(images: Tensor, batch: int, size: int) -> None:
 
 
 def _rss_mb() -> float:
-    """Megabytes of anonymous memory. Mapped pages of the tars do not count: the system may drop them at any time."""
+    """Megabytes of anonymous memory. Mapped pages of tars do not count, because the system may drop them."""
     match = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match is not None
     return int(match[1]) * 1024 / 1e6

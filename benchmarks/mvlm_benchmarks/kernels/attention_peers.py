@@ -1,9 +1,9 @@
 """Peers of cross_attention. Each takes q (B, Lq, H, D), k and v as the op does and returns (B, Lq, H, D).
 
-A library without packed or indexed keys gets them as its users would give them: padded to a dense batch, or copied by
-index. These copies are timed. Their masks and indices are not: the builder makes them once.
+Libraries without packed or indexed keys get padded or copied keys. Padding and copying are timed; building masks and
+indices is not.
 
-Legend: B rows of queries, B' rows of keys, Lq and Lk their lengths, H heads, D head width.
+Shape legend: B query sequences, B' key sequences, Lq and Lk their lengths, H heads, D head width.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mvlm_benchmarks.kernels.inputs import Inputs
-from mvlm_benchmarks.reasons import Missing
+from mvlm_benchmarks.unavailable import Missing
 
 Function = Callable[..., Tensor]
 
@@ -43,22 +43,22 @@ def require_cuda(inputs: Inputs) -> None:
 
 
 def _key_lengths(inputs: Inputs) -> Tensor | None:
-    """int32 (B',) lengths of padded or packed keys, or None if every row is full."""
+    """Lengths of padded or packed keys, int32 (B',); None if all key sequences have full length."""
     if "cu_seqlens_k" in inputs.fixed:
         return inputs.fixed["cu_seqlens_k"].diff()
     return inputs.fixed.get("key_lengths")
 
 
 def _valid_rows(lengths: Tensor, longest: int) -> Tensor:
-    """int64: the rows of a (B' * longest, ...) tensor that are no padding, in order."""
+    """Positions in a (B' * longest, ...) tensor that are not padding, int64, ascending."""
     valid = torch.arange(longest, device=lengths.device) < lengths[:, None]  # (B', longest), True = a key
     return valid.flatten().nonzero()[:, 0]
 
 
 def _to_dense(inputs: Inputs) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
-    """A function that expands k or v to (B, Lk, H, D), and the mask of valid keys.
+    """Returns a function that expands k or v to (B, Lk, H, D), and the mask of valid keys.
 
-    The mask is bool (B, 1, 1, Lk), True = a key, or None if every key is valid.
+    The mask is bool (B, 1, 1, Lk), True = a valid key; None if all keys are valid.
     """
     fixed = inputs.fixed
     lengths = _key_lengths(inputs)
@@ -88,7 +88,7 @@ def _composition(inputs: Inputs, softmax: Callable[[Tensor], Tensor]) -> Functio
         scores = (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
-        # The next layer, the output projection, needs rows of H*D: a peer with another layout pays for the copy.
+        # The output projection needs contiguous rows of H*D. A peer with another layout pays for the copy.
         return (softmax(scores) @ v).transpose(1, 2).contiguous()
 
     return attend
@@ -99,7 +99,7 @@ def eager(inputs: Inputs) -> Function:
 
 
 def liger(inputs: Inputs) -> Function:
-    """The eager composition with Liger's softmax kernel; Liger has no cross-attention."""
+    """The eager composition with Liger's softmax kernel. Liger has no cross-attention."""
     from liger_kernel.ops import LigerSoftmaxFunction  # pyright: ignore[reportMissingImports]
 
     require_cuda(inputs)
@@ -107,7 +107,7 @@ def liger(inputs: Inputs) -> Function:
 
 
 def sdpa(inputs: Inputs) -> Function:
-    """torch SDPA with the backend whose context is entered. torch raises if that backend refuses the call."""
+    """torch SDPA, restricted to one backend by the peer's context. torch raises if the backend refuses the call."""
     dense, mask = _to_dense(inputs)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ def sdpa_cuda(inputs: Inputs) -> Function:
 
 
 def flex(inputs: Inputs) -> Function:
-    """Compiled FlexAttention. Lengths become a block mask; packed keys one long sequence with a document mask."""
+    """Compiled FlexAttention. Lengths become a block mask, packed keys one long sequence with a document mask."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     attention: Any = torch.compile(flex_attention, dynamic=False)
@@ -168,12 +168,12 @@ def xformers(inputs: Inputs) -> Function:
         dense, _ = _to_dense(inputs)
         return lambda q, k, v: attention(q, dense(k), dense(v))
     batch, len_q = inputs.leaves["q"].shape[:2]
-    rows_q, rows_k = [len_q] * batch, lengths.tolist()
+    lengths_q, lengths_k = [len_q] * batch, lengths.tolist()
     if "cu_seqlens_k" in inputs.fixed:
-        bias = attn_bias.BlockDiagonalMask.from_seqlens(rows_q, rows_k)
+        bias = attn_bias.BlockDiagonalMask.from_seqlens(lengths_q, lengths_k)
     else:
         len_k = inputs.leaves["k"].shape[1]
-        bias = attn_bias.BlockDiagonalPaddedKeysMask.from_seqlens(rows_q, kv_padding=len_k, kv_seqlen=rows_k)
+        bias = attn_bias.BlockDiagonalPaddedKeysMask.from_seqlens(lengths_q, kv_padding=len_k, kv_seqlen=lengths_k)
 
     def flat(x: Tensor) -> Tensor:
         return (x.flatten(0, 1) if x.ndim == 4 else x)[None]

@@ -2,9 +2,7 @@
 
 Both revisions register their ops in the `torch.library` namespace `mvlm_kernels`, which a process can define only once.
 A worker process therefore imports the exported revision under its real name. The two processes take turns: one waits
-while the other measures.
-
-The benchmarks themselves are those of this checkout, in both processes.
+while the other measures. Both run the benchmarks of this checkout.
 """
 
 import io
@@ -24,10 +22,10 @@ from mvlm_benchmarks.machine import git
 
 
 def export_kernels(root: Path, revision: str, folder: Path) -> str:
-    """Write the revision's `kernels/` to `folder` and return its commit.
+    """Write `kernels/` of a git revision to `folder`. Returns the commit.
 
     Raises:
-        ConfigError: `root` is no git checkout, or the revision is unknown or has no kernels.
+        ConfigError: `root` is not a git checkout, or the revision is unknown or has no kernels.
     """
     commit = git(root, "rev-parse", "--short=12", "--verify", "--end-of-options", f"{revision}^{{commit}}")
     if commit is None or commit.returncode:
@@ -44,15 +42,15 @@ def export_kernels(root: Path, revision: str, folder: Path) -> str:
 
 
 class BaseWorker:
-    """The worker process (`base_worker`), as a contender. An error there is an error of this contender."""
+    """The contender `base`: a process that runs `base_worker`. Errors in the process are errors of the contender."""
 
     def __init__(self, folder: Path, device: str, quick: bool, batch: int) -> None:
         self._batch = batch
         benchmarks = Path(__file__).parents[2]
-        # The exported kernels come first, then these benchmarks, then the caller's own paths.
+        # Order of the paths: exported kernels, these benchmarks, the caller's paths.
         paths = [folder / "kernels", benchmarks, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
         self._process = subprocess.Popen(
-            # -P keeps the working directory, which may be kernels/, off the path.
+            # -P: the working directory, which may be kernels/, must not be on the path.
             [sys.executable, "-P", "-m", "mvlm_benchmarks.kernels.base_worker", device, str(int(quick))],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -69,9 +67,10 @@ class BaseWorker:
             raise ConfigError(f"base: wanted a revision whose kernels load with these benchmarks, got: {problem}")
 
     def open(self, case: Case) -> dict[str, Outcome]:
-        """Prepare the case in the worker and check it against that revision's reference.
+        """Prepare a case in the worker, and compare it with the reference of its revision.
 
-        Returns the outcome of each pass.
+        Returns:
+            The outcome of each pass.
 
         Raises:
             RuntimeError: the case cannot be prepared.

@@ -1,9 +1,9 @@
-"""The worker process of `--base`: one JSON request per line on standard input, one JSON answer per line on its output.
+"""Worker process of `--base`: one JSON request per line on standard input, one JSON answer per line on its output.
 
     python -m mvlm_benchmarks.kernels.base_worker DEVICE QUICK
 
-The exported revision comes first on the path. Modules that import `mvlm_kernels` are imported by the requests, so that
-a revision that is too old for these benchmarks gives an error answer and not a crash.
+The exported revision comes first on the path. Only requests import modules that use `mvlm_kernels`, so a revision that
+is too old for these benchmarks gives an error answer, not a crash.
 """
 
 import json
@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
-from mvlm_benchmarks.reasons import one_line
+from mvlm_benchmarks.unavailable import one_line
 
 
 def serve(device: str, quick: bool, requests: IO[str], answers: IO[str]) -> None:
-    """Answer every request with {"value": ..} or {"error": one line}."""
+    """Answer each request with {"value": ..} or {"error": one line}."""
     handler = _RequestHandler(device, quick)
     for line in requests:
         message = json.loads(line)
@@ -27,21 +27,21 @@ def serve(device: str, quick: bool, requests: IO[str], answers: IO[str]) -> None
 
 
 class _RequestHandler:
-    """The revision's op at one case at a time. Each public method answers the request of its name."""
+    """Measures the revision's op at one case at a time. Each public method answers the request of its name."""
 
     def __init__(self, device: str, quick: bool) -> None:
         self._device, self._quick = device, quick
         self._contender: Any = None
 
     def kernels_path(self) -> str:
-        """The file of the imported mvlm_kernels; an error if the revision lacks what the benchmarks need."""
+        """File of the imported mvlm_kernels. Fails if the revision lacks something that the benchmarks use."""
         import mvlm_benchmarks.kernels.measure  # noqa: F401
         import mvlm_kernels
 
         return str(Path(mvlm_kernels.__file__).resolve())
 
     def open(self, op: str, shape: str, batch: int, dtype: str) -> dict[str, list[str]]:
-        """Prepare and check the case; returns [status, note] of each pass."""
+        """Prepare and check a case. Returns [status, note] of each pass."""
         import torch
 
         from mvlm_benchmarks.clock import make_clock, torch_settings
@@ -60,7 +60,7 @@ class _RequestHandler:
         return {name: [outcome.status, outcome.note] for name, outcome in outcomes.items()}
 
     def time(self, name: str) -> list[float]:
-        """Microseconds of the pass: median, 20th and 80th percentile."""
+        """Microseconds of a pass: median, 20th and 80th percentile."""
         timing = self._measure("time", name)
         return [timing.us, timing.p20, timing.p80]
 
@@ -78,7 +78,7 @@ class _RequestHandler:
 
 
 def forget_editable_kernels() -> None:
-    """Remove mvlm_kernels from editable installs: their finders would fill in modules that the revision lacks."""
+    """Remove mvlm_kernels from editable installs, whose finders would supply modules that the revision lacks."""
     for finder in sys.meta_path:
         module = sys.modules.get(getattr(finder, "__module__", ""))
         getattr(module, "MAPPING", {}).pop("mvlm_kernels", None)
@@ -86,6 +86,6 @@ def forget_editable_kernels() -> None:
 
 if __name__ == "__main__":
     forget_editable_kernels()
-    # Libraries may print, so standard output becomes standard error and carries no answers.
+    # Libraries may print. Their output goes to standard error, so that standard output carries only answers.
     answers, sys.stdout = sys.stdout, sys.stderr
     serve(sys.argv[1], sys.argv[2] == "1", sys.stdin, answers)

@@ -1,7 +1,8 @@
-"""Benchmark cases: each op at the shapes at which it is timed, with its reference, minimum bytes and operations.
+"""Benchmark cases: the shapes at which each op is timed, with reference, minimum bytes and operations.
 
-Legend: B batch, H heads, D head width, L rows, N patches, K chosen patches, C channels, P patch side, F = C*P*P.
-Inputs are seeded, so that two processes get the same. Their values are chosen such that a wrong result shows.
+Inputs are seeded, so that two processes get equal ones. Their values make a wrong result visible.
+
+Shape legend: B batch, H heads, D head width, N patches, K chosen patches, C channels, P patch side, F = C*P*P.
 """
 
 import importlib
@@ -32,9 +33,9 @@ from mvlm_kernels.place_tokens import reference as placement
 
 
 def _import_gather_reference() -> Any:
-    """The reference module of gather_patches, from this or an older revision of the kernels.
+    """Import the reference of gather_patches from this or an older revision of the kernels.
 
-    `--base` runs these cases on other revisions, and older ones keep the op in `patch_gather/`.
+    `--base` runs these cases on other revisions. Older ones have the op in `patch_gather/`.
     """
     try:
         return importlib.import_module("mvlm_kernels.gather_patches.reference")
@@ -51,7 +52,7 @@ class Case:
 
     op: str
     shape: str
-    """The shape in words, as results name it."""
+    """Shape as text, for results."""
     dtype: torch.dtype
     make: Callable[[str], Inputs]
     """Device -> inputs."""
@@ -60,16 +61,16 @@ class Case:
     reference: Callable[..., Tensor]
     """The op in plain torch. Takes all arguments by name, the leaves in float64."""
     minimum: tuple[int, int]
-    """Bytes of (forward, backward) if each input is read once and each output written once. Tensors that forward saves
-    for backward count as outputs of forward and inputs of backward."""
+    """Bytes of (forward, backward) if each input is read once and each output written once. A tensor that forward saves
+    for backward counts as an output of forward and an input of backward."""
     flops: tuple[int, int] = (0, 0)
     """Floating-point operations of (forward, backward)."""
     core: bool = False
-    """Part of a quick run."""
+    """Included with `--quick`."""
 
 
 def cases(batch: int, dtype: torch.dtype) -> list[Case]:
-    """All cases at `batch` images."""
+    """All cases for a batch of `batch` images."""
     return [
         _attention(batch, 197, 32, dtype, core=True),
         _attention(batch, 32, 197, dtype, core=True),
@@ -94,7 +95,8 @@ def _attention(
 ) -> Case:
     """Cross-attention of `len_q` queries to `len_k` keys.
 
-    keys: dense; padded (key_lengths); packed (cu_seqlens_k); indexed (three rows of queries share one row of keys).
+    keys: dense; padded (key_lengths); packed (cu_seqlens_k); indexed (key_index: three query sequences share one key
+    sequence).
     """
     heads, width = 12, 64
     shared = 3 if keys == "indexed" else 1
@@ -121,13 +123,13 @@ def _attention(
 
     queries = shared * batch * len_q
     existing = batch * len_k if lengths is None else int(lengths.sum())
-    # Padding rows of k and v are not read, but their zero gradients are written.
+    # Padding of k and v is not read, but its zero gradients are written.
     stored = batch * len_k if keys == "padded" else existing
     row, lse = heads * width * dtype.itemsize, 4 * heads * queries
     index = {"dense": 0, "padded": 4 * batch, "packed": 4 * (batch + 1), "indexed": 4 * shared * batch}[keys]
     minimum = (
         row * (2 * queries + 2 * existing) + lse + index,
-        # Up to 128 keys a kernel holds all keys of a query at once, and its backward does not need the output.
+        # With at most 128 keys, a kernel holds all keys of a query at once, and its backward does not read the output.
         row * ((3 if len_k <= 128 else 4) * queries + 2 * existing + 2 * stored) + lse + index,
     )
     product = 2 * heads * width * len_q * shared * existing
@@ -137,14 +139,14 @@ def _attention(
         "dense": "",
         "padded": f"{ragged}, padded",
         "packed": f"{ragged}, packed",
-        "indexed": f", {shared} queries to a row by key_index",
+        "indexed": f", {shared} query sequences per key sequence (key_index)",
     }[keys]
     ours = mvlm_kernels.cross_attention
     return Case("cross_attention", shape, dtype, make, ours, reference, minimum, (2 * product, 5 * product), core)
 
 
 def _channels(like: Tensor) -> tuple[Tensor, Tensor]:
-    """The channels' mean and standard deviation, float64 (C,), on the device of `like`."""
+    """Mean and standard deviation of the channels, float64 (C,) each, on the device of `like`."""
     mean, std = (torch.tensor(values, dtype=torch.float64, device=like.device) for values in (MEAN, STD))
     return mean, std
 
@@ -188,7 +190,7 @@ def _masked_loss(batch: int, dtype: torch.dtype, kind: Any, normalize: bool, *, 
         return pixels.masked_pixel_loss(pred, images, patch_ids, patch_size, *channels, kind, normalize, True)[0]
 
     count = batch * MASKED * FEATURES
-    # Forward saves the loss's derivative by each prediction; for L1 it is a sign, one byte.
+    # Forward saves the derivative of the loss by each prediction. For L1 it is a sign, of one byte.
     slope = count * (1 if kind == "l1" else dtype.itemsize)
     pred = count * dtype.itemsize
     minimum = pred + count + slope + batch * MASKED * 4 + 4, slope + 4 + pred
@@ -225,7 +227,7 @@ def _linear_loss(batch: int, dtype: torch.dtype, kind: Any, *, core: bool = Fals
 
 
 def _place(batch: int, dtype: torch.dtype, mode: str, *, core: bool = False) -> Case:
-    """mode: `masked` has a token for every patch, half of them masked; `visible` has tokens for a quarter only."""
+    """place_tokens. mode: `masked` has a token for every patch, half of them masked; `visible` for a quarter only."""
     visible = PATCHES // 4
 
     def make(device: str) -> Inputs:

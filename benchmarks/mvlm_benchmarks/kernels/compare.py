@@ -1,6 +1,6 @@
-"""Comparison of all contenders at one case: prepare, check against the float64 reference, time in turns.
+"""Comparison of all contenders at one case: preparation, check against the float64 reference, timing in rounds.
 
-In each round every contender runs every pass, so that a drifting clock rate or another process affects all of them.
+In each round every contender runs every pass, so that a drifting clock rate or another process affects all contenders.
 Reported figures are medians over rounds.
 """
 
@@ -19,7 +19,7 @@ from mvlm_benchmarks.kernels.inputs import Inputs
 from mvlm_benchmarks.kernels.measure import Expected, LocalContender, Outcome, passes_of, run_reference, tolerance
 from mvlm_benchmarks.kernels.peers import Peer, ours_as_peer
 from mvlm_benchmarks.machine import roofline_us
-from mvlm_benchmarks.reasons import Missing, NotApplicable, one_line
+from mvlm_benchmarks.unavailable import Missing, NotApplicable, one_line
 from mvlm_kernels.hardware import Gpu
 
 Row = dict[str, Any]
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 
 @dataclass
 class Entry:
-    """Outcomes and measurements of one contender at one case, by pass."""
+    """One contender at one case: outcomes and measurements by pass."""
 
     contender: str
     outcomes: dict[str, Outcome]
@@ -37,7 +37,7 @@ class Entry:
     peak_mb: dict[str, float | None] = field(default_factory=dict)
 
     def attempt(self, what: Literal["time", "graph", "peak_mb"], name: str) -> Any:
-        """The figure of the pass, or None if the pass has failed or fails now. Other passes and contenders continue."""
+        """Measure a figure of a pass. Returns None if the pass fails, or failed before; other passes continue."""
         outcome = self.outcomes[name]
         if outcome.status != "ok":
             return None
@@ -53,7 +53,7 @@ class Entry:
 def bench_case(
     case: Case, device: str, peers: Iterable[Peer], clock: Clock, rounds: int, worker: BaseWorker | None = None
 ) -> list[Entry]:
-    """Measure every contender: ours, then that of `--base` (worker), then the peers that implement the op."""
+    """Measure all contenders: ours, `base` (the worker), and the peers that have a builder for the op."""
     names = passes_of(case)
     contenders = [ours_as_peer(case), *(peer for peer in peers if case.op in peer.builders)]
     try:
@@ -87,7 +87,7 @@ def bench_case(
 
 
 def prepare(peer: Peer, case: Case, inputs: Inputs, expected: Expected, clock: Clock, device: str) -> Entry:
-    """Build the peer's function for the case and check both passes against the reference."""
+    """Build a peer's function for the case, and compare forward and backward with the reference."""
     names = passes_of(case)
     try:
         function = peer.builders[case.op](inputs)
@@ -102,7 +102,7 @@ def prepare(peer: Peer, case: Case, inputs: Inputs, expected: Expected, clock: C
 
 
 def _torch_fallback(case: Case, inputs: Inputs) -> str:
-    """A note with the reasons why our op runs torch and not Triton, or ""."""
+    """Note with the reasons if our op runs torch instead of Triton, else ""."""
     choice = mvlm_kernels.explain(case.ours, **inputs.leaves, **inputs.fixed)
     return "" if choice.backend == "triton" else f"runs torch: {'; '.join(choice.reasons)}"
 
@@ -115,10 +115,11 @@ def _open_base(worker: BaseWorker, case: Case, names: tuple[str, ...]) -> Entry:
 
 
 def rows_of(case: Case, entries: list[Entry], gpu: Gpu | None = None) -> list[Row]:
-    """One row for each contender and pass. Missing figures are None.
+    """Rows of results, one per contender and pass. Missing figures are None.
 
-    gpu: peak rates from the data sheet, or None for an unknown machine. The rates are for bfloat16 and float16, so
-    float32 has no `roofline_pct`.
+    Args:
+        gpu: peak rates from the data sheet, or None for an unknown machine. They are for bfloat16 and float16, so
+            float32 has no `roofline_pct`.
     """
     roofline = roofline_us(case.minimum, case.flops, gpu) if gpu and case.dtype != torch.float32 else {}
     forward, backward = case.minimum

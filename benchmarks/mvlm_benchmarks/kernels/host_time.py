@@ -2,12 +2,12 @@
 
     python -m mvlm_benchmarks.kernels.host_time [--rounds N] [--json FILE]
 
-No GPU is needed. A call runs everything that the host does (checks, dispatch, autograd, choice of tiles, allocation of
-the outputs) except the launch, because Triton's launcher needs a driver. Index values are not read, as on a GPU.
+No GPU is needed. A call runs all work of the host (checks, dispatch, autograd, choice of tiles, allocation of outputs)
+except the launch, because Triton's launcher needs a driver. Index values are not read, as on a GPU.
 
 Calls of an empty op take turns with ours. It is registered like ours, takes the same tensors and allocates outputs of
-the same shapes, so its time is torch's part. Figures are microseconds of processor time per call, minimum and median
-of the rounds. The minimum is the better figure: other processes can only add to it.
+the same shapes, so its time is torch's part. The difference is our overhead. Figures are microseconds of processor time
+per call, minimum and median over rounds. Prefer the minimum: other processes can only add time.
 """
 
 import argparse
@@ -38,11 +38,11 @@ CALLS = 400
 
 
 def empty_op(name: str, inputs: int, shapes: list[tuple[tuple[int, ...], torch.dtype]]) -> Callable[..., Any]:
-    """An op with a gradient that computes nothing, registered like ours.
+    """Register an op like ours that has a gradient and computes nothing.
 
     Args:
-        inputs: number of tensors that it takes.
-        shapes: shape and dtype of each output, which is allocated.
+        inputs: number of input tensors.
+        shapes: shape and dtype of each output. Outputs are allocated, not written.
     """
 
     def implementation(*x: Tensor) -> Any:
@@ -66,7 +66,7 @@ def empty_op(name: str, inputs: int, shapes: list[tuple[tuple[int, ...], torch.d
 
 
 def contenders() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """Op -> (our call, the empty op's call), at small sizes: host time does not depend on them."""
+    """Op -> (call of our op, call of the empty op). Sizes are small, because host time does not depend on them."""
     bf16, f32 = torch.bfloat16, torch.float32
     q = torch.zeros(2, 197, 12, 64, dtype=bf16, requires_grad=True)
     k, v = (torch.zeros(2, 32, 12, 64, dtype=bf16, requires_grad=True) for _ in range(2))
@@ -114,7 +114,7 @@ def contenders() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
 
 
 def microseconds(call: Callable[[], Any]) -> float:
-    """Microseconds of processor time per call, the mean of CALLS calls."""
+    """Microseconds of processor time per call: the mean of CALLS calls."""
     started = time.process_time()
     for _ in range(CALLS):
         call()
@@ -122,7 +122,11 @@ def microseconds(call: Callable[[], Any]) -> float:
 
 
 def measure(rounds: int = 15) -> list[dict[str, Any]]:
-    """Rows with op, ours, torch, beyond (ours - torch) and beyond_median, in microseconds per forward call."""
+    """Measure all ops, in microseconds per forward call.
+
+    Returns:
+        Rows with op, ours, torch, and the overhead (ours - torch) as `beyond` and, as a median, `beyond_median`.
+    """
     rows = []
     with dispatch.recording(lambda *_: None, target_arch=90), use_backend("triton"):
         for name, (ours, empty) in contenders().items():
@@ -146,13 +150,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m mvlm_benchmarks.kernels.host_time", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--rounds", type=int, default=15, help="rounds, in each of which both contenders take a turn")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds; both contenders take a turn in each")
     parser.add_argument("--json", type=Path, help='JSON file: {"machine": .., "rows": [..]}')
     options = parser.parse_args()
     rows = measure(options.rounds)
-    print(f"{'op':18} {'ours':>6} {'torch':>6} {'beyond':>7} {'median':>7}  microseconds per forward call")
+    print(f"{'op':18} {'ours':>6} {'torch':>6} {'overhead':>8} {'median':>7}  microseconds per forward call")
     for row in rows:
-        figures = f"{row['ours']:6.1f} {row['torch']:6.1f} {row['beyond']:7.1f} {row['beyond_median']:7.1f}"
+        figures = f"{row['ours']:6.1f} {row['torch']:6.1f} {row['beyond']:8.1f} {row['beyond_median']:7.1f}"
         print(f"{row['op']:18} {figures}")
     if options.json:
         write_json({"machine": describe("cpu", ["torch", "triton"]), "rows": rows}, options.json)

@@ -1,6 +1,6 @@
 """Sizes and seeded random arguments of the benchmark cases.
 
-Legend: B images, C channels, S image side, P patch side, N patches, K chosen patches, F = C*P*P.
+Shape legend: B images, C channels, S image side, P patch side, N patches, K chosen patches, F = C*P*P.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments of an op by name. `leaves` get gradients, `fixed` do not."""
+    """Arguments of an op by name. Only `leaves` get gradients."""
 
     leaves: dict[str, Tensor]
     fixed: dict[str, Any]
 
 
 class RandomInputs:
-    """Seeded draws, made on the CPU so that every device and every process gets the same values."""
+    """Seeded random tensors. They are drawn on the CPU, so that all devices and processes get equal values."""
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         self._generator = torch.Generator().manual_seed(0)
@@ -33,20 +33,20 @@ class RandomInputs:
         return (torch.randn(shape, generator=self._generator) * scale).to(self._device, self._dtype).requires_grad_()
 
     def far_from_pixels(self, *shape: int) -> Tensor:
-        """Values near 6 or -6. Normalised pixels are within 2.7 of 0, so no rounding flips the sign of an L1 term."""
+        """Values near 6 or -6. Normalised pixels are within 2.7 of 0, so rounding flips no sign of an L1 term."""
         side = torch.randint(0, 2, shape, generator=self._generator) * 12.0 - 6.0
         return (side + torch.randn(shape, generator=self._generator) * 0.5).to(self._device, self._dtype)
 
     def images(self, batch: int, dtype: torch.dtype) -> Tensor:
-        """(B, C, S, S): bytes for uint8, else values in [0, 1]."""
+        """Images (B, C, S, S): 0 to 255 in uint8, else values in [0, 1]."""
         values = torch.randint(0, 256, (batch, CHANNELS, SIDE, SIDE), generator=self._generator, dtype=torch.uint8)
         return values.to(self._device) if dtype == torch.uint8 else (values / 255).to(self._device, dtype)
 
     def patch_ids(self, batch: int, count: int) -> Tensor:
-        """int32 (B, K): distinct patch numbers in ascending order."""
+        """Distinct patch numbers of each image, int32 (B, K), ascending."""
         order = torch.rand(batch, PATCHES, generator=self._generator).argsort(dim=1)[:, :count]
         return order.sort(dim=1).values.int().to(self._device)
 
     def lengths(self, batch: int, low: int, high: int) -> Tensor:
-        """int32 (B,) within [low, high]."""
+        """Lengths from `low` to `high`, int32 (B,)."""
         return torch.randint(low, high + 1, (batch,), generator=self._generator, dtype=torch.int32).to(self._device)

@@ -1,9 +1,9 @@
-"""Correctness and time of one contender at one case.
+"""Check and measurement of one contender at one case.
 
 There are three passes:
 
-    forward   the call with gradients enabled, so it saves what backward needs
-    backward  the gradients of all leaves from an existing output
+    forward   the call with gradients enabled, so that it saves tensors for backward
+    backward  the gradients of all leaves, from an existing output
     both      forward, then backward
 """
 
@@ -19,20 +19,20 @@ from torch import Tensor
 from mvlm_benchmarks.clock import Clock, Step, Timing
 from mvlm_benchmarks.kernels.cases import Case
 from mvlm_benchmarks.kernels.inputs import Inputs
-from mvlm_benchmarks.reasons import one_line
+from mvlm_benchmarks.unavailable import one_line
 
 PASSES = ("forward", "backward", "both")
-# Largest error relative to the reference's largest value. On a GPU float32 is TF32, which rounds operands to 10 bits.
+# Maximum error, relative to the reference's largest value. On a GPU float32 is TF32, which rounds operands to 10 bits.
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
 TOLERANCE_CPU_FLOAT32 = 1e-4
-# Gradients of a mean over millions of pixels underflow in float16, so the loss is scaled as in training.
+# Gradients of a mean over millions of pixels underflow in float16. The loss is therefore scaled, as in training.
 LOSS_SCALE = 2.0**15
 
 Function = Callable[..., Tensor]
 
 
 def passes_of(case: Case) -> tuple[str, ...]:
-    """The passes of a case; one without gradients (uint8 images) has a forward pass only."""
+    """Passes of a case. A case without gradients (uint8 images) has only `forward`."""
     return PASSES if case.minimum[1] else PASSES[:1]
 
 
@@ -42,13 +42,13 @@ class Expected:
 
     out: Tensor
     gradients: tuple[Tensor, ...]
-    """Of the leaves, in their order."""
+    """Gradients of the leaves, in the order of `Inputs.leaves`."""
     incoming: Tensor
-    """The gradient of the output, from which those of the leaves are computed."""
+    """Gradient of the output, from which the gradients of the leaves are computed."""
 
 
 def run_reference(case: Case, inputs: Inputs) -> Expected:
-    """Output and gradients of the case's reference, in float64 on the inputs' device."""
+    """Run the case's reference, forward and backward, in float64 on the inputs' device."""
     leaves = {name: x.detach().double().requires_grad_() for name, x in inputs.leaves.items()}
     out = case.reference(**leaves, **inputs.fixed)
     if out.ndim:
@@ -61,14 +61,14 @@ def run_reference(case: Case, inputs: Inputs) -> Expected:
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """Largest error over the largest wanted value; infinite if a shape differs or a value is not finite."""
+    """Largest error over the largest wanted value. Infinite if a shape differs or a value is not finite."""
     if got.shape != wanted.shape or not bool(got.isfinite().all()):
         return float("inf")
     return float((got.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
 
 
 def tolerance(case: Case, device: str) -> float:
-    """The largest relative error that is allowed; device: "cpu" or "cuda"."""
+    """Maximum relative error at a case. device: "cpu" or "cuda"."""
     if device == "cpu" and case.dtype == torch.float32:
         return TOLERANCE_CPU_FLOAT32
     return TOLERANCES[case.dtype]
@@ -76,7 +76,7 @@ def tolerance(case: Case, device: str) -> float:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Status of a pass, with the reason if it has no figure."""
+    """Status of a pass, and a note."""
 
     status: str
     """ok, missing, not applicable, error or WRONG."""
@@ -84,7 +84,7 @@ class Outcome:
 
 
 class LocalContender:
-    """A contender in this process: `function` of the leaves in their order, always called inside `context`."""
+    """A contender in this process. `function` takes the leaves in order, and is always called inside `context`."""
 
     def __init__(
         self,
@@ -101,9 +101,10 @@ class LocalContender:
         self._incoming = incoming
 
     def check(self, expected: Expected, limit: float) -> dict[str, Outcome]:
-        """Run both passes once and compare them with the reference.
+        """Run forward and backward once and compare them with the reference.
 
-        Returns the outcome of each pass. A wrong output fails all passes; a wrong gradient fails backward and both.
+        Returns:
+            The outcome of each pass. A wrong output fails all passes; a wrong gradient fails `backward` and `both`.
         """
         with warnings.catch_warnings(record=True) as caught, self.context():
             try:
@@ -133,7 +134,7 @@ class LocalContender:
         }
 
     def step(self, name: str) -> Step:
-        """A function that runs the pass once. For `backward`, the forward runs here and not in that function."""
+        """Make a function that runs a pass once. For `backward`, this method runs forward, not the function."""
         function, leaves = self._function, self._leaves
         if name == "forward":
             return lambda: function(*leaves)
@@ -166,6 +167,6 @@ def _wrong(what: str, error: float, limit: float) -> Outcome:
 
 
 def _with_warnings(problem: Exception, caught: list[warnings.WarningMessage]) -> str:
-    """The exception with the warnings before it, in which torch explains why an SDPA backend refused."""
+    """Text of an exception and the warnings before it. torch says in warnings why an SDPA backend refused a call."""
     text = " ".join(dict.fromkeys(str(w.message).split(" (Triggered", 1)[0] for w in caught))
     return f"{one_line(problem)} {text}".strip()[:600]

@@ -1,12 +1,13 @@
 """Peers: other implementations of each op. Those of attention are in :mod:`mvlm_benchmarks.kernels.attention_peers`.
 
-A builder takes a case's inputs and returns a function of the leaves, in their order, that computes the op's output.
-Masks and index tensors, which a model makes once per batch for all its layers, are made by the builder and not timed.
+A builder takes a case's inputs and returns a function that takes the leaves, in order, and computes the op's output.
+The builder also makes masks and index tensors. They are not timed, because a model makes them once per batch for all
+layers.
 
-A builder raises ImportError or `Missing` if the peer cannot run on this machine, and `NotApplicable` if the peer has no
-implementation of the op. Any other exception, of the builder or its function, is reported as an error of the peer.
+A builder raises ImportError or `Missing` if the peer cannot run on this machine, and `NotApplicable` if the peer does
+not implement the op. Any other exception of the builder or its function is reported as an error of the peer.
 
-Legend: B images, C channels, H and W their sides, P patch side, N patches, K chosen patches, F = C*P*P.
+Shape legend: B images, C channels, H and W their sides, P patch side, N patches, K chosen patches, F = C*P*P.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from torch import Tensor
 from mvlm_benchmarks.kernels import attention_peers as attention
 from mvlm_benchmarks.kernels.cases import Case
 from mvlm_benchmarks.kernels.inputs import CHANNELS, FEATURES, PATCH, PATCHES, SIDE, Inputs
-from mvlm_benchmarks.reasons import NotApplicable
+from mvlm_benchmarks.unavailable import NotApplicable
 
 Function = Callable[..., Tensor]
 Builder = Callable[[Inputs], Function]
@@ -33,15 +34,15 @@ class Peer:
 
     name: str
     builders: dict[str, Builder]
-    """By op. The peer takes no part in the cases of other ops."""
+    """Op -> builder. The peer is left out of the cases of other ops."""
     distribution: str = "torch"
-    """The package whose version the results name."""
+    """Package whose version is stored with the results."""
     context: Callable[[], contextlib.AbstractContextManager[Any]] = field(default=contextlib.nullcontext)
-    """Entered around every use of the function, timing included."""
+    """Context in which the function is always called, also while it is timed."""
 
 
 def _normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """(x - mean) / std of images (B, C, H, W) or patches (B, K, C, P, P); mean and std broadcast to them."""
+    """Normalise images (B, C, H, W) or patches (B, K, C, P, P): (x - mean) / std, with mean and std broadcast."""
     x = images.to(dtype)
     if images.dtype == torch.uint8:
         x = x / 255
@@ -49,19 +50,19 @@ def _normalize(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) ->
 
 
 def _patchify(images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, N, C*P*P)."""
+    """Cut images (B, C, H, W) into patches (B, N, C*P*P)."""
     grid = SIDE // PATCH
     x = images.reshape(-1, CHANNELS, grid, PATCH, grid, PATCH).permute(0, 2, 4, 1, 3, 5)
     return x.reshape(-1, PATCHES, FEATURES)
 
 
 def _select(patches: Tensor, patch_ids: Tensor | None) -> Tensor:
-    """(B, N, F) -> (B, K, F)."""
+    """Select patches: (B, N, F) -> (B, K, F)."""
     return patches if patch_ids is None else patches.gather(1, patch_ids[:, :, None].expand(-1, -1, patches.shape[2]))
 
 
 def _ids_and_channels(inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
-    """Patch ids in int64, which torch.gather needs, and the channels' mean and std (C, 1, 1)."""
+    """Patch ids as int64, as torch.gather requires, and mean and std of the channels, (C, 1, 1) each."""
     ids = inputs.fixed["patch_ids"]
     images = inputs.fixed.get("images", inputs.leaves.get("images"))
     assert images is not None
@@ -83,7 +84,7 @@ def gather_eager(inputs: Inputs) -> Function:
 
 
 def gather_first(inputs: Inputs) -> Function:
-    """Patchify, gather, then normalise the chosen patches only: the fewest bytes that torch ops can move."""
+    """Patchify, gather, then normalise only the chosen patches. Moves the fewest bytes that torch ops can."""
     dtype = inputs.fixed["dtype"]
     ids, mean, std = _ids_and_channels(inputs, dtype)
 
@@ -95,7 +96,7 @@ def gather_first(inputs: Inputs) -> Function:
 
 
 def _with_images(gather: Function, inputs: Inputs) -> Function:
-    """Bind uint8 images, which get no gradient and are therefore no leaf."""
+    """Bind uint8 images as an argument. They have no gradient, so they are not a leaf."""
     if "images" in inputs.leaves:
         return gather
     images = inputs.fixed["images"]
@@ -103,7 +104,7 @@ def _with_images(gather: Function, inputs: Inputs) -> Function:
 
 
 def _pixel_loss(inputs: Inputs) -> Callable[[Tensor], Tensor]:
-    """The loss of predictions (B, K, F) by torch's own loss function, with the target in float32."""
+    """Loss of predictions (B, K, F) by torch's loss function, with the target in float32."""
     fixed = inputs.fixed
     images, kind = fixed["images"], fixed["kind"]
     ids, mean, std = _ids_and_channels(inputs, torch.float32)
@@ -129,13 +130,13 @@ def linear_loss_eager(inputs: Inputs) -> Function:
 
 
 def place_eager(inputs: Inputs) -> Function:
-    """Mask tokens by SimMIM's multiply and add, or by MAE's concatenation and gather."""
+    """Place mask tokens by multiplying and adding, as SimMIM does, or by concatenation and gather, as MAE does."""
     masked, ids = inputs.fixed.get("masked"), inputs.fixed.get("visible_ids")
     batch = inputs.leaves["tokens"].shape[0]
     restore = None
     if ids is not None:
         hidden = torch.ones(batch, PATCHES, dtype=torch.bool, device=ids.device).scatter(1, ids.long(), False)
-        # A stable sort puts visible patches (False) first and in order. Its inverse finds each patch's token.
+        # A stable sort moves visible patches (False) to the front in order. Its inverse maps each patch to its token.
         restore = hidden.byte().argsort(dim=1, stable=True).argsort(dim=1)
 
     def place(tokens: Tensor, mask_token: Tensor, pos_embed: Tensor, cls_token: Tensor) -> Tensor:
@@ -152,7 +153,7 @@ def place_eager(inputs: Inputs) -> Function:
 
 
 def ours(case: Case, inputs: Inputs) -> Function:
-    """Our op, on the backend that it chooses on this machine."""
+    """Builder of our op, on the backend that it chooses on this machine."""
     names = list(inputs.leaves)
     return lambda *leaves: case.ours(**dict(zip(names, leaves, strict=True)), **inputs.fixed)
 
@@ -163,7 +164,7 @@ def ours_as_peer(case: Case) -> Peer:
 
 
 def compiled(builder: Builder) -> Builder:
-    """torch.compile of the builder's function, for static shapes."""
+    """Wrap the function of a builder in torch.compile, for static shapes."""
     return lambda inputs: torch.compile(builder(inputs), dynamic=False)
 
 

@@ -17,12 +17,12 @@ JSON_KEYS = (
     "peak_mb", "vs_ours", "base", "vs_base",
 )  # fmt: skip
 
-# A contender with this status cannot run any case of an op.
+# Statuses of a contender that cannot run any case of an op.
 ABSENT = ("missing", "not applicable")
 
 
 def table(rows: list[Row]) -> str:
-    """The table of one case: a line per contender, then the reasons for missing figures."""
+    """Table of one case: a line per contender, then the reasons for missing figures."""
     first = rows[0]
     group = f"{'us':>9} {'x ours':>7} {'GB/s':>7} {'roof %':>6}"
     lines = ["", f"{first['op']}  {first['shape']}  {first['dtype']}"]
@@ -56,7 +56,7 @@ def _number(value: float | None, width: int) -> str:
 
 
 def _reasons(contender: str, by_pass: dict[str, Row]) -> list[str]:
-    """One line if all passes share a reason, else one line for each pass with a reason."""
+    """Reasons of a contender: one line if all passes have the same reason, else one line per pass with a reason."""
     texts = {
         name: f"{row['status']}: {row['note']}" for name, row in by_pass.items() if row["note"] or row["us"] is None
     }
@@ -66,7 +66,7 @@ def _reasons(contender: str, by_pass: dict[str, Row]) -> list[str]:
 
 
 def footer(rows: list[Row], about: dict[str, Any]) -> str:
-    """Each reason for a missing figure, once; on a CPU also a reminder that no Triton kernel ran."""
+    """All reasons for missing figures, without repetitions. On a CPU, a last line says that no Triton kernel ran."""
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if row["us"] is None:
@@ -74,11 +74,11 @@ def footer(rows: list[Row], about: dict[str, Any]) -> str:
             cases.append(f"{row['op']} {row['shape']} {row['pass']}")
     lines = [""]
     for (status, contender, note), cases in sorted(reasons.items()):
-        # A list of cases says nothing about a peer that is not available at all.
+        # A peer that is not available at all is listed without its cases.
         where = "" if status in ABSENT else f" ({cases[0]}{f' and {len(cases) - 1} more' if cases[1:] else ''})"
         lines.append(f"{status}: {contender}: {note}{where}")
     if about["figures"].startswith("CPU"):
-        lines.append("CPU figures of the torch references: no Triton kernel ran.")
+        lines.append("These are CPU timings of the torch references. No Triton kernel ran.")
     return "\n".join(lines)
 
 
@@ -97,8 +97,8 @@ def write(rows: list[Row], about: dict[str, Any], out: Path, json_file: Path | N
 
 
 def plot(rows: list[Row], about: dict[str, Any], path: Path) -> None:
-    """Draw one panel per case: bars of time / our time by contender and pass. Longer to the right is slower."""
-    # Figure instead of pyplot: no display is needed and no global state is left.
+    """Draw one panel per case: bars of time over our time, by contender and pass. Bars to the right are slower."""
+    # Figure instead of pyplot: it needs no display and leaves no global state.
     from matplotlib.figure import Figure
 
     timed = [row for row in rows if row["vs_ours"] is not None]

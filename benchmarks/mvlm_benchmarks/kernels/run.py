@@ -33,7 +33,7 @@ def run(
     base: str | None = None,
     json: Path | None = None,
 ) -> list[Path]:
-    """Time all cases, print a table after each, and write CSV, plot and JSON. Returns the files.
+    """Time all cases, print a table of each, and write CSV, plot and JSON. Returns the files.
 
     Args:
         ops, peers: names; empty for all.
@@ -84,7 +84,7 @@ def _time_cases(
             del entries
             print(report.table(case_rows), flush=True)
             rows += case_rows
-            # Compiled functions are for one shape: drop them before the next case.
+            # Compiled functions are for one shape. Drop them before the next case.
             torch.compiler.reset()
             if device_type == "cuda":
                 torch.cuda.empty_cache()

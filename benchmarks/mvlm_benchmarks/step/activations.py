@@ -1,8 +1,8 @@
 """Peak activation memory of a step: all allocations except parameters, their gradients and optimizer state.
 
-On a CPU torch's profiler records every allocation, including temporaries inside operators, and `replay` finds the peak.
-Scratch memory that oneDNN and MKL take from the system is not recorded, for any contender. On a GPU the caching
-allocator reports its own peak.
+On a CPU, torch's profiler records every allocation, including temporaries inside operators, and `replay` finds the
+peak. Scratch memory that oneDNN and MKL allocate from the system is not recorded, for any contender. On a GPU, the
+caching allocator reports the peak.
 """
 
 import json
@@ -16,17 +16,16 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 Event = dict[str, Any]
-"""A memory event of the profiler's trace: Ev Idx, Addr, Bytes (negative for a free), Device Type (0 = CPU)."""
+"""A memory event in the profiler's trace: Ev Idx, Addr, Bytes (negative for a free), Device Type (0 = CPU)."""
 
 
 def peak_mb(backward: Callable[[], Any], parameters: Iterable[nn.Parameter], device: str) -> float:
-    """Megabytes (10^6 bytes) at the peak of `backward`, a function that runs one forward and backward pass.
+    """Measure the peak memory of `backward`, which runs one forward and backward pass, in megabytes (10^6 bytes).
 
-    The parameters' gradients do not count, not even while activations are still alive. On a CPU no parameter has a
-    gradient afterwards.
+    Gradients of parameters never count. On a CPU, no parameter has a gradient afterwards.
     """
     parameters = list(parameters)
-    backward()  # fills caches and compiles, which later passes do not repeat
+    backward()  # warm-up: fills caches and compiles
     if device == "cuda":
         return _cuda_peak(backward)
     for parameter in parameters:
@@ -44,13 +43,13 @@ def peak_mb(backward: Callable[[], Any], parameters: Iterable[nn.Parameter], dev
 
 
 def replay(events: list[Event], gradients: set[int]) -> int:
-    """The largest number of bytes alive at once, from the profiler's allocations and frees.
+    """Maximum number of bytes alive at the same time, from the profiler's allocations and frees.
+
+    Memory that was allocated before the trace does not count, because only its free is recorded.
 
     Args:
-        events: in any order; they are sorted by "Ev Idx".
+        events: memory events in any order.
         gradients: addresses of gradients. An allocation at one of them that is never freed does not count.
-
-    Memory that was allocated before the trace does not count: only its free is recorded.
     """
     events = sorted((e for e in events if e["Device Type"] == 0), key=lambda e: e["Ev Idx"])
     allocated_by: dict[int, int] = {}  # address -> number of the event that allocated its current block
@@ -74,7 +73,10 @@ def replay(events: list[Event], gradients: set[int]) -> int:
 
 
 def _cuda_peak(backward: Callable[[], Any]) -> float:
-    """As `peak_mb`. Gradients of an earlier pass exist already, so of this pass's only one at a time counts."""
+    """Peak on a GPU in megabytes.
+
+    An earlier pass has allocated the gradients. A gradient of this pass counts until it is added to the earlier one.
+    """
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

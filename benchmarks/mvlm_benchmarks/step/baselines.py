@@ -2,9 +2,9 @@
 # pyright: reportCallIssue=false, reportAttributeAccessIssue=false, reportArgumentType=false
 """Baselines: a MaskVLM step as a user would write it with timm, transformers and torch.
 
-There are two, which differ in their cross-modality blocks: transformers' RobertaLayer with cross-attention, and torch's
-nn.TransformerDecoderLayer. Both blocks apply self-attention, cross-attention and feed-forward in this order with
-post-norm. They therefore fit the weights of a MaskVLM with cross_norm="post" and give the same losses.
+There are two, with different cross-modality blocks: transformers' RobertaLayer with cross-attention, and torch's
+nn.TransformerDecoderLayer. Both blocks apply self-attention, cross-attention and feed-forward in this order, with
+post-norm. They can therefore use the weights of a MaskVLM with cross_norm="post", and then give the same losses.
 
 Shape legend: B pairs, N patches, L tokens of the longest caption, C width, P patch side, S image side.
 """
@@ -34,7 +34,7 @@ def roberta_config(config: MaskVLMConfig, **changes: Any) -> RobertaConfig:
         num_hidden_layers=config.text_layers,
         num_attention_heads=config.heads,
         intermediate_size=4 * config.width,
-        max_position_embeddings=config.text_length + PAD + 1,  # RoBERTa's positions start after the padding id
+        max_position_embeddings=config.text_length + PAD + 1,  # RoBERTa numbers positions from PAD + 1
         type_vocab_size=1,
         layer_norm_eps=1e-5,
         hidden_dropout_prob=0.0,
@@ -54,14 +54,14 @@ class RobertaCross(nn.Module):
         settings = roberta_config(config, is_decoder=True, add_cross_attention=True)
         self.layers = nn.ModuleList(RobertaLayer(settings) for _ in range(layers))
         for layer in self.layers:
-            # transformers requires is_decoder for cross-attention, and a decoder's self-attention is silently causal if
-            # it gets no mask. That would be a different model, with less work.
+            # transformers requires is_decoder for cross-attention. A decoder's self-attention is silently causal
+            # without a mask, which would be a different model with less work.
             layer.attention.self.is_causal = False
 
     def forward(self, x: Tensor, memory: Tensor, keys: Tensor | None, memory_keys: Tensor | None) -> Tensor:
-        """x (B, L, C) attends to itself and to memory (B, M, C).
+        """Self-attention of x (B, L, C), and cross-attention to memory (B, M, C).
 
-        keys bool (B, L) and memory_keys bool (B, M): True = no padding; None if nothing is padding.
+        keys bool (B, L) and memory_keys bool (B, M): True = a token, False = padding; None without padding.
         """
         mask, memory_mask = (None if m is None else m[:, None, None, :] for m in (keys, memory_keys))
         for layer in self.layers:
@@ -81,7 +81,8 @@ class DecoderLayerCross(nn.Module):
         )
 
     def forward(self, x: Tensor, memory: Tensor, keys: Tensor | None, memory_keys: Tensor | None) -> Tensor:
-        """As RobertaCross.forward. torch's key padding masks have the opposite polarity: True = padding."""
+        """Same arguments as `RobertaCross.forward`."""
+        # torch's key padding masks have the opposite polarity: True = padding.
         padding, memory_padding = (None if m is None else ~m for m in (keys, memory_keys))
         for layer in self.layers:
             x = layer(x, memory, tgt_key_padding_mask=padding, memory_key_padding_mask=memory_padding)
@@ -89,7 +90,10 @@ class DecoderLayerCross(nn.Module):
 
 
 class Baseline(nn.Module):
-    """timm's ViT, transformers' RoBERTa, cross-modality blocks of either kind, and every head on every row."""
+    """MaskVLM built from timm's ViT, transformers' RoBERTa and the chosen cross-modality blocks.
+
+    Heads run on all positions, masked or not.
+    """
 
     def __init__(self, config: MaskVLMConfig, cross: Cross) -> None:
         super().__init__()
@@ -107,7 +111,7 @@ class Baseline(nn.Module):
         )
         self.pixels = nn.Linear(width, config.patch_values)
         self.words = RobertaLMHead(roberta_config(config))
-        del self.words.bias  # unused: the decoder has its own
+        del self.words.bias  # unused, because the decoder has a bias
         self.image_projection = nn.Linear(width, config.itc_width)
         self.text_projection = nn.Linear(width, config.itc_width)
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / config.temperature)))
@@ -117,7 +121,10 @@ class Baseline(nn.Module):
         self.register_buffer("std", torch.tensor(config.image_std).view(3, 1, 1), persistent=False)
 
     def encode_image(self, pixels: Tensor, masked: Tensor | None = None) -> Tensor:
-        """Normalised pixels (B, 3, S, S) -> (B, 1+N, C). masked bool (B, N): True = replaced by the mask token."""
+        """Encode normalised pixels: (B, 3, S, S) -> (B, 1+N, C).
+
+        masked, bool (B, N): True = replaced by the mask token.
+        """
         vit = self.vit
         x = vit.patch_embed(pixels)  # (B, N, C)
         if masked is not None:
@@ -125,7 +132,7 @@ class Baseline(nn.Module):
         return vit.norm(vit.blocks(vit.norm_pre(vit.patch_drop(vit._pos_embed(x)))))
 
     def patches(self, pixels: Tensor) -> Tensor:
-        """Cut pixels (B, 3, S, S) into patches (B, N, 3*P*P)."""
+        """Cut pixels into patches: (B, 3, S, S) -> (B, N, 3*P*P)."""
         batch, channels, side, _ = pixels.shape
         p, grid = self.patch_size, side // self.patch_size
         return pixels.reshape(batch, channels, grid, p, grid, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -164,23 +171,25 @@ class Baseline(nn.Module):
         with mark_part("ITM"):
             images = torch.cat([own, own, batch.negative_images])  # (3B,)
             texts = torch.cat([own, batch.negative_texts, own])
-            # index_select: the backward of indexing is slower, and on a CPU it sums in no fixed order.
+            # index_select, because the backward of indexing is slower, and not deterministic on a CPU.
             vi, wi, ki = v.index_select(0, images), w.index_select(0, texts), keys.index_select(0, texts)
             match = self.image_cross(vi, wi, None, ki)[:, 0] * self.text_cross(wi, vi, ki, None)[:, 0]
             labels = (torch.arange(3 * len(v), device=v.device) < len(v)).long()
             itm = F.cross_entropy(self.matching(match), labels)
-        # Our model also computes three accuracies. The baseline is spared that cost.
+        # Our model also computes three accuracies, a cost that the baseline does not have.
         accuracies = torch.zeros(3, device=mlm.device)
         return Losses(mlm, mim, itc, itm, mlm + mim + itc + itm, *accuracies)
 
 
 @torch.no_grad()
 def check_bidirectional(model: Baseline) -> None:
-    """Assert that the first row of every stack depends on the last row, so no stack is causal."""
+    """Assert that no stack is causal: its first position depends on the last one."""
     weight = model.matching.weight
     for stack in (model.text_cross, model.image_cross, model.decoder):
         x = torch.randn(1, 4, weight.shape[1], device=weight.device, dtype=weight.dtype)
         memory, variant = torch.randn_like(x), x.clone()
         variant[0, -1] = torch.randn_like(x[0, -1])
-        first, changed = (stack(rows, memory, None, None)[0, 0] for rows in (x, variant))
-        assert not torch.equal(first, changed), f"{type(stack).__name__} is causal: its first row ignores the last"
+        first, changed = (stack(tokens, memory, None, None)[0, 0] for tokens in (x, variant))
+        assert not torch.equal(first, changed), (
+            f"{type(stack).__name__} is causal: its first position does not depend on the last"
+        )

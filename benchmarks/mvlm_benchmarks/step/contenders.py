@@ -1,4 +1,4 @@
-"""Contenders of the step benchmark: their modules, weights and losses of one batch."""
+"""Contenders of the step benchmark: modules, weights, and losses of one batch."""
 
 import contextlib
 import copy
@@ -19,20 +19,20 @@ from mvlm_benchmarks.step.shared_weights import SharedWeights
 from mvlm_dataloading import Batch, Masks
 
 SEED, STEP = 0, 0
-"""Of the draw of ITM's negatives."""
+"""Seed and step with which ITM's negatives are drawn."""
 
 BASELINES: dict[str, Cross] = {"timm+roberta": "roberta", "timm+decoder-layer": "decoder-layer"}
 IMPLEMENTATIONS: dict[str, Literal["plain", "fast"]] = {"plain": "plain", "fast": "fast", "drop_masked": "fast"}
-"""Our contenders -> `plan=` of the model's call."""
+"""Our contenders -> argument `plan` of the model."""
 DROP_MASKED = "drop_masked"
-"""A different method: masked patches skip the encoder, so its losses differ from those of the other contenders."""
+"""A different method, with other losses: masked patches are left out of the encoder."""
 COMPILED = ("timm+roberta-compiled", "timm+decoder-layer-compiled", "fast-compiled")
 CONTENDERS = (*BASELINES, "timm+roberta-compiled", "timm+decoder-layer-compiled", "plain", "fast", "fast-compiled",
               "drop_masked")  # fmt: skip
 
 
 class StepInputs(NamedTuple):
-    """One batch in packed and in padded form. The padded form holds the negatives that our model draws."""
+    """One batch in packed and in padded form. The padded form includes the negatives that our model draws."""
 
     batch: Batch
     masks: Masks
@@ -40,7 +40,7 @@ class StepInputs(NamedTuple):
 
 
 def make_inputs(model: MaskVLM, lengths: np.ndarray, device: torch.device) -> StepInputs:
-    """A batch on the device, with captions of these lengths (B,)."""
+    """Make a batch on the device, with captions of these lengths (B,)."""
     batch, masks = make_batch(model.config, lengths)
     batch, masks = batch.to(device), masks.to(device)
     negatives = draw_negatives(model, batch, SEED, STEP)
@@ -48,12 +48,12 @@ def make_inputs(model: MaskVLM, lengths: np.ndarray, device: torch.device) -> St
 
 
 def eager_name(contender: str) -> str:
-    """The contender without its suffix `-compiled`."""
+    """Name of a contender without the suffix `-compiled`."""
     return contender.removesuffix("-compiled")
 
 
 def make_module(contender: str, config: MaskVLMConfig) -> nn.Module:
-    """A new module of the contender, with its own weights."""
+    """Make a new module of a contender, with its own weights."""
     name = eager_name(contender)
     if name in BASELINES:
         return Baseline(config, BASELINES[name])
@@ -61,7 +61,7 @@ def make_module(contender: str, config: MaskVLMConfig) -> nn.Module:
 
 
 def compute_losses(contender: str, module: Any, inputs: StepInputs) -> Losses:
-    """Losses of one forward pass. `module` is the contender's module or its compiled form."""
+    """Run a forward pass of a contender. `module` is its module or the compiled form of it."""
     name = eager_name(contender)
     if name in BASELINES:
         return module(inputs.padded)
@@ -70,16 +70,16 @@ def compute_losses(contender: str, module: Any, inputs: StepInputs) -> Losses:
 
 @dataclass(frozen=True)
 class Contender:
-    """A contender with weights and optimizer, ready to step."""
+    """A contender with weights and optimizer, ready for training steps."""
 
     name: str
     module: nn.Module
-    """Holds the parameters. Contenders of one implementation share it."""
+    """Owner of the parameters. Contenders with the same parameters share it."""
     call: Any
     """The module, or its compiled form."""
     optimizer: torch.optim.Optimizer | None
     precision: Callable[[], contextlib.AbstractContextManager[Any]]
-    """Makes the context of a forward pass, such as autocast."""
+    """Returns the context of a forward pass, such as autocast."""
 
     def losses(self, inputs: StepInputs) -> Losses:
         with self.precision():
@@ -91,7 +91,7 @@ class Contender:
         return losses
 
     def update(self) -> None:
-        """Step the optimizer, if there is one, and clear all gradients."""
+        """Step the optimizer, unless it is None, and clear all gradients."""
         if self.optimizer is not None:
             self.optimizer.step()
         self.module.zero_grad(set_to_none=True)
@@ -103,13 +103,13 @@ def make_contenders(
     optimizer: bool,
     precision: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
 ) -> list[Contender]:
-    """The named contenders, which all share the model's weights in memory.
+    """Make the named contenders. All share the model's weights in memory.
 
-    AdamW runs with a learning rate of 0: it does all of its work, and every step of every contender starts from the
+    AdamW runs with a learning rate of 0. It does all of its work, and every step of every contender starts from the
     same weights.
     """
     shared = SharedWeights(model)
-    # A shallow copy shares parameters and modules and has its own configuration.
+    # A shallow copy shares parameters and modules, and has another configuration.
     drop_masked = copy.copy(model)
     drop_masked.config = replace(model.config, drop_masked=True)
     implementations: dict[str, tuple[nn.Module, torch.optim.Optimizer | None]] = {}

@@ -2,8 +2,8 @@
 
     python -m mvlm_benchmarks.step.flops
 
-Fake tensors have shapes and no values, so nothing is computed and no memory is needed. The formulas are those of
-`mvlm.costs.flops`.
+Fake tensors have shapes but no values, so nothing is computed and no memory is needed. `mvlm.costs.flops` has the
+formulas.
 """
 
 from collections.abc import Callable
@@ -29,9 +29,9 @@ aten = torch.ops.aten
 
 
 class PartCounter(TorchDispatchMode):
-    """Splits a FLOP counter's total by the parts that `mark_part` marks. The rest is `OTHER`.
+    """Attributes the FLOPs of a counter to the parts marked by `mark_part`, and the rest to `OTHER`.
 
-    Enter it inside the FLOP counter, so that it sees an operation before the counter does.
+    Enter it inside the FLOP counter, so that it sees each operation before the counter does.
     """
 
     def __init__(self, total: Callable[[], int]) -> None:
@@ -52,7 +52,7 @@ class PartCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def close(self) -> None:
-        """Book the operations since the last begin or end of a range to the part that was open."""
+        """Attribute the FLOPs since the last range began or ended to the part that is open."""
         parts = [name.removeprefix(PREFIX) for name in self._open_ranges if name.startswith(PREFIX)]
         name = MATCHING if MATCHING in parts else parts[-1] if parts else OTHER
         total = self._total()
@@ -61,10 +61,10 @@ class PartCounter(TorchDispatchMode):
 
 
 class KnownTokenCount(TorchDispatchMode):
-    """Supplies the only value that a step reads from its tensors: the number of tokens in ITM's captions.
+    """Supplies the only value that a step reads from a tensor: the number of tokens in ITM's captions.
 
-    ITM sees every caption twice, with its own image and with a negative image, and each image with a negative caption.
-    A negative caption counts with the mean length, which makes 3 * tokens.
+    ITM has three pairs per image: with its caption, its caption with a negative image, and its image with a negative
+    caption. Negative captions count with the mean length, so the number is 3 * tokens.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -73,12 +73,12 @@ class KnownTokenCount(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default:
-            return self._answers.pop()  # a second read would be another value: it fails here
+            return self._answers.pop()  # a second read would ask for another value, so it fails
         return func(*args, **(kwargs or {}))
 
 
 def count_flops(loss: Callable[[], Losses]) -> tuple[dict[str, int], int]:
-    """FLOPs of one step: forward by part, and the whole backward. `loss` runs the forward pass."""
+    """Count the FLOPs of one step: forward by part, and backward in total. `loss` runs the forward pass."""
     with counter() as total:
         parts = PartCounter(total.get_total_flops)
         with parts:
@@ -90,9 +90,9 @@ def count_flops(loss: Callable[[], Losses]) -> tuple[dict[str, int], int]:
 
 
 def gflop_per_pair(config: MaskVLMConfig, lengths: np.ndarray, contender: str) -> GflopPerPair:
-    """GFLOP per pair of the contender, for captions of these lengths (B,). Takes seconds for `base` at any batch."""
+    """Count GFLOP per pair of a contender, for captions of these lengths (B,). Takes seconds, at any batch size."""
     batch, masks = make_batch(config, lengths)
-    negatives = torch.zeros(len(lengths), dtype=torch.int64)  # the count does not depend on them
+    negatives = torch.zeros(len(lengths), dtype=torch.int64)  # the count does not depend on their values
     padded = pad_batch(config, batch, masks, negatives, negatives)
     with torch.device("meta"):
         module = make_module(contender, config)
@@ -107,13 +107,13 @@ def gflop_per_pair(config: MaskVLMConfig, lengths: np.ndarray, contender: str) -
 
 
 def _to_fake(item: Any, mode: FakeTensorMode) -> Any:
-    """A batch or masks with fake tensors in place of tensors. Other fields are kept."""
+    """Convert the tensors of a batch or of masks to fake tensors. Other fields are kept."""
     values = {f.name: getattr(item, f.name) for f in fields(item)}
     return type(item)(**{name: mode.from_tensor(v) if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
 def main() -> None:
-    """Print the table of docs/step.md: `base` with 64 captions, 12 tokens long on average, 30 at most."""
+    """Print the table of docs/step.md: `base` with 64 captions, of 12 tokens on average and 30 at most."""
     lengths = np.array([30, *[12] * 46, *[11] * 16, 10])
     names = ("timm+roberta", "plain", "fast", "drop_masked")
     print(parts_table({name: gflop_per_pair(MaskVLMConfig.preset("base"), lengths, name) for name in names}))

@@ -18,12 +18,12 @@ from mvlm.objectives.negatives import NegativeSampling
 from mvlm_dataloading import Batch, Masks, draw_patch_masks, draw_token_masks
 
 CLS, PAD, SEP = 0, 1, 2  # RoBERTa's own ids
-FIRST_WORD = 5  # after RoBERTa's special ids and [MASK] of the small vocabulary
+FIRST_WORD = 5  # after RoBERTa's special ids, and [MASK] of small vocabularies
 SHORTEST_CAPTION = 6
 
 
 class PaddedBatch(NamedTuple):
-    """The batch as a user of transformers has it. A collator makes it once per batch, so it is not timed."""
+    """A batch as users of transformers have it. A collator makes it once per batch, so it is not timed."""
 
     images: Tensor
     """uint8 (B, 3, S, S)."""
@@ -32,7 +32,7 @@ class PaddedBatch(NamedTuple):
     masked_ids: Tensor
     """int64 (B, L), with [MASK] at masked positions."""
     labels: Tensor
-    """int64 (B, L), the original token at masked positions, -100 elsewhere."""
+    """int64 (B, L), the original token at masked positions, -100 at all others."""
     attention_mask: Tensor
     """int64 (B, L), 1 = a token, 0 = padding."""
     masked_patches: Tensor
@@ -44,40 +44,43 @@ class PaddedBatch(NamedTuple):
 
 
 def caption_lengths(batch: int, longest: int, mean: float, seed: int = 0) -> np.ndarray:
-    """int64 (B,): round(Gamma(shape 4, mean)), clamped to [6, longest], in tokens with [CLS] and [SEP]."""
+    """Draw caption lengths, int64 (B,): round(Gamma(shape 4, mean)) clamped to [6, longest].
+
+    Lengths are in tokens and include [CLS] and [SEP].
+    """
     drawn = np.random.default_rng(seed).gamma(4.0, mean / 4, batch)
     return np.clip(np.rint(drawn), SHORTEST_CAPTION, longest).astype(np.int64)
 
 
 def make_batch(config: MaskVLMConfig, lengths: np.ndarray, seed: int = 0) -> tuple[Batch, Masks]:
-    """Noise images and random captions of these lengths (B,). Every image and every caption has its own id."""
+    """Make noise images and random captions of these lengths (B,). All images and captions have different ids."""
     count, side = len(lengths), config.image_size
     rng = np.random.default_rng(seed)
     starts = np.concatenate([[0], np.cumsum(lengths)])  # (B+1,)
     tokens = rng.integers(FIRST_WORD, config.vocab_size, size=starts[-1])
     tokens[tokens == config.mask_token_id] = FIRST_WORD
     tokens[starts[:-1]], tokens[starts[1:] - 1] = CLS, SEP
-    rows = np.arange(count)
+    ids = np.arange(count)
     patch_ids = draw_patch_masks(
-        seed, 0, rows, image_size=side, patch_size=config.patch_size, mask_block=config.mask_block,
+        seed, 0, ids, image_size=side, patch_size=config.patch_size, mask_block=config.mask_block,
         ratio=config.image_mask_ratio,
     )  # fmt: skip
-    token_ids = draw_token_masks(seed, 0, rows, lengths, ratio=config.text_mask_ratio)
+    token_ids = draw_token_masks(seed, 0, ids, lengths, ratio=config.text_mask_ratio)
     batch = Batch(
         images=torch.from_numpy(rng.integers(0, 256, size=(count, 3, side, side), dtype=np.uint8)),
         tokens=torch.from_numpy(tokens),
         cu_seqlens=torch.from_numpy(starts.astype(np.int32)),
         max_length=int(lengths.max()),
-        image_id=torch.from_numpy(rows),
-        text_id=torch.from_numpy(rows),
-        sample_id=torch.from_numpy(rows),
+        image_id=torch.from_numpy(ids),
+        text_id=torch.from_numpy(ids),
+        sample_id=torch.from_numpy(ids),
     )
     return batch, Masks(patch_ids=torch.from_numpy(patch_ids), token_ids=torch.from_numpy(token_ids))
 
 
 @torch.no_grad()
 def draw_negatives(model: MaskVLM, batch: Batch, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """ITM's negatives at this seed and step, as the model draws them: texts and images, int64 (B,) each."""
+    """Draw ITM's negatives as the model does at this seed and step: texts and images, int64 (B,) each."""
     w, _ = model.encode_text(batch.tokens, batch.cu_seqlens, batch.max_length)
     image, text = model.embed_image(model.encode_image(batch.images)), model.embed_text(w)  # (B, E)
     logits = contrastive_logits(image, text, model.log_scale)
@@ -86,17 +89,17 @@ def draw_negatives(model: MaskVLM, batch: Batch, seed: int, step: int) -> tuple[
 
 
 def pad_batch(config: MaskVLMConfig, batch: Batch, masks: Masks, texts: Tensor, images: Tensor) -> PaddedBatch:
-    """The batch for the baselines, with captions padded to the longest; texts and images int64 (B,) are negatives."""
+    """Pad captions to the longest, for the baselines. `texts` and `images` are the negatives, int64 (B,) each."""
     lengths = batch.cu_seqlens.diff()
     is_token = torch.arange(batch.max_length, device=lengths.device) < lengths[:, None]  # (B, L)
     labels = torch.full_like(batch.tokens, -100)
     labels[masks.token_ids] = batch.tokens[masks.token_ids]
 
     def pad(packed: Tensor, filler: int) -> Tensor:
-        """(T,) -> (B, L)."""
-        rows = torch.full(is_token.shape, filler, dtype=packed.dtype, device=packed.device)
-        rows[is_token] = packed
-        return rows
+        """Pad packed values: (T,) -> (B, L)."""
+        padded = torch.full(is_token.shape, filler, dtype=packed.dtype, device=packed.device)
+        padded[is_token] = packed
+        return padded
 
     return PaddedBatch(
         images=batch.images,

@@ -2,12 +2,12 @@
 
     python -m mvlm_benchmarks.step.overhead DATA [--preset tiny] [--steps N] [--json FILE]
 
-A real run in which the functions that do this work are timed. A function called by another timed function counts on
-its own, not for its caller. The run logs every step and saves every few steps. The share of saving is computed for the
-default of one checkpoint in ten minutes, from the median time for which a save blocks the step.
+Runs pretraining with logging, safety and checkpoint functions timed. Times are exclusive: a nested timed function is
+not counted for its caller. The run logs every step and saves every few steps. The share of checkpoints is computed for
+the default interval of ten minutes, from the median time for which a save blocks the step.
 
-Afterwards the same checkpoint is saved while nothing trains. Its whole time is what a save without a background
-thread would take.
+Afterwards the same checkpoint is saved while nothing trains. The total time of that save is what a save without a
+background thread would take.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from mvlm_benchmarks.results import write_json
 
 STEP, SAVE = "step", "save"
 TIMED_FUNCTIONS: dict[str, list[tuple[Any, str]]] = {
-    # gradient_norms also computes the total norm, which clipping needs anyway; the two are not separated here.
+    # gradient_norms also computes the total norm, which clipping needs anyway. Its time is not separated here.
     "logging": [(MetricsLogger, "close"), (MetricsLogger, "write"), (trainer, "gradient_norms")],
     "safety": [
         (UpdateGuard, "judge"),
@@ -53,19 +53,19 @@ TIMED_FUNCTIONS: dict[str, list[tuple[Any, str]]] = {
 WARM_UP = 5
 SAVE_EVERY = 8
 CHECKPOINT_MINUTES = 10
-"""Time between checkpoints by default."""
+"""Default time between checkpoints."""
 
 
 class CallTimer:
-    """Seconds of every call of the timed functions, without the time in other timed functions that it called."""
+    """Exclusive seconds of every call of the timed functions: nested timed functions are not counted for the caller."""
 
     def __init__(self) -> None:
         self.calls: dict[str, list[float]] = {name: [] for name in TIMED_FUNCTIONS}
         self._nested: list[float] = []
-        """For each running function: seconds spent in timed functions that it called."""
+        """Seconds in nested timed functions, for each running timed function."""
 
     def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, with its own time appended to `calls[name]`."""
+        """Wrap a function so that each call appends its exclusive time to `calls[name]`."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self._nested.append(0.0)
@@ -83,7 +83,7 @@ class CallTimer:
 
 @contextmanager
 def timed_functions(timer: CallTimer) -> Iterator[None]:
-    """Time the functions inside this context."""
+    """Time the functions of TIMED_FUNCTIONS inside this context."""
     with ExitStack() as stack:
         for name, functions in TIMED_FUNCTIONS.items():
             for owner, function in functions:
@@ -92,7 +92,7 @@ def timed_functions(timer: CallTimer) -> Iterator[None]:
 
 
 def measure(data: Path, preset: str, steps: int) -> dict[str, float]:
-    """Milliseconds and shares of a step by name, as `main` prints them."""
+    """Run pretraining and measure the overhead. Returns milliseconds and shares of a step by name."""
     timer, runs = CallTimer(), []
     one_step = Trainer.one_step
 
@@ -103,7 +103,7 @@ def measure(data: Path, preset: str, steps: int) -> dict[str, float]:
                 calls.clear()
         one_step(run, batches)
         if run.device.type == "cuda":
-            torch.cuda.synchronize()  # otherwise logging waits for the step and is charged for it
+            torch.cuda.synchronize()  # otherwise logging waits for the step, and that time counts as logging
 
     with tempfile.TemporaryDirectory(prefix="mvlm-overhead-") as folder:
         config = replace(

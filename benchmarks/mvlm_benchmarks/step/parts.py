@@ -1,4 +1,4 @@
-"""Named parts of a training step, by which the profile and the FLOP count break it down."""
+"""Named parts of a training step, for the profile and the FLOP count."""
 
 import contextlib
 import functools
@@ -14,7 +14,7 @@ from mvlm.model.cross_encoder import KeyValueCache
 from mvlm.model.maskvlm import MaskVLM
 
 PREFIX = "part:"
-"""Of the profiler ranges that mark parts."""
+"""Prefix of the profiler ranges that mark parts."""
 PARTS = (
     "image encoder",
     "text encoder",
@@ -26,11 +26,11 @@ PARTS = (
     "ITC",
     "ITM",
 )
-"""In the order of a step."""
+"""Parts in the order of a step."""
 MATCHING = "ITM"
-"""Includes everything inside it, such as its use of the cross encoders. Elsewhere the innermost part counts."""
+"""Part that includes all parts nested in it, such as the cross encoders. Of other nested parts the innermost counts."""
 OTHER = "other"
-"""Everything outside the parts."""
+"""Name for everything outside the parts."""
 FAST_FUNCTIONS = {
     "encode_images": "image encoder",
     "encode_texts": "text encoder",
@@ -40,32 +40,33 @@ FAST_FUNCTIONS = {
     "linear_pixel_loss": "pixel head",
     "match_pairs": MATCHING,
 }
-"""Functions of `mvlm.model.fast` -> part. The fast implementation does not call the large modules as modules."""
+"""Functions of `mvlm.model.fast` -> part. Marking modules is not enough, because the fast implementation does not call
+the large ones."""
 
 
 class GflopPerPair(NamedTuple):
     """GFLOP per image-caption pair."""
 
     forward: dict[str, float]
-    """By part."""
+    """Part -> GFLOP of the forward pass."""
     backward: float
 
     @property
     def total(self) -> float:
-        """Forward and backward."""
+        """GFLOP of forward and backward."""
         return sum(self.forward.values()) + self.backward
 
 
 def mark_part(name: str) -> contextlib.AbstractContextManager[object]:
-    """A context that marks one part as a profiler range. It costs microseconds, and nothing in compiled code."""
+    """Context that marks a part as a profiler range. It takes microseconds, and has no effect in compiled code."""
     assert name in PARTS, name
-    # A range would break the compiler's graph at its begin and end.
+    # A range would cause graph breaks in the compiler.
     return contextlib.nullcontext() if torch.compiler.is_compiling() else torch.profiler.record_function(PREFIX + name)
 
 
 @contextlib.contextmanager
 def mark_model_parts(model: nn.Module) -> Iterator[None]:
-    """Mark the parts of a MaskVLM's steps inside this context. A baseline marks its own parts, and nothing is done."""
+    """Mark the parts of a MaskVLM's steps inside this context. No effect on a baseline, which marks its own parts."""
     if not isinstance(model, MaskVLM):
         yield
         return
@@ -83,7 +84,7 @@ def mark_model_parts(model: nn.Module) -> Iterator[None]:
     keys_values = KeyValueCache.keys_values
 
     def decoder_keys_values(memory: KeyValueCache, block: Any) -> Any:
-        """Keys and values of a decoder layer count for the decoder, even if they are projected before it runs."""
+        """Attribute keys and values of a decoder layer to the decoder, even if they are projected before it runs."""
         with mark_part("decoder") if block in decoder.layers else contextlib.nullcontext():
             return keys_values(memory, block)
 

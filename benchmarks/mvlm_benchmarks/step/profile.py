@@ -1,4 +1,4 @@
-"""`mvlm bench step --profile`: where a step's time goes, as a table, a chart and traces for Perfetto."""
+"""`mvlm bench step --profile`: breakdown of a step's time as a table, a chart and traces for Perfetto."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +13,7 @@ from mvlm_benchmarks.step.parts import MATCHING, OTHER, PARTS, PREFIX, mark_mode
 
 BACKWARD, OPTIMIZER = "backward", "optimizer"
 BACKWARD_NODE = "autograd::engine::evaluate_function"
-"""Prefix of the events of a backward's nodes."""
+"""Prefix of the profiler events of backward nodes."""
 COLORS: dict[str, str] = dict(
     zip(
         (*PARTS, OTHER, OPTIMIZER),
@@ -23,13 +23,13 @@ COLORS: dict[str, str] = dict(
     )
 )  # fmt: skip
 Breakdown = dict[str, dict[str, float]]
-"""Part -> {"forward": ms, "backward": ms}. The optimizer counts as a forward."""
+"""Part -> {"forward": ms, "backward": ms}. The optimizer counts as forward."""
 
 
 def profile_steps(contenders: list[Contender], inputs: StepInputs, folder: Path) -> dict[str, Breakdown]:
-    """Profile one step of each contender and print its table.
+    """Profile one step of each contender, and print a table of each.
 
-    Writes CONTENDER.trace.json and breakdown.png to `folder`. Compiled code has no parts: all of it is `other`.
+    Writes CONTENDER.trace.json and breakdown.png to `folder`. Compiled code has no parts, so all of it is `other`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     breakdowns = {}
@@ -43,7 +43,7 @@ def profile_steps(contenders: list[Contender], inputs: StepInputs, folder: Path)
 
 
 def profile_step(contender: Contender, inputs: StepInputs, path: Path) -> Breakdown:
-    """Profile one step, after a warm-up step, and write its trace to `path`."""
+    """Profile one step after a warm-up step, and write its trace to `path`."""
     contender.backward(inputs)
     contender.update()
     cuda = inputs.batch.images.is_cuda
@@ -61,18 +61,18 @@ def profile_step(contender: Contender, inputs: StepInputs, path: Path) -> Breakd
 
 
 def break_down(events: list[Any], time: str) -> Breakdown:
-    """Milliseconds by part, from the profiler's events.
+    """Sum up the profiler's events as milliseconds by part.
 
-    A backward node counts for the part whose forward operator created it; the two share a sequence number. Time outside
-    all parts is `other`: accumulation of gradients, the autograd engine, code between parts.
+    A backward node counts for the part whose forward operator created it. The two have the same sequence number. Time
+    outside all parts is `other`: accumulation of gradients, the autograd engine, code between parts.
 
     Args:
-        time: the field of an event to add up, of host time or of device time.
+        time: field of an event that is summed, with host time or device time.
     """
     host = sorted((e for e in events if str(e.device_type).endswith("CPU")), key=lambda e: e.time_range.start)
     result: Breakdown = {OTHER: {"forward": 0.0, "backward": 0.0}}
     creators: dict[int, str] = {}  # sequence number -> part
-    open_parts: list[Any] = []  # without those inside ITM, which count for ITM
+    open_parts: list[Any] = []  # without parts inside ITM, which count as ITM
     outermost: list[Any] = []
     for event in host:
         while open_parts and event.time_range.start >= open_parts[-1].time_range.end:
@@ -88,7 +88,7 @@ def break_down(events: list[Any], time: str) -> Breakdown:
         elif event.name.startswith(BACKWARD_NODE):
             _add(result, creators.get(event.sequence_nr, OTHER), "backward", getattr(event, time))
         elif event.sequence_nr >= 0 and part not in (BACKWARD, OPTIMIZER):
-            # The number increases when an operator creates a node, so the last operator with a number is the creator.
+            # Sequence numbers increase when an operator creates a node. The last operator with a number is its creator.
             creators[event.sequence_nr] = part
     whole = result.pop(BACKWARD, {"forward": 0.0})["forward"]
     booked = sum(by_pass["backward"] for by_pass in result.values())
@@ -112,7 +112,7 @@ def _ordered(breakdown: Breakdown) -> list[str]:
 
 
 def table(name: str, breakdown: Breakdown) -> str:
-    """Milliseconds and percentage of each part."""
+    """Table of milliseconds and percentage by part."""
     whole = sum(value for by_pass in breakdown.values() for value in by_pass.values())
     lines = ["", f"{name:28}{'forward ms':>12}{'backward ms':>13}{'%':>7}"]
     for part in _ordered(breakdown):
@@ -123,7 +123,7 @@ def table(name: str, breakdown: Breakdown) -> str:
 
 
 def plot_breakdowns(breakdowns: dict[str, Breakdown], path: Path) -> None:
-    """Draw one stacked bar per contender. A part has one colour; its backward is hatched."""
+    """Draw one stacked bar per contender. Each part has a colour; backward is hatched."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 0.8 * len(breakdowns) + 2), layout="constrained")
@@ -146,7 +146,7 @@ def plot_breakdowns(breakdowns: dict[str, Breakdown], path: Path) -> None:
 
 
 def _left_edge(breakdown: Breakdown, part: str, which: str, parts: list[str]) -> float:
-    """Milliseconds left of this piece of the bar. All forward pieces come before all backward pieces."""
+    """Left edge of a segment of a bar, in milliseconds. All forward segments come before all backward segments."""
     earlier = parts[: parts.index(part)]
     left = sum(breakdown.get(name, {}).get(which, 0.0) for name in earlier)
     return left + (sum(by_pass["forward"] for by_pass in breakdown.values()) if which == "backward" else 0.0)

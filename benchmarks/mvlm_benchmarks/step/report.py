@@ -17,11 +17,11 @@ COLUMNS = (
     "vs_compiled", "peak_vs_eager", "mfu_pct", "mfu_baseline_pct", "largest_batch", "note",
 )  # fmt: skip
 BASELINE = next(iter(BASELINES))
-"""The baseline whose FLOPs are counted. Both have the same matrix products."""
+"""The baseline whose FLOPs are counted. Both baselines have the same matrix products."""
 
 
 def heading(about: dict[str, Any], setup: Row) -> str:
-    """The machine and the settings of the measurement."""
+    """Two lines: the machine, and the settings of the measurement."""
     return "\n".join(
         [
             results.heading(about).splitlines()[0],
@@ -33,16 +33,16 @@ def heading(about: dict[str, Any], setup: Row) -> str:
 
 
 def add_figures(rows: list[Row], gflop: dict[str, GflopPerPair], batch: int, gpu: Gpu | None) -> None:
-    """Add rates and ratios to the rows, from their seconds per round.
+    """Add rates and ratios to the rows of results, computed from their seconds per round.
 
-    `vs_eager` and `vs_compiled` compare with the fastest eager and the fastest compiled baseline. They are medians of
-    the ratios within each round; above 1 is faster. `peak_vs_eager` is the row's memory over that of the fastest eager
+    `vs_eager` and `vs_compiled` are speeds relative to the fastest eager and the fastest compiled baseline: medians of
+    the ratios within each round, above 1 is faster. `peak_vs_eager` is peak memory relative to the fastest eager
     baseline; below 1 is less.
 
     Args:
-        gflop: contender -> its count.
+        gflop: contender -> GFLOP per pair.
         batch: pairs per step.
-        gpu: peak rates, or None on a CPU; with them the rows get their MFU.
+        gpu: peak rates, for the MFU; None on a CPU.
     """
     timed = [row for row in rows if "seconds" in row]
     eager = _fastest([row for row in timed if row["contender"] in BASELINES])
@@ -71,7 +71,7 @@ def _fastest(rows: list[Row]) -> Row | None:
 
 
 def parts_table(gflop: dict[str, GflopPerPair]) -> str:
-    """GFLOP per pair of each contender: forward by part, then the sums and their ratio to the baseline's."""
+    """Table of GFLOP per pair by contender: forward by part, totals, and the ratio to the baseline."""
     baseline = gflop[BASELINE].total
     parts = [part for part in (*PARTS, OTHER) if any(count.forward.get(part, 0) >= 5e-4 for count in gflop.values())]
 
@@ -91,7 +91,7 @@ def parts_table(gflop: dict[str, GflopPerPair]) -> str:
 
 
 def table(rows: list[Row]) -> str:
-    """One line per contender, then the notes."""
+    """Table with one line per contender, followed by notes."""
     columns = [
         ("pairs/s", "pairs_per_s", 10), ("p20", "pairs_per_s_p20", 9), ("p80", "pairs_per_s_p80", 9),
         ("CPU s", "cpu_s", 8), ("x eager", "vs_eager", 8), ("x compiled", "vs_compiled", 11), ("peak MB", "peak_mb", 9),
@@ -114,7 +114,7 @@ def _cell(value: float | None, width: int) -> str:
 
 
 def as_json(rows: list[Row], about: dict[str, Any], setup: Row, gflop: dict[str, GflopPerPair]) -> dict[str, Any]:
-    """The content of the JSON file. Contenders without figures are in `not_timed`, with the reason."""
+    """Content of the JSON file. Contenders without figures are in `not_timed`, each with the reason."""
     names = {BASELINE: "baseline"}
     return {
         "machine": about,
@@ -129,7 +129,7 @@ def as_json(rows: list[Row], about: dict[str, Any], setup: Row, gflop: dict[str,
 
 
 def write(result: dict[str, Any], json_file: Path | None, csv_file: Path | None, plot_file: Path | None) -> None:
-    """Write the files that are asked for and print their names."""
+    """Write the requested files, and print their names."""
     if json_file is not None:
         results.write_json(result, json_file)
     if csv_file is not None:
@@ -142,7 +142,7 @@ def write(result: dict[str, Any], json_file: Path | None, csv_file: Path | None,
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Bars of pairs per second and of peak activation memory, one per contender."""
+    """Draw bars of pairs per second and of peak activation memory, one per contender."""
     from matplotlib.figure import Figure
 
     rows = result["rows"]

@@ -2,7 +2,7 @@
 
 All contenders have the same weights and get the same batch, masks and negatives. Their losses are compared before
 anything is timed. They take turns in one process. A ratio is the median of the ratios within a round, because the
-machine changes little during a round.
+machine's speed changes little during a round.
 """
 
 import contextlib
@@ -21,7 +21,6 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.objectives.losses import Losses
 from mvlm_benchmarks import machine
 from mvlm_benchmarks.choices import choose
-from mvlm_benchmarks.reasons import one_line
 from mvlm_benchmarks.step import flops, report
 from mvlm_benchmarks.step.activations import peak_mb
 from mvlm_benchmarks.step.contenders import (
@@ -39,17 +38,18 @@ from mvlm_benchmarks.step.contenders import (
 )  # fmt: skip
 from mvlm_benchmarks.step.inputs import caption_lengths
 from mvlm_benchmarks.step.profile import profile_steps
+from mvlm_benchmarks.unavailable import one_line
 from mvlm_kernels.hardware import peak_rates
 
 Row = dict[str, Any]
 PRECISIONS = ("auto", "bf16", "fp32")
 WARM_UP = 2
-"""Rounds that do not count. They create the optimizer's state and threads and fill caches."""
+"""Number of warm-up rounds, which do not count. They create optimizer state and threads, and fill caches."""
 TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
-"""Largest relative difference of a loss. On a CPU, in float32, only the order of sums differs. On a GPU, in TF32,
-operands are rounded to 10 bits (which changes ITM's loss by 1e-4)."""
+"""Maximum relative difference of a loss. On a CPU, in float32, only the order of summation differs. On a GPU, in TF32,
+operands are rounded to 10 bits, which changes ITM's loss by 1e-4."""
 TOLERANCE_COMPILED = {"fp32": 1e-3, "bf16": 3e-2}
-"""Largest relative difference between the losses of compiled and eager code, by the precision that is timed."""
+"""Maximum relative difference between losses of compiled and eager code, by precision."""
 
 
 def run(
@@ -67,11 +67,11 @@ def run(
     plot: Path | None = None,
     profile: Path | None = None,
 ) -> dict[str, Any]:
-    """Check all losses, time the steps, print tables and write files. Returns the content of the JSON file.
+    """Check all losses, time steps, print tables and write files. Returns the content of the JSON file.
 
     Args:
         batch: pairs per step.
-        rounds: timed steps of each contender.
+        rounds: number of timed steps of each contender.
         contenders: names; empty for all.
         threads: CPU threads; 0 for torch's default.
         optimizer: include AdamW in the step.
@@ -80,10 +80,10 @@ def run(
 
     Raises:
         ConfigError: an unknown preset, contender, device or precision, or a number that is too small.
-        AssertionError: a contender's losses differ from those of `plain`.
+        AssertionError: the losses of a contender differ from those of `plain`.
     """
     names = check_arguments(batch, rounds, threads, contenders, precision)
-    # The baselines' cross-modality blocks are post-norm.
+    # Post-norm, as the cross-modality blocks of the baselines.
     config = MaskVLMConfig.preset(preset, cross_norm="post")
     chosen = choose_device(device)
     if precision == "auto":
@@ -121,7 +121,7 @@ def run(
 def check_arguments(
     batch: int, rounds: int, threads: int, contenders: Sequence[str], precision: str
 ) -> tuple[str, ...]:
-    """The contenders to run, each once. ConfigError on an unknown name or a number that is too small."""
+    """Check arguments of `run`. Returns the contenders to run, each once. Raises ConfigError."""
     for name, value, least in (("batch", batch, 2), ("rounds", rounds, 1), ("threads", threads, 0)):
         if value < least:
             raise ConfigError(f"{name}: wanted at least {least}, got {value}")
@@ -133,7 +133,7 @@ def check_arguments(
 
 @contextlib.contextmanager
 def step_settings(device: torch.device, threads: int) -> Iterator[None]:
-    """Number of threads (0 for torch's default) and TF32 on a GPU, for every contender; restored on exit."""
+    """Set the number of threads (0 for torch's default), and TF32 on a GPU. Restores both on exit."""
     before, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
     torch.set_num_threads(threads or before)
     if device.type == "cuda":
@@ -148,10 +148,12 @@ def step_settings(device: torch.device, threads: int) -> Iterator[None]:
 def check_losses(ready: list[Contender], model: MaskVLM, inputs: StepInputs, precision: str) -> dict[str, str]:
     """Assert that all contenders compute the same losses.
 
-    Every implementation is compared, eager and in float32, with our plain implementation. A compiled contender is
-    compared with its eager form in the precision that is timed, so that it is compiled once.
+    Every contender except `drop_masked` is compared with our plain implementation, in eager mode and float32. A
+    compiled contender is also compared with its eager form, in the precision that is timed, so that it is compiled only
+    once.
 
-    Returns a note for each compiled contender that fails to run, which is then not timed.
+    Returns:
+        A note for each compiled contender that fails to run. It is then not timed.
     """
     notes: dict[str, str] = {}
     tolerance = TOLERANCE[inputs.batch.images.device.type]
@@ -178,7 +180,7 @@ def check_losses(ready: list[Contender], model: MaskVLM, inputs: StepInputs, pre
 
 
 def assert_losses_equal(name: str, losses: Losses, wanted: Losses, tolerance: float) -> None:
-    """AssertionError with the values if a loss differs by more than `tolerance` times its value."""
+    """Assert that no loss differs by more than `tolerance` times its wanted value."""
     for term in ("mlm", "mim", "itc", "itm", "total"):
         got, want = getattr(losses, term).item(), getattr(wanted, term).item()
         assert abs(got - want) <= tolerance * abs(want), (
@@ -189,7 +191,7 @@ def assert_losses_equal(name: str, losses: Losses, wanted: Losses, tolerance: fl
 def measure_rounds(ready: list[Contender], inputs: StepInputs, rounds: int) -> list[Row]:
     """Measure the peak memory of each contender, then time all of them in rounds.
 
-    A row's `seconds` and `cpu_seconds` have one figure per round.
+    In each row of results, `seconds` and `cpu_seconds` have one figure per round.
     """
     rows: list[Row] = []
     for contender in ready:
@@ -209,7 +211,7 @@ def measure_rounds(ready: list[Contender], inputs: StepInputs, rounds: int) -> l
 
 
 def time_step(contender: Contender, inputs: StepInputs) -> tuple[float, float, float]:
-    """Seconds, CPU seconds of all threads, and the loss of one step, from uint8 images to the optimizer's update."""
+    """Time one step, from uint8 images to the optimizer's update: seconds, CPU seconds of all threads, and the loss."""
     _synchronize(inputs)
     start, cpu = time.perf_counter(), time.process_time()
     losses = contender.backward(inputs)
@@ -224,7 +226,7 @@ def _synchronize(inputs: StepInputs) -> None:
 
 
 def find_largest_batches(rows: list[Row], ready: list[Contender], model: MaskVLM, batch: int) -> None:
-    """Add `largest_batch` to each row: the largest batch whose step fits on this GPU."""
+    """Add `largest_batch` to each row of results: the largest batch whose step fits on this GPU."""
     length, device = model.config.text_length, model.log_scale.device
     for row, contender in zip(rows, ready, strict=True):
 
@@ -243,13 +245,13 @@ def find_largest_batches(rows: list[Row], ready: list[Contender], model: MaskVLM
 
         try:
             row["largest_batch"] = largest_that_fits(fits, batch)
-        except RuntimeError as error:  # the GPU is no longer usable: keep the figures and stop
+        except RuntimeError as error:  # the GPU cannot be used any more, so keep the figures and stop
             row["note"] = f"the largest batch was not found: {one_line(error)}"
             return
 
 
 def largest_that_fits(fits: Callable[[int], bool], start: int) -> int:
-    """The largest batch that fits, to within an eighth, or 0 if `start` does not fit.
+    """Find the largest batch that fits, to within an eighth. 0 if `start` does not fit.
 
     Doubles from `start`, then bisects.
     """

@@ -3,8 +3,8 @@
 # pyright: reportOptionalMemberAccess=false
 """Baselines whose parameters share the storage of a MaskVLM's weights.
 
-Only the storage is shared. Each baseline has its own parameter objects, under its libraries' names, and its own
-gradients. For a library that keeps queries, keys and values in one matrix, our three matrices become slices of it.
+Only the storage is shared. Each baseline has its own parameter objects, with the names of its libraries, and its own
+gradients. Some libraries store queries, keys and values in one matrix. Our three matrices then become slices of it.
 """
 
 import torch
@@ -18,7 +18,7 @@ from mvlm_benchmarks.step.inputs import PAD
 
 
 class SharedWeights:
-    """A MaskVLM whose weights any number of baselines can share."""
+    """Makes baselines that share the weights of a MaskVLM."""
 
     def __init__(self, model: MaskVLM) -> None:
         self.model = model
@@ -30,7 +30,7 @@ class SharedWeights:
         text.position.data = self._positions[PAD + 1 :]
 
     def baseline(self, cross: Cross) -> Baseline:
-        """A baseline on these weights, of their device and dtype, checked to be bidirectional."""
+        """Make a baseline on these weights, with their device and dtype. Checks that it is bidirectional."""
         ours = self.model
         baseline = Baseline(ours.config, cross).to(ours.log_scale.device, ours.log_scale.dtype)
         self._share_image_encoder(baseline)
@@ -107,7 +107,7 @@ class SharedWeights:
 
 
 def _fuse(attention: Attention) -> tuple[Tensor, Tensor]:
-    """Move queries, keys and values into one weight (3C, C) and one bias (3C,). Ours become slices of them."""
+    """Move queries, keys and values into one weight (3C, C) and bias (3C,). Our parameters become slices of them."""
     projections = (attention.query, attention.key, attention.value)
     weight, bias = (torch.cat([getattr(p, name).detach() for p in projections]) for name in ("weight", "bias"))
     for p, w, b in zip(projections, weight.chunk(3), bias.chunk(3), strict=True):
@@ -116,13 +116,13 @@ def _fuse(attention: Attention) -> tuple[Tensor, Tensor]:
 
 
 def _share(target: nn.Module, name: str, source: Tensor) -> None:
-    """Replace the target's parameter by a new one on the source's storage, in the target's shape."""
+    """Replace a parameter of the target by one that uses the source's storage, in the target's shape."""
     shape = getattr(target, name).shape
     setattr(target, name, nn.Parameter(source.detach().view(shape)))
 
 
 def _share_all(target: nn.Module, source: nn.Module) -> None:
-    """Share all parameters of two modules with equal parameter names."""
+    """Share all parameters of two modules that have the same parameter names."""
     names = dict(target.named_parameters(recurse=False))
     assert names.keys() == dict(source.named_parameters(recurse=False)).keys()
     for name in names:

@@ -1,7 +1,11 @@
-"""The last step of a build: drop duplicates and leaks, and gather the pieces' tars into the data folder.
+"""Final step of a build.
 
-    OUT/rejected.jsonl     a line per rejected record: key, split, reason, where it came from
-    OUT/duplicates.jsonl   a line per duplicate image: key, split, kind (exact or near), the image that it repeats
+Drops duplicates and training images that also occur in an evaluation split, and moves the pieces' tars into the data
+folder. Besides the tars it writes:
+
+    OUT/rejected.jsonl     a line per rejected record: key, split, reason, origin
+    OUT/duplicates.jsonl   a line per duplicate image: key, split, kind (exact or near), and the image that it repeats
+    OUT/dataset.json       the description
 
 Shape legend: n written samples, in the order of the source.
 """
@@ -14,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard, write_durably
+from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard
+from mvlm_dataloading.dataset.durable_files import write_durably
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Source
@@ -34,23 +39,25 @@ from .shard_writer import Shard
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """A build whose pieces are all in `folder`."""
+    """A build whose pieces are finished, in `folder`."""
 
     folder: Path
     source: Source
     options: BuildOptions
     recipe: dict[str, Any]
-    against: tuple[Path, ...]
+    evaluation_sets: tuple[Path, ...]
 
 
 def assemble(assembly: Assembly) -> Counter[str]:
-    """Write `final/`. It can be repeated after an interruption at any point. Returns counts for the log."""
+    """Write `final/`. Can be repeated after an interruption at any point. Returns counts for the log."""
     final = assembly.folder / "final"
     final.mkdir(exist_ok=True)
     written, rejected = _read_pieces(assembly)
     images = written.images
     dropped = _repeated_keys(images.keys)
-    evaluation = [images_of_split(folder, split) for folder in assembly.against for split in evaluation_splits(folder)]
+    evaluation = [
+        images_of_split(folder, split) for folder in assembly.evaluation_sets for split in evaluation_splits(folder)
+    ]
     duplicates = list(find_leaks(images, evaluation, dropped))
     duplicates += find_duplicates(images, dropped, drop=assembly.options.drop_duplicates)
     for i, reason in dropped.items():
@@ -78,11 +85,11 @@ class _Written:
     captions: list[int]
     """Number of captions."""
     tars: list[tuple[int, int]]
-    """Number of the piece, and of the tar in it."""
+    """Number of the piece, and number of the tar in it."""
 
 
 def _read_pieces(assembly: Assembly) -> tuple[_Written, list[dict[str, Any]]]:
-    """The samples in the pieces, and a line per rejected record."""
+    """Read the samples of all pieces, and a line per rejected record."""
     facts, where, captions, tars, rejected = [], [], [], [], []
     for number, piece in enumerate(assembly.source.pieces):
         with (_piece_folder(assembly, number) / "samples.jsonl").open(encoding="utf-8") as file:
@@ -104,7 +111,11 @@ def _repeated_keys(keys: list[str]) -> dict[int, str]:
 
 
 def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]) -> dict[str, dict[str, Any]]:
-    """Move the tars that keep all samples, rewrite the others, and number them by split. Returns `splits`."""
+    """Move the tars that keep all samples, rewrite the others, and number both by split.
+
+    Returns:
+        The field `splits` of dataset.json.
+    """
     samples_of: dict[tuple[int, int], list[int]] = {}
     for i, tar in enumerate(written.tars):
         samples_of.setdefault(tar, []).append(i)
@@ -119,7 +130,7 @@ def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]
         new = assembly.folder / "final" / f"{split}-{len(entry['shards']):06d}.tar"
         if all(keep):
             for suffix in (".tar", ".idx"):
-                if not new.with_suffix(suffix).exists():  # else moved before an interruption
+                if not new.with_suffix(suffix).exists():  # else it was moved before an interruption
                     old.with_suffix(suffix).rename(new.with_suffix(suffix))
             known = json.loads((old.parent / "shards.json").read_text())[tar]
             shard = {"tar": new.name, "samples": known["samples"], "bytes": known["bytes"], "sha256": known["sha256"]}
@@ -133,7 +144,7 @@ def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]
 
 
 def _copy_kept(old: Path, new: Path, keep: list[bool]) -> None:
-    """Copy a tar with some of its samples. `new` and its index appear complete, or not at all."""
+    """Copy the samples `keep` of a tar. `new` and its index appear complete, or not at all."""
     if new.exists() and new.with_suffix(".idx").exists():
         return
     shard = Shard(new.with_name(f"{new.stem}.new.tar"))
@@ -149,7 +160,7 @@ def _copy_kept(old: Path, new: Path, keep: list[bool]) -> None:
                     key = name[: -len(extension) - 1]
                 shard.write(key, parts, num_captions=0)
     shard.close()
-    # The tar last: its name says that both files are there.
+    # Rename the tar last, so that it exists only if its index does.
     shard.path.with_suffix(".idx").rename(new.with_suffix(".idx"))
     shard.path.rename(new)
 

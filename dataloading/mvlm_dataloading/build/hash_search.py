@@ -1,4 +1,4 @@
-"""Search for equal digests and for perceptual hashes that nearly agree.
+"""Search for equal digests and for near perceptual hashes.
 
 Shape legend: n images.
 """
@@ -19,18 +19,19 @@ _ROWS = 2048
 
 
 def first_equal(digests: NDArray[np.bytes_]) -> Int64:
-    """For each image, the position of the first with an equal digest, which may be itself: int64 (n,)."""
+    """Position of the first image with an equal digest, for each image: int64 (n,)."""
     _, first, inverse = np.unique(digests, return_index=True, return_inverse=True)
     return first[inverse.reshape(-1)].astype(np.int64)
 
 
 def near_pairs(hashes: UInt64) -> Iterator[tuple[int, int]]:
-    """All pairs i < j of hashes (n,) that differ in at most MAX_DISTANCE bits, each once, in no particular order.
+    """Pairs i < j of near hashes (n,), which differ in at most MAX_DISTANCE bits. Each once, in no fixed order.
 
-    Of several equal hashes, only the pairs with the first one are given.
+    Among k equal hashes only the k - 1 pairs with the first are yielded: a thousand copies give a thousand pairs, not
+    half a million.
 
-    Two such hashes agree in at least one of MAX_DISTANCE + 1 bands of 16 bits. So only hashes that share a band are
-    compared, and a pair counts in the first band that it shares.
+    Two near hashes agree in at least one of MAX_DISTANCE + 1 bands of 16 bits. Only hashes that share a band are
+    compared, and a pair is yielded for the first band that it shares.
     """
     values, inverse = np.unique(hashes, return_inverse=True)
     members = np.split(np.argsort(inverse, kind="stable"), np.cumsum(np.bincount(inverse.reshape(-1)))[:-1])
@@ -43,12 +44,11 @@ def near_pairs(hashes: UInt64) -> Iterator[tuple[int, int]]:
 
 
 def _within(same: Int64) -> Iterator[tuple[int, int]]:
-    # Pairs with the first only: a thousand copies give a thousand pairs, not half a million.
     yield from ((int(same[0]), int(j)) for j in same[1:])
 
 
 def _near_values(values: UInt64) -> Iterator[tuple[int, int]]:
-    """Positions a < b of distinct hashes that are near each other."""
+    """Positions a < b of near hashes among distinct ones."""
     bands = [(values >> np.uint64(16 * band)) & np.uint64(0xFFFF) for band in range(_BANDS)]
     for band in range(_BANDS):
         order = np.argsort(bands[band], kind="stable")
@@ -67,10 +67,10 @@ def _near_values(values: UInt64) -> Iterator[tuple[int, int]]:
 def near_known(
     hashes: UInt64, aspects: Float64, known: UInt64, known_aspects: Float64, max_aspect_ratio: float
 ) -> Int64:
-    """For each hash, the first in `known` that is near and has a similar aspect ratio, or -1: int64 (n,).
+    """Position of the first near hash in `known` with a similar aspect ratio, for each hash; -1 if absent: int64 (n,).
 
     Args:
-        max_aspect_ratio: maximum quotient of two similar aspect ratios.
+        max_aspect_ratio: maximum quotient of two similar aspect ratios, at least 1.
     """
     found = np.full(len(hashes), len(known), np.int64)
     for band in range(_BANDS):

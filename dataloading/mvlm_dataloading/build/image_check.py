@@ -1,4 +1,4 @@
-"""Check of images with the decoder that training uses; re-encoding, and the perceptual hash.
+"""Checks of images with the decoder that training uses, re-encoding, and the perceptual hash.
 
 Shape legend: H and W of the image after its EXIF orientation is applied, as the loader applies it.
 """
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mvlm_dataloading.errors import need
 
-# MPO is a JPEG followed by further images, written by cameras; decoders take the first.
+# MPO, written by cameras, is a JPEG followed by further images. Decoders take the first one.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 UNDECODABLE = "image cannot be decoded"
 TOO_MANY_PIXELS = "image has too many pixels"
@@ -27,7 +27,7 @@ _FLAT = 2.0  # standard deviation in levels of 255 below which an image is too f
 
 @dataclass(frozen=True, slots=True)
 class ImageHeader:
-    """Format and size from an image's header. Width and height are as stored, before any rotation."""
+    """Format and size from an image's header. Width and height are as stored, before EXIF rotation."""
 
     extension: str
     width: int
@@ -35,11 +35,11 @@ class ImageHeader:
 
 
 def read_header(image: bytes) -> ImageHeader | str:
-    """The header of an image, or the reason why it cannot be used. Nothing is decoded."""
+    """Read the header of an image, without decoding. Returns the reason as text if the image cannot be used."""
     pil = need("PIL.Image")
     try:
         with warnings.catch_warnings():
-            # Pillow warns of very many pixels before it allocates memory; here such an image is rejected.
+            # Pillow warns of a decompression bomb before it allocates memory. Here such an image is rejected.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", pil.DecompressionBombWarning)
             with pil.open(io.BytesIO(image)) as opened:
@@ -53,9 +53,9 @@ def read_header(image: bytes) -> ImageHeader | str:
 
 
 class ImageDecoder:
-    """DALI's CPU decoder for images in memory. Its verdict on an image is the loader's.
+    """DALI's CPU decoder for images in memory. The loader uses the same decoder, so both accept the same images.
 
-    DALI may read a header differently from Pillow. So DALI is asked for the size first, and an image of more than
+    DALI may read a header differently from Pillow. Therefore DALI reads the size first, and an image of more than
     `max_pixels` is not decoded.
     """
 
@@ -64,7 +64,7 @@ class ImageDecoder:
         self._built: dict[bool, Any] = {}
 
     def __call__(self, images: Sequence[bytes]) -> Iterator[NDArray[np.uint8] | str]:
-        """For each image in order, its pixels, RGB uint8 (H, W, 3), or the reason why it cannot be used."""
+        """Pixels of each image in order, RGB uint8 (H, W, 3), or the reason as text if the image cannot be used."""
         shapes = self._attempt(images, decode=False)
         begin = 0
         while begin < len(images):
@@ -87,7 +87,7 @@ class ImageDecoder:
             begin += len(group)
 
     def _attempt(self, images: Sequence[bytes], decode: bool) -> list[NDArray[Any] | None]:
-        """The pipeline's output per image, None where it fails. Bisects, because DALI does not say which one failed."""
+        """The pipeline's output per image, None if it fails. Bisects, because DALI does not say which image failed."""
         if not images:
             return []
         if len(images) > _BATCH:
@@ -128,7 +128,7 @@ def _pipeline(decode: bool) -> Any:
         encoded = fn.external_source(name="encoded", batch=True, dtype=types.DALIDataType.UINT8, ndim=1)
         shape = fn.peek_image_shape(encoded)
         if decode:
-            # As in the loader: read the header first, then decode a crop, here the whole image.
+            # As in the loader: read the header, then decode a crop. Here the crop is the whole image.
             size = fn.cast(fn.slice(shape, 0, 2, axes=[0]), dtype=types.DALIDataType.INT32)
             output = fn.decoders.image_slice(
                 encoded, start=size * 0, shape=size, axes=[0, 1], device="cpu", output_type=types.DALIImageType.RGB
@@ -154,11 +154,11 @@ def encode_jpeg(pixels: NDArray[np.uint8], short_side: int | None, quality: int)
 
 
 def perceptual_hash(pixels: NDArray[np.uint8]) -> int | None:
-    """64 bits that hardly change when an image, uint8 (H, W, 3), is scaled or compressed again.
+    """Perceptual hash of an image, uint8 (H, W, 3): 64 bits that hardly change under scaling and compression.
 
     The image is reduced to grey, 32 x 32, and transformed by a DCT-II. Each of the 64 lowest frequencies, without the
     constant, gives a bit: 1 if its coefficient is above their median (after Zauner, Implementation and Benchmarking of
-    Perceptual Image Hash Functions, 2010). None for a flat image: all flat images would have similar hashes.
+    Perceptual Image Hash Functions, 2010). None for a flat image, because all flat images would have similar hashes.
     """
     pil = need("PIL.Image")
     grey = pil.fromarray(pixels).convert("L").resize((32, 32), pil.Resampling.BOX, reducing_gap=3.0)

@@ -1,7 +1,7 @@
-"""Writing one piece of a source as tars, in a worker process. `build` joins the pieces to a data set.
+"""Writing one piece of a source as tars, in a worker process. `assemble` joins the pieces to a data set.
 
     PIECE/000.tar, 000.idx, ...   the samples, in tars of bounded size
-    PIECE/samples.jsonl           a line per record, in order: facts of the sample, or why it was rejected
+    PIECE/samples.jsonl           a line per record, in order: facts of the sample, or the reason for its rejection
     PIECE/shards.json             samples, captions, bytes and sha256 of each tar
 
 A piece is written to a temporary folder, which is renamed when it is complete and on the disk.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.captions import clean_captions
-from mvlm_dataloading.dataset.description import sync_folder, write_durably
+from mvlm_dataloading.dataset.durable_files import sync_folder, write_durably
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import KEY_PATTERN, TOO_LARGE, Piece, Record
 from mvlm_dataloading.tokenizer import Tokenizer, load_tokenizer
@@ -40,7 +40,7 @@ _GROUP, _GROUP_BYTES = 64, 32 << 20
 
 @dataclass(slots=True)
 class _Candidate:
-    """A record that has passed all checks but decoding."""
+    """A record that has passed all checks except decoding."""
 
     number: int
     record: Record
@@ -52,12 +52,12 @@ class _Candidate:
 def write_piece(
     piece: Piece, target: Path, options: BuildOptions, crashes: dict[str, list[int]], report: Callable[[int], None]
 ) -> None:
-    """Write a piece to the folder `target`, unless another process was faster.
+    """Write a piece to the folder `target`. If another process has finished it first, its result is kept.
 
     Args:
-        crashes: numbers in the piece of records that killed a decoder ("fatal"), or were in a batch that did
+        crashes: numbers, within the piece, of records that killed a decoder alone ("fatal") or as part of a batch
             ("suspect").
-        report: called with the number of records processed, from time to time.
+        report: called after each group of records, with its length.
     """
     aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -72,7 +72,7 @@ def write_piece(
         try:
             aside.rename(target)
         except OSError:
-            if not (target / "shards.json").is_file():  # else another process was faster, with equal bytes
+            if not (target / "shards.json").is_file():  # else another process finished it first, with equal bytes
                 raise
         sync_folder(target.parent)
     finally:
@@ -91,7 +91,7 @@ class _PieceWriter:
         self._seen = 0
 
     def add_group(self, group: list[Record]) -> None:
-        """Check some records, decode the remaining ones, and write those that can be used."""
+        """Check a group of records, decode those that pass, and write the usable ones."""
         checked = [self._check(self._seen + i, record) for i, record in enumerate(group)]
         self._seen += len(group)
         candidates = [one for one in checked if isinstance(one, _Candidate)]
@@ -104,7 +104,7 @@ class _PieceWriter:
                 reason = one
             if reason is not None:
                 self._write_line({"key": record.key, "reason": reason, "where": record.where})
-        assert next(decoded, None) is None  # which also removes the note of what is being decoded
+        assert next(decoded, None) is None  # runs the generator to its end, which removes the note
 
     def close(self) -> None:
         if self._shards:
@@ -116,13 +116,13 @@ class _PieceWriter:
         write_durably(self._folder / "shards.json", json.dumps(described))
 
     def abandon(self) -> None:
-        """Close open files, after an error. After `close`, it does nothing."""
+        """Close open files after an error. Has no effect after `close`."""
         for closing in (self._lines, *(shard.tar for shard in self._shards)):
-            with contextlib.suppress(OSError):  # a full disk may be why we are here
+            with contextlib.suppress(OSError):  # after a full disk, closing fails too
                 closing.close()
 
     def _check(self, number: int, record: Record) -> _Candidate | str:
-        """All checks of a record that need no decoding. Returns a candidate, or the reason for its rejection."""
+        """Check a record without decoding. Returns a candidate, or the reason for the rejection."""
         options = self._options
         if record.fault is not None:
             return record.fault
@@ -144,9 +144,9 @@ class _PieceWriter:
         return _Candidate(number, record, image, header.extension, captions)
 
     def _decode(self, candidates: list[_Candidate]) -> Iterator[Any]:
-        """The images' pixels, or the reasons for rejection.
+        """Pixels of the images in order, or the reasons for their rejection.
 
-        A note in the folder says which records are being decoded, in case they kill the process.
+        A note in the folder names the records that are being decoded, in case they kill the process.
         """
         note = self._folder / "decoding"
         unsuspected = [one for one in candidates if one.number not in self._suspect]
@@ -163,7 +163,7 @@ class _PieceWriter:
         note.unlink()
 
     def _write(self, one: _Candidate, pixels: Any) -> str | None:
-        """Write a sample. Returns None, or the reason why it cannot be used after all."""
+        """Write a sample. Returns None, or the reason if it has to be rejected after all."""
         options, record = self._options, one.record
         image, extension = one.image, one.extension
         height, width = pixels.shape[:2]

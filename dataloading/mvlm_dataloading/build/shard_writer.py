@@ -4,8 +4,8 @@
     OUT/train-000000.idx   offset and size of each component in the tar
     OUT/dataset.json       counts, sha256 of each shard, source, licence, rejections by reason
 
-The data set is written to `.OUT.partial`, which is renamed when it is complete. So a folder OUT is always a whole data
-set. Equal input gives equal bytes.
+The data set is written to `.OUT.partial`, which is renamed when it is complete. OUT, if it exists, is therefore
+complete. Equal input gives equal bytes.
 """
 
 import contextlib
@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mvlm_dataloading.dataset.description import FORMAT_VERSION, require_free_folder, sync_file, write_durably
+from mvlm_dataloading.dataset.description import FORMAT_VERSION, require_free_folder
+from mvlm_dataloading.dataset.durable_files import sync_file, write_durably
 from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.sources.record import KEY_PATTERN
 
@@ -36,12 +37,12 @@ log = logging.getLogger(__name__)
 
 
 class ShardWriter:
-    """A context manager that writes one data set. An exception inside leaves nothing behind.
+    """Context manager that writes one data set. An exception inside removes everything that was written.
 
     Args:
-        out: the folder to create; it may exist if it is empty.
+        out: folder to create; an empty folder may exist.
         name, source, licence, attribution: copied to `dataset.json`.
-        recipe: everything that determines the content (sizes, versions, limits). `already_written` compares it.
+        recipe: all values that determine the content (sizes, versions, limits). `already_written` compares them.
         max_shard_bytes: maximum size of a tar.
 
     Attributes:
@@ -59,7 +60,7 @@ class ShardWriter:
         recipe: Mapping[str, Any],
         max_shard_bytes: int = 256 << 20,
     ):
-        out = Path(out).resolve()  # gives "." a name, and keeps a link
+        out = Path(out).resolve()  # "." gets a name; a link is kept, and its target becomes the data set
         require_free_folder(out)
         self.out = out
         self._header = {"name": name, "source": source, "licence": licence, "attribution": attribution}
@@ -84,7 +85,7 @@ class ShardWriter:
     ) -> str | None:
         """Append one sample to a split, or reject it.
 
-        Blank and repeated captions are dropped, and white space inside a caption becomes single blanks.
+        Blank and repeated captions are dropped. White space inside a caption becomes single blanks.
 
         Returns:
             None if the sample was written, else the reason for its rejection, which is counted in `rejected`.
@@ -144,7 +145,7 @@ class ShardWriter:
     def abandon(self) -> None:
         """Remove everything that was written."""
         for shard in self._open.values():
-            with contextlib.suppress(OSError):  # a full disk may be the reason for the call
+            with contextlib.suppress(OSError):  # after a full disk, closing fails too
                 shard.tar.close()
         shutil.rmtree(self._partial, ignore_errors=True)
 
@@ -168,7 +169,7 @@ class ShardWriter:
 
 @dataclass
 class Shard:
-    """One tar being written, and the lines of its index."""
+    """A tar that is being written, and the lines of its index."""
 
     path: Path
     samples: int = 0
@@ -180,16 +181,15 @@ class Shard:
         self.tar = tarfile.open(self.path, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115 (closed in `close`)
 
     def fits(self, parts: Sequence[tuple[str, bytes]], max_bytes: int) -> bool:
-        """True if the tar stays within `max_bytes` with this sample. The first sample always fits."""
+        """True if the tar with this sample takes at most `max_bytes`. The first sample always fits."""
         grown = sum(tarfile.BLOCKSIZE + _padded(len(content)) for _, content in parts)
         return not self.samples or self.tar.offset + grown <= max_bytes
 
     def write(self, key: str, parts: Sequence[tuple[str, bytes]], num_captions: int) -> None:
         components = []
         for extension, content in parts:
-            member = tarfile.TarInfo(
-                f"{key}.{extension}"
-            )  # time, user and group stay 0, so that equal input gives equal bytes
+            # Time, user and group stay 0, so that equal input gives equal bytes.
+            member = tarfile.TarInfo(f"{key}.{extension}")
             member.size = len(content)
             offset = self.tar.offset + tarfile.BLOCKSIZE  # names are short, so a header is one block
             self.tar.addfile(member, io.BytesIO(content))
@@ -203,7 +203,7 @@ class Shard:
         sync_file(self.path)
         with self.path.open("rb") as file:
             self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        # The index last: an index older than its tar is refused.
+        # Write the index last, because an index older than its tar is refused.
         write_durably(self.path.with_suffix(".idx"), format_index(self.index))
         return self
 
@@ -213,7 +213,7 @@ class Shard:
 
 
 def check_image(image: bytes) -> tuple[str, str | None]:
-    """The extension of an encoded image, and None or the reason why it cannot be used. Decodes the whole image."""
+    """Decode an image completely. Returns its extension, and None or the reason why it cannot be used."""
     header = read_header(image)
     if not isinstance(header, ImageHeader):
         return "", header
@@ -226,9 +226,9 @@ def check_image(image: bytes) -> tuple[str, str | None]:
 
 
 def pack_tokens(tokenizer: "Tokenizer", captions: Sequence[str], max_length: int) -> bytes | None:
-    """A `.tok` component: for each caption a count n and then n ids, [CLS] ... [SEP], as little-endian int32.
+    """Tokenize captions into a `.tok` component: per caption a count n and n ids, [CLS] ... [SEP], little-endian int32.
 
-    Captions keep the order of the lines of `.txt`. None if a caption has no ordinary token.
+    Captions have the order of the lines of `.txt`. None if a caption has no ordinary token.
     """
     tokens, lengths = tokenizer.encode(captions, max_length)
     if lengths.min() < 3:
@@ -239,7 +239,10 @@ def pack_tokens(tokenizer: "Tokenizer", captions: Sequence[str], max_length: int
 
 
 def format_index(lines: Sequence[str]) -> str:
-    """A DALI index, version 1.2: a count, then per sample a line of `extension offset size name` for each component."""
+    """Format a DALI index, version 1.2: a count, then a line per sample.
+
+    A line has `extension offset size name` for each component.
+    """
     return f"v1.2 {len(lines)}\n" + "".join(line + "\n" for line in lines)
 
 

@@ -13,9 +13,9 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class TaskEvent:
-    """News of a task.
+    """Event of a task.
 
-    `kind` is "progress" (value: the count reported), "done" (value: the result) or "died" (value: the exit code).
+    `kind` is "progress" (value: reported count), "done" (value: result) or "died" (value: exit code of its process).
     """
 
     kind: str
@@ -31,14 +31,14 @@ class _Worker:
 
 
 def run_tasks(function: Callable[..., Any], tasks: Iterable[Any], workers: int) -> Generator[TaskEvent, Any, None]:
-    """Call `function(task, report)` for each task, and yield events as they come.
+    """Call `function(task, report)` for each task in worker processes, and yield events as they occur.
 
-    An exception of a task is raised here and ends the pool. A task whose process died is not repeated by itself: to
-    repeat it, answer the event with `generator.send(task)`.
+    An exception of a task is raised here and ends the pool. A task whose process died is not retried automatically. To
+    retry it, call `generator.send(task)` on its "died" event.
 
     Args:
-        function: must be picklable. Its second argument takes counts of work done.
-        workers: number of processes; 0 runs the tasks in this one.
+        function: must be picklable. It calls its second argument with counts of work done.
+        workers: number of processes; 0 runs the tasks in this process.
     """
     if workers == 0:
         for task in tasks:
@@ -74,7 +74,7 @@ def run_tasks(function: Callable[..., Any], tasks: Iterable[Any], workers: int) 
                     again = yield TaskEvent("died", worker.task, worker.process.exitcode)
                     if again is not None:
                         returned.append(again)
-                        yield TaskEvent("progress", again, 0)  # this is what `send` returns
+                        yield TaskEvent("progress", again, 0)  # the event that `send` returns
                     continue
                 if kind == "failed":
                     raise value
@@ -96,7 +96,7 @@ def _ready(busy: list[_Worker]) -> list[_Worker]:
 
 
 def _start_worker(function: Callable[..., Any]) -> _Worker:
-    # Not fork: threads of the caller would not survive it.
+    # spawn, not fork: a fork has none of the caller's threads, and may inherit their locks.
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_worker_main, args=(function, theirs), daemon=True)
@@ -106,7 +106,7 @@ def _start_worker(function: Callable[..., Any]) -> _Worker:
 
 
 def _worker_main(function: Callable[..., Any], connection: Connection) -> None:
-    """Main function of a worker: receive tasks, send progress and results, until the connection or the parent ends."""
+    """Main function of a worker. Receives tasks, sends progress and results; ends with the connection or the parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -1,4 +1,4 @@
-"""DALI indices, parsed by columns: a million samples in about a second.
+"""Parser of DALI indices. Vectorized with numpy: a million samples take about a second.
 
 A line of a v1.2 index is `extension offset size name` for each component of a sample.
 
@@ -21,11 +21,11 @@ _BLANK, _NEWLINE = b" \n"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Component:
-    """Location in the tar of one component of each sample: arrays (n,)."""
+    """Location of one component of every sample in its tar: arrays (n,)."""
 
     offset: Int64
     size: Int64
-    """Bytes; -1 where a sample has no such component."""
+    """Bytes; -1 for a sample without the component."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,18 +38,18 @@ class DaliIndex:
     end: Int64
     """(n,) end of each line, without the newline."""
     components: dict[str, Component]
-    """Keyed by the names in KINDS. If a sample has several components of a kind, the last counts."""
+    """Keyed by the names in KINDS. If a sample has several components of a kind, the last one is used."""
 
     def line(self, i: int) -> bytes:
         return self.text[self.begin[i] : self.end[i]]
 
     def key(self, i: int) -> str:
-        """The sample's key: the name of its first component without the extension."""
+        """Key of a sample: the name of its first component without the extension."""
         extension, _, _, name = self.line(i).split(b" ", 4)[:4]
         return name[: -len(extension) - 1].decode(errors="surrogateescape")
 
     def name(self, i: int, kind: str) -> str:
-        """The member name of a component in the tar."""
+        """Name of a component's member in the tar."""
         words = self.line(i).decode(errors="surrogateescape").split(" ")
         return [words[k + 3] for k in range(0, len(words), 4) if words[k].lower() in KINDS[kind]][-1]
 

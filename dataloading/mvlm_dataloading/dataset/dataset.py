@@ -1,4 +1,4 @@
-"""One split of a data set: the location of its samples, and random access to them."""
+"""One split of a data set: location of its samples, and random access to them."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from .remote_cache import RemoteCache
 
 
 class Keys:
-    """The samples' keys, read from the indices on request."""
+    """Keys of the samples, read from the indices on request."""
 
     def __init__(self, indices: list[DaliIndex], shard: Int64, first: Int64):
         self._indices, self._shard, self._first = indices, shard, first
@@ -42,7 +42,7 @@ class Dataset:
     split: str
     tars: list[Path]
     shard: Int64
-    """(n,), ascending: the position in `tars` of each sample's shard."""
+    """(n,), ascending: position of each sample's shard in `tars`."""
     first: Int64
     """Id of the first sample of each shard."""
     indices: list[DaliIndex]
@@ -55,9 +55,9 @@ class Dataset:
     description: dict[str, Any]
     """Content of `dataset.json`."""
     fingerprint: str
-    """A hash that changes when the split's samples do."""
+    """Hash of the split's samples and their order."""
     remote: RemoteCache | None = None
-    """Fetches the shards of a remote data set; `tars` are then their paths in the cache."""
+    """The cache of a remote data set, which fetches its shards. `tars` are then paths in the cache."""
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -93,7 +93,7 @@ class Dataset:
         return parse_captions(self._read(self.text, i), lambda: self.where(i))
 
     def metadata(self, i: int) -> dict[str, Any]:
-        """Content of `<key>.json`; empty if there is none."""
+        """Content of `<key>.json`; empty for a sample without metadata."""
         return parse_metadata(self._read(self.meta, i), lambda: self.where(i))
 
     def image_bytes(self, i: int) -> bytes:
@@ -101,11 +101,11 @@ class Dataset:
         return self._read(self.image, i)
 
     def image_id(self, i: int) -> int:
-        """int64, equal for samples of the same image. `Batch.image_id` has the same values."""
+        """Id of the sample's image, int64, equal for samples of the same image. The values of `Batch.image_id`."""
         return image_identity(self.metadata(i), lambda: self.image_bytes(i))
 
     def where(self, i: int) -> str:
-        """Tar, offset and key of sample i, for messages."""
+        """Location of sample i for messages: tar, offset and key."""
         return f"{self.tars[self.shard[i]]} offset {self.image.offset[i]} key {self.keys[i]}"
 
     def index_line(self, i: int) -> bytes:
@@ -122,7 +122,7 @@ class Dataset:
 
 
 def parse_captions(text: bytes, where: Callable[[], str]) -> list[str]:
-    """The nonblank lines of a `.txt` component. Raises DataError if there are none, or if it is not UTF-8."""
+    """The nonblank lines of a `.txt` component. Raises DataError if all lines are blank or the text is not UTF-8."""
     try:
         captions = [line.strip() for line in text.decode().split("\n") if line.strip()]
     except UnicodeDecodeError:
@@ -148,6 +148,6 @@ def parse_metadata(text: bytes, where: Callable[[], str]) -> dict[str, Any]:
 
 
 def image_identity(metadata: dict[str, Any], image: Callable[[], bytes]) -> int:
-    """int64, equal for equal images: a hash of the metadata's `image_id`, or of the encoded image if it has none."""
+    """Id of an image, int64: a hash of the metadata's `image_id`, or of the encoded image if it has none."""
     given = metadata.get("image_id")
     return text_hash(image() if given is None else f"image_id {given}")

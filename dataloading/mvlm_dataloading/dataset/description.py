@@ -1,4 +1,4 @@
-"""`dataset.json`, the description of a data folder; and file writes that survive a crash."""
+"""`dataset.json`, the description of a data folder."""
 
 import hashlib
 import json
@@ -14,17 +14,17 @@ _SHARD_FIELDS = {"tar": str, "samples": int, "bytes": int, "sha256": str}
 
 
 def describe_shard(tar: Path, samples: int) -> dict[str, Any]:
-    """A shard's entry in `dataset.json`, from its tar."""
+    """Describe a tar as an entry of `dataset.json`."""
     with tar.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"tar": tar.name, "samples": samples, "bytes": tar.stat().st_size, "sha256": digest}
 
 
 def already_written(out: Path, *, name: str, recipe: Mapping[str, Any]) -> bool:
-    """True if `out` is this data set, complete. False if it is new or empty.
+    """True if `out` holds this data set, complete. False if `out` is missing or empty.
 
     Raises:
-        DataError: `out` is in use otherwise, or is this data set with a damaged shard.
+        DataError: `out` has other content, or holds this data set with a damaged shard.
     """
     file = out / "dataset.json"
     if not file.is_file():
@@ -80,11 +80,11 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def shard_paths(folder: Path, shard: Mapping[str, Any]) -> tuple[Path, Path]:
-    """Paths of a shard's tar and index. A view stores only the index and names a tar of another folder."""
+    """Paths of a shard's tar and index. A view stores only indices, and refers to tars of other folders."""
     if "index" not in shard:
         tar = folder / shard["tar"]
         return tar, tar.with_suffix(".idx")
-    # Resolve first: if `folder` is a link to a view, `..` is relative to the view, not to the link.
+    # Resolve `folder` first: if it is a link to a view, `..` is relative to the view, not to the link.
     return Path(os.path.normpath(folder.resolve() / shard["tar"])), folder / shard["index"]
 
 
@@ -98,28 +98,3 @@ def require_free_folder(out: Path) -> None:
         raise DataError(
             f"{out}: wanted a new or an empty folder, found one in use; choose another folder or remove this one"
         )
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file and wait until it is on the disk. A failed write, as on a full disk, leaves no file."""
-    try:
-        path.write_text(text, encoding="utf-8")
-        sync_file(path)
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def sync_file(path: Path) -> None:
-    """Wait until a file's bytes are on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Opening a data set: checks of everything that can be checked without reading the shards."""
+"""Opening a data set, with all checks that do not read whole shards."""
 
 import hashlib
 import json
@@ -18,19 +18,19 @@ from .description import read_description, shard_paths
 from .remote_cache import RemoteCache, is_remote, open_remote_cache
 
 _REMOTE_HINT = "open the data set again, which fetches it again; if that does not help, rebuild it at the source"
-_SHORT = 8  # bytes; captions of at most this size may be blank, so they are read when the data set is opened
+_SHORT = 8  # bytes; a `.txt` of at most this size may be blank, so it is read when the data set is opened
 
 
 def open_dataset(folder: Path | str, split: str) -> Dataset:
-    """Open one split and check it, without reading the shards.
+    """Open one split and check it, without reading whole shards.
 
     A folder at s3://, gs://, hf:// or https:// is cached locally, see `remote_cache`. Its shards are checked when they
     are fetched.
 
     Raises:
         DataError: the folder, `dataset.json`, the split, a shard or an index is missing; a shard is no tar, or its size
-            differs from `dataset.json`; an index is older than its tar or belongs to another; a sample has no caption
-            or no image.
+            differs from `dataset.json`; an index is older than its tar or belongs to another one; a sample has no
+            caption or no image.
     """
     remote = open_remote_cache(str(folder)) if is_remote(folder) else None
     folder = Path(folder) if remote is None else remote.folder
@@ -69,7 +69,7 @@ def _open_local_shard(folder: Path, shard: dict[str, Any]) -> _OpenShard:
 
 
 def _open_remote_shards(remote: RemoteCache, shards: list[dict[str, Any]]) -> list[_OpenShard]:
-    """Read the indices of remote shards, and have each shard compared with its index once it is fetched."""
+    """Read the indices of remote shards. Each shard is compared with its index after it is fetched."""
     remote.register_shards(shards)
     opened = []
     for shard in shards:
@@ -100,7 +100,7 @@ def _join_shards(
     }
     first = np.cumsum(counts) - counts
     shard = np.repeat(np.arange(len(opened)), counts)
-    # The offsets distinguish views of the same shards that choose other samples, or another order.
+    # Offsets are included, because views of the same shards may choose other samples or another order.
     described = description["splits"][split]["shards"]
     digest = hashlib.sha256(json.dumps([split, [[one["samples"], one["sha256"]] for one in described]]).encode())
     digest.update(components["image"].offset.tobytes())
@@ -139,7 +139,7 @@ def _check_tar(tar: Path, size: int) -> None:
 
 
 def _read_index(tar: Path, path: Path, shard: dict[str, Any], *, local: bool = True) -> DaliIndex:
-    """Read and check a shard's index; a local one is also compared with its tar."""
+    """Read and check a shard's index. A local one is also compared with its tar."""
     hint = "make the view again" if "index" in shard else f"make it again with `wds2idx {tar} {path}`"
     if not local:
         hint = _REMOTE_HINT
@@ -200,7 +200,7 @@ def _compare_with_tar(shard: _OpenShard, hint: str) -> None:
 
 def _is_header_of(header: bytes, name: str, size: int) -> bool:
     """True if a tar header describes a member of this name and size."""
-    # Nearly all headers have this form; the general way takes ten times as long.
+    # Nearly all headers have this form. Parsing the general form takes ten times as long.
     if (header[:100], header[124:136].rstrip(b"\0 ")) == (
         name.encode(errors="surrogateescape").ljust(100, b"\0"),
         b"%011o" % size,
@@ -210,6 +210,6 @@ def _is_header_of(header: bytes, name: str, size: int) -> bool:
         member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
     except tarfile.HeaderError:
         return False
-    # Headers spell long and non-ASCII names differently from indices, so these are compared by size alone.
+    # Headers encode long and non-ASCII names differently from indices, so these are compared by size alone.
     comparable = name.isascii() and len(name) <= 100 and not {"\\", "%"} & set(name)
     return member.size == size and (member.name == name or not comparable)

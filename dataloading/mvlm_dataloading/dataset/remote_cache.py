@@ -1,15 +1,16 @@
-"""A local cache of remote data folders: whole shards are fetched before they are read, within a size limit.
+"""Local cache of remote data folders, of limited size. It fetches whole shards before they are read.
 
 A folder at s3://, gs://, hf:// or https:// is read through fsspec. Opening it fetches the description and the indices.
 A shard is fetched before a batch needs it, and the next shards while it is in use:
 
-    CACHE/.lock                        exclusive, held briefly while room is made
+    CACHE/.lock                        exclusive, held briefly while shards are removed or renamed
     CACHE/<hash of url and content>/   dataset.json, tokenizer.json, X.idx
-        X.tar.BYTES.part -> X.tar      renamed when its sha256 is that of dataset.json; BYTES is the room it takes
+        X.tar.BYTES.part -> X.tar      renamed when its sha256 is that of dataset.json; BYTES is its final size
         X.tar.lock                     flock: exclusive to write or remove X.tar, shared while a process reads it
 
-Jobs may share a cache: one reads what another has fetched, and none removes what another reads. When the cache is full,
-the least recently used shards are removed. MVLM_CACHE names the folder (~/.cache/mvlm), MVLM_CACHE_GB its size (100).
+Jobs may share a cache. A job uses the shards that others have fetched, and never removes a shard that another job
+reads. When the cache is full, the least recently used shards are removed. MVLM_CACHE names the folder (~/.cache/mvlm),
+MVLM_CACHE_GB its size (100).
 """
 
 import contextlib
@@ -38,12 +39,12 @@ FIRST_PAUSE_S = 0.5
 
 
 def is_remote(folder: Path | str) -> bool:
-    """True if a folder is named by a URL. A `Path` made of one, which has lost a slash, counts too."""
+    """True if a folder is given by its URL. Also true of a `Path` made from a URL, which has lost a slash."""
     return _URL.fullmatch(str(folder)) is not None
 
 
 def open_remote_cache(folder: str) -> "RemoteCache":
-    """The cache of a remote data folder, with its description fetched. Raises DataError."""
+    """Open the cache of a remote data folder, and fetch its description. Raises DataError."""
     url = _URL.fullmatch(folder)
     assert url is not None
     cache = Path(os.environ.get("MVLM_CACHE") or Path.home() / ".cache" / "mvlm")
@@ -58,15 +59,15 @@ def open_remote_cache(folder: str) -> "RemoteCache":
 
 
 class RemoteCache:
-    """The cached files of one remote data folder. It fetches shards and holds those in use.
+    """Cached files of one remote data folder. It fetches shards, and holds those in use.
 
     Args:
-        limit: bytes that all shards in `cache` may take.
+        limit: maximum bytes of all shards in `cache`.
 
     Attributes:
         folder: local folder of dataset.json, the indices and the fetched shards.
         filesystem: the fsspec file system that reads the URL.
-        verify: called with a fetched shard's number; raises DataError if the shard does not fit its index.
+        verify: called with the number of a fetched shard; raises DataError if the shard does not match its index.
 
     Raises:
         DataError: a file is missing, differs from dataset.json, or does not fit into the cache.
@@ -80,18 +81,18 @@ class RemoteCache:
             raise DataError(f"{url}: wanted a URL that fsspec reads, found: {error}") from None
         description = self._read("dataset.json")
         digest = hashlib.sha256(url.encode() + b"\0" + description).hexdigest()[:24]
-        # Other content gets another folder, so nothing in the cache is ever out of date.
+        # The folder's name depends on the content, so nothing in the cache is ever out of date.
         self.folder = cache / digest
         self.folder.mkdir(parents=True, exist_ok=True)
         _replace(self.folder / "dataset.json", description)
         self._shards: list[dict[str, Any]] = []
         self._held: dict[int, int] = {}  # shard -> descriptor of its lock
-        self._guard = threading.RLock()
+        self._held_lock = threading.RLock()
         self.verify: Callable[[int], None] | None = None
         self._verified: set[int] = set()
 
     def register_shards(self, shards: list[dict[str, Any]]) -> None:
-        """Set the shards, as dataset.json lists them, and fetch their indices."""
+        """Set the shards, as dataset.json lists them, and fetch the missing indices."""
         self._shards = shards
         for shard in shards:
             for name in (shard["tar"], _index_name(shard)):
@@ -101,7 +102,7 @@ class RemoteCache:
                 self.fetch_index(shard)
 
     def fetch_index(self, shard: dict[str, Any]) -> None:
-        """Fetch a shard's index, even if one is cached: dataset.json has no hash of it, so a cached one may be old."""
+        """Fetch a shard's index, even if it is cached: dataset.json has no hash of it, so a cached one may be old."""
         name = _index_name(shard)
         _replace(self.folder / name, self._read(name))
 
@@ -112,17 +113,17 @@ class RemoteCache:
             _replace(path, self._read("tokenizer.json"))
 
     def fetch(self, shards: Sequence[int]) -> None:
-        """Fetch these shards and hold them until `release_except` is called without them."""
+        """Fetch these shards and hold them until a `release_except` call that does not list them."""
         for shard in shards:
-            with self._guard:
+            with self._held_lock:
                 if shard not in self._held:
                     self._held[shard] = self._lock_shard(shard)
 
     def release_except(self, shards: Sequence[int]) -> None:
-        """Release all other shards, so that they may be removed when room is needed."""
-        with self._guard:
+        """Release all shards except these. Released shards may be removed when the cache is full."""
+        with self._held_lock:
             for shard in set(self._held) - set(shards):
-                os.close(self._held.pop(shard))  # which releases the lock
+                os.close(self._held.pop(shard))  # also releases the lock
 
     @contextlib.contextmanager
     def reading(self, shard: int) -> Iterator[None]:
@@ -137,13 +138,13 @@ class RemoteCache:
         """Fetch a shard if it is not cached, and verify it. Returns the descriptor of its shared lock."""
         shard = self._shards[number]
         tar = self.folder / shard["tar"]
-        # flock itself, because filelock has no shared lock on top of it. The kernel drops a killed process's locks.
+        # flock directly, because filelock has no shared locks. The kernel releases the locks of a killed process.
         lock = os.open(f"{tar}.lock", os.O_RDWR | os.O_CREAT, 0o644)
         try:
             while True:
                 fcntl.flock(lock, fcntl.LOCK_SH)
                 if tar.is_file():
-                    os.utime(lock)  # the time of its last use
+                    os.utime(lock)  # records the time of its last use
                     self._verify_once(number)
                     return lock
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -165,8 +166,8 @@ class RemoteCache:
         self._verified.add(number)
 
     def _download(self, shard: dict[str, Any], tar: Path) -> None:
-        # The room is claimed at once, so that other jobs see what is left. The file name states its size, because
-        # fsspec truncates the file first, whatever its size was.
+        # Reserve the room first, so that other jobs see how much is left. The file name states the size, because fsspec
+        # truncates the file when it starts to write.
         part = Path(f"{tar}.{shard['bytes']}.part")
 
         def copy(path: str) -> None:
@@ -181,7 +182,7 @@ class RemoteCache:
                 raise OSError(f"sha256 {found} where dataset.json says {shard['sha256']}")
             with part.open("rb") as file:
                 os.fsync(file.fileno())
-            with self._cache_lock():  # so that whoever makes room sees exactly one of the two names
+            with self._cache_lock():  # so that a job that makes room sees exactly one of the two names
                 part.rename(tar)
 
         try:
@@ -190,7 +191,7 @@ class RemoteCache:
             part.unlink(missing_ok=True)
 
     def _make_room(self, wanted: int) -> None:
-        """Remove the least recently used shards until `wanted` bytes fit. The caller holds the cache's lock."""
+        """Remove the least recently used shards until `wanted` more bytes fit. The caller holds the cache's lock."""
         entries = []
         for path in self.cache.glob("*/*.tar*"):
             if name := _SHARD_FILE.fullmatch(path.name):
@@ -221,19 +222,21 @@ class RemoteCache:
         return self._attempt(name, self.filesystem.cat_file)
 
     def _attempt(self, name: str, action: Callable[[str], Any]) -> Any:
-        """The result of `action` on a remote path, retried after pauses. Raises DataError when all attempts fail."""
+        """Result of `action` on a remote path, retried after pauses. Raises DataError when all attempts fail."""
         for attempt in range(_ATTEMPTS):
             try:
                 return action(f"{self._root}/{name}")
             except FileNotFoundError:
-                raise DataError(f"{self.url}/{name}: wanted a file that the data set needs, found none") from None
+                raise DataError(
+                    f"{self.url}/{name}: wanted a file that the data set needs, found none; check the URL"
+                ) from None
             except DataError:
                 raise
-            except Exception as error:  # every kind of store has its own errors
+            except Exception as error:  # each file system has its own exceptions
                 if attempt + 1 == _ATTEMPTS:
                     raise DataError(
-                        f"{self.url}/{name}: wanted to read it, failed {_ATTEMPTS} times: {error or repr(error)}; "
-                        "is the address right, and are there credentials?"
+                        f"{self.url}/{name}: wanted to read it, found that {_ATTEMPTS} attempts failed: "
+                        f"{error or repr(error)}; check the URL and your credentials"
                     ) from None
                 log.warning("%s/%s: trying again after: %s", self.url, name, error or repr(error))
                 time.sleep(FIRST_PAUSE_S * 2**attempt)

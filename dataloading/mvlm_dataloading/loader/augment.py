@@ -1,7 +1,8 @@
 """Flip, colour jitter and RandAugment: random parameters per sample, and the DALI stages that apply them.
 
-On a CPU every image operation costs a pass over memory, so operations are combined first: all geometric ones become one
-matrix and one warp, brightness and contrast one multiplication. An image skips every stage for which it drew nothing.
+On a CPU every image operation costs a pass over memory, so operations are combined: all geometric ones become one warp
+by one matrix, brightness and contrast one multiplication. An image skips the stages that would not change it.
+
 Two things differ from RandAugment as published (Cubuk et al. 2020): the stages have a fixed order, and the operations
 of an image are distinct.
 
@@ -41,12 +42,12 @@ FILL = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Augment:
-    """Augmentations of an image after its crop. None by default.
+    """Augmentations applied after the crop. All are off by default.
 
-    Field names are hashed into the loader's state, so renaming one would make old states look different.
+    Field names are hashed into the loader's state. A renamed field would make old states look different.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: a setting is out of its range.
     """
 
     flip: float = 0.0
@@ -54,7 +55,7 @@ class Augment:
     jitter: float = 0.0
     """Brightness, contrast and colour factors are drawn uniformly from 1 - jitter to 1 + jitter."""
     operations: int = 0
-    """Distinct RandAugment operations per image; 2 is usual."""
+    """Number of distinct RandAugment operations per image; 2 is usual."""
     magnitude: int = 9
     """Strength of these operations, 0 to 30."""
 
@@ -69,36 +70,36 @@ class Augment:
                 raise ValueError(f"wanted {name} from 0 to {high}, got {value}")
 
     @property
-    def nothing(self) -> bool:
-        """True if no image is changed."""
+    def is_identity(self) -> bool:
+        """True if these settings change no image."""
         return not (self.flip or self.jitter or self.operations)
 
 
 class AugmentParameters(NamedTuple):
-    """Random parameters of n images: for each stage a switch, bool (n,), and its numbers."""
+    """Random parameters of n images. A stage changes the images whose `apply_*`, bool (n,), is True."""
 
-    warps: NDArray[np.bool_]
+    apply_warp: NDArray[np.bool_]
     matrix: NDArray[np.float32]
-    """(n, 2, 3): maps a pixel's position to its source position, (x, y) with pixel centres at 0.5."""
-    colours: NDArray[np.bool_]
+    """(n, 2, 3): maps the position of a pixel in the result to its source, (x, y) with pixel centres at 0.5."""
+    apply_colour: NDArray[np.bool_]
     colour: NDArray[np.float32]
-    posterizes: NDArray[np.bool_]
+    apply_posterize: NDArray[np.bool_]
     bits: NDArray[np.uint8]
     """(n,) bit mask: 1 for bits to keep."""
-    solarizes: NDArray[np.bool_]
+    apply_solarize: NDArray[np.bool_]
     threshold: NDArray[np.uint8]
-    equalizes: NDArray[np.bool_]
-    autocontrasts: NDArray[np.bool_]
-    tones: NDArray[np.bool_]
+    apply_equalize: NDArray[np.bool_]
+    apply_autocontrast: NDArray[np.bool_]
+    apply_tone: NDArray[np.bool_]
     contrast: NDArray[np.float32]
     brightness: NDArray[np.float32]
-    sharpens: NDArray[np.bool_]
+    apply_sharpness: NDArray[np.bool_]
     kernel: NDArray[np.float32]
     """(n, 3, 3)."""
-    mirror: NDArray[np.int32]
+    flip: NDArray[np.int32]
 
     def rows(self, rows: NDArray[np.int64]) -> list[NDArray]:
-        """The parameters of some of the images, as a list for DALI's external source."""
+        """Parameters of the images `rows`, as a list for DALI's external source."""
         return [values[rows] for values in self]
 
 
@@ -128,27 +129,27 @@ def draw_parameters(augment: Augment, seed: int, epochs: Any, ids: NDArray[np.in
     colour, sharpness = jitter[:, 2] * factor("colour"), factor("sharpness")[:, None, None]
     smooth = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
     return AugmentParameters(
-        warps=(matrix != np.eye(3)).any(axis=(1, 2)),
+        apply_warp=(matrix != np.eye(3)).any(axis=(1, 2)),
         matrix=matrix[:, :2].astype(np.float32),
-        colours=colour != 1,
+        apply_colour=colour != 1,
         colour=colour.astype(np.float32),
-        posterizes=done["posterize"],
+        apply_posterize=done["posterize"],
         bits=np.full(n, (0xFF << round(4 * level)) & 0xFF, np.uint8),
-        solarizes=done["solarize"] & (level > 0),
+        apply_solarize=done["solarize"] & (level > 0),
         threshold=np.full(n, min(255, round(256 * (1 - level))), np.uint8),
-        equalizes=done["equalize"],
-        autocontrasts=done["autocontrast"],
-        tones=(contrast != 1) | (brightness != 1),
+        apply_equalize=done["equalize"],
+        apply_autocontrast=done["autocontrast"],
+        apply_tone=(contrast != 1) | (brightness != 1),
         contrast=contrast.astype(np.float32),
         brightness=brightness.astype(np.float32),
-        sharpens=sharpness[:, 0, 0] != 1,
+        apply_sharpness=sharpness[:, 0, 0] != 1,
         kernel=((1 - sharpness) * smooth + sharpness * np.array([[0, 0, 0], [0, 1, 0], [0, 0, 0]])).astype(np.float32),
-        mirror=(u[:, -1] < augment.flip).astype(np.int32),
+        flip=(u[:, -1] < augment.flip).astype(np.int32),
     )
 
 
 def _matrices(operation: NDArray[np.int64], signed: NDArray[np.float64], side: int) -> NDArray[np.float64]:
-    """Maps from a pixel's position to its source, (n, 3, 3), for one operation per image; identity if not geometric."""
+    """Maps from result to source positions, (n, 3, 3), for one operation per image; identity if not geometric."""
     n = len(operation)
     amount = signed[np.arange(n), operation]
     linear = np.broadcast_to(np.eye(2), (n, 2, 2)).copy()
@@ -168,7 +169,7 @@ def _matrices(operation: NDArray[np.int64], signed: NDArray[np.float64], side: i
 
 
 def apply_augmentations(dali: Any, image: Any, parameters: list[Any]) -> Any:
-    """Augmentation stages of a DALI graph with conditionals: image uint8 (S, S, 3) in and out.
+    """Apply the stages before the flip, in a DALI graph with conditionals: image uint8 (S, S, 3) in and out.
 
     Args:
         parameters: the fields of `AugmentParameters`, as graph nodes.
@@ -176,12 +177,12 @@ def apply_augmentations(dali: Any, image: Any, parameters: list[Any]) -> Any:
     fn, types, grey_of = dali.fn, dali.types, dali.pipeline.do_not_convert(_grey)
     d = AugmentParameters(*parameters)
     uint8 = types.DALIDataType.UINT8
-    if d.warps:
+    if d.apply_warp:
         image = fn.warp_affine(
             image, matrix=d.matrix, fill_value=FILL, interp_type=types.DALIInterpType.INTERP_NN, inverse_map=True
         )
-    if d.colours:
-        # Int16 in sixteenths of a level takes DALI's fast paths; its `color_twist` takes four times as long.
+    if d.apply_colour:
+        # int16 arithmetic in sixteenths of a level takes DALI's fast paths. Its `color_twist` takes four times as long.
         grey = fn.color_space_conversion(
             grey_of(dali, image), image_type=types.DALIImageType.GRAY, output_type=types.DALIImageType.RGB
         )
@@ -189,27 +190,27 @@ def apply_augmentations(dali: Any, image: Any, parameters: list[Any]) -> Any:
         image = fn.brightness_contrast(image, brightness=16 * d.colour, dtype=int16)
         image = image + fn.brightness_contrast(grey, brightness=16 * (1 - d.colour), dtype=int16)
         image = fn.brightness_contrast(image, brightness=1 / 16, dtype=uint8)
-    if d.posterizes:
+    if d.apply_posterize:
         image = image & d.bits
-    if d.solarizes:
+    if d.apply_solarize:
         image = image ^ ((image >= d.threshold) * types.Constant(np.uint8(255)))
-    if d.equalizes:
+    if d.apply_equalize:
         image = fn.equalize(image)
-    if d.autocontrasts:
+    if d.apply_autocontrast:
         # DALI wants an operator's arguments on the host, even those of a GPU operator.
         low = fn.cast(fn.reductions.min(image, axes=[0, 1]), dtype=types.DALIDataType.FLOAT).cpu()
         high = fn.cast(fn.reductions.max(image, axes=[0, 1]), dtype=types.DALIDataType.FLOAT).cpu()
-        # A channel of one single value stays as it is: mean 0, divisor 1.
+        # A channel with a single value is kept: mean 0, divisor 1.
         flat = high == low
         image = fn.crop_mirror_normalize(
             image, mean=low * (1 - flat), std=(high - low) / 255 + flat, dtype=uint8, output_layout="HWC"
         )
-    if d.tones:
+    if d.apply_tone:
         centre = fn.reductions.mean(grey_of(dali, image)).cpu()
         image = fn.brightness_contrast(
             image, brightness=d.brightness, contrast=d.contrast, contrast_center=centre, dtype=uint8
         )
-    if d.sharpens:
+    if d.apply_sharpness:
         image = fn.filter(image, d.kernel)
     return image
 

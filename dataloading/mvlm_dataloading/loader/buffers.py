@@ -1,7 +1,7 @@
 """Recycled buffers for image batches.
 
-A batch of images takes megabytes and lives until its consumer drops it. malloc would fragment the heap, and fresh mmap
-pages cost several times the copy.
+A batch of images takes megabytes and stays alive until its consumer drops it. malloc would fragment the heap, and fresh
+mmap pages cost several times the copy.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class BufferPool:
-    """Copies of uint8 tensors in memory that is reused once nothing refers to a copy or to a view of it.
+    """Copies uint8 tensors into recycled memory. It is reused when the last reference to a copy or its views is gone.
 
     Args:
         spare: number of idle buffers to keep.
@@ -45,8 +45,8 @@ class BufferPool:
 def copy_on_this_thread(target: Tensor, source: Tensor) -> None:
     """Copy a CPU tensor into another of the same shape, with numpy.
 
-    torch's `copy_` opens an OpenMP team for each thread that calls it. With a second team in the process libgomp counts
-    more threads than cores, so the threads of the training step sleep between operations instead of spinning: on two
-    cores, a run of `tiny` lost a quarter of its pairs a second.
+    torch's `copy_` opens an OpenMP team for each thread that calls it. With a second team in the process, libgomp
+    counts more threads than cores, so the training step's threads sleep between operations instead of spinning. On two
+    cores, this made training of `tiny` a quarter slower.
     """
     np.copyto(target.numpy(), source.numpy())

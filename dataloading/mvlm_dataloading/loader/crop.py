@@ -1,7 +1,6 @@
-"""Random crops, and a check of file ends: per-image arithmetic inside the DALI graph.
+"""Random crops, and a check of file ends: numpy functions that the DALI graph calls once per batch.
 
-DALI calls these numpy functions once per batch. The same arithmetic in DALI operators, each over the whole batch, took
-a tenth of the graph's time on a CPU.
+The same arithmetic in DALI operators took a tenth of the graph's time on a CPU.
 
 Shape legend: B batch, H and W of the image as stored.
 """
@@ -19,9 +18,9 @@ FILE_ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"\x60\x82", b"RI": None}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CropGeometry:
-    """Crop and size of an image: a random crop, or the whole image (`random=False`), resized to a square.
+    """Crop and size of an image: a random crop, or the uncropped image (`random=False`), resized to a square.
 
-    Field names are hashed into the loader's state, so renaming one would make old states look different.
+    Field names are hashed into the loader's state. A renamed field would make old states look different.
     """
 
     image_size: int
@@ -38,13 +37,18 @@ class CropGeometry:
 
 
 class CropWindows:
-    """Corners (y, x) and sizes (h, w), int32 (2,) each, for a batch of image shapes (H, W, 3).
+    """Compute crop windows for a batch of image shapes (H, W, 3): corners (y, x) and sizes (h, w), int32 (2,) each.
 
-    From four uniform numbers u: area = H W (a0 + (a1 - a0) u0), ratio = r0 (r1 / r0)^u1; w = round(sqrt(area ratio))
-    and h = round(sqrt(area / ratio)), each clamped to the image; y = floor(u2 (H - h + 1)), x = floor(u3 (W - w + 1)).
+    From four uniform numbers u0 to u3 per image:
+
+        area = H W (a0 + (a1 - a0) u0)                   ratio = r0 (r1 / r0)^u1
+        h = round(sqrt(area / ratio))                    w = round(sqrt(area ratio)), both clamped to the image
+        y = floor(u2 (H - h + 1))                        x = floor(u3 (W - w + 1))
+
+    a0 and a1 are `crop_scale`, r0 and r1 `crop_ratio`.
 
     Args:
-        uniforms_of_batch: maps the number of a batch, 0 for the first call, to its uniform numbers, float64 (B, 4).
+        uniforms_of_batch: batch number k, 0 for the first call -> uniform numbers, float64 (B, 4).
     """
 
     def __init__(self, geometry: CropGeometry, uniforms_of_batch: Callable[[int], NDArray[np.float64]]):
@@ -67,15 +71,19 @@ class CropWindows:
         ratio = narrow * (wide / narrow) ** u[:, 1]
         sides = np.sqrt(np.stack([area / ratio, area * ratio], axis=1))  # (B, 2): h, w
         sizes = np.clip(np.floor(sides + 0.5), 1.0, image_sizes)
-        # The minimum: rounding may lift the product to H - h + 1.
+        # The minimum guards against a product that is rounded up to H - h + 1.
         return np.minimum(np.floor(u[:, 2:] * (image_sizes - sizes + 1.0)), image_sizes - sizes), sizes
 
 
-def check_file_ends(files: Sequence[Any]) -> list[NDArray[np.bool_]]:
-    """Boolean scalars: True where a file, uint8 (bytes,), begins and ends like a JPEG or PNG, or begins like a WebP."""
-    return [np.array(_has_valid_ends(np.asarray(file))) for file in files]
+def has_valid_ends(files: Sequence[Any]) -> list[NDArray[np.bool_]]:
+    """Check the first and last bytes of image files, uint8 (bytes,) each.
+
+    Returns:
+        Boolean scalars: True if a file begins and ends like a JPEG or PNG, or begins like a WebP.
+    """
+    return [np.array(_file_has_valid_ends(np.asarray(file))) for file in files]
 
 
-def _has_valid_ends(file: NDArray[np.uint8]) -> bool:
+def _file_has_valid_ends(file: NDArray[np.uint8]) -> bool:
     first = file[:2].tobytes()
     return first in FILE_ENDS and FILE_ENDS[first] in (None, file[-2:].tobytes())

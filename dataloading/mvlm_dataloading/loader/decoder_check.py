@@ -1,8 +1,7 @@
 """Check of the GPU image decoder in a subprocess, before training depends on it.
 
-A release of nvImageCodec kills the process when it decodes a crop on some GPUs, and other releases returned black
-images without an error. So each way of decoding is first tried on generated images, and its pixels are compared with
-the CPU's.
+On some GPUs, one release of nvImageCodec kills the process when it decodes a crop, and others return black images
+without an error. The check decodes generated images and compares the pixels with the CPU decoder's.
 """
 
 import functools
@@ -27,8 +26,8 @@ from .sampler import write_index_views
 
 log = logging.getLogger(__name__)
 
-# Mean difference of an image in levels of 255. Two correct JPEG decoders, or resizing on two devices, differ by one or
-# two; a black image, or another image's pixels, by dozens.
+# Mean difference of an image, in levels of 255. Correct decoders and resizers differ by one or two, a black image or
+# another image's pixels by dozens.
 _TOLERANCE = 6.0
 _TIMEOUT_S = 300
 _CODE = "import sys; from .decoder_check import main; main(*sys.argv[1:])"
@@ -36,19 +35,19 @@ _CODE = "import sys; from .decoder_check import main; main(*sys.argv[1:])"
 
 @functools.cache
 def choose_decoding(device_id: int) -> Decoding:
-    """The first way of decoding that works on a CUDA device: crop on the GPU, whole image on the GPU, CPU. Logs it."""
+    """The first `Decoding` that works on a CUDA device, of GPU_CROP, GPU_FULL_IMAGE and CPU. Logs the choice."""
     for decoding in (Decoding.GPU_CROP, Decoding.GPU_FULL_IMAGE):
         fault = find_fault(decoding, device_id)
         if fault is None:
-            log.info("images are decoded as %s on CUDA device %d", decoding, device_id)
+            log.info("CUDA device %d decodes images by `%s`", device_id, decoding)
             return decoding
-        log.warning("images are not decoded as %s on CUDA device %d: %s", decoding, device_id, fault)
-    log.warning("images are decoded on the CPU and sent to CUDA device %d", device_id)
+        log.warning("CUDA device %d cannot decode images by `%s`: %s", device_id, decoding, fault)
+    log.warning("images are decoded on the CPU and copied to CUDA device %d", device_id)
     return Decoding.CPU
 
 
 def find_fault(decoding: Decoding, device_id: int) -> str | None:
-    """The fault of a way of decoding on a device, or None."""
+    """Try a way of decoding on a device in a subprocess. Returns its fault, or None if it works."""
     command = [sys.executable, "-c", _CODE, str(device_id), decoding.value]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
@@ -62,14 +61,14 @@ def find_fault(decoding: Decoding, device_id: int) -> str | None:
         worst = float(json.loads(done.stdout.strip().splitlines()[-1])["worst_difference"])
     except (IndexError, KeyError, TypeError, ValueError):
         return f"the trial gave no result: {done.stdout!r}"
-    # `<=` and not `>`: NaN is a fault too.
+    # `<=`, so that NaN is a fault too.
     return (
         None if worst <= _TOLERANCE else f"pixels differ from the CPU's by {worst:.1f} of 255 on average in one image"
     )
 
 
 def main(device_id: str, decoding: str) -> None:
-    """Entry point of the subprocess: print how far the pixels of a way of decoding are from the CPU's, as JSON."""
+    """Entry point of the subprocess: print the largest mean difference of an image from the CPU's pixels, as JSON."""
     with tempfile.TemporaryDirectory(prefix="mvlm-decoder-check-") as folder:
         data = _write_images(Path(folder) / "data")
         pixels = [
@@ -81,7 +80,7 @@ def main(device_id: str, decoding: str) -> None:
 
 
 def _write_images(folder: Path) -> Path:
-    """Smooth colour images of many sizes, JPEG and PNG. All differ, so swapped images are noticed."""
+    """Write smooth colour images of many sizes, JPEG and PNG. All differ, so that swapped images are noticed."""
     pil = need("PIL.Image")
     with ShardWriter(folder, name="decoder-check", source="", licence="", attribution="", recipe={}) as writer:
         for i in range(32):
@@ -97,7 +96,7 @@ def _write_images(folder: Path) -> Path:
 
 
 def _decode(folder: Path, decoding: Decoding, device_id: int | None) -> np.ndarray:
-    """A random crop of every image, uint8 (n, 3, 224, 224)."""
+    """Decode a random crop of every image: uint8 (n, 3, 224, 224)."""
     dataset = open_dataset(folder, "train")
     ids = np.arange(len(dataset))
     draws = uniforms(Purpose.CROP, 0, 0, ids, 4)

@@ -16,7 +16,7 @@ from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.tokenizer import Tokenizer, check_text_length
 
 from .augment import Augment
-from .batches import BatchStream, MaskConfig
+from .batch_stream import BatchStream, MaskConfig
 from .crop import CropGeometry
 from .decoder_check import choose_decoding
 from .masking import check_mask_sizes, check_token_ratio
@@ -33,28 +33,33 @@ log = logging.getLogger(__name__)
 class Loader:
     """Batches of one split.
 
-    With `train=True`, iteration never ends: every sample comes once per epoch, epochs follow one another, all batches
-    are full, and the crop, caption and masks of a sample are drawn from (seed, epoch, sample id). With `train=False`,
-    an iteration is one pass in stored order over whole images and first captions; its last batch may be smaller.
+    With `train=True`, iteration is endless. Each epoch contains every sample once, and all batches are full. The crop,
+    caption and masks of a sample are a function of (seed, epoch, sample id).
+
+    With `train=False`, an iteration is one pass in stored order, over uncropped images and their first captions. Its
+    last batch may be smaller.
 
     Args:
-        batch_size: samples of a global batch. Rank r of W yields its rows r B/W to (r + 1) B/W.
-        device: None for the CPU, "cuda" to decode and resize on the GPU. Images are there, the rest is on the CPU.
+        batch_size: samples of a global batch, over all ranks. Rank r of W yields its rows r B/W to (r + 1) B/W.
+        device: "cuda" decodes and resizes on the GPU, and yields images there. None works on the CPU. All other
+            tensors are on the CPU.
         text_length: maximum tokens of a caption, including [CLS] and [SEP].
-        max_bad_fraction: share of undecodable images above which training stops; below it they are replaced.
-        rank, world_size: this process's rank and the number of ranks. Together they see what one process would see.
-        augment: augmentations of training images after their random crops.
-        ahead: batches made by a thread ahead of use; 0 makes each on request, without a thread.
+        max_bad_fraction: maximum share of undecodable images. Training replaces them, and stops above this share.
+        rank, world_size: rank of this process, and number of ranks. All ranks together yield the batches that a single
+            process would yield.
+        augment: augmentations of training images, applied after the crop.
+        prefetch_batches: number of batches that a thread prepares in advance. 0 prepares each on request, without a
+            thread.
 
     Attributes:
         step: batches yielded.
         epoch: epoch of the next sample.
         skipped: number of undecodable images found so far.
         resumed: report of the last `load_state_dict`, or None.
-        stored_tokens: True if captions come as tokens stored with the data.
+        stored_tokens: True if the token ids stored with the data are used.
 
     Raises:
-        ValueError: arguments that do not fit one another.
+        ValueError: an argument is out of range, or two arguments contradict each other.
         DataError: while iterating, for a sample that cannot be used.
     """
 
@@ -80,10 +85,10 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         augment: Augment | None = None,
-        ahead: int = 2,
+        prefetch_batches: int = 2,
     ):
         _check_ranks(batch_size, rank, world_size, train)
-        _check_limits(num_threads, ahead, max_bad_fraction)
+        _check_limits(num_threads, prefetch_batches, max_bad_fraction)
         check_mask_sizes(image_size, patch_size, mask_block, image_mask_ratio)
         check_token_ratio(text_mask_ratio)
         check_text_length(text_length)
@@ -93,7 +98,7 @@ class Loader:
         self.step = 0
         self.resumed: ResumeReport | None = None
         self.stored_tokens = can_use_stored_tokens(dataset, tokenizer, text_length)
-        self._ahead = ahead
+        self._prefetch_batches = prefetch_batches
         patches = {
             "image_size": image_size,
             "patch_size": patch_size,
@@ -117,10 +122,10 @@ class Loader:
             decoding=decoding,
             max_bad_fraction=max_bad_fraction,
         )
-        # Progress of the batches yielded, not of those made ahead.
-        self._position = 0  # samples of the order, over all ranks
+        # Progress of the batches yielded. Prefetched batches do not count.
+        self._position = 0  # in the sample order, over all ranks
         self._bad: frozenset[int] = frozenset()  # ids of undecodable images
-        self._samples_seen = 0  # samples among which they were found
+        self._samples_seen = 0  # number of samples read when `_bad` was counted
         self._stream: BatchStream | None = None
         self._finalizer: weakref.finalize | None = None
 
@@ -151,7 +156,7 @@ class Loader:
             yield loaded.batch, loaded.masks
 
     def close(self) -> None:
-        """End the thread and release the data. Another iteration continues after the last batch yielded."""
+        """Stop the thread and release the data. Another iteration continues after the last batch yielded."""
         if self._finalizer is not None:
             self._finalizer.detach()
             self._finalizer = None
@@ -160,7 +165,7 @@ class Loader:
             self._stream = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The state after the last batch yielded, as plain values for JSON. Batches made ahead do not count."""
+        """State after the last batch yielded, as plain values for JSON. Prefetched batches do not count."""
         epoch, position = divmod(self._position, len(self.dataset))
         return {
             "seed": self.seed,
@@ -186,13 +191,13 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any], *, other_data: bool = False) -> None:
-        """Continue with the sample after the state, at any batch size and number of ranks.
+        """Resume at the first sample after the state, at any batch size and number of ranks.
 
-        The state's seed replaces this loader's. `resumed` and the log say whether pixels, captions and masks equal
-        those of an uninterrupted run, or only the samples.
+        The state's seed replaces this loader's. `resumed` and the log say which of samples, pixels, captions and masks
+        equal those of an uninterrupted run.
 
         Args:
-            other_data: accept a state of other data, and continue at the same place in this data's epoch.
+            other_data: accept a state of other data. The loader resumes at the same position of its own sample order.
 
         Raises:
             DataError: the state belongs to other data, or is not a loader's state.
@@ -228,7 +233,7 @@ class Loader:
             self._masks,
             seed=config.seed,
             pin=config.device_id is not None,
-            ahead=self._ahead,
+            prefetch_batches=self._prefetch_batches,
         )
         # Also runs at the interpreter's exit: no pipeline may be running while DALI is unloaded.
         self._finalizer = weakref.finalize(self, stream.close)
@@ -241,24 +246,22 @@ def _check_ranks(batch_size: int, rank: int, world_size: int, train: bool) -> No
     if not 0 <= rank < world_size:
         raise ValueError(f"wanted a rank from 0 to world_size - 1, got rank {rank} of {world_size}")
     if batch_size % world_size:
-        raise ValueError(
-            f"wanted a global batch_size that the ranks can share evenly, got {batch_size} for {world_size} ranks"
-        )
+        raise ValueError(f"wanted a global batch_size divisible by world_size, got {batch_size} for {world_size} ranks")
     if world_size > 1 and not train:
-        raise ValueError(f"wanted one rank for a pass in order, whose last batch is smaller, got {world_size}")
+        raise ValueError(f"wanted world_size 1 with train=False, got {world_size}; run evaluation on one rank")
 
 
-def _check_limits(num_threads: int, ahead: int, max_bad_fraction: float) -> None:
+def _check_limits(num_threads: int, prefetch_batches: int, max_bad_fraction: float) -> None:
     if num_threads < 1:
         raise ValueError(f"wanted num_threads of at least 1, got {num_threads}")
-    if ahead < 0:
-        raise ValueError(f"wanted ahead of at least 0, got {ahead}")
+    if prefetch_batches < 0:
+        raise ValueError(f"wanted prefetch_batches of at least 0, got {prefetch_batches}")
     if not 0 <= max_bad_fraction < 1:
         raise ValueError(f"wanted max_bad_fraction in [0, 1), got {max_bad_fraction}")
 
 
 def _choose_device(device: str | None) -> tuple[int | None, Decoding]:
-    """The CUDA device's number, or None for the CPU; and the way of decoding that works there."""
+    """Number of the CUDA device, None for the CPU; and a way of decoding that works there."""
     if device is None or torch.device(device).type != "cuda":
         return None, Decoding.CPU
     index = torch.device(device).index

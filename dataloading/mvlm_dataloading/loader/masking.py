@@ -15,20 +15,26 @@ Int64 = NDArray[np.int64]
 
 
 def num_masked_blocks(image_size: int, mask_block: int, ratio: float) -> int:
-    """round(ratio x blocks), halves to even like Python's `round`: 29 of 49 at 224 px, 5 of 9 at 96 px."""
+    """Number of masked blocks: round(ratio * (image_size / mask_block)^2), halves to even.
+
+    With a ratio of 0.6 and blocks of 32 px, 29 of 49 blocks at 224 px and 5 of 9 at 96 px.
+    """
     return round(ratio * (image_size // mask_block) ** 2)
 
 
 def check_mask_sizes(image_size: int, patch_size: int, mask_block: int, ratio: float) -> None:
-    """Check that patches tile the mask blocks and blocks tile the image. Raises ValueError."""
+    """Check that patches tile blocks, blocks tile the image, and at least one block is masked. Raises ValueError."""
     if min(image_size, patch_size, mask_block) < 1 or image_size % mask_block or mask_block % patch_size:
         raise ValueError(
-            "wanted an image side that is a multiple of the mask block, and a mask block that is one of the patch; "
-            f"got image {image_size}, mask block {mask_block}, patch {patch_size}"
+            "wanted image_size divisible by mask_block, and mask_block divisible by patch_size; "
+            f"got image_size {image_size}, mask_block {mask_block}, patch_size {patch_size}"
         )
     blocks = (image_size // mask_block) ** 2
-    if not 1 <= num_masked_blocks(image_size, mask_block, ratio) <= blocks:
-        raise ValueError(f"wanted a mask ratio that hides 1 to {blocks} blocks, got {ratio} of {blocks}")
+    masked = num_masked_blocks(image_size, mask_block, ratio)
+    if not 1 <= masked <= blocks:
+        raise ValueError(
+            f"wanted a mask ratio that masks between 1 and {blocks} blocks, got {ratio}, which masks {masked}"
+        )
 
 
 def check_token_ratio(ratio: float) -> None:
@@ -49,20 +55,22 @@ def draw_patch_masks(
 ) -> Int64:
     """Masked patches of each image: int64 (B, K), row-major patch numbers, ascending within a row.
 
-    round(ratio x blocks) square blocks of `mask_block` pixels are hidden. All sets of blocks are equally likely.
+    `num_masked_blocks` square blocks with sides of `mask_block` pixels are masked. All sets of blocks are equally
+    likely.
 
     Args:
         epoch: one number, or int (B,).
 
     Raises:
-        ValueError: the block does not divide the image side, or the patch does not divide the block.
+        ValueError: `mask_block` does not divide `image_size`, `patch_size` does not divide `mask_block`, or the ratio
+            masks no block or more than all.
     """
     check_mask_sizes(image_size, patch_size, mask_block, ratio)
     blocks_a_side, patches_a_block = image_size // mask_block, mask_block // patch_size
     patches_a_side = image_size // patch_size
     chosen = num_masked_blocks(image_size, mask_block, ratio)
 
-    # Hide the blocks with the smallest keys. The sort is stable, so equal keys give the same result everywhere.
+    # Mask the blocks with the smallest keys. The sort is stable, so equal keys give the same result everywhere.
     keys = hash64(hash64(Purpose.PATCHES, seed, epoch, np.asarray(sample_ids))[:, None], np.arange(blocks_a_side**2))
     blocks = np.argsort(keys, axis=1, kind="stable")[:, :chosen].astype(np.int64)  # (B, chosen)
 

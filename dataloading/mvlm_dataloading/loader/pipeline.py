@@ -15,7 +15,7 @@ from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS
 from mvlm_dataloading.errors import need
 
 from .augment import AugmentParameters, apply_augmentations
-from .crop import CropGeometry, CropWindows, check_file_ends
+from .crop import CropGeometry, CropWindows, has_valid_ends
 from .resize import Resize
 
 # A black PNG of one pixel.
@@ -29,7 +29,7 @@ class Decoding(StrEnum):
     """Device that decodes images, and how much of them. The values are hashed into the loader's state."""
 
     CPU = "cpu"
-    """On the CPU, the crop only. What follows runs on the loader's device."""
+    """On the CPU, the crop only. Later stages run on the loader's device."""
     GPU_CROP = "gpu-window"
     """On the GPU, the crop only."""
     GPU_FULL_IMAGE = "gpu-whole"
@@ -39,7 +39,7 @@ class Decoding(StrEnum):
 def build_pipeline(
     tars: Sequence[str],
     indices: Sequence[str],
-    crops: Callable[[int], NDArray[np.float64]],
+    crop_uniforms: Callable[[int], NDArray[np.float64]],
     geometry: CropGeometry,
     *,
     batch_size: int,
@@ -49,35 +49,40 @@ def build_pipeline(
     prefetch: int = 2,
     augment: Callable[[int], list[NDArray]] | None = None,
     tokens: bool = False,
-    guard: bool = False,
+    check_file_ends: bool = False,
 ) -> Any:
     """Build an `nvidia.dali.Pipeline` that cycles through the samples of the index views, in their order.
 
-    Each `run()` returns images uint8 (B, 3, S, S), and on the CPU: ragged vectors of the encoded image, `.txt`, `.json`
-    (uint8) and `.tok` (int32), empty where a sample has no such component; valid (B,), bool, False where the guard
-    stepped in; the crops' corners and sizes, int32 (B, 2) each. On a CPU the outputs hold until the next `run()`.
-    `run()` raises RuntimeError if an image of the batch cannot be decoded.
+    Each `run()` returns, in this order:
+
+    - images, uint8 (B, 3, S, S), on the pipeline's device; everything else is on the CPU;
+    - the encoded image, `.txt` and `.json`, ragged uint8, and `.tok`, ragged int32. A component that a sample lacks is
+      empty;
+    - valid, bool (B,): False where `check_file_ends` replaced the image;
+    - corners (y, x) and sizes (h, w) of the crops, int32 (B, 2) each.
+
+    CPU outputs are valid until the next `run()`. It raises RuntimeError if an image of the batch cannot be decoded.
 
     Args:
-        crops: uniform numbers of the k-th batch's crops, float64 (B, 4).
+        crop_uniforms: batch number k -> uniform numbers, float64 (B, 4), from which the crops are computed.
         device_id: a CUDA device, or None for the CPU.
-        prefetch: batches that DALI makes ahead on a GPU.
-        augment: fields of `AugmentParameters` for the k-th batch; None builds a graph without augmentations.
+        prefetch: batches that DALI prepares in advance on a GPU.
+        augment: batch number k -> fields of `AugmentParameters`. None builds a graph without augmentations.
         tokens: read the component `tok`.
-        guard: replace a file whose ends look wrong by a black image, and clear its `valid`.
+        check_file_ends: replace an image file with wrong first or last bytes by a black image, and clear its `valid`.
     """
     need("nvidia.dali.fn")
     dali = need("nvidia.dali")
-    define = need("nvidia.dali.pipeline").pipeline_def(enable_conditionals=guard or augment is not None)
+    define = need("nvidia.dali.pipeline").pipeline_def(enable_conditionals=check_file_ends or augment is not None)
     pipeline = define(_graph)(
         dali=dali,
         reader={"paths": list(tars), "index_paths": list(indices)},
-        crops=crops,
+        crop_uniforms=crop_uniforms,
         geometry=geometry,
         device={"on_gpu": device_id is not None, "decoding": decoding, "num_threads": num_threads},
         augment=augment,
         tokens=tokens,
-        guard=guard,
+        check_file_ends=check_file_ends,
         batch_size=batch_size,
         num_threads=num_threads,
         device_id=device_id,
@@ -91,20 +96,26 @@ def build_pipeline(
 def executor_arguments(device_id: int | None, prefetch: int) -> dict[str, Any]:
     """Arguments of `nvidia.dali.Pipeline` that choose its executor.
 
-    A CPU graph runs in DALI's older executor, which keeps its buffers from batch to batch. The newer one requests 70 MB
-    for each batch and returns them, which fragments glibc's heap. The older one runs only when called; the loader's
-    thread does the prefetching instead.
+    A CPU graph runs in DALI's older executor, which reuses its buffers. The newer one allocates and frees 70 MB per
+    batch, which fragments glibc's heap. The older one does not prefetch, so the loader's thread does.
     """
     if device_id is not None:
         return {"prefetch_queue_depth": prefetch}
-    # Keep buffers even when a batch needs less than half of them: the number of images in a stage varies. The setting
-    # holds for all pipelines of the process.
+    # Never shrink a buffer: the number of images in a stage varies from batch to batch. The setting applies to all
+    # pipelines of the process.
     need("nvidia.dali.backend").SetHostBufferShrinkThreshold(0.0)
     return dict.fromkeys(("exec_dynamic", "exec_async", "exec_pipelined"), False) | {"prefetch_queue_depth": 1}
 
 
 def _graph(
-    dali: Any, reader: Any, crops: Any, geometry: Any, device: Any, augment: Any, tokens: bool, guard: bool
+    dali: Any,
+    reader: Any,
+    crop_uniforms: Any,
+    geometry: Any,
+    device: Any,
+    augment: Any,
+    tokens: bool,
+    check_file_ends: bool,
 ) -> Any:
     fn, types, as_is = dali.fn, dali.types, dali.pipeline.do_not_convert
     call = partial(fn.python_function, batch_processing=True)
@@ -118,15 +129,15 @@ def _graph(
         case_sensitive_extensions=False,
     )
     valid, file = types.Constant(True), encoded
-    if guard:
-        valid = call(encoded, function=as_is(check_file_ends))
+    if check_file_ends:
+        valid = call(encoded, function=as_is(has_valid_ends))
         if valid:  # noqa: SIM108 (DALI converts the statement, not the expression)
             file = encoded
         else:
             file = types.Constant(np.frombuffer(_BLACK, np.uint8))
-    # Even a whole image is decoded as a crop, because that reads the header first and a file that is no image fails
-    # there. DALI 2.4's decoder was seen to kill the process when it got such a file directly.
-    corner, size = call(fn.peek_image_shape(file), function=as_is(CropWindows(geometry, crops)), num_outputs=2)
+    # An uncropped image is decoded as a crop too: reading the header for its size fails on a file that is no image.
+    # Given such a file directly, DALI 2.4's decoder has killed the process.
+    corner, size = call(fn.peek_image_shape(file), function=as_is(CropWindows(geometry, crop_uniforms)), num_outputs=2)
     decoder = {"device": "cpu" if decoding is Decoding.CPU else "mixed", "output_type": types.DALIImageType.RGB}
     if decoding is Decoding.GPU_FULL_IMAGE:
         image = fn.slice(fn.decoders.image(file, **decoder), start=corner, shape=size, axes=[0, 1])
@@ -143,8 +154,8 @@ def _graph(
     if augment is None and on_gpu:
         image = fn.transpose(image, perm=[2, 0, 1])
     if augment is not None:
-        *parameters, mirror = fn.external_source(source=augment, batch=True, num_outputs=len(AugmentParameters._fields))
-        image = apply_augmentations(dali, image, [*parameters, mirror])
+        *parameters, flip = fn.external_source(source=augment, batch=True, num_outputs=len(AugmentParameters._fields))
+        image = apply_augmentations(dali, image, [*parameters, flip])
         # The flip and the change of layout to planes share one pass.
-        image = fn.crop_mirror_normalize(image, mirror=mirror, dtype=kinds.UINT8, output_layout="CHW")
+        image = fn.crop_mirror_normalize(image, mirror=flip, dtype=kinds.UINT8, output_layout="CHW")
     return image, encoded, text, metadata, ids, valid, corner, size

@@ -1,4 +1,4 @@
-"""A background thread that makes results ahead of use."""
+"""Prefetching on a background thread."""
 
 import queue
 import threading
@@ -9,10 +9,10 @@ T = TypeVar("T")
 
 
 class Prefetcher(Generic[T]):
-    """Results of `make`, computed by a thread up to `depth` ahead and returned in order.
+    """Calls `make` on a thread, at most `depth` results in advance, and returns the results in order.
 
-    An exception of `make` is raised by `get` after all earlier results, and ends the thread. A result of None also ends
-    it, and `get` returns None.
+    The thread ends when `make` raises or returns None. After all earlier results, `get` then raises the exception or
+    returns None.
 
     Args:
         done: called once in the thread when it ends.
@@ -40,7 +40,7 @@ class Prefetcher(Generic[T]):
         return None
 
     def close(self) -> None:
-        """End the thread after the result that it is making, and wait for it."""
+        """Stop the thread after the result that it is computing, and wait for it."""
         self._stop.set()
         self._room.release()
         if self._thread is not threading.current_thread():
@@ -57,7 +57,7 @@ class Prefetcher(Generic[T]):
                 if result is None:
                     break
                 self._results.put((result, None))
-                del result  # else this thread would keep it alive while it waits
+                del result  # while it waits, the thread must not keep the result alive
         except BaseException as error:
             last = (None, error)
         finally:

@@ -1,4 +1,4 @@
-"""Reading samples in order: full batches of images and texts, with undecodable images replaced."""
+"""Reader of one rank's samples: batches of images and texts in sample order, with undecodable images replaced."""
 
 import contextlib
 import ctypes
@@ -20,27 +20,28 @@ from .segment import RawBatch, ReaderConfig, Segment
 
 log = logging.getLogger(__name__)
 
-# Each DALI pipeline reads one segment of the sample order. The first segment is short, to start at once. Each next one
-# is twice as long, because building a pipeline takes time. The maximum bounds the size of its index files.
+# Each DALI pipeline reads one segment of the sample order. The first segment is short, so the first batch comes soon.
+# Each further one is twice as long, because building a pipeline takes time. The maximum bounds the size of index files.
 FIRST_SEGMENT_BATCHES = 16
 MAX_SEGMENT_SAMPLES = 16384
 
-# A closed segment leaves some hundred small objects in reference cycles: too few to trigger the garbage collector.
+# A closed segment leaves a few hundred small objects in reference cycles, too few to trigger the garbage collector.
 COLLECT_EVERY_SEGMENTS = 8
-# glibc keeps freed memory in pieces that later buffers do not fit. Returning it to the system takes milliseconds.
+# glibc keeps freed memory in fragments that are too small for later buffers. Returning it to the system takes
+# milliseconds.
 TRIM_EVERY_SAMPLES = 4096
 
 
 class Reader:
-    """Batches from a position of the sample order: endless in training, else to the end of one pass.
+    """Batches that start at a position of the sample order. Endless in training, else one pass.
 
     Attributes:
-        position: samples of the order read so far, over all ranks.
-        bad: ids of undecodable images found so far.
-        samples_seen: samples that this rank has read, plus those counted in the state that it started from.
+        position: position in the sample order after the last batch, over all ranks.
+        bad: ids of the undecodable images found so far.
+        samples_seen: samples read by this rank, including those counted in the resumed state.
 
     Raises:
-        DataError: too many images are known to be bad already.
+        DataError: the resumed state already has too many undecodable images.
     """
 
     def __init__(self, dataset: Dataset, config: ReaderConfig, position: int, bad: frozenset[int], samples_seen: int):
@@ -48,12 +49,12 @@ class Reader:
         self._dataset, self._config = dataset, config
         self._order = SampleOrder(dataset.shard, config.seed, shuffle=config.train)
         self._segment: Segment | None = None
-        # The limit holds for one rank's samples, so that many ranks do not rebuild pipelines more often. Remote shards
-        # are fetched for the samples of all ranks, so there it limits these.
+        # The limit counts one rank's samples, so that more ranks do not mean more rebuilt pipelines. Remote shards are
+        # fetched for all ranks' samples, so there the limit counts those.
         self._max_samples = MAX_SEGMENT_SAMPLES * (1 if dataset.remote is not None else config.world_size)
         self._segment_batches = max(1, min(FIRST_SEGMENT_BATCHES, self._max_samples // config.batch_size))
         self._buffers = BufferPool()
-        self._guard = True
+        self._check_file_ends = True
         self._samples_since_trim = self._closed_segments = 0
         self._fetching: threading.Thread | None = None
         self._stop_if_too_many_bad()
@@ -64,14 +65,14 @@ class Reader:
             return None
         while True:
             if self._segment is None or self._segment.exhausted:
-                self._close_segment()  # before the next is built: two would need twice the memory
+                self._close_segment()  # first, because two pipelines need twice the memory
                 self._segment = self._open_segment_at(self.position)
             try:
                 batch, valid = self._segment.next()
                 break
             except RuntimeError as error:
                 if not threading.main_thread().is_alive():
-                    raise  # the interpreter is exiting and has shut DALI down: no image is to blame
+                    raise  # the interpreter is exiting and has shut DALI down; no image caused this error
                 self._mark_bad(self._undecodable(np.unique(self._segment.current()[0])), error)
                 self._close_segment()
         for row in np.flatnonzero(~valid):
@@ -100,14 +101,23 @@ class Reader:
         ids, epochs = self._samples(position, count)
         if self._dataset.remote is not None:
             self._fetch_shards(ids, position + count, self._segment_batches * self._config.batch_size)
-        return self._open_segment(ids, epochs, self._config.rank_batch, guard=self._guard)
+        return self._open_segment(ids, epochs, self._config.rank_batch, check_file_ends=self._check_file_ends)
 
     def _open_segment(
-        self, ids: Int64, epochs: Int64, batch_size: int, *, guard: bool, prefetch: int = 2,
+        self, ids: Int64, epochs: Int64, batch_size: int, *, check_file_ends: bool, prefetch: int = 2,
         config: ReaderConfig | None = None,
     ) -> Segment:  # fmt: skip
         config = config or self._config
-        return Segment(self._dataset, ids, epochs, config, batch_size, self._buffers, guard=guard, prefetch=prefetch)
+        return Segment(
+            self._dataset,
+            ids,
+            epochs,
+            config,
+            batch_size,
+            self._buffers,
+            check_file_ends=check_file_ends,
+            prefetch=prefetch,
+        )
 
     def _close_segment(self) -> None:
         if self._segment is None:
@@ -126,14 +136,14 @@ class Reader:
                 ctypes.CDLL(None).malloc_trim(0)
 
     def _samples(self, position: int, count: int) -> tuple[Int64, Int64]:
-        """Ids and epochs of this rank's share of `count` samples of the order, with known bad ones replaced."""
+        """Ids and epochs of this rank's share of `count` ordered samples. Known bad samples are replaced."""
         ids, epochs = self._ordered_samples(position, count)
         for row in np.flatnonzero(np.isin(ids, list(self.bad))):
             ids[row] = self._substitute(int(epochs[row]), int(ids[row]))
         return ids, epochs
 
     def _ordered_samples(self, position: int, count: int) -> tuple[Int64, Int64]:
-        """Ids and epochs of this rank's share of `count` samples of the order, bad ones included."""
+        """Ids and epochs of this rank's share of `count` ordered samples, bad ones included."""
         config = self._config
         if not config.train:
             count = min(count, len(self._dataset) - position)
@@ -144,7 +154,7 @@ class Reader:
         return ids, epochs
 
     def _fetch_shards(self, ids: Int64, next_position: int, next_count: int) -> None:
-        """Wait for the remote shards of these samples, and fetch those of the next segment in the background."""
+        """Wait for the remote shards of these samples, then fetch the next segment's shards in the background."""
         remote = self._dataset.remote
         assert remote is not None
         if self._fetching is not None:
@@ -159,8 +169,8 @@ class Reader:
         def fetch_ahead() -> None:
             try:
                 remote.fetch(following)
-            except DataError as error:  # fetched again when it is needed; an error then is raised
-                log.info("a shard was not fetched ahead of use: %s", error)
+            except DataError as error:  # the shard is fetched again when it is needed; that error is raised
+                log.info("a shard was not prefetched: %s", error)
 
         self._fetching = threading.Thread(target=fetch_ahead, name="mvlm-fetching", daemon=True)
         self._fetching.start()
@@ -171,7 +181,7 @@ class Reader:
         return substitute_sample(self._config.seed, epoch, i, len(self._dataset), self.bad)
 
     def _replace(self, batch: RawBatch, row: int) -> None:
-        """Fill a row that the guard withheld: with the sample itself if it decodes after all, else its substitute."""
+        """Fill a row that `check_file_ends` cleared: with the sample itself if it decodes, else with a substitute."""
         epoch, read = int(batch.epochs[row]), int(batch.ids[row])
         i, single = read, None
         while True:
@@ -179,14 +189,15 @@ class Reader:
                 if (single := self._read_single(i, epoch)) is not None:
                     break
                 self._mark_bad([i])
-            # The substitute of the sample in the order, not of `read`: that may be a substitute already, chosen with
-            # fewer bad ids, and other ranks and resumed runs would choose another.
+            # Always substitute for the originally ordered sample. `read` may itself be a substitute. Substituting for
+            # it would make the result depend on when bad images were found.
             ordered = int(self._ordered_samples(self.position, self._config.batch_size)[0][row])
             i = self._substitute(epoch, ordered)
-        if i == read and self._guard:
-            self._guard = False
+        if i == read and self._check_file_ends:
+            self._check_file_ends = False
             log.warning(
-                "images with bytes after their end, as in %s: they are used, and damaged images take longer to find",
+                "images with bytes after their end, such as %s: they are used, and file ends are no longer checked, so "
+                "damaged images take longer to find",
                 self._dataset.where(i),
             )
         batch.ids[row] = i
@@ -204,21 +215,21 @@ class Reader:
             self._dataset.remote.fetch([int(self._dataset.shard[i])])
         try:
             self._decode_whole(np.array([i]))
-            return self._open_segment(np.array([i]), np.array([epoch]), 1, guard=False, prefetch=1).next()[0]
+            return self._open_segment(np.array([i]), np.array([epoch]), 1, check_file_ends=False, prefetch=1).next()[0]
         except RuntimeError:
             return None
 
     def _decode_whole(self, ids: Int64) -> None:
         """Decode the whole images of the samples `ids`. Raises RuntimeError if one cannot be decoded.
 
-        In a truncated file, a crop above the cut still decodes. Judging the whole image gives the same verdict in every
-        epoch, on every rank and in every batch.
+        In a truncated file, a crop above the cut still decodes. Decoding the whole image gives the same verdict in
+        every epoch, on every rank and in every batch.
         """
         config = replace(self._config, geometry=replace(self._config.geometry, random=False), augment=Augment())
-        self._open_segment(ids, np.zeros_like(ids), len(ids), guard=False, prefetch=1, config=config).next()
+        self._open_segment(ids, np.zeros_like(ids), len(ids), check_file_ends=False, prefetch=1, config=config).next()
 
     def _undecodable(self, ids: Int64) -> list[int]:
-        """The undecodable ones of the samples `ids`, found by bisection: DALI does not say which image failed."""
+        """Ids of the undecodable images among `ids`. Bisects, because DALI does not say which image failed."""
         try:
             self._decode_whole(ids)
         except RuntimeError:
@@ -229,13 +240,16 @@ class Reader:
         return []
 
     def _mark_bad(self, found: list[int], error: RuntimeError | None = None) -> None:
-        """Record undecodable images, and stop if there are too many. With none found, `error` has another cause."""
+        """Record undecodable images, and stop if there are too many.
+
+        If `found` is empty, re-raise `error`: no image caused it.
+        """
         dataset = self._dataset
         if not found:
             assert error is not None
             raise error
         for i in found:
-            # A failing disk is not a bad image: reading raises OSError or returns fewer bytes.
+            # Tell a failing disk from a bad image: reading then raises OSError or returns fewer bytes.
             if len(dataset.image_bytes(i)) != dataset.image.size[i]:
                 raise DataError(
                     f"{dataset.where(i)}: wanted the shard that was opened, found a shorter one; restore it"
@@ -251,8 +265,8 @@ class Reader:
 
     def _stop_if_too_many_bad(self) -> None:
         dataset, limit = self._dataset, self._config.max_bad_fraction
-        # Bad ids are counted among the samples seen, but at least among a rank's share of the split. A rank sees a
-        # random share of the bad images, so it gets a margin of four standard deviations.
+        # The share is taken of the samples seen, or of a rank's share of the split if that is larger. A rank sees a
+        # random share of the bad images, so its limit has a margin of four standard deviations.
         ranks = self._config.world_size
         seen = min(len(dataset), max(len(dataset) / ranks, self.samples_seen))
         allowed = limit * seen + (4 * (limit * seen) ** 0.5 if ranks > 1 else 0)

@@ -1,7 +1,7 @@
-"""Resizing on the CPU, called from the DALI graph.
+"""Resizing on the CPU with torch, called from the DALI graph.
 
-On a CPU, DALI's antialiased resize takes three times as long as torch's, which works on bytes in vector registers and
-agrees with Pillow's to one level. GPUs use DALI's resize.
+On a CPU, DALI's antialiased resize takes three times as long as torch's, which is vectorized for uint8. torch's results
+agree with Pillow's to one level. On a GPU the graph uses DALI's resize.
 
 Shape legend: S image side, H and W of a crop.
 """
@@ -20,11 +20,11 @@ UInt8 = NDArray[np.uint8]
 
 @functools.cache
 def _thread_pool(threads: int) -> ThreadPoolExecutor:
-    """One pool for all graphs: a new graph is built every few thousand samples."""
+    """The thread pool that all graphs share. A new graph is built every few thousand samples."""
     return ThreadPoolExecutor(threads, thread_name_prefix="mvlm-resize")
 
 
-# A forked process has none of its parent's threads, so a pool from before the fork would never answer.
+# A forked process has none of its parent's threads, so tasks given to the parent's pool would never run.
 os.register_at_fork(after_in_child=_thread_pool.cache_clear)
 
 

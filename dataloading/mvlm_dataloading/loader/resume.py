@@ -1,7 +1,7 @@
-"""The loader's state as plain JSON: enough to continue with the next sample on any number of ranks.
+"""Comparison of a saved loader state with the loader that resumes from it.
 
-All randomness is a function of (seed, epoch, sample id), so the position in the sample order is the whole state. DALI's
-own checkpoints are not needed, because its graph draws no random number.
+All randomness is a function of (seed, epoch, sample id), so seed and position in the sample order are enough to resume
+on any number of ranks. DALI's own checkpoints are not needed, because its graph draws no random numbers.
 """
 
 import hashlib
@@ -21,14 +21,16 @@ _NEEDED = ("seed", "epoch", "position", "step", "fingerprint", "skipped", "met")
 
 @dataclass(frozen=True, slots=True)
 class ResumeReport:
-    """Comparison of a resumed loader with the one that its state was taken from."""
+    """Comparison of a resumed loader with an uninterrupted run of the loader that saved the state."""
 
     exact_pixels: bool
-    """True if images equal those of an uninterrupted run, pixel for pixel. Samples and their order always do."""
+    """True if images equal those of an uninterrupted run, pixel for pixel."""
     exact_text: bool
-    """True if captions, tokens and masks do."""
+    """True if captions, tokens and masks equal those of an uninterrupted run."""
     changed: tuple[str, ...]
-    """Differences from the state, in words."""
+    """Differences from the state, as text."""
+    same_data: bool = True
+    """True if the data are those of the state. Samples and their order then equal those of an uninterrupted run."""
 
     def __str__(self) -> str:
         kept = {
@@ -38,11 +40,13 @@ class ResumeReport:
             (False, False): "pixels and captions or masks differ",
         }[self.exact_pixels, self.exact_text]
         why = f" ({'; '.join(self.changed)})" if self.changed else ""
+        if not self.same_data:
+            return f"samples, pixels and captions differ{why}"
         return f"same samples in the same order, {kept}{why}"
 
 
 def pixel_hash(config: ReaderConfig) -> str:
-    """A hash of everything that pixels depend on besides sample, seed and epoch."""
+    """Hash of all settings that pixels depend on. Sample, seed and epoch are not part of it."""
     return settings_hash(
         {
             "geometry": asdict(config.geometry),
@@ -55,7 +59,7 @@ def pixel_hash(config: ReaderConfig) -> str:
 
 
 def settings_hash(values: dict[str, Any]) -> str:
-    """A short hash of plain values."""
+    """Short hash of plain values."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -87,17 +91,18 @@ def compare_states(state: dict[str, Any], now: dict[str, Any], *, folder: Any, o
         raise DataError(f"{folder}: wanted the state of a loader, found one without {', '.join(missing)}")
     if state.get("order", ORDER_VERSION) != ORDER_VERSION:
         raise DataError(
-            f"{folder}: wanted a state of order {ORDER_VERSION}, found {state['order']}: this version has another "
-            "sample order; finish the run with the version that began it"
+            f"{folder}: wanted a state with sample order version {ORDER_VERSION}, found {state['order']}; finish the "
+            "run with the mvlm version that started it"
         )
     changed = []
-    if state["fingerprint"] != now["fingerprint"]:
+    same_data = state["fingerprint"] == now["fingerprint"]
+    if not same_data:
         if not other_data:
             raise DataError(
                 f"{folder}: wanted the data of the state, fingerprint {state['fingerprint']}, "
-                f"found {now['fingerprint']}; resume with that data or begin a new run"
+                f"found {now['fingerprint']}; resume with that data or start a new run"
             )
-        changed.append("the data")
+        changed.append(f"the data, from fingerprint {state['fingerprint']} to {now['fingerprint']}")
     for name, words in (("batch_size", "batch size"), ("world_size", "number of ranks")):
         if state.get(name, now[name]) != now[name]:
             changed.append(f"the {words}, from {state[name]} to {now[name]}, which changes no sample")
@@ -108,11 +113,11 @@ def compare_states(state: dict[str, Any], now: dict[str, Any], *, folder: Any, o
         changed.append("tokenizer, text length or masks")
     if not same["versions"]:
         changed.append("the version of torch, DALI or its decoders")
-    same_data = "the data" not in changed
     return ResumeReport(
         exact_pixels=same_data and same["pictures"] and same["versions"],
         exact_text=same_data and same["text"],
         changed=tuple(changed),
+        same_data=same_data,
     )
 
 

@@ -1,4 +1,4 @@
-"""Sample order: an endless stream that is a pure function of (seed, position), and index views of it for DALI.
+"""Sample order, an endless stream that is a pure function of (seed, position); and its index views for DALI.
 
 Every sample comes once per epoch. A batch is a slice of the stream, so the order does not depend on the batch size, and
 a batch may begin in one epoch and end in the next.
@@ -22,17 +22,17 @@ RUN_LENGTH = 16
 """Consecutive samples from one shard: long enough for sequential reads, short enough to mix shards well."""
 
 GROUP = 32
-"""Shards that are mixed at a time. It bounds the cache that a remote data set needs."""
+"""Number of shards that are mixed with each other. It bounds the cache that a remote data set needs."""
 
 ORDER_VERSION = 1
-"""Raised when a change of this file changes the order; states of another order are refused."""
+"""Increment when a change of this file changes the order. A loader refuses the states of another version."""
 
 
 def epoch_order(seed: int, epoch: int, shard: Int64) -> Int64:
     """A permutation of all sample ids, int64 (N,).
 
-    Shards are permuted and taken GROUP at a time. Each shard's samples are permuted and cut into runs of RUN_LENGTH,
-    and the runs of a group are permuted. With one shard, every order is equally likely.
+    Shards are permuted and divided into groups of GROUP. Each shard's samples are permuted and divided into runs of
+    RUN_LENGTH, and the runs of a group are permuted. With one shard, all orders are equally likely.
 
     Args:
         shard: int64 (N,), ascending: the shard of each sample.
@@ -61,7 +61,7 @@ def epoch_order(seed: int, epoch: int, shard: Int64) -> Int64:
 
 
 class SampleOrder:
-    """The endless order of one split, read in slices.
+    """Endless sample order of one split, read in slices.
 
     Args:
         shard: int64 (N,), the shard of each sample.
@@ -91,10 +91,10 @@ class SampleOrder:
 
 
 def substitute_sample(seed: int, epoch: int, sample_id: int, size: int, bad: Set[int]) -> int:
-    """The substitute of a bad sample: the first good one of a sequence drawn from (seed, epoch, sample id).
+    """Substitute of a bad sample: the first good one in a sequence drawn from (seed, epoch, sample id).
 
-    It does not depend on the batch or on when the sample was found to be bad, so a resumed run, or one with another
-    batch size, chooses the same.
+    It does not depend on the batch size, nor on when the sample was found to be bad. A resumed run therefore chooses
+    the same substitute.
 
     Args:
         size: samples of the split.
@@ -109,9 +109,9 @@ def substitute_sample(seed: int, epoch: int, sample_id: int, size: int, bad: Set
 
 
 def write_index_views(folder: Path, dataset: Dataset, ids: Int64) -> tuple[list[str], list[str]]:
-    """Write indices to `folder` that make DALI's reader deliver the samples `ids`, in this order.
+    """Write indices to `folder` with which DALI's reader delivers the samples `ids` in this order.
 
-    The reader follows index lines in any order and with repetitions, and accepts the same tar several times.
+    The reader accepts index lines in any order and repeated, and the same tar several times.
 
     Returns:
         Paths of the tars and of their indices, for the reader's arguments.

@@ -1,4 +1,4 @@
-"""A segment of the sample order: one DALI pipeline over known samples, with all random draws made beforehand.
+"""A segment of the sample order: one DALI pipeline over a fixed list of samples. Random numbers are drawn up front.
 
 Shape legend: B samples of this rank's batch, S image side.
 """
@@ -26,7 +26,7 @@ from .sampler import write_index_views
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReaderConfig:
-    """Settings of a reader: everything besides sample and machine that pixels depend on."""
+    """Settings of a reader."""
 
     seed: int
     geometry: CropGeometry
@@ -51,7 +51,7 @@ class ReaderConfig:
 
 @dataclass(slots=True)
 class RawBatch:
-    """One rank's samples of a batch, before captions are chosen and tokenized."""
+    """This rank's samples of a batch, before captions are chosen and tokenized."""
 
     ids: Int64
     epochs: Int64
@@ -61,11 +61,11 @@ class RawBatch:
     metadata: list[bytes]
     tokens: list[bytes]
     encoded: Callable[[int], bytes]
-    """The encoded image of a row. Copied on request, which must come before the next batch is read."""
+    """Return the encoded image of a row. Call it before the next batch is read."""
 
 
 class Segment:
-    """A DALI pipeline over known samples, and the position reached in them."""
+    """A DALI pipeline over a fixed list of samples, and the current position in the list."""
 
     def __init__(
         self,
@@ -76,27 +76,27 @@ class Segment:
         batch_size: int,
         buffers: BufferPool,
         *,
-        guard: bool,
+        check_file_ends: bool,
         prefetch: int,
     ):
         self._dataset, self._ids, self._epochs, self._batch_size = dataset, ids, epochs, batch_size
         self._buffers, self._stored_tokens = buffers, config.stored_tokens
         self._begin = 0
-        # The draws of all samples. A dict, because the pipeline's functions refer to it and `close` must empty it.
-        draws: dict[str, Any] = {"crops": uniforms(Purpose.CROP, config.seed, epochs, ids, 4)}
-        if config.train and not config.augment.nothing:
+        # Random numbers of all samples. The pipeline's functions hold a reference to this dict, and `close` empties it.
+        draws: dict[str, Any] = {"crop_uniforms": uniforms(Purpose.CROP, config.seed, epochs, ids, 4)}
+        if config.train and not config.augment.is_identity:
             side = config.geometry.image_size
             draws["augment"] = draw_parameters(config.augment, config.seed, epochs, ids, side)
         self._draws, count = draws, len(ids)
 
         def rows(batch: Any) -> Int64:
-            # The reader wraps around after its last sample, to fill the last batch and to read ahead.
+            # DALI's reader wraps around after the last sample, to fill the last batch and to prefetch.
             return (int(batch) * batch_size + np.arange(batch_size)) % count
 
         with tempfile.TemporaryDirectory(prefix="mvlm-index-") as folder:
             self._pipeline = build_pipeline(
                 *write_index_views(Path(folder), dataset, ids),
-                lambda batch: draws["crops"][rows(batch)],
+                lambda batch: draws["crop_uniforms"][rows(batch)],
                 config.geometry,
                 batch_size=batch_size,
                 num_threads=config.num_threads,
@@ -105,11 +105,11 @@ class Segment:
                 prefetch=prefetch,
                 augment=(lambda batch: draws["augment"].rows(rows(batch))) if "augment" in draws else None,
                 tokens=config.stored_tokens,
-                guard=guard,
+                check_file_ends=check_file_ends,
             )
 
     def close(self) -> None:
-        """Release memory now. The pipeline is part of reference cycles and would wait for the garbage collector."""
+        """Release memory now. Reference cycles would keep the pipeline alive until the next garbage collection."""
         self._pipeline.__del__()
         self._draws.clear()
 
@@ -126,7 +126,7 @@ class Segment:
         return self._ids[rows].copy(), self._epochs[rows]
 
     def next(self) -> tuple[RawBatch, np.ndarray]:
-        """The next batch, and bool (B,): False where the guard withheld an image, so that the row must be replaced.
+        """The next batch, and valid, bool (B,): False where `check_file_ends` replaced the image by a black one.
 
         Raises:
             RuntimeError: an image of the batch cannot be decoded.
@@ -149,8 +149,11 @@ class Segment:
         return batch, np.array(valid.as_tensor())[: len(ids)].astype(bool)
 
     def _check_delivery(self, ids: Int64, texts: Any) -> None:
-        """Assert that DALI delivered the samples asked for: its reader's freedom of order is not documented."""
+        """Assert that DALI delivered the requested samples.
+
+        DALI does not document that its reader follows the index order.
+        """
         for row, i in enumerate(ids):
             wanted = f"{self._dataset.tars[self._dataset.shard[i]]}:{self._dataset.text.offset[i]}:"
             delivered = texts[row].source_info()
-            assert delivered.startswith(wanted), f"the reader was to deliver {wanted} and delivered {delivered}"
+            assert delivered.startswith(wanted), f"wanted {wanted} from DALI's reader, got {delivered}"

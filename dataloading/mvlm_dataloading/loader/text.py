@@ -1,4 +1,4 @@
-"""Captions of a batch: one per image, as stored tokens or tokenized here.
+"""Captions of a batch: one per image, from stored tokens or tokenized here.
 
 Shape legend: B batch, T packed tokens.
 """
@@ -34,16 +34,16 @@ class CaptionBatch:
 
 
 def can_use_stored_tokens(dataset: Dataset, tokenizer: Tokenizer, length: int) -> bool:
-    """True if the tokens stored with the data are what this tokenizer yields at this text length. Logs why not."""
+    """True if the data have stored tokens that this tokenizer gives, of at least this text length. Logs why not."""
     stored = dataset.description.get("tokens")
     if not stored:
         return False
     if stored["fingerprint"] != tokenizer.fingerprint:
-        log.info("%s: stored tokens are of another tokenizer; captions are tokenized while loading", dataset.folder)
+        log.info("%s: stored tokens are from another tokenizer; the loader tokenizes the captions", dataset.folder)
         return False
     if stored["max_length"] < length:
         log.info(
-            "%s: stored tokens are cut at %d, and %d are wanted; captions are tokenized while loading",
+            "%s: stored captions are truncated to %d tokens, wanted %d; the loader tokenizes the captions",
             dataset.folder, stored["max_length"], length,
         )  # fmt: skip
         return False
@@ -63,7 +63,7 @@ class CaptionReader:
         self._first, self._stored = first, stored
 
     def __call__(self, raw: RawBatch) -> CaptionBatch:
-        """The captions of a batch.
+        """Choose, tokenize and check the captions of a batch.
 
         Raises:
             DataError: captions, metadata or tokens of a sample cannot be used. The message names the sample.
@@ -86,7 +86,8 @@ class CaptionReader:
         if lengths.min() < 3:
             row = int(lengths.argmin())
             raise DataError(
-                f"{where(raw.ids[row])}: wanted a caption with a token, found {captions[row]!r}; use another tokenizer"
+                f"{where(raw.ids[row])}: wanted a caption with at least one token, found {captions[row]!r}; "
+                "use another tokenizer"
             )
         return CaptionBatch(tokens, lengths, [text_hash(caption) for caption in captions], image_ids)
 
@@ -109,7 +110,7 @@ class CaptionReader:
 
 
 def split_stored_tokens(content: bytes, count: int, where: str) -> list[np.ndarray]:
-    """Split a `.tok` component into int32 tokens per caption. It holds, for each caption, a count and then the tokens.
+    """Split a `.tok` component into the int32 tokens of each caption. It holds a count and the tokens, per caption.
 
     Raises:
         DataError: the component does not hold `count` captions.

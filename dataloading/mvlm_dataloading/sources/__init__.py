@@ -1,1 +1,1 @@
-"""Readers of published data sets: each module lists the records of one format."""
+"""Sources: readers of published data sets. A source lists the records of one data set or format (see `record`)."""

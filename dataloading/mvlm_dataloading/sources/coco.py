@@ -19,9 +19,9 @@ def coco(root: Path, karpathy: Path | None = None, year: int | None = None) -> S
         ROOT/train2017/*.jpg, ROOT/val2017/*.jpg (or of 2014)
 
     Args:
-        karpathy: `dataset_coco.json`, for the splits train (with restval), validation and test. The images may be of
-            either year. Without it, train and val of the year become train and validation.
-        year: 2014 or 2017, needed if the annotations of both are there.
+        karpathy: `dataset_coco.json`, which gives the splits train (with restval), validation and test for the images
+            of either year. By default, train and val of the year become train and validation.
+        year: 2014 or 2017. Required if the folder has the annotations of both.
 
     Raises:
         DataError: a file or folder is missing, or has another format.
@@ -62,7 +62,7 @@ def _name(file: Path) -> tuple[str, str]:
 
 
 def _captions(root: Path, file: Path) -> list[Record]:
-    """One record per image, with its captions in the order of the file."""
+    """List one record per image, with its captions in the order of the file."""
     content = read_json(file)
     try:
         captions: dict[int, list[str]] = {}
@@ -90,7 +90,7 @@ def _karpathy(root: Path, file: Path) -> dict[str, list[Record]]:
     try:
         for image in content["images"]:
             name = str(Path(image["filepath"], image["filename"]))
-            if not (root / name).parent.is_dir():  # 2017 has the images of 2014 under shorter names
+            if not (root / name).parent.is_dir():  # the 2017 download has the images of 2014 under shorter names
                 short = f"{int(image['cocoid']):012d}.jpg"
                 name = next((f"{folder}/{short}" for folder in folders if (root / folder / short).is_file()), name)
             captions = captions_in_cell([sentence["raw"] for sentence in image["sentences"]])

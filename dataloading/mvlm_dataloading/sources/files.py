@@ -1,6 +1,7 @@
-"""Reading annotation files: JSON, large JSON lists, CSV and JSONL, tolerant of common download errors.
+"""Readers of annotation files: JSON, large JSON lists, CSV and JSONL.
 
-Bytes that are not UTF-8 become halves of surrogate pairs, and `clean_captions` rejects captions with these.
+In JSON lists, CSV and JSONL, invalid UTF-8 bytes are read as lone surrogates (surrogateescape). `clean_captions` drops
+captions that contain one.
 """
 
 import csv
@@ -20,7 +21,7 @@ _BETWEEN = re.compile(r"[\s,]*")
 
 
 def read_json(file: Path) -> Any:
-    """Content of a JSON file. Raises DataError if it is missing or no JSON."""
+    """Content of a JSON file. Raises DataError if the file is missing or is not JSON."""
     try:
         return json.loads(require_file(file).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -28,10 +29,10 @@ def read_json(file: Path) -> Any:
 
 
 def read_json_list(file: Path) -> Iterator[Any]:
-    """The elements of a JSON list, one at a time, so that a large file need not fit into memory.
+    """Yield the elements of a JSON list one at a time. A large file does not have to fit into memory.
 
     Raises:
-        DataError: the file is missing, is no list, or ends early.
+        DataError: the file is missing, is not a list, or ends early.
     """
     decoder = json.JSONDecoder()
 
@@ -53,7 +54,7 @@ def read_json_list(file: Path) -> Iterator[Any]:
                 element, end = decoder.raw_decode(rest, at)
             except (ValueError, RecursionError):
                 element, end = None, len(rest)
-            # A number or word that ends where the chunk does may continue in the next; so may whatever did not parse.
+            # An element that ends at the end of the text read, or that did not parse, may continue in the next chunk.
             if end >= len(rest):
                 more = text.read(max(CHUNK, len(rest) - at))
                 if not more:
@@ -65,7 +66,7 @@ def read_json_list(file: Path) -> Iterator[Any]:
 
 
 def read_rows(file: Path, delimiter: str | None = None) -> Iterator[dict[str, Any]]:
-    """The rows of a table: `.jsonl` or `.ndjson` with one object per line, else CSV or TSV with a header.
+    """Yield the rows of a table: `.jsonl` or `.ndjson` with one object per line, else CSV or TSV with a header.
 
     Raises:
         DataError: the file is missing, or a line has another format.
@@ -97,7 +98,7 @@ def files_under(folder: Path) -> list[Path]:
     found: list[Path] = []
     seen: set[str] = set()
     starts = [str(folder)]
-    # Links are appended and visited last, so a file inside the folder keeps its own path, not that of a link to it.
+    # Links are visited last, so that a file inside the folder gets its own path, not the path through a link.
     for start in starts:
         for place, folders, names in os.walk(start):
             real = os.path.realpath(place)
@@ -112,16 +113,16 @@ def files_under(folder: Path) -> list[Path]:
 
 
 def reason_if_outside(name: str) -> str | None:
-    """The reason to reject a file name in a table: it leaves the data set's folder. None if it does not.
+    """Reason to reject a file name in a table that points outside the data set's folder, or None.
 
-    A downloaded table must not add other files of this machine to the data set.
+    A downloaded table must not be able to add other files of this machine to the data set.
     """
     path = Path(name)
     return "image is outside the folder" if path.is_absolute() or ".." in path.parts else None
 
 
 def refuse_repeated_files(files: Iterable[Path]) -> None:
-    """Raise DataError if a file is given twice: its samples would be repeated, or be in two splits."""
+    """Raise DataError if a file is given twice. Its samples would be repeated, or be in two splits."""
     seen: set[Path] = set()
     for file in files:
         if (real := file.resolve()) in seen:
@@ -130,8 +131,8 @@ def refuse_repeated_files(files: Iterable[Path]) -> None:
 
 
 def captions_in_cell(value: Any) -> list[str]:
-    """The captions in a table's cell: a string, or the strings of a list."""
+    """Captions in a cell of a table: a string, or the strings of a list."""
     if isinstance(value, str):
         return [value]
-    # Nulls and objects in a list are skipped, so that no caption reads "None".
+    # Nulls and objects in a list are skipped. Converted to text, a null would be the caption "None".
     return [one for one in value if isinstance(one, str)] if isinstance(value, list | tuple) else []

@@ -1,4 +1,4 @@
-"""Flickr30k, from Karpathy's JSON, the original token file, or the tables of mirrors."""
+"""Flickr30k, with captions from Karpathy's JSON, the original token file, or the tables of mirrors."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def flickr30k(root: Path, captions: Path | None = None) -> Source:
         DataError: a file or folder is missing, or has another format.
     """
     images = require_folder(*(root / name for name in _IMAGES), root)
-    if (images / images.name).is_dir():  # one mirror's archive nests the folder in another of the same name
+    if (images / images.name).is_dir():  # one mirror's archive has the folder inside another of the same name
         images = images / images.name
     if captions is None:
         places = [folder / name for name in _FILES for folder in (root, images, images.parent)]

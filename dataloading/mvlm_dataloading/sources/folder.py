@@ -39,10 +39,10 @@ def folder(
 
     Args:
         captions: a table, `.csv`, `.tsv` or `.jsonl`, whose image column names a file relative to the folder. Several
-            rows of an image are several captions; a cell of a `.jsonl` may hold a list. Default: the captions of
+            rows of an image give several captions, and a cell of a `.jsonl` may hold a list. Default: the captions of
             `a/b.jpg` are the lines of `a/b.txt`.
-        split_column: the table's column of splits, if it has one.
-        validation, test: shares of the images without a given split, chosen by a hash of the name.
+        split_column: column of the splits, which the table may lack.
+        validation, test: shares for images without a given split, chosen by a hash of the name.
 
     Raises:
         DataError: the folder or the table is missing, or the table lacks a column.
@@ -63,7 +63,7 @@ def folder(
 
 
 def _sidecars(images: Path) -> list[tuple[Record, str | None]]:
-    # `files_under` sorts, so that the order does not depend on the file system.
+    # `files_under` sorts, so the order does not depend on the file system.
     paths = [path for path in files_under(images) if path.suffix.lower() in IMAGE_EXTENSIONS]
     return [(_with_text_file(images, path), None) for path in paths]
 

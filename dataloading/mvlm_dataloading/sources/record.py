@@ -1,4 +1,8 @@
-"""Records of a source: image-text pairs in pieces, each of which a worker process can read by itself."""
+"""Interface between sources and the build: a `Source` has `Piece`s, and a piece yields `Record`s.
+
+To add a source, write a function that returns a `Source`. `cut_into_pieces` makes pieces of listed records. A format
+with large files gets its own class of `Piece`, which reads one file. The other functions are helpers of all sources.
+"""
 
 import hashlib
 import json
@@ -11,10 +15,10 @@ from typing import Any, Protocol
 
 from mvlm_dataloading.errors import DataError
 
-# DALI takes everything after the first dot of a name for its extension, and splits index lines at blanks.
+# DALI takes everything after the first dot of a name as its extension, and splits index lines at blanks.
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_+=@,-]{1,80}")
 
-# Names of published splits -> ours. COCO's `restval` is used for training, as everybody does.
+# Names of published splits -> ours. COCO's `restval` is used for training, as is standard with Karpathy's splits.
 _SPLITS = {"train": "train", "training": "train", "restval": "train"}
 _SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation") | dict.fromkeys(
     ("test", "testing"), "test"
@@ -29,30 +33,30 @@ class Record:
     """An image and its captions, as published."""
 
     key: str
-    """Unique in the data set, and matches KEY_PATTERN."""
+    """Identifies the sample. Must match KEY_PATTERN and be unique in the data set, else the record is rejected."""
     image: Path | bytes | None
-    """The encoded image or its file; None if the source has none."""
+    """The encoded image or its file; None for a record without an image."""
     captions: Sequence[str]
     where: str
-    """The origin, for messages."""
+    """Origin of the record, for messages and `rejected.jsonl`."""
     metadata: dict[str, Any] = field(default_factory=dict)
     fault: str | None = None
-    """The source's own reason to reject the record."""
+    """Reason for which the source rejects the record, or None."""
 
 
 class Piece(Protocol):
-    """A part of one split, at most a few thousand records. It is pickled and read in a worker process."""
+    """Unit of parallel and resumable work: part of one split, read by one worker. Must be picklable."""
 
     @property
     def split(self) -> str: ...
 
     @property
     def label(self) -> str:
-        """Identifies the piece, so that a resumed build can be compared with the unfinished one."""
+        """Identifies the piece. A resumed build must have the labels of the unfinished one."""
         ...
 
     def records(self, max_bytes: int) -> Iterator[Record]:
-        """The records in a fixed order. An image above `max_bytes` need not be read; its fault is then TOO_LARGE."""
+        """Yield the records in a fixed order. An image above `max_bytes` may be skipped with the fault TOO_LARGE."""
         ...
 
 
@@ -61,7 +65,7 @@ TOO_LARGE = "image file is too large"
 
 @dataclass(frozen=True, slots=True)
 class ListedPiece:
-    """A piece with a list of known records."""
+    """A piece whose records are listed in advance."""
 
     split: str
     listed: Sequence[Record]
@@ -76,13 +80,13 @@ class ListedPiece:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A published data set: its origin, and its pieces in order."""
+    """A published data set: its origin, and its pieces in a fixed order."""
 
     name: str
     origin: str
     licence: str
     recipe: dict[str, Any]
-    """Everything that determines the content, besides the build options."""
+    """All values that determine the content, except build options."""
     pieces: Sequence[Piece]
     attribution: str = ""
 
@@ -100,7 +104,7 @@ def cut_into_pieces(records: dict[str, list[Record]], size: int = PIECE_RECORDS)
 
 
 def canonical_split(name: str, where: str) -> str:
-    """Our name of a published split. Raises DataError for an unknown name."""
+    """Map a published split name to train, validation or test. Raises DataError for an unknown name."""
     found = _SPLITS.get(name.strip().lower())
     if found is None:
         raise DataError(f"{where}: wanted a split named {', '.join(sorted(_SPLITS))}, found {name!r}; rename it")
@@ -108,7 +112,7 @@ def canonical_split(name: str, where: str) -> str:
 
 
 def safe_key(name: str) -> str:
-    """A key for a name: the name itself if it is valid, else one with characters replaced and a hash appended."""
+    """Convert a name to a valid key. A valid name is kept; else characters are replaced and a hash is appended."""
     if KEY_PATTERN.fullmatch(name):
         return name
     plain = re.sub(r"[^A-Za-z0-9_+=@,-]+", "_", name)[:60].strip("_")
@@ -117,7 +121,7 @@ def safe_key(name: str) -> str:
 
 
 def split_by_hash(key: str, validation: float, test: float) -> str:
-    """The split of an image in a set without splits: by a hash of its key, so it never changes."""
+    """Split of an image by a hash of its key, for data sets without splits. More images do not change it."""
     place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
     if place < test:
         return "test"
@@ -125,7 +129,7 @@ def split_by_hash(key: str, validation: float, test: float) -> str:
 
 
 def check_shares(validation: float, test: float) -> None:
-    """Check the shares of the evaluation splits. A sum of 1 leaves nothing for train. Raises DataError."""
+    """Check the shares of the evaluation splits. A sum of 1 leaves no image for train. Raises DataError."""
     if not (validation >= 0 and test >= 0 and validation + test <= 1):
         raise DataError(
             f"validation and test: wanted shares from 0 to 1 that sum to at most 1, got {validation} and {test}"
@@ -133,13 +137,13 @@ def check_shares(validation: float, test: float) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """Hash of a file, for a recipe: another annotation file makes another data set."""
+    """Hash of a file, for a recipe: another annotation file gives another data set."""
     with require_file(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_fingerprint(path: Path) -> list[Any]:
-    """Name, size, and hash of the first and last 64 KiB of a file that is too large to be read twice, for a recipe."""
+    """Name, size, and hash of the first and last 64 KiB of a file, for a recipe. For files too large to hash whole."""
     with path.open("rb") as file:
         head, size = file.read(_FINGERPRINTED), os.fstat(file.fileno()).st_size
         file.seek(max(0, size - _FINGERPRINTED))
@@ -147,9 +151,9 @@ def file_fingerprint(path: Path) -> list[Any]:
 
 
 def records_sha256(pieces: Sequence[Piece]) -> str:
-    """Hash of the records in `ListedPiece`s, for a recipe: their text and the sizes of their images.
+    """Hash of the records of all `ListedPiece`s, for a recipe: their text and the sizes of their images.
 
-    It leaves out the images' paths, so that a moved folder is the same input, and their bytes, which are too many.
+    Paths of images are left out, so that a moved folder is the same input. Their bytes are left out to save time.
     """
     digest = hashlib.sha256()
     for piece in pieces:
@@ -164,7 +168,7 @@ def _image_size(image: Path | bytes | None) -> int | None:
         return None if image is None else len(image)
     try:
         return image.stat().st_size
-    except (OSError, ValueError):  # missing; a name with a NUL raises ValueError
+    except (OSError, ValueError):  # the file is missing; a name with a NUL raises ValueError
         return None
 
 

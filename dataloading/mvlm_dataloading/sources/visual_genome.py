@@ -1,4 +1,4 @@
-"""Visual Genome: the region descriptions of an image are the captions of one sample."""
+"""Visual Genome. The region descriptions of an image are the captions of one sample."""
 
 from pathlib import Path
 
@@ -13,11 +13,11 @@ _FOLDERS = ("VG_100K", "VG_100K_2", "images/VG_100K", "images/VG_100K_2", "image
 def visual_genome(root: Path, validation: float = 0.0, test: float = 0.0) -> Source:
     """Visual Genome from an unpacked download.
 
-        ROOT/region_descriptions.json, and ROOT/image_data.json for the ids in COCO and Flickr
+        ROOT/region_descriptions.json, and optionally ROOT/image_data.json with ids in COCO and Flickr
         ROOT/VG_100K/*.jpg, ROOT/VG_100K_2/*.jpg
 
     Args:
-        validation, test: shares of the images, chosen by a hash of their ids. The data set has no splits of its own.
+        validation, test: shares of the images, chosen by a hash of their ids. The published data set has no splits.
 
     Raises:
         DataError: a file or folder is missing, or has another format.
@@ -32,7 +32,7 @@ def visual_genome(root: Path, validation: float = 0.0, test: float = 0.0) -> Sou
     try:
         for image in read_json_list(file):
             regions = image["regions"]
-            # Some releases lack `id`, but every region names its image. int() keeps paths out of the file name.
+            # Some releases lack `id`, but every region names its image. int() rejects an id that is a path.
             number = int(image["id"] if "id" in image else regions[0]["image_id"])
             path = next(
                 (p for folder in folders if (p := folder / f"{number}.jpg").is_file()), folders[0] / f"{number}.jpg"
@@ -58,7 +58,7 @@ def visual_genome(root: Path, validation: float = 0.0, test: float = 0.0) -> Sou
 
 
 def _ids_elsewhere(file: Path) -> dict[int, dict[str, int]]:
-    """The images' ids in COCO and Flickr. Empty without the file."""
+    """Read the images' ids in COCO and Flickr. Empty if the file is missing."""
     if not file.is_file():
         return {}
     found = {}

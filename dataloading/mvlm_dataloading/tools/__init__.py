@@ -1,1 +1,1 @@
-"""Work on finished data folders: check, summarise, reindex, and select as a view."""
+"""Tools for finished data folders: check, summary, reindexing, views."""

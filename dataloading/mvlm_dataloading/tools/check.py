@@ -1,4 +1,4 @@
-"""Check of a data set: every byte is read, every image decoded, every caption parsed."""
+"""Check of a data set: reads every byte, decodes every image and parses every caption."""
 
 import hashlib
 from collections import Counter
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mvlm_dataloading.build.duplicates import unbounded_decoder
+from mvlm_dataloading.build.duplicates import decoder_with_max_limit
 from mvlm_dataloading.build.image_check import ImageDecoder, read_header
 from mvlm_dataloading.build.workers import run_tasks
 from mvlm_dataloading.captions import script_of
@@ -20,7 +20,7 @@ from mvlm_dataloading.errors import DataError
 
 from .reindex import index_tar
 
-_MAX_PROBLEMS = 100  # listed per shard; more are counted
+_MAX_PROBLEMS = 100  # problems listed per shard; the rest is counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +33,24 @@ class _Task:
 
 @dataclass(slots=True)
 class Findings:
-    """Statistics and problems of a split or a shard: lists of n images."""
+    """Statistics and problems of a split or a shard."""
 
     sizes: list[tuple[int, int]] = field(default_factory=list)
-    """Width and height, with the EXIF orientation applied."""
+    """Width and height of each decodable image, with the EXIF orientation applied."""
     image_bytes: list[int] = field(default_factory=list)
+    """Size of each decodable image's file."""
     captions: list[int] = field(default_factory=list)
-    """Number of captions per image."""
+    """Number of captions of each sample whose captions and metadata can be parsed."""
     words: list[int] = field(default_factory=list)
-    """Number of words per caption."""
+    """Number of words of each caption."""
     scripts: Counter[str] = field(default_factory=Counter)
+    """Number of captions by script."""
     formats: Counter[str] = field(default_factory=Counter)
+    """Number of decodable images by file extension."""
     keys: list[str] = field(default_factory=list)
+    """Keys of all samples."""
     problems: list[str] = field(default_factory=list)
+    """One line per problem."""
 
     def add(self, other: "Findings") -> None:
         for name in ("sizes", "image_bytes", "captions", "words", "keys", "problems"):
@@ -60,22 +65,22 @@ def check_shards(
     """Check every shard of every split.
 
     Args:
-        workers: number of processes; 0 works in this one.
-        progress: called with the samples done and the total.
+        workers: number of worker processes; 0 works in this process.
+        progress: called with the number of samples done and the total.
 
     Returns:
-        Findings by split. Their `problems` have a line per problem.
+        Findings by split.
 
     Raises:
-        DataError: the folder is no data set.
+        DataError: the folder is not a data set, or its stored tokenizer is missing.
     """
     folder = Path(folder)
     description = read_description(folder)
     vocab_size = None
     if description.get("tokens"):
-        from mvlm_dataloading.tokenizer import load_tokenizer
+        from mvlm_dataloading.tokenizer import load_stored_tokenizer
 
-        vocab_size = load_tokenizer(folder / "tokenizer.json").vocab_size
+        vocab_size = load_stored_tokenizer(folder).vocab_size
     tasks = [
         _Task(folder, split, shard, vocab_size)
         for split, part in description["splits"].items()
@@ -106,7 +111,7 @@ def check_shards(
 
 
 def _opening_problems(folder: Path, split: str) -> list[str]:
-    """The problem that `open_dataset` stops at, if any."""
+    """The problem for which `open_dataset` refuses the split: a list of one line, or empty."""
     try:
         open_dataset(folder, split)
     except DataError as error:
@@ -132,12 +137,12 @@ def _read_through(task: _Task, found: Findings, report: Callable[[int], None]) -
     lines = index.read_text(encoding="utf-8", errors="surrogateescape").splitlines()[1:]
     try:
         own = index_tar(tar)
-        strange = set(lines) - set(own.lines) - set(own.unreadable)  # their texts are checked below, with the images
+        strange = set(lines) - set(own.lines) - set(own.unreadable)  # unreadable texts are reported below
         if strange or ("index" not in task.shard and set(own.lines) - set(lines)):
             found.problems.append(f"{index.name}: wanted the samples of {tar.name}, found others; `mvlm data index`")
     except DataError as error:
         found.problems.append(str(error))
-    decoder = unbounded_decoder()
+    decoder = decoder_with_max_limit()
     with tar.open("rb") as file:
         for begin in range(0, len(lines), 32):
             _check_samples(task, tar.name, [_read(file, line) for line in lines[begin : begin + 32]], decoder, found)
@@ -186,7 +191,7 @@ def _check_samples(
 
 
 def _token_problem(tokens: bytes | None, captions: int, vocab_size: int) -> str | None:
-    """The problem of a `.tok` component, or None. It must hold, for each caption, a count n and n ids, int32."""
+    """Check a `.tok` component: per caption a count n and n ids, int32. Returns its problem, or None."""
     if tokens is None or len(tokens) % 4:
         return f"wanted token ids as int32, found {'none' if tokens is None else f'{len(tokens)} bytes'}"
     numbers = np.frombuffer(tokens, "<i4")

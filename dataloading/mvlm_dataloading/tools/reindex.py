@@ -1,4 +1,4 @@
-"""Rebuilding DALI indices from tars: of our data folders, or of other tools' tars, to use these in place."""
+"""Rebuilding the DALI indices of a data folder, and indexing tars of other tools to use them in place."""
 
 import json
 import tarfile
@@ -9,16 +9,11 @@ from typing import Any
 
 from mvlm_dataloading.build.shard_writer import format_index
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
-from mvlm_dataloading.dataset.description import (
-    FORMAT_VERSION,
-    describe_shard,
-    read_description,
-    shard_paths,
-    write_durably,
-)
+from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard, read_description, shard_paths
+from mvlm_dataloading.dataset.durable_files import write_durably
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.sources.record import canonical_split
-from mvlm_dataloading.sources.samples import IMAGE_EXTENSIONS, has_end_block, split_member_name
+from mvlm_dataloading.sources.tar_samples import IMAGE_EXTENSIONS, has_end_block, split_member_name
 
 _KNOWN = (*IMAGE_EXTENSIONS, "txt", "json", "tok")
 _MAX_TEXT = 1 << 22
@@ -26,7 +21,7 @@ _MAX_TEXT = 1 << 22
 
 @dataclass(slots=True)
 class TarIndex:
-    """The samples of a tar."""
+    """Index of a tar, made from its content."""
 
     lines: list[str]
     """Index lines of the usable samples."""
@@ -41,10 +36,10 @@ class TarIndex:
 def index_tar(tar: Path) -> TarIndex:
     """Index a tar from its headers and texts. Members that belong to no sample are skipped.
 
-    A sample needs an image and captions in UTF-8. Its metadata, if it has any, must be a JSON object.
+    A sample needs an image and captions in UTF-8. Metadata are optional, and must be a JSON object.
 
     Raises:
-        DataError: the file is missing, is no tar, is compressed, or ends early.
+        DataError: the file is missing, is not a tar, is compressed, or ends early.
     """
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     faults: dict[str, str] = {}
@@ -61,7 +56,7 @@ def index_tar(tar: Path) -> TarIndex:
                 if extension in parts or (
                     extension in IMAGE_EXTENSIONS and any(one in parts for one in IMAGE_EXTENSIONS)
                 ):
-                    faults[key] = "key names two files of a kind"
+                    faults[key] = "sample has two files of the same kind"
                 elif parts and key != last:
                     faults[key] = "files of a sample do not follow one another"
                 parts.setdefault(extension, member)
@@ -72,14 +67,14 @@ def index_tar(tar: Path) -> TarIndex:
                         unread.setdefault(key, found)
                     elif extension == "txt":
                         captions[key] = found
-        if not has_end_block(tar):  # Python takes a truncated header for the end
+        if not has_end_block(tar):  # tarfile treats a truncated header as the end
             raise tarfile.ReadError("it ends early")
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
         if isinstance(error, FileNotFoundError):
-            raise DataError(f"{tar}: wanted a tar, found no such file") from None
+            raise DataError(f"{tar}: wanted a tar, found no such file; restore it") from None
         raise DataError(
-            f"{tar}: wanted a whole, uncompressed tar, found otherwise ({error}); get it again, or rewrite it with "
-            f"`mvlm data webdataset`"
+            f"{tar}: wanted a complete, uncompressed tar, found a file that is not one ({error}); download it again "
+            f"or convert it with `mvlm data webdataset`"
         ) from None
     index = TarIndex([], [], 0, Counter(faults.values()))
     for key, parts in samples.items():
@@ -101,7 +96,7 @@ def index_tar(tar: Path) -> TarIndex:
 
 
 def _read_text(file: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> int | str:
-    """The number of captions or fields in a sample's text, or the reason why it cannot be used."""
+    """Count the captions or metadata fields of a sample. Returns the reason as text if they cannot be used."""
     content = file.extractfile(member).read(_MAX_TEXT + 1)  # pyright: ignore[reportOptionalMemberAccess] (a file)
     what = "caption" if extension == "txt" else "metadata"
     if len(content) > _MAX_TEXT:
@@ -119,27 +114,27 @@ def rebuild_indices(folder: Path, split: str | None = None) -> dict[str, Any]:
     """Rebuild the indices of a data folder. A folder of tars without `dataset.json` gets one.
 
     Args:
-        split: the split of all tars without a description. Default: the one in a tar's name (train-000.tar), else
-            train.
+        split: split of all tars, for a folder without `dataset.json`. Default: the split in each tar's name
+            (train-000.tar), else train.
 
     Returns:
         The description.
 
     Raises:
-        DataError: a tar is damaged or does not have the described samples; the folder is a view; no sample is usable.
+        DataError: a tar is damaged or has other samples than described; the folder is a view; no sample is usable.
     """
     if (folder / "dataset.json").is_file():
         description = read_description(folder)
         for part in description["splits"].values():
             for shard in part["shards"]:
                 if "index" in shard:
-                    raise DataError(f"{folder}: wanted a folder of tars, found a view; make it again instead")
+                    raise DataError(f"{folder}: wanted a folder of tars, found a view; make the view again instead")
                 tar, _ = shard_paths(folder, shard)
                 _write_index(tar, shard["samples"])
         return description
     tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
     if not tars:
-        raise DataError(f"{folder}: wanted a folder of tars, found none; name another")
+        raise DataError(f"{folder}: wanted a folder of tars, found none; give another folder")
     return _describe(folder, tars, split)
 
 
@@ -197,7 +192,7 @@ def _split_of(tar: Path) -> str:
 
 
 def _component(member: tarfile.TarInfo) -> str:
-    # Indices are split at blanks, so white space in a name is percent-encoded. Names in an index are not looked up.
+    # Index lines are split at blanks, so white space in a name is percent-encoded. DALI reads by offset, not by name.
     name = member.name
     for sign in ("%", *(sign for sign in set(name) if sign.isspace())):
         name = name.replace(sign, "".join(f"%{byte:02X}" for byte in sign.encode()))

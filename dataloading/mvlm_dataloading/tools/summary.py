@@ -1,4 +1,4 @@
-"""Summary of a check: a table of findings, and a contact sheet of images."""
+"""Summary of a data set: a table of findings, and a contact sheet of images."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mvlm_dataloading.build.duplicates import unbounded_decoder
+from mvlm_dataloading.build.duplicates import decoder_with_max_limit
 from mvlm_dataloading.dataset.description import read_description
 from mvlm_dataloading.dataset.open import open_dataset
 from mvlm_dataloading.errors import need
@@ -19,7 +19,7 @@ _CELL, _TEXT = 160, 36
 
 
 def findings_table(folder: Path, found: dict[str, Findings]) -> str:
-    """The findings as text: a column per split, then the records rejected when the data set was built."""
+    """Format findings as text: a column per split, then the records that the build rejected."""
     rows: list[list[str]] = [["", *found]]
 
     def row(name: str, cell: Callable[[Findings], str]) -> None:
@@ -56,7 +56,7 @@ def _shares(counts: Counter[str]) -> str:
 
 
 def contact_sheet(folder: Path, path: Path) -> Path:
-    """Write a PNG of up to 48 images, spread evenly over all splits, each with its first caption below."""
+    """Write a PNG of up to 48 images with their first captions below, spread evenly over all splits."""
     pil, draw = need("PIL.Image"), need("PIL.ImageDraw")
     splits = [open_dataset(folder, split) for split in read_description(folder)["splits"]]
     places = [(dataset, i) for dataset in splits for i in range(len(dataset))]
@@ -65,7 +65,7 @@ def contact_sheet(folder: Path, path: Path) -> Path:
     chosen = [places[i * len(places) // count] for i in range(count)]
     rows = -(-count // across)
     sheet = pil.new("RGB", (across * (_CELL + 8) + 8, rows * (_CELL + _TEXT + 8) + 8), "white")
-    pen, decoder = draw.Draw(sheet), unbounded_decoder()
+    pen, decoder = draw.Draw(sheet), decoder_with_max_limit()
     for place, (dataset, i) in enumerate(chosen):
         x, y = 8 + place % across * (_CELL + 8), 8 + place // across * (_CELL + _TEXT + 8)
         (pixels,) = decoder([dataset.image_bytes(i)])
@@ -83,7 +83,7 @@ def contact_sheet(folder: Path, path: Path) -> Path:
 
 
 def _lines(pen: Any, caption: str) -> list[str]:
-    """The caption in at most three lines that fit below an image."""
+    """Break a caption into at most three lines that fit below an image."""
     lines = [""]
     for word in caption[:200].split():
         longer = f"{lines[-1]} {word}".strip()

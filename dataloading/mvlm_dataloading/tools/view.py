@@ -1,9 +1,9 @@
-"""Views: data sets that refer to the tars of other data sets and store indices only.
+"""Views: data sets that store only indices, and refer to the tars of other data sets.
 
-DALI's reader follows the lines of an index in any order, in any subset and with repetitions. So a selection, a mixture
-or a repetition costs some hundred bytes per sample, and no tar is rewritten.
+DALI's reader accepts the lines of an index in any order, in any subset and repeated. A selection, mixture or repetition
+therefore takes some hundred bytes per sample, and no tar is rewritten.
 
-    VIEW/dataset.json        as in any data set; a shard names its tar by a relative path, and its index in VIEW
+    VIEW/dataset.json        as in any data set; a shard has the relative path of its tar, and the name of its index
     VIEW/train-000000.idx    the lines of the chosen samples
 """
 
@@ -21,21 +21,16 @@ from typing import Any
 
 from mvlm_dataloading.build.duplicates import (
     ImageFacts,
+    decoder_with_max_limit,
     find_duplicates,
     find_leaks,
     image_facts,
     tabulate,
-    unbounded_decoder,
 )
 from mvlm_dataloading.build.shard_writer import format_index
 from mvlm_dataloading.dataset.dataset import Dataset
-from mvlm_dataloading.dataset.description import (
-    FORMAT_VERSION,
-    read_description,
-    require_free_folder,
-    shard_paths,
-    write_durably,
-)
+from mvlm_dataloading.dataset.description import FORMAT_VERSION, read_description, require_free_folder, shard_paths
+from mvlm_dataloading.dataset.durable_files import write_durably
 from mvlm_dataloading.dataset.open import open_dataset
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.options import ViewOptions
@@ -62,8 +57,8 @@ def make_view(
     Training images that are in an evaluation split of any source are dropped, even if the view leaves that split out.
 
     Args:
-        weights: copies per epoch of each source's training samples, 1 by default. 0.5 takes half of them; 2.5 takes
-            each twice, and half of them once more. Evaluation samples come once.
+        weights: number of copies per epoch of each source's training samples, 1 by default. 0.5 takes half of them;
+            2.5 takes each twice, and half of them once more. Evaluation samples are always taken once.
 
     Returns:
         The description.
@@ -105,12 +100,12 @@ def make_view(
 def _select(
     sources: Sequence[Path], options: ViewOptions
 ) -> tuple[list[_Row], list[tuple[str, str, ImageFacts]], Counter[str]]:
-    """Choose samples.
+    """Choose samples by all options except `duplicates`.
 
     Returns:
-        The chosen samples; (key, split, facts) of the other evaluation images; rejections by reason.
+        The chosen samples; (key, split, facts) of the other evaluation images; number of rejections by reason.
     """
-    decoder = unbounded_decoder()
+    decoder = decoder_with_max_limit()
     rows: list[_Row] = []
     evaluation: list[tuple[str, str, ImageFacts]] = []
     reasons: Counter[str] = Counter()
@@ -131,7 +126,7 @@ def _select(
                 if wanted and reason is None:
                     rows.append(_Row(number, dataset, i, facts))
                     continue
-                if is_evaluation:  # not chosen, but still evaluated on elsewhere, so it stays out of train
+                if is_evaluation:  # not in this view, but still an evaluation image, so it must stay out of train
                     evaluation.append((str(dataset.keys[i]), split, facts))
                 if reason is not None:
                     reasons[reason] += 1
@@ -150,16 +145,16 @@ def _rejection(facts: ImageFacts, captions: list[str], options: ViewOptions) -> 
     if max(words) > options.max_words:
         return "caption is too long"
     if options.match is not None and not any(re.search(options.match, caption) for caption in captions):
-        return "no caption matches"
+        return "no caption matches --match"
     if options.without is not None and any(re.search(options.without, caption) for caption in captions):
-        return "a caption matches"
+        return "a caption matches --without"
     return None
 
 
 def _hash_share(options: ViewOptions, purpose: str, dataset: Dataset, i: int) -> float:
-    """A number in [0, 1) from the seed, the key, and the depth of views.
+    """Hash of seed, purpose, key and depth of views, as a number in [0, 1).
 
-    Without the depth, a share of a view that is a share itself would take the same samples again, hence all of them.
+    Without the depth, taking a fraction of a view that is itself a fraction would select all of its samples.
     """
     depth = _depth(dataset.description)
     text = f"{options.seed} {purpose} {dataset.keys[i]}" + (f" {depth}" if depth else "")
@@ -168,7 +163,7 @@ def _hash_share(options: ViewOptions, purpose: str, dataset: Dataset, i: int) ->
 
 
 def _depth(description: dict[str, Any]) -> int:
-    """Number of views on top of each other; 0 for a data set with its own tars."""
+    """Number of nested views; 0 for a data set with its own tars."""
     return description.get("recipe", {}).get("view", {}).get("depth", 0)
 
 

@@ -1,9 +1,23 @@
-"""Tile tables: ``<op>.json`` in this folder, by architecture and then by a key of kernel, dtype, width and rows.
+"""Tile tables: ``<op>.json`` in this folder, by architecture and then by key.
 
     {"sm_80": {"short_kv_backward/16bit/64/32": {"BLOCK_M": 32, "num_warps": 4, "num_stages": 1}}}
 
-Tiles are looked up by shape and never chosen by timing, so the same call takes the same tiles in every run. Bitwise
-repeatability needs that, the interpreter has no autotuner, and no kernel is compiled twice.
+Each op chooses its tiles in one place:
+
+    op                 tiles                                   key in its table
+    cross_attention    cross_attention/tiles.py and a table    kernel/dtype/head width/short length; see below
+    linear_pixel_loss  ``tiles`` in pixel_loss/shared.py       kernel/bits, with 16 or 32 bits per element
+                       and a table
+    gather_patches,    ``tile_of`` in gather_patches/triton.py no table: a tile is one patch
+    masked_pixel_loss
+    place_tokens       constants in place_tokens/triton.py     no table: one size for all shapes
+
+In a key of cross_attention the dtype is ``16bit`` or ``tf32``, the head width is rounded up to a power of two, and the
+short length is 16, 32, 64 or 128.
+
+Tiles are looked up by shape and never chosen by timing. Bitwise repeatability needs the same tiles in every run, the
+interpreter has no autotuner, and an autotuner would compile every candidate.
+
 ``MVLM_KERNELS_CONFIGS=<folder>`` reads the tables from another folder.
 """
 
@@ -16,10 +30,9 @@ from pathlib import Path
 def lookup(op: str, arch: int, key: str) -> dict[str, int]:
     """Tiles of one kernel: values of its constexprs, ``num_warps`` and ``num_stages``.
 
-    op names the file, arch is a compute capability (90), and key is read in the newest table not newer than arch.
-    Consumer GPUs have less shared memory than data-centre GPUs of their generation (99 KiB against 163 to 227 KiB), so
-    8.6, 8.9 and 12.x read ``sm_80``, whose tiles are the smallest. Raises KeyError, naming key and file, for a key
-    that the table does not have.
+    op names the file. arch is a compute capability (90): 9.x reads the table ``sm_90``, 10.x and 11.x read ``sm_100``,
+    and all others read ``sm_80``. 12.x does too, because those GPUs have 99 KiB of shared memory per block, and the
+    tiles of sm_80 are the smallest. Raises KeyError, naming key and file, for a key that the table does not have.
     """
     table = _table(op, os.environ.get("MVLM_KERNELS_CONFIGS", ""))
     if key not in table[_table_arch(arch)]:

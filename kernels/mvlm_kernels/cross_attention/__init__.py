@@ -1,4 +1,14 @@
-"""Cross-attention with one short side, forward and backward; see :func:`cross_attention`."""
+"""Cross-attention with one short side, forward and backward; see :func:`cross_attention`.
+
+Where the backward is:
+
+- Kernels: ``launch.backward`` runs ``short_kv_backward`` (``short_kv.py``) for short keys and ``short_q_backward``
+  (``short_q.py``) for short queries. With ``key_index``, or without tiles for a single pass, dK and dV of short queries
+  come from ``short_kv_backward`` too.
+- Eager calls on the CPU: autograd differentiates ``cpu.py``.
+- Compiled graphs on the CPU, and packed sequences without a kernel: ``reference_backward`` (``reference.py``).
+- Dense calls without a kernel: SDPA, and its backward in torch.
+"""
 
 import torch
 from torch import Tensor
@@ -11,7 +21,7 @@ from mvlm_kernels.cross_attention.arguments import (
     bucket,
     check_arguments,
     check_values,
-    longest_rows,
+    longest_sequences,
     scale_of,
     short_side,
 )
@@ -29,18 +39,21 @@ __all__ = ["HEAD_WIDTHS", "LONGEST_SHORT_SIDE", "cross_attention", "pack_key_mas
 
 
 def _takes_sdpa(q: Tensor, short: int) -> bool:
-    width = next(w for w in HEAD_WIDTHS if w == q.shape[-1])  # a plain int, also where a compiler traces
+    width = next(w for w in HEAD_WIDTHS if w == q.shape[-1])  # a plain int, even if a compiler traces the shape
     return _gpu_takes_sdpa(q.device, q.dtype, width, bucket(short))
 
 
 @torch.compiler.assume_constant_result
 def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> bool:
-    """True if a dense call on this GPU runs on SDPA. A constant of a compiled graph, so that SDPA itself is traced."""
+    """True if a dense call on this GPU runs on SDPA.
+
+    A compiler takes the result as a constant of the graph, and traces SDPA itself.
+    """
     return dispatch.choose(gpu_reasons(device, dtype, width, rows)) == "torch"
 
 
-def _composes(q: Tensor, max_len_q: int, max_len_k: int) -> bool:
-    """True if the CPU's composition runs. It reads lengths, so it cannot run in a compiler or on fake tensors."""
+def _uses_cpu_path(q: Tensor, max_len_q: int, max_len_k: int) -> bool:
+    """True if the call runs on ``cpu.py``, which reads lengths and so needs plain tensors outside a compiler."""
     return (
         q.device.type == "cpu"
         and type(q) in (Tensor, torch.nn.Parameter)
@@ -66,7 +79,7 @@ def _explain(
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     scale_of(scale, q.shape[-1])
-    return reasons(q, *longest_rows(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k))
+    return reasons(q, *longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k))
 
 
 @dispatch.explained_by(_explain)
@@ -84,7 +97,7 @@ def cross_attention(
     max_len_q: int | None = None,
     max_len_k: int | None = None,
 ) -> Tensor:
-    """Softmax attention in which one side is short (text, at most 128 rows) and the other is image patches.
+    """Softmax attention in which one side is short (text, at most 128 tokens) and the other is image patches.
 
     ``out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[r, j, h]) v[r, j, h]`` with ``r = key_index[b]``, or b
     without an index.
@@ -99,21 +112,23 @@ def cross_attention(
         key_lengths: (B',) int32 or int64. Keys past the length do not exist: they may hold NaN, and their gradients
             are zeros.
         key_mask: (B', Lk) bool, True = the key exists, or the int64 words that :func:`pack_key_mask` makes of such a
-            mask. With key_lengths too, a key exists where both say so. A query without any key gives zeros and has
-            zero gradients.
+            mask. If key_lengths is also given, a key exists only if both allow it. A query without any key gives
+            zeros and has zero gradients.
         key_index: (B,) int32 or int64. Query sequence b reads key sequence key_index[b] in place. Gradients of a
             sequence with several readers add up in a fixed order. Without an index B' = B.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) and (B' + 1,) int32 or int64. Sequence b is rows cu_seqlens[b] to
             cu_seqlens[b + 1] of a packed side. Output rows that belong to no sequence are zeros.
         scale: a float, factor of the scores; D ** -0.5 by default. Multiply q by a learned temperature instead.
-        max_len_q, max_len_k: upper bound of the sequence lengths of a packed side, by which tiles are chosen. Without
-            a bound the text side is taken to be at most 128 long. A longer sequence is a ValueError on the CPU. On a
-            GPU, where reading the lengths would wait for the device, its output is NaN.
+        max_len_q, max_len_k: upper bound of the sequence lengths of a packed side, by which tiles are chosen. A packed
+            side without a bound is assumed to be at most 128 long, unless the other side is known to be short. A
+            longer sequence is a ValueError on the CPU. On a GPU its output is NaN, because reading the lengths would
+            wait for the device.
 
     Returns:
         The output in q's shape and dtype, contiguous. bfloat16, float16 and float32 (TF32 on a GPU) accumulate in
-        float32; float64 runs on the reference. Autocast casts q, k and v first. Eager CPU calls are composed of torch
-        ops. Where both sides are longer than 128, SDPA runs, as :func:`mvlm_kernels.explain` says.
+        float32; float64 has no compiled kernel. Autocast casts q, k and v first. Eager CPU calls are composed of torch
+        ops. If both sides are longer than 128, SDPA runs for dense calls and the reference with cu_seqlens.
+        :func:`mvlm_kernels.explain` names the backend and the reasons.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, and for a tensor as scale. Values of lengths and
@@ -122,11 +137,11 @@ def cross_attention(
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     scale = scale_of(scale, q.shape[-1])
-    len_q, len_k = longest_rows(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
+    len_q, len_k = longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     side = short_side(len_q, len_k)
     if side is None:
         dispatch.refuse_if_forced(too_long(len_q, len_k))
-    elif _composes(q, len_q, len_k):
+    elif _uses_cpu_path(q, len_q, len_k):
         check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, len_q, len_k)
         return cpu.attend(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
     if cu_seqlens_q is None and cu_seqlens_k is None:
@@ -139,7 +154,7 @@ def cross_attention(
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v in autocast's dtype, if it is on. Leaves float64 as it is, as torch's own ops do."""
+    """q, k and v in autocast's dtype if it is on. float64 stays float64, as in torch's own ops."""
     dtype = dispatch.autocast_dtype(q.device)
     if dtype is None or q.dtype == torch.float64:
         return q, k, v

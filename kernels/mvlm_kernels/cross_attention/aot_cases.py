@@ -7,21 +7,21 @@ from typing import Any
 import torch
 
 from mvlm_kernels.cross_attention.arguments import HEAD_WIDTHS
+from mvlm_kernels.cross_attention.launch import backward, forward
 from mvlm_kernels.cross_attention.tiles import has_tiles
-from mvlm_kernels.cross_attention.triton import backward, forward
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], Any]]]:
     """(label, call) of each case; labels are dtype/width/short length/variant.
 
-    Every dtype, width and short length is dense with key_lengths, like a padded batch. The other variants are of width
-    64.
+    Variant ``lengths`` has every dtype, width and short length: a dense batch with key_lengths. The other variants have
+    bfloat16, width 64 and short length 32 only.
     """
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         for width in HEAD_WIDTHS:
             for short in (16, 32, 64, 128):
-                # All tables have the same keys: a tile that one target cannot hold is in no table.
+                # has_tiles looks for tiles of short_kv_backward, and all targets have the same keys of that kernel.
                 if has_tiles(dtype, width, short, 80):
                     yield f"{name}/{width}/{short}/lengths", partial(_aot_call, dtype, width, short, lengths=True)
     for variant in ("mask", "index", "packed", "splits"):

@@ -9,7 +9,7 @@ from torch import Tensor
 HEAD_WIDTHS = (32, 64, 80, 96, 128)
 """Head widths D with a kernel."""
 LONGEST_SHORT_SIDE = 128
-"""Rows up to which one side counts as short: the side that the kernels keep on chip."""
+"""Longest sequence of a side that counts as short. The kernels keep the short side on chip."""
 _INDEX_TYPES = (torch.int32, torch.int64)
 
 
@@ -26,7 +26,7 @@ def short_side(max_len_q: int, max_len_k: int) -> str | None:
 def bucket(length: int) -> int:
     """Tile length of the short side: a power of two from 16, which a matrix instruction needs, to 128.
 
-    The result is a plain int even for a symbolic length, which a compiler traces with.
+    The result is a plain int, even for a compiler's symbolic length.
     """
     return 16 if length <= 16 else 32 if length <= 32 else 64 if length <= 64 else 128
 
@@ -41,7 +41,7 @@ def scale_of(scale: float | None, width: int) -> float:
     return float(width**-0.5 if scale is None else scale)
 
 
-def longest_rows(
+def longest_sequences(
     q: Tensor,
     k: Tensor,
     cu_seqlens_q: Tensor | None,
@@ -51,7 +51,8 @@ def longest_rows(
 ) -> tuple[int, int]:
     """Longest sequence of each side as far as the host knows; -1 for a packed long side of unknown length.
 
-    A packed side without a bound is taken to be text, at most 128 long, if the other side is not short.
+    A packed side without max_len is assumed to hold text of at most 128 tokens, unless the other side is known to be
+    short.
     """
     len_q = q.shape[1] if cu_seqlens_q is None else max_len_q
     len_k = k.shape[1] if cu_seqlens_k is None else max_len_k
@@ -74,7 +75,7 @@ def check_arguments(
     max_len_q: int | None,
     max_len_k: int | None,
 ) -> None:
-    """Raise ValueError, naming the argument, wanted and got, for shapes, dtypes and devices that do not fit."""
+    """Raise ValueError for shapes, dtypes and devices that do not fit. The error names the argument, wanted and got."""
     _check_side("q", q, cu_seqlens_q, max_len_q)
     _check_side("k", k, cu_seqlens_k, max_len_k)
     q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
@@ -149,7 +150,7 @@ def check_values(
     max_len_q: int,
     max_len_k: int,
 ) -> None:
-    """Raise ValueError for lengths and indices out of range. Reads them on the host, which on a GPU waits for it."""
+    """Raise ValueError for lengths and indices out of range. On a GPU, reading them waits for the device."""
     _check_cu_seqlens("q", q, cu_seqlens_q, max_len_q)
     _check_cu_seqlens("k", k, cu_seqlens_k, max_len_k)
     if key_lengths is not None:

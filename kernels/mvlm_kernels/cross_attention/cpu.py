@@ -1,10 +1,14 @@
 """Cross-attention on CPU tensors, composed of torch ops for speed and differentiated by autograd.
 
 Eager calls on CPU tensors run this. The mathematics is that of ``reference.py``, and tests compare the two. Three
-choices are made for a CPU. Heads are moved to the front first, because batched products on contiguous matrices are
-several times faster than ``einsum`` on (B, L, H, D). Two plain products replace SDPA, whose bfloat16 backward is scalar
-code and four times slower. The backward keeps the probabilities: with at most 128 keys they are small, and recomputing
-them from a saved log-sum-exp, as the kernels do to save memory traffic, would be a third of the backward's work here.
+choices are made for a CPU:
+
+- Heads are moved to the front first, because batched products on contiguous matrices are several times faster than
+  ``einsum`` on (B, L, H, D).
+- Two plain products replace SDPA, whose bfloat16 backward is scalar code and four times slower.
+- The probabilities are kept for the backward. They are small, because one side, queries or keys, is at most 128 long.
+  The kernels recompute them from a saved log-sum-exp to save memory traffic; on a CPU that would be a third of the
+  backward's work.
 """
 
 import torch
@@ -25,11 +29,11 @@ def attend(
     scale: float,
 ) -> Tensor:
     """Output of :func:`~mvlm_kernels.cross_attention.reference.cross_attention_reference`, in q's shape and dtype."""
-    inside_q, inside_k = _inside(cu_seqlens_q), _inside(cu_seqlens_k)
-    dense_q = q if inside_q is None else _spread(q, inside_q)
-    exists = inside_k
-    if inside_k is not None:
-        k, v = _spread(k, inside_k), _spread(v, inside_k)
+    valid_q, valid_k = _valid_rows(cu_seqlens_q), _valid_rows(cu_seqlens_k)
+    dense_q = q if valid_q is None else _pad_packed(q, valid_q)
+    exists = valid_k
+    if valid_k is not None:
+        k, v = _pad_packed(k, valid_k), _pad_packed(v, valid_k)
     elif key_lengths is not None or key_mask is not None:
         exists = _existing(k.shape[1], key_lengths, key_mask)
         missing = (~exists).flatten().nonzero().squeeze(1)
@@ -50,11 +54,11 @@ def attend(
         lowest = s.new_zeros(exists.shape).masked_fill_(~exists, torch.finfo(s.dtype).min)
         s = torch.add(lowest[:, None, None, :], s, alpha=scale)
     out = (s.softmax(-1).to(q.dtype) @ v_bhkd).transpose(1, 2)  # (B, Lq, H, D)
-    return out.contiguous() if inside_q is None else _gathered(out, inside_q, q.shape[0])
+    return out.contiguous() if valid_q is None else _pack(out, valid_q, q.shape[0])
 
 
-def _inside(cu_seqlens: Tensor | None) -> Tensor | None:
-    """bool (B, longest), True = the row belongs to the sequence; None for a dense side."""
+def _valid_rows(cu_seqlens: Tensor | None) -> Tensor | None:
+    """Rows of padded sequences that hold a packed row: bool (B, longest), True = the row exists; None if dense."""
     if cu_seqlens is None:
         return None
     lengths = cu_seqlens.diff()
@@ -73,16 +77,19 @@ def _existing(length: int, key_lengths: Tensor | None, key_mask: Tensor | None) 
     return exists if key_mask is None else exists & key_mask
 
 
-def _spread(x: Tensor, inside: Tensor) -> Tensor:
-    """Packed (T, H, D) -> (B, longest, H, D), zeros past each sequence's end. Rows after the last are not read."""
-    rows = inside.flatten().nonzero().squeeze(1)
-    padded = x.new_zeros((inside.numel(), *x.shape[1:])).index_copy(0, rows, x[: len(rows)])
-    return padded.view(*inside.shape, *x.shape[1:])
+def _pad_packed(x: Tensor, valid: Tensor) -> Tensor:
+    """Packed (T, H, D) -> (B, longest, H, D), zeros past each sequence's end.
+
+    valid: see :func:`_valid_rows`. Rows of x after the last sequence are not read.
+    """
+    rows = valid.flatten().nonzero().squeeze(1)
+    padded = x.new_zeros((valid.numel(), *x.shape[1:])).index_copy(0, rows, x[: len(rows)])
+    return padded.view(*valid.shape, *x.shape[1:])
 
 
-def _gathered(x: Tensor, inside: Tensor, total: int) -> Tensor:
+def _pack(x: Tensor, valid: Tensor, total: int) -> Tensor:
     """(B, longest, H, D) -> packed (total, H, D), zeros after the last sequence."""
-    rows = inside.flatten().nonzero().squeeze(1)
+    rows = valid.flatten().nonzero().squeeze(1)
     packed = x.flatten(0, 1).index_select(0, rows)
     rest = total - len(rows)
     return packed if rest == 0 else torch.cat([packed, packed.new_zeros((rest, *packed.shape[1:]))])

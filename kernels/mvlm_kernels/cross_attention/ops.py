@@ -1,4 +1,4 @@
-"""The op ``torch.ops.mvlm_kernels.cross_attention``: backends, fake tensors, gradient, reasons against Triton."""
+"""The op ``torch.ops.mvlm_kernels.cross_attention``: backends, fake tensors, gradient, and reasons against Triton."""
 
 import functools
 from typing import Any
@@ -29,9 +29,9 @@ def _implementation(
         check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     args = (q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
     if dispatch.choose(reasons(q, max_len_q, max_len_k)) == "triton":
-        from mvlm_kernels.cross_attention import triton
+        from mvlm_kernels.cross_attention import launch
 
-        return triton.forward(*args, max_len_q, max_len_k)
+        return launch.forward(*args, max_len_q, max_len_k)
     return reference_forward(*args)
 
 
@@ -63,9 +63,9 @@ def _backward_implementation(
 ) -> tuple[Tensor, Tensor, Tensor]:
     sides = (key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
     if dispatch.choose(reasons(q, max_len_q, max_len_k)) == "triton":
-        from mvlm_kernels.cross_attention import triton
+        from mvlm_kernels.cross_attention import launch
 
-        grads = triton.backward(grad, q, k, v, out, lse, *sides, max_len_q, max_len_k, need_dq, need_dkv)
+        grads = launch.backward(grad, q, k, v, out, lse, *sides, max_len_q, max_len_k, need_dq, need_dkv)
     else:
         grads = reference_backward(grad, q, k, v, lse, *sides)
     # An op returns tensors, so a gradient that is not needed is an empty one.
@@ -132,13 +132,13 @@ _backward_op = registration.define(
 
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, *, head_width: int, short_rows: int) -> tuple[str, ...]:
-    """Reasons why calls of this kind would not run on the fused kernels; empty where they would.
+    """Reasons why calls of this kind do not run on the fused kernels; empty if they do.
 
-    The question of :func:`mvlm_kernels.explain` without tensors, for a caller that picks an implementation in advance.
+    Like :func:`mvlm_kernels.explain`, but without tensors: for choosing an implementation in advance. Runs no kernel.
+    The result is a constant of a compiled graph.
 
-    device: the device of q, k and v. A CUDA device is judged by width, rows and dtype alone on a machine without CUDA.
-    dtype: of q, k and v, after autocast. head_width: D. short_rows: the longest sequence of the shorter side.
-    Inside a compiled graph the answer is a constant. Runs no kernel and reads no tensor.
+    device: of q, k and v. On a machine without CUDA, only width, length and dtype are checked for a CUDA device. dtype:
+    of q, k and v, after autocast. head_width: D. short_rows: the longest sequence of the shorter side.
     """
     if head_width not in HEAD_WIDTHS:
         return (f"heads are {head_width} wide, the kernels take {', '.join(map(str, HEAD_WIDTHS))}",)
@@ -163,19 +163,22 @@ def reasons(q: Tensor, max_len_q: int, max_len_k: int) -> tuple[str, ...]:
 
 
 def gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> tuple[str, ...]:
-    """Every reason against the fused kernels on a GPU, for head width ``width`` and 1 to 128 rows on the short side."""
+    """Every reason against the fused kernels on a GPU. width: of a head. rows: of the short side, 1 to 128."""
     return _gpu_reasons(device, dtype, width, bucket(rows))
 
 
 @torch.compiler.assume_constant_result
 def _gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> tuple[str, ...]:
-    """A constant of a compiled graph: a compiler cannot trace calls of the driver and reads of tile tables."""
+    # A compiler cannot trace calls of the driver and reads of tile tables, so the result is a constant of its graph.
     found = dispatch.device_reasons(device)
     return found or type_reasons(dtype, width, rows, dispatch.arch(device), tf32(dtype))
 
 
 def too_long(max_len_q: int, max_len_k: int) -> str:
-    return f"both sides are longer than {LONGEST_SHORT_SIDE} ({max_len_q} queries, {max_len_k} keys): SDPA runs"
+    return (
+        f"both sides are longer than {LONGEST_SHORT_SIDE} ({max_len_q} queries, {max_len_k} keys): SDPA runs, or the "
+        "reference on packed rows"
+    )
 
 
 def tf32(dtype: torch.dtype) -> bool:
@@ -184,13 +187,22 @@ def tf32(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def type_reasons(dtype: torch.dtype, width: int, rows: int, arch: int, tf32: bool) -> tuple[str, ...]:
-    """Reasons of the dtype, which hold on a GPU only: the interpreter takes every dtype. rows: a tile's length."""
+    """Reasons against the kernels that depend on dtype and tile sizes. rows: tile length of the short side.
+
+    They apply to GPUs only; the interpreter accepts every dtype.
+    """
     if dtype == torch.float64:
         return ("float64 has no kernel on a GPU: SDPA runs, or the reference on packed rows",)
     if dtype == torch.float32 and not tf32:
-        return ('float32 runs in TF32, and float32_matmul_precision is "highest": SDPA or the reference runs',)
+        return (
+            'float32 kernels use TF32, which float32_matmul_precision "highest" forbids: SDPA runs, or the reference '
+            "on packed rows",
+        )
     from mvlm_kernels.cross_attention.tiles import has_tiles
 
     if not has_tiles(dtype, width, rows, arch):
-        return (f"no tile of {dtype} at width {width} and {rows} rows fits this GPU: SDPA or the reference runs",)
+        return (
+            f"no tile of {dtype} at width {width} and {rows} rows fits this GPU: SDPA runs, or the reference on packed "
+            "rows",
+        )
     return ()

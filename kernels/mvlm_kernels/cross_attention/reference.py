@@ -116,8 +116,8 @@ def sdpa(
 ) -> Tensor:
     """Dense cross-attention by ``scaled_dot_product_attention``, for lengths and dtypes without a kernel.
 
-    q (B, Lq, H, D), k and v (B', Lk, H, D) -> (B, Lq, H, D). Unlike the kernels it copies sequences of k and v under
-    key_index.
+    q (B, Lq, H, D), k and v (B', Lk, H, D) -> (B, Lq, H, D). With key_index it copies sequences of k and v, which the
+    kernels do not.
     """
     exists = None
     if key_lengths is not None or key_mask is not None:

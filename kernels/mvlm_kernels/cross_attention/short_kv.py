@@ -2,11 +2,14 @@
 
 K and V stay on chip for one pass over the queries. The backward sees every key of a query at once, so
 delta = sum_j p_ij dp_ij needs neither the output nor a pass before. dQ is written once per query tile, dK and dV once
-at the end. With key_index a program walks the query sequences that read its key sequence. The same backward, run over
-tiles of a long key sequence, serves the short-Q family where several queries read one key sequence.
+at the end. With key_index a program loops over the query sequences that read its key sequence.
 
-The backward forms scores transposed, (keys, queries). P^T and dS^T are then direct left operands of the products, which
-on sm_80 and sm_90 is the difference between 130 and 255 registers.
+The same backward, run over tiles of a long key sequence, computes dK and dV for the short-Q family in two cases: with
+key_index, where several query sequences may read one key sequence, and where ``short_q_backward`` has no tiles for a
+single pass because it would spill registers.
+
+The backward forms scores transposed, (keys, queries). P^T and dS^T are then direct left operands of the products. This
+takes 130 registers instead of 255 on sm_80 and sm_90.
 
 Legend: BLOCK_M query rows, BLOCK_N key rows, BLOCK_D >= D head width; b query sequence, kb key sequence, h head.
 """
@@ -22,7 +25,7 @@ from mvlm_kernels.cross_attention.tile_io import (
     fill_outside,
     fill_rows,
     key_length,
-    key_row,
+    key_sequence,
     load_rows,
     log_sum_exp,
     rows_of,
@@ -47,11 +50,11 @@ def short_kv_forward(
     h = (tl.program_id(0) % H).to(tl.int64)
     split = tl.program_id(1)
     q_start, q_len = rows_of(cu_q_ptr, b, q_rows)
-    kb, bad = key_row(index_ptr, b, k_seqs)
+    kb, bad = key_sequence(index_ptr, b, k_seqs)
     k_start, stored = rows_of(cu_k_ptr, kb, k_rows)
     klen = key_length(lengths_ptr, kb, stored)
-    # A sequence longer than promised or a wrong index cannot be an error without waiting for the device. Its output is
-    # NaN, so the mistake is seen.
+    # A sequence longer than its bound, or a wrong index. The output is NaN, because raising an error would wait for the
+    # device.
     bad = bad | (klen > BLOCK_N)
 
     rn = tl.arange(0, BLOCK_N)
@@ -104,10 +107,10 @@ def key_tile_backward(
     ACC: tl.constexpr, PRECISION: tl.constexpr, WRITE_DQ: tl.constexpr, WRITE_DKV: tl.constexpr,
     ALL_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """Gradients through keys [n0, n0 + BLOCK_N) of key sequence kb: dQ of every reader, then dK and dV of the tile.
+    """Backward of one key tile, keys [n0, n0 + BLOCK_N) of key sequence kb.
 
-    ALL_KEYS: the tile holds the whole key sequence, so dQ is complete and delta follows from P and dP. Otherwise delta
-    needs the output, and WRITE_DQ is False.
+    Writes dQ of every query sequence that reads kb, then dK and dV of the tile. ALL_KEYS: the tile holds all keys of
+    kb, so dQ is complete and delta follows from P and dP. Otherwise delta needs the output, and WRITE_DQ is False.
     """
     rn = n0 + tl.arange(0, BLOCK_N)
     exists = existing_keys(rn, klen, mask_ptr, kb, mask_words)
@@ -162,7 +165,7 @@ def key_tile_backward(
                 out = load_rows(out_ptr + out_offset, rm, stride_ol, inside, D, BLOCK_D)
                 delta = tl.sum(widen(out, ACC) * widen(do, ACC), 1)
             dst = cast(pt * (dpt - delta[None, :]), q.dtype)
-            # dQ and dK are scaled as sums, in the accumulator's dtype: dS stays unscaled when it is rounded.
+            # The scale multiplies the sums dQ and dK in the accumulator's dtype. Scaling dS would round it once more.
             if WRITE_DKV:
                 dk = dot(dst, q, dk, PRECISION)
             if WRITE_DQ:
@@ -186,8 +189,8 @@ def short_kv_backward(
 ):  # fmt: skip
     """dQ, dK and dV. Grid (B' * H, reader_splits * tile_splits, key tiles); one key tile under ALL_KEYS.
 
-    order and offsets invert key_index: readers of key sequence kb are order[offsets[kb] : offsets[kb + 1]]. Split s
-    writes its share of dK and dV at s * partial_size elements into dk_ptr and dv_ptr.
+    order and offsets invert key_index: the query sequences order[offsets[kb] : offsets[kb + 1]] read key sequence kb.
+    Split s writes its part of dK and dV at s * partial_size elements into dk_ptr and dv_ptr.
     """
     kb = (tl.program_id(0) // H).to(tl.int64)
     h = (tl.program_id(0) % H).to(tl.int64)
@@ -222,11 +225,11 @@ def short_kv_backward(
                 H, q_rows, mask_words, scale, scale_log2, reader_splits, tile_splits,
                 D, BLOCK_D, BLOCK_M, BLOCK_N, ACC, PRECISION, WRITE_DQ, WRITE_DKV, ALL_KEYS,
             )  # fmt: skip
-    # Each split has partial sums of dK and dV of its own, so each fills their outside rows. dQ exists once.
+    # Each split has its own partial sums of dK and dV and fills their outside rows. dQ exists once.
     first_row = (kb == 0) & (tl.program_id(2) == 0)
     if cu_k_ptr is not None:
         if WRITE_DKV:
-            if ALL_KEYS:  # a sequence longer than promised: its last keys are in no tile, and their gradients are NaN
+            if ALL_KEYS:  # keys past the bound max_len_k are in no tile; their gradients are NaN
                 fill_rows(dk_base, stride_ol, BLOCK_N, stored, float("nan"), BLOCK_N, D, BLOCK_D)
                 fill_rows(dv_base, stride_ol, BLOCK_N, stored, float("nan"), BLOCK_N, D, BLOCK_D)
             fill_outside(dk_ptr + grad_base, stride_ol, cu_k_ptr, k_seqs, k_rows, first_row, BLOCK_N, D, BLOCK_D)

@@ -1,9 +1,11 @@
 """Short-Q kernels: text queries read image keys. One program owns one query sequence and head.
 
 Q stays on chip for one pass over the keys with an online softmax (Milakov and Gimelshein, arXiv 1805.02867). The
-backward finishes dK and dV of a key tile as it passes and keeps dQ in registers. With key_index several query sequences
-add to one key sequence: this backward then writes dQ only, and ``short_kv_backward`` over tiles of the long key
-sequence writes dK and dV.
+backward finishes dK and dV of a key tile as it passes and keeps dQ in registers.
+
+In two cases this backward writes dQ only, and ``short_kv_backward`` over tiles of the long key sequence writes dK and
+dV: with key_index, where several query sequences add to one key sequence, and where a single pass has no tiles because
+it would spill registers.
 
 Legend: BLOCK_M query rows, BLOCK_N key rows, BLOCK_D >= D head width; b query sequence, kb key sequence, h head.
 """
@@ -20,7 +22,7 @@ from mvlm_kernels.cross_attention.tile_io import (
     fill_outside,
     fill_rows,
     key_length,
-    key_row,
+    key_sequence,
     load_rows,
     log_sum_exp,
     rows_of,
@@ -39,17 +41,17 @@ def short_q_forward(
 ):  # fmt: skip
     """Output and log-sum-exp. Grid (B * H, splits); split s takes every num_splits-th key tile.
 
-    Each split writes the output and log-sum-exp of its own keys, at s * partial_size and s * partial_lse_size elements
-    into the outputs. :func:`short_q_combine` joins them.
+    Each split writes the output and log-sum-exp of its keys, at s * partial_size and s * partial_lse_size elements into
+    the outputs. :func:`short_q_combine` joins them.
     """
     b = (tl.program_id(0) // H).to(tl.int64)
     h = (tl.program_id(0) % H).to(tl.int64)
     split = tl.program_id(1)
     q_start, q_len = rows_of(cu_q_ptr, b, q_rows)
-    kb, bad = key_row(index_ptr, b, k_seqs)
+    kb, bad = key_sequence(index_ptr, b, k_seqs)
     k_start, stored = rows_of(cu_k_ptr, kb, k_rows)
     klen = key_length(lengths_ptr, kb, stored)
-    bad = bad | (q_len > BLOCK_M)  # longer than promised: NaN, as no error is possible without waiting for the device
+    bad = bad | (q_len > BLOCK_M)  # longer than its bound: NaN, because raising an error would wait for the device
 
     rm = tl.arange(0, BLOCK_M)
     inside = rm < q_len
@@ -90,7 +92,7 @@ def short_q_forward(
     if cu_q_ptr is not None:
         fill_rows(out_base + q_start * stride_ol, stride_ol, BLOCK_M, q_len, float("nan"), BLOCK_M, D, BLOCK_D)
         fill_lse(lse_base + q_start, BLOCK_M, q_len, float("nan"), BLOCK_M)
-        # Each split has a partial result of its own, so each fills its outside rows.
+        # Each split has its own partial result and fills the outside rows of that.
         fill_outside(out_base, stride_ol, cu_q_ptr, q_seqs, q_rows, b == 0, BLOCK_M, D, BLOCK_D)
         fill_lse_outside(lse_base, cu_q_ptr, q_seqs, q_rows, b == 0, BLOCK_M)
 
@@ -141,15 +143,15 @@ def short_q_backward(
 ):  # fmt: skip
     """dQ, and dK and dV under WRITE_DKV. Grid (B * H, splits, query tiles).
 
-    Split s takes every num_splits-th key tile and writes its share of dQ at s * partial_size elements. WRITE_DKV is
-    only for calls without key_index, where the program is the only reader of its key sequence. There is then one query
-    tile, which holds every query, so that dK and dV of a key tile are complete.
+    Split s takes every num_splits-th key tile and writes its part of dQ at s * partial_size elements. WRITE_DKV needs
+    two things. There is no key_index, so that the program is the only reader of its key sequence. And there is one
+    query tile, which holds every query, so that dK and dV of a key tile are complete.
     """
     b = (tl.program_id(0) // H).to(tl.int64)
     h = (tl.program_id(0) % H).to(tl.int64)
     split = tl.program_id(1)
     q_start, q_len = rows_of(cu_q_ptr, b, q_rows)
-    kb, _ = key_row(index_ptr, b, k_seqs)
+    kb, _ = key_sequence(index_ptr, b, k_seqs)
     k_start, stored = rows_of(cu_k_ptr, kb, k_rows)
     klen = key_length(lengths_ptr, kb, stored)
     stride_ol = H * D
@@ -203,7 +205,7 @@ def short_q_backward(
         store_rows(dq_base + out_offset, rm, stride_ol, inside, dq * scale, D, BLOCK_D)
         if cu_q_ptr is not None:
             leader = tl.program_id(2) == 0
-            # Queries past the promised length are in no tile: one program writes NaN there.
+            # Queries past the bound max_len_q are in no tile. One program writes NaN there.
             promised = tl.num_programs(2) * BLOCK_M
             overlong = tl.where(leader, q_len, promised)
             fill_rows(dq_base + out_offset, stride_ol, promised, overlong, float("nan"), BLOCK_M, D, BLOCK_D)

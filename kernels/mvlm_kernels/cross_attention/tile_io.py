@@ -53,7 +53,7 @@ def store_rows(ptr, rows, stride, inside, x, D: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def fill_rows(ptr, stride, start, end, value, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store value in rows [start, end), which no tile covers: rows past a promised bound are NaN."""
+    """Store value in rows [start, end), which no tile covers: NaN past a bound of lengths, zeros outside sequences."""
     for r0 in range(start, end, BLOCK):
         rows = r0 + tl.arange(0, BLOCK).to(tl.int64)
         store_rows(ptr, rows, stride, rows < end, tl.full((BLOCK, BLOCK_D), value, tl.float32), D, BLOCK_D)
@@ -94,7 +94,7 @@ def fill_lse_outside(ptr, cu_ptr, seqs, total, leader, BLOCK: tl.constexpr):
 
 @triton.jit
 def existing_keys(rn, klen, mask_ptr, kb, mask_words):
-    """bool (BLOCK_N,), True = the key exists: below the length, and its bit set in the row's 64-bit words."""
+    """bool (BLOCK_N,), True = the key exists: below the length, and its bit is set in the sequence's 64-bit words."""
     exists = rn < klen
     if mask_ptr is not None:
         word = tl.load(mask_ptr + kb * mask_words + rn // 64, mask=exists, other=0)
@@ -113,8 +113,11 @@ def log_sum_exp(m, total):
 
 
 @triton.jit
-def key_row(index_ptr, b, k_seqs):
-    """Key sequence of query sequence b, and True if its index was out of range (then sequence 0, and NaN results)."""
+def key_sequence(index_ptr, b, k_seqs):
+    """Key sequence that query sequence b reads, and True if its index is out of range.
+
+    A bad index reads sequence 0, and its results become NaN.
+    """
     if index_ptr is None:
         kb = b.to(tl.int64)
         bad = kb < 0
@@ -135,8 +138,11 @@ def key_length(lengths_ptr, kb, stored):
 
 
 @triton.jit
-def sum_partials(partial_ptr, x_ptr, size, num_splits, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """Grid (tiles,). x = partial[0] + partial[1] + ... in that order; partials are `size` elements apart."""
+def sum_splits(partial_ptr, x_ptr, size, num_splits, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """Sum of the splits, x = partial[0] + partial[1] + ... in that order. Grid (tiles,).
+
+    x has ``size`` elements, and so has each split.
+    """
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.zeros((BLOCK,), ACC)

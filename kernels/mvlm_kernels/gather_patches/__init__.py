@@ -54,8 +54,8 @@ def gather_patches(
         ``gather_patches(...) @ conv.weight.flatten(1).T + conv.bias`` is that embedding of the chosen patches.
 
     Differentiable in floating images. Gradients of a patch that is read more than once add up in rising order of k,
-    without atomics. Arithmetic is in float32 (float64 if an input is) and rounds once. Ids are checked on the CPU, and
-    on a GPU with MVLM_KERNELS_DEBUG=1. Without the check a bad id gives NaN and reads nothing.
+    without atomics. Arithmetic is in float32 (float64 if an input is float64) and rounds once. Ids are checked on the
+    CPU, and on a GPU with MVLM_KERNELS_DEBUG=1. Without the check a bad id gives NaN and reads nothing.
 
     Raises:
         ValueError: for a wrong rank, dtype, device or id, or a patch size that does not divide the image.
@@ -123,7 +123,7 @@ class _GatherPatches(torch.autograd.Function):
     @staticmethod
     def forward(ctx, forward, images, patch_ids, patch_size, mean, std, dtype):
         if ctx.needs_input_grad[1]:
-            # The backward needs only shape, dtype and strides of images, but an op takes tensors. It is alive anyway.
+            # The backward needs only the shape, dtype and strides of images, but an op takes tensors.
             ctx.save_for_backward(images, patch_ids, std)
         ctx.patch_size = patch_size
         return forward(images, patch_ids, patch_size, mean, std, dtype)

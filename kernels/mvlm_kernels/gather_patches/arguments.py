@@ -40,7 +40,10 @@ def check_patch_ids(patch_ids: Tensor | None, images: Tensor, num_patches: int) 
 
 
 def check_ids(name: str, ids: Tensor, batch: int, other: str, device: torch.device) -> None:
-    """Raise ValueError unless ids is int32 or int64 (batch, K) on ``device``. other: the argument that batch is of."""
+    """Raise ValueError unless ids is int32 or int64 (batch, K) on ``device``.
+
+    other: name of the argument whose first dimension is batch, for the message.
+    """
     if ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name} must be int32 or int64, got {ids.dtype}")
     if ids.ndim != 2 or ids.shape[0] != batch:
@@ -56,7 +59,7 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
 def check_id_values(name: str, ids: Tensor | None, limit: int) -> None:
     """Raise ValueError unless every id is in [0, limit). Reads the ids, which on a GPU waits for the device.
 
-    The ops call it, not the public functions: under torch.compile only the ops have real tensors.
+    The ops call it, not the public functions, because under torch.compile only the ops have real tensors.
     """
     if ids is None or not ids.numel():
         return
@@ -70,8 +73,8 @@ def channel_tensors(
 ) -> tuple[Tensor | None, Tensor | None]:
     """mean and std as contiguous tensors (C,) on the images' device, or None.
 
-    A sequence becomes a tensor of the dtype to compute in, once per device, and is kept. Raises ValueError for a wrong
-    number of values, a wrong dtype, and a std that is not positive (of a sequence; a tensor's values are not read).
+    A sequence is converted to the compute dtype and cached per device. Raises ValueError for a wrong number of values,
+    a wrong dtype, and a sequence std that is not positive. The values of a tensor are not checked.
     """
     wide, device = compute_dtype(images.dtype, dtype), images.device
     kept = not torch.compiler.is_compiling() and type(images) in (Tensor, torch.nn.Parameter)
@@ -90,8 +93,8 @@ def _channel_tensor(
             raise ValueError(f"{name} must have one value for each of {channels} channels, got {len(values)}")
         if not kept:
             _check_positive(name, values)
-            # A tensor kept from inside a compiled graph could be in that CUDA graph's memory, and a fake tensor has no
-            # values. These fills are part of the graph and copy nothing to the device.
+            # A tensor made in a compiled graph must not be cached: it could be in the memory of a CUDA graph, or a fake
+            # tensor without values. These fills are part of the graph and copy nothing from the host.
             return torch.stack([torch.full((), v, dtype=wide, device=device) for v in values])
         return _constant(name, tuple(values), wide, device)
     if values.shape != (channels,) or values.dtype not in FLOATS:
@@ -121,8 +124,11 @@ def tile_reasons(channels: int, patch_size: int) -> tuple[str, ...]:
     pixels = power_of_two(channels) * power_of_two(patch_size**2)
     if pixels <= MAX_TILE:
         return ()
-    return (f"a patch of {channels} x {patch_size}^2 pixels needs a tile of {pixels}, and {MAX_TILE} is the largest",)
+    return (
+        f"a patch of {channels} x {patch_size}^2 pixels needs a tile of {pixels} values; the kernels take at most "
+        f"{MAX_TILE}",
+    )
 
 
-# Pixels per tile. With 16 warps this is 64 values per thread, about the most that fits without spilling registers.
+# Values per tile. With 16 warps this is 64 values per thread, about the most that fits without spilling registers.
 MAX_TILE = 32768

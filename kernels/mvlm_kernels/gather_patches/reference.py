@@ -27,10 +27,10 @@ def gather_patches(
     std: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """(x / 255 if uint8 else x - mean) / std of the chosen patches.
+    """Chosen patches of images, normalised: ((x / 255 if uint8 else x) - mean) / std.
 
     images (B, C, H, W), patch_ids (B, K) or None for all, mean and std (C,) or None -> (B, K, C*P*P) in ``dtype``,
-    contiguous, features in (c, y, x) order (a flattened conv patch-embedding weight's), rounded once.
+    contiguous and rounded once. Features are in (c, y, x) order, as in the weight of a conv patch embedding.
     """
     batch, channels = images.shape[:2]
     grid = patch_grid(images, patch_size)
@@ -55,7 +55,7 @@ def gather_patches(
 
 
 def patch_rows(patch_ids: Tensor, num_patches: int) -> Tensor:
-    """Rows (B*K,) int64 of the patches among all B*N. An id out of range stays out of range and is an error."""
+    """Rows (B*K,) int64 of the chosen patches among all B*N. An id out of range gives a row out of range: an error."""
     ids = patch_ids.long()
     rows = ids + torch.arange(ids.shape[0], device=ids.device)[:, None] * num_patches
     return rows.masked_fill_((ids < 0) | (ids >= num_patches), ids.shape[0] * num_patches).flatten()
@@ -73,7 +73,7 @@ def gather_patches_backward(
         row = patch_rows(patch_ids, num_patches)
         total = patches.new_zeros(images.shape[0] * num_patches, patches.shape[2])
         if total.device.type == "cpu":
-            patches = total.index_add_(0, row, patches.flatten(0, 1))  # adds one row after the other
+            patches = total.index_add_(0, row, patches.flatten(0, 1))  # adds the rows in order
         else:
             # index_put sorts its indices, so repeated runs agree bit for bit. index_add would use atomics.
             patches = total.index_put_((row,), patches.flatten(0, 1), accumulate=True)

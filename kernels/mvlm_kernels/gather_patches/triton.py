@@ -42,8 +42,8 @@ def image_offsets(patch, c, p, grid_w, stride_c, stride_y, stride_x, P: tl.const
 
 
 @triton.jit
-def pixels_of_valid(patch, num_patches, P: tl.constexpr):
-    """Number of pixels to read of a channel of the patch: P*P, or 0 for an id outside the image."""
+def readable_pixels(patch, num_patches, P: tl.constexpr):
+    """Number of pixels to read in each channel of the patch: P*P, or 0 for an id outside the image."""
     return tl.where((patch >= 0) & (patch < num_patches), P * P, 0)
 
 
@@ -83,7 +83,7 @@ def gather_kernel(
     p = tl.arange(0, BLOCK_P)[None, :]
     inside = (c < C) & (p < P * P)
     patch = tl.load(ids_ptr + b * stride_kb + k * stride_kk).to(tl.int64) if HAS_IDS else k
-    readable = (c < C) & (p < pixels_of_valid(patch, num_patches, P))
+    readable = (c < C) & (p < readable_pixels(patch, num_patches, P))
     offsets = b * stride_ib + image_offsets(patch, c, p, grid_w, stride_ic, stride_iy, stride_ix, P)
     x = normalized_pixels(images_ptr, offsets, c, readable, mean_ptr, std_ptr, C, IS_UINT8, HAS_MEAN, HAS_STD, ACC)
     x = tl.where(readable, x, float("nan"))
@@ -91,14 +91,14 @@ def gather_kernel(
 
 
 @triton.jit
-def inverse_kernel(
+def reader_lists_kernel(
     ids_ptr, table_ptr, K, N, stride_kb, stride_kk, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """Build linked lists of the readers of each patch, in rising order and without atomics.
 
-    table (B, N+K) int32: table[b, n] is the first k that reads patch n, and table[b, N+k] is the next reader of k's
-    patch after k; -1 ends a list. Program (b, block of the N+K entries) compares its entries with all ids of image b,
-    so no order of execution can change the result.
+    A reader of patch n is an index k with patch_ids[b, k] = n. table is (B, N+K) int32: table[b, n] is the first reader
+    of patch n, and table[b, N+k] is the reader that follows k; -1 ends a list. Program (b, block of the N+K entries)
+    compares its entries with all ids of image b, so no order of execution can change the result.
     """
     b = tl.program_id(0).to(tl.int64)
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -176,12 +176,12 @@ def gather_patches(
     return out
 
 
-def inverse_index(patch_ids: Tensor, num_patches: int) -> Tensor:
-    """Linked lists (B, N+K) int32 of the readers of each patch; see :func:`inverse_kernel`. patch_ids is (B, K)."""
+def reader_lists(patch_ids: Tensor, num_patches: int) -> Tensor:
+    """Readers of each patch as linked lists, (B, N+K) int32; see :func:`reader_lists_kernel`. patch_ids: (B, K)."""
     batch, chosen = patch_ids.shape
     table = patch_ids.new_empty(batch, num_patches + chosen, dtype=torch.int32)
     dispatch.launch(
-        inverse_kernel, (batch, ceil_div(num_patches + chosen, 64)),
+        reader_lists_kernel, (batch, ceil_div(num_patches + chosen, 64)),
         patch_ids, table, chosen, num_patches, *patch_ids.stride(),
         BLOCK_Q=64, BLOCK_K=64, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -196,7 +196,7 @@ def gather_patches_backward(
     grid_w = width // patch_size
     num_patches = (height // patch_size) * grid_w
     out = torch.empty_like(images)
-    table = None if patch_ids is None else inverse_index(patch_ids, num_patches)
+    table = None if patch_ids is None else reader_lists(patch_ids, num_patches)
     block_c, block_p, warps = tile_of(channels, patch_size)
     dispatch.launch(
         gather_backward_kernel, (batch * num_patches,),
@@ -209,7 +209,7 @@ def gather_patches_backward(
 
 
 def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
-    """Launches to compile ahead of time: (label, function) with meta tensors at the paper's shapes."""
+    """(label, call) of each case for :mod:`mvlm_kernels.aot`, on meta tensors at the paper's shapes."""
     ids = torch.empty(64, 116, dtype=torch.int32, device="meta")
     values = torch.empty(3, device="meta")
 

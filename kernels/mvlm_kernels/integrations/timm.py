@@ -16,7 +16,7 @@ class GatherPatchEmbed(nn.Module):
 
     ``forward(images)`` equals the original on normalised images. ``forward(images, patch_ids)`` embeds only the chosen
     patches, (B, K) ids -> (B, K, embed_dim), so that an MAE-style encoder never computes a masked patch. images may be
-    uint8. mean and std normalise the pixels on the way (see :func:`mvlm_kernels.gather_patches`).
+    uint8. mean and std normalise the pixels as they are read (see :func:`mvlm_kernels.gather_patches`).
 
     The weight of ``proj`` is read directly, so forward hooks on ``proj`` are not called.
     """

@@ -4,9 +4,8 @@
     register()
     model = BertModel.from_pretrained(name, attn_implementation="sdpa_mvlm")
 
-transformers checks a model's flags by the implementation's name. A name with "sdpa" in it makes transformers refuse
-models without an attention interface. Such models add the mask to their scores themselves, so with another name they
-accept the implementation, mask nothing and give wrong results without an error.
+The name must contain "sdpa". transformers then refuses models that do not support the attention interface. With any
+other name it accepts them, and they silently ignore the mask.
 
 Plain key padding takes :func:`mvlm_kernels.cross_attention`. Everything that the op does not compute goes to
 transformers' own SDPA attention: causal masks, masks that differ between queries or heads, dropout in training, grouped
@@ -31,7 +30,7 @@ def register(name: str = NAME) -> None:
     """Make ``attn_implementation=name`` known to transformers; may be called again.
 
     Needs a transformers that passes ``q_length`` to mask functions (tested with 5.24). Raises ValueError for a name
-    without "sdpa" in it: transformers would not check that a model has an attention interface.
+    without "sdpa", see the module.
     """
     if "sdpa" not in name:
         raise ValueError(
@@ -82,11 +81,11 @@ def mask(
         )
     if attention_mask is not None:
         exists = attention_mask[:, kv_offset : kv_offset + kv_length].bool()
-        if exists.shape[1] < kv_length:  # a static cache is longer than what was written to it
+        if exists.shape[1] < kv_length:  # a static KV cache is longer than the tokens written so far
             exists = torch.nn.functional.pad(exists, (0, kv_length - exists.shape[1]))
     elif allow_is_bidirectional_skip:
         return None
-    else:  # some models join masks, so they ask for one even where every key exists
+    else:  # some models combine masks, so they need one even if every key exists
         exists = torch.ones(batch_size, kv_length, dtype=torch.bool, device=device)
     return exists[:, None, None, :].expand(-1, 1, q_length, -1)
 
@@ -96,7 +95,7 @@ def _key_padding(attention_mask: Tensor, query: Tensor, key: Tensor) -> Tensor |
     batch, keys = query.shape[0], key.shape[2]
     if attention_mask.dtype != torch.bool or attention_mask.shape[:2] != (batch, 1) or attention_mask.shape[3] != keys:
         return None
-    # A stride of 0 says so without reading the mask, which on a GPU would wait for the device.
+    # A stride of 0 shows that all queries see the same keys. Reading the mask on a GPU would wait for the device.
     if attention_mask.shape[2] != 1 and attention_mask.stride(2) != 0:
         return None
     return attention_mask[:, 0, 0]

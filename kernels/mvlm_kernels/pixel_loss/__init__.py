@@ -1,5 +1,4 @@
-"""Losses between predicted patches and the pixels of images; see the functions ``masked_pixel_loss`` and
-``linear_pixel_loss``."""
+"""Losses between predicted patches and pixels of images; see ``masked_pixel_loss`` and ``linear_pixel_loss``."""
 
 from typing import Any, Literal
 

@@ -1,5 +1,5 @@
 # pyright: reportArgumentType=false
-"""Forward of ``linear_pixel_loss``: Triton kernels, their launcher, and the launches to compile ahead of time.
+"""Forward of ``linear_pixel_loss``: Triton kernels and their launcher.
 
 A program computes one tile (rows, pixels) of the predictions, hidden @ weight.T + bias, and subtracts the pixels of the
 images. It stores one partial loss per row and one slope per pixel (a byte for L1). Predictions never reach memory.
@@ -8,10 +8,6 @@ Rows are the B*K masked patches, F = C*P*P the pixels of a patch, D the width of
 hidden's dtype as they are loaded, so float32 parameters with bfloat16 activations need no cast kernel. Gradients are in
 :mod:`.linear_backward`.
 """
-
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any
 
 import torch
 import triton
@@ -24,11 +20,11 @@ from mvlm_kernels.gather_patches.triton import (
     accumulator,
     image_offsets,
     normalized_pixels,
-    pixels_of_valid,
+    readable_pixels,
     tile_of,
 )
 from mvlm_kernels.language import cast, dot, widen
-from mvlm_kernels.pixel_loss.linear_backward import linear_pixel_loss_backward, sum_partials, tiles
+from mvlm_kernels.pixel_loss.shared import sum_partials, tiles
 from mvlm_kernels.pixel_loss.triton import encode_slope, loss_and_slope, new_slope, patch_moments, total
 
 
@@ -42,7 +38,8 @@ def moments_kernel(
 ):  # fmt: skip
     """Store (mean, 1 / sqrt(var + eps)) of each target patch in moments (B*K, 2).
 
-    A program reads one patch; the grid is (B*K,). A tile of the loss holds only a part of a patch, so it needs them.
+    A program reads one patch; the grid is (B*K,). The loss kernel needs precomputed moments, because one of its tiles
+    holds only part of a patch.
     """
     row = tl.program_id(0).to(tl.int64)
     b = row // K
@@ -50,7 +47,7 @@ def moments_kernel(
     c = tl.arange(0, BLOCK_C)[:, None]
     p = tl.arange(0, BLOCK_P)[None, :]
     patch = tl.load(ids_ptr + b * stride_kb + k * stride_kk).to(tl.int64) if HAS_IDS else k
-    readable = (c < C) & (p < pixels_of_valid(patch, num_patches, P))
+    readable = (c < C) & (p < readable_pixels(patch, num_patches, P))
     offsets = b * stride_ib + image_offsets(patch, c, p, grid_w, stride_ic, stride_iy, stride_ix, P)
     x = normalized_pixels(images_ptr, offsets, c, readable, mean_ptr, std_ptr, C, IS_UINT8, HAS_MEAN, HAS_STD, ACC)
     center, inverse_deviation = patch_moments(x, (c < C) & (p < P * P), C * P * P)
@@ -95,9 +92,9 @@ def linear_loss_kernel(
     else:
         patch = tl.where(m < M, k, -1)
     c = (f // (P * P))[None, :]
-    # Pixels of a patch that does not exist are never read. Their difference is NaN, so a wrong id gives a NaN loss.
+    # Pixels of a patch outside the image are not read. Their difference is NaN, so a wrong id gives a NaN loss.
     inside = (m < M)[:, None] & (f < F)[None, :]
-    readable = (f < F)[None, :] & (f[None, :] < pixels_of_valid(patch, num_patches, P)[:, None] * C)
+    readable = (f < F)[None, :] & (f[None, :] < readable_pixels(patch, num_patches, P)[:, None] * C)
     offsets = (b * stride_ib)[:, None] + image_offsets(
         patch[:, None], c, (f % (P * P))[None, :], grid_w, stride_ic, stride_iy, stride_ix, P
     )
@@ -172,41 +169,3 @@ def linear_pixel_loss(
     losses = hidden.new_empty(batch, chosen, dtype=wide)
     sum_partials(partial.view(num_tiles, rows), losses, None, 1)
     return losses, slope
-
-
-def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
-    """Launches to compile ahead of time: (label, function) with meta tensors of the paper's shapes.
-
-    Autocast passes float32 weights with 16-bit hidden states, hence ``fp32-weight``. Without patches a loop that never
-    runs must still compile.
-    """
-    values = torch.empty(3, device="meta")
-
-    def both(
-        dtype: torch.dtype,
-        weight_dtype: torch.dtype,
-        kind: str,
-        reduce: bool,
-        normalize_target: bool,
-        with_bias: bool = True,
-        chosen: int = 116,
-    ) -> None:
-        images = torch.empty(64, 3, 224, 224, dtype=torch.uint8, device="meta")
-        ids = torch.empty(64, chosen, dtype=torch.int32, device="meta")
-        hidden = torch.empty(64, chosen, 768, dtype=dtype, device="meta")
-        weight = torch.empty(768, 768, dtype=weight_dtype, device="meta")
-        bias = torch.empty(768, dtype=weight_dtype, device="meta") if with_bias else None
-        loss, slope = linear_pixel_loss(
-            hidden, weight, bias, images, ids, 16, values, values, kind, normalize_target, reduce, True
-        )
-        linear_pixel_loss_backward(loss, slope, hidden, weight, (True, True, with_bias))
-
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    for name, dtype in types.items():
-        for kind in ("l1", "mse"):
-            yield f"{name}/{kind}", partial(both, dtype, dtype, kind, True, False)
-        yield f"{name}/smooth_l1/rows/normalized", partial(both, dtype, dtype, "smooth_l1", False, True)
-    yield "bf16/l1/fp32-weight", partial(both, torch.bfloat16, torch.float32, "l1", True, False)
-    for kind in ("l1", "mse"):
-        yield f"bf16/{kind}/no-bias", partial(both, torch.bfloat16, torch.bfloat16, kind, True, False, with_bias=False)
-    yield "bf16/mse/rows/no-patches", partial(both, torch.bfloat16, torch.bfloat16, "mse", False, False, chosen=0)

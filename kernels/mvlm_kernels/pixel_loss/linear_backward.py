@@ -1,51 +1,31 @@
 # pyright: reportArgumentType=false
-"""Gradients of ``linear_pixel_loss``: Triton kernels and their launcher, and the helpers shared with the forward.
+"""Gradients of ``linear_pixel_loss``: Triton kernels and their launcher.
 
     hidden gradient  tile (rows, width): slope @ weight, scaled row by row at the end
-    weight gradient  tile (pixels, width): slope.T @ hidden over one part of the rows, stored as a float32 partial
-    bias gradient    column sums of slope, stored as float32 partials by the programs of the weight gradient
-    sums             a second kernel adds the partials in a fixed order
+    weight gradient  tile (pixels, width): slope.T @ hidden over one part of the rows, stored as a float32 partial sum
+    bias gradient    column sums of slope, stored as float32 partial sums by the programs of the weight gradient
+    sums             ``sum_partials_kernel`` in :mod:`.shared` adds the partial sums in a fixed order
 
 Rows are the B*K masked patches, F = C*P*P the pixels of a patch, D the width of hidden.
 """
-
-import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mvlm_kernels import configs, dispatch
+from mvlm_kernels import dispatch
 from mvlm_kernels.dispatch import ceil_div
 from mvlm_kernels.gather_patches.triton import accumulator
 from mvlm_kernels.language import cast, dot, widen
+from mvlm_kernels.pixel_loss.shared import sum_partials, tiles
 from mvlm_kernels.pixel_loss.triton import decode_slope, grad_strides
 
 # Programs of the weight gradient: about two for each SM of the largest GPU. A constant, so that the order of summation
 # depends on shapes alone and machines of one architecture give equal bits.
 PARTIAL_PROGRAMS = 288
-# Fewest rows that are worth a part of their own.
+# Minimum rows per part.
 PARTIAL_ROWS = 1024
-
-
-@triton.jit
-def sum_partials_kernel(
-    partial_ptr, out_ptr, grad_ptr, n, num_partials, divisor,
-    HAS_GRAD: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write sum(partial) / divisor * grad to out (n); partial (num_partials, n) is added in rising order."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), ACC)
-    # Advance the pointer: an offset of partial times n could overflow int32.
-    partial_ptrs = partial_ptr + i
-    for _ in range(0, num_partials):
-        total += tl.load(partial_ptrs, mask=i < n, other=0.0)
-        partial_ptrs += n
-    total = total / divisor
-    if HAS_GRAD:
-        total = total * widen(tl.load(grad_ptr), ACC)
-    tl.store(out_ptr + i, cast(total, out_ptr.dtype.element_ty), mask=i < n)
 
 
 @triton.jit
@@ -84,7 +64,7 @@ def scaled_slopes(
     slope_ptr, grad_ptr, largest_ptr, m, f, end, K, stride_gb, stride_gk,
     F: tl.constexpr, PER_ROW: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Slopes (rows m, pixels f) in ACC, zero for rows at or past end; PER_ROW multiplies row m by grad[m] / largest."""
+    """Slopes (rows m, pixels f) in ACC, zero for rows at or past end. PER_ROW multiplies row m by grad[m] / largest."""
     offsets = m.to(tl.int64)[:, None] * F + f[None, :]
     slope = tl.load(slope_ptr + offsets, mask=(m < end)[:, None] & (f < F)[None, :], other=0)
     values = decode_slope(slope, ACC)
@@ -105,12 +85,15 @@ def weight_gradient_kernel(
 ):  # fmt: skip
     """Partial gradients in ACC: weight_partial (parts, F, D) and bias_partial (parts * width tiles, F).
 
-    A program computes one tile of weight_partial; the grid is (width tiles, pixel tiles, parts). The gradient of a mean
-    loss is one scalar, applied by the summation. Gradients of (B, K) losses (PER_ROW) are applied here, divided by the
-    largest of them, and the summation multiplies by it: a scaled loss would overflow float16.
+    A program computes one tile of weight_partial; the grid is (width tiles, pixel tiles, parts).
+
+    The incoming gradient of a mean loss is one scalar, and ``sum_partials_kernel`` multiplies by it. The incoming
+    gradients of (B, K) losses (PER_ROW) differ by row, so this kernel multiplies each row by its gradient divided by
+    the largest of them. Without the division, a scaled loss would overflow float16. ``sum_partials_kernel`` multiplies
+    by the largest.
     """
-    # Row numbers stay int32, as the forward's grid has at most 65,535 row tiles: the loop divides them by K, and a
-    # division in int64 costs several times as much.
+    # Row numbers stay int32, because the loop divides them by K, and an int64 division costs several times as much.
+    # They fit, because the forward's grid has at most 65,535 row tiles.
     d = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)).to(tl.int64)
     f = (tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)).to(tl.int64)
     part = tl.program_id(2)
@@ -120,7 +103,8 @@ def weight_gradient_kernel(
         # such a tile in shared memory. If registers read it too, Triton's pipeliner (3.6 to 3.9, sm_90) reserves one
         # buffer too few, and a later copy overwrites what the asynchronous wgmma is still reading.
         # The programs of one pixel tile and part share its rows, so that slope is read only once more in total.
-        # The sums come before the product, where they need fewer registers: two programs fit an SM (sm_90, sm_100).
+        # The sums come before the product, because they need fewer registers there. Two programs then fit an SM on
+        # sm_90 and sm_100.
         share = tl.cdiv(tl.cdiv(rows_per_part, BLOCK_M), tl.num_programs(0)) * BLOCK_M
         first = part * rows_per_part + tl.program_id(0) * share
         last = tl.minimum(first + share, end)
@@ -146,22 +130,6 @@ def weight_gradient_kernel(
         acc = dot(tl.trans(cast(a, h.dtype)), h, acc, PRECISION)
     offsets = (part.to(tl.int64) * F + f)[:, None] * D + d[None, :]
     tl.store(weight_partial_ptr + offsets, acc, mask=(f < F)[:, None] & (d < D)[None, :])
-
-
-@functools.cache
-def tiles(kernel: str, dtype: torch.dtype, target: int) -> dict[str, int]:
-    """Tile sizes of a kernel for a compute capability. float64, which is only interpreted, takes float32's."""
-    bits = "16" if dtype in (torch.float16, torch.bfloat16) else "32"
-    return configs.lookup("linear_pixel_loss", target, f"{kernel}/{bits}")
-
-
-def sum_partials(partial: Tensor, out: Tensor, grad: Tensor | None, divisor: int) -> None:
-    """Write partial.sum(0) / divisor * grad to out (n elements); partial is (parts, n), grad a scalar or None for 1."""
-    n = out.numel()
-    dispatch.launch(
-        sum_partials_kernel, (ceil_div(n, 1024),), partial, out, grad, n, partial.shape[0], divisor,
-        HAS_GRAD=grad is not None, ACC=accumulator(partial.dtype), BLOCK=1024, num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
 
 
 def linear_pixel_loss_backward(
@@ -211,5 +179,5 @@ def linear_pixel_loss_backward(
 
 
 def parts_of(rows: int, tiles_of_a_part: int) -> int:
-    """Number of parts that the rows are summed in: enough to fill a GPU, at least PARTIAL_ROWS rows each, never 0."""
+    """Number of parts that the rows are summed in: enough to fill a GPU, PARTIAL_ROWS rows or more each, at least 1."""
     return max(1, min(PARTIAL_PROGRAMS // tiles_of_a_part, rows // PARTIAL_ROWS))

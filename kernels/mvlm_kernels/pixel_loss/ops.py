@@ -1,4 +1,4 @@
-"""Operators ``torch.ops.mvlm_kernels.masked_pixel_loss`` and ``linear_pixel_loss``: backends, fakes and gradients.
+"""The ops ``torch.ops.mvlm_kernels.masked_pixel_loss`` and ``linear_pixel_loss``: backends, fake tensors, gradients.
 
 Both save one slope per pixel for the backward: F * d(loss of its patch) / d(prediction), with F = C*P*P pixels.
 """
@@ -34,7 +34,7 @@ def linear_reasons(hidden: Tensor, images: Tensor, patch_size: int) -> tuple[str
 
 
 def _mixed_reasons(hidden: Tensor) -> tuple[str, ...]:
-    """Reason against a float64 loss (from float64 images) of narrower operands: kernels have one accumulator dtype."""
+    """Reason against a float64 loss of narrower hidden states: a kernel has one accumulator dtype."""
     return () if hidden.dtype == torch.float64 else (f"images are float64 and hidden is {hidden.dtype}",)
 
 

@@ -50,11 +50,15 @@ def pixel_loss(difference: Tensor, kind: Kind) -> Tensor:
     return torch.where(size < 1, 0.5 * difference.square(), size - 0.5)
 
 
-def encoded_slope(difference: Tensor, loss: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
-    """Derivative of :func:`pixel_loss` in its saved form: int8 for L1, else ``dtype``. loss: of each patch."""
+def encode_slope(difference: Tensor, loss: Tensor, kind: Kind, dtype: torch.dtype) -> Tensor:
+    """Derivative of :func:`pixel_loss` in its saved form: int8 for L1, else ``dtype``.
+
+    loss: (B, K), used only to detect NaN.
+    """
     if kind == "l1":
         sign = difference.sign()
-        # torch.sign(NaN) is 0. The losses tell cheaply if there is a NaN; on a GPU reading them would be a sync.
+        # torch.sign(NaN) is 0. On the CPU the losses show cheaply if there is a NaN. On a GPU, reading them would be a
+        # sync.
         if difference.device.type != "cpu" or bool(loss.isnan().any()):
             sign = sign.masked_fill(difference.isnan(), NAN_SIGN)
         return sign.to(torch.int8)
@@ -83,14 +87,14 @@ def masked_pixel_loss(
     difference = pred.to(dtype) - target
     loss = pixel_loss(difference, kind).mean(dim=2)  # (B, K)
     seen = difference.detach() if with_slope else difference.new_empty(0, 0, 0)
-    slope = encoded_slope(seen, loss, kind, pred.dtype).contiguous()
+    slope = encode_slope(seen, loss, kind, pred.dtype).contiguous()
     return loss.sum() / max(1, loss.numel()) if reduce else loss, slope
 
 
-def decoded_slope(slope: Tensor, dtype: torch.dtype) -> Tensor:
-    """A saved slope as a new tensor of ``dtype``."""
+def decode_slope(slope: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert a saved slope to a new tensor of ``dtype``."""
     values = slope.to(dtype, copy=True)
-    # The smallest byte tells if there is a NaN at all; reading it on a GPU would be a sync.
+    # On the CPU the smallest byte shows if there is a NaN. On a GPU, reading it would be a sync.
     if slope.dtype != torch.int8 or (slope.device.type == "cpu" and not (slope.numel() and slope.min() == NAN_SIGN)):
         return values
     return values.masked_fill_(slope == NAN_SIGN, float("nan"))
@@ -106,7 +110,7 @@ def slope_factor(grad: Tensor, slope: Tensor) -> Tensor:
 def masked_pixel_loss_backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
     """grad (scalar of the mean loss, or (B, K)), slope (B, K, F) -> gradient of pred (B, K, F) in ``dtype``."""
     # In place, so that the product is taken in the wider dtype of the two and rounded once.
-    return decoded_slope(slope, dtype).mul_(slope_factor(grad, slope))
+    return decode_slope(slope, dtype).mul_(slope_factor(grad, slope))
 
 
 def linear_pixel_loss(
@@ -143,7 +147,7 @@ def linear_pixel_loss_backward(
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32) if hidden.dtype == torch.float16 else hidden.dtype
     factor = slope_factor(grad, slope)
-    pred_grad = decoded_slope(slope, dtype)
+    pred_grad = decode_slope(slope, dtype)
     if factor.ndim:
         pred_grad, factor = pred_grad.mul_(factor), factor.new_ones(())
     pred_grad = pred_grad.flatten(0, 1)  # (B*K, F), times factor

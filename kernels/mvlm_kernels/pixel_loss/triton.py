@@ -21,7 +21,7 @@ from mvlm_kernels.gather_patches.triton import (
     accumulator,
     image_offsets,
     normalized_pixels,
-    pixels_of_valid,
+    readable_pixels,
     tile_of,
 )
 from mvlm_kernels.language import cast, widen
@@ -88,7 +88,7 @@ def loss_kernel(
     inside = (c < C) & (p < P * P)
     f = c * (P * P) + p
     patch = tl.load(ids_ptr + b * stride_kb + k * stride_kk).to(tl.int64) if HAS_IDS else k
-    readable = (c < C) & (p < pixels_of_valid(patch, num_patches, P))
+    readable = (c < C) & (p < readable_pixels(patch, num_patches, P))
     pred_offsets = b * stride_pb + k * stride_pk + f.to(tl.int64) * stride_pf
     pred = widen(tl.load(pred_ptr + pred_offsets, mask=inside, other=0.0), ACC)
     offsets = b * stride_ib + image_offsets(patch, c, p, grid_w, stride_ic, stride_iy, stride_ix, P)
@@ -194,7 +194,7 @@ def masked_pixel_loss_backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) 
 
 
 def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
-    """Launches to compile ahead of time: (label, function) with meta tensors at the paper's shapes."""
+    """(label, call) of each case for :mod:`mvlm_kernels.aot`, on meta tensors at the paper's shapes."""
     ids = torch.empty(64, 116, dtype=torch.int32, device="meta")
     values = torch.empty(3, device="meta")
 

@@ -1,9 +1,11 @@
 """``place_tokens`` and its gradient on CPU tensors, composed of torch ops for speed.
 
-The mathematics is that of ``reference.py``, and tests compare the two. Three things are slow on a CPU and avoided here.
-Fresh memory: almost no temporaries are made. float32 copies of 16-bit tensors: torch's ``+`` and ``sum`` of 16-bit
-operands compute in float32 and round once anyway. ``where``, ``gather`` and ``scatter``, which handle one element at a
-time: values are moved by whole rows, or by vectorised operations on their bits.
+The mathematics is that of ``reference.py``, and tests compare the two. Three things are slow on a CPU and avoided here:
+
+- Fresh memory: almost no temporaries are made.
+- float32 copies of 16-bit tensors: torch's ``+`` and ``sum`` of 16-bit operands compute in float32 and round once.
+- ``where``, ``gather`` and ``scatter``, which handle one element at a time: values move by rows, or by vectorised
+  operations on their bits.
 """
 
 import torch
@@ -37,7 +39,7 @@ def place_tokens(
     torch.add(tokens, positions[1:], out=patches)
     if masked is not None:
         bits, other = patches.view(_INTEGERS[dtype.itemsize]), without_token.view(_INTEGERS[dtype.itemsize])
-        # A select by bits: ((x ^ other) & kept) ^ other is x where all bits are kept, and other where none is.
+        # A select by bits: ((x ^ other) & kept) ^ other is x if kept has all bits set, and other if it has none.
         bits.bitwise_xor_(other).bitwise_and_(_kept_bits(masked, bits.dtype)).bitwise_xor_(other)
     return out
 
@@ -80,13 +82,13 @@ def place_tokens_backward(
 
 
 def _rows_of(visible_ids: Tensor, length: int) -> Tensor:
-    """Row of each visible patch among the sequences' B * length rows, (B * K,)."""
+    """Rows (B * K,) of the visible patches among the B * length rows of all sequences."""
     begin = torch.arange(visible_ids.shape[0], device=visible_ids.device) * length + 1
     return (visible_ids + begin[:, None]).flatten()
 
 
 def _kept_bits(masked: Tensor, integer: torch.dtype) -> Tensor:
-    """(B, N, 1): all bits set for tokens that stay, none for masked ones. A product with 0 would keep a NaN."""
+    """(B, N, 1): all bits set for tokens that stay, no bit for masked ones. A product with 0 would keep a NaN."""
     return (masked.to(integer) - 1)[:, :, None]
 
 

@@ -55,7 +55,7 @@ def place_tokens_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of tokens (B, num_tokens, C), mask_token (C,), pos_embed (1+N, C) and cls_token (C,), in ``dtypes``.
 
-    grad is (B, 1+N, C). A gradient that is not in ``needs`` is empty.
+    grad: (B, 1+N, C). needs: four booleans. A gradient that is not needed is an empty tensor.
     """
     wide = compute_dtype(grad.dtype)
     patches = grad[:, 1:].to(wide)  # (B, N, C)

@@ -1,9 +1,9 @@
 # pyright: reportArgumentType=false
 """Triton kernels of ``place_tokens`` and their launchers.
 
-One program owns one position of the sequence and a slice of the width, and walks the batch. The position's embedding is
-then read once. Its gradient, and that of the mask token at this position, are summed in registers in the order of the
-batch, without atomics and without partial sums of the size of the tokens.
+One program owns one position of the sequence and a slice of the width, and loops over the batch. It reads the
+position's embedding once. It sums the gradient of the embedding, and that of the mask token at this position, in
+registers in the order of the batch, without atomics and without partial sums of the size of the tokens.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch
 from mvlm_kernels.dispatch import ceil_div
-from mvlm_kernels.gather_patches.triton import accumulator, inverse_index
+from mvlm_kernels.gather_patches.triton import accumulator, reader_lists
 from mvlm_kernels.language import cast, widen
 from mvlm_kernels.place_tokens.reference import output_dtype
 
@@ -46,7 +46,8 @@ def place_kernel(
 ):  # fmt: skip
     """out (B, 1+N, C), contiguous. Program (position, width slice); position 0 is [CLS], position 1+n is patch n.
 
-    table (B, N+K): linked lists of the visible patches' tokens (see gather_patches), of which only the heads are read.
+    table (B, N+K): reader lists of the visible patches, see ``reader_lists_kernel`` in gather_patches. Only the first
+    entries of the lists are read.
     """
     position = tl.program_id(0).to(tl.int64)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
@@ -80,7 +81,7 @@ def place_backward_kernel(
     """Gradients from grad (B, 1+N, C). Program (position, width slice) reads its column of grad once.
 
     Writes tokens_grad (B, T, C), with T = N or the number of visible patches, pos_grad (1+N, C), cls_grad (C,), and
-    mask_partial (N, C), the share of each patch in the mask token's gradient.
+    mask_partial (N, C), the part of the mask token's gradient that comes from each patch.
     """
     position = tl.program_id(0).to(tl.int64)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
@@ -146,8 +147,8 @@ def place_tokens(
     num_patches = pos_embed.shape[0] - 1
     dtype = output_dtype(tokens, mask_token, pos_embed, cls_token)
     out = tokens.new_empty(batch, num_patches + 1, width, dtype=dtype)
-    # Ids are distinct, so the list of each patch has at most one reader: its head is the index of the patch's token.
-    table = None if visible_ids is None else inverse_index(visible_ids, num_patches)
+    # Ids are distinct, so each list has at most one entry: the index of the patch's token.
+    table = None if visible_ids is None else reader_lists(visible_ids, num_patches)
     dispatch.launch(
         place_kernel, (num_patches + 1, ceil_div(width, BLOCK_C)),
         tokens, mask_token, pos_embed, cls_token, masked, table, out,
@@ -168,7 +169,10 @@ def place_tokens_backward(
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype],
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients as in the reference, for grad (B, 1+N, C) of any strides."""
+    """Gradients of tokens, mask_token, pos_embed and cls_token, see :func:`.reference.place_tokens_backward`.
+
+    grad: (B, 1+N, C), of any strides.
+    """
     batch, positions, width = grad.shape
     num_patches = positions - 1
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
@@ -177,7 +181,7 @@ def place_tokens_backward(
     pos_grad = grad.new_empty((positions, width) if needs[2] else (0,), dtype=dtypes[2])
     cls_grad = grad.new_empty(width if needs[3] else 0, dtype=dtypes[3])
     mask_partial = grad.new_empty((num_patches, width) if needs[1] else (0,), dtype=wide)
-    table = None if visible_ids is None else inverse_index(visible_ids, num_patches)
+    table = None if visible_ids is None else reader_lists(visible_ids, num_patches)
     dispatch.launch(
         place_backward_kernel, (positions, ceil_div(width, BLOCK_C)),
         grad, masked, table, tokens_grad, mask_partial, pos_grad, cls_grad,
@@ -196,7 +200,7 @@ def place_tokens_backward(
 
 
 def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
-    """Launches to compile ahead of time: (label, function) with meta tensors at the paper's shapes."""
+    """(label, call) of each case for :mod:`mvlm_kernels.aot`, on meta tensors at the paper's shapes."""
 
     def both(mode: str, dtype: torch.dtype, parameter_dtype: torch.dtype) -> None:
         count = 49 if mode == "visible" else 196

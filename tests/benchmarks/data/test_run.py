@@ -37,7 +37,7 @@ def test_our_loader_takes_less_processor_time_than_the_others(photographs, recip
 
 
 class FakeProcess(LoaderProcess):
-    """A contender with a fixed rate, which its name decides."""
+    """A contender whose name determines its fixed rate."""
 
     rates_of: ClassVar[dict[str, float]] = {
         "ours": 300,

@@ -5,7 +5,7 @@ import torch
 
 from mvlm_benchmarks.kernels.compare import bench_case, rows_of
 from mvlm_benchmarks.kernels.peers import Peer
-from mvlm_benchmarks.reasons import Missing, NotApplicable
+from mvlm_benchmarks.unavailable import Missing, NotApplicable
 from mvlm_kernels.hardware import Gpu
 from support.benchmarks import FakeClock, toy_case
 

@@ -92,10 +92,10 @@ def test_tables_name_contenders_without_figures(rows, about) -> None:
     end = report.footer(rows, about)
     assert "missing: gone: No module named 'nothing'" in end
     assert "WRONG: liar" in end
-    assert "no Triton kernel ran" in end
-    assert "CPU figures of the torch references" in heading(about)
+    assert "No Triton kernel ran" in end
+    assert "CPU timings of the torch references" in heading(about)
 
 
 def test_report_of_a_gpu_does_not_mention_cpus(rows, about) -> None:
     about = {**about, "figures": machine.GPU_FIGURES}
-    assert "CPU figures" not in heading(about) + report.footer(rows, about)
+    assert "CPU timings" not in heading(about) + report.footer(rows, about)

@@ -69,7 +69,7 @@ def test_run_on_a_cpu_writes_csv_plot_and_json(monkeypatch, capsys, tmp_path) ->
     words += ["--peers", "eager", "gather-first", "liger", "--out", str(tmp_path), "--json", str(tmp_path / "f.json")]
     code, out, _ = run_command(monkeypatch, capsys, *words)
     assert code == 0
-    assert "These are CPU figures of the torch references; no Triton kernel runs" in out
+    assert "These are CPU timings of the torch references. No Triton kernel runs" in out
     assert "not applicable: liger: liger-kernel has no kernel that reads images" in out
     paths = [Path(line) for line in out.splitlines() if line.startswith(str(tmp_path))]
     assert sorted(path.suffix for path in paths) == [".csv", ".json", ".svg"]

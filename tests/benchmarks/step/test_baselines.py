@@ -83,5 +83,5 @@ def test_causal_baseline_is_refused(stack) -> None:
     check_bidirectional(model)
     getattr(model, stack).layers[0].attention.self.is_causal = True
     getattr(model, stack).layers[1].attention.self.is_causal = True
-    with pytest.raises(AssertionError, match="is causal: its first row ignores the last"):
+    with pytest.raises(AssertionError, match="is causal: its first position does not depend on the last"):
         check_bidirectional(model)

@@ -35,7 +35,7 @@ def counts() -> dict[str, GflopPerPair]:
 
 
 def test_baseline_of_base_matches_a_count_by_hand(counts) -> None:
-    """197 rows per image, 30 per caption, every head on every row."""
+    """197 positions per image, 30 per caption, and heads on all positions."""
     width, image, text, vocabulary = 768, 197, 30, 50265
     image_block, text_block = layer(image, width, image), layer(text, width, text)
     wanted = {

@@ -101,7 +101,7 @@ def test_a_killed_build_is_not_resumed_by_another_build(tmp_path, monkeypatch):
             build_records(tmp_path / "out", records, each=2)
     assert not (tmp_path / "out").exists()
     for each, quality in ((1, None), (2, 50)):
-        with pytest.raises(DataError, match="found that of another; give the same command again, or remove"):
+        with pytest.raises(DataError, match="found another one; finish it with its own command, or remove"):
             build_records(tmp_path / "out", records, each=each, quality=quality)
     seen = []
     source = Source("set", "tests", "CC0", {}, [ListedPiece("train", records["train"][i : i + 2]) for i in (0, 2)])
@@ -199,7 +199,10 @@ def test_a_build_on_a_full_disk_leaves_no_data_set(tmp_path):
     done = subprocess.run(command, preexec_fn=limited, **settings)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith("mvlm: ")
-    assert "wanted room to write, found none (File too large); finished pieces are kept in" in done.stderr
+    assert (
+        "wanted room to write, found none (File too large); free some space and give the same command again"
+        in done.stderr
+    )
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out.partial/pieces/*"))
     done = subprocess.run(command, **settings)

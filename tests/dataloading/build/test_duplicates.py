@@ -39,7 +39,7 @@ def test_evaluation_images_are_dropped_from_train(tmp_path):
                 make_record("alone", published.make_image(3)),
             ],
         },
-        against=[other],
+        evaluation_sets=[other],
     )
     assert keys(out) == ["wider", "of-the-others-training", "alone"]
     assert keys(out, "test") == ["a", "b"]
@@ -66,16 +66,16 @@ def test_a_build_lists_duplicates_and_drops_them_on_request(tmp_path):
         make_record("flat", Image.new("RGB", (40, 40), "teal")),
         make_record("flat-too", Image.new("RGB", (40, 40), "navy")),  # a flat image has no hash
     ]
-    told = [
+    expected = [
         {"key": "again", "split": "train", "kind": "exact", "of": "train/a"},
         {"key": "nearly", "split": "train", "kind": "near", "of": "train/a"},
     ]
     kept = build_records(tmp_path / "kept", {"train": records}, each=2)
     assert keys(kept) == [one.key for one in records]
-    assert read_json_lines(kept / "duplicates.jsonl") == told
+    assert read_json_lines(kept / "duplicates.jsonl") == expected
     dropped = build_records(tmp_path / "dropped", {"train": records}, each=2, drop_duplicates=True)
     assert keys(dropped) == ["a", "b", "nearly", "flat", "flat-too"]
-    assert read_json_lines(dropped / "duplicates.jsonl") == told
+    assert read_json_lines(dropped / "duplicates.jsonl") == expected
     # A tar from which a sample was dropped has the bytes of one built without it.
     without = build_records(tmp_path / "without", {"train": [r for r in records if r.key != "again"]}, each=3)
     assert open_dataset(dropped, "train").captions(2) == ["words"]

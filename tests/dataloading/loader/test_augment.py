@@ -42,7 +42,7 @@ def through_the_graph(squares, ids, drawn: AugmentParameters, tmp_path) -> np.nd
         batch_size=len(ids),
         num_threads=1,
         augment=lambda _: drawn.rows(np.arange(len(ids))),
-        guard=True,
+        check_file_ends=True,
         prefetch=1,
     )
     return np.array(pipeline.run()[0].as_tensor()).transpose(0, 2, 3, 1)
@@ -64,7 +64,7 @@ def test_gpu_graphs_can_be_defined(squares, tmp_path, monkeypatch, decoding, aug
         device_id=0,
         decoding=decoding,
         augment=lambda _: drawn.rows(ids),
-        guard=True,
+        check_file_ends=True,
     )
 
 
@@ -162,22 +162,23 @@ def test_combined_augmentations_follow_the_documented_order(squares, tmp_path):
     drawn = draw_parameters(augment, 5, np.repeat(np.arange(10), 8), ids, SIDE)
     found = through_the_graph(squares, ids, drawn, tmp_path).astype(int)
     assert all(
-        0 < getattr(drawn, name).mean() < 1 for name in ("warps", "posterizes", "equalizes", "sharpens", "mirror")
+        0 < getattr(drawn, name).mean() < 1
+        for name in ("apply_warp", "apply_posterize", "apply_equalize", "apply_sharpness", "flip")
     )
     for row, original in enumerate(originals(squares, ids)):
         image = original
-        if drawn.warps[row]:
+        if drawn.apply_warp[row]:
             image = affine(image, drawn.matrix[row].astype(float).ravel().tolist())
         x = np.asarray(image, float)
         grey = x @ [0.299, 0.587, 0.114]
         x = rounded(drawn.colour[row] * x + (1 - drawn.colour[row]) * np.rint(grey)[..., None])
-        if drawn.posterizes[row]:
+        if drawn.apply_posterize[row]:
             x = (x.astype(int) & int(drawn.bits[row])).astype(float)
-        if drawn.solarizes[row]:
+        if drawn.apply_solarize[row]:
             x = np.where(x >= drawn.threshold[row], 255 - x, x)
-        if drawn.equalizes[row]:
+        if drawn.apply_equalize[row]:
             x = np.asarray(equalize(Image.fromarray(x.astype(np.uint8))), float)
-        if drawn.autocontrasts[row]:
+        if drawn.apply_autocontrast[row]:
             low, high = x.min((0, 1)), x.max((0, 1))
             x = rounded((x - low) * 255 / (high - low))
         mean = np.rint(x @ [0.299, 0.587, 0.114]).mean()
@@ -185,7 +186,7 @@ def test_combined_augmentations_follow_the_documented_order(squares, tmp_path):
         padded = np.pad(x, ((1, 1), (1, 1), (0, 0)), "reflect")
         shifts = itertools.product(range(3), range(3))
         x = rounded(sum(drawn.kernel[row, i, j] * padded[i : i + SIDE, j : j + SIDE] for i, j in shifts))
-        if drawn.mirror[row]:
+        if drawn.flip[row]:
             x = x[:, ::-1]
         difference = np.abs(x - found[row])
         assert np.median(difference) <= 1
@@ -210,31 +211,38 @@ def test_sharpness_kernel_is_that_of_pillow(squares):
 def test_augment_operations_are_distinct_and_evenly_drawn():
     drawn = draw_parameters(Augment(operations=2), 1, 0, np.arange(7000), 224)
     # Each of 14 operations is one of two for 2/14 of the samples: 1,000 expected, standard deviation 29.
-    for name in ("posterizes", "solarizes", "equalizes", "autocontrasts", "colours", "sharpens"):
+    for name in (
+        "apply_posterize",
+        "apply_solarize",
+        "apply_equalize",
+        "apply_autocontrast",
+        "apply_colour",
+        "apply_sharpness",
+    ):
         assert 880 < getattr(drawn, name).sum() < 1120, name
     assert 880 < (drawn.contrast > 1).sum() + (drawn.contrast < 1).sum() < 1120
     assert abs((drawn.colour > 1).sum() - (drawn.colour < 1).sum()) < 150
     # A pair of five geometric ones, or one of them: 1 - (9 * 8) / (14 * 13) of the samples.
-    assert abs(drawn.warps.mean() - (1 - 72 / 182)) < 0.03
-    assert drawn.mirror.sum() == 0
+    assert abs(drawn.apply_warp.mean() - (1 - 72 / 182)) < 0.03
+    assert drawn.flip.sum() == 0
 
 
 def test_augment_draws_nothing_by_default_and_flips_at_its_probability():
-    assert Augment().nothing
+    assert Augment().is_identity
     drawn = draw_parameters(Augment(), 1, 0, np.arange(100), 224)
     for name in (
-        "warps",
-        "colours",
-        "posterizes",
-        "solarizes",
-        "equalizes",
-        "autocontrasts",
-        "tones",
-        "sharpens",
-        "mirror",
+        "apply_warp",
+        "apply_colour",
+        "apply_posterize",
+        "apply_solarize",
+        "apply_equalize",
+        "apply_autocontrast",
+        "apply_tone",
+        "apply_sharpness",
+        "flip",
     ):
         assert not getattr(drawn, name).any(), name
-    assert abs(draw_parameters(Augment(flip=0.25), 1, 0, np.arange(4000), 224).mirror.mean() - 0.25) < 0.03
+    assert abs(draw_parameters(Augment(flip=0.25), 1, 0, np.arange(4000), 224).flip.mean() - 0.25) < 0.03
 
 
 def test_geometric_operations_compose_in_the_order_drawn():

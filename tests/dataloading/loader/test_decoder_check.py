@@ -52,14 +52,14 @@ def test_cropped_gpu_decoding_is_tried_first(outcomes, caplog):
     assert decoder_check.choose_decoding(0) is Decoding.GPU_CROP
     assert decoder_check.choose_decoding(0) is Decoding.GPU_CROP  # tried once
     assert len(outcomes[1]) == 1
-    assert "images are decoded as gpu-window on CUDA device 0" in caplog.text
+    assert "CUDA device 0 decodes images by `gpu-window`" in caplog.text
 
 
 @pytest.mark.parametrize("reason", BAD)
 def test_a_decoding_trial_that_fails_is_not_trusted(outcomes, caplog, reason):
     outcomes[0].extend([BAD[reason], GOOD])
     assert decoder_check.choose_decoding(1) is Decoding.GPU_FULL_IMAGE
-    assert "images are not decoded as gpu-window on CUDA device 1" in caplog.text
+    assert "CUDA device 1 cannot decode images by `gpu-window`" in caplog.text
     assert reason in caplog.text
     assert [command[-2:] for command in outcomes[1]] == [["1", "gpu-window"], ["1", "gpu-whole"]]
 
@@ -67,7 +67,7 @@ def test_a_decoding_trial_that_fails_is_not_trusted(outcomes, caplog, reason):
 def test_cpu_decoding_is_the_last_resort(outcomes, caplog):
     outcomes[0].extend([BAD["killed by signal 11"], BAD["did not end within"]])
     assert decoder_check.choose_decoding(0) is Decoding.CPU
-    assert "images are decoded on the CPU and sent to CUDA device 0" in caplog.text
+    assert "images are decoded on the CPU and copied to CUDA device 0" in caplog.text
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def test_samples_are_the_same_in_batches_of_any_size(train_split, tokenizer):
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_every_global_batch(train_split, tokenizer, world_size):
-    """Row for row what one rank sees, through the end of an epoch."""
+    """All ranks together see the samples of a single rank, across the end of an epoch."""
     wanted = rows(take(load(train_split, tokenizer), 16))
     shares = [
         [rows([pair]) for pair in take(load(train_split, tokenizer, rank=rank, world_size=world_size), 16)]
@@ -156,7 +156,7 @@ def test_the_seed_of_the_state_replaces_the_loaders(train_split, tokenizer, capl
 def test_a_loader_state_of_other_data_is_refused(train_split, waves, tokenizer):
     state = load(open_dataset(waves, "test"), tokenizer).state_dict()
     with pytest.raises(
-        DataError, match=r"wanted the data of the state, fingerprint .* resume with that data or begin a new run"
+        DataError, match=r"wanted the data of the state, fingerprint .* resume with that data or start a new run"
     ):
         load(train_split, tokenizer).load_state_dict(state)
 
@@ -174,9 +174,9 @@ def test_a_reader_that_delivers_other_samples_is_noticed(train_split, tokenizer,
         return write_index_views(folder, dataset, np.concatenate([ids[:8], ids[8:16][::-1], ids[16:]]))
 
     monkeypatch.setattr("mvlm_dataloading.loader.segment.write_index_views", write_reversed)
-    loader = load(train_split, tokenizer, ahead=0)
+    loader = load(train_split, tokenizer, prefetch_batches=0)
     take(loader, 1)
-    with pytest.raises(AssertionError, match="the reader was to deliver"):
+    with pytest.raises(AssertionError, match=r"wanted .* from DALI's reader, got"):
         take(loader, 1)
 
 
@@ -200,16 +200,16 @@ def test_loader_leaves_no_index_views_behind(train_split, tokenizer, tmp_path, m
     [
         ({"batch_size": 0}, "wanted batch_size of at least 1, got 0"),
         ({"num_threads": 0}, "wanted num_threads of at least 1, got 0"),
-        ({"ahead": -1}, "wanted ahead of at least 0, got -1"),
-        ({"image_size": 100}, "got image 100, mask block 32, patch 16"),
-        ({"patch_size": 24}, "got image 64, mask block 32, patch 24"),
+        ({"prefetch_batches": -1}, "wanted prefetch_batches of at least 0, got -1"),
+        ({"image_size": 100}, "got image_size 100, mask_block 32, patch_size 16"),
+        ({"patch_size": 24}, "got image_size 64, mask_block 32, patch_size 24"),
         ({"crop_scale": (0, 1)}, "wanted crop_scale"),
         ({"max_bad_fraction": 1.0}, r"wanted max_bad_fraction in \[0, 1\), got 1.0"),
         ({"text_mask_ratio": 2.0}, r"wanted a token mask ratio in \[0, 1\], got 2.0"),
         ({"text_length": 2}, "wanted a text length of at least 3"),
-        ({"world_size": 3}, "wanted a global batch_size that the ranks can share evenly, got 8 for 3 ranks"),
+        ({"world_size": 3}, "wanted a global batch_size divisible by world_size, got 8 for 3 ranks"),
         ({"rank": 2, "world_size": 2}, "wanted a rank from 0 to world_size - 1, got rank 2 of 2"),
-        ({"world_size": 2, "train": False}, "wanted one rank for a pass in order"),
+        ({"world_size": 2, "train": False}, "wanted world_size 1 with train=False, got 2"),
     ],
 )
 def test_loader_arguments_that_do_not_fit_are_refused(train_split, tokenizer, settings, message):
@@ -220,5 +220,5 @@ def test_loader_arguments_that_do_not_fit_are_refused(train_split, tokenizer, se
 def test_a_caption_without_a_token_is_refused(tmp_path):
     inner = tokenizers.Tokenizer(tokenizers.models.BPE({"[CLS]": 0, "[SEP]": 1, "[MASK]": 2, "[PAD]": 3}, []))
     dataset = open_dataset(write_dataset(tmp_path / "d", 2), "train")
-    with pytest.raises(DataError, match=r"wanted a caption with a token, found '(picture|the)"):
+    with pytest.raises(DataError, match=r"wanted a caption with at least one token, found '(picture|the)"):
         take(load(dataset, Tokenizer(inner)), 1)

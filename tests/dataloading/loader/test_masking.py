@@ -43,7 +43,7 @@ def test_every_set_of_blocks_is_equally_likely():
 @pytest.mark.parametrize("sizes", [(100, 16, 32), (96, 16, 64), (96, 12, 32), (96, 0, 32)])
 def test_mask_sizes_that_do_not_fit_are_named(sizes):
     image_size, patch, block = sizes
-    with pytest.raises(ValueError, match=rf"got image {image_size}, mask block {block}, patch {patch}"):
+    with pytest.raises(ValueError, match=rf"got image_size {image_size}, mask_block {block}, patch_size {patch}"):
         draw_patch_masks(0, 0, [0], image_size=image_size, patch_size=patch, mask_block=block)
 
 

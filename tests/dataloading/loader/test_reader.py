@@ -38,7 +38,7 @@ def start(dataset, tokenizer, ranks: int = 1) -> Loader:
     """The loader of the last rank, which has 8 samples of a batch."""
     return Loader(
         dataset, tokenizer, batch_size=8 * ranks, world_size=ranks, rank=ranks - 1, image_size=64, text_length=12,
-        seed=5, ahead=0,
+        seed=5, prefetch_batches=0,
     )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def test_stored_tokens_of_another_tokenizer_or_length_are_not_used(write, tokeni
     described = {"fingerprint": tokenizer.fingerprint, "max_length": LENGTH} | changed
     dataset = write(lambda i: b"no tokens at all", described)
     assert len(batches(dataset, tokenizer)) == 5
-    assert "captions are tokenized while loading" in caplog.text
+    assert "the loader tokenizes the captions" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_stored_tokens_of_another_tokenizer_or_length_are_not_used(write, tokeni
         ([3, 2, 400, 3], "wanted stored tokens below the vocabulary's 400, found 400"),
         ([3, 2, -1, 3], "wanted stored tokens below the vocabulary's 400, found -1"),
         ([3, 9, 10, 3], r"wanted stored tokens as \[CLS\] ... \[SEP\], found \[9, 10, 3\]"),
-        ([2, 2, 3], "wanted a caption with a token, found"),
+        ([2, 2, 3], "wanted a caption with at least one token, found"),
         ([9, 2, 10, 3], "wanted stored tokens of 1 captions, found 16 bytes that hold 0"),
         ([3, 2, 10, 3, 3, 2, 10, 3], "wanted stored tokens of 1 captions, found 32 bytes that hold 2"),
         ([], "wanted stored tokens of 1 captions, found 0 bytes that hold 0"),

@@ -9,8 +9,8 @@ from pyarrow import parquet
 from mvlm_dataloading import DataError
 from mvlm_dataloading.sources.files import read_json_list, read_rows
 from mvlm_dataloading.sources.folder import folder
+from mvlm_dataloading.sources.huggingface import huggingface
 from mvlm_dataloading.sources.record import safe_key
-from mvlm_dataloading.sources.tables import huggingface
 from support import published
 from support.data import build_source
 

@@ -54,7 +54,9 @@ def test_indices_of_a_data_folder_are_rebuilt(tmp_path):
     assert {path.name: path.read_bytes() for path in out.glob("*.idx")} == before
     with (out / "train-000000.tar").open("r+b") as file:
         file.truncate(3000)
-    with pytest.raises(DataError, match=r"train-000000\.tar: wanted a whole, uncompressed tar, found otherwise"):
+    with pytest.raises(
+        DataError, match=r"train-000000\.tar: wanted a complete, uncompressed tar, found a file that is not one"
+    ):
         rebuild_indices(out)
     make_view(tmp_path / "view", [write(tmp_path / "good")])
     with pytest.raises(DataError, match="wanted a folder of tars, found a view"):
@@ -93,7 +95,7 @@ def test_tars_of_other_tools_are_indexed_in_place(tmp_path, tokenizer):
     description = rebuild_indices(tmp_path / "tars")
     assert description["rejected"] == {
         "files of a sample do not follow one another": 1,
-        "key names two files of a kind": 1,
+        "sample has two files of the same kind": 1,
         "no caption": 2,
         "caption is not UTF-8": 1,
         "caption is too long": 1,
@@ -127,6 +129,8 @@ def test_tars_that_cannot_be_indexed_are_refused(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "a.tar").write_bytes(content)
-        with pytest.raises(DataError, match=r"a\.tar: wanted a whole, uncompressed tar, found otherwise"):
+        with pytest.raises(
+            DataError, match=r"a\.tar: wanted a complete, uncompressed tar, found a file that is not one"
+        ):
             rebuild_indices(folder)
         assert not list(folder.glob("*.idx")) + list(folder.glob("*.json"))

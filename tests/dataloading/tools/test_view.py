@@ -137,7 +137,7 @@ def test_evaluation_images_stay_out_of_a_views_train_split(one, two, tmp_path):
     filtered = make_view(tmp_path / "filtered", [one, again, two], ViewOptions(without="number 2[02]$"))
     assert keys(tmp_path / "filtered") == named("one", range(20)) + named("two", range(100, 110))
     assert keys(tmp_path / "filtered", "test") == named("one", [21])
-    assert filtered["rejected"] == {"image is in an evaluation split": 2, "a caption matches": 3}
+    assert filtered["rejected"] == {"image is in an evaluation split": 2, "a caption matches --without": 3}
 
 
 def test_a_view_drops_duplicates_on_request(tmp_path):

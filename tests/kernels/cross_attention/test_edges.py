@@ -38,7 +38,7 @@ def test_queries_without_keys_give_zeros(name: str):
     assert not dq.any()
 
 
-def test_sequence_longer_than_promised_is_nan_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+def test_sequence_longer_than_its_bound_is_nan_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
     # Values cannot be checked there without a sync, and a wrong bound must not become a wrong number.
     monkeypatch.setattr(dispatch, "checks_values", lambda device: False)
     for case in (SIDES["packed-k"], SIDES["long-packed-q"]):
@@ -145,8 +145,8 @@ def test_scale_is_an_argument_of_the_attention_kernels():
     with dispatch.recording(lambda kernel, grid, args, meta: launches.append((args, meta)), 90):
         for scale in (0.125, 0.5):
             q, k = torch.empty(2, 40, 1, 64, device="meta"), torch.empty(2, 16, 1, 64, device="meta")
-            kernels = sys.modules["mvlm_kernels.cross_attention.triton"]
-            kernels.forward(q, k, k, None, None, None, None, None, scale, 40, 16)
+            launchers = sys.modules["mvlm_kernels.cross_attention.launch"]
+            launchers.forward(q, k, k, None, None, None, None, None, scale, 40, 16)
     (first, first_meta), (second, second_meta) = launches
     assert first_meta == second_meta
     assert [a for a in first if isinstance(a, float)] == [0.125, 0.125 * math.log2(math.e)]

@@ -1,10 +1,11 @@
-"""why_not_triton: what the attention kernels cover, asked without tensors."""
+"""Limits of the attention kernels, as why_not_triton and the tile tables give them without tensors."""
 
 import pytest
 import torch
 
 from mvlm_kernels import cross_attention, explain
 from mvlm_kernels.cross_attention import HEAD_WIDTHS, LONGEST_SHORT_SIDE, why_not_triton
+from mvlm_kernels.cross_attention.tiles import has_tiles
 
 GPU = torch.device("cuda", 0)
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without CUDA")
@@ -26,6 +27,12 @@ def test_every_width_up_to_the_longest_short_side_has_a_kernel(width: int):
 )
 def test_width_rows_and_dtype_without_kernel_are_named(dtype: torch.dtype, width: int, rows: int, reason: str):
     assert why_not_triton(GPU, dtype, head_width=width, short_rows=rows)[0].startswith(reason)
+
+
+def test_widest_tiles_need_the_shared_memory_of_a_compute_capability():
+    """A block has 99 KiB on 8.6, 8.9 and 12.x, and 163 or more on all others, 8.7 (Orin) included."""
+    capabilities = 80, 86, 87, 89, 90, 100, 110, 120, 121
+    assert [arch for arch in capabilities if not has_tiles(torch.bfloat16, 128, 128, arch)] == [86, 89, 120, 121]
 
 
 def test_why_not_triton_agrees_with_explain_on_the_cpu():

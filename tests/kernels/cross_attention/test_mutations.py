@@ -35,10 +35,10 @@ Checked = Callable[[Case], None]
 PACKAGE = "mvlm_kernels.cross_attention"
 # Each module imports those above it, so all of them are loaded again around a mutant.
 MODULES = {
-    "tile_io": ("existing_keys", "fill_outside", "key_length", "key_row", "sum_partials"),
+    "tile_io": ("existing_keys", "fill_outside", "key_length", "key_sequence", "sum_splits"),
     "short_kv": ("short_kv_forward", "key_tile_backward", "short_kv_backward"),
     "short_q": ("short_q_forward", "short_q_combine", "short_q_backward"),
-    "triton": (),
+    "launch": (),
 }
 MODULE_OF = {function: module for module, functions in MODULES.items() for function in functions}
 
@@ -73,12 +73,12 @@ MUTANTS = {
     ),
     "store past the keys": attention("def key_tile_backward", "rn < k_end", "rn <= k_end", "lengths"),
     "delta dropped": attention("def key_tile_backward", "pt * (dpt - delta[None, :])", "pt * dpt", "lengths"),
-    "index ignored": attention("def key_row", "tl.load(index_ptr + b)", "tl.load(index_ptr)", "index"),
+    "index ignored": attention("def key_sequence", "tl.load(index_ptr + b)", "tl.load(index_ptr)", "index"),
     "reader chunk too long": attention("def key_tile_backward", "tl.minimum(last, first + chunk)", "last", "index", 2),
     "splits without partials": attention(
         "def short_kv_backward", "split.to(tl.int64) * partial_size", "kb * 0", "lengths"
     ),
-    "first split forgotten": attention("def sum_partials", "range(num_splits)", "range(1, num_splits)", "lengths"),
+    "first split forgotten": attention("def sum_splits", "range(num_splits)", "range(1, num_splits)", "lengths"),
     "bucket's tail unwritten": attention("def short_kv_forward", "if cu_q_ptr is not None", "if False", "packed-q"),
     "gradient's tail unwritten": attention(
         "def short_kv_backward", "k_seqs, k_rows, first_row", "k_seqs, k_rows, kb < 0", "packed-k"
@@ -129,7 +129,7 @@ def load(mutant: Mutant, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_broken_attention_kernel_is_caught(
     mutant: Mutant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Poison
 ):
-    importlib.import_module(f"{PACKAGE}.triton")
+    importlib.import_module(f"{PACKAGE}.launch")
     monkeypatch.setattr(dispatch, "multiprocessors", lambda device: mutant.multiprocessors)
 
     def check() -> None:

@@ -70,7 +70,7 @@ def test_launchers_of_cross_attention_read_no_tensor():
             with dispatch.recording(lambda kernel, *rest: launched.append(kernel.__name__), 90):
                 call()
     names = {"short_kv_forward", "short_kv_backward", "short_q_forward", "short_q_backward"}
-    assert set(launched) == names | {"short_q_combine", "sum_partials"}
+    assert set(launched) == names | {"short_q_combine", "sum_splits"}
 
 
 def test_autocast_casts_mixed_dtypes_of_cross_attention():

@@ -1,6 +1,6 @@
 """linear_pixel_loss as compiled for GPUs: buffers of the pipelined tiles on Hopper, and cases without bias or patches.
 
-Triton compiles only in a process that does not interpret, so compilers run in processes of their own.
+Triton compiles only in a process that does not interpret, so compilers run in other processes.
 """
 
 import json
@@ -25,8 +25,8 @@ COMPILE = """
 import json, sys
 from mvlm_kernels import aot
 found = [
-    (f"{kernel.__name__} {label}", meta["num_stages"], aot.compile_launch(kernel, args, meta, "sm_90").asm["ttgir"])
-    for label, kernel, args, meta in aot.recorded("linear_pixel_loss", "sm_90", sys.argv[1])
+    (f"{kernel.__name__} {case}", meta["num_stages"], aot.compile_launch(kernel, args, meta, "sm_90").asm["ttgir"])
+    for case, kernel, args, meta, _ in aot.recorded("linear_pixel_loss", "sm_90", sys.argv[1])
     if kernel.__name__ not in aot.WITHOUT_PRODUCTS
 ]
 print(json.dumps(found))
@@ -37,13 +37,13 @@ import triton
 from mvlm_kernels import aot
 table = json.load(open(sys.argv[2]))
 rows = [
-    aot.row("linear_pixel_loss", label, kernel, args, meta, arch)
+    aot.row("linear_pixel_loss", launch, arch)
     for arch in aot.ARCHS
-    for label, kernel, args, meta in aot.recorded("linear_pixel_loss", arch, sys.argv[1])
-    if kernel.__name__ == "weight_gradient_kernel"
+    for launch in aot.recorded("linear_pixel_loss", arch, sys.argv[1])
+    if launch.kernel.__name__ == "weight_gradient_kernel"
 ]
 known = table["rows"] if table["versions"]["triton"] == triton.__version__ else None
-print(json.dumps({"rows": rows, "complaints": aot.complaints(rows, known)}))
+print(json.dumps({"rows": rows, "problems": aot.find_problems(rows, known)}))
 """
 
 
@@ -107,7 +107,7 @@ def test_copies_on_hopper_never_overwrite_tiles_of_pending_products(hopper):
     """Triton's pipeliner reserves one buffer too few for a tile that both a product and registers read.
 
     The weight gradient of mse and smooth_l1 with a bias had such a tile: two buffers, where the pending product needs
-    three. Values stay right until a GPU's copy is faster than its product, so only the compiled code can tell.
+    three. Values stay right until a GPU's copy is faster than its product, so the test reads the compiled code.
     """
     for name, (stages, ttgir) in hopper.items():
         loops = product_loops(ttgir)
@@ -138,7 +138,7 @@ def test_weight_gradient_compiles_without_bias_and_without_patches():
     cases = "bf16/mse/no-bias", "bf16/mse/rows/no-patches"
     wanted = {(case, arch) for case in cases for arch in ("sm_80", "sm_90", "sm_100")}
     assert {(row["case"], row["arch"]) for row in found["rows"]} == wanted
-    assert found["complaints"] == []
+    assert found["problems"] == []
 
 
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3)], ids=["no patches", "no images"])

@@ -30,8 +30,11 @@ LINEAR_BACKWARD_MUTANTS = [
     ("end = tl.minimum((part + 1) * rows_per_part, M)", "end = tl.minimum((part + 1) * rows_per_part - 1, M)"),
     ("(across, down, parts)", "(across, down, parts - 1)"),
     ("(part.to(tl.int64) * F + f)[:, None] * D", "f[:, None] * D"),
-    ("partial_ptrs += n", "partial_ptrs += 0"),
     ("part * tl.num_programs(0) + tl.program_id(0)", "part * tl.num_programs(0)"),
+]
+SHARED_MUTANTS = [
+    ("partial_ptrs += n", "partial_ptrs += 0"),
+    ("total * widen(tl.load(grad_ptr), ACC)", "total"),
 ]
 
 
@@ -68,6 +71,13 @@ def test_broken_linear_kernel_is_caught(old, new, tmp_path, poison):
 @pytest.mark.parametrize("old, new", LINEAR_BACKWARD_MUTANTS, ids=[new for _, new in LINEAR_BACKWARD_MUTANTS])
 def test_broken_linear_gradient_kernel_is_caught(old, new, tmp_path, poison):
     assert_caught("mvlm_kernels.pixel_loss.linear_backward", old, new, tmp_path, poison, exercise_linear)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("old, new", SHARED_MUTANTS, ids=[new for _, new in SHARED_MUTANTS])
+def test_broken_sum_of_partial_gradients_is_caught(old, new, tmp_path, poison):
+    importers = "mvlm_kernels.pixel_loss.linear_backward", "mvlm_kernels.pixel_loss.linear"
+    assert_caught("mvlm_kernels.pixel_loss.shared", old, new, tmp_path, poison, exercise_linear, importers)
 
 
 @pytest.mark.slow

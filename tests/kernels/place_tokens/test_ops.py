@@ -73,4 +73,4 @@ def test_launchers_of_place_tokens_read_no_tensor():
     with dispatch.recording(lambda kernel, *_: launched.append(kernel.__name__), 90):
         for _, launch in importlib.import_module("mvlm_kernels.place_tokens.triton").aot_cases():
             launch()  # meta tensors: reading one on the host would raise
-    assert {"place_kernel", "place_backward_kernel", "column_sum_kernel", "inverse_kernel"} <= set(launched)
+    assert {"place_kernel", "place_backward_kernel", "column_sum_kernel", "reader_lists_kernel"} <= set(launched)

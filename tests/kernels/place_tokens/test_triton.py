@@ -37,7 +37,7 @@ def test_place_kernels_for_modes_and_types(mode, dtype, parameter_dtype):
 def test_place_kernels_for_any_shape(batch, num_patches, width, mode, visible, share, dtype, layout):
     inputs, options = case(batch, num_patches, width, mode, dtype, None, min(visible, num_patches), share)
     tokens, grad = inputs[0], random((batch, 1 + num_patches, width), torch.float64, 5)
-    if layout == "transposed":  # what a conv patch embedding gives
+    if layout == "transposed":  # as a conv patch embedding returns them
         inputs[0] = tokens.transpose(1, 2).contiguous().transpose(1, 2)
         grad = grad.transpose(0, 1).contiguous().transpose(0, 1)
     elif layout == "expanded":

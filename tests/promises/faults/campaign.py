@@ -75,7 +75,7 @@ def asked_to_stop(campaign: Campaign, out: Path, draw: random.Random) -> str:
 
 
 def disk_full(campaign: Campaign, out: Path, draw: random.Random) -> str:
-    """A write finds the disk full: training goes on, or the run ends with one error if it was the last save."""
+    """A write finds the disk full: training continues, or the run ends with one error if it was the last save."""
     codes = campaign.run(out, faults={0: partial(injections.at_save, draw.randrange(50), injections.disk_full)})
     require_log(out, "could not save")
     require_log(out, "No space left on device")

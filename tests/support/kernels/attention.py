@@ -10,7 +10,7 @@ from torch import Tensor
 
 import mvlm_kernels
 from mvlm_kernels import dispatch
-from mvlm_kernels.cross_attention.arguments import longest_rows
+from mvlm_kernels.cross_attention.arguments import longest_sequences
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
 from support.kernels.accuracy import assert_accurate
 from support.kernels.guards import guarded
@@ -151,7 +151,7 @@ def op_arguments(q: Tensor, k: Tensor, kwargs: dict[str, Any], scale: float) -> 
     sides = [kwargs.get(n) for n in ("key_lengths", "key_mask", "key_index", "cu_seqlens_q", "cu_seqlens_k")]
     if sides[1] is not None:
         sides[1] = mvlm_kernels.pack_key_mask(sides[1])
-    return (*sides, scale, *longest_rows(q, k, *sides[3:], *map(kwargs.get, ("max_len_q", "max_len_k"))))
+    return (*sides, scale, *longest_sequences(q, k, *sides[3:], *map(kwargs.get, ("max_len_q", "max_len_k"))))
 
 
 def attention_by_op(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:

@@ -3,45 +3,63 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 from support.kernels.guards import Poison
 
 
+def load_again(name: str, path: Path) -> ModuleType:
+    """Run the source in ``path`` as a new module called ``name``."""
+    # The name keeps the package's prefix, by which Poison recognises the module's allocations.
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @contextmanager
-def mutant(module: str, old: str, new: str, folder: Path) -> Iterator[None]:
+def mutant(module: str, old: str, new: str, folder: Path, importers: Sequence[str] = ()) -> Iterator[None]:
     """Replace ``module`` by a copy of itself in which ``old``, which must occur once, reads ``new``.
 
-    The interpreter reads a kernel's source from its file, so the copy is a file too.
+    importers: modules that import names from it. They are loaded again, so that they get the copy's names. The
+    interpreter reads a kernel's source from its file, so the copy is a file too.
     """
-    original = importlib.import_module(module)
-    source = Path(str(original.__file__)).read_text()
+    source = Path(str(importlib.import_module(module).__file__)).read_text()
     assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {module}"
     path = folder / "mutant.py"
     path.write_text(source.replace(old, new))
-    # The name keeps the package's prefix, by which Poison recognises the module's allocations.
-    spec = importlib.util.spec_from_file_location(f"{module}_mutant", path)
-    assert spec is not None
-    assert spec.loader is not None
-    broken = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(broken)
-    package, _, name = module.rpartition(".")
-    parent = sys.modules[package]
-    sys.modules[module] = broken
-    setattr(parent, name, broken)
+    originals = {name: importlib.import_module(name) for name in (module, *importers)}
     try:
+        for name, original in originals.items():
+            file = path if name == module else Path(str(original.__file__))
+            replace_module(name, load_again(f"{name}_mutant", file))
         yield
     finally:
-        sys.modules[module] = original
-        setattr(parent, name, original)
+        for name, original in originals.items():
+            replace_module(name, original)
+
+
+def replace_module(name: str, module: ModuleType) -> None:
+    package, _, attribute = name.rpartition(".")
+    sys.modules[name] = module
+    setattr(sys.modules[package], attribute, module)
 
 
 def assert_caught(
-    module: str, old: str, new: str, folder: Path, poison: Poison, exercise: Callable[[], object]
+    module: str,
+    old: str,
+    new: str,
+    folder: Path,
+    poison: Poison,
+    exercise: Callable[[], object],
+    importers: Sequence[str] = (),
 ) -> None:
     """Assert that ``exercise``, or the check of the guard bands after it, fails on the mutant."""
 
@@ -49,6 +67,6 @@ def assert_caught(
         exercise()
         poison.check()
 
-    with mutant(module, old, new, folder), pytest.raises((AssertionError, RuntimeError)):
+    with mutant(module, old, new, folder, importers), pytest.raises((AssertionError, RuntimeError)):
         run()
     poison.buffers.clear()

@@ -55,7 +55,7 @@ def check_masked(
     (loss, p_grad), (torch_loss, torch_grad) = results["triton"], results["torch"]
     accurate("loss", loss, torch_loss, torch.as_tensor(wanted), 4.0)
     wanted_grad = torch.from_numpy(pred_gradient_oracle(slope, grad, reduction))
-    # Slopes are differences of numbers of about 4 (a normalised target), scaled by what the loss was divided by.
+    # Slopes are differences of numbers of about 4 (a normalised target), scaled by the divisor of the loss.
     terms = 8.0 * float(grad.abs().max()) / pred.shape[2] if grad.numel() else 0.0
     accurate("pred gradient", p_grad, torch_grad, wanted_grad, 0 if kind == "l1" else terms)
 

@@ -7,7 +7,7 @@ import pytest
 
 from mvlm_dataloading import DataError, open_dataset
 from mvlm_dataloading.sources.record import safe_key
-from mvlm_dataloading.sources.tars import cc3m, sbu, webdataset
+from mvlm_dataloading.sources.webdataset import cc3m, sbu, webdataset
 from support import published
 from support.data import build_source, read_json_lines
 

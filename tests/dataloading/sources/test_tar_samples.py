@@ -10,7 +10,7 @@ import pytest
 
 from mvlm_dataloading import BuildOptions, DataError, build_shards, open_dataset
 from mvlm_dataloading.sources.record import safe_key
-from mvlm_dataloading.sources.tars import webdataset
+from mvlm_dataloading.sources.webdataset import webdataset
 from support import published
 
 
@@ -76,7 +76,7 @@ def test_odd_members_of_tars_are_skipped_or_rejected(tmp_path):
         "odd.tar:device": "no image",
         "odd.tar:pipe": "no image",
         "odd.tar:folder": "no image",
-        "odd.tar:twice": "key names two files of a kind",
+        "odd.tar:twice": "sample has two files of the same kind",
         "odd.tar:again": "key was used before",
         "odd.tar:latin1": "caption is not UTF-8",
         "odd.tar:mute": "no caption",
@@ -94,9 +94,9 @@ def test_truncated_tars_keep_their_whole_samples(tmp_path):
     content = whole.read_bytes()
     last = members[-2]  # the third image
     cuts = {
-        "in a picture": last.offset_data + 100,
+        "in an image": last.offset_data + 100,
         "in a header": last.offset + 100,
-        "behind a header": last.offset_data,
+        "after a header": last.offset_data,
         "before a caption": members[-1].offset,
         "in a caption": members[-1].offset_data + 2,
     }

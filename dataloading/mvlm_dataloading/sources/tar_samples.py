@@ -1,4 +1,4 @@
-"""Samples of other tools' WebDataset tars, read sequentially."""
+"""Sequential reader of samples in WebDataset tars that other tools wrote."""
 
 import tarfile
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ CAPTION_EXTENSIONS = ("txt", "caption")
 
 @dataclass(slots=True)
 class TarSample:
-    """Consecutive members of a tar with the same key."""
+    """A sample of a tar: consecutive members with the same key."""
 
     key: str
     parts: dict[str, bytes] = field(default_factory=dict)
@@ -24,9 +24,9 @@ class TarSample:
 
 
 def read_samples(path: Path, max_bytes: int) -> Iterator[TarSample]:
-    """The samples of a tar, in one sequential read. Nothing is unpacked; links and devices are skipped.
+    """Yield the samples of a tar in one sequential read. Nothing is unpacked; links and devices are skipped.
 
-    A damaged tar ends with a sample whose key is the tar's name and whose fault says so.
+    For a damaged tar, the last sample has the tar's name as its key and the damage as its fault.
     """
     sample: TarSample | None = None
     damage = None
@@ -56,7 +56,7 @@ def read_samples(path: Path, max_bytes: int) -> Iterator[TarSample]:
 
 
 def has_end_block(path: Path) -> bool:
-    """True if a tar ends with the empty block, which a tar truncated between two members lacks."""
+    """True if a tar ends with an empty block. A tar that was truncated between two members does not."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - tarfile.BLOCKSIZE))
         return file.read() == bytes(tarfile.BLOCKSIZE)
@@ -66,7 +66,7 @@ def _add(sample: TarSample, tar: tarfile.TarFile, member: tarfile.TarInfo, exten
     if extension in sample.parts or (
         extension in IMAGE_EXTENSIONS and any(one in sample.parts for one in IMAGE_EXTENSIONS)
     ):
-        sample.fault = "key names two files of a kind"
+        sample.fault = "sample has two files of the same kind"
         return
     if member.size > (max_bytes if extension in IMAGE_EXTENSIONS else _MAX_TEXT):
         sample.fault = TOO_LARGE if extension in IMAGE_EXTENSIONS else "caption is too long"
@@ -85,6 +85,6 @@ def _is_incomplete(sample: TarSample) -> bool:
 
 
 def split_member_name(name: str) -> tuple[str, str]:
-    """Key and extension of a member, split at the last dot: dots within keys are common, `a.seg.png` is rare."""
+    """Split a member's name into key and extension at the last dot. Keys with dots are common, `a.seg.png` is rare."""
     stem, _, extension = name.rpartition(".")
     return (stem.removeprefix("./"), extension.lower()) if stem and "/" not in extension else (name, "")

@@ -5,8 +5,8 @@ import pytest
 from pyarrow import parquet
 
 from mvlm_dataloading import DataError
+from mvlm_dataloading.sources.huggingface import huggingface
 from mvlm_dataloading.sources.record import safe_key
-from mvlm_dataloading.sources.tables import huggingface
 from support import published
 from support.data import build_source
 

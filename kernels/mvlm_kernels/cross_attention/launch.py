@@ -3,6 +3,10 @@
 **Short-KV** (``short_kv.py``): image queries read text keys. **Short-Q** (``short_q.py``): text queries read image
 keys. There are no atomics. Where a grid is too small to fill the GPU, a fixed number of splits writes float32 partial
 sums, and a second kernel adds them in a fixed order.
+
+The backward of the short-Q family has two forms. One pass of ``short_q_backward`` computes all three gradients. With
+key_index, and for shapes whose single pass would spill registers, ``short_q_backward`` computes dQ and
+``short_kv_backward`` computes dK and dV.
 """
 # pyright: reportArgumentType=false
 
@@ -16,7 +20,7 @@ from mvlm_kernels import dispatch
 from mvlm_kernels.cross_attention.arguments import bucket, short_side
 from mvlm_kernels.cross_attention.short_kv import short_kv_backward, short_kv_forward
 from mvlm_kernels.cross_attention.short_q import short_q_backward, short_q_combine, short_q_forward
-from mvlm_kernels.cross_attention.tile_io import sum_partials
+from mvlm_kernels.cross_attention.tile_io import sum_splits
 from mvlm_kernels.cross_attention.tiles import kernel_has_tiles, long_tiles, meta, splits
 from mvlm_kernels.dispatch import ceil_div
 
@@ -36,7 +40,7 @@ def _strides(x: Tensor, packed: bool) -> tuple[int, ...]:
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
-    """Contiguous x: kernels read vectors without a stride, so a column of a table or an expanded length is copied."""
+    """Contiguous x. Kernels read vectors without a stride, so a column of a table or an expanded length is copied."""
     return x if x is None else x.contiguous()
 
 
@@ -62,7 +66,7 @@ class _Call:
         self.k_seqs = cu_k.shape[0] - 1 if packed_k else k_seqs[0]
         self.max_len_q, self.max_len_k = max_len_q, max_len_k
         self.side = short_side(max_len_q, max_len_k)
-        assert self.side is not None, "the public function sends long rows to SDPA"
+        assert self.side is not None, "the public function sends two long sides to SDPA or the reference"
         self.strides = _strides(self.q, packed_q) + _strides(self.k, packed_k) + _strides(self.v, packed_k)
         words = 0 if mask_words is None else mask_words.shape[1]
         self.sizes = (self.H, self.q_seqs, self.k_seqs, self.q_rows, self.k_rows, words, scale, scale * LOG2E)
@@ -141,8 +145,8 @@ def backward(
     elif key_index is None and kernel_has_tiles("short_q_backward", *c.tile_key(max_len_q)):
         _short_q_backward(c, grad, out, lse, dq, dk, dv)
     else:
-        # Two passes: dQ first, then dK and dV by key tile. With an index several programs would add to one K/V row,
-        # and where one pass has no tiles it would spill registers.
+        # Two passes: dQ first, then dK and dV by key tile. With an index, several programs of a single pass would add
+        # to one key sequence. Without tiles, a single pass would spill registers.
         if need_dq:
             _short_q_backward(c, grad, out, lse, dq, None, None)
         if need_dkv:
@@ -153,7 +157,7 @@ def backward(
 def _short_kv_backward(
     c: _Call, grad: Tensor, out: Tensor | None, lse: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
 ) -> None:
-    # In the short-KV family one tile holds every key. For the short-Q family the same kernel walks the long K/V row.
+    # In the short-KV family one tile holds every key. For the short-Q family the kernel loops over tiles of keys.
     all_keys = c.side == "kv"
     order = offsets = None
     if c.index is not None:
@@ -179,8 +183,8 @@ def _short_kv_backward(
         **chosen,
     )  # fmt: skip
     if dk is not None and dv is not None and parts > 1:
-        _sum_partials(dk_out, dk, parts, chosen["ACC"])
-        _sum_partials(dv_out, dv, parts, chosen["ACC"])
+        _launch_sum_splits(dk_out, dk, parts, chosen["ACC"])
+        _launch_sum_splits(dv_out, dv, parts, chosen["ACC"])
 
 
 def _short_q_backward(
@@ -199,24 +203,24 @@ def _short_q_backward(
         parts, size, WRITE_DQ=dq is not None, WRITE_DKV=dk is not None, **chosen,
     )  # fmt: skip
     if dq is not None and parts > 1:
-        _sum_partials(dq_out, dq, parts, chosen["ACC"])
+        _launch_sum_splits(dq_out, dq, parts, chosen["ACC"])
 
 
-def _sum_partials(partial: Tensor | None, x: Tensor, parts: int, acc: Any) -> None:
+def _launch_sum_splits(partial: Tensor | None, x: Tensor, parts: int, acc: Any) -> None:
     block = 1024
     dispatch.launch(
-        sum_partials, (ceil_div(x.numel(), block),), partial, x, x.numel(), parts,
+        sum_splits, (ceil_div(x.numel(), block),), partial, x, x.numel(), parts,
         BLOCK=block, ACC=acc, num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
 
 
 def inverse_index(key_index: Tensor, k_seqs: int) -> tuple[Tensor, Tensor]:
-    """order (B,) and offsets (B' + 1,), int64: the query sequences that read key sequence r are
-    order[offsets[r] : offsets[r + 1]], ascending.
+    """Invert key_index (B,): order (B,) and offsets (B' + 1,), both int64.
 
-    An index outside [0, B') counts as the nearest one, so that each query has exactly one program that writes its
-    gradient, which is then NaN.
+    The query sequences order[offsets[r] : offsets[r + 1]], ascending, read key sequence r. An index outside [0, B')
+    counts as the nearest one, so that exactly one program writes the gradient of each query sequence. That gradient is
+    NaN.
     """
-    rows, order = torch.sort(key_index.clamp(0, k_seqs - 1), stable=True)
-    bounds = torch.arange(k_seqs + 1, dtype=rows.dtype, device=rows.device)
-    return order, torch.searchsorted(rows, bounds)
+    sequences, order = torch.sort(key_index.clamp(0, k_seqs - 1), stable=True)
+    bounds = torch.arange(k_seqs + 1, dtype=sequences.dtype, device=sequences.device)
+    return order, torch.searchsorted(sequences, bounds)

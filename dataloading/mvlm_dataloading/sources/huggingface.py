@@ -1,4 +1,4 @@
-"""Rows of Hugging Face `datasets`: parquet files of the hub, and folders of `save_to_disk`."""
+"""Hugging Face `datasets` on disk: parquet files of the hub, and folders of `save_to_disk`."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -26,17 +26,17 @@ def huggingface(
     licence: str = "",
     name: str = "huggingface",
 ) -> Source:
-    """Rows of `datasets` on disk. The package is not needed, and no code of a data set is run.
+    """Rows of Hugging Face `datasets` on disk. The package is not needed, and no code of a data set is run.
 
     Args:
         data: parquet files, folders of parquet files, or folders of `Dataset.save_to_disk` or
             `DatasetDict.save_to_disk`.
-        image_column: of type `Image` (bytes and a path) or binary.
-        caption_column: a string or a list of strings.
-        key_column: keys of the samples. Default: numbers of file and row.
-        split: the split of all rows. Default: the one that `save_to_disk` or the file's name states, such as
+        image_column: column of images, of type `Image` (bytes and a path) or binary.
+        caption_column: column of captions: a string or a list of strings.
+        key_column: column of the samples' keys. Default: keys consist of the numbers of file and row.
+        split: split of all rows. Default: the split given by `save_to_disk` or the file's name, such as
             train-00000-of-00002.parquet; else train.
-        validation, test: shares of train that become these splits, by a hash of the key.
+        validation, test: shares of train that become these splits, chosen by a hash of the key.
 
     Raises:
         DataError: no rows are found, or a column is missing.
@@ -71,7 +71,7 @@ def huggingface(
 
 
 def _find(path: Path) -> list[tuple[Path, str | None]]:
-    """Files of rows, each with the split that it states."""
+    """Find files of rows, each with the split that it states, or None."""
     if path.is_file():
         return [(path, _split_in(path.name))]
     if (path / "dataset_dict.json").is_file():
@@ -97,7 +97,7 @@ def _split_in(name: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class _RowsPiece:
-    """A file of rows as a piece: all rows, or those that a hash of the key puts into `split`."""
+    """A file of rows as a piece. With `shares`, only the rows that a hash of the key assigns to `split`."""
 
     split: str
     path: Path

@@ -1,4 +1,4 @@
-"""Assembling batches: images from the reader, captions as tokens, and masks; optionally on a background thread."""
+"""Stream of complete batches: images from the reader, tokenized captions, and masks. May run on a background thread."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,16 +18,16 @@ from .text import CaptionReader
 
 @dataclass(frozen=True, slots=True)
 class LoadedBatch:
-    """A batch, and the reader's progress after it. The loader adopts the progress when it yields the batch."""
+    """A batch, and the reader's progress after it. The loader takes over the progress when it yields the batch."""
 
     batch: Batch
     masks: Masks
     position: int
-    """Samples of the sample order consumed by all ranks."""
+    """Position in the sample order after this batch, over all ranks."""
     bad: frozenset[int]
-    """Ids of undecodable images known so far."""
+    """Ids of the undecodable images found so far."""
     samples_seen: int
-    """Samples among which they were found."""
+    """Number of samples read when `bad` was counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,25 +40,35 @@ class MaskConfig:
 
 
 class BatchStream:
-    """Batches from a reader's position on.
+    """Stream of batches that starts at the reader's position.
 
-    It holds no reference to its loader, so a loader that is dropped can be collected while the thread works.
+    It holds no reference to its loader, so the garbage collector can free an unused loader while the thread works.
 
     Args:
         pin: put host tensors into pinned memory, for copies to a GPU.
-        ahead: batches made by a thread ahead of use; 0 makes each on request, without a thread.
+        prefetch_batches: number of batches that a thread prepares in advance. 0 prepares each on request, without a
+            thread.
     """
 
-    def __init__(self, reader: Reader, captions: CaptionReader, masks: MaskConfig, *, seed: int, pin: bool, ahead: int):
+    def __init__(
+        self,
+        reader: Reader,
+        captions: CaptionReader,
+        masks: MaskConfig,
+        *,
+        seed: int,
+        pin: bool,
+        prefetch_batches: int,
+    ):
         self._reader, self._captions, self._masks, self._seed, self._pin = reader, captions, masks, seed, pin
-        self._prefetcher = Prefetcher(self._load, ahead, reader.close) if ahead else None
+        self._prefetcher = Prefetcher(self._load, prefetch_batches, reader.close) if prefetch_batches else None
 
     def get(self) -> LoadedBatch | None:
         """The next batch; None at the end of a pass."""
         return self._load() if self._prefetcher is None else self._prefetcher.get()
 
     def close(self) -> None:
-        """End the thread and close the reader."""
+        """Stop the thread and close the reader."""
         if self._prefetcher is None:
             self._reader.close()
         else:

@@ -1,4 +1,4 @@
-"""Batches as the loader yields them, and the thread that makes them."""
+"""Stream of batches: their content, and the thread that prefetches them."""
 
 import gc
 import itertools
@@ -93,7 +93,7 @@ def test_loader_threads_end_with_close_collection_and_the_last_batch(train_split
     assert threads() == 1
     loader.close()
     assert threads() == 0
-    assert samples(take(loader, 1)) != first  # it goes on
+    assert samples(take(loader, 1)) != first  # the loader continues
     assert threads() == 1
     del loader
     gc.collect()

@@ -1,4 +1,4 @@
-"""WebDataset tars of other tools: CC3M and SBU from img2dataset, and any tars with images and captions."""
+"""WebDataset tars that other tools wrote: CC3M and SBU by img2dataset, and any tars with images and captions."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -12,15 +12,15 @@ from mvlm_dataloading.errors import DataError, need
 
 from .files import captions_in_cell, refuse_repeated_files
 from .record import Piece, Record, Source, file_fingerprint, safe_key
-from .samples import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, TarSample, read_samples
+from .tar_samples import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, TarSample, read_samples
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _COMPARED = 16
-"""First samples of a tar whose keys are compared with those of other tars."""
+"""Number of a tar's first samples whose keys are compared with those of other tars."""
 
 
 def cc3m(train: Sequence[Path], validation: Sequence[Path] = ()) -> Source:
-    """Conceptual Captions 3M as img2dataset downloads it: folders of 00000.tar with 00000.parquet.
+    """Conceptual Captions 3M, downloaded by img2dataset: folders of 00000.tar with 00000.parquet.
 
     Raises:
         DataError: a folder is missing or holds no tar.
@@ -33,7 +33,7 @@ def cc3m(train: Sequence[Path], validation: Sequence[Path] = ()) -> Source:
 
 
 def sbu(train: Sequence[Path], validation: Sequence[Path] = ()) -> Source:
-    """SBU captioned photos as img2dataset downloads them, see `cc3m`."""
+    """SBU captioned photos, downloaded by img2dataset as in `cc3m`."""
     return _downloaded(
         "sbu", {"train": train, "validation": validation}, "SBU Captioned Photo Dataset, https://www.cs.rice.edu/~vo9/sbucaptions",
         "each image under its own Flickr licence", "Ordonez, Kulkarni and Berg, 2011",
@@ -53,7 +53,7 @@ def webdataset(
 
     Args:
         train, validation, test: tars, or folders of tars.
-        caption_field: field of a sample's `.json` with its caption or captions, if it has no `.txt`.
+        caption_field: field of the caption or captions in `.json`, for samples without a `.txt`.
 
     Raises:
         DataError: a tar or a folder is missing.
@@ -84,10 +84,11 @@ def _pieces(splits: dict[str, Sequence[Path]], caption_field: str) -> tuple[Sequ
 
 
 def _with_key_prefixes(folders: list[list[Path]]) -> list[tuple[Path, str]]:
-    """The tars, each with a prefix for its keys: empty, unless another tar has the same first keys.
+    """Find a prefix for the keys of each tar. It is empty unless another tar has some of the same first keys.
 
-    If folders have common keys, as img2dataset numbers each from 0, the prefix is the folder's number; if tars of a
-    folder do, their names. It depends on the content of the tars alone, so a resumed build uses the same.
+    If folders have keys in common (img2dataset numbers each folder from 0), the prefix is the number of the folder. If
+    tars of one folder have keys in common, it is the tar's name. It depends only on the content of the tars, so a
+    resumed build uses the same.
     """
     keys = [[_first_keys(tar) for tar in tars] for tars in folders]
     numbered = _overlap([set().union(*known) for known in keys])
@@ -101,7 +102,7 @@ def _with_key_prefixes(folders: list[list[Path]]) -> list[tuple[Path, str]]:
 
 
 def _first_keys(tar: Path) -> set[str]:
-    # `read_samples` reports damage under the tar's name, which is no key.
+    # `read_samples` reports damage with the tar's name as the key.
     return {sample.key for sample in islice(read_samples(tar, 0), _COMPARED)} - {tar.name}
 
 
@@ -110,12 +111,12 @@ def _overlap(sets: list[set[str]]) -> bool:
 
 
 def find_tars(path: Path) -> list[Path]:
-    """The tars in a folder, or the tar itself. Raises DataError if there are none."""
+    """The tars in a folder, or the tar itself. Raises DataError if none is found."""
     if path.is_file():
         return [path]
     found = sorted(p for p in path.glob("*") if p.name.endswith(_TARS)) if path.is_dir() else []
     if not found:
-        raise DataError(f"{path}: wanted a tar or a folder of tars, found none; give what was downloaded")
+        raise DataError(f"{path}: wanted a tar or a folder of tars, found none; give the downloaded folder")
     return found
 
 
@@ -164,7 +165,7 @@ class _TarPiece:
 
 
 def _describe(text: bytes | None) -> dict[str, Any]:
-    """The origin of the image, from img2dataset's metadata."""
+    """Origin of an image, from img2dataset's metadata."""
     fields = _parse_object(text)
     return {name: fields[name] for name in ("url", "image_id", "license") if isinstance(fields.get(name), str | int)}
 
@@ -178,7 +179,7 @@ def _parse_object(text: bytes | None) -> dict[str, Any]:
 
 
 def _read_sidecar(file: Path) -> dict[str, dict[str, Any]]:
-    """img2dataset's table of a tar, by key: status and caption of every link, failed ones included."""
+    """Read img2dataset's table of a tar: key -> status and caption of every link, failed downloads included."""
     if not file.is_file():
         return {}
     parquet, arrow = need("pyarrow.parquet"), need("pyarrow")
