@@ -211,3 +211,58 @@ def test_hidden_assignments_are_found():
     good = "m.backend = 1\nx = m.y  # pyright: ignore[reportAttributeAccessIssue]\n"
     assert silenced_attributes(bad) == [2, 4]
     assert silenced_attributes(good) == []
+
+
+OF_OTHERS = {"_replace", "_asdict", "_fields", "_from_config", "_pipe"}
+"""Private by spelling, and not ours: named tuples, transformers, DALI."""
+
+
+def private_names(text: str) -> list[str]:
+    """Private names of our packages that the Python `text` of a test imports, reads or replaces."""
+
+    def private(name: object) -> bool:
+        return isinstance(name, str) and name.startswith("_") and not name.startswith("__") and name not in OF_OTHERS
+
+    def root(node: ast.AST) -> str:
+        while isinstance(node, ast.Attribute | ast.Call | ast.Subscript):
+            node = node.func if isinstance(node, ast.Call) else node.value
+        return node.id if isinstance(node, ast.Name) else ""
+
+    nodes, found, foreign = list(ast.walk(ast.parse(text))), [], {"self", "cls"}
+    defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    defined |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            foreign |= {alias.asname or alias.name.split(".")[0] for alias in node.names} - set(PACKAGES)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in PACKAGES:
+            found += [alias.name for alias in node.names if private(alias.name)]
+        elif isinstance(node, ast.ImportFrom):
+            foreign |= {alias.asname or alias.name for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and private(node.attr) and node.attr not in defined:
+            found += [node.attr] if root(node) not in foreign else []
+        elif isinstance(node, ast.Call) and len(node.args) > 1 and isinstance(node.args[1], ast.Constant):
+            replaced = node.args[1].value  # patch.object(owner, "name"), monkeypatch.setattr(owner, "name", ...)
+            found += [replaced] if private(replaced) and root(node.args[0]) not in foreign else []
+    return found
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests").rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_tests_reach_into_no_private_name(file: Path) -> None:
+    assert private_names(file.read_text()) == []
+
+
+def test_private_names_are_found() -> None:
+    text = """
+from mvlm.model.fast import _encode
+import torch
+from unittest.mock import patch
+class Own:
+    def _helper(self): return self._x
+def test_it(monkeypatch, loader):
+    loader._source._ids
+    torch._foreach_norm([])
+    monkeypatch.setattr(loader, "_rank", 3)
+    Own()._helper()
+"""
+    assert sorted(private_names(text)) == ["_encode", "_ids", "_rank", "_source"]

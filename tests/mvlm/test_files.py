@@ -57,9 +57,9 @@ def test_copy_into_copies_nothing_if_something_does_not_fit(tmp_path):
     assert (wanted["a"] == 1).all()
 
 
-def test_load_weights_reads_the_model_of_a_folder(tmp_path):
+def test_load_weights_reads_a_safetensors_file(tmp_path):
     model, other = nn.Linear(3, 2), nn.Linear(3, 2)
     write_safetensors(tmp_path / "model.safetensors", model.state_dict())
-    load_weights(other, tmp_path)
+    load_weights(other, tmp_path / "model.safetensors")
     assert torch.equal(other.weight, model.weight)
     assert torch.equal(other.bias, model.bias)

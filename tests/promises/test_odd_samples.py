@@ -236,6 +236,7 @@ def test_each_odd_image_is_accepted_or_rejected_with_its_reason(zoo):
     assert wrong == {}
 
 
+@pytest.mark.slow
 def test_odd_records_are_rejected_with_their_reasons(zoo):
     reasons = {where: reason for where, reason in zoo["rejected"].items() if where not in zoo["cases"]}
     keys = "key is not 1 to 80 of A-Z a-z 0-9 _ + = @ , -"

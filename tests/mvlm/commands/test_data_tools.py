@@ -60,7 +60,7 @@ def test_a_view_on_a_full_disk_leaves_nothing(view, data_set, tmp_path, monkeypa
 
 def test_an_index_on_a_full_disk_changes_nothing(data_set, monkeypatch, run_data):
     before = file_contents(data_set)
-    monkeypatch.setattr("mvlm_dataloading.dataset.description.sync_file", fail_with_a_full_disk)
+    monkeypatch.setattr("mvlm_dataloading.dataset.durable_files.sync_file", fail_with_a_full_disk)
     outcome = run_data("index", data_set)
     assert outcome.code == 2
     assert outcome.err[0].startswith("mvlm: wanted room to write, found none")

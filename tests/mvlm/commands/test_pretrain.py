@@ -61,6 +61,7 @@ def test_pretraining_refuses_a_folder_with_a_different_run(run_mvlm, scenes, run
         assert folder_hash(run_copy) == before
 
 
+@pytest.mark.slow
 def test_a_refused_run_leaves_its_folder_free(run_mvlm, scenes, tmp_path):
     """Settings that are found wrong only when the run is put together; the corrected command is given then."""
     words = ("pretrain", "tiny", "--data", scenes, "--out", tmp_path / "run", *MICRO_FLAGS)

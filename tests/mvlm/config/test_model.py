@@ -27,7 +27,7 @@ def count_by_hand(c: MaskVLMConfig) -> int:
     return image + text + cross + heads
 
 
-@pytest.mark.parametrize("name, millions", [("tiny", 10), ("base", 335)])
+@pytest.mark.parametrize("name, millions", [("tiny", 10), pytest.param("base", 335, marks=pytest.mark.slow)])
 def test_presets_have_the_documented_number_of_parameters(name, millions):
     config = MaskVLMConfig.preset(name)
     with torch.device("meta"):

@@ -105,6 +105,7 @@ def test_checkpoint_has_the_documented_files(training, tokenizer, tmp_path):
     verify_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_load_model_restores_model_and_tokenizer(training, tokenizer, tmp_path):
     model, _ = training
     save(tmp_path / "checkpoints", 5, training, tokenizer)
@@ -163,6 +164,7 @@ def test_optimizer_state_is_restored_to_the_bit(training, tokenizer, tmp_path):
     assert equal(other, model)
 
 
+@pytest.mark.slow
 def test_no_file_of_a_checkpoint_is_a_pickle(training, tokenizer, tmp_path, monkeypatch):
     """Neither writing nor reading calls pickle."""
 

@@ -118,6 +118,7 @@ def test_itc_and_itm_may_join_within_a_row_of_metrics(scenes, tmp_path, without_
     assert joined  # parameters that only ITC and ITM train
 
 
+@pytest.mark.slow
 def test_evaluations_change_no_loss(scenes, tmp_path, without_tensorboard):
     plain = pretrain_config(scenes, tmp_path / "plain", max_steps=4)
     watched = pretrain_config(scenes, tmp_path / "watched", max_steps=4, eval_every_steps=2, log_every=4)
@@ -149,6 +150,7 @@ def test_rows_of_metrics_are_written_every_log_every_steps(scenes, tmp_path, wit
     assert [row["step"] for row in rows_of(config.out)] == [2, 4, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, steps",
     [
@@ -229,6 +231,7 @@ def test_notice_of_preemption_from_before_the_run_is_refused(scenes, tmp_path):
     assert not config.out.exists()
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_decoded_are_skipped_and_counted(tmp_path, caplog, without_tensorboard):
     data = write_scenes(tmp_path / "data", {"train": 40})
     overwrite(open_dataset(data, "train"), "image", [3, 17])  # 5 % of 40 is 2
