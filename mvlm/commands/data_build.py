@@ -24,7 +24,7 @@ class CommonOptions:
 
 
 def emoji(out: Path, /, size: int = 144) -> None:
-    """Build the emoji data set: about 3,900 images with their English names, from Python packages alone.
+    """Build the emoji data set: about 3,900 images with their English names, from Python packages only.
 
     Args:
         out: Folder for the shards.

@@ -29,7 +29,7 @@ class Ranks:
     """
 
     itc: Tensor
-    """int64 (queries,), by contrastive similarity alone."""
+    """int64 (queries,), by only the contrastive similarity."""
     itm: Tensor
     """int64 (queries,), after re-ranking."""
     top: Tensor

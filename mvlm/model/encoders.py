@@ -69,7 +69,7 @@ class ImageEncoder(nn.Module):
         return torch.cat([cls, x], dim=1) + self.position
 
     def forward_visible(self, images: Tensor, visible_ids: Tensor) -> Tensor:
-        """Encode the patches visible_ids int64 (B, K) alone, as MAE does (He et al. 2022).
+        """Encode only the patches visible_ids int64 (B, K), as MAE does (He et al. 2022).
 
         After the blocks each visible patch returns to its position, mask tokens fill the others, and positions are
         added to all rows again, as for MAE's decoder. Returns (B, 1+N, C), [CLS] first.

@@ -6,10 +6,10 @@ Nothing is approximated. Work is skipped if its result is unused or already know
 - Each encoder runs once, over unmasked and masked inputs together. Patches are projected once for both.
 - Keys and values of an encoder's output are computed once per cross-attention layer. The reconstruction and the three
   pairings of ITM share them in place.
-- ITM reads [CLS] alone, so the last block computes no other row. The part of block 0 that does not depend on the
+- ITM reads only [CLS], so the last block computes no other row. The part of block 0 that does not depend on the
   partner runs once per image or caption, not once per pair.
-- The last block of the decoder, the pixel head, the last block before the LM head, and the head itself compute masked
-  rows alone. The predicted pixels and the full logits are never materialised.
+- The last block of the decoder, the pixel head, the last block before the LM head, and the head itself compute only
+  masked rows. The predicted pixels and the full logits are never materialised.
 
 Shape legend: B batch, N patches, L rows, T packed tokens, M masked tokens, K masked patches, R = 3B pairs, C width,
 H heads, D head width, P patch side, S image side.
@@ -39,7 +39,7 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> Streams:
 
 
 def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
-    """Encode the unmasked images and captions alone: v (B, 1+N, C) and w."""
+    """Encode only the unmasked images and captions: v (B, 1+N, C) and w."""
     image, text = model.image_encoder, model.text_encoder
     embedded = place_tokens(_project_patches(model, batch.images), image.mask_token, image.position, image.cls_token)
     packing = Packing(batch.cu_seqlens, round_up_length(batch.max_length), len(batch.tokens))

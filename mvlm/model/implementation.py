@@ -49,7 +49,7 @@ class Implementation(Protocol):
         ...
 
     def encode_unmasked(self, model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
-        """Encode the unmasked images and captions alone: v (B, 1+N, C) and w."""
+        """Encode only the unmasked images and captions: v (B, 1+N, C) and w."""
         ...
 
     def reconstruction_losses(

@@ -153,7 +153,7 @@ class MaskVLMNetwork(nn.Module):
         A backend that cannot run raises ConfigError, with the reason, when attention is computed.
 
         Args:
-            self_attention: for images alone.
+            self_attention: for attention between image patches.
             cross_attention: for attention with text on at least one side, so for the text encoder too.
         """
         for module in self.modules():

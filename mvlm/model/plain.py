@@ -33,7 +33,7 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> Streams:
 
 
 def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
-    """Encode the unmasked images and captions alone: v (B, 1+N, C) and w."""
+    """Encode only the unmasked images and captions: v (B, 1+N, C) and w."""
     image = model.encode_image(batch.images)
     return image, model.encode_text_packed(batch.tokens, batch.cu_seqlens, batch.max_length)
 

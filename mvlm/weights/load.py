@@ -173,7 +173,7 @@ def _load_text_encoder(model: MaskVLMNetwork, tensors: dict[str, Tensor], first_
         used = tensor[first_position:]
         if len(used) > length:
             report.resized.append(f"position {tuple(used.shape)} to {(length, *used.shape[1:])}")
-        # Captions have the first token type alone, so its embedding is a constant that the positions absorb.
+        # Captions have only the first token type, so its embedding is a constant that the positions absorb.
         return used[:length] if types is None else used[:length] + types[0]
 
     encoder_prefixes = ("embeddings.", "encoder.layer.")

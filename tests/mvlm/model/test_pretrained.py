@@ -58,7 +58,10 @@ def test_a_hub_that_does_not_answer_is_an_error_with_its_reason(monkeypatch):
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(RunError, match=r"^a/b: wanted a folder, found none; .* either \(OSError: no route to host\)$"):
+    with pytest.raises(
+        RunError,
+        match=r"^a/b: wanted a local folder or a model on the hub, found neither \(OSError: no route to host\); check",
+    ):
         MaskVLM.from_pretrained("a/b")
 
 
