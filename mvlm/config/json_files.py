@@ -75,7 +75,7 @@ def _from_json(kind: type, values: Any, where: str, what: str) -> Any:
     for name in values:
         if name not in types:
             near = difflib.get_close_matches(name, types, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = f"; did you mean {near[0]}?" if near else "; remove it"
             raise ConfigError(f"{where}: unknown {what} {name!r}{hint}")
     missing = [f.name for f in fields(kind) if f.name not in values and f.default is f.default_factory is MISSING]
     if missing:

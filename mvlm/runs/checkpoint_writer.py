@@ -132,7 +132,10 @@ class CheckpointWriter:
         return copies
 
     def _write(self, step: int, parts, generators, model_config, state, tokenizer: Tokenizer) -> None:
-        """Write a checkpoint in four stages. A stage starts after all ranks have finished the last one without error."""
+        """Write a checkpoint in four stages.
+
+        A stage starts when every rank has finished the previous one without error.
+        """
         if self._world.device.type == "cuda":
             # A new thread is on GPU 0, where DCP would then make a context for every rank.
             torch.cuda.set_device(self._world.device)

@@ -231,7 +231,8 @@ def _load(
     if wrong:
         distinct = dict.fromkeys(wrong)  # the three thirds of one tensor have the same message
         raise RunError(
-            f"{report.module}: weights of another architecture, nothing was loaded: {'; '.join(distinct)}; "
+            f"{report.module}: wanted weights of this architecture, found others, nothing was loaded: "
+            f"{'; '.join(distinct)}; "
             f"set the model's sizes to the source's, or take another source"
         )
     with torch.no_grad():

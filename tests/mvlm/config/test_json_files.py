@@ -25,7 +25,7 @@ def test_an_unknown_model_setting_is_refused_with_the_nearest_known_one():
     values = micro_config().to_dict()
     with pytest.raises(ConfigError, match=r"^model.json: unknown model setting 'widht'; did you mean width\?$"):
         model_config(values | {"widht": 3}, "model.json")
-    with pytest.raises(ConfigError, match=r"^model.json: unknown model setting 'zzz'$"):
+    with pytest.raises(ConfigError, match=r"^model.json: unknown model setting 'zzz'; remove it$"):
         model_config(values | {"zzz": 3}, "model.json")
     with pytest.raises(ConfigError, match="heads must divide width"):
         model_config(values | {"heads": 5}, "model.json")

@@ -38,7 +38,9 @@ def test_a_vit_of_another_architecture_changes_nothing(name):
     changes, messages = WRONG[name]
     model = micro_model(3)
     before = state(model)
-    with pytest.raises(RunError, match=r"^image_encoder: weights of another architecture, nothing was loaded") as error:
+    with pytest.raises(
+        RunError, match=r"^image_encoder: wanted weights of this architecture, found others, nothing was loaded"
+    ) as error:
         weights.load_timm_vit(model, timm_vit(**changes).state_dict())
     assert all(message in str(error.value) for message in messages)
     assert_unchanged(model, before)
@@ -72,7 +74,9 @@ def test_positions_of_no_square_grid_are_refused():
 def test_a_state_dict_of_another_kind_of_model_is_refused(load):
     model = micro_model(3)
     before = state(model)
-    with pytest.raises(RunError, match=r"weights of another architecture, nothing was loaded: .* missing"):
+    with pytest.raises(
+        RunError, match=r"wanted weights of this architecture, found others, nothing was loaded: .* missing"
+    ):
         load(model, {"layer1.0.conv1.weight": torch.zeros(3)})
     assert_unchanged(model, before)
 
