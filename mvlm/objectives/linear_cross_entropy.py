@@ -15,7 +15,7 @@ from mvlm.device import compute_dtype
 from mvlm.objectives.losses import correct_top1
 
 LOGITS_PER_CHUNK = 1 << 22
-"""Largest number of logits that exist at a time: 16 MB in fp32."""
+"""Largest number of logits that exist at a time: 16 MiB in fp32."""
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
