@@ -9,6 +9,10 @@ import pytest
 # start their own process. `make test-gpu` sets TRITON_INTERPRET=0 and runs the gpu tests alone.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# OpenMP reads this when torch is imported. By default threads that wait for one another spin. If other processes keep
+# the cores busy, as with `pytest -n 2`, a run on two threads then takes up to ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` unless kernels are compiled and there is a device."""
