@@ -42,7 +42,7 @@ TIMED_FUNCTIONS: dict[str, list[tuple[Any, str]]] = {
     "logging": [(MetricsLogger, "end_row"), (MetricsLogger, "write_row"), (trainer, "gradient_norms")],
     "safety": [
         (UpdateGuard, "judge"),
-        (Trainer, "check"),
+        (Trainer, "check_skipped_updates"),
         (Watchdog, "beat"),
         (StepDecisions, "decide"),
         (StopRequest, "requested"),
