@@ -253,6 +253,7 @@ def test_odd_records_are_rejected_with_their_reasons(zoo):
     }
 
 
+@pytest.mark.slow
 def test_odd_images_take_bounded_memory(zoo):
     assert zoo["grown"] < 1 << 30
 

@@ -61,7 +61,14 @@ def assert_implementations_agree(model: MaskVLM, batch: Batch, masks: Masks, fas
         assert (found[name] - g).abs().max() <= 1e-12 * largest, name
 
 
-@pytest.mark.parametrize("case, sizes, lengths, duplicates", list(configurations(50)))
+FAST_CASES = 8
+"""Configurations that are not slow together; `make test` has all fifty."""
+
+
+@pytest.mark.parametrize(
+    "case, sizes, lengths, duplicates",
+    [pytest.param(*c, marks=[pytest.mark.slow] if c[0] >= FAST_CASES else []) for c in configurations(50)],
+)
 def test_implementations_agree(case, sizes, lengths, duplicates):
     model = micro_model(seed=case, **sizes)
     batch, masks = micro_batch(lengths, seed=case, config=model.config)

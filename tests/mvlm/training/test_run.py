@@ -99,6 +99,7 @@ def test_equal_seeds_give_equal_runs(scenes, tmp_path, two_threads, without_tens
         assert all(mine[name] != yours[name] for name in LOSSES)
 
 
+@pytest.mark.slow
 def test_itc_and_itm_are_null_while_reconstruction_runs_alone(scenes, tmp_path, without_tensorboard):
     config = pretrain_config(scenes, tmp_path / "run", max_steps=3, reconstruction_first=2)
     pretrain(config)
@@ -108,6 +109,7 @@ def test_itc_and_itm_are_null_while_reconstruction_runs_alone(scenes, tmp_path, 
         assert row["loss"] == pytest.approx(row["mlm"] + row["mim"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_itc_and_itm_may_join_within_a_row_of_metrics(scenes, tmp_path, without_tensorboard):
     config = pretrain_config(scenes, tmp_path / "run", max_steps=6, reconstruction_first=4, log_every=3)
     pretrain(config)
@@ -144,6 +146,7 @@ def test_evaluation_on_the_first_images_alone(scenes, tmp_path):
     assert (row["tr_r5"], row["tr_r10"]) == (100, 100)
 
 
+@pytest.mark.slow
 def test_rows_of_metrics_are_written_every_log_every_steps(scenes, tmp_path, without_tensorboard):
     config = pretrain_config(scenes, tmp_path / "run", max_steps=5, log_every=2)
     pretrain(config)
@@ -185,6 +188,7 @@ def test_checkpoints_are_written_by_steps_minutes_and_at_the_end(
     assert [path.name for path in (config.out / "checkpoints").iterdir()] == ["step_00000005"]
 
 
+@pytest.mark.slow
 def test_full_disk_between_checkpoints_does_not_end_the_run(
     scenes, tmp_path, monkeypatch, without_tensorboard, caplog, file_limit
 ):
