@@ -151,6 +151,7 @@ def test_the_fast_step_on_interpreted_kernels_launches_all_and_gives_the_same(mo
     }
 
 
+@pytest.mark.slow
 def test_the_fast_step_in_bf16_is_as_exact_as_the_plain_one():
     """Distance from fp32, of the losses and of all gradients together."""
     model = micro_model(width=32, heads=2, dtype=torch.float32)
