@@ -58,7 +58,7 @@ class TrainingProgress:
             try:
                 print(f"step {row['step']}/{self._last}  {describe_row(row)}", flush=True)
             except OSError as error:  # a full disk, or a closed pipe: no reason to lose a run
-                log.warning("could not write to standard output: %s; it shows nothing more, training goes on", error)
+                log.warning("could not write to standard output: %s; nothing more is shown, training continues", error)
                 _discard_output(sys.stdout)
 
 
