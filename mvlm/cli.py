@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from mvlm.commands import bench, data_build, data_tools, evaluate, export, plan, predict, report
+from mvlm.commands import bench, data_build, data_tools, evaluate, export, plan, predict, report, score
 from mvlm.commands.arguments import deferred, parse
 from mvlm.commands.doctor import doctor
 from mvlm.commands.pretrain import pretrain
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval retrieval": evaluate.eval_retrieval,
     "reconstruct": predict.reconstruct,
     "fill": predict.fill,
+    "score": score.score,
     "report": report.report,
     "export": export.export,
     "doctor": doctor,
