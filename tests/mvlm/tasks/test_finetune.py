@@ -103,7 +103,7 @@ def test_a_blind_model_does_not_depend_on_what_it_cannot_see(trained, questions,
     finetune(configured(trained, questions, tmp_path / "run", blind=blind))
     task, tokenizer = load_task(tmp_path / "run")
     with torch.no_grad():
-        task.head.answers.weight.normal_()  # after two steps it hardly tells answers apart
+        task.get_parameter("head.answers.weight").normal_()  # after two steps it hardly tells answers apart
     dataset = open_dataset(questions, "test")
     answers = [record["answer"] for record in predict_split(task, dataset, tokenizer, "fp32")]
     texts = [dataset.captions(i)[0] for i in range(len(dataset))]
@@ -126,7 +126,7 @@ def test_frozen_weights_stay(trained, questions, tmp_path, frozen, changed):
     assert not moved & ({"image_encoder", "text_encoder"} if frozen == "encoders" else set())
     assert frozen != "all" or not moved
     assert not moved & {"image_decoder", "pixel_head", "language_head", "matching_head"}
-    assert after.head.answers.weight.abs().sum() > 0
+    assert after.get_parameter("head.answers.weight").abs().sum() > 0
 
 
 def test_positions_are_resized_loudly(trained, questions, tmp_path, caplog):
