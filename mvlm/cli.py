@@ -14,6 +14,8 @@ from mvlm.commands.pretrain import pretrain
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "data emoji": data_build.emoji,
+    "data twemoji": data_build.twemoji,
+    "data easy-vqa": data_build.easy_vqa,
     "data coco": data_build.coco,
     "data flickr30k": data_build.flickr30k,
     "data visual-genome": data_build.visual_genome,

@@ -7,8 +7,10 @@ if TYPE_CHECKING:
     from .batch import Batch as Batch
     from .batch import Masks as Masks
     from .build.build import build_shards as build_shards
+    from .build.easy_vqa import build_easy_vqa as build_easy_vqa
     from .build.emoji import build_emoji as build_emoji
     from .build.shard_writer import ShardWriter as ShardWriter
+    from .build.twemoji import build_twemoji as build_twemoji
     from .dataset.dataset import Dataset as Dataset
     from .dataset.open import open_dataset as open_dataset
     from .errors import DataError as DataError
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
 _MODULES = {
     "batch": ("Batch", "Masks"),
     "build.build": ("build_shards",),
+    "build.easy_vqa": ("build_easy_vqa",),
     "build.emoji": ("build_emoji",),
     "build.shard_writer": ("ShardWriter",),
+    "build.twemoji": ("build_twemoji",),
     "dataset.dataset": ("Dataset",),
     "dataset.open": ("open_dataset",),
     "errors": ("DataError",),

@@ -37,6 +37,34 @@ def emoji(out: Path, /, size: int = 144) -> None:
     print(f"{out}: {counts}")
 
 
+def twemoji(out: Path, /, size: int = 144) -> None:
+    """Build another artist's drawings of the emoji, for evaluation only: there is no train split.
+
+    Args:
+        out: Folder for the shards.
+        size: Side of the square images in pixels.
+    """
+    from mvlm_dataloading import build_twemoji, open_dataset
+
+    build_twemoji(out, size)
+    print(
+        f"{out}: " + ", ".join(f"{len(open_dataset(out, split))} {split}" for split in ("seen", "validation", "test"))
+    )
+
+
+def easy_vqa(out: Path, /) -> None:
+    """Build easy-VQA: 48,248 questions about 5,000 images of simple shapes, from a Python package.
+
+    Args:
+        out: Folder for the shards.
+    """
+    from mvlm_dataloading import build_easy_vqa, open_dataset
+
+    build_easy_vqa(out)
+    counts = ", ".join(f"{len(open_dataset(out, split))} {split}" for split in ("train", "validation", "test"))
+    print(f"{out}: {counts}")
+
+
 def coco(
     root: Path,
     out: Path,

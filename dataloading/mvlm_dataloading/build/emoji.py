@@ -71,7 +71,7 @@ def build_emoji(out: Path, size: int = 144, *, limit: int | None = None, workers
         attribution=openmoji.ATTRIBUTION,
         recipe=recipe,
     ) as writer:
-        images = list(_render_all(svgs, size, workers))
+        images = list(render_all(svgs, size, workers))
         bases = merge_bases([metadata["base"] for *_, metadata in entries], images)
         for (codepoints, _, captions, metadata), png, base in zip(entries, images, bases, strict=True):
             metadata |= {"base": base, "licence": LICENCE, "attribution": openmoji.ATTRIBUTION}
@@ -79,7 +79,8 @@ def build_emoji(out: Path, size: int = 144, *, limit: int | None = None, workers
     return out
 
 
-def _render_all(svgs: list[Path], size: int, workers: int | None) -> Iterator[bytes]:
+def render_all(svgs: list[Path], size: int, workers: int | None = None) -> Iterator[bytes]:
+    """Render SVG files as square PNGs of `size` pixels on white, in order, by several processes."""
     workers = min(
         workers or os.cpu_count() or 1, len(svgs) // 200 + 1
     )  # one per 200 images, because a process takes time to start
