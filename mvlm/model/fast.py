@@ -167,16 +167,18 @@ def match_pairs(
     images: Tensor,
     texts: Tensor,
     caches: PairCaches | None = None,
+    max_rows: int | None = None,
 ) -> Tensor:
     """ITM logits (R, 2) of pairs of image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,).
 
-    `caches`, if given, are those of v and text.
+    `caches`, if given, are those of v and text; `max_rows` is a bound of the rows of the R captions together.
     """
     caches = caches or _make_caches(v, text)
     packing = _with_rounded_length(text.packing)
     # Only the device knows how many tokens the R captions have together. Asking costs nothing on a CPU. On a GPU it
-    # would be a sync, so the upper bound is taken there.
+    # would be a sync, so an upper bound is taken there.
     capacity = len(texts) * packing.max_length
+    capacity = capacity if max_rows is None else min(capacity, max_rows)
     if texts.device.type == "cpu" and not torch.compiler.is_compiling():
         capacity = int(packing.lengths.index_select(0, texts).sum())
     pair_packing, rows = packing.select(texts, capacity)

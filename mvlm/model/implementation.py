@@ -66,9 +66,10 @@ class Implementation(Protocol):
         images: Tensor,
         texts: Tensor,
         caches: PairCaches | None = None,
+        max_rows: int | None = None,
     ) -> Tensor:
         """ITM logits (R, 2) of pairs of image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,).
 
-        `caches`, if given, are those of v and text.
+        `caches`, if given, are those of v and text; `max_rows` is a bound of the rows of the R captions together.
         """
         ...

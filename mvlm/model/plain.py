@@ -60,6 +60,7 @@ def match_pairs(
     images: Tensor,
     texts: Tensor,
     caches: PairCaches | None = None,
+    max_rows: int | None = None,
 ) -> Tensor:
     """ITM logits (R, 2) of pairs of image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,)."""
     w, key_mask = text.padded()

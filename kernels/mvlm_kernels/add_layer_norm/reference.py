@@ -1,6 +1,6 @@
 """Specification of ``add_layer_norm`` in plain torch, and its implementation without the kernels.
 
-Legend: R rows, C width. On a CPU sums are added in place, because fresh memory is slow there.
+Legend: R rows, C width.
 """
 
 import torch

@@ -86,7 +86,7 @@ def add_norm_backward_kernel(
     dw = ()
     db = ()
     dc = ()
-    for i in tl.static_range(PARTS):
+    for _ in tl.static_range(PARTS):
         zero = tl.zeros((BLOCK_R, BLOCK_C), ACC)
         dw = dw + (zero,)  # noqa: RUF005
         db = db + (zero,)  # noqa: RUF005
