@@ -40,6 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench kernels": bench.kernels,
     "bench step": bench.step,
     "bench data": bench.data,
+    "bench run": bench.run,
 }
 
 
