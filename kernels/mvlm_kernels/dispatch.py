@@ -65,6 +65,11 @@ def use_backend(backend: Backend) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> Backend | None:
+    """The backend of the :func:`use_backend` block in force; None outside."""
+    return _forced
+
+
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Explain which backend ``op(*args, **kwargs)`` takes. Runs no kernel.
 
@@ -120,9 +125,14 @@ def refuse_if_forced(reason: str) -> None:
 _ON_CPU = "the tensors are on the CPU"
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def device_reasons(device: torch.device) -> tuple[str, ...]:
-    """Reasons against Triton that hold for every op on this device."""
+    """Reasons against Triton that hold for every op on this device. A compiler takes them as constants."""
+    return _device_reasons(device)
+
+
+@functools.cache
+def _device_reasons(device: torch.device) -> tuple[str, ...]:
     kind = device.type
     if importlib.util.find_spec("triton") is None:
         return ("triton is not installed",) + ((_ON_CPU,) if kind == "cpu" else ())
