@@ -125,14 +125,9 @@ def refuse_if_forced(reason: str) -> None:
 _ON_CPU = "the tensors are on the CPU"
 
 
-@torch.compiler.assume_constant_result
-def device_reasons(device: torch.device) -> tuple[str, ...]:
-    """Reasons against Triton that hold for every op on this device. A compiler takes them as constants."""
-    return _device_reasons(device)
-
-
 @functools.cache
-def _device_reasons(device: torch.device) -> tuple[str, ...]:
+def device_reasons(device: torch.device) -> tuple[str, ...]:
+    """Reasons against Triton that hold for every op on this device."""
     kind = device.type
     if importlib.util.find_spec("triton") is None:
         return ("triton is not installed",) + ((_ON_CPU,) if kind == "cpu" else ())

@@ -50,8 +50,17 @@ def kernel_reasons(device: torch.device, dtype: torch.dtype, width: int, short_r
     library's own code is as fast as ours or faster, so the op is not called there, except under
     :func:`mvlm_kernels.use_backend`.
     """
+    if torch.compiler.is_compiling():  # a plain int, so that the result is a constant of the graph
+        short_rows = next(rows for rows in (16, 32, 64, 128, 256, 2**31) if short_rows <= rows)
+    return _kernel_reasons(device, dtype, int(width), short_rows, dispatch.forced())
+
+
+@torch.compiler.assume_constant_result
+def _kernel_reasons(
+    device: torch.device, dtype: torch.dtype, width: int, short_rows: int, forced: str | None
+) -> tuple[str, ...]:
     found = why_not_triton(device, dtype, head_width=width, short_rows=short_rows)
-    if found and dispatch.forced() is not None and device.type != "cuda":
+    if found and forced is not None and device.type != "cuda":
         without = dispatch.device_reasons(device)
         return tuple(reason for reason in found if reason not in without)
     return found
