@@ -65,6 +65,11 @@ def use_backend(backend: Backend) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> Backend | None:
+    """The backend of the :func:`use_backend` block in force; None outside."""
+    return _forced
+
+
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Explain which backend ``op(*args, **kwargs)`` takes. Runs no kernel.
 
