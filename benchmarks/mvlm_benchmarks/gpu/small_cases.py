@@ -45,8 +45,9 @@ def _ids(random: RandomInputs) -> Tensor:
     return random.patch_ids(IMAGES, CHOSEN, PATCHES)
 
 
-def _channels(like: Tensor) -> list[Tensor]:
-    return [torch.tensor(values, dtype=torch.float64, device=like.device) for values in (MEAN, STD)]
+def _channels(like: Tensor) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, dtype=torch.float64, device=like.device) for values in (MEAN, STD))
+    return mean, std
 
 
 def _target(random: RandomInputs) -> dict[str, Any]:
@@ -90,8 +91,10 @@ def _linear_loss(dtype: torch.dtype) -> Case:
         return Inputs(leaves, {**_target(random), "kind": "mse"})
 
     def reference(hidden, weight, bias, images: Tensor, patch_ids: Tensor, **_: Any) -> Tensor:
-        target = images, patch_ids, PATCH, *_channels(images)
-        return pixels.linear_pixel_loss(hidden, weight, bias, *target, "mse", False, True)[0]
+        channels = _channels(images)
+        return pixels.linear_pixel_loss(
+            hidden, weight, bias, images, patch_ids, PATCH, *channels, "mse", False, True
+        )[0]  # fmt: skip
 
     return Case("linear_pixel_loss", "small", dtype, make, mvlm_kernels.linear_pixel_loss, reference, (1, 1))
 

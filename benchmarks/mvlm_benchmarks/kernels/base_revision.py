@@ -80,8 +80,8 @@ class BaseWorker:
         return {name: Outcome(*outcome) for name, outcome in outcomes.items()}
 
     def time(self, name: str) -> Timing:
-        *quantiles, calls = self._ask(request="time", name=name)
-        return Timing(*quantiles, tuple(calls))
+        us, p20, p80, calls = self._ask(request="time", name=name)
+        return Timing(us, p20, p80, tuple(calls))
 
     def graph(self, name: str) -> float | None:
         return self._ask(request="graph", name=name)
