@@ -36,7 +36,7 @@ JOBS ?= 2
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-## test-fast       run the tests that are not slow: about 90 seconds on two cores
+## test-fast       run the tests that are not slow: under 90 seconds on two cores
 test-fast: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 

@@ -26,6 +26,7 @@ OP = registration.define(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.plain_empty
 def test_registered_op_passes_opcheck():
     torch.library.opcheck(OP, (torch.randn(3, requires_grad=True), 2.0))

@@ -127,6 +127,7 @@ def stand_ins(monkeypatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["varlen", "xformers", "mslk", "flash-attn-2", "flash-attn-4", "liger"])
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_library_gets_arguments_that_compute_the_op(name, case, stand_ins) -> None:
@@ -137,6 +138,7 @@ def test_library_gets_arguments_that_compute_the_op(name, case, stand_ins) -> No
     assert {outcome.status for outcome in outcomes.values()} == {"ok"}, outcomes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_gets_arguments_that_compute_the_op(case, monkeypatch) -> None:
