@@ -14,6 +14,7 @@ def kernels(
     dtype: str = "auto",
     quick: bool = False,
     base: str | None = None,
+    seconds: float | None = None,
     json: Path | None = None,
 ) -> None:
     """Time the kernels against other implementations of the same ops.
@@ -27,12 +28,13 @@ def kernels(
         dtype: auto, bf16, fp16 or fp32. auto is bf16 on a GPU and fp32 on a CPU.
         quick: Time only the core shapes, in one short round.
         base: Git revision whose kernels to time as another contender, for example HEAD~1.
+        seconds: Start no new case that would end later. Cases are timed in the order of their importance.
         json: JSON file for the figures.
     """
     _require("matplotlib")
     from mvlm_benchmarks.kernels import run as bench
 
-    for path in bench.run(ops, peers, out, device, dtype, quick, base, json):
+    for path in bench.run(ops, peers, out, device, dtype, quick, base, json, seconds):
         print(path)
 
 
@@ -50,6 +52,8 @@ def step(
     csv: Path | None = None,
     plot: Path | None = None,
     profile: Path | None = None,
+    seconds: float | None = None,
+    largest_batch: bool = False,
 ) -> None:
     """Time a pretraining step against the same model built from timm, transformers and torch.
 
@@ -63,16 +67,18 @@ def step(
         threads: CPU threads. 0: torch's default.
         optimizer: Include AdamW in the step. Needs memory for the moments of every contender.
         json: JSON file for the figures.
-        csv: CSV file for the figures.
+        csv: CSV file for the figures. Every timed step is written to NAME.rounds.csv beside it, as soon as it is timed.
         plot: SVG, PNG or PDF file for a chart of speed and memory.
         profile: Folder for a profile of one step per contender: a chart, and traces for ui.perfetto.dev.
+        seconds: Start no new round that would end later.
+        largest_batch: On a GPU, search for the largest batch of each contender. Takes long.
     """
     _require("matplotlib", "timm", "transformers")
     from mvlm_benchmarks.step import run as bench
 
     bench.run(
         preset, batch, rounds, contenders, device=device, precision=precision, threads=threads, optimizer=optimizer,
-        json=json, csv=csv, plot=plot, profile=profile,
+        json=json, csv=csv, plot=plot, profile=profile, seconds=seconds, largest_batch=largest_batch,
     )  # fmt: skip
 
 
