@@ -228,7 +228,7 @@ def test_hidden_assignments_are_found():
     assert silenced_attributes(good) == []
 
 
-OF_OTHERS = {"_replace", "_asdict", "_fields", "_from_config", "_pipe"}
+OF_OTHERS = {"_replace", "_asdict", "_fields", "_from_config", "_pipe", "_version"}
 """Private by spelling, and not ours: named tuples, transformers, DALI."""
 
 

@@ -78,9 +78,7 @@ def _gelu_backward(grad, h, h_bias):
 
 
 def _gelu_backward_fake(grad, h, h_bias):
-    sums = h.new_empty(
-        0 if h_bias is None else h.shape[-1], dtype=torch.promote_types(h.dtype, torch.float32)
-    )
+    sums = h.new_empty(0 if h_bias is None else h.shape[-1], dtype=torch.promote_types(h.dtype, torch.float32))
     return h.new_empty(h.shape), h.new_empty(h.shape), sums
 
 
