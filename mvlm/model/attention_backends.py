@@ -25,8 +25,9 @@ from torch.autograd.function import once_differentiable
 from mvlm.config.model import ImageAttentionBackend, MaskVLMConfig, TextAttentionBackend
 from mvlm.errors import ConfigError
 from mvlm.model.packing import Packing
-from mvlm_kernels import cross_attention, dispatch
+from mvlm_kernels import cross_attention
 from mvlm_kernels.cross_attention import why_not_triton
+from mvlm_kernels.interpreter import interpreting
 
 # Looked up once, at import: find_spec searches the path, and every call of attention asks.
 INSTALLED_LIBRARIES = frozenset(module for module in ("flash_attn", "xformers") if find_spec(module))
@@ -62,7 +63,7 @@ def choose_backend(
     if wanted not in names:
         raise ConfigError(f"attention backend: wanted one of {', '.join(names)}, got {wanted!r}")
     if wanted != "auto":
-        interpreted = wanted == "triton" and device.type == "cpu" and dispatch.interpreting()
+        interpreted = wanted == "triton" and device.type == "cpu" and interpreting()
         if wanted in reasons and not interpreted:
             can = [name for name in names if name not in reasons and name != "auto"]
             raise ConfigError(

@@ -173,6 +173,19 @@ def match_pairs(
 
     `caches`, if given, are those of v and text; `max_rows` is a bound of the rows of the R captions together.
     """
+    image, caption = fuse_pairs(model, v, text, images, texts, caches)
+    return model.matching_head(image * caption)
+
+
+def fuse_pairs(
+    model: MaskVLMNetwork,
+    v: Tensor,
+    text: PackedText,
+    images: Tensor,
+    texts: Tensor,
+    caches: PairCaches | None = None,
+) -> tuple[Tensor, Tensor]:
+    """[CLS] of both cross-modality encoders, image and text (R, C) each, of the pairs of `match_pairs`."""
     caches = caches or _make_caches(v, text)
     packing = _with_rounded_length(text.packing)
     # Only the device knows how many tokens the R captions have together. Asking costs nothing on a CPU. On a GPU it
@@ -184,7 +197,7 @@ def match_pairs(
     pair_packing, rows = packing.select(texts, capacity)
     image = _encode_pairs(model.image_cross, v, None, caches.text, texts, images, None)
     caption = _encode_pairs(model.text_cross, text.rows, packing, caches.image, images, rows, pair_packing)
-    return model.matching_head(image * caption)
+    return image, caption
 
 
 def _encode_pairs(

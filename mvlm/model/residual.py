@@ -24,7 +24,7 @@ class Residual(NamedTuple):
 
 
 class Branch(NamedTuple):
-    """What a sub-layer adds to the residual stream."""
+    """Output of a sub-layer, which is added to the residual stream."""
 
     rows: Tensor
     """(..., C)."""
