@@ -3,7 +3,6 @@
 import resource
 import threading
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,11 +71,11 @@ def usage_between(before: Usage, after: Usage, steps: int) -> dict[str, float]:
     Returns:
         `seconds`; `cpu_s` and, for each group of threads, `cpu_GROUP_s`; `page_faults`; `switches`.
     """
-    by_group: Counter[str] = Counter()
+    by_group = dict.fromkeys(GROUPS, 0.0)
     for thread, seconds in after.cpu.items():
-        by_group[after.groups[thread]] += seconds - before.cpu.get(thread, 0.0)  # pyright: ignore[reportArgumentType]
+        by_group[after.groups[thread]] += seconds - before.cpu.get(thread, 0.0)
     total = after.cpu_total - before.cpu_total
-    by_group[OTHER] += total - sum(by_group.values())  # pyright: ignore[reportArgumentType]
+    by_group[OTHER] += total - sum(by_group.values())
     return {
         "seconds": (after.seconds - before.seconds) / steps,
         "cpu_s": total / steps,
