@@ -16,6 +16,7 @@ from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError, LostRankError
 from mvlm.runs.folder import RunFolder, RunLock, open_run, write_config
 from mvlm.training.build import check_attention, choose_tokenizer, fit_to_tokenizer, make_loader, make_model
+from mvlm.training.freed_memory import keep_freed_memory
 from mvlm.training.loggers import check_services
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.trainer import Trainer
@@ -117,6 +118,8 @@ def open_inputs(config: PretrainConfig) -> RunInputs:
 def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     """Build a trainer at its first step or, if `checkpoint` is not empty, at that verified checkpoint."""
     config = inputs.config
+    if world.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world)
     model = make_model(config, fresh=not checkpoint).to(world.device)
