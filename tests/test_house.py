@@ -228,8 +228,8 @@ def test_hidden_assignments_are_found():
     assert silenced_attributes(good) == []
 
 
-OF_OTHERS = {"_replace", "_asdict", "_fields", "_from_config", "_pipe"}
-"""Private by spelling, and not ours: named tuples, transformers, DALI."""
+OF_OTHERS = {"_replace", "_asdict", "_fields", "_from_config", "_pipe", "_version"}
+"""Private by spelling, and not ours: named tuples, transformers, DALI, tensors."""
 
 
 def private_names(text: str) -> list[str]:

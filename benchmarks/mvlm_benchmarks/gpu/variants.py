@@ -23,7 +23,7 @@ from mvlm_benchmarks.kernels.inputs import Case, Inputs
 from mvlm_benchmarks.kernels.peers import ours
 from mvlm_benchmarks.kernels.reference import as_results, passes_of
 from mvlm_benchmarks.unavailable import one_line
-from mvlm_kernels import dispatch, use_backend
+from mvlm_kernels import dispatch, overrides, use_backend
 
 Options = dict[str, int]
 
@@ -144,7 +144,7 @@ def compile_case(batch: int, small: bool, arch: str, number: int) -> Iterator[di
         for change in variants(target.kernel, target.options, few=small):
             row = {"target": target.name, "change": change}
             try:
-                with dispatch.override_launch(target.kernel, **change):
+                with overrides.override_launch(target.kernel, **change):
                     launches = launches_of(case, inputs, capability)
                 launch = next(
                     x for x in launches if (x.pass_name, x.kernel.__name__) == (target.pass_name, target.kernel)
