@@ -70,7 +70,7 @@ def sweep_target(
     stage: Stage, target: Target, data: CaseData, costs: dict[tuple[str, str], Row], table: RowFile
 ) -> list[Row]:
     """Check and time all variants of one kernel. Returns a row of each, with ratio and interval; the default first."""
-    clock = CpuClock(0.0) if stage.rehearse else CudaClock(20)
+    clock = CpuClock(0.0) if stage.rehearse else CudaClock(8)
     local = LocalContender(data, [ours(data.case, inputs) for inputs in data.sets], clock)
     changes = variants(target.kernel, target.options, few=stage.rehearse)
     outcomes: dict[int, Outcome] = {}
