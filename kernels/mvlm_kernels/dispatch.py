@@ -18,15 +18,13 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from mvlm_kernels.interpreter import interpreter_fault, interpreting
+from mvlm_kernels.overrides import overridden
 
 Backend = Literal["triton", "torch"]
 Op = TypeVar("Op", bound=Callable[..., Any])
 
 _forced: Backend | None = None
 _reason_functions: dict[Callable[..., Any], Callable[..., Sequence[str]]] = {}
-
-# Set by `override_launch`: kernel -> options. Empty outside of measurements.
-_overrides: dict[str, dict[str, Any]] = {}
 
 # Set by `recording`: receives the launches instead of a device.
 _recorder: Callable[..., None] | None = None
@@ -217,45 +215,13 @@ def checks_values(device: torch.device) -> bool:
     return os.environ.get("MVLM_KERNELS_DEBUG", "0") not in ("", "0")
 
 
-@contextmanager
-def override_launch(kernel: str, **options: Any) -> Iterator[None]:
-    """Launch one kernel with other options inside the block: constexprs, num_warps, num_stages, maxnreg.
-
-    kernel is the name under which the launcher chooses its options; for most kernels that of the Triton function. For
-    measurements: results may be wrong if an option does not fit the kernel. A launcher whose grid follows from an
-    option asks :func:`overridden` for it before it computes the grid.
-    """
-    before = _overrides.get(kernel)
-    _overrides[kernel] = options
-    try:
-        yield
-    finally:
-        _overrides.pop(kernel) if before is None else _overrides.update({kernel: before})
-
-
-def overridden(kernel: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options, with those of :func:`override_launch` in force. Returns the same dict if there are none."""
-    found = _overrides.get(kernel)
-    return {**options, **found} if found else options
-
-
-def overridable(choose_options: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Decorator of a function that chooses the options of a kernel; the kernel's name is its first argument."""
-
-    @functools.wraps(choose_options)
-    def chosen(kernel: str, *arguments: Any) -> dict[str, Any]:
-        return overridden(kernel, choose_options(kernel, *arguments))
-
-    return chosen
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Run a Triton kernel: ``kernel[grid](*args, **meta)``.
 
     Every launcher calls this function, so that the ahead-of-time compiler and the byte counter see exactly the
     arguments that a GPU would get.
     """
-    meta = overridden(kernel.__name__, meta) if _overrides else meta
+    meta = overridden(kernel.__name__, meta)
     if _recorder is not None:
         _recorder(kernel, grid, args, meta)
     elif 0 not in grid:
