@@ -55,7 +55,8 @@ class KernelAttnProcessor(AttnProcessor2_0):
         record(attn, queries, keys, reasons)
         if reasons:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
-        states = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
+        spatial_norm = cast(Any, attn.spatial_norm)
+        states = hidden_states if spatial_norm is None else spatial_norm(hidden_states, temb)
         if is_image:
             states = states.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
