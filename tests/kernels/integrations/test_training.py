@@ -94,7 +94,7 @@ def trained(build: Callable[[], nn.Module], swap: Callable[[nn.Module], SwapRepo
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
