@@ -64,7 +64,7 @@ class KernelAttnProcessor(AttnProcessor2_0):
         context = states if encoder_hidden_states is None else encoder_hidden_states
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        projections = (attn.to_q, states), (attn.to_k, context), (attn.to_v, context)
+        projections = cast(Any, ((attn.to_q, states), (attn.to_k, context), (attn.to_v, context)))
         query, key, value = (linear(x).unflatten(-1, (attn.heads, -1)) for linear, x in projections)  # (B, L, H, D)
         if attn.norm_q is not None:
             query = attn.norm_q(query)
