@@ -133,19 +133,19 @@ def device_reasons(device: torch.device) -> tuple[str, ...]:
     """Reasons against Triton that hold for every op on this device."""
     kind = device.type
     if importlib.util.find_spec("triton") is None:
-        return ("triton is not installed",) + ((_ON_CPU,) if kind == "cpu" else ())
+        return ("triton is not installed: pip install triton",) + ((_ON_CPU,) if kind == "cpu" else ())
     if kind == "cpu":
         return (_ON_CPU,)
     if kind == "cuda":
         if torch.version.hip is not None:
-            return ("the kernels are written for NVIDIA GPUs, and this torch is built for ROCm",)
+            return ("the kernels are written for NVIDIA GPUs, and this torch is built for ROCm: torch runs instead",)
         major, minor = torch.cuda.get_device_capability(device.index)
         if major < 8:
-            return (f"compute capability 8.0 or later is needed, this GPU has {major}.{minor}",)
+            return (f"compute capability 8.0 or later is needed, {device} has {major}.{minor}: torch runs instead",)
         if interpreting():
-            return ("TRITON_INTERPRET=1 is set, and interpreted kernels run on CPU tensors",)
+            return (f"TRITON_INTERPRET=1 is set, and interpreted kernels run on CPU tensors: unset it for {device}",)
         return ()
-    return (f"device type is {kind}, the kernels run on cuda",)
+    return (f"device type is {kind}, the kernels run on cuda: torch runs instead",)
 
 
 def tf32_allowed() -> bool:

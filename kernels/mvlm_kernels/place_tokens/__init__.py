@@ -51,6 +51,11 @@ def place_tokens(
     Raises:
         ValueError: for a wrong rank, shape, dtype, device or id, and for masked together with visible_ids.
     """
+    names = ("tokens", "mask_token", "pos_embed", "cls_token", "masked", "visible_ids")
+    for i, x in enumerate((tokens, mask_token, pos_embed, cls_token, masked, visible_ids)):
+        if not isinstance(x, Tensor) and (x is not None or i < 4):
+            hint = "; a model without [CLS] can pass zeros and drop row 0 of the result" if i == 3 else ""
+            raise ValueError(f"{names[i]} must be a tensor, got {type(x).__name__}{hint}")
     if tokens.ndim != 3:
         raise ValueError(f"tokens must have shape (B, N, C), got {tuple(tokens.shape)}")
     batch, given, width = tokens.shape
