@@ -1,6 +1,6 @@
 """Fused training kernels for masked vision-and-language models; torch and Triton are the only dependencies."""
 
-from mvlm_kernels.cross_attention import cross_attention, pack_key_mask
+from mvlm_kernels.cross_attention import attention_probabilities, cross_attention, pack_key_mask
 from mvlm_kernels.dispatch import Explanation, explain, use_backend
 from mvlm_kernels.gather_patches import gather_patches
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
@@ -8,6 +8,7 @@ from mvlm_kernels.place_tokens import place_tokens
 
 __all__ = [
     "Explanation",
+    "attention_probabilities",
     "cross_attention",
     "explain",
     "gather_patches",
