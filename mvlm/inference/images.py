@@ -45,7 +45,7 @@ def load_image(image: ImageLike, side: int, name: str = "image") -> Tensor:
     Raises:
         RunError: the image is missing, is not an image, or has too many pixels.
     """
-    pixels = image if isinstance(image, np.ndarray | Tensor) else _decode(image, name)
+    pixels = image if isinstance(image, np.ndarray | Tensor) else decode_image(image, name)
     rgb = _as_rgb(pixels, name)
     return torch.from_numpy(Resize(side, 1, planes=True)([rgb])[0])
 
@@ -91,8 +91,8 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
             yield cast(T, item)
 
 
-def _decode(image: str | Path | bytes | Image.Image, name: str) -> NDArray[np.uint8]:
-    """Pixels uint8 (H, W, 3) of a path, an encoded file or a PIL image."""
+def decode_image(image: str | Path | bytes | Image.Image, name: str = "image") -> NDArray[np.uint8]:
+    """Pixels uint8 (H, W, 3) of a path, an encoded file or a PIL image. RunError as for `load_image`."""
     name = str(image) if isinstance(image, str | Path) else name
     try:
         with warnings.catch_warnings():
@@ -102,7 +102,10 @@ def _decode(image: str | Path | bytes | Image.Image, name: str) -> NDArray[np.ui
             width, height = file.size
             if width * height > MAX_PIXELS:
                 raise RunError(f"{name}: wanted at most {MAX_PIXELS} pixels, found {width} x {height}; make it smaller")
-            rgba = ImageOps.exif_transpose(file).convert("RGBA")
+            turned = ImageOps.exif_transpose(file)
+            if not turned.has_transparency_data:
+                return np.array(turned.convert("RGB"))
+            rgba = turned.convert("RGBA")
     except FileNotFoundError:
         raise RunError(f"{name}: wanted an image, found no such file; check the path") from None
     except Image.DecompressionBombError as error:
@@ -144,7 +147,7 @@ def _as_rgb(pixels: NDArray[Any] | Tensor, name: str) -> NDArray[np.uint8]:
     if array.dtype != np.uint8:
         raise RunError(f"{name}: wanted uint8, or floats from 0 to 1, got {array.dtype}; convert it")
     if array.shape[2] == 4:
-        return _decode(Image.fromarray(np.ascontiguousarray(array)), name)
+        return decode_image(Image.fromarray(np.ascontiguousarray(array)), name)
     return np.array(np.broadcast_to(array, (*array.shape[:2], 3)))
 
 

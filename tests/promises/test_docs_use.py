@@ -1,12 +1,14 @@
 """Examples of the pages on using a trained model run as written, on a micro model and a small data set."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from mvlm.cli import run_command
 from mvlm.model.pretrained import write_model
 from mvlm_dataloading import open_dataset, tokenizer_for
 from support.models import micro_model
@@ -46,3 +48,18 @@ def test_examples_of_the_python_page_run(folder, capsys):
     with Image.open(folder / "rebuilt.png") as rebuilt:
         assert rebuilt.size == (32, 32)
     assert names["network"] is names["model"].network
+
+
+@pytest.mark.slow
+def test_commands_of_the_search_page_run(folder, capsys):
+    pytest.importorskip("lancedb")
+    commands = [shlex.split(line) for block in blocks("sh", "search.md") for line in block.splitlines()]
+    assert [words[1] for words in commands] == ["embed", *["search"] * 8]
+    for words in commands:
+        run_command(words[1:])
+    for name in ("embedded/embedding.json", "cats.html", "cats.json"):
+        assert (folder / name).stat().st_size > 0
+    capsys.readouterr()
+    (block,) = blocks("python", "search.md")
+    exec(block, {})
+    assert len(capsys.readouterr().out.splitlines()) == 3
