@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mvlm.errors import ConfigError
 from mvlm.inference import pairs, zero_shot
+from mvlm.inference.attention_maps import AttentionMaps, attention_maps
 from mvlm.inference.encode import BATCH, eval_loader, image_features, text_features
 from mvlm.inference.fill_mask import fill_text
 from mvlm.inference.images import ImageLike, Images, each_image, load_batches, load_image
@@ -173,6 +174,13 @@ class TrainedModel(NetworkAndTokenizer):
         """
         pixels = load_image(image, self.network.config.image_size)
         return reconstruct_image(self.network, self.tokenizer, pixels, text, hide, seed, self.precision)
+
+    def attention(self, image: ImageLike, text: str) -> AttentionMaps:
+        """Weights of each word of a text over the patches of an image: by layer and head, and by GradCAM on ITM.
+
+        `mvlm.inference.overlay` draws them.
+        """
+        return attention_maps(self, load_image(image, self.network.config.image_size), text)
 
     def pixel_batches(self, images: Images | Dataset, batch_size: int) -> Iterator[Tensor]:
         """Images as the model takes them, batch by batch: uint8 (up to batch_size, 3, S, S)."""

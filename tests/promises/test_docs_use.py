@@ -47,6 +47,8 @@ def test_examples_of_the_python_page_run(folder, capsys):
     assert len(names["filled"].guesses[0]) == 3
     with Image.open(folder / "rebuilt.png") as rebuilt:
         assert rebuilt.size == (32, 32)
+    assert names["found"].words == ["[CLS]", "a", "red", "cat"]
+    assert (folder / "words.png").stat().st_size > 0
     assert names["network"] is names["model"].network
 
 
