@@ -7,7 +7,7 @@ RUN    ?= runs/demo
 STEPS  ?= 640
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu test-triton test-integrations faults faults-data faults-loading soak bench aot traffic \
+.PHONY: help demo test test-fast test-gpu test-triton test-integrations faults faults-data faults-loading faults-embedding soak bench aot traffic \
         wheel-smoke check format clean
 
 ## help            list these targets
@@ -91,8 +91,8 @@ format: $(VENV)/.installed
 
 # A trial takes about 3 s.
 FAULTS ?= 1000
-## faults          faults-data, faults-loading, and 1000 training runs, each disturbed in one way and resumed
-faults: faults-data faults-loading
+## faults          faults-data, faults-loading, faults-embedding, and 1000 training runs, each disturbed in one way and resumed
+faults: faults-data faults-loading faults-embedding
 	$(BIN)/python tests/promises/faults/campaign.py --count $(FAULTS) --jobs $(JOBS) --json benchmarks/results/faults.json
 
 ## faults-data     kill builds of shards at 50 moments (`make test`: 10)
@@ -102,6 +102,10 @@ faults-data: $(VENV)/.installed
 ## faults-loading  kill 50 loading processes at random moments (`make test`: 10)
 faults-loading: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/python tests/promises/faults/kill_loaders.py $(DATA) --kills 50
+
+## faults-embedding kill 20 embedding processes at random moments (`make test`: 4)
+faults-embedding: $(VENV)/.installed
+	$(BIN)/python tests/promises/faults/kill_embedding.py --kills 20
 
 MINUTES ?= 120
 ## soak            train for two hours: memory and speed stay flat, nothing leaks

@@ -226,12 +226,21 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         _recorder(kernel, grid, args, meta)
     elif 0 not in grid:
         # Triton launches on the current device, even if the arguments are on another one.
-        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+        device = _device_of(args)
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 kernel[grid](*args, **meta)
         else:
             kernel[grid](*args, **meta)
+
+
+def _device_of(args: tuple[Any, ...]) -> torch.device:
+    """Device of the first tensor. An argument may be a tuple that begins with a tensor: its pointer and strides."""
+    for x in args:
+        x = x[0] if isinstance(x, tuple) else x
+        if isinstance(x, torch.Tensor):
+            return x.device
+    raise AssertionError("a launch has a tensor among its arguments")
 
 
 @contextmanager
