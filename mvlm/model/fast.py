@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mvlm.device import compute_dtype
 from mvlm.model.attention import Attention
+from mvlm.model.attention_backends import KeyIndex
 from mvlm.model.cross_encoder import CrossEncoder, KeyValueCache
 from mvlm.model.fast_attention import attend_cross, attend_self, select_rows, select_within
 from mvlm.model.implementation import PairCaches, Streams
@@ -178,8 +179,9 @@ def match_pairs(
     if texts.device.type == "cpu" and not torch.compiler.is_compiling():
         capacity = int(packing.lengths.index_select(0, texts).sum())
     pair_packing, rows = packing.select(texts, capacity)
-    image = _encode_pairs(model.image_cross, v, None, caches.text, texts, images, None)
-    caption = _encode_pairs(model.text_cross, text.rows, packing, caches.image, images, rows, pair_packing)
+    partners = KeyIndex(texts, len(packing.cu_seqlens) - 1), KeyIndex(images, len(v))
+    image = _encode_pairs(model.image_cross, v, None, caches.text, partners[0], images, None)
+    caption = _encode_pairs(model.text_cross, text.rows, packing, caches.image, partners[1], rows, pair_packing)
     return model.matching_head(image * caption)
 
 
@@ -188,7 +190,7 @@ def _encode_pairs(
     x: Tensor,
     packing: Packing | None,
     cache: KeyValueCache,
-    key_index: Tensor,
+    key_index: KeyIndex,
     rows: Tensor,
     pair_packing: Packing | None,
 ) -> Tensor:
@@ -196,7 +198,7 @@ def _encode_pairs(
 
     Args:
         x: (B, L, C), or packed (T, C) with `packing`.
-        key_index: int64 (R,); sequence r attends to sequence key_index[r] of the cache.
+        key_index: the partner of each of the R sequences in the cache.
         rows: indices into x. Not packed: int64 (R,), one sequence per pair. Packed: int64 (T',), rows of the selected
             captions, T' = pair_packing.total.
         pair_packing: layout of these rows if x is packed, else None.

@@ -40,9 +40,9 @@ def lookup(op: str, arch: int, key: str) -> dict[str, int]:
     return table[_table_arch(arch)][key]
 
 
-def has(op: str, arch: int, key: str) -> bool:
-    """True if :func:`lookup` would find tiles."""
-    return key in _table(op, os.environ.get("MVLM_KERNELS_CONFIGS", ""))[_table_arch(arch)]
+def exceptions(op: str, arch: int) -> dict[str, dict[str, int] | None]:
+    """Tiles of an architecture that differ from an op's rules, by key; None: the kernel has no tiles."""
+    return _table(op, os.environ.get("MVLM_KERNELS_CONFIGS", ""))[_table_arch(arch)]
 
 
 def _table_arch(arch: int) -> str:
