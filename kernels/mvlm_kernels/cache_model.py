@@ -2,8 +2,8 @@
 
 :mod:`mvlm_kernels.traffic` counts every load and store. That is what memory moves where a kernel touches each byte
 once. Where several programs read the same rows, it depends on the order of programs and on the size of the cache. This
-model runs programs one after another in their order and keeps the sectors used last. A GPU runs hundreds at once, so the
-model holds for rows whose programs are close to each other, or far apart, in that order.
+model runs programs one after another in their order and keeps the sectors used last. A GPU runs hundreds at once, so
+the model holds for rows whose programs are close to each other, or far apart, in that order.
 """
 
 import unittest.mock

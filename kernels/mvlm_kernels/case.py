@@ -1,4 +1,4 @@
-"""What a case of the byte counter (:mod:`mvlm_kernels.traffic`) holds."""
+"""Fields of a case of the byte counter (:mod:`mvlm_kernels.traffic`)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -67,6 +67,17 @@ def usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
+def blocks(registers: int, warps: int, shared: int, arch: str) -> int:
+    """Blocks that one multiprocessor holds at once, at most.
+
+    By 65,536 registers, given out to warps in units of 256; 64 warps; 32 blocks; and shared memory, of which the system
+    keeps 1 KiB a block: CUDA C++ programming guide, technical specifications per compute capability.
+    """
+    kilobytes = {"sm_80": 164, "sm_90": 228, "sm_100": 228}[arch]
+    of_a_warp = -(-registers * 32 // 256) * 256
+    return min(65536 // (of_a_warp * warps), 64 // warps, 32, kilobytes * 1024 // (shared + 1024))
+
+
 def spill_bytes(ptx: str, arch: str) -> int:
     """Bytes of spill stores and loads. ptxas has to compile again to print them: call it only if there is a stack."""
     suffix = "" if arch == "sm_80" else "a"

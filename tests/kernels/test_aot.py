@@ -7,15 +7,20 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytestmark = pytest.mark.slow
-TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "aot.json"
+TRITON = ".".join(version("triton").split(".")[:2])
+TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / f"aot-{TRITON}.json"
 # One case of each kernel family at the most common shape, and the widest tiles, which would spill first.
-SLICE = r"cross_attention/(bfloat16/64/32/(lengths|splits)|float16/128/128/lengths)$|gather_patches|place_tokens.*bf16"
+SLICE = (
+    r"cross_attention/(bfloat16/64/32/(lengths|index|splits)|float16/128/128/lengths)$|"
+    r"gather_patches|place_tokens.*bf16"
+)
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +108,39 @@ def test_no_kernel_is_compiled_in_the_middle_of_training():
     different, (first, all_of_them) = json.loads(done.stdout)
     assert different > 900
     assert first == all_of_them
+
+
+def test_float32_operands_are_rounded_to_tf32():
+    """A matrix instruction cuts 13 bits off. An instruction in front of it rounds them."""
+    code = """
+import torch
+from mvlm_kernels import aot
+from mvlm_kernels.machine_code import compile_launch
+for launch in aot.recorded("cross_attention", "sm_90", "float32/64/32/lengths"):
+    ptx = compile_launch(launch.kernel, launch.args, launch.meta, "sm_90").asm["ptx"]
+    print(launch.kernel.__name__, ptx.count("cvt.rna.tf32.f32") > 0, "tf32.tf32" in ptx)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    families = ("short_kv_forward", "short_kv_backward", "short_q_forward", "short_q_backward")
+    assert sorted(done.stdout.splitlines()) == sorted(f"{name} True True" for name in families)
+
+
+def test_blocks_of_a_multiprocessor_follow_from_its_resources():
+    """By hand: 128 registers of 4 warps are a quarter of 64 K; 130 round up to 136; 2 of 100 KiB fit into 228."""
+    code = "from mvlm_kernels.machine_code import blocks as b; " + "; ".join(
+        f"print(b({case}))"
+        for case in (
+            "128, 4, 0, 'sm_90'",
+            "130, 4, 0, 'sm_90'",
+            "32, 8, 0, 'sm_90'",
+            "32, 1, 0, 'sm_90'",
+            "32, 4, 102400, 'sm_90'",
+            "32, 4, 102400, 'sm_80'",
+        )
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [int(n) for n in done.stdout.split()] == [4, 3, 8, 32, 2, 1]
 
 
 def problems_of(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None = None) -> list[str]:

@@ -49,6 +49,11 @@ def _flat(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.contiguous()
 
 
+def _aligned(*heads: Heads) -> bool:
+    """True if the tensors begin at 16 bytes, so that a kernel loads them in vectors."""
+    return all(x[0].data_ptr() % 16 == 0 for x in heads)
+
+
 def _new(x: Tensor, packed: bool) -> Tensor:
     """A contiguous tensor like x, zeros if its rows are packed: some belong to no sequence."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)  # half the host's time of empty(x.shape, ...)
@@ -85,7 +90,7 @@ class _Call:
         self.acc_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
-    def tile_key(self) -> tuple[Any, ...]:
+    def tile_key(self) -> tuple[torch.dtype, str, int, int]:
         """Arguments of :func:`~mvlm_kernels.cross_attention.tiles.meta` between kernel and length of the long side."""
         return self.dtype, self.device.type, self.D, self.max_len_k if self.short_keys else self.max_len_q
 
@@ -190,6 +195,8 @@ def _short_kv_backward(
     c: _Call, do: Heads, lse: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
 ) -> None:
     chosen = c.meta(short_kv_backward)
+    if "maxnreg" in chosen and (c.spans is not None or not _aligned(c.q, c.k, c.v, do)):
+        chosen = {**chosen, "maxnreg": None}  # a loop over readers, or loads of single elements, would spill
     programs = c.k_seqs * c.H
     tile_splits = splits(programs, c.query_tiles(chosen["BLOCK_M"]), c.device)
     reader_splits = 1 if c.spans is None else splits(programs * tile_splits, c.q_seqs, c.device)

@@ -104,11 +104,9 @@ def _rule(kernel: str, kind: str, block_d: int, short: int, text: bool, wgmma: b
         rows = min(short, 64)
         return {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": 8 if block_d * rows > most else 4, "num_stages": 1}
     assert kernel == "short_q_backward", kernel
-    if staged:
-        return {"BLOCK_M": short, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
     if size > (64 * 128 if wgmma or block_d > 64 else 64 * 32):
         return None
-    return {"BLOCK_M": short, "BLOCK_N": 32, "num_warps": warps, "num_stages": 1}
+    return {"BLOCK_M": short, "BLOCK_N": 32, "num_warps": warps, "num_stages": 2 if staged else 1}
 
 
 def splits(programs: int, work: int, device: torch.device) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mvlm_kernels
-from mvlm_kernels import cross_attention
+from mvlm_kernels import cross_attention, dispatch
 from mvlm_kernels.cross_attention import invert_key_index
 from support.kernels.attention import SIDES, build, run
 
@@ -56,7 +56,7 @@ def test_bits_do_not_depend_on_the_order_in_which_programs_run(name: str):
     q, k, v = call.q, call.k, call.v
     results = []
     with mvlm_kernels.use_backend("triton"), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mvlm_kernels.dispatch, "checks_values", lambda device: False)
+        patch.setattr(dispatch, "checks_values", lambda device: False)
         for rows in (spans, spans.flip(0)):
             args = (*sides, order, rows, 0.3, case.len_q, case.len_k)
             out, lse = torch.ops.mvlm_kernels.cross_attention(q, k, v, *args)
