@@ -7,7 +7,7 @@ RUN    ?= runs/demo
 STEPS  ?= 640
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu test-triton faults faults-data faults-loading soak bench aot traffic \
+.PHONY: help demo test test-fast test-gpu test-triton test-integrations faults faults-data faults-loading soak bench aot traffic \
         wheel-smoke check format clean
 
 ## help            list these targets
@@ -36,7 +36,7 @@ JOBS ?= 2
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-## test-fast       run the tests that are not slow: about 90 seconds on two cores
+## test-fast       run the tests that are not slow: under 90 seconds on two cores
 test-fast: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
@@ -54,10 +54,21 @@ test-triton:
 	    case $$version in 3.6.*) numpy="numpy<2.4";; *) numpy=numpy;; esac; \
 	    $(PYTHON) -m venv build/triton-$$version && \
 	    build/triton-$$version/bin/python -m pip install --quiet --disable-pip-version-check \
-	        --editable . "triton==$$version" "$$numpy" pytest hypothesis "transformers>=5.24,<5.25" timm && \
+	        --editable . "triton==$$version" "$$numpy" pytest hypothesis "transformers>=5.24,<5.25" timm diffusers && \
 	    build/triton-$$version/bin/python -m pytest tests/kernels \
 	        -W "ignore:Conversion of an array with ndim:DeprecationWarning" || exit 1; \
 	done
+
+# The walks take about 20 minutes of one core. Their tables are copied only if there is no fault.
+## test-integrations  swap the attention of every transformers class, the patch embedding of every timm model
+test-integrations: $(VENV)/.installed
+	rm -rf build/walks
+	mkdir -p build/walks
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m support.kernels.walk_timm --csv build/walks/integrations-timm.csv
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m support.kernels.walk_transformers \
+	    --csv build/walks/integrations-transformers.csv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/integrations
+	cp build/walks/*.csv benchmarks/results/
 
 ## wheel-smoke     install the kernels from a wheel, with torch and Triton alone, and call them
 wheel-smoke: $(VENV)/.installed

@@ -46,6 +46,8 @@ MODULES = {
     "masked_pixel_loss": "mvlm_kernels.pixel_loss.triton",
     "linear_pixel_loss": "mvlm_kernels.pixel_loss.linear",
     "place_tokens": "mvlm_kernels.place_tokens.triton",
+    "add_layer_norm": "mvlm_kernels.add_layer_norm.triton",
+    "gelu_linear": "mvlm_kernels.gelu_linear.triton",
 }
 ARCHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 # Shared memory per block in bytes: CUDA C++ programming guide, technical specifications per compute capability.

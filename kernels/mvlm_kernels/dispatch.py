@@ -17,12 +17,17 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from mvlm_kernels.interpreter import interpreter_fault, interpreting
+
 Backend = Literal["triton", "torch"]
 Op = TypeVar("Op", bound=Callable[..., Any])
 
 _forced: Backend | None = None
 # Of each public op: the function that lists the reasons against Triton, and what runs without any.
 _reason_functions: dict[Callable[..., Any], tuple[Callable[..., Sequence[str]], str]] = {}
+
+# Set by `override_launch`: kernel -> options. Empty outside of measurements.
+_overrides: dict[str, dict[str, Any]] = {}
 
 # Set by `recording`: receives the launches instead of a device.
 _recorder: Callable[..., None] | None = None
@@ -64,6 +69,11 @@ def use_backend(backend: Backend) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def forced() -> Backend | None:
+    """The backend of the :func:`use_backend` block in force; None outside."""
+    return _forced
 
 
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
@@ -170,16 +180,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
 
 
 @functools.cache
-def interpreting() -> bool:
-    """True if this process interprets kernels: TRITON_INTERPRET=1 was set when Triton was imported. Imports Triton."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    from mvlm_kernels.language import INTERPRETING
-
-    return INTERPRETING
-
-
-@functools.cache
 def interpreter_reasons() -> tuple[str, ...]:
     """Reasons why this process cannot interpret kernels on CPU tensors; empty where it can. Imports Triton."""
     if not interpreting():
@@ -189,27 +189,6 @@ def interpreter_reasons() -> tuple[str, ...]:
 
     fault = interpreter_fault(triton.__version__, numpy.__version__)
     return () if fault is None else (fault,)
-
-
-def interpreter_fault(triton_version: str, numpy_version: str) -> str | None:
-    """Error text for versions of Triton and NumPy whose interpreter does not work; None for all others.
-
-    Triton's interpreter before 3.7 converts arrays of one element to Python scalars, which NumPy 2.4 refuses. Package
-    metadata cannot say so: a requirement on NumPy cannot depend on the installed Triton. Compiled kernels do not use
-    NumPy.
-    """
-    if _release(triton_version) >= (3, 7) or _release(numpy_version) < (2, 4):
-        return None
-    return (
-        f"the interpreter of triton {triton_version} needs numpy<2.4, and numpy {numpy_version} is installed; "
-        'install triton>=3.7 or "numpy<2.4"'
-    )
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """(major, minor) of a version such as 3.6.0 or 2.4.0rc1."""
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
 
 
 @functools.cache
@@ -251,12 +230,45 @@ def checks_values(device: torch.device) -> bool:
     return os.environ.get("MVLM_KERNELS_DEBUG", "0") not in ("", "0")
 
 
+@contextmanager
+def override_launch(kernel: str, **options: Any) -> Iterator[None]:
+    """Launch one kernel with other options inside the block: constexprs, num_warps, num_stages, maxnreg.
+
+    kernel is the name under which the launcher chooses its options; for most kernels that of the Triton function. For
+    measurements: results may be wrong if an option does not fit the kernel. A launcher whose grid follows from an
+    option asks :func:`overridden` for it before it computes the grid.
+    """
+    before = _overrides.get(kernel)
+    _overrides[kernel] = options
+    try:
+        yield
+    finally:
+        _overrides.pop(kernel) if before is None else _overrides.update({kernel: before})
+
+
+def overridden(kernel: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with those of :func:`override_launch` in force. Returns the same dict if there are none."""
+    found = _overrides.get(kernel)
+    return {**options, **found} if found else options
+
+
+def overridable(choose_options: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Decorator of a function that chooses the options of a kernel; the kernel's name is its first argument."""
+
+    @functools.wraps(choose_options)
+    def chosen(kernel: str, *arguments: Any) -> dict[str, Any]:
+        return overridden(kernel, choose_options(kernel, *arguments))
+
+    return chosen
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Run a Triton kernel: ``kernel[grid](*args, **meta)``.
 
     Every launcher calls this function, so that the ahead-of-time compiler and the byte counter see exactly the
     arguments that a GPU would get.
     """
+    meta = overridden(kernel.__name__, meta) if _overrides else meta
     if _recorder is not None:
         _recorder(kernel, grid, args, meta)
     elif 0 not in grid:

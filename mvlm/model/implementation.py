@@ -58,6 +58,18 @@ class Implementation(Protocol):
         """MLM, MIM and MLM's accuracy, scalars: means over the masked tokens and the masked patches of the batch."""
         ...
 
+    def fuse_pairs(
+        self,
+        model: MaskVLMNetwork,
+        v: Tensor,
+        text: PackedText,
+        images: Tensor,
+        texts: Tensor,
+        caches: PairCaches | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """[CLS] of both cross-modality encoders, image and text (R, C) each, of the pairs of `match_pairs`."""
+        ...
+
     def match_pairs(
         self,
         model: MaskVLMNetwork,

@@ -9,6 +9,7 @@ import triton
 
 import mvlm_kernels
 from mvlm_kernels import dispatch
+from mvlm_kernels.interpreter import interpreter_fault
 
 
 def test_cpu_tensors_take_torch_and_say_so():
@@ -68,7 +69,7 @@ def test_explain_refuses_a_function_that_is_not_an_op():
     ],
 )
 def test_interpreter_of_triton_before_3_7_needs_numpy_before_2_4(triton_version: str, numpy_version: str, works: bool):
-    assert (dispatch.interpreter_fault(triton_version, numpy_version) is None) == works
+    assert (interpreter_fault(triton_version, numpy_version) is None) == works
 
 
 def test_forced_kernels_name_the_versions_that_cannot_interpret(monkeypatch: pytest.MonkeyPatch):

@@ -36,6 +36,7 @@ def kernel_has_tiles(kernel: str, dtype: torch.dtype, device: str, width: int, s
     return configs.has("cross_attention", arch, _key(kernel, dtype, device, power_of_two(width), short))
 
 
+@dispatch.overridable
 @functools.lru_cache(maxsize=1024)
 def meta(kernel: str, dtype: torch.dtype, device: str, width: int, short: int, arch: int) -> dict[str, Any]:
     """Constexprs and compile options of a kernel: head width, dtypes, tiles from the table.

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.gather_patches.arguments import FLOATS, check_device, check_id_values, check_ids
@@ -159,7 +158,6 @@ class _PlaceTokens(torch.autograd.Function):
         return forward(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, both)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[1:5]
         if not any(needs):
@@ -169,6 +167,33 @@ class _PlaceTokens(torch.autograd.Function):
         return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
 
 
+class _PlaceTokensBackward(torch.autograd.Function):
+    """The backward is linear in grad, so its own backward is the forward again."""
+
+    @staticmethod
+    def forward(ctx, backward, grad, masked, visible_ids, both, num_tokens, *dtypes_and_needs):
+        ctx.save_for_backward(masked, visible_ids)
+        ctx.set_materialize_grads(False)
+        *_, ctx.needs = dtypes_and_needs
+        sequences, positions, width = grad.shape
+        batch = sequences // 2 if both else sequences
+        ctx.shapes = (batch, num_tokens, width), (width,), (positions, width), (width,)
+        ctx.dtype, ctx.both = grad.dtype, both
+        return backward(grad, masked, visible_ids, both, num_tokens, *dtypes_and_needs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if all(g is None for g in grads):
+            return (None,) * 11
+        masked, visible_ids = ctx.saved_tensors
+        some = next(g for g in grads if g is not None)
+        inputs = [
+            some.new_zeros(shape) if g is None or not need else g
+            for g, shape, need in zip(grads, ctx.shapes, ctx.needs, strict=True)
+        ]
+        return None, _forward_op(*inputs, masked, visible_ids, ctx.both).to(ctx.dtype), *(None,) * 9
+
+
 _direct = registration.direct(_PlaceTokens, _forward)
 _backward_op = registration.define(
     "place_tokens_backward(Tensor grad, Tensor? masked, Tensor? visible_ids, bool both, SymInt num_tokens, "
@@ -176,6 +201,7 @@ _backward_op = registration.define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    _PlaceTokensBackward,
 )
 _forward_op = registration.define(
     "place_tokens(Tensor tokens, Tensor mask_token, Tensor pos_embed, Tensor cls_token, Tensor? masked, "

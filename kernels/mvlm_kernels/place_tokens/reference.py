@@ -27,7 +27,7 @@ def place_tokens(
     cls_token: Tensor,
     masked: Tensor | None,
     visible_ids: Tensor | None,
-    both: bool,
+    both: bool = False,
 ) -> Tensor:
     """[CLS], then each patch's token or the mask token, plus the position embeddings: (B, 1+N, C).
 
