@@ -14,8 +14,8 @@ derives a signature from the recorded arguments and compiles the kernel for it. 
     blocks               blocks that one multiprocessor holds at once, by registers, threads and shared memory
     matrix_instruction   tensor-core instructions in the machine code, "" without one
 
-Exits with 1 if a kernel spills registers or exceeds the target's shared memory, or if an attention or linear kernel has
-no tensor-core instruction. With --against it also exits with 1 if a kernel takes more registers than in that table.
+Exits with 1 if a kernel spills registers or exceeds the target's shared memory, or if an attention kernel has no
+tensor-core instruction. With --against it also exits with 1 if a kernel takes more registers than in that table.
 """
 
 import argparse
@@ -46,16 +46,16 @@ MODULES = {
     "attention_probabilities": "mvlm_kernels.cross_attention.probabilities_kernel",
     "gather_patches": "mvlm_kernels.gather_patches.triton",
     "masked_pixel_loss": "mvlm_kernels.pixel_loss.triton",
-    "linear_pixel_loss": "mvlm_kernels.pixel_loss.linear_aot_cases",
+    "linear_pixel_loss": "mvlm_kernels.pixel_loss.linear",
     "place_tokens": "mvlm_kernels.place_tokens.triton",
     "add_layer_norm": "mvlm_kernels.add_layer_norm.triton",
     "gelu_linear": "mvlm_kernels.gelu_linear.triton",
 }
 # Shared memory per block in bytes: CUDA C++ programming guide, technical specifications per compute capability.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
-MULTIPLYING = ("cross_attention", "attention_probabilities", "linear_pixel_loss")
-# Kernels without a matrix product, in ops that otherwise have one: they sum partial results or compute moments.
-WITHOUT_PRODUCTS = ("sum_splits", "short_q_combine", "sum_kernel", "sum_partials_kernel", "moments_kernel")
+MULTIPLYING = ("cross_attention", "attention_probabilities")
+# Kernels of attention without a matrix product: they sum partial results.
+WITHOUT_PRODUCTS = ("sum_splits", "short_q_combine")
 # Names of mma.sync, wgmma and tcgen05.mma in machine code.
 _MATRIX_INSTRUCTIONS = re.compile(r"\b(UTC[A-Z]*MMA|[A-Z]GMMA|[HIDQ]MMA)\b")
 

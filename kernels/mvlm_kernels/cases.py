@@ -14,7 +14,7 @@ from mvlm_kernels.attention_cases import attention, indexed_attention
 from mvlm_kernels.case import Case, Sizes
 from mvlm_kernels.gather_patches import gather_patches
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
-from mvlm_kernels.pixel_loss.tiling_bytes import linear_tiling_bytes
+from mvlm_kernels.pixel_loss.linear_bytes import linear_bytes
 from mvlm_kernels.place_tokens import place_tokens
 
 CHANNELS, PATCH, SIDE, PATCHES, MASKED, WIDTH = 3, 16, 224, 196, 116, 768
@@ -138,31 +138,26 @@ def _linear(kind: str) -> Case:
         return product, 2 * product
 
     def implied(sizes: Sizes) -> tuple[int, int]:
-        return linear_tiling_bytes(sizes["B"] * MASKED, FEATURES, WIDTH, kind)
+        return linear_bytes(sizes["B"], MASKED, FEATURES, WIDTH, kind)
 
     name = f"B256 116 rows of 768 -> 768, {kind}, uint8 images"
     return Case("linear_pixel_loss", name, {"B": 256}, {"B": (1, 2)}, run, eager, minimum, flops, implied)
 
 
-def _place(mode: str) -> Case:
+def _place(mode: str, parameter_dtype: torch.dtype = torch.bfloat16) -> Case:
     def inputs(sizes: Sizes, device: str):
         batch, patches = sizes["B"], sizes["N"]
         count = patches // 4 if mode == "visible" else patches
         tokens = torch.zeros(batch, count, WIDTH, dtype=torch.bfloat16, device=device, requires_grad=True)
-        bf16: Any = {"dtype": torch.bfloat16, "device": device, "requires_grad": True}
-        leaves = [
-            tokens,
-            torch.zeros(WIDTH, **bf16),
-            torch.zeros(1 + patches, WIDTH, **bf16),
-            torch.zeros(WIDTH, **bf16),
-        ]
+        parameter: Any = {"dtype": parameter_dtype, "device": device, "requires_grad": True}
+        leaves = [tokens, *(torch.zeros(s, **parameter) for s in ((WIDTH,), (1 + patches, WIDTH), (WIDTH,)))]
         masked = (torch.arange(batch, device=device)[:, None] + torch.arange(patches, device=device)) % 2 == 0
         return leaves, masked, patch_ids(batch, patches // 4, device, patches)
 
     def run(sizes: Sizes, device: str):
         leaves, masked, ids = inputs(sizes, device)
         options: Any = {"visible_ids": ids} if mode == "visible" else {"masked": masked}
-        return leaves, lambda *x: place_tokens(*x, **options)
+        return leaves, lambda *x: place_tokens(*x, **options, with_unmasked=mode == "both")
 
     def eager(sizes: Sizes, device: str):
         leaves, masked, _ = inputs(sizes, device)
@@ -178,19 +173,26 @@ def _place(mode: str) -> Case:
                 x = tokens * (1 - w) + mask_token.expand_as(tokens) * w
             return torch.cat([cls_token.expand(batch, 1, -1), x], dim=1) + pos_embed
 
-        return leaves, place
+        def place_both(tokens, mask_token, pos_embed, cls_token):
+            unmasked = torch.cat([cls_token.expand(batch, 1, -1), tokens], dim=1) + pos_embed
+            return torch.cat([unmasked, place(tokens, mask_token, pos_embed, cls_token)])
+
+        return leaves, place_both if mode == "both" else place
 
     def minimum(sizes: Sizes) -> tuple[int, int]:
         batch, patches = sizes["B"], sizes["N"]
-        row = 2 * WIDTH
-        seen = patches // 4 if mode == "visible" else patches // 2
+        row, parameter_row = 2 * WIDTH, parameter_dtype.itemsize * WIDTH
+        seen = {"visible": patches // 4, "masked": patches // 2, "both": patches}[mode]
         written = patches // 4 if mode == "visible" else patches
         index = batch * (seen * 4 if mode == "visible" else patches)
-        parameters = row * (patches + 3)
-        output = batch * (1 + patches) * row
+        parameters = parameter_row * (patches + 3)
+        output = batch * (1 + patches) * parameter_row * (2 if mode == "both" else 1)
         return batch * seen * row + index + parameters + output, output + index + batch * written * row + parameters
 
-    what = "49 of 196 visible" if mode == "visible" else "half of 196 masked"
+    what = {"visible": "49 of 196 visible", "masked": "half of 196 masked", "both": "unmasked and half of 196 masked"}[
+        mode
+    ]
+    what += ", fp32 parameters" if parameter_dtype == torch.float32 else ""
     samples = {"B": (2, 4), "N": (4, 8)}
     return Case("place_tokens", f"B256 width 768, {what}", {"B": 256, "N": 196}, samples, run, eager, minimum)
 
@@ -208,5 +210,7 @@ def cases() -> list[Case]:
         _linear("l1"),
         _linear("mse"),
         _place("masked"),
+        _place("masked", torch.float32),
+        _place("both", torch.float32),
         _place("visible"),
     ]

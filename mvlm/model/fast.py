@@ -9,7 +9,7 @@ Nothing is approximated. Work is skipped if its result is unused or already know
 - ITM reads only [CLS], so the last block computes no other row. The part of block 0 that does not depend on the
   partner runs once per image or caption, not once per pair.
 - The last block of the decoder, the pixel head, the last block before the LM head, and the head itself compute only
-  masked rows. The predicted pixels and the full logits are never materialised.
+  masked rows. The full logits are never materialised, nor on a GPU all predicted pixels.
 
 Shape legend: B batch, N patches, L rows, T packed tokens, M masked tokens, K masked patches, R = 3B pairs, C width,
 H heads, D head width, P patch side, S image side.
@@ -68,12 +68,12 @@ def encode_images(model: MaskVLMNetwork, images: Tensor, patch_ids: Tensor) -> t
     encoder, config = model.image_encoder, model.config
     patches = _project_patches(model, images)
     parameters = (encoder.mask_token, encoder.position, encoder.cls_token)
-    unmasked = place_tokens(patches, *parameters)  # (B, 1+N, C)
     if not config.drop_masked:
         hidden = masked_patches(patch_ids, config.num_patches)  # (B, N), True = masked
-        masked = place_tokens(patches, *parameters, masked=hidden)
-        v, vm = encoder.run(torch.cat([unmasked, masked]), attend_self(None)).chunk(2)
+        both = place_tokens(patches, *parameters, masked=hidden, with_unmasked=True)  # (2B, 1+N, C)
+        v, vm = encoder.run(both, attend_self(None)).chunk(2)
         return v, vm
+    unmasked = place_tokens(patches, *parameters)  # (B, 1+N, C)
     visible = visible_patches(patch_ids, config.num_patches)  # (B, N-K)
     rows = torch.cat([torch.zeros_like(visible[:, :1]), 1 + visible], dim=1)  # [CLS] too
     x = encoder.run(select_within(unmasked, rows), attend_self(None))  # (B, 1+N-K, C)

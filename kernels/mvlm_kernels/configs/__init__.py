@@ -6,10 +6,8 @@ Each op chooses its tiles in one place:
 
     op                 tiles                                   key in its table
     cross_attention    cross_attention/tiles.py and a table    kernel/dtype/head width/short length; see below
-    linear_pixel_loss  ``tiles`` in pixel_loss/shared.py       kernel/bits, with 16 or 32 bits per element
-                       and a table
-    gather_patches,    ``tile_of`` in gather_patches/triton.py no table: a tile is one patch
-    masked_pixel_loss
+    gather_patches,    ``row_grid`` in gather_patches          no table: a warp has a patch
+    and pixel losses
     place_tokens       constants in place_tokens/triton.py     no table: one size for all shapes
 
 In a key of cross_attention the dtype is ``16bit`` or ``tf32``, the head width is rounded up to a power of two, and the
