@@ -173,7 +173,7 @@ def match_pairs(
 
     `caches`, if given, are those of v and text; `max_rows` is a bound of the rows of the R captions together.
     """
-    image, caption = fuse_pairs(model, v, text, images, texts, caches)
+    image, caption = fuse_pairs(model, v, text, images, texts, caches, max_rows)
     return model.matching_head(image * caption)
 
 
@@ -184,6 +184,7 @@ def fuse_pairs(
     images: Tensor,
     texts: Tensor,
     caches: PairCaches | None = None,
+    max_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """[CLS] of both cross-modality encoders, image and text (R, C) each, of the pairs of `match_pairs`."""
     caches = caches or _make_caches(v, text)
