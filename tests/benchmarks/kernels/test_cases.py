@@ -43,9 +43,11 @@ def test_bytes_of_gather_patches_match_a_count_by_hand() -> None:
 
 
 def test_cases_agree_with_those_of_the_kernels() -> None:
-    """At the paper's sizes both packages count the same."""
+    """At the paper's sizes both packages count the same, for the ops that the benchmark times."""
     here = {(case.op, case.shape): case for case in cases(256, BF16)}
     for theirs in kernel_cases.cases():
+        if theirs.op in ("add_layer_norm", "gelu_linear"):
+            continue
         found = here[theirs.op, theirs.shape]
         assert found.minimum == theirs.minimum(theirs.sizes), theirs.shape
         assert found.flops == theirs.flops(theirs.sizes), theirs.shape
