@@ -44,7 +44,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom; rooms of one floor do no
     ],
     "mvlm_benchmarks": [
         {"gpu"},
-        {"kernels", "step", "data"},
+        {"kernels", "step", "data", "run", "search"},
         {
             "clock",
             "ceilings",

@@ -104,7 +104,7 @@ def data(
         data: Folder of shards. If it does not exist, a data set of scikit-image's and scikit-learn's photographs is
             built there.
         images: Images of the data set, if it is built.
-        contenders: ours, pil, decode_jpeg, webdataset+pil, webdataset+simplejpeg. Default: all.
+        contenders: ours, ours+kept, pil, decode_jpeg, webdataset+pil, webdataset+simplejpeg. Default: all.
         recipes: crop, crop+randaug. Default: both.
         rounds: Rounds. Each contender has one turn per round.
         batches: Batches per turn.
@@ -122,6 +122,34 @@ def data(
     turns = (rounds, batches, batch, size)
     for path in bench.run(data, images, out, contenders, recipes, *turns, soak, start, step, json):
         print(path)
+
+
+def run(
+    *,
+    preset: str = "tiny",
+    data: Path = Path("data/emoji"),
+    rounds: int = 10,
+    steps: int = 8,
+    eval_every_steps: int = 200,
+    threads: int = 0,
+    json: Path | None = None,
+    csv: Path | None = None,
+) -> None:
+    """Time the training loop against the bare step, in one process.
+
+    Args:
+        preset: tiny, small or base. The recipe of `mvlm pretrain PRESET`.
+        data: Folder of shards with the splits train and validation, such as the demo's.
+        rounds: Rounds. Each contender has one turn per round.
+        steps: Steps per turn.
+        eval_every_steps: Steps between evaluations, for their share of the run's time. The default is the demo's.
+        threads: CPU threads. 0: torch's default.
+        json: JSON file for the figures.
+        csv: CSV file for the figures.
+    """
+    from mvlm_benchmarks.run import run as bench
+
+    bench.run(preset, data, rounds, steps, eval_every_steps=eval_every_steps, threads=threads, json=json, csv=csv)
 
 
 def _require(*packages: str) -> None:
