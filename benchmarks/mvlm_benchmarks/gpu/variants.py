@@ -26,7 +26,7 @@ from mvlm_benchmarks.unavailable import one_line
 from mvlm_kernels import dispatch, overrides, use_backend
 from mvlm_kernels.cross_attention.arguments import short_sides_up_to
 
-Options = dict[str, int]
+Options = dict[str, int | None]
 Row = dict[str, Any]
 
 # Kernels that add partial results. They take microseconds, and their tiles do not matter.
@@ -123,13 +123,13 @@ def variants(kernel: str, options: Options, few: bool = False) -> list[Options]:
 
     few: three of them, for a rehearsal.
     """
-    warps, stages = options.get("num_warps", 4), options.get("num_stages", 1)
+    warps, stages = options.get("num_warps") or 4, options.get("num_stages") or 1
     changes: list[Options] = [{"num_stages": n} for n in (1, 2, 3) if n != stages]
     changes += [{"num_warps": n} for n in (2, 4, 8) if n != warps]
-    changes += [{"maxnreg": 128}, {"num_stages": 2, "maxnreg": 128}]
-    tile = TILES.get(kernel)
-    if tile in options:
-        size = options[tile]
+    # A default with a limit of registers is also tried without it.
+    changes += [{"maxnreg": None}] if options.get("maxnreg") else [{"maxnreg": 128}, {"num_stages": 2, "maxnreg": 128}]
+    tile = TILES.get(kernel, "")
+    if size := options.get(tile):
         for other in (size // 2, 2 * size):
             if 16 <= other <= 256 or (tile == "BLOCK_B" and 4 <= other <= 64):
                 changes.append({tile: other})
