@@ -7,7 +7,7 @@ RUN    ?= runs/demo
 STEPS  ?= 640
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu test-triton faults faults-data faults-loading soak bench aot traffic \
+.PHONY: help demo test test-fast test-gpu test-triton emulate faults faults-data faults-loading soak bench aot traffic \
         wheel-smoke check format clean
 
 ## help            list these targets
@@ -58,6 +58,12 @@ test-triton:
 	    build/triton-$$version/bin/python -m pytest tests/kernels \
 	        -W "ignore:Conversion of an array with ndim:DeprecationWarning" || exit 1; \
 	done
+
+# CASES is an expression of pytest's -k.
+CASES ?=
+## emulate         run every kernel as compiled for sm_80 and sm_90, emulated on the CPU: about an hour on two cores
+emulate: $(VENV)/.installed
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emulator -n $(JOBS) -k "$(CASES)"
 
 ## wheel-smoke     install the kernels from a wheel, with torch and Triton alone, and call them
 wheel-smoke: $(VENV)/.installed
