@@ -86,6 +86,6 @@ class Copies:
                 np.subtract.at(shared.arriving, at, 1)
                 shared.write_step[at] = self.m.step
                 shared.write_thread[at] = (copy.lanes[ready] % self.m.threads).astype(np.int16)[:, None]
-                shared.written[at] = True
+                shared.written[at] = shared.copied[at] = True
             copy.open &= ~ready
         self._copies = [copy for copy in self._copies if copy.open.any()]

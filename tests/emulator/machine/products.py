@@ -47,9 +47,12 @@ class Products:
         by_writer = s.last_fence[cta[:, None], writer]
         by_reader = s.last_fence[cta, group * 128][:, None]
         unfenced = (step >= 0) & (by_writer < step) & ((by_reader < step) | late)
-        report(
-            "proxy", unfenced, lambda k, j: f"stored by thread {int(writer[k, j])} with no fence.proxy.async in between"
-        )
+        for kind, verb, hit in (
+            ("proxy", "stored", unfenced & ~s.copied[at]),
+            ("copy-proxy", "copied", unfenced & s.copied[at]),
+        ):
+            text = f"{verb} by thread %d with no fence.proxy.async in between"
+            report(kind, hit, lambda k, j, text=text: text % int(writer[k, j]))
         s.being_read[at] += 1
         s.read_step[at], s.read_thread[at] = m.step, MANY
         self._open.append(at)

@@ -22,6 +22,7 @@ class SharedMemory:
             self.written = np.zeros(n, bool)
             self.write_step, self.read_step = np.full(n, -1, np.int32), np.full(n, -1, np.int32)
             self.write_thread, self.read_thread = np.zeros(n, np.int16), np.zeros(n, np.int16)
+            self.copied = np.zeros(n, bool)  # written last by cp.async, not by a store
             self.being_read = np.zeros(n, np.int16)  # by wgmma instructions that are not waited for yet
             self.arriving = np.zeros(n, np.int16)  # by cp.async instructions that are not waited for yet
             self.last_barrier = np.zeros(ctas, np.int32)
@@ -101,7 +102,7 @@ class SharedMemory:
         if hazard.any():
             text = "store to bytes that another thread loaded since the last barrier"
             self._report("race", ins, hazard, offsets, cta, thread, text, reader)
-        self.written[at] = True
+        self.written[at], self.copied[at] = True, False
         self.write_step[at], self.write_thread[at] = self.m.step, t
 
     def _check_order(
