@@ -15,17 +15,19 @@ Shape legend: B sequences, R query sequences, L rows, Lq queries, Lk keys, T pac
 """
 
 from importlib.util import find_spec
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mvlm.config.model import ImageAttentionBackend, MaskVLMConfig, TextAttentionBackend
 from mvlm.errors import ConfigError
 from mvlm.model.packing import Packing
-from mvlm_kernels import cross_attention, dispatch
+from mvlm_kernels import cross_attention
 from mvlm_kernels.cross_attention import why_not_triton
+from mvlm_kernels.interpreter import interpreting
 
 # Looked up once, at import: find_spec searches the path, and every call of attention asks.
 INSTALLED_LIBRARIES = frozenset(module for module in ("flash_attn", "xformers") if find_spec(module))
@@ -61,7 +63,7 @@ def choose_backend(
     if wanted not in names:
         raise ConfigError(f"attention backend: wanted one of {', '.join(names)}, got {wanted!r}")
     if wanted != "auto":
-        interpreted = wanted == "triton" and device.type == "cpu" and dispatch.interpreting()
+        interpreted = wanted == "triton" and device.type == "cpu" and interpreting()
         if wanted in reasons and not interpreted:
             can = [name for name in names if name not in reasons and name != "auto"]
             raise ConfigError(
@@ -166,7 +168,8 @@ def text_attention(
     if keys:
         k, v, key_mask = keys.pad(k), keys.pad(v), keys.key_mask
     if key_index is not None:
-        k, v = k.index_select(0, key_index), v.index_select(0, key_index)
+        # Heads first, as the products read them. The gradients come in that layout too, and are added up in it.
+        k, v = (x.transpose(1, 2).contiguous().index_select(0, key_index).transpose(1, 2) for x in (k, v))
         key_mask = None if key_mask is None else key_mask.index_select(0, key_index)
     heads = _padded_attention(q, k, v, key_mask, backend)
     return queries.unpad(heads) if queries else heads
@@ -184,10 +187,43 @@ def _padded_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, 
 def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v by two batched matrix products, all in the dtype of the inputs.
 
-    q (B, H, Lq, D), k and v (B, H, Lk, D); mask bool, broadcast to (B, H, Lq, Lk), True = the key exists.
+    q (B, H, Lq, D), k and v (B, H, Lk, D); mask bool, broadcast to (B, 1, 1, Lk), True = the key exists.
     """
-    with torch.autocast(q.device.type, enabled=False):  # autocast would copy the scores to fp32 and back
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        return scores.softmax(-1) @ v
+    return _MathAttention.apply(q, k, v, mask)  # pyright: ignore[reportReturnType]
+
+
+class _MathAttention(torch.autograd.Function):
+    """Attention by batched matrix products, for CPUs.
+
+    Scores are transposed, (B*H, Lk, Lq): torch's softmax over the last dimension is scalar code for a few keys in bf16,
+    and several times as fast over the second. Each operand is brought once into the layout that the products need.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        batch, heads = q.shape[:2]
+        q, k, v = (x.contiguous().flatten(0, 1) for x in (q, k, v))  # (B*H, L, D)
+        scale = q.shape[-1] ** -0.5
+        with torch.autocast(q.device.type, enabled=False):  # autocast would copy the scores to fp32 and back
+            unused = q.new_empty(len(q), k.shape[1], q.shape[1])
+            scores = torch.baddbmm(unused, k, q.transpose(1, 2), beta=0, alpha=scale)  # (B*H, Lk, Lq)
+            if mask is not None:
+                absent = mask.new_zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+                scores.view(batch, heads, *scores.shape[1:]).add_(absent.transpose(-1, -2))
+            p = scores.softmax(1)
+            out = p.transpose(1, 2) @ v
+        ctx.save_for_backward(q, k, v, p)
+        return out.unflatten(0, (batch, heads))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, p = ctx.saved_tensors
+        shape, scale = grads[0].shape[:2], q.shape[-1] ** -0.5
+        grad = grads[0].contiguous().flatten(0, 1)
+        dv = p @ grad
+        # A key that does not exist has p = 0, so its score has no gradient.
+        ds = torch.ops.aten._softmax_backward_data(v @ grad.transpose(1, 2), p, 1, p.dtype)
+        dq = torch.baddbmm(torch.empty_like(q), ds.transpose(1, 2), k, beta=0, alpha=scale)
+        dk = torch.baddbmm(torch.empty_like(k), ds, q, beta=0, alpha=scale)
+        return dq.unflatten(0, shape), dk.unflatten(0, shape), dv.unflatten(0, shape), None

@@ -26,6 +26,7 @@ from mvlm.model.implementation import PairCaches, Streams
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, Packing, mask_tokens, round_up_length
 from mvlm.model.patches import masked_patches, visible_patches
+from mvlm.model.residual import Branch, Residual
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels import gather_patches, linear_pixel_loss, place_tokens
@@ -120,10 +121,11 @@ def language_loss(
         return rows.index_select(0, masks.token_ids)  # (T, C) -> (M, C)
 
     *early, last = model.text_cross.layers
+    rows = Residual(x)
     for block in early:
-        x = block(x, attend_self(packing), attend_cross(block, packing, image))
-    x = last(x, attend_self(packing, select, selected), attend_cross(last, selected, image), select)
-    x = model.text_cross.norm(x)  # (M, C)
+        rows = block(rows, attend_self(packing), attend_cross(block, packing, image))
+    rows = last(rows, attend_self(packing, select, selected), attend_cross(last, selected, image), select)
+    x = model.text_cross.finish(rows)  # (M, C)
     targets = batch.tokens.index_select(0, masks.token_ids)
     # Padding positions (see `pad_to_bucket`) point past the last caption and are ignored.
     targets = targets.masked_fill(masks.token_ids >= batch.cu_seqlens[-1], -100)
@@ -133,21 +135,21 @@ def language_loss(
 
 def image_loss(model: MaskVLMNetwork, streams: Streams, text: KeyValueCache, batch: Batch, masks: Masks) -> Tensor:
     """MIM, a scalar; the masked images attend to the unmasked captions of the cache."""
-    x = streams.masked_image
+    rows = Residual(streams.masked_image)
 
     def select(rows: Tensor) -> Tensor:
         return select_within(rows, 1 + masks.patch_ids)  # (B, 1+N, C) -> (B, K, C)
 
     for block in model.image_cross.layers:
-        x = block(x, attend_self(None), attend_cross(block, None, text))
-    x = model.image_cross.norm(x)
+        rows = block(rows, attend_self(None), attend_cross(block, None, text))
+    rows = Residual(model.image_cross.finish(rows))
     *early, last = model.image_decoder.layers
     for block in early:
-        x = block(x, attend_self(None), attend_cross(block, None, text))
-    x = last(x, attend_self(None, select), attend_cross(last, None, text), select)
+        rows = block(rows, attend_self(None), attend_cross(block, None, text))
+    rows = last(rows, attend_self(None, select), attend_cross(last, None, text), select)
     encoder, head = model.image_encoder, model.pixel_head
     return linear_pixel_loss(
-        model.image_decoder.norm(x),  # (B, K, C)
+        model.image_decoder.finish(rows),  # (B, K, C)
         head.weight,
         head.bias,
         batch.images,
@@ -165,22 +167,37 @@ def match_pairs(
     images: Tensor,
     texts: Tensor,
     caches: PairCaches | None = None,
+    max_rows: int | None = None,
 ) -> Tensor:
     """ITM logits (R, 2) of pairs of image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,).
 
-    `caches`, if given, are those of v and text.
+    `caches`, if given, are those of v and text; `max_rows` is a bound of the rows of the R captions together.
     """
+    image, caption = fuse_pairs(model, v, text, images, texts, caches)
+    return model.matching_head(image * caption)
+
+
+def fuse_pairs(
+    model: MaskVLMNetwork,
+    v: Tensor,
+    text: PackedText,
+    images: Tensor,
+    texts: Tensor,
+    caches: PairCaches | None = None,
+) -> tuple[Tensor, Tensor]:
+    """[CLS] of both cross-modality encoders, image and text (R, C) each, of the pairs of `match_pairs`."""
     caches = caches or _make_caches(v, text)
     packing = _with_rounded_length(text.packing)
     # Only the device knows how many tokens the R captions have together. Asking costs nothing on a CPU. On a GPU it
-    # would be a sync, so the upper bound is taken there.
+    # would be a sync, so an upper bound is taken there.
     capacity = len(texts) * packing.max_length
+    capacity = capacity if max_rows is None else min(capacity, max_rows)
     if texts.device.type == "cpu" and not torch.compiler.is_compiling():
         capacity = int(packing.lengths.index_select(0, texts).sum())
     pair_packing, rows = packing.select(texts, capacity)
     image = _encode_pairs(model.image_cross, v, None, caches.text, texts, images, None)
     caption = _encode_pairs(model.text_cross, text.rows, packing, caches.image, images, rows, pair_packing)
-    return model.matching_head(image * caption)
+    return image, caption
 
 
 def _encode_pairs(
@@ -208,30 +225,30 @@ def _encode_pairs(
     def first(y: Tensor) -> Tensor:
         return y.index_select(0, pair_packing.cu_seqlens[:-1]) if pair_packing else y[:, 0]  # (R, C)
 
-    def attend_self_first(attention: Attention, y: Tensor) -> Tensor:
+    def attend_self_first(attention: Attention, y: Tensor) -> Branch:
         if pair_packing is None:
             return attention.attend_first_row(first(y), y, None)
         return attention.attend_first_row(first(y), pair_packing.pad(y), pair_packing.key_mask)
 
     *early, last = encoder.layers
-    if not early:
-        x = expand(x)
+    stream = Residual(x if early else expand(x))
     for number, block in enumerate(early):
         cross = attend_cross(block, pair_packing, cache, key_index)
         if number == 0:
             # Block 0's self-attention does not depend on the partner, so it runs once per image or caption; only its
             # result is expanded to pairs.
-            x = block(x, attend_self(packing), cross, select_between=expand)
+            stream = block(stream, attend_self(packing), cross, select_between=expand)
         else:
-            x = block(x, attend_self(pair_packing), cross)
+            stream = block(stream, attend_self(pair_packing), cross)
 
     # Made outside the block, for the reason given in `attend_cross`.
     cross = attend_cross(last, None, cache, key_index)
 
-    def attend_cross_first(attention: Attention, y: Tensor) -> Tensor:
-        return cross(attention, y.unsqueeze(1)).squeeze(1)
+    def attend_cross_first(attention: Attention, y: Tensor) -> Branch:
+        branch = cross(attention, y.unsqueeze(1))
+        return branch._replace(rows=branch.rows.squeeze(1))
 
-    return encoder.norm(last(x, attend_self_first, attend_cross_first, select=first))
+    return encoder.finish(last(stream, attend_self_first, attend_cross_first, select=first))
 
 
 def _make_caches(v: Tensor, text: PackedText) -> PairCaches:

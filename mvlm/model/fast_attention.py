@@ -13,6 +13,7 @@ from mvlm.model import attention_backends as backends
 from mvlm.model.attention import Attend, Attention
 from mvlm.model.cross_encoder import CrossBlock, KeyValueCache, SelectRows
 from mvlm.model.packing import Packing
+from mvlm.model.residual import Branch
 
 
 def attend_self(packing: Packing | None, select: SelectRows | None = None, selected: Packing | None = None) -> Attend:
@@ -21,7 +22,7 @@ def attend_self(packing: Packing | None, select: SelectRows | None = None, selec
     With `select`, only the rows that it selects are queries; `selected` is their layout if they are packed.
     """
 
-    def attend(attention: Attention, y: Tensor) -> Tensor:
+    def attend(attention: Attention, y: Tensor) -> Branch:
         # Cast once, before the projections: autocast would cast y for each of them and save every copy.
         y = y.to(compute_dtype(y))
         if select is None:
@@ -50,7 +51,7 @@ def attend_cross(
     # recompute fewer tensors than the forward pass saved.
     k, v = cache.keys_values(block)
 
-    def attend(attention: Attention, y: Tensor) -> Tensor:
+    def attend(attention: Attention, y: Tensor) -> Branch:
         q = attention.queries(y)
         return attention.project_out(
             backends.text_attention(q, k, v, packing, cache.packing, key_index, attention.text_backend)

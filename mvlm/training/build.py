@@ -68,6 +68,7 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
             operations=config.randaugment,
             magnitude=config.randaugment_magnitude,
         ),
+        keep_mb=config.keep_images_mb,
     )
 
 

@@ -25,6 +25,7 @@ def test_kernels_move_few_bytes_beyond_the_minimum(name):
     assert backward <= 1.10 * fewest_backward
 
 
+@pytest.mark.slow
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("kind", ["l1", "mse"])
 def test_bytes_of_linear_pixel_loss_follow_from_its_tiling(kind):

@@ -258,6 +258,7 @@ def test_odd_images_take_bounded_memory(zoo):
     assert zoo["grown"] < 1 << 30
 
 
+@pytest.mark.slow
 def test_accepted_odd_images_are_loaded_correctly(zoo):
     """The loader's images, EXIF orientation applied, against Pillow's decoders and its transposition."""
     dataset, side = zoo["dataset"], 60

@@ -39,6 +39,7 @@ def stream(loader: Loader, count: int) -> list[tuple[int, bytes, bytes]]:
     return found
 
 
+@pytest.mark.slow
 def test_the_limit_of_undecodable_images_holds_for_each_rank(damaged, tokenizer):
     """A rank has seen half of the samples, so half as many bad ones are too many, plus a margin."""
     loader = load(damaged, tokenizer, rank=1, world_size=2, max_bad_fraction=0.0)
@@ -100,6 +101,7 @@ def test_too_many_undecodable_images_stop_ranks_however_often_they_resume(many, 
         of_all_ranks(dataset, tokenizer, known, 1)
 
 
+@pytest.mark.slow
 def test_samples_seen_by_a_rank_continue_from_its_state(many, tokenizer):
     """30 % are bad, which is noticed within the first epoch, whether the run resumes after each batch or never."""
     dataset = many(30)

@@ -100,6 +100,7 @@ def test_visual_genome_and_save_to_disk_cannot_name_files_outside_the_folder(tmp
         huggingface([tmp_path / "saved"])
 
 
+@pytest.mark.slow
 def test_only_strings_are_captions_in_every_source(tmp_path):
     """Nulls, numbers and objects are skipped in every format that can hold them."""
     cells = [["words", None], [None], [{"raw": "words", "id": 1}], [float("nan")], 7, None, "None"]

@@ -10,6 +10,9 @@ Where the backward is:
 - Dense calls without a kernel: SDPA, and its backward in torch.
 """
 
+import math
+from typing import Literal, TypedDict, Unpack, overload
+
 import torch
 from torch import Tensor
 
@@ -33,9 +36,30 @@ from mvlm_kernels.cross_attention.ops import (
     too_long,
     why_not_triton,
 )
+from mvlm_kernels.cross_attention.probabilities import attention_probabilities
 from mvlm_kernels.cross_attention.reference import pack_key_mask, sdpa
 
-__all__ = ["HEAD_WIDTHS", "LONGEST_SHORT_SIDE", "cross_attention", "pack_key_mask", "why_not_triton"]
+__all__ = [
+    "HEAD_WIDTHS",
+    "LONGEST_SHORT_SIDE",
+    "attention_probabilities",
+    "cross_attention",
+    "pack_key_mask",
+    "why_not_triton",
+]
+
+
+class _Options(TypedDict, total=False):
+    """Options of :func:`cross_attention`, for its type."""
+
+    key_lengths: Tensor | None
+    key_mask: Tensor | None
+    key_index: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    scale: float | None
+    max_len_q: int | None
+    max_len_k: int | None
 
 
 def _takes_sdpa(q: Tensor, short: int) -> bool:
@@ -75,6 +99,7 @@ def _explain(
     scale: float | None = None,
     max_len_q: int | None = None,
     max_len_k: int | None = None,
+    return_lse: bool = False,
 ) -> tuple[str, ...]:
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
@@ -82,6 +107,14 @@ def _explain(
     return reasons(q, *longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k))
 
 
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[_Options]
+) -> Tensor: ...
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[_Options]
+) -> tuple[Tensor, Tensor]: ...
 @dispatch.explained_by(_explain)
 def cross_attention(
     q: Tensor,
@@ -96,7 +129,8 @@ def cross_attention(
     scale: float | None = None,
     max_len_q: int | None = None,
     max_len_k: int | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which one side is short (text, at most 128 tokens) and the other is image patches.
 
     ``out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[r, j, h]) v[r, j, h]`` with ``r = key_index[b]``, or b
@@ -123,12 +157,15 @@ def cross_attention(
             side without a bound is assumed to be at most 128 long, unless the other side is known to be short. A
             longer sequence is a ValueError on the CPU. On a GPU its output is NaN, because reading the lengths would
             wait for the device.
+        return_lse: also return the natural log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq), float64 for
+            float64 and else float32. It has no gradient, and is -inf for a query without keys. Where no kernel runs,
+            the reference computes it.
 
     Returns:
-        The output in q's shape and dtype, contiguous. bfloat16, float16 and float32 (TF32 on a GPU) accumulate in
-        float32; float64 has no compiled kernel. Autocast casts q, k and v first. Eager CPU calls are composed of torch
-        ops. If both sides are longer than 128, SDPA runs for dense calls and the reference with cu_seqlens.
-        :func:`mvlm_kernels.explain` names the backend and the reasons.
+        The output in q's shape and dtype, contiguous; with return_lse, output and log-sum-exp. bfloat16, float16 and
+        float32 (TF32 on a GPU) accumulate in float32; float64 has no compiled kernel. Autocast casts q, k and v first.
+        Eager CPU calls are composed of torch ops. If both sides are longer than 128, SDPA runs for dense calls and the
+        reference with cu_seqlens. :func:`mvlm_kernels.explain` names the backend and the reasons.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, and for a tensor as scale. Values of lengths and
@@ -141,16 +178,17 @@ def cross_attention(
     side = short_side(len_q, len_k)
     if side is None:
         dispatch.refuse_if_forced(too_long(len_q, len_k))
-    elif _uses_cpu_path(q, len_q, len_k):
+    elif not return_lse and _uses_cpu_path(q, len_q, len_k):
         check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, len_q, len_k)
         return cpu.attend(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
-    if cu_seqlens_q is None and cu_seqlens_k is None:
+    if cu_seqlens_q is None and cu_seqlens_k is None and not return_lse:
         if side is None or (q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q)):
             return sdpa(q, k, v, key_lengths, key_mask, key_index, scale)
     if key_mask is not None and key_mask.dtype == torch.bool:
         key_mask = pack_key_mask(key_mask)
     call = attend_directly if registration.called_directly(q, k, v) else attention_op
-    return call(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale, len_q, len_k)[0]
+    out, lse = call(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale, len_q, len_k)
+    return (out, lse * math.log(2)) if return_lse else out
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

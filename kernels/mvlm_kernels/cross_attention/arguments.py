@@ -10,7 +10,9 @@ HEAD_WIDTHS = (32, 64, 80, 96, 128)
 """Head widths D with a kernel."""
 LONGEST_SHORT_SIDE = 128
 """Longest sequence of a side that counts as short. The kernels keep the short side on chip."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INDEX_TYPES = (torch.int32, torch.int64)
+_NAMES = ("q", "k", "v", "key_lengths", "key_mask", "key_index", "cu_seqlens_q", "cu_seqlens_k")
 
 
 def short_side(max_len_q: int, max_len_k: int) -> str | None:
@@ -76,6 +78,10 @@ def check_arguments(
     max_len_k: int | None,
 ) -> None:
     """Raise ValueError for shapes, dtypes and devices that do not fit. The error names the argument, wanted and got."""
+    optional = key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k
+    for i, x in enumerate((q, k, v, *optional)):
+        if not isinstance(x, Tensor) and (x is not None or i < 3):
+            raise ValueError(f"{_NAMES[i]} must be a tensor, got {type(x).__name__}")
     _check_side("q", q, cu_seqlens_q, max_len_q)
     _check_side("k", k, cu_seqlens_k, max_len_k)
     q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
@@ -83,11 +89,17 @@ def check_arguments(
         raise ValueError(f"v must have the shape of k, {tuple(k_shape)}, got {tuple(v.shape)}")
     if k_shape[-2:] != q_shape[-2:]:
         wanted, got = tuple(q_shape[-2:]), tuple(k_shape[-2:])
-        raise ValueError(f"k must have the heads and head width of q, {wanted}, got {got}")
+        raise ValueError(
+            f"k must have the heads and head width of q, {wanted}, got {got}; the layout is (batch, length, heads, "
+            "width)"
+        )
     if q_shape[-1] not in HEAD_WIDTHS:
         raise ValueError(f"q must have a head width of 32, 64, 80, 96 or 128, got {q_shape[-1]}")
-    if not dtype.is_floating_point or k.dtype != dtype or v.dtype != dtype:
-        raise ValueError(f"q, k and v must have one floating dtype, got {dtype}, {k.dtype} and {v.dtype}")
+    if dtype not in FLOATS or k.dtype != dtype or v.dtype != dtype:
+        raise ValueError(
+            "q, k and v must have one dtype of float16, bfloat16, float32 and float64, got "
+            f"{dtype}, {k.dtype} and {v.dtype}"
+        )
     k_seqs = k_shape[0] if cu_seqlens_k is None else cu_seqlens_k.shape[0] - 1
     q_seqs = q_shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     if key_index is None:
@@ -104,19 +116,34 @@ def check_arguments(
     if key_mask is not None:
         if cu_seqlens_k is not None:
             raise ValueError("key_mask must be None where cu_seqlens_k packs the keys, got a tensor")
-        shapes = {torch.bool: (k_seqs, k_shape[1]), torch.int64: (k_seqs, (k_shape[1] + 63) // 64)}
-        if key_mask.dtype not in shapes:
-            raise ValueError(f"key_mask must be bool, or int64 words from pack_key_mask, got {key_mask.dtype}")
-        if key_mask.shape != shapes[key_mask.dtype]:
-            raise ValueError(f"key_mask must have shape {shapes[key_mask.dtype]}, got {tuple(key_mask.shape)}")
-    others = k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k
-    for i, x in enumerate(others):
+        _check_mask(key_mask, k_seqs, k_shape[1])
+    for i, x in enumerate((k, v, *optional)):
         if x is not None and x.device != device:
-            name = ("k", "v", "key_lengths", "key_mask", "key_index", "cu_seqlens_q", "cu_seqlens_k")[i]
-            raise ValueError(f"{name} must be on the device of q, {device}, got {x.device}")
+            raise ValueError(f"{_NAMES[i + 1]} must be on the device of q, {device}, got {x.device}")
+
+
+def _check_mask(key_mask: Tensor, k_seqs: int, length: int) -> None:
+    if key_mask.dtype not in (torch.bool, torch.int64):
+        raise ValueError(
+            f"key_mask must be bool, or int64 words from pack_key_mask, got {key_mask.dtype}; of a mask that is added "
+            "to scores, pass mask == 0"
+        )
+    wanted = (k_seqs, length if key_mask.dtype == torch.bool else (length + 63) // 64)
+    if key_mask.shape == wanted:
+        return
+    if key_mask.shape == (k_seqs, length):
+        raise ValueError(
+            f"key_mask must be bool, got {key_mask.dtype}, which is for the words of pack_key_mask; of a mask of 0 and "
+            "1, pass mask.bool()"
+        )
+    raise ValueError(f"key_mask must have shape {wanted}, got {tuple(key_mask.shape)}")
 
 
 def _check_side(name: str, x: Tensor, cu_seqlens: Tensor | None, max_len: int | None) -> None:
+    if x.is_nested:
+        raise ValueError(
+            f"{name} must not be a nested tensor; pass {name}.values() with cu_seqlens_{name}={name}.offsets()"
+        )
     if cu_seqlens is None:
         if x.dim() != 4:
             raise ValueError(f"{name} must be (batch, length, heads, width), got shape {tuple(x.shape)}")

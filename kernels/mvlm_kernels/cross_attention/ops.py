@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.cross_attention.arguments import HEAD_WIDTHS, LONGEST_SHORT_SIDE, bucket, check_values, short_side
@@ -100,7 +99,6 @@ class _CrossAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grads[0] is None:
             return (None,) * 12
@@ -128,6 +126,9 @@ _backward_op = registration.define(
     "bool need_dq, bool need_dkv) -> (Tensor, Tensor, Tensor)",
     _backward_implementation,
     _backward_fake,
+    registration.no_second_derivative(
+        "cross_attention", "mvlm_kernels.cross_attention.reference.cross_attention_reference"
+    ),
 )
 
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from mvlm_kernels import configs, dispatch
 from mvlm_kernels.cross_attention.arguments import bucket
 from mvlm_kernels.dispatch import ceil_div, power_of_two
+from mvlm_kernels.overrides import overridable
 
 _TYPE_NAMES = {torch.bfloat16: "16bit", torch.float16: "16bit", torch.float32: "tf32"}
 _MOST_SPLITS = 16
@@ -36,6 +37,7 @@ def kernel_has_tiles(kernel: str, dtype: torch.dtype, device: str, width: int, s
     return configs.has("cross_attention", arch, _key(kernel, dtype, device, power_of_two(width), short))
 
 
+@overridable
 @functools.lru_cache(maxsize=1024)
 def meta(kernel: str, dtype: torch.dtype, device: str, width: int, short: int, arch: int) -> dict[str, Any]:
     """Constexprs and compile options of a kernel: head width, dtypes, tiles from the table.

@@ -5,7 +5,6 @@ Both save one slope per pixel for the backward: F * d(loss of its patch) / d(pre
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.gather_patches.arguments import check_id_values, tile_reasons
@@ -53,6 +52,8 @@ def _slope_fake(rows: Tensor, features: int, kind: str, with_slope: bool) -> Ten
     return rows.new_empty(shape, dtype=torch.int8 if kind == "l1" else rows.dtype)
 
 
+_INSTEAD = "gather_patches for the target and a loss of torch"
+
 # ---- masked_pixel_loss
 
 
@@ -85,14 +86,14 @@ class MaskedPixelLoss(torch.autograd.Function):
         ctx.dtype = pred.dtype
         loss, slope = forward(pred, *args)
         ctx.save_for_backward(slope)
-        ctx.mark_non_differentiable(slope)
         # Otherwise every backward pass would allocate a zero gradient of slope's size.
         ctx.set_materialize_grads(False)
         return loss, slope
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, slope_grad):
+        if slope_grad is not None:
+            raise registration.no_second_derivative_error("masked_pixel_loss", _INSTEAD)
         if grad is None or not ctx.needs_input_grad[1]:
             return (None,) * 11
         (slope,) = ctx.saved_tensors
@@ -105,6 +106,7 @@ _masked_backward_op = registration.define(
     "masked_pixel_loss_backward(Tensor grad, Tensor slope, ScalarType dtype) -> Tensor",
     _masked_backward,
     lambda grad, slope, dtype: slope.new_empty(slope.shape, dtype=dtype),
+    registration.no_second_derivative("masked_pixel_loss", _INSTEAD),
 )
 masked_op = registration.define(
     "masked_pixel_loss(Tensor pred, Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? mean, Tensor? std, "
@@ -171,13 +173,13 @@ class LinearPixelLoss(torch.autograd.Function):
     def forward(ctx, forward, hidden, weight, bias, *args):
         loss, slope = forward(hidden, weight, bias, *args)
         ctx.save_for_backward(slope, hidden, weight)
-        ctx.mark_non_differentiable(slope)
         ctx.set_materialize_grads(False)
         return loss, slope
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, slope_grad):
+        if slope_grad is not None:
+            raise registration.no_second_derivative_error("linear_pixel_loss", _INSTEAD)
         needs = ctx.needs_input_grad[1:4]
         if grad is None or not any(needs):
             return (None,) * 13
@@ -193,6 +195,7 @@ _linear_backward_op = registration.define(
     "bool needs_hidden, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)",
     _linear_backward,
     _linear_backward_fake,
+    registration.no_second_derivative("linear_pixel_loss", _INSTEAD),
 )
 linear_op = registration.define(
     "linear_pixel_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor images, Tensor? patch_ids, "

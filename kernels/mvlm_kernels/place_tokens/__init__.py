@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.gather_patches.arguments import FLOATS, check_device, check_id_values, check_ids
@@ -52,6 +51,11 @@ def place_tokens(
     Raises:
         ValueError: for a wrong rank, shape, dtype, device or id, and for masked together with visible_ids.
     """
+    names = ("tokens", "mask_token", "pos_embed", "cls_token", "masked", "visible_ids")
+    for i, x in enumerate((tokens, mask_token, pos_embed, cls_token, masked, visible_ids)):
+        if not isinstance(x, Tensor) and (x is not None or i < 4):
+            hint = "; a model without [CLS] can pass zeros and drop row 0 of the result" if i == 3 else ""
+            raise ValueError(f"{names[i]} must be a tensor, got {type(x).__name__}{hint}")
     if tokens.ndim != 3:
         raise ValueError(f"tokens must have shape (B, N, C), got {tuple(tokens.shape)}")
     batch, given, width = tokens.shape
@@ -150,7 +154,6 @@ class _PlaceTokens(torch.autograd.Function):
         return forward(tokens, mask_token, pos_embed, cls_token, masked, visible_ids)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[1:5]
         if not any(needs):
@@ -160,6 +163,32 @@ class _PlaceTokens(torch.autograd.Function):
         return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
 
 
+class _PlaceTokensBackward(torch.autograd.Function):
+    """The backward is linear in grad, so its own backward is the forward again."""
+
+    @staticmethod
+    def forward(ctx, backward, grad, masked, visible_ids, num_tokens, *dtypes_and_needs):
+        ctx.save_for_backward(masked, visible_ids)
+        ctx.set_materialize_grads(False)
+        *_, ctx.needs = dtypes_and_needs
+        batch, positions, width = grad.shape
+        ctx.shapes = (batch, num_tokens, width), (width,), (positions, width), (width,)
+        ctx.dtype = grad.dtype
+        return backward(grad, masked, visible_ids, num_tokens, *dtypes_and_needs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if all(g is None for g in grads):
+            return (None,) * 10
+        masked, visible_ids = ctx.saved_tensors
+        some = next(g for g in grads if g is not None)
+        inputs = [
+            some.new_zeros(shape) if g is None or not need else g
+            for g, shape, need in zip(grads, ctx.shapes, ctx.needs, strict=True)
+        ]
+        return None, _forward_op(*inputs, masked, visible_ids).to(ctx.dtype), *(None,) * 8
+
+
 _direct = registration.direct(_PlaceTokens, _forward)
 _backward_op = registration.define(
     "place_tokens_backward(Tensor grad, Tensor? masked, Tensor? visible_ids, SymInt num_tokens, "
@@ -167,6 +196,7 @@ _backward_op = registration.define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    _PlaceTokensBackward,
 )
 _forward_op = registration.define(
     "place_tokens(Tensor tokens, Tensor mask_token, Tensor pos_embed, Tensor cls_token, Tensor? masked, "

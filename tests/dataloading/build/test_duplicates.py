@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from mvlm_dataloading import open_dataset
@@ -56,6 +57,7 @@ def test_evaluation_images_are_dropped_from_train(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_a_build_lists_duplicates_and_drops_them_on_request(tmp_path):
     image = published.make_image(1, (144, 108))
     records = [

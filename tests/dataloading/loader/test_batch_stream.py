@@ -86,6 +86,7 @@ def threads() -> int:
     return sum(thread.name == "mvlm-loader" for thread in threading.enumerate())
 
 
+@pytest.mark.slow
 def test_loader_threads_end_with_close_collection_and_the_last_batch(train_split, tokenizer):
     assert threads() == 0
     loader = load(train_split, tokenizer, batch_size=8)

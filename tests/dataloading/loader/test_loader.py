@@ -123,6 +123,7 @@ def test_resume_is_bitwise(train_split, tokenizer, batches):
     assert resumed.step == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 12, 60])
 def test_resume_continues_at_another_batch_size(train_split, tokenizer, batch_size):
     whole = rows(take(load(train_split, tokenizer, batch_size=6), 40))

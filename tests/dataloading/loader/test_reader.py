@@ -42,6 +42,7 @@ def start(dataset, tokenizer, ranks: int = 1) -> Loader:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_closed_segments_free_memory_without_the_garbage_collector(train_split, tokenizer, segments):
     gc.collect()
     gc.disable()

@@ -43,6 +43,7 @@ def test_parquet_as_the_hub_converts_it(tmp_path):
     assert [piece.split for piece in huggingface([tmp_path]).pieces] == ["train", "validation", "test"]
 
 
+@pytest.mark.slow
 def test_folders_of_save_to_disk(tmp_path):
     import datasets
 

@@ -115,6 +115,7 @@ def test_truncated_tars_keep_their_whole_samples(tmp_path):
             build_shards(webdataset([tmp_path / f"{name}.tar"]), tmp_path / f"{name}-out", workers=0)
 
 
+@pytest.mark.slow
 def test_a_tar_member_that_is_too_large_is_not_read(tmp_path):
     """The tar is sparse there, so the member takes no disk space."""
     path = tmp_path / "huge.tar"

@@ -108,6 +108,7 @@ def test_odd_metadata_are_refused_or_accepted_by_check_and_loader_alike(
     loader.close()
 
 
+@pytest.mark.slow
 def test_check_finds_and_names_damage(tmp_path):
     out = write(tmp_path / "out")
     damage(out / "train-000001.tar", b"number 5", b"number\xff5")

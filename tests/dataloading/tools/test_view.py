@@ -88,6 +88,7 @@ def test_a_smaller_fraction_of_a_view_is_part_of_a_larger(one, tmp_path):
     assert set(keys(tmp_path / "seed")) != found[1]
 
 
+@pytest.mark.slow
 def test_a_fraction_of_a_fraction_is_drawn_independently(tmp_path):
     """Halves of halves, by fraction and by weight: about 60, 30 and 15 of 120."""
     write(tmp_path / "whole", range(120), each=200, captions=lambda i: ["words"])

@@ -62,6 +62,7 @@ def exercise_linear():
         check_linear(hidden, weight, bias, images, ids, 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old, new", LINEAR_MUTANTS, ids=[new for _, new in LINEAR_MUTANTS])
 def test_broken_linear_kernel_is_caught(old, new, tmp_path, poison):
     assert_caught("mvlm_kernels.pixel_loss.linear", old, new, tmp_path, poison, exercise_linear)

@@ -185,6 +185,7 @@ def exercise():
     check_placement(*case(17, 3, 3, "visible", visible=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old, new", MUTANTS, ids=[new[:40] for _, new in MUTANTS])
 def test_broken_place_kernel_is_caught(old, new, tmp_path, poison):
     assert_caught("mvlm_kernels.place_tokens.triton", old, new, tmp_path, poison, exercise)

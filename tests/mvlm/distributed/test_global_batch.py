@@ -132,6 +132,7 @@ def test_one_rank_with_one_microbatch_has_the_models_losses_and_gradients():
     assert unsharded_copy(same) is same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["plain", "fast"])
 @pytest.mark.parametrize("local", [False, True])
 def test_microbatches_in_one_process_equal_the_whole_batch(plan, local):

@@ -126,6 +126,7 @@ def test_bootstrap_gives_scipys_percentile_interval(seed):
     assert bootstrap(ratio, 200, seed) == pytest.approx([wanted.low, wanted.high], abs=6e-5)
 
 
+@pytest.mark.slow
 def test_bootstrap_intervals_cover_the_truth_in_95_of_100_cases():
     """100 samples of 60: 95 hits are expected, with a standard deviation of 2.2."""
     rng = np.random.default_rng(1)

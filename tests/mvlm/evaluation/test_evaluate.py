@@ -41,6 +41,7 @@ def test_unseen_images_show_concepts_that_training_lacks(tmp_path):
     assert unseen.tolist() == [False, True, True, False, True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "train, test",
     [([None, None], [None, None, None]), ([None, None], ["cat", "owl"]), (["cat", "owl"], [None, None])],

@@ -145,6 +145,7 @@ def test_load_model_and_export_take_the_averaged_weights(training, tokenizer, tm
     assert all((t == 0.25).all() for t in load_file(tmp_path / "out/model.safetensors").values())
 
 
+@pytest.mark.slow
 def test_optimizer_state_is_restored_to_the_bit(training, tokenizer, tmp_path):
     """All moments are restored, so the next update is the same. A parameter without moments has none afterwards."""
     model, optimizer = training

@@ -221,6 +221,7 @@ def test_configuration_that_is_missing_is_named(tmp_path):
         read_config(tmp_path / "config.json")
 
 
+@pytest.mark.slow
 def test_resume_continues_from_the_newest_good_checkpoint(run_copy, caplog):
     config = pretrain_config(json.loads((run_copy / "config.json").read_text())["data"], run_copy, resume=True)
     newest, older = run_copy / "checkpoints/step_00000002", run_copy / "checkpoints/step_00000001"

@@ -137,6 +137,7 @@ def test_evaluations_change_no_loss(scenes, tmp_path, without_tensorboard):
     assert losses_of(watched.out) == others
 
 
+@pytest.mark.slow
 def test_evaluation_on_the_first_images_alone(scenes, tmp_path):
     """Recall among three is a multiple of a third; among all it would not be."""
     config = pretrain_config(scenes, tmp_path / "run", max_steps=1, eval_every_steps=1, eval_images=3)

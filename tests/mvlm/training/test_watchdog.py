@@ -39,6 +39,7 @@ def test_watchdog_ends_a_stall_with_the_stacks_of_all_threads(tmp_path, capfd):
         assert text.count("hread 0x") >= 3  # the main one, the other and the watchdog's
 
 
+@pytest.mark.slow
 def test_watchdog_leaves_a_run_that_makes_progress(tmp_path):
     process = os.fork()
     if process == 0:
