@@ -95,7 +95,7 @@ def proof(request: pytest.FixtureRequest) -> Proof:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.config.getoption("proof"):
-        item.stash[PROOF] = Proof(item.config.getoption("proof"))
+        item.stash[PROOF] = Proof(str(item.config.getoption("proof")))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -105,7 +105,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
         return (yield)
     under = _interpreted if found.name == "interpreted" else _emulated
     known = {kind for marker in pyfuncitem.iter_markers("finding") for kind in marker.args}
-    with under(found, pyfuncitem.config.getoption("of"), known):
+    with under(found, str(pyfuncitem.config.getoption("of")), known):
         return (yield)
 
 

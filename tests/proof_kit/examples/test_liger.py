@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false
 """Proof of Liger's layers (`pip install --no-deps liger-kernel`): RMSNorm, LayerNorm, SwiGLU, cross-entropy."""
 
 import pytest
