@@ -8,9 +8,8 @@ import torch
 
 from emulator.cases import Cases
 from emulator.library import multiprocessors, unwritten
-from mvlm_kernels import cross_attention, dispatch
+from mvlm_kernels import cross_attention
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
-from mvlm_kernels.cross_attention.tiles import has_tiles
 from support.kernels.accuracy import assert_accurate
 from support.kernels.attention import SIDES, Case, build, run
 
@@ -22,14 +21,16 @@ NAMES = ("out", "dq", "dk", "dv")
 
 def check(case: Case, processors: int = 0) -> None:
     """16-bit types within the bounds of the interpreted kernels, float32 within TF32_RMS; every element written."""
-    short = min(case.len_q, case.len_k)
-    if not has_tiles(case.dtype, case.width, short, dispatch.arch(torch.device("cpu"))):
-        pytest.skip("no tiles in the table: another backend runs on a GPU")
     call = build(case)
     oracle = run(cross_attention_reference, call, torch.float64)
     same = run(cross_attention_reference, call)
-    with multiprocessors(processors):
-        got = run(cross_attention, call, **call.bounds)
+    try:
+        with multiprocessors(processors):
+            got = run(cross_attention, call, **call.bounds)
+    except KeyError as error:
+        if "has no tiles" not in str(error):
+            raise
+        pytest.skip(f"another backend runs on a GPU: {error}")
     for name, terms, x, y, z in zip(NAMES, (1, 8, 8, 1), got, same, oracle, strict=True):
         assert not unwritten(x), f"{name}: {unwritten(x)} elements unwritten"
         if case.dtype == torch.float32:
