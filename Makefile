@@ -49,13 +49,15 @@ test-gpu: $(VENV)/.installed
 # Each Triton gets a virtual environment. Before 3.7 Triton's interpreter converts arrays of one element to scalars,
 # which NumPy 2.4 refuses. Compiled kernels do not use NumPy.
 TRITONS ?= 3.6.0 3.9.0
+build/triton-%/.installed: pyproject.toml
+	$(PYTHON) -m venv build/triton-$*
+	build/triton-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable . "triton==$*" \
+	    "$(if $(filter 3.6.%,$*),numpy<2.4,numpy)" pytest hypothesis "transformers>=5.24,<5.25" timm diffusers
+	touch $@
+
 ## test-triton     run the kernels' tests with the oldest and the newest supported Triton
-test-triton:
+test-triton: $(TRITONS:%=build/triton-%/.installed)
 	for version in $(TRITONS); do \
-	    case $$version in 3.6.*) numpy="numpy<2.4";; *) numpy=numpy;; esac; \
-	    $(PYTHON) -m venv build/triton-$$version && \
-	    build/triton-$$version/bin/python -m pip install --quiet --disable-pip-version-check \
-	        --editable . "triton==$$version" "$$numpy" pytest hypothesis "transformers>=5.24,<5.25" timm diffusers && \
 	    build/triton-$$version/bin/python -m pytest tests/kernels \
 	        -W "ignore:Conversion of an array with ndim:DeprecationWarning" || exit 1; \
 	done
@@ -137,9 +139,12 @@ bench: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm bench data --data $(DATA) --rounds 11 --out $(RESULTS)
 	$(BIN)/python -m mvlm_benchmarks.step.overhead $(DATA) --json $(RESULTS)/overhead.json
 
-## aot             compile every kernel for sm_80, sm_90 and sm_100, without a GPU (`make test`: some)
-aot: $(VENV)/.installed
-	$(BIN)/python -m mvlm_kernels.aot --jobs $$(nproc) --json benchmarks/results/aot.json
+## aot             compile every kernel for sm_80, sm_90 and sm_100 with both Tritons, without a GPU
+aot: $(TRITONS:%=build/triton-%/.installed)
+	for version in $(TRITONS); do \
+	    build/triton-$$version/bin/python -m mvlm_kernels.aot --jobs $$(nproc) \
+	        --json benchmarks/results/aot-$${version%.*}.json || exit 1; \
+	done
 
 ## traffic         count the bytes that the kernels move, against the fewest possible
 traffic: $(VENV)/.installed

@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -24,7 +24,8 @@ Backend = Literal["triton", "torch"]
 Op = TypeVar("Op", bound=Callable[..., Any])
 
 _forced: Backend | None = None
-_reason_functions: dict[Callable[..., Any], Callable[..., Sequence[str]]] = {}
+# Of each public op: the function that lists the reasons against Triton, and what runs without any.
+_reason_functions: dict[Callable[..., Any], tuple[Callable[..., Sequence[str]], str]] = {}
 
 # Set by `recording`: receives the launches instead of a device.
 _recorder: Callable[..., None] | None = None
@@ -82,19 +83,26 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     if op not in _reason_functions:
         names = ", ".join(sorted(f.__name__ for f in _reason_functions))
         raise ValueError(f"op must be one of {names}, got {op!r}")
-    reasons = _reason_functions[op](*args, **kwargs)
+    reason_function, covered = _reason_functions[op]
+    reasons = reason_function(*args, **kwargs)
     if _forced is not None:
         return Explanation(_forced, (f'use_backend("{_forced}") is in force', *reasons))
     if reasons:
         return Explanation("torch", tuple(reasons))
-    return Explanation("triton", ("the fused kernel covers this call",))
+    return Explanation("triton", (covered,))
 
 
-def explained_by(reason_function: Callable[..., Sequence[str]]) -> Callable[[Op], Op]:
-    """Decorator of a public op. ``reason_function`` takes the op's arguments and lists every reason against Triton."""
+def explained_by(
+    reason_function: Callable[..., Sequence[str]], covered: str = "the fused kernel covers this call"
+) -> Callable[[Op], Op]:
+    """Decorator of a public op.
+
+    ``reason_function`` takes the op's arguments and lists every reason against Triton. ``covered`` says what runs
+    without any.
+    """
 
     def register(op: Op) -> Op:
-        _reason_functions[op] = reason_function
+        _reason_functions[op] = reason_function, covered
         return op
 
     return register
@@ -162,6 +170,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Context in which torch ops on this device keep the dtypes of their inputs."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 @functools.cache

@@ -138,10 +138,10 @@ def matching_shares(
         rows = negatives._replace(texts=drawn, images=drawn)
         max_rows = 2 * inputs.text.packing.total  # no caption is in more than two pairs
     matching = matching_pairs(rows)
-    logits = step.implementation.match_pairs(
+    fused = step.implementation.fuse_pairs(
         model, inputs.image, inputs.text, matching.images, matching.texts, inputs.caches, max_rows
     )
-    loss, accuracy = matching_loss(logits, matching.labels, matching.weights)
+    loss, accuracy = matching_loss(model.matching_logits(*fused), matching.labels, matching.weights)
     # `matching_loss` divides by this microbatch's weights; the share divides by those of the global batch.
     share = matching.weights.sum() / total
     return {"itm": loss * share, "itm_accuracy": accuracy * share}

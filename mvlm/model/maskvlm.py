@@ -62,8 +62,8 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
             pairs = matching_pairs(negatives)
             packing = streams.text.packing
             max_rows = matching_rows(packing.total, len(packing) * packing.max_length)
-            match = implementation.match_pairs(
+            fused = implementation.fuse_pairs(
                 self, streams.image, streams.text, pairs.images, pairs.texts, streams.caches, max_rows
-            )  # (3B, 2)
-            itm, itm_accuracy = losses.matching_loss(match, pairs.labels, pairs.weights)
+            )  # (3B, C) each
+            itm, itm_accuracy = losses.matching_loss(self.matching_logits(*fused), pairs.labels, pairs.weights)
         return Losses(mlm, mim, itc, itm, mlm + mim + itc + itm, mlm_accuracy, itc_accuracy, itm_accuracy)

@@ -10,6 +10,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from mvlm.config.pretrain import PretrainConfig
+from mvlm.device import deterministic_kernels
 from mvlm.distributed.coordination import check_ranks, is_lost_rank, run_on_all_ranks
 from mvlm.distributed.parallel import checkpoint_activations, compile_step, parallelize
 from mvlm.distributed.world import World, join_ranks
@@ -47,7 +48,8 @@ def pretrain(config: PretrainConfig) -> None:
         LostRankError: another process of the run is gone.
     """
     world = join_ranks(config.device)
-    with build_run(config, world, open_inputs, build_trainer) as trainer:
+    kernels = deterministic_kernels(world.device) if config.deterministic else nullcontext()
+    with kernels, build_run(config, world, open_inputs, build_trainer) as trainer:
         if trainer.complete:
             log.info("%s is complete: %d of %d steps", config.out, trainer.step, config.max_steps)
         else:
