@@ -28,6 +28,9 @@ TILE, WARPS = 1024, 4
 """Values of a part of a tile, and warps of a program."""
 NARROW, NARROW_TILE = 128, 512
 """Backward, parts up to this narrow take smaller tiles: their lanes also hold more copies of what is a row's."""
+FUSED = False
+"""Fused multiply-adds would take the products into the sums over a row: fma(a, b, the other lane's a * b). That is not
+symmetric. The lanes of a row would end with sums of different bits, and it would be left open which of them counts."""
 PROGRAMS_FORWARD, PROGRAMS_BACKWARD = 4, 2
 """Programs for each multiprocessor. A program reads the vectors once for all its rows."""
 
@@ -195,7 +198,7 @@ def add_layer_norm(
     dispatch.launch(
         add_norm_kernel, (_programs(x.device, rows, tile["BLOCK_R"], PROGRAMS_FORWARD),),
         x, y, y_bias, weight, bias, total, wide if both else None, normalised, mean, rstd, rows, eps,
-        C=width, ACC=accumulator(dtype), **tile, num_warps=WARPS, enable_fp_fusion=True,
+        C=width, ACC=accumulator(dtype), **tile, num_warps=WARPS, enable_fp_fusion=FUSED,
     )  # fmt: skip
     return total, wide, normalised, mean, rstd
 
@@ -227,7 +230,7 @@ def add_layer_norm_backward(
         add_norm_backward_kernel, (programs,),
         grad, residual, total, mean, rstd, weight, dx, dy if y_dtype != x_dtype else None, partial_sums, rows,
         C=width, POST=post_norm, SUMS=sums, ACC=accumulator(total.dtype), **tile,
-        num_warps=WARPS, enable_fp_fusion=True,
+        num_warps=WARPS, enable_fp_fusion=FUSED,
     )  # fmt: skip
     dispatch.launch(
         column_sum_kernel, (ceil_div(sums * width, 32),), partial_sums, result, programs, sums * width,
