@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 BATCH_ROWS = 8192
 APPROXIMATE_FROM = 100_000
 """Rows from which `auto` builds an inverted file. Below, a full product takes milliseconds and is exact."""
-PROBED = 1 / 32
+PROBED = 1 / 4
 """Share of the inverted file's cells that a query reads (docs/search.md has the measurement)."""
 REFINED = 8
 """Candidates whose exact similarity is computed, as a multiple of the answers wanted."""
