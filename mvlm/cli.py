@@ -6,9 +6,10 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from mvlm.commands import bench, data_build, data_tools, embed, evaluate, export, plan, predict, report, search
+from mvlm.commands import bench, data_build, data_tools, embed, evaluate, export, plan, predict, report, score, search
 from mvlm.commands.arguments import deferred, parse
 from mvlm.commands.doctor import doctor
+from mvlm.commands.finetune import eval_task, finetune
 from mvlm.commands.pretrain import pretrain
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -26,9 +27,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data view": data_tools.view,
     "pretrain": pretrain,
     "plan": plan.plan,
+    "finetune": finetune,
     "eval retrieval": evaluate.eval_retrieval,
+    "eval vqa": eval_task("vqa"),
+    "eval entailment": eval_task("entailment"),
     "reconstruct": predict.reconstruct,
     "fill": predict.fill,
+    "score": score.score,
     "report": report.report,
     "export": export.export,
     "embed": embed.embed,
@@ -40,6 +45,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench kernels": bench.kernels,
     "bench step": bench.step,
     "bench data": bench.data,
+    "bench run": bench.run,
 }
 
 
@@ -70,8 +76,8 @@ def run_command(arguments: Sequence[str]) -> None:
         name = " ".join(arguments[:words])
         if name in COMMANDS:
             rest = arguments[words:]
-            if name == "pretrain":
-                pretrain(rest)  # its preset decides the defaults of all flags, so it parses them itself
+            if name in ("pretrain", "finetune"):
+                COMMANDS[name](rest)  # the first word decides the defaults of all flags, so they parse them themselves
             else:
                 # A group of options is not a prefix of its flags: --min-side, not --build.min-side.
                 parse(deferred(COMMANDS[name]), rest, prog=f"mvlm {name}", config=(tyro.conf.OmitArgPrefixes,))()

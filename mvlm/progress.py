@@ -53,13 +53,17 @@ class TrainingProgress:
         now = time.monotonic()
         if not self._shown:
             return
-        if now - self._last_line >= SECONDS_BETWEEN_LINES or row["step"] == self._last or "tr_r1" in row:
+        if now - self._last_line >= SECONDS_BETWEEN_LINES or row["step"] == self._last or _evaluated(row):
             self._last_line = now
             try:
                 print(f"step {row['step']}/{self._last}  {describe_row(row)}", flush=True)
             except OSError as error:  # a full disk, or a closed pipe: no reason to lose a run
-                log.warning("could not write to standard output: %s; it shows nothing more, training goes on", error)
+                log.warning("could not write to standard output: %s; nothing more is shown, training continues", error)
                 _discard_output(sys.stdout)
+
+
+def _evaluated(row: dict[str, Any]) -> bool:
+    return "tr_r1" in row or any(name.startswith("val_") for name in row)
 
 
 def _discard_output(stream: TextIO) -> None:
@@ -129,7 +133,8 @@ def format_duration(seconds: float) -> str:
 
 def describe_row(row: dict[str, Any]) -> str:
     """Losses and speed of a row of metrics, with undecodable images, skipped updates and evaluation, if any."""
-    parts = [f"{name} {row[name]:.3f}" for name in ("mlm", "mim", "itc", "itm") if row[name] is not None]
+    names = ("mlm", "mim", "itc", "itm") if "mlm" in row else ("loss", "accuracy")
+    parts = [f"{name} {row[name]:.3f}" for name in names if row[name] is not None]
     parts.append(f"{row['pairs_per_s']:.0f} pairs/s")
     if row["skipped"]:
         parts.append(f"{row['skipped']} undecodable images")
@@ -138,4 +143,5 @@ def describe_row(row: dict[str, Any]) -> str:
     if "tr_r1" in row:
         parts.append(f"validation R@1 {row['tr_r1']:.1f} / {row['ir_r1']:.1f}")
         parts.append(f"gain {row['gain_text_nats']:.2f} nats, {row['gain_pixels_pct']:.1f} %")
+    parts += [f"validation {name.removeprefix('val_')} {row[name]:.1f}" for name in row if name.startswith("val_")]
     return "  ".join(parts)

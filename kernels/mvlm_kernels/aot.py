@@ -11,10 +11,11 @@ derives a signature from the recorded arguments and compiles the kernel for it. 
     registers            per thread
     spill_bytes, stack   bytes of spill stores and loads in the code, and bytes of stack per thread
     shared               bytes of shared memory per block
+    blocks               blocks that one multiprocessor holds at once, by registers, threads and shared memory
     matrix_instruction   tensor-core instructions in the machine code, "" without one
 
-Exits with 1 if a kernel spills registers or exceeds the target's shared memory, or if an attention or linear kernel has
-no tensor-core instruction. With --against it also exits with 1 if a kernel takes more registers than in that table.
+Exits with 1 if a kernel spills registers or exceeds the target's shared memory, or if an attention kernel has no
+tensor-core instruction. With --against it also exits with 1 if a kernel takes more registers than in that table.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,21 +39,23 @@ if os.environ.pop("TRITON_INTERPRET", None) and __name__ == "__main__":
 import torch
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.machine_code import ARCHS, compile_launch, spill_bytes, usage
+from mvlm_kernels.machine_code import ARCHS, blocks, compile_launch, spill_bytes, usage
 
 MODULES = {
     "cross_attention": "mvlm_kernels.cross_attention.aot_cases",
     "attention_probabilities": "mvlm_kernels.cross_attention.probabilities_kernel",
     "gather_patches": "mvlm_kernels.gather_patches.triton",
     "masked_pixel_loss": "mvlm_kernels.pixel_loss.triton",
-    "linear_pixel_loss": "mvlm_kernels.pixel_loss.linear_aot_cases",
+    "linear_pixel_loss": "mvlm_kernels.pixel_loss.linear",
     "place_tokens": "mvlm_kernels.place_tokens.triton",
+    "add_layer_norm": "mvlm_kernels.add_layer_norm.triton",
+    "gelu_linear": "mvlm_kernels.gelu_linear.triton",
 }
 # Shared memory per block in bytes: CUDA C++ programming guide, technical specifications per compute capability.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
-MULTIPLYING = ("cross_attention", "attention_probabilities", "linear_pixel_loss")
-# Kernels without a matrix product, in ops that otherwise have one: they sum partial results or compute moments.
-WITHOUT_PRODUCTS = ("sum_splits", "short_q_combine", "sum_kernel", "sum_partials_kernel", "moments_kernel")
+MULTIPLYING = ("cross_attention", "attention_probabilities")
+# Kernels of attention without a matrix product: they sum partial results.
+WITHOUT_PRODUCTS = ("sum_splits", "short_q_combine")
 # Names of mma.sync, wgmma and tcgen05.mma in machine code.
 _MATRIX_INSTRUCTIONS = re.compile(r"\b(UTC[A-Z]*MMA|[A-Z]GMMA|[HIDQ]MMA)\b")
 
@@ -98,7 +102,7 @@ def row(op: str, launch: Launch, arch: str) -> dict[str, Any]:
     used = usage(compiled.asm["cubin"])
     matrix = sorted(set(_MATRIX_INSTRUCTIONS.findall(compiled.asm["sass"])))
     floats = [a.dtype for a in _flat(args) if isinstance(a, torch.Tensor) and a.dtype.is_floating_point]
-    tiles = {k: v for k, v in meta.items() if k.startswith("BLOCK") or k in ("num_warps", "num_stages")}
+    tiles = {k: v for k, v in meta.items() if k.startswith("BLOCK") or k in ("num_warps", "num_stages", "maxnreg")}
     return {
         "op": op,
         "pass": pass_name,
@@ -111,6 +115,7 @@ def row(op: str, launch: Launch, arch: str) -> dict[str, Any]:
         "spill_bytes": spill_bytes(compiled.asm["ptx"], arch) if used["STACK"] else 0,
         "stack": used["STACK"],
         "shared": compiled.metadata.shared,
+        "blocks": blocks(used["REG"], meta["num_warps"], compiled.metadata.shared, arch),
         "matrix_instruction": "+".join(matrix),
     }
 
@@ -181,13 +186,12 @@ def tasks(archs: list[str], select: str) -> list[tuple[str, str, str]]:
     return found
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
-    print(f"{'op':18} {'kernel':26} {'case':30} {'arch':7} {'regs':>4} {'spill':>5} {'stack':>5} {'shared':>7} matrix")
-    for r in rows:
-        print(
-            f"{r['op']:18} {r['kernel']:26} {r['case']:30} {r['arch']:7} {r['registers']:4} {r['spill_bytes']:5} "
-            f"{r['stack']:5} {r['shared']:7} {r['matrix_instruction']}"
-        )
+def _print(r: dict[str, Any]) -> None:
+    print(
+        f"{r['op']:18} {r['kernel']:26} {r['case']:30} {r['arch']:7} {r['registers']:4} {r['spill_bytes']:5} "
+        f"{r['stack']:5} {r['shared']:7} {r['blocks']:6} {r['matrix_instruction']}",
+        flush=True,
+    )
 
 
 def main() -> int:
@@ -205,12 +209,15 @@ def main() -> int:
     work = tasks(options.arch or list(ARCHS), options.select)
     if not work:
         parser.error(f"nothing matches --select {options.select!r}")
-    if options.jobs > 1:
-        with ProcessPoolExecutor(options.jobs) as pool:
-            rows = [r for part in pool.map(_rows_of_case, work) for r in part]
-    else:
-        rows = [r for task in work for r in _rows_of_case(task)]
-    _print(rows)
+    columns = ("op", 18), ("kernel", 26), ("case", 30), ("arch", 7)
+    numbers = ("regs", 4), ("spill", 5), ("stack", 5), ("shared", 7), ("blocks", 6)
+    print(*(f"{name:{n}}" for name, n in columns), *(f"{name:>{n}}" for name, n in numbers), "matrix")
+    rows = []
+    with ProcessPoolExecutor(options.jobs) if options.jobs > 1 else nullcontext() as pool:
+        for part in (pool.map if pool else map)(_rows_of_case, work):
+            rows += part
+            for r in part:  # as they come: the whole table takes long
+                _print(r)
     import triton
 
     versions = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}

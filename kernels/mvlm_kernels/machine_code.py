@@ -1,5 +1,6 @@
 """Compilation of one kernel for a GPU that is not here, and the costs that its machine code states."""
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -10,20 +11,21 @@ ARCHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 """Targets, and their compute capability as an int."""
 
 
-def _specialized(kernel: Any, args: tuple, meta: dict[str, Any], arch: str) -> tuple[Any, ...]:
+@functools.cache
+def _binder(kernel: Any, arch: str) -> tuple[Any, ...]:
+    """(target, backend, function of arguments that specialises them as a launch on that GPU would)."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
     target = GPUTarget("cuda", ARCHS[arch], 32)
     backend = make_backend(target)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    return target, backend, *bind(*args, debug=False, **meta)
+    return target, backend, create_function_from_signature(kernel.signature, kernel.params, backend)
 
 
 def signature(kernel: Any, args: tuple, meta: dict[str, Any], arch: str) -> str:
     """Key of a launch in Triton's cache of compiled kernels: two launches compile once if theirs are equal."""
-    *_, specialization, options = _specialized(kernel, args, meta, arch)
+    _, specialization, options = _binder(kernel, arch)[2](*args, debug=False, **meta)
     return f"{kernel.__name__} {specialization} {sorted(options.items())}"
 
 
@@ -35,7 +37,8 @@ def compile_launch(kernel: Any, args: tuple, meta: dict[str, Any], arch: str) ->
     import triton
     from triton.compiler import ASTSource
 
-    target, backend, bound, specialization, options = _specialized(kernel, args, meta, arch)
+    target, backend, bind = _binder(kernel, arch)
+    bound, specialization, options = bind(*args, debug=False, **meta)
     options, signature, constexprs, attrs = kernel._pack_args(
         backend, {"debug": False, **meta}, bound, specialization, options
     )
@@ -62,6 +65,17 @@ def usage(cubin: bytes) -> dict[str, int]:
             [_tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
     return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+
+
+def blocks(registers: int, warps: int, shared: int, arch: str) -> int:
+    """Blocks that one multiprocessor holds at once, at most.
+
+    By 65,536 registers, given out to warps in units of 256; 64 warps; 32 blocks; and shared memory, of which the system
+    keeps 1 KiB a block: CUDA C++ programming guide, technical specifications per compute capability.
+    """
+    kilobytes = {"sm_80": 164, "sm_90": 228, "sm_100": 228}[arch]
+    of_a_warp = -(-registers * 32 // 256) * 256
+    return min(65536 // (of_a_warp * warps), 64 // warps, 32, kilobytes * 1024 // (shared + 1024))
 
 
 def spill_bytes(ptx: str, arch: str) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import fields, make_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from mvlm.commands.arguments import parse
 from mvlm.config.model import MaskVLMConfig
@@ -53,34 +53,42 @@ def parse_config(arguments: Sequence[str]) -> PretrainConfig:
         raise ConfigError(f"wanted a preset after `mvlm pretrain`: {', '.join(PRESETS)}, or --config FILE; got {got}")
     else:
         defaults, source, rest = pretrain_defaults(first, data=tyro.MISSING, out=tyro.MISSING), first, arguments[1:]
-    values = vars(defaults)
-    parsed = parse(
-        _grouped_type(),
-        rest,
-        prog=f"mvlm pretrain {source}",
-        description=f"Pretrain with the `{source}` recipe. The defaults below are that recipe's.",
-        default=_grouped_type()(
-            **{_title(group): group(**{f.name: values[f.name] for f in fields(group)}) for group in GROUPS},
-            model=defaults.model,
-        ),
-    )
-    settings = {name: value for group in GROUPS for name, value in vars(getattr(parsed, _title(group))).items()}
+    description = f"Pretrain with the `{source}` recipe. The defaults below are that recipe's."
+    settings = parse_settings(rest, f"mvlm pretrain {source}", description, defaults, GROUPS, with_model=True)
     try:
-        return PretrainConfig(**settings, model=parsed.model)
+        return PretrainConfig(**settings)
     except ConfigError as error:
         raise ConfigError(f"{error}; see `mvlm pretrain {source} --help`") from None
 
 
+def parse_settings(
+    words: Sequence[str],
+    prog: str,
+    description: str,
+    defaults: PretrainConfig,
+    groups: tuple[type, ...],
+    with_model: bool = False,
+) -> dict[str, Any]:
+    """Settings of all groups by name, parsed from the command line. `with_model` adds the model's, as `model`."""
+    values, grouped = vars(defaults), _grouped_type(groups, with_model)
+    boxes = {_title(group): group(**{f.name: values[f.name] for f in fields(group)}) for group in groups}
+    model = {"model": defaults.model} if with_model else {}
+    parsed = parse(grouped, words, prog=prog, description=description, default=grouped(**boxes, **model))
+    settings = {name: value for group in groups for name, value in vars(getattr(parsed, _title(group))).items()}
+    return settings | ({"model": parsed.model} if with_model else {})
+
+
 @cache
-def _grouped_type() -> type:
+def _grouped_type(groups: tuple[type, ...], with_model: bool) -> type:
     """A dataclass with one field for each group of settings and one for the model. Each becomes a box in --help.
 
     The flags of a group have no prefix (--seed); those of the model have one (--model.width).
     """
     import tyro
 
-    groups = [(_title(group), Annotated[group, tyro.conf.OmitArgPrefixes]) for group in GROUPS]
-    return make_dataclass("Pretrain", [*groups, ("model", MaskVLMConfig)], frozen=True, kw_only=True)
+    boxes: list[tuple[str, Any]] = [(_title(group), Annotated[group, tyro.conf.OmitArgPrefixes]) for group in groups]
+    model: list[tuple[str, Any]] = [("model", MaskVLMConfig)] if with_model else []
+    return make_dataclass("Settings", [*boxes, *model], frozen=True, kw_only=True)
 
 
 def _title(group: type) -> str:

@@ -20,7 +20,7 @@ from mvlm.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Folders and device of the run. A resumed run may change these; another device changes rounding."""
+    """Folders, device and memory of the run. A resumed run may change these; another device changes rounding."""
 
     resume_may_change: ClassVar[bool] = True  # `data` may move; the loader compares fingerprints of the data themselves
 
@@ -30,6 +30,8 @@ class RunSettings:
     """Run folder, for the configuration, metrics and checkpoints."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on. auto: the GPU if there is one, else the CPU."""
+    keep_images_mb: Annotated[int, AT_LEAST_0] = 512
+    """Megabytes of memory for decoded training images, on a CPU. If all fit, they are decoded once, not every epoch."""
     resume: bool = False
     """Continue from the newest checkpoint in `out`; start a new run if there is none."""
 
@@ -130,6 +132,9 @@ class ComputeSettings:
     """Compile the step with torch.compile (one rank, no accumulation). Takes a minute or more at the start."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast if the device computes bf16 in hardware, else fp32."""
+    deterministic: bool = False
+    """Use only GPU kernels that give the same bits in every run, so that a resumed run equals an uninterrupted one bit
+    for bit. Slower, by how much has not been measured. On a CPU runs repeat without it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,31 +30,31 @@ class _Call(nn.Module):
     A step of several microbatches calls several such functions instead of the model's forward.
     """
 
-    def __init__(self, model: MaskVLM) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, function: Callable[[MaskVLM], Any]) -> Any:
+    def forward(self, function: Callable[[Any], Any]) -> Any:
         return function(self.model)
 
 
 class Parallel:
-    """A model whose gradients are the mean over ranks after the last backward pass of a step.
+    """A model, or a task around it, whose gradients are the mean over ranks after the last backward pass of a step.
 
     `parallel(function, last=...)` returns `function(model)`. A step may call it several times; the last call has
     `last=True`. DDP reduces gradients over ranks in the backward pass of the last call, which must use every
     parameter. FSDP2 gathers parameters for each call, and reduces gradients after each backward pass.
     """
 
-    def __init__(self, model: MaskVLM, call: nn.Module, last: nn.Module) -> None:
+    def __init__(self, model: Any, call: nn.Module, last: nn.Module) -> None:
         self.model, self._call, self._last = model, call, last
 
-    def __call__(self, function: Callable[[MaskVLM], T], last: bool = True) -> T:
+    def __call__(self, function: Callable[[Any], T], last: bool = True) -> T:
         return (self._last if last else self._call)(function)
 
 
 def parallelize(
-    model: MaskVLM,
+    model: nn.Module,
     world: World,
     kind: Literal["ddp", "fsdp"] = "ddp",
     *,
@@ -81,7 +81,9 @@ def parallelize(
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")
     mesh = _mesh(world, nodes)
     # Do not cast inputs: autocast decides the residual stream's dtype.
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=model.log_scale.dtype, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(
+        param_dtype=dtype, reduce_dtype=next(model.parameters()).dtype, cast_forward_inputs=False
+    )
     for module in model.modules():
         if isinstance(module, BLOCKS):
             fully_shard(module, mesh=mesh, mp_policy=precision)

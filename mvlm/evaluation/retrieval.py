@@ -9,6 +9,7 @@ so no rank depends on the order in which a sum is computed.
 Shape legend: Q queries of a block, G gallery size, K candidates that are re-ranked.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -48,16 +49,9 @@ def rank(model: MaskVLM, features: EncodedSplit, direction: str, k: int = 32, pr
         k: Candidates of each query for ITM to re-rank.
         precision: auto, bf16 or fp32.
     """
-    queries, gallery = features.image_embedding, features.text_embedding
-    query_owner, gallery_owner = torch.arange(len(queries)), features.owner
-    if direction == "ir":
-        queries, gallery, query_owner, gallery_owner = gallery, queries, gallery_owner, query_owner
-    k, queries, gallery = min(k, len(gallery)), queries.double(), gallery.double()
+    k = min(k, len(features.text_embedding if direction == "tr" else features.image_embedding))
     itc, itm, top, score = [], [], [], []
-    for start in range(0, len(queries), QUERIES_PER_BLOCK):
-        block = torch.arange(start, min(start + QUERIES_PER_BLOCK, len(queries)))
-        similarity = queries[block] @ gallery.T  # (Q, G)
-        right = query_owner[block, None] == gallery_owner[None, :]  # bool (Q, G), True = a right answer
+    for block, similarity, right in _query_blocks(features, direction):
         ranks = best_rank(similarity, right)
         candidates = similarity.topk(k, dim=1).indices  # (Q, K)
         scores = match_scores(model, features, block, candidates, direction, precision)  # (Q, K)
@@ -70,6 +64,23 @@ def rank(model: MaskVLM, features: EncodedSplit, direction: str, k: int = 32, pr
         top.append(candidates.gather(1, best.indices))
         score.append(best.values[:, 0].float())
     return Ranks(torch.cat(itc), torch.cat(itm), torch.cat(top), torch.cat(score))
+
+
+@torch.no_grad()
+def rank_by_itc(features: EncodedSplit, direction: str) -> Tensor:
+    """The field `itc` of `rank`, without the work of ITM."""
+    return torch.cat([best_rank(similarity, right) for _, similarity, right in _query_blocks(features, direction)])
+
+
+def _query_blocks(features: EncodedSplit, direction: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Blocks of queries: int64 (Q,), similarities float64 (Q, G), and right answers, bool (Q, G), True = right."""
+    queries, gallery = features.image_embedding.double(), features.text_embedding.double()
+    query_owner, gallery_owner = torch.arange(len(queries)), features.owner
+    if direction == "ir":
+        queries, gallery, query_owner, gallery_owner = gallery, queries, gallery_owner, query_owner
+    for start in range(0, len(queries), QUERIES_PER_BLOCK):
+        block = torch.arange(start, min(start + QUERIES_PER_BLOCK, len(queries)))
+        yield block, queries[block] @ gallery.T, query_owner[block, None] == gallery_owner[None, :]
 
 
 def best_rank(scores: Tensor, right: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 
 from mvlm.distributed.world import World
 from mvlm.files import sha256, sync, write_json
-from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.checkpoint import (
     FORMAT_VERSION,
     GENERATORS,
@@ -81,7 +80,7 @@ class CheckpointWriter:
     def save(
         self,
         step: int,
-        model: MaskVLM,
+        model: Any,
         parts: dict[str, dict[str, Tensor]],
         state: dict[str, Any],
         tokenizer: Tokenizer,
@@ -89,6 +88,7 @@ class CheckpointWriter:
         """Start to write root/step_XXXXXXXX.
 
         `parts` are folders of tensors by name, on any device, with the same names on every rank. `state` is plain JSON.
+        `model.config` is written too.
         """
         self.wait()
         copies = {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}

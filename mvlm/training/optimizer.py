@@ -1,34 +1,58 @@
 """AdamW with learning rates by part of the model, the learning rate schedule, and an average of the weights."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.network import PIXEL_MODULES
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """Fused AdamW that can skip an update without a host sync."""
+    """Fused AdamW that can clip gradients and skip an update, without a host sync and without a pass of its own.
+
+    The fused kernels read two attributes that GradScaler sets for the same purposes.
+    """
 
     found_inf: Tensor | None = None
-    """float32 (), 1 = leave weights, moments and step counts unchanged. The fused kernels read this attribute, which
-    GradScaler sets for the same purpose."""
+    """float32 (), 1 = leave weights, moments and step counts unchanged."""
+    grad_scale: Tensor | None = None
+    """float32 (), gradients are divided by it."""
+
+    def clip(self, norm: Tensor, limit: float) -> None:
+        """Clip the gradients of the next step from their norm () to `limit`, as torch's `clip_grad_norm_` does."""
+        self.grad_scale = ((norm.float() + 1e-6) / limit).clamp(min=1)
 
 
-def make_optimizer(model: MaskVLM, config: PretrainConfig, device: torch.device) -> GuardedAdamW:
+def peak_rate(name: str, config: PretrainConfig) -> float:
+    """Peak learning rate of the model's parameter with this name."""
+    if name.startswith(("image_encoder.", "text_encoder.")):
+        return config.lr_encoder
+    if name.startswith(PIXEL_MODULES):
+        return config.lr_pixels
+    return config.lr_cross
+
+
+def make_optimizer(
+    model: nn.Module,
+    config: PretrainConfig,
+    device: torch.device,
+    rate: Callable[[str, PretrainConfig], float] = peak_rate,
+) -> GuardedAdamW:
     """Make AdamW with a parameter group for each pair of peak learning rate (`peak`) and weight decay.
 
-    Weights of linear layers decay. Biases, norms and embeddings do not.
+    Weights of linear layers decay. Biases, norms and embeddings do not. Frozen parameters are left out. `rate` gives
+    the peak learning rate of a parameter by its name.
     """
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         matrix = parameter.ndim >= 2 and not name.endswith(("position", "words.weight"))
-        groups.setdefault((peak_rate(name, config), matrix), []).append(parameter)
+        groups.setdefault((rate(name, config), matrix), []).append(parameter)
     return GuardedAdamW(
         [
             {
@@ -42,15 +66,6 @@ def make_optimizer(model: MaskVLM, config: PretrainConfig, device: torch.device)
         betas=(0.9, config.beta2),
         fused=True,
     )
-
-
-def peak_rate(name: str, config: PretrainConfig) -> float:
-    """Peak learning rate of the parameter with this name."""
-    if name.startswith(("image_encoder.", "text_encoder.")):
-        return config.lr_encoder
-    if name.startswith(PIXEL_MODULES):
-        return config.lr_pixels
-    return config.lr_cross
 
 
 def learning_rate_factor(step: int, config: PretrainConfig) -> float:

@@ -1,27 +1,31 @@
 """One pretraining run, from its configuration to its last checkpoint."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from mvlm.config.pretrain import PretrainConfig
+from mvlm.device import deterministic_kernels
 from mvlm.distributed.coordination import check_ranks, is_lost_rank, run_on_all_ranks
 from mvlm.distributed.parallel import checkpoint_activations, compile_step, parallelize
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError, LostRankError
 from mvlm.runs.folder import RunFolder, RunLock, open_run, write_config
 from mvlm.training.build import check_attention, choose_tokenizer, fit_to_tokenizer, make_loader, make_model
+from mvlm.training.freed_memory import keep_freed_memory
 from mvlm.training.loggers import check_services
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.trainer import Trainer
 from mvlm_dataloading import Dataset, Tokenizer, open_dataset
 
 log = logging.getLogger(__name__)
+
+Config = TypeVar("Config", bound=PretrainConfig)
 
 
 class RunInputs(NamedTuple):
@@ -44,7 +48,8 @@ def pretrain(config: PretrainConfig) -> None:
         LostRankError: another process of the run is gone.
     """
     world = join_ranks(config.device)
-    with build_run(config, world) as trainer:
+    kernels = deterministic_kernels(world.device) if config.deterministic else nullcontext()
+    with kernels, build_run(config, world, open_inputs, build_trainer) as trainer:
         if trainer.complete:
             log.info("%s is complete: %d of %d steps", config.out, trainer.step, config.max_steps)
         else:
@@ -53,10 +58,19 @@ def pretrain(config: PretrainConfig) -> None:
 
 
 @contextmanager
-def build_run(config: PretrainConfig, world: World) -> Iterator[Trainer]:
+def build_run(
+    config: Config,
+    world: World,
+    open_inputs: Callable[[Config], RunInputs],
+    build_trainer: Callable[[RunInputs, World, str], Trainer],
+) -> Iterator[Trainer]:
     """Context with a trainer at the run's first step or at its newest good checkpoint. It locks the run folder.
 
     Every stage runs on all ranks, and if it fails on one, all of them end: none is left waiting for another.
+
+    Args:
+        open_inputs: opens and checks what the run reads.
+        build_trainer: builds the trainer from it, on a rank, at a checkpoint ("" for the first step).
     """
     inputs = run_on_all_ranks(world, lambda: open_inputs(config))
     check_ranks(world, inputs.config, inputs.dataset)
@@ -106,6 +120,8 @@ def open_inputs(config: PretrainConfig) -> RunInputs:
 def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     """Build a trainer at its first step or, if `checkpoint` is not empty, at that verified checkpoint."""
     config = inputs.config
+    if world.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world)
     model = make_model(config, fresh=not checkpoint).to(world.device)

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import autocast
@@ -62,10 +63,11 @@ class Trainer:
         validation: Dataset | None = None,
     ) -> None:
         self.config, self.world, self.parallel, self.optimizer = config, world, parallel, optimizer
-        self.model = model = parallel.model
+        self.model: Any = parallel.model
+        """The model; in fine-tuning, the task around it."""
         self.loader, self.tokenizer, self.device = loader, tokenizer, world.device
         self.validation = validation
-        self.average = ExponentialMovingAverage(model, config.ema_decay) if config.ema_decay else None
+        self.average = ExponentialMovingAverage(self.model, config.ema_decay) if config.ema_decay else None
         self.guard = UpdateGuard(world, config.skip_spikes)
         self.skipped = SkippedUpdates(config.max_bad_steps)
         folder = RunFolder(config.out)
@@ -163,7 +165,7 @@ class Trainer:
             group["lr"] = group["peak"] * factor
         losses = self.forward_backward(microbatches)
         norm, parts = gradient_norms(self.model)
-        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
+        self.optimizer.clip(norm, self.config.clip_norm)
         if self.step == self.config.reconstruction_first:  # ITC and ITM join the loss, which jumps
             self.guard.reset()
         good = self.guard.judge(losses.total.detach(), norm)
@@ -171,17 +173,20 @@ class Trainer:
         self.optimizer.found_inf = (~good).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.clamp_temperature()
+        further = self.after_update()
         self.step += 1
         if self.average is not None:
             self.average.update(self.step)
         values: dict[str, Tensor] = {**losses._asdict(), "grad_norm": norm, "good": good}
         values |= {f"grad_norm_{name}": value for name, value in parts.items()}
-        values["temperature"] = (-full_tensor(self.model.log_scale.detach()[0])).exp()
+        values |= further
         self.metrics.add(self.step, samples, tokens, values, waited)
 
-    def forward_backward(self, microbatches: list[Microbatch]) -> Losses:
-        """Compute the losses of the global batch, scalars, and the parameters' gradients of their total."""
+    def forward_backward(self, microbatches: list[Microbatch]) -> Any:
+        """Compute the losses of the global batch and the parameters' gradients of their total.
+
+        Returns a named tuple of scalars without gradient, with `total` among them: here, `Losses`.
+        """
         config = self.config
         # In compiled code a Python number is a constant: each step would be compiled again.
         step = torch.full((), self.step, device=self.device) if config.compile else self.step
@@ -210,6 +215,11 @@ class Trainer:
             local_negatives=config.local_negatives,
             autocast=partial(autocast, self.device, config.precision),
         )
+
+    def after_update(self) -> dict[str, Tensor]:
+        """Clamp the temperature, after every update. Returns it as a further metric of the step."""
+        self.model.clamp_temperature()
+        return {"temperature": (-full_tensor(self.model.log_scale.detach()[0])).exp()}
 
     def check_skipped_updates(self, metrics: MetricsBuffer) -> int:
         """Count the skipped updates among `metrics` and return the run's total.
@@ -257,7 +267,11 @@ class Trainer:
         # Each rank knows the undecodable images of its own batches. A resume may deal the samples out differently.
         loader = merge_states(self.world.gather_objects(self.loader.state_dict()), len(self.loader.dataset))
         state = {"loader": loader, "guard": self.guard.state(), "bad": self.skipped.state(), "best": self.best}
-        self.writer.save(self.step, self.model, parts, state, self.tokenizer)
+        self.writer.save(self.step, self.model, parts, state | self.extra_state(), self.tokenizer)
+
+    def extra_state(self) -> dict[str, Any]:
+        """Further fields of a checkpoint's state.json: none."""
+        return {}
 
     def restore(self, checkpoint: Path) -> None:
         """Continue from a verified checkpoint. RunError or DataError if its model, tokenizer or data differ."""

@@ -1,11 +1,6 @@
-"""Settings of the kernel tests: poisoned allocations for all of them, and skips without a GPU."""
-
-import os
+"""Settings of the kernel tests: poisoned allocations for all of them."""
 
 import pytest
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # also when this folder alone is asked for
-
 import torch
 
 from support.kernels.guards import Poison
@@ -13,12 +8,6 @@ from support.kernels.guards import Poison
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "plain_empty: leave torch.empty as it is (opcheck compares storage offsets)")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.get_closest_marker("gpu") and not (torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] == "0"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device and TRITON_INTERPRET=0: run `make test-gpu`"))
 
 
 @pytest.fixture(autouse=True)

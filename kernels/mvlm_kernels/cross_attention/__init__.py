@@ -3,8 +3,8 @@
 Where the backward is:
 
 - Kernels: ``launch.backward`` runs ``short_kv_backward`` (``short_kv.py``) for short keys and ``short_q_backward``
-  (``short_q.py``) for short queries. With ``key_index``, or without tiles for a single pass, dK and dV of short queries
-  come from ``short_kv_backward`` too.
+  (``short_q.py``) for short queries. With ``key_index``, or without tiles for a single pass, ``short_q_backward_dq``
+  and ``long_kv_backward`` (``long_kv.py``) run for short queries instead.
 - Eager calls on the CPU: autograd differentiates ``cpu.py``.
 - Compiled graphs on the CPU, and packed sequences without a kernel: ``reference_backward`` (``reference.py``).
 - Dense calls without a kernel: SDPA, and its backward in torch.
@@ -23,6 +23,7 @@ from mvlm_kernels.cross_attention.arguments import (
     LONGEST_SHORT_SIDE,
     bucket,
     check_arguments,
+    check_readers,
     check_values,
     longest_sequences,
     scale_of,
@@ -37,6 +38,7 @@ from mvlm_kernels.cross_attention.ops import (
     why_not_triton,
 )
 from mvlm_kernels.cross_attention.probabilities import attention_probabilities
+from mvlm_kernels.cross_attention.readers import invert_key_index
 from mvlm_kernels.cross_attention.reference import pack_key_mask, sdpa
 
 __all__ = [
@@ -44,6 +46,7 @@ __all__ = [
     "LONGEST_SHORT_SIDE",
     "attention_probabilities",
     "cross_attention",
+    "invert_key_index",
     "pack_key_mask",
     "why_not_triton",
 ]
@@ -55,6 +58,7 @@ class _Options(TypedDict, total=False):
     key_lengths: Tensor | None
     key_mask: Tensor | None
     key_index: Tensor | None
+    key_readers: tuple[Tensor, Tensor] | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     scale: float | None
@@ -94,6 +98,7 @@ def _explain(
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
     key_index: Tensor | None = None,
+    key_readers: tuple[Tensor, Tensor] | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
@@ -103,6 +108,8 @@ def _explain(
 ) -> tuple[str, ...]:
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
+    if key_readers is not None:
+        check_readers(key_index, key_readers, _sequences(k, cu_seqlens_k))
     scale_of(scale, q.shape[-1])
     return reasons(q, *longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k))
 
@@ -124,6 +131,7 @@ def cross_attention(
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
     key_index: Tensor | None = None,
+    key_readers: tuple[Tensor, Tensor] | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
@@ -150,6 +158,7 @@ def cross_attention(
             zeros and has zero gradients.
         key_index: (B,) int32 or int64. Query sequence b reads key sequence key_index[b] in place. Gradients of a
             sequence with several readers add up in a fixed order. Without an index B' = B.
+        key_readers: :func:`invert_key_index` of key_index, for calls that share one; computed here if None.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) and (B' + 1,) int32 or int64. Sequence b is rows cu_seqlens[b] to
             cu_seqlens[b + 1] of a packed side. Output rows that belong to no sequence are zeros.
         scale: a float, factor of the scores; D ** -0.5 by default. Multiply q by a learned temperature instead.
@@ -173,22 +182,32 @@ def cross_attention(
     """
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
+    if key_readers is not None:
+        check_readers(key_index, key_readers, _sequences(k, cu_seqlens_k))
     scale = scale_of(scale, q.shape[-1])
     len_q, len_k = longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     side = short_side(len_q, len_k)
     if side is None:
         dispatch.refuse_if_forced(too_long(len_q, len_k))
     elif not return_lse and _uses_cpu_path(q, len_q, len_k):
-        check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, len_q, len_k)
+        readers = key_readers or (None, None)
+        check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, readers, len_q, len_k)
         return cpu.attend(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
     if cu_seqlens_q is None and cu_seqlens_k is None and not return_lse:
         if side is None or (q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q)):
             return sdpa(q, k, v, key_lengths, key_mask, key_index, scale)
     if key_mask is not None and key_mask.dtype == torch.bool:
         key_mask = pack_key_mask(key_mask)
+    if key_index is not None and key_readers is None:
+        key_readers = invert_key_index(key_index, _sequences(k, cu_seqlens_k))
     call = attend_directly if registration.called_directly(q, k, v) else attention_op
-    out, lse = call(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale, len_q, len_k)
+    sides = (key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, *(key_readers or (None, None)))
+    out, lse = call(q, k, v, *sides, scale, len_q, len_k)
     return (out, lse * math.log(2)) if return_lse else out
+
+
+def _sequences(k: Tensor, cu_seqlens: Tensor | None) -> int:
+    return k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

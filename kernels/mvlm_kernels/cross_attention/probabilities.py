@@ -99,7 +99,7 @@ def _reasons(q: Tensor) -> tuple[str, ...]:
 def _implementation(q: Tensor, k: Tensor, lse: Tensor | None, *args: Any) -> Tensor:
     lengths, _, index, cu_q, cu_k, _, len_q, len_k = args
     if dispatch.checks_values(q.device):
-        check_values(q, k, lengths, index, cu_q, cu_k, len_q, len_k)
+        check_values(q, k, lengths, index, cu_q, cu_k, (None, None), len_q, len_k)
     if dispatch.choose(_reasons(q)) == "triton":
         from mvlm_kernels.cross_attention import probabilities_kernel
 

@@ -14,52 +14,59 @@ import triton.language as tl
 from torch import Tensor
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.cross_attention.tile_io import INF, existing_keys, key_length, key_sequence, load_rows, rows_of
+from mvlm_kernels.cross_attention.launch import heads_of
+from mvlm_kernels.cross_attention.tile_io import (
+    INF,
+    SIZES,
+    existing_keys,
+    head_of,
+    key_rows,
+    key_sequence,
+    load_rows,
+    lse_of,
+    rows_of,
+)
 from mvlm_kernels.dispatch import ceil_div, power_of_two
 from mvlm_kernels.language import dot
 
 
 @triton.jit
 def _scores(
-    q_rows, k_base, stride_kl, n0, klen, mask_ptr, mask_words, kb, scale_log2,
+    q_tile, k_base, stride_kl, n0, klen, keys, kb, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores times scale and log2(e) of the keys [n0, n0 + BLOCK_N), -inf where no key exists."""
     rn = n0 + tl.arange(0, BLOCK_N)
-    exists = existing_keys(rn, klen, mask_ptr, kb, mask_words)
-    k = load_rows(k_base, rn, stride_kl, exists, D, BLOCK_D)
-    s = dot(q_rows, tl.trans(k), tl.zeros((q_rows.shape[0], BLOCK_N), ACC), PRECISION) * scale_log2
+    exists = existing_keys(rn, klen, keys, kb)
+    k_tile = load_rows(k_base, rn, stride_kl, exists, D, BLOCK_D)
+    s = dot(q_tile, tl.trans(k_tile), tl.zeros((q_tile.shape[0], BLOCK_N), ACC), PRECISION) * scale_log2
     return tl.where(exists[None, :], s, -INF)
 
 
-@triton.jit(do_not_specialize=["k_seqs", "q_rows", "k_rows", "mask_words", "out_rows", "out_cols"])
+@triton.jit(do_not_specialize=SIZES)
 def probabilities_kernel(
-    q, k, lse_ptr, out_ptr, lengths_ptr, mask_ptr, index_ptr, cu_q_ptr, cu_k_ptr,
-    H, k_seqs, q_rows, k_rows, mask_words, out_rows, out_cols, scale,
+    q, k, lse_ptr, out_ptr, keys, cu_q_ptr, H, k_seqs, q_rows, k_rows, out_rows, out_cols, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of a tile of queries, (out_rows, out_cols) for each b and h. Grid (B * H * query tiles,).
 
-    q, k: (pointer, strides of sequence, row and head). lse_ptr: natural log-sum-exp; None: a first pass over the keys
-    computes it. q_rows, k_rows: rows per sequence of a dense side, all rows of a packed side.
+    lse_ptr: natural log-sum-exp; None: a first pass over the keys computes it. q_rows, k_rows: rows per sequence of a
+    dense side, all rows of a packed side.
     """
     tiles = tl.cdiv(out_rows, BLOCK_M)
     bh = tl.program_id(0) // tiles
     b = (bh // H).to(tl.int64)
     h = (bh % H).to(tl.int64)
-    q_ptr, stride_qb, stride_ql, stride_qh = q
-    k_ptr, stride_kb, stride_kl, stride_kh = k
     q_start, q_len = rows_of(cu_q_ptr, b, q_rows)
-    kb, bad = key_sequence(index_ptr, b, k_seqs)
-    k_start, stored = rows_of(cu_k_ptr, kb, k_rows)
-    klen = key_length(lengths_ptr, kb, stored)
+    kb, bad = key_sequence(keys, b, k_seqs)
+    k_start, _, klen = key_rows(keys, kb, k_rows)
     bad = bad | (q_len > out_rows) | (klen > out_cols)  # NaN, because raising an error would wait for the device
 
     rm = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rm < q_len
-    q_tile = load_rows(q_ptr + b * stride_qb + q_start * stride_ql + h * stride_qh, rm, stride_ql, inside, D, BLOCK_D)
-    k_base = k_ptr + kb * stride_kb + k_start * stride_kl + h * stride_kh
+    q_tile = load_rows(head_of(q, b, q_start, h), rm, q[2], inside, D, BLOCK_D)
+    k_base = head_of(k, kb, k_start, h)
     log2e = tl.full((), 1.4426950408889634, ACC)
     scale_log2 = tl.full((), scale, ACC) * log2e
     if lse_ptr is None:
@@ -67,7 +74,7 @@ def probabilities_kernel(
         total = tl.zeros((BLOCK_M,), ACC)
         for n0 in range(0, klen, BLOCK_N):
             s = _scores(
-                q_tile, k_base, stride_kl, n0, klen, mask_ptr, mask_words, kb, scale_log2,
+                q_tile, k_base, k[2], n0, klen, keys, kb, scale_log2,
                 D, BLOCK_D, BLOCK_N, ACC, PRECISION,
             )  # fmt: skip
             m_new = tl.maximum(m, tl.max(s, 1))
@@ -76,16 +83,14 @@ def probabilities_kernel(
             m = m_new
         lse = m + tl.log2(tl.where(total == 0.0, 1.0, total))
     else:
-        lse_base = lse_ptr + h * q_rows + q_start
-        if cu_q_ptr is None:
-            lse_base += b * H * q_rows
+        lse_base = lse_of(lse_ptr, cu_q_ptr, b, q_start, h, H, q_rows)
         lse = tl.load(lse_base + rm, mask=inside, other=0.0) * log2e
     lse = tl.where(lse == -INF, 0.0, lse)  # a query without keys
 
     out_base = out_ptr + (b * H + h) * out_rows * out_cols
     for n0 in range(0, out_cols, BLOCK_N):
         s = _scores(
-            q_tile, k_base, stride_kl, n0, klen, mask_ptr, mask_words, kb, scale_log2,
+            q_tile, k_base, k[2], n0, klen, keys, kb, scale_log2,
             D, BLOCK_D, BLOCK_N, ACC, PRECISION,
         )  # fmt: skip
         p = tl.where(inside[:, None], tl.exp2(s - lse[:, None]), 0.0)
@@ -108,22 +113,20 @@ def launch(
         return out
     block_d = power_of_two(width)
     block = 16 if q.dtype == torch.float32 else 32  # query rows; three products of TF32 take as many registers
-    vectors = (x if x is None else x.contiguous() for x in (key_lengths, mask_words, key_index, cu_q, cu_k))
+    lengths, words, index, bounds_q, bounds_k = (
+        x if x is None else x.contiguous() for x in (key_lengths, mask_words, key_index, cu_q, cu_k)
+    )
+    keys = lengths, words, 0 if words is None else words.shape[1], bounds_k, index
     k_seqs = k.shape[0] if cu_k is None else cu_k.shape[0] - 1
     tiles = ceil_div(len_q, block)
     dispatch.launch(
-        probabilities_kernel, (seqs * heads * tiles,), _pointer_and_strides(q, cu_q is not None),
-        _pointer_and_strides(k, cu_k is not None), lse if lse is None else lse.contiguous(), out, *vectors,
-        heads, k_seqs, q.shape[-3], k.shape[-3], 0 if mask_words is None else mask_words.shape[1], len_q, len_k, scale,
-        D=width, BLOCK_D=block_d, BLOCK_M=block, BLOCK_N=32, ACC=tl.float64 if wide else tl.float32,
-        PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee", num_warps=4, num_stages=1, enable_fp_fusion=True,
+        probabilities_kernel, (seqs * heads * tiles,), heads_of(q, cu_q is not None), heads_of(k, cu_k is not None),
+        lse if lse is None else lse.contiguous(), out, keys, bounds_q, heads, k_seqs, q.shape[-3], k.shape[-3],
+        len_q, len_k, scale, D=width, BLOCK_D=block_d, BLOCK_M=block, BLOCK_N=32,
+        ACC=tl.float64 if wide else tl.float32, PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee",
+        num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip
     return out
-
-
-def _pointer_and_strides(x: Tensor, packed: bool) -> tuple[Tensor, int, int, int]:
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return (x, 0, *x.stride()[:2]) if packed else (x, *x.stride()[:3])
 
 
 def aot_cases() -> Iterator[tuple[str, Callable[[], Any]]]:

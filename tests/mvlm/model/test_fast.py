@@ -142,12 +142,10 @@ def test_the_fast_step_on_interpreted_kernels_launches_all_and_gives_the_same(mo
         "short_kv_backward",
         "short_q_forward",
         "short_q_backward",
-        "linear_loss_kernel",
-        "hidden_gradient_kernel",
-        "weight_gradient_kernel",
+        "loss_kernel",
+        "scale_slope_kernel",
         "column_sum_kernel",
         "sum_kernel",
-        "sum_partials_kernel",
     }
 
 
@@ -179,24 +177,29 @@ def test_the_fast_step_makes_keys_and_values_once_per_layer(monkeypatch):
 
 
 @pytest.mark.slow
-def test_short_runs_of_both_implementations_end_within_the_noise_of_seeds():
-    """AdamW in bf16 on eight pairs, four seeds: mean final losses differ by less than the deviation over seeds."""
+def test_short_runs_of_both_implementations_end_at_equal_losses():
+    """AdamW in bf16 on eight pairs, two seeds: MLM falls by 0.6, and MLM, MIM and ITM end within 0.005.
+
+    ITC is left out: it memorises eight pairs, and rounding decides when. Over implementations, precisions and seeds its
+    last values scatter from 0.4 to 1.0.
+    """
     batch, masks = micro_batch((7, 4, 12, 3, 9, 5, 8, 6))
 
-    def end(plan, seed: int) -> float:
+    def run(plan, seed: int) -> np.ndarray:
         torch.manual_seed(seed)
         model = MaskVLM(micro_config())
-        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, fused=True)
         losses = []
-        for step in range(60):
+        for step in range(40):
             with torch.autocast("cpu", torch.bfloat16):
-                loss = model(batch, masks, step=step, plan=plan).total
-            loss.backward()
+                found = model(batch, masks, step=step, plan=plan)
+            found.total.backward()
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
-        assert np.mean(losses[-5:]) < 0.9 * losses[0]
-        return float(np.mean(losses[-5:]))
+            losses.append([found.mlm.item(), found.mim.item(), found.itm.item()])
+        return np.array(losses)
 
-    plain, fast = ([end(plan, seed) for seed in range(4)] for plan in ("plain", "fast"))
-    assert abs(np.mean(plain) - np.mean(fast)) <= np.std(plain, ddof=1)
+    for seed in range(2):
+        plain, fast = run("plain", seed), run("fast", seed)
+        assert plain[-5:, 0].mean() < plain[0, 0] - 0.5
+        assert np.abs(plain[-5:].mean(0) - fast[-5:].mean(0)).max() < 0.005

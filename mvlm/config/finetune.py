@@ -1,0 +1,56 @@
+"""Configuration of a fine-tuning run: that of a pretraining run, and the task's settings."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from mvlm.config.pretrain import GROUPS as RUN_GROUPS
+from mvlm.config.pretrain import PretrainConfig, WeightSettings
+from mvlm.config.ranges import AT_LEAST_0, AT_LEAST_1
+from mvlm.errors import ConfigError
+
+TASK_NAMES = ("vqa", "entailment")
+"""Tasks that `mvlm.tasks` can fine-tune."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """The task, the weights it starts from, and its baselines. A resumed run keeps these."""
+
+    resume_may_change: ClassVar[bool] = False
+
+    task: str
+    """Name of the task."""
+    checkpoint: Path
+    """Pretrained model: a run folder, one of its checkpoints, or an exported folder."""
+    image_size: int | None = None
+    """Side of the images in pixels. Position embeddings are resized. Default: the pretrained model's."""
+    question_length: int | None = None
+    """Longest text in tokens, [CLS] and [SEP] included. Default: the pretrained model's."""
+    lr_head: Annotated[float, AT_LEAST_0]
+    """Peak learning rate of the task's head, which starts from random weights."""
+    min_count: Annotated[int, AT_LEAST_1] = 1
+    """Training questions that must have an answer for it to be on the list of answers (vqa; 9 for VQA v2)."""
+    random_weights: bool = False
+    """Baseline: start from random weights of the pretrained model's architecture."""
+    blind: Literal["no", "image", "text"] = "no"
+    """Baseline: train and evaluate without the image (uniform grey) or without the text (every word is [MASK])."""
+    freeze: Literal["none", "encoders", "all"] = "none"
+    """Weights that stay as they are: none, those of both encoders, or all but the head's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TaskSettings, PretrainConfig):
+    """Configuration of a fine-tuning run. `model` follows from the checkpoint."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compile or self.reconstruction_first or self.local_negatives:
+            raise ConfigError(
+                "wanted neither --compile, --reconstruction-first nor --local-negatives, which belong to pretraining; "
+                "leave them out"
+            )
+
+
+GROUPS: tuple[type, ...] = (TaskSettings, *(group for group in RUN_GROUPS if group is not WeightSettings))
+"""Groups of settings, in the order of --help."""

@@ -1,0 +1,1 @@
+"""Downstream tasks: what a pretrained model is fine-tuned for, and how its answers are judged."""

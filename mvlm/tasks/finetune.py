@@ -1,0 +1,167 @@
+"""Fine-tuning: the pretraining engine with a task's loss and evaluation in place of pretraining's.
+
+Run folder, checkpoints, resume, guards, ranks, averaged weights, loggers and watchdog are those of
+`mvlm.training.trainer.Trainer`.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mvlm.config.finetune import FinetuneConfig
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.device import autocast
+from mvlm.distributed.loss_shares import Microbatch
+from mvlm.distributed.parallel import checkpoint_activations, parallelize
+from mvlm.distributed.world import World, join_ranks
+from mvlm.errors import ConfigError, RunError
+from mvlm.runs.checkpoint import read_state
+from mvlm.tasks.evaluate import predict_split
+from mvlm.tasks.registry import find_task
+from mvlm.tasks.start import starting_model
+from mvlm.tasks.task import Task, TaskLosses, TaskOptions
+from mvlm.training.build import check_attention, make_loader
+from mvlm.training.loggers import LogSinks, check_services
+from mvlm.training.optimizer import make_optimizer
+from mvlm.training.run import RunInputs, build_run, train
+from mvlm.training.trainer import Trainer
+from mvlm_dataloading import Dataset, open_dataset
+
+log = logging.getLogger(__name__)
+
+
+def finetune(config: FinetuneConfig) -> None:
+    """Start or resume one fine-tuning run. Every file it writes is under `config.out`.
+
+    It raises what `mvlm.training.run.pretrain` raises.
+    """
+    world = join_ranks(config.device)
+    with build_run(config, world, open_inputs, build_trainer) as trainer:
+        if trainer.complete:
+            log.info("%s is complete: %d of %d steps", config.out, trainer.step, config.max_steps)
+        else:
+            train(trainer)
+    world.close()
+
+
+class FineTuner(Trainer):
+    """One rank of a fine-tuning run."""
+
+    model: Task
+
+    def set_targets(self, targets: Sequence[Tensor]) -> None:
+        """Set the training split's targets, from `Task.targets`."""
+        self._targets = [x.to(self.device) for x in targets]
+
+    def forward_backward(self, microbatches: list[Microbatch]) -> TaskLosses:
+        """Compute the task's loss on the global batch, and the parameters' gradients."""
+        number = len(microbatches)
+        shares = []
+        for place, (batch, _) in enumerate(microbatches):
+
+            def forward(task: Task, batch=batch) -> TaskLosses:
+                with autocast(self.device, self.config.precision):
+                    return task.losses(batch, [x[batch.sample_id] for x in self._targets], self.config.plan)
+
+            losses = self.parallel(forward, last=place == number - 1)
+            # All microbatches have as many samples, so the loss is the mean of theirs, and DDP averages over ranks.
+            (losses.total / number).backward()
+            shares.append(torch.stack([x.detach().float() for x in losses]))
+        mean = self.world.all_reduce(torch.stack(shares).sum(0) / (number * self.world.size))
+        return TaskLosses(*mean)
+
+    def after_update(self) -> dict[str, Tensor]:
+        """Further metrics of a step: none."""
+        return {}
+
+    def extra_state(self) -> dict[str, Any]:
+        """Description of the task, for a checkpoint's state.json."""
+        return {"task": self.model.describe()}
+
+    def restore(self, checkpoint: Path) -> None:
+        """Continue from a verified checkpoint. RunError if its task, options or answers differ."""
+        if read_state(checkpoint).get("task") != self.model.describe():
+            raise RunError(
+                f"{checkpoint}: wanted the task, options and answers of this run, found others; "
+                f"restore the training data, or choose another --out"
+            )
+        super().restore(checkpoint)
+
+    def evaluate(self, validation: Dataset, sinks: LogSinks | None) -> dict[str, float]:
+        """Score the validation split, with the averaged weights if the run keeps them. Returns the figures."""
+        self.watchdog.beat("the evaluation")
+        with self.average.applied() if self.average is not None else nullcontext():
+            records = predict_split(self.model, validation, self.tokenizer, self.config.precision, self.config.plan)
+        figures = self.model.score(records, validation)
+        figure = figures[self.model.main]
+        if self.best is None or figure > self.best["figure"]:
+            self.best = {"step": self.step, "figure": figure}
+        return {f"val_{self.model.main}": figure}
+
+
+def open_inputs(config: FinetuneConfig) -> RunInputs:
+    """Open the data and the pretrained model's configuration, and check both before there is a folder."""
+    kind = find_task(config.task)
+    check_services(config)
+    if config.parallel != "ddp":
+        raise ConfigError(f"parallel: wanted ddp, got {config.parallel}; fine-tuning keeps all weights on each rank")
+    dataset = open_dataset(config.data, "train")
+    validation = (
+        open_dataset(config.data, "validation") if config.eval_every_steps or config.eval_every_minutes else None
+    )
+    if validation is not None and config.eval_images:
+        validation = validation.head(config.eval_images)
+    kind.make_state(dataset, TaskOptions(config.blind, config.min_count))
+    model, tokenizer = starting_model(config.checkpoint, config.image_size, config.question_length)
+    config = replace(config, model=model.config)
+    check_attention(config)
+    return RunInputs(config, dataset, validation, tokenizer)
+
+
+def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner:
+    """Build a trainer at its first step or, if `checkpoint` is not empty, at that verified checkpoint."""
+    config = inputs.config
+    assert isinstance(config, FinetuneConfig)
+    torch.manual_seed(config.seed)
+    options = TaskOptions(config.blind, config.min_count)
+    kind = find_task(config.task)
+    model, _ = starting_model(config.checkpoint, config.image_size, config.question_length, config.random_weights)
+    model.set_attention(config.self_attention, config.cross_attention)
+    task = kind(model.train(), options, kind.make_state(inputs.dataset, options)).to(world.device)
+    freeze(task, config.freeze)
+    if config.checkpoint_activations:
+        checkpoint_activations(task.model)
+    loader = make_loader(inputs.dataset, inputs.tokenizer, config, world)
+    parallel = parallelize(task, world, config.parallel)
+    optimizer = make_optimizer(task, config, world.device, peak_rate)
+    trainer = FineTuner(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)
+    trainer.set_targets(task.targets(inputs.dataset))
+    if checkpoint:
+        trainer.restore(Path(checkpoint))
+        log.info("resuming from %s", checkpoint)
+    return trainer
+
+
+def freeze(task: Task, what: str) -> None:
+    """Freeze the encoders ("encoders"), everything but the head ("all"), or nothing ("none")."""
+    frozen: list[nn.Module] = []
+    if what == "encoders":
+        frozen = [task.model.image_encoder, task.model.text_encoder]
+    elif what == "all":
+        frozen = [task.model]
+    for module in frozen:
+        module.requires_grad_(False)
+
+
+def peak_rate(name: str, config: PretrainConfig) -> float:
+    """Peak learning rate of the task's parameter with this name."""
+    assert isinstance(config, FinetuneConfig)
+    if name.startswith(("model.image_encoder.", "model.text_encoder.")):
+        return config.lr_encoder
+    return config.lr_cross if name.startswith("model.") else config.lr_head

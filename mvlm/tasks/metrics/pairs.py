@@ -1,0 +1,48 @@
+"""Accuracy and consistency of NLVR2 (Suhr et al., ACL 2019), whose sentences are judged on several image pairs each."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def sentence_of(identifier: str) -> str:
+    """The sentence's part of an identifier "split-set-pair-sentence": all but the number of the image pair."""
+    split, images, _, sentence = identifier.rsplit("-", 3)
+    return f"{split}-{images}-{sentence}"
+
+
+def nlvr_figures(predicted: Mapping[str, bool], wanted: Mapping[str, bool]) -> dict[str, Any]:
+    """Accuracy over examples, and consistency: the share of sentences that are judged right on all their image pairs.
+
+    Args:
+        predicted: Judgement of each identifier of `wanted`.
+        wanted: Truth of each identifier "split-set-pair-sentence".
+
+    Returns:
+        accuracy and consistency in per cent, and the numbers of examples and sentences.
+    """
+    sentences: dict[str, list[bool]] = defaultdict(list)
+    for identifier, truth in wanted.items():
+        sentences[sentence_of(identifier)].append(predicted[identifier] == truth)
+    right = [value for values in sentences.values() for value in values]
+    return {
+        "accuracy": 100 * sum(right) / len(right),
+        "consistency": 100 * sum(map(all, sentences.values())) / len(sentences),
+        "examples": len(right),
+        "sentences": len(sentences),
+    }
+
+
+def winoground_figures(scores: Sequence[Sequence[Sequence[float]]]) -> dict[str, float]:
+    """Text, image and group score of Winoground (Thrush et al., CVPR 2022), in per cent.
+
+    Args:
+        scores: (examples, 2 captions, 2 images); caption i belongs to image i. A tie counts as wrong.
+    """
+    text = [s[0][0] > s[1][0] and s[1][1] > s[0][1] for s in scores]
+    image = [s[0][0] > s[0][1] and s[1][1] > s[1][0] for s in scores]
+    group = [t and i for t, i in zip(text, image, strict=True)]
+    return {
+        name: 100 * sum(values) / len(values)
+        for name, values in (("text_score", text), ("image_score", image), ("group_score", group))
+    }

@@ -1,0 +1,90 @@
+"""Files of predictions and references in the formats of the published benchmarks, read and checked.
+
+Every reader checks that ids are unique. `match_ids` checks that predictions answer exactly the references: nothing is
+scored on what happens to be there.
+"""
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mvlm.errors import RunError
+
+Value = TypeVar("Value")
+
+
+def read_json(path: Path, wanted: str) -> Any:
+    """The value of a JSON file. RunError, which says what was `wanted`, if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RunError(f"{path}: wanted {wanted}, could not read it: {error}") from None
+
+
+def read_json_lines(path: Path, wanted: str) -> list[dict[str, Any]]:
+    """The records of a file with a JSON object on each line. RunError names the first line that is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: wanted {wanted}, could not read it: {error}") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise RunError(f"{path}, line {number}: wanted a JSON object, found {error}") from None
+        if not isinstance(record, dict):
+            raise RunError(f"{path}, line {number}: wanted a JSON object, found {type(record).__name__}")
+        records.append(record)
+    return records
+
+
+def read_csv(path: Path, fields: int, wanted: str) -> list[list[str]]:
+    """The rows of a CSV file without a header. RunError for a row that does not have `fields` fields."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise RunError(f"{path}: wanted {wanted}, could not read it: {error}") from None
+    for number, row in enumerate(rows, 1):
+        if len(row) != fields:
+            raise RunError(f"{path}, row {number}: wanted {fields} fields, found {len(row)}; it should be {wanted}")
+    return rows
+
+
+def by_id(
+    path: Path, records: Iterable[Mapping[str, Any]], name: str, value: Callable[[Mapping[str, Any]], Value]
+) -> dict[str, Value]:
+    """`value` of each record by the string of its field `name`.
+
+    RunError if a record lacks a field, an id occurs twice, or there is no record.
+    """
+    found: dict[str, Value] = {}
+    for number, record in enumerate(records, 1):
+        try:
+            key, content = str(record[name]), value(record)
+        except (KeyError, TypeError) as error:
+            raise RunError(
+                f"{path}, record {number}: wanted the field {error}; is it a file of another task?"
+            ) from None
+        if key in found:
+            raise RunError(f"{path}: {name} {key} occurs twice; each may occur once")
+        found[key] = content
+    if not found:
+        raise RunError(f"{path}: wanted records with the field {name!r}, found none")
+    return found
+
+
+def match_ids(path: Path, predictions: Mapping[str, Any], references: Mapping[str, Any]) -> None:
+    """Raise RunError unless the predictions have exactly the references' ids. `path` is the predictions' file."""
+    missing, unknown = references.keys() - predictions.keys(), predictions.keys() - references.keys()
+    if missing or unknown:
+        which = "no prediction for" if missing else "a prediction for the unknown id"
+        raise RunError(
+            f"{path}: wanted {len(references)} predictions, one for each reference, found {which} "
+            f"{min(missing or unknown)} ({len(missing)} missing, {len(unknown)} unknown)"
+        )

@@ -1,0 +1,171 @@
+"""Scores of a file of predictions against a file of references, for every task: no model, no torch.
+
+Formats are the published ones, so that predictions of any model can be scored (docs/guides/tasks.md).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvlm.errors import ConfigError, RunError
+from mvlm.tasks.metrics.captions import bleu, cider
+from mvlm.tasks.metrics.classification import classification_figures
+from mvlm.tasks.metrics.pairs import nlvr_figures
+from mvlm.tasks.metrics.pointing import box_contains, pointing_figures
+from mvlm.tasks.metrics.significance import grouped_bootstrap, mcnemar
+from mvlm.tasks.metrics.vqa import vqa_accuracy
+from mvlm.tasks.records import by_id, match_ids, read_csv, read_json, read_json_lines
+
+ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Figures of predictions, and the score of each example behind the main one."""
+
+    figures: dict[str, Any]
+    """Figures by name, in per cent unless their name says otherwise."""
+    main: str
+    """Name of the figure by which models are compared and selected."""
+    ids: list[str]
+    """Id of each example."""
+    scores: np.ndarray
+    """float64 (examples,): score of each in 0..1 (CIDEr-D: 0..10)."""
+    groups: list[str]
+    """The image, or the sentence, of each example. Intervals are bootstrapped over these."""
+
+
+def _vqa(predictions: Path, references: Path) -> Scored:
+    results = read_json(predictions, "a list of {question_id, answer}")
+    answers = by_id(predictions, results if isinstance(results, list) else [], "question_id", lambda r: r["answer"])
+    document = read_json(references, "VQA annotations, an object with the list `annotations`")
+    rows = document.get("annotations") if isinstance(document, dict) else None
+    annotations = by_id(references, rows or [], "question_id", lambda r: {**r, "answers": r["answers"]})
+    match_ids(predictions, answers, annotations)
+    records = [{**record, "question_id": key} for key, record in annotations.items()]
+    figures = vqa_accuracy(answers, records)
+    groups = [str(record.get("image_id", record["question_id"])) for record in records]
+    return Scored(figures, "accuracy", list(annotations), figures.pop("scores"), groups)
+
+
+def _truth(path: Path, text: Any) -> bool:
+    if str(text).lower() not in ("true", "false"):
+        raise RunError(f"{path}: wanted the label True or False, found {text!r}")
+    return str(text).lower() == "true"
+
+
+def _pairs(predictions: Path, references: Path) -> Scored:
+    rows = [{"identifier": i, "label": x} for i, x in read_csv(predictions, 2, "rows `identifier,prediction`")]
+    found = by_id(predictions, rows, "identifier", lambda r: _truth(predictions, r["label"]))
+    lines = read_json_lines(references, "NLVR2's JSON lines {identifier, sentence, label}")
+    wanted = by_id(references, lines, "identifier", lambda r: _truth(references, r["label"]))
+    match_ids(predictions, found, wanted)
+    scores = np.array([float(found[key] == value) for key, value in wanted.items()])
+    # The identifier without its last number names the images; sentences about the same images are not independent.
+    groups = [key.rsplit("-", 1)[0] for key in wanted]
+    return Scored(nlvr_figures(found, wanted), "accuracy", list(wanted), scores, groups)
+
+
+def _labels(
+    predictions: Path, references: Path, key: str, label: str, group: str, labels: tuple[str, ...] | None
+) -> Scored:
+    found = by_id(predictions, read_json_lines(predictions, f"JSON lines {{{key}, label}}"), key, lambda r: r["label"])
+    rows = by_id(
+        references, read_json_lines(references, f"JSON lines {{{key}, {label}}}"), key, lambda r: (r[label], r)
+    )
+    match_ids(predictions, found, rows)
+    wanted = {k: str(value) for k, (value, _) in rows.items()}
+    names = labels or tuple(sorted(set(wanted.values())))
+    try:
+        figures = classification_figures([str(found[k]) for k in wanted], list(wanted.values()), names)
+    except ValueError as error:
+        raise RunError(f"{predictions}: {error}") from None
+    scores = np.array([float(str(found[k]) == value) for k, value in wanted.items()])
+    return Scored(figures, "accuracy", list(wanted), scores, [str(r.get(group, k)) for k, (_, r) in rows.items()])
+
+
+def _entailment(predictions: Path, references: Path) -> Scored:
+    return _labels(predictions, references, "pairID", "gold_label", "Flickr30K_ID", ENTAILMENT_LABELS)
+
+
+def _recognition(predictions: Path, references: Path) -> Scored:
+    return _labels(predictions, references, "id", "label", "id", None)
+
+
+def _caption(predictions: Path, references: Path) -> Scored:
+    results = read_json(predictions, "a list of {image_id, caption}")
+    found = by_id(predictions, results if isinstance(results, list) else [], "image_id", lambda r: r["caption"])
+    document = read_json(references, "COCO caption annotations, an object with the list `annotations`")
+    wanted: dict[str, list[str]] = {}
+    for record in document.get("annotations", []) if isinstance(document, dict) else []:
+        wanted.setdefault(str(record["image_id"]), []).append(record["caption"])
+    if not wanted:
+        raise RunError(f"{references}: wanted COCO caption annotations, found none; is it a file of another task?")
+    match_ids(predictions, found, wanted)
+    scores = cider(found, wanted)
+    figures = {f"bleu_{n}": 100 * value for n, value in enumerate(bleu(found, wanted), 1)}
+    figures["cider_d"] = 100 * float(scores.mean())
+    return Scored(figures, "cider_d", list(wanted), scores, list(wanted))
+
+
+def _grounding(predictions: Path, references: Path) -> Scored:
+    points = by_id(predictions, read_json_lines(predictions, "JSON lines {id, x, y}"), "id", lambda r: (r["x"], r["y"]))
+    rows = by_id(
+        references,
+        read_json_lines(references, "JSON lines {id, box, size}"),
+        "id",
+        lambda r: (r["box"], r["size"], str(r.get("image_id", r["id"]))),
+    )
+    match_ids(predictions, points, rows)
+    boxes, sizes, groups = zip(*rows.values(), strict=True)
+    ordered = [points[key] for key in rows]
+    hits = np.array([float(box_contains(box, point)) for box, point in zip(boxes, ordered, strict=True)])
+    return Scored(pointing_figures(ordered, boxes, sizes), "accuracy", list(rows), hits, list(groups))
+
+
+SCORERS: dict[str, Callable[[Path, Path], Scored]] = {
+    "vqa": _vqa,
+    "pairs": _pairs,
+    "entailment": _entailment,
+    "recognition": _recognition,
+    "caption": _caption,
+    "grounding": _grounding,
+}
+
+
+def read_scores(task: str, predictions: Path, references: Path) -> Scored:
+    """Scores of predictions. ConfigError for an unknown task, RunError for files that do not fit."""
+    if task not in SCORERS:
+        raise ConfigError(f"task: wanted one of {', '.join(SCORERS)}, got {task!r}")
+    return SCORERS[task](predictions, references)
+
+
+def score(task: str, predictions: Path, references: Path, other: Path | None = None) -> dict[str, Any]:
+    """Figures of a file of predictions, with a 95 % interval of the main one, bootstrapped over images.
+
+    Args:
+        other: Predictions of another model on the same references. Adds the paired difference (first minus other) of
+            the main figure with its interval, and McNemar's p-value where scores are right or wrong.
+    """
+    scored = read_scores(task, predictions, references)
+    figures: dict[str, Any] = {"task": task, "examples": len(scored.ids), **scored.figures}
+    figures[f"{scored.main}_95"] = _interval(scored.scores, scored.groups)
+    if other is not None:
+        second = read_scores(task, other, references)
+        difference = scored.scores - second.scores
+        compared: dict[str, Any] = {
+            "other": second.figures[second.main],
+            "difference": 100 * float(difference.mean()),
+            "difference_95": _interval(difference, scored.groups),
+        }
+        if set(np.concatenate([scored.scores, second.scores]).tolist()) <= {0.0, 1.0}:
+            compared["mcnemar_p"] = mcnemar((scored.scores == 1).tolist(), (second.scores == 1).tolist())
+        figures["compared"] = compared
+    return figures
+
+
+def _interval(values: np.ndarray, groups: list[str]) -> list[float]:
+    return [100 * x for x in grouped_bootstrap(values.tolist(), groups)]

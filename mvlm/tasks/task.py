@@ -1,0 +1,160 @@
+"""A downstream task: a pretrained model with a head, its loss, its predictions, and their score.
+
+To add a task, write one file with a subclass of `Task` and add it to `TASKS` of `mvlm.tasks.registry`
+(docs/tasks.md has an example). A sample of a task's data set is one question: its text is the sample's caption, and all
+else is in the sample's metadata.
+
+Shape legend: B batch, C width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mvlm.config.model import MaskVLMConfig
+from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
+from mvlm.model.packing import mask_tokens
+from mvlm_dataloading import Batch, Dataset
+
+GREY = 128
+"""Pixel value of the uniform image that a model without the image gets."""
+
+
+class TaskLosses(NamedTuple):
+    """Loss of a batch, a scalar with a gradient, and its accuracy in 0..1, a scalar without."""
+
+    total: Tensor
+    accuracy: Tensor
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Settings of a task that are not learned. They are saved with its weights."""
+
+    blind: Literal["no", "image", "text"] = "no"
+    """Modality that the model does not get."""
+    min_count: int = 1
+    """Training questions that must have an answer for it to be on the list of answers."""
+
+
+class Task(nn.Module):
+    """A pretrained model with a head. Subclasses define the five members that raise NotImplementedError.
+
+    Args:
+        model: the pretrained model; its parameters are those of the task.
+        options: settings, saved with the weights.
+        state: everything else that predictions depend on, such as the list of answers; plain JSON, made by `make_state`
+            from the training split and saved with the weights.
+    """
+
+    name: ClassVar[str]
+    """Name on the command line."""
+    main: ClassVar[str]
+    """Figure by which models are compared and selected; higher is better."""
+    unused: ClassVar[tuple[str, ...]] = (
+        "image_encoder.mask_token", "image_decoder", "pixel_head", "language_head", "image_projection",
+        "text_projection", "log_scale", "matching_head",
+    )  # fmt: skip
+    """Parts of the model that the task does not use. They stay as they are."""
+
+    def __init__(self, model: MaskVLM, options: TaskOptions, state: dict[str, Any]) -> None:
+        super().__init__()
+        self.model, self.options, self.state = model, options, state
+        for part in self.unused:
+            attrgetter(part)(model).requires_grad_(False)
+        for encoder in (model.image_cross, model.text_cross):
+            # The last block computes [CLS] alone. The bias of the keys adds the same number to all scores of that row,
+            # so its gradient is zero, and the fast implementation leaves it out.
+            encoder.layers[-1].self_attention.key.bias.requires_grad_(False)
+
+    @classmethod
+    def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
+        """State of a task to be trained on `train`. DataError if its samples are not questions of this task."""
+        raise NotImplementedError
+
+    def targets(self, dataset: Dataset) -> Sequence[Tensor]:
+        """Targets of all samples of a split, for `losses`: tensors whose first dimension is the samples."""
+        raise NotImplementedError
+
+    def losses(self, batch: Batch, targets: Sequence[Tensor], plan: str) -> TaskLosses:
+        """Loss and accuracy of a batch. `targets` are the rows of the batch's samples, `plan` the implementation."""
+        raise NotImplementedError
+
+    def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]:
+        """Prediction for each sample of a batch: fields of its record, but for its id."""
+        raise NotImplementedError
+
+    @staticmethod
+    def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
+        """Figures of the records of a split, {"sample": id, **prediction}, one for each sample, in order."""
+        raise NotImplementedError
+
+    @property
+    def config(self) -> MaskVLMConfig:
+        """Configuration of the model."""
+        return self.model.config
+
+    @property
+    def log_scale(self) -> Tensor:
+        """The model's log inverse temperature (1,)."""
+        return self.model.log_scale
+
+    def clamp_temperature(self) -> None:
+        """Clamp the model's temperature, as after every update."""
+        self.model.clamp_temperature()
+
+    def describe(self) -> dict[str, Any]:
+        """Name, options and state, plain JSON: what a checkpoint needs beside the tensors."""
+        return {"name": self.name, "options": vars(self.options), "state": self.state}
+
+    def hide(self, batch: Batch) -> Batch:
+        """The batch without the modality that the options hide: grey images, or [MASK] for every word.
+
+        A caption's number of tokens stays visible.
+        """
+        if self.options.blind == "no":
+            return batch
+        fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+        if self.options.blind == "image":
+            fields["images"] = torch.full_like(batch.images, GREY)
+        else:
+            ends = batch.cu_seqlens.long()
+            special = torch.zeros(len(batch.tokens) + 1, dtype=torch.bool, device=ends.device)
+            special[ends] = True  # [CLS]; the last one is past the end
+            special[ends[1:] - 1] = True  # [SEP]
+            words = (~special[:-1]).nonzero().flatten()
+            fields["tokens"] = mask_tokens(batch.tokens, words, self.config.mask_token_id)
+        return type(batch)(**fields)
+
+    def fuse(self, batch: Batch, plan: str) -> Tensor:
+        """Features (B, 3 C) of a batch: [CLS] of both cross-modality encoders, image and text, and their product."""
+        batch = self.hide(batch)
+        implementation = IMPLEMENTATIONS[plan]
+        v, text = implementation.encode_unmasked(self.model, batch)
+        rows = torch.arange(len(batch.images), device=batch.images.device)
+        image, caption = implementation.fuse_pairs(self.model, v, text, rows, rows)
+        return torch.cat([image, caption, image * caption], dim=1)
+
+
+class AnswerHead(nn.Module):
+    """Linear, LayerNorm, GELU, linear: from fused features (B, F) to logits (B, answers).
+
+    The last layer starts at zero, so that training starts from equal probabilities.
+    """
+
+    def __init__(self, features: int, hidden: int, answers: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(features, hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.answers = nn.Linear(hidden, answers)
+        nn.init.xavier_uniform_(self.dense.weight)
+        for tensor in (self.dense.bias, self.answers.weight, self.answers.bias):
+            nn.init.zeros_(tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, F) -> logits (B, answers), float32."""
+        return self.answers(nn.functional.gelu(self.norm(self.dense(x)))).float()

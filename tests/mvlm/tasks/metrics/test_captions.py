@@ -1,0 +1,93 @@
+"""BLEU and CIDEr-D against torchmetrics, dense numpy vectors, and COCO's own code where it is installed."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from mvlm.tasks.metrics.captions import bleu, cider, tokenize
+
+WORDS = ["a", "red", "heart", "left", "of", "the", "blue", "circle", "dog", "sits"]
+
+
+def make_set(images: int, seed: int, references: int = 3) -> tuple[dict[str, str], dict[str, list[str]]]:
+    rng = np.random.default_rng(seed)
+
+    def sentence() -> str:
+        return " ".join(rng.choice(WORDS, size=rng.integers(2, 12)))
+
+    wanted = {str(i): [sentence() for _ in range(references)] for i in range(images)}
+    # Half of a caption comes from a reference, so that long sequences match too.
+    found = {i: f"{texts[0]} {sentence()}" if int(i) % 2 else sentence() for i, texts in wanted.items()}
+    return found, wanted
+
+
+def dense_cider(captions: dict[str, str], references: dict[str, list[str]]) -> list[float]:
+    """CIDEr-D by vectors over all possible sequences of words."""
+    scores = np.zeros(len(references))
+    for n in (1, 2, 3, 4):
+        every = [text.split() for text in [*captions.values(), *itertools.chain(*references.values())]]
+        grams = sorted({tuple(words[i : i + n]) for words in every for i in range(len(words) - n + 1)})
+        place = {gram: i for i, gram in enumerate(grams)}
+
+        def counts(text: str, n: int = n, place: dict = place) -> np.ndarray:
+            vector, words = np.zeros(len(place)), text.split()
+            for i in range(len(words) - n + 1):
+                vector[place[tuple(words[i : i + n])]] += 1
+            return vector
+
+        images_with = sum(np.max([counts(t) > 0 for t in texts], axis=0).astype(float) for texts in references.values())
+        idf = np.log(len(references)) - np.log(np.maximum(images_with, 1))
+        for row, (image, texts) in enumerate(references.items()):
+            a = counts(captions[image]) * idf
+            for text in texts:
+                b = counts(text) * idf
+                lengths = np.linalg.norm(a) * np.linalg.norm(b)
+                if lengths:
+                    gap = len(captions[image].split()) - len(text.split())
+                    scores[row] += 10 / 4 / len(texts) * (np.minimum(a, b) @ b) / lengths * np.exp(-(gap**2) / 72)
+    return scores.tolist()
+
+
+def test_captions_are_tokenized_without_punctuation():
+    assert tokenize("A dog's black-and-white tail, (left)!") == ["a", "dog's", "black-and-white", "tail", "left"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_bleu_equals_torchmetrics(seed):
+    from torchmetrics.functional.text import bleu_score
+
+    found, wanted = make_set(8, seed)
+    oracle = [float(bleu_score(list(found.values()), list(wanted.values()), n_gram=n)) for n in (1, 2, 3, 4)]
+    assert bleu(found, wanted) == pytest.approx(oracle, abs=1e-6)
+
+
+@pytest.mark.parametrize("references", [1, 4])
+def test_cider_equals_dense_vectors(references):
+    found, wanted = make_set(12, 5, references)
+    assert cider(found, wanted).tolist() == pytest.approx(dense_cider(found, wanted), abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_bleu_and_cider_equal_cocos_code(seed):
+    pytest.importorskip("pycocoevalcap", reason="needs pycocoevalcap, COCO's caption evaluation")
+    from pycocoevalcap.bleu.bleu import Bleu  # pyright: ignore[reportMissingImports]
+    from pycocoevalcap.cider.cider import Cider  # pyright: ignore[reportMissingImports]
+
+    found, wanted = make_set(20, seed)
+    answers = {image: [text] for image, text in found.items()}
+    assert bleu(found, wanted) == pytest.approx(Bleu(4).compute_score(wanted, answers, verbose=0)[0], abs=1e-6)
+    assert cider(found, wanted).tolist() == pytest.approx(Cider().compute_score(wanted, answers)[1].tolist())
+
+
+def test_captions_that_copy_and_captions_that_share_nothing():
+    wanted = {"1": ["a red heart left of a circle"], "2": ["the blue dog sits still"]}
+    copies = {image: texts[0] for image, texts in wanted.items()}
+    assert bleu(copies, wanted) == pytest.approx([1, 1, 1, 1])
+    assert cider(copies, wanted).tolist() == pytest.approx([10, 10])
+    assert bleu({"1": "zebra", "2": ""}, wanted) == [0, 0, 0, 0]
+    assert cider({"1": "zebra", "2": ""}, wanted).tolist() == [0, 0]
+
+
+def test_cider_of_one_image_is_zero():
+    assert cider({"1": "a dog"}, {"1": ["a dog"]}).tolist() == [0]

@@ -1,0 +1,32 @@
+"""Intervals and McNemar's test against scipy."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mvlm.tasks.metrics.significance import grouped_bootstrap, mcnemar
+
+
+def test_bootstrap_over_groups_equals_scipys_over_their_sums():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(60, size=300)
+    values = (rng.random(300) + groups / 60) / 2  # values of a group are alike
+    sums, counts = np.bincount(groups, values, 60), np.bincount(groups, minlength=60)
+    oracle = stats.bootstrap(
+        (sums, counts), lambda s, c, axis: s.sum(axis) / c.sum(axis), paired=True, method="percentile",
+        n_resamples=20_000, vectorized=True, rng=1,
+    ).confidence_interval  # fmt: skip
+    low, high = grouped_bootstrap(values.tolist(), groups.tolist(), resamples=20_000)
+    width = oracle.high - oracle.low
+    assert abs(low - oracle.low) < 0.03 * width
+    assert abs(high - oracle.high) < 0.03 * width
+    alone = grouped_bootstrap(values.tolist(), list(range(300)))
+    assert alone[1] - alone[0] < 0.8 * width  # as if questions about one image were independent
+
+
+@pytest.mark.parametrize("first, second", [(0, 0), (3, 3), (1, 0), (8, 2), (30, 12), (0, 6)])
+def test_mcnemar_is_a_two_sided_binomial_test(first, second):
+    a = [True] * first + [False] * second + [True, False] * 5
+    b = [False] * first + [True] * second + [True, False] * 5
+    wanted = stats.binomtest(first, first + second).pvalue if first + second else 1.0
+    assert mcnemar(a, b) == pytest.approx(wanted)

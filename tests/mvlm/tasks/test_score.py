@@ -1,0 +1,139 @@
+"""Scores of prediction files in published formats, and what is wrong with files."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from mvlm.errors import ConfigError, RunError
+from mvlm.tasks.score import score
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value))
+    return path
+
+
+@pytest.fixture
+def vqa_files(tmp_path):
+    annotations = [
+        {
+            "question_id": 10 + i, "image_id": i // 2, "question_type": "what", "answer_type": "other",
+            "multiple_choice_answer": "cat", "answers": [{"answer": "cat", "answer_id": a} for a in range(1, 11)],
+        }
+        for i in range(6)
+    ]  # fmt: skip
+    answers = [{"question_id": 10 + i, "answer": "cat" if i < 3 else "dog"} for i in range(6)]
+    return write_json(tmp_path / "answers.json", answers), write_json(
+        tmp_path / "val.json", {"annotations": annotations}
+    )
+
+
+def test_vqa_answers(vqa_files):
+    found = score("vqa", *vqa_files)
+    assert found["accuracy"] == 50
+    assert found["examples"] == 6
+    assert found["accuracy_95"] == [0, 100]  # three images: right, half right, wrong
+
+
+def test_a_model_is_compared_with_another(vqa_files, tmp_path):
+    answers, references = vqa_files
+    better = json.loads(answers.read_text())
+    for record in better:
+        record["answer"] = "cat"
+    found = score("vqa", write_json(tmp_path / "better.json", better), references, other=answers)["compared"]
+    assert (found["other"], found["difference"]) == (50, 50)
+    assert found["mcnemar_p"] == pytest.approx(0.25)  # 3 : 0
+
+
+def test_pairs(tmp_path):
+    predictions = tmp_path / "predictions.csv"
+    predictions.write_text("dev-1-0-0,True\ndev-1-1-0,true\ndev-2-0-0,False\n")
+    rows = [("dev-1-0-0", "True"), ("dev-1-1-0", "False"), ("dev-2-0-0", "False")]
+    lines = [{"identifier": name, "sentence": "one is left", "label": label} for name, label in rows]
+    found = score("pairs", predictions, write_lines(tmp_path / "dev.json", lines))
+    assert (found["accuracy"], found["consistency"]) == (pytest.approx(200 / 3), 50)
+
+
+def test_entailment(tmp_path):
+    labels = ["contradiction", "neutral", "entailment", "entailment"]
+    lines = [
+        {"pairID": f"{i}", "gold_label": label, "Flickr30K_ID": "7", "sentence1": "", "sentence2": ""}
+        for i, label in enumerate(labels)
+    ]
+    found = score(
+        "entailment",
+        write_lines(tmp_path / "p.jsonl", [{"pairID": f"{i}", "label": "entailment"} for i in range(4)]),
+        write_lines(tmp_path / "test.jsonl", lines),
+    )
+    assert found["accuracy"] == 50
+    assert found["recall"] == {"contradiction": 0, "neutral": 0, "entailment": 100}
+
+
+def test_captions(tmp_path):
+    annotations = [
+        {"image_id": i, "caption": text} for i in (1, 2) for text in ("a red heart left of it", f"number {i}")
+    ]
+    results = [{"image_id": 1, "caption": "a red heart left of it"}, {"image_id": 2, "caption": "number 2"}]
+    found = score("caption", write_json(tmp_path / "r.json", results),
+                  write_json(tmp_path / "c.json", {"annotations": annotations}))  # fmt: skip
+    assert found["bleu_4"] == pytest.approx(100)
+    assert found["cider_d"] > 0
+
+
+def test_points(tmp_path):
+    found = score(
+        "grounding",
+        write_lines(tmp_path / "p.jsonl", [{"id": 1, "x": 5, "y": 5}, {"id": 2, "x": 50, "y": 50}]),
+        write_lines(tmp_path / "b.jsonl", [{"id": i, "box": [0, 0, 10, 10], "size": [100, 100]} for i in (1, 2)]),
+    )
+    assert (found["accuracy"], found["center"], found["chance"]) == (50, 0, 1)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda rows: rows[:-1], "found no prediction for 15 \\(1 missing, 0 unknown\\)"),
+        (lambda rows: [*rows, {"question_id": 99, "answer": "cat"}], "a prediction for the unknown id 99"),
+        (lambda rows: [*rows, rows[0]], "question_id 10 occurs twice"),
+        (lambda rows: [{"identifier": "dev-1-0-0"}], "wanted the field 'question_id'; is it a file of another task"),
+        (lambda rows: {"annotations": []}, "wanted records with the field 'question_id', found none"),
+    ],
+)
+def test_predictions_that_do_not_fit_are_refused(vqa_files, change, message):
+    answers, references = vqa_files
+    write_json(answers, change(json.loads(answers.read_text())))
+    with pytest.raises(RunError, match=message):
+        score("vqa", answers, references)
+
+
+def test_files_of_another_kind_are_refused(vqa_files, tmp_path):
+    answers, references = vqa_files
+    with pytest.raises(ConfigError, match="task: wanted one of vqa, pairs"):
+        score("vqa2", answers, references)
+    with pytest.raises(RunError, match="wanted a list of"):
+        score("vqa", tmp_path / "none.json", references)
+    with pytest.raises(RunError, match="line 1: wanted a JSON object, found list"):
+        score("entailment", answers, references)
+    with pytest.raises(RunError, match="row 1: wanted 2 fields"):
+        score("pairs", answers, references)
+    unknown = write_lines(tmp_path / "u.jsonl", [{"pairID": "1", "label": "maybe"}])
+    truth = write_lines(tmp_path / "t.jsonl", [{"pairID": "1", "gold_label": "neutral"}])
+    with pytest.raises(RunError, match="label 'maybe': wanted one of contradiction, neutral, entailment"):
+        score("entailment", unknown, truth)
+
+
+@pytest.mark.slow
+def test_scoring_imports_neither_torch_nor_a_model(vqa_files):
+    program = (
+        "import sys\nfrom pathlib import Path\nfrom mvlm.commands.score import score\n"
+        "score('vqa', *map(Path, sys.argv[1:]))\n"
+        "assert not {'torch', 'mvlm.model', 'PIL'} & set(sys.modules), 'imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", program, *map(str, vqa_files)], check=True, timeout=60, capture_output=True)
