@@ -22,6 +22,7 @@ from mvlm.inference.encode import image_features, text_features
 from mvlm.inference.texts import check_texts
 from mvlm.model.attention import Attention, attend
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.residual import Branch, Residual
 from mvlm_kernels import attention_probabilities
 from mvlm_kernels.cross_attention import HEAD_WIDTHS
 
@@ -107,19 +108,19 @@ def _match_with_weights(network: MaskVLM, v: Tensor, w: Tensor, key_mask: Tensor
     layers: list[_Layer] = []
     w = w.detach().requires_grad_()  # so that there is a graph even if no parameter wants gradients
 
-    def attend_self(attention: Attention, y: Tensor) -> Tensor:
+    def attend_self(attention: Attention, y: Tensor) -> Branch:
         return attention(y, y, key_mask)
 
-    def attend_cross(attention: Attention, y: Tensor) -> Tensor:
+    def attend_cross(attention: Attention, y: Tensor) -> Branch:
         q, (k, values) = attention.queries(y), attention.keys_values(v)  # (1, L, H, D), (1, M, H, D)
         output = attend(q.transpose(1, 2), k.transpose(1, 2), values.transpose(1, 2))  # (1, H, L, D)
         layers.append(_Layer(_weights(q, k), output, values.transpose(1, 2).detach()))
         return attention.project_out(output.transpose(1, 2))
 
-    x = w
+    rows = Residual(w)
     for block in network.text_cross.layers:
-        x = block(x, attend_self, attend_cross)
-    text = network.text_cross.norm(x)[:, 0]
+        rows = block(rows, attend_self, attend_cross)
+    text = network.text_cross.finish(rows)[:, 0]
     image = network.image_cross(v, w, None, key_mask, first_row_only=True)[:, 0]
     logits = network.matching_head(image * text)[0]
     return logits[1] - logits[0], layers

@@ -48,9 +48,9 @@ def rerank(
 
 def score(model: "TrainedModel", image: ImageFeatures, text: TextFeatures) -> Tensor:
     """ITC logit plus ITM's log-odds of B pairs, float32 (B,) on the CPU."""
-    similarity = (image.embedding * text.embedding).sum(-1).cpu()
+    similarity = (image.embedding.double() * text.embedding.double()).sum(-1).cpu()
     scores = match_log_odds(model.network, image.v, text.w, text.key_mask, model.precision)
-    return scores + model.network.log_scale.exp().item() * similarity
+    return (scores + model.network.log_scale.exp().item() * similarity).float()
 
 
 def _feature_pairs(

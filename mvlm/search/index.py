@@ -29,10 +29,13 @@ log = logging.getLogger(__name__)
 BATCH_ROWS = 8192
 APPROXIMATE_FROM = 100_000
 """Rows from which `auto` builds an inverted file. Below, a full product takes milliseconds and is exact."""
-PROBED = 1 / 32
+PROBED = 1 / 4
 """Share of the inverted file's cells that a query reads (docs/search.md has the measurement)."""
 REFINED = 8
 """Candidates whose exact similarity is computed, as a multiple of the answers wanted."""
+
+MARGIN = 16
+"""Further candidates: the engine sorts by float32 sums; answers are sorted by float64 sums, as in evaluation."""
 
 
 class Hit(NamedTuple):
@@ -121,21 +124,21 @@ class SearchIndex:
             raise ConfigError(f"top: wanted at least 1, got {top}")
         table = self._table(kind)
         columns = [name for name in ("id", "split", "source", "row", "metadata", "text") if name in table.schema.names]
-        query = table.search(vector, vector_column_name="vector").distance_type("dot").limit(top)
+        query = table.search(vector, vector_column_name="vector").distance_type("dot").limit(top + MARGIN)
         if self.about["partitions"].get(kind):
             query = query.nprobes(max(1, round(PROBED * self.about["partitions"][kind]))).refine_factor(REFINED)
         if where is not None:
             query = query.where(where)
         with _filter_errors(where, table.schema):
-            rows = query.select([*columns, "_distance"]).to_arrow().to_pylist()
+            rows = query.select([*columns, "vector", "_distance"]).to_arrow().to_pylist()
         hits = [
             Hit(
-                row["id"], row["split"], row["source"], row["row"], row.get("text") or "", 1 - row["_distance"],
-                json.loads(row["metadata"]),
+                row["id"], row["split"], row["source"], row["row"], row.get("text") or "",
+                float(np.asarray(row["vector"], np.float64) @ vector.astype(np.float64)), json.loads(row["metadata"]),
             )
             for row in rows
         ]  # fmt: skip
-        return sorted(hits, key=lambda hit: (-hit.similarity, hit.source, hit.split, hit.row))
+        return sorted(hits, key=lambda hit: (-hit.similarity, hit.source, hit.split, hit.row))[:top]
 
     def _table(self, kind: str) -> Any:
         return self._database.open_table(kind)
@@ -240,7 +243,7 @@ def _write_about(database: Any, about: dict[str, Any]) -> None:
 
 
 def _connect(location: str) -> Any:
-    os.environ.setdefault("LANCE_LOG", "error")  # read when lancedb is imported
+    os.environ.setdefault("LANCEDB_LOG", "error")  # read when lancedb is imported
     try:
         import lancedb
     except ImportError:

@@ -69,7 +69,7 @@ def _rerank(model: TrainedModel, index: SearchIndex, partner: Any, kind: str, hi
     else:
         log_odds = model.match(partner, [hit.text for hit in hits], truncate=True).log_odds
     scale = model.network.log_scale.exp().item()
-    similarity = torch.tensor([hit.similarity for hit in hits])
+    similarity = torch.tensor([hit.similarity for hit in hits], dtype=torch.float64)
     scores = scale * similarity + log_odds
     order = scores.sort(descending=True, stable=True).indices.tolist()
     return [hits[i]._replace(score=scores[i].item()) for i in order]

@@ -64,7 +64,7 @@ def recall_of(found: list[list[int]], truth: np.ndarray) -> float:
 
 
 def measure(
-    name: str, engine: Engine, vectors: Vectors, queries: Vectors, truth: np.ndarray
+    name: str, engine: Engine, vectors: Vectors, queries: Vectors, truth: np.ndarray, values: list[int] | None = None
 ) -> Iterator[dict[str, Any]]:
     """Build one engine's index and search it at every value of its parameter: one row for each value."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -72,7 +72,7 @@ def measure(
         engine.build(vectors, Path(scratch))
         seconds, build_cpu = time.perf_counter() - started, time.process_time() - build_cpu
         size = sum(file.stat().st_size for file in Path(scratch).rglob("*") if file.is_file())
-        for value in engine.sweep:
+        for value in values or engine.sweep:
             for query in queries[:3]:  # warm
                 engine.search(query, value, TOP)
             found, times = [], []
@@ -114,12 +114,13 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, default=1_000_000)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--queries", type=int, default=300)
+    parser.add_argument("--values", type=int, nargs="+", help="of the search parameter; default: the engine's own")
     options = parser.parse_args()
     vectors = synthetic_vectors(options.vectors, options.width, seed=0)
     queries = synthetic_vectors(options.queries, options.width, seed=1)
     truth = exact_neighbours(vectors, queries)
     for name in options.engines:
-        for row in measure(name, ENGINES[name](), vectors, queries, truth):
+        for row in measure(name, ENGINES[name](), vectors, queries, truth, options.values):
             print(row, flush=True)
             new = not options.csv.exists()
             with options.csv.open("a", newline="") as file:

@@ -41,7 +41,7 @@ class Engine(Protocol):
 class Lance:
     """LanceDB: an inverted file with product quantisation, and exact distances for the first candidates."""
 
-    setting, sweep = "nprobes", (4, 8, 16, 32, 64, 128)
+    setting, sweep = "nprobes", (4, 8, 16, 32, 64, 128, 256)
     refine = 8
     """Candidates read again in full, as a multiple of the answers wanted."""
 
@@ -77,7 +77,7 @@ class Lance:
 class FaissInvertedFile:
     """faiss: an inverted file of whole vectors, in memory."""
 
-    setting, sweep = "nprobe", (4, 8, 16, 32, 64, 128)
+    setting, sweep = "nprobe", (4, 8, 16, 32, 64, 128, 256)
 
     def build(self, vectors: Vectors, folder: Path) -> None:
         faiss = import_module("faiss")
@@ -112,7 +112,7 @@ class Usearch:
 class Milvus:
     """Milvus Lite: an inverted file of whole vectors, in a local file."""
 
-    setting, sweep = "nprobe", (4, 8, 16, 32, 64, 128)
+    setting, sweep = "nprobe", (4, 8, 16, 32, 64, 128, 256)
 
     def build(self, vectors: Vectors, folder: Path) -> None:
         pymilvus = import_module("pymilvus")
