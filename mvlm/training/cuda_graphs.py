@@ -112,7 +112,7 @@ class CudaGraphs:
 
 
 class Bucket(NamedTuple):
-    """What all steps of one graph have in common."""
+    """Properties that all steps of one graph share."""
 
     shapes: tuple[tuple[int, ...], ...]
     """Shapes of the tensors of the batch and its masks."""

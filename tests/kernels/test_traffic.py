@@ -48,7 +48,7 @@ def test_bytes_of_linear_pixel_loss_follow_from_its_chunks(kind, monkeypatch):
             launch_kernel(*args, **kwargs)
 
     monkeypatch.setattr(dispatch, "launch", launch_uncounted)
-    monkeypatch.setattr(linear, "_product", product)
+    monkeypatch.setattr(linear, "product", product)
     monkeypatch.setattr(linear, "CHUNK_BYTES", 4 * chosen * features * 4)  # chunks of four images and of two
     monkeypatch.setattr(linear, "CHUNK_IMAGES", 1)
     bf16 = torch.bfloat16

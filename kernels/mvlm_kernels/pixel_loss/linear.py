@@ -66,7 +66,7 @@ def linear_pixel_loss(
     counts = [losses_of((part.stop - part.start) * chosen, features, reduce) for part in parts]
     losses = hidden.new_empty(sum(counts), dtype=compute_dtype(hidden.dtype, images.dtype))
     for part, part_losses in zip(parts, losses.split(counts), strict=True):
-        pred = _product(hidden[part].flatten(0, 1), weight.T, wide).view(part.stop - part.start, chosen, features)
+        pred = product(hidden[part].flatten(0, 1), weight.T, wide).view(part.stop - part.start, chosen, features)
         ids = None if patch_ids is None else patch_ids[part]
         write_losses(
             pred, bias, images[part], ids, patch_size, mean, std, kind, normalize_target, reduce, part_losses,
@@ -110,15 +110,15 @@ def linear_pixel_loss_backward(
             if scaled is not None:
                 torch.mm(slopes, scaled, out=out)
             else:
-                torch.mul(_product(slopes, weight.to(dtype), wide), factor, out=out)
+                torch.mul(product(slopes, weight.to(dtype), wide), factor, out=out)
         if needs[1]:
-            weight_sum += _product(slopes.T, hidden[part].flatten(0, 1), wide)
+            weight_sum += product(slopes.T, hidden[part].flatten(0, 1), wide)
         if needs[2]:
             bias_sum += slopes.sum(dim=0, dtype=wide)
     return hidden_grad, (weight_sum * factor).to(weight.dtype), (bias_sum * factor).to(weight.dtype)
 
 
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     """a @ b, summed and returned in ``dtype``."""
     if a.dtype == dtype:
         return a @ b
