@@ -5,44 +5,18 @@ operations of each pass. Images are 224 px in patches of 16, 116 of 196 patches 
 unless a case has another one.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mvlm_kernels.cross_attention import cross_attention
+from mvlm_kernels.attention_cases import attention, indexed_attention
+from mvlm_kernels.case import Case, Sizes
 from mvlm_kernels.gather_patches import gather_patches
+from mvlm_kernels.norm_cases import gelu, layer_norm
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
 from mvlm_kernels.pixel_loss.linear_bytes import linear_bytes
 from mvlm_kernels.place_tokens import place_tokens
-
-Sizes = dict[str, int]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One op at one shape.
-
-    sizes: the paper's sizes by name.
-    samples: for each size two small values at which bytes are counted. The count is extrapolated linearly to ``sizes``.
-    run: ``run(sizes, device)`` returns the inputs that get gradients, and a function of them that calls the op.
-    eager: the same computation in eager torch.
-    minimum, flops: fewest bytes, and floating-point operations, of (forward, backward).
-    moved: formula for the bytes of (forward, backward), used instead of counting.
-    """
-
-    op: str
-    shape: str
-    sizes: Sizes
-    samples: dict[str, tuple[int, int]]
-    run: Callable[[Sizes, str], tuple[list[Tensor], Callable[..., Tensor]]]
-    eager: Callable[[Sizes, str], tuple[list[Tensor], Callable[..., Tensor]]]
-    minimum: Callable[[Sizes], tuple[int, int]]
-    flops: Callable[[Sizes], tuple[int, int]] = lambda sizes: (0, 0)
-    moved: Callable[[Sizes], tuple[int, int]] | None = None
-
 
 CHANNELS, PATCH, SIDE, PATCHES, MASKED, WIDTH = 3, 16, 224, 196, 116, 768
 FEATURES = CHANNELS * PATCH * PATCH
@@ -224,44 +198,12 @@ def _place(mode: str, parameter_dtype: torch.dtype = torch.bfloat16) -> Case:
     return Case("place_tokens", f"B256 width 768, {what}", {"B": 256, "N": 196}, samples, run, eager, minimum)
 
 
-def _attention(queries: int, keys: int) -> Case:
-    width = 64  # of a head; batch times heads is one size, because the programs of all heads are alike
-
-    def run(sizes: Sizes, device: str):
-        shapes = [(sizes["B*H"], n, 1, width) for n in (queries, keys, keys)]
-        leaves = [torch.zeros(s, dtype=torch.bfloat16, device=device, requires_grad=True) for s in shapes]
-        return leaves, lambda q, k, v: cross_attention(q, k, v)
-
-    def eager(sizes: Sizes, device: str):
-        leaves, _ = run(sizes, device)
-
-        def attend(q, k, v):
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            p = ((q @ k.transpose(2, 3)) * width**-0.5).softmax(dim=-1)
-            return (p @ v).transpose(1, 2).contiguous()
-
-        return leaves, attend
-
-    def minimum(sizes: Sizes) -> tuple[int, int]:
-        per_row = sizes["B*H"] * width * 2
-        lse = 4 * sizes["B*H"] * queries
-        # The short-KV backward sees every key of a query at once and does not read the output.
-        read = 3 * queries if keys <= 128 else 4 * queries
-        return per_row * (2 * queries + 2 * keys) + lse, per_row * (read + 4 * keys) + lse
-
-    def flops(sizes: Sizes) -> tuple[int, int]:
-        product = 2 * sizes["B*H"] * queries * keys * width
-        return 2 * product, 5 * product
-
-    name = f"B256 H12 D64 {queries}x{keys}"
-    return Case("cross_attention", name, {"B*H": 256 * 12}, {"B*H": (1, 2)}, run, eager, minimum, flops)
-
-
 def cases() -> list[Case]:
     """Every case that ``python -m mvlm_kernels.traffic`` counts."""
     return [
-        _attention(197, 32),
-        _attention(32, 197),
+        attention(197, 32),
+        attention(32, 197),
+        indexed_attention(32, 197),
         _gather(torch.uint8),
         _gather(torch.bfloat16),
         _masked("l1", False),
@@ -272,4 +214,7 @@ def cases() -> list[Case]:
         _place("masked", torch.float32),
         _place("both", torch.float32),
         _place("visible"),
+        layer_norm(post_norm=False),
+        layer_norm(post_norm=True),
+        gelu(),
     ]

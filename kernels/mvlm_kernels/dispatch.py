@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from mvlm_kernels.interpreter import interpreter_fault, interpreting
+from mvlm_kernels.overrides import overridden
 
 Backend = Literal["triton", "torch"]
 Op = TypeVar("Op", bound=Callable[..., Any])
@@ -25,9 +26,6 @@ Op = TypeVar("Op", bound=Callable[..., Any])
 _forced: Backend | None = None
 # Of each public op: the function that lists the reasons against Triton, and what runs without any.
 _reason_functions: dict[Callable[..., Any], tuple[Callable[..., Sequence[str]], str]] = {}
-
-# Set by `override_launch`: kernel -> options. Empty outside of measurements.
-_overrides: dict[str, dict[str, Any]] = {}
 
 # Set by `recording`: receives the launches instead of a device.
 _recorder: Callable[..., None] | None = None
@@ -139,19 +137,19 @@ def device_reasons(device: torch.device) -> tuple[str, ...]:
     """Reasons against Triton that hold for every op on this device."""
     kind = device.type
     if importlib.util.find_spec("triton") is None:
-        return ("triton is not installed",) + ((_ON_CPU,) if kind == "cpu" else ())
+        return ("triton is not installed: pip install triton",) + ((_ON_CPU,) if kind == "cpu" else ())
     if kind == "cpu":
         return (_ON_CPU,)
     if kind == "cuda":
         if torch.version.hip is not None:
-            return ("the kernels are written for NVIDIA GPUs, and this torch is built for ROCm",)
+            return ("the kernels are written for NVIDIA GPUs, and this torch is built for ROCm: torch runs instead",)
         major, minor = torch.cuda.get_device_capability(device.index)
         if major < 8:
-            return (f"compute capability 8.0 or later is needed, this GPU has {major}.{minor}",)
+            return (f"compute capability 8.0 or later is needed, {device} has {major}.{minor}: torch runs instead",)
         if interpreting():
-            return ("TRITON_INTERPRET=1 is set, and interpreted kernels run on CPU tensors",)
+            return (f"TRITON_INTERPRET=1 is set, and interpreted kernels run on CPU tensors: unset it for {device}",)
         return ()
-    return (f"device type is {kind}, the kernels run on cuda",)
+    return (f"device type is {kind}, the kernels run on cuda: torch runs instead",)
 
 
 def tf32_allowed() -> bool:
@@ -221,55 +219,32 @@ def checks_values(device: torch.device) -> bool:
     return os.environ.get("MVLM_KERNELS_DEBUG", "0") not in ("", "0")
 
 
-@contextmanager
-def override_launch(kernel: str, **options: Any) -> Iterator[None]:
-    """Launch one kernel with other options inside the block: constexprs, num_warps, num_stages, maxnreg.
-
-    kernel is the name under which the launcher chooses its options; for most kernels that of the Triton function. For
-    measurements: results may be wrong if an option does not fit the kernel. A launcher whose grid follows from an
-    option asks :func:`overridden` for it before it computes the grid.
-    """
-    before = _overrides.get(kernel)
-    _overrides[kernel] = options
-    try:
-        yield
-    finally:
-        _overrides.pop(kernel) if before is None else _overrides.update({kernel: before})
-
-
-def overridden(kernel: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options, with those of :func:`override_launch` in force. Returns the same dict if there are none."""
-    found = _overrides.get(kernel)
-    return {**options, **found} if found else options
-
-
-def overridable(choose_options: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Decorator of a function that chooses the options of a kernel; the kernel's name is its first argument."""
-
-    @functools.wraps(choose_options)
-    def chosen(kernel: str, *arguments: Any) -> dict[str, Any]:
-        return overridden(kernel, choose_options(kernel, *arguments))
-
-    return chosen
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Run a Triton kernel: ``kernel[grid](*args, **meta)``.
 
     Every launcher calls this function, so that the ahead-of-time compiler and the byte counter see exactly the
     arguments that a GPU would get.
     """
-    meta = overridden(kernel.__name__, meta) if _overrides else meta
+    meta = overridden(kernel.__name__, meta)
     if _recorder is not None:
         _recorder(kernel, grid, args, meta)
     elif 0 not in grid:
         # Triton launches on the current device, even if the arguments are on another one.
-        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+        device = _device_of(args)
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 kernel[grid](*args, **meta)
         else:
             kernel[grid](*args, **meta)
+
+
+def _device_of(args: tuple[Any, ...]) -> torch.device:
+    """Device of the first tensor. An argument may be a tuple that begins with a tensor: its pointer and strides."""
+    for x in args:
+        x = x[0] if isinstance(x, tuple) else x
+        if isinstance(x, torch.Tensor):
+            return x.device
+    raise AssertionError("a launch has a tensor among its arguments")
 
 
 @contextmanager

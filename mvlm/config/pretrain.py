@@ -134,6 +134,9 @@ class ComputeSettings:
     """Replay steps from CUDA graphs (one GPU, no accumulation). For small batches; docs/compiled_steps.md says when."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast if the device computes bf16 in hardware, else fp32."""
+    deterministic: bool = False
+    """Use only GPU kernels that give the same bits in every run, so that a resumed run equals an uninterrupted one bit
+    for bit. Slower, by how much has not been measured. On a CPU runs repeat without it."""
 
     @property
     def fixed_shapes(self) -> bool:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mvlm.device import compute_dtype
 from mvlm.model.attention import Attention
+from mvlm.model.attention_backends import KeyIndex
 from mvlm.model.cross_encoder import CrossEncoder, KeyValueCache
 from mvlm.model.fast_attention import attend_cross, attend_self, select_rows, select_within
 from mvlm.model.implementation import PairCaches, Streams
@@ -160,22 +161,6 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, text: KeyValueCache, bat
     )
 
 
-def match_pairs(
-    model: MaskVLMNetwork,
-    v: Tensor,
-    text: PackedText,
-    images: Tensor,
-    texts: Tensor,
-    caches: PairCaches | None = None,
-) -> Tensor:
-    """ITM logits (R, 2) of pairs of image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,).
-
-    `caches`, if given, are those of v and text.
-    """
-    image, caption = fuse_pairs(model, v, text, images, texts, caches)
-    return model.matching_head(image * caption)
-
-
 def fuse_pairs(
     model: MaskVLMNetwork,
     v: Tensor,
@@ -183,18 +168,25 @@ def fuse_pairs(
     images: Tensor,
     texts: Tensor,
     caches: PairCaches | None = None,
+    max_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """[CLS] of both cross-modality encoders, image and text (R, C) each, of the pairs of `match_pairs`."""
+    """[CLS] of both cross-modality encoders, image and text (R, C) each, for pairs of an image and a caption.
+
+    Pair r is image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,). `caches`, if given, are
+    those of v and text; `max_rows` is a bound of the rows of the R captions together.
+    """
     caches = caches or _make_caches(v, text)
     packing = _with_rounded_length(text.packing)
     # Only the device knows how many tokens the R captions have together. Asking costs nothing on a CPU. On a GPU it
-    # would be a sync, so the upper bound is taken there.
+    # would be a sync, so an upper bound is taken there.
     capacity = len(texts) * packing.max_length
+    capacity = capacity if max_rows is None else min(capacity, max_rows)
     if texts.device.type == "cpu" and not torch.compiler.is_compiling():
         capacity = int(packing.lengths.index_select(0, texts).sum())
     pair_packing, rows = packing.select(texts, capacity)
-    image = _encode_pairs(model.image_cross, v, None, caches.text, texts, images, None)
-    caption = _encode_pairs(model.text_cross, text.rows, packing, caches.image, images, rows, pair_packing)
+    partners = KeyIndex(texts, len(packing.cu_seqlens) - 1), KeyIndex(images, len(v))
+    image = _encode_pairs(model.image_cross, v, None, caches.text, partners[0], images, None)
+    caption = _encode_pairs(model.text_cross, text.rows, packing, caches.image, partners[1], rows, pair_packing)
     return image, caption
 
 
@@ -203,7 +195,7 @@ def _encode_pairs(
     x: Tensor,
     packing: Packing | None,
     cache: KeyValueCache,
-    key_index: Tensor,
+    key_index: KeyIndex,
     rows: Tensor,
     pair_packing: Packing | None,
 ) -> Tensor:
@@ -211,7 +203,7 @@ def _encode_pairs(
 
     Args:
         x: (B, L, C), or packed (T, C) with `packing`.
-        key_index: int64 (R,); sequence r attends to sequence key_index[r] of the cache.
+        key_index: the partner of each of the R sequences in the cache.
         rows: indices into x. Not packed: int64 (R,), one sequence per pair. Packed: int64 (T',), rows of the selected
             captions, T' = pair_packing.total.
         pair_packing: layout of these rows if x is packed, else None.

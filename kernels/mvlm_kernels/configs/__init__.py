@@ -22,7 +22,9 @@ interpreter has no autotuner, and an autotuner would compile every candidate.
 import functools
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def lookup(op: str, arch: int, key: str) -> dict[str, int]:
@@ -38,9 +40,9 @@ def lookup(op: str, arch: int, key: str) -> dict[str, int]:
     return table[_table_arch(arch)][key]
 
 
-def has(op: str, arch: int, key: str) -> bool:
-    """True if :func:`lookup` would find tiles."""
-    return key in _table(op, os.environ.get("MVLM_KERNELS_CONFIGS", ""))[_table_arch(arch)]
+def exceptions(op: str, arch: int) -> Mapping[str, dict[str, int] | None]:
+    """Tiles of an architecture that differ from an op's rules, by key; None: the kernel has no tiles."""
+    return _table(op, os.environ.get("MVLM_KERNELS_CONFIGS", ""))[_table_arch(arch)]
 
 
 def _table_arch(arch: int) -> str:
@@ -50,6 +52,6 @@ def _table_arch(arch: int) -> str:
 
 
 @functools.cache
-def _table(op: str, folder: str) -> dict[str, dict[str, dict[str, int]]]:
+def _table(op: str, folder: str) -> dict[str, dict[str, Any]]:
     path = (Path(folder) if folder else Path(__file__).parent) / f"{op}.json"
     return json.loads(path.read_text())

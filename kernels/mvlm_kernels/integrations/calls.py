@@ -37,6 +37,11 @@ def recorded_calls() -> Iterator[list[AttentionCall]]:
         _calls = before
 
 
+def recording() -> bool:
+    """True inside :func:`recorded_calls`."""
+    return _calls is not None
+
+
 def record(module: object, queries: int, keys: int, reasons: tuple[str, ...]) -> None:
     """Add a call to the list of :func:`recorded_calls`, if there is one."""
     if _calls is not None:
@@ -50,8 +55,11 @@ def kernel_reasons(device: torch.device, dtype: torch.dtype, width: int, short_r
     library's own code is as fast as ours or faster, so the op is not called there, except under
     :func:`mvlm_kernels.use_backend`.
     """
-    if torch.compiler.is_compiling():  # a plain int, so that the result is a constant of the graph
-        short_rows = next(rows for rows in (16, 32, 64, 128, 256, 2**31) if short_rows <= rows)
+    if torch.compiler.is_compiling():
+        # A plain int, so that the result is a constant of the graph. Comparisons would bound an exported length, so
+        # they are left out where the length does not matter.
+        matters = device.type == "cuda" or dispatch.forced() is not None
+        short_rows = next(rows for rows in (16, 32, 64, 128, 256, 2**31) if short_rows <= rows) if matters else 1
     return _kernel_reasons(device, dtype, int(width), short_rows, dispatch.forced())
 
 

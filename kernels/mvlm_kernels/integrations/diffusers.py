@@ -55,15 +55,16 @@ class KernelAttnProcessor(AttnProcessor2_0):
         record(attn, queries, keys, reasons)
         if reasons:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
-        states = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
+        spatial_norm, group_norm = cast(Any, attn.spatial_norm), cast(Any, attn.group_norm)
+        states = hidden_states if spatial_norm is None else spatial_norm(hidden_states, temb)
         if is_image:
             states = states.flatten(2).transpose(1, 2)
-        if attn.group_norm is not None:
-            states = attn.group_norm(states.transpose(1, 2)).transpose(1, 2)
+        if group_norm is not None:
+            states = group_norm(states.transpose(1, 2)).transpose(1, 2)
         context = states if encoder_hidden_states is None else encoder_hidden_states
         if encoder_hidden_states is not None and attn.norm_cross:
             context = attn.norm_encoder_hidden_states(context)
-        projections = (attn.to_q, states), (attn.to_k, context), (attn.to_v, context)
+        projections = cast(Any, ((attn.to_q, states), (attn.to_k, context), (attn.to_v, context)))
         query, key, value = (linear(x).unflatten(-1, (attn.heads, -1)) for linear, x in projections)  # (B, L, H, D)
         if attn.norm_q is not None:
             query = attn.norm_q(query)

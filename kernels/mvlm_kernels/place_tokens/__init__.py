@@ -57,6 +57,11 @@ def place_tokens(
         ValueError: for a wrong rank, shape, dtype, device or id, for masked together with visible_ids, and for
             with_unmasked without masked.
     """
+    names = ("tokens", "mask_token", "pos_embed", "cls_token", "masked", "visible_ids")
+    for i, x in enumerate((tokens, mask_token, pos_embed, cls_token, masked, visible_ids)):
+        if not isinstance(x, Tensor) and (x is not None or i < 4):
+            hint = "; a model without [CLS] can pass zeros and drop row 0 of the result" if i == 3 else ""
+            raise ValueError(f"{names[i]} must be a tensor, got {type(x).__name__}{hint}")
     if tokens.ndim != 3:
         raise ValueError(f"tokens must have shape (B, N, C), got {tuple(tokens.shape)}")
     batch, given, width = tokens.shape

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from support.data import damage_images, make_captions, write_dataset
 
 
 def load(dataset, tokenizer, **settings) -> Loader:
-    return Loader(dataset, tokenizer, **({"batch_size": 8, "image_size": 64, "text_length": 12, "seed": 5} | settings))
+    defaults: dict[str, Any] = {"batch_size": 8, "image_size": 64, "text_length": 12, "seed": 5}
+    return Loader(dataset, tokenizer, **(defaults | settings))
 
 
 def tensors(pair) -> list[torch.Tensor]:
@@ -51,7 +53,9 @@ def segments(monkeypatch) -> list[str]:
     return opened
 
 
-@pytest.mark.parametrize("augment", [None, Augment(operations=3, flip=0.5, jitter=0.2)], ids=["crop", "augmented"])
+@pytest.mark.parametrize(
+    "augment", [None, Augment(operations=3, flip=0.5, jitter=0.2), Augment(flip=0.5)], ids=["crop", "all", "flip"]
+)
 @pytest.mark.parametrize("settings", [{}, {"world_size": 2, "rank": 1}, {"num_threads": 1, "prefetch_batches": 0}])
 def test_batches_are_the_same(train_split, tokenizer, segments, augment, settings):
     """PNG, JPEG and WebP images of several sizes, for two and a half epochs."""
@@ -94,6 +98,7 @@ def test_resume_may_change_the_memory_for_images(train_split, tokenizer):
         list(itertools.islice(begun, 9))
         resumed = load(train_split, tokenizer, keep_mb=then)
         resumed.load_state_dict(json.loads(json.dumps(begun.state_dict())))
+        assert resumed.resumed is not None
         assert resumed.resumed.exact_pixels
         assert not resumed.resumed.changed
         assert_same(resumed, itertools.islice(load(train_split, tokenizer), 9, None), 12)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 
-from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from mvlm_kernels import use_backend
 from mvlm_kernels.integrations.calls import AttentionCall, recorded_calls

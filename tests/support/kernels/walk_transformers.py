@@ -9,6 +9,7 @@ model or no inputs by rule), or a fault: "different" or "crash". The exit code i
 """
 
 import argparse
+import inspect
 import logging
 import sys
 from collections import Counter
@@ -34,6 +35,8 @@ MOST_PARAMETERS = 40e6
 def rows_of(model_class: Any) -> list[dict[str, Any]]:
     """Rows of one class."""
     shared = {"architecture": model_class.__module__.split(".")[2]}
+    if "chunk_scan" in inspect.getsource(sys.modules[model_class.__module__]):
+        return [shared | {"status": "not run", "note": "state-space layers, whose plain code takes minutes"}]
 
     def build(implementation: str | None) -> Any:
         torch.manual_seed(1)
