@@ -192,7 +192,7 @@ class Trainer:
         """
         config = self.config
         # In compiled code and in CUDA graphs a Python number is a constant.
-        step = torch.full((), self.step, device=self.device) if config.fixed_shapes else self.step
+        step: Any = torch.full((), self.step, device=self.device) if config.fixed_shapes else self.step
         reconstruction_only = self.step < config.reconstruction_first
         if self.world.size == len(microbatches) == 1:
             run = self.backward_alone if self.graphs is None else self.graphs.run
