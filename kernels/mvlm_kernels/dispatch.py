@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -95,11 +95,7 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
 def explained_by(
     reason_function: Callable[..., Sequence[str]], covered: str = "the fused kernel covers this call"
 ) -> Callable[[Op], Op]:
-    """Decorator of a public op.
-
-    ``reason_function`` takes the op's arguments and lists every reason against Triton. ``covered`` says what runs
-    without any.
-    """
+    """Decorator of a public op: a function of its arguments lists all reasons against Triton, else ``covered`` runs."""
 
     def register(op: Op) -> Op:
         _reason_functions[op] = reason_function, covered
@@ -170,11 +166,6 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Context in which torch ops on this device keep the dtypes of their inputs."""
-    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError, LostRankError
 from mvlm.runs.folder import RunFolder, RunLock, open_run, write_config
 from mvlm.training.build import check_attention, choose_tokenizer, fit_to_tokenizer, make_loader, make_model
+from mvlm.training.cuda_graphs import CudaGraphs, check_graphs
 from mvlm.training.freed_memory import keep_freed_memory
 from mvlm.training.loggers import check_services
 from mvlm.training.optimizer import make_optimizer
@@ -132,6 +133,9 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     parallel = parallelize(model, world, config.parallel)
     optimizer = make_optimizer(model, config, world.device)  # after parallelize, which replaces the parameters
     trainer = Trainer(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)
+    if config.cuda_graphs:
+        check_graphs(config, world)
+        trainer.graphs = CudaGraphs(trainer.backward_alone, trainer.model.parameters())
     if checkpoint:
         trainer.restore(Path(checkpoint))
         log.info("resuming from %s", checkpoint)

@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 """Triton kernels of ``gather_patches`` and their launchers.
 
 A program of the forward owns a few patches, called rows: B*K of them, in the order of ``patch_ids``. It loads all their

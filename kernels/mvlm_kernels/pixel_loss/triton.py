@@ -1,4 +1,4 @@
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 """Triton kernels of ``masked_pixel_loss`` and their launchers. ``linear_pixel_loss`` uses them in ``linear.py``.
 
 Forward: a program owns a few patches, reads their predictions and pixels once, and writes the slope (the derivative by

@@ -28,7 +28,7 @@ LINEAR_MUTANTS = [
     ("            pred, bias, images[part]", "            pred, None, images[part]"),
     ("else patch_ids[part]", "else patch_ids[: part.stop - part.start]"),
     ("zip(parts, losses.split(counts), strict=True)", "zip(parts, [losses] * len(parts), strict=True)"),
-    ("weight_sum += _product", "weight_sum = _product"),
+    ("weight_sum += product", "weight_sum = product"),
     ("bias_sum += slopes", "bias_sum = slopes"),
     ("per_row, factor = grad / largest, largest / features", "per_row, factor = grad, largest / features"),
     ("None if per_row is None else per_row[part], 1", "None, 1"),

@@ -144,6 +144,10 @@ def test_the_fast_step_on_interpreted_kernels_launches_all_and_gives_the_same(mo
         "short_q_backward",
         "loss_kernel",
         "scale_slope_kernel",
+        "add_norm_kernel",
+        "add_norm_backward_kernel",
+        "gelu_kernel",
+        "gelu_backward_kernel",
         "column_sum_kernel",
         "sum_kernel",
     }
