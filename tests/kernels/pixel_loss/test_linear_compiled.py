@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import version
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 
 from mvlm_kernels import linear_pixel_loss, use_backend
 
-TABLE = Path(__file__).parents[3] / "benchmarks" / "results" / "aot.json"
+TRITON = ".".join(version("triton").split(".")[:2])
+TABLE = Path(__file__).parents[3] / "benchmarks" / "results" / f"aot-{TRITON}.json"
 # The backward of smooth_l1 with a mean is that of mse: both save slopes in hidden's type.
 CASES = r"linear_pixel_loss/(bf16/(l1|mse|mse/no-bias|smooth_l1/rows/normalized)|(fp16|fp32)/mse)$"
 COMPILE = """
