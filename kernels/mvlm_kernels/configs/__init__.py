@@ -1,17 +1,19 @@
 """Tile tables: ``<op>.json`` in this folder, by architecture and then by key.
 
-    {"sm_80": {"short_kv_backward/16bit/64/32": {"BLOCK_M": 32, "num_warps": 4, "num_stages": 1}}}
+    {"sm_80": {"forward/16": {"BLOCK_M": 64, "BLOCK_F": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}}}
 
 Each op chooses its tiles in one place:
 
     op                 tiles                                   key in its table
-    cross_attention    cross_attention/tiles.py and a table    kernel/dtype/head width/short length; see below
+    cross_attention    rules in cross_attention/tiles.py, and  kernel/dtype/head width/short length; see below
+                       a table of exceptions
     gather_patches,    ``row_grid`` in gather_patches          no table: a warp has a patch
     and pixel losses
     place_tokens       constants in place_tokens/triton.py     no table: one size for all shapes
 
 In a key of cross_attention the dtype is ``16bit`` or ``tf32``, the head width is rounded up to a power of two, and the
-short length is 16, 32, 64 or 128.
+short length is 16, 32, 64 or 128. A key that ends in ``/text`` holds where both sides are text of at most 32 rows. An
+exception names the fields of the rule that it replaces.
 
 Tiles are looked up by shape and never chosen by timing. Bitwise repeatability needs the same tiles in every run, the
 interpreter has no autotuner, and an autotuner would compile every candidate.
@@ -22,9 +24,7 @@ interpreter has no autotuner, and an autotuner would compile every candidate.
 import functools
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 
 def lookup(op: str, arch: int, key: str) -> dict[str, int]:
@@ -40,8 +40,8 @@ def lookup(op: str, arch: int, key: str) -> dict[str, int]:
     return table[_table_arch(arch)][key]
 
 
-def exceptions(op: str, arch: int) -> Mapping[str, dict[str, int] | None]:
-    """Tiles of an architecture that differ from an op's rules, by key; None: the kernel has no tiles."""
+def exceptions(op: str, arch: int) -> dict[str, dict[str, int]]:
+    """Tiles of an architecture that differ from an op's rules, by key."""
     return _table(op, os.environ.get("MVLM_KERNELS_CONFIGS", ""))[_table_arch(arch)]
 
 
@@ -52,6 +52,6 @@ def _table_arch(arch: int) -> str:
 
 
 @functools.cache
-def _table(op: str, folder: str) -> dict[str, dict[str, Any]]:
+def _table(op: str, folder: str) -> dict[str, dict[str, dict[str, int]]]:
     path = (Path(folder) if folder else Path(__file__).parent) / f"{op}.json"
     return json.loads(path.read_text())

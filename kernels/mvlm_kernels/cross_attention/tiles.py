@@ -64,7 +64,8 @@ def _tiles(
     text = 0 <= long <= 32  # both sides are text
     key = f"{kernel}/{kind}/{block_d}/{short}{'/text' if text else ''}"
     rule = _rule(kernel, kind, block_d, short, text, _has_wgmma(arch))
-    return configs.exceptions("cross_attention", arch).get(key, rule)
+    found = configs.exceptions("cross_attention", arch)
+    return {**(rule or {}), **found[key]} if key in found else rule
 
 
 def _has_wgmma(arch: int) -> bool:
@@ -103,7 +104,7 @@ def _rule(kernel: str, kind: str, block_d: int, short: int, text: bool, wgmma: b
         stages = 2 if staged else 1
         return {"BLOCK_M": short, "BLOCK_N": 64 if small else 32, "num_warps": warps, "num_stages": stages}
     if kernel == "short_q_backward_dq":
-        rows = min(short, 64)
+        rows = min(short, 64 if kind == "16bit" else 32)
         return {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": 8 if block_d * rows > most else 4, "num_stages": 1}
     assert kernel == "short_q_backward", kernel
     if size > (64 * 128 if wgmma or block_d > 64 else 64 * 32):
