@@ -66,7 +66,8 @@ class Traffic(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
         aliases = [r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns]
-        if any(aliases) or name.startswith(("empty", "new_empty", "detach")):
+        asked = func._schema.name.startswith("prim")  # a property, such as the device
+        if any(aliases) or asked or name.startswith(("empty", "new_empty", "detach", "_unsafe_view")):
             return out
         kind = kind_of(name)
         given = {key: value for key, value in (kwargs or {}).items() if key != "out"}
