@@ -1,4 +1,4 @@
-"""Cases of the byte counter for ``add_layer_norm`` and ``gelu_linear``, at the sizes of a base image encoder."""
+"""Byte counter cases of ``add_layer_norm`` and ``gelu_linear``, at the sizes of a base model's image encoder."""
 
 from typing import Any
 

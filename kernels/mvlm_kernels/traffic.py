@@ -93,7 +93,7 @@ class TorchTraffic(TorchDispatchMode):
         aliased = [r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns]
         if not any(aliased) and not func._schema.name.startswith(("aten::empty", "aten::new_empty")):
             given = {name: x for name, x in (kwargs or {}).items() if name != "out"}  # written, not read
-            self.bytes += sum(_size(x) for x in _tensors((args, given, out)))
+            self.bytes += sum(tensor_bytes(x) for x in _tensors((args, given, out)))
         return out
 
 
@@ -101,7 +101,7 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
-def _size(x: Tensor) -> int:
+def tensor_bytes(x: Tensor) -> int:
     """Bytes of the distinct elements of x: an expanded dimension counts once."""
     return math.prod(n for n, s in zip(x.shape, x.stride(), strict=True) if s != 0) * x.element_size()
 
