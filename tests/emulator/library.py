@@ -31,7 +31,7 @@ def on_gpu(arch: str) -> Iterator[None]:
     from mvlm_kernels.cross_attention import launch, tiles
 
     def of_gpu(function: Callable[..., Any], first: int) -> Callable[..., Any]:
-        # The interpreter takes other tiles than a GPU. The library knows it by the device, the argument after the dtype.
+        # The interpreter takes other tiles than a GPU, and the device, the argument after the dtype, says so.
         return lambda *args: function(*args[: first + 1], "cuda", *args[first + 2 :])
 
     with ExitStack() as stack:

@@ -26,8 +26,12 @@ def check(case: Case, processors: int = 0) -> None:
     call = build(case)
     oracle = run(cross_attention_reference, call, torch.float64)
     same = run(cross_attention_reference, call)
-    sides = (call.kwargs.get(f"cu_seqlens_{side}") for side in "qk")
-    lengths = longest_sequences(call.q, call.k, *sides, call.bounds.get("max_len_q"), call.bounds.get("max_len_k"))
+    cu_q, cu_k, max_q, max_k = (
+        values.get(f"{name}_{side}")
+        for values, name in ((call.kwargs, "cu_seqlens"), (call.bounds, "max_len"))
+        for side in "qk"
+    )
+    lengths = longest_sequences(call.q, call.k, cu_q, cu_k, max_q, max_k)
     short = lengths[1] if short_side(*lengths) == "kv" else lengths[0]
     if not has_tiles(case.dtype, case.width, short, dispatch.arch(call.q.device)):
         pytest.skip("no tiles: another backend runs on a GPU")

@@ -35,7 +35,7 @@ def linear(
     images, ids = make_images((5, 3, 2 * side, 3 * side), torch.uint8, "contiguous"), make_ids(5, 19, 6)
     weight, bias = random((features, width), weight_dtype, 1, 0.1), random((features,), weight_dtype, 2)
     hidden = random((5, 19, width), dtype)
-    launcher = {"CHUNK_BYTES": 1, "CHUNK_IMAGES": images_of_a_chunk}
+    launcher: dict[str, Any] = {"CHUNK_BYTES": 1, "CHUNK_IMAGES": images_of_a_chunk}
     with patch.multiple(linear_launcher, **launcher):
         if dtype == torch.float32 or weight_dtype != dtype:
             with patch.object(pixel_losses, "accurate", _close_by_rms):
