@@ -30,9 +30,9 @@ def on_gpu(arch: str) -> Iterator[None]:
     install(arch)
     from mvlm_kernels.cross_attention import launch, tiles
 
-    def of_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
-        # The interpreter takes other tiles than a GPU, and the library knows it by the device.
-        return lambda kernel, dtype, device, *rest: function(kernel, dtype, "cuda", *rest)
+    def of_gpu(function: Callable[..., Any], first: int) -> Callable[..., Any]:
+        # The interpreter takes other tiles than a GPU, and the device, the argument after the dtype, says so.
+        return lambda *args: function(*args[: first + 1], "cuda", *args[first + 2 :])
 
     with ExitStack() as stack:
         for owner, name, value in (
@@ -40,8 +40,8 @@ def on_gpu(arch: str) -> Iterator[None]:
             (dispatch, "arch", lambda device: ARCHS[arch]),
             (dispatch, "multiprocessors", lambda device: 0),
             (dispatch, "checks_values", lambda device: False),
-            (launch, "meta", of_gpu(tiles.meta)),
-            (launch, "kernel_has_tiles", of_gpu(tiles.kernel_has_tiles)),
+            (launch, "meta", of_gpu(tiles.meta, 1)),
+            (launch, "single_pass", of_gpu(tiles.single_pass, 0)),
         ):
             stack.enter_context(patch.object(owner, name, value))
         stack.enter_context(use_backend("triton"))

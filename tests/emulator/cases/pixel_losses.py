@@ -11,13 +11,13 @@ from torch import Tensor
 from emulator.cases import Cases
 from emulator.cases.attention import TYPES
 from mvlm_kernels import linear_pixel_loss, masked_pixel_loss
-from mvlm_kernels.pixel_loss import linear_backward
+from mvlm_kernels.pixel_loss import linear as linear_launcher
 from support.kernels import pixel_losses
 from support.kernels.patches import MEAN, STD, make_ids, make_images
 from support.kernels.pixel_losses import KINDS, random
 
 BF16 = torch.bfloat16
-FAST = {"masked/bf16/l1/raw/mean/p16", "linear/bf16/mse/mean/p16/D128/rows30", "linear/bf16/mse/none/p16/D128/rows30"}
+FAST = {"masked/bf16/l1/raw/mean/p16", "linear/bf16/mse/mean/p16/D128/chunk1", "linear/bf16/mse/none/p16/D128/chunk1"}
 
 
 def masked(dtype: torch.dtype, kind: str, normalize: bool, reduction: str, side: int, pixels: torch.dtype) -> None:
@@ -27,15 +27,16 @@ def masked(dtype: torch.dtype, kind: str, normalize: bool, reduction: str, side:
 
 
 def linear(
-    dtype: torch.dtype, kind: str, normalize: bool, reduction: str, side: int, width: int, rows_of_a_part: int,
+    dtype: torch.dtype, kind: str, normalize: bool, reduction: str, side: int, width: int, images_of_a_chunk: int,
     weight_dtype: torch.dtype | None = None,
 ) -> None:  # fmt: skip
-    """rows_of_a_part: fewest rows of a partial weight gradient."""
+    """images_of_a_chunk: as many of the 5 images are computed at a time."""
     features, weight_dtype = 3 * side**2, weight_dtype or dtype
     images, ids = make_images((5, 3, 2 * side, 3 * side), torch.uint8, "contiguous"), make_ids(5, 19, 6)
     weight, bias = random((features, width), weight_dtype, 1, 0.1), random((features,), weight_dtype, 2)
     hidden = random((5, 19, width), dtype)
-    with patch.object(linear_backward, "PARTIAL_ROWS", rows_of_a_part):
+    launcher: dict[str, Any] = {"CHUNK_BYTES": 1, "CHUNK_IMAGES": images_of_a_chunk}
+    with patch.multiple(linear_launcher, **launcher):
         if dtype == torch.float32 or weight_dtype != dtype:
             with patch.object(pixel_losses, "accurate", _close_by_rms):
                 pixel_losses.check_linear(
@@ -131,17 +132,17 @@ def cases() -> Cases:
             for side, pixels in ((16, torch.uint8), (7, dtype), (14, torch.uint8)):
                 yield f"masked/{label}/p{side}", partial(masked, dtype, kind, normalize, reduction, side, pixels)
         for normalize, reduction in ((False, "mean"), (True, "none")):
-            for side, width, rows in ((7, 67, 30), (16, 96, 1024), (16, 128, 30)):
-                label = f"linear/{name}/{kind}/{reduction}/p{side}/D{width}/rows{rows}"
-                yield label, partial(linear, dtype, kind, normalize, reduction, side, width, rows)
+            for side, width, chunk in ((7, 67, 2), (16, 96, 16), (16, 128, 1)):
+                label = f"linear/{name}/{kind}/{reduction}/p{side}/D{width}/chunk{chunk}"
+                yield label, partial(linear, dtype, kind, normalize, reduction, side, width, chunk)
         for normalize in (False, True):
             label = f"bad-ids/{name}/{kind}/{'normalized' if normalize else 'raw'}"
             yield label, partial(bad_ids, dtype, kind, normalize)
         yield f"nan/{name}/{kind}", partial(nan_predictions, dtype, kind)
     fp32 = torch.float32
-    yield "linear/bf16-fp32-weight/l1", partial(linear, BF16, "l1", False, "mean", 16, 96, 30, fp32)
-    yield "linear/fp16-fp32-weight/mse", partial(linear, torch.float16, "mse", False, "mean", 16, 96, 1024, fp32)
-    yield "linear/bf16/paper-width", partial(linear, BF16, "l1", False, "mean", 16, 768, 1024)
+    yield "linear/bf16-fp32-weight/l1", partial(linear, BF16, "l1", False, "mean", 16, 96, 2, fp32)
+    yield "linear/fp16-fp32-weight/mse", partial(linear, torch.float16, "mse", False, "mean", 16, 96, 16, fp32)
+    yield "linear/bf16/paper-width", partial(linear, BF16, "l1", False, "mean", 16, 768, 16)
     for reduction, rows in itertools.product(("mean", "none"), (5, 0)):
         yield f"needs/{reduction}/{rows}-rows", partial(gradients_that_are_needed, reduction, rows)
     for batch, count in ((0, 4), (2, 0), (0, 0)):

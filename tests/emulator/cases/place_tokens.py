@@ -2,6 +2,7 @@
 
 import itertools
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -48,7 +49,8 @@ def far_apart() -> None:
         x = torch.empty(far + 2**20, dtype=BF16).as_strided((2, 40, 128), (far, 128, 1), 16)
         x.copy_(torch.randn(x.shape))
         row, positions, masked = torch.randn(128), torch.randn(41, 128), torch.rand(2, 40) < 0.5
-        for sides in ({}, {"masked": masked}):
+        every: list[dict[str, Any]] = [{}, {"masked": masked}]
+        for sides in every:
             a, b = (place_tokens(y, row, positions, row, **sides) for y in (x, x.contiguous()))
             assert torch.equal(a, b)
 
