@@ -20,7 +20,7 @@ sys.path[:0] = [str(folder) for folder in FOLDERS]
 
 from mvlm_benchmarks.gpu.stages import STAGES  # noqa: E402
 
-GRACE = 20
+GRACE = 30
 """Seconds beyond the budget until the stage is asked to end, and again until it is killed."""
 
 

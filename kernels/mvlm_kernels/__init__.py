@@ -1,7 +1,7 @@
 """Fused training kernels for masked vision-and-language models; torch and Triton are the only dependencies."""
 
 from mvlm_kernels.add_layer_norm import add_layer_norm
-from mvlm_kernels.cross_attention import cross_attention, pack_key_mask
+from mvlm_kernels.cross_attention import attention_probabilities, cross_attention, pack_key_mask
 from mvlm_kernels.dispatch import Explanation, explain, use_backend
 from mvlm_kernels.gather_patches import gather_patches
 from mvlm_kernels.gelu_linear import gelu_linear
@@ -11,6 +11,7 @@ from mvlm_kernels.place_tokens import place_tokens
 __all__ = [
     "Explanation",
     "add_layer_norm",
+    "attention_probabilities",
     "cross_attention",
     "explain",
     "gather_patches",

@@ -11,22 +11,21 @@ import functools
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
 
 from mvlm_kernels.interpreter import interpreter_fault, interpreting
+from mvlm_kernels.overrides import overridden
 
 Backend = Literal["triton", "torch"]
 Op = TypeVar("Op", bound=Callable[..., Any])
 
 _forced: Backend | None = None
-_reason_functions: dict[Callable[..., Any], Callable[..., Sequence[str]]] = {}
-
-# Set by `override_launch`: kernel -> options. Empty outside of measurements.
-_overrides: dict[str, dict[str, Any]] = {}
+# Of each public op: the function that lists the reasons against Triton, and what runs without any.
+_reason_functions: dict[Callable[..., Any], tuple[Callable[..., Sequence[str]], str]] = {}
 
 # Set by `recording`: receives the launches instead of a device.
 _recorder: Callable[..., None] | None = None
@@ -84,19 +83,26 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     if op not in _reason_functions:
         names = ", ".join(sorted(f.__name__ for f in _reason_functions))
         raise ValueError(f"op must be one of {names}, got {op!r}")
-    reasons = _reason_functions[op](*args, **kwargs)
+    reason_function, covered = _reason_functions[op]
+    reasons = reason_function(*args, **kwargs)
     if _forced is not None:
         return Explanation(_forced, (f'use_backend("{_forced}") is in force', *reasons))
     if reasons:
         return Explanation("torch", tuple(reasons))
-    return Explanation("triton", ("the fused kernel covers this call",))
+    return Explanation("triton", (covered,))
 
 
-def explained_by(reason_function: Callable[..., Sequence[str]]) -> Callable[[Op], Op]:
-    """Decorator of a public op. ``reason_function`` takes the op's arguments and lists every reason against Triton."""
+def explained_by(
+    reason_function: Callable[..., Sequence[str]], covered: str = "the fused kernel covers this call"
+) -> Callable[[Op], Op]:
+    """Decorator of a public op.
+
+    ``reason_function`` takes the op's arguments and lists every reason against Triton. ``covered`` says what runs
+    without any.
+    """
 
     def register(op: Op) -> Op:
-        _reason_functions[op] = reason_function
+        _reason_functions[op] = reason_function, covered
         return op
 
     return register
@@ -166,6 +172,11 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Context in which torch ops on this device keep the dtypes of their inputs."""
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
+
+
 @functools.cache
 def interpreter_reasons() -> tuple[str, ...]:
     """Reasons why this process cannot interpret kernels on CPU tensors; empty where it can. Imports Triton."""
@@ -217,55 +228,32 @@ def checks_values(device: torch.device) -> bool:
     return os.environ.get("MVLM_KERNELS_DEBUG", "0") not in ("", "0")
 
 
-@contextmanager
-def override_launch(kernel: str, **options: Any) -> Iterator[None]:
-    """Launch one kernel with other options inside the block: constexprs, num_warps, num_stages, maxnreg.
-
-    kernel is the name under which the launcher chooses its options; for most kernels that of the Triton function. For
-    measurements: results may be wrong if an option does not fit the kernel. A launcher whose grid follows from an
-    option asks :func:`overridden` for it before it computes the grid.
-    """
-    before = _overrides.get(kernel)
-    _overrides[kernel] = options
-    try:
-        yield
-    finally:
-        _overrides.pop(kernel) if before is None else _overrides.update({kernel: before})
-
-
-def overridden(kernel: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options, with those of :func:`override_launch` in force. Returns the same dict if there are none."""
-    found = _overrides.get(kernel)
-    return {**options, **found} if found else options
-
-
-def overridable(choose_options: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Decorator of a function that chooses the options of a kernel; the kernel's name is its first argument."""
-
-    @functools.wraps(choose_options)
-    def chosen(kernel: str, *arguments: Any) -> dict[str, Any]:
-        return overridden(kernel, choose_options(kernel, *arguments))
-
-    return chosen
-
-
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     """Run a Triton kernel: ``kernel[grid](*args, **meta)``.
 
     Every launcher calls this function, so that the ahead-of-time compiler and the byte counter see exactly the
     arguments that a GPU would get.
     """
-    meta = overridden(kernel.__name__, meta) if _overrides else meta
+    meta = overridden(kernel.__name__, meta)
     if _recorder is not None:
         _recorder(kernel, grid, args, meta)
     elif 0 not in grid:
         # Triton launches on the current device, even if the arguments are on another one.
-        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+        device = _device_of(args)
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 kernel[grid](*args, **meta)
         else:
             kernel[grid](*args, **meta)
+
+
+def _device_of(args: tuple[Any, ...]) -> torch.device:
+    """Device of the first tensor. An argument may be a tuple that begins with a tensor: its pointer and strides."""
+    for x in args:
+        x = x[0] if isinstance(x, tuple) else x
+        if isinstance(x, torch.Tensor):
+            return x.device
+    raise AssertionError("a launch has a tensor among its arguments")
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def data(
         data: Folder of shards. If it does not exist, a data set of scikit-image's and scikit-learn's photographs is
             built there.
         images: Images of the data set, if it is built.
-        contenders: ours, pil, decode_jpeg, webdataset+pil, webdataset+simplejpeg. Default: all.
+        contenders: ours, ours+kept, pil, decode_jpeg, webdataset+pil, webdataset+simplejpeg. Default: all.
         recipes: crop, crop+randaug. Default: both.
         rounds: Rounds. Each contender has one turn per round.
         batches: Batches per turn.

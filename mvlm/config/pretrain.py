@@ -132,6 +132,9 @@ class ComputeSettings:
     """Compile the step with torch.compile (one rank, no accumulation). Takes a minute or more at the start."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast if the device computes bf16 in hardware, else fp32."""
+    deterministic: bool = False
+    """Use only GPU kernels that give the same bits in every run, so that a resumed run equals an uninterrupted one bit
+    for bit. Slower, by how much has not been measured. On a CPU runs repeat without it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mvlm.device import autocast
-from mvlm.inference.encode import EncodedSplit
+from mvlm.inference.encode import EncodedSplit, match_log_odds
 from mvlm.model.maskvlm import MaskVLM
 
 QUERIES_PER_BLOCK = 64
@@ -96,19 +95,13 @@ def match_scores(
     model: MaskVLM, features: EncodedSplit, queries: Tensor, candidates: Tensor, direction: str, precision: str
 ) -> Tensor:
     """ITM's log-odds of a match for every query int64 (Q,) with its candidates int64 (Q, K). Returns float (Q, K)."""
-    device = next(model.parameters()).device
     images, texts = queries[:, None].expand_as(candidates).reshape(-1), candidates.reshape(-1)
     if direction == "ir":
         images, texts = texts, images
     scores = []
     for start in range(0, len(images), PAIRS_PER_BATCH):
         i, t = images[start : start + PAIRS_PER_BATCH], texts[start : start + PAIRS_PER_BATCH]
-        # The longest caption of this batch; columns after it are padding.
-        length = int(features.key_mask[t].sum(1).max())
-        v, w, key_mask = features.v[i], features.w[t, :length], features.key_mask[t, :length]
-        with autocast(device, precision):
-            logits = model.match(v.to(device), w.to(device), key_mask.to(device)).float()
-        scores.append((logits[:, 1] - logits[:, 0]).cpu())
+        scores.append(match_log_odds(model, features.v[i], features.w[t], features.key_mask[t], precision))
     return torch.cat(scores).view_as(candidates)
 
 

@@ -7,6 +7,7 @@ Shape legend: B batch, Lq queries, Lk keys, T packed rows, R pairs, C width, H h
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -89,9 +90,14 @@ class Attention(nn.Module):
     def _project(self, x: Tensor, layers: tuple[nn.Linear, ...]) -> Tensor:
         """(..., C) -> (..., len(layers), H, D), by one matrix product."""
         # One wide product in place of two or three narrow ones; the concatenation copies only weights.
-        weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
-        bias = layers[0].bias if len(layers) == 1 else torch.cat([layer.bias for layer in layers])
-        return F.linear(x, weight, bias).unflatten(-1, (len(layers), self.heads, -1))
+        if len(layers) == 1:
+            y = layers[0](x)
+        else:
+            dtype = compute_dtype(x)
+            weight: Any = _Stacked.apply(dtype, *(layer.weight for layer in layers))
+            bias: Any = _Stacked.apply(dtype, *(layer.bias for layer in layers))
+            y = F.linear(x, weight, bias)
+        return y.unflatten(-1, (len(layers), self.heads, -1))
 
     def attend_first_row(self, first: Tensor, x: Tensor, key_mask: Tensor | None) -> Branch:
         """Attention of each sequence's first row to all of its rows, projected, without keys and values.
@@ -121,6 +127,23 @@ class Attention(nn.Module):
             heads = mean.transpose(0, 1) @ value.transpose(1, 2)  # (H, R, D)
             heads = heads.transpose(0, 1).flatten(1) + self.value.bias.to(dtype)  # (R, C)
         return project(self.out, heads)
+
+
+class _Stacked(torch.autograd.Function):
+    """Parameters (D, ...) of equal shapes, one after another, in another dtype: one copy, and one of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *parameters: Tensor) -> Tensor:
+        first = parameters[0]
+        ctx.dtype, ctx.rows = first.dtype, len(first)
+        stacked = first.new_empty(len(parameters) * len(first), *first.shape[1:], dtype=dtype)
+        for parameter, rows in zip(parameters, stacked.split(len(first)), strict=True):
+            rows.copy_(parameter)
+        return stacked
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grads[0].to(ctx.dtype).split(ctx.rows)
 
 
 Attend = Callable[[Attention, Tensor], Branch]

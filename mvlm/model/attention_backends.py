@@ -26,7 +26,7 @@ from mvlm.config.model import ImageAttentionBackend, MaskVLMConfig, TextAttentio
 from mvlm.errors import ConfigError
 from mvlm.model.packing import Packing
 from mvlm_kernels import cross_attention
-from mvlm_kernels.cross_attention import why_not_triton
+from mvlm_kernels.cross_attention import invert_key_index, why_not_triton
 from mvlm_kernels.interpreter import interpreting
 
 # Looked up once, at import: find_spec searches the path, and every call of attention asks.
@@ -40,6 +40,26 @@ class BackendChoice(NamedTuple):
     backend: str
     reasons: dict[str, str]
     """Why each unavailable backend was not chosen; empty if the caller named the backend."""
+
+
+class KeyIndex:
+    """Partners of query sequences: sequence r attends to sequence rows[r] of the keys.
+
+    Args:
+        rows: int64 (R,).
+        sequences: number of key sequences.
+    """
+
+    def __init__(self, rows: Tensor, sequences: int) -> None:
+        self.rows, self.sequences = rows, sequences
+        self._readers: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def readers(self) -> tuple[Tensor, Tensor]:
+        """The index inverted, for the kernels: once for all layers, forward and backward."""
+        if self._readers is None:
+            self._readers = invert_key_index(self.rows, self.sequences)
+        return self._readers
 
 
 def choose_backend(
@@ -134,7 +154,7 @@ def text_attention(
     v: Tensor,
     queries: Packing | None,
     keys: Packing | None,
-    key_index: Tensor | None = None,
+    key_index: KeyIndex | None = None,
     wanted: str = "auto",
 ) -> Tensor:
     """Attention with text on at least one side. Either side may be packed.
@@ -143,7 +163,7 @@ def text_attention(
         q: (R, Lq, H, D), or packed (T, H, D) with `queries`.
         k, v: (B, Lk, H, D), or packed (T, H, D) with `keys`.
         queries, keys: layouts of packed rows; None for rows that are not packed.
-        key_index: int64 (R,); query sequence r attends to sequence key_index[r] of k and v. None: to sequence r.
+        key_index: the partner of each query sequence among those of k and v. None: sequence r attends to sequence r.
         wanted: name of a backend, or "auto".
 
     Returns a tensor of q's shape. ConfigError if the wanted backend cannot run here.
@@ -156,7 +176,8 @@ def text_attention(
             q,
             k,
             v,
-            key_index=key_index,
+            key_index=None if key_index is None else key_index.rows,
+            key_readers=None if key_index is None else key_index.readers,
             cu_seqlens_q=queries.cu_seqlens if queries else None,
             cu_seqlens_k=keys.cu_seqlens if keys else None,
             max_len_q=longest[0] if queries else None,
@@ -169,8 +190,8 @@ def text_attention(
         k, v, key_mask = keys.pad(k), keys.pad(v), keys.key_mask
     if key_index is not None:
         # Heads first, as the products read them. The gradients come in that layout too, and are added up in it.
-        k, v = (x.transpose(1, 2).contiguous().index_select(0, key_index).transpose(1, 2) for x in (k, v))
-        key_mask = None if key_mask is None else key_mask.index_select(0, key_index)
+        k, v = (x.transpose(1, 2).contiguous().index_select(0, key_index.rows).transpose(1, 2) for x in (k, v))
+        key_mask = None if key_mask is None else key_mask.index_select(0, key_index.rows)
     heads = _padded_attention(q, k, v, key_mask, backend)
     return queries.unpad(heads) if queries else heads
 

@@ -41,11 +41,11 @@ def attend_self(packing: Packing | None, select: SelectRows | None = None, selec
 
 
 def attend_cross(
-    block: CrossBlock, packing: Packing | None, cache: KeyValueCache, key_index: Tensor | None = None
+    block: CrossBlock, packing: Packing | None, cache: KeyValueCache, key_index: backends.KeyIndex | None = None
 ) -> Attend:
     """Make the cross-attention of rows (R, L, C), or packed (T, C) with `packing`, to the sequences of a cache.
 
-    key_index int64 (R,): sequence r attends to sequence key_index[r] of the cache. None: to sequence r.
+    key_index: the partner of each sequence in the cache. None: sequence r attends to sequence r.
     """
     # Not inside `attend`: activation checkpointing calls that again in backward. It would find the cache filled, and
     # recompute fewer tensors than the forward pass saved.

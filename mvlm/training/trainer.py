@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import autocast
@@ -165,7 +165,7 @@ class Trainer:
             group["lr"] = group["peak"] * factor
         losses = self.forward_backward(microbatches)
         norm, parts = gradient_norms(self.model)
-        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
+        self.optimizer.clip(norm, self.config.clip_norm)
         if self.step == self.config.reconstruction_first:  # ITC and ITM join the loss, which jumps
             self.guard.reset()
         good = self.guard.judge(losses.total.detach(), norm)

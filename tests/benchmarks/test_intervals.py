@@ -5,8 +5,8 @@ import numpy as np
 from mvlm_benchmarks.intervals import FASTER, NO_DIFFERENCE, SLOWER, Ratio, ratio
 
 
-def rounds(random, mean: float, drift: np.ndarray, noise: float = 0.05, calls: int = 20) -> list[np.ndarray]:
-    return [mean * speed * (1 + noise * random.standard_normal(calls)) for speed in drift]
+def rounds(random, mean: float, drift: np.ndarray, noise: float = 0.05, calls: int = 20) -> list[list[float]]:
+    return [(mean * speed * (1 + noise * random.standard_normal(calls))).tolist() for speed in drift]
 
 
 def test_interval_contains_the_true_ratio_about_as_often_as_it_says() -> None:

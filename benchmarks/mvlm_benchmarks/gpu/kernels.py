@@ -10,7 +10,8 @@ from mvlm_benchmarks.kernels.run import time_cases
 
 def run(stage: Stage) -> None:
     """Run the stage. Writes kernels.csv, kernels.json and kernels.svg; the last one needs matplotlib."""
-    stage.about = machine.describe(stage.device, [*DISTRIBUTIONS, *(peer.distribution for peer in PEERS)])
+    distributions = [*DISTRIBUTIONS, *(peer.distribution for peer in PEERS)]
+    stage.about = machine.describe(stage.device, distributions) | {"figures": stage.about["figures"]}
     table = stage.table("kernels", report.COLUMNS)
     peers = [peer for peer in PEERS if not stage.rehearse or peer.name in ("eager", "liger", "mslk", "quack")]
     chosen = [case for case in cases(stage.batch, stage.dtype) if case.core or not stage.rehearse]

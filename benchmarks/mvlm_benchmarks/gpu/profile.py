@@ -20,7 +20,6 @@ KERNELS = {  # regular expression over kernel names -> op that launches it at th
     "short_kv_backward": "cross_attention",
     "short_q_backward": "cross_attention",
     "long_kv_backward": "cross_attention",
-    "linear_loss": "linear_pixel_loss",
     "^loss_kernel": "masked_pixel_loss",
     "gather_kernel": "gather_patches",
     "place_backward": "place_tokens",

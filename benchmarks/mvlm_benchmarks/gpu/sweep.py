@@ -24,7 +24,7 @@ from mvlm_benchmarks.kernels.reference import CaseData
 from mvlm_benchmarks.machine import source_root
 from mvlm_benchmarks.results import RowFile, write_json
 from mvlm_benchmarks.unavailable import one_line
-from mvlm_kernels import dispatch, use_backend
+from mvlm_kernels import overrides, use_backend
 
 COLUMNS = ("target", "kernel", "change", "turn", "us", "status", "note", "registers", "spill_bytes", "shared")
 TURNS = 3
@@ -70,7 +70,7 @@ def sweep_target(
     stage: Stage, target: Target, data: CaseData, costs: dict[tuple[str, str], Row], table: RowFile
 ) -> list[Row]:
     """Check and time all variants of one kernel. Returns a row of each, with ratio and interval; the default first."""
-    clock = CpuClock(0.0) if stage.rehearse else CudaClock(20)
+    clock = CpuClock(0.0) if stage.rehearse else CudaClock(8)
     local = LocalContender(data, [ours(data.case, inputs) for inputs in data.sets], clock)
     changes = variants(target.kernel, target.options, few=stage.rehearse)
     outcomes: dict[int, Outcome] = {}
@@ -79,7 +79,7 @@ def sweep_target(
         for number, change in enumerate(changes):
             if outcomes.setdefault(number, Outcome("ok")).status != "ok":
                 continue
-            with dispatch.override_launch(target.kernel, **change):
+            with overrides.override_launch(target.kernel, **change):
                 us, outcomes[number] = _turn(local, target.pass_name, turn, calls[number])
             cost = costs.get((target.name, json.dumps(change)), {})
             row = {"target": target.name, "kernel": target.kernel, "change": _text(change), "turn": turn, "us": us}

@@ -7,7 +7,6 @@ process fills the cache of compiled kernels, so that the sweep compiles nothing.
 """
 
 import argparse
-import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -23,9 +22,10 @@ from mvlm_benchmarks.kernels.inputs import Case, Inputs
 from mvlm_benchmarks.kernels.peers import ours
 from mvlm_benchmarks.kernels.reference import as_results, passes_of
 from mvlm_benchmarks.unavailable import one_line
-from mvlm_kernels import dispatch, use_backend
+from mvlm_kernels import dispatch, overrides, use_backend
 
 Options = dict[str, int]
+Row = dict[str, Any]
 
 # Kernels that add partial results. They take microseconds, and their tiles do not matter.
 HELPERS = ("sum_", "column_sum", "reader_lists", "short_q_combine", "scale_slope", "moments")
@@ -65,12 +65,11 @@ class Launch(NamedTuple):
 
 
 def chosen_cases(batch: int, dtype: torch.dtype, small: bool) -> list[Case]:
-    """Cases whose kernels are swept: those of a training step. small: tiny ones, for a rehearsal."""
+    """Cases whose kernels are swept: the core cases and those of text and ITM. small: tiny ones, for a rehearsal."""
     if small:
         return small_cases(dtype)
-    return [
-        case for case in cases(batch, dtype) if case.has_kernels and case.ours is not None and "577" not in case.shape
-    ]
+    wanted = ("packed self-attention", "drawn")
+    return [c for c in cases(batch, dtype) if c.has_kernels and (c.core or any(word in c.shape for word in wanted))]
 
 
 def launches_of(case: Case, inputs: Inputs, arch: int) -> list[Launch]:
@@ -119,57 +118,67 @@ def variants(kernel: str, options: Options, few: bool = False) -> list[Options]:
     """
     warps, stages = options.get("num_warps", 4), options.get("num_stages", 1)
     changes: list[Options] = [{"num_stages": n} for n in (1, 2, 3) if n != stages]
-    changes += [{"num_warps": n} for n in (1, 2, 4, 8) if n != warps and warps / 4 <= n <= 4 * warps]
-    changes += [{"maxnreg": 128}, {"num_stages": 2, "maxnreg": 128}, {"maxnreg": 96}]
+    changes += [{"num_warps": n} for n in (2, 4, 8) if n != warps]
+    changes += [{"maxnreg": 128}, {"num_stages": 2, "maxnreg": 128}]
     tile = TILES.get(kernel)
     if tile in options:
         size = options[tile]
-        for other in (size // 2, 2 * size, 4 * size):
+        for other in (size // 2, 2 * size):
             if 16 <= other <= 256 or (tile == "BLOCK_B" and 4 <= other <= 64):
-                changes += [{tile: other}, {tile: other, "num_stages": 2}]
-                changes += [{tile: other, "num_warps": 8}] if other > size and warps < 8 else []
+                changes.append({tile: other})
+        changes += [{tile: 2 * size, "num_warps": 8}] if 32 <= 2 * size <= 256 and warps < 8 else []
     if few:
         return [{}, changes[-1], changes[0]]
     return [{}, *changes]
 
 
-def compile_case(batch: int, small: bool, arch: str, number: int) -> Iterator[dict[str, Any]]:
-    """Compile the variants of all kernels of one case. Yields a row of each: registers, spills, or an error."""
+def compile_case(batch: int, small: bool, arch: str, number: int, part: int = 0, parts: int = 1) -> Iterator[Row]:
+    """Compile the variants of all kernels of one case. Yields a row of each: registers, spills, or an error.
+
+    Of every `parts` variants the one numbered `part` is compiled.
+    """
     # Imported here: it takes TRITON_INTERPRET out of the environment, and a sweep on a CPU interprets kernels.
     from mvlm_kernels import aot
 
     case = chosen_cases(batch, torch.bfloat16, small)[number]
     inputs, capability = case.make("meta"), aot.ARCHS[arch]
-    for target in targets_of(case, inputs, capability):
-        for change in variants(target.kernel, target.options, few=small):
-            row = {"target": target.name, "change": change}
-            try:
-                with dispatch.override_launch(target.kernel, **change):
-                    launches = launches_of(case, inputs, capability)
-                launch = next(
-                    x for x in launches if (x.pass_name, x.kernel.__name__) == (target.pass_name, target.kernel)
-                )
-                cost = aot.row(case.op, aot.Launch(case.shape, *launch[1:], target.pass_name), arch)
-                row |= {key: cost[key] for key in ("registers", "spill_bytes", "shared")}
-            except Exception as error:
-                row["error"] = one_line(error)
-            yield row
+    work = [
+        (target, change)
+        for target in targets_of(case, inputs, capability)
+        for change in variants(target.kernel, target.options, few=small)
+    ]
+    for target, change in work[part::parts]:
+        row: Row = {"target": target.name, "change": change}
+        try:
+            with overrides.override_launch(target.kernel, **change):
+                launches = launches_of(case, inputs, capability)
+            launch = next(x for x in launches if (x.pass_name, x.kernel.__name__) == (target.pass_name, target.kernel))
+            cost = aot.row(case.op, aot.Launch(case.shape, *launch[1:], target.pass_name), arch)
+            row |= {key: cost[key] for key in ("registers", "spill_bytes", "shared")}
+        except Exception as error:
+            row["error"] = one_line(error)
+        yield row
 
 
-def _compiled(batch: int, small: bool, arch: str, number: int) -> list[dict[str, Any]]:
-    return list(compile_case(batch, small, arch, number))
+def _compiled(work: tuple[int, bool, str, int, int, int]) -> list[Row]:
+    return list(compile_case(*work))
 
 
-def compile_all(batch: int, small: bool, arch: str, jobs: int) -> Iterator[dict[str, Any]]:
+PARTS = 3
+"""Pieces into which the variants of a case are divided among processes."""
+
+
+def compile_all(batch: int, small: bool, arch: str, jobs: int) -> Iterator[Row]:
     """Rows of all variants of all cases, in the order of the cases. jobs: processes."""
     numbers = range(len(chosen_cases(batch, torch.bfloat16, small)))
     if jobs == 1:
         for number in numbers:
             yield from compile_case(batch, small, arch, number)
         return
+    work = [(batch, small, arch, number, part, PARTS) for number in numbers for part in range(PARTS)]
     # A forked process could not use the GPU that its parent has opened.
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        for rows in pool.map(functools.partial(_compiled, batch, small, arch), numbers):
+        for rows in pool.map(_compiled, work):
             yield from rows
 
 

@@ -9,7 +9,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +86,7 @@ def run(
     result = {
         "machine": about, "setup": setup, "rows": rows, **rare, "run_over_step": rows[-1]["over_step"],
         "run_over_step_interval": [rows[-1]["over_step_low"], rows[-1]["over_step_high"]],
+        "run_over_step_cpu": rows[-1]["cpu_over_step"],
     }  # fmt: skip
     if json is not None:
         write_json(result, json)
@@ -98,7 +98,7 @@ def run(
 def measure(
     config: PretrainConfig, world: World, rounds: int, steps: int
 ) -> tuple[dict[str, list[dict[str, float]]], dict[str, float]]:
-    """Run the recipe in turns. Returns the turns' figures per step, and the seconds of `time_rare_work`."""
+    """Run the recipe in turns. Returns the turns' figures per step, and those of `time_rare_work`."""
     length = Turns((), steps, rounds).steps
     # Neither evaluates nor saves during the turns, but opens the validation split.
     config = replace(
@@ -111,19 +111,27 @@ def measure(
 
 
 def time_rare_work(trainer: Trainer, repeats: int = 3) -> dict[str, float]:
-    """Seconds of an evaluation, for which the loop waits, and of a whole checkpoint, most of it beside the loop."""
-    assert trainer.validation is not None
-    evaluations, checkpoints = [], []
-    with closing(trainer.loader):
+    """Seconds and processor seconds of an evaluation and of a whole checkpoint, medians.
+
+    The loop waits for an evaluation. Most of a checkpoint is written beside it.
+    """
+    validation = trainer.validation
+    assert validation is not None
+
+    def save() -> None:
+        trainer.save()
+        trainer.writer.wait()
+
+    found = {}
+    for name, work in (("evaluation", lambda: trainer.evaluate(validation, None)), ("checkpoint", save)):
+        seconds, cpu = [], []
         for _ in range(repeats):
-            started = time.perf_counter()
-            trainer.evaluate(trainer.validation, None)
-            evaluations.append(time.perf_counter() - started)
-            started = time.perf_counter()
-            trainer.save()
-            trainer.writer.wait()
-            checkpoints.append(time.perf_counter() - started)
-    return {"evaluation_s": statistics.median(evaluations), "checkpoint_s": statistics.median(checkpoints)}
+            started, started_cpu = time.perf_counter(), time.process_time()
+            work()
+            seconds.append(time.perf_counter() - started)
+            cpu.append(time.process_time() - started_cpu)
+        found |= {f"{name}_s": statistics.median(seconds), f"{name}_cpu_s": statistics.median(cpu)}
+    return found
 
 
 def make_rows(
@@ -131,17 +139,22 @@ def make_rows(
 ) -> list[Row]:
     """One row per contender, and one for the whole run with its evaluations and checkpoints.
 
-    Columns: `contender`; `pairs_per_s`; `over_step`, the speed over the bare step's, with a 95 % interval; and medians
-    per step of all figures of the turns.
+    Columns: `contender`; `pairs_per_s`; `over_step`, the speed over the bare step's, with a 95 % interval;
+    `cpu_over_step`, the bare step's processor time over the contender's; and medians per step of all figures of the
+    turns.
     """
     # A checkpoint is counted as if nothing trained beside it, which is the most that it can cost.
-    checkpoints = rare["checkpoint_s"] / (60 * config.checkpoint_every_minutes)
-    whole = [
-        row | {"seconds": row["seconds"] * (1 + checkpoints) + rare["evaluation_s"] / eval_every_steps}
-        for row in turns[LOOP]
+    period = 60 * config.checkpoint_every_minutes
+
+    def whole(row: dict[str, float], key: str, suffix: str) -> float:
+        checkpoints = row["seconds"] / period * rare[f"checkpoint_{suffix}"]
+        return row[key] + checkpoints + rare[f"evaluation_{suffix}"] / eval_every_steps
+
+    run_turns = [
+        row | {"seconds": whole(row, "seconds", "s"), "cpu_s": whole(row, "cpu_s", "cpu_s")} for row in turns[LOOP]
     ]
     rows = []
-    for name, figures in ((STEP, turns[STEP]), (NO_LOADER, turns[NO_LOADER]), (LOOP, turns[LOOP]), (RUN, whole)):
+    for name, figures in ((STEP, turns[STEP]), (NO_LOADER, turns[NO_LOADER]), (LOOP, turns[LOOP]), (RUN, run_turns)):
         ratios = [mine["seconds"] / other["seconds"] for mine, other in zip(turns[STEP], figures, strict=True)]
         low, high = median_interval(ratios)
         medians = {key: statistics.median(row[key] for row in figures) for key in figures[0]}
@@ -170,12 +183,12 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 
 def table(rows: list[Row]) -> str:
     """Table of speeds and, per step, of processor milliseconds by group of threads, page faults and switches."""
-    heads = ("contender", "pairs/s", "over step", "95 %", "ms", "cpu ms", *GROUPS, "faults", "switches")
+    heads = ("contender", "pairs/s", "over step", "95 %", "by cpu", "ms", "cpu ms", *GROUPS, "faults", "switches")
     lines = [f"{heads[0]:<20}" + "".join(f"{head:>{14 if head == '95 %' else 10}}" for head in heads[1:])]
     for row in rows:
         cells = [
             f"{row['pairs_per_s']:.1f}", f"{row['over_step']:.3f}",
-            f"{row['over_step_low']:.3f}-{row['over_step_high']:.3f}",
+            f"{row['over_step_low']:.3f}-{row['over_step_high']:.3f}", f"{row['cpu_over_step']:.3f}",
             *(f"{1e3 * row[name]:.1f}" for name in ("seconds", "cpu_s", *(f"cpu_{group}_s" for group in GROUPS))),
             f"{row['page_faults']:.0f}", f"{row['switches']:.0f}",
         ]  # fmt: skip

@@ -3,7 +3,6 @@
 import resource
 import threading
 import time
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,7 +71,7 @@ def usage_between(before: Usage, after: Usage, steps: int) -> dict[str, float]:
     Returns:
         `seconds`; `cpu_s` and, for each group of threads, `cpu_GROUP_s`; `page_faults`; `switches`.
     """
-    by_group: defaultdict[str, float] = defaultdict(float)
+    by_group = dict.fromkeys(GROUPS, 0.0)
     for thread, seconds in after.cpu.items():
         by_group[after.groups[thread]] += seconds - before.cpu.get(thread, 0.0)
     total = after.cpu_total - before.cpu_total

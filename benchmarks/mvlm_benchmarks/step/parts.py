@@ -38,7 +38,7 @@ FAST_FUNCTIONS = {
     "linear_cross_entropy": "LM head",
     "image_loss": "MIM cross",
     "linear_pixel_loss": "pixel head",
-    "match_pairs": MATCHING,
+    "fuse_pairs": MATCHING,
 }
 """Functions of `mvlm.model.fast` -> part. Marking modules is not enough, because the fast implementation does not call
 the large ones."""

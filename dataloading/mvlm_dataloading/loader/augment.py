@@ -98,7 +98,7 @@ class AugmentParameters(NamedTuple):
     """(n, 3, 3)."""
     flip: NDArray[np.int32]
 
-    def rows(self, rows: NDArray[np.int64] | slice) -> list[NDArray]:
+    def rows(self, rows: NDArray[np.int64]) -> list[NDArray]:
         """Parameters of the images `rows`, as a list for DALI's external source."""
         return [values[rows] for values in self]
 

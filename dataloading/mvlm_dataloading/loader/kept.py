@@ -156,6 +156,6 @@ class KeptSegment:
         return self._resize(crops)
 
 
-def _rows_of_batch(batch_size: int, batch: Any) -> slice:
+def _rows_of_batch(batch_size: int, batch: Any) -> Int64:
     """Rows of batch number `batch` among a segment's samples. Segments of training consist of full batches."""
-    return slice(int(batch) * batch_size, (int(batch) + 1) * batch_size)
+    return int(batch) * batch_size + np.arange(batch_size)  # an array, because indexing copies, as DALI needs it

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.add_layer_norm import arguments, reference
+from mvlm_kernels.add_layer_norm import arguments, cpu, reference
 
 __all__ = ["add_layer_norm"]
 
@@ -64,7 +64,7 @@ def add_layer_norm(
 
 def _backend(x: Tensor) -> Any:
     if dispatch.choose(arguments.reasons(x)) == "torch":
-        return reference
+        return cpu if x.device.type == "cpu" else reference
     from mvlm_kernels.add_layer_norm import triton
 
     return triton

@@ -1,6 +1,6 @@
 """Specification of ``add_layer_norm`` in plain torch, and its implementation without the kernels.
 
-Legend: R rows, C width. On a CPU sums are added in place, because fresh memory is slow there.
+Legend: R rows, C width.
 """
 
 import torch
@@ -46,10 +46,9 @@ def add_layer_norm(
     normalised, mean, rstd = torch.native_layer_norm(
         total.to(wide), total.shape[-1:], weight.to(wide), bias.to(wide), eps
     )
-    nothing = x.new_empty(0, dtype=dtype)
     return (
-        nothing if y is None else total,
-        normalised.to(dtype) if post_norm and out_dtype != dtype else nothing,
+        x.new_empty(0, dtype=dtype) if y is None else total,
+        normalised.to(dtype) if post_norm and out_dtype != dtype else x.new_empty(0, dtype=dtype),
         normalised.to(out_dtype),
         mean.flatten(),
         rstd.flatten(),

@@ -86,7 +86,7 @@ def add_norm_backward_kernel(
     dw = ()
     db = ()
     dc = ()
-    for i in tl.static_range(PARTS):
+    for _ in tl.static_range(PARTS):
         zero = tl.zeros((BLOCK_R, BLOCK_C), ACC)
         dw = dw + (zero,)  # noqa: RUF005
         db = db + (zero,)  # noqa: RUF005
@@ -130,7 +130,7 @@ def add_norm_backward_kernel(
             tl.store(dx_ptr + row + c, cast(ds, dx_ptr.dtype.element_ty), mask=inside & (c < C))
             if dy_ptr is not None:
                 tl.store(dy_ptr + row + c, cast(ds, dy_ptr.dtype.element_ty), mask=inside & (c < C))
-            next_dc = next_dc + (dc[i] + tl.where(inside, ds, 0.0),)  # noqa: RUF005
+            next_dc = next_dc + (dc[i] + ds,)  # noqa: RUF005, rows past the end have ds = 0, as their rstd is
         dc = next_dc
     share = partial_ptr + tl.program_id(0).to(tl.int64) * SUMS * C
     for i in tl.static_range(PARTS):

@@ -6,10 +6,8 @@ Each op chooses its tiles in one place:
 
     op                 tiles                                   key in its table
     cross_attention    cross_attention/tiles.py and a table    kernel/dtype/head width/short length; see below
-    linear_pixel_loss  ``tiles`` in pixel_loss/shared.py       kernel/bits, with 16 or 32 bits per element
-                       and a table
-    gather_patches,    ``tile_of`` in gather_patches/triton.py no table: a tile is one patch
-    masked_pixel_loss
+    gather_patches,    ``row_grid`` in gather_patches          no table: a warp has a patch
+    and pixel losses
     place_tokens       constants in place_tokens/triton.py     no table: one size for all shapes
 
 In a key of cross_attention the dtype is ``16bit`` or ``tf32``, the head width is rounded up to a power of two, and the
@@ -24,7 +22,9 @@ interpreter has no autotuner, and an autotuner would compile every candidate.
 import functools
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def lookup(op: str, arch: int, key: str) -> dict[str, int]:
@@ -40,9 +40,9 @@ def lookup(op: str, arch: int, key: str) -> dict[str, int]:
     return table[_table_arch(arch)][key]
 
 
-def has(op: str, arch: int, key: str) -> bool:
-    """True if :func:`lookup` would find tiles."""
-    return key in _table(op, os.environ.get("MVLM_KERNELS_CONFIGS", ""))[_table_arch(arch)]
+def exceptions(op: str, arch: int) -> Mapping[str, dict[str, int] | None]:
+    """Tiles of an architecture that differ from an op's rules, by key; None: the kernel has no tiles."""
+    return _table(op, os.environ.get("MVLM_KERNELS_CONFIGS", ""))[_table_arch(arch)]
 
 
 def _table_arch(arch: int) -> str:
@@ -52,6 +52,6 @@ def _table_arch(arch: int) -> str:
 
 
 @functools.cache
-def _table(op: str, folder: str) -> dict[str, dict[str, dict[str, int]]]:
+def _table(op: str, folder: str) -> dict[str, dict[str, Any]]:
     path = (Path(folder) if folder else Path(__file__).parent) / f"{op}.json"
     return json.loads(path.read_text())

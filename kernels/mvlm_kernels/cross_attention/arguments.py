@@ -3,8 +3,14 @@
 Only :func:`check_values` reads tensors. It runs on the CPU, and on a GPU in debug mode.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+from mvlm_kernels.cross_attention.readers import invert_key_index
 
 HEAD_WIDTHS = (32, 64, 80, 96, 128)
 """Head widths D with a kernel."""
@@ -15,22 +21,41 @@ _INDEX_TYPES = (torch.int32, torch.int64)
 _NAMES = ("q", "k", "v", "key_lengths", "key_mask", "key_index", "cu_seqlens_q", "cu_seqlens_k")
 
 
+_longest = LONGEST_SHORT_SIDE
+
+
+@contextmanager
+def short_sides_up_to(rows: Literal[128, 256]) -> Iterator[None]:
+    """Inside the block, sides of up to this many rows count as short.
+
+    256 sends self-attention between 197 or 257 image patches to the kernels: for measurements on GPUs with wgmma
+    (compute capability 9.0 and later), in 16-bit types, with heads of at most 64. No GPU has timed it, so it is no
+    default.
+    """
+    global _longest
+    before, _longest = _longest, rows
+    try:
+        yield
+    finally:
+        _longest = before
+
+
 def short_side(max_len_q: int, max_len_k: int) -> str | None:
     """The side that the kernels keep on chip, "kv" or "q"; None if both are too long.
 
     max_len_q, max_len_k: longest sequence of each side; negative if unknown, which counts as long.
     """
-    if 0 <= max_len_k <= LONGEST_SHORT_SIDE:
+    if 0 <= max_len_k <= _longest:
         return "kv"
-    return "q" if 0 <= max_len_q <= LONGEST_SHORT_SIDE else None
+    return "q" if 0 <= max_len_q <= _longest else None
 
 
 def bucket(length: int) -> int:
-    """Tile length of the short side: a power of two from 16, which a matrix instruction needs, to 128.
+    """Tile length of the short side: a power of two from 16, which a matrix instruction needs.
 
     The result is a plain int, even for a compiler's symbolic length.
     """
-    return 16 if length <= 16 else 32 if length <= 32 else 64 if length <= 64 else 128
+    return 16 if length <= 16 else 32 if length <= 32 else 64 if length <= 64 else 128 if length <= 128 else 256
 
 
 def scale_of(scale: float | None, width: int) -> float:
@@ -160,6 +185,19 @@ def _check_side(name: str, x: Tensor, cu_seqlens: Tensor | None, max_len: int | 
         raise ValueError(f"max_len_{name} must not be negative, got {max_len}")
 
 
+def check_readers(key_index: Tensor | None, key_readers: tuple[Tensor, Tensor], k_seqs: int) -> None:
+    """Raise ValueError for readers that do not come from this key_index, by their shapes and types."""
+    if key_index is None:
+        raise ValueError("key_readers must be None without key_index, got tensors")
+    order, spans = key_readers
+    wanted, got = (key_index.shape, (k_seqs, 3)), (order.shape, tuple(spans.shape))
+    if got != wanted or order.dtype != torch.int64 or spans.dtype != torch.int64:
+        raise ValueError(
+            f"key_readers must be int64 of shapes ({len(key_index)},) and ({k_seqs}, 3), from invert_key_index, "
+            f"got {order.dtype} {tuple(order.shape)} and {spans.dtype} {tuple(spans.shape)}"
+        )
+
+
 def _check_index(name: str, x: Tensor, length: int) -> None:
     if x.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},), got {tuple(x.shape)}")
@@ -174,6 +212,7 @@ def check_values(
     key_index: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    key_readers: tuple[Tensor | None, Tensor | None],
     max_len_q: int,
     max_len_k: int,
 ) -> None:
@@ -185,6 +224,10 @@ def check_values(
     if key_index is not None:
         k_seqs = k.shape[0] if cu_seqlens_k is None else cu_seqlens_k.shape[0] - 1
         _check_range("key_index", key_index, k_seqs - 1)
+        if key_readers[0] is not None:
+            wanted = invert_key_index(key_index, k_seqs)
+            if not all(x is not None and torch.equal(x, y) for x, y in zip(key_readers, wanted, strict=True)):
+                raise ValueError("key_readers must be invert_key_index(key_index, sequences of k), got other values")
 
 
 def _check_range(name: str, x: Tensor, most: int) -> None:

@@ -12,29 +12,8 @@ from mvlm_kernels.pixel_loss import reference
 
 
 def pixel_reasons(images: Tensor, patch_size: int) -> tuple[str, ...]:
-    """Reasons against Triton for ``masked_pixel_loss``."""
+    """Reasons against Triton for both losses."""
     return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
-
-
-def product_reasons(hidden: Tensor) -> tuple[str, ...]:
-    """Reasons against Triton for matrix products in hidden's dtype."""
-    reasons = dispatch.device_reasons(hidden.device)
-    if hidden.is_cuda and hidden.dtype == torch.float64:
-        return (*reasons, "float64 products run in the interpreter only")
-    if hidden.is_cuda and hidden.dtype == torch.float32 and not dispatch.tf32_allowed():
-        return (*reasons, 'float32 products use TF32, which float32_matmul_precision "highest" forbids')
-    return reasons
-
-
-def linear_reasons(hidden: Tensor, images: Tensor, patch_size: int) -> tuple[str, ...]:
-    """Reasons against Triton for ``linear_pixel_loss``."""
-    reasons = product_reasons(hidden) + tile_reasons(images.shape[1], patch_size)
-    return reasons + (_mixed_reasons(hidden) if images.dtype == torch.float64 else ())
-
-
-def _mixed_reasons(hidden: Tensor) -> tuple[str, ...]:
-    """Reason against a float64 loss of narrower hidden states: a kernel has one accumulator dtype."""
-    return () if hidden.dtype == torch.float64 else (f"images are float64 and hidden is {hidden.dtype}",)
 
 
 def _num_patches(images: Tensor, patch_size: int) -> int:
@@ -128,11 +107,12 @@ def _linear(
     if dispatch.checks_values(images.device):
         check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
     args = hidden, weight, bias, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope
-    if dispatch.choose(linear_reasons(hidden, images, patch_size)) == "torch":
+    if dispatch.choose(pixel_reasons(images, patch_size)) == "torch":
         return reference.linear_pixel_loss(*args)
     from mvlm_kernels.pixel_loss import linear
 
-    return linear.linear_pixel_loss(*args)
+    with dispatch.without_autocast(hidden.device):  # hidden's dtype decides, also in a call below autocast
+        return linear.linear_pixel_loss(*args)
 
 
 def _linear_fake(
@@ -152,12 +132,12 @@ def _linear_backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = needs_hidden, needs_weight, needs_bias
-    reasons = product_reasons(hidden) + (_mixed_reasons(hidden) if grad.dtype == torch.float64 else ())
-    if dispatch.choose(reasons) == "torch":
+    if dispatch.choose(dispatch.device_reasons(slope.device)) == "torch":
         return reference.linear_pixel_loss_backward(grad, slope, hidden, weight, needs)
-    from mvlm_kernels.pixel_loss import linear_backward
+    from mvlm_kernels.pixel_loss import linear
 
-    return linear_backward.linear_pixel_loss_backward(grad, slope, hidden, weight, needs)
+    with dispatch.without_autocast(hidden.device):
+        return linear.linear_pixel_loss_backward(grad, slope, hidden, weight, needs)
 
 
 def _linear_backward_fake(grad, slope, hidden, weight, needs_hidden, needs_weight, needs_bias):

@@ -2,12 +2,15 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from mvlm_benchmarks.gpu.stages import STAGES
 
 ROOT = Path(__file__).parents[3]
 
@@ -44,7 +47,7 @@ def test_stage_gets_its_budget_its_folder_and_kept_caches(launcher, monkeypatch,
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     code, command = launch(launcher, monkeypatch, program, "sweep", "--cache", str(tmp_path / "cache"))
     assert code == 0
-    assert command[1:] == ["-m", "mvlm_benchmarks.gpu", "sweep", "--out", str(tmp_path), "--seconds", "180"]
+    assert command[1:] == ["-m", "mvlm_benchmarks.gpu", "sweep", "--out", str(tmp_path), "--seconds", "240"]
     found = eval((tmp_path / "env").read_text())
     assert found["TRITON_CACHE_DIR"] == str(tmp_path / "cache" / "triton")
     assert found["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "cache" / "inductor")
@@ -78,3 +81,18 @@ def test_stage_without_a_gpu_says_what_to_do(tmp_path) -> None:
     done = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("--rehearse runs small shapes on this CPU")
+
+
+def test_commands_of_the_page_are_accepted(launcher, monkeypatch, tmp_path) -> None:
+    page = (ROOT / "docs" / "gpu_run.md").read_text()
+    (block,) = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    for line in block.splitlines():
+        program, script, *words = line.split()
+        assert (program, ROOT / script) == ("python", ROOT / "benchmarks" / "gpu_run.py")
+        code, command = launch(launcher, monkeypatch, "", *words)
+        assert (code, command[3]) == (0, words[0])
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+    for name, plan in STAGES.items():
+        assert f"| `{name}` | {plan.seconds:.0f} |" in page

@@ -66,7 +66,7 @@ def test_killed_stage_keeps_its_rows(name: str, tmp_path) -> None:
     """A rehearsal is killed, launcher and all, at a random moment after its first row."""
     chance = random.Random(name)
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_run.py"), name, "--rehearse", "--out", str(tmp_path)]
-    command += ["--seconds", "60", "--cache", str(tmp_path / "cache")]
+    command += ["--seconds", "300", "--cache", str(tmp_path / "cache")]
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True
     )
@@ -84,7 +84,7 @@ def test_killed_stage_keeps_its_rows(name: str, tmp_path) -> None:
     process.wait()
     rows = read(path)
     assert len(rows) >= seen >= 1
-    assert rows[0]["figures"].startswith("rehearsal") or name == "kernels"
+    assert rows[0]["figures"].startswith("rehearsal")
     summary = json.loads((tmp_path / f"{name}.json").read_text())
     if was_running:
         assert summary["ended"] == "running, or killed"

@@ -124,22 +124,31 @@ def test_graph_that_computes_nothing_is_wrong() -> None:
     assert "the graph's result of inputs 1 is off by inf" in rows[0]["note"]
 
 
-@pytest.mark.gpu
-def test_work_on_another_stream_is_refused() -> None:
-    stream = torch.cuda.Stream()
-    calls = []
+class OnAnotherStream(torch.autograd.Function):
+    """y = 2 x, computed on another stream once the check before timing is over. No stream waits for it."""
 
-    def function(x):
-        calls.append(1)
-        if len(calls) <= cheats.HONEST_CALLS:
+    calls = 0
+
+    @staticmethod
+    def forward(ctx, x):
+        OnAnotherStream.calls += 1
+        if OnAnotherStream.calls <= cheats.HONEST_CALLS:
             return x * 2
-        out = torch.empty_like(x)
-        stream.wait_stream(torch.cuda.current_stream())
+        out, stream = torch.empty_like(x), torch.cuda.Stream()
         with torch.cuda.stream(stream):
             torch.cuda._sleep(5_000_000)
-            out.copy_(x.detach() * 2)
-        return out + 0 * x[:0].sum()
+            torch.mul(x, 2, out=out)
+        return out
 
-    entries = bench_case(TOY, "cuda", [Peer("stream", {"toy": lambda inputs: function})], CudaClock(5), 1)
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads[0] * 2
+
+
+@pytest.mark.gpu
+def test_work_on_another_stream_is_refused() -> None:
+    peer = Peer("stream", {"toy": lambda inputs: OnAnotherStream.apply})
+    entries = bench_case(TOY, "cuda", [peer], CudaClock(5), 1)
     rows = [row for row in rows_of(TOY, entries) if row["contender"] == "stream"]
     assert rows[0]["status"] in ("WRONG", "REFUSED")
+    assert rows[0]["us"] is None

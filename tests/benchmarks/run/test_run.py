@@ -38,7 +38,8 @@ def test_rows_compare_each_round_with_its_own_bare_step(tmp_path):
         LOOP: [figures(2.0, 4.0), figures(4.0, 4.0), figures(2.0, 4.0)],
     }
     config = small("tiny", tmp_path, tmp_path / "run")
-    rows = make_rows(turns, {"evaluation_s": 50.0, "checkpoint_s": 60.0}, config, eval_every_steps=100)
+    rare = {"evaluation_s": 50.0, "checkpoint_s": 60.0, "evaluation_cpu_s": 80.0, "checkpoint_cpu_s": 30.0}
+    rows = make_rows(turns, rare, config, eval_every_steps=100)
     assert [row["contender"] for row in rows] == ["step", "run, no loader", "run, no evaluation", "run"]
     assert [row["over_step"] for row in rows[:3]] == pytest.approx([1, 0.8, 0.5])
     assert [row["cpu_over_step"] for row in rows[:3]] == pytest.approx([1, 0.8, 0.5])
@@ -46,6 +47,8 @@ def test_rows_compare_each_round_with_its_own_bare_step(tmp_path):
     # A checkpoint takes 60 s of every 10 minutes, and an evaluation 50 s of every 100 steps.
     by_hand = sorted([1 / (2 * 1.1 + 0.5), 2 / (4 * 1.1 + 0.5), 1 / (2 * 1.1 + 0.5)])
     assert rows[3]["over_step"] == pytest.approx(by_hand[1])
+    # Processor time: 4 s of the loop, 2 s / 600 s of a checkpoint's 30 s, and 80 s / 100 of an evaluation.
+    assert rows[3]["cpu_over_step"] == pytest.approx(2 / (4 + 0.1 + 0.8))
     assert rows[3]["over_step_low"] <= rows[3]["over_step"] <= rows[3]["over_step_high"]
 
 

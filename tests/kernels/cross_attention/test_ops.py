@@ -69,8 +69,8 @@ def test_launchers_of_cross_attention_read_no_tensor():
         if label.startswith("bfloat16/64/32/"):
             with dispatch.recording(lambda kernel, *rest: launched.append(kernel.__name__), 90):
                 call()
-    names = {"short_kv_forward", "short_kv_backward", "short_q_forward", "short_q_backward"}
-    assert set(launched) == names | {"short_q_combine", "sum_splits"}
+    families = {"short_kv_forward", "short_kv_backward", "short_q_forward", "short_q_backward"}
+    assert set(launched) == families | {"short_q_backward_dq", "long_kv_backward", "short_q_combine", "sum_splits"}
 
 
 def test_autocast_casts_mixed_dtypes_of_cross_attention():

@@ -20,7 +20,7 @@ class Double(torch.autograd.Function):
         target = out.detach()
 
         def work() -> None:
-            time.sleep(0.001)
+            time.sleep(0.2)  # far longer than a timer needs to stop, also on a busy machine
             torch.mul(source, 2, out=target)
 
         threading.Thread(target=work).start()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mvlm_kernels import cross_attention, dispatch, place_tokens, use_backend
+from mvlm_kernels import cross_attention, dispatch, overrides, place_tokens, use_backend
 
 
 def launches(call) -> list[tuple[str, tuple, dict]]:
@@ -31,10 +31,10 @@ def place():
 def test_options_reach_one_kernel_and_end_with_the_block(call) -> None:
     before = launches(call)
     name = before[0][0]
-    with dispatch.override_launch(name, num_warps=8, maxnreg=128):
+    with overrides.override_launch(name, num_warps=8, maxnreg=128):
         inside = launches(call)
         assert (inside[0][2]["num_warps"], inside[0][2]["maxnreg"]) == (8, 128)
-        with dispatch.override_launch(name, num_warps=1):
+        with overrides.override_launch(name, num_warps=1):
             assert launches(call)[0][2]["num_warps"] == 1
         assert launches(call)[0][2] == inside[0][2]
     assert launches(call) == before
@@ -49,7 +49,7 @@ def test_tile_of_attention_changes_the_grid() -> None:
         return cross_attention(q, k, v)
 
     for rows, tiles in ((64, 4), (32, 7), (128, 2)):
-        with dispatch.override_launch("short_kv_forward", BLOCK_M=rows):
+        with overrides.override_launch("short_kv_forward", BLOCK_M=rows):
             _, grid, meta = launches(one)[0]
         assert meta["BLOCK_M"] == rows
         assert tiles in grid
@@ -60,6 +60,6 @@ def test_another_tile_gives_the_same_result() -> None:
     q, k, v = (torch.randn(2, length, 2, 32) for length in (50, 20, 20))
     with use_backend("triton"):
         wanted = cross_attention(q, k, v)
-        with dispatch.override_launch("short_kv_forward", BLOCK_M=16):
+        with overrides.override_launch("short_kv_forward", BLOCK_M=16):
             found = cross_attention(q, k, v)
     torch.testing.assert_close(found, wanted)
