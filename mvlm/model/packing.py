@@ -129,20 +129,14 @@ class Packing:
 
     def pad(self, x: Tensor) -> Tensor:
         """Pad rows (T, ...) with zeros -> (B, L, ...)."""
-        moved: Any = _MoveRows.apply(x, self, True)
+        moved: Any = _MoveRows.apply(x, self.packed_index, self.padded_index, True, self.has_padding_rows)
         return moved.unflatten(0, (len(self), self.max_length))
 
     def unpad(self, x: Tensor) -> Tensor:
         """The inverse of `pad`: (B, L, ...) -> (T, ...). Padding rows are zero."""
-        return _MoveRows.apply(x.flatten(0, 1), self, False)  # pyright: ignore[reportReturnType]
-
-    def move(self, x: Tensor, pad: bool) -> Tensor:
-        """`pad` or `unpad`, with positions (B*L, ...) in one dimension and without a gradient."""
-        if not pad and not self.has_padding_rows:
-            return x.index_select(0, self.padded_index)
-        # Rows without a source read a row of zeros. On a CPU a gather is ten times as fast as a scatter of rows.
-        with_zeros = torch.cat([x, x.new_zeros(1, *x.shape[1:])])
-        return with_zeros.index_select(0, self.packed_index if pad else self.padded_index)
+        rows = x.flatten(0, 1)
+        moved: Any = _MoveRows.apply(rows, self.padded_index, self.packed_index, self.has_padding_rows, True)
+        return moved
 
     def with_max_length(self, length: int) -> "Packing":
         """The same layout with another L, at least the rows of the longest sequence."""
@@ -166,16 +160,24 @@ class Packing:
 
 
 class _MoveRows(torch.autograd.Function):
-    """`Packing.move`. Its gradient is the opposite move: no sum, because each row has one position."""
+    """Row i of the result is row source[i] of x, or zeros if source[i] is past its end.
+
+    `back` is the inverse of `source`. The gradient is therefore the opposite move: no sum, because each row has one
+    place. `zeros` and `back_zeros` are False if surely no index is past the end.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packing: Packing, pad: bool) -> Tensor:
-        ctx.packing, ctx.pad = packing, pad
-        return packing.move(x, pad)
+    def forward(ctx: Any, x: Tensor, source: Tensor, back: Tensor, zeros: bool, back_zeros: bool) -> Tensor:
+        ctx.save_for_backward(source, back)
+        ctx.zeros, ctx.back_zeros = zeros, back_zeros
+        # On a CPU a gather from rows with one of zeros behind them is ten times as fast as a scatter of rows.
+        rows = torch.cat([x, x.new_zeros(1, *x.shape[1:])]) if zeros else x
+        return rows.index_select(0, source)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, None, None]:
-        return _MoveRows.apply(grads[0], ctx.packing, not ctx.pad), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, None, None, None, None]:
+        source, back = ctx.saved_tensors
+        return _MoveRows.apply(grads[0], back, source, ctx.back_zeros, ctx.zeros), None, None, None, None
 
 
 class PackedText(NamedTuple):
