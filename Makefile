@@ -7,7 +7,8 @@ RUN    ?= runs/demo
 STEPS  ?= 640
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu test-triton test-integrations faults faults-data faults-loading faults-embedding soak bench aot traffic \
+.PHONY: help demo test test-fast test-gpu test-triton test-integrations emulate faults faults-data faults-loading \
+        faults-embedding soak bench aot traffic \
         wheel-smoke check format clean
 
 ## help            list these targets
@@ -60,6 +61,12 @@ test-triton: $(TRITONS:%=build/triton-%/.installed)
 	    build/triton-$$version/bin/python -m pytest tests/kernels \
 	        -W "ignore:Conversion of an array with ndim:DeprecationWarning" || exit 1; \
 	done
+
+# CASES is an expression of pytest's -k.
+CASES ?=
+## emulate         run every kernel as compiled for sm_80 and sm_90, emulated on the CPU: about an hour on two cores
+emulate: $(VENV)/.installed
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emulator -n $(JOBS) -k "$(CASES)"
 
 # The walks take about 20 minutes of one core. Their tables are copied only if there is no fault.
 ## test-integrations  swap the attention of every transformers class, the patch embedding of every timm model

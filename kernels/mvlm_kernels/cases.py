@@ -13,6 +13,7 @@ from torch import Tensor
 from mvlm_kernels.attention_cases import attention, indexed_attention
 from mvlm_kernels.case import Case, Sizes
 from mvlm_kernels.gather_patches import gather_patches
+from mvlm_kernels.norm_cases import gelu, layer_norm
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
 from mvlm_kernels.pixel_loss.linear_bytes import linear_bytes
 from mvlm_kernels.place_tokens import place_tokens
@@ -213,4 +214,7 @@ def cases() -> list[Case]:
         _place("masked", torch.float32),
         _place("both", torch.float32),
         _place("visible"),
+        layer_norm(post_norm=False),
+        layer_norm(post_norm=True),
+        gelu(),
     ]

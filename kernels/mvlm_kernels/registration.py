@@ -122,6 +122,11 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _is_wrapped = _functorch.is_functorch_wrapped_tensor
 
 
+def transformed() -> bool:
+    """True inside a transform of ``torch.func``, outside a compiler: for code that is no registered op."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def direct(function: type[torch.autograd.Function], implementation: Callable[..., Any]) -> Callable[..., Any]:
     """Make ``function.apply(implementation, ...)`` for plain calls, see :func:`called_directly`.
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mvlm_kernels import (
+    add_layer_norm,
     cross_attention,
     gather_patches,
+    gelu_linear,
     linear_pixel_loss,
     masked_pixel_loss,
     place_tokens,
@@ -80,7 +82,22 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tenso
         (rand(2, 3, 4), rand(4), rand(4, 4), rand(4)),
     ),
 }
-LOSSES = ("masked_pixel_loss", "linear_pixel_loss")
+CALLS["add_layer_norm"] = (
+    lambda x, y, w, b: torch.cat(add_layer_norm(x, y, w, b)),
+    lambda x, y, w, b: torch.cat([x + y, F.layer_norm(x + y, (8,), w, b, 1e-5)]),
+    (rand(2, 3, 8), rand(2, 3, 8), rand(8), rand(8)),
+)
+CALLS["post_norm"] = (
+    lambda x, y, w, b: add_layer_norm(x, y, w, b, post_norm=True)[1],
+    lambda x, y, w, b: F.layer_norm(x + y, (8,), w, b, 1e-5),
+    CALLS["add_layer_norm"][2],
+)
+CALLS["gelu_linear"] = (
+    lambda h, w, b: gelu_linear(h, w, b),
+    lambda h, w, b: F.linear(F.gelu(h), w, b),
+    (rand(3, 5, 8), rand(4, 8), rand(4)),
+)
+LINEAR, NAMES = ("gather_patches", "place_tokens"), {"post_norm": "add_layer_norm"}
 OPS = pytest.mark.parametrize("op", CALLS)
 
 
@@ -131,13 +148,15 @@ def test_second_derivatives_are_right_or_refused_by_name(op: str, backend: str):
         total = sum((x.square().sum() for x in first), torch.zeros(()))
         return torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
 
-    if op in LOSSES or (op == "cross_attention" and backend == "triton"):
-        for attempt in (lambda: by_autograd(ours), lambda: torch.func.grad(penalty(ours, *args[1:]))(args[0])):
-            with pytest.raises(RuntimeError, match=f"{op} has no second derivative; use "):
+    if op not in LINEAR and (op != "cross_attention" or backend == "triton"):
+        attempts = [lambda: by_autograd(ours), lambda: torch.func.grad(penalty(ours, *args[1:]))(args[0])]
+        for attempt in attempts[: 1 if op == "gelu_linear" else 2]:
+            with pytest.raises(RuntimeError, match=f"{NAMES.get(op, op)} has no second derivative; use "):
                 attempt()
-        return
-    same(by_autograd(ours), by_autograd(plain))
-    same(torch.func.grad(penalty(ours, *args[1:]))(args[0]), torch.func.grad(penalty(plain, *args[1:]))(args[0]))
+    else:
+        same(by_autograd(ours), by_autograd(plain))
+    if op in (*LINEAR, "gelu_linear") or (op == "cross_attention" and backend == "torch"):
+        same(torch.func.grad(penalty(ours, *args[1:]))(args[0]), torch.func.grad(penalty(plain, *args[1:]))(args[0]))
 
 
 @pytest.mark.parametrize("visible", [False, True])
@@ -154,10 +173,12 @@ def test_second_derivatives_of_the_linear_ops_pass_gradgradcheck(visible: bool):
 @OPS
 def test_forward_mode_is_right_or_refused_by_name(op: str, backend: str):
     ours, plain, args = CALLS[op]
-    if op == "cross_attention" and backend == "torch":
+    if op == "gelu_linear" or (op == "cross_attention" and backend == "torch"):
         same(torch.func.jvp(ours, args, args), torch.func.jvp(plain, args, args))
         return
-    with pytest.raises(NotImplementedError, match=f"{op} has no forward-mode derivative; use reverse mode"):
+    with pytest.raises(
+        NotImplementedError, match=f"{NAMES.get(op, op)} has no forward-mode derivative; use reverse mode"
+    ):
         torch.func.jvp(ours, args, args)
 
 

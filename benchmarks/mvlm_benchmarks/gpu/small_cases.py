@@ -12,10 +12,10 @@ from torch import Tensor
 
 import mvlm_kernels
 from mvlm_benchmarks.kernels.attention_cases import Shape, attention_case
+from mvlm_benchmarks.kernels.cases import place_reference
 from mvlm_benchmarks.kernels.inputs import Case, Inputs, RandomInputs
 from mvlm_kernels.gather_patches import reference as gathering
 from mvlm_kernels.pixel_loss import reference as pixels
-from mvlm_kernels.place_tokens import reference as placement
 
 IMAGES, CHANNELS, PATCH, GRID, CHOSEN, WIDTH = 2, 3, 8, 3, 5, 40
 PATCHES, FEATURES = GRID**2, CHANNELS * PATCH**2
@@ -111,7 +111,4 @@ def _place(dtype: torch.dtype) -> Case:
         masked = torch.zeros(IMAGES, PATCHES, dtype=torch.bool, device=device)
         return Inputs(leaves, {"masked": masked.scatter(1, _ids(random).long(), True)})
 
-    def reference(tokens, mask_token, pos_embed, cls_token, masked: Tensor) -> Tensor:
-        return placement.place_tokens(tokens, mask_token, pos_embed, cls_token, masked, None)
-
-    return Case("place_tokens", "small", dtype, make, mvlm_kernels.place_tokens, reference, (1, 1))
+    return Case("place_tokens", "small", dtype, make, mvlm_kernels.place_tokens, place_reference, (1, 1))

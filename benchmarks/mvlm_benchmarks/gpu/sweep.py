@@ -16,7 +16,7 @@ import torch
 
 from mvlm_benchmarks.clock import CpuClock, CudaClock, torch_settings
 from mvlm_benchmarks.gpu.stage import Row, Stage, WrongValue
-from mvlm_benchmarks.gpu.variants import Options, Target, chosen_cases, targets_of, variants
+from mvlm_benchmarks.gpu.variants import Options, Target, chosen_cases, long_sides, targets_of, variants
 from mvlm_benchmarks.intervals import FASTER, ratio
 from mvlm_benchmarks.kernels.measure import LocalContender, Outcome
 from mvlm_benchmarks.kernels.peers import ours
@@ -79,7 +79,7 @@ def sweep_target(
         for number, change in enumerate(changes):
             if outcomes.setdefault(number, Outcome("ok")).status != "ok":
                 continue
-            with overrides.override_launch(target.kernel, **change):
+            with overrides.override_launch(target.kernel, **change), long_sides(target.case):
                 us, outcomes[number] = _turn(local, target.pass_name, turn, calls[number])
             cost = costs.get((target.name, json.dumps(change)), {})
             row = {"target": target.name, "kernel": target.kernel, "change": _text(change), "turn": turn, "us": us}

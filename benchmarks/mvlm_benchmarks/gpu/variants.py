@@ -7,6 +7,7 @@ process fills the cache of compiled kernels, so that the sweep compiles nothing.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -23,8 +24,9 @@ from mvlm_benchmarks.kernels.peers import ours
 from mvlm_benchmarks.kernels.reference import as_results, passes_of
 from mvlm_benchmarks.unavailable import one_line
 from mvlm_kernels import dispatch, overrides, use_backend
+from mvlm_kernels.cross_attention.arguments import short_sides_up_to
 
-Options = dict[str, int]
+Options = dict[str, int | None]
 Row = dict[str, Any]
 
 # Kernels that add partial results. They take microseconds, and their tiles do not matter.
@@ -65,11 +67,16 @@ class Launch(NamedTuple):
 
 
 def chosen_cases(batch: int, dtype: torch.dtype, small: bool) -> list[Case]:
-    """Cases whose kernels are swept: the core cases and those of text and ITM. small: tiny ones, for a rehearsal."""
+    """Cases whose kernels are swept: the core cases, text, ITM, image patches. small: tiny ones, for a rehearsal."""
     if small:
         return small_cases(dtype)
-    wanted = ("packed self-attention", "drawn")
+    wanted = ("packed self-attention", "drawn", "197x197")
     return [c for c in cases(batch, dtype) if c.has_kernels and (c.core or any(word in c.shape for word in wanted))]
+
+
+def long_sides(case: Case) -> contextlib.AbstractContextManager[Any]:
+    """Context in which our kernels also take self-attention between image patches. By default SDPA runs there."""
+    return short_sides_up_to(256 if "197x197" in case.shape else 128)
 
 
 def launches_of(case: Case, inputs: Inputs, arch: int) -> list[Launch]:
@@ -83,7 +90,7 @@ def launches_of(case: Case, inputs: Inputs, arch: int) -> list[Launch]:
     def record(kernel: Any, grid: Any, args: tuple, meta: dict[str, Any]) -> None:
         found.append(Launch(now[0], kernel, args, meta))
 
-    with dispatch.recording(record, arch), use_backend("triton"):
+    with dispatch.recording(record, arch), use_backend("triton"), long_sides(case):
         outs = as_results(ours(case, inputs)(*inputs.leaves.values()))
         if len(passes_of(case)) > 1:
             now[0] = "backward"
@@ -116,13 +123,13 @@ def variants(kernel: str, options: Options, few: bool = False) -> list[Options]:
 
     few: three of them, for a rehearsal.
     """
-    warps, stages = options.get("num_warps", 4), options.get("num_stages", 1)
+    warps, stages = options.get("num_warps") or 4, options.get("num_stages") or 1
     changes: list[Options] = [{"num_stages": n} for n in (1, 2, 3) if n != stages]
     changes += [{"num_warps": n} for n in (2, 4, 8) if n != warps]
-    changes += [{"maxnreg": 128}, {"num_stages": 2, "maxnreg": 128}]
-    tile = TILES.get(kernel)
-    if tile in options:
-        size = options[tile]
+    # A default with a limit of registers is also tried without it.
+    changes += [{"maxnreg": None}] if options.get("maxnreg") else [{"maxnreg": 128}, {"num_stages": 2, "maxnreg": 128}]
+    tile = TILES.get(kernel, "")
+    if size := options.get(tile):
         for other in (size // 2, 2 * size):
             if 16 <= other <= 256 or (tile == "BLOCK_B" and 4 <= other <= 64):
                 changes.append({tile: other})

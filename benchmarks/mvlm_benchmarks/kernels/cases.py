@@ -29,7 +29,6 @@ from mvlm_benchmarks.kernels.inputs import (
 )
 from mvlm_benchmarks.kernels.layers import layer_cases
 from mvlm_kernels.pixel_loss import reference as pixels
-from mvlm_kernels.place_tokens import reference as placement
 
 
 def _import_gather_reference() -> Any:
@@ -156,6 +155,25 @@ def _linear_loss(
     return Case("linear_pixel_loss", shape, dtype, make, ours, reference, minimum, flops, core, sizes)
 
 
+def place_reference(
+    tokens: Tensor,
+    mask_token: Tensor,
+    pos_embed: Tensor,
+    cls_token: Tensor,
+    masked: Tensor | None = None,
+    visible_ids: Tensor | None = None,
+) -> Tensor:
+    """place_tokens in plain torch: choose a token for each patch, put [CLS] in front, add the position embeddings."""
+    batch, width = len(tokens), tokens.shape[2]
+    fill = mask_token.expand(batch, len(pos_embed) - 1, width)
+    if visible_ids is not None:
+        x = fill.scatter(1, visible_ids.long()[:, :, None].expand(-1, -1, width), tokens)
+    else:
+        assert masked is not None
+        x = torch.where(masked[:, :, None], fill, tokens)
+    return torch.cat([cls_token.expand(batch, 1, width), x], dim=1) + pos_embed
+
+
 def _place(
     batch: int, dtype: torch.dtype, mode: str, parameters: torch.dtype | None = None, *, core: bool = False
 ) -> Case:
@@ -178,9 +196,6 @@ def _place(
         masked = torch.zeros(batch, PATCHES, dtype=torch.bool, device=device)
         return Inputs(leaves, {"masked": masked.scatter(1, random.patch_ids(batch, PATCHES // 2).long(), True)})
 
-    def reference(tokens, mask_token, pos_embed, cls_token, masked=None, visible_ids=None) -> Tensor:
-        return placement.place_tokens(tokens, mask_token, pos_embed, cls_token, masked, visible_ids)
-
     row = dtype.itemsize * WIDTH
     read = visible if mode == "visible" else PATCHES // 2
     written = visible if mode == "visible" else PATCHES
@@ -190,7 +205,7 @@ def _place(
     minimum = batch * read * row + index + vectors + whole, whole + index + batch * written * row + vectors
     tokens = f"{visible} of {PATCHES} visible" if mode == "visible" else f"half of {PATCHES} masked"
     shape = f"B{batch} width {WIDTH}, {tokens}{_parameters(parameters)}"
-    return Case("place_tokens", shape, dtype, make, mvlm_kernels.place_tokens, reference, minimum, core=core)
+    return Case("place_tokens", shape, dtype, make, mvlm_kernels.place_tokens, place_reference, minimum, core=core)
 
 
 def _parameters(dtype: torch.dtype | None) -> str:

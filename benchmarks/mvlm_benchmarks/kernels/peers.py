@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import mvlm_kernels
 from mvlm_benchmarks.kernels import attention_peers as attention
 from mvlm_benchmarks.kernels import layers
 from mvlm_benchmarks.kernels import packed_attention_peers as packed_attention
@@ -171,6 +172,20 @@ def ours_as_peer(case: Case) -> Peer:
     return Peer("ours", {case.op: lambda inputs: ours(case, inputs)})
 
 
+def _ours_with_long_sides(inputs: Inputs) -> Function:
+    """Our kernels where both sides are longer than 128, as between image patches. By default SDPA runs there."""
+    attention.require_cuda(inputs)
+    if min(attention.Side(inputs, "q").longest, attention.Side(inputs, "k").longest) <= 128:
+        raise NotApplicable("one side is short, and `ours` has the figures")
+    return lambda q, k, v: mvlm_kernels.cross_attention(q, k, v, **inputs.fixed)
+
+
+def _long_sides() -> contextlib.AbstractContextManager[Any]:
+    from mvlm_kernels.cross_attention.arguments import short_sides_up_to  # revisions of --base may lack it
+
+    return short_sides_up_to(256)
+
+
 def compiled(builder: Builder) -> Builder:
     """Wrap the function of a builder in torch.compile, for static shapes."""
     return lambda inputs: torch.compile(builder(inputs), dynamic=False)
@@ -210,6 +225,7 @@ def _attention_peer(name: str, build: Builder, distribution: str, **options: Any
 
 
 PEERS = [
+    _attention_peer("ours-256", _ours_with_long_sides, "torch", context=_long_sides),
     Peer("eager", EAGER),
     Peer("gather-first", {"gather_patches": gather_first}),
     Peer("compile", {op: compiled(builder) for op, builder in EAGER.items()}),

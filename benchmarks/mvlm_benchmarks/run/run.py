@@ -21,7 +21,7 @@ from mvlm.config.recipes import pretrain_defaults
 from mvlm.device import has_fast_bf16
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError
-from mvlm.training.run import build_run
+from mvlm.training.run import build_run, build_trainer, open_inputs
 from mvlm.training.trainer import Trainer
 from mvlm_benchmarks.machine import describe
 from mvlm_benchmarks.results import heading, write_csv, write_json
@@ -104,7 +104,7 @@ def measure(
     config = replace(
         config, max_steps=length, warmup_steps=1, eval_every_steps=length + 1, checkpoint_every_minutes=0.0
     )
-    with build_run(config, world) as trainer:
+    with build_run(config, world, open_inputs, build_trainer) as trainer:
         batches = first_batches(trainer, steps)
         turns = measure_turns(trainer, batches, steps, rounds)
         return turns, time_rare_work(trainer)

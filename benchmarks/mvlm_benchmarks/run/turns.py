@@ -29,10 +29,11 @@ Loaded = tuple[Batch, Masks]
 class Turns:
     """Takes the place of `Trainer.one_step`: divides a run into turns, and gives every second one to the bare step.
 
-    A round is one turn of each contender, in an order that rotates.
+    A round is one turn of each contender, in an order that rotates. The bare step and the loop without the loader
+    repeat the batches of the last turn with the loader, because the number of tokens differs from batch to batch.
 
     Args:
-        batches: batches for the bare step and for the loop without the loader: `length` of them.
+        batches: batches to begin with, `length` of them.
         length: steps of a turn.
         rounds: rounds that count.
     """
@@ -68,11 +69,20 @@ class Turns:
             self._source = batches
             if self._order:  # else this is the last step
                 self._begin_turn(trainer)
-                if self._turn is not None and self._turn[0] == NO_LOADER:
-                    self._source = iter(self._batches)
+                name = self._turn[0] if self._turn is not None else ""
+                self._source = iter(self._batches) if name == NO_LOADER else self._recorded(batches)
             self._left = self._length
         self._left -= 1
         self._one_step(trainer, self._source)
+
+    def _recorded(self, batches: Iterator[Loaded]) -> Iterator[Loaded]:
+        """The same batches. The first `length` become those of the next turns."""
+        recorded = list[Loaded]()
+        for loaded in batches:
+            recorded.append(loaded)
+            if len(recorded) == self._length:
+                self._batches = recorded
+            yield loaded
 
     def _begin_turn(self, trainer: Trainer) -> None:
         trainer.writer.wait()

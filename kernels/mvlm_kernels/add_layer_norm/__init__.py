@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.add_layer_norm import arguments, cpu, reference
@@ -105,7 +104,7 @@ class _AddLayerNorm(torch.autograd.Function):
         ctx.post_norm = post_norm
         ctx.set_materialize_grads(False)
         unused = [mean, rstd]
-        if post_norm or y is None:
+        if y is None:
             unused.append(total)
         if wide.ndim != normalised.ndim:
             unused.append(wide)
@@ -113,7 +112,6 @@ class _AddLayerNorm(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_total, grad_wide, grad, *_):
         total, mean, rstd, weight = ctx.saved_tensors
         grad_residual = grad_wide if ctx.post_norm else grad_total
@@ -143,6 +141,7 @@ _backward_op = registration.define(
     "-> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    registration.no_second_derivative("add_layer_norm", "torch.nn.functional.layer_norm of the sum"),
 )
 _forward_op = registration.define(
     "add_layer_norm(Tensor x, Tensor? y, Tensor? y_bias, Tensor weight, Tensor bias, float eps, "

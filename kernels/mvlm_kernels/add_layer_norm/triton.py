@@ -28,8 +28,11 @@ TILE, WARPS = 1024, 4
 """Values of a part of a tile, and warps of a program."""
 NARROW, NARROW_TILE = 128, 512
 """Backward, parts up to this narrow take smaller tiles: their lanes also hold more copies of what is a row's."""
-PROGRAMS = 2
-"""Programs of the backward pass for each multiprocessor."""
+FUSED = False
+"""Fused multiply-adds would take the products into the sums over a row: fma(a, b, the other lane's a * b). That is not
+symmetric. The lanes of a row would end with sums of different bits, and it would be left open which of them counts."""
+PROGRAMS_FORWARD, PROGRAMS_BACKWARD = 4, 2
+"""Programs for each multiprocessor. A program reads the vectors once for all its rows."""
 
 
 @triton.jit
@@ -38,41 +41,52 @@ def add_norm_kernel(
     R, eps,
     C: tl.constexpr, ACC: tl.constexpr, PARTS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """All of (R, C), contiguous; mean and rstd (R,). Program (rows). Pointers that are None are not used."""
-    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    inside = (r < R)[:, None]
-    row = (r * C)[:, None]
-    summed = tl.zeros((BLOCK_R,), ACC)
-    parts = ()
+    """All of (R, C), contiguous; mean and rstd (R,). Program n takes tiles n, n + programs, ...
+
+    Pointers that are None are not used.
+    """
+    weights = ()
+    biases = ()
+    y_biases = ()
     for i in tl.static_range(PARTS):
         c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-        s = widen(tl.load(x_ptr + row + c, mask=inside & (c < C), other=0.0), ACC)
-        if y_ptr is not None:
-            s += widen(tl.load(y_ptr + row + c, mask=inside & (c < C), other=0.0), ACC)
-            if y_bias_ptr is not None:
-                s += widen(tl.load(y_bias_ptr + c, mask=c < C, other=0.0), ACC)
-            rounded = cast(s, total_ptr.dtype.element_ty)
-            tl.store(total_ptr + row + c, rounded, mask=inside & (c < C))
-            s = widen(rounded, ACC)  # backward computes from the stored sum
-        summed += tl.sum(s, axis=1)
-        parts = parts + (s,)  # noqa: RUF005, a tuple of a kernel has no unpacking
-    mean = summed / C
-    squares = tl.zeros((BLOCK_R,), ACC)
-    for i in tl.static_range(PARTS):
-        c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-        centred = tl.where(c < C, parts[i] - mean[:, None], 0.0)
-        squares += tl.sum(centred * centred, axis=1)
-    rstd = 1 / tl.sqrt(squares / C + eps)
-    for i in tl.static_range(PARTS):
-        c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
-        weight = widen(tl.load(weight_ptr + c, mask=c < C, other=0.0), ACC)
-        bias = widen(tl.load(bias_ptr + c, mask=c < C, other=0.0), ACC)
-        n = (parts[i] - mean[:, None]) * rstd[:, None] * weight + bias
-        tl.store(out_ptr + row + c, cast(n, out_ptr.dtype.element_ty), mask=inside & (c < C))
-        if wide_ptr is not None:
-            tl.store(wide_ptr + row + c, cast(n, wide_ptr.dtype.element_ty), mask=inside & (c < C))
-    tl.store(mean_ptr + r, mean, mask=r < R)
-    tl.store(rstd_ptr + r, rstd, mask=r < R)
+        weights = weights + (widen(tl.load(weight_ptr + c, mask=c < C, other=0.0), ACC),)  # noqa: RUF005
+        biases = biases + (widen(tl.load(bias_ptr + c, mask=c < C, other=0.0), ACC),)  # noqa: RUF005
+        if y_bias_ptr is not None:
+            y_biases = y_biases + (widen(tl.load(y_bias_ptr + c, mask=c < C, other=0.0), ACC),)  # noqa: RUF005
+    for first in range(tl.program_id(0) * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
+        r = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
+        inside = (r < R)[:, None]
+        row = (r * C)[:, None]
+        summed = tl.zeros((BLOCK_R,), ACC)
+        parts = ()
+        for i in tl.static_range(PARTS):
+            c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+            s = widen(tl.load(x_ptr + row + c, mask=inside & (c < C), other=0.0), ACC)
+            if y_ptr is not None:
+                s += widen(tl.load(y_ptr + row + c, mask=inside & (c < C), other=0.0), ACC)
+                if y_bias_ptr is not None:
+                    s += y_biases[i]
+                rounded = cast(s, total_ptr.dtype.element_ty)
+                tl.store(total_ptr + row + c, rounded, mask=inside & (c < C))
+                s = widen(rounded, ACC)  # backward computes from the stored sum
+            summed += tl.sum(s, axis=1)
+            parts = parts + (s,)  # noqa: RUF005, a tuple of a kernel has no unpacking
+        mean = summed / C
+        squares = tl.zeros((BLOCK_R,), ACC)
+        for i in tl.static_range(PARTS):
+            c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+            centred = tl.where(c < C, parts[i] - mean[:, None], 0.0)
+            squares += tl.sum(centred * centred, axis=1)
+        rstd = 1 / tl.sqrt(squares / C + eps)
+        for i in tl.static_range(PARTS):
+            c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+            n = (parts[i] - mean[:, None]) * rstd[:, None] * weights[i] + biases[i]
+            tl.store(out_ptr + row + c, cast(n, out_ptr.dtype.element_ty), mask=inside & (c < C))
+            if wide_ptr is not None:
+                tl.store(wide_ptr + row + c, cast(n, wide_ptr.dtype.element_ty), mask=inside & (c < C))
+        tl.store(mean_ptr + r, mean, mask=r < R)
+        tl.store(rstd_ptr + r, rstd, mask=r < R)
 
 
 @triton.jit
@@ -86,7 +100,10 @@ def add_norm_backward_kernel(
     dw = ()
     db = ()
     dc = ()
-    for _ in tl.static_range(PARTS):
+    weights = ()
+    for i in tl.static_range(PARTS):
+        c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
+        weights = weights + (widen(tl.load(weight_ptr + c, mask=c < C, other=0.0), ACC),)  # noqa: RUF005
         zero = tl.zeros((BLOCK_R, BLOCK_C), ACC)
         dw = dw + (zero,)  # noqa: RUF005
         db = db + (zero,)  # noqa: RUF005
@@ -112,7 +129,7 @@ def add_norm_backward_kernel(
             norm = tl.where(inside & (c < C), (s - mean) * rstd, 0.0)
             next_dw = next_dw + (dw[i] + g * norm,)  # noqa: RUF005
             next_db = next_db + (db[i] + g,)  # noqa: RUF005
-            gw = g * widen(tl.load(weight_ptr + c, mask=c < C, other=0.0), ACC)
+            gw = g * weights[i]
             along_one += tl.sum(gw, axis=1)
             along_norm += tl.sum(gw * norm, axis=1)
             scaled = scaled + (gw,)  # noqa: RUF005
@@ -153,6 +170,11 @@ def _tile(width: int, values: int) -> dict[str, int]:
     return {"PARTS": parts, "BLOCK_C": block, "BLOCK_R": max(1, values // block // max(1, parts // 4))}
 
 
+def _programs(device: torch.device, rows: int, block: int, share: int) -> int:
+    """Number of programs: one a tile, or `share` for each multiprocessor; the interpreter takes those of an H100."""
+    return min(ceil_div(rows, block), share * (dispatch.multiprocessors(device) or 132))
+
+
 def add_layer_norm(
     x: Tensor,
     y: Tensor | None,
@@ -174,9 +196,9 @@ def add_layer_norm(
     mean, rstd = x.new_empty(rows, dtype=wide_dtype), x.new_empty(rows, dtype=wide_dtype)
     y_bias, weight, bias = (None if p is None else p.contiguous() for p in (y_bias, weight, bias))
     dispatch.launch(
-        add_norm_kernel, (ceil_div(rows, tile["BLOCK_R"]),),
+        add_norm_kernel, (_programs(x.device, rows, tile["BLOCK_R"], PROGRAMS_FORWARD),),
         x, y, y_bias, weight, bias, total, wide if both else None, normalised, mean, rstd, rows, eps,
-        C=width, ACC=accumulator(dtype), **tile, num_warps=WARPS, enable_fp_fusion=True,
+        C=width, ACC=accumulator(dtype), **tile, num_warps=WARPS, enable_fp_fusion=FUSED,
     )  # fmt: skip
     return total, wide, normalised, mean, rstd
 
@@ -201,15 +223,14 @@ def add_layer_norm_backward(
     dx = total.new_empty(total.shape, dtype=x_dtype)
     dy = total.new_empty(total.shape if y_dtype != x_dtype else (0,), dtype=y_dtype)
     sums, wide = 3 if needs_bias else 2, compute_dtype(total.dtype)
-    # The interpreter has no multiprocessors; it takes the grid of an H100.
-    programs = min(ceil_div(rows, tile["BLOCK_R"]), PROGRAMS * (dispatch.multiprocessors(total.device) or 132))
+    programs = _programs(total.device, rows, tile["BLOCK_R"], PROGRAMS_BACKWARD)
     partial_sums = total.new_empty((programs, sums, width), dtype=wide)
     result = total.new_empty((sums, width), dtype=wide)
     dispatch.launch(
         add_norm_backward_kernel, (programs,),
         grad, residual, total, mean, rstd, weight, dx, dy if y_dtype != x_dtype else None, partial_sums, rows,
         C=width, POST=post_norm, SUMS=sums, ACC=accumulator(total.dtype), **tile,
-        num_warps=WARPS, enable_fp_fusion=True,
+        num_warps=WARPS, enable_fp_fusion=FUSED,
     )  # fmt: skip
     dispatch.launch(
         column_sum_kernel, (ceil_div(sums * width, 32),), partial_sums, result, programs, sums * width,

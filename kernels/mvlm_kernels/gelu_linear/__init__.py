@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.gather_patches.arguments import FLOATS, check_device
@@ -40,7 +39,8 @@ def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias
         (.., D) in h's dtype. Products are in h's dtype, under autocast too; parameters are converted to it, and their
         gradients come in their own dtypes.
 
-    Differentiable in all tensors, once. The gradient of h_bias is summed in a fixed order, without atomics.
+    Differentiable in all tensors, once; under torch.func, where plain torch runs, any number of times. The gradient of
+    h_bias is summed in a fixed order, without atomics.
 
     Raises:
         ValueError: for a wrong shape, dtype or device.
@@ -58,6 +58,8 @@ def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias
         if x.dtype not in FLOATS:
             raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
         check_device(name, x, h.device)
+    if registration.transformed():
+        return _linear(reference.gelu(h, h_bias), weight, bias)
     return _GeluLinear.apply(h, weight, bias, h_bias)  # pyright: ignore[reportReturnType]
 
 
@@ -82,18 +84,22 @@ def _gelu_backward_fake(grad, h, h_bias):
     return h.new_empty(h.shape), h.new_empty(h.shape), sums
 
 
+def _linear(activated: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = activated.dtype
+    # Compute in this dtype, as backward does, which runs without autocast.
+    with torch.autocast(activated.device.type, enabled=False):
+        return F.linear(activated, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(h, weight, h_bias)
         ctx.bias_dtype = None if bias is None else bias.dtype
         activated = registration.backward_of(_gelu_op, _gelu, h)(h, h_bias)
-        # Compute in h's dtype, as backward does, which runs without autocast.
-        with torch.autocast(h.device.type, enabled=False):
-            return F.linear(activated, weight.to(h.dtype), None if bias is None else bias.to(h.dtype))
+        return _linear(activated, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         h, weight, h_bias = ctx.saved_tensors
         grad = grads[0].flatten(0, -2)
@@ -113,4 +119,5 @@ _gelu_backward_op = registration.define(
     "gelu_backward(Tensor grad, Tensor h, Tensor? h_bias) -> (Tensor, Tensor, Tensor)",
     _gelu_backward,
     _gelu_backward_fake,
+    registration.no_second_derivative("gelu_linear", "torch.nn.functional.gelu and linear"),
 )

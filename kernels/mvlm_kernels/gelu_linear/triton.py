@@ -23,7 +23,7 @@ from mvlm_kernels.place_tokens.triton import column_sum_kernel
 
 BLOCK_R, BLOCK_C, WARPS = 8, 256, 4
 PROGRAMS = 8
-"""Programs of the backward pass for each multiprocessor."""
+"""Programs for each multiprocessor."""
 
 
 @triton.jit
@@ -31,15 +31,17 @@ def gelu_kernel(
     h_ptr, bias_ptr, out_ptr, R, C, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """out = GELU(h + bias), (R, C), contiguous. Program (rows, columns)."""
-    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (r < R)[:, None] & (c < C)[None, :]
-    at = (r * C)[:, None] + c[None, :]
-    x = widen(tl.load(h_ptr + at, mask=inside, other=0.0), ACC)
+    bias = tl.zeros((BLOCK_C,), ACC)
     if bias_ptr is not None:
-        x += widen(tl.load(bias_ptr + c, mask=c < C, other=0.0), ACC)[None, :]
-    below = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
-    tl.store(out_ptr + at, cast(x * below, out_ptr.dtype.element_ty), mask=inside)
+        bias += widen(tl.load(bias_ptr + c, mask=c < C, other=0.0), ACC)
+    for first in range(tl.program_id(0) * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
+        r = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
+        inside = (r < R)[:, None] & (c < C)[None, :]
+        at = (r * C)[:, None] + c[None, :]
+        x = widen(tl.load(h_ptr + at, mask=inside, other=0.0), ACC) + bias[None, :]
+        below = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        tl.store(out_ptr + at, cast(x * below, out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -69,12 +71,19 @@ def gelu_backward_kernel(
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * C + c, tl.sum(total, axis=0), mask=c < C)
 
 
+def _grid(device: torch.device, rows: int, width: int) -> tuple[int, int]:
+    """Programs along rows and columns. The interpreter has no multiprocessors; it takes the grid of an H100."""
+    slices = ceil_div(width, BLOCK_C)
+    wanted = max(1, PROGRAMS * (dispatch.multiprocessors(device) or 132) // slices)
+    return min(ceil_div(rows, BLOCK_R), wanted), slices
+
+
 def gelu(h: Tensor, h_bias: Tensor | None) -> Tensor:
     """Same contract as :func:`.reference.gelu`."""
     width, rows = h.shape[-1], h.shape[:-1].numel()
     out = h.new_empty(h.shape)
     dispatch.launch(
-        gelu_kernel, (ceil_div(rows, BLOCK_R), ceil_div(width, BLOCK_C)),
+        gelu_kernel, _grid(h.device, rows, width),
         h.contiguous(), None if h_bias is None else h_bias.contiguous(), out, rows, width,
         ACC=accumulator(h.dtype), BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
@@ -86,10 +95,7 @@ def gelu_backward(grad: Tensor, h: Tensor, h_bias: Tensor | None) -> tuple[Tenso
     width, rows = h.shape[-1], h.shape[:-1].numel()
     dh, out = h.new_empty(h.shape), h.new_empty(h.shape)
     wide = torch.float64 if h.dtype == torch.float64 else torch.float32
-    slices = ceil_div(width, BLOCK_C)
-    # The interpreter has no multiprocessors; it takes the grid of an H100.
-    wanted = max(1, PROGRAMS * (dispatch.multiprocessors(h.device) or 132) // slices)
-    programs = min(ceil_div(rows, BLOCK_R), wanted)
+    programs, slices = _grid(h.device, rows, width)
     sums = h.new_empty(0 if h_bias is None else width, dtype=wide)
     partial_sums = None if h_bias is None else h.new_empty((programs, width), dtype=wide)
     dispatch.launch(

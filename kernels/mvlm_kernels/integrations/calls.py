@@ -37,6 +37,11 @@ def recorded_calls() -> Iterator[list[AttentionCall]]:
         _calls = before
 
 
+def recording() -> bool:
+    """True inside :func:`recorded_calls`."""
+    return _calls is not None
+
+
 def record(module: object, queries: int, keys: int, reasons: tuple[str, ...]) -> None:
     """Add a call to the list of :func:`recorded_calls`, if there is one."""
     if _calls is not None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import cross_attention, dispatch
-from mvlm_kernels.integrations.calls import kernel_reasons, record
+from mvlm_kernels.integrations.calls import kernel_reasons, record, recording
 from mvlm_kernels.integrations.report import Part, SwapReport
 from mvlm_kernels.integrations.transformers_models import configs_of, names_sdpa, why_not_swapped
 
@@ -155,7 +155,7 @@ def why_not_fused(
     """Every reason why a call of :func:`attention` with these arguments goes to SDPA; empty if the op computes it."""
     # As in transformers: without a mask the module's flag decides, and a single query sees every key.
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    queries, keys, width = query.shape[2], key.shape[2], query.shape[3]
+    queries, width = query.shape[2], query.shape[3]
     checks = (
         (bool(dropout), "dropout is not 0"),
         (position_bias is not None, "there is a position_bias"),
@@ -177,8 +177,12 @@ def why_not_fused(
         ),
     )
     reasons = tuple(reason for holds, reason in checks if holds)
+    return reasons + _kernel(query, key)
+
+
+def _kernel(query: Tensor, key: Tensor) -> tuple[str, ...]:
     dtype = dispatch.autocast_dtype(query.device) or query.dtype
-    return reasons + kernel_reasons(query.device, dtype, width, min(queries, keys))
+    return kernel_reasons(query.device, dtype, query.shape[3], min(query.shape[2], key.shape[2]))
 
 
 def attention(
@@ -216,18 +220,20 @@ def attention(
         raise ValueError(
             f"attention_mask must have shape (batch, heads or 1, queries, keys), got {tuple(attention_mask.shape)}"
         )
-    reasons = why_not_fused(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout,
-        is_causal=is_causal,
-        position_bias=position_bias,
-        sliding_window=kwargs.get("sliding_window"),
-        output_attentions=kwargs.get("output_attentions"),
-    )
+    reasons = _kernel(query, key)
+    if not reasons or recording():  # without a kernel the other reasons matter to a record alone
+        reasons = why_not_fused(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            is_causal=is_causal,
+            position_bias=position_bias,
+            sliding_window=kwargs.get("sliding_window"),
+            output_attentions=kwargs.get("output_attentions"),
+        )
     record(module, query.shape[2], key.shape[2], reasons)
     if not reasons:
         padding = None if attention_mask is None else _key_padding(attention_mask, query, key)

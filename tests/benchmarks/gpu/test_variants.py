@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mvlm_benchmarks.gpu.small_cases import small_cases
-from mvlm_benchmarks.gpu.variants import TILES, targets_of, variants
+from mvlm_benchmarks.gpu.variants import TILES, Options, targets_of, variants
 
 ROOT = Path(__file__).parents[3]
 
@@ -28,8 +28,9 @@ def test_targets_are_the_kernels_that_the_case_launches() -> None:
 
 
 @pytest.mark.parametrize("few", [False, True])
-def test_first_variant_is_the_default_and_no_two_are_equal(few: bool) -> None:
-    options = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1}
+@pytest.mark.parametrize("more", [{}, {"num_stages": 2, "maxnreg": 128}])
+def test_first_variant_is_the_default_and_no_two_are_equal(few: bool, more: dict[str, int]) -> None:
+    options: Options = {"BLOCK_M": 32, "BLOCK_N": 32, "num_warps": 4, "num_stages": 1, **more}
     found = variants("short_kv_backward", options, few)
     assert found[0] == {}
     texts = [json.dumps(options | change, sort_keys=True) for change in found]

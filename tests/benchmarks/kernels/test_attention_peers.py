@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from mvlm_benchmarks.kernels import attention_peers, packed_attention_peers
 from mvlm_benchmarks.kernels.cases import cases
+from mvlm_benchmarks.kernels.checks import expected_kernels
 from mvlm_benchmarks.kernels.inputs import Inputs
 from mvlm_benchmarks.kernels.measure import Outcome
 from mvlm_benchmarks.kernels.peers import PEERS
@@ -150,3 +151,16 @@ def test_flex_gets_arguments_that_compute_the_op(case, monkeypatch) -> None:
     found = attention_peers.flex(plain)(*plain.leaves.values())
     assert found.is_contiguous()
     torch.testing.assert_close((found.double(),), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_our_kernels_take_image_patches_on_demand(monkeypatch) -> None:
+    """The contender launches our kernels at 197x197, and has nothing to add where one side is short."""
+    peer = BY_NAME["ours-256"]
+    assert set(check_peer(peer, CASES[0]).values()) == {NEEDS_CUDA}
+    monkeypatch.setattr(attention_peers, "require_cuda", lambda inputs: None)
+    assert {outcome.status for outcome in check_peer(peer, CASES[0]).values()} == {"not applicable"}
+    (case,) = [case for case in CASES if "197x197" in case.shape]
+    inputs = case.make("cpu")
+    with peer.context():
+        function = peer.builders["cross_attention"](inputs)
+        assert expected_kernels(lambda: function(*inputs.leaves.values())) == ["short_kv_forward"]

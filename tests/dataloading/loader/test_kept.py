@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from support.data import damage_images, make_captions, write_dataset
 
 
 def load(dataset, tokenizer, **settings) -> Loader:
-    return Loader(dataset, tokenizer, **({"batch_size": 8, "image_size": 64, "text_length": 12, "seed": 5} | settings))
+    defaults: dict[str, Any] = {"batch_size": 8, "image_size": 64, "text_length": 12, "seed": 5}
+    return Loader(dataset, tokenizer, **(defaults | settings))
 
 
 def tensors(pair) -> list[torch.Tensor]:
@@ -96,6 +98,7 @@ def test_resume_may_change_the_memory_for_images(train_split, tokenizer):
         list(itertools.islice(begun, 9))
         resumed = load(train_split, tokenizer, keep_mb=then)
         resumed.load_state_dict(json.loads(json.dumps(begun.state_dict())))
+        assert resumed.resumed is not None
         assert resumed.resumed.exact_pixels
         assert not resumed.resumed.changed
         assert_same(resumed, itertools.islice(load(train_split, tokenizer), 9, None), 12)

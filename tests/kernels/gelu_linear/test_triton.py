@@ -97,6 +97,7 @@ def exercise():
 
 MUTANTS = [
     ("dx = g * (below + x * density)", "dx = g * (below + density)"),
+    ("x += widen(", "x -= widen("),
     ("total += dx", "total += g"),
     ("0.3989422804014327", "0.4"),
 ]

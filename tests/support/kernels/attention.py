@@ -188,7 +188,7 @@ def check_rows_in_front(case: Case, front: int = 3) -> None:
             if f"cu_seqlens_{side}" in call.kwargs:
                 call.kwargs[f"cu_seqlens_{side}"] = call.kwargs[f"cu_seqlens_{side}"] + front
                 for x in tensors:
-                    rows = torch.full((front, *getattr(call, x).shape[1:]), torch.nan)
+                    rows = torch.full((front, *getattr(call, x).shape[1:]), torch.nan, dtype=case.dtype)
                     setattr(call, x, torch.cat([rows, getattr(call, x)]))
         got = run(mvlm_kernels.cross_attention, call, **call.bounds)
     for a, b, side in zip(got, wanted, "qqkk", strict=True):
