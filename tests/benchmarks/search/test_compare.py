@@ -45,6 +45,7 @@ def test_rows_state_recall_for_each_value(tmp_path):
     assert recall_of([[0, 1], [5, 6]], np.array([[0, 2], [6, 5]])) == 0.75
 
 
+@pytest.mark.slow
 def test_lancedb_finds_what_it_was_given(tmp_path):
     pytest.importorskip("lancedb")
     vectors = synthetic_vectors(2_000, 16, seed=0)

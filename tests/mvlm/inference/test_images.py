@@ -1,5 +1,8 @@
 """Images loaded from files, and images with masked patches."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -93,11 +96,21 @@ def test_an_image_is_turned_as_its_exif_data_say(tmp_path):
     assert found[:, :, :20].max() < 50
 
 
+def png_header(side: int) -> bytes:
+    """The beginning of a PNG of this size, with no pixels."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    head = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + head + struct.pack(">I", 100) + b"IDAT"
+
+
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
     for side in (12_000, 30_000):  # above our limit; above Pillow's
-        Image.new("1", (side, side)).save(tmp_path / "bomb.png")
+        (tmp_path / "bomb.png").write_bytes(png_header(side) + bytes(100))
         with pytest.raises(RunError, match=r"bomb.png: wanted at most 100000000 pixels, found"):
             load_image(tmp_path / "bomb.png", 32)
+    (tmp_path / "small.png").write_bytes(png_header(100) + bytes(100))
+    with pytest.raises(RunError, match=r"small.png: wanted an image, could not read it"):
+        load_image(tmp_path / "small.png", 32)
 
 
 def test_loading_is_one_batch_ahead_and_an_error_reaches_the_caller():

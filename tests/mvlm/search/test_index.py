@@ -115,6 +115,7 @@ def test_embeddings_of_another_model_are_refused(index, embedded, tmp_path):
     assert index.count("images") == 48
 
 
+@pytest.mark.slow
 def test_an_inverted_file_finds_the_nearest(tmp_path, embedded):
     """Synthetic rows, so that an inverted file can be trained: recall at 10 of clustered vectors."""
     rng = np.random.default_rng(0)
@@ -137,6 +138,7 @@ def test_an_inverted_file_finds_the_nearest(tmp_path, embedded):
     assert hits >= 0.9 * 10 * len(vectors[::200])
 
 
+@pytest.mark.slow
 def test_an_index_lives_in_an_object_store(embedded, tmp_path, monkeypatch):
     moto = pytest.importorskip("moto.server")
     boto3 = pytest.importorskip("boto3")
