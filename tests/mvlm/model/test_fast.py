@@ -142,6 +142,8 @@ def test_the_fast_step_on_interpreted_kernels_launches_all_and_gives_the_same(mo
         "short_kv_backward",
         "short_q_forward",
         "short_q_backward",
+        "short_q_backward_dq",
+        "long_kv_backward",
         "loss_kernel",
         "scale_slope_kernel",
         "add_norm_kernel",
