@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def deterministic_kernels(device: torch.device) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when its first handle is made
-    settings = torch.utils.deterministic
+    settings: Any = torch.utils.deterministic  # torch's stubs leave out its one setting
     mode, filled = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -1,6 +1,7 @@
 """Writers of result files (CSV, JSON, plots), and the columns that describe the machine."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -59,9 +60,10 @@ class RowFile:
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append rows. Columns that a row does not have stay empty; those that the file does not have are an error."""
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self._columns).writerows({**row, **self._machine} for row in rows)
-            file.flush()
+        lines = io.StringIO(newline="")
+        csv.DictWriter(lines, self._columns).writerows({**row, **self._machine} for row in rows)
+        with self.path.open("ab", buffering=0) as file:
+            file.write(lines.getvalue().encode())  # one write: a kill leaves all of the rows or none
             os.fsync(file.fileno())
 
 

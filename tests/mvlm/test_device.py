@@ -1,5 +1,7 @@
 """Choice of device and precision."""
 
+from operator import attrgetter
+
 import pytest
 import torch
 
@@ -76,7 +78,7 @@ def test_deterministic_kernels_on_a_gpu_leave_out_cudnn_attention_and_restore_th
         return (
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
-            torch.utils.deterministic.fill_uninitialized_memory,
+            attrgetter("fill_uninitialized_memory")(torch.utils.deterministic),
             torch.backends.cuda.cudnn_sdp_enabled(),
         )
 

@@ -125,15 +125,17 @@ def variants(kernel: str, options: Options, few: bool = False) -> list[Options]:
     """
     warps, stages = options.get("num_warps") or 4, options.get("num_stages") or 1
     changes: list[Options] = [{"num_stages": n} for n in (1, 2, 3) if n != stages]
-    changes += [{"num_warps": n} for n in (2, 4, 8) if n != warps]
+    changes.extend({"num_warps": n} for n in (2, 4, 8) if n != warps)
     # A default with a limit of registers is also tried without it.
-    changes += [{"maxnreg": None}] if options.get("maxnreg") else [{"maxnreg": 128}, {"num_stages": 2, "maxnreg": 128}]
+    limits: list[Options] = [{"maxnreg": None}]
+    changes += limits if options.get("maxnreg") else [{"maxnreg": 128}, {"num_stages": 2, "maxnreg": 128}]
     tile = TILES.get(kernel, "")
     if size := options.get(tile):
         for other in (size // 2, 2 * size):
             if 16 <= other <= 256 or (tile == "BLOCK_B" and 4 <= other <= 64):
                 changes.append({tile: other})
-        changes += [{tile: 2 * size, "num_warps": 8}] if 32 <= 2 * size <= 256 and warps < 8 else []
+        if 32 <= 2 * size <= 256 and warps < 8:
+            changes.append({tile: 2 * size, "num_warps": 8})
     if few:
         return [{}, changes[-1], changes[0]]
     return [{}, *changes]

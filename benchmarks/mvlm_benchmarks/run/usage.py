@@ -71,7 +71,7 @@ def usage_between(before: Usage, after: Usage, steps: int) -> dict[str, float]:
     Returns:
         `seconds`; `cpu_s` and, for each group of threads, `cpu_GROUP_s`; `page_faults`; `switches`.
     """
-    by_group = dict.fromkeys(GROUPS, 0.0)
+    by_group: dict[str, float] = dict.fromkeys(GROUPS, 0.0)
     for thread, seconds in after.cpu.items():
         by_group[after.groups[thread]] += seconds - before.cpu.get(thread, 0.0)
     total = after.cpu_total - before.cpu_total

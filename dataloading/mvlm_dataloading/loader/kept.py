@@ -79,7 +79,7 @@ def keep_split(dataset: Dataset, config: ReaderConfig, max_bytes: int) -> KeptSp
         return None
     finally:
         pipeline.__del__()  # see `Segment.close`
-    log.info("%s: keeps %d decoded images, %.0f MB", dataset.folder, len(images), taken / 1e6)
+    log.debug("%s: keeps %d decoded images, %.0f MB", dataset.folder, len(images), taken / 1e6)
     texts, metadata, tokens = components
     return KeptSplit(dataset, images, texts, metadata, tokens if config.stored_tokens else [])
 

@@ -4,6 +4,8 @@ The mathematics is that of ``reference.py``, and tests compare the two. Between 
 cache, and no temporary has the size of a tensor: on a CPU fresh memory costs more than the arithmetic.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ VALUES = 1 << 18
 """Values of the rows that are processed at a time: 1 MiB in float32."""
 
 
-def _split(width: int, *tensors: Tensor | None) -> list[tuple[Tensor | None, ...]]:
+def _split(width: int, *tensors: Tensor | None) -> list[tuple[Any, ...]]:
     """Views of a few rows of all tensors, (.., C) or (R,). An absent tensor stays absent."""
     rows = max(1, VALUES // width)
     pieces = [None if t is None else t.view(-1, width).split(rows) for t in tensors]

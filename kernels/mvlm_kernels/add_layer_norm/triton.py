@@ -48,7 +48,7 @@ def add_norm_kernel(
     weights = ()
     biases = ()
     y_biases = ()
-    for i in tl.static_range(PARTS):
+    for i in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
         c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
         weights = weights + (widen(tl.load(weight_ptr + c, mask=c < C, other=0.0), ACC),)  # noqa: RUF005
         biases = biases + (widen(tl.load(bias_ptr + c, mask=c < C, other=0.0), ACC),)  # noqa: RUF005
@@ -60,7 +60,7 @@ def add_norm_kernel(
         row = (r * C)[:, None]
         summed = tl.zeros((BLOCK_R,), ACC)
         parts = ()
-        for i in tl.static_range(PARTS):
+        for i in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
             c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
             s = widen(tl.load(x_ptr + row + c, mask=inside & (c < C), other=0.0), ACC)
             if y_ptr is not None:
@@ -74,12 +74,12 @@ def add_norm_kernel(
             parts = parts + (s,)  # noqa: RUF005, a tuple of a kernel has no unpacking
         mean = summed / C
         squares = tl.zeros((BLOCK_R,), ACC)
-        for i in tl.static_range(PARTS):
+        for i in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
             c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
             centred = tl.where(c < C, parts[i] - mean[:, None], 0.0)
             squares += tl.sum(centred * centred, axis=1)
         rstd = 1 / tl.sqrt(squares / C + eps)
-        for i in tl.static_range(PARTS):
+        for i in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
             c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
             n = (parts[i] - mean[:, None]) * rstd[:, None] * weights[i] + biases[i]
             tl.store(out_ptr + row + c, cast(n, out_ptr.dtype.element_ty), mask=inside & (c < C))
@@ -101,7 +101,7 @@ def add_norm_backward_kernel(
     db = ()
     dc = ()
     weights = ()
-    for i in tl.static_range(PARTS):
+    for i in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
         c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
         weights = weights + (widen(tl.load(weight_ptr + c, mask=c < C, other=0.0), ACC),)  # noqa: RUF005
         zero = tl.zeros((BLOCK_R, BLOCK_C), ACC)
@@ -120,7 +120,7 @@ def add_norm_backward_kernel(
         norms = ()
         next_dw = ()
         next_db = ()
-        for i in tl.static_range(PARTS):
+        for i in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
             c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
             g = widen(tl.load(grad_ptr + row + c, mask=inside & (c < C), other=0.0), ACC)
             if POST and residual_ptr is not None:
@@ -139,7 +139,7 @@ def add_norm_backward_kernel(
         one = (along_one / C)[:, None]
         along = (along_norm / C)[:, None]
         next_dc = ()
-        for i in tl.static_range(PARTS):
+        for i in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
             c = (i * BLOCK_C + tl.arange(0, BLOCK_C))[None, :]
             ds = (scaled[i] - one - norms[i] * along) * rstd
             if not POST and residual_ptr is not None:
@@ -150,7 +150,7 @@ def add_norm_backward_kernel(
             next_dc = next_dc + (dc[i] + ds,)  # noqa: RUF005, rows past the end have ds = 0, as their rstd is
         dc = next_dc
     share = partial_ptr + tl.program_id(0).to(tl.int64) * SUMS * C
-    for i in tl.static_range(PARTS):
+    for i in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
         c = i * BLOCK_C + tl.arange(0, BLOCK_C)
         tl.store(share + c, tl.sum(dw[i], axis=0), mask=c < C)
         tl.store(share + C + c, tl.sum(db[i], axis=0), mask=c < C)

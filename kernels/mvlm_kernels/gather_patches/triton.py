@@ -97,7 +97,7 @@ def load_patches(
     exists = (row < rows) & (patch >= 0) & (patch < num_patches)
     start = (b.to(tl.int64) * images[1])[:, None]
     tiles = ()
-    for i in tl.static_range(0, C * P * P, BLOCK_F):
+    for i in tl.static_range(0, C * P * P, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
         f = i + tl.arange(0, BLOCK_F)[None, :]
         if (P * P) % BLOCK_F == 0:
             c = tl.full((1, 1), i // (P * P), tl.int64)
@@ -129,7 +129,7 @@ def gather_kernel(
     ids, sizes = (ids_ptr, stride_kb, stride_kk), (rows, K, num_patches, grid_w)
     tiles = load_patches(row, images, norm, ids, sizes, C, P, ACC, BLOCK_F)
     out_rows = out_ptr + (row.to(tl.int64) * F)[:, None]
-    for i in tl.static_range(0, F, BLOCK_F):
+    for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
         f = i + tl.arange(0, BLOCK_F)[None, :]
         value = cast(tiles[i // BLOCK_F], out_ptr.dtype.element_ty)
         tl.store(out_rows + f, value, mask=(row < rows)[:, None] & (f < F))

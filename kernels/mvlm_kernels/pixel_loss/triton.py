@@ -62,18 +62,18 @@ def normalized_by_moments(tiles, F: tl.constexpr, BLOCK_F: tl.constexpr):
     In two passes over registers, because E[x^2] - E[x]^2 would cancel.
     """
     total = tl.zeros_like(tiles[0])
-    for i in tl.static_range(0, F, BLOCK_F):
+    for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
         f = i + tl.arange(0, BLOCK_F)[None, :]
         total += tl.where(f < F, tiles[i // BLOCK_F], 0.0)
     center = (tl.sum(total, axis=1) * (1.0 / F))[:, None]
     squares = tl.zeros_like(total)
-    for i in tl.static_range(0, F, BLOCK_F):
+    for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
         f = i + tl.arange(0, BLOCK_F)[None, :]
         deviation = tl.where(f < F, tiles[i // BLOCK_F] - center, 0.0)
         squares += deviation * deviation
     inverse = (1.0 / tl.sqrt(tl.sum(squares, axis=1) * (1.0 / (F - 1)) + EPS))[:, None]
     out = ()
-    for i in tl.static_range(0, F, BLOCK_F):
+    for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
         out += ((tiles[i // BLOCK_F] - center) * inverse,)
     return out
 
@@ -96,14 +96,14 @@ def loss_kernel(
     targets = load_patches(row, images, norm, ids, sizes, C, P, ACC, BLOCK_F)
     preds = ()
     pred_rows = pred_ptr + (row.to(tl.int64) * stride_pr)[:, None]
-    for i in tl.static_range(0, F, BLOCK_F):
+    for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
         f = (i + tl.arange(0, BLOCK_F))[None, :]
         inside = (row < rows)[:, None] & (f < F)
         preds += (tl.load(pred_rows + f.to(tl.int64) * stride_pf, mask=inside, other=0.0),)
     if NORMALIZE_TARGET:
         targets = normalized_by_moments(targets, F, BLOCK_F)
     losses = tl.zeros((BLOCK_R, BLOCK_F), ACC)
-    for i in tl.static_range(0, F, BLOCK_F):
+    for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
         f = (i + tl.arange(0, BLOCK_F))[None, :]
         inside = (row < rows)[:, None] & (f < F)
         # A bad id has no readable pixel: its target is NaN, and so are its loss and its gradient.
@@ -141,14 +141,14 @@ def scale_slope_kernel(
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     at = (row.to(tl.int64) * F)[:, None]
     slopes = ()
-    for i in tl.static_range(0, F, BLOCK_F):
+    for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
         f = (i + tl.arange(0, BLOCK_F))[None, :]
         slopes += (tl.load(slope_ptr + at + f, mask=(row < rows)[:, None] & (f < F), other=0),)
     factor = tl.full((BLOCK_R,), 1.0, ACC)
     if grad_ptr is not None:
         factor = widen(tl.load(grad_ptr + row.to(tl.int64) * stride_g, mask=row < rows, other=0.0), ACC)
     factor = (factor / divisor)[:, None]
-    for i in tl.static_range(0, F, BLOCK_F):
+    for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
         f = (i + tl.arange(0, BLOCK_F))[None, :]
         value = cast(decode_slope(slopes[i // BLOCK_F], ACC) * factor, out_ptr.dtype.element_ty)
         tl.store(out_ptr + at + f, value, mask=(row < rows)[:, None] & (f < F))

@@ -65,7 +65,8 @@ def place_tokens_backward(
     grad: of the output's shape. needs: four booleans. A gradient that is not needed is an empty tensor.
     """
     if both:
-        wide_types = (compute_dtype(grad.dtype),) * 4
+        wide = compute_dtype(grad.dtype)
+        wide_types = (wide, wide, wide, wide)
         unmasked, others = (
             place_tokens_backward(g, m, None, False, num_tokens, wide_types, needs)
             for g, m in zip(grad.chunk(2), (None, masked), strict=True)

@@ -1,6 +1,7 @@
 """Values of gelu_linear: the interpreted kernels and the torch code against loops in float64."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,8 @@ def case(rows, width, out, dtype=FP32, parameters=FP32, bias=True, h_bias=True):
 
 def oracle(inputs, grad):
     """Output and gradients in float64, with the GELU and its derivative value by value."""
-    h, weight, bias, h_bias = (None if t is None else t.detach().double().numpy() for t in inputs)
+    arrays: list[Any] = [None if t is None else t.detach().double().numpy() for t in inputs]
+    h, weight, bias, h_bias = arrays
     x = h if h_bias is None else h + h_bias
     below = np.array([[0.5 * (1 + math.erf(v / math.sqrt(2))) for v in row] for row in x])
     density = np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
@@ -39,7 +41,8 @@ def oracle(inputs, grad):
 
 
 def by_op(inputs, grad, backend):
-    h, weight, bias, h_bias = leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    h, weight, bias, h_bias = leaves
     with use_backend(backend):
         out = gelu_linear(h, weight, bias, h_bias=h_bias)
         out.backward(grad)
@@ -49,8 +52,8 @@ def by_op(inputs, grad, backend):
 def check(inputs):
     grad = random((len(inputs[0]), len(inputs[1])), inputs[0].dtype, 4)
     wanted = oracle(inputs, grad)
-    inputs = [None if t is None else guarded(t) for t in inputs]
-    by_torch, by_kernel = (by_op(inputs, guarded(grad), backend) for backend in ("torch", "triton"))
+    inner: list[Any] = [None if t is None else guarded(t) for t in inputs]
+    by_torch, by_kernel = (by_op(inner, guarded(grad), backend) for backend in ("torch", "triton"))
     half = inputs[0].dtype.itemsize == 2  # weights and products are then rounded to 16 bits
     for name, want, slow, fast in zip(NAMES, wanted, by_torch, by_kernel, strict=True):
         assert (want is None) == (slow is None) == (fast is None), name
@@ -97,7 +100,7 @@ def exercise():
 
 MUTANTS = [
     ("dx = g * (below + x * density)", "dx = g * (below + density)"),
-    ("x += widen(", "x -= widen("),
+    ("ACC) + bias[None, :]", "ACC) - bias[None, :]"),
     ("total += dx", "total += g"),
     ("0.3989422804014327", "0.4"),
 ]

@@ -1,5 +1,7 @@
 """Inputs of add_layer_norm, an oracle in loops over rows, and the check of all implementations."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -12,7 +14,14 @@ EPS = 1e-5
 NAMES = "stream", "normalised", "dx", "dy", "dy_bias", "dweight", "dbias"
 
 
-def case(rows, width, x_dtype=torch.float32, y_dtype=torch.bfloat16, parameters=torch.float32, bias=True):
+def case(
+    rows,
+    width,
+    x_dtype=torch.float32,
+    y_dtype: torch.dtype | None = torch.bfloat16,
+    parameters=torch.float32,
+    bias=True,
+) -> list[Any]:
     """x, y, y_bias, weight, bias; y_dtype None leaves out y and y_bias, bias False leaves out y_bias."""
     y = None if y_dtype is None else random((rows, width), y_dtype, 1)
     y_bias = random((width,), parameters, 2) if bias and y is not None else None
@@ -21,7 +30,8 @@ def case(rows, width, x_dtype=torch.float32, y_dtype=torch.bfloat16, parameters=
 
 def oracle(inputs, grads, post_norm):
     """Both outputs and the gradients of all inputs in float64, row by row."""
-    x, y, y_bias, weight, bias = (None if t is None else t.detach().double().numpy() for t in inputs)
+    arrays: list[Any] = [None if t is None else t.detach().double().numpy() for t in inputs]
+    x, y, y_bias, weight, bias = arrays
     by_stream, by_norm = (g.double().numpy() for g in grads)
     rows, width = x.shape
     total = x + (0 if y is None else y) + (0 if y_bias is None else y_bias)
@@ -43,7 +53,8 @@ def oracle(inputs, grads, post_norm):
 
 def by_op(inputs, grads, post_norm, backend, out_dtype):
     """The same from the op."""
-    x, y, y_bias, weight, bias = leaves = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    leaves: list[Any] = [None if t is None else t.detach().requires_grad_() for t in inputs]
+    x, y, y_bias, weight, bias = leaves
     with use_backend(backend):
         outputs = add_layer_norm(x, y, weight, bias, EPS, y_bias=y_bias, out_dtype=out_dtype, post_norm=post_norm)
         torch.autograd.backward(outputs, [g.to(out.dtype) for g, out in zip(grads, outputs, strict=True)])
@@ -55,8 +66,9 @@ def check(inputs, post_norm=False, out_dtype=torch.bfloat16):
     stream_dtype = inputs[0].dtype if inputs[1] is None else torch.promote_types(inputs[0].dtype, inputs[1].dtype)
     grads = [random(inputs[0].shape, stream_dtype, 5), random(inputs[0].shape, out_dtype, 6)]
     wanted = oracle(inputs, grads, post_norm)
-    inputs, grads = [None if t is None else guarded(t) for t in inputs], [guarded(g) for g in grads]
-    by_torch, by_kernel = (by_op(inputs, grads, post_norm, backend, out_dtype) for backend in ("torch", "triton"))
+    inner: list[Any] = [None if t is None else guarded(t) for t in inputs]
+    grads = [guarded(g) for g in grads]
+    by_torch, by_kernel = (by_op(inner, grads, post_norm, backend, out_dtype) for backend in ("torch", "triton"))
     for name, want, slow, fast in zip(NAMES, wanted, by_torch, by_kernel, strict=True):
         assert (want is None) == (slow is None) == (fast is None), name
         if want is None:

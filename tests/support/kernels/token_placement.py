@@ -1,5 +1,7 @@
 """Inputs of place_tokens, an oracle in loops, and the check of all implementations."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -16,7 +18,9 @@ def random(shape, dtype, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def case(batch, num_patches, width, mode, dtype=torch.float32, parameter_dtype=None, visible=0, share=0.5):
+def case(
+    batch, num_patches, width, mode, dtype=torch.float32, parameter_dtype=None, visible=0, share=0.5
+) -> tuple[list[Any], dict[str, Any]]:
     """The four tensors and the keyword arguments of a call in mode "all", "masked", "both" or "visible"."""
     parameter_dtype = parameter_dtype or dtype
     inputs = [
