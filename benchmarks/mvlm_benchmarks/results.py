@@ -43,7 +43,8 @@ def device_name(about: dict[str, Any]) -> str:
 class RowFile:
     """A CSV file to which rows are appended as they are measured.
 
-    Each `append` ends with the rows on disk, so a process that is killed loses only the case that it was measuring.
+    Each `append` ends with the rows on disk, so a process that is killed loses only the case that it was measuring. A
+    kill during an `append` may leave the beginning of a row: what follows the last line end is none.
     Every line repeats the machine's columns, so that files can be concatenated.
     """
 
@@ -63,7 +64,7 @@ class RowFile:
         lines = io.StringIO(newline="")
         csv.DictWriter(lines, self._columns).writerows({**row, **self._machine} for row in rows)
         with self.path.open("ab", buffering=0) as file:
-            file.write(lines.getvalue().encode())  # one write: a kill leaves all of the rows or none
+            file.write(lines.getvalue().encode())
             os.fsync(file.fileno())
 
 

@@ -95,7 +95,7 @@ def mark_model_parts(model: nn.Module) -> Iterator[None]:
         for function, name in FAST_FUNCTIONS.items():
             stack.enter_context(patch.object(fast, function, _marked(name, getattr(fast, function))))
         stack.enter_context(patch.object(KeyValueCache, "keys_values", decoder_keys_values))
-        stack.enter_context(patch.object(model, "match", _marked(MATCHING, model.match)))
+        stack.enter_context(patch.object(model, "fuse", _marked(MATCHING, model.fuse)))
         yield
 
 

@@ -100,7 +100,7 @@ def exercise():
 
 MUTANTS = [
     ("dx = g * (below + x * density)", "dx = g * (below + density)"),
-    ("ACC) + bias[None, :]", "ACC) - bias[None, :]"),
+    ("g = widen(", "g = -widen("),
     ("total += dx", "total += g"),
     ("0.3989422804014327", "0.4"),
 ]

@@ -76,17 +76,15 @@ def run_trials(folder: Path, kills: int, rng: random.Random) -> str | None:
     killed = finished = unfinished = 0
     while killed < kills:
         out = folder / f"killed-{finished}"
-        while True:
-            before = killed
+        while killed < kills:
             pid = in_child(lambda out=out: write(out, alone))
             time.sleep(rng.uniform(0, seconds))
-            if killed < kills and os.waitpid(pid, os.WNOHANG)[0] == 0:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                killed += 1
-                unfinished += not (out / "embedding.json").exists()
-            if killed == before:
-                break
+            if os.waitpid(pid, os.WNOHANG)[0] != 0:
+                break  # it ended before it was to be killed
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            killed += 1
+            unfinished += not (out / "embedding.json").exists()
         if not ended_well(in_child(lambda out=out: write(out, alone))):
             return f"{out.name}: the last process failed"
         if contents(out) != wanted:
