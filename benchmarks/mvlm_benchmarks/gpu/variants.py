@@ -127,8 +127,11 @@ def variants(kernel: str, options: Options, few: bool = False) -> list[Options]:
     changes: list[Options] = [{"num_stages": n} for n in (1, 2, 3) if n != stages]
     changes.extend({"num_warps": n} for n in (2, 4, 8) if n != warps)
     # A default with a limit of registers is also tried without it.
-    limits: list[Options] = [{"maxnreg": None}]
-    changes += limits if options.get("maxnreg") else [{"maxnreg": 128}, {"num_stages": 2, "maxnreg": 128}]
+    if options.get("maxnreg"):
+        changes.append({"maxnreg": None})
+    else:
+        changes.append({"maxnreg": 128})
+        changes.append({"num_stages": 2, "maxnreg": 128})
     tile = TILES.get(kernel, "")
     if size := options.get(tile):
         for other in (size // 2, 2 * size):

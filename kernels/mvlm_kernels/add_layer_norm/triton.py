@@ -194,7 +194,7 @@ def add_layer_norm(
     wide = x.new_empty(x.shape if both else (0,), dtype=dtype)
     normalised = x.new_empty(x.shape, dtype=out_dtype)
     mean, rstd = x.new_empty(rows, dtype=wide_dtype), x.new_empty(rows, dtype=wide_dtype)
-    y_bias, weight, bias = (None if p is None else p.contiguous() for p in (y_bias, weight, bias))
+    weight, bias, y_bias = weight.contiguous(), bias.contiguous(), None if y_bias is None else y_bias.contiguous()
     dispatch.launch(
         add_norm_kernel, (_programs(x.device, rows, tile["BLOCK_R"], PROGRAMS_FORWARD),),
         x, y, y_bias, weight, bias, total, wide if both else None, normalised, mean, rstd, rows, eps,

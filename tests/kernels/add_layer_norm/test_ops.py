@@ -1,5 +1,7 @@
 """add_layer_norm as an op: registration, compilation, errors, and the text of explain."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ OPS = torch.ops.mvlm_kernels
 def test_both_passes_pass_opcheck(backend, post_norm):
     with use_backend(backend):
         for y_dtype in (BF16, FP32, None):
-            leaves = [None if t is None else t.requires_grad_() for t in case(3, 8, y_dtype=y_dtype)]
+            leaves: list[Any] = [None if t is None else t.requires_grad_() for t in case(3, 8, y_dtype=y_dtype)]
             torch.library.opcheck(OPS.add_layer_norm.default, (*leaves, 1e-5, BF16, post_norm))
         x, weight = leaves[0].detach(), leaves[3].detach()
         for needs_bias, y_dtype in ((True, BF16), (False, FP32)):
