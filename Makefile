@@ -7,7 +7,8 @@ RUN    ?= runs/demo
 STEPS  ?= 640
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu test-triton faults faults-data faults-loading soak bench aot traffic \
+.PHONY: help demo test test-fast test-gpu test-triton test-integrations emulate faults faults-data faults-loading \
+        faults-embedding soak bench aot traffic \
         wheel-smoke check format clean
 
 ## help            list these targets
@@ -48,16 +49,35 @@ test-gpu: $(VENV)/.installed
 # Each Triton gets a virtual environment. Before 3.7 Triton's interpreter converts arrays of one element to scalars,
 # which NumPy 2.4 refuses. Compiled kernels do not use NumPy.
 TRITONS ?= 3.6.0 3.9.0
+build/triton-%/.installed: pyproject.toml
+	$(PYTHON) -m venv build/triton-$*
+	build/triton-$*/bin/python -m pip install --quiet --disable-pip-version-check --editable . "triton==$*" \
+	    "$(if $(filter 3.6.%,$*),numpy<2.4,numpy)" pytest hypothesis "transformers>=5.24,<5.25" timm diffusers
+	touch $@
+
 ## test-triton     run the kernels' tests with the oldest and the newest supported Triton
-test-triton:
+test-triton: $(TRITONS:%=build/triton-%/.installed)
 	for version in $(TRITONS); do \
-	    case $$version in 3.6.*) numpy="numpy<2.4";; *) numpy=numpy;; esac; \
-	    $(PYTHON) -m venv build/triton-$$version && \
-	    build/triton-$$version/bin/python -m pip install --quiet --disable-pip-version-check \
-	        --editable . "triton==$$version" "$$numpy" pytest hypothesis "transformers>=5.24,<5.25" timm && \
 	    build/triton-$$version/bin/python -m pytest tests/kernels \
 	        -W "ignore:Conversion of an array with ndim:DeprecationWarning" || exit 1; \
 	done
+
+# CASES is an expression of pytest's -k.
+CASES ?=
+## emulate         run every kernel as compiled for sm_80 and sm_90, emulated on the CPU: about an hour on two cores
+emulate: $(VENV)/.installed
+	TRITON_INTERPRET=0 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/emulator -n $(JOBS) -k "$(CASES)"
+
+# The walks take about 20 minutes of one core. Their tables are copied only if there is no fault.
+## test-integrations  swap the attention of every transformers class, the patch embedding of every timm model
+test-integrations: $(VENV)/.installed
+	rm -rf build/walks
+	mkdir -p build/walks
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m support.kernels.walk_timm --csv build/walks/integrations-timm.csv
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m support.kernels.walk_transformers \
+	    --csv build/walks/integrations-transformers.csv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/integrations
+	cp build/walks/*.csv benchmarks/results/
 
 ## wheel-smoke     install the kernels from a wheel, with torch and Triton alone, and call them
 wheel-smoke: $(VENV)/.installed
@@ -80,8 +100,8 @@ format: $(VENV)/.installed
 
 # A trial takes about 3 s.
 FAULTS ?= 1000
-## faults          faults-data, faults-loading, and 1000 training runs, each disturbed in one way and resumed
-faults: faults-data faults-loading
+## faults          faults-data, faults-loading, faults-embedding, and 1000 training runs, each disturbed in one way and resumed
+faults: faults-data faults-loading faults-embedding
 	$(BIN)/python tests/promises/faults/campaign.py --count $(FAULTS) --jobs $(JOBS) --json benchmarks/results/faults.json
 
 ## faults-data     kill builds of shards at 50 moments (`make test`: 10)
@@ -91,6 +111,10 @@ faults-data: $(VENV)/.installed
 ## faults-loading  kill 50 loading processes at random moments (`make test`: 10)
 faults-loading: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/python tests/promises/faults/kill_loaders.py $(DATA) --kills 50
+
+## faults-embedding kill 20 embedding processes at random moments (`make test`: 4)
+faults-embedding: $(VENV)/.installed
+	$(BIN)/python tests/promises/faults/kill_embedding.py --kills 20
 
 MINUTES ?= 120
 ## soak            train for two hours: memory and speed stay flat, nothing leaks
@@ -110,13 +134,17 @@ bench: $(VENV)/.installed $(DATA)/dataset.json
 	    --json $(RESULTS)/step-tiny-compiled-$(MACHINE).json --csv $(RESULTS)/step-tiny-compiled-$(MACHINE).csv
 	$(BIN)/mvlm bench step --preset base --batch 4 --rounds 3 --no-optimizer --contenders timm+roberta timm+decoder-layer fast \
 	    --json $(RESULTS)/step-base-$(MACHINE).json --csv $(RESULTS)/step-base-$(MACHINE).csv
+	$(BIN)/mvlm bench run --data $(DATA) --rounds 20 --json $(RESULTS)/run-tiny-$(MACHINE).json --csv $(RESULTS)/run-tiny-$(MACHINE).csv
 	$(BIN)/mvlm bench data --rounds 11 --soak 200000 --start 1000000 --step $(RESULTS)/step-tiny-$(MACHINE).json --out $(RESULTS)
 	$(BIN)/mvlm bench data --data $(DATA) --rounds 11 --out $(RESULTS)
 	$(BIN)/python -m mvlm_benchmarks.step.overhead $(DATA) --json $(RESULTS)/overhead.json
 
-## aot             compile every kernel for sm_80, sm_90 and sm_100, without a GPU (`make test`: some)
-aot: $(VENV)/.installed
-	$(BIN)/python -m mvlm_kernels.aot --jobs $$(nproc) --json benchmarks/results/aot.json
+## aot             compile every kernel for sm_80, sm_90 and sm_100 with both Tritons, without a GPU
+aot: $(TRITONS:%=build/triton-%/.installed)
+	for version in $(TRITONS); do \
+	    build/triton-$$version/bin/python -m mvlm_kernels.aot --jobs $$(nproc) \
+	        --json benchmarks/results/aot-$${version%.*}.json || exit 1; \
+	done
 
 ## traffic         count the bytes that the kernels move, against the fewest possible
 traffic: $(VENV)/.installed

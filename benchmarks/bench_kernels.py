@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from mvlm_benchmarks.clock import make_clock, torch_settings
-from mvlm_benchmarks.kernels.cases import Case, cases
+from mvlm_benchmarks.kernels.cases import cases
 from mvlm_benchmarks.kernels.compare import Entry, prepare
-from mvlm_benchmarks.kernels.inputs import Inputs
-from mvlm_benchmarks.kernels.measure import Expected, LocalContender, passes_of, run_reference
+from mvlm_benchmarks.kernels.inputs import Case
+from mvlm_benchmarks.kernels.measure import LocalContender
 from mvlm_benchmarks.kernels.peers import PEERS, ours_as_peer
+from mvlm_benchmarks.kernels.reference import CaseData, passes_of
 
 # Warnings are errors in the test suite, but peers may warn: SDPA gives the reason for a refused backend in a warning.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -41,16 +42,15 @@ def entries() -> list:
 
 # Tests are ordered by case, then contender, so a cache of one entry is enough.
 @functools.lru_cache(maxsize=1)
-def inputs_and_reference(case: Case) -> tuple[Inputs, Expected]:
-    inputs = case.make(DEVICE)
-    return inputs, run_reference(case, inputs)
+def data_of(case: Case) -> CaseData:
+    return CaseData.make(case, DEVICE)
 
 
 @functools.lru_cache(maxsize=1)
 def prepared(case: Case, contender: str) -> Entry:
     torch.compiler.reset()
     peer = next(peer for peer in [ours_as_peer(case), *PEERS] if peer.name == contender)
-    return prepare(peer, case, *inputs_and_reference(case), make_clock(DEVICE, quick=True), DEVICE)
+    return prepare(peer, data_of(case), make_clock(DEVICE, quick=True))
 
 
 @pytest.mark.parametrize("case, contender, name", entries())

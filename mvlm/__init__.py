@@ -2,7 +2,8 @@
 
     import mvlm
 
-    model, tokenizer = mvlm.load_model("runs/demo")
+    model = mvlm.load_model("runs/demo")
+    model.match("cat.png", "a cat").probability
 
 Names are imported on first use, so `import mvlm` is quick and needs only the packages of the names that are used.
 """
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from mvlm.errors import ConfigError as ConfigError
     from mvlm.errors import RunError as RunError
     from mvlm.evaluation.evaluate import evaluate as evaluate
+    from mvlm.inference.trained_model import TrainedModel as TrainedModel
     from mvlm.model.maskvlm import MaskVLM as MaskVLM
     from mvlm.objectives.losses import Losses as Losses
     from mvlm.runs.load import export as export
@@ -30,6 +32,7 @@ _MODULES = {
     "MaskVLMConfig": "config.model",
     "PretrainConfig": "config.pretrain",
     "RunError": "errors",
+    "TrainedModel": "inference.trained_model",
     "evaluate": "evaluation.evaluate",
     "export": "runs.load",
     "load_model": "runs.load",
@@ -43,6 +46,7 @@ __all__ = [
     "MaskVLMConfig",
     "PretrainConfig",
     "RunError",
+    "TrainedModel",
     "evaluate",
     "export",
     "load_model",

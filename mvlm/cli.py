@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from mvlm.commands import bench, data_build, data_tools, evaluate, export, plan, predict, report, score
+from mvlm.commands import bench, data_build, data_tools, embed, evaluate, export, plan, predict, report, score, search
 from mvlm.commands.arguments import deferred, parse
 from mvlm.commands.doctor import doctor
 from mvlm.commands.finetune import eval_task, finetune
@@ -38,10 +38,16 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "score": score.score,
     "report": report.report,
     "export": export.export,
+    "embed": embed.embed,
+    "search index": search.index,
+    "search query": search.query,
+    "search add": search.add,
+    "search remove": search.remove,
     "doctor": doctor,
     "bench kernels": bench.kernels,
     "bench step": bench.step,
     "bench data": bench.data,
+    "bench run": bench.run,
 }
 
 

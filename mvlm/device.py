@@ -1,6 +1,9 @@
 """Device and precision of computations on this machine."""
 
 import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +42,32 @@ def autocast(device: torch.device, precision: str = "auto") -> contextlib.Abstra
     if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def deterministic_kernels(device: torch.device) -> Iterator[None]:
+    """Inside the block, torch's operations give the same bits in every run on this device.
+
+    Torch's CPU kernels that training uses do so anyway. On a GPU the backward of SDPA adds up in the order in which
+    blocks finish: that of cuDNN always, that of flash attention unless deterministic algorithms are asked for. An
+    operation without a deterministic kernel warns.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when its first handle is made
+    settings: Any = torch.utils.deterministic  # torch's stubs leave out its one setting
+    mode, filled = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = False  # it would fill every new tensor, and find bugs, not make bits equal
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        settings.fill_uninitialized_memory = filled
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

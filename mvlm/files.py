@@ -1,4 +1,7 @@
-"""Files: checksums, JSON, safetensors, and writes forced to the disk."""
+"""Files: checksums, JSON, safetensors, and writes forced to the disk.
+
+safetensors is imported when a file is read or written, so that a model can be built and timed with torch alone.
+"""
 
 import hashlib
 import json
@@ -7,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mvlm.errors import RunError
@@ -47,6 +48,9 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_safetensors(file: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file by name, on the CPU. RunError if it cannot be read as one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return load_file(file)
     except (OSError, SafetensorError) as error:
@@ -55,6 +59,8 @@ def read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors by name to a safetensors file; contiguous copies are made if necessary."""
+    from safetensors.torch import save_file
+
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 
 

@@ -1,35 +1,61 @@
-"""Clocks that measure the time and peak memory of a call on a CPU or a GPU."""
+"""Clocks that measure the time and peak memory of calls on a CPU or a GPU.
+
+A clock gets several steps: the same call on several sets of inputs, which it times in turn. It also returns the last
+timed result of each step, copied as soon as its timer stopped. So what is checked is what was timed, and a result that
+another thread or stream finishes later is wrong.
+"""
 
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-Step = Callable[[], Any]
+Results = tuple[Tensor, ...]
+Step = Callable[[], Results]
+"""A call that returns all tensors it computed."""
+Prepare = Callable[[int], None]
+"""Work before each timed call of the step with this number, outside the timed region."""
+
+GRAPH_CALLS = 10
+"""Calls in one CUDA graph. Launching a graph takes a few microseconds, which ten calls share."""
+
+
+class Refused(Exception):
+    """The contender tampers with the measurement."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Time of a call in microseconds: median, 20th and 80th percentile."""
+    """Time of a call in microseconds: median, 20th and 80th percentile, and the time of every call."""
 
     us: float
     p20: float
     p80: float
+    calls: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, calls: Sequence[float]) -> "Timing":
+        """Timing of at least two calls, in microseconds."""
+        fifths = statistics.quantiles(calls, n=5)
+        return cls(statistics.median(calls), fifths[0], fifths[3], tuple(calls))
 
 
 class Clock(Protocol):
-    """Measures a step, which may be any call, on one type of device."""
+    """Measures steps on one type of device."""
 
-    def time(self, step: Step) -> Timing: ...
+    def time(self, steps: Sequence[Step], prepare: Prepare) -> tuple[Timing, list[Results]]:
+        """The time of a call, and for each step its last timed results."""
+        ...
 
-    def graph(self, make_step: Callable[[], Step]) -> float | None:
-        """Microseconds of one call as a CUDA graph; None on a CPU.
+    def graph(self, make_steps: Callable[[], Sequence[Step]]) -> tuple[float, list[Results]] | None:
+        """Microseconds of one call inside a CUDA graph, and the results that the timed graph left; None on a CPU.
 
-        `make_step` is called on the stream that is captured.
+        `make_steps` is called on the stream that is captured.
         """
         ...
 
@@ -38,24 +64,54 @@ class Clock(Protocol):
         ...
 
 
+_TIMERS = (
+    (time, "perf_counter"), (time, "process_time"), (time, "sleep"), (torch, "equal"), (torch.autograd, "grad"),
+    (torch.cuda, "Event"), (torch.cuda, "synchronize"), (torch.cuda, "current_stream"), (torch.cuda, "CUDAGraph"),
+    (torch.cuda.Event, "record"), (torch.cuda.Event, "elapsed_time"), (torch.cuda.Event, "synchronize"),
+    (torch.profiler, "profile"),
+)  # fmt: skip
+_ORIGINALS = [getattr(owner, name) for owner, name in _TIMERS]
+_perf_counter = time.perf_counter
+
+
+def require_own_timers() -> None:
+    """Raise Refused if a function that measures or compares is not the one that was imported first."""
+    for (owner, name), original in zip(_TIMERS, _ORIGINALS, strict=True):
+        if getattr(owner, name) is not original:
+            raise Refused(f"{getattr(owner, '__name__', owner)}.{name} was replaced, so its figures prove nothing")
+
+
+def copied(results: Results) -> Results:
+    """Copies of results, made on the current stream."""
+    return tuple(x.detach().clone() for x in results)
+
+
 @dataclass(frozen=True)
 class CpuClock:
-    """Wall-clock times of at least five calls, after one call for warm-up."""
+    """Wall-clock times of at least five calls, after one call of each step for warm-up."""
 
     seconds: float
     """Duration of a measurement."""
 
-    def time(self, step: Step) -> Timing:
-        step()
-        times, end = [], time.perf_counter() + self.seconds
-        while len(times) < 5 or time.perf_counter() < end:
-            start = time.perf_counter()
+    def time(self, steps: Sequence[Step], prepare: Prepare) -> tuple[Timing, list[Results]]:
+        for number, step in enumerate(steps):
+            prepare(number)
             step()
-            times.append(1e6 * (time.perf_counter() - start))
-        fifths = statistics.quantiles(times, n=5)
-        return Timing(statistics.median(times), fifths[0], fifths[3])
+        times: list[float] = []
+        last: list[Results] = [()] * len(steps)
+        end = _perf_counter() + self.seconds
+        while len(times) < max(5, len(steps)) or _perf_counter() < end:
+            number = len(times) % len(steps)
+            prepare(number)
+            start = _perf_counter()
+            results = steps[number]()
+            times.append(1e6 * (_perf_counter() - start))
+            last[number] = copied(results)
+            del results
+        require_own_timers()
+        return Timing.of(times), last
 
-    def graph(self, make_step: Callable[[], Step]) -> float | None:
+    def graph(self, make_steps: Callable[[], Sequence[Step]]) -> tuple[float, list[Results]] | None:
         return None
 
     def peak_mb(self, step: Step) -> float | None:
@@ -64,33 +120,72 @@ class CpuClock:
 
 @dataclass(frozen=True)
 class CudaClock:
-    """Times of triton's do_bench: CUDA events around each call, with the L2 cache overwritten before it."""
+    """Times from CUDA events around each call, with a clean L2 cache.
+
+    Before each call 1 GiB is read, which leaves nothing of the inputs in the cache and nothing for the timed call to
+    write back. Overwriting the cache instead would leave dirty lines, and up to 15 us of writing them. Reading takes a
+    third of a millisecond, in which the host gets ahead: its launches are not timed unless they take longer.
+    """
 
     milliseconds: int
-    """Duration of a measurement."""
+    """Duration of a measurement, without the work between the calls."""
 
-    def time(self, step: Step) -> Timing:
-        from triton.testing import do_bench
+    def time(self, steps: Sequence[Step], prepare: Prepare) -> tuple[Timing, list[Results]]:
+        flush = torch.zeros(2**28, dtype=torch.float32, device="cuda")
+        total = torch.empty((), device="cuda")
+        last: list[Results] = [()] * len(steps)
 
-        times: Any = do_bench(step, warmup=25, rep=self.milliseconds, quantiles=[0.5, 0.2, 0.8])
-        return Timing(*(1e3 * t for t in times))
+        def timed(number: int) -> tuple[Any, Any]:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            prepare(number)
+            torch.sum(flush, dim=0, out=total)
+            start.record()
+            results = steps[number]()
+            end.record()
+            last[number] = copied(results)
+            return start, end
 
-    def graph(self, make_step: Callable[[], Step]) -> float | None:
+        for _ in range(2):  # the first calls compile
+            events = [timed(number) for number in range(len(steps))]
+        torch.cuda.synchronize()
+        estimate = statistics.median(start.elapsed_time(end) for start, end in events)
+        count = min(max(10, 2 * len(steps), round(self.milliseconds / max(estimate, 1e-3))), 1000)
+        events = [timed(number % len(steps)) for number in range(count)]
+        _require_idle()
+        require_own_timers()
+        return Timing.of([1e3 * start.elapsed_time(end) for start, end in events]), last
+
+    def graph(self, make_steps: Callable[[], Sequence[Step]]) -> tuple[float, list[Results]] | None:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            # autograd runs a backward on the stream of its forward, so the step is made on the graph's stream.
-            step = make_step()
-            for _ in range(3):
+            # autograd runs a backward on the stream of its forward, so the steps are made on the graph's stream.
+            steps = make_steps()
+            for step in steps:
                 step()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
+        results: list[Results] = []
         with torch.cuda.graph(graph, stream=stream):
-            # The result is in the graph's memory, so keep it as long as the graph.
-            result = step()
-        us = self.time(graph.replay).us
-        del result
-        return us
+            for number in range(GRAPH_CALLS):
+                # Results are in the graph's memory. The last ones of each step are kept as long as the graph.
+                results = [*results, steps[number % len(steps)]()][-len(steps) :]
+        ordered = [results[(number - GRAPH_CALLS) % len(steps)] for number in range(len(steps))]
+        graph.replay()
+        with torch.no_grad():  # poison: a graph that computes nothing leaves NaN
+            for x in (x for one in ordered for x in one):
+                x.fill_(float("nan") if x.is_floating_point() else 1)
+        events = []
+        for _ in range(max(5, self.milliseconds)):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            events.append((start, end))
+        _require_idle()
+        require_own_timers()
+        us = statistics.median(1e3 * start.elapsed_time(end) / GRAPH_CALLS for start, end in events)
+        return us, [copied(one) for one in ordered]
 
     def peak_mb(self, step: Step) -> float | None:
         step()
@@ -100,6 +195,16 @@ class CudaClock:
         step()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def _require_idle() -> None:
+    """Raise Refused if the device still works when the last timed call of the current stream has ended."""
+    torch.cuda.current_stream().synchronize()
+    start = _perf_counter()
+    torch.cuda.synchronize()
+    waited = 1e6 * (_perf_counter() - start)
+    if waited > 500:  # far above the host's own cost of a synchronisation
+        raise Refused(f"the device worked for {waited:.0f} us more on another stream when the timer had stopped")
 
 
 @contextlib.contextmanager
@@ -120,7 +225,7 @@ def torch_settings(device: str) -> Iterator[None]:
 
 
 def make_clock(device: str, quick: bool) -> Clock:
-    """The clock of a device, "cpu" or "cuda"; `quick` takes a fifth of the time."""
+    """The clock of a device, "cpu" or "cuda"; `quick` takes less time."""
     if device == "cuda":
-        return CudaClock(10 if quick else 50)
+        return CudaClock(4 if quick else 10)
     return CpuClock(0.01 if quick else 0.05)

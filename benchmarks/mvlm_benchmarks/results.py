@@ -1,7 +1,9 @@
 """Writers of result files (CSV, JSON, plots), and the columns that describe the machine."""
 
 import csv
+import io
 import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,15 +40,37 @@ def device_name(about: dict[str, Any]) -> str:
     return about["device"].split(",")[0]
 
 
+class RowFile:
+    """A CSV file to which rows are appended as they are measured.
+
+    Each `append` ends with the rows on disk, so a process that is killed loses only the case that it was measuring. A
+    kill during an `append` may leave the beginning of a row: what follows the last line end is none.
+    Every line repeats the machine's columns, so that files can be concatenated.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any], columns: Sequence[str]) -> None:
+        """Start the file with a header. An existing file is replaced."""
+        self.path = path
+        self._machine = {key: about[key] for key in MACHINE_COLUMNS}
+        versions = about["versions"].items()
+        self._machine["versions"] = "; ".join(f"{name} {version}" for name, version in versions if version)
+        self._columns = list(dict.fromkeys([*columns, *MACHINE_COLUMNS]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w", newline="") as file:
+            csv.DictWriter(file, self._columns).writeheader()
+
+    def append(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Append rows. Columns that a row does not have stay empty; those that the file does not have are an error."""
+        lines = io.StringIO(newline="")
+        csv.DictWriter(lines, self._columns).writerows({**row, **self._machine} for row in rows)
+        with self.path.open("ab", buffering=0) as file:
+            file.write(lines.getvalue().encode())
+            os.fsync(file.fileno())
+
+
 def write_csv(rows: Sequence[dict[str, Any]], about: dict[str, Any], path: Path, columns: Sequence[str]) -> None:
-    """Write one line per row. Every line repeats the machine's columns, so that files can be concatenated."""
-    machine = {key: about[key] for key in MACHINE_COLUMNS}
-    machine["versions"] = "; ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys([*columns, *MACHINE_COLUMNS])))
-        writer.writeheader()
-        writer.writerows({**row, **machine} for row in rows)
+    """Write a CSV file at once: one line per row."""
+    RowFile(path, about, columns).append(rows)
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:

@@ -1,6 +1,8 @@
 """Tokenizers: a byte-level BPE trained on captions, or any `tokenizer.json`."""
 
+import bisect
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,22 @@ class Tokenizer:
         rows = [e.ids[: max_length - 2] for e in self._inner.encode_batch(list(texts), add_special_tokens=False)]
         tokens = [i for row in rows for i in (self.cls_id, *row, self.sep_id)]
         return np.array(tokens, np.int64), np.array([len(row) + 2 for row in rows], np.int64)
+
+    def words(self, text: str) -> list[tuple[str, int, int]]:
+        """Words of a text, between blanks, each with the first and the last plus one of its tokens.
+
+        Tokens are counted from 0 without [CLS], as if the text were not truncated.
+        """
+        spans = [(word.group(), word.start(), word.end()) for word in re.finditer(r"\S+", text)]
+        offsets = self._inner.encode(text, add_special_tokens=False).offsets
+        # The last character decides: a token may begin with the blank before its word, or be that blank alone.
+        of_token = [bisect.bisect_left([end for _, _, end in spans], max(stop, 1)) for _, stop in offsets]
+        found = []
+        for number, (word, _, _) in enumerate(spans):
+            tokens = [i for i, owner in enumerate(of_token) if owner == number]
+            if tokens:
+                found.append((word, tokens[0], tokens[-1] + 1))
+        return found
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, without special tokens."""

@@ -11,10 +11,11 @@ derives a signature from the recorded arguments and compiles the kernel for it. 
     registers            per thread
     spill_bytes, stack   bytes of spill stores and loads in the code, and bytes of stack per thread
     shared               bytes of shared memory per block
+    blocks               blocks that one multiprocessor holds at once, by registers, threads and shared memory
     matrix_instruction   tensor-core instructions in the machine code, "" without one
 
-Exits with 1 if a kernel spills registers or exceeds the target's shared memory, or if an attention or linear kernel has
-no tensor-core instruction. With --against it also exits with 1 if a kernel takes more registers than in that table.
+Exits with 1 if a kernel spills registers or exceeds the target's shared memory, or if an attention kernel has no
+tensor-core instruction. With --against it also exits with 1 if a kernel takes more registers than in that table.
 """
 
 import argparse
@@ -22,12 +23,11 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,19 +39,23 @@ if os.environ.pop("TRITON_INTERPRET", None) and __name__ == "__main__":
 import torch
 
 from mvlm_kernels import dispatch
+from mvlm_kernels.machine_code import ARCHS, blocks, compile_launch, spill_bytes, usage
 
 MODULES = {
     "cross_attention": "mvlm_kernels.cross_attention.aot_cases",
+    "attention_probabilities": "mvlm_kernels.cross_attention.probabilities_kernel",
     "gather_patches": "mvlm_kernels.gather_patches.triton",
     "masked_pixel_loss": "mvlm_kernels.pixel_loss.triton",
-    "linear_pixel_loss": "mvlm_kernels.pixel_loss.linear_aot_cases",
+    "linear_pixel_loss": "mvlm_kernels.pixel_loss.linear",
     "place_tokens": "mvlm_kernels.place_tokens.triton",
+    "add_layer_norm": "mvlm_kernels.add_layer_norm.triton",
+    "gelu_linear": "mvlm_kernels.gelu_linear.triton",
 }
-ARCHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 # Shared memory per block in bytes: CUDA C++ programming guide, technical specifications per compute capability.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
-# Kernels without a matrix product, in ops that otherwise have one: they sum partial results or compute moments.
-WITHOUT_PRODUCTS = ("sum_splits", "short_q_combine", "sum_kernel", "sum_partials_kernel", "moments_kernel")
+MULTIPLYING = ("cross_attention", "attention_probabilities")
+# Kernels of attention without a matrix product: they sum partial results.
+WITHOUT_PRODUCTS = ("sum_splits", "short_q_combine")
 # Names of mma.sync, wgmma and tcgen05.mma in machine code.
 _MATRIX_INSTRUCTIONS = re.compile(r"\b(UTC[A-Z]*MMA|[A-Z]GMMA|[HIDQ]MMA)\b")
 
@@ -91,40 +95,14 @@ def _launching_pass() -> str:
     return "forward"
 
 
-def compile_launch(kernel: Any, args: tuple, meta: dict[str, Any], arch: str) -> Any:
-    """Compile a kernel for these arguments, specialised as a launch on that GPU would specialise them.
-
-    Raises AssertionError for a kernel that reads a global which is unequal to itself.
-    """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, make_backend
-    from triton.runtime.jit import create_function_from_signature
-
-    target = GPUTarget("cuda", ARCHS[arch], 32)
-    backend = make_backend(target)
-    kwargs = {"debug": False, **meta}
-    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
-        *args, **kwargs
-    )
-    options, signature, constexprs, attrs = kernel._pack_args(backend, kwargs, bound, specialization, options)
-    source = ASTSource(kernel, signature, constexprs, attrs)
-    compiled = triton.compile(source, target=target, options=options.__dict__)
-    # Triton refuses a second launch if a global of the kernel has changed, and NaN never equals itself.
-    for (name, _), (value, _) in kernel.used_global_vals.items():
-        if bool(value != value):
-            raise AssertionError(f"{kernel.__name__} reads the global {name}, which is unequal to itself")
-    return compiled
-
-
 def row(op: str, launch: Launch, arch: str) -> dict[str, Any]:
     """Row of the table for one launch: compile its kernel and read the costs from the machine code."""
     case, kernel, args, meta, pass_name = launch
     compiled = compile_launch(kernel, args, meta, arch)
-    usage = _usage(compiled.asm["cubin"])
+    used = usage(compiled.asm["cubin"])
     matrix = sorted(set(_MATRIX_INSTRUCTIONS.findall(compiled.asm["sass"])))
-    floats = [a.dtype for a in args if isinstance(a, torch.Tensor) and a.dtype.is_floating_point]
-    tiles = {k: v for k, v in meta.items() if k.startswith("BLOCK") or k in ("num_warps", "num_stages")}
+    floats = [a.dtype for a in _flat(args) if isinstance(a, torch.Tensor) and a.dtype.is_floating_point]
+    tiles = {k: v for k, v in meta.items() if k.startswith("BLOCK") or k in ("num_warps", "num_stages", "maxnreg")}
     return {
         "op": op,
         "pass": pass_name,
@@ -133,45 +111,19 @@ def row(op: str, launch: Launch, arch: str) -> dict[str, Any]:
         "dtype": str(floats[0]).removeprefix("torch.") if floats else "int",
         "config": " ".join(f"{k}={v}" for k, v in tiles.items()),
         "arch": arch,
-        "registers": usage["REG"],
-        "spill_bytes": _spill_bytes(compiled.asm["ptx"], arch) if usage["STACK"] else 0,
-        "stack": usage["STACK"],
+        "registers": used["REG"],
+        "spill_bytes": spill_bytes(compiled.asm["ptx"], arch) if used["STACK"] else 0,
+        "stack": used["STACK"],
         "shared": compiled.metadata.shared,
+        "blocks": blocks(used["REG"], meta["num_warps"], compiled.metadata.shared, arch),
         "matrix_instruction": "+".join(matrix),
     }
 
 
-def _tool(name: str) -> str:
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
-def _usage(cubin: bytes) -> dict[str, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        text = subprocess.run(
-            [_tool("cuobjdump"), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", text)}
-
-
-def _spill_bytes(ptx: str, arch: str) -> int:
-    """Bytes of spill stores and loads. ptxas has to compile again to print them: call it only if there is a stack."""
-    suffix = "" if arch == "sm_80" else "a"
-    ptxas = _tool("ptxas-blackwell") if arch != "sm_80" and Path(_tool("ptxas-blackwell")).exists() else _tool("ptxas")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        # Triton's own flags: other flags give other schedules, which spill other registers.
-        flags = ["-lineinfo", "--regAllocOptLevel=2"] if "blackwell" in ptxas else ["-lineinfo"]
-        log = subprocess.run(
-            [ptxas, "-v", *flags, f"--gpu-name={arch}{suffix}", str(source), "-o", f"{folder}/kernel.cubin"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stderr
-    return sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
+def _flat(args: tuple) -> Iterator[Any]:
+    """Arguments of a launch, those inside tuples (a pointer and its strides) one by one."""
+    for a in args:
+        yield from _flat(a) if isinstance(a, tuple) else (a,)
 
 
 def find_problems(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None = None) -> list[str]:
@@ -189,7 +141,7 @@ def find_problems(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None
             found.append(f"{name}: spills {r['spill_bytes']} bytes")
         if r["shared"] > SHARED_LIMIT[r["arch"]]:
             found.append(f"{name}: {r['shared']} bytes of shared memory, limit {SHARED_LIMIT[r['arch']]}")
-        multiplies = r["op"] in ("cross_attention", "linear_pixel_loss") and r["kernel"] not in WITHOUT_PRODUCTS
+        multiplies = r["op"] in MULTIPLYING and r["kernel"] not in WITHOUT_PRODUCTS
         if multiplies and not r["matrix_instruction"]:
             found.append(f"{name}: no tensor-core instruction")
         allowed = limits.get(tuple(r[k] for k in identity), r["registers"])
@@ -215,7 +167,7 @@ def _rows_of_case(task: tuple[str, str, str]) -> list[dict[str, Any]]:
     seen, rows = set(), []
     for launch in recorded(op, arch, select):
         # sum_splits is launched for dK and again for dV, with the same arguments.
-        kinds = tuple(a.dtype if isinstance(a, torch.Tensor) else a for a in launch.args)
+        kinds = tuple(a.dtype if isinstance(a, torch.Tensor) else a for a in _flat(launch.args))
         key = (launch.kernel.__name__, launch.case, str(launch.meta), kinds)
         if key not in seen:
             seen.add(key)
@@ -234,13 +186,12 @@ def tasks(archs: list[str], select: str) -> list[tuple[str, str, str]]:
     return found
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
-    print(f"{'op':18} {'kernel':26} {'case':30} {'arch':7} {'regs':>4} {'spill':>5} {'stack':>5} {'shared':>7} matrix")
-    for r in rows:
-        print(
-            f"{r['op']:18} {r['kernel']:26} {r['case']:30} {r['arch']:7} {r['registers']:4} {r['spill_bytes']:5} "
-            f"{r['stack']:5} {r['shared']:7} {r['matrix_instruction']}"
-        )
+def _print(r: dict[str, Any]) -> None:
+    print(
+        f"{r['op']:18} {r['kernel']:26} {r['case']:30} {r['arch']:7} {r['registers']:4} {r['spill_bytes']:5} "
+        f"{r['stack']:5} {r['shared']:7} {r['blocks']:6} {r['matrix_instruction']}",
+        flush=True,
+    )
 
 
 def main() -> int:
@@ -258,12 +209,15 @@ def main() -> int:
     work = tasks(options.arch or list(ARCHS), options.select)
     if not work:
         parser.error(f"nothing matches --select {options.select!r}")
-    if options.jobs > 1:
-        with ProcessPoolExecutor(options.jobs) as pool:
-            rows = [r for part in pool.map(_rows_of_case, work) for r in part]
-    else:
-        rows = [r for task in work for r in _rows_of_case(task)]
-    _print(rows)
+    columns = ("op", 18), ("kernel", 26), ("case", 30), ("arch", 7)
+    numbers = ("regs", 4), ("spill", 5), ("stack", 5), ("shared", 7), ("blocks", 6)
+    print(*(f"{name:{n}}" for name, n in columns), *(f"{name:>{n}}" for name, n in numbers), "matrix")
+    rows = []
+    with ProcessPoolExecutor(options.jobs) if options.jobs > 1 else nullcontext() as pool:
+        for part in (pool.map if pool else map)(_rows_of_case, work):
+            rows += part
+            for r in part:  # as they come: the whole table takes long
+                _print(r)
     import triton
 
     versions = {"triton": triton.__version__, "torch": torch.__version__.split("+")[0]}

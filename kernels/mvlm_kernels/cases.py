@@ -5,44 +5,18 @@ operations of each pass. Images are 224 px in patches of 16, 116 of 196 patches 
 unless a case has another one.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mvlm_kernels.cross_attention import cross_attention
+from mvlm_kernels.attention_cases import attention, indexed_attention
+from mvlm_kernels.case import Case, Sizes
 from mvlm_kernels.gather_patches import gather_patches
+from mvlm_kernels.norm_cases import gelu, layer_norm
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
-from mvlm_kernels.pixel_loss.tiling_bytes import linear_tiling_bytes
+from mvlm_kernels.pixel_loss.linear_bytes import linear_bytes
 from mvlm_kernels.place_tokens import place_tokens
-
-Sizes = dict[str, int]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One op at one shape.
-
-    sizes: the paper's sizes by name.
-    samples: for each size two small values at which bytes are counted. The count is extrapolated linearly to ``sizes``.
-    run: ``run(sizes, device)`` returns the inputs that get gradients, and a function of them that calls the op.
-    eager: the same computation in eager torch.
-    minimum, flops: fewest bytes, and floating-point operations, of (forward, backward).
-    moved: formula for the bytes of (forward, backward), used instead of counting.
-    """
-
-    op: str
-    shape: str
-    sizes: Sizes
-    samples: dict[str, tuple[int, int]]
-    run: Callable[[Sizes, str], tuple[list[Tensor], Callable[..., Tensor]]]
-    eager: Callable[[Sizes, str], tuple[list[Tensor], Callable[..., Tensor]]]
-    minimum: Callable[[Sizes], tuple[int, int]]
-    flops: Callable[[Sizes], tuple[int, int]] = lambda sizes: (0, 0)
-    moved: Callable[[Sizes], tuple[int, int]] | None = None
-
 
 CHANNELS, PATCH, SIDE, PATCHES, MASKED, WIDTH = 3, 16, 224, 196, 116, 768
 FEATURES = CHANNELS * PATCH * PATCH
@@ -165,31 +139,26 @@ def _linear(kind: str) -> Case:
         return product, 2 * product
 
     def implied(sizes: Sizes) -> tuple[int, int]:
-        return linear_tiling_bytes(sizes["B"] * MASKED, FEATURES, WIDTH, kind)
+        return linear_bytes(sizes["B"], MASKED, FEATURES, WIDTH, kind)
 
     name = f"B256 116 rows of 768 -> 768, {kind}, uint8 images"
     return Case("linear_pixel_loss", name, {"B": 256}, {"B": (1, 2)}, run, eager, minimum, flops, implied)
 
 
-def _place(mode: str) -> Case:
+def _place(mode: str, parameter_dtype: torch.dtype = torch.bfloat16) -> Case:
     def inputs(sizes: Sizes, device: str):
         batch, patches = sizes["B"], sizes["N"]
         count = patches // 4 if mode == "visible" else patches
         tokens = torch.zeros(batch, count, WIDTH, dtype=torch.bfloat16, device=device, requires_grad=True)
-        bf16: Any = {"dtype": torch.bfloat16, "device": device, "requires_grad": True}
-        leaves = [
-            tokens,
-            torch.zeros(WIDTH, **bf16),
-            torch.zeros(1 + patches, WIDTH, **bf16),
-            torch.zeros(WIDTH, **bf16),
-        ]
+        parameter: Any = {"dtype": parameter_dtype, "device": device, "requires_grad": True}
+        leaves = [tokens, *(torch.zeros(s, **parameter) for s in ((WIDTH,), (1 + patches, WIDTH), (WIDTH,)))]
         masked = (torch.arange(batch, device=device)[:, None] + torch.arange(patches, device=device)) % 2 == 0
         return leaves, masked, patch_ids(batch, patches // 4, device, patches)
 
     def run(sizes: Sizes, device: str):
         leaves, masked, ids = inputs(sizes, device)
         options: Any = {"visible_ids": ids} if mode == "visible" else {"masked": masked}
-        return leaves, lambda *x: place_tokens(*x, **options)
+        return leaves, lambda *x: place_tokens(*x, **options, with_unmasked=mode == "both")
 
     def eager(sizes: Sizes, device: str):
         leaves, masked, _ = inputs(sizes, device)
@@ -205,61 +174,36 @@ def _place(mode: str) -> Case:
                 x = tokens * (1 - w) + mask_token.expand_as(tokens) * w
             return torch.cat([cls_token.expand(batch, 1, -1), x], dim=1) + pos_embed
 
-        return leaves, place
+        def place_both(tokens, mask_token, pos_embed, cls_token):
+            unmasked = torch.cat([cls_token.expand(batch, 1, -1), tokens], dim=1) + pos_embed
+            return torch.cat([unmasked, place(tokens, mask_token, pos_embed, cls_token)])
+
+        return leaves, place_both if mode == "both" else place
 
     def minimum(sizes: Sizes) -> tuple[int, int]:
         batch, patches = sizes["B"], sizes["N"]
-        row = 2 * WIDTH
-        seen = patches // 4 if mode == "visible" else patches // 2
+        row, parameter_row = 2 * WIDTH, parameter_dtype.itemsize * WIDTH
+        seen = {"visible": patches // 4, "masked": patches // 2, "both": patches}[mode]
         written = patches // 4 if mode == "visible" else patches
         index = batch * (seen * 4 if mode == "visible" else patches)
-        parameters = row * (patches + 3)
-        output = batch * (1 + patches) * row
+        parameters = parameter_row * (patches + 3)
+        output = batch * (1 + patches) * parameter_row * (2 if mode == "both" else 1)
         return batch * seen * row + index + parameters + output, output + index + batch * written * row + parameters
 
-    what = "49 of 196 visible" if mode == "visible" else "half of 196 masked"
+    what = {"visible": "49 of 196 visible", "masked": "half of 196 masked", "both": "unmasked and half of 196 masked"}[
+        mode
+    ]
+    what += ", fp32 parameters" if parameter_dtype == torch.float32 else ""
     samples = {"B": (2, 4), "N": (4, 8)}
     return Case("place_tokens", f"B256 width 768, {what}", {"B": 256, "N": 196}, samples, run, eager, minimum)
-
-
-def _attention(queries: int, keys: int) -> Case:
-    width = 64  # of a head; batch times heads is one size, because the programs of all heads are alike
-
-    def run(sizes: Sizes, device: str):
-        shapes = [(sizes["B*H"], n, 1, width) for n in (queries, keys, keys)]
-        leaves = [torch.zeros(s, dtype=torch.bfloat16, device=device, requires_grad=True) for s in shapes]
-        return leaves, lambda q, k, v: cross_attention(q, k, v)
-
-    def eager(sizes: Sizes, device: str):
-        leaves, _ = run(sizes, device)
-
-        def attend(q, k, v):
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            p = ((q @ k.transpose(2, 3)) * width**-0.5).softmax(dim=-1)
-            return (p @ v).transpose(1, 2).contiguous()
-
-        return leaves, attend
-
-    def minimum(sizes: Sizes) -> tuple[int, int]:
-        per_row = sizes["B*H"] * width * 2
-        lse = 4 * sizes["B*H"] * queries
-        # The short-KV backward sees every key of a query at once and does not read the output.
-        read = 3 * queries if keys <= 128 else 4 * queries
-        return per_row * (2 * queries + 2 * keys) + lse, per_row * (read + 4 * keys) + lse
-
-    def flops(sizes: Sizes) -> tuple[int, int]:
-        product = 2 * sizes["B*H"] * queries * keys * width
-        return 2 * product, 5 * product
-
-    name = f"B256 H12 D64 {queries}x{keys}"
-    return Case("cross_attention", name, {"B*H": 256 * 12}, {"B*H": (1, 2)}, run, eager, minimum, flops)
 
 
 def cases() -> list[Case]:
     """Every case that ``python -m mvlm_kernels.traffic`` counts."""
     return [
-        _attention(197, 32),
-        _attention(32, 197),
+        attention(197, 32),
+        attention(32, 197),
+        indexed_attention(32, 197),
         _gather(torch.uint8),
         _gather(torch.bfloat16),
         _masked("l1", False),
@@ -267,5 +211,10 @@ def cases() -> list[Case]:
         _linear("l1"),
         _linear("mse"),
         _place("masked"),
+        _place("masked", torch.float32),
+        _place("both", torch.float32),
         _place("visible"),
+        layer_norm(post_norm=False),
+        layer_norm(post_norm=True),
+        gelu(),
     ]

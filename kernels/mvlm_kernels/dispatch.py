@@ -17,11 +17,15 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
+from mvlm_kernels.interpreter import interpreter_fault, interpreting
+from mvlm_kernels.overrides import overridden
+
 Backend = Literal["triton", "torch"]
 Op = TypeVar("Op", bound=Callable[..., Any])
 
 _forced: Backend | None = None
-_reason_functions: dict[Callable[..., Any], Callable[..., Sequence[str]]] = {}
+# Of each public op: the function that lists the reasons against Triton, and what runs without any.
+_reason_functions: dict[Callable[..., Any], tuple[Callable[..., Sequence[str]], str]] = {}
 
 # Set by `recording`: receives the launches instead of a device.
 _recorder: Callable[..., None] | None = None
@@ -65,6 +69,11 @@ def use_backend(backend: Backend) -> Iterator[None]:
         _forced = before
 
 
+def forced() -> Backend | None:
+    """The backend of the :func:`use_backend` block in force; None outside."""
+    return _forced
+
+
 def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """Explain which backend ``op(*args, **kwargs)`` takes. Runs no kernel.
 
@@ -74,19 +83,22 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     if op not in _reason_functions:
         names = ", ".join(sorted(f.__name__ for f in _reason_functions))
         raise ValueError(f"op must be one of {names}, got {op!r}")
-    reasons = _reason_functions[op](*args, **kwargs)
+    reason_function, covered = _reason_functions[op]
+    reasons = reason_function(*args, **kwargs)
     if _forced is not None:
         return Explanation(_forced, (f'use_backend("{_forced}") is in force', *reasons))
     if reasons:
         return Explanation("torch", tuple(reasons))
-    return Explanation("triton", ("the fused kernel covers this call",))
+    return Explanation("triton", (covered,))
 
 
-def explained_by(reason_function: Callable[..., Sequence[str]]) -> Callable[[Op], Op]:
-    """Decorator of a public op. ``reason_function`` takes the op's arguments and lists every reason against Triton."""
+def explained_by(
+    reason_function: Callable[..., Sequence[str]], covered: str = "the fused kernel covers this call"
+) -> Callable[[Op], Op]:
+    """Decorator of a public op: a function of its arguments lists all reasons against Triton, else ``covered`` runs."""
 
     def register(op: Op) -> Op:
-        _reason_functions[op] = reason_function
+        _reason_functions[op] = reason_function, covered
         return op
 
     return register
@@ -125,19 +137,19 @@ def device_reasons(device: torch.device) -> tuple[str, ...]:
     """Reasons against Triton that hold for every op on this device."""
     kind = device.type
     if importlib.util.find_spec("triton") is None:
-        return ("triton is not installed",) + ((_ON_CPU,) if kind == "cpu" else ())
+        return ("triton is not installed: pip install triton",) + ((_ON_CPU,) if kind == "cpu" else ())
     if kind == "cpu":
         return (_ON_CPU,)
     if kind == "cuda":
         if torch.version.hip is not None:
-            return ("the kernels are written for NVIDIA GPUs, and this torch is built for ROCm",)
+            return ("the kernels are written for NVIDIA GPUs, and this torch is built for ROCm: torch runs instead",)
         major, minor = torch.cuda.get_device_capability(device.index)
         if major < 8:
-            return (f"compute capability 8.0 or later is needed, this GPU has {major}.{minor}",)
+            return (f"compute capability 8.0 or later is needed, {device} has {major}.{minor}: torch runs instead",)
         if interpreting():
-            return ("TRITON_INTERPRET=1 is set, and interpreted kernels run on CPU tensors",)
+            return (f"TRITON_INTERPRET=1 is set, and interpreted kernels run on CPU tensors: unset it for {device}",)
         return ()
-    return (f"device type is {kind}, the kernels run on cuda",)
+    return (f"device type is {kind}, the kernels run on cuda: torch runs instead",)
 
 
 def tf32_allowed() -> bool:
@@ -157,16 +169,6 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 @functools.cache
-def interpreting() -> bool:
-    """True if this process interprets kernels: TRITON_INTERPRET=1 was set when Triton was imported. Imports Triton."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    from mvlm_kernels.language import INTERPRETING
-
-    return INTERPRETING
-
-
-@functools.cache
 def interpreter_reasons() -> tuple[str, ...]:
     """Reasons why this process cannot interpret kernels on CPU tensors; empty where it can. Imports Triton."""
     if not interpreting():
@@ -176,27 +178,6 @@ def interpreter_reasons() -> tuple[str, ...]:
 
     fault = interpreter_fault(triton.__version__, numpy.__version__)
     return () if fault is None else (fault,)
-
-
-def interpreter_fault(triton_version: str, numpy_version: str) -> str | None:
-    """Error text for versions of Triton and NumPy whose interpreter does not work; None for all others.
-
-    Triton's interpreter before 3.7 converts arrays of one element to Python scalars, which NumPy 2.4 refuses. Package
-    metadata cannot say so: a requirement on NumPy cannot depend on the installed Triton. Compiled kernels do not use
-    NumPy.
-    """
-    if _release(triton_version) >= (3, 7) or _release(numpy_version) < (2, 4):
-        return None
-    return (
-        f"the interpreter of triton {triton_version} needs numpy<2.4, and numpy {numpy_version} is installed; "
-        'install triton>=3.7 or "numpy<2.4"'
-    )
-
-
-def _release(version: str) -> tuple[int, ...]:
-    """(major, minor) of a version such as 3.6.0 or 2.4.0rc1."""
-    major, minor = version.split(".")[:2]
-    return int(major), int(minor)
 
 
 @functools.cache
@@ -244,16 +225,26 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     Every launcher calls this function, so that the ahead-of-time compiler and the byte counter see exactly the
     arguments that a GPU would get.
     """
+    meta = overridden(kernel.__name__, meta)
     if _recorder is not None:
         _recorder(kernel, grid, args, meta)
     elif 0 not in grid:
         # Triton launches on the current device, even if the arguments are on another one.
-        device = next(x.device for x in args if isinstance(x, torch.Tensor))
+        device = _device_of(args)
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             with torch.cuda.device(device):
                 kernel[grid](*args, **meta)
         else:
             kernel[grid](*args, **meta)
+
+
+def _device_of(args: tuple[Any, ...]) -> torch.device:
+    """Device of the first tensor. An argument may be a tuple that begins with a tensor: its pointer and strides."""
+    for x in args:
+        x = x[0] if isinstance(x, tuple) else x
+        if isinstance(x, torch.Tensor):
+            return x.device
+    raise AssertionError("a launch has a tensor among its arguments")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import torch
 
 NAMESPACE = "mvlm_kernels"
 _library = torch.library.Library(NAMESPACE, "DEF")
+_functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def define(
@@ -24,24 +25,78 @@ def define(
 ) -> Any:
     """Register an op and return its overload, ``torch.ops.mvlm_kernels.<name>.default``.
 
-    schema: ``"name(Tensor x, ...) -> Tensor"``. implementation: runs on CPU and CUDA tensors. fake: returns empty
-    tensors of the outputs' shapes, dtypes and strides. autograd: Function whose forward is
-    ``forward(ctx, call, *arguments)``, with the op's arguments in order; ``call`` is the op without autograd.
+    schema: ``"name(Tensor x, ...) -> Tensor"``. implementation: runs on tensors of every device; where no kernel runs
+    it takes torch. fake: returns empty tensors of the outputs' shapes, dtypes and strides. autograd: Function whose
+    forward is ``forward(ctx, call, *arguments)``, with the op's arguments in order; ``call`` is the op without
+    autograd. An op that is a backward has :func:`no_second_derivative`, or a Function of its own.
+
+    The op works under ``torch.func.grad`` and ``vjp``, and under ``vmap`` through torch's loop over samples. Forward
+    mode is refused.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, implementation, "CPU")
-    _library.impl(name, implementation, "CUDA")
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_library)
-    if autograd is not None:
-        _library.impl(name, lambda *args: autograd.apply(op_below_autograd, *args), "Autograd")
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    if autograd is None:
+        return op
+    if autograd.jvp is torch.autograd.Function.jvp:
+        setattr(autograd, "jvp", staticmethod(_no_forward_mode(name)))  # noqa: B010, a type checker sees a method
+    apply = _apply_of(autograd)
 
     def op_below_autograd(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():  # otherwise the op would run its autograd Function again
-            return op(*args)
+            if not torch._C._are_functorch_transforms_active():
+                return op(*args)
+            with torch.enable_grad():  # for the levels of torch.func below: a Function's forward disables gradients
+                return op(*args)
 
+    def op_with_gradient(*args: Any) -> Any:
+        # The dispatcher calls this for one level of torch.func at a time, as it calls the gradients of torch's own ops.
+        # Python's `apply` would start all levels anew, and asks for a Function of another form.
+        allowed = _functorch.get_single_level_autograd_function_allowed()
+        _functorch.set_single_level_autograd_function_allowed(True)
+        try:
+            return apply(op_below_autograd, *args)
+        finally:
+            _functorch.set_single_level_autograd_function_allowed(allowed)
+
+    _library.impl(name, op_with_gradient, "Autograd")
     return op
+
+
+def _no_forward_mode(name: str) -> Callable[..., Any]:
+    def jvp(*_: Any) -> Any:
+        raise NotImplementedError(
+            f"{name} has no forward-mode derivative; use reverse mode: torch.func.vjp, grad or jacrev, or .backward()"
+        )
+
+    return jvp
+
+
+def no_second_derivative(name: str, instead: str) -> type[torch.autograd.Function]:
+    """Function for a backward op that cannot be differentiated: its own backward raises RuntimeError.
+
+    Without it torch would take the second derivative for zero where a caller allows unused inputs, as ``torch.func``
+    does. name: the public op. instead: what to call, for the message.
+    """
+
+    class NoSecondDerivative(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, call: Any, *args: Any) -> Any:
+            ctx.set_materialize_grads(False)
+            return call(*args)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise no_second_derivative_error(name, instead)
+
+    return NoSecondDerivative
+
+
+def no_second_derivative_error(name: str, instead: str) -> RuntimeError:
+    """The error of :func:`no_second_derivative`, to raise."""
+    return RuntimeError(f"{name} has no second derivative; use {instead}")
 
 
 def called_directly(*tensors: torch.Tensor) -> bool:
@@ -64,7 +119,12 @@ def called_directly(*tensors: torch.Tensor) -> bool:
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 # functorch wrappers can outlive their transform, so it is not enough to check for active transforms. The module has no
 # type stub.
-_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore[reportAttributeAccessIssue]
+_is_wrapped = _functorch.is_functorch_wrapped_tensor
+
+
+def transformed() -> bool:
+    """True inside a transform of ``torch.func``, outside a compiler: for code that is no registered op."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def direct(function: type[torch.autograd.Function], implementation: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,13 +133,17 @@ def direct(function: type[torch.autograd.Function], implementation: Callable[...
     The result calls the ``apply`` of the base class in C++. The ``apply`` of ``autograd.Function`` first searches for
     transforms and looks at every argument, which takes a fifth of the host time of a call.
     """
-    apply: Any = getattr(super(torch.autograd.Function, function), "apply")  # noqa: B009, a type checker sees object
-    return functools.partial(apply, implementation)
+    return functools.partial(_apply_of(function), implementation)
+
+
+def _apply_of(function: type[torch.autograd.Function]) -> Any:
+    return getattr(super(torch.autograd.Function, function), "apply")  # noqa: B009, a type checker sees object
 
 
 def backward_of(op: Any, implementation: Callable[..., Any], *tensors: torch.Tensor) -> Callable[..., Any]:
     """Choose the function that a Function's backward calls.
 
-    That is the Python implementation for plain tensors, else the registered op. Neither is differentiable.
+    That is the Python implementation for plain tensors, else the registered op. With ``create_graph=True`` it is the op
+    too, which knows its own derivative, or refuses it.
     """
-    return implementation if called_directly(*tensors) else op
+    return implementation if not torch.is_grad_enabled() and called_directly(*tensors) else op

@@ -6,8 +6,8 @@ The interpreter runs the kernels on small inputs, and every load and store is co
 share an address count once, as in hardware, and masked lanes do not count. Bytes grow linearly in each sampled size
 (batch, patches), so samples at two values of each size give the count at the paper's sizes. Sizes that kernels tile
 over are not reduced. The minimum reads each input once and writes each output once; tensors that forward saves for
-backward count as outputs. ``linear_pixel_loss`` rereads its operands tile by tile, so its count is computed from its
-tiling, and a test compares that with the interpreter at a small shape.
+backward count as outputs. The matrix products of ``linear_pixel_loss`` are cuBLAS's, so its count is computed from its
+chunks, and a test compares that with what its launchers do at a small shape.
 """
 
 import argparse
@@ -92,7 +92,8 @@ class TorchTraffic(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         aliased = [r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns]
         if not any(aliased) and not func._schema.name.startswith(("aten::empty", "aten::new_empty")):
-            self.bytes += sum(_size(x) for x in _tensors((args, kwargs, out)))
+            given = {name: x for name, x in (kwargs or {}).items() if name != "out"}  # written, not read
+            self.bytes += sum(tensor_bytes(x) for x in _tensors((args, given, out)))
         return out
 
 
@@ -100,7 +101,7 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
-def _size(x: Tensor) -> int:
+def tensor_bytes(x: Tensor) -> int:
     """Bytes of the distinct elements of x: an expanded dimension counts once."""
     return math.prod(n for n, s in zip(x.shape, x.stride(), strict=True) if s != 0) * x.element_size()
 

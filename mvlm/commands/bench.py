@@ -14,6 +14,7 @@ def kernels(
     dtype: str = "auto",
     quick: bool = False,
     base: str | None = None,
+    seconds: float | None = None,
     json: Path | None = None,
 ) -> None:
     """Time the kernels against other implementations of the same ops.
@@ -27,12 +28,13 @@ def kernels(
         dtype: auto, bf16, fp16 or fp32. auto is bf16 on a GPU and fp32 on a CPU.
         quick: Time only the core shapes, in one short round.
         base: Git revision whose kernels to time as another contender, for example HEAD~1.
+        seconds: Start no new case that would end later. Cases are timed in the order of their importance.
         json: JSON file for the figures.
     """
     _require("matplotlib")
     from mvlm_benchmarks.kernels import run as bench
 
-    for path in bench.run(ops, peers, out, device, dtype, quick, base, json):
+    for path in bench.run(ops, peers, out, device, dtype, quick, base, json, seconds):
         print(path)
 
 
@@ -50,6 +52,8 @@ def step(
     csv: Path | None = None,
     plot: Path | None = None,
     profile: Path | None = None,
+    seconds: float | None = None,
+    largest_batch: bool = False,
 ) -> None:
     """Time a pretraining step against the same model built from timm, transformers and torch.
 
@@ -63,16 +67,18 @@ def step(
         threads: CPU threads. 0: torch's default.
         optimizer: Include AdamW in the step. Needs memory for the moments of every contender.
         json: JSON file for the figures.
-        csv: CSV file for the figures.
+        csv: CSV file for the figures. Every timed step is written to NAME.rounds.csv beside it, as soon as it is timed.
         plot: SVG, PNG or PDF file for a chart of speed and memory.
         profile: Folder for a profile of one step per contender: a chart, and traces for ui.perfetto.dev.
+        seconds: Start no new round that would end later.
+        largest_batch: On a GPU, search for the largest batch of each contender. Takes long.
     """
     _require("matplotlib", "timm", "transformers")
     from mvlm_benchmarks.step import run as bench
 
     bench.run(
         preset, batch, rounds, contenders, device=device, precision=precision, threads=threads, optimizer=optimizer,
-        json=json, csv=csv, plot=plot, profile=profile,
+        json=json, csv=csv, plot=plot, profile=profile, seconds=seconds, largest_batch=largest_batch,
     )  # fmt: skip
 
 
@@ -98,7 +104,7 @@ def data(
         data: Folder of shards. If it does not exist, a data set of scikit-image's and scikit-learn's photographs is
             built there.
         images: Images of the data set, if it is built.
-        contenders: ours, pil, decode_jpeg, webdataset+pil, webdataset+simplejpeg. Default: all.
+        contenders: ours, ours+kept, pil, decode_jpeg, webdataset+pil, webdataset+simplejpeg. Default: all.
         recipes: crop, crop+randaug. Default: both.
         rounds: Rounds. Each contender has one turn per round.
         batches: Batches per turn.
@@ -116,6 +122,34 @@ def data(
     turns = (rounds, batches, batch, size)
     for path in bench.run(data, images, out, contenders, recipes, *turns, soak, start, step, json):
         print(path)
+
+
+def run(
+    *,
+    preset: str = "tiny",
+    data: Path = Path("data/emoji"),
+    rounds: int = 10,
+    steps: int = 8,
+    eval_every_steps: int = 200,
+    threads: int = 0,
+    json: Path | None = None,
+    csv: Path | None = None,
+) -> None:
+    """Time the training loop against the bare step, in one process.
+
+    Args:
+        preset: tiny, small or base. The recipe of `mvlm pretrain PRESET`.
+        data: Folder of shards with the splits train and validation, such as the demo's.
+        rounds: Rounds. Each contender has one turn per round.
+        steps: Steps per turn.
+        eval_every_steps: Steps between evaluations, for their share of the run's time. The default is the demo's.
+        threads: CPU threads. 0: torch's default.
+        json: JSON file for the figures.
+        csv: CSV file for the figures.
+    """
+    from mvlm_benchmarks.run import run as bench
+
+    bench.run(preset, data, rounds, steps, eval_every_steps=eval_every_steps, threads=threads, json=json, csv=csv)
 
 
 def _require(*packages: str) -> None:

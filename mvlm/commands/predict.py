@@ -18,31 +18,23 @@ def reconstruct(
         wrong_caption: Caption of another image, to see the caption's contribution.
         seed: Seed of the mask.
     """
-    import torch
+    import numpy as np
     from PIL import Image
 
     from mvlm.errors import ConfigError
-    from mvlm.inference.images import hide_patches, load_image
-    from mvlm.inference.reconstruction import reconstruct as rebuild
     from mvlm.runs.load import load_model
-    from mvlm_dataloading import draw_patch_masks
 
     if out.suffix.lower() != ".png" or out.is_dir():
         raise ConfigError(f"out: wanted a .png file to write, got {out}")
     if out.exists() and out.samefile(image):
         raise ConfigError(f"out: wanted another file than the image itself, got {out} for both")
-    model, tokenizer = load_model(checkpoint)
-    config = model.config
-    pixels = load_image(image, config.image_size)[None]
-    ids = draw_patch_masks(
-        seed, 0, [0], image_size=config.image_size, patch_size=config.patch_size, mask_block=config.mask_block,
-        ratio=config.image_mask_ratio,
-    )  # fmt: skip
-    ids = torch.from_numpy(ids)
-    panels = [pixels, hide_patches(pixels, ids, config.patch_size)]
-    panels += [rebuild(model, tokenizer, pixels, [text], ids) for text in (caption, wrong_caption) if text is not None]
+    model = load_model(checkpoint)
+    found = model.reconstruct(image, caption, seed=seed)
+    panels = [found.image, found.masked, found.rebuilt]
+    if wrong_caption is not None:
+        panels.append(model.reconstruct(image, wrong_caption, seed=seed).rebuilt)
     out.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(torch.cat([p[0] for p in panels], dim=2).permute(1, 2, 0).numpy()).save(out)
+    Image.fromarray(np.concatenate(panels, axis=1)).save(out)
     print(f"{out}: image, masked, rebuilt{' and rebuilt with the wrong caption' if wrong_caption else ''}")
 
 
@@ -55,20 +47,8 @@ def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5) -> None:
         caption: Caption with [MASK] for every token to guess, for example "flag of [MASK]".
         top: Guesses to print for each [MASK].
     """
-    from mvlm.errors import ConfigError
-    from mvlm.inference.fill_mask import fill_mask, tokens_with_masks
-    from mvlm.inference.images import load_image
     from mvlm.runs.load import load_model
 
-    model, tokenizer = load_model(checkpoint)
-    if not 1 <= top <= tokenizer.vocab_size:
-        raise ConfigError(f"top: wanted 1 to {tokenizer.vocab_size}, got {top}")
-    tokens = tokens_with_masks(caption, tokenizer, model.config.text_length)
-    ids = (tokens == tokenizer.mask_id).nonzero()[:, 0]
-    if not len(ids):
-        raise ConfigError(f'caption: wanted at least one [MASK], got {caption!r}; write it as in "flag of [MASK]"')
-    pixels = load_image(image, model.config.image_size)[None]
-    guesses, probabilities = fill_mask(model, tokenizer, pixels, tokens, [len(tokens)], ids, top)
-    for number, (row, probability) in enumerate(zip(guesses.tolist(), probabilities.tolist(), strict=True), 1):
-        shown = "  ".join(f"{tokenizer.decode([g])} {100 * p:.0f}%" for g, p in zip(row, probability, strict=True))
+    for number, guesses in enumerate(load_model(checkpoint).fill(caption, image, top).guesses, 1):
+        shown = "  ".join(f"{guess.token} {100 * guess.probability:.0f}%" for guess in guesses)
         print(f"[MASK] {number}: {shown}")

@@ -20,7 +20,7 @@ from mvlm.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """Folders and device of the run. A resumed run may change these; another device changes rounding."""
+    """Folders, device and memory of the run. A resumed run may change these; another device changes rounding."""
 
     resume_may_change: ClassVar[bool] = True  # `data` may move; the loader compares fingerprints of the data themselves
 
@@ -30,6 +30,8 @@ class RunSettings:
     """Run folder, for the configuration, metrics and checkpoints."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on. auto: the GPU if there is one, else the CPU."""
+    keep_images_mb: Annotated[int, AT_LEAST_0] = 512
+    """Megabytes of memory for decoded training images, on a CPU. If all fit, they are decoded once, not every epoch."""
     resume: bool = False
     """Continue from the newest checkpoint in `out`; start a new run if there is none."""
 
@@ -128,8 +130,18 @@ class ComputeSettings:
     """Backend for all attention that involves text: cross-attention, and self-attention of captions."""
     compile: bool = False
     """Compile the step with torch.compile (one rank, no accumulation). Takes a minute or more at the start."""
+    cuda_graphs: bool = False
+    """Replay steps from CUDA graphs (one GPU, no accumulation). For small batches; docs/compiled_steps.md says when."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast if the device computes bf16 in hardware, else fp32."""
+    deterministic: bool = False
+    """Use only GPU kernels that give the same bits in every run, so that a resumed run equals an uninterrupted one bit
+    for bit. Slower, by how much has not been measured. On a CPU runs repeat without it."""
+
+    @property
+    def fixed_shapes(self) -> bool:
+        """True if a step sees few shapes, and its number as a tensor: compiled, or in CUDA graphs."""
+        return self.compile or self.cuda_graphs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +236,11 @@ class PretrainConfig(  # a dataclass takes fields from its bases from last to fi
             raise ConfigError(
                 f"compile: wanted --plan fast and --accumulate 1, got --plan {self.plan} and "
                 f"--accumulate {self.accumulate}; change them or leave --compile out"
+            )
+        if self.cuda_graphs and (self.accumulate > 1 or self.plan != "fast" or self.compile):
+            raise ConfigError(
+                f"cuda_graphs: wanted --plan fast, --accumulate 1 and no --compile, got --plan {self.plan}, "
+                f"--accumulate {self.accumulate}{', --compile' * self.compile}; change them or leave --cuda-graphs out"
             )
         if not -(2**63) <= self.seed < 2**64:  # what torch's generators take
             raise ConfigError(f"seed must be in [-2^63, 2^64), got {self.seed}")

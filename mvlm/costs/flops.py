@@ -32,7 +32,7 @@ def cross_attention(q: Tensor, k: Tensor, v: Tensor, *sides: Any, out_val: Any =
     Exact if at most one side is packed. If both are, every key sequence counts with the longest length, because lengths
     are values on the device. Padding keys count too.
     """
-    _, _, key_index, packed_q, packed_k, _, _, longest_k = sides[:8]
+    _, _, key_index, packed_q, packed_k, _, _, _, _, longest_k = sides[:10]
     heads, width = q.shape[-2:]
     rows = q.numel() // (heads * width)
     if packed_k is not None and packed_q is None and key_index is None:

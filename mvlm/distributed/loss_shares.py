@@ -20,7 +20,7 @@ from mvlm.model.implementation import Implementation, PairCaches, Streams
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, pack
 from mvlm.objectives.losses import matching_loss
-from mvlm.objectives.negatives import Negatives, NegativeSampling, matching_pairs, matching_weights
+from mvlm.objectives.negatives import Negatives, NegativeSampling, matching_pairs, matching_rows, matching_weights
 from mvlm_dataloading import Batch, Masks
 
 Microbatch = tuple[Batch, Masks]
@@ -132,14 +132,16 @@ def matching_shares(
     pairs = step.layout.pairs
     if step.local_negatives:  # global indices -> rows of the microbatch
         rows = negatives._replace(texts=negatives.texts % pairs, images=negatives.images % pairs)
+        max_rows = matching_rows(inputs.text.packing.total, pairs * inputs.text.packing.max_length)
     else:  # `append_negatives` put the negative of row i into row b + i
         drawn = torch.arange(pairs, device=total.device) + pairs
         rows = negatives._replace(texts=drawn, images=drawn)
+        max_rows = 2 * inputs.text.packing.total  # no caption is in more than two pairs
     matching = matching_pairs(rows)
-    logits = step.implementation.match_pairs(
-        model, inputs.image, inputs.text, matching.images, matching.texts, inputs.caches
+    fused = step.implementation.fuse_pairs(
+        model, inputs.image, inputs.text, matching.images, matching.texts, inputs.caches, max_rows
     )
-    loss, accuracy = matching_loss(logits, matching.labels, matching.weights)
+    loss, accuracy = matching_loss(model.matching_logits(*fused), matching.labels, matching.weights)
     # `matching_loss` divides by this microbatch's weights; the share divides by those of the global batch.
     share = matching.weights.sum() / total
     return {"itm": loss * share, "itm_accuracy": accuracy * share}

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from mvlm.evaluation.cross_modal_gain import cross_modal_gain, trivial_losses
-from mvlm.evaluation.retrieval import Ranks, rank, recall
+from mvlm.evaluation.retrieval import Ranks, rank, rank_by_itc, recall
 from mvlm.inference.encode import EncodedSplit, encode_split
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Dataset, Tokenizer
@@ -80,8 +80,7 @@ def evaluate_briefly(model: MaskVLM, split: Dataset, tokenizer: Tokenizer, preci
     features = encode_split(model, split, tokenizer, precision)
     found = {}
     for direction in ("tr", "ir"):
-        ranks = rank(model, features, direction, k=1, precision=precision).itc
-        found |= {f"{direction}_{name}": value for name, value in recall(ranks).items()}
+        found |= {f"{direction}_{name}": value for name, value in recall(rank_by_itc(features, direction)).items()}
     gain = cross_modal_gain(model, split, features, tokenizer, draws=1, precision=precision)
     found |= {name: gain[name] for name in ("gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1")}
     model.train(was_training)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mvlm.device import autocast
 from mvlm.errors import ConfigError
+from mvlm.inference.results import FilledText, Guess
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import mask_tokens
 from mvlm_dataloading import Tokenizer
@@ -69,3 +70,28 @@ def fill_mask(
     logits = logits[:, : tokenizer.vocab_size]  # the LM head may be larger than the tokenizer's vocabulary
     found = logits.softmax(-1).topk(top, dim=-1)
     return found.indices.cpu(), found.values.cpu()
+
+
+def fill_text(
+    model: MaskVLM, tokenizer: Tokenizer, text: str, image: Tensor, top: int = 5, precision: str = "auto"
+) -> FilledText:
+    """Fill in the [MASK]s of one text, given its image uint8 (3, S, S): `top` guesses for each.
+
+    Raises:
+        ConfigError: the text has no [MASK], or one that is out of reach, or `top` is out of range.
+    """
+    if not 1 <= top <= tokenizer.vocab_size:
+        raise ConfigError(f"top: wanted 1 to {tokenizer.vocab_size}, got {top}")
+    tokens = tokens_with_masks(text, tokenizer, model.config.text_length)
+    ids = (tokens == tokenizer.mask_id).nonzero()[:, 0]
+    if not len(ids):
+        raise ConfigError(f'caption: wanted at least one [MASK], got {text!r}; write it as in "flag of [MASK]"')
+    guesses, probabilities = fill_mask(model, tokenizer, image[None], tokens, [len(tokens)], ids, top, precision)
+    filled = tokens.scatter(0, ids, guesses[:, 0])
+    return FilledText(
+        tokenizer.decode(filled.tolist()),
+        [
+            [Guess(tokenizer.decode([token]), p) for token, p in zip(row, chances, strict=True)]
+            for row, chances in zip(guesses.tolist(), probabilities.tolist(), strict=True)
+        ],
+    )

@@ -1,7 +1,7 @@
 """Multi-head attention and the feed-forward layer. Attention's projections can also be called one by one.
 
 The backward of attention is autograd's here. On a GPU the fast implementation calls `mvlm_kernels.cross_attention` for
-attention with text, which has a backward of ours. `_GeluLinear.backward` below is the feed-forward layer's.
+attention with text, which has a backward of ours. The feed-forward layer's is that of `mvlm_kernels.gelu_linear`.
 
 Shape legend: B batch, Lq queries, Lk keys, T packed rows, R pairs, C width, H heads, D head width.
 """
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mvlm.device import compute_dtype
 from mvlm.model import attention_backends as backends
 from mvlm.model.packing import Packing
+from mvlm.model.residual import Branch, adds_bias_later, project
+from mvlm_kernels import gelu_linear
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None) -> Tensor:
@@ -47,15 +48,15 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, memory: Tensor, key_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor, key_mask: Tensor | None = None) -> Branch:
         """x (B, Lq, C) attends to memory (B, Lk, C); key_mask bool (B, Lk), True = a key. Returns (B, Lq, C)."""
         q, k, v = self.query(x), self.key(memory), self.value(memory)
-        return self.out(self._attend(q, k, v, key_mask))
+        return project(self.out, self._attend(q, k, v, key_mask))
 
-    def packed(self, x: Tensor, packing: Packing) -> Tensor:
+    def packed(self, x: Tensor, packing: Packing) -> Branch:
         """Self-attention of packed sequences x (T, C) -> (T, C). Rows are padded only for the softmax."""
         q, k, v = (packing.pad(projection(x)) for projection in (self.query, self.key, self.value))
-        return self.out(packing.unpad(self._attend(q, k, v, packing.key_mask)))
+        return project(self.out, packing.unpad(self._attend(q, k, v, packing.key_mask)))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> Tensor:
         """Projected q (B, Lq, C), k and v (B, Lk, C) -> (B, Lq, C)."""
@@ -82,18 +83,23 @@ class Attention(nn.Module):
         """(..., C) -> queries (..., H, D)."""
         return self._project(x, (self.query,)).squeeze(-3)
 
-    def project_out(self, heads: Tensor) -> Tensor:
+    def project_out(self, heads: Tensor) -> Branch:
         """Output projection: heads (..., H, D) -> (..., C)."""
-        return self.out(heads.flatten(-2))
+        return project(self.out, heads.flatten(-2))
 
     def _project(self, x: Tensor, layers: tuple[nn.Linear, ...]) -> Tensor:
         """(..., C) -> (..., len(layers), H, D), by one matrix product."""
         # One wide product in place of two or three narrow ones; the concatenation copies only weights.
-        weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
-        bias = layers[0].bias if len(layers) == 1 else torch.cat([layer.bias for layer in layers])
-        return F.linear(x, weight, bias).unflatten(-1, (len(layers), self.heads, -1))
+        if len(layers) == 1:
+            y = layers[0](x)
+        else:
+            dtype = compute_dtype(x)
+            weight: Any = _Stacked.apply(dtype, *(layer.weight for layer in layers))
+            bias: Any = _Stacked.apply(dtype, *(layer.bias for layer in layers))
+            y = F.linear(x, weight, bias)
+        return y.unflatten(-1, (len(layers), self.heads, -1))
 
-    def attend_first_row(self, first: Tensor, x: Tensor, key_mask: Tensor | None) -> Tensor:
+    def attend_first_row(self, first: Tensor, x: Tensor, key_mask: Tensor | None) -> Branch:
         """Attention of each sequence's first row to all of its rows, projected, without keys and values.
 
         first (R, C) are the first rows, x (R, L, C) all rows, key_mask bool (R, L), True = the row exists, None = all
@@ -120,10 +126,27 @@ class Attention(nn.Module):
             mean = scores.softmax(-1) @ x  # (R, H, C)
             heads = mean.transpose(0, 1) @ value.transpose(1, 2)  # (H, R, D)
             heads = heads.transpose(0, 1).flatten(1) + self.value.bias.to(dtype)  # (R, C)
-        return self.out(heads)
+        return project(self.out, heads)
 
 
-Attend = Callable[[Attention, Tensor], Tensor]
+class _Stacked(torch.autograd.Function):
+    """Parameters (D, ...) of equal shapes, one after another, in another dtype: one copy, and one of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *parameters: Tensor) -> Tensor:
+        first = parameters[0]
+        ctx.dtype, ctx.rows = first.dtype, len(first)
+        stacked = first.new_empty(len(parameters) * len(first), *first.shape[1:], dtype=dtype)
+        for parameter, rows in zip(parameters, stacked.split(len(first)), strict=True):
+            rows.copy_(parameter)
+        return stacked
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *grads[0].to(ctx.dtype).split(ctx.rows)
+
+
+Attend = Callable[[Attention, Tensor], Branch]
 """Computation of a block's attention: (module, rows that attend) -> rows to add to the residual stream."""
 
 
@@ -137,27 +160,16 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        return _GeluLinear.apply(self.up(x), self.down.weight, self.down.bias)  # pyright: ignore[reportReturnType]
+        h, bias = self._expand(x)
+        return gelu_linear(h, self.down.weight, self.down.bias, h_bias=bias)
 
+    def branch(self, x: Tensor) -> Branch:
+        """The same for `add_norm`, which may add the last bias."""
+        if not adds_bias_later(x.device):
+            return Branch(self(x))
+        h, bias = self._expand(x)
+        return Branch(gelu_linear(h, self.down.weight, h_bias=bias), self.down.bias)
 
-class _GeluLinear(torch.autograd.Function):
-    """linear(gelu(h)) that saves only h for backward and recomputes gelu(h) there.
-
-    A block needs a fifth less memory and three per cent more time.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(h, weight)
-        # Compute in h's dtype, as backward does, which runs without autocast.
-        with torch.autocast(h.device.type, enabled=False):
-            return F.linear(F.gelu(h), weight.to(h.dtype), bias.to(h.dtype))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        h, weight = ctx.saved_tensors
-        grad = grads[0].flatten(0, -2)
-        dh = torch.ops.aten.gelu_backward((grad @ weight.to(h.dtype)).view_as(h), h)
-        dw = grad.T @ F.gelu(h).flatten(0, -2)
-        return dh, dw.to(weight.dtype), grad.sum(0, dtype=torch.promote_types(h.dtype, torch.float32)).to(weight.dtype)
+    def _expand(self, x: Tensor) -> Branch:
+        """(..., C) -> (..., 4C)."""
+        return project(self.up, x)

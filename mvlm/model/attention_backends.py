@@ -15,17 +15,19 @@ Shape legend: B sequences, R query sequences, L rows, Lq queries, Lk keys, T pac
 """
 
 from importlib.util import find_spec
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mvlm.config.model import ImageAttentionBackend, MaskVLMConfig, TextAttentionBackend
 from mvlm.errors import ConfigError
 from mvlm.model.packing import Packing
-from mvlm_kernels import cross_attention, dispatch
-from mvlm_kernels.cross_attention import why_not_triton
+from mvlm_kernels import cross_attention
+from mvlm_kernels.cross_attention import invert_key_index, why_not_triton
+from mvlm_kernels.interpreter import interpreting
 
 # Looked up once, at import: find_spec searches the path, and every call of attention asks.
 INSTALLED_LIBRARIES = frozenset(module for module in ("flash_attn", "xformers") if find_spec(module))
@@ -38,6 +40,26 @@ class BackendChoice(NamedTuple):
     backend: str
     reasons: dict[str, str]
     """Why each unavailable backend was not chosen; empty if the caller named the backend."""
+
+
+class KeyIndex:
+    """Partners of query sequences: sequence r attends to sequence rows[r] of the keys.
+
+    Args:
+        rows: int64 (R,).
+        sequences: number of key sequences.
+    """
+
+    def __init__(self, rows: Tensor, sequences: int) -> None:
+        self.rows, self.sequences = rows, sequences
+        self._readers: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def readers(self) -> tuple[Tensor, Tensor]:
+        """The index inverted, for the kernels: once for all layers, forward and backward."""
+        if self._readers is None:
+            self._readers = invert_key_index(self.rows, self.sequences)
+        return self._readers
 
 
 def choose_backend(
@@ -61,7 +83,7 @@ def choose_backend(
     if wanted not in names:
         raise ConfigError(f"attention backend: wanted one of {', '.join(names)}, got {wanted!r}")
     if wanted != "auto":
-        interpreted = wanted == "triton" and device.type == "cpu" and dispatch.interpreting()
+        interpreted = wanted == "triton" and device.type == "cpu" and interpreting()
         if wanted in reasons and not interpreted:
             can = [name for name in names if name not in reasons and name != "auto"]
             raise ConfigError(
@@ -132,7 +154,7 @@ def text_attention(
     v: Tensor,
     queries: Packing | None,
     keys: Packing | None,
-    key_index: Tensor | None = None,
+    key_index: KeyIndex | None = None,
     wanted: str = "auto",
 ) -> Tensor:
     """Attention with text on at least one side. Either side may be packed.
@@ -141,7 +163,7 @@ def text_attention(
         q: (R, Lq, H, D), or packed (T, H, D) with `queries`.
         k, v: (B, Lk, H, D), or packed (T, H, D) with `keys`.
         queries, keys: layouts of packed rows; None for rows that are not packed.
-        key_index: int64 (R,); query sequence r attends to sequence key_index[r] of k and v. None: to sequence r.
+        key_index: the partner of each query sequence among those of k and v. None: sequence r attends to sequence r.
         wanted: name of a backend, or "auto".
 
     Returns a tensor of q's shape. ConfigError if the wanted backend cannot run here.
@@ -154,7 +176,8 @@ def text_attention(
             q,
             k,
             v,
-            key_index=key_index,
+            key_index=None if key_index is None else key_index.rows,
+            key_readers=None if key_index is None else key_index.readers,
             cu_seqlens_q=queries.cu_seqlens if queries else None,
             cu_seqlens_k=keys.cu_seqlens if keys else None,
             max_len_q=longest[0] if queries else None,
@@ -166,8 +189,9 @@ def text_attention(
     if keys:
         k, v, key_mask = keys.pad(k), keys.pad(v), keys.key_mask
     if key_index is not None:
-        k, v = k.index_select(0, key_index), v.index_select(0, key_index)
-        key_mask = None if key_mask is None else key_mask.index_select(0, key_index)
+        # Heads first, as the products read them. The gradients come in that layout too, and are added up in it.
+        k, v = (x.transpose(1, 2).contiguous().index_select(0, key_index.rows).transpose(1, 2) for x in (k, v))
+        key_mask = None if key_mask is None else key_mask.index_select(0, key_index.rows)
     heads = _padded_attention(q, k, v, key_mask, backend)
     return queries.unpad(heads) if queries else heads
 
@@ -184,10 +208,43 @@ def _padded_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, 
 def math_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v by two batched matrix products, all in the dtype of the inputs.
 
-    q (B, H, Lq, D), k and v (B, H, Lk, D); mask bool, broadcast to (B, H, Lq, Lk), True = the key exists.
+    q (B, H, Lq, D), k and v (B, H, Lk, D); mask bool, broadcast to (B, 1, 1, Lk), True = the key exists.
     """
-    with torch.autocast(q.device.type, enabled=False):  # autocast would copy the scores to fp32 and back
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        return scores.softmax(-1) @ v
+    return _MathAttention.apply(q, k, v, mask)  # pyright: ignore[reportReturnType]
+
+
+class _MathAttention(torch.autograd.Function):
+    """Attention by batched matrix products, for CPUs.
+
+    Scores are transposed, (B*H, Lk, Lq): torch's softmax over the last dimension is scalar code for a few keys in bf16,
+    and several times as fast over the second. Each operand is brought once into the layout that the products need.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        batch, heads = q.shape[:2]
+        q, k, v = (x.contiguous().flatten(0, 1) for x in (q, k, v))  # (B*H, L, D)
+        scale = q.shape[-1] ** -0.5
+        with torch.autocast(q.device.type, enabled=False):  # autocast would copy the scores to fp32 and back
+            unused = q.new_empty(len(q), k.shape[1], q.shape[1])
+            scores = torch.baddbmm(unused, k, q.transpose(1, 2), beta=0, alpha=scale)  # (B*H, Lk, Lq)
+            if mask is not None:
+                absent = mask.new_zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+                scores.view(batch, heads, *scores.shape[1:]).add_(absent.transpose(-1, -2))
+            p = scores.softmax(1)
+            out = p.transpose(1, 2) @ v
+        ctx.save_for_backward(q, k, v, p)
+        return out.unflatten(0, (batch, heads))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, p = ctx.saved_tensors
+        shape, scale = grads[0].shape[:2], q.shape[-1] ** -0.5
+        grad = grads[0].contiguous().flatten(0, 1)
+        dv = p @ grad
+        # A key that does not exist has p = 0, so its score has no gradient.
+        ds = torch.ops.aten._softmax_backward_data(v @ grad.transpose(1, 2), p, 1, p.dtype)
+        dq = torch.baddbmm(torch.empty_like(q), ds.transpose(1, 2), k, beta=0, alpha=scale)
+        dk = torch.baddbmm(torch.empty_like(k), ds, q, beta=0, alpha=scale)
+        return dq.unflatten(0, shape), dk.unflatten(0, shape), dv.unflatten(0, shape), None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mvlm.device import compute_dtype
 from mvlm.model.attention import Attend, Attention, FeedForward
 from mvlm.model.packing import Packing
+from mvlm.model.residual import Branch, Residual, add_norm
 
 SelectRows = Callable[[Tensor], Tensor]
 """Selection of some rows of a stream: (..., L, C) -> (..., fewer or repeated rows, C)."""
@@ -35,13 +36,13 @@ class CrossBlock(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        rows: Residual,
         attend_self: Attend,
         attend_cross: Attend,
         select: SelectRows | None = None,
         select_between: SelectRows | None = None,
-    ) -> Tensor:
-        """x (B, L, C), or packed (T, C) -> the same shape, or fewer rows.
+    ) -> Residual:
+        """Rows (B, L, C), or packed (T, C) -> the same shape, or fewer rows.
 
         Args:
             attend_self: self-attention; called with this block's module and x, or the norm of x.
@@ -49,14 +50,21 @@ class CrossBlock(nn.Module):
             select: for an `attend_self` that returns some rows only: selects the same rows of x.
             select_between: selects rows after self-attention, for `attend_cross` and all that follows.
         """
-        y = self.norm1(x) if self.pre else x
-        x = (x if select is None else select(x)) + attend_self(self.self_attention, y)
-        x = x if self.pre else self.norm1(x)
-        x = x if select_between is None else select_between(x)
-        x = x + attend_cross(self.cross_attention, self.norm2(x) if self.pre else x)
-        x = x if self.pre else self.norm2(x)
-        x = x + self.mlp(self.norm3(x) if self.pre else x)
-        return x if self.pre else self.norm3(x)
+        post = not self.pre
+        x, y = rows
+        if self.pre:
+            x, y = add_norm(self.norm1, x, None if y is None else Branch(y))
+        branch = attend_self(self.self_attention, x if y is None else y)
+        x = x if select is None else select(x)
+        x, y = add_norm(self.norm2 if self.pre else self.norm1, x, branch, post_norm=post)
+        if select_between is not None:
+            same, x = x is y, select_between(x)
+            y = x if same else select_between(y)
+        branch = attend_cross(self.cross_attention, y)
+        x, y = add_norm(self.norm3 if self.pre else self.norm2, x, branch, post_norm=post)
+        if self.pre:
+            return Residual(x, self.mlp(y))
+        return Residual(*add_norm(self.norm3, x, self.mlp.branch(y), post_norm=True))
 
     def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values (..., H, D) of the cross-attention, from rows (..., C) of the other stream."""
@@ -85,21 +93,28 @@ class CrossEncoder(nn.Module):
         other.
         """
 
-        def attend_self(attention: Attention, y: Tensor) -> Tensor:
+        def attend_self(attention: Attention, y: Tensor) -> Branch:
             return attention(y, y, key_mask)
 
-        def attend_self_first(attention: Attention, y: Tensor) -> Tensor:
+        def attend_self_first(attention: Attention, y: Tensor) -> Branch:
             return attention(first_row(y), y, key_mask)
 
-        def attend_cross(attention: Attention, y: Tensor) -> Tensor:
+        def attend_cross(attention: Attention, y: Tensor) -> Branch:
             return attention(y, memory, memory_mask)
 
         *early, last = self.layers
+        rows = Residual(x)
         for block in early:
-            x = block(x, attend_self, attend_cross)
+            rows = block(rows, attend_self, attend_cross)
         if first_row_only:
-            return self.norm(last(x, attend_self_first, attend_cross, select=first_row))
-        return self.norm(last(x, attend_self, attend_cross))
+            return self.finish(last(rows, attend_self_first, attend_cross, select=first_row))
+        return self.finish(last(rows, attend_self, attend_cross))
+
+    def finish(self, rows: Residual) -> Tensor:
+        """Features (..., C) from the output of the last block; with pre-norm, its last sum and the norm after it."""
+        if not isinstance(self.norm, nn.LayerNorm):
+            return rows.x
+        return add_norm(self.norm, rows.x, None if rows.y is None else Branch(rows.y), out_dtype=rows.x.dtype)[1]
 
     @property
     def layers(self) -> list[CrossBlock]:

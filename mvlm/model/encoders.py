@@ -13,6 +13,7 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.model.attention import Attend, Attention, FeedForward
 from mvlm.model.packing import Packing
 from mvlm.model.patches import patchify
+from mvlm.model.residual import Branch, Residual, add_norm
 
 
 class ImageBlock(nn.Module):
@@ -25,10 +26,11 @@ class ImageBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = FeedForward(width)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+    def forward(self, rows: Residual, attend: Attend) -> Residual:
         """(B, 1+N, C) -> (B, 1+N, C); `attend` computes the self-attention."""
-        x = x + attend(self.attention, self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x, normalised = add_norm(self.norm1, rows.x, None if rows.y is None else Branch(rows.y))
+        x, normalised = add_norm(self.norm2, x, attend(self.attention, normalised))
+        return Residual(x, self.mlp(normalised))
 
 
 class ImageEncoder(nn.Module):
@@ -82,9 +84,10 @@ class ImageEncoder(nn.Module):
 
     def run(self, x: Tensor, attend: Attend) -> Tensor:
         """Run the blocks and the last norm over embedded rows (B, L, C) -> (B, L, C)."""
+        rows = Residual(x)
         for block in self.blocks:
-            x = block(x, attend)
-        return self.norm(x)
+            rows = block(rows, attend)
+        return add_norm(self.norm, rows.x, None if rows.y is None else Branch(rows.y), out_dtype=x.dtype)[1]
 
 
 class TextBlock(nn.Module):
@@ -97,10 +100,11 @@ class TextBlock(nn.Module):
         self.mlp = FeedForward(width)
         self.norm2 = nn.LayerNorm(width, eps=1e-5)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+    def forward(self, rows: Residual, attend: Attend) -> Residual:
         """Packed (T, C) -> (T, C); `attend` computes the self-attention."""
-        x = self.norm1(x + attend(self.attention, x))
-        return self.norm2(x + self.mlp(x))
+        normalised = rows.x if rows.y is None else rows.y
+        x, normalised = add_norm(self.norm1, rows.x, attend(self.attention, normalised), post_norm=True)
+        return Residual(*add_norm(self.norm2, x, self.mlp.branch(normalised), post_norm=True))
 
 
 class TextEncoder(nn.Module):
@@ -123,7 +127,8 @@ class TextEncoder(nn.Module):
     def run(self, tokens: Tensor, packing: Packing, attend: Attend) -> Tensor:
         """Embed packed tokens int64 (T,) and run the blocks -> (T, C); `attend` computes self-attention."""
         # F.embedding, not index_select: its backward is deterministic on CUDA.
-        x = self.norm(self.words(tokens) + F.embedding(packing.position, self.position))  # (T, C)
+        position = F.embedding(packing.position, self.position)
+        rows = Residual(*add_norm(self.norm, self.words(tokens), Branch(position), post_norm=True))  # (T, C)
         for block in self.blocks:
-            x = block(x, attend)
-        return x
+            rows = block(rows, attend)
+        return rows.x

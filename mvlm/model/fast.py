@@ -9,7 +9,7 @@ Nothing is approximated. Work is skipped if its result is unused or already know
 - ITM reads only [CLS], so the last block computes no other row. The part of block 0 that does not depend on the
   partner runs once per image or caption, not once per pair.
 - The last block of the decoder, the pixel head, the last block before the LM head, and the head itself compute only
-  masked rows. The predicted pixels and the full logits are never materialised.
+  masked rows. The full logits are never materialised, nor on a GPU all predicted pixels.
 
 Shape legend: B batch, N patches, L rows, T packed tokens, M masked tokens, K masked patches, R = 3B pairs, C width,
 H heads, D head width, P patch side, S image side.
@@ -20,12 +20,14 @@ from torch import Tensor
 
 from mvlm.device import compute_dtype
 from mvlm.model.attention import Attention
+from mvlm.model.attention_backends import KeyIndex
 from mvlm.model.cross_encoder import CrossEncoder, KeyValueCache
 from mvlm.model.fast_attention import attend_cross, attend_self, select_rows, select_within
 from mvlm.model.implementation import PairCaches, Streams
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, Packing, mask_tokens, round_up_length
 from mvlm.model.patches import masked_patches, visible_patches
+from mvlm.model.residual import Branch, Residual
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels import gather_patches, linear_pixel_loss, place_tokens
@@ -66,12 +68,12 @@ def encode_images(model: MaskVLMNetwork, images: Tensor, patch_ids: Tensor) -> t
     encoder, config = model.image_encoder, model.config
     patches = _project_patches(model, images)
     parameters = (encoder.mask_token, encoder.position, encoder.cls_token)
-    unmasked = place_tokens(patches, *parameters)  # (B, 1+N, C)
     if not config.drop_masked:
         hidden = masked_patches(patch_ids, config.num_patches)  # (B, N), True = masked
-        masked = place_tokens(patches, *parameters, masked=hidden)
-        v, vm = encoder.run(torch.cat([unmasked, masked]), attend_self(None)).chunk(2)
+        both = place_tokens(patches, *parameters, masked=hidden, with_unmasked=True)  # (2B, 1+N, C)
+        v, vm = encoder.run(both, attend_self(None)).chunk(2)
         return v, vm
+    unmasked = place_tokens(patches, *parameters)  # (B, 1+N, C)
     visible = visible_patches(patch_ids, config.num_patches)  # (B, N-K)
     rows = torch.cat([torch.zeros_like(visible[:, :1]), 1 + visible], dim=1)  # [CLS] too
     x = encoder.run(select_within(unmasked, rows), attend_self(None))  # (B, 1+N-K, C)
@@ -120,10 +122,11 @@ def language_loss(
         return rows.index_select(0, masks.token_ids)  # (T, C) -> (M, C)
 
     *early, last = model.text_cross.layers
+    rows = Residual(x)
     for block in early:
-        x = block(x, attend_self(packing), attend_cross(block, packing, image))
-    x = last(x, attend_self(packing, select, selected), attend_cross(last, selected, image), select)
-    x = model.text_cross.norm(x)  # (M, C)
+        rows = block(rows, attend_self(packing), attend_cross(block, packing, image))
+    rows = last(rows, attend_self(packing, select, selected), attend_cross(last, selected, image), select)
+    x = model.text_cross.finish(rows)  # (M, C)
     targets = batch.tokens.index_select(0, masks.token_ids)
     # Padding positions (see `pad_to_bucket`) point past the last caption and are ignored.
     targets = targets.masked_fill(masks.token_ids >= batch.cu_seqlens[-1], -100)
@@ -133,21 +136,21 @@ def language_loss(
 
 def image_loss(model: MaskVLMNetwork, streams: Streams, text: KeyValueCache, batch: Batch, masks: Masks) -> Tensor:
     """MIM, a scalar; the masked images attend to the unmasked captions of the cache."""
-    x = streams.masked_image
+    rows = Residual(streams.masked_image)
 
     def select(rows: Tensor) -> Tensor:
         return select_within(rows, 1 + masks.patch_ids)  # (B, 1+N, C) -> (B, K, C)
 
     for block in model.image_cross.layers:
-        x = block(x, attend_self(None), attend_cross(block, None, text))
-    x = model.image_cross.norm(x)
+        rows = block(rows, attend_self(None), attend_cross(block, None, text))
+    rows = Residual(model.image_cross.finish(rows))
     *early, last = model.image_decoder.layers
     for block in early:
-        x = block(x, attend_self(None), attend_cross(block, None, text))
-    x = last(x, attend_self(None, select), attend_cross(last, None, text), select)
+        rows = block(rows, attend_self(None), attend_cross(block, None, text))
+    rows = last(rows, attend_self(None, select), attend_cross(last, None, text), select)
     encoder, head = model.image_encoder, model.pixel_head
     return linear_pixel_loss(
-        model.image_decoder.norm(x),  # (B, K, C)
+        model.image_decoder.finish(rows),  # (B, K, C)
         head.weight,
         head.bias,
         batch.images,
@@ -158,22 +161,6 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, text: KeyValueCache, bat
     )
 
 
-def match_pairs(
-    model: MaskVLMNetwork,
-    v: Tensor,
-    text: PackedText,
-    images: Tensor,
-    texts: Tensor,
-    caches: PairCaches | None = None,
-) -> Tensor:
-    """ITM logits (R, 2) of pairs of image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,).
-
-    `caches`, if given, are those of v and text.
-    """
-    image, caption = fuse_pairs(model, v, text, images, texts, caches)
-    return model.matching_head(image * caption)
-
-
 def fuse_pairs(
     model: MaskVLMNetwork,
     v: Tensor,
@@ -181,18 +168,25 @@ def fuse_pairs(
     images: Tensor,
     texts: Tensor,
     caches: PairCaches | None = None,
+    max_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """[CLS] of both cross-modality encoders, image and text (R, C) each, of the pairs of `match_pairs`."""
+    """[CLS] of both cross-modality encoders, image and text (R, C) each, for pairs of an image and a caption.
+
+    Pair r is image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,). `caches`, if given, are
+    those of v and text; `max_rows` is a bound of the rows of the R captions together.
+    """
     caches = caches or _make_caches(v, text)
     packing = _with_rounded_length(text.packing)
     # Only the device knows how many tokens the R captions have together. Asking costs nothing on a CPU. On a GPU it
-    # would be a sync, so the upper bound is taken there.
+    # would be a sync, so an upper bound is taken there.
     capacity = len(texts) * packing.max_length
+    capacity = capacity if max_rows is None else min(capacity, max_rows)
     if texts.device.type == "cpu" and not torch.compiler.is_compiling():
         capacity = int(packing.lengths.index_select(0, texts).sum())
     pair_packing, rows = packing.select(texts, capacity)
-    image = _encode_pairs(model.image_cross, v, None, caches.text, texts, images, None)
-    caption = _encode_pairs(model.text_cross, text.rows, packing, caches.image, images, rows, pair_packing)
+    partners = KeyIndex(texts, len(packing.cu_seqlens) - 1), KeyIndex(images, len(v))
+    image = _encode_pairs(model.image_cross, v, None, caches.text, partners[0], images, None)
+    caption = _encode_pairs(model.text_cross, text.rows, packing, caches.image, partners[1], rows, pair_packing)
     return image, caption
 
 
@@ -201,7 +195,7 @@ def _encode_pairs(
     x: Tensor,
     packing: Packing | None,
     cache: KeyValueCache,
-    key_index: Tensor,
+    key_index: KeyIndex,
     rows: Tensor,
     pair_packing: Packing | None,
 ) -> Tensor:
@@ -209,7 +203,7 @@ def _encode_pairs(
 
     Args:
         x: (B, L, C), or packed (T, C) with `packing`.
-        key_index: int64 (R,); sequence r attends to sequence key_index[r] of the cache.
+        key_index: the partner of each of the R sequences in the cache.
         rows: indices into x. Not packed: int64 (R,), one sequence per pair. Packed: int64 (T',), rows of the selected
             captions, T' = pair_packing.total.
         pair_packing: layout of these rows if x is packed, else None.
@@ -221,30 +215,30 @@ def _encode_pairs(
     def first(y: Tensor) -> Tensor:
         return y.index_select(0, pair_packing.cu_seqlens[:-1]) if pair_packing else y[:, 0]  # (R, C)
 
-    def attend_self_first(attention: Attention, y: Tensor) -> Tensor:
+    def attend_self_first(attention: Attention, y: Tensor) -> Branch:
         if pair_packing is None:
             return attention.attend_first_row(first(y), y, None)
         return attention.attend_first_row(first(y), pair_packing.pad(y), pair_packing.key_mask)
 
     *early, last = encoder.layers
-    if not early:
-        x = expand(x)
+    stream = Residual(x if early else expand(x))
     for number, block in enumerate(early):
         cross = attend_cross(block, pair_packing, cache, key_index)
         if number == 0:
             # Block 0's self-attention does not depend on the partner, so it runs once per image or caption; only its
             # result is expanded to pairs.
-            x = block(x, attend_self(packing), cross, select_between=expand)
+            stream = block(stream, attend_self(packing), cross, select_between=expand)
         else:
-            x = block(x, attend_self(pair_packing), cross)
+            stream = block(stream, attend_self(pair_packing), cross)
 
     # Made outside the block, for the reason given in `attend_cross`.
     cross = attend_cross(last, None, cache, key_index)
 
-    def attend_cross_first(attention: Attention, y: Tensor) -> Tensor:
-        return cross(attention, y.unsqueeze(1)).squeeze(1)
+    def attend_cross_first(attention: Attention, y: Tensor) -> Branch:
+        branch = cross(attention, y.unsqueeze(1))
+        return branch._replace(rows=branch.rows.squeeze(1))
 
-    return encoder.norm(last(x, attend_self_first, attend_cross_first, select=first))
+    return encoder.finish(last(stream, attend_self_first, attend_cross_first, select=first))
 
 
 def _make_caches(v: Tensor, text: PackedText) -> PairCaches:

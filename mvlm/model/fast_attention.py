@@ -13,6 +13,7 @@ from mvlm.model import attention_backends as backends
 from mvlm.model.attention import Attend, Attention
 from mvlm.model.cross_encoder import CrossBlock, KeyValueCache, SelectRows
 from mvlm.model.packing import Packing
+from mvlm.model.residual import Branch
 
 
 def attend_self(packing: Packing | None, select: SelectRows | None = None, selected: Packing | None = None) -> Attend:
@@ -21,7 +22,7 @@ def attend_self(packing: Packing | None, select: SelectRows | None = None, selec
     With `select`, only the rows that it selects are queries; `selected` is their layout if they are packed.
     """
 
-    def attend(attention: Attention, y: Tensor) -> Tensor:
+    def attend(attention: Attention, y: Tensor) -> Branch:
         # Cast once, before the projections: autocast would cast y for each of them and save every copy.
         y = y.to(compute_dtype(y))
         if select is None:
@@ -40,17 +41,17 @@ def attend_self(packing: Packing | None, select: SelectRows | None = None, selec
 
 
 def attend_cross(
-    block: CrossBlock, packing: Packing | None, cache: KeyValueCache, key_index: Tensor | None = None
+    block: CrossBlock, packing: Packing | None, cache: KeyValueCache, key_index: backends.KeyIndex | None = None
 ) -> Attend:
     """Make the cross-attention of rows (R, L, C), or packed (T, C) with `packing`, to the sequences of a cache.
 
-    key_index int64 (R,): sequence r attends to sequence key_index[r] of the cache. None: to sequence r.
+    key_index: the partner of each sequence in the cache. None: sequence r attends to sequence r.
     """
     # Not inside `attend`: activation checkpointing calls that again in backward. It would find the cache filled, and
     # recompute fewer tensors than the forward pass saved.
     k, v = cache.keys_values(block)
 
-    def attend(attention: Attention, y: Tensor) -> Tensor:
+    def attend(attention: Attention, y: Tensor) -> Branch:
         q = attention.queries(y)
         return attention.project_out(
             backends.text_attention(q, k, v, packing, cache.packing, key_index, attention.text_backend)

@@ -66,21 +66,11 @@ class Implementation(Protocol):
         images: Tensor,
         texts: Tensor,
         caches: PairCaches | None = None,
+        max_rows: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """[CLS] of both cross-modality encoders, image and text (R, C) each, of the pairs of `match_pairs`."""
-        ...
+        """[CLS] of both cross-modality encoders, image and text (R, C) each, for pairs of an image and a caption.
 
-    def match_pairs(
-        self,
-        model: MaskVLMNetwork,
-        v: Tensor,
-        text: PackedText,
-        images: Tensor,
-        texts: Tensor,
-        caches: PairCaches | None = None,
-    ) -> Tensor:
-        """ITM logits (R, 2) of pairs of image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,).
-
-        `caches`, if given, are those of v and text.
+        Pair r is image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,). `caches`, if given,
+        are those of v and text; `max_rows` is a bound of the rows of the R captions together.
         """
         ...

@@ -14,7 +14,7 @@ from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.pretrained import HubMixin
 from mvlm.objectives import losses
 from mvlm.objectives.losses import Losses
-from mvlm.objectives.negatives import NegativeSampling, matching_pairs
+from mvlm.objectives.negatives import NegativeSampling, matching_pairs, matching_rows
 from mvlm_dataloading import Batch, Masks
 
 IMPLEMENTATIONS: dict[str, Implementation] = {"plain": plain, "fast": fast}
@@ -60,8 +60,10 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
             itc, itc_accuracy = losses.contrastive_loss(logits)
             negatives = NegativeSampling(batch.image_id, batch.text_id, seed, step).draw_both(logits)
             pairs = matching_pairs(negatives)
-            match = implementation.match_pairs(
-                self, streams.image, streams.text, pairs.images, pairs.texts, streams.caches
-            )  # (3B, 2)
-            itm, itm_accuracy = losses.matching_loss(match, pairs.labels, pairs.weights)
+            packing = streams.text.packing
+            max_rows = matching_rows(packing.total, len(packing) * packing.max_length)
+            fused = implementation.fuse_pairs(
+                self, streams.image, streams.text, pairs.images, pairs.texts, streams.caches, max_rows
+            )  # (3B, C) each
+            itm, itm_accuracy = losses.matching_loss(self.matching_logits(*fused), pairs.labels, pairs.weights)
         return Losses(mlm, mim, itc, itm, mlm + mim + itc + itm, mlm_accuracy, itc_accuracy, itm_accuracy)

@@ -120,10 +120,13 @@ class MaskVLMNetwork(nn.Module):
         text = self.text_cross(w, v, key_mask, None, first_row_only=True)[:, 0]
         return image, text
 
+    def matching_logits(self, image: Tensor, text: Tensor) -> Tensor:
+        """ITM logits (R, 2), column 1 = match, from both [CLS] of a pair, (R, C) each."""
+        return self.matching_head(image * text)
+
     def match(self, v: Tensor, w: Tensor, key_mask: Tensor) -> Tensor:
         """ITM logits (B, 2), column 1 = match, from features v (B, 1+N, C) and w (B, L, C) of unmasked inputs."""
-        image, text = self.fuse(v, w, key_mask)
-        return self.matching_head(image * text)
+        return self.matching_logits(*self.fuse(v, w, key_mask))
 
     def fill_mask(self, v: Tensor, wm: Tensor, key_mask: Tensor, cu_seqlens: Tensor, token_ids: Tensor) -> Tensor:
         """LM logits (M, V) of the tokens token_ids int64 (M,), given as packed positions.

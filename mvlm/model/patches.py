@@ -8,9 +8,12 @@ from torch import Tensor
 
 
 def masked_patches(patch_ids: Tensor, num_patches: int) -> Tensor:
-    """Mask of the masked patches: patch_ids int64 (B, K) -> bool (B, N), True = masked."""
-    mask = torch.zeros(len(patch_ids), num_patches, dtype=torch.bool, device=patch_ids.device)
-    return mask.scatter_(1, patch_ids, True)
+    """Mask of the masked patches: patch_ids int64 (B, K) -> bool (B, N), True = masked.
+
+    Neighbours in memory are the images, not the patches, as the kernel of `place_tokens` reads them.
+    """
+    mask = torch.zeros(num_patches, len(patch_ids), dtype=torch.bool, device=patch_ids.device)
+    return mask.scatter_(0, patch_ids.t(), True).t()
 
 
 def visible_patches(patch_ids: Tensor, num_patches: int) -> Tensor:

@@ -60,21 +60,12 @@ def fuse_pairs(
     images: Tensor,
     texts: Tensor,
     caches: PairCaches | None = None,
+    max_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """[CLS] of both cross-modality encoders, image and text (R, C) each, of the pairs of `match_pairs`."""
+    """[CLS] of both cross-modality encoders, image and text (R, C) each, for pairs of an image and a caption.
+
+    Pair r is image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,).
+    """
     w, key_mask = text.padded()
     # index_select, not v[images]: on a CPU the backward of indexing adds up repeated rows in thread order.
     return model.fuse(v.index_select(0, images), w.index_select(0, texts), key_mask[texts])
-
-
-def match_pairs(
-    model: MaskVLMNetwork,
-    v: Tensor,
-    text: PackedText,
-    images: Tensor,
-    texts: Tensor,
-    caches: PairCaches | None = None,
-) -> Tensor:
-    """ITM logits (R, 2) of pairs of image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,)."""
-    image, caption = fuse_pairs(model, v, text, images, texts, caches)
-    return model.matching_head(image * caption)

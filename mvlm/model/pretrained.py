@@ -5,6 +5,7 @@ Only the hub needs huggingface_hub; folders work without it. Nothing is pickled 
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -70,9 +71,8 @@ class HubMixin(Base, library_name="mvlm", license="apache-2.0", tags=["masked-vi
                     f"{source}: wanted an existing model folder or a hub id owner/name, found neither; check the path"
                 )
             options = {"revision": revision, "token": token, "cache_dir": cache_dir}
-            folder = _download(
-                str(source), {**options, "local_files_only": local_files_only, "force_download": force_download}
-            )
+            options |= {"local_files_only": local_files_only, "force_download": force_download}
+            folder = download(str(source), (CONFIG_FILE, WEIGHTS_FILE), options)
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not (folder / name).is_file():
                 raise RunError(
@@ -95,8 +95,16 @@ def write_model(model: Any, folder: Path) -> None:
     write_json(folder / CONFIG_FILE, model.config.to_dict())
 
 
-def _download(hub_id: str, options: dict[str, Any]) -> Path:
-    """Download both files from the hub. Returns their folder in the hub's cache."""
+def download(hub_id: str, names: Sequence[str], options: dict[str, Any]) -> Path:
+    """Download files of a model from the hub. Returns their folder in the hub's cache.
+
+    Args:
+        options: for `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        RunError: there is no such model, or one of the files is missing.
+        ConfigError: huggingface_hub is not installed.
+    """
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
@@ -104,7 +112,7 @@ def _download(hub_id: str, options: dict[str, Any]) -> Path:
             f"{hub_id}: wanted the package huggingface_hub, which is not installed; pip install 'mvlm[train]'"
         ) from None
     try:
-        return [Path(hf_hub_download(hub_id, name, **options)).parent for name in (CONFIG_FILE, WEIGHTS_FILE)][-1]
+        return [Path(hf_hub_download(hub_id, name, **options)).parent for name in names][-1]
     except Exception as error:  # the network's, the hub's and the cache's own, which share no type
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise RunError(

@@ -14,8 +14,9 @@ from torch.autograd.function import once_differentiable
 from mvlm.device import compute_dtype
 from mvlm.objectives.losses import correct_top1
 
-LOGITS_PER_CHUNK = 1 << 22
-"""Largest number of logits that exist at a time: 16 MiB in fp32."""
+LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
+"""Largest number of logits that exist at a time, by device: 16 MiB in fp32, or 256 MiB. Each chunk reads the weight and
+adds to its gradient, which on a GPU takes longer than the logits of a small chunk."""
 
 
 def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +33,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        rows = max(1, LOGITS_PER_CHUNK // len(weight))
+        rows = max(1, LOGITS_PER_CHUNK.get(x.device.type, LOGITS_PER_CHUNK["cpu"]) // len(weight))
         with torch.autocast(x.device.type, enabled=False):
             w, b = weight.to(x.dtype), bias.to(x.dtype)
             # The number of targets stays on the device: with it on the host, every step would wait for the device.

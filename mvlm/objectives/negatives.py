@@ -133,6 +133,14 @@ def matching_pairs(negatives: Negatives) -> MatchingPairs:
     )
 
 
+def matching_rows(total: int, drawn: int) -> int:
+    """Bound of the rows of the captions of `matching_pairs` together, from numbers that the host knows.
+
+    total: rows of the n captions; drawn: bound of the rows of the n drawn captions.
+    """
+    return 2 * total + drawn
+
+
 def matching_weights(negatives: Negatives) -> Tensor:
     """Weights (3n,) of the pairs that `matching_pairs` makes."""
     ones = torch.ones_like(negatives.text_weights)

@@ -1,4 +1,4 @@
-"""Load a trained model from a run, a checkpoint or an exported folder; export it."""
+"""Load a trained model from a run, a checkpoint, an exported folder or the hub; export it."""
 
 import json
 from pathlib import Path
@@ -6,36 +6,60 @@ from pathlib import Path
 import torch
 
 from mvlm.config.json_files import model_config
+from mvlm.device import choose_device
 from mvlm.errors import ConfigError, RunError
 from mvlm.files import copy_into, read_safetensors
+from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.pretrained import CONFIG_FILE, WEIGHTS_FILE, write_model
+from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, WEIGHTS_FILE, download, write_model
 from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, TOKENIZER, read_tensors
 from mvlm.runs.folder import find_checkpoint
-from mvlm_dataloading import DataError, Tokenizer, load_tokenizer
+from mvlm_dataloading import DataError, load_tokenizer
 
 
-def load_model(path: Path | str, device: torch.device | str = "cpu") -> tuple[MaskVLM, Tokenizer]:
-    """Load the model, in eval mode on `device`, and the tokenizer of a run, a checkpoint or an exported folder.
+def load_model(path: Path | str, device: torch.device | str = "auto", precision: str = "auto") -> TrainedModel:
+    """Load a trained model and its tokenizer.
 
-    The weights are the averaged ones (EMA) if the run kept them. RunError for a damaged folder or one of another kind.
+    The result has the questions that a model answers as methods, and unpacks into the network and the tokenizer. The
+    weights are the averaged ones (EMA) if the run kept them.
+
+    Args:
+        path: a run, one of its checkpoints, an exported folder, the model.safetensors in one, or an id owner/name on
+            the Hugging Face hub, if there is no such folder here.
+        device: auto (the GPU if there is one), cpu, cuda, or a `torch.device`.
+        precision: auto, bf16 or fp32 (`mvlm.device.autocast`).
+
+    Raises:
+        RunError: there is no such model, or it is damaged or of another kind.
+        ConfigError: there is no such device, or no such precision.
     """
-    path = Path(path)
-    exported = (path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file()
-    folder = path if exported else find_checkpoint(path)
+    chosen = device if isinstance(device, torch.device) else choose_device(device)
+    folder, exported = _find_model(path)
     file = folder / (CONFIG_FILE if exported else MODEL_CONFIG)
     try:
         config = model_config(json.loads(file.read_text()), str(file))
         tokenizer = load_tokenizer(folder / TOKENIZER)
     except (ConfigError, DataError, ValueError, TypeError, RecursionError) as error:
         raise RunError(f"{folder}: {error}") from None
-    model = MaskVLM(config)
-    state = model.state_dict()
+    network = MaskVLM(config)
+    state = network.state_dict()
     if exported:
         copy_into(state, read_safetensors(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
     else:
         read_tensors(folder / (EMA if (folder / EMA).is_dir() else MODEL), state)
-    return model.to(device).eval(), tokenizer
+    return TrainedModel(network.to(chosen), tokenizer, precision)
+
+
+def _find_model(source: Path | str) -> tuple[Path, bool]:
+    """Folder of the model that `source` names, and True if it is a portable one, False if it is a checkpoint."""
+    path = Path(source)
+    if path.is_file() and path.name == WEIGHTS_FILE:
+        path = path.parent
+    if (path / WEIGHTS_FILE).is_file() and (path / CONFIG_FILE).is_file():
+        return path, True
+    if isinstance(source, str) and not path.exists() and HUB_ID.fullmatch(source):
+        return download(source, (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER), {}), True
+    return find_checkpoint(path), False
 
 
 def export(path: Path, out: Path) -> None:

@@ -27,6 +27,7 @@ from mvlm.tasks.registry import find_task
 from mvlm.tasks.start import starting_model
 from mvlm.tasks.task import Task, TaskLosses, TaskOptions
 from mvlm.training.build import check_attention, make_loader
+from mvlm.training.freed_memory import keep_freed_memory
 from mvlm.training.loggers import LogSinks, check_services
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.run import RunInputs, build_run, train
@@ -128,6 +129,8 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     """Build a trainer at its first step or, if `checkpoint` is not empty, at that verified checkpoint."""
     config = inputs.config
     assert isinstance(config, FinetuneConfig)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     options = TaskOptions(config.blind, config.min_count)
     kind = find_task(config.task)

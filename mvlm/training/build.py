@@ -57,6 +57,8 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
         text_length=model.text_length,
         seed=config.seed,
         device=None if world.device.type == "cpu" else str(world.device),
+        # On a CPU the step is slower than the loader by far, and each wake-up of a thread interrupts it.
+        num_threads=1 if world.device.type == "cpu" else 2,
         patch_size=model.patch_size,
         mask_block=model.mask_block,
         image_mask_ratio=model.image_mask_ratio,
@@ -68,6 +70,7 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
             operations=config.randaugment,
             magnitude=config.randaugment_magnitude,
         ),
+        keep_mb=config.keep_images_mb,
     )
 
 

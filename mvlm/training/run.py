@@ -10,12 +10,15 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from mvlm.config.pretrain import PretrainConfig
+from mvlm.device import deterministic_kernels
 from mvlm.distributed.coordination import check_ranks, is_lost_rank, run_on_all_ranks
 from mvlm.distributed.parallel import checkpoint_activations, compile_step, parallelize
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError, LostRankError
 from mvlm.runs.folder import RunFolder, RunLock, open_run, write_config
 from mvlm.training.build import check_attention, choose_tokenizer, fit_to_tokenizer, make_loader, make_model
+from mvlm.training.cuda_graphs import CudaGraphs, check_graphs
+from mvlm.training.freed_memory import keep_freed_memory
 from mvlm.training.loggers import check_services
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.trainer import Trainer
@@ -46,7 +49,8 @@ def pretrain(config: PretrainConfig) -> None:
         LostRankError: another process of the run is gone.
     """
     world = join_ranks(config.device)
-    with build_run(config, world, open_inputs, build_trainer) as trainer:
+    kernels = deterministic_kernels(world.device) if config.deterministic else nullcontext()
+    with kernels, build_run(config, world, open_inputs, build_trainer) as trainer:
         if trainer.complete:
             log.info("%s is complete: %d of %d steps", config.out, trainer.step, config.max_steps)
         else:
@@ -117,6 +121,8 @@ def open_inputs(config: PretrainConfig) -> RunInputs:
 def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     """Build a trainer at its first step or, if `checkpoint` is not empty, at that verified checkpoint."""
     config = inputs.config
+    if world.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world)
     model = make_model(config, fresh=not checkpoint).to(world.device)
@@ -127,6 +133,9 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> Trainer:
     parallel = parallelize(model, world, config.parallel)
     optimizer = make_optimizer(model, config, world.device)  # after parallelize, which replaces the parameters
     trainer = Trainer(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)
+    if config.cuda_graphs:
+        check_graphs(config, world)
+        trainer.graphs = CudaGraphs(trainer.backward_alone, trainer.model.parameters())
     if checkpoint:
         trainer.restore(Path(checkpoint))
         log.info("resuming from %s", checkpoint)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import autocast
@@ -37,6 +37,7 @@ from mvlm.runs.checkpoint import (
 )
 from mvlm.runs.checkpoint_writer import CheckpointWriter
 from mvlm.runs.folder import RunFolder
+from mvlm.training.cuda_graphs import CudaGraphs
 from mvlm.training.loggers import LogSinks
 from mvlm.training.metrics import MetricsBuffer, MetricsLogger, full_tensor, gradient_norms
 from mvlm.training.optimizer import ExponentialMovingAverage, GuardedAdamW, learning_rate_factor
@@ -73,6 +74,8 @@ class Trainer:
         folder = RunFolder(config.out)
         self.writer = CheckpointWriter(folder.checkpoints, world, config.keep_checkpoints, config.keep_every_steps)
         self.watchdog = Watchdog(folder.stalled(world.rank), world.rank, config.stall_minutes)
+        self.graphs: CudaGraphs | None = None
+        """What replays the steps of one rank, with --cuda-graphs."""
         self.metrics = MetricsBuffer()
         """Metrics of the steps since the last row."""
         self.step = 0
@@ -152,7 +155,7 @@ class Trainer:
         loaded = [next(batches) for _ in range(self.config.accumulate)]
         samples = [i for batch, _ in loaded for i in batch.sample_id.tolist()]
         tokens = sum(len(batch.tokens) for batch, _ in loaded)
-        if self.config.compile:
+        if self.config.fixed_shapes:
             loaded = [pad_to_bucket(batch, masks, self.config.model.text_length) for batch, masks in loaded]
         microbatches = [
             (batch.to(self.device, non_blocking=True), masks.to(self.device, non_blocking=True))
@@ -165,7 +168,7 @@ class Trainer:
             group["lr"] = group["peak"] * factor
         losses = self.forward_backward(microbatches)
         norm, parts = gradient_norms(self.model)
-        nn.utils.clip_grads_with_norm_(self.model.parameters(), self.config.clip_norm, norm)
+        self.optimizer.clip(norm, self.config.clip_norm)
         if self.step == self.config.reconstruction_first:  # ITC and ITM join the loss, which jumps
             self.guard.reset()
         good = self.guard.judge(losses.total.detach(), norm)
@@ -188,22 +191,12 @@ class Trainer:
         Returns a named tuple of scalars without gradient, with `total` among them: here, `Losses`.
         """
         config = self.config
-        # In compiled code a Python number is a constant: each step would be compiled again.
-        step = torch.full((), self.step, device=self.device) if config.compile else self.step
+        # In compiled code and in CUDA graphs a Python number is a constant.
+        step: Any = torch.full((), self.step, device=self.device) if config.fixed_shapes else self.step
         reconstruction_only = self.step < config.reconstruction_first
         if self.world.size == len(microbatches) == 1:
-            batch, masks = microbatches[0]
-            with autocast(self.device, config.precision):
-                losses: Losses = self.model(
-                    batch,
-                    masks,
-                    seed=config.seed,
-                    step=step,
-                    reconstruction_only=reconstruction_only,
-                    plan=config.plan,
-                )
-            losses.total.backward()
-            return Losses(*(loss.detach() for loss in losses))
+            run = self.backward_alone if self.graphs is None else self.graphs.run
+            return run(*microbatches[0], step, reconstruction_only)
         return backward_global(
             self.parallel,
             microbatches,
@@ -215,6 +208,14 @@ class Trainer:
             local_negatives=config.local_negatives,
             autocast=partial(autocast, self.device, config.precision),
         )
+
+    def backward_alone(self, batch: Batch, masks: Masks, step: int | Tensor, reconstruction_only: bool) -> Losses:
+        """Compute the losses and gradients of a batch that is the whole step's, on one rank."""
+        options = {"seed": self.config.seed, "step": step, "plan": self.config.plan}
+        with autocast(self.device, self.config.precision):
+            losses: Losses = self.model(batch, masks, reconstruction_only=reconstruction_only, **options)
+        losses.total.backward()
+        return Losses(*(loss.detach() for loss in losses))
 
     def after_update(self) -> dict[str, Tensor]:
         """Clamp the temperature, after every update. Returns it as a further metric of the step."""

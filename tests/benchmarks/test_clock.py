@@ -6,36 +6,59 @@ import pytest
 import torch
 import torch._functorch.config as compiler
 
-from mvlm_benchmarks.clock import CpuClock, CudaClock, make_clock, torch_settings
+from mvlm_benchmarks.clock import CpuClock, CudaClock, Refused, make_clock, require_own_timers, torch_settings
 
 
-def test_cpu_clock_reports_microseconds() -> None:
-    calls = []
+def test_cpu_clock_reports_microseconds_and_the_last_results_of_each_step() -> None:
+    calls, prepared = [], []
 
-    def step() -> None:
-        calls.append(1)
+    def step(number: int):
+        calls.append(number)
         time.sleep(0.002)
+        return (torch.tensor([float(number), float(len(calls))]),)
 
-    timing = CpuClock(0.01).time(step)
-    assert len(calls) >= 1 + 5
+    steps = [lambda: step(0), lambda: step(1)]
+    timing, results = CpuClock(0.01).time(steps, prepared.append)
+    assert len(calls) >= 2 + 5
+    assert calls == prepared == [n % 2 for n in range(len(calls))]  # steps take turns, each prepared
     assert 2000 <= timing.p20 <= timing.us <= timing.p80
-    assert CpuClock(0.01).graph(lambda: step) is None
-    assert CpuClock(0.01).peak_mb(step) is None
+    assert len(timing.calls) == len(calls) - 2  # the first of each is for warm-up
+    assert [float(one[0][0]) for one in results] == [0.0, 1.0]
+    assert max(float(one[0][1]) for one in results) == len(calls)
+    assert CpuClock(0.01).graph(lambda: steps) is None
+    assert CpuClock(0.01).peak_mb(steps[0]) is None
 
 
-def test_cuda_clock_asks_do_bench_for_quantiles(monkeypatch) -> None:
-    testing = pytest.importorskip("triton.testing")
-    asked = {}
+def test_result_that_is_finished_after_the_timer_stopped_is_not_seen() -> None:
+    result = torch.zeros(1)
+    _, results = CpuClock(0.0).time([lambda: (result,)], lambda number: None)
+    result.fill_(1)
+    assert float(results[0][0]) == 0
 
-    def do_bench(step, **options):
-        asked.update(options)
-        return [0.002, 0.001, 0.004]
 
-    monkeypatch.setattr(testing, "do_bench", do_bench)
-    timing = CudaClock(50).time(lambda: None)
-    assert (timing.us, timing.p20, timing.p80) == (2.0, 1.0, 4.0)
-    assert asked["quantiles"] == [0.5, 0.2, 0.8]
-    assert asked["rep"] == 50
+def test_replaced_timer_is_refused(monkeypatch) -> None:
+    require_own_timers()
+    monkeypatch.setattr(time, "process_time", lambda: 0.0)
+    with pytest.raises(Refused, match=r"time\.process_time was replaced"):
+        require_own_timers()
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda.Event, "elapsed_time", lambda *_: 0.0)
+    with pytest.raises(Refused, match=r"Event\.elapsed_time was replaced"):
+        CpuClock(0.0).time([lambda: ()], lambda number: None)
+
+
+@pytest.mark.gpu
+def test_cuda_clock_times_a_copy_with_a_cold_cache_and_in_a_graph() -> None:
+    """A copy of 16 MB fits the cache. Read from memory it takes at least its bytes over 4 times a data sheet's rate."""
+    source = [torch.randn(4 * 2**20, device="cuda") for _ in range(3)]
+    steps = [lambda x=x: (x * 2,) for x in source]
+    timing, results = CudaClock(10).time(steps, lambda number: None)
+    assert all(torch.equal(one[0], 2 * x) for one, x in zip(results, source, strict=True))
+    assert timing.us > 1e6 * 32 * 2**20 / 13e12
+    found = CudaClock(10).graph(lambda: steps)
+    assert found is not None
+    assert 0 < found[0] < 10 * timing.us
+    assert all(torch.equal(one[0], 2 * x) for one, x in zip(found[1], source, strict=True))
 
 
 def test_quick_clock_takes_less_time() -> None:

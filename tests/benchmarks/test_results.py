@@ -2,10 +2,11 @@
 
 import csv
 
+import pytest
 from matplotlib.figure import Figure
 
 from mvlm_benchmarks import machine
-from mvlm_benchmarks.results import MACHINE_COLUMNS, file_stem, heading, save_figure, write_csv
+from mvlm_benchmarks.results import MACHINE_COLUMNS, RowFile, file_stem, heading, save_figure, write_csv
 
 ABOUT = dict.fromkeys(MACHINE_COLUMNS, "") | {
     "figures": machine.GPU_FIGURES, "device": "NVIDIA H100", "torch": "2.13", "commit": "abc", "dirty": True,
@@ -31,6 +32,17 @@ def test_every_csv_line_describes_the_machine(tmp_path) -> None:
         ("1", "NVIDIA H100", "timm 1.0"),
         ("2", "NVIDIA H100", "timm 1.0"),
     ]
+
+
+def test_rows_are_in_the_file_when_append_returns(tmp_path) -> None:
+    file = RowFile(tmp_path / "f.csv", ABOUT, ("us", "note"))
+    for count in range(3):
+        file.append([{"us": count}])
+        rows = list(csv.DictReader((tmp_path / "f.csv").read_text().splitlines()))
+        assert [row["us"] for row in rows] == [str(n) for n in range(count + 1)]
+        assert rows[-1]["note"] == ""
+    with pytest.raises(ValueError, match="fields not in fieldnames"):
+        file.append([{"other": 1}])
 
 
 def test_file_stem_has_lower_case_words_and_hyphens() -> None:

@@ -2,6 +2,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -152,3 +153,14 @@ def test_the_tokenizer_of_the_data_set_is_used(tmp_path):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"that dataset\.json names, found no such file; restore it"):
         tokenizer_for(dataset, 300)
+
+
+@pytest.mark.parametrize("text", ["a cat", "  grinning  cat-face, éx 😀 x ", "one", " waves,in\tall\n seen", ""])
+def test_words_of_a_text_have_their_tokens(tokenizer, text):
+    """Each word's tokens spell it, in order; blanks around the text belong to no other word."""
+    tokens = tokenizer.encode([text], 1000)[0][1:-1].tolist()
+    words = tokenizer.words(text)
+    assert [word for word, _, _ in words] == text.split()
+    assert [tokenizer.decode(tokens[start:stop]) for _, start, stop in words] == text.split()
+    for (_, _, stop), (_, start, _) in pairwise(words):
+        assert stop == start

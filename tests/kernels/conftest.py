@@ -5,6 +5,10 @@ import torch
 
 from support.kernels.guards import Poison
 
+# torch lists the functions that `with torch.device(...)` concerns when it first needs the list. None is replaced yet.
+with torch.device("cpu"):
+    torch.empty(0)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "plain_empty: leave torch.empty as it is (opcheck compares storage offsets)")

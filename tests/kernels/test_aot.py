@@ -7,15 +7,20 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytestmark = pytest.mark.slow
-TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "aot.json"
+TRITON = ".".join(version("triton").split(".")[:2])
+TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / f"aot-{TRITON}.json"
 # One case of each kernel family at the most common shape, and the widest tiles, which would spill first.
-SLICE = r"cross_attention/(bfloat16/64/32/(lengths|splits)|float16/128/128/lengths)$|gather_patches|place_tokens.*bf16"
+SLICE = (
+    r"cross_attention/(bfloat16/64/32/(lengths|index|splits)|float16/128/128/lengths)$|"
+    r"gather_patches|place_tokens.*bf16"
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +38,10 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_every_attention_kernel_compiles_for_every_target(rows: list[dict[str, Any]]):
     attention = {(r["kernel"], r["arch"]) for r in rows if r["op"] == "cross_attention"}
-    kernels = ("short_kv_forward", "short_kv_backward", "short_q_forward", "short_q_backward", "short_q_combine")
+    kernels = (
+        "short_kv_forward", "short_kv_backward", "short_q_forward", "short_q_backward", "short_q_combine",
+        "short_q_backward_dq", "long_kv_backward",
+    )  # fmt: skip
     assert attention == {(k, a) for k in (*kernels, "sum_splits") for a in ("sm_80", "sm_90", "sm_100")}
 
 
@@ -43,6 +51,96 @@ def test_kernels_spill_nothing_and_use_tensor_cores(rows: list[dict[str, Any]]):
         if r["kernel"].startswith("short_") and r["kernel"] != "short_q_combine":
             assert "MMA" in r["matrix_instruction"], r
         assert 0 < r["registers"] <= 255, r
+
+
+# Attention of a step's text: image and text streams, pairs by an index, the last rows of a stream, each with totals
+# and longest captions as they come.
+RANDOM_BATCHES = """
+import json, random
+import torch
+from mvlm_kernels import dispatch
+from mvlm_kernels.cross_attention.launch import backward, forward
+from mvlm_kernels.machine_code import signature
+
+draw, seen, sizes = random.Random(0), [], set()
+
+def heads(*shape):
+    return torch.empty((*shape, 12, 64), dtype=torch.bfloat16, device="meta")
+
+def ints(*shape, dtype=torch.int64):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+def attend(q, k, queries, keys, index, longest_q, longest_k):
+    cu = [None if n is None else ints(n + 1, dtype=torch.int32) for n in (queries, keys)]
+    k_seqs = keys or len(k)
+    readers = (None, None, None) if index is None else (ints(index), ints(index), ints(k_seqs, 3))
+    sides = (None, None, readers[0], *cu, *readers[1:], 0.125, longest_q, longest_k)
+    out, lse = forward(q, k, k, *sides)
+    backward(out, q, k, k, out, lse, *sides, True, True)
+
+def record(kernel, grid, args, meta):
+    seen[-1].add(signature(kernel, args, meta, "sm_90"))
+
+for _ in range(BATCHES):
+    seen.append(set())
+    longest, B = draw.randint(17, 40), 64
+    T, M, pairs = draw.randint(6 * B, longest * B), draw.randint(B, 8 * B), draw.randint(18 * B, 3 * longest * B)
+    sizes.add((T, M, pairs))
+    with dispatch.recording(record, 90):
+        attend(heads(T), heads(T), B, B, None, longest, longest)
+        attend(heads(B, 197), heads(T), None, B, None, 197, longest)
+        attend(heads(T), heads(B, 197), B, None, None, longest, 197)
+        attend(heads(M), heads(B, 197), B, None, None, longest, 197)
+        attend(heads(3 * B, 197), heads(T), None, B, 3 * B, 197, longest)
+        attend(heads(pairs), heads(B, 197), 3 * B, None, 3 * B, longest, 197)
+        attend(heads(3 * B, 1), heads(T), None, B, 3 * B, 1, longest)
+        attend(heads(3 * B, 1), heads(B, 197), None, None, 3 * B, 1, 197)
+print(json.dumps([len(sizes), [len(set().union(*seen[:n])) for n in (30, BATCHES)]]))
+"""
+
+
+def test_no_kernel_is_compiled_in_the_middle_of_training():
+    """1,000 random batches launch no kernel that the first 30 have not compiled."""
+    code = RANDOM_BATCHES.replace("BATCHES", "1000")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    different, (first, all_of_them) = json.loads(done.stdout)
+    assert different > 900
+    assert first == all_of_them
+
+
+def test_float32_operands_are_rounded_to_tf32():
+    """A matrix instruction cuts 13 bits off. An instruction in front of it rounds them."""
+    code = """
+import torch
+from mvlm_kernels import aot
+from mvlm_kernels.machine_code import compile_launch
+for launch in aot.recorded("cross_attention", "sm_90", "float32/64/32/lengths"):
+    ptx = compile_launch(launch.kernel, launch.args, launch.meta, "sm_90").asm["ptx"]
+    print(launch.kernel.__name__, ptx.count("cvt.rna.tf32.f32") > 0, "tf32.tf32" in ptx)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    families = ("short_kv_forward", "short_kv_backward", "short_q_forward", "short_q_backward")
+    assert sorted(done.stdout.splitlines()) == sorted(f"{name} True True" for name in families)
+
+
+def test_blocks_of_a_multiprocessor_follow_from_its_resources():
+    """By hand: 128 registers of 4 warps are a quarter of 64 K; 130 round up to 136; 2 of 100 KiB fit into 228."""
+    code = "from mvlm_kernels.machine_code import blocks as b; " + "; ".join(
+        f"print(b({case}))"
+        for case in (
+            "128, 4, 0, 'sm_90'",
+            "130, 4, 0, 'sm_90'",
+            "32, 8, 0, 'sm_90'",
+            "32, 1, 0, 'sm_90'",
+            "32, 4, 102400, 'sm_90'",
+            "32, 4, 102400, 'sm_80'",
+        )
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert [int(n) for n in done.stdout.split()] == [4, 3, 8, 32, 2, 1]
 
 
 def problems_of(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None = None) -> list[str]:

@@ -38,10 +38,11 @@ def test_pixel_loss_backwards_are_ops(backend: str, kind: str, grad: torch.Tenso
         opcheck(backend, OPS.linear_pixel_loss_backward, grad, slope, hidden, weight, *needs)
 
 
-@pytest.mark.parametrize("mode", ["all", "masked", "visible"])
+@pytest.mark.parametrize("mode", ["all", "masked", "both", "visible"])
 def test_place_tokens_backward_is_an_op(backend: str, mode: str):
-    masked = torch.tensor([[True, False, True], [False, False, True]]) if mode == "masked" else None
+    masked = torch.tensor([[True, False, True], [False, False, True]]) if mode in ("masked", "both") else None
     visible, count = (make_ids(2, 2, 3), 2) if mode == "visible" else (None, 3)
-    dtypes = (torch.bfloat16, *(torch.float32,) * 3)
+    dtypes, both = (torch.bfloat16, *(torch.float32,) * 3), mode == "both"
+    grad = torch.rand(4 if both else 2, 4, 5)
     for needs in ([True] * 4, [True, False, False, False], [False, True, True, False], [False, False, False, True]):
-        opcheck(backend, OPS.place_tokens_backward, torch.rand(2, 4, 5), masked, visible, count, *dtypes, needs)
+        opcheck(backend, OPS.place_tokens_backward, grad, masked, visible, both, count, *dtypes, needs)

@@ -1,5 +1,6 @@
 """Choice of the backend, the text of explain, and versions that cannot interpret."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy
@@ -9,6 +10,7 @@ import triton
 
 import mvlm_kernels
 from mvlm_kernels import dispatch
+from mvlm_kernels.interpreter import interpreter_fault
 
 
 def test_cpu_tensors_take_torch_and_say_so():
@@ -17,8 +19,41 @@ def test_cpu_tensors_take_torch_and_say_so():
     assert dispatch.choose(reasons) == "torch"
 
 
-def test_reasons_name_a_device_without_kernels():
-    assert "device type is meta" in dispatch.device_reasons(torch.device("meta"))[0]
+@pytest.fixture
+def fresh_reasons() -> Iterator[None]:
+    dispatch.device_reasons.cache_clear()
+    yield
+    dispatch.device_reasons.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["meta", "xpu", "mps"])
+def test_reasons_name_a_device_without_kernels_and_what_runs(kind: str):
+    wanted = (f"device type is {kind}, the kernels run on cuda: torch runs instead",)
+    assert dispatch.device_reasons(torch.device(kind)) == wanted
+
+
+def test_reasons_say_how_to_get_triton(monkeypatch: pytest.MonkeyPatch, fresh_reasons: None):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert dispatch.device_reasons(torch.device("cuda")) == ("triton is not installed: pip install triton",)
+    assert len(dispatch.device_reasons(torch.device("cpu"))) == 2
+
+
+def test_reasons_name_an_older_gpu(monkeypatch: pytest.MonkeyPatch, fresh_reasons: None):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    wanted = ("compute capability 8.0 or later is needed, cuda:1 has 7.5: torch runs instead",)
+    assert dispatch.device_reasons(torch.device("cuda", 1)) == wanted
+
+
+def test_reasons_name_a_torch_for_rocm(monkeypatch: pytest.MonkeyPatch, fresh_reasons: None):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "this torch is built for ROCm: torch runs instead" in dispatch.device_reasons(torch.device("cuda"))[0]
+
+
+def test_reasons_name_the_interpreter(monkeypatch: pytest.MonkeyPatch, fresh_reasons: None):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(dispatch, "interpreting", lambda: True)
+    assert "TRITON_INTERPRET=1 is set" in dispatch.device_reasons(torch.device("cuda", 0))[0]
+    assert "unset it for cuda:0" in dispatch.device_reasons(torch.device("cuda", 0))[0]
 
 
 def test_use_backend_forces_restores_and_refuses():
@@ -68,7 +103,7 @@ def test_explain_refuses_a_function_that_is_not_an_op():
     ],
 )
 def test_interpreter_of_triton_before_3_7_needs_numpy_before_2_4(triton_version: str, numpy_version: str, works: bool):
-    assert (dispatch.interpreter_fault(triton_version, numpy_version) is None) == works
+    assert (interpreter_fault(triton_version, numpy_version) is None) == works
 
 
 def test_forced_kernels_name_the_versions_that_cannot_interpret(monkeypatch: pytest.MonkeyPatch):

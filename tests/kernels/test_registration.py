@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import mvlm_kernels  # noqa: F401, registers the ops
 from mvlm_kernels import registration
 
 
@@ -37,3 +38,25 @@ def test_registered_op_has_a_gradient_and_compiles():
         x = torch.randn(5, requires_grad=True)
         f(x, 3.0).sum().backward()
         torch.testing.assert_close(x.grad, torch.full((5,), 3.0))
+
+
+def test_every_device_has_an_implementation():
+    # Other devices than CPU and CUDA run torch. The suite has none of them, so it asks the dispatcher.
+    names = ["test_scale", "cross_attention", "cross_attention_backward", "gather_patches", "place_tokens_backward"]
+    for name in names:
+        for device in ("CPU", "CUDA", "XPU", "MPS", "HPU", "PrivateUse1"):
+            for key in (device, f"Autograd{device}"):
+                assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"mvlm_kernels::{name}", key), (
+                    name,
+                    key,
+                )
+
+
+def test_second_derivative_of_a_backward_op_is_refused_by_name():
+    refusal = registration.no_second_derivative("an_op", "another")
+    op = registration.define(
+        "test_refusal(Tensor grad) -> Tensor", lambda grad: grad * 2, lambda grad: torch.empty_like(grad), refusal
+    )
+    x = torch.randn(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="an_op has no second derivative; use another"):
+        torch.autograd.grad(op(x).sum(), x, allow_unused=True)

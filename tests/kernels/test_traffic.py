@@ -1,13 +1,17 @@
 """Bytes that the kernels move, counted in the interpreter: within a few per cent of the fewest possible."""
 
+import importlib
 import json
 
+import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
-from mvlm_kernels import cases, linear_pixel_loss, traffic
-from mvlm_kernels.cases import Case
-from mvlm_kernels.pixel_loss.tiling_bytes import linear_tiling_bytes
+from mvlm_kernels import attention_cases, cases, dispatch, traffic, use_backend
+from mvlm_kernels.cache_model import Cache, caching
+from mvlm_kernels.cross_attention import invert_key_index
+from mvlm_kernels.pixel_loss.linear_bytes import linear_bytes
 
 CASES = {f"{case.op} {case.shape}": case for case in cases.cases()}
 DIRECT = [name for name, case in CASES.items() if case.moved is None]
@@ -25,24 +29,92 @@ def test_kernels_move_few_bytes_beyond_the_minimum(name):
     assert backward <= 1.10 * fewest_backward
 
 
+def test_cache_keeps_the_sectors_used_last_and_writes_back_what_was_written():
+    cache = Cache(3 * 32)
+    everything = np.ones(1, dtype=bool)
+
+    def access(sector: int, *, write: bool = False) -> int:
+        before = cache.bytes
+        cache.access(np.array([sector * 32 + 4]), everything, 4, write=write)
+        return cache.bytes - before
+
+    assert [access(s) for s in (1, 2, 1, 3)] == [32, 32, 0, 32]
+    assert access(4, write=True) == 0  # evicts 2, which nobody wrote; a store reads nothing
+    assert [access(s) for s in (1, 3, 4)] == [0, 0, 0]
+    assert [access(s) for s in (5, 6, 7)] == [32, 32, 64]  # the last one evicts 4
+    cache.access(np.array([94, 500]), np.array([True, False]), 4, write=False)
+    assert cache.bytes == 32 * 7 + 32 * 2  # across a border: two sectors; a masked lane: none
+    before = cache.bytes
+    access(9, write=True)
+    cache.flush()
+    assert cache.bytes == before + 32
+
+
+@pytest.mark.slow
+@pytest.mark.plain_empty
+def test_readers_of_a_key_sequence_find_it_in_cache():
+    """Walked in the order of key_index; in the order of the batch, every reader fetches its images again."""
+    (case,) = [c for c in cases.cases() if "key_index" in c.shape]
+    fewest, _ = case.minimum(case.sizes)
+    (q, k, v), _ = case.run(case.sizes, "cpu")
+    index = attention_cases.pair_index(case.sizes["B"])
+    order, spans = invert_key_index(index, case.sizes["B"])
+    moved = []
+    with use_backend("triton"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "checks_values", lambda device: False)
+        for walked in (order, torch.arange(len(index))):
+            sides = (None, None, index, None, None, walked, spans, 0.125, q.shape[1], k.shape[1])
+            with caching(attention_cases.L2 // 192) as cache, torch.no_grad():
+                torch.ops.mvlm_kernels.cross_attention(q, k, v, *sides)
+            moved.append(cache.bytes / fewest)
+    assert moved[0] <= 1.1
+    assert moved[1] > 1.7
+
+
 @pytest.mark.slow
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("kind", ["l1", "mse"])
-def test_bytes_of_linear_pixel_loss_follow_from_its_tiling(kind):
-    """147 pixels, width 70 and 66 rows give partial tiles on every side."""
+def test_bytes_of_linear_pixel_loss_follow_from_its_chunks(kind, monkeypatch):
+    """The launchers run by themselves: interpreted kernels and torch ops are counted, autograd is not."""
+    linear = importlib.import_module("mvlm_kernels.pixel_loss.linear")
+    batch, chosen, width, patch = 6, 11, 70, 7
+    features = 3 * patch**2
+    multiplied, zeros = [], torch.zeros(features * width)
+
+    def product(a, b, dtype):
+        """A GPU's product of bfloat16 operands, which gives float32 itself. The CPU has none, so only bytes count."""
+        multiplied.append(2 * a.numel() + 2 * b.numel() + len(a) * b.shape[1] * dtype.itemsize)
+        return zeros[: len(a) * b.shape[1]].view(len(a), b.shape[1])
+
+    launch_kernel = dispatch.launch
+
+    def launch_uncounted(*args, **kwargs):
+        with _disable_current_modes():  # the interpreter copies tensors with torch ops
+            launch_kernel(*args, **kwargs)
+
+    monkeypatch.setattr(dispatch, "launch", launch_uncounted)
+    monkeypatch.setattr(linear, "product", product)
+    monkeypatch.setattr(linear, "CHUNK_BYTES", 4 * chosen * features * 4)  # chunks of four images and of two
+    monkeypatch.setattr(linear, "CHUNK_IMAGES", 1)
     bf16 = torch.bfloat16
-    hidden, weight = torch.zeros(6, 11, 70, dtype=bf16), torch.zeros(147, 70, dtype=bf16)
-    leaves = [x.requires_grad_() for x in (hidden, weight, torch.zeros(147, dtype=bf16))]
-    images = torch.zeros(6, 3, 28, 28, dtype=torch.uint8)
-    ids = torch.arange(11, dtype=torch.int32).expand(6, 11).contiguous()
-    case = Case(
-        "linear_pixel_loss", "", {}, {},
-        lambda *_: (leaves, lambda h, w, b: linear_pixel_loss(h, w, b, images, ids, 7, kind=kind)),
-        lambda *_: (leaves, lambda *_: leaves[0]), lambda _: (1, 1),
-    )  # fmt: skip
-    got = traffic.measure(case, {})
-    for counted, implied in zip(got, linear_tiling_bytes(66, 147, 70, kind), strict=True):
-        assert counted == pytest.approx(implied, rel=0.02)
+    hidden, weight = torch.zeros(batch, chosen, width, dtype=bf16), torch.zeros(features, width, dtype=bf16)
+    bias, images = torch.zeros(features, dtype=bf16), torch.zeros(batch, 3, 28, 28, dtype=torch.uint8)
+    ids = torch.arange(chosen, dtype=torch.int32).expand(batch, chosen).contiguous()
+
+    def count(launch):
+        multiplied.clear()
+        with traffic.counting() as kernels, traffic.TorchTraffic() as other:
+            launch()
+        return kernels.bytes + other.bytes + sum(multiplied)
+
+    saved = []
+    options = None, None, kind, False, True, True
+    counted = (
+        count(lambda: saved.extend(linear.linear_pixel_loss(hidden, weight, bias, images, ids, patch, *options))),
+        count(lambda: linear.linear_pixel_loss_backward(saved[0], saved[1], hidden, weight, (True, True, True))),
+    )
+    for got, implied in zip(counted, linear_bytes(batch, chosen, features, width, kind), strict=True):
+        assert got == pytest.approx(implied, rel=0.01)
 
 
 @pytest.mark.plain_empty

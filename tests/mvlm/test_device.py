@@ -1,10 +1,12 @@
 """Choice of device and precision."""
 
+from operator import attrgetter
+
 import pytest
 import torch
 
 from mvlm import device as devices
-from mvlm.device import autocast, choose_device, has_fast_bf16
+from mvlm.device import autocast, choose_device, deterministic_kernels, has_fast_bf16
 from mvlm.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -67,3 +69,22 @@ def test_autocast_follows_the_precision(monkeypatch, precision, fast, wanted):
     with autocast(CPU, precision):
         assert (a @ a).dtype == wanted
     assert (a @ a).dtype == torch.float32
+
+
+def test_deterministic_kernels_on_a_gpu_leave_out_cudnn_attention_and_restore_the_settings(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that the test's own value is restored
+
+    def settings() -> tuple[object, ...]:
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            attrgetter("fill_uninitialized_memory")(torch.utils.deterministic),
+            torch.backends.cuda.cudnn_sdp_enabled(),
+        )
+
+    before = settings()
+    with deterministic_kernels(torch.device("cpu")):
+        assert settings() == before
+    with deterministic_kernels(torch.device("cuda")):
+        assert settings() == (True, True, False, False)
+    assert settings() == before == (False, False, True, True)

@@ -16,6 +16,7 @@ NAMES = [
     "MaskVLMConfig",
     "PretrainConfig",
     "RunError",
+    "TrainedModel",
     "evaluate",
     "export",
     "load_model",

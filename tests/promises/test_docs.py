@@ -61,7 +61,7 @@ def test_python_of_the_guide_runs(guide_folder: Path, monkeypatch: pytest.Monkey
     for block in blocks("python", GUIDE):
         names: dict[str, object] = {}
         exec(block, names)
-        assert names["model"].training is False  # pyright: ignore[reportAttributeAccessIssue]
+        assert names["model"].network.training is False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("page", sorted(ROOT.glob("docs/kernels/*.md")), ids=lambda page: page.stem)

@@ -8,6 +8,8 @@ import torch
 from mvlm.config.model import MaskVLMConfig
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import pad_to_bucket
+from mvlm.objectives.losses import Losses
+from mvlm.training.cuda_graphs import CudaGraphs
 from mvlm_kernels import use_backend
 from support.models import micro_batch, micro_config
 
@@ -101,3 +103,34 @@ def test_the_base_model_takes_a_step():
     batch, masks = (x.to("cuda") for x in pad_to_bucket(batch, masks, config.text_length))
     model = MaskVLM(config).cuda()
     assert torch.isfinite(step(model, batch, masks))
+
+
+def test_steps_from_cuda_graphs_train_as_eager_steps():
+    """Two buckets in turns, with updates between: equal losses and weights, digit for digit."""
+    results = []
+    for limit in (0, 8):
+        model, _, _ = make()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+
+        def eager(batch, masks, number, reconstruction_only, model=model) -> Losses:
+            with torch.autocast("cuda", torch.bfloat16):
+                losses = model(batch, masks, step=number, reconstruction_only=reconstruction_only, plan="fast")
+            losses.total.backward()
+            return Losses(*(loss.detach() for loss in losses))
+
+        graphs = CudaGraphs(eager, model.parameters(), limit=limit)
+        losses = []
+        for number in range(12):
+            pairs = 16 if number % 3 else 8
+            batch, masks = micro_batch(tuple(3 + n % 20 for n in range(pairs)), seed=number, config=model.config)
+            batch, masks = pad_to_bucket(batch, masks, model.config.text_length)
+            step_number = torch.tensor(number, device="cuda")
+            losses.append(graphs.run(batch.to("cuda"), masks.to("cuda"), step_number, False))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        assert graphs.captured == (2 if limit else 0)
+        results.append((torch.stack([torch.stack(x) for x in losses]), [p.detach() for p in model.parameters()]))
+    (eager_losses, eager_weights), (losses, weights) = results
+    assert torch.equal(losses, eager_losses)
+    for p, q in zip(weights, eager_weights, strict=True):
+        assert torch.equal(p, q)

@@ -1,4 +1,8 @@
-"""The loader's threads open no OpenMP team, so the training step's stays the only one."""
+"""No thread but the training step's opens an OpenMP team.
+
+With more OpenMP threads than cores, libgomp's threads no longer spin, and every operation of the step waits for a
+wake-up. A team is seen by its number of threads, which is far above that of all other threads of a run.
+"""
 
 import subprocess
 import sys
@@ -7,8 +11,9 @@ import pytest
 
 from mvlm_dataloading import open_dataset
 from support.data import damage_images, wave_tokenizer, write_dataset
+from support.shapes import copy_shapes
 
-TEAM = 32
+TEAM = 64
 _CODE = f"""
 import os, sys
 import torch
@@ -36,6 +41,61 @@ for train in (True, False):
 assert loaders[0].skipped == 1  # a batch into which a substitute was copied
 print(threads() - before)
 """
+
+
+_RUN = f"""
+import os, sys, threading, time
+from dataclasses import replace
+from pathlib import Path
+import torch
+from mvlm.config.model import MaskVLMConfig
+from mvlm.config.recipes import pretrain_defaults
+from mvlm.training.run import pretrain
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def watch():
+    while not ended.is_set():
+        most[0] = max(most[0], threads())
+        time.sleep(0.002)
+
+torch.set_num_threads({TEAM})
+alone = threads()
+torch.zeros(1 << 24).add_(1)  # the training step's own team
+before = threads()
+assert before >= alone + {TEAM} - 1, (alone, before)
+most, ended = [0], threading.Event()
+watcher = threading.Thread(target=watch, daemon=True)
+watcher.start()
+data, out = Path(sys.argv[1]), Path(sys.argv[2])
+model = MaskVLMConfig.preset("tiny", image_layers=1, text_layers=1, cross_layers=1, decoder_layers=1)
+recipe = pretrain_defaults("tiny", data, out)
+pretrain(replace(
+    recipe, model=model, max_steps=4, warmup_steps=1, batch_size=20, eval_every_steps=2, checkpoint_every_steps=2,
+    ema_decay=0.9, device="cpu", randaugment=int(sys.argv[3]), keep_images_mb=int(sys.argv[4]),
+))
+run = most[0] - before
+# A second team would have been seen.
+other = threading.Thread(target=lambda: (torch.zeros(1 << 24).add_(1), time.sleep(0.2)))
+other.start()
+other.join()
+ended.set()
+watcher.join()
+assert most[0] - before >= {TEAM} - 1, most[0] - before
+print(run)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("randaugment, keep_mb", [(0, 512), (2, 512), (2, 0)])
+def test_a_run_opens_no_second_openmp_team(tmp_path, randaugment, keep_mb):
+    """A run with evaluations, checkpoints and averaged weights, with and without kept images."""
+    data = copy_shapes(tmp_path / "data")
+    command = [sys.executable, "-c", _RUN, str(data), str(tmp_path / "run"), str(randaugment), str(keep_mb)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-1]) < TEAM - 1, done.stdout
 
 
 @pytest.mark.slow

@@ -1,18 +1,18 @@
 """A toy benchmark case whose figures are small numbers, and a clock that takes no time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from mvlm.config.model import MaskVLMConfig
-from mvlm_benchmarks.clock import Timing
-from mvlm_benchmarks.kernels.cases import Case
+from mvlm_benchmarks.clock import Prepare, Results, Step, Timing
 from mvlm_benchmarks.kernels.compare import prepare
-from mvlm_benchmarks.kernels.inputs import Inputs
-from mvlm_benchmarks.kernels.measure import Outcome, run_reference
+from mvlm_benchmarks.kernels.inputs import Case, Inputs
+from mvlm_benchmarks.kernels.measure import Outcome
 from mvlm_benchmarks.kernels.peers import Peer
+from mvlm_benchmarks.kernels.reference import CaseData
 
 
 @dataclass
@@ -24,17 +24,20 @@ class FakeClock:
     """Number of timed steps."""
     graph_error: str = ""
 
-    def time(self, step: Callable[[], Any]) -> Timing:
-        step()
+    def time(self, steps: Sequence[Step], prepare: Prepare) -> tuple[Timing, list[Results]]:
+        results = []
+        for number, step in enumerate(steps):
+            prepare(number)
+            results.append(step())
         self.times += 1
         us = self.readings.pop(0) if self.readings else 10.0
-        return Timing(us, us - 1, us + 1)
+        return Timing(us, us - 1, us + 1), results
 
-    def graph(self, make_step: Callable[[], Callable[[], Any]]) -> float | None:
-        make_step()()
+    def graph(self, make_steps: Callable[[], Sequence[Step]]) -> tuple[float, list[Results]] | None:
+        results = [step() for step in make_steps()]
         if self.graph_error:
             raise RuntimeError(self.graph_error)
-        return 5.0
+        return 5.0, results
 
     def peak_mb(self, step: Callable[[], Any]) -> float | None:
         step()
@@ -44,8 +47,8 @@ class FakeClock:
 def toy_case(**changes: Any) -> Case:
     """y = 2 x of 1,000 float32. Forward moves 8,000 bytes, backward as many; 1,000 and 3,000 operations."""
 
-    def make(device: str) -> Inputs:
-        x = torch.linspace(-1, 1, 1000, device=device).requires_grad_()
+    def make(device: str, seed: int = 0) -> Inputs:
+        x = torch.linspace(-1, 1 + seed, 1000, device=device).requires_grad_()
         return Inputs({"x": x}, {"factor": 2})
 
     def double(x: torch.Tensor, factor: int) -> torch.Tensor:
@@ -60,8 +63,7 @@ def toy_case(**changes: Any) -> Case:
 
 def check_peer(peer: Peer, case: Case) -> dict[str, Outcome]:
     """The peer's outcomes at a case on the CPU, by pass."""
-    inputs = case.make("cpu")
-    return prepare(peer, case, inputs, run_reference(case, inputs), FakeClock(), "cpu").outcomes
+    return prepare(peer, CaseData.make(case, "cpu"), FakeClock()).outcomes
 
 
 def micro_config(**changes: Any) -> MaskVLMConfig:

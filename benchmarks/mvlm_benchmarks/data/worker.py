@@ -9,12 +9,14 @@ All contenders yield normalised float32 images (B, 3, S, S), random crops (scale
 with antialiasing, and captions. Ours also yields tokens and masks.
 
     ours                    our `Loader`
+    ours+kept               the same with decoded images kept in memory, for a split that is small enough
     pil                     PIL and torchvision's transforms in a DataLoader that reads the tars by offset
     decode_jpeg             the same with torchvision's decoder, `decode_image`, and its v2 transforms on tensors
     webdataset+pil          webdataset with PIL and torchvision's transforms
     webdataset+simplejpeg   webdataset with simplejpeg and torchvision's v2 transforms
 """
 
+import io
 import json
 import re
 import sys
@@ -34,14 +36,16 @@ from mvlm_dataloading import Dataset, open_dataset
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # of the crops
 WORKERS = 2
+KEEP_MB = 512
+"""Memory for decoded images: the default of `mvlm pretrain`."""
 RECIPES = ("crop", "crop+randaug")
-CONTENDERS = ("ours", "pil", "decode_jpeg", "webdataset+pil", "webdataset+simplejpeg")
+CONTENDERS = ("ours", "ours+kept", "pil", "decode_jpeg", "webdataset+pil", "webdataset+simplejpeg")
 
 Batches = Iterator[tuple[Tensor, Any]]
 """Images, float32 (B, 3, S, S), and captions; for ours the complete `Batch`."""
 
 
-def ours(data: Path, recipe: str, batch: int, size: int) -> Batches:
+def ours(data: Path, recipe: str, batch: int, size: int, keep_mb: int = 0) -> Batches:
     from mvlm_dataloading import Loader, train_tokenizer
     from mvlm_dataloading.loader.augment import Augment
 
@@ -49,14 +53,28 @@ def ours(data: Path, recipe: str, batch: int, size: int) -> Batches:
     tokenizer = train_tokenizer([dataset.captions(i)[0] for i in range(min(len(dataset), 1000))], 1000)
     loader = Loader(
         dataset, tokenizer, batch_size=batch, image_size=size, text_length=40, seed=0, num_threads=WORKERS,
-        augment=Augment(operations=2 if recipe == "crop+randaug" else 0),
+        augment=Augment(operations=2 if recipe == "crop+randaug" else 0), keep_mb=keep_mb,
     )  # fmt: skip
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (MEAN, STD))
     # In training the model normalises uint8 images on the GPU. Here the loader does, as the other contenders do. One
     # buffer is reused, because fresh memory would cost more than the arithmetic.
     normalised = torch.empty(batch, 3, size, size)
     for images_and_text, _ in loader:
-        yield normalised.copy_(images_and_text.images).sub_(mean).div_(std), images_and_text
+        normalised.copy_(images_and_text.images)
+        yield torch.addcmul(-mean / std, normalised, 1 / std, out=normalised), images_and_text
+
+
+def ours_kept(data: Path, recipe: str, batch: int, size: int) -> Batches:
+    from PIL import Image
+
+    dataset = open_dataset(data, "train")
+    megabytes = 0.0
+    for i in range(len(dataset)):
+        with Image.open(io.BytesIO(dataset.image_bytes(i))) as image:
+            megabytes += 3e-6 * image.width * image.height
+    if megabytes > KEEP_MB:
+        raise NotApplicable(f"decoded images take {megabytes:.0f} MB, more than {KEEP_MB}")
+    yield from ours(data, recipe, batch, size, KEEP_MB)
 
 
 def _pil_transform(recipe: str, size: int) -> Callable[[Any], Tensor]:
@@ -140,8 +158,6 @@ def _webdataset(data: Path, decode: Callable, transform: Callable, batch: int) -
 
 
 def _decode_pil(image: bytes) -> Any:
-    import io
-
     from PIL import Image
 
     return Image.open(io.BytesIO(image)).convert("RGB")
@@ -160,7 +176,7 @@ def _decode_simplejpeg(image: bytes) -> Tensor:
 
 
 LOADERS: dict[str, Callable[..., Batches]] = dict(
-    zip(CONTENDERS, (ours, pil, decode_jpeg, webdataset_pil, webdataset_simplejpeg), strict=True)
+    zip(CONTENDERS, (ours, ours_kept, pil, decode_jpeg, webdataset_pil, webdataset_simplejpeg), strict=True)
 )
 
 

@@ -1,9 +1,9 @@
-"""Peers of cross_attention. Each takes q (B, Lq, H, D), k and v as the op does and returns (B, Lq, H, D).
+"""Peers of cross_attention that take padded sequences: torch's, and cuDNN's through its own frontend.
 
-Libraries without packed or indexed keys get padded or copied keys. Padding and copying are timed; building masks and
-indices is not.
+Each takes q, k and v as the op does, and returns the output in q's layout. Libraries without packed or indexed keys get
+padded or copied keys. Padding and copying are timed; building masks and indices is not.
 
-Shape legend: B query sequences, B' key sequences, Lq and Lk their lengths, H heads, D head width.
+Shape legend: R query sequences, Lq and Lk the longest lengths, T packed rows, H heads, D head width.
 """
 
 from collections.abc import Callable
@@ -42,54 +42,82 @@ def require_cuda(inputs: Inputs) -> None:
         raise Missing("needs a CUDA device")
 
 
-def _key_lengths(inputs: Inputs) -> Tensor | None:
-    """Lengths of padded or packed keys, int32 (B',); None if all key sequences have full length."""
-    if "cu_seqlens_k" in inputs.fixed:
-        return inputs.fixed["cu_seqlens_k"].diff()
-    return inputs.fixed.get("key_lengths")
+class Side:
+    """The query or the key sequences of a case, and conversions between their layouts.
 
-
-def _valid_rows(lengths: Tensor, longest: int) -> Tensor:
-    """Positions in a (B' * longest, ...) tensor that are not padding, int64, ascending."""
-    valid = torch.arange(longest, device=lengths.device) < lengths[:, None]  # (B', longest), True = a key
-    return valid.flatten().nonzero()[:, 0]
-
-
-def _to_dense(inputs: Inputs) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
-    """Returns a function that expands k or v to (B, Lk, H, D), and the mask of valid keys.
-
-    The mask is bool (B, 1, 1, Lk), True = a valid key; None if all keys are valid.
+    Attributes:
+        lengths: int64 (R,), of the sequence that each query sequence reads.
+        longest: the longest length.
+        ragged: lengths differ, or may.
+        mask: bool (R, longest), True = a token; None unless ragged.
+        cu_seqlens: int32 (R + 1,), where each sequence starts in the packed layout.
     """
-    fixed = inputs.fixed
-    lengths = _key_lengths(inputs)
-    if "key_index" in fixed:
-        index = fixed["key_index"].long()
-        return lambda x: x.index_select(0, index), None
-    if lengths is None:
-        return lambda x: x, None
-    longest = fixed.get("max_len_k", inputs.leaves["k"].shape[1])
-    mask = (torch.arange(longest, device=lengths.device) < lengths[:, None])[:, None, None, :]
-    if "cu_seqlens_k" not in fixed:
-        return lambda x: x, mask
-    batch, rows = len(lengths), _valid_rows(lengths, longest)
 
-    def pad(x: Tensor) -> Tensor:
-        padded = x.new_zeros(batch * longest, *x.shape[1:]).index_copy(0, rows, x)
-        return padded.unflatten(0, (batch, longest))
+    def __init__(self, inputs: Inputs, name: str) -> None:
+        x, cu = inputs.leaves[name], inputs.fixed.get(f"cu_seqlens_{name}")
+        index = inputs.fixed.get("key_index") if name == "k" else None
+        padded_lengths = inputs.fixed.get("key_lengths") if name == "k" else None
+        device = x.device
+        if cu is not None:
+            lengths, starts = cu.diff().long(), cu[:-1].long()
+            self.longest = inputs.fixed[f"max_len_{name}"]
+        else:
+            count, self.longest = x.shape[:2]
+            starts = torch.arange(count, device=device) * self.longest
+            lengths = starts.new_full((count,), self.longest) if padded_lengths is None else padded_lengths.long()
+        self.ragged = cu is not None or padded_lengths is not None
+        self.is_packed = cu is not None
+        self._index = None if index is None else index.long()
+        if self._index is not None:
+            lengths, starts = lengths[self._index], starts[self._index]
+        self.lengths = lengths
+        positions = torch.arange(self.longest, device=device)
+        tokens = positions < lengths[:, None]  # (R, longest)
+        self.mask = tokens if self.ragged else None
+        self.cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+        # Rows of the flat given tensor, in the order of the packed layout; and places in the flat padded layout.
+        rows = (starts[:, None] + positions)[tokens]
+        # The packed layout is a view unless padding is between the sequences, or an index reorders them.
+        is_view = self._index is None and padded_lengths is None
+        self._rows = None if is_view else rows
+        self._places = tokens.flatten().nonzero()[:, 0]
 
-    return pad, mask
+    def padded(self, x: Tensor) -> Tensor:
+        """q, k or v as (R, longest, H, D). Padding is zeros, or what the given tensor has there."""
+        if not self.is_packed:
+            return x if self._index is None else x.index_select(0, self._index)
+        return self._pad(self.packed(x))
+
+    def packed(self, x: Tensor) -> Tensor:
+        """q, k or v as (T, H, D)."""
+        flat = x if self.is_packed else x.flatten(0, 1)
+        return flat if self._rows is None else flat.index_select(0, self._rows)
+
+    def from_padded(self, out: Tensor) -> Tensor:
+        """A result (R, longest, H, D) in the layout of q."""
+        return out.flatten(0, 1).index_select(0, self._places) if self.is_packed else out
+
+    def from_packed(self, out: Tensor) -> Tensor:
+        """A result (T, H, D) in the layout of q."""
+        return out if self.is_packed else out.unflatten(0, (len(self.lengths), self.longest))
+
+    def _pad(self, packed: Tensor) -> Tensor:
+        rows = len(self.lengths) * self.longest
+        padded = packed.new_zeros(rows, *packed.shape[1:]).index_copy(0, self._places, packed)
+        return padded.unflatten(0, (len(self.lengths), self.longest))
 
 
 def _composition(inputs: Inputs, softmax: Callable[[Tensor], Tensor]) -> Function:
-    dense, mask = _to_dense(inputs)
+    queries, keys = Side(inputs, "q"), Side(inputs, "k")
+    mask = None if keys.mask is None else keys.mask[:, None, None, :]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, dense(k), dense(v)))
+        q, k, v = (x.transpose(1, 2) for x in (queries.padded(q), keys.padded(k), keys.padded(v)))
         scores = (q @ k.transpose(2, 3)) * q.shape[-1] ** -0.5
         if mask is not None:
             scores = scores.masked_fill(~mask, float("-inf"))
         # The output projection needs contiguous rows of H*D. A peer with another layout pays for the copy.
-        return (softmax(scores) @ v).transpose(1, 2).contiguous()
+        return queries.from_padded((softmax(scores) @ v).transpose(1, 2).contiguous())
 
     return attend
 
@@ -108,11 +136,13 @@ def liger(inputs: Inputs) -> Function:
 
 def sdpa(inputs: Inputs) -> Function:
     """torch SDPA, restricted to one backend by the peer's context. torch raises if the backend refuses the call."""
-    dense, mask = _to_dense(inputs)
+    queries, keys = Side(inputs, "q"), Side(inputs, "k")
+    mask = None if keys.mask is None else keys.mask[:, None, None, :]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, dense(k), dense(v)))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).contiguous()
+        q, k, v = (x.transpose(1, 2) for x in (queries.padded(q), keys.padded(k), keys.padded(v)))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return queries.from_padded(out.transpose(1, 2).contiguous())
 
     return attend
 
@@ -127,99 +157,30 @@ def flex(inputs: Inputs) -> Function:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     attention: Any = torch.compile(flex_attention, dynamic=False)
-    q, lengths = inputs.leaves["q"], _key_lengths(inputs)
-    batch, len_q = q.shape[:2]
-    if "cu_seqlens_k" in inputs.fixed:
-        assert lengths is not None
-        documents = torch.arange(batch, device=q.device)
-        q_document, k_document = documents.repeat_interleave(len_q), documents.repeat_interleave(lengths)
+    queries, keys = Side(inputs, "q"), Side(inputs, "k")
+    device = inputs.leaves["q"].device
+    if keys.is_packed:
+        documents = torch.arange(len(keys.lengths), device=device)
+        of_query, of_key = (documents.repeat_interleave(side.lengths) for side in (queries, keys))
         block_mask = create_block_mask(
-            lambda b, h, i, j: q_document[i] == k_document[j], None, None, batch * len_q, len(k_document), q.device
+            lambda b, h, i, j: of_query[i] == of_key[j], None, None, len(of_query), len(of_key), device
         )
 
         def packed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q, k, v = (x.transpose(0, 1)[None] for x in (q.flatten(0, 1), k, v))
-            return (
-                attention(q, k, v, block_mask=block_mask)[0].transpose(0, 1).contiguous().unflatten(0, (batch, len_q))
-            )
+            q, k, v = (x.transpose(0, 1)[None] for x in (queries.packed(q), keys.packed(k), keys.packed(v)))
+            out = attention(q, k, v, block_mask=block_mask)[0].transpose(0, 1).contiguous()
+            return queries.from_packed(out)
 
         return packed
-    dense, _ = _to_dense(inputs)
+    lengths = keys.lengths
     block_mask = None
-    if lengths is not None:
-        len_k = inputs.leaves["k"].shape[1]
-        block_mask = create_block_mask(lambda b, h, i, j: j < lengths[b], batch, None, len_q, len_k, q.device)
+    if keys.ragged:
+        block_mask = create_block_mask(
+            lambda b, h, i, j: j < lengths[b], len(lengths), None, queries.longest, keys.longest, device
+        )
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in (q, dense(k), dense(v)))
-        return attention(q, k, v, block_mask=block_mask).transpose(1, 2).contiguous()
+        q, k, v = (x.transpose(1, 2) for x in (queries.padded(q), keys.padded(k), keys.padded(v)))
+        return queries.from_padded(attention(q, k, v, block_mask=block_mask).transpose(1, 2).contiguous())
 
     return attend
-
-
-def xformers(inputs: Inputs) -> Function:
-    """memory_efficient_attention. Lengths and packed keys become block-diagonal masks over one flat sequence."""
-    from xformers.ops import memory_efficient_attention as attention  # pyright: ignore[reportMissingImports]
-    from xformers.ops.fmha import attn_bias  # pyright: ignore[reportMissingImports]
-
-    require_cuda(inputs)
-    lengths = _key_lengths(inputs)
-    if lengths is None:
-        dense, _ = _to_dense(inputs)
-        return lambda q, k, v: attention(q, dense(k), dense(v))
-    batch, len_q = inputs.leaves["q"].shape[:2]
-    lengths_q, lengths_k = [len_q] * batch, lengths.tolist()
-    if "cu_seqlens_k" in inputs.fixed:
-        bias = attn_bias.BlockDiagonalMask.from_seqlens(lengths_q, lengths_k)
-    else:
-        len_k = inputs.leaves["k"].shape[1]
-        bias = attn_bias.BlockDiagonalPaddedKeysMask.from_seqlens(lengths_q, kv_padding=len_k, kv_seqlen=lengths_k)
-
-    def flat(x: Tensor) -> Tensor:
-        return (x.flatten(0, 1) if x.ndim == 4 else x)[None]
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(flat(q), flat(k), flat(v), attn_bias=bias)[0].unflatten(0, (batch, len_q))
-
-    return attend
-
-
-def flash_attn_2(inputs: Inputs) -> Function:
-    from flash_attn import flash_attn_func, flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-
-    return _flash_attn(inputs, flash_attn_func, flash_attn_varlen_func)
-
-
-def flash_attn_4(inputs: Inputs) -> Function:
-    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
-
-    return _flash_attn(inputs, flash_attn_func, flash_attn_varlen_func)
-
-
-def _flash_attn(inputs: Inputs, dense_attention: Any, packed_attention: Any) -> Function:
-    require_cuda(inputs)
-    q, lengths = inputs.leaves["q"], _key_lengths(inputs)
-    if lengths is None:
-        dense, _ = _to_dense(inputs)
-        return lambda q, k, v: _output(dense_attention(q, dense(k), dense(v)))
-    batch, len_q = q.shape[:2]
-    longest = inputs.fixed.get("max_len_k", inputs.leaves["k"].shape[1])
-    arguments = {
-        "cu_seqlens_q": torch.arange(batch + 1, device=q.device, dtype=torch.int32) * len_q,
-        "cu_seqlens_k": F.pad(lengths.cumsum(0), (1, 0)).int(),
-        "max_seqlen_q": len_q,
-        "max_seqlen_k": longest,
-    }
-    rows = None if "cu_seqlens_k" in inputs.fixed else _valid_rows(lengths, longest)
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if rows is not None:
-            k, v = (x.flatten(0, 1).index_select(0, rows) for x in (k, v))
-        return _output(packed_attention(q.flatten(0, 1), k, v, **arguments)).unflatten(0, (batch, len_q))
-
-    return attend
-
-
-def _output(result: Any) -> Tensor:
-    """The output alone; flash-attn 4 returns (output, log-sum-exp)."""
-    return result[0] if isinstance(result, tuple) else result

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mvlm.errors import ConfigError
-from mvlm_benchmarks.clock import Timing
-from mvlm_benchmarks.kernels.cases import Case
-from mvlm_benchmarks.kernels.measure import Outcome
+from mvlm_benchmarks.clock import Refused, Timing
+from mvlm_benchmarks.kernels.inputs import Case
+from mvlm_benchmarks.kernels.measure import Outcome, WrongValue
 from mvlm_benchmarks.machine import git
 
 
@@ -80,13 +80,20 @@ class BaseWorker:
         return {name: Outcome(*outcome) for name, outcome in outcomes.items()}
 
     def time(self, name: str) -> Timing:
-        return Timing(*self._ask(request="time", name=name))
+        us, p20, p80, calls = self._ask(request="time", name=name)
+        return Timing(us, p20, p80, tuple(calls))
 
     def graph(self, name: str) -> float | None:
         return self._ask(request="graph", name=name)
 
     def peak_mb(self, name: str) -> float | None:
         return self._ask(request="peak_mb", name=name)
+
+    def check_kept_results(self, name: str) -> None:
+        self._ask(request="check_kept_results", name=name)
+
+    def repeats(self, name: str, count: int) -> str:
+        return self._ask(request="repeats", name=name, count=count)
 
     def close(self) -> None:
         """Kill the process."""
@@ -106,5 +113,6 @@ class BaseWorker:
             raise RuntimeError(f"the worker of --base ended with exit code {self._process.wait()}")
         answer = json.loads(line)
         if "error" in answer:
-            raise RuntimeError(answer["error"])
+            # The worker's own refusals are refusals here; anything else is an error of the contender.
+            raise {"WrongValue": WrongValue, "Refused": Refused}.get(answer["type"], RuntimeError)(answer["error"])
         return answer["value"]

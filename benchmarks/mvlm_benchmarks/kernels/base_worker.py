@@ -15,14 +15,14 @@ from mvlm_benchmarks.unavailable import one_line
 
 
 def serve(device: str, quick: bool, requests: IO[str], answers: IO[str]) -> None:
-    """Answer each request with {"value": ..} or {"error": one line}."""
+    """Answer each request with {"value": ..} or {"error": one line, "type": name of the exception}."""
     handler = _RequestHandler(device, quick)
     for line in requests:
         message = json.loads(line)
         try:
             answer = {"value": getattr(handler, message.pop("request"))(**message)}
         except Exception as error:
-            answer = {"error": one_line(error)}
+            answer = {"error": one_line(error), "type": type(error).__name__}
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -46,29 +46,35 @@ class _RequestHandler:
 
         from mvlm_benchmarks.clock import make_clock, torch_settings
         from mvlm_benchmarks.kernels.cases import cases
-        from mvlm_benchmarks.kernels.measure import LocalContender, run_reference, tolerance
+        from mvlm_benchmarks.kernels.measure import LocalContender
         from mvlm_benchmarks.kernels.peers import ours
+        from mvlm_benchmarks.kernels.reference import CaseData
 
         self._contender = None  # free the previous case's tensors first
         case = next(c for c in cases(batch, getattr(torch, dtype)) if (c.op, c.shape) == (op, shape))
         with torch_settings(self._device):
-            inputs = case.make(self._device)
-            expected = run_reference(case, inputs)
-            clock = make_clock(self._device, self._quick)
-            self._contender = LocalContender(case, inputs, ours(case, inputs), expected.incoming, clock)
-            outcomes = self._contender.check(expected, tolerance(case, self._device))
+            data = CaseData.make(case, self._device)
+            functions = [ours(case, inputs) for inputs in data.sets]
+            self._contender = LocalContender(data, functions, make_clock(self._device, self._quick))
+            outcomes = self._contender.check()
         return {name: [outcome.status, outcome.note] for name, outcome in outcomes.items()}
 
     def time(self, name: str) -> list[float]:
-        """Microseconds of a pass: median, 20th and 80th percentile."""
+        """Microseconds of a pass: median, 20th and 80th percentile, and those of each call."""
         timing = self._measure("time", name)
-        return [timing.us, timing.p20, timing.p80]
+        return [timing.us, timing.p20, timing.p80, timing.calls]
 
     def graph(self, name: str) -> float | None:
         return self._measure("graph", name)
 
     def peak_mb(self, name: str) -> float | None:
         return self._measure("peak_mb", name)
+
+    def check_kept_results(self, name: str) -> None:
+        self._contender.check_kept_results(name)
+
+    def repeats(self, name: str, count: int) -> str:
+        return self._contender.repeats(name, count)
 
     def _measure(self, figure: str, name: str) -> Any:
         from mvlm_benchmarks.clock import torch_settings

@@ -1,7 +1,7 @@
-"""Comparison of all contenders at one case: preparation, check against the float64 reference, timing in rounds.
+"""Comparison of all contenders at one case: check against the float64 reference, timing in rounds, checks afterwards.
 
 In each round every contender runs every pass, so that a drifting clock rate or another process affects all contenders.
-Reported figures are medians over rounds.
+Reported figures are medians over rounds, with bootstrap intervals of their ratios to ours.
 """
 
 import statistics
@@ -11,13 +11,16 @@ from typing import Any, Literal
 
 import torch
 
-import mvlm_kernels
-from mvlm_benchmarks.clock import Clock, Timing
+from mvlm_benchmarks.ceilings import MemoryRates, gemm_seconds
+from mvlm_benchmarks.clock import Clock, Refused, Timing
+from mvlm_benchmarks.gpu_state import GpuState
+from mvlm_benchmarks.intervals import Ratio, ratio
 from mvlm_benchmarks.kernels.base_revision import BaseWorker
-from mvlm_benchmarks.kernels.cases import Case
-from mvlm_benchmarks.kernels.inputs import Inputs
-from mvlm_benchmarks.kernels.measure import Expected, LocalContender, Outcome, passes_of, run_reference, tolerance
+from mvlm_benchmarks.kernels.checks import REPEATS, torch_reasons
+from mvlm_benchmarks.kernels.inputs import Case
+from mvlm_benchmarks.kernels.measure import LocalContender, Outcome, WrongValue
 from mvlm_benchmarks.kernels.peers import Peer, ours_as_peer
+from mvlm_benchmarks.kernels.reference import CaseData, passes_of
 from mvlm_benchmarks.machine import roofline_us
 from mvlm_benchmarks.unavailable import Missing, NotApplicable, one_line
 from mvlm_kernels.hardware import Gpu
@@ -35,6 +38,10 @@ class Entry:
     timings: dict[str, list[Timing]] = field(default_factory=dict)
     graph_us: dict[str, float | None] = field(default_factory=dict)
     peak_mb: dict[str, float | None] = field(default_factory=dict)
+    repeats: str = ""
+    kernels: str = ""
+    state: Row = field(default_factory=dict)
+    """State of the GPU after the last timed pass."""
 
     def attempt(self, what: Literal["time", "graph", "peak_mb"], name: str) -> Any:
         """Measure a figure of a pass. Returns None if the pass fails, or failed before; other passes continue."""
@@ -43,42 +50,81 @@ class Entry:
             return None
         try:
             return getattr(self.runner, what)(name)
+        except WrongValue as error:
+            self.outcomes[name] = Outcome("WRONG", str(error))
+        except Refused as error:
+            self.refuse(str(error))
         except Exception as error:
             # A pass without a peak or a CUDA graph still has its time.
             status = "error" if what == "time" else "ok"
             self.outcomes[name] = Outcome(status, f"{outcome.note} {what}: {one_line(error)}".strip())
-            return None
+            _free_memory()
+        return None
+
+    def refuse(self, reason: str, status: str = "REFUSED") -> None:
+        """Take all figures away."""
+        self.outcomes = dict.fromkeys(self.outcomes, Outcome(status, reason))
+
+    def check_after(self, device: str) -> None:
+        """Check kept results, repeats and kernels, after everything is timed. A contender that fails has no figures."""
+        runner, good = self.runner, [name for name, outcome in self.outcomes.items() if outcome.status == "ok"]
+        if runner is None or not good:
+            return
+        try:
+            runner.check_kept_results(good[-1])
+            self.repeats = runner.repeats(good[-1], REPEATS[device])
+            if self.contender == "ours" and ", the first" in self.repeats:
+                self.refuse(f"repeats differ: {self.repeats}", "WRONG")
+            if self.contender == "ours" and device == "cuda" and isinstance(runner, LocalContender):
+                self.kernels = runner.kernels(good[-1])
+        except Refused as error:
+            self.refuse(str(error))
+        except Exception as error:
+            self.refuse(f"checks after timing: {one_line(error)}", "error")
+            _free_memory()
+
+
+def _free_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def bench_case(
-    case: Case, device: str, peers: Iterable[Peer], clock: Clock, rounds: int, worker: BaseWorker | None = None
+    case: Case,
+    device: str,
+    peers: Iterable[Peer],
+    clock: Clock,
+    rounds: int,
+    worker: BaseWorker | None = None,
+    state: GpuState | None = None,
 ) -> list[Entry]:
     """Measure all contenders: ours, `base` (the worker), and the peers that have a builder for the op."""
     names = passes_of(case)
     contenders = [ours_as_peer(case), *(peer for peer in peers if case.op in peer.builders)]
     try:
-        inputs = case.make(device)
-        expected = run_reference(case, inputs)
+        data = CaseData.make(case, device)
     except Exception as error:
         outcome = Outcome("error", f"the float64 reference did not run: {one_line(error)}")
+        _free_memory()
         return [Entry(peer.name, dict.fromkeys(names, outcome)) for peer in contenders]
-    entries = [prepare(peer, case, inputs, expected, clock, device) for peer in contenders]
-    if device == "cuda" and (note := _torch_fallback(case, inputs)):
-        entries[0].outcomes = {
-            k: Outcome(o.status, note) if o.status == "ok" else o for k, o in entries[0].outcomes.items()
-        }
+    entries = [prepare(peer, data, clock) for peer in contenders]
+    if device == "cuda" and entries[0].runner is not None and (note := torch_reasons(case, data.sets[0])):
+        # A fallback is never timed as ours. The peers have its figures.
+        entries[0] = Entry("ours", dict.fromkeys(names, Outcome("torch", f"runs torch: {note}")))
     if worker is not None:
         entries.insert(1, _open_base(worker, case, names))
-    del expected
 
     for _ in range(rounds):
         for entry in entries:
             for name in names:
                 if (timing := entry.attempt("time", name)) is not None:
                     entry.timings.setdefault(name, []).append(timing)
+            entry.state = state.read() if state is not None else {}
     for entry in entries:
         for name in names:
             entry.peak_mb[name] = entry.attempt("peak_mb", name)
+    for entry in entries:
+        entry.check_after(device)
     # Graphs come last: a failed capture may leave the device in a state that spoils later measurements.
     for entry in entries:
         for name in names:
@@ -86,25 +132,20 @@ def bench_case(
     return entries
 
 
-def prepare(peer: Peer, case: Case, inputs: Inputs, expected: Expected, clock: Clock, device: str) -> Entry:
-    """Build a peer's function for the case, and compare forward and backward with the reference."""
-    names = passes_of(case)
+def prepare(peer: Peer, data: CaseData, clock: Clock) -> Entry:
+    """Build a peer's functions for the case, and compare forward and backward with the reference."""
+    names = passes_of(data.case)
     try:
-        function = peer.builders[case.op](inputs)
+        functions = [peer.builders[data.case.op](inputs) for inputs in data.sets]
     except (ImportError, Missing) as error:
         return Entry(peer.name, dict.fromkeys(names, Outcome("missing", str(error))))
     except NotApplicable as error:
         return Entry(peer.name, dict.fromkeys(names, Outcome("not applicable", str(error))))
     except Exception as error:
+        _free_memory()
         return Entry(peer.name, dict.fromkeys(names, Outcome("error", one_line(error))))
-    local = LocalContender(case, inputs, function, expected.incoming, clock, peer.context)
-    return Entry(peer.name, local.check(expected, tolerance(case, device)), local)
-
-
-def _torch_fallback(case: Case, inputs: Inputs) -> str:
-    """Note with the reasons if our op runs torch instead of Triton, else ""."""
-    choice = mvlm_kernels.explain(case.ours, **inputs.leaves, **inputs.fixed)
-    return "" if choice.backend == "triton" else f"runs torch: {'; '.join(choice.reasons)}"
+    local = LocalContender(data, functions, clock, peer.context)
+    return Entry(peer.name, local.check(), local)
 
 
 def _open_base(worker: BaseWorker, case: Case, names: tuple[str, ...]) -> Entry:
@@ -114,59 +155,96 @@ def _open_base(worker: BaseWorker, case: Case, names: tuple[str, ...]) -> Entry:
         return Entry("base", dict.fromkeys(names, Outcome("error", str(error))))
 
 
-def rows_of(case: Case, entries: list[Entry], gpu: Gpu | None = None) -> list[Row]:
-    """Rows of results, one per contender and pass. Missing figures are None.
+@dataclass(frozen=True)
+class Ceilings:
+    """Rates to compare with: those of the data sheet, None for an unknown machine, and those measured in this run.
 
-    Args:
-        gpu: peak rates from the data sheet, or None for an unknown machine. They are for bfloat16 and float16, so
-            float32 has no `roofline_pct`.
+    The data sheet's are for bfloat16 and float16, so float32 has no `roofline_pct`.
     """
+
+    gpu: Gpu | None = None
+    measured: MemoryRates | None = None
+    gemm_us: float | None = None
+    """Microseconds of torch's matrix product at the sizes of the case."""
+
+
+def case_ceilings(case: Case, device: str, gpu: Gpu | None, measured: MemoryRates | None) -> Ceilings:
+    """The ceilings of a case. Times the matrix product that it contains."""
+    gemm_us = None
+    if case.product is not None:
+        try:
+            gemm_us = 1e6 * gemm_seconds(case.product, case.dtype, device)
+        except RuntimeError:  # out of memory
+            _free_memory()
+    return Ceilings(gpu, measured, gemm_us)
+
+
+def rows_of(case: Case, entries: list[Entry], ceilings: Ceilings = Ceilings()) -> list[Row]:
+    """Rows of results, one per contender and pass. Missing figures are None."""
+    gpu, measured = ceilings.gpu, ceilings.measured
     roofline = roofline_us(case.minimum, case.flops, gpu) if gpu and case.dtype != torch.float32 else {}
     forward, backward = case.minimum
     bytes_minimum = {"forward": forward, "backward": backward, "both": forward + backward}
     # A pass that failed in a later round has no figures.
-    medians = {
-        entry.contender: {
-            n: _median(timings) for n, timings in entry.timings.items() if entry.outcomes[n].status == "ok"
-        }
+    timings = {
+        entry.contender: {n: found for n, found in entry.timings.items() if entry.outcomes[n].status == "ok"}
         for entry in entries
     }
     rows = []
     for entry in entries:
         for name, outcome in entry.outcomes.items():
-            timing = medians[entry.contender].get(name)
-            ours_us, base_us = (
-                medians[who][name].us if name in medians.get(who, {}) else None for who in ("ours", "base")
-            )
+            found = timings[entry.contender].get(name)
+            timing = _median(found) if found else None
+            ok = outcome.status == "ok"
             us = timing.us if timing else None
-            rows.append(
-                {
-                    "op": case.op,
-                    "pass": name,
-                    "shape": case.shape,
-                    "dtype": str(case.dtype).removeprefix("torch."),
-                    "contender": entry.contender,
-                    "status": outcome.status,
-                    "note": outcome.note,
-                    "us": _rounded(us),
-                    "us_p20": _rounded(timing.p20 if timing else None),
-                    "us_p80": _rounded(timing.p80 if timing else None),
-                    "graph_us": _rounded(entry.graph_us.get(name)),
-                    "gb_per_s": _rounded(bytes_minimum[name] / us / 1e3 if us else None),
-                    "roofline_pct": _rounded(100 * roofline[name] / us if us and roofline else None),
-                    "peak_mb": _rounded(entry.peak_mb.get(name)),
-                    "vs_ours": _rounded(us / ours_us if us and ours_us else None),
-                    "base": _rounded(base_us),
-                    "vs_base": _rounded(us / base_us if us and base_us else None),
-                    "bytes_minimum": bytes_minimum[name],
-                }
-            )
+            base = timings.get("base", {}).get(name)
+            over_ours = _ratio(found, timings.get("ours", {}).get(name))
+            over_base = _ratio(found, base)
+            rate = bytes_minimum[name] / us * 1e6 if us else None
+            row = {
+                "op": case.op,
+                "pass": name,
+                "shape": case.shape,
+                "dtype": str(case.dtype).removeprefix("torch."),
+                "contender": entry.contender,
+                "status": outcome.status,
+                "note": outcome.note,
+                "us": us,
+                "us_p20": timing.p20 if timing else None,
+                "us_p80": timing.p80 if timing else None,
+                "graph_us": entry.graph_us.get(name) if ok else None,
+                "gb_per_s": rate / 1e9 if rate else None,
+                "roofline_pct": 100 * roofline[name] / us if us and roofline else None,
+                "gemm_us": ceilings.gemm_us,
+                "peak_mb": entry.peak_mb.get(name) if ok else None,
+                "vs_ours": over_ours.value if over_ours else None,
+                "vs_ours_low": over_ours.low if over_ours else None,
+                "vs_ours_high": over_ours.high if over_ours else None,
+                "verdict": over_ours.verdict if over_ours and entry.contender != "ours" else "",
+                "base": _median(base).us if base else None,
+                "vs_base": over_base.value if over_base else None,
+                "bytes_minimum": bytes_minimum[name],
+                "repeats": entry.repeats,
+                "kernels": entry.kernels,
+                **entry.state,
+            }
+            for ceiling in ("copy", "read", "triad"):
+                row[f"{ceiling}_pct"] = 100 * rate / getattr(measured, ceiling) if rate and measured else None
+            rows.append({key: _rounded(value) for key, value in row.items()})
     return rows
+
+
+def _ratio(found: list[Timing] | None, others: list[Timing] | None) -> Ratio | None:
+    """Ratio of the times of rounds that both have."""
+    if not found or not others:
+        return None
+    both = list(zip(found, others, strict=False))  # a pass may have failed in a later round
+    return ratio([a.calls or (a.us,) for a, _ in both], [b.calls or (b.us,) for _, b in both])
 
 
 def _median(timings: list[Timing]) -> Timing:
     return Timing(*(statistics.median(getattr(t, k) for t in timings) for k in ("us", "p20", "p80")))
 
 
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else round(value, 3)
+def _rounded(value: Any) -> Any:
+    return round(value, 3) if isinstance(value, float) else value

@@ -1,10 +1,11 @@
-"""Sizes and seeded random arguments of the benchmark cases.
+"""Benchmark cases, the sizes of their inputs, and seeded random arguments.
 
 Shape legend: B images, C channels, S image side, P patch side, N patches, K chosen patches, F = C*P*P.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,32 +22,75 @@ class Inputs:
     leaves: dict[str, Tensor]
     fixed: dict[str, Any]
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors, leaves first."""
+        return [*self.leaves.values(), *(x for x in self.fixed.values() if isinstance(x, Tensor))]
+
+    def values(self) -> list[Tensor]:
+        """Leaves and images. The others are lengths, indices and masks, from which peers make tensors in advance."""
+        return [x for x in self.tensors() if x.is_floating_point() or x.dtype == torch.uint8]
+
+
+class Maker(Protocol):
+    """Makes inputs on a device. The seed changes values only: shapes, lengths, indices and masks are the case's."""
+
+    def __call__(self, device: str, seed: int = 0) -> Inputs: ...
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape and dtype."""
+
+    op: str
+    shape: str
+    """Shape as text, for results."""
+    dtype: torch.dtype
+    make: Maker
+    ours: Callable[..., Any] | None
+    """Our op. Takes all arguments by name; returns a tensor or several. None: this version does not have it."""
+    reference: Callable[..., Any]
+    """The op in plain torch. Takes all arguments by name, the leaves in float64."""
+    minimum: tuple[int, int]
+    """Bytes of (forward, backward) if each input is read once and each output written once. A tensor that forward saves
+    for backward counts as an output of forward and an input of backward."""
+    flops: tuple[int, int] = (0, 0)
+    """Floating-point operations of (forward, backward)."""
+    core: bool = False
+    """Included with `--quick`."""
+    product: tuple[int, int, int] | None = None
+    """Sizes (M, N, K) of the matrix product that forward contains, whose time by torch alone is reported."""
+    has_kernels: bool = True
+    """`ours` is an op of `mvlm_kernels`, so that `explain` knows it and its launches have names."""
+
 
 class RandomInputs:
     """Seeded random tensors. They are drawn on the CPU, so that all devices and processes get equal values."""
 
-    def __init__(self, device: str, dtype: torch.dtype) -> None:
-        self._generator = torch.Generator().manual_seed(0)
+    def __init__(self, device: str, dtype: torch.dtype, seed: int = 0) -> None:
+        self._generator, self._indices = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(0)
         self._device, self._dtype = device, dtype
 
-    def normal(self, *shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=self._generator) * scale).to(self._device, self._dtype).requires_grad_()
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Leaf of normal values, in the case's dtype or in another one."""
+        drawn = torch.randn(shape, generator=self._generator) * scale
+        return drawn.to(self._device, dtype or self._dtype).requires_grad_()
 
-    def far_from_pixels(self, *shape: int) -> Tensor:
+    def far_from_pixels(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Values near 6 or -6. Normalised pixels are within 2.7 of 0, so rounding flips no sign of an L1 term."""
         side = torch.randint(0, 2, shape, generator=self._generator) * 12.0 - 6.0
-        return (side + torch.randn(shape, generator=self._generator) * 0.5).to(self._device, self._dtype)
+        drawn = side + torch.randn(shape, generator=self._generator) * 0.5
+        return drawn.to(self._device, dtype or self._dtype)
 
     def images(self, batch: int, dtype: torch.dtype) -> Tensor:
         """Images (B, C, S, S): 0 to 255 in uint8, else values in [0, 1]."""
         values = torch.randint(0, 256, (batch, CHANNELS, SIDE, SIDE), generator=self._generator, dtype=torch.uint8)
         return values.to(self._device) if dtype == torch.uint8 else (values / 255).to(self._device, dtype)
 
-    def patch_ids(self, batch: int, count: int) -> Tensor:
+    def patch_ids(self, batch: int, count: int, patches: int = PATCHES) -> Tensor:
         """Distinct patch numbers of each image, int32 (B, K), ascending."""
-        order = torch.rand(batch, PATCHES, generator=self._generator).argsort(dim=1)[:, :count]
+        order = torch.rand(batch, patches, generator=self._indices).argsort(dim=1)[:, :count]
         return order.sort(dim=1).values.int().to(self._device)
 
-    def lengths(self, batch: int, low: int, high: int) -> Tensor:
-        """Lengths from `low` to `high`, int32 (B,)."""
-        return torch.randint(low, high + 1, (batch,), generator=self._generator, dtype=torch.int32).to(self._device)
+    def integers(self, high: int, *shape: int) -> Tensor:
+        """Integers in [0, high), int64."""
+        return torch.randint(0, high, shape, generator=self._indices).to(self._device)

@@ -1,11 +1,4 @@
-"""Check and measurement of one contender at one case.
-
-There are three passes:
-
-    forward   the call with gradients enabled, so that it saves tensors for backward
-    backward  the gradients of all leaves, from an existing output
-    both      forward, then backward
-"""
+"""Measurement of one contender at one case. Whatever is timed is checked, on the inputs on which it was timed."""
 
 import contextlib
 import warnings
@@ -16,62 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvlm_benchmarks.clock import Clock, Step, Timing
-from mvlm_benchmarks.kernels.cases import Case
-from mvlm_benchmarks.kernels.inputs import Inputs
+from mvlm_benchmarks.clock import Clock, Prepare, Refused, Results, Step, Timing, copied
+from mvlm_benchmarks.kernels.checks import (
+    check_kernels,
+    difference,
+    exchange_values,
+    expected_kernels,
+    launched_kernels,
+    poison,
+    same_bits,
+)
+from mvlm_benchmarks.kernels.reference import CaseData, as_results, passes_of
 from mvlm_benchmarks.unavailable import one_line
 
-PASSES = ("forward", "backward", "both")
-# Maximum error, relative to the reference's largest value. On a GPU float32 is TF32, which rounds operands to 10 bits.
-TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
-TOLERANCE_CPU_FLOAT32 = 1e-4
-# Gradients of a mean over millions of pixels underflow in float16. The loss is therefore scaled, as in training.
-LOSS_SCALE = 2.0**15
-
-Function = Callable[..., Tensor]
-
-
-def passes_of(case: Case) -> tuple[str, ...]:
-    """Passes of a case. A case without gradients (uint8 images) has only `forward`."""
-    return PASSES if case.minimum[1] else PASSES[:1]
-
-
-@dataclass(frozen=True)
-class Expected:
-    """Output and gradients of the float64 reference."""
-
-    out: Tensor
-    gradients: tuple[Tensor, ...]
-    """Gradients of the leaves, in the order of `Inputs.leaves`."""
-    incoming: Tensor
-    """Gradient of the output, from which the gradients of the leaves are computed."""
-
-
-def run_reference(case: Case, inputs: Inputs) -> Expected:
-    """Run the case's reference, forward and backward, in float64 on the inputs' device."""
-    leaves = {name: x.detach().double().requires_grad_() for name, x in inputs.leaves.items()}
-    out = case.reference(**leaves, **inputs.fixed)
-    if out.ndim:
-        # Drawn on the CPU, like the inputs.
-        drawn = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.device, case.dtype)
-    else:
-        drawn = torch.tensor(LOSS_SCALE, device=out.device)
-    gradients = torch.autograd.grad(out, list(leaves.values()), drawn.double()) if leaves else ()
-    return Expected(out.detach(), gradients, drawn)
-
-
-def relative_error(got: Tensor, wanted: Tensor) -> float:
-    """Largest error over the largest wanted value. Infinite if a shape differs or a value is not finite."""
-    if got.shape != wanted.shape or not bool(got.isfinite().all()):
-        return float("inf")
-    return float((got.double() - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
-
-
-def tolerance(case: Case, device: str) -> float:
-    """Maximum relative error at a case. device: "cpu" or "cuda"."""
-    if device == "cpu" and case.dtype == torch.float32:
-        return TOLERANCE_CPU_FLOAT32
-    return TOLERANCES[case.dtype]
+Function = Callable[..., Any]
+"""Takes the leaves in order. Returns a tensor or several."""
 
 
 @dataclass(frozen=True)
@@ -79,91 +31,173 @@ class Outcome:
     """Status of a pass, and a note."""
 
     status: str
-    """ok, missing, not applicable, error or WRONG."""
+    """ok, missing, not applicable, torch, error, WRONG or REFUSED."""
     note: str = ""
 
 
+class WrongValue(Exception):
+    """A timed result differs from the reference."""
+
+
 class LocalContender:
-    """A contender in this process. `function` takes the leaves in order, and is always called inside `context`."""
+    """A contender in this process, whose results are compared with those of the reference.
+
+    Args:
+        functions: one function for each set of inputs, which takes its leaves in order. Always called inside `context`.
+    """
 
     def __init__(
         self,
-        case: Case,
-        inputs: Inputs,
-        function: Function,
-        incoming: Tensor,
+        data: CaseData,
+        functions: list[Function],
         clock: Clock,
         context: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
     ) -> None:
-        self._function, self._clock, self.context = function, clock, context
-        self._leaves = list(inputs.leaves.values())
-        self._passes = passes_of(case)
-        self._incoming = incoming
+        self.passes, self.context = passes_of(data.case), context
+        self._data, self._functions, self._clock = data, functions, clock
+        self._sets, self._expected, self._limit = data.sets, data.expected, data.limit
 
-    def check(self, expected: Expected, limit: float) -> dict[str, Outcome]:
-        """Run forward and backward once and compare them with the reference.
+    def step(self, name: str, number: int = 0, gradients_of: int | None = None) -> Step:
+        """Make a function that runs a pass once, on the set with this number, and returns all that it computed.
+
+        For `backward`, this method runs forward, not the function. gradients_of: the set whose incoming gradients are
+        used, if it is another one.
+        """
+        function, leaves = self._functions[number], list(self._sets[number].leaves.values())
+        incoming: list[Tensor] = []
+
+        def gradients(outs: Results, **options: Any) -> Results:
+            if not incoming:  # cast once, before anything is timed
+                wanted = self._expected[number if gradients_of is None else gradients_of].incoming
+                incoming.extend(x.to(out.dtype) for x, out in zip(wanted, outs, strict=True))
+            return torch.autograd.grad(outs, leaves, incoming, **options)
+
+        if name == "forward":
+            return lambda: as_results(function(*leaves))
+        if name == "backward":
+            outs = as_results(function(*leaves))
+            return lambda: gradients(outs, retain_graph=True)
+
+        def both() -> Results:
+            outs = as_results(function(*leaves))
+            return (*outs, *gradients(outs))
+
+        return both
+
+    def run(self, name: str, number: int = 0, gradients_of: int | None = None) -> Results:
+        """Run a pass once. Arguments as those of `step`."""
+        with self.context():
+            return self.step(name, number, gradients_of)()
+
+    def check(self) -> dict[str, Outcome]:
+        """Run forward and backward once and compare them with the reference, before anything is timed.
 
         Returns:
             The outcome of each pass. A wrong output fails all passes; a wrong gradient fails `backward` and `both`.
         """
-        with warnings.catch_warnings(record=True) as caught, self.context():
-            try:
-                out = self._function(*self._leaves)
-                error = relative_error(out.detach(), expected.out)
-            except Exception as problem:
-                return dict.fromkeys(self._passes, Outcome("error", _with_warnings(problem, caught)))
-            if not error <= limit:
-                return dict.fromkeys(self._passes, _wrong("output", error, limit))
-            outcomes = dict.fromkeys(self._passes, Outcome("ok"))
-            try:
-                errors = self._gradient_errors(out, expected) if self._leaves else {}
-                failure = next(
-                    (_wrong(name, error, limit) for name, error in errors.items() if not error <= limit), None
-                )
-            except Exception as problem:
-                failure = Outcome("error", _with_warnings(problem, caught))
+        outcomes = dict.fromkeys(self.passes, Outcome("ok"))
+        # Without gradients there is no backward pass.
+        for first, name in enumerate(self.passes[:2]):
+            with warnings.catch_warnings(record=True) as caught:
+                try:
+                    problem = difference(self.run(name), self._expected[0].of(name), self._limit, _NOUNS[name])
+                    failure = Outcome("WRONG", problem) if problem else None
+                except Exception as error:
+                    failure = Outcome("error", _with_warnings(error, caught))
+            if self._data.restore():
+                return dict.fromkeys(self.passes, Outcome("REFUSED", "the inputs were changed"))
             if failure is not None:
-                outcomes.update(dict.fromkeys(self._passes[1:], failure))
-            return outcomes
-
-    def _gradient_errors(self, out: Tensor, expected: Expected) -> dict[str, float]:
-        found = torch.autograd.grad(out, self._leaves, self._incoming.to(out.dtype))
-        return {
-            f"gradient {number} of {len(found)}": relative_error(got, wanted)
-            for number, (got, wanted) in enumerate(zip(found, expected.gradients, strict=True), 1)
-        }
-
-    def step(self, name: str) -> Step:
-        """Make a function that runs a pass once. For `backward`, this method runs forward, not the function."""
-        function, leaves = self._function, self._leaves
-        if name == "forward":
-            return lambda: function(*leaves)
-        if name == "backward":
-            out = function(*leaves)
-            incoming = self._incoming.to(out.dtype)
-            return lambda: torch.autograd.grad(out, leaves, incoming, retain_graph=True)
-
-        def both() -> Any:
-            out = function(*leaves)
-            return torch.autograd.grad(out, leaves, self._incoming.to(out.dtype))
-
-        return both
+                return outcomes | dict.fromkeys(self.passes[first:], failure)
+        return outcomes
 
     def time(self, name: str) -> Timing:
+        """Time a pass.
+
+        Raises:
+            WrongValue: the last timed result of a set of inputs is wrong.
+            Refused: the inputs were changed (they are restored), or a timer was replaced.
+        """
         with self.context():
-            return self._clock.time(self.step(name))
+            steps = [self.step(name, number) for number in range(len(self._sets))]
+            timing, results = self._clock.time(steps, self._prepare(name, steps[0]()))
+        if self._data.restore():
+            raise Refused("the inputs were changed")
+        self.check_timed(name, results, "timed")
+        return timing
 
     def graph(self, name: str) -> float | None:
+        """Time a pass inside a CUDA graph. WrongValue if the results that it left are wrong. None on a CPU."""
         with self.context():
-            return self._clock.graph(lambda: self.step(name))
+            found = self._clock.graph(lambda: [self.step(name, number) for number in range(len(self._sets))])
+        if found is None:
+            return None
+        self.check_timed(name, found[1], "graph's")
+        return found[0]
 
     def peak_mb(self, name: str) -> float | None:
         with self.context():
             return self._clock.peak_mb(self.step(name))
 
+    def check_kept_results(self, name: str) -> None:
+        """Exchange the values of the first two sets, in place, and run again. Refused if a result is an earlier one."""
+        exchange_values(*self._sets[:2])
+        try:
+            for number in (0, 1):
+                poison(self.run(name, 1 - number))
+                found = self.run(name, number, 1 - number)
+                wanted = self._expected[1 - number].of(name)
+                problem = difference(found, wanted, self._limit, "result")
+                if problem:
+                    raise Refused(f"after new values were written into the inputs, the {problem}")
+        finally:
+            exchange_values(*self._sets[:2])
 
-def _wrong(what: str, error: float, limit: float) -> Outcome:
-    return Outcome("WRONG", f"{what} is off by {error:.2g} of its largest value, allowed {limit:.0e}")
+    def repeats(self, name: str, count: int) -> str:
+        """Repeat a pass on the first inputs, and compare the bits with the first result's.
+
+        Returns:
+            "50 of 50 equal", or fewer, with the number of the first repeat that differs.
+        """
+        first, different = copied(self.run(name)), []
+        for number in range(count):
+            poison(first)
+            if not all(same_bits(a, b) for a, b in zip(self.run(name), first, strict=True)):
+                different.append(number + 1)
+        note = f", the first that differs: {different[0]}" if different else ""
+        return f"{count - len(different)} of {count} equal{note}"
+
+    def kernels(self, name: str) -> str:
+        """Names of the kernels that a pass runs on the GPU. Refused unless they are those of our op."""
+        self.run(name)  # compiles
+        major, minor = torch.cuda.get_device_capability()
+        wanted = expected_kernels(lambda: self.run(name), 10 * major + minor)
+        return check_kernels(wanted, launched_kernels(lambda: self.run(name)))
+
+    def check_timed(self, name: str, results: list[Results], what: str) -> None:
+        """Compare timed results, one for each set of inputs, with the reference's. WrongValue if one is off."""
+        for number, found in enumerate(results):
+            wanted = self._expected[number].of(name)
+            problem = difference(found, wanted, self._limit, f"the {what} result of inputs {number + 1}")
+            if problem:
+                raise WrongValue(problem)
+
+    def _prepare(self, name: str, like: Results) -> Prepare:
+        """Before each timed call: poison free memory, and mark the inputs as modified.
+
+        Results are allocated in memory that was full of NaN, so a call that leaves out its work shows. A result that is
+        kept for unmodified inputs is never found. A backward pass has saved its inputs, and refuses modified ones.
+        """
+        like = copied(like)
+
+        def prepare(number: int) -> None:
+            poison(like)
+            if name != "backward":
+                torch.autograd.graph.increment_version(self._sets[number].tensors())
+
+        return prepare
+
+
+_NOUNS = {"forward": "output", "backward": "gradient"}
 
 
 def _with_warnings(problem: Exception, caught: list[warnings.WarningMessage]) -> str:

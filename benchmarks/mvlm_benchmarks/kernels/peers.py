@@ -1,4 +1,8 @@
-"""Peers: other implementations of each op. Those of attention are in :mod:`mvlm_benchmarks.kernels.attention_peers`.
+"""Peers: other implementations of each op.
+
+Those of attention are in :mod:`mvlm_benchmarks.kernels.attention_peers` and
+:mod:`mvlm_benchmarks.kernels.packed_attention_peers`, those of the layers around it in
+:mod:`mvlm_benchmarks.kernels.layers`.
 
 A builder takes a case's inputs and returns a function that takes the leaves, in order, and computes the op's output.
 The builder also makes masks and index tensors. They are not timed, because a model makes them once per batch for all
@@ -19,12 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import mvlm_kernels
 from mvlm_benchmarks.kernels import attention_peers as attention
-from mvlm_benchmarks.kernels.cases import Case
-from mvlm_benchmarks.kernels.inputs import CHANNELS, FEATURES, PATCH, PATCHES, SIDE, Inputs
-from mvlm_benchmarks.unavailable import NotApplicable
+from mvlm_benchmarks.kernels import layers
+from mvlm_benchmarks.kernels import packed_attention_peers as packed_attention
+from mvlm_benchmarks.kernels.inputs import CHANNELS, FEATURES, PATCH, PATCHES, SIDE, Case, Inputs
+from mvlm_benchmarks.unavailable import Missing, NotApplicable
 
-Function = Callable[..., Tensor]
+Function = Callable[..., Any]
 Builder = Callable[[Inputs], Function]
 
 
@@ -126,7 +132,8 @@ def masked_loss_eager(inputs: Inputs) -> Function:
 
 def linear_loss_eager(inputs: Inputs) -> Function:
     loss = _pixel_loss(inputs)
-    return lambda hidden, weight, bias: loss(F.linear(hidden, weight, bias))
+    # As autocast does, which leaves parameters in float32.
+    return lambda hidden, weight, bias: loss(F.linear(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype)))
 
 
 def place_eager(inputs: Inputs) -> Function:
@@ -154,8 +161,10 @@ def place_eager(inputs: Inputs) -> Function:
 
 def ours(case: Case, inputs: Inputs) -> Function:
     """Builder of our op, on the backend that it chooses on this machine."""
-    names = list(inputs.leaves)
-    return lambda *leaves: case.ours(**dict(zip(names, leaves, strict=True)), **inputs.fixed)
+    op, names = case.ours, list(inputs.leaves)
+    if op is None:
+        raise Missing(f"this version of mvlm_kernels has no {case.op}")
+    return lambda *leaves: op(**dict(zip(names, leaves, strict=True)), **inputs.fixed)
 
 
 def ours_as_peer(case: Case) -> Peer:
@@ -163,14 +172,28 @@ def ours_as_peer(case: Case) -> Peer:
     return Peer("ours", {case.op: lambda inputs: ours(case, inputs)})
 
 
+def _ours_with_long_sides(inputs: Inputs) -> Function:
+    """Our kernels where both sides are longer than 128, as between image patches. By default SDPA runs there."""
+    attention.require_cuda(inputs)
+    if min(attention.Side(inputs, "q").longest, attention.Side(inputs, "k").longest) <= 128:
+        raise NotApplicable("one side is short, and `ours` has the figures")
+    return lambda q, k, v: mvlm_kernels.cross_attention(q, k, v, **inputs.fixed)
+
+
+def _long_sides() -> contextlib.AbstractContextManager[Any]:
+    from mvlm_kernels.cross_attention.arguments import short_sides_up_to  # revisions of --base may lack it
+
+    return short_sides_up_to(256)
+
+
 def compiled(builder: Builder) -> Builder:
     """Wrap the function of a builder in torch.compile, for static shapes."""
     return lambda inputs: torch.compile(builder(inputs), dynamic=False)
 
 
-def _not_in_liger(why: str) -> Builder:
+def _not_in(library: str, why: str) -> Builder:
     def build(inputs: Inputs) -> Function:
-        raise NotApplicable(f"liger-kernel {why}")
+        raise NotApplicable(f"{library} {why}")
 
     return build
 
@@ -181,13 +204,19 @@ EAGER: dict[str, Builder] = {
     "masked_pixel_loss": masked_loss_eager,
     "linear_pixel_loss": linear_loss_eager,
     "place_tokens": place_eager,
+    "add_layer_norm": layers.norm_eager,
+    "gelu_linear": layers.gelu_eager,
+    "linear_cross_entropy": layers.cross_entropy_eager,
 }
 LIGER: dict[str, Builder] = {
     "cross_attention": attention.liger,
-    "gather_patches": _not_in_liger("has no kernel that reads images"),
-    "masked_pixel_loss": _not_in_liger("has losses over tokens and preferences, none over pixels"),
-    "linear_pixel_loss": _not_in_liger("fuses a linear layer with losses over tokens, not over pixels"),
-    "place_tokens": _not_in_liger("has no kernel that inserts tokens or adds a position embedding"),
+    "gather_patches": _not_in("liger-kernel", "has no kernel that reads images"),
+    "masked_pixel_loss": _not_in("liger-kernel", "has losses over tokens and preferences, none over pixels"),
+    "linear_pixel_loss": _not_in("liger-kernel", "fuses a linear layer with losses over tokens, not over pixels"),
+    "place_tokens": _not_in("liger-kernel", "has no kernel that inserts tokens or adds a position embedding"),
+    "add_layer_norm": layers.norm_liger,
+    "gelu_linear": _not_in("liger-kernel", "fuses GELU with a gate, not with the linear layer behind it"),
+    "linear_cross_entropy": layers.cross_entropy_liger,
 }
 
 
@@ -196,6 +225,7 @@ def _attention_peer(name: str, build: Builder, distribution: str, **options: Any
 
 
 PEERS = [
+    _attention_peer("ours-256", _ours_with_long_sides, "torch", context=_long_sides),
     Peer("eager", EAGER),
     Peer("gather-first", {"gather_patches": gather_first}),
     Peer("compile", {op: compiled(builder) for op, builder in EAGER.items()}),
@@ -204,8 +234,12 @@ PEERS = [
     _attention_peer("sdpa-flash", attention.sdpa, "torch", context=attention.flash_backend),
     _attention_peer("sdpa-cudnn", attention.sdpa_cuda, "torch", context=attention.cudnn_backend),
     _attention_peer("flex", attention.flex, "torch"),
-    _attention_peer("xformers", attention.xformers, "xformers"),
-    _attention_peer("flash-attn-2", attention.flash_attn_2, "flash-attn"),
-    _attention_peer("flash-attn-4", attention.flash_attn_4, "flash-attn-4"),
+    _attention_peer("varlen", packed_attention.varlen, "torch"),
+    _attention_peer("xformers", packed_attention.xformers, "xformers"),
+    _attention_peer("mslk", packed_attention.mslk, "mslk-cuda"),
+    _attention_peer("flash-attn-2", packed_attention.flash_attn_2, "flash-attn"),
+    _attention_peer("flash-attn-4", packed_attention.flash_attn_4, "flash-attn-4"),
+    _attention_peer("cudnn-frontend", packed_attention.cudnn_frontend, "nvidia-cudnn-frontend"),
     Peer("liger", LIGER, "liger-kernel"),
+    Peer("quack", {"linear_cross_entropy": layers.cross_entropy_quack}, "quack-kernels"),
 ]

@@ -4,18 +4,21 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from mvlm_benchmarks.kernels.measure import PASSES
-from mvlm_benchmarks.results import MACHINE_COLUMNS, device_name, file_stem, heading, save_figure, write_csv, write_json
+from mvlm_benchmarks import gpu_state
+from mvlm_benchmarks.intervals import NO_DIFFERENCE
+from mvlm_benchmarks.kernels.reference import PASSES
+from mvlm_benchmarks.results import MACHINE_COLUMNS, device_name, file_stem, heading, save_figure, write_json
 
 Row = dict[str, Any]
 COLUMNS = (
     "op", "pass", "shape", "dtype", "contender", "status", "note", "us", "us_p20", "us_p80", "graph_us", "gb_per_s",
-    "roofline_pct", "peak_mb", "vs_ours", "base", "vs_base", "bytes_minimum", *MACHINE_COLUMNS,
+    "roofline_pct", "copy_pct", "read_pct", "triad_pct", "gemm_us", "peak_mb", "vs_ours", "vs_ours_low",
+    "vs_ours_high", "verdict", "base", "vs_base", "bytes_minimum", "repeats", "kernels", *gpu_state.COLUMNS,
+    *MACHINE_COLUMNS,
 )  # fmt: skip
-JSON_KEYS = (
-    "op", "pass", "shape", "dtype", "contender", "us", "us_p20", "us_p80", "graph_us", "gb_per_s", "roofline_pct",
-    "peak_mb", "vs_ours", "base", "vs_base",
-)  # fmt: skip
+JSON_KEYS = tuple(
+    name for name in COLUMNS if name not in ("status", "note", "bytes_minimum", "kernels", *MACHINE_COLUMNS)
+)
 
 # Statuses of a contender that cannot run any case of an op.
 ABSENT = ("missing", "not applicable")
@@ -24,7 +27,7 @@ ABSENT = ("missing", "not applicable")
 def table(rows: list[Row]) -> str:
     """Table of one case: a line per contender, then the reasons for missing figures."""
     first = rows[0]
-    group = f"{'us':>9} {'x ours':>7} {'GB/s':>7} {'roof %':>6}"
+    group = f"{'us':>9} {'x ours':>7}  {'GB/s':>7} {'roof %':>6}"
     lines = ["", f"{first['op']}  {first['shape']}  {first['dtype']}"]
     lines.append(f"{'':16}" + "".join(f"  {name:^{len(group)}}" for name in PASSES) + f"  {'peak':>8}")
     lines.append(f"{'contender':16}" + f"  {group}" * len(PASSES) + f"  {'MB':>8}")
@@ -39,6 +42,8 @@ def table(rows: list[Row]) -> str:
             cells = "".join(f"  {_cells(by_pass.get(name))}" for name in PASSES)
             peak = by_pass.get("both", by_pass["forward"])["peak_mb"]
             lines.append(f"{contender:16}{cells}  {_number(peak, 8)}")
+    if any(row["verdict"] == NO_DIFFERENCE for row in rows):
+        reasons.append("  ~ no difference: the 95 % interval of the ratio contains 1")
     if absent:
         reasons.append(f"  not available, reasons at the end: {', '.join(absent)}")
     return "\n".join(lines + reasons)
@@ -46,9 +51,11 @@ def table(rows: list[Row]) -> str:
 
 def _cells(row: Row | None) -> str:
     row = row or {}
-    return " ".join(
+    us, ratio, rate, roofline = (
         _number(row.get(key), width) for key, width in (("us", 9), ("vs_ours", 7), ("gb_per_s", 7), ("roofline_pct", 6))
     )
+    mark = "~" if row.get("verdict") == NO_DIFFERENCE else " "
+    return f"{us} {ratio}{mark} {rate} {roofline}"
 
 
 def _number(value: float | None, width: int) -> str:
@@ -82,18 +89,17 @@ def footer(rows: list[Row], about: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(rows: list[Row], about: dict[str, Any], out: Path, json_file: Path | None = None) -> list[Path]:
-    """Write CSV and plot to `out`, named after device and dtype, and the JSON to `json_file`. Returns the files."""
-    stem = file_stem("kernels", device_name(about), rows[0]["dtype"])
-    files = [out / f"{stem}.csv", out / f"{stem}.svg"]
-    write_csv(rows, about, files[0], COLUMNS)
-    plot(rows, about, files[1])
-    if json_file is not None:
-        timed = [{key: row[key] for key in JSON_KEYS} for row in rows if row["us"] is not None]
-        others = [{key: row[key] for key in COLUMNS[:7]} for row in rows if row["us"] is None]
-        write_json({"machine": about, "rows": timed, "not_timed": others}, json_file)
-        files.append(json_file)
-    return files
+def file_names(about: dict[str, Any], dtype: str, out: Path) -> tuple[Path, Path]:
+    """CSV and plot in the folder `out`, named after device and dtype."""
+    stem = file_stem("kernels", device_name(about), dtype)
+    return out / f"{stem}.csv", out / f"{stem}.svg"
+
+
+def write_figures(rows: list[Row], about: dict[str, Any], json_file: Path) -> None:
+    """Write the JSON of all rows."""
+    timed = [{key: row.get(key) for key in JSON_KEYS} for row in rows if row["us"] is not None]
+    others = [{key: row[key] for key in COLUMNS[:7]} for row in rows if row["us"] is None]
+    write_json({"machine": about, "rows": timed, "not_timed": others}, json_file)
 
 
 def plot(rows: list[Row], about: dict[str, Any], path: Path) -> None:

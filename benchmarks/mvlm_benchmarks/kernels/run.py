@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -10,14 +10,18 @@ import torch
 from mvlm.device import choose_device
 from mvlm.errors import ConfigError
 from mvlm_benchmarks import machine
+from mvlm_benchmarks.budget import Budget
+from mvlm_benchmarks.ceilings import memory_rates
 from mvlm_benchmarks.choices import choose
 from mvlm_benchmarks.clock import make_clock, torch_settings
+from mvlm_benchmarks.gpu_state import GpuState
 from mvlm_benchmarks.kernels import report
 from mvlm_benchmarks.kernels.base_revision import BaseWorker, export_kernels
-from mvlm_benchmarks.kernels.cases import Case, cases
-from mvlm_benchmarks.kernels.compare import Row, bench_case, rows_of
+from mvlm_benchmarks.kernels.cases import cases
+from mvlm_benchmarks.kernels.compare import Row, bench_case, case_ceilings, rows_of
+from mvlm_benchmarks.kernels.inputs import Case
 from mvlm_benchmarks.kernels.peers import EAGER, PEERS, Peer
-from mvlm_benchmarks.results import heading
+from mvlm_benchmarks.results import RowFile, heading
 from mvlm_kernels.hardware import peak_rates
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -32,17 +36,22 @@ def run(
     quick: bool = False,
     base: str | None = None,
     json: Path | None = None,
+    seconds: float | None = None,
 ) -> list[Path]:
     """Time all cases, print a table of each, and write CSV, plot and JSON. Returns the files.
+
+    Rows are in the CSV as soon as their case is timed. Plot and JSON follow at the end, also after an interruption.
 
     Args:
         ops, peers: names; empty for all.
         out: folder of the CSV and the plot.
         base: git revision whose kernels are another contender.
         json: JSON file, or None.
+        seconds: no new case is started when a case as long as the longest would end later. None: no limit.
 
     Raises:
-        ConfigError: an unknown op, peer, device, dtype or revision, or TRITON_INTERPRET is set on a GPU.
+        ConfigError: an unknown op, peer, device, dtype or revision, a number of seconds that is not positive, or
+            TRITON_INTERPRET is set on a GPU.
     """
     chosen_ops = choose("ops", ops, list(EAGER))
     names = choose("peers", peers, [peer.name for peer in PEERS])
@@ -50,12 +59,15 @@ def run(
     device_type = choose_device(device).type
     if dtype not in ("auto", *DTYPES):
         raise ConfigError(f"dtype: wanted auto, {', '.join(DTYPES)}, got {dtype!r}")
+    if seconds is not None and not seconds > 0:
+        raise ConfigError(f"seconds: wanted a number above 0, got {seconds:g}")
     if device_type == "cuda" and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         raise ConfigError("TRITON_INTERPRET: wanted unset on a GPU, got 1, with which the ops run torch; unset it")
     # bfloat16 products are slow on most CPUs.
     element = DTYPES[("bf16" if device_type == "cuda" else "fp32") if dtype == "auto" else dtype]
     batch = 256 if device_type == "cuda" else 2 if quick else 4
     chosen_cases = [c for c in cases(batch, element) if c.op in chosen_ops and (c.core or not quick)]
+    budget = Budget(seconds)
     with tempfile.TemporaryDirectory() as folder:
         about = machine.describe(device_type, [peer.distribution for peer in PEERS])
         worker = None
@@ -63,30 +75,64 @@ def run(
             about["base_commit"] = export_kernels(machine.source_root(), base, Path(folder))
             worker = BaseWorker(Path(folder), device_type, quick, batch)
         try:
-            rows = _time_cases(chosen_cases, chosen_peers, about, device_type, quick, worker)
+            return _time_cases(chosen_cases, chosen_peers, about, out, json, device_type, quick, worker, budget)
         finally:
             if worker is not None:
                 worker.close()
-    return report.write(rows, about, out, json)
 
 
 def _time_cases(
-    chosen: list[Case], peers: list[Peer], about: dict, device_type: str, quick: bool, worker: BaseWorker | None
-) -> list[Row]:
-    gpu = peak_rates(about["device"]) if device_type == "cuda" else None
-    clock = make_clock(device_type, quick)
+    chosen: list[Case], peers: list[Peer], about: dict, out: Path, json: Path | None, device_type: str, quick: bool,
+    worker: BaseWorker | None, budget: Budget,
+) -> list[Path]:  # fmt: skip
     rows: list[Row] = []
+    csv_file, plot_file = report.file_names(about, str(chosen[0].dtype).removeprefix("torch."), out)
+    table = RowFile(csv_file, about, report.COLUMNS)
     print(heading(about))
-    with torch_settings(device_type):
-        for case in chosen:
-            entries = bench_case(case, device_type, peers, clock, 1 if quick else 3, worker)
-            case_rows = rows_of(case, entries, gpu)
-            del entries
+    try:
+        for case_rows in time_cases(chosen, peers, device_type, about["device"], quick, budget, worker):
+            table.append(case_rows)
             print(report.table(case_rows), flush=True)
             rows += case_rows
+    finally:
+        report.plot(rows, about, plot_file)
+        if json is not None:
+            report.write_figures(rows, about, json)
+    timed = len({(row["op"], row["shape"]) for row in rows})
+    if timed < len(chosen):
+        print(
+            f"\n{timed} of {len(chosen)} cases were timed in {budget.used:.0f} s; the others did not fit into --seconds"
+        )
+    print(report.footer(rows, about))
+    return [csv_file, plot_file, *([json] if json is not None else [])]
+
+
+def time_cases(
+    chosen: Sequence[Case],
+    peers: Sequence[Peer],
+    device_type: str,
+    device_name: str,
+    quick: bool,
+    budget: Budget,
+    worker: BaseWorker | None = None,
+) -> Iterator[list[Row]]:
+    """Time cases one after the other, as long as the budget allows. Yields the rows of each.
+
+    Args:
+        device_name: name of the GPU, for the rates of its data sheet.
+    """
+    gpu = peak_rates(device_name) if device_type == "cuda" else None
+    state, clock = GpuState(device_type), make_clock(device_type, quick)
+    with torch_settings(device_type):
+        rates = memory_rates(device_type)
+        for case in chosen:
+            if not budget.allows():
+                return
+            entries = bench_case(case, device_type, peers, clock, 1 if quick else 5, worker, state)
+            rows = rows_of(case, entries, case_ceilings(case, device_type, gpu, rates))
+            del entries
+            yield rows
             # Compiled functions are for one shape. Drop them before the next case.
             torch.compiler.reset()
             if device_type == "cuda":
                 torch.cuda.empty_cache()
-    print(report.footer(rows, about))
-    return rows

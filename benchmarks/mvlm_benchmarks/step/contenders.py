@@ -4,7 +4,7 @@ import contextlib
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,15 +13,17 @@ from torch import nn
 from mvlm.config.model import MaskVLMConfig
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.objectives.losses import Losses
-from mvlm_benchmarks.step.baselines import Baseline, Cross
 from mvlm_benchmarks.step.inputs import PaddedBatch, draw_negatives, make_batch, pad_batch
-from mvlm_benchmarks.step.shared_weights import SharedWeights
 from mvlm_dataloading import Batch, Masks
+
+# The baselines need timm and transformers. They are imported when one is made, so that ours can be timed without them.
+if TYPE_CHECKING:
+    from mvlm_benchmarks.step.baselines import Cross
 
 SEED, STEP = 0, 0
 """Seed and step with which ITM's negatives are drawn."""
 
-BASELINES: dict[str, Cross] = {"timm+roberta": "roberta", "timm+decoder-layer": "decoder-layer"}
+BASELINES: "dict[str, Cross]" = {"timm+roberta": "roberta", "timm+decoder-layer": "decoder-layer"}
 IMPLEMENTATIONS: dict[str, Literal["plain", "fast"]] = {"plain": "plain", "fast": "fast", "drop_masked": "fast"}
 """Our contenders -> argument `plan` of the model."""
 DROP_MASKED = "drop_masked"
@@ -56,6 +58,8 @@ def make_module(contender: str, config: MaskVLMConfig) -> nn.Module:
     """Make a new module of a contender, with its own weights."""
     name = eager_name(contender)
     if name in BASELINES:
+        from mvlm_benchmarks.step.baselines import Baseline
+
         return Baseline(config, BASELINES[name])
     return MaskVLM(replace(config, drop_masked=name == DROP_MASKED))
 
@@ -108,7 +112,11 @@ def make_contenders(
     AdamW runs with a learning rate of 0. It does all of its work, and every step of every contender starts from the
     same weights.
     """
-    shared = SharedWeights(model)
+    shared: Any = None
+    if any(eager_name(name) in BASELINES for name in names):
+        from mvlm_benchmarks.step.shared_weights import SharedWeights
+
+        shared = SharedWeights(model)
     # A shallow copy shares parameters and modules, and has another configuration.
     drop_masked = copy.copy(model)
     drop_masked.config = replace(model.config, drop_masked=True)

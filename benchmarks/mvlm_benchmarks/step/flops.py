@@ -61,7 +61,7 @@ class PartCounter(TorchDispatchMode):
 
 
 class KnownTokenCount(TorchDispatchMode):
-    """Supplies the only value that a step reads from a tensor: the number of tokens in ITM's captions.
+    """Supplies the values that a step reads from tensors: the number of tokens in ITM's captions.
 
     ITM has three pairs per image: with its caption, its caption with a negative image, and its image with a negative
     caption. Negative captions count with the mean length, so the number is 3 * tokens.
@@ -69,11 +69,13 @@ class KnownTokenCount(TorchDispatchMode):
 
     def __init__(self, tokens: int) -> None:
         super().__init__()
-        self._answers = [3 * tokens]
+        self._rows = 3 * tokens
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is aten._local_scalar_dense.default:
-            return self._answers.pop()  # a second read would ask for another value, so it fails
+            # The last bound of a packing is read too, to see whether it has padding rows. None has: no packing of the
+            # step has more rows than ITM's captions.
+            return self._rows
         return func(*args, **(kwargs or {}))
 
 

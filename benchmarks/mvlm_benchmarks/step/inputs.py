@@ -19,7 +19,6 @@ from mvlm_dataloading import Batch, Masks, draw_patch_masks, draw_token_masks
 
 CLS, PAD, SEP = 0, 1, 2  # RoBERTa's own ids
 FIRST_WORD = 5  # after RoBERTa's special ids, and [MASK] of small vocabularies
-SHORTEST_CAPTION = 6
 
 
 class PaddedBatch(NamedTuple):
@@ -41,15 +40,6 @@ class PaddedBatch(NamedTuple):
     """int64 (B,), the mismatching caption of each image for ITM."""
     negative_images: Tensor
     """int64 (B,), the mismatching image of each caption for ITM."""
-
-
-def caption_lengths(batch: int, longest: int, mean: float, seed: int = 0) -> np.ndarray:
-    """Draw caption lengths, int64 (B,): round(Gamma(shape 4, mean)) clamped to [6, longest].
-
-    Lengths are in tokens and include [CLS] and [SEP].
-    """
-    drawn = np.random.default_rng(seed).gamma(4.0, mean / 4, batch)
-    return np.clip(np.rint(drawn), SHORTEST_CAPTION, longest).astype(np.int64)
 
 
 def make_batch(config: MaskVLMConfig, lengths: np.ndarray, seed: int = 0) -> tuple[Batch, Masks]:

@@ -38,7 +38,7 @@ FAST_FUNCTIONS = {
     "linear_cross_entropy": "LM head",
     "image_loss": "MIM cross",
     "linear_pixel_loss": "pixel head",
-    "match_pairs": MATCHING,
+    "fuse_pairs": MATCHING,
 }
 """Functions of `mvlm.model.fast` -> part. Marking modules is not enough, because the fast implementation does not call
 the large ones."""
@@ -95,7 +95,7 @@ def mark_model_parts(model: nn.Module) -> Iterator[None]:
         for function, name in FAST_FUNCTIONS.items():
             stack.enter_context(patch.object(fast, function, _marked(name, getattr(fast, function))))
         stack.enter_context(patch.object(KeyValueCache, "keys_values", decoder_keys_values))
-        stack.enter_context(patch.object(model, "match", _marked(MATCHING, model.match)))
+        stack.enter_context(patch.object(model, "fuse", _marked(MATCHING, model.fuse)))
         yield
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from mvlm_benchmarks import results
+from mvlm_benchmarks.intervals import FASTER, NO_DIFFERENCE, SLOWER, ratio
 from mvlm_benchmarks.step.contenders import BASELINES, COMPILED, eager_name
 from mvlm_benchmarks.step.parts import OTHER, PARTS, GflopPerPair
 from mvlm_kernels.hardware import Gpu
@@ -14,7 +15,8 @@ from mvlm_kernels.hardware import Gpu
 Row = dict[str, Any]
 COLUMNS = (
     "contender", "pairs_per_s", "pairs_per_s_p20", "pairs_per_s_p80", "cpu_s", "peak_mb", "loss", "vs_eager",
-    "vs_compiled", "peak_vs_eager", "mfu_pct", "mfu_baseline_pct", "largest_batch", "note",
+    "vs_eager_low", "vs_eager_high", "verdict", "vs_compiled", "peak_vs_eager", "mfu_pct", "mfu_baseline_pct",
+    "largest_batch", "note",
 )  # fmt: skip
 BASELINE = next(iter(BASELINES))
 """The baseline whose FLOPs are counted. Both baselines have the same matrix products."""
@@ -36,8 +38,8 @@ def add_figures(rows: list[Row], gflop: dict[str, GflopPerPair], batch: int, gpu
     """Add rates and ratios to the rows of results, computed from their seconds per round.
 
     `vs_eager` and `vs_compiled` are speeds relative to the fastest eager and the fastest compiled baseline: medians of
-    the ratios within each round, above 1 is faster. `peak_vs_eager` is peak memory relative to the fastest eager
-    baseline; below 1 is less.
+    the ratios within each round, above 1 is faster. `vs_eager` has a 95 % interval and a verdict. `peak_vs_eager` is
+    peak memory relative to the fastest eager baseline; below 1 is less.
 
     Args:
         gflop: contender -> GFLOP per pair.
@@ -59,6 +61,12 @@ def add_figures(rows: list[Row], gflop: dict[str, GflopPerPair], batch: int, gpu
             None if other is None else float(np.median(np.array(other["seconds"]) / seconds))
             for other in (eager, compiled)
         )
+        if eager is not None:
+            # Of the times: an eager baseline that is slower makes this one faster.
+            found = ratio([[x] for x in eager["seconds"]], [[x] for x in row["seconds"]])
+            opposite = {SLOWER: FASTER, FASTER: SLOWER}
+            row["vs_eager_low"], row["vs_eager_high"] = found.low, found.high
+            row["verdict"] = "" if row is eager else opposite.get(found.verdict, found.verdict)
         row["peak_vs_eager"] = None if eager is None else row["peak_mb"] / eager["peak_mb"]
         if gpu is not None:
             own = gflop.get(eager_name(row["contender"]), gflop[BASELINE])
@@ -103,6 +111,12 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         if "seconds" in row:
             lines.append(f"{row['contender']:28}" + "".join(_cell(row.get(key), width) for _, key, width in columns))
+    lines += [
+        f"{row['contender']}: no difference from the fastest eager baseline; 95 % interval "
+        f"{row['vs_eager_low']:.3f} to {row['vs_eager_high']:.3f}"
+        for row in rows
+        if row.get("verdict") == NO_DIFFERENCE
+    ]
     lines += [f"{row['contender']}: {row['note']}" for row in rows if row["note"]]
     return "\n".join(lines)
 

@@ -7,7 +7,6 @@ machine's speed changes little during a round.
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,12 @@ from mvlm.device import autocast, choose_device, has_fast_bf16
 from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.objectives.losses import Losses
-from mvlm_benchmarks import machine
+from mvlm_benchmarks import gpu_state, machine
+from mvlm_benchmarks.budget import Budget
+from mvlm_benchmarks.captions import caption_lengths
 from mvlm_benchmarks.choices import choose
+from mvlm_benchmarks.results import RowFile
 from mvlm_benchmarks.step import flops, report
-from mvlm_benchmarks.step.activations import peak_mb
 from mvlm_benchmarks.step.contenders import (
     COMPILED,
     CONTENDERS,
@@ -36,15 +37,14 @@ from mvlm_benchmarks.step.contenders import (
     make_contenders,
     make_inputs,
 )  # fmt: skip
-from mvlm_benchmarks.step.inputs import caption_lengths
+from mvlm_benchmarks.step.largest_batch import find_largest_batches
 from mvlm_benchmarks.step.profile import profile_steps
+from mvlm_benchmarks.step.timing import ROUND_COLUMNS, measure_rounds
 from mvlm_benchmarks.unavailable import one_line
 from mvlm_kernels.hardware import peak_rates
 
 Row = dict[str, Any]
 PRECISIONS = ("auto", "bf16", "fp32")
-WARM_UP = 2
-"""Number of warm-up rounds, which do not count. They create optimizer state and threads, and fill caches."""
 TOLERANCE = {"cpu": 1e-4, "cuda": 1e-3}
 """Maximum relative difference of a loss. On a CPU, in float32, only the order of summation differs. On a GPU, in TF32,
 operands are rounded to 10 bits, which changes ITM's loss by 1e-4."""
@@ -66,6 +66,8 @@ def run(
     csv: Path | None = None,
     plot: Path | None = None,
     profile: Path | None = None,
+    seconds: float | None = None,
+    largest_batch: bool = False,
 ) -> dict[str, Any]:
     """Check all losses, time steps, print tables and write files. Returns the content of the JSON file.
 
@@ -75,14 +77,20 @@ def run(
         contenders: names; empty for all.
         threads: CPU threads; 0 for torch's default.
         optimizer: include AdamW in the step.
-        json, csv, plot: files, or None.
+        json, csv, plot: files, or None. Beside the CSV, NAME.rounds.csv gets every timed step as soon as it is timed.
         profile: folder for a profile of one step per contender, or None.
+        seconds: no new round is started that would end later. None: no limit.
+        largest_batch: on a GPU, search for the largest batch of each contender. That takes many steps, and compiles
+            compiled contenders again for each batch.
 
     Raises:
         ConfigError: an unknown preset, contender, device or precision, or a number that is too small.
         AssertionError: the losses of a contender differ from those of `plain`.
     """
     names = check_arguments(batch, rounds, threads, contenders, precision)
+    if seconds is not None and not seconds > 0:
+        raise ConfigError(f"seconds: wanted a number above 0, got {seconds:g}")
+    budget = Budget(seconds)
     # Post-norm, as the cross-modality blocks of the baselines.
     config = MaskVLMConfig.preset(preset, cross_norm="post")
     chosen = choose_device(device)
@@ -105,17 +113,28 @@ def run(
         gflop = {name: flops.gflop_per_pair(config, lengths, name) for name in counted}
         print(report.parts_table(gflop), flush=True)
         runnable = [contender for contender in ready if contender.name not in notes]
-        rows = measure_rounds(runnable, inputs, rounds)
-        if chosen.type == "cuda":
+        written = _round_writer(csv, about)
+        rows = measure_rounds(runnable, inputs, rounds, budget, written)
+        if largest_batch and chosen.type == "cuda":
             find_largest_batches(rows, runnable, model, batch)
         rows += [{"contender": name, "note": note} for name, note in notes.items()]
         report.add_figures(rows, gflop, batch, peak_rates(about["device"]))
         print(report.table(rows), flush=True)
         if profile is not None:
-            profile_steps(runnable, inputs, profile)
+            timed = {row["contender"] for row in rows if "seconds" in row}
+            profile_steps([contender for contender in runnable if contender.name in timed], inputs, profile)
     result = report.as_json(rows, about, setup, gflop)
     report.write(result, json_file=json, csv_file=csv, plot_file=plot)
     return result
+
+
+def _round_writer(csv: Path | None, about: dict[str, Any]) -> Callable[[Row], Any]:
+    """Function that appends the row of a timed step to NAME.rounds.csv beside the CSV; nothing without a CSV."""
+    if csv is None:
+        return lambda row: None
+    columns = (*ROUND_COLUMNS, *gpu_state.COLUMNS)
+    file = RowFile(csv.with_name(f"{csv.stem}.rounds.csv"), about, columns)
+    return lambda row: file.append([row])
 
 
 def check_arguments(
@@ -186,82 +205,3 @@ def assert_losses_equal(name: str, losses: Losses, wanted: Losses, tolerance: fl
         assert abs(got - want) <= tolerance * abs(want), (
             f"{name}: {term} is {got:.7g}, wanted {want:.7g} to within {tolerance:.0e} of it; nothing was timed"
         )
-
-
-def measure_rounds(ready: list[Contender], inputs: StepInputs, rounds: int) -> list[Row]:
-    """Measure the peak memory of each contender, then time all of them in rounds.
-
-    In each row of results, `seconds` and `cpu_seconds` have one figure per round.
-    """
-    rows: list[Row] = []
-    for contender in ready:
-        step = functools.partial(contender.backward, inputs)
-        peak = peak_mb(step, contender.module.parameters(), inputs.batch.images.device.type)
-        contender.module.zero_grad(set_to_none=True)
-        rows.append({"contender": contender.name, "note": "", "peak_mb": peak, "seconds": [], "cpu_seconds": []})
-    for number in range(-WARM_UP, rounds):
-        for place in range(len(ready)):
-            which = (place + number) % len(ready)  # rotate the order over the rounds
-            seconds, cpu_seconds, loss = time_step(ready[which], inputs)
-            if number >= 0:
-                rows[which]["seconds"].append(seconds)
-                rows[which]["cpu_seconds"].append(cpu_seconds)
-                rows[which]["loss"] = loss
-    return rows
-
-
-def time_step(contender: Contender, inputs: StepInputs) -> tuple[float, float, float]:
-    """Time one step, from uint8 images to the optimizer's update: seconds, CPU seconds of all threads, and the loss."""
-    _synchronize(inputs)
-    start, cpu = time.perf_counter(), time.process_time()
-    losses = contender.backward(inputs)
-    contender.update()
-    _synchronize(inputs)
-    return time.perf_counter() - start, time.process_time() - cpu, losses.total.item()
-
-
-def _synchronize(inputs: StepInputs) -> None:
-    if inputs.batch.images.is_cuda:
-        torch.cuda.synchronize()
-
-
-def find_largest_batches(rows: list[Row], ready: list[Contender], model: MaskVLM, batch: int) -> None:
-    """Add `largest_batch` to each row of results: the largest batch whose step fits on this GPU."""
-    length, device = model.config.text_length, model.log_scale.device
-    for row, contender in zip(rows, ready, strict=True):
-
-        def fits(number: int, row: Row = row, contender: Contender = contender) -> bool:
-            try:
-                time_step(contender, make_inputs(model, caption_lengths(number, length, length / 3), device))
-            except torch.OutOfMemoryError:
-                return False
-            except RuntimeError as error:  # another limit, such as the grid's size or a 32-bit index
-                row["note"] = f"a batch of {number} ends with {one_line(error)}"
-                return False
-            finally:
-                contender.module.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
-            return True
-
-        try:
-            row["largest_batch"] = largest_that_fits(fits, batch)
-        except RuntimeError as error:  # the GPU cannot be used any more, so keep the figures and stop
-            row["note"] = f"the largest batch was not found: {one_line(error)}"
-            return
-
-
-def largest_that_fits(fits: Callable[[int], bool], start: int) -> int:
-    """Find the largest batch that fits, to within an eighth. 0 if `start` does not fit.
-
-    Doubles from `start`, then bisects.
-    """
-    if not fits(start):
-        return 0
-    low = start
-    while fits(2 * low):
-        low *= 2
-    high = 2 * low
-    while high - low > max(1, low // 8):
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low

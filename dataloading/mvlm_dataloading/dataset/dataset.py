@@ -64,17 +64,21 @@ class Dataset:
 
     def head(self, count: int) -> "Dataset":
         """The first `count` samples as a data set, or all of them if there are fewer."""
-        if count >= len(self):
-            return self
+        return self if count >= len(self) else self.rows(0, count)
+
+    def rows(self, start: int, stop: int) -> "Dataset":
+        """The samples `start` to `stop` - 1 as a data set, in which their ids begin at 0."""
         components = {
-            kind: Component(getattr(self, kind).offset[:count], getattr(self, kind).size[:count]) for kind in KINDS
+            kind: Component(getattr(self, kind).offset[start:stop], getattr(self, kind).size[start:stop])
+            for kind in KINDS
         }
-        shard = self.shard[:count]
+        shard, first = self.shard[start:stop], self.first - start
         return replace(
             self,
             shard=shard,
-            keys=Keys(self.indices, shard, self.first),
-            fingerprint=f"{self.fingerprint}:{count}",
+            first=first,
+            keys=Keys(self.indices, shard, first),
+            fingerprint=f"{self.fingerprint}:{stop}" if start == 0 else f"{self.fingerprint}:{start}:{stop}",
             **components,
         )
 

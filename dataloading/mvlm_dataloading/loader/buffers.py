@@ -5,9 +5,11 @@ mmap pages cost several times the copy.
 """
 
 import ctypes
+import math
 import mmap
 import weakref
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 
 class BufferPool:
-    """Copies uint8 tensors into recycled memory. It is reused when the last reference to a copy or its views is gone.
+    """Puts uint8 tensors into recycled memory. It is reused when the last reference to a tensor or its views is gone.
 
     Args:
         spare: number of idle buffers to keep.
@@ -28,16 +30,21 @@ class BufferPool:
         """Number of idle buffers."""
         return len(self._spare)
 
+    def empty(self, shape: Sequence[int]) -> Tensor:
+        """An uninitialized uint8 CPU tensor of a shape with at least one element."""
+        size = math.prod(shape)
+        buffer = self._spare.pop() if self._spare else None
+        if buffer is None or len(buffer) < size:
+            # MAP_PRIVATE: a forked process keeps the content that it had at the fork.
+            buffer = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Only the tensor holds the handle, so the handle dies with the tensor and its last view.
+        handle = (ctypes.c_uint8 * size).from_buffer(buffer)
+        weakref.finalize(handle, self._spare.append, buffer).atexit = False
+        return torch.frombuffer(handle, dtype=torch.uint8).view(*shape)
+
     def copy(self, source: Tensor) -> Tensor:
         """A copy of a nonempty uint8 CPU tensor of any shape."""
-        buffer = self._spare.pop() if self._spare else None
-        if buffer is None or len(buffer) < source.nbytes:
-            # MAP_PRIVATE: a forked process keeps the content that it had at the fork.
-            buffer = mmap.mmap(-1, source.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # Only the tensor holds the handle, so the handle dies with the tensor and its last view.
-        handle = (ctypes.c_uint8 * source.nbytes).from_buffer(buffer)
-        weakref.finalize(handle, self._spare.append, buffer).atexit = False
-        copy = torch.frombuffer(handle, dtype=torch.uint8).view(source.shape)
+        copy = self.empty(source.shape)
         copy_on_this_thread(copy, source)
         return copy
 

@@ -50,6 +50,9 @@ class Loader:
         augment: augmentations of training images, applied after the crop.
         prefetch_batches: number of batches that a thread prepares in advance. 0 prepares each on request, without a
             thread.
+        keep_mb: megabytes (10^6) that decoded images may take in memory. A split that fits is decoded once, before the
+            first training batch, and no longer in every epoch; batches are the same. For local data on a CPU. 0 keeps
+            none.
 
     Attributes:
         step: batches yielded.
@@ -86,9 +89,10 @@ class Loader:
         world_size: int = 1,
         augment: Augment | None = None,
         prefetch_batches: int = 2,
+        keep_mb: int = 0,
     ):
         _check_ranks(batch_size, rank, world_size, train)
-        _check_limits(num_threads, prefetch_batches, max_bad_fraction)
+        _check_limits(num_threads, prefetch_batches, max_bad_fraction, keep_mb)
         check_mask_sizes(image_size, patch_size, mask_block, image_mask_ratio)
         check_token_ratio(text_mask_ratio)
         check_text_length(text_length)
@@ -121,6 +125,7 @@ class Loader:
             device_id=device_id,
             decoding=decoding,
             max_bad_fraction=max_bad_fraction,
+            keep_bytes=1_000_000 * keep_mb,
         )
         # Progress of the batches yielded. Prefetched batches do not count.
         self._position = 0  # in the sample order, over all ranks
@@ -251,11 +256,13 @@ def _check_ranks(batch_size: int, rank: int, world_size: int, train: bool) -> No
         raise ValueError(f"wanted world_size 1 with train=False, got {world_size}; run evaluation on one rank")
 
 
-def _check_limits(num_threads: int, prefetch_batches: int, max_bad_fraction: float) -> None:
+def _check_limits(num_threads: int, prefetch_batches: int, max_bad_fraction: float, keep_mb: int) -> None:
     if num_threads < 1:
         raise ValueError(f"wanted num_threads of at least 1, got {num_threads}")
     if prefetch_batches < 0:
         raise ValueError(f"wanted prefetch_batches of at least 0, got {prefetch_batches}")
+    if keep_mb < 0:
+        raise ValueError(f"wanted keep_mb of at least 0, got {keep_mb}")
     if not 0 <= max_bad_fraction < 1:
         raise ValueError(f"wanted max_bad_fraction in [0, 1), got {max_bad_fraction}")
 

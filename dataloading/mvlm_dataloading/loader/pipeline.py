@@ -40,7 +40,7 @@ def build_pipeline(
     tars: Sequence[str],
     indices: Sequence[str],
     crop_uniforms: Callable[[int], NDArray[np.float64]],
-    geometry: CropGeometry,
+    geometry: CropGeometry | None,
     *,
     batch_size: int,
     num_threads: int,
@@ -65,6 +65,7 @@ def build_pipeline(
 
     Args:
         crop_uniforms: batch number k -> uniform numbers, float64 (B, 4), from which the crops are computed.
+        geometry: None decodes whole images and returns them as they are: uint8 (H, W, 3), of several sizes, on a CPU.
         device_id: a CUDA device, or None for the CPU.
         prefetch: batches that DALI prepares in advance on a GPU.
         augment: batch number k -> fields of `AugmentParameters`. None builds a graph without augmentations.
@@ -93,6 +94,37 @@ def build_pipeline(
     return pipeline
 
 
+def build_augment_pipeline(
+    images: Callable[[int], list[NDArray[np.uint8]]],
+    augment: Callable[[int], list[NDArray]],
+    *,
+    batch_size: int,
+    num_threads: int,
+) -> Any:
+    """Build the last stages of `build_pipeline`'s graph on a CPU, for images that are already resized.
+
+    Each `run()` returns images, uint8 (B, 3, S, S), valid until the next one.
+
+    Args:
+        images: batch number k -> B images, uint8 (S, S, 3).
+        augment: batch number k -> fields of `AugmentParameters`.
+    """
+    dali = need("nvidia.dali")
+    define = need("nvidia.dali.pipeline").pipeline_def(enable_conditionals=True)
+    pipeline = define(_augment_graph)(
+        dali=dali,
+        images=images,
+        augment=augment,
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device_id=None,
+        seed=0,
+        **executor_arguments(None, 1),
+    )
+    pipeline.build()
+    return pipeline
+
+
 def executor_arguments(device_id: int | None, prefetch: int) -> dict[str, Any]:
     """Arguments of `nvidia.dali.Pipeline` that choose its executor.
 
@@ -111,7 +143,7 @@ def _graph(
     dali: Any,
     reader: Any,
     crop_uniforms: Any,
-    geometry: Any,
+    geometry: CropGeometry | None,
     device: Any,
     augment: Any,
     tokens: bool,
@@ -137,7 +169,8 @@ def _graph(
             file = types.Constant(np.frombuffer(_BLACK, np.uint8))
     # An uncropped image is decoded as a crop too: reading the header for its size fails on a file that is no image.
     # Given such a file directly, DALI 2.4's decoder has killed the process.
-    corner, size = call(fn.peek_image_shape(file), function=as_is(CropWindows(geometry, crop_uniforms)), num_outputs=2)
+    windows = CropWindows(geometry or CropGeometry(image_size=1, random=False), crop_uniforms)
+    corner, size = call(fn.peek_image_shape(file), function=as_is(windows), num_outputs=2)
     decoder = {"device": "cpu" if decoding is Decoding.CPU else "mixed", "output_type": types.DALIImageType.RGB}
     if decoding is Decoding.GPU_FULL_IMAGE:
         image = fn.slice(fn.decoders.image(file, **decoder), start=corner, shape=size, axes=[0, 1])
@@ -145,17 +178,27 @@ def _graph(
         image = fn.decoders.image_slice(file, start=corner, shape=size, axes=[0, 1], **decoder)
     if on_gpu and decoding is Decoding.CPU:
         image = image.gpu()
-    side = geometry.image_size
-    if on_gpu:
-        image = fn.resize(image, size=[side, side], interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
-    else:
-        resize = Resize(side, device["num_threads"], planes=augment is None)
-        image = call(image, function=resize, output_layouts=resize.layout)
-    if augment is None and on_gpu:
-        image = fn.transpose(image, perm=[2, 0, 1])
+    if geometry is not None:
+        side = geometry.image_size
+        if on_gpu:
+            image = fn.resize(image, size=[side, side], interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
+        else:
+            resize = Resize(side, device["num_threads"], planes=augment is None)
+            image = call(image, function=resize, output_layouts=resize.layout)
+        if augment is None and on_gpu:
+            image = fn.transpose(image, perm=[2, 0, 1])
     if augment is not None:
-        *parameters, flip = fn.external_source(source=augment, batch=True, num_outputs=len(AugmentParameters._fields))
-        image = apply_augmentations(dali, image, [*parameters, flip])
-        # The flip and the change of layout to planes share one pass.
-        image = fn.crop_mirror_normalize(image, mirror=flip, dtype=kinds.UINT8, output_layout="CHW")
+        image = _augmented(dali, image, augment)
     return image, encoded, text, metadata, ids, valid, corner, size
+
+
+def _augment_graph(dali: Any, images: Any, augment: Any) -> Any:
+    return _augmented(dali, dali.fn.external_source(source=images, batch=True, layout="HWC"), augment)
+
+
+def _augmented(dali: Any, image: Any, augment: Any) -> Any:
+    fn = dali.fn
+    *parameters, flip = fn.external_source(source=augment, batch=True, num_outputs=len(AugmentParameters._fields))
+    image = apply_augmentations(dali, image, [*parameters, flip])
+    # The flip and the change of layout to planes share one pass.
+    return fn.crop_mirror_normalize(image, mirror=flip, dtype=dali.types.DALIDataType.UINT8, output_layout="CHW")

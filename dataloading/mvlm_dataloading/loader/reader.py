@@ -15,6 +15,7 @@ from mvlm_dataloading.errors import DataError
 
 from .augment import Augment
 from .buffers import BufferPool, copy_on_this_thread
+from .kept import KeptSegment, KeptSplit, keep_split
 from .sampler import SampleOrder, substitute_sample
 from .segment import RawBatch, ReaderConfig, Segment
 
@@ -48,12 +49,16 @@ class Reader:
         self.position, self.bad, self.samples_seen = position, bad, samples_seen
         self._dataset, self._config = dataset, config
         self._order = SampleOrder(dataset.shard, config.seed, shuffle=config.train)
-        self._segment: Segment | None = None
+        self._segment: Segment | KeptSegment | None = None
         # The limit counts one rank's samples, so that more ranks do not mean more rebuilt pipelines. Remote shards are
         # fetched for all ranks' samples, so there the limit counts those.
         self._max_samples = MAX_SEGMENT_SAMPLES * (1 if dataset.remote is not None else config.world_size)
         self._segment_batches = max(1, min(FIRST_SEGMENT_BATCHES, self._max_samples // config.batch_size))
         self._buffers = BufferPool()
+        self._kept: KeptSplit | None = None
+        # A pass reads each image once. On a GPU decoding takes no time from the CPU's cores.
+        local = config.device_id is None and dataset.remote is None
+        self._may_keep = config.keep_bytes > 0 and config.train and local and not bad
         self._check_file_ends = True
         self._samples_since_trim = self._closed_segments = 0
         self._fetching: threading.Thread | None = None
@@ -94,11 +99,16 @@ class Reader:
 
     # Segments
 
-    def _open_segment_at(self, position: int) -> Segment:
+    def _open_segment_at(self, position: int) -> Segment | KeptSegment:
+        if self._may_keep:  # here, because this may run on a thread
+            self._kept = keep_split(self._dataset, self._config, self._config.keep_bytes)
+            self._may_keep = False
         count = self._segment_batches * self._config.batch_size
         if 2 * count <= self._max_samples:
             self._segment_batches *= 2
         ids, epochs = self._samples(position, count)
+        if self._kept is not None:
+            return KeptSegment(self._kept, ids, epochs, self._config, self._buffers)
         if self._dataset.remote is not None:
             self._fetch_shards(ids, position + count, self._segment_batches * self._config.batch_size)
         return self._open_segment(ids, epochs, self._config.rank_batch, check_file_ends=self._check_file_ends)
@@ -131,7 +141,7 @@ class Reader:
 
     def _trim_memory(self) -> None:
         self._samples_since_trim = 0
-        if self._config.device_id is None:
+        if self._config.device_id is None and self._kept is None:
             with contextlib.suppress(AttributeError):  # only glibc has this function
                 ctypes.CDLL(None).malloc_trim(0)
 

@@ -45,8 +45,13 @@ class Resize:
             return self._resize_all(crops)
         resized: list[Any] = [None] * len(crops)
         shares = [crops[k :: self._threads] for k in range(self._threads)]
-        # Threads run in parallel here because torch releases the GIL while it resizes.
-        for k, share in enumerate(_thread_pool(self._threads).map(self._resize_all, shares)):
+        try:
+            # Threads run in parallel here because torch releases the GIL while it resizes.
+            results = _thread_pool(self._threads).map(self._resize_all, shares)
+        except RuntimeError:
+            # The interpreter is exiting, and the pool takes no more work. An error would count as a damaged image.
+            return self._resize_all(crops)
+        for k, share in enumerate(results):
             resized[k :: self._threads] = share
         return resized
 

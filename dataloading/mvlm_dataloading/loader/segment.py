@@ -42,6 +42,8 @@ class ReaderConfig:
     device_id: int | None
     decoding: Decoding
     max_bad_fraction: float
+    keep_bytes: int = 0
+    """Maximum size of a split whose decoded images are kept in memory."""
 
     @property
     def rank_batch(self) -> int:
@@ -64,6 +66,25 @@ class RawBatch:
     """Return the encoded image of a row. Call it before the next batch is read."""
 
 
+def draw_random_numbers(config: ReaderConfig, epochs: Int64, ids: Int64) -> dict[str, Any]:
+    """Random numbers of n samples: `crop_uniforms`, float64 (n, 4); and `augment`, if images are augmented."""
+    draws: dict[str, Any] = {"crop_uniforms": uniforms(Purpose.CROP, config.seed, epochs, ids, 4)}
+    if config.train and not config.augment.is_identity:
+        draws["augment"] = draw_parameters(config.augment, config.seed, epochs, ids, config.geometry.image_size)
+    return draws
+
+
+def check_delivery(dataset: Dataset, ids: Int64, texts: Any) -> None:
+    """Assert that DALI delivered the samples `ids`, from its list of `.txt` components.
+
+    DALI does not document that its reader follows the index order.
+    """
+    for row, i in enumerate(ids):
+        wanted = f"{dataset.tars[dataset.shard[i]]}:{dataset.text.offset[i]}:"
+        delivered = texts[row].source_info()
+        assert delivered.startswith(wanted), f"wanted {wanted} from DALI's reader, got {delivered}"
+
+
 class Segment:
     """A DALI pipeline over a fixed list of samples, and the current position in the list."""
 
@@ -82,11 +103,8 @@ class Segment:
         self._dataset, self._ids, self._epochs, self._batch_size = dataset, ids, epochs, batch_size
         self._buffers, self._stored_tokens = buffers, config.stored_tokens
         self._begin = 0
-        # Random numbers of all samples. The pipeline's functions hold a reference to this dict, and `close` empties it.
-        draws: dict[str, Any] = {"crop_uniforms": uniforms(Purpose.CROP, config.seed, epochs, ids, 4)}
-        if config.train and not config.augment.is_identity:
-            side = config.geometry.image_size
-            draws["augment"] = draw_parameters(config.augment, config.seed, epochs, ids, side)
+        # The pipeline's functions hold a reference to this dict, and `close` empties it.
+        draws = draw_random_numbers(config, epochs, ids)
         self._draws, count = draws, len(ids)
 
         def rows(batch: Any) -> Int64:
@@ -133,7 +151,7 @@ class Segment:
         """
         ids, epochs = self.current()
         images, encoded, texts, metadata, tokens, valid, *_ = self._pipeline.run()
-        self._check_delivery(ids, texts)
+        check_delivery(self._dataset, ids, texts)
         self._begin += len(ids)
         pixels = torch.from_dlpack(images.as_tensor())[: len(ids)]
         batch = RawBatch(
@@ -147,13 +165,3 @@ class Segment:
             encoded=lambda row: encoded.at(row).tobytes(),
         )
         return batch, np.array(valid.as_tensor())[: len(ids)].astype(bool)
-
-    def _check_delivery(self, ids: Int64, texts: Any) -> None:
-        """Assert that DALI delivered the requested samples.
-
-        DALI does not document that its reader follows the index order.
-        """
-        for row, i in enumerate(ids):
-            wanted = f"{self._dataset.tars[self._dataset.shard[i]]}:{self._dataset.text.offset[i]}:"
-            delivered = texts[row].source_info()
-            assert delivered.startswith(wanted), f"wanted {wanted} from DALI's reader, got {delivered}"

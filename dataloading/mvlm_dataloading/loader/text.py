@@ -50,6 +50,10 @@ def can_use_stored_tokens(dataset: Dataset, tokenizer: Tokenizer, length: int) -
     return True
 
 
+MAX_REMEMBERED = 65536
+"""Largest split whose captions and tokens are remembered, so that each is parsed and tokenized once: about 100 MB."""
+
+
 class CaptionReader:
     """Draws one caption per image and turns it into checked tokens.
 
@@ -61,6 +65,11 @@ class CaptionReader:
     def __init__(self, dataset: Dataset, tokenizer: Tokenizer, length: int, seed: int, *, first: bool, stored: bool):
         self._dataset, self._tokenizer, self._length, self._seed = dataset, tokenizer, length, seed
         self._first, self._stored = first, stored
+        self._remember = not first and len(dataset) <= MAX_REMEMBERED
+        self._samples: dict[int, tuple[list[str], int]] = {}
+        """Captions and image id, by sample id."""
+        self._known_tokens: dict[tuple[int, int], Int64] = {}
+        """Tokens, by sample id and caption."""
 
     def __call__(self, raw: RawBatch) -> CaptionBatch:
         """Choose, tokenize and check the captions of a batch.
@@ -68,28 +77,47 @@ class CaptionReader:
         Raises:
             DataError: captions, metadata or tokens of a sample cannot be used. The message names the sample.
         """
-        where = self._dataset.where
         draws = hash64(Purpose.CAPTION, self._seed, raw.epochs, raw.ids)
-        captions, chosen, counts, image_ids = [], [], [], []
-        for row, i in enumerate(raw.ids):
-            known = parse_captions(raw.texts[row], lambda i=i: where(i))
-            chosen.append(0 if self._first else int(draws[row]) % len(known))
-            captions.append(known[chosen[-1]])
-            counts.append(len(known))
-            metadata = parse_metadata(raw.metadata[row], lambda i=i: where(i))
-            image_ids.append(image_identity(metadata, lambda row=row: raw.encoded(row)))
+        samples = [self._sample(raw, row) for row in range(len(raw.ids))]
+        chosen = [0 if self._first else int(draw) % len(known) for draw, (known, _) in zip(draws, samples, strict=True)]
+        captions = [known[k] for k, (known, _) in zip(chosen, samples, strict=True)]
+        tokens = self._tokens(raw, [len(known) for known, _ in samples], chosen, captions)
+        return CaptionBatch(
+            np.concatenate(tokens),
+            np.array([len(row) for row in tokens], np.int64),
+            [text_hash(caption) for caption in captions],
+            [image_id for _, image_id in samples],
+        )
+
+    def _sample(self, raw: RawBatch, row: int) -> tuple[list[str], int]:
+        """All captions of a row's sample, and the id of its image."""
+        i = int(raw.ids[row])
+        if (found := self._samples.get(i)) is None:
+            captions = parse_captions(raw.texts[row], lambda: self._dataset.where(i))
+            metadata = parse_metadata(raw.metadata[row], lambda: self._dataset.where(i))
+            found = captions, image_identity(metadata, lambda: raw.encoded(row))
+            if self._remember:
+                self._samples[i] = found
+        return found
+
+    def _tokens(self, raw: RawBatch, counts: list[int], chosen: list[int], captions: list[str]) -> list[Int64]:
+        """Checked tokens of each row's caption: number `chosen` of the `counts` captions of its sample."""
+        keys = list(zip(raw.ids.tolist(), chosen, strict=True))
+        known = self._known_tokens if self._remember else {}
+        new = [row for row, key in enumerate(keys) if key not in known]
         if self._stored:
-            parts = [self._stored_tokens(raw, row, chosen[row], counts[row]) for row in range(len(captions))]
-            tokens, lengths = np.concatenate(parts), np.array([len(part) for part in parts], np.int64)
+            found = [self._stored_tokens(raw, row, chosen[row], counts[row]) for row in new]
         else:
-            tokens, lengths = self._tokenizer.encode(captions, self._length)
-        if lengths.min() < 3:
-            row = int(lengths.argmin())
-            raise DataError(
-                f"{where(raw.ids[row])}: wanted a caption with at least one token, found {captions[row]!r}; "
-                "use another tokenizer"
-            )
-        return CaptionBatch(tokens, lengths, [text_hash(caption) for caption in captions], image_ids)
+            tokens, lengths = self._tokenizer.encode([captions[row] for row in new], self._length)
+            found = np.split(tokens, np.cumsum(lengths))[:-1]
+        for row, tokens in zip(new, found, strict=True):
+            if len(tokens) < 3:
+                raise DataError(
+                    f"{self._dataset.where(keys[row][0])}: wanted a caption with at least one token, found "
+                    f"{captions[row]!r}; use another tokenizer"
+                )
+            known[keys[row]] = tokens
+        return [known[key] for key in keys]
 
     def _stored_tokens(self, raw: RawBatch, row: int, caption: int, count: int) -> Int64:
         """Stored tokens of one caption, shortened to the text length with [SEP] kept."""

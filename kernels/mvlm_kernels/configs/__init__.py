@@ -1,19 +1,19 @@
 """Tile tables: ``<op>.json`` in this folder, by architecture and then by key.
 
-    {"sm_80": {"short_kv_backward/16bit/64/32": {"BLOCK_M": 32, "num_warps": 4, "num_stages": 1}}}
+    {"sm_80": {"forward/16": {"BLOCK_M": 64, "BLOCK_F": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}}}
 
 Each op chooses its tiles in one place:
 
     op                 tiles                                   key in its table
-    cross_attention    cross_attention/tiles.py and a table    kernel/dtype/head width/short length; see below
-    linear_pixel_loss  ``tiles`` in pixel_loss/shared.py       kernel/bits, with 16 or 32 bits per element
-                       and a table
-    gather_patches,    ``tile_of`` in gather_patches/triton.py no table: a tile is one patch
-    masked_pixel_loss
+    cross_attention    rules in cross_attention/tiles.py, and  kernel/dtype/head width/short length; see below
+                       a table of exceptions
+    gather_patches,    ``row_grid`` in gather_patches          no table: a warp has a patch
+    and pixel losses
     place_tokens       constants in place_tokens/triton.py     no table: one size for all shapes
 
 In a key of cross_attention the dtype is ``16bit`` or ``tf32``, the head width is rounded up to a power of two, and the
-short length is 16, 32, 64 or 128.
+short length is 16, 32, 64 or 128. A key that ends in ``/text`` holds where both sides are text of at most 32 rows. An
+exception names the fields of the rule that it replaces.
 
 Tiles are looked up by shape and never chosen by timing. Bitwise repeatability needs the same tiles in every run, the
 interpreter has no autotuner, and an autotuner would compile every candidate.
@@ -40,9 +40,9 @@ def lookup(op: str, arch: int, key: str) -> dict[str, int]:
     return table[_table_arch(arch)][key]
 
 
-def has(op: str, arch: int, key: str) -> bool:
-    """True if :func:`lookup` would find tiles."""
-    return key in _table(op, os.environ.get("MVLM_KERNELS_CONFIGS", ""))[_table_arch(arch)]
+def exceptions(op: str, arch: int) -> dict[str, dict[str, int]]:
+    """Tiles of an architecture that differ from an op's rules, by key."""
+    return _table(op, os.environ.get("MVLM_KERNELS_CONFIGS", ""))[_table_arch(arch)]
 
 
 def _table_arch(arch: int) -> str:

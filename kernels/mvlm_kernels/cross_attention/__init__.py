@@ -3,12 +3,15 @@
 Where the backward is:
 
 - Kernels: ``launch.backward`` runs ``short_kv_backward`` (``short_kv.py``) for short keys and ``short_q_backward``
-  (``short_q.py``) for short queries. With ``key_index``, or without tiles for a single pass, dK and dV of short queries
-  come from ``short_kv_backward`` too.
+  (``short_q.py``) for short queries. With ``key_index``, or without tiles for a single pass, ``short_q_backward_dq``
+  and ``long_kv_backward`` (``long_kv.py``) run for short queries instead.
 - Eager calls on the CPU: autograd differentiates ``cpu.py``.
 - Compiled graphs on the CPU, and packed sequences without a kernel: ``reference_backward`` (``reference.py``).
 - Dense calls without a kernel: SDPA, and its backward in torch.
 """
+
+import math
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ from mvlm_kernels.cross_attention.arguments import (
     LONGEST_SHORT_SIDE,
     bucket,
     check_arguments,
+    check_readers,
     check_values,
     longest_sequences,
     scale_of,
@@ -33,9 +37,33 @@ from mvlm_kernels.cross_attention.ops import (
     too_long,
     why_not_triton,
 )
+from mvlm_kernels.cross_attention.probabilities import attention_probabilities
+from mvlm_kernels.cross_attention.readers import invert_key_index
 from mvlm_kernels.cross_attention.reference import pack_key_mask, sdpa
 
-__all__ = ["HEAD_WIDTHS", "LONGEST_SHORT_SIDE", "cross_attention", "pack_key_mask", "why_not_triton"]
+__all__ = [
+    "HEAD_WIDTHS",
+    "LONGEST_SHORT_SIDE",
+    "attention_probabilities",
+    "cross_attention",
+    "invert_key_index",
+    "pack_key_mask",
+    "why_not_triton",
+]
+
+
+class _Options(TypedDict, total=False):
+    """Options of :func:`cross_attention`, for its type."""
+
+    key_lengths: Tensor | None
+    key_mask: Tensor | None
+    key_index: Tensor | None
+    key_readers: tuple[Tensor, Tensor] | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    scale: float | None
+    max_len_q: int | None
+    max_len_k: int | None
 
 
 def _takes_sdpa(q: Tensor, short: int) -> bool:
@@ -70,18 +98,30 @@ def _explain(
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
     key_index: Tensor | None = None,
+    key_readers: tuple[Tensor, Tensor] | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
     max_len_q: int | None = None,
     max_len_k: int | None = None,
+    return_lse: bool = False,
 ) -> tuple[str, ...]:
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
+    if key_readers is not None:
+        check_readers(key_index, key_readers, _sequences(k, cu_seqlens_k))
     scale_of(scale, q.shape[-1])
     return reasons(q, *longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k))
 
 
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = ..., **options: Unpack[_Options]
+) -> Tensor: ...
+@overload
+def cross_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[_Options]
+) -> tuple[Tensor, Tensor]: ...
 @dispatch.explained_by(_explain)
 def cross_attention(
     q: Tensor,
@@ -91,12 +131,14 @@ def cross_attention(
     key_lengths: Tensor | None = None,
     key_mask: Tensor | None = None,
     key_index: Tensor | None = None,
+    key_readers: tuple[Tensor, Tensor] | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
     max_len_q: int | None = None,
     max_len_k: int | None = None,
-) -> Tensor:
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which one side is short (text, at most 128 tokens) and the other is image patches.
 
     ``out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[r, j, h]) v[r, j, h]`` with ``r = key_index[b]``, or b
@@ -116,6 +158,7 @@ def cross_attention(
             zeros and has zero gradients.
         key_index: (B,) int32 or int64. Query sequence b reads key sequence key_index[b] in place. Gradients of a
             sequence with several readers add up in a fixed order. Without an index B' = B.
+        key_readers: :func:`invert_key_index` of key_index, for calls that share one; computed here if None.
         cu_seqlens_q, cu_seqlens_k: (B + 1,) and (B' + 1,) int32 or int64. Sequence b is rows cu_seqlens[b] to
             cu_seqlens[b + 1] of a packed side. Output rows that belong to no sequence are zeros.
         scale: a float, factor of the scores; D ** -0.5 by default. Multiply q by a learned temperature instead.
@@ -123,12 +166,15 @@ def cross_attention(
             side without a bound is assumed to be at most 128 long, unless the other side is known to be short. A
             longer sequence is a ValueError on the CPU. On a GPU its output is NaN, because reading the lengths would
             wait for the device.
+        return_lse: also return the natural log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq), float64 for
+            float64 and else float32. It has no gradient, and is -inf for a query without keys. Where no kernel runs,
+            the reference computes it.
 
     Returns:
-        The output in q's shape and dtype, contiguous. bfloat16, float16 and float32 (TF32 on a GPU) accumulate in
-        float32; float64 has no compiled kernel. Autocast casts q, k and v first. Eager CPU calls are composed of torch
-        ops. If both sides are longer than 128, SDPA runs for dense calls and the reference with cu_seqlens.
-        :func:`mvlm_kernels.explain` names the backend and the reasons.
+        The output in q's shape and dtype, contiguous; with return_lse, output and log-sum-exp. bfloat16, float16 and
+        float32 (TF32 on a GPU) accumulate in float32; float64 has no compiled kernel. Autocast casts q, k and v first.
+        Eager CPU calls are composed of torch ops. If both sides are longer than 128, SDPA runs for dense calls and the
+        reference with cu_seqlens. :func:`mvlm_kernels.explain` names the backend and the reasons.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, and for a tensor as scale. Values of lengths and
@@ -136,21 +182,32 @@ def cross_attention(
     """
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
+    if key_readers is not None:
+        check_readers(key_index, key_readers, _sequences(k, cu_seqlens_k))
     scale = scale_of(scale, q.shape[-1])
     len_q, len_k = longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     side = short_side(len_q, len_k)
     if side is None:
         dispatch.refuse_if_forced(too_long(len_q, len_k))
-    elif _uses_cpu_path(q, len_q, len_k):
-        check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, len_q, len_k)
+    elif not return_lse and _uses_cpu_path(q, len_q, len_k):
+        readers = key_readers or (None, None)
+        check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, readers, len_q, len_k)
         return cpu.attend(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
-    if cu_seqlens_q is None and cu_seqlens_k is None:
+    if cu_seqlens_q is None and cu_seqlens_k is None and not return_lse:
         if side is None or (q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q)):
             return sdpa(q, k, v, key_lengths, key_mask, key_index, scale)
     if key_mask is not None and key_mask.dtype == torch.bool:
         key_mask = pack_key_mask(key_mask)
+    if key_index is not None and key_readers is None:
+        key_readers = invert_key_index(key_index, _sequences(k, cu_seqlens_k))
     call = attend_directly if registration.called_directly(q, k, v) else attention_op
-    return call(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale, len_q, len_k)[0]
+    sides = (key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, *(key_readers or (None, None)))
+    out, lse = call(q, k, v, *sides, scale, len_q, len_k)
+    return (out, lse * math.log(2)) if return_lse else out
+
+
+def _sequences(k: Tensor, cu_seqlens: Tensor | None) -> int:
+    return k.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,14 +3,41 @@
 Only :func:`check_values` reads tensors. It runs on the CPU, and on a GPU in debug mode.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
 import torch
 from torch import Tensor
+
+from mvlm_kernels.cross_attention.readers import invert_key_index
 
 HEAD_WIDTHS = (32, 64, 80, 96, 128)
 """Head widths D with a kernel."""
 LONGEST_SHORT_SIDE = 128
 """Longest sequence of a side that counts as short. The kernels keep the short side on chip."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INDEX_TYPES = (torch.int32, torch.int64)
+_NAMES = ("q", "k", "v", "key_lengths", "key_mask", "key_index", "cu_seqlens_q", "cu_seqlens_k")
+
+
+_longest = LONGEST_SHORT_SIDE
+
+
+@contextmanager
+def short_sides_up_to(rows: Literal[128, 256]) -> Iterator[None]:
+    """Inside the block, sides of up to this many rows count as short.
+
+    256 sends self-attention between 197 or 257 image patches to the kernels: for measurements on GPUs with wgmma
+    (compute capability 9.0 and later), in 16-bit types, with heads of at most 64. No GPU has timed it, so it is no
+    default.
+    """
+    global _longest
+    before, _longest = _longest, rows
+    try:
+        yield
+    finally:
+        _longest = before
 
 
 def short_side(max_len_q: int, max_len_k: int) -> str | None:
@@ -18,17 +45,17 @@ def short_side(max_len_q: int, max_len_k: int) -> str | None:
 
     max_len_q, max_len_k: longest sequence of each side; negative if unknown, which counts as long.
     """
-    if 0 <= max_len_k <= LONGEST_SHORT_SIDE:
+    if 0 <= max_len_k <= _longest:
         return "kv"
-    return "q" if 0 <= max_len_q <= LONGEST_SHORT_SIDE else None
+    return "q" if 0 <= max_len_q <= _longest else None
 
 
 def bucket(length: int) -> int:
-    """Tile length of the short side: a power of two from 16, which a matrix instruction needs, to 128.
+    """Tile length of the short side: a power of two from 16, which a matrix instruction needs.
 
     The result is a plain int, even for a compiler's symbolic length.
     """
-    return 16 if length <= 16 else 32 if length <= 32 else 64 if length <= 64 else 128
+    return 16 if length <= 16 else 32 if length <= 32 else 64 if length <= 64 else 128 if length <= 128 else 256
 
 
 def scale_of(scale: float | None, width: int) -> float:
@@ -76,6 +103,10 @@ def check_arguments(
     max_len_k: int | None,
 ) -> None:
     """Raise ValueError for shapes, dtypes and devices that do not fit. The error names the argument, wanted and got."""
+    optional = key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k
+    for i, x in enumerate((q, k, v, *optional)):
+        if not isinstance(x, Tensor) and (x is not None or i < 3):
+            raise ValueError(f"{_NAMES[i]} must be a tensor, got {type(x).__name__}")
     _check_side("q", q, cu_seqlens_q, max_len_q)
     _check_side("k", k, cu_seqlens_k, max_len_k)
     q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
@@ -83,11 +114,17 @@ def check_arguments(
         raise ValueError(f"v must have the shape of k, {tuple(k_shape)}, got {tuple(v.shape)}")
     if k_shape[-2:] != q_shape[-2:]:
         wanted, got = tuple(q_shape[-2:]), tuple(k_shape[-2:])
-        raise ValueError(f"k must have the heads and head width of q, {wanted}, got {got}")
+        raise ValueError(
+            f"k must have the heads and head width of q, {wanted}, got {got}; the layout is (batch, length, heads, "
+            "width)"
+        )
     if q_shape[-1] not in HEAD_WIDTHS:
         raise ValueError(f"q must have a head width of 32, 64, 80, 96 or 128, got {q_shape[-1]}")
-    if not dtype.is_floating_point or k.dtype != dtype or v.dtype != dtype:
-        raise ValueError(f"q, k and v must have one floating dtype, got {dtype}, {k.dtype} and {v.dtype}")
+    if dtype not in FLOATS or k.dtype != dtype or v.dtype != dtype:
+        raise ValueError(
+            "q, k and v must have one dtype of float16, bfloat16, float32 and float64, got "
+            f"{dtype}, {k.dtype} and {v.dtype}"
+        )
     k_seqs = k_shape[0] if cu_seqlens_k is None else cu_seqlens_k.shape[0] - 1
     q_seqs = q_shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     if key_index is None:
@@ -104,19 +141,34 @@ def check_arguments(
     if key_mask is not None:
         if cu_seqlens_k is not None:
             raise ValueError("key_mask must be None where cu_seqlens_k packs the keys, got a tensor")
-        shapes = {torch.bool: (k_seqs, k_shape[1]), torch.int64: (k_seqs, (k_shape[1] + 63) // 64)}
-        if key_mask.dtype not in shapes:
-            raise ValueError(f"key_mask must be bool, or int64 words from pack_key_mask, got {key_mask.dtype}")
-        if key_mask.shape != shapes[key_mask.dtype]:
-            raise ValueError(f"key_mask must have shape {shapes[key_mask.dtype]}, got {tuple(key_mask.shape)}")
-    others = k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k
-    for i, x in enumerate(others):
+        _check_mask(key_mask, k_seqs, k_shape[1])
+    for i, x in enumerate((k, v, *optional)):
         if x is not None and x.device != device:
-            name = ("k", "v", "key_lengths", "key_mask", "key_index", "cu_seqlens_q", "cu_seqlens_k")[i]
-            raise ValueError(f"{name} must be on the device of q, {device}, got {x.device}")
+            raise ValueError(f"{_NAMES[i + 1]} must be on the device of q, {device}, got {x.device}")
+
+
+def _check_mask(key_mask: Tensor, k_seqs: int, length: int) -> None:
+    if key_mask.dtype not in (torch.bool, torch.int64):
+        raise ValueError(
+            f"key_mask must be bool, or int64 words from pack_key_mask, got {key_mask.dtype}; of a mask that is added "
+            "to scores, pass mask == 0"
+        )
+    wanted = (k_seqs, length if key_mask.dtype == torch.bool else (length + 63) // 64)
+    if key_mask.shape == wanted:
+        return
+    if key_mask.shape == (k_seqs, length):
+        raise ValueError(
+            f"key_mask must be bool, got {key_mask.dtype}, which is for the words of pack_key_mask; of a mask of 0 and "
+            "1, pass mask.bool()"
+        )
+    raise ValueError(f"key_mask must have shape {wanted}, got {tuple(key_mask.shape)}")
 
 
 def _check_side(name: str, x: Tensor, cu_seqlens: Tensor | None, max_len: int | None) -> None:
+    if x.is_nested:
+        raise ValueError(
+            f"{name} must not be a nested tensor; pass {name}.values() with cu_seqlens_{name}={name}.offsets()"
+        )
     if cu_seqlens is None:
         if x.dim() != 4:
             raise ValueError(f"{name} must be (batch, length, heads, width), got shape {tuple(x.shape)}")
@@ -133,6 +185,19 @@ def _check_side(name: str, x: Tensor, cu_seqlens: Tensor | None, max_len: int | 
         raise ValueError(f"max_len_{name} must not be negative, got {max_len}")
 
 
+def check_readers(key_index: Tensor | None, key_readers: tuple[Tensor, Tensor], k_seqs: int) -> None:
+    """Raise ValueError for readers that do not come from this key_index, by their shapes and types."""
+    if key_index is None:
+        raise ValueError("key_readers must be None without key_index, got tensors")
+    order, spans = key_readers
+    wanted, got = (key_index.shape, (k_seqs, 3)), (order.shape, tuple(spans.shape))
+    if got != wanted or order.dtype != torch.int64 or spans.dtype != torch.int64:
+        raise ValueError(
+            f"key_readers must be int64 of shapes ({len(key_index)},) and ({k_seqs}, 3), from invert_key_index, "
+            f"got {order.dtype} {tuple(order.shape)} and {spans.dtype} {tuple(spans.shape)}"
+        )
+
+
 def _check_index(name: str, x: Tensor, length: int) -> None:
     if x.shape != (length,):
         raise ValueError(f"{name} must have shape ({length},), got {tuple(x.shape)}")
@@ -147,6 +212,7 @@ def check_values(
     key_index: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    key_readers: tuple[Tensor | None, Tensor | None],
     max_len_q: int,
     max_len_k: int,
 ) -> None:
@@ -158,6 +224,10 @@ def check_values(
     if key_index is not None:
         k_seqs = k.shape[0] if cu_seqlens_k is None else cu_seqlens_k.shape[0] - 1
         _check_range("key_index", key_index, k_seqs - 1)
+        if key_readers[0] is not None:
+            wanted = invert_key_index(key_index, k_seqs)
+            if not all(x is not None and torch.equal(x, y) for x, y in zip(key_readers, wanted, strict=True)):
+                raise ValueError("key_readers must be invert_key_index(key_index, sequences of k), got other values")
 
 
 def _check_range(name: str, x: Tensor, most: int) -> None:

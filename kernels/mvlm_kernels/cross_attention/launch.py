@@ -1,42 +1,47 @@
-"""Launchers of the two kernel families, and the choice between them.
+"""Launchers of the kernel families, and the choice between them.
 
 **Short-KV** (``short_kv.py``): image queries read text keys. **Short-Q** (``short_q.py``): text queries read image
 keys. There are no atomics. Where a grid is too small to fill the GPU, a fixed number of splits writes float32 partial
 sums, and a second kernel adds them in a fixed order.
 
 The backward of the short-Q family has two forms. One pass of ``short_q_backward`` computes all three gradients. With
-key_index, and for shapes whose single pass would spill registers, ``short_q_backward`` computes dQ and
-``short_kv_backward`` computes dK and dV.
+key_index, and for shapes whose single pass would spill registers, ``short_q_backward_dq`` computes dQ and
+``long_kv_backward`` (``long_kv.py``) dK and dV.
+
+Rows of a packed buffer that belong to no sequence are zeros: the launchers fill packed outputs with zeros first.
 """
-# pyright: reportArgumentType=false
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.cross_attention.arguments import bucket, short_side
+from mvlm_kernels.cross_attention.arguments import short_side
+from mvlm_kernels.cross_attention.long_kv import long_kv_backward
+from mvlm_kernels.cross_attention.readers import invert_key_index
 from mvlm_kernels.cross_attention.short_kv import short_kv_backward, short_kv_forward
-from mvlm_kernels.cross_attention.short_q import short_q_backward, short_q_combine, short_q_forward
+from mvlm_kernels.cross_attention.short_q import (
+    short_q_backward,
+    short_q_backward_dq,
+    short_q_combine,
+    short_q_forward,
+)
 from mvlm_kernels.cross_attention.tile_io import sum_splits
-from mvlm_kernels.cross_attention.tiles import kernel_has_tiles, long_tiles, meta, splits
+from mvlm_kernels.cross_attention.tiles import long_tiles, meta, single_pass, splits
 from mvlm_kernels.dispatch import ceil_div
 
 LOG2E = math.log2(math.e)  # kernels compute exp2, which is one instruction, so scores are scaled by log2(e) too
+Heads = tuple[Any, ...]  # a tensor, and its strides of sequence, row and head
 
 
-def _readable(x: Tensor) -> Tensor:
-    """x if its columns are contiguous and its offsets inside a sequence fit int32, else a contiguous copy."""
-    if x.is_contiguous():
-        return x
-    return x if x.stride(-1) == 1 and x.shape[-3] * x.stride(-3) < 2**31 else x.contiguous()
-
-
-def _strides(x: Tensor, packed: bool) -> tuple[int, ...]:
-    """Strides of sequence, row and head. A packed tensor has no sequence dimension, so that stride is 0."""
-    return (0, *x.stride()[:2]) if packed else x.stride()[:3]
+def heads_of(x: Tensor, packed: bool) -> Heads:
+    """x, with contiguous columns and int32 offsets inside a sequence, and its strides; 0 for a packed sequence's."""
+    if not x.is_contiguous() and (x.stride(-1) != 1 or x.shape[-3] * x.stride(-3) >= 2**31):
+        x = x.contiguous()
+    return (x, 0, *x.stride()[:2]) if packed else (x, *x.stride()[:3])
 
 
 def _flat(x: Tensor | None) -> Tensor | None:
@@ -44,38 +49,54 @@ def _flat(x: Tensor | None) -> Tensor | None:
     return x if x is None else x.contiguous()
 
 
-def _new(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)  # half the host's time of empty(x.shape, ...)
+def _aligned(*heads: Heads) -> bool:
+    """True if the tensors begin at 16 bytes, so that a kernel loads them in vectors."""
+    return all(x[0].data_ptr() % 16 == 0 for x in heads)
+
+
+def _new(x: Tensor, packed: bool) -> Tensor:
+    """A contiguous tensor like x, zeros if its rows are packed: some belong to no sequence."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)  # half the host's time of empty(x.shape, ...)
+    return out.zero_() if packed else out
 
 
 class _Call:
-    """Sizes and strides that all kernels of one call share.
+    """Sizes and tensors that all kernels of one call share.
 
     The scale is a runtime argument: as a constexpr each new value would compile the kernels again. Its product with
     log2(e) is an argument too, because computing it in the kernel took up to 31 registers.
     """
 
-    def __init__(self, q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, scale, max_len_q, max_len_k) -> None:
-        self.q, self.k, self.v = _readable(q), _readable(k), _readable(v)
-        self.lengths, self.mask, self.index = _flat(key_lengths), _flat(mask_words), _flat(key_index)
-        self.cu_q, self.cu_k = _flat(cu_q), _flat(cu_k)
-        packed_q, packed_k = cu_q is not None, cu_k is not None
+    def __init__(
+        self, q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, order, spans, scale, max_len_q, max_len_k
+    ) -> None:
+        self.packed_q, self.packed_k = cu_q is not None, cu_k is not None
+        self.q, self.k, self.v = heads_of(q, self.packed_q), heads_of(k, self.packed_k), heads_of(v, self.packed_k)
         *q_seqs, self.q_rows, self.H, self.D = q.shape
         *k_seqs, self.k_rows, _, _ = k.shape
-        self.q_seqs = cu_q.shape[0] - 1 if packed_q else q_seqs[0]
-        self.k_seqs = cu_k.shape[0] - 1 if packed_k else k_seqs[0]
-        self.max_len_q, self.max_len_k = max_len_q, max_len_k
-        self.side = short_side(max_len_q, max_len_k)
-        assert self.side is not None, "the public function sends two long sides to SDPA or the reference"
-        self.strides = _strides(self.q, packed_q) + _strides(self.k, packed_k) + _strides(self.v, packed_k)
+        self.q_seqs = cu_q.shape[0] - 1 if self.packed_q else q_seqs[0]
+        self.k_seqs = cu_k.shape[0] - 1 if self.packed_k else k_seqs[0]
+        if key_index is not None and order is None and self.k_seqs:
+            order, spans = invert_key_index(key_index, self.k_seqs)
+        self.order, self.spans, self.cu_q = _flat(order), _flat(spans), _flat(cu_q)
         words = 0 if mask_words is None else mask_words.shape[1]
-        self.sizes = (self.H, self.q_seqs, self.k_seqs, self.q_rows, self.k_rows, words, scale, scale * LOG2E)
+        self.keys = _flat(key_lengths), _flat(mask_words), words, _flat(cu_k), _flat(key_index)
+        self.max_len_q, self.max_len_k = max_len_q, max_len_k
+        side = short_side(max_len_q, max_len_k)
+        assert side is not None, "the public function sends two long sides to SDPA or the reference"
+        self.short_keys = side == "kv"
+        self.scales = scale, scale * LOG2E
         self.dtype, self.device = q.dtype, q.device
         self.acc_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
 
-    def tile_key(self, short: int) -> tuple[Any, ...]:
-        """Arguments of :func:`~mvlm_kernels.cross_attention.tiles.meta` after the kernel's name."""
-        return self.dtype, self.device.type, self.D, short, dispatch.arch(self.device)
+    @property
+    def tile_key(self) -> tuple[torch.dtype, str, int, int]:
+        """Arguments of :func:`~mvlm_kernels.cross_attention.tiles.meta` between kernel and length of the long side."""
+        return self.dtype, self.device.type, self.D, self.max_len_k if self.short_keys else self.max_len_q
+
+    def meta(self, kernel: Any) -> dict[str, Any]:
+        long = self.max_len_q if self.short_keys else self.max_len_k
+        return meta(kernel.__name__, *self.tile_key, long, dispatch.arch(self.device))
 
     def query_tiles(self, block: int) -> int:
         return long_tiles(self.q_rows, self.q_seqs, self.max_len_q, block)
@@ -83,144 +104,156 @@ class _Call:
     def key_tiles(self, block: int) -> int:
         return long_tiles(self.k_rows, self.k_seqs, self.max_len_k, block)
 
+    def partials(self, parts: int, x: Tensor, packed: bool) -> Tensor:
+        """Room for the partial sums of x, (parts, *x.shape)."""
+        partial = torch.empty((parts, *x.shape), dtype=self.acc_dtype, device=self.device)
+        return partial.zero_() if packed else partial
+
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, mask_words: Tensor | None, key_index: Tensor | None,
-    cu_q: Tensor | None, cu_k: Tensor | None, scale: float, max_len_q: int, max_len_k: int,
+    cu_q: Tensor | None, cu_k: Tensor | None, order: Tensor | None, spans: Tensor | None, scale: float,
+    max_len_q: int, max_len_k: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output, contiguous in q's shape, and base-2 log-sum-exp in float32, (B, H, Lq) or packed (H, Tq).
 
+    order, spans: key_index inverted by :func:`~mvlm_kernels.cross_attention.readers.invert_key_index`, or None.
     max_len_q, max_len_k: longest sequence of each side, known to the host. That of the long side may be negative:
     unknown.
     """
-    c = _Call(q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, scale, max_len_q, max_len_k)
-    out = _new(q)
-    if cu_q is not None:
-        lse = q.new_empty(c.H, c.q_rows, dtype=c.acc_dtype)
-    else:
-        lse = q.new_empty(c.q_seqs, c.H, c.q_rows, dtype=c.acc_dtype)
-    inputs = (c.lengths, c.mask, c.index, c.cu_q, c.cu_k, *c.strides, *c.sizes)
+    c = _Call(q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, order, spans, scale, max_len_q, max_len_k)
+    out = _new(q, c.packed_q)
+    lse = q.new_empty((c.H, c.q_rows) if c.packed_q else (c.q_seqs, c.H, c.q_rows), dtype=c.acc_dtype)
     programs = c.q_seqs * c.H
+    if c.packed_q or programs == 0:
+        lse.fill_(-torch.inf)
     if programs == 0:
-        return out.zero_(), lse.fill_(-torch.inf)
-    if c.side == "kv":
-        chosen = meta("short_kv_forward", *c.tile_key(max_len_k))
+        return out, lse
+    inputs = (c.keys, c.order, c.cu_q, c.H, c.k_seqs, c.q_rows, c.k_rows, c.scales[1])
+    if c.short_keys:
+        chosen = c.meta(short_kv_forward)
         parts = splits(programs, c.query_tiles(chosen["BLOCK_M"]), c.device)
-        dispatch.launch(short_kv_forward, (programs, parts), c.q, c.k, c.v, out, lse, *inputs, parts, **chosen)
+        to = heads_of(out, c.packed_q), lse
+        dispatch.launch(short_kv_forward, (programs, parts), c.q, c.k, c.v, *to, *inputs, parts, **chosen)
         return out, lse
-    chosen = meta("short_q_forward", *c.tile_key(max_len_q))
+    chosen = c.meta(short_q_forward)
     parts = splits(programs, c.key_tiles(chosen["BLOCK_N"]), c.device)
-    grid = (programs, parts)
-    if parts == 1:
-        dispatch.launch(short_q_forward, grid, c.q, c.k, c.v, out, lse, *inputs, 1, 0, 0, **chosen)
-        return out, lse
-    partial = torch.empty((parts, *out.shape), dtype=c.acc_dtype, device=q.device)
-    partial_lse = torch.empty((parts, *lse.shape), dtype=c.acc_dtype, device=q.device)
-    sizes = (out.numel(), lse.numel())
-    dispatch.launch(short_q_forward, grid, c.q, c.k, c.v, partial, partial_lse, *inputs, parts, *sizes, **chosen)
-    rows = out.numel() // (c.H * c.D)
-    dispatch.launch(
-        short_q_combine, (ceil_div(rows, 16), c.H), partial, partial_lse, out, lse, c.H, rows, parts, *sizes,
-        c.q_rows, D=c.D, BLOCK_D=chosen["BLOCK_D"], BLOCK_M=16, ACC=chosen["ACC"],
-        num_warps=4, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
+    partial, partial_lse = out, lse
+    if parts > 1:
+        partial, partial_lse = c.partials(parts, out, c.packed_q), c.partials(parts, lse, False)
+        if c.packed_q:
+            partial_lse.fill_(-torch.inf)
+    to = _part(partial, out, c.packed_q), partial_lse
+    sizes = (parts, out.numel(), lse.numel())
+    dispatch.launch(short_q_forward, (programs, parts), c.q, c.k, c.v, *to, *inputs, *sizes, **chosen)
+    if parts > 1:
+        rows = out.numel() // (c.H * c.D)
+        dispatch.launch(
+            short_q_combine, (ceil_div(rows, 16), c.H), partial, partial_lse, out, lse, c.H, rows, c.q_rows, *sizes,
+            D=c.D, BLOCK_D=chosen["BLOCK_D"], BLOCK_M=16, ACC=chosen["ACC"],
+            num_warps=4, num_stages=1, enable_fp_fusion=True,
+        )  # fmt: skip
     return out, lse
+
+
+def _part(partial: Tensor | None, x: Tensor | None, packed: bool) -> Heads | None:
+    """Heads of the first part of partial sums, with the strides of x; None if x is not needed."""
+    return None if x is None else (partial, *heads_of(x, packed)[1:])
 
 
 def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, key_lengths: Tensor | None,
-    mask_words: Tensor | None, key_index: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, scale: float,
-    max_len_q: int, max_len_k: int, need_dq: bool, need_dkv: bool,
+    mask_words: Tensor | None, key_index: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
+    order: Tensor | None, spans: Tensor | None, scale: float, max_len_q: int, max_len_k: int, need_dq: bool,
+    need_dkv: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of q, k and v, contiguous in their shapes; None where not needed. Only the short-Q family reads out."""
-    c = _Call(q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, scale, max_len_q, max_len_k)
-    grad = _readable(grad)
-    dq = _new(q) if need_dq else None
-    dk = _new(k) if need_dkv else None
-    dv = _new(k) if need_dkv else None
+    c = _Call(q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, order, spans, scale, max_len_q, max_len_k)
+    do = heads_of(grad, c.packed_q)
+    dq = _new(q, c.packed_q) if need_dq else None
+    dk = _new(k, c.packed_k) if need_dkv else None
+    dv = _new(k, c.packed_k) if need_dkv else None
     if c.q_seqs == 0 or c.k_seqs == 0 or c.H == 0:
         return tuple(x if x is None else x.zero_() for x in (dq, dk, dv))  # type: ignore[return-value]
-    if c.side == "kv":
-        _short_kv_backward(c, grad, None, lse, dq, dk, dv)
-    elif key_index is None and kernel_has_tiles("short_q_backward", *c.tile_key(max_len_q)):
-        _short_q_backward(c, grad, out, lse, dq, dk, dv)
-    else:
-        # Two passes: dQ first, then dK and dV by key tile. With an index, several programs of a single pass would add
-        # to one key sequence. Without tiles, a single pass would spill registers.
-        if need_dq:
-            _short_q_backward(c, grad, out, lse, dq, None, None)
-        if need_dkv:
-            _short_kv_backward(c, grad, out, lse, None, dk, dv)
+    if c.short_keys:
+        _short_kv_backward(c, do, lse, dq, dk, dv)
+        return dq, dk, dv
+    assert out is not None, "the short-Q family reads the output"
+    if key_index is None and need_dkv and single_pass(*c.tile_key, dispatch.arch(c.device)):
+        _short_q_backward(c, do, heads_of(out, c.packed_q), lse, dq, dk, dv)
+        return dq, dk, dv
+    # Two kernels, dQ by query sequence and dK and dV by key tile. With an index, several programs of a single pass
+    # would add to one key sequence. Without tiles, a single pass would spill registers.
+    if dq is not None:
+        _short_q_backward(c, do, heads_of(out, c.packed_q), lse, dq, None, None)
+    if dk is not None and dv is not None:
+        _long_kv_backward(c, do, heads_of(out, c.packed_q), lse, dk, dv)
     return dq, dk, dv
 
 
 def _short_kv_backward(
-    c: _Call, grad: Tensor, out: Tensor | None, lse: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
+    c: _Call, do: Heads, lse: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
 ) -> None:
-    # In the short-KV family one tile holds every key. For the short-Q family the kernel loops over tiles of keys.
-    all_keys = c.side == "kv"
-    order = offsets = None
-    if c.index is not None:
-        order, offsets = inverse_index(c.index, c.k_seqs)
-    if all_keys:
-        chosen, key_tiles = meta("short_kv_backward", *c.tile_key(c.max_len_k)), 1
-    else:
-        chosen = meta("long_kv_backward", *c.tile_key(c.max_len_q))
-        key_tiles = max(1, min(c.key_tiles(chosen["BLOCK_N"]), 65535))  # CUDA's limit of a grid's third dimension
-    programs = c.k_seqs * c.H * key_tiles
+    chosen = c.meta(short_kv_backward)
+    if "maxnreg" in chosen and (c.spans is not None or not _aligned(c.q, c.k, c.v, do)):
+        chosen = {**chosen, "maxnreg": None}  # a loop over readers, or loads of single elements, would spill
+    programs = c.k_seqs * c.H
     tile_splits = splits(programs, c.query_tiles(chosen["BLOCK_M"]), c.device)
-    reader_splits = 1 if order is None else splits(programs * tile_splits, c.q_seqs, c.device)
+    reader_splits = 1 if c.spans is None else splits(programs * tile_splits, c.q_seqs, c.device)
     parts = tile_splits * reader_splits
-    dk_out, dv_out, size = dk, dv, 0
-    if parts > 1 and dk is not None:
-        size = dk.numel()
-        dk_out = torch.empty((parts, size), dtype=c.acc_dtype, device=c.device)
-        dv_out = torch.empty((parts, size), dtype=c.acc_dtype, device=c.device)
+    partials = [dk, dv] if parts == 1 or dk is None else [c.partials(parts, dk, c.packed_k) for _ in range(2)]
     dispatch.launch(
-        short_kv_backward, (c.k_seqs * c.H, parts, key_tiles), c.q, c.k, c.v, out, lse, grad, dq, dk_out, dv_out,
-        c.lengths, c.mask, order, offsets, c.cu_q, c.cu_k, *c.strides, *_strides(grad, c.cu_q is not None), *c.sizes,
-        reader_splits, tile_splits, size, WRITE_DQ=dq is not None, WRITE_DKV=dk is not None, ALL_KEYS=all_keys,
-        **chosen,
+        short_kv_backward, (programs, parts), c.q, c.k, c.v, lse, do, _part(dq, dq, c.packed_q),
+        _part(partials[0], dk, c.packed_k), _part(partials[1], dv, c.packed_k), c.keys, c.order, c.spans, c.cu_q, c.H,
+        c.q_rows, c.k_rows, *c.scales, reader_splits, tile_splits, 0 if dk is None else dk.numel(), **chosen,
     )  # fmt: skip
-    if dk is not None and dv is not None and parts > 1:
-        _launch_sum_splits(dk_out, dk, parts, chosen["ACC"])
-        _launch_sum_splits(dv_out, dv, parts, chosen["ACC"])
+    _sum_parts(chosen, parts, zip(partials, (dk, dv), strict=True))
+
+
+def _long_kv_backward(c: _Call, do: Heads, out: Heads, lse: Tensor, dk: Tensor, dv: Tensor) -> None:
+    chosen = c.meta(long_kv_backward)
+    tiles = max(1, c.key_tiles(chosen["BLOCK_N"]))
+    programs = c.k_seqs * c.H * tiles
+    parts = 1 if c.spans is None else splits(programs, c.q_seqs, c.device)
+    partials = [dk, dv] if parts == 1 else [c.partials(parts, dk, c.packed_k) for _ in range(2)]
+    dispatch.launch(
+        long_kv_backward, (programs, parts), c.q, c.k, c.v, out, lse, do, _part(partials[0], dk, c.packed_k),
+        _part(partials[1], dv, c.packed_k), c.keys, c.order, c.spans, c.cu_q, c.H, c.q_rows, c.k_rows, *c.scales,
+        parts, dk.numel(), tiles, **chosen,
+    )  # fmt: skip
+    _sum_parts(chosen, parts, zip(partials, (dk, dv), strict=True))
 
 
 def _short_q_backward(
-    c: _Call, grad: Tensor, out: Tensor | None, lse: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
+    c: _Call, do: Heads, out: Heads, lse: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
 ) -> None:
-    chosen = meta("short_q_backward" if dk is not None else "short_q_backward_dq", *c.tile_key(c.max_len_q))
-    query_tiles = ceil_div(bucket(c.max_len_q), chosen["BLOCK_M"])
-    parts = splits(c.q_seqs * c.H * query_tiles, c.key_tiles(chosen["BLOCK_N"]), c.device)
-    dq_out, size = dq, 0
-    if parts > 1 and dq is not None:
-        size = dq.numel()
-        dq_out = torch.empty((parts, size), dtype=c.acc_dtype, device=c.device)
-    dispatch.launch(
-        short_q_backward, (c.q_seqs * c.H, parts, query_tiles), c.q, c.k, c.v, out, lse, grad, dq_out, dk, dv,
-        c.lengths, c.mask, c.index, c.cu_q, c.cu_k, *c.strides, *_strides(grad, c.cu_q is not None), *c.sizes,
-        parts, size, WRITE_DQ=dq is not None, WRITE_DKV=dk is not None, **chosen,
-    )  # fmt: skip
-    if dq is not None and parts > 1:
-        _launch_sum_splits(dq_out, dq, parts, chosen["ACC"])
+    """dQ alone if dk is None, else dK, dV and, unless it is None, dQ."""
+    kernel = short_q_backward_dq if dk is None else short_q_backward
+    chosen = c.meta(kernel)
+    tiles = ceil_div(c.max_len_q, chosen["BLOCK_M"]) or 1
+    parts = splits(c.q_seqs * c.H * tiles, c.key_tiles(chosen["BLOCK_N"]), c.device)
+    partial = dq if parts == 1 or dq is None else c.partials(parts, dq, c.packed_q)
+    inputs = (c.q, c.k, c.v, out, lse, do, _part(partial, dq, c.packed_q))
+    size = 0 if dq is None else dq.numel()
+    if dk is None:
+        dispatch.launch(
+            kernel, (c.q_seqs * c.H * tiles, parts), *inputs, c.keys, c.order, c.cu_q, c.H, c.k_seqs, c.q_rows,
+            c.k_rows, *c.scales, parts, size, tiles, **chosen,
+        )  # fmt: skip
+    else:
+        dispatch.launch(
+            kernel, (c.q_seqs * c.H, parts), *inputs, _part(dk, dk, c.packed_k), _part(dv, dv, c.packed_k), c.keys,
+            c.cu_q, c.H, c.q_rows, c.k_rows, *c.scales, parts, size, **chosen,
+        )  # fmt: skip
+    _sum_parts(chosen, parts, [(partial, dq)])
 
 
-def _launch_sum_splits(partial: Tensor | None, x: Tensor, parts: int, acc: Any) -> None:
+def _sum_parts(chosen: dict[str, Any], parts: int, pairs: Iterable[tuple[Tensor | None, Tensor | None]]) -> None:
+    """Sum the parts of each (partial sums, result); a result may be None."""
     block = 1024
-    dispatch.launch(
-        sum_splits, (ceil_div(x.numel(), block),), partial, x, x.numel(), parts,
-        BLOCK=block, ACC=acc, num_warps=4, num_stages=1, enable_fp_fusion=True,
-    )  # fmt: skip
-
-
-def inverse_index(key_index: Tensor, k_seqs: int) -> tuple[Tensor, Tensor]:
-    """Invert key_index (B,): order (B,) and offsets (B' + 1,), both int64.
-
-    The query sequences order[offsets[r] : offsets[r + 1]], ascending, read key sequence r. An index outside [0, B')
-    counts as the nearest one, so that exactly one program writes the gradient of each query sequence. That gradient is
-    NaN.
-    """
-    sequences, order = torch.sort(key_index.clamp(0, k_seqs - 1), stable=True)
-    bounds = torch.arange(k_seqs + 1, dtype=sequences.dtype, device=sequences.device)
-    return order, torch.searchsorted(sequences, bounds)
+    for partial, x in pairs:
+        if parts > 1 and x is not None:
+            dispatch.launch(
+                sum_splits, (ceil_div(x.numel(), block),), partial, x, x.numel(), parts,
+                BLOCK=block, ACC=chosen["ACC"], num_warps=4, num_stages=1, enable_fp_fusion=True,
+            )  # fmt: skip

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.cross_attention.arguments import HEAD_WIDTHS, LONGEST_SHORT_SIDE, bucket, check_values, short_side
@@ -21,18 +20,21 @@ def _implementation(
     key_index: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    reader_order: Tensor | None,
+    reader_spans: Tensor | None,
     scale: float,
     max_len_q: int,
     max_len_k: int,
 ) -> tuple[Tensor, Tensor]:
+    readers = (reader_order, reader_spans)
     if dispatch.checks_values(q.device):
-        check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
-    args = (q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
+        check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, readers, max_len_q, max_len_k)
+    args = (q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k)
     if dispatch.choose(reasons(q, max_len_q, max_len_k)) == "triton":
         from mvlm_kernels.cross_attention import launch
 
-        return launch.forward(*args, max_len_q, max_len_k)
-    return reference_forward(*args)
+        return launch.forward(*args, *readers, scale, max_len_q, max_len_k)
+    return reference_forward(*args, scale)
 
 
 def _fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -55,19 +57,22 @@ def _backward_implementation(
     key_index: Tensor | None,
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
+    reader_order: Tensor | None,
+    reader_spans: Tensor | None,
     scale: float,
     max_len_q: int,
     max_len_k: int,
     need_dq: bool,
     need_dkv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sides = (key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
+    sides = (key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k)
     if dispatch.choose(reasons(q, max_len_q, max_len_k)) == "triton":
         from mvlm_kernels.cross_attention import launch
 
-        grads = launch.backward(grad, q, k, v, out, lse, *sides, max_len_q, max_len_k, need_dq, need_dkv)
+        sizes = (reader_order, reader_spans, scale, max_len_q, max_len_k)
+        grads = launch.backward(grad, q, k, v, out, lse, *sides, *sizes, need_dq, need_dkv)
     else:
-        grads = reference_backward(grad, q, k, v, lse, *sides)
+        grads = reference_backward(grad, q, k, v, lse, *sides, scale)
     # An op returns tensors, so a gradient that is not needed is an empty one.
     dq, dk, dv = grads
     return (
@@ -100,22 +105,21 @@ class _CrossAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grads[0] is None:
-            return (None,) * 12
+            return (None,) * 14
         need_dq, need_dk, need_dv = ctx.needs_input_grad[1:4]
         need_dkv = need_dk or need_dv
         saved = ctx.saved_tensors
         backward = registration.backward_of(_backward_op, _backward_implementation, grads[0], *saved[:3])
         dq, dk, dv = backward(grads[0], *saved, ctx.scale, ctx.max_len_q, ctx.max_len_k, need_dq, need_dkv)
-        return (None, dq if need_dq else None, dk if need_dk else None, dv if need_dv else None) + (None,) * 8
+        return (None, dq if need_dq else None, dk if need_dk else None, dv if need_dv else None) + (None,) * 10
 
 
 attend_directly = registration.direct(_CrossAttention, _implementation)
 _SIDES = (
     "Tensor? key_lengths, Tensor? key_mask, Tensor? key_index, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "float scale, SymInt max_len_q, SymInt max_len_k"
+    "Tensor? reader_order, Tensor? reader_spans, float scale, SymInt max_len_q, SymInt max_len_k"
 )
 attention_op = registration.define(
     f"cross_attention(Tensor q, Tensor k, Tensor v, {_SIDES}) -> (Tensor, Tensor)",
@@ -128,6 +132,9 @@ _backward_op = registration.define(
     "bool need_dq, bool need_dkv) -> (Tensor, Tensor, Tensor)",
     _backward_implementation,
     _backward_fake,
+    registration.no_second_derivative(
+        "cross_attention", "mvlm_kernels.cross_attention.reference.cross_attention_reference"
+    ),
 )
 
 

@@ -105,6 +105,38 @@ def reference_backward(
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
+def reference_probabilities(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    key_lengths: Tensor | None,
+    key_mask: Tensor | None,
+    key_index: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    scale: float,
+    len_q: int,
+    len_k: int,
+) -> Tensor:
+    """Specification of :func:`mvlm_kernels.attention_probabilities`: (B, H, len_q, len_k), float32 or float64.
+
+    lse: natural log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq); None: it is computed.
+    """
+    k, _, exists = _keys(k, k, key_lengths, key_mask, cu_seqlens_k, len_k)
+    if key_index is not None:
+        k, exists = k[key_index.long()], exists[key_index.long()]
+    s = _scores(_padded(q, cu_seqlens_q, len_q), k, exists, scale)
+    if lse is None:
+        lse = s.logsumexp(-1)
+    elif cu_seqlens_q is not None:
+        lse = _padded(lse.T, cu_seqlens_q, len_q).transpose(1, 2)
+    p = _probabilities(s, lse)
+    if cu_seqlens_q is None:
+        return p
+    inside = torch.arange(len_q, device=q.device) < cu_seqlens_q.diff()[:, None]  # (B, len_q), True = a query
+    return p * inside[:, None, :, None]
+
+
 def sdpa(
     q: Tensor,
     k: Tensor,
@@ -166,11 +198,12 @@ def _probabilities(s: Tensor, lse: Tensor) -> Tensor:
 
 
 def _keys(
-    k: Tensor, v: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+    k: Tensor, v: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None, cu_seqlens: Tensor | None,
+    longest: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """k and v as (B', Lk, H, D) with zeros where no key exists, and exists (B', Lk), True = the key exists."""
     if cu_seqlens is not None:
-        k, v = _padded(k, cu_seqlens), _padded(v, cu_seqlens)
+        k, v = _padded(k, cu_seqlens, longest), _padded(v, cu_seqlens, longest)
         key_lengths = cu_seqlens.diff()
     exists = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
     if key_lengths is not None:
@@ -182,12 +215,16 @@ def _keys(
     return k.where(exists[..., None, None], zero), v.where(exists[..., None, None], zero), exists
 
 
-def _padded(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """Packed (T, ...) -> (B, longest, ...), zeros past each sequence's end. Returns a dense x unchanged."""
+def _padded(x: Tensor, cu_seqlens: Tensor | None, longest: int | None = None) -> Tensor:
+    """Packed (T, ...) -> (B, longest, ...), zeros past each sequence's end. Returns a dense x unchanged.
+
+    longest: of the sequences; None reads it from cu_seqlens, which on a GPU waits for the device.
+    """
     if cu_seqlens is None:
         return x
     lengths = cu_seqlens.diff().long()
-    longest = int(lengths.max()) if len(lengths) else 0
+    if longest is None:
+        longest = int(lengths.max()) if len(lengths) else 0
     row = torch.arange(longest, device=x.device)
     inside = row < lengths[:, None]  # (B, longest)
     rows = torch.where(inside, cu_seqlens[:-1, None].long() + row, 0)

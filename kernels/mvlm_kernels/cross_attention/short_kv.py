@@ -4,14 +4,11 @@ K and V stay on chip for one pass over the queries. The backward sees every key 
 delta = sum_j p_ij dp_ij needs neither the output nor a pass before. dQ is written once per query tile, dK and dV once
 at the end. With key_index a program loops over the query sequences that read its key sequence.
 
-The same backward, run over tiles of a long key sequence, computes dK and dV for the short-Q family in two cases: with
-key_index, where several query sequences may read one key sequence, and where ``short_q_backward`` has no tiles for a
-single pass because it would spill registers.
-
-The backward forms scores transposed, (keys, queries). P^T and dS^T are then direct left operands of the products. This
-takes 130 registers instead of 255 on sm_80 and sm_90.
+The backward forms scores transposed, (keys, queries). P^T and dS^T are then direct left operands of the products, which
+took 130 registers instead of 255 on sm_80 and sm_90.
 
 Legend: BLOCK_M query rows, BLOCK_N key rows, BLOCK_D >= D head width; b query sequence, kb key sequence, h head.
+``tile_io.py`` says what the tuples hold.
 """
 # pyright: reportArgumentType=false
 
@@ -20,221 +17,157 @@ import triton.language as tl
 
 from mvlm_kernels.cross_attention.tile_io import (
     INF,
+    SIZES,
     existing_keys,
-    fill_lse_outside,
-    fill_outside,
-    fill_rows,
-    key_length,
+    fill_nan,
+    head_of,
+    key_rows,
     key_sequence,
     load_rows,
     log_sum_exp,
+    lse_of,
+    readers_of,
     rows_of,
     store_rows,
+    transposed_probabilities,
 )
-from mvlm_kernels.language import cast, dot, widen
+from mvlm_kernels.language import cast, dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def short_kv_forward(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, lengths_ptr, mask_ptr, index_ptr, cu_q_ptr, cu_k_ptr,
-    stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
-    H, q_seqs, k_seqs, q_rows, k_rows, mask_words, scale, scale_log2, num_splits,
+    q, k, v, out, lse_ptr, keys, order_ptr, cu_q_ptr, H, k_seqs, q_rows, k_rows, scale_log2, num_splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp. Grid (B * H, splits); split s takes every num_splits-th query tile.
 
-    q_rows and k_rows: rows per sequence of a dense side, all rows of a packed side.
+    order_ptr: query sequences in the order of their key sequences, so that readers of one run side by side and find it
+    in cache. q_rows and k_rows: rows per sequence of a dense side, all rows of a packed side.
     """
     b = tl.program_id(0) // H
     h = (tl.program_id(0) % H).to(tl.int64)
-    split = tl.program_id(1)
+    if order_ptr is not None:
+        b = tl.load(order_ptr + b)
+    b = b.to(tl.int64)
     q_start, q_len = rows_of(cu_q_ptr, b, q_rows)
-    kb, bad = key_sequence(index_ptr, b, k_seqs)
-    k_start, stored = rows_of(cu_k_ptr, kb, k_rows)
-    klen = key_length(lengths_ptr, kb, stored)
+    kb, bad = key_sequence(keys, b, k_seqs)
+    k_start, _, klen = key_rows(keys, kb, k_rows)
     # A sequence longer than its bound, or a wrong index. The output is NaN, because raising an error would wait for the
     # device.
     bad = bad | (klen > BLOCK_N)
 
     rn = tl.arange(0, BLOCK_N)
-    exists = existing_keys(rn, klen, mask_ptr, kb, mask_words)
-    k = load_rows(k_ptr + kb * stride_kb + k_start * stride_kl + h * stride_kh, rn, stride_kl, exists, D, BLOCK_D)
-    v = load_rows(v_ptr + kb * stride_vb + k_start * stride_vl + h * stride_vh, rn, stride_vl, exists, D, BLOCK_D)
-    kt = tl.trans(k)
+    exists = existing_keys(rn, klen, keys, kb)
+    k_tile = load_rows(head_of(k, kb, k_start, h), rn, k[2], exists, D, BLOCK_D)
+    v_tile = load_rows(head_of(v, kb, k_start, h), rn, v[2], exists, D, BLOCK_D)
+    kt = tl.trans(k_tile)
     # Interpreted, a float argument is a Python float, which a product would round to float32. tl.full keeps float64.
     scale_log2 = tl.full((), scale_log2, ACC)
 
-    stride_ol = H * D
-    out_base = out_ptr + h * D
-    lse_base = lse_ptr + h * q_rows
-    if cu_q_ptr is None:
-        out_base += b.to(tl.int64) * q_rows * stride_ol
-        lse_base += b.to(tl.int64) * H * q_rows
-    q_base = q_ptr + b.to(tl.int64) * stride_qb + q_start * stride_ql + h * stride_qh
-    for tile in range(split, tl.cdiv(q_len, BLOCK_M), num_splits):
+    q_base = head_of(q, b, q_start, h)
+    out_base = head_of(out, b, q_start, h)
+    lse_base = lse_of(lse_ptr, cu_q_ptr, b, q_start, h, H, q_rows)
+    for tile in range(tl.program_id(1), tl.cdiv(q_len, BLOCK_M), num_splits):
         rm = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = rm < q_len
-        q = load_rows(q_base, rm, stride_ql, inside, D, BLOCK_D)
-        s = dot(q, kt, tl.zeros((BLOCK_M, BLOCK_N), ACC), PRECISION) * scale_log2
+        q_tile = load_rows(q_base, rm, q[2], inside, D, BLOCK_D)
+        s = dot(q_tile, kt, tl.zeros((BLOCK_M, BLOCK_N), ACC), PRECISION) * scale_log2
         s = tl.where(exists[None, :], s, -INF)
         m = tl.max(s, 1)
         m = tl.where(m == -INF, 0.0, m)  # without keys: p = exp2(-inf) = 0 instead of exp2(-inf + inf) = NaN
         p = tl.exp2(s - m[:, None])
         total = tl.sum(p, 1)
-        o = dot(cast(p, v.dtype), v, tl.zeros((BLOCK_M, BLOCK_D), ACC), PRECISION)
+        o = dot(cast(p, v_tile.dtype), v_tile, tl.zeros((BLOCK_M, BLOCK_D), ACC), PRECISION)
         # The product takes P before it is normalised, at most 1, and the division is in the accumulator's dtype.
         o = o / tl.where(total == 0.0, 1.0, total)[:, None]
         lse = log_sum_exp(m, total)
-        if index_ptr is not None or cu_k_ptr is not None:
+        if keys[3] is not None or keys[4] is not None:
             o = tl.where(bad, float("nan"), o)
             lse = tl.where(bad, float("nan"), lse)
-        store_rows(out_base + q_start * stride_ol, rm, stride_ol, inside, o, D, BLOCK_D)
-        tl.store(lse_base + q_start + rm, lse, mask=inside)
-    if cu_q_ptr is not None:
-        leader = (b == 0) & (split == 0)
-        fill_outside(out_base, stride_ol, cu_q_ptr, q_seqs, q_rows, leader, BLOCK_M, D, BLOCK_D)
-        fill_lse_outside(lse_base, cu_q_ptr, q_seqs, q_rows, leader, BLOCK_M)
+        store_rows(out_base, rm, out[2], inside, o, D, BLOCK_D)
+        tl.store(lse_base + rm, lse, mask=inside)
 
 
 @triton.jit
-def key_tile_backward(
-    n0, kb, h, split, klen, k_base, v_base, dk_base, dv_base, k_end,
-    q_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, mask_ptr, order_ptr, offsets_ptr, cu_q_ptr,
-    stride_qb, stride_ql, stride_qh, stride_kl, stride_vl, stride_gb, stride_gl, stride_gh,
-    H, q_rows, mask_words, scale, scale_log2, reader_splits, tile_splits,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, WRITE_DQ: tl.constexpr, WRITE_DKV: tl.constexpr,
-    ALL_KEYS: tl.constexpr,
+def reader_backward(
+    dk_tile, dv_tile, k_tile, v_tile, exists, b, h, first, q, lse_ptr, do, dq, dk, cu_q_ptr, H, q_rows, scale,
+    scale_log2, tile_splits, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Backward of one key tile, keys [n0, n0 + BLOCK_N) of key sequence kb.
+    """Add the share of query sequence b, every tile_splits-th tile from the first, to dK and dV; write its dQ.
 
-    Writes dQ of every query sequence that reads kb, then dK and dV of the tile. ALL_KEYS: the tile holds all keys of
-    kb, so dQ is complete and delta follows from P and dP. Otherwise delta needs the output, and WRITE_DQ is False.
+    k_tile, v_tile: all keys that b reads. dq, dk None: not needed.
     """
-    rn = n0 + tl.arange(0, BLOCK_N)
-    exists = existing_keys(rn, klen, mask_ptr, kb, mask_words)
-    k = load_rows(k_base, rn, stride_kl, exists, D, BLOCK_D)
-    v = load_rows(v_base, rn, stride_vl, exists, D, BLOCK_D)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), ACC)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), ACC)
-    scale_log2 = tl.full((), scale_log2, ACC)
-    scale = tl.full((), scale, ACC)
-    stride_ol = H * D
-
-    # A split takes chunk `split // tile_splits` of the readers, in the order of the stable sort, and every
-    # tile_splits-th query tile of each. Without an index the only reader is the query sequence of the same number.
-    first = tl.zeros((), tl.int64)
-    last = first + 1
-    if order_ptr is not None:
-        first = tl.load(offsets_ptr + kb)
-        last = tl.load(offsets_ptr + kb + 1)
-        chunk = tl.cdiv(last - first, reader_splits)
-        first += split // tile_splits * chunk
-        last = tl.minimum(last, first + chunk)
-    if not ALL_KEYS:
-        last = tl.where(n0 < klen, last, first)  # a tile of padded keys has zero gradients
-    for reader in range(first, last):
-        b = kb
-        if order_ptr is not None:
-            b = tl.load(order_ptr + reader)
-        q_start, q_len = rows_of(cu_q_ptr, b, q_rows)
-        q_base = q_ptr + b * stride_qb + q_start * stride_ql + h * stride_qh
-        do_base = do_ptr + b * stride_gb + q_start * stride_gl + h * stride_gh
-        out_offset = q_start * stride_ol + h * D
-        lse_base = lse_ptr + q_start + h * q_rows
-        if cu_q_ptr is None:
-            out_offset += b * q_rows * stride_ol
-            lse_base += b * H * q_rows
-        for tile in range(split % tile_splits, tl.cdiv(q_len, BLOCK_M), tile_splits):
-            rm = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            inside = rm < q_len
-            q = load_rows(q_base, rm, stride_ql, inside, D, BLOCK_D)
-            do = load_rows(do_base, rm, stride_gl, inside, D, BLOCK_D)
-            lse = tl.load(lse_base + rm, mask=inside, other=0.0)
-            zeros = tl.zeros((BLOCK_N, BLOCK_M), ACC)
-            st = dot(k, tl.trans(q), zeros, PRECISION) * scale_log2
-            # where and not a product with 0: a query without keys has lse = -inf, so st - lse is inf.
-            pt = tl.exp2(tl.where(exists[:, None], st - lse[None, :], -INF))
-            if WRITE_DKV:
-                dv = dot(cast(pt, do.dtype), do, dv, PRECISION)
-            dpt = dot(v, tl.trans(do), zeros, PRECISION)
-            if ALL_KEYS:
-                delta = tl.sum(pt * dpt, 0)
-            else:
-                out = load_rows(out_ptr + out_offset, rm, stride_ol, inside, D, BLOCK_D)
-                delta = tl.sum(widen(out, ACC) * widen(do, ACC), 1)
-            dst = cast(pt * (dpt - delta[None, :]), q.dtype)
-            # The scale multiplies the sums dQ and dK in the accumulator's dtype. Scaling dS would round it once more.
-            if WRITE_DKV:
-                dk = dot(dst, q, dk, PRECISION)
-            if WRITE_DQ:
-                dq = dot(tl.trans(dst), k, tl.zeros((BLOCK_M, BLOCK_D), ACC), PRECISION) * scale
-                store_rows(dq_ptr + out_offset, rm, stride_ol, inside, dq, D, BLOCK_D)
-    if WRITE_DKV:
-        store_rows(dk_base, rn, stride_ol, rn < k_end, dk * scale, D, BLOCK_D)
-        store_rows(dv_base, rn, stride_ol, rn < k_end, dv, D, BLOCK_D)
+    q_start, q_len = rows_of(cu_q_ptr, b, q_rows)
+    q_base = head_of(q, b, q_start, h)
+    do_base = head_of(do, b, q_start, h)
+    lse_base = lse_of(lse_ptr, cu_q_ptr, b, q_start, h, H, q_rows)
+    for tile in range(first, tl.cdiv(q_len, BLOCK_M), tile_splits):
+        rm = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        inside = rm < q_len
+        q_tile = load_rows(q_base, rm, q[2], inside, D, BLOCK_D)
+        do_tile = load_rows(do_base, rm, do[2], inside, D, BLOCK_D)
+        lse = tl.load(lse_base + rm, mask=inside, other=0.0)
+        pt = transposed_probabilities(k_tile, q_tile, lse, exists, scale_log2, ACC, PRECISION)
+        if dk is not None:
+            dv_tile = dot(cast(pt, do_tile.dtype), do_tile, dv_tile, PRECISION)
+        dpt = dot(v_tile, tl.trans(do_tile), tl.zeros((k_tile.shape[0], BLOCK_M), ACC), PRECISION)
+        delta = tl.sum(pt * dpt, 0)
+        dst = cast(pt * (dpt - delta[None, :]), q_tile.dtype)
+        # The scale multiplies the sums dQ and dK in the accumulator's dtype. Scaling dS would round it once more.
+        if dk is not None:
+            dk_tile = dot(dst, q_tile, dk_tile, PRECISION)
+        if dq is not None:
+            dq_tile = dot(tl.trans(dst), k_tile, tl.zeros((BLOCK_M, BLOCK_D), ACC), PRECISION) * scale
+            store_rows(head_of(dq, b, q_start, h), rm, dq[2], inside, dq_tile, D, BLOCK_D)
+    return dk_tile, dv_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def short_kv_backward(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr,
-    lengths_ptr, mask_ptr, order_ptr, offsets_ptr, cu_q_ptr, cu_k_ptr,
-    stride_qb, stride_ql, stride_qh, stride_kb, stride_kl, stride_kh, stride_vb, stride_vl, stride_vh,
-    stride_gb, stride_gl, stride_gh,
-    H, q_seqs, k_seqs, q_rows, k_rows, mask_words, scale, scale_log2, reader_splits, tile_splits, partial_size,
+    q, k, v, lse_ptr, do, dq, dk, dv, keys, order_ptr, spans_ptr, cu_q_ptr, H, q_rows, k_rows, scale, scale_log2,
+    reader_splits, tile_splits, partial_size,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr, WRITE_DQ: tl.constexpr, WRITE_DKV: tl.constexpr,
-    ALL_KEYS: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ, dK and dV. Grid (B' * H, reader_splits * tile_splits, key tiles); one key tile under ALL_KEYS.
+    """dQ, dK and dV; dq, or dk and dv, may be None. Grid (B' * H, reader_splits * tile_splits).
 
-    order and offsets invert key_index: the query sequences order[offsets[kb] : offsets[kb + 1]] read key sequence kb.
-    Split s writes its part of dK and dV at s * partial_size elements into dk_ptr and dv_ptr.
+    spans (B', 3): key sequence kb, first, last; the query sequences order[first:last] read kb. Key sequences with more
+    readers come first. Without an index both are None. Split s writes its part of dK and dV at s * partial_size
+    elements.
     """
     kb = (tl.program_id(0) // H).to(tl.int64)
     h = (tl.program_id(0) % H).to(tl.int64)
     split = tl.program_id(1)
-    k_start, stored = rows_of(cu_k_ptr, kb, k_rows)
-    klen = key_length(lengths_ptr, kb, stored)
-    stride_ol = H * D
-    grad_base = split.to(tl.int64) * partial_size + h * D
-    if cu_k_ptr is None:
-        grad_base += kb * k_rows * stride_ol
-    dk_base = None
-    dv_base = None
-    if WRITE_DKV:
-        dk_base = dk_ptr + grad_base + k_start * stride_ol
-        dv_base = dv_ptr + grad_base + k_start * stride_ol
-    k_base = k_ptr + kb * stride_kb + k_start * stride_kl + h * stride_kh
-    v_base = v_ptr + kb * stride_vb + k_start * stride_vl + h * stride_vh
-    if ALL_KEYS:
-        key_tile_backward(
-            0, kb, h, split, klen, k_base, v_base, dk_base, dv_base, stored,
-            q_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, mask_ptr, order_ptr, offsets_ptr, cu_q_ptr,
-            stride_qb, stride_ql, stride_qh, stride_kl, stride_vl, stride_gb, stride_gl, stride_gh,
-            H, q_rows, mask_words, scale, scale_log2, reader_splits, tile_splits,
-            D, BLOCK_D, BLOCK_M, BLOCK_N, ACC, PRECISION, WRITE_DQ, WRITE_DKV, ALL_KEYS,
+    if spans_ptr is not None:
+        kb, first, last = readers_of(spans_ptr, kb, split // tile_splits, reader_splits)
+    k_start, stored, klen = key_rows(keys, kb, k_rows)
+    rn = tl.arange(0, BLOCK_N)
+    exists = existing_keys(rn, klen, keys, kb)
+    k_tile = load_rows(head_of(k, kb, k_start, h), rn, k[2], exists, D, BLOCK_D)
+    v_tile = load_rows(head_of(v, kb, k_start, h), rn, v[2], exists, D, BLOCK_D)
+    dk_tile = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    dv_tile = tl.zeros((BLOCK_N, BLOCK_D), ACC)
+    scale_log2 = tl.full((), scale_log2, ACC)
+    scale = tl.full((), scale, ACC)
+    if spans_ptr is None:
+        dk_tile, dv_tile = reader_backward(
+            dk_tile, dv_tile, k_tile, v_tile, exists, kb, h, split, q, lse_ptr, do, dq, dk, cu_q_ptr, H, q_rows,
+            scale, scale_log2, tile_splits, D, BLOCK_D, BLOCK_M, ACC, PRECISION,
         )  # fmt: skip
     else:
-        for n0 in range(tl.program_id(2) * BLOCK_N, stored, tl.num_programs(2) * BLOCK_N):
-            key_tile_backward(
-                n0, kb, h, split, klen, k_base, v_base, dk_base, dv_base, stored,
-                q_ptr, out_ptr, lse_ptr, do_ptr, dq_ptr, mask_ptr, order_ptr, offsets_ptr, cu_q_ptr,
-                stride_qb, stride_ql, stride_qh, stride_kl, stride_vl, stride_gb, stride_gl, stride_gh,
-                H, q_rows, mask_words, scale, scale_log2, reader_splits, tile_splits,
-                D, BLOCK_D, BLOCK_M, BLOCK_N, ACC, PRECISION, WRITE_DQ, WRITE_DKV, ALL_KEYS,
+        for reader in range(first, last):
+            dk_tile, dv_tile = reader_backward(
+                dk_tile, dv_tile, k_tile, v_tile, exists, tl.load(order_ptr + reader), h, split % tile_splits, q,
+                lse_ptr, do, dq, dk, cu_q_ptr, H, q_rows, scale, scale_log2, tile_splits, D, BLOCK_D, BLOCK_M, ACC,
+                PRECISION,
             )  # fmt: skip
-    # Each split has its own partial sums of dK and dV and fills their outside rows. dQ exists once.
-    first_row = (kb == 0) & (tl.program_id(2) == 0)
-    if cu_k_ptr is not None:
-        if WRITE_DKV:
-            if ALL_KEYS:  # keys past the bound max_len_k are in no tile; their gradients are NaN
-                fill_rows(dk_base, stride_ol, BLOCK_N, stored, float("nan"), BLOCK_N, D, BLOCK_D)
-                fill_rows(dv_base, stride_ol, BLOCK_N, stored, float("nan"), BLOCK_N, D, BLOCK_D)
-            fill_outside(dk_ptr + grad_base, stride_ol, cu_k_ptr, k_seqs, k_rows, first_row, BLOCK_N, D, BLOCK_D)
-            fill_outside(dv_ptr + grad_base, stride_ol, cu_k_ptr, k_seqs, k_rows, first_row, BLOCK_N, D, BLOCK_D)
-    if cu_q_ptr is not None:
-        if WRITE_DQ:
-            leader = first_row & (split == 0)
-            fill_outside(dq_ptr + h * D, stride_ol, cu_q_ptr, q_seqs, q_rows, leader, BLOCK_M, D, BLOCK_D)
+    if dk is not None:
+        dk_base = head_of(dk, kb, k_start, h) + split.to(tl.int64) * partial_size
+        dv_base = head_of(dv, kb, k_start, h) + split.to(tl.int64) * partial_size
+        store_rows(dk_base, rn, dk[2], rn < stored, dk_tile * scale, D, BLOCK_D)
+        store_rows(dv_base, rn, dv[2], rn < stored, dv_tile, D, BLOCK_D)
+        if keys[3] is not None:  # keys past the bound max_len_k are in no tile
+            fill_nan(dk_base, dk[2], BLOCK_N, stored, BLOCK_N, D, BLOCK_D)
+            fill_nan(dv_base, dv[2], BLOCK_N, stored, BLOCK_N, D, BLOCK_D)

@@ -1,4 +1,11 @@
-"""Loads and stores of tiles, bounds of dense and packed sequences, and key masks, for both kernel families.
+"""Loads and stores of tiles, bounds of dense and packed sequences, and key masks, for all attention kernels.
+
+A kernel takes a tensor of heads as a tuple ``(pointer, stride of a sequence, of a row, of a head)``, and the vectors of
+the key side as ``keys = (lengths, mask words, words per sequence, cu_seqlens, key_index)``, each of them or None.
+
+Sizes that change from batch to batch are arguments of their own, named in :data:`SIZES`: Triton would otherwise compile
+a kernel again for a size that is 1 or divisible by 16, in the middle of training, and it cannot be told so of numbers
+inside a tuple.
 
 Legend: BLOCK_D >= D head width; b query sequence, kb key sequence, h head. Offsets inside one sequence are int32, which
 the launcher guarantees; bases are int64.
@@ -8,10 +15,14 @@ the launcher guarantees; bases are int64.
 import triton
 import triton.language as tl
 
-from mvlm_kernels.language import cast
+from mvlm_kernels.language import cast, dot
 
 # Global of the kernels. NaN must not be one: Triton compares globals at every launch, and NaN is unequal to itself.
 INF = tl.constexpr(float("inf"))
+SIZES = (
+    "k_seqs", "q_rows", "k_rows", "num_splits", "reader_splits", "tile_splits", "num_tiles", "partial_size",
+    "partial_lse_size", "size", "rows", "lse_rows", "out_rows", "out_cols",
+)  # fmt: skip
 
 
 @triton.jit
@@ -28,6 +39,22 @@ def rows_of(cu_ptr, b, total):
         end = tl.minimum(tl.maximum(tl.load(cu_ptr + b + 1).to(tl.int64), start), total)
         length = (end - start).to(tl.int32)
     return start, length
+
+
+@triton.jit
+def head_of(x, b, row, h):
+    """Pointer to a row of sequence b and head h. b, row and h are int64."""
+    return x[0] + b * x[1] + row * x[2] + h * x[3]
+
+
+@triton.jit
+def lse_of(lse_ptr, cu_q_ptr, b, row, h, H, q_rows):
+    """Pointer to the log-sum-exp of a row: (B, H, Lq), or packed (H, Tq)."""
+    if cu_q_ptr is None:
+        at = (b * H + h) * q_rows + row
+    else:
+        at = h * q_rows + row
+    return lse_ptr + at
 
 
 @triton.jit
@@ -52,52 +79,55 @@ def store_rows(ptr, rows, stride, inside, x, D: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
-def fill_rows(ptr, stride, start, end, value, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store value in rows [start, end), which no tile covers: NaN past a bound of lengths, zeros outside sequences."""
-    for r0 in range(start, end, BLOCK):
-        rows = r0 + tl.arange(0, BLOCK).to(tl.int64)
-        store_rows(ptr, rows, stride, rows < end, tl.full((BLOCK, BLOCK_D), value, tl.float32), D, BLOCK_D)
-
-
-@triton.jit
-def fill_lse(ptr, start, end, value, BLOCK: tl.constexpr):
+def fill_nan(ptr, stride, start, end, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Store NaN in the rows [start, end) past a bound of lengths, which no tile covers."""
     for r0 in range(start, end, BLOCK):
         rows = r0 + tl.arange(0, BLOCK)
-        tl.store(ptr + rows, tl.full((BLOCK,), value, tl.float32), mask=rows < end)
+        store_rows(ptr, rows, stride, rows < end, tl.full((BLOCK, BLOCK_D), float("nan"), tl.float32), D, BLOCK_D)
 
 
 @triton.jit
-def outside_rows(cu_ptr, seqs, total, leader):
-    """Rows of a packed buffer that belong to no sequence: [0, front) and [back, end).
+def key_sequence(keys, b, k_seqs):
+    """Key sequence that query sequence b reads, and True if its index is out of range.
 
-    One program, the leader, fills them. For all others both ranges are empty.
+    A bad index reads sequence 0, and its results become NaN.
     """
-    first = tl.minimum(tl.maximum(tl.load(cu_ptr).to(tl.int64), 0), total)
-    back = tl.minimum(tl.maximum(tl.load(cu_ptr + seqs).to(tl.int64), first), total)
-    return tl.where(leader, first, 0), back, tl.where(leader, total, back)
+    if keys[4] is None:
+        kb = b.to(tl.int64)
+        bad = kb < 0
+    else:
+        kb = tl.load(keys[4] + b).to(tl.int64)
+        bad = (kb < 0) | (kb >= k_seqs)
+        kb = tl.where(bad, 0, kb)
+    return kb, bad
 
 
 @triton.jit
-def fill_outside(ptr, stride, cu_ptr, seqs, total, leader, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store zeros in the rows of a packed buffer that belong to no sequence."""
-    front, back, end = outside_rows(cu_ptr, seqs, total, leader)
-    fill_rows(ptr, stride, 0, front, 0.0, BLOCK, D, BLOCK_D)
-    fill_rows(ptr, stride, back, end, 0.0, BLOCK, D, BLOCK_D)
+def key_rows(keys, kb, k_rows):
+    """First row, number of stored rows, and number of keys of sequence kb, at most the stored rows."""
+    start, stored = rows_of(keys[3], kb, k_rows)
+    klen = stored
+    if keys[0] is not None:
+        klen = tl.minimum(tl.maximum(tl.load(keys[0] + kb).to(tl.int32), 0), stored)
+    return start, stored, klen
 
 
 @triton.jit
-def fill_lse_outside(ptr, cu_ptr, seqs, total, leader, BLOCK: tl.constexpr):
-    front, back, end = outside_rows(cu_ptr, seqs, total, leader)
-    fill_lse(ptr, 0, front, -INF, BLOCK)
-    fill_lse(ptr, back, end, -INF, BLOCK)
+def readers_of(spans_ptr, kb, split, reader_splits):
+    """Key sequence of a program, and the chunk of its readers that the split takes, in the order of the stable sort."""
+    first = tl.load(spans_ptr + 3 * kb + 1)
+    last = tl.load(spans_ptr + 3 * kb + 2)
+    chunk = tl.cdiv(last - first, reader_splits)
+    first += split * chunk
+    return tl.load(spans_ptr + 3 * kb), first, tl.minimum(last, first + chunk)
 
 
 @triton.jit
-def existing_keys(rn, klen, mask_ptr, kb, mask_words):
+def existing_keys(rn, klen, keys, kb):
     """bool (BLOCK_N,), True = the key exists: below the length, and its bit is set in the sequence's 64-bit words."""
     exists = rn < klen
-    if mask_ptr is not None:
-        word = tl.load(mask_ptr + kb * mask_words + rn // 64, mask=exists, other=0)
+    if keys[1] is not None:
+        word = tl.load(keys[1] + kb * keys[2] + rn // 64, mask=exists, other=0)
         exists = exists & (((word >> (rn % 64).to(tl.int64)) & 1) != 0)
     return exists
 
@@ -113,31 +143,14 @@ def log_sum_exp(m, total):
 
 
 @triton.jit
-def key_sequence(index_ptr, b, k_seqs):
-    """Key sequence that query sequence b reads, and True if its index is out of range.
-
-    A bad index reads sequence 0, and its results become NaN.
-    """
-    if index_ptr is None:
-        kb = b.to(tl.int64)
-        bad = kb < 0
-    else:
-        kb = tl.load(index_ptr + b).to(tl.int64)
-        bad = (kb < 0) | (kb >= k_seqs)
-        kb = tl.where(bad, 0, kb)
-    return kb, bad
+def transposed_probabilities(k, q, lse, exists, scale_log2, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """P^T (keys, queries) from the saved log-sum-exp."""
+    st = dot(k, tl.trans(q), tl.zeros((k.shape[0], q.shape[0]), ACC), PRECISION) * scale_log2
+    # where and not a product with 0: a query without keys has lse = -inf, so st - lse is inf.
+    return tl.exp2(tl.where(exists[:, None], st - lse[None, :], -INF))
 
 
-@triton.jit
-def key_length(lengths_ptr, kb, stored):
-    """Number of keys of sequence kb, clamped to the stored rows."""
-    klen = stored
-    if lengths_ptr is not None:
-        klen = tl.minimum(tl.maximum(tl.load(lengths_ptr + kb).to(tl.int32), 0), stored)
-    return klen
-
-
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def sum_splits(partial_ptr, x_ptr, size, num_splits, BLOCK: tl.constexpr, ACC: tl.constexpr):
     """Sum of the splits, x = partial[0] + partial[1] + ... in that order. Grid (tiles,).
 
@@ -146,6 +159,7 @@ def sum_splits(partial_ptr, x_ptr, size, num_splits, BLOCK: tl.constexpr, ACC: t
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.zeros((BLOCK,), ACC)
-    for split in range(num_splits):
-        total += tl.load(partial_ptr + split * size + at, mask=inside, other=0.0)
+    for _ in range(num_splits):
+        total += tl.load(partial_ptr + at, mask=inside, other=0.0)
+        partial_ptr += size
     tl.store(x_ptr + at, cast(total, x_ptr.dtype.element_ty), mask=inside)

@@ -1,4 +1,8 @@
-"""Tiles, constants and number of splits of a launch, chosen from shapes."""
+"""Tiles, constants and number of splits of a launch: rules over the shapes, and a table of exceptions.
+
+A rule holds for every architecture. ``configs/cross_attention.json`` overrides it where a GPU has measured better
+tiles, or where a compiler needs others to spill nothing.
+"""
 
 import functools
 from typing import Any
@@ -9,44 +13,39 @@ import triton.language as tl
 from mvlm_kernels import configs, dispatch
 from mvlm_kernels.cross_attention.arguments import bucket
 from mvlm_kernels.dispatch import ceil_div, power_of_two
+from mvlm_kernels.overrides import overridable
 
-_TYPE_NAMES = {torch.bfloat16: "16bit", torch.float16: "16bit", torch.float32: "tf32"}
 _MOST_SPLITS = 16
 # Compute capabilities with 99 KiB of shared memory per block. Others have 163 or more; the widest tiles take 144.
 _SMALL_SHARED_MEMORY = (86, 89, 120, 121)
-# Tile size of the short side, which a kernel keeps on chip as a whole. It is computed from the longest sequence, so the
-# tables do not list it.
-_WHOLE_SIDE = {
-    "short_kv_forward": "BLOCK_N",
-    "short_kv_backward": "BLOCK_N",
-    "short_q_forward": "BLOCK_M",
-    "short_q_backward": "BLOCK_M",
-}
 
 
 def has_tiles(dtype: torch.dtype, width: int, short: int, arch: int) -> bool:
     """True if tiles without register spills exist for this dtype, head width and longest sequence of the short side."""
-    block_d = power_of_two(width)
-    if arch in _SMALL_SHARED_MEMORY and block_d * bucket(short) > 64 * 128:
+    size = power_of_two(width) * bucket(short)
+    if size > 64 * 128 and arch in _SMALL_SHARED_MEMORY:
         return False
-    return configs.has("cross_attention", arch, _key("short_kv_backward", dtype, "cuda", block_d, short))
+    if bucket(short) > 128 and (size > 64 * 256 or not _has_wgmma(arch)):
+        return False
+    return dtype != torch.float32 or size <= 64 * 64
 
 
-def kernel_has_tiles(kernel: str, dtype: torch.dtype, device: str, width: int, short: int, arch: int) -> bool:
-    return configs.has("cross_attention", arch, _key(kernel, dtype, device, power_of_two(width), short))
+def single_pass(dtype: torch.dtype, device: str, width: int, short: int, arch: int) -> bool:
+    """True if ``short_q_backward`` has tiles without register spills, so that one pass computes all three gradients."""
+    return _tiles("short_q_backward", dtype, device, power_of_two(width), bucket(short), 0, arch) is not None
 
 
+@overridable
 @functools.lru_cache(maxsize=1024)
-def meta(kernel: str, dtype: torch.dtype, device: str, width: int, short: int, arch: int) -> dict[str, Any]:
-    """Constexprs and compile options of a kernel: head width, dtypes, tiles from the table.
+def meta(kernel: str, dtype: torch.dtype, device: str, width: int, short: int, long: int, arch: int) -> dict[str, Any]:
+    """Constexprs and compile options of a kernel: head width, dtypes, tiles.
 
-    device: a device type ("cuda", "cpu"). short: longest sequence of the short side. The dict is cached: do not change
-    it. Raises KeyError if the table has no tiles for the kernel.
+    device: a device type ("cuda", "cpu"). short: longest sequence of the short side. long: that of the long side,
+    negative if unknown. The dict is cached: do not change it.
     """
     block_d = power_of_two(width)
-    tiles = dict(configs.lookup("cross_attention", arch, _key(kernel, dtype, device, block_d, short)))
-    if kernel in _WHOLE_SIDE:
-        tiles[_WHOLE_SIDE[kernel]] = bucket(short)
+    tiles = _tiles(kernel, dtype, device, block_d, bucket(short), long, arch)
+    assert tiles is not None, "a caller asks for a single pass only where there is one"
     return {
         "D": width,
         "BLOCK_D": block_d,
@@ -57,10 +56,60 @@ def meta(kernel: str, dtype: torch.dtype, device: str, width: int, short: int, a
     }
 
 
-def _key(kernel: str, dtype: torch.dtype, device: str, block_d: int, short: int) -> str:
+def _tiles(
+    kernel: str, dtype: torch.dtype, device: str, block_d: int, short: int, long: int, arch: int
+) -> dict[str, int] | None:
     # The interpreter has no registers to spill, so every dtype takes the 16-bit tiles there.
-    kind = "16bit" if device == "cpu" else _TYPE_NAMES[dtype]
-    return f"{kernel}/{kind}/{block_d}/{bucket(short)}"
+    kind = "tf32" if dtype == torch.float32 and device != "cpu" else "16bit"
+    text = 0 <= long <= 32  # both sides are text
+    key = f"{kernel}/{kind}/{block_d}/{short}{'/text' if text else ''}"
+    rule = _rule(kernel, kind, block_d, short, text, _has_wgmma(arch))
+    found = configs.exceptions("cross_attention", arch)
+    return {**(rule or {}), **found[key]} if key in found else rule
+
+
+def _has_wgmma(arch: int) -> bool:
+    """True for GPUs whose matrix instructions read operands from shared memory, which leaves more registers."""
+    return 90 <= arch < 120
+
+
+def _rule(kernel: str, kind: str, block_d: int, short: int, text: bool, wgmma: bool) -> dict[str, int] | None:
+    """Tiles of a kernel; None: a single pass would spill registers.
+
+    short: tile length of the short side. text: the long side is text of at most 32 rows. A tile of two stages loads the
+    next one while it computes. maxnreg holds a kernel to the registers of one more block per multiprocessor.
+    """
+    small = block_d <= 64 and kind == "16bit"
+    size = block_d * short
+    most = 64 * 64 if kind == "16bit" else 64 * 64 - 1  # elements of the short side that four warps hold
+    warps = 8 if size > most else 4
+    staged = small and size <= 64 * 32
+    if kernel == "short_kv_forward":
+        if text and small:
+            return {"BLOCK_M": 16, "BLOCK_N": short, "num_warps": 1, "num_stages": 1}
+        return {"BLOCK_M": 64 if small else 32, "BLOCK_N": short, "num_warps": warps, "num_stages": 1}
+    if kernel == "short_kv_backward":
+        if text and small:
+            return {"BLOCK_M": 16, "BLOCK_N": short, "num_warps": 2, "num_stages": 1}
+        if staged:
+            return {"BLOCK_M": 32, "BLOCK_N": short, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
+        rows = 16 if block_d > 64 and short > 64 else 32
+        return {"BLOCK_M": rows, "BLOCK_N": short, "num_warps": warps, "num_stages": 1}
+    if kernel == "long_kv_backward":
+        rows = min(short, 32)
+        if small and wgmma:
+            return {"BLOCK_M": rows, "BLOCK_N": 64, "num_warps": 4, "num_stages": 1, "maxnreg": 168}
+        return {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": 8 if block_d > 64 else 4, "num_stages": 1}
+    if kernel == "short_q_forward":
+        stages = 2 if staged else 1
+        return {"BLOCK_M": short, "BLOCK_N": 64 if small else 32, "num_warps": warps, "num_stages": stages}
+    if kernel == "short_q_backward_dq":
+        rows = min(short, 64 if kind == "16bit" else 32)
+        return {"BLOCK_M": rows, "BLOCK_N": 32, "num_warps": 8 if block_d * rows > most else 4, "num_stages": 1}
+    assert kernel == "short_q_backward", kernel
+    if size > (64 * 128 if wgmma or block_d > 64 else 64 * 32):
+        return None
+    return {"BLOCK_M": short, "BLOCK_N": 32, "num_warps": warps, "num_stages": 2 if staged else 1}
 
 
 def splits(programs: int, work: int, device: torch.device) -> int:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.gather_patches import reference
@@ -129,7 +128,6 @@ class _GatherPatches(torch.autograd.Function):
         return forward(images, patch_ids, patch_size, mean, std, dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         if not ctx.needs_input_grad[1]:
             return (None,) * 7
@@ -138,11 +136,27 @@ class _GatherPatches(torch.autograd.Function):
         return None, backward(grad, images, patch_ids, ctx.patch_size, std), *(None,) * 5
 
 
+class _GatherPatchesBackward(torch.autograd.Function):
+    """The backward is linear in grad, so its own backward is the forward again, without a mean."""
+
+    @staticmethod
+    def forward(ctx, backward, grad, images, patch_ids, patch_size, std):
+        ctx.save_for_backward(patch_ids, std)
+        ctx.patch_size, ctx.dtype = patch_size, grad.dtype
+        return backward(grad, images, patch_ids, patch_size, std)
+
+    @staticmethod
+    def backward(ctx, grad):
+        patch_ids, std = ctx.saved_tensors
+        return None, _forward_op(grad, patch_ids, ctx.patch_size, None, std, ctx.dtype), *(None,) * 4
+
+
 _direct = registration.direct(_GatherPatches, _forward)
 _backward_op = registration.define(
     "gather_patches_backward(Tensor grad, Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? std) -> Tensor",
     _backward,
     _backward_fake,
+    _GatherPatchesBackward,
 )
 _forward_op = registration.define(
     "gather_patches(Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? mean, Tensor? std, "

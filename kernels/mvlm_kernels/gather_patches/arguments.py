@@ -19,8 +19,12 @@ def check_images(images: Tensor, patch_size: int) -> int:
     Raises ValueError for another rank, a dtype that is neither uint8 nor floating, and a patch size that does not
     divide H and W.
     """
+    if not isinstance(images, Tensor):
+        raise ValueError(f"images must be a tensor, got {type(images).__name__}")
     if images.ndim != 4:
         raise ValueError(f"images must have shape (B, C, H, W), got {tuple(images.shape)}")
+    if isinstance(patch_size, tuple | list | float | Tensor):
+        raise ValueError(f"patch_size must be an int, the side of a square patch, got {patch_size!r}")
     if images.dtype != torch.uint8 and images.dtype not in FLOATS:
         raise ValueError(f"images must be uint8, float16, bfloat16, float32 or float64, got {images.dtype}")
     _, channels, height, width = images.shape
@@ -44,8 +48,11 @@ def check_ids(name: str, ids: Tensor, batch: int, other: str, device: torch.devi
 
     other: name of the argument whose first dimension is batch, for the message.
     """
+    if not isinstance(ids, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(ids).__name__}")
     if ids.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"{name} must be int32 or int64, got {ids.dtype}")
+        hint = "; of a bool mask with as many patches in every row, pass mask.nonzero()[:, 1].view(B, K)"
+        raise ValueError(f"{name} must be int32 or int64, got {ids.dtype}{hint if ids.dtype == torch.bool else ''}")
     if ids.ndim != 2 or ids.shape[0] != batch:
         raise ValueError(f"{name} must have shape (B, K) with the B of {other}, ({batch}, K), got {tuple(ids.shape)}")
     check_device(name, ids, device)
@@ -74,7 +81,7 @@ def channel_tensors(
     """mean and std as contiguous tensors (C,) on the images' device, or None.
 
     A sequence is converted to the compute dtype and cached per device. Raises ValueError for a wrong number of values,
-    a wrong dtype, and a sequence std that is not positive. The values of a tensor are not checked.
+    a wrong dtype, and a std that is not positive. The values of a GPU tensor are not checked.
     """
     wide, device = compute_dtype(images.dtype, dtype), images.device
     kept = not torch.compiler.is_compiling() and type(images) in (Tensor, torch.nn.Parameter)
@@ -89,8 +96,9 @@ def _channel_tensor(
     name: str, values: Sequence[float] | Tensor, channels: int, wide: torch.dtype, device: torch.device, kept: bool
 ) -> Tensor:
     if not isinstance(values, Tensor):
-        if len(values) != channels:
-            raise ValueError(f"{name} must have one value for each of {channels} channels, got {len(values)}")
+        got = len(values) if hasattr(values, "__len__") else values
+        if got != channels:
+            raise ValueError(f"{name} must have one value for each of {channels} channels, got {got}")
         if not kept:
             _check_positive(name, values)
             # A tensor made in a compiled graph must not be cached: it could be in the memory of a CUDA graph, or a fake
@@ -103,6 +111,8 @@ def _channel_tensor(
             f"got {values.dtype} of shape {tuple(values.shape)}"
         )
     check_device(name, values, device)
+    if kept and device.type == "cpu":  # on a GPU reading the values would wait for the device
+        _check_positive(name, values.tolist())
     return values.contiguous()
 
 

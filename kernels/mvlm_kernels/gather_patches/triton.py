@@ -1,9 +1,13 @@
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 """Triton kernels of ``gather_patches`` and their launchers.
 
-One program owns one patch: a tile of (channels, P*P pixels), both padded to powers of two. Offsets into images are
-int64 from the first multiplication on, because strides and their products exceed 2^31. A patch id outside the image
-reads nothing and gives NaN, so that a bad index is seen and nothing is read out of bounds.
+A program of the forward owns a few patches, called rows: B*K of them, in the order of ``patch_ids``. It loads all their
+pixels before it stores the first one, because a load cannot move across a store that may change what it reads. Offsets
+into images are int64 from the first multiplication on, because strides and their products exceed 2^31. A patch id
+outside the image reads nothing and gives NaN, so that a bad index is seen and nothing is read out of bounds.
+
+Sizes that change from batch to batch are not specialised: no kernel is compiled in the middle of training. They are
+arguments of their own, because Triton (3.6 to 3.9) specialises what is inside a tuple whatever is asked for.
 """
 
 import functools
@@ -21,78 +25,119 @@ from mvlm_kernels.dispatch import ceil_div, power_of_two
 from mvlm_kernels.language import cast, widen
 
 
+@functools.lru_cache(maxsize=1024)
+def row_grid(rows: int, features: int) -> tuple[tuple[int], dict[str, int]]:
+    """Grid and tile of the programs that hold whole rows of ``features`` values. Do not change the cached dict.
+
+    The tile has BLOCK_R rows, takes BLOCK_F features at a time and has num_warps warps. A warp owns a row of at most
+    1,024 features, and a lane 8 neighbouring values. A longer row has a program of its own. At most 64 values per lane
+    are held, about the most that fits without spilling registers. Raises ValueError for 2^31 rows, as row numbers are
+    int32.
+    """
+    if rows >= 2**31:
+        raise ValueError(f"the kernels take fewer than 2^31 patches at once, got {rows}; split the batch")
+    block_r, warps = (4, 4) if features <= 1024 else (1, 4 if features <= 8192 else 16)
+    block_f = min(power_of_two(features), 256 * warps // block_r)
+    tile = {"BLOCK_R": block_r, "BLOCK_F": block_f, "num_warps": max(1, block_r * block_f // 256)}
+    return (ceil_div(rows, block_r),), tile
+
+
 @functools.cache
-def tile_of(channels: int, patch_size: int) -> tuple[int, int, int]:
-    """(BLOCK_C, BLOCK_P, num_warps) of the tile that holds one patch."""
-    block_c, block_p = power_of_two(channels), power_of_two(patch_size**2)
-    return block_c, block_p, min(16, max(1, block_c * block_p // 256))
-
-
 def accumulator(*dtypes: torch.dtype) -> tl.dtype:
     """The dtype to compute in: float64 if an input is (gradcheck, interpreted), else float32."""
     return tl.float64 if torch.float64 in dtypes else tl.float32
 
 
+def pixel_source(
+    images: Tensor, patch_ids: Tensor | None, patch_size: int, mean: Tensor | None, std: Tensor | None
+) -> tuple[Any, ...]:
+    """Arguments of a kernel that reads patches with :func:`load_patches`: images, norm, ids_ptr and those of SIZES.
+
+    images (B, C, H, W) of any strides, patch_ids (B, K) or None, mean and std (C,) or None.
+    """
+    batch, _, height, width = images.shape
+    grid_w = width // patch_size
+    num_patches = height // patch_size * grid_w
+    chosen = num_patches if patch_ids is None else patch_ids.shape[1]
+    id_strides = (0, 0) if patch_ids is None else patch_ids.stride()
+    sizes = batch * chosen, chosen, num_patches, grid_w
+    return (images, *images.stride()), (mean, std), patch_ids, *id_strides, *sizes
+
+
+SIZES = ["stride_kb", "stride_kk", "rows", "K", "num_patches", "grid_w"]
+
+
 @triton.jit
-def image_offsets(patch, c, p, grid_w, stride_c, stride_y, stride_x, P: tl.constexpr):
-    """Offsets from an image's start to the pixels of one patch. patch is a scalar, c (BLOCK_C, 1), p (1, BLOCK_P)."""
+def image_offsets(patch, c, p, grid_w, strides, P: tl.constexpr):
+    """Offsets from an image's start to pixels p of channel c of a patch. strides: of channels, rows and columns."""
     top = (patch // grid_w).to(tl.int64) * P
     left = (patch % grid_w).to(tl.int64) * P
-    return c.to(tl.int64) * stride_c + (top + p // P) * stride_y + (left + p % P) * stride_x
+    return c * strides[0] + (top + p // P) * strides[1] + (left + p % P) * strides[2]
 
 
 @triton.jit
-def readable_pixels(patch, num_patches, P: tl.constexpr):
-    """Number of pixels to read in each channel of the patch: P*P, or 0 for an id outside the image."""
-    return tl.where((patch >= 0) & (patch < num_patches), P * P, 0)
-
-
-@triton.jit
-def normalized_pixels(
-    images_ptr, offsets, c, mask, mean_ptr, std_ptr,
-    C: tl.constexpr, IS_UINT8: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr, ACC: tl.constexpr,
+def load_patches(
+    row, images, norm, ids, sizes, C: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, BLOCK_F: tl.constexpr
 ):  # fmt: skip
-    """Pixels at ``offsets`` where ``mask`` is set, as (x / 255 - mean) / std; 0 elsewhere. c broadcasts with offsets.
+    """Patches of the rows (BLOCK_R,), as (x / 255 if uint8 else x - mean) / std, in ACC.
 
-    A pixel costs a multiply-add and a multiplication: 1/255 is a constant, and std is inverted once per channel.
+    A tuple of tiles (BLOCK_R, BLOCK_F): tile i holds features i * BLOCK_F and the next ones, in (c, y, x) order.
+    Pixels of a patch id outside the image are NaN; rows and features that do not exist are NaN too. A pixel costs a
+    multiply-add and a multiplication: 1/255 is a constant, and std is inverted once per channel.
+
+    images: (pointer, strides of B, C, H, W). norm: pointers of mean and std. ids: (pointer, strides). A pointer may be
+    None. sizes: (rows, K, patches of an image, patches in a row of an image). See :func:`pixel_source`.
     """
-    x = widen(tl.load(images_ptr + offsets, mask=mask, other=0), ACC)
-    if IS_UINT8:
-        x = x * (1.0 / 255.0)
-    if HAS_MEAN:
-        x = x - widen(tl.load(mean_ptr + c, mask=c < C, other=0.0), ACC)
-    if HAS_STD:
-        x = x * (1.0 / widen(tl.load(std_ptr + c, mask=c < C, other=1.0), ACC))
-    return tl.where(mask, x, 0.0)
-
-
-@triton.jit
-def gather_kernel(
-    images_ptr, ids_ptr, mean_ptr, std_ptr, out_ptr,
-    K, num_patches, grid_w,
-    stride_ib, stride_ic, stride_iy, stride_ix, stride_kb, stride_kk,
-    C: tl.constexpr, P: tl.constexpr,
-    HAS_IDS: tl.constexpr, IS_UINT8: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """Gather one patch of an image into out (B, K, C*P*P), contiguous. Program (b*K + k)."""
-    row = tl.program_id(0).to(tl.int64)
+    rows, K, num_patches, grid_w = sizes
     b = row // K
-    k = row % K
-    c = tl.arange(0, BLOCK_C)[:, None]
-    p = tl.arange(0, BLOCK_P)[None, :]
-    inside = (c < C) & (p < P * P)
-    patch = tl.load(ids_ptr + b * stride_kb + k * stride_kk).to(tl.int64) if HAS_IDS else k
-    readable = (c < C) & (p < readable_pixels(patch, num_patches, P))
-    offsets = b * stride_ib + image_offsets(patch, c, p, grid_w, stride_ic, stride_iy, stride_ix, P)
-    x = normalized_pixels(images_ptr, offsets, c, readable, mean_ptr, std_ptr, C, IS_UINT8, HAS_MEAN, HAS_STD, ACC)
-    x = tl.where(readable, x, float("nan"))
-    tl.store(out_ptr + row * (C * P * P) + c * (P * P) + p, cast(x, out_ptr.dtype.element_ty), mask=inside)
+    patch = row % K
+    if ids[0] is not None:
+        at = b.to(tl.int64) * ids[1] + patch.to(tl.int64) * ids[2]
+        patch = tl.load(ids[0] + at, mask=row < rows, other=-1)
+    exists = (row < rows) & (patch >= 0) & (patch < num_patches)
+    start = (b.to(tl.int64) * images[1])[:, None]
+    tiles = ()
+    for i in tl.static_range(0, C * P * P, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
+        f = i + tl.arange(0, BLOCK_F)[None, :]
+        if (P * P) % BLOCK_F == 0:
+            c = tl.full((1, 1), i // (P * P), tl.int64)
+            p = i % (P * P) + tl.arange(0, BLOCK_F)[None, :]
+        else:
+            c = (f // (P * P)).to(tl.int64)
+            p = f % (P * P)
+        readable = exists[:, None] & (f < C * P * P)
+        offsets = start + image_offsets(patch[:, None], c, p, grid_w, images[2:], P)
+        x = widen(tl.load(images[0] + offsets, mask=readable, other=0), ACC)
+        if images[0].dtype.element_ty == tl.uint8:
+            x = x * (1.0 / 255.0)
+        if norm[0] is not None:
+            x = x - widen(tl.load(norm[0] + c, mask=c < C, other=0.0), ACC)
+        if norm[1] is not None:
+            x = x * (1.0 / widen(tl.load(norm[1] + c, mask=c < C, other=1.0), ACC))
+        tiles += (tl.where(readable, x, float("nan")),)
+    return tiles
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
+def gather_kernel(
+    out_ptr, images, norm, ids_ptr, stride_kb, stride_kk, rows, K, num_patches, grid_w,
+    C: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    """Gather BLOCK_R patches into out (B*K, C*P*P), contiguous."""
+    F: tl.constexpr = C * P * P
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    ids, sizes = (ids_ptr, stride_kb, stride_kk), (rows, K, num_patches, grid_w)
+    tiles = load_patches(row, images, norm, ids, sizes, C, P, ACC, BLOCK_F)
+    out_rows = out_ptr + (row.to(tl.int64) * F)[:, None]
+    for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
+        f = i + tl.arange(0, BLOCK_F)[None, :]
+        value = cast(tiles[i // BLOCK_F], out_ptr.dtype.element_ty)
+        tl.store(out_rows + f, value, mask=(row < rows)[:, None] & (f < F))
+
+
+@triton.jit(do_not_specialize=["K", "N", "stride_kb", "stride_kk", "stride_tb", "stride_tq"])
 def reader_lists_kernel(
-    ids_ptr, table_ptr, K, N, stride_kb, stride_kk, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
+    ids_ptr, table_ptr, K, N, stride_kb, stride_kk, stride_tb, stride_tq, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """Build linked lists of the readers of each patch, in rising order and without atomics.
 
@@ -113,41 +158,40 @@ def reader_lists_kernel(
         reads = (ids[None, :] == wanted[:, None]) & (k[None, :] > after[:, None]) & (k[None, :] < K)
         first = tl.minimum(first, tl.min(tl.where(reads, k[None, :], 2147483647), axis=1))
     first = tl.where(first == 2147483647, -1, first)
-    tl.store(table_ptr + b * (N + K) + q, first, mask=q < N + K)
+    tl.store(table_ptr + b * stride_tb + q.to(tl.int64) * stride_tq, first, mask=q < N + K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K", "num_patches", "grid_w"])
 def gather_backward_kernel(
-    grad_ptr, table_ptr, std_ptr, out_ptr,
-    K, num_patches, grid_w,
-    stride_gb, stride_gk, stride_gf, stride_ib, stride_ic, stride_iy, stride_ix,
-    C: tl.constexpr, P: tl.constexpr, HAS_IDS: tl.constexpr, HAS_STD: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    out_ptr, strides, grad, table, std_ptr, K, num_patches, grid_w,
+    C: tl.constexpr, P: tl.constexpr, ACC: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of one patch of an image, summed over its readers in rising order of k. Program (b*N + n).
+    """Gradient of one patch of an image, summed over its readers in rising order of k.
 
-    Every patch has one program, which also stores zeros for a patch without readers, so the output needs no fill.
+    Program (b*N + n, block of features). strides: of out. grad: (pointer, strides of its B*K rows). table: pointer of
+    :func:`reader_lists`, or None where every patch has one reader. Each patch has programs, which also store zeros for
+    a patch without readers, so the output needs no fill.
     """
-    row = tl.program_id(0).to(tl.int64)
-    b = row // num_patches
+    F: tl.constexpr = C * P * P
+    row = tl.program_id(0)
+    b = (row // num_patches).to(tl.int64)
     n = row % num_patches
-    c = tl.arange(0, BLOCK_C)[:, None]
-    p = tl.arange(0, BLOCK_P)[None, :]
-    inside = (c < C) & (p < P * P)
-    features = (c * (P * P) + p).to(tl.int64) * stride_gf
-    if HAS_IDS:
-        total = tl.zeros((BLOCK_C, BLOCK_P), ACC)
-        k = tl.load(table_ptr + b * (num_patches + K) + n)
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    grads = grad[0] + b * K * grad[1] + f.to(tl.int64) * grad[2]
+    if table is not None:
+        total = tl.zeros((BLOCK_F,), ACC)
+        list_ptr = table + b * (num_patches + K)
+        k = tl.load(list_ptr + n)
         while k >= 0:
-            g = tl.load(grad_ptr + b * stride_gb + k.to(tl.int64) * stride_gk + features, mask=inside, other=0.0)
-            total += widen(g, ACC)
-            k = tl.load(table_ptr + b * (num_patches + K) + num_patches + k)
+            total += widen(tl.load(grads + k.to(tl.int64) * grad[1], mask=f < F, other=0.0), ACC)
+            k = tl.load(list_ptr + num_patches + k)
     else:
-        total = widen(tl.load(grad_ptr + b * stride_gb + n * stride_gk + features, mask=inside, other=0.0), ACC)
-    if HAS_STD:
-        total = total / widen(tl.load(std_ptr + c, mask=c < C, other=1.0), ACC)
-    offsets = b * stride_ib + image_offsets(n, c, p, grid_w, stride_ic, stride_iy, stride_ix, P)
-    tl.store(out_ptr + offsets, cast(total, out_ptr.dtype.element_ty), mask=inside)
+        total = widen(tl.load(grads + n.to(tl.int64) * grad[1], mask=f < F, other=0.0), ACC)
+    c = f // (P * P)
+    if std_ptr is not None:
+        total = total / widen(tl.load(std_ptr + c, mask=f < F, other=1.0), ACC)
+    offsets = b * strides[0] + image_offsets(n, c.to(tl.int64), f % (P * P), grid_w, strides[1:], P)
+    tl.store(out_ptr + offsets, cast(total, out_ptr.dtype.element_ty), mask=f < F)
 
 
 def gather_patches(
@@ -159,30 +203,30 @@ def gather_patches(
     dtype: torch.dtype,
 ) -> Tensor:
     """images (B, C, H, W) of any strides, patch_ids (B, K) or None, mean and std (C,) -> (B, K, C*P*P), contiguous."""
-    batch, channels, height, width = images.shape
-    grid_w = width // patch_size
-    num_patches = (height // patch_size) * grid_w
-    chosen = num_patches if patch_ids is None else patch_ids.shape[1]
-    out = images.new_empty(batch, chosen, channels * patch_size**2, dtype=dtype)
-    block_c, block_p, warps = tile_of(channels, patch_size)
+    source = pixel_source(images, patch_ids, patch_size, mean, std)
+    (batch, channels), (rows, chosen, *_) = images.shape[:2], source[-4:]
+    features = channels * patch_size**2
+    out = images.new_empty(batch, chosen, features, dtype=dtype)
+    grid, tile = row_grid(rows, features)
     dispatch.launch(
-        gather_kernel, (batch * chosen,),
-        images, patch_ids, mean, std, out, chosen, num_patches, grid_w,
-        *images.stride(), *(patch_ids.stride() if patch_ids is not None else (0, 0)),
-        C=channels, P=patch_size, HAS_IDS=patch_ids is not None, IS_UINT8=images.dtype == torch.uint8,
-        HAS_MEAN=mean is not None, HAS_STD=std is not None, ACC=accumulator(images.dtype, dtype),
-        BLOCK_C=block_c, BLOCK_P=block_p, num_warps=warps, enable_fp_fusion=True,
+        gather_kernel, grid, out, *source,
+        C=channels, P=patch_size, ACC=accumulator(images.dtype, dtype), **tile, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
 
-def reader_lists(patch_ids: Tensor, num_patches: int) -> Tensor:
-    """Readers of each patch as linked lists, (B, N+K) int32; see :func:`reader_lists_kernel`. patch_ids: (B, K)."""
+def reader_lists(patch_ids: Tensor, num_patches: int, batch_last: bool = False) -> Tensor:
+    """Readers of each patch as linked lists, (B, N+K) int32; see :func:`reader_lists_kernel`. patch_ids: (B, K).
+
+    batch_last: B is the dimension of stride 1, for kernels that read one patch of many images.
+    """
     batch, chosen = patch_ids.shape
-    table = patch_ids.new_empty(batch, num_patches + chosen, dtype=torch.int32)
+    shape = (batch, num_patches + chosen)
+    table = patch_ids.new_empty(shape[::-1] if batch_last else shape, dtype=torch.int32)
+    table = table.t() if batch_last else table
     dispatch.launch(
         reader_lists_kernel, (batch, ceil_div(num_patches + chosen, 64)),
-        patch_ids, table, chosen, num_patches, *patch_ids.stride(),
+        patch_ids, table, chosen, num_patches, *patch_ids.stride(), *table.stride(),
         BLOCK_Q=64, BLOCK_K=64, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return table
@@ -194,16 +238,17 @@ def gather_patches_backward(
     """grad (B, K, C*P*P) of any strides -> gradient of images, in their dtype and memory format."""
     batch, channels, height, width = images.shape
     grid_w = width // patch_size
-    num_patches = (height // patch_size) * grid_w
+    num_patches = height // patch_size * grid_w
+    features = channels * patch_size**2
     out = torch.empty_like(images)
     table = None if patch_ids is None else reader_lists(patch_ids, num_patches)
-    block_c, block_p, warps = tile_of(channels, patch_size)
+    rows = grad.flatten(0, 1)
+    block = min(1024, power_of_two(features))
     dispatch.launch(
-        gather_backward_kernel, (batch * num_patches,),
-        grad, table, std, out, grad.shape[1], num_patches, grid_w, *grad.stride(), *out.stride(),
-        C=channels, P=patch_size, HAS_IDS=patch_ids is not None, HAS_STD=std is not None,
-        ACC=accumulator(grad.dtype, images.dtype), BLOCK_C=block_c, BLOCK_P=block_p,
-        num_warps=warps, enable_fp_fusion=True,
+        gather_backward_kernel, (batch * num_patches, ceil_div(features, block)),
+        out, out.stride(), (rows, *rows.stride()), table, std, grad.shape[1], num_patches, grid_w,
+        C=channels, P=patch_size, ACC=accumulator(grad.dtype, images.dtype), BLOCK_F=block,
+        num_warps=max(1, block // 256), enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

@@ -1,91 +1,156 @@
-"""Patch embedding for timm models that reads chosen patches directly from uint8 or floating images.
+"""Patch embeddings of timm models that read patches directly from uint8 or floating images.
 
-This module does not import timm: :class:`GatherPatchEmbed` is built from the ``PatchEmbed`` of the caller's model.
+from mvlm_kernels.integrations.timm import swap
+print(swap(model, mean=mean, std=std))  # what was swapped, and what not and why
+model(images)                           # uint8 images; `undo()` of the report puts everything back
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
+import torch
+from timm.layers.format import Format, nchw_to
+from timm.layers.patch_embed import PatchEmbed
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from mvlm_kernels import dispatch, gather_patches
-from mvlm_kernels.gather_patches.arguments import ChannelValues
+from mvlm_kernels.integrations.report import Part, SwapReport
 
 
-class GatherPatchEmbed(nn.Module):
-    """Replacement for ``timm.layers.PatchEmbed`` with the same parameters under the same names.
+class GatherPatchEmbed(PatchEmbed):
+    """``timm.layers.PatchEmbed`` that normalises and gathers patches in one pass; made by :func:`swap`.
 
-    ``forward(images)`` equals the original on normalised images. ``forward(images, patch_ids)`` embeds only the chosen
-    patches, (B, K) ids -> (B, K, embed_dim), so that an MAE-style encoder never computes a masked patch. images may be
-    uint8. mean and std normalise the pixels as they are read (see :func:`mvlm_kernels.gather_patches`).
+    ``forward(images)`` equals the original on normalised images, in every output format and for dynamic sizes.
+    ``forward(images, patch_ids)`` embeds only the chosen patches, (B, K) ids -> (B, K, embed_dim), so that an MAE-style
+    encoder never computes a masked patch. images may be uint8. mean and std normalise the pixels as they are read (see
+    :func:`mvlm_kernels.gather_patches`).
 
-    The weight of ``proj`` is read directly, so forward hooks on ``proj`` are not called.
+    Where a gather cannot give the original's result, its own forward runs on normalised images: if ``proj`` has hooks
+    or was wrapped (LoRA), if the image is padded or cut, or if patches are not square.
     """
 
-    def __init__(self, original: nn.Module, *, mean: ChannelValues = None, std: ChannelValues = None) -> None:
-        """Take over the parameters of ``original``.
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
-        Raises ValueError if it is not a plain embedding: a square conv with stride equal to its kernel, without
-        padding, groups or dilation, whose output is flattened to (B, N, C) and whose input is not padded.
-        """
-        super().__init__()
-        proj: Any = getattr(original, "proj", None)
-        if not isinstance(proj, nn.Conv2d):
-            raise ValueError(
-                f"original must be a timm PatchEmbed whose proj is a Conv2d, got {type(original).__name__} with a proj "
-                f"of type {type(proj).__name__}"
-            )
-        side = proj.kernel_size[0]
-        plain = (
-            proj.kernel_size == proj.stride == (side, side)
-            and proj.groups == 1
-            and proj.padding in ((0, 0), "valid")
-            and proj.dilation == (1, 1)
+    def why_not_gathered(self, images: Tensor) -> str | None:
+        """Reason why the original forward runs for these images; None if the patches are gathered."""
+        return why_not_read(self.proj) or (
+            f"images of {tuple(images.shape[2:])} pixels are padded or cut to patches of {self.patch_size}"
+            if any(side % patch for side, patch in zip(images.shape[2:], self.proj.kernel_size, strict=True))
+            else None
         )
-        if not plain:
-            raise ValueError(f"original.proj must be a square conv of disjoint patches, got {proj}")
-        if not getattr(original, "flatten", True) or getattr(original, "dynamic_img_pad", False):
-            raise ValueError(
-                "original must have flatten=True and dynamic_img_pad=False, got "
-                f"flatten={getattr(original, 'flatten', True)}, "
-                f"dynamic_img_pad={getattr(original, 'dynamic_img_pad', False)}"
-            )
-        self.proj = proj
-        self.norm = getattr(original, "norm", nn.Identity())
-        # timm's vision transformer reads these attributes of its patch embedding.
-        for name in ("img_size", "patch_size", "grid_size", "num_patches", "flatten", "output_fmt", "strict_img_size"):
-            if hasattr(original, name):
-                setattr(self, name, getattr(original, name))
-        self.dynamic_img_pad = False
-        self._original_feat_ratio = (side, side)
-        self.mean, self.std = mean, std
 
-    def feat_ratio(self, as_scalar: bool = True) -> int | tuple[int, int]:
-        """Pixels per token along a side: timm's interface."""
-        return self._original_feat_ratio[0] if as_scalar else self._original_feat_ratio
+    def forward(self, x: Tensor, patch_ids: Tensor | None = None) -> Tensor:
+        """images x (B, C, H, W) and patch_ids (B, K), or None for all N patches, -> (B, K, embed_dim).
 
-    def forward(self, images: Tensor, patch_ids: Tensor | None = None) -> Tensor:
-        """images (B, C, H, W), patch_ids (B, K) or None for all N patches -> (B, K, embed_dim).
-
-        Raises ValueError for images of another size than the embedding was built for, if the original was strict.
+        Without patch_ids the result has the original's output format. Raises ValueError for images of another rank or
+        number of channels, and, if the original was strict, of another size.
         """
-        size = getattr(self, "img_size", None)
-        if getattr(self, "strict_img_size", False) and size is not None and tuple(images.shape[-2:]) != tuple(size):
-            raise ValueError(f"images must be {tuple(size)} pixels, got {tuple(images.shape[-2:])}")
-        dtype = dispatch.autocast_dtype(images.device) or self.proj.weight.dtype
-        patches = gather_patches(
-            images, patch_ids, self._original_feat_ratio[0], mean=self.mean, std=self.std, dtype=dtype
-        )  # (B, K, C*P*P)
-        return self.norm(nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias))
+        if x.ndim != 4 or x.shape[1] != self.proj.in_channels:
+            raise ValueError(f"images must have shape (B, {self.proj.in_channels}, H, W), got {tuple(x.shape)}")
+        if self.strict_img_size and self.img_size is not None and tuple(x.shape[2:]) != self.img_size:
+            raise ValueError(f"images must be {self.img_size} pixels, got {tuple(x.shape[2:])}")
+        dtype = dispatch.autocast_dtype(x.device) or self.proj.weight.dtype
+        if self.why_not_gathered(x) is not None:
+            return self._by_original_forward(x, patch_ids, dtype)
+        patch = self.proj.kernel_size[0]
+        patches = gather_patches(x, patch_ids, patch, mean=self.mean, std=self.std, dtype=dtype)
+        tokens = nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (B, K, embed_dim)
+        if patch_ids is None and not self.flatten:
+            tokens = tokens.unflatten(1, (x.shape[2] // patch, x.shape[3] // patch))
+            if self.output_fmt != Format.NHWC:
+                tokens = nchw_to(tokens.permute(0, 3, 1, 2), self.output_fmt).contiguous()  # models call view on it
+        return self.norm(tokens)
+
+    def _by_original_forward(self, x: Tensor, patch_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if patch_ids is not None and not self.flatten:
+            raise ValueError(
+                f"patch_ids must be None, got a tensor: {self.why_not_gathered(x)}, and the output "
+                "format is not (B, N, C)"
+            )
+        if x.dtype == torch.uint8:
+            x = x / 255
+        for values, operation in ((self.mean, torch.sub), (self.std, torch.div)):
+            if values is not None:
+                x = operation(x, torch.stack([x.new_full((1, 1), value) for value in values]))
+        tokens = super().forward(x.to(dtype))
+        if patch_ids is None:
+            return tokens
+        return tokens.gather(1, patch_ids.long()[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
-def swap_patch_embed(model: nn.Module, *, mean: ChannelValues = None, std: ChannelValues = None) -> nn.Module:
-    """Replace ``model.patch_embed`` of a timm model by a :class:`GatherPatchEmbed` with its parameters.
+def why_not_read(proj: nn.Module) -> str | None:
+    """Reason why the weight of ``proj`` cannot be used without calling it; None if it can.
 
-    mean, std: one value for each channel, in the units of pixels in 0..1. Returns the model. Raises ValueError for a
-    model without a patch_embed, or with one that cannot be replaced.
+    Weights computed by ``torch.nn.utils.parametrizations`` can be read. Wrapped modules and hooks must be called.
+    """
+    if type(proj) is not nn.Conv2d and not (isinstance(proj, nn.Conv2d) and parametrize.is_parametrized(proj)):
+        return f"proj must be a Conv2d, got {type(proj).__name__}"
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(proj, name) for name in hooks):
+        return "proj has hooks"
+    side = proj.kernel_size[0]
+    plain = proj.kernel_size == proj.stride == (side, side) and proj.groups == 1 and proj.dilation == (1, 1)
+    if not plain or proj.padding not in ((0, 0), "valid"):
+        return f"proj must be a square conv of disjoint patches, got {proj}"
+    return None
+
+
+def why_not_swapped(module: nn.Module) -> str | None:
+    """Reason why a module cannot become a :class:`GatherPatchEmbed`; None if it can."""
+    if isinstance(module, GatherPatchEmbed):
+        return "it is swapped already"
+    if type(module) is not PatchEmbed:
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        return f"it must be a timm.layers.PatchEmbed itself, got {kind}, whose forward may differ"
+    return why_not_read(module.proj)
+
+
+def swap(
+    model: nn.Module, *, mean: Sequence[float] | Tensor | None = None, std: Sequence[float] | Tensor | None = None
+) -> SwapReport:
+    """Make every patch embedding of a timm model a :class:`GatherPatchEmbed`, in place.
+
+    The modules stay the same objects: parameters, hooks and the state dict do not change. mean, std: one value for each
+    channel, in the units of pixels in 0..1. The report lists each module that is a ``PatchEmbed`` or is named
+    ``patch_embed``.
+    """
+    values = tuple(None if x is None else tuple(float(v) for v in x) for x in (mean, std))
+    parts: list[Part] = []
+    swapped: list[GatherPatchEmbed] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, PatchEmbed) and path.rsplit(".", 1)[-1] != "patch_embed":
+            continue
+        reason = why_not_swapped(module)
+        parts.append(Part(path, type(module).__name__, reason))
+        if reason is None:
+            module.__class__ = GatherPatchEmbed
+            embed = cast(GatherPatchEmbed, module)
+            embed.mean, embed.std = values
+            swapped.append(embed)
+
+    def restore() -> None:
+        for embed in swapped:
+            if isinstance(embed, GatherPatchEmbed):
+                del embed.mean, embed.std
+                cast(Any, embed).__class__ = PatchEmbed
+
+    return SwapReport(parts, restore)
+
+
+def swap_patch_embed(
+    model: nn.Module, *, mean: Sequence[float] | Tensor | None = None, std: Sequence[float] | Tensor | None = None
+) -> nn.Module:
+    """Swap ``model.patch_embed`` as :func:`swap` does, and return the model.
+
+    Raises ValueError for a model without a patch_embed, or with one that cannot be swapped.
     """
     original = getattr(model, "patch_embed", None)
     if not isinstance(original, nn.Module):
         raise ValueError(f"model must have a patch_embed, got {type(model).__name__}")
-    model.patch_embed = GatherPatchEmbed(original, mean=mean, std=std)
+    reason = why_not_swapped(original)
+    if reason is not None:
+        raise ValueError(f"model.patch_embed cannot be swapped: {reason}")
+    swap(original, mean=mean, std=std)
     return model

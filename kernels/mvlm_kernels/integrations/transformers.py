@@ -1,17 +1,17 @@
-"""``attn_implementation="sdpa_mvlm"`` for the models of `transformers` that set ``_supports_sdpa``.
+"""Attention of `transformers` models by :func:`mvlm_kernels.cross_attention`: ``attn_implementation="sdpa_mvlm"``.
 
-    from mvlm_kernels.integrations.transformers import register
-    register()
+    from mvlm_kernels.integrations.transformers import register, swap
+    print(swap(model))                      # a model that exists: swaps what can be swapped, and says what not and why
+    register()                              # or by name, for a model that is loaded
     model = BertModel.from_pretrained(name, attn_implementation="sdpa_mvlm")
 
 The name must contain "sdpa". transformers then refuses models that do not support the attention interface. With any
 other name it accepts them, and they silently ignore the mask.
 
-Plain key padding takes :func:`mvlm_kernels.cross_attention`. Everything that the op does not compute goes to
-transformers' own SDPA attention: causal masks, masks that differ between queries or heads, dropout in training, grouped
-heads, position biases, sliding windows, and head widths other than 32, 64, 80, 96 and 128. Logit soft-capping and
-attention sinks, which SDPA does not compute either, raise a ValueError. One difference from SDPA: a query without any
-key gives zeros.
+Calls without a mask, or with plain key padding, take :func:`mvlm_kernels.cross_attention`, if a kernel runs them.
+Everything else that transformers' SDPA attention computes goes there: :func:`why_not_fused` lists the reasons, and
+`recorded_calls` (``integrations.calls``) shows them for the calls of a model. What neither computes raises a ValueError
+that names the argument. One difference from SDPA: a query without any key gives zeros.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvlm_kernels import cross_attention
-from mvlm_kernels.cross_attention.arguments import HEAD_WIDTHS
+from mvlm_kernels import cross_attention, dispatch
+from mvlm_kernels.integrations.calls import kernel_reasons, record, recording
+from mvlm_kernels.integrations.report import Part, SwapReport
+from mvlm_kernels.integrations.transformers_models import configs_of, names_sdpa, why_not_swapped
 
 NAME = "sdpa_mvlm"
+
+_WITHOUT_EFFECT = {
+    "cache_position",
+    "deterministic",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+    "sliding_window",
+    "use_cache",
+}
+"""Arguments that change no attention output: the mask holds their meaning, or they concern other code."""
+
+
+def swap(model: torch.nn.Module, name: str = NAME) -> SwapReport:
+    """Set ``attn_implementation=name`` in every part of a transformers model that supports it.
+
+    A part is a ``PreTrainedModel`` with a configuration of its own, such as the vision tower of CLIP. The others keep
+    their implementation, with the reason in the report. The state dict does not change.
+    """
+    register(name)
+    parts, before = [], []
+    for path, config, owners in configs_of(model):
+        reason = next((found for found in (why_not_swapped(owner, name) for owner in owners) if found), None)
+        parts.append(Part(path, type(owners[0]).__name__, reason))
+        if reason is None:
+            before.append((config, config._attn_implementation_internal))
+            config._attn_implementation_internal = name  # the public setter would change the parts below as well
+
+    def restore() -> None:
+        for config, implementation in before:
+            config._attn_implementation_internal = implementation
+
+    return SwapReport(parts, restore)
 
 
 def register(name: str = NAME) -> None:
@@ -101,6 +139,52 @@ def _key_padding(attention_mask: Tensor, query: Tensor, key: Tensor) -> Tensor |
     return attention_mask[:, 0, 0]
 
 
+def why_not_fused(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    sliding_window: int | None = None,
+    output_attentions: bool | None = None,
+) -> tuple[str, ...]:
+    """Every reason why a call of :func:`attention` with these arguments goes to SDPA; empty if the op computes it."""
+    # As in transformers: without a mask the module's flag decides, and a single query sees every key.
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    queries, width = query.shape[2], query.shape[3]
+    checks = (
+        (bool(dropout), "dropout is not 0"),
+        (position_bias is not None, "there is a position_bias"),
+        (sliding_window is not None, "there is a sliding_window"),
+        (bool(output_attentions), "output_attentions is set, and the op returns no probabilities"),
+        (causal and attention_mask is None and queries > 1, "the module is causal"),
+        (
+            attention_mask is not None and _key_padding(attention_mask, query, key) is None,
+            "the mask is not plain key padding: it differs between queries or heads, or it is floating",
+        ),
+        (
+            query.shape[0] != key.shape[0] or key.shape[:3] != value.shape[:3],
+            f"query, key and value have batches and lengths of {[tuple(x.shape) for x in (query, key, value)]}",
+        ),
+        (query.shape[1] != key.shape[1], f"{query.shape[1]} query heads share {key.shape[1]} key heads"),
+        (
+            not (width == key.shape[3] == value.shape[3]),
+            f"head widths differ: {width}, {key.shape[3]} and {value.shape[3]}",
+        ),
+    )
+    reasons = tuple(reason for holds, reason in checks if holds)
+    return reasons + _kernel(query, key)
+
+
+def _kernel(query: Tensor, key: Tensor) -> tuple[str, ...]:
+    dtype = dispatch.autocast_dtype(query.device) or query.dtype
+    return kernel_reasons(query.device, dtype, query.shape[3], min(query.shape[2], key.shape[2]))
+
+
 def attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -116,34 +200,43 @@ def attention(
     """transformers' attention signature: query (B, H, Lq, D), key and value (B, H, Lk, D) -> ((B, Lq, H, D), None).
 
     attention_mask: (B, 1 or H, Lq, Lk), bool with True = attend, or floating and added to the scores. Raises ValueError
-    for a mask of another rank, and for ``softcap`` and ``s_aux`` (attention sinks), which change the scores.
+    for a mask of another rank, for a model whose code asks for the name "sdpa", and for every further argument that is
+    not known to be without effect: ``softcap``, ``s_aux``, sparse ``indices``, packed ``cu_seq_lens_q`` and so on.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
+    if names_sdpa(type(module).__module__):
+        raise ValueError(
+            f'{type(module).__name__} must have attn_implementation="sdpa" or "eager", got {NAME!r}: the code of its '
+            'model asks for "sdpa" by name and prepares other masks for other names'
+        )
+    for name, given in kwargs.items():
+        if given is not None and name not in _WITHOUT_EFFECT:
             raise ValueError(
-                f"{name} must be None, got {type(kwargs[name]).__name__}: {NAME} attention does not compute it; "
+                f"{name} must be None, got {type(given).__name__}: {NAME} attention does not compute it; "
                 'use attn_implementation="eager"'
             )
     if attention_mask is not None and attention_mask.dim() != 4:
         raise ValueError(
             f"attention_mask must have shape (batch, heads or 1, queries, keys), got {tuple(attention_mask.shape)}"
         )
-    padding = None if attention_mask is None else _key_padding(attention_mask, query, key)
-    # As in transformers: without a mask the module's flag decides, and a single query sees every key.
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    plain = (
-        (attention_mask is None or padding is not None)
-        and not dropout
-        and position_bias is None
-        and kwargs.get("sliding_window") is None
-        and not (causal and attention_mask is None and query.shape[2] > 1)
-        and query.shape[1] == key.shape[1]
-        and query.shape[-1] == value.shape[-1]
-        and query.shape[-1] in HEAD_WIDTHS
-    )
-    if plain:
+    reasons = _kernel(query, key)
+    if not reasons or recording():  # without a kernel the other reasons matter to a record alone
+        reasons = why_not_fused(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            is_causal=is_causal,
+            position_bias=position_bias,
+            sliding_window=kwargs.get("sliding_window"),
+            output_attentions=kwargs.get("output_attentions"),
+        )
+    record(module, query.shape[2], key.shape[2], reasons)
+    if not reasons:
+        padding = None if attention_mask is None else _key_padding(attention_mask, query, key)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, L, H, D), no copy
         return cross_attention(q, k, v, key_mask=padding, scale=scaling), None
     return sdpa_attention_forward(

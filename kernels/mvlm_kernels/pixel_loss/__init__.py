@@ -17,7 +17,6 @@ from mvlm_kernels.gather_patches.arguments import (
 from mvlm_kernels.pixel_loss.ops import (
     linear_directly,
     linear_op,
-    linear_reasons,
     masked_directly,
     masked_op,
     pixel_reasons,
@@ -48,7 +47,7 @@ def _why_not_linear(
     hidden = _as_autocast(hidden)
     _check(images, patch_ids, patch_size, hidden, "hidden")
     _check_parameters(hidden, weight, bias, images.shape[1] * patch_size**2)
-    return linear_reasons(hidden, images, patch_size)
+    return pixel_reasons(images, patch_size)
 
 
 @dispatch.explained_by(_why_not_masked)
@@ -101,7 +100,9 @@ def masked_pixel_loss(
     )[0]  # fmt: skip
 
 
-@dispatch.explained_by(_why_not_linear)
+@dispatch.explained_by(
+    _why_not_linear, "cuBLAS multiplies by chunks of images, and the fused kernel takes the loss of each chunk"
+)
 def linear_pixel_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -116,7 +117,7 @@ def linear_pixel_loss(
     normalize_target: bool = False,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """``masked_pixel_loss(hidden @ weight.T + bias, ...)``, computed by tiles without predictions in memory.
+    """``masked_pixel_loss(hidden @ weight.T + bias, ...)``, computed by chunks of images that fit the L2 cache.
 
     Args:
         hidden: (B, K, D) floating, of any strides: decoder states of the chosen patches only. Autocast casts float32
@@ -128,8 +129,9 @@ def linear_pixel_loss(
     Returns:
         A scalar, or (B, K) for "none", in float32 (float64 if an input is).
 
-    Differentiable in hidden, weight and bias. The forward pass saves one slope per pixel: a byte for L1, else a value
-    of hidden's dtype. Gradients of weight and bias accumulate in float32, in fixed parts added in a fixed order.
+    Differentiable in hidden, weight and bias. On a GPU cuBLAS multiplies, at most 24 MiB of predictions exist at a time
+    (or those of 16 images), and the loss is that of the fused kernel. The forward pass saves one slope per pixel: a
+    byte for L1, else a value of hidden's dtype. Gradients of weight and bias accumulate in float32, chunk by chunk.
 
     Raises:
         ValueError: for a wrong rank, shape, dtype, device, id, kind or reduction.

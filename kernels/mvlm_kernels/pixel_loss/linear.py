@@ -1,114 +1,40 @@
-# pyright: reportArgumentType=false
-"""Forward of ``linear_pixel_loss``: Triton kernels and their launcher.
+"""``linear_pixel_loss`` on a GPU: matrix products of cuBLAS, and the kernels of ``masked_pixel_loss``, by chunks.
 
-A program computes one tile (rows, pixels) of the predictions, hidden @ weight.T + bias, and subtracts the pixels of the
-images. It stores one partial loss per row and one slope per pixel (a byte for L1). Predictions never reach memory.
+A chunk is a number of images whose predictions take CHUNK_BYTES, so that they are written and read again in the
+L2 cache. No more predictions exist at a time, in either pass. The chunks follow from shapes alone, so the order of all
+sums does too. Parameters are cast to hidden's dtype once. Predictions are float32: their rounding would turn the sign
+of small differences.
 
-Rows are the B*K masked patches, F = C*P*P the pixels of a patch, D the width of hidden. Weight and bias are cast to
-hidden's dtype as they are loaded, so float32 parameters with bfloat16 activations need no cast kernel. Gradients are in
-:mod:`.linear_backward`.
+    forward   products of a chunk = hidden @ weight.T; ``loss_kernel`` adds the bias and makes losses and slopes
+    backward  gradient of a chunk's predictions, unscaled: the slopes in hidden's dtype. Its products with weight and
+              hidden, and its column sums, are the three gradients; those of the parameters add up in float32.
+
+Rows are the B*K masked patches, F = C*P*P the pixels of a patch, D the width of hidden.
 """
 
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from mvlm_kernels import dispatch
-from mvlm_kernels.dispatch import ceil_div
-from mvlm_kernels.gather_patches.triton import (
-    accumulator,
-    image_offsets,
-    normalized_pixels,
-    readable_pixels,
-    tile_of,
-)
-from mvlm_kernels.language import cast, dot, widen
-from mvlm_kernels.pixel_loss.shared import sum_partials, tiles
-from mvlm_kernels.pixel_loss.triton import encode_slope, loss_and_slope, new_slope, patch_moments, total
+from mvlm_kernels.gather_patches.reference import compute_dtype
+from mvlm_kernels.pixel_loss.triton import losses_of, new_slope, scaled_slope, total, write_losses
+
+# About half of the L2 cache of an A100 (40 MB) or H100 (50 MB): predictions share it with pixels, slopes and weight.
+CHUNK_BYTES = 24 * 2**20
+# Chunks of a multiple of 16 images begin at multiples of 16 bytes in every tensor, so that all of them launch the same
+# signatures.
+CHUNK_IMAGES = 16
 
 
-@triton.jit
-def moments_kernel(
-    images_ptr, ids_ptr, mean_ptr, std_ptr, moments_ptr,
-    K, num_patches, grid_w, stride_ib, stride_ic, stride_iy, stride_ix, stride_kb, stride_kk,
-    C: tl.constexpr, P: tl.constexpr,
-    HAS_IDS: tl.constexpr, IS_UINT8: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """Store (mean, 1 / sqrt(var + eps)) of each target patch in moments (B*K, 2).
-
-    A program reads one patch; the grid is (B*K,). The loss kernel needs precomputed moments, because one of its tiles
-    holds only part of a patch.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    b = row // K
-    k = row % K
-    c = tl.arange(0, BLOCK_C)[:, None]
-    p = tl.arange(0, BLOCK_P)[None, :]
-    patch = tl.load(ids_ptr + b * stride_kb + k * stride_kk).to(tl.int64) if HAS_IDS else k
-    readable = (c < C) & (p < readable_pixels(patch, num_patches, P))
-    offsets = b * stride_ib + image_offsets(patch, c, p, grid_w, stride_ic, stride_iy, stride_ix, P)
-    x = normalized_pixels(images_ptr, offsets, c, readable, mean_ptr, std_ptr, C, IS_UINT8, HAS_MEAN, HAS_STD, ACC)
-    center, inverse_deviation = patch_moments(x, (c < C) & (p < P * P), C * P * P)
-    tl.store(moments_ptr + row * 2, center)
-    tl.store(moments_ptr + row * 2 + 1, inverse_deviation)
-
-
-@triton.jit
-def linear_loss_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, images_ptr, ids_ptr, mean_ptr, std_ptr, moments_ptr, partial_ptr, slope_ptr,
-    M, K, D, num_patches, grid_w,
-    stride_hb, stride_hk, stride_hd, stride_wf, stride_wd, stride_bf,
-    stride_ib, stride_ic, stride_iy, stride_ix, stride_kb, stride_kk,
-    C: tl.constexpr, P: tl.constexpr, KIND: tl.constexpr, NORMALIZE_TARGET: tl.constexpr, HAS_SLOPE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_IDS: tl.constexpr, IS_UINT8: tl.constexpr, HAS_MEAN: tl.constexpr,
-    HAS_STD: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Store partial (pixel tiles, M), each row's loss summed over a tile and divided by F, and slope (M, F).
-
-    A program computes one tile; the grid is (pixel tiles, row tiles). Pixel tiles vary fastest, so the hidden states
-    and images of a row tile stay in the cache while its pixel tiles are computed.
-    """
-    F: tl.constexpr = C * P * P
-    f = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
-    m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    b = m // K
-    k = m % K
-    hidden_ptrs = hidden_ptr + (b * stride_hb + k * stride_hk)[:, None]
-    weight_ptrs = weight_ptr + (f.to(tl.int64) * stride_wf)[:, None]
-    pred = tl.zeros((BLOCK_M, BLOCK_F), ACC)
-    for start in range(0, D, BLOCK_D):
-        d = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
-        h = tl.load(hidden_ptrs + d[None, :] * stride_hd, mask=(m < M)[:, None] & (d < D)[None, :], other=0.0)
-        w = tl.load(weight_ptrs + d[None, :] * stride_wd, mask=(f < F)[:, None] & (d < D)[None, :], other=0.0)
-        pred = dot(h, tl.trans(cast(widen(w, ACC), h.dtype)), pred, PRECISION)
-    if HAS_BIAS:
-        pred += widen(tl.load(bias_ptr + f.to(tl.int64) * stride_bf, mask=f < F, other=0.0), ACC)[None, :]
-
-    if HAS_IDS:
-        patch = tl.load(ids_ptr + b * stride_kb + k * stride_kk, mask=m < M, other=-1).to(tl.int64)
-    else:
-        patch = tl.where(m < M, k, -1)
-    c = (f // (P * P))[None, :]
-    # Pixels of a patch outside the image are not read. Their difference is NaN, so a wrong id gives a NaN loss.
-    inside = (m < M)[:, None] & (f < F)[None, :]
-    readable = (f < F)[None, :] & (f[None, :] < readable_pixels(patch, num_patches, P)[:, None] * C)
-    offsets = (b * stride_ib)[:, None] + image_offsets(
-        patch[:, None], c, (f % (P * P))[None, :], grid_w, stride_ic, stride_iy, stride_ix, P
-    )
-    target = normalized_pixels(images_ptr, offsets, c, readable, mean_ptr, std_ptr, C, IS_UINT8, HAS_MEAN, HAS_STD, ACC)
-    if NORMALIZE_TARGET:
-        center = tl.load(moments_ptr + m * 2, mask=m < M, other=0.0)
-        inverse_deviation = tl.load(moments_ptr + m * 2 + 1, mask=m < M, other=0.0)
-        target = (target - center[:, None]) * inverse_deviation[:, None]
-    loss, slope = loss_and_slope(tl.where(readable, pred - target, float("nan")), KIND)
-    partial = tl.sum(tl.where(inside, loss, 0.0), axis=1) / F
-    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * M + m, partial, mask=m < M)
-    if HAS_SLOPE:
-        slope_offsets = m[:, None] * F + f[None, :]
-        tl.store(slope_ptr + slope_offsets, encode_slope(slope, slope_ptr.dtype.element_ty), mask=inside)
+def chunks(batch: int, bytes_of_an_image: int) -> Iterator[slice]:
+    """Slices of a batch: as many images as have CHUNK_BYTES of predictions, rounded to a multiple of CHUNK_IMAGES."""
+    fitting = CHUNK_BYTES // max(1, bytes_of_an_image)
+    size = max(1, fitting // CHUNK_IMAGES) * CHUNK_IMAGES
+    for start in range(0, batch, size):
+        yield slice(start, min(start + size, batch))
 
 
 def linear_pixel_loss(
@@ -130,42 +56,90 @@ def linear_pixel_loss(
     patch_ids is (B, K), or None for all patches; mean and std are (C,) or None. The loss is a scalar if reduce, else
     (B, K), in float32, or in float64 for float64 inputs. slope is (B, K, F), empty without with_slope.
     """
+    batch, chosen, _ = hidden.shape
+    features = weight.shape[0]
+    weight = weight.to(hidden.dtype)
+    bias = None if bias is None else bias.to(hidden.dtype).contiguous()
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    slope = new_slope((batch, chosen, features) if with_slope else (0, 0, 0), kind, hidden)
+    parts = list(chunks(batch, chosen * features * wide.itemsize))
+    counts = [losses_of((part.stop - part.start) * chosen, features, reduce) for part in parts]
+    losses = hidden.new_empty(sum(counts), dtype=compute_dtype(hidden.dtype, images.dtype))
+    for part, part_losses in zip(parts, losses.split(counts), strict=True):
+        pred = product(hidden[part].flatten(0, 1), weight.T, wide).view(part.stop - part.start, chosen, features)
+        ids = None if patch_ids is None else patch_ids[part]
+        write_losses(
+            pred, bias, images[part], ids, patch_size, mean, std, kind, normalize_target, reduce, part_losses,
+            slope[part] if with_slope else None,
+        )  # fmt: skip
+    return (total(losses, batch * chosen) if reduce else losses.view(batch, chosen)), slope
+
+
+def linear_pixel_loss_backward(
+    grad: Tensor, slope: Tensor, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden (B, K, D), weight (F, D) and bias (F,), each in its own dtype, empty where not needed.
+
+    grad is the incoming gradient, a scalar or (B, K); slope (B, K, F) is the forward's.
+
+    Products are taken of slopes, which are of the order of 1, and what is common to all rows multiplies the result: the
+    gradient of a mean, or the largest gradient of (B, K) losses, whose rows are divided by it first. Otherwise a scaled
+    loss would overflow float16, and the gradient of a mean would be rounded to 8 bits in bfloat16.
+    """
     batch, chosen, width = hidden.shape
     features, rows = weight.shape[0], batch * chosen
-    _, channels, image_h, image_w = images.shape
-    grid_w = image_w // patch_size
-    num_patches = image_h // patch_size * grid_w
-    dtype, pixel_dtype = hidden.dtype, images.dtype
-    wide = torch.float64 if torch.float64 in (dtype, pixel_dtype) else torch.float32
-    acc = accumulator(wide)
-    id_strides = patch_ids.stride() if patch_ids is not None else (0, 0)
-    pixels = {
-        "C": channels, "P": patch_size, "HAS_IDS": patch_ids is not None, "IS_UINT8": pixel_dtype == torch.uint8,
-        "HAS_MEAN": mean is not None, "HAS_STD": std is not None, "ACC": acc,
-    }  # fmt: skip
-    moments = None
-    if normalize_target:
-        moments = hidden.new_empty(rows, 2, dtype=wide)
-        block_c, block_p, warps = tile_of(channels, patch_size)
-        dispatch.launch(
-            moments_kernel, (rows,), images, patch_ids, mean, std, moments,
-            chosen, num_patches, grid_w, *images.stride(), *id_strides,
-            **pixels, BLOCK_C=block_c, BLOCK_P=block_p, num_warps=warps, enable_fp_fusion=True,
-        )  # fmt: skip
-    tile = tiles("forward", dtype, dispatch.arch(hidden.device))
-    num_tiles = ceil_div(features, tile["BLOCK_F"])
-    partial = hidden.new_empty(num_tiles, rows, dtype=wide)
-    slope = new_slope((batch, chosen, features) if with_slope else (0, 0, 0), kind, hidden)
-    dispatch.launch(
-        linear_loss_kernel, (num_tiles, ceil_div(rows, tile["BLOCK_M"])),
-        hidden, weight, bias, images, patch_ids, mean, std, moments, partial, slope,
-        rows, chosen, width, num_patches, grid_w,
-        *hidden.stride(), *weight.stride(), bias.stride(0) if bias is not None else 0, *images.stride(), *id_strides,
-        **pixels, KIND=kind, NORMALIZE_TARGET=normalize_target, HAS_SLOPE=with_slope, HAS_BIAS=bias is not None,
-        PRECISION="tf32", **tile, enable_fp_fusion=True,
-    )  # fmt: skip
-    if reduce:
-        return total(partial, rows), slope
-    losses = hidden.new_empty(batch, chosen, dtype=wide)
-    sum_partials(partial.view(num_tiles, rows), losses, None, 1)
-    return losses, slope
+    dtype, wide = hidden.dtype, torch.promote_types(hidden.dtype, torch.float32)
+    hidden_grad = hidden.new_empty(hidden.shape if needs[0] else (0,))
+    weight_sum = torch.zeros((features, width) if needs[1] else 0, dtype=wide, device=weight.device)
+    bias_sum = torch.zeros(features if needs[2] else 0, dtype=wide, device=weight.device)
+    per_row = None
+    factor = grad / (max(1, rows) * features)
+    if grad.ndim:
+        largest = grad.abs().amax() if rows else grad.new_ones(())
+        largest = largest.clamp_min(torch.finfo(grad.dtype).tiny)
+        per_row, factor = grad / largest, largest / features
+    # float16 could not hold the product of a weight and the factor, which is about 1 / (B*K*F).
+    scaled = None if dtype == torch.float16 else (weight * factor).to(dtype)
+    for part in chunks(batch, chosen * features * wide.itemsize):
+        slopes = slope[part]
+        if per_row is not None or slopes.dtype != dtype:
+            slopes = scaled_slope(slopes, None if per_row is None else per_row[part], 1, dtype)
+        slopes = slopes.flatten(0, 1)  # (rows of the chunk, F)
+        if needs[0]:
+            out = hidden_grad[part].flatten(0, 1)
+            if scaled is not None:
+                torch.mm(slopes, scaled, out=out)
+            else:
+                torch.mul(product(slopes, weight.to(dtype), wide), factor, out=out)
+        if needs[1]:
+            weight_sum += product(slopes.T, hidden[part].flatten(0, 1), wide)
+        if needs[2]:
+            bias_sum += slopes.sum(dim=0, dtype=wide)
+    return hidden_grad, (weight_sum * factor).to(weight.dtype), (bias_sum * factor).to(weight.dtype)
+
+
+def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, summed and returned in ``dtype``."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.device.type == "cpu":  # torch has this product of narrow operands on CUDA only
+        return a.to(dtype) @ b.to(dtype)
+    return torch.mm(a, b, out_dtype=dtype)
+
+
+def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
+    """(label, call) of each case for :mod:`mvlm_kernels.aot`, on meta tensors: what ``masked_pixel_loss`` has not."""
+    images = torch.empty(64, 3, 224, 224, dtype=torch.uint8, device="meta")
+    ids = torch.empty(64, 116, dtype=torch.int32, device="meta")
+    values = torch.empty(3, device="meta")
+
+    def both(kind: str, reduce: bool) -> None:
+        hidden = torch.empty(64, 116, 768, dtype=torch.bfloat16, device="meta")
+        weight = torch.empty(768, 768, device="meta")
+        loss, slope = linear_pixel_loss(
+            hidden, weight, weight[0], images, ids, 16, values, values, kind, False, reduce, True
+        )
+        linear_pixel_loss_backward(loss, slope, hidden, weight, (True, True, True))
+
+    yield "bf16/l1", partial(both, "l1", True)
+    yield "bf16/mse/rows", partial(both, "mse", False)

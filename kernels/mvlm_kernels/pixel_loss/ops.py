@@ -3,9 +3,10 @@
 Both save one slope per pixel for the backward: F * d(loss of its patch) / d(prediction), with F = C*P*P pixels.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.gather_patches.arguments import check_id_values, tile_reasons
@@ -13,29 +14,13 @@ from mvlm_kernels.pixel_loss import reference
 
 
 def pixel_reasons(images: Tensor, patch_size: int) -> tuple[str, ...]:
-    """Reasons against Triton for ``masked_pixel_loss``."""
+    """Reasons against Triton for both losses."""
     return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
 
 
-def product_reasons(hidden: Tensor) -> tuple[str, ...]:
-    """Reasons against Triton for matrix products in hidden's dtype."""
-    reasons = dispatch.device_reasons(hidden.device)
-    if hidden.is_cuda and hidden.dtype == torch.float64:
-        return (*reasons, "float64 products run in the interpreter only")
-    if hidden.is_cuda and hidden.dtype == torch.float32 and not dispatch.tf32_allowed():
-        return (*reasons, 'float32 products use TF32, which float32_matmul_precision "highest" forbids')
-    return reasons
-
-
-def linear_reasons(hidden: Tensor, images: Tensor, patch_size: int) -> tuple[str, ...]:
-    """Reasons against Triton for ``linear_pixel_loss``."""
-    reasons = product_reasons(hidden) + tile_reasons(images.shape[1], patch_size)
-    return reasons + (_mixed_reasons(hidden) if images.dtype == torch.float64 else ())
-
-
-def _mixed_reasons(hidden: Tensor) -> tuple[str, ...]:
-    """Reason against a float64 loss of narrower hidden states: a kernel has one accumulator dtype."""
-    return () if hidden.dtype == torch.float64 else (f"images are float64 and hidden is {hidden.dtype}",)
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Context in which torch ops on this device keep the dtypes of their inputs."""
+    return nullcontext() if dispatch.autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
 
 
 def _num_patches(images: Tensor, patch_size: int) -> int:
@@ -52,6 +37,8 @@ def _slope_fake(rows: Tensor, features: int, kind: str, with_slope: bool) -> Ten
     shape = (rows.shape[0], rows.shape[1], features) if with_slope else (0, 0, 0)
     return rows.new_empty(shape, dtype=torch.int8 if kind == "l1" else rows.dtype)
 
+
+_INSTEAD = "gather_patches for the target and a loss of torch"
 
 # ---- masked_pixel_loss
 
@@ -85,14 +72,14 @@ class MaskedPixelLoss(torch.autograd.Function):
         ctx.dtype = pred.dtype
         loss, slope = forward(pred, *args)
         ctx.save_for_backward(slope)
-        ctx.mark_non_differentiable(slope)
         # Otherwise every backward pass would allocate a zero gradient of slope's size.
         ctx.set_materialize_grads(False)
         return loss, slope
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, slope_grad):
+        if slope_grad is not None:
+            raise registration.no_second_derivative_error("masked_pixel_loss", _INSTEAD)
         if grad is None or not ctx.needs_input_grad[1]:
             return (None,) * 11
         (slope,) = ctx.saved_tensors
@@ -105,6 +92,7 @@ _masked_backward_op = registration.define(
     "masked_pixel_loss_backward(Tensor grad, Tensor slope, ScalarType dtype) -> Tensor",
     _masked_backward,
     lambda grad, slope, dtype: slope.new_empty(slope.shape, dtype=dtype),
+    registration.no_second_derivative("masked_pixel_loss", _INSTEAD),
 )
 masked_op = registration.define(
     "masked_pixel_loss(Tensor pred, Tensor images, Tensor? patch_ids, SymInt patch_size, Tensor? mean, Tensor? std, "
@@ -126,11 +114,12 @@ def _linear(
     if dispatch.checks_values(images.device):
         check_id_values("patch_ids", patch_ids, _num_patches(images, patch_size))
     args = hidden, weight, bias, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, with_slope
-    if dispatch.choose(linear_reasons(hidden, images, patch_size)) == "torch":
+    if dispatch.choose(pixel_reasons(images, patch_size)) == "torch":
         return reference.linear_pixel_loss(*args)
     from mvlm_kernels.pixel_loss import linear
 
-    return linear.linear_pixel_loss(*args)
+    with without_autocast(hidden.device):  # hidden's dtype decides, also in a call below autocast
+        return linear.linear_pixel_loss(*args)
 
 
 def _linear_fake(
@@ -150,12 +139,12 @@ def _linear_backward(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = needs_hidden, needs_weight, needs_bias
-    reasons = product_reasons(hidden) + (_mixed_reasons(hidden) if grad.dtype == torch.float64 else ())
-    if dispatch.choose(reasons) == "torch":
+    if dispatch.choose(dispatch.device_reasons(slope.device)) == "torch":
         return reference.linear_pixel_loss_backward(grad, slope, hidden, weight, needs)
-    from mvlm_kernels.pixel_loss import linear_backward
+    from mvlm_kernels.pixel_loss import linear
 
-    return linear_backward.linear_pixel_loss_backward(grad, slope, hidden, weight, needs)
+    with without_autocast(hidden.device):
+        return linear.linear_pixel_loss_backward(grad, slope, hidden, weight, needs)
 
 
 def _linear_backward_fake(grad, slope, hidden, weight, needs_hidden, needs_weight, needs_bias):
@@ -171,13 +160,13 @@ class LinearPixelLoss(torch.autograd.Function):
     def forward(ctx, forward, hidden, weight, bias, *args):
         loss, slope = forward(hidden, weight, bias, *args)
         ctx.save_for_backward(slope, hidden, weight)
-        ctx.mark_non_differentiable(slope)
         ctx.set_materialize_grads(False)
         return loss, slope
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, slope_grad):
+        if slope_grad is not None:
+            raise registration.no_second_derivative_error("linear_pixel_loss", _INSTEAD)
         needs = ctx.needs_input_grad[1:4]
         if grad is None or not any(needs):
             return (None,) * 13
@@ -193,6 +182,7 @@ _linear_backward_op = registration.define(
     "bool needs_hidden, bool needs_weight, bool needs_bias) -> (Tensor, Tensor, Tensor)",
     _linear_backward,
     _linear_backward_fake,
+    registration.no_second_derivative("linear_pixel_loss", _INSTEAD),
 )
 linear_op = registration.define(
     "linear_pixel_loss(Tensor hidden, Tensor weight, Tensor? bias, Tensor images, Tensor? patch_ids, "

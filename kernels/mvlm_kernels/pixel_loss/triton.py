@@ -1,9 +1,9 @@
-# pyright: reportArgumentType=false
-"""Triton kernels of ``masked_pixel_loss`` and their launchers. Those of ``linear_pixel_loss`` are in ``linear.py``.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+"""Triton kernels of ``masked_pixel_loss`` and their launchers. ``linear_pixel_loss`` uses them in ``linear.py``.
 
-Forward: one program owns one patch, reads its prediction and its pixels once, and writes one loss and the slope (the
-derivative by the prediction, a sign byte for L1). One program adds the losses in a fixed order for the mean. Backward:
-slope times the incoming gradient, so neither pixels nor predictions are read again.
+Forward: a program owns a few patches, reads their predictions and pixels once, and writes the slope (the derivative by
+the prediction, a sign byte for L1) and one loss for each patch, or for the mean only their sum. One program adds the
+sums in a fixed order. Backward: slope times the incoming gradient, so neither pixels nor predictions are read again.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,14 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.dispatch import ceil_div, power_of_two
-from mvlm_kernels.gather_patches.triton import (
-    accumulator,
-    image_offsets,
-    normalized_pixels,
-    readable_pixels,
-    tile_of,
-)
+from mvlm_kernels.gather_patches.reference import compute_dtype
+from mvlm_kernels.gather_patches.triton import SIZES, accumulator, load_patches, pixel_source, row_grid
 from mvlm_kernels.language import cast, widen
 
 EPS = tl.constexpr(1e-6)
@@ -62,49 +56,73 @@ def decode_slope(slope, ACC: tl.constexpr):
 
 
 @triton.jit
-def patch_moments(x, inside, F: tl.constexpr):
-    """(mean, 1 / sqrt(var + eps)) of one patch, in two passes over registers: E[x^2] - E[x]^2 would cancel."""
-    center = tl.sum(tl.sum(tl.where(inside, x, 0.0), axis=1), axis=0) * (1.0 / F)
-    deviation = tl.where(inside, x - center, 0.0)
-    var = tl.sum(tl.sum(deviation * deviation, axis=1), axis=0) * (1.0 / (F - 1))
-    return center, 1.0 / tl.sqrt(var + EPS)
+def normalized_by_moments(tiles, F: tl.constexpr, BLOCK_F: tl.constexpr):
+    """Rows (tuple of tiles (BLOCK_R, BLOCK_F)) as (x - mean) / sqrt(var + eps), with the unbiased variance.
+
+    In two passes over registers, because E[x^2] - E[x]^2 would cancel.
+    """
+    total = tl.zeros_like(tiles[0])
+    for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
+        f = i + tl.arange(0, BLOCK_F)[None, :]
+        total += tl.where(f < F, tiles[i // BLOCK_F], 0.0)
+    center = (tl.sum(total, axis=1) * (1.0 / F))[:, None]
+    squares = tl.zeros_like(total)
+    for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
+        f = i + tl.arange(0, BLOCK_F)[None, :]
+        deviation = tl.where(f < F, tiles[i // BLOCK_F] - center, 0.0)
+        squares += deviation * deviation
+    inverse = (1.0 / tl.sqrt(tl.sum(squares, axis=1) * (1.0 / (F - 1)) + EPS))[:, None]
+    out = ()
+    for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
+        out += ((tiles[i // BLOCK_F] - center) * inverse,)
+    return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def loss_kernel(
-    pred_ptr, images_ptr, ids_ptr, mean_ptr, std_ptr, loss_ptr, slope_ptr,
-    K, num_patches, grid_w,
-    stride_pb, stride_pk, stride_pf, stride_ib, stride_ic, stride_iy, stride_ix, stride_kb, stride_kk,
-    C: tl.constexpr, P: tl.constexpr, KIND: tl.constexpr, NORMALIZE_TARGET: tl.constexpr, HAS_SLOPE: tl.constexpr,
-    HAS_IDS: tl.constexpr, IS_UINT8: tl.constexpr, HAS_MEAN: tl.constexpr, HAS_STD: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    pred_ptr, bias_ptr, loss_ptr, slope_ptr, stride_pr, stride_pf,
+    images, norm, ids_ptr, stride_kb, stride_kk, rows, K, num_patches, grid_w,
+    C: tl.constexpr, P: tl.constexpr, KIND: tl.constexpr, NORMALIZE_TARGET: tl.constexpr, REDUCE: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """Loss (B, K) and slope (B, K, C*P*P) of one patch, both contiguous. Program (b*K + k)."""
-    row = tl.program_id(0).to(tl.int64)
-    b = row // K
-    k = row % K
-    c = tl.arange(0, BLOCK_C)[:, None]
-    p = tl.arange(0, BLOCK_P)[None, :]
-    inside = (c < C) & (p < P * P)
-    f = c * (P * P) + p
-    patch = tl.load(ids_ptr + b * stride_kb + k * stride_kk).to(tl.int64) if HAS_IDS else k
-    readable = (c < C) & (p < readable_pixels(patch, num_patches, P))
-    pred_offsets = b * stride_pb + k * stride_pk + f.to(tl.int64) * stride_pf
-    pred = widen(tl.load(pred_ptr + pred_offsets, mask=inside, other=0.0), ACC)
-    offsets = b * stride_ib + image_offsets(patch, c, p, grid_w, stride_ic, stride_iy, stride_ix, P)
-    target = normalized_pixels(images_ptr, offsets, c, readable, mean_ptr, std_ptr, C, IS_UINT8, HAS_MEAN, HAS_STD, ACC)
+    """Losses and slopes of BLOCK_R patches.
+
+    bias (C*P*P,), or None, is added to pred. loss: with REDUCE one sum for each program, else (B*K,). slope: contiguous
+    (B*K, C*P*P), or None. The arguments from images on are those of ``pixel_source``.
+    """
+    F: tl.constexpr = C * P * P
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    ids, sizes = (ids_ptr, stride_kb, stride_kk), (rows, K, num_patches, grid_w)
+    targets = load_patches(row, images, norm, ids, sizes, C, P, ACC, BLOCK_F)
+    preds = ()
+    pred_rows = pred_ptr + (row.to(tl.int64) * stride_pr)[:, None]
+    for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
+        f = (i + tl.arange(0, BLOCK_F))[None, :]
+        inside = (row < rows)[:, None] & (f < F)
+        preds += (tl.load(pred_rows + f.to(tl.int64) * stride_pf, mask=inside, other=0.0),)
     if NORMALIZE_TARGET:
-        center, inverse_deviation = patch_moments(target, inside, C * P * P)
-        target = (target - center) * inverse_deviation
-    # A bad id has no readable pixel: its loss and its gradient are NaN.
-    loss, slope = loss_and_slope(tl.where(readable, pred - target, float("nan")), KIND)
-    total = tl.sum(tl.sum(tl.where(inside, loss, 0.0), axis=1), axis=0)
-    tl.store(loss_ptr + row, total / (C * P * P))
-    if HAS_SLOPE:
-        tl.store(slope_ptr + row * (C * P * P) + f, encode_slope(slope, slope_ptr.dtype.element_ty), mask=inside)
+        targets = normalized_by_moments(targets, F, BLOCK_F)
+    losses = tl.zeros((BLOCK_R, BLOCK_F), ACC)
+    for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
+        f = (i + tl.arange(0, BLOCK_F))[None, :]
+        inside = (row < rows)[:, None] & (f < F)
+        # A bad id has no readable pixel: its target is NaN, and so are its loss and its gradient.
+        pred = widen(preds[i // BLOCK_F], ACC)
+        if bias_ptr is not None:
+            pred += widen(tl.load(bias_ptr + f, mask=f < F, other=0.0), ACC)
+        loss, slope = loss_and_slope(pred - targets[i // BLOCK_F], KIND)
+        losses += tl.where(inside, loss, 0.0)
+        if slope_ptr is not None:
+            slopes = encode_slope(slope, slope_ptr.dtype.element_ty)
+            tl.store(slope_ptr + (row.to(tl.int64) * F)[:, None] + f, slopes, mask=inside)
+    loss_of_row = tl.sum(losses, axis=1) / F
+    if REDUCE:
+        tl.store(loss_ptr + tl.program_id(0), tl.sum(loss_of_row, axis=0))
+    else:
+        tl.store(loss_ptr + row, loss_of_row, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "divisor"])
 def sum_kernel(x_ptr, out_ptr, n, divisor, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """out = sum(x[:n]) / divisor. One program adds per lane and then across lanes, in the same order in every run."""
     total = tl.zeros((BLOCK,), ACC)
@@ -114,27 +132,30 @@ def sum_kernel(x_ptr, out_ptr, n, divisor, ACC: tl.constexpr, BLOCK: tl.constexp
     tl.store(out_ptr, tl.sum(total, axis=0) / divisor)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "divisor"])
 def scale_slope_kernel(
-    slope_ptr, grad_ptr, out_ptr, K, rows_of_mean, stride_gb, stride_gk,
-    F: tl.constexpr, ACC: tl.constexpr, BLOCK_F: tl.constexpr,
+    slope_ptr, grad_ptr, out_ptr, rows, divisor, stride_g,
+    F: tl.constexpr, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """out = slope (B, K, F) * grad[b, k] / (F * rows_of_mean), both contiguous. Program (b*K + k, part of F)."""
-    row = tl.program_id(0).to(tl.int64)
-    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
-    grad = widen(tl.load(grad_ptr + (row // K) * stride_gb + (row % K) * stride_gk), ACC)
-    slope = decode_slope(tl.load(slope_ptr + row * F + f, mask=f < F, other=0), ACC)
-    out = slope * (grad / rows_of_mean / F)
-    tl.store(out_ptr + row * F + f, cast(out, out_ptr.dtype.element_ty), mask=f < F)
+    """out = slope * grad / divisor, both (rows, F) and contiguous. grad is (rows,), or None for 1."""
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    at = (row.to(tl.int64) * F)[:, None]
+    slopes = ()
+    for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
+        f = (i + tl.arange(0, BLOCK_F))[None, :]
+        slopes += (tl.load(slope_ptr + at + f, mask=(row < rows)[:, None] & (f < F), other=0),)
+    factor = tl.full((BLOCK_R,), 1.0, ACC)
+    if grad_ptr is not None:
+        factor = widen(tl.load(grad_ptr + row.to(tl.int64) * stride_g, mask=row < rows, other=0.0), ACC)
+    factor = (factor / divisor)[:, None]
+    for i in tl.static_range(0, F, BLOCK_F):  # pyright: ignore[reportGeneralTypeIssues]
+        f = (i + tl.arange(0, BLOCK_F))[None, :]
+        value = cast(decode_slope(slopes[i // BLOCK_F], ACC) * factor, out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at + f, value, mask=(row < rows)[:, None] & (f < F))
 
 
 def new_slope(rows: tuple[int, int, int], kind: str, like: Tensor) -> Tensor:
     return like.new_empty(*rows, dtype=torch.int8 if kind == "l1" else like.dtype)
-
-
-def grad_strides(grad: Tensor) -> tuple[int, int]:
-    """Strides of the incoming gradient in b and k; 0 for a scalar, the gradient of a mean."""
-    return (grad.stride(0), grad.stride(1)) if grad.ndim else (0, 0)
 
 
 def total(losses: Tensor, divisor: int) -> Tensor:
@@ -145,6 +166,40 @@ def total(losses: Tensor, divisor: int) -> Tensor:
         ACC=accumulator(losses.dtype), BLOCK=8192, num_warps=16, enable_fp_fusion=True,
     )  # fmt: skip
     return out
+
+
+def write_losses(
+    pred: Tensor,
+    bias: Tensor | None,
+    images: Tensor,
+    patch_ids: Tensor | None,
+    patch_size: int,
+    mean: Tensor | None,
+    std: Tensor | None,
+    kind: str,
+    normalize_target: bool,
+    reduce: bool,
+    losses: Tensor,
+    slope: Tensor | None,
+) -> None:
+    """Launch ``loss_kernel``.
+
+    pred (B, K, F) of any strides; bias (F,), contiguous, is added to it; losses of :func:`losses_of` elements; slope
+    (B, K, F) contiguous, or None.
+    """
+    source = pixel_source(images, patch_ids, patch_size, mean, std)
+    rows = pred.flatten(0, 1)
+    grid, tile = row_grid(*rows.shape)
+    dispatch.launch(
+        loss_kernel, grid, rows, bias, losses, slope, *rows.stride(), *source,
+        C=images.shape[1], P=patch_size, KIND=kind, NORMALIZE_TARGET=normalize_target, REDUCE=reduce,
+        ACC=accumulator(losses.dtype), **tile, enable_fp_fusion=True,
+    )  # fmt: skip
+
+
+def losses_of(rows: int, features: int, reduce: bool) -> int:
+    """Number of losses that ``loss_kernel`` writes: one for each row, or to reduce them one for each program."""
+    return row_grid(rows, features)[0][0] if reduce else rows
 
 
 def masked_pixel_loss(
@@ -161,36 +216,36 @@ def masked_pixel_loss(
 ) -> tuple[Tensor, Tensor]:
     """pred (B, K, F), images (B, C, H, W), both of any strides -> loss (scalar or (B, K)), slope (B, K, F) or empty."""
     batch, chosen, features = pred.shape
-    channels, grid_w = images.shape[1], images.shape[3] // patch_size
-    wide = torch.float64 if torch.float64 in (pred.dtype, images.dtype) else torch.float32
-    losses = pred.new_empty(batch, chosen, dtype=wide)
+    rows = batch * chosen
+    losses = pred.new_empty(losses_of(rows, features, reduce), dtype=compute_dtype(pred.dtype, images.dtype))
     slope = new_slope((batch, chosen, features) if with_slope else (0, 0, 0), kind, pred)
-    block_c, block_p, warps = tile_of(channels, patch_size)
-    dispatch.launch(
-        loss_kernel, (batch * chosen,),
-        pred, images, patch_ids, mean, std, losses, slope,
-        chosen, images.shape[2] // patch_size * grid_w, grid_w,
-        *pred.stride(), *images.stride(), *(patch_ids.stride() if patch_ids is not None else (0, 0)),
-        C=channels, P=patch_size, KIND=kind, NORMALIZE_TARGET=normalize_target, HAS_SLOPE=with_slope,
-        HAS_IDS=patch_ids is not None, IS_UINT8=images.dtype == torch.uint8, HAS_MEAN=mean is not None,
-        HAS_STD=std is not None, ACC=accumulator(wide), BLOCK_C=block_c, BLOCK_P=block_p,
-        num_warps=warps, enable_fp_fusion=True,
+    write_losses(
+        pred, None, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, losses,
+        slope if with_slope else None,
     )  # fmt: skip
-    return (total(losses, batch * chosen) if reduce else losses), slope
+    return (total(losses, rows) if reduce else losses.view(batch, chosen)), slope
+
+
+def scaled_slope(slope: Tensor, grad: Tensor | None, divisor: int, dtype: torch.dtype) -> Tensor:
+    """slope (B, K, F) * grad / divisor in ``dtype``. grad is a scalar, (B, K) of any strides, or None for 1."""
+    out, rows = slope.new_empty(slope.shape, dtype=dtype), slope.shape[0] * slope.shape[1]
+    grid, tile = row_grid(rows, slope.shape[2])
+    stride = 0
+    if grad is not None and grad.ndim:
+        grad = grad.flatten()
+        stride = grad.stride(0)
+    dispatch.launch(
+        scale_slope_kernel, grid, slope, grad, out, rows, divisor, stride,
+        F=slope.shape[2], ACC=accumulator(dtype, *(() if grad is None else (grad.dtype,))),
+        **tile, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
 
 
 def masked_pixel_loss_backward(grad: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
     """grad (scalar or (B, K) of any strides), slope (B, K, F) -> gradient of pred (B, K, F) in ``dtype``."""
     batch, chosen, features = slope.shape
-    out = slope.new_empty(slope.shape, dtype=dtype)
-    block = min(1024, power_of_two(features))
-    dispatch.launch(
-        scale_slope_kernel, (batch * chosen, ceil_div(features, block)),
-        slope, grad, out, chosen, 1 if grad.ndim else batch * chosen, *grad_strides(grad),
-        F=features, ACC=accumulator(grad.dtype, dtype), BLOCK_F=block,
-        num_warps=max(1, block // 256), enable_fp_fusion=True,
-    )  # fmt: skip
-    return out
+    return scaled_slope(slope, grad, features * (1 if grad.ndim else max(1, batch * chosen)), dtype)
 
 
 def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:

@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.gather_patches.arguments import FLOATS, check_device, check_id_values, check_ids
@@ -26,6 +25,7 @@ def place_tokens(
     *,
     masked: Tensor | None = None,
     visible_ids: Tensor | None = None,
+    with_unmasked: bool = False,
 ) -> Tensor:
     """Input sequence of a masked vision transformer: [CLS], tokens or mask tokens, plus position embeddings.
 
@@ -36,13 +36,17 @@ def place_tokens(
         tokens: floating, of any strides: (B, N, C), one token per patch, or with visible_ids (B, K, C).
         mask_token, cls_token: (C,) or (1, 1, C), floating.
         pos_embed: (1+N, C) or (1, 1+N, C), floating; the row of [CLS] is first.
-        masked: bool (B, N), True = the patch is replaced by the mask token; None replaces no patch.
+        masked: bool (B, N), True = the patch is replaced by the mask token; None replaces no patch. The kernels read a
+            column at a time: a mask with strides (1, B), such as the transpose of an (N, B) mask, saves them a copy.
         visible_ids: int32 or int64 (B, K), the patches of the given tokens, distinct within a row. All other patches
             become mask tokens (MAE's decoder input). Not together with masked.
+        with_unmasked: also return the sequences in which no patch is masked, in front of the masked ones and in one
+            pass over the tokens. Needs masked.
 
     Returns:
-        (B, 1+N, C), contiguous, in the dtype that torch promotes the four tensors to: float32 for bfloat16 tokens with
-        float32 parameters, as under autocast. Sums are in float32 (float64 for float64) and round once.
+        (B, 1+N, C), or (2B, 1+N, C) with_unmasked; contiguous, in the dtype that torch promotes the four tensors to:
+        float32 for bfloat16 tokens with float32 parameters, as under autocast. Sums are in float32 (float64 for
+        float64) and round once.
 
     Differentiable in the four tensors. Gradients of the three parameters are summed over the batch in a fixed order,
     without atomics. On the CPU the op is composed of torch ops. Ids are checked on the CPU, and on a GPU with
@@ -50,8 +54,14 @@ def place_tokens(
     read or written out of bounds.
 
     Raises:
-        ValueError: for a wrong rank, shape, dtype, device or id, and for masked together with visible_ids.
+        ValueError: for a wrong rank, shape, dtype, device or id, for masked together with visible_ids, and for
+            with_unmasked without masked.
     """
+    names = ("tokens", "mask_token", "pos_embed", "cls_token", "masked", "visible_ids")
+    for i, x in enumerate((tokens, mask_token, pos_embed, cls_token, masked, visible_ids)):
+        if not isinstance(x, Tensor) and (x is not None or i < 4):
+            hint = "; a model without [CLS] can pass zeros and drop row 0 of the result" if i == 3 else ""
+            raise ValueError(f"{names[i]} must be a tensor, got {type(x).__name__}{hint}")
     if tokens.ndim != 3:
         raise ValueError(f"tokens must have shape (B, N, C), got {tuple(tokens.shape)}")
     batch, given, width = tokens.shape
@@ -66,6 +76,8 @@ def place_tokens(
             raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
         check_device(name, x, tokens.device)
     num_patches = pos_embed.shape[0] - 1
+    if with_unmasked and masked is None:
+        raise ValueError("masked must be given where with_unmasked is True, got None")
     if visible_ids is None:
         if given != num_patches:
             raise ValueError(
@@ -87,7 +99,7 @@ def place_tokens(
                 f"got {tuple(visible_ids.shape)}"
             )
     call = _direct if registration.called_directly(tokens, mask_token, pos_embed, cls_token) else _forward_op
-    return call(tokens, mask_token, pos_embed, cls_token, masked, visible_ids)
+    return call(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, with_unmasked)
 
 
 def _row(name: str, x: Tensor, width: int) -> Tensor:
@@ -115,23 +127,24 @@ def _check_visible(visible_ids: Tensor | None, num_patches: int) -> None:
         raise ValueError(f"visible_ids must be distinct within a row, got {int(repeated[0])} more than once")
 
 
-def _forward(tokens, mask_token, pos_embed, cls_token, masked, visible_ids):
+def _forward(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, both):
     _check_visible(visible_ids, pos_embed.shape[0] - 1)
-    return _backend(tokens).place_tokens(tokens, mask_token, pos_embed, cls_token, masked, visible_ids)
+    return _backend(tokens).place_tokens(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, both)
 
 
-def _forward_fake(tokens, mask_token, pos_embed, cls_token, masked, visible_ids):
+def _forward_fake(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, both):
     dtype = reference.output_dtype(tokens, mask_token, pos_embed, cls_token)
-    return tokens.new_empty(tokens.shape[0], pos_embed.shape[0], tokens.shape[2], dtype=dtype)
+    return tokens.new_empty(tokens.shape[0] * (2 if both else 1), pos_embed.shape[0], tokens.shape[2], dtype=dtype)
 
 
-def _backward(grad, masked, visible_ids, num_tokens, tokens_dtype, mask_dtype, pos_dtype, cls_dtype, needs):
+def _backward(grad, masked, visible_ids, both, num_tokens, tokens_dtype, mask_dtype, pos_dtype, cls_dtype, needs):
     dtypes = tokens_dtype, mask_dtype, pos_dtype, cls_dtype
-    return _backend(grad).place_tokens_backward(grad, masked, visible_ids, num_tokens, dtypes, tuple(needs))
+    return _backend(grad).place_tokens_backward(grad, masked, visible_ids, both, num_tokens, dtypes, tuple(needs))
 
 
-def _backward_fake(grad, masked, visible_ids, num_tokens, tokens_dtype, mask_dtype, pos_dtype, cls_dtype, needs):
-    batch, positions, width = grad.shape
+def _backward_fake(grad, masked, visible_ids, both, num_tokens, tokens_dtype, mask_dtype, pos_dtype, cls_dtype, needs):
+    sequences, positions, width = grad.shape
+    batch = sequences // 2 if both else sequences
     shapes = (batch, num_tokens, width), (width,), (positions, width), (width,)
     dtypes = tokens_dtype, mask_dtype, pos_dtype, cls_dtype
     return tuple(
@@ -142,35 +155,62 @@ def _backward_fake(grad, masked, visible_ids, num_tokens, tokens_dtype, mask_dty
 
 class _PlaceTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, forward, tokens, mask_token, pos_embed, cls_token, masked, visible_ids):
+    def forward(ctx, forward, tokens, mask_token, pos_embed, cls_token, masked, visible_ids, both):
         # The tokens are not saved: the backward pass does not need them, and they would stay in memory until then.
         ctx.save_for_backward(masked, visible_ids)
-        ctx.num_tokens = tokens.shape[1]
+        ctx.num_tokens, ctx.both = tokens.shape[1], both
         ctx.dtypes = tokens.dtype, mask_token.dtype, pos_embed.dtype, cls_token.dtype
-        return forward(tokens, mask_token, pos_embed, cls_token, masked, visible_ids)
+        return forward(tokens, mask_token, pos_embed, cls_token, masked, visible_ids, both)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         needs = ctx.needs_input_grad[1:5]
         if not any(needs):
-            return (None,) * 7
+            return (None,) * 8
         backward = registration.backward_of(_backward_op, _backward, grad)
-        grads = backward(grad, *ctx.saved_tensors, ctx.num_tokens, *ctx.dtypes, needs)
-        return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None
+        grads = backward(grad, *ctx.saved_tensors, ctx.both, ctx.num_tokens, *ctx.dtypes, needs)
+        return None, *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
+
+
+class _PlaceTokensBackward(torch.autograd.Function):
+    """The backward is linear in grad, so its own backward is the forward again."""
+
+    @staticmethod
+    def forward(ctx, backward, grad, masked, visible_ids, both, num_tokens, *dtypes_and_needs):
+        ctx.save_for_backward(masked, visible_ids)
+        ctx.set_materialize_grads(False)
+        *_, ctx.needs = dtypes_and_needs
+        sequences, positions, width = grad.shape
+        batch = sequences // 2 if both else sequences
+        ctx.shapes = (batch, num_tokens, width), (width,), (positions, width), (width,)
+        ctx.dtype, ctx.both = grad.dtype, both
+        return backward(grad, masked, visible_ids, both, num_tokens, *dtypes_and_needs)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if all(g is None for g in grads):
+            return (None,) * 11
+        masked, visible_ids = ctx.saved_tensors
+        some = next(g for g in grads if g is not None)
+        inputs = [
+            some.new_zeros(shape) if g is None or not need else g
+            for g, shape, need in zip(grads, ctx.shapes, ctx.needs, strict=True)
+        ]
+        return None, _forward_op(*inputs, masked, visible_ids, ctx.both).to(ctx.dtype), *(None,) * 9
 
 
 _direct = registration.direct(_PlaceTokens, _forward)
 _backward_op = registration.define(
-    "place_tokens_backward(Tensor grad, Tensor? masked, Tensor? visible_ids, SymInt num_tokens, "
+    "place_tokens_backward(Tensor grad, Tensor? masked, Tensor? visible_ids, bool both, SymInt num_tokens, "
     "ScalarType tokens_dtype, ScalarType mask_dtype, ScalarType pos_dtype, ScalarType cls_dtype, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
+    _PlaceTokensBackward,
 )
 _forward_op = registration.define(
     "place_tokens(Tensor tokens, Tensor mask_token, Tensor pos_embed, Tensor cls_token, Tensor? masked, "
-    "Tensor? visible_ids) -> Tensor",
+    "Tensor? visible_ids, bool both) -> Tensor",
     _forward,
     _forward_fake,
     _PlaceTokens,

@@ -11,7 +11,7 @@ The mathematics is that of ``reference.py``, and tests compare the two. Three th
 import torch
 from torch import Tensor
 
-from mvlm_kernels.place_tokens.reference import output_dtype
+from mvlm_kernels.place_tokens.reference import compute_dtype, output_dtype
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -23,12 +23,13 @@ def place_tokens(
     cls_token: Tensor,
     masked: Tensor | None,
     visible_ids: Tensor | None,
+    both: bool,
 ) -> Tensor:
     """Same contract as :func:`mvlm_kernels.place_tokens.reference.place_tokens`."""
     dtype = output_dtype(tokens, mask_token, pos_embed, cls_token)
     batch, _, width = tokens.shape
     positions = pos_embed.to(dtype)
-    out = tokens.new_empty(batch, positions.shape[0], width, dtype=dtype)
+    out = tokens.new_empty(batch * (2 if both else 1), positions.shape[0], width, dtype=dtype)
     out[:, 0] = cls_token.to(dtype) + positions[0]
     patches, without_token = out[:, 1:], mask_token.to(dtype) + positions[1:]
     if visible_ids is not None:
@@ -36,7 +37,10 @@ def place_tokens(
         placed = tokens.flatten(0, 1) + positions.index_select(0, visible_ids.flatten() + 1)
         out.flatten(0, 1).index_put_((_rows_of(visible_ids, out.shape[1]),), placed)
         return out
-    torch.add(tokens, positions[1:], out=patches)
+    torch.add(tokens, positions[1:], out=patches[:batch])
+    if both:
+        patches[batch:] = patches[:batch]
+        patches = patches[batch:]
     if masked is not None:
         bits, other = patches.view(_INTEGERS[dtype.itemsize]), without_token.view(_INTEGERS[dtype.itemsize])
         # A select by bits: ((x ^ other) & kept) ^ other is x if kept has all bits set, and other if it has none.
@@ -48,11 +52,16 @@ def place_tokens_backward(
     grad: Tensor,
     masked: Tensor | None,
     visible_ids: Tensor | None,
+    both: bool,
     num_tokens: int,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype],
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Same contract as :func:`mvlm_kernels.place_tokens.reference.place_tokens_backward`."""
+    # The halves of both are summed apart, in a wide type, so that their sum rounds once.
+    unmasked, wide = None, compute_dtype(grad.dtype) if both else grad.dtype
+    if both:
+        unmasked, grad = grad.chunk(2)
     batch, length, width = grad.shape
     rows = grad.flatten(0, 1)
     token_grad = mask_grad = pos_grad = cls_grad = None
@@ -61,6 +70,8 @@ def place_tokens_backward(
             token_grad = rows.index_select(0, _rows_of(visible_ids, length)).view(batch, num_tokens, width)
         else:
             token_grad = grad[:, 1:].clone() if masked is None else _zero_where(masked, grad[:, 1:])
+        if unmasked is not None:
+            token_grad += unmasked[:, 1:]
     if needs[1]:
         filled = masked
         if visible_ids is not None:
@@ -71,9 +82,13 @@ def place_tokens_backward(
             b, n = filled.nonzero().unbind(1)
             mask_grad = rows.index_select(0, b * length + 1 + n).sum(0)
     if needs[2]:
-        pos_grad = grad.sum(0)
+        pos_grad = grad.sum(0, dtype=wide)
+        if unmasked is not None:
+            pos_grad += unmasked.sum(0, dtype=wide)
     if needs[3]:
-        cls_grad = grad[:, 0].sum(0) if pos_grad is None else pos_grad[0].clone()
+        cls_grad = grad[:, 0].sum(0, dtype=wide) if pos_grad is None else pos_grad[0].clone()
+        if unmasked is not None and pos_grad is None:
+            cls_grad += unmasked[:, 0].sum(0, dtype=wide)
     first, second, third, fourth = (
         grad.new_empty(0, dtype=dtype) if g is None else g.to(dtype).contiguous()
         for g, dtype in zip((token_grad, mask_grad, pos_grad, cls_grad), dtypes, strict=True)

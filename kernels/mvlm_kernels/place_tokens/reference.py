@@ -27,12 +27,18 @@ def place_tokens(
     cls_token: Tensor,
     masked: Tensor | None,
     visible_ids: Tensor | None,
+    both: bool = False,
 ) -> Tensor:
     """[CLS], then each patch's token or the mask token, plus the position embeddings: (B, 1+N, C).
 
+    both: (2B, 1+N, C), the sequences without masks in front of those with them.
+
     tokens (B, N, C), or (B, K, C) with visible_ids (B, K); mask_token and cls_token (C,); pos_embed (1+N, C).
     """
-    dtype = output_dtype(tokens, mask_token, pos_embed, cls_token)
+    parameters = mask_token, pos_embed, cls_token
+    if both:
+        return torch.cat([place_tokens(tokens, *parameters, m, None, False) for m in (None, masked)])
+    dtype = output_dtype(tokens, *parameters)
     wide = compute_dtype(dtype)
     batch, num_patches = tokens.shape[0], pos_embed.shape[0] - 1
     patches, mask, positions = tokens.to(wide), mask_token.to(wide), pos_embed.to(wide)
@@ -49,14 +55,24 @@ def place_tokens_backward(
     grad: Tensor,
     masked: Tensor | None,
     visible_ids: Tensor | None,
+    both: bool,
     num_tokens: int,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype],
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of tokens (B, num_tokens, C), mask_token (C,), pos_embed (1+N, C) and cls_token (C,), in ``dtypes``.
 
-    grad: (B, 1+N, C). needs: four booleans. A gradient that is not needed is an empty tensor.
+    grad: of the output's shape. needs: four booleans. A gradient that is not needed is an empty tensor.
     """
+    if both:
+        wide = compute_dtype(grad.dtype)
+        wide_types = (wide, wide, wide, wide)
+        unmasked, others = (
+            place_tokens_backward(g, m, None, False, num_tokens, wide_types, needs)
+            for g, m in zip(grad.chunk(2), (None, masked), strict=True)
+        )
+        first, second, third, fourth = ((a + b).to(dtype) for a, b, dtype in zip(unmasked, others, dtypes, strict=True))
+        return first, second, third, fourth
     wide = compute_dtype(grad.dtype)
     patches = grad[:, 1:].to(wide)  # (B, N, C)
     zero = patches.new_zeros(())

@@ -21,64 +21,78 @@ from mvlm_kernels.gather_patches.triton import accumulator, reader_lists
 from mvlm_kernels.language import cast, widen
 from mvlm_kernels.place_tokens.reference import output_dtype
 
-BLOCK_B, BLOCK_C, WARPS = 16, 128, 4
+# Rows of the batch at a time. Backward keeps two sums, and a forward of both halves two outputs, in registers. With few
+# rows all programs of a sequence of 197 positions and width 768 run at once on an H100.
+ROWS, FEW_ROWS, BLOCK_C, WARPS = 16, 8, 128, 4
 
 
 @triton.jit
-def token_of(masked_ptr, table_ptr, b, n, limit, table_width, stride_mb, stride_mn, MODE: tl.constexpr):
-    """Index of the token at patch n for batch rows b; -1 for the mask token, and for b >= limit."""
+def token_of(source_ptr, b, n, B, limit, MODE: tl.constexpr):
+    """Index of the token at patch n for batch rows b; -1 for the mask token, and for b >= limit.
+
+    source is (N, B): the rows of one patch are neighbours. In mode "visible" it is int32, the first entries of
+    ``reader_lists``; in modes "masked" and "both" bool, True = masked; in mode "all" None.
+    """
     if MODE == "visible":
-        source = tl.load(table_ptr + b * table_width + n, mask=b < limit, other=-1)
-    elif MODE == "masked":
-        masked = tl.load(masked_ptr + b * stride_mb + n * stride_mn, mask=b < limit, other=1)
-        source = tl.where(masked != 0, -1, n.to(tl.int32))
-    else:
+        source = tl.load(source_ptr + n * B + b, mask=b < limit, other=-1)
+    elif MODE == "all":
         source = tl.where(b < limit, n.to(tl.int32), -1)
+    else:
+        masked = tl.load(source_ptr + n * B + b, mask=b < limit, other=1)
+        source = tl.where(masked != 0, -1, n.to(tl.int32))
     return source.to(tl.int64)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])
 def place_kernel(
-    tokens_ptr, mask_token_ptr, pos_embed_ptr, cls_token_ptr, masked_ptr, table_ptr, out_ptr,
-    B, N, C, table_width,
-    stride_tb, stride_tk, stride_tc, stride_m, stride_pn, stride_pc, stride_c, stride_mb, stride_mn,
+    out_ptr, tokens, mask_token, pos_embed, cls_token, source_ptr, B, N, C,
     MODE: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out (B, 1+N, C), contiguous. Program (position, width slice); position 0 is [CLS], position 1+n is patch n.
+    """out (B, 1+N, C), contiguous; in mode "both" (2B, 1+N, C), first without masks and then with them.
 
-    table (B, N+K): reader lists of the visible patches, see ``reader_lists_kernel`` in gather_patches. Only the first
-    entries of the lists are read.
+    Program (position, width slice); position 0 is [CLS], position 1+n is patch n. The four tensors are (pointer,
+    *strides). source: see :func:`token_of`.
     """
     position = tl.program_id(0).to(tl.int64)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
-    embedding = widen(tl.load(pos_embed_ptr + position * stride_pn + c * stride_pc, mask=c < C, other=0.0), ACC)
+    embedding_ptrs = pos_embed[0] + position * pos_embed[1] + c * pos_embed[2]
+    embedding = widen(tl.load(embedding_ptrs, mask=c < C, other=0.0), ACC)
     if position == 0:
-        fill = widen(tl.load(cls_token_ptr + c * stride_c, mask=c < C, other=0.0), ACC)
+        fill = widen(tl.load(cls_token[0] + c * cls_token[1], mask=c < C, other=0.0), ACC)
     elif MODE == "all":
         fill = tl.zeros((BLOCK_C,), ACC)
     else:
-        fill = widen(tl.load(mask_token_ptr + c * stride_m, mask=c < C, other=0.0), ACC)
+        fill = widen(tl.load(mask_token[0] + c * mask_token[1], mask=c < C, other=0.0), ACC)
     # [CLS] has no patch. With a limit of 0 rows every source is -1 there, so the fill, the [CLS] token, is stored.
     limit = tl.where(position > 0, B, 0)
     for start in range(0, B, BLOCK_B):
         b = (start + tl.arange(0, BLOCK_B)).to(tl.int64)
-        source = token_of(masked_ptr, table_ptr, b, position - 1, limit, table_width, stride_mb, stride_mn, MODE)
+        source = token_of(source_ptr, b, position - 1, B, limit, MODE)
         keep = (source >= 0)[:, None]
-        token_offsets = (b * stride_tb + source * stride_tk)[:, None] + (c * stride_tc)[None, :]
-        x = widen(tl.load(tokens_ptr + token_offsets, mask=keep & (c < C)[None, :], other=0.0), ACC)
+        row = source
+        read = keep
+        if MODE == "both":
+            row = tl.zeros_like(source) + position - 1
+            read = (b < limit)[:, None]
+        token_offsets = (b * tokens[1] + row * tokens[2])[:, None] + (c * tokens[3])[None, :]
+        x = widen(tl.load(tokens[0] + token_offsets, mask=read & (c < C)[None, :], other=0.0), ACC)
+        inside = (b < B)[:, None] & (c < C)[None, :]
+        out_ptrs = out_ptr + ((b * (N + 1) + position) * C)[:, None] + c[None, :]
+        if MODE == "both":
+            y = tl.where(read, x, fill[None, :]) + embedding[None, :]
+            tl.store(out_ptrs, cast(y, out_ptr.dtype.element_ty), mask=inside)
+            out_ptrs += B.to(tl.int64) * (N + 1) * C
         y = tl.where(keep, x, fill[None, :]) + embedding[None, :]
-        out_offsets = ((b * (N + 1) + position) * C)[:, None] + c[None, :]
-        tl.store(out_ptr + out_offsets, cast(y, out_ptr.dtype.element_ty), mask=(b < B)[:, None] & (c < C)[None, :])
+        tl.store(out_ptrs, cast(y, out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T"])
 def place_backward_kernel(
-    grad_ptr, masked_ptr, table_ptr, tokens_grad_ptr, mask_partial_ptr, pos_grad_ptr, cls_grad_ptr,
-    B, N, C, T, table_width, stride_gb, stride_gn, stride_gc, stride_mb, stride_mn,
+    tokens_grad_ptr, mask_partial_ptr, pos_grad_ptr, cls_grad_ptr, grad, source_ptr, B, N, C, T,
     MODE: tl.constexpr, NEEDS_TOKENS: tl.constexpr, NEEDS_MASK: tl.constexpr, NEEDS_POS: tl.constexpr,
     NEEDS_CLS: tl.constexpr, ACC: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Gradients from grad (B, 1+N, C). Program (position, width slice) reads its column of grad once.
+    """Gradients from grad = (pointer, *strides), of out's shape. Program (position, width slice) reads it once.
 
     Writes tokens_grad (B, T, C), with T = N or the number of visible patches, pos_grad (1+N, C), cls_grad (C,), and
     mask_partial (N, C), the part of the mask token's gradient that comes from each patch.
@@ -91,12 +105,19 @@ def place_backward_kernel(
     for start in range(0, B, BLOCK_B):
         b = (start + tl.arange(0, BLOCK_B)).to(tl.int64)
         inside = (b < B)[:, None] & (c < C)[None, :]
-        grad_offsets = (b * stride_gb + position * stride_gn)[:, None] + (c * stride_gc)[None, :]
-        g = widen(tl.load(grad_ptr + grad_offsets, mask=inside, other=0.0), ACC)
+        grad_ptrs = grad[0] + (b * grad[1] + position * grad[2])[:, None] + (c * grad[3])[None, :]
+        if MODE == "both":
+            unmasked = widen(tl.load(grad_ptrs, mask=inside, other=0.0), ACC)
+            grad_ptrs += B.to(tl.int64) * grad[1]
+        g = widen(tl.load(grad_ptrs, mask=inside, other=0.0), ACC)
         total += g
-        source = token_of(masked_ptr, table_ptr, b, position - 1, limit, table_width, stride_mb, stride_mn, MODE)
+        source = token_of(source_ptr, b, position - 1, B, limit, MODE)
         keep = (source >= 0)[:, None]
         of_mask += tl.where(keep, 0.0, g)  # where and not a product: a kept position's gradient may be NaN
+        of_token = tl.where(keep, g, 0.0)
+        if MODE == "both":
+            total += unmasked
+            of_token += unmasked
         if NEEDS_TOKENS:
             if MODE == "visible":
                 row = source
@@ -105,8 +126,7 @@ def place_backward_kernel(
                 row = position - 1
                 written = inside & (b < limit)[:, None]
             token_offsets = ((b * T + row) * C)[:, None] + c[None, :]
-            token_grad = cast(tl.where(keep, g, 0.0), tokens_grad_ptr.dtype.element_ty)
-            tl.store(tokens_grad_ptr + token_offsets, token_grad, mask=written)
+            tl.store(tokens_grad_ptr + token_offsets, cast(of_token, tokens_grad_ptr.dtype.element_ty), mask=written)
     summed = tl.sum(total, axis=0)
     if NEEDS_POS:
         tl.store(pos_grad_ptr + position * C + c, cast(summed, pos_grad_ptr.dtype.element_ty), mask=c < C)
@@ -130,8 +150,16 @@ def column_sum_kernel(
     tl.store(out_ptr + c, cast(tl.sum(total, axis=0), out_ptr.dtype.element_ty), mask=c < C)
 
 
-def _mode(masked: Tensor | None, visible_ids: Tensor | None) -> str:
-    return "visible" if visible_ids is not None else "all" if masked is None else "masked"
+def _source(
+    masked: Tensor | None, visible_ids: Tensor | None, num_patches: int, both: bool
+) -> tuple[str, Tensor | None]:
+    """(mode, source) of the kernels. A mask whose memory has the batch last is taken as it is, another is copied."""
+    if visible_ids is not None:
+        # Ids are distinct, so each list has at most one entry: the index of the patch's token.
+        return "visible", reader_lists(visible_ids, num_patches, batch_last=True)
+    if masked is None:
+        return "all", None
+    return "both" if both else "masked", masked.t().contiguous()
 
 
 def place_tokens(
@@ -141,21 +169,19 @@ def place_tokens(
     cls_token: Tensor,
     masked: Tensor | None,
     visible_ids: Tensor | None,
+    both: bool,
 ) -> Tensor:
-    """Output (B, 1+N, C), contiguous, for tokens (B, N, C) or (B, K, C) of any strides."""
+    """Output (B, 1+N, C), or (2B, 1+N, C) for both, contiguous, for tokens (B, N, C) or (B, K, C) of any strides."""
     batch, _, width = tokens.shape
     num_patches = pos_embed.shape[0] - 1
     dtype = output_dtype(tokens, mask_token, pos_embed, cls_token)
-    out = tokens.new_empty(batch, num_patches + 1, width, dtype=dtype)
-    # Ids are distinct, so each list has at most one entry: the index of the patch's token.
-    table = None if visible_ids is None else reader_lists(visible_ids, num_patches)
+    out = tokens.new_empty(2 * batch if both else batch, num_patches + 1, width, dtype=dtype)
+    mode, source = _source(masked, visible_ids, num_patches, both)
     dispatch.launch(
-        place_kernel, (num_patches + 1, ceil_div(width, BLOCK_C)),
-        tokens, mask_token, pos_embed, cls_token, masked, table, out,
-        batch, num_patches, width, table.shape[1] if table is not None else 0,
-        *tokens.stride(), mask_token.stride(0), *pos_embed.stride(), cls_token.stride(0),
-        *(masked.stride() if masked is not None else (0, 0)),
-        MODE=_mode(masked, visible_ids), ACC=accumulator(dtype), BLOCK_B=BLOCK_B, BLOCK_C=BLOCK_C,
+        place_kernel, (num_patches + 1, ceil_div(width, BLOCK_C)), out,
+        (tokens, *tokens.stride()), (mask_token, mask_token.stride(0)), (pos_embed, *pos_embed.stride()),
+        (cls_token, cls_token.stride(0)), source, batch, num_patches, width,
+        MODE=mode, ACC=accumulator(dtype), BLOCK_B=FEW_ROWS if both else ROWS, BLOCK_C=BLOCK_C,
         num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return out
@@ -165,30 +191,30 @@ def place_tokens_backward(
     grad: Tensor,
     masked: Tensor | None,
     visible_ids: Tensor | None,
+    both: bool,
     num_tokens: int,
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype],
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of tokens, mask_token, pos_embed and cls_token, see :func:`.reference.place_tokens_backward`.
 
-    grad: (B, 1+N, C), of any strides.
+    grad: of the output's shape and any strides.
     """
-    batch, positions, width = grad.shape
-    num_patches = positions - 1
+    sequences, positions, width = grad.shape
+    batch, num_patches = sequences // 2 if both else sequences, positions - 1
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     tokens_grad = grad.new_empty((batch, num_tokens, width) if needs[0] else (0,), dtype=dtypes[0])
     mask_grad = grad.new_empty(width if needs[1] else 0, dtype=dtypes[1])
     pos_grad = grad.new_empty((positions, width) if needs[2] else (0,), dtype=dtypes[2])
     cls_grad = grad.new_empty(width if needs[3] else 0, dtype=dtypes[3])
     mask_partial = grad.new_empty((num_patches, width) if needs[1] else (0,), dtype=wide)
-    table = None if visible_ids is None else reader_lists(visible_ids, num_patches)
+    mode, source = _source(masked, visible_ids, num_patches, both)
     dispatch.launch(
         place_backward_kernel, (positions, ceil_div(width, BLOCK_C)),
-        grad, masked, table, tokens_grad, mask_partial, pos_grad, cls_grad,
-        batch, num_patches, width, num_tokens, table.shape[1] if table is not None else 0, *grad.stride(),
-        *(masked.stride() if masked is not None else (0, 0)),
-        MODE=_mode(masked, visible_ids), NEEDS_TOKENS=needs[0], NEEDS_MASK=needs[1], NEEDS_POS=needs[2],
-        NEEDS_CLS=needs[3], ACC=accumulator(wide), BLOCK_B=BLOCK_B, BLOCK_C=BLOCK_C,
+        tokens_grad, mask_partial, pos_grad, cls_grad, (grad, *grad.stride()), source,
+        batch, num_patches, width, num_tokens,
+        MODE=mode, NEEDS_TOKENS=needs[0], NEEDS_MASK=needs[1], NEEDS_POS=needs[2],
+        NEEDS_CLS=needs[3], ACC=accumulator(wide), BLOCK_B=FEW_ROWS, BLOCK_C=BLOCK_C,
         num_warps=WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     if needs[1]:
@@ -207,14 +233,15 @@ def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
         tokens = torch.empty(64, count, 768, dtype=dtype, device="meta")
         token = torch.empty(768, dtype=parameter_dtype, device="meta")
         positions = torch.empty(197, 768, dtype=parameter_dtype, device="meta")
-        masked = torch.empty(64, 196, dtype=torch.bool, device="meta") if mode == "masked" else None
+        masked = torch.empty(64, 196, dtype=torch.bool, device="meta") if mode in ("masked", "both") else None
         ids = torch.empty(64, 49, dtype=torch.int32, device="meta") if mode == "visible" else None
-        out = place_tokens(tokens, token, positions, token, masked, ids)
-        place_tokens_backward(out, masked, ids, count, (dtype, *(parameter_dtype,) * 3), (True,) * 4)
+        out = place_tokens(tokens, token, positions, token, masked, ids, mode == "both")
+        place_tokens_backward(out, masked, ids, mode == "both", count, (dtype, *(parameter_dtype,) * 3), (True,) * 4)
 
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     for name, dtype in types.items():
         yield f"{name}/masked", partial(both, "masked", dtype, dtype)
     for mode in ("all", "visible"):
         yield f"bf16/{mode}", partial(both, mode, torch.bfloat16, torch.bfloat16)
-    yield "bf16/masked/fp32-parameters", partial(both, "masked", torch.bfloat16, torch.float32)
+    for mode in ("masked", "both"):
+        yield f"bf16/{mode}/fp32-parameters", partial(both, mode, torch.bfloat16, torch.float32)

@@ -117,7 +117,7 @@ def test_first_turn_is_a_warm_up_that_does_not_count() -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"contenders": ["our"]}, "contenders: wanted some of ours, pil"),
+        ({"contenders": ["our"]}, "contenders: wanted some of ours, ours.kept, pil"),
         ({"recipes": ["crap"]}, "recipes: wanted some of crop, crop"),
         ({"rounds": 0}, "rounds: wanted at least 1, got 0"),
         ({"step": Path("none")}, "step: wanted a JSON file of `mvlm bench step --json`"),

@@ -8,11 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mvlm_benchmarks.kernels import attention_peers
+from mvlm_benchmarks.kernels import attention_peers, packed_attention_peers
 from mvlm_benchmarks.kernels.cases import cases
+from mvlm_benchmarks.kernels.checks import expected_kernels
 from mvlm_benchmarks.kernels.inputs import Inputs
-from mvlm_benchmarks.kernels.measure import Outcome, run_reference
+from mvlm_benchmarks.kernels.measure import Outcome
 from mvlm_benchmarks.kernels.peers import PEERS
+from mvlm_benchmarks.kernels.reference import run_reference
 from support.benchmarks import check_peer
 
 CASES = [case for case in cases(2, torch.float32) if case.op == "cross_attention" and "577" not in case.shape]
@@ -22,8 +24,10 @@ NEEDS_CUDA = Outcome("missing", "needs a CUDA device")
 
 
 @pytest.mark.parametrize(
-    "name, package", [("xformers", "xformers"), ("flash-attn-2", "flash_attn"), ("flash-attn-4", "flash_attn")]
-)
+    "name, package",
+    [("xformers", "xformers"), ("flash-attn-2", "flash_attn"), ("flash-attn-4", "flash_attn"), ("mslk", "mslk"),
+     ("cudnn-frontend", "cudnn")],
+)  # fmt: skip
 def test_library_that_is_not_installed_is_missing(name, package, monkeypatch) -> None:
     for module in [package, *(m for m in sys.modules if m.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, module, None)
@@ -105,6 +109,17 @@ def stand_ins(monkeypatch) -> pytest.MonkeyPatch:
         "xformers.ops.fmha": {
             "attn_bias": fake_module("attn_bias", {"BlockDiagonalMask": Blocks, "BlockDiagonalPaddedKeysMask": Blocks})
         },
+        "mslk": {},
+        "mslk.attention": {},
+        "mslk.attention.fmha": {
+            "memory_efficient_attention": memory_efficient_attention,
+            "attn_bias": fake_module("attn_bias", {"BlockDiagonalMask": Blocks, "BlockDiagonalPaddedKeysMask": Blocks}),
+        },
+        "torch.nn.attention.varlen": {
+            "varlen_attn": lambda q, k, v, ends_q, ends_k, longest_q, longest_k: varlen(
+                q, k, v, cu_seqlens_q=ends_q, cu_seqlens_k=ends_k, max_seqlen_q=longest_q, max_seqlen_k=longest_k
+            )
+        },
         "liger_kernel": {},
         "liger_kernel.ops": {"LigerSoftmaxFunction": Softmax},
     }
@@ -114,11 +129,12 @@ def stand_ins(monkeypatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["xformers", "flash-attn-2", "flash-attn-4", "liger"])
+@pytest.mark.parametrize("name", ["varlen", "xformers", "mslk", "flash-attn-2", "flash-attn-4", "liger"])
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_library_gets_arguments_that_compute_the_op(name, case, stand_ins) -> None:
     assert set(check_peer(BY_NAME[name], case).values()) == {NEEDS_CUDA}
-    stand_ins.setattr(attention_peers, "require_cuda", lambda inputs: None)
+    for module in (attention_peers, packed_attention_peers):
+        stand_ins.setattr(module, "require_cuda", lambda inputs: None)
     outcomes = check_peer(BY_NAME[name], case)
     assert {outcome.status for outcome in outcomes.values()} == {"ok"}, outcomes
 
@@ -134,4 +150,17 @@ def test_flex_gets_arguments_that_compute_the_op(case, monkeypatch) -> None:
     plain = Inputs({name: x.detach() for name, x in inputs.leaves.items()}, inputs.fixed)
     found = attention_peers.flex(plain)(*plain.leaves.values())
     assert found.is_contiguous()
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((found.double(),), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_our_kernels_take_image_patches_on_demand(monkeypatch) -> None:
+    """The contender launches our kernels at 197x197, and has nothing to add where one side is short."""
+    peer = BY_NAME["ours-256"]
+    assert set(check_peer(peer, CASES[0]).values()) == {NEEDS_CUDA}
+    monkeypatch.setattr(attention_peers, "require_cuda", lambda inputs: None)
+    assert {outcome.status for outcome in check_peer(peer, CASES[0]).values()} == {"not applicable"}
+    (case,) = [case for case in CASES if "197x197" in case.shape]
+    inputs = case.make("cpu")
+    with peer.context():
+        function = peer.builders["cross_attention"](inputs)
+        assert expected_kernels(lambda: function(*inputs.leaves.values())) == ["short_kv_forward"]

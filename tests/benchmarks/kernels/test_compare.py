@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from mvlm_benchmarks.kernels.compare import bench_case, rows_of
+from mvlm_benchmarks.ceilings import MemoryRates
+from mvlm_benchmarks.kernels.compare import Ceilings, bench_case, rows_of
 from mvlm_benchmarks.kernels.peers import Peer
 from mvlm_benchmarks.unavailable import Missing, NotApplicable
 from mvlm_kernels.hardware import Gpu
@@ -72,7 +73,7 @@ def test_peer_with_one_wrong_value_is_wrong() -> None:
 def test_wrong_gradient_fails_backward_and_not_forward() -> None:
     rows = by_contender(TOY, bench_case(TOY, "cpu", [peer("half", lambda x: x + x.detach())], FakeClock(), 1))
     assert {r["pass"]: r["status"] for r in rows["half"]} == {"forward": "ok", "backward": "WRONG", "both": "WRONG"}
-    assert "gradient 1 of 1" in rows["half"][1]["note"]
+    assert "gradient is off by 0.5" in rows["half"][1]["note"]
 
 
 def test_peer_that_raises_does_not_stop_the_others() -> None:
@@ -100,34 +101,75 @@ def test_peer_that_raises_does_not_stop_the_others() -> None:
 
 
 def test_error_while_timing_ends_that_pass_only() -> None:
-    calls = []
+    clock = FakeClock()
 
     def tires(x):
-        calls.append(1)
-        if len(calls) > 2:
+        if clock.times == 4:  # ours has three passes, then this one its first
             raise RuntimeError("out of memory")
         return x * 2
 
-    rows = by_contender(TOY, bench_case(TOY, "cpu", [peer("tires", tires), GOOD], FakeClock(), 1))
+    rows = by_contender(TOY, bench_case(TOY, "cpu", [peer("tires", tires), GOOD], clock, 1))
     assert [r["status"] for r in rows["tires"]] == ["ok", "error", "error"]
     assert rows["tires"][1]["note"] == "time: RuntimeError: out of memory"
-    assert (rows["tires"][0]["us"], rows["tires"][0]["peak_mb"]) == (10.0, None)
+    assert [r["us"] for r in rows["tires"]] == [10.0, None, None]
     assert [r["us"] for r in rows["good"]] == [10.0] * 3
 
 
+def test_contender_that_cannot_be_checked_after_timing_has_no_figure() -> None:
+    clock = FakeClock()
+
+    def tires(x):
+        if clock.times == 6:
+            raise RuntimeError("out of memory")
+        return x * 2
+
+    rows = by_contender(TOY, bench_case(TOY, "cpu", [peer("tires", tires)], clock, 1))
+    assert {(r["status"], r["us"]) for r in rows["tires"]} == {("error", None)}
+    assert rows["tires"][0]["note"] == "checks after timing: RuntimeError: out of memory"
+
+
 def test_rows_have_no_ratio_when_ours_failed() -> None:
-    calls = []
+    clock = FakeClock()
 
     def tires(x, factor):
-        calls.append(1)
-        if len(calls) > 4:
+        if clock.times >= 6:  # in the second round
             raise RuntimeError("out of memory")
         return x * factor
 
     ours = toy_case(ours=tires)
-    rows = by_contender(ours, bench_case(ours, "cpu", [GOOD], FakeClock(), 2))
+    rows = by_contender(ours, bench_case(ours, "cpu", [GOOD], clock, 2))
     assert [(r["status"], r["us"]) for r in rows["ours"]] == [("error", None)] * 3
     assert [(r["status"], r["us"], r["vs_ours"]) for r in rows["good"]] == [("ok", 10.0, None)] * 3
+
+
+def test_op_that_this_version_lacks_is_missing_and_its_peers_are_timed() -> None:
+    rows = by_contender(TOY, bench_case(toy_case(ours=None), "cpu", [GOOD], FakeClock(), 1))
+    assert {(r["status"], r["note"]) for r in rows["ours"]} == {("missing", "this version of mvlm_kernels has no toy")}
+    assert [r["us"] for r in rows["good"]] == [10.0] * 3
+
+
+def test_difference_within_the_noise_is_said_to_be_none() -> None:
+    """Two rounds: good's second pass is as fast as ours on average, its first twice as slow in both rounds."""
+    clock = FakeClock([10, 20, 30, 20, 22, 60, 10, 20, 30, 20, 18, 60])
+    forward, backward, both = by_contender(TOY, bench_case(TOY, "cpu", [GOOD], clock, 2))["good"]
+    assert [r["verdict"] for r in (forward, backward, both)] == ["slower", "no difference", "slower"]
+    assert backward["vs_ours_low"] == 0.9
+    assert backward["vs_ours_high"] == 1.1
+
+
+def test_results_of_ours_that_differ_between_repeats_are_wrong() -> None:
+    calls = []
+
+    def noisy(x, factor):
+        calls.append(1)
+        return x * (factor + 1e-6 * (len(calls) % 3))
+
+    case = toy_case(ours=noisy)
+    rows = by_contender(case, bench_case(case, "cpu", [peer("noisy too", lambda x: noisy(x, 2))], FakeClock(), 1))
+    assert {(r["status"], r["us"]) for r in rows["ours"]} == {("WRONG", None)}
+    assert rows["ours"][0]["note"].startswith("repeats differ: ")
+    assert {(r["status"], r["us"]) for r in rows["noisy too"]} == {("ok", 10.0)}
+    assert "of 5 equal, the first that differs: 1" in rows["noisy too"][0]["repeats"]
 
 
 def test_failed_graph_capture_is_a_note() -> None:
@@ -163,13 +205,17 @@ def test_rates_and_roofline_match_a_count_by_hand() -> None:
     """8,000 bytes at 1 GB/s are 8 us and 1,000 operations at 1 GFLOPS are 1 us: memory decides, at 10 us 80 %."""
     half = toy_case(dtype=torch.float16)
     entries = bench_case(half, "cpu", [], FakeClock(), 1)
-    forward, _, both = rows_of(half, entries, Gpu(bandwidth=1e9, flops=1e9, source=""))
+    forward, _, both = rows_of(half, entries, Ceilings(Gpu(bandwidth=1e9, flops=1e9, source="")))
     assert (forward["gb_per_s"], forward["roofline_pct"], forward["bytes_minimum"]) == (0.8, 80.0, 8000)
     assert both["bytes_minimum"] == 16000
     assert both["gb_per_s"] == 1.6
     assert both["roofline_pct"] == 160.0  # the fake FakeClock() is faster than this GPU
     # At 0.3 GFLOPS backward's 3,000 operations take 10 us and its bytes 8.
-    assert rows_of(half, entries, Gpu(1e9, 0.3e9, ""))[1]["roofline_pct"] == pytest.approx(100)
+    assert rows_of(half, entries, Ceilings(Gpu(1e9, 0.3e9, "")))[1]["roofline_pct"] == pytest.approx(100)
     # The table's operations are bfloat16's: float32 has no roofline in it; nor has an unknown machine.
-    assert all(row["roofline_pct"] is None for row in rows_of(TOY, entries, Gpu(1e9, 1e9, "")))
+    assert all(row["roofline_pct"] is None for row in rows_of(TOY, entries, Ceilings(Gpu(1e9, 1e9, ""))))
     assert all(row["roofline_pct"] is None for row in rows_of(half, entries))
+    # Against what this machine reached: 0.8 GB/s over a copy of 1.6, a read of 2 and a triad of 0.8.
+    measured = Ceilings(measured=MemoryRates(copy=1.6e9, read=2e9, triad=0.8e9), gemm_us=7.0)
+    row = rows_of(half, entries, measured)[0]
+    assert (row["copy_pct"], row["read_pct"], row["triad_pct"], row["gemm_us"]) == (50.0, 40.0, 100.0, 7.0)

@@ -9,7 +9,7 @@ from mvlm_benchmarks import machine
 from mvlm_benchmarks.kernels import report
 from mvlm_benchmarks.kernels.compare import bench_case, rows_of
 from mvlm_benchmarks.kernels.peers import Peer
-from mvlm_benchmarks.results import heading
+from mvlm_benchmarks.results import RowFile, heading
 from support.benchmarks import FakeClock, toy_case
 
 
@@ -33,7 +33,8 @@ def about():
 
 
 def test_csv_has_every_column_and_says_cpu(rows, about, tmp_path) -> None:
-    path = report.write(rows, about, tmp_path / "results")[0]
+    path = report.file_names(about, "float32", tmp_path / "results")[0]
+    RowFile(path, about, report.COLUMNS).append(rows)
     with path.open() as file:
         reader = csv.DictReader(file)
         assert reader.fieldnames == list(report.COLUMNS)
@@ -48,12 +49,15 @@ def test_csv_has_every_column_and_says_cpu(rows, about, tmp_path) -> None:
         assert "no-such-package" not in line["versions"]
     good = [line for line in found if line["contender"] == "good"]
     assert [line["us"] for line in good] == ["40", "50", "60"]
+    assert {line["repeats"] for line in good} == {"5 of 5 equal"}
+    assert {line["verdict"] for line in good} == {"slower"}
     assert [line["vs_ours"] for line in good] == ["4.0", "2.5", "2.0"]
     assert {line["note"] for line in found if line["contender"] == "gone"} == {"No module named 'nothing'"}
 
 
 def test_plot_shows_ratios_and_is_reproducible(rows, about, tmp_path) -> None:
-    path = report.write(rows, about, tmp_path)[1]
+    path = report.file_names(about, "float32", tmp_path)[1]
+    report.plot(rows, about, path)
     drawing = path.read_text()
     assert path.suffix == ".svg"
     assert drawing.rstrip().endswith("</svg>")
@@ -72,7 +76,7 @@ def test_plot_of_no_rows_is_written(about, tmp_path) -> None:
 
 def test_json_has_timed_rows_and_reasons_for_the_others(rows, about, tmp_path) -> None:
     path = tmp_path / "deep" / "figures.json"
-    assert report.write(rows, about, tmp_path, path)[2] == path
+    report.write_figures(rows, about, path)
     written = json.loads(path.read_text())
     assert written["machine"]["figures"].startswith("CPU")
     wanted = {"op", "pass", "shape", "dtype", "contender", "us", "gb_per_s", "roofline_pct", "peak_mb"}

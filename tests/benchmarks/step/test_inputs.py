@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from mvlm_benchmarks.step.inputs import caption_lengths, make_batch, pad_batch
+from mvlm_benchmarks.captions import caption_lengths
+from mvlm_benchmarks.step.inputs import make_batch, pad_batch
 from support.benchmarks import micro_config
 
 MICRO = micro_config()

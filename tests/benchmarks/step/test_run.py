@@ -16,9 +16,9 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.objectives.losses import Losses
-from mvlm_benchmarks.step import contenders, run
+from mvlm_benchmarks.captions import caption_lengths
+from mvlm_benchmarks.step import contenders, largest_batch, run, timing
 from mvlm_benchmarks.step.contenders import Contender
-from mvlm_benchmarks.step.inputs import caption_lengths
 from mvlm_benchmarks.step.parts import PARTS
 from support.benchmarks import micro_config
 
@@ -84,6 +84,26 @@ def test_csv_and_plot_name_every_contender(finished: FinishedRun) -> None:
 
 
 @pytest.mark.slow
+def test_every_timed_step_has_a_row_of_its_own(finished: FinishedRun) -> None:
+    file = finished.csv.with_name("s.rounds.csv")
+    rows = list(csv.DictReader(file.read_text().splitlines()))
+    assert [row["round"] for row in rows] == [str(n) for n in range(3) for _ in EAGER]
+    assert {row["contender"] for row in rows[: len(EAGER)]} == set(EAGER)
+    fast = [4 / float(row["seconds"]) for row in rows if row["contender"] == "fast"]
+    assert sorted(fast)[1] == pytest.approx(finished.result["rows"][3]["pairs_per_s"])
+
+
+@pytest.mark.slow
+def test_ratio_to_the_baseline_has_an_interval_and_a_verdict(finished: FinishedRun) -> None:
+    rows = finished.result["rows"]
+    for row in rows:
+        assert row["vs_eager_low"] <= row["vs_eager"] <= row["vs_eager_high"]
+    (fastest,) = [row for row in rows[:2] if row["vs_eager_low"] == row["vs_eager_high"] == 1]
+    assert fastest["verdict"] == ""
+    assert all(row["verdict"] in ("faster", "slower", "no difference") for row in rows if row is not fastest)
+
+
+@pytest.mark.slow
 def test_profile_writes_a_trace_with_every_part(finished: FinishedRun) -> None:
     assert (finished.profile / "breakdown.png").stat().st_size > 5000
     for name in EAGER:
@@ -98,7 +118,7 @@ def test_step_changes_no_weight_and_leaves_no_gradient() -> None:
     before = {name: p.clone() for name, p in model.named_parameters()}
     inputs = contenders.make_inputs(model, caption_lengths(3, 12, 8), torch.device("cpu"))
     for contender in contenders.make_contenders(EAGER, model, True):
-        first, second = (run.time_step(contender, inputs)[2] for _ in range(2))
+        first, second = (timing.time_step(contender, inputs)[2] for _ in range(2))
         assert first == second
         assert all(p.grad is None for p in contender.module.parameters())
         assert contender.optimizer is not None
@@ -156,6 +176,7 @@ def test_compiled_losses_are_compared_with_eager_ones(micro, monkeypatch) -> Non
         ({"contenders": ("timm",)}, "contenders: wanted some of timm.roberta, .* got 'timm'"),
         ({"precision": "fp8"}, "precision: wanted auto, bf16, fp32, got 'fp8'"),
         ({"preset": "huge"}, "unknown preset: wanted one of tiny, small, base, got 'huge'"),
+        ({"seconds": 0.0}, "seconds: wanted a number above 0, got 0"),
         ({"device": "tpu"}, "device: wanted auto, cpu or cuda, got 'tpu'"),
     ],
 )
@@ -172,7 +193,7 @@ def test_largest_batch_is_found_by_bisection(limit, found) -> None:
         tried.append(number)
         return number <= limit
 
-    got = run.largest_that_fits(fits, 4)
+    got = largest_batch.largest_that_fits(fits, 4)
     assert got in found if isinstance(found, range) else got == found
     assert len(tried) <= 10
 
@@ -187,7 +208,7 @@ def test_largest_batch_is_found_by_bisection(limit, found) -> None:
 )
 def test_error_in_the_search_for_the_largest_batch_keeps_the_figures(monkeypatch, error, beyond, found, note) -> None:
     model = MaskVLM(MaskVLMConfig.preset("tiny", text_length=8))
-    monkeypatch.setattr(run, "make_inputs", lambda _, lengths, device: len(lengths))
+    monkeypatch.setattr(largest_batch, "make_inputs", lambda _, lengths, device: len(lengths))
 
     def time_step(_, batch: int) -> None:
         if batch > beyond:
@@ -197,10 +218,10 @@ def test_error_in_the_search_for_the_largest_batch_keeps_the_figures(monkeypatch
         if not beyond:
             raise error
 
-    monkeypatch.setattr(run, "time_step", time_step)
+    monkeypatch.setattr(largest_batch, "time_step", time_step)
     monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
-    row: dict = {"contender": "fast", "note": ""}
-    run.find_largest_batches([row], [Contender("fast", model, model, None, nullcontext)], model, 8)
+    row: dict = {"contender": "fast", "note": "", "seconds": [1.0]}
+    largest_batch.find_largest_batches([row], [Contender("fast", model, model, None, nullcontext)], model, 8)
     assert row["note"].startswith(note)
     assert bool(row["note"]) == bool(note)
     assert row.get("largest_batch") == (None if found is None else pytest.approx(found, rel=1 / 8))

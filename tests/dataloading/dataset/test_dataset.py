@@ -148,3 +148,18 @@ def test_captions_and_metadata_of_other_tools_are_read(tmp_path):
         dataset.metadata(1)
     with pytest.raises(DataError, match="wanted metadata as JSON, found"):
         dataset.metadata(2)
+
+
+def test_rows_of_a_data_set_are_a_data_set(waves):
+    whole = open_dataset(waves, "test")
+    part = whole.rows(20, 45)
+    assert len(part) == 25
+    assert part.keys.tolist() == whole.keys.tolist()[20:45]
+    for i in (0, 7, 24):
+        assert part.captions(i) == whole.captions(20 + i)
+        assert part.image_bytes(i) == whole.image_bytes(20 + i)
+        assert part.index_line(i) == whole.index_line(20 + i)
+        assert part.where(i) == whole.where(20 + i)
+    again = part.rows(5, 10)
+    assert again.keys.tolist() == whole.keys.tolist()[25:30]
+    assert len({whole.fingerprint, part.fingerprint, whole.rows(20, 44).fingerprint, whole.head(45).fingerprint}) == 4

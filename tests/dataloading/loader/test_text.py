@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from mvlm_dataloading import DataError, Loader, open_dataset
 from mvlm_dataloading.build.shard_writer import format_index
+from mvlm_dataloading.loader import text as text_module
 from mvlm_dataloading.loader.text import split_stored_tokens
 from support.data import make_captions, make_image
 
@@ -73,6 +75,30 @@ def test_stored_tokens_equal_those_made_while_loading(write, tokenizer, monkeypa
             assert torch.equal(a.text_id, b.text_id)
             assert a.max_length == b.max_length
             assert torch.equal(masks.token_ids, other.token_ids)
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_captions_of_a_small_split_are_parsed_and_tokenized_once(write, tokenizer, monkeypatch, stored):
+    """Batches of five epochs are those of a loader that remembers nothing."""
+    described = {"fingerprint": tokenizer.fingerprint, "max_length": LENGTH} if stored else None
+    dataset = write(lambda i: component(tokenizer, make_captions(i)), described)
+    monkeypatch.setattr(text_module, "MAX_REMEMBERED", 0)
+    wanted = batches(dataset, tokenizer, 13)
+    monkeypatch.undo()
+    seen: Counter[str] = Counter()
+    split, encode, parse = text_module.split_stored_tokens, tokenizer.encode, text_module.parse_captions
+    monkeypatch.setattr(tokenizer, "encode", lambda texts, length: seen.update(texts) or encode(texts, length))
+    monkeypatch.setattr(text_module, "parse_captions", lambda text, where: seen.update([text]) or parse(text, where))
+    monkeypatch.setattr(
+        text_module, "split_stored_tokens", lambda content, *a: seen.update([content]) or split(content, *a)
+    )
+    found = batches(dataset, tokenizer, 13)
+    assert seen
+    assert max(seen.values()) <= (3 if stored else 1)  # a `.tok` component holds up to three captions
+    for (mine, my_masks), (other, other_masks) in zip(found, wanted, strict=True):
+        for name in ("tokens", "cu_seqlens", "text_id", "image_id", "sample_id"):
+            assert torch.equal(getattr(mine, name), getattr(other, name))
+        assert torch.equal(my_masks.token_ids, other_masks.token_ids)
 
 
 @pytest.mark.parametrize("changed", [{"fingerprint": "other"}, {"max_length": LENGTH - 1}])

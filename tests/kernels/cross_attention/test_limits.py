@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from mvlm_kernels import cross_attention, explain
+from mvlm_kernels import cross_attention, explain, use_backend
 from mvlm_kernels.cross_attention import HEAD_WIDTHS, LONGEST_SHORT_SIDE, why_not_triton
+from mvlm_kernels.cross_attention.arguments import short_sides_up_to
+from mvlm_kernels.cross_attention.reference import cross_attention_reference
 from mvlm_kernels.cross_attention.tiles import has_tiles
+from support.kernels.attention import Case, build, run
 
 GPU = torch.device("cuda", 0)
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without CUDA")
@@ -39,3 +42,18 @@ def test_why_not_triton_agrees_with_explain_on_the_cpu():
     q, k = torch.randn(2, 9, 2, 32), torch.randn(2, 7, 2, 32)
     reasons = why_not_triton(q.device, q.dtype, head_width=32, short_rows=7)
     assert reasons == explain(cross_attention, q, k, k).reasons
+
+
+def test_sides_of_197_rows_are_short_only_on_demand():
+    """Self-attention of image patches on the kernels, in tiles of 256 keys."""
+    call = build(Case(len_q=197, len_k=197, batch=1, dtype=torch.float64))
+    with use_backend("triton"):
+        with pytest.raises(RuntimeError, match="both sides are longer than 128"):
+            cross_attention(call.q, call.k, call.v)
+        with short_sides_up_to(256):
+            got = run(cross_attention, call)
+    for a, b in zip(got, run(cross_attention_reference, call), strict=True):
+        torch.testing.assert_close(a, b)
+    capabilities = 80, 90, 100, 120
+    assert [arch for arch in capabilities if has_tiles(torch.bfloat16, 64, 197, arch)] == [90, 100]
+    assert not has_tiles(torch.bfloat16, 128, 197, 90)

@@ -35,10 +35,11 @@ Checked = Callable[[Case], None]
 PACKAGE = "mvlm_kernels.cross_attention"
 # Each module imports those above it, so all of them are loaded again around a mutant.
 MODULES = {
-    "tile_io": ("existing_keys", "fill_outside", "key_length", "key_sequence", "sum_splits"),
-    "short_kv": ("short_kv_forward", "key_tile_backward", "short_kv_backward"),
-    "short_q": ("short_q_forward", "short_q_combine", "short_q_backward"),
-    "launch": (),
+    "tile_io": ("existing_keys", "key_rows", "key_sequence", "readers_of", "sum_splits"),
+    "short_kv": ("short_kv_forward", "reader_backward", "short_kv_backward"),
+    "long_kv": ("reader_backward_of_keys", "long_kv_backward"),
+    "short_q": ("short_q_forward", "short_q_combine", "queries_backward", "short_q_backward", "short_q_backward_dq"),
+    "launch": ("_new", "partials"),
 }
 MODULE_OF = {function: module for module, functions in MODULES.items() for function in functions}
 
@@ -51,44 +52,47 @@ def attention(
     heads: int = 1,
     multiprocessors: int = 12,
     checked: Checked = check_attention,
+    seed: int = 0,
 ) -> Mutant:
     return Mutant(
         module=MODULE_OF[after.removeprefix("def ")],
         after=after,
         old=old,
         new=new,
-        check=lambda: checked(replace(SIDES[case], heads=heads)),
+        check=lambda: checked(replace(SIDES[case], heads=heads, seed=seed)),
         multiprocessors=multiprocessors,
     )
 
 
 MUTANTS = {
     "length off by one": attention("def existing_keys", "rn < klen", "rn <= klen", "lengths"),
-    "length ignored": attention("def key_length", "if lengths_ptr is not None", "if False", "lengths"),
-    "mask dropped": attention("def existing_keys", "if mask_ptr is not None", "if False", "mask"),
+    "length ignored": attention("def key_rows", "if keys[0] is not None", "if False", "lengths"),
+    "mask dropped": attention("def existing_keys", "if keys[1] is not None", "if False", "mask"),
     "mask word of the wrong key": attention("def existing_keys", "rn // 64", "rn // 128", "long-mask"),
-    "padded values read": attention("def short_kv_forward", "stride_vl, exists", "stride_vl, rn < stored", "lengths"),
+    "padded values read": attention("def short_kv_forward", "v[2], exists", "v[2], rn < k_rows", "lengths"),
     "last query tile unwritten": attention(
         "def short_kv_forward", "tl.cdiv(q_len, BLOCK_M)", "q_len // BLOCK_M", "lengths"
     ),
-    "store past the keys": attention("def key_tile_backward", "rn < k_end", "rn <= k_end", "lengths"),
-    "delta dropped": attention("def key_tile_backward", "pt * (dpt - delta[None, :])", "pt * dpt", "lengths"),
-    "index ignored": attention("def key_sequence", "tl.load(index_ptr + b)", "tl.load(index_ptr)", "index"),
-    "reader chunk too long": attention("def key_tile_backward", "tl.minimum(last, first + chunk)", "last", "index", 2),
+    "store past the keys": attention("def short_kv_backward", "rn < stored", "rn <= stored", "lengths"),
+    "store past the long keys": attention("def long_kv_backward", "rn < stored", "rn <= stored", "long-index"),
+    "delta dropped": attention("def reader_backward", "pt * (dpt - delta[None, :])", "pt * dpt", "lengths"),
+    "index ignored": attention("def key_sequence", "tl.load(keys[4] + b)", "tl.load(keys[4])", "index"),
+    "order ignored in forward": attention("def short_q_forward", "tl.load(order_ptr + b)", "b * 0", "long-index"),
+    "order ignored in dQ": attention("def short_q_backward_dq", "tl.load(order_ptr + b)", "b * 0", "long-index"),
+    "reader chunk too long": attention("def readers_of", "tl.minimum(last, first + chunk)", "last", "index", 2),
     "splits without partials": attention(
         "def short_kv_backward", "split.to(tl.int64) * partial_size", "kb * 0", "lengths"
     ),
     "first split forgotten": attention("def sum_splits", "range(num_splits)", "range(1, num_splits)", "lengths"),
-    "bucket's tail unwritten": attention("def short_kv_forward", "if cu_q_ptr is not None", "if False", "packed-q"),
-    "gradient's tail unwritten": attention(
-        "def short_kv_backward", "k_seqs, k_rows, first_row", "k_seqs, k_rows, kb < 0", "packed-k"
-    ),
     **{
-        f"rows in front unwritten, {case}": attention(
-            "def fill_outside", "0, front, 0.0", "0, 0, 0.0", case, checked=check_rows_in_front
+        f"rows outside unwritten, {case}": attention(
+            "def _new", "out.zero_() if packed", "out if packed", case, multiprocessors=0, checked=check_rows_in_front
         )
         for case in ("packed-q", "packed-k", "long-packed-q", "long-packed-k")
     },
+    "rows outside of partial sums unwritten": attention(
+        "def partials", "partial.zero_() if packed", "partial if packed", "packed-k"
+    ),
     "online softmax without shrinking": attention(
         "def short_q_forward", "total * shrink + tl.sum", "total + tl.sum", "long-mask", multiprocessors=1
     ),
@@ -96,9 +100,10 @@ MUTANTS = {
         "def short_q_combine", "x * weight[:, None]", "x * shrink[:, None]", "long-lengths"
     ),
     "padded keys' gradient unwritten": attention(
-        "def short_q_backward", "stored if WRITE_DKV else klen", "klen", "long-lengths"
+        "def short_q_backward", "BLOCK_N, stored", "BLOCK_N, klen", "long-lengths"
     ),
-    "unfinished output as delta": attention("def short_q_backward", "widen(out, ACC) * ", "", "long-lengths"),
+    "unfinished output as delta": attention("def queries_backward", "widen(out_tile, ACC) * ", "", "long-lengths"),
+    "delta of other queries": attention("def reader_backward_of_keys", "widen(out_tile, ACC) * ", "", "long-index"),
 }
 
 

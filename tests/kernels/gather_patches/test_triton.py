@@ -115,8 +115,11 @@ MUTANTS = [
     ("x * (1.0 / 255.0)", "x * (1.0 / 256.0)"),
     ("while k >= 0:", "while k > 0:"),
     ("(k[None, :] > after[:, None])", "(k[None, :] >= after[:, None] + 2)"),
-    ("c.to(tl.int64) * stride_c", "c.to(tl.int64) * stride_y"),
-    ("(batch * chosen,)", "(batch * chosen - 1,)"),
+    ("return c * strides[0]", "return c * strides[1]"),
+    ("c * strides[0] + (top + p // P)", "c * strides[0] + (top + p % P)"),
+    ("row_grid(rows, features)", "row_grid(rows - 4, features)"),
+    ("mask=row < rows, other=-1)", "mask=row < rows - 1, other=-1)"),
+    ("b * K * grad[1]", "b * K * 0 * grad[1]"),
 ]
 
 

@@ -1,33 +1,70 @@
-"""Swapped patch embeddings of timm models: features, gradients, and refusals."""
+"""Swapped patch embeddings of timm models: features, gradients, what is honoured after a swap, and refusals."""
+
+import copy
+import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from mvlm_kernels.integrations.timm import GatherPatchEmbed, swap_patch_embed
-
 timm = pytest.importorskip("timm")
 
+from mvlm_kernels.integrations.timm import GatherPatchEmbed, swap, swap_patch_embed  # noqa: E402
 
-def small_vit(**options):
+MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
+
+
+def small_vit(**options: Any) -> Any:
     torch.manual_seed(0)
-    return timm.models.VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=24, depth=1, num_heads=2, num_classes=0, **options
-    ).eval()
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
+    return timm.models.VisionTransformer(**(sizes | options)).eval()
+
+
+def swapped_vit(**options: Any) -> Any:
+    return swap_patch_embed(small_vit(**options))
+
+
+def normalised(images: torch.Tensor) -> torch.Tensor:
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    return (images / 255 - mean) / std
+
+
+class Lora(nn.Module):
+    """A conv with a low-rank addition, which shows the base layer's weight as its own."""
+
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__()
+        self.base = base
+        self.down = nn.Conv2d(3, 4, 8, stride=8, bias=False)
+        self.up = nn.Conv2d(4, base.out_channels, 1, bias=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight
+
+    @property
+    def in_channels(self) -> int:
+        return self.base.in_channels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
 
 
 def test_swapped_patch_embed_gives_the_same_features():
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    mean, std = torch.tensor(timm.data.IMAGENET_DEFAULT_MEAN), torch.tensor(timm.data.IMAGENET_DEFAULT_STD)
-    normalised = (images / 255 - mean[:, None, None]) / std[:, None, None]
     model = small_vit()
-    wanted, tokens, names = model(normalised), model.patch_embed(normalised), set(model.state_dict())
-    swap_patch_embed(model, mean=mean.tolist(), std=std.tolist())
+    wanted, tokens, names = model(normalised(images)), model.patch_embed(normalised(images)), set(model.state_dict())
+    report = swap(model, mean=MEAN, std=torch.tensor(STD))
+    assert str(report) == "swapped: patch_embed (PatchEmbed)"
     assert set(model.state_dict()) == names
     torch.testing.assert_close(model(images), wanted)
     ids = torch.tensor([[3, 0, 15], [7, 8, 1]])
     chosen = tokens.gather(1, ids[:, :, None].expand(-1, -1, 24))
     torch.testing.assert_close(model.patch_embed(images, ids), chosen)
+    report.undo()
+    assert type(model.patch_embed) is timm.layers.PatchEmbed
+    torch.testing.assert_close(model(normalised(images)), wanted)
 
 
 def test_gradients_of_swapped_patch_embed_reach_the_conv_weight():
@@ -39,14 +76,131 @@ def test_gradients_of_swapped_patch_embed_reach_the_conv_weight():
     torch.testing.assert_close(got, wanted)
 
 
-def test_patch_embeds_that_cannot_be_swapped_are_refused():
+@pytest.mark.parametrize("output_format", ["NHWC", "NCHW", "NLC", "NCL"])
+def test_every_output_format_and_a_dynamic_size_are_served(output_format: str):
+    torch.manual_seed(0)
+    embed = timm.layers.PatchEmbed(32, 8, embed_dim=24, output_fmt=output_format, strict_img_size=False)
+    images = torch.rand(2, 3, 40, 24)
+    wanted = embed(images)
+    assert swap(embed).swapped
+    torch.testing.assert_close(embed(images), wanted)
+
+
+def test_vit_with_dynamic_image_size_is_served():
+    model, images = small_vit(dynamic_img_size=True), torch.rand(2, 3, 48, 64)
+    wanted = model(images)
+    torch.testing.assert_close(swap_patch_embed(model)(images), wanted)
+
+
+@pytest.mark.parametrize("options", [{"dynamic_img_pad": True}, {"img_size": None}])
+def test_images_that_do_not_divide_are_padded_or_cut_as_before(options: dict[str, Any]):
+    torch.manual_seed(0)
+    given: dict[str, Any] = {"img_size": 32, "strict_img_size": False} | options
+    embed = timm.layers.PatchEmbed(patch_size=8, embed_dim=24, **given)
+    images = torch.randint(0, 256, (2, 3, 37, 35), dtype=torch.uint8)
+    wanted = embed(normalised(images))
+    swap(embed, mean=MEAN, std=STD)
+    torch.testing.assert_close(embed(images), wanted)
+    assert "padded or cut" in embed.why_not_gathered(images)
+
+
+def test_forward_intermediates_and_set_input_size_work_after_a_swap():
+    model, other = small_vit(), swapped_vit()
+    images = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(
+        other.forward_intermediates(images, indices=1)[1], model.forward_intermediates(images, indices=1)[1]
+    )
+    for changed in (model, other):
+        changed.set_input_size(img_size=48, patch_size=16)
+    images = torch.rand(2, 3, 48, 48)
+    torch.testing.assert_close(other(images), model(images))
+
+
+def test_hooks_on_the_embedding_and_later_on_its_conv_are_called():
+    model = small_vit()
+    called = []
+    model.patch_embed.register_forward_hook(lambda *_: called.append("embedding"))
+    swap_patch_embed(model)
+    images = torch.rand(1, 3, 32, 32)
+    before = model(images)
+    handle = model.patch_embed.proj.register_forward_hook(lambda _, __, out: out * 2)
+    assert model.patch_embed.why_not_gathered(images) == "proj has hooks"
+    doubled = small_vit()
+    doubled.patch_embed.proj.register_forward_hook(lambda _, __, out: out * 2)
+    torch.testing.assert_close(model(images), doubled(images))
+    handle.remove()
+    torch.testing.assert_close(model(images), before)
+    assert called == ["embedding"] * 3
+
+
+def test_lora_around_the_conv_is_honoured():
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    found = []
+    for swaps in (False, True):
+        model = small_vit()
+        if swaps:
+            swap(model, mean=MEAN, std=STD)
+        torch.manual_seed(1)
+        model.patch_embed.proj = Lora(model.patch_embed.proj)
+        out = model(images if swaps else normalised(images))
+        out.square().sum().backward()
+        found.append((out, model.patch_embed.proj.down.weight.grad))
+        ids = torch.tensor([[3, 0], [7, 1]])
+        tokens = model.patch_embed(images, ids) if swaps else model.patch_embed(normalised(images))
+        found[-1] += (tokens if swaps else tokens.gather(1, ids[:, :, None].expand(-1, -1, 24)),)
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_weight_norm_on_the_conv_is_honoured():
+    model = small_vit()
+    nn.utils.parametrizations.weight_norm(model.patch_embed.proj)
+    model.patch_embed.proj.parametrizations.weight.original0.data.mul_(1.5)
+    images = torch.rand(2, 3, 32, 32)
+    (wanted,) = torch.autograd.grad(model(images).sum(), model.patch_embed.proj.parametrizations.weight.original1)
+    swap_patch_embed(model)
+    assert model.patch_embed.why_not_gathered(images) is None
+    (got,) = torch.autograd.grad(model(images).sum(), model.patch_embed.proj.parametrizations.weight.original1)
+    torch.testing.assert_close(got, wanted)
+
+
+def test_copies_and_meta_device():
+    model, images = swapped_vit(), torch.rand(2, 3, 32, 32)
+    assert not model.patch_embed.training
+    wanted = model(images)
+    torch.testing.assert_close(copy.deepcopy(model)(images), wanted)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(model))(images), wanted)
+    called = torch.func.functional_call(model, dict(model.named_parameters()), (images,))
+    torch.testing.assert_close(called, wanted)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert copy.deepcopy(model).to("meta")(images.to("meta")).shape == wanted.shape
+
+
+class Stem(timm.layers.PatchEmbed):
+    """An embedding with a forward of its own."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x * 2)
+
+
+def test_embeddings_that_cannot_be_swapped_are_kept_with_a_reason():
+    model = nn.ModuleDict({"patch_embed": nn.Linear(1, 1), "stem": Stem(32, 8), "plain": timm.layers.PatchEmbed(32, 8)})
+    model["tall"] = timm.layers.PatchEmbed((32, 32), (8, 4))
+    report = swap(model)
+    assert [part.path for part in report.swapped] == ["plain"]
+    reasons = {part.path: part.reason or "" for part in report.kept}
+    assert "must be a timm.layers.PatchEmbed itself, got torch.nn.modules.linear.Linear" in reasons["patch_embed"]
+    assert "Stem, whose forward may differ" in reasons["stem"]
+    assert "square conv of disjoint patches" in reasons["tall"]
+    assert "swapped already" in str(swap(model))
+
+
+def test_refusals():
     with pytest.raises(ValueError, match="model must have a patch_embed, got Linear"):
         swap_patch_embed(nn.Linear(1, 1))
-    with pytest.raises(ValueError, match="must be a timm PatchEmbed"):
-        GatherPatchEmbed(nn.Linear(1, 1))
-    overlapping = nn.Module()
-    overlapping.proj = nn.Conv2d(3, 8, 4, stride=2)
-    with pytest.raises(ValueError, match="must be a square conv of disjoint patches"):
-        GatherPatchEmbed(overlapping)
+    with pytest.raises(ValueError, match="cannot be swapped: it is swapped already"):
+        swap_patch_embed(swapped_vit())
     with pytest.raises(ValueError, match=r"images must be \(32, 32\) pixels, got \(16, 16\)"):
-        swap_patch_embed(small_vit())(torch.rand(1, 3, 16, 16))
+        swapped_vit()(torch.rand(1, 3, 16, 16))
+    with pytest.raises(ValueError, match=r"images must have shape \(B, 3, H, W\), got \(1, 4, 32, 32\)"):
+        swapped_vit()(torch.rand(1, 4, 32, 32))
+    assert isinstance(swapped_vit().patch_embed, GatherPatchEmbed)

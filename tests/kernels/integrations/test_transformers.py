@@ -1,5 +1,6 @@
 """Models of transformers with attn_implementation="sdpa_mvlm", compared with transformers' own attention."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import (  # noqa: E402
     BertConfig,
+    BertForMaskedLM,
     BertModel,
+    Gemma4TextConfig,
+    Gemma4TextModel,
     MPNetConfig,
     MPNetModel,
     Siglip2VisionConfig,
@@ -22,6 +26,7 @@ from transformers.models.bert.modeling_bert import BertCrossAttention, BertSelfA
 
 from mvlm_kernels import use_backend  # noqa: E402
 from mvlm_kernels.integrations import transformers as integration  # noqa: E402
+from mvlm_kernels.integrations.calls import AttentionCall, recorded_calls  # noqa: E402
 
 NAME = integration.NAME
 SIZES: dict[str, Any] = {
@@ -38,17 +43,15 @@ def registered() -> None:
 
 
 @pytest.fixture
-def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """The query shapes of every call that reaches the op."""
-    found: list[torch.Size] = []
-    real = integration.cross_attention
+def calls() -> Iterator[list[AttentionCall]]:
+    """Every call of the attention function, on the op's torch backend: without a choice a CPU takes SDPA."""
+    with use_backend("torch"), recorded_calls() as found:
+        yield found
 
-    def counted(q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        found.append(q.shape)
-        return real(q, *args, **kwargs)
 
-    monkeypatch.setattr(integration, "cross_attention", counted)
-    return found
+def fused(calls: list[AttentionCall]) -> int:
+    """Number of calls that reached the op."""
+    return sum(not call.reasons for call in calls)
 
 
 def config(implementation: str, **changes: Any) -> BertConfig:
@@ -80,20 +83,20 @@ def outputs(layer_class: type, padding: torch.Tensor | None, **changes: Any) -> 
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_bert_cross_attention_with_key_padding_equals_sdpa(backend: Any, fused_calls: list[torch.Size]):
+def test_bert_cross_attention_with_key_padding_equals_sdpa(backend: Any, calls: list[AttentionCall]):
     padding = torch.arange(7) < torch.tensor([[7], [3], [1]])
     with use_backend(backend):
         torch.testing.assert_close(*outputs(BertCrossAttention, padding.long()))
         torch.testing.assert_close(*outputs(BertCrossAttention, None))
-    assert len(fused_calls) == 2
+    assert fused(calls) == 2
 
 
-def test_head_width_without_kernel_goes_to_sdpa(fused_calls: list[torch.Size]):
+def test_head_width_without_kernel_goes_to_sdpa(calls: list[AttentionCall]):
     padding = (torch.arange(9) < torch.tensor([[9], [3], [5]])).long()
     torch.testing.assert_close(*outputs(BertSelfAttention, padding))
-    assert len(fused_calls) == 1
+    assert fused(calls) == 1
     torch.testing.assert_close(*outputs(BertSelfAttention, padding, num_attention_heads=4))  # width 16
-    assert len(fused_calls) == 1
+    assert fused(calls) == 1
 
 
 def built(model_class: Any, made: Any, implementation: str) -> Any:
@@ -101,7 +104,7 @@ def built(model_class: Any, made: Any, implementation: str) -> Any:
     return model_class._from_config(made, attn_implementation=implementation).eval()
 
 
-def test_siglip2_pools_the_same_as_eager_under_a_pixel_mask(fused_calls: list[torch.Size]):
+def test_siglip2_pools_the_same_as_eager_under_a_pixel_mask(calls: list[AttentionCall]):
     # Its pooling head repeats and reshapes the encoder's mask, so it needs one of four dimensions.
     torch.manual_seed(0)
     mask = torch.ones(2, 16, dtype=torch.long)
@@ -118,18 +121,48 @@ def test_siglip2_pools_the_same_as_eager_under_a_pixel_mask(fused_calls: list[to
     torch.testing.assert_close(eager.pooler_output, ours.pooler_output)
     exists = mask.bool()
     torch.testing.assert_close(eager.last_hidden_state[exists], ours.last_hidden_state[exists])
-    assert len(fused_calls) == 2  # the encoder's two layers; the head has torch's own attention
+    assert fused(calls) == 2  # the encoder's two layers; the head has torch's own attention
 
 
 @pytest.mark.slow
-def test_compiled_bert_recognises_key_padding(fused_calls: list[torch.Size]):
+def test_compiled_bert_recognises_key_padding(calls: list[AttentionCall]):
     ids = torch.arange(24).view(2, 12)
     padding = (torch.arange(12) < torch.tensor([[12], [6]])).long()
     made = BertConfig(vocab_size=99, **SIZES)
     eager = built(BertModel, made, "eager")(ids, padding)[0]
     compiled = torch.compile(built(BertModel, made, NAME), fullgraph=True, dynamic=True, backend="aot_eager")
     torch.testing.assert_close(compiled(ids, padding)[0], eager)
-    assert len(fused_calls) == 2
+    assert fused(calls) == 2
+
+
+@pytest.mark.slow
+def test_exported_bert_runs_at_other_batches_and_lengths():
+    made = BertConfig(vocab_size=99, **SIZES)
+    model, eager = built(BertModel, made, NAME), built(BertModel, made, "eager")
+    batch, length = torch.export.Dim("batch", min=2, max=64), torch.export.Dim("length", min=2, max=512)
+    sizes = {0: batch, 1: length}
+    example = torch.arange(24).view(2, 12), torch.ones(2, 12, dtype=torch.long)
+    exported = torch.export.export(
+        model, example, dynamic_shapes={"input_ids": sizes, "attention_mask": sizes}, strict=False
+    ).module()
+    for rows, columns in ((3, 24), (2, 65), (5, 300)):
+        ids, padding = torch.randint(99, (rows, columns)), torch.ones(rows, columns, dtype=torch.long)
+        padding[1, columns // 2 :] = 0
+        torch.testing.assert_close(exported(ids, padding)[0], eager(ids, padding)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_bert_makes_one_graph_for_all_lengths_on_a_cpu():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled: Any = torch.compile(
+        built(BertModel, BertConfig(vocab_size=99, **SIZES), NAME), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for length in (10, 64, 65, 129, 300):
+        padding = torch.ones(3, length, dtype=torch.long)
+        padding[1, length // 2 :] = 0
+        compiled(torch.randint(99, (3, length)), padding)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 def test_mask_is_made_where_a_model_asks_for_one():
@@ -167,21 +200,90 @@ def test_register_refuses_a_name_that_transformers_does_not_check():
         integration.register("mvlm")
 
 
-@pytest.mark.parametrize("option", ["softcap", "s_aux"])
+def test_swap_reports_what_it_did_and_undo_puts_it_back(calls: list[AttentionCall]):
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(vocab_size=99, **SIZES)).eval()
+    ids, names = torch.arange(24).view(2, 12), set(model.state_dict())
+    wanted = model(ids)[0]
+    report = integration.swap(model)
+    assert str(report) == "swapped: the model (BertForMaskedLM)"
+    torch.testing.assert_close(model(ids)[0], wanted)
+    assert fused(calls) == 2
+    assert set(model.state_dict()) == names
+    report.undo()
+    assert model.config._attn_implementation == "sdpa"
+    model(ids)
+    assert len(calls) == 2
+
+
+def test_swap_keeps_parts_that_cannot_change_with_a_reason():
+    model = torch.nn.ModuleList([
+        MPNetModel(MPNetConfig(vocab_size=99, **SIZES)),
+        BertModel(BertConfig(vocab_size=99, **SIZES)),
+        Gemma4TextModel(Gemma4TextConfig(vocab_size=99, vocab_size_per_layer_input=99, head_dim=32, **SIZES)),
+    ])  # fmt: skip
+    report = integration.swap(model)
+    assert [(part.path, part.kind) for part in report.swapped] == [("1", "BertModel")]
+    reasons = [part.reason or "" for part in report.kept]
+    assert "MPNetModel does not call transformers' attention interface" in reasons[0]
+    assert 'asks for "sdpa" by name' in reasons[1]
+    with pytest.raises(ValueError, match="must hold a transformers PreTrainedModel, got Linear"):
+        integration.swap(torch.nn.Linear(1, 1))
+
+
+def test_models_that_ask_for_sdpa_by_name_are_refused_when_they_run():
+    # With the last two logits alone this model cuts its queries. Only under the name "sdpa" it then makes a mask.
+    torch.manual_seed(0)
+    made = Gemma4TextConfig(vocab_size=99, vocab_size_per_layer_input=99, head_dim=32, **SIZES)
+    model = built(Gemma4TextModel, made, NAME)
+    with pytest.raises(ValueError, match='must have attn_implementation="sdpa" or "eager"'):
+        model(torch.arange(6)[None])
+
+
+SCORE_OPTIONS = ["softcap", "s_aux", "sinks", "indices", "block_indices", "cu_seq_lens_q", "an_argument_of_tomorrow"]
+
+
+@pytest.mark.parametrize("option", SCORE_OPTIONS)
 def test_score_options_that_the_op_lacks_are_refused(option: str):
     q, k, v = torch.randn(3, 2, 2, 5, 32)
     given: dict[str, Any] = {option: 50.0 if option == "softcap" else torch.zeros(2)}
+    harmless: dict[str, Any] = {"position_ids": torch.arange(5), "use_cache": False}
     absent: dict[str, Any] = {option: None}
     module = torch.nn.Module()
     with pytest.raises(ValueError, match=f"{option} must be None"):
         integration.attention(module, q, k, v, None, is_causal=False, **given)
-    integration.attention(module, q, k, v, None, is_causal=False, **absent)
+    integration.attention(module, q, k, v, None, is_causal=False, **absent, **harmless)
 
 
-def test_sliding_window_goes_to_sdpa(fused_calls: list[torch.Size]):
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"dropout": 0.1}, "dropout is not 0"),
+        ({"position_bias": torch.zeros(1, 2, 5, 5)}, "there is a position_bias"),
+        ({"sliding_window": 3}, "there is a sliding_window"),
+        ({"output_attentions": True}, "the op returns no probabilities"),
+        ({"is_causal": True}, "the module is causal"),
+        ({"attention_mask": torch.zeros(2, 1, 5, 5)}, "the mask is not plain key padding"),
+        ({"key": torch.zeros(2, 1, 5, 32), "value": torch.zeros(2, 1, 5, 32)}, "2 query heads share 1 key heads"),
+        ({"value": torch.zeros(2, 2, 5, 16)}, "head widths differ: 32, 32 and 16"),
+        ({"query": torch.zeros(1, 2, 5, 32)}, "batches and lengths"),
+        ({}, "the tensors are on the CPU"),
+    ],
+)
+def test_every_way_to_sdpa_has_a_reason(changes: dict[str, Any], reason: str):
+    q, k, v = torch.randn(3, 2, 2, 5, 32)
+    given: dict[str, Any] = {"query": q, "key": k, "value": v, "attention_mask": None, "is_causal": False} | changes
+    found = integration.why_not_fused(torch.nn.Module(), **given)
+    assert any(reason in text for text in found), found
+    if changes:
+        with use_backend("torch"):
+            assert len(integration.why_not_fused(torch.nn.Module(), **given)) == 1
+
+
+def test_sliding_window_goes_to_sdpa(calls: list[AttentionCall]):
     q, k, v = torch.randn(3, 2, 2, 5, 32)
     integration.attention(torch.nn.Module(), q, k, v, None, is_causal=False, sliding_window=8)
-    assert not fused_calls
+    assert not fused(calls)
 
 
 def test_mask_of_two_dimensions_is_refused():
@@ -191,11 +293,11 @@ def test_mask_of_two_dimensions_is_refused():
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_masks_that_differ_between_queries_go_to_sdpa(causal: bool, fused_calls: list[torch.Size]):
+def test_masks_that_differ_between_queries_go_to_sdpa(causal: bool, calls: list[AttentionCall]):
     q, k, v = torch.randn(3, 2, 2, 5, 32)
     mask = torch.rand(2, 1, 5, 5) < 0.5
     mask[..., 0] = True
     wanted = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     out, _ = integration.attention(torch.nn.Module(), q, k, v, mask, is_causal=causal)
     torch.testing.assert_close(out, wanted.transpose(1, 2))
-    assert not fused_calls
+    assert not fused(calls)

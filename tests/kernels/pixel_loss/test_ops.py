@@ -22,7 +22,10 @@ def test_pixel_losses_pass_opcheck(backend):
     with use_backend(backend):
         ops = torch.ops.mvlm_kernels
         torch.library.opcheck(ops.masked_pixel_loss.default, (pred, *pixels, "l1", True, True, True))
-        torch.library.opcheck(ops.linear_pixel_loss.default, (*parameters, *pixels, "mse", False, False, True))
+        torch.library.opcheck(ops.linear_pixel_loss.default, (*parameters, *pixels, "l1", False, False, True))
+        # opcheck would ask for the gradient of the slopes of mse too, and a second derivative is refused.
+        constants = [p.detach() for p in parameters]
+        torch.library.opcheck(ops.linear_pixel_loss.default, (*constants, *pixels, "mse", False, False, True))
 
 
 @pytest.mark.slow
@@ -96,15 +99,69 @@ def test_explain_names_reasons_of_pixel_losses():
 def test_launchers_of_pixel_losses_read_no_tensor():
     launched = []
     with dispatch.recording(lambda kernel, *_: launched.append(kernel.__name__), 90):
-        for name in ("triton", "linear_aot_cases"):
+        for name in ("triton", "linear"):
             for _, launch in importlib.import_module(f"mvlm_kernels.pixel_loss.{name}").aot_cases():
                 launch()  # meta tensors: reading one on the host would raise
-    assert {"loss_kernel", "linear_loss_kernel", "hidden_gradient_kernel", "weight_gradient_kernel"} <= set(launched)
+    assert set(launched) == {"loss_kernel", "sum_kernel", "scale_slope_kernel"}
 
 
-def test_linear_loss_of_float64_images_and_narrower_hidden_states_takes_torch():
-    images, hidden = torch.rand(1, 1, 4, 4, dtype=torch.float64), random((1, 4, 3), torch.bfloat16)
-    weight = random((4, 3), torch.bfloat16)
-    assert any(
-        "float64" in reason for reason in explain(linear_pixel_loss, hidden, weight, None, images, None, 2).reasons
-    )
+def test_explain_says_that_cublas_multiplies_in_linear_pixel_loss(monkeypatch):
+    monkeypatch.setattr(dispatch, "device_reasons", lambda device: ())  # as on a GPU
+    found = explain(linear_pixel_loss, HIDDEN, WEIGHT, BIAS, IMAGES, IDS, 2)
+    assert found.backend == "triton"
+    assert "cuBLAS multiplies" in found.reasons[0]
+    assert "cuBLAS" not in str(explain(masked_pixel_loss, PRED, IMAGES, IDS, 2))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_loss_of_float64_images_and_narrower_hidden_states(reduction):
+    """The kernel computes in float64; the product stays one of float32."""
+    images, hidden = make_images((1, 1, 4, 4), torch.float64, "contiguous"), random((1, 4, 3), torch.float32)
+    parameters = [hidden.requires_grad_(), random((4, 3), torch.float32, 1).requires_grad_()]
+    losses = []
+    for backend in ("triton", "torch"):
+        with use_backend(backend):
+            loss = linear_pixel_loss(parameters[0], parameters[1], None, images, None, 2, reduction=reduction)
+        losses.append([loss, *torch.autograd.grad(loss.sum(), parameters)])
+    assert losses[0][0].dtype == torch.float64
+    for got, want in zip(*losses, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_linear_loss_keeps_the_type_of_hidden_states_under_autocast():
+    """Autocast to bfloat16 would round float16 states to 8 bits."""
+    images, ids = make_images((1, 3, 4, 4), torch.uint8, "contiguous"), torch.tensor([[0, 3]])
+    hidden, weight = random((1, 2, 24), torch.float16), random((12, 24), torch.float16, 1)
+    with use_backend("triton"):
+        wanted = linear_pixel_loss(hidden, weight, None, images, ids, 2)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(linear_pixel_loss(hidden, weight, None, images, ids, 2), wanted)
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)], ids=["no patches", "no images"])
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_loss_of_no_rows_has_zero_gradients(shape, backend, reduction):
+    images = torch.zeros(shape[0], 3, 4, 4, dtype=torch.uint8)
+    ids = torch.zeros(shape, dtype=torch.int64)
+    hidden = torch.zeros(*shape, 5, requires_grad=True)
+    weight, bias = torch.ones(12, 5, requires_grad=True), torch.ones(12, requires_grad=True)
+    with use_backend(backend):
+        loss = linear_pixel_loss(hidden, weight, bias, images, ids, 2, kind="mse", reduction=reduction)
+        loss.sum().backward()
+    assert loss.shape == (() if reduction == "mean" else shape)
+    for parameter in (hidden, weight, bias):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
+def test_chunks_of_linear_pixel_loss_cover_the_batch_and_are_bounded():
+    linear = importlib.import_module("mvlm_kernels.pixel_loss.linear")
+    for batch in (0, 1, 2, 17, 256, 1000):
+        for size in (0, 1, 116 * 768 * 4, linear.CHUNK_BYTES // 3, linear.CHUNK_BYTES, 5 * linear.CHUNK_BYTES):
+            found = list(linear.chunks(batch, size))
+            assert [i for part in found for i in range(part.start, part.stop)] == list(range(batch))
+            assert all(part.start % 16 == 0 for part in found)
+            images = max((part.stop - part.start for part in found), default=0)
+            assert images <= 16 or images * size <= linear.CHUNK_BYTES
+    assert len(list(linear.chunks(256, 116 * 768 * 4))) == 4

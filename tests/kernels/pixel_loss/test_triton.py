@@ -44,10 +44,11 @@ def test_masked_kernels_for_any_shape(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_linear_kernels_for_partial_tiles_and_parts(kind, dtype, monkeypatch):
-    """Rows, pixels and width exceed a tile and are no multiples of it, and rows are summed in several parts."""
-    backward = importlib.import_module("mvlm_kernels.pixel_loss.linear_backward")
-    monkeypatch.setattr(backward, "PARTIAL_ROWS", 30)
+def test_linear_loss_of_several_chunks(kind, dtype, monkeypatch):
+    """Five images make chunks of two, two and one. A chunk's rows are no multiple of a program's."""
+    linear = importlib.import_module("mvlm_kernels.pixel_loss.linear")
+    monkeypatch.setattr(linear, "CHUNK_BYTES", 2 * 19 * 147 * 4)
+    monkeypatch.setattr(linear, "CHUNK_IMAGES", 1)
     images = make_images((5, 3, 14, 21), torch.uint8, "contiguous")
     ids = make_ids(5, 19, 6)
     hidden, weight, bias = random((5, 19, 67), dtype), random((147, 67), dtype, 1, 0.1), random((147,), dtype, 2)
@@ -164,8 +165,9 @@ def test_bad_patch_id_on_a_gpu_gives_a_nan_loss():
 
 
 def test_linear_kernels_are_bitwise_repeatable(monkeypatch):
-    backward = importlib.import_module("mvlm_kernels.pixel_loss.linear_backward")
-    monkeypatch.setattr(backward, "PARTIAL_ROWS", 2)
+    linear = importlib.import_module("mvlm_kernels.pixel_loss.linear")
+    monkeypatch.setattr(linear, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(linear, "CHUNK_IMAGES", 1)
     images, ids = make_images((2, 3, 4, 4), torch.uint8, "contiguous"), make_ids(2, 4, 4)
     parameters = [random(s, torch.float32, i).requires_grad_() for i, s in enumerate([(2, 4, 9), (12, 9), (12,)])]
     with use_backend("triton"):

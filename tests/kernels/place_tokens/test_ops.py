@@ -15,9 +15,13 @@ from support.kernels.token_placement import case
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_place_tokens_passes_opcheck(backend):
     with use_backend(backend):
-        for mode in ("masked", "visible"):
+        for mode in ("masked", "both", "visible"):
             inputs, options = case(2, 3, 4, mode, visible=2)
-            args = [x.requires_grad_() for x in inputs] + [options.get("masked"), options.get("visible_ids")]
+            args = [x.requires_grad_() for x in inputs] + [
+                options.get("masked"),
+                options.get("visible_ids"),
+                mode == "both",
+            ]
             torch.library.opcheck(torch.ops.mvlm_kernels.place_tokens.default, tuple(args))
 
 
@@ -53,6 +57,7 @@ IDS = torch.tensor([[0, 1, 2], [0, 1, 2]])
         ((TOKENS, TOKEN, POS, TOKEN), {"masked": torch.zeros(2, 2).bool()}, r"masked must be bool of shape \(2, 3\)"),
         ((TOKENS, TOKEN, POS, TOKEN), {"masked": torch.zeros(2, 3)}, "masked must be bool of shape .* torch.float32"),
         ((TOKENS, TOKEN, POS, TOKEN), {"masked": IDS.bool(), "visible_ids": IDS}, "masked must be None where visible"),
+        ((TOKENS, TOKEN, POS, TOKEN), {"with_unmasked": True}, "masked must be given where with_unmasked is True"),
         ((TOKENS, TOKEN, POS, TOKEN), {"visible_ids": IDS[:, :2]}, "visible_ids must have one id for each of the 3"),
         ((TOKENS, TOKEN, POS, TOKEN), {"visible_ids": IDS.float()}, "visible_ids must be int32 or int64, got"),
         ((TOKENS, TOKEN, POS, TOKEN), {"visible_ids": IDS + 1}, r"visible_ids must be in \[0, 3\), got .* \[1, 3\]"),

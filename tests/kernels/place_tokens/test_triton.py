@@ -16,7 +16,7 @@ from support.kernels.token_placement import by_reference, case, check_placement,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["all", "masked", "visible"])
+@pytest.mark.parametrize("mode", ["all", "masked", "both", "visible"])
 @pytest.mark.parametrize(
     "dtype, parameter_dtype",
     [(torch.float32, None), (torch.bfloat16, None), (torch.float16, None), (torch.bfloat16, torch.float32)],
@@ -29,14 +29,16 @@ def test_place_kernels_for_modes_and_types(mode, dtype, parameter_dtype):
 @pytest.mark.slow
 @SETTINGS
 @given(
-    st.integers(0, 5), st.integers(0, 7), st.sampled_from([1, 3, 65]), st.sampled_from(["all", "masked", "visible"]),
+    st.integers(0, 5), st.integers(0, 7), st.sampled_from([1, 3, 65]),
+    st.sampled_from(["all", "masked", "both", "visible"]),
     st.integers(0, 7), st.sampled_from([0.0, 0.5, 1.0]),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
     st.sampled_from(["contiguous", "transposed", "expanded", "strided"]),
 )  # fmt: skip
 def test_place_kernels_for_any_shape(batch, num_patches, width, mode, visible, share, dtype, layout):
     inputs, options = case(batch, num_patches, width, mode, dtype, None, min(visible, num_patches), share)
-    tokens, grad = inputs[0], random((batch, 1 + num_patches, width), torch.float64, 5)
+    sequences = 2 * batch if mode == "both" else batch
+    tokens, grad = inputs[0], random((sequences, 1 + num_patches, width), torch.float64, 5)
     if layout == "transposed":  # as a conv patch embedding returns them
         inputs[0] = tokens.transpose(1, 2).contiguous().transpose(1, 2)
         grad = grad.transpose(0, 1).contiguous().transpose(0, 1)
@@ -64,7 +66,7 @@ def test_place_tokens_takes_parameters_in_the_shapes_of_timm_and_transformers():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("mode", ["all", "masked", "visible"])
+@pytest.mark.parametrize("mode", ["all", "masked", "both", "visible"])
 def test_place_tokens_passes_gradcheck(mode, backend):
     inputs, options = case(2, 3, 2, mode, torch.float64, visible=2)
     with use_backend(backend):
@@ -75,7 +77,7 @@ def test_place_tokens_passes_gradcheck(mode, backend):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("needs", [tuple(bool(i >> j & 1) for j in range(4)) for i in range(16)], ids=str)
-@pytest.mark.parametrize("mode", ["masked", "visible"])
+@pytest.mark.parametrize("mode", ["masked", "both", "visible"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_place_tokens_computes_only_needed_gradients(needs, mode, backend):
     inputs, options = case(2, 2, 3, mode, visible=1)
@@ -92,10 +94,10 @@ def test_place_tokens_computes_only_needed_gradients(needs, mode, backend):
         assert x.grad is None or torch.equal(x.grad, want)
 
 
-@pytest.mark.parametrize("mode", ["all", "masked", "visible"])
+@pytest.mark.parametrize("mode", ["all", "masked", "both", "visible"])
 def test_place_tokens_on_the_cpu_runs_its_composition(mode, monkeypatch):
     inputs, options = case(2, 3, 5, mode, torch.bfloat16, visible=2)
-    grad = random((2, 4, 5), torch.bfloat16, 5)
+    grad = random((4 if mode == "both" else 2, 4, 5), torch.bfloat16, 5)
     wanted, wanted_grads = by_reference(inputs, grad, **options)
     for name in ("place_tokens", "place_tokens_backward"):
         monkeypatch.setattr(reference, name, None)
@@ -122,12 +124,12 @@ def test_masked_tokens_and_their_gradients_may_be_nan(dtype, backend):
     assert not token_grad[hidden].any()
 
 
-@pytest.mark.parametrize("mode", ["masked", "visible"])
+@pytest.mark.parametrize("mode", ["masked", "both", "visible"])
 @pytest.mark.parametrize("width", [1, 3, 64])
 def test_place_tokens_on_the_cpu_sums_16_bits_in_float32(mode, width):
     """A sum of ones in bfloat16 would stop at 256."""
     inputs, options = case(3000, 3, width, mode, torch.bfloat16, visible=1)
-    grad = 1 + random((3000, 4, width), torch.bfloat16, 5) / 8
+    grad = 1 + random((6000 if mode == "both" else 3000, 4, width), torch.bfloat16, 5) / 8
     x = [i.requires_grad_() for i in inputs]
     got = torch.autograd.grad(place_tokens(*x, **options), x, grad)
     for a, b in zip(got[1:], oracle(inputs, grad, **options)[1][1:], strict=True):
@@ -139,10 +141,25 @@ def test_bad_visible_ids_on_a_gpu_touch_no_other_memory():
     inputs, _ = case(1, 3, 4, "visible", visible=3)
     ids = torch.tensor([[1, -1, 3]])
     tokens, mask_token, pos_embed, cls_token = (guarded(x) for x in inputs)
-    out = launchers.place_tokens(tokens, mask_token, pos_embed, cls_token, None, ids)
+    out = launchers.place_tokens(tokens, mask_token, pos_embed, cls_token, None, ids, False)
     assert torch.equal(out[0, 2], tokens[0, 0] + pos_embed[2])
     assert torch.equal(out[0, [1, 3]], mask_token + pos_embed[[1, 3]])
-    launchers.place_tokens_backward(out, None, ids, 3, (torch.float32,) * 4, (True,) * 4)
+    launchers.place_tokens_backward(out, None, ids, False, 3, (torch.float32,) * 4, (True,) * 4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_unmasked_and_masked_sequences_of_one_call_equal_those_of_two(backend):
+    inputs, options = case(5, 6, 9, "both")
+    masked, grad = options["masked"], random((10, 7, 9), torch.float32, 5)
+    x = [i.requires_grad_() for i in inputs]
+    with use_backend(backend):
+        together = place_tokens(*x, masked=masked, with_unmasked=True)
+        apart = torch.cat([place_tokens(*x), place_tokens(*x, masked=masked)])
+        transposed = place_tokens(*x, masked=masked.t().contiguous().t(), with_unmasked=True)
+    assert torch.equal(together, apart)
+    assert torch.equal(together, transposed)
+    for got, want in zip(torch.autograd.grad(together, x, grad), torch.autograd.grad(apart, x, grad), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_place_kernels_are_bitwise_repeatable():
@@ -160,8 +177,14 @@ def test_place_kernels_are_bitwise_repeatable():
 MUTANTS = [
     ("source = tl.where(masked != 0, -1, n.to(tl.int32))", "source = tl.where(masked == 0, -1, n.to(tl.int32))"),
     ("y = tl.where(keep, x, fill[None, :])", "y = tl.where(keep, x, 0.0)"),
-    ("+ embedding[None, :]", "+ 0 * embedding[None, :]"),
-    ("tl.where(keep, g, 0.0), tokens_grad_ptr", "g, tokens_grad_ptr"),
+    ("y = tl.where(read, x, fill[None, :])", "y = tl.where(keep, x, fill[None, :])"),
+    ("out_ptrs += B.to(tl.int64) * (N + 1) * C", "out_ptrs += B.to(tl.int64) * N * C"),
+    ("read = (b < limit)[:, None]", "read = (b < 0)[:, None]"),
+    ("widen(tl.load(embedding_ptrs", "0 * widen(tl.load(embedding_ptrs"),
+    ("of_token = tl.where(keep, g, 0.0)", "of_token = g"),
+    ("of_token += unmasked", "of_token += 0 * unmasked"),
+    ("total += unmasked", "total += 0 * unmasked"),
+    ("grad_ptrs += B.to(tl.int64) * grad[1]", "grad_ptrs += 0 * grad[1]"),
     ("total += g", "total = g"),
     ("written = inside & keep", "written = inside"),
     ("tl.store(mask_partial_ptr + (position - 1) * C + c", "tl.store(mask_partial_ptr + position * C + c"),
@@ -176,12 +199,16 @@ CPU_MUTANTS = [
     ("(masked.to(integer) - 1)[:, :, None]", "(-masked.to(integer))[:, :, None]"),
     ("b * length + 1 + n", "b * length + n"),
     ("device=visible_ids.device) * length + 1", "device=visible_ids.device) * length"),
-    ("grad[:, 0].sum(0) if pos_grad is None else pos_grad[0].clone()", "grad[0, 0].clone()"),
+    ("grad[:, 0].sum(0, dtype=wide) if pos_grad is None else pos_grad[0].clone()", "grad[0, 0].clone()"),
+    ("token_grad += unmasked[:, 1:]", "token_grad += unmasked[:, :-1]"),
+    ("pos_grad += unmasked.sum(0, dtype=wide)", "pos_grad += unmasked[0]"),
+    ("patches[batch:] = patches[:batch]", "patches[batch:] = patches[:1]"),
 ]
 
 
 def exercise():
     check_placement(*case(17, 1, 3, "masked"))
+    check_placement(*case(17, 2, 3, "both"))
     check_placement(*case(17, 3, 3, "visible", visible=2))
 
 

@@ -210,7 +210,7 @@ def test_microbatches_of_different_sizes_are_refused():
         backward_global(parallel, [], ALONE, seed=0, step=0)
 
 
-def test_match_pairs_ignores_rows_after_the_last_caption():
+def test_fused_pairs_ignore_rows_after_the_last_caption():
     model = micro_model()
     batch, _ = micro_batch((7, 3, 12))
     w, exists = model.encode_text(batch.tokens, batch.cu_seqlens, batch.max_length)
@@ -222,8 +222,8 @@ def test_match_pairs_ignores_rows_after_the_last_caption():
     assert torch.equal(spoilt.padded()[1], exists)
     rows = torch.tensor([2, 0, 1])
     v = model.encode_image(batch.images)
-    wanted = plain.match_pairs(model, v, text, rows, rows)
-    assert torch.equal(plain.match_pairs(model, v, spoilt, rows, rows), wanted)
+    wanted = plain.fuse_pairs(model, v, text, rows, rows)
+    assert all(map(torch.equal, plain.fuse_pairs(model, v, spoilt, rows, rows), wanted))
 
 
 def test_count_of_masked_tokens_ignores_padding_positions():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from mvlm.evaluation.retrieval import best_rank, match_scores, rank, recall
+from mvlm.evaluation.retrieval import best_rank, match_scores, rank, rank_by_itc, recall
 from mvlm.inference.encode import EncodedSplit
 
 
@@ -81,6 +81,7 @@ def test_ranks_against_brute_force(direction, k):
     found = rank(model, features_of(image, text, owner), direction, k, "fp32")  # pyright: ignore[reportArgumentType]
     wanted = by_hand(image, text, owner, log_odds, 2.5, direction, k)
     assert found.itc.tolist() == [itc for itc, _, _, _ in wanted]
+    assert rank_by_itc(features_of(image, text, owner), direction).tolist() == found.itc.tolist()
     assert found.itm.tolist() == [itm for _, itm, _, _ in wanted]
     assert found.top.tolist() == [top for _, _, top, _ in wanted]
     np.testing.assert_allclose(found.score.numpy(), [score for _, _, _, score in wanted], rtol=1e-6)

@@ -1,12 +1,15 @@
 """Images loaded from files, and images with masked patches."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from mvlm.errors import RunError
-from mvlm.inference.images import GREY, hide_patches, load_image
+from mvlm.inference.images import GREY, hide_patches, load_image, one_ahead
 from support.models import micro_batch
 from support.scenes import png, scene
 
@@ -80,3 +83,49 @@ def test_hidden_patches_are_grey_and_the_others_unchanged():
                 assert (shown[area] == GREY).all()
             else:
                 assert torch.equal(shown[area], batch.images[area])
+
+
+def test_an_image_is_turned_as_its_exif_data_say(tmp_path):
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:8] = 255  # a white strip on top
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=100)
+    found = load_image(tmp_path / "a.jpg", 32).float()
+    assert found[:, :, 26:].min() > 200
+    assert found[:, :, :20].max() < 50
+
+
+def png_header(side: int) -> bytes:
+    """The beginning of a PNG of this size, with no pixels."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    head = struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + head + struct.pack(">I", 100) + b"IDAT"
+
+
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path):
+    for side in (12_000, 30_000):  # above our limit; above Pillow's
+        (tmp_path / "bomb.png").write_bytes(png_header(side) + bytes(100))
+        with pytest.raises(RunError, match=r"bomb.png: wanted at most 100000000 pixels, found"):
+            load_image(tmp_path / "bomb.png", 32)
+    (tmp_path / "small.png").write_bytes(png_header(100) + bytes(100))
+    with pytest.raises(RunError, match=r"small.png: wanted an image, could not read it"):
+        load_image(tmp_path / "small.png", 32)
+
+
+def test_loading_is_one_batch_ahead_and_an_error_reaches_the_caller():
+    made = []
+
+    def items():
+        for number in range(4):
+            made.append(number)
+            yield number
+        raise RunError("the fifth")
+
+    found = one_ahead(items())
+    assert next(found) == 0
+    assert next(found) == 1
+    assert len(made) <= 3
+    assert [next(found), next(found)] == [2, 3]
+    with pytest.raises(RunError, match="the fifth"):
+        next(found)

@@ -102,7 +102,7 @@ def test_attention_module_against_loops_over_heads(masked):
         heads = [torch.from_numpy(y[:, None, :, part]) for y in (query, key, value)]
         heads_joined[:, :, part] = attend_in_loops(*heads, mask)[:, 0]
     wanted = project(module.out, torch.from_numpy(heads_joined))
-    np.testing.assert_allclose(module(x, memory, mask).detach().numpy(), wanted, atol=1e-12)
+    np.testing.assert_allclose(module(x, memory, mask).rows.detach().numpy(), wanted, atol=1e-12)
 
 
 def test_feed_forward_uses_the_exact_gelu():
@@ -154,7 +154,10 @@ def test_attend_first_row_is_attention_of_the_first_row(padded):
     key_mask = torch.arange(6) < torch.tensor([6, 1, 3, 5])[:, None] if padded else None
     weights = torch.randn(4, 12, dtype=torch.float64)
     gradients = []
-    for found in (attention(x[:, :1], x, key_mask)[:, 0], attention.attend_first_row(x[:, 0], x, key_mask)):
+    for found in (
+        attention(x[:, :1], x, key_mask).rows[:, 0],
+        attention.attend_first_row(x[:, 0], x, key_mask).rows,
+    ):
         attention.zero_grad()
         x.grad = None
         (found * weights).sum().backward()

@@ -138,7 +138,7 @@ def test_text_attention_against_loops(backend, packed, indexed):
         tensor(v, sides["keys"]),
         packing if sides["queries"] else None,
         packing if sides["keys"] else None,
-        None if index is None else torch.from_numpy(index),
+        None if index is None else backends.KeyIndex(torch.from_numpy(index), 3),
         backend,
     )
     np.testing.assert_allclose(found.reshape(wanted.shape).numpy(), wanted, atol=1e-12)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mvlm.model.cross_encoder import CrossBlock, CrossEncoder
+from mvlm.model.residual import Residual
 from support.models import normal
 
 WIDTH, HEADS = 12, 3
@@ -64,7 +65,10 @@ def test_a_cross_block_is_torchs_decoder_layer(streams, norm, masks):
         tgt_key_padding_mask=None if own is None else ~own,
         memory_key_padding_mask=None if other is None else ~other,
     )
-    found = block(x, lambda attention, y: attention(y, y, own), lambda attention, y: attention(y, memory, other))
+    found, y = block(
+        Residual(x), lambda attention, y: attention(y, y, own), lambda attention, y: attention(y, memory, other)
+    )
+    found = found + y if norm == "pre" else found
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)
 
 

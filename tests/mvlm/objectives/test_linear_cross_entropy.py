@@ -39,7 +39,7 @@ def in_numpy(x, weight, bias, targets):
 @pytest.mark.parametrize("chunk", [1, 3, 100])
 @pytest.mark.parametrize("unknown", [[], [0, 4, 6]])
 def test_linear_cross_entropy_against_numpy(monkeypatch, chunk, unknown):
-    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", chunk * 11)
+    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", {"cpu": chunk * 11})
     x, weight, bias, targets = random_inputs(7)
     targets[3:6] = (x @ weight.T + bias).argmax(1)[3:6]  # so that some rows are correct
     targets[unknown] = -100
@@ -90,7 +90,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_the_full_logits_never_exist(monkeypatch):
-    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", 4 * 50)
+    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", {"cpu": 4 * 50})
     x, weight, bias, targets = random_inputs(100, 3, 50)
     with Largest() as largest:
         linear_cross_entropy(x, weight, bias, targets)[0].backward()

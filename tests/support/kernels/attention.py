@@ -151,7 +151,8 @@ def op_arguments(q: Tensor, k: Tensor, kwargs: dict[str, Any], scale: float) -> 
     sides = [kwargs.get(n) for n in ("key_lengths", "key_mask", "key_index", "cu_seqlens_q", "cu_seqlens_k")]
     if sides[1] is not None:
         sides[1] = mvlm_kernels.pack_key_mask(sides[1])
-    return (*sides, scale, *longest_sequences(q, k, *sides[3:], *map(kwargs.get, ("max_len_q", "max_len_k"))))
+    longest = longest_sequences(q, k, *sides[3:], *map(kwargs.get, ("max_len_q", "max_len_k")))
+    return (*sides, None, None, scale, *longest)
 
 
 def attention_by_op(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
@@ -187,7 +188,7 @@ def check_rows_in_front(case: Case, front: int = 3) -> None:
             if f"cu_seqlens_{side}" in call.kwargs:
                 call.kwargs[f"cu_seqlens_{side}"] = call.kwargs[f"cu_seqlens_{side}"] + front
                 for x in tensors:
-                    rows = torch.full((front, *getattr(call, x).shape[1:]), torch.nan)
+                    rows = torch.full((front, *getattr(call, x).shape[1:]), torch.nan, dtype=case.dtype)
                     setattr(call, x, torch.cat([rows, getattr(call, x)]))
         got = run(mvlm_kernels.cross_attention, call, **call.bounds)
     for a, b, side in zip(got, wanted, "qqkk", strict=True):

@@ -53,9 +53,10 @@ def guarded(x: torch.Tensor, device: str | torch.device | None = None) -> torch.
 
 
 class Poison:
-    """Replacement of allocations in mvlm_kernels by guarded ones filled with NaN."""
+    """Replacement of allocations in a package by guarded ones filled with NaN."""
 
-    def __init__(self) -> None:
+    def __init__(self, package: str = "mvlm_kernels") -> None:
+        self.package = package
         self.buffers: list[Guarded] = []
 
     def wrap(self, allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -63,7 +64,8 @@ class Poison:
         def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
             x = allocate(*args, **kwargs)
             caller = sys._getframe(1).f_globals.get("__name__", "")
-            if not caller.startswith("mvlm_kernels.") or type(x) is not torch.Tensor or x.device.type == "meta":
+            ours = f"{caller}.".startswith(f"{self.package}.")
+            if not ours or type(x) is not torch.Tensor or x.device.type == "meta":
                 return x
             buffer = Guarded(tuple(x.shape), x.stride(), x.dtype, x.device)
             self.buffers.append(buffer)

@@ -1,0 +1,36 @@
+"""Command line of one stage: `python -m mvlm_benchmarks.gpu STAGE --out FOLDER --seconds N [--rehearse]`.
+
+`benchmarks/gpu_run.py` calls it with caches, paths and a hard limit of time.
+"""
+
+import argparse
+import importlib
+import os
+from pathlib import Path
+
+from mvlm_benchmarks.gpu.stages import STAGES
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m mvlm_benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("stage", choices=list(STAGES))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float)
+    parser.add_argument("--rehearse", action="store_true")
+    options = parser.parse_args()
+
+    import torch
+
+    from mvlm_benchmarks.gpu.stage import running
+
+    if not options.rehearse and not torch.cuda.is_available():
+        parser.error("wanted a CUDA device, torch finds none; --rehearse runs small shapes on this CPU")
+    if not options.rehearse and os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("wanted TRITON_INTERPRET unset on a GPU, got 1, with which kernels are interpreted; unset it")
+    seconds = options.seconds or STAGES[options.stage].seconds
+    with running(options.stage, options.out, seconds, options.rehearse) as stage:
+        importlib.import_module(STAGES[options.stage].module).run(stage)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Stage `compiled`: the fast step eagerly, with its feed-forward layers compiled one by one, and compiled as a whole.
+
+Feed-forward layers of one shape share their code, so this compiles a few graphs. The whole step is one large graph.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from mvlm.model.attention import FeedForward
+from mvlm.model.maskvlm import MaskVLM
+from mvlm_benchmarks.gpu.stage import Row, Stage, WrongValue
+from mvlm_benchmarks.gpu.step import contenders_of, inputs_of, make_model, precision_of
+from mvlm_benchmarks.intervals import ratio
+from mvlm_benchmarks.step.contenders import Contender
+from mvlm_benchmarks.step.run import TOLERANCE_COMPILED, assert_losses_equal, step_settings
+from mvlm_benchmarks.step.timing import time_step
+from mvlm_benchmarks.unavailable import one_line
+
+COLUMNS = ("contender", "round", "seconds", "loss", "status", "note")
+ROUNDS = 5
+
+
+def eager(model: MaskVLM) -> Contender:
+    return contenders_of(model, ("fast",))[0]
+
+
+def by_region(model: MaskVLM) -> Contender:
+    for module in model.modules():
+        if isinstance(module, FeedForward):
+            module.compile(dynamic=False)
+    return contenders_of(model, ("fast",))[0]
+
+
+def whole(model: MaskVLM) -> Contender:
+    return contenders_of(model, ("fast-compiled",))[0]
+
+
+WAYS: dict[str, Callable[[MaskVLM], Contender]] = {
+    "fast": eager, "fast, feed-forward compiled": by_region, "fast, whole step compiled": whole,
+}  # fmt: skip
+
+
+def run(stage: Stage) -> None:
+    """Run the stage. Writes compiled.csv: a row for the first step of each way, and one per timed step."""
+    table = stage.table("compiled", COLUMNS)
+    model, batch = make_model(stage), 4 if stage.rehearse else 128
+    ways = dict(list(WAYS.items())[:2]) if stage.rehearse else WAYS
+    if stage.rehearse:
+        table.append([{"contender": list(WAYS)[2], "status": "missing", "note": "too slow to compile in a rehearsal"}])
+    seconds: dict[str, list[list[float]]] = {}
+    ready: dict[str, Contender] = {}
+
+    def append(row: Row) -> None:
+        table.append([{**row, **stage.state.read()}])
+
+    with step_settings(model.log_scale.device, 0):
+        inputs = inputs_of(model, batch)
+        for name, make in ways.items():
+            if not stage.allows(name):
+                break
+            row, contender = _first_step(stage, name, make, model, inputs, ready)
+            append(row)
+            stage.say(f"{name}: {row['status']}, first step {row['seconds'] or 0:.1f} s {row['note']}")
+            if row["status"] == "WRONG":
+                raise WrongValue(f"{name}: {row['note']}")
+            if contender is None:
+                continue
+            ready[name], seconds[name] = contender, []
+            # Everything that is ready takes a turn now, so that there are figures if a later way never gets ready.
+            for number in range(1 if stage.rehearse else ROUNDS):
+                for other, ready_one in ready.items():
+                    took, _, loss = time_step(ready_one, inputs)
+                    append({"contender": other, "round": number, "seconds": took, "loss": loss, "status": "ok"})
+                    seconds[other].append([took])
+            _report(stage, seconds, batch)
+            stage.finished.append(name)
+
+
+def _first_step(
+    stage: Stage, name: str, make: Callable[[MaskVLM], Contender], model: MaskVLM, inputs, ready: dict[str, Contender]
+) -> tuple[Row, Contender | None]:
+    """Compile by running one step, and compare its losses with the eager ones."""
+    start = time.perf_counter()
+    row: Row = {"contender": name, "round": "first", "seconds": None, "status": "ok", "note": ""}
+    try:
+        contender = make(copy.deepcopy(model))
+        losses = contender.backward(inputs)
+        contender.update()
+        row["seconds"] = time.perf_counter() - start
+        if "fast" in ready:
+            with torch.no_grad():
+                wanted = ready["fast"].losses(inputs)
+            assert_losses_equal(name, losses, wanted, TOLERANCE_COMPILED[precision_of(model.log_scale.device)])
+    except AssertionError as error:
+        return row | {"status": "WRONG", "note": str(error)}, None
+    except Exception as error:
+        return row | {"status": "error", "note": one_line(error)}, None
+    return row, contender
+
+
+def _report(stage: Stage, seconds: dict[str, list[list[float]]], batch: int) -> None:
+    for name, rounds in seconds.items():
+        text = f"{name}: {batch / statistics.median(x for (x,) in rounds):.1f} pairs/s"
+        base = seconds.get("fast", rounds)
+        count = min(len(base), len(rounds))
+        if name != "fast" and count:
+            found = ratio(base[-count:], rounds[-count:])
+            text += f", {found.value:.2f} x eager ({found.low:.2f} to {found.high:.2f}): {found.verdict}"
+        stage.say(text)

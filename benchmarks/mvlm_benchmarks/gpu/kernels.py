@@ -1,0 +1,41 @@
+"""Stage `kernels`: every op against every other implementation, the most important cases first."""
+
+from mvlm_benchmarks import machine
+from mvlm_benchmarks.gpu.stage import DISTRIBUTIONS, Row, Stage, WrongValue
+from mvlm_benchmarks.kernels import report
+from mvlm_benchmarks.kernels.cases import cases
+from mvlm_benchmarks.kernels.peers import PEERS
+from mvlm_benchmarks.kernels.run import time_cases
+
+
+def run(stage: Stage) -> None:
+    """Run the stage. Writes kernels.csv, kernels.json and kernels.svg; the last one needs matplotlib."""
+    distributions = [*DISTRIBUTIONS, *(peer.distribution for peer in PEERS)]
+    stage.about = machine.describe(stage.device, distributions) | {"figures": stage.about["figures"]}
+    table = stage.table("kernels", report.COLUMNS)
+    peers = [peer for peer in PEERS if not stage.rehearse or peer.name in ("eager", "liger", "mslk", "quack")]
+    chosen = [case for case in cases(stage.batch, stage.dtype) if case.core or not stage.rehearse]
+    rows: list[Row] = []
+    try:
+        for found in time_cases(chosen, peers, stage.device, stage.about["device"], stage.rehearse, stage.budget):
+            table.append(found)
+            stage.say(report.table(found))
+            rows += found
+            stage.finished.append(f"{found[0]['op']} {found[0]['shape']}")
+            bad = [row for row in found if row["contender"] == "ours" and row["status"] in ("WRONG", "REFUSED")]
+            if bad:
+                raise WrongValue(f"{bad[0]['op']} {bad[0]['shape']} {bad[0]['pass']}: {bad[0]['note']}")
+    finally:
+        if rows:
+            report.write_figures(rows, stage.about, stage.out / "kernels.figures.json")
+            _plot(stage, rows)
+    if len(stage.finished) < len(chosen):
+        stage.leave_out(f"{chosen[len(stage.finished)].op} {chosen[len(stage.finished)].shape}")
+    stage.say(report.footer(rows, stage.about))
+
+
+def _plot(stage: Stage, rows: list[Row]) -> None:
+    try:
+        report.plot(rows, stage.about, stage.out / "kernels.svg")
+    except ImportError as error:
+        stage.say(f"no plot: {error}")

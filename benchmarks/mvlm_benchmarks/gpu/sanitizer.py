@@ -1,0 +1,76 @@
+"""Stage `sanitizer`: one small call of each op under compute-sanitizer, which finds what values cannot show.
+
+memcheck finds accesses out of bounds, racecheck races in shared memory, initcheck reads of memory that nobody wrote.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+from mvlm_benchmarks.gpu.small_cases import small_cases
+from mvlm_benchmarks.gpu.stage import Row, Stage, WrongValue
+from mvlm_benchmarks.machine import source_root
+
+COLUMNS = ("tool", "op", "status", "errors", "note", "seconds")
+TOOLS = ("memcheck", "racecheck", "initcheck")
+
+
+def run(stage: Stage) -> None:
+    """Run the stage. Writes sanitizer.csv, and sanitizer.txt with what the tools printed."""
+    table = stage.table("sanitizer", COLUMNS)
+    program = shutil.which("compute-sanitizer")
+    ops = list(dict.fromkeys(case.op for case in small_cases(stage.dtype)))
+    for tool in TOOLS:
+        for op in ops:
+            if not stage.allows(f"{tool} of {op}"):
+                return
+            row = check(stage, program, tool, op)
+            table.append([{**row, **stage.state.read()}])
+            stage.say(f"{tool}, {op}: {row['status']} {row['note']}")
+            if row["status"] == "WRONG":
+                raise WrongValue(f"{tool}, {op}: {row['note']}; see sanitizer.txt")
+        stage.finished.append(tool)
+        if program is None:  # one round without a tool has shown that the calls work
+            return
+
+
+def check(stage: Stage, program: str | None, tool: str, op: str) -> Row:
+    """Row of one op under one tool. Without the tool the op is called all the same, and the row says so."""
+    command = [sys.executable, "-m", "mvlm_benchmarks.gpu.small_calls", "--op", op]
+    command += ["--rehearse"] if stage.rehearse else []
+    if program is not None:
+        command = [program, "--tool", tool, "--error-exitcode", "9", *command]
+    started = time.perf_counter()
+    row: Row = {"tool": tool, "op": op, "errors": None}
+    # torch's allocator would hide accesses beyond a tensor's end.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=source_root(), env=environment, capture_output=True, text=True,
+            timeout=max(1.0, min(stage.budget.left, 55.0) if not stage.rehearse else 300.0),
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return row | {"status": "out of time", "note": "", "seconds": round(time.perf_counter() - started, 1)}
+    with (stage.out / "sanitizer.txt").open("a") as file:
+        file.write(f"$ {tool} {op}\n{done.stdout}{done.stderr}\n")
+    row["seconds"] = round(time.perf_counter() - started, 1)
+    return row | judge(program is not None, done.returncode, done.stdout + done.stderr)
+
+
+def judge(has_tool: bool, code: int, output: str) -> Row:
+    """Status, number of errors and note from a tool's exit code and output."""
+    found = re.search(r"(?:ERROR SUMMARY|RACECHECK SUMMARY): (\d+) (?:errors?|hazards?)", output)
+    errors = int(found.group(1)) if found else None
+    wrong = [line for line in output.splitlines() if re.search(r": (WRONG|error|REFUSED): ", line)]
+    if errors or code == 9:
+        return {"status": "WRONG", "errors": errors, "note": found.group(0) if found else f"exit code {code}"}
+    if wrong or code:
+        return {"status": "WRONG", "errors": errors, "note": wrong[0][:300] if wrong else f"exit code {code}"}
+    if not has_tool:
+        return {"status": "missing", "errors": None, "note": "compute-sanitizer is not installed; the calls are right"}
+    if errors is None:
+        return {"status": "error", "errors": None, "note": "the tool printed no summary"}
+    return {"status": "ok", "errors": 0, "note": ""}

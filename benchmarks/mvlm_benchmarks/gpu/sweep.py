@@ -1,0 +1,199 @@
+"""Stage `sweep`: every kernel with other tiles, warps, stages and register limits, values checked, in turns.
+
+Variants are compiled in other processes first, and each is timed in three turns, so that a drifting clock affects all.
+A variant wins if it is right, repeats to the bit, and the interval of its time over the default's is below 1. Winners
+are exceptions to the rules by which launchers choose tiles.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from typing import Any
+
+import torch
+
+from mvlm_benchmarks.clock import CpuClock, CudaClock, torch_settings
+from mvlm_benchmarks.gpu.stage import Row, Stage, WrongValue
+from mvlm_benchmarks.gpu.variants import Options, Target, chosen_cases, long_sides, targets_of, variants
+from mvlm_benchmarks.intervals import FASTER, ratio
+from mvlm_benchmarks.kernels.measure import LocalContender, Outcome
+from mvlm_benchmarks.kernels.peers import ours
+from mvlm_benchmarks.kernels.reference import CaseData
+from mvlm_benchmarks.machine import source_root
+from mvlm_benchmarks.results import RowFile, write_json
+from mvlm_benchmarks.unavailable import one_line
+from mvlm_kernels import overrides, use_backend
+
+COLUMNS = ("target", "kernel", "change", "turn", "us", "status", "note", "registers", "spill_bytes", "shared")
+TURNS = 3
+REHEARSED_ARCH = "sm_90"
+
+
+def run(stage: Stage) -> None:
+    """Run the stage. Writes sweep.csv, a row per turn of each variant, tile_exceptions.json and sweep.svg."""
+    table = stage.table("sweep", COLUMNS)
+    costs = compile_variants(stage)
+    exceptions: dict[str, Any] = {}
+    summary: list[Row] = []
+    cases = chosen_cases(stage.batch, stage.dtype, stage.rehearse)
+    with torch_settings(stage.device), use_backend("triton"):
+        for case in cases:
+            if not stage.allows(f"{case.op} {case.shape}"):
+                break
+            try:
+                data = CaseData.make(case, stage.device)
+            except torch.OutOfMemoryError:
+                stage.say(f"{case.op} {case.shape}: out of memory")
+                torch.cuda.empty_cache()
+                continue
+            targets = targets_of(case, data.sets[0], _arch(stage))
+            for target in targets:
+                if summary and not stage.allows(target.name):
+                    break
+                found = sweep_target(stage, target, data, costs, table)
+                summary += found
+                winner = found[0]["winner"]
+                if winner:
+                    exceptions[_key(target, stage.dtype)] = {
+                        "options": target.options | winner, "over_default": found[0]["ratio"], "case": target.name,
+                    }  # fmt: skip
+                    _write_exceptions(stage, exceptions)
+                stage.say(f"{target.name}: {found[0]['said']}")
+                stage.finished.append(target.name)
+    _write_exceptions(stage, exceptions)
+    _plot(stage, summary)
+
+
+def sweep_target(
+    stage: Stage, target: Target, data: CaseData, costs: dict[tuple[str, str], Row], table: RowFile
+) -> list[Row]:
+    """Check and time all variants of one kernel. Returns a row of each, with ratio and interval; the default first."""
+    clock = CpuClock(0.0) if stage.rehearse else CudaClock(8)
+    local = LocalContender(data, [ours(data.case, inputs) for inputs in data.sets], clock)
+    changes = variants(target.kernel, target.options, few=stage.rehearse)
+    outcomes: dict[int, Outcome] = {}
+    calls: dict[int, list[tuple[float, ...]]] = defaultdict(list)
+    for turn in range(1 if stage.rehearse else TURNS):
+        for number, change in enumerate(changes):
+            if outcomes.setdefault(number, Outcome("ok")).status != "ok":
+                continue
+            with overrides.override_launch(target.kernel, **change), long_sides(target.case):
+                us, outcomes[number] = _turn(local, target.pass_name, turn, calls[number])
+            cost = costs.get((target.name, json.dumps(change)), {})
+            row = {"target": target.name, "kernel": target.kernel, "change": _text(change), "turn": turn, "us": us}
+            row |= {"status": outcomes[number].status, "note": outcomes[number].note or cost.get("error", "")}
+            row |= {key: cost.get(key) for key in ("registers", "spill_bytes", "shared")}
+            table.append([{**row, **stage.state.read()}])
+            if number == 0 and outcomes[0].status != "ok":
+                raise WrongValue(f"{target.name}, with its default options: {outcomes[0].note}")
+    return _judge(target, changes, outcomes, calls)
+
+
+def _turn(local: LocalContender, name: str, turn: int, calls: list[tuple[float, ...]]) -> tuple[float | None, Outcome]:
+    """One turn of a variant: values are checked, before the first turn also the repeats."""
+    try:
+        if turn == 0:
+            bad = [outcome for outcome in local.check().values() if outcome.status != "ok"]
+            if bad:
+                return None, bad[0]
+            repeats = local.repeats(name, 5)
+            if ", the first" in repeats:
+                return None, Outcome("WRONG", f"repeats differ: {repeats}")
+        timing = local.time(name)
+    except Exception as error:
+        return None, Outcome("error", one_line(error))
+    calls.append(timing.calls or (timing.us,))
+    return timing.us, Outcome("ok")
+
+
+def _judge(
+    target: Target, changes: list[Options], outcomes: dict[int, Outcome], calls: dict[int, list[tuple[float, ...]]]
+) -> list[Row]:
+    rows: list[Row] = []
+    for number, change in enumerate(changes):
+        row: Row = {"target": target.name, "change": _text(change), "status": outcomes[number].status}
+        if outcomes[number].status == "ok":
+            found = ratio(calls[number], calls[0])
+            row |= {"ratio": found.value, "low": found.low, "high": found.high, "verdict": found.verdict}
+        rows.append(row)
+    faster = [(row["ratio"], n) for n, row in enumerate(rows) if n and row.get("verdict") == FASTER]
+    best, winner = min(faster, default=(1.0, 0))
+    wrong = sum(row["status"] != "ok" for row in rows)
+    said = f"{_text(changes[winner])} takes {best:.2f} of the default's time" if winner else "the default stays"
+    rows[0] |= {"winner": changes[winner], "said": f"{said}; {len(rows)} variants, {wrong} of them failed"}
+    rows[0]["ratio"] = best
+    return rows
+
+
+def compile_variants(stage: Stage) -> dict[tuple[str, str], Row]:
+    """Compile all variants in other processes. Returns (target, change as JSON) -> registers, spills, or an error."""
+    jobs = 1 if stage.rehearse else max(1, (os.cpu_count() or 2) - 4)
+    command = [sys.executable, "-m", "mvlm_benchmarks.gpu.variants", "--batch", str(stage.batch), "--jobs", str(jobs)]
+    command += ["--arch", REHEARSED_ARCH if stage.rehearse else f"sm_{_arch(stage)}"]
+    command += ["--small"] if stage.rehearse else []
+    found: dict[tuple[str, str], Row] = {}
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    file = stage.out / "variants.jsonl"
+    with file.open("w") as output:
+        try:
+            subprocess.run(
+                command, cwd=source_root(), env=environment, stdout=output, stderr=subprocess.DEVNULL,
+                timeout=max(1.0, 0.5 * stage.budget.left),
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            stage.say("not all variants were compiled in half of the time; the others are compiled when they run")
+    for line in file.read_text().splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # the line at which the process was ended
+            continue
+        found[row["target"], json.dumps(row["change"])] = row
+    stage.say(f"{len(found)} variants compiled, {sum('error' in row for row in found.values())} cannot be")
+    return found
+
+
+def _write_exceptions(stage: Stage, exceptions: dict[str, Any]) -> None:
+    content = {f"sm_{_arch(stage)}": exceptions, "rehearsal": stage.rehearse, "machine": stage.about}
+    write_json(content, stage.out / "tile_exceptions.json")
+
+
+def _arch(stage: Stage) -> int:
+    if stage.rehearse:
+        return 90
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def _text(change: Options) -> str:
+    return " ".join(f"{key}={value}" for key, value in change.items()) or "default"
+
+
+def _key(target: Target, dtype: torch.dtype) -> str:
+    """Key in the form of the tile tables: kernel/bits/sizes of the tiles that the default has."""
+    sizes = "/".join(str(value) for key, value in sorted(target.options.items()) if key.startswith("BLOCK"))
+    return f"{target.kernel}/{8 * dtype.itemsize}bit/{sizes}/{target.case.shape}"
+
+
+def _plot(stage: Stage, rows: list[Row]) -> None:
+    """Draw time over the default's of every variant, a line per kernel."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        stage.say(f"no plot: {error}")
+        return
+    from mvlm_benchmarks.results import save_figure
+
+    names = list(dict.fromkeys(row["target"] for row in rows))
+    figure = Figure(figsize=(11, 0.35 * len(names) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        if row.get("low") is not None:
+            place = names.index(row["target"])
+            axes.plot([row["low"], row["high"]], [place, place], color="#4477aa", linewidth=1)
+            axes.plot([row["high"] if row["change"] == "default" else row["low"]], [place], "|", color="#cc6677")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(names)), names, fontsize=6)
+    axes.set_xlabel("time of a variant over the default's, 95 % interval; left is faster")
+    save_figure(figure, stage.out / "sweep.svg")

@@ -1,0 +1,178 @@
+"""Cases and peers of the layers around attention: residual with LayerNorm, the feed-forward's GELU, and the LM head.
+
+Some of these ops are newer than others. Where `mvlm_kernels` does not have one, the row of `ours` says so, and the
+peers are timed. Builders of peers follow the rules of :mod:`mvlm_benchmarks.kernels.peers`.
+
+Shape legend: M masked tokens, R rows, C width, V vocabulary.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import mvlm_kernels
+from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
+from mvlm_benchmarks.kernels.inputs import WIDTH, Case, Inputs, RandomInputs
+from mvlm_benchmarks.unavailable import Missing
+
+EPS = 1e-6
+
+Function = Callable[..., Any]
+
+
+def layer_cases(batch: int, dtype: torch.dtype) -> list[Case]:
+    """Cases for `batch` images. A small batch, as on a CPU, gets a small vocabulary too."""
+    vocabulary = 50_265 if batch >= 32 else 2_048
+    return [
+        _add_layer_norm(2 * batch * 197, dtype),
+        _gelu_linear(batch * 197, dtype),
+        # Captions have 12 tokens on average, of which 30 % are masked.
+        _linear_cross_entropy(round(3.6 * batch), vocabulary, dtype),
+    ]
+
+
+def _add_layer_norm(rows: int, dtype: torch.dtype) -> Case:
+    """x + y in float32, and its LayerNorm in the case's dtype, as between two layers of a block."""
+
+    def make(device: str, seed: int = 0) -> Inputs:
+        random = RandomInputs(device, dtype, seed)
+        leaves = {
+            "x": random.normal(rows, WIDTH, dtype=torch.float32),
+            "y": random.normal(rows, WIDTH),
+            "weight": random.normal(WIDTH, dtype=torch.float32),
+            "bias": random.normal(WIDTH, dtype=torch.float32),
+        }
+        return Inputs(leaves, {"eps": EPS, "out_dtype": dtype})
+
+    def reference(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float, out_dtype: Any) -> Any:
+        total = x + y
+        return total, F.layer_norm(total, (WIDTH,), weight, bias, eps)
+
+    item, elements = dtype.itemsize, rows * WIDTH
+    moments, vectors = 8 * rows, 8 * WIDTH
+    minimum = (
+        elements * (4 + item + 4 + item) + moments + vectors,
+        elements * (4 + item + 4 + 4 + item) + moments + vectors + 4 * WIDTH,
+    )
+    shape = f"{rows} rows of {WIDTH}, residual in float32"
+    ours = getattr(mvlm_kernels, "add_layer_norm", None)
+    return Case("add_layer_norm", shape, dtype, make, ours, reference, minimum)
+
+
+def _gelu_linear(rows: int, dtype: torch.dtype) -> Case:
+    """linear(gelu(h)): the second half of a feed-forward layer."""
+    hidden = 4 * WIDTH
+
+    def make(device: str, seed: int = 0) -> Inputs:
+        random = RandomInputs(device, dtype, seed)
+        leaves = {
+            "h": random.normal(rows, hidden),
+            "weight": random.normal(WIDTH, hidden, scale=hidden**-0.5),
+            "bias": random.normal(WIDTH),
+        }
+        return Inputs(leaves, {})
+
+    def reference(h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(F.gelu(h), weight, bias)
+
+    item, product = dtype.itemsize, 2 * rows * hidden * WIDTH
+    matrix = item * WIDTH * hidden
+    minimum = (
+        item * (rows * (hidden + WIDTH) + WIDTH) + matrix,
+        item * (rows * (2 * hidden + WIDTH) + WIDTH) + 2 * matrix,
+    )
+    shape = f"{rows} rows of {hidden} -> {WIDTH}"
+    ours = getattr(mvlm_kernels, "gelu_linear", None)
+    sizes, flops = (rows, WIDTH, hidden), (product, 2 * product)
+    return Case("gelu_linear", shape, dtype, make, ours, reference, minimum, flops, product=sizes)
+
+
+def _linear_cross_entropy(rows: int, vocabulary: int, dtype: torch.dtype) -> Case:
+    """Cross-entropy of the language-model head, without keeping the logits."""
+
+    def make(device: str, seed: int = 0) -> Inputs:
+        random = RandomInputs(device, dtype, seed)
+        leaves = {
+            "x": random.normal(rows, WIDTH),
+            "weight": random.normal(vocabulary, WIDTH, scale=WIDTH**-0.5),
+            "bias": random.normal(vocabulary, scale=0.1),
+        }
+        return Inputs(leaves, {"targets": random.integers(vocabulary, rows)})
+
+    def reference(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x, weight, bias), targets)
+
+    def ours(**arguments: Any) -> Tensor:
+        return linear_cross_entropy(**arguments)[0]
+
+    item, product = dtype.itemsize, 2 * rows * vocabulary * WIDTH
+    matrix, states = item * vocabulary * (WIDTH + 1), item * rows * WIDTH
+    # Forward computes the gradients too, and saves them for backward.
+    minimum = 2 * matrix + 2 * states + 8 * rows + 4, 2 * matrix + 2 * states + 4
+    sizes, flops = (rows, vocabulary, WIDTH), (3 * product, 0)
+    return Case(
+        "linear_cross_entropy", f"{rows} rows of {WIDTH}, vocabulary {vocabulary}", dtype, make, ours, reference,
+        minimum, flops, product=sizes, has_kernels=False,
+    )  # fmt: skip
+
+
+def cross_entropy_eager(inputs: Inputs) -> Function:
+    targets = inputs.fixed["targets"]
+    return lambda x, weight, bias: F.cross_entropy(F.linear(x, weight, bias).float(), targets)
+
+
+def cross_entropy_liger(inputs: Inputs) -> Function:
+    """Liger's fused linear layer and cross-entropy, the model of ours."""
+    from liger_kernel.transformers.functional import (  # pyright: ignore[reportMissingImports]
+        liger_fused_linear_cross_entropy,
+    )
+
+    _require_cuda(inputs)
+    targets = inputs.fixed["targets"]
+    return lambda x, weight, bias: liger_fused_linear_cross_entropy(x, weight, targets, bias)
+
+
+def cross_entropy_quack(inputs: Inputs) -> Function:
+    """torch's product, then QuACK's cross-entropy of the whole logits."""
+    from quack import cross_entropy  # pyright: ignore[reportMissingImports]
+
+    _require_cuda(inputs)
+    targets = inputs.fixed["targets"]
+    return lambda x, weight, bias: cross_entropy(F.linear(x, weight, bias), targets, reduction="mean")
+
+
+def norm_eager(inputs: Inputs) -> Function:
+    """The chain of torch ops that autocast runs: add, LayerNorm in float32, cast."""
+    eps, dtype = inputs.fixed["eps"], inputs.fixed["out_dtype"]
+
+    def compute(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + y
+        return total, F.layer_norm(total, (WIDTH,), weight, bias, eps).to(dtype)
+
+    return compute
+
+
+def norm_liger(inputs: Inputs) -> Function:
+    """The chain with Liger's LayerNorm. Liger fuses the residual with RMSNorm only."""
+    from liger_kernel.transformers.functional import liger_layer_norm  # pyright: ignore[reportMissingImports]
+
+    _require_cuda(inputs)
+    eps, dtype = inputs.fixed["eps"], inputs.fixed["out_dtype"]
+
+    def compute(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + y
+        return total, liger_layer_norm(total, weight, bias, eps).to(dtype)
+
+    return compute
+
+
+def gelu_eager(inputs: Inputs) -> Function:
+    return lambda h, weight, bias: F.linear(F.gelu(h), weight, bias)
+
+
+def _require_cuda(inputs: Inputs) -> None:
+    if not next(iter(inputs.leaves.values())).is_cuda:
+        raise Missing("needs a CUDA device")

@@ -1,0 +1,1 @@
+"""The training loop against the bare step: `mvlm bench run`."""

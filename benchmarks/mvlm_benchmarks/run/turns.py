@@ -1,0 +1,129 @@
+"""Turns of the bare step and of the real training loop, in one process and on one model."""
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+from mvlm.device import autocast
+from mvlm.training.build import make_loader
+from mvlm.training.trainer import Trainer
+from mvlm_benchmarks.run.usage import read_usage, usage_between
+from mvlm_dataloading import Batch, Masks
+
+STEP, NO_LOADER, LOOP = "step", "run, no loader", "run, no evaluation"
+CONTENDERS = (STEP, NO_LOADER, LOOP)
+"""step: forward, backward and AdamW on batches in memory. run, no loader: `Trainer.train` on the same batches, with the
+guard, clipping, metrics and logs. run, no evaluation: the same with the loader's batches."""
+WARM_UP = 1
+"""Rounds that do not count."""
+SETTLE_S = 0.3
+"""Pause before a turn. The loader then has prepared its batches and is idle."""
+
+Loaded = tuple[Batch, Masks]
+
+
+class Turns:
+    """Takes the place of `Trainer.one_step`: divides a run into turns, and gives every second one to the bare step.
+
+    A round is one turn of each contender, in an order that rotates. The bare step and the loop without the loader
+    repeat the batches of the last turn with the loader, because the number of tokens differs from batch to batch.
+
+    Args:
+        batches: batches to begin with, `length` of them.
+        length: steps of a turn.
+        rounds: rounds that count.
+    """
+
+    def __init__(self, batches: Sequence[Loaded], length: int, rounds: int) -> None:
+        self._batches, self._length = batches, length
+        self._order = [
+            CONTENDERS[(place + number) % len(CONTENDERS)]
+            for number in range(rounds + WARM_UP)
+            for place in range(len(CONTENDERS))
+        ]
+        self._one_step = Trainer.one_step
+        self._turn: tuple[str, Any] | None = None
+        self._left = 0
+        self._source: Iterator[Loaded] = iter(())
+        self.rows: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
+        """Figures per step of each turn (`usage_between`), by contender."""
+
+    @property
+    def steps(self) -> int:
+        """Steps that the run needs: one more than those of the loop's turns, to end the last one."""
+        return self._length * sum(name != STEP for name in self._order) + 1
+
+    def one_step(self, trainer: Trainer, batches: Iterator[Loaded]) -> None:
+        """Make one step of the loop. Before the first step of a turn, make the turns of the bare step."""
+        if self._left == 0:
+            self._end_turn()
+            while self._order and self._order[0] == STEP:
+                self._begin_turn(trainer)
+                for batch, masks in self._batches:
+                    bare_step(trainer, batch, masks)
+                self._end_turn()
+            self._source = batches
+            if self._order:  # else this is the last step
+                self._begin_turn(trainer)
+                name = self._turn[0] if self._turn is not None else ""
+                self._source = iter(self._batches) if name == NO_LOADER else self._recorded(batches)
+            self._left = self._length
+        self._left -= 1
+        self._one_step(trainer, self._source)
+
+    def _recorded(self, batches: Iterator[Loaded]) -> Iterator[Loaded]:
+        """The same batches. The first `length` become those of the next turns."""
+        recorded = list[Loaded]()
+        for loaded in batches:
+            recorded.append(loaded)
+            if len(recorded) == self._length:
+                self._batches = recorded
+            yield loaded
+
+    def _begin_turn(self, trainer: Trainer) -> None:
+        trainer.writer.wait()
+        time.sleep(SETTLE_S)
+        self._turn = (self._order.pop(0), read_usage())
+
+    def _end_turn(self) -> None:
+        if self._turn is not None:
+            name, before = self._turn
+            self.rows[name].append(usage_between(before, read_usage(), self._length))
+        self._turn = None
+
+
+def bare_step(trainer: Trainer, batch: Batch, masks: Masks) -> None:
+    """One step as `mvlm bench step` times it: forward, backward and AdamW, with a learning rate of 0."""
+    config = trainer.config
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 0.0
+    trainer.optimizer.found_inf = None
+    with autocast(trainer.device, config.precision):
+        losses = trainer.model(batch, masks, seed=config.seed, step=trainer.step, plan=config.plan)
+    losses.total.backward()
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad(set_to_none=True)
+    losses.total.item()
+
+
+def measure_turns(
+    trainer: Trainer, batches: Sequence[Loaded], length: int, rounds: int
+) -> dict[str, list[dict[str, float]]]:
+    """Train, in turns. Returns the figures of the turns that count, per step, by contender."""
+    turns = Turns(batches, length, rounds)
+    assert turns.steps == trainer.config.max_steps, (turns.steps, trainer.config.max_steps)
+    with patch.object(Trainer, "one_step", lambda trainer, batches: turns.one_step(trainer, batches)):
+        trainer.train()
+    return {name: rows[WARM_UP:] for name, rows in turns.rows.items()}
+
+
+def first_batches(trainer: Trainer, count: int) -> list[Loaded]:
+    """The first batches of a run."""
+    config = replace(trainer.config, keep_images_mb=0)
+    loader = make_loader(trainer.loader.dataset, trainer.tokenizer, config, trainer.world)
+    with closing(loader):
+        return list(itertools.islice(loader, count))

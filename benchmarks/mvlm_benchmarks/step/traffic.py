@@ -1,0 +1,161 @@
+"""Bytes that the fast step moves on a GPU, by kind of operation, counted without one.
+
+    python -m mvlm_benchmarks.step.traffic [--preset base] [--batch 256] [--json FILE]
+
+The step runs on fake tensors, which have shapes and no values, and makes the choices of a GPU. A dispatch mode counts:
+each operation reads its inputs and writes its outputs once. Our ops and SDPA are one operation each. Views, allocations
+and caches are free, so the figures are lower bounds. The estimate of milliseconds divides bytes by a rate, and products
+by another, and adds: nothing here is measured.
+"""
+
+import argparse
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from mvlm.config.model import MaskVLMConfig
+from mvlm.model import attention_backends, residual
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.objectives import linear_cross_entropy
+from mvlm_benchmarks.captions import caption_lengths
+from mvlm_benchmarks.step.inputs import make_batch
+from mvlm_kernels.traffic import tensor_bytes
+
+KINDS = {
+    "products": ("mm", "addmm", "bmm", "baddbmm"),
+    "attention": ("_scaled_dot_product", "cross_attention", "_softmax"),
+    "norms": ("native_layer_norm", "add_layer_norm"),
+    "GELU": ("gelu",),
+    "other ops of ours": ("gather_patches", "place_tokens", "linear_pixel_loss"),
+    "optimizer": ("_fused_adamw", "_foreach"),
+    "casts and copies": ("_to_copy", "clone", "copy", "cat", "stack", "index", "slice_backward", "select_backward",
+                         "embedding", "new_zeros", "zeros", "fill", "full"),
+}  # fmt: skip
+REST = "sums and other elementwise operations"
+RATE, PRODUCTS = 2.75e12, 600e12
+"""Bytes and floating-point operations a second of an H100 at such shapes: a guess, from its data sheet and published
+figures. Not measured."""
+
+
+def kind_of(name: str) -> str:
+    """The kind of an operation, by the start of its name without the namespace."""
+    return next((kind for kind, starts in KINDS.items() if name.startswith(starts)), REST)
+
+
+class Traffic(TorchDispatchMode):
+    """Counts bytes and operations by kind, and floating-point operations of products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func._schema.name.split("::")[1]
+        aliases = [r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns]
+        asked = func._schema.name.startswith("prim")  # a property, such as the device
+        if any(aliases) or asked or name.startswith(("empty", "new_empty", "detach", "_unsafe_view")):
+            return out
+        kind = kind_of(name)
+        given = {key: value for key, value in (kwargs or {}).items() if key != "out"}
+        self.bytes[kind] += sum(tensor_bytes(t) for t in tree_leaves((args, given, out)) if isinstance(t, torch.Tensor))
+        self.calls[kind] += 1
+        if kind == "products":
+            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@contextlib.contextmanager
+def choices_of_a_gpu() -> Iterator[None]:
+    """Make a step on CPU tensors choose as on a GPU: kernels, biases added by them, bounds in place of host reads."""
+
+    def choose(*_: Any, text: bool) -> attention_backends.BackendChoice:
+        return attention_backends.BackendChoice("triton" if text else "sdpa", {})
+
+    chunks = dict(linear_cross_entropy.LOGITS_PER_CHUNK)
+    with (
+        patch.object(attention_backends, "choose_backend", choose),
+        patch.object(residual, "adds_bias_later", lambda _: True),
+        patch("mvlm.model.attention.adds_bias_later", lambda _: True),
+        patch.object(linear_cross_entropy, "LOGITS_PER_CHUNK", {**chunks, "cpu": chunks["cuda"]}),
+        patch.object(torch.compiler, "is_compiling", lambda: True),
+        patch("torch.nn.init.trunc_normal_", lambda weight, **_: weight),  # it reads a value
+    ):
+        yield
+
+
+def count(preset: str, pairs: int) -> Traffic:
+    """Traffic of one step in bf16, from images to the end of AdamW."""
+    config = MaskVLMConfig.preset(preset, cross_norm="post")
+    lengths = caption_lengths(pairs, config.text_length, config.text_length / 3)
+    inputs = make_batch(config, lengths)
+    with FakeTensorMode() as fake:
+        with choices_of_a_gpu():
+            model = MaskVLM(config)
+            batch, masks = (type(x)(**{f.name: _fake(fake, getattr(x, f.name)) for f in fields(x)}) for x in inputs)
+            with Traffic() as traffic:
+                with torch.autocast("cpu", torch.bfloat16):
+                    losses = model(batch, masks, plan="fast")
+                losses.total.backward()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        with traffic:
+            optimizer.step()
+    return traffic
+
+
+def _fake(mode: FakeTensorMode, value: Any) -> Any:
+    return mode.from_tensor(value) if isinstance(value, torch.Tensor) else value
+
+
+def rows(traffic: Traffic) -> list[dict[str, Any]]:
+    """One row for each kind: gigabytes, operations, and the estimate of milliseconds."""
+    found = []
+    for kind in (*KINDS, REST):
+        seconds = traffic.flops / PRODUCTS if kind == "products" else traffic.bytes[kind] / RATE
+        found.append(
+            {
+                "kind": kind,
+                "gigabytes": round(traffic.bytes[kind] / 1e9, 2),
+                "operations": traffic.calls[kind],
+                "ms_estimated_not_measured": round(1e3 * seconds, 1),
+            }
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m mvlm_benchmarks.step.traffic", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--preset", default="base", choices=["tiny", "small", "base"])
+    parser.add_argument("--batch", type=int, default=256, help="pairs of the step")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    options = parser.parse_args()
+    table = rows(count(options.preset, options.batch))
+    print(f"{options.preset}, {options.batch} pairs; estimated for an H100, not measured\n")
+    print(f"{'kind':40}{'GB':>9}{'operations':>12}{'ms':>8}")
+    for row in table:
+        kind, *figures = row.values()
+        print("{:40}{:9.2f}{:12}{:8.1f}".format(kind, *figures))
+    sums = [sum(row[name] for row in table) for name in list(table[0])[1:]]
+    print("{:40}{:9.2f}{:12}{:8.1f}".format("sum", *sums))
+    if options.json:
+        about = {"preset": options.preset, "batch": options.batch, "bytes_per_s": RATE, "flops_per_s": PRODUCTS}
+        options.json.write_text(json.dumps({**about, "measured": False, "rows": table}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Small splits kept in memory: every image is decoded once per process, and no longer once per epoch.
+
+On a CPU, decoding takes cores away from the training step. Cropping the decoded image gives the pixels of the decoded
+crop, so a kept split gives the same batches.
+
+Shape legend: B samples of this rank's batch, S image side, H and W of an image as stored.
+"""
+
+import logging
+import tempfile
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvlm_dataloading.dataset.dali_index import Int64
+from mvlm_dataloading.dataset.dataset import Dataset
+
+from .buffers import BufferPool
+from .crop import CropWindows
+from .pipeline import build_augment_pipeline, build_pipeline
+from .resize import Resize
+from .sampler import write_index_views
+from .segment import RawBatch, ReaderConfig, check_delivery, draw_random_numbers
+
+log = logging.getLogger(__name__)
+
+_BATCH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class KeptSplit:
+    """All samples of a split, by sample id."""
+
+    dataset: Dataset
+    images: list[NDArray[np.uint8]]
+    """(H, W, 3) each, decoded and uncropped."""
+    texts: list[bytes]
+    metadata: list[bytes]
+    tokens: list[bytes]
+    """Empty if the stored tokens are not used."""
+
+
+def keep_split(dataset: Dataset, config: ReaderConfig, max_bytes: int) -> KeptSplit | None:
+    """Decode all images of a split.
+
+    None if they take more than `max_bytes`, or if one cannot be decoded or has wrong first or last bytes. At most one
+    batch is decoded in vain if its images are as large as the others.
+    """
+    images: list[NDArray[np.uint8]] = []
+    components: tuple[list[bytes], list[bytes], list[bytes]] = ([], [], [])
+    ids, taken = np.arange(len(dataset)), 0
+    batch_size = min(_BATCH, len(dataset))
+    with tempfile.TemporaryDirectory(prefix="mvlm-index-") as folder:
+        pipeline = build_pipeline(
+            *write_index_views(Path(folder), dataset, ids),
+            lambda batch: np.zeros((batch_size, 4)),
+            None,
+            batch_size=batch_size,
+            num_threads=config.num_threads,
+            tokens=config.stored_tokens,
+            check_file_ends=True,
+        )
+    try:
+        while len(images) < len(dataset):
+            own = ids[len(images) : len(images) + batch_size]
+            decoded, _, *read, valid, _, _ = pipeline.run()
+            check_delivery(dataset, own, read[0])
+            images += [np.array(decoded.at(row)) for row in range(len(own))]
+            for component, values in zip(components, read, strict=True):
+                component += [values.at(row).tobytes() for row in range(len(own))]
+            taken += sum(image.nbytes for image in images[-len(own) :])
+            if taken * len(dataset) / len(images) > max_bytes or not np.array(valid.as_tensor())[: len(own)].all():
+                return None
+    except RuntimeError:  # an image cannot be decoded; the reader finds it when its turn comes
+        return None
+    finally:
+        pipeline.__del__()  # see `Segment.close`
+    log.debug("%s: keeps %d decoded images, %.0f MB", dataset.folder, len(images), taken / 1e6)
+    texts, metadata, tokens = components
+    return KeptSplit(dataset, images, texts, metadata, tokens if config.stored_tokens else [])
+
+
+class KeptSegment:
+    """A segment of the sample order whose samples are in memory. Like a `Segment`, without its readers and decoders."""
+
+    def __init__(self, kept: KeptSplit, ids: Int64, epochs: Int64, config: ReaderConfig, buffers: BufferPool):
+        self._kept, self._ids, self._epochs, self._batch_size = kept, ids, epochs, config.rank_batch
+        self._buffers, self._side, self._begin = buffers, config.geometry.image_size, 0
+        self._draws = draws = draw_random_numbers(config, epochs, ids)
+        rows = partial(_rows_of_batch, config.rank_batch)
+        self._windows = CropWindows(config.geometry, lambda batch: draws["crop_uniforms"][rows(batch)])
+        augmented = "augment" in draws
+        self._resize = Resize(self._side, config.num_threads, planes=not augmented)
+        self._pipeline: Any = None
+        if augmented:
+            self._pipeline = build_augment_pipeline(
+                self._resized_crops,
+                lambda batch: draws["augment"].rows(rows(batch)),
+                batch_size=config.rank_batch,
+                num_threads=config.num_threads,
+            )
+
+    def close(self) -> None:
+        """Release memory now, without the garbage collector."""
+        if self._pipeline is not None:
+            self._pipeline.__del__()
+            self._pipeline = None  # it refers to this segment
+        self._draws.clear()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    @property
+    def exhausted(self) -> bool:
+        return self._begin >= len(self._ids)
+
+    def current(self) -> tuple[Int64, Int64]:
+        """Sample ids and epochs of the next batch, (B,) each."""
+        rows = slice(self._begin, self._begin + self._batch_size)
+        return self._ids[rows].copy(), self._epochs[rows]
+
+    def next(self) -> tuple[RawBatch, NDArray[np.bool_]]:
+        """The next batch, and True for each of its samples."""
+        ids, epochs = self.current()
+        images = self._buffers.empty((len(ids), 3, self._side, self._side))
+        if self._pipeline is None:
+            np.stack(self._resized_crops(self._begin // self._batch_size), out=images.numpy())
+        else:
+            (augmented,) = self._pipeline.run()
+            np.copyto(images.numpy(), np.asarray(augmented.as_tensor()))
+        self._begin += len(ids)
+        kept, rows = self._kept, ids.tolist()
+        batch = RawBatch(
+            ids=ids,
+            epochs=epochs,
+            images=images,
+            texts=[kept.texts[i] for i in rows],
+            metadata=[kept.metadata[i] for i in rows],
+            tokens=[kept.tokens[i] if kept.tokens else b"" for i in rows],
+            encoded=lambda row: kept.dataset.image_bytes(rows[row]),
+        )
+        return batch, np.ones(len(ids), bool)
+
+    def _resized_crops(self, batch: Any) -> list[NDArray[np.uint8]]:
+        images = [self._kept.images[i] for i in self._ids[_rows_of_batch(self._batch_size, batch)].tolist()]
+        corners, sizes = self._windows([image.shape for image in images])
+        # Copied with numpy, because torch would copy a crop on the threads that resize (see `Resize`).
+        crops = [
+            np.ascontiguousarray(image[y : y + h, x : x + w])
+            for image, (y, x), (h, w) in zip(images, corners, sizes, strict=True)
+        ]
+        return self._resize(crops)
+
+
+def _rows_of_batch(batch_size: int, batch: Any) -> Int64:
+    """Rows of batch number `batch` among a segment's samples. Segments of training consist of full batches."""
+    return int(batch) * batch_size + np.arange(batch_size)  # an array, because indexing copies, as DALI needs it

@@ -1,0 +1,43 @@
+"""Checks of the arguments of ``add_layer_norm``, and its reasons against the kernels."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mvlm_kernels import dispatch
+from mvlm_kernels.gather_patches.arguments import FLOATS, check_device
+
+WIDEST = 8192
+"""Largest C of the kernels: a row has to fit in registers."""
+
+
+def check(x: Tensor, y: Tensor | None, y_bias: Tensor | None, weight: Tensor, bias: Tensor, out_dtype: Any) -> None:
+    """Raise ValueError for a wrong shape, dtype or device."""
+    if x.ndim < 1 or not x.shape[-1]:
+        raise ValueError(f"x must have shape (.., C) with C at least 1, got {tuple(x.shape)}")
+    if y is not None and y.shape != x.shape:
+        raise ValueError(f"y must have the shape of x, {tuple(x.shape)}, got {tuple(y.shape)}")
+    if y_bias is not None and y is None:
+        raise ValueError("y_bias must be None where y is None, got a tensor")
+    named = {"x": x, "y": y, "y_bias": y_bias, "weight": weight, "bias": bias}
+    for name, tensor in named.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        if name not in ("x", "y") and tensor.shape != x.shape[-1:]:
+            raise ValueError(f"{name} must have shape ({x.shape[-1]},), got {tuple(tensor.shape)}")
+        check_device(name, tensor, x.device)
+    if out_dtype not in FLOATS:
+        raise ValueError(f"out_dtype must be float16, bfloat16, float32 or float64, got {out_dtype}")
+
+
+def reasons(x: Tensor, *_: Any, **__: Any) -> tuple[str, ...]:
+    """Every reason against the kernels."""
+    found = dispatch.device_reasons(x.device)
+    if x.shape[-1] > WIDEST:
+        found = (*found, f"a row has {x.shape[-1]} values, the kernels hold at most {WIDEST} in registers")
+    if x.dtype == torch.float64 and x.device.type == "cuda":
+        found = (*found, "the tensors are float64")
+    return found

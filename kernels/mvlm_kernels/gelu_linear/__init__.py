@@ -1,0 +1,123 @@
+"""GELU and the linear layer after it, as in a feed-forward layer; see :func:`gelu_linear`.
+
+Matrix products are torch's. The GELU, its gradient and the gradient of the bias in front are kernels, in ``triton.py``.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvlm_kernels import dispatch, registration
+from mvlm_kernels.gather_patches.arguments import FLOATS, check_device
+from mvlm_kernels.gelu_linear import reference
+
+__all__ = ["gelu_linear"]
+
+
+def _reasons(h: Tensor, *_: Any, **__: Any) -> tuple[str, ...]:
+    found = dispatch.device_reasons(h.device)
+    if h.dtype == torch.float64 and h.device.type == "cuda":
+        found = (*found, "the tensors are float64")
+    return found
+
+
+@dispatch.explained_by(_reasons)
+def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias: Tensor | None = None) -> Tensor:
+    """Second half of a feed-forward layer: ``linear(gelu(h + h_bias), weight, bias)`` with the exact GELU.
+
+    Only h is saved for backward. There one kernel reads h and the gradient once, and writes the gradient of h, the GELU
+    again for the gradient of weight, and the column sums that are the gradient of h_bias.
+
+    Args:
+        h: floating (.., C), usually bfloat16 or float16.
+        weight: (D, C), as nn.Linear; bias: (D,) or None.
+        h_bias: (C,), the bias of the linear layer that made h, if that layer has not added it.
+
+    Returns:
+        (.., D) in h's dtype. Products are in h's dtype, under autocast too; parameters are converted to it, and their
+        gradients come in their own dtypes.
+
+    Differentiable in all tensors, once; under torch.func, where plain torch runs, any number of times. The gradient of
+    h_bias is summed in a fixed order, without atomics.
+
+    Raises:
+        ValueError: for a wrong shape, dtype or device.
+    """
+    if h.ndim < 2 or weight.ndim != 2 or weight.shape[1] != h.shape[-1]:
+        raise ValueError(
+            f"h and weight must have shapes (.., C) and (D, C), got {tuple(h.shape)} and {tuple(weight.shape)}"
+        )
+    for name, x, size in (("bias", bias, weight.shape[0]), ("h_bias", h_bias, weight.shape[1])):
+        if x is not None and x.shape != (size,):
+            raise ValueError(f"{name} must have shape ({size},), got {tuple(x.shape)}")
+    for name, x in (("h", h), ("weight", weight), ("bias", bias), ("h_bias", h_bias)):
+        if x is None:
+            continue
+        if x.dtype not in FLOATS:
+            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+        check_device(name, x, h.device)
+    if registration.transformed():
+        return _linear(reference.gelu(h, h_bias), weight, bias)
+    return _GeluLinear.apply(h, weight, bias, h_bias)  # pyright: ignore[reportReturnType]
+
+
+def _backend(h: Tensor) -> Any:
+    if dispatch.choose(_reasons(h)) == "torch":
+        return reference
+    from mvlm_kernels.gelu_linear import triton
+
+    return triton
+
+
+def _gelu(h, h_bias):
+    return _backend(h).gelu(h, h_bias)
+
+
+def _gelu_backward(grad, h, h_bias):
+    return _backend(h).gelu_backward(grad, h, h_bias)
+
+
+def _gelu_backward_fake(grad, h, h_bias):
+    sums = h.new_empty(0 if h_bias is None else h.shape[-1], dtype=torch.promote_types(h.dtype, torch.float32))
+    return h.new_empty(h.shape), h.new_empty(h.shape), sums
+
+
+def _linear(activated: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    dtype = activated.dtype
+    # Compute in this dtype, as backward does, which runs without autocast.
+    with torch.autocast(activated.device.type, enabled=False):
+        return F.linear(activated, weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+class _GeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, bias: Tensor | None, h_bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(h, weight, h_bias)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        activated = registration.backward_of(_gelu_op, _gelu, h)(h, h_bias)
+        return _linear(activated, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        h, weight, h_bias = ctx.saved_tensors
+        grad = grads[0].flatten(0, -2)
+        by_activation = (grad @ weight.to(h.dtype)).view(h.shape)
+        dh, activated, sums = registration.backward_of(_gelu_backward_op, _gelu_backward, by_activation)(
+            by_activation, h, h_bias
+        )
+        dw = (grad.T @ activated.flatten(0, -2)).to(weight.dtype)
+        db = None if ctx.bias_dtype is None else grad.sum(0).to(ctx.bias_dtype)
+        return dh, dw, db, None if h_bias is None else sums.to(h_bias.dtype)
+
+
+_gelu_op = registration.define(
+    "gelu(Tensor h, Tensor? h_bias) -> Tensor", _gelu, lambda h, h_bias: h.new_empty(h.shape)
+)
+_gelu_backward_op = registration.define(
+    "gelu_backward(Tensor grad, Tensor h, Tensor? h_bias) -> (Tensor, Tensor, Tensor)",
+    _gelu_backward,
+    _gelu_backward_fake,
+    registration.no_second_derivative("gelu_linear", "torch.nn.functional.gelu and linear"),
+)

@@ -1,0 +1,128 @@
+# pyright: reportArgumentType=false
+"""Triton kernels of ``gelu_linear``, for all but its matrix products, and their launchers.
+
+A program owns a slice of the columns and walks over every n-th tile of rows. Backward it reads the gradient and h once,
+writes the gradient of h and the GELU again, and keeps its share of the bias gradient in registers. A second kernel adds
+the shares in the order of the programs.
+"""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mvlm_kernels import dispatch
+from mvlm_kernels.dispatch import ceil_div
+from mvlm_kernels.gather_patches.triton import accumulator
+from mvlm_kernels.language import cast, widen
+from mvlm_kernels.place_tokens.triton import column_sum_kernel
+
+BLOCK_R, BLOCK_C, WARPS = 8, 256, 4
+PROGRAMS = 8
+"""Programs for each multiprocessor."""
+
+
+@triton.jit
+def gelu_kernel(
+    h_ptr, bias_ptr, out_ptr, R, C, ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):  # fmt: skip
+    """out = GELU(h + bias), (R, C), contiguous. Program (rows, columns)."""
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    bias = tl.zeros((BLOCK_C,), ACC)
+    if bias_ptr is not None:
+        bias += widen(tl.load(bias_ptr + c, mask=c < C, other=0.0), ACC)
+    for first in range(tl.program_id(0) * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
+        r = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
+        inside = (r < R)[:, None] & (c < C)[None, :]
+        at = (r * C)[:, None] + c[None, :]
+        x = widen(tl.load(h_ptr + at, mask=inside, other=0.0), ACC) + bias[None, :]
+        below = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        tl.store(out_ptr + at, cast(x * below, out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gelu_backward_kernel(
+    grad_ptr, h_ptr, bias_ptr, dh_ptr, out_ptr, partial_ptr, R, C,
+    ACC: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dh and the GELU again, (R, C), contiguous; partial (programs along rows, C). Program (rows, columns)."""
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    bias = tl.zeros((BLOCK_C,), ACC)
+    if bias_ptr is not None:
+        bias += widen(tl.load(bias_ptr + c, mask=c < C, other=0.0), ACC)
+    total = tl.zeros((BLOCK_R, BLOCK_C), ACC)
+    for first in range(tl.program_id(0) * BLOCK_R, R, tl.num_programs(0) * BLOCK_R):
+        r = (first + tl.arange(0, BLOCK_R)).to(tl.int64)
+        inside = (r < R)[:, None] & (c < C)[None, :]
+        at = (r * C)[:, None] + c[None, :]
+        g = widen(tl.load(grad_ptr + at, mask=inside, other=0.0), ACC)
+        x = widen(tl.load(h_ptr + at, mask=inside, other=0.0), ACC) + bias[None, :]
+        below = 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+        density = tl.exp(-0.5 * x * x) * 0.3989422804014327
+        dx = g * (below + x * density)
+        tl.store(out_ptr + at, cast(x * below, out_ptr.dtype.element_ty), mask=inside)
+        tl.store(dh_ptr + at, cast(dx, dh_ptr.dtype.element_ty), mask=inside)
+        total += dx
+    if partial_ptr is not None:
+        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * C + c, tl.sum(total, axis=0), mask=c < C)
+
+
+def _grid(device: torch.device, rows: int, width: int) -> tuple[int, int]:
+    """Programs along rows and columns. The interpreter has no multiprocessors; it takes the grid of an H100."""
+    slices = ceil_div(width, BLOCK_C)
+    wanted = max(1, PROGRAMS * (dispatch.multiprocessors(device) or 132) // slices)
+    return min(ceil_div(rows, BLOCK_R), wanted), slices
+
+
+def gelu(h: Tensor, h_bias: Tensor | None) -> Tensor:
+    """Same contract as :func:`.reference.gelu`."""
+    width, rows = h.shape[-1], h.shape[:-1].numel()
+    out = h.new_empty(h.shape)
+    dispatch.launch(
+        gelu_kernel, _grid(h.device, rows, width),
+        h.contiguous(), None if h_bias is None else h_bias.contiguous(), out, rows, width,
+        ACC=accumulator(h.dtype), BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+def gelu_backward(grad: Tensor, h: Tensor, h_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Same contract as :func:`.reference.gelu_backward`."""
+    width, rows = h.shape[-1], h.shape[:-1].numel()
+    dh, out = h.new_empty(h.shape), h.new_empty(h.shape)
+    wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+    programs, slices = _grid(h.device, rows, width)
+    sums = h.new_empty(0 if h_bias is None else width, dtype=wide)
+    partial_sums = None if h_bias is None else h.new_empty((programs, width), dtype=wide)
+    dispatch.launch(
+        gelu_backward_kernel, (programs, slices),
+        grad.contiguous(), h.contiguous(), None if h_bias is None else h_bias.contiguous(), dh, out, partial_sums,
+        rows, width, ACC=accumulator(h.dtype), BLOCK_R=BLOCK_R, BLOCK_C=BLOCK_C, num_warps=WARPS,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    if partial_sums is not None:
+        dispatch.launch(
+            column_sum_kernel, (ceil_div(width, 32),), partial_sums, sums, programs, width,
+            ACC=accumulator(wide), BLOCK_N=64, BLOCK_C=32, num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return dh, out, sums
+
+
+def aot_cases() -> Iterable[tuple[str, Callable[[], Any]]]:
+    """(label, call) of each case for :mod:`mvlm_kernels.aot`, on meta tensors at the presets' widths."""
+
+    def both(width: int, dtype: torch.dtype, bias: torch.dtype | None) -> None:
+        h = torch.empty(64, 197, width, dtype=dtype, device="meta")
+        h_bias = None if bias is None else torch.empty(width, dtype=bias, device="meta")
+        gelu(h, h_bias)
+        gelu_backward(h, h, h_bias)
+
+    for width in (768, 3072):
+        yield f"bf16/{width}/fp32-bias", partial(both, width, torch.bfloat16, torch.float32)
+    yield "bf16/3072/no-bias", partial(both, 3072, torch.bfloat16, None)
+    yield "fp16/3072/fp16-bias", partial(both, 3072, torch.float16, torch.float16)
+    yield "fp32/3072/fp32-bias", partial(both, 3072, torch.float32, torch.float32)

@@ -1,0 +1,74 @@
+"""Calls of attention inside a library's models: whether the op computes one, and a record of the choices."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from mvlm_kernels import dispatch
+from mvlm_kernels.cross_attention import why_not_triton
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of attention in a swapped model.
+
+    kind: class of the calling module. reasons: why the library's own attention ran; empty if the op did.
+    """
+
+    kind: str
+    queries: int
+    keys: int
+    reasons: tuple[str, ...]
+
+
+_calls: list[AttentionCall] | None = None
+
+
+@contextmanager
+def recorded_calls() -> Iterator[list[AttentionCall]]:
+    """List of all attention calls of swapped models inside the block, in all threads, in the order of their start."""
+    global _calls
+    before, _calls = _calls, []
+    try:
+        yield _calls
+    finally:
+        _calls = before
+
+
+def recording() -> bool:
+    """True inside :func:`recorded_calls`."""
+    return _calls is not None
+
+
+def record(module: object, queries: int, keys: int, reasons: tuple[str, ...]) -> None:
+    """Add a call to the list of :func:`recorded_calls`, if there is one."""
+    if _calls is not None:
+        _calls.append(AttentionCall(type(module).__name__, queries, keys, reasons))
+
+
+def kernel_reasons(device: torch.device, dtype: torch.dtype, width: int, short_rows: int) -> tuple[str, ...]:
+    """Reasons why a model keeps its own attention: no kernel runs the call. Empty if one does.
+
+    dtype: after autocast. width: of a head. short_rows: the shorter of the two lengths. On a device without kernels the
+    library's own code is as fast as ours or faster, so the op is not called there, except under
+    :func:`mvlm_kernels.use_backend`.
+    """
+    if torch.compiler.is_compiling():
+        # A plain int, so that the result is a constant of the graph. Comparisons would bound an exported length, so
+        # they are left out where the length does not matter.
+        matters = device.type == "cuda" or dispatch.forced() is not None
+        short_rows = next(rows for rows in (16, 32, 64, 128, 256, 2**31) if short_rows <= rows) if matters else 1
+    return _kernel_reasons(device, dtype, int(width), short_rows, dispatch.forced())
+
+
+@torch.compiler.assume_constant_result
+def _kernel_reasons(
+    device: torch.device, dtype: torch.dtype, width: int, short_rows: int, forced: str | None
+) -> tuple[str, ...]:
+    found = why_not_triton(device, dtype, head_width=width, short_rows=short_rows)
+    if found and forced is not None and device.type != "cuda":
+        without = dispatch.device_reasons(device)
+        return tuple(reason for reason in found if reason not in without)
+    return found

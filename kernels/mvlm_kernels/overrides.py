@@ -1,0 +1,44 @@
+"""Other launch options for measurements: :func:`override_launch`.
+
+Tiles are chosen by shape and never by timing. A sweep that looks for better rules needs the same launchers with other
+options, and nothing else should.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_overrides: dict[str, dict[str, Any]] = {}  # kernel -> options
+
+
+@contextmanager
+def override_launch(kernel: str, **options: Any) -> Iterator[None]:
+    """Launch one kernel with other options inside the block: constexprs, num_warps, num_stages, maxnreg.
+
+    kernel is the name under which the launcher chooses its options; for most kernels that of the Triton function.
+    Results may be wrong if an option does not fit the kernel. A launcher whose grid follows from an option has to ask
+    :func:`overridden` for it before it computes the grid.
+    """
+    before = _overrides.get(kernel)
+    _overrides[kernel] = options
+    try:
+        yield
+    finally:
+        _overrides.pop(kernel) if before is None else _overrides.update({kernel: before})
+
+
+def overridden(kernel: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options, with those of :func:`override_launch` in force. Returns the same dict if there are none."""
+    found = _overrides.get(kernel)
+    return {**options, **found} if found else options
+
+
+def overridable(choose_options: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """Decorator of a function that chooses the options of a kernel; the kernel's name is its first argument."""
+
+    @functools.wraps(choose_options)
+    def chosen(kernel: str, *arguments: Any) -> dict[str, Any]:
+        return overridden(kernel, choose_options(kernel, *arguments))
+
+    return chosen

@@ -1,0 +1,98 @@
+"""`mvlm search`: an index of embeddings, queries to it, and its upkeep."""
+
+from pathlib import Path
+
+# Commands import what they need when they run, so that --help and errors are immediate.
+
+
+def index(embeddings: Path, index: str, /, method: str = "auto") -> None:
+    """Make a search index of the embeddings that `mvlm embed` wrote.
+
+    Args:
+        embeddings: Folder that `mvlm embed` wrote.
+        index: New folder, or URL of an object store (s3://bucket/name), for the index.
+        method: flat (exact), ivf (approximate, for many vectors), or auto: ivf from 100,000 rows on.
+    """
+    from mvlm.search.index import create_index
+
+    made = create_index(embeddings, index, method)
+    print(f"{index}: {made.count('images'):,} images and {made.count('texts'):,} texts")
+
+
+def query(
+    index: str,
+    text: str | None = None,
+    /,
+    *,
+    image: Path | None = None,
+    of: str = "images",
+    top: int = 10,
+    rerank: int = 0,
+    where: str | None = None,
+    checkpoint: Path | None = None,
+    json: Path | None = None,
+    html: Path | None = None,
+    device: str = "auto",
+) -> None:
+    """Search an index by a text, an image, or both together.
+
+    Args:
+        index: Folder or URL of the index.
+        text: Text of the query.
+        image: Image file of the query.
+        of: images or texts: the answers wanted.
+        top: Answers.
+        rerank: Candidates that ITM re-ranks; images need a text in the query, texts an image.
+        where: SQL condition on the columns of the index, for example "split = 'test'".
+        checkpoint: Model of the index. Default: where it was when its embeddings were made.
+        json: File for the answers, as a JSON list.
+        html: File for a page of thumbnails.
+        device: auto, cpu or cuda.
+    """
+    from mvlm.files import write_json
+    from mvlm.runs.load import load_model
+    from mvlm.search.index import open_index
+    from mvlm.search.page import Answer, thumbnail, write_page
+    from mvlm.search.query import ImageReader, search
+
+    opened = open_index(index)
+    model = load_model(checkpoint or Path(opened.about["checkpoint"]), device)
+    hits = search(model, opened, text, image, kind=of, top=top, rerank=rerank, where=where)
+    if html is not None:
+        images = ImageReader(opened)
+        answers = [Answer(hit, thumbnail(images.read(hit))) for hit in hits]
+        write_page(html, text or str(image), None if image is None else thumbnail(image), answers)
+    if json is not None:
+        write_json(json, [hit._asdict() for hit in hits])
+    for number, hit in enumerate(hits, 1):
+        score = "" if hit.score is None else f"  re-ranked {hit.score:.2f}"
+        place = f"{hit.split}/{hit.id}" if hit.split else hit.id
+        print(f"{number:3}  {hit.similarity:.3f}{score}  {place}{'  ' + hit.text if hit.text else ''}")
+    if not hits:
+        print("no answer")
+
+
+def add(embeddings: Path, index: str, /) -> None:
+    """Add embeddings to an index, or replace those that it has, without building it again.
+
+    Args:
+        embeddings: Folder that `mvlm embed` wrote with the model of the index.
+        index: Folder or URL of the index.
+    """
+    from mvlm.search.index import open_index
+
+    added = open_index(index).add(embeddings)
+    print(f"{index}: added or replaced {added['images']:,} images and {added['texts']:,} texts")
+
+
+def remove(index: str, /, *, where: str) -> None:
+    """Remove the images and texts that a condition chooses from an index.
+
+    Args:
+        index: Folder or URL of the index.
+        where: SQL condition on the columns of the index, for example "id = 'cat.png'" or "split = 'test'".
+    """
+    from mvlm.search.index import open_index
+
+    removed = open_index(index).remove(where)
+    print(f"{index}: removed {removed['images']:,} images and {removed['texts']:,} texts")

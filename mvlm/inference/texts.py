@@ -1,0 +1,60 @@
+"""Texts given by a user: checked, and in batches."""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+from mvlm.errors import ConfigError
+from mvlm_dataloading import Tokenizer
+
+Texts = str | Iterable[str]
+"""One text, or an iterable of texts."""
+MAX_CHARACTERS = 100_000
+"""Longest text that is tokenized. A text that fits a model has a few hundred characters."""
+
+
+def each_text(texts: Texts) -> Iterator[str]:
+    """The texts one by one. A single text is a sequence of one. ConfigError for another value."""
+    if isinstance(texts, str):
+        return iter([texts])
+    if not isinstance(texts, Iterable):
+        raise ConfigError(f"texts: wanted a text or a sequence of texts, got {type(texts).__name__}")
+    return iter(texts)
+
+
+def text_batches(
+    texts: Iterable[str], tokenizer: Tokenizer, length: int, batch_size: int, truncate: bool = False
+) -> Iterator[list[str]]:
+    """Batches of checked texts. ConfigError names the first text that `check_texts` refuses, by its number from 0."""
+    remaining, first = iter(texts), 0
+    while batch := list(itertools.islice(remaining, batch_size)):
+        check_texts(batch, tokenizer, length, truncate, first)
+        first += len(batch)
+        yield batch
+
+
+def check_texts(
+    texts: Sequence[str], tokenizer: Tokenizer, length: int, truncate: bool = False, first: int = 0
+) -> None:
+    """Raise ConfigError for a text that is no string, is blank or, unless `truncate`, has more than `length` tokens.
+
+    Args:
+        first: number of the first text, for the error.
+    """
+    for number, text in enumerate(texts, first):
+        if not isinstance(text, str):
+            raise ConfigError(f"text {number}: wanted a string, got {type(text).__name__}")
+        if not text.strip():
+            raise ConfigError(f"text {number}: wanted words, found none; write a caption")
+        if len(text) > MAX_CHARACTERS:
+            raise ConfigError(
+                f"text {number}: wanted at most {MAX_CHARACTERS} characters, found {len(text)}; shorten it"
+            )
+    if truncate:
+        return
+    lengths = tokenizer.encode(texts, 4 * MAX_CHARACTERS + 2)[1]  # a token is at least one byte, so none is cut here
+    if lengths.max() > length:
+        number = int(lengths.argmax())
+        raise ConfigError(
+            f"text {first + number}: wanted at most {length} tokens, [CLS] and [SEP] included, found "
+            f"{lengths[number]}; shorten it"
+        )

@@ -1,0 +1,1 @@
+"""Embeddings of collections written to files, and search in them."""

@@ -1,0 +1,214 @@
+"""Collections to embed: a data set, or a folder of images. Items have a fixed order, and are read in parts.
+
+Shape legend: B batch, S image side.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mvlm.errors import RunError
+from mvlm.files import check_folder
+from mvlm.inference.encode import BATCH, eval_loader
+from mvlm.inference.images import load_image, one_ahead
+from mvlm.inference.trained_model import TrainedModel
+from mvlm_dataloading import Dataset, open_dataset
+from mvlm_dataloading.dataset.description import read_description
+from mvlm_dataloading.dataset.remote_cache import is_remote, open_remote_cache
+from mvlm_dataloading.sources.files import files_under
+
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+MAX_SIDECAR = 1 << 20  # bytes
+
+
+class Item(NamedTuple):
+    """One image with its captions."""
+
+    id: str
+    """Unique in the collection: the key in its split, or the path in its folder."""
+    split: str
+    """Empty for a folder."""
+    row: int
+    """Position in the split or in the folder."""
+    captions: list[str]
+    metadata: dict[str, Any]
+
+
+class Collection(Protocol):
+    """Items 0 to len - 1, in an order that never changes."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """Place of the collection, as JSON, from which `open_collection` opens it again."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the items and their order."""
+        ...
+
+    def item(self, i: int) -> Item:
+        """Item i without its image."""
+        ...
+
+    def image_bytes(self, id: str, split: str, row: int) -> bytes:
+        """The encoded image of an item."""
+        ...
+
+    def pixel_batches(self, start: int, stop: int, model: TrainedModel) -> Iterator[tuple[list[int], Tensor]]:
+        """Items `start` to `stop` - 1 in batches: their numbers, and uint8 (B, 3, S, S), without unusable images."""
+        ...
+
+    def why_left_out(self, i: int) -> str:
+        """Reason why the image of item i cannot be used."""
+        ...
+
+
+@dataclass
+class DataCollection:
+    """All samples of one or several splits of a data set."""
+
+    folder: Path | str
+    splits: list[Dataset]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.splits))
+
+    @property
+    def source(self) -> dict[str, Any]:
+        return {"kind": "data", "path": str(self.folder), "splits": [split.split for split in self.splits]}
+
+    @property
+    def fingerprint(self) -> str:
+        return " ".join(split.fingerprint for split in self.splits)
+
+    def item(self, i: int) -> Item:
+        split, row = self._find(i)
+        return Item(split.keys[row], split.split, row, split.captions(row), split.metadata(row))
+
+    def image_bytes(self, id: str, split: str, row: int) -> bytes:
+        return next(one for one in self.splits if one.split == split).image_bytes(row)
+
+    def pixel_batches(self, start: int, stop: int, model: TrainedModel) -> Iterator[tuple[list[int], Tensor]]:
+        while start < stop:
+            split, row = self._find(start)
+            part = split.rows(row, min(len(split), row + stop - start))
+            for batch, _ in eval_loader(part, model.network, model.tokenizer):
+                yield [start + i for i in batch.sample_id.tolist()], batch.images
+            start += len(part)
+
+    def why_left_out(self, i: int) -> str:
+        raise AssertionError(i)  # its images were decoded when it was built; one that is broken now is a DataError
+
+    def _find(self, i: int) -> tuple[Dataset, int]:
+        """Split and row of item i."""
+        for split in self.splits:
+            if i < len(split):
+                return split, i
+            i -= len(split)
+        raise IndexError(i)
+
+
+@dataclass
+class FolderCollection:
+    """All images under a folder.
+
+    Captions of `a/b.jpg` are the lines of `a/b.txt`, if there is one; its metadata is the object in `a/b.json`.
+    """
+
+    folder: Path
+    paths: list[Path]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def source(self) -> dict[str, Any]:
+        return {"kind": "folder", "path": str(self.folder)}
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(f"{path.relative_to(self.folder)}\0{path.stat().st_size}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def item(self, i: int) -> Item:
+        path = self.paths[i]
+        captions = [line.strip() for line in _sidecar(path, ".txt").splitlines() if line.strip()]
+        try:
+            metadata = json.loads(_sidecar(path, ".json") or "{}")
+        except (ValueError, RecursionError):
+            metadata = None
+        if not isinstance(metadata, dict):
+            raise RunError(
+                f"{path.with_suffix('.json')}: wanted a JSON object, found something else; mend or remove it"
+            )
+        return Item(str(path.relative_to(self.folder)), "", i, captions, metadata)
+
+    def image_bytes(self, id: str, split: str, row: int) -> bytes:
+        return (self.folder / id).read_bytes()
+
+    def pixel_batches(self, start: int, stop: int, model: TrainedModel) -> Iterator[tuple[list[int], Tensor]]:
+        def batches() -> Iterator[tuple[list[int], Tensor]]:
+            for first in range(start, stop, BATCH):
+                rows, images = [], []
+                for i in range(first, min(first + BATCH, stop)):
+                    with contextlib.suppress(RunError):  # `why_left_out` says why
+                        images.append(load_image(self.paths[i], model.network.config.image_size))
+                        rows.append(i)
+                if rows:
+                    yield rows, torch.stack(images)
+
+        return one_ahead(batches())
+
+    def why_left_out(self, i: int) -> str:
+        try:
+            load_image(self.paths[i], 1)
+        except RunError as error:
+            return str(error)
+        return f"{self.paths[i]}: could not be read when its part was embedded, can be read now; embed again"
+
+
+def _sidecar(path: Path, suffix: str) -> str:
+    """Text of the file beside an image; empty without one."""
+    file = path.with_suffix(suffix)
+    if not file.is_file():
+        return ""
+    if file.stat().st_size > MAX_SIDECAR:
+        raise RunError(f"{file}: wanted at most {MAX_SIDECAR} bytes beside an image, found more; shorten it")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise RunError(f"{file}: wanted UTF-8, found other bytes; mend or remove it") from None
+
+
+def open_collection(path: Path | str, splits: list[str] | None = None) -> Collection:
+    """Open a data set, by default with all of its splits, or a folder of images.
+
+    Raises:
+        RunError: there is no such folder, or it holds no images.
+        DataError: the data set is broken, or has no such split.
+    """
+    if is_remote(path) or (Path(path) / "dataset.json").is_file():
+        folder = open_remote_cache(str(path)).folder if is_remote(path) else Path(path)
+        names = splits or list(read_description(folder)["splits"])
+        place = path if is_remote(path) else Path(path).resolve()
+        return DataCollection(place, [open_dataset(path, name) for name in names])
+    check_folder(Path(path), "a data set or a folder of images")
+    if splits:
+        raise RunError(f"{path}: wanted a data set, which has splits, found a folder of images; leave out the splits")
+    folder = Path(path).resolve()
+    paths = [file for file in files_under(folder) if file.suffix.lower() in IMAGE_EXTENSIONS]
+    if not paths:
+        raise RunError(f"{path}: wanted a data set or a folder of images, found no image in it; check the path")
+    return FolderCollection(folder, paths)

@@ -1,0 +1,283 @@
+"""A search index: vectors of images and texts with their metadata, in LanceDB, in a folder or an object store.
+
+An index has the tables `images` and `texts`, with the columns of the embedding files, a `key` that is unique in the
+index, the number of the `source`, and a column for each field of the metadata. The table `about` has one row with the
+model's hash and the sources, as JSON.
+
+Shape legend: n rows, E width of the vectors.
+"""
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mvlm.errors import ConfigError, RunError
+from mvlm.search.embedding_files import FORMAT_VERSION, KINDS, EmbeddingFolder, read_description
+from mvlm.search.metadata import ColumnTypes, columns_of
+
+log = logging.getLogger(__name__)
+BATCH_ROWS = 8192
+APPROXIMATE_FROM = 100_000
+"""Rows from which `auto` builds an inverted file. Below, a full product takes milliseconds and is exact."""
+PROBED = 1 / 4
+"""Share of the inverted file's cells that a query reads (docs/search.md has the measurement)."""
+REFINED = 8
+"""Candidates whose exact similarity is computed, as a multiple of the answers wanted."""
+
+MARGIN = 16
+"""Further candidates: the engine sorts by float32 sums; answers are sorted by float64 sums, as in evaluation."""
+
+
+class Hit(NamedTuple):
+    """An answer of a query."""
+
+    id: str
+    split: str
+    source: int
+    """Number of the collection in `SearchIndex.sources`."""
+    row: int
+    text: str
+    """Empty for an image."""
+    similarity: float
+    """Cosine similarity with the query."""
+    metadata: dict[str, Any]
+    score: float | None = None
+    """ITC logit plus ITM's log-odds, of an answer that was re-ranked."""
+
+
+@dataclass
+class SearchIndex:
+    """An index that exists. `create_index` and `open_index` make one."""
+
+    location: str
+    about: dict[str, Any]
+    _database: Any
+
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """Collections of the index, as `open_collection` opens them."""
+        return self.about["sources"]
+
+    def check_model(self, sha256: str, what: str) -> None:
+        """Raise RunError unless vectors of the model `sha256` can be compared with those of the index."""
+        if sha256 != self.about["model"]:
+            raise RunError(
+                f"{self.location}: wanted {what} of the model {self.about['model'][:12]}... of this index, found "
+                f"{sha256[:12]}...; use that model ({self.about['checkpoint'] or 'unnamed'}) or make another index"
+            )
+
+    def count(self, kind: str) -> int:
+        """Rows of `images` or `texts`."""
+        return self._table(kind).count_rows()
+
+    def add(self, embeddings: Path) -> dict[str, int]:
+        """Add embeddings. Rows that the index has already are replaced. Returns the rows added or replaced, by kind."""
+        description = read_description(embeddings)
+        self.check_model(description["model"], "embeddings")
+        known = [source for source in self.sources if source == description["source"]]
+        if not known:
+            self.about["sources"].append(description["source"])
+            _write_about(self._database, self.about)
+        number = self.sources.index(description["source"])
+        for kind in KINDS:
+            table = self._table(kind)
+            for batch in _batches(EmbeddingFolder(embeddings).vectors(kind), table.schema, number):
+                merge = table.merge_insert("key").when_matched_update_all().when_not_matched_insert_all()
+                merge.execute(pa.Table.from_batches([batch]))
+            table.optimize()
+        return {kind: description[kind] for kind in KINDS}
+
+    def remove(self, where: str) -> dict[str, int]:
+        """Remove the rows that a filter chooses. Returns their numbers, by kind."""
+        removed = {}
+        for kind in KINDS:
+            table = self._table(kind)
+            with _filter_errors(where, table.schema):
+                before = table.count_rows()
+                table.delete(where)
+                removed[kind] = before - table.count_rows()
+            table.optimize()
+        return removed
+
+    def search(
+        self, vector: NDArray[np.float32], kind: str = "images", top: int = 10, where: str | None = None
+    ) -> list[Hit]:
+        """The `top` rows most similar to a vector (E,) of unit length, best first.
+
+        Args:
+            kind: images or texts.
+            where: SQL condition on columns, such as "split = 'test' and width > 200".
+        """
+        if kind not in KINDS:
+            raise ConfigError(f"kind: wanted {' or '.join(KINDS)}, got {kind!r}")
+        if top < 1:
+            raise ConfigError(f"top: wanted at least 1, got {top}")
+        table = self._table(kind)
+        columns = [name for name in ("id", "split", "source", "row", "metadata", "text") if name in table.schema.names]
+        query = table.search(vector, vector_column_name="vector").distance_type("dot").limit(top + MARGIN)
+        if self.about["partitions"].get(kind):
+            query = query.nprobes(max(1, round(PROBED * self.about["partitions"][kind]))).refine_factor(REFINED)
+        if where is not None:
+            query = query.where(where)
+        with _filter_errors(where, table.schema):
+            rows = query.select([*columns, "vector", "_distance"]).to_arrow().to_pylist()
+        hits = [
+            Hit(
+                row["id"], row["split"], row["source"], row["row"], row.get("text") or "",
+                float(np.asarray(row["vector"], np.float64) @ vector.astype(np.float64)), json.loads(row["metadata"]),
+            )
+            for row in rows
+        ]  # fmt: skip
+        return sorted(hits, key=lambda hit: (-hit.similarity, hit.source, hit.split, hit.row))[:top]
+
+    def _table(self, kind: str) -> Any:
+        return self._database.open_table(kind)
+
+
+def create_index(embeddings: Path, location: str, method: str = "auto") -> SearchIndex:
+    """Make an index of embeddings. An index that is there is an error; what an interrupted call left is replaced.
+
+    Args:
+        location: folder, or URL of an object store (s3://, gs://, az://).
+        method: flat (a full product, exact), ivf (an inverted file, approximate), or auto: ivf from 100,000 rows on.
+
+    Raises:
+        RunError: the embeddings are missing or unfinished, or the index exists.
+        ConfigError: lancedb is not installed, or there is no such method.
+    """
+    if method not in ("auto", "flat", "ivf"):
+        raise ConfigError(f"method: wanted auto, flat or ivf, got {method!r}")
+    description = read_description(embeddings)
+    database = _connect(location)
+    if "about" in _tables(database):
+        raise RunError(
+            f"{location}: wanted a new place for the index, found an index; add to it, or choose another one"
+        )
+    if "://" not in location and Path(location).is_dir():
+        foreign = {path.name for path in Path(location).iterdir()} - {f"{kind}.lance" for kind in KINDS}
+        if foreign:
+            raise RunError(f"{location}: wanted a new or empty folder for the index, found other files; choose another")
+    about = {
+        "format_version": FORMAT_VERSION,
+        "model": description["model"],
+        "checkpoint": description["checkpoint"],
+        "width": description["width"],
+        "sources": [description["source"]],
+        "partitions": {},
+    }
+    for kind in KINDS:
+        file = EmbeddingFolder(embeddings).vectors(kind)
+        schema = _table_schema(file)
+        table = database.create_table(kind, _batches(file, schema, 0), schema=schema, mode="overwrite")
+        rows = description[kind]
+        if method == "ivf" or (method == "auto" and rows >= APPROXIMATE_FROM):
+            about["partitions"][kind] = _build_inverted_file(table, rows, about["width"])
+    _write_about(database, about)  # last: an index without it is unfinished
+    return SearchIndex(location, about, database)
+
+
+def open_index(location: str) -> SearchIndex:
+    """Open an index. RunError if there is none, or one of another version."""
+    if "://" not in location and not Path(location).is_dir():
+        raise RunError(
+            f"{location}: wanted an index that `mvlm search index` made, found no such folder; check the path"
+        )
+    database = _connect(location)
+    if "about" not in _tables(database):
+        raise RunError(f"{location}: wanted an index that `mvlm search index` made, found none; check the path")
+    about = json.loads(database.open_table("about").to_arrow()["json"][0].as_py())
+    if about["format_version"] != FORMAT_VERSION:
+        raise RunError(
+            f"{location}: wanted format version {FORMAT_VERSION}, found {about['format_version']}; make it again"
+        )
+    return SearchIndex(location, about, database)
+
+
+def _build_inverted_file(table: Any, rows: int, width: int) -> int:
+    """Build an inverted file with product quantisation. Returns its number of cells, the square root of `rows`."""
+    from lancedb.index import IvfPq
+
+    partitions = max(1, round(rows**0.5))
+    pieces = max(piece for piece in range(1, max(2, width // 4 + 1)) if width % piece == 0)
+    config = IvfPq(distance_type="dot", num_partitions=partitions, num_sub_vectors=pieces)
+    table.create_index("vector", config=config)
+    return partitions
+
+
+def _table_schema(file: Path) -> pa.Schema:
+    """Columns of an index of a Parquet file of embeddings."""
+    types, parquet = ColumnTypes(), pq.ParquetFile(file)
+    for batch in parquet.iter_batches(BATCH_ROWS, columns=["metadata"]):
+        types.see(batch["metadata"].to_pylist())
+    own = [pa.field("key", pa.string()), pa.field("source", pa.int32())]
+    return pa.schema([*own, *parquet.schema_arrow, *types.fields()])
+
+
+def _batches(file: Path, schema: pa.Schema, source: int) -> Iterator[pa.RecordBatch]:
+    """Rows of a Parquet file of embeddings, as rows of an index."""
+    given = set(pq.read_schema(file).names)
+    extra = [field for field in schema if field.name not in {*given, "key", "source"}]
+    for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS):
+        keys = zip(batch["split"].to_pylist(), batch["id"].to_pylist(), strict=True)
+        columns: dict[str, Any] = {name: batch[name] for name in given}
+        columns["key"] = pa.array([f"{source}:{split}/{id}" for split, id in keys])
+        columns["source"] = pa.array([source] * len(batch), pa.int32())
+        columns |= columns_of(batch["metadata"].to_pylist(), extra)
+        yield pa.RecordBatch.from_arrays(
+            [columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema
+        )
+
+
+def _write_about(database: Any, about: dict[str, Any]) -> None:
+    database.create_table("about", pa.table({"json": [json.dumps(about)]}), mode="overwrite")
+
+
+def _connect(location: str) -> Any:
+    os.environ.setdefault("LANCEDB_LOG", "error")  # read when lancedb is imported
+    try:
+        import lancedb
+    except ImportError:
+        raise ConfigError(
+            "search: wanted the package lancedb, which is not installed; pip install 'mvlm[search]'"
+        ) from None
+    try:
+        return lancedb.connect(location)
+    except Exception as error:  # the engine raises bare RuntimeError and OSError
+        raise RunError(
+            f"{location}: wanted a folder or a URL for an index, could not use it: {_short(error)}"
+        ) from None
+
+
+def _tables(database: Any) -> Sequence[str]:
+    try:
+        return database.list_tables(limit=100).tables
+    except Exception as error:
+        raise RunError(f"{database.uri}: wanted an index, could not read it: {_short(error)}; check the URL") from None
+
+
+@contextlib.contextmanager
+def _filter_errors(where: str | None, schema: pa.Schema) -> Iterator[None]:
+    """Turn the engine's errors about a filter into a ConfigError that lists the columns."""
+    try:
+        yield
+    except Exception as error:
+        if where is None:
+            raise
+        names = ", ".join(name for name in schema.names if name not in ("vector", "metadata"))
+        raise ConfigError(
+            f"where: wanted an SQL condition on the columns {names}, got {where!r} ({_short(error)}); mend it"
+        ) from None
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,97 @@
+"""Queries to an index by a text, an image or both, with answers re-ranked by ITM."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvlm.errors import ConfigError, RunError
+from mvlm.inference.images import ImageLike
+from mvlm.inference.trained_model import TrainedModel
+from mvlm.search.collection import Collection, open_collection
+from mvlm.search.index import Hit, SearchIndex
+
+
+def search(
+    model: TrainedModel,
+    index: SearchIndex,
+    text: str | None = None,
+    image: ImageLike | None = None,
+    *,
+    kind: str = "images",
+    top: int = 10,
+    rerank: int = 0,
+    where: str | None = None,
+) -> list[Hit]:
+    """The answers most similar to a text, an image, or the mean of both, best first.
+
+    Args:
+        kind: images or texts.
+        top: number of answers.
+        rerank: candidates whose order ITM decides, as in `mvlm eval retrieval`. Images need a text in the query, texts
+            an image.
+        where: SQL condition on columns of the index.
+
+    Raises:
+        RunError: the index is of another model, or an image is missing.
+        ConfigError: the query is empty, or cannot be re-ranked.
+    """
+    index.check_model(model.sha256, "queries")
+    partner = text if kind == "images" else image
+    if rerank and partner is None:
+        needed = "a text" if kind == "images" else "an image"
+        raise ConfigError(
+            f"rerank: wanted {needed} in the query to re-rank {kind}, found none; add it, or do not re-rank"
+        )
+    vector = query_vector(model, text, image).numpy()
+    hits = index.search(vector, kind, max(top, rerank), where)
+    if rerank and hits:
+        hits = [*_rerank(model, index, partner, kind, hits[:rerank]), *hits[rerank:]]
+    return hits[:top]
+
+
+def query_vector(model: TrainedModel, text: str | None, image: ImageLike | None) -> Tensor:
+    """Embedding of a query, float32 (E,), of unit length. Of a text and an image: their mean, scaled to unit length."""
+    parts = [] if text is None else [model.embed_texts(text)]
+    parts += [] if image is None else [model.embed_images(image)]
+    if not parts:
+        raise ConfigError("query: wanted a text, an image or both, found neither")
+    return parts[0][0] if len(parts) == 1 else F.normalize(torch.cat(parts).mean(0), dim=-1)
+
+
+def _rerank(model: TrainedModel, index: SearchIndex, partner: Any, kind: str, hits: list[Hit]) -> list[Hit]:
+    """Order hits by the query's ITC logit plus the log-odds of ITM with `partner`."""
+    if kind == "images":
+        images = ImageReader(index)
+        log_odds = model.match((images.read(hit) for hit in hits), partner).log_odds
+    else:
+        log_odds = model.match(partner, [hit.text for hit in hits], truncate=True).log_odds
+    scale = model.network.log_scale.exp().item()
+    similarity = torch.tensor([hit.similarity for hit in hits], dtype=torch.float64)
+    scores = scale * similarity + log_odds
+    order = scores.sort(descending=True, stable=True).indices.tolist()
+    return [hits[i]._replace(score=scores[i].item()) for i in order]
+
+
+class ImageReader:
+    """Reader of the encoded images of an index, from the collections that were embedded."""
+
+    def __init__(self, index: SearchIndex) -> None:
+        self._index = index
+        self._opened: dict[int, Collection] = {}
+
+    def read(self, hit: Hit) -> bytes:
+        """The image of a hit, encoded; of a text, the image that it describes."""
+        source = self._index.sources[hit.source]
+        if hit.source not in self._opened:
+            self._opened[hit.source] = open_collection(source["path"], source.get("splits"))
+        id = hit.id.rpartition("#")[0] if hit.text else hit.id
+        try:
+            return self._opened[hit.source].image_bytes(id, hit.split, hit.row)
+        except OSError as error:
+            raise RunError(
+                f"{Path(source['path']) / id}: wanted the image that was embedded, found none ({error.strerror}); "
+                f"restore it, or remove it from the index"
+            ) from None

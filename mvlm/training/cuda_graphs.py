@@ -1,0 +1,171 @@
+"""Forward and backward of a step, replayed from CUDA graphs: one for each bucket of shapes.
+
+A step queues some thousand kernels. On a fast GPU and at a small batch the host takes longer to queue them than the GPU
+to run them. A graph queues them all with one call. docs/compiled_steps.md says when that helps.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.distributed.world import World
+from mvlm.errors import ConfigError
+from mvlm.objectives.losses import Losses
+from mvlm_dataloading import Batch, Masks
+
+log = logging.getLogger(__name__)
+Inputs = TypeVar("Inputs", Batch, Masks)
+
+MAX_GRAPHS = 8
+"""Most graphs of a run. Each keeps a copy of the gradients and its inputs; they share all other memory."""
+
+Step = Callable[[Batch, Masks, Tensor, bool], Losses]
+"""step(batch, masks, number, reconstruction_only): sets the gradients and returns the losses, detached scalars. number:
+that of the update, int64 () on the device."""
+Capture = Callable[[Callable[[], Losses]], tuple[Callable[[], None], Losses]]
+"""capture(function): runs a function without arguments once and returns how to repeat it, and the outputs that each
+repetition fills again."""
+
+
+def check_graphs(config: PretrainConfig, world: World) -> None:
+    """Raise ConfigError if a run cannot take CUDA graphs."""
+    if world.device.type != "cuda":
+        wrong = f"wanted a CUDA device, got {world.device.type}"
+    elif world.size > 1:
+        wrong = f"wanted one rank, got {world.size}"
+    elif config.checkpoint_activations:  # it saves and restores the state of the random generators
+        wrong = "wanted all activations kept, got --checkpoint-activations"
+    else:
+        return
+    raise ConfigError(f"cuda_graphs: {wrong}; leave --cuda-graphs out")
+
+
+class CudaGraphs:
+    """Steps by bucket: eager at a bucket's first batch, captured at its second, replayed from then on.
+
+    A bucket is what a graph cannot change: the shapes of the inputs, the longest caption, and the losses that are
+    computed. Batches of `mvlm.model.packing.pad_to_bucket` have few of them. A bucket beyond MAX_GRAPHS stays eager.
+    If a capture fails, all steps are eager from then on, and a warning says why.
+
+    Args:
+        step: the eager step. It is called with other tensors of the same shapes, and must not wait for the device.
+        parameters: those whose gradients the step sets.
+        capture: records a step; tests without a GPU give another one.
+        limit: most graphs.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        parameters: Iterable[nn.Parameter],
+        capture: Capture | None = None,
+        limit: int = MAX_GRAPHS,
+    ) -> None:
+        self._step, self._parameters = step, [p for p in parameters if p.requires_grad]
+        self._capture, self._limit = capture or CudaCapture(), limit
+        self._seen: set[Bucket] = set()
+        self._graphs: dict[Bucket, _Graph] = {}
+
+    @property
+    def captured(self) -> int:
+        """Number of graphs."""
+        return len(self._graphs)
+
+    def run(self, batch: Batch, masks: Masks, number: Tensor, reconstruction_only: bool) -> Losses:
+        """Run a step: set the parameters' gradients, and return the losses, detached scalars."""
+        bucket = bucket_of(batch, masks, reconstruction_only)
+        graph = self._graphs.get(bucket)
+        if graph is None and bucket in self._seen and len(self._graphs) < self._limit:
+            graph = self._try_to_capture(bucket, batch, masks, number)
+        if graph is None:
+            self._seen.add(bucket)
+            return self._step(batch, masks, number, reconstruction_only)
+        copy_inputs((batch, masks), (graph.batch, graph.masks))
+        graph.number.copy_(number)
+        graph.replay()
+        for parameter, gradient in zip(self._parameters, graph.gradients, strict=True):
+            parameter.grad = gradient
+        return Losses(*(loss.clone() for loss in graph.losses))  # the next step overwrites those of the graph
+
+    def _try_to_capture(self, bucket: "Bucket", batch: Batch, masks: Masks, number: Tensor) -> "_Graph | None":
+        own_batch, own_masks, own_number = static_copy(batch), static_copy(masks), number.clone()
+        for parameter in self._parameters:
+            parameter.grad = None  # backward then writes a gradient instead of adding to it
+        try:
+            replay, losses = self._capture(
+                lambda: self._step(own_batch, own_masks, own_number, bucket.reconstruction_only)
+            )
+        except RuntimeError as error:
+            log.warning("CUDA graphs: a step could not be captured, so steps are eager from here on: %s", error)
+            for parameter in self._parameters:
+                parameter.grad = None
+            self._limit = 0
+            return None
+        gradients = [p.grad for p in self._parameters]
+        self._graphs[bucket] = graph = _Graph(own_batch, own_masks, own_number, replay, losses, gradients)
+        return graph
+
+
+class Bucket(NamedTuple):
+    """Properties that all steps of one graph share."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    """Shapes of the tensors of the batch and its masks."""
+    numbers: tuple[int, ...]
+    """Their numbers on the host, such as the longest caption, in the order of the fields."""
+    reconstruction_only: bool
+
+
+class _Graph(NamedTuple):
+    batch: Batch
+    masks: Masks
+    number: Tensor
+    replay: Callable[[], None]
+    losses: Losses
+    gradients: list[Tensor | None]
+
+
+class CudaCapture:
+    """Captures steps in CUDA graphs whose intermediate tensors share one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool = None
+
+    def __call__(self, function: Callable[[], Losses]) -> tuple[Callable[[], None], Losses]:
+        graph = torch.cuda.CUDAGraph()
+        # Threads of the loader use the device too: only what this thread does belongs to the graph.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            losses = function()
+        self._pool = graph.pool()
+        return graph.replay, losses
+
+
+def tensors_of(inputs: Batch | Masks) -> dict[str, Tensor]:
+    """Tensors of a batch or of masks by field."""
+    values = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def bucket_of(batch: Batch, masks: Masks, reconstruction_only: bool) -> Bucket:
+    """The bucket of a batch."""
+    values = [getattr(part, field.name) for part in (batch, masks) for field in fields(part)]
+    shapes = tuple(tuple(x.shape) for x in values if isinstance(x, Tensor))
+    return Bucket(shapes, tuple(x for x in values if not isinstance(x, Tensor)), reconstruction_only)
+
+
+def static_copy(inputs: Inputs) -> Inputs:
+    """A copy whose tensors keep their memory while later inputs are copied into them."""
+    return replace(inputs, **{name: x.clone() for name, x in tensors_of(inputs).items()})
+
+
+def copy_inputs(source: tuple[Batch, Masks], to: tuple[Batch, Masks]) -> None:
+    """Copy the tensors of a batch and its masks into others of the same shapes. The host waits for nothing."""
+    for new, own in zip(source, to, strict=True):
+        targets = tensors_of(own)
+        for name, value in tensors_of(new).items():
+            targets[name].copy_(value, non_blocking=True)

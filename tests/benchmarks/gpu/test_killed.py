@@ -1,0 +1,89 @@
+"""Stages that are killed at a random moment: every row that was measured is in its file, whole."""
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mvlm_benchmarks.gpu.stages import STAGES
+
+ROOT = Path(__file__).parents[3]
+WRITER = """
+import sys
+from pathlib import Path
+from mvlm_benchmarks.results import MACHINE_COLUMNS, RowFile
+about = dict.fromkeys(MACHINE_COLUMNS, "x") | {"versions": {}}
+file = RowFile(Path(sys.argv[1]), about, ("number", "text"))
+number = 0
+while True:
+    file.append([{"number": number + n, "text": "words, " * 200} for n in range(3)])
+    number += 3
+    print(number, flush=True)
+"""
+
+
+def environment() -> dict[str, str]:
+    folders = [ROOT / name for name in (".", "kernels", "dataloading", "benchmarks")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows of a file. What follows the last line end is the beginning of one that a kill cut off."""
+    whole, _, _ = path.read_text().rpartition("\n")
+    rows = list(csv.DictReader(whole.splitlines()))
+    assert all(None not in row and None not in row.values() for row in rows)
+    return rows
+
+
+def test_rows_of_a_killed_writer_are_whole(tmp_path) -> None:
+    chance = random.Random(0)
+    for trial in range(10):
+        path = tmp_path / f"{trial}.csv"
+        with subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path)], env=environment(), stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(chance.uniform(0, 0.05))
+            process.kill()
+            reported = [int(line) for line in process.stdout.read().split()]
+        rows = read(path)
+        assert [row["number"] for row in rows] == [str(n) for n in range(len(rows))]
+        assert len(rows) >= max(reported, default=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
+def test_killed_stage_keeps_its_rows(name: str, tmp_path) -> None:
+    """A rehearsal is killed, launcher and all, at a random moment after its first row."""
+    chance = random.Random(name)
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_run.py"), name, "--rehearse", "--out", str(tmp_path)]
+    command += ["--seconds", "300", "--cache", str(tmp_path / "cache")]
+    process = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    path, seen = tmp_path / f"{name}.csv", 0
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        seen = len(path.read_text().splitlines()) - 1 if path.exists() else 0
+        if seen >= 1:
+            break
+        time.sleep(0.02)
+    time.sleep(chance.uniform(0, 2))
+    seen = max(seen, len(path.read_text().splitlines()) - 1)
+    was_running = process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    rows = read(path)
+    assert len(rows) >= seen >= 1
+    assert rows[0]["figures"].startswith("rehearsal")
+    summary = json.loads((tmp_path / f"{name}.json").read_text())
+    if was_running:
+        assert summary["ended"] == "running, or killed"

@@ -1,0 +1,309 @@
+"""Stages: how they end, that a wrong value stops each of them, and that they need nothing but torch and Triton."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from mvlm.model.maskvlm import MaskVLM
+from mvlm_benchmarks.clock import Timing
+from mvlm_benchmarks.gpu import compiled, correct, kernels, profile, sanitizer, step, sweep
+from mvlm_benchmarks.gpu.stage import Stage, running
+from mvlm_benchmarks.gpu.stages import STAGES
+from mvlm_benchmarks.gpu.variants import Target
+from support.benchmarks import FakeClock, micro_config, toy_case
+
+ROOT = Path(__file__).parents[3]
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def run_stage(module, out: Path, seconds: float = 600.0) -> tuple[int, dict]:
+    """Exit code and summary of a stage that is rehearsed in this process."""
+    name = module.__name__.rsplit(".", 1)[1]
+    code = 0
+    try:
+        with running(name, out, seconds, rehearse=True) as stage:
+            module.run(stage)
+    except SystemExit as end:
+        code = int(end.code or 0)
+    return code, json.loads((out / f"{name}.json").read_text())
+
+
+def toy(name: str, **changes):
+    return toy_case(shape=name, has_kernels=False, **changes)
+
+
+GOOD, NEVER = toy("good"), toy("never")
+BAD = toy("bad", ours=lambda x, factor: x * 2.01)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch) -> None:
+    """No measurement of ceilings or of SDPA, and no test suite inside the test suite."""
+    monkeypatch.setattr(correct, "ceiling_rows", lambda *_, **__: [{"name": "copy", "shape": "", "gb_per_s": 1.0}])
+    monkeypatch.setattr(correct, "GPU_TESTS", ())
+    small = [case for case in correct.small_cases(torch.float32) if case.shape == "B2 H1 D64 37x19"]
+    monkeypatch.setattr(correct, "small_cases", lambda dtype: small)
+
+
+def test_complete_stage_says_so(tmp_path, monkeypatch) -> None:
+    code, summary = run_stage(correct, tmp_path)
+    assert (code, summary["ended"], summary["rehearsal"]) == (0, "complete", True)
+    assert summary["finished"] == ["ops", "ceilings", "SDPA's repeats", "the GPU tests"]
+    rows = rows_of(tmp_path / "correct.csv")
+    assert [row["check"] for row in rows[:3]] == ["values", "kept results", "repeats"]
+    assert {row["status"] for row in rows[:3]} == {"ok"}
+    assert rows[-1]["note"] == "there are no tests here"
+    assert rows[0]["figures"].startswith("rehearsal on a CPU")
+    assert "correct: complete" in (tmp_path / "correct.log").read_text()
+
+
+def test_spent_budget_names_what_was_left_out(tmp_path) -> None:
+    code, summary = run_stage(correct, tmp_path, seconds=0.0)
+    assert (code, summary["ended"]) == (0, "out of time, before cross_attention B2 H1 D64 37x19")
+    assert rows_of(tmp_path / "correct.csv") == []
+
+
+def test_stage_that_is_running_or_was_killed_says_so(tmp_path) -> None:
+    with running("correct", tmp_path, 10, rehearse=True):
+        assert json.loads((tmp_path / "correct.json").read_text())["ended"] == "running, or killed"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_a_stage_with_its_plots_written(tmp_path, monkeypatch, number) -> None:
+    def kill(device, seed=0):
+        os.kill(os.getpid(), number)
+
+    cases = [toy("good", core=True), toy("killed", make=kill, core=True)]
+    monkeypatch.setattr(kernels, "cases", lambda batch, dtype: cases)
+    code, summary = run_stage(kernels, tmp_path)
+    assert (code, summary["ended"]) == (3, f"stopped by {signal.Signals(number).name}")
+    assert {row["shape"] for row in rows_of(tmp_path / "kernels.csv")} == {"good"}
+    assert (tmp_path / "kernels.svg").stat().st_size > 0
+
+
+def test_error_is_in_the_log_and_in_the_summary(tmp_path) -> None:
+    with pytest.raises(SystemExit) as end, running("correct", tmp_path, 10, rehearse=True):
+        raise RuntimeError("no driver")
+    assert end.value.code == 1
+    assert json.loads((tmp_path / "correct.json").read_text())["ended"] == "error: RuntimeError: no driver"
+    assert "Traceback" in (tmp_path / "correct.log").read_text()
+
+
+# A wrong value stops each stage.
+
+
+def test_correct_stops_at_a_wrong_value(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(correct, "small_cases", lambda dtype: [GOOD, BAD, NEVER])
+    code, summary = run_stage(correct, tmp_path)
+    assert code == 1
+    assert summary["ended"].startswith("wrong value: toy bad: values: forward: WRONG: output is off")
+    rows = rows_of(tmp_path / "correct.csv")
+    assert [row["shape"] for row in rows] == ["good"] * 3 + ["bad"]
+    assert rows[-1]["status"] == "WRONG"
+
+
+def test_kernels_stops_at_a_wrong_value_of_ours_and_keeps_plot_and_figures(tmp_path, monkeypatch) -> None:
+    cases = [toy(c.shape, ours=c.ours, core=True) for c in (GOOD, BAD, NEVER)]
+    monkeypatch.setattr(kernels, "cases", lambda batch, dtype: cases)
+    code, summary = run_stage(kernels, tmp_path)
+    assert code == 1
+    assert summary["ended"].startswith("wrong value: toy bad forward: output is off")
+    assert {row["shape"] for row in rows_of(tmp_path / "kernels.csv")} == {"good", "bad"}
+    assert (tmp_path / "kernels.svg").stat().st_size > 0
+    figures = json.loads((tmp_path / "kernels.figures.json").read_text())
+    assert {row["shape"] for row in figures["rows"]} == {"good"}
+
+
+@pytest.fixture
+def toy_sweep(monkeypatch):
+    """A sweep of toy kernels: `slow` takes 10 us, and 5 us with num_warps=8. Other options of `slow` give zeros."""
+
+    def make(cases) -> None:
+        monkeypatch.setattr(sweep, "chosen_cases", lambda *_: cases)
+        monkeypatch.setattr(sweep, "compile_variants", lambda stage: {})
+        monkeypatch.setattr(
+            sweep, "targets_of", lambda case, inputs, arch: [Target(case, "forward", "slow", {"num_warps": 4})]
+        )
+        monkeypatch.setattr(sweep, "variants", lambda *_, **__: [{}, {"num_warps": 8}, {"num_stages": 3}])
+
+        class Clock(FakeClock):
+            def __init__(self, *_) -> None:
+                super().__init__()
+
+            def time(self, steps, prepare):
+                us = 5.0 if sweep.overrides.overridden("slow", {}) else 10.0
+                return Timing(us, us, us, (us, us)), super().time(steps, prepare)[1]
+
+        monkeypatch.setattr(sweep, "CpuClock", Clock)
+
+    return make
+
+
+def test_sweep_writes_a_row_per_turn_and_the_exceptions(tmp_path, monkeypatch, toy_sweep) -> None:
+    def ours(x, factor):
+        return x * (0 if "num_stages" in sweep.overrides.overridden("slow", {}) else factor)
+
+    toy_sweep([toy("swept", ours=ours)])
+    code, summary = run_stage(sweep, tmp_path)
+    assert (code, summary["ended"]) == (0, "complete")
+    rows = rows_of(tmp_path / "sweep.csv")
+    assert [(row["change"], row["us"], row["status"]) for row in rows] == [
+        ("default", "10.0", "ok"), ("num_warps=8", "5.0", "ok"), ("num_stages=3", "", "WRONG"),
+    ]  # fmt: skip
+    (exception,) = json.loads((tmp_path / "tile_exceptions.json").read_text())["sm_90"].values()
+    assert exception["options"] == {"num_warps": 8}
+    assert exception["over_default"] == 0.5
+    assert (tmp_path / "sweep.svg").stat().st_size > 0
+
+
+def test_sweep_stops_at_a_wrong_value_of_the_default(tmp_path, toy_sweep) -> None:
+    toy_sweep([GOOD, BAD, NEVER])
+    code, summary = run_stage(sweep, tmp_path)
+    assert code == 1
+    assert summary["ended"].startswith("wrong value: toy, bad, forward: slow, with its default options: output is off")
+    assert "never" not in (tmp_path / "sweep.csv").read_text()
+    assert "good" in (tmp_path / "tile_exceptions.json").read_text()
+
+
+@pytest.fixture
+def micro(monkeypatch) -> None:
+    for module in (step, compiled):
+        monkeypatch.setattr(module, "make_model", lambda stage: MaskVLM(micro_config()))
+
+
+def test_step_stops_at_wrong_losses(tmp_path, monkeypatch, micro) -> None:
+    def check_losses(*_):
+        raise AssertionError("fast: mim is 2, wanted 1; nothing was timed")
+
+    monkeypatch.setattr(step, "check_losses", check_losses)
+    code, summary = run_stage(step, tmp_path)
+    assert (code, summary["ended"]) == (1, "wrong value: fast: mim is 2, wanted 1; nothing was timed")
+    assert rows_of(tmp_path / "step.csv") == []
+
+
+def test_step_times_ours_without_the_baselines_libraries(tmp_path, monkeypatch, micro) -> None:
+    find = step.importlib.util.find_spec
+    monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None if name == "timm" else find(name))
+    code, summary = run_stage(step, tmp_path)
+    assert (code, summary["finished"]) == (0, ["rounds", "categories"])
+    rows = rows_of(tmp_path / "step.csv")
+    assert rows[0]["note"] == "missing: timm not installed"
+    assert sorted(row["contender"] for row in rows[1:]) == ["fast", "fast", "plain", "plain"]
+    shares = rows_of(tmp_path / "categories.csv")
+    assert sum(float(row["pct"]) for row in shares) == pytest.approx(100)
+    assert "matrix products" in {row["category"] for row in shares}
+
+
+def test_compiled_stops_at_wrong_losses_and_keeps_the_eager_rows(tmp_path, monkeypatch, micro) -> None:
+    def wrong(name, *_):
+        raise AssertionError(f"{name}: itm is 2, wanted 1")
+
+    monkeypatch.setattr(compiled, "assert_losses_equal", wrong)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    code, summary = run_stage(compiled, tmp_path)
+    assert code == 1
+    assert "feed-forward compiled: itm is 2, wanted 1" in summary["ended"]
+    rows = rows_of(tmp_path / "compiled.csv")
+    assert [(row["contender"], row["round"], row["status"]) for row in rows[1:]] == [
+        ("fast", "first", "ok"), ("fast", "0", "ok"), ("fast, feed-forward compiled", "first", "WRONG"),
+    ]  # fmt: skip
+
+
+def fake_tool(folder: Path, monkeypatch, name: str, script: str) -> None:
+    folder.mkdir()
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_sanitizer_stops_at_an_error(tmp_path, monkeypatch) -> None:
+    fake_tool(tmp_path / "bin", monkeypatch, "compute-sanitizer", "echo '========= ERROR SUMMARY: 2 errors'; exit 9")
+    code, summary = run_stage(sanitizer, tmp_path / "out")
+    assert (code, summary["ended"]) == (
+        1, "wrong value: memcheck, cross_attention: ERROR SUMMARY: 2 errors; see sanitizer.txt",
+    )  # fmt: skip
+    (row,) = rows_of(tmp_path / "out" / "sanitizer.csv")
+    assert (row["tool"], row["status"], row["errors"]) == ("memcheck", "WRONG", "2")
+    assert "ERROR SUMMARY: 2 errors" in (tmp_path / "out" / "sanitizer.txt").read_text()
+
+
+def test_profile_stops_at_a_wrong_value(tmp_path, monkeypatch) -> None:
+    line = "cross_attention, B256 197x32: WRONG: output is off by 1"
+    fake_tool(tmp_path / "bin", monkeypatch, "ncu", f"echo '{line}'; exit 1")
+    code, summary = run_stage(profile, tmp_path / "out")
+    assert code == 1
+    assert summary["ended"] == f"wrong value: cross_attention, while short_kv_backward was profiled: {line}"
+
+
+def test_profile_writes_a_row_per_counter(tmp_path, monkeypatch) -> None:
+    (tmp_path / "table").write_text(
+        "cross_attention, B256 197x32: ok\n==PROF== Connected\n"
+        '"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"\n'
+        '"0","short_kv_backward","Occupancy","Achieved Occupancy","%","18.7"\n'
+        '"0","short_kv_backward","GPU Speed Of Light","DRAM Throughput","%","61.2"\n'
+    )
+    fake_tool(tmp_path / "bin", monkeypatch, "ncu", f"cat {tmp_path / 'table'}")
+    stage = Stage("profile", tmp_path, SimpleNamespace(left=10.0), rehearse=True)  # pyright: ignore[reportArgumentType]
+    rows = list(profile.profile_kernel(stage, str(tmp_path / "bin" / "ncu"), "short_kv_backward", "cross_attention"))
+    assert [(row["metric"], row["value"], row["status"]) for row in rows] == [
+        ("Achieved Occupancy", "18.7", "ok"), ("DRAM Throughput", "61.2", "ok"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "has_tool, code, output, status",
+    [
+        (True, 0, "========= ERROR SUMMARY: 0 errors", "ok"),
+        (True, 0, "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "ok"),
+        (True, 0, "========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", "WRONG"),
+        (True, 9, "", "WRONG"),
+        (True, 1, "gather_patches, small: WRONG: output is off", "WRONG"),
+        (True, 0, "something else", "error"),
+        (False, 0, "gather_patches, small: ok", "missing"),
+        (False, 1, "Traceback", "WRONG"),
+    ],
+)
+def test_what_a_sanitizer_says_is_judged(has_tool, code, output, status) -> None:
+    assert sanitizer.judge(has_tool, code, output)["status"] == status
+
+
+BLOCKED = (
+    "timm", "transformers", "tyro", "matplotlib", "safetensors", "tokenizers", "nvidia", "pynvml", "huggingface_hub",
+    "pytest", "PIL", "tensorboard", "rich",
+)  # fmt: skip
+
+
+def test_stages_need_nothing_but_torch_and_triton() -> None:
+    program = f"""
+import importlib, sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {BLOCKED!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Blocked())
+from mvlm_benchmarks.gpu.stages import STAGES
+for plan in STAGES.values():
+    assert importlib.import_module(plan.module).run
+import mvlm_benchmarks.gpu.small_calls
+from mvlm.model.maskvlm import MaskVLM
+"""
+    folders = [ROOT / name for name in (".", "kernels", "dataloading", "benchmarks")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_stage_takes_less_than_ten_minutes() -> None:
+    assert all(plan.seconds < 600 for plan in STAGES.values())
+    assert list(STAGES) == ["correct", "sweep", "kernels", "profile", "step", "compiled", "sanitizer"]

@@ -1,0 +1,44 @@
+"""Bytes of a step by kind: each operation has one kind, and the kinds add up."""
+
+import pytest
+import torch
+
+from mvlm_benchmarks.step.traffic import KINDS, REST, Traffic, count, kind_of, rows
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("addmm", "products"),
+        ("add_layer_norm_backward", "norms"),
+        ("gelu_backward", "GELU"),
+        ("_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("cross_attention_backward", "attention"),
+        ("_to_copy", "casts and copies"),
+        ("_fused_adamw_", "optimizer"),
+        ("add", REST),
+    ],
+)
+def test_an_operation_has_the_kind_of_its_name(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+def test_bytes_and_operations_against_a_count_by_hand() -> None:
+    a, b = torch.zeros(4, 8), torch.zeros(8, 16)
+    with Traffic() as traffic:
+        c = a @ b
+        c.T.to(torch.bfloat16)  # the view is free
+        c + c[:1].expand(4, 16)  # an expanded dimension counts once
+    assert traffic.bytes == {
+        "products": 4 * (4 * 8 + 8 * 16 + 4 * 16),
+        "casts and copies": 4 * 16 * (4 + 2),
+        REST: 4 * (64 + 16 + 64),
+    }
+    assert traffic.flops == 2 * 4 * 8 * 16
+
+
+@pytest.mark.slow
+def test_a_step_has_operations_of_every_kind() -> None:
+    table = rows(count("tiny", 4))
+    assert [row["kind"] for row in table] == [*KINDS, REST]
+    assert all(row["operations"] > 0 and row["gigabytes"] >= 0 for row in table)

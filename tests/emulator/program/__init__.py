@@ -1,0 +1,1 @@
+"""Executable form of a kernel: one Python function for each instruction, grouped in basic blocks."""

@@ -1,0 +1,1 @@
+"""PTX text, read into basic blocks of instructions."""

@@ -1,0 +1,143 @@
+"""Values of add_layer_norm: the interpreted kernels and the torch code against loops in float64."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from mvlm_kernels import add_layer_norm, dispatch, use_backend
+from mvlm_kernels.add_layer_norm import cpu
+from mvlm_kernels.add_layer_norm.triton import parts_of
+from support.kernels.mutants import assert_caught
+from support.kernels.norms import by_op, case, check
+from support.kernels.patches import SETTINGS
+from support.kernels.token_placement import random
+
+BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize(
+    "types",
+    [
+        (FP32, BF16, FP32),
+        (FP32, FP16, FP32),
+        (FP32, FP32, FP32),
+        (BF16, BF16, BF16),
+        (BF16, BF16, FP32),
+        (FP32, None, FP32),
+        (FP64, FP64, FP64),
+    ],
+    ids=str,
+)
+def test_types(types, post_norm):
+    check(case(9, 96, *types), post_norm, out_dtype=BF16 if types[0] != FP64 else FP64)
+
+
+@pytest.mark.parametrize("width", [3, 7, 96, 192, 200, 384, 768, 1000])
+def test_widths(width):
+    check(case(5, width))
+    check(case(5, width, bias=False), post_norm=True)
+
+
+@pytest.mark.slow
+@SETTINGS
+@given(st.integers(1, 40), st.integers(5, 130), st.booleans(), st.booleans(), st.sampled_from([BF16, FP32, None]))
+def test_any_shape(rows, width, post_norm, bias, y_dtype):
+    check(case(rows, width, y_dtype=y_dtype, bias=bias), post_norm)
+
+
+def test_programs_walk_over_many_tiles(monkeypatch):
+    """Two programs for eleven tiles."""
+    monkeypatch.setattr(dispatch, "multiprocessors", lambda _: 1)
+    check(case(41, 768))
+    check(case(41, 192), post_norm=True)
+
+
+def test_the_cpu_takes_a_few_rows_at_a_time(monkeypatch):
+    """The same bits of rows, and the same sums up to the order of addition, as all rows at once."""
+    inputs, grads = case(37, 12), [random((37, 12), dtype, 7) for dtype in (FP32, BF16)]
+    for post_norm in (False, True):
+        wanted = by_op(inputs, grads, post_norm, "torch", BF16)
+        with monkeypatch.context() as patch:
+            patch.setattr(cpu, "VALUES", 5 * 12)
+            found = by_op(inputs, grads, post_norm, "torch", BF16)
+            check(inputs, post_norm)
+        for a, b in zip(found[:4], wanted[:4], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        for a, b in zip(found[4:], wanted[4:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_no_lane_is_idle_at_the_widths_of_the_presets():
+    assert [parts_of(width) for width in (192, 384, 768, 1024)] == [(3, 64), (3, 128), (3, 256), (1, 1024)]
+    for width in range(1, 3000):
+        parts, block = parts_of(width)
+        assert width <= parts * block <= 1.34 * width
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_gradcheck(backend, post_norm):
+    x, y, y_bias, weight, bias = (t.requires_grad_() for t in case(3, 5, FP64, FP64, FP64))
+
+    def call(x, y, y_bias, weight, bias):
+        return add_layer_norm(x, y, weight, bias, y_bias=y_bias, post_norm=post_norm)
+
+    with use_backend(backend):
+        assert torch.autograd.gradcheck(call, (x, y, y_bias, weight, bias))
+
+
+@pytest.mark.parametrize("used", ["stream", "normalised"])
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_one_output_is_used(backend, post_norm, used):
+    """The gradient is that of the other one's gradient being zero."""
+    inputs, found = case(6, 12, FP64, BF16, FP64), []
+    for both in (False, True):
+        x, y, y_bias, weight, bias = (t.detach().requires_grad_() for t in inputs)
+        with use_backend(backend):
+            stream, n = add_layer_norm(x, y, weight, bias, y_bias=y_bias, post_norm=post_norm)
+            one, other = (stream, n) if used == "stream" else (n, stream)
+            ((one.double() ** 2).sum() + (0 * other.double().sum() if both else 0)).backward()
+        found.append([torch.zeros_like(t) if t.grad is None else t.grad for t in (x, y, y_bias, weight, bias)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_rows_of_any_strides_and_repeats_give_the_same_bits():
+    inputs = case(12, 96)
+    grads = [random((12, 96), FP32, 7), random((12, 96), BF16, 8)]
+    wanted = by_op(inputs, grads, False, "triton", BF16)
+    strided = [None if t is None else torch.stack([t, t], dim=-1)[..., 0] for t in inputs]
+    for again in (by_op(inputs, grads, False, "triton", BF16), by_op(strided, grads, False, "triton", BF16)):
+        for a, b in zip(again, wanted, strict=True):
+            assert torch.equal(a, b)
+
+
+def exercise():
+    check(case(9, 96, BF16, BF16, FP32))
+    check(case(6, 24), post_norm=True)
+    check(case(7, 200))
+
+
+MUTANTS = [
+    ("summed / C", "summed / (C + 1)"),
+    ("tl.where(c < C, parts[i] - mean[:, None], 0.0)", "parts[i] - mean[:, None]"),
+    ("norms[i] * along", "norms[i] * one"),
+    ("if POST and residual_ptr is not None", "if residual_ptr is not None"),
+    ("if not POST and residual_ptr is not None", "if residual_ptr is not None"),
+    ("(db[i] + g,)", "(db[i] + norm,)"),
+    ("(dw[i] + g * norm,)", "(dw[i] + g * s,)"),
+    ("(dc[i] + ds,)", "(dc[i] + scaled[i],)"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("old, new", MUTANTS, ids=[new[:40] for _, new in MUTANTS])
+def test_broken_kernels_are_caught(old, new, tmp_path, poison):
+    assert_caught("mvlm_kernels.add_layer_norm.triton", old, new, tmp_path, poison, exercise)
+
+
+def test_the_intact_kernels_pass_the_mutation_check():
+    exercise()

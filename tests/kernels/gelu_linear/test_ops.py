@@ -1,0 +1,75 @@
+"""gelu_linear as an op: registration, compilation, errors, and the text of explain."""
+
+import pytest
+import torch
+
+from mvlm_kernels import dispatch, explain, gelu_linear, use_backend
+from mvlm_kernels.gelu_linear.triton import aot_cases
+
+BF16 = torch.bfloat16
+OPS = torch.ops.mvlm_kernels
+
+
+@pytest.mark.slow
+@pytest.mark.plain_empty
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_both_passes_pass_opcheck(backend):
+    h, bias = torch.randn(3, 8, dtype=BF16), torch.randn(8)
+    with use_backend(backend):
+        for h_bias in (bias, None):
+            torch.library.opcheck(OPS.gelu.default, (h, h_bias))
+            torch.library.opcheck(OPS.gelu_backward.default, (h, h, h_bias))
+
+
+@pytest.mark.slow
+@pytest.mark.plain_empty
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiles_without_a_break_for_any_size():
+    compiled = torch.compile(gelu_linear, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows, width in ((3, 8), (5, 12)):
+        leaves = [torch.randn(s, requires_grad=True) for s in ((rows, width), (4, width), (4,), (width,))]
+        h, weight, bias, h_bias = leaves
+        with use_backend("triton"):
+            got, want = (f(h, weight, bias, h_bias=h_bias) for f in (compiled, gelu_linear))
+            grads = [torch.autograd.grad(out.square().sum(), leaves) for out in (got, want)]
+        for a, b in zip((got, *grads[0]), (want, *grads[1]), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+H, W, B, C = torch.zeros(2, 3, 4), torch.zeros(5, 4), torch.zeros(5), torch.zeros(4)
+
+
+@pytest.mark.parametrize(
+    "args, kwargs, message",
+    [
+        ((H[0, 0], W), {}, r"h and weight must have shapes \(.., C\) and \(D, C\), got \(4,\) and \(5, 4\)"),
+        ((H, W[:, :3]), {}, r"h and weight must have shapes .*, got \(2, 3, 4\) and \(5, 3\)"),
+        ((H, W, C), {}, r"bias must have shape \(5,\), got \(4,\)"),
+        ((H, W, B), {"h_bias": B}, r"h_bias must have shape \(4,\), got \(5,\)"),
+        ((H.int(), W), {}, "h must be float16, .*, got torch.int32"),
+        ((H, W.to("meta")), {}, "weight must be on the device"),
+    ],
+)
+def test_bad_input_says_what_was_wanted(args, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        gelu_linear(*args, **kwargs)
+
+
+def test_explain_names_the_reasons():
+    assert explain(gelu_linear, H, W).reasons == ("the tensors are on the CPU",)
+
+
+def test_only_h_and_the_parameters_are_saved():
+    saved = []
+    h = torch.randn(100, 8, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        gelu_linear(h, torch.randn(5, 8, requires_grad=True))
+    assert sum(t.numel() for t in saved) == 100 * 8 + 5 * 8
+
+
+def test_launchers_read_no_tensor():
+    launched = []
+    with dispatch.recording(lambda kernel, *_: launched.append(kernel.__name__), 90):
+        for _, launch in aot_cases():
+            launch()  # meta tensors: reading one on the host would raise
+    assert {"gelu_kernel", "gelu_backward_kernel", "column_sum_kernel"} == set(launched)

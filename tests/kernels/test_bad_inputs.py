@@ -1,0 +1,229 @@
+"""Table of wrong and borderline inputs of every op: a clear error, or the right result.
+
+An error names the argument, what was wanted and what was found, on one line.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from mvlm_kernels import (
+    cross_attention,
+    explain,
+    gather_patches,
+    linear_pixel_loss,
+    masked_pixel_loss,
+    place_tokens,
+    use_backend,
+)
+
+G = torch.Generator().manual_seed(0)
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=G)
+
+
+Q, K, V = rand(2, 9, 2, 32), rand(2, 5, 2, 32), rand(2, 5, 2, 32)
+ROWS = rand(8, 2, 32)  # packed keys
+PIXELS = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=G)
+IDS = torch.tensor([[0, 3, 15], [7, 1, 2]])
+PRED, HIDDEN, WEIGHT = rand(2, 3, 192), rand(2, 3, 16), rand(192, 16)
+TOKENS, ROW, POSITIONS = rand(2, 16, 8), rand(8), rand(17, 8)
+NESTED = torch.nested.nested_tensor([K[0], K[1, :3]], layout=torch.jagged)
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def attend(q: Any = Q, k: Any = K, v: Any = V, **options: Any) -> Tensor:
+    return cross_attention(q, k, v, **options)
+
+
+def gather(images: Any = PIXELS, ids: Any = IDS, patch: Any = 8, **options: Any) -> Tensor:
+    return gather_patches(images, ids, patch, **options)
+
+
+def loss(pred: Any = PRED, images: Any = PIXELS, ids: Any = IDS, **options: Any) -> Tensor:
+    return masked_pixel_loss(pred, images, ids, 8, **options)
+
+
+def linear(hidden: Any = HIDDEN, weight: Any = WEIGHT, bias: Any = None, **options: Any) -> Tensor:
+    return linear_pixel_loss(hidden, weight, bias, PIXELS, IDS, 8, **options)
+
+
+def place(tokens: Any = TOKENS, mask: Any = ROW, positions: Any = POSITIONS, cls: Any = ROW, **options: Any) -> Tensor:
+    return place_tokens(tokens, mask, positions, cls, **options)
+
+
+REFUSED: list[tuple[str, Callable[[], Any], str]] = [
+    # dtypes
+    ("mixed dtypes", lambda: attend(Q.bfloat16()), r"one dtype of float16.*got torch.bfloat16, torch.float32"),
+    ("integers", lambda: attend(Q.int(), K.int(), V.int()), "one dtype of float16.*got torch.int32"),
+    ("complex", lambda: attend(Q.to(torch.complex64), K.to(torch.complex64), V.to(torch.complex64)), "complex64"),
+    ("float8", lambda: attend(*(x.to(torch.float8_e4m3fn) for x in (Q, K, V))), "one dtype of float16.*float8_e4m3fn"),
+    ("int32 images", lambda: gather(PIXELS.int()), "images must be uint8, float16, .*got torch.int32"),
+    ("uint8 result", lambda: gather(dtype=torch.uint8), "dtype must be float16, .*got torch.uint8"),
+    ("weight of another dtype", lambda: linear(weight=WEIGHT.half()), "weight must be torch.float32 like hidden"),
+    ("int tokens", lambda: place(TOKENS.int()), "tokens must be float16, .*got torch.int32"),
+    ("float lengths", lambda: attend(key_lengths=torch.tensor([5.0, 3.0])), "key_lengths must be int32 or int64"),
+    ("uint8 lengths", lambda: attend(key_lengths=torch.tensor([5, 3], dtype=torch.uint8)), "must be int32 or int64"),
+    ("bool ids", lambda: gather(ids=torch.ones(2, 16, dtype=torch.bool)), r"got torch.bool; .*mask.nonzero\(\)"),
+    ("int mask of tokens", lambda: place(masked=torch.ones(2, 16, dtype=torch.long)), "masked must be bool"),
+    # types
+    ("list of lengths", lambda: attend(key_lengths=[5, 3]), "key_lengths must be a tensor, got list"),
+    ("numpy mask", lambda: attend(key_mask=numpy.ones((2, 5), dtype=bool)), "key_mask must be a tensor, got ndarray"),
+    ("no keys", lambda: attend(k=None), "k must be a tensor, got NoneType"),
+    (
+        "nested keys",
+        lambda: attend(Q, NESTED, NESTED),
+        r"k must not be a nested tensor; pass k.values\(\) with cu_seqlens",
+    ),
+    ("numpy images", lambda: gather(PIXELS.numpy()), "images must be a tensor, got ndarray"),
+    ("list of ids", lambda: gather(ids=[[0], [1]]), "patch_ids must be a tensor, got list"),
+    ("patch side as a pair", lambda: gather(patch=(8, 8)), r"patch_size must be an int, .*got \(8, 8\)"),
+    ("patch side as a float", lambda: gather(patch=8.0), "patch_size must be an int, .*got 8.0"),
+    ("one mean", lambda: gather(mean=0.5), "mean must have one value for each of 3 channels, got 0.5"),
+    ("no [CLS]", lambda: place(cls=None), "cls_token must be a tensor, got NoneType; a model without .CLS. can"),
+    ("learned scale", lambda: attend(scale=torch.tensor(0.2, requires_grad=True)), "scale must be a float.*multiply q"),
+    # devices
+    ("keys elsewhere", lambda: attend(k=K.to("meta"), v=V.to("meta")), "k must be on the device of q, cpu, got meta"),
+    (
+        "mask elsewhere",
+        lambda: attend(key_mask=torch.ones(2, 5, dtype=torch.bool, device="meta")),
+        "key_mask must be on",
+    ),
+    ("ids elsewhere", lambda: gather(ids=IDS.to("meta")), "patch_ids must be on the device"),
+    ("mean elsewhere", lambda: gather(mean=torch.ones(3, device="meta")), "mean must be on the device"),
+    ("pred elsewhere", lambda: loss(PRED.to("meta")), "pred must be on the device"),
+    ("weight elsewhere", lambda: linear(weight=WEIGHT.to("meta")), "weight must be on the device"),
+    ("positions elsewhere", lambda: place(positions=POSITIONS.to("meta")), "pos_embed must be on the device"),
+    # shapes and layouts
+    ("SDPA's layout", lambda: attend(*(x.transpose(1, 2) for x in (Q, K, V))), r"the layout is \(batch, length, heads"),
+    ("heads not split", lambda: attend(Q.flatten(2), K.flatten(2), V.flatten(2)), "q must be .batch, length, heads"),
+    ("values of another shape", lambda: attend(v=V[:, :4]), "v must have the shape of k"),
+    ("odd head width", lambda: attend(*(x[..., :7] for x in (Q, K, V))), "q must have a head width of"),
+    ("fewer key sequences", lambda: attend(rand(4, 9, 2, 32)), "k must have the 4 sequences of q .or give key_index."),
+    ("mask of a tokenizer", lambda: attend(key_mask=torch.ones(2, 5, dtype=torch.long)), r"pass mask.bool\(\)"),
+    ("additive mask", lambda: attend(key_mask=torch.zeros(2, 5)), "of a mask that is added to scores, pass mask == 0"),
+    (
+        "mask of four dimensions",
+        lambda: attend(key_mask=torch.ones(2, 1, 1, 5).bool()),
+        r"key_mask must have shape \(2, 5\)",
+    ),
+    ("image without a batch", lambda: gather(PIXELS[0], IDS[0]), r"images must have shape \(B, C, H, W\), got \(3,"),
+    ("image of (B, H, W, C)", lambda: gather(PIXELS.permute(0, 2, 3, 1)), "patch_size must divide the image's height"),
+    ("patches that do not divide", lambda: gather(patch=7), "patch_size must divide .*got 7"),
+    ("no patch side", lambda: gather(patch=0), "patch_size must divide .*got 0"),
+    ("pred of all patches", lambda: loss(rand(2, 16, 192)), r"pred must have shape .*\(2, 3\), got \(2, 16, 192\)"),
+    ("weight transposed", lambda: linear(weight=WEIGHT.T), r"weight must have shape .*\(192, 16\), got \(16, 192\)"),
+    ("bias of another width", lambda: linear(bias=rand(16)), "bias must have shape"),
+    ("mask with [CLS]", lambda: place(masked=torch.ones(2, 17).bool()), r"masked must be bool of shape \(2, 16\)"),
+    (
+        "positions without [CLS]",
+        lambda: place(positions=POSITIONS[1:]),
+        "tokens must have N = 15 rows, as pos_embed has",
+    ),
+    ("positions of each sample", lambda: place(positions=POSITIONS.expand(2, -1, -1)), "pos_embed must have shape"),
+    # values and names
+    ("index out of range", lambda: attend(key_index=ints(0, 2)), "key_index must be in 0..1, got 0..2"),
+    ("negative index", lambda: attend(key_index=ints(0, -1)), "key_index must be in 0..1, got -1..0"),
+    ("length past the end", lambda: attend(key_lengths=ints(6, 3)), "key_lengths must be in 0..5, got 3..6"),
+    (
+        "offsets out of order",
+        lambda: attend(Q, ROWS, ROWS, cu_seqlens_k=ints(0, 6, 4)),
+        r"must rise from 0 .*\[0, 6, 4\]",
+    ),
+    ("offsets past the end", lambda: attend(Q, ROWS, ROWS, cu_seqlens_k=ints(0, 6, 9)), "at most the 8 rows of k"),
+    ("offsets not from 0", lambda: attend(Q, ROWS, ROWS, cu_seqlens_k=ints(1, 6, 8)), "must rise from 0"),
+    ("dense keys with offsets", lambda: attend(cu_seqlens_k=ints(0, 5, 10)), "k must be packed .rows, heads, width."),
+    (
+        "lengths with offsets",
+        lambda: attend(Q, ROWS, ROWS, cu_seqlens_k=ints(0, 6, 8), key_lengths=ints(1, 2)),
+        "must be None",
+    ),
+    (
+        "bound below a length",
+        lambda: attend(Q, ROWS, ROWS, cu_seqlens_k=ints(0, 6, 8), max_len_k=5),
+        "at least the longest",
+    ),
+    ("id out of range", lambda: gather(ids=IDS + 11), r"patch_ids must be in \[0, 16\), got values in \[11, 26\]"),
+    ("negative id", lambda: loss(ids=IDS - 1), r"patch_ids must be in \[0, 16\), got values in \[-1,"),
+    ("std of 0", lambda: gather(std=[0.5, 0, 0.5]), "std must be positive"),
+    ("std of 0 in a tensor", lambda: gather(std=torch.tensor([0.5, 0.0, 0.5])), "std must be positive"),
+    ("unknown kind", lambda: loss(kind="l2"), 'kind must be "l1", "mse" or "smooth_l1", got .l2.'),
+    ("unknown reduction", lambda: loss(reduction="sum"), 'reduction must be "mean" or "none", got .sum.'),
+    (
+        "repeated id",
+        lambda: place(TOKENS[:, :2], visible_ids=torch.tensor([[1, 1], [0, 2]])),
+        "visible_ids must be distinct",
+    ),
+    ("mask and ids", lambda: place(masked=torch.ones(2, 16).bool(), visible_ids=IDS), "masked must be None"),
+    ("explain of a foreign function", lambda: explain(torch.nn.functional.linear, Q), "op must be one of"),
+]
+
+
+@pytest.mark.parametrize("call, message", [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_a_wrong_input_is_refused_on_one_line(call: Callable[[], Any], message: str):
+    with pytest.raises(ValueError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
+
+
+def padded_with_nan(x: Tensor) -> Tensor:
+    return x.masked_fill(torch.arange(5)[:, None, None] >= torch.tensor([5, 3])[:, None, None, None], torch.nan)
+
+
+LENGTHS = ints(5, 3)
+CONTIGUOUS = attend(key_lengths=LENGTHS)
+WIDE = torch.cat([Q, Q], -1)[..., :32]
+RIGHT: list[tuple[str, Callable[[], Tensor], Tensor]] = [
+    (
+        "NaN behind the lengths",
+        lambda: attend(Q, padded_with_nan(K), padded_with_nan(V), key_lengths=LENGTHS),
+        CONTIGUOUS,
+    ),
+    ("strided queries", lambda: attend(WIDE, key_lengths=LENGTHS), CONTIGUOUS),
+    ("expanded keys", lambda: attend(k=K[:1].expand(2, -1, -1, -1)), attend(k=K[:1].repeat(2, 1, 1, 1))),
+    ("int64 lengths", lambda: attend(key_lengths=LENGTHS.long()), CONTIGUOUS),
+    (
+        "0/1 mask of one key",
+        lambda: attend(k=K[:, :1], v=V[:, :1], key_mask=torch.ones(2, 1).long()),
+        attend(k=K[:, :1], v=V[:, :1]),
+    ),
+    ("no key", lambda: attend(k=K[:, :0], v=V[:, :0]), torch.zeros_like(Q)),
+    ("lengths of 0", lambda: attend(key_lengths=ints(0, 0)), torch.zeros_like(Q)),
+    ("no query", lambda: attend(Q[:, :0]), Q[:, :0]),
+    ("no sequence", lambda: attend(Q[:0], K[:0], V[:0]), Q[:0]),
+    ("channels last", lambda: gather(PIXELS.contiguous(memory_format=torch.channels_last)), gather()),
+    ("no patch", lambda: gather(ids=IDS[:, :0]), torch.zeros(2, 0, 192)),
+    ("no image", lambda: gather(PIXELS[:0], IDS[:0]), torch.zeros(0, 3, 192)),
+    ("strided predictions", lambda: loss(torch.cat([PRED, PRED], -1)[..., :192]), loss()),
+    ("loss of no patch", lambda: loss(PRED[:, :0], ids=IDS[:, :0]), torch.zeros(())),
+    ("strided tokens", lambda: place(torch.cat([TOKENS, TOKENS], -1)[..., :8]), place()),
+    ("no token", lambda: place(TOKENS[:0]), torch.zeros(0, 17, 8)),
+]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("call, wanted", [case[1:] for case in RIGHT], ids=[case[0] for case in RIGHT])
+def test_a_borderline_input_gives_the_right_result(call: Callable[[], Tensor], wanted: Tensor, backend: Any):
+    with use_backend(backend):
+        torch.testing.assert_close(call(), wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.plain_empty
+def test_more_than_2_31_elements_keep_their_shape_on_the_meta_device():
+    with torch.device("meta"):
+        q, k = torch.empty(70000, 1024, 1, 32), torch.empty(70000, 5, 1, 32)
+        assert attend(q, k, k).shape == q.shape
+        assert gather(torch.empty(4096, 3, 512, 512), None, 16).shape == (4096, 1024, 768)
+        pred = torch.empty(16384, 1024, 192)
+        assert loss(pred, torch.empty(16384, 3, 256, 256), None, reduction="none").shape == (16384, 1024)
+        tokens, row = torch.empty(4096, 4096, 160), torch.empty(160)
+        assert place(tokens, row, torch.empty(4097, 160), row).shape == (4096, 4097, 160)

@@ -1,0 +1,143 @@
+"""Launches of the kernels on patches and tokens: one set of signatures for all batches, and grids that a GPU takes.
+
+A signature is what Triton compiles a kernel for. A new one in the middle of training compiles for seconds, on the ranks
+of a run at different steps. Triton specialises arguments only in a process that does not interpret.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mvlm_kernels import dispatch
+
+LAUNCHES = """
+import importlib, json, random
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from mvlm_kernels import dispatch
+
+gather, loss, linear, place = (
+    importlib.import_module(f"mvlm_kernels.{name}")
+    for name in ("gather_patches.triton", "pixel_loss.triton", "pixel_loss.linear", "place_tokens.triton")
+)
+backend, binders, signatures = make_backend(GPUTarget("cuda", 90, 32)), {}, {}
+draw = random.Random(0)
+values = torch.empty(3, device="meta")
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def record(kernel, grid, args, meta):
+    if kernel not in binders:
+        binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, backend)
+    _, specialization, _ = binders[kernel](*args, debug=False, **meta)
+    signatures.setdefault(f"{step} {kernel.__name__} {specialization} {sorted(map(str, meta.items()))}", number)
+
+
+def batch(size, chosen, patch):
+    global step
+    features, width, patches = 3 * patch**2, 384, (224 // patch) ** 2
+    images, ids = empty(size, 3, 224, 224, dtype=torch.uint8), empty(size, chosen, dtype=torch.int64)
+    step = f"patches of {patch}"
+    gather.gather_patches(images, ids, patch, values, values, torch.bfloat16)
+    gather.gather_patches(images, None, patch, values, values, torch.bfloat16)
+    floats = empty(size, 3, 224, 224)
+    gather.gather_patches_backward(empty(size, chosen, features), floats, ids, patch, values)
+    saved = loss.masked_pixel_loss(
+        empty(size, chosen, features), images, ids, patch, values, values, "l1", False, True, True
+    )
+    loss.masked_pixel_loss_backward(*saved, torch.bfloat16)
+    hidden, weight = empty(size, chosen, width), empty(features, width, dtype=torch.float32)
+    for reduce in (True, False):
+        saved = linear.linear_pixel_loss(
+            hidden, weight, weight[:, 0].contiguous(), images, ids, patch, values, values, "l1", False, reduce, True
+        )
+        linear.linear_pixel_loss_backward(*saved, hidden, weight, (True, True, True))
+    row, positions = empty(width, dtype=torch.float32), empty(1 + patches, width, dtype=torch.float32)
+    masked, dtypes = empty(size, patches, dtype=torch.bool), (torch.bfloat16, *(torch.float32,) * 3)
+    for mode in ("masked", "both", "visible"):
+        step = f"patches of {patch}, {mode}"
+        tokens = empty(size, chosen if mode == "visible" else patches, width)
+        options = (None, ids, False) if mode == "visible" else (masked, None, mode == "both")
+        out = place.place_tokens(tokens, row, positions, row, *options)
+        place.place_tokens_backward(out, *options, tokens.shape[1], dtypes, (True,) * 4)
+
+
+with dispatch.recording(record, 90):
+    for number in range(1000):
+        size, chosen = draw.choice([(1, 1), (16, 48), (draw.randint(1, 300), draw.randint(1, 196))])
+        for patch in (14, 16):
+            batch(size, chosen, patch)
+print(json.dumps(signatures))
+"""
+
+
+@pytest.mark.slow
+def test_a_thousand_batches_launch_one_set_of_signatures():
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHES], capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "0"}
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    first_seen = json.loads(done.stdout)
+    assert len(first_seen) > 30
+    late = [name for name, number in first_seen.items() if number > 0]
+    assert not late, f"{len(late)} of {len(first_seen)} signatures appear after the first batch: {late[0]}"
+
+
+def test_grids_of_large_batches_fit_a_gpu():
+    """Only the first dimension of a grid may exceed 65,535. It has to stay below 2^31."""
+    gather = importlib.import_module("mvlm_kernels.gather_patches.triton")
+    loss = importlib.import_module("mvlm_kernels.pixel_loss.triton")
+    linear = importlib.import_module("mvlm_kernels.pixel_loss.linear")
+    place = importlib.import_module("mvlm_kernels.place_tokens.triton")
+    grids = {}
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    batch, chosen = 100_000, 196  # 19.6 million patches
+    images, ids = empty(batch, 3, 224, 224), empty(batch, chosen, dtype=torch.int32)
+    with dispatch.recording(lambda kernel, grid, *_: grids.setdefault(kernel.__name__, []).append(grid), 90):
+        pred = gather.gather_patches(images, ids, 16, None, None, torch.bfloat16)
+        gather.gather_patches_backward(pred, images, ids, 16, None)
+        loss.masked_pixel_loss_backward(
+            *loss.masked_pixel_loss(pred, images, ids, 16, None, None, "l1", True, True, True), torch.bfloat16
+        )
+        weight = empty(768, 64)
+        hidden = empty(batch, chosen, 64)
+        saved = linear.linear_pixel_loss(hidden, weight, None, images, ids, 16, None, None, "l1", False, True, True)
+        linear.linear_pixel_loss_backward(*saved, hidden, weight, (True, True, False))
+        tokens, row, positions = empty(batch, chosen, 768), empty(768), empty(1 + 100_000, 768)
+        out = place.place_tokens(tokens, row, positions, row, None, ids, False)
+        place.place_tokens_backward(out, None, ids, False, chosen, (torch.bfloat16,) * 4, (True,) * 4)
+    assert set(grids) == {
+        "gather_kernel", "reader_lists_kernel", "gather_backward_kernel", "loss_kernel", "sum_kernel",
+        "scale_slope_kernel", "place_kernel", "place_backward_kernel", "column_sum_kernel",
+    }  # fmt: skip
+    for name, found in grids.items():
+        for first, *others in found:
+            assert 0 < first < 2**31, name
+            assert all(0 < n <= 65_535 for n in others), name
+    assert grids["gather_kernel"] == [(batch * chosen // 4,)]
+    # The sums of 25 MB of float32 predictions, one for each program of four patches.
+    assert sum(n for (n,) in grids["loss_kernel"][1:]) == pytest.approx(batch * chosen / 4, rel=0.01)
+
+
+def test_more_patches_than_row_numbers_are_refused():
+    gather = importlib.import_module("mvlm_kernels.gather_patches.triton")
+    images = torch.empty(2**16, 1, 1, 1, dtype=torch.uint8, device="meta")
+    ids = torch.empty(2**16, 2**15, dtype=torch.int32, device="meta")
+    with (
+        dispatch.recording(lambda *_: None, 90),
+        pytest.raises(ValueError, match=r"fewer than 2\^31 patches .*2147483648"),
+    ):
+        gather.gather_patches(images, ids, 1, None, None, torch.float32)

@@ -1,0 +1,254 @@
+"""Transforms of torch over every op: torch.func, second derivatives, modules around them. Against plain torch."""
+
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mvlm_kernels import (
+    add_layer_norm,
+    cross_attention,
+    gather_patches,
+    gelu_linear,
+    linear_pixel_loss,
+    masked_pixel_loss,
+    place_tokens,
+    use_backend,
+)
+
+pytestmark = [
+    pytest.mark.plain_empty,
+    pytest.mark.filterwarnings("ignore:There is a performance drop"),  # vmap loops over samples, and says so
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),  # of torch's own forward mode
+]
+G = torch.Generator().manual_seed(0)
+IMAGES = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, generator=G)
+IDS = torch.tensor([[2, 0], [3, 3]])
+LENGTHS = torch.tensor([5, 3])
+MASKED = torch.tensor([[True, False, True], [False, False, True]])
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=G, dtype=torch.float64)
+
+
+def attention_in_torch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    s = s.masked_fill(torch.arange(5) >= LENGTHS[:, None, None, None], -torch.inf)
+    return torch.einsum("bhqk,bkhd->bqhd", s.softmax(-1), v)
+
+
+def patches_in_torch(x: Tensor) -> Tensor:
+    x = x.double() / 255 if x.dtype == torch.uint8 else x
+    patches = F.unfold(x, 4, stride=4).transpose(1, 2)  # (B, N, C*P*P)
+    return torch.stack([rows[ids] for rows, ids in zip(patches, IDS, strict=True)])
+
+
+def placed_in_torch(tokens: Tensor, mask_token: Tensor, positions: Tensor, cls_token: Tensor) -> Tensor:
+    patches = torch.where(MASKED[:, :, None], mask_token, tokens) + positions[1:]
+    return torch.cat([(cls_token + positions[0]).expand(2, 1, -1), patches], 1)
+
+
+def loss_in_torch(pred: Tensor) -> Tensor:
+    return (pred - patches_in_torch(IMAGES)).square().mean()
+
+
+CALLS: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor], tuple[Tensor, ...]]] = {
+    "cross_attention": (
+        lambda q, k, v: cross_attention(q, k, v, key_lengths=LENGTHS),
+        attention_in_torch,
+        (rand(2, 4, 2, 32), rand(2, 5, 2, 32), rand(2, 5, 2, 32)),
+    ),
+    "gather_patches": (lambda x: gather_patches(x, IDS, 4), patches_in_torch, (rand(2, 3, 8, 8),)),
+    "masked_pixel_loss": (
+        lambda pred: masked_pixel_loss(pred, IMAGES, IDS, 4, kind="mse"),
+        loss_in_torch,
+        (rand(2, 2, 48),),
+    ),
+    "linear_pixel_loss": (
+        lambda h, w, b: linear_pixel_loss(h, w, b, IMAGES, IDS, 4, kind="mse"),
+        lambda h, w, b: loss_in_torch(F.linear(h, w, b)),
+        (rand(2, 2, 16), rand(48, 16), rand(48)),
+    ),
+    "place_tokens": (
+        lambda *x: place_tokens(*x, masked=MASKED),
+        placed_in_torch,
+        (rand(2, 3, 4), rand(4), rand(4, 4), rand(4)),
+    ),
+}
+CALLS["add_layer_norm"] = (
+    lambda x, y, w, b: torch.cat(add_layer_norm(x, y, w, b)),
+    lambda x, y, w, b: torch.cat([x + y, F.layer_norm(x + y, (8,), w, b, 1e-5)]),
+    (rand(2, 3, 8), rand(2, 3, 8), rand(8), rand(8)),
+)
+CALLS["post_norm"] = (
+    lambda x, y, w, b: add_layer_norm(x, y, w, b, post_norm=True)[1],
+    lambda x, y, w, b: F.layer_norm(x + y, (8,), w, b, 1e-5),
+    CALLS["add_layer_norm"][2],
+)
+CALLS["gelu_linear"] = (
+    lambda h, w, b: gelu_linear(h, w, b),
+    lambda h, w, b: F.linear(F.gelu(h), w, b),
+    (rand(3, 5, 8), rand(4, 8), rand(4)),
+)
+LINEAR, NAMES = ("gather_patches", "place_tokens"), {"post_norm": "add_layer_norm"}
+OPS = pytest.mark.parametrize("op", CALLS)
+
+
+@pytest.fixture(autouse=True, params=["triton", "torch"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with use_backend(request.param):
+        yield request.param
+
+
+def squared(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda *args: f(*args).square().sum()
+
+
+def same(got: Any, wanted: Any) -> None:
+    torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-9)
+
+
+@OPS
+def test_gradients_of_torch_func(op: str):
+    ours, plain, args = CALLS[op]
+    every = tuple(range(len(args)))
+    same(torch.func.grad(squared(ours), every)(*args), torch.func.grad(squared(plain), every)(*args))
+    got, wanted = torch.func.vjp(ours, *args), torch.func.vjp(plain, *args)
+    same(got[0], wanted[0])
+    same(got[1](torch.ones_like(got[0])), wanted[1](torch.ones_like(wanted[0])))
+
+
+@pytest.mark.slow
+@OPS
+def test_gradients_of_each_sample(op: str):
+    ours, plain, args = CALLS[op]
+    every, samples = tuple(range(len(args))), [torch.stack([x, x / 2, -x]) for x in args]
+    got = torch.func.vmap(torch.func.grad(squared(ours), every))(*samples)
+    wanted = [torch.func.grad(squared(plain), every)(*(x[i] for x in samples)) for i in range(3)]
+    same(got, tuple(torch.stack(x) for x in zip(*wanted, strict=True)))
+
+
+@OPS
+def test_second_derivatives_are_right_or_refused_by_name(op: str, backend: str):
+    ours, plain, args = CALLS[op]
+
+    def penalty(f: Callable[..., Tensor], *rest: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x: squared(torch.func.grad(squared(f)))(x, *rest)
+
+    def by_autograd(f: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+        inputs = [x.clone().requires_grad_() for x in args]
+        first = torch.autograd.grad(squared(f)(*inputs), inputs, create_graph=True)
+        total = sum((x.square().sum() for x in first), torch.zeros(()))
+        return torch.autograd.grad(total, inputs, allow_unused=True, materialize_grads=True)
+
+    if op not in LINEAR and (op != "cross_attention" or backend == "triton"):
+        attempts = [lambda: by_autograd(ours), lambda: torch.func.grad(penalty(ours, *args[1:]))(args[0])]
+        for attempt in attempts[: 1 if op == "gelu_linear" else 2]:
+            with pytest.raises(RuntimeError, match=f"{NAMES.get(op, op)} has no second derivative; use "):
+                attempt()
+    else:
+        same(by_autograd(ours), by_autograd(plain))
+    if op in (*LINEAR, "gelu_linear") or (op == "cross_attention" and backend == "torch"):
+        same(torch.func.grad(penalty(ours, *args[1:]))(args[0]), torch.func.grad(penalty(plain, *args[1:]))(args[0]))
+
+
+@pytest.mark.parametrize("visible", [False, True])
+def test_second_derivatives_of_the_linear_ops_pass_gradgradcheck(visible: bool):
+    tokens, rest = rand(2, 3, 4)[:, : 2 if visible else 3], (rand(4), rand(4, 4), rand(4))
+    where: dict[str, Any] = {"visible_ids": torch.tensor([[2, 0], [1, 2]])} if visible else {"masked": MASKED}
+    inputs = [x.clone().requires_grad_() for x in (tokens, *rest)]
+    assert torch.autograd.gradgradcheck(lambda *x: place_tokens(*x, **where), inputs)
+    images = rand(1, 1, 4, 4).requires_grad_()
+    ids = torch.tensor([[1, 3, 1]]) if visible else None
+    assert torch.autograd.gradgradcheck(lambda x: gather_patches(x, ids, 2, mean=[0.3], std=[0.7]), images)
+
+
+@OPS
+def test_forward_mode_is_right_or_refused_by_name(op: str, backend: str):
+    ours, plain, args = CALLS[op]
+    if op == "gelu_linear" or (op == "cross_attention" and backend == "torch"):
+        same(torch.func.jvp(ours, args, args), torch.func.jvp(plain, args, args))
+        return
+    with pytest.raises(
+        NotImplementedError, match=f"{NAMES.get(op, op)} has no forward-mode derivative; use reverse mode"
+    ):
+        torch.func.jvp(ours, args, args)
+
+
+class Block(nn.Module):
+    """Every op in one module, as a masked autoencoder that reads a caption uses them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.project, self.head = nn.Linear(48, 32), nn.Linear(8, 32), nn.Linear(32, 48)
+        self.mask_token, self.cls_token = (nn.Parameter(torch.randn(32)) for _ in range(2))
+        self.positions = nn.Parameter(torch.randn(5, 32))
+
+    def forward(self, images: Tensor, text: Tensor) -> Tensor:
+        tokens = self.embed(gather_patches(images, None, 4, mean=[0.5] * 3, std=[0.2] * 3))
+        masked = torch.zeros(2, 4, dtype=torch.bool, device=images.device)
+        states = place_tokens(tokens, self.mask_token, self.positions, self.cls_token, masked=masked)
+        words = self.project(text)[:, :, None]
+        states = states + cross_attention(states[:, :, None], words, words)[:, :, 0]
+        ids = torch.zeros(2, 1, dtype=torch.int64, device=images.device)
+        auxiliary = masked_pixel_loss(self.head(states[:, 1:2]), images, ids, 4)
+        return auxiliary + linear_pixel_loss(states[:, 1:2], self.head.weight, self.head.bias, images, ids, 4)
+
+
+TEXT = torch.randn(2, 5, 8, generator=G)
+
+
+def gradients(block: nn.Module, call: Callable[..., Tensor] | None = None) -> list[Tensor]:
+    block.zero_grad()
+    (call or block)(IMAGES, TEXT).backward()
+    return [x.grad.clone() for x in block.parameters() if x.grad is not None]
+
+
+def test_copies_of_a_module_and_functional_call():
+    block = Block()
+    wanted = gradients(block)
+    assert len(wanted) == 9
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert all(torch.equal(x, y) for x, y in zip(gradients(other), wanted, strict=True))
+    parameters = dict(block.named_parameters())
+    got = torch.func.grad(lambda p: torch.func.functional_call(block, p, (IMAGES, TEXT)))(
+        {name: x.detach() for name, x in parameters.items()}
+    )
+    torch.testing.assert_close([got[name] for name in parameters], wanted)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(reentrant: bool):
+    block, text = Block(), TEXT.clone().requires_grad_()
+    wanted = gradients(block)
+    got = gradients(block, lambda images, _: checkpoint(block, images, text, use_reentrant=reentrant))
+    torch.testing.assert_close(got, wanted)
+
+
+def test_weight_norm_and_hooks_around_the_modules():
+    block = Block()
+    for linear in (block.embed, block.project, block.head):
+        nn.utils.parametrizations.weight_norm(linear)
+    seen: list[str] = []
+    block.project.register_forward_hook(lambda *_: seen.append("project"))
+    assert all(torch.isfinite(x).all() for x in gradients(block))
+    assert seen == ["project"]
+
+
+def test_meta_device_with_autocast(backend: str):
+    if backend == "triton":
+        pytest.skip("kernels do not run on the meta device, and use_backend says so")
+    with torch.device("meta"):
+        block = Block()
+    images, text = IMAGES.to("meta"), TEXT.to("meta")
+    with torch.autocast("cpu", torch.bfloat16):
+        block(images, text).backward()
+    assert all(x.grad is not None and x.grad.shape == x.shape for x in block.parameters())

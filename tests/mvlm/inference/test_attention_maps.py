@@ -1,0 +1,139 @@
+"""Attention maps and GradCAM, against softmaxes and derivatives by autograd and by differences, in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from mvlm.errors import ConfigError
+from mvlm.inference.trained_model import TrainedModel
+from mvlm.model.maskvlm import MaskVLM
+from support.models import micro_model
+from support.scenes import scene
+
+TEXT = "red top left"
+
+
+# Two heads of 8, as all micro models have; of 32, which the kernels take as it is; and of 144, which they do not take.
+@pytest.fixture(scope="module", params=[("post", 16), ("pre", 64), ("pre", 288)], ids=str)
+def model(request, tokenizer) -> TrainedModel:
+    norm, width = request.param
+    network = micro_model(dtype=torch.float32, cross_norm=norm, cross_layers=3, text_length=40, width=width)
+    with torch.no_grad():  # wide layers of large random numbers saturate every softmax
+        for parameter in network.parameters():
+            parameter.mul_((16 / width) ** 0.5 if parameter.ndim == 2 else 1)
+    return TrainedModel(network, tokenizer, "auto")
+
+
+def match_by_hand(model: TrainedModel, pixels: np.ndarray, text: str, change=None):
+    """ITM's log-odds and the weights (H, L, M) of each layer, written out in float64.
+
+    Args:
+        change: (layer, tensor (H, L, M)) to add to the weights of a layer after its softmax.
+    """
+    network = MaskVLM(model.network.config).double()
+    network.load_state_dict(model.network.state_dict())
+    tokens = torch.from_numpy(model.tokenizer.encode([text], 40)[0])
+    v = network.encode_image(torch.from_numpy(pixels).permute(2, 0, 1)[None].double() / 255)
+    w, mask = network.encode_text(tokens, torch.tensor([0, len(tokens)]), len(tokens))
+    x, weights = w[0], []
+    for number, block in enumerate(network.text_cross.layers):
+
+        def attend(layer, queries, memory, number=number, cross=False):
+            q, k, value = (
+                projection(rows).unflatten(-1, (2, -1)).transpose(0, 1)
+                for projection, rows in ((layer.query, queries), (layer.key, memory), (layer.value, memory))
+            )  # (H, rows, D)
+            p = ((q @ k.mT) / q.shape[-1] ** 0.5).softmax(-1)
+            if cross:
+                if change is not None and change[0] == number:
+                    p = p + change[1]
+                p.retain_grad()
+                weights.append(p)
+            return layer.out((p @ value).transpose(0, 1).flatten(1))
+
+        y = block.norm1(x) if block.pre else x
+        x = x + attend(block.self_attention, y, y)
+        x = x if block.pre else block.norm1(x)
+        x = x + attend(block.cross_attention, block.norm2(x) if block.pre else x, v[0], cross=True)
+        x = x if block.pre else block.norm2(x)
+        x = x + block.mlp(block.norm3(x) if block.pre else x)
+        x = x if block.pre else block.norm3(x)
+    text_row = network.text_cross.norm(x)[0]
+    image_row = network.image_cross(v, w, None, mask)[0, 0]
+    logits = network.matching_head(image_row * text_row)
+    return logits[1] - logits[0], weights
+
+
+def spans_of(model: TrainedModel) -> list[tuple[int, int]]:
+    """Tokens of [CLS] and of each word, by encoding the words one by one."""
+    spans, position = [(0, 1)], 1
+    for word in TEXT.split():
+        length = len(model.tokenizer.encode([word], 40)[0]) - 2
+        spans.append((position, position + length))
+        position += length
+    return spans
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    return scene(5)[0]
+
+
+def test_weights_are_the_softmax_of_the_plain_model(model, pixels):
+    found = model.attention(pixels, TEXT)
+    log_odds, weights = match_by_hand(model, pixels, TEXT)
+    assert found.words == ["[CLS]", "red", "top", "left"]
+    assert found.weights.shape == (3, 2, 4, 4, 4)
+    assert found.log_odds == pytest.approx(log_odds.item(), abs=1e-4)
+    for layer, p in enumerate(weights):
+        rows = torch.stack([p[:, start:stop, 1:].mean(1) for start, stop in spans_of(model)], dim=1)  # (H, words, N)
+        np.testing.assert_allclose(found.weights[layer].flatten(2).numpy(), rows.detach().numpy(), rtol=0, atol=1e-6)
+        rest = p[:, 0, 0].detach().numpy()  # on the image's [CLS]
+        np.testing.assert_allclose(1 - found.weights[layer, :, 0].sum((1, 2)).numpy(), rest, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(found.maps.numpy(), found.weights.numpy().mean((0, 1)), atol=1e-7)
+
+
+def test_gradcam_is_weight_times_the_positive_derivative_of_the_log_odds(model, pixels):
+    found = model.attention(pixels, TEXT)
+    log_odds, weights = match_by_hand(model, pixels, TEXT)
+    log_odds.backward()
+    for layer, p in enumerate(weights):
+        assert p.grad is not None
+        cam = (p * p.grad.clamp(min=0)).mean(0).detach()  # (L, M)
+        rows = torch.stack([cam[start:stop, 1:].mean(0) for start, stop in spans_of(model)])
+        scale = rows.abs().max().item()
+        np.testing.assert_allclose(found.gradcam[layer].flatten(1).numpy(), rows.numpy(), rtol=0, atol=1e-4 * scale)
+    assert torch.equal(found.relevance, found.gradcam[1])
+    assert (found.gradcam[2, 1:] == 0).all()  # the last layer is read at [CLS] alone
+    assert (found.gradcam > 0).any()
+
+
+def test_derivatives_are_those_of_small_differences(model, pixels):
+    """The derivative by one weight of the second layer, by a central difference of the log-odds."""
+    log_odds, weights = match_by_hand(model, pixels, TEXT)
+    log_odds.backward()
+    assert weights[1].grad is not None
+    step = torch.zeros_like(weights[1])
+    step[1, 2, 5] = 1e-5
+    ahead, behind = (match_by_hand(model, pixels, TEXT, (1, sign * step))[0].item() for sign in (1, -1))
+    assert weights[1].grad[1, 2, 5].item() == pytest.approx((ahead - behind) / 2e-5, rel=1e-4)
+
+
+def test_maps_leave_the_model_as_it_is_and_need_no_parameter_gradients(model, pixels):
+    before = model.attention(pixels, TEXT)
+    assert all(parameter.grad is None for parameter in model.network.parameters())
+    frozen = TrainedModel(model.network, model.tokenizer, "bf16")  # maps are in float32 all the same
+    try:
+        model.network.requires_grad_(False)
+        with torch.no_grad():
+            again = frozen.attention(pixels, TEXT)
+    finally:
+        model.network.requires_grad_(True)
+    assert torch.equal(before.gradcam, again.gradcam)
+    assert torch.equal(before.weights, again.weights)
+
+
+def test_texts_that_cannot_be_used_are_refused(model, pixels):
+    for text, message in (("red " * 40, "wanted at most 40 tokens"), ("  ", "wanted words, found none")):
+        with pytest.raises(ConfigError, match=message):
+            model.attention(pixels, text)

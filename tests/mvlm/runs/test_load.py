@@ -1,0 +1,67 @@
+"""Trained models loaded from every kind of place."""
+
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+
+from mvlm.errors import ConfigError, RunError
+from mvlm.runs.load import export, load_model
+
+
+@pytest.fixture(scope="module")
+def portable(trained, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("portable") / "model"
+    export(trained, out)
+    return out
+
+
+def test_a_run_a_checkpoint_a_folder_and_its_file_are_one_model(trained, portable):
+    newest = trained / "checkpoints/step_00000002"
+    hashes = {load_model(path, "cpu").sha256 for path in (trained, newest, portable, portable / "model.safetensors")}
+    assert len(hashes) == 1
+    assert load_model(trained / "checkpoints/step_00000001", "cpu").sha256 not in hashes
+
+
+def test_the_result_is_a_pair_of_network_and_tokenizer(trained):
+    model = load_model(str(trained), torch.device("cpu"), "fp32")
+    network, tokenizer = model
+    assert (network, tokenizer) == (model.network, model.tokenizer)
+    assert model.precision == "fp32"
+    assert not network.training
+
+
+def test_an_id_of_the_hub_is_downloaded_with_its_tokenizer(portable, monkeypatch, tmp_path):
+    asked = []
+
+    def download(repo, name, **options):
+        asked.append((repo, name))
+        return str(portable / name)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert load_model("owner/name", "cpu").sha256 == load_model(portable, "cpu").sha256
+    assert asked == [("owner/name", name) for name in ("config.json", "model.safetensors", "tokenizer.json")]
+    shutil.copytree(portable, tmp_path / "owner/name")  # a folder here comes first
+    load_model("owner/name", "cpu")
+    with pytest.raises(RunError, match="a/b: wanted a run, a checkpoint or an exported folder, found no such folder"):
+        load_model(Path("a/b"), "cpu")  # a path is never an id
+    assert len(asked) == 3
+
+
+def test_other_places_devices_and_precisions_are_refused(trained, portable, tmp_path):
+    (tmp_path / "weights.bin").write_bytes(b"pickle")
+    with pytest.raises(RunError, match=r"weights.bin: wanted a run, a checkpoint or an exported folder, found a file"):
+        load_model(tmp_path / "weights.bin")
+    alone = tmp_path / "model.safetensors"
+    shutil.copy(portable / "model.safetensors", alone)
+    with pytest.raises(
+        RunError, match=f"{tmp_path}: wanted a run, a checkpoint or an exported folder, found no finish"
+    ):
+        load_model(alone)
+    with pytest.raises(ConfigError, match="device: wanted auto, cpu or cuda, got 'gpu'"):
+        load_model(trained, "gpu")
+    with pytest.raises(ConfigError, match="precision: wanted auto, bf16, fp32, got 'fp8'"):
+        load_model(trained, "cpu", "fp8")

@@ -1,0 +1,49 @@
+"""A trained model for the tests of search, and embeddings of the small data set and of a folder of images."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvlm.distributed.world import World
+from mvlm.inference.trained_model import TrainedModel
+from mvlm.search.collection import open_collection
+from mvlm.search.embed import embed
+from support.models import micro_model
+from support.scenes import png, scene
+
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer) -> TrainedModel:
+    return TrainedModel(micro_model(dtype=torch.float32), tokenizer, "fp32")
+
+
+@pytest.fixture(scope="session")
+def alone() -> World:
+    return ALONE
+
+
+@pytest.fixture(scope="session")
+def embedded(model, scenes, tmp_path_factory) -> Path:
+    """Embeddings of all splits of the data set. Read only."""
+    out = tmp_path_factory.mktemp("embedded") / "out"
+    embed(model, open_collection(scenes, ["train", "validation", "test"]), out, ALONE, "the run")
+    return out
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder of ten images, some with captions and metadata, and a file that is no image."""
+    folder = tmp_path / "pictures"
+    for number in range(10):
+        path = folder / ("deep" if number % 3 else "") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels, caption = scene(number)
+        path.write_bytes(png(pixels))
+        if number % 2:
+            path.with_suffix(".txt").write_text(f"{caption}\n\n a square \n")
+            path.with_suffix(".json").write_text(f'{{"number": {number}, "colour": "{caption.split()[0]}"}}')
+    (folder / "notes.md").write_text("not an image")
+    return folder

@@ -1,0 +1,70 @@
+"""Collections: items of data sets and folders, in order."""
+
+import numpy as np
+import pytest
+
+from mvlm.errors import RunError
+from mvlm.search.collection import open_collection
+from mvlm_dataloading import DataError
+from support.scenes import scene
+
+
+def test_items_of_a_data_set_follow_its_splits(scenes, model):
+    found = open_collection(scenes, ["train", "validation", "test"])
+    assert sorted(open_collection(scenes).source["splits"]) == ["test", "train", "validation"]
+    assert len(found) == 48
+    assert [(found.item(i).split, found.item(i).row) for i in (0, 31, 32, 40, 47)] == [
+        ("train", 0), ("train", 31), ("validation", 0), ("test", 0), ("test", 7),
+    ]  # fmt: skip
+    item = found.item(41)
+    assert (item.id, item.captions[0], item.metadata) == ("test001", scene(4)[1], {"base": scene(4)[1].split()[0]})
+    batches = list(found.pixel_batches(30, 42, model))
+    assert [i for rows, _ in batches for i in rows] == list(range(30, 42))
+    assert np.array_equal(batches[-1][1][1].permute(1, 2, 0).numpy(), scene(4)[0])
+    with pytest.raises(IndexError):
+        found.item(48)
+
+
+def test_a_collection_opens_again_from_its_source(scenes, pictures):
+    for collection in (open_collection(scenes, ["test", "train"]), open_collection(pictures)):
+        source = collection.source
+        again = open_collection(source["path"], source.get("splits"))
+        assert again.fingerprint == collection.fingerprint
+        item = collection.item(3)
+        assert again.image_bytes(item.id, item.split, item.row).startswith(b"\x89PNG")
+    assert (
+        open_collection(scenes, ["train", "test"]).fingerprint != open_collection(scenes, ["test", "train"]).fingerprint
+    )
+
+
+def test_the_fingerprint_of_a_folder_changes_with_its_files(pictures):
+    before = open_collection(pictures).fingerprint
+    (pictures / "deep" / "2.png").rename(pictures / "deep" / "2b.png")
+    assert open_collection(pictures).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("3.json", b"[1]", "3.json: wanted a JSON object, found something else"),
+        ("3.json", b"{", "3.json: wanted a JSON object, found something else"),
+        ("3.txt", b"\xff\xfe", "3.txt: wanted UTF-8, found other bytes"),
+        ("3.txt", b"a" * (1 << 21), "3.txt: wanted at most 1048576 bytes beside an image, found more"),
+    ],
+)
+def test_broken_files_beside_an_image_are_refused(pictures, name, content, message):
+    (pictures / name).write_bytes(content)
+    with pytest.raises(RunError, match=message):
+        open_collection(pictures).item(1)
+
+
+def test_places_without_images_are_refused(tmp_path, scenes, pictures):
+    with pytest.raises(RunError, match="nowhere: wanted a data set or a folder of images, found no such folder"):
+        open_collection(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunError, match="empty: wanted a data set or a folder of images, found no image in it"):
+        open_collection(tmp_path / "empty")
+    with pytest.raises(RunError, match="wanted a data set, which has splits, found a folder of images"):
+        open_collection(pictures, ["train"])
+    with pytest.raises(DataError, match="wanted the split none"):
+        open_collection(scenes, ["none"])

@@ -1,0 +1,215 @@
+"""CUDA graphs of a step, with a capture that needs no GPU: it repeats the step into the same tensors.
+
+What only a device can show, equal losses of captured steps, is in tests/promises/test_gpu.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mvlm.distributed.parallel import parallelize
+from mvlm.distributed.world import World
+from mvlm.errors import ConfigError
+from mvlm.model.packing import pad_to_bucket
+from mvlm.objectives.losses import Losses
+from mvlm.training.build import make_loader
+from mvlm.training.cuda_graphs import CudaGraphs, bucket_of, check_graphs, copy_inputs, static_copy
+from mvlm.training.optimizer import make_optimizer
+from mvlm.training.trainer import Trainer
+from mvlm_dataloading import open_dataset
+from support.models import micro_batch, micro_model, pretrain_config
+
+LENGTHS = [(7, 4, 12, 3), (5, 4, 6, 9), (12, 12, 12, 12), (3, 3, 3, 4)]
+
+
+class Recorder:
+    """A capture on the CPU. Like a graph it keeps the outputs' and gradients' memory, and sees only its own inputs."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model, self.captures, self.replays = model, 0, 0
+
+    def __call__(self, function: Callable[[], Losses]) -> tuple[Callable[[], None], Losses]:
+        self.captures += 1
+        outputs = function()
+        gradients = [p.grad for p in self.model.parameters()]
+
+        def replay() -> None:
+            self.replays += 1
+            for p in self.model.parameters():
+                p.grad = None
+            for own, new in zip(outputs, function(), strict=True):
+                own.copy_(new)
+            for own, p in zip(gradients, self.model.parameters(), strict=True):
+                assert (own is None) == (p.grad is None)
+                if own is not None and p.grad is not None:
+                    own.copy_(p.grad)
+                p.grad = None
+
+        # A capture runs nothing: until the first replay its outputs mean nothing.
+        for x in (*outputs, *gradients):
+            if x is not None:
+                x.fill_(torch.nan)
+        return replay, outputs
+
+
+def backward_step(model) -> Callable[..., Losses]:
+    def step(batch, masks, number, reconstruction_only) -> Losses:
+        losses = model(batch, masks, step=number, reconstruction_only=reconstruction_only, plan="fast")
+        losses.total.backward()
+        return Losses(*(loss.detach() for loss in losses))
+
+    return step
+
+
+def batches(model, lengths):
+    for seed, own in enumerate(lengths):
+        batch, masks = micro_batch(own, config=model.config)
+        batch = replace(batch, images=(batch.images + 31 * seed).to(torch.uint8))
+        yield pad_to_bucket(batch, masks, model.config.text_length)
+
+
+def train(model, steps, run: Callable[..., Losses], clip: bool = True) -> list[Losses]:
+    """Losses of SGD steps. Gradients are changed in place and dropped, as the trainer does."""
+    found = []
+    for number, (batch, masks) in enumerate(steps):
+        found.append(run(batch, masks, torch.tensor(number), number < 2))
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.grad is not None:
+                    p -= 0.5 * p.grad
+                    p.grad = None
+    return found
+
+
+def test_replayed_steps_train_as_eager_ones():
+    order = [LENGTHS[i] for i in (0, 0, 1, 1, 0, 1, 2, 0, 2, 2, 1, 0)]
+    wanted_model, model = micro_model(), micro_model()
+    wanted = train(wanted_model, batches(wanted_model, order), backward_step(wanted_model))
+    recorder = Recorder(model)
+    graphs = CudaGraphs(backward_step(model), model.parameters(), recorder)
+    got = train(model, batches(model, order), graphs.run)
+    assert graphs.captured == recorder.captures > 1
+    assert recorder.replays > recorder.captures
+    for a, b in zip(got, wanted, strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert torch.equal(x, y)  # those of earlier steps too: later replays do not change them
+    for p, q in zip(model.parameters(), wanted_model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_bucket_is_eager_first_then_captured_and_the_number_of_graphs_is_bounded():
+    model = micro_model()
+    recorder = Recorder(model)
+    eager = []
+    step = backward_step(model)
+
+    def counted(*args) -> Losses:
+        eager.append(args)
+        return step(*args)
+
+    graphs = CudaGraphs(counted, model.parameters(), recorder, limit=1)
+    inputs = list(batches(model, [LENGTHS[0], LENGTHS[2]]))
+    assert bucket_of(*inputs[0], False) != bucket_of(*inputs[1], False)
+    for expected_captures, (batch, masks) in zip((0, 1, 1, 1, 1), (*[inputs[0]] * 3, *[inputs[1]] * 2), strict=True):
+        graphs.run(batch, masks, torch.tensor(9), False)
+        assert graphs.captured == expected_captures
+    assert recorder.replays == 2
+    assert (
+        len(eager) == 1 + 1 + 2 + 2
+    )  # first batch, capture, replays of the recorder, two of the bucket beyond the limit
+
+
+def test_buckets_differ_by_shapes_host_numbers_and_losses():
+    batch, masks = next(iter(batches(micro_model(), [LENGTHS[0]])))
+    bucket = bucket_of(batch, masks, False)
+    assert bucket == bucket_of(static_copy(batch), static_copy(masks), False)
+    assert bucket != bucket_of(batch, masks, True)
+    assert bucket != bucket_of(replace(batch, max_length=batch.max_length + 16), masks, False)
+    assert bucket != bucket_of(batch, replace(masks, token_ids=masks.token_ids[:-1]), False)
+    hash(bucket)
+
+
+def test_few_buckets_hold_a_hundred_batches():
+    model = micro_model()
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(3, 13, (100, 16), generator=draw).tolist()
+    found = {bucket_of(*inputs, False) for inputs in batches(model, lengths)}
+    assert len(found) <= 8
+
+
+def test_inputs_are_copied_into_the_graphs_own_tensors():
+    first, second = batches(micro_model(), [LENGTHS[0]] * 2)
+    own = static_copy(first[0]), static_copy(first[1])
+    before = [x.data_ptr() for x in (own[0].images, own[0].tokens, own[0].cu_seqlens, own[1].token_ids)]
+    copy_inputs(second, own)
+    assert torch.equal(own[0].images, second[0].images)
+    assert not torch.equal(own[0].images, first[0].images)
+    assert before == [x.data_ptr() for x in (own[0].images, own[0].tokens, own[0].cu_seqlens, own[1].token_ids)]
+
+
+def test_steps_stay_eager_after_a_capture_that_failed(caplog):
+    wanted_model, model = micro_model(), micro_model()
+    order = [LENGTHS[0]] * 4
+    wanted = train(wanted_model, batches(wanted_model, order), backward_step(wanted_model))
+    attempts = []
+
+    def capture(function):
+        attempts.append(function())  # gradients are set when the capture ends with an error
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    graphs = CudaGraphs(backward_step(model), model.parameters(), capture)
+    got = train(model, batches(model, order), graphs.run)
+    assert len(attempts) == 1
+    assert graphs.captured == 0
+    assert "operation not permitted when stream is capturing" in caplog.text
+    for a, b in zip(got, wanted, strict=True):
+        assert torch.equal(a.total, b.total)
+
+
+def test_a_run_that_cannot_take_graphs_hears_why(tmp_path):
+    config = pretrain_config(tmp_path, tmp_path, cuda_graphs=True)
+    cuda = World(rank=0, size=1, local_rank=0, device=torch.device("cuda", 0))
+    check_graphs(config, cuda)
+    for changes, world, message in (
+        ({}, replace(cuda, device=torch.device("cpu")), "wanted a CUDA device, got cpu"),
+        ({}, replace(cuda, size=2), "wanted one rank, got 2"),
+        ({"checkpoint_activations": True}, cuda, "wanted all activations kept, got --checkpoint-activations"),
+    ):
+        with pytest.raises(ConfigError, match=f"^cuda_graphs: {message}; leave --cuda-graphs out$"):
+            check_graphs(replace(config, **changes), world)
+
+
+@pytest.mark.parametrize("other", [{"plan": "plain"}, {"accumulate": 2}, {"compile": True}], ids=str)
+def test_graphs_need_the_fast_plan_without_accumulation_and_compiling(other, tmp_path):
+    with pytest.raises(ConfigError, match="cuda_graphs: wanted --plan fast, --accumulate 1 and no --compile"):
+        pretrain_config(tmp_path, tmp_path, cuda_graphs=True, **other)
+
+
+def test_the_trainer_replays_its_steps(scenes, tokenizer, tmp_path):
+    """Eight steps with reconstruction alone at first: the metrics, learning rates and weights of eager steps."""
+    rows, weights = [], []
+    alone = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+    for replayed in (False, True):
+        config = pretrain_config(
+            scenes, tmp_path / "run", precision="fp32", max_steps=20, cuda_graphs=True, reconstruction_first=3
+        )
+        model = micro_model(dtype=torch.float32)
+        loader = make_loader(open_dataset(scenes, "train"), tokenizer, config, alone)
+        optimizer = make_optimizer(model, config, alone.device)
+        trainer = Trainer(config, alone, parallelize(model, alone), optimizer, loader, tokenizer)
+        recorder = Recorder(model)
+        if replayed:
+            trainer.graphs = CudaGraphs(trainer.backward_alone, model.parameters(), recorder)
+        batches = iter(loader)
+        for _ in range(8):
+            trainer.one_step(batches)
+        rows.append(trainer.metrics.read())
+        weights.append([p.detach().clone() for p in model.parameters()])
+        assert (recorder.replays > 1) == replayed
+    assert rows[0] == rows[1]
+    for p, q in zip(*weights, strict=True):
+        assert torch.equal(p, q)

@@ -1,0 +1,38 @@
+"""Freed memory stays with the process: page faults, counted by the system."""
+
+import subprocess
+import sys
+
+_CODE = """
+import resource, sys
+import torch
+from mvlm.training.freed_memory import keep_freed_memory
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def step():
+    # 20 tensors of different sizes, 100 MB together, as the activations of a step.
+    tensors = [torch.ones(250_000 + 100_000 * k) for k in range(20)]
+    del tensors
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(3):
+    step()
+before = faults()
+for _ in range(5):
+    step()
+print((faults() - before) / 5)
+"""
+
+
+def faults_a_step(mode: str) -> float:
+    done = subprocess.run([sys.executable, "-c", _CODE, mode], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return float(done.stdout)
+
+
+def test_a_step_reuses_the_memory_of_the_previous_step():
+    assert faults_a_step("default") > 10_000  # a page has 4 kB, so 100 MB are 25,000 pages
+    assert faults_a_step("keep") < 100

@@ -1,0 +1,67 @@
+"""Examples of the pages on using a trained model run as written, on a micro model and a small data set."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mvlm.cli import run_command
+from mvlm.model.pretrained import write_model
+from mvlm_dataloading import open_dataset, tokenizer_for
+from support.models import micro_model
+from support.scenes import png, scene, write_scenes
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(language: str, page: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A working folder with the files that the pages name: runs/demo, data/emoji, cat.png and dog.png."""
+    data = write_scenes(tmp_path / "data/emoji")
+    tokenizer = tokenizer_for(open_dataset(data, "train"), 300)
+    run = tmp_path / "runs/demo"
+    run.mkdir(parents=True)
+    write_model(micro_model(dtype=torch.float32, text_length=40), run)
+    tokenizer.save(run / "tokenizer.json")
+    for number, name in enumerate(("cat.png", "dog.png")):
+        (tmp_path / name).write_bytes(png(scene(number)[0]))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_examples_of_the_python_page_run(folder, capsys):
+    names: dict = {}
+    for block in blocks("python", "python.md"):
+        exec(block, names)
+    assert names["images"].shape == (2, 8)
+    assert names["gallery"].shape == (8, 8)
+    assert sorted(names["ranking"].order.tolist()) == [0, 1]
+    assert names["classes"].probability.sum(1).tolist() == pytest.approx([1, 1])
+    assert len(names["filled"].guesses[0]) == 3
+    with Image.open(folder / "rebuilt.png") as rebuilt:
+        assert rebuilt.size == (32, 32)
+    assert names["found"].words == ["[CLS]", "a", "red", "cat"]
+    assert (folder / "words.png").stat().st_size > 0
+    assert names["network"] is names["model"].network
+
+
+@pytest.mark.slow
+def test_commands_of_the_search_page_run(folder, capsys):
+    pytest.importorskip("lancedb")
+    commands = [shlex.split(line) for block in blocks("sh", "search.md") for line in block.splitlines()]
+    assert [words[1] for words in commands] == ["embed", *["search"] * 8]
+    for words in commands:
+        run_command(words[1:])
+    for name in ("embedded/embedding.json", "cats.html", "cats.json"):
+        assert (folder / name).stat().st_size > 0
+    capsys.readouterr()
+    (block,) = blocks("python", "search.md")
+    exec(block, {})
+    assert len(capsys.readouterr().out.splitlines()) == 3

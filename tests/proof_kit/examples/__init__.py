@@ -1,0 +1,1 @@
+"""Kernels of others, proved: a softmax as in tutorials, and layers of Liger."""
