@@ -14,8 +14,6 @@ from mvlm.commands.pretrain import pretrain
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "data emoji": data_build.emoji,
-    "data twemoji": data_build.twemoji,
-    "data easy-vqa": data_build.easy_vqa,
     "data coco": data_build.coco,
     "data flickr30k": data_build.flickr30k,
     "data visual-genome": data_build.visual_genome,
@@ -24,6 +22,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data folder": data_build.folder,
     "data webdataset": data_build.webdataset,
     "data huggingface": data_build.huggingface,
+    "data twemoji": data_build.twemoji,
+    "data easy-vqa": data_build.easy_vqa,
     "data check": data_tools.check,
     "data index": data_tools.index,
     "data view": data_tools.view,
