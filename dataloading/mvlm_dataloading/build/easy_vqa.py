@@ -9,6 +9,7 @@ Each question's sample holds its image again: 48,248 copies of 5,000 PNGs of 64 
 import hashlib
 import json
 import logging
+from importlib.resources import files
 from pathlib import Path
 
 from mvlm_dataloading.dataset.description import already_written
@@ -39,7 +40,7 @@ def build_easy_vqa(out: Path) -> Path:
     if already_written(out, name=NAME, recipe=recipe):
         log.info("%s already holds this data set; left as it is", out)
         return out
-    folder = Path(package.__file__).parent / "data"
+    folder = files(package) / "data"
     with ShardWriter(
         out,
         name=NAME,

@@ -7,6 +7,7 @@ is those of its train split.
 """
 
 import logging
+from importlib.resources import files
 from pathlib import Path
 
 from mvlm_dataloading.dataset.description import already_written
@@ -42,7 +43,7 @@ def build_twemoji(out: Path, size: int = 144) -> Path:
     if already_written(out, name=NAME, recipe=recipe):
         log.info("%s already holds this data set; left as it is", out)
         return out
-    folder = Path(package.__file__).parent / "assets" / "svg"
+    folder = Path(str(files(package))) / "assets" / "svg"
     drawn = {_plain(svg.stem): svg for svg in sorted(folder.glob("*.svg"))}
     entries = [(points, captions, meta) for points, _, captions, meta in named_emoji() if _plain(points) in drawn]
     with ShardWriter(

@@ -28,7 +28,7 @@ def test_bytes_and_operations_against_a_count_by_hand() -> None:
     with Traffic() as traffic:
         c = a @ b
         c.T.to(torch.bfloat16)  # the view is free
-        c + c[:1].expand(4, 16)  # an expanded dimension counts once
+        _ = c + c[:1].expand(4, 16)  # an expanded dimension counts once
     assert traffic.bytes == {
         "products": 4 * (4 * 8 + 8 * 16 + 4 * 16),
         "casts and copies": 4 * 16 * (4 + 2),
