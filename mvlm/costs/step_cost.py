@@ -27,12 +27,15 @@ from torch.utils.flop_counter import flop_registry
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.flops import FORMULAS
+from mvlm.distributed.collectives import GlobalBatchLayout, HostNumbers
+from mvlm.distributed.exchange import plan_exchange
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.loss_shares import Microbatch
 from mvlm.distributed.parallel import BLOCKS, checkpoint_activations, parallelize
 from mvlm.distributed.world import World
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import round_up_length
+from mvlm.objectives.negatives import NegativeSampling
 from mvlm_dataloading import Batch, Masks
 
 CPU = torch.device("cpu")
@@ -157,7 +160,8 @@ def step_cost(config: MaskVLMConfig, shape: StepShape) -> StepCost:
     model.set_attention("sdpa", "sdpa")  # like the backends of a GPU, it keeps no scores for backward
     if shape.checkpointed:
         checkpoint_activations(model)
-    with _world(shape.ranks) as world, FakeTensorMode():
+    numbers = uniform_draws(shape)
+    with _world(shape.ranks) as world, patch.object(HostNumbers, "read", lambda _: numbers), FakeTensorMode():
         give_fake_tensors(model)
         micro = [_microbatch(config, shape) for _ in range(shape.microbatches)]
         layer_norm = GpuLayerNorm() if shape.gpu else contextlib.nullcontext()
@@ -216,13 +220,25 @@ def _world(ranks: int) -> Iterator[World]:
             dist.destroy_process_group()
 
 
+def uniform_draws(shape: StepShape) -> list[list[int]]:
+    """Numbers of rows that rank 0 exchanges in each microbatch, if all pairs are equally likely negatives."""
+    layout = GlobalBatchLayout(0, shape.ranks, shape.microbatches, shape.pairs)
+    generator = torch.Generator().manual_seed(0)
+    texts, images = torch.randint(layout.total, (2, layout.total), generator=generator)
+    negatives = NegativeSampling(texts, texts, 0, 0).limited(texts, images, torch.float32)
+    lengths = torch.full_like(texts, shape.tokens)
+    starts = shape.tokens * torch.arange(shape.microbatches * shape.pairs)
+    plans = [plan_exchange(negatives, lengths, starts, a, layout) for a in range(shape.microbatches)]
+    return [plan.numbers.tolist() for plan in plans]
+
+
 def _drawn_tokens(config: MaskVLMConfig, shape: StepShape) -> int:
     """Rows for the captions of ITM's pairs: on a CPU their tokens, on a GPU the most that they may have."""
     if not shape.gpu:
         return 3 * shape.pairs * shape.tokens
-    # Fetched captions may come from any batch, so only the model's text length bounds them.
-    alone = shape.microbatches == 1 and (shape.ranks == 1 or shape.local_negatives)
-    return 3 * shape.pairs * round_up_length(shape.longest if alone else config.text_length)
+    # The host knows the rows of captions that arrive from other ranks, and of others only the longest.
+    alone = shape.microbatches == shape.ranks == 1 or shape.local_negatives
+    return shape.pairs * (2 * shape.tokens + (round_up_length(shape.longest) if alone else shape.tokens))
 
 
 def give_fake_tensors(module: nn.Module) -> None:

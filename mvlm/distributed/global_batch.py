@@ -15,30 +15,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mvlm.distributed.collectives import GlobalBatchLayout, gather_rows
-from mvlm.distributed.contrastive import sharded_contrastive_loss
+from mvlm.device import compute_dtype
+from mvlm.distributed.collectives import GlobalBatchLayout, Pending, start_gather
+from mvlm.distributed.contrastive import Embeddings, negatives_of_all, sharded_contrastive_loss
+from mvlm.distributed.exchange import FeatureExchange
 from mvlm.distributed.gradient_cache import backward_cached
 from mvlm.distributed.loss_shares import (
     OBJECTIVES,
     SHARE_NAMES,
     GlobalStep,
-    MatchingInputs,
     Microbatch,
-    append_negatives,
     contrastive_parameters,
     count_masked_tokens,
-    fetch_negatives,
+    global_pairs,
+    local_pairs,
     matching_shares,
-    pair_features,
+    own_negatives,
     reconstruction_shares,
     scaled_total,
-    total_matching_weight,
 )
 from mvlm.distributed.parallel import Parallel
 from mvlm.distributed.world import World
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.objectives.losses import Losses
-from mvlm.objectives.negatives import NegativeSampling
 from mvlm_dataloading import Batch
 
 
@@ -71,12 +70,11 @@ def backward_global(
         raise ValueError(f"microbatches: wanted at least one, all with as many pairs, got {sizes} pairs")
     layout = GlobalBatchLayout(world.rank, world.size, len(microbatches), sizes[0])
     # Every rank needs the ids of all pairs, to exclude true matches from the negatives, and the lengths of all
-    # captions, to pack the text features that it fetches, which arrive padded.
-    ids = torch.cat([_ids(batch) for batch, _ in microbatches])  # (n, 3)
-    image_id, text_id, lengths = gather_rows(ids, layout).unbind(1)
-    sampling = NegativeSampling(image_id, text_id, seed, step, block=layout.pairs if local_negatives else None)
+    # captions, to know the packing of those that it sends and receives.
+    ids = start_gather(torch.cat([_ids(batch) for batch, _ in microbatches]), layout)
     masked = torch.stack([count_masked_tokens(batch, masks) for batch, masks in microbatches]).sum()
-    shared = GlobalStep(layout, world, IMPLEMENTATIONS[plan], autocast, sampling, lengths, world.all_reduce(masked))
+    counted = Pending(world.start_all_reduce(masked), lambda: masked)
+    shared = GlobalStep(layout, world, IMPLEMENTATIONS[plan], autocast, seed, step, local_negatives, ids, counted)
     run = _backward_one_graph if len(microbatches) == 1 else backward_cached
     shares = world.all_reduce(run(parallel, microbatches, shared, not reconstruction_only))
     if reconstruction_only:
@@ -100,18 +98,27 @@ def _backward_one_graph(
         batch, masks = microbatches[0]
         with step.autocast():
             streams = step.implementation.encode(model, batch, masks)
+            if not contrastive:
+                return scaled_total(model, reconstruction_shares(model, streams, batch, masks, step), step)
+            image, text = streams.image, streams.text
+            embeddings = Embeddings(model.embed_image(image), model.embed_text(text.first()), step.layout)
+            itc, accuracy, draws = sharded_contrastive_loss(embeddings, model.log_scale, step.sampling, step.layout)
+            negatives = negatives_of_all(draws, step.sampling, step.layout, itc.dtype)
+            exchange = None
+            if not step.local_negatives:
+                wire = compute_dtype(image)
+                exchange = FeatureExchange(negatives, step.lengths, image, [text], step.layout, wire)
+                exchange.join_graph()
+            # MLM and MIM stand between departure and arrival, in forward and in backward. Once they are queued, the
+            # host waits for the numbers of rows, which the device makes before it begins MLM.
             shares = reconstruction_shares(model, streams, batch, masks, step)
-            if contrastive:
-                embeddings = model.embed_image(streams.image), model.embed_text(streams.text.first())  # (b, E)
-                itc, accuracy, negatives = sharded_contrastive_loss(
-                    *embeddings, model.log_scale, step.sampling, step.layout
-                )
-                inputs = MatchingInputs(streams.image, streams.text, streams.caches)
-                if not step.local_negatives:  # features of other ranks come without key/value caches
-                    own = pair_features(streams.image, streams.text, model.config.text_length)
-                    inputs = append_negatives(own, fetch_negatives([own], negatives, step))
-                shares |= {"itc": itc, "itc_accuracy": accuracy}
-                shares |= matching_shares(model, inputs, negatives, total_matching_weight(negatives, step), step)
+            own = own_negatives(negatives, 0, step.layout)
+            if exchange is None:
+                inputs = local_pairs(image, text, own, step.layout.pairs, streams.caches)
+            else:  # features of other ranks come without key/value caches
+                exchange.start(0)
+                inputs = global_pairs(image, text, own, exchange.arrive(0))
+            shares |= {"itc": itc, "itc_accuracy": accuracy} | matching_shares(model, inputs, negatives, step)
         return scaled_total(model, shares, step)
 
     total, shares = parallel(forward)

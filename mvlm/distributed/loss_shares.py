@@ -1,4 +1,4 @@
-"""Shares of the losses of a global batch, and the features from which ITC and ITM are computed.
+"""Shares of the losses of a global batch, and the pairs of ITM.
 
 Each rank computes a share of every loss from each of its microbatches. The shares of all ranks and microbatches add up
 to the loss that one rank would compute from the whole batch.
@@ -14,13 +14,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mvlm.distributed.collectives import GlobalBatchLayout, fetch_rows
+from mvlm.distributed.collectives import GlobalBatchLayout, Pending
+from mvlm.distributed.exchange import Arrived
 from mvlm.distributed.world import World
 from mvlm.model.implementation import Implementation, PairCaches, Streams
 from mvlm.model.network import MaskVLMNetwork
-from mvlm.model.packing import PackedText, pack
+from mvlm.model.packing import PackedText, Packing
 from mvlm.objectives.losses import matching_loss
-from mvlm.objectives.negatives import Negatives, NegativeSampling, matching_pairs, matching_rows, matching_weights
+from mvlm.objectives.negatives import (
+    MatchingPairs,
+    Negatives,
+    NegativeSampling,
+    matching_pairs,
+    matching_rows,
+    matching_weights,
+)
 from mvlm_dataloading import Batch, Masks
 
 Microbatch = tuple[Batch, Masks]
@@ -38,61 +46,74 @@ class GlobalStep(NamedTuple):
     world: World
     implementation: Implementation
     autocast: Callable[[], AbstractContextManager[object]]
-    sampling: NegativeSampling
-    """Sampling of ITM's negatives: within a microbatch if its `block` is set, else from the global batch."""
-    lengths: Tensor
-    """int64 (G,), number of tokens of each caption of the global batch."""
-    masked_tokens: Tensor
+    seed: int
+    """Seed of ITM's negatives."""
+    step: int | Tensor
+    """Number of the update; with the seed it determines the negatives."""
+    local_negatives: bool
+    """Draw negatives within a microbatch, not from the global batch."""
+    ids: Pending
+    """int64 (G, 3): image_id, text_id and number of tokens of each pair of the global batch."""
+    masked_tokens: Pending
     """Number of masked tokens of the global batch, a scalar on the device."""
 
     @property
-    def local_negatives(self) -> bool:
-        """True if negatives are drawn within a microbatch."""
-        return self.sampling.block is not None
+    def sampling(self) -> NegativeSampling:
+        """Sampling of ITM's negatives."""
+        image_id, text_id, _ = self.ids.wait().unbind(1)
+        block = self.layout.pairs if self.local_negatives else None
+        return NegativeSampling(image_id, text_id, self.seed, self.step, block)
 
-
-class PairFeatures(NamedTuple):
-    """Features of the pairs of one microbatch, for ITC and ITM."""
-
-    image: Tensor
-    """v (b, 1+N, C)."""
-    text: Tensor
-    """w (b, L, C), zeros for padding."""
-    lengths: Tensor
-    """int64 (b,), number of tokens of each caption."""
+    @property
+    def lengths(self) -> Tensor:
+        """int64 (G,), number of tokens of each caption of the global batch."""
+        return self.ids.wait()[:, 2]
 
 
 class MatchingInputs(NamedTuple):
-    """Image and text features of which ITM forms the pairs of one microbatch."""
+    """Features of images and captions, and the 3b pairs that ITM forms of them for one microbatch."""
 
     image: Tensor
-    """(b, 1+N, C), or (2b, 1+N, C) with the drawn images after the microbatch's own."""
+    """(.., 1+N, C)."""
     text: PackedText
-    """b captions, or 2b with the drawn captions after the microbatch's own."""
+    pairs: MatchingPairs
+    """Rows of `image` and captions of `text`."""
+    max_rows: int
+    """Bound of the rows of the captions of all pairs together."""
     caches: PairCaches | None = None
     """Key/value caches of both, if the implementation has made them."""
 
 
-def pair_features(image: Tensor, text: PackedText, length: int) -> PairFeatures:
-    """Features from v (b, 1+N, C) and w. Captions are padded to `length`, the model's text length.
+def local_pairs(
+    image: Tensor, text: PackedText, own: Negatives, pairs: int, caches: PairCaches | None = None
+) -> MatchingInputs:
+    """Form pairs of a microbatch's features, and negatives (b,) from the same microbatch, given by global indices."""
+    rows = own._replace(texts=own.texts % pairs, images=own.images % pairs)
+    bound = matching_rows(text.packing.total, pairs * text.packing.max_length)
+    return MatchingInputs(image, text, matching_pairs(rows), bound, caches)
 
-    One length for all ranks keeps the sizes of `fetch_rows` static.
+
+def global_pairs(image: Tensor, text: PackedText, own: Negatives, arrived: Arrived) -> MatchingInputs:
+    """Form pairs of a microbatch's features, and the features of its negatives (b,), which have arrived.
+
+    What has arrived comes first, because the microbatch's own captions may end in padding rows.
     """
-    padded, _ = PackedText(text.rows, text.packing.with_max_length(length)).padded()
-    return PairFeatures(image, padded, text.packing.lengths.long())
+    theirs, ours = arrived.text.packing, text.packing
+    bounds = torch.cat([theirs.cu_seqlens, ours.cu_seqlens[1:] + theirs.total])
+    packing = Packing(bounds, max(theirs.max_length, ours.max_length), theirs.total + ours.total)
+    drawn = own._replace(texts=arrived.text_place, images=arrived.image_place)
+    return MatchingInputs(
+        torch.cat([arrived.image.to(image.dtype), image]),
+        PackedText(torch.cat([arrived.text.rows.to(text.rows.dtype), text.rows]), packing),
+        matching_pairs(drawn, len(arrived.image), len(theirs)),
+        matching_rows(ours.total, arrived.drawn_rows),
+    )
 
 
-def append_negatives(own: PairFeatures, drawn: PairFeatures) -> MatchingInputs:
-    """Concatenate a microbatch's own features (rows 0 to b - 1) and those of its drawn negatives (b to 2b - 1)."""
-    text = pack(torch.cat([own.text, drawn.text]), torch.cat([own.lengths, drawn.lengths]))
-    return MatchingInputs(torch.cat([own.image, drawn.image]), text)
-
-
-def fetch_negatives(own: list[PairFeatures], negatives: Negatives, step: GlobalStep) -> PairFeatures:
-    """Fetch the features (n, ...) of the drawn images and captions from the ranks that have them."""
-    image = fetch_rows([features.image for features in own], negatives.images, step.layout)
-    text = fetch_rows([features.text for features in own], negatives.texts, step.layout)
-    return PairFeatures(image, text, step.lengths.index_select(0, negatives.texts))
+def own_negatives(negatives: Negatives, microbatch: int, layout: GlobalBatchLayout) -> Negatives:
+    """Those of one of this rank's microbatches (b,), of the negatives of all G pairs."""
+    rows = layout.indices(microbatch, negatives.texts.device)
+    return Negatives(*(x.index_select(0, rows) for x in negatives))
 
 
 def contrastive_parameters(model: MaskVLMNetwork) -> list[nn.Parameter]:
@@ -113,37 +134,23 @@ def reconstruction_shares(
     mlm, mim, accuracy = step.implementation.reconstruction_losses(model, streams, batch, masks)
     # MLM is a mean over masked tokens. Microbatches have different numbers of them, so the mean of their means would
     # not be the loss of the global batch: each is weighted by its number. All have equally many masked patches.
-    mlm, accuracy = (x * count_masked_tokens(batch, masks) / step.masked_tokens for x in (mlm, accuracy))
+    mlm, accuracy = (x * count_masked_tokens(batch, masks) / step.masked_tokens.wait() for x in (mlm, accuracy))
     return {"mlm": mlm, "mim": mim / (step.layout.ranks * step.layout.microbatches), "mlm_accuracy": accuracy}
 
 
-def total_matching_weight(negatives: Negatives, step: GlobalStep) -> Tensor:
-    """Sum of the weights of ITM's pairs over the global batch, a scalar on the device.
+def matching_shares(model: MaskVLMNetwork, inputs: MatchingInputs, negatives: Negatives, step: GlobalStep) -> Shares:
+    """Shares of ITM and its accuracy, from the pairs of one microbatch.
 
-    It is known only after all ranks have drawn: a pair without an admissible negative has weight 0.
+    negatives: those of all G pairs. The loss is a weighted mean, and the weights of the whole batch add up to its
+    denominator.
     """
-    return step.world.all_reduce(matching_weights(negatives).sum())
-
-
-def matching_shares(
-    model: MaskVLMNetwork, inputs: MatchingInputs, negatives: Negatives, total: Tensor, step: GlobalStep
-) -> Shares:
-    """Shares of ITM and its accuracy, from one microbatch and the negatives (b,) drawn for it."""
-    pairs = step.layout.pairs
-    if step.local_negatives:  # global indices -> rows of the microbatch
-        rows = negatives._replace(texts=negatives.texts % pairs, images=negatives.images % pairs)
-        max_rows = matching_rows(inputs.text.packing.total, pairs * inputs.text.packing.max_length)
-    else:  # `append_negatives` put the negative of row i into row b + i
-        drawn = torch.arange(pairs, device=total.device) + pairs
-        rows = negatives._replace(texts=drawn, images=drawn)
-        max_rows = 2 * inputs.text.packing.total  # no caption is in more than two pairs
-    matching = matching_pairs(rows)
+    pairs = inputs.pairs
     fused = step.implementation.fuse_pairs(
-        model, inputs.image, inputs.text, matching.images, matching.texts, inputs.caches, max_rows
+        model, inputs.image, inputs.text, pairs.images, pairs.texts, inputs.caches, inputs.max_rows
     )
-    loss, accuracy = matching_loss(model.matching_logits(*fused), matching.labels, matching.weights)
+    loss, accuracy = matching_loss(model.matching_logits(*fused), pairs.labels, pairs.weights)
     # `matching_loss` divides by this microbatch's weights; the share divides by those of the global batch.
-    share = matching.weights.sum() / total
+    share = pairs.weights.sum() / matching_weights(negatives).sum()
     return {"itm": loss * share, "itm_accuracy": accuracy * share}
 
 
