@@ -191,10 +191,11 @@ class Lane:
     @contextmanager
     def after(self, event: "torch.cuda.Event | None", *inputs: Tensor) -> Iterator[None]:
         """Context whose operations run in the lane, after the marked work. They read `inputs`, made elsewhere."""
-        if self._stream is None or event is None:
+        if self._stream is None:
             yield
             return
-        self._stream.wait_event(event)
+        if event is not None:
+            self._stream.wait_event(event)
         for x in inputs:
             x.record_stream(self._stream)
         with torch.cuda.stream(self._stream):

@@ -12,8 +12,9 @@ from mvlm.distributed.collectives import Gather, GlobalBatchLayout, InFlight, st
 from mvlm.objectives.losses import contrastive_logits, contrastive_sums
 from mvlm.objectives.negatives import Negatives, NegativeSampling
 
-MAX_LOGITS = 1 << 22
-"""Most elements of the logit matrix in memory at a time: 16 MiB in fp32, for any number of ranks."""
+MAX_LOGITS = 1 << 24
+"""Most elements of the logit matrix in memory at a time: 64 MiB in fp32, for any number of ranks. Every further block
+reads the embeddings of all pairs again."""
 
 
 class Embeddings:
@@ -57,12 +58,10 @@ def sharded_contrastive_loss(
     return loss, accuracy, torch.stack([texts, images], dim=1)
 
 
-def negatives_of_all(
-    draws: Tensor, sampling: NegativeSampling, layout: GlobalBatchLayout, dtype: torch.dtype
-) -> Negatives:
-    """Gather the draws int64 (n, 2) of every rank: negatives of all G pairs, with weights of `dtype`."""
+def negatives_of_all(draws: Tensor, sampling: NegativeSampling, layout: GlobalBatchLayout) -> Negatives:
+    """Gather the draws int64 (n, 2) of every rank: negatives of all G pairs."""
     texts, images = start_gather(draws.int(), layout).wait().long().unbind(1)
-    return sampling.limited(texts, images, dtype)
+    return sampling.limited(texts, images)
 
 
 def _rows(

@@ -1,114 +1,23 @@
 """Exchange of features: the images and captions that a rank drew as negatives travel to it, and to no other rank.
 
-Every rank knows all draws and the lengths of all captions. It therefore knows, without being asked, which of its rows
-others want, and in which order rows arrive: by owner, and from one owner by rising global index, each once. The
-numbers of rows are known on the device first; the host reads them after it has queued other work.
+The numbers of rows (`mvlm.distributed.exchange_plan`) are known on the device first; the host reads them after it has
+queued other work.
 
-Shape legend: W ranks, A microbatches a rank, b pairs of a microbatch, n = A b pairs of a rank, G = W n pairs of the
-global batch, S rows that this rank sends, D rows that it receives, D <= b images or captions, N patches, C width.
+Shape legend: W ranks, b pairs of a microbatch, n pairs of a rank, G pairs of the global batch, M rows of this rank, S
+rows that it sends, D rows that it receives, D <= b images or captions, N patches, C width.
 """
 
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm.distributed.collectives import GlobalBatchLayout, HostNumbers, InFlight, Journey, lane_of
+from mvlm.distributed.contrastive import negatives_of_all
+from mvlm.distributed.exchange_plan import plan_exchange, rows_of_sequences
 from mvlm.model.packing import PackedText, Packing
-from mvlm.objectives.negatives import Negatives
-
-
-class Drawn(NamedTuple):
-    """Images or captions that the pairs of one microbatch of all ranks drew, as this rank sees them: on the device."""
-
-    sent: Tensor
-    """int64 (W b,), positions among this rank's n of what it sends; what follows the last one is to be ignored."""
-    sent_counts: Tensor
-    """int64 (W,), number for each rank."""
-    received: Tensor
-    """int64 (b,), global indices of what arrives; what follows the last one is to be ignored."""
-    received_counts: Tensor
-    """int64 (W,), number from each rank."""
-    place: Tensor
-    """int64 (b,), place of each pair's negative among what arrives."""
-
-
-def plan_drawn(columns: Tensor, layout: GlobalBatchLayout) -> Drawn:
-    """Plan one exchange of the global indices columns int64 (W b,), drawn by one microbatch of rank 0, 1, and so on."""
-    total, pairs, ranks = layout.total, layout.pairs, layout.ranks
-    end = ranks * total
-    reader = torch.arange(ranks * pairs, device=columns.device) // pairs
-    wanted = (reader * total + columns).masked_fill(layout.owner(columns) != layout.rank, end)
-    sent, sent_counts = _each_once(wanted, end, ranks)
-    mine = columns[layout.rank * pairs : (layout.rank + 1) * pairs]
-    keys = layout.owner(mine) * total + mine
-    received, received_counts = _each_once(keys, end, ranks)
-    place = torch.searchsorted(received, keys)
-    return Drawn(layout.position(sent % total), sent_counts, received % total, received_counts, place)
-
-
-def _each_once(keys: Tensor, end: int, ranks: int) -> tuple[Tensor, Tensor]:
-    """Each key below `end` once, in rising order, then `end` repeated; and how many each rank has, int64 (W,).
-
-    Rank r has the keys from r end / W to (r + 1) end / W - 1.
-    """
-    keys = keys.sort().values
-    again = F.pad(keys[1:] == keys[:-1], (1, 0))
-    keys = keys.masked_fill(again, end).sort().values
-    bounds = torch.arange(ranks + 1, device=keys.device) * (end // ranks)
-    return keys, torch.searchsorted(keys, bounds).diff()
-
-
-class Plan(NamedTuple):
-    """Both exchanges of one microbatch, on the device."""
-
-    images: Drawn
-    texts: Drawn
-    text_starts: Tensor
-    """int64 (W b,), first row of each sent caption among this rank's text rows."""
-    text_lengths: Tensor
-    """int64 (W b,), rows of each sent caption, 0 after the last one."""
-    cu_seqlens: Tensor
-    """int32 (b + 1,), bounds of the captions that arrive."""
-    numbers: Tensor
-    """int64 (4 W + 3,): images sent and received by rank, text rows sent and received by rank, captions that arrive,
-    rows of the longest, and rows of all drawn captions, with repetitions."""
-
-
-def plan_exchange(
-    negatives: Negatives, lengths: Tensor, own_starts: Tensor, microbatch: int, layout: GlobalBatchLayout
-) -> Plan:
-    """Plan the exchange of one microbatch from the negatives of all G pairs, without a sync.
-
-    lengths int64 (G,) of all captions; own_starts int64 (n,), first rows of this rank's captions.
-    """
-    block = layout.ranks * layout.pairs
-    rows = slice(microbatch * block, (microbatch + 1) * block)
-    images, texts = plan_drawn(negatives.images[rows], layout), plan_drawn(negatives.texts[rows], layout)
-    own_lengths = lengths.index_select(0, layout.own_indices(lengths.device))
-    sent, sent_bounds = _rows_of(own_lengths.index_select(0, texts.sent), texts.sent_counts)
-    received, received_bounds = _rows_of(lengths.index_select(0, texts.received), texts.received_counts)
-    drawn = received.index_select(0, texts.place)
-    ours = [texts.received_counts.sum(), received.max(), drawn.sum()]
-    numbers = [images.sent_counts, images.received_counts, sent_bounds.diff(), received_bounds.diff()]
-    return Plan(
-        images,
-        texts,
-        own_starts.index_select(0, texts.sent),
-        sent,
-        F.pad(received.cumsum(0), (1, 0)).int(),
-        torch.cat([*numbers, torch.stack(ours)]),
-    )
-
-
-def _rows_of(lengths: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Lengths (K,) with 0 after the last caption, and the first rows of the ranks' captions, int64 (W + 1,)."""
-    number = torch.arange(len(lengths), device=lengths.device)
-    lengths = lengths * (number < counts.sum())
-    bounds = F.pad(counts.cumsum(0), (1, 0))
-    return lengths, F.pad(lengths.cumsum(0), (1, 0)).index_select(0, bounds)
+from mvlm.objectives.negatives import Negatives, NegativeSampling
 
 
 class RowExchange(Journey):
@@ -177,17 +86,6 @@ def sum_rows(x: Tensor, rows: Tensor, number: int) -> Tensor:
     return torch.segment_reduce(terms, "sum", offsets=bounds, axis=0, unsafe=True).unflatten(1, x.shape[1:])
 
 
-def rows_of_sequences(starts: Tensor, lengths: Tensor, total: int) -> Tensor:
-    """Rows int64 (total,) of sequences, one after another.
-
-    Sequence k has the rows starts[k] to starts[k] + lengths[k] - 1; total, a host number, is the sum of the lengths.
-    """
-    ends = lengths.cumsum(0)
-    number = torch.arange(total, device=starts.device)
-    sequence = torch.searchsorted(ends, number, right=True)
-    return (starts + lengths - ends).index_select(0, sequence) + number
-
-
 class Arrived(NamedTuple):
     """Features of the drawn negatives of one microbatch, each image and caption once."""
 
@@ -201,18 +99,23 @@ class Arrived(NamedTuple):
     """int64 (b,), caption of each pair's negative."""
     drawn_rows: int
     """Rows of the b drawn captions, with repetitions."""
+    negatives: Negatives
+    """Negatives of all G pairs."""
 
 
 class FeatureExchange:
     """Exchange of the features of a step's negatives, one microbatch at a time.
 
-    1. `FeatureExchange(...)` plans all exchanges on the device, and starts to copy their numbers to the host.
+    1. `FeatureExchange(...)` gathers the draws of all ranks, plans all exchanges on the device, and starts to copy
+       their numbers to the host.
     2. `start` reads the numbers and starts to send. What is queued between 1 and 2 keeps the device busy meanwhile.
     3. `arrive` waits for the rows.
     4. `start_return` and `finish_return` send the gradients back. In the autograd graph (`join_graph`), backward does.
 
+    All this happens in the device's lane, so that it neither waits for MLM and MIM nor they for it.
+
     Args:
-        negatives: those of all G pairs.
+        draws: int64 (n, 2), what this rank's pairs drew (`sharded_contrastive_loss`).
         lengths: int64 (G,), rows of all captions.
         image: (n, 1+N, C), features of this rank's images.
         texts: captions of this rank, one packing for each microbatch.
@@ -221,7 +124,8 @@ class FeatureExchange:
 
     def __init__(
         self,
-        negatives: Negatives,
+        draws: Tensor,
+        sampling: NegativeSampling,
         lengths: Tensor,
         image: Tensor,
         texts: list[PackedText],
@@ -235,12 +139,15 @@ class FeatureExchange:
             starts.append(text.packing.cu_seqlens[:-1].long() + first)
             first += text.packing.total
         own_starts = torch.cat(starts)
-        self._plans = [
-            plan_exchange(negatives, lengths, own_starts, number, layout) for number in range(layout.microbatches)
-        ]
-        self._copied = HostNumbers(torch.stack([plan.numbers for plan in self._plans]))
         self._lane = lane_of(image.device)
-        self._planned = self._lane.mark()
+        inputs = (draws, sampling.image_id, sampling.text_id, lengths, image, self._text, own_starts)
+        with self._lane.after(self._lane.mark(), *inputs):
+            self._negatives = negatives_of_all(draws, sampling, layout)
+            self._plans = [
+                plan_exchange(self._negatives, lengths, own_starts, number, layout)
+                for number in range(layout.microbatches)
+            ]
+            self._copied = HostNumbers(torch.stack([plan.numbers for plan in self._plans]))
         self._numbers: list[list[int]] = []
         self._journeys = [(RowExchange(image, wire), RowExchange(self._text, wire)) for _ in self._plans]
         self._started = 0
@@ -268,8 +175,7 @@ class FeatureExchange:
         images_sent, images_received, rows_sent, rows_received = (
             numbers[k * ranks : (k + 1) * ranks] for k in range(4)
         )
-        inputs = (self._image, self._text, plan.images.sent, plan.text_starts, plan.text_lengths)
-        with self._lane.after(self._planned, *inputs):
+        with self._lane.after(None):
             images.start(plan.images.sent[: sum(images_sent)], images_sent, images_received)
             rows = rows_of_sequences(plan.text_starts, plan.text_lengths, sum(rows_sent))
             texts.start(rows, rows_sent, rows_received)
@@ -279,8 +185,11 @@ class FeatureExchange:
         plan = self._plans[microbatch]
         captions, longest, drawn_rows = self._numbers[microbatch][-3:]
         image, rows = (x.arrive() for x in self._flights or self._journeys[microbatch])
-        packing = Packing(plan.cu_seqlens[: captions + 1], longest, len(rows))
-        return Arrived(image, PackedText(rows, packing), plan.images.place, plan.texts.place, drawn_rows)
+        with self._lane.joined() as hand_over:
+            negatives = Negatives(*map(hand_over, self._negatives))
+            places = hand_over(plan.images.place), hand_over(plan.texts.place)
+            packing = Packing(hand_over(plan.cu_seqlens)[: captions + 1], longest, len(rows))
+        return Arrived(image, PackedText(rows, packing), *places, drawn_rows, negatives)
 
     def start_return(self, microbatch: int, image: Tensor, text: Tensor) -> None:
         """Start to send back the gradients of `Arrived.image` and of the rows of `Arrived.text`."""

@@ -15,10 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mvlm.device import compute_dtype
 from mvlm.distributed.collectives import GlobalBatchLayout, Pending, start_gather
 from mvlm.distributed.contrastive import Embeddings, negatives_of_all, sharded_contrastive_loss
-from mvlm.distributed.exchange import FeatureExchange
 from mvlm.distributed.gradient_cache import backward_cached
 from mvlm.distributed.loss_shares import (
     OBJECTIVES,
@@ -27,11 +25,11 @@ from mvlm.distributed.loss_shares import (
     Microbatch,
     contrastive_parameters,
     count_masked_tokens,
-    global_pairs,
-    local_pairs,
-    matching_shares,
-    own_negatives,
-    reconstruction_shares,
+    feature_exchange,
+    global_matching_shares,
+    image_share,
+    language_shares,
+    local_matching_shares,
     scaled_total,
 )
 from mvlm.distributed.parallel import Parallel
@@ -99,26 +97,25 @@ def _backward_one_graph(
         with step.autocast():
             streams = step.implementation.encode(model, batch, masks)
             if not contrastive:
-                return scaled_total(model, reconstruction_shares(model, streams, batch, masks, step), step)
+                shares = language_shares(model, streams, batch, masks, step)
+                return scaled_total(model, shares | image_share(model, streams, batch, masks, step), step)
+            # In forward and in backward, embeddings travel while MLM runs, and features of negatives while MIM runs.
             image, text = streams.image, streams.text
             embeddings = Embeddings(model.embed_image(image), model.embed_text(text.first()), step.layout)
-            itc, accuracy, draws = sharded_contrastive_loss(embeddings, model.log_scale, step.sampling, step.layout)
-            negatives = negatives_of_all(draws, step.sampling, step.layout, itc.dtype)
-            exchange = None
-            if not step.local_negatives:
-                wire = compute_dtype(image)
-                exchange = FeatureExchange(negatives, step.lengths, image, [text], step.layout, wire)
+            shares = language_shares(model, streams, batch, masks, step)
+            shares["itc"], shares["itc_accuracy"], draws = sharded_contrastive_loss(
+                embeddings, model.log_scale, step.sampling, step.layout
+            )
+            if step.local_negatives:
+                negatives = negatives_of_all(draws, step.sampling, step.layout)
+                shares |= image_share(model, streams, batch, masks, step)
+                shares |= local_matching_shares(model, image, text, negatives, 0, step, streams.caches)
+            else:
+                exchange = feature_exchange(draws, image, [text], step)
                 exchange.join_graph()
-            # MLM and MIM stand between departure and arrival, in forward and in backward. Once they are queued, the
-            # host waits for the numbers of rows, which the device makes before it begins MLM.
-            shares = reconstruction_shares(model, streams, batch, masks, step)
-            own = own_negatives(negatives, 0, step.layout)
-            if exchange is None:
-                inputs = local_pairs(image, text, own, step.layout.pairs, streams.caches)
-            else:  # features of other ranks come without key/value caches
+                shares |= image_share(model, streams, batch, masks, step)
                 exchange.start(0)
-                inputs = global_pairs(image, text, own, exchange.arrive(0))
-            shares |= {"itc": itc, "itc_accuracy": accuracy} | matching_shares(model, inputs, negatives, step)
+                shares |= global_matching_shares(model, image, text, exchange.arrive(0), 0, step)
         return scaled_total(model, shares, step)
 
     total, shares = parallel(forward)

@@ -19,18 +19,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mvlm.device import compute_dtype
 from mvlm.distributed.contrastive import Embeddings, negatives_of_all, sharded_contrastive_loss
 from mvlm.distributed.exchange import Arrived, FeatureExchange
 from mvlm.distributed.loss_shares import (
     SHARE_NAMES,
     GlobalStep,
     Microbatch,
-    global_pairs,
-    local_pairs,
-    matching_shares,
-    own_negatives,
-    reconstruction_shares,
+    feature_exchange,
+    global_matching_shares,
+    image_share,
+    language_shares,
+    local_matching_shares,
     scaled_total,
 )
 from mvlm.distributed.parallel import Parallel
@@ -68,7 +67,8 @@ def backward_cached(
         def forward(model: MaskVLM, batch: Batch = batch, masks: Masks = masks, number: int = number):
             with step.autocast():
                 streams = step.implementation.encode(model, batch, masks)
-                reconstruction = reconstruction_shares(model, streams, batch, masks, step)
+                reconstruction = language_shares(model, streams, batch, masks, step)
+                reconstruction |= image_share(model, streams, batch, masks, step)
             total, parts = scaled_total(model, reconstruction, step)
             if contrastive:
                 if number == 0:
@@ -107,7 +107,7 @@ def _backward_to_features(
     for own in cached:
         own.image.requires_grad_()
         own.text.rows.requires_grad_()
-    drawn: list[tuple[Negatives, FeatureExchange | None]] = []
+    drawn: list[Negatives | FeatureExchange] = []
 
     def itc(model: MaskVLM) -> tuple[Tensor, Tensor]:
         with step.autocast():
@@ -116,13 +116,18 @@ def _backward_to_features(
             share, accuracy, draws = sharded_contrastive_loss(
                 Embeddings(image, text, step.layout), model.log_scale, step.sampling, step.layout
             )
-            negatives = negatives_of_all(draws, step.sampling, step.layout, share.dtype)
-            drawn.append((negatives, None if step.local_negatives else _exchange(cached, negatives, step)))
+            if step.local_negatives:
+                drawn.append(negatives_of_all(draws, step.sampling, step.layout))
+            else:
+                image = torch.cat([own.image.detach() for own in cached])  # (n, 1+N, C)
+                texts = [own.text._replace(rows=own.text.rows.detach()) for own in cached]
+                drawn.append(feature_exchange(draws, image, texts, step))
         return scaled_total(model, {"itc": share, "itc_accuracy": accuracy}, step)
 
     total, shares = parallel(itc, last=False)
     total.backward()
-    (negatives, exchange), returned = drawn[0], 0
+    (found,), returned = drawn, 0
+    exchange = found if isinstance(found, FeatureExchange) else None
 
     def add_returned() -> None:
         """Add the gradients that the other ranks return for the negatives of the next microbatch."""
@@ -150,13 +155,12 @@ def _backward_to_features(
                 exchange.start(number + 1)
 
         def itm(model: MaskVLM, own: Cached = own, arrived: Arrived | None = arrived, number: int = number):
-            mine = own_negatives(negatives, number, step.layout)
             with step.autocast():
-                if arrived is None:
-                    inputs = local_pairs(own.image, own.text, mine, step.layout.pairs)
+                if isinstance(found, Negatives):
+                    shares = local_matching_shares(model, *own, found, number, step)
                 else:
-                    inputs = global_pairs(own.image, own.text, mine, arrived)
-                shares = matching_shares(model, inputs, negatives, step)
+                    assert arrived is not None
+                    shares = global_matching_shares(model, *own, arrived, number, step)
             return scaled_total(model, shares, step)
 
         total, part = parallel(itm, last=False)
@@ -167,12 +171,6 @@ def _backward_to_features(
         if exchange is not None and arrived is not None:
             exchange.start_return(number, _gradient(arrived.image), _gradient(arrived.text.rows))
     return shares, add_returned
-
-
-def _exchange(cached: list[Cached], negatives: Negatives, step: GlobalStep) -> FeatureExchange:
-    image = torch.cat([own.image.detach() for own in cached])  # (n, 1+N, C)
-    texts = [own.text._replace(rows=own.text.rows.detach()) for own in cached]
-    return FeatureExchange(negatives, step.lengths, image, texts, step.layout, compute_dtype(image))
 
 
 def _product_with_gradient(features: Tensor, cached: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Shares of the losses of a global batch, and the pairs of ITM.
+"""Shares of the losses of a global batch.
 
 Each rank computes a share of every loss from each of its microbatches. The shares of all ranks and microbatches add up
 to the loss that one rank would compute from the whole batch.
@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mvlm.device import compute_dtype
 from mvlm.distributed.collectives import GlobalBatchLayout, Pending
-from mvlm.distributed.exchange import Arrived
+from mvlm.distributed.exchange import Arrived, FeatureExchange
 from mvlm.distributed.world import World
 from mvlm.model.implementation import Implementation, PairCaches, Streams
 from mvlm.model.network import MaskVLMNetwork
@@ -70,52 +71,6 @@ class GlobalStep(NamedTuple):
         return self.ids.wait()[:, 2]
 
 
-class MatchingInputs(NamedTuple):
-    """Features of images and captions, and the 3b pairs that ITM forms of them for one microbatch."""
-
-    image: Tensor
-    """(.., 1+N, C)."""
-    text: PackedText
-    pairs: MatchingPairs
-    """Rows of `image` and captions of `text`."""
-    max_rows: int
-    """Bound of the rows of the captions of all pairs together."""
-    caches: PairCaches | None = None
-    """Key/value caches of both, if the implementation has made them."""
-
-
-def local_pairs(
-    image: Tensor, text: PackedText, own: Negatives, pairs: int, caches: PairCaches | None = None
-) -> MatchingInputs:
-    """Form pairs of a microbatch's features, and negatives (b,) from the same microbatch, given by global indices."""
-    rows = own._replace(texts=own.texts % pairs, images=own.images % pairs)
-    bound = matching_rows(text.packing.total, pairs * text.packing.max_length)
-    return MatchingInputs(image, text, matching_pairs(rows), bound, caches)
-
-
-def global_pairs(image: Tensor, text: PackedText, own: Negatives, arrived: Arrived) -> MatchingInputs:
-    """Form pairs of a microbatch's features, and the features of its negatives (b,), which have arrived.
-
-    What has arrived comes first, because the microbatch's own captions may end in padding rows.
-    """
-    theirs, ours = arrived.text.packing, text.packing
-    bounds = torch.cat([theirs.cu_seqlens, ours.cu_seqlens[1:] + theirs.total])
-    packing = Packing(bounds, max(theirs.max_length, ours.max_length), theirs.total + ours.total)
-    drawn = own._replace(texts=arrived.text_place, images=arrived.image_place)
-    return MatchingInputs(
-        torch.cat([arrived.image.to(image.dtype), image]),
-        PackedText(torch.cat([arrived.text.rows.to(text.rows.dtype), text.rows]), packing),
-        matching_pairs(drawn, len(arrived.image), len(theirs)),
-        matching_rows(ours.total, arrived.drawn_rows),
-    )
-
-
-def own_negatives(negatives: Negatives, microbatch: int, layout: GlobalBatchLayout) -> Negatives:
-    """Those of one of this rank's microbatches (b,), of the negatives of all G pairs."""
-    rows = layout.indices(microbatch, negatives.texts.device)
-    return Negatives(*(x.index_select(0, rows) for x in negatives))
-
-
 def contrastive_parameters(model: MaskVLMNetwork) -> list[nn.Parameter]:
     """Parameters that only ITC and ITM use."""
     modules = (model.image_projection, model.text_projection, model.matching_head)
@@ -127,31 +82,96 @@ def count_masked_tokens(batch: Batch, masks: Masks) -> Tensor:
     return (masks.token_ids < batch.cu_seqlens[-1]).sum()
 
 
-def reconstruction_shares(
-    model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks, step: GlobalStep
-) -> Shares:
-    """Shares of MLM, MIM and MLM's accuracy, from one microbatch."""
-    mlm, mim, accuracy = step.implementation.reconstruction_losses(model, streams, batch, masks)
+def language_shares(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks, step: GlobalStep) -> Shares:
+    """Shares of MLM and its accuracy, from one microbatch."""
+    mlm, accuracy = step.implementation.language_loss(model, streams, batch, masks)
     # MLM is a mean over masked tokens. Microbatches have different numbers of them, so the mean of their means would
-    # not be the loss of the global batch: each is weighted by its number. All have equally many masked patches.
-    mlm, accuracy = (x * count_masked_tokens(batch, masks) / step.masked_tokens.wait() for x in (mlm, accuracy))
-    return {"mlm": mlm, "mim": mim / (step.layout.ranks * step.layout.microbatches), "mlm_accuracy": accuracy}
+    # not be the loss of the global batch: each is weighted by its number.
+    number, total = count_masked_tokens(batch, masks), step.masked_tokens.wait()
+    return {"mlm": mlm * number / total, "mlm_accuracy": accuracy * number / total}
 
 
-def matching_shares(model: MaskVLMNetwork, inputs: MatchingInputs, negatives: Negatives, step: GlobalStep) -> Shares:
-    """Shares of ITM and its accuracy, from the pairs of one microbatch.
+def image_share(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks, step: GlobalStep) -> Shares:
+    """Share of MIM, from one microbatch. All have equally many masked patches."""
+    mim = step.implementation.image_loss(model, streams, batch, masks)
+    return {"mim": mim / (step.layout.ranks * step.layout.microbatches)}
 
-    negatives: those of all G pairs. The loss is a weighted mean, and the weights of the whole batch add up to its
-    denominator.
+
+def local_matching_shares(
+    model: MaskVLMNetwork,
+    image: Tensor,
+    text: PackedText,
+    negatives: Negatives,
+    microbatch: int,
+    step: GlobalStep,
+    caches: PairCaches | None = None,
+) -> Shares:
+    """Shares of ITM and its accuracy, from one microbatch whose negatives come from itself.
+
+    image (b, 1+N, C) and text are its features, and `caches` their key/value caches, if the implementation has made
+    them. negatives: those of all G pairs.
     """
-    pairs = inputs.pairs
-    fused = step.implementation.fuse_pairs(
-        model, inputs.image, inputs.text, pairs.images, pairs.texts, inputs.caches, inputs.max_rows
+    own, pairs = _own_negatives(negatives, microbatch, step.layout), step.layout.pairs
+    rows = matching_pairs(own._replace(texts=own.texts % pairs, images=own.images % pairs))
+    bound = matching_rows(text.packing.total, pairs * text.packing.max_length)
+    return _matching_shares(model, image, text, rows, negatives, step, bound, caches)
+
+
+def global_matching_shares(
+    model: MaskVLMNetwork, image: Tensor, text: PackedText, arrived: Arrived, microbatch: int, step: GlobalStep
+) -> Shares:
+    """Shares of ITM and its accuracy, from one microbatch and the features of its negatives, which have arrived.
+
+    image (b, 1+N, C) and text are its own features.
+    """
+    theirs, ours = arrived.text.packing, text.packing
+    # What has arrived comes first, because the own captions may end in padding rows.
+    bounds = torch.cat([theirs.cu_seqlens, ours.cu_seqlens[1:] + theirs.total])
+    packing = Packing(bounds, max(theirs.max_length, ours.max_length), theirs.total + ours.total)
+    own = _own_negatives(arrived.negatives, microbatch, step.layout)
+    drawn = own._replace(texts=arrived.text_place, images=arrived.image_place)
+    return _matching_shares(
+        model,
+        torch.cat([arrived.image.to(image.dtype), image]),
+        PackedText(torch.cat([arrived.text.rows.to(text.rows.dtype), text.rows]), packing),
+        matching_pairs(drawn, len(arrived.image), len(theirs)),
+        arrived.negatives,
+        step,
+        matching_rows(ours.total, arrived.drawn_rows),
     )
+
+
+def _own_negatives(negatives: Negatives, microbatch: int, layout: GlobalBatchLayout) -> Negatives:
+    """Those of one of this rank's microbatches (b,), of the negatives of all G pairs."""
+    rows = layout.indices(microbatch, negatives.texts.device)
+    return Negatives(*(x.index_select(0, rows) for x in negatives))
+
+
+def _matching_shares(
+    model: MaskVLMNetwork,
+    image: Tensor,
+    text: PackedText,
+    pairs: MatchingPairs,
+    negatives: Negatives,
+    step: GlobalStep,
+    max_rows: int,
+    caches: PairCaches | None = None,
+) -> Shares:
+    """Shares from 3b pairs of the rows of image (.., 1+N, C) and the captions of text.
+
+    The loss is a weighted mean; the weights of the pairs of the whole batch add up to its denominator.
+    """
+    fused = step.implementation.fuse_pairs(model, image, text, pairs.images, pairs.texts, caches, max_rows)
     loss, accuracy = matching_loss(model.matching_logits(*fused), pairs.labels, pairs.weights)
     # `matching_loss` divides by this microbatch's weights; the share divides by those of the global batch.
-    share = pairs.weights.sum() / matching_weights(negatives).sum()
+    # Its float64 is for tests in float64: weights are counted exactly in any dtype.
+    share = (pairs.weights.double().sum() / matching_weights(negatives).double().sum()).to(loss.dtype)
     return {"itm": loss * share, "itm_accuracy": accuracy * share}
+
+
+def feature_exchange(draws: Tensor, image: Tensor, texts: list[PackedText], step: GlobalStep) -> FeatureExchange:
+    """Exchange of features in the dtype in which the step computes: called under its autocast."""
+    return FeatureExchange(draws, step.sampling, step.lengths, image, texts, step.layout, compute_dtype(image))
 
 
 def scaled_total(model: MaskVLMNetwork, shares: Shares, step: GlobalStep) -> tuple[Tensor, Tensor]:

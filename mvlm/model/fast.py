@@ -100,19 +100,12 @@ def encode_texts(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> tuple[Pac
     return PackedText(x[:total], packing), PackedText(masked, packing)
 
 
-def reconstruction_losses(
-    model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks
-) -> tuple[Tensor, Tensor, Tensor]:
-    """MLM, the mean over the batch's M masked tokens; MIM, the mean over its B x K masked patches; MLM's accuracy."""
-    caches = streams.caches or _make_caches(streams.image, streams.text)
-    mlm, accuracy = language_loss(model, streams, caches.image, batch, masks)
-    return mlm, image_loss(model, streams, caches.text, batch, masks), accuracy
+def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> tuple[Tensor, Tensor]:
+    """MLM, the mean over the batch's M masked tokens, and its accuracy.
 
-
-def language_loss(
-    model: MaskVLMNetwork, streams: Streams, image: KeyValueCache, batch: Batch, masks: Masks
-) -> tuple[Tensor, Tensor]:
-    """MLM and its accuracy, scalars; the masked captions attend to the unmasked images of the cache."""
+    The masked captions attend to the unmasked images.
+    """
+    image = _caches_of(streams).image
     x, packing = streams.masked_text
     # Layout of only the masked tokens, M rows. token_ids rise, so those of a caption are consecutive.
     bounds = torch.searchsorted(masks.token_ids, batch.cu_seqlens.long()).int()  # (B+1,)
@@ -134,8 +127,9 @@ def language_loss(
     return linear_cross_entropy(head.transform(x), head.vocabulary.weight, head.vocabulary.bias, targets)
 
 
-def image_loss(model: MaskVLMNetwork, streams: Streams, text: KeyValueCache, batch: Batch, masks: Masks) -> Tensor:
-    """MIM, a scalar; the masked images attend to the unmasked captions of the cache."""
+def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
+    """MIM, the mean over the batch's B x K masked patches. The masked images attend to the unmasked captions."""
+    text = _caches_of(streams).text
     rows = Residual(streams.masked_image)
 
     def select(rows: Tensor) -> Tensor:
@@ -239,6 +233,10 @@ def _encode_pairs(
         return branch._replace(rows=branch.rows.squeeze(1))
 
     return encoder.finish(last(stream, attend_self_first, attend_cross_first, select=first))
+
+
+def _caches_of(streams: Streams) -> PairCaches:
+    return streams.caches or _make_caches(streams.image, streams.text)
 
 
 def _make_caches(v: Tensor, text: PackedText) -> PairCaches:

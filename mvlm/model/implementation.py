@@ -52,10 +52,14 @@ class Implementation(Protocol):
         """Encode only the unmasked images and captions: v (B, 1+N, C) and w."""
         ...
 
-    def reconstruction_losses(
+    def language_loss(
         self, model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """MLM, MIM and MLM's accuracy, scalars: means over the masked tokens and the masked patches of the batch."""
+    ) -> tuple[Tensor, Tensor]:
+        """MLM and its accuracy, scalars: means over the masked tokens of the batch."""
+        ...
+
+    def image_loss(self, model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
+        """MIM, a scalar: the mean over the masked patches of the batch."""
         ...
 
     def fuse_pairs(

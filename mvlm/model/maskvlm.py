@@ -51,7 +51,8 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
             raise ValueError(f"plan: wanted {' or '.join(IMPLEMENTATIONS)}, got {plan!r}")
         implementation = IMPLEMENTATIONS[plan]
         streams = implementation.encode(self, batch, masks)
-        mlm, mim, mlm_accuracy = implementation.reconstruction_losses(self, streams, batch, masks)
+        mlm, mlm_accuracy = implementation.language_loss(self, streams, batch, masks)
+        mim = implementation.image_loss(self, streams, batch, masks)
         if reconstruction_only:
             itc = itm = itc_accuracy = itm_accuracy = torch.zeros_like(mim)
         else:

@@ -38,19 +38,19 @@ def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, Packed
     return image, model.encode_text_packed(batch.tokens, batch.cu_seqlens, batch.max_length)
 
 
-def reconstruction_losses(
-    model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks
-) -> tuple[Tensor, Tensor, Tensor]:
-    """MLM, the mean over the batch's M masked tokens; MIM, the mean over its B x K masked patches; MLM's accuracy."""
-    (w, key_mask), (wm, _) = streams.text.padded(), streams.masked_text.padded()  # (B, L, C), (B, L)
+def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> tuple[Tensor, Tensor]:
+    """MLM, the mean over the batch's M masked tokens, and its accuracy."""
+    (_, key_mask), (wm, _) = streams.text.padded(), streams.masked_text.padded()  # (B, L), (B, L, C)
     logits = model.fill_mask(streams.image, wm, key_mask, batch.cu_seqlens, masks.token_ids)  # (M, V)
     targets = batch.tokens[masks.token_ids]
+    return losses.masked_language_loss(logits, targets), losses.correct_top1(logits, targets).mean()
+
+
+def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
+    """MIM, the mean over the batch's B x K masked patches."""
+    w, key_mask = streams.text.padded()  # (B, L, C), (B, L)
     pixels = model.reconstruct(streams.masked_image, w, key_mask, masks.patch_ids)  # (B, K, 3*P*P)
-    return (
-        losses.masked_language_loss(logits, targets),
-        losses.masked_image_loss(pixels, model.patch_targets(batch.images, masks.patch_ids)),
-        losses.correct_top1(logits, targets).mean(),
-    )
+    return losses.masked_image_loss(pixels, model.patch_targets(batch.images, masks.patch_ids))
 
 
 def fuse_pairs(

@@ -76,9 +76,9 @@ def limit_readers(columns: Tensor, most: int = MAX_READERS) -> Tensor:
     return torch.where(kept, columns, rows)
 
 
-def drawn_weights(columns: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights (Q,) of columns int64 (Q,) that rows int64 (Q,) drew: 0 if a row has its own index, else 1."""
-    return (columns != rows).to(dtype)
+def drawn_weights(columns: Tensor, rows: Tensor) -> Tensor:
+    """Weights float32 (Q,) of columns int64 (Q,) that rows int64 (Q,) drew: 0 if a row has its own index, else 1."""
+    return (columns != rows).float()
 
 
 class Negatives(NamedTuple):
@@ -91,11 +91,11 @@ class Negatives(NamedTuple):
     texts: Tensor
     """int64 (n,), drawn captions, as columns of the logits."""
     text_weights: Tensor
-    """(n,), 1 or 0."""
+    """float32 (n,), 1 or 0."""
     images: Tensor
     """int64 (n,), drawn images, as columns of the transposed logits."""
     image_weights: Tensor
-    """(n,), 1 or 0."""
+    """float32 (n,), 1 or 0."""
 
 
 class NegativeSampling(NamedTuple):
@@ -135,20 +135,20 @@ class NegativeSampling(NamedTuple):
         drawn = scores.masked_fill(~admissible, float("-inf")).argmax(dim=1)
         return torch.where(admissible.any(dim=1), drawn, rows)
 
-    def limited(self, texts: Tensor, images: Tensor, dtype: torch.dtype) -> Negatives:
-        """Negatives of all G pairs from the drawn captions and images int64 (G,); weights are of `dtype`.
+    def limited(self, texts: Tensor, images: Tensor) -> Negatives:
+        """Negatives of all G pairs from the drawn captions and images int64 (G,).
 
         Within blocks no features travel between ranks, and readers are not limited.
         """
         if self.block is None:
             texts, images = limit_readers(texts), limit_readers(images)
         rows = torch.arange(len(texts), device=texts.device)
-        return Negatives(texts, drawn_weights(texts, rows, dtype), images, drawn_weights(images, rows, dtype))
+        return Negatives(texts, drawn_weights(texts, rows), images, drawn_weights(images, rows))
 
     def draw_both(self, logits: Tensor) -> Negatives:
         """Draw negatives in both directions from the logits (G, G), rows images, columns captions."""
         rows = torch.arange(len(logits), device=logits.device)
-        return self.limited(self.draw(logits, rows, direction=0), self.draw(logits.T, rows, direction=1), logits.dtype)
+        return self.limited(self.draw(logits, rows, direction=0), self.draw(logits.T, rows, direction=1))
 
 
 class MatchingPairs(NamedTuple):
@@ -161,7 +161,7 @@ class MatchingPairs(NamedTuple):
     labels: Tensor
     """int64 (3n,), 1 = match."""
     weights: Tensor
-    """(3n,), 0 if no negative was admissible, else 1."""
+    """float32 (3n,), 0 if no negative was admissible, else 1."""
 
 
 def matching_pairs(negatives: Negatives, first_image: int = 0, first_text: int = 0) -> MatchingPairs:
@@ -188,6 +188,6 @@ def matching_rows(total: int, drawn: int) -> int:
 
 
 def matching_weights(negatives: Negatives) -> Tensor:
-    """Weights (3n,) of the pairs that `matching_pairs` makes."""
+    """Weights float32 (3n,) of the pairs that `matching_pairs` makes."""
     ones = torch.ones_like(negatives.text_weights)
     return torch.cat([ones, negatives.text_weights, negatives.image_weights])

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mvlm.distributed.collectives import GlobalBatchLayout, HostNumbers
-from mvlm.distributed.exchange import FeatureExchange, Plan, plan_exchange, rows_of_sequences, sum_rows
+from mvlm.distributed.exchange import FeatureExchange, sum_rows
+from mvlm.distributed.exchange_plan import Plan, plan_exchange, rows_of_sequences
 from mvlm.model.packing import PackedText, Packing
 from mvlm.objectives.negatives import MAX_READERS, Negatives, NegativeSampling
 from support.models import normal
@@ -22,7 +23,7 @@ def layouts(ranks: int = RANKS, microbatches: int = MICROBATCHES, pairs: int = P
 
 
 def negatives_of(texts: Tensor, images: Tensor) -> Negatives:
-    return NegativeSampling(texts, texts, 0, 0).limited(texts, images, torch.float64)
+    return NegativeSampling(texts, texts, 0, 0).limited(texts, images)
 
 
 def random_negatives(seed: int, total: int = TOTAL) -> Negatives:
@@ -133,8 +134,11 @@ class OneRank:
         self.texts[0] = PackedText(self.texts[0].rows, Packing(packings[0].cu_seqlens, 5, 13))
         self.texts.append(PackedText(self.rows[11:], packings[1]))
 
-    def exchange(self) -> FeatureExchange:
-        return FeatureExchange(self.negatives, self.lengths, self.image, self.texts, self.layout, torch.float64)
+    def exchange(self, image: Tensor | None = None, wire: torch.dtype = torch.float64) -> FeatureExchange:
+        draws = torch.stack([self.negatives.texts, self.negatives.images], dim=1)
+        sampling = NegativeSampling(self.lengths, self.lengths, 0, 0)
+        image = self.image if image is None else image
+        return FeatureExchange(draws, sampling, self.lengths, image, self.texts, self.layout, wire)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -213,9 +217,7 @@ def test_a_rank_receives_at_most_one_image_and_one_caption_a_pair():
 
 def test_features_and_their_gradients_travel_in_the_given_dtype():
     world = OneRank(2)
-    exchange = FeatureExchange(
-        world.negatives, world.lengths, world.image.float(), world.texts, world.layout, torch.bfloat16
-    )
+    exchange = world.exchange(world.image.float(), torch.bfloat16)
     exchange.start(0)
     arrived = exchange.arrive(0)
     assert arrived.image.dtype == arrived.text.rows.dtype == torch.bfloat16

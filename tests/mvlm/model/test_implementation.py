@@ -14,7 +14,7 @@ FUNCTIONS = [name for name, member in vars(Implementation).items() if inspect.is
 
 
 def test_the_interface_has_the_four_functions_of_a_step() -> None:
-    assert FUNCTIONS == ["encode", "encode_unmasked", "reconstruction_losses", "fuse_pairs"]
+    assert FUNCTIONS == ["encode", "encode_unmasked", "language_loss", "image_loss", "fuse_pairs"]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

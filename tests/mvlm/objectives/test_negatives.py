@@ -26,7 +26,7 @@ def draw(
     """Drawn columns, and their weights."""
     rows = torch.arange(len(logits))
     columns = NegativeSampling(image_id, text_id, seed, step).draw(logits, rows, direction)
-    return columns, drawn_weights(columns, rows, logits.dtype)
+    return columns, drawn_weights(columns, rows)
 
 
 def admissible(image_id: Tensor, text_id: Tensor, block: int | None = None) -> Tensor:
@@ -148,7 +148,7 @@ def test_without_an_admissible_negative_the_weight_is_zero(number):
     logits = normal(number, number).requires_grad_()
     columns, weights = draw(logits, 0, 0, 0, torch.arange(number), torch.zeros(number, dtype=torch.int64))
     assert weights.tolist() == [0.0] * number
-    assert weights.dtype == logits.dtype
+    assert weights.dtype == torch.float32
     assert not weights.requires_grad
     assert columns.tolist() == list(range(number))  # a pair's own features cost no exchange
 
