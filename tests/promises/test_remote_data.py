@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mvlm_dataloading import DataError, Loader, Tokenizer, open_dataset
-from mvlm_dataloading.dataset import remote_cache
+from mvlm_dataloading.dataset import remote_files
 from mvlm_dataloading.loader import reader, sampler
 from support.data import wave_tokenizer, write_dataset
 from support.web_server import FolderHandler, serve
@@ -39,7 +39,7 @@ def web(folder):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MVLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote_cache, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(remote_files, "FIRST_PAUSE_S", 0.01)
     return tmp_path / "cache"
 
 
@@ -158,7 +158,7 @@ def test_a_failed_fetch_is_retried(folder, web, cache, tokenizer):
     assert_equal(batches(dataset, tokenizer, 6), batches(open_dataset(folder, "train"), tokenizer, 6))
     assert not FolderHandler.fail
     FolderHandler.fail += ["/dataset.json"] * 4
-    with pytest.raises(DataError, match=r"dataset\.json: wanted to read it, found that 4 attempts failed"):
+    with pytest.raises(DataError, match=r"dataset\.json: wanted to read or write it, found that 4 attempts failed"):
         open_dataset(web, "train")
 
 
@@ -169,7 +169,7 @@ def test_a_remote_shard_with_other_bytes_is_refused(folder, web, cache, tokenize
         tar.write_bytes(content[:-1] + b"x")
         with pytest.raises(
             DataError,
-            match=rf"{tar.name}: wanted to read it, found that 4 attempts failed: sha256 .* where dataset.json",
+            match=rf"{tar.name}: wanted to read or write it, found that 4 attempts failed: sha256 .* where",
         ):
             batches(open_dataset(web, "train"), tokenizer, 6)
         assert not [path for path in cache.glob("*/*") if path.name.startswith(tar.name) and path.suffix != ".lock"]
