@@ -2,9 +2,11 @@
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 from unittest.mock import patch
 
+import fsspec.config
 import pytest
 
 
@@ -24,4 +26,26 @@ def serve_s3(bucket: str) -> Iterator[str]:
             yield address
     finally:
         s3fs.S3FileSystem.clear_instance_cache()
+        server.stop()
+
+
+@contextlib.contextmanager
+def serve_gcs(bucket: str) -> Iterator[str]:
+    """Serve an empty bucket. Yields the address of the endpoint, which fsspec's configuration names meanwhile."""
+    emulator, gcsfs = pytest.importorskip("gcp_storage_emulator.server"), pytest.importorskip("gcsfs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket=bucket)
+    server.start()
+    address = f"http://127.0.0.1:{port}"
+    try:
+        # Without the variable, gcsfs asks Google over gRPC of what kind the bucket is.
+        with (
+            patch.dict(os.environ, {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}),
+            patch.dict(fsspec.config.conf, {"gs": {"endpoint_url": address, "token": "anon"}}),
+        ):
+            yield address
+    finally:
+        gcsfs.GCSFileSystem.clear_instance_cache()
         server.stop()

@@ -21,7 +21,7 @@ _URL = re.compile(r"(s3|gs|hf|https?):/+(.+)")
 _ATTEMPTS = 4
 FIRST_PAUSE_S = 0.5
 """Pause after a failed attempt. Each further pause is twice as long."""
-SILENCE_S = 60
+SILENCE_S = 30
 """A connection that sends nothing for this long is given up. A slow transfer may take any time."""
 
 

@@ -30,7 +30,9 @@ from mvlm_dataloading.build.build import build_shards
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Source
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
+
 from kill_writers import contents, source
 
 from support.faults.logged_piece import LoggedPiece, readings
