@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import fsspec.config
 
@@ -46,7 +46,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
         content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if not path.startswith(f"/api/datasets/{self.name}/paths-info/"):
             return self._send(b"", "text/plain", 404)
-        names = json.loads(content)["paths"]
+        names = parse_qs(content.decode()).get("paths", [])
         return self._send_json([self._entry(self.folder / n) for n in names if n and (self.folder / n).is_file()])
 
     def _entry(self, file: Path) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class HubHandler(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve_hub(folder: Path, name: str) -> Iterator[list[str]]:
-    """Serve a folder as the data set `name` of the hub that fsspec's configuration names. Yields the paths asked for."""
+    """Serve a folder as a data set of the hub that fsspec's configuration names. Yields the paths asked for."""
     from huggingface_hub import HfFileSystem
 
     asked: list[str] = []

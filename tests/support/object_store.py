@@ -6,6 +6,7 @@ import socket
 from collections.abc import Iterator
 from unittest.mock import patch
 
+import fsspec
 import fsspec.config
 import pytest
 
@@ -32,7 +33,9 @@ def serve_s3(bucket: str) -> Iterator[str]:
 @contextlib.contextmanager
 def serve_gcs(bucket: str) -> Iterator[str]:
     """Serve an empty bucket. Yields the address of the endpoint, which fsspec's configuration names meanwhile."""
-    emulator, gcsfs = pytest.importorskip("gcp_storage_emulator.server"), pytest.importorskip("gcsfs")
+    emulator, core = pytest.importorskip("gcp_storage_emulator.server"), pytest.importorskip("gcsfs.core")
+    # The class that gcsfs registers asks Google itself, over gRPC, of what kind a bucket is.
+    fsspec.register_implementation("gs", core.GCSFileSystem, clobber=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -40,12 +43,8 @@ def serve_gcs(bucket: str) -> Iterator[str]:
     server.start()
     address = f"http://127.0.0.1:{port}"
     try:
-        # Without the variable, gcsfs asks Google over gRPC of what kind the bucket is.
-        with (
-            patch.dict(os.environ, {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}),
-            patch.dict(fsspec.config.conf, {"gs": {"endpoint_url": address, "token": "anon"}}),
-        ):
+        with patch.dict(fsspec.config.conf, {"gs": {"endpoint_url": address, "token": "anon"}}):
             yield address
     finally:
-        gcsfs.GCSFileSystem.clear_instance_cache()
+        core.GCSFileSystem.clear_instance_cache()
         server.stop()
