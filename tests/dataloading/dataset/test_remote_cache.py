@@ -16,6 +16,7 @@ from mvlm_dataloading.dataset import remote_files
 from mvlm_dataloading.dataset.remote_cache import RemoteCache
 from mvlm_dataloading.dataset.remote_files import is_remote
 from support.data import write_dataset
+from support.faults.faulty_proxy import serve_faulty
 from support.web_server import FolderHandler, serve
 
 
@@ -77,6 +78,34 @@ def test_the_tokenizer_of_a_remote_data_set_is_fetched(folder, web, cache, token
     finally:
         path.unlink()
         (folder / "dataset.json").write_text(kept)
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "train-000001.idx", "train-000001.tar"])
+def test_a_half_of_a_file_with_the_length_of_a_half_is_noticed(folder, web, cache, name):
+    """No error of the protocol tells of it. It happens three times, and then always."""
+    left = ["length"] * 3
+
+    def choose(method: str, path: str) -> str | None:
+        return left.pop() if left and path == f"/{name}" else None
+
+    with serve_faulty(web, choose) as (url, happened):
+        dataset = open_dataset(url, "train")
+        assert dataset.remote is not None
+        dataset.remote.fetch([1])
+        dataset.remote.release_except([])
+        assert happened == {"length": 3}
+        assert (dataset.folder / name).read_bytes() == (folder / name).read_bytes()
+        for path in dataset.folder.iterdir():
+            path.unlink()
+        left[:] = ["length"] * 4
+
+        def open_and_fetch() -> None:
+            cached = RemoteCache(url, cache, 1 << 30)
+            cached.register_shards(dataset.description["splits"]["train"]["shards"])
+            cached.fetch([1])
+
+        with pytest.raises(DataError, match=rf"{url}/{name}: wanted to .* found that 4 attempts failed: "):
+            open_and_fetch()
 
 
 def test_remote_shards_outside_the_folder_are_refused(folder, web, cache):
