@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mvlm_dataloading import BuildOptions, DataError, build_shards, open_dataset
-from mvlm_dataloading.build.build import build_part, merge_parts
+from mvlm_dataloading import BuildOptions, DataError, build_part, build_shards, merge_parts, open_dataset
 from mvlm_dataloading.build.part import parse_part
 from mvlm_dataloading.dataset import remote_files
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source

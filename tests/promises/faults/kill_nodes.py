@@ -123,7 +123,7 @@ def run_trials(folder: Path, kills: int, rng: random.Random) -> tuple[str | None
     wanted = contents(whole)
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # workers of the cluster import the piece from there
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    os.environ["RAY_ADDRESS"] = cluster.address
+    os.environ["RAY_ADDRESS"] = str(cluster.address)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(NODES)]
     stories = []
     try:

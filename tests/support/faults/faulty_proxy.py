@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 FAULTS = ("error", "delay", "silence", "short", "length", "garbled", "closed")
@@ -88,6 +88,13 @@ class FaultyProxy(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a client that has given up."""
+
+
 @contextlib.contextmanager
 def serve_faulty(
     upstream: str, choose: Callable[[str, str], str | None], delay_s: float = 0.05
@@ -101,9 +108,7 @@ def serve_faulty(
         "delay_s": delay_s,
         "over": over,
     }
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Proxy", (FaultyProxy,), names))
-    server.daemon_threads = True
-    server.handle_error = lambda *_: None  # a client that has given up
+    server = _Server(("127.0.0.1", 0), type("Proxy", (FaultyProxy,), names))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
