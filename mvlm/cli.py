@@ -25,6 +25,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data huggingface": data_build.huggingface,
     "data twemoji": data_build.twemoji,
     "data easy-vqa": data_build.easy_vqa,
+    "data merge": data_tools.merge,
     "data check": data_tools.check,
     "data index": data_tools.index,
     "data view": data_tools.view,

@@ -15,7 +15,8 @@ from mvlm_dataloading.errors import DataError
 from .dali_index import IMAGE_EXTENSIONS, KINDS, Component, DaliIndex, parse_index, read_head
 from .dataset import Dataset, Keys
 from .description import read_description, shard_paths
-from .remote_cache import RemoteCache, is_remote, open_remote_cache
+from .remote_cache import RemoteCache, open_remote_cache
+from .remote_files import is_remote
 
 _REMOTE_HINT = "open the data set again, which fetches it again; if that does not help, rebuild it at the source"
 _SHORT = 8  # bytes; a `.txt` of at most this size may be blank, so it is read when the data set is opened
