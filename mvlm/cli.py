@@ -26,6 +26,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data easy-vqa": data_build.easy_vqa,
     "data check": data_tools.check,
     "data index": data_tools.index,
+    "data reindex": data_tools.reindex,
     "data view": data_tools.view,
     "pretrain": pretrain,
     "plan": plan.plan,

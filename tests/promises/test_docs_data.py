@@ -60,7 +60,11 @@ def printed(downloads) -> dict[str, str]:
     """The output of each command. The first uses worker processes; the others run in this one, to save time."""
     commands = [line for block in blocks("sh") for line in block.splitlines()]
     named = {" ".join(shlex.split(line)[1:3]) for line in commands}
-    assert named == {name for name in cli.COMMANDS if name.startswith("data ")} - {"data emoji"}
+    assert named == {name for name in cli.COMMANDS if name.startswith("data ")} - {
+        "data emoji",
+        "data easy-vqa",
+        "data twemoji",
+    }
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(downloads)

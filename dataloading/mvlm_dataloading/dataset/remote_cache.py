@@ -1,10 +1,12 @@
 """Local cache of remote data folders, of limited size. It fetches whole shards before they are read.
 
-A folder at s3://, gs://, hf:// or https:// is read through fsspec. Opening it fetches the description and the indices.
-A shard is fetched before a batch needs it, and the next shards while it is in use:
+A folder at s3://, gs://, hf:// or https:// is read through fsspec. Opening it fetches the description and the split's
+index, or the DALI indices if it has no index. A shard is fetched before a batch needs it, and the next shards while it
+is in use:
 
     CACHE/.lock                        exclusive, held briefly while shards are removed or renamed
-    CACHE/<hash of url and content>/   dataset.json, tokenizer.json, X.idx
+    CACHE/<hash of url and content>/   dataset.json, tokenizer.json, SPLIT.index or X.idx
+        SPLIT.index.lock               held by the process that fetches SPLIT.index; the others wait for it
         X.tar.BYTES.part -> X.tar      renamed when its sha256 is that of dataset.json; BYTES is its final size
         X.tar.lock                     flock: exclusive to write or remove X.tar, shared while a process reads it
 
@@ -29,11 +31,16 @@ from filelock import FileLock
 
 from mvlm_dataloading.errors import DataError, need
 
+from .durable_files import sync_file
+from .sample_index import map_index
+
 log = logging.getLogger(__name__)
 
 _URL = re.compile(r"(s3|gs|hf|https?):/+(.+)")
 _SHARD_FILE = re.compile(r"(.+\.tar)(?:\.(\d+)\.part)?")
 _ATTEMPTS = 4
+REMOTE_HINT = "open the data set again, which fetches it again; if that does not help, rebuild it at the source"
+"""How to get a good cached file, for messages."""
 FIRST_PAUSE_S = 0.5
 """Pause after a failed attempt. Each further pause is twice as long."""
 
@@ -92,18 +99,63 @@ class RemoteCache:
         self._verified: set[int] = set()
 
     def register_shards(self, shards: list[dict[str, Any]]) -> None:
-        """Set the shards, as dataset.json lists them, and fetch the missing indices."""
+        """Set the shards, as dataset.json lists them. Raises DataError if a name leads out of the folder."""
         self._shards = shards
         for shard in shards:
-            for name in (shard["tar"], _index_name(shard)):
+            for name in (shard["tar"], _dali_index_name(shard)):
                 if Path(name).is_absolute() or ".." in Path(name).parts:
                     raise DataError(f"{self.url}: wanted shards inside the folder, found {name!r} in dataset.json")
-            if not (self.folder / _index_name(shard)).is_file():
-                self.fetch_index(shard)
 
-    def fetch_index(self, shard: dict[str, Any]) -> None:
+    def fetch_split_index(self, name: str, *, again: bool = False) -> Path | None:
+        """Fetch the index of a split, once for all processes that share the cache.
+
+        Args:
+            name: its file name in the folder.
+            again: fetch it even if it is cached.
+
+        Returns:
+            Path of the cached file; None if the remote folder has none.
+
+        Raises:
+            DataError: what is fetched is damaged.
+        """
+        path = self.folder / name
+        with FileLock(f"{path}.lock"):
+            if again:
+                path.unlink(missing_ok=True)
+            if path.is_file():
+                return path
+            part = Path(f"{path}.part")
+
+            def copy(remote: str) -> bool:
+                try:
+                    self.filesystem.get_file(remote, str(part))
+                except (FileNotFoundError, PermissionError):  # S3 refuses a missing file to those who may not list
+                    return False
+                try:
+                    map_index(part, REMOTE_HINT).check_all()
+                except DataError as error:
+                    raise OSError(str(error)) from None  # a short read, for example: try again
+                return True
+
+            try:
+                if not self._attempt(name, copy):
+                    return None
+                sync_file(part)
+                part.rename(path)
+            finally:
+                part.unlink(missing_ok=True)
+        return path
+
+    def fetch_dali_indices(self) -> None:
+        """Fetch the DALI indices of all shards, except cached ones."""
+        for shard in self._shards:
+            if not (self.folder / _dali_index_name(shard)).is_file():
+                self.fetch_dali_index(shard)
+
+    def fetch_dali_index(self, shard: dict[str, Any]) -> None:
         """Fetch a shard's index, even if it is cached: dataset.json has no hash of it, so a cached one may be old."""
-        name = _index_name(shard)
+        name = _dali_index_name(shard)
         _replace(self.folder / name, self._read(name))
 
     def fetch_tokenizer(self, sha256: str) -> None:
@@ -155,15 +207,9 @@ class RemoteCache:
             raise
 
     def _verify_once(self, number: int) -> None:
-        if number in self._verified or self.verify is None:
-            return
-        try:
+        if number not in self._verified and self.verify is not None:
             self.verify(number)
-        except DataError:
-            # The open data set has read this index. Remove it, so that the next opening fetches the current one.
-            (self.folder / _index_name(self._shards[number])).unlink(missing_ok=True)
-            raise
-        self._verified.add(number)
+            self._verified.add(number)
 
     def _download(self, shard: dict[str, Any], tar: Path) -> None:
         # Reserve the room first, so that other jobs see how much is left. The file name states the size, because fsspec
@@ -180,8 +226,7 @@ class RemoteCache:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if found != shard["sha256"]:
                 raise OSError(f"sha256 {found} where dataset.json says {shard['sha256']}")
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
+            sync_file(part)
             with self._cache_lock():  # so that a job that makes room sees exactly one of the two names
                 part.rename(tar)
 
@@ -243,7 +288,7 @@ class RemoteCache:
         raise AssertionError("the last attempt returns or raises")
 
 
-def _index_name(shard: dict[str, Any]) -> str:
+def _dali_index_name(shard: dict[str, Any]) -> str:
     return shard.get("index", Path(shard["tar"]).with_suffix(".idx").as_posix())
 
 
