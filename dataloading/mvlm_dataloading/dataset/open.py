@@ -50,7 +50,7 @@ def open_dataset(folder: Path | str, split: str) -> Dataset:
         return _dataset(folder, split, description, index)
     content = io.BytesIO()
     pack_local(folder, split, shards, content)
-    dataset = _dataset(folder, split, description, SampleIndex(content.getbuffer()))
+    dataset = _dataset(folder, split, description, SampleIndex(content.getvalue()))
     _check_samples(dataset)
     log.info("%s: opened from DALI indices; `mvlm data reindex %s` writes an index that opens at once", folder, folder)
     return dataset
@@ -87,7 +87,7 @@ def _open_remote(remote: RemoteCache, split: str) -> Dataset:
         content = io.BytesIO()
         remote.fetch_dali_indices()
         pack_remote(remote.folder, split, shards, content, remote.fetch_dali_index)
-        index = SampleIndex(content.getbuffer())
+        index = SampleIndex(content.getvalue())
         log.info("%s: opened from DALI indices; `mvlm data reindex` at the source lets it open at once", remote.url)
 
     def verify(number: int) -> None:

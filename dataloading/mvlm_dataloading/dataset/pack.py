@@ -88,6 +88,13 @@ def _add(writer: IndexWriter, tar: Path, path: Path, shard: dict[str, Any], hint
                 f"{tar} key {index.key(int(missing[0]))}: wanted {what}, found none; remove the sample"
                 + (" or write its captions" if kind == "text" else "")
             )
+    for kind, part in index.components.items():
+        beyond = np.flatnonzero(part.offset + part.size > shard["bytes"])
+        if len(beyond):  # DALI would map it, and reading it would end the process
+            key = index.key(int(beyond[0]))
+            raise DataError(
+                f"{path}: wanted the index of {tar.name}, found that the {kind} of {key} is not where it says; {hint}"
+            )
     try:
         records = pack_records(index)
     except ValueError as error:

@@ -4,6 +4,8 @@ import os
 import tarfile
 from pathlib import Path
 
+import numpy as np
+
 from mvlm_dataloading.errors import DataError
 
 from .dali_index import KINDS
@@ -48,12 +50,15 @@ def compare_with_tar(index: SampleIndex, shard: int, tar: Path, source: Path, hi
         DataError: a component is not where the index says.
     """
     first, end = index.first[shard : shard + 2].tolist()
-    length = tar.stat().st_size
+    if first == end:
+        return
+    length, rows = tar.stat().st_size, [first, (first + end) // 2, end - 1]
+    places = {kind: np.stack(index.locate(kind, rows), 1).tolist() for kind in KINDS}
     with tar.open("rb") as file:
-        for i in dict.fromkeys((first, (first + end) // 2, end - 1)) if end > first else ():
+        for row, i in enumerate(rows):
             key = index.key(i)
             for kind in KINDS:
-                offset, size = map(int, index.locate(kind, i))
+                offset, size = places[kind][row]
                 if size < 0:
                     continue
                 file.seek(max(0, offset - tarfile.BLOCKSIZE))

@@ -151,3 +151,15 @@ def test_a_sample_without_a_caption_is_refused(tmp_path, caption):
 def test_a_sample_without_an_image_is_refused(tmp_path):
     write_by_hand(tmp_path, [("a.png", make_image(1)), ("a.txt", b"a"), ("b.gif", b"x"), ("b.txt", b"b")])
     refuse(tmp_path, "train-000000.tar key b: wanted an image (jpg, jpeg, png, webp), found none")
+
+
+def test_a_sample_beyond_the_end_of_its_shard_is_refused(tmp_path):
+    """Not among the samples whose headers are compared: DALI would map it, and reading it would end the process."""
+    folder = write_dataset(tmp_path / "data", 8)
+    (folder / "train.index").unlink()
+    path = folder / "train-000000.idx"
+    lines = path.read_text().splitlines()
+    words = lines[3].split(" ")
+    words[5] = str(512 * 10**6)
+    path.write_text("\n".join([*lines[:3], " ".join(words), *lines[4:], ""]))
+    refuse(folder, "train-000000.idx: wanted the index of", "the text of train0002 is not where it says", "wds2idx")
