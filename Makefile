@@ -146,6 +146,7 @@ bench: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm bench run --data $(DATA) --rounds 20 --json $(RESULTS)/run-tiny-$(MACHINE).json --csv $(RESULTS)/run-tiny-$(MACHINE).csv
 	$(BIN)/mvlm bench data --rounds 11 --soak 200000 --start 1000000 --step $(RESULTS)/step-tiny-$(MACHINE).json --out $(RESULTS)
 	$(BIN)/mvlm bench data --data $(DATA) --rounds 11 --out $(RESULTS)
+	$(BIN)/python -m mvlm_benchmarks.data.index_scale --out $(RESULTS)
 	$(BIN)/python -m mvlm_benchmarks.step.overhead $(DATA) --json $(RESULTS)/overhead.json
 
 ## aot             compile every kernel for sm_80, sm_90 and sm_100 with both Tritons, without a GPU

@@ -28,6 +28,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data merge": data_tools.merge,
     "data check": data_tools.check,
     "data index": data_tools.index,
+    "data reindex": data_tools.reindex,
     "data view": data_tools.view,
     "pretrain": pretrain,
     "study": study,
