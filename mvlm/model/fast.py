@@ -37,19 +37,29 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> Streams:
     """Encode unmasked and masked inputs together, in one pass of each encoder."""
     v, vm = encode_images(model, batch.images, masks.patch_ids)
     w, wm = encode_texts(model, batch, masks)
-    return Streams(v, vm, w, wm, _make_caches(v, w))
+    return Streams(v, vm, w, wm, make_caches(v, w))
 
 
 def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
     """Encode only the unmasked images and captions: v (B, 1+N, C) and w."""
-    image, text = model.image_encoder, model.text_encoder
-    embedded = place_tokens(_project_patches(model, batch.images), image.mask_token, image.position, image.cls_token)
-    packing = Packing(batch.cu_seqlens, round_up_length(batch.max_length), len(batch.tokens))
-    x = text.run(batch.tokens, packing, attend_self(packing))  # (T, C)
-    return image.run(embedded, attend_self(None)), PackedText(x, packing)
+    text = encode_unmasked_texts(model, batch.tokens, batch.cu_seqlens, batch.max_length)
+    return encode_unmasked_images(model, batch.images), text
 
 
-def _project_patches(model: MaskVLMNetwork, images: Tensor) -> Tensor:
+def encode_unmasked_images(model: MaskVLMNetwork, images: Tensor) -> Tensor:
+    """Encode images uint8 (B, 3, S, S) unmasked: v (B, 1+N, C)."""
+    encoder = model.image_encoder
+    embedded = place_tokens(project_patches(model, images), encoder.mask_token, encoder.position, encoder.cls_token)
+    return encoder.run(embedded, attend_self(None))
+
+
+def encode_unmasked_texts(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
+    """Encode captions unmasked: packed tokens int64 (T,) of captions with bounds cu_seqlens int32 (B+1,)."""
+    packing = Packing(cu_seqlens, round_up_length(max_length), len(tokens))
+    return PackedText(model.text_encoder.run(tokens, packing, attend_self(packing)), packing)
+
+
+def project_patches(model: MaskVLMNetwork, images: Tensor) -> Tensor:
     """Images uint8 (B, 3, S, S) -> projected patches (B, N, C)."""
     encoder = model.image_encoder
     patches = gather_patches(
@@ -66,7 +76,7 @@ def _project_patches(model: MaskVLMNetwork, images: Tensor) -> Tensor:
 def encode_images(model: MaskVLMNetwork, images: Tensor, patch_ids: Tensor) -> tuple[Tensor, Tensor]:
     """Encode images uint8 (B, 3, S, S) unmasked and masked: v and vm, (B, 1+N, C) each. patch_ids int64 (B, K)."""
     encoder, config = model.image_encoder, model.config
-    patches = _project_patches(model, images)
+    patches = project_patches(model, images)
     parameters = (encoder.mask_token, encoder.position, encoder.cls_token)
     if not config.drop_masked:
         hidden = masked_patches(patch_ids, config.num_patches)  # (B, N), True = masked
@@ -104,7 +114,7 @@ def reconstruction_losses(
     model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks
 ) -> tuple[Tensor, Tensor, Tensor]:
     """MLM, the mean over the batch's M masked tokens; MIM, the mean over its B x K masked patches; MLM's accuracy."""
-    caches = streams.caches or _make_caches(streams.image, streams.text)
+    caches = streams.caches or make_caches(streams.image, streams.text)
     mlm, accuracy = language_loss(model, streams, caches.image, batch, masks)
     return mlm, image_loss(model, streams, caches.text, batch, masks), accuracy
 
@@ -113,7 +123,19 @@ def language_loss(
     model: MaskVLMNetwork, streams: Streams, image: KeyValueCache, batch: Batch, masks: Masks
 ) -> tuple[Tensor, Tensor]:
     """MLM and its accuracy, scalars; the masked captions attend to the unmasked images of the cache."""
-    x, packing = streams.masked_text
+    x = masked_token_features(model, streams.masked_text, image, batch, masks)  # (M, C)
+    targets = batch.tokens.index_select(0, masks.token_ids)
+    # Padding positions (see `pad_to_bucket`) point past the last caption and are ignored.
+    targets = targets.masked_fill(masks.token_ids >= batch.cu_seqlens[-1], -100)
+    head = model.language_head
+    return linear_cross_entropy(head.transform(x), head.vocabulary.weight, head.vocabulary.bias, targets)
+
+
+def masked_token_features(
+    model: MaskVLMNetwork, text: PackedText, image: KeyValueCache, batch: Batch, masks: Masks
+) -> Tensor:
+    """Features (M, C) of the masked tokens, for the LM head; the masked captions attend to the images of the cache."""
+    x, packing = text
     # Layout of only the masked tokens, M rows. token_ids rise, so those of a caption are consecutive.
     bounds = torch.searchsorted(masks.token_ids, batch.cu_seqlens.long()).int()  # (B+1,)
     selected = Packing(bounds, packing.max_length, len(masks.token_ids))
@@ -126,17 +148,27 @@ def language_loss(
     for block in early:
         rows = block(rows, attend_self(packing), attend_cross(block, packing, image))
     rows = last(rows, attend_self(packing, select, selected), attend_cross(last, selected, image), select)
-    x = model.text_cross.finish(rows)  # (M, C)
-    targets = batch.tokens.index_select(0, masks.token_ids)
-    # Padding positions (see `pad_to_bucket`) point past the last caption and are ignored.
-    targets = targets.masked_fill(masks.token_ids >= batch.cu_seqlens[-1], -100)
-    head = model.language_head
-    return linear_cross_entropy(head.transform(x), head.vocabulary.weight, head.vocabulary.bias, targets)
+    return model.text_cross.finish(rows)
 
 
 def image_loss(model: MaskVLMNetwork, streams: Streams, text: KeyValueCache, batch: Batch, masks: Masks) -> Tensor:
     """MIM, a scalar; the masked images attend to the unmasked captions of the cache."""
-    rows = Residual(streams.masked_image)
+    encoder, head = model.image_encoder, model.pixel_head
+    return linear_pixel_loss(
+        masked_patch_features(model, streams.masked_image, text, masks),  # (B, K, C)
+        head.weight,
+        head.bias,
+        batch.images,
+        masks.patch_ids,
+        model.config.patch_size,
+        mean=encoder.mean.flatten(),
+        std=encoder.std.flatten(),
+    )
+
+
+def masked_patch_features(model: MaskVLMNetwork, vm: Tensor, text: KeyValueCache, masks: Masks) -> Tensor:
+    """Features (B, K, C) of the masked patches, for the pixel head; vm (B, 1+N, C) attends to captions of the cache."""
+    rows = Residual(vm)
 
     def select(rows: Tensor) -> Tensor:
         return select_within(rows, 1 + masks.patch_ids)  # (B, 1+N, C) -> (B, K, C)
@@ -148,17 +180,7 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, text: KeyValueCache, bat
     for block in early:
         rows = block(rows, attend_self(None), attend_cross(block, None, text))
     rows = last(rows, attend_self(None, select), attend_cross(last, None, text), select)
-    encoder, head = model.image_encoder, model.pixel_head
-    return linear_pixel_loss(
-        model.image_decoder.finish(rows),  # (B, K, C)
-        head.weight,
-        head.bias,
-        batch.images,
-        masks.patch_ids,
-        model.config.patch_size,
-        mean=encoder.mean.flatten(),
-        std=encoder.std.flatten(),
-    )
+    return model.image_decoder.finish(rows)
 
 
 def fuse_pairs(
@@ -175,7 +197,7 @@ def fuse_pairs(
     Pair r is image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,). `caches`, if given, are
     those of v and text; `max_rows` is a bound of the rows of the R captions together.
     """
-    caches = caches or _make_caches(v, text)
+    caches = caches or make_caches(v, text)
     packing = _with_rounded_length(text.packing)
     # Only the device knows how many tokens the R captions have together. Asking costs nothing on a CPU. On a GPU it
     # would be a sync, so an upper bound is taken there.
@@ -241,7 +263,7 @@ def _encode_pairs(
     return encoder.finish(last(stream, attend_self_first, attend_cross_first, select=first))
 
 
-def _make_caches(v: Tensor, text: PackedText) -> PairCaches:
+def make_caches(v: Tensor, text: PackedText) -> PairCaches:
     return PairCaches(KeyValueCache(v), KeyValueCache(text.rows, _with_rounded_length(text.packing)))
 
 
