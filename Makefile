@@ -8,7 +8,7 @@ STEPS  ?= 640
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-gpu test-triton test-integrations emulate faults faults-data faults-loading \
-        faults-embedding soak bench aot traffic \
+        faults-embedding faults-evaluation soak bench aot traffic \
         wheel-smoke check format clean
 
 ## help            list these targets
@@ -100,8 +100,8 @@ format: $(VENV)/.installed
 
 # A trial takes about 3 s.
 FAULTS ?= 1000
-## faults          faults-data, faults-loading, faults-embedding, and 1000 training runs, each disturbed in one way and resumed
-faults: faults-data faults-loading faults-embedding
+## faults          the four below, and 1000 training runs, each disturbed in one way and resumed
+faults: faults-data faults-loading faults-embedding faults-evaluation
 	$(BIN)/python tests/promises/faults/campaign.py --count $(FAULTS) --jobs $(JOBS) --json benchmarks/results/faults.json
 
 ## faults-data     kill builds of shards at 50 moments (`make test`: 10)
@@ -115,6 +115,10 @@ faults-loading: $(VENV)/.installed $(DATA)/dataset.json
 ## faults-embedding kill 20 embedding processes at random moments (`make test`: 4)
 faults-embedding: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_embedding.py --kills 20
+
+## faults-evaluation kill 10 evaluations at random moments (`make test`: 3)
+faults-evaluation: $(VENV)/.installed
+	$(BIN)/python tests/promises/faults/kill_evaluation.py --kills 10
 
 MINUTES ?= 120
 ## soak            train for two hours: memory and speed stay flat, nothing leaks

@@ -27,6 +27,8 @@ from mvlm_dataloading import DataError
 
 log = logging.getLogger(__name__)
 
+FORMAT_VERSION = 1
+"""Version of the arrays in a folder. Work of another version is removed."""
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 Work = Callable[[int, int], Iterator[None]]
@@ -74,7 +76,7 @@ class StoredArray:
         if self._file is None:
             self.tensor[start : start + len(rows)] = rows.cpu()
             return
-        data = memoryview(rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        data = rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
         place = start * self._row_bytes
         while data:
             done = os.pwrite(self._file, data, place)
@@ -142,16 +144,18 @@ class Workspace:
 
         def own() -> bool:
             first, last = (rank * parts // self.world.size for rank in (self.world.rank, self.world.rank + 1))
-            done = int(already[first:last].sum())
-            with WorkProgress(unit) if self._shown and self.world.first else contextlib.nullcontext() as progress:
+            done, counted = int(already[first:last].sum()), 0
+            with self._progress(unit) as progress:
+                if progress is not None:
+                    progress.show(done, last - first, 0)
                 for start, stop in _unfinished(already.tolist(), first, last):
                     if not self._go_on():
                         return False
                     for part, _ in enumerate(work(start * size, min(stop * size, rows)), start):
                         self._record(finished, part)
-                        done += 1
+                        done, counted = done + 1, counted + min(size, rows - part * size)
                         if progress is not None:
-                            progress.show(done, last - first, min((part + 1) * size, rows) - start * size)
+                            progress.show(done, last - first, counted)
                         if not self._go_on():
                             return False
             return True
@@ -159,6 +163,9 @@ class Workspace:
         going = run_on_all_ranks(self.world, own)
         if not all(self.world.gather_objects(going)):
             raise EvaluationStopped
+
+    def _progress(self, unit: str) -> contextlib.AbstractContextManager[WorkProgress | None]:
+        return WorkProgress(unit, short=True) if self._shown and self.world.first else contextlib.nullcontext()
 
     def _record(self, finished: StoredArray, part: int) -> None:
         if self._resumable:
@@ -218,6 +225,7 @@ def open_workspace(folder: Path | None, plan: dict[str, Any], world: World = ALO
 
 def _lock(folder: Path, plan: dict[str, Any]) -> contextlib.AbstractContextManager[object]:
     """Make or check the folder and lock it. Returns a context that holds the lock."""
+    plan = {"format_version": FORMAT_VERSION, **plan}
     file = folder / "plan.json"
     if folder.exists() and not (folder.is_dir() and (file.is_file() or set(folder.iterdir()) <= {folder / ".lock"})):
         raise RunError(f"{folder}: wanted no such path or an unfinished evaluation, found something else; move it away")

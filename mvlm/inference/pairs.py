@@ -53,9 +53,8 @@ def score(model: "TrainedModel", image: ImageFeatures, text: TextFeatures) -> Te
 
 def _log_odds(model: "TrainedModel", image: ImageFeatures, text: TextFeatures) -> Tensor:
     """ITM's log-odds of B pairs, float32 (B,) on the CPU. One image or one text goes with all of the others."""
-    images, texts = torch.arange(len(image.v)), torch.arange(len(text.w.packing))
-    pairs = torch.broadcast_tensors(images, texts)
-    return match_log_odds(model.network, image.v, text.w, *pairs, model.precision).cpu()
+    images, texts = torch.broadcast_tensors(torch.arange(len(image.v)), torch.arange(len(text.w.packing)))
+    return match_log_odds(model.network, image.v, text.w, images, texts, model.precision).cpu()
 
 
 def _feature_pairs(
