@@ -44,7 +44,8 @@ class StoredArray:
 
     def __init__(self, path: Path | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._shape, self._dtype = shape, dtype
-        self._unsynced = False
+        self.written = False
+        """True if this process has written rows that are not on the disk, or that other ranks have not got."""
         self._file: int | None = None
         self._mapped: Tensor | None = None
         rows = torch.empty(1, *shape[1:], dtype=dtype)
@@ -73,6 +74,7 @@ class StoredArray:
         """Write rows of the array's dtype, the first of them as row `start`."""
         assert rows.dtype == self._dtype, (rows.dtype, self._dtype)
         assert rows.shape[1:] == self._shape[1:], (rows.shape, self._shape)
+        self.written = True
         if self._file is None:
             self.tensor[start : start + len(rows)] = rows.cpu()
             return
@@ -81,13 +83,12 @@ class StoredArray:
         while data:
             done = os.pwrite(self._file, data, place)
             data, place = data[done:], place + done
-        self._unsynced = True
 
     def sync(self) -> None:
         """Force the rows written so far to the disk."""
-        if self._unsynced and self._file is not None:
+        if self.written and self._file is not None:
             os.fsync(self._file)
-            self._unsynced = False
+            self.written = False
 
     def close(self) -> None:
         """Close the file. What was read stays readable."""
@@ -100,10 +101,10 @@ class Workspace:
     """Arrays of one evaluation, filled by stages of work that all ranks share.
 
     Args:
-        folder: folder of the arrays, on a disk that all ranks see; None keeps them in memory, for one rank.
+        folder: folder of the arrays, on a disk that all ranks see; None keeps them in the memory of every rank.
         world: ranks that share the work.
         resumable: record finished parts, forced to the disk first. Another workspace in this folder skips them.
-        go_on: asked after each part; False ends the evaluation on all ranks.
+        go_on: asked before each stage and after each part; False ends the evaluation on all ranks.
         shown: show the progress of each stage.
     """
 
@@ -116,7 +117,6 @@ class Workspace:
         go_on: Callable[[], bool] = lambda: True,
         shown: bool = False,
     ) -> None:
-        assert folder is not None or world.size == 1
         self.folder, self.world = folder, world
         self._resumable, self._go_on, self._shown = resumable, go_on, shown
         self._arrays: list[StoredArray] = []
@@ -146,11 +146,11 @@ class Workspace:
             first, last = (rank * parts // self.world.size for rank in (self.world.rank, self.world.rank + 1))
             done, counted = int(already[first:last].sum()), 0
             with self._progress(unit) as progress:
+                if not self._go_on():
+                    return False
                 if progress is not None:
                     progress.show(done, last - first, 0)
                 for start, stop in _unfinished(already.tolist(), first, last):
-                    if not self._go_on():
-                        return False
                     for part, _ in enumerate(work(start * size, min(stop * size, rows)), start):
                         self._record(finished, part)
                         done, counted = done + 1, counted + min(size, rows - part * size)
@@ -163,6 +163,15 @@ class Workspace:
         going = run_on_all_ranks(self.world, own)
         if not all(self.world.gather_objects(going)):
             raise EvaluationStopped
+        if self.folder is None and self.world.size > 1:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """Give the rows that each rank wrote to all ranks. Rows that a rank did not write are zero, so they add up."""
+        own = [number for number, array in enumerate(self._arrays) if array.written]
+        for number in sorted({number for found in self.world.gather_objects(own) for number in found}):
+            self.world.all_reduce(self._arrays[number].tensor)
+            self._arrays[number].written = False
 
     def _progress(self, unit: str) -> contextlib.AbstractContextManager[WorkProgress | None]:
         return WorkProgress(unit, short=True) if self._shown and self.world.first else contextlib.nullcontext()

@@ -78,9 +78,26 @@ def test_ranks_do_every_row_once_and_find_the_same(tmp_path, ranks, size):
     assert torch.equal(found, SQUARES)
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_in_memory_get_the_rows_of_all(ranks):
+    """Each rank's part is computed first, and the exchange then adds them up."""
+    alone: list[torch.Tensor] = []
+
+    class Exchanging(Rank):
+        def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+            alone.append(tensor.clone())
+            return tensor
+
+    for rank in range(ranks):
+        square(Workspace(None, Exchanging(rank, ranks)), 23, 4, [])  # pyright: ignore[reportArgumentType]
+    assert len(alone) == ranks
+    assert torch.equal(torch.stack(alone).sum(0), SQUARES)
+    assert not any(torch.equal(rows, SQUARES) for rows in alone)
+
+
 def stop_after(parts: int) -> Callable[[], bool]:
     """`go_on` that is False after so many parts; it is asked once more, before the first."""
-    asked = iter([True] * parts)
+    asked = iter([True] * parts)  # and the first is asked before the stage
     return lambda: next(asked, False)
 
 
