@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mvlm.device import autocast
-from mvlm.model.fast import encode_captions, encode_patches, project_patches
+from mvlm.model.fast import encode_patches, encode_tokens, project_patches
 from mvlm.model.fast_inference import match_pairs
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import PackedText
@@ -90,7 +90,7 @@ def text_features(model: MaskVLM, captions: list[str], tokenizer: Tokenizer, pre
     tokens, starts = packed_tokens(captions, tokenizer, length)
     longest = int(starts.diff().max())
     with autocast(device, precision):
-        w = encode_captions(model, tokens.to(device), starts.to(device), longest)
+        w = encode_tokens(model, tokens.to(device), starts.to(device), longest)
         return TextFeatures(w, model.embed_text(w.first()))
 
 

@@ -49,7 +49,7 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeigh
         partner_text = wm
     elif weights.mim > 0 and masks.partner_token_ids is not None:
         hidden = mask_tokens(batch.tokens, masks.partner_token_ids, model.config.mask_token_id)
-        partner_text = encode_captions(model, hidden, batch.cu_seqlens, batch.max_length)
+        partner_text = encode_tokens(model, hidden, batch.cu_seqlens, batch.max_length)
     assert partner_image is not None
     assert partner_text is not None
     caches = make_caches(v, w)
@@ -62,7 +62,7 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeigh
 
 def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
     """Encode only the unmasked images and captions: v (B, 1+N, C) and w."""
-    text = encode_captions(model, batch.tokens, batch.cu_seqlens, batch.max_length)
+    text = encode_tokens(model, batch.tokens, batch.cu_seqlens, batch.max_length)
     return encode_patches(model, project_patches(model, batch.images)), text
 
 
@@ -74,7 +74,7 @@ def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | N
     return encoder.run(placed, attend_self(None))
 
 
-def encode_captions(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
+def encode_tokens(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
     """Encode captions as they are: packed tokens int64 (T,), with bounds cu_seqlens int32 (B+1,)."""
     packing = Packing(cu_seqlens, round_up_length(max_length), len(tokens))
     return PackedText(model.text_encoder.run(tokens, packing, attend_self(packing)), packing)
@@ -127,7 +127,7 @@ def encode_texts(model: MaskVLMNetwork, batch: Batch, token_ids: Tensor | None) 
     longest = round_up_length(batch.max_length)
     packing = Packing(batch.cu_seqlens, longest, total)
     if token_ids is None:
-        return encode_captions(model, batch.tokens, batch.cu_seqlens, batch.max_length), None
+        return encode_tokens(model, batch.tokens, batch.cu_seqlens, batch.max_length), None
     hidden = mask_tokens(batch.tokens, token_ids, model.config.mask_token_id)
     # A packing allows padding positions (see `pad_to_bucket`) only after its last sequence. The first masked caption
     # therefore follows the last unmasked caption directly, and all padding comes at the end. `end` stays on the device.

@@ -7,8 +7,8 @@ P patch side.
 from torch import Tensor
 
 from mvlm.model.fast import (
-    encode_captions,
     encode_patches,
+    encode_tokens,
     fuse_pairs,
     make_caches,
     masked_patch_features,
@@ -31,7 +31,7 @@ def encode_masked(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> tuple[Te
     """Encode only the masked images, with mask tokens, and the masked captions: vm (B, 1+N, C) and wm."""
     vm = encode_patches(model, project_patches(model, batch.images), masks.patch_ids)
     tokens = mask_tokens(batch.tokens, masks.token_ids, model.config.mask_token_id)
-    return vm, encode_captions(model, tokens, batch.cu_seqlens, batch.max_length)
+    return vm, encode_tokens(model, tokens, batch.cu_seqlens, batch.max_length)
 
 
 def reconstruct(
