@@ -23,10 +23,10 @@ from mvlm.distributed.loss_shares import (
     SHARE_NAMES,
     GlobalStep,
     Microbatch,
-    contrastive_parameters,
     count_masked_tokens,
     feature_exchange,
     global_matching_shares,
+    idle_parameters,
     image_share,
     language_shares,
     local_matching_shares,
@@ -34,8 +34,9 @@ from mvlm.distributed.loss_shares import (
 )
 from mvlm.distributed.parallel import Parallel
 from mvlm.distributed.world import World
+from mvlm.model.implementation import ALL
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
-from mvlm.objectives.losses import Losses
+from mvlm.objectives.losses import Losses, LossWeights
 from mvlm_dataloading import Batch
 
 
@@ -47,6 +48,7 @@ def backward_global(
     seed: int,
     step: int | Tensor,
     plan: Literal["plain", "fast"] = "plain",
+    weights: LossWeights = ALL,
     reconstruction_only: bool = False,
     local_negatives: bool = False,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -57,6 +59,8 @@ def backward_global(
     r is pair (a W + r) b + i of the global batch: the loader's order.
 
     Args:
+        weights: weights of the losses in the total. An objective of weight 0 is zero and costs nothing.
+        reconstruction_only: weigh ITC and ITM with 0.
         local_negatives: draw ITM's negatives within a microbatch, not from the global batch. The losses then depend on
             the number of ranks and microbatches.
 
@@ -72,14 +76,17 @@ def backward_global(
     ids = start_gather(torch.cat([_ids(batch) for batch, _ in microbatches]), layout)
     masked = torch.stack([count_masked_tokens(batch, masks) for batch, masks in microbatches]).sum()
     counted = Pending(world.start_all_reduce(masked), lambda: masked)
-    shared = GlobalStep(layout, world, IMPLEMENTATIONS[plan], autocast, seed, step, local_negatives, ids, counted)
+    weights = weights.reconstructing() if reconstruction_only else weights
+    shared = GlobalStep(
+        layout, world, IMPLEMENTATIONS[plan], autocast, seed, step, local_negatives, ids, counted, weights
+    )
     run = _backward_one_graph if len(microbatches) == 1 else backward_cached
-    shares = world.all_reduce(run(parallel, microbatches, shared, not reconstruction_only))
-    if reconstruction_only:
-        # `scaled_total` gave these zero gradients, with which AdamW would still decay the weights. None skips them.
-        for parameter in contrastive_parameters(parallel.model):
-            parameter.grad = None
-    return Losses(**dict(zip(SHARE_NAMES, shares, strict=True)), total=shares[: len(OBJECTIVES)].sum())
+    shares = world.all_reduce(run(parallel, microbatches, shared))
+    # `scaled_total` gave these zero gradients, with which AdamW would still decay the weights. None skips them.
+    for parameter in idle_parameters(parallel.model, weights):
+        parameter.grad = None
+    total = weights.total(shares[: len(OBJECTIVES)].unbind())
+    return Losses(**dict(zip(SHARE_NAMES, shares, strict=True)), total=total)
 
 
 def _ids(batch: Batch) -> Tensor:
@@ -87,16 +94,14 @@ def _ids(batch: Batch) -> Tensor:
     return torch.stack([batch.image_id, batch.text_id, batch.cu_seqlens.diff().long()], dim=1)
 
 
-def _backward_one_graph(
-    parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep, contrastive: bool
-) -> Tensor:
+def _backward_one_graph(parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep) -> Tensor:
     """Forward and backward of a single microbatch. Returns the rank's shares (7,), in the order of SHARE_NAMES."""
 
     def forward(model: MaskVLM) -> tuple[Tensor, Tensor]:
         batch, masks = microbatches[0]
         with step.autocast():
-            streams = step.implementation.encode(model, batch, masks)
-            if not contrastive:
+            streams = step.implementation.encode(model, batch, masks, step.weights)
+            if not step.weights.contrasts:
                 shares = language_shares(model, streams, batch, masks, step)
                 return scaled_total(model, shares | image_share(model, streams, batch, masks, step), step)
             # In forward and in backward, embeddings travel while MLM runs, and features of negatives while MIM runs.
@@ -106,7 +111,9 @@ def _backward_one_graph(
             shares["itc"], shares["itc_accuracy"], draws = sharded_contrastive_loss(
                 embeddings, model.log_scale, step.sampling, step.layout
             )
-            if step.local_negatives:
+            if not step.weights.itm:
+                shares |= image_share(model, streams, batch, masks, step)
+            elif step.local_negatives:
                 negatives = negatives_of_all(draws, step.sampling, step.layout)
                 shares |= image_share(model, streams, batch, masks, step)
                 shares |= local_matching_shares(model, image, text, negatives, 0, step, streams.caches)

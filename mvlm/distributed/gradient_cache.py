@@ -48,13 +48,12 @@ class Cached(NamedTuple):
     """w."""
 
 
-def backward_cached(
-    parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep, contrastive: bool
-) -> Tensor:
+def backward_cached(parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep) -> Tensor:
     """Forward and backward of several microbatches. Returns the rank's shares (7,), in the order of SHARE_NAMES.
 
-    Without `contrastive`, the step trains only MLM and MIM, in one pass.
+    Without ITC and ITM there is only the second pass.
     """
+    contrastive, reconstructing = step.weights.contrasts, step.weights.reconstructing()
     cached: list[Cached] = []
     finish = _nothing
     shares = torch.zeros(len(SHARE_NAMES), device=microbatches[0][0].images.device)
@@ -66,7 +65,7 @@ def backward_cached(
         # Defaults bind this microbatch. A plain closure would see the loop's variables as they are when it runs.
         def forward(model: MaskVLM, batch: Batch = batch, masks: Masks = masks, number: int = number):
             with step.autocast():
-                streams = step.implementation.encode(model, batch, masks)
+                streams = step.implementation.encode(model, batch, masks, reconstructing)
                 reconstruction = language_shares(model, streams, batch, masks, step)
                 reconstruction |= image_share(model, streams, batch, masks, step)
             total, parts = scaled_total(model, reconstruction, step)
@@ -116,6 +115,8 @@ def _backward_to_features(
             share, accuracy, draws = sharded_contrastive_loss(
                 Embeddings(image, text, step.layout), model.log_scale, step.sampling, step.layout
             )
+            if not step.weights.itm:
+                return scaled_total(model, {"itc": share, "itc_accuracy": accuracy}, step)
             if step.local_negatives:
                 drawn.append(negatives_of_all(draws, step.sampling, step.layout))
             else:
@@ -126,6 +127,8 @@ def _backward_to_features(
 
     total, shares = parallel(itc, last=False)
     total.backward()
+    if not step.weights.itm:
+        return shares, _nothing
     (found,), returned = drawn, 0
     exchange = found if isinstance(found, FeatureExchange) else None
 

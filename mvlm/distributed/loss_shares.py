@@ -18,10 +18,10 @@ from mvlm.device import compute_dtype
 from mvlm.distributed.collectives import GlobalBatchLayout, Pending
 from mvlm.distributed.exchange import Arrived, FeatureExchange
 from mvlm.distributed.world import World
-from mvlm.model.implementation import Implementation, PairCaches, Streams
+from mvlm.model.implementation import Implementation, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, Packing
-from mvlm.objectives.losses import matching_loss
+from mvlm.objectives.losses import LossWeights, matching_loss
 from mvlm.objectives.negatives import (
     MatchingPairs,
     Negatives,
@@ -57,6 +57,8 @@ class GlobalStep(NamedTuple):
     """int64 (G, 3): image_id, text_id and number of tokens of each pair of the global batch."""
     masked_tokens: Pending
     """Number of masked tokens of the global batch, a scalar on the device."""
+    weights: LossWeights
+    """Weights of the losses. An objective of weight 0 is not computed."""
 
     @property
     def sampling(self) -> NegativeSampling:
@@ -71,10 +73,24 @@ class GlobalStep(NamedTuple):
         return self.ids.wait()[:, 2]
 
 
-def contrastive_parameters(model: MaskVLMNetwork) -> list[nn.Parameter]:
-    """Parameters that only ITC and ITM use."""
-    modules = (model.image_projection, model.text_projection, model.matching_head)
-    return [model.log_scale, *(p for module in modules for p in module.parameters())]
+def idle_parameters(model: MaskVLMNetwork, weights: LossWeights) -> list[nn.Parameter]:
+    """Parameters that no loss of some weight uses."""
+    matching = weights.itm > 0
+    users: list[tuple[nn.Module, bool]] = [
+        (model.image_projection, weights.contrasts),
+        (model.text_projection, weights.contrasts),
+        (model.matching_head, matching),
+        (model.text_cross, matching or weights.mlm > 0),
+        (model.language_head, weights.mlm > 0),
+        (model.image_cross, matching or weights.mim > 0),
+        (model.image_decoder, weights.mim > 0),
+        (model.pixel_head, weights.mim > 0),
+    ]
+    idle = [parameter for module, used in users if not used for parameter in module.parameters()]
+    idle += [] if weights.contrasts else [model.log_scale]
+    masked_images, _ = needs_masked(model.config, weights)
+    lightly = weights.mlm > 0 and model.config.partner_image == "lightly masked"
+    return idle if masked_images or lightly else [*idle, model.image_encoder.mask_token]
 
 
 def count_masked_tokens(batch: Batch, masks: Masks) -> Tensor:
@@ -84,6 +100,8 @@ def count_masked_tokens(batch: Batch, masks: Masks) -> Tensor:
 
 def language_shares(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks, step: GlobalStep) -> Shares:
     """Shares of MLM and its accuracy, from one microbatch."""
+    if not step.weights.mlm:
+        return {}
     mlm, accuracy = step.implementation.language_loss(model, streams, batch, masks)
     # MLM is a mean over masked tokens. Microbatches have different numbers of them, so the mean of their means would
     # not be the loss of the global batch: each is weighted by its number.
@@ -93,6 +111,8 @@ def language_shares(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks
 
 def image_share(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks, step: GlobalStep) -> Shares:
     """Share of MIM, from one microbatch. All have equally many masked patches."""
+    if not step.weights.mim:
+        return {}
     mim = step.implementation.image_loss(model, streams, batch, masks)
     return {"mim": mim / (step.layout.ranks * step.layout.microbatches)}
 
@@ -175,14 +195,19 @@ def feature_exchange(draws: Tensor, image: Tensor, texts: list[PackedText], step
 
 
 def scaled_total(model: MaskVLMNetwork, shares: Shares, step: GlobalStep) -> tuple[Tensor, Tensor]:
-    """Sum of the losses' shares times W, to call backward on, and all shares (7,).
+    """Weighted sum of the losses' shares times W, to call backward on, and all shares (7,), without weights.
 
     The factor W is there because DDP and FSDP2 average gradients over ranks. Shares are in the order of SHARE_NAMES; a
     missing one is 0.
     """
-    losses = [shares[name] for name in OBJECTIVES if name in shares]
-    # DDP waits for a gradient of every parameter. A sum of no elements gives a zero gradient to the unused ones.
-    unused = sum(p.flatten()[:0].sum() for p in contrastive_parameters(model))
-    zero = torch.zeros_like(losses[0])
+    weights = step.weights._asdict()
+    losses = [weights[name] * shares[name] for name in OBJECTIVES if name in shares]
+    # DDP waits for a gradient of every parameter. A sum of no elements gives a zero gradient to those that this pass
+    # does not use: with several microbatches, the last pass computes no ITC and no ITM.
+    alone = step.layout.microbatches == 1
+    idle = idle_parameters(model, step.weights if alone else step.weights.reconstructing())
+    dtype = losses[0].dtype if losses else torch.float32
+    zero = torch.zeros((), dtype=dtype, device=step.world.device)
+    unused = sum((p.flatten()[:0].sum() for p in idle), zero)
     found = torch.stack([shares.get(name, zero).detach() for name in SHARE_NAMES])
-    return step.world.size * torch.stack(losses).sum() + unused, found
+    return step.world.size * torch.stack([zero, *losses]).sum() + unused, found
