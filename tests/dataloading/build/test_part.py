@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from mvlm_dataloading.dataset import remote_files
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support import published
 from support.data import build_records, file_contents, make_record, read_json_lines
-from support.object_store import serve_s3
+from support.faults.faulty_proxy import serve_faulty
+from support.object_store import forget_stores, serve_s3
 
 FAULTS = Path(__file__).parents[2] / "promises" / "faults"
 OPTIONS = BuildOptions(shard_bytes=20_000, drop_duplicates=True)
@@ -167,7 +169,18 @@ def work_at_store(source, whole, tmp_path, monkeypatch, s3) -> None:
         build_part(source, parts[0], (1, 2), OPTIONS, workers=0)
         assert stored.count("pieces/000000/shards.json") == 1
         build_part(source, parts[1], (2, 2), OPTIONS, workers=0)
-    assert file_contents(merge_parts(parts, tmp_path / "local")) == whole
+    cut = Counter[str]()
+
+    def cut_twice(method: str, path: str) -> str | None:
+        cut[path] += method == "GET"
+        return "length" if method == "GET" and "/pieces/" in path and cut[path] <= 2 else None
+
+    with serve_faulty(os.environ["AWS_ENDPOINT_URL"], cut_twice) as (address, happened), monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", address)
+        forget_stores()
+        assert file_contents(merge_parts(parts, tmp_path / "local")) == whole
+        assert happened["length"] > 2 * len(whole)
+    forget_stores()
     merge_parts(parts, f"{s3}/deep/set")
     merge_parts(parts, f"{s3}/deep/set")  # and is recognised
     build_shards(source, f"{s3}/deep/direct", OPTIONS, workers=0)

@@ -79,7 +79,9 @@ def test_writing_is_repeated_and_its_length_is_compared(folder, tmp_path, monkey
             whole(str(tmp_path / "half"), place)
 
         monkeypatch.setattr(remote.filesystem, "put_file", half)
-        with pytest.raises(DataError, match=r"s3://files/deep/new: .* 4 attempts failed: 99 bytes arrived of 12003"):
+        with pytest.raises(
+            DataError, match=r"deep/new: .* 4 attempts failed: 12003 bytes on this side and 99 at"
+        ):
             remote.put(path, "new")
 
 
