@@ -8,7 +8,7 @@ STEPS  ?= 640
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-gpu test-triton test-integrations emulate faults faults-data faults-loading \
-        faults-embedding faults-parts faults-network soak bench aot traffic \
+        faults-embedding faults-parts faults-network faults-evaluation soak bench aot traffic \
         wheel-smoke check format clean
 
 ## help            list these targets
@@ -101,7 +101,7 @@ format: $(VENV)/.installed
 # A trial takes about 3 s.
 FAULTS ?= 1000
 ## faults          the targets faults-*, and 1000 training runs, each disturbed in one way and resumed
-faults: faults-data faults-loading faults-embedding faults-parts faults-network
+faults: faults-data faults-loading faults-embedding faults-parts faults-network faults-evaluation
 	$(BIN)/python tests/promises/faults/campaign.py --count $(FAULTS) --jobs $(JOBS) --json benchmarks/results/faults.json
 
 ## faults-data     kill builds of shards at 50 moments (`make test`: 10)
@@ -125,6 +125,10 @@ faults-parts: $(VENV)/.installed
 faults-network: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/bad_network.py --trials 50 --json benchmarks/results/faults-network.json
 
+## faults-evaluation kill 10 evaluations at random moments (`make test`: 3)
+faults-evaluation: $(VENV)/.installed
+	$(BIN)/python tests/promises/faults/kill_evaluation.py --kills 10
+
 MINUTES ?= 120
 ## soak            train for two hours: memory and speed stay flat, nothing leaks
 soak: $(VENV)/.installed
@@ -146,6 +150,7 @@ bench: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm bench run --data $(DATA) --rounds 20 --json $(RESULTS)/run-tiny-$(MACHINE).json --csv $(RESULTS)/run-tiny-$(MACHINE).csv
 	$(BIN)/mvlm bench data --rounds 11 --soak 200000 --start 1000000 --step $(RESULTS)/step-tiny-$(MACHINE).json --out $(RESULTS)
 	$(BIN)/mvlm bench data --data $(DATA) --rounds 11 --out $(RESULTS)
+	$(BIN)/python -m mvlm_benchmarks.data.index_scale --out $(RESULTS)
 	$(BIN)/python -m mvlm_benchmarks.step.overhead $(DATA) --json $(RESULTS)/overhead.json
 
 ## aot             compile every kernel for sm_80, sm_90 and sm_100 with both Tritons, without a GPU

@@ -36,7 +36,7 @@ def check(shards: Path, /, sheet: Path | None = None, workers: int | None = None
 
 
 def index(folder: Path, /, split: str | None = None) -> None:
-    """Rebuild a data set's DALI indices, or index existing WebDataset tars so that they can be used in place.
+    """Rebuild a data set's indices from its tars, or index existing WebDataset tars so that they can be used in place.
 
     Args:
         folder: Data folder, or folder of tars.
@@ -60,6 +60,18 @@ def merge(parts: tuple[Path, ...], out: Path, /) -> None:
 
     merge_parts(parts, out)
     print(summary(out))
+
+
+def reindex(folder: Path, /) -> None:
+    """Write the indices with which a data set opens at once, from its DALI indices. Its tars are not read.
+
+    Args:
+        folder: Data folder or view.
+    """
+    from mvlm_dataloading.tools.reindex import pack_indices
+
+    for path in pack_indices(folder):
+        print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def view(

@@ -4,13 +4,16 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from mvlm_dataloading import DataError, Loader, Tokenizer, open_dataset
 from mvlm_dataloading.dataset import remote_files
+from mvlm_dataloading.dataset.remote_cache import open_remote_cache
 from mvlm_dataloading.dataset.remote_files import RemoteFolder
 from mvlm_dataloading.loader import reader, sampler
 from support.data import wave_tokenizer, write_dataset
@@ -37,6 +40,14 @@ def folder(tmp_path_factory):
 def web(folder):
     with serve(folder) as url:
         yield url
+
+
+@pytest.fixture
+def old_web(folder, tmp_path):
+    """The same data as earlier versions wrote them: with DALI indices only. Yields the URL and the folder."""
+    shutil.copytree(folder, tmp_path / "old", ignore=shutil.ignore_patterns("*.index"))
+    with serve(tmp_path / "old") as url:
+        yield url, tmp_path / "old"
 
 
 @pytest.fixture
@@ -148,7 +159,7 @@ def test_remote_shards_are_fetched_ahead_of_use(folder, web, cache, tokenizer, m
         if thread.name == "mvlm-fetching":
             thread.join(10)
     here = {path.name for path in cache.glob("*/*.tar")}
-    in_use = {loader.dataset.tars[loader.dataset.shard[i]].name for i in batch.sample_id.tolist()}
+    in_use = {loader.dataset.tars[int(loader.dataset.shard_of(i))].name for i in batch.sample_id.tolist()}
     assert in_use < here
     loader.close()
 
@@ -166,7 +177,7 @@ def test_a_remote_cache_that_is_too_small_is_refused(folder, web, cache, tokeniz
 
 
 def test_a_failed_fetch_is_retried(folder, web, cache, tokenizer):
-    names = sorted(f"/{path.name}" for path in folder.glob("train*"))
+    names = ["/train.index", *sorted(f"/{path.name}" for path in folder.glob("*.tar"))]
     FolderHandler.fail += ["/dataset.json", *names, *names]
     dataset = open_dataset(web, "train")
     assert_equal(batches(dataset, tokenizer, 6), batches(open_dataset(folder, "train"), tokenizer, 6))
@@ -189,10 +200,59 @@ def test_a_remote_shard_with_other_bytes_is_refused(folder, web, cache, tokenize
         assert not [path for path in cache.glob("*/*") if path.name.startswith(tar.name) and path.suffix != ".lock"]
     finally:
         tar.write_bytes(content)
-        os.utime(tar.with_suffix(".idx"))
+        for index in (tar.with_suffix(".idx"), folder / "train.index"):
+            os.utime(index)
+
+
+def test_the_index_of_a_split_is_fetched_once_for_a_machine(folder, web, cache, tokenizer):
+    """Eight processes' worth of openings at the same time, here threads; no DALI index is fetched."""
+    with ThreadPoolExecutor(8) as threads:
+        opened = list(threads.map(lambda _: open_dataset(web, "train"), range(8)))
+    assert FolderHandler.asked.count("/train.index") == 1
+    assert not [path for path in FolderHandler.asked if path.endswith(".idx")]
+    assert len({dataset.fingerprint for dataset in opened} | {open_dataset(folder, "train").fingerprint}) == 1
+    assert opened[3].index.path == opened[5].index.path == next(cache.glob("*/train.index"))
 
 
 def test_a_damaged_cached_index_is_fetched_again(folder, web, cache, tokenizer):
+    open_dataset(web, "train")
+    (path,) = cache.glob("*/train.index")
+    content = path.read_bytes()
+    for damaged in (b"", content[:-1], content[:50] + b"xxxx" + content[54:]):
+        path.write_bytes(damaged)
+        found = batches(open_dataset(web, "train"), tokenizer, 6)
+        assert_equal(found, batches(open_dataset(folder, "train"), tokenizer, 6))
+        assert path.read_bytes() == content
+
+
+def test_an_index_that_arrives_short_is_fetched_again(folder, web, cache, tokenizer, monkeypatch):
+    """Some servers end a connection early without an error."""
+    cut = [200, 5000]
+
+    def shorten(remote: str, local: str) -> None:
+        get(remote, local)
+        if remote.endswith(".index") and cut:
+            os.truncate(local, cut.pop())
+
+    filesystem = open_remote_cache(web).remote.filesystem  # fsspec has one for all that read this server
+    get = filesystem.get_file
+    monkeypatch.setattr(filesystem, "get_file", shorten)
+    dataset = open_dataset(web, "train")
+    assert not cut
+    assert dataset.keys.tolist() == open_dataset(folder, "train").keys.tolist()
+    assert not list(cache.glob("*/*.part"))
+
+
+def test_folders_of_earlier_versions_open_from_dali_indices(folder, old_web, cache, tokenizer, caplog):
+    url, _ = old_web
+    with caplog.at_level("INFO"):
+        found = batches(open_dataset(url, "train"), tokenizer, 6)
+    assert "opened from DALI indices; `mvlm data reindex` at the source lets it open at once" in caplog.text
+    assert_equal(found, batches(open_dataset(folder, "train"), tokenizer, 6))
+
+
+def test_a_damaged_cached_dali_index_is_fetched_again(folder, old_web, cache, tokenizer):
+    web, _ = old_web
     open_dataset(web, "train")
     first, *_, last = sorted(cache.glob("*/*.idx"))
     first.write_bytes(b"")
@@ -201,7 +261,8 @@ def test_a_damaged_cached_index_is_fetched_again(folder, web, cache, tokenizer):
     assert_equal(found, batches(open_dataset(folder, "train"), tokenizer, 6))
 
 
-def test_a_cached_index_of_another_tar_is_noticed_and_removed(folder, web, cache, tokenizer):
+def test_a_cached_dali_index_of_another_tar_is_noticed_and_removed(old_web, cache, tokenizer):
+    web, folder = old_web
     wanted = batches(open_dataset(folder, "train"), tokenizer, 6)
     shards = json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"]
     by_count = {}

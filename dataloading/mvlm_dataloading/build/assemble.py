@@ -7,6 +7,7 @@ it writes:
     OUT/rejected.jsonl     a line per rejected record: key, split, reason, origin
     OUT/duplicates.jsonl   a line per duplicate image: key, split, kind (exact or near), and the image that it repeats
     OUT/dataset.json       the description
+    OUT/train.index        the index of each split
 
 Shape legend: n written samples, in the order of the source.
 """
@@ -24,6 +25,7 @@ from typing import Any
 
 from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard
 from mvlm_dataloading.dataset.durable_files import write_durably
+from mvlm_dataloading.dataset.open import write_index
 from mvlm_dataloading.dataset.remote_files import RemoteFolder
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.tokenizer import load_tokenizer
@@ -87,6 +89,8 @@ def assemble(assembly: Assembly) -> Counter[str]:
         write_durably(final / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     reasons = Counter(line["reason"] for line in rejected)
     _write_description(assembly, splits, reasons)
+    for split in splits:
+        write_index(final, split, with_tars=assembly.out is None)
     kinds = Counter(f"duplicates ({line['kind']})" for line in duplicates)
     return Counter({f"{split} samples": s["samples"] for split, s in splits.items()}) + kinds + reasons
 

@@ -1,10 +1,12 @@
 """Local cache of remote data folders, of limited size. It fetches whole shards before they are read.
 
-A folder at s3://, gs://, hf:// or https:// is read through fsspec. Opening it fetches the description and the indices.
-A shard is fetched before a batch needs it, and the next shards while it is in use:
+A folder at s3://, gs://, hf:// or https:// is read through fsspec. Opening it fetches the description and the split's
+index, or the DALI indices if it has no index. A shard is fetched before a batch needs it, and the next shards while it
+is in use:
 
     CACHE/.lock                        exclusive, held briefly while shards are removed or renamed
-    CACHE/<hash of url and content>/   dataset.json, tokenizer.json, X.idx
+    CACHE/<hash of url and content>/   dataset.json, tokenizer.json, SPLIT.index or X.idx
+        SPLIT.index.lock               held by the process that fetches SPLIT.index; the others wait for it
         X.tar.BYTES.part -> X.tar      renamed when its sha256 is that of dataset.json; BYTES is its final size
         X.tar.lock                     flock: exclusive to write or remove X.tar, shared while a process reads it
 
@@ -31,8 +33,11 @@ from mvlm_dataloading.errors import DataError
 from .dali_index import read_head
 from .durable_files import sync_file
 from .remote_files import RemoteFolder
+from .sample_index import map_index
 
 _SHARD_FILE = re.compile(r"(.+\.tar)(?:\.(\d+)\.part)?")
+REMOTE_HINT = "open the data set again, which fetches it again; if that does not help, rebuild it at the source"
+"""How to get a good cached file, for messages."""
 
 
 def cache_folder() -> Path:
@@ -83,18 +88,63 @@ class RemoteCache:
         self._verified: set[int] = set()
 
     def register_shards(self, shards: list[dict[str, Any]]) -> None:
-        """Set the shards, as dataset.json lists them, and fetch the missing indices."""
+        """Set the shards, as dataset.json lists them. Raises DataError if a name leads out of the folder."""
         self._shards = shards
         for shard in shards:
-            for name in (shard["tar"], _index_name(shard)):
+            for name in (shard["tar"], _dali_index_name(shard)):
                 if Path(name).is_absolute() or ".." in Path(name).parts:
                     raise DataError(f"{self.url}: wanted shards inside the folder, found {name!r} in dataset.json")
-            if not (self.folder / _index_name(shard)).is_file():
-                self.fetch_index(shard)
 
-    def fetch_index(self, shard: dict[str, Any]) -> None:
+    def fetch_split_index(self, name: str, *, again: bool = False) -> Path | None:
+        """Fetch the index of a split, once for all processes that share the cache.
+
+        Args:
+            name: its file name in the folder.
+            again: fetch it even if it is cached.
+
+        Returns:
+            Path of the cached file; None if the remote folder has none.
+
+        Raises:
+            DataError: what is fetched is damaged.
+        """
+        path = self.folder / name
+        with FileLock(f"{path}.lock"):
+            if again:
+                path.unlink(missing_ok=True)
+            if path.is_file():
+                return path
+            part = Path(f"{path}.part")
+
+            def copy(remote: str) -> bool:
+                try:
+                    self.remote.filesystem.get_file(remote, str(part))
+                except (FileNotFoundError, PermissionError):  # S3 refuses a missing file to those who may not list
+                    return False
+                try:
+                    map_index(part, REMOTE_HINT).check_all()
+                except DataError as error:
+                    raise OSError(str(error)) from None  # a short read, for example: try again
+                return True
+
+            try:
+                if not self.remote.attempt(name, copy):
+                    return None
+                sync_file(part)
+                part.rename(path)
+            finally:
+                part.unlink(missing_ok=True)
+        return path
+
+    def fetch_dali_indices(self) -> None:
+        """Fetch the DALI indices of all shards, except cached ones."""
+        for shard in self._shards:
+            if not (self.folder / _dali_index_name(shard)).is_file():
+                self.fetch_dali_index(shard)
+
+    def fetch_dali_index(self, shard: dict[str, Any]) -> None:
         """Fetch a shard's index, even if it is cached: dataset.json has no hash of it, so a cached one may be old."""
-        name = _index_name(shard)
+        name = _dali_index_name(shard)
 
         def check(text: bytes) -> None:
             head, lines = read_head(text)
@@ -159,15 +209,9 @@ class RemoteCache:
             raise
 
     def _verify_once(self, number: int) -> None:
-        if number in self._verified or self.verify is None:
-            return
-        try:
+        if number not in self._verified and self.verify is not None:
             self.verify(number)
-        except DataError:
-            # The open data set has read this index. Remove it, so that the next opening fetches the current one.
-            (self.folder / _index_name(self._shards[number])).unlink(missing_ok=True)
-            raise
-        self._verified.add(number)
+            self._verified.add(number)
 
     def _download(self, shard: dict[str, Any], tar: Path) -> None:
         # Reserve the room first, so that other jobs see how much is left. The file name states the size, because fsspec
@@ -215,7 +259,7 @@ class RemoteCache:
         return FileLock(self.cache / ".lock", poll_interval=0.01)
 
 
-def _index_name(shard: dict[str, Any]) -> str:
+def _dali_index_name(shard: dict[str, Any]) -> str:
     return shard.get("index", Path(shard["tar"]).with_suffix(".idx").as_posix())
 
 
