@@ -19,6 +19,7 @@ def plan(
     parallel: str = "ddp",
     mfu: float = 0.4,
     loader_rate: float = 0.0,
+    evaluation: tuple[int, ...] = (),
 ) -> None:
     """Plan a run on many GPUs: memory, time and traffic, computed without a GPU from operation counts and data sheets.
 
@@ -35,6 +36,7 @@ def plan(
         parallel: ddp or fsdp.
         mfu: Model FLOPs utilisation: share of the peak rate that a step reaches. `mvlm bench step` measures it.
         loader_rate: Measured speed of one node's loader, in pairs per second. 0: not measured.
+        evaluation: Images, captions and candidates of an evaluation to plan too, for example 5000 25000 256.
     """
     from mvlm.config.model import MaskVLMConfig
     from mvlm.costs.cluster_plan import NODES, ClusterSetting, format_plan, parse_count, parse_gpus
@@ -60,4 +62,13 @@ def plan(
     )
     if not 0 < epochs < math.inf or not 0 <= loader_rate < math.inf:
         raise ConfigError(f"plan: wanted --epochs above 0 and --loader-rate at least 0, got {epochs} and {loader_rate}")
+    if evaluation and (len(evaluation) != 3 or min(evaluation) < 1):
+        raise ConfigError(f"evaluation: wanted images, captions and candidates, as in 5000 25000 256, got {evaluation}")
     print(format_plan(setting, parse_count(data), epochs, loader_rate))
+    if evaluation:
+        from mvlm.costs.evaluation_cost import EvaluationShape, format_evaluation
+        from mvlm_kernels.hardware import GPUS
+
+        images, captions, candidates = evaluation
+        shape = EvaluationShape(images=images, captions=captions, candidates=candidates)
+        print(format_evaluation(setting.model, shape, GPUS[gpu].flops, setting.ranks, mfu))
