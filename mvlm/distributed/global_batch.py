@@ -82,6 +82,10 @@ def backward_global(
     )
     run = _backward_one_graph if len(microbatches) == 1 else backward_cached
     shares = world.all_reduce(run(parallel, microbatches, shared))
+    # A parameter that changes no loss (a bias of keys) has a gradient of 0 under DDP, and would have none under FSDP2.
+    for parameter in parallel.model.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     # `scaled_total` gave these zero gradients, with which AdamW would still decay the weights. None skips them.
     for parameter in idle_parameters(parallel.model, weights):
         parameter.grad = None
