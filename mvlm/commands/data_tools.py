@@ -61,6 +61,19 @@ def reindex(folder: Path, /) -> None:
         print(f"{path}: {path.stat().st_size:,} bytes")
 
 
+def merge(parts: tuple[Path, ...], out: Path, /) -> None:
+    """Join the parts that `mvlm data NAME ... --part i/n` has written. The parts stay as they are.
+
+    Args:
+        parts: Folders or URLs of all parts.
+        out: Folder or URL for the shards. To resume a killed merge, give the same command again.
+    """
+    from mvlm_dataloading.build.build import merge_parts
+
+    merge_parts(parts, out)
+    print(summary(out))
+
+
 def view(
     out: Path,
     /,
@@ -81,6 +94,17 @@ def view(
     print(f"{out}: {counts(description)}")
     for reason, count in description["rejected"].items():
         print(f"left out: {count} {reason}")
+
+
+def summary(out: Path, *splits: str) -> str:
+    """A data set and the number of samples of each split, as text. Default: all splits, by name."""
+    import json
+
+    from mvlm_dataloading.dataset.description import read_description
+    from mvlm_dataloading.dataset.remote_files import RemoteFolder, is_remote
+
+    written = json.loads(RemoteFolder(out).read("dataset.json")) if is_remote(out) else read_description(out)
+    return f"{out}: {counts({'splits': {split: written['splits'][split] for split in splits or written['splits']}})}"
 
 
 def counts(description: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ separate formula.
 import contextlib
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -31,8 +31,10 @@ from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.loss_shares import Microbatch
 from mvlm.distributed.parallel import BLOCKS, checkpoint_activations, parallelize
 from mvlm.distributed.world import World
+from mvlm.model.implementation import ALL
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import round_up_length
+from mvlm.objectives.losses import LossWeights
 from mvlm_dataloading import Batch, Masks
 
 CPU = torch.device("cpu")
@@ -150,7 +152,7 @@ class GpuLayerNorm(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def step_cost(config: MaskVLMConfig, shape: StepShape) -> StepCost:
+def step_cost(config: MaskVLMConfig, shape: StepShape, weights: LossWeights = ALL) -> StepCost:
     """Count one step of rank 0. It takes seconds. RuntimeError inside a process group, because it makes a fake one."""
     with torch.device("meta"):
         model = MaskVLM(config)
@@ -167,7 +169,7 @@ def step_cost(config: MaskVLMConfig, shape: StepShape) -> StepCost:
             with _count_backward(tracker) as backward_flops:
                 if world.size == len(micro) == 1:
                     with _autocast(shape):
-                        losses = model(*micro[0], plan="fast")
+                        losses = model(*micro[0], weights=weights, plan="fast")
                     losses.total.backward()
                 else:
                     backward_global(
@@ -253,4 +255,11 @@ def _microbatch(config: MaskVLMConfig, shape: StepShape) -> Microbatch:
         text_id=ids(pairs),
         sample_id=ids(pairs),
     )
-    return batch, Masks(patch_ids=ids(pairs, patches), token_ids=ids(pairs * masked))
+    masks = Masks(patch_ids=ids(pairs, patches), token_ids=ids(pairs * masked))
+    if config.partner_image == "lightly masked":
+        fewer = round(config.partner_image_mask_ratio * blocks) * (config.mask_block // config.patch_size) ** 2
+        masks = replace(masks, partner_patch_ids=ids(pairs, fewer))
+    if config.partner_text == "lightly masked":
+        fewer = max(1, round(config.partner_text_mask_ratio * (shape.tokens - 2)))
+        masks = replace(masks, partner_token_ids=ids(pairs * fewer))
+    return batch, masks

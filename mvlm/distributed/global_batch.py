@@ -25,9 +25,9 @@ from mvlm.distributed.loss_shares import (
     MatchingInputs,
     Microbatch,
     append_negatives,
-    contrastive_parameters,
     count_masked_tokens,
     fetch_negatives,
+    idle_parameters,
     matching_shares,
     pair_features,
     reconstruction_shares,
@@ -36,8 +36,9 @@ from mvlm.distributed.loss_shares import (
 )
 from mvlm.distributed.parallel import Parallel
 from mvlm.distributed.world import World
+from mvlm.model.implementation import ALL
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
-from mvlm.objectives.losses import Losses
+from mvlm.objectives.losses import Losses, LossWeights
 from mvlm.objectives.negatives import NegativeSampling
 from mvlm_dataloading import Batch
 
@@ -50,6 +51,7 @@ def backward_global(
     seed: int,
     step: int | Tensor,
     plan: Literal["plain", "fast"] = "plain",
+    weights: LossWeights = ALL,
     reconstruction_only: bool = False,
     local_negatives: bool = False,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -60,6 +62,8 @@ def backward_global(
     r is pair (a W + r) b + i of the global batch: the loader's order.
 
     Args:
+        weights: weights of the losses in the total. An objective of weight 0 is zero and costs nothing.
+        reconstruction_only: weigh ITC and ITM with 0.
         local_negatives: draw ITM's negatives within a microbatch, not from the global batch. The losses then depend on
             the number of ranks and microbatches.
 
@@ -75,15 +79,18 @@ def backward_global(
     ids = torch.cat([_ids(batch) for batch, _ in microbatches])  # (n, 3)
     image_id, text_id, lengths = gather_rows(ids, layout).unbind(1)
     sampling = NegativeSampling(image_id, text_id, seed, step, block=layout.pairs if local_negatives else None)
+    weights = weights.reconstructing() if reconstruction_only else weights
     masked = torch.stack([count_masked_tokens(batch, masks) for batch, masks in microbatches]).sum()
-    shared = GlobalStep(layout, world, IMPLEMENTATIONS[plan], autocast, sampling, lengths, world.all_reduce(masked))
+    shared = GlobalStep(
+        layout, world, IMPLEMENTATIONS[plan], autocast, sampling, lengths, world.all_reduce(masked), weights
+    )
     run = _backward_one_graph if len(microbatches) == 1 else backward_cached
-    shares = world.all_reduce(run(parallel, microbatches, shared, not reconstruction_only))
-    if reconstruction_only:
-        # `scaled_total` gave these zero gradients, with which AdamW would still decay the weights. None skips them.
-        for parameter in contrastive_parameters(parallel.model):
-            parameter.grad = None
-    return Losses(**dict(zip(SHARE_NAMES, shares, strict=True)), total=shares[: len(OBJECTIVES)].sum())
+    shares = world.all_reduce(run(parallel, microbatches, shared))
+    # `scaled_total` gave these zero gradients, with which AdamW would still decay the weights. None skips them.
+    for parameter in idle_parameters(parallel.model, weights):
+        parameter.grad = None
+    total = weights.total(shares[: len(OBJECTIVES)].unbind())
+    return Losses(**dict(zip(SHARE_NAMES, shares, strict=True)), total=total)
 
 
 def _ids(batch: Batch) -> Tensor:
@@ -91,27 +98,26 @@ def _ids(batch: Batch) -> Tensor:
     return torch.stack([batch.image_id, batch.text_id, batch.cu_seqlens.diff().long()], dim=1)
 
 
-def _backward_one_graph(
-    parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep, contrastive: bool
-) -> Tensor:
+def _backward_one_graph(parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep) -> Tensor:
     """Forward and backward of a single microbatch. Returns the rank's shares (7,), in the order of SHARE_NAMES."""
 
     def forward(model: MaskVLM) -> tuple[Tensor, Tensor]:
         batch, masks = microbatches[0]
         with step.autocast():
-            streams = step.implementation.encode(model, batch, masks)
+            streams = step.implementation.encode(model, batch, masks, step.weights)
             shares = reconstruction_shares(model, streams, batch, masks, step)
-            if contrastive:
+            if step.weights.contrasts:
                 embeddings = model.embed_image(streams.image), model.embed_text(streams.text.first())  # (b, E)
                 itc, accuracy, negatives = sharded_contrastive_loss(
                     *embeddings, model.log_scale, step.sampling, step.layout
                 )
-                inputs = MatchingInputs(streams.image, streams.text, streams.caches)
-                if not step.local_negatives:  # features of other ranks come without key/value caches
-                    own = pair_features(streams.image, streams.text, model.config.text_length)
-                    inputs = append_negatives(own, fetch_negatives([own], negatives, step))
                 shares |= {"itc": itc, "itc_accuracy": accuracy}
-                shares |= matching_shares(model, inputs, negatives, total_matching_weight(negatives, step), step)
+                if step.weights.itm > 0:
+                    inputs = MatchingInputs(streams.image, streams.text, streams.caches)
+                    if not step.local_negatives:  # features of other ranks come without key/value caches
+                        own = pair_features(streams.image, streams.text, model.config.text_length)
+                        inputs = append_negatives(own, fetch_negatives([own], negatives, step))
+                    shares |= matching_shares(model, inputs, negatives, total_matching_weight(negatives, step), step)
         return scaled_total(model, shares, step)
 
     total, shares = parallel(forward)

@@ -40,13 +40,12 @@ from mvlm.objectives.negatives import Negatives
 from mvlm_dataloading import Batch, Masks
 
 
-def backward_cached(
-    parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep, contrastive: bool
-) -> Tensor:
+def backward_cached(parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep) -> Tensor:
     """Forward and backward of several microbatches. Returns the rank's shares (7,), in the order of SHARE_NAMES.
 
-    Without `contrastive`, the step trains only MLM and MIM, in one pass.
+    Without ITC and ITM there is only the second pass.
     """
+    contrastive, reconstruction = step.weights.contrasts, step.weights.reconstructing()
     cached: list[PairFeatures] = []
     shares = torch.zeros(len(SHARE_NAMES), device=step.masked_tokens.device)
     if contrastive:
@@ -57,9 +56,9 @@ def backward_cached(
         # Defaults bind this microbatch. A plain closure would see the loop's variables as they are when it runs.
         def forward(model: MaskVLM, batch: Batch = batch, masks: Masks = masks, number: int = number):
             with step.autocast():
-                streams = step.implementation.encode(model, batch, masks)
-                reconstruction = reconstruction_shares(model, streams, batch, masks, step)
-            total, parts = scaled_total(model, reconstruction, step)
+                streams = step.implementation.encode(model, batch, masks, reconstruction)
+                found = reconstruction_shares(model, streams, batch, masks, step)
+            total, parts = scaled_total(model, found, step)
             if contrastive:
                 # `total` and the cached gradients both contain the factor W already (see `scaled_total`).
                 features = pair_features(streams.image, streams.text, model.config.text_length)
@@ -105,6 +104,8 @@ def _backward_to_features(parallel: Parallel, cached: list[PairFeatures], step: 
 
     total, shares = parallel(itc, last=False)
     total.backward()
+    if not step.weights.itm > 0:
+        return shares
     negatives, weight = drawn[0], total_matching_weight(drawn[0], step)
     fetched = None if step.local_negatives else fetch_negatives(cached, negatives, step)
     # Detached copies of the fetched rows: each microbatch's backward stops at them and frees its graph. One backward

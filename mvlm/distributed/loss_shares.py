@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from mvlm.distributed.collectives import GlobalBatchLayout, fetch_rows
 from mvlm.distributed.world import World
-from mvlm.model.implementation import Implementation, PairCaches, Streams
+from mvlm.model.implementation import Implementation, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, pack
-from mvlm.objectives.losses import matching_loss
+from mvlm.objectives.losses import LossWeights, matching_loss
 from mvlm.objectives.negatives import Negatives, NegativeSampling, matching_pairs, matching_rows, matching_weights
 from mvlm_dataloading import Batch, Masks
 
@@ -44,6 +44,8 @@ class GlobalStep(NamedTuple):
     """int64 (G,), number of tokens of each caption of the global batch."""
     masked_tokens: Tensor
     """Number of masked tokens of the global batch, a scalar on the device."""
+    weights: LossWeights
+    """Weights of the losses. An objective of weight 0 is not computed."""
 
     @property
     def local_negatives(self) -> bool:
@@ -95,10 +97,24 @@ def fetch_negatives(own: list[PairFeatures], negatives: Negatives, step: GlobalS
     return PairFeatures(image, text, step.lengths.index_select(0, negatives.texts))
 
 
-def contrastive_parameters(model: MaskVLMNetwork) -> list[nn.Parameter]:
-    """Parameters that only ITC and ITM use."""
-    modules = (model.image_projection, model.text_projection, model.matching_head)
-    return [model.log_scale, *(p for module in modules for p in module.parameters())]
+def idle_parameters(model: MaskVLMNetwork, weights: LossWeights) -> list[nn.Parameter]:
+    """Parameters that no loss of some weight uses."""
+    matching = weights.itm > 0
+    masked_images, _ = needs_masked(model.config, weights)
+    users: list[tuple[nn.Module, bool]] = [
+        (model.image_projection, weights.contrasts),
+        (model.text_projection, weights.contrasts),
+        (model.matching_head, matching),
+        (model.text_cross, matching or weights.mlm > 0),
+        (model.language_head, weights.mlm > 0),
+        (model.image_cross, matching or weights.mim > 0),
+        (model.image_decoder, weights.mim > 0),
+        (model.pixel_head, weights.mim > 0),
+    ]
+    idle = [parameter for module, used in users if not used for parameter in module.parameters()]
+    idle += [] if weights.contrasts else [model.log_scale]
+    lightly = weights.mlm > 0 and model.config.partner_image == "lightly masked"
+    return idle if masked_images or lightly else [*idle, model.image_encoder.mask_token]
 
 
 def count_masked_tokens(batch: Batch, masks: Masks) -> Tensor:
@@ -110,11 +126,17 @@ def reconstruction_shares(
     model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks, step: GlobalStep
 ) -> Shares:
     """Shares of MLM, MIM and MLM's accuracy, from one microbatch."""
-    mlm, mim, accuracy = step.implementation.reconstruction_losses(model, streams, batch, masks)
-    # MLM is a mean over masked tokens. Microbatches have different numbers of them, so the mean of their means would
-    # not be the loss of the global batch: each is weighted by its number. All have equally many masked patches.
-    mlm, accuracy = (x * count_masked_tokens(batch, masks) / step.masked_tokens for x in (mlm, accuracy))
-    return {"mlm": mlm, "mim": mim / (step.layout.ranks * step.layout.microbatches), "mlm_accuracy": accuracy}
+    shares: Shares = {}
+    if step.weights.mlm > 0:
+        found = step.implementation.language_loss(model, streams, batch, masks)
+        # MLM is a mean over masked tokens. Microbatches have different numbers of them, so the mean of their means
+        # would not be the loss of the global batch: each is weighted by its number.
+        mlm, accuracy = (x * count_masked_tokens(batch, masks) / step.masked_tokens for x in found)
+        shares |= {"mlm": mlm, "mlm_accuracy": accuracy}
+    if step.weights.mim > 0:  # all microbatches have equally many masked patches
+        mim = step.implementation.image_loss(model, streams, batch, masks)
+        shares["mim"] = mim / (step.layout.ranks * step.layout.microbatches)
+    return shares
 
 
 def total_matching_weight(negatives: Negatives, step: GlobalStep) -> Tensor:
@@ -148,14 +170,18 @@ def matching_shares(
 
 
 def scaled_total(model: MaskVLMNetwork, shares: Shares, step: GlobalStep) -> tuple[Tensor, Tensor]:
-    """Sum of the losses' shares times W, to call backward on, and all shares (7,).
+    """Weighted sum of the losses' shares times W, to call backward on, and all shares (7,), without weights.
 
     The factor W is there because DDP and FSDP2 average gradients over ranks. Shares are in the order of SHARE_NAMES; a
     missing one is 0.
     """
-    losses = [shares[name] for name in OBJECTIVES if name in shares]
-    # DDP waits for a gradient of every parameter. A sum of no elements gives a zero gradient to the unused ones.
-    unused = sum(p.flatten()[:0].sum() for p in contrastive_parameters(model))
-    zero = torch.zeros_like(losses[0])
+    weights = step.weights._asdict()
+    losses = [weights[name] * shares[name] for name in OBJECTIVES if name in shares and weights[name] > 0]
+    # DDP waits for a gradient of every parameter. A sum of no elements gives a zero gradient to those that this pass
+    # does not use: with several microbatches, the last pass computes no ITC and no ITM.
+    reconstruction = step.weights.reconstructing() if step.layout.microbatches > 1 else step.weights
+    dtype = next((x.dtype for x in shares.values()), torch.float32)
+    zero = torch.zeros((), dtype=dtype, device=step.masked_tokens.device)
+    unused = sum((p.flatten()[:0].sum() for p in idle_parameters(model, reconstruction)), zero)
     found = torch.stack([shares.get(name, zero).detach() for name in SHARE_NAMES])
-    return step.world.size * torch.stack(losses).sum() + unused, found
+    return step.world.size * torch.stack([zero, *losses]).sum() + unused, found

@@ -30,6 +30,13 @@ def unseen_images(split: Dataset, train: Dataset | None) -> torch.Tensor | None:
 def evaluate(
     model: MaskVLM, split: Dataset, train: Dataset | None, tokenizer: Tokenizer, k: int = 32, precision: str = "auto"
 ) -> dict[str, Any]:
+    """The figures of `evaluate_with_ranks`, without the ranks."""
+    return evaluate_with_ranks(model, split, train, tokenizer, k, precision)[0]
+
+
+def evaluate_with_ranks(
+    model: MaskVLM, split: Dataset, train: Dataset | None, tokenizer: Tokenizer, k: int = 32, precision: str = "auto"
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures of a model on a split, as `mvlm eval retrieval` writes them (docs/files.md).
 
     Recall is in per cent, re-ranked unless under `itc`. The model must be in evaluation mode.
@@ -39,12 +46,16 @@ def evaluate(
         train: Training split, for the median predictor and the known concepts; None for data without one.
         k: Candidates of each query for ITM to re-rank.
         precision: auto, bf16 or fp32.
+
+    Returns:
+        The figures, and the rank of each query as lists, of which all recalls are made: `tr` and `ir`, each with `itc`
+        and `itm`; `owner`, the image of each caption; and `unseen`, for each image, None where nothing is known.
     """
     started = time.perf_counter()
     features = encode_split(model, split, tokenizer, precision)
     tr, ir = (rank(model, features, direction, k, precision) for direction in ("tr", "ir"))
     unseen = unseen_images(split, train)
-    return {
+    figures = {
         "tr": recall(tr.itm),
         "ir": recall(ir.itm),
         "n_images": len(split),
@@ -55,6 +66,12 @@ def evaluate(
         **cross_modal_gain(model, split, features, tokenizer, precision=precision),
         **trivial_losses(model, train, split, tokenizer),
         "seconds": round(time.perf_counter() - started, 1),
+    }
+    ranks = {name: {"itc": r.itc.tolist(), "itm": r.itm.tolist()} for name, r in (("tr", tr), ("ir", ir))}
+    return figures, {
+        **ranks,
+        "owner": features.owner.tolist(),
+        "unseen": None if unseen is None else unseen.tolist(),
     }
 
 

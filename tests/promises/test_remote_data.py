@@ -1,4 +1,4 @@
-"""Remote data through local servers, an object store and a web server, from opening to batches."""
+"""Remote data through local servers, from opening to batches: object stores, the hub and a web server."""
 
 import contextlib
 import itertools
@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from mvlm_dataloading import DataError, Loader, Tokenizer, open_dataset
-from mvlm_dataloading.dataset import remote_cache
+from mvlm_dataloading.dataset import remote_files
 from mvlm_dataloading.dataset.remote_cache import open_remote_cache
+from mvlm_dataloading.dataset.remote_files import RemoteFolder
 from mvlm_dataloading.loader import reader, sampler
 from support.data import wave_tokenizer, write_dataset
+from support.hub import serve_hub
+from support.object_store import serve_gcs, serve_s3
 from support.web_server import FolderHandler, serve
 
 
@@ -50,7 +53,7 @@ def old_web(folder, tmp_path):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MVLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote_cache, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(remote_files, "FIRST_PAUSE_S", 0.01)
     return tmp_path / "cache"
 
 
@@ -85,31 +88,42 @@ def used(cache) -> int:
     return sum(sizes)
 
 
+def assert_served(place: str, folder, cache, tokenizer) -> None:
+    """Several epochs from `place` are those of the local folder, and a missing folder gives an error with its URL."""
+    dataset = open_dataset(place, "train")
+    assert not list(cache.glob("*/*.tar"))  # before they are needed
+    assert_equal(batches(dataset, tokenizer, 15), batches(open_dataset(folder, "train"), tokenizer, 15))
+    assert len(list(cache.glob("*/*.tar"))) == len(dataset.tars)
+    with pytest.raises(DataError, match=rf"{place}/none/dataset.json: wanted a file that the data set needs"):
+        open_dataset(f"{place}/none", "train")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the server's and the client's packages
-def test_an_object_store_serves_a_data_set(folder, cache, tokenizer, monkeypatch):
-    """S3 through boto, over several epochs, with a cache that holds all shards."""
-    moto = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    for name, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        store = boto3.client("s3")
-        store.create_bucket(Bucket="pairs")
-        for path in folder.iterdir():
-            store.upload_file(str(path), "pairs", f"deep/{path.name}")
-        dataset = open_dataset("s3://pairs/deep", "train")
-        assert not list(cache.glob("*/*.tar"))  # before they are needed
-        assert_equal(batches(dataset, tokenizer, 15), batches(open_dataset(folder, "train"), tokenizer, 15))
-        assert len(list(cache.glob("*/*.tar"))) == len(dataset.tars)
-        with pytest.raises(DataError, match=r"s3://pairs/none/dataset.json: wanted a file that the data set needs"):
-            open_dataset("s3://pairs/none", "train")
-    finally:
-        server.stop()
+def test_amazons_object_store_serves_a_data_set(folder, cache, tokenizer):
+    with serve_s3("pairs"):
+        put_all(folder, "s3://pairs/deep")
+        assert_served("s3://pairs/deep", folder, cache, tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_googles_object_store_serves_a_data_set(folder, cache, tokenizer):
+    with serve_gcs("pairs"):
+        put_all(folder, "gs://pairs/deep")
+        assert_served("gs://pairs/deep", folder, cache, tokenizer)
+
+
+@pytest.mark.slow
+def test_the_hugging_face_hub_serves_a_data_set(folder, cache, tokenizer):
+    with serve_hub(folder, "owner/pairs") as asked:
+        assert_served("hf://datasets/owner/pairs", folder, cache, tokenizer)
+        assert any("resolve" in path for path in asked)
+
+
+def put_all(folder, place: str) -> None:
+    for path in folder.iterdir():
+        RemoteFolder(place).put(path, path.name)
 
 
 @pytest.mark.slow
@@ -169,7 +183,7 @@ def test_a_failed_fetch_is_retried(folder, web, cache, tokenizer):
     assert_equal(batches(dataset, tokenizer, 6), batches(open_dataset(folder, "train"), tokenizer, 6))
     assert not FolderHandler.fail
     FolderHandler.fail += ["/dataset.json"] * 4
-    with pytest.raises(DataError, match=r"dataset\.json: wanted to read it, found that 4 attempts failed"):
+    with pytest.raises(DataError, match=r"dataset\.json: wanted to read or write it, found that 4 attempts failed"):
         open_dataset(web, "train")
 
 
@@ -180,7 +194,7 @@ def test_a_remote_shard_with_other_bytes_is_refused(folder, web, cache, tokenize
         tar.write_bytes(content[:-1] + b"x")
         with pytest.raises(
             DataError,
-            match=rf"{tar.name}: wanted to read it, found that 4 attempts failed: sha256 .* where dataset.json",
+            match=rf"{tar.name}: wanted to read or write it, found that 4 attempts failed: sha256 .* where",
         ):
             batches(open_dataset(web, "train"), tokenizer, 6)
         assert not [path for path in cache.glob("*/*") if path.name.startswith(tar.name) and path.suffix != ".lock"]
@@ -220,7 +234,7 @@ def test_an_index_that_arrives_short_is_fetched_again(folder, web, cache, tokeni
         if remote.endswith(".index") and cut:
             os.truncate(local, cut.pop())
 
-    filesystem = open_remote_cache(web).filesystem  # fsspec has one for all that read this server
+    filesystem = open_remote_cache(web).remote.filesystem  # fsspec has one for all that read this server
     get = filesystem.get_file
     monkeypatch.setattr(filesystem, "get_file", shorten)
     dataset = open_dataset(web, "train")

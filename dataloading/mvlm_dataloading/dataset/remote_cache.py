@@ -18,43 +18,35 @@ MVLM_CACHE_GB its size (100).
 import contextlib
 import fcntl
 import hashlib
-import logging
+import json
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from mvlm_dataloading.errors import DataError, need
+from mvlm_dataloading.errors import DataError
 
+from .dali_index import read_head
 from .durable_files import sync_file
+from .remote_files import RemoteFolder
 from .sample_index import map_index
 
-log = logging.getLogger(__name__)
-
-_URL = re.compile(r"(s3|gs|hf|https?):/+(.+)")
 _SHARD_FILE = re.compile(r"(.+\.tar)(?:\.(\d+)\.part)?")
-_ATTEMPTS = 4
 REMOTE_HINT = "open the data set again, which fetches it again; if that does not help, rebuild it at the source"
-"""How to get a good cached file, for messages."""
-FIRST_PAUSE_S = 0.5
-"""Pause after a failed attempt. Each further pause is twice as long."""
+"""The way to a good cached file, for messages."""
 
 
-def is_remote(folder: Path | str) -> bool:
-    """True if a folder is given by its URL. Also true of a `Path` made from a URL, which has lost a slash."""
-    return _URL.fullmatch(str(folder)) is not None
+def cache_folder() -> Path:
+    """The folder on this machine for copies of remote data."""
+    return Path(os.environ.get("MVLM_CACHE") or Path.home() / ".cache" / "mvlm")
 
 
 def open_remote_cache(folder: str) -> "RemoteCache":
     """Open the cache of a remote data folder, and fetch its description. Raises DataError."""
-    url = _URL.fullmatch(folder)
-    assert url is not None
-    cache = Path(os.environ.get("MVLM_CACHE") or Path.home() / ".cache" / "mvlm")
     size = os.environ.get("MVLM_CACHE_GB") or "100"
     try:
         limit = int(float(size) * 1e9)
@@ -62,7 +54,7 @@ def open_remote_cache(folder: str) -> "RemoteCache":
         limit = 0
     if limit <= 0:
         raise DataError(f"MVLM_CACHE_GB: wanted a number of gigabytes above 0, got {size!r}")
-    return RemoteCache(f"{url[1]}://{url[2].rstrip('/')}", cache, limit)
+    return RemoteCache(folder, cache_folder(), limit)
 
 
 class RemoteCache:
@@ -73,7 +65,7 @@ class RemoteCache:
 
     Attributes:
         folder: local folder of dataset.json, the indices and the fetched shards.
-        filesystem: the fsspec file system that reads the URL.
+        remote: the files at the URL.
         verify: called with the number of a fetched shard; raises DataError if the shard does not match its index.
 
     Raises:
@@ -81,13 +73,10 @@ class RemoteCache:
     """
 
     def __init__(self, url: str, cache: Path, limit: int):
-        self.url, self.cache, self.limit = url, cache, limit
-        try:
-            self.filesystem, self._root = need("fsspec.core").url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise DataError(f"{url}: wanted a URL that fsspec reads, found: {error}") from None
-        description = self._read("dataset.json")
-        digest = hashlib.sha256(url.encode() + b"\0" + description).hexdigest()[:24]
+        self.remote, self.cache, self.limit = RemoteFolder(url), cache, limit
+        self.url = self.remote.url
+        description = self.remote.read("dataset.json", json.loads)
+        digest = hashlib.sha256(self.url.encode() + b"\0" + description).hexdigest()[:24]
         # The folder's name depends on the content, so nothing in the cache is ever out of date.
         self.folder = cache / digest
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +118,7 @@ class RemoteCache:
 
             def copy(remote: str) -> bool:
                 try:
-                    self.filesystem.get_file(remote, str(part))
+                    self.remote.filesystem.get_file(remote, str(part))
                 except (FileNotFoundError, PermissionError):  # S3 refuses a missing file to those who may not list
                     return False
                 try:
@@ -139,7 +128,7 @@ class RemoteCache:
                 return True
 
             try:
-                if not self._attempt(name, copy):
+                if not self.remote.attempt(name, copy):
                     return None
                 sync_file(part)
                 part.rename(path)
@@ -156,13 +145,26 @@ class RemoteCache:
     def fetch_dali_index(self, shard: dict[str, Any]) -> None:
         """Fetch a shard's index, even if it is cached: dataset.json has no hash of it, so a cached one may be old."""
         name = _dali_index_name(shard)
-        _replace(self.folder / name, self._read(name))
+
+        def check(text: bytes) -> None:
+            head, lines = read_head(text)
+            if not text.endswith(b"\n") or lines != shard["samples"]:
+                raise OSError(
+                    f"{head!r}, {lines} lines and {len(text)} bytes of an index of {shard['samples']} samples"
+                )
+
+        _replace(self.folder / name, self.remote.read(name, check))
 
     def fetch_tokenizer(self, sha256: str) -> None:
         """Fetch the tokenizer.json that dataset.json names, unless it is cached."""
         path = self.folder / "tokenizer.json"
+
+        def check(content: bytes) -> None:
+            if (found := hashlib.sha256(content).hexdigest()) != sha256:
+                raise OSError(f"sha256 {found} where {sha256} was wanted")
+
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            _replace(path, self._read("tokenizer.json"))
+            _replace(path, self.remote.read("tokenizer.json", check))
 
     def fetch(self, shards: Sequence[int]) -> None:
         """Fetch these shards and hold them until a `release_except` call that does not list them."""
@@ -216,22 +218,15 @@ class RemoteCache:
         # truncates the file when it starts to write.
         part = Path(f"{tar}.{shard['bytes']}.part")
 
-        def copy(path: str) -> None:
+        try:
             with self._cache_lock():
                 part.unlink(missing_ok=True)
                 self._make_room(shard["bytes"])
                 part.touch()
-            self.filesystem.get_file(path, str(part))
-            with part.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != shard["sha256"]:
-                raise OSError(f"sha256 {found} where dataset.json says {shard['sha256']}")
+            self.remote.get(shard["tar"], part, shard["sha256"])
             sync_file(part)
             with self._cache_lock():  # so that a job that makes room sees exactly one of the two names
                 part.rename(tar)
-
-        try:
-            self._attempt(shard["tar"], copy)
         finally:
             part.unlink(missing_ok=True)
 
@@ -262,30 +257,6 @@ class RemoteCache:
 
     def _cache_lock(self) -> FileLock:
         return FileLock(self.cache / ".lock", poll_interval=0.01)
-
-    def _read(self, name: str) -> bytes:
-        return self._attempt(name, self.filesystem.cat_file)
-
-    def _attempt(self, name: str, action: Callable[[str], Any]) -> Any:
-        """Result of `action` on a remote path, retried after pauses. Raises DataError when all attempts fail."""
-        for attempt in range(_ATTEMPTS):
-            try:
-                return action(f"{self._root}/{name}")
-            except FileNotFoundError:
-                raise DataError(
-                    f"{self.url}/{name}: wanted a file that the data set needs, found none; check the URL"
-                ) from None
-            except DataError:
-                raise
-            except Exception as error:  # each file system has its own exceptions
-                if attempt + 1 == _ATTEMPTS:
-                    raise DataError(
-                        f"{self.url}/{name}: wanted to read it, found that {_ATTEMPTS} attempts failed: "
-                        f"{error or repr(error)}; check the URL and your credentials"
-                    ) from None
-                log.warning("%s/%s: trying again after: %s", self.url, name, error or repr(error))
-                time.sleep(FIRST_PAUSE_S * 2**attempt)
-        raise AssertionError("the last attempt returns or raises")
 
 
 def _dali_index_name(shard: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,9 +13,11 @@ from types import SimpleNamespace
 import pytest
 
 from mvlm_dataloading import DataError, open_dataset, tokenizer_for
-from mvlm_dataloading.dataset import remote_cache
-from mvlm_dataloading.dataset.remote_cache import RemoteCache, is_remote
+from mvlm_dataloading.dataset import remote_files
+from mvlm_dataloading.dataset.remote_cache import RemoteCache
+from mvlm_dataloading.dataset.remote_files import is_remote
 from support.data import write_dataset
+from support.faults.faulty_proxy import serve_faulty
 from support.web_server import FolderHandler, serve
 
 
@@ -36,7 +39,7 @@ def web(folder):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MVLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote_cache, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(remote_files, "FIRST_PAUSE_S", 0.01)
     return tmp_path / "cache"
 
 
@@ -65,15 +68,53 @@ def test_the_tokenizer_of_a_remote_data_set_is_fetched(folder, web, cache, token
         content = path.read_bytes()
         path.write_bytes(content[:-1])  # during the copy: a damaged one is not kept
         dataset = open_dataset(web, "train")
-        with pytest.raises(DataError, match=r"wanted the tokenizer that dataset\.json names, found another"):
+        with pytest.raises(
+            DataError, match=rf"{web}/tokenizer\.json: wanted to .* found that 4 attempts failed: sha256"
+        ):
             tokenizer_for(dataset, 300)
         path.write_bytes(content)
         for _ in range(2):
             assert tokenizer_for(dataset, 300).fingerprint == tokenizer.fingerprint
-        assert FolderHandler.asked.count("/tokenizer.json") == 2
+        assert FolderHandler.asked.count("/tokenizer.json") == 5
     finally:
         path.unlink()
         (folder / "dataset.json").write_text(kept)
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "train.index", "train-000001.idx", "train-000001.tar"])
+def test_a_half_of_a_file_with_the_length_of_a_half_is_noticed(folder, tmp_path, cache, name):
+    """No error of the protocol tells of it. It happens three times, and then always."""
+    served = tmp_path / "served"
+    without = "train.index" if name.endswith(".idx") else "nothing"
+    shutil.copytree(folder, served, ignore=shutil.ignore_patterns(without))
+    with serve(served) as web:
+        fetch_halves(served, web, name)
+
+
+def fetch_halves(folder, web, name: str) -> None:
+    left = ["length"] * 3
+
+    def choose(method: str, path: str) -> str | None:
+        return left.pop() if left and path == f"/{name}" else None
+
+    with serve_faulty(web, choose) as (url, happened):
+        dataset = open_dataset(url, "train")
+        assert dataset.remote is not None
+        dataset.remote.fetch([1])
+        dataset.remote.release_except([])
+        assert happened == {"length": 3}
+        assert (dataset.folder / name).read_bytes() == (folder / name).read_bytes()
+        for path in dataset.folder.iterdir():
+            path.unlink()
+        left[:] = ["length"] * 4
+
+        def open_and_fetch() -> None:
+            again = open_dataset(url, "train")
+            assert again.remote is not None
+            again.remote.fetch([1])
+
+        with pytest.raises(DataError, match=rf"{url}/{name}: wanted to .* found that 4 attempts failed: "):
+            open_and_fetch()
 
 
 def test_remote_shards_outside_the_folder_are_refused(folder, web, cache):
@@ -140,16 +181,16 @@ def test_a_shard_being_fetched_counts_in_the_cache_size(folder, web, cache, monk
     for cached in (one, two):
         cached.register_shards(shards)
     begun, go_on = threading.Event(), threading.Event()
-    get_file = one.filesystem.get_file
+    get = one.remote.get
 
-    def slowly(path: str, to: str) -> None:
+    def slowly(name: str, to: Path, sha256: str) -> None:
         with open(to, "wb"):  # as fsspec does
             begun.set()
         assert go_on.wait(60)
-        get_file(path, to)
+        get(name, to, sha256)
 
     with monkeypatch.context() as patch:
-        patch.setattr(one, "filesystem", SimpleNamespace(get_file=slowly))
+        patch.setattr(one, "remote", SimpleNamespace(get=slowly))
         thread = threading.Thread(target=one.fetch, args=([0],))
         thread.start()
         assert begun.wait(60)

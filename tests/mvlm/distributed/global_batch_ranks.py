@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mvlm  # noqa: F401
+from mvlm.objectives.losses import LossWeights
 from mvlm_dataloading import Batch, Masks
 
 # Helpers, for a program that pytest does not run. Last in the path and after mvlm, which tests/mvlm would hide.
@@ -29,6 +30,9 @@ from support.models import micro_batch, micro_model, uniform_of_pair
 
 LENGTHS = (7, 4, 12, 3, 9, 5, 3, 11, 12, 12, 3, 3, 8, 6, 10, 4)
 SEED, STEP = 3, 5
+EVERY = (1.0, 1.0, 1.0, 1.0)
+SOME = ((1.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 1.0, 1.0), (0.0, 1.0, 1.0, 1.0), (0.5, 2.0, 0.25, 3.0))
+"""Weights of mlm, mim, itc and itm."""
 SHALLOW: dict[str, Any] = {"image_layers": 1, "text_layers": 1, "decoder_layers": 1}
 WIDTH = 5
 """Width of the embeddings whose logits are counted."""
@@ -63,9 +67,9 @@ def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, M
 class Oracle:
     """Losses and gradients of one rank on the whole batch, by the model's own forward."""
 
-    def __init__(self, reconstruction_only: bool) -> None:
+    def __init__(self, weights: tuple[float, ...]) -> None:
         model = micro_model(**SHALLOW)
-        losses = model(*whole_batch(), seed=SEED, step=STEP, reconstruction_only=reconstruction_only)
+        losses = model(*whole_batch(), seed=SEED, step=STEP, weights=LossWeights(*weights))
         losses.total.backward()
         self.losses = [x.item() for x in losses]
         self.gradients = {name: p.grad for name, p in model.named_parameters()}
@@ -177,25 +181,29 @@ def logit_elements(rank: int, ranks: int, elements: int) -> tuple[int, float]:
 def combinations(ranks: int) -> list[dict[str, Any]]:
     kinds = ["ddp", "fsdp", "hsdp"] if ranks == 4 else ["ddp", "fsdp"]
     every = [
-        {"kind": kind, "microbatches": microbatches, "again": again, "reconstruction_only": False}
+        {"kind": kind, "microbatches": microbatches, "again": again, "weights": EVERY}
         for kind, microbatches, again in itertools.product(kinds, (1, 2), (False, True))
     ]
     if ranks == 2:
         every += [
-            {"kind": kind, "microbatches": microbatches, "again": False, "reconstruction_only": True}
-            for kind, microbatches in itertools.product(kinds, (1, 2))
+            {"kind": kind, "microbatches": microbatches, "again": False, "weights": weights}
+            for kind, microbatches, weights in itertools.product(kinds, (1, 2), SOME)
         ]
-    if ranks == 4:  # one implementation each, to save time
-        return [case | {"plan": "fast" if case["microbatches"] == 2 else "plain"} for case in every]
-    return [case | {"plan": plan} for case in every for plan in ("plain", "fast")]
+    # One implementation each on four ranks, and for some of the losses, to save time.
+    return [
+        case | {"plan": plan}
+        for case in every
+        for plan in ("plain", "fast")
+        if (ranks == 2 and case["weights"] == EVERY) or (plan == "fast") == (case["microbatches"] == 2)
+    ]
 
 
-def run(world: Any, oracles: dict[bool, Oracle], case: dict[str, Any]) -> dict[str, Any]:
+def run(world: Any, oracles: dict[tuple[float, ...], Oracle], case: dict[str, Any]) -> dict[str, Any]:
     from mvlm.distributed.global_batch import backward_global
     from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
     from mvlm.training.metrics import gradient_norms
 
-    kind, number, alone = case["kind"], case["microbatches"], case["reconstruction_only"]
+    kind, number, weights = case["kind"], case["microbatches"], case["weights"]
     model = micro_model(**SHALLOW)
     if case["again"]:
         checkpoint_activations(model)
@@ -203,7 +211,7 @@ def run(world: Any, oracles: dict[bool, Oracle], case: dict[str, Any]) -> dict[s
     batch, masks = whole_batch()
     size = len(LENGTHS) // (world.size * number)
     micro = [piece(batch, masks, (a * world.size + world.rank) * size, size) for a in range(number)]
-    oracle, found = oracles[alone], dict(case)
+    oracle, found = oracles[weights], dict(case)
     # Two steps in turn: the first must not affect the second.
     for local in (True, False) if world.size == 2 and not case["again"] else (False,):
         model.zero_grad(set_to_none=True)
@@ -214,27 +222,27 @@ def run(world: Any, oracles: dict[bool, Oracle], case: dict[str, Any]) -> dict[s
             seed=SEED,
             step=STEP,
             plan=case["plan"],
-            reconstruction_only=alone,
+            weights=LossWeights(*weights),
             local_negatives=local,
         )
         gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
         part = "local" if local else "global"
         if local:
-            found["local matching"] = losses.itm.item() - (0 if alone else local_matching(world.size * number))
+            found["local matching"] = losses.itm.item() - (local_matching(world.size * number) if weights[3] else 0)
         found[f"{part} losses"] = [abs(a.item() - b) for a, b in zip(losses, oracle.losses, strict=True)]
         found[f"{part} gradients"] = differences(gradients, oracle.gradients)
-    if not case["again"] and not alone:
+    if not case["again"] and weights == EVERY:
         norm, _ = gradient_norms(model)
         update(model, norm)
         found["norm"] = float(norm) - float(torch.nn.utils.get_total_norm(list(oracle.gradients.values())))  # pyright: ignore[reportArgumentType]
-        weights = {name: p.detach() for name, p in unsharded_copy(model).named_parameters()}
-        found["weights"] = differences(weights, oracle.after_a_step())  # pyright: ignore[reportArgumentType]
+        updated = {name: p.detach() for name, p in unsharded_copy(model).named_parameters()}
+        found["updated"] = differences(updated, oracle.after_a_step())  # pyright: ignore[reportArgumentType]
     return found
 
 
 def main() -> None:
     rank, port, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    oracles = {alone: Oracle(alone) for alone in (False, True)}
+    oracles = {weights: Oracle(weights) for weights in (EVERY, *SOME)}
     tested = (
         "mvlm.distributed.global_batch",
         "mvlm.distributed.contrastive",
