@@ -63,7 +63,7 @@ class Weather:
 
     def choose(self, method: str, path: str) -> str | None:
         with self._lock:
-            possible = [fault for fault in FAULTS if fault != "garbled" or path.endswith(".tar")]
+            possible = [fault for fault in FAULTS if fault != "garbled" or path.endswith((".tar", ".index"))]
             if self._always is not None:
                 possible.remove("delay")  # a late answer is no fault
                 return self._rng.choice(possible) if path.endswith(self._always) else None
@@ -119,7 +119,8 @@ def run_trials(folder: Path, trials: int, seed: int) -> dict[str, Any]:
             client.upload_file(str(path), "pairs", f"set/{path.name}")
         with serve_faulty(store, choose) as (bad_store, store_faults):
             os.environ["AWS_ENDPOINT_URL"] = bad_store
-            names = sorted(path.name for path in data.iterdir())
+            # The split's index is read in place of the DALI indices.
+            names = sorted(path.name for path in data.iterdir() if path.suffix != ".idx")
             for number in range(trials):
                 url = (bad_web, "s3://pairs/set")[number % 2]
                 always = rng.choice(names) if number // 2 % 4 == 3 else None
