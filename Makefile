@@ -8,7 +8,7 @@ STEPS  ?= 640
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-gpu test-triton test-integrations emulate faults faults-data faults-loading \
-        faults-embedding faults-parts faults-network soak bench aot traffic \
+        faults-embedding faults-parts faults-network faults-evaluation soak bench aot traffic \
         wheel-smoke check format clean
 
 ## help            list these targets
@@ -101,7 +101,7 @@ format: $(VENV)/.installed
 # A trial takes about 3 s.
 FAULTS ?= 1000
 ## faults          the targets faults-*, and 1000 training runs, each disturbed in one way and resumed
-faults: faults-data faults-loading faults-embedding faults-parts faults-network
+faults: faults-data faults-loading faults-embedding faults-parts faults-network faults-evaluation
 	$(BIN)/python tests/promises/faults/campaign.py --count $(FAULTS) --jobs $(JOBS) --json benchmarks/results/faults.json
 
 ## faults-data     kill builds of shards at 50 moments (`make test`: 10)
@@ -124,6 +124,10 @@ faults-parts: $(VENV)/.installed
 ## faults-network  load 50 epochs from servers that fail in seven ways (`make test`: 8)
 faults-network: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/bad_network.py --trials 50 --json benchmarks/results/faults-network.json
+
+## faults-evaluation kill 10 evaluations at random moments (`make test`: 3)
+faults-evaluation: $(VENV)/.installed
+	$(BIN)/python tests/promises/faults/kill_evaluation.py --kills 10
 
 MINUTES ?= 120
 ## soak            train for two hours: memory and speed stay flat, nothing leaks

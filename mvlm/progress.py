@@ -79,13 +79,15 @@ class WorkProgress:
 
     Args:
         unit: plural noun of the units that are counted, such as "samples".
+        short: without a terminal, show nothing of work that takes less than 20 seconds.
     """
 
-    def __init__(self, unit: str) -> None:
+    def __init__(self, unit: str, short: bool = False) -> None:
         self._unit = unit
         self._start = time.monotonic()
         self._first: int | None = None
-        self._last_line = -float("inf")
+        self._last_line = self._start if short else -float("inf")
+        self._silent = short
         self._bar: Progress | None = None
         if sys.stdout.isatty():
             self._bar = Progress(BarColumn(), TextColumn("{task.description}"), console=Console(file=sys.stdout))
@@ -117,8 +119,8 @@ class WorkProgress:
             line += f"  {format_duration(seconds / parts * (total - done))} left"
         if self._bar:
             self._bar.update(self._task, completed=done, total=total, description=line)
-        elif now - self._last_line >= SECONDS_BETWEEN_LINES or done == total:
-            self._last_line = now
+        elif now - self._last_line >= SECONDS_BETWEEN_LINES or (done == total and not self._silent):
+            self._last_line, self._silent = now, False
             print(f"{done}/{total}  {line}", flush=True)
 
 

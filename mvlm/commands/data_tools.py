@@ -49,18 +49,6 @@ def index(folder: Path, /, split: str | None = None) -> None:
     print(f"{folder}: {counts(description)}{left_out}")
 
 
-def reindex(folder: Path, /) -> None:
-    """Write the indices with which a data set opens at once, from its DALI indices. Its tars are not read.
-
-    Args:
-        folder: Data folder or view.
-    """
-    from mvlm_dataloading.tools.reindex import pack_indices
-
-    for path in pack_indices(folder):
-        print(f"{path}: {path.stat().st_size:,} bytes")
-
-
 def merge(parts: tuple[Path, ...], out: Path, /) -> None:
     """Join the parts that `mvlm data NAME ... --part i/n` has written. The parts stay as they are.
 
@@ -72,6 +60,18 @@ def merge(parts: tuple[Path, ...], out: Path, /) -> None:
 
     merge_parts(parts, out)
     print(summary(out))
+
+
+def reindex(folder: Path, /) -> None:
+    """Write the indices with which a data set opens at once, from its DALI indices. Its tars are not read.
+
+    Args:
+        folder: Data folder or view.
+    """
+    from mvlm_dataloading.tools.reindex import pack_indices
+
+    for path in pack_indices(folder):
+        print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def view(

@@ -5,8 +5,7 @@ pixels: the relative increase of the masked pixels' loss given a wrong caption, 
 several times; intervals are bootstrapped over samples.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,24 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm.device import autocast
-from mvlm.inference.encode import EncodedSplit, eval_loader
+from mvlm.evaluation.features import EncodedSplit
+from mvlm.evaluation.workspace import Workspace
+from mvlm.inference.encode import BATCH, eval_loader
+from mvlm.model.fast_inference import encode_masked, reconstruct
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.packing import mask_tokens
-from mvlm.model.patches import masked_patches, patchify
-from mvlm_dataloading import Dataset, Loader, Tokenizer
+from mvlm.model.patches import patchify
+from mvlm_dataloading import Batch, Dataset, Masks, Tokenizer, draw_patch_masks, draw_token_masks
 
 RESAMPLES = 1000
-
-
-@dataclass
-class _Sums:
-    """Sums per sample, each float64 (I,): losses with the right and the wrong partner, and masked tokens."""
-
-    text: np.ndarray
-    text_wrong: np.ndarray
-    tokens: np.ndarray
-    pixels: np.ndarray
-    pixels_wrong: np.ndarray
 
 
 def wrong_partners(number: int, seed: int = 0) -> Tensor:
@@ -54,6 +44,7 @@ def cross_modal_gain(
     tokenizer: Tokenizer,
     draws: int = 4,
     precision: str = "auto",
+    workspace: Workspace | None = None,
 ) -> dict[str, Any]:
     """Cross-modal gain in both directions with 95 % intervals, and the masked losses with the right partner.
 
@@ -61,58 +52,85 @@ def cross_modal_gain(
         features: `encode_split` of the same model and dataset.
         draws: Masks drawn for each sample.
         precision: auto, bf16 or fp32.
+        workspace: default: one in memory.
     """
-    sums = _Sums(*(np.zeros(len(dataset)) for _ in range(5)))
+    workspace = workspace or Workspace()
     partner = wrong_partners(len(dataset))
-    for draw in range(draws):
-        _add_losses(sums, model, eval_loader(dataset, model, tokenizer, seed=draw), features, partner, precision)
+    sums = workspace.array("gain", (len(dataset), 5), torch.float64)
 
-    def text(i: np.ndarray) -> float:
-        return (sums.text_wrong[i] - sums.text[i]).sum() / sums.tokens[i].sum()
+    def work(start: int, stop: int) -> Iterator[None]:
+        for batch, _ in eval_loader(dataset.rows(start, stop), model, tokenizer):
+            own = torch.arange(start, start + len(batch.images))
+            found = [
+                _losses(model, batch, masks_of(model, batch, own, seed), features, own, partner[own], precision)
+                for seed in range(draws)
+            ]
+            sums.write(start, torch.stack(found).sum(0))
+            start += len(own)
+            yield
 
-    def pixels(i: np.ndarray) -> float:
-        return 100 * (sums.pixels_wrong[i].sum() / sums.pixels[i].sum() - 1)
+    workspace.share("gain", len(dataset), BATCH, work, "images")
+    text, text_wrong, pixels, pixels_wrong, tokens = sums.tensor.numpy().T
+
+    def text_gain(i: np.ndarray) -> float:
+        return (text_wrong[i] - text[i]).sum() / tokens[i].sum()
+
+    def pixel_gain(i: np.ndarray) -> float:
+        return 100 * (pixels_wrong[i].sum() / pixels[i].sum() - 1)
 
     all_samples = np.arange(len(dataset))
     return {
-        "gain_text_nats": round(float(text(all_samples)), 4),
-        "gain_text_nats_95": bootstrap(text, len(dataset)),
-        "gain_pixels_pct": round(float(pixels(all_samples)), 3),
-        "gain_pixels_pct_95": bootstrap(pixels, len(dataset)),
-        "masked_nats": round(float(sums.text.sum() / sums.tokens.sum()), 4),
-        "masked_l1": round(float(sums.pixels.mean() / draws), 4),
+        "gain_text_nats": round(float(text_gain(all_samples)), 4),
+        "gain_text_nats_95": bootstrap(text_gain, len(dataset)),
+        "gain_pixels_pct": round(float(pixel_gain(all_samples)), 3),
+        "gain_pixels_pct_95": bootstrap(pixel_gain, len(dataset)),
+        "masked_nats": round(float(text.sum() / tokens.sum()), 4),
+        "masked_l1": round(float(pixels.mean() / draws), 4),
     }
 
 
-def _add_losses(
-    sums: _Sums, model: MaskVLM, loader: Loader, features: EncodedSplit, partner: Tensor, precision: str
-) -> None:
+def masks_of(model: MaskVLM, batch: Batch, samples: Tensor, seed: int) -> Masks:
+    """Masks of a batch of the samples int64 (B,), as `eval_loader` with this seed draws them; on the batch's device."""
+    config, lengths = model.config, batch.cu_seqlens.diff()
+    patch_ids = draw_patch_masks(
+        seed, 0, samples.numpy(), image_size=config.image_size, patch_size=config.patch_size,
+        mask_block=config.mask_block, ratio=config.image_mask_ratio,
+    )  # fmt: skip
+    token_ids = draw_token_masks(seed, 0, samples.numpy(), lengths.cpu().numpy(), ratio=config.text_mask_ratio)
+    return Masks(patch_ids=torch.from_numpy(patch_ids), token_ids=torch.from_numpy(token_ids))
+
+
+def _losses(
+    model: MaskVLM,
+    batch: Batch,
+    masks: Masks,
+    features: EncodedSplit,
+    own: Tensor,
+    partner: Tensor,
+    precision: str,
+) -> Tensor:
+    """Losses of a batch of the samples `own` int64 (B,), float64 (B, 5) on the CPU.
+
+    Columns: nats of the masked tokens, with the right and the wrong image; L1 of the masked pixels, with the right and
+    the wrong caption; number of masked tokens.
+    """
     device = next(model.parameters()).device
-    for batch, masks in loader:
-        own = batch.sample_id
-        rows = own.numpy()
-        batch, masks = batch.to(device), masks.to(device)
-        hidden = mask_tokens(batch.tokens, masks.token_ids, model.config.mask_token_id)
-        targets = model.patch_targets(batch.images, masks.patch_ids)
-        masked_in = torch.searchsorted(batch.cu_seqlens[1:].long(), masks.token_ids, right=True)  # (M,) rows
+    lengths = batch.cu_seqlens.diff().cpu()
+    caption_of_token = torch.arange(len(lengths)).repeat_interleave(lengths)[masks.token_ids].to(device)  # (M,)
+    batch, masks = batch.to(device), masks.to(device)
+    targets = model.patch_targets(batch.images, masks.patch_ids)
+    with autocast(device, precision):
+        vm, wm = encode_masked(model, batch, masks)
+    text, pixels = [], []
+    for partners in (own, partner):
+        v, w = features.images(partners, device), features.texts(features.first[partners], device)
         with autocast(device, precision):
-            wm, key_mask = model.encode_text(hidden, batch.cu_seqlens, batch.max_length)
-            vm = model.encode_image(batch.images, masked_patches(masks.patch_ids, model.config.num_patches))
-        for partners, text, pixels in (
-            (own, sums.text, sums.pixels),
-            (partner[own], sums.text_wrong, sums.pixels_wrong),
-        ):
-            v, caption = features.v[partners].to(device), features.first[partners]
-            w, other_mask = features.w[caption].to(device), features.key_mask[caption].to(device)
-            with autocast(device, precision):
-                logits = model.fill_mask(v, wm, key_mask, batch.cu_seqlens, masks.token_ids).float()
-                predicted = model.reconstruct(vm, w, other_mask, masks.patch_ids).float()
-            nats = F.cross_entropy(logits, batch.tokens[masks.token_ids], reduction="none").double()
-            text[rows] += (
-                torch.zeros(len(rows), dtype=torch.float64, device=device).index_add(0, masked_in, nats).cpu().numpy()
-            )
-            pixels[rows] += (predicted - targets).abs().mean((1, 2)).double().cpu().numpy()
-        sums.tokens[rows] += np.bincount(masked_in.cpu().numpy(), minlength=len(rows))
+            logits, predicted = reconstruct(model, vm, wm, v, w, batch, masks)
+        nats = F.cross_entropy(logits.float(), batch.tokens[masks.token_ids], reduction="none").double()
+        text.append(nats.new_zeros(len(own)).index_add(0, caption_of_token, nats))
+        pixels.append((predicted.float() - targets).abs().mean((1, 2)).double())
+    tokens = caption_of_token.bincount(minlength=len(own))
+    return torch.stack([*text, *pixels, tokens], dim=1).cpu()
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], number: int, seed: int = 0) -> list[float]:
@@ -126,27 +144,43 @@ def bootstrap(statistic: Callable[[np.ndarray], float], number: int, seed: int =
 
 
 def trivial_losses(
-    model: MaskVLM, train: Dataset | None, split: Dataset, tokenizer: Tokenizer, most: int = 4096
+    model: MaskVLM,
+    train: Dataset | None,
+    split: Dataset,
+    tokenizer: Tokenizer,
+    most: int = 4096,
+    workspace: Workspace | None = None,
 ) -> dict[str, float | None]:
     """Masked L1 on `split` of two image-blind predictors: constant white, and the training set's median.
 
     The median is taken per pixel and channel over the first `most` training images; None without a training split.
     """
+    workspace = workspace or Workspace()
     encoder, config = model.image_encoder, model.config
     device = next(model.parameters()).device
-    guesses = {"masked_l1_white": torch.full((1, 3, config.image_size, config.image_size), 255, dtype=torch.uint8)}
-    if train is not None:
-        guesses["masked_l1_train_median"] = _median_image(model, train, tokenizer, most)
-    patches = {name: patchify(encoder.normalize(g.to(device)), config.patch_size) for name, g in guesses.items()}
-    totals = dict.fromkeys(guesses, 0.0)
-    for batch, masks in eval_loader(split, model, tokenizer):
-        ids = masks.patch_ids.to(device)
-        targets = model.patch_targets(batch.images.to(device), ids)
-        for name, guess in patches.items():
-            chosen = guess.expand(len(ids), -1, -1).gather(1, ids.unsqueeze(-1).expand_as(targets))
-            totals[name] += (chosen - targets).abs().mean((1, 2)).sum().item()
-    means = {name: round(total / len(split), 4) for name, total in totals.items()}
-    return {"masked_l1_train_median": None, **means}
+    white = torch.full((1, 3, config.image_size, config.image_size), 255, dtype=torch.uint8)
+    median = workspace.array("median", tuple(white.shape), torch.uint8)
+    losses = workspace.array("trivial", (len(split), 2), torch.float64)
+
+    def find_median(start: int, stop: int) -> Iterator[None]:
+        median.write(start, white if train is None else _median_image(model, train, tokenizer, most))
+        yield
+
+    def add_losses(start: int, stop: int) -> Iterator[None]:
+        guesses = [patchify(encoder.normalize(guess.to(device)), config.patch_size) for guess in (white, median.tensor)]
+        for batch, _ in eval_loader(split.rows(start, stop), model, tokenizer):
+            ids = masks_of(model, batch, torch.arange(start, start + len(batch.images)), 0).patch_ids.to(device)
+            targets = model.patch_targets(batch.images.to(device), ids)
+            chosen = [g.expand(len(ids), -1, -1).gather(1, ids.unsqueeze(-1).expand_as(targets)) for g in guesses]
+            errors = [(guess - targets).abs().mean((1, 2)).double() for guess in chosen]
+            losses.write(start, torch.stack(errors, dim=1))
+            start += len(ids)
+            yield
+
+    workspace.share("median", 1, 1, find_median, "median images")
+    workspace.share("trivial", len(split), BATCH, add_losses, "images")
+    of_white, of_median = (round(value, 4) for value in losses.tensor.mean(0).tolist())
+    return {"masked_l1_train_median": None if train is None else of_median, "masked_l1_white": of_white}
 
 
 def _median_image(model: MaskVLM, train: Dataset, tokenizer: Tokenizer, most: int) -> Tensor:

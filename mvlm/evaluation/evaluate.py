@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from mvlm.evaluation.cross_modal_gain import cross_modal_gain, trivial_losses
-from mvlm.evaluation.retrieval import Ranks, rank, rank_by_itc, recall
-from mvlm.inference.encode import EncodedSplit, encode_split
+from mvlm.evaluation.features import EncodedSplit, encode_split
+from mvlm.evaluation.retrieval import DIRECTIONS, Ranks, rank_all, rank_by_itc, recall
+from mvlm.evaluation.workspace import Workspace
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_dataloading import Dataset, Tokenizer
 
@@ -28,14 +29,26 @@ def unseen_images(split: Dataset, train: Dataset | None) -> torch.Tensor | None:
 
 
 def evaluate(
-    model: MaskVLM, split: Dataset, train: Dataset | None, tokenizer: Tokenizer, k: int = 32, precision: str = "auto"
+    model: MaskVLM,
+    split: Dataset,
+    train: Dataset | None,
+    tokenizer: Tokenizer,
+    k: int = 32,
+    precision: str = "auto",
+    workspace: Workspace | None = None,
 ) -> dict[str, Any]:
     """The figures of `evaluate_with_ranks`, without the ranks."""
-    return evaluate_with_ranks(model, split, train, tokenizer, k, precision)[0]
+    return evaluate_with_ranks(model, split, train, tokenizer, k, precision, workspace)[0]
 
 
 def evaluate_with_ranks(
-    model: MaskVLM, split: Dataset, train: Dataset | None, tokenizer: Tokenizer, k: int = 32, precision: str = "auto"
+    model: MaskVLM,
+    split: Dataset,
+    train: Dataset | None,
+    tokenizer: Tokenizer,
+    k: int = 32,
+    precision: str = "auto",
+    workspace: Workspace | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures of a model on a split, as `mvlm eval retrieval` writes them (docs/files.md).
 
@@ -46,14 +59,17 @@ def evaluate_with_ranks(
         train: Training split, for the median predictor and the known concepts; None for data without one.
         k: Candidates of each query for ITM to re-rank.
         precision: auto, bf16 or fp32.
+        workspace: ranks that share the work, and the folder of its arrays (`open_workspace`). Default: one rank, and
+            arrays in memory. All ranks get the same figures.
 
     Returns:
         The figures, and the rank of each query as lists, of which all recalls are made: `tr` and `ir`, each with `itc`
         and `itm`; `owner`, the image of each caption; and `unseen`, for each image, None where nothing is known.
     """
     started = time.perf_counter()
-    features = encode_split(model, split, tokenizer, precision)
-    tr, ir = (rank(model, features, direction, k, precision) for direction in ("tr", "ir"))
+    workspace = workspace or Workspace()
+    features = encode_split(model, split, tokenizer, precision, workspace)
+    tr, ir = rank_all(model, features, k, precision, workspace=workspace).values()
     unseen = unseen_images(split, train)
     figures = {
         "tr": recall(tr.itm),
@@ -63,8 +79,8 @@ def evaluate_with_ranks(
         "itc": {"tr": recall(tr.itc), "ir": recall(ir.itc)},
         "unseen": None if unseen is None or not unseen.any() else _recall_of_images(unseen, tr, ir, features),
         "reranked": min(k, len(split)),
-        **cross_modal_gain(model, split, features, tokenizer, precision=precision),
-        **trivial_losses(model, train, split, tokenizer),
+        **cross_modal_gain(model, split, features, tokenizer, precision=precision, workspace=workspace),
+        **trivial_losses(model, train, split, tokenizer, workspace=workspace),
         "seconds": round(time.perf_counter() - started, 1),
     }
     ranks = {name: {"itc": r.itc.tolist(), "itm": r.itm.tolist()} for name, r in (("tr", tr), ("ir", ir))}
@@ -87,18 +103,29 @@ def _recall_of_images(chosen: torch.Tensor, tr: Ranks, ir: Ranks, features: Enco
     }
 
 
-def evaluate_briefly(model: MaskVLM, split: Dataset, tokenizer: Tokenizer, precision: str = "auto") -> dict[str, float]:
+def evaluate_briefly(
+    model: MaskVLM,
+    split: Dataset,
+    tokenizer: Tokenizer,
+    precision: str = "auto",
+    workspace: Workspace | None = None,
+) -> dict[str, float]:
     """Figures during training: recall by only ITC (tr_r1 to ir_r10), and cross-modal gain from one draw of masks.
 
-    The model's mode (training or evaluation) is restored.
+    The model's mode (training or evaluation) is restored. `evaluate` explains the workspace. EvaluationStopped if it
+    asks for an early end.
     """
+    workspace = workspace or Workspace()
     was_training = model.training
     model.eval()
-    features = encode_split(model, split, tokenizer, precision)
-    found = {}
-    for direction in ("tr", "ir"):
-        found |= {f"{direction}_{name}": value for name, value in recall(rank_by_itc(features, direction)).items()}
-    gain = cross_modal_gain(model, split, features, tokenizer, draws=1, precision=precision)
+    try:
+        features = encode_split(model, split, tokenizer, precision, workspace)
+        found = {}
+        for direction in DIRECTIONS:
+            ranks = rank_by_itc(features, direction, workspace)
+            found |= {f"{direction}_{name}": value for name, value in recall(ranks).items()}
+        gain = cross_modal_gain(model, split, features, tokenizer, 1, precision, workspace)
+    finally:
+        model.train(was_training)
     found |= {name: gain[name] for name in ("gain_text_nats", "gain_pixels_pct", "masked_nats", "masked_l1")}
-    model.train(was_training)
     return found

@@ -6,20 +6,29 @@ is therefore the ITC logit, which is the negatives' log-probability up to a cons
 two as well. TR retrieves captions for an image; any of the image's captions is a right answer. IR retrieves images for
 a caption. Memory is bounded: similarities are computed for one block of queries at a time. They are float64 products,
 so no rank depends on the order in which a sum is computed.
-Shape legend: Q queries of a block, G gallery size, K candidates that are re-ranked.
+
+A pair that is a candidate in both directions is judged once. Pairs are sorted by image, so a batch has few images, and
+keys and values of each are computed once for all of its pairs.
+
+Shape legend: Q queries of a block, G gallery size, K candidates that are re-ranked, P different pairs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mvlm.inference.encode import EncodedSplit, match_log_odds
+from mvlm.evaluation.features import EncodedSplit
+from mvlm.evaluation.workspace import StoredArray, Workspace
+from mvlm.inference.encode import match_log_odds
 from mvlm.model.maskvlm import MaskVLM
 
 QUERIES_PER_BLOCK = 64
 PAIRS_PER_BATCH = 256
+BATCHES_PER_PART = 8
+"""Log-odds of so many batches come to the host together, so that a GPU seldom waits for it."""
+DIRECTIONS = ("tr", "ir")
 
 
 @dataclass(frozen=True)
@@ -39,48 +48,100 @@ class Ranks:
     """(queries,), score of the first answer."""
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """Candidates of all queries of one direction, by ITC."""
+
+    direction: str
+    ranks: StoredArray
+    """int64 (queries,), rank of the best right answer by ITC."""
+    rows: StoredArray
+    """int64 (queries, K), gallery rows, the most similar first."""
+    similarity: StoredArray
+    """float64 (queries, K)."""
+
+    def pairs(self, features: EncodedSplit, queries: slice = slice(None)) -> Tensor:
+        """Pair of each candidate, int64 (queries, K): image x number of captions + caption."""
+        rows = self.rows.tensor[queries]
+        asked = torch.arange(len(self.rows.tensor))[queries, None]
+        images, texts = (asked, rows) if self.direction == "tr" else (rows, asked)
+        return images * len(features.captions) + texts
+
+    def right(self, features: EncodedSplit, queries: slice) -> Tensor:
+        """True for candidates that are right answers, bool (queries, K)."""
+        pairs = self.pairs(features, queries)
+        return features.owner[pairs % len(features.captions)] == pairs // len(features.captions)
+
+
 @torch.no_grad()
 def rank(model: MaskVLM, features: EncodedSplit, direction: str, k: int = 32, precision: str = "auto") -> Ranks:
-    """Rank the gallery for every query.
+    """Rank the gallery for every query of one direction. `rank_all` has the arguments."""
+    return rank_all(model, features, k, precision, (direction,))[direction]
+
+
+@torch.no_grad()
+def rank_all(
+    model: MaskVLM,
+    features: EncodedSplit,
+    k: int = 32,
+    precision: str = "auto",
+    directions: Sequence[str] = DIRECTIONS,
+    workspace: Workspace | None = None,
+) -> dict[str, Ranks]:
+    """Rank the gallery for every query. Returns the ranks by direction.
 
     Args:
         features: `encode_split` of the same model.
-        direction: "tr" (queries are images, the gallery is captions) or "ir" (the reverse).
         k: Candidates of each query for ITM to re-rank.
         precision: auto, bf16 or fp32.
+        directions: "tr" (queries are images, the gallery is captions), "ir" (the reverse), or both.
+        workspace: default: one in memory.
     """
-    k = min(k, len(features.text_embedding if direction == "tr" else features.image_embedding))
-    itc, itm, top, score = [], [], [], []
-    for block, similarity, right in _query_blocks(features, direction):
-        ranks = best_rank(similarity, right)
-        candidates = similarity.topk(k, dim=1).indices  # (Q, K)
-        scores = match_scores(model, features, block, candidates, direction, precision)  # (Q, K)
-        scores = scores + model.log_scale.exp().item() * similarity.gather(1, candidates)
-        found = right.gather(1, candidates)
-        # If no candidate is right, the best right answer keeps its rank by ITC.
-        itm.append(torch.where(found.any(1), best_rank(scores, found), ranks))
-        itc.append(ranks)
-        best = scores.topk(min(5, k), dim=1)
-        top.append(candidates.gather(1, best.indices))
-        score.append(best.values[:, 0].float())
-    return Ranks(torch.cat(itc), torch.cat(itm), torch.cat(top), torch.cat(score))
+    workspace = workspace or Workspace()
+    found = [find_candidates(features, direction, k, workspace, _device(model)) for direction in directions]
+    pairs = torch.cat([candidates.pairs(features).flatten() for candidates in found]).unique()  # sorted
+    log_odds = score_pairs(model, features, pairs, precision, workspace)
+    scale = model.log_scale.exp().item()
+    return {each.direction: _rerank(each, features, pairs, log_odds, scale) for each in found}
 
 
 @torch.no_grad()
-def rank_by_itc(features: EncodedSplit, direction: str) -> Tensor:
+def rank_by_itc(features: EncodedSplit, direction: str, workspace: Workspace | None = None) -> Tensor:
     """The field `itc` of `rank`, without the work of ITM."""
-    return torch.cat([best_rank(similarity, right) for _, similarity, right in _query_blocks(features, direction)])
+    return find_candidates(features, direction, 1, workspace or Workspace()).ranks.tensor
 
 
-def _query_blocks(features: EncodedSplit, direction: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Blocks of queries: int64 (Q,), similarities float64 (Q, G), and right answers, bool (Q, G), True = right."""
-    queries, gallery = features.image_embedding.double(), features.text_embedding.double()
+def find_candidates(
+    features: EncodedSplit, direction: str, k: int, workspace: Workspace, device: torch.device | None = None
+) -> Candidates:
+    """The k most similar gallery rows of every query, in blocks of queries on the device, by default the CPU."""
+    device = device or torch.device("cpu")
+    queries, gallery = features.image_embedding, features.text_embedding
     query_owner, gallery_owner = torch.arange(len(queries)), features.owner
     if direction == "ir":
         queries, gallery, query_owner, gallery_owner = gallery, queries, gallery_owner, query_owner
-    for start in range(0, len(queries), QUERIES_PER_BLOCK):
-        block = torch.arange(start, min(start + QUERIES_PER_BLOCK, len(queries)))
-        yield block, queries[block] @ gallery.T, query_owner[block, None] == gallery_owner[None, :]
+    gallery, gallery_owner = gallery.double().to(device), gallery_owner.to(device)
+    number, k = len(queries), min(k, len(gallery))
+    found = Candidates(
+        direction,
+        workspace.array(f"{direction}.ranks", (number,), torch.int64),
+        workspace.array(f"{direction}.rows", (number, k), torch.int64),
+        workspace.array(f"{direction}.similarity", (number, k), torch.float64),
+    )
+
+    def work(start: int, stop: int) -> Iterator[None]:
+        for begin in range(start, stop, QUERIES_PER_BLOCK):
+            block = slice(begin, min(begin + QUERIES_PER_BLOCK, stop))
+            similarity = queries[block].double().to(device) @ gallery.T  # (Q, G)
+            right = query_owner[block, None].to(device) == gallery_owner  # (Q, G)
+            best = similarity.topk(k, dim=1)
+            found.ranks.write(begin, best_rank(similarity, right))
+            found.rows.write(begin, best.indices)
+            found.similarity.write(begin, best.values)
+            yield
+
+    workspace.share(f"{direction}.candidates", number, QUERIES_PER_BLOCK, work, "queries")
+    return found
 
 
 def best_rank(scores: Tensor, right: Tensor) -> Tensor:
@@ -92,18 +153,48 @@ def best_rank(scores: Tensor, right: Tensor) -> Tensor:
     return ((scores >= best) & ~right).sum(dim=1)
 
 
-def match_scores(
-    model: MaskVLM, features: EncodedSplit, queries: Tensor, candidates: Tensor, direction: str, precision: str
+def score_pairs(
+    model: MaskVLM, features: EncodedSplit, pairs: Tensor, precision: str, workspace: Workspace | None = None
 ) -> Tensor:
-    """ITM's log-odds of a match for every query int64 (Q,) with its candidates int64 (Q, K). Returns float (Q, K)."""
-    images, texts = queries[:, None].expand_as(candidates).reshape(-1), candidates.reshape(-1)
-    if direction == "ir":
-        images, texts = texts, images
-    scores = []
-    for start in range(0, len(images), PAIRS_PER_BATCH):
-        i, t = images[start : start + PAIRS_PER_BATCH], texts[start : start + PAIRS_PER_BATCH]
-        scores.append(match_log_odds(model, features.v[i], features.w[t], features.key_mask[t], precision))
-    return torch.cat(scores).view_as(candidates)
+    """ITM's log-odds of a match, float32 (P,), for pairs int64 (P,), rising: image x number of captions + caption."""
+    workspace, device = workspace or Workspace(), _device(model)
+    log_odds = workspace.array("log_odds", (len(pairs),), torch.float32)
+
+    def score(batch: Tensor) -> Tensor:
+        images, image = (batch // len(features.captions)).unique_consecutive(return_inverse=True)
+        texts, text = (batch % len(features.captions)).unique(return_inverse=True)
+        v, w = features.images(images, device), features.texts(texts, device)
+        return match_log_odds(model, v, w, image, text, precision)
+
+    def work(start: int, stop: int) -> Iterator[None]:
+        for begin in range(start, stop, part):
+            batches = pairs[begin : min(begin + part, stop)].split(PAIRS_PER_BATCH)
+            log_odds.write(begin, torch.cat([score(batch) for batch in batches]))
+            yield
+
+    part = BATCHES_PER_PART * PAIRS_PER_BATCH
+    workspace.share("pairs", len(pairs), part, work, "pairs")
+    return log_odds.tensor
+
+
+def _rerank(found: Candidates, features: EncodedSplit, pairs: Tensor, log_odds: Tensor, scale: float) -> Ranks:
+    """Ranks by the ITC logit plus ITM's log-odds, from log-odds (P,) of the pairs int64 (P,), rising."""
+    itm, top, score = [], [], []
+    for begin in range(0, len(found.ranks.tensor), QUERIES_PER_BLOCK):
+        block = slice(begin, begin + QUERIES_PER_BLOCK)
+        scores = log_odds[torch.searchsorted(pairs, found.pairs(features, block))]  # (Q, K)
+        scores = scores + scale * found.similarity.tensor[block]
+        right = found.right(features, block)
+        # If no candidate is right, the best right answer keeps its rank by ITC.
+        itm.append(torch.where(right.any(1), best_rank(scores, right), found.ranks.tensor[block]))
+        best = scores.topk(min(5, scores.shape[1]), dim=1)
+        top.append(found.rows.tensor[block].gather(1, best.indices))
+        score.append(best.values[:, 0].float())
+    return Ranks(found.ranks.tensor, torch.cat(itm), torch.cat(top), torch.cat(score))
+
+
+def _device(model: MaskVLM) -> torch.device:
+    return next(model.parameters()).device
 
 
 def recall(ranks: Tensor) -> dict[str, float]:

@@ -73,10 +73,8 @@ def attention_maps(model: "TrainedModel", pixels: Tensor, text: str) -> Attentio
     network, config = model.network, model.network.config
     check_texts([text], model.tokenizer, config.text_length)
     v = image_features(network, pixels[None], "fp32").v
-    found = text_features(network, [text], model.tokenizer, "fp32")
-    length = int(found.key_mask.sum())
-    w, key_mask = found.w[:, :length], found.key_mask[:, :length]
-    log_odds, layers = _match_with_weights(network, v, w, key_mask)
+    w = text_features(network, [text], model.tokenizer, "fp32").w.rows[None]  # (1, L, C), no padding
+    log_odds, layers = _match_with_weights(network, v, w)
     gradients = torch.autograd.grad(log_odds, [layer.output for layer in layers], allow_unused=True)
     weights, gradcam = [], []
     for layer, gradient in zip(layers, gradients, strict=True):
@@ -100,16 +98,16 @@ def attention_maps(model: "TrainedModel", pixels: Tensor, text: str) -> Attentio
 
 
 @torch.enable_grad()
-def _match_with_weights(network: MaskVLM, v: Tensor, w: Tensor, key_mask: Tensor) -> tuple[Tensor, list[_Layer]]:
+def _match_with_weights(network: MaskVLM, v: Tensor, w: Tensor) -> tuple[Tensor, list[_Layer]]:
     """ITM's log-odds, a scalar with a graph, and each cross-attention layer of the text.
 
-    v (1, M, C), w (1, L, C), key_mask bool (1, L), True = a token.
+    v (1, M, C), w (1, L, C).
     """
     layers: list[_Layer] = []
     w = w.detach().requires_grad_()  # so that there is a graph even if no parameter wants gradients
 
     def attend_self(attention: Attention, y: Tensor) -> Branch:
-        return attention(y, y, key_mask)
+        return attention(y, y)
 
     def attend_cross(attention: Attention, y: Tensor) -> Branch:
         q, (k, values) = attention.queries(y), attention.keys_values(v)  # (1, L, H, D), (1, M, H, D)
@@ -121,7 +119,7 @@ def _match_with_weights(network: MaskVLM, v: Tensor, w: Tensor, key_mask: Tensor
     for block in network.text_cross.layers:
         rows = block(rows, attend_self, attend_cross)
     text = network.text_cross.finish(rows)[:, 0]
-    image = network.image_cross(v, w, None, key_mask, first_row_only=True)[:, 0]
+    image = network.image_cross(v, w, first_row_only=True)[:, 0]
     logits = network.matching_head(image * text)[0]
     return logits[1] - logits[0], layers
 

@@ -1,10 +1,9 @@
-"""Features of images and captions, of a batch or of all of a split.
+"""Features of images and captions by the fast implementation, and ITM's judgement of pairs of them.
 
-Shape legend: B batch, I images, T captions, N patches, L tokens (the model's text length), C width,
+Shape legend: B batch, N patches, L tokens (the model's text length), T packed tokens, R pairs, C width,
 E contrastive width, S image side.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -12,32 +11,13 @@ import torch
 from torch import Tensor
 
 from mvlm.device import autocast
+from mvlm.model.fast import encode_patches, encode_tokens, project_patches
+from mvlm.model.fast_inference import match_pairs
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.packing import PackedText
 from mvlm_dataloading import Dataset, Loader, Tokenizer
 
 BATCH = 64
-
-
-@dataclass(frozen=True)
-class EncodedSplit:
-    """Features of one split, on the CPU, so that the device holds one batch at a time."""
-
-    v: Tensor
-    """(I, 1+N, C), unmasked images."""
-    w: Tensor
-    """(T, L, C), unmasked captions, padded."""
-    key_mask: Tensor
-    """bool (T, L), True = a token."""
-    image_embedding: Tensor
-    """(I, E), unit length."""
-    text_embedding: Tensor
-    """(T, E), unit length."""
-    owner: Tensor
-    """int64 (T,), image of each caption."""
-    first: Tensor
-    """int64 (I,), row of each image's first caption."""
-    captions: list[str]
-    """Texts of the T captions."""
 
 
 def eval_loader(
@@ -63,11 +43,17 @@ def eval_loader(
 
 
 def encode_captions(model: MaskVLM, captions: list[str], tokenizer: Tokenizer) -> tuple[Tensor, Tensor]:
-    """Features (T, L, C) of T captions and their key mask bool (T, L), True = a token; L is the model's text length."""
+    """Features (B, L, C) of B captions and their key mask bool (B, L), True = a token; L is the model's text length."""
     device, length = next(model.parameters()).device, model.config.text_length
+    tokens, starts = packed_tokens(captions, tokenizer, length)
+    return model.encode_text(tokens.to(device), starts.to(device), length)
+
+
+def packed_tokens(captions: list[str], tokenizer: Tokenizer, length: int) -> tuple[Tensor, Tensor]:
+    """Packed tokens int64 (T,) of B captions, truncated to `length` tokens each, and their bounds int32 (B+1,)."""
     tokens, lengths = tokenizer.encode(captions, length)
-    starts = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
-    return model.encode_text(torch.from_numpy(tokens).to(device), starts.to(device), length)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return torch.from_numpy(tokens), torch.from_numpy(starts)
 
 
 class ImageFeatures(NamedTuple):
@@ -82,10 +68,8 @@ class ImageFeatures(NamedTuple):
 class TextFeatures(NamedTuple):
     """Features of a batch of captions, on the device."""
 
-    w: Tensor
-    """(B, L, C), padded."""
-    key_mask: Tensor
-    """bool (B, L), True = a token."""
+    w: PackedText
+    """(T, C) and the layout of the B captions."""
     embedding: Tensor
     """(B, E), unit length."""
 
@@ -95,57 +79,32 @@ def image_features(model: MaskVLM, images: Tensor, precision: str = "auto") -> I
     """Encode a batch of images uint8 (B, 3, S, S). `precision` is auto, bf16 or fp32."""
     device = next(model.parameters()).device
     with autocast(device, precision):
-        v = model.encode_image(images.to(device))
+        v = encode_patches(model, project_patches(model, images.to(device)))
         return ImageFeatures(v, model.embed_image(v))
 
 
 @torch.no_grad()
 def text_features(model: MaskVLM, captions: list[str], tokenizer: Tokenizer, precision: str = "auto") -> TextFeatures:
     """Encode a batch of captions. Longer ones are truncated. `precision` is auto, bf16 or fp32."""
-    device = next(model.parameters()).device
+    device, length = next(model.parameters()).device, model.config.text_length
+    tokens, starts = packed_tokens(captions, tokenizer, length)
+    longest = int(starts.diff().max())
     with autocast(device, precision):
-        w, key_mask = encode_captions(model, captions, tokenizer)
-        return TextFeatures(w, key_mask, model.embed_text(w))
+        w = encode_tokens(model, tokens.to(device), starts.to(device), longest)
+        return TextFeatures(w, model.embed_text(w.first()))
 
 
 @torch.no_grad()
-def match_log_odds(model: MaskVLM, v: Tensor, w: Tensor, key_mask: Tensor, precision: str = "auto") -> Tensor:
-    """ITM's log-odds of a match for B pairs of features, float32 (B,) on the CPU.
+def match_log_odds(
+    model: MaskVLM, v: Tensor, w: PackedText, images: Tensor, texts: Tensor, precision: str = "auto"
+) -> Tensor:
+    """ITM's log-odds of a match for R pairs, float32 (R,) on the device.
 
-    v (B, 1+N, C), w (B, L, C), key_mask bool (B, L), True = a token.
+    Pair r is image images[r] of v (B, 1+N, C) and caption texts[r] of w, both int64 (R,). Keys and values of an image
+    or a caption are computed once, whatever the number of its pairs.
     """
     device = next(model.parameters()).device
-    length = int(key_mask.sum(1).max())  # of the longest caption; columns after it are padding
+    rows = int(w.packing.lengths.cpu()[texts.cpu()].sum())
     with autocast(device, precision):
-        logits = model.match(v.to(device), w[:, :length].to(device), key_mask[:, :length].to(device)).float()
-    return (logits[:, 1] - logits[:, 0]).cpu()
-
-
-def encode_split(model: MaskVLM, dataset: Dataset, tokenizer: Tokenizer, precision: str = "auto") -> EncodedSplit:
-    """Encode all images and captions of `dataset`. `precision` is auto, bf16 or fp32."""
-    images, image_embeddings = [], []
-    for batch, _ in eval_loader(dataset, model, tokenizer):
-        found = image_features(model, batch.images, precision)
-        images.append(found.v.cpu())
-        image_embeddings.append(found.embedding.cpu())
-    captions, owner, first = [], [], []
-    for i in range(len(dataset)):
-        first.append(len(captions))
-        captions += dataset.captions(i)
-        owner += [i] * (len(captions) - first[-1])
-    texts, key_masks, text_embeddings = [], [], []
-    for start in range(0, len(captions), BATCH):
-        found = text_features(model, captions[start : start + BATCH], tokenizer, precision)
-        texts.append(found.w.cpu())
-        key_masks.append(found.key_mask.cpu())
-        text_embeddings.append(found.embedding.cpu())
-    return EncodedSplit(
-        torch.cat(images),
-        torch.cat(texts),
-        torch.cat(key_masks),
-        torch.cat(image_embeddings),
-        torch.cat(text_embeddings),
-        torch.tensor(owner),
-        torch.tensor(first),
-        captions,
-    )
+        logits = match_pairs(model, v, w, images.to(device), texts.to(device), rows).float()
+    return logits[:, 1] - logits[:, 0]

@@ -26,8 +26,7 @@ def match(
 ) -> Matches:
     """ITM of n pairs; `TrainedModel.match` says which."""
     found = [
-        match_log_odds(model.network, image.v, text.w, text.key_mask, model.precision)
-        for image, text in _feature_pairs(model, images, texts, batch_size, truncate)
+        _log_odds(model, image, text) for image, text in _feature_pairs(model, images, texts, batch_size, truncate)
     ]
     log_odds = torch.cat(found) if found else torch.empty(0)
     return Matches(log_odds.sigmoid(), log_odds)
@@ -47,10 +46,15 @@ def rerank(
 
 
 def score(model: "TrainedModel", image: ImageFeatures, text: TextFeatures) -> Tensor:
-    """ITC logit plus ITM's log-odds of B pairs, float32 (B,) on the CPU."""
+    """ITC logit plus ITM's log-odds of B pairs, float32 (B,) on the CPU. One image or one text goes with all."""
     similarity = (image.embedding.double() * text.embedding.double()).sum(-1).cpu()
-    scores = match_log_odds(model.network, image.v, text.w, text.key_mask, model.precision)
-    return (scores + model.network.log_scale.exp().item() * similarity).float()
+    return (_log_odds(model, image, text) + model.network.log_scale.exp().item() * similarity).float()
+
+
+def _log_odds(model: "TrainedModel", image: ImageFeatures, text: TextFeatures) -> Tensor:
+    """ITM's log-odds of B pairs, float32 (B,) on the CPU. One image or one text goes with all of the others."""
+    images, texts = torch.broadcast_tensors(torch.arange(len(image.v)), torch.arange(len(text.w.packing)))
+    return match_log_odds(model.network, image.v, text.w, images, texts, model.precision).cpu()
 
 
 def _feature_pairs(
@@ -64,15 +68,13 @@ def _feature_pairs(
     encoded_texts = (text_features(model.network, batch, model.tokenizer, model.precision) for batch in words)
     if not isinstance(images, Dataset) and is_single_image(images):
         image = next(encoded_images)
-        for text in encoded_texts:
-            yield ImageFeatures(*(part.expand(len(text.w), *part.shape[1:]) for part in image)), text
+        yield from ((image, text) for text in encoded_texts)
     elif isinstance(texts, str):
         text = next(encoded_texts)
-        for image in encoded_images:
-            yield image, TextFeatures(*(part.expand(len(image.v), *part.shape[1:]) for part in text))
+        yield from ((image, text) for image in encoded_images)
     else:
         for image, text in itertools.zip_longest(encoded_images, encoded_texts):
-            if image is None or text is None or len(image.v) != len(text.w):
+            if image is None or text is None or len(image.v) != len(text.embedding):
                 raise ConfigError(
                     "texts: wanted as many texts as images, or one of either, found different numbers; pair them"
                 )

@@ -37,21 +37,22 @@ from mvlm_kernels import gather_patches, linear_pixel_loss, place_tokens
 def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeights = ALL) -> Streams:
     """Encode unmasked and masked inputs together, in one pass of each encoder."""
     images, texts = needs_masked(model.config, weights)
-    patches = _project_patches(model, batch.images)
+    patches = project_patches(model, batch.images)
     v, vm = encode_images(model, patches, masks.patch_ids if images else None)
     w, wm = encode_texts(model, batch, masks.token_ids if texts else None)
     partner_image, partner_text = v, w
     if weights.mlm > 0 and model.config.partner_image == "masked":
         partner_image = vm
     elif weights.mlm > 0 and masks.partner_patch_ids is not None:
-        partner_image = encode_lightly_masked_images(model, patches, masks.partner_patch_ids)
+        partner_image = encode_patches(model, patches, masks.partner_patch_ids)
     if weights.mim > 0 and model.config.partner_text == "masked":
         partner_text = wm
     elif weights.mim > 0 and masks.partner_token_ids is not None:
-        partner_text = encode_lightly_masked_texts(model, batch, masks.partner_token_ids)
+        hidden = mask_tokens(batch.tokens, masks.partner_token_ids, model.config.mask_token_id)
+        partner_text = encode_tokens(model, hidden, batch.cu_seqlens, batch.max_length)
     assert partner_image is not None
     assert partner_text is not None
-    caches = _make_caches(v, w)
+    caches = make_caches(v, w)
     partners = PairCaches(
         caches.image if partner_image is v else KeyValueCache(partner_image),
         caches.text if partner_text is w else _text_cache(partner_text),
@@ -61,12 +62,25 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeigh
 
 def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
     """Encode only the unmasked images and captions: v (B, 1+N, C) and w."""
-    v, _ = encode_images(model, _project_patches(model, batch.images), None)
-    w, _ = encode_texts(model, batch, None)
-    return v, w
+    text = encode_tokens(model, batch.tokens, batch.cu_seqlens, batch.max_length)
+    return encode_patches(model, project_patches(model, batch.images)), text
 
 
-def _project_patches(model: MaskVLMNetwork, images: Tensor) -> Tensor:
+def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | None = None) -> Tensor:
+    """Encode projected patches (B, N, C), of which patch_ids int64 (B, K) are masked: (B, 1+N, C)."""
+    encoder = model.image_encoder
+    hidden = None if patch_ids is None else masked_patches(patch_ids, model.config.num_patches)  # (B, N), True = masked
+    placed = place_tokens(patches, encoder.mask_token, encoder.position, encoder.cls_token, masked=hidden)
+    return encoder.run(placed, attend_self(None))
+
+
+def encode_tokens(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
+    """Encode captions as they are: packed tokens int64 (T,), with bounds cu_seqlens int32 (B+1,)."""
+    packing = Packing(cu_seqlens, round_up_length(max_length), len(tokens))
+    return PackedText(model.text_encoder.run(tokens, packing, attend_self(packing)), packing)
+
+
+def project_patches(model: MaskVLMNetwork, images: Tensor) -> Tensor:
     """Images uint8 (B, 3, S, S) -> projected patches (B, N, C)."""
     encoder = model.image_encoder
     patches = gather_patches(
@@ -88,7 +102,7 @@ def encode_images(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | No
     encoder, config = model.image_encoder, model.config
     parameters = (encoder.mask_token, encoder.position, encoder.cls_token)
     if patch_ids is None:
-        return encoder.run(place_tokens(patches, *parameters), attend_self(None)), None
+        return encode_patches(model, patches), None
     if not config.drop_masked:
         hidden = masked_patches(patch_ids, config.num_patches)  # (B, N), True = masked
         both = place_tokens(patches, *parameters, masked=hidden, with_unmasked=True)  # (2B, 1+N, C)
@@ -104,14 +118,6 @@ def encode_images(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | No
     return encoder.run(unmasked, attend_self(None)), vm
 
 
-def encode_lightly_masked_images(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor) -> Tensor:
-    """Encode projected patches (B, N, C) of which patch_ids int64 (B, K') are masked: (B, 1+N, C)."""
-    encoder = model.image_encoder
-    hidden = masked_patches(patch_ids, model.config.num_patches)  # (B, N), True = masked
-    placed = place_tokens(patches, encoder.mask_token, encoder.position, encoder.cls_token, masked=hidden)
-    return encoder.run(placed, attend_self(None))
-
-
 def encode_texts(model: MaskVLMNetwork, batch: Batch, token_ids: Tensor | None) -> tuple[PackedText, PackedText | None]:
     """Encode captions unmasked and masked: w and wm, (T, C) each.
 
@@ -121,7 +127,7 @@ def encode_texts(model: MaskVLMNetwork, batch: Batch, token_ids: Tensor | None) 
     longest = round_up_length(batch.max_length)
     packing = Packing(batch.cu_seqlens, longest, total)
     if token_ids is None:
-        return PackedText(encoder.run(batch.tokens, packing, attend_self(packing)), packing), None
+        return encode_tokens(model, batch.tokens, batch.cu_seqlens, batch.max_length), None
     hidden = mask_tokens(batch.tokens, token_ids, model.config.mask_token_id)
     # A packing allows padding positions (see `pad_to_bucket`) only after its last sequence. The first masked caption
     # therefore follows the last unmasked caption directly, and all padding comes at the end. `end` stays on the device.
@@ -134,18 +140,23 @@ def encode_texts(model: MaskVLMNetwork, batch: Batch, token_ids: Tensor | None) 
     return PackedText(x[:total], packing), PackedText(masked, packing)
 
 
-def encode_lightly_masked_texts(model: MaskVLMNetwork, batch: Batch, token_ids: Tensor) -> PackedText:
-    """Encode captions of which the tokens at the packed positions token_ids int64 (M',) are masked."""
-    packing = Packing(batch.cu_seqlens, round_up_length(batch.max_length), len(batch.tokens))
-    hidden = mask_tokens(batch.tokens, token_ids, model.config.mask_token_id)
-    return PackedText(model.text_encoder.run(hidden, packing, attend_self(packing)), packing)
-
-
 def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> tuple[Tensor, Tensor]:
     """MLM, the mean over the batch's M masked tokens, and its accuracy: scalars."""
     assert streams.masked_text is not None
     image = streams.partner_caches.image if streams.partner_caches else KeyValueCache(streams.partner_image)
-    x, packing = streams.masked_text
+    x = masked_token_features(model, streams.masked_text, image, batch, masks)  # (M, C)
+    targets = batch.tokens.index_select(0, masks.token_ids)
+    # Padding positions (see `pad_to_bucket`) point past the last caption and are ignored.
+    targets = targets.masked_fill(masks.token_ids >= batch.cu_seqlens[-1], -100)
+    head = model.language_head
+    return linear_cross_entropy(head.transform(x), head.vocabulary.weight, head.vocabulary.bias, targets)
+
+
+def masked_token_features(
+    model: MaskVLMNetwork, text: PackedText, image: KeyValueCache, batch: Batch, masks: Masks
+) -> Tensor:
+    """Features (M, C) of the masked tokens, for the LM head; the masked captions attend to the images of the cache."""
+    x, packing = text
     # Layout of only the masked tokens, M rows. token_ids rise, so those of a caption are consecutive.
     bounds = torch.searchsorted(masks.token_ids, batch.cu_seqlens.long()).int()  # (B+1,)
     selected = Packing(bounds, packing.max_length, len(masks.token_ids))
@@ -158,19 +169,29 @@ def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: 
     for block in early:
         rows = block(rows, attend_self(packing), attend_cross(block, packing, image))
     rows = last(rows, attend_self(packing, select, selected), attend_cross(last, selected, image), select)
-    x = model.text_cross.finish(rows)  # (M, C)
-    targets = batch.tokens.index_select(0, masks.token_ids)
-    # Padding positions (see `pad_to_bucket`) point past the last caption and are ignored.
-    targets = targets.masked_fill(masks.token_ids >= batch.cu_seqlens[-1], -100)
-    head = model.language_head
-    return linear_cross_entropy(head.transform(x), head.vocabulary.weight, head.vocabulary.bias, targets)
+    return model.text_cross.finish(rows)
 
 
 def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
     """MIM, a scalar: the mean over the batch's B x K masked patches."""
     assert streams.masked_image is not None
     text = streams.partner_caches.text if streams.partner_caches else _text_cache(streams.partner_text)
-    rows = Residual(streams.masked_image)
+    encoder, head = model.image_encoder, model.pixel_head
+    return linear_pixel_loss(
+        masked_patch_features(model, streams.masked_image, text, masks),  # (B, K, C)
+        head.weight,
+        head.bias,
+        batch.images,
+        masks.patch_ids,
+        model.config.patch_size,
+        mean=encoder.mean.flatten(),
+        std=encoder.std.flatten(),
+    )
+
+
+def masked_patch_features(model: MaskVLMNetwork, vm: Tensor, text: KeyValueCache, masks: Masks) -> Tensor:
+    """Features (B, K, C) of the masked patches, for the pixel head; vm (B, 1+N, C) attends to captions of the cache."""
+    rows = Residual(vm)
 
     def select(rows: Tensor) -> Tensor:
         return select_within(rows, 1 + masks.patch_ids)  # (B, 1+N, C) -> (B, K, C)
@@ -182,17 +203,7 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Mas
     for block in early:
         rows = block(rows, attend_self(None), attend_cross(block, None, text))
     rows = last(rows, attend_self(None, select), attend_cross(last, None, text), select)
-    encoder, head = model.image_encoder, model.pixel_head
-    return linear_pixel_loss(
-        model.image_decoder.finish(rows),  # (B, K, C)
-        head.weight,
-        head.bias,
-        batch.images,
-        masks.patch_ids,
-        model.config.patch_size,
-        mean=encoder.mean.flatten(),
-        std=encoder.std.flatten(),
-    )
+    return model.image_decoder.finish(rows)
 
 
 def fuse_pairs(
@@ -209,7 +220,7 @@ def fuse_pairs(
     Pair r is image images[r] of v (B, 1+N, C) and caption texts[r] of text; both int64 (R,). `caches`, if given, are
     those of v and text; `max_rows` is a bound of the rows of the R captions together.
     """
-    caches = caches or _make_caches(v, text)
+    caches = caches or make_caches(v, text)
     packing = _with_rounded_length(text.packing)
     # Only the device knows how many tokens the R captions have together. Asking costs nothing on a CPU. On a GPU it
     # would be a sync, so an upper bound is taken there.
@@ -275,7 +286,7 @@ def _encode_pairs(
     return encoder.finish(last(stream, attend_self_first, attend_cross_first, select=first))
 
 
-def _make_caches(v: Tensor, text: PackedText) -> PairCaches:
+def make_caches(v: Tensor, text: PackedText) -> PairCaches:
     return PairCaches(KeyValueCache(v), _text_cache(text))
 
 

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from mvlm.evaluation.cross_modal_gain import wrong_partners
 from mvlm.evaluation.evaluate import unseen_images
-from mvlm.evaluation.retrieval import rank
-from mvlm.inference.encode import EncodedSplit, eval_loader
+from mvlm.evaluation.features import EncodedSplit
+from mvlm.evaluation.retrieval import rank_all
+from mvlm.inference.encode import eval_loader
 from mvlm.inference.fill_mask import fill_mask
 from mvlm.inference.images import hide_patches
 from mvlm.inference.reconstruction import reconstruct
@@ -189,9 +190,9 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 def retrievals(model: MaskVLM, split: Dataset, train: Dataset | None, features: EncodedSplit) -> list[RetrievalGroup]:
     """The right answers with the highest scores and the lowest-ranked right answers, in both directions."""
     groups = []
-    unseen = unseen_images(split, train)
+    unseen, both = unseen_images(split, train), rank_all(model, features)
     for direction, title in (("tr", "Image to text"), ("ir", "Text to image")):
-        ranks = rank(model, features, direction)
+        ranks = both[direction]
         pool, among = ranks.itm == 0, ""
         if unseen is not None:
             unseen_pool = pool & (unseen if direction == "tr" else unseen[features.owner])

@@ -9,9 +9,9 @@ from markupsafe import Markup
 
 from mvlm.config.json_files import read_config
 from mvlm.errors import RunError
+from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.table import describe_trivial_losses
 from mvlm.files import check_folder
-from mvlm.inference.encode import encode_split
 from mvlm.report import examples
 from mvlm.report.charts import line_chart, smooth
 from mvlm.report.html import figures_of, table, write_page

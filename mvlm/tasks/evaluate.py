@@ -1,5 +1,6 @@
 """Predictions of a task on a split, and their figures."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ from mvlm_dataloading import Dataset, Tokenizer, open_dataset
 
 @torch.no_grad()
 def predict_split(
-    task: Task, dataset: Dataset, tokenizer: Tokenizer, precision: str = "auto", plan: str = "fast"
+    task: Task,
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+    precision: str = "auto",
+    plan: str = "fast",
+    go_on: Callable[[], bool] = lambda: True,
 ) -> list[dict[str, Any]]:
-    """A record {"sample": id, **prediction} for every sample of a split, in order. The task's mode is restored."""
+    """A record {"sample": id, **prediction} for every sample of a split, in order. The task's mode is restored.
+
+    `go_on` is asked after each batch; False ends the work, with the records so far.
+    """
     was_training = task.training
     task.eval()
     device = task.log_scale.device
@@ -25,6 +34,8 @@ def predict_split(
         with autocast(device, precision):
             predictions = task.predict(batch.to(device), plan)
         records += [{"sample": i, **p} for i, p in zip(batch.sample_id.tolist(), predictions, strict=True)]
+        if not go_on():
+            break
     task.train(was_training)
     return records
 

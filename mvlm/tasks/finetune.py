@@ -98,7 +98,11 @@ class FineTuner(Trainer):
         """Score the validation split, with the averaged weights if the run keeps them. Returns the figures."""
         self.watchdog.beat("the evaluation")
         with self.average.applied() if self.average is not None else nullcontext():
-            records = predict_split(self.model, validation, self.tokenizer, self.config.precision, self.config.plan)
+            precision, plan = self.config.precision, self.config.plan
+            records = predict_split(self.model, validation, self.tokenizer, precision, plan, self.may_go_on)
+        stopped = len(records) < len(validation)
+        if any(self.world.gather_objects(stopped)):
+            return {}
         figures = self.model.score(records, validation)
         figure = figures[self.model.main]
         if self.best is None or figure > self.best["figure"]:

@@ -93,9 +93,11 @@ def train(trainer: Trainer) -> None:
     except RuntimeError as error:
         if world.size == 1 or not is_lost_rank(error):
             raise
+        failure = trainer.notices.failure()
+        reason = f"{str(error).splitlines()[0]}; that rank's log says why" if failure is None else failure
         raise LostRankError(
-            f"rank {world.rank} lost another rank after step {trainer.step} and ends too; that rank's log says why. "
-            f"Continue from the last checkpoint with --resume ({str(error).splitlines()[0]})"
+            f"rank {world.rank} lost another rank after step {trainer.step} and ends too ({reason}). "
+            f"Continue from the last checkpoint with --resume"
         ) from error
 
 

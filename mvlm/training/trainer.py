@@ -16,10 +16,12 @@ from mvlm.device import autocast
 from mvlm.distributed.coordination import StepDecisions
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.loss_shares import Microbatch
+from mvlm.distributed.notices import Notices
 from mvlm.distributed.parallel import Parallel, unsharded_copy
 from mvlm.distributed.world import World
-from mvlm.errors import NonFiniteLossError, RunError
+from mvlm.errors import RunError
 from mvlm.evaluation.evaluate import evaluate_briefly
+from mvlm.evaluation.workspace import EvaluationStopped, Workspace
 from mvlm.inference.reconstruction import reconstruction_strip
 from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import Losses, loss_weights
@@ -73,7 +75,8 @@ class Trainer:
         self.skipped = SkippedUpdates(config.max_bad_steps)
         folder = RunFolder(config.out)
         self.writer = CheckpointWriter(folder.checkpoints, world, config.keep_checkpoints, config.keep_every_steps)
-        self.watchdog = Watchdog(folder.stalled(world.rank), world.rank, config.stall_minutes)
+        self.stop, self.notices = StopRequest(config.preemption_file), Notices(world)
+        self.watchdog = Watchdog(folder.stalled(world.rank), world.rank, config.stall_minutes, self.notices.failure)
         self.graphs: CudaGraphs | None = None
         """What replays the steps of one rank, with --cuda-graphs."""
         self.weights = loss_weights(config)
@@ -102,7 +105,8 @@ class Trainer:
             closing(self.loader),
             self.writer,
             self.watchdog,
-            StopRequest(config.preemption_file) as stop,
+            self.stop as stop,
+            self.notices,
             TrainingProgress(self.step, config.max_steps, shown=world.first) as progress,
         ):
             while not self.complete:
@@ -121,6 +125,7 @@ class Trainer:
                 if self.validation is not None and (evaluate or self.due(config.eval_every_steps)):
                     figures = self.evaluate(self.validation, sinks)
                     evaluated_at = time.monotonic()
+                    end = end or not figures
                 if figures or self.due(config.log_every) or self.complete:
                     closed, self.metrics = self.metrics, MetricsBuffer()
                     logger.end_row(closed, self.loader.skipped, figures)
@@ -164,9 +169,7 @@ class Trainer:
         ]
         waited = time.perf_counter() - started
         self.watchdog.beat(f"step {self.step + 1}")
-        factor = learning_rate_factor(self.step, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+        self.optimizer.set_learning_rates(learning_rate_factor(self.step, self.config))
         losses = self.forward_backward(microbatches)
         norm, parts = gradient_norms(self.model)
         self.optimizer.clip(norm, self.config.clip_norm)
@@ -187,10 +190,7 @@ class Trainer:
         self.metrics.add(self.step, samples, tokens, values, waited)
 
     def forward_backward(self, microbatches: list[Microbatch]) -> Any:
-        """Compute the losses of the global batch and the parameters' gradients of their total.
-
-        Returns a named tuple of scalars without gradient, with `total` among them: here, `Losses`.
-        """
+        """Compute the losses of the global batch, scalars without gradient, and the gradients of their total."""
         config = self.config
         # In compiled code and in CUDA graphs a Python number is a constant.
         step: Any = torch.full((), self.step, device=self.device) if config.fixed_shapes else self.step
@@ -236,21 +236,19 @@ class Trainer:
         step, row, samples = beyond_limit
         own_keys = [str(self.loader.dataset.keys[i]) for i in samples]
         keys = sorted(key for rank_keys in self.world.gather_objects(own_keys) for key in rank_keys)
-        more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
         self.writer.wait()
-        raise NonFiniteLossError(
-            f"step {step}: {self.skipped.reason(row)}; the update was not made ({self.skipped.in_a_row} in a row, "
-            f"--max-bad-steps is {self.config.max_bad_steps}). Its samples: {', '.join(keys[:8])}{more}. "
-            f"Last good checkpoint: {self.writer.newest or 'none'}; no checkpoint holds such an update. "
-            f"Try a lower learning rate or --precision fp32"
-        )
+        raise self.skipped.error(step, row, keys, self.writer.newest)
 
     def evaluate(self, validation: Dataset, sinks: LogSinks | None) -> dict[str, float]:
-        """Evaluate on the validation split, with the averaged weights if the run keeps them. Returns the figures."""
+        """Figures on the validation split, by the averaged weights if the run keeps them; none if a rank is to stop."""
         self.watchdog.beat("the evaluation")
         with self.average.applied() if self.average is not None else nullcontext():
             model = unsharded_copy(self.model)
-            figures = evaluate_briefly(model, validation, self.tokenizer, self.config.precision)
+            workspace = Workspace(None, self.world, go_on=self.may_go_on)
+            try:
+                figures = evaluate_briefly(model, validation, self.tokenizer, self.config.precision, workspace)
+            except EvaluationStopped:
+                return {}
             image = reconstruction_strip(model, validation, self.tokenizer, self.config.precision)
         if sinks is not None:
             sinks.log_image(image, self.step)
@@ -259,11 +257,15 @@ class Trainer:
             self.best = {"step": self.step, "figure": figure}
         return figures
 
+    def may_go_on(self) -> bool:
+        """Report progress of an evaluation. False if this or another rank is asked to stop."""
+        self.watchdog.beat("the evaluation")
+        return not self.notices.stop_requested(self.stop.requested())
+
     def save(self) -> None:
         """Start to write a checkpoint of this step (`mvlm.runs.checkpoint` has the format)."""
         self.watchdog.beat("the previous checkpoint")
-        # A checkpoint records how many updates were skipped, so those of an unfinished row are counted now.
-        self.check_skipped_updates(self.metrics)
+        self.check_skipped_updates(self.metrics)  # those of an unfinished row too: a checkpoint has their number
         parts = {MODEL: self.model.state_dict(), OPTIMIZER: optimizer_tensors(self.model, self.optimizer)}
         if self.average is not None:
             parts[EMA] = self.average.tensors

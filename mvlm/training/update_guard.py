@@ -1,6 +1,7 @@
 """Decide which updates are made. The decision stays on the device, so that no step waits for it."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mvlm.distributed.world import World
+from mvlm.errors import NonFiniteLossError
 from mvlm.training.metrics import MetricsBuffer
 
 WINDOW = 128
@@ -88,6 +90,22 @@ class SkippedUpdates:
         names = [name for name in row if name == "grad_norm" or not name.startswith(("grad_norm", "good", "total"))]
         not_finite = [f"{name} is {row[name]}" for name in names if not math.isfinite(row[name])]
         return ", ".join(not_finite) or f"the loss {row['total']:.4g} is a spike"
+
+    def error(self, step: int, row: dict[str, float], keys: list[str], checkpoint: Path | None) -> NonFiniteLossError:
+        """Error of a run in which too many updates in a row were skipped.
+
+        Args:
+            step, row: of the first one beyond the limit, from `count`.
+            keys: of its samples on all ranks.
+            checkpoint: the newest one, if there is one.
+        """
+        more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+        return NonFiniteLossError(
+            f"step {step}: {self.reason(row)}; the update was not made ({self.in_a_row} in a row, "
+            f"--max-bad-steps is {self._limit}). Its samples: {', '.join(keys[:8])}{more}. "
+            f"Last good checkpoint: {checkpoint or 'none'}; no checkpoint holds such an update. "
+            f"Try a lower learning rate or --precision fp32"
+        )
 
     def state(self) -> dict[str, int]:
         """State for a checkpoint, as plain JSON."""

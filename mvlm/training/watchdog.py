@@ -1,13 +1,17 @@
-"""Watchdog: ends a run that makes no progress, and writes the stacks of its threads."""
+"""Watchdog: ends a run that makes no progress, with the stacks of its threads, or one that has lost a rank."""
 
 import contextlib
 import faulthandler
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 EXIT_CODE = 3
+LOST_RANK_EXIT_CODE = 1
+GRACE_SECONDS = 3.0
+"""Time for a rank to end by itself after another one has failed."""
 
 
 class Watchdog:
@@ -16,12 +20,18 @@ class Watchdog:
     It writes the stacks of all threads to stderr and to `file`, says what the run was waiting for, and exits with code
     3. There is no clean-up, which could hang too. Checkpoints are safe, because a folder is renamed into place only
     once it is complete.
+
+    If another rank has failed, this one may wait for it for ever. It gets a few seconds to end by itself; then the
+    thread says what failed, and exits with code 1.
+
+    Args:
+        failure: asked about every second; returns the failure of a rank on one line, or None.
     """
 
-    def __init__(self, file: Path, rank: int, minutes: float) -> None:
-        self._file = file
+    def __init__(self, file: Path, rank: int, minutes: float, failure: Callable[[], str | None] = lambda: None) -> None:
+        self._file, self._failure = file, failure
         self._rank, self._seconds = rank, 60 * minutes
-        self._interval = min(self._seconds / 10, 5.0)
+        self._interval = min(self._seconds / 10, 1.0)
         self._activity = "start"
         # Count polls, not wall-clock time: a process suspended with Ctrl-Z has not stalled.
         self._polls = self._last_beat = 0
@@ -48,6 +58,13 @@ class Watchdog:
             if waited > self._seconds:
                 self._report(waited)
                 os._exit(EXIT_CODE)
+            failure = self._failure()
+            if failure is not None and not self._end.wait(GRACE_SECONDS):
+                _write(
+                    f"mvlm: rank {self._rank} was waiting for {self._activity} and ends, because another rank failed: "
+                    f"{failure}; continue from the last checkpoint with --resume"
+                )
+                os._exit(LOST_RANK_EXIT_CODE)
 
     def _report(self, waited: float) -> None:
         message = (
@@ -63,5 +80,10 @@ class Watchdog:
         except OSError as error:
             message += f" (not written: {error})"
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
-        with contextlib.suppress(OSError):
-            os.write(2, (message + "\n").encode())
+        _write(message)
+
+
+def _write(message: str) -> None:
+    """Write a line to stderr, whatever locks other threads hold."""
+    with contextlib.suppress(OSError):
+        os.write(2, (message + "\n").encode())

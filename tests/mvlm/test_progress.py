@@ -113,5 +113,15 @@ def test_work_progress_shows_rate_and_time_left(
     ]
 
 
+@pytest.mark.parametrize("seconds, lines", [(19.0, []), (21.0, ["2/2  7 pairs  0 pairs/s"])])
+def test_short_work_shows_nothing(monkeypatch, capsys, seconds: float, lines: list[str]) -> None:
+    times = iter([0.0, 0.0, seconds])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(times))
+    with WorkProgress("pairs", short=True) as progress:
+        progress.show(0, 2, 0)
+        progress.show(2, 2, 7)
+    assert capsys.readouterr().out.splitlines() == lines
+
+
 def test_durations_have_two_units() -> None:
     assert [format_duration(s) for s in (7.4, 61, 3725)] == ["7 s", "1 min 1 s", "1 h 2 min"]

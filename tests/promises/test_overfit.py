@@ -5,8 +5,8 @@ import pytest
 
 from mvlm.evaluation import rank
 from mvlm.evaluation.cross_modal_gain import cross_modal_gain
+from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.retrieval import recall
-from mvlm.inference.encode import encode_split
 from mvlm.runs.folder import read_metrics
 from mvlm.runs.load import load_model
 from mvlm.training.run import pretrain

@@ -15,19 +15,24 @@ import pytest
 def serve_s3(bucket: str) -> Iterator[str]:
     """Serve an empty bucket. Yields the address of the endpoint, which the environment names meanwhile."""
     moto = pytest.importorskip("moto.server")
-    boto3, s3fs = pytest.importorskip("boto3"), pytest.importorskip("s3fs")
+    boto3 = pytest.importorskip("boto3")
     server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     address = "http://{}:{}".format(*server.get_host_and_port())
     keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
     try:
         with patch.dict(os.environ, {**keys, "AWS_ENDPOINT_URL": address}):
-            s3fs.S3FileSystem.clear_instance_cache()  # an instance keeps the endpoint that it began with
+            forget_stores()
             boto3.client("s3").create_bucket(Bucket=bucket)
             yield address
     finally:
-        s3fs.S3FileSystem.clear_instance_cache()
+        forget_stores()
         server.stop()
+
+
+def forget_stores() -> None:
+    """Let new connections read the environment. File systems of S3 keep the endpoint that they began with."""
+    pytest.importorskip("s3fs").S3FileSystem.clear_instance_cache()
 
 
 @contextlib.contextmanager

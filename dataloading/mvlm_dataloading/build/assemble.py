@@ -17,7 +17,8 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,9 @@ from .duplicates import (
 )
 from .local_folder import LocalFolder
 from .shard_writer import Shard
+
+_REQUESTS = 16
+"""Requests to object stores at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ def assemble(assembly: Assembly) -> Counter[str]:
     reasons = Counter(line["reason"] for line in rejected)
     _write_description(assembly, splits, reasons)
     for split in splits:
-        write_index(final, split, tars=False)  # they may have been put to their place elsewhere
+        write_index(final, split, with_tars=assembly.out is None)
     kinds = Counter(f"duplicates ({line['kind']})" for line in duplicates)
     return Counter({f"{split} samples": s["samples"] for split, s in splits.items()}) + kinds + reasons
 
@@ -106,9 +110,14 @@ class _Written:
 def _read_pieces(assembly: Assembly) -> tuple[_Written, list[dict[str, Any]]]:
     """Read the samples of all pieces, and a line per rejected record."""
     facts, where, captions, tars, rejected = [], [], [], [], []
-    for number, split in enumerate(assembly.plan["splits"]):
-        lines = assembly.part_of(number).read(f"{_piece(number)}/samples.jsonl").decode()
-        for line in map(json.loads, lines.splitlines()):
+    splits = assembly.plan["splits"]
+
+    def read(number: int) -> list[str]:
+        return assembly.part_of(number).read(f"{_piece(number)}/samples.jsonl", exact=True).decode().splitlines()
+
+    for number, lines in enumerate(_each(assembly, read, range(len(splits)))):
+        split = splits[number]
+        for line in map(json.loads, lines):
             if "reason" in line:
                 rejected.append({"key": line["key"], "split": split, **line})
                 continue
@@ -133,7 +142,14 @@ def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]
     samples_of: dict[tuple[int, int], list[int]] = {}
     for i, tar in enumerate(written.tars):
         samples_of.setdefault(tar, []).append(i)
+
+    def read(number: int) -> list[dict[str, Any]]:
+        return json.loads(assembly.part_of(number).read(f"{_piece(number)}/shards.json", exact=True))
+
+    numbers = sorted({number for number, _ in samples_of})
+    known_of = dict(zip(numbers, _each(assembly, read, numbers), strict=True))
     splits: dict[str, dict[str, Any]] = {}
+    whole: list[tuple[int, int, Path, str]] = []
     for (number, tar), samples in samples_of.items():
         keep = [i not in dropped for i in samples]
         if not any(keep):
@@ -142,16 +158,27 @@ def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]
         entry = splits.setdefault(split, {"samples": 0, "captions": 0, "shards": []})
         new = assembly.folder / "final" / f"{split}-{len(entry['shards']):06d}.tar"
         if all(keep):
-            known = json.loads(assembly.part_of(number).read(f"{_piece(number)}/shards.json"))[tar]
-            _place_whole(assembly, number, tar, new, known["sha256"])
+            known = known_of[number][tar]
+            whole.append((number, tar, new, known["sha256"]))
             shard = {"tar": new.name, "samples": known["samples"], "bytes": known["bytes"], "sha256": known["sha256"]}
         else:
-            _rewrite(assembly, number, tar, new, keep)
+            _rewrite(assembly, number, tar, new, keep, known_of[number][tar]["sha256"])
             shard = describe_shard(new, sum(keep))
         entry["samples"] += sum(keep)
         entry["captions"] += sum(written.captions[i] for i in samples if i not in dropped)
         entry["shards"].append(shard)
+    for _ in _each(assembly, lambda one: _place_whole(assembly, *one), whole):
+        pass
     return dict(sorted(splits.items()))
+
+
+def _each(assembly: Assembly, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Results of a function, in order. Several calls are made at once if they wait for a network."""
+    if assembly.out is None and all(isinstance(part, LocalFolder) for part in assembly.parts):
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        yield from pool.map(function, items)
 
 
 def _place_whole(assembly: Assembly, number: int, tar: int, new: Path, sha256: str) -> None:
@@ -167,14 +194,14 @@ def _place_whole(assembly: Assembly, number: int, tar: int, new: Path, sha256: s
             part.copy_to(old + suffix, assembly.out, target.name)
         else:
             aside = target.with_name(f"{target.name}.aside")
-            part.get(old + suffix, aside, sha256 if suffix == ".tar" else None)
+            part.get(old + suffix, aside, sha256 if suffix == ".tar" else None, exact=True)
             aside.rename(target)
     if assembly.out is not None and new.exists():
         assembly.out.put(new, new.name)
         new.unlink()
 
 
-def _rewrite(assembly: Assembly, number: int, tar: int, new: Path, keep: list[bool]) -> None:
+def _rewrite(assembly: Assembly, number: int, tar: int, new: Path, keep: list[bool], sha256: str) -> None:
     """Copy the samples `keep` of a tar."""
     part, old = assembly.part_of(number), f"{_piece(number)}/{tar:03d}"
     if isinstance(part, LocalFolder):
@@ -182,8 +209,8 @@ def _rewrite(assembly: Assembly, number: int, tar: int, new: Path, keep: list[bo
         return
     with tempfile.TemporaryDirectory(dir=assembly.folder) as name:
         copy = Path(name) / "old.tar"
-        part.get(f"{old}.tar", copy)
-        part.get(f"{old}.idx", copy.with_suffix(".idx"))
+        part.get(f"{old}.tar", copy, sha256)
+        part.get(f"{old}.idx", copy.with_suffix(".idx"), exact=True)
         _copy_kept(copy, new, keep)
 
 

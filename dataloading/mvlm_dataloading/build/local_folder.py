@@ -24,8 +24,8 @@ class LocalFolder:
         self.folder, self.url = folder, str(folder)
         self._gives_away = gives_away
 
-    def read(self, name: str) -> bytes:
-        """Content of a file."""
+    def read(self, name: str, *, exact: bool = True) -> bytes:
+        """Content of a file. Always exact."""
         try:
             return (self.folder / name).read_bytes()
         except FileNotFoundError:

@@ -35,6 +35,8 @@ log = logging.getLogger(__name__)
 
 Executor = Literal["processes", "ray"]
 WHOLE = (1, 1)
+LISTING_S = 90.0
+"""Longest time that a network disk hides new files from other machines."""
 # Of a plan. Version 0.1.0 wrote only these.
 _ESSENTIAL = ("name", "recipe", "pieces")
 
@@ -78,6 +80,9 @@ def write_part(
     Args:
         part: number of the part, from 1, and number of parts.
         workers: number of processes on this machine, one per core by default; 0 works in this process.
+
+    Raises:
+        DataError: worker processes keep dying, or the nodes of a Ray cluster have written to disks of their own.
     """
     pieces = working_folder(place) / "pieces"
     pieces.mkdir(parents=True, exist_ok=True)
@@ -101,10 +106,24 @@ def write_part(
     for more_pieces, more_records in events:
         done, records = done + more_pieces, records + more_records
         progress(BuildProgress(done, len(mine), records))
+    if executor == "ray":
+        _wait_for_files(place, {task.number for task in tasks})
     if records:
         seconds = time.monotonic() - start
         rate = records / seconds / cores
         log.info("%s: %d records in %.1f s, %.1f a second and core on %d cores", place, records, seconds, rate, cores)
+
+
+def _wait_for_files(place: Path | str, pieces: set[int]) -> None:
+    """Wait until this machine sees pieces that others have written. Network disks keep old listings for a while."""
+    deadline = time.monotonic() + LISTING_S
+    while missing := pieces - finished_pieces(open_folder(place)):
+        if time.monotonic() >= deadline:
+            raise DataError(
+                f"{place}: wanted a folder that all nodes of the cluster share, found {len(missing)} of {len(pieces)} "
+                "new pieces missing on this machine; name a shared folder or a URL"
+            )
+        time.sleep(0.5)
 
 
 def start_or_resume(folder: LocalFolder | RemoteFolder, plan: dict[str, Any], part: str) -> None:

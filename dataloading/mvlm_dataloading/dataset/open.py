@@ -16,7 +16,7 @@ from mvlm_dataloading.errors import DataError
 from .dataset import Dataset
 from .description import read_description, shard_paths
 from .durable_files import replaced_durably
-from .pack import local_hint, older_index, pack_shards
+from .pack import local_hint, older_index, pack_local, pack_remote
 from .remote_cache import REMOTE_HINT, RemoteCache, open_remote_cache
 from .remote_files import is_remote
 from .sample_index import SampleIndex, index_path, map_index, shards_hash
@@ -50,18 +50,18 @@ def open_dataset(folder: Path | str, split: str) -> Dataset:
         _check_tars(folder, shards, path)
         return _dataset(folder, split, description, index)
     content = io.BytesIO()
-    pack_shards(folder, split, shards, content)
+    pack_local(folder, split, shards, content)
     dataset = _dataset(folder, split, description, SampleIndex(content.getvalue()))
     _check_samples(dataset)
     log.info("%s: opened from DALI indices; `mvlm data reindex %s` writes an index that opens at once", folder, folder)
     return dataset
 
 
-def write_index(folder: Path, split: str, *, tars: bool = True) -> Path:
+def write_index(folder: Path, split: str, *, with_tars: bool = True) -> Path:
     """Write `<split>.index` of a local data folder from the DALI indices of its shards. Returns its path.
 
     Args:
-        tars: compare the indices with the shards. False if these are elsewhere.
+        with_tars: the tars are there too, and are compared with the indices.
 
     Raises:
         DataError: as in `open_dataset`. A `<split>.index` that is there stays as it was.
@@ -70,9 +70,11 @@ def write_index(folder: Path, split: str, *, tars: bool = True) -> Path:
     shards = _shards_of_split(folder, description, split)
     path = index_path(folder, split)
     with replaced_durably(path) as file:
-        pack_shards(folder, split, shards, file, tars=tars)
-        if tars:
+        if with_tars:
+            pack_local(folder, split, shards, file)
             _check_samples(_dataset(folder, split, description, map_index(Path(file.name))))
+        else:
+            pack_remote(folder, split, shards, file, fetch_again=lambda shard: None)
     return path
 
 
@@ -91,7 +93,7 @@ def _open_remote(remote: RemoteCache, split: str) -> Dataset:
     else:
         content = io.BytesIO()
         remote.fetch_dali_indices()
-        pack_shards(remote.folder, split, shards, content, tars=False, fetch_again=remote.fetch_dali_index)
+        pack_remote(remote.folder, split, shards, content, remote.fetch_dali_index)
         index = SampleIndex(content.getvalue())
         log.info("%s: opened from DALI indices; `mvlm data reindex` at the source lets it open at once", remote.url)
 

@@ -16,41 +16,48 @@ from .remote_cache import REMOTE_HINT
 from .tar_check import check_is_tar, check_size
 
 
-def pack_shards(
-    folder: Path,
-    split: str,
-    shards: Sequence[dict[str, Any]],
-    file: BinaryIO,
-    *,
-    tars: bool = True,
-    fetch_again: Callable[[dict[str, Any]], None] | None = None,
-) -> None:
+def pack_local(folder: Path, split: str, shards: Sequence[dict[str, Any]], file: BinaryIO) -> None:
     """Write a split's index to the empty file `file`, from the DALI indices of its shards.
-
-    Args:
-        tars: compare sizes and times of the shards too. False if they are elsewhere.
-        fetch_again: for a cached remote folder: fetch a shard's index, of which the cached one cannot be used.
 
     Raises:
         DataError: a shard or an index is missing; a shard is no tar, or has another size than described; an index is
-            malformed, older than its tar, leads beyond it, or lists a sample without an image or a caption.
+            malformed, older than its tar, or lists a sample without an image or a caption.
     """
     writer = IndexWriter(file, split, shards)
     for shard in shards:
         tar, path = shard_paths(folder, shard)
-        if tars:
-            check_size(tar, shard["bytes"])
-            check_is_tar(tar)
-            if path.is_file() and path.stat().st_mtime_ns < tar.stat().st_mtime_ns:
-                raise older_index(path, tar, view="index" in shard)
-        hint = local_hint(tar, path, shard) if fetch_again is None else REMOTE_HINT
+        check_size(tar, shard["bytes"])
+        check_is_tar(tar)
+        if path.is_file() and path.stat().st_mtime_ns < tar.stat().st_mtime_ns:
+            raise older_index(path, tar, view="index" in shard)
+        _add(writer, tar, path, shard, local_hint(tar, path, shard))
+    writer.finish()
+
+
+def pack_remote(
+    folder: Path,
+    split: str,
+    shards: Sequence[dict[str, Any]],
+    file: BinaryIO,
+    fetch_again: Callable[[dict[str, Any]], None],
+) -> None:
+    """Write a remote split's index to the empty file `file`, from cached DALI indices. Shards are not read.
+
+    Args:
+        folder: the cache folder.
+        fetch_again: fetches a shard's index, of which the cached one cannot be used.
+
+    Raises:
+        DataError: an index is malformed, or lists a sample without an image or a caption.
+    """
+    writer = IndexWriter(file, split, shards)
+    for shard in shards:
+        tar, path = shard_paths(folder, shard)
         try:
-            _add(writer, tar, path, shard, hint)
+            _add(writer, tar, path, shard, REMOTE_HINT)
         except DataError:
-            if fetch_again is None:
-                raise
             fetch_again(shard)
-            _add(writer, tar, path, shard, hint)
+            _add(writer, tar, path, shard, REMOTE_HINT)
     writer.finish()
 
 

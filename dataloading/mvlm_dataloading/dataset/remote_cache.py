@@ -37,7 +37,7 @@ from .sample_index import map_index
 
 _SHARD_FILE = re.compile(r"(.+\.tar)(?:\.(\d+)\.part)?")
 REMOTE_HINT = "open the data set again, which fetches it again; if that does not help, rebuild it at the source"
-"""The way to a good cached file, for messages."""
+"""How to get a good cached file, for messages."""
 
 
 def cache_folder() -> Path:

@@ -55,12 +55,18 @@ class RemoteFolder:
         except (ImportError, ValueError) as error:
             raise DataError(f"{self.url}: wanted a URL that fsspec reads, found: {error}") from None
 
-    def read(self, name: str, check: Callable[[bytes], None] = lambda content: None) -> bytes:
-        """Content of a file. `check` raises ValueError for a damaged one, which is then read again."""
+    def read(self, name: str, check: Callable[[bytes], None] = lambda content: None, *, exact: bool = False) -> bytes:
+        """Content of a file. A damaged one is read again.
+
+        Args:
+            check: raises ValueError for a damaged one.
+            exact: compare the length with the one that the store lists, which takes one more request.
+        """
 
         def read(path: str) -> bytes:
             content = self.filesystem.cat_file(path)
             check(content)
+            self._compare(len(content), path, exact)
             return content
 
         return self.attempt(name, read)
@@ -76,8 +82,12 @@ class RemoteFolder:
         found = self.attempt(folder, self.filesystem.find)
         return [path.removeprefix(f"{self._root}/") for path in found]
 
-    def get(self, name: str, to: Path, sha256: str | None = None) -> None:
-        """Fetch a file, and verify its hash if it is known. A file that does not pass is left at `to`."""
+    def get(self, name: str, to: Path, sha256: str | None = None, *, exact: bool = False) -> None:
+        """Fetch a file, and verify its hash if it is known. A file that does not pass is left at `to`.
+
+        Args:
+            exact: as of `read`.
+        """
 
         def get(path: str) -> None:
             self.filesystem.get_file(path, str(to))
@@ -85,6 +95,7 @@ class RemoteFolder:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
             if sha256 is not None and found != sha256:
                 raise OSError(f"sha256 {found} where {sha256} was wanted")
+            self._compare(to.stat().st_size, path, exact)
 
         self.attempt(name, get)
 
@@ -93,10 +104,7 @@ class RemoteFolder:
 
         def put(remote: str) -> None:
             self.filesystem.put_file(str(path), remote)
-            self.filesystem.invalidate_cache()
-            found, wanted = self.filesystem.info(remote)["size"], path.stat().st_size
-            if found != wanted:
-                raise OSError(f"{found} bytes arrived of {wanted}")
+            self._compare(path.stat().st_size, remote, True)
 
         self.attempt(name, put)
 
@@ -113,6 +121,13 @@ class RemoteFolder:
         self.filesystem.invalidate_cache()
         if self.names(""):
             self.attempt("", lambda path: self.filesystem.rm(self._root, recursive=True))
+
+    def _compare(self, size: int, path: str, exact: bool) -> None:
+        if not exact:
+            return
+        self.filesystem.invalidate_cache()
+        if (listed := self.filesystem.info(path)["size"]) != size:
+            raise OSError(f"{size} bytes on this side and {listed} at the store")
 
     def attempt(self, name: str, action: Callable[[str], Any]) -> Any:
         """Result of `action` on a remote path, retried after pauses. Raises DataError when all attempts fail."""

@@ -103,7 +103,7 @@ class BatchStream:
             token_ids=self._host_tensor(draw_token_masks(*of, captions.lengths, ratio=config.token_ratio)),
         )
         if config.partner_patch_ratio:
-            lighter = config.patches | {"ratio": config.partner_patch_ratio}
+            lighter: dict[str, Any] = {**config.patches, "ratio": config.partner_patch_ratio}
             masks = replace(masks, partner_patch_ids=self._host_tensor(draw_patch_masks(*of, **lighter)))
         if config.partner_token_ratio:
             drawn = draw_token_masks(*of, captions.lengths, ratio=config.partner_token_ratio)

@@ -4,17 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from mvlm_dataloading import BuildOptions, DataError, build_part, build_shards, merge_parts, open_dataset
+from mvlm_dataloading.build import part as part_module
 from mvlm_dataloading.build.part import parse_part
 from mvlm_dataloading.dataset import remote_files
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support import published
 from support.data import build_records, file_contents, make_record, read_json_lines
-from support.object_store import serve_s3
+from support.faults.faulty_proxy import serve_faulty
+from support.object_store import forget_stores, serve_s3
 
 FAULTS = Path(__file__).parents[2] / "promises" / "faults"
 OPTIONS = BuildOptions(shard_bytes=20_000, drop_duplicates=True)
@@ -120,6 +123,15 @@ def test_a_part_is_resumed_where_it_ended(source, tmp_path):
     assert sorted(path.name for path in (part / "pieces").iterdir()) == [f"{i:06d}" for i in range(5)]
 
 
+def test_nodes_that_do_not_share_the_folder_are_noticed(source, tmp_path, monkeypatch):
+    """A cluster of one core is played: it says that it has written the pieces, and they are nowhere."""
+    monkeypatch.setattr(part_module, "ray_cores", lambda: 1)
+    monkeypatch.setattr(part_module, "write_pieces_on_ray", lambda job, tasks: iter([(len(tasks), 9)]))
+    monkeypatch.setattr(part_module, "LISTING_S", 0.0)
+    with pytest.raises(DataError, match="wanted a folder that all nodes of the cluster share, found 5 of 5 new pieces"):
+        build_shards(source, tmp_path / "out", OPTIONS, executor="ray")
+
+
 @pytest.mark.parametrize("text", ["", "3", "0/2", "3/2", "1/0", "-1/2", "1/2/3", "a/b", "1.5/2"])
 def test_a_part_is_i_of_n(text):
     assert parse_part("2/2") == (2, 2)
@@ -157,7 +169,18 @@ def work_at_store(source, whole, tmp_path, monkeypatch, s3) -> None:
         build_part(source, parts[0], (1, 2), OPTIONS, workers=0)
         assert stored.count("pieces/000000/shards.json") == 1
         build_part(source, parts[1], (2, 2), OPTIONS, workers=0)
-    assert file_contents(merge_parts(parts, tmp_path / "local")) == whole
+    cut = Counter[str]()
+
+    def cut_twice(method: str, path: str) -> str | None:
+        cut[path] += method == "GET"
+        return "length" if method == "GET" and "/pieces/" in path and cut[path] <= 2 else None
+
+    with serve_faulty(os.environ["AWS_ENDPOINT_URL"], cut_twice) as (address, happened), monkeypatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", address)
+        forget_stores()
+        assert file_contents(merge_parts(parts, tmp_path / "local")) == whole
+        assert happened["length"] > 2 * len(whole)
+    forget_stores()
     merge_parts(parts, f"{s3}/deep/set")
     merge_parts(parts, f"{s3}/deep/set")  # and is recognised
     build_shards(source, f"{s3}/deep/direct", OPTIONS, workers=0)

@@ -1,8 +1,8 @@
 """One rank of test_global_batch.py: `python global_batch_ranks.py RANK PORT OUT`.
 
-Four ranks are started once. They run every combination as a world of four; then the first two run them as a world of
-two. Each compares its losses and gradients with those of one rank on the whole batch, and writes the largest
-differences to OUT.
+Eight ranks are started once. They run one combination as a world of eight. Then the first four run every combination
+as a world of four, and the first two as a world of two. Each compares its losses and gradients with those of one rank
+on the whole batch, and writes the largest differences to OUT.
 """
 
 import itertools
@@ -10,8 +10,10 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -161,7 +163,7 @@ class LargestOf(TorchDispatchMode):
 def logit_elements(rank: int, ranks: int, elements: int) -> tuple[int, float]:
     """Elements of the largest block of logits with 6 pairs a rank, and the sum of ITC's gradient."""
     from mvlm.distributed.collectives import GlobalBatchLayout
-    from mvlm.distributed.contrastive import sharded_contrastive_loss
+    from mvlm.distributed.contrastive import Embeddings, sharded_contrastive_loss
     from mvlm.objectives.negatives import NegativeSampling
 
     generator = torch.Generator().manual_seed(rank)
@@ -172,13 +174,24 @@ def logit_elements(rank: int, ranks: int, elements: int) -> tuple[int, float]:
     ids = torch.arange(layout.total)
     with LargestOf(layout.total) as mode:
         sampling = NegativeSampling(ids, ids, 0, 0)
-        share, *_ = sharded_contrastive_loss(image, text, torch.zeros(1), sampling, layout, elements)
+        share, *_ = sharded_contrastive_loss(
+            Embeddings(image, text, layout), torch.zeros(1), sampling, layout, elements
+        )
         share.backward()
     assert image.grad is not None
     return mode.elements, float(image.grad.sum())
 
 
+def limited_to(most: int) -> Any:
+    """Context in which a step draws each image and each caption at most this often."""
+    from mvlm.objectives import negatives
+
+    return patch.object(negatives, "limit_readers", partial(negatives.limit_readers, most=most))
+
+
 def combinations(ranks: int) -> list[dict[str, Any]]:
+    if ranks == 8:
+        return [{"kind": "ddp", "microbatches": 1, "again": False, "weights": EVERY, "plan": "fast"}]
     kinds = ["ddp", "fsdp", "hsdp"] if ranks == 4 else ["ddp", "fsdp"]
     every = [
         {"kind": kind, "microbatches": microbatches, "again": again, "weights": EVERY}
@@ -208,9 +221,7 @@ def run(world: Any, oracles: dict[tuple[float, ...], Oracle], case: dict[str, An
     if case["again"]:
         checkpoint_activations(model)
     parallel = parallelize(model, world, "ddp" if kind == "ddp" else "fsdp", nodes=2 if kind == "hsdp" else 1)
-    batch, masks = whole_batch()
-    size = len(LENGTHS) // (world.size * number)
-    micro = [piece(batch, masks, (a * world.size + world.rank) * size, size) for a in range(number)]
+    micro = pieces(world, number)
     oracle, found = oracles[weights], dict(case)
     # Two steps in turn: the first must not affect the second.
     for local in (True, False) if world.size == 2 and not case["again"] else (False,):
@@ -240,6 +251,33 @@ def run(world: Any, oracles: dict[tuple[float, ...], Oracle], case: dict[str, An
     return found
 
 
+def twice(world: Any, microbatches: int, most: int) -> dict[str, Any]:
+    """Losses and gradients with a limit that binds, against one rank; and whether a second run has the same bits."""
+    from mvlm.distributed.global_batch import backward_global
+    from mvlm.distributed.parallel import parallelize
+
+    with limited_to(most):
+        oracle, runs = Oracle(EVERY), []
+        for _ in range(2):
+            model = micro_model(**SHALLOW)
+            micro = pieces(world, microbatches)
+            losses = backward_global(parallelize(model, world), micro, world, seed=SEED, step=STEP)
+            runs.append((losses, {name: p.grad for name, p in model.named_parameters()}))
+    (losses, gradients), (again, same) = runs
+    return {
+        "losses": [abs(a.item() - b) for a, b in zip(losses, oracle.losses, strict=True)],
+        "gradients": differences(gradients, oracle.gradients),
+        "itm": oracle.losses[3],
+        "repeats": differences(gradients, same) == 0 and all(map(torch.equal, losses, again)),
+    }
+
+
+def pieces(world: Any, number: int) -> list[tuple[Batch, Masks]]:
+    """This rank's microbatches of the whole batch."""
+    size = len(LENGTHS) // (world.size * number)
+    return [piece(*whole_batch(), (a * world.size + world.rank) * size, size) for a in range(number)]
+
+
 def main() -> None:
     rank, port, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     oracles = {weights: Oracle(weights) for weights in (EVERY, *SOME)}
@@ -247,18 +285,21 @@ def main() -> None:
         "mvlm.distributed.global_batch",
         "mvlm.distributed.contrastive",
         "mvlm.distributed.collectives",
+        "mvlm.distributed.exchange",
         "mvlm.distributed.parallel",
     )
     found: dict[str, Any] = {"oracle imports": [name for name in tested if name in sys.modules]}
     from mvlm.distributed.world import World
 
-    for ranks in (4, 2):
+    for ranks in (8, 4, 2):
         if rank < ranks:
             address = f"tcp://127.0.0.1:{port + ranks}"
             dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
             world = World(rank, ranks, rank, torch.device("cpu"))
             found[str(ranks)] = [run(world, oracles, case) for case in combinations(ranks)]
             found[f"{ranks} logits"] = [logit_elements(rank, ranks, elements) for elements in (36, 1 << 20)]
+            if ranks == 4:
+                found["limited"] = {str(number): twice(world, number, 1) for number in (1, 2)}
             dist.destroy_process_group()
     out.write_text(json.dumps(found))
 

@@ -34,7 +34,7 @@ RANKS: Any = SimpleNamespace(**runpy.run_path(str(PROGRAM), run_name="ranks"))
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict[str, Any]]:
-    """Results of each of four ranks in a world of four, and of ranks 0 and 1 in a world of two."""
+    """Results of each of eight ranks in a world of eight, of four in a world of four, and of two in a world of two."""
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -47,12 +47,12 @@ def ranks(tmp_path_factory) -> list[dict[str, Any]]:
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(4)
+        for rank in range(8)
     ]
     for process in running:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(4)]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(8)]
 
 
 def cases(ranks: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
@@ -65,7 +65,7 @@ def cases(ranks: list[dict[str, Any]], **wanted: Any) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_oracle_imports_no_module_under_test(ranks):
-    assert [found["oracle imports"] for found in ranks] == [[], [], [], []]
+    assert [found["oracle imports"] for found in ranks] == [[]] * 8
 
 
 @pytest.mark.slow
@@ -78,6 +78,26 @@ def test_ranks_agree_with_one_rank_on_the_whole_batch(ranks, kind, count, microb
     for case in found:
         assert max(case["global losses"]) < EXACT
         assert case["global gradients"] < EXACT
+
+
+@pytest.mark.slow
+def test_eight_ranks_agree_with_one_rank_on_the_whole_batch(ranks):
+    for found in ranks:
+        (case,) = found["8"]
+        assert max(case["global losses"]) < EXACT
+        assert case["global gradients"] < EXACT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("microbatches", ["1", "2"])
+def test_ranks_agree_with_one_rank_if_rows_have_too_many_readers(ranks, microbatches):
+    """At most one reader a row: the loss is another one, and two runs have the same bits."""
+    for found in ranks[:4]:
+        case = found["limited"][microbatches]
+        assert max(case["losses"]) < EXACT
+        assert case["gradients"] < EXACT
+        assert abs(case["itm"] - RANKS.Oracle(False).losses[3]) > 1e-3
+        assert case["repeats"]
 
 
 @pytest.mark.slow

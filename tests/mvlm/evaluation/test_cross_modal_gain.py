@@ -7,8 +7,10 @@ import pytest
 import scipy.stats
 import torch
 
+from mvlm.evaluation import cross_modal_gain as gains
 from mvlm.evaluation.cross_modal_gain import bootstrap, cross_modal_gain, trivial_losses, wrong_partners
-from mvlm.inference.encode import encode_split, eval_loader
+from mvlm.evaluation.features import encode_split
+from mvlm.inference.encode import eval_loader
 from support.models import micro_model
 from support.scenes import scene
 
@@ -51,8 +53,8 @@ def test_gain_of_a_model_with_known_losses(model, heldout_split, tokenizer, monk
     vocabulary, number = model.config.vocab_size, 8
     batches = [next(iter(eval_loader(heldout_split, model, tokenizer, seed))) for seed in (0, 1, 2)]
     features = encode_split(model, heldout_split, tokenizer, "fp32")
-    features.v[:, 0, 0] = torch.arange(number)  # so that the mocks below can see which sample they are given
-    features.w[:, 0, 0] = features.owner.float()
+    features.v[:, 0, 0] = torch.arange(number)  # so that the mock below can see which sample it is given
+    features.w[features.starts[:-1], 0] = features.owner.float()
     tokens, starts = batches[0][0].tokens, batches[0][0].cu_seqlens.tolist()  # the same in every pass
     own = torch.arange(number)
     row = {t: b for b in range(number) for t in range(starts[b], starts[b + 1])}
@@ -60,20 +62,16 @@ def test_gain_of_a_model_with_known_losses(model, heldout_split, tokenizer, monk
     def bonus(place: int) -> float:
         return row[place] / 2 + (place - starts[row[place]]) / 3
 
-    def fill_mask(v, wm, key_mask, cu_seqlens, token_ids):
-        logits = torch.zeros(len(token_ids), vocabulary)
-        for m, place in enumerate(token_ids.tolist()):
+    def reconstruct(_, vm, wm, v, w, batch, masks):
+        logits = torch.zeros(len(masks.token_ids), vocabulary)
+        for m, place in enumerate(masks.token_ids.tolist()):
             if v[row[place], 0, 0] == row[place]:
                 logits[m, tokens[place]] = bonus(place)
-        return logits
+        assert any(torch.equal(drawn.patch_ids, masks.patch_ids) for _, drawn in batches)
+        off = (own + 1) / 10 * torch.where(w.first()[:, 0, 0] == own, 1.0, 1.5)
+        return logits, model.patch_targets(batch.images, masks.patch_ids) + off[:, None, None]
 
-    def reconstruct(vm, w, key_mask, patch_ids):
-        batch = next(batch for batch, masks in batches if torch.equal(masks.patch_ids, patch_ids))
-        off = (own + 1) / 10 * torch.where(w[:, 0, 0] == own, 1.0, 1.5)
-        return model.patch_targets(batch.images, patch_ids) + off[:, None, None]
-
-    monkeypatch.setattr(model, "fill_mask", fill_mask)
-    monkeypatch.setattr(model, "reconstruct", reconstruct)
+    monkeypatch.setattr(gains, "reconstruct", reconstruct)
     gain = cross_modal_gain(model, heldout_split, features, tokenizer, 3, "fp32")
 
     nats, lost, count = np.zeros(number), np.zeros(number), np.zeros(number)  # by sample

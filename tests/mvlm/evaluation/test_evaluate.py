@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from mvlm.evaluation.evaluate import evaluate, evaluate_briefly, unseen_images
+from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.retrieval import rank, recall
 from mvlm.evaluation.table import format_table
-from mvlm.inference.encode import encode_split
 from mvlm.report.examples import retrievals
 from mvlm_dataloading import ShardWriter, open_dataset
 from support.models import micro_model

@@ -1,5 +1,6 @@
 """Ranks and recall against a brute-force count, with a matching head that looks its answers up in a table."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,25 +8,40 @@ import pytest
 import torch
 from torch import nn
 
-from mvlm.evaluation.retrieval import best_rank, match_scores, rank, rank_by_itc, recall
-from mvlm.inference.encode import EncodedSplit
+from mvlm.evaluation import retrieval
+from mvlm.evaluation.features import EncodedSplit
+from mvlm.evaluation.retrieval import best_rank, rank, rank_all, rank_by_itc, recall
+from mvlm.model.packing import PackedText
 
 
 class Lookup(nn.Module):
-    """Stands in for a model: features carry the number of their image or caption, `match` reads a table."""
+    """Stands in for a model: features carry the number of their image or caption, `judge` reads a table."""
 
     def __init__(self, log_odds: np.ndarray, scale: float = 1.0) -> None:
         super().__init__()
         self.log_odds = torch.from_numpy(log_odds)
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale), dtype=torch.float64))
-        self.batches: list[tuple[int, int]] = []
+        self.batches: list[tuple[list[int], list[int]]] = []
 
-    def match(self, v: torch.Tensor, w: torch.Tensor, key_mask: torch.Tensor) -> torch.Tensor:
-        assert v.shape[0] == w.shape[0] == key_mask.shape[0]
-        assert w.shape[1] == key_mask.shape[1] == key_mask.sum(1).max()  # no column that is padding everywhere
-        self.batches.append((len(v), w.shape[1]))
-        odds = self.log_odds[v[:, 0, 0].long(), w[:, 0, 0].long()].float()
-        return torch.stack([torch.full_like(odds, 3.0), odds + 3.0], dim=1)
+    def judge(self, v: torch.Tensor, w: PackedText, images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        assert len(v.unique(dim=0)) == len(v)  # each image once
+        starts = w.packing.cu_seqlens.tolist()
+        for start, stop in itertools.pairwise(starts):
+            assert len(w.rows[start:stop].unique()) == 1  # all rows of a caption, and of no other
+            assert stop - start == 3 + int(w.rows[start, 0]) % 4
+        assert w.packing.max_length == max(b - a for a, b in itertools.pairwise(starts))
+        image, text = v[images, 0, 0].long(), w.rows[w.packing.cu_seqlens[:-1], 0][texts].long()
+        self.batches.append((image.tolist(), text.tolist()))
+        return self.log_odds[image, text].float()
+
+
+@pytest.fixture(autouse=True)
+def _judged_by_table(monkeypatch):
+    def judge(model, v, w, images, texts, precision):
+        assert precision == "fp32"
+        return model.judge(v, w, images, texts)
+
+    monkeypatch.setattr(retrieval, "match_log_odds", judge)
 
 
 def features_of(image: np.ndarray, text: np.ndarray, owner: list[int]) -> EncodedSplit:
@@ -33,8 +49,8 @@ def features_of(image: np.ndarray, text: np.ndarray, owner: list[int]) -> Encode
     lengths = 3 + torch.arange(len(text)) % 4
     return EncodedSplit(
         v=torch.arange(len(image)).float()[:, None, None].expand(-1, 2, 4),
-        w=torch.arange(len(text)).float()[:, None, None].expand(-1, 8, 4),
-        key_mask=torch.arange(8) < lengths[:, None],
+        w=torch.arange(len(text)).float().repeat_interleave(lengths)[:, None].expand(-1, 4),
+        starts=torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
         image_embedding=torch.from_numpy(image),
         text_embedding=torch.from_numpy(text),
         owner=torch.tensor(owner),
@@ -85,7 +101,7 @@ def test_ranks_against_brute_force(direction, k):
     assert found.itm.tolist() == [itm for _, itm, _, _ in wanted]
     assert found.top.tolist() == [top for _, _, top, _ in wanted]
     np.testing.assert_allclose(found.score.numpy(), [score for _, _, _, score in wanted], rtol=1e-6)
-    assert max(size for size, _ in model.batches) <= 256  # bounded memory
+    assert max(len(images) for images, _ in model.batches) <= 256  # bounded memory
     if 1 < k < 1000:
         assert found.itm.tolist() != found.itc.tolist()
 
@@ -102,18 +118,22 @@ def test_re_ranking_leaves_right_answers_below_the_candidates_where_they_are(dir
         assert itm == (0 if itc < 10 else itc)
 
 
-@pytest.mark.parametrize("direction", ["tr", "ir"])
-def test_match_scores_are_the_log_odds_of_each_pair(direction):
+def test_a_pair_is_judged_once_for_both_directions_and_an_images_pairs_lie_together():
     rng = np.random.default_rng(2)
-    table = rng.normal(size=(9, 300))
-    model, features = Lookup(table), features_of(np.zeros((9, 2)), np.zeros((300, 2)), [0] * 292 + list(range(1, 9)))
-    queries = torch.tensor([3, 7])
-    candidates = torch.from_numpy(rng.integers(0, 300 if direction == "tr" else 9, size=(2, 200)))
-    scores = match_scores(model, features, queries, candidates, direction, "fp32")  # pyright: ignore[reportArgumentType]
-    for row, query in enumerate(queries.tolist()):
-        for column, answer in enumerate(candidates[row].tolist()):
-            wanted = table[query, answer] if direction == "tr" else table[answer, query]
-            assert scores[row, column].item() == pytest.approx(wanted, abs=1e-5)
+    owner = [i for i in range(90) for _ in range(2)]
+    image, text = rng.normal(size=(90, 5)), rng.normal(size=(180, 5))
+    model, features = Lookup(3 * rng.normal(size=(90, 180)), 2.5), features_of(image, text, owner)
+    both = rank_all(model, features, 20, "fp32")  # pyright: ignore[reportArgumentType]
+    judged = [pair for images, texts in model.batches for pair in zip(images, texts, strict=True)]
+    similarity = image @ text.T
+    wanted = {(i, t) for i in range(90) for t in np.argsort(-similarity[i])[:20].tolist()}
+    wanted |= {(i, t) for t in range(180) for i in np.argsort(-similarity[:, t])[:20].tolist()}
+    assert judged == sorted(wanted)
+    assert len(wanted) < 20 * (90 + 180)
+    for direction in ("tr", "ir"):
+        alone = rank(model, features, direction, 20, "fp32")  # pyright: ignore[reportArgumentType]
+        for field in ("itc", "itm", "top", "score"):
+            assert torch.equal(getattr(alone, field), getattr(both[direction], field))
 
 
 @pytest.mark.parametrize("captions", [1, 3])

@@ -1,11 +1,10 @@
-"""Features of a split, against each image and caption alone."""
+"""Padded captions, the evaluation loader, and pairs judged by the fast implementation."""
 
 import numpy as np
 import pytest
 import torch
 
-from mvlm.inference import encode
-from mvlm.inference.encode import encode_captions, encode_split, eval_loader
+from mvlm.inference.encode import encode_captions, eval_loader, image_features, match_log_odds, text_features
 from support.models import micro_model
 from support.scenes import scene
 
@@ -49,31 +48,18 @@ def test_masks_of_eval_loader_depend_on_its_seed(model, heldout_split, tokenizer
     assert not torch.equal(drawn[0].patch_ids, drawn[2].patch_ids)
 
 
-@pytest.mark.parametrize("batch", [64, 3])
-def test_features_of_a_split_are_those_of_each_image_and_caption_alone(
-    model, heldout_split, tokenizer, monkeypatch, batch
-):
-    monkeypatch.setattr(encode, "BATCH", batch)
-    found = encode_split(model, heldout_split, tokenizer, "fp32")
-    captions = [caption for i in range(8) for caption in heldout_split.captions(i)]
-    assert found.captions == captions
-    assert len(captions) == 12  # every second image has two
-    assert found.owner.tolist() == [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7]
-    assert found.first.tolist() == [0, 1, 3, 4, 6, 7, 9, 10]
-    assert found.v.shape == (8, 17, 16)
-    assert found.w.shape == (12, 12, 16)
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_judged_pairs_are_those_of_the_plain_network_one_by_one(heldout_split, tokenizer, norm):
+    """Images and captions in any order, some of them in several pairs."""
+    model = micro_model(dtype=torch.float32, cross_norm=norm).eval()
+    pixels = torch.stack([torch.from_numpy(scene(i)[0]).permute(2, 0, 1) for i in range(5)])
+    captions = ["red top left on white", "blue", "a square, green bottom right on black, " * 5]
+    v, w = image_features(model, pixels, "fp32").v, text_features(model, captions, tokenizer, "fp32").w
+    images, texts = torch.tensor([4, 0, 0, 0, 2, 4]), torch.tensor([2, 0, 1, 2, 1, 1])
+    found = match_log_odds(model, v, w, images, texts, "fp32")
     with torch.no_grad():
-        for i in range(8):
-            pixels = torch.from_numpy(scene(3 * i + 1)[0]).permute(2, 0, 1)[None]
-            v = model.encode_image(pixels)
-            torch.testing.assert_close(found.v[i], v[0], rtol=0, atol=1e-5)
-            torch.testing.assert_close(found.image_embedding[i], model.embed_image(v)[0], rtol=0, atol=1e-6)
-        for t, caption in enumerate(captions):
-            tokens = torch.from_numpy(tokenizer.encode([caption], 12)[0])
-            length = len(tokens)
-            w, _ = model.encode_text(tokens, torch.tensor([0, length]), length)
-            assert found.key_mask[t].sum().item() == length
-            torch.testing.assert_close(found.w[t, :length], w[0], rtol=0, atol=1e-5)
-            torch.testing.assert_close(found.text_embedding[t], model.embed_text(w)[0], rtol=0, atol=1e-6)
-    for embedding in (found.image_embedding, found.text_embedding):
-        torch.testing.assert_close(embedding.norm(dim=1), torch.ones(len(embedding)))
+        for image, text, log_odds in zip(images.tolist(), texts.tolist(), found.tolist(), strict=True):
+            tokens = torch.from_numpy(tokenizer.encode([captions[text]], 12)[0])
+            alone, key_mask = model.encode_text(tokens, torch.tensor([0, len(tokens)]), len(tokens))
+            logits = model.match(model.encode_image(pixels[image : image + 1]), alone, key_mask)[0]
+            assert log_odds == pytest.approx((logits[1] - logits[0]).item(), abs=1e-5)

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from mvlm.errors import ConfigError, RunError
+from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.retrieval import rank
-from mvlm.inference.encode import encode_split
 from mvlm.inference.trained_model import TrainedModel
 from mvlm_dataloading import open_dataset, tokenizer_for
 from support.data import write_dataset

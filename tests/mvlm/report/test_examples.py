@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mvlm.evaluation.evaluate import unseen_images
+from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.retrieval import Ranks
-from mvlm.inference.encode import encode_split
 from mvlm.report import examples
 from mvlm_dataloading import open_dataset
 from support.models import micro_model
@@ -87,12 +87,12 @@ def test_retrievals_show_the_best_and_the_worst(model, tokenizer, heldout_split,
     """The best are right and have the highest scores; the worst have most wrong answers before them."""
     features = encode_split(model, heldout_split, tokenizer, "fp32")
 
-    def ranks(model, features, direction):
+    def ranks(direction):
         number = 8 if direction == "tr" else 12
         found = torch.arange(number) % 3 * 2  # rank 0, 2, 4, 0, 2, 4, ...
         return Ranks(found, found, torch.zeros(number, 3, dtype=torch.int64), torch.arange(number).float())
 
-    monkeypatch.setattr(examples, "rank", ranks)
+    monkeypatch.setattr(examples, "rank_all", lambda *_: {way: ranks(way) for way in ("tr", "ir")})
     unseen = unseen_images(heldout_split, train_split)
     assert unseen is not None
     assert not unseen.any()  # so the best may be any that are right
@@ -127,13 +127,13 @@ def test_unseen_concepts_come_first_among_the_best(model, tokenizer, heldout_spl
     assert unseen.tolist() == [colour != "red" for colour in colours]
     features = encode_split(model, heldout_split, tokenizer, "fp32")
 
-    def all_right(model, features, direction):
+    def all_right(direction):
         number = 8 if direction == "tr" else 12
         zeros = torch.zeros(number, dtype=torch.int64)
         red = ~unseen if direction == "tr" else ~unseen[features.owner]
         return Ranks(zeros, zeros, zeros[:, None], red.float())  # the red images have the highest scores
 
-    monkeypatch.setattr(examples, "rank", all_right)
+    monkeypatch.setattr(examples, "rank_all", lambda *_: {way: all_right(way) for way in ("tr", "ir")})
     groups = examples.retrievals(model, heldout_split, train, features)
     (best,) = [group for group in groups if group.title.startswith("Text to image, best")]
     assert best.title.endswith(", among unseen concepts")

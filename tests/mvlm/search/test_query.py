@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from mvlm.errors import ConfigError, RunError
+from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.retrieval import rank
-from mvlm.inference.encode import encode_split
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.search.collection import open_collection
 from mvlm.search.embed import embed

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from mvlm.training import watchdog as watchdog_module
 from mvlm.training.watchdog import EXIT_CODE, Watchdog
 
 
@@ -37,6 +38,39 @@ def test_watchdog_ends_a_stall_with_the_stacks_of_all_threads(tmp_path, capfd):
         assert "continue from the last checkpoint with --resume" in text
         assert "in hang_in_the_loader" in text
         assert text.count("hread 0x") >= 3  # the main one, the other and the watchdog's
+
+
+def test_watchdog_ends_a_rank_that_waits_for_one_that_failed(tmp_path, capfd):
+    told = iter([None, None])
+    process = os.fork()
+    if process == 0:
+        watchdog_module.GRACE_SECONDS = 0.2
+        failure = "rank 1: ValueError: a broken thing"
+        with Watchdog(
+            tmp_path / "stalled.txt", rank=0, minutes=1 / 60, failure=lambda: next(told, failure)
+        ) as watchdog:
+            watchdog.beat("step 7")
+            for _ in range(300):  # progress alone does not keep it
+                time.sleep(0.1)
+                watchdog.beat("step 7")
+        os._exit(0)
+    started = time.monotonic()
+    assert code_of(process) == 1
+    assert time.monotonic() - started < 20
+    assert capfd.readouterr().err.splitlines() == [
+        "mvlm: rank 0 was waiting for step 7 and ends, because another rank failed: "
+        "rank 1: ValueError: a broken thing; continue from the last checkpoint with --resume"
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+def test_watchdog_lets_a_rank_end_by_itself_after_another_one_failed(tmp_path):
+    process = os.fork()
+    if process == 0:
+        with Watchdog(tmp_path / "stalled.txt", rank=0, minutes=1 / 60, failure=lambda: "rank 1: x"):
+            time.sleep(0.5)
+        os._exit(0)
+    assert code_of(process) == 0
 
 
 @pytest.mark.slow

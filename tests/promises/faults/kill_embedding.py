@@ -7,15 +7,10 @@ for each part. The exit code is 1 if files differ.
 """
 
 import argparse
-import os
 import random
-import signal
-import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -29,28 +24,10 @@ from mvlm_dataloading import open_dataset, tokenizer_for
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from support.faults.forks import ended_well, in_child, in_ranks, killed
 from support.folders import folder_hash
 from support.models import micro_model
 from support.scenes import write_scenes
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Fork a process that calls `work` and ends. Returns its id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            work()
-        code = 0
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def ended_well(pid: int) -> bool:
-    return os.waitpid(pid, 0)[1] == 0
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -73,31 +50,21 @@ def run_trials(folder: Path, kills: int, rng: random.Random) -> str | None:
         return "the undisturbed process failed"
     seconds = time.perf_counter() - begun
     wanted = contents(folder / "undisturbed")
-    killed = finished = unfinished = 0
-    while killed < kills:
+    kills_done = finished = unfinished = 0
+    while kills_done < kills:
         out = folder / f"killed-{finished}"
-        while killed < kills:
-            pid = in_child(lambda out=out: write(out, alone))
-            time.sleep(rng.uniform(0, seconds))
-            if os.waitpid(pid, os.WNOHANG)[0] != 0:
+        while kills_done < kills:
+            if not killed(in_child(lambda out=out: write(out, alone)), seconds, rng):
                 break  # it ended before it was to be killed
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            killed += 1
+            kills_done += 1
             unfinished += not (out / "embedding.json").exists()
         if not ended_well(in_child(lambda out=out: write(out, alone))):
             return f"{out.name}: the last process failed"
         if contents(out) != wanted:
             return f"{out.name}: files differ from those of an undisturbed process"
         finished += 1
-    print(f"{killed} kills over {finished} embeddings, {unfinished} of them before the end: the same files")
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-
-    def write_as_rank(rank: int) -> None:
-        os.environ["RANK"] = str(rank)
-        write(folder / "two", join_ranks("cpu"))
-
-    pids = [in_child(lambda rank=rank: write_as_rank(rank)) for rank in range(2)]
+    print(f"{kills_done} kills over {finished} embeddings, {unfinished} of them before the end: the same files")
+    pids = in_ranks(lambda: write(folder / "two", join_ranks("cpu")), 2)
     ended = [ended_well(pid) for pid in pids]
     if not all(ended):
         return "a rank failed"
@@ -105,12 +72,6 @@ def run_trials(folder: Path, kills: int, rng: random.Random) -> str | None:
         return "two ranks write other files than one process"
     print("2 ranks: the same files")
     return None
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 def main() -> int:

@@ -4,13 +4,15 @@
 
 A real cluster on this machine: a head without cores and three nodes of one core each, every one with its own raylet and
 workers. In each trial a drawn node is killed at a drawn moment of the build, and a new node joins for the next trial.
-Pieces that were finished at that moment must not be read again, and a lost piece must be read once more only. In every
-fourth trial the process that asked for the build is killed too, and the build is resumed. The exit code is 1 if
-anything differs.
+Pieces that were finished at that moment must not be read again, and a lost piece must be read once more only. Every
+other data set is built at a URL of an object store on this machine (moto's S3). In two of five trials the process that
+asked for the build is killed too, and the build is resumed. The exit code is 1 if anything differs.
 """
 
 import argparse
+import hashlib
 import json
+import logging
 import os
 import random
 import shutil
@@ -27,6 +29,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from mvlm_dataloading.build.build import build_shards
+from mvlm_dataloading.build.local_folder import open_folder
+from mvlm_dataloading.build.piece_tasks import finished_pieces
+from mvlm_dataloading.dataset.remote_files import is_remote
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import Source
 
@@ -36,6 +41,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from kill_writers import contents, source
 
 from support.faults.logged_piece import LoggedPiece, readings
+from support.object_store import serve_s3
 
 OPTIONS = BuildOptions(shard_bytes=40_000, drop_duplicates=True)
 NODES = 3
@@ -54,15 +60,17 @@ def logged_source(images: Path, log: Path, seconds: float = SECONDS) -> Source:
     return Source(known.name, known.origin, known.licence, known.recipe, pieces)
 
 
-def finished(out: Path) -> set[int]:
-    return {int(path.parent.name) for path in out.parent.glob(f".{out.name}.partial/pieces/??????/shards.json")}
+def finished(out: Path | str) -> set[int]:
+    """Numbers of the finished pieces of an unfinished data set."""
+    parent, _, name = str(out).rpartition("/")
+    return finished_pieces(open_folder(f"{parent}/.{name}.partial"))
 
 
-def build(images: Path, out: Path, log: Path) -> None:
+def build(images: Path, out: Path | str, log: Path) -> None:
     build_shards(logged_source(images, log), out, OPTIONS, executor="ray")
 
 
-def kill_asker(images: Path, out: Path, log: Path, pieces: int) -> None:
+def kill_asker(images: Path, out: Path | str, log: Path, pieces: int) -> None:
     """Kill a process that builds when so many pieces are finished."""
     words = [sys.executable, __file__, "--build", str(images), str(out), str(log)]
     process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
@@ -74,11 +82,10 @@ def kill_asker(images: Path, out: Path, log: Path, pieces: int) -> None:
     time.sleep(1)  # its tasks end with it
 
 
-def trial(cluster: Cluster, nodes: list[Any], images: Path, base: Path, asker: bool, rng: random.Random) -> str:
+def trial(
+    cluster: Cluster, nodes: list[Any], images: Path, out: Path | str, log: Path, asker: bool, rng: random.Random
+) -> str:
     """Build with a killed node. Returns what happened. Raises AssertionError if the work was not done once."""
-    shutil.rmtree(base, ignore_errors=True)
-    base.mkdir()
-    out, log = base / "out", base / "log"
     pieces = len(logged_source(images, log).pieces)
     done: list[dict[int, tuple[int, int]]] = []  # readings of finished pieces, at each interruption
 
@@ -92,8 +99,10 @@ def trial(cluster: Cluster, nodes: list[Any], images: Path, base: Path, asker: b
     at = rng.uniform(len(finished(out)), pieces)
     victim = nodes.pop(rng.randrange(len(nodes)))
 
+    ended = threading.Event()
+
     def kill_node() -> None:
-        while len(finished(out)) < int(at):
+        while len(finished(out)) < int(at) and not ended.is_set():
             time.sleep(0.01)
         time.sleep((at % 1) * SECONDS)
         note()
@@ -101,8 +110,11 @@ def trial(cluster: Cluster, nodes: list[Any], images: Path, base: Path, asker: b
 
     killer = threading.Thread(target=kill_node)
     killer.start()
-    build(images, out, log)
-    killer.join()
+    try:
+        build(images, out, log)
+    finally:
+        ended.set()
+        killer.join()
     found = readings(log)
     again = {number: begun for number, (begun, _) in found.items() if begun > 1}
     assert set(found) == set(range(pieces))
@@ -112,7 +124,9 @@ def trial(cluster: Cluster, nodes: list[Any], images: Path, base: Path, asker: b
     for finished_then in done:
         repeated = {number for number, times in finished_then.items() if found[number] != times}
         assert not repeated, f"finished pieces {repeated} were read again: {finished_then} {found}"
-    return f"killed at {at:.1f} of {pieces} pieces, {len(again)} read again" + (", asker killed too" if asker else "")
+    return f"{'s3' if is_remote(out) else 'disk'}, killed at {at:.1f} of {pieces} pieces, {len(again)} read again" + (
+        ", asker killed too" if asker else ""
+    )
 
 
 def run_trials(folder: Path, kills: int, rng: random.Random) -> tuple[str | None, list[str]]:
@@ -130,11 +144,17 @@ def run_trials(folder: Path, kills: int, rng: random.Random) -> tuple[str | None
         cluster.wait_for_nodes()
         for number in range(kills):
             begun = time.perf_counter()
-            stories.append(trial(cluster, nodes, images, base, number % 4 == 3, rng))
+            base.mkdir()
+            parent = f"s3://nodes/{number}" if number % 2 else str(base)
+            stories.append(
+                trial(cluster, nodes, images, f"{parent}/out", folder / f"log{number}", number % 5 in (2, 3), rng)
+            )
             print(f"trial {number + 1}: {stories[-1]} ({time.perf_counter() - begun:.0f} s)", flush=True)
-            found = contents(base / "out")
-            if found != wanted or sorted(path.name for path in base.iterdir()) != ["log", "out"]:
-                return f"files differ: {sorted(found)} {sorted(base.iterdir())}", stories
+            place = open_folder(parent)
+            found = {name: hashlib.sha256(place.read(name)).hexdigest() for name in place.names("") if "." in name}
+            if found != {f"out/{name}": digest for name, digest in wanted.items()}:
+                return f"files differ: {sorted(found)}", stories
+            shutil.rmtree(base)
             if number + 1 < kills:
                 nodes.append(cluster.add_node(num_cpus=1))
     finally:
@@ -148,12 +168,15 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="nodes to kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments to kill at")
     parser.add_argument("--json", type=Path, help="file for the result")
-    parser.add_argument("--build", type=Path, nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--build", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     if given.build:
-        build(*given.build)
+        images, out, log = given.build
+        build(Path(images), out, Path(log))
         return 0
-    with tempfile.TemporaryDirectory(prefix="mvlm-nodes-") as name:
+    with tempfile.TemporaryDirectory(prefix="mvlm-nodes-") as name, serve_s3("nodes"):
+        os.environ["MVLM_CACHE"] = f"{name}/cache"
         fault, stories = run_trials(Path(name), given.kills, random.Random(given.seed))
     if fault is not None:
         print(fault)

@@ -6,6 +6,7 @@ weights, which sum in another order.
 
 import json
 import signal
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from mvlm.runs.checkpoint import checkpoints, read_tensors, verify_checkpoint
 from mvlm.runs.folder import read_metrics
 from support.faults import injections
 from support.faults.campaign import Campaign, end_of_log, file_bytes, require, require_log
-from support.faults.forked_runs import MODEL, STEPS
+from support.faults.forked_runs import MODEL, STEPS, wait
 
 LOSSES = ("loss", "mlm", "mim", "itc", "itm")
 FP32 = {"losses": 1e-5, "gradients": 1e-4}
@@ -135,9 +136,53 @@ def evaluated(campaign: Campaign, out: Path) -> None:
     changes: dict[str, Any] = {"eval_every_steps": 6, "max_steps": 6}
     codes = campaign.run(out, 2, parallel="fsdp", **changes)
     require(codes == [0, 0], f"ended with {codes}: {end_of_log(out)}")
-    ours, theirs = (read_metrics(run / "metrics.jsonl")[-1] for run in (out, campaign.undisturbed(2, **changes)))
-    for name in ("masked_l1", "masked_nats"):
-        require(abs(ours[name] / theirs[name] - 1) < 1e-4, f"{name}: {ours[name]}, not {theirs[name]}")
+    ours = read_metrics(out / "metrics.jsonl")[-1]
+    for ranks in (1, 2):
+        theirs = read_metrics(campaign.undisturbed(ranks, **changes) / "metrics.jsonl")[-1]
+        for name in ("masked_l1", "masked_nats"):
+            require(abs(ours[name] / theirs[name] - 1) < 1e-4, f"{name}: {ours[name]}, not {theirs[name]}")
+
+
+def failed(campaign: Campaign, out: Path, rank: int, hangs: bool) -> None:
+    """A rank fails between two exchanges: the other ends within seconds, and one line names that failure.
+
+    With `hangs` the failed rank takes long to end, so that its connections stay open.
+    """
+
+    def arrange() -> None:
+        injections.at_step(4, injections.fail)
+        if hangs:
+            injections.slow_end(20)
+
+    begun = time.monotonic()
+    ended = campaign.start(out, 2, {rank: arrange}, stall_minutes=30)
+    codes = {1 - rank: wait(ended[1 - rank])}
+    seconds = time.monotonic() - begun
+    codes[rank] = wait(ended[rank])
+    require(codes == {0: 1, 1: 1}, f"ended with {codes}: {end_of_log(out)}")
+    told = [line for line in out.with_suffix(".log").read_text().splitlines() if line.startswith("mvlm: ")]
+    require(len(told) == 1, f"wanted one line, found {told}")
+    require(f"rank {rank}: ValueError: a broken thing" in told[0], f"found {told}")
+    way = f"rank {1 - rank} was waiting for " if hangs else f"rank {1 - rank} "
+    require(way in told[0], f"found {told}")
+    require(seconds < 20, f"took {seconds:.0f} s")
+    campaign.require_resume(out, 2)
+
+
+def stopped_evaluation(campaign: Campaign, out: Path, ranks: int) -> None:
+    """SIGTERM to the last rank during an evaluation: it ends, and the run leaves a checkpoint and can be resumed."""
+    changes: dict[str, Any] = {"eval_every_steps": 6}
+    fault = partial(injections.at_evaluation, 3, injections.kill(signal.SIGTERM))
+    codes = campaign.run(out, ranks, {ranks - 1: fault}, **changes)
+    require(codes == [0] * ranks, f"ended with {codes}: {end_of_log(out)}")
+    rows = read_metrics(out / "metrics.jsonl")
+    require([row["step"] for row in rows] == list(range(1, 7)), f"rows of {[row['step'] for row in rows]}")
+    require("tr_r1" not in rows[-1], "the evaluation was finished")
+    verify_checkpoint(checkpoints(out / "checkpoints")[-1])
+    codes = campaign.run(out, ranks, **changes)
+    require(codes == [0] * ranks, f"resuming ended with {codes}: {end_of_log(out)}")
+    require("tr_r1" in read_metrics(out / "metrics.jsonl")[-1], "the last evaluation is missing")
+    campaign.require_same_weights(out, ranks)
 
 
 def bfloat16(campaign: Campaign, out: Path, parallel: str) -> None:
@@ -151,6 +196,7 @@ def bfloat16(campaign: Campaign, out: Path, parallel: str) -> None:
     require(rows[0]["loss"] != exact[0]["loss"], "computed in fp32")
 
 
+ENDS = ("ends", "hangs")
 LAYOUTS = [(a, b, kind) for a, b in ((1, 2), (2, 1)) for kind in ("ddp", "fsdp")]
 TRIALS: dict[str, Callable[[Campaign, Path], None]] = {
     **{f"{a} to {b}, {kind}": partial(resized, before=a, after=b, parallel=kind) for a, b, kind in LAYOUTS},
@@ -158,4 +204,6 @@ TRIALS: dict[str, Callable[[Campaign, Path], None]] = {
     **{f"bf16, {kind}": partial(bfloat16, parallel=kind) for kind in ("ddp", "fsdp")},
     "average": average,
     "evaluated average": evaluated,
+    **{f"failed rank, {r}, {end}": partial(failed, rank=r, hangs=end == "hangs") for r in (0, 1) for end in ENDS},
+    **{f"stopped evaluation, {ranks}": partial(stopped_evaluation, ranks=ranks) for ranks in (1, 2)},
 }

@@ -65,3 +65,14 @@ def test_the_average_of_sharded_weights_is_evaluated_during_training(trial):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_bf16_learns_the_same_on_two_ranks_as_on_one(trial, parallel):
     trial(f"bf16, {parallel}")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("end", ["ends", "hangs"])
+def test_a_rank_that_fails_between_two_exchanges_ends_the_others_within_seconds(trial, rank, end):
+    trial(f"failed rank, {rank}, {end}")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_stop_during_an_evaluation_ends_it_and_leaves_a_checkpoint(trial, ranks):
+    trial(f"stopped evaluation, {ranks}")

@@ -43,7 +43,13 @@ class Campaign:
     def run(
         self, out: Path, ranks: int = 1, faults: dict[int, Callable[[], None]] | None = None, **changes: Any
     ) -> list[int]:
-        """Start or resume the run `out`, one process a rank. Returns the ranks' exit codes.
+        """`start` a run and wait for it. Returns the ranks' exit codes."""
+        return [wait(process) for process in self.start(out, ranks, faults, **changes)]
+
+    def start(
+        self, out: Path, ranks: int = 1, faults: dict[int, Callable[[], None]] | None = None, **changes: Any
+    ) -> list[int]:
+        """Start or resume the run `out`, one process a rank. Returns the processes' ids.
 
         `faults` maps a rank to the function that arranges its fault.
         """
@@ -58,7 +64,13 @@ class Campaign:
         for rank in range(ranks):
             own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
             processes.append(start(ForkedRun(config, out.with_suffix(".log"), own, (faults or {}).get(rank))))
-        return [wait(process) for process in processes]
+        return processes
+
+    def require_same_weights(self, out: Path, ranks: int = 1) -> None:
+        """Raise Failed unless the last checkpoint of a complete run has the tensors of the undisturbed one's."""
+        found, wanted = outcome(out)[0], outcome(self.undisturbed(ranks))[0]
+        wrong = [name for name in wanted if name != "state" and found[name] != wanted[name]]
+        require(not wrong, f"the last checkpoint differs: {wrong[:3]}")
 
     def require_resume(self, out: Path, ranks: int = 1, **changes: Any) -> None:
         """Resume a run. Raise Failed unless it completes and equals the undisturbed run."""

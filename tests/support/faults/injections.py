@@ -37,6 +37,20 @@ def at_step(step: int, action: Callable[[], None]) -> None:
     patch.object(Trainer, "forward_backward", acting).start()
 
 
+def at_evaluation(parts: int, action: Callable[[], None]) -> None:
+    """Call `action` after so many parts of the run's evaluations. Each part then takes a second more."""
+    ask, left = Trainer.may_go_on, [parts]
+
+    def acting(trainer: Trainer) -> bool:
+        left[0] -= 1
+        if left[0] == -1:
+            action()
+        time.sleep(1)
+        return ask(trainer)
+
+    patch.object(Trainer, "may_go_on", acting).start()
+
+
 def at_batch(step: int, action: Callable[[], None]) -> None:
     """Call `action` in the loader when it is asked for the batch of this step."""
     iterate = Loader.__iter__
@@ -107,6 +121,21 @@ def nan_loss(step: int, steps: int) -> None:
 def kill(number: int = signal.SIGKILL) -> Callable[[], None]:
     """An action that sends this signal to the process."""
     return lambda: os.kill(os.getpid(), number)
+
+
+def slow_end(seconds: float) -> None:
+    """Let the loader take so many seconds to close."""
+    close = Loader.close
+
+    def slow(loader: Loader) -> None:
+        time.sleep(seconds)
+        close(loader)
+
+    patch.object(Loader, "close", slow).start()
+
+
+def fail() -> None:
+    raise ValueError("a broken\nthing")
 
 
 def stall() -> None:

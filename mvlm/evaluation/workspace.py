@@ -1,0 +1,256 @@
+"""Arrays of an evaluation on disk, and the parts in which its ranks fill them.
+
+Rows of an array are written with `pwrite` and read through a memory map, so features need no room in memory. A part is
+the same work whatever the number of ranks and however often an evaluation was interrupted; so are its results.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from mvlm.distributed.coordination import run_on_all_ranks
+from mvlm.distributed.world import World
+from mvlm.errors import RunError
+from mvlm.files import write_json
+from mvlm.progress import WorkProgress
+from mvlm_dataloading import DataError
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+"""Version of the arrays in a folder. Work of another version is removed."""
+ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+Work = Callable[[int, int], Iterator[None]]
+"""Work on rows `start` to `stop` - 1, which yields after each part."""
+
+
+class EvaluationStopped(Exception):
+    """An evaluation that was asked to end before it was finished. All ranks raise it together."""
+
+
+class StoredArray:
+    """An array in a file, or in memory if `path` is None. It is filled by rows; rows not yet written are zero."""
+
+    def __init__(self, path: Path | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._shape, self._dtype = shape, dtype
+        self.written = False
+        """True if this process has written rows that are not on the disk, or that other ranks have not got."""
+        self._file: int | None = None
+        self._mapped: Tensor | None = None
+        rows = torch.empty(1, *shape[1:], dtype=dtype)
+        self._row_bytes = rows.numel() * rows.element_size()
+        self._path = path
+        if path is None:
+            self._mapped = torch.zeros(shape, dtype=dtype)
+        else:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            os.ftruncate(self._file, shape[0] * self._row_bytes)  # every rank does; it changes nothing but the size
+
+    @property
+    def tensor(self) -> Tensor:
+        """All rows, on the CPU. Rows of a file are read when they are used."""
+        if self._mapped is None:
+            numbers = self._shape[0] * self._row_bytes // self._dtype.itemsize
+            flat = (
+                torch.from_file(str(self._path), shared=False, size=numbers, dtype=self._dtype)
+                if numbers
+                else torch.empty(0, dtype=self._dtype)
+            )
+            self._mapped = flat.view(self._shape)
+        return self._mapped
+
+    def write(self, start: int, rows: Tensor) -> None:
+        """Write rows of the array's dtype, the first of them as row `start`."""
+        assert rows.dtype == self._dtype, (rows.dtype, self._dtype)
+        assert rows.shape[1:] == self._shape[1:], (rows.shape, self._shape)
+        self.written = True
+        if self._file is None:
+            self.tensor[start : start + len(rows)] = rows.cpu()
+            return
+        data = rows.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        place = start * self._row_bytes
+        while data:
+            done = os.pwrite(self._file, data, place)
+            data, place = data[done:], place + done
+
+    def sync(self) -> None:
+        """Force the rows written so far to the disk."""
+        if self.written and self._file is not None:
+            os.fsync(self._file)
+            self.written = False
+
+    def close(self) -> None:
+        """Close the file. What was read stays readable."""
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+class Workspace:
+    """Arrays of one evaluation, filled by stages of work that all ranks share.
+
+    Args:
+        folder: folder of the arrays, on a disk that all ranks see; None keeps them in the memory of every rank.
+        world: ranks that share the work.
+        resumable: record finished parts, forced to the disk first. Another workspace in this folder skips them.
+        go_on: asked before each stage and after each part; False ends the evaluation on all ranks.
+        shown: show the progress of each stage.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None = None,
+        world: World = ALONE,
+        *,
+        resumable: bool = False,
+        go_on: Callable[[], bool] = lambda: True,
+        shown: bool = False,
+    ) -> None:
+        self.folder, self.world = folder, world
+        self._resumable, self._go_on, self._shown = resumable, go_on, shown
+        self._arrays: list[StoredArray] = []
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> StoredArray:
+        """An array by its name in the folder. Every rank asks for the same arrays."""
+        found = StoredArray(None if self.folder is None else self.folder / name, shape, dtype)
+        self._arrays.append(found)
+        return found
+
+    def share(self, stage: str, rows: int, size: int, work: Work, unit: str = "samples") -> None:
+        """Do the work on all rows, in parts of `size` rows, each by one rank. Returns when all ranks have finished.
+
+        Args:
+            stage: name of the work, unique in the evaluation.
+            work: called for runs of parts that are not finished. It yields after each part, written.
+            unit: plural noun of the rows, for the progress.
+
+        Raises:
+            EvaluationStopped: `go_on` was False on a rank.
+        """
+        parts = -(-rows // size)
+        finished = self.array(f"{stage}.finished", (parts,), torch.uint8)
+        already = finished.tensor.clone()
+
+        def own() -> bool:
+            first, last = (rank * parts // self.world.size for rank in (self.world.rank, self.world.rank + 1))
+            done, counted = int(already[first:last].sum()), 0
+            with self._progress(unit) as progress:
+                if not self._go_on():
+                    return False
+                if progress is not None:
+                    progress.show(done, last - first, 0)
+                for start, stop in _unfinished(already.tolist(), first, last):
+                    for part, _ in enumerate(work(start * size, min(stop * size, rows)), start):
+                        self._record(finished, part)
+                        done, counted = done + 1, counted + min(size, rows - part * size)
+                        if progress is not None:
+                            progress.show(done, last - first, counted)
+                        if not self._go_on():
+                            return False
+            return True
+
+        going = run_on_all_ranks(self.world, own)
+        if not all(self.world.gather_objects(going)):
+            raise EvaluationStopped
+        if self.folder is None and self.world.size > 1:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        """Give the rows that each rank wrote to all ranks. Rows that a rank did not write are zero, so they add up."""
+        own = [number for number, array in enumerate(self._arrays) if array.written]
+        for number in sorted({number for found in self.world.gather_objects(own) for number in found}):
+            self.world.all_reduce(self._arrays[number].tensor)
+            self._arrays[number].written = False
+
+    def _progress(self, unit: str) -> contextlib.AbstractContextManager[WorkProgress | None]:
+        return WorkProgress(unit, short=True) if self._shown and self.world.first else contextlib.nullcontext()
+
+    def _record(self, finished: StoredArray, part: int) -> None:
+        if self._resumable:
+            for array in self._arrays:
+                array.sync()
+            finished.write(part, torch.ones(1, dtype=torch.uint8))
+
+    def close(self) -> None:
+        """Close the files."""
+        for array in self._arrays:
+            array.close()
+
+
+def _unfinished(finished: list[int], first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Runs (start, stop) of the parts `first` to `last` - 1 that are not finished."""
+    start = first
+    while start < last:
+        stop = start
+        while stop < last and not finished[stop]:
+            stop += 1
+        if stop > start:
+            yield start, stop
+        start = stop + 1
+
+
+@contextlib.contextmanager
+def open_workspace(folder: Path | None, plan: dict[str, Any], world: World = ALONE) -> Iterator[Workspace]:
+    """Context with a workspace in a folder, which continues an unfinished evaluation that had the same plan.
+
+    The folder is removed at the end, and if the data are broken. It stays after any other interruption.
+
+    Args:
+        folder: new, or of an unfinished evaluation; None for a temporary folder of one rank.
+        plan: everything that the results depend on, as JSON. Work of another plan is removed.
+
+    Raises:
+        RunError: the folder holds something else, or another process writes there.
+    """
+    if folder is None:
+        with tempfile.TemporaryDirectory(prefix="mvlm-evaluation-") as temporary:
+            workspace = Workspace(Path(temporary), world, shown=True)
+            with contextlib.closing(workspace):
+                yield workspace
+        return
+    with run_on_all_ranks(world, lambda: _lock(folder, plan) if world.first else contextlib.nullcontext()):
+        workspace = Workspace(folder, world, resumable=True, shown=True)
+        with contextlib.closing(workspace):
+            try:
+                yield workspace
+            except DataError:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+        world.gather_objects(None)  # no rank reads the arrays any more
+        if world.first:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lock(folder: Path, plan: dict[str, Any]) -> contextlib.AbstractContextManager[object]:
+    """Make or check the folder and lock it. Returns a context that holds the lock."""
+    plan = {"format_version": FORMAT_VERSION, **plan}
+    file = folder / "plan.json"
+    if folder.exists() and not (folder.is_dir() and (file.is_file() or set(folder.iterdir()) <= {folder / ".lock"})):
+        raise RunError(f"{folder}: wanted no such path or an unfinished evaluation, found something else; move it away")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held = FileLock(folder / ".lock", timeout=0).acquire()
+    except Timeout:
+        raise RunError(f"{folder}: wanted a folder that no other process writes to; wait for it or stop it") from None
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError):  # none, or a kill while it was written
+        found = None
+    if found == plan:
+        log.info("continuing the evaluation in %s", folder)
+    else:
+        for path in set(folder.iterdir()) - {folder / ".lock", file}:
+            path.unlink()
+        write_json(file, plan)
+    return held
