@@ -20,6 +20,7 @@ def plan(
     mfu: float = 0.4,
     inter_node: float = 0.0,
     loader_rate: float = 0.0,
+    evaluation: tuple[int, ...] = (),
 ) -> None:
     """Plan a run on many GPUs: memory, time and traffic, computed without a GPU from operation counts and data sheets.
 
@@ -37,6 +38,7 @@ def plan(
         mfu: Model FLOPs utilisation: share of the peak rate that a step reaches. `mvlm bench step` measures it.
         inter_node: Measured rate from a GPU to other nodes, in GB/s each way. 0: that of the data sheet.
         loader_rate: Measured speed of one node's loader, in pairs per second. 0: not measured.
+        evaluation: Images, captions and candidates of an evaluation to plan too, for example 5000 25000 256.
     """
     from mvlm.config.model import MaskVLMConfig
     from mvlm.costs.cluster_plan import NODES, ClusterSetting, parse_count, parse_gpus
@@ -67,4 +69,13 @@ def plan(
             f"plan: wanted --epochs above 0, --loader-rate and --inter-node at least 0, got {epochs}, {loader_rate} "
             f"and {inter_node}"
         )
+    if evaluation and (len(evaluation) != 3 or min(evaluation) < 1):
+        raise ConfigError(f"evaluation: wanted images, captions and candidates, as in 5000 25000 256, got {evaluation}")
     print(format_plan(setting, parse_count(data), epochs, loader_rate))
+    if evaluation:
+        from mvlm.costs.evaluation_cost import EvaluationShape, format_evaluation
+        from mvlm_kernels.hardware import GPUS
+
+        images, captions, candidates = evaluation
+        shape = EvaluationShape(images=images, captions=captions, candidates=candidates)
+        print(format_evaluation(setting.model, shape, GPUS[gpu].flops, setting.ranks, mfu))

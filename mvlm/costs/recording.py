@@ -187,7 +187,7 @@ def _stride(group: Any) -> int:
 
 
 def _label(kind: Kind, like: Tensor, stride: int) -> str:
-    """What a collective carries, by the code that starts it."""
+    """Content of a collective, by the code that starts it."""
     files = set()
     frame: Any = sys._getframe(2)
     while frame is not None:
