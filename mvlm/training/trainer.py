@@ -169,9 +169,7 @@ class Trainer:
         ]
         waited = time.perf_counter() - started
         self.watchdog.beat(f"step {self.step + 1}")
-        factor = learning_rate_factor(self.step, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+        self.optimizer.set_learning_rates(learning_rate_factor(self.step, self.config))
         losses = self.forward_backward(microbatches)
         norm, parts = gradient_norms(self.model)
         self.optimizer.clip(norm, self.config.clip_norm)
