@@ -52,7 +52,7 @@ def evaluate(
     started = time.perf_counter()
     workspace = workspace or Workspace()
     features = encode_split(model, split, tokenizer, precision, workspace)
-    tr, ir = rank_all(model, features, k, precision, workspace=workspace).values()
+    tr, ir = rank_all(model, features, k, precision, workspace=workspace, answers=False).values()
     unseen = unseen_images(split, train)
     return {
         "tr": recall(tr.itm),
