@@ -8,7 +8,7 @@ STEPS  ?= 640
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-gpu test-triton test-integrations emulate faults faults-data faults-loading \
-        faults-embedding faults-evaluation soak bench aot traffic \
+        faults-embedding faults-parts faults-network faults-evaluation soak bench aot traffic \
         wheel-smoke check format clean
 
 ## help            list these targets
@@ -100,8 +100,8 @@ format: $(VENV)/.installed
 
 # A trial takes about 3 s.
 FAULTS ?= 1000
-## faults          the four below, and 1000 training runs, each disturbed in one way and resumed
-faults: faults-data faults-loading faults-embedding faults-evaluation
+## faults          the targets faults-*, and 1000 training runs, each disturbed in one way and resumed
+faults: faults-data faults-loading faults-embedding faults-parts faults-network faults-evaluation
 	$(BIN)/python tests/promises/faults/campaign.py --count $(FAULTS) --jobs $(JOBS) --json benchmarks/results/faults.json
 
 ## faults-data     kill builds of shards at 50 moments (`make test`: 10)
@@ -115,6 +115,15 @@ faults-loading: $(VENV)/.installed $(DATA)/dataset.json
 ## faults-embedding kill 20 embedding processes at random moments (`make test`: 4)
 faults-embedding: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_embedding.py --kills 20
+
+## faults-parts    kill 20 writers of parts of a data set, and 20 nodes of a Ray cluster (`make test`: 6 and 1)
+faults-parts: $(VENV)/.installed
+	$(BIN)/python tests/promises/faults/kill_parts.py --kills 20 --json benchmarks/results/faults-parts.json
+	$(BIN)/python tests/promises/faults/kill_nodes.py --kills 20 --json benchmarks/results/faults-nodes.json
+
+## faults-network  load 50 epochs from servers that fail in seven ways (`make test`: 8)
+faults-network: $(VENV)/.installed
+	$(BIN)/python tests/promises/faults/bad_network.py --trials 50 --json benchmarks/results/faults-network.json
 
 ## faults-evaluation kill 10 evaluations at random moments (`make test`: 3)
 faults-evaluation: $(VENV)/.installed
@@ -141,6 +150,7 @@ bench: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm bench run --data $(DATA) --rounds 20 --json $(RESULTS)/run-tiny-$(MACHINE).json --csv $(RESULTS)/run-tiny-$(MACHINE).csv
 	$(BIN)/mvlm bench data --rounds 11 --soak 200000 --start 1000000 --step $(RESULTS)/step-tiny-$(MACHINE).json --out $(RESULTS)
 	$(BIN)/mvlm bench data --data $(DATA) --rounds 11 --out $(RESULTS)
+	$(BIN)/python -m mvlm_benchmarks.data.index_scale --out $(RESULTS)
 	$(BIN)/python -m mvlm_benchmarks.step.overhead $(DATA) --json $(RESULTS)/overhead.json
 
 ## aot             compile every kernel for sm_80, sm_90 and sm_100 with both Tritons, without a GPU

@@ -6,11 +6,12 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from mvlm.commands import bench, data_build, data_tools, embed, evaluate, export, plan, predict, report, score, search
+from mvlm.commands import bench, data_build, data_tools, embed, evaluate, export, plan, predict, report, search
 from mvlm.commands.arguments import deferred, parse
 from mvlm.commands.doctor import doctor
 from mvlm.commands.finetune import eval_task, finetune
 from mvlm.commands.pretrain import pretrain
+from mvlm.commands.study import study
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "data emoji": data_build.emoji,
@@ -24,10 +25,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data huggingface": data_build.huggingface,
     "data twemoji": data_build.twemoji,
     "data easy-vqa": data_build.easy_vqa,
+    "data merge": data_tools.merge,
     "data check": data_tools.check,
     "data index": data_tools.index,
+    "data reindex": data_tools.reindex,
     "data view": data_tools.view,
     "pretrain": pretrain,
+    "study": study,
     "plan": plan.plan,
     "finetune": finetune,
     "eval retrieval": evaluate.eval_retrieval,
@@ -35,7 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval entailment": eval_task("entailment"),
     "reconstruct": predict.reconstruct,
     "fill": predict.fill,
-    "score": score.score,
+    "score": evaluate.score,
     "report": report.report,
     "export": export.export,
     "embed": embed.embed,

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .batch import Batch as Batch
     from .batch import Masks as Masks
+    from .build.build import build_part as build_part
     from .build.build import build_shards as build_shards
+    from .build.build import merge_parts as merge_parts
     from .build.easy_vqa import build_easy_vqa as build_easy_vqa
     from .build.emoji import build_emoji as build_emoji
     from .build.shard_writer import ShardWriter as ShardWriter
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 # Imported on first use, so that processes that write shards start without torch, which takes seconds to load.
 _MODULES = {
     "batch": ("Batch", "Masks"),
-    "build.build": ("build_shards",),
+    "build.build": ("build_part", "build_shards", "merge_parts"),
     "build.easy_vqa": ("build_easy_vqa",),
     "build.emoji": ("build_emoji",),
     "build.shard_writer": ("ShardWriter",),

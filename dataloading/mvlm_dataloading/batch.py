@@ -48,3 +48,9 @@ class Masks(_ToDevice):
     """int64 (B, K), masked patches of each image in row-major order, ascending."""
     token_ids: Tensor
     """int64 (M,), masked positions in `Batch.tokens`, ascending; never a special token."""
+    partner_patch_ids: Tensor | None = None
+    """int64 (B, K'), patches that are masked in the image from which masked captions are rebuilt; some of `patch_ids`.
+    None unless the loader was asked for them."""
+    partner_token_ids: Tensor | None = None
+    """int64 (M',), positions that are masked in the caption from which masked images are rebuilt; some of `token_ids`.
+    None unless the loader was asked for them."""

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_overrides: dict[str, dict[str, Any]] = {}  # kernel -> options
+in_force: dict[str, dict[str, Any]] = {}
+"""Kernel -> its options. Only :func:`override_launch` writes it; a launcher reads whether it is empty."""
 
 
 @contextmanager
@@ -20,17 +21,17 @@ def override_launch(kernel: str, **options: Any) -> Iterator[None]:
     Results may be wrong if an option does not fit the kernel. A launcher whose grid follows from an option has to ask
     :func:`overridden` for it before it computes the grid.
     """
-    before = _overrides.get(kernel)
-    _overrides[kernel] = options
+    before = in_force.get(kernel)
+    in_force[kernel] = options
     try:
         yield
     finally:
-        _overrides.pop(kernel) if before is None else _overrides.update({kernel: before})
+        in_force.pop(kernel) if before is None else in_force.update({kernel: before})
 
 
 def overridden(kernel: str, options: dict[str, Any]) -> dict[str, Any]:
     """The options, with those of :func:`override_launch` in force. Returns the same dict if there are none."""
-    found = _overrides.get(kernel)
+    found = in_force.get(kernel)
     return {**options, **found} if found else options
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from mvlm.commands import data_tools
 from mvlm_dataloading.options import BuildOptions
@@ -21,6 +21,10 @@ class CommonOptions:
     """Other data sets whose validation and test images are excluded from training."""
     workers: int | None = None
     """Number of processes. Default: one per core."""
+    part: str | None = None
+    """Write part i of n of the data set, as i/n. `mvlm data merge` joins the parts that any machines have written."""
+    executor: Literal["processes", "ray"] = "processes"
+    """What does the work: processes of this machine, or the nodes of a Ray cluster."""
 
 
 def emoji(out: Path, /, size: int = 144) -> None:
@@ -30,11 +34,10 @@ def emoji(out: Path, /, size: int = 144) -> None:
         out: Folder for the shards.
         size: Side of the square images in pixels.
     """
-    from mvlm_dataloading import build_emoji, open_dataset
+    from mvlm_dataloading import build_emoji
 
     build_emoji(out, size)
-    counts = ", ".join(f"{len(open_dataset(out, split))} {split}" for split in ("train", "validation", "test"))
-    print(f"{out}: {counts}")
+    print(data_tools.summary(out, "train", "validation", "test"))
 
 
 def twemoji(out: Path, /, size: int = 144) -> None:
@@ -44,12 +47,10 @@ def twemoji(out: Path, /, size: int = 144) -> None:
         out: Folder for the shards.
         size: Side of the square images in pixels.
     """
-    from mvlm_dataloading import build_twemoji, open_dataset
+    from mvlm_dataloading import build_twemoji
 
     build_twemoji(out, size)
-    print(
-        f"{out}: " + ", ".join(f"{len(open_dataset(out, split))} {split}" for split in ("seen", "validation", "test"))
-    )
+    print(data_tools.summary(out, "seen", "validation", "test"))
 
 
 def easy_vqa(out: Path, /) -> None:
@@ -58,11 +59,10 @@ def easy_vqa(out: Path, /) -> None:
     Args:
         out: Folder for the shards.
     """
-    from mvlm_dataloading import build_easy_vqa, open_dataset
+    from mvlm_dataloading import build_easy_vqa
 
     build_easy_vqa(out)
-    counts = ", ".join(f"{len(open_dataset(out, split))} {split}" for split in ("train", "validation", "test"))
-    print(f"{out}: {counts}")
+    print(data_tools.summary(out, "train", "validation", "test"))
 
 
 def coco(
@@ -279,16 +279,19 @@ def huggingface(
 
 def _build(source: "Source", out: Path, build: BuildOptions, common: CommonOptions) -> None:
     from mvlm.progress import WorkProgress
-    from mvlm_dataloading.build.build import build_shards
-    from mvlm_dataloading.dataset.description import read_description
+    from mvlm_dataloading.build.build import build_part, build_shards
+    from mvlm_dataloading.build.part import parse_part
 
+    part = None if common.part is None else parse_part(common.part)
     with WorkProgress("samples") as counting:
-        build_shards(
-            source,
-            out,
-            build,
-            evaluation_sets=common.against,
-            workers=data_tools.processes(common.workers, len(source.pieces)),
-            progress=lambda done: counting.show(done.pieces, done.of_pieces, done.records),
-        )
-    print(f"{out}: {data_tools.counts(read_description(out))}")
+        settings: dict[str, Any] = {
+            "evaluation_sets": common.against,
+            "workers": data_tools.processes(common.workers, len(source.pieces)),
+            "executor": common.executor,
+            "progress": lambda done: counting.show(done.pieces, done.of_pieces, done.records),
+        }
+        if part is None:
+            build_shards(source, out, build, **settings)
+        else:
+            build_part(source, out, part, build, **settings)
+    print(f"{out}: part {common.part} is complete" if part else data_tools.summary(out))

@@ -36,7 +36,7 @@ def check(shards: Path, /, sheet: Path | None = None, workers: int | None = None
 
 
 def index(folder: Path, /, split: str | None = None) -> None:
-    """Rebuild a data set's DALI indices, or index existing WebDataset tars so that they can be used in place.
+    """Rebuild a data set's indices from its tars, or index existing WebDataset tars so that they can be used in place.
 
     Args:
         folder: Data folder, or folder of tars.
@@ -47,6 +47,31 @@ def index(folder: Path, /, split: str | None = None) -> None:
     description = rebuild_indices(folder, split)
     left_out = "".join(f"; left out: {n} {reason}" for reason, n in description.get("rejected", {}).items())
     print(f"{folder}: {counts(description)}{left_out}")
+
+
+def merge(parts: tuple[Path, ...], out: Path, /) -> None:
+    """Join the parts that `mvlm data NAME ... --part i/n` has written. The parts stay as they are.
+
+    Args:
+        parts: Folders or URLs of all parts.
+        out: Folder or URL for the shards. To resume a killed merge, give the same command again.
+    """
+    from mvlm_dataloading.build.build import merge_parts
+
+    merge_parts(parts, out)
+    print(summary(out))
+
+
+def reindex(folder: Path, /) -> None:
+    """Write the indices with which a data set opens at once, from its DALI indices. Its tars are not read.
+
+    Args:
+        folder: Data folder or view.
+    """
+    from mvlm_dataloading.tools.reindex import pack_indices
+
+    for path in pack_indices(folder):
+        print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def view(
@@ -69,6 +94,17 @@ def view(
     print(f"{out}: {counts(description)}")
     for reason, count in description["rejected"].items():
         print(f"left out: {count} {reason}")
+
+
+def summary(out: Path, *splits: str) -> str:
+    """A data set and the number of samples of each split, as text. Default: all splits, by name."""
+    import json
+
+    from mvlm_dataloading.dataset.description import read_description
+    from mvlm_dataloading.dataset.remote_files import RemoteFolder, is_remote
+
+    written = json.loads(RemoteFolder(out).read("dataset.json")) if is_remote(out) else read_description(out)
+    return f"{out}: {counts({'splits': {split: written['splits'][split] for split in splits or written['splits']}})}"
 
 
 def counts(description: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ def plan(
     local_negatives: bool = False,
     parallel: str = "ddp",
     mfu: float = 0.4,
+    inter_node: float = 0.0,
     loader_rate: float = 0.0,
     evaluation: tuple[int, ...] = (),
 ) -> None:
@@ -35,11 +36,13 @@ def plan(
         local_negatives: Draw ITM's negatives within a rank's microbatch instead of the global batch.
         parallel: ddp or fsdp.
         mfu: Model FLOPs utilisation: share of the peak rate that a step reaches. `mvlm bench step` measures it.
+        inter_node: Measured rate from a GPU to other nodes, in GB/s each way. 0: that of the data sheet.
         loader_rate: Measured speed of one node's loader, in pairs per second. 0: not measured.
         evaluation: Images, captions and candidates of an evaluation to plan too, for example 5000 25000 256.
     """
     from mvlm.config.model import MaskVLMConfig
-    from mvlm.costs.cluster_plan import NODES, ClusterSetting, format_plan, parse_count, parse_gpus
+    from mvlm.costs.cluster_plan import NODES, ClusterSetting, parse_count, parse_gpus
+    from mvlm.costs.plan_text import format_plan
     from mvlm.errors import ConfigError
 
     if gpu not in NODES or parallel not in ("ddp", "fsdp") or not 0 < mfu <= 1 or accumulate < 1 or batch_size < 0:
@@ -59,9 +62,13 @@ def plan(
         local_negatives=local_negatives,
         sharded=parallel == "fsdp",
         mfu=mfu,
+        inter_node=inter_node * 1e9,
     )
-    if not 0 < epochs < math.inf or not 0 <= loader_rate < math.inf:
-        raise ConfigError(f"plan: wanted --epochs above 0 and --loader-rate at least 0, got {epochs} and {loader_rate}")
+    if not 0 < epochs < math.inf or not 0 <= loader_rate < math.inf or not 0 <= inter_node < math.inf:
+        raise ConfigError(
+            f"plan: wanted --epochs above 0, --loader-rate and --inter-node at least 0, got {epochs}, {loader_rate} "
+            f"and {inter_node}"
+        )
     if evaluation and (len(evaluation) != 3 or min(evaluation) < 1):
         raise ConfigError(f"evaluation: wanted images, captions and candidates, as in 5000 25000 256, got {evaluation}")
     print(format_plan(setting, parse_count(data), epochs, loader_rate))

@@ -59,6 +59,12 @@ class MaskVLMConfig:
     but not the paper's method."""
     text_mask_ratio: Annotated[float, FRACTION] = 0.3
     """Share of a caption's tokens to mask, special tokens aside; at least one is masked."""
+    partner_image_mask_ratio: Annotated[float, FRACTION] = 0.0
+    """Share of blocks that is also masked in the image from which masked captions are rebuilt; 0, the paper's method,
+    for none. The blocks are among those that `image_mask_ratio` masks; with that ratio they are the same."""
+    partner_text_mask_ratio: Annotated[float, FRACTION] = 0.0
+    """Share of tokens that is also masked in the caption from which masked images are rebuilt; 0, the paper's method,
+    for none. The tokens are among those that `text_mask_ratio` masks; with that ratio they are the same."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Mean of each channel, for pixels in 0..1. Pixels are normalised as (x - mean) / std."""
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -90,8 +96,38 @@ class MaskVLMConfig:
             raise ConfigError(
                 f"image_mask_ratio must hide 1 to {blocks} of {blocks} blocks, got {self.image_mask_ratio}"
             )
+        self._check_partners(blocks)
         if min(self.image_std) <= 0:
             raise ConfigError(f"image_std must be above 0, got {self.image_std}")
+
+    def _check_partners(self, blocks: int) -> None:
+        if not 0 <= self.partner_image_mask_ratio <= self.image_mask_ratio:
+            raise ConfigError(
+                f"partner_image_mask_ratio must be at most image_mask_ratio = {self.image_mask_ratio}, "
+                f"got {self.partner_image_mask_ratio}"
+            )
+        if not 0 <= self.partner_text_mask_ratio <= self.text_mask_ratio:
+            raise ConfigError(
+                f"partner_text_mask_ratio must be at most text_mask_ratio = {self.text_mask_ratio}, "
+                f"got {self.partner_text_mask_ratio}"
+            )
+        if self.partner_image_mask_ratio and not round(self.partner_image_mask_ratio * blocks):
+            raise ConfigError(
+                f"partner_image_mask_ratio must mask at least one of {blocks} blocks, or be 0, "
+                f"got {self.partner_image_mask_ratio}"
+            )
+        if self.drop_masked and self.partner_image == "lightly masked":
+            raise ConfigError("partner_image_mask_ratio must be 0 or image_mask_ratio with drop_masked")
+
+    @property
+    def partner_image(self) -> Literal["unmasked", "masked", "lightly masked"]:
+        """The image from which masked captions are rebuilt."""
+        return _partner(self.partner_image_mask_ratio, self.image_mask_ratio)
+
+    @property
+    def partner_text(self) -> Literal["unmasked", "masked", "lightly masked"]:
+        """The caption from which masked images are rebuilt."""
+        return _partner(self.partner_text_mask_ratio, self.text_mask_ratio)
 
     @property
     def num_patches(self) -> int:
@@ -136,3 +172,9 @@ class MaskVLMConfig:
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values for JSON."""
         return asdict(self)
+
+
+def _partner(ratio: float, full: float) -> Literal["unmasked", "masked", "lightly masked"]:
+    if not ratio:
+        return "unmasked"
+    return "masked" if ratio == full else "lightly masked"

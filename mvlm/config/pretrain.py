@@ -63,6 +63,22 @@ class DataSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObjectiveSettings:
+    """Weights of the losses. A resumed run keeps these."""
+
+    resume_may_change: ClassVar[bool] = False
+
+    mlm_weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of masked language modelling in the loss. 0 leaves the objective out, as for the next three."""
+    mim_weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of masked image modelling."""
+    itc_weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of the image-text contrastive loss."""
+    itm_weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of the image-text matching loss. Its negatives are drawn by ITC's similarity, so it needs ITC."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ScheduleSettings:
     """Length of the run, in optimizer steps, and learning rate schedule. A resumed run keeps these."""
 
@@ -222,6 +238,7 @@ class PretrainConfig(  # a dataclass takes fields from its bases from last to fi
     WeightSettings,
     OptimizerSettings,
     ScheduleSettings,
+    ObjectiveSettings,
     DataSettings,
     RunSettings,
 ):
@@ -242,6 +259,13 @@ class PretrainConfig(  # a dataclass takes fields from its bases from last to fi
                 f"cuda_graphs: wanted --plan fast, --accumulate 1 and no --compile, got --plan {self.plan}, "
                 f"--accumulate {self.accumulate}{', --compile' * self.compile}; change them or leave --cuda-graphs out"
             )
+        weights = (self.mlm_weight, self.mim_weight, self.itc_weight, self.itm_weight)
+        if not any(weights) or (self.itm_weight and not self.itc_weight):
+            raise ConfigError(
+                f"weights: wanted at least one objective, and ITC with ITM, got mlm, mim, itc, itm = {weights}"
+            )
+        if self.reconstruction_first and not (self.mlm_weight or self.mim_weight):
+            raise ConfigError(f"reconstruction_first: wanted 0 without MLM and MIM, got {self.reconstruction_first}")
         if not -(2**63) <= self.seed < 2**64:  # what torch's generators take
             raise ConfigError(f"seed must be in [-2^63, 2^64), got {self.seed}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:

@@ -1,17 +1,20 @@
 """Cluster plan: memory, time and traffic of a pretraining step on many GPUs.
 
-FLOPs and bytes are counted from the code (`mvlm.costs.step_cost`). Rates are those of data sheets and of the settings.
-The plan prints its assumptions with its figures. No GPU has timed this.
+FLOPs and memory are counted (`mvlm.costs.step_cost`) and collectives recorded (`mvlm.costs.recorded_step`) while the
+real step runs on fake tensors. Rates are those of data sheets and of the settings. No GPU has timed this.
 
-Shape legend: W GPUs, n pairs of a GPU, N patches, L tokens a caption may have, C width, E contrastive width.
+Shape legend: W GPUs, n pairs of a GPU.
 """
 
 import re
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import NamedTuple
 
 from mvlm.config.model import MaskVLMConfig
+from mvlm.costs.recorded_step import RecordedStep, logit_work, record_step
 from mvlm.costs.step_cost import StepCost, StepShape, step_cost
-from mvlm.distributed.contrastive import MAX_LOGITS
+from mvlm.costs.timeline import Links, StepTimes, rescaled, step_times
 from mvlm.errors import ConfigError
 from mvlm_kernels.hardware import GPUS
 
@@ -28,14 +31,24 @@ class Node:
     """Bytes per second, each way, from a GPU to the other GPUs of its node."""
     inter_node: float
     """Bytes per second, each way, from a GPU to other nodes."""
+    fp32: float
+    """FLOPs per second in fp32 without tensor cores, in which ITC's logits are computed."""
     source: str
 
 
 NODES = {
-    "A100": Node(80e9, 300e9, 25e9, "DGX A100 data sheet: 600 GB/s NVLink both ways, a 200 Gb/s adapter per GPU"),
-    "H100": Node(80e9, 450e9, 50e9, "DGX H100 data sheet: 900 GB/s NVLink both ways, a 400 Gb/s adapter per GPU"),
-    "H200": Node(141e9, 450e9, 50e9, "DGX H200 data sheet: 900 GB/s NVLink both ways, a 400 Gb/s adapter per GPU"),
-    "B200": Node(180e9, 900e9, 50e9, "DGX B200 data sheet: 1.8 TB/s NVLink both ways, a 400 Gb/s adapter per GPU"),
+    "A100": Node(
+        80e9, 300e9, 25e9, 19.5e12, "DGX A100 data sheet: 600 GB/s NVLink both ways, a 200 Gb/s adapter per GPU"
+    ),
+    "H100": Node(
+        80e9, 450e9, 50e9, 67e12, "DGX H100 data sheet: 900 GB/s NVLink both ways, a 400 Gb/s adapter per GPU"
+    ),
+    "H200": Node(
+        141e9, 450e9, 50e9, 67e12, "DGX H200 data sheet: 900 GB/s NVLink both ways, a 400 Gb/s adapter per GPU"
+    ),
+    "B200": Node(
+        180e9, 900e9, 50e9, 75e12, "DGX B200 data sheet: 1.8 TB/s NVLink both ways, a 400 Gb/s adapter per GPU"
+    ),
 }
 
 
@@ -57,10 +70,24 @@ class ClusterSetting:
     mfu: float = 0.4
     """Model FLOPs utilization during forward and backward, in (0, 1]."""
 
+    inter_node: float = 0.0
+    """Bytes per second, each way, from a GPU to other nodes; 0: those of the node's data sheet."""
+
     @property
     def ranks(self) -> int:
         """W, number of GPUs."""
         return self.per_node * self.nodes
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a microbatch."""
+        return self.batch_size // (self.ranks * self.accumulate)
+
+    @property
+    def links(self) -> Links:
+        """Links of the cluster."""
+        node = NODES[self.gpu]
+        return Links(self.per_node, self.nodes, node.intra_node, self.inter_node or node.inter_node)
 
 
 MOST_GPUS = 1_000_000
@@ -93,14 +120,24 @@ def rank_step_cost(setting: ClusterSetting) -> StepCost:
             f"batch_size: wanted a multiple of {setting.ranks} GPUs x {setting.accumulate} microbatches = {parts}, "
             f"got {setting.batch_size}"
         )
-    shape = StepShape(
-        pairs=setting.batch_size // parts,
-        ranks=setting.ranks,
+    return step_cost(setting.model, _shape(setting, setting.ranks))
+
+
+def _shape(setting: ClusterSetting, ranks: int) -> StepShape:
+    return StepShape(
+        pairs=setting.pairs,
+        ranks=ranks,
         microbatches=setting.accumulate,
         checkpointed=setting.checkpointed,
         local_negatives=setting.local_negatives,
     )
-    return step_cost(setting.model, shape)
+
+
+def rank_step_record(setting: ClusterSetting) -> RecordedStep:
+    """Record the collectives of one rank's step, on at least two nodes so that every collective occurs."""
+    nodes = max(2, setting.nodes)
+    shape = _shape(setting, setting.per_node * nodes)
+    return record_step(setting.model, shape, "fsdp" if setting.sharded else "ddp", nodes)
 
 
 def gpu_memory(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
@@ -119,114 +156,96 @@ def gpu_memory(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
     return rows
 
 
-def exchange_bytes(setting: ClusterSetting) -> dict[str, float]:
-    """Bytes that one GPU receives in forward for ITC (embeddings) and ITM (features). Backward sends as many back."""
-    if setting.ranks == 1:
-        return {"embeddings": 0.0, "features": 0.0}
-    config, others = setting.model, setting.batch_size * (1 - 1 / setting.ranks)
-    rows = 1 + config.num_patches + config.text_length
-    features = 0.0 if setting.local_negatives else 4.0 * others * rows * config.width
-    return {"embeddings": 2 * 4.0 * others * config.itc_width, "features": features}
+class PlannedStep(NamedTuple):
+    """Seconds of a step."""
+
+    forward: float
+    backward: float
+    logits: float
+    """ITC's logits and the draws from them, which grow with the global batch."""
+    times: StepTimes
+    """The step without its logits, whose work is not overlapped with anything here."""
+
+    @property
+    def step(self) -> float:
+        """All of it."""
+        return self.times.step + self.logits
+
+    @property
+    def computing(self) -> float:
+        """Part of the step, 0 to 1, that is forward and backward: neither waiting nor ITC's logits."""
+        return (self.forward + self.backward) / self.step
 
 
-def step_seconds(setting: ClusterSetting, cost: StepCost) -> dict[str, float]:
-    """Seconds of one step by activity, and their sum, `step`.
+def planned_step(setting: ClusterSetting, cost: StepCost, record: RecordedStep, batch: float = 1.0) -> PlannedStep:
+    """Seconds of one step. `cost` and `record` may be of another number of GPUs.
 
-    Communication of gradients (and of FSDP2's parameters) overlaps with backward; only the rest counts. Communication
-    of embeddings and features precedes ITC and ITM, and overlaps with nothing. A broadcast enters a node through all of
-    its adapters.
+    batch: pairs of a GPU, as a multiple of those of `cost` and `record`.
     """
-    node, rate = NODES[setting.gpu], GPUS[setting.gpu].flops * setting.mfu
-    forward, backward = cost.forward / rate, cost.backward / rate
-    entering = node.intra_node if setting.nodes == 1 else min(node.intra_node, setting.per_node * node.inter_node)
-    moved = 4.0 * cost.parameters
-    passes = (
-        3 * setting.accumulate if setting.sharded else 2
-    )  # gather twice and scatter, each microbatch; or all-reduce
-    inside = passes * moved * (1 - 1 / setting.per_node) / node.intra_node
-    outside = 2 * moved * (1 - 1 / setting.nodes) / (setting.per_node * node.inter_node)
-    shown = max(0.0, inside + outside - backward)
-    exchanged = 2 * sum(exchange_bytes(setting).values()) / entering
-    rows = {"forward": forward, "backward": backward, "gradients, not overlapped": shown}
-    rows["embeddings and features"] = exchanged
-    return rows | {"step": sum(rows.values())}
+    gpu = GPUS[setting.gpu]
+    forward, backward = (batch * flops / (gpu.flops * setting.mfu) for flops in (cost.forward, cost.backward))
+    scaled = rescaled(record, setting.ranks, setting.per_node, setting.pairs, batch)
+    times = step_times(scaled, setting.links, forward + backward)
+    pairs = max(1, round(setting.pairs * setting.accumulate * batch))
+    work = _logit_work(setting.model, pairs, setting.ranks)
+    logits = work.flops / NODES[setting.gpu].fp32 + work.moved / gpu.bandwidth
+    return PlannedStep(forward, backward, logits, times)
 
 
-def scaling(setting: ClusterSetting, cost: StepCost) -> list[tuple[int, int, float, float]]:
-    """Weak scaling over doubling numbers of nodes: the pairs of a GPU stay constant, so the global batch grows.
+_logit_work = cache(logit_work)
 
-    Each row has GPUs, global batch, seconds per step, and the fraction of the time that is computation.
-    """
+
+def wider(setting: ClusterSetting, nodes: int) -> ClusterSetting:
+    """The setting on another number of nodes, with as many pairs on each GPU."""
+    each = setting.batch_size // setting.ranks
+    return replace(setting, nodes=nodes, batch_size=each * setting.per_node * nodes)
+
+
+def scaling(
+    setting: ClusterSetting, cost: StepCost, record: RecordedStep, most: int = 4096
+) -> list[tuple[ClusterSetting, PlannedStep]]:
+    """Weak scaling over doubling numbers of nodes, to `most` GPUs: the pairs of a GPU stay constant."""
     rows, nodes = [], 1
-    while setting.per_node * nodes <= 1024:
-        wider = replace(setting, nodes=nodes, batch_size=setting.batch_size // setting.ranks * setting.per_node * nodes)
-        times = step_seconds(wider, cost)
-        rows.append(
-            (wider.ranks, wider.batch_size, times["step"], (times["forward"] + times["backward"]) / times["step"])
-        )
+    while setting.per_node * nodes <= most:
+        row = wider(setting, nodes)
+        rows.append((row, planned_step(row, cost, record)))
         nodes *= 2
     return rows
 
 
-def format_plan(setting: ClusterSetting, pairs: int, epochs: float, loader_rate: float = 0.0) -> str:
-    """Format the plan as text.
-
-    Args:
-        pairs: pairs of the data set.
-        epochs: passes over it.
-        loader_rate: measured pairs per second of one node's loader; 0 for not measured.
-    """
-    cost = rank_step_cost(setting)
-    node, gpu = NODES[setting.gpu], GPUS[setting.gpu]
-    parts, times, carried = gpu_memory(setting, cost), step_seconds(setting, cost), exchange_bytes(setting)
-    total, step = sum(parts.values()), times["step"]
-    steps = pairs * epochs / setting.batch_size
-    per_second = setting.batch_size / step
-    own = setting.batch_size // setting.ranks
-    lines = [
-        f"{setting.ranks} x {setting.gpu} ({setting.nodes} nodes of {setting.per_node}), "
-        f"{setting.batch_size:,} pairs per step: {own} per GPU in microbatches of {own // setting.accumulate}, "
-        + ("FSDP2" if setting.sharded else "DDP"),
-        f"{cost.parameters / 1e6:.1f} M parameters; {(cost.forward + cost.backward) / own / GB:.1f} GFLOP per pair",
-        "",
-        "Memory per GPU, GB",
-        *(f"  {name:<34}{size / GB:10.2f}" for name, size in parts.items()),
-        f"  {'all':<34}{total / GB:10.2f}   of {node.memory / GB:.0f}"
-        + ("" if total < 0.9 * node.memory else "   DOES NOT FIT: more microbatches or checkpointed activations"),
-        f"  of the activations, logits at most {4 * MAX_LOGITS / GB:.2f}, embeddings of all "
-        f"{2 * 4 * setting.batch_size * setting.model.itc_width / GB:.2f}",
-        "",
-        "A step, milliseconds",
-        *(f"  {name:<34}{1e3 * time:10.1f}" for name, time in times.items()),
-        f"  received per GPU in forward, GB: embeddings {carried['embeddings'] / GB:.2f}, features "
-        f"{carried['features'] / GB:.2f}; backward returns as many",
-        "",
-        f"{per_second:,.0f} pairs/s; {steps:,.0f} steps, {steps * step / 3600:,.1f} hours",
-        f"The loader of each node has to deliver {per_second / setting.nodes:,.0f} pairs/s"
-        + (f"; measured {loader_rate:,.0f}" + (": it is the limit" if loader_rate < per_second / setting.nodes else "")
-           if loader_rate else ""),
-        "",
-        "More nodes, same pairs per GPU",
-        *(f"  {gpus:6,} GPUs {batch:10,} pairs {1e3 * time:8.0f} ms, {100 * share:3.0f} % computing"
-          for gpus, batch, time, share in scaling(setting, cost)),
-        scaling_limit(setting, cost),
-        "",
-        "Assumed",
-        f"  {setting.mfu:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s in bf16 ({gpu.source})",
-        f"  {node.intra_node / GB:.0f} GB/s to GPUs of a node, {node.inter_node / GB:.0f} GB/s to other nodes, "
-        "each way",
-        f"  ({node.source})",
-        "  operations and activations counted, not measured, for the fast implementation, with captions of 12 tokens",
-        "  (at most 30) and the dtypes of CUDA's autocast",
-        "  not counted in memory: allocator overhead, CUDA context, NCCL buffers, kernel workspace",
-        "  not counted in time: optimizer step, loader, evaluation, checkpoints",
-    ]  # fmt: skip
-    return "\n".join(lines)
+ENOUGH = 0.9
+"""Part of a step that is to be computing."""
 
 
-def scaling_limit(setting: ClusterSetting, cost: StepCost) -> str:
-    """Number of GPUs from which a step spends more time on communication than on computation, as a line of text."""
-    for gpus, _, _, share in scaling(setting, cost):
-        if share < 0.5:
-            return f"  From {gpus:,} GPUs on, communication takes more than half of a step"
-    return "  Computation takes at least half of a step at all sizes above"
+class Limits(NamedTuple):
+    """Changes that take a step below `ENOUGH`, each alone. None: no such change, or the step is below already."""
+
+    inter_node: float | None
+    """Bytes per second between nodes."""
+    straggler: float | None
+    """How much slower one GPU is, as a part of the step: all wait for it."""
+    pairs: int | None
+    """Pairs of a GPU, a power of two times those of the plan."""
+    gpus: int | None
+    """Number of GPUs, with the same pairs on each."""
+
+
+def limits(setting: ClusterSetting, cost: StepCost, record: RecordedStep) -> Limits:
+    """Find the changes that take the planned step below `ENOUGH`; numbers of GPUs up to those of `scaling`."""
+
+    def computing(changed: ClusterSetting, batch: float = 1.0) -> float:
+        return planned_step(changed, cost, record, batch).computing
+
+    gpus = next((row.ranks for row, step in scaling(setting, cost, record) if step.computing < ENOUGH), None)
+    now = computing(setting)
+    if now < ENOUGH:
+        return Limits(None, None, None, gpus)
+    rate = setting.links.inter_node
+    rates = [rate * 0.9**k for k in range(60)] if setting.nodes > 1 else []
+    batches = [0.5**k for k in range(1, 12) if setting.pairs * 0.5**k >= 1]
+    return Limits(
+        next((slow for slow in rates if computing(replace(setting, inter_node=slow)) < ENOUGH), None),
+        now / ENOUGH - 1,
+        next((round(setting.pairs * part) for part in batches if computing(setting, part) < ENOUGH), None),
+        gpus,
+    )

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.flops import FORMULAS
 from mvlm.costs.step_cost import give_fake_tensors
-from mvlm.model.fast import encode_unmasked_images, encode_unmasked_texts
+from mvlm.model.fast import encode_patches, encode_tokens, project_patches
 from mvlm.model.fast_inference import encode_masked, match_pairs, reconstruct
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import PackedText, Packing, round_up_length
@@ -97,8 +97,8 @@ def evaluation_cost(config: MaskVLMConfig, shape: EvaluationShape) -> Evaluation
             return counter.flops
 
         rows, tokens = SAMPLES * shape.tokens, (batch.tokens, batch.cu_seqlens, batch.max_length)
-        image = count(rows, lambda: model.embed_image(encode_unmasked_images(model, batch.images)))
-        caption = count(rows, lambda: model.embed_text(encode_unmasked_texts(model, *tokens).first()))
+        image = count(rows, lambda: model.embed_image(encode_patches(model, project_patches(model, batch.images))))
+        caption = count(rows, lambda: model.embed_text(encode_tokens(model, *tokens).first()))
         # All pairs of an image lie together. A batch has one image and as many captions, or a few more images.
         images = max(1, PAIRS * shape.images // max(1, shape.pairs))
         v, w = torch.empty(images, 1 + config.num_patches, config.width), _captions(config, PAIRS, shape.tokens)

@@ -4,6 +4,7 @@ import torch
 
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.distributed.world import World
+from mvlm.objectives.losses import loss_weights
 from mvlm_kernels.hardware import peak_rates
 
 
@@ -36,15 +37,16 @@ class ModelFlopsUtilization:
         if self._peak is None:
             return None
         if self._flops is None:
-            self._flops = self.flops_per_pair(tokens)
+            self._flops = flops_per_pair(self._config, tokens, self._world.size)
         return self._flops * pairs_per_s / (self._peak * self._world.size)
 
-    def flops_per_pair(self, tokens: float) -> float:
-        """Count the FLOPs of a pair, forward and backward, for captions with a mean number of tokens."""
-        from mvlm.costs.step_cost import StepShape, step_cost  # slow to import, and only needed if the peak is known
 
-        pairs = self._config.batch_size // (self._world.size * self._config.accumulate)
-        # gpu=False leaves out the padding rows that a GPU computes for captions: MFU counts useful FLOPs only.
-        shape = StepShape(pairs=pairs, tokens=max(3, round(tokens)), longest=self._config.model.text_length, gpu=False)
-        found = step_cost(self._config.model, shape)
-        return (found.forward + found.backward) / pairs
+def flops_per_pair(config: PretrainConfig, tokens: float, ranks: int = 1) -> float:
+    """Count the FLOPs of a pair, forward and backward, for captions with a mean number of tokens."""
+    from mvlm.costs.step_cost import StepShape, step_cost  # slow to import, and only needed if the peak is known
+
+    pairs = config.batch_size // (ranks * config.accumulate)
+    # gpu=False leaves out the padding rows that a GPU computes for captions: useful FLOPs only.
+    shape = StepShape(pairs=pairs, tokens=max(3, round(tokens)), longest=config.model.text_length, gpu=False)
+    found = step_cost(config.model, shape, loss_weights(config))
+    return (found.forward + found.backward) / pairs

@@ -8,7 +8,7 @@ separate formula.
 import contextlib
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -27,12 +27,17 @@ from torch.utils.flop_counter import flop_registry
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.flops import FORMULAS
+from mvlm.distributed.collectives import GlobalBatchLayout, HostNumbers
+from mvlm.distributed.exchange_plan import plan_exchange
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.loss_shares import Microbatch
 from mvlm.distributed.parallel import BLOCKS, checkpoint_activations, parallelize
 from mvlm.distributed.world import World
+from mvlm.model.implementation import ALL
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import round_up_length
+from mvlm.objectives.losses import LossWeights
+from mvlm.objectives.negatives import NegativeSampling
 from mvlm_dataloading import Batch, Masks
 
 CPU = torch.device("cpu")
@@ -150,24 +155,25 @@ class GpuLayerNorm(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def step_cost(config: MaskVLMConfig, shape: StepShape) -> StepCost:
+def step_cost(config: MaskVLMConfig, shape: StepShape, weights: LossWeights = ALL) -> StepCost:
     """Count one step of rank 0. It takes seconds. RuntimeError inside a process group, because it makes a fake one."""
     with torch.device("meta"):
         model = MaskVLM(config)
     model.set_attention("sdpa", "sdpa")  # like the backends of a GPU, it keeps no scores for backward
     if shape.checkpointed:
         checkpoint_activations(model)
-    with _world(shape.ranks) as world, FakeTensorMode():
+    numbers = uniform_draws(shape)
+    with _world(shape.ranks) as world, patch.object(HostNumbers, "read", lambda _: numbers), FakeTensorMode():
         give_fake_tensors(model)
-        micro = [_microbatch(config, shape) for _ in range(shape.microbatches)]
+        micro = [fake_microbatch(config, shape) for _ in range(shape.microbatches)]
         layer_norm = GpuLayerNorm() if shape.gpu else contextlib.nullcontext()
-        with MemoryTracker(_drawn_tokens(config, shape)) as tracker, layer_norm:
+        with MemoryTracker(drawn_tokens(config, shape)) as tracker, layer_norm:
             tracker.ignore([*model.parameters(), *model.buffers()])
             tracker.track_blocks(model)
             with _count_backward(tracker) as backward_flops:
                 if world.size == len(micro) == 1:
-                    with _autocast(shape):
-                        losses = model(*micro[0], plan="fast")
+                    with autocast_of(shape):
+                        losses = model(*micro[0], weights=weights, plan="fast")
                     losses.total.backward()
                 else:
                     backward_global(
@@ -178,7 +184,7 @@ def step_cost(config: MaskVLMConfig, shape: StepShape) -> StepCost:
                         step=0,
                         plan="fast",
                         local_negatives=shape.local_negatives,
-                        autocast=lambda: _autocast(shape),
+                        autocast=lambda: autocast_of(shape),
                     )
         total, backward = tracker.flops, sum(backward_flops)
     parameters = sum(p.numel() for p in model.parameters())
@@ -186,7 +192,7 @@ def step_cost(config: MaskVLMConfig, shape: StepShape) -> StepCost:
     return StepCost(parameters, total - backward, backward, tracker.peak, parts)
 
 
-def _autocast(shape: StepShape) -> torch.autocast:
+def autocast_of(shape: StepShape) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=shape.bf16)
 
 
@@ -216,13 +222,28 @@ def _world(ranks: int) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _drawn_tokens(config: MaskVLMConfig, shape: StepShape) -> int:
+def uniform_draws(shape: StepShape) -> list[list[int]]:
+    """Numbers of rows that rank 0 exchanges in each microbatch, if each image and each caption is drawn once.
+
+    That is the mean of draws in which all are equally likely, without its scatter.
+    """
+    layout = GlobalBatchLayout(0, shape.ranks, shape.microbatches, shape.pairs)
+    generator = torch.Generator().manual_seed(0)
+    texts, images = (torch.randperm(layout.total, generator=generator) for _ in range(2))
+    negatives = NegativeSampling(texts, texts, 0, 0).limited(texts, images)
+    lengths = torch.full_like(texts, shape.tokens)
+    starts = shape.tokens * torch.arange(shape.microbatches * shape.pairs)
+    plans = [plan_exchange(negatives, lengths, starts, a, layout) for a in range(shape.microbatches)]
+    return [plan.numbers.tolist() for plan in plans]
+
+
+def drawn_tokens(config: MaskVLMConfig, shape: StepShape) -> int:
     """Rows for the captions of ITM's pairs: on a CPU their tokens, on a GPU the most that they may have."""
     if not shape.gpu:
         return 3 * shape.pairs * shape.tokens
-    # Fetched captions may come from any batch, so only the model's text length bounds them.
-    alone = shape.microbatches == 1 and (shape.ranks == 1 or shape.local_negatives)
-    return 3 * shape.pairs * round_up_length(shape.longest if alone else config.text_length)
+    # The host knows the rows of captions that arrive from other ranks, and of others only the longest.
+    alone = shape.microbatches == shape.ranks == 1 or shape.local_negatives
+    return shape.pairs * (2 * shape.tokens + (round_up_length(shape.longest) if alone else shape.tokens))
 
 
 def give_fake_tensors(module: nn.Module) -> None:
@@ -234,7 +255,7 @@ def give_fake_tensors(module: nn.Module) -> None:
             setattr(owner, name, torch.empty(value.shape, dtype=value.dtype))
 
 
-def _microbatch(config: MaskVLMConfig, shape: StepShape) -> Microbatch:
+def fake_microbatch(config: MaskVLMConfig, shape: StepShape) -> Microbatch:
     """Microbatch of fake tensors, with as many masked patches and tokens as the configuration says."""
     pairs, side = shape.pairs, config.image_size
     blocks = (side // config.mask_block) ** 2
@@ -253,4 +274,11 @@ def _microbatch(config: MaskVLMConfig, shape: StepShape) -> Microbatch:
         text_id=ids(pairs),
         sample_id=ids(pairs),
     )
-    return batch, Masks(patch_ids=ids(pairs, patches), token_ids=ids(pairs * masked))
+    masks = Masks(patch_ids=ids(pairs, patches), token_ids=ids(pairs * masked))
+    if config.partner_image == "lightly masked":
+        fewer = round(config.partner_image_mask_ratio * blocks) * (config.mask_block // config.patch_size) ** 2
+        masks = replace(masks, partner_patch_ids=ids(pairs, fewer))
+    if config.partner_text == "lightly masked":
+        fewer = max(1, round(config.partner_text_mask_ratio * (shape.tokens - 2)))
+        masks = replace(masks, partner_token_ids=ids(pairs * fewer))
+    return batch, masks

@@ -7,37 +7,61 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mvlm.distributed.collectives import GlobalBatchLayout, gather_rows_with_gradient
+from mvlm.device import compute_dtype
+from mvlm.distributed.collectives import Gather, GlobalBatchLayout, InFlight, start_gather
 from mvlm.objectives.losses import contrastive_logits, contrastive_sums
 from mvlm.objectives.negatives import Negatives, NegativeSampling
 
-MAX_LOGITS = 1 << 22
-"""Most elements of the logit matrix in memory at a time: 16 MiB in fp32, for any number of ranks."""
+MAX_LOGITS = 1 << 24
+"""Most elements of the logit matrix in memory at a time: 64 MiB in fp32, for any number of ranks. Every further block
+reads the embeddings of all pairs again."""
+
+
+class Embeddings:
+    """This rank's embeddings of unit length, image and text (n, E) each, and those of all ranks on their way here.
+
+    They are gathered in one collective, in the dtype in which the step computes.
+    """
+
+    def __init__(self, image: Tensor, text: Tensor, layout: GlobalBatchLayout) -> None:
+        self.image, self.text = image, text
+        both = torch.cat([image, text], dim=1)  # (n, 2 E)
+        self._all = InFlight(both, Gather(both, layout, compute_dtype(both)))
+
+    def arrive(self) -> tuple[Tensor, Tensor]:
+        """Images and captions of all ranks, (G, E) each, with gradients."""
+        image, text = self._all.arrive().chunk(2, dim=1)
+        return image, text
 
 
 def sharded_contrastive_loss(
-    image: Tensor,
-    text: Tensor,
+    embeddings: Embeddings,
     log_scale: Tensor,
     sampling: NegativeSampling,
     layout: GlobalBatchLayout,
     elements: int = MAX_LOGITS,
-) -> tuple[Tensor, Tensor, Negatives]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute this rank's shares of ITC and of its accuracy, and draw negatives for its pairs.
 
-    image and text (n, E) are this rank's embeddings of unit length, in the order of its microbatches. The rank computes
-    the logits of its own images with all captions, and of its own captions with all images. The shares of all ranks add
-    up to `objectives.losses.contrastive_loss` of the global batch.
+    The rank computes the logits of its own images with all captions, and of its own captions with all images. The
+    shares of all ranks add up to `objectives.losses.contrastive_loss` of the global batch. The draws int64 (n, 2) are
+    the global indices of a caption for each image and of an image for each caption.
 
     Args:
         elements: most logits in memory at a time.
     """
-    all_images = gather_rows_with_gradient(image, layout)  # (G, E)
-    all_texts = gather_rows_with_gradient(text, layout)
-    image_loss, image_correct, *texts = _rows(image, all_texts, log_scale, sampling, layout, 0, elements)
-    text_loss, text_correct, *images = _rows(text, all_images, log_scale, sampling, layout, 1, elements)
+    image, text = embeddings.image, embeddings.text
+    all_images, all_texts = embeddings.arrive()
+    image_loss, image_correct, texts = _rows(image, all_texts, log_scale, sampling, layout, 0, elements)
+    text_loss, text_correct, images = _rows(text, all_images, log_scale, sampling, layout, 1, elements)
     loss, accuracy = (sums / (2 * layout.total) for sums in (image_loss + text_loss, image_correct + text_correct))
-    return loss, accuracy, Negatives(*texts, *images)
+    return loss, accuracy, torch.stack([texts, images], dim=1)
+
+
+def negatives_of_all(draws: Tensor, sampling: NegativeSampling, layout: GlobalBatchLayout) -> Negatives:
+    """Gather the draws int64 (n, 2) of every rank: negatives of all G pairs."""
+    texts, images = start_gather(draws.int(), layout).wait().long().unbind(1)
+    return sampling.limited(texts, images)
 
 
 def _rows(
@@ -48,11 +72,11 @@ def _rows(
     layout: GlobalBatchLayout,
     direction: int,
     elements: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """One direction of ITC: logits of own (n, E) with others (G, E).
 
-    Returns the summed cross-entropy, the number of rows nearest to their partner, and for each row a drawn column int64
-    (n,) and its weight (n,).
+    Returns the summed cross-entropy, the number of rows nearest to their partner, and a drawn column for each row,
+    int64 (n,).
     """
     indices = layout.own_indices(own.device)
     size = max(1, elements // len(others))
@@ -63,13 +87,13 @@ def _rows(
     parts = [
         checkpoint(_block, rows, of, others, log_scale, sampling, direction, use_reentrant=False) for rows, of in blocks
     ]
-    losses, correct, columns, weights = zip(*parts, strict=True)  # pyright: ignore[reportArgumentType]
-    return torch.stack(losses).sum(), torch.stack(correct).sum(), torch.cat(columns), torch.cat(weights)
+    losses, correct, columns = zip(*parts, strict=True)  # pyright: ignore[reportArgumentType]
+    return torch.stack(losses).sum(), torch.stack(correct).sum(), torch.cat(columns)
 
 
 def _block(
     own: Tensor, indices: Tensor, others: Tensor, log_scale: Tensor, sampling: NegativeSampling, direction: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`_rows` for one block of rows own (Q, E), whose global indices are int64 (Q,)."""
     logits = contrastive_logits(own, others, log_scale)  # (Q, G)
-    return *contrastive_sums(logits, indices), *sampling.draw(logits, indices, direction)
+    return *contrastive_sums(logits, indices), sampling.draw(logits, indices, direction)

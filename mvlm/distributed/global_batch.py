@@ -15,30 +15,28 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mvlm.distributed.collectives import GlobalBatchLayout, gather_rows
-from mvlm.distributed.contrastive import sharded_contrastive_loss
+from mvlm.distributed.collectives import GlobalBatchLayout, Pending, start_gather
+from mvlm.distributed.contrastive import Embeddings, negatives_of_all, sharded_contrastive_loss
 from mvlm.distributed.gradient_cache import backward_cached
 from mvlm.distributed.loss_shares import (
     OBJECTIVES,
     SHARE_NAMES,
     GlobalStep,
-    MatchingInputs,
     Microbatch,
-    append_negatives,
-    contrastive_parameters,
     count_masked_tokens,
-    fetch_negatives,
-    matching_shares,
-    pair_features,
-    reconstruction_shares,
+    feature_exchange,
+    global_matching_shares,
+    idle_parameters,
+    image_share,
+    language_shares,
+    local_matching_shares,
     scaled_total,
-    total_matching_weight,
 )
 from mvlm.distributed.parallel import Parallel
 from mvlm.distributed.world import World
+from mvlm.model.implementation import ALL
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
-from mvlm.objectives.losses import Losses
-from mvlm.objectives.negatives import NegativeSampling
+from mvlm.objectives.losses import Losses, LossWeights
 from mvlm_dataloading import Batch
 
 
@@ -50,6 +48,7 @@ def backward_global(
     seed: int,
     step: int | Tensor,
     plan: Literal["plain", "fast"] = "plain",
+    weights: LossWeights = ALL,
     reconstruction_only: bool = False,
     local_negatives: bool = False,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -60,6 +59,8 @@ def backward_global(
     r is pair (a W + r) b + i of the global batch: the loader's order.
 
     Args:
+        weights: weights of the losses in the total. An objective of weight 0 is zero and costs nothing.
+        reconstruction_only: weigh ITC and ITM with 0.
         local_negatives: draw ITM's negatives within a microbatch, not from the global batch. The losses then depend on
             the number of ranks and microbatches.
 
@@ -71,19 +72,21 @@ def backward_global(
         raise ValueError(f"microbatches: wanted at least one, all with as many pairs, got {sizes} pairs")
     layout = GlobalBatchLayout(world.rank, world.size, len(microbatches), sizes[0])
     # Every rank needs the ids of all pairs, to exclude true matches from the negatives, and the lengths of all
-    # captions, to pack the text features that it fetches, which arrive padded.
-    ids = torch.cat([_ids(batch) for batch, _ in microbatches])  # (n, 3)
-    image_id, text_id, lengths = gather_rows(ids, layout).unbind(1)
-    sampling = NegativeSampling(image_id, text_id, seed, step, block=layout.pairs if local_negatives else None)
+    # captions, to know the packing of those that it sends and receives.
+    ids = start_gather(torch.cat([_ids(batch) for batch, _ in microbatches]), layout)
     masked = torch.stack([count_masked_tokens(batch, masks) for batch, masks in microbatches]).sum()
-    shared = GlobalStep(layout, world, IMPLEMENTATIONS[plan], autocast, sampling, lengths, world.all_reduce(masked))
+    counted = Pending(world.start_all_reduce(masked), lambda: masked)
+    weights = weights.reconstructing() if reconstruction_only else weights
+    shared = GlobalStep(
+        layout, world, IMPLEMENTATIONS[plan], autocast, seed, step, local_negatives, ids, counted, weights
+    )
     run = _backward_one_graph if len(microbatches) == 1 else backward_cached
-    shares = world.all_reduce(run(parallel, microbatches, shared, not reconstruction_only))
-    if reconstruction_only:
-        # `scaled_total` gave these zero gradients, with which AdamW would still decay the weights. None skips them.
-        for parameter in contrastive_parameters(parallel.model):
-            parameter.grad = None
-    return Losses(**dict(zip(SHARE_NAMES, shares, strict=True)), total=shares[: len(OBJECTIVES)].sum())
+    shares = world.all_reduce(run(parallel, microbatches, shared))
+    # `scaled_total` gave these zero gradients, with which AdamW would still decay the weights. None skips them.
+    for parameter in idle_parameters(parallel.model, weights):
+        parameter.grad = None
+    total = weights.total(shares[: len(OBJECTIVES)].unbind())
+    return Losses(**dict(zip(SHARE_NAMES, shares, strict=True)), total=total)
 
 
 def _ids(batch: Batch) -> Tensor:
@@ -91,27 +94,35 @@ def _ids(batch: Batch) -> Tensor:
     return torch.stack([batch.image_id, batch.text_id, batch.cu_seqlens.diff().long()], dim=1)
 
 
-def _backward_one_graph(
-    parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep, contrastive: bool
-) -> Tensor:
+def _backward_one_graph(parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep) -> Tensor:
     """Forward and backward of a single microbatch. Returns the rank's shares (7,), in the order of SHARE_NAMES."""
 
     def forward(model: MaskVLM) -> tuple[Tensor, Tensor]:
         batch, masks = microbatches[0]
         with step.autocast():
-            streams = step.implementation.encode(model, batch, masks)
-            shares = reconstruction_shares(model, streams, batch, masks, step)
-            if contrastive:
-                embeddings = model.embed_image(streams.image), model.embed_text(streams.text.first())  # (b, E)
-                itc, accuracy, negatives = sharded_contrastive_loss(
-                    *embeddings, model.log_scale, step.sampling, step.layout
-                )
-                inputs = MatchingInputs(streams.image, streams.text, streams.caches)
-                if not step.local_negatives:  # features of other ranks come without key/value caches
-                    own = pair_features(streams.image, streams.text, model.config.text_length)
-                    inputs = append_negatives(own, fetch_negatives([own], negatives, step))
-                shares |= {"itc": itc, "itc_accuracy": accuracy}
-                shares |= matching_shares(model, inputs, negatives, total_matching_weight(negatives, step), step)
+            streams = step.implementation.encode(model, batch, masks, step.weights)
+            if not step.weights.contrasts:
+                shares = language_shares(model, streams, batch, masks, step)
+                return scaled_total(model, shares | image_share(model, streams, batch, masks, step), step)
+            # In forward and in backward, embeddings travel while MLM runs, and features of negatives while MIM runs.
+            image, text = streams.image, streams.text
+            embeddings = Embeddings(model.embed_image(image), model.embed_text(text.first()), step.layout)
+            shares = language_shares(model, streams, batch, masks, step)
+            shares["itc"], shares["itc_accuracy"], draws = sharded_contrastive_loss(
+                embeddings, model.log_scale, step.sampling, step.layout
+            )
+            if not step.weights.itm:
+                shares |= image_share(model, streams, batch, masks, step)
+            elif step.local_negatives:
+                negatives = negatives_of_all(draws, step.sampling, step.layout)
+                shares |= image_share(model, streams, batch, masks, step)
+                shares |= local_matching_shares(model, image, text, negatives, 0, step, streams.caches)
+            else:
+                exchange = feature_exchange(draws, image, [text], step)
+                exchange.join_graph()
+                shares |= image_share(model, streams, batch, masks, step)
+                exchange.start(0)
+                shares |= global_matching_shares(model, image, text, exchange.arrive(0), 0, step)
         return scaled_total(model, shares, step)
 
     total, shares = parallel(forward)

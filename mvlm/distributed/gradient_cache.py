@@ -12,59 +12,69 @@ computed twice:
 Shape legend: A microbatches, b pairs of a microbatch, n = A b pairs of a rank, E contrastive width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mvlm.distributed.contrastive import sharded_contrastive_loss
+from mvlm.distributed.contrastive import Embeddings, negatives_of_all, sharded_contrastive_loss
+from mvlm.distributed.exchange import Arrived, FeatureExchange
 from mvlm.distributed.loss_shares import (
     SHARE_NAMES,
     GlobalStep,
-    MatchingInputs,
     Microbatch,
-    PairFeatures,
-    append_negatives,
-    fetch_negatives,
-    matching_shares,
-    pair_features,
-    reconstruction_shares,
+    feature_exchange,
+    global_matching_shares,
+    image_share,
+    language_shares,
+    local_matching_shares,
     scaled_total,
-    total_matching_weight,
 )
 from mvlm.distributed.parallel import Parallel
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.model.packing import pack
+from mvlm.model.packing import PackedText
 from mvlm.objectives.negatives import Negatives
 from mvlm_dataloading import Batch, Masks
 
 
-def backward_cached(
-    parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep, contrastive: bool
-) -> Tensor:
+class Cached(NamedTuple):
+    """Features of one microbatch; their gradients gather in `.grad`."""
+
+    image: Tensor
+    """v (b, 1+N, C)."""
+    text: PackedText
+    """w."""
+
+
+def backward_cached(parallel: Parallel, microbatches: Sequence[Microbatch], step: GlobalStep) -> Tensor:
     """Forward and backward of several microbatches. Returns the rank's shares (7,), in the order of SHARE_NAMES.
 
-    Without `contrastive`, the step trains only MLM and MIM, in one pass.
+    Without ITC and ITM there is only the second pass.
     """
-    cached: list[PairFeatures] = []
-    shares = torch.zeros(len(SHARE_NAMES), device=step.masked_tokens.device)
+    contrastive, reconstructing = step.weights.contrasts, step.weights.reconstructing()
+    cached: list[Cached] = []
+    finish = _nothing
+    shares = torch.zeros(len(SHARE_NAMES), device=microbatches[0][0].images.device)
     if contrastive:
         for batch, _ in microbatches:
             cached.append(parallel(partial(_features_without_graph, batch=batch, step=step), last=False))
-        shares = _backward_to_features(parallel, cached, step)
+        shares, finish = _backward_to_features(parallel, cached, step)
     for number, (batch, masks) in enumerate(microbatches):
         # Defaults bind this microbatch. A plain closure would see the loop's variables as they are when it runs.
         def forward(model: MaskVLM, batch: Batch = batch, masks: Masks = masks, number: int = number):
             with step.autocast():
-                streams = step.implementation.encode(model, batch, masks)
-                reconstruction = reconstruction_shares(model, streams, batch, masks, step)
+                streams = step.implementation.encode(model, batch, masks, reconstructing)
+                reconstruction = language_shares(model, streams, batch, masks, step)
+                reconstruction |= image_share(model, streams, batch, masks, step)
             total, parts = scaled_total(model, reconstruction, step)
             if contrastive:
+                if number == 0:
+                    finish()
                 # `total` and the cached gradients both contain the factor W already (see `scaled_total`).
-                features = pair_features(streams.image, streams.text, model.config.text_length)
-                total = total + _product_with_gradient(features.image, cached[number].image)
-                total = total + _product_with_gradient(features.text, cached[number].text)
+                total = total + _product_with_gradient(streams.image, cached[number].image)
+                total = total + _product_with_gradient(streams.text.rows, cached[number].text.rows)
             return total, parts
 
         # DDP reduces gradients in the last backward pass; until then they accumulate on each rank.
@@ -74,63 +84,103 @@ def backward_cached(
     return shares
 
 
+def _nothing() -> None:
+    pass
+
+
 @torch.no_grad()
-def _features_without_graph(model: MaskVLM, batch: Batch, step: GlobalStep) -> PairFeatures:
+def _features_without_graph(model: MaskVLM, batch: Batch, step: GlobalStep) -> Cached:
     """Features of the unmasked images and captions of one microbatch."""
     with step.autocast():
-        image, text = step.implementation.encode_unmasked(model, batch)
-    return pair_features(image, text, model.config.text_length)
+        return Cached(*step.implementation.encode_unmasked(model, batch))
 
 
-def _backward_to_features(parallel: Parallel, cached: list[PairFeatures], step: GlobalStep) -> Tensor:
-    """Run the backward pass of ITC and ITM as far as the features. Returns the rank's shares (7,).
+def _backward_to_features(
+    parallel: Parallel, cached: list[Cached], step: GlobalStep
+) -> tuple[Tensor, Callable[[], None]]:
+    """Run the backward pass of ITC and ITM as far as the features.
 
-    The gradients of the features are in `.grad` of `cached`. Those of ITC's and ITM's own parameters accumulate as
-    usual.
+    Returns the rank's shares (7,), and a function to call before the gradients of the features are read, from `.grad`
+    of `cached`: it waits for the last part of them. Gradients of ITC's and ITM's own parameters accumulate as usual.
     """
     for own in cached:
         own.image.requires_grad_()
-        own.text.requires_grad_()
-    drawn: list[Negatives] = []
+        own.text.rows.requires_grad_()
+    drawn: list[Negatives | FeatureExchange] = []
 
     def itc(model: MaskVLM) -> tuple[Tensor, Tensor]:
         with step.autocast():
             image = torch.cat([model.embed_image(own.image) for own in cached])  # (n, E)
-            text = torch.cat([model.embed_text(own.text) for own in cached])
-            share, accuracy, negatives = sharded_contrastive_loss(
-                image, text, model.log_scale, step.sampling, step.layout
+            text = torch.cat([model.embed_text(own.text.first()) for own in cached])
+            share, accuracy, draws = sharded_contrastive_loss(
+                Embeddings(image, text, step.layout), model.log_scale, step.sampling, step.layout
             )
-        drawn.append(negatives)
+            if not step.weights.itm:
+                return scaled_total(model, {"itc": share, "itc_accuracy": accuracy}, step)
+            if step.local_negatives:
+                drawn.append(negatives_of_all(draws, step.sampling, step.layout))
+            else:
+                image = torch.cat([own.image.detach() for own in cached])  # (n, 1+N, C)
+                texts = [own.text._replace(rows=own.text.rows.detach()) for own in cached]
+                drawn.append(feature_exchange(draws, image, texts, step))
         return scaled_total(model, {"itc": share, "itc_accuracy": accuracy}, step)
 
     total, shares = parallel(itc, last=False)
     total.backward()
-    negatives, weight = drawn[0], total_matching_weight(drawn[0], step)
-    fetched = None if step.local_negatives else fetch_negatives(cached, negatives, step)
-    # Detached copies of the fetched rows: each microbatch's backward stops at them and frees its graph. One backward
-    # through `fetch_negatives` then serves all microbatches.
-    leaves = [] if fetched is None else [x.detach().requires_grad_(x.is_floating_point()) for x in fetched]
-    for number, own in enumerate(cached):
-        rows = slice(number * step.layout.pairs, (number + 1) * step.layout.pairs)
+    if not step.weights.itm:
+        return shares, _nothing
+    (found,), returned = drawn, 0
+    exchange = found if isinstance(found, FeatureExchange) else None
 
-        def itm(model: MaskVLM, own: PairFeatures = own, rows: slice = rows):
+    def add_returned() -> None:
+        """Add the gradients that the other ranks return for the negatives of the next microbatch."""
+        nonlocal returned
+        if exchange is not None:
+            image, text = exchange.finish_return(returned)
+            texts = text.split([own.text.packing.total for own in cached])
+            for own, image_part, text_part in zip(cached, image.split(step.layout.pairs), texts, strict=True):
+                _gradient(own.image).add_(image_part)
+                _gradient(own.text.rows).add_(text_part)
+            returned += 1
+
+    # The rows of each microbatch travel while ITM of the one before runs, those of the first during ITC's backward
+    # pass. Gradients return while ITM of the next one runs, those of the last during MLM and MIM.
+    if exchange is not None:
+        exchange.start(0)
+    for number, own in enumerate(cached):
+        arrived = None
+        if exchange is not None:
+            arrived = exchange.arrive(number)
+            # Leaves: backward stops here, and frees the graph of this microbatch.
+            arrived.image.requires_grad_()
+            arrived.text.rows.requires_grad_()
+            if number + 1 < len(cached):
+                exchange.start(number + 1)
+
+        def itm(model: MaskVLM, own: Cached = own, arrived: Arrived | None = arrived, number: int = number):
             with step.autocast():
-                if step.local_negatives:
-                    inputs = MatchingInputs(own.image, pack(own.text, own.lengths))
+                if isinstance(found, Negatives):
+                    shares = local_matching_shares(model, *own, found, number, step)
                 else:
-                    inputs = append_negatives(own, PairFeatures(*(x[rows] for x in leaves)))
-                shares = matching_shares(model, inputs, Negatives(*(x[rows] for x in negatives)), weight, step)
+                    assert arrived is not None
+                    shares = global_matching_shares(model, *own, arrived, number, step)
             return scaled_total(model, shares, step)
 
         total, part = parallel(itm, last=False)
         total.backward()
         shares = shares + part
-    if fetched is not None:  # return the gradients of fetched features to the ranks that own them
-        torch.autograd.backward([fetched.image, fetched.text], [leaf.grad for leaf in leaves[:2]])
-    return shares
+        if number > 0:
+            add_returned()
+        if exchange is not None and arrived is not None:
+            exchange.start_return(number, _gradient(arrived.image), _gradient(arrived.text.rows))
+    return shares, add_returned
 
 
 def _product_with_gradient(features: Tensor, cached: Tensor) -> Tensor:
     """Inner product, a scalar, of features with the gradient of their cached copy, which has the same shape."""
-    assert cached.grad is not None
-    return (features * cached.grad).sum()
+    return (features * _gradient(cached)).sum()
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    assert leaf.grad is not None
+    return leaf.grad

@@ -1,4 +1,4 @@
-"""Shares of the losses of a global batch, and the features from which ITC and ITM are computed.
+"""Shares of the losses of a global batch.
 
 Each rank computes a share of every loss from each of its microbatches. The shares of all ranks and microbatches add up
 to the loss that one rank would compute from the whole batch.
@@ -14,13 +14,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mvlm.distributed.collectives import GlobalBatchLayout, fetch_rows
+from mvlm.device import compute_dtype
+from mvlm.distributed.collectives import GlobalBatchLayout, Pending
+from mvlm.distributed.exchange import Arrived, FeatureExchange
 from mvlm.distributed.world import World
-from mvlm.model.implementation import Implementation, PairCaches, Streams
+from mvlm.model.implementation import Implementation, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
-from mvlm.model.packing import PackedText, pack
-from mvlm.objectives.losses import matching_loss
-from mvlm.objectives.negatives import Negatives, NegativeSampling, matching_pairs, matching_rows, matching_weights
+from mvlm.model.packing import PackedText, Packing
+from mvlm.objectives.losses import LossWeights, matching_loss
+from mvlm.objectives.negatives import (
+    MatchingPairs,
+    Negatives,
+    NegativeSampling,
+    matching_pairs,
+    matching_rows,
+    matching_weights,
+)
 from mvlm_dataloading import Batch, Masks
 
 Microbatch = tuple[Batch, Masks]
@@ -38,67 +47,50 @@ class GlobalStep(NamedTuple):
     world: World
     implementation: Implementation
     autocast: Callable[[], AbstractContextManager[object]]
-    sampling: NegativeSampling
-    """Sampling of ITM's negatives: within a microbatch if its `block` is set, else from the global batch."""
-    lengths: Tensor
-    """int64 (G,), number of tokens of each caption of the global batch."""
-    masked_tokens: Tensor
+    seed: int
+    """Seed of ITM's negatives."""
+    step: int | Tensor
+    """Number of the update; with the seed it determines the negatives."""
+    local_negatives: bool
+    """Draw negatives within a microbatch, not from the global batch."""
+    ids: Pending
+    """int64 (G, 3): image_id, text_id and number of tokens of each pair of the global batch."""
+    masked_tokens: Pending
     """Number of masked tokens of the global batch, a scalar on the device."""
+    weights: LossWeights
+    """Weights of the losses. An objective of weight 0 is not computed."""
 
     @property
-    def local_negatives(self) -> bool:
-        """True if negatives are drawn within a microbatch."""
-        return self.sampling.block is not None
+    def sampling(self) -> NegativeSampling:
+        """Sampling of ITM's negatives."""
+        image_id, text_id, _ = self.ids.wait().unbind(1)
+        block = self.layout.pairs if self.local_negatives else None
+        return NegativeSampling(image_id, text_id, self.seed, self.step, block)
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 (G,), number of tokens of each caption of the global batch."""
+        return self.ids.wait()[:, 2]
 
 
-class PairFeatures(NamedTuple):
-    """Features of the pairs of one microbatch, for ITC and ITM."""
-
-    image: Tensor
-    """v (b, 1+N, C)."""
-    text: Tensor
-    """w (b, L, C), zeros for padding."""
-    lengths: Tensor
-    """int64 (b,), number of tokens of each caption."""
-
-
-class MatchingInputs(NamedTuple):
-    """Image and text features of which ITM forms the pairs of one microbatch."""
-
-    image: Tensor
-    """(b, 1+N, C), or (2b, 1+N, C) with the drawn images after the microbatch's own."""
-    text: PackedText
-    """b captions, or 2b with the drawn captions after the microbatch's own."""
-    caches: PairCaches | None = None
-    """Key/value caches of both, if the implementation has made them."""
-
-
-def pair_features(image: Tensor, text: PackedText, length: int) -> PairFeatures:
-    """Features from v (b, 1+N, C) and w. Captions are padded to `length`, the model's text length.
-
-    One length for all ranks keeps the sizes of `fetch_rows` static.
-    """
-    padded, _ = PackedText(text.rows, text.packing.with_max_length(length)).padded()
-    return PairFeatures(image, padded, text.packing.lengths.long())
-
-
-def append_negatives(own: PairFeatures, drawn: PairFeatures) -> MatchingInputs:
-    """Concatenate a microbatch's own features (rows 0 to b - 1) and those of its drawn negatives (b to 2b - 1)."""
-    text = pack(torch.cat([own.text, drawn.text]), torch.cat([own.lengths, drawn.lengths]))
-    return MatchingInputs(torch.cat([own.image, drawn.image]), text)
-
-
-def fetch_negatives(own: list[PairFeatures], negatives: Negatives, step: GlobalStep) -> PairFeatures:
-    """Fetch the features (n, ...) of the drawn images and captions from the ranks that have them."""
-    image = fetch_rows([features.image for features in own], negatives.images, step.layout)
-    text = fetch_rows([features.text for features in own], negatives.texts, step.layout)
-    return PairFeatures(image, text, step.lengths.index_select(0, negatives.texts))
-
-
-def contrastive_parameters(model: MaskVLMNetwork) -> list[nn.Parameter]:
-    """Parameters that only ITC and ITM use."""
-    modules = (model.image_projection, model.text_projection, model.matching_head)
-    return [model.log_scale, *(p for module in modules for p in module.parameters())]
+def idle_parameters(model: MaskVLMNetwork, weights: LossWeights) -> list[nn.Parameter]:
+    """Parameters that no loss of some weight uses."""
+    matching = weights.itm > 0
+    users: list[tuple[nn.Module, bool]] = [
+        (model.image_projection, weights.contrasts),
+        (model.text_projection, weights.contrasts),
+        (model.matching_head, matching),
+        (model.text_cross, matching or weights.mlm > 0),
+        (model.language_head, weights.mlm > 0),
+        (model.image_cross, matching or weights.mim > 0),
+        (model.image_decoder, weights.mim > 0),
+        (model.pixel_head, weights.mim > 0),
+    ]
+    idle = [parameter for module, used in users if not used for parameter in module.parameters()]
+    idle += [] if weights.contrasts else [model.log_scale]
+    masked_images, _ = needs_masked(model.config, weights)
+    lightly = weights.mlm > 0 and model.config.partner_image == "lightly masked"
+    return idle if masked_images or lightly else [*idle, model.image_encoder.mask_token]
 
 
 def count_masked_tokens(batch: Batch, masks: Masks) -> Tensor:
@@ -106,56 +98,116 @@ def count_masked_tokens(batch: Batch, masks: Masks) -> Tensor:
     return (masks.token_ids < batch.cu_seqlens[-1]).sum()
 
 
-def reconstruction_shares(
-    model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks, step: GlobalStep
-) -> Shares:
-    """Shares of MLM, MIM and MLM's accuracy, from one microbatch."""
-    mlm, mim, accuracy = step.implementation.reconstruction_losses(model, streams, batch, masks)
+def language_shares(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks, step: GlobalStep) -> Shares:
+    """Shares of MLM and its accuracy, from one microbatch."""
+    if not step.weights.mlm:
+        return {}
+    mlm, accuracy = step.implementation.language_loss(model, streams, batch, masks)
     # MLM is a mean over masked tokens. Microbatches have different numbers of them, so the mean of their means would
-    # not be the loss of the global batch: each is weighted by its number. All have equally many masked patches.
-    mlm, accuracy = (x * count_masked_tokens(batch, masks) / step.masked_tokens for x in (mlm, accuracy))
-    return {"mlm": mlm, "mim": mim / (step.layout.ranks * step.layout.microbatches), "mlm_accuracy": accuracy}
+    # not be the loss of the global batch: each is weighted by its number.
+    number, total = count_masked_tokens(batch, masks), step.masked_tokens.wait()
+    return {"mlm": mlm * number / total, "mlm_accuracy": accuracy * number / total}
 
 
-def total_matching_weight(negatives: Negatives, step: GlobalStep) -> Tensor:
-    """Sum of the weights of ITM's pairs over the global batch, a scalar on the device.
+def image_share(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks, step: GlobalStep) -> Shares:
+    """Share of MIM, from one microbatch. All have equally many masked patches."""
+    if not step.weights.mim:
+        return {}
+    mim = step.implementation.image_loss(model, streams, batch, masks)
+    return {"mim": mim / (step.layout.ranks * step.layout.microbatches)}
 
-    It is known only after all ranks have drawn: a pair without an admissible negative has weight 0.
-    """
-    return step.world.all_reduce(matching_weights(negatives).sum())
 
-
-def matching_shares(
-    model: MaskVLMNetwork, inputs: MatchingInputs, negatives: Negatives, total: Tensor, step: GlobalStep
+def local_matching_shares(
+    model: MaskVLMNetwork,
+    image: Tensor,
+    text: PackedText,
+    negatives: Negatives,
+    microbatch: int,
+    step: GlobalStep,
+    caches: PairCaches | None = None,
 ) -> Shares:
-    """Shares of ITM and its accuracy, from one microbatch and the negatives (b,) drawn for it."""
-    pairs = step.layout.pairs
-    if step.local_negatives:  # global indices -> rows of the microbatch
-        rows = negatives._replace(texts=negatives.texts % pairs, images=negatives.images % pairs)
-        max_rows = matching_rows(inputs.text.packing.total, pairs * inputs.text.packing.max_length)
-    else:  # `append_negatives` put the negative of row i into row b + i
-        drawn = torch.arange(pairs, device=total.device) + pairs
-        rows = negatives._replace(texts=drawn, images=drawn)
-        max_rows = 2 * inputs.text.packing.total  # no caption is in more than two pairs
-    matching = matching_pairs(rows)
-    fused = step.implementation.fuse_pairs(
-        model, inputs.image, inputs.text, matching.images, matching.texts, inputs.caches, max_rows
+    """Shares of ITM and its accuracy, from one microbatch whose negatives come from itself.
+
+    image (b, 1+N, C) and text are its features, and `caches` their key/value caches, if the implementation has made
+    them. negatives: those of all G pairs.
+    """
+    own, pairs = _own_negatives(negatives, microbatch, step.layout), step.layout.pairs
+    rows = matching_pairs(own._replace(texts=own.texts % pairs, images=own.images % pairs))
+    bound = matching_rows(text.packing.total, pairs * text.packing.max_length)
+    return _matching_shares(model, image, text, rows, negatives, step, bound, caches)
+
+
+def global_matching_shares(
+    model: MaskVLMNetwork, image: Tensor, text: PackedText, arrived: Arrived, microbatch: int, step: GlobalStep
+) -> Shares:
+    """Shares of ITM and its accuracy, from one microbatch and the features of its negatives, which have arrived.
+
+    image (b, 1+N, C) and text are its own features.
+    """
+    theirs, ours = arrived.text.packing, text.packing
+    # What has arrived comes first, because the own captions may end in padding rows.
+    bounds = torch.cat([theirs.cu_seqlens, ours.cu_seqlens[1:] + theirs.total])
+    packing = Packing(bounds, max(theirs.max_length, ours.max_length), theirs.total + ours.total)
+    own = _own_negatives(arrived.negatives, microbatch, step.layout)
+    drawn = own._replace(texts=arrived.text_place, images=arrived.image_place)
+    return _matching_shares(
+        model,
+        torch.cat([arrived.image.to(image.dtype), image]),
+        PackedText(torch.cat([arrived.text.rows.to(text.rows.dtype), text.rows]), packing),
+        matching_pairs(drawn, len(arrived.image), len(theirs)),
+        arrived.negatives,
+        step,
+        matching_rows(ours.total, arrived.drawn_rows),
     )
-    loss, accuracy = matching_loss(model.matching_logits(*fused), matching.labels, matching.weights)
+
+
+def _own_negatives(negatives: Negatives, microbatch: int, layout: GlobalBatchLayout) -> Negatives:
+    """Those of one of this rank's microbatches (b,), of the negatives of all G pairs."""
+    rows = layout.indices(microbatch, negatives.texts.device)
+    return Negatives(*(x.index_select(0, rows) for x in negatives))
+
+
+def _matching_shares(
+    model: MaskVLMNetwork,
+    image: Tensor,
+    text: PackedText,
+    pairs: MatchingPairs,
+    negatives: Negatives,
+    step: GlobalStep,
+    max_rows: int,
+    caches: PairCaches | None = None,
+) -> Shares:
+    """Shares from 3b pairs of the rows of image (.., 1+N, C) and the captions of text.
+
+    The loss is a weighted mean; the weights of the pairs of the whole batch add up to its denominator.
+    """
+    fused = step.implementation.fuse_pairs(model, image, text, pairs.images, pairs.texts, caches, max_rows)
+    loss, accuracy = matching_loss(model.matching_logits(*fused), pairs.labels, pairs.weights)
     # `matching_loss` divides by this microbatch's weights; the share divides by those of the global batch.
-    share = matching.weights.sum() / total
+    # Its float64 is for tests in float64: weights are counted exactly in any dtype.
+    share = (pairs.weights.double().sum() / matching_weights(negatives).double().sum()).to(loss.dtype)
     return {"itm": loss * share, "itm_accuracy": accuracy * share}
 
 
+def feature_exchange(draws: Tensor, image: Tensor, texts: list[PackedText], step: GlobalStep) -> FeatureExchange:
+    """Exchange of features in the dtype in which the step computes: called under its autocast."""
+    return FeatureExchange(draws, step.sampling, step.lengths, image, texts, step.layout, compute_dtype(image))
+
+
 def scaled_total(model: MaskVLMNetwork, shares: Shares, step: GlobalStep) -> tuple[Tensor, Tensor]:
-    """Sum of the losses' shares times W, to call backward on, and all shares (7,).
+    """Weighted sum of the losses' shares times W, to call backward on, and all shares (7,), without weights.
 
     The factor W is there because DDP and FSDP2 average gradients over ranks. Shares are in the order of SHARE_NAMES; a
     missing one is 0.
     """
-    losses = [shares[name] for name in OBJECTIVES if name in shares]
-    # DDP waits for a gradient of every parameter. A sum of no elements gives a zero gradient to the unused ones.
-    unused = sum(p.flatten()[:0].sum() for p in contrastive_parameters(model))
-    zero = torch.zeros_like(losses[0])
+    weights = step.weights._asdict()
+    losses = [weights[name] * shares[name] for name in OBJECTIVES if name in shares]
+    # DDP waits for a gradient of every parameter. A sum of no elements gives a zero gradient to those that this pass
+    # does not use: with several microbatches, the last pass computes no ITC and no ITM.
+    alone = step.layout.microbatches == 1
+    idle = idle_parameters(model, step.weights if alone else step.weights.reconstructing())
+    dtype = losses[0].dtype if losses else torch.float32
+    zero = torch.zeros((), dtype=dtype, device=step.world.device)
+    unused = sum((p.flatten()[:0].sum() for p in idle), zero)
     found = torch.stack([shares.get(name, zero).detach() for name in SHARE_NAMES])
-    return step.world.size * torch.stack(losses).sum() + unused, found
+    return step.world.size * torch.stack([zero, *losses]).sum() + unused, found

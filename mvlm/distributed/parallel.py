@@ -1,5 +1,6 @@
 """The model on several ranks: DDP or FSDP2, activation checkpointing, compilation, and unsharded copies."""
 
+import inspect
 import os
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,12 @@ from mvlm.model.maskvlm import MaskVLM
 
 BLOCKS = (ImageBlock, TextBlock, CrossBlock)
 T = TypeVar("T")
+# Buffers (mean and deviation of pixels) never change: DDP need not broadcast them before every step. torch 2.13 renamed
+# the setting.
+_SETTINGS = inspect.signature(DistributedDataParallel).parameters
+_KEEP_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in _SETTINGS else "broadcast_buffers": False
+}
 
 
 class _Call(nn.Module):
@@ -75,7 +82,7 @@ def parallelize(
         return Parallel(model, call, call)
     if kind == "ddp":
         devices = [world.device] if world.device.type == "cuda" else None
-        last = DistributedDataParallel(call, device_ids=devices, gradient_as_bucket_view=True)
+        last = DistributedDataParallel(call, device_ids=devices, gradient_as_bucket_view=True, **_KEEP_BUFFERS)
         return Parallel(model, call, last)
     # Keys and values are views of one product. The warning is about in-place changes of such views; there are none.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor")

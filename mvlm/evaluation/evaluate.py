@@ -37,6 +37,19 @@ def evaluate(
     precision: str = "auto",
     workspace: Workspace | None = None,
 ) -> dict[str, Any]:
+    """The figures of `evaluate_with_ranks`, without the ranks."""
+    return evaluate_with_ranks(model, split, train, tokenizer, k, precision, workspace)[0]
+
+
+def evaluate_with_ranks(
+    model: MaskVLM,
+    split: Dataset,
+    train: Dataset | None,
+    tokenizer: Tokenizer,
+    k: int = 32,
+    precision: str = "auto",
+    workspace: Workspace | None = None,
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures of a model on a split, as `mvlm eval retrieval` writes them (docs/files.md).
 
     Recall is in per cent, re-ranked unless under `itc`. The model must be in evaluation mode.
@@ -48,13 +61,17 @@ def evaluate(
         precision: auto, bf16 or fp32.
         workspace: ranks that share the work, and the folder of its arrays (`open_workspace`). Default: one rank, and
             arrays in memory. All ranks get the same figures.
+
+    Returns:
+        The figures, and the rank of each query as lists, of which all recalls are made: `tr` and `ir`, each with `itc`
+        and `itm`; `owner`, the image of each caption; and `unseen`, for each image, None where nothing is known.
     """
     started = time.perf_counter()
     workspace = workspace or Workspace()
     features = encode_split(model, split, tokenizer, precision, workspace)
     tr, ir = rank_all(model, features, k, precision, workspace=workspace, answers=False).values()
     unseen = unseen_images(split, train)
-    return {
+    figures = {
         "tr": recall(tr.itm),
         "ir": recall(ir.itm),
         "n_images": len(split),
@@ -65,6 +82,12 @@ def evaluate(
         **cross_modal_gain(model, split, features, tokenizer, precision=precision, workspace=workspace),
         **trivial_losses(model, train, split, tokenizer, workspace=workspace),
         "seconds": round(time.perf_counter() - started, 1),
+    }
+    ranks = {name: {"itc": r.itc.tolist(), "itm": r.itm.tolist()} for name, r in (("tr", tr), ("ir", ir))}
+    return figures, {
+        **ranks,
+        "owner": features.owner.tolist(),
+        "unseen": None if unseen is None else unseen.tolist(),
     }
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mvlm.device import autocast
-from mvlm.model.fast import encode_unmasked_images, encode_unmasked_texts
+from mvlm.model.fast import encode_patches, encode_tokens, project_patches
 from mvlm.model.fast_inference import match_pairs
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import PackedText
@@ -79,7 +79,7 @@ def image_features(model: MaskVLM, images: Tensor, precision: str = "auto") -> I
     """Encode a batch of images uint8 (B, 3, S, S). `precision` is auto, bf16 or fp32."""
     device = next(model.parameters()).device
     with autocast(device, precision):
-        v = encode_unmasked_images(model, images.to(device))
+        v = encode_patches(model, project_patches(model, images.to(device)))
         return ImageFeatures(v, model.embed_image(v))
 
 
@@ -90,7 +90,7 @@ def text_features(model: MaskVLM, captions: list[str], tokenizer: Tokenizer, pre
     tokens, starts = packed_tokens(captions, tokenizer, length)
     longest = int(starts.diff().max())
     with autocast(device, precision):
-        w = encode_unmasked_texts(model, tokens.to(device), starts.to(device), longest)
+        w = encode_tokens(model, tokens.to(device), starts.to(device), longest)
         return TextFeatures(w, model.embed_text(w.first()))
 
 

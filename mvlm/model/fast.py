@@ -23,38 +23,59 @@ from mvlm.model.attention import Attention
 from mvlm.model.attention_backends import KeyIndex
 from mvlm.model.cross_encoder import CrossEncoder, KeyValueCache
 from mvlm.model.fast_attention import attend_cross, attend_self, select_rows, select_within
-from mvlm.model.implementation import PairCaches, Streams
+from mvlm.model.implementation import ALL, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, Packing, mask_tokens, round_up_length
 from mvlm.model.patches import masked_patches, visible_patches
 from mvlm.model.residual import Branch, Residual
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
+from mvlm.objectives.losses import LossWeights
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels import gather_patches, linear_pixel_loss, place_tokens
 
 
-def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> Streams:
+def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeights = ALL) -> Streams:
     """Encode unmasked and masked inputs together, in one pass of each encoder."""
-    v, vm = encode_images(model, batch.images, masks.patch_ids)
-    w, wm = encode_texts(model, batch, masks)
-    return Streams(v, vm, w, wm, make_caches(v, w))
+    images, texts = needs_masked(model.config, weights)
+    patches = project_patches(model, batch.images)
+    v, vm = encode_images(model, patches, masks.patch_ids if images else None)
+    w, wm = encode_texts(model, batch, masks.token_ids if texts else None)
+    partner_image, partner_text = v, w
+    if weights.mlm > 0 and model.config.partner_image == "masked":
+        partner_image = vm
+    elif weights.mlm > 0 and masks.partner_patch_ids is not None:
+        partner_image = encode_patches(model, patches, masks.partner_patch_ids)
+    if weights.mim > 0 and model.config.partner_text == "masked":
+        partner_text = wm
+    elif weights.mim > 0 and masks.partner_token_ids is not None:
+        hidden = mask_tokens(batch.tokens, masks.partner_token_ids, model.config.mask_token_id)
+        partner_text = encode_tokens(model, hidden, batch.cu_seqlens, batch.max_length)
+    assert partner_image is not None
+    assert partner_text is not None
+    caches = make_caches(v, w)
+    partners = PairCaches(
+        caches.image if partner_image is v else KeyValueCache(partner_image),
+        caches.text if partner_text is w else _text_cache(partner_text),
+    )
+    return Streams(v, vm, w, wm, partner_image, partner_text, caches, partners)
 
 
 def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
     """Encode only the unmasked images and captions: v (B, 1+N, C) and w."""
-    text = encode_unmasked_texts(model, batch.tokens, batch.cu_seqlens, batch.max_length)
-    return encode_unmasked_images(model, batch.images), text
+    text = encode_tokens(model, batch.tokens, batch.cu_seqlens, batch.max_length)
+    return encode_patches(model, project_patches(model, batch.images)), text
 
 
-def encode_unmasked_images(model: MaskVLMNetwork, images: Tensor) -> Tensor:
-    """Encode images uint8 (B, 3, S, S) unmasked: v (B, 1+N, C)."""
+def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | None = None) -> Tensor:
+    """Encode projected patches (B, N, C), of which patch_ids int64 (B, K) are masked: (B, 1+N, C)."""
     encoder = model.image_encoder
-    embedded = place_tokens(project_patches(model, images), encoder.mask_token, encoder.position, encoder.cls_token)
-    return encoder.run(embedded, attend_self(None))
+    hidden = None if patch_ids is None else masked_patches(patch_ids, model.config.num_patches)  # (B, N), True = masked
+    placed = place_tokens(patches, encoder.mask_token, encoder.position, encoder.cls_token, masked=hidden)
+    return encoder.run(placed, attend_self(None))
 
 
-def encode_unmasked_texts(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
-    """Encode captions unmasked: packed tokens int64 (T,) of captions with bounds cu_seqlens int32 (B+1,)."""
+def encode_tokens(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
+    """Encode captions as they are: packed tokens int64 (T,), with bounds cu_seqlens int32 (B+1,)."""
     packing = Packing(cu_seqlens, round_up_length(max_length), len(tokens))
     return PackedText(model.text_encoder.run(tokens, packing, attend_self(packing)), packing)
 
@@ -73,11 +94,15 @@ def project_patches(model: MaskVLMNetwork, images: Tensor) -> Tensor:
     return encoder.patch_projection(patches)
 
 
-def encode_images(model: MaskVLMNetwork, images: Tensor, patch_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode images uint8 (B, 3, S, S) unmasked and masked: v and vm, (B, 1+N, C) each. patch_ids int64 (B, K)."""
+def encode_images(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Encode projected patches (B, N, C) unmasked and masked: v and vm, (B, 1+N, C) each.
+
+    patch_ids int64 (B, K) are masked; without them vm is None and costs nothing.
+    """
     encoder, config = model.image_encoder, model.config
-    patches = project_patches(model, images)
     parameters = (encoder.mask_token, encoder.position, encoder.cls_token)
+    if patch_ids is None:
+        return encode_patches(model, patches), None
     if not config.drop_masked:
         hidden = masked_patches(patch_ids, config.num_patches)  # (B, N), True = masked
         both = place_tokens(patches, *parameters, masked=hidden, with_unmasked=True)  # (2B, 1+N, C)
@@ -93,11 +118,17 @@ def encode_images(model: MaskVLMNetwork, images: Tensor, patch_ids: Tensor) -> t
     return encoder.run(unmasked, attend_self(None)), vm
 
 
-def encode_texts(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> tuple[PackedText, PackedText]:
-    """Encode captions unmasked and masked: w and wm, (T, C) each."""
+def encode_texts(model: MaskVLMNetwork, batch: Batch, token_ids: Tensor | None) -> tuple[PackedText, PackedText | None]:
+    """Encode captions unmasked and masked: w and wm, (T, C) each.
+
+    token_ids int64 (M,) are masked; without them wm is None and costs nothing.
+    """
     encoder, total = model.text_encoder, len(batch.tokens)
     longest = round_up_length(batch.max_length)
-    hidden = mask_tokens(batch.tokens, masks.token_ids, model.config.mask_token_id)
+    packing = Packing(batch.cu_seqlens, longest, total)
+    if token_ids is None:
+        return encode_tokens(model, batch.tokens, batch.cu_seqlens, batch.max_length), None
+    hidden = mask_tokens(batch.tokens, token_ids, model.config.mask_token_id)
     # A packing allows padding positions (see `pad_to_bucket`) only after its last sequence. The first masked caption
     # therefore follows the last unmasked caption directly, and all padding comes at the end. `end` stays on the device.
     end = batch.cu_seqlens[-1:].long()
@@ -106,23 +137,13 @@ def encode_texts(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> tuple[Pac
     both = Packing(torch.cat([batch.cu_seqlens[:-1], batch.cu_seqlens + batch.cu_seqlens[-1]]), longest, 2 * total)
     x = encoder.run(tokens, both, attend_self(both))  # (2T, C)
     masked = x.index_select(0, (end + rows[:total]).clamp(max=2 * total - 1))
-    packing = Packing(batch.cu_seqlens, longest, total)
     return PackedText(x[:total], packing), PackedText(masked, packing)
 
 
-def reconstruction_losses(
-    model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks
-) -> tuple[Tensor, Tensor, Tensor]:
-    """MLM, the mean over the batch's M masked tokens; MIM, the mean over its B x K masked patches; MLM's accuracy."""
-    caches = streams.caches or make_caches(streams.image, streams.text)
-    mlm, accuracy = language_loss(model, streams, caches.image, batch, masks)
-    return mlm, image_loss(model, streams, caches.text, batch, masks), accuracy
-
-
-def language_loss(
-    model: MaskVLMNetwork, streams: Streams, image: KeyValueCache, batch: Batch, masks: Masks
-) -> tuple[Tensor, Tensor]:
-    """MLM and its accuracy, scalars; the masked captions attend to the unmasked images of the cache."""
+def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> tuple[Tensor, Tensor]:
+    """MLM, the mean over the batch's M masked tokens, and its accuracy: scalars."""
+    assert streams.masked_text is not None
+    image = streams.partner_caches.image if streams.partner_caches else KeyValueCache(streams.partner_image)
     x = masked_token_features(model, streams.masked_text, image, batch, masks)  # (M, C)
     targets = batch.tokens.index_select(0, masks.token_ids)
     # Padding positions (see `pad_to_bucket`) point past the last caption and are ignored.
@@ -151,8 +172,10 @@ def masked_token_features(
     return model.text_cross.finish(rows)
 
 
-def image_loss(model: MaskVLMNetwork, streams: Streams, text: KeyValueCache, batch: Batch, masks: Masks) -> Tensor:
-    """MIM, a scalar; the masked images attend to the unmasked captions of the cache."""
+def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
+    """MIM, a scalar: the mean over the batch's B x K masked patches."""
+    assert streams.masked_image is not None
+    text = streams.partner_caches.text if streams.partner_caches else _text_cache(streams.partner_text)
     encoder, head = model.image_encoder, model.pixel_head
     return linear_pixel_loss(
         masked_patch_features(model, streams.masked_image, text, masks),  # (B, K, C)
@@ -264,7 +287,11 @@ def _encode_pairs(
 
 
 def make_caches(v: Tensor, text: PackedText) -> PairCaches:
-    return PairCaches(KeyValueCache(v), KeyValueCache(text.rows, _with_rounded_length(text.packing)))
+    return PairCaches(KeyValueCache(v), _text_cache(text))
+
+
+def _text_cache(text: PackedText) -> KeyValueCache:
+    return KeyValueCache(text.rows, _with_rounded_length(text.packing))
 
 
 def _with_rounded_length(packing: Packing) -> Packing:

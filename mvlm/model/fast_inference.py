@@ -7,19 +7,17 @@ P patch side.
 from torch import Tensor
 
 from mvlm.model.fast import (
-    encode_unmasked_texts,
+    encode_patches,
+    encode_tokens,
     fuse_pairs,
     make_caches,
     masked_patch_features,
     masked_token_features,
     project_patches,
 )
-from mvlm.model.fast_attention import attend_self
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, mask_tokens
-from mvlm.model.patches import masked_patches
 from mvlm_dataloading import Batch, Masks
-from mvlm_kernels import place_tokens
 
 
 def match_pairs(
@@ -31,13 +29,9 @@ def match_pairs(
 
 def encode_masked(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> tuple[Tensor, PackedText]:
     """Encode only the masked images, with mask tokens, and the masked captions: vm (B, 1+N, C) and wm."""
-    encoder = model.image_encoder
-    hidden = masked_patches(masks.patch_ids, model.config.num_patches)  # (B, N), True = masked
-    parameters = (encoder.mask_token, encoder.position, encoder.cls_token)
-    placed = place_tokens(project_patches(model, batch.images), *parameters, masked=hidden)
+    vm = encode_patches(model, project_patches(model, batch.images), masks.patch_ids)
     tokens = mask_tokens(batch.tokens, masks.token_ids, model.config.mask_token_id)
-    wm = encode_unmasked_texts(model, tokens, batch.cu_seqlens, batch.max_length)
-    return encoder.run(placed, attend_self(None)), wm
+    return vm, encode_tokens(model, tokens, batch.cu_seqlens, batch.max_length)
 
 
 def reconstruct(

@@ -10,10 +10,14 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from mvlm.config.model import MaskVLMConfig
 from mvlm.model.cross_encoder import KeyValueCache
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText
+from mvlm.objectives.losses import LossWeights
 from mvlm_dataloading import Batch, Masks
+
+ALL = LossWeights()
 
 
 class PairCaches(NamedTuple):
@@ -28,14 +32,28 @@ class Streams(NamedTuple):
 
     image: Tensor
     """v (B, 1+N, C), features of the unmasked images, [CLS] first."""
-    masked_image: Tensor
-    """vm (B, 1+N, C), features of the masked images."""
+    masked_image: Tensor | None
+    """vm (B, 1+N, C), features of the masked images; None if no objective needs them."""
     text: PackedText
     """w, features of the unmasked captions."""
-    masked_text: PackedText
-    """wm, features of the masked captions."""
+    masked_text: PackedText | None
+    """wm, features of the masked captions; None if no objective needs them."""
+    partner_image: Tensor
+    """(B, 1+N, C), features of the images from which masked captions are rebuilt: `image`, unless these are masked too
+    (`MaskVLMConfig.partner_image_mask_ratio`)."""
+    partner_text: PackedText
+    """Features of the captions from which masked images are rebuilt: `text`, unless these are masked too."""
     caches: PairCaches | None = None
     """Caches of `image` and `text`; None from an implementation without caches."""
+    partner_caches: PairCaches | None = None
+    """Caches of `partner_image` and `partner_text`; None from an implementation without caches."""
+
+
+def needs_masked(config: MaskVLMConfig, weights: LossWeights) -> tuple[bool, bool]:
+    """True for masked images, and for masked captions, if a loss of some weight reads their features."""
+    images = weights.mim > 0 or (weights.mlm > 0 and config.partner_image == "masked")
+    texts = weights.mlm > 0 or (weights.mim > 0 and config.partner_text == "masked")
+    return images, texts
 
 
 class Implementation(Protocol):
@@ -44,18 +62,22 @@ class Implementation(Protocol):
     A module satisfies this protocol with functions of these names and parameters.
     """
 
-    def encode(self, model: MaskVLMNetwork, batch: Batch, masks: Masks) -> Streams:
-        """Encode the unmasked and the masked images and captions."""
+    def encode(self, model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeights = ALL) -> Streams:
+        """Encode the unmasked and the masked images and captions, as far as losses of some weight need them."""
         ...
 
     def encode_unmasked(self, model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
         """Encode only the unmasked images and captions: v (B, 1+N, C) and w."""
         ...
 
-    def reconstruction_losses(
+    def language_loss(
         self, model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """MLM, MIM and MLM's accuracy, scalars: means over the masked tokens and the masked patches of the batch."""
+    ) -> tuple[Tensor, Tensor]:
+        """MLM and its accuracy, scalars: means over the masked tokens of the batch."""
+        ...
+
+    def image_loss(self, model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
+        """MIM, a scalar: the mean over the masked patches of the batch."""
         ...
 
     def fuse_pairs(

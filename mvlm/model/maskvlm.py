@@ -5,15 +5,14 @@ Shape legend: B batch, E contrastive width.
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from mvlm.model import fast, plain
-from mvlm.model.implementation import Implementation
+from mvlm.model.implementation import ALL, Implementation, Streams
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.pretrained import HubMixin
 from mvlm.objectives import losses
-from mvlm.objectives.losses import Losses
+from mvlm.objectives.losses import Losses, LossWeights
 from mvlm.objectives.negatives import NegativeSampling, matching_pairs, matching_rows
 from mvlm_dataloading import Batch, Masks
 
@@ -31,6 +30,7 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
         *,
         seed: int = 0,
         step: int | Tensor = 0,
+        weights: LossWeights = ALL,
         reconstruction_only: bool = False,
         plan: Literal["plain", "fast"] = "plain",
     ) -> Losses:
@@ -42,7 +42,8 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
             seed: seed of ITM's negatives.
             step: number of the update; with `seed` it determines the negatives. Under torch.compile and CUDA graphs, an
                 int64 scalar on the device.
-            reconstruction_only: compute only MLM and MIM; ITC and ITM are zero and cost nothing.
+            weights: weights of the losses in the total. An objective of weight 0 is zero and costs nothing.
+            reconstruction_only: weigh ITC and ITM with 0.
             plan: name of the implementation; "plain" and "fast" give the same losses, up to rounding.
 
         ValueError for an unknown plan.
@@ -50,20 +51,39 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
         if plan not in IMPLEMENTATIONS:
             raise ValueError(f"plan: wanted {' or '.join(IMPLEMENTATIONS)}, got {plan!r}")
         implementation = IMPLEMENTATIONS[plan]
-        streams = implementation.encode(self, batch, masks)
-        mlm, mim, mlm_accuracy = implementation.reconstruction_losses(self, streams, batch, masks)
         if reconstruction_only:
-            itc = itm = itc_accuracy = itm_accuracy = torch.zeros_like(mim)
-        else:
+            weights = weights.reconstructing()
+        streams = implementation.encode(self, batch, masks, weights)
+        zero = losses.at_least_float32(self.log_scale.new_zeros(()))
+        mlm = mim = itc = itm = mlm_accuracy = itc_accuracy = itm_accuracy = zero
+        if weights.mlm > 0:
+            mlm, mlm_accuracy = implementation.language_loss(self, streams, batch, masks)
+        if weights.mim > 0:
+            mim = implementation.image_loss(self, streams, batch, masks)
+        if weights.contrasts:
             image, text = self.embed_image(streams.image), self.embed_text(streams.text.first())  # (B, E)
             logits = losses.contrastive_logits(image, text, self.log_scale)
             itc, itc_accuracy = losses.contrastive_loss(logits)
-            negatives = NegativeSampling(batch.image_id, batch.text_id, seed, step).draw_both(logits)
-            pairs = matching_pairs(negatives)
-            packing = streams.text.packing
-            max_rows = matching_rows(packing.total, len(packing) * packing.max_length)
-            fused = implementation.fuse_pairs(
-                self, streams.image, streams.text, pairs.images, pairs.texts, streams.caches, max_rows
-            )  # (3B, C) each
-            itm, itm_accuracy = losses.matching_loss(self.matching_logits(*fused), pairs.labels, pairs.weights)
-        return Losses(mlm, mim, itc, itm, mlm + mim + itc + itm, mlm_accuracy, itc_accuracy, itm_accuracy)
+            if weights.itm > 0:
+                itm, itm_accuracy = self._matching(implementation, streams, batch, logits, seed, step)
+        total = weights.total((mlm, mim, itc, itm))
+        return Losses(mlm, mim, itc, itm, total, mlm_accuracy, itc_accuracy, itm_accuracy)
+
+    def _matching(
+        self,
+        implementation: Implementation,
+        streams: Streams,
+        batch: Batch,
+        logits: Tensor,
+        seed: int,
+        step: int | Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """ITM and its accuracy; negatives are drawn from the contrastive logits (B, B)."""
+        negatives = NegativeSampling(batch.image_id, batch.text_id, seed, step).draw_both(logits)
+        pairs = matching_pairs(negatives)
+        packing = streams.text.packing
+        max_rows = matching_rows(packing.total, len(packing) * packing.max_length)
+        fused = implementation.fuse_pairs(
+            self, streams.image, streams.text, pairs.images, pairs.texts, streams.caches, max_rows
+        )  # (3B, C) each
+        return losses.matching_loss(self.matching_logits(*fused), pairs.labels, pairs.weights)

@@ -39,9 +39,14 @@ def pad_to_bucket(batch: Batch, masks: Masks, text_length: int) -> tuple[Batch, 
     total, masked = len(batch.tokens), len(masks.token_ids)
     tokens = round_up(total + 1, multiple)  # at least one more, for the added masked tokens to point at
     added = round_up(masked, round_up(multiple // 3, 16)) - masked
+    padded = replace(masks, token_ids=F.pad(masks.token_ids, (0, added), value=tokens - 1))
+    if masks.partner_token_ids is not None:
+        fewer = len(masks.partner_token_ids)
+        added = round_up(fewer, round_up(multiple // 3, 16)) - fewer
+        padded = replace(padded, partner_token_ids=F.pad(masks.partner_token_ids, (0, added), value=tokens - 1))
     return (
         replace(batch, tokens=F.pad(batch.tokens, (0, tokens - total)), max_length=round_up_length(batch.max_length)),
-        replace(masks, token_ids=F.pad(masks.token_ids, (0, added), value=tokens - 1)),
+        padded,
     )
 
 

@@ -8,28 +8,47 @@ C width, R pairs of an image and a text.
 
 from torch import Tensor
 
-from mvlm.model.implementation import PairCaches, Streams
+from mvlm.model.implementation import ALL, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, mask_tokens
 from mvlm.model.patches import masked_patches, visible_patches
 from mvlm.objectives import losses
+from mvlm.objectives.losses import LossWeights
 from mvlm_dataloading import Batch, Masks
 
 
-def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> Streams:
-    """Encode the unmasked and the masked images and captions, in four passes."""
-    config, patch_ids = model.config, masks.patch_ids
-    hidden = mask_tokens(batch.tokens, masks.token_ids, config.mask_token_id)  # (T,)
+def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeights = ALL) -> Streams:
+    """Encode the unmasked and the masked images and captions, each in a pass of its own."""
+    images, texts = needs_masked(model.config, weights)
+    image, text = encode_unmasked(model, batch)
+    masked_image = encode_masked_image(model, batch, masks.patch_ids) if images else None
+    masked_text = encode_masked_text(model, batch, masks.token_ids) if texts else None
+    partner_image, partner_text = image, text
+    if weights.mlm > 0 and model.config.partner_image == "masked":
+        assert masked_image is not None
+        partner_image = masked_image
+    elif weights.mlm > 0 and masks.partner_patch_ids is not None:
+        partner_image = encode_masked_image(model, batch, masks.partner_patch_ids)
+    if weights.mim > 0 and model.config.partner_text == "masked":
+        assert masked_text is not None
+        partner_text = masked_text
+    elif weights.mim > 0 and masks.partner_token_ids is not None:
+        partner_text = encode_masked_text(model, batch, masks.partner_token_ids)
+    return Streams(image, masked_image, text, masked_text, partner_image, partner_text)
+
+
+def encode_masked_image(model: MaskVLMNetwork, batch: Batch, patch_ids: Tensor) -> Tensor:
+    """Encode images of which the patches patch_ids int64 (B, K) are masked: (B, 1+N, C)."""
+    config = model.config
     if config.drop_masked:
-        masked = model.image_encoder.forward_visible(batch.images, visible_patches(patch_ids, config.num_patches))
-    else:
-        masked = model.encode_image(batch.images, masked_patches(patch_ids, config.num_patches))
-    return Streams(
-        model.encode_image(batch.images),
-        masked,
-        model.encode_text_packed(batch.tokens, batch.cu_seqlens, batch.max_length),
-        model.encode_text_packed(hidden, batch.cu_seqlens, batch.max_length),
-    )
+        return model.image_encoder.forward_visible(batch.images, visible_patches(patch_ids, config.num_patches))
+    return model.encode_image(batch.images, masked_patches(patch_ids, config.num_patches))
+
+
+def encode_masked_text(model: MaskVLMNetwork, batch: Batch, token_ids: Tensor) -> PackedText:
+    """Encode captions of which the tokens at the packed positions token_ids int64 (M,) are masked."""
+    hidden = mask_tokens(batch.tokens, token_ids, model.config.mask_token_id)  # (T,)
+    return model.encode_text_packed(hidden, batch.cu_seqlens, batch.max_length)
 
 
 def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
@@ -38,19 +57,21 @@ def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, Packed
     return image, model.encode_text_packed(batch.tokens, batch.cu_seqlens, batch.max_length)
 
 
-def reconstruction_losses(
-    model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks
-) -> tuple[Tensor, Tensor, Tensor]:
-    """MLM, the mean over the batch's M masked tokens; MIM, the mean over its B x K masked patches; MLM's accuracy."""
-    (w, key_mask), (wm, _) = streams.text.padded(), streams.masked_text.padded()  # (B, L, C), (B, L)
-    logits = model.fill_mask(streams.image, wm, key_mask, batch.cu_seqlens, masks.token_ids)  # (M, V)
+def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> tuple[Tensor, Tensor]:
+    """MLM and its accuracy, scalars: means over the batch's M masked tokens."""
+    assert streams.masked_text is not None
+    wm, key_mask = streams.masked_text.padded()  # (B, L, C), (B, L)
+    logits = model.fill_mask(streams.partner_image, wm, key_mask, batch.cu_seqlens, masks.token_ids)  # (M, V)
     targets = batch.tokens[masks.token_ids]
+    return losses.masked_language_loss(logits, targets), losses.correct_top1(logits, targets).mean()
+
+
+def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
+    """MIM, a scalar: the mean over the batch's B x K masked patches."""
+    assert streams.masked_image is not None
+    w, key_mask = streams.partner_text.padded()  # (B, L, C), (B, L)
     pixels = model.reconstruct(streams.masked_image, w, key_mask, masks.patch_ids)  # (B, K, 3*P*P)
-    return (
-        losses.masked_language_loss(logits, targets),
-        losses.masked_image_loss(pixels, model.patch_targets(batch.images, masks.patch_ids)),
-        losses.correct_top1(logits, targets).mean(),
-    )
+    return losses.masked_image_loss(pixels, model.patch_targets(batch.images, masks.patch_ids))
 
 
 def fuse_pairs(

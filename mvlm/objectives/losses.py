@@ -4,11 +4,43 @@ Shape legend: B pairs, G pairs of the global batch, Q rows of a block, R pairs o
 K masked patches, V vocabulary, E contrastive width, P patch side.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mvlm.config.pretrain import PretrainConfig
+
+
+class LossWeights(NamedTuple):
+    """Weights of the four losses in the total. An objective of weight 0 is not computed; its loss is then zero."""
+
+    mlm: float = 1.0
+    mim: float = 1.0
+    itc: float = 1.0
+    itm: float = 1.0
+
+    @property
+    def contrasts(self) -> bool:
+        """True if ITC or ITM is computed."""
+        return self.itc > 0 or self.itm > 0
+
+    def reconstructing(self) -> "LossWeights":
+        """The weights without ITC and ITM."""
+        return self._replace(itc=0.0, itm=0.0)
+
+    def total(self, losses: Sequence[Tensor]) -> Tensor:
+        """Weighted sum of the losses mlm, mim, itc and itm, scalars."""
+        # A factor of 1 would add a product to the graph and change nothing.
+        scaled = [x if w == 1 else w * x for w, x in zip(self, losses, strict=True)]
+        return scaled[0] + scaled[1] + scaled[2] + scaled[3]
+
+
+def loss_weights(config: PretrainConfig) -> LossWeights:
+    """Weights of a run's losses."""
+    return LossWeights(config.mlm_weight, config.mim_weight, config.itc_weight, config.itm_weight)
 
 
 class Losses(NamedTuple):
@@ -19,7 +51,7 @@ class Losses(NamedTuple):
     itc: Tensor
     itm: Tensor
     total: Tensor
-    """Unweighted sum of the four losses."""
+    """Sum of the four losses, each times its weight."""
     mlm_accuracy: Tensor
     """Share of masked tokens whose true token has the largest logit."""
     itc_accuracy: Tensor

@@ -53,17 +53,49 @@ def gumbel(seed: int, step: int | Tensor, direction: int, rows: Tensor, columns:
     return -torch.log(-torch.log(uniform))
 
 
+MAX_READERS = 32
+"""Most pairs that may draw one image, and most that may draw one caption, in a step.
+
+Without a limit all pairs of the global batch could draw the same image, and the rank that has it would send it to every
+rank. Draws in proportion to equal logits reach 9 in a batch of 131,072. The limit is the same for any number of ranks.
+"""
+
+
+def limit_readers(columns: Tensor, most: int = MAX_READERS) -> Tensor:
+    """Limit how often a column is drawn. columns int64 (G,): the column that each of rows 0 to G - 1 drew.
+
+    Of the rows that drew a column, the first `most` keep it. Each of the others gets its own index, which stands for no
+    negative (`drawn_weights`). The order of rows is the loader's random order, so none is preferred.
+    """
+    if len(columns) <= most:
+        return columns
+    rows = torch.arange(len(columns), device=columns.device)
+    readers, order = columns.masked_fill(columns == rows, len(columns)).sort(stable=True)
+    number = rows - torch.searchsorted(readers, readers)  # number of each reader among those of its column
+    kept = torch.empty_like(columns, dtype=torch.bool).scatter(0, order, number < most)
+    return torch.where(kept, columns, rows)
+
+
+def drawn_weights(columns: Tensor, rows: Tensor) -> Tensor:
+    """Weights float32 (Q,) of columns int64 (Q,) that rows int64 (Q,) drew: 0 if a row has its own index, else 1."""
+    return (columns != rows).float()
+
+
 class Negatives(NamedTuple):
-    """A drawn caption for each image, and a drawn image for each caption. Weight 0 means that none was admissible."""
+    """A drawn caption for each image, and a drawn image for each caption.
+
+    Weight 0 means that a pair has no negative: none was admissible, or too many pairs had drawn the same
+    (`limit_readers`). The pair's own index then stands in its place.
+    """
 
     texts: Tensor
     """int64 (n,), drawn captions, as columns of the logits."""
     text_weights: Tensor
-    """(n,), 1 or 0."""
+    """float32 (n,), 1 or 0."""
     images: Tensor
     """int64 (n,), drawn images, as columns of the transposed logits."""
     image_weights: Tensor
-    """(n,), 1 or 0."""
+    """float32 (n,), 1 or 0."""
 
 
 class NegativeSampling(NamedTuple):
@@ -90,23 +122,33 @@ class NegativeSampling(NamedTuple):
             same |= rows[:, None] // self.block != columns // self.block
         return ~same
 
-    def draw(self, logits: Tensor, rows: Tensor, direction: int) -> tuple[Tensor, Tensor]:
+    def draw(self, logits: Tensor, rows: Tensor, direction: int) -> Tensor:
         """Draw one column per row, with probability softmax(logits) over the admissible ones (Gumbel-argmax).
 
         logits (Q, G) of the pairs rows int64 (Q,). `direction` is 0 if rows are images and 1 if rows are captions, so
-        that the two draws are independent. Returns the columns int64 (Q,) and their weights (Q,): 1, or 0 for a row
-        without an admissible column, whose drawn column must be ignored.
+        that the two draws are independent. Returns the columns int64 (Q,); a row without an admissible column gets its
+        own index.
         """
         columns = torch.arange(logits.shape[1], device=logits.device)
         admissible = self.admissible(rows)
         scores = logits.detach() + gumbel(self.seed, self.step, direction, rows, columns)
         drawn = scores.masked_fill(~admissible, float("-inf")).argmax(dim=1)
-        return drawn, admissible.any(dim=1).to(logits.dtype)
+        return torch.where(admissible.any(dim=1), drawn, rows)
+
+    def limited(self, texts: Tensor, images: Tensor) -> Negatives:
+        """Negatives of all G pairs from the drawn captions and images int64 (G,).
+
+        Within blocks no features travel between ranks, and readers are not limited.
+        """
+        if self.block is None:
+            texts, images = limit_readers(texts), limit_readers(images)
+        rows = torch.arange(len(texts), device=texts.device)
+        return Negatives(texts, drawn_weights(texts, rows), images, drawn_weights(images, rows))
 
     def draw_both(self, logits: Tensor) -> Negatives:
         """Draw negatives in both directions from the logits (G, G), rows images, columns captions."""
         rows = torch.arange(len(logits), device=logits.device)
-        return Negatives(*self.draw(logits, rows, direction=0), *self.draw(logits.T, rows, direction=1))
+        return self.limited(self.draw(logits, rows, direction=0), self.draw(logits.T, rows, direction=1))
 
 
 class MatchingPairs(NamedTuple):
@@ -119,15 +161,19 @@ class MatchingPairs(NamedTuple):
     labels: Tensor
     """int64 (3n,), 1 = match."""
     weights: Tensor
-    """(3n,), 0 if no negative was admissible, else 1."""
+    """float32 (3n,), 0 if no negative was admissible, else 1."""
 
 
-def matching_pairs(negatives: Negatives) -> MatchingPairs:
-    """Make the ITM pairs of n true pairs and their negatives, which are rows of the same features."""
+def matching_pairs(negatives: Negatives, first_image: int = 0, first_text: int = 0) -> MatchingPairs:
+    """Make the ITM pairs of n true pairs and their negatives, which are rows of the same features.
+
+    The n pairs' own features are rows first_image to first_image + n - 1, and in the same way for captions.
+    """
     own = torch.arange(len(negatives.texts), device=negatives.texts.device)
+    images, texts = own + first_image, own + first_text
     return MatchingPairs(
-        torch.cat([own, own, negatives.images]),
-        torch.cat([own, negatives.texts, own]),
+        torch.cat([images, images, negatives.images]),
+        torch.cat([texts, negatives.texts, texts]),
         torch.cat([torch.ones_like(own), torch.zeros_like(own), torch.zeros_like(own)]),
         matching_weights(negatives),
     )
@@ -142,6 +188,6 @@ def matching_rows(total: int, drawn: int) -> int:
 
 
 def matching_weights(negatives: Negatives) -> Tensor:
-    """Weights (3n,) of the pairs that `matching_pairs` makes."""
+    """Weights float32 (3n,) of the pairs that `matching_pairs` makes."""
     ones = torch.ones_like(negatives.text_weights)
     return torch.cat([ones, negatives.text_weights, negatives.image_weights])

@@ -21,7 +21,8 @@ from mvlm.inference.images import load_image, one_ahead
 from mvlm.inference.trained_model import TrainedModel
 from mvlm_dataloading import Dataset, open_dataset
 from mvlm_dataloading.dataset.description import read_description
-from mvlm_dataloading.dataset.remote_cache import is_remote, open_remote_cache
+from mvlm_dataloading.dataset.remote_cache import open_remote_cache
+from mvlm_dataloading.dataset.remote_files import is_remote
 from mvlm_dataloading.sources.files import files_under
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")

@@ -63,6 +63,8 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
         mask_block=model.mask_block,
         image_mask_ratio=model.image_mask_ratio,
         text_mask_ratio=model.text_mask_ratio,
+        partner_image_mask_ratio=model.partner_image_mask_ratio if model.partner_image == "lightly masked" else 0.0,
+        partner_text_mask_ratio=model.partner_text_mask_ratio if model.partner_text == "lightly masked" else 0.0,
         crop_scale=config.crop_scale,
         augment=Augment(
             flip=config.flip,

@@ -24,7 +24,7 @@ from mvlm.evaluation.evaluate import evaluate_briefly
 from mvlm.evaluation.workspace import EvaluationStopped, Workspace
 from mvlm.inference.reconstruction import reconstruction_strip
 from mvlm.model.packing import pad_to_bucket
-from mvlm.objectives.losses import Losses
+from mvlm.objectives.losses import Losses, loss_weights
 from mvlm.progress import TrainingProgress
 from mvlm.runs.checkpoint import (
     EMA,
@@ -79,6 +79,7 @@ class Trainer:
         self.watchdog = Watchdog(folder.stalled(world.rank), world.rank, config.stall_minutes, self.notices.failure)
         self.graphs: CudaGraphs | None = None
         """What replays the steps of one rank, with --cuda-graphs."""
+        self.weights = loss_weights(config)
         self.metrics = MetricsBuffer()
         """Metrics of the steps since the last row."""
         self.step = 0
@@ -168,9 +169,7 @@ class Trainer:
         ]
         waited = time.perf_counter() - started
         self.watchdog.beat(f"step {self.step + 1}")
-        factor = learning_rate_factor(self.step, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+        self.optimizer.set_learning_rates(learning_rate_factor(self.step, self.config))
         losses = self.forward_backward(microbatches)
         norm, parts = gradient_norms(self.model)
         self.optimizer.clip(norm, self.config.clip_norm)
@@ -206,6 +205,7 @@ class Trainer:
             seed=config.seed,
             step=step,
             plan=config.plan,
+            weights=self.weights,
             reconstruction_only=reconstruction_only,
             local_negatives=config.local_negatives,
             autocast=partial(autocast, self.device, config.precision),
@@ -213,7 +213,7 @@ class Trainer:
 
     def backward_alone(self, batch: Batch, masks: Masks, step: int | Tensor, reconstruction_only: bool) -> Losses:
         """Compute the losses and gradients of a batch that is the whole step's, on one rank."""
-        options = {"seed": self.config.seed, "step": step, "plan": self.config.plan}
+        options = {"seed": self.config.seed, "step": step, "plan": self.config.plan, "weights": self.weights}
         with autocast(self.device, self.config.precision):
             losses: Losses = self.model(batch, masks, reconstruction_only=reconstruction_only, **options)
         losses.total.backward()

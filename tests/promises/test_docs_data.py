@@ -17,7 +17,7 @@ from mvlm import cli
 from mvlm.commands import data_tools
 from mvlm_dataloading import open_dataset
 from support import published
-from support.data import wave_tokenizer
+from support.data import file_contents, wave_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -60,7 +60,8 @@ def printed(downloads) -> dict[str, str]:
     """The output of each command. The first uses worker processes; the others run in this one, to save time."""
     commands = [line for block in blocks("sh") for line in block.splitlines()]
     named = {" ".join(shlex.split(line)[1:3]) for line in commands}
-    assert named == {name for name in cli.COMMANDS if name.startswith("data ")} - {"data emoji"}
+    packaged = {"data emoji", "data twemoji", "data easy-vqa"}  # they need no download
+    assert named == {name for name in cli.COMMANDS if name.startswith("data ")} - packaged
     found = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(downloads)
@@ -83,6 +84,7 @@ def test_commands_of_the_data_page_run(printed, downloads):
     data = downloads / "data"
     assert {folder.name: counts(folder) for folder in sorted(data.iterdir())} == {
         "coco": {"train": 9, "validation": 1, "test": 2},
+        "coco-of-parts": {"train": 9, "validation": 1, "test": 2},
         "cc3m": {"train": 8, "validation": 4},
         "sbu": {"train": 6},  # 8 were downloaded; two of them are in COCO's evaluation splits
         "flickr30k": {"train": 4, "validation": 1, "test": 1},
@@ -95,6 +97,7 @@ def test_commands_of_the_data_page_run(printed, downloads):
         "mix": counts(data / "mix"),
         "tenth": counts(data / "tenth"),
     }
+    assert file_contents(data / "coco-of-parts").items() <= file_contents(data / "coco").items()  # that has a sheet too
     assert sum(counts(data / "mine").values()) == 20
     assert counts(data / "mix").keys() == {"train", "validation", "test"}
     assert 0 < counts(data / "tenth")["train"] < counts(data / "mix")["train"]

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from mvlm.config.model import MaskVLMConfig
+from mvlm.distributed.global_batch import backward_global
+from mvlm.distributed.parallel import parallelize
+from mvlm.distributed.world import World
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import Losses
@@ -49,6 +52,37 @@ def test_a_step_never_synchronizes_with_the_device(drop_masked):
         model.clamp_temperature()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_of_two_microbatches_never_synchronizes_with_the_device():
+    """The host waits once, for the event behind the numbers of rows to exchange, which is no synchronization here."""
+    model, *whole = make()
+    micro = [tuple(whole), tuple(x.to("cuda") for x in make()[1:])]
+    world = World(rank=0, size=1, local_rank=0, device=torch.device("cuda"))
+
+    def step() -> Losses:
+        return backward_global(
+            parallelize(model, world),
+            micro,  # pyright: ignore[reportArgumentType]
+            world,
+            seed=0,
+            step=1,
+            plan="fast",
+            autocast=lambda: torch.autocast("cuda", torch.bfloat16),
+        )
+
+    first = step()  # kernels compile, caches fill
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        again = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.allclose(torch.stack(list(first)), torch.stack(list(again)))
+    for wanted, parameter in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, wanted, rtol=1e-2, atol=1e-3)
 
 
 def test_a_step_in_a_cuda_graph_equals_the_eager_step():

@@ -1,18 +1,24 @@
-"""Remote data through local servers, an object store and a web server, from opening to batches."""
+"""Remote data through local servers, from opening to batches: object stores, the hub and a web server."""
 
 import contextlib
 import itertools
 import json
 import os
+import shutil
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from mvlm_dataloading import DataError, Loader, Tokenizer, open_dataset
-from mvlm_dataloading.dataset import remote_cache
+from mvlm_dataloading.dataset import remote_files
+from mvlm_dataloading.dataset.remote_cache import open_remote_cache
+from mvlm_dataloading.dataset.remote_files import RemoteFolder
 from mvlm_dataloading.loader import reader, sampler
 from support.data import wave_tokenizer, write_dataset
+from support.hub import serve_hub
+from support.object_store import serve_gcs, serve_s3
 from support.web_server import FolderHandler, serve
 
 
@@ -37,9 +43,17 @@ def web(folder):
 
 
 @pytest.fixture
+def old_web(folder, tmp_path):
+    """The same data as earlier versions wrote them: with DALI indices only. Yields the URL and the folder."""
+    shutil.copytree(folder, tmp_path / "old", ignore=shutil.ignore_patterns("*.index"))
+    with serve(tmp_path / "old") as url:
+        yield url, tmp_path / "old"
+
+
+@pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MVLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote_cache, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(remote_files, "FIRST_PAUSE_S", 0.01)
     return tmp_path / "cache"
 
 
@@ -74,31 +88,42 @@ def used(cache) -> int:
     return sum(sizes)
 
 
+def assert_served(place: str, folder, cache, tokenizer) -> None:
+    """Several epochs from `place` are those of the local folder, and a missing folder gives an error with its URL."""
+    dataset = open_dataset(place, "train")
+    assert not list(cache.glob("*/*.tar"))  # before they are needed
+    assert_equal(batches(dataset, tokenizer, 15), batches(open_dataset(folder, "train"), tokenizer, 15))
+    assert len(list(cache.glob("*/*.tar"))) == len(dataset.tars)
+    with pytest.raises(DataError, match=rf"{place}/none/dataset.json: wanted a file that the data set needs"):
+        open_dataset(f"{place}/none", "train")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the server's and the client's packages
-def test_an_object_store_serves_a_data_set(folder, cache, tokenizer, monkeypatch):
-    """S3 through boto, over several epochs, with a cache that holds all shards."""
-    moto = pytest.importorskip("moto.server")
-    boto3 = pytest.importorskip("boto3")
-    for name, value in {"ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": "x", "DEFAULT_REGION": "us-east-1"}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        store = boto3.client("s3")
-        store.create_bucket(Bucket="pairs")
-        for path in folder.iterdir():
-            store.upload_file(str(path), "pairs", f"deep/{path.name}")
-        dataset = open_dataset("s3://pairs/deep", "train")
-        assert not list(cache.glob("*/*.tar"))  # before they are needed
-        assert_equal(batches(dataset, tokenizer, 15), batches(open_dataset(folder, "train"), tokenizer, 15))
-        assert len(list(cache.glob("*/*.tar"))) == len(dataset.tars)
-        with pytest.raises(DataError, match=r"s3://pairs/none/dataset.json: wanted a file that the data set needs"):
-            open_dataset("s3://pairs/none", "train")
-    finally:
-        server.stop()
+def test_amazons_object_store_serves_a_data_set(folder, cache, tokenizer):
+    with serve_s3("pairs"):
+        put_all(folder, "s3://pairs/deep")
+        assert_served("s3://pairs/deep", folder, cache, tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_googles_object_store_serves_a_data_set(folder, cache, tokenizer):
+    with serve_gcs("pairs"):
+        put_all(folder, "gs://pairs/deep")
+        assert_served("gs://pairs/deep", folder, cache, tokenizer)
+
+
+@pytest.mark.slow
+def test_the_hugging_face_hub_serves_a_data_set(folder, cache, tokenizer):
+    with serve_hub(folder, "owner/pairs") as asked:
+        assert_served("hf://datasets/owner/pairs", folder, cache, tokenizer)
+        assert any("resolve" in path for path in asked)
+
+
+def put_all(folder, place: str) -> None:
+    for path in folder.iterdir():
+        RemoteFolder(place).put(path, path.name)
 
 
 @pytest.mark.slow
@@ -134,7 +159,7 @@ def test_remote_shards_are_fetched_ahead_of_use(folder, web, cache, tokenizer, m
         if thread.name == "mvlm-fetching":
             thread.join(10)
     here = {path.name for path in cache.glob("*/*.tar")}
-    in_use = {loader.dataset.tars[loader.dataset.shard[i]].name for i in batch.sample_id.tolist()}
+    in_use = {loader.dataset.tars[int(loader.dataset.shard_of(i))].name for i in batch.sample_id.tolist()}
     assert in_use < here
     loader.close()
 
@@ -152,13 +177,13 @@ def test_a_remote_cache_that_is_too_small_is_refused(folder, web, cache, tokeniz
 
 
 def test_a_failed_fetch_is_retried(folder, web, cache, tokenizer):
-    names = sorted(f"/{path.name}" for path in folder.glob("train*"))
+    names = ["/train.index", *sorted(f"/{path.name}" for path in folder.glob("*.tar"))]
     FolderHandler.fail += ["/dataset.json", *names, *names]
     dataset = open_dataset(web, "train")
     assert_equal(batches(dataset, tokenizer, 6), batches(open_dataset(folder, "train"), tokenizer, 6))
     assert not FolderHandler.fail
     FolderHandler.fail += ["/dataset.json"] * 4
-    with pytest.raises(DataError, match=r"dataset\.json: wanted to read it, found that 4 attempts failed"):
+    with pytest.raises(DataError, match=r"dataset\.json: wanted to read or write it, found that 4 attempts failed"):
         open_dataset(web, "train")
 
 
@@ -169,16 +194,65 @@ def test_a_remote_shard_with_other_bytes_is_refused(folder, web, cache, tokenize
         tar.write_bytes(content[:-1] + b"x")
         with pytest.raises(
             DataError,
-            match=rf"{tar.name}: wanted to read it, found that 4 attempts failed: sha256 .* where dataset.json",
+            match=rf"{tar.name}: wanted to read or write it, found that 4 attempts failed: sha256 .* where",
         ):
             batches(open_dataset(web, "train"), tokenizer, 6)
         assert not [path for path in cache.glob("*/*") if path.name.startswith(tar.name) and path.suffix != ".lock"]
     finally:
         tar.write_bytes(content)
-        os.utime(tar.with_suffix(".idx"))
+        for index in (tar.with_suffix(".idx"), folder / "train.index"):
+            os.utime(index)
+
+
+def test_the_index_of_a_split_is_fetched_once_for_a_machine(folder, web, cache, tokenizer):
+    """Eight processes' worth of openings at the same time, here threads; no DALI index is fetched."""
+    with ThreadPoolExecutor(8) as threads:
+        opened = list(threads.map(lambda _: open_dataset(web, "train"), range(8)))
+    assert FolderHandler.asked.count("/train.index") == 1
+    assert not [path for path in FolderHandler.asked if path.endswith(".idx")]
+    assert len({dataset.fingerprint for dataset in opened} | {open_dataset(folder, "train").fingerprint}) == 1
+    assert opened[3].index.path == opened[5].index.path == next(cache.glob("*/train.index"))
 
 
 def test_a_damaged_cached_index_is_fetched_again(folder, web, cache, tokenizer):
+    open_dataset(web, "train")
+    (path,) = cache.glob("*/train.index")
+    content = path.read_bytes()
+    for damaged in (b"", content[:-1], content[:50] + b"xxxx" + content[54:]):
+        path.write_bytes(damaged)
+        found = batches(open_dataset(web, "train"), tokenizer, 6)
+        assert_equal(found, batches(open_dataset(folder, "train"), tokenizer, 6))
+        assert path.read_bytes() == content
+
+
+def test_an_index_that_arrives_short_is_fetched_again(folder, web, cache, tokenizer, monkeypatch):
+    """Some servers end a connection early without an error."""
+    cut = [200, 5000]
+
+    def shorten(remote: str, local: str) -> None:
+        get(remote, local)
+        if remote.endswith(".index") and cut:
+            os.truncate(local, cut.pop())
+
+    filesystem = open_remote_cache(web).remote.filesystem  # fsspec has one for all that read this server
+    get = filesystem.get_file
+    monkeypatch.setattr(filesystem, "get_file", shorten)
+    dataset = open_dataset(web, "train")
+    assert not cut
+    assert dataset.keys.tolist() == open_dataset(folder, "train").keys.tolist()
+    assert not list(cache.glob("*/*.part"))
+
+
+def test_folders_of_earlier_versions_open_from_dali_indices(folder, old_web, cache, tokenizer, caplog):
+    url, _ = old_web
+    with caplog.at_level("INFO"):
+        found = batches(open_dataset(url, "train"), tokenizer, 6)
+    assert "opened from DALI indices; `mvlm data reindex` at the source lets it open at once" in caplog.text
+    assert_equal(found, batches(open_dataset(folder, "train"), tokenizer, 6))
+
+
+def test_a_damaged_cached_dali_index_is_fetched_again(folder, old_web, cache, tokenizer):
+    web, _ = old_web
     open_dataset(web, "train")
     first, *_, last = sorted(cache.glob("*/*.idx"))
     first.write_bytes(b"")
@@ -187,7 +261,8 @@ def test_a_damaged_cached_index_is_fetched_again(folder, web, cache, tokenizer):
     assert_equal(found, batches(open_dataset(folder, "train"), tokenizer, 6))
 
 
-def test_a_cached_index_of_another_tar_is_noticed_and_removed(folder, web, cache, tokenizer):
+def test_a_cached_dali_index_of_another_tar_is_noticed_and_removed(old_web, cache, tokenizer):
+    web, folder = old_web
     wanted = batches(open_dataset(folder, "train"), tokenizer, 6)
     shards = json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"]
     by_count = {}

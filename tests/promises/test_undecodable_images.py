@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -57,7 +58,7 @@ def test_undecodable_images_are_replaced_counted_and_named(damaged, tokenizer, c
     loader = load(damaged, tokenizer)
     samples = [i for i, _, _ in stream(loader, 30)]  # three epochs
     assert loader.skipped == 4
-    ids, epochs = SampleOrder(damaged.shard, 1, shuffle=True)(0, 300)
+    ids, epochs = SampleOrder(damaged.shard_sizes, 1, shuffle=True)(0, 300)
     for got, wanted, epoch in zip(samples, ids.tolist(), epochs.tolist(), strict=True):
         assert got == (substitute_sample(1, epoch, wanted, 100, set(BAD)) if wanted in BAD else wanted)
     skips = [record.getMessage() for record in caplog.records if "cannot be decoded" in record.getMessage()]
@@ -200,7 +201,8 @@ def test_an_undecodable_substitute_is_replaced_alike_on_all_ranks(tmp_path, toke
     chains = 0
     for seed in range(3):
         at = zip(
-            *(part.tolist() for part in SampleOrder(dataset.shard, seed, shuffle=True)(0, 10 * epochs)), strict=True
+            *(part.tolist() for part in SampleOrder(dataset.shard_sizes, seed, shuffle=True)(0, 10 * epochs)),
+            strict=True,
         )
         wanted = []
         for i, epoch in at:
@@ -229,9 +231,24 @@ def test_a_shard_that_vanishes_is_not_a_bad_image(tmp_path, tokenizer):
     damage_images(dataset, [0])
     loader = load(dataset, tokenizer, batch_size=2)
     dataset.tars[0].rename(tmp_path / "elsewhere")
-    with pytest.raises((OSError, RuntimeError)):
+    with pytest.raises(
+        DataError, match=r"train-000000\.tar: wanted a shard that dataset\.json names, found no such file"
+    ):
         stream(loader, 10)
     assert loader.skipped == 0
+
+
+def test_a_shard_that_is_truncated_during_a_run_is_refused_before_it_is_read(tmp_path, tokenizer, monkeypatch):
+    """DALI maps shards, so reading past the end would end the process with SIGBUS."""
+    monkeypatch.setattr("mvlm_dataloading.loader.reader.FIRST_SEGMENT_BATCHES", 1)
+    monkeypatch.setattr("mvlm_dataloading.loader.reader.MAX_SEGMENT_SAMPLES", 8)
+    dataset = open_dataset(write_dataset(tmp_path / "data", 24, max_shard_bytes=50_000), "train")
+    loader = load(dataset, tokenizer, batch_size=8, prefetch_batches=0)
+    assert len(stream(loader, 1)) == 8
+    for tar in dataset.tars:
+        os.truncate(tar, tar.stat().st_size // 2)
+    with pytest.raises(DataError, match=r"train-00000\d\.tar: wanted \d+ bytes as in dataset\.json, found \d+ bytes"):
+        stream(loader, 1)
 
 
 def test_other_reader_failures_are_not_taken_for_undecodable_images(train_split, tokenizer, monkeypatch):

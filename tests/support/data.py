@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from mvlm_dataloading import BuildOptions, Dataset, ShardWriter, Tokenizer, build_shards, open_dataset, train_tokenizer
+from mvlm_dataloading.dataset.sample_index import index_path
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 
 from . import published
@@ -61,11 +62,17 @@ def write_dataset(
 def damage_images(dataset: Dataset, ids) -> None:
     """Make images undecodable in place: zero all but their first 20 bytes."""
     for i in ids:
-        with dataset.tars[dataset.shard[i]].open("r+b") as tar:
-            tar.seek(int(dataset.image.offset[i]) + 20)
-            tar.write(bytes(int(dataset.image.size[i]) - 20))
-    for tar in dataset.tars:
-        os.utime(tar.with_suffix(".idx"))
+        offset, size = dataset.locate("image", i)
+        with dataset.tars[int(dataset.shard_of(i))].open("r+b") as tar:
+            tar.seek(int(offset) + 20)
+            tar.write(bytes(int(size) - 20))
+    touch_indices(dataset)
+
+
+def touch_indices(dataset: Dataset) -> None:
+    """Make the indices of a data set as new as its tars."""
+    for path in (*(tar.with_suffix(".idx") for tar in dataset.tars), index_path(dataset.folder, dataset.split)):
+        os.utime(path)
 
 
 def write_waves(folder: Path) -> Path:

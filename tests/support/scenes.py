@@ -9,6 +9,8 @@ from PIL import Image
 
 from mvlm_dataloading import Dataset, ShardWriter, open_dataset
 
+from .data import touch_indices
+
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 60, 220), "yellow": (230, 220, 40)}
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 GROUNDS = {"white": (255, 255, 255), "black": (0, 0, 0)}
@@ -52,13 +54,11 @@ def write_scenes(folder: Path, counts: dict[str, int] | None = None, captions=No
 def overwrite(dataset: Dataset, part: str, ids, content: bytes | None = None) -> None:
     """Damage the "image" or "text" of samples in place: zeros after 20 bytes, or the byte `content` throughout."""
     for i in ids:
-        where = getattr(dataset, part)
-        with dataset.tars[dataset.shard[i]].open("r+b") as tar:
-            size = int(where.size[i])
-            tar.seek(where.offset[i] + (20 if content is None else 0))
+        offset, size = map(int, dataset.locate(part, i))
+        with dataset.tars[int(dataset.shard_of(i))].open("r+b") as tar:
+            tar.seek(offset + (20 if content is None else 0))
             tar.write(bytes(size - 20) if content is None else content * size)
-    for tar in dataset.tars:
-        os.utime(tar.with_suffix(".idx"))
+    touch_indices(dataset)
 
 
 def missing_shard(data: Path, split: str) -> None:
@@ -67,21 +67,26 @@ def missing_shard(data: Path, split: str) -> None:
 
 def empty_shard(data: Path, split: str) -> None:
     (data / f"{split}-000000.tar").write_bytes(b"")
-    os.utime(data / f"{split}-000000.idx")
+    os.utime(data / f"{split}.index")
 
 
 def unreadable_tar(data: Path, split: str) -> None:
     tar = data / f"{split}-000000.tar"
     tar.write_bytes(np.random.default_rng(0).bytes(tar.stat().st_size))
-    os.utime(data / f"{split}-000000.idx")
+    os.utime(data / f"{split}.index")
 
 
 def older_index(data: Path, split: str) -> None:
-    os.utime(data / f"{split}-000000.idx", (1, 1))
+    os.utime(data / f"{split}.index", (1, 1))
 
 
 def missing_index(data: Path, split: str) -> None:
+    (data / f"{split}.index").unlink()
     (data / f"{split}-000000.idx").unlink()
+
+
+def truncated_index(data: Path, split: str) -> None:
+    os.truncate(data / f"{split}.index", 1000)
 
 
 def blank_caption(data: Path, split: str) -> None:
@@ -95,9 +100,10 @@ def missing_description(data: Path, split: str) -> None:
 BROKEN = [  # damage to a split, and the error that names it
     (missing_shard, "000000.tar: wanted a shard that dataset.json names, found no such file; restore it"),
     (empty_shard, "found an empty file; restore it or build the data set again"),
-    (unreadable_tar, "wanted a tar file, found something unreadable"),
+    (unreadable_tar, "000000.tar, found that the image of"),
     (older_index, "wanted an index at least as new as"),
     (missing_index, "000000.idx: wanted the index of"),
+    (truncated_index, "bytes as its header says, found 1000; make it again with `mvlm data reindex"),
     (blank_caption, "wanted at least one caption, found none; remove the sample or write its captions"),
     (missing_description, "dataset.json: wanted the data set's description, found no such file"),
 ]

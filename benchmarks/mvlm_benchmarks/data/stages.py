@@ -40,7 +40,7 @@ def stage_batches(stage: str, data: Path, recipe: str, batch: int, size: int) ->
         yield from Loader(dataset, tokenizer, batch_size=batch, image_size=size, **settings)
         return
     count = len(dataset) // batch * batch
-    ids, epochs = SampleOrder(dataset.shard, 0, shuffle=True)(0, count)
+    ids, epochs = SampleOrder(dataset.shard_sizes, 0, shuffle=True)(0, count)
     crop_uniforms = uniforms(Purpose.CROP, 0, epochs, ids, 4)
 
     def rows(k: Any) -> np.ndarray:

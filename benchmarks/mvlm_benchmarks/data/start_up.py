@@ -19,8 +19,8 @@ SHARDS = 200
 IMAGES_PER_SHARD = 50
 
 
-def build(folder: Path, samples: int) -> None:
-    """Write the data set: SHARDS tars, whose indices have `samples` lines in total."""
+def write_images(folder: Path) -> tuple[bytes, list[str]]:
+    """Write IMAGES_PER_SHARD small images as a data set. Returns its only tar, and the lines of its DALI index."""
     import io
 
     from PIL import Image
@@ -29,12 +29,17 @@ def build(folder: Path, samples: int) -> None:
 
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(file, "JPEG")
-    single = folder.with_name(f"{folder.name}.one")
-    with ShardWriter(single, name="start", source="", licence="", attribution="", recipe={}) as writer:
+    with ShardWriter(folder, name="start", source="", licence="", attribution="", recipe={}) as writer:
         for i in range(IMAGES_PER_SHARD):
             writer.add(f"{i:09d}", file.getvalue(), [f"a caption of sample {i}"], {"image_id": i})
-    tar, index = (single / "train-000000.tar").read_bytes(), (single / "train-000000.idx").read_text()
-    lines = index.splitlines()[1:]
+    return (folder / "train-000000.tar").read_bytes(), (folder / "train-000000.idx").read_text().splitlines()[1:]
+
+
+def build(folder: Path, samples: int) -> None:
+    """Write the data set: SHARDS tars, whose indices have `samples` lines in total."""
+    from mvlm_dataloading.tools.reindex import pack_indices
+
+    tar, lines = write_images(folder.with_name(f"{folder.name}.one"))
     folder.mkdir(parents=True)
     count = samples // SHARDS
     repeated = "\n".join([f"v1.2 {count}", *(lines[k % IMAGES_PER_SHARD] for k in range(count))]) + "\n"
@@ -47,6 +52,7 @@ def build(folder: Path, samples: int) -> None:
         shards.append({"tar": f"{name}.tar", "samples": count, "bytes": len(tar), "sha256": digest})
     splits = {"train": {"samples": count * SHARDS, "captions": count * SHARDS, "shards": shards}}
     (folder / "dataset.json").write_text(json.dumps({"format_version": 1, "splits": splits}))
+    pack_indices(folder)
 
 
 def seconds_to_first_batch(folder: Path, batch: int = 64) -> dict[str, float]:

@@ -1,11 +1,13 @@
-"""Final step of a build.
+"""Final step of a build, which joins the pieces of all parts.
 
-Drops duplicates and training images that also occur in an evaluation split, and moves the pieces' tars into the data
-folder. Besides the tars it writes:
+Drops duplicates and training images that also occur in an evaluation split, and puts the pieces' tars into the data
+folder. A data set at a URL gets its tars from parts in the same store by copies that the store makes. Besides the tars
+it writes:
 
     OUT/rejected.jsonl     a line per rejected record: key, split, reason, origin
     OUT/duplicates.jsonl   a line per duplicate image: key, split, kind (exact or near), and the image that it repeats
     OUT/dataset.json       the description
+    OUT/train.index        the index of each split
 
 Shape legend: n written samples, in the order of the source.
 """
@@ -13,16 +15,19 @@ Shape legend: n written samples, in the order of the source.
 import hashlib
 import json
 import shutil
+import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard
 from mvlm_dataloading.dataset.durable_files import write_durably
+from mvlm_dataloading.dataset.open import write_index
+from mvlm_dataloading.dataset.remote_files import RemoteFolder
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.options import BuildOptions
-from mvlm_dataloading.sources.record import Source
 from mvlm_dataloading.tokenizer import load_tokenizer
 
 from .duplicates import (
@@ -34,18 +39,28 @@ from .duplicates import (
     parse_image_facts,
     tabulate,
 )
+from .local_folder import LocalFolder
 from .shard_writer import Shard
+
+_REQUESTS = 16
+"""Requests to object stores at once."""
 
 
 @dataclass(frozen=True, slots=True)
 class Assembly:
-    """A build whose pieces are finished, in `folder`."""
+    """A build whose pieces are finished."""
 
     folder: Path
-    source: Source
-    options: BuildOptions
-    recipe: dict[str, Any]
-    evaluation_sets: tuple[Path, ...]
+    """Working folder on this machine. `final/` in it becomes the data set."""
+    plan: dict[str, Any]
+    parts: Sequence[LocalFolder | RemoteFolder]
+    owner: Sequence[int]
+    """For each piece, the part that has it."""
+    out: RemoteFolder | None = None
+    """Where the data set goes, if not to this machine. Tars that are kept whole are put there at once."""
+
+    def part_of(self, piece: int) -> LocalFolder | RemoteFolder:
+        return self.parts[self.owner[piece]]
 
 
 def assemble(assembly: Assembly) -> Counter[str]:
@@ -56,22 +71,26 @@ def assemble(assembly: Assembly) -> Counter[str]:
     images = written.images
     dropped = _repeated_keys(images.keys)
     evaluation = [
-        images_of_split(folder, split) for folder in assembly.evaluation_sets for split in evaluation_splits(folder)
+        images_of_split(folder, split)
+        for folder in map(Path, assembly.plan["evaluation_sets"])
+        for split in evaluation_splits(folder)
     ]
     duplicates = list(find_leaks(images, evaluation, dropped))
-    duplicates += find_duplicates(images, dropped, drop=assembly.options.drop_duplicates)
+    duplicates += find_duplicates(images, dropped, drop=assembly.plan["recipe"]["drop_duplicates"])
     for i, reason in dropped.items():
         where = written.where[i]
         rejected.append({"key": images.keys[i], "split": images.splits[i], "reason": reason, "where": where})
     if len(dropped) == len(images.keys):
         reasons = dict(Counter(line["reason"] for line in rejected).most_common(5))
         shutil.rmtree(assembly.folder)
-        raise DataError(f"{assembly.source.name}: wanted at least one sample, found none; rejected: {reasons}")
+        raise DataError(f"{assembly.plan['name']}: wanted at least one sample, found none; rejected: {reasons}")
     splits = _write_shards(assembly, written, dropped)
     for name, lines in (("rejected", rejected), ("duplicates", duplicates)):
         write_durably(final / f"{name}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     reasons = Counter(line["reason"] for line in rejected)
     _write_description(assembly, splits, reasons)
+    for split in splits:
+        write_index(final, split, with_tars=assembly.out is None)
     kinds = Counter(f"duplicates ({line['kind']})" for line in duplicates)
     return Counter({f"{split} samples": s["samples"] for split, s in splits.items()}) + kinds + reasons
 
@@ -91,17 +110,21 @@ class _Written:
 def _read_pieces(assembly: Assembly) -> tuple[_Written, list[dict[str, Any]]]:
     """Read the samples of all pieces, and a line per rejected record."""
     facts, where, captions, tars, rejected = [], [], [], [], []
-    for number, piece in enumerate(assembly.source.pieces):
-        with (_piece_folder(assembly, number) / "samples.jsonl").open(encoding="utf-8") as file:
-            for text in file:
-                line = json.loads(text)
-                if "reason" in line:
-                    rejected.append({"key": line["key"], "split": piece.split, **line})
-                    continue
-                facts.append((line["key"], piece.split, parse_image_facts(line)))
-                where.append(line["where"])
-                captions.append(line["captions"])
-                tars.append((number, line["tar"]))
+    splits = assembly.plan["splits"]
+
+    def read(number: int) -> list[str]:
+        return assembly.part_of(number).read(f"{_piece(number)}/samples.jsonl", exact=True).decode().splitlines()
+
+    for number, lines in enumerate(_each(assembly, read, range(len(splits)))):
+        split = splits[number]
+        for line in map(json.loads, lines):
+            if "reason" in line:
+                rejected.append({"key": line["key"], "split": split, **line})
+                continue
+            facts.append((line["key"], split, parse_image_facts(line)))
+            where.append(line["where"])
+            captions.append(line["captions"])
+            tars.append((number, line["tar"]))
     return _Written(tabulate(facts), where, captions, tars), rejected
 
 
@@ -111,7 +134,7 @@ def _repeated_keys(keys: list[str]) -> dict[int, str]:
 
 
 def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]) -> dict[str, dict[str, Any]]:
-    """Move the tars that keep all samples, rewrite the others, and number both by split.
+    """Put the tars that keep all samples into place, rewrite the others, and number both by split.
 
     Returns:
         The field `splits` of dataset.json.
@@ -119,28 +142,76 @@ def _write_shards(assembly: Assembly, written: _Written, dropped: dict[int, str]
     samples_of: dict[tuple[int, int], list[int]] = {}
     for i, tar in enumerate(written.tars):
         samples_of.setdefault(tar, []).append(i)
+
+    def read(number: int) -> list[dict[str, Any]]:
+        return json.loads(assembly.part_of(number).read(f"{_piece(number)}/shards.json", exact=True))
+
+    numbers = sorted({number for number, _ in samples_of})
+    known_of = dict(zip(numbers, _each(assembly, read, numbers), strict=True))
     splits: dict[str, dict[str, Any]] = {}
+    whole: list[tuple[int, int, Path, str]] = []
     for (number, tar), samples in samples_of.items():
         keep = [i not in dropped for i in samples]
         if not any(keep):
             continue
-        split = assembly.source.pieces[number].split
+        split = assembly.plan["splits"][number]
         entry = splits.setdefault(split, {"samples": 0, "captions": 0, "shards": []})
-        old = _piece_folder(assembly, number) / f"{tar:03d}.tar"
         new = assembly.folder / "final" / f"{split}-{len(entry['shards']):06d}.tar"
         if all(keep):
-            for suffix in (".tar", ".idx"):
-                if not new.with_suffix(suffix).exists():  # else it was moved before an interruption
-                    old.with_suffix(suffix).rename(new.with_suffix(suffix))
-            known = json.loads((old.parent / "shards.json").read_text())[tar]
+            known = known_of[number][tar]
+            whole.append((number, tar, new, known["sha256"]))
             shard = {"tar": new.name, "samples": known["samples"], "bytes": known["bytes"], "sha256": known["sha256"]}
         else:
-            _copy_kept(old, new, keep)
+            _rewrite(assembly, number, tar, new, keep, known_of[number][tar]["sha256"])
             shard = describe_shard(new, sum(keep))
         entry["samples"] += sum(keep)
         entry["captions"] += sum(written.captions[i] for i in samples if i not in dropped)
         entry["shards"].append(shard)
+    for _ in _each(assembly, lambda one: _place_whole(assembly, *one), whole):
+        pass
     return dict(sorted(splits.items()))
+
+
+def _each(assembly: Assembly, function: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """Results of a function, in order. Several calls are made at once if they wait for a network."""
+    if assembly.out is None and all(isinstance(part, LocalFolder) for part in assembly.parts):
+        yield from map(function, items)
+        return
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        yield from pool.map(function, items)
+
+
+def _place_whole(assembly: Assembly, number: int, tar: int, new: Path, sha256: str) -> None:
+    """Put a tar and its index into place, as they are. What is there was put there before an interruption."""
+    part, old = assembly.part_of(number), f"{_piece(number)}/{tar:03d}"
+    for suffix in (".tar", ".idx"):
+        target = new.with_suffix(suffix)
+        if target.exists():
+            continue
+        if isinstance(part, LocalFolder):
+            part.get(old + suffix, target)
+        elif suffix == ".tar" and assembly.out is not None and assembly.out.filesystem is part.filesystem:
+            part.copy_to(old + suffix, assembly.out, target.name)
+        else:
+            aside = target.with_name(f"{target.name}.aside")
+            part.get(old + suffix, aside, sha256 if suffix == ".tar" else None, exact=True)
+            aside.rename(target)
+    if assembly.out is not None and new.exists():
+        assembly.out.put(new, new.name)
+        new.unlink()
+
+
+def _rewrite(assembly: Assembly, number: int, tar: int, new: Path, keep: list[bool], sha256: str) -> None:
+    """Copy the samples `keep` of a tar."""
+    part, old = assembly.part_of(number), f"{_piece(number)}/{tar:03d}"
+    if isinstance(part, LocalFolder):
+        _copy_kept(part.folder / f"{old}.tar", new, keep)
+        return
+    with tempfile.TemporaryDirectory(dir=assembly.folder) as name:
+        copy = Path(name) / "old.tar"
+        part.get(f"{old}.tar", copy, sha256)
+        part.get(f"{old}.idx", copy.with_suffix(".idx"), exact=True)
+        _copy_kept(copy, new, keep)
 
 
 def _copy_kept(old: Path, new: Path, keep: list[bool]) -> None:
@@ -166,26 +237,22 @@ def _copy_kept(old: Path, new: Path, keep: list[bool]) -> None:
 
 
 def _write_description(assembly: Assembly, splits: dict[str, dict[str, Any]], reasons: Counter[str]) -> None:
-    source, options, final = assembly.source, assembly.options, assembly.folder / "final"
+    plan, final = assembly.plan, assembly.folder / "final"
     description: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
-        "name": source.name,
-        "source": source.origin,
-        "licence": source.licence,
-        "attribution": source.attribution,
-        "recipe": assembly.recipe,
+        **{name: plan[name] for name in ("name", "source", "licence", "attribution", "recipe")},
         "splits": splits,
         "tokenizer": None,
         "rejected": dict(sorted(reasons.items())),
     }
-    if options.tokenizer is not None:
-        tokenizer = options.tokenizer.read_bytes()
+    if "tokenizer" in plan["recipe"]:
+        tokenizer = assembly.parts[0].read("tokenizer.json")
         (final / "tokenizer.json").write_bytes(tokenizer)
         description["tokenizer"] = hashlib.sha256(tokenizer).hexdigest()
-        fingerprint = load_tokenizer(options.tokenizer).fingerprint
-        description["tokens"] = {"fingerprint": fingerprint, "max_length": options.text_length}
+        fingerprint = load_tokenizer(final / "tokenizer.json").fingerprint
+        description["tokens"] = {"fingerprint": fingerprint, "max_length": plan["recipe"]["text_length"]}
     write_durably(final / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
 
 
-def _piece_folder(assembly: Assembly, number: int) -> Path:
-    return assembly.folder / "pieces" / f"{number:06d}"
+def _piece(number: int) -> str:
+    return f"pieces/{number:06d}"

@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from .image_check import (
     perceptual_hash,
     read_header,
 )
+from .local_folder import discard
 from .shard_writer import Shard, pack_tokens
 
 CRASHED = "the decoder dies on the image"
@@ -59,8 +61,9 @@ def write_piece(
             ("suspect").
         report: called after each group of records, with its length.
     """
-    aside = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
+    for left in target.parent.glob(f"{target.name}.*.tmp"):  # of a process that was killed
+        discard(left)
+    aside = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")  # machines may share process ids
     aside.mkdir(parents=True)
     writer = _PieceWriter(aside, options, crashes)
     try:

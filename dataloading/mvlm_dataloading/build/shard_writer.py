@@ -2,6 +2,7 @@
 
     OUT/train-000000.tar   <key>.png|jpg|webp, <key>.txt (one caption per line), <key>.json (metadata)
     OUT/train-000000.idx   offset and size of each component in the tar
+    OUT/train.index        the same of all tars of the split, to open it at once (see `sample_index`)
     OUT/dataset.json       counts, sha256 of each shard, source, licence, rejections by reason
 
 The data set is written to `.OUT.partial`, which is renamed when it is complete. OUT, if it exists, is therefore
@@ -25,6 +26,7 @@ import numpy as np
 
 from mvlm_dataloading.dataset.description import FORMAT_VERSION, require_free_folder
 from mvlm_dataloading.dataset.durable_files import sync_file, write_durably
+from mvlm_dataloading.dataset.open import write_index
 from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.sources.record import KEY_PATTERN
 
@@ -116,7 +118,7 @@ class ShardWriter:
         return None
 
     def finish(self) -> Path:
-        """Close all shards, write their indices and `dataset.json`, and rename the folder. Returns its path."""
+        """Close all shards, write `dataset.json` and all indices, and rename the folder. Returns its path."""
         for split in list(self._open):
             self._finished[split].append(self._open.pop(split).close())
         if not self._finished:
@@ -139,6 +141,8 @@ class ShardWriter:
             "rejected": dict(sorted(self.rejected.items())),
         }
         write_durably(self._partial / "dataset.json", json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+        for split in description["splits"]:
+            write_index(self._partial, split)
         self._partial.rename(self.out)  # replaces an empty folder, and fails on any other
         return self.out
 

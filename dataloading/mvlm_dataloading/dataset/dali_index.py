@@ -32,26 +32,19 @@ class Component:
 class DaliIndex:
     """A parsed index."""
 
-    text: bytes
-    begin: Int64
-    """(n,) start of each line in `text`."""
-    end: Int64
-    """(n,) end of each line, without the newline."""
     components: dict[str, Component]
     """Keyed by the names in KINDS. If a sample has several components of a kind, the last one is used."""
+    keys: bytes
+    """The samples' keys, one after another. A key is the name of the first component without its extension."""
+    key_end: Int64
+    """(n,) end of each key in `keys`."""
 
-    def line(self, i: int) -> bytes:
-        return self.text[self.begin[i] : self.end[i]]
+    def __len__(self) -> int:
+        return len(self.key_end)
 
     def key(self, i: int) -> str:
-        """Key of a sample: the name of its first component without the extension."""
-        extension, _, _, name = self.line(i).split(b" ", 4)[:4]
-        return name[: -len(extension) - 1].decode(errors="surrogateescape")
-
-    def name(self, i: int, kind: str) -> str:
-        """Name of a component's member in the tar."""
-        words = self.line(i).decode(errors="surrogateescape").split(" ")
-        return [words[k + 3] for k in range(0, len(words), 4) if words[k].lower() in KINDS[kind]][-1]
+        begin = self.key_end[i - 1] if i else 0
+        return self.keys[begin : self.key_end[i]].decode(errors="surrogateescape")
 
 
 def read_head(text: bytes) -> tuple[str, int]:
@@ -89,8 +82,18 @@ def parse_index(text: bytes) -> DaliIndex:
         component = Component(np.zeros(len(words), np.int64), np.full(len(words), -1, np.int64))
         component.offset[line[chosen]], component.size[line[chosen]] = offset[chosen], size[chosen]
         components[name] = component
-    end = start + word_end[line_ends]
-    return DaliIndex(text, np.append(start, end + 1)[:-1], end, components)
+    first = np.append(0, line_ends + 1)[:-1]  # (n,) number of each line's first word
+    extension = word_end[first] - word_begin[first]
+    keys, key_end = _join(data, word_begin[first + 3], word_end[first + 3] - extension - 1)
+    return DaliIndex(components, keys, key_end)
+
+
+def _join(data: UInt8, begin: Int64, end: Int64) -> tuple[bytes, Int64]:
+    """The parts `begin` to `end` of `data`, one after another, and the end of each among them."""
+    length = np.maximum(end - begin, 0)
+    joined = np.cumsum(length)
+    places = np.arange(joined[-1] if len(joined) else 0) + np.repeat(begin - (joined - length), length)
+    return data[places].tobytes(), joined
 
 
 def _codes(data: UInt8, begin: Int64, end: Int64) -> Int64:

@@ -1,31 +1,35 @@
 """One split of a data set: location of its samples, and random access to them."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.randomness import text_hash
 
-from .dali_index import KINDS, Component, DaliIndex, Int64
+from .dali_index import Int64
+from .description import shard_paths
 from .remote_cache import RemoteCache
+from .sample_index import SampleIndex
+from .tar_check import check_size, compare_with_tar
 
 
 class Keys:
-    """Keys of the samples, read from the indices on request."""
+    """Keys of samples, read from an index on request."""
 
-    def __init__(self, indices: list[DaliIndex], shard: Int64, first: Int64):
-        self._indices, self._shard, self._first = indices, shard, first
+    def __init__(self, index: SampleIndex, start: int, stop: int):
+        self._index, self._start, self._stop = index, start, stop
 
     def __len__(self) -> int:
-        return len(self._shard)
+        return self._stop - self._start
 
     def __getitem__(self, i: int) -> str:
-        shard = self._shard[i]
-        return self._indices[shard].key(i - self._first[shard])
+        return self._index.key(self._start + int(i))
 
     def tolist(self) -> list[str]:
         return [self[i] for i in range(len(self))]
@@ -35,32 +39,30 @@ class Keys:
 class Dataset:
     """One split of a data folder, made by `open_dataset`. A sample's id is its position, 0 to len - 1.
 
-    Shape legend: n samples.
+    Shape legend: n samples of a request, S shards.
     """
 
     folder: Path
     split: str
     tars: list[Path]
-    shard: Int64
-    """(n,), ascending: position of each sample's shard in `tars`."""
-    first: Int64
-    """Id of the first sample of each shard."""
-    indices: list[DaliIndex]
-    """One per shard."""
-    keys: Keys
-    image: Component
-    text: Component
-    meta: Component
-    tokens: Component
+    """Path of each shard."""
+    index: SampleIndex
+    """Index of the whole split."""
+    start: int
+    """Position in the index of the first sample."""
+    stop: int
+    """Position in the index after the last sample."""
     description: dict[str, Any]
     """Content of `dataset.json`."""
     fingerprint: str
     """Hash of the split's samples and their order."""
     remote: RemoteCache | None = None
     """The cache of a remote data set, which fetches its shards. `tars` are then paths in the cache."""
+    compared: set[int] = field(default_factory=set)
+    """Numbers of the local shards that have been compared with the index."""
 
     def __len__(self) -> int:
-        return len(self.shard)
+        return self.stop - self.start
 
     def head(self, count: int) -> "Dataset":
         """The first `count` samples as a data set, or all of them if there are fewer."""
@@ -68,19 +70,56 @@ class Dataset:
 
     def rows(self, start: int, stop: int) -> "Dataset":
         """The samples `start` to `stop` - 1 as a data set, in which their ids begin at 0."""
-        components = {
-            kind: Component(getattr(self, kind).offset[start:stop], getattr(self, kind).size[start:stop])
-            for kind in KINDS
-        }
-        shard, first = self.shard[start:stop], self.first - start
         return replace(
             self,
-            shard=shard,
-            first=first,
-            keys=Keys(self.indices, shard, first),
+            start=self.start + start,
+            stop=self.start + stop,
             fingerprint=f"{self.fingerprint}:{stop}" if start == 0 else f"{self.fingerprint}:{start}:{stop}",
-            **components,
         )
+
+    @property
+    def keys(self) -> Keys:
+        return Keys(self.index, self.start, self.stop)
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        """The split's shards, as `dataset.json` describes them."""
+        return self.description["splits"][self.split]["shards"]
+
+    @property
+    def shard_sizes(self) -> Int64:
+        """Number of these samples in each shard, int64 (S,)."""
+        return np.diff(np.clip(self.index.first, self.start, self.stop))
+
+    def shard_of(self, ids: Any) -> Int64:
+        """Position in `tars` of each sample's shard, int64, of the shape of `ids`. It ascends with the id."""
+        return self.index.shard_of(np.asarray(ids) + self.start)
+
+    def locate(self, kind: str, ids: Any) -> tuple[Int64, Int64]:
+        """Offset of a component in its tar, and its size in bytes, int64, of the shape of `ids`.
+
+        Args:
+            kind: image, text, meta or tokens. The size of a component that a sample lacks is -1.
+        """
+        return self.index.locate(kind, np.asarray(ids) + self.start)
+
+    def check_shards(self, shards: Sequence[int]) -> None:
+        """Check local shards before they are read: their sizes, and once in a process three of their samples.
+
+        A shard that is shorter than its index says would end the process with SIGBUS, because DALI maps it.
+
+        Raises:
+            DataError: a shard is missing, has another size than `dataset.json` says, or does not match the index.
+        """
+        if self.remote is not None:  # shards are checked when they are fetched
+            return
+        for shard in shards:
+            check_size(self.tars[shard], self.shards[shard]["bytes"])
+            if shard not in self.compared:
+                source = self.index.path or shard_paths(self.folder, self.shards[shard])[1]
+                hint = f"restore the shard, or make the index again with `mvlm data index {self.folder}`"
+                compare_with_tar(self.index, shard, self.tars[shard], source, hint)
+                self.compared.add(shard)
 
     @property
     def splits(self) -> list[str]:
@@ -94,15 +133,15 @@ class Dataset:
 
     def captions(self, i: int) -> list[str]:
         """All captions of sample i, the main one first."""
-        return parse_captions(self._read(self.text, i), lambda: self.where(i))
+        return parse_captions(self._read("text", i), lambda: self.where(i))
 
     def metadata(self, i: int) -> dict[str, Any]:
         """Content of `<key>.json`; empty for a sample without metadata."""
-        return parse_metadata(self._read(self.meta, i), lambda: self.where(i))
+        return parse_metadata(self._read("meta", i), lambda: self.where(i))
 
     def image_bytes(self, i: int) -> bytes:
         """The encoded image."""
-        return self._read(self.image, i)
+        return self._read("image", i)
 
     def image_id(self, i: int) -> int:
         """Id of the sample's image, int64, equal for samples of the same image. The values of `Batch.image_id`."""
@@ -110,19 +149,21 @@ class Dataset:
 
     def where(self, i: int) -> str:
         """Location of sample i for messages: tar, offset and key."""
-        return f"{self.tars[self.shard[i]]} offset {self.image.offset[i]} key {self.keys[i]}"
+        return f"{self.tars[int(self.shard_of(i))]} offset {self.locate('image', i)[0]} key {self.keys[i]}"
 
-    def index_line(self, i: int) -> bytes:
-        """Sample i's line of its index."""
-        return self.indices[self.shard[i]].line(i - self.first[self.shard[i]])
-
-    def _read(self, component: Component, i: int) -> bytes:
-        if component.size[i] < 0:
+    def _read(self, kind: str, i: int) -> bytes:
+        offset, size = map(int, self.locate(kind, i))
+        if size < 0:
             return b""
-        shard = int(self.shard[i])
+        shard = int(self.shard_of(i))
+        if shard not in self.compared:
+            self.check_shards([shard])
         with self.remote.reading(shard) if self.remote else nullcontext(), self.tars[shard].open("rb") as tar:
-            tar.seek(component.offset[i])
-            return tar.read(component.size[i])
+            tar.seek(offset)
+            content = tar.read(size)
+        if len(content) != size:
+            raise DataError(f"{self.where(i)}: wanted the shard that was opened, found a shorter one; restore it")
+        return content
 
 
 def parse_captions(text: bytes, where: Callable[[], str]) -> list[str]:

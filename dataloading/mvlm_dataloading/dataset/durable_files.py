@@ -1,7 +1,10 @@
 """File writes that survive a crash of the machine."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -12,6 +15,25 @@ def write_durably(path: Path, text: str) -> None:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def replaced_durably(path: Path) -> Iterator[BinaryIO]:
+    """A new file, open for reading and writing, that takes the place of `path` when the `with` block ends.
+
+    It is written aside as `path` with the suffix `.tmp`, so `path` is whole or absent at any moment. After an error it
+    is removed, and `path` is as before.
+    """
+    aside = path.with_name(f"{path.name}.tmp")
+    try:
+        with aside.open("w+b") as file:
+            yield file
+        sync_file(aside)
+        aside.rename(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,10 +1,11 @@
-"""Opening a data set, with all checks that do not read whole shards."""
+"""Opening a data set, with all checks that do not read whole shards.
 
-import hashlib
-import json
-import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+A split opens from `<split>.index` at once. Without that file it opens from the DALI indices of its shards, which are
+parsed and packed in memory by each process.
+"""
+
+import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,19 @@ import numpy as np
 
 from mvlm_dataloading.errors import DataError
 
-from .dali_index import IMAGE_EXTENSIONS, KINDS, Component, DaliIndex, parse_index, read_head
-from .dataset import Dataset, Keys
+from .dataset import Dataset
 from .description import read_description, shard_paths
-from .remote_cache import RemoteCache, is_remote, open_remote_cache
+from .durable_files import replaced_durably
+from .pack import local_hint, older_index, pack_local, pack_remote
+from .remote_cache import REMOTE_HINT, RemoteCache, open_remote_cache
+from .remote_files import is_remote
+from .sample_index import SampleIndex, index_path, map_index, shards_hash
+from .tar_check import check_size, compare_with_tar
 
-_REMOTE_HINT = "open the data set again, which fetches it again; if that does not help, rebuild it at the source"
-_SHORT = 8  # bytes; a `.txt` of at most this size may be blank, so it is read when the data set is opened
+log = logging.getLogger(__name__)
+
+_SHORT = 8  # bytes; a `.txt` of at most this size may be blank, so it is read when DALI indices are packed
+_ROWS = 1 << 20  # samples looked at together
 
 
 def open_dataset(folder: Path | str, split: str) -> Dataset:
@@ -28,30 +35,79 @@ def open_dataset(folder: Path | str, split: str) -> Dataset:
     are fetched.
 
     Raises:
-        DataError: the folder, `dataset.json`, the split, a shard or an index is missing; a shard is no tar, or its size
-            differs from `dataset.json`; an index is older than its tar or belongs to another one; a sample has no
+        DataError: the folder, `dataset.json`, the split, a shard or an index is missing; the size of a shard differs
+            from `dataset.json`; an index is damaged, older than its tar or belongs to another one; a sample has no
             caption or no image.
     """
-    remote = open_remote_cache(str(folder)) if is_remote(folder) else None
-    folder = Path(folder) if remote is None else remote.folder
+    if is_remote(folder):
+        return _open_remote(open_remote_cache(str(folder)), split)
+    folder = Path(folder)
     description = read_description(folder)
     shards = _shards_of_split(folder, description, split)
-    if remote is None:
-        opened = [_open_local_shard(folder, shard) for shard in shards]
-    else:
-        opened = _open_remote_shards(remote, shards)
-    dataset = _join_shards(folder, split, description, opened, remote)
-    if remote is None:
-        for i in np.flatnonzero(dataset.text.size <= _SHORT):
-            dataset.captions(int(i))  # raises if it is blank
+    path = index_path(folder, split)
+    if path.is_file():
+        index = _map(path, split, shards, f"make it again with `mvlm data reindex {folder}`")
+        _check_tars(folder, shards, path)
+        return _dataset(folder, split, description, index)
+    content = io.BytesIO()
+    pack_local(folder, split, shards, content)
+    dataset = _dataset(folder, split, description, SampleIndex(content.getvalue()))
+    _check_samples(dataset)
+    log.info("%s: opened from DALI indices; `mvlm data reindex %s` writes an index that opens at once", folder, folder)
     return dataset
 
 
-@dataclass(frozen=True, slots=True)
-class _OpenShard:
-    tar: Path
-    index_path: Path
-    index: DaliIndex
+def write_index(folder: Path, split: str, *, with_tars: bool = True) -> Path:
+    """Write `<split>.index` of a local data folder from the DALI indices of its shards. Returns its path.
+
+    Args:
+        with_tars: the tars are there too, and are compared with the indices.
+
+    Raises:
+        DataError: as in `open_dataset`. A `<split>.index` that is there stays as it was.
+    """
+    description = read_description(folder)
+    shards = _shards_of_split(folder, description, split)
+    path = index_path(folder, split)
+    with replaced_durably(path) as file:
+        if with_tars:
+            pack_local(folder, split, shards, file)
+            _check_samples(_dataset(folder, split, description, map_index(Path(file.name))))
+        else:
+            pack_remote(folder, split, shards, file, fetch_again=lambda shard: None)
+    return path
+
+
+def _open_remote(remote: RemoteCache, split: str) -> Dataset:
+    """Open a cached folder. Each shard is compared with the index after it is fetched."""
+    description = read_description(remote.folder)
+    shards = _shards_of_split(remote.folder, description, split)
+    remote.register_shards(shards)
+    path = remote.fetch_split_index(index_path(remote.folder, split).name)
+    if path is not None:
+        try:
+            index = _map(path, split, shards, REMOTE_HINT)
+        except DataError:  # the cached file may be damaged, or belong to an earlier state of the folder
+            remote.fetch_split_index(path.name, again=True)
+            index = _map(path, split, shards, REMOTE_HINT)
+    else:
+        content = io.BytesIO()
+        remote.fetch_dali_indices()
+        pack_remote(remote.folder, split, shards, content, remote.fetch_dali_index)
+        index = SampleIndex(content.getvalue())
+        log.info("%s: opened from DALI indices; `mvlm data reindex` at the source lets it open at once", remote.url)
+
+    def verify(number: int) -> None:
+        tar, dali_index = shard_paths(remote.folder, shards[number])
+        source = path or dali_index
+        try:
+            compare_with_tar(index, number, tar, source, REMOTE_HINT)
+        except DataError:
+            source.unlink(missing_ok=True)  # so that the next opening fetches the current one
+            raise
+
+    remote.verify = verify
+    return _dataset(remote.folder, split, description, index, remote)
 
 
 def _shards_of_split(folder: Path, description: dict[str, Any], split: str) -> list[dict[str, Any]]:
@@ -62,154 +118,49 @@ def _shards_of_split(folder: Path, description: dict[str, Any], split: str) -> l
     return description["splits"][split]["shards"]
 
 
-def _open_local_shard(folder: Path, shard: dict[str, Any]) -> _OpenShard:
-    tar, path = shard_paths(folder, shard)
-    _check_tar(tar, shard["bytes"])
-    return _OpenShard(tar, path, _read_index(tar, path, shard))
-
-
-def _open_remote_shards(remote: RemoteCache, shards: list[dict[str, Any]]) -> list[_OpenShard]:
-    """Read the indices of remote shards. Each shard is compared with its index after it is fetched."""
-    remote.register_shards(shards)
-    opened = []
-    for shard in shards:
-        tar, path = shard_paths(remote.folder, shard)
-        try:
-            index = _read_index(tar, path, shard, local=False)
-        except DataError:  # a cached index may be old or damaged
-            remote.fetch_index(shard)
-            index = _read_index(tar, path, shard, local=False)
-        opened.append(_OpenShard(tar, path, index))
-    remote.verify = lambda i: _compare_with_tar(opened[i], _REMOTE_HINT)
-    return opened
-
-
-def _join_shards(
-    folder: Path, split: str, description: dict[str, Any], opened: Sequence[_OpenShard], remote: RemoteCache | None
-) -> Dataset:
-    indices = [shard.index for shard in opened]
-    counts = np.array([len(index.begin) for index in indices], np.int64)
-    if not counts.sum():
-        raise DataError(f"{folder}: wanted samples in the split {split}, found none; build the data set again")
-    components = {
-        kind: Component(
-            offset=np.concatenate([index.components[kind].offset for index in indices]),
-            size=np.concatenate([index.components[kind].size for index in indices]),
-        )
-        for kind in KINDS
-    }
-    first = np.cumsum(counts) - counts
-    shard = np.repeat(np.arange(len(opened)), counts)
-    # Offsets are included, because views of the same shards may choose other samples or another order.
-    described = description["splits"][split]["shards"]
-    digest = hashlib.sha256(json.dumps([split, [[one["samples"], one["sha256"]] for one in described]]).encode())
-    digest.update(components["image"].offset.tobytes())
-    return Dataset(
-        folder=folder,
-        split=split,
-        tars=[one.tar for one in opened],
-        shard=shard,
-        first=first,
-        indices=indices,
-        keys=Keys(indices, shard, first),
-        **components,
-        description=description,
-        fingerprint=digest.hexdigest()[:32],
-        remote=remote,
-    )
-
-
-def _check_tar(tar: Path, size: int) -> None:
-    if not tar.is_file():
-        raise DataError(f"{tar}: wanted a shard that dataset.json names, found no such file; restore it or build again")
-    found = tar.stat().st_size
-    if found != size:
-        what = "an empty file" if found == 0 else f"{found} bytes"
-        raise DataError(
-            f"{tar}: wanted {size} bytes as in dataset.json, found {what}; restore it or build the data set again"
-        )
-    with tar.open("rb") as file:
-        header = file.read(tarfile.BLOCKSIZE)
-    try:
-        tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    except tarfile.HeaderError as error:
-        raise DataError(
-            f"{tar}: wanted a tar file, found something unreadable ({error}); restore it or build the data set again"
-        ) from None
-
-
-def _read_index(tar: Path, path: Path, shard: dict[str, Any], *, local: bool = True) -> DaliIndex:
-    """Read and check a shard's index. A local one is also compared with its tar."""
-    hint = "make the view again" if "index" in shard else f"make it again with `wds2idx {tar} {path}`"
-    if not local:
-        hint = _REMOTE_HINT
-    if not path.is_file():
-        raise DataError(f"{path}: wanted the index of {tar.name}, found no such file; {hint}")
-    if local and path.stat().st_mtime_ns < tar.stat().st_mtime_ns:
-        if "index" not in shard:
-            hint = f"make it again with `mvlm data index {tar.parent}` (copied without their times, as cp -r does?)"
-        raise DataError(f"{path}: wanted an index at least as new as {tar.name}, found an older one; {hint}")
-    text = path.read_bytes()
-    if "index_sha256" in shard and hashlib.sha256(text).hexdigest() != shard["index_sha256"]:
-        raise DataError(f"{path}: wanted the index that dataset.json names, found another; {hint}")
-    index = _parse(path, text, shard["samples"], hint)
-    for kind, what in (("image", f"an image ({', '.join(IMAGE_EXTENSIONS)})"), ("text", "at least one caption")):
-        missing = np.flatnonzero(index.components[kind].size <= 0)
-        if len(missing):
-            raise DataError(
-                f"{tar} key {index.key(int(missing[0]))}: wanted {what}, found none; remove the sample"
-                + (" or write its captions" if kind == "text" else "")
-            )
-    if local:
-        _compare_with_tar(_OpenShard(tar, path, index), hint)
+def _map(path: Path, split: str, shards: list[dict[str, Any]], hint: str) -> SampleIndex:
+    """Map a split's index. Raises DataError if it is damaged or belongs to other shards."""
+    index = map_index(path, hint)
+    if index.described != shards_hash(split, shards):
+        raise DataError(f"{path}: wanted the index of the shards in dataset.json, found one of other shards; {hint}")
     return index
 
 
-def _parse(path: Path, text: bytes, samples: int, hint: str) -> DaliIndex:
-    head, lines = read_head(text)
-    if head.split() != ["v1.2", str(lines)] or lines != samples:
-        raise DataError(f"{path}: wanted a v1.2 index of {samples} samples, found {head!r} and {lines} lines; {hint}")
-    try:
-        return parse_index(text if lines else b"v1.2 0\n")
-    except ValueError as error:
-        raise DataError(
-            f"{path}: wanted `extension offset size name` of each component, found {error}; {hint}"
-        ) from None
+def _check_tars(folder: Path, shards: list[dict[str, Any]], path: Path) -> None:
+    """Check that all shards are there, have their size, and are not newer than the index at `path`."""
+    written = path.stat().st_mtime_ns
+    for shard in shards:
+        tar, _ = shard_paths(folder, shard)
+        if check_size(tar, shard["bytes"]).st_mtime_ns > written:
+            raise older_index(path, tar, view="index" in shard)
 
 
-def _compare_with_tar(shard: _OpenShard, hint: str) -> None:
-    """Compare an index with its tar at the first, the middle and the last sample. Raises DataError."""
-    tar, index = shard.tar, shard.index
-    rows = len(index.begin)
-    end = tar.stat().st_size
-    with tar.open("rb") as file:
-        for row in dict.fromkeys((0, rows // 2, rows - 1)) if rows else ():
-            for kind, component in index.components.items():
-                offset, size = int(component.offset[row]), int(component.size[row])
-                if size < 0:
-                    continue
-                name = index.name(row, kind)
-                file.seek(max(0, offset - tarfile.BLOCKSIZE))
-                header = file.read(tarfile.BLOCKSIZE)
-                if offset + size > end or not _is_header_of(header, name, size):
-                    raise DataError(
-                        f"{shard.index_path}: wanted the index of {tar.name}, found that {name} is not where it says; "
-                        f"{hint}"
-                    )
+def _check_samples(dataset: Dataset) -> None:
+    """Compare DALI indices that were packed with their tars, and refuse blank captions."""
+    for number, shard in enumerate(dataset.shards):
+        tar, path = shard_paths(dataset.folder, shard)
+        compare_with_tar(dataset.index, number, tar, path, local_hint(tar, path, shard))
+        dataset.compared.add(number)
+    for begin in range(0, len(dataset), _ROWS):
+        ids = np.arange(begin, min(begin + _ROWS, len(dataset)))
+        for i in ids[dataset.locate("text", ids)[1] <= _SHORT].tolist():
+            dataset.captions(i)  # raises if it is blank
+        dataset.index.release()
 
 
-def _is_header_of(header: bytes, name: str, size: int) -> bool:
-    """True if a tar header describes a member of this name and size."""
-    # Nearly all headers have this form. Parsing the general form takes ten times as long.
-    if (header[:100], header[124:136].rstrip(b"\0 ")) == (
-        name.encode(errors="surrogateescape").ljust(100, b"\0"),
-        b"%011o" % size,
-    ):
-        return True
-    try:
-        member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return False
-    # Headers encode long and non-ASCII names differently from indices, so these are compared by size alone.
-    comparable = name.isascii() and len(name) <= 100 and not {"\\", "%"} & set(name)
-    return member.size == size and (member.name == name or not comparable)
+def _dataset(
+    folder: Path, split: str, description: dict[str, Any], index: SampleIndex, remote: RemoteCache | None = None
+) -> Dataset:
+    if not len(index):
+        raise DataError(f"{folder}: wanted samples in the split {split}, found none; build the data set again")
+    return Dataset(
+        folder=folder,
+        split=split,
+        tars=[shard_paths(folder, shard)[0] for shard in description["splits"][split]["shards"]],
+        index=index,
+        start=0,
+        stop=len(index),
+        description=description,
+        fingerprint=index.fingerprint,
+        remote=remote,
+    )

@@ -1,10 +1,12 @@
 """Local cache of remote data folders, of limited size. It fetches whole shards before they are read.
 
-A folder at s3://, gs://, hf:// or https:// is read through fsspec. Opening it fetches the description and the indices.
-A shard is fetched before a batch needs it, and the next shards while it is in use:
+A folder at s3://, gs://, hf:// or https:// is read through fsspec. Opening it fetches the description and the split's
+index, or the DALI indices if it has no index. A shard is fetched before a batch needs it, and the next shards while it
+is in use:
 
     CACHE/.lock                        exclusive, held briefly while shards are removed or renamed
-    CACHE/<hash of url and content>/   dataset.json, tokenizer.json, X.idx
+    CACHE/<hash of url and content>/   dataset.json, tokenizer.json, SPLIT.index or X.idx
+        SPLIT.index.lock               held by the process that fetches SPLIT.index; the others wait for it
         X.tar.BYTES.part -> X.tar      renamed when its sha256 is that of dataset.json; BYTES is its final size
         X.tar.lock                     flock: exclusive to write or remove X.tar, shared while a process reads it
 
@@ -16,38 +18,35 @@ MVLM_CACHE_GB its size (100).
 import contextlib
 import fcntl
 import hashlib
-import logging
+import json
 import os
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from mvlm_dataloading.errors import DataError, need
+from mvlm_dataloading.errors import DataError
 
-log = logging.getLogger(__name__)
+from .dali_index import read_head
+from .durable_files import sync_file
+from .remote_files import RemoteFolder
+from .sample_index import map_index
 
-_URL = re.compile(r"(s3|gs|hf|https?):/+(.+)")
 _SHARD_FILE = re.compile(r"(.+\.tar)(?:\.(\d+)\.part)?")
-_ATTEMPTS = 4
-FIRST_PAUSE_S = 0.5
-"""Pause after a failed attempt. Each further pause is twice as long."""
+REMOTE_HINT = "open the data set again, which fetches it again; if that does not help, rebuild it at the source"
+"""How to get a good cached file, for messages."""
 
 
-def is_remote(folder: Path | str) -> bool:
-    """True if a folder is given by its URL. Also true of a `Path` made from a URL, which has lost a slash."""
-    return _URL.fullmatch(str(folder)) is not None
+def cache_folder() -> Path:
+    """The folder on this machine for copies of remote data."""
+    return Path(os.environ.get("MVLM_CACHE") or Path.home() / ".cache" / "mvlm")
 
 
 def open_remote_cache(folder: str) -> "RemoteCache":
     """Open the cache of a remote data folder, and fetch its description. Raises DataError."""
-    url = _URL.fullmatch(folder)
-    assert url is not None
-    cache = Path(os.environ.get("MVLM_CACHE") or Path.home() / ".cache" / "mvlm")
     size = os.environ.get("MVLM_CACHE_GB") or "100"
     try:
         limit = int(float(size) * 1e9)
@@ -55,7 +54,7 @@ def open_remote_cache(folder: str) -> "RemoteCache":
         limit = 0
     if limit <= 0:
         raise DataError(f"MVLM_CACHE_GB: wanted a number of gigabytes above 0, got {size!r}")
-    return RemoteCache(f"{url[1]}://{url[2].rstrip('/')}", cache, limit)
+    return RemoteCache(folder, cache_folder(), limit)
 
 
 class RemoteCache:
@@ -66,7 +65,7 @@ class RemoteCache:
 
     Attributes:
         folder: local folder of dataset.json, the indices and the fetched shards.
-        filesystem: the fsspec file system that reads the URL.
+        remote: the files at the URL.
         verify: called with the number of a fetched shard; raises DataError if the shard does not match its index.
 
     Raises:
@@ -74,13 +73,10 @@ class RemoteCache:
     """
 
     def __init__(self, url: str, cache: Path, limit: int):
-        self.url, self.cache, self.limit = url, cache, limit
-        try:
-            self.filesystem, self._root = need("fsspec.core").url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise DataError(f"{url}: wanted a URL that fsspec reads, found: {error}") from None
-        description = self._read("dataset.json")
-        digest = hashlib.sha256(url.encode() + b"\0" + description).hexdigest()[:24]
+        self.remote, self.cache, self.limit = RemoteFolder(url), cache, limit
+        self.url = self.remote.url
+        description = self.remote.read("dataset.json", json.loads)
+        digest = hashlib.sha256(self.url.encode() + b"\0" + description).hexdigest()[:24]
         # The folder's name depends on the content, so nothing in the cache is ever out of date.
         self.folder = cache / digest
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -92,25 +88,83 @@ class RemoteCache:
         self._verified: set[int] = set()
 
     def register_shards(self, shards: list[dict[str, Any]]) -> None:
-        """Set the shards, as dataset.json lists them, and fetch the missing indices."""
+        """Set the shards, as dataset.json lists them. Raises DataError if a name leads out of the folder."""
         self._shards = shards
         for shard in shards:
-            for name in (shard["tar"], _index_name(shard)):
+            for name in (shard["tar"], _dali_index_name(shard)):
                 if Path(name).is_absolute() or ".." in Path(name).parts:
                     raise DataError(f"{self.url}: wanted shards inside the folder, found {name!r} in dataset.json")
-            if not (self.folder / _index_name(shard)).is_file():
-                self.fetch_index(shard)
 
-    def fetch_index(self, shard: dict[str, Any]) -> None:
+    def fetch_split_index(self, name: str, *, again: bool = False) -> Path | None:
+        """Fetch the index of a split, once for all processes that share the cache.
+
+        Args:
+            name: its file name in the folder.
+            again: fetch it even if it is cached.
+
+        Returns:
+            Path of the cached file; None if the remote folder has none.
+
+        Raises:
+            DataError: what is fetched is damaged.
+        """
+        path = self.folder / name
+        with FileLock(f"{path}.lock"):
+            if again:
+                path.unlink(missing_ok=True)
+            if path.is_file():
+                return path
+            part = Path(f"{path}.part")
+
+            def copy(remote: str) -> bool:
+                try:
+                    self.remote.filesystem.get_file(remote, str(part))
+                except (FileNotFoundError, PermissionError):  # S3 refuses a missing file to those who may not list
+                    return False
+                try:
+                    map_index(part, REMOTE_HINT).check_all()
+                except DataError as error:
+                    raise OSError(str(error)) from None  # a short read, for example: try again
+                return True
+
+            try:
+                if not self.remote.attempt(name, copy):
+                    return None
+                sync_file(part)
+                part.rename(path)
+            finally:
+                part.unlink(missing_ok=True)
+        return path
+
+    def fetch_dali_indices(self) -> None:
+        """Fetch the DALI indices of all shards, except cached ones."""
+        for shard in self._shards:
+            if not (self.folder / _dali_index_name(shard)).is_file():
+                self.fetch_dali_index(shard)
+
+    def fetch_dali_index(self, shard: dict[str, Any]) -> None:
         """Fetch a shard's index, even if it is cached: dataset.json has no hash of it, so a cached one may be old."""
-        name = _index_name(shard)
-        _replace(self.folder / name, self._read(name))
+        name = _dali_index_name(shard)
+
+        def check(text: bytes) -> None:
+            head, lines = read_head(text)
+            if not text.endswith(b"\n") or lines != shard["samples"]:
+                raise OSError(
+                    f"{head!r}, {lines} lines and {len(text)} bytes of an index of {shard['samples']} samples"
+                )
+
+        _replace(self.folder / name, self.remote.read(name, check))
 
     def fetch_tokenizer(self, sha256: str) -> None:
         """Fetch the tokenizer.json that dataset.json names, unless it is cached."""
         path = self.folder / "tokenizer.json"
+
+        def check(content: bytes) -> None:
+            if (found := hashlib.sha256(content).hexdigest()) != sha256:
+                raise OSError(f"sha256 {found} where {sha256} was wanted")
+
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            _replace(path, self._read("tokenizer.json"))
+            _replace(path, self.remote.read("tokenizer.json", check))
 
     def fetch(self, shards: Sequence[int]) -> None:
         """Fetch these shards and hold them until a `release_except` call that does not list them."""
@@ -155,38 +209,24 @@ class RemoteCache:
             raise
 
     def _verify_once(self, number: int) -> None:
-        if number in self._verified or self.verify is None:
-            return
-        try:
+        if number not in self._verified and self.verify is not None:
             self.verify(number)
-        except DataError:
-            # The open data set has read this index. Remove it, so that the next opening fetches the current one.
-            (self.folder / _index_name(self._shards[number])).unlink(missing_ok=True)
-            raise
-        self._verified.add(number)
+            self._verified.add(number)
 
     def _download(self, shard: dict[str, Any], tar: Path) -> None:
         # Reserve the room first, so that other jobs see how much is left. The file name states the size, because fsspec
         # truncates the file when it starts to write.
         part = Path(f"{tar}.{shard['bytes']}.part")
 
-        def copy(path: str) -> None:
+        try:
             with self._cache_lock():
                 part.unlink(missing_ok=True)
                 self._make_room(shard["bytes"])
                 part.touch()
-            self.filesystem.get_file(path, str(part))
-            with part.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != shard["sha256"]:
-                raise OSError(f"sha256 {found} where dataset.json says {shard['sha256']}")
-            with part.open("rb") as file:
-                os.fsync(file.fileno())
+            self.remote.get(shard["tar"], part, shard["sha256"])
+            sync_file(part)
             with self._cache_lock():  # so that a job that makes room sees exactly one of the two names
                 part.rename(tar)
-
-        try:
-            self._attempt(shard["tar"], copy)
         finally:
             part.unlink(missing_ok=True)
 
@@ -218,32 +258,8 @@ class RemoteCache:
     def _cache_lock(self) -> FileLock:
         return FileLock(self.cache / ".lock", poll_interval=0.01)
 
-    def _read(self, name: str) -> bytes:
-        return self._attempt(name, self.filesystem.cat_file)
 
-    def _attempt(self, name: str, action: Callable[[str], Any]) -> Any:
-        """Result of `action` on a remote path, retried after pauses. Raises DataError when all attempts fail."""
-        for attempt in range(_ATTEMPTS):
-            try:
-                return action(f"{self._root}/{name}")
-            except FileNotFoundError:
-                raise DataError(
-                    f"{self.url}/{name}: wanted a file that the data set needs, found none; check the URL"
-                ) from None
-            except DataError:
-                raise
-            except Exception as error:  # each file system has its own exceptions
-                if attempt + 1 == _ATTEMPTS:
-                    raise DataError(
-                        f"{self.url}/{name}: wanted to read it, found that {_ATTEMPTS} attempts failed: "
-                        f"{error or repr(error)}; check the URL and your credentials"
-                    ) from None
-                log.warning("%s/%s: trying again after: %s", self.url, name, error or repr(error))
-                time.sleep(FIRST_PAUSE_S * 2**attempt)
-        raise AssertionError("the last attempt returns or raises")
-
-
-def _index_name(shard: dict[str, Any]) -> str:
+def _dali_index_name(shard: dict[str, Any]) -> str:
     return shard.get("index", Path(shard["tar"]).with_suffix(".idx").as_posix())
 
 

@@ -1,6 +1,6 @@
 """Stream of complete batches: images from the reader, tokenized captions, and masks. May run on a background thread."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,10 @@ class MaskConfig:
     patches: dict[str, Any]
     """Keyword arguments of `draw_patch_masks`."""
     token_ratio: float
+    partner_patch_ratio: float = 0.0
+    """Ratio of `partner_patch_ids`; 0 for none. The blocks with the smallest keys are masked, so they are some of
+    those that a larger ratio masks."""
+    partner_token_ratio: float = 0.0
 
 
 class BatchStream:
@@ -93,10 +97,17 @@ class BatchStream:
             sample_id=self._host_tensor(raw.ids),
         )
         of = (self._seed, raw.epochs, raw.ids)
+        config = self._masks
         masks = Masks(
-            patch_ids=self._host_tensor(draw_patch_masks(*of, **self._masks.patches)),
-            token_ids=self._host_tensor(draw_token_masks(*of, captions.lengths, ratio=self._masks.token_ratio)),
+            patch_ids=self._host_tensor(draw_patch_masks(*of, **config.patches)),
+            token_ids=self._host_tensor(draw_token_masks(*of, captions.lengths, ratio=config.token_ratio)),
         )
+        if config.partner_patch_ratio:
+            lighter: dict[str, Any] = {**config.patches, "ratio": config.partner_patch_ratio}
+            masks = replace(masks, partner_patch_ids=self._host_tensor(draw_patch_masks(*of, **lighter)))
+        if config.partner_token_ratio:
+            drawn = draw_token_masks(*of, captions.lengths, ratio=config.partner_token_ratio)
+            masks = replace(masks, partner_token_ids=self._host_tensor(drawn))
         return batch, masks
 
     def _host_tensor(self, values: np.ndarray) -> torch.Tensor:

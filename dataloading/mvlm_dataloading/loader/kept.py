@@ -8,6 +8,7 @@ Shape legend: B samples of this rank's batch, S image side, H and W of an image 
 
 import logging
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from .segment import RawBatch, ReaderConfig, check_delivery, draw_random_numbers
 log = logging.getLogger(__name__)
 
 _BATCH = 64
+_CHUNK = 16384  # samples of a pipeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +52,31 @@ def keep_split(dataset: Dataset, config: ReaderConfig, max_bytes: int) -> KeptSp
     None if they take more than `max_bytes`, or if one cannot be decoded or has wrong first or last bytes. At most one
     batch is decoded in vain if its images are as large as the others.
     """
-    images: list[NDArray[np.uint8]] = []
-    components: tuple[list[bytes], list[bytes], list[bytes]] = ([], [], [])
-    ids, taken = np.arange(len(dataset)), 0
-    batch_size = min(_BATCH, len(dataset))
+    kept = KeptSplit(dataset, [], [], [], [])
+    taken, batch_size, chunk = 0, min(_BATCH, len(dataset)), min(_BATCH, len(dataset))
+    while len(kept.images) < len(dataset):
+        # The first chunk is a batch, so a large split costs no more than that.
+        ids = np.arange(len(kept.images), min(len(kept.images) + chunk, len(dataset)))
+        for images in _decoded_batches(kept, ids, config, batch_size):
+            taken += sum(image.nbytes for image in images)
+            if taken * len(dataset) / len(kept.images) > max_bytes:
+                return None
+        if len(kept.images) <= ids[-1]:  # an image cannot be decoded; the reader finds it when its turn comes
+            return None
+        chunk = _CHUNK
+    log.debug("%s: keeps %d decoded images, %.0f MB", dataset.folder, len(kept.images), taken / 1e6)
+    return kept
+
+
+def _decoded_batches(
+    kept: KeptSplit, ids: Int64, config: ReaderConfig, batch_size: int
+) -> Iterator[list[NDArray[np.uint8]]]:
+    """Decode the samples `ids` and append them to `kept`. Yields the images of each batch.
+
+    Ends at an image that cannot be decoded or has wrong first or last bytes.
+    """
+    dataset = kept.dataset
+    dataset.check_shards(np.unique(dataset.shard_of(ids)).tolist())
     with tempfile.TemporaryDirectory(prefix="mvlm-index-") as folder:
         pipeline = build_pipeline(
             *write_index_views(Path(folder), dataset, ids),
@@ -65,23 +88,23 @@ def keep_split(dataset: Dataset, config: ReaderConfig, max_bytes: int) -> KeptSp
             check_file_ends=True,
         )
     try:
-        while len(images) < len(dataset):
-            own = ids[len(images) : len(images) + batch_size]
-            decoded, _, *read, valid, _, _ = pipeline.run()
-            check_delivery(dataset, own, read[0])
-            images += [np.array(decoded.at(row)) for row in range(len(own))]
-            for component, values in zip(components, read, strict=True):
-                component += [values.at(row).tobytes() for row in range(len(own))]
-            taken += sum(image.nbytes for image in images[-len(own) :])
-            if taken * len(dataset) / len(images) > max_bytes or not np.array(valid.as_tensor())[: len(own)].all():
-                return None
-    except RuntimeError:  # an image cannot be decoded; the reader finds it when its turn comes
-        return None
+        for begin in range(0, len(ids), batch_size):
+            own = ids[begin : begin + batch_size]
+            decoded, _, texts, metadata, tokens, valid, _, _ = pipeline.run()
+            check_delivery(dataset, own, texts)
+            if not np.array(valid.as_tensor())[: len(own)].all():
+                return
+            images = [np.array(decoded.at(row)) for row in range(len(own))]
+            kept.images.extend(images)
+            kept.texts.extend(texts.at(row).tobytes() for row in range(len(own)))
+            kept.metadata.extend(metadata.at(row).tobytes() for row in range(len(own)))
+            if config.stored_tokens:
+                kept.tokens.extend(tokens.at(row).tobytes() for row in range(len(own)))
+            yield images
+    except RuntimeError:  # an image cannot be decoded
+        return
     finally:
         pipeline.__del__()  # see `Segment.close`
-    log.debug("%s: keeps %d decoded images, %.0f MB", dataset.folder, len(images), taken / 1e6)
-    texts, metadata, tokens = components
-    return KeptSplit(dataset, images, texts, metadata, tokens if config.stored_tokens else [])
 
 
 class KeptSegment:

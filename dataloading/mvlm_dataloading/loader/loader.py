@@ -80,6 +80,8 @@ class Loader:
         mask_block: int = 32,
         image_mask_ratio: float = 0.6,
         text_mask_ratio: float = 0.3,
+        partner_image_mask_ratio: float = 0.0,
+        partner_text_mask_ratio: float = 0.0,
         crop_scale: tuple[float, float] = (0.2, 1.0),
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         train: bool = True,
@@ -95,6 +97,9 @@ class Loader:
         _check_limits(num_threads, prefetch_batches, max_bad_fraction, keep_mb)
         check_mask_sizes(image_size, patch_size, mask_block, image_mask_ratio)
         check_token_ratio(text_mask_ratio)
+        check_token_ratio(partner_text_mask_ratio)
+        if partner_image_mask_ratio:
+            check_mask_sizes(image_size, patch_size, mask_block, partner_image_mask_ratio)
         check_text_length(text_length)
         self.dataset, self.tokenizer, self.train = dataset, tokenizer, train
         self.batch_size, self.text_length = batch_size, text_length
@@ -109,7 +114,12 @@ class Loader:
             "mask_block": mask_block,
             "ratio": image_mask_ratio,
         }
-        self._masks = MaskConfig(patches=patches, token_ratio=text_mask_ratio)
+        self._masks = MaskConfig(
+            patches=patches,
+            token_ratio=text_mask_ratio,
+            partner_patch_ratio=partner_image_mask_ratio,
+            partner_token_ratio=partner_text_mask_ratio,
+        )
         geometry = CropGeometry(image_size=image_size, crop_scale=crop_scale, crop_ratio=crop_ratio, random=train)
         device_id, decoding = _choose_device(device)
         self._config = ReaderConfig(

@@ -48,7 +48,7 @@ class Reader:
     def __init__(self, dataset: Dataset, config: ReaderConfig, position: int, bad: frozenset[int], samples_seen: int):
         self.position, self.bad, self.samples_seen = position, bad, samples_seen
         self._dataset, self._config = dataset, config
-        self._order = SampleOrder(dataset.shard, config.seed, shuffle=config.train)
+        self._order = SampleOrder(dataset.shard_sizes, config.seed, shuffle=config.train)
         self._segment: Segment | KeptSegment | None = None
         # The limit counts one rank's samples, so that more ranks do not mean more rebuilt pipelines. Remote shards are
         # fetched for all ranks' samples, so there the limit counts those.
@@ -118,6 +118,7 @@ class Reader:
         config: ReaderConfig | None = None,
     ) -> Segment:  # fmt: skip
         config = config or self._config
+        self._dataset.check_shards(np.unique(self._dataset.shard_of(ids)).tolist())
         return Segment(
             self._dataset,
             ids,
@@ -141,6 +142,7 @@ class Reader:
 
     def _trim_memory(self) -> None:
         self._samples_since_trim = 0
+        self._dataset.index.release()
         if self._config.device_id is None and self._kept is None:
             with contextlib.suppress(AttributeError):  # only glibc has this function
                 ctypes.CDLL(None).malloc_trim(0)
@@ -169,12 +171,12 @@ class Reader:
         assert remote is not None
         if self._fetching is not None:
             self._fetching.join()
-        shards = np.unique(self._dataset.shard[ids]).tolist()
+        shards = np.unique(self._dataset.shard_of(ids)).tolist()
         remote.release_except(shards)
         remote.fetch(shards)
         if not self._config.train and next_position >= len(self._dataset):
             return
-        following = np.unique(self._dataset.shard[self._samples(next_position, next_count)[0]]).tolist()
+        following = np.unique(self._dataset.shard_of(self._samples(next_position, next_count)[0])).tolist()
 
         def fetch_ahead() -> None:
             try:
@@ -222,7 +224,7 @@ class Reader:
     def _read_single(self, i: int, epoch: int) -> RawBatch | None:
         """A batch of one sample; None if it cannot be decoded."""
         if self._dataset.remote is not None:
-            self._dataset.remote.fetch([int(self._dataset.shard[i])])
+            self._dataset.remote.fetch([int(self._dataset.shard_of(i))])
         try:
             self._decode_whole(np.array([i]))
             return self._open_segment(np.array([i]), np.array([epoch]), 1, check_file_ends=False, prefetch=1).next()[0]
@@ -259,11 +261,7 @@ class Reader:
             assert error is not None
             raise error
         for i in found:
-            # Tell a failing disk from a bad image: reading then raises OSError or returns fewer bytes.
-            if len(dataset.image_bytes(i)) != dataset.image.size[i]:
-                raise DataError(
-                    f"{dataset.where(i)}: wanted the shard that was opened, found a shorter one; restore it"
-                )
+            dataset.image_bytes(i)  # tells a failing disk or a truncated shard from a bad image: reading raises
         if not self._config.train:
             raise DataError(
                 f"{dataset.where(found[0])}: wanted an image, found one that cannot be decoded; remove the sample"

@@ -3,16 +3,18 @@
 Every sample comes once per epoch. A batch is a slice of the stream, so the order does not depend on the batch size, and
 a batch may begin in one epoch and end in the next.
 
-Shape legend: N samples of the split, n samples of a slice.
+Shape legend: S shards, n samples of a slice.
 """
 
 from collections.abc import Set
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mvlm_dataloading.dataset.dali_index import KINDS
 from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.randomness import Purpose, hash64
 
@@ -28,66 +30,73 @@ ORDER_VERSION = 1
 """Increment when a change of this file changes the order. A loader refuses the states of another version."""
 
 
-def epoch_order(seed: int, epoch: int, shard: Int64) -> Int64:
-    """A permutation of all sample ids, int64 (N,).
+class SampleOrder:
+    """Endless sample order of one split, read in slices. It is computed by groups of shards, as they are reached.
 
     Shards are permuted and divided into groups of GROUP. Each shard's samples are permuted and divided into runs of
     RUN_LENGTH, and the runs of a group are permuted. With one shard, all orders are equally likely.
 
     Args:
-        shard: int64 (N,), ascending: the shard of each sample.
-    """
-    keys = hash64(Purpose.ORDER, seed, epoch, np.arange(len(shard)))
-    cuts = np.flatnonzero(np.diff(shard, prepend=-1, append=-1))  # the first id of each shard, and N
-    ids = np.empty(len(shard), np.int64)
-    runs = []
-    # One sort per shard: many small sorts are faster than one large sort.
-    for begin, end in pairwise(cuts):
-        ids[begin:end] = begin + np.argsort(keys[begin:end], kind="stable")
-        runs.append(np.arange(begin, end, RUN_LENGTH))
-    run_begin = np.concatenate(runs)  # (R,) start of each run in `ids`
-    run_length = np.diff(run_begin, append=len(ids))
-    first = ids[run_begin]  # a run is identified by its first sample
-    sort_keys = [first, hash64(Purpose.RUNS, seed, epoch, first)]
-    if len(cuts) - 1 > GROUP:
-        rank = np.empty(int(shard[-1]) + 1, np.int64)  # position of each shard in the permuted shards
-        permuted = np.argsort(hash64(Purpose.SHARDS, seed, epoch, np.arange(len(rank))), kind="stable")
-        rank[permuted] = np.arange(len(rank))
-        sort_keys.append(rank[shard[first]] // GROUP)
-    order = np.lexsort(sort_keys)  # the last key is the primary one
-    length = run_length[order]
-    within = np.arange(len(ids)) - np.repeat(np.cumsum(length) - length, length)
-    return ids[np.repeat(run_begin[order], length) + within]
-
-
-class SampleOrder:
-    """Endless sample order of one split, read in slices.
-
-    Args:
-        shard: int64 (N,), the shard of each sample.
+        shard_sizes: int64 (S,), number of samples of each shard. Ids count the samples shard by shard.
         shuffle: False yields 0, 1, 2, ... in every epoch.
     """
 
-    def __init__(self, shard: Int64, seed: int, *, shuffle: bool):
-        self._shard, self._seed, self._shuffle = shard, seed, shuffle
-        self._epoch, self._order = -1, np.arange(len(shard))
+    def __init__(self, shard_sizes: Int64, seed: int, *, shuffle: bool):
+        self._seed, self._shuffle = seed, shuffle
+        self._first = np.append(0, np.cumsum(shard_sizes))
+        self._epoch_groups = lru_cache(maxsize=2)(self._draw_groups)
+        self._group_order = lru_cache(maxsize=2)(self._draw_order)
 
     def __call__(self, position: int, count: int) -> tuple[Int64, Int64]:
         """Sample ids and their epochs, int64 (count,) each, starting `position` samples after the start of epoch 0."""
-        size = len(self._shard)
+        size = int(self._first[-1])
         ids, epochs = [], []
         while count > 0:
             epoch, offset = divmod(position, size)
-            taken = self._epoch_order(epoch)[offset : offset + count]
+            taken = self._part_of_epoch(epoch, offset, count)
             ids.append(taken)
             epochs.append(np.full(len(taken), epoch))
             position, count = position + len(taken), count - len(taken)
         return np.concatenate(ids), np.concatenate(epochs)
 
-    def _epoch_order(self, epoch: int) -> Int64:
-        if self._shuffle and epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(self._seed, epoch, self._shard)
-        return self._order
+    def _part_of_epoch(self, epoch: int, offset: int, count: int) -> Int64:
+        """At least one and at most `count` ids, from the `offset`-th of an epoch on."""
+        if not self._shuffle:
+            return np.arange(offset, min(offset + count, self._first[-1]))
+        _, ends = self._epoch_groups(epoch)
+        group = int(np.searchsorted(ends, offset, side="right"))
+        order = self._group_order(epoch, group)
+        begin = offset - (int(ends[group]) - len(order))
+        return order[begin : begin + count]
+
+    def _draw_groups(self, epoch: int) -> tuple[list[Int64], Int64]:
+        """Shards of each group, ascending; and the position in the epoch at which each group ends."""
+        sizes = np.diff(self._first)
+        shards = np.arange(int(np.flatnonzero(sizes)[-1]) + 1)
+        if np.count_nonzero(sizes) > GROUP:
+            shards = np.argsort(hash64(Purpose.SHARDS, self._seed, epoch, shards), kind="stable")
+            groups = [np.sort(shards[begin : begin + GROUP]) for begin in range(0, len(shards), GROUP)]
+        else:
+            groups = [shards]
+        return groups, np.cumsum([sizes[group].sum() for group in groups])
+
+    def _draw_order(self, epoch: int, group: int) -> Int64:
+        """A permutation of the ids of a group's samples."""
+        spans = [self._first[shard : shard + 2].tolist() for shard in self._epoch_groups(epoch)[0][group]]
+        # One sort per shard: many small sorts are faster than one large sort.
+        shuffled = [
+            begin + np.argsort(hash64(Purpose.ORDER, self._seed, epoch, np.arange(begin, end)), kind="stable")
+            for begin, end in spans
+        ]
+        ids = np.concatenate(shuffled)
+        starts = np.cumsum([0, *map(len, shuffled)])
+        run_begin = np.concatenate([np.arange(begin, end, RUN_LENGTH) for begin, end in pairwise(starts)])
+        run_length = np.diff(run_begin, append=len(ids))
+        first = ids[run_begin]  # a run is identified by its first sample
+        order = np.lexsort([first, hash64(Purpose.RUNS, self._seed, epoch, first)])  # the last key is the primary one
+        length = run_length[order]
+        within = np.arange(len(ids)) - np.repeat(np.cumsum(length) - length, length)
+        return ids[np.repeat(run_begin[order], length) + within]
 
 
 def substitute_sample(seed: int, epoch: int, sample_id: int, size: int, bad: Set[int]) -> int:
@@ -116,13 +125,21 @@ def write_index_views(folder: Path, dataset: Dataset, ids: Int64) -> tuple[list[
     Returns:
         Paths of the tars and of their indices, for the reader's arguments.
     """
-    shard = dataset.shard[ids]
+    shard = dataset.shard_of(ids)
+    # The reader chooses components by extension and decodes by content, so any extension of the right kind will do.
+    parts = [
+        (KINDS[kind][0], *(values.tolist() for values in dataset.locate(kind, ids)))
+        for kind in ("image", "text", "meta", "tokens")
+    ]
     cuts = np.flatnonzero(np.diff(shard)) + 1
     tars, indices = [], []
     for begin, end in pairwise([0, *cuts.tolist(), len(ids)]):
         path = folder / f"{begin}.idx"
-        lines = [dataset.index_line(i) for i in ids[begin:end].tolist()]
-        path.write_bytes(b"v1.2 %d\n%b\n" % (len(lines), b"\n".join(lines)))
+        lines = [
+            " ".join(f"{name} {offset[k]} {size[k]} {k}.{name}" for name, offset, size in parts if size[k] >= 0)
+            for k in range(begin, end)
+        ]
+        path.write_text("\n".join([f"v1.2 {len(lines)}", *lines, ""]))
         tars.append(str(dataset.tars[shard[begin]]))
         indices.append(str(path))
     return tars, indices

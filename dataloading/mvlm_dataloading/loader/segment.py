@@ -79,8 +79,9 @@ def check_delivery(dataset: Dataset, ids: Int64, texts: Any) -> None:
 
     DALI does not document that its reader follows the index order.
     """
-    for row, i in enumerate(ids):
-        wanted = f"{dataset.tars[dataset.shard[i]]}:{dataset.text.offset[i]}:"
+    shards, (offsets, _) = dataset.shard_of(ids), dataset.locate("text", ids)
+    for row in range(len(ids)):
+        wanted = f"{dataset.tars[shards[row]]}:{offsets[row]}:"
         delivered = texts[row].source_info()
         assert delivered.startswith(wanted), f"wanted {wanted} from DALI's reader, got {delivered}"
 

@@ -13,9 +13,12 @@ from mvlm_dataloading.build.duplicates import decoder_with_max_limit
 from mvlm_dataloading.build.image_check import ImageDecoder, read_header
 from mvlm_dataloading.build.workers import run_tasks
 from mvlm_dataloading.captions import script_of
+from mvlm_dataloading.dataset.dali_index import parse_index
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import read_description, shard_paths
+from mvlm_dataloading.dataset.index_writer import pack_records
 from mvlm_dataloading.dataset.open import open_dataset
+from mvlm_dataloading.dataset.sample_index import index_path, map_index
 from mvlm_dataloading.errors import DataError
 
 from .reindex import index_tar
@@ -27,6 +30,8 @@ _MAX_PROBLEMS = 100  # problems listed per shard; the rest is counted
 class _Task:
     folder: Path
     split: str
+    number: int
+    """Number of the shard in its split."""
     shard: dict[str, Any]
     vocab_size: int | None
 
@@ -82,9 +87,9 @@ def check_shards(
 
         vocab_size = load_stored_tokenizer(folder).vocab_size
     tasks = [
-        _Task(folder, split, shard, vocab_size)
+        _Task(folder, split, number, shard, vocab_size)
         for split, part in description["splits"].items()
-        for shard in part["shards"]
+        for number, shard in enumerate(part["shards"])
     ]
     found = {split: Findings(problems=_opening_problems(folder, split)) for split in description["splits"]}
     results: dict[int, Findings] = {}
@@ -134,12 +139,15 @@ def _read_through(task: _Task, found: Findings, report: Callable[[int], None]) -
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if task.shard["sha256"] and digest != task.shard["sha256"]:
         found.problems.append(f"{tar.name}: wanted sha256 {task.shard['sha256'][:16]}..., found {digest[:16]}...")
-    lines = index.read_text(encoding="utf-8", errors="surrogateescape").splitlines()[1:]
+    text = index.read_bytes()
+    lines = text.decode(errors="surrogateescape").splitlines()[1:]
     try:
         own = index_tar(tar)
         strange = set(lines) - set(own.lines) - set(own.unreadable)  # unreadable texts are reported below
         if strange or ("index" not in task.shard and set(own.lines) - set(lines)):
             found.problems.append(f"{index.name}: wanted the samples of {tar.name}, found others; `mvlm data index`")
+        elif problem := _index_problem(task, text):
+            found.problems.append(problem)
     except DataError as error:
         found.problems.append(str(error))
     decoder = decoder_with_max_limit()
@@ -150,6 +158,24 @@ def _read_through(task: _Task, found: Findings, report: Callable[[int], None]) -
     if len(found.problems) > _MAX_PROBLEMS:
         more = len(found.problems) - _MAX_PROBLEMS
         found.problems[_MAX_PROBLEMS:] = [f"{tar.name}: and {more} more"]
+
+
+def _index_problem(task: _Task, text: bytes) -> str | None:
+    """Compare a shard's part of the split's index with the DALI index `text`. Returns the problem, or None."""
+    path = index_path(task.folder, task.split)
+    if not path.is_file():
+        return None
+    hint = f"`mvlm data reindex {task.folder}`"
+    wanted = parse_index(text)
+    try:
+        index = map_index(path, hint)
+        if task.number < len(index.first) - 1:
+            records, keys = index.shard_content(task.number)
+            if keys == wanted.keys and np.array_equal(records, pack_records(wanted)):
+                return None
+    except DataError as error:
+        return str(error)
+    return f"{path.name}: wanted the samples of {task.shard['tar']} as in its DALI index, found others; {hint}"
 
 
 def _read(file: Any, line: str) -> tuple[str, dict[str, bytes]]:

@@ -1,4 +1,4 @@
-"""Rebuilding the DALI indices of a data folder, and indexing tars of other tools to use them in place."""
+"""Rebuilding the indices of a data folder, and indexing tars of other tools to use them in place."""
 
 import json
 import tarfile
@@ -11,6 +11,7 @@ from mvlm_dataloading.build.shard_writer import format_index
 from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import FORMAT_VERSION, describe_shard, read_description, shard_paths
 from mvlm_dataloading.dataset.durable_files import write_durably
+from mvlm_dataloading.dataset.open import write_index
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.sources.record import canonical_split
 from mvlm_dataloading.sources.tar_samples import IMAGE_EXTENSIONS, has_end_block, split_member_name
@@ -130,7 +131,8 @@ def rebuild_indices(folder: Path, split: str | None = None) -> dict[str, Any]:
                 if "index" in shard:
                     raise DataError(f"{folder}: wanted a folder of tars, found a view; make the view again instead")
                 tar, _ = shard_paths(folder, shard)
-                _write_index(tar, shard["samples"])
+                _write_dali_index(tar, shard["samples"])
+        pack_indices(folder)
         return description
     tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
     if not tars:
@@ -138,7 +140,19 @@ def rebuild_indices(folder: Path, split: str | None = None) -> dict[str, Any]:
     return _describe(folder, tars, split)
 
 
-def _write_index(tar: Path, samples: int | None) -> TarIndex:
+def pack_indices(folder: Path) -> list[Path]:
+    """Write the index of each split of a data folder or a view from its DALI indices. Tars are not read.
+
+    Returns:
+        Paths of the indices.
+
+    Raises:
+        DataError: the folder is no data folder, or a DALI index is missing or does not match its tar.
+    """
+    return [write_index(folder, split) for split in read_description(folder)["splits"]]
+
+
+def _write_dali_index(tar: Path, samples: int | None) -> TarIndex:
     found = index_tar(tar)
     if samples is not None and len(found.lines) != samples:
         raise DataError(
@@ -156,7 +170,7 @@ def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, An
     splits: dict[str, dict[str, Any]] = {}
     left_out: Counter[str] = Counter()
     for tar in tars:
-        found = _write_index(tar, None)
+        found = _write_dali_index(tar, None)
         left_out += found.left_out
         if found.lines:
             name = canonical_split(split, str(folder)) if split else _split_of(tar)
@@ -180,6 +194,7 @@ def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, An
     aside = folder / "dataset.json.tmp"
     write_durably(aside, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
     aside.rename(folder / "dataset.json")
+    pack_indices(folder)
     return description
 
 

@@ -5,6 +5,7 @@ therefore takes some hundred bytes per sample, and no tar is rewritten.
 
     VIEW/dataset.json        as in any data set; a shard has the relative path of its tar, and the name of its index
     VIEW/train-000000.idx    the lines of the chosen samples
+    VIEW/train.index         the index of the view
 """
 
 import hashlib
@@ -31,7 +32,7 @@ from mvlm_dataloading.build.shard_writer import format_index
 from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.dataset.description import FORMAT_VERSION, read_description, require_free_folder, shard_paths
 from mvlm_dataloading.dataset.durable_files import write_durably
-from mvlm_dataloading.dataset.open import open_dataset
+from mvlm_dataloading.dataset.open import open_dataset, write_index
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.options import ViewOptions
 from mvlm_dataloading.sources.record import EVALUATION_SPLITS
@@ -91,6 +92,8 @@ def make_view(
         if not splits:
             raise DataError(f"{out}: wanted at least one sample in the view, found none; left out: {dict(reasons)}")
         description = _write_description(partial, sources, weights, options, splits, reasons)
+        for split in splits:
+            write_index(partial, split)
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -175,13 +178,13 @@ def _write_indices(
     begin = 0
     while begin < len(rows):
         source, dataset = rows[begin].source, rows[begin].dataset
-        shard, end = int(dataset.shard[rows[begin].number]), begin
-        while end < len(rows) and rows[end].dataset is dataset and dataset.shard[rows[end].number] == shard:
+        shard, end = int(dataset.shard_of(rows[begin].number)), begin
+        while end < len(rows) and rows[end].dataset is dataset and dataset.shard_of(rows[end].number) == shard:
             end += 1
         known = dataset.description["splits"][dataset.split]["shards"][shard]
         tar, index = shard_paths(dataset.folder, known)
         lines = index.read_text(encoding="utf-8", errors="surrogateescape").splitlines()[1:]
-        first = int((dataset.shard < shard).sum())
+        first = int(dataset.index.first[shard])
         chosen, captions = [], 0
         for row in rows[begin:end]:
             copies = 1

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvlm_kernels.gather_patches.reference import compute_dtype
-from mvlm_kernels.pixel_loss.triton import losses_of, new_slope, scaled_slope, total, write_losses
+from mvlm_kernels.pixel_loss.triton import loss_dtype, losses_of, new_slope, scaled_slope, total, write_losses
 
 # About half of the L2 cache of an A100 (40 MB) or H100 (50 MB): predictions share it with pixels, slopes and weight.
 CHUNK_BYTES = 24 * 2**20
@@ -64,7 +63,7 @@ def linear_pixel_loss(
     slope = new_slope((batch, chosen, features) if with_slope else (0, 0, 0), kind, hidden)
     parts = list(chunks(batch, chosen * features * wide.itemsize))
     counts = [losses_of((part.stop - part.start) * chosen, features, reduce) for part in parts]
-    losses = hidden.new_empty(sum(counts), dtype=compute_dtype(hidden.dtype, images.dtype))
+    losses = hidden.new_empty(sum(counts), dtype=loss_dtype(hidden.dtype, images.dtype))
     for part, part_losses in zip(parts, losses.split(counts), strict=True):
         pred = product(hidden[part].flatten(0, 1), weight.T, wide).view(part.stop - part.start, chosen, features)
         ids = None if patch_ids is None else patch_ids[part]

@@ -7,7 +7,7 @@ sums in a fixed order. Backward: slope times the incoming gradient, so neither p
 """
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from mvlm_kernels.gather_patches.triton import SIZES, accumulator, load_patches,
 from mvlm_kernels.language import cast, widen
 
 EPS = tl.constexpr(1e-6)
+loss_dtype = cache(compute_dtype)
 
 
 @triton.jit
@@ -217,7 +218,7 @@ def masked_pixel_loss(
     """pred (B, K, F), images (B, C, H, W), both of any strides -> loss (scalar or (B, K)), slope (B, K, F) or empty."""
     batch, chosen, features = pred.shape
     rows = batch * chosen
-    losses = pred.new_empty(losses_of(rows, features, reduce), dtype=compute_dtype(pred.dtype, images.dtype))
+    losses = pred.new_empty(losses_of(rows, features, reduce), dtype=loss_dtype(pred.dtype, images.dtype))
     slope = new_slope((batch, chosen, features) if with_slope else (0, 0, 0), kind, pred)
     write_losses(
         pred, None, images, patch_ids, patch_size, mean, std, kind, normalize_target, reduce, losses,

@@ -66,27 +66,32 @@ def test_a_finished_data_set_is_not_built_again(tmp_path):
         build_records(out, records, min_side=20)
 
 
-def test_unfinished_builds_of_earlier_versions_fit(tmp_path, monkeypatch):
-    """The state of an unfinished build, as version 0.1.0 wrote it."""
+def test_unfinished_builds_of_earlier_versions_are_resumed(tmp_path, monkeypatch):
+    """The plan of an unfinished build, as version 0.1.0 wrote it. Only its hash of the records is not written here."""
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mvlm_dataloading.build.build.assemble", stop)
-    with pytest.raises(KeyboardInterrupt):
-        build_records(tmp_path / "out", {"train": [make_record("a", published.make_image(0))]})
-    state = json.loads((tmp_path / ".out.partial" / "plan.json").read_text())
-    assert state["pieces"] == ["train 1 from a to a"]
-    assert state["recipe"].pop("records")
-    assert state == {
+    records = {"train": [make_record("a", published.make_image(0))]}
+    with monkeypatch.context() as patch:
+        patch.setattr("mvlm_dataloading.build.build.assemble", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build_records(tmp_path / "out", records)
+    plan = tmp_path / ".out.partial" / "plan.json"
+    older = {
         "name": "set",
         "recipe": {
             "revision": 2, "max_pixels": 50000000, "min_side": 16, "max_aspect": 10.0, "max_image_bytes": 67108864,
             "max_caption_bytes": 2000, "shard_bytes": 268435456, "drop_duplicates": False, "text_length": 40,
-            "against": [],
+            "against": [], "records": json.loads(plan.read_text())["recipe"]["records"],
         },
         "pieces": ["train 1 from a to a"],
     }  # fmt: skip
+    plan.write_text(json.dumps(older))
+    written = (tmp_path / ".out.partial" / "pieces" / "000000" / "000.tar").stat().st_ino
+    build_records(tmp_path / "out", records)
+    assert (tmp_path / "out" / "train-000000.tar").stat().st_ino == written
+    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_a_killed_build_is_not_resumed_by_another_build(tmp_path, monkeypatch):
@@ -170,6 +175,18 @@ def test_a_crash_of_the_decoder_costs_one_image(tmp_path):
         "k03": CRASHED,
         "k10": CRASHED,
     }
+
+
+@pytest.mark.slow
+def test_no_image_is_blamed_for_a_killed_worker(tmp_path):
+    """It is killed four times on the same images, as by a machine without memory."""
+    done = subprocess.run(
+        [sys.executable, str(FAULTS / "dying_decoder.py"), str(tmp_path / "out"), "killed"],
+        capture_output=True, text=True, env=environment(), timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out.deaths").read_text() == "xxxx"
+    assert len(open_dataset(tmp_path / "out", "train")) == 12
 
 
 @pytest.mark.slow

@@ -35,8 +35,10 @@ def test_shard_writer_files_and_description(tmp_path):
         "dataset.json",
         "test-000000.idx",
         "test-000000.tar",
+        "test.index",
         "train-000000.idx",
         "train-000000.tar",
+        "train.index",
     ]
     with tarfile.open(out / "train-000000.tar") as tar:
         assert tar.getnames() == ["a-1.png", "a-1.txt", "a-1.json", "b.jpg", "b.txt", "b.json"]

@@ -40,18 +40,22 @@ def test_dataset_gives_random_access_to_samples(train_split):
         assert train_split.image_bytes(i) == make_image(i, kind=("PNG", "JPEG", "WEBP")[i % 3])
         assert train_split.keys[i] == f"train{i:04d}"
         assert f"train{i:04d}" in train_split.where(i)
-    assert train_split.shard.tolist() == sorted(train_split.shard.tolist())
+    shards = train_split.shard_of(np.arange(60)).tolist()
+    assert shards == sorted(shards)
+    assert np.bincount(shards).tolist() == train_split.shard_sizes.tolist()
 
 
 def test_offsets_are_those_of_tarfile(train_split):
     for number, path in enumerate(train_split.tars):
-        inside = np.flatnonzero(train_split.shard == number)
+        inside = np.flatnonzero(train_split.shard_of(np.arange(60)) == number)
         with tarfile.open(path) as tar:
             members = {member.name: (member.offset_data, member.size) for member in tar}
-        for part, extension in ((train_split.text, "txt"), (train_split.meta, "json"), (train_split.image, None)):
-            for i in inside:
+        for kind, extension in (("text", "txt"), ("meta", "json"), ("image", None)):
+            offsets, sizes = train_split.locate(kind, inside)
+            for i, offset, size in zip(inside.tolist(), offsets, sizes, strict=True):
                 wanted = extension or ("png", "jpg", "webp")[i % 3]
-                assert members[f"{train_split.keys[i]}.{wanted}"] == (part.offset[i], part.size[i])
+                assert members[f"{train_split.keys[i]}.{wanted}"] == (offset, size)
+    assert train_split.locate("tokens", 3)[1] == -1
 
 
 def test_image_id_comes_from_the_metadata_or_the_bytes(tmp_path):
@@ -80,6 +84,7 @@ def test_fingerprint_follows_the_split_and_its_bytes(tmp_path, waves, train_spli
 def test_a_shard_with_a_named_index_has_its_own_fingerprint(folder):
     """Its index selects and permutes samples of the same tar."""
     whole = open_dataset(folder, "train")
+    (folder / "train.index").unlink()  # it belongs to another description
     description = json.loads((folder / "dataset.json").read_text())
     shards = description["splits"]["train"]["shards"]
     lines = (folder / "train-000000.idx").read_text().splitlines()[1:]
@@ -96,8 +101,43 @@ def test_a_shard_with_a_named_index_has_its_own_fingerprint(folder):
     assert len(prints | {whole.fingerprint}) == 5
 
 
-def test_a_data_set_can_be_pickled(train_split):
+def test_a_data_set_can_be_pickled(train_split, waves, tmp_path):
+    """A mapped index is mapped again, and one in memory is copied."""
     assert pickle.loads(pickle.dumps(train_split)).captions(5) == make_captions(5)
+    assert len(pickle.dumps(train_split)) < 5000
+    shutil.copytree(waves, tmp_path / "old", ignore=shutil.ignore_patterns("*.index"))
+    old = pickle.loads(pickle.dumps(open_dataset(tmp_path / "old", "train")))
+    assert old.captions(5) == make_captions(5)
+    assert old.fingerprint == train_split.fingerprint
+
+
+def test_a_shard_that_was_truncated_after_opening_is_refused_by_name(folder):
+    dataset = open_dataset(folder, "train")
+    last = len(dataset) - 1
+    tar = dataset.tars[int(dataset.shard_of(last))]
+    assert dataset.image_bytes(last)
+    os.truncate(tar, int(dataset.locate("image", last)[0]) + 100)
+    with pytest.raises(
+        DataError, match=rf"{tar.name} offset .*: wanted the shard that was opened, found a shorter one"
+    ):
+        dataset.image_bytes(last)
+    with pytest.raises(DataError, match=rf"{tar.name}: wanted \d+ bytes as in dataset\.json, found \d+ bytes; restore"):
+        dataset.check_shards([int(dataset.shard_of(last))])
+    dataset.check_shards([0])
+
+
+def test_a_shard_is_compared_with_the_index_when_it_is_first_read(folder):
+    dataset = open_dataset(folder, "train")
+    tar = dataset.tars[0]
+    content = tar.read_bytes()
+    tar.write_bytes(bytes(len(content)))
+    for read in (lambda: dataset.check_shards([0]), lambda: dataset.captions(0)):
+        with pytest.raises(
+            DataError, match=r"train\.index: wanted the index of train-000000\.tar, found that the image"
+        ):
+            read()
+    tar.write_bytes(content)
+    assert dataset.captions(0) == make_captions(0)
 
 
 def write_by_hand(folder, members: list[tuple[str, bytes]]) -> None:
@@ -158,8 +198,10 @@ def test_rows_of_a_data_set_are_a_data_set(waves):
     for i in (0, 7, 24):
         assert part.captions(i) == whole.captions(20 + i)
         assert part.image_bytes(i) == whole.image_bytes(20 + i)
-        assert part.index_line(i) == whole.index_line(20 + i)
+        assert part.locate("image", i) == whole.locate("image", 20 + i)
+        assert part.shard_of(i) == whole.shard_of(20 + i)
         assert part.where(i) == whole.where(20 + i)
+    assert part.shard_sizes.tolist() == np.bincount(part.shard_of(np.arange(25)), minlength=len(whole.tars)).tolist()
     again = part.rows(5, 10)
     assert again.keys.tolist() == whole.keys.tolist()[25:30]
     assert len({whole.fingerprint, part.fingerprint, whole.rows(20, 44).fingerprint, whole.head(45).fingerprint}) == 4

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import pytest
 
 from mvlm_dataloading import DataError, open_dataset, tokenizer_for
-from mvlm_dataloading.dataset import remote_cache
-from mvlm_dataloading.dataset.remote_cache import RemoteCache, is_remote
+from mvlm_dataloading.dataset import remote_files
+from mvlm_dataloading.dataset.remote_cache import RemoteCache
+from mvlm_dataloading.dataset.remote_files import is_remote
 from support.data import write_dataset
+from support.faults.faulty_proxy import serve_faulty
 from support.web_server import FolderHandler, serve
 
 
@@ -36,7 +38,7 @@ def web(folder):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("MVLM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote_cache, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(remote_files, "FIRST_PAUSE_S", 0.01)
     return tmp_path / "cache"
 
 
@@ -65,15 +67,47 @@ def test_the_tokenizer_of_a_remote_data_set_is_fetched(folder, web, cache, token
         content = path.read_bytes()
         path.write_bytes(content[:-1])  # during the copy: a damaged one is not kept
         dataset = open_dataset(web, "train")
-        with pytest.raises(DataError, match=r"wanted the tokenizer that dataset\.json names, found another"):
+        with pytest.raises(
+            DataError, match=rf"{web}/tokenizer\.json: wanted to .* found that 4 attempts failed: sha256"
+        ):
             tokenizer_for(dataset, 300)
         path.write_bytes(content)
         for _ in range(2):
             assert tokenizer_for(dataset, 300).fingerprint == tokenizer.fingerprint
-        assert FolderHandler.asked.count("/tokenizer.json") == 2
+        assert FolderHandler.asked.count("/tokenizer.json") == 5
     finally:
         path.unlink()
         (folder / "dataset.json").write_text(kept)
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "train.index", "train-000001.idx", "train-000001.tar"])
+def test_a_half_of_a_file_with_the_length_of_a_half_is_noticed(folder, web, cache, name):
+    """No error of the protocol tells of it. It happens three times, and then always."""
+    left = ["length"] * 3
+    shards = json.loads((folder / "dataset.json").read_text())["splits"]["train"]["shards"]
+
+    def choose(method: str, path: str) -> str | None:
+        return left.pop() if left and path == f"/{name}" else None
+
+    with serve_faulty(web, choose) as (url, happened):
+
+        def fetch_all() -> Path:
+            cached = RemoteCache(url, cache, 1 << 30)
+            cached.register_shards(shards)
+            cached.fetch_split_index("train.index")
+            cached.fetch_dali_indices()
+            cached.fetch([1])
+            cached.release_except([])
+            return cached.folder
+
+        fetched = fetch_all()
+        assert happened == {"length": 3}
+        assert (fetched / name).read_bytes() == (folder / name).read_bytes()
+        for path in fetched.iterdir():
+            path.unlink()
+        left[:] = ["length"] * 4
+        with pytest.raises(DataError, match=rf"{url}/{name}: wanted to .* found that 4 attempts failed: "):
+            fetch_all()
 
 
 def test_remote_shards_outside_the_folder_are_refused(folder, web, cache):
@@ -140,16 +174,16 @@ def test_a_shard_being_fetched_counts_in_the_cache_size(folder, web, cache, monk
     for cached in (one, two):
         cached.register_shards(shards)
     begun, go_on = threading.Event(), threading.Event()
-    get_file = one.filesystem.get_file
+    get = one.remote.get
 
-    def slowly(path: str, to: str) -> None:
+    def slowly(name: str, to: Path, sha256: str) -> None:
         with open(to, "wb"):  # as fsspec does
             begun.set()
         assert go_on.wait(60)
-        get_file(path, to)
+        get(name, to, sha256)
 
     with monkeypatch.context() as patch:
-        patch.setattr(one, "filesystem", SimpleNamespace(get_file=slowly))
+        patch.setattr(one, "remote", SimpleNamespace(get=slowly))
         thread = threading.Thread(target=one.fetch, args=([0],))
         thread.start()
         assert begun.wait(60)

@@ -54,6 +54,19 @@ def test_loader_masks_equal_the_public_mask_functions(train_split, tokenizer):
         assert np.array_equal(masks.token_ids, draw_token_masks(5, 0, ids, lengths))
 
 
+def test_masks_of_partners_are_lighter_and_nested(train_split, tokenizer):
+    loader = load(train_split, tokenizer, partner_image_mask_ratio=0.25, partner_text_mask_ratio=0.1)
+    for batch, masks in take(loader, 7):
+        ids, lengths = batch.sample_id.numpy(), batch.cu_seqlens.diff().numpy()
+        assert np.array_equal(masks.partner_patch_ids, draw_patch_masks(5, 0, ids, image_size=64, ratio=0.25))
+        assert np.array_equal(masks.partner_token_ids, draw_token_masks(5, 0, ids, lengths, ratio=0.1))
+        for light, strong in zip(masks.partner_patch_ids.tolist(), masks.patch_ids.tolist(), strict=True):
+            assert set(light) < set(strong)
+        assert set(masks.partner_token_ids.tolist()) <= set(masks.token_ids.tolist())
+    _, without = next(iter(load(train_split, tokenizer)))
+    assert without.partner_patch_ids is without.partner_token_ids is None
+
+
 @pytest.mark.slow
 def test_captions_are_drawn_evenly(train_split, tokenizer):
     i = 2  # has three captions

@@ -20,6 +20,7 @@ from mvlm_dataloading import (
     rebuild_indices,
 )
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
+from mvlm_dataloading.tools.reindex import pack_indices
 from mvlm_dataloading.tools.summary import findings_table
 from support import published
 
@@ -46,7 +47,8 @@ def damage(path: Path, old: bytes, new: bytes, after: bytes = b"") -> None:
     content = path.read_bytes()
     at = content.index(old, content.index(after))
     path.write_bytes(content[:at] + new + content[at + len(old) :])
-    os.utime(path.with_suffix(".idx"))
+    for index in (path.with_suffix(".idx"), path.parent / "train.index"):
+        os.utime(index)
 
 
 def problems(folder: Path) -> list[str]:
@@ -159,3 +161,25 @@ def test_check_finds_token_ids_beyond_the_vocabulary(tmp_path, tokenizer):
         damage(out / "train-000001.tar", tokens.tobytes(), np.array(wrong, "<i4").tobytes(), b"k6.tok")
         assert any(re.search(message, problem) for problem in problems(out))
         damage(out / "train-000001.tar", np.array(wrong, "<i4").tobytes(), tokens.tobytes(), b"k6.tok")
+
+
+def test_check_finds_an_index_that_differs_from_the_dali_indices(tmp_path):
+    out = write(tmp_path / "out")
+    path = out / "train.index"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # in the last key
+    path.write_bytes(content)
+    (found,) = problems(out)
+    assert (
+        "train.index: wanted the stored checksum of the keys of shard 2, found other bytes; `mvlm data reindex" in found
+    )
+    # A valid index of other samples: the first two lines of a shard are exchanged.
+    dali = out / "train-000001.idx"
+    lines = dali.read_text().splitlines()
+    dali.write_text("\n".join([lines[0], lines[2], lines[1], *lines[3:], ""]))
+    pack_indices(out)
+    dali.write_text("\n".join([*lines, ""]))
+    (found,) = problems(out)
+    assert found.startswith("train.index: wanted the samples of train-000001.tar as in its DALI index, found others; ")
+    pack_indices(out)
+    assert problems(out) == []

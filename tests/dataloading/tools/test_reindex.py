@@ -19,6 +19,7 @@ from mvlm_dataloading import (
     rebuild_indices,
 )
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
+from mvlm_dataloading.tools.reindex import pack_indices
 from support import published
 
 CAPTIONS = {0: ["red and green"], 1: ["красный круг", "ein roter Kreis"], 2: ["赤い丸"], 3: ["7"]}
@@ -44,14 +45,18 @@ def problems(folder: Path) -> list[str]:
 @pytest.mark.slow
 def test_indices_of_a_data_folder_are_rebuilt(tmp_path):
     out = write(tmp_path / "out")
-    before = {path.name: path.read_bytes() for path in out.glob("*.idx")}
-    assert len(before) == 4
-    for path in out.glob("*.idx"):
+    before = {path.name: path.read_bytes() for path in out.glob("*.i*x")}
+    assert len(before) == 6
+    for path in out.glob("*.i*x"):
         path.unlink()
     with pytest.raises(DataError, match="wanted the index of"):
         open_dataset(out, "train")
     rebuild_indices(out)
-    assert {path.name: path.read_bytes() for path in out.glob("*.idx")} == before
+    assert {path.name: path.read_bytes() for path in out.glob("*.i*x")} == before
+    for path in out.glob("*.index"):
+        path.unlink()
+    assert sorted(path.name for path in pack_indices(out)) == ["test.index", "train.index"]
+    assert {path.name: path.read_bytes() for path in out.glob("*.i*x")} == before
     with (out / "train-000000.tar").open("r+b") as file:
         file.truncate(3000)
     with pytest.raises(

@@ -45,7 +45,11 @@ def named(dataset: str, numbers) -> list[str]:
 
 def test_a_view_of_everything_is_the_data_set(one, tmp_path):
     make_view(tmp_path / "view", [one])
-    assert sorted(path.suffix for path in (tmp_path / "view").iterdir()) == [*5 * [".idx"], ".json"]
+    assert sorted(path.suffix for path in (tmp_path / "view").iterdir()) == [
+        *5 * [".idx"],
+        *2 * [".index"],
+        ".json",
+    ]
     for split in ("train", "test"):
         view, whole = open_dataset(tmp_path / "view", split), open_dataset(one, split)
         assert view.keys.tolist() == whole.keys.tolist()
@@ -160,6 +164,7 @@ def test_a_view_drops_duplicates_on_request(tmp_path):
         content = tar.read_bytes().replace(b'"phash"', b'"ahash"')
         tar.write_bytes(content)
         tar.with_suffix(".idx").touch()
+        (second / "train.index").touch()
     make_view(tmp_path / "foreign", [first, second], ViewOptions(duplicates="exact"))
     assert len(keys(tmp_path / "foreign")) == 8
     make_view(tmp_path / "foreign-near", [first, second], ViewOptions(duplicates="near"))
@@ -256,6 +261,7 @@ def test_a_view_whose_shard_is_missing_is_refused(broken):
 
 
 def test_a_view_with_the_index_of_another_tar_is_refused(broken):
+    (broken / "train.index").unlink()
     shutil.copy(broken.parent / "source" / "train-000001.idx", broken / "train-000000.idx")
     with pytest.raises(
         DataError, match=r"wanted the index that dataset\.json names, found another; make the view again"

@@ -1,4 +1,4 @@
-"""`mvlm data check`, `index` and `view`, on intact and broken data sets and on a full disk."""
+"""`mvlm data check`, `merge`, `index` and `view`, on intact and broken data sets and on a full disk."""
 
 import errno
 import shutil
@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from mvlm.commands import data_tools
+from support.commands import assert_refused
 from support.data import file_contents
 
 
@@ -73,3 +74,17 @@ def test_number_of_processes_is_at_most_one_a_piece():
     assert data_tools.processes(None, 1) == 1
     with pytest.raises(ValueError, match="workers: wanted at least 1, got 0"):
         data_tools.processes(0)
+
+
+def test_data_merge_joins_the_parts_of_a_build(data_set, image_folder, tmp_path, run_data):
+    for i in (1, 2):
+        words = ("folder", image_folder, tmp_path / f"part{i}", "--shard-bytes", 20000, "--part", f"{i}/2")
+        outcome = run_data(*words)
+        assert (outcome.code, outcome.out[-1]) == (0, f"{tmp_path / f'part{i}'}: part {i}/2 is complete")
+    outcome = run_data("merge", tmp_path / "part2", tmp_path / "part1", tmp_path / "out")
+    assert (outcome.code, outcome.out) == (0, [f"{tmp_path / 'out'}: 6 train"])
+    assert file_contents(tmp_path / "out") == file_contents(data_set)
+    assert_refused(run_data("merge", tmp_path / "out"), "parts: wanted the folders of all parts")
+    assert_refused(
+        run_data("folder", image_folder, tmp_path / "x", "--part", "3/2"), "part: wanted i/n with i from 1 to n"
+    )

@@ -77,7 +77,7 @@ def test_doctor_finds_damaged_shards_red(micro_preset, tmp_path):
     content = bytearray(tar.read_bytes())
     content[700] ^= 1
     tar.write_bytes(content)
-    tar.with_suffix(".idx").touch()
+    (data / "train.index").touch()
     found = examine(data, tmp_path)
     assert found["shards"].state == "red"
     assert f"{tar}: damaged" in found["shards"].text

@@ -86,6 +86,16 @@ def test_fields_of_a_preset_can_be_changed():
         ({"image_mask_ratio": 0.1}, "image_mask_ratio must hide 1 to 4 of 4 blocks, got 0.1"),
         ({"image_mask_ratio": 1.2}, "image_mask_ratio must hide 1 to 4 of 4 blocks, got 1.2"),
         ({"text_mask_ratio": 1.5}, r"text_mask_ratio must be in \[0, 1\], got 1.5"),
+        ({"partner_image_mask_ratio": 0.7}, "partner_image_mask_ratio must be at most image_mask_ratio = 0.6, got 0.7"),
+        (
+            {"partner_image_mask_ratio": 0.1},
+            "partner_image_mask_ratio must mask at least one of 4 blocks, or be 0, got",
+        ),
+        ({"partner_text_mask_ratio": 0.4}, "partner_text_mask_ratio must be at most text_mask_ratio = 0.3, got 0.4"),
+        (
+            {"partner_image_mask_ratio": 0.3, "drop_masked": True},
+            "partner_image_mask_ratio must be 0 or image_mask_ratio with drop_masked",
+        ),
         ({"temperature": 0.0}, r"temperature must be in \[0.001, 0.5\], got 0.0"),
         ({"image_mask_ratio": math.nan}, "image_mask_ratio must be a finite number, got nan"),
         ({"image_mean": (0.5, math.inf, 0.5)}, "image_mean must be a finite number, got inf"),

@@ -10,14 +10,16 @@ from mvlm import cli
 from mvlm.config.model import MaskVLMConfig
 from mvlm.costs.cluster_plan import (
     ClusterSetting,
-    exchange_bytes,
     gpu_memory,
+    limits,
     parse_count,
     parse_gpus,
+    planned_step,
     rank_step_cost,
     scaling,
-    step_seconds,
 )
+from mvlm.costs.recorded_step import RecordedStep, logit_work
+from mvlm.costs.recording import Collective, Event
 from mvlm.costs.step_cost import StepCost
 from mvlm.errors import ConfigError
 
@@ -39,34 +41,73 @@ def test_gpu_memory_by_part():
     assert [sharded[name] for name in rows] == [0.5e9, 0.5e9, 1e9, 3e9]
 
 
-def test_exchange_bytes_by_hand():
-    """Other GPUs have 127 x 100 pairs, each with two embeddings (256,) and features (197 + 40, 768)."""
-    assert exchange_bytes(setting()) == pytest.approx(
-        {"embeddings": 12700 * 2 * 256 * 4, "features": 12700 * (197 + 40) * 768 * 4}
-    )
-    assert exchange_bytes(setting(local_negatives=True))["features"] == 0
-    assert set(exchange_bytes(setting(per_node=1, nodes=1)).values()) == {0}
+def record(gradients: float = 4e9, gathered: float = 1e6) -> RecordedStep:
+    """A gather that is waited for at once, in the middle of forward, and gradients that are reduced at the end."""
+    moved = [
+        Collective("all-gather", "embeddings", round(gathered), 128),
+        Collective("all-reduce", "gradients", round(gradients), 128),
+    ]
+    events = [Event("start", 10, False, 0), Event("wait", 10, False, 0), Event("start", 90, False, 1)]
+    return RecordedStep(moved, events, 100)
 
 
-def test_step_seconds_by_hand():
-    times = step_seconds(setting(mfu=0.5), FOUND)
-    assert times["forward"] == pytest.approx(1e14 / (0.5 * 989e12))
-    assert times["backward"] == pytest.approx(2e14 / (0.5 * 989e12))
-    # All-reduce of 4 GB: 7/8 of it twice over NVLink, 15/16 twice over eight adapters; backward takes longer.
-    assert times["backward"] > 2 * 4e9 * (7 / 8 / 450e9 + 15 / 16 / (8 * 50e9))
-    assert times["gradients, not overlapped"] == 0
-    assert times["embeddings and features"] == pytest.approx(2 * sum(exchange_bytes(setting()).values()) / 400e9)
-    slow = step_seconds(setting(mfu=0.5), StepCost(10**11, FOUND.forward, FOUND.backward, 0, {}))
-    wanted = 2 * 4e11 * (7 / 8 / 450e9 + 15 / 16 / (8 * 50e9)) - times["backward"]
-    assert slow["gradients, not overlapped"] == pytest.approx(wanted)
-    assert times["step"] == pytest.approx(sum(time for name, time in times.items() if name != "step"))
+def test_planned_step_by_hand():
+    planned = planned_step(setting(mfu=0.5), FOUND, record())
+    assert planned.forward == pytest.approx(1e14 / (0.5 * 989e12))
+    assert planned.backward == pytest.approx(2e14 / (0.5 * 989e12))
+    computing = planned.forward + planned.backward
+    # The gather of 128 MB enters a node through eight adapters. The all-reduce of 4 GB begins with a tenth of the
+    # computation left.
+    links = setting().links
+    gather, reduction = (links.seconds(x) for x in record().collectives)
+    assert gather == pytest.approx(128e6 * 15 / 16 / (0.92 * 400e9) + 14e-6 + 15 * 4e-6 + 112 * 1.9e-6)
+    assert planned.times.waiting == pytest.approx({"embeddings": gather} if reduction < 0.1 * computing else {})
+    late = planned_step(setting(mfu=0.5), FOUND, record(gradients=4e10))
+    (_, reduction) = (links.seconds(x) for x in record(gradients=4e10).collectives)
+    assert late.times.waiting == pytest.approx({"embeddings": gather, "gradients": reduction - 0.1 * computing})
+    work = logit_work(setting().model, 100, 128)
+    assert planned.logits == pytest.approx(work.flops / 67e12 + work.moved / 3.35e12)
+    assert planned.step == pytest.approx(computing + sum(planned.times.waiting.values()) + planned.logits)
+    assert planned.computing == pytest.approx(computing / planned.step)
+
+
+def test_half_the_pairs_take_half_the_computation_and_as_long_for_gradients():
+    slow = record(gradients=1e11)
+    whole, half = (planned_step(setting(), FOUND, slow, batch) for batch in (1.0, 0.5))
+    assert half.forward == pytest.approx(whole.forward / 2)
+    assert half.times.network["gradients"] == pytest.approx(whole.times.network["gradients"])
+    assert half.times.waiting["gradients"] > whole.times.waiting["gradients"]
 
 
 def test_scaling_keeps_the_pairs_of_a_gpu():
-    rows = scaling(setting(), FOUND)
-    assert [(gpus, batch) for gpus, batch, _, _ in rows] == [(8 * 2**k, 800 * 2**k) for k in range(8)]
-    shares = [share for _, _, _, share in rows]
+    rows = scaling(setting(), FOUND, record(), most=1024)
+    assert [(row.ranks, row.batch_size) for row, _ in rows] == [(8 * 2**k, 800 * 2**k) for k in range(8)]
+    shares = [step.computing for _, step in rows]
     assert shares == sorted(shares, reverse=True)
+
+
+def test_limits_are_where_the_step_falls_below_nine_tenths():
+    found = limits(setting(batch_size=16384), FOUND, record())
+    assert found.inter_node is not None
+    for rate, enough in ((found.inter_node, False), (found.inter_node / 0.9, True)):
+        step = planned_step(setting(inter_node=rate, batch_size=16384), FOUND, record())
+        assert (step.computing >= 0.9) == enough
+    computing = planned_step(setting(batch_size=16384), FOUND, record()).computing
+    assert found.straggler == pytest.approx(computing / 0.9 - 1)
+    assert found.pairs is not None
+    for pairs, enough in ((found.pairs, False), (2 * found.pairs, True)):
+        assert (planned_step(setting(batch_size=16384), FOUND, record(), pairs / 128).computing >= 0.9) == enough
+    wide = record(gathered=2e7)
+    found = limits(setting(batch_size=16384), FOUND, wide)
+    assert found.gpus is not None
+    for gpus, enough in ((found.gpus, False), (found.gpus // 2, True)):
+        step = planned_step(setting(nodes=gpus // 8, batch_size=128 * gpus), FOUND, wide)
+        assert (step.computing >= 0.9) == enough
+
+
+def test_a_step_that_is_below_already_names_only_the_number_of_gpus():
+    found = limits(setting(inter_node=1e8), FOUND, record(gradients=1e11))
+    assert (found.inter_node, found.straggler, found.pairs) == (None, None, None)
 
 
 def test_parse_gpus_and_parse_count_refuse_other_forms():
@@ -99,7 +140,11 @@ def test_page_shows_the_output_of_mvlm_plan(capsys):
         assert a == pytest.approx(b, rel=0.03, abs=1.01 if "." not in ours else 0.06), (ours, theirs)
 
 
-@pytest.mark.parametrize("words", [("--epochs", "-1"), ("--epochs", "nan"), ("--loader-rate", "-5")])
+@pytest.mark.parametrize(
+    "words", [("--epochs", "-1"), ("--epochs", "nan"), ("--loader-rate", "-5"), ("--inter-node", "inf")]
+)
 def test_plan_refuses_epochs_and_rates_out_of_range(words):
-    with pytest.raises(ConfigError, match="plan: wanted --epochs above 0 and --loader-rate at least 0, got"):
+    with pytest.raises(
+        ConfigError, match="plan: wanted --epochs above 0, --loader-rate and --inter-node at least 0, got"
+    ):
         cli.run_command(["plan", "--gpus", "8", "--data", "1M", *words])

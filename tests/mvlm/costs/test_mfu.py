@@ -36,7 +36,7 @@ def test_mfu_is_a_fraction_of_the_peak_of_all_ranks(monkeypatch, scenes, tmp_pat
     monkeypatch.setattr(mfu, "peak_flops", lambda _: 1e3)
     config = pretrain_config(scenes, tmp_path)
     found = ModelFlopsUtilization(config, World(0, 2, 0, CPU))
-    monkeypatch.setattr(found, "flops_per_pair", lambda tokens: 10.0 * tokens)
+    monkeypatch.setattr(mfu, "flops_per_pair", lambda config, tokens, ranks: 10.0 * tokens)
     assert found.of_rate(8.0, 5.0) == pytest.approx(8 * 50 / 2000)
     assert found.of_rate(16.0, 7.0) == pytest.approx(16 * 50 / 2000)  # counted once
 
@@ -45,7 +45,7 @@ def test_mfu_is_a_fraction_of_the_peak_of_all_ranks(monkeypatch, scenes, tmp_pat
 def test_flops_per_pair_equal_those_of_a_real_step(scenes, tmp_path):
     """Against a step on real tensors, with captions of 7 tokens."""
     config = pretrain_config(scenes, tmp_path, model=micro_config(), batch_size=4)
-    counted = ModelFlopsUtilization(config, World(0, 1, 0, CPU)).flops_per_pair(7.0)
+    counted = mfu.flops_per_pair(config, 7.0)
     model = micro_model()
     batch, masks = micro_batch((7, 7, 7, 7), config=model.config)
     with counter() as real:

@@ -1,8 +1,8 @@
 """One rank of test_global_batch.py: `python global_batch_ranks.py RANK PORT OUT`.
 
-Four ranks are started once. They run every combination as a world of four; then the first two run them as a world of
-two. Each compares its losses and gradients with those of one rank on the whole batch, and writes the largest
-differences to OUT.
+Eight ranks are started once. They run one combination as a world of eight. Then the first four run every combination
+as a world of four, and the first two as a world of two. Each compares its losses and gradients with those of one rank
+on the whole batch, and writes the largest differences to OUT.
 """
 
 import itertools
@@ -10,8 +10,10 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mvlm  # noqa: F401
+from mvlm.objectives.losses import LossWeights
 from mvlm_dataloading import Batch, Masks
 
 # Helpers, for a program that pytest does not run. Last in the path and after mvlm, which tests/mvlm would hide.
@@ -29,6 +32,9 @@ from support.models import micro_batch, micro_model, uniform_of_pair
 
 LENGTHS = (7, 4, 12, 3, 9, 5, 3, 11, 12, 12, 3, 3, 8, 6, 10, 4)
 SEED, STEP = 3, 5
+EVERY = (1.0, 1.0, 1.0, 1.0)
+SOME = ((1.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 1.0, 1.0), (0.0, 1.0, 1.0, 1.0), (0.5, 2.0, 0.25, 3.0))
+"""Weights of mlm, mim, itc and itm."""
 SHALLOW: dict[str, Any] = {"image_layers": 1, "text_layers": 1, "decoder_layers": 1}
 WIDTH = 5
 """Width of the embeddings whose logits are counted."""
@@ -63,9 +69,9 @@ def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, M
 class Oracle:
     """Losses and gradients of one rank on the whole batch, by the model's own forward."""
 
-    def __init__(self, reconstruction_only: bool) -> None:
+    def __init__(self, weights: tuple[float, ...]) -> None:
         model = micro_model(**SHALLOW)
-        losses = model(*whole_batch(), seed=SEED, step=STEP, reconstruction_only=reconstruction_only)
+        losses = model(*whole_batch(), seed=SEED, step=STEP, weights=LossWeights(*weights))
         losses.total.backward()
         self.losses = [x.item() for x in losses]
         self.gradients = {name: p.grad for name, p in model.named_parameters()}
@@ -157,7 +163,7 @@ class LargestOf(TorchDispatchMode):
 def logit_elements(rank: int, ranks: int, elements: int) -> tuple[int, float]:
     """Elements of the largest block of logits with 6 pairs a rank, and the sum of ITC's gradient."""
     from mvlm.distributed.collectives import GlobalBatchLayout
-    from mvlm.distributed.contrastive import sharded_contrastive_loss
+    from mvlm.distributed.contrastive import Embeddings, sharded_contrastive_loss
     from mvlm.objectives.negatives import NegativeSampling
 
     generator = torch.Generator().manual_seed(rank)
@@ -168,42 +174,55 @@ def logit_elements(rank: int, ranks: int, elements: int) -> tuple[int, float]:
     ids = torch.arange(layout.total)
     with LargestOf(layout.total) as mode:
         sampling = NegativeSampling(ids, ids, 0, 0)
-        share, *_ = sharded_contrastive_loss(image, text, torch.zeros(1), sampling, layout, elements)
+        share, *_ = sharded_contrastive_loss(
+            Embeddings(image, text, layout), torch.zeros(1), sampling, layout, elements
+        )
         share.backward()
     assert image.grad is not None
     return mode.elements, float(image.grad.sum())
 
 
+def limited_to(most: int) -> Any:
+    """Context in which a step draws each image and each caption at most this often."""
+    from mvlm.objectives import negatives
+
+    return patch.object(negatives, "limit_readers", partial(negatives.limit_readers, most=most))
+
+
 def combinations(ranks: int) -> list[dict[str, Any]]:
+    if ranks == 8:
+        return [{"kind": "ddp", "microbatches": 1, "again": False, "weights": EVERY, "plan": "fast"}]
     kinds = ["ddp", "fsdp", "hsdp"] if ranks == 4 else ["ddp", "fsdp"]
     every = [
-        {"kind": kind, "microbatches": microbatches, "again": again, "reconstruction_only": False}
+        {"kind": kind, "microbatches": microbatches, "again": again, "weights": EVERY}
         for kind, microbatches, again in itertools.product(kinds, (1, 2), (False, True))
     ]
     if ranks == 2:
         every += [
-            {"kind": kind, "microbatches": microbatches, "again": False, "reconstruction_only": True}
-            for kind, microbatches in itertools.product(kinds, (1, 2))
+            {"kind": kind, "microbatches": microbatches, "again": False, "weights": weights}
+            for kind, microbatches, weights in itertools.product(kinds, (1, 2), SOME)
         ]
-    if ranks == 4:  # one implementation each, to save time
-        return [case | {"plan": "fast" if case["microbatches"] == 2 else "plain"} for case in every]
-    return [case | {"plan": plan} for case in every for plan in ("plain", "fast")]
+    # One implementation each on four ranks, and for some of the losses, to save time.
+    return [
+        case | {"plan": plan}
+        for case in every
+        for plan in ("plain", "fast")
+        if (ranks == 2 and case["weights"] == EVERY) or (plan == "fast") == (case["microbatches"] == 2)
+    ]
 
 
-def run(world: Any, oracles: dict[bool, Oracle], case: dict[str, Any]) -> dict[str, Any]:
+def run(world: Any, oracles: dict[tuple[float, ...], Oracle], case: dict[str, Any]) -> dict[str, Any]:
     from mvlm.distributed.global_batch import backward_global
     from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
     from mvlm.training.metrics import gradient_norms
 
-    kind, number, alone = case["kind"], case["microbatches"], case["reconstruction_only"]
+    kind, number, weights = case["kind"], case["microbatches"], case["weights"]
     model = micro_model(**SHALLOW)
     if case["again"]:
         checkpoint_activations(model)
     parallel = parallelize(model, world, "ddp" if kind == "ddp" else "fsdp", nodes=2 if kind == "hsdp" else 1)
-    batch, masks = whole_batch()
-    size = len(LENGTHS) // (world.size * number)
-    micro = [piece(batch, masks, (a * world.size + world.rank) * size, size) for a in range(number)]
-    oracle, found = oracles[alone], dict(case)
+    micro = pieces(world, number)
+    oracle, found = oracles[weights], dict(case)
     # Two steps in turn: the first must not affect the second.
     for local in (True, False) if world.size == 2 and not case["again"] else (False,):
         model.zero_grad(set_to_none=True)
@@ -214,43 +233,73 @@ def run(world: Any, oracles: dict[bool, Oracle], case: dict[str, Any]) -> dict[s
             seed=SEED,
             step=STEP,
             plan=case["plan"],
-            reconstruction_only=alone,
+            weights=LossWeights(*weights),
             local_negatives=local,
         )
         gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
         part = "local" if local else "global"
         if local:
-            found["local matching"] = losses.itm.item() - (0 if alone else local_matching(world.size * number))
+            found["local matching"] = losses.itm.item() - (local_matching(world.size * number) if weights[3] else 0)
         found[f"{part} losses"] = [abs(a.item() - b) for a, b in zip(losses, oracle.losses, strict=True)]
         found[f"{part} gradients"] = differences(gradients, oracle.gradients)
-    if not case["again"] and not alone:
+    if not case["again"] and weights == EVERY:
         norm, _ = gradient_norms(model)
         update(model, norm)
         found["norm"] = float(norm) - float(torch.nn.utils.get_total_norm(list(oracle.gradients.values())))  # pyright: ignore[reportArgumentType]
-        weights = {name: p.detach() for name, p in unsharded_copy(model).named_parameters()}
-        found["weights"] = differences(weights, oracle.after_a_step())  # pyright: ignore[reportArgumentType]
+        updated = {name: p.detach() for name, p in unsharded_copy(model).named_parameters()}
+        found["updated"] = differences(updated, oracle.after_a_step())  # pyright: ignore[reportArgumentType]
     return found
+
+
+def twice(world: Any, microbatches: int, most: int) -> dict[str, Any]:
+    """Losses and gradients with a limit that binds, against one rank; and whether a second run has the same bits."""
+    from mvlm.distributed.global_batch import backward_global
+    from mvlm.distributed.parallel import parallelize
+
+    with limited_to(most):
+        oracle, runs = Oracle(EVERY), []
+        for _ in range(2):
+            model = micro_model(**SHALLOW)
+            micro = pieces(world, microbatches)
+            losses = backward_global(parallelize(model, world), micro, world, seed=SEED, step=STEP)
+            runs.append((losses, {name: p.grad for name, p in model.named_parameters()}))
+    (losses, gradients), (again, same) = runs
+    return {
+        "losses": [abs(a.item() - b) for a, b in zip(losses, oracle.losses, strict=True)],
+        "gradients": differences(gradients, oracle.gradients),
+        "itm": oracle.losses[3],
+        "repeats": differences(gradients, same) == 0 and all(map(torch.equal, losses, again)),
+    }
+
+
+def pieces(world: Any, number: int) -> list[tuple[Batch, Masks]]:
+    """This rank's microbatches of the whole batch."""
+    size = len(LENGTHS) // (world.size * number)
+    return [piece(*whole_batch(), (a * world.size + world.rank) * size, size) for a in range(number)]
 
 
 def main() -> None:
     rank, port, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    oracles = {alone: Oracle(alone) for alone in (False, True)}
+    oracles = {weights: Oracle(weights) for weights in (EVERY, *SOME)}
     tested = (
         "mvlm.distributed.global_batch",
         "mvlm.distributed.contrastive",
         "mvlm.distributed.collectives",
+        "mvlm.distributed.exchange",
         "mvlm.distributed.parallel",
     )
     found: dict[str, Any] = {"oracle imports": [name for name in tested if name in sys.modules]}
     from mvlm.distributed.world import World
 
-    for ranks in (4, 2):
+    for ranks in (8, 4, 2):
         if rank < ranks:
             address = f"tcp://127.0.0.1:{port + ranks}"
             dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
             world = World(rank, ranks, rank, torch.device("cpu"))
             found[str(ranks)] = [run(world, oracles, case) for case in combinations(ranks)]
             found[f"{ranks} logits"] = [logit_elements(rank, ranks, elements) for elements in (36, 1 << 20)]
+            if ranks == 4:
+                found["limited"] = {str(number): twice(world, number, 1) for number in (1, 2)}
             dist.destroy_process_group()
     out.write_text(json.dumps(found))
 

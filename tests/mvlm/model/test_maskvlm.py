@@ -8,6 +8,7 @@ import torch
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.objectives.losses import LossWeights
 from mvlm_dataloading import Batch
 from support.models import micro_batch, micro_model
 from support.reference import Reference
@@ -81,6 +82,41 @@ def test_reconstruction_only_leaves_out_contrastive_and_matching_losses():
     unused = ("image_projection", "text_projection", "matching_head", "log_scale")
     for name, parameter in model.named_parameters():
         assert (parameter.grad is None) == name.startswith(unused), name
+
+
+HEADS = ("image_projection", "text_projection", "matching_head", "log_scale")
+PIXELS = ("image_decoder", "pixel_head", "image_encoder.mask_token")
+
+
+@pytest.mark.parametrize("plan", ["plain", "fast"])
+@pytest.mark.parametrize(
+    "weights, unused",
+    [
+        (LossWeights(0, 0, 1, 0), ("image_cross", "text_cross", "language_head", "matching_head", *PIXELS)),
+        (LossWeights(0, 0, 1, 1), ("language_head", *PIXELS)),
+        (LossWeights(1, 0, 0, 0), ("image_cross", *PIXELS, *HEADS)),
+        (LossWeights(0, 1, 0, 0), ("text_cross", "language_head", *HEADS)),
+    ],
+)
+def test_an_objective_of_weight_0_is_not_computed(weights, unused, plan):
+    model = micro_model()
+    losses = model(*micro_batch(), weights=weights, plan=plan)
+    losses.total.backward()
+    for name, weight in weights._asdict().items():
+        assert (getattr(losses, name).item() == 0) == (weight == 0), name
+    for name, parameter in model.named_parameters():
+        if name.endswith("key.bias"):  # softmax cancels it
+            continue
+        seen = parameter.grad is not None and bool(parameter.grad.any())
+        assert seen != name.startswith(unused), name
+
+
+def test_the_total_is_the_weighted_sum_of_the_losses():
+    model, weights = micro_model(), LossWeights(0.5, 2.0, 0.25, 3.0)
+    found, alone = model(*micro_batch(), weights=weights), model(*micro_batch())
+    wanted = 0.5 * alone.mlm.item() + 2 * alone.mim.item() + alone.itc.item() / 4 + 3 * alone.itm.item()
+    assert found.total.item() == pytest.approx(wanted, abs=1e-12)
+    assert [x.item() for x in found[:4]] == [x.item() for x in alone[:4]]
 
 
 @pytest.mark.parametrize("cross_norm", ["post", "pre"])

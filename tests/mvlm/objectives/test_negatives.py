@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mvlm.objectives.negatives import NegativeSampling, gumbel, matching_pairs
+from mvlm.objectives.negatives import NegativeSampling, drawn_weights, gumbel, limit_readers, matching_pairs
 from support.models import normal, uniform_of_pair
 
 GOLDEN = 0x9E3779B97F4A7C15
@@ -23,7 +23,10 @@ TRUE_MATCHES = {(0, 1), (1, 0), (2, 3), (3, 2), (3, 4), (4, 3)} | {(i, i) for i 
 def draw(
     logits: Tensor, seed: int, step: int, direction: int, image_id: Tensor = IMAGE_ID, text_id: Tensor = TEXT_ID
 ) -> tuple[Tensor, Tensor]:
-    return NegativeSampling(image_id, text_id, seed, step).draw(logits, torch.arange(len(logits)), direction)
+    """Drawn columns, and their weights."""
+    rows = torch.arange(len(logits))
+    columns = NegativeSampling(image_id, text_id, seed, step).draw(logits, rows, direction)
+    return columns, drawn_weights(columns, rows)
 
 
 def admissible(image_id: Tensor, text_id: Tensor, block: int | None = None) -> Tensor:
@@ -145,9 +148,9 @@ def test_without_an_admissible_negative_the_weight_is_zero(number):
     logits = normal(number, number).requires_grad_()
     columns, weights = draw(logits, 0, 0, 0, torch.arange(number), torch.zeros(number, dtype=torch.int64))
     assert weights.tolist() == [0.0] * number
-    assert weights.dtype == logits.dtype
+    assert weights.dtype == torch.float32
     assert not weights.requires_grad
-    assert all(0 <= c < number for c in columns.tolist())
+    assert columns.tolist() == list(range(number))  # a pair's own features cost no exchange
 
 
 def test_only_rows_without_an_admissible_negative_have_weight_zero():
@@ -235,3 +238,48 @@ def test_gumbel_of_a_pair_does_not_depend_on_the_rest_of_the_batch():
 def test_gumbel_of_a_step_tensor_is_that_of_the_number(step):
     index = torch.arange(6)
     assert torch.equal(gumbel(3, torch.tensor(step), 1, index, index), gumbel(3, step, 1, index, index))
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 40])
+@pytest.mark.parametrize("seed", range(3))
+def test_limited_readers_against_a_loop(most, seed):
+    """The first readers of a column keep it, the others get their own index, which counts as no reader."""
+    columns = np.random.default_rng(seed).integers(0, 6, size=40).tolist()
+    columns[7], columns[3] = 7, 3
+    wanted, readers = [], dict.fromkeys(range(40), 0)
+    for row, column in enumerate(columns):
+        kept = column != row and readers[column] < most
+        readers[column] += kept
+        wanted.append(column if kept else row)
+    assert limit_readers(torch.tensor(columns), most).tolist() == wanted
+
+
+def test_draws_of_a_whole_batch_are_limited_and_those_within_blocks_are_not():
+    """One image and one caption are far likelier than all others, so that all 80 pairs draw them."""
+    logits = torch.zeros(80, 80).index_fill(1, torch.tensor([9]), 100.0)
+    negatives = NegativeSampling(*distinct(80), 0, 0).draw_both(logits)
+    assert int((negatives.texts == 9).sum()) == 32
+    assert int(negatives.text_weights.sum()) == 32 + 1  # pair 9 itself has another
+    assert (
+        negatives.texts[negatives.text_weights == 0].tolist() == torch.arange(80)[negatives.text_weights == 0].tolist()
+    )
+    local = NegativeSampling(*distinct(80), 0, 0, block=40).draw_both(logits)
+    assert int((local.texts == 9).sum()) == 39
+    assert int(local.text_weights.sum()) == 80
+
+
+def test_pairs_of_features_that_come_before_the_own_ones():
+    negatives = NegativeSampling(IMAGE_ID, TEXT_ID, 3, 4).draw_both(normal(6, 6, seed=8))
+    plain, moved = matching_pairs(negatives), matching_pairs(negatives, 10, 20)
+    assert moved.images.tolist() == [i + 10 for i in plain.images[:12].tolist()] + negatives.images.tolist()
+    own = [i + 20 for i in range(6)]
+    assert moved.texts.tolist() == own + negatives.texts.tolist() + own
+
+
+def test_draws_from_equal_logits_do_not_reach_the_limit():
+    """As many draws as 1,024 ranks of 128 pairs make: docs/distributed.md says at most 9 readers."""
+    for seed in range(20):
+        columns = np.random.default_rng(seed).integers(0, 131072, size=131072)
+        assert np.bincount(columns).max() <= 9
+        if seed == 0:
+            assert torch.equal(limit_readers(torch.from_numpy(columns)), torch.from_numpy(columns))

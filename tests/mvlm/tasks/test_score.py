@@ -132,7 +132,7 @@ def test_files_of_another_kind_are_refused(vqa_files, tmp_path):
 @pytest.mark.slow
 def test_scoring_imports_neither_torch_nor_a_model(vqa_files):
     program = (
-        "import sys\nfrom pathlib import Path\nfrom mvlm.commands.score import score\n"
+        "import sys\nfrom pathlib import Path\nfrom mvlm.commands.evaluate import score\n"
         "score('vqa', *map(Path, sys.argv[1:]))\n"
         "assert not {'torch', 'mvlm.model', 'PIL'} & set(sys.modules), 'imported'\n"
     )

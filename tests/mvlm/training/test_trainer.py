@@ -68,9 +68,9 @@ def test_step_is_adamws_update_with_the_gradient_of_the_total(start):
         assert parameter.grad is None
 
 
-def test_model_gets_seed_and_step(start, monkeypatch):
-    """Both determine ITM's negatives. The first two steps train reconstruction alone."""
-    run, batches = start(seed=7, reconstruction_first=2)
+def test_model_gets_seed_step_and_weights(start, monkeypatch):
+    """Seed and step determine ITM's negatives. The first two steps train reconstruction alone."""
+    run, batches = start(seed=7, reconstruction_first=2, mlm_weight=0.5)
     told, forward = [], run.model.forward
 
     def listen(batch, masks, **settings):
@@ -80,7 +80,8 @@ def test_model_gets_seed_and_step(start, monkeypatch):
     monkeypatch.setattr(run.model, "forward", listen)
     for _ in range(3):
         run.one_step(batches)
-    assert told == [{"seed": 7, "step": step, "reconstruction_only": step < 2, "plan": "fast"} for step in range(3)]
+    same = {"seed": 7, "plan": "fast", "weights": (0.5, 1, 1, 1)}
+    assert told == [same | {"step": step, "reconstruction_only": step < 2} for step in range(3)]
 
 
 @pytest.mark.parametrize("limit", [1e-3, 1e3])

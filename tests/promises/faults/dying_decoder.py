@@ -1,12 +1,15 @@
 """A build whose decoder aborts its process on some images. test_build.py runs it.
 
-    python tests/promises/faults/dying_decoder.py OUT
+    python tests/promises/faults/dying_decoder.py OUT [killed]
+
+With `killed`, the process is killed instead, as by a machine without memory, the first four times.
 
 Worker processes import this file, and thereby replace the decoder too.
 """
 
 import io
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -24,7 +27,13 @@ DEADLY = b"deadly"
 class ImageDecoder(piece.ImageDecoder):
     def __call__(self, images):
         if any(image.endswith(DEADLY) for image in images):
-            os.abort()
+            if sys.argv[2:] != ["killed"]:
+                os.abort()
+            deaths = Path(f"{sys.argv[1]}.deaths")
+            times = len(deaths.read_text()) if deaths.exists() else 0
+            if times < 4:
+                deaths.write_text("x" * (times + 1))
+                os.kill(os.getpid(), signal.SIGKILL)
         yield from super().__call__(images)
 
 
@@ -42,4 +51,4 @@ if __name__ == "__main__":
         ListedPiece("train", [Record(f"k{i:02d}", image(i), ["words"], f"{i}.png") for i in range(begin, begin + 6)])
         for begin in (0, 6)
     ]
-    build_shards(Source("deadly", "", "", {}, pieces), Path(sys.argv[1]), BuildOptions(), workers=2)
+    build_shards(Source("deadly", "", "", {}, pieces), Path(sys.argv[1]), BuildOptions(), workers=1)

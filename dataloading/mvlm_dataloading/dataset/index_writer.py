@@ -1,0 +1,129 @@
+"""Writer of `<split>.index` files, shard by shard. `sample_index` has the format."""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvlm_dataloading.errors import DataError
+
+from .dali_index import KINDS, DaliIndex
+from .durable_files import replaced_durably
+from .sample_index import (
+    ABSENT,
+    BLOCK,
+    HEADER,
+    MAGIC,
+    RECORD_BYTES,
+    SHARD,
+    VERSION,
+    Field,
+    SampleIndex,
+    head_crc,
+    index_path,
+    shards_hash,
+)
+
+
+class IndexWriter:
+    """Writer of one index. Call `add` for each shard in order, then `finish`.
+
+    Args:
+        file: empty, open for writing and seeking.
+        shards: the split's shards, as `dataset.json` describes them.
+    """
+
+    def __init__(self, file: BinaryIO, split: str, shards: Sequence[Mapping[str, Any]]):
+        self._file = file
+        self._described = shards_hash(split, shards)
+        self._table = np.zeros(len(shards), SHARD)
+        self._table["samples"] = [shard["samples"] for shard in shards]
+        self._shard = 0
+        self._records_at = HEADER.size + self._table.nbytes
+        self._keys_at = self._records_at + RECORD_BYTES * int(self._table["samples"].sum())
+        # The fingerprint includes offsets, because views of the same shards may choose other samples or another order.
+        # Checkpoints store it, so it must not change.
+        described = [split, [[one["samples"], one["sha256"]] for one in shards]]
+        self._fingerprint = hashlib.sha256(json.dumps(described).encode())
+
+    def add(self, records: NDArray[np.uint32], keys: bytes) -> None:
+        """Append the next shard's records, uint32 (n, 9), and keys."""
+        row = self._table[self._shard]
+        assert len(records) == row["samples"], f"wanted {row['samples']} records, got {len(records)}"
+        content = np.ascontiguousarray(records, "<u4").tobytes()
+        row["key_bytes"], row["records_crc"], row["keys_crc"] = len(keys), zlib.crc32(content), zlib.crc32(keys)
+        self._file.seek(self._records_at)
+        self._file.write(content)
+        self._file.seek(self._keys_at)
+        self._file.write(keys)
+        self._records_at += len(content)
+        self._keys_at += len(keys)
+        self._fingerprint.update((records[:, Field.IMAGE_BLOCK].astype("<i8") * BLOCK).tobytes())
+        self._shard += 1
+
+    def finish(self) -> None:
+        """Write the header and the table."""
+        assert self._shard == len(self._table), f"wanted {len(self._table)} shards, got {self._shard}"
+        fields = (
+            MAGIC, VERSION, RECORD_BYTES, int(self._table["samples"].sum()), len(self._table),
+            int(self._table["key_bytes"].sum()), self._fingerprint.hexdigest()[:32].encode(), self._described,
+        )  # fmt: skip
+        crc = head_crc(HEADER.pack(*fields, 0, 0), self._table)
+        self._file.seek(0)
+        self._file.write(HEADER.pack(*fields, crc, 0) + self._table.tobytes())
+        self._file.flush()
+
+
+def pack_records(index: DaliIndex) -> NDArray[np.uint32]:
+    """Records of a parsed DALI index, uint32 (n, 9).
+
+    Raises:
+        ValueError: an offset is no multiple of 512, which no tar has, or a number does not fit.
+    """
+    records = np.empty((len(index), len(Field)), "<u4")
+    for column, kind in enumerate(KINDS):
+        part = index.components[kind]
+        absent = part.size < 0
+        block, odd = np.divmod(part.offset, BLOCK)
+        if (odd[~absent] != 0).any() or (len(block) and max(block.max(), part.size.max()) >= ABSENT):
+            raise ValueError(f"the {kind} of a sample at an offset or of a size that no tar has")
+        records[:, 2 * column] = np.where(absent, 0, block)
+        records[:, 2 * column + 1] = np.where(absent, ABSENT, part.size)
+    if len(index.keys) >= ABSENT:
+        raise ValueError(f"{len(index.keys)} bytes of keys")
+    records[:, Field.KEY_END] = index.key_end
+    return records
+
+
+def merge_indices(folder: Path, split: str, shards: Sequence[Mapping[str, Any]], parts: Sequence[SampleIndex]) -> Path:
+    """Write the index of a data set whose shards are those of `parts`, in their order. Only copies; parses nothing.
+
+    Args:
+        folder: the merged data folder.
+        shards: all shards, as the merged `dataset.json` describes them.
+
+    Returns:
+        Path of the index.
+
+    Raises:
+        DataError: the parts do not have these shards, or one is damaged.
+    """
+    counts = [count for part in parts for count in np.diff(part.first).tolist()]
+    if counts != [shard["samples"] for shard in shards]:
+        raise DataError(
+            f"{folder}: wanted indices of {len(shards)} shards with the samples that dataset.json says, found "
+            f"{len(counts)} shards; write the index with `mvlm data reindex {folder}`"
+        )
+    with replaced_durably(index_path(folder, split)) as file:
+        writer = IndexWriter(file, split, shards)
+        for part in parts:
+            for shard in range(len(part.first) - 1):
+                writer.add(*part.shard_content(shard))
+                part.release()
+        writer.finish()
+    return index_path(folder, split)

@@ -1,0 +1,198 @@
+"""Index of a split: location and key of each sample, in one file, `<split>.index`, that all processes map.
+
+Opening reads the header and the table of shards. Records and keys are read when they are needed, and come from the page
+cache that all processes of a machine share. All numbers are little-endian:
+
+    header      112 bytes: HEADER
+    table       24 bytes per shard: SHARD
+    records     36 bytes per sample, shard by shard: nine uint32, see `Field`
+    keys        of each shard's samples, one after another, without separators
+
+Integrity: the header has a CRC-32 of header and table, which is compared at opening; the table has those of a shard's
+records and keys, which are compared when the first of them is read. The header's hash of the shards in `dataset.json`
+ties the index to its data set.
+
+Shape legend: N samples, S shards, n samples of a request.
+"""
+
+import hashlib
+import json
+import mmap
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mvlm_dataloading.errors import DataError
+
+from .dali_index import KINDS, Int64
+
+VERSION = 1
+MAGIC = b"mvlmidx\n"
+
+HEADER = struct.Struct("<8s II QQQ 32s 32s II")
+"""Magic; version, bytes per record; samples, shards, bytes of all keys; fingerprint (hexadecimal digits); hash of the
+described shards (`shards_hash`); CRC-32 of the header, with this field as 0, and the table; 0."""
+
+SHARD = np.dtype([("samples", "<u8"), ("key_bytes", "<u8"), ("records_crc", "<u4"), ("keys_crc", "<u4")])
+
+
+class Field(IntEnum):
+    """Columns of a record. A block of a tar has 512 bytes. A kind that a sample lacks has the size ABSENT."""
+
+    IMAGE_BLOCK = 0
+    IMAGE_SIZE = 1
+    TEXT_BLOCK = 2
+    TEXT_SIZE = 3
+    META_BLOCK = 4
+    META_SIZE = 5
+    TOKENS_BLOCK = 6
+    TOKENS_SIZE = 7
+    KEY_END = 8
+    """End of the key among the keys of the shard, in bytes."""
+
+
+BLOCK = 512
+ABSENT = 0xFFFFFFFF
+RECORD_BYTES = 4 * len(Field)
+
+
+def index_path(folder: Path, split: str) -> Path:
+    return folder / f"{split}.index"
+
+
+def shards_hash(split: str, shards: Sequence[Mapping[str, Any]]) -> bytes:
+    """Hash (32 bytes) of a split's shards as `dataset.json` describes them."""
+    named = [[one.get(name) for name in ("tar", "samples", "bytes", "sha256", "index_sha256")] for one in shards]
+    return hashlib.sha256(json.dumps([split, named]).encode()).digest()
+
+
+class SampleIndex:
+    """An open index.
+
+    Args:
+        content: the bytes of an index file.
+        path: the file, for messages. None for an index in memory, whose bytes are trusted.
+        hint: how to get a good index, for messages.
+
+    Attributes:
+        first: int64 (S + 1,): id of the first sample of each shard, and N.
+        fingerprint: hash of the split's samples and their order.
+        described: hash of the described shards, see `shards_hash`.
+
+    Raises:
+        DataError: the content is no index, is damaged or truncated, or has another version.
+    """
+
+    def __init__(self, content: "mmap.mmap | bytes | memoryview", path: Path | None = None, hint: str = ""):
+        self.path, self._hint, self._content = path, hint, content
+        magic, version, width, samples, shards, key_bytes, fingerprint, self.described, crc = self._header()
+        if magic != MAGIC:
+            raise self._refusal(f"an index that begins with {MAGIC!r}", repr(magic))
+        if version != VERSION or width != RECORD_BYTES:
+            raise self._refusal(f"an index of version {VERSION}", f"version {version}")
+        records_at = HEADER.size + SHARD.itemsize * shards
+        keys_at = records_at + RECORD_BYTES * samples
+        if len(content) != keys_at + key_bytes:
+            raise self._refusal(f"{keys_at + key_bytes} bytes as its header says", f"{len(content)}")
+        table = np.frombuffer(content, SHARD, shards, HEADER.size)
+        if head_crc(content[: HEADER.size], table) != crc:
+            raise self._refusal("a header and a table with the stored checksum", "other bytes")
+        self.fingerprint: str = fingerprint.decode()
+        self.first: Int64 = np.append(0, np.cumsum(table["samples"])).astype(np.int64)
+        self._key_first = np.append(0, np.cumsum(table["key_bytes"])).astype(np.int64)
+        self._records = np.frombuffer(content, "<u4", len(Field) * samples, records_at).reshape(samples, len(Field))
+        self._keys = np.frombuffer(content, np.uint8, key_bytes, keys_at)
+        self._crc = np.stack([table["records_crc"], table["keys_crc"]])  # (2, S)
+        self._checked = np.full(self._crc.shape, path is None)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __reduce__(self):
+        if self.path is None:
+            return SampleIndex, (bytes(self._content),)
+        return map_index, (self.path, self._hint)
+
+    def shard_of(self, ids: Any) -> Int64:
+        """Shard of each sample, int64, of the shape of `ids`."""
+        return np.searchsorted(self.first[1:], ids, side="right")
+
+    def records(self, ids: Int64) -> NDArray[np.uint32]:
+        """Records of the samples, uint32 (n, 9). Raises DataError if the checksum of a shard's records is wrong."""
+        for shard in np.unique(self.shard_of(ids)).tolist():
+            self._check(0, shard)
+        return self._records[ids]
+
+    def locate(self, kind: str, ids: Any) -> tuple[Int64, Int64]:
+        """Offsets and sizes in bytes of a component, int64, of the shape of `ids`. The size is -1 if there is none."""
+        column = 2 * list(KINDS).index(kind)
+        found = self.records(np.atleast_1d(ids))[..., column : column + 2].astype(np.int64).reshape(*np.shape(ids), 2)
+        return found[..., 0] * BLOCK, np.where(found[..., 1] == ABSENT, -1, found[..., 1])
+
+    def key(self, i: int) -> str:
+        """Key of a sample: the name of its files without the extension."""
+        shard = int(self.shard_of(i))
+        self._check(0, shard)
+        self._check(1, shard)
+        begin = int(self._records[i - 1, Field.KEY_END]) if i > self.first[shard] else 0
+        place = self._key_first[shard]
+        key = self._keys[place + begin : place + int(self._records[i, Field.KEY_END])]
+        return key.tobytes().decode(errors="surrogateescape")
+
+    def check_all(self) -> None:
+        """Compare all checksums. Raises DataError."""
+        for shard in range(len(self.first) - 1):
+            self._check(0, shard)
+            self._check(1, shard)
+            self.release()
+
+    def release(self) -> None:
+        """Unmap the pages that were read. They stay in the page cache."""
+        if isinstance(self._content, mmap.mmap):
+            self._content.madvise(mmap.MADV_DONTNEED)
+
+    def shard_content(self, shard: int) -> tuple[NDArray[np.uint32], bytes]:
+        """Records, uint32 (n, 9), and keys of one shard, as `IndexWriter.add` takes them."""
+        self._check(0, shard)
+        self._check(1, shard)
+        records, keys = self._parts(shard)
+        return records, keys.tobytes()
+
+    def _parts(self, shard: int) -> tuple[NDArray[np.uint32], NDArray[np.uint8]]:
+        begin, end = self.first[shard : shard + 2]
+        key_begin, key_end = self._key_first[shard : shard + 2]
+        return self._records[begin:end], self._keys[key_begin:key_end]
+
+    def _check(self, part: int, shard: int) -> None:
+        if not self._checked[part, shard]:
+            if zlib.crc32(self._parts(shard)[part].data) != self._crc[part, shard]:
+                what = ("records", "keys")[part]
+                raise self._refusal(f"the stored checksum of the {what} of shard {shard}", "other bytes")
+            self._checked[part, shard] = True
+
+    def _header(self) -> tuple[Any, ...]:
+        if len(self._content) < HEADER.size:
+            raise self._refusal(f"at least {HEADER.size} bytes", f"{len(self._content)}")
+        return HEADER.unpack_from(self._content)[:-1]
+
+    def _refusal(self, wanted: str, found: str) -> DataError:
+        return DataError(f"{self.path or 'index in memory'}: wanted {wanted}, found {found}; {self._hint}")
+
+
+def head_crc(header: bytes | memoryview, table: NDArray) -> int:
+    """CRC-32 of a header, with its own CRC taken as 0, and a table of shards."""
+    return zlib.crc32(table.tobytes(), zlib.crc32(bytes(header[:-8]) + bytes(8)))
+
+
+def map_index(path: Path, hint: str = "") -> SampleIndex:
+    """Map an index file. Raises DataError, see `SampleIndex`."""
+    with path.open("rb") as file:
+        if not path.stat().st_size:
+            return SampleIndex(b"", path, hint)  # raises; an empty file cannot be mapped
+        return SampleIndex(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), path, hint)

@@ -1,0 +1,36 @@
+"""`mvlm study`: an experiment over several settings and seeds."""
+
+from pathlib import Path
+
+# Commands import what they need when they run, so that --help and errors are immediate.
+
+
+def study(file: Path, *, data: Path, out: Path, part: str = "1/1", partial: bool = False) -> None:
+    """Run a study: every arm of FILE with every seed, then a table and a page of paired differences.
+
+    The same command continues an interrupted study, and skips what is finished.
+
+    Args:
+        file: Study in TOML (docs/studies.md).
+        data: Folder of shards with a train split.
+        out: Folder of the study: its trials, study.csv and study.html.
+        part: i/n runs only every nth trial, beginning with the ith: one part for each GPU, or each task of an array.
+        partial: Write table and page of the trials that are finished, and run none.
+    """
+    from mvlm.errors import ConfigError
+    from mvlm.studies.page import write_csv, write_study_page
+    from mvlm.studies.run import finished_results, run_study
+    from mvlm.studies.study import read_study
+
+    number, _, parts = part.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise ConfigError(f"part: wanted i/n with 1 <= i <= n, such as 1/4, got {part!r}")
+    description = read_study(file)
+    if partial:
+        results = finished_results(description, data, out)
+        write_csv(description, results, out / "study.csv")
+        page = write_study_page(description, results, out / "study.html")
+    else:
+        page = run_study(description, data, out, (int(number), int(parts)))
+    if page is not None:
+        print(f"{out / 'study.csv'}\n{page}")

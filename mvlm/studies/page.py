@@ -1,0 +1,183 @@
+"""The table (CSV) and the page (HTML) of a study, from the results of its trials."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from markupsafe import Markup
+
+from mvlm.report.charts import line_chart
+from mvlm.report.html import table, write_page
+from mvlm.studies.compare import Comparison, Interval, Result, compare
+from mvlm.studies.study import Study
+
+COLUMNS = (
+    "study", "data", "arm", "against", "measure", "seeds", "mean", "sd", "difference", "low_over_seeds",
+    "high_over_seeds", "low_over_seeds_and_images", "high_over_seeds_and_images", "sd_paired", "sd_unpaired", "steps",
+    "flops", "fingerprint", "commit", "machine",
+)  # fmt: skip
+_TITLES = {
+    "tr_r1": "validation image to text R@1 by ITC, %",
+    "ir_r1": "validation text to image R@1 by ITC, %",
+    "gain_text_nats": "validation gain, text, nats per token",
+    "gain_pixels_pct": "validation gain, pixels, %",
+}
+
+
+def comparisons(study: Study, results: Sequence[Result]) -> dict[str, dict[str, Comparison]]:
+    """Measure -> arm -> its comparison with its partner. Arms without trials of the same seed are left out."""
+    arms = by_arm(study, results)
+    partners = {name: arms[study.partner(name)] for name in arms}
+    shared = [n for n, found in arms.items() if {r["seed"] for r in found} & {r["seed"] for r in partners[n]}]
+    return {m: {name: compare(arms[name], partners[name], m) for name in shared} for m in study.measures}
+
+
+def by_arm(study: Study, results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Arm -> its results, in the order of the study."""
+    return {name: [r for r in results if r["arm"] == name] for name in study.arms}
+
+
+def write_csv(study: Study, results: Sequence[Result], file: Path) -> None:
+    """Write one row for each arm and measure. The file holds no times, so an interrupted study writes the same."""
+    arms = by_arm(study, results)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for measure, rows in comparisons(study, results).items():
+        for arm, c in rows.items():
+            first = arms[arm][0]
+            images = c.over_images or ("", "")
+            numbers = (c.mean, c.spread, c.difference, *c.over_seeds, *images, c.paired, c.unpaired)
+            writer.writerow(
+                [study.name, first["data"]["name"], arm, study.partner(arm), measure, c.seeds]
+                + [n if n == "" else f"{n:.6g}" for n in numbers]
+                + [first["steps"], f"{first['flops']:.4g}", first["data"]["train"]]
+                + [" ".join(sorted({r["made_by"][key] for r in arms[arm]})) for key in ("commit", "machine")]
+            )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_text(text.getvalue())
+    partial.replace(file)
+
+
+def write_study_page(study: Study, results: Sequence[Result], file: Path) -> Path:
+    """Write the page of a study. Returns the file."""
+    arms = {name: trials for name, trials in by_arm(study, results).items() if trials}
+    found = comparisons(study, results)
+    return write_page(
+        file,
+        "study.html",
+        title=study.question,
+        study=study,
+        answers=[answer(study, measure, rows) for measure, rows in found.items()],
+        tables=[(measure, comparison_table(study, rows)) for measure, rows in found.items()],
+        settings=settings_table(study),
+        cost=cost_table(arms),
+        paper=paper_table(study),
+        charts=charts(arms),
+        limits=limits(study, arms),
+    )
+
+
+def answer(study: Study, measure: str, rows: dict[str, Comparison]) -> str:
+    """One sentence on a measure: the arms that differ from their partners, by the wider interval."""
+    apart = []
+    for arm, c in rows.items():
+        low, high = c.over_images or c.over_seeds
+        if study.partner(arm) != arm and (low > 0 or high < 0):
+            against = "" if study.partner(arm) == study.base else f" against {study.partner(arm)}"
+            apart.append(f"{arm}{against} {c.difference:+.3g} [{low:.3g}, {high:.3g}]")
+    found = "; ".join(apart) or "no arm differs beyond its interval"
+    return f"{measure}: {found}"
+
+
+def comparison_table(study: Study, rows: dict[str, Comparison]) -> Markup:
+    """A table of one measure, with a row for each arm."""
+    header = ["arm", "seeds", "mean", "sd", "against", "difference", "over seeds", "over seeds and images",
+              "sd paired", "sd unpaired"]  # fmt: skip
+    cells = []
+    for arm, c in rows.items():
+        partner = study.partner(arm)
+        own = partner == arm
+        cells.append(
+            [arm, str(c.seeds), f"{c.mean:.4g}", f"{c.spread:.2g}"]
+            + (
+                ["", "", "", ""]
+                if own
+                else [partner, f"{c.difference:+.3g}", _format(c.over_seeds), _format(c.over_images)]
+            )
+            + (["", ""] if own else [f"{c.paired:.2g}", f"{c.unpaired:.2g}"])
+        )
+    return table(header, cells)
+
+
+def _format(interval: Interval | None) -> str:
+    return "" if interval is None else f"[{interval.low:+.3g}, {interval.high:+.3g}]"
+
+
+def settings_table(study: Study) -> Markup:
+    """A table of the settings in which each arm differs."""
+    return table(["arm", "settings"], [[name, _flat(arm) or "those of the study"] for name, arm in study.arms.items()])
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> str:
+    parts = []
+    for name, value in settings.items():
+        parts.append(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) else f"{prefix}{name} = {value}")
+    return ", ".join(parts)
+
+
+def cost_table(arms: dict[str, list[Result]]) -> Markup:
+    """A table of each arm's steps, FLOPs and time."""
+    rows = [
+        [name, str(found[0]["steps"]), f"{found[0]['flops']:.3g}", f"{fmean(r['seconds'] for r in found):.0f}"]
+        for name, found in arms.items()
+    ]
+    return table(["arm", "steps", "FLOPs", "seconds with evaluation, mean"], rows)
+
+
+def paper_table(study: Study) -> Markup | None:
+    """A table of the paper's figures; None without any."""
+    if not study.paper:
+        return None
+    names = list(dict.fromkeys(name for row in study.paper.values() for name in row))
+    rows = [[arm, *(f"{row[n]:g}" if n in row else "" for n in names)] for arm, row in study.paper.items()]
+    return table(["arm", *names], rows)
+
+
+def charts(arms: dict[str, list[Result]]) -> list[Markup]:
+    """Charts of the evaluations during training, against steps and against FLOPs: means over seeds, a line an arm."""
+    found = []
+    for name, title in _TITLES.items():
+        series = {arm: mean_curve([r["curves"].get(name, []) for r in results]) for arm, results in arms.items()}
+        if not any(xs for xs, _ in series.values()):
+            continue
+        found.append(line_chart(f"{title}; x: steps", series))
+        per_step = {arm: results[0]["flops"] / results[0]["steps"] / 1e12 for arm, results in arms.items()}
+        by_flops = {arm: ([x * per_step[arm] for x in xs], ys) for arm, (xs, ys) in series.items()}
+        found.append(line_chart(f"{title}; x: training TFLOPs", by_flops))
+    return found
+
+
+def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
+    """Steps that all curves have, and the mean value at each."""
+    tables = [dict(curve) for curve in curves]
+    steps = sorted(set.intersection(*(set(t) for t in tables))) if tables else []
+    return [float(x) for x in steps], [fmean(t[x] for t in tables) for x in steps]
+
+
+def limits(study: Study, arms: dict[str, list[Result]]) -> str:
+    """The limits of a study, from its size: what it can and cannot show."""
+    any_result = next(iter(arms.values()))[0]
+    seeds = min(len(found) for found in arms.values())
+    queries = len(any_result["ranks"]["tr"]["itm"])
+    known = (
+        f"Preset {study.preset}, {any_result['steps']} steps, data {any_result['data']['name']}, {seeds} seeds an arm, "
+        f"{queries} images of the split {study.split}. Intervals over seeds come from few runs, so they are too narrow "
+        f"rather than too wide. A difference that its interval separates from zero holds for this model, data and "
+        f"budget; larger ones may differ."
+    )
+    return f"{known} {study.limits}".strip()

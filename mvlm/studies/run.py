@@ -1,0 +1,120 @@
+"""`mvlm study`: the trials of a study, one after another, then its table and its page."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.costs.mfu import flops_per_pair
+from mvlm.errors import ConfigError, RunError
+from mvlm.studies.page import write_csv, write_study_page
+from mvlm.studies.study import Study, slug, trial_config
+from mvlm.studies.trial import Trial, read_result, run_trial
+from mvlm.training.build import choose_tokenizer
+from mvlm_dataloading import Dataset, open_dataset
+from mvlm_dataloading.options import ViewOptions
+from mvlm_dataloading.tools.view import make_view
+
+log = logging.getLogger(__name__)
+
+CAPTIONS = 512
+"""Captions whose mean length decides the FLOPs of a step."""
+
+
+def run_study(study: Study, data: Path, out: Path, part: tuple[int, int] = (1, 1)) -> Path | None:
+    """Run the trials that are missing, then write `study.csv` and `study.html` into `out`.
+
+    A trial that was cut off continues from its last checkpoint. A trial that another process works on is left to it.
+
+    Args:
+        data: data set with a train split.
+        part: (i, n): only every nth trial, beginning with the ith. Each part may run on another machine or GPU with the
+            same `out`; whichever ends last finds all results there.
+
+    Returns:
+        The page; None if the study was asked to stop (SIGTERM), or if trials of other parts are missing.
+    """
+    trials = plan_trials(study, data, out)
+    for trial in trials:  # before the first minute is spent
+        read_result(trial)
+    number, parts = part
+    for trial in trials[number - 1 :: parts]:
+        if read_result(trial) is not None:
+            continue
+        trial.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(trial.folder / ".lock", timeout=0):
+                log.info("%s, seed %d: %d steps", trial.arm, trial.seed, trial.config.max_steps)
+                if read_result(trial) is None and run_trial(trial, study.split, study.rerank) is None:
+                    log.info("stopped; the same command continues")
+                    return None
+        except Timeout:
+            log.info("%s, seed %d: another process is at it", trial.arm, trial.seed)
+    results = [result for trial in trials if (result := read_result(trial)) is not None]
+    if len(results) < len(trials):
+        log.info("%d of %d trials are finished", len(results), len(trials))
+        return None
+    write_csv(study, results, out / "study.csv")
+    return write_study_page(study, results, out / "study.html")
+
+
+def finished_results(study: Study, data: Path, out: Path) -> list[dict[str, Any]]:
+    """Results of the trials that are finished, arm by arm. RunError if there is none."""
+    found = [result for trial in plan_trials(study, data, out) if (result := read_result(trial)) is not None]
+    if not found:
+        raise RunError(f"{out}: wanted finished trials of {study.name}, found none; run the study first")
+    return found
+
+
+def plan_trials(study: Study, data: Path, out: Path) -> list[Trial]:
+    """All trials of a study: every arm with the first seed, then with the next, so that a part of them is balanced.
+
+    ConfigError for a setting that no run has, before anything is run.
+    """
+    dataset = open_dataset(data, "train")
+    folders = {arm: training_data(settings.get("fraction", 1.0), data, out) for arm, settings in study.arms.items()}
+    lengths: dict[int, float] = {}
+    plans: dict[str, tuple[int, float]] = {}
+    for arm in study.arms:
+        config = trial_config(study, arm, 0, data, out, steps=1)
+        plans[arm] = _steps_and_flops(study, config, dataset, lengths)
+    trials = []
+    for seed in study.seeds:
+        for arm, (steps, flops) in plans.items():
+            folder = out / "trials" / slug(arm) / f"seed_{seed}"
+            config = trial_config(study, arm, seed, folders[arm], folder / "run", steps)
+            trials.append(Trial(arm=arm, seed=seed, config=config, flops=flops, data=data, folder=folder))
+    return trials
+
+
+def training_data(fraction: float, data: Path, out: Path) -> Path:
+    """The data set that holds a fraction of the training samples: a view in the study's folder, made if missing.
+
+    Samples are chosen by a hash of their keys, so smaller fractions are subsets of larger ones.
+    """
+    if fraction == 1:
+        return data
+    view = out / "data" / f"fraction_{fraction:g}"
+    view.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{view}.lock"):
+        if not view.exists():  # it appears whole
+            make_view(view, [data], ViewOptions(fraction=fraction))
+    return view
+
+
+def _steps_and_flops(
+    study: Study, config: PretrainConfig, dataset: Dataset, lengths: dict[int, float]
+) -> tuple[int, float]:
+    """Steps of a trial and the FLOPs of all of them. `lengths` keeps mean caption lengths by text length."""
+    longest = config.model.text_length
+    if longest not in lengths:
+        tokenizer = choose_tokenizer(config, dataset)
+        captions = [dataset.captions(i)[0] for i in range(min(CAPTIONS, len(dataset)))]
+        lengths[longest] = float(tokenizer.encode(captions, longest)[1].mean())
+    step = flops_per_pair(config, lengths[longest]) * config.batch_size
+    steps = int(study.budget["steps"] if "steps" in study.budget else study.budget["flops"] / step)
+    if steps < 1:
+        raise ConfigError(f"budget: wanted enough for one step of {step:.3g} FLOPs, got {study.budget['flops']:.3g}")
+    return steps, step * steps

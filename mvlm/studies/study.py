@@ -1,0 +1,153 @@
+"""A study: the file that describes it, and the configuration of each of its runs.
+
+    question = "Does joint masking beat either half?"
+    preset = "tiny"
+    base = "MaskVLM"
+    seeds = [0, 1, 2, 3, 4]
+    measures = ["tr.r1", "ir.r1"]
+    budget = {steps = 320}
+
+    [settings]
+    batch_size = 64
+
+    [arms.MaskVLM]
+
+    [arms."without MIM"]
+    mim_weight = 0.0
+
+An arm is a set of settings that differ from those of the study; names are those of config.json. Two further ones are
+`fraction`, the share of the training samples that the arm sees, and `against`, the arm to compare it with instead of
+the base. A run of an arm with a
+seed is a trial. Batches are a function of (seed, epoch, sample), so trials of two arms with one seed see the same
+samples in the same order: they are paired.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mvlm.config.json_files import run_config
+from mvlm.config.pretrain import PretrainConfig
+from mvlm.config.recipes import pretrain_defaults
+from mvlm.errors import ConfigError
+
+_FIELDS = {
+    "question": str, "preset": str, "base": str, "seeds": list, "measures": list, "budget": dict, "split": str,
+    "rerank": int, "limits": str, "settings": dict, "arms": dict, "paper": dict,
+}  # fmt: skip
+_REQUIRED = ("question", "preset", "base", "seeds", "measures", "budget", "arms")
+_OWN = ("data", "out", "resume", "max_steps")
+"""Settings that the study itself sets."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Study:
+    """A study, as its file describes it."""
+
+    name: str
+    """Name of the file, without its ending."""
+    question: str
+    """What the study asks, one sentence."""
+    preset: str
+    """Recipe that all arms start from: tiny, small or base."""
+    base: str
+    """Arm that all others are compared with."""
+    seeds: list[int]
+    measures: list[str]
+    """Figures to compare: names of `mvlm eval retrieval`'s JSON, joined by dots, such as tr.r1 or gain_text_nats."""
+    budget: dict[str, float]
+    """{"steps": number of steps} for all arms, or {"flops": FLOPs}, which buys each arm as many steps as it affords."""
+    arms: dict[str, dict[str, Any]]
+    """Name of each arm -> the settings in which it differs."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Settings of all arms."""
+    split: str = "test"
+    """Split that the finished trials are evaluated on."""
+    rerank: int = 32
+    """Candidates of each query for ITM to re-rank."""
+    limits: str = ""
+    """What the study cannot show, for its page."""
+    paper: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Name of an arm -> figures of the paper, to print beside the study's."""
+
+    def partner(self, arm: str) -> str:
+        """The arm that `arm` is compared with."""
+        return self.arms[arm].get("against", self.base)
+
+
+def read_study(file: Path) -> Study:
+    """Read a study's TOML file. ConfigError for a missing file, an unknown name, a missing or an invalid value."""
+    try:
+        values = tomllib.loads(file.read_text())
+    except OSError as error:
+        raise ConfigError(f"{file}: wanted a study, could not read it ({error.strerror}); check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: wanted a study as TOML, got {error}") from None
+    for name, value in values.items():
+        if name not in _FIELDS:
+            raise ConfigError(f"{file}: unknown name {name!r}; a study has {', '.join(_FIELDS)}")
+        if not isinstance(value, _FIELDS[name]):
+            raise ConfigError(f"{file}: {name}: wanted a {_FIELDS[name].__name__}, got {value!r}")
+    missing = [name for name in _REQUIRED if name not in values]
+    if missing:
+        raise ConfigError(f"{file}: wanted {', '.join(missing)}, found none")
+    study = Study(name=file.stem, **values)
+    _check(study, file)
+    return study
+
+
+def _check(study: Study, file: Path) -> None:
+    if study.base not in study.arms:
+        raise ConfigError(f"{file}: base: wanted one of the arms {', '.join(study.arms)}, got {study.base!r}")
+    if not study.seeds or len(set(study.seeds)) < len(study.seeds) or any(type(s) is not int for s in study.seeds):
+        raise ConfigError(f"{file}: seeds: wanted different integers, got {study.seeds}")
+    if not study.measures or any(type(name) is not str for name in study.measures):
+        raise ConfigError(f"{file}: measures: wanted names of figures, got {study.measures}")
+    amount = next(iter(study.budget.values()), 0)
+    if len(study.budget) != 1 or not study.budget.keys() <= {"steps", "flops"} or not amount >= 1:
+        raise ConfigError(f"{file}: budget: wanted {{steps = N}} or {{flops = N}}, got {study.budget}")
+    for name, arm in study.arms.items():
+        if not isinstance(arm, dict):
+            raise ConfigError(f"{file}: arms.{name}: wanted a table of settings, got {arm!r}")
+        if arm.get("against", study.base) not in study.arms:
+            raise ConfigError(f"{file}: arms.{name}: against: wanted one of the arms, got {arm['against']!r}")
+        fraction = arm.get("fraction", 1.0)
+        if type(fraction) not in (int, float) or not 0 < fraction <= 1:
+            raise ConfigError(f"{file}: arms.{name}: fraction: wanted more than 0 and at most 1, got {fraction!r}")
+    for settings in (study.settings, *study.arms.values()):
+        own = [name for name in _OWN if name in settings]
+        if own:
+            raise ConfigError(f"{file}: {own[0]}: wanted no such setting, the study sets it; remove it")
+    slugs = {slug(name): name for name in study.arms}
+    if len(slugs) < len(study.arms):
+        raise ConfigError(f"{file}: arms: wanted names that differ in letters or digits, got {', '.join(study.arms)}")
+
+
+def slug(name: str) -> str:
+    """The name of an arm as that of a folder: letters and digits, joined by hyphens."""
+    words = "".join(c if c.isalnum() or c == "." else " " for c in name).lower().split()
+    return "-".join(words)
+
+
+def merged(*tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables of settings as one; later ones win, within nested tables too."""
+    found: dict[str, Any] = {}
+    for table in tables:
+        for name, value in table.items():
+            old = found.get(name)
+            found[name] = merged(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return found
+
+
+def trial_config(study: Study, arm: str, seed: int, data: Path, out: Path, steps: int) -> PretrainConfig:
+    """Configuration of a trial. ConfigError for an unknown setting or an invalid value.
+
+    An arm's own `seed` is added to the trial's: such an arm differs from the base in its random draws alone.
+    """
+    recipe = pretrain_defaults(study.preset, data, out).to_dict()
+    own = {name: value for name, value in study.arms[arm].items() if name not in ("fraction", "against")}
+    values = merged(recipe, study.settings, own)
+    values |= {"seed": seed + own.get("seed", 0), "max_steps": steps, "resume": True}
+    return run_config(values, f"study {study.name}, arm {arm}")

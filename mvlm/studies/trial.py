@@ -1,0 +1,146 @@
+"""A trial: one run of one arm with one seed, its evaluation, and the file that keeps what it found."""
+
+import json
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mvlm.config.json_files import config_json
+from mvlm.config.pretrain import GROUPS, PretrainConfig
+from mvlm.device import choose_device
+from mvlm.errors import RunError
+from mvlm.evaluation.evaluate import evaluate_with_ranks
+from mvlm.files import sync, write_json
+from mvlm.runs.checkpoint import read_state
+from mvlm.runs.folder import RunFolder, find_checkpoint, read_metrics
+from mvlm.runs.load import load_model
+from mvlm.training.run import pretrain
+from mvlm_dataloading import open_dataset
+
+FORMAT_VERSION = 1
+_CURVES = ("tr_r1", "ir_r1", "gain_text_nats", "gain_pixels_pct")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trial:
+    """One run of an arm, and where it is kept."""
+
+    arm: str
+    seed: int
+    config: PretrainConfig
+    flops: float
+    """FLOPs of its training."""
+    data: Path
+    """Data set that it is evaluated on. It is trained on `config.data`, which may be a part of it."""
+    folder: Path
+
+    @property
+    def file(self) -> Path:
+        """Result of the finished trial."""
+        return self.folder / "result.json"
+
+
+def read_result(trial: Trial) -> dict[str, Any] | None:
+    """Result of a trial; None if it is not finished. RunError if it was made with other settings."""
+    if not trial.file.is_file():
+        return None
+    try:
+        result = json.loads(trial.file.read_text())
+        settings, version = result["settings"], result["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{trial.file}: wanted the result of a trial, got {error!r}; remove the file") from None
+    wanted = settings_of(trial.config)
+    if version != FORMAT_VERSION or settings != wanted:
+        names = sorted(name for name in {*settings, *wanted} if settings.get(name) != wanted.get(name))
+        raise RunError(
+            f"{trial.file}: wanted a trial with this study's settings, found one with another "
+            f"{', '.join(names) or 'format'}; choose another --out, or remove the folder"
+        )
+    return result
+
+
+def run_trial(trial: Trial, split: str, rerank: int) -> dict[str, Any] | None:
+    """Train and evaluate one trial, or continue it. Returns its result; None if it was asked to stop (SIGTERM).
+
+    The result is written whole or not at all. Then the checkpoints are removed.
+    """
+    started = time.perf_counter()
+    run = RunFolder(trial.config.out)
+    pretrain(trial.config)
+    checkpoint = find_checkpoint(run.path)
+    if read_state(checkpoint)["step"] < trial.config.max_steps:
+        return None
+    model, tokenizer = load_model(checkpoint, choose_device(trial.config.device), trial.config.precision)
+    # Of the whole data set, so that the same concepts are unseen in all arms.
+    dataset, train = open_dataset(trial.data, split), open_dataset(trial.data, "train")
+    figures, ranks = evaluate_with_ranks(model, dataset, train, tokenizer, rerank, trial.config.precision)
+    rows = read_metrics(run.metrics)
+    result = {
+        "format_version": FORMAT_VERSION,
+        "arm": trial.arm,
+        "seed": trial.seed,
+        "settings": settings_of(trial.config),
+        "split": split,
+        "data": {"name": dataset.description.get("name"), "train": train.fingerprint, split: dataset.fingerprint},
+        "made_by": made_by(),
+        "steps": trial.config.max_steps,
+        "flops": trial.flops,
+        "seconds": round(time.perf_counter() - started, 1),
+        "figures": figures,
+        "ranks": ranks,
+        "curves": {name: [[r["step"], r[name]] for r in rows if r.get(name) is not None] for name in _CURVES},
+    }
+    partial = trial.file.with_suffix(".partial")
+    write_json(partial, result)
+    sync(partial)
+    partial.replace(trial.file)
+    shutil.rmtree(run.checkpoints)
+    return result
+
+
+def settings_of(config: PretrainConfig) -> dict[str, Any]:
+    """Settings that decide what a trial finds: those that a resumed run may not change, with the model's flattened."""
+    free = {name for group in GROUPS if group.resume_may_change for name in group.__dataclass_fields__}
+    values = {name: value for name, value in config_json(config).items() if name not in free}
+    model = values.pop("model")
+    return values | {f"model.{name}": value for name, value in model.items()}
+
+
+def made_by() -> dict[str, Any]:
+    """Versions, revision and machine of this process."""
+    return {
+        "mvlm": version("mvlm"),
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "machine": _machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _commit() -> str:
+    """Short revision of the repository that this package lies in, with a plus if it is changed; empty outside one."""
+    folder = Path(__file__).parent
+    try:
+        run = [
+            subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=20)
+            for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        ]
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    revision, changes = (r.stdout.strip() for r in run)
+    return revision + "+" * bool(changes)
+
+
+def _machine() -> str:
+    """Model name of the GPU, or else of the processor."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -1,0 +1,91 @@
+"""Paired differences and their intervals, against scipy and loops."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mvlm.errors import ConfigError
+from mvlm.studies.compare import bootstrap_seeds, bootstrap_seeds_and_images, compare, figure, query_hits
+
+OWNER = [0, 0, 1, 2, 2, 2]
+
+
+def result(seed: int, ir: list[int], gain: float = 0.0, unseen: list[bool] | None = None) -> dict[str, Any]:
+    hits = 100 * np.mean([rank < 1 for rank in ir])
+    return {
+        "seed": seed,
+        "figures": {"ir": {"r1": float(hits)}, "gain_text_nats": gain},
+        "ranks": {
+            "tr": {"itm": [0, 3, 12], "itc": [1, 1, 1]},
+            "ir": {"itm": ir, "itc": [0] * 6},
+            "owner": OWNER,
+            "unseen": unseen,
+        },
+    }
+
+
+def test_a_difference_is_taken_seed_by_seed() -> None:
+    base = [result(s, [0, 5, 0, 0, 9, s % 2], gain=s) for s in (4, 1, 3)]
+    arm = [result(s, [0, 0, 0, 0, 9, s % 2], gain=s + 0.5 + 0.1 * (s == 3)) for s in (1, 3, 4, 7)]
+    found = compare(arm, base, "ir.r1")
+    assert found.seeds == 3
+    assert found.difference == pytest.approx(100 / 6)
+    assert found.mean == pytest.approx(np.mean([400 / 6, 400 / 6, 500 / 6]))
+    assert found.paired == pytest.approx(0)
+    ranks = [400 / 6, 400 / 6, 500 / 6]
+    assert found.unpaired == pytest.approx(np.sqrt(2 * np.var(ranks, ddof=1)))
+    gain = compare(arm, base, "gain_text_nats")
+    assert gain.over_images is None
+    assert gain.difference == pytest.approx(0.5 + 0.1 / 3)
+    assert gain.paired == pytest.approx(np.std([0.5, 0.6, 0.5], ddof=1))
+
+
+def test_equal_trials_differ_by_exactly_zero() -> None:
+    trials = [result(s, [s, 0, 1, 0, 2, 0], gain=0.1 * s) for s in range(3)]
+    for measure in ("ir.r1", "gain_text_nats"):
+        found = compare(trials, trials, measure)
+        assert (found.difference, found.paired, *found.over_seeds) == (0, 0, 0, 0)
+    assert compare(trials, trials, "ir.r1").over_images == (0, 0)
+
+
+def test_the_interval_over_seeds_is_that_of_scipy() -> None:
+    values = np.random.default_rng(0).normal(2, 3, 9)
+    low, high = bootstrap_seeds(values)
+    wanted = stats.bootstrap(
+        (values,), np.mean, n_resamples=20000, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    assert (low, high) == pytest.approx((wanted.low, wanted.high), abs=0.15)
+
+
+def test_the_interval_over_seeds_and_images_is_that_of_all_draws() -> None:
+    """Two seeds and two images have 4 x 4 draws, all equally likely; image 1 has two queries."""
+    values, images = np.array([[0.0, 6.0, 3.0], [3.0, 9.0, 6.0]]), np.array([7, 9, 9])
+    means = []
+    for seeds in itertools.product((0, 1), repeat=2):
+        for chosen in itertools.product(([0], [1, 2]), repeat=2):
+            queries = [q for image in chosen for q in image]
+            means.append(np.mean([values[s][q] for s in seeds for q in queries]))
+    low, high = bootstrap_seeds_and_images(values, images)
+    assert low == pytest.approx(np.percentile(means, 2.5), abs=0.6)
+    assert high == pytest.approx(np.percentile(means, 97.5), abs=0.6)
+    wide, narrow = bootstrap_seeds_and_images(values, images), bootstrap_seeds(values.mean(axis=1))
+    assert wide[0] < narrow[0]
+    assert wide[1] > narrow[1]
+
+
+def test_recalls_count_the_queries_that_they_name() -> None:
+    trial = result(0, [0, 4, 5, 9, 10, 2], unseen=[False, True, True])
+    assert query_hits(trial, "ir.r5").tolist() == [100, 100, 0, 0, 0, 100]
+    assert query_hits(trial, "itc.ir.r1").tolist() == [100] * 6
+    assert query_hits(trial, "tr.r10").tolist() == [100, 100, 0]
+    assert query_hits(trial, "unseen.ir.r10").tolist() == [100, 100, 0, 100]  # captions of the images 1 and 2
+    assert query_hits(trial, "unseen.tr.r5").tolist() == [100, 0]
+
+
+@pytest.mark.parametrize("measure", ["ir.r2", "ir", "", "gain"])
+def test_an_unknown_measure_is_refused(measure: str) -> None:
+    with pytest.raises(ConfigError, match="measures: wanted a figure of `mvlm eval retrieval`"):
+        figure(result(0, [0] * 6), measure)

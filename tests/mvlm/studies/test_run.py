@@ -1,0 +1,120 @@
+"""Studies of a micro model, from trials to table and page."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from mvlm.errors import ConfigError, RunError
+from mvlm.studies import run as studies
+from mvlm.studies.run import plan_trials, run_study
+from mvlm.studies.study import Study
+from support.models import MICRO
+
+
+def study(**changes) -> Study:
+    """Two arms that are equal but for their names, one that differs in its seed, one without MIM; two seeds."""
+    values = {
+        "name": "micro",
+        "question": "Do <names> matter?",
+        "preset": "tiny",
+        "base": "base",
+        "seeds": [0, 1],
+        "measures": ["ir.r1", "tr.r10", "masked_nats"],
+        "budget": {"steps": 2},
+        "settings": {
+            "model": {**MICRO, "image_mean": list(MICRO["image_mean"]), "image_std": list(MICRO["image_std"])},
+            "batch_size": 8,
+            "warmup_steps": 1,
+            "eval_every_steps": 1,
+            "device": "cpu",
+        },
+        "arms": {"base": {}, "same": {}, "other seed": {"seed": 50}, "no MIM": {"mim_weight": 0.0}},
+        "limits": "Two steps.",
+    }
+    return Study(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(scenes, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("study")
+    page = run_study(study(), scenes, out)
+    assert page == out / "study.html"
+    return out
+
+
+def rows(out: Path) -> dict[tuple[str, str], dict[str, str]]:
+    with (out / "study.csv").open() as file:
+        return {(row["arm"], row["measure"]): row for row in csv.DictReader(file)}
+
+
+@pytest.mark.slow
+def test_an_arm_that_differs_in_its_name_alone_differs_by_nothing(finished: Path) -> None:
+    table = rows(finished)
+    for measure in study().measures:
+        same = table["same", measure]
+        assert {float(same[c]) for c in ("difference", "low_over_seeds", "high_over_seeds", "sd_paired")} == {0.0}
+        assert same["mean"] == table["base", measure]["mean"]
+        assert same["seeds"] == "2"
+    assert float(table["other seed", "masked_nats"]["difference"]) != 0
+    assert float(table["no MIM", "masked_nats"]["difference"]) != 0
+
+
+@pytest.mark.slow
+def test_table_and_page_say_what_was_run(finished: Path) -> None:
+    table = rows(finished)
+    base, cheap = table["base", "ir.r1"], table["no MIM", "ir.r1"]
+    assert base["steps"] == "2"
+    assert 0 < float(cheap["flops"]) < float(base["flops"])
+    assert base["fingerprint"]
+    assert base["machine"]
+    assert base["low_over_seeds_and_images"] != ""
+    assert table["base", "masked_nats"]["low_over_seeds_and_images"] == ""
+    page = (finished / "study.html").read_text()
+    assert "Do &lt;names&gt; matter?" in page
+    assert "Two steps." in page
+    assert "2 seeds an arm, 8 images" in page
+    assert page.count("<polyline") >= 4
+
+
+@pytest.mark.slow
+def test_a_finished_study_runs_nothing_and_writes_the_same(finished: Path, scenes, monkeypatch) -> None:
+    before = (finished / "study.csv").read_bytes()
+    monkeypatch.setattr(studies, "run_trial", None)  # a call would fail
+    run_study(study(), scenes, finished)
+    assert (finished / "study.csv").read_bytes() == before
+    assert not list(finished.rglob("checkpoints"))
+
+
+@pytest.mark.slow
+def test_parts_on_one_folder_make_the_study(finished: Path, scenes, tmp_path: Path) -> None:
+    small = study(arms={"base": {}, "same": {}})
+    assert run_study(small, scenes, tmp_path, (2, 2)) is None  # the first part is missing
+    assert len(list(tmp_path.rglob("result.json"))) == 2
+    assert run_study(small, scenes, tmp_path, (1, 2)) == tmp_path / "study.html"
+    assert rows(tmp_path)["same", "ir.r1"] == rows(finished)["same", "ir.r1"]
+
+
+@pytest.mark.slow
+def test_results_of_other_settings_are_refused(finished: Path, scenes, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "copy")
+    changed = study(arms={"base": {"clip_norm": 0.5}})
+    with pytest.raises(RunError, match=r"seed_0/result\.json: wanted .* found one with another clip_norm; choose"):
+        run_study(changed, scenes, tmp_path / "copy")
+    file = next((tmp_path / "copy").rglob("result.json"))
+    file.write_text(json.dumps({"format_version": 1}))
+    with pytest.raises(RunError, match="wanted the result of a trial, got KeyError"):
+        run_study(study(), scenes, tmp_path / "copy")
+
+
+def test_a_budget_of_flops_buys_cheap_arms_more_steps(scenes, tmp_path: Path) -> None:
+    trials = {t.arm: t for t in plan_trials(study(), scenes, tmp_path) if t.seed == 0}
+    step = trials["base"].flops / 2
+    bought = {t.arm: t for t in plan_trials(study(budget={"flops": 10.5 * step}), scenes, tmp_path) if t.seed == 0}
+    assert bought["base"].config.max_steps == 10
+    assert bought["no MIM"].config.max_steps > 10
+    assert bought["no MIM"].flops <= 10.5 * step < bought["no MIM"].flops + trials["no MIM"].flops / 2
+    with pytest.raises(ConfigError, match="budget: wanted enough for one step"):
+        plan_trials(study(budget={"flops": 0.9 * step}), scenes, tmp_path)

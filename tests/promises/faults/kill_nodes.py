@@ -1,0 +1,192 @@
+"""Builds on a Ray cluster of several nodes, one of which is killed: the bytes must be those of one machine's build.
+
+    python tests/promises/faults/kill_nodes.py --kills 20 [--json FILE]
+
+A real cluster on this machine: a head without cores and three nodes of one core each, every one with its own raylet and
+workers. In each trial a drawn node is killed at a drawn moment of the build, and a new node joins for the next trial.
+Pieces that were finished at that moment must not be read again, and a lost piece must be read once more only. Every
+other data set is built at a URL of an object store on this machine (moto's S3). In two of five trials the process that
+asked for the build is killed too, and the build is resumed. The exit code is 1 if anything differs.
+"""
+
+import argparse
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.cluster_utils import Cluster
+
+from mvlm_dataloading.build.build import build_shards
+from mvlm_dataloading.build.local_folder import open_folder
+from mvlm_dataloading.build.piece_tasks import finished_pieces
+from mvlm_dataloading.dataset.remote_files import is_remote
+from mvlm_dataloading.options import BuildOptions
+from mvlm_dataloading.sources.record import Source
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+sys.path.insert(0, str(Path(__file__).parent))
+
+from kill_writers import contents, source
+
+from support.faults.logged_piece import LoggedPiece, readings
+from support.object_store import serve_s3
+
+OPTIONS = BuildOptions(shard_bytes=40_000, drop_duplicates=True)
+NODES = 3
+EACH = 4
+SECONDS = 0.4
+
+
+def logged_source(images: Path, log: Path, seconds: float = SECONDS) -> Source:
+    """The data set of `kill_writers` in pieces of four records, whose readings are noted in `log`."""
+    known = source(images)
+    listed: list[tuple[str, Any]] = []
+    for piece in known.pieces:
+        records = list(piece.records(1 << 30))
+        listed += [(piece.split, records[begin : begin + EACH]) for begin in range(0, len(records), EACH)]
+    pieces = [LoggedPiece(split, records, i, log, seconds) for i, (split, records) in enumerate(listed)]
+    return Source(known.name, known.origin, known.licence, known.recipe, pieces)
+
+
+def finished(out: Path | str) -> set[int]:
+    """Numbers of the finished pieces of an unfinished data set."""
+    parent, _, name = str(out).rpartition("/")
+    return finished_pieces(open_folder(f"{parent}/.{name}.partial"))
+
+
+def build(images: Path, out: Path | str, log: Path) -> None:
+    build_shards(logged_source(images, log), out, OPTIONS, executor="ray")
+
+
+def kill_asker(images: Path, out: Path | str, log: Path, pieces: int) -> None:
+    """Kill a process that builds when so many pieces are finished."""
+    words = [sys.executable, __file__, "--build", str(images), str(out), str(log)]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(finished(out)) < pieces:
+        time.sleep(0.01)
+    assert process.poll() is None, "the build ended before it was to be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    time.sleep(1)  # its tasks end with it
+
+
+def trial(
+    cluster: Cluster, nodes: list[Any], images: Path, out: Path | str, log: Path, asker: bool, rng: random.Random
+) -> str:
+    """Build with a killed node. Returns what happened. Raises AssertionError if the work was not done once."""
+    pieces = len(logged_source(images, log).pieces)
+    done: list[dict[int, tuple[int, int]]] = []  # readings of finished pieces, at each interruption
+
+    def note() -> None:
+        here = finished(out)
+        done.append({number: times for number, times in readings(log).items() if number in here})
+
+    if asker:
+        kill_asker(images, out, log, rng.randrange(1, pieces // 2))
+        note()
+    at = rng.uniform(len(finished(out)), pieces)
+    victim = nodes.pop(rng.randrange(len(nodes)))
+
+    ended = threading.Event()
+
+    def kill_node() -> None:
+        while len(finished(out)) < int(at) and not ended.is_set():
+            time.sleep(0.01)
+        time.sleep((at % 1) * SECONDS)
+        note()
+        cluster.remove_node(victim, allow_graceful=False)
+
+    killer = threading.Thread(target=kill_node)
+    killer.start()
+    try:
+        build(images, out, log)
+    finally:
+        ended.set()
+        killer.join()
+    found = readings(log)
+    again = {number: begun for number, (begun, _) in found.items() if begun > 1}
+    assert set(found) == set(range(pieces))
+    # Each interruption loses at most what was in work: one piece of the node, or those of all nodes.
+    assert len(again) <= 1 + NODES * asker, again
+    assert max((1, *again.values())) <= 2 + asker, again
+    for finished_then in done:
+        repeated = {number for number, times in finished_then.items() if found[number] != times}
+        assert not repeated, f"finished pieces {repeated} were read again: {finished_then} {found}"
+    return f"{'s3' if is_remote(out) else 'disk'}, killed at {at:.1f} of {pieces} pieces, {len(again)} read again" + (
+        ", asker killed too" if asker else ""
+    )
+
+
+def run_trials(folder: Path, kills: int, rng: random.Random) -> tuple[str | None, list[str]]:
+    """Returns the first difference, or None, and a line for each trial."""
+    images, base = folder / "images", folder / "run"
+    images.mkdir()
+    whole = build_shards(logged_source(images, folder / "log", 0.0), folder / "whole", OPTIONS, workers=0)
+    wanted = contents(whole)
+    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # workers of the cluster import the piece from there
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    os.environ["RAY_ADDRESS"] = str(cluster.address)
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(NODES)]
+    stories = []
+    try:
+        cluster.wait_for_nodes()
+        for number in range(kills):
+            begun = time.perf_counter()
+            base.mkdir()
+            parent = f"s3://nodes/{number}" if number % 2 else str(base)
+            stories.append(
+                trial(cluster, nodes, images, f"{parent}/out", folder / f"log{number}", number % 5 in (2, 3), rng)
+            )
+            print(f"trial {number + 1}: {stories[-1]} ({time.perf_counter() - begun:.0f} s)", flush=True)
+            place = open_folder(parent)
+            found = {name: hashlib.sha256(place.read(name)).hexdigest() for name in place.names("") if "." in name}
+            if found != {f"out/{name}": digest for name, digest in wanted.items()}:
+                return f"files differ: {sorted(found)}", stories
+            shutil.rmtree(base)
+            if number + 1 < kills:
+                nodes.append(cluster.add_node(num_cpus=1))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    return None, stories
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20, help="nodes to kill")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments to kill at")
+    parser.add_argument("--json", type=Path, help="file for the result")
+    parser.add_argument("--build", nargs=3, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    if given.build:
+        images, out, log = given.build
+        build(Path(images), out, Path(log))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="mvlm-nodes-") as name, serve_s3("nodes"):
+        os.environ["MVLM_CACHE"] = f"{name}/cache"
+        fault, stories = run_trials(Path(name), given.kills, random.Random(given.seed))
+    if fault is not None:
+        print(fault)
+        return 1
+    print(f"{given.kills} nodes of {NODES} killed during builds: the bytes of one machine's build")
+    if given.json:
+        result = {"kills": given.kills, "nodes": NODES, "ray": ray.__version__, "trials": stories, "equal": True}
+        given.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

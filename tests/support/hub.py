@@ -1,0 +1,95 @@
+"""A stand-in for the Hugging Face hub that serves a local folder as one data set, for its own client."""
+
+import contextlib
+import hashlib
+import http.server
+import json
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+from unittest.mock import patch
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import fsspec.config
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class HubHandler(http.server.BaseHTTPRequestHandler):
+    """The requests that `HfFileSystem` makes to read a public data set: its info, its files, and their content."""
+
+    protocol_version = "HTTP/1.1"
+    folder: ClassVar[Path]
+    name: ClassVar[str]
+    asked: ClassVar[list[str]]
+
+    def do_GET(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.asked.append(path)
+        found = re.fullmatch(rf"/api/datasets/{self.name}(?:/revision/\w+)?", path)
+        if found:
+            return self._send_json({"id": self.name, "sha": COMMIT, "siblings": [], "tags": [], "private": False})
+        if path.startswith(f"/api/datasets/{self.name}/tree/"):
+            return self._send_json([self._entry(file) for file in sorted(self.folder.iterdir())])
+        found = re.fullmatch(rf"/datasets/{self.name}/resolve/\w+/(.+)", path)
+        if found and (self.folder / found[1]).is_file():
+            return self._send((self.folder / found[1]).read_bytes(), "application/octet-stream")
+        return self._send(b"", "text/plain", 404)
+
+    do_HEAD = do_GET
+
+    def do_POST(self) -> None:
+        path = urlsplit(self.path).path
+        self.asked.append(path)
+        content = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if not path.startswith(f"/api/datasets/{self.name}/paths-info/"):
+            return self._send(b"", "text/plain", 404)
+        names = parse_qs(content.decode()).get("paths", [])
+        return self._send_json([self._entry(self.folder / n) for n in names if n and (self.folder / n).is_file()])
+
+    def _entry(self, file: Path) -> dict[str, Any]:
+        content = file.read_bytes()
+        digest = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        return {"type": "file", "path": file.name, "size": len(content), "oid": digest}
+
+    def _send_json(self, value: Any) -> None:
+        self._send(json.dumps(value).encode(), "application/json")
+
+    def _send(self, content: bytes, kind: str, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def serve_hub(folder: Path, name: str) -> Iterator[list[str]]:
+    """Serve a folder as a data set of the hub that fsspec's configuration names. Yields the paths asked for."""
+    from huggingface_hub import HfFileSystem
+
+    asked: list[str] = []
+    kind = type("Hub", (HubHandler,), {"folder": folder, "name": name, "asked": asked})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        with patch.dict(
+            fsspec.config.conf, {"hf": {"endpoint": f"http://127.0.0.1:{server.server_port}", "token": False}}
+        ):
+            yield asked
+    finally:
+        HfFileSystem.clear_instance_cache()
+        server.shutdown()
+        server.server_close()
+        thread.join()
