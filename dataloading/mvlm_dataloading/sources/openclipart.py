@@ -65,9 +65,9 @@ class DrawnPiece:
         for record in self.listed:
             assert isinstance(record.image, bytes)
             try:
-                yield replace(record, image=render_svg(record.image.decode(), self.size))
+                yield replace(record, image=render_svg(record.image.decode(), self.size, crop=True))
             except ValueError:
-                yield replace(record, image=None, fault="drawing cannot be rendered")
+                yield replace(record, image=None, fault="drawing is blank or cannot be rendered")
 
 
 def openclipart(package: Path, *, size: int = 144, validation: float = 0.2, test: float = 0.2) -> Source:

@@ -12,7 +12,7 @@ from mvlm_dataloading.sources.openclipart import openclipart
 
 SVG = """<?xml version="1.0"?>
 <svg xmlns="http://www.w3.org/2000/svg" xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"
- xmlns:dc="http://purl.org/dc/elements/1.1/" width="{width}" height="50">
+ xmlns:dc="http://purl.org/dc/elements/1.1/" width="{width}pt" height="50pt">
 <metadata><rdf:RDF xmlns="http://web.resource.org/cc/"><Work><dc:title>{title}</dc:title>
 <dc:creator><Agent><dc:title>{author}</dc:title></Agent></dc:creator>
 <dc:subject><rdf:Bag><rdf:li>hash</rdf:li><rdf:li>thing</rdf:li></rdf:Bag></dc:subject>
@@ -108,8 +108,11 @@ def test_shards_hold_drawings_centred_on_white(tmp_path: Path) -> None:
     where = next(i for i in range(7) if dataset.captions(i)[0] == "Soft Blue Couch")
     image = Image.open(io.BytesIO(dataset.image_bytes(where))).convert("RGB")
     assert image.size == (32, 32)
-    assert image.getpixel((2, 16)) == (255, 0, 0)  # 100 x 50 becomes 32 x 16, 8 rows of white above
-    assert image.getpixel((2, 6)) == image.getpixel((2, 25)) == image.getpixel((20, 16)) == (255, 255, 255)
+    # A red bar of 20 x 30 on a page of 100 x 50 points fills the square, but for a 16th: 28 high.
+    red = [(x, y) for x in range(32) for y in range(32) if image.getpixel((x, y))[1] < 128]
+    assert (min(red), max(red)) == ((6, 2), (23, 29))
+    assert len(red) == 18 * 28
+    assert image.getpixel((16, 16)) == (255, 0, 0)
     assert dataset.description["attribution"].startswith("Open Clip Art")
 
 
