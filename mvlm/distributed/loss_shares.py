@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mvlm.device import compute_dtype
 from mvlm.distributed.collectives import GlobalBatchLayout, Pending
@@ -206,6 +207,8 @@ def scaled_total(model: MaskVLMNetwork, shares: Shares, step: GlobalStep) -> tup
     # does not use: with several microbatches, the last pass computes no ITC and no ITM.
     alone = step.layout.microbatches == 1
     idle = idle_parameters(model, step.weights if alone else step.weights.reconstructing())
+    # FSDP2 waits for none. In a block that is not called, it has left its parameters sharded.
+    idle = [parameter for parameter in idle if not isinstance(parameter, DTensor)]
     dtype = losses[0].dtype if losses else torch.float32
     zero = torch.zeros((), dtype=dtype, device=step.world.device)
     unused = sum((p.flatten()[:0].sum() for p in idle), zero)

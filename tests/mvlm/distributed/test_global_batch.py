@@ -96,7 +96,7 @@ def test_ranks_agree_with_one_rank_if_rows_have_too_many_readers(ranks, microbat
         case = found["limited"][microbatches]
         assert max(case["losses"]) < EXACT
         assert case["gradients"] < EXACT
-        assert abs(case["itm"] - RANKS.Oracle(False).losses[3]) > 1e-3
+        assert abs(case["itm"] - RANKS.Oracle(RANKS.EVERY).losses[3]) > 1e-3
         assert case["repeats"]
 
 
