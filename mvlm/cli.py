@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 
-from mvlm.commands import bench, data_build, data_tools, embed, evaluate, export, plan, predict, report, search
+from mvlm.commands import bench, data_build, data_packages, data_tools, embed, evaluate, plan, predict, report, search
 from mvlm.commands.arguments import deferred, parse
 from mvlm.commands.doctor import doctor
 from mvlm.commands.finetune import eval_task, finetune
@@ -14,7 +14,7 @@ from mvlm.commands.pretrain import pretrain
 from mvlm.commands.study import study
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    "data emoji": data_build.emoji,
+    "data emoji": data_packages.emoji,
     "data coco": data_build.coco,
     "data flickr30k": data_build.flickr30k,
     "data visual-genome": data_build.visual_genome,
@@ -23,8 +23,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data folder": data_build.folder,
     "data webdataset": data_build.webdataset,
     "data huggingface": data_build.huggingface,
-    "data twemoji": data_build.twemoji,
-    "data easy-vqa": data_build.easy_vqa,
+    "data twemoji": data_packages.twemoji,
+    "data easy-vqa": data_packages.easy_vqa,
+    "data openclipart": data_packages.openclipart,
     "data merge": data_tools.merge,
     "data check": data_tools.check,
     "data index": data_tools.index,
@@ -41,7 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fill": predict.fill,
     "score": evaluate.score,
     "report": report.report,
-    "export": export.export,
+    "export": embed.export,
     "embed": embed.embed,
     "search index": search.index,
     "search query": search.query,

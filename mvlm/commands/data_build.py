@@ -27,44 +27,6 @@ class CommonOptions:
     """What does the work: processes of this machine, or the nodes of a Ray cluster."""
 
 
-def emoji(out: Path, /, size: int = 144) -> None:
-    """Build the emoji data set: about 3,900 images with their English names, from Python packages only.
-
-    Args:
-        out: Folder for the shards.
-        size: Side of the square images in pixels.
-    """
-    from mvlm_dataloading import build_emoji
-
-    build_emoji(out, size)
-    print(data_tools.summary(out, "train", "validation", "test"))
-
-
-def twemoji(out: Path, /, size: int = 144) -> None:
-    """Build another artist's drawings of the emoji, for evaluation only: there is no train split.
-
-    Args:
-        out: Folder for the shards.
-        size: Side of the square images in pixels.
-    """
-    from mvlm_dataloading import build_twemoji
-
-    build_twemoji(out, size)
-    print(data_tools.summary(out, "seen", "validation", "test"))
-
-
-def easy_vqa(out: Path, /) -> None:
-    """Build easy-VQA: 48,248 questions about 5,000 images of simple shapes, from a Python package.
-
-    Args:
-        out: Folder for the shards.
-    """
-    from mvlm_dataloading import build_easy_vqa
-
-    build_easy_vqa(out)
-    print(data_tools.summary(out, "train", "validation", "test"))
-
-
 def coco(
     root: Path,
     out: Path,
@@ -84,7 +46,7 @@ def coco(
     """
     from mvlm_dataloading.sources.coco import coco
 
-    _build(coco(root, karpathy, year), out, build, common)
+    build_source(coco(root, karpathy, year), out, build, common)
 
 
 def flickr30k(
@@ -105,7 +67,7 @@ def flickr30k(
     """
     from mvlm_dataloading.sources.flickr30k import flickr30k
 
-    _build(flickr30k(root, captions), out, build, common)
+    build_source(flickr30k(root, captions), out, build, common)
 
 
 def visual_genome(
@@ -129,7 +91,7 @@ def visual_genome(
     """
     from mvlm_dataloading.sources.visual_genome import visual_genome
 
-    _build(visual_genome(root, validation, test), out, build, common)
+    build_source(visual_genome(root, validation, test), out, build, common)
 
 
 def cc3m(
@@ -149,7 +111,7 @@ def cc3m(
     """
     from mvlm_dataloading.sources.webdataset import cc3m
 
-    _build(cc3m(train, validation), out, build, common)
+    build_source(cc3m(train, validation), out, build, common)
 
 
 def sbu(
@@ -169,7 +131,7 @@ def sbu(
     """
     from mvlm_dataloading.sources.webdataset import sbu
 
-    _build(sbu(train, validation), out, build, common)
+    build_source(sbu(train, validation), out, build, common)
 
 
 def folder(
@@ -207,7 +169,7 @@ def folder(
         images, captions, image_column=image_column, caption_column=caption_column, split_column=split_column,
         validation=validation, test=test, licence=licence, name=name,
     )  # fmt: skip
-    _build(source, out, build, common)
+    build_source(source, out, build, common)
 
 
 def webdataset(
@@ -236,7 +198,7 @@ def webdataset(
     from mvlm_dataloading.sources.webdataset import webdataset
 
     source = webdataset(train, validation, test, caption_field=caption_field, licence=licence, name=name)
-    _build(source, out, build, common)
+    build_source(source, out, build, common)
 
 
 def huggingface(
@@ -274,10 +236,10 @@ def huggingface(
         [data], image_column=image_column, caption_column=caption_column, key_column=key_column, split=split,
         validation=validation, test=test, licence=licence, name=name,
     )  # fmt: skip
-    _build(source, out, build, common)
+    build_source(source, out, build, common)
 
 
-def _build(source: "Source", out: Path, build: BuildOptions, common: CommonOptions) -> None:
+def build_source(source: "Source", out: Path, build: BuildOptions, common: CommonOptions) -> None:
     from mvlm.progress import WorkProgress
     from mvlm_dataloading.build.build import build_part, build_shards
     from mvlm_dataloading.build.part import parse_part

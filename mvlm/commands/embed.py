@@ -1,4 +1,4 @@
-"""`mvlm embed`: embeddings of a collection, as Parquet files."""
+"""`mvlm embed` and `mvlm export`: what a trained model gives to others, embeddings and itself."""
 
 from pathlib import Path
 
@@ -41,3 +41,16 @@ def embed(
     if world.first:
         print(f"{out}: {found['images']:,} images and {found['texts']:,} texts, {found['rejected']} images left out")
     world.close()
+
+
+def export(run: Path, out: Path, /) -> None:
+    """Write a trained model as one portable folder: model.safetensors, config.json, tokenizer.json.
+
+    Args:
+        run: Run folder, or one of its checkpoints. If the run kept averaged weights (--ema-decay), they are exported.
+        out: New or empty folder.
+    """
+    from mvlm.runs.load import export as write
+
+    write(run, out)
+    print(out)

@@ -69,7 +69,7 @@ def evaluate_with_ranks(
     started = time.perf_counter()
     workspace = workspace or Workspace()
     features = encode_split(model, split, tokenizer, precision, workspace)
-    tr, ir = rank_all(model, features, k, precision, workspace=workspace).values()
+    tr, ir = rank_all(model, features, k, precision, workspace=workspace, answers=False).values()
     unseen = unseen_images(split, train)
     figures = {
         "tr": recall(tr.itm),

@@ -8,7 +8,8 @@ a caption. Memory is bounded: similarities are computed for one block of queries
 so no rank depends on the order in which a sum is computed.
 
 A pair that is a candidate in both directions is judged once. Pairs are sorted by image, so a batch has few images, and
-keys and values of each are computed once for all of its pairs.
+keys and values of each are computed once for all of its pairs. A query that has no right candidate keeps its rank by
+ITC, so its pairs are judged only if its answers are wanted.
 
 Shape legend: Q queries of a block, G gallery size, K candidates that are re-ranked, P different pairs.
 """
@@ -25,8 +26,8 @@ from mvlm.inference.encode import match_log_odds
 from mvlm.model.maskvlm import MaskVLM
 
 QUERIES_PER_BLOCK = 64
-PAIRS_PER_BATCH = 256
-BATCHES_PER_PART = 8
+PAIRS_PER_BATCH = 512
+BATCHES_PER_PART = 4
 """Log-odds of so many batches come to the host together, so that a GPU seldom waits for it."""
 DIRECTIONS = ("tr", "ir")
 
@@ -67,7 +68,7 @@ class Candidates:
         images, texts = (asked, rows) if self.direction == "tr" else (rows, asked)
         return images * len(features.captions) + texts
 
-    def right(self, features: EncodedSplit, queries: slice) -> Tensor:
+    def right(self, features: EncodedSplit, queries: slice = slice(None)) -> Tensor:
         """True for candidates that are right answers, bool (queries, K)."""
         pairs = self.pairs(features, queries)
         return features.owner[pairs % len(features.captions)] == pairs // len(features.captions)
@@ -87,6 +88,7 @@ def rank_all(
     precision: str = "auto",
     directions: Sequence[str] = DIRECTIONS,
     workspace: Workspace | None = None,
+    answers: bool = True,
 ) -> dict[str, Ranks]:
     """Rank the gallery for every query. Returns the ranks by direction.
 
@@ -96,13 +98,15 @@ def rank_all(
         precision: auto, bf16 or fp32.
         directions: "tr" (queries are images, the gallery is captions), "ir" (the reverse), or both.
         workspace: default: one in memory.
+        answers: True if the answers of all queries are wanted. False leaves those of queries without a right candidate
+            as ITC ranks them. The ranks are the same.
     """
     workspace = workspace or Workspace()
     found = [find_candidates(features, direction, k, workspace, _device(model)) for direction in directions]
-    pairs = torch.cat([candidates.pairs(features).flatten() for candidates in found]).unique()  # sorted
+    pairs = torch.cat([pairs_to_judge(candidates, features, answers) for candidates in found]).unique()  # sorted
     log_odds = score_pairs(model, features, pairs, precision, workspace)
     scale = model.log_scale.exp().item()
-    return {each.direction: _rerank(each, features, pairs, log_odds, scale) for each in found}
+    return {each.direction: _rerank(each, features, pairs, log_odds, scale, answers) for each in found}
 
 
 @torch.no_grad()
@@ -153,6 +157,12 @@ def best_rank(scores: Tensor, right: Tensor) -> Tensor:
     return ((scores >= best) & ~right).sum(dim=1)
 
 
+def pairs_to_judge(found: Candidates, features: EncodedSplit, answers: bool = True) -> Tensor:
+    """Pairs of candidates, int64 (up to queries x K,); without `answers`, of queries with a right candidate alone."""
+    pairs = found.pairs(features)
+    return (pairs if answers else pairs[found.right(features).any(1)]).flatten()
+
+
 def score_pairs(
     model: MaskVLM, features: EncodedSplit, pairs: Tensor, precision: str, workspace: Workspace | None = None
 ) -> Tensor:
@@ -177,14 +187,17 @@ def score_pairs(
     return log_odds.tensor
 
 
-def _rerank(found: Candidates, features: EncodedSplit, pairs: Tensor, log_odds: Tensor, scale: float) -> Ranks:
+def _rerank(
+    found: Candidates, features: EncodedSplit, pairs: Tensor, log_odds: Tensor, scale: float, answers: bool
+) -> Ranks:
     """Ranks by the ITC logit plus ITM's log-odds, from log-odds (P,) of the pairs int64 (P,), rising."""
     itm, top, score = [], [], []
     for begin in range(0, len(found.ranks.tensor), QUERIES_PER_BLOCK):
         block = slice(begin, begin + QUERIES_PER_BLOCK)
-        scores = log_odds[torch.searchsorted(pairs, found.pairs(features, block))]  # (Q, K)
-        scores = scores + scale * found.similarity.tensor[block]
         right = found.right(features, block)
+        judged = right.any(1) | answers  # (Q,)
+        scores = scale * found.similarity.tensor[block]  # (Q, K)
+        scores[judged] += log_odds[torch.searchsorted(pairs, found.pairs(features, block)[judged])]
         # If no candidate is right, the best right answer keeps its rank by ITC.
         itm.append(torch.where(right.any(1), best_rank(scores, right), found.ranks.tensor[block]))
         best = scores.topk(min(5, scores.shape[1]), dim=1)

@@ -1,7 +1,7 @@
-"""Rate of `mvlm embed` beside the plain forward: `python -m mvlm_benchmarks.search.embed_rate RUN DATA --json FILE`.
+"""Rate of `mvlm embed` beside the forward alone: `python -m mvlm_benchmarks.search.embed_rate RUN DATA --json FILE`.
 
-The plain forward encodes the same images and captions, which lie in memory, decoded and tokenized. Both run in turns
-in one process. `cpu_ratio` is the plain forward's processor time over that of embedding, `wall_ratio` the same of the
+The forward encodes the same images and captions, which lie in memory, decoded and tokenized. Both run in turns
+in one process. `cpu_ratio` is the forward's processor time over that of embedding, `wall_ratio` the same of the
 clock: 1 means that reading, decoding, tokenizing and writing cost nothing.
 """
 
@@ -20,8 +20,9 @@ import torch
 
 from mvlm.device import autocast
 from mvlm.distributed.world import World
-from mvlm.inference.encode import BATCH, eval_loader
+from mvlm.inference.encode import BATCH, eval_loader, image_features
 from mvlm.inference.trained_model import TrainedModel
+from mvlm.model.fast import encode_tokens
 from mvlm.runs.load import load_model
 from mvlm.search.collection import open_collection
 from mvlm.search.embed import embed
@@ -30,7 +31,7 @@ from mvlm_benchmarks.results import write_json
 from mvlm_dataloading import open_dataset
 
 
-def plain_forward(model: TrainedModel, data: Path, split: str) -> Callable[[], None]:
+def forward_alone(model: TrainedModel, data: Path, split: str) -> Callable[[], None]:
     """A function that encodes all images and captions of a split, from memory."""
     dataset = open_dataset(data, split)
     pixels = [batch.images for batch, _ in eval_loader(dataset, model.network, model.tokenizer)]
@@ -38,16 +39,16 @@ def plain_forward(model: TrainedModel, data: Path, split: str) -> Callable[[], N
     length, texts = model.network.config.text_length, []
     for start in range(0, len(captions), BATCH):
         tokens, lengths = model.tokenizer.encode(captions[start : start + BATCH], length)
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(lengths).cumsum(0)])
-        texts.append((torch.from_numpy(tokens), starts))
+        starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.from_numpy(lengths).cumsum(0)]).int()
+        texts.append((torch.from_numpy(tokens), starts, int(lengths.max())))
 
     @torch.no_grad()
     def work() -> None:
         with autocast(model.device, model.precision):
             for batch in pixels:
-                model.network.embed_image(model.network.encode_image(batch))
-            for tokens, starts in texts:
-                model.network.embed_text(model.network.encode_text(tokens, starts, length)[0])
+                image_features(model.network, batch, model.precision)
+            for packed in texts:
+                model.network.embed_text(encode_tokens(model.network, *packed).first())
 
     return work
 
@@ -63,15 +64,15 @@ def measure(run: Path, data: Path, split: str, rounds: int) -> dict[str, Any]:
     """Ratios and rates over `rounds` rounds, of which the first is not counted."""
     model = load_model(run, "cpu")
     collection = open_collection(data, [split])
-    forward = plain_forward(model, data, split)
+    forward = forward_alone(model, data, split)
     alone = World(rank=0, size=1, local_rank=0, device=model.device)
-    plain, ours, memory = [], [], []
+    alone_times, ours, memory = [], [], []
     for _ in range(rounds + 1):
-        plain.append(timed(forward))
+        alone_times.append(timed(forward))
         with tempfile.TemporaryDirectory() as out, redirect_stdout(StringIO()):
             ours.append(timed(lambda out=out: embed(model, collection, Path(out) / "out", alone)))
         memory.append(round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
-    pairs = list(zip(plain[1:], ours[1:], strict=True))
+    pairs = list(zip(alone_times[1:], ours[1:], strict=True))
     return {
         "machine": describe("cpu", ["nvidia-dali-cuda130", "pyarrow"]),
         "split": split,

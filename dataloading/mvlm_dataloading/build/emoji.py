@@ -7,7 +7,6 @@ The data set is written by a `ShardWriter`, not built from a `Source`. A build w
 near-duplicates in an evaluation split, and emoji that differ only in skin tone are near-duplicates.
 """
 
-import io
 import logging
 import multiprocessing
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from mvlm_dataloading.dataset.description import already_written
 from mvlm_dataloading.errors import DataError, need
 from mvlm_dataloading.sources.emoji import merge_bases, named_emoji, split_of
+from mvlm_dataloading.sources.svg import render_svg
 
 from .shard_writer import ShardWriter
 
@@ -94,14 +94,4 @@ def render_all(svgs: list[Path], size: int, workers: int | None = None) -> Itera
 
 
 def _render(svg: Path, size: int) -> bytes:
-    resvg, pil = need("resvg_py", "demo"), need("PIL.Image")
-    rendered = resvg.svg_to_bytes(
-        svg_string=svg.read_text(encoding="utf-8"),
-        width=size,
-        height=size,
-        background="#ffffff",
-        skip_system_fonts=True,
-    )
-    png = io.BytesIO()
-    pil.open(io.BytesIO(rendered)).convert("RGB").save(png, "PNG")
-    return png.getvalue()
+    return render_svg(svg.read_text(encoding="utf-8"), size)

@@ -1,7 +1,6 @@
 """Files of a folder on a disk of this machine or on a shared one, under the interface of `RemoteFolder`."""
 
 import os
-import secrets
 import shutil
 from pathlib import Path
 
@@ -47,12 +46,12 @@ class LocalFolder:
         if self._gives_away:
             path.rename(to)
             return
-        aside = to.with_name(f"{to.name}.{secrets.token_hex(4)}")
         try:
-            os.link(path, aside)
+            os.link(path, to)
         except OSError:  # another disk, or a file system without links
+            aside = to.with_name(f"{to.name}.aside")  # of an interrupted call too, so that it leaves nothing
             shutil.copyfile(path, aside)
-        aside.rename(to)
+            aside.rename(to)
 
     def write(self, name: str, content: bytes) -> None:
         """Store a file. It appears complete, or not at all, and is on the disk afterwards."""

@@ -33,7 +33,6 @@ from .image_check import (
     perceptual_hash,
     read_header,
 )
-from .local_folder import discard
 from .shard_writer import Shard, pack_tokens
 
 CRASHED = "the decoder dies on the image"
@@ -61,9 +60,8 @@ def write_piece(
             ("suspect").
         report: called after each group of records, with its length.
     """
-    for left in target.parent.glob(f"{target.name}.*.tmp"):  # of a process that was killed
-        discard(left)
-    aside = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")  # machines may share process ids
+    # Another process may be writing the piece too, on another machine: one that has lost its build and does not know.
+    aside = target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     aside.mkdir(parents=True)
     writer = _PieceWriter(aside, options, crashes)
     try:

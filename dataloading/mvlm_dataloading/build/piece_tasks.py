@@ -82,8 +82,11 @@ def write_pieces(job: PieceJob, tasks: Sequence[PieceTask], workers: int) -> Ite
                     f"{task.piece.label}: wanted the piece to finish, found that {crashes[task.number]} worker "
                     f"processes died on it (exit code {event.value}); add memory or leave that part out"
                 )
+            left = list(folder.glob(f"{task.number:06d}.{event.process}-*.tmp"))
             if event.value not in _KILLED:  # else somebody killed it, or it had no memory: no image is to blame
-                _note_crash(folder, task.number)
+                _note_crash(folder, task.number, left)
+            for aside in left:
+                discard(aside)
             log.warning(
                 "a worker process died (exit code %s); another one takes over: %s", event.value, task.piece.label
             )
@@ -99,33 +102,40 @@ def _write_task(job: PieceJob, folder: Path, task: PieceTask, report: Callable[[
     if not target.is_dir():  # else it has only to be moved to its URL
         write_piece(task.piece, target, job.options, crashes, report)
     if is_remote(job.place):
-        remote = RemoteFolder(job.place)
-        # The file that tells of a finished piece comes last.
-        for path in sorted(target.iterdir(), key=lambda path: (path.name == "shards.json", path.name)):
-            remote.put(path, f"pieces/{target.name}/{path.name}")
-        shutil.rmtree(target)
+        _move(target, RemoteFolder(job.place))
+
+
+def _move(piece: Path, remote: RemoteFolder) -> None:
+    """Move a finished piece to the URL of its part. The file that tells of a finished piece comes last."""
+    try:
+        for path in sorted(piece.iterdir(), key=lambda path: (path.name == "shards.json", path.name)):
+            remote.put(path, f"pieces/{piece.name}/{path.name}")
+    except (DataError, OSError):
+        # Another process on this machine may have moved it: one that has lost its build and does not know.
+        if not remote.has(f"pieces/{piece.name}/shards.json"):
+            raise
+    shutil.rmtree(piece, ignore_errors=True)
 
 
 def _crash_file(folder: Path, number: int) -> Path:
     return folder / f"{number:06d}.crashes"
 
 
-def _note_crash(folder: Path, number: int) -> None:
-    """Record which images a worker was decoding when it died.
+def _note_crash(folder: Path, number: int, left: Sequence[Path]) -> None:
+    """Record which images a worker was decoding when it died, from the folders that it has left.
 
     Images decoded together become suspects, and the next worker decodes each suspect alone. A suspect that was being
     decoded alone is fatal.
     """
     noted = _crash_file(folder, number)
     crashes = json.loads(noted.read_text()) if noted.is_file() else {"suspect": [], "fatal": []}
-    for left in folder.glob(f"{number:06d}.*.tmp"):
-        decoding = left / "decoding"
+    for one in left:
+        decoding = one / "decoding"
         try:
             numbers = json.loads(decoding.read_text())
         except (OSError, ValueError):
             numbers = []
         crashes["fatal" if len(numbers) == 1 and numbers[0] in crashes["suspect"] else "suspect"] += numbers
-        discard(left)
     aside = noted.with_suffix(".new")
     write_durably(aside, json.dumps(crashes))
     aside.rename(noted)

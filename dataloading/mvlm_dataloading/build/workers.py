@@ -21,6 +21,8 @@ class TaskEvent:
     kind: str
     task: Any
     value: Any = None
+    process: int | None = None
+    """Id of the process that died."""
 
 
 @dataclass(slots=True)
@@ -71,7 +73,7 @@ def run_tasks(function: Callable[..., Any], tasks: Iterable[Any], workers: int) 
                 except (EOFError, OSError):
                     pool.remove(worker)
                     worker.process.join()
-                    again = yield TaskEvent("died", worker.task, worker.process.exitcode)
+                    again = yield TaskEvent("died", worker.task, worker.process.exitcode, worker.process.pid)
                     if again is not None:
                         returned.append(again)
                         yield TaskEvent("progress", again, 0)  # the event that `send` returns

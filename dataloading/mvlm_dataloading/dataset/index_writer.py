@@ -4,16 +4,12 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mvlm_dataloading.errors import DataError
-
 from .dali_index import KINDS, DaliIndex
-from .durable_files import replaced_durably
 from .sample_index import (
     ABSENT,
     BLOCK,
@@ -23,9 +19,7 @@ from .sample_index import (
     SHARD,
     VERSION,
     Field,
-    SampleIndex,
     head_crc,
-    index_path,
     shards_hash,
 )
 
@@ -98,32 +92,3 @@ def pack_records(index: DaliIndex) -> NDArray[np.uint32]:
         raise ValueError(f"{len(index.keys)} bytes of keys")
     records[:, Field.KEY_END] = index.key_end
     return records
-
-
-def merge_indices(folder: Path, split: str, shards: Sequence[Mapping[str, Any]], parts: Sequence[SampleIndex]) -> Path:
-    """Write the index of a data set whose shards are those of `parts`, in their order. Only copies; parses nothing.
-
-    Args:
-        folder: the merged data folder.
-        shards: all shards, as the merged `dataset.json` describes them.
-
-    Returns:
-        Path of the index.
-
-    Raises:
-        DataError: the parts do not have these shards, or one is damaged.
-    """
-    counts = [count for part in parts for count in np.diff(part.first).tolist()]
-    if counts != [shard["samples"] for shard in shards]:
-        raise DataError(
-            f"{folder}: wanted indices of {len(shards)} shards with the samples that dataset.json says, found "
-            f"{len(counts)} shards; write the index with `mvlm data reindex {folder}`"
-        )
-    with replaced_durably(index_path(folder, split)) as file:
-        writer = IndexWriter(file, split, shards)
-        for part in parts:
-            for shard in range(len(part.first) - 1):
-                writer.add(*part.shard_content(shard))
-                part.release()
-        writer.finish()
-    return index_path(folder, split)

@@ -30,7 +30,8 @@ from .segment import RawBatch, ReaderConfig, check_delivery, draw_random_numbers
 log = logging.getLogger(__name__)
 
 _BATCH = 64
-_CHUNK = 16384  # samples of a pipeline
+CHUNK_SAMPLES = 16384
+"""Samples of a pipeline that decodes a split, after the first 64. It bounds the size of index files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def keep_split(dataset: Dataset, config: ReaderConfig, max_bytes: int) -> KeptSp
                 return None
         if len(kept.images) <= ids[-1]:  # an image cannot be decoded; the reader finds it when its turn comes
             return None
-        chunk = _CHUNK
+        chunk = CHUNK_SAMPLES
     log.debug("%s: keeps %d decoded images, %.0f MB", dataset.folder, len(kept.images), taken / 1e6)
     return kept
 

@@ -1,5 +1,6 @@
 """Opening, order and memory of large data sets: the data sets that are built, and what is measured on them."""
 
+import csv
 import os
 import zlib
 
@@ -29,16 +30,20 @@ def test_both_forms_of_a_data_set_are_the_same_data(tmp_path, monkeypatch) -> No
 @pytest.mark.slow
 def test_two_ranks_are_measured_together(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(index_scale, "JUMPS", (0.5,))
-    index_scale.build(tmp_path / "data", 40_000, dali=False)
-    row = index_scale.measure(tmp_path / "data", 40_000, 2)
-    assert (row["samples"], row["shards"], row["ranks"]) == (40_000, 4, 2)
-    assert 0 < row["open_s"] < row["first_batch_s"]
+    options = {"--samples": 40_000, "--ranks": 2, "--most-dali": 0, "--place": tmp_path, "--out": tmp_path / "out"}
+    monkeypatch.setattr("sys.argv", ["index_scale", *(str(word) for pair in options.items() for word in pair)])
+    index_scale.main()
+    (path,) = (tmp_path / "out").iterdir()
+    assert list(tmp_path.iterdir()) == [tmp_path / "out"]  # the data set is removed
+    with path.open() as file:
+        (row,) = csv.DictReader(file)
+    assert [row[name] for name in ("samples", "shards", "ranks", "opened_from")] == ["40000", "4", "2", "index"]
+    assert 0 < float(row["open_s"]) < float(row["first_batch_s"])
     # Two processes with torch and DALI; what they share counts once.
-    assert 200 < row["start_mb"] < row["batch_mb"] < 2000
+    assert 200 < float(row["start_mb"]) < float(row["batch_mb"]) < 2000
     ids, _ = SampleOrder(np.full(4, 10_000), 0, shuffle=True)(0, 40_000)
     assert row["order_crc"] == f"{zlib.crc32(ids.astype('<i8').tobytes()):08x}"
     changes = np.count_nonzero(np.diff(ids[: 40_000 // 256 * 256] // 10_000))
-    assert row["run"] == pytest.approx(40_000 // 256 * 256 / (1 + changes), abs=1e-3)
-    assert 3.9 < row["shards_in_a_batch"] <= 4
-    assert row["walk_samples_per_s"] > 1000
-    assert row.keys() <= set(index_scale.COLUMNS)
+    assert float(row["run"]) == pytest.approx(40_000 // 256 * 256 / (1 + changes), abs=1e-3)
+    assert 3.9 < float(row["shards_in_a_batch"]) <= 4
+    assert float(row["walk_samples_per_s"]) > 1000

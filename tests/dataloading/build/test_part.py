@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -71,8 +72,16 @@ def test_a_merge_copies_where_files_cannot_be_linked(source, whole, tmp_path, mo
     def no_links(*_):
         raise OSError(1, "Operation not permitted")
 
+    def killed(path: Path, to: Path) -> None:
+        to.write_bytes(path.read_bytes()[:99])
+        raise KeyboardInterrupt
+
     parts = build_parts(source, tmp_path, 2)
     monkeypatch.setattr(os, "link", no_links)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", killed)
+        with pytest.raises(KeyboardInterrupt):
+            merge_parts(parts, tmp_path / "out")
     out = merge_parts(parts, tmp_path / "out")
     assert file_contents(out) == whole
     assert len(open_dataset(out, "train")) == 5  # no index is older than its tar

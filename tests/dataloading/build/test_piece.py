@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mvlm_dataloading import BuildOptions, build_shards, open_dataset
+from mvlm_dataloading.build.piece import write_piece
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support import published
 from support.data import build_records, make_record
@@ -78,3 +79,23 @@ def test_token_ids_are_stored_with_the_captions(tmp_path, tokenizer):
             assert numbers[: 1 + len(ids)] == [len(ids), *ids.tolist()]
             numbers = numbers[1 + len(ids) :]
         assert numbers == []
+
+
+def test_two_processes_may_write_a_piece_at_once(tmp_path):
+    """One has lost its build and does not know. The second begins, and ends, while the first is half-way."""
+    records = [make_record(f"k{i}", published.make_image(i)) for i in range(70)]
+    target = tmp_path / "000000"
+
+    class Interrupted:
+        split, label = "train", "interrupted"
+
+        def records(self, max_bytes: int):
+            for i, record in enumerate(records):
+                if i == 66:  # after the first group, so that files have been begun
+                    write_piece(ListedPiece("train", records), target, BuildOptions(), {}, lambda count: None)
+                yield record
+
+    write_piece(Interrupted(), target, BuildOptions(), {}, lambda count: None)
+    assert sorted(path.name for path in target.iterdir()) == ["000.idx", "000.tar", "samples.jsonl", "shards.json"]
+    assert len((target / "samples.jsonl").read_text().splitlines()) == 70
+    assert [path.name for path in tmp_path.iterdir()] == ["000000"]

@@ -1,17 +1,13 @@
-"""Writing indices: from DALI indices of any form, and from the indices of parts."""
+"""Writing indices from DALI indices of any form."""
 
 import io
-import json
-import shutil
 
 import numpy as np
 import pytest
 
-from mvlm_dataloading import DataError, open_dataset
 from mvlm_dataloading.dataset.dali_index import parse_index
-from mvlm_dataloading.dataset.index_writer import IndexWriter, merge_indices, pack_records
-from mvlm_dataloading.dataset.sample_index import SampleIndex, map_index
-from support.data import write_dataset
+from mvlm_dataloading.dataset.index_writer import IndexWriter, pack_records
+from mvlm_dataloading.dataset.sample_index import SampleIndex
 
 
 def index_of(shards: list[list[str]]) -> SampleIndex:
@@ -51,36 +47,3 @@ def test_odd_samples_and_empty_shards_are_packed():
 def test_places_that_no_tar_has_are_refused(place):
     with pytest.raises(ValueError, match="the text of a sample at an offset or of a size that no tar has"):
         pack_records(parse_index(f"v1.2 1\njpg 0 1 a.jpg txt {place} a.txt\n".encode()))
-
-
-def test_merged_parts_are_the_index_of_the_whole(tmp_path):
-    """Shards of two data sets in one folder, as parts of a build end up."""
-    parts = [write_dataset(tmp_path / name, count, max_shard_bytes=50_000) for name, count in (("a", 9), ("b", 7))]
-    merged = tmp_path / "merged"
-    merged.mkdir()
-    shards = []
-    for part in parts:
-        for shard in json.loads((part / "dataset.json").read_text())["splits"]["train"]["shards"]:
-            name = f"train-{len(shards):06d}"
-            for suffix in (".tar", ".idx"):
-                shutil.copy2((part / shard["tar"]).with_suffix(suffix), merged / f"{name}{suffix}")
-            shards.append(shard | {"tar": f"{name}.tar"})
-    description = {"format_version": 1, "splits": {"train": {"samples": 16, "captions": 0, "shards": shards}}}
-    (merged / "dataset.json").write_text(json.dumps(description))
-    slow = open_dataset(merged, "train")
-    indices = [map_index(part / "train.index") for part in parts]
-    path = merge_indices(merged, "train", shards, indices)
-    fast = open_dataset(merged, "train")
-    assert fast.index.path == path
-    assert (fast.fingerprint, fast.keys.tolist()) == (slow.fingerprint, slow.keys.tolist())
-    assert [fast.image_bytes(i) for i in range(16)] == [slow.image_bytes(i) for i in range(16)]
-    with pytest.raises(DataError, match=rf"wanted indices of {len(shards)} shards with the samples that dataset\.json"):
-        merge_indices(merged, "train", shards, indices[:1])
-    content = bytearray((parts[1] / "train.index").read_bytes())
-    content[-1] ^= 1
-    (parts[1] / "train.index").write_bytes(content)
-    before = path.read_bytes()
-    with pytest.raises(DataError, match=r"b/train\.index: wanted the stored checksum of the keys of shard"):
-        merge_indices(merged, "train", shards, [indices[0], map_index(parts[1] / "train.index")])
-    assert path.read_bytes() == before
-    assert not list(merged.glob("*.tmp"))

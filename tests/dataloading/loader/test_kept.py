@@ -113,6 +113,22 @@ def test_a_split_beyond_the_limit_is_decoded_in_every_epoch(tmp_path, tokenizer,
         assert segments[0] == kind
 
 
+def test_a_large_split_is_kept_in_parts_and_given_up_after_one_batch(tmp_path, tokenizer, segments, monkeypatch):
+    dataset = open_dataset(write_dataset(tmp_path / "data", 150, size=(40, 50), kinds=("JPEG",)), "train")
+    built, write = [], kept_module.write_index_views
+    monkeypatch.setattr(
+        kept_module, "write_index_views", lambda folder, data, ids: built.append(len(ids)) or write(folder, data, ids)
+    )
+    monkeypatch.setattr(kept_module, "CHUNK_SAMPLES", 70)
+    assert_same(load(dataset, tokenizer, keep_mb=1), load(dataset, tokenizer), 20)
+    assert built == [64, 70, 16]
+    segments.clear()
+    built.clear()
+    larger = open_dataset(write_dataset(tmp_path / "more", 200, size=(40, 50), kinds=("JPEG",)), "train")
+    assert len(list(itertools.islice(load(larger, tokenizer, keep_mb=1), 1))) == 1
+    assert (built, set(segments)) == ([64], {"Segment"})
+
+
 def test_a_split_with_an_undecodable_image_is_not_kept(tmp_path, tokenizer, segments):
     data = write_dataset(tmp_path / "data", 40)
     damage_images(open_dataset(data, "train"), [7])

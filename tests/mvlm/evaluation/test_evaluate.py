@@ -108,3 +108,35 @@ def test_a_data_set_without_a_train_split_is_evaluated(model, tmp_path, tokenize
     assert figures["masked_l1_train_median"] is None
     assert figures["masked_l1_white"] > 0
     assert "training median" not in format_table(figures)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_recall_is_that_of_the_plain_network_one_pair_at_a_time(model, heldout_split, tokenizer, k):
+    """12 captions of 8 images; in fp32 the two implementations agree to the digit of the figures."""
+    figures = evaluate(model.eval(), heldout_split, None, tokenizer, k, "fp32")
+    captions = [(i, caption) for i in range(8) for caption in heldout_split.captions(i)]
+    owner = torch.tensor([i for i, _ in captions])
+    scale = model.log_scale.exp().item()
+    with torch.no_grad():
+        v = [model.encode_image(torch.from_numpy(scene(3 * i + 1)[0]).permute(2, 0, 1)[None]) for i in range(8)]
+        w = []
+        for _, caption in captions:
+            tokens = torch.from_numpy(tokenizer.encode([caption], 12)[0])
+            w.append(model.encode_text(tokens, torch.tensor([0, len(tokens)]), len(tokens)))
+        image, text = (
+            torch.cat([embed(x) for x in features]).double()
+            for embed, features in ((model.embed_image, v), (model.embed_text, [features for features, _ in w]))
+        )
+        similarity = image @ text.T
+        log_odds = torch.stack([torch.cat([model.match(x, *y).diff(dim=1)[:, 0] for y in w]) for x in v])
+    right = owner == torch.arange(8)[:, None]
+    for way, s, odds, r in (("tr", similarity, log_odds, right), ("ir", similarity.T, log_odds.T, right.T)):
+        itc, itm = [], []
+        for query in range(len(s)):
+            found, hits = s[query], r[query]
+            itc.append(int(((found >= found[hits].max()) & ~hits).sum()))
+            chosen = found.topk(k).indices
+            score, hits = (scale * found + odds[query])[chosen], hits[chosen]
+            itm.append(int(((score >= score[hits].max()) & ~hits).sum()) if hits.any() else itc[-1])
+        assert figures[way] == recall(torch.tensor(itm))
+        assert figures["itc"][way] == recall(torch.tensor(itc))

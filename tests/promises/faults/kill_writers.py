@@ -77,7 +77,7 @@ class Moments:
         return self.count == self.at
 
     def hook(self, event: str, arguments: tuple) -> None:
-        writes = event in ("os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.open") or (
+        writes = event in ("os.rename", "os.link", "os.mkdir", "os.rmdir", "os.remove", "os.open") or (
             event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+")
         )
         if writes and str(arguments[0]).startswith(self.parent) and self.tick(name=True):

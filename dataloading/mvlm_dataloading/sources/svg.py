@@ -1,0 +1,53 @@
+"""Rendering of SVG drawings."""
+
+import io
+from typing import Any
+
+from mvlm_dataloading.errors import need
+
+_ENLARGED = 4
+"""A drawing that is cropped is first rendered so many times larger, since it may fill a quarter of its page."""
+
+
+def render_svg(svg: str, size: int, *, crop: bool = False) -> bytes:
+    """Render an SVG as a square PNG of `size` pixels: the drawing as large as fits, centred on white.
+
+    Args:
+        crop: leave out white margins, apart from a 16th of the square on each side. Drawings of a text program are
+            often a small part of a page.
+
+    Raises:
+        ValueError: resvg cannot read it, or with `crop` it is blank.
+        ImportError: a package of the extra `demo` is missing.
+    """
+    resvg, pil = need("resvg_py", "demo"), need("PIL.Image")
+    side = size * _ENLARGED if crop else size
+    rendered = resvg.svg_to_bytes(
+        svg_string=svg,
+        width=side,
+        height=side,
+        background="#ffffff",
+        skip_system_fonts=True,
+        dpi=96,  # without it, sizes in pt and mm are errors
+    )
+    image = pil.open(io.BytesIO(rendered)).convert("RGB")
+    if crop:
+        image = _cropped(image, size - 2 * (size // 16))
+    if image.size != (size, size):
+        canvas = pil.new("RGB", (size, size), "white")
+        canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+        image = canvas
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return png.getvalue()
+
+
+def _cropped(image: Any, size: int) -> Any:
+    """The part of a PIL image that is not white, scaled to fit a square of `size` pixels."""
+    pil = need("PIL.Image")
+    box = need("PIL.ImageChops").invert(image).getbbox()
+    if box is None:
+        raise ValueError("the drawing is blank")
+    image = image.crop(box)
+    scale = size / max(image.size)
+    return image.resize([max(1, round(side * scale)) for side in image.size], pil.Resampling.LANCZOS)
