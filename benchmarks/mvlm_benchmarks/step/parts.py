@@ -32,6 +32,7 @@ MATCHING = "ITM"
 OTHER = "other"
 """Name for everything outside the parts."""
 FAST_FUNCTIONS = {
+    "project_patches": "image encoder",
     "encode_images": "image encoder",
     "encode_texts": "text encoder",
     "language_loss": "MLM cross",

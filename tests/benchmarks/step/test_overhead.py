@@ -9,7 +9,7 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.config.recipes import pretrain_defaults
 from mvlm_benchmarks.step import overhead
 from mvlm_benchmarks.step.overhead import CallTimer, measure
-from support.shapes import SHAPES
+from support.shapes import copy_shapes
 
 
 def test_time_of_a_nested_function_counts_only_for_it():
@@ -27,7 +27,7 @@ def test_time_of_a_nested_function_counts_only_for_it():
 
 
 @pytest.mark.slow
-def test_overhead_of_a_run_is_measured(monkeypatch):
+def test_overhead_of_a_run_is_measured(monkeypatch, tmp_path):
     """Every timed function runs once per step, and the shares follow from the times."""
 
     def small(preset, data, out):
@@ -39,7 +39,7 @@ def test_overhead_of_a_run_is_measured(monkeypatch):
     monkeypatch.setattr(overhead, "SAVE_EVERY", 3)
     timers = []
     monkeypatch.setattr(overhead, "CallTimer", lambda: timers.append(CallTimer()) or timers[-1])
-    found = measure(SHAPES, "tiny", 6)
+    found = measure(copy_shapes(tmp_path / "data"), "tiny", 6)
     calls = timers[0].calls
     assert len(calls["step"]) == 6
     assert len(calls["logging"]) == pytest.approx(3 * 6, abs=4)  # close, write, the norms; and before a save
