@@ -8,7 +8,7 @@ STEPS  ?= 640
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-gpu test-triton test-integrations emulate faults faults-data faults-loading \
-        faults-embedding faults-parts faults-network faults-evaluation soak bench aot traffic \
+        faults-embedding faults-parts faults-network faults-evaluation faults-studies soak bench aot traffic \
         wheel-smoke check format clean
 
 ## help            list these targets
@@ -33,11 +33,11 @@ demo: $(VENV)/.installed $(DATA)/dataset.json
 
 # JOBS is the number of cores: each process takes one file of tests at a time, on one thread.
 JOBS ?= 2
-## test            run the whole test suite: about 15 minutes on two cores
+## test            run the whole test suite: 16 to 17 minutes on two cores
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-## test-fast       run the tests that are not slow: under 90 seconds on two cores
+## test-fast       run the tests that are not slow: 3 minutes on two cores
 test-fast: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
@@ -101,7 +101,7 @@ format: $(VENV)/.installed
 # A trial takes about 3 s.
 FAULTS ?= 1000
 ## faults          the targets faults-*, and 1000 training runs, each disturbed in one way and resumed
-faults: faults-data faults-loading faults-embedding faults-parts faults-network faults-evaluation
+faults: faults-data faults-loading faults-embedding faults-parts faults-network faults-evaluation faults-studies
 	$(BIN)/python tests/promises/faults/campaign.py --count $(FAULTS) --jobs $(JOBS) --json benchmarks/results/faults.json
 
 ## faults-data     kill builds of shards at 50 moments (`make test`: 10)
@@ -128,6 +128,10 @@ faults-network: $(VENV)/.installed
 ## faults-evaluation kill 10 evaluations at random moments (`make test`: 3)
 faults-evaluation: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_evaluation.py --kills 10
+
+## faults-studies  kill 10 studies at random moments
+faults-studies: $(VENV)/.installed
+	$(BIN)/python tests/promises/faults/kill_studies.py --kills 10
 
 MINUTES ?= 120
 ## soak            train for two hours: memory and speed stay flat, nothing leaks
