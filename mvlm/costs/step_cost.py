@@ -183,6 +183,7 @@ def step_cost(config: MaskVLMConfig, shape: StepShape, weights: LossWeights = AL
                         seed=0,
                         step=0,
                         plan="fast",
+                        weights=weights,
                         local_negatives=shape.local_negatives,
                         autocast=lambda: autocast_of(shape),
                     )
