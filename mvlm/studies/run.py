@@ -47,7 +47,7 @@ def run_study(study: Study, data: Path, out: Path, part: tuple[int, int] = (1, 1
         try:
             with FileLock(trial.folder / ".lock", timeout=0):
                 log.info("%s, seed %d: %d steps", trial.arm, trial.seed, trial.config.max_steps)
-                if read_result(trial) is None and run_trial(trial, study.split, study.rerank) is None:
+                if read_result(trial) is None and run_trial(trial) is None:
                     log.info("stopped; the same command continues")
                     return None
         except Timeout:
@@ -75,6 +75,7 @@ def plan_trials(study: Study, data: Path, out: Path) -> list[Trial]:
     """
     dataset = open_dataset(data, "train")
     folders = {arm: training_data(settings.get("fraction", 1.0), data, out) for arm, settings in study.arms.items()}
+    samples = {arm: open_dataset(folder, "train").fingerprint for arm, folder in folders.items()}
     lengths: dict[int, float] = {}
     plans: dict[str, tuple[int, float]] = {}
     for arm in study.arms:
@@ -85,7 +86,19 @@ def plan_trials(study: Study, data: Path, out: Path) -> list[Trial]:
         for arm, (steps, flops) in plans.items():
             folder = out / "trials" / slug(arm) / f"seed_{seed}"
             config = trial_config(study, arm, seed, folders[arm], folder / "run", steps)
-            trials.append(Trial(arm=arm, seed=seed, config=config, flops=flops, data=data, folder=folder))
+            trials.append(
+                Trial(
+                    arm=arm,
+                    seed=seed,
+                    config=config,
+                    flops=flops,
+                    folder=folder,
+                    data=data,
+                    samples=samples[arm],
+                    split=study.split,
+                    rerank=study.rerank,
+                )
+            )
     return trials
 
 

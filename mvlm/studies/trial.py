@@ -38,12 +38,24 @@ class Trial:
     """FLOPs of its training."""
     data: Path
     """Data set that it is evaluated on. It is trained on `config.data`, which may be a part of it."""
+    samples: str
+    """Fingerprint of its training samples."""
+    split: str
+    """Split that it is evaluated on."""
+    rerank: int
+    """Candidates of each query for ITM to re-rank."""
     folder: Path
 
     @property
     def file(self) -> Path:
         """Result of the finished trial."""
         return self.folder / "result.json"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides what it finds."""
+        found = {"samples": self.samples, "split": self.split, "rerank": self.rerank}
+        return found | settings_of(self.config)
 
 
 def read_result(trial: Trial) -> dict[str, Any] | None:
@@ -55,7 +67,7 @@ def read_result(trial: Trial) -> dict[str, Any] | None:
         settings, version = result["settings"], result["format_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{trial.file}: wanted the result of a trial, got {error!r}; remove the file") from None
-    wanted = settings_of(trial.config)
+    wanted = trial.settings
     if version != FORMAT_VERSION or settings != wanted:
         names = sorted(name for name in {*settings, *wanted} if settings.get(name) != wanted.get(name))
         raise RunError(
@@ -65,7 +77,7 @@ def read_result(trial: Trial) -> dict[str, Any] | None:
     return result
 
 
-def run_trial(trial: Trial, split: str, rerank: int) -> dict[str, Any] | None:
+def run_trial(trial: Trial) -> dict[str, Any] | None:
     """Train and evaluate one trial, or continue it. Returns its result; None if it was asked to stop (SIGTERM).
 
     The result is written whole or not at all. Then the checkpoints are removed.
@@ -78,16 +90,15 @@ def run_trial(trial: Trial, split: str, rerank: int) -> dict[str, Any] | None:
         return None
     model, tokenizer = load_model(checkpoint, choose_device(trial.config.device), trial.config.precision)
     # Of the whole data set, so that the same concepts are unseen in all arms.
-    dataset, train = open_dataset(trial.data, split), open_dataset(trial.data, "train")
-    figures, ranks = evaluate_with_ranks(model, dataset, train, tokenizer, rerank, trial.config.precision)
+    dataset, train = open_dataset(trial.data, trial.split), open_dataset(trial.data, "train")
+    figures, ranks = evaluate_with_ranks(model, dataset, train, tokenizer, trial.rerank, trial.config.precision)
     rows = read_metrics(run.metrics)
     result = {
         "format_version": FORMAT_VERSION,
         "arm": trial.arm,
         "seed": trial.seed,
-        "settings": settings_of(trial.config),
-        "split": split,
-        "data": {"name": dataset.description.get("name"), "train": train.fingerprint, split: dataset.fingerprint},
+        "settings": trial.settings,
+        "data": {"name": dataset.description.get("name"), "train": train.fingerprint, "test": dataset.fingerprint},
         "made_by": made_by(),
         "steps": trial.config.max_steps,
         "flops": trial.flops,

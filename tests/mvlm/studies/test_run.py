@@ -103,6 +103,9 @@ def test_results_of_other_settings_are_refused(finished: Path, scenes, tmp_path:
     changed = study(arms={"base": {"clip_norm": 0.5}})
     with pytest.raises(RunError, match=r"seed_0/result\.json: wanted .* found one with another clip_norm; choose"):
         run_study(changed, scenes, tmp_path / "copy")
+    for change, name in (({"rerank": 4}, "rerank"), ({"arms": {"base": {"fraction": 0.5}}}, "samples")):
+        with pytest.raises(RunError, match=f"found one with another {name}; choose"):
+            run_study(study(**change), scenes, tmp_path / "copy")
     file = next((tmp_path / "copy").rglob("result.json"))
     file.write_text(json.dumps({"format_version": 1}))
     with pytest.raises(RunError, match="wanted the result of a trial, got KeyError"):
