@@ -45,9 +45,20 @@ class Masks(_ToDevice):
     """Masked positions, which are replaced and have to be predicted."""
 
     patch_ids: Tensor
-    """int64 (B, K), masked patches of each image in row-major order, ascending."""
+    """int64 (B, K), masked patches of each image in row-major order, ascending. If images have different numbers of
+    masked patches, a row is filled up with repeats of its last one, and `patch_weights` are 0 there."""
     token_ids: Tensor
     """int64 (M,), masked positions in `Batch.tokens`, ascending; never a special token."""
+    patch_weights: Tensor | None = None
+    """float32 (B, K), weight of each masked patch in MIM; None: all count the same. A row's weights add up to the
+    number of patches of an image."""
+    token_weights: Tensor | None = None
+    """float32 (M,), weight of each masked token in MLM; None: all count the same."""
+    complement_ids: Tensor | None = None
+    """int64 (M',), positions that are masked in a second copy of the captions: the ordinary tokens that are not in
+    `token_ids`. None: there is no second copy."""
+    complement_weights: Tensor | None = None
+    """float32 (M',), as `token_weights`."""
     partner_patch_ids: Tensor | None = None
     """int64 (B, K'), patches that are masked in the image from which masked captions are rebuilt; some of `patch_ids`.
     None unless the loader was asked for them."""

@@ -42,7 +42,10 @@ class MaskVLMConfig:
     itc_width: Annotated[int, AT_LEAST_1] = 256
     """Width of the contrastive embeddings."""
     temperature: Annotated[float, Range(0.001, 0.5)] = 0.07
-    """Initial value of the learned contrastive temperature."""
+    """Initial value of the learned contrastive temperature. SigLIP starts at 0.1."""
+    contrastive: Literal["softmax", "sigmoid"] = "softmax"
+    """Form of ITC. softmax: InfoNCE, the paper's. sigmoid: SigLIP's loss, which judges every pair on its own and also
+    learns a bias."""
     cross_norm: Literal["post", "pre"] = "post"
     """LayerNorm after each residual sum (post, the paper) or before each sub-layer (pre)."""
     initialization: Literal["normal", "xavier"] = "normal"
@@ -65,6 +68,13 @@ class MaskVLMConfig:
     partner_text_mask_ratio: Annotated[float, FRACTION] = 0.0
     """Share of tokens that is also masked in the caption from which masked images are rebuilt; 0, the paper's method,
     for none. The tokens are among those that `text_mask_ratio` masks; with that ratio they are the same."""
+    image_masking: Literal["fixed", "variable"] = "fixed"
+    """Share of masked blocks. fixed: `image_mask_ratio`. variable: drawn uniformly for each sample, and the loss
+    weighted by 1 / share, as in masked diffusion; `image_mask_ratio` then serves evaluation only."""
+    text_masking: Literal["fixed", "variable"] = "fixed"
+    """Share of masked tokens, likewise."""
+    complementary_masks: bool = False
+    """Predict both halves of a caption in a step: the masked tokens, and, in a second copy, all others."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Mean of each channel, for pixels in 0..1. Pixels are normalised as (x - mean) / std."""
     image_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -84,8 +94,13 @@ class MaskVLMConfig:
             )
         if self.width % self.heads:
             raise ConfigError(f"heads must divide width: wanted a divisor of {self.width}, got {self.heads}")
+        if self.contrastive not in ("softmax", "sigmoid"):
+            raise ConfigError(f'contrastive must be "softmax" or "sigmoid", got {self.contrastive!r}')
         if self.cross_norm not in ("post", "pre"):
             raise ConfigError(f'cross_norm must be "post" or "pre", got {self.cross_norm!r}')
+        for name in ("image_masking", "text_masking"):
+            if getattr(self, name) not in ("fixed", "variable"):
+                raise ConfigError(f'{name} must be "fixed" or "variable", got {getattr(self, name)!r}')
         for name in ("initialization", "pixel_initialization"):
             if getattr(self, name) not in ("normal", "xavier"):
                 raise ConfigError(f'{name} must be "normal" or "xavier", got {getattr(self, name)!r}')
@@ -118,6 +133,18 @@ class MaskVLMConfig:
             )
         if self.drop_masked and self.partner_image == "lightly masked":
             raise ConfigError("partner_image_mask_ratio must be 0 or image_mask_ratio with drop_masked")
+
+        if self.image_masking == "variable" and (self.drop_masked or self.partner_image == "lightly masked"):
+            raise ConfigError(
+                "image_masking: wanted fixed with drop_masked or a small partner_image_mask_ratio, got variable"
+            )
+        if self.text_masking == "variable" and self.partner_text == "lightly masked":
+            raise ConfigError("text_masking: wanted fixed with a small partner_text_mask_ratio, got variable")
+        if self.complementary_masks and self.partner_text == "masked":
+            raise ConfigError(
+                "complementary_masks: wanted partner_text_mask_ratio below text_mask_ratio, got two masks of a caption "
+                "to rebuild its image from"
+            )
 
     @property
     def partner_image(self) -> Literal["unmasked", "masked", "lightly masked"]:

@@ -257,11 +257,17 @@ def give_fake_tensors(module: nn.Module) -> None:
 
 
 def fake_microbatch(config: MaskVLMConfig, shape: StepShape) -> Microbatch:
-    """Microbatch of fake tensors, with as many masked patches and tokens as the configuration says."""
+    """Microbatch of fake tensors, with as many masked patches and tokens as the configuration says.
+
+    Of masks of variable size, with as many tokens as they mask on average, and as many patches as they are stored with.
+    """
     pairs, side = shape.pairs, config.image_size
     blocks = (side // config.mask_block) ** 2
     patches = round(config.image_mask_ratio * blocks) * (config.mask_block // config.patch_size) ** 2
-    masked = max(1, round(config.text_mask_ratio * (shape.tokens - 2)))
+    ordinary = shape.tokens - 2
+    masked = max(1, round(config.text_mask_ratio * ordinary))
+    if config.text_masking == "variable":
+        masked = (ordinary + 1 - config.complementary_masks) // 2 or 1
 
     def ids(*sizes: int) -> Tensor:
         return torch.empty(sizes, dtype=torch.int64)
@@ -276,10 +282,18 @@ def fake_microbatch(config: MaskVLMConfig, shape: StepShape) -> Microbatch:
         sample_id=ids(pairs),
     )
     masks = Masks(patch_ids=ids(pairs, patches), token_ids=ids(pairs * masked))
+    if config.image_masking == "variable":
+        everything = ids(pairs, config.num_patches)
+        masks = replace(masks, patch_ids=everything, patch_weights=torch.empty(everything.shape))
+    if config.complementary_masks:
+        masks = replace(masks, complement_ids=ids(pairs * (ordinary - masked)))
+    if config.text_masking == "variable":
+        weights = None if masks.complement_ids is None else torch.empty(masks.complement_ids.shape)
+        masks = replace(masks, token_weights=torch.empty(masks.token_ids.shape), complement_weights=weights)
     if config.partner_image == "lightly masked":
         fewer = round(config.partner_image_mask_ratio * blocks) * (config.mask_block // config.patch_size) ** 2
         masks = replace(masks, partner_patch_ids=ids(pairs, fewer))
     if config.partner_text == "lightly masked":
-        fewer = max(1, round(config.partner_text_mask_ratio * (shape.tokens - 2)))
+        fewer = max(1, round(config.partner_text_mask_ratio * ordinary))
         masks = replace(masks, partner_token_ids=ids(pairs * fewer))
     return batch, masks

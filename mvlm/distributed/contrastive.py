@@ -40,6 +40,7 @@ def sharded_contrastive_loss(
     sampling: NegativeSampling,
     layout: GlobalBatchLayout,
     elements: int = MAX_LOGITS,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute this rank's shares of ITC and of its accuracy, and draw negatives for its pairs.
 
@@ -49,11 +50,12 @@ def sharded_contrastive_loss(
 
     Args:
         elements: most logits in memory at a time.
+        bias: (1,), for the sigmoid loss; None for InfoNCE.
     """
     image, text = embeddings.image, embeddings.text
     all_images, all_texts = embeddings.arrive()
-    image_loss, image_correct, texts = _rows(image, all_texts, log_scale, sampling, layout, 0, elements)
-    text_loss, text_correct, images = _rows(text, all_images, log_scale, sampling, layout, 1, elements)
+    image_loss, image_correct, texts = _rows(image, all_texts, log_scale, bias, sampling, layout, 0, elements)
+    text_loss, text_correct, images = _rows(text, all_images, log_scale, bias, sampling, layout, 1, elements)
     loss, accuracy = (sums / (2 * layout.total) for sums in (image_loss + text_loss, image_correct + text_correct))
     return loss, accuracy, torch.stack([texts, images], dim=1)
 
@@ -68,6 +70,7 @@ def _rows(
     own: Tensor,
     others: Tensor,
     log_scale: Tensor,
+    bias: Tensor | None,
     sampling: NegativeSampling,
     layout: GlobalBatchLayout,
     direction: int,
@@ -75,25 +78,32 @@ def _rows(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One direction of ITC: logits of own (n, E) with others (G, E).
 
-    Returns the summed cross-entropy, the number of rows nearest to their partner, and a drawn column for each row,
+    Returns the summed loss, the number of rows nearest to their partner, and a drawn column for each row,
     int64 (n,).
     """
     indices = layout.own_indices(own.device)
     size = max(1, elements // len(others))
     blocks = list(zip(own.split(size), indices.split(size), strict=True))
     if len(blocks) == 1:
-        return _block(own, indices, others, log_scale, sampling, direction)
+        return _block(own, indices, others, log_scale, bias, sampling, direction)
     # Backward computes a block's logits again. Kept ones would make n x G elements, which grows with the ranks.
     parts = [
-        checkpoint(_block, rows, of, others, log_scale, sampling, direction, use_reentrant=False) for rows, of in blocks
+        checkpoint(_block, rows, of, others, log_scale, bias, sampling, direction, use_reentrant=False)
+        for rows, of in blocks
     ]
     losses, correct, columns = zip(*parts, strict=True)  # pyright: ignore[reportArgumentType]
     return torch.stack(losses).sum(), torch.stack(correct).sum(), torch.cat(columns)
 
 
 def _block(
-    own: Tensor, indices: Tensor, others: Tensor, log_scale: Tensor, sampling: NegativeSampling, direction: int
+    own: Tensor,
+    indices: Tensor,
+    others: Tensor,
+    log_scale: Tensor,
+    bias: Tensor | None,
+    sampling: NegativeSampling,
+    direction: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_rows` for one block of rows own (Q, E), whose global indices are int64 (Q,)."""
     logits = contrastive_logits(own, others, log_scale)  # (Q, G)
-    return *contrastive_sums(logits, indices), sampling.draw(logits, indices, direction)
+    return *contrastive_sums(logits, indices, bias), sampling.draw(logits, indices, direction)

@@ -23,7 +23,6 @@ from mvlm.distributed.loss_shares import (
     SHARE_NAMES,
     GlobalStep,
     Microbatch,
-    count_masked_tokens,
     feature_exchange,
     global_matching_shares,
     idle_parameters,
@@ -37,6 +36,7 @@ from mvlm.distributed.world import World
 from mvlm.model.implementation import ALL
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.objectives.losses import Losses, LossWeights
+from mvlm.objectives.masked_tokens import weight_of_masked_tokens
 from mvlm_dataloading import Batch
 
 
@@ -74,7 +74,7 @@ def backward_global(
     # Every rank needs the ids of all pairs, to exclude true matches from the negatives, and the lengths of all
     # captions, to know the packing of those that it sends and receives.
     ids = start_gather(torch.cat([_ids(batch) for batch, _ in microbatches]), layout)
-    masked = torch.stack([count_masked_tokens(batch, masks) for batch, masks in microbatches]).sum()
+    masked = torch.stack([weight_of_masked_tokens(batch, masks) for batch, masks in microbatches]).sum()
     counted = Pending(world.start_all_reduce(masked), lambda: masked)
     weights = weights.reconstructing() if reconstruction_only else weights
     shared = GlobalStep(
@@ -113,7 +113,7 @@ def _backward_one_graph(parallel: Parallel, microbatches: Sequence[Microbatch], 
             embeddings = Embeddings(model.embed_image(image), model.embed_text(text.first()), step.layout)
             shares = language_shares(model, streams, batch, masks, step)
             shares["itc"], shares["itc_accuracy"], draws = sharded_contrastive_loss(
-                embeddings, model.log_scale, step.sampling, step.layout
+                embeddings, model.log_scale, step.sampling, step.layout, bias=model.logit_bias
             )
             if not step.weights.itm:
                 shares |= image_share(model, streams, batch, masks, step)

@@ -23,6 +23,7 @@ from mvlm.model.implementation import Implementation, PairCaches, Streams, needs
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, Packing
 from mvlm.objectives.losses import LossWeights, matching_loss
+from mvlm.objectives.masked_tokens import weight_of_masked_tokens
 from mvlm.objectives.negatives import (
     MatchingPairs,
     Negatives,
@@ -57,7 +58,7 @@ class GlobalStep(NamedTuple):
     ids: Pending
     """int64 (G, 3): image_id, text_id and number of tokens of each pair of the global batch."""
     masked_tokens: Pending
-    """Number of masked tokens of the global batch, a scalar on the device."""
+    """Number of masked tokens of the global batch, or the sum of their weights: a scalar on the device."""
     weights: LossWeights
     """Weights of the losses. An objective of weight 0 is not computed."""
 
@@ -88,15 +89,11 @@ def idle_parameters(model: MaskVLMNetwork, weights: LossWeights) -> list[nn.Para
         (model.pixel_head, weights.mim > 0),
     ]
     idle = [parameter for module, used in users if not used for parameter in module.parameters()]
-    idle += [] if weights.contrasts else [model.log_scale]
+    scale = [model.log_scale] if model.logit_bias is None else [model.log_scale, model.logit_bias]
+    idle += [] if weights.contrasts else scale
     masked_images, _ = needs_masked(model.config, weights)
     lightly = weights.mlm > 0 and model.config.partner_image == "lightly masked"
     return idle if masked_images or lightly else [*idle, model.image_encoder.mask_token]
-
-
-def count_masked_tokens(batch: Batch, masks: Masks) -> Tensor:
-    """Number of masked tokens, a scalar on the device. Padding positions point past the last caption: not counted."""
-    return (masks.token_ids < batch.cu_seqlens[-1]).sum()
 
 
 def language_shares(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks, step: GlobalStep) -> Shares:
@@ -105,13 +102,14 @@ def language_shares(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks
         return {}
     mlm, accuracy = step.implementation.language_loss(model, streams, batch, masks)
     # MLM is a mean over masked tokens. Microbatches have different numbers of them, so the mean of their means would
-    # not be the loss of the global batch: each is weighted by its number.
-    number, total = count_masked_tokens(batch, masks), step.masked_tokens.wait()
-    return {"mlm": mlm * number / total, "mlm_accuracy": accuracy * number / total}
+    # not be the loss of the global batch: each is weighted by its number, or by the
+    # weights of its tokens.
+    own, total = (x.to(mlm.dtype) for x in (weight_of_masked_tokens(batch, masks), step.masked_tokens.wait()))
+    return {"mlm": mlm * own / total, "mlm_accuracy": accuracy * own / total}
 
 
 def image_share(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks, step: GlobalStep) -> Shares:
-    """Share of MIM, from one microbatch. All have equally many masked patches."""
+    """Share of MIM, from one microbatch. All have equally many masked patches, or weights of equal sum."""
     if not step.weights.mim:
         return {}
     mim = step.implementation.image_loss(model, streams, batch, masks)

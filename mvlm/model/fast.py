@@ -25,11 +25,12 @@ from mvlm.model.cross_encoder import CrossEncoder, KeyValueCache
 from mvlm.model.fast_attention import attend_cross, attend_self, select_rows, select_within
 from mvlm.model.implementation import ALL, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
-from mvlm.model.packing import PackedText, Packing, mask_tokens, round_up_length
+from mvlm.model.packing import PackedText, Packing, mask_tokens, pack_copies, round_up_length, skip_copy
 from mvlm.model.patches import masked_patches, visible_patches
 from mvlm.model.residual import Branch, Residual
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
-from mvlm.objectives.losses import LossWeights
+from mvlm.objectives.losses import LossWeights, weighted_mean
+from mvlm.objectives.masked_tokens import hidden_positions, masked_tokens
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels import gather_patches, linear_pixel_loss, place_tokens
 
@@ -39,7 +40,7 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeigh
     images, texts = needs_masked(model.config, weights)
     patches = project_patches(model, batch.images)
     v, vm = encode_images(model, patches, masks.patch_ids if images else None)
-    w, wm = encode_texts(model, batch, masks.token_ids if texts else None)
+    w, wm = encode_texts(model, batch, hidden_positions(masks) if texts else [])
     partner_image, partner_text = v, w
     if weights.mlm > 0 and model.config.partner_image == "masked":
         partner_image = vm
@@ -118,58 +119,52 @@ def encode_images(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | No
     return encoder.run(unmasked, attend_self(None)), vm
 
 
-def encode_texts(model: MaskVLMNetwork, batch: Batch, token_ids: Tensor | None) -> tuple[PackedText, PackedText | None]:
-    """Encode captions unmasked and masked: w and wm, (T, C) each.
+def encode_texts(model: MaskVLMNetwork, batch: Batch, hidden: list[Tensor]) -> tuple[PackedText, PackedText | None]:
+    """Encode captions unmasked and masked: w, and wm of all masked copies, one after another.
 
-    token_ids int64 (M,) are masked; without them wm is None and costs nothing.
+    The positions hidden int64 (M,) are masked in each copy; without a copy wm is None and costs nothing.
     """
-    encoder, total = model.text_encoder, len(batch.tokens)
-    longest = round_up_length(batch.max_length)
-    packing = Packing(batch.cu_seqlens, longest, total)
-    if token_ids is None:
+    if not hidden:
         return encode_tokens(model, batch.tokens, batch.cu_seqlens, batch.max_length), None
-    hidden = mask_tokens(batch.tokens, token_ids, model.config.mask_token_id)
-    # A packing allows padding positions (see `pad_to_bucket`) only after its last sequence. The first masked caption
-    # therefore follows the last unmasked caption directly, and all padding comes at the end. `end` stays on the device.
-    end = batch.cu_seqlens[-1:].long()
-    rows = torch.arange(2 * total, device=end.device)
-    tokens = torch.where(rows < end, torch.cat([batch.tokens, hidden]), hidden[(rows - end).clamp(0, total - 1)])
-    both = Packing(torch.cat([batch.cu_seqlens[:-1], batch.cu_seqlens + batch.cu_seqlens[-1]]), longest, 2 * total)
-    x = encoder.run(tokens, both, attend_self(both))  # (2T, C)
-    masked = x.index_select(0, (end + rows[:total]).clamp(max=2 * total - 1))
-    return PackedText(x[:total], packing), PackedText(masked, packing)
+    copies = [batch.tokens, *(mask_tokens(batch.tokens, ids, model.config.mask_token_id) for ids in hidden)]
+    tokens, packing = pack_copies(copies, batch.cu_seqlens, round_up_length(batch.max_length))
+    x = model.text_encoder.run(tokens, packing, attend_self(packing))
+    first = Packing(batch.cu_seqlens, packing.max_length, len(batch.tokens))
+    return PackedText(x[: first.total], first), skip_copy(x, packing, len(first))
 
 
 def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> tuple[Tensor, Tensor]:
     """MLM, the mean over the batch's M masked tokens, and its accuracy: scalars."""
     assert streams.masked_text is not None
     image = streams.partner_caches.image if streams.partner_caches else KeyValueCache(streams.partner_image)
-    x = masked_token_features(model, streams.masked_text, image, batch, masks)  # (M, C)
-    targets = batch.tokens.index_select(0, masks.token_ids)
-    # Padding positions (see `pad_to_bucket`) point past the last caption and are ignored.
-    targets = targets.masked_fill(masks.token_ids >= batch.cu_seqlens[-1], -100)
+    ids, targets, weights = masked_tokens(batch, masks)
+    x = masked_token_features(model, streams.masked_text, image, ids)  # (M, C)
     head = model.language_head
-    return linear_cross_entropy(head.transform(x), head.vocabulary.weight, head.vocabulary.bias, targets)
+    return linear_cross_entropy(head.transform(x), head.vocabulary.weight, head.vocabulary.bias, targets, weights)
 
 
-def masked_token_features(
-    model: MaskVLMNetwork, text: PackedText, image: KeyValueCache, batch: Batch, masks: Masks
-) -> Tensor:
-    """Features (M, C) of the masked tokens, for the LM head; the masked captions attend to the images of the cache."""
+def masked_token_features(model: MaskVLMNetwork, text: PackedText, image: KeyValueCache, token_ids: Tensor) -> Tensor:
+    """Features (M, C) of the masked tokens token_ids int64 (M,), ascending, for the LM head.
+
+    The masked captions attend to the images of the cache; a second copy of the captions attends to the same images.
+    """
     x, packing = text
     # Layout of only the masked tokens, M rows. token_ids rise, so those of a caption are consecutive.
-    bounds = torch.searchsorted(masks.token_ids, batch.cu_seqlens.long()).int()  # (B+1,)
-    selected = Packing(bounds, packing.max_length, len(masks.token_ids))
+    bounds = torch.searchsorted(token_ids, packing.cu_seqlens.long()).int()  # (B+1,)
+    selected = Packing(bounds, packing.max_length, len(token_ids))
+    images, key_index = len(image.rows), None
+    if len(packing) != images:
+        key_index = KeyIndex(torch.arange(len(packing), device=x.device) % images, images)
 
     def select(rows: Tensor) -> Tensor:
-        return rows.index_select(0, masks.token_ids)  # (T, C) -> (M, C)
+        return rows.index_select(0, token_ids)  # (T, C) -> (M, C)
 
     *early, last = model.text_cross.layers
     rows = Residual(x)
     for block in early:
-        rows = block(rows, attend_self(packing), attend_cross(block, packing, image))
-    rows = last(rows, attend_self(packing, select, selected), attend_cross(last, selected, image), select)
-    return model.text_cross.finish(rows)
+        rows = block(rows, attend_self(packing), attend_cross(block, packing, image, key_index))
+    cross = attend_cross(last, selected, image, key_index)
+    return model.text_cross.finish(last(rows, attend_self(packing, select, selected), cross, select))
 
 
 def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
@@ -177,7 +172,8 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Mas
     assert streams.masked_image is not None
     text = streams.partner_caches.text if streams.partner_caches else _text_cache(streams.partner_text)
     encoder, head = model.image_encoder, model.pixel_head
-    return linear_pixel_loss(
+    weights = masks.patch_weights
+    loss = linear_pixel_loss(
         masked_patch_features(model, streams.masked_image, text, masks),  # (B, K, C)
         head.weight,
         head.bias,
@@ -186,7 +182,9 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Mas
         model.config.patch_size,
         mean=encoder.mean.flatten(),
         std=encoder.std.flatten(),
+        reduction="mean" if weights is None else "none",
     )
+    return loss if weights is None else weighted_mean(loss, weights)
 
 
 def masked_patch_features(model: MaskVLMNetwork, vm: Tensor, text: KeyValueCache, masks: Masks) -> Tensor:

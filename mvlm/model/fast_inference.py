@@ -42,5 +42,5 @@ def reconstruct(
     The masked captions wm attend to the images v (B, 1+N, C), the masked images vm (B, 1+N, C) to the captions w.
     """
     caches = make_caches(v, w)
-    tokens = masked_token_features(model, wm, caches.image, batch, masks)
+    tokens = masked_token_features(model, wm, caches.image, masks.token_ids)
     return model.language_head(tokens), model.pixel_head(masked_patch_features(model, vm, caches.text, masks))

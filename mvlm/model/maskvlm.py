@@ -63,7 +63,7 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
         if weights.contrasts:
             image, text = self.embed_image(streams.image), self.embed_text(streams.text.first())  # (B, E)
             logits = losses.contrastive_logits(image, text, self.log_scale)
-            itc, itc_accuracy = losses.contrastive_loss(logits)
+            itc, itc_accuracy = losses.contrastive_loss(logits, self.logit_bias)
             if weights.itm > 0:
                 itm, itm_accuracy = self._matching(implementation, streams, batch, logits, seed, step)
         total = weights.total((mlm, mim, itc, itm))

@@ -24,6 +24,10 @@ from mvlm.objectives.losses import at_least_float32
 PIXEL_MODULES = ("image_cross.", "image_decoder.", "pixel_head")
 """Name prefixes of the modules that reconstruct pixels. They have their own learning rate and initialisation."""
 
+SIGMOID_BIAS = -10.0
+"""Initial bias of the sigmoid loss, as in SigLIP. Nearly all pairs of a batch are mismatches, so a loss without it
+starts with large steps."""
+
 
 class LanguageHead(nn.Module):
     """RoBERTa's LM head: linear, GELU, LayerNorm, vocabulary projection (not tied to the embedding)."""
@@ -59,6 +63,10 @@ class MaskVLMNetwork(nn.Module):
         self.image_projection = nn.Linear(config.width, config.itc_width)
         self.text_projection = nn.Linear(config.width, config.itc_width)
         self.log_scale = nn.Parameter(torch.tensor([math.log(1 / config.temperature)]))  # (1,): FSDP2 splits no scalars
+        self.logit_bias = (
+            None if config.contrastive == "softmax" else nn.Parameter(torch.tensor([SIGMOID_BIAS]))
+        )  # (1,)
+        """Bias of the sigmoid loss's logits; None for InfoNCE, which does not change with it."""
         self.matching_head = nn.Linear(config.width, 2)
         self._initialize()
 

@@ -30,29 +30,56 @@ def round_up_length(length: int) -> int:
 def pad_to_bucket(batch: Batch, masks: Masks, text_length: int) -> tuple[Batch, Masks]:
     """Round the totals of a batch up, so that few shapes occur. For compiled steps and CUDA graphs.
 
-    The number of tokens is rounded up to a multiple of a 16th of B x text_length, and the number of masked tokens to a
-    multiple of a third of that. Both multiples are themselves rounded up to multiples of 16. The longest length is
-    rounded up by `round_up_length`. The added tokens come after the last
-    caption. The added masked tokens point at them. Both are ignored.
+    The number of tokens is rounded up to a multiple of a 16th of B x text_length, and the number of masked tokens of
+    each list to a multiple of a third of that. Both multiples are themselves rounded up to multiples of 16. The longest
+    length is rounded up by `round_up_length`. The added tokens come after the last caption. The added masked tokens
+    point at them. Both are ignored.
     """
     multiple = round_up(max(1, len(batch.image_id) * text_length // 16), 16)
-    total, masked = len(batch.tokens), len(masks.token_ids)
+    total = len(batch.tokens)
     tokens = round_up(total + 1, multiple)  # at least one more, for the added masked tokens to point at
-    added = round_up(masked, round_up(multiple // 3, 16)) - masked
-    padded = replace(masks, token_ids=F.pad(masks.token_ids, (0, added), value=tokens - 1))
-    if masks.partner_token_ids is not None:
-        fewer = len(masks.partner_token_ids)
-        added = round_up(fewer, round_up(multiple // 3, 16)) - fewer
-        padded = replace(padded, partner_token_ids=F.pad(masks.partner_token_ids, (0, added), value=tokens - 1))
+    padded = {}
+    for name in ("token_ids", "complement_ids", "partner_token_ids"):
+        if (ids := getattr(masks, name)) is not None:
+            added = round_up(len(ids), round_up(multiple // 3, 16)) - len(ids)
+            padded[name] = F.pad(ids, (0, added), value=tokens - 1)
+            weights = name.replace("ids", "weights")
+            if getattr(masks, weights, None) is not None:
+                padded[weights] = F.pad(getattr(masks, weights), (0, added))
     return (
         replace(batch, tokens=F.pad(batch.tokens, (0, tokens - total)), max_length=round_up_length(batch.max_length)),
-        padded,
+        replace(masks, **padded),
     )
 
 
 def mask_tokens(tokens: Tensor, token_ids: Tensor, mask_token_id: int) -> Tensor:
     """A copy of the packed tokens int64 (T,) with [MASK] at the positions token_ids int64 (M,)."""
     return tokens.index_fill(0, token_ids, mask_token_id)
+
+
+def pack_copies(tokens: list[Tensor], cu_seqlens: Tensor, max_length: int) -> tuple[Tensor, "Packing"]:
+    """Pack n copies of the captions one after another: each int64 (T,), with the bounds cu_seqlens int32 (B+1,).
+
+    Returns tokens int64 (n T,) and the layout of n B captions.
+    """
+    # A packing allows padding positions (see `pad_to_bucket`) only after its last sequence. The first caption of a copy
+    # therefore follows the last one of the copy before, and all padding comes at the end. `end` stays on the device.
+    copies, total, end = len(tokens), len(tokens[0]), cu_seqlens[-1:].long()
+    rows = torch.arange(copies * total, device=end.device)
+    copy = (rows // end).clamp(max=copies - 1)
+    index = copy * total + (rows - copy * end).clamp(max=total - 1)
+    starts = [cu_seqlens[:-1] + number * cu_seqlens[-1] for number in range(copies)]
+    bounds = torch.cat([*starts, copies * cu_seqlens[-1:]])
+    return torch.cat(tokens).index_select(0, index), Packing(bounds, max_length, copies * total)
+
+
+def skip_copy(x: Tensor, packing: "Packing", captions: int) -> "PackedText":
+    """Features of the packed copies after the first, which has `captions` captions; x (n T, C), n at least 2."""
+    cu_seqlens = packing.cu_seqlens[captions:] - packing.cu_seqlens[captions]
+    total = packing.total - packing.total * captions // len(packing)  # (n - 1) T
+    rows = packing.cu_seqlens[captions].long() + torch.arange(total, device=x.device)
+    rows = x.index_select(0, rows.clamp(max=packing.total - 1))
+    return PackedText(rows, Packing(cu_seqlens, packing.max_length, total))
 
 
 class Packing:

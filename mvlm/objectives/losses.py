@@ -53,7 +53,7 @@ class Losses(NamedTuple):
     total: Tensor
     """Sum of the four losses, each times its weight."""
     mlm_accuracy: Tensor
-    """Share of masked tokens whose true token has the largest logit."""
+    """Share of masked tokens whose true token has the largest logit; weighted as MLM is."""
     itc_accuracy: Tensor
     """Share of images and captions whose true partner is the nearest in the batch: the mean of both directions."""
     itm_accuracy: Tensor
@@ -75,14 +75,31 @@ def correct_top1(logits: Tensor, targets: Tensor) -> Tensor:
     return (own >= logits.amax(1)).to(at_least_float32(logits).dtype)
 
 
-def masked_language_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """MLM: mean cross-entropy over masked tokens. logits (M, V), targets int64 (M,)."""
-    return F.cross_entropy(at_least_float32(logits), targets)
+def masked_language_loss(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """MLM: mean cross-entropy over masked tokens, weighted by weights (M,). logits (M, V), targets int64 (M,).
+
+    With weights n/k for each of k masked tokens of n, it is the bound of masked diffusion in nats per token (LLaDA, Nie
+    et al., 2025, equation 3, with exact counts as in equation 14): the weights of a caption add up to n.
+    """
+    logits = at_least_float32(logits)
+    if weights is None:
+        return F.cross_entropy(logits, targets)
+    return weighted_mean(F.cross_entropy(logits, targets, reduction="none"), weights)
 
 
-def masked_image_loss(pred: Tensor, target: Tensor) -> Tensor:
-    """MIM: mean absolute error over masked pixels. pred and target (B, K, 3*P*P), in normalised pixels."""
-    return (at_least_float32(pred) - target).abs().mean()
+def masked_image_loss(pred: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
+    """MIM: mean absolute error over masked pixels. pred and target (B, K, 3*P*P), in normalised pixels.
+
+    weights (B, K), of each patch: then the mean is weighted, as in `masked_language_loss`.
+    """
+    errors = (at_least_float32(pred) - target).abs()
+    return errors.mean() if weights is None else weighted_mean(errors.mean(-1), weights)
+
+
+def weighted_mean(x: Tensor, weights: Tensor) -> Tensor:
+    """Mean of x weighted by weights, of one shape: a scalar."""
+    weights = weights.to(x.dtype)
+    return (x * weights).sum() / weights.sum()
 
 
 def contrastive_logits(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor:
@@ -93,21 +110,38 @@ def contrastive_logits(image: Tensor, text: Tensor, log_scale: Tensor) -> Tensor
     return at_least_float32(image) @ at_least_float32(text).T * log_scale.exp()
 
 
-def contrastive_sums(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of one direction of InfoNCE over a block of rows: cross-entropy, and number of correct rows.
+def contrastive_sums(logits: Tensor, targets: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Sums of one direction of ITC over a block of rows: loss, and number of correct rows.
 
-    logits (Q, G), targets int64 (Q,). Returns two scalars.
+    The sums of both directions, divided by twice the pairs, are `contrastive_loss`.
+
+    Args:
+        logits: (Q, G).
+        targets: int64 (Q,), column of each row's true partner.
+        bias: (1,), for the sigmoid loss; None for InfoNCE.
+
+    Returns:
+        Two scalars.
     """
-    return F.cross_entropy(logits, targets, reduction="sum"), correct_top1(logits, targets).sum()
+    correct = correct_top1(logits, targets).sum()
+    if bias is None:
+        return F.cross_entropy(logits, targets, reduction="sum"), correct
+    logits = logits + bias
+    # -log sigmoid(-z) for all pairs. For a true pair it is -log sigmoid(z), which is less by z.
+    return -F.logsigmoid(-logits).sum() - logits.gather(1, targets[:, None]).sum(), correct
 
 
-def contrastive_loss(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """ITC: InfoNCE and its accuracy, the means of both directions. logits (B, B), rows images, columns captions.
+def contrastive_loss(logits: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """ITC and its accuracy. logits (B, B), rows images, columns captions. Returns two scalars.
 
-    The accuracy is the share of rows and columns whose largest logit is on the diagonal. Returns two scalars.
+    Without a bias: InfoNCE, the mean of both directions. With a bias (1,): the sigmoid loss of SigLIP (Zhai et al.,
+    2023, equation 1), sum over all pairs of -log sigmoid(z (logit + bias)), divided by B; z = 1 on the diagonal, else
+    -1.
+
+    The accuracy is the share of rows and columns whose largest logit is on the diagonal.
     """
     target = torch.arange(len(logits), device=logits.device)
-    sums = zip(contrastive_sums(logits, target), contrastive_sums(logits.T, target), strict=True)
+    sums = zip(contrastive_sums(logits, target, bias), contrastive_sums(logits.T, target, bias), strict=True)
     loss, accuracy = ((rows + columns) / (2 * len(logits)) for rows, columns in sums)
     return loss, accuracy
 
@@ -119,4 +153,4 @@ def matching_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tens
     """
     losses = F.cross_entropy(at_least_float32(logits), labels, reduction="none")
     correct = correct_top1(logits, labels)
-    return (losses * weights).sum() / weights.sum(), (correct * weights).sum() / weights.sum()
+    return weighted_mean(losses, weights), weighted_mean(correct, weights)

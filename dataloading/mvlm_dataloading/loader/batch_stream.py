@@ -9,7 +9,7 @@ import torch
 from mvlm_dataloading.batch import Batch, Masks
 
 from .buffers import copy_on_this_thread
-from .masking import draw_patch_masks, draw_token_masks
+from .masking import draw_patch_masks, draw_token_masks, draw_two_token_masks, draw_variable_patch_masks
 from .prefetch import Prefetcher
 from .reader import Reader
 from .segment import RawBatch
@@ -37,6 +37,12 @@ class MaskConfig:
     patches: dict[str, Any]
     """Keyword arguments of `draw_patch_masks`."""
     token_ratio: float
+    variable_patches: bool = False
+    """Draw the share of masked patches for each sample; the ratio is not read."""
+    variable_tokens: bool = False
+    """Draw the share of masked tokens for each sample; the ratio is not read."""
+    complement: bool = False
+    """Also mask the other tokens, in a second copy of each caption."""
     partner_patch_ratio: float = 0.0
     """Ratio of `partner_patch_ids`; 0 for none. The blocks with the smallest keys are masked, so they are some of
     those that a larger ratio masks."""
@@ -98,10 +104,7 @@ class BatchStream:
         )
         of = (self._seed, raw.epochs, raw.ids)
         config = self._masks
-        masks = Masks(
-            patch_ids=self._host_tensor(draw_patch_masks(*of, **config.patches)),
-            token_ids=self._host_tensor(draw_token_masks(*of, captions.lengths, ratio=config.token_ratio)),
-        )
+        masks = Masks(**self._patches(of), **self._tokens(of, captions.lengths))
         if config.partner_patch_ratio:
             lighter: dict[str, Any] = {**config.patches, "ratio": config.partner_patch_ratio}
             masks = replace(masks, partner_patch_ids=self._host_tensor(draw_patch_masks(*of, **lighter)))
@@ -109,6 +112,26 @@ class BatchStream:
             drawn = draw_token_masks(*of, captions.lengths, ratio=config.partner_token_ratio)
             masks = replace(masks, partner_token_ids=self._host_tensor(drawn))
         return batch, masks
+
+    def _patches(self, of: tuple[Any, ...]) -> dict[str, torch.Tensor]:
+        """Masked patches of the samples `of` (seed, epochs, ids), fields of `Masks`."""
+        config = self._masks
+        if not config.variable_patches:
+            return {"patch_ids": self._host_tensor(draw_patch_masks(*of, **config.patches))}
+        sizes = {name: value for name, value in config.patches.items() if name != "ratio"}
+        ids, weights = draw_variable_patch_masks(*of, **sizes)
+        return {"patch_ids": self._host_tensor(ids), "patch_weights": self._host_tensor(weights)}
+
+    def _tokens(self, of: tuple[Any, ...], lengths: np.ndarray) -> dict[str, torch.Tensor]:
+        """Masked tokens of captions of these lengths, fields of `Masks`."""
+        config = self._masks
+        ratio = None if config.variable_tokens else config.token_ratio
+        masked, others = draw_two_token_masks(*of, lengths, ratio=ratio, complement=config.complement)
+        found = {"token_ids": masked.ids} | ({} if others is None else {"complement_ids": others.ids})
+        if config.variable_tokens:
+            found |= {"token_weights": masked.weights}
+            found |= {} if others is None else {"complement_weights": others.weights}
+        return {name: self._host_tensor(values) for name, values in found.items()}
 
     def _host_tensor(self, values: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(values)

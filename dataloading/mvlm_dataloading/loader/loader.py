@@ -44,6 +44,9 @@ class Loader:
         device: "cuda" decodes and resizes on the GPU, and yields images there. None works on the CPU. All other
             tensors are on the CPU.
         text_length: maximum tokens of a caption, including [CLS] and [SEP].
+        variable_image_masks, variable_text_masks: draw the masked share for each sample, and yield the weights of
+            masked diffusion (`mvlm_dataloading.loader.masking`). The ratios are not read.
+        complementary_masks: also yield the positions of the tokens that are not masked, for a second copy.
         max_bad_fraction: maximum share of undecodable images. Training replaces them, and stops above this share.
         rank, world_size: rank of this process, and number of ranks. All ranks together yield the batches that a single
             process would yield.
@@ -80,6 +83,9 @@ class Loader:
         mask_block: int = 32,
         image_mask_ratio: float = 0.6,
         text_mask_ratio: float = 0.3,
+        variable_image_masks: bool = False,
+        variable_text_masks: bool = False,
+        complementary_masks: bool = False,
         partner_image_mask_ratio: float = 0.0,
         partner_text_mask_ratio: float = 0.0,
         crop_scale: tuple[float, float] = (0.2, 1.0),
@@ -117,6 +123,9 @@ class Loader:
         self._masks = MaskConfig(
             patches=patches,
             token_ratio=text_mask_ratio,
+            variable_patches=variable_image_masks,
+            variable_tokens=variable_text_masks,
+            complement=complementary_masks,
             partner_patch_ratio=partner_image_mask_ratio,
             partner_token_ratio=partner_text_mask_ratio,
         )

@@ -1,17 +1,34 @@
 """Random patch and token masks with exact counts, as a function of (seed, epoch, sample id).
 
 Shape legend: B samples, K masked patches per image, M masked tokens of all samples, T packed tokens.
+
+A share of each sample is masked, the same for all (`ratio`), or drawn for each: the number of masked positions is then
+uniform from one to all n. The sum of their losses times n / number is an unbiased estimate of the loss of masked
+diffusion, whose weight is 1/t at a masking ratio t that is uniform in (0, 1] (LLaDA, Nie et al., 2025, equations 3 and
+14; MDLM, Sahoo et al., 2024).
+
+
 Polarity: ids name *masked* positions, which are replaced and have to be predicted.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mvlm_dataloading.randomness import Purpose, hash64
+from mvlm_dataloading.randomness import Purpose, hash64, uniforms
 
 Int64 = NDArray[np.int64]
+Float32 = NDArray[np.float32]
+
+
+class TokenMask(NamedTuple):
+    """Masked positions of packed tokens, and how much each counts in the loss."""
+
+    ids: Int64
+    """int64 (M,), ascending."""
+    weights: Float32
+    """float32 (M,)."""
 
 
 def num_masked_blocks(image_size: int, mask_block: int, ratio: float) -> int:
@@ -66,18 +83,55 @@ def draw_patch_masks(
             masks no block or more than all.
     """
     check_mask_sizes(image_size, patch_size, mask_block, ratio)
-    blocks_a_side, patches_a_block = image_size // mask_block, mask_block // patch_size
-    patches_a_side = image_size // patch_size
     chosen = num_masked_blocks(image_size, mask_block, ratio)
+    blocks = _ordered_blocks(seed, epoch, sample_ids, image_size // mask_block)[:, :chosen]
+    return np.sort(_patches_of(blocks, image_size, patch_size, mask_block), axis=1)  # (B, K)
 
+
+def draw_variable_patch_masks(
+    seed: int, epoch: Any, sample_ids: Any, *, image_size: int, patch_size: int = 16, mask_block: int = 32
+) -> tuple[Int64, Float32]:
+    """Masked patches of each image, of as many blocks as are drawn for it: ids and weights, (B, N) each.
+
+    An image with k of n blocks masked has its masked patches first, ascending, each of weight n/k. The rest of its row
+    repeats the last of them, with weight 0. The weights of every row add up to N.
+
+    Raises:
+        ValueError: as `draw_patch_masks`.
+    """
+    check_mask_sizes(image_size, patch_size, mask_block, 1.0)
+    a_block = (mask_block // patch_size) ** 2
+    blocks = _ordered_blocks(seed, epoch, sample_ids, image_size // mask_block)  # (B, n)
+    number = blocks.shape[1]
+    counts = 1 + _draws_below(Purpose.PATCH_COUNT, seed, epoch, sample_ids, number)  # (B,)
+    ids = _patches_of(blocks, image_size, patch_size, mask_block)  # (B, N)
+    masked = np.arange(ids.shape[1]) < a_block * counts[:, None]
+    ids = np.sort(np.where(masked, ids, ids.shape[1]), axis=1)
+    last = np.take_along_axis(ids, a_block * counts[:, None] - 1, axis=1)
+    weights = np.where(masked, number / counts[:, None], 0).astype(np.float32)
+    return np.where(masked, ids, last), weights
+
+
+def _ordered_blocks(seed: int, epoch: Any, sample_ids: Any, blocks_a_side: int) -> Int64:
+    """All blocks of each image in the order in which they are masked: int64 (B, blocks)."""
     # Mask the blocks with the smallest keys. The sort is stable, so equal keys give the same result everywhere.
     keys = hash64(hash64(Purpose.PATCHES, seed, epoch, np.asarray(sample_ids))[:, None], np.arange(blocks_a_side**2))
-    blocks = np.argsort(keys, axis=1, kind="stable")[:, :chosen].astype(np.int64)  # (B, chosen)
+    return np.argsort(keys, axis=1, kind="stable").astype(np.int64)
 
+
+def _patches_of(blocks: Int64, image_size: int, patch_size: int, mask_block: int) -> Int64:
+    """Patches of blocks int64 (B, k), block by block: int64 (B, k times the patches of a block)."""
+    blocks_a_side, patches_a_block = image_size // mask_block, mask_block // patch_size
+    patches_a_side = image_size // patch_size
     inside = np.arange(patches_a_block)
     within = (inside[:, None] * patches_a_side + inside).ravel()  # patches of a block, relative to its top left patch
     top_left = (blocks // blocks_a_side * patches_a_side + blocks % blocks_a_side) * patches_a_block
-    return np.sort((top_left[:, :, None] + within).reshape(len(blocks), -1), axis=1)  # (B, K)
+    return (top_left[:, :, None] + within).reshape(len(blocks), -1)
+
+
+def _draws_below(purpose: Purpose, seed: int, epoch: Any, sample_ids: Any, number: Any) -> Int64:
+    """A number from 0 to number - 1 for each sample, int64 (B,); number int or int (B,)."""
+    return (uniforms(purpose, seed, epoch, np.asarray(sample_ids), 1)[:, 0] * number).astype(np.int64)
 
 
 def draw_token_masks(seed: int, epoch: Any, sample_ids: Any, lengths: Any, *, ratio: float = 0.3) -> Int64:
@@ -93,17 +147,63 @@ def draw_token_masks(seed: int, epoch: Any, sample_ids: Any, lengths: Any, *, ra
         ValueError: a caption without an ordinary token, or a ratio outside [0, 1].
     """
     check_token_ratio(ratio)
+    ordinary = _ordinary(lengths)
+    counts = np.maximum(1, np.rint(ratio * ordinary)).astype(np.int64)  # rint rounds halves to even, like `round`
+    return _split_tokens(seed, epoch, sample_ids, ordinary, counts)[0]
+
+
+def draw_two_token_masks(
+    seed: int,
+    epoch: Any,
+    sample_ids: Any,
+    lengths: Any,
+    *,
+    ratio: float | None = 0.3,
+    complement: bool = False,
+) -> tuple[TokenMask, TokenMask | None]:
+    """A token mask with weights, and on request its complement: all other ordinary tokens.
+
+    With a ratio, the mask is that of `draw_token_masks`, and all weights are 1. Without, the number of masked tokens is
+    drawn for each caption, from 1 to n, or to n - 1 if a complement is wanted and n > 1; each of k masked tokens then
+    has weight n/k. With a complement, masks of n tokens are thus never drawn, as its counterpart would mask none.
+
+    Raises:
+        ValueError: as `draw_token_masks`.
+    """
+    ordinary = _ordinary(lengths)
+    if ratio is None:
+        most = np.maximum(1, ordinary - 1) if complement else ordinary
+        counts = 1 + _draws_below(Purpose.TOKEN_COUNT, seed, epoch, sample_ids, most)
+    else:
+        check_token_ratio(ratio)
+        counts = np.maximum(1, np.rint(ratio * ordinary)).astype(np.int64)
+    masked, others = _split_tokens(seed, epoch, sample_ids, ordinary, counts)
+    starts = np.cumsum(ordinary + 2)  # (B,), end of each caption
+
+    def weighted(ids: Int64, number: Int64) -> TokenMask:
+        rows = np.searchsorted(starts, ids, side="right")
+        weights = np.ones(len(ids)) if ratio is not None else ordinary[rows] / number[rows]
+        return TokenMask(ids, weights.astype(np.float32))
+
+    return weighted(masked, counts), weighted(others, ordinary - counts) if complement else None
+
+
+def _ordinary(lengths: Any) -> Int64:
+    """Ordinary tokens of each caption, int64 (B,). ValueError for a caption without."""
     lengths = np.asarray(lengths, np.int64)  # (B,)
     if len(lengths) and lengths.min() < 3:
         raise ValueError(f"wanted captions of at least 3 tokens with [CLS] and [SEP], got one of {lengths.min()}")
-    ordinary = lengths - 2
-    counts = np.maximum(1, np.rint(ratio * ordinary)).astype(np.int64)  # rint rounds halves to even, like `round`
+    return lengths - 2
 
+
+def _split_tokens(seed: int, epoch: Any, sample_ids: Any, ordinary: Int64, counts: Int64) -> tuple[Int64, Int64]:
+    """Positions of counts[b] tokens of each caption, and of its other ordinary tokens; ascending, int64."""
     first = np.cumsum(ordinary) - ordinary  # (B,) start of each sample among all ordinary tokens
-    rows = np.repeat(np.arange(len(lengths)), ordinary)
+    rows = np.repeat(np.arange(len(ordinary)), ordinary)
     place = np.arange(len(rows)) - first[rows]  # position within the caption, [CLS] not counted
     keys = hash64(hash64(Purpose.TOKENS, seed, epoch, np.asarray(sample_ids))[rows], place)
     by_key = np.lexsort((keys, rows))  # sample by sample, each ordered by key
     # Samples keep their extent in `by_key`, so `place` is also the rank by key: take the first counts[b] of each.
-    chosen = by_key[place < counts[rows]]
-    return np.sort(chosen + 2 * rows[chosen] + 1)  # skip the special tokens before each one
+    masked = place < counts[rows]
+    positions = by_key + 2 * rows[by_key] + 1  # skip the special tokens before each one
+    return np.sort(positions[masked]), np.sort(positions[~masked])

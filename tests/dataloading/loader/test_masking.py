@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mvlm_dataloading import draw_patch_masks, draw_token_masks
+from mvlm_dataloading.loader.masking import draw_two_token_masks, draw_variable_patch_masks
 
 
 def patches_of_blocks(image_size: int, patch: int, block: int) -> dict[int, list[int]]:
@@ -105,3 +106,83 @@ def test_masks_depend_on_the_sample_and_not_on_the_batch():
 def test_masks_change_with_seed_epoch_and_sample():
     draws = [draw_patch_masks(s, e, [i], image_size=224).tobytes() for s in (0, 1) for e in (0, 1) for i in range(5)]
     assert len(set(draws)) == 20
+
+
+SIZES = {"image_size": 96, "patch_size": 16, "mask_block": 32}
+
+
+def test_variable_patch_masks_are_whole_blocks_with_weights_that_add_up_to_the_patches():
+    ids, weights = draw_variable_patch_masks(3, 1, range(200), **SIZES)
+    assert ids.shape == weights.shape == (200, 36)
+    for row, weight in zip(ids.tolist(), weights.tolist(), strict=True):
+        number = sum(w > 0 for w in weight)
+        masked = row[:number]
+        assert masked == sorted(set(masked))
+        assert row[number:] == [masked[-1]] * (36 - number)
+        blocks = {(p // 6 // 2, p % 6 // 2) for p in masked}
+        assert number == 4 * len(blocks)
+        assert weight == [np.float32(9 / len(blocks))] * number + [0.0] * (36 - number)
+
+
+def test_a_variable_mask_with_the_count_of_a_ratio_is_the_mask_of_the_ratio():
+    ids, weights = draw_variable_patch_masks(3, 1, range(200), **SIZES)
+    fixed = draw_patch_masks(3, 1, range(200), **SIZES, ratio=5 / 9)
+    rows = [i for i in range(200) if (weights[i] > 0).sum() == 20]
+    assert rows
+    assert all(ids[i, :20].tolist() == fixed[i].tolist() for i in rows)
+
+
+def test_every_number_of_masked_blocks_is_equally_likely():
+    _, weights = draw_variable_patch_masks(0, 0, range(18000), **SIZES)
+    counts = np.bincount((weights > 0).sum(1) // 4, minlength=10)
+    assert counts[0] == 0
+    assert abs(counts[1:] - 2000).max() < 5 * 2000**0.5
+
+
+@pytest.mark.parametrize("complement, most", [(False, 7), (True, 6)])
+def test_every_number_of_masked_tokens_is_equally_likely(complement, most):
+    lengths = [9] * 14000
+    masked, _ = draw_two_token_masks(0, 0, range(14000), lengths, ratio=None, complement=complement)
+    counts = np.bincount(np.bincount(masked.ids // 9, minlength=14000), minlength=8)
+    assert counts[0] == counts[most + 1 :].sum() == 0
+    assert abs(counts[1 : most + 1] - 14000 / most).max() < 5 * (14000 / most) ** 0.5
+
+
+def test_weighted_loss_of_variable_masks_is_that_of_masked_diffusion():
+    """Mean over draws of the weighted sum of losses that depend on the number masked, against the integral over t.
+
+    c(k) is the loss of each of k masked tokens. With each of n tokens masked with probability t, the expected sum of
+    losses over t, integrated over t, is the sum of c.
+    """
+    n, c = 5, [0.0, 3.0, 1.0, 4.0, 1.5, 9.0]
+    draws = 40000
+    masked, _ = draw_two_token_masks(1, 0, range(draws), [n + 2] * draws, ratio=None)
+    count = np.bincount(masked.ids // (n + 2), minlength=draws)
+    found = (masked.weights * np.array(c)[count[masked.ids // (n + 2)]]).sum() / draws
+    t = (np.arange(20000) + 0.5) / 20000
+    binomial = [1, 5, 10, 10, 5, 1]
+    expected = sum(binomial[k] * t**k * (1 - t) ** (n - k) * k * c[k] for k in range(1, n + 1))
+    integral = (expected / t).mean()
+    assert integral == pytest.approx(sum(c), rel=1e-6)
+    assert found == pytest.approx(integral, rel=0.02)
+
+
+@pytest.mark.parametrize("ratio", [None, 0.3])
+def test_complementary_masks_hold_each_ordinary_token_once(ratio):
+    lengths = [3, 9, 4, 12, 5] * 20
+    masked, others = draw_two_token_masks(2, 0, range(100), lengths, ratio=ratio, complement=True)
+    assert others is not None
+    starts = np.cumsum([0, *lengths])
+    ordinary = [i for a, b in itertools.pairwise(starts) for i in range(a + 1, b - 1)]
+    assert sorted([*masked.ids, *others.ids]) == ordinary
+    if ratio is not None:
+        assert masked.ids.tolist() == draw_token_masks(2, 0, range(100), lengths, ratio=ratio).tolist()
+        assert set(masked.weights) == set(others.weights) == {1.0}
+        return
+    for a, b in itertools.pairwise(starts):
+        n = b - a - 2
+        for mask in (masked, others):
+            inside = (mask.ids >= a) & (mask.ids < b)
+            k = inside.sum()
+            assert k >= 1 or n == 1
+            assert mask.weights[inside].tolist() == [np.float32(n / max(1, k))] * k

@@ -96,6 +96,17 @@ def test_fields_of_a_preset_can_be_changed():
             {"partner_image_mask_ratio": 0.3, "drop_masked": True},
             "partner_image_mask_ratio must be 0 or image_mask_ratio with drop_masked",
         ),
+        ({"contrastive": "hinge"}, 'contrastive must be "softmax" or "sigmoid", got \'hinge\''),
+        ({"text_masking": "none"}, 'text_masking must be "fixed" or "variable", got \'none\''),
+        ({"image_masking": "variable", "drop_masked": True}, "image_masking: wanted fixed with drop_masked"),
+        (
+            {"text_masking": "variable", "partner_text_mask_ratio": 0.2},
+            "text_masking: wanted fixed with a small partner_text_mask_ratio, got variable",
+        ),
+        (
+            {"complementary_masks": True, "partner_text_mask_ratio": 0.3},
+            "complementary_masks: wanted partner_text_mask_ratio below text_mask_ratio",
+        ),
         ({"temperature": 0.0}, r"temperature must be in \[0.001, 0.5\], got 0.0"),
         ({"image_mask_ratio": math.nan}, "image_mask_ratio must be a finite number, got nan"),
         ({"image_mean": (0.5, math.inf, 0.5)}, "image_mean must be a finite number, got inf"),

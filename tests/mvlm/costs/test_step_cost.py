@@ -1,17 +1,20 @@
 """Counts on fake tensors against the allocator's report of real steps, and by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from mvlm.config.model import MaskVLMConfig
+from mvlm.costs.flops import FORMULAS
 from mvlm.costs.step_cost import StepShape, step_cost
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import checkpoint_activations, parallelize
 from mvlm.distributed.world import World
 from mvlm.model.maskvlm import MaskVLM
-from support.models import micro_batch
+from support.models import micro_batch, with_complement
 
 pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
@@ -100,3 +103,23 @@ def test_fetched_features_of_other_ranks_add_memory_and_flops():
     assert among.peak > near.peak
     assert among.forward > near.forward
     assert near.parameters == alone.parameters
+
+
+def test_flops_of_newer_masks_are_those_of_a_real_step():
+    """Counted on fake tensors, and by torch's counter on a real batch with as many tokens and patches."""
+    config = replace(CONFIG, image_masking="variable", complementary_masks=True)
+    shape = StepShape(pairs=4, tokens=12, longest=12, bf16=False, gpu=False)
+    batch, masks = micro_batch((12,) * 4, config=config)
+    patches = torch.arange(config.num_patches).expand(4, -1)
+    masks = with_complement(batch, replace(masks, patch_ids=patches, patch_weights=torch.ones(4, config.num_patches)))
+    model = MaskVLM(config)
+    model.set_attention("sdpa", "sdpa")
+    found = []
+    for inputs in ((batch, masks), micro_batch((12,) * 4, config=config)):
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+            model(*inputs, plan="fast").total.backward()
+        found.append(counter.get_total_flops())
+    counted = [step_cost(c, shape) for c in (config, CONFIG)]
+    more = [cost.forward + cost.backward for cost in counted]
+    assert found[0] > 1.1 * found[1]
+    assert more[0] / more[1] == pytest.approx(found[0] / found[1], rel=0.01)

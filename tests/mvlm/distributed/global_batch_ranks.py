@@ -28,24 +28,33 @@ from mvlm_dataloading import Batch, Masks
 
 # Helpers, for a program that pytest does not run. Last in the path and after mvlm, which tests/mvlm would hide.
 sys.path.append(str(Path(__file__).parents[2]))
-from support.models import micro_batch, micro_model, uniform_of_pair
+from support.models import micro_batch, micro_model, uniform_of_pair, with_complement, with_weights
 
 LENGTHS = (7, 4, 12, 3, 9, 5, 3, 11, 12, 12, 3, 3, 8, 6, 10, 4)
 SEED, STEP = 3, 5
 EVERY = (1.0, 1.0, 1.0, 1.0)
 SOME = ((1.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 1.0, 1.0), (0.0, 1.0, 1.0, 1.0), (0.5, 2.0, 0.25, 3.0))
 """Weights of mlm, mim, itc and itm."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "sigmoid": {"contrastive": "sigmoid"},
+    "weighted masks": {},
+    "weighted complementary masks": {},
+}
+"""Changes of the model, by name. The masks of the last two have weights, and a complement."""
 SHALLOW: dict[str, Any] = {"image_layers": 1, "text_layers": 1, "decoder_layers": 1}
 WIDTH = 5
 """Width of the embeddings whose logits are counted."""
 
 
-def whole_batch() -> tuple[Batch, Masks]:
+def whole_batch(variant: str = "paper") -> tuple[Batch, Masks]:
     """Sixteen pairs: one image three times, equal captions, and from 1 to 3 masked tokens a caption."""
     batch, masks = micro_batch(LENGTHS, seed=1)
     image_id, text_id = batch.image_id.clone(), batch.text_id.clone()
     image_id[[5, 13]] = 102
     text_id[[7, 8, 15]] = 200
+    masks = with_weights(batch, masks) if "weighted" in variant else masks
+    masks = with_complement(batch, masks) if "complementary" in variant else masks
     return replace(batch, image_id=image_id, text_id=text_id), masks
 
 
@@ -53,7 +62,16 @@ def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, M
     """Pairs first to first + number - 1, as a batch."""
     starts = batch.cu_seqlens.tolist()
     rows, begin, end = slice(first, first + number), starts[first], starts[first + number]
-    inside = (masks.token_ids >= begin) & (masks.token_ids < end)
+
+    def own(name: str) -> dict[str, Tensor]:
+        """Positions of one kind in these captions, and their weights."""
+        ids = getattr(masks, f"{name}_ids")
+        if ids is None:
+            return {}
+        inside, weights = (ids >= begin) & (ids < end), getattr(masks, f"{name}_weights")
+        return {f"{name}_ids": ids[inside] - begin} | ({} if weights is None else {f"{name}_weights": weights[inside]})
+
+    patches = {} if masks.patch_weights is None else {"patch_weights": masks.patch_weights[rows]}
     part = Batch(
         images=batch.images[rows],
         tokens=batch.tokens[begin:end],
@@ -63,22 +81,23 @@ def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, M
         text_id=batch.text_id[rows],
         sample_id=batch.sample_id[rows],
     )
-    return part, Masks(patch_ids=masks.patch_ids[rows], token_ids=masks.token_ids[inside] - begin)
+    return part, Masks(patch_ids=masks.patch_ids[rows], **patches, **own("token"), **own("complement"))
 
 
 class Oracle:
     """Losses and gradients of one rank on the whole batch, by the model's own forward."""
 
-    def __init__(self, weights: tuple[float, ...]) -> None:
-        model = micro_model(**SHALLOW)
-        losses = model(*whole_batch(), seed=SEED, step=STEP, weights=LossWeights(*weights))
+    def __init__(self, weights: tuple[float, ...], variant: str = "paper") -> None:
+        self.changes = SHALLOW | VARIANTS[variant]
+        model = micro_model(**self.changes)
+        losses = model(*whole_batch(variant), seed=SEED, step=STEP, weights=LossWeights(*weights))
         losses.total.backward()
         self.losses = [x.item() for x in losses]
         self.gradients = {name: p.grad for name, p in model.named_parameters()}
 
     def after_a_step(self) -> dict[str, Tensor]:
         """Weights after one update with clipped gradients and a clamped temperature."""
-        model = micro_model(**SHALLOW)
+        model = micro_model(**self.changes)
         for name, parameter in model.named_parameters():
             gradient = self.gradients[name]
             parameter.grad = None if gradient is None else gradient.clone()
@@ -191,40 +210,48 @@ def limited_to(most: int) -> Any:
 
 def combinations(ranks: int) -> list[dict[str, Any]]:
     if ranks == 8:
-        return [{"kind": "ddp", "microbatches": 1, "again": False, "weights": EVERY, "plan": "fast"}]
+        return [
+            {"kind": "ddp", "microbatches": 1, "again": False, "weights": EVERY, "plan": "fast", "variant": "paper"}
+        ]
     kinds = ["ddp", "fsdp", "hsdp"] if ranks == 4 else ["ddp", "fsdp"]
     every = [
-        {"kind": kind, "microbatches": microbatches, "again": again, "weights": EVERY}
+        {"kind": kind, "microbatches": microbatches, "again": again, "weights": EVERY, "variant": "paper"}
         for kind, microbatches, again in itertools.product(kinds, (1, 2), (False, True))
     ]
     if ranks == 2:
         every += [
-            {"kind": kind, "microbatches": microbatches, "again": False, "weights": weights}
+            {"kind": kind, "microbatches": microbatches, "again": False, "weights": weights, "variant": "paper"}
             for kind, microbatches, weights in itertools.product(kinds, (1, 2), SOME)
+        ]
+        every += [
+            {"kind": kind, "microbatches": microbatches, "again": False, "weights": EVERY, "variant": variant}
+            for kind, microbatches, variant in itertools.product(kinds, (1, 2), VARIANTS)
+            if variant != "paper"
         ]
     # One implementation each on four ranks, and for some of the losses, to save time.
     return [
         case | {"plan": plan}
         for case in every
         for plan in ("plain", "fast")
-        if (ranks == 2 and case["weights"] == EVERY) or (plan == "fast") == (case["microbatches"] == 2)
+        if (ranks == 2 and case["weights"] == EVERY and case["variant"] == "paper")
+        or (plan == "fast") == (case["microbatches"] == 2)
     ]
 
 
-def run(world: Any, oracles: dict[tuple[float, ...], Oracle], case: dict[str, Any]) -> dict[str, Any]:
+def run(world: Any, oracles: dict[tuple[tuple[float, ...], str], Oracle], case: dict[str, Any]) -> dict[str, Any]:
     from mvlm.distributed.global_batch import backward_global
     from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
     from mvlm.training.metrics import gradient_norms
 
     kind, number, weights = case["kind"], case["microbatches"], case["weights"]
-    model = micro_model(**SHALLOW)
+    model = micro_model(**SHALLOW, **VARIANTS[case["variant"]])
     if case["again"]:
         checkpoint_activations(model)
     parallel = parallelize(model, world, "ddp" if kind == "ddp" else "fsdp", nodes=2 if kind == "hsdp" else 1)
-    micro = pieces(world, number)
-    oracle, found = oracles[weights], dict(case)
+    micro = pieces(world, number, case["variant"])
+    oracle, found = oracles[weights, case["variant"]], dict(case)
     # Two steps in turn: the first must not affect the second.
-    for local in (True, False) if world.size == 2 and not case["again"] else (False,):
+    for local in (True, False) if world.size == 2 and not case["again"] and case["variant"] == "paper" else (False,):
         model.zero_grad(set_to_none=True)
         losses = backward_global(
             parallel,
@@ -272,15 +299,16 @@ def twice(world: Any, microbatches: int, most: int) -> dict[str, Any]:
     }
 
 
-def pieces(world: Any, number: int) -> list[tuple[Batch, Masks]]:
+def pieces(world: Any, number: int, variant: str = "paper") -> list[tuple[Batch, Masks]]:
     """This rank's microbatches of the whole batch."""
     size = len(LENGTHS) // (world.size * number)
-    return [piece(*whole_batch(), (a * world.size + world.rank) * size, size) for a in range(number)]
+    return [piece(*whole_batch(variant), (a * world.size + world.rank) * size, size) for a in range(number)]
 
 
 def main() -> None:
     rank, port, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    oracles = {weights: Oracle(weights) for weights in (EVERY, *SOME)}
+    oracles = {(weights, "paper"): Oracle(weights) for weights in (EVERY, *SOME)}
+    oracles |= {(EVERY, variant): Oracle(EVERY, variant) for variant in VARIANTS}
     tested = (
         "mvlm.distributed.global_batch",
         "mvlm.distributed.contrastive",

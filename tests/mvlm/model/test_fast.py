@@ -12,7 +12,7 @@ from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import LossWeights
 from mvlm_dataloading import Batch, Masks
 from mvlm_kernels import dispatch, use_backend
-from support.models import micro_batch, micro_config, micro_model
+from support.models import micro_batch, micro_config, micro_model, with_complement, with_weights
 
 
 def configurations(number: int):
@@ -119,6 +119,32 @@ def test_implementations_agree_on_masked_partners(image: float, text: float, pad
     )
     inputs = pad_to_bucket(batch, masks, model.config.text_length) if padded else None
     assert_implementations_agree(model, batch, masks, fast_inputs=inputs)
+
+
+def test_implementations_agree_on_the_sigmoid_loss():
+    model = micro_model(contrastive="sigmoid")
+    batch, masks = micro_batch()
+    assert_implementations_agree(model, with_duplicates(batch), masks)
+    paper, _ = losses_and_gradients(micro_model(), batch, masks, "plain")
+    sigmoid, gradients = losses_and_gradients(model, batch, masks, "fast")
+    assert abs(sigmoid.itc - paper.itc) > 0.01
+    assert gradients["logit_bias"].abs() > 1e-4
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("complement", [False, True])
+def test_implementations_agree_on_weights_and_complements_of_masks(weighted: bool, complement: bool, padded: bool):
+    model = micro_model(complementary_masks=complement)
+    batch, masks = micro_batch((7, 4, 12, 3, 9, 12))
+    paper, _ = losses_and_gradients(model, batch, masks, "plain")
+    masks = with_weights(batch, masks) if weighted else masks
+    masks = with_complement(batch, masks) if complement else masks
+    fast_inputs = pad_to_bucket(batch, masks, model.config.text_length) if padded else None
+    assert_implementations_agree(model, batch, masks, fast_inputs)
+    found, _ = losses_and_gradients(model, batch, masks, "fast")
+    assert (abs(found.mlm - paper.mlm) > 1e-3) == (weighted or complement)
+    assert (abs(found.mim - paper.mim) > 1e-3) == weighted
 
 
 @pytest.mark.parametrize("drop_masked", [False, True])

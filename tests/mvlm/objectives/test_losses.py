@@ -36,6 +36,23 @@ def test_masked_image_loss_against_loops():
     assert masked_image_loss(pred, target).item() == pytest.approx(total / 144, abs=1e-12)
 
 
+def test_weighted_reconstruction_losses_against_loops():
+    logits, targets, weights = 3 * normal(7, 11), torch.tensor([0, 10, 4, 4, 7, 2, 9]), normal(7, seed=2).abs()
+    terms = [-log_softmax(row)[t] for row, t in zip(logits.tolist(), targets.tolist(), strict=True)]
+    wanted = sum(w * x for w, x in zip(weights.tolist(), terms, strict=True)) / sum(weights.tolist())
+    assert masked_language_loss(logits, targets, weights).item() == pytest.approx(wanted, abs=1e-12)
+
+    pred, target, weights = normal(3, 4, 12), normal(3, 4, 12, seed=1), normal(3, 4, seed=2).abs()
+    total = sum(
+        weights[b, k].item() * abs(pred[b, k, i].item() - target[b, k, i].item()) / 12
+        for b in range(3)
+        for k in range(4)
+        for i in range(12)
+    )
+    wanted = total / sum(weights.flatten().tolist())
+    assert masked_image_loss(pred, target, weights).item() == pytest.approx(wanted, abs=1e-12)
+
+
 @pytest.mark.parametrize("loss", ["mlm", "mim", "itm"])
 def test_losses_of_bf16_inputs_are_computed_in_fp32(loss):
     """Equal to the bit to the losses of the same numbers in fp32."""
@@ -74,6 +91,31 @@ def test_contrastive_loss_of_small_matrices_by_hand():
 
     assert contrastive_loss(torch.full((5, 5), 3.0, dtype=torch.float64))[0].item() == pytest.approx(math.log(5))
     assert contrastive_loss(torch.tensor([[7.0]]))[0].item() == 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 60.0])
+def test_sigmoid_loss_against_loops(scale):
+    """Logits of up to 150: log(1 + e^x) is exact on both sides."""
+    logits, bias = scale * normal(5, 5), torch.tensor([-1.5], dtype=torch.float64)
+    total = 0.0
+    for i in range(5):
+        for j in range(5):
+            x = (logits[i, j].item() - 1.5) * (1 if i == j else -1)
+            total += math.log1p(math.exp(-x)) if x > 0 else math.log1p(math.exp(x)) - x
+    loss, accuracy = contrastive_loss(logits, bias)
+    assert loss.item() == pytest.approx(total / 5, rel=1e-12)
+    assert accuracy == contrastive_loss(logits)[1]
+
+
+def test_gradient_of_the_sigmoid_loss_pushes_each_pair_on_its_own():
+    """sigmoid(x) - 1 for a true pair, sigmoid(x) for another, over the number of pairs."""
+    logits, bias = normal(4, 4).requires_grad_(), torch.tensor([-2.0], dtype=torch.float64, requires_grad=True)
+    contrastive_loss(logits, bias)[0].backward()
+    wanted = [[(1 / (1 + math.exp(2 - logits[i, j].item())) - (i == j)) / 4 for j in range(4)] for i in range(4)]
+    assert logits.grad is not None
+    assert bias.grad is not None
+    torch.testing.assert_close(logits.grad, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-12)
+    assert bias.grad.item() == pytest.approx(sum(map(sum, wanted)), abs=1e-12)
 
 
 def test_matching_loss_against_loops():
