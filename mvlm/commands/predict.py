@@ -6,7 +6,14 @@ from pathlib import Path
 
 
 def reconstruct(
-    *, checkpoint: Path, image: Path, caption: str, out: Path, wrong_caption: str | None = None, seed: int = 0
+    *,
+    checkpoint: Path,
+    image: Path,
+    caption: str,
+    out: Path,
+    wrong_caption: str | None = None,
+    seed: int = 0,
+    steps: int = 1,
 ) -> None:
     """Mask an image and rebuild it from its visible patches and a caption.
 
@@ -17,6 +24,7 @@ def reconstruct(
         out: PNG to write: the image, masked, rebuilt with the caption and, if given, with the wrong one.
         wrong_caption: Caption of another image, to see the caption's contribution.
         seed: Seed of the mask.
+        steps: Steps in which patches are rebuilt, those first that continue the patches beside them best.
     """
     import numpy as np
     from PIL import Image
@@ -29,16 +37,16 @@ def reconstruct(
     if out.exists() and out.samefile(image):
         raise ConfigError(f"out: wanted another file than the image itself, got {out} for both")
     model = load_model(checkpoint)
-    found = model.reconstruct(image, caption, seed=seed)
+    found = model.reconstruct(image, caption, seed=seed, steps=steps)
     panels = [found.image, found.masked, found.rebuilt]
     if wrong_caption is not None:
-        panels.append(model.reconstruct(image, wrong_caption, seed=seed).rebuilt)
+        panels.append(model.reconstruct(image, wrong_caption, seed=seed, steps=steps).rebuilt)
     out.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.concatenate(panels, axis=1)).save(out)
     print(f"{out}: image, masked, rebuilt{' and rebuilt with the wrong caption' if wrong_caption else ''}")
 
 
-def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5) -> None:
+def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5, steps: int = 1) -> None:
     """Guess the [MASK] tokens of a caption, given its image.
 
     Args:
@@ -46,9 +54,10 @@ def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5) -> None:
         image: Image file of any size.
         caption: Caption with [MASK] for every token to guess, for example "flag of [MASK]".
         top: Guesses to print for each [MASK].
+        steps: Steps in which [MASK]s are replaced, the most probable first; later guesses see earlier ones.
     """
     from mvlm.runs.load import load_model
 
-    for number, guesses in enumerate(load_model(checkpoint).fill(caption, image, top).guesses, 1):
+    for number, guesses in enumerate(load_model(checkpoint).fill(caption, image, top, steps).guesses, 1):
         shown = "  ".join(f"{guess.token} {100 * guess.probability:.0f}%" for guess in guesses)
         print(f"[MASK] {number}: {shown}")

@@ -73,23 +73,42 @@ def fill_mask(
 
 
 def fill_text(
-    model: MaskVLM, tokenizer: Tokenizer, text: str, image: Tensor, top: int = 5, precision: str = "auto"
+    model: MaskVLM,
+    tokenizer: Tokenizer,
+    text: str,
+    image: Tensor,
+    top: int = 5,
+    precision: str = "auto",
+    steps: int = 1,
 ) -> FilledText:
     """Fill in the [MASK]s of one text, given its image uint8 (3, S, S): `top` guesses for each.
 
+    In each of `steps` steps an equal number of [MASK]s, rounded up, is replaced: those whose first guess is the most
+    probable. Later guesses see the tokens in their place.
+
     Raises:
-        ConfigError: the text has no [MASK], or one that is out of reach, or `top` is out of range.
+        ConfigError: the text has no [MASK], or one that is out of reach, or `top` or `steps` is out of range.
     """
     if not 1 <= top <= tokenizer.vocab_size:
         raise ConfigError(f"top: wanted 1 to {tokenizer.vocab_size}, got {top}")
+    if steps < 1:
+        raise ConfigError(f"steps: wanted at least 1, got {steps}")
     tokens = tokens_with_masks(text, tokenizer, model.config.text_length)
     ids = (tokens == tokenizer.mask_id).nonzero()[:, 0]
     if not len(ids):
         raise ConfigError(f'caption: wanted at least one [MASK], got {text!r}; write it as in "flag of [MASK]"')
-    guesses, probabilities = fill_mask(model, tokenizer, image[None], tokens, [len(tokens)], ids, top, precision)
-    filled = tokens.scatter(0, ids, guesses[:, 0])
+    guesses, probabilities = torch.zeros(len(ids), top, dtype=torch.int64), torch.zeros(len(ids), top)
+    left = torch.arange(len(ids))  # numbers of the [MASK]s that are not filled in yet
+    for step in range(min(steps, len(ids))):
+        found = fill_mask(model, tokenizer, image[None], tokens, [len(tokens)], ids[left], top, precision)
+        order = found[1][:, 0].sort(descending=True, stable=True).indices
+        number = -(-len(left) // (min(steps, len(ids)) - step))
+        surest, rest = order[:number], order[number:].sort().values
+        guesses[left[surest]], probabilities[left[surest]] = found[0][surest], found[1][surest]
+        tokens[ids[left[surest]]] = found[0][surest, 0]
+        left = left[rest]
     return FilledText(
-        tokenizer.decode(filled.tolist()),
+        tokenizer.decode(tokens.tolist()),
         [
             [Guess(tokenizer.decode([token]), p) for token, p in zip(row, chances, strict=True)]
             for row, chances in zip(guesses.tolist(), probabilities.tolist(), strict=True)

@@ -153,27 +153,35 @@ class TrainedModel(NetworkAndTokenizer):
         """
         return zero_shot.classify(self, images, labels, templates)
 
-    def fill(self, text: str, image: ImageLike, top: int = 5) -> FilledText:
+    def fill(self, text: str, image: ImageLike, top: int = 5, steps: int = 1) -> FilledText:
         """Guess the [MASK] tokens of a text from the rest of it and from its image.
 
         Args:
             text: text with [MASK] for every token to guess, such as "a [MASK] heart".
             top: guesses for each [MASK].
+            steps: steps in which [MASK]s are replaced, the most probable first; later guesses see earlier ones.
         """
         pixels = load_image(image, self.network.config.image_size)
-        return fill_text(self.network, self.tokenizer, text, pixels, top, self.precision)
+        return fill_text(self.network, self.tokenizer, text, pixels, top, self.precision, steps)
 
     def reconstruct(
-        self, image: ImageLike, text: str, hide: NDArray[Any] | Tensor | None = None, *, seed: int = 0
+        self,
+        image: ImageLike,
+        text: str,
+        hide: NDArray[Any] | Tensor | None = None,
+        *,
+        seed: int = 0,
+        steps: int = 1,
     ) -> Reconstruction:
         """Rebuild hidden patches of an image from its visible patches and a text.
 
         Args:
             hide: bool (h, w) of any size over the whole image, True = hidden: every patch that it touches. Default: a
                 mask as in training, drawn from `seed`.
+            steps: steps in which patches are rebuilt, those first that continue the patches beside them best.
         """
         pixels = load_image(image, self.network.config.image_size)
-        return reconstruct_image(self.network, self.tokenizer, pixels, text, hide, seed, self.precision)
+        return reconstruct_image(self.network, self.tokenizer, pixels, text, hide, seed, self.precision, steps)
 
     def attention(self, image: ImageLike, text: str) -> AttentionMaps:
         """Weights of each word of a text over the patches of an image: by layer and head, and by GradCAM on ITM.

@@ -113,7 +113,7 @@ class BatchStream:
             masks = replace(masks, partner_token_ids=self._host_tensor(drawn))
         return batch, masks
 
-    def _patches(self, of: tuple[Any, ...]) -> dict[str, torch.Tensor]:
+    def _patches(self, of: tuple[int, Any, Any]) -> dict[str, torch.Tensor]:
         """Masked patches of the samples `of` (seed, epochs, ids), fields of `Masks`."""
         config = self._masks
         if not config.variable_patches:
@@ -122,7 +122,7 @@ class BatchStream:
         ids, weights = draw_variable_patch_masks(*of, **sizes)
         return {"patch_ids": self._host_tensor(ids), "patch_weights": self._host_tensor(weights)}
 
-    def _tokens(self, of: tuple[Any, ...], lengths: np.ndarray) -> dict[str, torch.Tensor]:
+    def _tokens(self, of: tuple[int, Any, Any], lengths: np.ndarray) -> dict[str, torch.Tensor]:
         """Masked tokens of captions of these lengths, fields of `Masks`."""
         config = self._masks
         ratio = None if config.variable_tokens else config.token_ratio

@@ -74,6 +74,7 @@ def test_variable_and_complementary_masks_equal_the_mask_functions(train_split, 
         of = (5, 0, batch.sample_id.numpy())
         patches, patch_weights = draw_variable_patch_masks(*of, image_size=64)
         tokens, others = draw_two_token_masks(*of, batch.cu_seqlens.diff().numpy(), ratio=None, complement=True)
+        assert others is not None
         found = (masks.patch_ids, masks.patch_weights, masks.token_ids, masks.token_weights, masks.complement_ids)
         for tensor, wanted in zip(found, (patches, patch_weights, *tokens, others.ids), strict=True):
             assert np.array_equal(tensor, wanted)

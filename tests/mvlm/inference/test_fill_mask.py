@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mvlm.errors import ConfigError
-from mvlm.inference.fill_mask import fill_mask, tokens_with_masks
+from mvlm.inference.fill_mask import fill_mask, fill_text, tokens_with_masks
 from mvlm_dataloading import tokenizer_for
 from support.models import micro_batch, micro_model
 
@@ -76,3 +76,33 @@ def test_guesses_against_the_models_logits(model, tokenizer):
             order = np.argsort(-p)[:4]
             assert guesses[number].tolist() == order.tolist()
             np.testing.assert_allclose(probabilities[number].numpy(), p[order], rtol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 9])
+def test_masks_are_filled_most_probable_first(model, tokenizer, steps):
+    """Against a loop that asks for one step at a time; with one step, all guesses are those of the whole."""
+    image, text = micro_batch((6,))[0].images[0], "red [MASK] left [MASK] on [MASK] [MASK]"
+    found = fill_text(model, tokenizer, text, image, top=2, precision="fp32", steps=steps)
+    tokens = tokens_with_masks(text, tokenizer, 12).tolist()
+    every = [i for i, t in enumerate(tokens) if t == tokenizer.mask_id]
+    wanted = {}
+    for number in {1: [4], 2: [2, 2], 3: [2, 1, 1], 4: [1] * 4, 9: [1] * 4}[steps]:
+        left = [i for i in every if i not in wanted]
+        guesses, chances = fill_mask(
+            model, tokenizer, image[None], torch.tensor(tokens), [len(tokens)], torch.tensor(left), 2, "fp32"
+        )
+        ranked = sorted(range(len(left)), key=lambda k: -chances[k, 0].item())[:number]
+        for k in ranked:
+            wanted[left[k]] = (guesses[k].tolist(), chances[k].tolist())
+        for k in ranked:
+            tokens[left[k]] = guesses[k, 0].item()
+    assert found.text == tokenizer.decode(tokens)
+    assert len(found.guesses) == 4
+    for row, i in zip(found.guesses, every, strict=True):
+        assert [guess.token for guess in row] == [tokenizer.decode([t]) for t in wanted[i][0]]
+        assert [guess.probability for guess in row] == pytest.approx(wanted[i][1], abs=1e-6)
+
+
+def test_no_step_is_refused(model, tokenizer):
+    with pytest.raises(ConfigError, match="steps: wanted at least 1, got 0"):
+        fill_text(model, tokenizer, "[MASK]", micro_batch((6,))[0].images[0], steps=0)

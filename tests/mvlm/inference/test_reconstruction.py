@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from mvlm.inference.images import GREY, hide_patches
-from mvlm.inference.reconstruction import reconstruct, reconstruction_strip
+from mvlm.inference.reconstruction import border_errors, reconstruct, reconstruction_strip
+from mvlm.model.patches import patchify, unpatchify
 from support.models import micro_batch, micro_model
 from support.scenes import scene
 
@@ -82,3 +83,52 @@ def test_a_reconstruction_strip_has_three_rows_of_eight_images(model, tokenizer,
         assert hidden.sum() == 32 * 32 / 2
         assert np.array_equal(rebuilt[i][~hidden], original[i][~hidden])
         assert not np.array_equal(rebuilt[i][hidden], original[i][hidden])
+
+
+def test_border_errors_against_loops():
+    rng = np.random.default_rng(0)
+    side, patch, ids = 3, 2, [[0, 4, 7], [2, 3, 8]]
+    patches, pixels = rng.integers(0, 256, (2, 9, 12)), rng.integers(0, 256, (2, 3, 12))
+    known = rng.random((2, 9)) < 0.5
+    known[1, [1, 5]] = False  # patch 2 of the second image has no known neighbour
+    found = border_errors(*map(torch.from_numpy, (patches, known, pixels)), torch.tensor(ids))
+    for b in range(2):
+        for k, i in enumerate(ids[b]):
+            borders = []
+            for j in range(9):
+                dy, dx = j // side - i // side, j % side - i % side
+                if abs(dy) + abs(dx) != 1 or not known[b, j]:
+                    continue
+                own, theirs = (x.reshape(3, patch, patch) for x in (pixels[b, k], patches[b, j]))
+                pairs = [
+                    (own[c, t, 0 if dx < 0 else -1], theirs[c, t, -1 if dx < 0 else 0])
+                    if dx
+                    else (own[c, 0 if dy < 0 else -1, t], theirs[c, -1 if dy < 0 else 0, t])
+                    for c in range(3)
+                    for t in range(patch)
+                ]
+                borders.append(np.mean([abs(float(p) - float(q)) for p, q in pairs]))
+            assert found[b, k].item() == pytest.approx(np.mean(borders) if borders else float("inf"), rel=1e-6)
+
+
+@pytest.mark.parametrize("steps, numbers", [(1, [8]), (3, [3, 3, 2]), (99, [1] * 8)])
+def test_patches_are_rebuilt_in_steps(model, tokenizer, steps, numbers):
+    """Against a loop that rebuilds all that is left and keeps the patches with the smallest border errors."""
+    batch, masks = micro_batch()
+    captions = ["red top left", "blue bottom", "green", "yellow on white", "a square"]
+    found = reconstruct(model, tokenizer, batch.images, captions, masks.patch_ids, "fp32", steps)
+    for b in range(5):
+        image, left = batch.images[b : b + 1], masks.patch_ids[b].tolist()
+        for number in numbers:
+            whole = reconstruct(model, tokenizer, image, captions[b : b + 1], torch.tensor([left]), "fp32")
+            known = torch.tensor([[i not in left for i in range(16)]])
+            errors = border_errors(patchify(image, 8), known, patchify(whole, 8)[:, left], torch.tensor([left]))[
+                0
+            ].tolist()
+            chosen = sorted(range(len(left)), key=lambda k: errors[k])[:number]
+            patches = patchify(image, 8)
+            patches[0, [left[k] for k in chosen]] = patchify(whole, 8)[0, [left[k] for k in chosen]]
+            image = unpatchify(patches, 8)
+            left = [i for k, i in enumerate(left) if k not in chosen]
+        assert not left
+        assert (found[b].int() - image[0].int()).abs().max() <= 1
