@@ -46,6 +46,9 @@ class MaskVLMConfig:
     contrastive: Literal["softmax", "sigmoid"] = "softmax"
     """Form of ITC. softmax: InfoNCE, the paper's. sigmoid: SigLIP's loss, which judges every pair on its own and also
     learns a bias."""
+    text_pooling: bool = False
+    """Also contrast each caption with what it picks out of each image: attention pooling with the caption as the query,
+    as in FLAIR. ITC is then the mean of both losses."""
     cross_norm: Literal["post", "pre"] = "post"
     """LayerNorm after each residual sum (post, the paper) or before each sub-layer (pre)."""
     initialization: Literal["normal", "xavier"] = "normal"

@@ -3,13 +3,15 @@
 Shape legend: n pairs of this rank, G pairs of the global batch, E contrastive width, Q rows of a block.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mvlm.device import compute_dtype
 from mvlm.distributed.collectives import Gather, GlobalBatchLayout, InFlight, start_gather
-from mvlm.objectives.losses import contrastive_logits, contrastive_sums
+from mvlm.objectives.losses import conditioned_loss, contrastive_logits, contrastive_sums
 from mvlm.objectives.negatives import Negatives, NegativeSampling
 
 MAX_LOGITS = 1 << 24
@@ -27,11 +29,14 @@ class Embeddings:
         self.image, self.text = image, text
         both = torch.cat([image, text], dim=1)  # (n, 2 E)
         self._all = InFlight(both, Gather(both, layout, compute_dtype(both)))
+        self._arrived: tuple[Tensor, Tensor] | None = None
 
     def arrive(self) -> tuple[Tensor, Tensor]:
         """Images and captions of all ranks, (G, E) each, with gradients."""
-        image, text = self._all.arrive().chunk(2, dim=1)
-        return image, text
+        if self._arrived is None:
+            image, text = self._all.arrive().chunk(2, dim=1)
+            self._arrived = image, text
+        return self._arrived
 
 
 def sharded_contrastive_loss(
@@ -58,6 +63,38 @@ def sharded_contrastive_loss(
     text_loss, text_correct, images = _rows(text, all_images, log_scale, bias, sampling, layout, 1, elements)
     loss, accuracy = (sums / (2 * layout.total) for sums in (image_loss + text_loss, image_correct + text_correct))
     return loss, accuracy, torch.stack([texts, images], dim=1)
+
+
+def sharded_conditioned_loss(
+    similarity: Callable[[Tensor, Tensor], Tensor],
+    image: Tensor,
+    embeddings: Embeddings,
+    log_scale: Tensor,
+    layout: GlobalBatchLayout,
+    elements: int = MAX_LOGITS,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Compute this rank's share of `objectives.losses.conditioned_loss`: its own images with all captions.
+
+    Captions travel as embeddings, so features of images never do.
+
+    Args:
+        similarity: gives the cosines (Q, G) of features (Q, 1+N, C) and embeddings of captions (G, E).
+        image: features (n, 1+N, C) of the own images.
+        elements: most values of queries in memory at a time. Backward computes further blocks again.
+    """
+    _, texts = embeddings.arrive()
+    indices = layout.own_indices(image.device)
+
+    def block(rows: Tensor, of: Tensor) -> Tensor:
+        return conditioned_loss(similarity(rows, texts), log_scale, bias, of)
+
+    size = max(1, elements // (len(texts) * image.shape[2]))
+    blocks = list(zip(image.split(size), indices.split(size), strict=True))
+    if len(blocks) == 1:
+        return block(image, indices) / layout.total
+    parts = [checkpoint(block, rows, of, use_reentrant=False) for rows, of in blocks]
+    return torch.stack(parts).sum() / layout.total  # pyright: ignore[reportArgumentType]
 
 
 def negatives_of_all(draws: Tensor, sampling: NegativeSampling, layout: GlobalBatchLayout) -> Negatives:

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from mvlm.distributed.collectives import GlobalBatchLayout, Pending, start_gather
-from mvlm.distributed.contrastive import Embeddings, negatives_of_all, sharded_contrastive_loss
+from mvlm.distributed.contrastive import Embeddings, negatives_of_all
 from mvlm.distributed.gradient_cache import backward_cached
 from mvlm.distributed.loss_shares import (
     OBJECTIVES,
     SHARE_NAMES,
     GlobalStep,
     Microbatch,
+    contrastive_shares,
     feature_exchange,
     global_matching_shares,
     idle_parameters,
@@ -112,9 +113,8 @@ def _backward_one_graph(parallel: Parallel, microbatches: Sequence[Microbatch], 
             image, text = streams.image, streams.text
             embeddings = Embeddings(model.embed_image(image), model.embed_text(text.first()), step.layout)
             shares = language_shares(model, streams, batch, masks, step)
-            shares["itc"], shares["itc_accuracy"], draws = sharded_contrastive_loss(
-                embeddings, model.log_scale, step.sampling, step.layout, bias=model.logit_bias
-            )
+            contrastive, draws = contrastive_shares(model, image, embeddings, step)
+            shares |= contrastive
             if not step.weights.itm:
                 shares |= image_share(model, streams, batch, masks, step)
             elif step.local_negatives:

@@ -19,12 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mvlm.distributed.contrastive import Embeddings, negatives_of_all, sharded_contrastive_loss
+from mvlm.distributed.contrastive import Embeddings, negatives_of_all
 from mvlm.distributed.exchange import Arrived, FeatureExchange
 from mvlm.distributed.loss_shares import (
     SHARE_NAMES,
     GlobalStep,
     Microbatch,
+    contrastive_shares,
     feature_exchange,
     global_matching_shares,
     image_share,
@@ -112,18 +113,18 @@ def _backward_to_features(
         with step.autocast():
             image = torch.cat([model.embed_image(own.image) for own in cached])  # (n, E)
             text = torch.cat([model.embed_text(own.text.first()) for own in cached])
-            share, accuracy, draws = sharded_contrastive_loss(
-                Embeddings(image, text, step.layout), model.log_scale, step.sampling, step.layout, bias=model.logit_bias
-            )
+            embeddings = Embeddings(image, text, step.layout)
+            features = torch.cat([own.image for own in cached])  # (n, 1+N, C)
+            shares, draws = contrastive_shares(model, features, embeddings, step)
             if not step.weights.itm:
-                return scaled_total(model, {"itc": share, "itc_accuracy": accuracy}, step)
+                return scaled_total(model, shares, step)
             if step.local_negatives:
                 drawn.append(negatives_of_all(draws, step.sampling, step.layout))
             else:
                 image = torch.cat([own.image.detach() for own in cached])  # (n, 1+N, C)
                 texts = [own.text._replace(rows=own.text.rows.detach()) for own in cached]
                 drawn.append(feature_exchange(draws, image, texts, step))
-        return scaled_total(model, {"itc": share, "itc_accuracy": accuracy}, step)
+        return scaled_total(model, shares, step)
 
     total, shares = parallel(itc, last=False)
     total.backward()

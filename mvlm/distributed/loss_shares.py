@@ -9,6 +9,7 @@ patches, L tokens a caption may have, C width.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from mvlm.device import compute_dtype
 from mvlm.distributed.collectives import GlobalBatchLayout, Pending
+from mvlm.distributed.contrastive import Embeddings, sharded_conditioned_loss, sharded_contrastive_loss
 from mvlm.distributed.exchange import Arrived, FeatureExchange
 from mvlm.distributed.world import World
 from mvlm.model.implementation import Implementation, PairCaches, Streams, needs_masked
@@ -82,6 +84,7 @@ def idle_parameters(model: MaskVLMNetwork, weights: LossWeights) -> list[nn.Para
         (model.image_projection, weights.contrasts),
         (model.text_projection, weights.contrasts),
         (model.matching_head, matching),
+        *([] if model.text_pooling is None else [(model.text_pooling, weights.contrasts)]),
         (model.text_cross, matching or weights.mlm > 0),
         (model.language_head, weights.mlm > 0),
         (model.image_cross, matching or weights.mim > 0),
@@ -114,6 +117,22 @@ def image_share(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Ma
         return {}
     mim = step.implementation.image_loss(model, streams, batch, masks)
     return {"mim": mim / (step.layout.ranks * step.layout.microbatches)}
+
+
+def contrastive_shares(
+    model: MaskVLMNetwork, image: Tensor, embeddings: Embeddings, step: GlobalStep
+) -> tuple[Shares, Tensor]:
+    """Shares of ITC and its accuracy, and draws int64 (n, 2) of negatives. image (n, 1+N, C): the own features."""
+    share, accuracy, draws = sharded_contrastive_loss(
+        embeddings, model.log_scale, step.sampling, step.layout, bias=model.logit_bias
+    )
+    if model.text_pooling is not None:
+        similarity = partial(step.implementation.conditioned_similarity, model.text_pooling)
+        pooled = sharded_conditioned_loss(
+            similarity, image, embeddings, model.log_scale, step.layout, bias=model.logit_bias
+        )
+        share = (share + pooled) / 2
+    return {"itc": share, "itc_accuracy": accuracy}, draws
 
 
 def local_matching_shares(

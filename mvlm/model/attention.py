@@ -146,6 +146,28 @@ class _Stacked(torch.autograd.Function):
         return None, *grads[0].to(ctx.dtype).split(ctx.rows)
 
 
+class TextPooling(Attention):
+    """Attention pooling of an image by a caption: one query from the caption's embedding, over the image's features.
+
+    It maps into the width of the embeddings. FLAIR (Xiao et al., 2025) has such a pooling.
+    """
+
+    def __init__(self, width: int, heads: int, itc_width: int) -> None:
+        super().__init__(width, heads)
+        self.query = nn.Linear(itc_width, width)
+        self.out = nn.Linear(width, itc_width)
+
+    def similarity(self, v: Tensor, texts: Tensor) -> Tensor:
+        """Cosine of each caption's embedding texts (G, E) and what it pools of each image v (B, 1+N, C): (B, G)."""
+        q = self.query(texts).expand(len(v), -1, -1)  # (B, G, C)
+        return self.cosine(self._attend(q, self.key(v), self.value(v), None), texts)
+
+    def cosine(self, pooled: Tensor, texts: Tensor) -> Tensor:
+        """Cosine of texts (G, E) and the projection of pooled (B, G, C): (B, G), in fp32 or float64."""
+        wide = torch.float64 if texts.dtype == torch.float64 else torch.float32
+        return (F.normalize(self.out(pooled).to(wide), dim=-1) * texts.to(wide)).sum(-1)
+
+
 Attend = Callable[[Attention, Tensor], Branch]
 """Computation of a block's attention: (module, rows that attend) -> rows to add to the residual stream."""
 

@@ -23,6 +23,7 @@ from mvlm.model.attention import Attention
 from mvlm.model.attention_backends import KeyIndex
 from mvlm.model.cross_encoder import CrossEncoder, KeyValueCache
 from mvlm.model.fast_attention import attend_cross, attend_self, select_rows, select_within
+from mvlm.model.fast_attention import conditioned_similarity as conditioned_similarity
 from mvlm.model.implementation import ALL, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, Packing, mask_tokens, pack_copies, round_up_length, skip_copy

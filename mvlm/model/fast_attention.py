@@ -6,14 +6,18 @@ Shape legend: B sequences, L rows of the longest sequence, T packed rows, C widt
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm.device import compute_dtype
 from mvlm.model import attention_backends as backends
-from mvlm.model.attention import Attend, Attention
+from mvlm.model.attention import Attend, Attention, TextPooling
 from mvlm.model.cross_encoder import CrossBlock, KeyValueCache, SelectRows
 from mvlm.model.packing import Packing
 from mvlm.model.residual import Branch
+
+MAX_QUERIES = 128
+"""Longest sequence of captions that pool an image together."""
 
 
 def attend_self(packing: Packing | None, select: SelectRows | None = None, selected: Packing | None = None) -> Attend:
@@ -58,6 +62,24 @@ def attend_cross(
         )
 
     return attend
+
+
+def conditioned_similarity(pooling: TextPooling, v: Tensor, texts: Tensor) -> Tensor:
+    """Compute `TextPooling.similarity`: v (B, 1+N, C) and texts (G, E) -> (B, G).
+
+    Captions are the queries, in sequences of at most 128: the short side of `mvlm_kernels.cross_attention`. Each
+    sequence reads the keys of its image in place.
+    """
+    q, (k, values) = pooling.queries(texts), pooling.keys_values(v)  # (G, H, D), (B, 1+N, H, D)
+    longest = min(len(q), MAX_QUERIES)
+    sequences = -(-len(q) // longest)
+    q = F.pad(q, (0, 0, 0, 0, 0, sequences * longest - len(q))).unflatten(0, (sequences, longest))
+    rows = torch.arange(len(v) * sequences, device=v.device) // sequences
+    heads = backends.text_attention(
+        q.repeat(len(v), 1, 1, 1), k, values, None, None, backends.KeyIndex(rows, len(v)), pooling.text_backend
+    )  # (B sequences, longest, H, D)
+    pooled = heads.flatten(2).unflatten(0, (len(v), sequences)).flatten(1, 2)[:, : len(texts)]
+    return pooling.cosine(pooled, texts)
 
 
 def select_within(x: Tensor, positions: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 
 from mvlm.config.model import MaskVLMConfig
+from mvlm.model.attention import TextPooling
 from mvlm.model.cross_encoder import KeyValueCache
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText
@@ -78,6 +79,10 @@ class Implementation(Protocol):
 
     def image_loss(self, model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
         """MIM, a scalar: the mean over the masked patches of the batch."""
+        ...
+
+    def conditioned_similarity(self, pooling: TextPooling, v: Tensor, texts: Tensor) -> Tensor:
+        """Cosine of each caption's embedding texts (G, E) and what it pools of each image v (B, 1+N, C): (B, G)."""
         ...
 
     def fuse_pairs(

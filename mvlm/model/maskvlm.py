@@ -5,6 +5,7 @@ Shape legend: B batch, E contrastive width.
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from mvlm.model import fast, plain
@@ -64,6 +65,11 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
             image, text = self.embed_image(streams.image), self.embed_text(streams.text.first())  # (B, E)
             logits = losses.contrastive_logits(image, text, self.log_scale)
             itc, itc_accuracy = losses.contrastive_loss(logits, self.logit_bias)
+            if self.text_pooling is not None:
+                similarity = implementation.conditioned_similarity(self.text_pooling, streams.image, text)  # (B, B)
+                rows = torch.arange(len(text), device=text.device)
+                pooled = losses.conditioned_loss(similarity, self.log_scale, self.logit_bias, rows) / len(text)
+                itc = (itc + pooled) / 2
             if weights.itm > 0:
                 itm, itm_accuracy = self._matching(implementation, streams, batch, logits, seed, step)
         total = weights.total((mlm, mim, itc, itm))

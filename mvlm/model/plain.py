@@ -9,6 +9,7 @@ C width, R pairs of an image and a text.
 import torch
 from torch import Tensor
 
+from mvlm.model.attention import TextPooling
 from mvlm.model.implementation import ALL, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, Packing, mask_tokens
@@ -87,6 +88,11 @@ def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Mas
     w, key_mask = streams.partner_text.padded()  # (B, L, C), (B, L)
     pixels = model.reconstruct(streams.masked_image, w, key_mask, masks.patch_ids)  # (B, K, 3*P*P)
     return losses.masked_image_loss(pixels, model.patch_targets(batch.images, masks.patch_ids), masks.patch_weights)
+
+
+def conditioned_similarity(pooling: TextPooling, v: Tensor, texts: Tensor) -> Tensor:
+    """Cosine of each caption's embedding texts (G, E) and what it pools of each image v (B, 1+N, C): (B, G)."""
+    return pooling.similarity(v, texts)
 
 
 def fuse_pairs(

@@ -79,7 +79,7 @@ def masked_language_loss(logits: Tensor, targets: Tensor, weights: Tensor | None
     """MLM: mean cross-entropy over masked tokens, weighted by weights (M,). logits (M, V), targets int64 (M,).
 
     With weights n/k for each of k masked tokens of n, it is the bound of masked diffusion in nats per token (LLaDA, Nie
-    et al., 2025, equation 3, with exact counts as in equation 14): the weights of a caption add up to n.
+    et al., 2025, in its form with exact counts): the weights of a caption add up to n.
     """
     logits = at_least_float32(logits)
     if weights is None:
@@ -135,7 +135,7 @@ def contrastive_loss(logits: Tensor, bias: Tensor | None = None) -> tuple[Tensor
     """ITC and its accuracy. logits (B, B), rows images, columns captions. Returns two scalars.
 
     Without a bias: InfoNCE, the mean of both directions. With a bias (1,): the sigmoid loss of SigLIP (Zhai et al.,
-    2023, equation 1), sum over all pairs of -log sigmoid(z (logit + bias)), divided by B; z = 1 on the diagonal, else
+    2023), sum over all pairs of -log sigmoid(z (logit + bias)), divided by B; z = 1 on the diagonal, else
     -1.
 
     The accuracy is the share of rows and columns whose largest logit is on the diagonal.
@@ -144,6 +144,19 @@ def contrastive_loss(logits: Tensor, bias: Tensor | None = None) -> tuple[Tensor
     sums = zip(contrastive_sums(logits, target, bias), contrastive_sums(logits.T, target, bias), strict=True)
     loss, accuracy = ((rows + columns) / (2 * len(logits)) for rows, columns in sums)
     return loss, accuracy
+
+
+def conditioned_loss(similarity: Tensor, log_scale: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+    """Sum of ITC's losses of a block of images whose features each caption has pooled for itself: a scalar.
+
+    FLAIR (Xiao et al., 2025) has the sigmoid form. Without a bias it is InfoNCE from image to caption: the
+    other direction would need the features of all images on every rank.
+
+    Args:
+        similarity: cosines (Q, G), rows images, columns captions.
+        targets: int64 (Q,), column of each image's own caption.
+    """
+    return contrastive_sums(similarity * log_scale.exp(), targets, bias)[0]
 
 
 def matching_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

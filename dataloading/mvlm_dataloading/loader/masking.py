@@ -4,8 +4,8 @@ Shape legend: B samples, K masked patches per image, M masked tokens of all samp
 
 A share of each sample is masked, the same for all (`ratio`), or drawn for each: the number of masked positions is then
 uniform from one to all n. The sum of their losses times n / number is an unbiased estimate of the loss of masked
-diffusion, whose weight is 1/t at a masking ratio t that is uniform in (0, 1] (LLaDA, Nie et al., 2025, equations 3 and
-14; MDLM, Sahoo et al., 2024).
+diffusion, whose weight is 1/t at a masking ratio t that is uniform in (0, 1] (MDLM, Sahoo et al., 2024; LLaDA, Nie et
+al., 2025, which has both forms).
 
 
 Polarity: ids name *masked* positions, which are replaced and have to be predicted.

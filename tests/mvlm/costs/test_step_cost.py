@@ -123,3 +123,14 @@ def test_flops_of_newer_masks_are_those_of_a_real_step():
     more = [cost.forward + cost.backward for cost in counted]
     assert found[0] > 1.1 * found[1]
     assert more[0] / more[1] == pytest.approx(found[0] / found[1], rel=0.01)
+
+
+def test_flops_of_text_pooling_by_hand():
+    """Queries of 32 captions, keys and values of 32 images with 37 rows, and 32 x 32 poolings with two projections."""
+    shape = StepShape(pairs=32, tokens=12, longest=12, bf16=False, gpu=False)
+    with_pooling, without = (step_cost(replace(CONFIG, text_pooling=p), shape) for p in (True, False))
+    width, embedding = CONFIG.width, CONFIG.itc_width
+    forward = 2 * 32 * embedding * width + 2 * 32 * 37 * width * 2 * width
+    forward += 32 * 32 * (2 * 2 * 37 * width + 2 * width * embedding)
+    assert with_pooling.forward - without.forward == forward
+    assert with_pooling.backward - without.backward == 2 * forward

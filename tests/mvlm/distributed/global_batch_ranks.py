@@ -38,6 +38,8 @@ SOME = ((1.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 1.0, 1.0), (0.0, 
 VARIANTS: dict[str, dict[str, Any]] = {
     "paper": {},
     "sigmoid": {"contrastive": "sigmoid"},
+    "text pooling": {"contrastive": "sigmoid", "text_pooling": True},
+    "text pooling with softmax": {"text_pooling": True},
     "weighted masks": {},
     "weighted complementary masks": {},
 }

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,8 @@ from typing import Any
 import pytest
 import torch
 
+from mvlm.distributed.collectives import GlobalBatchLayout
+from mvlm.distributed.contrastive import Embeddings, sharded_conditioned_loss
 from mvlm.distributed.global_batch import backward_global
 from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World
@@ -254,3 +257,25 @@ def test_fused_pairs_ignore_rows_after_the_last_caption():
     v = model.encode_image(batch.images)
     wanted = plain.fuse_pairs(model, v, text, rows, rows)
     assert all(map(torch.equal, plain.fuse_pairs(model, v, spoilt, rows, rows), wanted))
+
+
+def test_text_pooling_in_blocks_has_the_loss_and_gradients_of_all_at_once():
+    """Five images at once, and two at a time."""
+    batch, _ = micro_batch()
+    found = []
+    for elements in (1 << 20, 2 * 5 * 16):
+        model = micro_model(text_pooling=True, contrastive="sigmoid")
+        v = model.encode_image(batch.images)
+        w, _ = model.encode_text(batch.tokens, batch.cu_seqlens, batch.max_length)
+        layout = GlobalBatchLayout(0, 1, 1, 5)
+        embeddings = Embeddings(model.embed_image(v), model.embed_text(w), layout)
+        similarity = partial(plain.conditioned_similarity, model.text_pooling)
+        loss = sharded_conditioned_loss(
+            similarity, v, embeddings, model.log_scale, layout, elements, bias=model.logit_bias
+        )
+        loss.backward()
+        found.append((loss.item(), {name: p.grad for name, p in model.named_parameters()}))
+    (loss, gradients), (blocks, again) = found
+    assert blocks == pytest.approx(loss, abs=1e-12)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(again[name], gradient, rtol=0, atol=1e-12, msg=name)

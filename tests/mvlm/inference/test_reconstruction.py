@@ -91,7 +91,9 @@ def test_border_errors_against_loops():
     patches, pixels = rng.integers(0, 256, (2, 9, 12)), rng.integers(0, 256, (2, 3, 12))
     known = rng.random((2, 9)) < 0.5
     known[1, [1, 5]] = False  # patch 2 of the second image has no known neighbour
-    found = border_errors(*map(torch.from_numpy, (patches, known, pixels)), torch.tensor(ids))
+    found = border_errors(
+        torch.from_numpy(patches), torch.from_numpy(known), torch.from_numpy(pixels), torch.tensor(ids)
+    )
     for b in range(2):
         for k, i in enumerate(ids[b]):
             borders = []

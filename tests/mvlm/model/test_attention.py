@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mvlm.model.attention import Attention, FeedForward, attend
+from mvlm.model.attention import Attention, FeedForward, TextPooling, attend
 from support.models import normal
 
 
@@ -171,3 +171,26 @@ def test_attend_first_row_is_attention_of_the_first_row(padded):
         )
     for wanted, found in zip(*gradients, strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_text_pooling_against_loops():
+    """One caption, one image and one head at a time, in numpy."""
+    torch.manual_seed(0)
+    pooling = TextPooling(8, 2, 6).double()
+    v, texts = normal(3, 5, 8), torch.nn.functional.normalize(normal(4, 6, seed=1), dim=-1)
+    found = pooling.similarity(v, texts).detach().numpy()
+    weights = {name: p.detach().numpy() for name, p in pooling.named_parameters()}
+
+    def linear(name: str, x: np.ndarray) -> np.ndarray:
+        return weights[f"{name}.weight"] @ x + weights[f"{name}.bias"]
+
+    for i in range(3):
+        for j in range(4):
+            q, pooled = linear("query", texts[j].numpy()), np.zeros(8)
+            keys, values = ([linear(name, row) for row in v[i].numpy()] for name in ("key", "value"))
+            for head in (slice(0, 4), slice(4, 8)):
+                scores = np.array([q[head] @ key[head] / 2 for key in keys])
+                p = np.exp(scores - scores.max())
+                pooled[head] = sum(a * value[head] for a, value in zip(p / p.sum(), values, strict=True))
+            u = linear("out", pooled)
+            assert found[i, j] == pytest.approx(u @ texts[j].numpy() / np.linalg.norm(u), abs=1e-12)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from mvlm.model import fast_attention
 from mvlm.model.cross_encoder import CrossBlock
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import pad_to_bucket
@@ -119,6 +120,22 @@ def test_implementations_agree_on_masked_partners(image: float, text: float, pad
     )
     inputs = pad_to_bucket(batch, masks, model.config.text_length) if padded else None
     assert_implementations_agree(model, batch, masks, fast_inputs=inputs)
+
+
+@pytest.mark.parametrize("contrastive", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("longest", [2, 128])
+def test_implementations_agree_on_text_pooling(monkeypatch, contrastive, longest):
+    """Five captions in sequences of two, or in one."""
+    monkeypatch.setattr(fast_attention, "MAX_QUERIES", longest)
+    model = micro_model(contrastive=contrastive, text_pooling=True)
+    batch, masks = micro_batch()
+    assert_implementations_agree(model, batch, masks)
+    paper, _ = losses_and_gradients(micro_model(contrastive=contrastive), batch, masks, "plain")
+    pooled, gradients = losses_and_gradients(model, batch, masks, "fast")
+    assert abs(pooled.itc - paper.itc) > 0.01
+    assert all(
+        g.abs().max() > 1e-6 for name, g in gradients.items() if "text_pooling" in name and "key.bias" not in name
+    )
 
 
 def test_implementations_agree_on_the_sigmoid_loss():

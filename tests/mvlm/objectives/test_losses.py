@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mvlm.objectives.losses import (
+    conditioned_loss,
     contrastive_logits,
     contrastive_loss,
     correct_top1,
@@ -116,6 +117,17 @@ def test_gradient_of_the_sigmoid_loss_pushes_each_pair_on_its_own():
     assert bias.grad is not None
     torch.testing.assert_close(logits.grad, torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-12)
     assert bias.grad.item() == pytest.approx(sum(map(sum, wanted)), abs=1e-12)
+
+
+def test_conditioned_loss_against_loops():
+    """Two images of a batch of four pairs, at rows 1 and 3."""
+    similarity, scale, bias = normal(2, 4), torch.tensor([0.7], dtype=torch.float64), torch.tensor([-1.0])
+    targets, logits = torch.tensor([1, 3]), (math.exp(0.7) * similarity).tolist()
+    signed = [(x - 1) * (1 if j == t else -1) for row, t in zip(logits, (1, 3), strict=True) for j, x in enumerate(row)]
+    wanted = sum(math.log1p(math.exp(-x)) for x in signed)
+    assert conditioned_loss(similarity, scale, bias, targets).item() == pytest.approx(wanted, abs=1e-12)
+    wanted = -sum(log_softmax(row)[t] for row, t in zip(logits, (1, 3), strict=True))
+    assert conditioned_loss(similarity, scale, None, targets).item() == pytest.approx(wanted, abs=1e-12)
 
 
 def test_matching_loss_against_loops():
