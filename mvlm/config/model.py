@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any, Literal
 
-from mvlm.config.ranges import AT_LEAST_1, FRACTION, Range, check_ranges
+from mvlm.config.ranges import AT_LEAST_0, AT_LEAST_1, FRACTION, Range, check_ranges
 from mvlm.errors import ConfigError
 
 PRESETS = ("tiny", "small", "base")
@@ -46,6 +46,10 @@ class MaskVLMConfig:
     contrastive: Literal["softmax", "sigmoid"] = "softmax"
     """Form of ITC. softmax: InfoNCE, the paper's. sigmoid: SigLIP's loss, which judges every pair on its own and also
     learns a bias."""
+    extra_captions: Annotated[int, AT_LEAST_0] = 0
+    """Further captions of each image in ITC. They repeat if an image has too few."""
+    extra_caption_weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight in ITC of each set of further captions; the first caption's is 1. ITC is the weighted mean."""
     text_pooling: bool = False
     """Also contrast each caption with what it picks out of each image: attention pooling with the caption as the query,
     as in FLAIR. ITC is then the mean of both losses."""

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mvlm.config.model import MaskVLMConfig
+from mvlm.costs.fake_batch import fake_microbatch
 from mvlm.costs.recording import Collective, Event, recorded_world
 from mvlm.costs.step_cost import (
     CPU,
@@ -18,7 +19,6 @@ from mvlm.costs.step_cost import (
     StepShape,
     autocast_of,
     drawn_tokens,
-    fake_microbatch,
     give_fake_tensors,
     uniform_draws,
 )
@@ -70,7 +70,7 @@ def record_step(
         give_fake_tensors(model)
         world = World(0, shape.ranks, 0, CPU)
         ready = parallelize(model, world, kind, nodes=nodes)
-        micro = [fake_microbatch(config, shape) for _ in range(shape.microbatches)]
+        micro = [fake_microbatch(config, shape.pairs, shape.tokens, shape.longest) for _ in range(shape.microbatches)]
         with MemoryTracker(drawn_tokens(config, shape)) as tracker:
             recorder.clear()
             recorder.position = lambda: tracker.flops

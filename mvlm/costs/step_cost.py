@@ -8,7 +8,7 @@ separate formula.
 import contextlib
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
@@ -26,11 +26,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from mvlm.config.model import MaskVLMConfig
+from mvlm.costs.fake_batch import fake_microbatch
 from mvlm.costs.flops import FORMULAS
 from mvlm.distributed.collectives import GlobalBatchLayout, HostNumbers
 from mvlm.distributed.exchange_plan import plan_exchange
 from mvlm.distributed.global_batch import backward_global
-from mvlm.distributed.loss_shares import Microbatch
 from mvlm.distributed.parallel import BLOCKS, checkpoint_activations, parallelize
 from mvlm.distributed.world import World
 from mvlm.model.implementation import ALL
@@ -38,7 +38,6 @@ from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.packing import round_up_length
 from mvlm.objectives.losses import LossWeights
 from mvlm.objectives.negatives import NegativeSampling
-from mvlm_dataloading import Batch, Masks
 
 CPU = torch.device("cpu")
 # Not torch's FlopCounterMode: its module hooks keep the graphs of checkpointed blocks alive, which adds memory.
@@ -165,7 +164,7 @@ def step_cost(config: MaskVLMConfig, shape: StepShape, weights: LossWeights = AL
     numbers = uniform_draws(shape)
     with _world(shape.ranks) as world, patch.object(HostNumbers, "read", lambda _: numbers), FakeTensorMode():
         give_fake_tensors(model)
-        micro = [fake_microbatch(config, shape) for _ in range(shape.microbatches)]
+        micro = [fake_microbatch(config, shape.pairs, shape.tokens, shape.longest) for _ in range(shape.microbatches)]
         layer_norm = GpuLayerNorm() if shape.gpu else contextlib.nullcontext()
         with MemoryTracker(drawn_tokens(config, shape)) as tracker, layer_norm:
             tracker.ignore([*model.parameters(), *model.buffers()])
@@ -254,46 +253,3 @@ def give_fake_tensors(module: nn.Module) -> None:
             setattr(owner, name, nn.Parameter(torch.empty(value.shape, dtype=value.dtype)))
         for name, value in list(owner.named_buffers(recurse=False)):
             setattr(owner, name, torch.empty(value.shape, dtype=value.dtype))
-
-
-def fake_microbatch(config: MaskVLMConfig, shape: StepShape) -> Microbatch:
-    """Microbatch of fake tensors, with as many masked patches and tokens as the configuration says.
-
-    Of masks of variable size, with as many tokens as they mask on average, and as many patches as they are stored with.
-    """
-    pairs, side = shape.pairs, config.image_size
-    blocks = (side // config.mask_block) ** 2
-    patches = round(config.image_mask_ratio * blocks) * (config.mask_block // config.patch_size) ** 2
-    ordinary = shape.tokens - 2
-    masked = max(1, round(config.text_mask_ratio * ordinary))
-    if config.text_masking == "variable":
-        masked = (ordinary + 1 - config.complementary_masks) // 2 or 1
-
-    def ids(*sizes: int) -> Tensor:
-        return torch.empty(sizes, dtype=torch.int64)
-
-    batch = Batch(
-        images=torch.empty(pairs, 3, side, side, dtype=torch.uint8),
-        tokens=ids(pairs * shape.tokens),
-        cu_seqlens=torch.empty(pairs + 1, dtype=torch.int32),
-        max_length=min(shape.longest, config.text_length),
-        image_id=ids(pairs),
-        text_id=ids(pairs),
-        sample_id=ids(pairs),
-    )
-    masks = Masks(patch_ids=ids(pairs, patches), token_ids=ids(pairs * masked))
-    if config.image_masking == "variable":
-        everything = ids(pairs, config.num_patches)
-        masks = replace(masks, patch_ids=everything, patch_weights=torch.empty(everything.shape))
-    if config.complementary_masks:
-        masks = replace(masks, complement_ids=ids(pairs * (ordinary - masked)))
-    if config.text_masking == "variable":
-        weights = None if masks.complement_ids is None else torch.empty(masks.complement_ids.shape)
-        masks = replace(masks, token_weights=torch.empty(masks.token_ids.shape), complement_weights=weights)
-    if config.partner_image == "lightly masked":
-        fewer = round(config.partner_image_mask_ratio * blocks) * (config.mask_block // config.patch_size) ** 2
-        masks = replace(masks, partner_patch_ids=ids(pairs, fewer))
-    if config.partner_text == "lightly masked":
-        fewer = max(1, round(config.partner_text_mask_ratio * ordinary))
-        masks = replace(masks, partner_token_ids=ids(pairs * fewer))
-    return batch, masks

@@ -3,7 +3,7 @@
 Shape legend: n pairs of this rank, G pairs of the global batch, E contrastive width, Q rows of a block.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,20 +22,29 @@ reads the embeddings of all pairs again."""
 class Embeddings:
     """This rank's embeddings of unit length, image and text (n, E) each, and those of all ranks on their way here.
 
+    `extra` has further captions, each set (n, E).
+
     They are gathered in one collective, in the dtype in which the step computes.
     """
 
-    def __init__(self, image: Tensor, text: Tensor, layout: GlobalBatchLayout) -> None:
-        self.image, self.text = image, text
-        both = torch.cat([image, text], dim=1)  # (n, 2 E)
+    def __init__(self, image: Tensor, text: Tensor, layout: GlobalBatchLayout, extra: Sequence[Tensor] = ()) -> None:
+        self.image, self.text, self.extra = image, text, extra
+        both = torch.cat([image, text, *extra], dim=1)  # (n, 2 E), or more with further captions
         self._all = InFlight(both, Gather(both, layout, compute_dtype(both)))
-        self._arrived: tuple[Tensor, Tensor] | None = None
+        self._arrived: list[Tensor] | None = None
 
     def arrive(self) -> tuple[Tensor, Tensor]:
         """Images and captions of all ranks, (G, E) each, with gradients."""
+        image, text, *_ = self._parts()
+        return image, text
+
+    def arrive_extra(self) -> list[Tensor]:
+        """Further captions of all ranks, each set (G, E), with gradients."""
+        return self._parts()[2:]
+
+    def _parts(self) -> list[Tensor]:
         if self._arrived is None:
-            image, text = self._all.arrive().chunk(2, dim=1)
-            self._arrived = image, text
+            self._arrived = list(self._all.arrive().chunk(2 + len(self.extra), dim=1))
         return self._arrived
 
 
@@ -63,6 +72,23 @@ def sharded_contrastive_loss(
     text_loss, text_correct, images = _rows(text, all_images, log_scale, bias, sampling, layout, 1, elements)
     loss, accuracy = (sums / (2 * layout.total) for sums in (image_loss + text_loss, image_correct + text_correct))
     return loss, accuracy, torch.stack([texts, images], dim=1)
+
+
+def sharded_extra_losses(
+    embeddings: Embeddings,
+    log_scale: Tensor,
+    layout: GlobalBatchLayout,
+    elements: int = MAX_LOGITS,
+    bias: Tensor | None = None,
+) -> list[Tensor]:
+    """This rank's share of ITC with each set of further captions, as `sharded_contrastive_loss` has it."""
+    images, _ = embeddings.arrive()
+    shares = []
+    for own, texts in zip(embeddings.extra, embeddings.arrive_extra(), strict=True):
+        rows, *_ = _rows(embeddings.image, texts, log_scale, bias, None, layout, 0, elements)
+        columns, *_ = _rows(own, images, log_scale, bias, None, layout, 1, elements)
+        shares.append((rows + columns) / (2 * layout.total))
+    return shares
 
 
 def sharded_conditioned_loss(
@@ -108,7 +134,7 @@ def _rows(
     others: Tensor,
     log_scale: Tensor,
     bias: Tensor | None,
-    sampling: NegativeSampling,
+    sampling: NegativeSampling | None,
     layout: GlobalBatchLayout,
     direction: int,
     elements: int,
@@ -116,7 +142,7 @@ def _rows(
     """One direction of ITC: logits of own (n, E) with others (G, E).
 
     Returns the summed loss, the number of rows nearest to their partner, and a drawn column for each row,
-    int64 (n,).
+    int64 (n,); without sampling, its own.
     """
     indices = layout.own_indices(own.device)
     size = max(1, elements // len(others))
@@ -138,9 +164,10 @@ def _block(
     others: Tensor,
     log_scale: Tensor,
     bias: Tensor | None,
-    sampling: NegativeSampling,
+    sampling: NegativeSampling | None,
     direction: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_rows` for one block of rows own (Q, E), whose global indices are int64 (Q,)."""
     logits = contrastive_logits(own, others, log_scale)  # (Q, G)
-    return *contrastive_sums(logits, indices, bias), sampling.draw(logits, indices, direction)
+    drawn = indices if sampling is None else sampling.draw(logits, indices, direction)
+    return *contrastive_sums(logits, indices, bias), drawn

@@ -18,13 +18,18 @@ from torch.distributed.tensor import DTensor
 
 from mvlm.device import compute_dtype
 from mvlm.distributed.collectives import GlobalBatchLayout, Pending
-from mvlm.distributed.contrastive import Embeddings, sharded_conditioned_loss, sharded_contrastive_loss
+from mvlm.distributed.contrastive import (
+    Embeddings,
+    sharded_conditioned_loss,
+    sharded_contrastive_loss,
+    sharded_extra_losses,
+)
 from mvlm.distributed.exchange import Arrived, FeatureExchange
 from mvlm.distributed.world import World
 from mvlm.model.implementation import Implementation, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, Packing
-from mvlm.objectives.losses import LossWeights, matching_loss
+from mvlm.objectives.losses import LossWeights, matching_loss, mean_of_sets
 from mvlm.objectives.masked_tokens import weight_of_masked_tokens
 from mvlm.objectives.negatives import (
     MatchingPairs,
@@ -126,6 +131,8 @@ def contrastive_shares(
     share, accuracy, draws = sharded_contrastive_loss(
         embeddings, model.log_scale, step.sampling, step.layout, bias=model.logit_bias
     )
+    extra = sharded_extra_losses(embeddings, model.log_scale, step.layout, bias=model.logit_bias)
+    share = mean_of_sets(share, extra, model.config)
     if model.text_pooling is not None:
         similarity = partial(step.implementation.conditioned_similarity, model.text_pooling)
         pooled = sharded_conditioned_loss(

@@ -71,6 +71,10 @@ class Implementation(Protocol):
         """Encode only the unmasked images and captions: v (B, 1+N, C) and w."""
         ...
 
+    def encode_tokens(self, model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
+        """Encode captions as they are: packed tokens int64 (T,), with bounds cu_seqlens int32 (B+1,)."""
+        ...
+
     def language_loss(
         self, model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks
     ) -> tuple[Tensor, Tensor]:
@@ -101,3 +105,10 @@ class Implementation(Protocol):
         are those of v and text; `max_rows` is a bound of the rows of the R captions together.
         """
         ...
+
+
+def encode_extra(implementation: Implementation, model: MaskVLMNetwork, batch: Batch) -> PackedText | None:
+    """Encode the further captions of a batch; None if it has none."""
+    if batch.extra_tokens is None or batch.extra_cu_seqlens is None:
+        return None
+    return implementation.encode_tokens(model, batch.extra_tokens, batch.extra_cu_seqlens, batch.extra_max_length)

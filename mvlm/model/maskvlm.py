@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mvlm.model import fast, plain
-from mvlm.model.implementation import ALL, Implementation, Streams
+from mvlm.model.implementation import ALL, Implementation, Streams, encode_extra
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.pretrained import HubMixin
 from mvlm.objectives import losses
@@ -65,6 +65,8 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
             image, text = self.embed_image(streams.image), self.embed_text(streams.text.first())  # (B, E)
             logits = losses.contrastive_logits(image, text, self.log_scale)
             itc, itc_accuracy = losses.contrastive_loss(logits, self.logit_bias)
+            extra = self.embed_extra(encode_extra(implementation, self, batch), len(image))
+            itc = losses.mean_of_sets(itc, [self._extra_loss(image, texts) for texts in extra], self.config)
             if self.text_pooling is not None:
                 similarity = implementation.conditioned_similarity(self.text_pooling, streams.image, text)  # (B, B)
                 rows = torch.arange(len(text), device=text.device)
@@ -74,6 +76,10 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
                 itm, itm_accuracy = self._matching(implementation, streams, batch, logits, seed, step)
         total = weights.total((mlm, mim, itc, itm))
         return Losses(mlm, mim, itc, itm, total, mlm_accuracy, itc_accuracy, itm_accuracy)
+
+    def _extra_loss(self, image: Tensor, text: Tensor) -> Tensor:
+        """ITC with a set of further captions; image and text (B, E)."""
+        return losses.contrastive_loss(losses.contrastive_logits(image, text, self.log_scale), self.logit_bias)[0]
 
     def _matching(
         self,

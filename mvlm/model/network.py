@@ -123,6 +123,10 @@ class MaskVLMNetwork(nn.Module):
         """Contrastive embedding of text features: w (B, L, C) -> (B, E) of unit length."""
         return F.normalize(at_least_float32(self.text_projection(w[:, 0])), dim=-1)
 
+    def embed_extra(self, text: PackedText | None, pairs: int) -> list[Tensor]:
+        """Contrastive embeddings (B, E) of each set of B = `pairs` further captions, packed one after another."""
+        return [] if text is None else list(self.embed_text(text.first()).split(pairs))
+
     def fuse(self, v: Tensor, w: Tensor, key_mask: Tensor) -> tuple[Tensor, Tensor]:
         """[CLS] of both cross-modality encoders, image and text (B, C) each, from v (B, 1+N, C) and w (B, L, C)."""
         image = self.image_cross(v, w, None, key_mask, first_row_only=True)[:, 0]

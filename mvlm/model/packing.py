@@ -46,6 +46,11 @@ def pad_to_bucket(batch: Batch, masks: Masks, text_length: int) -> tuple[Batch, 
             weights = name.replace("ids", "weights")
             if getattr(masks, weights, None) is not None:
                 padded[weights] = F.pad(getattr(masks, weights), (0, added))
+    if batch.extra_tokens is not None:
+        extra = len(batch.extra_tokens)
+        added = round_up(extra, multiple) - extra
+        longest = round_up_length(text_length)
+        batch = replace(batch, extra_tokens=F.pad(batch.extra_tokens, (0, added)), extra_max_length=longest)
     return (
         replace(batch, tokens=F.pad(batch.tokens, (0, tokens - total)), max_length=round_up_length(batch.max_length)),
         replace(masks, **padded),

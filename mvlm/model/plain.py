@@ -70,6 +70,11 @@ def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, Packed
     return image, model.encode_text_packed(batch.tokens, batch.cu_seqlens, batch.max_length)
 
 
+def encode_tokens(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
+    """Encode captions as they are: packed tokens int64 (T,), with bounds cu_seqlens int32 (B+1,)."""
+    return model.encode_text_packed(tokens, cu_seqlens, max_length)
+
+
 def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> tuple[Tensor, Tensor]:
     """MLM and its accuracy, scalars: means over the batch's M masked tokens."""
     assert streams.masked_text is not None

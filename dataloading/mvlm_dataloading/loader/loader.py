@@ -46,6 +46,7 @@ class Loader:
         text_length: maximum tokens of a caption, including [CLS] and [SEP].
         variable_image_masks, variable_text_masks: draw the masked share for each sample, and yield the weights of
             masked diffusion (`mvlm_dataloading.loader.masking`). The ratios are not read.
+        extra_captions: further captions of each image, for training.
         complementary_masks: also yield the positions of the tokens that are not masked, for a second copy.
         max_bad_fraction: maximum share of undecodable images. Training replaces them, and stops above this share.
         rank, world_size: rank of this process, and number of ranks. All ranks together yield the batches that a single
@@ -86,6 +87,7 @@ class Loader:
         variable_image_masks: bool = False,
         variable_text_masks: bool = False,
         complementary_masks: bool = False,
+        extra_captions: int = 0,
         partner_image_mask_ratio: float = 0.0,
         partner_text_mask_ratio: float = 0.0,
         crop_scale: tuple[float, float] = (0.2, 1.0),
@@ -113,7 +115,7 @@ class Loader:
         self.step = 0
         self.resumed: ResumeReport | None = None
         self.stored_tokens = can_use_stored_tokens(dataset, tokenizer, text_length)
-        self._prefetch_batches = prefetch_batches
+        self._prefetch_batches, self._extra_captions = prefetch_batches, extra_captions
         patches = {
             "image_size": image_size,
             "patch_size": patch_size,
@@ -250,6 +252,7 @@ class Loader:
             config.seed,
             first=not config.train,
             stored=config.stored_tokens,
+            extra=self._extra_captions,
         )
         stream = BatchStream(
             Reader(self.dataset, config, self._position, self._bad, self._samples_seen),

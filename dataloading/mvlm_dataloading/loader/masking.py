@@ -7,7 +7,6 @@ uniform from one to all n. The sum of their losses times n / number is an unbias
 diffusion, whose weight is 1/t at a masking ratio t that is uniform in (0, 1] (MDLM, Sahoo et al., 2024; LLaDA, Nie et
 al., 2025, which has both forms).
 
-
 Polarity: ids name *masked* positions, which are replaced and have to be predicted.
 """
 

@@ -31,6 +31,8 @@ class CaptionBatch:
     """Equal for equal captions."""
     image_id: list[int]
     """Equal for equal images."""
+    extra: list[Int64]
+    """Tokens of further captions: one of each image, then a second of each, and so on."""
 
 
 def can_use_stored_tokens(dataset: Dataset, tokenizer: Tokenizer, length: int) -> bool:
@@ -60,11 +62,23 @@ class CaptionReader:
     Args:
         first: take the first caption of each image instead of a random one.
         stored: use the tokens stored with the data.
+        extra: further captions of each image: those that follow the drawn one in its list, then the first again, and so
+            on. They repeat if the image has too few.
     """
 
-    def __init__(self, dataset: Dataset, tokenizer: Tokenizer, length: int, seed: int, *, first: bool, stored: bool):
+    def __init__(
+        self,
+        dataset: Dataset,
+        tokenizer: Tokenizer,
+        length: int,
+        seed: int,
+        *,
+        first: bool,
+        stored: bool,
+        extra: int = 0,
+    ):
         self._dataset, self._tokenizer, self._length, self._seed = dataset, tokenizer, length, seed
-        self._first, self._stored = first, stored
+        self._first, self._stored, self._extra = first, stored, extra
         self._remember = not first and len(dataset) <= MAX_REMEMBERED
         self._samples: dict[int, tuple[list[str], int]] = {}
         """Captions and image id, by sample id."""
@@ -80,13 +94,19 @@ class CaptionReader:
         draws = hash64(Purpose.CAPTION, self._seed, raw.epochs, raw.ids)
         samples = [self._sample(raw, row) for row in range(len(raw.ids))]
         chosen = [0 if self._first else int(draw) % len(known) for draw, (known, _) in zip(draws, samples, strict=True)]
+        counts = [len(known) for known, _ in samples]
         captions = [known[k] for k, (known, _) in zip(chosen, samples, strict=True)]
-        tokens = self._tokens(raw, [len(known) for known, _ in samples], chosen, captions)
+        tokens, extra = self._tokens(raw, counts, chosen, captions), []
+        for further in range(1, self._extra + 1):
+            others = [(k + further) % count for k, count in zip(chosen, counts, strict=True)]
+            texts = [known[k] for k, (known, _) in zip(others, samples, strict=True)]
+            extra += self._tokens(raw, counts, others, texts)
         return CaptionBatch(
             np.concatenate(tokens),
             np.array([len(row) for row in tokens], np.int64),
             [text_hash(caption) for caption in captions],
             [image_id for _, image_id in samples],
+            extra,
         )
 
     def _sample(self, raw: RawBatch, row: int) -> tuple[list[str], int]:

@@ -28,7 +28,7 @@ from mvlm_dataloading import Batch, Masks
 
 # Helpers, for a program that pytest does not run. Last in the path and after mvlm, which tests/mvlm would hide.
 sys.path.append(str(Path(__file__).parents[2]))
-from support.models import micro_batch, micro_model, uniform_of_pair, with_complement, with_weights
+from support.models import micro_batch, micro_model, uniform_of_pair, with_complement, with_extra_captions, with_weights
 
 LENGTHS = (7, 4, 12, 3, 9, 5, 3, 11, 12, 12, 3, 3, 8, 6, 10, 4)
 SEED, STEP = 3, 5
@@ -40,6 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sigmoid": {"contrastive": "sigmoid"},
     "text pooling": {"contrastive": "sigmoid", "text_pooling": True},
     "text pooling with softmax": {"text_pooling": True},
+    "extra captions": {"extra_caption_weight": 0.5},
     "weighted masks": {},
     "weighted complementary masks": {},
 }
@@ -57,6 +58,7 @@ def whole_batch(variant: str = "paper") -> tuple[Batch, Masks]:
     text_id[[7, 8, 15]] = 200
     masks = with_weights(batch, masks) if "weighted" in variant else masks
     masks = with_complement(batch, masks) if "complementary" in variant else masks
+    batch = with_extra_captions(batch) if variant == "extra captions" else batch
     return replace(batch, image_id=image_id, text_id=text_id), masks
 
 
@@ -83,6 +85,17 @@ def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, M
         text_id=batch.text_id[rows],
         sample_id=batch.sample_id[rows],
     )
+    if batch.extra_tokens is not None and batch.extra_cu_seqlens is not None:
+        bounds, number_of_images = batch.extra_cu_seqlens.tolist(), len(batch.images)
+        chosen = [s * number_of_images + i for s in range(2) for i in range(first, first + number)]
+        captions = [batch.extra_tokens[bounds[i] : bounds[i + 1]] for i in chosen]
+        lengths = torch.tensor([0, *map(len, captions)])
+        part = replace(
+            part,
+            extra_tokens=torch.cat(captions),
+            extra_cu_seqlens=lengths.cumsum(0).int(),
+            extra_max_length=int(lengths.max()),
+        )
     return part, Masks(patch_ids=masks.patch_ids[rows], **patches, **own("token"), **own("complement"))
 
 

@@ -265,6 +265,7 @@ def test_text_pooling_in_blocks_has_the_loss_and_gradients_of_all_at_once():
     found = []
     for elements in (1 << 20, 2 * 5 * 16):
         model = micro_model(text_pooling=True, contrastive="sigmoid")
+        assert model.text_pooling is not None
         v = model.encode_image(batch.images)
         w, _ = model.encode_text(batch.tokens, batch.cu_seqlens, batch.max_length)
         layout = GlobalBatchLayout(0, 1, 1, 5)

@@ -1,0 +1,56 @@
+"""Microbatches of fake tensors, which have shapes and no data."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mvlm.config.model import MaskVLMConfig
+from mvlm_dataloading import Batch, Masks
+
+
+def fake_microbatch(config: MaskVLMConfig, pairs: int, tokens: int, longest: int) -> tuple[Batch, Masks]:
+    """Microbatch of fake tensors, with as many masked patches and tokens as the configuration says.
+
+    Captions have `tokens` tokens each; the longest is said to have `longest`. Of masks of variable size, there are as
+    many tokens as they mask on average, and as many patches as they are stored with.
+    """
+    side = config.image_size
+    blocks = (side // config.mask_block) ** 2
+    patches = round(config.image_mask_ratio * blocks) * (config.mask_block // config.patch_size) ** 2
+    ordinary = tokens - 2
+    masked = max(1, round(config.text_mask_ratio * ordinary))
+    if config.text_masking == "variable":
+        masked = (ordinary + 1 - config.complementary_masks) // 2 or 1
+
+    def ids(*sizes: int) -> Tensor:
+        return torch.empty(sizes, dtype=torch.int64)
+
+    batch = Batch(
+        images=torch.empty(pairs, 3, side, side, dtype=torch.uint8),
+        tokens=ids(pairs * tokens),
+        cu_seqlens=torch.empty(pairs + 1, dtype=torch.int32),
+        max_length=min(longest, config.text_length),
+        image_id=ids(pairs),
+        text_id=ids(pairs),
+        sample_id=ids(pairs),
+    )
+    if (sets := config.extra_captions) > 0:
+        extra = {"extra_tokens": ids(sets * pairs * tokens), "extra_max_length": batch.max_length}
+        batch = replace(batch, **extra, extra_cu_seqlens=torch.empty(sets * pairs + 1, dtype=torch.int32))
+    masks = Masks(patch_ids=ids(pairs, patches), token_ids=ids(pairs * masked))
+    if config.image_masking == "variable":
+        everything = ids(pairs, config.num_patches)
+        masks = replace(masks, patch_ids=everything, patch_weights=torch.empty(everything.shape))
+    if config.complementary_masks:
+        masks = replace(masks, complement_ids=ids(pairs * (ordinary - masked)))
+    if config.text_masking == "variable":
+        weights = None if masks.complement_ids is None else torch.empty(masks.complement_ids.shape)
+        masks = replace(masks, token_weights=torch.empty(masks.token_ids.shape), complement_weights=weights)
+    if config.partner_image == "lightly masked":
+        fewer = round(config.partner_image_mask_ratio * blocks) * (config.mask_block // config.patch_size) ** 2
+        masks = replace(masks, partner_patch_ids=ids(pairs, fewer))
+    if config.partner_text == "lightly masked":
+        fewer = max(1, round(config.partner_text_mask_ratio * ordinary))
+        masks = replace(masks, partner_token_ids=ids(pairs * fewer))
+    return batch, masks
