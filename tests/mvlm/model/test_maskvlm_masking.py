@@ -20,11 +20,11 @@ def predictions(monkeypatch):
     def run(model: MaskVLM, batch: Batch, masks: Masks) -> dict[str, torch.Tensor]:
         found = {}
 
-        def language(logits, targets):
+        def language(logits, targets, weights=None):
             found["logits"], found["tokens"] = logits.detach(), targets
             return logits.sum() * 0
 
-        def image(pred, target):
+        def image(pred, target, weights=None):
             found["pixels"], found["target"] = pred.detach(), target
             return pred.sum() * 0
 
