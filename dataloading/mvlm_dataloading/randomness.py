@@ -27,8 +27,8 @@ class Purpose(IntEnum):
     AUGMENT = 8
     SIGN = 9
     SHARDS = 10
-    PATCH_COUNT = 11
-    TOKEN_COUNT = 12
+    TOKEN_COUNT = 11
+    PATCH_COUNT = 12
 
 
 def hash64(*values: Any) -> UInt64:
