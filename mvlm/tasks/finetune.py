@@ -122,7 +122,7 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
     )
     if validation is not None and config.eval_images:
         validation = validation.head(config.eval_images)
-    kind.make_state(dataset, TaskOptions(config.blind, config.min_count))
+    kind.make_state(dataset, TaskOptions.of(config))
     model, tokenizer = starting_model(config.checkpoint, config.image_size, config.question_length)
     config = replace(config, model=model.config)
     check_attention(config)
@@ -136,14 +136,15 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     if world.device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)
-    options = TaskOptions(config.blind, config.min_count)
+    options = TaskOptions.of(config)
     kind = find_task(config.task)
     model, _ = starting_model(config.checkpoint, config.image_size, config.question_length, config.random_weights)
     model.set_attention(config.self_attention, config.cross_attention)
     task = kind(model.train(), options, kind.make_state(inputs.dataset, options)).to(world.device)
+    task.set_tokenizer(inputs.tokenizer)
     freeze(task, config.freeze)
     if config.checkpoint_activations:
-        checkpoint_activations(task.model)
+        checkpoint_activations(task)
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world)
     parallel = parallelize(task, world, config.parallel)
     optimizer = make_optimizer(task, config, world.device, peak_rate)
@@ -167,8 +168,8 @@ def freeze(task: Task, what: str) -> None:
 
 
 def peak_rate(name: str, config: PretrainConfig) -> float:
-    """Peak learning rate of the task's parameter with this name."""
+    """Peak learning rate of the task's parameter with this name. A decoder starts from copies of the cross encoders."""
     assert isinstance(config, FinetuneConfig)
     if name.startswith(("model.image_encoder.", "model.text_encoder.")):
         return config.lr_encoder
-    return config.lr_cross if name.startswith("model.") else config.lr_head
+    return config.lr_cross if name.startswith(("model.", "decoder.")) else config.lr_head

@@ -40,7 +40,7 @@ def configured(trained: Path, data: Path, out: Path, task: str = "vqa", **change
     settings: dict[str, Any] = {
         "task": task, "checkpoint": trained, "data": data, "out": out, "max_steps": 2, "batch_size": 8,
         "lr_encoder": 3e-3, "lr_cross": 3e-3, "lr_pixels": 0.0, "lr_head": 3e-3, "warmup_steps": 2, "lr_end": 0.0,
-        "crop_scale": (1.0, 1.0), "device": "cpu", "precision": "fp32", "weight_decay": 0.0,
+        "crop_scale": (1.0, 1.0), "device": "cpu", "precision": "fp32", "weight_decay": 0.0, "answers": "classifier",
     }  # fmt: skip
     return FinetuneConfig(**(settings | changes))
 
@@ -205,7 +205,7 @@ def test_every_trained_parameter_gets_a_gradient_and_the_fast_step_needs_fewer_o
     """Packed text leaves out padding. DDP waits for every parameter that is not frozen."""
     model, tokenizer = load_model(trained)
     dataset = open_dataset(questions, "train")
-    task = find_task("vqa")(model.train(), TaskOptions(), {"answers": ["red", "blue"]})
+    task = find_task("vqa")(model.train(), TaskOptions(answers="classifier"), {"answers": ["red", "blue"]})
     batch, _ = next(iter(eval_loader(dataset, model, tokenizer)))
     targets = [x[batch.sample_id] for x in task.targets(dataset)]
     flops = {}
