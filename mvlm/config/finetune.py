@@ -9,7 +9,7 @@ from mvlm.config.pretrain import PretrainConfig, WeightSettings
 from mvlm.config.ranges import AT_LEAST_0, AT_LEAST_1
 from mvlm.errors import ConfigError
 
-TASK_NAMES = ("vqa", "entailment")
+TASK_NAMES = ("vqa", "entailment", "retrieval")
 """Tasks that `mvlm.tasks` can fine-tune."""
 
 
@@ -31,6 +31,8 @@ class TaskSettings:
     """Peak learning rate of the task's head, which starts from random weights."""
     min_count: Annotated[int, AT_LEAST_1] = 1
     """Training questions that must have an answer for it to be on the list of answers (vqa; 9 for VQA v2)."""
+    rerank: Annotated[int, AT_LEAST_1] = 32
+    """Candidates of each query that ITM re-ranks in evaluations (retrieval; 128 for Flickr30k, 256 for COCO)."""
     random_weights: bool = False
     """Baseline: start from random weights of the pretrained model's architecture."""
     blind: Literal["no", "image", "text"] = "no"

@@ -39,6 +39,8 @@ class TaskOptions:
     """Modality that the model does not get."""
     min_count: int = 1
     """Training questions that must have an answer for it to be on the list of answers."""
+    rerank: int = 32
+    """Candidates of each query that ITM re-ranks in the evaluation of retrieval."""
 
 
 class Task(nn.Module):
@@ -55,6 +57,9 @@ class Task(nn.Module):
     """Name on the command line."""
     main: ClassVar[str]
     """Figure by which models are compared and selected; higher is better."""
+    whole_batch: ClassVar[bool] = False
+    """True if the loss contrasts all pairs of the global batch. The task then has `backward` and `evaluate` in place of
+    `losses`, `predict` and `score` (`mvlm.tasks.retrieval`)."""
     unused: ClassVar[tuple[str, ...]] = (
         "image_encoder.mask_token", "image_decoder", "pixel_head", "language_head", "image_projection",
         "text_projection", "log_scale", "matching_head",
