@@ -9,7 +9,7 @@ from mvlm.config.pretrain import PretrainConfig, WeightSettings
 from mvlm.config.ranges import AT_LEAST_0, AT_LEAST_1
 from mvlm.errors import ConfigError
 
-TASK_NAMES = ("vqa", "entailment")
+TASK_NAMES = ("vqa", "entailment", "retrieval")
 """Tasks that `mvlm.tasks` can fine-tune."""
 
 
@@ -39,6 +39,8 @@ class TaskSettings:
     """Answers of the list that vqa's decoder judges in full: those with the likeliest first tokens."""
     generate: bool = False
     """vqa's decoder generates its answers in evaluations, instead of choosing them from the list."""
+    rerank: Annotated[int, AT_LEAST_1] = 32
+    """Candidates of each query that ITM re-ranks in evaluations (retrieval; 128 for Flickr30k, 256 for COCO)."""
     random_weights: bool = False
     """Baseline: start from random weights of the pretrained model's architecture."""
     blind: Literal["no", "image", "text"] = "no"

@@ -12,7 +12,7 @@ from mvlm.files import copy_into, read_safetensors
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, WEIGHTS_FILE, download, write_model
-from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, TOKENIZER, read_tensors
+from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, TOKENIZER, read_state, read_tensors
 from mvlm.runs.folder import find_checkpoint
 from mvlm_dataloading import DataError, load_tokenizer
 
@@ -21,7 +21,7 @@ def load_model(path: Path | str, device: torch.device | str = "auto", precision:
     """Load a trained model and its tokenizer.
 
     The result has the questions that a model answers as methods, and unpacks into the network and the tokenizer. The
-    weights are the averaged ones (EMA) if the run kept them.
+    weights are the averaged ones (EMA) if the run kept them. Of a fine-tuned run, the network without the task's head.
 
     Args:
         path: a run, one of its checkpoints, an exported folder, the model.safetensors in one, or an id owner/name on
@@ -46,7 +46,9 @@ def load_model(path: Path | str, device: torch.device | str = "auto", precision:
     if exported:
         copy_into(state, read_safetensors(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
     else:
-        read_tensors(folder / (EMA if (folder / EMA).is_dir() else MODEL), state)
+        # A fine-tuned run keeps the network as the part `model` of its task.
+        prefix = "model." if read_state(folder).get("task") else ""
+        read_tensors(folder / (EMA if (folder / EMA).is_dir() else MODEL), state, prefix)
     return TrainedModel(network.to(chosen), tokenizer, precision)
 
 

@@ -49,6 +49,8 @@ class TaskOptions:
     """Answers of the list that the decoder judges by their whole likelihood: those with the likeliest first tokens."""
     generate: bool = False
     """The decoder generates its answers, instead of choosing them from the list."""
+    rerank: int = 32
+    """Candidates of each query that ITM re-ranks in the evaluation of retrieval."""
 
     @classmethod
     def of(cls, config: FinetuneConfig) -> "TaskOptions":
@@ -71,6 +73,9 @@ class Task(nn.Module):
     """Name on the command line."""
     main: ClassVar[str]
     """Figure by which models are compared and selected; higher is better."""
+    whole_batch: ClassVar[bool] = False
+    """True if the loss contrasts all pairs of the global batch. The task then has `backward` and `evaluate` in place of
+    `losses`, `predict` and `score` (`mvlm.tasks.retrieval`)."""
     unused: ClassVar[tuple[str, ...]] = (
         "image_encoder.mask_token", "image_decoder", "pixel_head", "language_head", "image_projection",
         "text_projection", "log_scale", "matching_head",
