@@ -93,7 +93,7 @@ class Task(nn.Module):
             encoder.layers[-1].self_attention.key.bias.requires_grad_(False)
 
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Set the model's tokenizer. The loop does it before the first loss, `load_task` before the first prediction."""
+        """Set the model's tokenizer. The loop does it before the first loss, `load_task` before a prediction."""
         self.tokenizer = tokenizer
 
     @classmethod
