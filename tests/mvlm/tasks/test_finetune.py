@@ -14,8 +14,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.errors import ConfigError, RunError
-from mvlm.evaluation.features import encode_split
-from mvlm.evaluation.retrieval import rank_all, recall
 from mvlm.inference.encode import eval_loader
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import find_checkpoint, read_metrics
@@ -26,7 +24,6 @@ from mvlm.tasks.registry import find_task, load_task
 from mvlm.tasks.task import TaskOptions
 from mvlm_dataloading import DataError, open_dataset
 from support.questions import write_hypotheses, write_questions
-from support.scenes import write_scenes
 
 
 @pytest.fixture(scope="session")
@@ -67,17 +64,12 @@ def test_first_loss_is_that_of_equal_probabilities(trained, questions, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["vqa", "entailment", "retrieval"])
+@pytest.mark.parametrize("task", ["vqa", "entailment"])  # retrieval: tests/promises/test_overfit.py
 def test_sixteen_examples_are_learned_by_heart(trained, tmp_path, task):
-    write = {"vqa": write_questions, "entailment": write_hypotheses, "retrieval": write_scenes}[task]
+    write = {"vqa": write_questions, "entailment": write_hypotheses}[task]
     data = write(tmp_path / "data", {"train": 16, "test": 4})
     settings = {"max_steps": 300, "warmup_steps": 30, "batch_size": 16, "log_every": 100}
     finetune(configured(trained, data, tmp_path / "run", task, **settings))
-    if task == "retrieval":
-        model, split = load_model(tmp_path / "run"), open_dataset(data, "train")
-        ranks = rank_all(model.network, encode_split(model.network, split, model.tokenizer))
-        assert {recall(found.itm)["r1"] for found in ranks.values()} == {100}
-        return
     figures, records = evaluate_task(tmp_path / "run", data, "train")
     assert figures["accuracy"] == 100
     assert [record["sample"] for record in records] == list(range(16))
