@@ -1,7 +1,7 @@
 """Grounding without boxes in training: the place of a phrase by GradCAM of ITM on the text tower (ALBEF).
 
 The map of a phrase is the mean over heads and tokens of weight x max(0, derivative of ITM's log-odds), in one
-cross-attention layer of the text, resized to the image (bicubic). The pointing game asks whether its highest point lies
+cross-attention layer of the text, resized to the image (bicubic). The pointing game asks whether its highest point is
 in the phrase's box. Where a sample lists candidate boxes (RefCOCO+), the best is the one with the largest sum of the map
 over the square root of its area, and is right if it overlaps the phrase's box by half. The layer is the best on the
 validation split.
