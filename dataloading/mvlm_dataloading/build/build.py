@@ -159,8 +159,8 @@ def _checked(source: Source, options: BuildOptions | None) -> BuildOptions:
         need("tokenizers")
     if source.questions and options.drop_duplicates:
         raise DataError(
-            f"drop-duplicates: wanted a data set with a sample per image, got {source.name}, whose samples are questions; "
-            "leave the flag out"
+            f"drop-duplicates: wanted a data set with a sample per image, got {source.name}, whose samples are "
+            "questions; leave the flag out"
         )
     if not source.pieces:
         raise DataError(f"{source.name}: wanted at least one sample, found none; give the folder that holds the data")
