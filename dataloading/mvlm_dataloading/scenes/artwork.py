@@ -7,6 +7,7 @@ Tux Paint's stamps are GPL-2.
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from mvlm_dataloading.build.twemoji import plain, twemoji_drawings
@@ -38,6 +39,7 @@ class Artwork:
     """Width and height of each."""
 
 
+@cache
 def openmoji() -> Artwork:
     """OpenMoji's drawings of all kinds."""
     named = _emoji()
@@ -47,6 +49,7 @@ def openmoji() -> Artwork:
     return _artwork("openmoji", "CC BY-SA 4.0", attribution, codes, images)
 
 
+@cache
 def twemoji() -> Artwork:
     """Twemoji's drawings of all kinds."""
     drawn = twemoji_drawings()

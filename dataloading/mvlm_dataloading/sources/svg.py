@@ -47,7 +47,7 @@ def render_svg(svg: str, size: int, *, crop: bool = False) -> bytes:
 def render_cutout(svg: str, size: int) -> bytes:
     """Render an SVG as a PNG with transparency, without margins, its longer side `size` pixels."""
     resvg = need("resvg_py", "demo")
-    return cut_out(resvg.svg_to_bytes(svg_string=svg, width=4 * size, height=4 * size, skip_system_fonts=True), size)
+    return cut_out(resvg.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size, skip_system_fonts=True), size)
 
 
 def cut_out(image: bytes, size: int) -> bytes:
