@@ -42,6 +42,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval entailment": eval_task("entailment"),
     "reconstruct": predict.reconstruct,
     "fill": predict.fill,
+    "app": predict.app,
     "score": evaluate.score,
     "report": report.report,
     "export": embed.export,

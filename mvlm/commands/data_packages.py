@@ -57,7 +57,7 @@ def openclipart(
     build: BuildOptions = BuildOptions(),  # noqa: B008 (frozen)
     common: CommonOptions = CommonOptions(),  # noqa: B008 (frozen)
 ) -> None:
-    """Build titled drawings of the Open Clip Art Library: about 4,900, in the public domain.
+    """Build titled drawings of the Open Clip Art Library: about 4,800, in the public domain.
 
     `apt-get download openclipart-svg` fetches the package file. Nothing is installed.
 

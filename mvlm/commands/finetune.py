@@ -9,7 +9,7 @@ from pathlib import Path
 def finetune(arguments: Sequence[str]) -> None:
     """Fine-tune a pretrained model: `mvlm finetune TASK --checkpoint RUN --data SHARDS --out RUN`.
 
-    Tasks: vqa, entailment. `mvlm eval TASK` evaluates the finished run.
+    Tasks: vqa, entailment, retrieval. `mvlm eval TASK` evaluates the finished run.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{finetune.__doc__}\nAll settings of a task: mvlm finetune TASK --help")

@@ -8,17 +8,19 @@ Shape legend: B batch, C width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.model import MaskVLMConfig
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.packing import mask_tokens
-from mvlm_dataloading import Batch, Dataset
+from mvlm_dataloading import Batch, Dataset, Tokenizer
 
 GREY = 128
 """Pixel value of the uniform image that a model without the image gets."""
@@ -39,6 +41,22 @@ class TaskOptions:
     """Modality that the model does not get."""
     min_count: int = 1
     """Training questions that must have an answer for it to be on the list of answers."""
+    answers: Literal["decoder", "classifier"] = "decoder"
+    """Form of `vqa`: the paper's answer decoder, or a classifier over the list of answers."""
+    answer_list: str | None = None
+    """JSON file with the list of answers; None for those of the training split."""
+    candidates: int = 128
+    """Answers of the list that the decoder judges by their whole likelihood: those with the likeliest first tokens."""
+    generate: bool = False
+    """The decoder generates its answers, instead of choosing them from the list."""
+    rerank: int = 32
+    """Candidates of each query that ITM re-ranks in the evaluation of retrieval."""
+
+    @classmethod
+    def of(cls, config: FinetuneConfig) -> "TaskOptions":
+        """The options among the settings of a run."""
+        values = {field.name: getattr(config, field.name) for field in fields(cls)}
+        return cls(**{name: str(x) if isinstance(x, Path) else x for name, x in values.items()})
 
 
 class Task(nn.Module):
@@ -55,6 +73,9 @@ class Task(nn.Module):
     """Name on the command line."""
     main: ClassVar[str]
     """Figure by which models are compared and selected; higher is better."""
+    whole_batch: ClassVar[bool] = False
+    """True if the loss contrasts all pairs of the global batch. The task then has `backward` and `evaluate` in place of
+    `losses`, `predict` and `score` (`mvlm.tasks.retrieval`)."""
     unused: ClassVar[tuple[str, ...]] = (
         "image_encoder.mask_token", "image_decoder", "pixel_head", "language_head", "image_projection",
         "text_projection", "log_scale", "matching_head",
@@ -70,6 +91,10 @@ class Task(nn.Module):
             # The last block computes [CLS] alone. The bias of the keys adds the same number to all scores of that row,
             # so its gradient is zero, and the fast implementation leaves it out.
             encoder.layers[-1].self_attention.key.bias.requires_grad_(False)
+
+    def set_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Set the model's tokenizer. The loop does it before the first loss, `load_task` before a prediction."""
+        self.tokenizer = tokenizer
 
     @classmethod
     def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:

@@ -8,6 +8,7 @@ playing cards, gradients.
 Splits are made by author. Authors draw series, whose members differ little, so a series is in one split.
 """
 
+import html
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from .record import Record, Source, file_sha256, require_file, safe_key, split_b
 from .svg import render_svg
 
 LICENCE = "public domain"
-_REVISION = 1  # increment when captions, images or splits change
+_REVISION = 2  # increment when captions, images or splits change
 _DRAWINGS = "usr/share/openclipart/svg/"
 _MOST_BYTES = 1 << 20
 """Largest drawing that is taken. A few maps are larger, and take seconds to render."""
@@ -160,7 +161,8 @@ def _parse(name: PurePosixPath, svg: str) -> Drawing | None:
 
 
 def _text(element: Any) -> str:
-    return " ".join((element.text or "").split())
+    """Text of an element. Some authors' tools escaped it twice: `&amp;#39;`."""
+    return " ".join(html.unescape(element.text or "").split())
 
 
 def captions_of(drawings: Sequence[Drawing]) -> list[list[str]]:

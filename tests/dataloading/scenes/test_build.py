@@ -130,3 +130,17 @@ def test_grounds_differ_and_a_card_hides_all_behind_it() -> None:
     empty = Scene(scene.ground, (), card=covered.card)
     assert painter.image(covered).tobytes() == painter.image(empty).tobytes()
     assert painter.image(scene).tobytes() != painter.image(Scene(scene.ground, ())).tobytes()
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def png(self: Painter, scenes: object) -> bytes:
+        drawn.append(scenes)
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Painter, "png", png)
+    with pytest.raises(OSError, match="full"):
+        build_scenes(tmp_path / "out", **SIZES, tasks=("caption",), workers=1)
+    assert len(drawn) == 1
+    assert list((tmp_path / "out").iterdir()) == []

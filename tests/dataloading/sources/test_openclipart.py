@@ -39,7 +39,7 @@ def records(package: Path, **settings):
 
 FILES = {
     "furniture/soft_blue_couch_ann_l_01.svg": drawing("Soft_Blue  Couch 2"),
-    "food/red_wine_ann_lee_02.svg": drawing("A bottle", x=3),
+    "food/red_wine_ann_lee_02.svg": drawing("A bottle d&amp;#39;eau", x=3),
     "food/golf_flag_on_gr.svg": drawing("Golf flag on green", x=6),
     "icons/mail_send3.svg": drawing("Icon collection", x=9),
     "icons/mail_open.svg": drawing("Icon collection", x=12),
@@ -58,7 +58,7 @@ def test_captions_are_titles_and_the_words_of_file_names(tmp_path: Path) -> None
     found = records(write_package(tmp_path / "x.deb", FILES))
     assert {name: r.captions for name, (_, r) in found.items()} == {
         "furniture/soft_blue_couch_ann_l_01.svg": ["Soft Blue Couch"],
-        "food/red_wine_ann_lee_02.svg": ["A bottle", "red wine"],
+        "food/red_wine_ann_lee_02.svg": ["A bottle d'eau", "red wine"],
         "food/golf_flag_on_gr.svg": ["Golf flag on green"],  # the name is the title, cut off
         "icons/mail_send3.svg": ["mail send"],  # the title is that of a collection
         "icons/mail_open.svg": ["mail open"],
