@@ -34,6 +34,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data twemoji": data_packages.twemoji,
     "data easy-vqa": data_packages.easy_vqa,
     "data openclipart": data_packages.openclipart,
+    "data stamps": data_packages.stamps,
+    "data scenes": data_packages.scenes,
     "data merge": data_tools.merge,
     "data check": data_tools.check,
     "data index": data_tools.index,
