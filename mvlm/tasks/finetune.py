@@ -64,11 +64,12 @@ class FineTuner(Trainer):
         """Compute the task's loss on the global batch, and the parameters' gradients."""
         number = len(microbatches)
         shares = []
-        for place, (batch, _) in enumerate(microbatches):
+        for place, (batch, masks) in enumerate(microbatches):
 
-            def forward(task: Task, batch=batch) -> TaskLosses:
+            def forward(task: Task, batch=batch, masks=masks) -> TaskLosses:
+                targets = [x[batch.sample_id] for x in self._targets]
                 with autocast(self.device, self.config.precision):
-                    return task.losses(batch, [x[batch.sample_id] for x in self._targets], self.config.plan)
+                    return task.losses_of_step(batch, masks, targets, self.config.plan)
 
             losses = self.parallel(forward, last=place == number - 1)
             # All microbatches have as many samples, so the loss is the mean of theirs, and DDP averages over ranks.
@@ -99,9 +100,8 @@ class FineTuner(Trainer):
         self.watchdog.beat("the evaluation")
         with self.average.applied() if self.average is not None else nullcontext():
             precision, plan = self.config.precision, self.config.plan
-            records = predict_split(self.model, validation, self.tokenizer, precision, plan, self.may_go_on)
-        stopped = len(records) < len(validation)
-        if any(self.world.gather_objects(stopped)):
+            records = predict_split(self.model, validation, self.tokenizer, precision, plan, self.may_go_on, self.world)
+        if records is None:
             return {}
         figures = self.model.score(records, validation)
         figure = figures[self.model.main]
@@ -145,7 +145,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     freeze(task, config.freeze)
     if config.checkpoint_activations:
         checkpoint_activations(task)
-    loader = make_loader(inputs.dataset, inputs.tokenizer, config, world)
+    loader = make_loader(inputs.dataset, inputs.tokenizer, config, world, **task.loader_options())
     parallel = parallelize(task, world, config.parallel)
     optimizer = make_optimizer(task, config, world.device, peak_rate)
     trainer = FineTuner(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)
