@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from mvlm.commands import bench, data_build, data_packages, data_tools, embed, evaluate, plan, predict, report, search
 from mvlm.commands.arguments import deferred, parse
 from mvlm.commands.doctor import doctor
-from mvlm.commands.finetune import eval_task, finetune
+from mvlm.commands.finetune import eval_caption, eval_task, eval_vqa, finetune
 from mvlm.commands.pretrain import pretrain
 from mvlm.commands.study import study
 
@@ -36,8 +36,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan.plan,
     "finetune": finetune,
     "eval retrieval": evaluate.eval_retrieval,
-    "eval vqa": eval_task("vqa"),
+    "eval vqa": eval_vqa,
     "eval entailment": eval_task("entailment"),
+    "eval pairs": eval_task("pairs"),
+    "eval caption": eval_caption,
     "reconstruct": predict.reconstruct,
     "fill": predict.fill,
     "score": evaluate.score,

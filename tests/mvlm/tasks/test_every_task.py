@@ -79,7 +79,7 @@ def test_both_implementations_give_the_same_losses_gradients_and_predictions(tra
 
 
 @every_form
-def test_resumed_run_equals_an_undisturbed_one(trained, data, tmp_path, form):
+def test_resumed_run_equals_an_undisturbed_one(trained, data, tmp_path, form, without_tensorboard):
     settings = {"eval_every_steps": 2, "ema_decay": 0.9, "max_steps": 4, "checkpoint_every_steps": 2}
     for name in ("whole", "cut"):
         finetune(configured(trained, data, tmp_path / name, form, **settings))
@@ -96,7 +96,7 @@ def test_resumed_run_equals_an_undisturbed_one(trained, data, tmp_path, form):
 
 @pytest.mark.slow
 @every_form
-def test_sixteen_examples_are_learned_by_heart_and_need_their_images(trained, tmp_path, form):
+def test_sixteen_examples_are_learned_by_heart_and_need_their_images(trained, tmp_path, form, without_tensorboard):
     """All are right; with the images shuffled, figures fall to those of a model that was trained without images."""
     name = FORMS[form][0]
     data = {name: WRITERS[name](tmp_path / "data", {"train": 16, "test": 4})}
