@@ -10,7 +10,7 @@ from mvlm.commands import bench, data_build, data_packages, data_tools, embed, e
 from mvlm.commands.arguments import deferred, parse
 from mvlm.commands.data import tasks as data_tasks
 from mvlm.commands.doctor import doctor
-from mvlm.commands.finetune import eval_task, finetune
+from mvlm.commands.finetune import eval_caption, eval_task, eval_vqa, finetune
 from mvlm.commands.pretrain import pretrain
 from mvlm.commands.study import study
 
@@ -46,8 +46,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan.plan,
     "finetune": finetune,
     "eval retrieval": evaluate.eval_retrieval,
-    "eval vqa": eval_task("vqa"),
+    "eval vqa": eval_vqa,
     "eval entailment": eval_task("entailment"),
+    "eval pairs": eval_task("pairs"),
+    "eval caption": eval_caption,
     "reconstruct": predict.reconstruct,
     "fill": predict.fill,
     "app": predict.app,
