@@ -10,7 +10,7 @@ from mvlm.commands import bench, data_build, data_packages, data_tools, embed, e
 from mvlm.commands.arguments import deferred, parse
 from mvlm.commands.data import tasks as data_tasks
 from mvlm.commands.doctor import doctor
-from mvlm.commands.finetune import eval_task, finetune
+from mvlm.commands.finetune import eval_caption, eval_task, eval_vqa, finetune
 from mvlm.commands.pretrain import pretrain
 from mvlm.commands.study import study
 
@@ -34,6 +34,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data twemoji": data_packages.twemoji,
     "data easy-vqa": data_packages.easy_vqa,
     "data openclipart": data_packages.openclipart,
+    "data stamps": data_packages.stamps,
+    "data scenes": data_packages.scenes,
     "data merge": data_tools.merge,
     "data check": data_tools.check,
     "data index": data_tools.index,
@@ -44,8 +46,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan.plan,
     "finetune": finetune,
     "eval retrieval": evaluate.eval_retrieval,
-    "eval vqa": eval_task("vqa"),
+    "eval vqa": eval_vqa,
     "eval entailment": eval_task("entailment"),
+    "eval pairs": eval_task("pairs"),
+    "eval caption": eval_caption,
     "reconstruct": predict.reconstruct,
     "fill": predict.fill,
     "app": predict.app,
