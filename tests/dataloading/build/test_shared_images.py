@@ -165,7 +165,11 @@ def test_strips(tmp_path):
         (tmp_path / "boxes.png",) * 3, 100, ((0, 0, 100, 100), (150, 0, 250, 100), (300, 0, 400, 100)), "PNG"
     )
     blue = ImageStrip((tmp_path / "turned.png",), 40, kind="PNG")
-    assert np.asarray(Image.open(io.BytesIO(blue.compose([blue.files[0].read_bytes()]))))[5, 30].tolist() == [0, 0, 250]
+    assert np.asarray(Image.open(io.BytesIO(blue.compose([blue.files[0].read_bytes()]))))[30, 30].tolist() == [
+        0,
+        0,
+        250,
+    ]
     records = [
         Record("pair", pair, ["two"], ""),
         Record("again", pair, ["two again"], ""),

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mvlm.tasks.grounding import phrases_of
+from mvlm.tasks.recognition.classes import class_names, labels_of, read_templates
 from mvlm_dataloading import open_dataset
 from support import published_tasks
 from support.commands import assert_refused
@@ -45,22 +47,47 @@ def test_questions_are_built_in_parts(run_data, vqa, tmp_path):
         assert path.read_bytes() == (tmp_path / "merged" / path.name).read_bytes()
 
 
+TASKS = {
+    "vqa": ("vqa-v2", published_tasks.vqa_v2, 12, []),
+    "pairs": ("nlvr", published_tasks.nlvr, 4, ["--permutations", "2"]),
+    "entailment": ("snli-ve", published_tasks.snli_ve, 6, []),
+}
+
+
 @pytest.mark.slow
-def test_a_model_is_fine_tuned_and_scored_on_vqa_v2_as_published(run_data, run_mvlm, vqa, trained, tmp_path):
-    assert run_data("vqa-v2", vqa, tmp_path / "data").code == 0
-    flags = ["--max-steps", 2, "--batch-size", 4, "--warmup-steps", 1, "--device", "cpu", "--eval-every-steps", 2]
+@pytest.mark.parametrize("task", TASKS)
+def test_a_model_is_fine_tuned_and_scored_on_files_as_published(run_data, run_mvlm, trained, tmp_path, task):
+    name, write, questions, words = TASKS[task]
+    write(tmp_path / "in")
+    assert run_data(name, tmp_path / "in", tmp_path / "data", *words).code == 0
+    flags = ["--max-steps", 2, "--batch-size", 4, "--warmup-steps", 1, "--device", "cpu"]
     data = ["--data", tmp_path / "data"]
-    outcome = run_mvlm("finetune", "vqa", "--checkpoint", trained, *data, "--out", tmp_path / "run", *flags)
+    outcome = run_mvlm("finetune", task, "--checkpoint", trained, *data, "--out", tmp_path / "run", *flags)
     assert outcome.code == 0, outcome.err
     figures = tmp_path / "figures.json"
-    words = ["--split", "validation", "--out", figures]
-    outcome = run_mvlm("eval", "vqa", "--checkpoint", tmp_path / "run", *data, *words)
+    outcome = run_mvlm(
+        "eval", task, "--checkpoint", tmp_path / "run", *data, "--split", "validation", "--out", figures,
+        "--device", "cpu",
+    )  # fmt: skip
     assert outcome.code == 0, outcome.err
     found = json.loads(figures.read_text())
-    assert found["questions"] == 12
+    assert len(found["records"]) == questions
     assert 0 <= found["accuracy"] <= 100
-    assert set(found["by_answer_type"]) == {"other", "yes/no", "number"}
-    assert len(open_dataset(tmp_path / "data", "test")) == 6
+    if task == "vqa":
+        assert set(found["by_answer_type"]) == {"other", "yes/no", "number"}
+
+
+def test_phrases_and_classes_are_what_their_tasks_read(run_data, tmp_path):
+    published_tasks.refcoco(tmp_path / "refer")
+    published_tasks.clip_benchmark(tmp_path / "pets")
+    assert run_data("refcoco", tmp_path / "refer", tmp_path / "phrases").code == 0
+    assert run_data("clip-benchmark", tmp_path / "pets", tmp_path / "classes").code == 0
+    phrases = phrases_of(open_dataset(tmp_path / "phrases", "testB"))
+    assert (phrases.boxes[0], phrases.sizes[0], phrases.ids[0]) == ([4.5, 6, 30.25, 20], [72, 54], "2060")
+    labels = labels_of(open_dataset(tmp_path / "classes", "test"), None)
+    assert labels == ["alarm clock", "café"] * 3
+    assert class_names(labels, tmp_path / "pets/classnames.txt") == ["alarm clock", "café"]
+    assert read_templates(tmp_path / "pets/zeroshot_classification_templates.txt") == ["a bad photo of a {}.", "{}"]
 
 
 def test_a_dry_check_exits_with_1_if_something_is_off(run_data, vqa):
