@@ -12,8 +12,8 @@ Colour = tuple[int, int, int]
 TONES: tuple[Colour, ...] = (
     (178, 125, 125), (178, 125, 161), (158, 142, 111), (158, 158, 111), (126, 158, 148), (111, 158, 158),
 )  # fmt: skip
-"""Tones of backgrounds. They hide no kind of any artwork: at least three tenths of each cut-out differ clearly from each
-tone. Black and white show on them, and so does the grey card."""
+"""Tones of backgrounds. They hide no kind of any artwork: at least three tenths of each cut-out differ clearly from
+each tone. Black and white show on them, and so does the grey card."""
 _CARD, _EDGE = (128, 128, 128), (84, 84, 84)
 
 
