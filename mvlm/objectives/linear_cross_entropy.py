@@ -26,8 +26,8 @@ def linear_cross_entropy(
 
     x (M, C), weight (V, C), bias (V,), targets int64 (M,) in [0, V) or -100. Returns two scalars, fp32, or float64 for
     float64; the accuracy has no gradient. With row_weights (M,), the loss is the sum of the rows' cross-entropies, each
-    times its weight, and the accuracy is unchanged. Logits have autocast's dtype, or x's. Sums are in fp32 (float64).
-    If all targets are -100 both are NaN, as in torch.
+    times its weight; the accuracy is the same. Logits have autocast's dtype, or x's. Sums are taken in fp32 (float64).
+    If all targets are -100 both are NaN, as torch's cross_entropy is.
     """
     return _LinearCrossEntropy.apply(x.to(compute_dtype(x)), weight, bias, targets, row_weights)  # pyright: ignore[reportReturnType]
 

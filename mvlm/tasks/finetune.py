@@ -69,11 +69,12 @@ class FineTuner(Trainer):
             return self.model.backward(self.parallel, microbatches, self.world, self.config, self.step)
         number = len(microbatches)
         shares = []
-        for place, (batch, _) in enumerate(microbatches):
+        for place, (batch, masks) in enumerate(microbatches):
 
-            def forward(task: Task, batch=batch) -> TaskLosses:
+            def forward(task: Task, batch=batch, masks=masks) -> TaskLosses:
+                targets = [x[batch.sample_id] for x in self._targets]
                 with autocast(self.device, self.config.precision):
-                    return task.losses(batch, [x[batch.sample_id] for x in self._targets], self.config.plan)
+                    return task.losses_of_step(batch, masks, targets, self.config.plan)
 
             losses = self.parallel(forward, last=place == number - 1)
             # All microbatches have as many samples, so the loss is the mean of theirs, and DDP averages over ranks.
@@ -120,9 +121,8 @@ class FineTuner(Trainer):
                 return self.model.evaluate(validation, self.tokenizer, precision, workspace)
             except EvaluationStopped:
                 return {}
-        records = predict_split(self.model, validation, self.tokenizer, precision, plan, self.may_go_on)
-        stopped = len(records) < len(validation)
-        return {} if any(self.world.gather_objects(stopped)) else self.model.score(records, validation)
+        records = predict_split(self.model, validation, self.tokenizer, precision, plan, self.may_go_on, self.world)
+        return {} if records is None else self.model.score(records, validation)
 
 
 def open_inputs(config: FinetuneConfig) -> RunInputs:
@@ -162,7 +162,7 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     freeze(task, config.freeze)
     if config.checkpoint_activations:
         checkpoint_activations(task)
-    loader = make_loader(inputs.dataset, inputs.tokenizer, config, world)
+    loader = make_loader(inputs.dataset, inputs.tokenizer, config, world, **task.loader_options())
     parallel = parallelize(task, world, config.parallel)
     optimizer = make_optimizer(task, config, world.device, peak_rate)
     trainer = FineTuner(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)

@@ -160,7 +160,7 @@ def _checked(source: Source, options: BuildOptions | None) -> BuildOptions:
     if source.questions and options.drop_duplicates:
         raise DataError(
             f"drop-duplicates: wanted a data set with a sample per image, got {source.name}, whose samples are "
-            f"questions; leave the flag out"
+            "questions; leave the flag out"
         )
     if not source.pieces:
         raise DataError(f"{source.name}: wanted at least one sample, found none; give the folder that holds the data")

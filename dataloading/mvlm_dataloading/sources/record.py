@@ -93,8 +93,8 @@ class Source:
     pieces: Sequence[Piece]
     attribution: str = ""
     questions: bool = False
-    """True if a sample is a question, so that several have one image. Equal images are then no duplicates, and the
-    published splits stay as they are."""
+    """True for a task's data set, where several samples may have one image. Equal images are then no duplicates, and
+    the published splits stay as they are."""
 
 
 PIECE_RECORDS = 2048

@@ -1,7 +1,6 @@
 """Precision and recall of the facts that captions state about composed scenes, whatever their words.
 
-`mvlm_dataloading.scenes.facts` reads facts (objects, colours, numbers, sides) from a caption and checks them in a
-scene.
+`mvlm_dataloading.scenes.facts` reads facts (objects, colours, numbers, sides) from a caption, and checks them.
 """
 
 from collections import Counter

@@ -177,7 +177,7 @@ def test_strips(tmp_path):
     assert dataset.locate("image", 0)[0] == dataset.locate("image", 1)[0]
     for columns, colour in ((slice(0, 32), (250, 0, 0)), (slice(32, 64), (0, 0, 250))):
         assert np.abs(pixels[0][:, columns].astype(int).mean((0, 1)) - colour).max() < 4
-    grey, green = np.full((100, 100, 3), 128), np.tile(np.uint8([0, 250, 0]), (100, 100, 1))
+    grey, green = np.full((100, 100, 3), 128), np.zeros((100, 100, 3), int) + np.array([0, 250, 0])
     np.testing.assert_array_equal(pixels[2], np.concatenate([grey, green, grey], 1))
     records[0] = Record("pair", ImageStrip(pair.files, 48), ["two"], "")
     with pytest.raises(DataError, match="wanted a new folder or the data set set"):

@@ -18,7 +18,7 @@ SCENES = {
 
 def test_figures_of_captions():
     # 1: true are dog, one dog, heart; false are the colour, the number of blue hearts, and the side.
-    # 2: true is the cat, false the number. Of the scenes' 2 + 3 + 2 facts, dog, one dog, heart and cat are said.
+    # 2: true is the cat, false the number. The scenes have 2 + 3 + 2 facts; dog, one dog, heart and cat are said.
     captions = {"1": "a dog is right of a blue heart", "2": "a cat and a cat"}
     found = fact_figures(captions, SCENES)
     precision, recall = 4 / 8, 4 / 7
