@@ -24,7 +24,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom; rooms of one floor do no
         {"cli"},
         {"commands"},
         {"tasks", "studies", "app"},
-        {"training", "report"},
+        {"training", "report", "portable"},
         {"costs", "runs", "evaluation", "search"},
         {"distributed", "weights", "inference"},
         {"model"},
