@@ -1,8 +1,9 @@
 """Speed of exported programs beside eager torch: `python -m mvlm_benchmarks.run.export_rate RUN --csv FILE`.
 
 The three parts of a model run on the same inputs as eager modules, as programs of torch.export, and by onnxruntime, in
-turns in one process, in fp32 on a CPU. Other load on the machine hits all alike, so the ratios are the figures: eager's
-time over a contender's, in each round, and then the median; above 1 the contender is faster.
+turns in one process, in fp32 on a CPU. The ratios are the figures: eager's time over a contender's, in each round, and
+then the median; above 1 the contender is faster. `wall_ratio` is by the clock, with the middle half of the rounds. On a
+machine with other work the clock swings, and `cpu_ratio`, of the processor's time, is the steadier one.
 """
 
 import argparse
@@ -22,7 +23,12 @@ from mvlm.runs.load import load_model
 from mvlm_benchmarks.machine import describe
 from mvlm_benchmarks.results import RowFile
 
-COLUMNS = ("part", "batch", "length", "contender", "ms", "ratio", "low", "high", "rounds", "threads")
+COLUMNS = (
+    "part", "batch", "length", "contender", "ms", "wall_ratio", "low", "high", "cpu_ms", "cpu_ratio", "rounds",
+    "threads",
+)  # fmt: skip
+Times = dict[str, list[tuple[float, float]]]
+"""Of each contender: milliseconds of each round, by the clock and of the processor."""
 
 
 def contenders(run: Path, folder: Path, threads: int) -> Iterator[tuple[str, dict[str, Callable[[Any], object]], Any]]:
@@ -38,25 +44,32 @@ def contenders(run: Path, folder: Path, threads: int) -> Iterator[tuple[str, dic
 
 
 @torch.no_grad()
-def rounds_of(runners: dict[str, Callable[[Any], object]], inputs: Any, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each contender in each round, after one round that is not counted."""
-    times: dict[str, list[float]] = {name: [] for name in runners}
+def rounds_of(runners: dict[str, Callable[[Any], object]], inputs: Any, rounds: int) -> Times:
+    """Times of each contender in each round, after one round that is not counted."""
+    times: Times = {name: [] for name in runners}
     order = list(runners)
     for number in range(rounds + 1):
         for name in order[number % len(order) :] + order[: number % len(order)]:  # each is first equally often
-            started = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             runners[name](inputs)
-            times[name].append(1000 * (time.perf_counter() - started))
+            times[name].append((1000 * (time.perf_counter() - wall), 1000 * (time.process_time() - cpu)))
     return {name: found[1:] for name, found in times.items()}
 
 
-def rows_of(times: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Median time of each contender; median and middle half of eager's time over its own, round by round."""
+def rows_of(times: Times) -> list[dict[str, Any]]:
+    """Median times of each contender; medians and the middle half of eager's time over its own, round by round."""
     rows = []
     for name, found in times.items():
-        ratios = [eager / own for eager, own in zip(times["eager"], found, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
-        figures = {"ms": statistics.median(found), "ratio": middle, "low": low, "high": high}
+        pairs = list(zip(times["eager"], found, strict=True))
+        low, middle, high = statistics.quantiles([eager[0] / own[0] for eager, own in pairs], n=4)
+        figures = {
+            "ms": statistics.median(wall for wall, _ in found),
+            "wall_ratio": middle,
+            "low": low,
+            "high": high,
+            "cpu_ms": statistics.median(cpu for _, cpu in found),
+            "cpu_ratio": statistics.median(eager[1] / own[1] for eager, own in pairs),
+        }
         rows.append({"contender": name, **{key: round(value, 3) for key, value in figures.items()}})
     return rows
 

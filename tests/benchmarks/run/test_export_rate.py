@@ -4,12 +4,13 @@ from mvlm_benchmarks.run.export_rate import rounds_of, rows_of
 
 
 def test_ratios_are_medians_of_rounds_and_load_that_hits_all_cancels():
-    eager = [10.0, 20.0, 40.0, 10.0, 20.0]
-    rows = rows_of({"eager": eager, "onnx": [t / 2 for t in eager], "pt2": [10.0, 10.0, 10.0, 10.0, 10.0]})
+    eager = [(10.0, 8.0), (20.0, 8.0), (40.0, 8.0), (10.0, 8.0), (20.0, 8.0)]
+    rows = rows_of({"eager": eager, "onnx": [(wall / 2, cpu / 4) for wall, cpu in eager], "pt2": [(10.0, 16.0)] * 5})
     found = {row["contender"]: row for row in rows}
-    assert (found["eager"]["ms"], found["eager"]["ratio"]) == (20.0, 1.0)
-    assert [found["onnx"][name] for name in ("ms", "ratio", "low", "high")] == [10.0, 2.0, 2.0, 2.0]
-    assert [found["pt2"][name] for name in ("ratio", "low", "high")] == [2.0, 1.0, 3.0]
+    assert (found["eager"]["ms"], found["eager"]["wall_ratio"], found["eager"]["cpu_ratio"]) == (20.0, 1.0, 1.0)
+    names = ("ms", "wall_ratio", "low", "high", "cpu_ms", "cpu_ratio")
+    assert [found["onnx"][name] for name in names] == [10.0, 2.0, 2.0, 2.0, 2.0, 4.0]
+    assert [found["pt2"][name] for name in names] == [10.0, 2.0, 1.0, 3.0, 16.0, 0.5]
 
 
 def test_contenders_take_turns_and_the_first_round_is_not_counted():
