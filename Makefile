@@ -29,7 +29,7 @@ demo: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm pretrain tiny --data $(DATA) --out $(RUN) --max-steps $(STEPS) --eval-every-steps 200 --resume
 	$(BIN)/mvlm eval retrieval --checkpoint $(RUN) --data $(DATA) --split test --out $(RUN)/eval/test.json
 	$(BIN)/mvlm report $(RUN)
-	@echo "Open $(RUN)/report.html in a browser."
+	@echo "Open $(RUN)/report.html in a browser. Ask the model with: $(BIN)/mvlm app $(RUN)"
 
 # JOBS is the number of cores: each process takes one file of tests at a time, on one thread.
 JOBS ?= 2

@@ -129,9 +129,13 @@ class TextEncoder(nn.Module):
 
         tokens and their positions int64 (T,) -> (T, C), or padded (B, L) -> (B, L, C).
         """
-        # F.embedding, not index_select: its backward is deterministic on CUDA.
-        positions = F.embedding(position, self.position)
-        rows = Residual(*add_norm(self.norm, self.words(tokens), Branch(positions), post_norm=True))
+        rows = self.embed(tokens, position)
         for block in self.blocks:
             rows = block(rows, attend)
         return rows.x
+
+    def embed(self, tokens: Tensor, position: Tensor) -> Residual:
+        """Embed tokens with their positions, int64 (T,) or (B, L): the input of the blocks (T, C) or (B, L, C)."""
+        # F.embedding, not index_select: its backward is deterministic on CUDA.
+        embedded = F.embedding(position, self.position)
+        return Residual(*add_norm(self.norm, self.words(tokens), Branch(embedded), post_norm=True))
