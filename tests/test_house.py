@@ -25,7 +25,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom; rooms of one floor do no
         {"commands"},
         {"studies", "app"},
         {"tasks"},
-        {"training", "report"},
+        {"training", "report", "portable"},
         {"costs", "runs", "evaluation", "search"},
         {"distributed", "weights", "inference"},
         {"model"},
