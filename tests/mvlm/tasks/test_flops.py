@@ -1,4 +1,4 @@
-"""FLOPs of a step of each task at `base` and 384 px, counted on fake tensors: packed text, shared keys, indexed pairs."""
+"""FLOPs of a step of each task at `base`, 384 px, on fake tensors: packed text, shared keys, indexed pairs."""
 
 from dataclasses import replace
 from typing import Any
