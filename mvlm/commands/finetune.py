@@ -10,7 +10,7 @@ from typing import Any, Literal
 def finetune(arguments: Sequence[str]) -> None:
     """Fine-tune a pretrained model: `mvlm finetune TASK --checkpoint RUN --data SHARDS --out RUN`.
 
-    Tasks: vqa, entailment, pairs, caption. `mvlm eval TASK` evaluates the finished run.
+    Tasks: vqa, entailment, retrieval, pairs, caption. `mvlm eval TASK` evaluates the finished run.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{finetune.__doc__}\nAll settings of a task: mvlm finetune TASK --help")
@@ -113,7 +113,7 @@ def eval_caption(
     lengths: int | None = None,
     iterations: int | None = None,
     order: Literal["mask-predict", "left-to-right"] | None = None,
-    rerank: Literal["itm", "likelihood"] | None = None,
+    choose_by: Literal["itm", "likelihood"] | None = None,
 ) -> None:
     """Evaluate a run of `mvlm finetune caption` on a data set.
 
@@ -126,7 +126,7 @@ def eval_caption(
         lengths: Lengths of which a caption each is written: the likeliest. Default: the run's.
         iterations: Passes of mask-predict. Default: the run's.
         order: Order in which words are decided. Default: the run's.
-        rerank: What chooses among the lengths. Default: the run's.
+        choose_by: Figure that chooses among the lengths. Default: the run's.
     """
-    options = {"lengths": lengths, "iterations": iterations, "order": order, "rerank": rerank}
+    options = {"lengths": lengths, "iterations": iterations, "order": order, "choose_by": choose_by}
     _evaluate("caption", checkpoint, data, split, out, device, **options)

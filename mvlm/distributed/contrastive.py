@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mvlm.device import compute_dtype
 from mvlm.distributed.collectives import Gather, GlobalBatchLayout, InFlight, start_gather
-from mvlm.objectives.losses import contrastive_logits, contrastive_sums
+from mvlm.objectives.losses import contrastive_logits, contrastive_sums, shared_contrastive_sums
 from mvlm.objectives.negatives import Negatives, NegativeSampling
 
 MAX_LOGITS = 1 << 24
@@ -40,6 +40,7 @@ def sharded_contrastive_loss(
     sampling: NegativeSampling,
     layout: GlobalBatchLayout,
     elements: int = MAX_LOGITS,
+    shared_positives: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute this rank's shares of ITC and of its accuracy, and draw negatives for its pairs.
 
@@ -49,11 +50,16 @@ def sharded_contrastive_loss(
 
     Args:
         elements: most logits in memory at a time.
+        shared_positives: take all pairs with the same image or caption text as right answers, which share the target.
     """
     image, text = embeddings.image, embeddings.text
     all_images, all_texts = embeddings.arrive()
-    image_loss, image_correct, texts = _rows(image, all_texts, log_scale, sampling, layout, 0, elements)
-    text_loss, text_correct, images = _rows(text, all_images, log_scale, sampling, layout, 1, elements)
+    image_loss, image_correct, texts = _rows(
+        image, all_texts, log_scale, sampling, layout, 0, elements, shared_positives
+    )
+    text_loss, text_correct, images = _rows(
+        text, all_images, log_scale, sampling, layout, 1, elements, shared_positives
+    )
     loss, accuracy = (sums / (2 * layout.total) for sums in (image_loss + text_loss, image_correct + text_correct))
     return loss, accuracy, torch.stack([texts, images], dim=1)
 
@@ -72,6 +78,7 @@ def _rows(
     layout: GlobalBatchLayout,
     direction: int,
     elements: int,
+    shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One direction of ITC: logits of own (n, E) with others (G, E).
 
@@ -82,18 +89,26 @@ def _rows(
     size = max(1, elements // len(others))
     blocks = list(zip(own.split(size), indices.split(size), strict=True))
     if len(blocks) == 1:
-        return _block(own, indices, others, log_scale, sampling, direction)
+        return _block(own, indices, others, log_scale, sampling, direction, shared)
     # Backward computes a block's logits again. Kept ones would make n x G elements, which grows with the ranks.
     parts = [
-        checkpoint(_block, rows, of, others, log_scale, sampling, direction, use_reentrant=False) for rows, of in blocks
+        checkpoint(_block, rows, of, others, log_scale, sampling, direction, shared, use_reentrant=False)
+        for rows, of in blocks
     ]
     losses, correct, columns = zip(*parts, strict=True)  # pyright: ignore[reportArgumentType]
     return torch.stack(losses).sum(), torch.stack(correct).sum(), torch.cat(columns)
 
 
 def _block(
-    own: Tensor, indices: Tensor, others: Tensor, log_scale: Tensor, sampling: NegativeSampling, direction: int
+    own: Tensor,
+    indices: Tensor,
+    others: Tensor,
+    log_scale: Tensor,
+    sampling: NegativeSampling,
+    direction: int,
+    shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_rows` for one block of rows own (Q, E), whose global indices are int64 (Q,)."""
     logits = contrastive_logits(own, others, log_scale)  # (Q, G)
-    return *contrastive_sums(logits, indices), sampling.draw(logits, indices, direction)
+    sums = shared_contrastive_sums(logits, sampling.matches(indices)) if shared else contrastive_sums(logits, indices)
+    return *sums, sampling.draw(logits, indices, direction)

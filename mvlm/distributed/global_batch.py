@@ -51,6 +51,7 @@ def backward_global(
     weights: LossWeights = ALL,
     reconstruction_only: bool = False,
     local_negatives: bool = False,
+    shared_positives: bool = False,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Losses:
     """Compute the losses of the global batch, and the gradients of their total in the parameters' `.grad`.
@@ -63,6 +64,8 @@ def backward_global(
         reconstruction_only: weigh ITC and ITM with 0.
         local_negatives: draw ITM's negatives within a microbatch, not from the global batch. The losses then depend on
             the number of ranks and microbatches.
+        shared_positives: ITC takes all pairs with the same image or caption text as right answers. Without it, each
+            pair has one.
 
     Returns:
         The losses, scalars without gradient, equal on every rank.
@@ -78,7 +81,17 @@ def backward_global(
     counted = Pending(world.start_all_reduce(masked), lambda: masked)
     weights = weights.reconstructing() if reconstruction_only else weights
     shared = GlobalStep(
-        layout, world, IMPLEMENTATIONS[plan], autocast, seed, step, local_negatives, ids, counted, weights
+        layout,
+        world,
+        IMPLEMENTATIONS[plan],
+        autocast,
+        seed,
+        step,
+        local_negatives,
+        ids,
+        counted,
+        weights,
+        shared_positives,
     )
     run = _backward_one_graph if len(microbatches) == 1 else backward_cached
     shares = world.all_reduce(run(parallel, microbatches, shared))
@@ -113,7 +126,11 @@ def _backward_one_graph(parallel: Parallel, microbatches: Sequence[Microbatch], 
             embeddings = Embeddings(model.embed_image(image), model.embed_text(text.first()), step.layout)
             shares = language_shares(model, streams, batch, masks, step)
             shares["itc"], shares["itc_accuracy"], draws = sharded_contrastive_loss(
-                embeddings, model.log_scale, step.sampling, step.layout
+                embeddings,
+                model.log_scale,
+                step.sampling,
+                step.layout,
+                shared_positives=step.shared_positives,
             )
             if not step.weights.itm:
                 shares |= image_share(model, streams, batch, masks, step)

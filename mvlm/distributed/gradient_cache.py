@@ -113,7 +113,11 @@ def _backward_to_features(
             image = torch.cat([model.embed_image(own.image) for own in cached])  # (n, E)
             text = torch.cat([model.embed_text(own.text.first()) for own in cached])
             share, accuracy, draws = sharded_contrastive_loss(
-                Embeddings(image, text, step.layout), model.log_scale, step.sampling, step.layout
+                Embeddings(image, text, step.layout),
+                model.log_scale,
+                step.sampling,
+                step.layout,
+                shared_positives=step.shared_positives,
             )
             if not step.weights.itm:
                 return scaled_total(model, {"itc": share, "itc_accuracy": accuracy}, step)

@@ -60,6 +60,8 @@ class GlobalStep(NamedTuple):
     """Number of masked tokens of the global batch, a scalar on the device."""
     weights: LossWeights
     """Weights of the losses. An objective of weight 0 is not computed."""
+    shared_positives: bool = False
+    """ITC takes all pairs with the same image or caption text as right answers."""
 
     @property
     def sampling(self) -> NegativeSampling:

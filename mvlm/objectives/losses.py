@@ -101,6 +101,18 @@ def contrastive_sums(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(logits, targets, reduction="sum"), correct_top1(logits, targets).sum()
 
 
+def shared_contrastive_sums(logits: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
+    """`contrastive_sums` for rows with several right answers, which share the target's mass equally (ALBEF).
+
+    logits (Q, G); positives bool (Q, G), True = column j is a right answer of row i, at least one in each row. A row is
+    correct if the largest logit is that of a right answer. Returns two scalars.
+    """
+    logits = at_least_float32(logits)
+    mean = (logits * positives).sum(1) / positives.sum(1)
+    best = logits.detach().masked_fill(~positives, float("-inf")).amax(1)
+    return (logits.logsumexp(1) - mean).sum(), (best >= logits.detach().amax(1)).to(logits.dtype).sum()
+
+
 def contrastive_loss(logits: Tensor) -> tuple[Tensor, Tensor]:
     """ITC: InfoNCE and its accuracy, the means of both directions. logits (B, B), rows images, columns captions.
 

@@ -72,7 +72,10 @@ def recalls(figures: dict[str, Any]) -> Markup:
     for name, part in (("all", figures), ("unseen concepts", figures["unseen"])):
         if part is None:
             continue
-        for how, found in (("re-ranked by ITM", part), ("ITC alone", part["itc"])):
+        ranked = (("re-ranked by ITC + ITM", part), ("by ITM alone", part.get("itm")), ("ITC alone", part["itc"]))
+        for how, found in ranked:
+            if found is None:  # of an earlier version
+                continue
             cells = [f"{found[direction][r]:.1f}" for direction in ("tr", "ir") for r in ("r1", "r5", "r10")]
             rows.append([f"{name}: {part['n_images']} images, {part['n_texts']} captions", how, *cells])
     chance = [f"{100 * k / figures[n]:.2f}" for n in ("n_texts", "n_images") for k in (1, 5, 10)]

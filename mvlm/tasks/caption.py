@@ -118,7 +118,7 @@ class Captioning(Task):
         of = torch.arange(len(v), device=v.device).repeat_interleave(candidates)
         writer = Writer(self.model, v, of, lengths, self.tokenizer, plan)
         writer.write(self.options.order, self.options.iterations)
-        scores = writer.match() if self.options.rerank == "itm" else writer.mean_log_probability()
+        scores = writer.match() if self.options.choose_by == "itm" else writer.mean_log_probability()
         best = scores.view(-1, candidates).argmax(1)
         rows = (torch.arange(len(v), device=v.device) * candidates + best).tolist()
         words, numbers = writer.words.tolist(), lengths.tolist()

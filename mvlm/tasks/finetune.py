@@ -21,9 +21,11 @@ from mvlm.distributed.loss_shares import Microbatch
 from mvlm.distributed.parallel import checkpoint_activations, parallelize
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError, RunError
+from mvlm.evaluation.workspace import EvaluationStopped, Workspace
 from mvlm.runs.checkpoint import read_state
 from mvlm.tasks.evaluate import predict_split
 from mvlm.tasks.registry import find_task
+from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.start import starting_model
 from mvlm.tasks.task import Task, TaskLosses, TaskOptions
 from mvlm.training.build import check_attention, make_loader
@@ -60,8 +62,11 @@ class FineTuner(Trainer):
         """Set the training split's targets, from `Task.targets`."""
         self._targets = [x.to(self.device) for x in targets]
 
-    def forward_backward(self, microbatches: list[Microbatch]) -> TaskLosses:
+    def forward_backward(self, microbatches: list[Microbatch]) -> Any:
         """Compute the task's loss on the global batch, and the parameters' gradients."""
+        if isinstance(self.model, Retrieval):
+            assert isinstance(self.config, FinetuneConfig)
+            return self.model.backward(self.parallel, microbatches, self.world, self.config, self.step)
         number = len(microbatches)
         shares = []
         for place, (batch, masks) in enumerate(microbatches):
@@ -79,8 +84,8 @@ class FineTuner(Trainer):
         return TaskLosses(*mean)
 
     def after_update(self) -> dict[str, Tensor]:
-        """Further metrics of a step: none."""
-        return {}
+        """Clamp the temperature if the task trains it, and return it as a further metric of the step."""
+        return super().after_update() if self.model.log_scale.requires_grad else {}
 
     def extra_state(self) -> dict[str, Any]:
         """Description of the task, for a checkpoint's state.json."""
@@ -99,15 +104,25 @@ class FineTuner(Trainer):
         """Score the validation split, with the averaged weights if the run keeps them. Returns the figures."""
         self.watchdog.beat("the evaluation")
         with self.average.applied() if self.average is not None else nullcontext():
-            precision, plan = self.config.precision, self.config.plan
-            records = predict_split(self.model, validation, self.tokenizer, precision, plan, self.may_go_on, self.world)
-        if records is None:
+            figures = self.figures(validation)
+        if not figures:
             return {}
-        figures = self.model.score(records, validation)
         figure = figures[self.model.main]
         if self.best is None or figure > self.best["figure"]:
             self.best = {"step": self.step, "figure": figure}
         return {f"val_{self.model.main}": figure}
+
+    def figures(self, validation: Dataset) -> dict[str, Any]:
+        """Figures on the validation split with the weights as they are; none if a rank is to stop."""
+        precision, plan = self.config.precision, self.config.plan
+        if isinstance(self.model, Retrieval):
+            workspace = Workspace(None, self.world, go_on=self.may_go_on)
+            try:
+                return self.model.evaluate(validation, self.tokenizer, precision, workspace)
+            except EvaluationStopped:
+                return {}
+        records = predict_split(self.model, validation, self.tokenizer, precision, plan, self.may_go_on, self.world)
+        return {} if records is None else self.model.score(records, validation)
 
 
 def open_inputs(config: FinetuneConfig) -> RunInputs:
@@ -123,6 +138,8 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
     if validation is not None and config.eval_images:
         validation = validation.head(config.eval_images)
     kind.make_state(dataset, TaskOptions.of(config))
+    if config.freeze == "all" and kind.whole_batch:
+        raise ConfigError(f"freeze: wanted none or encoders, got all; the task {kind.name} has no head to train")
     model, tokenizer = starting_model(config.checkpoint, config.image_size, config.question_length)
     config = replace(config, model=model.config)
     check_attention(config)

@@ -14,11 +14,14 @@ from mvlm.runs.folder import find_checkpoint
 from mvlm.tasks.caption import Captioning
 from mvlm.tasks.entailment import Entailment
 from mvlm.tasks.pairs import Pairs
+from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.task import Task, TaskOptions
 from mvlm.tasks.vqa import VisualQuestionAnswering
 from mvlm_dataloading import Tokenizer, load_tokenizer
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (VisualQuestionAnswering, Entailment, Pairs, Captioning)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (VisualQuestionAnswering, Entailment, Retrieval, Pairs, Captioning)
+}
 """Tasks that can be fine-tuned, by name."""
 
 

@@ -49,14 +49,16 @@ class TaskOptions:
     """Answers of the list that the decoder judges by their whole likelihood: those with the likeliest first tokens."""
     generate: bool = False
     """The decoder generates its answers, instead of choosing them from the list."""
+    rerank: int = 32
+    """Candidates of each query that ITM re-ranks in the evaluation of retrieval."""
     lengths: int = 5
     """Lengths of which `caption` writes a caption each, before it chooses one: the likeliest."""
     iterations: int = 10
     """Passes of mask-predict."""
     order: Literal["mask-predict", "left-to-right"] = "mask-predict"
     """Order in which the words of a caption are decided."""
-    rerank: Literal["itm", "likelihood"] = "itm"
-    """What chooses among captions of different lengths: ITM's log-odds, or the mean log-likelihood of a token."""
+    choose_by: Literal["itm", "likelihood"] = "itm"
+    """Figure that chooses among captions of different lengths: ITM's log-odds, or a token's mean log-likelihood."""
 
     @classmethod
     def of(cls, config: FinetuneConfig) -> "TaskOptions":
@@ -79,6 +81,9 @@ class Task(nn.Module):
     """Name on the command line."""
     main: ClassVar[str]
     """Figure by which models are compared and selected; higher is better."""
+    whole_batch: ClassVar[bool] = False
+    """True if the loss contrasts all pairs of the global batch. The task then has `backward` and `evaluate` in place of
+    `losses`, `predict` and `score` (`mvlm.tasks.retrieval`)."""
     unused: ClassVar[tuple[str, ...]] = (
         "image_encoder.mask_token", "image_decoder", "pixel_head", "language_head", "image_projection",
         "text_projection", "log_scale", "matching_head",

@@ -87,7 +87,7 @@ class CropWindows:
 
 
 def strip_fault(height: int, width: int, images: int) -> str | None:
-    """What is wrong with an image of this size that should be a strip of square images; None if nothing is."""
+    """Fault of an image of this size that should be a strip of square images; None without one."""
     if width == images * height:
         return None
     return (

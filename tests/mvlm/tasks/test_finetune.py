@@ -108,18 +108,22 @@ def test_evaluation_writes_figures_and_records(trained, questions, tmp_path, run
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"task": "vqa2"}, "task: wanted one of vqa, entailment"),
+        ({"task": "vqa2"}, "task: wanted one of vqa, entailment, retrieval"),
         ({"task": "entailment"}, "wanted a label of contradiction, neutral, entailment, found None"),
         ({"min_count": 20}, "wanted at least 2 answers with 20 training questions each, found 0; lower --min-count"),
         ({"parallel": "fsdp"}, "parallel: wanted ddp"),
         ({"compile": True}, "which belong to pretraining"),
+        ({"task": "retrieval"}, "found a sample of the task vqa; name a data set of images and captions"),
+        ({"task": "retrieval", "data": "scenes", "blind": "text"}, "blind: wanted no"),
+        ({"task": "retrieval", "data": "scenes", "freeze": "all"}, "freeze: wanted none or encoders, got all"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
-    trained, questions, tmp_path, changes, message
+    trained, questions, scenes, tmp_path, changes, message
 ):
+    data = scenes if "data" in changes else questions
     with pytest.raises((ConfigError, DataError), match=message):
-        finetune(configured(trained, questions, tmp_path / "run", **changes))
+        finetune(configured(trained, data, tmp_path / "run", **{k: v for k, v in changes.items() if k != "data"}))
     assert not (tmp_path / "run").exists()
 
 
