@@ -36,6 +36,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan.plan,
     "finetune": finetune,
     "eval retrieval": evaluate.eval_retrieval,
+    "eval recognition": evaluate.eval_recognition,
+    "eval grounding": evaluate.eval_grounding,
     "eval vqa": eval_task("vqa"),
     "eval entailment": eval_task("entailment"),
     "reconstruct": predict.reconstruct,

@@ -2,8 +2,8 @@
 
 The map of a phrase is the mean over heads and tokens of weight x max(0, derivative of ITM's log-odds), in one
 cross-attention layer of the text, resized to the image (bicubic). The pointing game asks whether its highest point lies
-in the phrase's box. Where a sample lists candidate boxes (RefCOCO+), the best is the one with the largest sum of the map
-over the square root of its area, and is right if it overlaps the phrase's box by half. The layer is the best on the
+in the phrase's box. Where a sample lists candidate boxes (RefCOCO+), the best is the one with the largest sum of the
+map over the square root of its area, and is right if it overlaps the phrase's box by half. The layer is the best on the
 validation split.
 
 A sample's caption is the phrase; its metadata holds `box` [x, y, width, height] and `size` [width, height] in pixels of
