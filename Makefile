@@ -9,7 +9,7 @@ STEPS  ?= 640
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-gpu test-triton test-integrations emulate faults faults-data faults-loading \
         faults-embedding faults-parts faults-network faults-evaluation faults-studies soak bench aot traffic \
-        wheel-smoke check format clean
+        wheel-smoke evidence evidence-smoke check format clean
 
 ## help            list these targets
 help:
@@ -29,7 +29,7 @@ demo: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm pretrain tiny --data $(DATA) --out $(RUN) --max-steps $(STEPS) --eval-every-steps 200 --resume
 	$(BIN)/mvlm eval retrieval --checkpoint $(RUN) --data $(DATA) --split test --out $(RUN)/eval/test.json
 	$(BIN)/mvlm report $(RUN)
-	@echo "Open $(RUN)/report.html in a browser."
+	@echo "Open $(RUN)/report.html in a browser. Ask the model with: $(BIN)/mvlm app $(RUN)"
 
 # JOBS is the number of cores: each process takes one file of tests at a time, on one thread.
 JOBS ?= 2
@@ -128,6 +128,16 @@ faults-network: $(VENV)/.installed
 ## faults-evaluation kill 10 evaluations at random moments (`make test`: 3)
 faults-evaluation: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_evaluation.py --kills 10
+
+## evidence       all studies on both data sets, resumable; PART=i/n runs a part of the trials (about 8 hours on 2 cores)
+evidence: $(VENV)/.installed
+	for data in emoji openclipart; do for study in objectives masking ratios data; do \
+	    $(BIN)/mvlm study studies/$$study.toml --data data/$$data --out runs/evidence/$$data/$$study \
+	        --reuse runs/evidence/$$data/* --part $(or $(PART),1/1) || exit 1; done; done
+
+## evidence-smoke a short study on DATA, from trials to table and page, in two minutes
+evidence-smoke: $(VENV)/.installed $(DATA)/dataset.json
+	$(BIN)/mvlm study studies/smoke.toml --data $(DATA) --out runs/evidence/smoke
 
 ## faults-studies  kill 10 studies at random moments
 faults-studies: $(VENV)/.installed

@@ -34,7 +34,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom; rooms of one floor do no
         {"errors"},
     ],
     "mvlm_dataloading": [
-        {"loader", "tools"},
+        {"loader", "tools", "scenes"},
         {"build"},
         {"tokenizer"},
         {"dataset", "sources", "options"},

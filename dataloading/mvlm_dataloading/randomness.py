@@ -27,6 +27,7 @@ class Purpose(IntEnum):
     AUGMENT = 8
     SIGN = 9
     SHARDS = 10
+    TOKEN_COUNT = 11
 
 
 def hash64(*values: Any) -> UInt64:

@@ -1,4 +1,4 @@
-"""`mvlm reconstruct` and `mvlm fill`: masked images and captions, filled in by a trained model."""
+"""`mvlm reconstruct`, `mvlm fill` and `mvlm app`: questions to a trained model, in the terminal or on a web page."""
 
 from pathlib import Path
 
@@ -64,3 +64,39 @@ def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5, image_siz
     for number, guesses in enumerate(model.fill(caption, image, top).guesses, 1):
         shown = "  ".join(f"{guess.token} {100 * guess.probability:.0f}%" for guess in guesses)
         print(f"[MASK] {number}: {shown}")
+
+
+def app(
+    source: str,
+    /,
+    *,
+    data: Path | None = None,
+    index: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    device: str = "auto",
+) -> None:
+    """Open a local web page of a trained model: search, fill, rebuild, where it looks, classify.
+
+    Args:
+        source: Run folder, one of its checkpoints, exported folder, or id on the Hugging Face hub.
+        data: Data folder to search. Default: that of the run.
+        index: Index of `mvlm search` to search instead, folder or URL.
+        host: Address to listen on. Others can reach the page only if you give 0.0.0.0.
+        port: Port to listen on.
+        device: auto, cpu or cuda.
+    """
+    from mvlm.app.gallery import IndexGallery, data_of_run, open_gallery
+    from mvlm.app.page import build_page, start  # fails without gradio, before anything is loaded
+    from mvlm.runs.load import load_model
+    from mvlm.search.index import open_index
+
+    model = load_model(source, device)
+    data = data or data_of_run(Path(source))
+    if index is not None:
+        gallery = IndexGallery(model, open_index(index), index)
+    else:
+        gallery = open_gallery(model, data) if data is not None else None
+    page = build_page(model, gallery, Path(source).name)
+    print(f"{start(page, host, port)}  (Ctrl-C ends it)", flush=True)
+    page.block_thread()

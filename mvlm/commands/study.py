@@ -5,7 +5,9 @@ from pathlib import Path
 # Commands import what they need when they run, so that --help and errors are immediate.
 
 
-def study(file: Path, *, data: Path, out: Path, part: str = "1/1", partial: bool = False) -> None:
+def study(
+    file: Path, /, *, data: Path, out: Path, part: str = "1/1", reuse: tuple[Path, ...] = (), partial: bool = False
+) -> None:
     """Run a study: every arm of FILE with every seed, then a table and a page of paired differences.
 
     The same command continues an interrupted study, and skips what is finished.
@@ -15,6 +17,7 @@ def study(file: Path, *, data: Path, out: Path, part: str = "1/1", partial: bool
         data: Folder of shards with a train split.
         out: Folder of the study: its trials, study.csv and study.html.
         part: i/n runs only every nth trial, beginning with the ith: one part for each GPU, or each task of an array.
+        reuse: Folders of other studies. A trial that is equal to one of theirs takes its result.
         partial: Write table and page of the trials that are finished, and run none.
     """
     from mvlm.errors import ConfigError
@@ -31,6 +34,6 @@ def study(file: Path, *, data: Path, out: Path, part: str = "1/1", partial: bool
         write_csv(description, results, out / "study.csv")
         page = write_study_page(description, results, out / "study.html")
     else:
-        page = run_study(description, data, out, (int(number), int(parts)))
+        page = run_study(description, data, out, (int(number), int(parts)), reuse)
     if page is not None:
         print(f"{out / 'study.csv'}\n{page}")

@@ -126,9 +126,13 @@ class TextEncoder(nn.Module):
 
     def run(self, tokens: Tensor, packing: Packing, attend: Attend) -> Tensor:
         """Embed packed tokens int64 (T,) and run the blocks -> (T, C); `attend` computes self-attention."""
-        # F.embedding, not index_select: its backward is deterministic on CUDA.
-        position = F.embedding(packing.position, self.position)
-        rows = Residual(*add_norm(self.norm, self.words(tokens), Branch(position), post_norm=True))  # (T, C)
+        rows = self.embed(tokens, packing)
         for block in self.blocks:
             rows = block(rows, attend)
         return rows.x
+
+    def embed(self, tokens: Tensor, packing: Packing) -> Residual:
+        """Embed packed tokens int64 (T,) with their positions: the input of the blocks (T, C)."""
+        # F.embedding, not index_select: its backward is deterministic on CUDA.
+        position = F.embedding(packing.position, self.position)
+        return Residual(*add_norm(self.norm, self.words(tokens), Branch(position), post_norm=True))

@@ -19,19 +19,24 @@ LOGITS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
 adds to its gradient, which on a GPU takes longer than the logits of a small chunk."""
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, row_weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of the logits x weight^T + bias, and top-1 accuracy, over the rows whose target is not -100.
 
     x (M, C), weight (V, C), bias (V,), targets int64 (M,) in [0, V) or -100. Returns two scalars, fp32, or float64 for
-    float64; the accuracy has no gradient. Logits have autocast's dtype, or x's. Sums are taken in fp32 (float64). If
-    all targets are -100 both are NaN, as torch's cross_entropy is.
+    float64; the accuracy has no gradient. With row_weights (M,), the loss is the sum of the rows' cross-entropies, each
+    times its weight; the accuracy is the same. Logits have autocast's dtype, or x's. Sums are taken in fp32 (float64).
+    If all targets are -100 both are NaN, as torch's cross_entropy is.
     """
-    return _LinearCrossEntropy.apply(x.to(compute_dtype(x)), weight, bias, targets)  # pyright: ignore[reportReturnType]
+    return _LinearCrossEntropy.apply(x.to(compute_dtype(x)), weight, bias, targets, row_weights)  # pyright: ignore[reportReturnType]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, row_weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         rows = max(1, LOGITS_PER_CHUNK.get(x.device.type, LOGITS_PER_CHUNK["cpu"]) // len(weight))
         with torch.autocast(x.device.type, enabled=False):
@@ -46,8 +51,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, len(x), rows):
                 chunk, target = x[start : start + rows], targets[start : start + rows]
                 log_p = F.log_softmax(F.linear(chunk, w, b).to(sum_dtype), dim=-1)  # (rows, V)
-                loss = loss + F.nll_loss(log_p, target, ignore_index=-100, reduction="sum")
                 counted = target != -100
+                if row_weights is None:
+                    factor = share
+                    loss = loss + F.nll_loss(log_p, target, ignore_index=-100, reduction="sum")
+                else:
+                    factor = row_weights[start : start + rows].to(sum_dtype)
+                    loss = loss + (factor * F.nll_loss(log_p, target, ignore_index=-100, reduction="none")).sum()
                 correct = correct + (correct_top1(log_p, target.clamp(min=0)) * counted).sum()
                 if dx is None or dw is None or db is None:
                     continue
@@ -55,7 +65,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # It overwrites log_p, to save memory.
                 grad = log_p.exp_()
                 grad.scatter_add_(1, target.clamp(min=0)[:, None], -torch.ones_like(grad[:, :1]))
-                grad *= torch.where(counted, share, 0)[:, None]
+                grad *= torch.where(counted, factor, 0)[:, None]
                 db += grad.sum(0)
                 grad = grad.to(x.dtype)
                 dx[start : start + rows] = grad @ w
@@ -64,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.dtypes = weight.dtype, bias.dtype
         accuracy = correct * share
         ctx.mark_non_differentiable(accuracy)
-        return loss * share, accuracy
+        return loss * share if row_weights is None else loss, accuracy
 
     @staticmethod
     @once_differentiable
@@ -72,4 +82,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dx, dw, db = ctx.saved_tensors
         grad = grads[0]
         weight_dtype, bias_dtype = ctx.dtypes
-        return (dx * grad).to(dx.dtype), (dw * grad).to(weight_dtype), (db * grad).to(bias_dtype), None
+        return (dx * grad).to(dx.dtype), (dw * grad).to(weight_dtype), (db * grad).to(bias_dtype), None, None

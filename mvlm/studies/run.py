@@ -1,6 +1,7 @@
 """`mvlm study`: the trials of a study, one after another, then its table and its page."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from mvlm.costs.mfu import flops_per_pair
 from mvlm.errors import ConfigError, RunError
 from mvlm.studies.page import write_csv, write_study_page
 from mvlm.studies.study import Study, slug, trial_config
-from mvlm.studies.trial import Trial, read_result, run_trial
+from mvlm.studies.trial import Trial, read_result, run_trial, take_result
 from mvlm.training.build import choose_tokenizer
 from mvlm_dataloading import Dataset, open_dataset
 from mvlm_dataloading.options import ViewOptions
@@ -23,7 +24,9 @@ CAPTIONS = 512
 """Captions whose mean length decides the FLOPs of a step."""
 
 
-def run_study(study: Study, data: Path, out: Path, part: tuple[int, int] = (1, 1)) -> Path | None:
+def run_study(
+    study: Study, data: Path, out: Path, part: tuple[int, int] = (1, 1), reuse: Sequence[Path] = ()
+) -> Path | None:
     """Run the trials that are missing, then write `study.csv` and `study.html` into `out`.
 
     A trial that was cut off continues from its last checkpoint. A trial that another process works on is left to it.
@@ -32,10 +35,13 @@ def run_study(study: Study, data: Path, out: Path, part: tuple[int, int] = (1, 1
         data: data set with a train split.
         part: (i, n): only every nth trial, beginning with the ith. Each part may run on another machine or GPU with the
             same `out`; whichever ends last finds all results there.
+        reuse: folders of other studies. A trial that is equal to one of theirs takes its result. `out` itself is left
+            out, so that arms of one study that are equal are all run.
 
     Returns:
         The page; None if the study was asked to stop (SIGTERM), or if trials of other parts are missing.
     """
+    others = [folder for folder in reuse if folder.resolve() != out.resolve()]
     trials = plan_trials(study, data, out)
     for trial in trials:  # before the first minute is spent
         read_result(trial)
@@ -46,6 +52,9 @@ def run_study(study: Study, data: Path, out: Path, part: tuple[int, int] = (1, 1
         trial.folder.mkdir(parents=True, exist_ok=True)
         try:
             with FileLock(trial.folder / ".lock", timeout=0):
+                if read_result(trial) is None and any(take_result(trial, folder) for folder in others):
+                    log.info("%s, seed %d: taken from another study", trial.arm, trial.seed)
+                    continue
                 log.info("%s, seed %d: %d steps", trial.arm, trial.seed, trial.config.max_steps)
                 if read_result(trial) is None and run_trial(trial) is None:
                     log.info("stopped; the same command continues")

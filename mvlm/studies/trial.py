@@ -107,12 +107,33 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
         "ranks": ranks,
         "curves": {name: [[r["step"], r[name]] for r in rows if r.get(name) is not None] for name in _CURVES},
     }
+    _write_result(trial, result)
+    shutil.rmtree(run.checkpoints)
+    return result
+
+
+def take_result(trial: Trial, study: Path) -> dict[str, Any] | None:
+    """Result of an equal trial of another study, kept as that of `trial` too; None if there is none.
+
+    Equal are trials in all that decides what they find, the seed included. The names of their arms may differ.
+
+    Args:
+        study: folder of the other study, as `mvlm study --out` wrote it.
+    """
+    for file in sorted(study.glob(f"trials/*/seed_{trial.seed}/{trial.file.name}")):
+        result = json.loads(file.read_text())
+        if result.get("format_version") == FORMAT_VERSION and result.get("settings") == trial.settings:
+            result |= {"arm": trial.arm}
+            _write_result(trial, result)
+            return result
+    return None
+
+
+def _write_result(trial: Trial, result: dict[str, Any]) -> None:
     partial = trial.file.with_suffix(".partial")
     write_json(partial, result)
     sync(partial)
     partial.replace(trial.file)
-    shutil.rmtree(run.checkpoints)
-    return result
 
 
 def settings_of(config: PretrainConfig) -> dict[str, Any]:

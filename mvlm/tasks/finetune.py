@@ -69,11 +69,12 @@ class FineTuner(Trainer):
             return self.model.backward(self.parallel, microbatches, self.world, self.config, self.step)
         number = len(microbatches)
         shares = []
-        for place, (batch, _) in enumerate(microbatches):
+        for place, (batch, masks) in enumerate(microbatches):
 
-            def forward(task: Task, batch=batch) -> TaskLosses:
+            def forward(task: Task, batch=batch, masks=masks) -> TaskLosses:
+                targets = [x[batch.sample_id] for x in self._targets]
                 with autocast(self.device, self.config.precision):
-                    return task.losses(batch, [x[batch.sample_id] for x in self._targets], self.config.plan)
+                    return task.losses_of_step(batch, masks, targets, self.config.plan)
 
             losses = self.parallel(forward, last=place == number - 1)
             # All microbatches have as many samples, so the loss is the mean of theirs, and DDP averages over ranks.
@@ -120,9 +121,8 @@ class FineTuner(Trainer):
                 return self.model.evaluate(validation, self.tokenizer, precision, workspace)
             except EvaluationStopped:
                 return {}
-        records = predict_split(self.model, validation, self.tokenizer, precision, plan, self.may_go_on)
-        stopped = len(records) < len(validation)
-        return {} if any(self.world.gather_objects(stopped)) else self.model.score(records, validation)
+        records = predict_split(self.model, validation, self.tokenizer, precision, plan, self.may_go_on, self.world)
+        return {} if records is None else self.model.score(records, validation)
 
 
 def open_inputs(config: FinetuneConfig) -> RunInputs:
@@ -137,7 +137,7 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
     )
     if validation is not None and config.eval_images:
         validation = validation.head(config.eval_images)
-    kind.make_state(dataset, options_of(config))
+    kind.make_state(dataset, TaskOptions.of(config))
     if config.freeze == "all" and kind.whole_batch:
         raise ConfigError(f"freeze: wanted none or encoders, got all; the task {kind.name} has no head to train")
     model, tokenizer = starting_model(config.checkpoint, config.image_size, config.question_length)
@@ -153,15 +153,16 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     if world.device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)
-    options = options_of(config)
+    options = TaskOptions.of(config)
     kind = find_task(config.task)
     model, _ = starting_model(config.checkpoint, config.image_size, config.question_length, config.random_weights)
     model.set_attention(config.self_attention, config.cross_attention)
     task = kind(model.train(), options, kind.make_state(inputs.dataset, options)).to(world.device)
+    task.set_tokenizer(inputs.tokenizer)
     freeze(task, config.freeze)
     if config.checkpoint_activations:
-        checkpoint_activations(task.model)
-    loader = make_loader(inputs.dataset, inputs.tokenizer, config, world)
+        checkpoint_activations(task)
+    loader = make_loader(inputs.dataset, inputs.tokenizer, config, world, **task.loader_options())
     parallel = parallelize(task, world, config.parallel)
     optimizer = make_optimizer(task, config, world.device, peak_rate)
     trainer = FineTuner(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)
@@ -170,11 +171,6 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
         trainer.restore(Path(checkpoint))
         log.info("resuming from %s", checkpoint)
     return trainer
-
-
-def options_of(config: FinetuneConfig) -> TaskOptions:
-    """The task's options among a run's settings."""
-    return TaskOptions(config.blind, config.min_count, config.rerank)
 
 
 def freeze(task: Task, what: str) -> None:
@@ -189,8 +185,8 @@ def freeze(task: Task, what: str) -> None:
 
 
 def peak_rate(name: str, config: PretrainConfig) -> float:
-    """Peak learning rate of the task's parameter with this name."""
+    """Peak learning rate of the task's parameter with this name. A decoder starts from copies of the cross encoders."""
     assert isinstance(config, FinetuneConfig)
     if name.startswith(("model.image_encoder.", "model.text_encoder.")):
         return config.lr_encoder
-    return config.lr_cross if name.startswith("model.") else config.lr_head
+    return config.lr_cross if name.startswith(("model.", "decoder.")) else config.lr_head

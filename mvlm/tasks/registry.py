@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -10,13 +11,17 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, TOKENIZER, read_state, read_tensors
 from mvlm.runs.folder import find_checkpoint
+from mvlm.tasks.caption import Captioning
 from mvlm.tasks.entailment import Entailment
+from mvlm.tasks.pairs import Pairs
 from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.task import Task, TaskOptions
 from mvlm.tasks.vqa import VisualQuestionAnswering
 from mvlm_dataloading import Tokenizer, load_tokenizer
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (VisualQuestionAnswering, Entailment, Retrieval)}
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (VisualQuestionAnswering, Entailment, Retrieval, Pairs, Captioning)
+}
 """Tasks that can be fine-tuned, by name."""
 
 
@@ -27,16 +32,20 @@ def find_task(name: str) -> type[Task]:
     return TASKS[name]
 
 
-def load_task(path: Path, device: torch.device | str = "cpu") -> tuple[Task, Tokenizer]:
+def load_task(path: Path, device: torch.device | str = "cpu", **changes: Any) -> tuple[Task, Tokenizer]:
     """Load a fine-tuned task, in eval mode on `device`, and its tokenizer, from a run or one of its checkpoints.
 
-    The weights are the averaged ones (EMA) if the run kept them. RunError for a pretraining run or a damaged one.
+    The weights are the averaged ones (EMA) if the run kept them. `changes` are options to change, of those that say how
+    predictions are made. RunError for a pretraining run or a damaged one.
     """
     folder = find_checkpoint(path)
     described = read_state(folder).get("task")
     if described is None:
         raise RunError(f"{path}: wanted a fine-tuned run, found a pretraining run; `mvlm finetune` makes one from it")
     config = model_config(json.loads((folder / MODEL_CONFIG).read_text()), str(folder / MODEL_CONFIG))
-    task = find_task(described["name"])(MaskVLM(config), TaskOptions(**described["options"]), described["state"])
+    options = TaskOptions(**described["options"] | changes)
+    task = find_task(described["name"])(MaskVLM(config), options, described["state"])
     read_tensors(folder / (EMA if (folder / EMA).is_dir() else MODEL), task.state_dict())
-    return task.to(device).eval(), load_tokenizer(folder / TOKENIZER)
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    task.set_tokenizer(tokenizer)
+    return task.to(device).eval(), tokenizer

@@ -41,6 +41,8 @@ class MaskConfig:
     """Ratio of `partner_patch_ids`; 0 for none. The blocks with the smallest keys are masked, so they are some of
     those that a larger ratio masks."""
     partner_token_ratio: float = 0.0
+    uniform_tokens: bool = False
+    """Draw the number of masked tokens of each caption uniformly, in place of `token_ratio`."""
 
 
 class BatchStream:
@@ -100,7 +102,9 @@ class BatchStream:
         config = self._masks
         masks = Masks(
             patch_ids=self._host_tensor(draw_patch_masks(*of, **config.patches)),
-            token_ids=self._host_tensor(draw_token_masks(*of, captions.lengths, ratio=config.token_ratio)),
+            token_ids=self._host_tensor(
+                draw_token_masks(*of, captions.lengths, ratio=None if config.uniform_tokens else config.token_ratio)
+            ),
         )
         if config.partner_patch_ratio:
             lighter: dict[str, Any] = {**config.patches, "ratio": config.partner_patch_ratio}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mvlm_dataloading.randomness import Purpose, hash64
+from mvlm_dataloading.randomness import Purpose, hash64, uniforms
 
 Int64 = NDArray[np.int64]
 
@@ -80,11 +80,12 @@ def draw_patch_masks(
     return np.sort((top_left[:, :, None] + within).reshape(len(blocks), -1), axis=1)  # (B, K)
 
 
-def draw_token_masks(seed: int, epoch: Any, sample_ids: Any, lengths: Any, *, ratio: float = 0.3) -> Int64:
+def draw_token_masks(seed: int, epoch: Any, sample_ids: Any, lengths: Any, *, ratio: float | None = 0.3) -> Int64:
     """Masked positions in the packed tokens: int64 (M,), ascending.
 
     Sample b has `lengths[b]` tokens including [CLS] and [SEP]. Of its n = lengths[b] - 2 ordinary tokens, exactly
-    max(1, round(ratio n)) are masked, halves rounded to even. [CLS] and [SEP] are never masked.
+    max(1, round(ratio n)) are masked, halves rounded to even. Without a ratio, 1 to n are masked, each number as likely
+    as the others (the training of Mask-Predict, Ghazvininejad et al., EMNLP 2019). [CLS] and [SEP] are never masked.
 
     Args:
         epoch: one number, or int (B,).
@@ -92,12 +93,16 @@ def draw_token_masks(seed: int, epoch: Any, sample_ids: Any, lengths: Any, *, ra
     Raises:
         ValueError: a caption without an ordinary token, or a ratio outside [0, 1].
     """
-    check_token_ratio(ratio)
+    check_token_ratio(ratio or 0.0)
     lengths = np.asarray(lengths, np.int64)  # (B,)
     if len(lengths) and lengths.min() < 3:
         raise ValueError(f"wanted captions of at least 3 tokens with [CLS] and [SEP], got one of {lengths.min()}")
     ordinary = lengths - 2
-    counts = np.maximum(1, np.rint(ratio * ordinary)).astype(np.int64)  # rint rounds halves to even, like `round`
+    if ratio is None:
+        share = uniforms(Purpose.TOKEN_COUNT, seed, np.broadcast_to(epoch, lengths.shape), np.asarray(sample_ids), 1)
+        counts = 1 + np.floor(share[:, 0] * ordinary).astype(np.int64)
+    else:
+        counts = np.maximum(1, np.rint(ratio * ordinary)).astype(np.int64)  # rint rounds halves to even, like `round`
 
     first = np.cumsum(ordinary) - ordinary  # (B,) start of each sample among all ordinary tokens
     rows = np.repeat(np.arange(len(lengths)), ordinary)

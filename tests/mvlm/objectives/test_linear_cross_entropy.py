@@ -95,3 +95,24 @@ def test_the_full_logits_never_exist(monkeypatch):
     with Largest() as largest:
         linear_cross_entropy(x, weight, bias, targets)[0].backward()
     assert largest.elements <= max(4 * 50, x.numel(), weight.numel())
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_weighted_rows_add_up(monkeypatch, chunk):
+    """With weights the loss is a sum: gradients are those of each row's own loss, times its weight."""
+    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", {"cpu": chunk * 11})
+    x, weight, bias, targets = random_inputs(7)
+    targets[2] = -100
+    weights = torch.tensor([0.5, 2.0, 3.0, 0.0, 1.0, 0.25, 1.5], dtype=torch.float64)
+    loss, accuracy = linear_cross_entropy(x, weight, bias, targets, weights)
+    (1.5 * loss).backward()
+    rows = [in_numpy(x[i : i + 1], weight, bias, targets[i : i + 1]) for i in range(7) if i != 2]
+    kept = [w for i, w in enumerate(weights.tolist()) if i != 2]
+    np.testing.assert_allclose(loss.item(), sum(w * row[0] for w, row in zip(kept, rows, strict=True)), rtol=1e-13)
+    assert accuracy.item() == pytest.approx(sum(row[1] for row in rows) / 6)
+    for parameter, place in ((weight, 3), (bias, 4)):
+        wanted = sum(w * row[place] for w, row in zip(kept, rows, strict=True))
+        np.testing.assert_allclose(parameter.grad.numpy(), 1.5 * wanted, atol=1e-13)
+    assert x.grad is not None
+    assert not x.grad[2].any()
+    np.testing.assert_allclose(x.grad[5].numpy(), 1.5 * 0.25 * rows[4][2][0], atol=1e-13)
