@@ -5,6 +5,7 @@ Shape legend: B pairs of a microbatch.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -58,15 +59,19 @@ def task_step_cost(task: str, setting: ClusterSetting) -> StepCost:
     with FakeTensorMode():
         give_fake_tensors(model)
         state, targets = kind.example(shape.pairs)
-        head, (batch, _) = kind(model, TaskOptions(), state), fake_microbatch(config, shape)
+        # The answer decoder's shapes depend on the questions, so vqa is counted as a classifier.
+        head, (batch, masks) = kind(model, TaskOptions(answers="classifier"), state), fake_microbatch(config, shape)
+        images = state.get("images", 1)
+        if images > 1:  # a strip of images, side by side
+            batch = replace(batch, images=batch.images.repeat(1, 1, 1, images))
 
         def step() -> None:
             with autocast_of(shape):
-                losses = head.losses(batch, targets, "fast")
+                losses = head.losses_of_step(batch, masks, targets, "fast")
             losses.total.backward()
 
         # A GPU's host does not know how many tokens the captions have together, and takes a bound.
-        return counted(head, step, shape.pairs * round_up_length(batch.max_length), shape.gpu)
+        return counted(head, step, images * shape.pairs * round_up_length(batch.max_length), shape.gpu)
 
 
 def format_task_plan(task: str, setting: ClusterSetting, samples: int, epochs: float) -> str:
@@ -103,7 +108,8 @@ def format_task_plan(task: str, setting: ClusterSetting, samples: int, epochs: f
             "",
             "Assumed",
             f"  {setting.mfu:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s in bf16 ({gpu.source}); no GPU has timed this",
-            "  all weights of the network train; texts of 12 tokens (at most 30); the head of the published data set",
+            "  all weights of the network train; texts of 12 tokens (at most 30); the head of the published data set,",
+            "  of vqa the classifier's",
             "  gradients are reduced after the backward pass, not during it; exchanged features are not counted",
             "  not counted: optimizer step, loader, evaluation, checkpoints, allocator overhead",
         ]

@@ -20,17 +20,20 @@ def setting(image_size: int = 32, **changes) -> ClusterSetting:
     return ClusterSetting(**(values | {"batch_size": 4} | changes))  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("task", ["vqa", "entailment"])
+@pytest.mark.parametrize("task", ["vqa", "entailment", "pairs", "caption"])
 def test_flops_of_a_planned_step_lie_between_those_of_real_steps(task):
     """The plan's texts have 12 tokens and room for 16. Real steps of 12 and of 16 tokens need less and more."""
     found = task_step_cost(task, setting())
     real = []
     for length in (12, 16):
         state, targets = find_task(task).example(4)
-        model = find_task(task)(micro_model(dtype=torch.float32, text_length=16), TaskOptions(), state)
-        batch, _ = micro_batch((length,) * 4, config=micro_config(text_length=16))
+        network, options = micro_model(dtype=torch.float32, text_length=16), TaskOptions(answers="classifier")
+        model = find_task(task)(network, options, state)
+        batch, masks = micro_batch((length,) * 4, config=micro_config(text_length=16))
+        if task == "pairs":
+            batch = replace(batch, images=batch.images.repeat(1, 1, 1, 2))
         with counter() as flops:
-            model.losses(batch, targets, "fast").total.backward()
+            model.losses_of_step(batch, masks, targets, "fast").total.backward()
         real.append(flops.get_total_flops())
     assert real[0] <= found.forward + found.backward <= real[1]
     assert found.parameters == sum(p.numel() for p in model.parameters())
@@ -69,4 +72,4 @@ def test_doctor_tries_fine_tuning(trained, scenes, tmp_path, run_mvlm):
     assert done.code == 0
     assert any(line.split()[1] == "speed" and "model alone" in line for line in done.out)
     assert any("at 4 pairs" in line for line in done.out)
-    assert_refused(run_mvlm(*words), "task: wanted one of vqa, entailment, retrieval with --checkpoint and --data")
+    assert_refused(run_mvlm(*words), "with --checkpoint and --data, got retrieval with None")
