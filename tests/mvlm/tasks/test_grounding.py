@@ -19,6 +19,7 @@ from mvlm.tasks.grounding import (
     other_phrases,
     phrase_maps,
     phrases_of,
+    read_candidates,
 )
 from mvlm_dataloading import DataError, open_dataset
 from support.commands import assert_refused
@@ -105,6 +106,25 @@ def test_the_command_writes_what_the_scorer_reads(trained, phrases, tmp_path, ru
     scored = run_mvlm("score", "grounding", tmp_path / "points.jsonl", tmp_path / "truth.jsonl")
     assert json.loads("\n".join(scored.out))["accuracy"] == found["accuracy"]
     assert not list(tmp_path.glob("*.parts"))
+
+
+def test_candidates_of_a_file_of_detections(trained, phrases, tmp_path, run_mvlm):
+    """The same boxes as those of the metadata give the same answers; an image without a box is refused."""
+    model, test = load_model(trained, "cpu"), open_dataset(phrases, "test")
+    boxes, known = tmp_path / "dets.json", phrases_of(test)
+    found = [{"image_id": known.images[i], "box": b, "score": 1} for i in range(8) for b in known.candidates[i]]
+    boxes.write_text(json.dumps(found))
+    figures, records = evaluate_grounding(model, test, None, 0, detected=read_candidates(boxes))
+    assert (figures, records) == evaluate_grounding(model, test, None, 0)
+    boxes.write_text(json.dumps([one for one in found if one["image_id"] != known.images[3]]))
+    out = tmp_path / "out.json"
+    words = ("--checkpoint", trained, "--data", phrases, "--device", "cpu", "--layer", 0, "--out", out)
+    refused = run_mvlm("eval", "grounding", *words, "--candidates", boxes)
+    assert_refused(refused, "wanted candidates for each phrase, found none for this one")
+    boxes.write_text('{"annotations": []}')
+    refused = run_mvlm("eval", "grounding", *words, "--candidates", boxes)
+    assert_refused(refused, "dets.json: wanted a JSON list of detections", "found another format")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dets.json"]
 
 
 def test_data_without_boxes_and_layers_that_are_not_there_are_refused(trained, scenes, phrases, run_mvlm):
