@@ -6,9 +6,9 @@ in the phrase's box. Where a sample lists candidate boxes (RefCOCO+), the best i
 map over the square root of its area, and is right if it overlaps the phrase's box by half. The layer is the best on the
 validation split.
 
-A sample's caption is the phrase; its metadata holds `box` [x, y, width, height], in pixels of an image of `size` [width,
-height] and, if they are there, `id`, `image_id` and `candidates`, a list of boxes. A file of detections may give the
-candidates instead.
+A sample's caption is the phrase; its metadata holds `box` [x, y, width, height], in pixels of an image of `size`
+[width, height] and, if they are there, `id`, `image_id` and `candidates`, a list of boxes. A file of detections may
+give the candidates instead.
 
 Shape legend: n phrases, B phrases of a batch, A layers.
 """
