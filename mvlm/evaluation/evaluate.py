@@ -65,8 +65,8 @@ def evaluate_with_ranks(
 
     Returns:
         The figures, and the rank of each query as lists, of which all recalls are made: `tr` and `ir`, each with the
-        fields `itc`, `itm` and `itm_alone` of `Ranks`; `owner`, the image of each caption; and `unseen`, for each image,
-        None where nothing is known.
+        fields `itc`, `itm` and `itm_alone` of `Ranks`; `owner`, the image of each caption; and `unseen`, for each
+        image, None where nothing is known.
     """
     started = time.perf_counter()
     workspace = workspace or Workspace()

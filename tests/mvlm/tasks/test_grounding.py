@@ -1,6 +1,8 @@
 """Grounding by GradCAM on coloured squares, against the maps of single images and boxes counted by hand."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +127,21 @@ def test_candidates_of_a_file_of_detections(trained, phrases, tmp_path, run_mvlm
     refused = run_mvlm("eval", "grounding", *words, "--candidates", boxes)
     assert_refused(refused, "dets.json: wanted a JSON list of detections", "found another format")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dets.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["grounding", "recognition"])
+def test_two_ranks_have_the_figures_and_records_of_one(trained, tmp_path, run_mvlm, task):
+    data = write_phrases(tmp_path / "data", {"validation": 8, "test": 150})  # three batches
+    words = ["eval", task, "--checkpoint", trained, "--data", data, "--device", "cpu", "--out"]
+    assert run_mvlm(*words, tmp_path / "one.json").code == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = map(str, [*words, tmp_path / "two.json"])
+    done = subprocess.run([*torchrun, "-m", "mvlm", *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one == two
+    assert len(two["records"]) == 150
 
 
 def test_data_without_boxes_and_layers_that_are_not_there_are_refused(trained, scenes, phrases, run_mvlm):
