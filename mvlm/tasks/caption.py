@@ -71,6 +71,11 @@ class Captioning(Task):
         references(train)
         return {}
 
+    @classmethod
+    def example(cls, samples: int) -> tuple[dict[str, Any], tuple[()]]:
+        """No state and no targets: the batch has the captions."""
+        return {}, ()
+
     def loader_options(self) -> dict[str, Any]:
         """Masks of any share of a caption's words."""
         return {"uniform_text_masks": True}
