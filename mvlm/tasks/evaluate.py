@@ -58,7 +58,8 @@ def predict_split(
 def share(samples: int, rank: int, ranks: int) -> tuple[int, int]:
     """First sample of a rank's part of a split, and the one after its last. Parts begin at multiples of a batch."""
     batches = -(-samples // BATCH)
-    return tuple(min(samples, BATCH * (batches * place // ranks)) for place in (rank, rank + 1))
+    start, stop = (min(samples, BATCH * (batches * place // ranks)) for place in (rank, rank + 1))
+    return start, stop
 
 
 def join_records(parts: list[list[dict[str, Any]]], samples: int) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from mvlm_dataloading.scenes.build import TASKS, metadata_of
 from mvlm_dataloading.scenes.kinds import HELD_COLOURS, NOUNS, SIDES, held_side, is_unseen
 from mvlm_dataloading.scenes.photos import PHOTOS
 from mvlm_dataloading.scenes.vocabulary import SPLITS, vocabulary
-from tests.support.scene_oracle import PLAIN, answer, called, entail, judge, on_side
+from support.scene_oracle import PLAIN, answer, called, entail, judge, on_side
 
 BALANCED = ("vqa", "pairs", "entailment")
 SIZES = {"train": 1200}

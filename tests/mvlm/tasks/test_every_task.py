@@ -125,17 +125,17 @@ def test_sixteen_examples_are_learned_by_heart_and_need_their_images(trained, tm
     name = FORMS[form][0]
     data = {name: WRITERS[name](tmp_path / "data", {"train": 16, "test": 4})}
     settings: dict[str, Any] = {"max_steps": 300, "warmup_steps": 30, "batch_size": 16, "log_every": 100}
-    figure, changes = "accuracy", {}
+    figure, changes = "accuracy", dict[str, Any]()
     if name == "caption":  # ITM of a model that was pretrained for two steps chooses badly
         settings |= {"max_steps": 700, "lr_encoder": 4e-3, "lr_cross": 4e-3}
-        figure, changes = "equal", {"rerank": "likelihood"}
+        figure, changes = "equal", {"choose_by": "likelihood"}
     finetune(configured(trained, data, tmp_path / "run", form, **settings))
     figures, records = evaluate_task(tmp_path / "run", data[name], "train", **changes)
     assert figures[figure] == 100
     assert [record["sample"] for record in records] == list(range(16))
     task, tokenizer = load_task(tmp_path / "run", **changes)
     dataset = open_dataset(data[name], "train")
-    other = Shuffled(task)
+    other: Any = Shuffled(task)
     shuffled = find_task(name).score(predict_split(other, dataset, tokenizer, "fp32") or [], dataset)
     assert shuffled[figure] <= best_without_images(name, dataset)
 
