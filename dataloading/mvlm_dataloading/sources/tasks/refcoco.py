@@ -111,9 +111,8 @@ def _records(
         fault = "box is empty or outside the image"
     found = []
     for sentence in ref["sentences"]:
-        id = str(int(sentence["sent_id"]))
-        metadata = {
-            "id": id,
+        metadata: dict[str, Any] = {
+            "id": str(int(sentence["sent_id"])),
             "image_id": f"coco {number}",
             "box": box,
             "size": size,
@@ -121,5 +120,5 @@ def _records(
             "category": categories.get(ref["category_id"], ""),
         } | ({} if detected is None else {"candidates": detected.get(number, [])})
         text = captions_in_cell(sentence.get("sent") or sentence.get("raw"))
-        found.append(Record(id, path, text, str(path), metadata, fault))
+        found.append(Record(metadata["id"], path, text, str(path), metadata, fault))
     return found
