@@ -81,7 +81,8 @@ def figure(result: Result, measure: str) -> float:
         value = value.get(name) if isinstance(value, dict) else None
     if not isinstance(value, int | float):
         raise ConfigError(
-            f"measures: wanted a figure of `mvlm eval retrieval`, such as ir.r1 or gain_text_nats, got {measure!r}"
+            f"measures: wanted a figure of `mvlm eval retrieval`, such as ir.r1 or gain_text_nats, or a split and a "
+            f"figure of a task, such as test.accuracy, got {measure!r}"
         )
     return float(value)
 
