@@ -71,7 +71,7 @@ def test_captions_are_those_written_one_at_a_time(model, tokenizer, plan, order,
 @torch.no_grad()
 @pytest.mark.parametrize("rerank", ["itm", "likelihood"])
 def test_the_best_of_the_likeliest_lengths_is_chosen(model, tokenizer, rerank):
-    task = Captioning(copy.deepcopy(model), TaskOptions(lengths=3, iterations=2, rerank=rerank), {}).double().eval()
+    task = Captioning(copy.deepcopy(model), TaskOptions(lengths=3, iterations=2, choose_by=rerank), {}).double().eval()
     task.set_tokenizer(tokenizer)
     task.head.weight.normal_(generator=torch.Generator().manual_seed(1))
     batch, _ = micro_batch()
