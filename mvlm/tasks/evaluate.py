@@ -80,10 +80,11 @@ def evaluate_task(
     split: str,
     device: torch.device | str = "cpu",
     world: World | None = None,
+    kind: type[Task] | None = None,
     **changes: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Figures of a fine-tuned run on a split, and its records. `changes` are those of `load_task`."""
-    task, tokenizer = load_task(checkpoint, device, **changes)
+    """Figures of a fine-tuned run on a split, and its records. `kind` and `changes` are those of `load_task`."""
+    task, tokenizer = load_task(checkpoint, device, kind, **changes)
     dataset = open_dataset(data, split)
     records = predict_split(task, dataset, tokenizer, world=world)
     assert records is not None
