@@ -15,8 +15,7 @@ def make_captions(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]
 
 def described(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     """A scene of one to four kinds, one of them a kind that the split asks about."""
-    kind = rng.choice(vocabulary.subjects) if vocabulary.held_sides and rng.random() < 0.5 else None
-    kind = kind or asked_kind(rng, vocabulary)
+    kind = asked_kind(rng, vocabulary)
     kinds = [kind, *fillers(rng, vocabulary, rng.randint(0, 3), {kind.name})]
     if kind.colour and rng.random() < 0.3:
         kinds = [kind, other_kind(rng, vocabulary, kind), *kinds[1:3]]
