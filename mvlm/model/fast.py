@@ -77,7 +77,7 @@ def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | N
 def encode_tokens(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
     """Encode captions as they are: packed tokens int64 (T,), with bounds cu_seqlens int32 (B+1,)."""
     packing = Packing(cu_seqlens, round_up_length(max_length), len(tokens))
-    return PackedText(model.text_encoder.run(tokens, packing, attend_self(packing)), packing)
+    return PackedText(model.text_encoder.run(tokens, packing.position, attend_self(packing)), packing)
 
 
 def project_patches(model: MaskVLMNetwork, images: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def encode_texts(model: MaskVLMNetwork, batch: Batch, token_ids: Tensor | None) 
     rows = torch.arange(2 * total, device=end.device)
     tokens = torch.where(rows < end, torch.cat([batch.tokens, hidden]), hidden[(rows - end).clamp(0, total - 1)])
     both = Packing(torch.cat([batch.cu_seqlens[:-1], batch.cu_seqlens + batch.cu_seqlens[-1]]), longest, 2 * total)
-    x = encoder.run(tokens, both, attend_self(both))  # (2T, C)
+    x = encoder.run(tokens, both.position, attend_self(both))  # (2T, C)
     masked = x.index_select(0, (end + rows[:total]).clamp(max=2 * total - 1))
     return PackedText(x[:total], packing), PackedText(masked, packing)
 

@@ -8,7 +8,7 @@ import torch
 from mvlm.config.json_files import model_config
 from mvlm.device import choose_device
 from mvlm.errors import ConfigError, RunError
-from mvlm.files import copy_into, read_safetensors
+from mvlm.files import copy_into, new_folder, read_safetensors
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, WEIGHTS_FILE, download, write_model
@@ -80,9 +80,7 @@ def export(path: Path, out: Path) -> None:
     The weights are the averaged ones if the run kept them. RunError if `out` holds files or `path` has no good
     checkpoint.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out}: wanted a new or empty folder, found other files; choose another one")
-    model, tokenizer = load_model(path)
-    out.mkdir(parents=True, exist_ok=True)
-    write_model(model, out)
-    tokenizer.save(out / TOKENIZER)
+    with new_folder(out) as folder:
+        model, tokenizer = load_model(path, "cpu")
+        write_model(model, folder)
+        tokenizer.save(folder / TOKENIZER)

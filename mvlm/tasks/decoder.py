@@ -91,7 +91,7 @@ class AnswerDecoder(nn.Module):
 
     def forward(self, model: MaskVLM, question: PackedText, answers: Answers, of: Tensor, plan: str) -> Tensor:
         """Features (Q, C) of the tokens of R answers; answer r belongs to question of[r], int64 (R,)."""
-        rows = model.text_encoder.embed(answers.tokens, answers.packing)
+        rows = model.text_encoder.embed(answers.tokens, answers.packing.position)
         if plan == "plain":
             memory, memory_mask = question.padded()
             x, key_mask = answers.packing.pad(rows.x), answers.packing.key_mask  # (R, A, C), (R, A), True = a token
