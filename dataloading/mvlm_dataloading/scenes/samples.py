@@ -48,7 +48,7 @@ def fillers(rng: random.Random, vocabulary: Vocabulary, count: int, without: Ite
 
 
 def other_kind(rng: random.Random, vocabulary: Vocabulary, kind: Kind) -> Kind:
-    """What stands in the place of a kind where it is missing: the same shape in another colour, or another noun.
+    """Substitute of a kind where it is missing: the same shape in another colour, or another noun.
 
     It is of those that the split asks about. A kind of which training knows nothing is therefore no sign of a "yes".
     """
