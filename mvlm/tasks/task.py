@@ -10,7 +10,6 @@ Shape legend: B batch, C width.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
