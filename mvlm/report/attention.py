@@ -1,4 +1,4 @@
-"""Where words look, for a report: GradCAM maps of a caption over its image, beside those of a wrong caption."""
+"""Maps of words for a report: GradCAM of a caption over its image, beside that of a wrong caption."""
 
 from dataclasses import dataclass
 

@@ -20,8 +20,8 @@ def features_of(split: Dataset, images: np.ndarray, texts: np.ndarray) -> Encode
     captions = [caption for i in range(len(split)) for caption in split.captions(i)]
     owner = torch.tensor([i for i in range(len(split)) for _ in split.captions(i)])
     nothing = torch.zeros(0)
-    rows = (torch.from_numpy(x / np.linalg.norm(x, axis=1, keepdims=True)).float() for x in (images, texts))
-    return EncodedSplit(nothing, nothing, nothing, *rows, owner, nothing, captions)
+    v, w = (torch.from_numpy(x / np.linalg.norm(x, axis=1, keepdims=True)).float() for x in (images, texts))
+    return EncodedSplit(nothing, nothing, nothing, v, w, owner, nothing, captions)
 
 
 @pytest.fixture
