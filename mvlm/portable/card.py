@@ -101,7 +101,9 @@ def model_card(source: Path, network: MaskVLM, data: Path | str | None = None, h
     run = run_of(source)
     config = read_config(run.config)
     checkpoint = find_checkpoint(source)
-    step = int(checkpoint.name.removeprefix("step_"))
+    named = re.fullmatch(r"step_(\d+)", checkpoint.name)
+    if named is None:
+        raise RunError(f"{checkpoint}: wanted a checkpoint named step_ and its number, found another name; rename it")
     description = data_description(data or str(config["data"]))
     figures = _evaluation(run.evaluation)
     found = [] if figures is None else recalls(figures)
@@ -118,7 +120,7 @@ def model_card(source: Path, network: MaskVLM, data: Path | str | None = None, h
         figures=figures,
         recalls=found,
         trivial=None if figures is None else line(describe_trivial_losses(figures)),
-        step=step,
+        step=int(named[1]),
         batch_size=config["batch_size"],
         settings=[(key, setting(config[key])) for key in RECIPE if key in config],
         versions={package: version(package) for package in ("torch", "numpy")},
@@ -177,14 +179,16 @@ def _evaluation(file: Path) -> dict[str, Any] | None:
     """The figures of a run's evaluation; None if it has not been evaluated."""
     if not file.is_file():
         return None
-    wanted = ("tr", "ir", "itc", "unseen", "n_images", "n_texts", "split", "gain_text_nats", "masked_l1")
     try:
         figures = json.loads(file.read_text())
-        missing = [name for name in wanted if name not in figures]
-        if missing:
-            raise KeyError(missing[0])
         recalls(figures)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        describe_trivial_losses(figures)
+        for name in ("gain_text_nats", "gain_pixels_pct", "masked_l1"):
+            float(figures[name])
+        for name in ("gain_text_nats_95", "gain_pixels_pct_95"):
+            _, _ = map(float, figures[name])
+        str(figures["split"])
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
         raise RunError(
             f"{file}: wanted the figures that `mvlm eval retrieval` writes, got {error!r}; evaluate the run again"
         ) from None

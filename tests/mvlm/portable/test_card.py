@@ -79,7 +79,16 @@ def test_a_run_without_an_evaluation_says_so(trained):
 def test_a_damaged_evaluation_is_refused(run_copy):
     network = load_model(run_copy, "cpu").network
     (run_copy / "eval").mkdir()
-    for content in ("[1]", "{", "{}", json.dumps(FIGURES | {"tr": {}}), json.dumps(FIGURES | {"n_texts": None})):
+    for content in (
+        "[1]",
+        "{",
+        "{}",
+        json.dumps(FIGURES | {"tr": {}}),
+        json.dumps(FIGURES | {"n_texts": 0}),
+        json.dumps(FIGURES | {"gain_text_nats_95": [1]}),
+        json.dumps(FIGURES | {"masked_l1": "low"}),
+        json.dumps({name: value for name, value in FIGURES.items() if name != "masked_l1_white"}),
+    ):
         (run_copy / "eval/test.json").write_text(content)
         with pytest.raises(RunError, match=r"test.json: wanted the figures that `mvlm eval retrieval` writes, got"):
             model_card(run_copy, network)
