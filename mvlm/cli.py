@@ -46,6 +46,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan.plan,
     "finetune": finetune,
     "eval retrieval": evaluate.eval_retrieval,
+    "eval recognition": evaluate.eval_recognition,
+    "eval grounding": evaluate.eval_grounding,
     "eval vqa": eval_vqa,
     "eval entailment": eval_task("entailment"),
     "eval pairs": eval_task("pairs"),

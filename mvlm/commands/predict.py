@@ -6,7 +6,14 @@ from pathlib import Path
 
 
 def reconstruct(
-    *, checkpoint: Path, image: Path, caption: str, out: Path, wrong_caption: str | None = None, seed: int = 0
+    *,
+    checkpoint: Path,
+    image: Path,
+    caption: str,
+    out: Path,
+    wrong_caption: str | None = None,
+    seed: int = 0,
+    image_size: int | None = None,
 ) -> None:
     """Mask an image and rebuild it from its visible patches and a caption.
 
@@ -17,6 +24,8 @@ def reconstruct(
         out: PNG to write: the image, masked, rebuilt with the caption and, if given, with the wrong one.
         wrong_caption: Caption of another image, to see the caption's contribution.
         seed: Seed of the mask.
+        image_size: Side in pixels at which the model sees the image; position embeddings are resized. Default: as
+            trained.
     """
     import numpy as np
     from PIL import Image
@@ -28,7 +37,7 @@ def reconstruct(
         raise ConfigError(f"out: wanted a .png file to write, got {out}")
     if out.exists() and out.samefile(image):
         raise ConfigError(f"out: wanted another file than the image itself, got {out} for both")
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, image_size=image_size)
     found = model.reconstruct(image, caption, seed=seed)
     panels = [found.image, found.masked, found.rebuilt]
     if wrong_caption is not None:
@@ -38,7 +47,7 @@ def reconstruct(
     print(f"{out}: image, masked, rebuilt{' and rebuilt with the wrong caption' if wrong_caption else ''}")
 
 
-def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5) -> None:
+def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5, image_size: int | None = None) -> None:
     """Guess the [MASK] tokens of a caption, given its image.
 
     Args:
@@ -46,10 +55,13 @@ def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5) -> None:
         image: Image file of any size.
         caption: Caption with [MASK] for every token to guess, for example "flag of [MASK]".
         top: Guesses to print for each [MASK].
+        image_size: Side in pixels at which the model sees the image; position embeddings are resized. Default: as
+            trained.
     """
     from mvlm.runs.load import load_model
 
-    for number, guesses in enumerate(load_model(checkpoint).fill(caption, image, top).guesses, 1):
+    model = load_model(checkpoint, image_size=image_size)
+    for number, guesses in enumerate(model.fill(caption, image, top).guesses, 1):
         shown = "  ".join(f"{guess.token} {100 * guess.probability:.0f}%" for guess in guesses)
         print(f"[MASK] {number}: {shown}")
 

@@ -64,8 +64,9 @@ def evaluate_with_ranks(
             arrays in memory. All ranks get the same figures.
 
     Returns:
-        The figures, and the rank of each query as lists, of which all recalls are made: `tr` and `ir`, each with `itc`
-        and `itm`; `owner`, the image of each caption; and `unseen`, for each image, None where nothing is known.
+        The figures, and the rank of each query as lists, of which all recalls are made: `tr` and `ir`, each with the
+        fields `itc`, `itm` and `itm_alone` of `Ranks`; `owner`, the image of each caption; and `unseen`, for each
+        image, None where nothing is known.
     """
     started = time.perf_counter()
     workspace = workspace or Workspace()
@@ -85,7 +86,8 @@ def evaluate_with_ranks(
         **trivial_losses(model, train, split, tokenizer, workspace=workspace),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    ranks = {name: {"itc": r.itc.tolist(), "itm": r.itm.tolist()} for name, r in (("tr", tr), ("ir", ir))}
+    kinds = "itc", "itm", "itm_alone"
+    ranks = {name: {kind: getattr(r, kind).tolist() for kind in kinds} for name, r in (("tr", tr), ("ir", ir))}
     return figures, {
         **ranks,
         "owner": features.owner.tolist(),

@@ -110,7 +110,8 @@ def text_gradcam(network: MaskVLM, v: Tensor, w: Tensor, key_mask: Tensor | None
     """
     log_odds, layers = _match_with_weights(network, v, w, key_mask)
     # A pair's log-odds depend on no other pair, so the derivatives of the sum are those of each.
-    gradients = torch.autograd.grad(log_odds.sum(), [layer.output for layer in layers], allow_unused=True)
+    outputs = [layer.output for layer in layers]
+    gradients = torch.autograd.grad(log_odds, outputs, torch.ones_like(log_odds), allow_unused=True)
     gradcam = []
     for layer, gradient in zip(layers, gradients, strict=True):
         effect = torch.zeros_like(layer.weights) if gradient is None else gradient @ layer.values.mT  # (B, H, L, M)

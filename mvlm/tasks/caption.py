@@ -71,6 +71,11 @@ class Captioning(Task):
         references(train)
         return {}
 
+    @classmethod
+    def example(cls, samples: int) -> tuple[dict[str, Any], tuple[()]]:
+        """No state and no targets: the batch has the captions."""
+        return {}, ()
+
     def loader_options(self) -> dict[str, Any]:
         """Masks of any share of a caption's words."""
         return {"uniform_text_masks": True}
@@ -92,7 +97,7 @@ class Captioning(Task):
         targets_of_masks = batch.tokens.index_select(0, masks.token_ids)  # (M,)
         bounds = torch.searchsorted(masks.token_ids, batch.cu_seqlens.long())  # (B+1,)
         caption = torch.searchsorted(bounds[1:], torch.arange(len(masks.token_ids), device=bounds.device), right=True)
-        weights = (1 / (len(v) * bounds.diff())).index_select(0, caption)  # (M,)
+        weights = (at_least_float32(v.new_ones(())) / (len(v) * bounds.diff())).index_select(0, caption)  # (M,)
         head = self.model.language_head
         if plan == "fast":
             x = masked_token_features(self.model, text, KeyValueCache(v), batch, masks)  # (M, C)

@@ -1,18 +1,20 @@
 """Grounding without boxes in training: the place of a phrase by GradCAM of ITM on the text tower (ALBEF).
 
 The map of a phrase is the mean over heads and tokens of weight x max(0, derivative of ITM's log-odds), in one
-cross-attention layer of the text, resized to the image (bicubic). The pointing game asks whether its highest point is
+cross-attention layer of the text, resized to the image (bicubic). The pointing game asks whether its highest point lies
 in the phrase's box. Where a sample lists candidate boxes (RefCOCO+), the best is the one with the largest sum of the
-map over the square root of its area, and is right if it overlaps the phrase's box by half. The layer is the best on
-the validation split.
+map over the square root of its area, and is right if it overlaps the phrase's box by half. The layer is the best on the
+validation split.
 
-A sample's caption is the phrase; its metadata holds `box` [x, y, width, height] and `size` [width, height] in pixels of
-the stored image and, if they are there, `id`, `image_id` and `candidates`, a list of boxes.
+A sample's caption is the phrase; its metadata holds `box` [x, y, width, height], in pixels of an image of `size`
+[width, height] and, if they are there, `id`, `image_id` and `candidates`, a list of boxes. A file of detections may
+give the candidates instead.
 
 Shape legend: n phrases, B phrases of a batch, A layers.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvlm.errors import ConfigError
+from mvlm.errors import ConfigError, RunError
 from mvlm.evaluation.workspace import Workspace
 from mvlm.inference.attention_maps import text_gradcam
 from mvlm.inference.encode import BATCH, eval_loader, image_features, text_features
@@ -28,6 +30,7 @@ from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.tasks.metrics.pointing import box_contains, overlap, pointing_figures
 from mvlm.tasks.metrics.significance import grouped_bootstrap
+from mvlm.tasks.records import read_json
 from mvlm_dataloading import DataError, Dataset, Tokenizer
 
 ENOUGH_OVERLAP = 0.5
@@ -55,8 +58,32 @@ class Answers(NamedTuple):
     """int64 (n, A), number of the best candidate, -1 without candidates."""
 
 
-def phrases_of(dataset: Dataset) -> Phrases:
-    """The phrases of a split. DataError for a sample without a box, or with candidates where others have none."""
+def read_candidates(file: Path) -> dict[str, list[list[float]]]:
+    """Boxes of each image id from a JSON list of detections {image_id, box}, as MAttNet's dets.json of RefCOCO+.
+
+    RunError for a file of another format.
+    """
+    boxes: dict[str, list[list[float]]] = {}
+    try:
+        for record in read_json(file, "a JSON list of detections {image_id, box}"):
+            x, y, width, height = map(float, record["box"])
+            boxes.setdefault(str(record["image_id"]), []).append([x, y, width, height])
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(
+            f"{file}: wanted a JSON list of detections {{image_id, box [x, y, width, height]}}, found another format "
+            f"({error!r}); is it another file?"
+        ) from None
+    return boxes
+
+
+def phrases_of(dataset: Dataset, detected: dict[str, list[list[float]]] | None = None) -> Phrases:
+    """The phrases of a split. DataError for a sample without a box, or without candidates where others have them.
+
+    Args:
+        detected: candidates by image id (`read_candidates`), instead of the metadata's.
+    """
     found = Phrases([], [], [], [], [], [])
     for i in range(len(dataset)):
         record = dataset.metadata(i)
@@ -70,12 +97,15 @@ def phrases_of(dataset: Dataset) -> Phrases:
         found.texts.append(dataset.captions(i)[0])
         found.boxes.append(record["box"])
         found.sizes.append(record["size"])
-        found.candidates.append([box for box in record.get("candidates", []) if min(box[2:]) > 0])
+        boxes = record.get("candidates", [])
+        if detected is not None:  # COCO's images have "coco NUMBER" as their id
+            boxes = detected.get(str(record.get("image_id")).removeprefix("coco "), [])
+        found.candidates.append([box for box in boxes if min(box[2:]) > 0])
         found.ids.append(str(record.get("id", dataset.keys[i])))
         found.images.append(str(record.get("image_id", dataset.keys[i])))
-    if any(found.candidates) and not all(found.candidates):
+    if (detected is not None or any(found.candidates)) and not all(found.candidates):
         number = found.candidates.index([])
-        raise DataError(f"{dataset.where(number)}: wanted `candidates`, as other samples have, found none")
+        raise DataError(f"{dataset.where(number)}: wanted candidates for each phrase, found none for this one")
     return found
 
 
@@ -161,12 +191,14 @@ def evaluate_grounding(
     validation: Dataset | None,
     layer: int | None = None,
     workspace: Workspace | None = None,
+    detected: dict[str, list[list[float]]] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Figures of a model on a split, in per cent, with their baselines; and a record {id, x, y} for each phrase.
 
     Args:
         validation: split on which the layer is chosen.
         layer: number of the layer from 0, instead of a choice.
+        detected: candidates by image id (`read_candidates`), instead of the metadata's.
 
     Raises:
         ConfigError: there is no such layer, or neither a layer nor a validation split.
@@ -176,11 +208,11 @@ def evaluate_grounding(
         raise ConfigError("layer: wanted a validation split to choose the layer on, found none; add --layer N")
     if layer is not None and not 0 <= layer < network.config.cross_layers:
         raise ConfigError(f"layer: wanted 0 to {network.config.cross_layers - 1}, got {layer}")
-    phrases, swept = phrases_of(split), None
+    phrases, swept = phrases_of(split, detected), None
     boxed = bool(phrases.candidates[0])
     if layer is None:
         assert validation is not None
-        known = phrases_of(validation)
+        known = phrases_of(validation, detected)
         by_layer = hits(known, answers(network, tokenizer, validation, known, known.texts, "validation", workspace))
         swept = (100 * by_layer[bool(known.candidates[0])].mean(0)).tolist()
         layer = int(np.argmax(swept))

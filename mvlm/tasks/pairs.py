@@ -75,6 +75,11 @@ class Pairs(Task):
         """The labels in the order of the logits, and the number of images of a statement."""
         return {"labels": list(LABELS), "images": statements(train)[0]["images"]}
 
+    @classmethod
+    def example(cls, samples: int) -> tuple[dict[str, Any], tuple[Tensor]]:
+        """NLVR2's two images a statement, and targets of some statements."""
+        return {"labels": list(LABELS), "images": 2}, (torch.zeros(samples, dtype=torch.int64),)
+
     def loader_options(self) -> dict[str, Any]:
         """Strips of the task's number of images."""
         return {"strip": self.images}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.model import MaskVLMConfig
+from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.packing import mask_tokens
 from mvlm_dataloading import Batch, Dataset, Masks, Tokenizer
@@ -108,6 +109,14 @@ class Task(nn.Module):
     def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
         """State of a task to be trained on `train`. DataError if its samples are not questions of this task."""
         raise NotImplementedError
+
+    @classmethod
+    def example(cls, samples: int) -> tuple[dict[str, Any], Sequence[Tensor]]:
+        """A state, and targets of some samples, in the sizes of the published data set: for `mvlm plan --task`.
+
+        ConfigError from a task that has none.
+        """
+        raise ConfigError(f"task: wanted one with an example to plan with, got {cls.name}; define its `example`")
 
     def targets(self, dataset: Dataset) -> Sequence[Tensor]:
         """Targets of all samples of a split, for `losses`: tensors whose first dimension is the samples."""

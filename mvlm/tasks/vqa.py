@@ -110,6 +110,12 @@ class VisualQuestionAnswering(Task):
         others = [answer for answer in ordered if answer not in listed] if options.answers == "decoder" else []
         return {"answers": kept, "others": others}
 
+    @classmethod
+    def example(cls, samples: int) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+        """The 3,129 answers of VQA v2, and targets of some questions."""
+        shape = samples, ANSWERS_OF_A_QUESTION
+        return {"answers": [str(i) for i in range(3129)]}, (torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
+
     def targets(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
         """Answers int64 (S, H) of each question, -1 for none and for unknown ones, and their targets (S, H).
 

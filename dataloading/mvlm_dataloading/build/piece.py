@@ -160,14 +160,17 @@ class _PieceWriter:
         decoded = self._decoder([image for image, _ in groupby(one.image for one in unsuspected)])
         last, pixels = None, None
         for one in candidates:
-            if one.number in self._suspect:
-                note.write_text(json.dumps([one.number]))
-                yield next(self._decoder([one.image]))
-                note.write_text(together)
-            else:
-                if one.image != last:  # questions about an image follow one another
-                    last, pixels = one.image, next(decoded)
-                yield pixels
+            suspect = one.number in self._suspect
+            if (suspect, one.image) != last:  # questions about an image follow one another
+                last = suspect, one.image
+                if suspect:
+                    alike = [other.number for other in candidates if other.image == one.image]
+                    note.write_text(json.dumps(alike))
+                    pixels = next(self._decoder([one.image]))
+                    note.write_text(together)
+                else:
+                    pixels = next(decoded)
+            yield pixels
         note.unlink()
 
     def _write(self, one: _Candidate, pixels: Any) -> str | None:

@@ -1,6 +1,6 @@
 """Tux Paint's stamps: photographs and drawings, cut out, with an English sentence each, from a Debian package.
 
-The package `tuxpaint-stamps-default` (GPL-2) is read as it is; nothing is installed. Letters, flags and other symbols
+The package `tuxpaint-stamps-default` (GPL-2) is read as it is; nothing is installed. Letters and other symbols
 are left out, and so are stamps without a sentence. About two thirds of the others are photographs.
 """
 

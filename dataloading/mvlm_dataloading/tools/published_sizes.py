@@ -41,10 +41,20 @@ SIZES: dict[str, dict[str, Size]] = {
     },
     # https://homes.cs.washington.edu/~ranjay/visualgenome, version 1.2
     "visual-genome-qa": {"train": Size(1_445_322)},
-    # Suhr et al., ACL 2019, table 1.
-    "nlvr2": {"train": Size(86_373), "validation": Size(6_982), "test": Size(6_967), "test2": Size(6_970)},
-    # Suhr et al., ACL 2017: 12,410 training sentences in six orders of the boxes, 989 and 990 for evaluation.
-    "nlvr": {"train": Size(74_460, 74_460), "validation": Size(989, 989), "test": Size(990, 990)},
+    # Suhr et al., ACL 2019, table 1; images counted in https://github.com/lil-lab/nlvr, two for each pair.
+    "nlvr2": {
+        "train": Size(86_373),
+        "validation": Size(6_982, 8_102),
+        "test": Size(6_967, 8_082),
+        "test2": Size(6_970, 8_148),
+    },
+    # Suhr et al., ACL 2017: 12,410 training rows in six orders of the boxes; 989, 990 and 985 for evaluation.
+    "nlvr": {
+        "train": Size(74_460, 74_460),
+        "validation": Size(989, 989),
+        "test": Size(990, 990),
+        "hidden": Size(985, 985),
+    },
     # https://github.com/necla-ml/SNLI-VE: the sums of its table over the three labels.
     "snli-ve": {
         "train": Size(529_527, 29_783),
@@ -59,5 +69,5 @@ SIZES: dict[str, dict[str, Size]] = {
         "testB": Size(4_889, 750),
     },
 }
-OPTIONAL = {"nlvr2": ("test2",)}
+OPTIONAL = {"nlvr2": ("test2",), "nlvr": ("hidden",)}
 """Splits that a complete data set may lack."""

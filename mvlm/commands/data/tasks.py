@@ -126,6 +126,7 @@ def refcoco(
     images: Path | None = None,
     name: str = "refcoco+",
     split_by: str = "unc",
+    candidates: Path | None = None,
     build: BuildOptions = BuildOptions(),  # noqa: B008
     common: CommonOptions = CommonOptions(),  # noqa: B008
 ) -> None:
@@ -137,10 +138,11 @@ def refcoco(
         images: Parent of COCO's train2014. Default: ROOT or its parent.
         name: refcoco+, refcoco or refcocog.
         split_by: Author of the splits, as in the name of refs(...).p: unc, google or umd.
+        candidates: JSON object with the boxes that a detector found in each image, by its id.
     """
     from mvlm_dataloading.sources.tasks.refcoco import refcoco
 
-    build_source(refcoco(root, images, name, split_by), out, build, common)
+    build_source(refcoco(root, images, name, split_by, candidates), out, build, common)
 
 
 def clip_benchmark(

@@ -28,8 +28,8 @@ def labels_of(dataset: Dataset, by: str | None) -> list[str]:
         value = record.get(field)
         if not isinstance(value, str | int) or not str(value).strip():
             raise DataError(
-                f"{dataset.where(i)}: wanted a class in the field {field!r} of the metadata, found {value!r}; fields "
-                f"are {', '.join(sorted(record)) or 'none'}: name another with --by"
+                f"{dataset.where(i)}: wanted a class in the field {field!r} of the metadata, found {value!r}; name "
+                f"another with --by, of {', '.join(sorted(record)) or 'none'}"
             )
         found.append(str(value))
     return found

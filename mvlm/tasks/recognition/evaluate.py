@@ -185,7 +185,11 @@ def _few_shot(
             made = few_shot(tables["train"], tables["validation"], len(names), number, seed)
             values.append(100 * (made.predict(x) == wanted).double().mean().item())
         low, high = mean_interval(values)
-        found[str(number)] = {"accuracy": sum(values) / len(values), "accuracy_95": [low, high], "by_seed": values}
+        found[str(number)] = {
+            "accuracy": sum(values) / len(values),
+            "accuracy_95": [max(0.0, low), min(100.0, high)],
+            "by_seed": values,
+        }
     return found
 
 

@@ -12,7 +12,7 @@ FILES = sorted((Path(__file__).parents[3] / "studies").glob("*.toml"))
 @pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
 def test_a_committed_study_can_run(file: Path) -> None:
     study = read_study(file)
-    assert len(study.seeds) >= 5
+    assert len(study.seeds) >= 5 or file.stem == "smoke"
     arms = [
         (trial_config(study, arm, 0, Path("data"), Path("out"), 1), settings.get("fraction", 1.0))
         for arm, settings in study.arms.items()

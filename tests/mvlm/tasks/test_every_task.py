@@ -3,6 +3,8 @@
 import shutil
 import subprocess
 import sys
+from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,11 @@ import torch
 from mvlm.inference.encode import eval_loader
 from mvlm.runs.folder import read_metrics
 from mvlm.runs.load import load_model
-from mvlm.tasks.evaluate import evaluate_task
+from mvlm.tasks.evaluate import evaluate_task, predict_split
 from mvlm.tasks.finetune import finetune
-from mvlm.tasks.registry import find_task
+from mvlm.tasks.registry import find_task, load_task
 from mvlm.tasks.task import Task, TaskOptions
-from mvlm_dataloading import Batch, Masks, open_dataset
+from mvlm_dataloading import Batch, Dataset, Masks, open_dataset
 from support.questions import WRITERS, finetune_config
 
 FORMS = {
@@ -39,6 +41,28 @@ def data(tmp_path_factory) -> dict[str, Path]:
 def configured(trained: Path, data: dict[str, Path], out: Path, form: str, **changes: Any):
     task, settings = FORMS[form]
     return finetune_config(trained, data[task], out, task, **settings | changes)
+
+
+class Shuffled(torch.nn.Module):
+    """A task that gets the image of another sample, half the split further on, in place of each image."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.task = task
+        self.model, self.log_scale, self.loader_options = task.model, task.log_scale, task.loader_options
+
+    def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]:
+        return self.task.predict(replace(batch, images=batch.images.roll(5, 0)), plan)
+
+
+def best_without_images(name: str, dataset: Dataset) -> float:
+    """Share in per cent of samples that a table from texts to answers can have right, at best."""
+    answers: dict[str, Counter] = defaultdict(Counter)
+    for i in range(len(dataset)):
+        record, text = dataset.metadata(i), dataset.captions(i)[0]
+        answer = record.get("label") or record.get("answers", [{"answer": text}])[0]["answer"]
+        answers["" if name == "caption" else text][answer] += 1
+    return 100 * sum(max(counts.values()) for counts in answers.values()) / len(dataset)
 
 
 def ready(trained: Path, data: dict[str, Path], form: str) -> tuple[Task, Batch, Masks, list[torch.Tensor]]:
@@ -100,11 +124,20 @@ def test_sixteen_examples_are_learned_by_heart_and_need_their_images(trained, tm
     """All are right; with the images shuffled, figures fall to those of a model that was trained without images."""
     name = FORMS[form][0]
     data = {name: WRITERS[name](tmp_path / "data", {"train": 16, "test": 4})}
-    settings = {"max_steps": 300, "warmup_steps": 30, "batch_size": 16, "log_every": 100}
+    settings: dict[str, Any] = {"max_steps": 300, "warmup_steps": 30, "batch_size": 16, "log_every": 100}
+    figure, changes = "accuracy", {}
+    if name == "caption":  # ITM of a model that was pretrained for two steps chooses badly
+        settings |= {"max_steps": 700, "lr_encoder": 4e-3, "lr_cross": 4e-3}
+        figure, changes = "equal", {"rerank": "likelihood"}
     finetune(configured(trained, data, tmp_path / "run", form, **settings))
-    figures, records = evaluate_task(tmp_path / "run", data[name], "train")
-    assert figures["equal" if name == "caption" else "accuracy"] == 100
+    figures, records = evaluate_task(tmp_path / "run", data[name], "train", **changes)
+    assert figures[figure] == 100
     assert [record["sample"] for record in records] == list(range(16))
+    task, tokenizer = load_task(tmp_path / "run", **changes)
+    dataset = open_dataset(data[name], "train")
+    other = Shuffled(task)
+    shuffled = find_task(name).score(predict_split(other, dataset, tokenizer, "fp32") or [], dataset)
+    assert shuffled[figure] <= best_without_images(name, dataset)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mvlm_dataloading.errors import DataError
-from mvlm_dataloading.sources.files import captions_in_cell, read_rows, reason_if_outside
+from mvlm_dataloading.sources.files import captions_in_cell, files_under, read_rows, reason_if_outside
 from mvlm_dataloading.sources.record import Record, Source, cut_into_pieces, file_sha256, with_images_together
 from mvlm_dataloading.sources.strip import ImageStrip
 
@@ -51,7 +51,7 @@ def nlvr2(root: Path, images: Path | None = None, side: int = 384) -> Source:
 def nlvr(root: Path, side: int = 100, permutations: int = _PERMUTATIONS) -> Source:
     """NLVR (2017) from its download: an image of 400 x 100 pixels has three boxes, which become three images.
 
-        ROOT/{train,dev,test}/{train,dev,test}.json
+        ROOT/{train,dev,test}/{train,dev,test}.json, and optionally ROOT/hidden/hidden.json
         ROOT/{train,dev,test}/images/DIRECTORY/SPLIT-N-M-K.png, K from 0 to 5: the boxes in another order
 
     Args:
@@ -65,12 +65,12 @@ def nlvr(root: Path, side: int = 100, permutations: int = _PERMUTATIONS) -> Sour
         raise DataError(f"permutations: wanted 1 to {_PERMUTATIONS}, got {permutations}")
     records: dict[str, list[Record]] = {}
     files = []
-    for published, split in {"train": "train", "dev": "validation", "test": "test"}.items():
+    for published, split in {"train": "train", "dev": "validation", "test": "test", "hidden": "hidden"}.items():
         file = find_file(root, f"{published}/{published}.json", f"nlvr/{published}/{published}.json")
         if file is not None:
             files.append(file)
             count = permutations if split == "train" else 1
-            rows = [one for row in _rows(file) for one in _boxes(file, published, row, side, count)]
+            rows = [one for row in _with_folders(file) for one in _boxes(file, published, row, side, count)]
             records[split] = with_images_together(rows)
     recipe = {"permutations": permutations}
     return _source("nlvr", root / "train/train.json", files, records, "CC BY 4.0", side, **recipe)
@@ -106,6 +106,15 @@ def _source(
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
     """Rows of a file that is named .json and has a JSON object on each line."""
     yield from read_rows(file, lines=True)
+
+
+def _with_folders(file: Path) -> Iterator[dict[str, Any]]:
+    """Rows of NLVR. Those of the hidden set name no folder, so it is the one in which their image is."""
+    folders: dict[str, str] = {}
+    for row in _rows(file):
+        if "directory" not in row and not folders:
+            folders = {path.stem: path.parent.name for path in files_under(file.parent / "images")}
+        yield {"directory": folders.get(f"{file.stem}-{row.get('identifier')}-0", ""), **row}
 
 
 def _pair(folder: Path, published: str, row: dict[str, Any], side: int, file: Path) -> Record:

@@ -17,7 +17,13 @@ _SPLITS = {"train": "train", "val": "validation", "testA": "testA", "testB": "te
 _NAMES = ("refcoco+", "refcoco", "refcocog")
 
 
-def refcoco(root: Path, images: Path | None = None, name: str = "refcoco+", split_by: str = "unc") -> Source:
+def refcoco(
+    root: Path,
+    images: Path | None = None,
+    name: str = "refcoco+",
+    split_by: str = "unc",
+    candidates: Path | None = None,
+) -> Source:
     """RefCOCO+, RefCOCO or RefCOCOg from an unpacked download. testA shows people, testB other objects.
 
         ROOT/refs(unc).p, ROOT/instances.json, or both in ROOT/refcoco+
@@ -29,6 +35,8 @@ def refcoco(root: Path, images: Path | None = None, name: str = "refcoco+", spli
     Args:
         images: parent of train2014. Default: ROOT.
         split_by: author of the splits, as in the file's name: unc, google or umd.
+        candidates: JSON object with the boxes that a detector found in each image, by its id, such as MAttNet's as
+            ALBEF gives them. They become `candidates`.
 
     Raises:
         DataError: a file or folder is missing or has another format, or the pickle holds more than plain containers.
@@ -41,18 +49,21 @@ def refcoco(root: Path, images: Path | None = None, name: str = "refcoco+", spli
     instances = refs.with_name("instances.json")
     folder = coco_folder([images or root, root, root.parent], "train2014")
     records: dict[str, list[Record]] = {}
+    detected = None if candidates is None else _detected(candidates)
     try:
         boxes, sizes, categories = _instances(instances)
         for ref in read_plain_pickle(refs):
             split = _SPLITS.get(ref["split"])
             if split is None:
                 raise ValueError(f"a split named {ref['split']}")
-            records.setdefault(split, []).extend(_records(ref, folder, boxes, sizes, categories))
+            records.setdefault(split, []).extend(_records(ref, folder, boxes, sizes, categories, detected))
+
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         if isinstance(error, DataError):
             raise
         raise wrong_format(refs, f"{name}'s expressions beside its instances.json", error) from None
-    recipe = {"annotations": [file_sha256(refs), file_sha256(instances)], "split_by": split_by}
+    used = [refs, instances] if candidates is None else [refs, instances, candidates]
+    recipe = {"annotations": [file_sha256(file) for file in used], "split_by": split_by}
     return Source(
         name=name,
         origin=f"{name}, https://github.com/lichengunc/refer",
@@ -62,6 +73,14 @@ def refcoco(root: Path, images: Path | None = None, name: str = "refcoco+", spli
         pieces=cut_into_pieces({split: with_images_together(listed) for split, listed in records.items()}),
         questions=True,
     )
+
+
+def _detected(file: Path) -> dict[int, list[list[float]]]:
+    """Boxes by the id of their image."""
+    try:
+        return {int(i): [[float(x) for x in box[:4]] for box in boxes] for i, boxes in read_json(file).items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise wrong_format(file, "an object of lists of boxes [x, y, width, height] by image id", error) from None
 
 
 def _instances(file: Path) -> tuple[dict[int, list[float]], dict[int, list[int]], dict[int, str]]:
@@ -80,6 +99,7 @@ def _records(
     boxes: dict[int, list[float]],
     sizes: dict[int, list[int]],
     categories: dict[int, str],
+    detected: dict[int, list[list[float]]] | None,
 ) -> list[Record]:
     number = int(ref["image_id"])
     path = folder / f"COCO_train2014_{number:012d}.jpg"
@@ -98,7 +118,7 @@ def _records(
             "size": size,
             "ref_id": int(ref["ref_id"]),
             "category": categories.get(ref["category_id"], ""),
-        }
+        } | ({} if detected is None else {"candidates": detected.get(number, [])})
         text = captions_in_cell(sentence.get("sent") or sentence.get("raw"))
         found.append(Record(metadata["id"], path, text, str(path), metadata, fault))
     return found

@@ -61,6 +61,18 @@ def test_bad_rows_are_rejected(tmp_path):
     ]
 
 
+def test_boxes_of_a_detector_become_candidates(tmp_path):
+    published_tasks.refcoco(tmp_path)
+    (tmp_path / "dets.json").write_text(json.dumps({"200": [[1, 2, 30, 20], [0, 0, 9, 9, 0.8]]}))
+    pieces = refcoco(tmp_path, candidates=tmp_path / "dets.json").pieces
+    found = {record.key: record.metadata["candidates"] for piece in pieces for record in piece.records(1)}
+    assert found["2001"] == [[1, 2, 30, 20], [0, 0, 9, 9]]
+    assert found["2010"] == []
+    (tmp_path / "dets.json").write_text("[1]")
+    with pytest.raises(DataError, match=r"dets\.json: wanted an object of lists of boxes"):
+        refcoco(tmp_path, candidates=tmp_path / "dets.json")
+
+
 def test_byte_strings_of_python_2_are_read(tmp_path):
     """What Python 2 writes: S'...' for a byte string, V... for a Unicode one, I01 for True."""
     (tmp_path / "p").write_bytes(
