@@ -101,9 +101,13 @@ def model_card(source: Path, network: MaskVLM, data: Path | str | None = None, h
     run = run_of(source)
     config = read_config(run.config)
     checkpoint = find_checkpoint(source)
-    step = int(checkpoint.name.removeprefix("step_"))
+    named = re.fullmatch(r"step_(\d+)", checkpoint.name)
+    if named is None:
+        raise RunError(f"{checkpoint}: wanted a checkpoint named step_ and its number, found another name; rename it")
     description = data_description(data or str(config["data"]))
     figures = _evaluation(run.evaluation)
+    if figures is not None and not _is_of(figures, checkpoint, run):
+        figures = None
     found = [] if figures is None else recalls(figures)
     name = hub_id.split("/")[1]
     return TEMPLATES.get_template("card.md").render(
@@ -116,9 +120,11 @@ def model_card(source: Path, network: MaskVLM, data: Path | str | None = None, h
         splits={line(key): split for key, split in description["splits"].items()},
         pairs=description["splits"].get("train", {}).get("samples"),
         figures=figures,
+        evaluated=run.evaluation.is_file(),
+        rebuilds=figures is not None and figures["masked_l1"] < min(_trivial(figures)),
         recalls=found,
         trivial=None if figures is None else line(describe_trivial_losses(figures)),
-        step=step,
+        step=int(named[1]),
         batch_size=config["batch_size"],
         settings=[(key, setting(config[key])) for key in RECIPE if key in config],
         versions={package: version(package) for package in ("torch", "numpy")},
@@ -144,11 +150,11 @@ def card_head(name: str, description: dict[str, Any], figures: dict[str, Any] | 
     results = [
         EvalResult(
             task_type="zero-shot-retrieval",
-            task_name=f"{r.direction}, {r.ranked_by}",
             dataset_type=data,
             dataset_name=data,
             dataset_split=str((figures or {})["split"]),
             metric_type=f"recall@{r.k}",
+            metric_name=f"{r.direction}, {r.ranked_by}, recall@{r.k}",
             metric_value=r.value,
         )
         for r in found
@@ -173,18 +179,34 @@ def line(text: object) -> str:
     return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(str(text).split()))
 
 
+def _trivial(figures: dict[str, Any]) -> list[float]:
+    """Masked L1 of the image-blind predictors."""
+    found = [figures["masked_l1_white"], figures["masked_l1_train_median"]]
+    return [value for value in found if value is not None]
+
+
+def _is_of(figures: dict[str, Any], checkpoint: Path, run: RunFolder) -> bool:
+    """True if the figures are of this checkpoint: they name it, or name the run and it is the run's newest."""
+    named = Path(str(figures["checkpoint"])).name
+    if re.fullmatch(r"step_\d+", named):
+        return named == checkpoint.name
+    return checkpoint.name == find_checkpoint(run.path).name
+
+
 def _evaluation(file: Path) -> dict[str, Any] | None:
     """The figures of a run's evaluation; None if it has not been evaluated."""
     if not file.is_file():
         return None
-    wanted = ("tr", "ir", "itc", "unseen", "n_images", "n_texts", "split", "gain_text_nats", "masked_l1")
     try:
         figures = json.loads(file.read_text())
-        missing = [name for name in wanted if name not in figures]
-        if missing:
-            raise KeyError(missing[0])
         recalls(figures)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        describe_trivial_losses(figures)
+        for name in ("gain_text_nats", "gain_pixels_pct", "masked_l1"):
+            float(figures[name])
+        for name in ("gain_text_nats_95", "gain_pixels_pct_95"):
+            _, _ = map(float, figures[name])
+        str(figures["split"]), str(figures["checkpoint"])
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
         raise RunError(
             f"{file}: wanted the figures that `mvlm eval retrieval` writes, got {error!r}; evaluate the run again"
         ) from None

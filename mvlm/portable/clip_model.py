@@ -38,8 +38,8 @@ class ClipModel(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """Logarithm of 1 / temperature, a scalar."""
-        return self.network.log_scale[0]
+        """Logarithm of 1 / temperature, a scalar without a gradient."""
+        return self.network.log_scale[0].detach()
 
     def encode_image(self, image: Tensor, normalize: bool = True) -> Tensor:
         """Images uint8, or float in 0..1, (B, 3, S, S) -> embeddings float32 (B, E), of unit length in any case."""

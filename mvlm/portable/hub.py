@@ -1,5 +1,6 @@
 """Folders and uploads of trained models for the Hugging Face hub: weights, tokenizer, and a model card."""
 
+import re
 from pathlib import Path
 
 from mvlm.errors import ConfigError, RunError
@@ -30,7 +31,8 @@ def write_hub_folder(source: Path, out: Path, hub_id: str | None = None, data: P
     with new_folder(out) as folder:
         run = run_of(source)
         model, tokenizer = load_model(source, "cpu")
-        card = model_card(source, model, data, hub_id or f"owner/{run.path.resolve().name}")
+        name = re.sub(r"[^\w.-]", "-", run.path.resolve().name, flags=re.ASCII)
+        card = model_card(source, model, data, hub_id or f"owner/{name}")
         write_model(model, folder)
         tokenizer.save(folder / TOKENIZER)
         (folder / CARD).write_text(card, encoding="utf-8")

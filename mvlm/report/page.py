@@ -12,7 +12,8 @@ from mvlm.errors import RunError
 from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.table import describe_trivial_losses
 from mvlm.files import check_folder
-from mvlm.report import examples
+from mvlm.report import embedding_space, examples
+from mvlm.report.attention import word_maps
 from mvlm.report.charts import line_chart, smooth
 from mvlm.report.html import figures_of, table, write_page
 from mvlm.runs.folder import RunFolder, read_metrics
@@ -39,7 +40,8 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
             f"{folder.evaluation}: wanted the run's evaluation, found none; first run "
             f"`mvlm eval retrieval --checkpoint {run} --data {data or config['data']} --out {folder.evaluation}`"
         )
-    model, tokenizer = load_model(run)
+    trained = load_model(run)
+    model, tokenizer = trained
     with figures_of(folder.evaluation) as figures:
         tables = {"recalls": recalls(figures), "objectives": objectives(figures), "unseen_note": unseen_note(figures)}
         source = {"split": figures["split"], "checkpoint": figures["checkpoint"]}
@@ -61,6 +63,10 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
         reconstructions=examples.reconstructions(model, tokenizer, split),
         filled_captions=examples.filled_captions(model, tokenizer, split),
         retrievals=examples.retrievals(model, split, train, features),
+        word_maps=word_maps(trained, split),
+        neighbours=embedding_space.neighbours(split, features),
+        embedding_map=embedding_space.embedding_map(split, features),
+        confusions=embedding_space.confusions(split, features),
         settings=settings(config),
         attribution=attribution(split.description),
     )

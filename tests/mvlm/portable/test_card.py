@@ -76,10 +76,46 @@ def test_a_run_without_an_evaluation_says_so(trained):
     assert "model-index" not in head_of(card)
 
 
+def test_figures_of_another_checkpoint_are_not_taken(run_copy):
+    network = load_model(run_copy, "cpu").network
+    (run_copy / "eval").mkdir()
+    first, newest = run_copy / "checkpoints/step_00000001", run_copy / "checkpoints/step_00000002"
+    for evaluated, source, taken in (
+        ("runs/demo", run_copy, True),
+        ("runs/demo", newest, True),
+        ("runs/demo", first, False),
+        ("runs/demo/checkpoints/step_00000001", first, True),
+        ("runs/demo/checkpoints/step_00000001", run_copy, False),
+    ):
+        (run_copy / "eval/test.json").write_text(json.dumps(FIGURES | {"checkpoint": evaluated}))
+        card = model_card(source, network)
+        assert ("| image to text |" in card) == taken
+        assert ("The run's evaluation is of another checkpoint" in card) != taken
+
+
+def test_a_model_that_rebuilds_no_better_than_without_an_image_says_so(run_copy):
+    network = load_model(run_copy, "cpu").network
+    (run_copy / "eval").mkdir()
+    words = "Masked patches are not rebuilt better than by a predictor that sees no image"
+    for masked_l1, median, said in ((0.31, 0.5, False), (0.6, 0.5, True), (0.6, None, False), (0.95, None, True)):
+        changed = {"masked_l1": masked_l1, "masked_l1_train_median": median}
+        (run_copy / "eval/test.json").write_text(json.dumps(FIGURES | changed))
+        assert (words in model_card(run_copy, network)) == said
+
+
 def test_a_damaged_evaluation_is_refused(run_copy):
     network = load_model(run_copy, "cpu").network
     (run_copy / "eval").mkdir()
-    for content in ("[1]", "{", "{}", json.dumps(FIGURES | {"tr": {}}), json.dumps(FIGURES | {"n_texts": None})):
+    for content in (
+        "[1]",
+        "{",
+        "{}",
+        json.dumps(FIGURES | {"tr": {}}),
+        json.dumps(FIGURES | {"n_texts": 0}),
+        json.dumps(FIGURES | {"gain_text_nats_95": [1]}),
+        json.dumps(FIGURES | {"masked_l1": "low"}),
+        json.dumps({name: value for name, value in FIGURES.items() if name != "masked_l1_white"}),
+    ):
         (run_copy / "eval/test.json").write_text(content)
         with pytest.raises(RunError, match=r"test.json: wanted the figures that `mvlm eval retrieval` writes, got"):
             model_card(run_copy, network)

@@ -13,7 +13,9 @@ import torch
 from mvlm.errors import ConfigError
 from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.retrieval import rank_by_itc, recall
+from mvlm.inference.zero_shot import label_embeddings
 from mvlm.portable.clip_benchmark import register
+from mvlm.portable.clip_model import create_clip_model
 from mvlm.runs.load import load_model
 from mvlm_dataloading import open_dataset
 from support.scenes import COLOURS, GROUNDS, png, scene, write_scenes
@@ -116,3 +118,14 @@ def test_the_only_difference_is_in_ties(run_benchmark, trained, tmp_path, capsys
     for k in (1, 2, 4):
         low, high = ((ranks < k).double().mean().item() for ranks in (as_misses, as_successes))
         assert low - 1e-6 <= found[f"image_retrieval_recall@{k}"] <= high + 1e-6
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_open_clips_own_classifier_takes_the_model(trained):
+    open_clip = pytest.importorskip("open_clip")
+    trained_model = load_model(trained, "cpu")
+    model, _, tokenizer = create_clip_model(trained_model)
+    templates = [lambda label, template=template: template.replace("{}", label) for template in TEMPLATES]
+    theirs = open_clip.build_zero_shot_classifier(model, tokenizer, LABELS, templates, device="cpu")  # (E, labels)
+    torch.testing.assert_close(theirs.T, label_embeddings(trained_model, LABELS, TEMPLATES))
