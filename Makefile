@@ -9,7 +9,7 @@ STEPS  ?= 640
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-gpu test-triton test-integrations emulate faults faults-data faults-loading \
         faults-embedding faults-parts faults-network faults-evaluation faults-studies soak bench aot traffic \
-        wheel-smoke evidence evidence-smoke check format clean
+        wheel-smoke evidence evidence-smoke tasks tasks-smoke check format clean
 
 ## help            list these targets
 help:
@@ -29,7 +29,7 @@ demo: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm pretrain tiny --data $(DATA) --out $(RUN) --max-steps $(STEPS) --eval-every-steps 200 --resume
 	$(BIN)/mvlm eval retrieval --checkpoint $(RUN) --data $(DATA) --split test --out $(RUN)/eval/test.json
 	$(BIN)/mvlm report $(RUN)
-	@echo "Open $(RUN)/report.html in a browser."
+	@echo "Open $(RUN)/report.html in a browser. Ask the model with: $(BIN)/mvlm app $(RUN)"
 
 # JOBS is the number of cores: each process takes one file of tests at a time, on one thread.
 JOBS ?= 2
@@ -134,6 +134,26 @@ evidence: $(VENV)/.installed
 	for data in emoji openclipart; do for study in objectives masking ratios data; do \
 	    $(BIN)/mvlm study studies/$$study.toml --data data/$$data --out runs/evidence/$$data/$$study \
 	        --reuse runs/evidence/$$data/* --part $(or $(PART),1/1) || exit 1; done; done
+
+## tasks          fine-tune the demo's model on all tasks, with baselines and three seeds, resumable; PART=i/n as above
+tasks: $(VENV)/.installed data/scenes/.built data/easy-vqa/dataset.json
+	for study in scenes-vqa scenes-entailment scenes-pairs; do \
+	    $(BIN)/mvlm study studies/tasks/$$study.toml --checkpoint $(RUN) --data data/scenes/$${study#scenes-} \
+	        --out runs/tasks/$$study --part $(or $(PART),1/1) || exit 1; done
+	$(BIN)/mvlm study studies/tasks/easy-vqa.toml --checkpoint $(RUN) --data data/easy-vqa --out runs/tasks/easy-vqa \
+	    --part $(or $(PART),1/1)
+
+data/scenes/.built: | $(VENV)/.installed
+	$(BIN)/mvlm data scenes data/scenes
+	touch $@
+
+data/easy-vqa/dataset.json: | $(VENV)/.installed
+	$(BIN)/mvlm data easy-vqa data/easy-vqa
+
+## tasks-smoke    one task on few scenes, from its data to its table, in three minutes
+tasks-smoke: $(VENV)/.installed
+	$(BIN)/mvlm data scenes data/ci-scenes --train 128 --validation 32 --test 32 --tasks vqa
+	$(BIN)/mvlm study studies/tasks/smoke.toml --checkpoint $(RUN) --data data/ci-scenes/vqa --out runs/tasks/smoke
 
 ## evidence-smoke a short study on DATA, from trials to table and page, in two minutes
 evidence-smoke: $(VENV)/.installed $(DATA)/dataset.json

@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 
 from mvlm.commands import bench, data_build, data_packages, data_tools, embed, evaluate, plan, predict, report, search
 from mvlm.commands.arguments import deferred, parse
+from mvlm.commands.data import tasks as data_tasks
 from mvlm.commands.doctor import doctor
-from mvlm.commands.finetune import eval_task, finetune
+from mvlm.commands.finetune import eval_caption, eval_task, eval_vqa, finetune
 from mvlm.commands.pretrain import pretrain
 from mvlm.commands.study import study
 
@@ -23,9 +24,18 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data folder": data_build.folder,
     "data webdataset": data_build.webdataset,
     "data huggingface": data_build.huggingface,
+    "data vqa-v2": data_tasks.vqa_v2,
+    "data visual-genome-qa": data_tasks.visual_genome_qa,
+    "data nlvr2": data_tasks.nlvr2,
+    "data nlvr": data_tasks.nlvr,
+    "data snli-ve": data_tasks.snli_ve,
+    "data refcoco": data_tasks.refcoco,
+    "data clip-benchmark": data_tasks.clip_benchmark,
     "data twemoji": data_packages.twemoji,
     "data easy-vqa": data_packages.easy_vqa,
     "data openclipart": data_packages.openclipart,
+    "data stamps": data_packages.stamps,
+    "data scenes": data_packages.scenes,
     "data merge": data_tools.merge,
     "data check": data_tools.check,
     "data index": data_tools.index,
@@ -36,10 +46,15 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan.plan,
     "finetune": finetune,
     "eval retrieval": evaluate.eval_retrieval,
-    "eval vqa": eval_task("vqa"),
+    "eval recognition": evaluate.eval_recognition,
+    "eval grounding": evaluate.eval_grounding,
+    "eval vqa": eval_vqa,
     "eval entailment": eval_task("entailment"),
+    "eval pairs": eval_task("pairs"),
+    "eval caption": eval_caption,
     "reconstruct": predict.reconstruct,
     "fill": predict.fill,
+    "app": predict.app,
     "score": evaluate.score,
     "report": report.report,
     "export": embed.export,
@@ -89,6 +104,9 @@ def run_command(arguments: Sequence[str]) -> None:
                 # A group of options is not a prefix of its flags: --min-side, not --build.min-side.
                 parse(deferred(COMMANDS[name]), rest, prog=f"mvlm {name}", config=(tyro.conf.OmitArgPrefixes,))()
             return
+    if arguments[0] == "eval" and len(arguments) > 1 and arguments[1].endswith(".py"):
+        parse(deferred(eval_task(arguments[1])), arguments[2:], prog=f"mvlm eval {arguments[1]}")()
+        return
     within = [name for name in COMMANDS if name.startswith(arguments[0] + " ")]
     if within and arguments[1:2] in (["-h"], ["--help"]):
         print(usage(within))

@@ -6,7 +6,9 @@ safetensors is imported when a file is read or written, so that a model can be b
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,28 @@ def check_folder(path: Path, wanted: str) -> None:
     if not path.is_dir():
         found = "a file" if path.exists() else "no such folder"
         raise RunError(f"{path}: wanted {wanted}, found {found}; check the path")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes `out` when the block ends without an error, and else is removed.
+
+    RunError if `out` is a file, or a folder that is not empty.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{out}: wanted a new or empty folder, found other files; choose another one")
+    final = Path(os.path.realpath(out))
+    aside = final.with_name(f".{final.name}.{os.getpid()}.partial")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for file in aside.iterdir():
+            sync(file)
+        sync(aside)
+        aside.rename(final)  # replaces an empty folder
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -135,8 +135,8 @@ def format_duration(seconds: float) -> str:
 
 def describe_row(row: dict[str, Any]) -> str:
     """Losses and speed of a row of metrics, with undecodable images, skipped updates and evaluation, if any."""
-    names = ("mlm", "mim", "itc", "itm") if "mlm" in row else ("loss", "accuracy")
-    parts = [f"{name} {row[name]:.3f}" for name in names if row[name] is not None]
+    names = ("mlm", "mim", "itc", "itm") if "itc" in row else ("loss", "accuracy")
+    parts = [f"{name} {row[name]:.3f}" for name in names if row.get(name) is not None]
     parts.append(f"{row['pairs_per_s']:.0f} pairs/s")
     if row["skipped"]:
         parts.append(f"{row['skipped']} undecodable images")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .loader.masking import draw_token_masks as draw_token_masks
     from .options import BuildOptions as BuildOptions
     from .options import ViewOptions as ViewOptions
+    from .scenes.build import build_scenes as build_scenes
     from .tokenizer import Tokenizer as Tokenizer
     from .tokenizer import load_tokenizer as load_tokenizer
     from .tokenizer import tokenizer_for as tokenizer_for
@@ -45,6 +46,7 @@ _MODULES = {
     "loader.loader": ("Loader",),
     "loader.masking": ("draw_patch_masks", "draw_token_masks"),
     "options": ("ViewOptions", "BuildOptions"),
+    "scenes.build": ("build_scenes",),
     "tokenizer": ("Tokenizer", "load_tokenizer", "tokenizer_for", "train_tokenizer"),
     "tools.check": ("check_shards",),
     "tools.reindex": ("rebuild_indices",),

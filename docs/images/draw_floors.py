@@ -20,7 +20,14 @@ FLOORS = [
             ("app/", "the local web page"),
         ],
     ),
-    ("the work", [("training/", "the loop and its guards"), ("report/", "HTML pages about runs")]),
+    (
+        "the work",
+        [
+            ("training/", "the loop and its guards"),
+            ("report/", "HTML pages about runs"),
+            ("portable/", "models for others"),
+        ],
+    ),
     (
         "what it needs",
         [

@@ -12,14 +12,35 @@ if TYPE_CHECKING:
 # Commands import what they need when they run, so that --help and errors are immediate.
 
 
-def check(shards: Path, /, sheet: Path | None = None, workers: int | None = None) -> None:
-    """Check every byte of a data set: hashes, indices, images and captions. Print a table and write a contact sheet.
+def check(
+    what: str,
+    root: Path | None = None,
+    /,
+    sheet: Path | None = None,
+    workers: int | None = None,
+    images: Path | None = None,
+    subset: bool = False,
+) -> None:
+    """Check a built data set, or with a name and a folder the published files of one.
+
+    `check FOLDER` reads every byte of a data folder: hashes, indices, images and captions. It prints a table and writes
+    a contact sheet. `check NAME ROOT` writes nothing: it reads the published files as `mvlm data NAME` does, counts
+    rows, images, missing images and repeated keys, and compares them with the published size. It exits with 1 if
+    something is off.
 
     Args:
-        shards: Data folder.
-        sheet: PNG for the contact sheet. Default: contact-sheet.png in the data folder.
-        workers: Number of processes. Default: one per core.
+        what: Data folder; or coco, flickr30k, vqa-v2, visual-genome-qa, nlvr2, nlvr, snli-ve, refcoco or
+            clip-benchmark.
+        root: Folder of the published files.
+        sheet: PNG for the contact sheet of a data folder. Default: contact-sheet.png in it.
+        workers: Number of processes for a data folder. Default: one per core.
+        images: Folder of the images of published files, if it is another one.
+        subset: The published files are part of a data set: fewer rows and missing images are as they should be.
     """
+    if root is not None:
+        _check_published(what, root, images, subset)
+        return
+    shards = Path(what)
     from mvlm.progress import WorkProgress
     from mvlm_dataloading.errors import DataError
     from mvlm_dataloading.tools.check import check_shards
@@ -33,6 +54,22 @@ def check(shards: Path, /, sheet: Path | None = None, workers: int | None = None
     with contextlib.suppress(DataError):  # a split that cannot be opened is among the problems
         print(contact_sheet(shards, sheet or shards / "contact-sheet.png"))
     _raise_problems(shards, found, DataError)
+
+
+def _check_published(name: str, root: Path, images: Path | None, subset: bool) -> None:
+    from mvlm.progress import WorkProgress
+    from mvlm_dataloading.tools.published_check import check_published, published_table
+
+    with WorkProgress("pieces") as counting:
+        found = check_published(
+            name, root, images, subset=subset, progress=lambda done, all: counting.show(done, all, done)
+        )
+    print(published_table(found))
+    for problem in found.problems:
+        print(f"problem: {problem}")
+    if found.problems:
+        raise SystemExit(1)
+    print(f"{found.name}: {'a subset' if subset else 'as published'}")
 
 
 def index(folder: Path, /, split: str | None = None) -> None:

@@ -13,6 +13,9 @@ def doctor(
     out: Path = Path("runs"),
     batch_size: int | None = None,
     device: str = "auto",
+    task: str = "",
+    checkpoint: Path | None = None,
+    image_size: int | None = None,
 ) -> None:
     """Check this machine: packages, devices, backends, disk. With --data also shards, memory and training speed.
 
@@ -24,11 +27,29 @@ def doctor(
         out: Folder in which runs would be written.
         batch_size: Pairs per step. Default: the preset's.
         device: auto, cpu or cuda.
+        task: Task of a trial of fine-tuning from --checkpoint, instead of pretraining.
+        checkpoint: Pretrained model for the trial of fine-tuning.
+        image_size: Side of the images for the trial of fine-tuning. Default: as trained.
     """
-    from mvlm.commands.machine_check import examine
+    from dataclasses import replace
 
+    from mvlm.commands.machine_check import examine
+    from mvlm.config.finetune import TASK_NAMES
+    from mvlm.config.recipes import finetune_defaults
+    from mvlm.errors import ConfigError
+
+    finetuning = None
+    if task:
+        if task not in TASK_NAMES or checkpoint is None or data is None:
+            raise ConfigError(
+                f"task: wanted one of {', '.join(TASK_NAMES)} with --checkpoint and --data, got {task} with "
+                f"{checkpoint} and {data}"
+            )
+        finetuning = finetune_defaults(task, checkpoint, data, out)
+        batch = batch_size or finetuning.batch_size
+        finetuning = replace(finetuning, image_size=image_size, device=device, batch_size=batch)
     states = []
-    for finding in examine(preset, data, out, batch_size, device):
+    for finding in examine(preset, data, out, batch_size, device, finetuning):
         states.append(finding.state)
         print(f"{finding.state:<6} {finding.name:<18} {finding.text}", flush=True)
     if "red" in states:

@@ -1,6 +1,7 @@
 """`mvlm embed` and `mvlm export`: what a trained model gives to others, embeddings and itself."""
 
 from pathlib import Path
+from typing import Literal
 
 # Commands import what they need when they run, so that --help and errors are immediate.
 
@@ -43,14 +44,52 @@ def embed(
     world.close()
 
 
-def export(run: Path, out: Path, /) -> None:
-    """Write a trained model as one portable folder: model.safetensors, config.json, tokenizer.json.
+def export(
+    run: Path,
+    out: Path,
+    /,
+    *,
+    format: Literal["safetensors", "pt2", "onnx", "hub"] = "safetensors",
+    push_to: str | None = None,
+    private: bool = False,
+    dry_run: bool = False,
+    data: Path | None = None,
+) -> None:
+    """Write a trained model as one portable folder, for mvlm, for another runtime, or for the Hugging Face hub.
+
+    If the run kept averaged weights (--ema-decay), they are exported.
 
     Args:
-        run: Run folder, or one of its checkpoints. If the run kept averaged weights (--ema-decay), they are exported.
+        run: Run folder, or one of its checkpoints.
         out: New or empty folder.
+        format: safetensors: model.safetensors, config.json, tokenizer.json. pt2: torch.export programs of both encoders
+            and of the matching head, with tokenizer.json and preprocess.json. onnx: the same as ONNX. hub: as
+            safetensors, with a model card.
+        push_to: Id OWNER/NAME on the hub to upload to, after the folder is written; with --format hub.
+        private: Make the repository private if it is new.
+        dry_run: Write the folder for --push-to and upload nothing.
+        data: Folder of the training data, for the card, if it is no longer where the run's config.json says.
     """
-    from mvlm.runs.load import export as write
+    from mvlm.errors import ConfigError
 
-    write(run, out)
+    if format != "hub":
+        given = {"--push-to": push_to, "--private": private, "--dry-run": dry_run, "--data": data}
+        wrong = [flag for flag, value in given.items() if value]
+        if wrong:
+            raise ConfigError(f"{wrong[0]}: wanted --format hub beside it, got --format {format}; change one of them")
+    if format == "hub":
+        from mvlm.portable.hub import upload, write_hub_folder
+
+        write_hub_folder(run, out, push_to, data)
+        if push_to is not None and not dry_run:
+            print(upload(out, push_to, private))
+    elif format == "safetensors":
+        from mvlm.runs.load import export as write
+
+        write(run, out)
+    else:
+        from mvlm.portable.folder import export_programs
+
+        for name, difference in export_programs(run, out, format).items():
+            print(f"{name}: largest difference from the network {difference:.1e}")
     print(out)

@@ -1,8 +1,59 @@
-"""`mvlm eval retrieval` and `mvlm score`: evaluation of a trained model, and of a file of predictions."""
+"""`mvlm eval retrieval`, `recognition` and `grounding`, and `mvlm score`: evaluation of a model, and of predictions."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mvlm.distributed.world import World
+    from mvlm.evaluation.workspace import Workspace
+    from mvlm.inference.trained_model import TrainedModel
+    from mvlm_dataloading import Dataset
 
 # Commands import what they need when they run, so that --help and errors are immediate.
+
+
+@contextmanager
+def _evaluation(
+    checkpoint: Path,
+    data: Path,
+    splits: Sequence[str],
+    out: Path | None,
+    device: str,
+    sizes: tuple[int | None, int | None],
+    settings: dict[str, Any],
+) -> "Iterator[tuple[World, TrainedModel, dict[str, Dataset], Workspace]]":
+    """Context with the ranks, the model, the splits that there are among `splits`, and the workspace of the work.
+
+    The first split has to exist. Work in OUT.parts is continued if the model, the splits and the settings are the same.
+    """
+    from mvlm.distributed.coordination import run_on_all_ranks
+    from mvlm.distributed.world import join_ranks
+    from mvlm.errors import ConfigError
+    from mvlm.evaluation.workspace import open_workspace
+    from mvlm.runs.load import load_model
+    from mvlm_dataloading import open_dataset
+
+    world = join_ranks(device)
+    if out is None and world.size > 1:
+        raise ConfigError("out: wanted a file, beside which the ranks share their work, found none; add --out FILE")
+    image_size, text_length = sizes
+    model = run_on_all_ranks(
+        world, lambda: load_model(checkpoint, world.device, image_size=image_size, text_length=text_length)
+    )
+    first = run_on_all_ranks(world, lambda: open_dataset(data, splits[0]))
+    found = {splits[0]: first} | {name: open_dataset(data, name) for name in splits[1:] if name in first.splits}
+    plan = {
+        "model": model.sha256,
+        "data": [found[name].fingerprint if name in found else None for name in splits],
+        "device": world.device.type,
+        **settings,
+    }
+    folder = None if out is None else out.with_name(f"{out.name}.parts")
+    with open_workspace(folder, plan, world) as workspace:
+        yield world, model, found, workspace
+    world.close()
 
 
 def eval_retrieval(
@@ -12,9 +63,11 @@ def eval_retrieval(
     split: str = "test",
     out: Path | None = None,
     rerank: int = 32,
+    image_size: int | None = None,
+    text_length: int | None = None,
     device: str = "auto",
 ) -> None:
-    """Evaluate a model without training: zero-shot retrieval, by ITC and re-ranked by ITM, and cross-modal gain.
+    """Evaluate a pretrained or fine-tuned model: retrieval, by ITC and re-ranked by ITM, and cross-modal gain.
 
     The same command again continues after a kill. `torchrun ... -m mvlm eval retrieval` shares the work among ranks;
     the figures are the same.
@@ -27,41 +80,132 @@ def eval_retrieval(
         out: JSON file for the figures. Until they are there, the folder OUT.parts beside it holds the work, on a disk
             that all ranks see. Default: print them only; one rank, which begins anew after a kill.
         rerank: Candidates of each query for ITM to re-rank.
+        image_size: Side of images in pixels; position embeddings are resized. Default: as trained.
+        text_length: Longest text in tokens, at most the trained one. Default: as trained.
         device: auto, cpu or cuda.
     """
-    from mvlm.distributed.coordination import run_on_all_ranks
-    from mvlm.distributed.world import join_ranks
     from mvlm.errors import ConfigError
     from mvlm.evaluation.evaluate import evaluate
     from mvlm.evaluation.table import format_table
-    from mvlm.evaluation.workspace import open_workspace
     from mvlm.files import write_json
-    from mvlm.runs.load import load_model
-    from mvlm_dataloading import open_dataset
 
     if rerank < 1:
         raise ConfigError(f"rerank: wanted at least 1, got {rerank}")
-    world = join_ranks(device)
-    if out is None and world.size > 1:
-        raise ConfigError("out: wanted a file, beside which the ranks share their work, found none; add --out FILE")
-    model = run_on_all_ranks(world, lambda: load_model(checkpoint, world.device))
-    dataset = run_on_all_ranks(world, lambda: open_dataset(data, split))
-    train = open_dataset(data, "train") if "train" in dataset.splits else None
-    plan = {
-        "model": model.sha256,
-        "data": [dataset.fingerprint, None if train is None else train.fingerprint],
-        "rerank": rerank,
-        "device": world.device.type,
-    }
-    folder = None if out is None else out.with_name(f"{out.name}.parts")
-    with open_workspace(folder, plan, world) as workspace:
-        figures = evaluate(model.network, dataset, train, model.tokenizer, rerank, workspace=workspace)
+    sizes = image_size, text_length
+    with _evaluation(checkpoint, data, (split, "train"), out, device, sizes, {"rerank": rerank}) as opened:
+        world, model, splits, workspace = opened
+        figures = evaluate(
+            model.network, splits[split], splits.get("train"), model.tokenizer, rerank, workspace=workspace
+        )
         figures = {"checkpoint": str(checkpoint), "data": str(data), "split": split, **figures}
         if world.first and out is not None:
             write_json(out, figures)
-    if world.first:
-        print(format_table(figures))
-    world.close()
+        if world.first:
+            print(format_table(figures))
+
+
+def eval_recognition(
+    *,
+    checkpoint: Path,
+    data: Path,
+    split: str = "test",
+    out: Path | None = None,
+    by: str | None = None,
+    classes: Path | None = None,
+    templates: Path | None = None,
+    probe: bool = False,
+    shots: tuple[int, ...] = (),
+    seeds: int = 5,
+    image_size: int | None = None,
+    text_length: int | None = None,
+    device: str = "auto",
+) -> None:
+    """Evaluate a pretrained or fine-tuned model: recognition, zero-shot and by probes of its frozen image features.
+
+    The same command again continues after a kill, and `torchrun` shares the work, as with `mvlm eval retrieval`.
+
+    Args:
+        checkpoint: Run folder, one of its checkpoints, or exported folder.
+        data: Folder of shards with classes in their metadata. Probes need the splits train and validation.
+        split: Split to evaluate on.
+        out: JSON file for the figures and the predictions. Default: print the figures only.
+        by: Field of the metadata with the class, or `concept`. Default: `label`, or the concept of the emoji sets.
+        classes: File of class names, one a line. Default: the classes of the split.
+        templates: File of templates, one a line, {} or {c} for the class. Default: the class name alone.
+        probe: Add a linear probe, and few-shot.
+        shots: Training images a class for few-shot. Default: those of 1, 2, 4, 8, 16 that every class has.
+        seeds: Draws of the training images for few-shot, 2 to 20.
+        image_size: Side of images in pixels; position embeddings are resized. Default: as trained.
+        text_length: Longest text in tokens, at most the trained one. Default: as trained.
+        device: auto, cpu or cuda.
+    """
+    from mvlm.tasks.recognition.evaluate import RecognitionOptions, evaluate_recognition
+
+    options = RecognitionOptions(by=by, classes=classes, templates=templates, probe=probe, shots=shots, seeds=seeds)
+    needed = (split, *({"train", "validation"} - {split} if probe else ()))
+    with _evaluation(
+        checkpoint, data, needed, out, device, (image_size, text_length), {"task": "recognition"}
+    ) as opened:
+        world, model, splits, workspace = opened
+        figures, records = evaluate_recognition(model, splits, split, options, workspace)
+        head = {"task": "recognition", "checkpoint": str(checkpoint), "data": str(data), "split": split}
+        if world.first:
+            _report(head | figures, records, out)
+
+
+def eval_grounding(
+    *,
+    checkpoint: Path,
+    data: Path,
+    split: str = "test",
+    out: Path | None = None,
+    layer: int | None = None,
+    candidates: Path | None = None,
+    image_size: int | None = None,
+    text_length: int | None = None,
+    device: str = "auto",
+) -> None:
+    """Evaluate a pretrained or fine-tuned model: grounding of phrases by GradCAM, without boxes in training.
+
+    The same command again continues after a kill, and `torchrun` shares the work, as with `mvlm eval retrieval`.
+
+    Args:
+        checkpoint: Run folder, one of its checkpoints, or exported folder.
+        data: Folder of shards whose captions are phrases, with `box` and `size` in their metadata.
+        split: Split to evaluate on.
+        out: JSON file for the figures and the points. Default: print the figures only.
+        layer: Cross-attention layer, from 0. Default: the best on the validation split.
+        candidates: JSON list of detections {image_id, box}, as RefCOCO+'s dets.json, to choose boxes from. Default:
+            `candidates` of the metadata, if they are there.
+        image_size: Side of images in pixels; position embeddings are resized. Default: as trained.
+        text_length: Longest text in tokens, at most the trained one. Default: as trained.
+        device: auto, cpu or cuda.
+    """
+    from mvlm.files import sha256
+    from mvlm.tasks.grounding import evaluate_grounding, read_candidates
+
+    detected = None if candidates is None else read_candidates(candidates)
+    settings = {"task": "grounding", "candidates": None if candidates is None else sha256(candidates)}
+    sizes = image_size, text_length
+    with _evaluation(checkpoint, data, (split, "validation"), out, device, sizes, settings) as opened:
+        world, model, splits, workspace = opened
+        figures, records = evaluate_grounding(
+            model, splits[split], splits.get("validation"), layer, workspace, detected
+        )
+        head = {"task": "grounding", "checkpoint": str(checkpoint), "data": str(data), "split": split}
+        if world.first:
+            _report(head | figures, records, out)
+
+
+def _report(figures: dict[str, Any], records: list[dict[str, Any]], out: Path | None) -> None:
+    """Print the figures, and write them with the records to `out`."""
+    import json
+
+    from mvlm.files import write_json
+
+    print(json.dumps(figures, indent=1))
+    if out is not None:
+        write_json(out, {**figures, "records": records})
 
 
 def score(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 # Commands import what they need when they run, so that --help and errors are immediate.
 
@@ -9,7 +10,8 @@ from pathlib import Path
 def finetune(arguments: Sequence[str]) -> None:
     """Fine-tune a pretrained model: `mvlm finetune TASK --checkpoint RUN --data SHARDS --out RUN`.
 
-    Tasks: vqa, entailment. `mvlm eval TASK` evaluates the finished run.
+    Tasks: vqa, entailment, retrieval, pairs, caption. `mvlm eval TASK` evaluates the finished run.
+    TASK may be a Python file with a task of your own (docs/tasks.md).
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{finetune.__doc__}\nAll settings of a task: mvlm finetune TASK --help")
@@ -21,8 +23,11 @@ def finetune(arguments: Sequence[str]) -> None:
     from mvlm.config.recipes import finetune_defaults
     from mvlm.errors import ConfigError
 
-    if arguments[0] not in TASK_NAMES:
-        raise ConfigError(f"wanted a task after `mvlm finetune`: {', '.join(TASK_NAMES)}; got {arguments[0]!r}")
+    if arguments[0] not in TASK_NAMES and not arguments[0].endswith(".py"):
+        raise ConfigError(
+            f"wanted a task after `mvlm finetune`: {', '.join(TASK_NAMES)}, or a Python file with one; "
+            f"got {arguments[0]!r}"
+        )
     defaults = finetune_defaults(arguments[0], checkpoint=tyro.MISSING, data=tyro.MISSING, out=tyro.MISSING)
     settings = parse_settings(
         arguments[1:], f"mvlm finetune {arguments[0]}", f"Fine-tune on the task `{arguments[0]}`.", defaults, GROUPS
@@ -32,24 +37,28 @@ def finetune(arguments: Sequence[str]) -> None:
     run(FinetuneConfig(**settings))
 
 
-def _evaluate(task: str, checkpoint: Path, data: Path, split: str, out: Path | None, device: str) -> None:
+def _evaluate(
+    task: str, checkpoint: Path, data: Path, split: str, out: Path | None, device: str, **changes: Any
+) -> None:
     import json
 
-    from mvlm.device import choose_device
-    from mvlm.errors import RunError
+    from mvlm.distributed.world import join_ranks
     from mvlm.files import write_json
     from mvlm.tasks.evaluate import evaluate_task
+    from mvlm.tasks.registry import find_task
 
-    figures, records = evaluate_task(checkpoint, data, split, choose_device(device))
-    if figures["task"] != task:
-        raise RunError(f"{checkpoint}: wanted a run of the task {task}, found one of {figures['task']}")
-    print(json.dumps(figures, indent=1))
-    if out is not None:
-        write_json(out, {"checkpoint": str(checkpoint), "data": str(data), **figures, "records": records})
+    world = join_ranks(device)
+    given = {name: value for name, value in changes.items() if value is not None}
+    figures, records = evaluate_task(checkpoint, data, split, world.device, world, find_task(task), **given)
+    if world.first:
+        print(json.dumps(figures, indent=1))
+        if out is not None:
+            write_json(out, {"checkpoint": str(checkpoint), "data": str(data), **figures, **given, "records": records})
+    world.close()
 
 
 def eval_task(task: str) -> Callable[..., None]:
-    """The command `mvlm eval TASK` of a task."""
+    """The command `mvlm eval TASK` of a task without options of its own."""
 
     def evaluate(
         *, checkpoint: Path, data: Path, split: str = "test", out: Path | None = None, device: str = "auto"
@@ -67,3 +76,56 @@ def eval_task(task: str) -> Callable[..., None]:
         device: auto, cpu or cuda.
     """
     return evaluate
+
+
+def eval_vqa(
+    *,
+    checkpoint: Path,
+    data: Path,
+    split: str = "test",
+    out: Path | None = None,
+    device: str = "auto",
+    candidates: int | None = None,
+    generate: bool | None = None,
+) -> None:
+    """Evaluate a run of `mvlm finetune vqa` on a data set.
+
+    Args:
+        checkpoint: Run folder of `mvlm finetune vqa`, or one of its checkpoints.
+        data: Folder of shards.
+        split: Split to evaluate on.
+        out: JSON file for the figures and the predictions. Default: print the figures only.
+        device: auto, cpu or cuda.
+        candidates: Answers of the list that the decoder judges in full. Default: the run's.
+        generate: The decoder generates its answers, or chooses from the list. Default: as the run.
+    """
+    _evaluate("vqa", checkpoint, data, split, out, device, candidates=candidates, generate=generate)
+
+
+def eval_caption(
+    *,
+    checkpoint: Path,
+    data: Path,
+    split: str = "test",
+    out: Path | None = None,
+    device: str = "auto",
+    lengths: int | None = None,
+    iterations: int | None = None,
+    order: Literal["mask-predict", "left-to-right"] | None = None,
+    choose_by: Literal["itm", "likelihood"] | None = None,
+) -> None:
+    """Evaluate a run of `mvlm finetune caption` on a data set.
+
+    Args:
+        checkpoint: Run folder of `mvlm finetune caption`, or one of its checkpoints.
+        data: Folder of shards.
+        split: Split to evaluate on.
+        out: JSON file for the figures and the predictions. Default: print the figures only.
+        device: auto, cpu or cuda.
+        lengths: Lengths of which a caption each is written: the likeliest. Default: the run's.
+        iterations: Passes of mask-predict. Default: the run's.
+        order: Order in which words are decided. Default: the run's.
+        choose_by: Figure that chooses among the lengths. Default: the run's.
+    """
+    options = {"lengths": lengths, "iterations": iterations, "order": order, "choose_by": choose_by}
+    _evaluate("caption", checkpoint, data, split, out, device, **options)

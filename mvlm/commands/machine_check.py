@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.recipes import pretrain_defaults
@@ -37,8 +38,19 @@ class Finding(NamedTuple):
     text: str
 
 
-def examine(preset: str, data: Path | None, out: Path, batch_size: int | None, device: str) -> Iterator[Finding]:
-    """Yield all findings as they are made. No file is left in `out`."""
+def examine(
+    preset: str,
+    data: Path | None,
+    out: Path,
+    batch_size: int | None,
+    device: str,
+    finetuning: FinetuneConfig | None = None,
+) -> Iterator[Finding]:
+    """Yield all findings as they are made. No file is left in `out`.
+
+    Args:
+        finetuning: the run of a trial of fine-tuning instead of pretraining.
+    """
     yield versions()
     chosen = choose_device(device)
     yield from graphics(chosen)
@@ -50,7 +62,9 @@ def examine(preset: str, data: Path | None, out: Path, batch_size: int | None, d
         return
     found = shards(data)
     yield found
-    if found.state != "red":
+    if found.state != "red" and finetuning is not None:
+        yield from finetuning_trial(finetuning, chosen)
+    elif found.state != "red":
         yield from trial(pretrain_defaults(preset, data, out), batch_size, chosen)
 
 
@@ -216,6 +230,27 @@ def trial(config: PretrainConfig, batch_size: int | None, device: torch.device) 
         yield Finding("red", "memory", f"a batch of {config.batch_size} does not fit; lower --batch-size")
         return
     parameters = sum(p.numel() for p in model.parameters())
+    yield from _figures(config, device, loader_speed, model_speed, memory_mb(device), parameters)
+
+
+def finetuning_trial(config: FinetuneConfig, device: torch.device) -> Iterator[Finding]:
+    """Run a few steps of fine-tuning, for memory, speed and the slower of loader and model."""
+    from mvlm.tasks.cost import try_steps
+
+    try:
+        found = try_steps(config, device)
+    except (ConfigError, DataError, RunError, ValueError) as error:
+        yield Finding("red", "trial", str(error))
+    except torch.OutOfMemoryError:
+        yield Finding("red", "memory", f"a batch of {config.batch_size} does not fit; lower --batch-size")
+    else:
+        yield from _figures(config, device, *found)
+
+
+def _figures(
+    config: PretrainConfig, device: torch.device, loader: float, model: float, memory: float, parameters: int
+) -> Iterator[Finding]:
+    """Memory in MB, and pairs per second of the loader and the model alone, as findings."""
     if device.type == "cuda":
         where, kept, of = "at the peak on the GPU", 16 * parameters, "weights, gradients and moments"
     else:  # `memory_mb` is the memory at this moment, and the step has freed its gradients
@@ -223,15 +258,15 @@ def trial(config: PretrainConfig, batch_size: int | None, device: torch.device) 
     yield Finding(
         "green",
         "memory",
-        f"{memory_mb(device):.0f} MB {where}, {kept / 1e6:.0f} MB of it {of} "
+        f"{memory:.0f} MB {where}, {kept / 1e6:.0f} MB of it {of} "
         f"({parameters / 1e6:.1f} M parameters), at {config.batch_size} pairs",
     )
-    hours = config.max_steps * config.batch_size / min(loader_speed, model_speed) / 3600
-    limit = "loader" if loader_speed < model_speed else "model"
+    hours = config.max_steps * config.batch_size / min(loader, model) / 3600
+    limit = "loader" if loader < model else "model"
     yield Finding(
         "amber" if limit == "loader" else "green",
         "speed",
-        f"loader alone {loader_speed:.0f} pairs/s, model alone {model_speed:.0f} pairs/s: the {limit} is the limit; "
+        f"loader alone {loader:.0f} pairs/s, model alone {model:.0f} pairs/s: the {limit} is the limit; "
         f"{config.max_steps} steps would take about {hours:.1f} h",
     )
 

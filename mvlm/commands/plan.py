@@ -21,6 +21,9 @@ def plan(
     inter_node: float = 0.0,
     loader_rate: float = 0.0,
     evaluation: tuple[int, ...] = (),
+    task: str = "",
+    image_size: int = 0,
+    text_length: int = 0,
 ) -> None:
     """Plan a run on many GPUs: memory, time and traffic, computed without a GPU from operation counts and data sheets.
 
@@ -39,7 +42,12 @@ def plan(
         inter_node: Measured rate from a GPU to other nodes, in GB/s each way. 0: that of the data sheet.
         loader_rate: Measured speed of one node's loader, in pairs per second. 0: not measured.
         evaluation: Images, captions and candidates of an evaluation to plan too, for example 5000 25000 256.
+        task: Plan fine-tuning on this task instead of pretraining.
+        image_size: Side of images in pixels. 0: the preset's.
+        text_length: Longest text in tokens. 0: the preset's.
     """
+    from dataclasses import replace
+
     from mvlm.config.model import MaskVLMConfig
     from mvlm.costs.cluster_plan import NODES, ClusterSetting, parse_count, parse_gpus
     from mvlm.costs.plan_text import format_plan
@@ -51,8 +59,10 @@ def plan(
             f"at least 1, --batch-size at least 0; got {gpu}, {parallel}, {mfu}, {accumulate}, {batch_size}"
         )
     per_node, nodes = parse_gpus(gpus)
+    model = MaskVLMConfig.preset(preset)
+    model = replace(model, image_size=image_size or model.image_size, text_length=text_length or model.text_length)
     setting = ClusterSetting(
-        model=MaskVLMConfig.preset(preset),
+        model=model,
         gpu=gpu,
         per_node=per_node,
         nodes=nodes,
@@ -71,7 +81,21 @@ def plan(
         )
     if evaluation and (len(evaluation) != 3 or min(evaluation) < 1):
         raise ConfigError(f"evaluation: wanted images, captions and candidates, as in 5000 25000 256, got {evaluation}")
-    print(format_plan(setting, parse_count(data), epochs, loader_rate))
+    if task:
+        from mvlm.tasks.cost import format_task_plan
+
+        if setting.sharded or local_negatives:
+            raise ConfigError(
+                "plan: wanted --parallel ddp without --local-negatives, as fine-tuning runs; leave them out"
+            )
+        if setting.batch_size % (setting.ranks * accumulate):
+            raise ConfigError(
+                f"batch_size: wanted a multiple of {setting.ranks} GPUs x {accumulate} microbatches, got "
+                f"{setting.batch_size}"
+            )
+        print(format_task_plan(task, setting, parse_count(data), epochs))
+    else:
+        print(format_plan(setting, parse_count(data), epochs, loader_rate))
     if evaluation:
         from mvlm.costs.evaluation_cost import EvaluationShape, format_evaluation
         from mvlm_kernels.hardware import GPUS

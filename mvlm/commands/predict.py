@@ -1,4 +1,4 @@
-"""`mvlm reconstruct` and `mvlm fill`: masked images and captions, filled in by a trained model."""
+"""`mvlm reconstruct`, `mvlm fill` and `mvlm app`: questions to a trained model, in the terminal or on a web page."""
 
 from pathlib import Path
 
@@ -14,6 +14,7 @@ def reconstruct(
     wrong_caption: str | None = None,
     seed: int = 0,
     steps: int = 1,
+    image_size: int | None = None,
 ) -> None:
     """Mask an image and rebuild it from its visible patches and a caption.
 
@@ -25,6 +26,8 @@ def reconstruct(
         wrong_caption: Caption of another image, to see the caption's contribution.
         seed: Seed of the mask.
         steps: Steps in which patches are rebuilt, those first that continue the patches beside them best.
+        image_size: Side in pixels at which the model sees the image; position embeddings are resized. Default: as
+            trained.
     """
     import numpy as np
     from PIL import Image
@@ -36,7 +39,7 @@ def reconstruct(
         raise ConfigError(f"out: wanted a .png file to write, got {out}")
     if out.exists() and out.samefile(image):
         raise ConfigError(f"out: wanted another file than the image itself, got {out} for both")
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, image_size=image_size)
     found = model.reconstruct(image, caption, seed=seed, steps=steps)
     panels = [found.image, found.masked, found.rebuilt]
     if wrong_caption is not None:
@@ -46,7 +49,9 @@ def reconstruct(
     print(f"{out}: image, masked, rebuilt{' and rebuilt with the wrong caption' if wrong_caption else ''}")
 
 
-def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5, steps: int = 1) -> None:
+def fill(
+    *, checkpoint: Path, image: Path, caption: str, top: int = 5, steps: int = 1, image_size: int | None = None
+) -> None:
     """Guess the [MASK] tokens of a caption, given its image.
 
     Args:
@@ -55,9 +60,48 @@ def fill(*, checkpoint: Path, image: Path, caption: str, top: int = 5, steps: in
         caption: Caption with [MASK] for every token to guess, for example "flag of [MASK]".
         top: Guesses to print for each [MASK].
         steps: Steps in which [MASK]s are replaced, the most probable first; later guesses see earlier ones.
+        image_size: Side in pixels at which the model sees the image; position embeddings are resized. Default: as
+            trained.
     """
     from mvlm.runs.load import load_model
 
-    for number, guesses in enumerate(load_model(checkpoint).fill(caption, image, top, steps).guesses, 1):
+    model = load_model(checkpoint, image_size=image_size)
+    for number, guesses in enumerate(model.fill(caption, image, top, steps).guesses, 1):
         shown = "  ".join(f"{guess.token} {100 * guess.probability:.0f}%" for guess in guesses)
         print(f"[MASK] {number}: {shown}")
+
+
+def app(
+    source: str,
+    /,
+    *,
+    data: Path | None = None,
+    index: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    device: str = "auto",
+) -> None:
+    """Open a local web page of a trained model: search, fill, rebuild, where it looks, classify.
+
+    Args:
+        source: Run folder, one of its checkpoints, exported folder, or id on the Hugging Face hub.
+        data: Data folder to search. Default: that of the run.
+        index: Index of `mvlm search` to search instead, folder or URL.
+        host: Address to listen on. Others can reach the page only if you give 0.0.0.0.
+        port: Port to listen on.
+        device: auto, cpu or cuda.
+    """
+    from mvlm.app.gallery import IndexGallery, data_of_run, open_gallery
+    from mvlm.app.page import build_page, start  # fails without gradio, before anything is loaded
+    from mvlm.runs.load import load_model
+    from mvlm.search.index import open_index
+
+    model = load_model(source, device)
+    data = data or data_of_run(Path(source))
+    if index is not None:
+        gallery = IndexGallery(model, open_index(index), index)
+    else:
+        gallery = open_gallery(model, data) if data is not None else None
+    page = build_page(model, gallery, Path(source).name)
+    print(f"{start(page, host, port)}  (Ctrl-C ends it)", flush=True)
+    page.block_thread()

@@ -6,7 +6,15 @@ from pathlib import Path
 
 
 def study(
-    file: Path, /, *, data: Path, out: Path, part: str = "1/1", reuse: tuple[Path, ...] = (), partial: bool = False
+    file: Path,
+    /,
+    *,
+    data: Path,
+    out: Path,
+    checkpoint: Path | None = None,
+    part: str = "1/1",
+    reuse: tuple[Path, ...] = (),
+    partial: bool = False,
 ) -> None:
     """Run a study: every arm of FILE with every seed, then a table and a page of paired differences.
 
@@ -16,6 +24,7 @@ def study(
         file: Study in TOML (docs/studies.md).
         data: Folder of shards with a train split.
         out: Folder of the study: its trials, study.csv and study.html.
+        checkpoint: Pretrained model of a study of a task: run folder, one of its checkpoints, or exported folder.
         part: i/n runs only every nth trial, beginning with the ith: one part for each GPU, or each task of an array.
         reuse: Folders of other studies. A trial that is equal to one of theirs takes its result.
         partial: Write table and page of the trials that are finished, and run none.
@@ -30,10 +39,10 @@ def study(
         raise ConfigError(f"part: wanted i/n with 1 <= i <= n, such as 1/4, got {part!r}")
     description = read_study(file)
     if partial:
-        results = finished_results(description, data, out)
+        results = finished_results(description, data, out, checkpoint)
         write_csv(description, results, out / "study.csv")
         page = write_study_page(description, results, out / "study.html")
     else:
-        page = run_study(description, data, out, (int(number), int(parts)), reuse)
+        page = run_study(description, data, out, (int(number), int(parts)), reuse, checkpoint)
     if page is not None:
         print(f"{out / 'study.csv'}\n{page}")

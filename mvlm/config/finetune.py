@@ -9,7 +9,7 @@ from mvlm.config.pretrain import PretrainConfig, WeightSettings
 from mvlm.config.ranges import AT_LEAST_0, AT_LEAST_1
 from mvlm.errors import ConfigError
 
-TASK_NAMES = ("vqa", "entailment")
+TASK_NAMES = ("vqa", "entailment", "retrieval", "pairs", "caption")
 """Tasks that `mvlm.tasks` can fine-tune."""
 
 
@@ -31,6 +31,24 @@ class TaskSettings:
     """Peak learning rate of the task's head, which starts from random weights."""
     min_count: Annotated[int, AT_LEAST_1] = 1
     """Training questions that must have an answer for it to be on the list of answers (vqa; 9 for VQA v2)."""
+    answers: Literal["decoder", "classifier"] = "decoder"
+    """Form of vqa: the paper's autoregressive decoder, or a classifier over the list of answers."""
+    answer_list: Path | None = None
+    """A JSON list of answers (vqa), all of them to training questions. Default: those of the training split."""
+    candidates: Annotated[int, AT_LEAST_1] = 128
+    """Answers of the list that vqa's decoder judges in full: those with the likeliest first tokens."""
+    generate: bool = False
+    """vqa's decoder generates its answers in evaluations, instead of choosing them from the list."""
+    rerank: Annotated[int, AT_LEAST_1] = 32
+    """Candidates of each query that ITM re-ranks in evaluations (retrieval; 128 for Flickr30k, 256 for COCO)."""
+    lengths: Annotated[int, AT_LEAST_1] = 5
+    """Lengths of which caption writes a caption each in evaluations: the likeliest for the image."""
+    iterations: Annotated[int, AT_LEAST_1] = 10
+    """Passes of mask-predict (caption)."""
+    order: Literal["mask-predict", "left-to-right"] = "mask-predict"
+    """Order in which caption decides words: the surest first, again and again; or one after another, the baseline."""
+    choose_by: Literal["itm", "likelihood"] = "itm"
+    """Figure that chooses among captions of different lengths: image-text matching, or mean log-likelihood."""
     random_weights: bool = False
     """Baseline: start from random weights of the pretrained model's architecture."""
     blind: Literal["no", "image", "text"] = "no"

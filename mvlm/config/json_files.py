@@ -59,12 +59,16 @@ def upgrade_version_2(values: dict[str, Any]) -> dict[str, Any]:
     return values | {"format_version": FORMAT_VERSION}
 
 
-def run_config(values: Any, where: str) -> PretrainConfig:
-    """Make a run's configuration from the values of a config.json; `where` and errors are as for `model_config`."""
+def run_config(values: Any, where: str, kind: type[PretrainConfig] = PretrainConfig) -> PretrainConfig:
+    """Make a run's configuration from the values of a config.json; `where` and errors are as for `model_config`.
+
+    Args:
+        kind: class of the configuration: that of pretraining or of fine-tuning.
+    """
     if isinstance(values, dict):
         values = {name: value for name, value in values.items() if name != "format_version"}
         values |= {"model": model_config(values.get("model"), where)}
-    return _from_json(PretrainConfig, values, where, "setting")
+    return _from_json(kind, values, where, "setting")
 
 
 def _from_json(kind: type, values: Any, where: str, what: str) -> Any:

@@ -7,7 +7,7 @@ separate formula.
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -99,11 +99,11 @@ class MemoryTracker(TorchDispatchMode):
         self.stage = BETWEEN_BLOCKS
         """Origin of a storage that no block makes."""
 
-    def track_blocks(self, model: MaskVLM) -> None:
+    def track_blocks(self, model: nn.Module) -> None:
         """Attribute storages to the block that is running when they are made."""
         for name, module in model.named_modules():
             if isinstance(module, BLOCKS):
-                child = name.split(".")[0]
+                child = name.removeprefix("model.").split(".")[0]  # a task has the network as its `model`
                 module.register_forward_pre_hook(lambda *_, child=child: self._running.append(child))
                 module.register_forward_hook(lambda *_: self._leave(), always_call=True)
 
@@ -165,27 +165,40 @@ def step_cost(config: MaskVLMConfig, shape: StepShape, weights: LossWeights = AL
     with _world(shape.ranks) as world, patch.object(HostNumbers, "read", lambda _: numbers), FakeTensorMode():
         give_fake_tensors(model)
         micro = [fake_microbatch(config, shape.pairs, shape.tokens, shape.longest) for _ in range(shape.microbatches)]
-        layer_norm = GpuLayerNorm() if shape.gpu else contextlib.nullcontext()
-        with MemoryTracker(drawn_tokens(config, shape)) as tracker, layer_norm:
-            tracker.ignore([*model.parameters(), *model.buffers()])
-            tracker.track_blocks(model)
-            with _count_backward(tracker) as backward_flops:
-                if world.size == len(micro) == 1:
-                    with autocast_of(shape):
-                        losses = model(*micro[0], weights=weights, plan="fast")
-                    losses.total.backward()
-                else:
-                    backward_global(
-                        parallelize(model, World(0, 1, 0, CPU)),
-                        micro,
-                        world,
-                        seed=0,
-                        step=0,
-                        plan="fast",
-                        weights=weights,
-                        local_negatives=shape.local_negatives,
-                        autocast=lambda: autocast_of(shape),
-                    )
+
+        def step() -> None:
+            if world.size == len(micro) == 1:
+                with autocast_of(shape):
+                    losses = model(*micro[0], weights=weights, plan="fast")
+                losses.total.backward()
+                return
+            backward_global(
+                parallelize(model, World(0, 1, 0, CPU)),
+                micro,
+                world,
+                seed=0,
+                step=0,
+                plan="fast",
+                weights=weights,
+                local_negatives=shape.local_negatives,
+                autocast=lambda: autocast_of(shape),
+            )
+
+        return counted(model, step, drawn_tokens(config, shape), shape.gpu)
+
+
+def counted(model: nn.Module, step: Callable[[], None], rows: int, gpu: bool) -> StepCost:
+    """Count a step of a model of fake tensors, or of a task around it; called inside FakeTensorMode.
+
+    Args:
+        rows: what a fake tensor answers if it is asked for a number: rows of captions.
+        gpu: count LayerNorm in the dtype of a GPU's step.
+    """
+    with MemoryTracker(rows) as tracker, GpuLayerNorm() if gpu else contextlib.nullcontext():
+        tracker.ignore([*model.parameters(), *model.buffers()])
+        tracker.track_blocks(model)
+        with _count_backward(tracker) as backward_flops:
+            step()
         total, backward = tracker.flops, sum(backward_flops)
     parameters = sum(p.numel() for p in model.parameters())
     parts = {name: size for name, size in tracker.parts.items() if size}

@@ -11,7 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from mvlm.device import compute_dtype
 from mvlm.distributed.collectives import Gather, GlobalBatchLayout, InFlight, start_gather
-from mvlm.objectives.losses import conditioned_loss, contrastive_logits, contrastive_sums
+from mvlm.objectives.losses import (
+    conditioned_loss,
+    contrastive_logits,
+    contrastive_sums,
+    shared_contrastive_sums,
+)
 from mvlm.objectives.negatives import Negatives, NegativeSampling
 
 MAX_LOGITS = 1 << 24
@@ -55,6 +60,7 @@ def sharded_contrastive_loss(
     layout: GlobalBatchLayout,
     elements: int = MAX_LOGITS,
     bias: Tensor | None = None,
+    shared_positives: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute this rank's shares of ITC and of its accuracy, and draw negatives for its pairs.
 
@@ -65,11 +71,13 @@ def sharded_contrastive_loss(
     Args:
         elements: most logits in memory at a time.
         bias: (1,), for the sigmoid loss; None for InfoNCE.
+        shared_positives: take all pairs with the same image or caption text as right answers, which share the target.
     """
     image, text = embeddings.image, embeddings.text
     all_images, all_texts = embeddings.arrive()
-    image_loss, image_correct, texts = _rows(image, all_texts, log_scale, bias, sampling, layout, 0, elements)
-    text_loss, text_correct, images = _rows(text, all_images, log_scale, bias, sampling, layout, 1, elements)
+    shared = shared_positives
+    image_loss, image_correct, texts = _rows(image, all_texts, log_scale, bias, sampling, layout, 0, elements, shared)
+    text_loss, text_correct, images = _rows(text, all_images, log_scale, bias, sampling, layout, 1, elements, shared)
     loss, accuracy = (sums / (2 * layout.total) for sums in (image_loss + text_loss, image_correct + text_correct))
     return loss, accuracy, torch.stack([texts, images], dim=1)
 
@@ -85,8 +93,8 @@ def sharded_extra_losses(
     images, _ = embeddings.arrive()
     shares = []
     for own, texts in zip(embeddings.extra, embeddings.arrive_extra(), strict=True):
-        rows, *_ = _rows(embeddings.image, texts, log_scale, bias, None, layout, 0, elements)
-        columns, *_ = _rows(own, images, log_scale, bias, None, layout, 1, elements)
+        rows, *_ = _rows(embeddings.image, texts, log_scale, bias, None, layout, 0, elements, False)
+        columns, *_ = _rows(own, images, log_scale, bias, None, layout, 1, elements, False)
         shares.append((rows + columns) / (2 * layout.total))
     return shares
 
@@ -138,6 +146,7 @@ def _rows(
     layout: GlobalBatchLayout,
     direction: int,
     elements: int,
+    shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One direction of ITC: logits of own (n, E) with others (G, E).
 
@@ -148,10 +157,10 @@ def _rows(
     size = max(1, elements // len(others))
     blocks = list(zip(own.split(size), indices.split(size), strict=True))
     if len(blocks) == 1:
-        return _block(own, indices, others, log_scale, bias, sampling, direction)
+        return _block(own, indices, others, log_scale, bias, sampling, direction, shared)
     # Backward computes a block's logits again. Kept ones would make n x G elements, which grows with the ranks.
     parts = [
-        checkpoint(_block, rows, of, others, log_scale, bias, sampling, direction, use_reentrant=False)
+        checkpoint(_block, rows, of, others, log_scale, bias, sampling, direction, shared, use_reentrant=False)
         for rows, of in blocks
     ]
     losses, correct, columns = zip(*parts, strict=True)  # pyright: ignore[reportArgumentType]
@@ -166,8 +175,11 @@ def _block(
     bias: Tensor | None,
     sampling: NegativeSampling | None,
     direction: int,
+    shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_rows` for one block of rows own (Q, E), whose global indices are int64 (Q,)."""
     logits = contrastive_logits(own, others, log_scale)  # (Q, G)
     drawn = indices if sampling is None else sampling.draw(logits, indices, direction)
+    if shared and sampling is not None:
+        return *shared_contrastive_sums(logits, sampling.matches(indices)), drawn
     return *contrastive_sums(logits, indices, bias), drawn

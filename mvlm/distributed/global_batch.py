@@ -52,6 +52,7 @@ def backward_global(
     weights: LossWeights = ALL,
     reconstruction_only: bool = False,
     local_negatives: bool = False,
+    shared_positives: bool = False,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Losses:
     """Compute the losses of the global batch, and the gradients of their total in the parameters' `.grad`.
@@ -64,6 +65,8 @@ def backward_global(
         reconstruction_only: weigh ITC and ITM with 0.
         local_negatives: draw ITM's negatives within a microbatch, not from the global batch. The losses then depend on
             the number of ranks and microbatches.
+        shared_positives: ITC takes all pairs with the same image or caption text as right answers. Without it, each
+            pair has one.
 
     Returns:
         The losses, scalars without gradient, equal on every rank.
@@ -75,11 +78,21 @@ def backward_global(
     # Every rank needs the ids of all pairs, to exclude true matches from the negatives, and the lengths of all
     # captions, to know the packing of those that it sends and receives.
     ids = start_gather(torch.cat([_ids(batch) for batch, _ in microbatches]), layout)
-    masked = torch.stack([weight_of_masked_tokens(batch, masks) for batch, masks in microbatches]).sum()
+    masked = torch.stack([weight_of_masked_tokens(batch, masks) for batch, masks in microbatches]).sum(0)
     counted = Pending(world.start_all_reduce(masked), lambda: masked)
     weights = weights.reconstructing() if reconstruction_only else weights
     shared = GlobalStep(
-        layout, world, IMPLEMENTATIONS[plan], autocast, seed, step, local_negatives, ids, counted, weights
+        layout,
+        world,
+        IMPLEMENTATIONS[plan],
+        autocast,
+        seed,
+        step,
+        local_negatives,
+        ids,
+        counted,
+        weights,
+        shared_positives,
     )
     run = _backward_one_graph if len(microbatches) == 1 else backward_cached
     shares = world.all_reduce(run(parallel, microbatches, shared))

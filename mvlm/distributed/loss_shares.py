@@ -65,9 +65,11 @@ class GlobalStep(NamedTuple):
     ids: Pending
     """int64 (G, 3): image_id, text_id and number of tokens of each pair of the global batch."""
     masked_tokens: Pending
-    """Number of masked tokens of the global batch, or the sum of their weights: a scalar on the device."""
+    """Sum of the weights of the masked tokens of the global batch, and their number: float64 (2,) on the device."""
     weights: LossWeights
     """Weights of the losses. An objective of weight 0 is not computed."""
+    shared_positives: bool = False
+    """ITC takes all pairs with the same image or caption text as right answers."""
 
     @property
     def sampling(self) -> NegativeSampling:
@@ -113,7 +115,7 @@ def language_shares(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks
     # not be the loss of the global batch: each is weighted by its number, or by the
     # weights of its tokens.
     own, total = (x.to(mlm.dtype) for x in (weight_of_masked_tokens(batch, masks), step.masked_tokens.wait()))
-    return {"mlm": mlm * own / total, "mlm_accuracy": accuracy * own / total}
+    return {"mlm": mlm * own[0] / total[0], "mlm_accuracy": accuracy * own[1] / total[1]}
 
 
 def image_share(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks, step: GlobalStep) -> Shares:
@@ -129,7 +131,12 @@ def contrastive_shares(
 ) -> tuple[Shares, Tensor]:
     """Shares of ITC and its accuracy, and draws int64 (n, 2) of negatives. image (n, 1+N, C): the own features."""
     share, accuracy, draws = sharded_contrastive_loss(
-        embeddings, model.log_scale, step.sampling, step.layout, bias=model.logit_bias
+        embeddings,
+        model.log_scale,
+        step.sampling,
+        step.layout,
+        bias=model.logit_bias,
+        shared_positives=step.shared_positives,
     )
     extra = sharded_extra_losses(embeddings, model.log_scale, step.layout, bias=model.logit_bias)
     share = mean_of_sets(share, extra, model.config)

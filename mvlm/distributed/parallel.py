@@ -112,7 +112,7 @@ def _mesh(world: World, nodes: int | None) -> DeviceMesh:
     return init_device_mesh(world.device.type, (nodes, world.size // nodes), mesh_dim_names=("replicate", "shard"))
 
 
-def checkpoint_activations(model: MaskVLM) -> None:
+def checkpoint_activations(model: nn.Module) -> None:
     """Make backward recompute the activations of every block instead of keeping them. Gradients are the same."""
     for module in model.modules():
         if isinstance(module, BLOCKS):

@@ -52,7 +52,8 @@ def evaluate_with_ranks(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures of a model on a split, as `mvlm eval retrieval` writes them (docs/files.md).
 
-    Recall is in per cent, re-ranked unless under `itc`. The model must be in evaluation mode.
+    Recall is in per cent, re-ranked by ITC and ITM together unless under `itc` or `itm`. The model must be in
+    evaluation mode.
 
     Args:
         split: Images and captions to evaluate on.
@@ -63,8 +64,9 @@ def evaluate_with_ranks(
             arrays in memory. All ranks get the same figures.
 
     Returns:
-        The figures, and the rank of each query as lists, of which all recalls are made: `tr` and `ir`, each with `itc`
-        and `itm`; `owner`, the image of each caption; and `unseen`, for each image, None where nothing is known.
+        The figures, and the rank of each query as lists, of which all recalls are made: `tr` and `ir`, each with the
+        fields `itc`, `itm` and `itm_alone` of `Ranks`; `owner`, the image of each caption; and `unseen`, for each
+        image, None where nothing is known.
     """
     started = time.perf_counter()
     workspace = workspace or Workspace()
@@ -77,13 +79,15 @@ def evaluate_with_ranks(
         "n_images": len(split),
         "n_texts": len(features.captions),
         "itc": {"tr": recall(tr.itc), "ir": recall(ir.itc)},
+        "itm": {"tr": recall(tr.itm_alone), "ir": recall(ir.itm_alone)},
         "unseen": None if unseen is None or not unseen.any() else _recall_of_images(unseen, tr, ir, features),
         "reranked": min(k, len(split)),
         **cross_modal_gain(model, split, features, tokenizer, precision=precision, workspace=workspace),
         **trivial_losses(model, train, split, tokenizer, workspace=workspace),
         "seconds": round(time.perf_counter() - started, 1),
     }
-    ranks = {name: {"itc": r.itc.tolist(), "itm": r.itm.tolist()} for name, r in (("tr", tr), ("ir", ir))}
+    kinds = "itc", "itm", "itm_alone"
+    ranks = {name: {kind: getattr(r, kind).tolist() for kind in kinds} for name, r in (("tr", tr), ("ir", ir))}
     return figures, {
         **ranks,
         "owner": features.owner.tolist(),
@@ -100,6 +104,7 @@ def _recall_of_images(chosen: torch.Tensor, tr: Ranks, ir: Ranks, features: Enco
         "n_images": int(chosen.sum()),
         "n_texts": int(texts.sum()),
         "itc": {"tr": recall(tr.itc[chosen]), "ir": recall(ir.itc[texts])},
+        "itm": {"tr": recall(tr.itm_alone[chosen]), "ir": recall(ir.itm_alone[texts])},
     }
 
 

@@ -1,11 +1,12 @@
-"""Zero-shot retrieval in both directions: candidates by ITC, re-ranked with ITM.
+"""Retrieval in both directions: candidates by ITC, re-ranked with ITM.
 
 ITM learns to distinguish true pairs from negatives that are drawn from ITC's own softmax, so its log-odds estimate the
 log-ratio of the two distributions (noise-contrastive estimation, Gutmann and Hyvärinen, 2010). The score of a candidate
 is therefore the ITC logit, which is the negatives' log-probability up to a constant, plus ITM's log-odds. BLIP adds the
-two as well. TR retrieves captions for an image; any of the image's captions is a right answer. IR retrieves images for
-a caption. Memory is bounded: similarities are computed for one block of queries at a time. They are float64 products,
-so no rank depends on the order in which a sum is computed.
+two as well; ALBEF ranks candidates by ITM alone, and `Ranks` has these ranks too. TR retrieves captions for an image;
+any of the image's captions is a right answer. IR retrieves images for a caption. Memory is bounded: similarities are
+computed for one block of queries at a time. They are float64 products, so no rank depends on the order in which a sum
+is computed.
 
 A pair that is a candidate in both directions is judged once. Pairs are sorted by image, so a batch has few images, and
 keys and values of each are computed once for all of its pairs. A query that has no right candidate keeps its rank by
@@ -42,11 +43,13 @@ class Ranks:
     itc: Tensor
     """int64 (queries,), by only the contrastive similarity."""
     itm: Tensor
-    """int64 (queries,), after re-ranking."""
+    """int64 (queries,), after re-ranking by ITC and ITM together."""
     top: Tensor
     """int64 (queries, up to 5), gallery rows of the first answers after re-ranking."""
     score: Tensor
     """(queries,), score of the first answer."""
+    itm_alone: Tensor
+    """int64 (queries,), after re-ranking by ITM's log-odds alone, as ALBEF ranks."""
 
 
 @dataclass(frozen=True)
@@ -191,19 +194,22 @@ def _rerank(
     found: Candidates, features: EncodedSplit, pairs: Tensor, log_odds: Tensor, scale: float, answers: bool
 ) -> Ranks:
     """Ranks by the ITC logit plus ITM's log-odds, from log-odds (P,) of the pairs int64 (P,), rising."""
-    itm, top, score = [], [], []
+    itm, alone, top, score = [], [], [], []
     for begin in range(0, len(found.ranks.tensor), QUERIES_PER_BLOCK):
         block = slice(begin, begin + QUERIES_PER_BLOCK)
         right = found.right(features, block)
         judged = right.any(1) | answers  # (Q,)
         scores = scale * found.similarity.tensor[block]  # (Q, K)
-        scores[judged] += log_odds[torch.searchsorted(pairs, found.pairs(features, block)[judged])]
+        of_itm = torch.zeros_like(scores)
+        of_itm[judged] += log_odds[torch.searchsorted(pairs, found.pairs(features, block)[judged])]
+        scores += of_itm
         # If no candidate is right, the best right answer keeps its rank by ITC.
-        itm.append(torch.where(right.any(1), best_rank(scores, right), found.ranks.tensor[block]))
+        for ranks, by in ((itm, scores), (alone, of_itm)):
+            ranks.append(torch.where(right.any(1), best_rank(by, right), found.ranks.tensor[block]))
         best = scores.topk(min(5, scores.shape[1]), dim=1)
         top.append(found.rows.tensor[block].gather(1, best.indices))
         score.append(best.values[:, 0].float())
-    return Ranks(found.ranks.tensor, torch.cat(itm), torch.cat(top), torch.cat(score))
+    return Ranks(found.ranks.tensor, torch.cat(itm), torch.cat(top), torch.cat(score), torch.cat(alone))
 
 
 def _device(model: MaskVLM) -> torch.device:

@@ -10,7 +10,7 @@ def format_table(figures: dict[str, Any]) -> str:
         parts.append((f"{figures['unseen']['n_images']} images of unseen concepts", figures["unseen"]))
     lines = [f"{'':<38}  image to text          text to image", f"{'':<38}" + "    R@1    R@5   R@10 " * 2]
     for name, part in parts:
-        for how, found in (("re-ranked by ITM", part), ("ITC alone", part["itc"])):
+        for how, found in (("re-ranked by ITC + ITM", part), ("by ITM alone", part["itm"]), ("ITC alone", part["itc"])):
             cells = "".join(
                 "".join(f"{found[direction][r]:7.1f}" for r in ("r1", "r5", "r10")) for direction in ("tr", "ir")
             )

@@ -9,7 +9,7 @@ show it for ALBEF's matching head):
 The heads' outputs are weights times values, so the derivative by a weight is the product of the derivative by the
 output with the value. It needs no second softmax.
 
-Shape legend: L tokens, M keys (1 + patches), C width, H heads, D head width.
+Shape legend: B pairs, L tokens, M keys (1 + patches), C width, H heads, D head width.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -53,15 +53,26 @@ class AttentionMaps(NamedTuple):
         return self.gradcam[max(0, len(self.gradcam) - 2)]
 
 
+class TextGradcam(NamedTuple):
+    """Cross-attention of a batch of texts to their images, by layer, and its effect on ITM."""
+
+    log_odds: Tensor
+    """(B,), ITM's log-odds that image and text belong together."""
+    weights: list[Tensor]
+    """(B, H, L, M) of each layer."""
+    gradcam: list[Tensor]
+    """(B, L, M) of each layer, not negative: mean over heads of weight x max(0, derivative of the log-odds)."""
+
+
 class _Layer(NamedTuple):
     """Cross-attention of one layer: its weights, and what their derivatives follow from."""
 
     weights: Tensor
-    """(1, H, L, M)."""
+    """(B, H, L, M)."""
     output: Tensor
-    """(1, H, L, D), in the graph of the log-odds."""
+    """(B, H, L, D), in the graph of the log-odds."""
     values: Tensor
-    """(1, H, M, D)."""
+    """(B, H, M, D)."""
 
 
 def attention_maps(model: "TrainedModel", pixels: Tensor, text: str) -> AttentionMaps:
@@ -74,13 +85,7 @@ def attention_maps(model: "TrainedModel", pixels: Tensor, text: str) -> Attentio
     check_texts([text], model.tokenizer, config.text_length)
     v = image_features(network, pixels[None], "fp32").v
     w = text_features(network, [text], model.tokenizer, "fp32").w.rows[None]  # (1, L, C), no padding
-    log_odds, layers = _match_with_weights(network, v, w)
-    gradients = torch.autograd.grad(log_odds, [layer.output for layer in layers], allow_unused=True)
-    weights, gradcam = [], []
-    for layer, gradient in zip(layers, gradients, strict=True):
-        effect = torch.zeros_like(layer.weights) if gradient is None else gradient @ layer.values.mT  # (1, H, L, M)
-        weights.append(layer.weights[0])
-        gradcam.append((layer.weights * effect.clamp(min=0)).mean(1)[0])
+    found = text_gradcam(network, v, w)
     spans = [("[CLS]", 0, 1), *((word, 1 + start, 1 + stop) for word, start, stop in model.tokenizer.words(text))]
     side = config.image_size // config.patch_size
 
@@ -91,27 +96,41 @@ def attention_maps(model: "TrainedModel", pixels: Tensor, text: str) -> Attentio
 
     return AttentionMaps(
         [word for word, _, _ in spans],
-        of_words(torch.stack(weights)),
-        of_words(torch.stack(gradcam)),
-        log_odds.item(),
+        of_words(torch.stack([layer[0] for layer in found.weights])),
+        of_words(torch.stack([layer[0] for layer in found.gradcam])),
+        found.log_odds.item(),
     )
 
 
-@torch.enable_grad()
-def _match_with_weights(network: MaskVLM, v: Tensor, w: Tensor) -> tuple[Tensor, list[_Layer]]:
-    """ITM's log-odds, a scalar with a graph, and each cross-attention layer of the text.
+def text_gradcam(network: MaskVLM, v: Tensor, w: Tensor, key_mask: Tensor | None = None) -> TextGradcam:
+    """Attention weights and GradCAM of B pairs of an image and a text.
 
-    v (1, M, C), w (1, L, C).
+    Features v (B, M, C), [CLS] first, and w (B, L, C), padded; key_mask bool (B, L), True = a token, None = no padding.
+    Rows of padding have no meaning.
     """
+    log_odds, layers = _match_with_weights(network, v, w, key_mask)
+    # A pair's log-odds depend on no other pair, so the derivatives of the sum are those of each.
+    outputs = [layer.output for layer in layers]
+    gradients = torch.autograd.grad(log_odds, outputs, torch.ones_like(log_odds), allow_unused=True)
+    gradcam = []
+    for layer, gradient in zip(layers, gradients, strict=True):
+        effect = torch.zeros_like(layer.weights) if gradient is None else gradient @ layer.values.mT  # (B, H, L, M)
+        gradcam.append((layer.weights * effect.clamp(min=0)).mean(1))
+    return TextGradcam(log_odds.detach(), [layer.weights for layer in layers], gradcam)
+
+
+@torch.enable_grad()
+def _match_with_weights(network: MaskVLM, v: Tensor, w: Tensor, key_mask: Tensor | None) -> tuple[Tensor, list[_Layer]]:
+    """ITM's log-odds (B,) with a graph, and each cross-attention layer of the text."""
     layers: list[_Layer] = []
     w = w.detach().requires_grad_()  # so that there is a graph even if no parameter wants gradients
 
     def attend_self(attention: Attention, y: Tensor) -> Branch:
-        return attention(y, y)
+        return attention(y, y, key_mask)
 
     def attend_cross(attention: Attention, y: Tensor) -> Branch:
-        q, (k, values) = attention.queries(y), attention.keys_values(v)  # (1, L, H, D), (1, M, H, D)
-        output = attend(q.transpose(1, 2), k.transpose(1, 2), values.transpose(1, 2))  # (1, H, L, D)
+        q, (k, values) = attention.queries(y), attention.keys_values(v)  # (B, L, H, D), (B, M, H, D)
+        output = attend(q.transpose(1, 2), k.transpose(1, 2), values.transpose(1, 2))  # (B, H, L, D)
         layers.append(_Layer(_weights(q, k), output, values.transpose(1, 2).detach()))
         return attention.project_out(output.transpose(1, 2))
 
@@ -119,13 +138,13 @@ def _match_with_weights(network: MaskVLM, v: Tensor, w: Tensor) -> tuple[Tensor,
     for block in network.text_cross.layers:
         rows = block(rows, attend_self, attend_cross)
     text = network.text_cross.finish(rows)[:, 0]
-    image = network.image_cross(v, w, first_row_only=True)[:, 0]
-    logits = network.matching_head(image * text)[0]
-    return logits[1] - logits[0], layers
+    image = network.image_cross(v, w, None, key_mask, first_row_only=True)[:, 0]
+    logits = network.matching_head(image * text)
+    return logits[:, 1] - logits[:, 0], layers
 
 
 def _weights(q: Tensor, k: Tensor) -> Tensor:
-    """Softmax of the scores of q (1, L, H, D) and k (1, M, H, D): (1, H, L, M), without a graph."""
+    """Softmax of the scores of q (B, L, H, D) and k (B, M, H, D): (B, H, L, M), without a graph."""
     width = q.shape[-1]
     padded = next((known for known in HEAD_WIDTHS if known >= width), None)
     if padded is None:  # wider than the kernels take

@@ -4,7 +4,7 @@ Shape legend: B batch, N patches, L tokens (the model's text length), T packed t
 E contrastive width, S image side.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +21,17 @@ BATCH = 64
 
 
 def eval_loader(
-    dataset: Dataset, model: MaskVLM, tokenizer: Tokenizer, seed: int = 0, batch_size: int | None = None
+    dataset: Dataset,
+    model: MaskVLM,
+    tokenizer: Tokenizer,
+    seed: int = 0,
+    batch_size: int | None = None,
+    **further: Any,
 ) -> Loader:
-    """A loader for one pass in order over uncropped images and first captions, with masks drawn from `seed`."""
+    """A loader for one pass in order over uncropped images and first captions, with masks drawn from `seed`.
+
+    `further` are arguments of the loader.
+    """
     config = model.config
     device = next(model.parameters()).device
     return Loader(
@@ -39,6 +47,7 @@ def eval_loader(
         image_mask_ratio=config.image_mask_ratio,
         text_mask_ratio=config.text_mask_ratio,
         train=False,
+        **further,
     )
 
 

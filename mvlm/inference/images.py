@@ -91,7 +91,9 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
             yield cast(T, item)
 
 
-def decode_image(image: str | Path | bytes | Image.Image, name: str = "image") -> NDArray[np.uint8]:
+def decode_image(
+    image: str | Path | bytes | Image.Image, name: str = "image", max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
     """Pixels uint8 (H, W, 3) of a path, an encoded file or a PIL image. RunError as for `load_image`."""
     name = str(image) if isinstance(image, str | Path) else name
     try:
@@ -100,8 +102,8 @@ def decode_image(image: str | Path | bytes | Image.Image, name: str = "image") -
             opened = nullcontext(image) if isinstance(image, Image.Image) else Image.open(_source(image, name))
         with opened as file:
             width, height = file.size
-            if width * height > MAX_PIXELS:
-                raise RunError(f"{name}: wanted at most {MAX_PIXELS} pixels, found {width} x {height}; make it smaller")
+            if width * height > max_pixels:
+                raise RunError(f"{name}: wanted at most {max_pixels} pixels, found {width} x {height}; make it smaller")
             turned = ImageOps.exif_transpose(file)
             if not turned.has_transparency_data:
                 return np.array(turned.convert("RGB"))
@@ -109,7 +111,7 @@ def decode_image(image: str | Path | bytes | Image.Image, name: str = "image") -
     except FileNotFoundError:
         raise RunError(f"{name}: wanted an image, found no such file; check the path") from None
     except Image.DecompressionBombError as error:
-        raise RunError(f"{name}: wanted at most {MAX_PIXELS} pixels, found more ({error}); make it smaller") from None
+        raise RunError(f"{name}: wanted at most {max_pixels} pixels, found more ({error}); make it smaller") from None
     except RunError:
         raise
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, OverflowError, MemoryError) as error:

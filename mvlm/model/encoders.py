@@ -67,7 +67,7 @@ class ImageEncoder(nn.Module):
         x = self.patch_projection(patchify(self.normalize(images), self.patch_size))  # (B, N, C)
         if masked is not None:
             x = torch.where(masked.unsqueeze(-1), self.mask_token.to(x.dtype), x)
-        cls = self.cls_token.to(x.dtype).expand(len(x), 1, -1)
+        cls = self.cls_token.to(x.dtype).expand(x.shape[0], 1, -1)  # len(x) would be a constant of an exported program
         return torch.cat([cls, x], dim=1) + self.position
 
     def forward_visible(self, images: Tensor, visible_ids: Tensor) -> Tensor:
@@ -122,13 +122,20 @@ class TextEncoder(nn.Module):
 
     def forward(self, tokens: Tensor, packing: Packing) -> Tensor:
         """Packed tokens int64 (T,) -> features (T, C)."""
-        return self.run(tokens, packing, lambda attention, x: attention.packed(x, packing))
+        return self.run(tokens, packing.position, lambda attention, x: attention.packed(x, packing))
 
-    def run(self, tokens: Tensor, packing: Packing, attend: Attend) -> Tensor:
-        """Embed packed tokens int64 (T,) and run the blocks -> (T, C); `attend` computes self-attention."""
-        # F.embedding, not index_select: its backward is deterministic on CUDA.
-        position = F.embedding(packing.position, self.position)
-        rows = Residual(*add_norm(self.norm, self.words(tokens), Branch(position), post_norm=True))  # (T, C)
+    def run(self, tokens: Tensor, position: Tensor, attend: Attend) -> Tensor:
+        """Embed tokens and run the blocks; `attend` computes self-attention.
+
+        tokens and their positions int64 (T,) -> (T, C), or padded (B, L) -> (B, L, C).
+        """
+        rows = self.embed(tokens, position)
         for block in self.blocks:
             rows = block(rows, attend)
         return rows.x
+
+    def embed(self, tokens: Tensor, position: Tensor) -> Residual:
+        """Embed tokens with their positions, int64 (T,) or (B, L): the input of the blocks (T, C) or (B, L, C)."""
+        # F.embedding, not index_select: its backward is deterministic on CUDA.
+        embedded = F.embedding(position, self.position)
+        return Residual(*add_norm(self.norm, self.words(tokens), Branch(embedded), post_norm=True))

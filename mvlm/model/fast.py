@@ -79,7 +79,7 @@ def encode_patches(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | N
 def encode_tokens(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max_length: int) -> PackedText:
     """Encode captions as they are: packed tokens int64 (T,), with bounds cu_seqlens int32 (B+1,)."""
     packing = Packing(cu_seqlens, round_up_length(max_length), len(tokens))
-    return PackedText(model.text_encoder.run(tokens, packing, attend_self(packing)), packing)
+    return PackedText(model.text_encoder.run(tokens, packing.position, attend_self(packing)), packing)
 
 
 def project_patches(model: MaskVLMNetwork, images: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def encode_texts(model: MaskVLMNetwork, batch: Batch, hidden: list[Tensor]) -> t
         return encode_tokens(model, batch.tokens, batch.cu_seqlens, batch.max_length), None
     copies = [batch.tokens, *(mask_tokens(batch.tokens, ids, model.config.mask_token_id) for ids in hidden)]
     tokens, packing = pack_copies(copies, batch.cu_seqlens, round_up_length(batch.max_length))
-    x = model.text_encoder.run(tokens, packing, attend_self(packing))
+    x = model.text_encoder.run(tokens, packing.position, attend_self(packing))
     first = Packing(batch.cu_seqlens, packing.max_length, len(batch.tokens))
     return PackedText(x[: first.total], first), skip_copy(x, packing, len(first))
 
@@ -138,7 +138,7 @@ def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: 
     """MLM, the mean over the batch's M masked tokens, and its accuracy: scalars."""
     assert streams.masked_text is not None
     image = streams.partner_caches.image if streams.partner_caches else KeyValueCache(streams.partner_image)
-    ids, targets, weights = masked_tokens(batch, masks)
+    ids, targets, weights = masked_tokens(batch, masks).with_shares()
     x = masked_token_features(model, streams.masked_text, image, ids)  # (M, C)
     head = model.language_head
     return linear_cross_entropy(head.transform(x), head.vocabulary.weight, head.vocabulary.bias, targets, weights)

@@ -1,6 +1,6 @@
 """Attention for the fast implementation: padded or packed sequences, a subset of query rows, cached keys and values.
 
-`attend_self` and `attend_cross` make the functions that a block calls for its attention.
+`attend_self`, `attend_causal` and `attend_cross` make the functions that a block calls for its attention.
 
 Shape legend: B sequences, L rows of the longest sequence, T packed rows, C width, K selected rows, R query sequences.
 """
@@ -12,9 +12,10 @@ from torch import Tensor
 from mvlm.device import compute_dtype
 from mvlm.model import attention_backends as backends
 from mvlm.model.attention import Attend, Attention, TextPooling
-from mvlm.model.cross_encoder import CrossBlock, KeyValueCache, SelectRows
+from mvlm.model.attention import attend as attend_heads
+from mvlm.model.cross_encoder import CrossBlock, CrossEncoder, KeyValueCache, SelectRows
 from mvlm.model.packing import Packing
-from mvlm.model.residual import Branch
+from mvlm.model.residual import Branch, Residual
 
 MAX_QUERIES = 128
 """Longest sequence of captions that pool an image together."""
@@ -40,6 +41,18 @@ def attend_self(packing: Packing | None, select: SelectRows | None = None, selec
             queries = packing if select is None else selected
             heads = backends.text_attention(q, k, v, queries, packing, None, attention.text_backend)
         return attention.project_out(heads)
+
+    return attend
+
+
+def attend_causal(packing: Packing) -> Attend:
+    """Make the causal self-attention of packed rows (T, C): a row reads itself and earlier rows of its sequence."""
+
+    def attend(attention: Attention, y: Tensor) -> Branch:
+        # Padding comes after a sequence, so no row reads it, and no mask of keys is needed.
+        q, k, v = (packing.pad(x).transpose(1, 2) for x in attention.queries_keys_values(y.to(compute_dtype(y))))
+        heads = attend_heads(q, k, v, causal=True).transpose(1, 2)  # (B, L, H, D)
+        return attention.project_out(packing.unpad(heads))
 
     return attend
 
@@ -80,6 +93,27 @@ def conditioned_similarity(pooling: TextPooling, v: Tensor, texts: Tensor) -> Te
     )  # (B sequences, longest, H, D)
     pooled = heads.flatten(2).unflatten(0, (len(v), sequences)).flatten(1, 2)[:, : len(texts)]
     return pooling.cosine(pooled, texts)
+
+
+def encode_rows(
+    encoder: CrossEncoder,
+    rows: Residual,
+    packing: Packing | None,
+    cache: KeyValueCache,
+    key_index: backends.KeyIndex | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """Run a cross-modality encoder over all rows (R, L, C), or packed (T, C) with `packing`. Returns the same shape.
+
+    Args:
+        cache: rows of the other stream, whose keys and values are computed once a layer.
+        key_index: the partner of each sequence in the cache. None: sequence r attends to sequence r.
+        causal: self-attention of packed rows reads no later row.
+    """
+    for block in encoder.layers:
+        attend = attend_causal(packing) if causal and packing else attend_self(packing)
+        rows = block(rows, attend, attend_cross(block, packing, cache, key_index))
+    return encoder.finish(rows)
 
 
 def select_within(x: Tensor, positions: Tensor) -> Tensor:

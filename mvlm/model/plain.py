@@ -82,9 +82,7 @@ def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: 
     v = streams.partner_image.repeat(len(wm) // len(batch.images), 1, 1)
     ids, targets, weights = masked_tokens(batch, masks)
     logits = model.fill_mask(v, wm, key_mask, streams.masked_text.packing.cu_seqlens, ids)  # (M, V)
-    correct = losses.correct_top1(logits, targets)
-    accuracy = correct.mean() if weights is None else losses.weighted_mean(correct, weights)
-    return losses.masked_language_loss(logits, targets, weights), accuracy
+    return losses.masked_language_loss(logits, targets, weights), losses.correct_top1(logits, targets).mean()
 
 
 def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:

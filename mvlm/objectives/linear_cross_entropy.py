@@ -20,31 +20,29 @@ adds to its gradient, which on a GPU takes longer than the logits of a small chu
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, weights: Tensor | None = None
+    x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, row_weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of the logits x weight^T + bias, and top-1 accuracy, over the rows whose target is not -100.
 
-    x (M, C), weight (V, C), bias (V,), targets int64 (M,) in [0, V) or -100; weights (M,) at least 0, without gradient,
-    for weighted means. Returns two scalars, fp32, or float64 for
-    float64; the accuracy has no gradient. Logits have autocast's dtype, or x's. Sums are taken in fp32 (float64). If
-    all targets are -100 both are NaN, as torch's cross_entropy is.
+    x (M, C), weight (V, C), bias (V,), targets int64 (M,) in [0, V) or -100. Returns two scalars, fp32, or float64 for
+    float64; the accuracy has no gradient. With row_weights (M,), the loss is the sum of the rows' cross-entropies, each
+    times its weight; the accuracy is the same. Logits have autocast's dtype, or x's. Sums are taken in fp32 (float64).
+    If all targets are -100 both are NaN, as torch's cross_entropy is.
     """
-    return _LinearCrossEntropy.apply(x.to(compute_dtype(x)), weight, bias, targets, weights)  # pyright: ignore[reportReturnType]
+    return _LinearCrossEntropy.apply(x.to(compute_dtype(x)), weight, bias, targets, row_weights)  # pyright: ignore[reportReturnType]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, weights: Tensor | None
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, row_weights: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         sum_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         rows = max(1, LOGITS_PER_CHUNK.get(x.device.type, LOGITS_PER_CHUNK["cpu"]) // len(weight))
         with torch.autocast(x.device.type, enabled=False):
             w, b = weight.to(x.dtype), bias.to(x.dtype)
             # The number of targets stays on the device: with it on the host, every step would wait for the device.
-            counted = targets != -100
-            importance = counted if weights is None else torch.where(counted, weights.to(sum_dtype), 0)  # (M,)
-            share = 1 / importance.sum().to(sum_dtype)
+            share = 1 / (targets != -100).sum().to(sum_dtype)
             loss, correct = torch.zeros(2, dtype=sum_dtype, device=x.device)
             with_gradients = any(ctx.needs_input_grad)
             dx = torch.empty_like(x) if with_gradients else None
@@ -53,19 +51,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, len(x), rows):
                 chunk, target = x[start : start + rows], targets[start : start + rows]
                 log_p = F.log_softmax(F.linear(chunk, w, b).to(sum_dtype), dim=-1)  # (rows, V)
-                own = importance[start : start + rows]
-                if weights is None:
+                counted = target != -100
+                if row_weights is None:
+                    factor = share
                     loss = loss + F.nll_loss(log_p, target, ignore_index=-100, reduction="sum")
                 else:
-                    loss = loss + (F.nll_loss(log_p, target, ignore_index=-100, reduction="none") * own).sum()
-                correct = correct + (correct_top1(log_p, target.clamp(min=0)) * own).sum()
+                    factor = row_weights[start : start + rows].to(sum_dtype)
+                    loss = loss + (factor * F.nll_loss(log_p, target, ignore_index=-100, reduction="none")).sum()
+                correct = correct + (correct_top1(log_p, target.clamp(min=0)) * counted).sum()
                 if dx is None or dw is None or db is None:
                     continue
-                # The gradient of the mean with respect to the logits: (softmax - one-hot target) x share of the row.
+                # The gradient of the mean with respect to the logits: (softmax - one-hot target) / number of targets.
                 # It overwrites log_p, to save memory.
                 grad = log_p.exp_()
                 grad.scatter_add_(1, target.clamp(min=0)[:, None], -torch.ones_like(grad[:, :1]))
-                grad *= (own * share)[:, None]
+                grad *= torch.where(counted, factor, 0)[:, None]
                 db += grad.sum(0)
                 grad = grad.to(x.dtype)
                 dx[start : start + rows] = grad @ w
@@ -74,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.dtypes = weight.dtype, bias.dtype
         accuracy = correct * share
         ctx.mark_non_differentiable(accuracy)
-        return loss * share, accuracy
+        return loss * share if row_weights is None else loss, accuracy
 
     @staticmethod
     @once_differentiable

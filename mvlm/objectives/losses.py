@@ -54,7 +54,7 @@ class Losses(NamedTuple):
     total: Tensor
     """Sum of the four losses, each times its weight."""
     mlm_accuracy: Tensor
-    """Share of masked tokens whose true token has the largest logit; weighted as MLM is."""
+    """Share of masked tokens whose true token has the largest logit."""
     itc_accuracy: Tensor
     """Share of images and captions whose true partner is the nearest in the batch: the mean of both directions."""
     itm_accuracy: Tensor
@@ -130,6 +130,18 @@ def contrastive_sums(logits: Tensor, targets: Tensor, bias: Tensor | None = None
     logits = logits + bias
     # -log sigmoid(-z) for all pairs. For a true pair it is -log sigmoid(z), which is less by z.
     return -F.logsigmoid(-logits).sum() - logits.gather(1, targets[:, None]).sum(), correct
+
+
+def shared_contrastive_sums(logits: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
+    """`contrastive_sums` for rows with several right answers, which share the target's mass equally (ALBEF).
+
+    logits (Q, G); positives bool (Q, G), True = column j is a right answer of row i, at least one in each row. A row is
+    correct if the largest logit is that of a right answer. Returns two scalars.
+    """
+    logits = at_least_float32(logits)
+    mean = (logits * positives).sum(1) / positives.sum(1)
+    best = logits.detach().masked_fill(~positives, float("-inf")).amax(1)
+    return (logits.logsumexp(1) - mean).sum(), (best >= logits.detach().amax(1)).to(logits.dtype).sum()
 
 
 def contrastive_loss(logits: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,13 @@ class MaskedTokens(NamedTuple):
     weights: Tensor | None
     """float32 (M,), weight of each in MLM, 0 for a padding position; None: all count the same."""
 
+    def with_shares(self) -> "MaskedTokens":
+        """The same with weights float64 (M,) that add up to 1, if there are any."""
+        if self.weights is None:
+            return self
+        weights = self.weights.double().masked_fill(self.targets == -100, 0)
+        return self._replace(weights=weights / weights.sum())
+
 
 def hidden_positions(masks: Masks) -> list[Tensor]:
     """Positions int64 (M,) that are masked in each masked copy of the captions."""
@@ -48,13 +55,13 @@ def masked_tokens(batch: Batch, masks: Masks) -> MaskedTokens:
 
 
 def weight_of_masked_tokens(batch: Batch, masks: Masks) -> Tensor:
-    """Sum of the weights of the masked tokens of a batch, a scalar on the device: what MLM is divided by.
+    """Sum of the weights of the masked tokens of a batch, by which MLM is divided, and their number: float64 (2,).
 
-    Their number if all count the same. Padding positions point past the last caption: not counted.
+    The two are equal if all count the same. Padding positions point past the last caption: not counted.
     """
     weights = [masks.token_weights, masks.complement_weights]
     sums = []
     for ids, weight in zip(hidden_positions(masks), weights, strict=False):
-        counted = ids < batch.cu_seqlens[-1]
-        sums.append(counted.sum() if weight is None else (weight.double() * counted).sum())
-    return torch.stack(sums).sum()
+        counted = (ids < batch.cu_seqlens[-1]).double()
+        sums.append(torch.stack([(counted if weight is None else weight * counted).sum(), counted.sum()]))
+    return torch.stack(sums).sum(0)

@@ -111,12 +111,14 @@ class NegativeSampling(NamedTuple):
     """Draw only within blocks of this many consecutive pairs (`local_negatives`: the pairs of a microbatch); None for
     the whole batch."""
 
-    def admissible(self, rows: Tensor) -> Tensor:
-        """Admissible negatives of the pairs rows int64 (Q,): bool (Q, G), True = column j is a mismatch for row i.
+    def matches(self, rows: Tensor) -> Tensor:
+        """True matches of the pairs rows int64 (Q,): bool (Q, G), True = pair j shares the image or the caption text
+        of row i. Each pair matches itself."""
+        return (self.image_id[rows, None] == self.image_id) | (self.text_id[rows, None] == self.text_id)
 
-        False if the two pairs share the image or the caption text: they are then a true match.
-        """
-        same = (self.image_id[rows, None] == self.image_id) | (self.text_id[rows, None] == self.text_id)
+    def admissible(self, rows: Tensor) -> Tensor:
+        """Admissible negatives of the pairs rows int64 (Q,): bool (Q, G), True = column j is a mismatch for row i."""
+        same = self.matches(rows)
         if self.block is not None:
             columns = torch.arange(len(self.image_id), device=rows.device)
             same |= rows[:, None] // self.block != columns // self.block

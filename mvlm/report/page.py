@@ -12,7 +12,8 @@ from mvlm.errors import RunError
 from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.table import describe_trivial_losses
 from mvlm.files import check_folder
-from mvlm.report import examples
+from mvlm.report import embedding_space, examples
+from mvlm.report.attention import word_maps
 from mvlm.report.charts import line_chart, smooth
 from mvlm.report.html import figures_of, table, write_page
 from mvlm.runs.folder import RunFolder, read_metrics
@@ -39,7 +40,8 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
             f"{folder.evaluation}: wanted the run's evaluation, found none; first run "
             f"`mvlm eval retrieval --checkpoint {run} --data {data or config['data']} --out {folder.evaluation}`"
         )
-    model, tokenizer = load_model(run)
+    trained = load_model(run)
+    model, tokenizer = trained
     with figures_of(folder.evaluation) as figures:
         tables = {"recalls": recalls(figures), "objectives": objectives(figures), "unseen_note": unseen_note(figures)}
         source = {"split": figures["split"], "checkpoint": figures["checkpoint"]}
@@ -61,6 +63,10 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
         reconstructions=examples.reconstructions(model, tokenizer, split),
         filled_captions=examples.filled_captions(model, tokenizer, split),
         retrievals=examples.retrievals(model, split, train, features),
+        word_maps=word_maps(trained, split),
+        neighbours=embedding_space.neighbours(split, features),
+        embedding_map=embedding_space.embedding_map(split, features),
+        confusions=embedding_space.confusions(split, features),
         settings=settings(config),
         attribution=attribution(split.description),
     )
@@ -72,7 +78,10 @@ def recalls(figures: dict[str, Any]) -> Markup:
     for name, part in (("all", figures), ("unseen concepts", figures["unseen"])):
         if part is None:
             continue
-        for how, found in (("re-ranked by ITM", part), ("ITC alone", part["itc"])):
+        ranked = (("re-ranked by ITC + ITM", part), ("by ITM alone", part.get("itm")), ("ITC alone", part["itc"]))
+        for how, found in ranked:
+            if found is None:  # of an earlier version
+                continue
             cells = [f"{found[direction][r]:.1f}" for direction in ("tr", "ir") for r in ("r1", "r5", "r10")]
             rows.append([f"{name}: {part['n_images']} images, {part['n_texts']} captions", how, *cells])
     chance = [f"{100 * k / figures[n]:.2f}" for n in ("n_texts", "n_images") for k in (1, 5, 10)]

@@ -122,10 +122,11 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], group: "dist.Process
         save_distributed(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
 
 
-def read_tensors(folder: Path, wanted: dict[str, Tensor]) -> None:
+def read_tensors(folder: Path, wanted: dict[str, Tensor], prefix: str = "") -> None:
     """Fill `wanted` in place from a folder of safetensors that any number of ranks wrote. Not collective.
 
-    RunError lists names and shapes that do not fit; then nothing is filled.
+    Only tensors whose name begins with `prefix` are read; `wanted` has their names without it. RunError lists names and
+    shapes that do not fit; then nothing is filled.
     """
     reader = HuggingFaceStorageReader(str(folder))
     try:
@@ -134,7 +135,12 @@ def read_tensors(folder: Path, wanted: dict[str, Tensor]) -> None:
         raise RunError(
             f"{folder}: wanted a folder of safetensors, could not read it: {error}; use another checkpoint"
         ) from None
-    shapes = {name: tuple(m.size) for name, m in found.items() if isinstance(m, TensorStorageMetadata)}
+    wanted = {f"{prefix}{name}": tensor for name, tensor in wanted.items()}
+    shapes = {
+        name: tuple(m.size)
+        for name, m in found.items()
+        if isinstance(m, TensorStorageMetadata) and name.startswith(prefix)
+    }
     check_fit({name: tuple(t.shape) for name, t in wanted.items()}, shapes, folder)
     with _original_error():
         load_distributed(wanted, storage_reader=reader, no_dist=True)

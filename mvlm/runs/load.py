@@ -8,30 +8,39 @@ import torch
 from mvlm.config.json_files import model_config
 from mvlm.device import choose_device
 from mvlm.errors import ConfigError, RunError
-from mvlm.files import copy_into, read_safetensors
+from mvlm.files import copy_into, new_folder, read_safetensors
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.model.pretrained import CONFIG_FILE, HUB_ID, WEIGHTS_FILE, download, write_model
-from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, TOKENIZER, read_tensors
+from mvlm.runs.checkpoint import EMA, MODEL, MODEL_CONFIG, TOKENIZER, read_state, read_tensors
 from mvlm.runs.folder import find_checkpoint
+from mvlm.weights.resize import resized_model
 from mvlm_dataloading import DataError, load_tokenizer
 
 
-def load_model(path: Path | str, device: torch.device | str = "auto", precision: str = "auto") -> TrainedModel:
+def load_model(
+    path: Path | str,
+    device: torch.device | str = "auto",
+    precision: str = "auto",
+    image_size: int | None = None,
+    text_length: int | None = None,
+) -> TrainedModel:
     """Load a trained model and its tokenizer.
 
     The result has the questions that a model answers as methods, and unpacks into the network and the tokenizer. The
-    weights are the averaged ones (EMA) if the run kept them.
+    weights are the averaged ones (EMA) if the run kept them. Of a fine-tuned run, the network without the task's head.
 
     Args:
         path: a run, one of its checkpoints, an exported folder, the model.safetensors in one, or an id owner/name on
             the Hugging Face hub, if there is no such folder here.
         device: auto (the GPU if there is one), cpu, cuda, or a `torch.device`.
         precision: auto, bf16 or fp32 (`mvlm.device.autocast`).
+        image_size: side of images in pixels, for which position embeddings are resized. Default: as trained.
+        text_length: longest text in tokens, at most the trained one. Default: as trained.
 
     Raises:
         RunError: there is no such model, or it is damaged or of another kind.
-        ConfigError: there is no such device, or no such precision.
+        ConfigError: there is no such device, precision or size.
     """
     chosen = device if isinstance(device, torch.device) else choose_device(device)
     folder, exported = _find_model(path)
@@ -46,7 +55,10 @@ def load_model(path: Path | str, device: torch.device | str = "auto", precision:
     if exported:
         copy_into(state, read_safetensors(folder / WEIGHTS_FILE), folder / WEIGHTS_FILE)
     else:
-        read_tensors(folder / (EMA if (folder / EMA).is_dir() else MODEL), state)
+        # A fine-tuned run keeps the network as the part `model` of its task.
+        prefix = "model." if read_state(folder).get("task") else ""
+        read_tensors(folder / (EMA if (folder / EMA).is_dir() else MODEL), state, prefix)
+    network = resized_model(network, image_size, text_length, trained=True)
     return TrainedModel(network.to(chosen), tokenizer, precision)
 
 
@@ -68,9 +80,7 @@ def export(path: Path, out: Path) -> None:
     The weights are the averaged ones if the run kept them. RunError if `out` holds files or `path` has no good
     checkpoint.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{out}: wanted a new or empty folder, found other files; choose another one")
-    model, tokenizer = load_model(path)
-    out.mkdir(parents=True, exist_ok=True)
-    write_model(model, out)
-    tokenizer.save(out / TOKENIZER)
+    with new_folder(out) as folder:
+        model, tokenizer = load_model(path, "cpu")
+        write_model(model, folder)
+        tokenizer.save(folder / TOKENIZER)

@@ -81,7 +81,8 @@ def figure(result: Result, measure: str) -> float:
         value = value.get(name) if isinstance(value, dict) else None
     if not isinstance(value, int | float):
         raise ConfigError(
-            f"measures: wanted a figure of `mvlm eval retrieval`, such as ir.r1 or gain_text_nats, got {measure!r}"
+            f"measures: wanted a figure of `mvlm eval retrieval`, such as ir.r1 or gain_text_nats, or a split and a "
+            f"figure of a task, such as test.accuracy, got {measure!r}"
         )
     return float(value)
 
@@ -96,7 +97,7 @@ def query_hits(result: Result, measure: str) -> Floats:
     """100 for each query that a recall counts as found, else 0: (Q,), so that its mean is the recall in per cent."""
     *where, cut = measure.split(".")
     ranks = result["ranks"]
-    kind = "itc" if "itc" in where else "itm"
+    kind = "itc" if "itc" in where else "itm_alone" if "itm" in where else "itm"
     found = np.where(np.array(ranks[where[-1]][kind]) < int(cut[1:]), 100.0, 0.0)
     if "unseen" in where:
         found = found[np.array(ranks["unseen"], bool)[image_of_query(result, where[-1] + "." + cut)]]

@@ -54,7 +54,7 @@ def write_csv(study: Study, results: Sequence[Result], file: Path) -> None:
             writer.writerow(
                 [study.name, first["data"]["name"], arm, study.partner(arm), measure, c.seeds]
                 + [n if n == "" else f"{n:.6g}" for n in numbers]
-                + [first["steps"], f"{first['flops']:.4g}", first["data"]["train"]]
+                + [first["steps"], _flops(first, ".4g"), first["data"]["train"]]
                 + [" ".join(sorted({r["made_by"][key] for r in arms[arm]})) for key in ("commit", "machine")]
             )
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +133,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> str:
 def cost_table(arms: dict[str, list[Result]]) -> Markup:
     """A table of each arm's steps, FLOPs and time."""
     rows = [
-        [name, str(found[0]["steps"]), f"{found[0]['flops']:.3g}", f"{fmean(r['seconds'] for r in found):.0f}"]
+        [name, str(found[0]["steps"]), _flops(found[0], ".3g"), f"{fmean(r['seconds'] for r in found):.0f}"]
         for name, found in arms.items()
     ]
     return table(["arm", "steps", "FLOPs", "seconds with evaluation, mean"], rows)
@@ -148,14 +148,22 @@ def paper_table(study: Study) -> Markup | None:
     return table(["arm", *names], rows)
 
 
+def _flops(result: Result, form: str) -> str:
+    """FLOPs of a trial's training as text; empty for a task."""
+    return "" if result["flops"] is None else format(result["flops"], form)
+
+
 def charts(arms: dict[str, list[Result]]) -> list[Markup]:
     """Charts of the evaluations during training, against steps and against FLOPs: means over seeds, a line an arm."""
     found = []
-    for name, title in _TITLES.items():
+    of_tasks = {name for results in arms.values() for r in results for name in r["curves"]} - set(_TITLES)
+    for name, title in (_TITLES | {name: f"validation {name[4:]}" for name in sorted(of_tasks)}).items():
         series = {arm: mean_curve([r["curves"].get(name, []) for r in results]) for arm, results in arms.items()}
         if not any(xs for xs, _ in series.values()):
             continue
         found.append(line_chart(f"{title}; x: steps", series))
+        if any(results[0]["flops"] is None for results in arms.values()):
+            continue
         per_step = {arm: results[0]["flops"] / results[0]["steps"] / 1e12 for arm, results in arms.items()}
         by_flops = {arm: ([x * per_step[arm] for x in xs], ys) for arm, (xs, ys) in series.items()}
         found.append(line_chart(f"{title}; x: training TFLOPs", by_flops))
@@ -173,10 +181,13 @@ def limits(study: Study, arms: dict[str, list[Result]]) -> str:
     """The limits of a study, from its size: what it can and cannot show."""
     any_result = next(iter(arms.values()))[0]
     seeds = min(len(found) for found in arms.values())
-    queries = len(any_result["ranks"]["tr"]["itm"])
+    what = f"Preset {study.preset}" if study.preset else f"Task {study.task}"
+    tested = f"splits {', '.join(study.splits)}"
+    if study.preset:
+        tested = f"{len(any_result['ranks']['tr']['itm'])} images of the split {study.split}"
     known = (
-        f"Preset {study.preset}, {any_result['steps']} steps, data {any_result['data']['name']}, {seeds} seeds an arm, "
-        f"{queries} images of the split {study.split}. Intervals over seeds come from few runs, so they are too narrow "
+        f"{what}, {any_result['steps']} steps, data {any_result['data']['name']}, {seeds} seeds an arm, "
+        f"{tested}. Intervals over seeds come from few runs, so they are too narrow "
         f"rather than too wide. A difference that its interval separates from zero holds for this model, data and "
         f"budget; larger ones may differ."
     )

@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.costs.mfu import flops_per_pair
 from mvlm.errors import ConfigError, RunError
+from mvlm.runs.load import load_model
 from mvlm.studies.page import write_csv, write_study_page
 from mvlm.studies.study import Study, slug, trial_config
 from mvlm.studies.trial import Trial, read_result, run_trial, take_result
@@ -25,7 +26,12 @@ CAPTIONS = 512
 
 
 def run_study(
-    study: Study, data: Path, out: Path, part: tuple[int, int] = (1, 1), reuse: Sequence[Path] = ()
+    study: Study,
+    data: Path,
+    out: Path,
+    part: tuple[int, int] = (1, 1),
+    reuse: Sequence[Path] = (),
+    checkpoint: Path | None = None,
 ) -> Path | None:
     """Run the trials that are missing, then write `study.csv` and `study.html` into `out`.
 
@@ -37,12 +43,13 @@ def run_study(
             same `out`; whichever ends last finds all results there.
         reuse: folders of other studies. A trial that is equal to one of theirs takes its result. `out` itself is left
             out, so that arms of one study that are equal are all run.
+        checkpoint: pretrained model of a study of a task.
 
     Returns:
         The page; None if the study was asked to stop (SIGTERM), or if trials of other parts are missing.
     """
     others = [folder for folder in reuse if folder.resolve() != out.resolve()]
-    trials = plan_trials(study, data, out)
+    trials = plan_trials(study, data, out, checkpoint)
     for trial in trials:  # before the first minute is spent
         read_result(trial)
     number, parts = part
@@ -69,15 +76,16 @@ def run_study(
     return write_study_page(study, results, out / "study.html")
 
 
-def finished_results(study: Study, data: Path, out: Path) -> list[dict[str, Any]]:
+def finished_results(study: Study, data: Path, out: Path, checkpoint: Path | None = None) -> list[dict[str, Any]]:
     """Results of the trials that are finished, arm by arm. RunError if there is none."""
-    found = [result for trial in plan_trials(study, data, out) if (result := read_result(trial)) is not None]
+    trials = plan_trials(study, data, out, checkpoint)
+    found = [result for trial in trials if (result := read_result(trial)) is not None]
     if not found:
         raise RunError(f"{out}: wanted finished trials of {study.name}, found none; run the study first")
     return found
 
 
-def plan_trials(study: Study, data: Path, out: Path) -> list[Trial]:
+def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = None) -> list[Trial]:
     """All trials of a study: every arm with the first seed, then with the next, so that a part of them is balanced.
 
     ConfigError for a setting that no run has, before anything is run.
@@ -86,15 +94,16 @@ def plan_trials(study: Study, data: Path, out: Path) -> list[Trial]:
     folders = {arm: training_data(settings.get("fraction", 1.0), data, out) for arm, settings in study.arms.items()}
     samples = {arm: open_dataset(folder, "train").fingerprint for arm, folder in folders.items()}
     lengths: dict[int, float] = {}
-    plans: dict[str, tuple[int, float]] = {}
+    plans: dict[str, tuple[int, float | None]] = {}
     for arm in study.arms:
-        config = trial_config(study, arm, 0, data, out, steps=1)
+        config = trial_config(study, arm, 0, data, out, 1, checkpoint)
         plans[arm] = _steps_and_flops(study, config, dataset, lengths)
+    start = load_model(checkpoint, "cpu").sha256 if study.task and checkpoint is not None else ""
     trials = []
     for seed in study.seeds:
         for arm, (steps, flops) in plans.items():
             folder = out / "trials" / slug(arm) / f"seed_{seed}"
-            config = trial_config(study, arm, seed, folders[arm], folder / "run", steps)
+            config = trial_config(study, arm, seed, folders[arm], folder / "run", steps, checkpoint)
             trials.append(
                 Trial(
                     arm=arm,
@@ -104,8 +113,9 @@ def plan_trials(study: Study, data: Path, out: Path) -> list[Trial]:
                     folder=folder,
                     data=data,
                     samples=samples[arm],
-                    split=study.split,
+                    splits=tuple(study.splits) if study.task else (study.split,),
                     rerank=study.rerank,
+                    start=start,
                 )
             )
     return trials
@@ -128,8 +138,10 @@ def training_data(fraction: float, data: Path, out: Path) -> Path:
 
 def _steps_and_flops(
     study: Study, config: PretrainConfig, dataset: Dataset, lengths: dict[int, float]
-) -> tuple[int, float]:
-    """Steps of a trial and the FLOPs of all of them. `lengths` keeps mean caption lengths by text length."""
+) -> tuple[int, float | None]:
+    """Steps of a trial and the FLOPs of all of them, of pretraining only. `lengths` keeps mean caption lengths."""
+    if study.task:
+        return int(study.budget["steps"]), None
     longest = config.model.text_length
     if longest not in lengths:
         tokenizer = choose_tokenizer(config, dataset)

@@ -28,17 +28,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.json_files import run_config
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.config.recipes import pretrain_defaults
+from mvlm.config.recipes import finetune_defaults, pretrain_defaults
 from mvlm.errors import ConfigError
 
 _FIELDS = {
-    "question": str, "preset": str, "base": str, "seeds": list, "measures": list, "budget": dict, "split": str,
-    "rerank": int, "limits": str, "settings": dict, "arms": dict, "paper": dict,
+    "question": str, "preset": str, "task": str, "base": str, "seeds": list, "measures": list, "budget": dict,
+    "split": str, "splits": list, "rerank": int, "limits": str, "settings": dict, "arms": dict, "paper": dict,
 }  # fmt: skip
-_REQUIRED = ("question", "preset", "base", "seeds", "measures", "budget", "arms")
-_OWN = ("data", "out", "resume", "max_steps")
+_REQUIRED = ("question", "base", "seeds", "measures", "budget", "arms")
+_OWN = ("data", "out", "resume", "max_steps", "checkpoint", "task")
 """Settings that the study itself sets."""
 
 
@@ -50,21 +51,26 @@ class Study:
     """Name of the file, without its ending."""
     question: str
     """What the study asks, one sentence."""
-    preset: str
-    """Recipe that all arms start from: tiny, small or base."""
     base: str
     """Arm that all others are compared with."""
     seeds: list[int]
     measures: list[str]
-    """Figures to compare: names of `mvlm eval retrieval`'s JSON, joined by dots, such as tr.r1 or gain_text_nats."""
+    """Figures to compare: names of `mvlm eval retrieval`'s JSON, joined by dots, such as tr.r1 or gain_text_nats. Of a
+    task: a split, and names of `mvlm eval TASK`'s JSON, such as test.accuracy."""
     budget: dict[str, float]
     """{"steps": number of steps} for all arms, or {"flops": FLOPs}, which buys each arm as many steps as it affords."""
     arms: dict[str, dict[str, Any]]
     """Name of each arm -> the settings in which it differs."""
+    preset: str = ""
+    """Recipe of pretraining that all arms start from: tiny, small or base."""
+    task: str = ""
+    """Task to fine-tune, in place of a preset: all arms start from its recipe and from one pretrained model."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Settings of all arms."""
     split: str = "test"
     """Split that the finished trials are evaluated on."""
+    splits: list[str] = field(default_factory=lambda: ["test"])
+    """Splits that the finished trials of a task are evaluated on."""
     rerank: int = 32
     """Candidates of each query for ITM to re-rank."""
     limits: str = ""
@@ -99,6 +105,13 @@ def read_study(file: Path) -> Study:
 
 
 def _check(study: Study, file: Path) -> None:
+    if bool(study.preset) == bool(study.task):
+        raise ConfigError(
+            f"{file}: wanted either a preset to pretrain or a task to fine-tune, got preset {study.preset!r} and "
+            f"task {study.task!r}"
+        )
+    if study.task and "flops" in study.budget:
+        raise ConfigError(f"{file}: budget: wanted {{steps = N}} for a task, got {study.budget}")
     if study.base not in study.arms:
         raise ConfigError(f"{file}: base: wanted one of the arms {', '.join(study.arms)}, got {study.base!r}")
     if not study.seeds or len(set(study.seeds)) < len(study.seeds) or any(type(s) is not int for s in study.seeds):
@@ -141,13 +154,23 @@ def merged(*tables: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def trial_config(study: Study, arm: str, seed: int, data: Path, out: Path, steps: int) -> PretrainConfig:
+def trial_config(
+    study: Study, arm: str, seed: int, data: Path, out: Path, steps: int, checkpoint: Path | None = None
+) -> PretrainConfig:
     """Configuration of a trial. ConfigError for an unknown setting or an invalid value.
+
+    Args:
+        checkpoint: pretrained model of a study of a task.
 
     An arm's own `seed` is added to the trial's: such an arm differs from the base in its random draws alone.
     """
-    recipe = pretrain_defaults(study.preset, data, out).to_dict()
+    if study.task:
+        if checkpoint is None:
+            raise ConfigError("checkpoint: wanted a pretrained model to fine-tune, found none; give --checkpoint RUN")
+        recipe, kind = finetune_defaults(study.task, checkpoint, data, out).to_dict(), FinetuneConfig
+    else:
+        recipe, kind = pretrain_defaults(study.preset, data, out).to_dict(), PretrainConfig
     own = {name: value for name, value in study.arms[arm].items() if name not in ("fraction", "against")}
     values = merged(recipe, study.settings, own)
     values |= {"seed": seed + own.get("seed", 0), "max_steps": steps, "resume": True}
-    return run_config(values, f"study {study.name}, arm {arm}")
+    return run_config(values, f"study {study.name}, arm {arm}", kind)

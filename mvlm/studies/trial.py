@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.json_files import config_json
 from mvlm.config.pretrain import GROUPS, PretrainConfig
 from mvlm.device import choose_device
@@ -20,11 +21,14 @@ from mvlm.files import sync, write_json
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import RunFolder, find_checkpoint, read_metrics
 from mvlm.runs.load import load_model
+from mvlm.tasks.evaluate import evaluate_task
+from mvlm.tasks.finetune import finetune
 from mvlm.training.run import pretrain
 from mvlm_dataloading import open_dataset
 
 FORMAT_VERSION = 1
 _CURVES = ("tr_r1", "ir_r1", "gain_text_nats", "gain_pixels_pct")
+"""Figures of the evaluations of pretraining. Those of a task begin with `val_`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,17 +38,19 @@ class Trial:
     arm: str
     seed: int
     config: PretrainConfig
-    flops: float
-    """FLOPs of its training."""
+    flops: float | None
+    """FLOPs of its training; None for a task, whose FLOPs are not counted."""
     data: Path
     """Data set that it is evaluated on. It is trained on `config.data`, which may be a part of it."""
     samples: str
     """Fingerprint of its training samples."""
-    split: str
-    """Split that it is evaluated on."""
+    splits: tuple[str, ...]
+    """Splits that it is evaluated on; one for pretraining."""
     rerank: int
     """Candidates of each query for ITM to re-rank."""
     folder: Path
+    start: str = ""
+    """Hash of the pretrained model that a task starts from."""
 
     @property
     def file(self) -> Path:
@@ -54,7 +60,11 @@ class Trial:
     @property
     def settings(self) -> dict[str, Any]:
         """All that decides what it finds."""
-        found = {"samples": self.samples, "split": self.split, "rerank": self.rerank}
+        found: dict[str, Any] = {"samples": self.samples, "rerank": self.rerank}
+        if isinstance(self.config, FinetuneConfig):
+            found |= {"splits": list(self.splits), "start": self.start}
+        else:
+            found["split"] = self.splits[0]
         return found | settings_of(self.config)
 
 
@@ -84,14 +94,22 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
     """
     started = time.perf_counter()
     run = RunFolder(trial.config.out)
-    pretrain(trial.config)
+    if isinstance(trial.config, FinetuneConfig):
+        finetune(trial.config)
+    else:
+        pretrain(trial.config)
     checkpoint = find_checkpoint(run.path)
     if read_state(checkpoint)["step"] < trial.config.max_steps:
         return None
-    model, tokenizer = load_model(checkpoint, choose_device(trial.config.device), trial.config.precision)
-    # Of the whole data set, so that the same concepts are unseen in all arms.
-    dataset, train = open_dataset(trial.data, trial.split), open_dataset(trial.data, "train")
-    figures, ranks = evaluate_with_ranks(model, dataset, train, tokenizer, trial.rerank, trial.config.precision)
+    dataset, train = open_dataset(trial.data, trial.splits[0]), open_dataset(trial.data, "train")
+    device = choose_device(trial.config.device)
+    ranks: dict[str, Any] = {}
+    if isinstance(trial.config, FinetuneConfig):
+        figures = {split: evaluate_task(checkpoint, trial.data, split, device)[0] for split in trial.splits}
+    else:
+        model, tokenizer = load_model(checkpoint, device, trial.config.precision)
+        # Concepts are those of the whole data set, so that the same ones are unseen in all arms.
+        figures, ranks = evaluate_with_ranks(model, dataset, train, tokenizer, trial.rerank, trial.config.precision)
     rows = read_metrics(run.metrics)
     result = {
         "format_version": FORMAT_VERSION,
@@ -105,11 +123,21 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
         "seconds": round(time.perf_counter() - started, 1),
         "figures": figures,
         "ranks": ranks,
-        "curves": {name: [[r["step"], r[name]] for r in rows if r.get(name) is not None] for name in _CURVES},
+        "curves": {name: curve(rows, name) for name in _curves(rows)},
     }
     _write_result(trial, result)
     shutil.rmtree(run.checkpoints)
     return result
+
+
+def curve(rows: list[dict[str, Any]], name: str) -> list[list[float]]:
+    """Steps and values of a figure that evaluations added to rows of metrics."""
+    return [[row["step"], row[name]] for row in rows if row.get(name) is not None]
+
+
+def _curves(rows: list[dict[str, Any]]) -> list[str]:
+    found = {name for row in rows for name in row if name.startswith("val_")}
+    return [*_CURVES, *sorted(found)]
 
 
 def take_result(trial: Trial, study: Path) -> dict[str, Any] | None:
@@ -139,7 +167,7 @@ def _write_result(trial: Trial, result: dict[str, Any]) -> None:
 def settings_of(config: PretrainConfig) -> dict[str, Any]:
     """Settings that decide what a trial finds: those that a resumed run may not change, with the model's flattened."""
     free = {name for group in GROUPS if group.resume_may_change for name in group.__dataclass_fields__}
-    values = {name: value for name, value in config_json(config).items() if name not in free}
+    values = {name: value for name, value in config_json(config).items() if name not in {*free, "checkpoint"}}
     model = values.pop("model")
     return values | {f"model.{name}": value for name, value in model.items()}
 

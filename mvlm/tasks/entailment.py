@@ -51,6 +51,11 @@ class Entailment(Task):
         labelled(train)
         return {"labels": list(ENTAILMENT_LABELS)}
 
+    @classmethod
+    def example(cls, samples: int) -> tuple[dict[str, Any], tuple[Tensor]]:
+        """The three labels, and targets of some hypotheses."""
+        return {"labels": list(ENTAILMENT_LABELS)}, (torch.zeros(samples, dtype=torch.int64),)
+
     def targets(self, dataset: Dataset) -> tuple[Tensor]:
         """Label of each sample, int64 (S,)."""
         return (torch.tensor([ENTAILMENT_LABELS.index(record["label"]) for record in labelled(dataset)]),)

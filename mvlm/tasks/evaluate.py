@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from mvlm.device import autocast
-from mvlm.inference.encode import eval_loader
+from mvlm.distributed.world import World
+from mvlm.errors import RunError
+from mvlm.inference.encode import BATCH, eval_loader
 from mvlm.tasks.registry import load_task
 from mvlm.tasks.task import Task
 from mvlm_dataloading import Dataset, Tokenizer, open_dataset
@@ -21,30 +23,69 @@ def predict_split(
     precision: str = "auto",
     plan: str = "fast",
     go_on: Callable[[], bool] = lambda: True,
-) -> list[dict[str, Any]]:
-    """A record {"sample": id, **prediction} for every sample of a split, in order. The task's mode is restored.
+    world: World | None = None,
+) -> list[dict[str, Any]] | None:
+    """A record {"sample": id, **prediction} for every sample of a split, in order, on every rank.
 
-    `go_on` is asked after each batch; False ends the work, with the records so far.
+    Each rank predicts a part of the split, in the batches that one rank would make. The task's mode is restored.
+
+    Args:
+        go_on: asked after each batch. If it is False on one rank, the work ends on all, with None in place of records.
+        world: the ranks that share the work; None for this process alone.
     """
     was_training = task.training
     task.eval()
     device = task.log_scale.device
-    records = []
-    for batch, _ in eval_loader(dataset, task.model, tokenizer):
+    rank, ranks = (world.rank, world.size) if world else (0, 1)
+    start, stop = share(len(dataset), rank, ranks)
+    part, records, stopped = dataset.rows(start, stop), [], False
+    for batch, _ in eval_loader(part, task.model, tokenizer, **task.loader_options()) if start < stop else ():
         with autocast(device, precision):
             predictions = task.predict(batch.to(device), plan)
-        records += [{"sample": i, **p} for i, p in zip(batch.sample_id.tolist(), predictions, strict=True)]
+        records += [{"sample": start + i, **p} for i, p in zip(batch.sample_id.tolist(), predictions, strict=True)]
         if not go_on():
+            stopped = True
             break
     task.train(was_training)
-    return records
+    gathered = world.gather_objects({"records": records, "stopped": stopped}) if world else None
+    if gathered is None:
+        return None if stopped and len(records) < len(dataset) else records
+    if any(found["stopped"] for found in gathered):
+        return None
+    return join_records([found["records"] for found in gathered], len(dataset))
+
+
+def share(samples: int, rank: int, ranks: int) -> tuple[int, int]:
+    """First sample of a rank's part of a split, and the one after its last. Parts begin at multiples of a batch."""
+    batches = -(-samples // BATCH)
+    start, stop = (min(samples, BATCH * (batches * place // ranks)) for place in (rank, rank + 1))
+    return start, stop
+
+
+def join_records(parts: list[list[dict[str, Any]]], samples: int) -> list[dict[str, Any]]:
+    """The records of all ranks by their samples' ids, 0 to `samples` - 1. RunError if one is missing or there twice."""
+    found = sorted((record for part in parts for record in part), key=lambda record: record["sample"])
+    if [record["sample"] for record in found] != list(range(samples)):
+        ids = {record["sample"] for record in found}
+        raise RunError(
+            f"records: wanted one for each of {samples} samples, found {len(found)} for {len(ids)} samples; "
+            f"evaluate the split again"
+        )
+    return found
 
 
 def evaluate_task(
-    checkpoint: Path, data: Path, split: str, device: torch.device | str = "cpu"
+    checkpoint: Path,
+    data: Path,
+    split: str,
+    device: torch.device | str = "cpu",
+    world: World | None = None,
+    kind: type[Task] | None = None,
+    **changes: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Figures of a fine-tuned run on a split, and its records."""
-    task, tokenizer = load_task(checkpoint, device)
+    """Figures of a fine-tuned run on a split, and its records. `kind` and `changes` are those of `load_task`."""
+    task, tokenizer = load_task(checkpoint, device, kind, **changes)
     dataset = open_dataset(data, split)
-    records = predict_split(task, dataset, tokenizer)
+    records = predict_split(task, dataset, tokenizer, world=world)
+    assert records is not None
     return {"task": task.name, "split": split, **task.score(records, dataset)}, records

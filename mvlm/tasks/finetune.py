@@ -21,9 +21,11 @@ from mvlm.distributed.loss_shares import Microbatch
 from mvlm.distributed.parallel import checkpoint_activations, parallelize
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError, RunError
+from mvlm.evaluation.workspace import EvaluationStopped, Workspace
 from mvlm.runs.checkpoint import read_state
 from mvlm.tasks.evaluate import predict_split
 from mvlm.tasks.registry import find_task
+from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.start import starting_model
 from mvlm.tasks.task import Task, TaskLosses, TaskOptions
 from mvlm.training.build import check_attention, make_loader
@@ -60,15 +62,19 @@ class FineTuner(Trainer):
         """Set the training split's targets, from `Task.targets`."""
         self._targets = [x.to(self.device) for x in targets]
 
-    def forward_backward(self, microbatches: list[Microbatch]) -> TaskLosses:
+    def forward_backward(self, microbatches: list[Microbatch]) -> Any:
         """Compute the task's loss on the global batch, and the parameters' gradients."""
+        if isinstance(self.model, Retrieval):
+            assert isinstance(self.config, FinetuneConfig)
+            return self.model.backward(self.parallel, microbatches, self.world, self.config, self.step)
         number = len(microbatches)
         shares = []
-        for place, (batch, _) in enumerate(microbatches):
+        for place, (batch, masks) in enumerate(microbatches):
 
-            def forward(task: Task, batch=batch) -> TaskLosses:
+            def forward(task: Task, batch=batch, masks=masks) -> TaskLosses:
+                targets = [x[batch.sample_id] for x in self._targets]
                 with autocast(self.device, self.config.precision):
-                    return task.losses(batch, [x[batch.sample_id] for x in self._targets], self.config.plan)
+                    return task.losses_of_step(batch, masks, targets, self.config.plan)
 
             losses = self.parallel(forward, last=place == number - 1)
             # All microbatches have as many samples, so the loss is the mean of theirs, and DDP averages over ranks.
@@ -78,8 +84,8 @@ class FineTuner(Trainer):
         return TaskLosses(*mean)
 
     def after_update(self) -> dict[str, Tensor]:
-        """Further metrics of a step: none."""
-        return {}
+        """Clamp the temperature if the task trains it, and return it as a further metric of the step."""
+        return super().after_update() if self.model.log_scale.requires_grad else {}
 
     def extra_state(self) -> dict[str, Any]:
         """Description of the task, for a checkpoint's state.json."""
@@ -98,16 +104,25 @@ class FineTuner(Trainer):
         """Score the validation split, with the averaged weights if the run keeps them. Returns the figures."""
         self.watchdog.beat("the evaluation")
         with self.average.applied() if self.average is not None else nullcontext():
-            precision, plan = self.config.precision, self.config.plan
-            records = predict_split(self.model, validation, self.tokenizer, precision, plan, self.may_go_on)
-        stopped = len(records) < len(validation)
-        if any(self.world.gather_objects(stopped)):
+            figures = self.figures(validation)
+        if not figures:
             return {}
-        figures = self.model.score(records, validation)
         figure = figures[self.model.main]
         if self.best is None or figure > self.best["figure"]:
             self.best = {"step": self.step, "figure": figure}
         return {f"val_{self.model.main}": figure}
+
+    def figures(self, validation: Dataset) -> dict[str, Any]:
+        """Figures on the validation split with the weights as they are; none if a rank is to stop."""
+        precision, plan = self.config.precision, self.config.plan
+        if isinstance(self.model, Retrieval):
+            workspace = Workspace(None, self.world, go_on=self.may_go_on)
+            try:
+                return self.model.evaluate(validation, self.tokenizer, precision, workspace)
+            except EvaluationStopped:
+                return {}
+        records = predict_split(self.model, validation, self.tokenizer, precision, plan, self.may_go_on, self.world)
+        return {} if records is None else self.model.score(records, validation)
 
 
 def open_inputs(config: FinetuneConfig) -> RunInputs:
@@ -122,7 +137,9 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
     )
     if validation is not None and config.eval_images:
         validation = validation.head(config.eval_images)
-    kind.make_state(dataset, TaskOptions(config.blind, config.min_count))
+    kind.make_state(dataset, TaskOptions.of(config))
+    if config.freeze == "all" and kind.whole_batch:
+        raise ConfigError(f"freeze: wanted none or encoders, got all; the task {kind.name} has no head to train")
     model, tokenizer = starting_model(config.checkpoint, config.image_size, config.question_length)
     config = replace(config, model=model.config)
     check_attention(config)
@@ -136,15 +153,16 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     if world.device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)
-    options = TaskOptions(config.blind, config.min_count)
+    options = TaskOptions.of(config)
     kind = find_task(config.task)
     model, _ = starting_model(config.checkpoint, config.image_size, config.question_length, config.random_weights)
     model.set_attention(config.self_attention, config.cross_attention)
     task = kind(model.train(), options, kind.make_state(inputs.dataset, options)).to(world.device)
+    task.set_tokenizer(inputs.tokenizer)
     freeze(task, config.freeze)
     if config.checkpoint_activations:
-        checkpoint_activations(task.model)
-    loader = make_loader(inputs.dataset, inputs.tokenizer, config, world)
+        checkpoint_activations(task)
+    loader = make_loader(inputs.dataset, inputs.tokenizer, config, world, **task.loader_options())
     parallel = parallelize(task, world, config.parallel)
     optimizer = make_optimizer(task, config, world.device, peak_rate)
     trainer = FineTuner(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)
@@ -167,8 +185,8 @@ def freeze(task: Task, what: str) -> None:
 
 
 def peak_rate(name: str, config: PretrainConfig) -> float:
-    """Peak learning rate of the task's parameter with this name."""
+    """Peak learning rate of the task's parameter with this name. A decoder starts from copies of the cross encoders."""
     assert isinstance(config, FinetuneConfig)
     if name.startswith(("model.image_encoder.", "model.text_encoder.")):
         return config.lr_encoder
-    return config.lr_cross if name.startswith("model.") else config.lr_head
+    return config.lr_cross if name.startswith(("model.", "decoder.")) else config.lr_head

@@ -13,6 +13,7 @@ import numpy as np
 from mvlm.errors import ConfigError, RunError
 from mvlm.tasks.metrics.captions import bleu, cider
 from mvlm.tasks.metrics.classification import classification_figures
+from mvlm.tasks.metrics.facts import fact_figures
 from mvlm.tasks.metrics.pairs import nlvr_figures
 from mvlm.tasks.metrics.pointing import box_contains, pointing_figures
 from mvlm.tasks.metrics.significance import grouped_bootstrap, mcnemar
@@ -108,7 +109,22 @@ def _caption(predictions: Path, references: Path) -> Scored:
     scores = cider(found, wanted)
     figures = {f"bleu_{n}": 100 * value for n, value in enumerate(bleu(found, wanted), 1)}
     figures["cider_d"] = 100 * float(scores.mean())
-    return Scored(figures, "cider_d", list(wanted), scores, list(wanted))
+    scenes = _scenes(references, document.get("images", []), wanted)
+    return Scored(
+        figures | (fact_figures(found, scenes) if scenes else {}), "cider_d", list(wanted), scores, list(wanted)
+    )
+
+
+def _scenes(references: Path, images: list[dict[str, Any]], wanted: dict[str, list[str]]) -> dict[str, Any]:
+    """The scenes of the images, if the annotations of composed scenes have them."""
+    rows = [row for row in images if "scene" in row]
+    scenes = by_id(references, rows, "id", lambda r: r["scene"]) if rows else {}
+    if scenes and scenes.keys() != wanted.keys():
+        raise RunError(
+            f"{references}: wanted a scene for each of {len(wanted)} images with captions, or for none, found "
+            f"{len(scenes)}; take all samples of a split"
+        )
+    return scenes
 
 
 def _grounding(predictions: Path, references: Path) -> Scored:

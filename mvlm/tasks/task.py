@@ -8,17 +8,19 @@ Shape legend: B batch, C width.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.model import MaskVLMConfig
+from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.packing import mask_tokens
-from mvlm_dataloading import Batch, Dataset
+from mvlm_dataloading import Batch, Dataset, Masks, Tokenizer
 
 GREY = 128
 """Pixel value of the uniform image that a model without the image gets."""
@@ -39,6 +41,32 @@ class TaskOptions:
     """Modality that the model does not get."""
     min_count: int = 1
     """Training questions that must have an answer for it to be on the list of answers."""
+    answers: Literal["decoder", "classifier"] = "decoder"
+    """Form of `vqa`: the paper's answer decoder, or a classifier over the list of answers."""
+    answer_list: str | None = None
+    """JSON file with the list of answers; None for those of the training split."""
+    candidates: int = 128
+    """Answers of the list that the decoder judges by their whole likelihood: those with the likeliest first tokens."""
+    generate: bool = False
+    """The decoder generates its answers, instead of choosing them from the list."""
+    rerank: int = 32
+    """Candidates of each query that ITM re-ranks in the evaluation of retrieval."""
+    lengths: int = 5
+    """Lengths of which `caption` writes a caption each, before it chooses one: the likeliest."""
+    iterations: int = 10
+    """Passes of mask-predict."""
+    order: Literal["mask-predict", "left-to-right"] = "mask-predict"
+    """Order in which the words of a caption are decided."""
+    choose_by: Literal["itm", "likelihood"] = "itm"
+    """Figure that chooses among captions of different lengths: ITM's log-odds, or a token's mean log-likelihood."""
+
+    @classmethod
+    def of(cls, config: FinetuneConfig) -> "TaskOptions":
+        """The options among the settings of a run."""
+        values: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(cls)}
+        if config.answer_list is not None:
+            values["answer_list"] = str(config.answer_list)
+        return cls(**values)
 
 
 class Task(nn.Module):
@@ -55,6 +83,9 @@ class Task(nn.Module):
     """Name on the command line."""
     main: ClassVar[str]
     """Figure by which models are compared and selected; higher is better."""
+    whole_batch: ClassVar[bool] = False
+    """True if the loss contrasts all pairs of the global batch. The task then has `backward` and `evaluate` in place of
+    `losses`, `predict` and `score` (`mvlm.tasks.retrieval`)."""
     unused: ClassVar[tuple[str, ...]] = (
         "image_encoder.mask_token", "image_decoder", "pixel_head", "language_head", "image_projection",
         "text_projection", "log_scale", "matching_head",
@@ -74,14 +105,34 @@ class Task(nn.Module):
             # so its gradient is zero, and the fast implementation leaves it out.
             encoder.layers[-1].self_attention.key.bias.requires_grad_(False)
 
+    def set_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Set the model's tokenizer. The loop does it before the first loss, `load_task` before a prediction."""
+        self.tokenizer = tokenizer
+
     @classmethod
     def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
         """State of a task to be trained on `train`. DataError if its samples are not questions of this task."""
         raise NotImplementedError
 
+    @classmethod
+    def example(cls, samples: int) -> tuple[dict[str, Any], Sequence[Tensor]]:
+        """A state, and targets of some samples, in the sizes of the published data set: for `mvlm plan --task`.
+
+        ConfigError from a task that has none.
+        """
+        raise ConfigError(f"task: wanted one with an example to plan with, got {cls.name}; define its `example`")
+
     def targets(self, dataset: Dataset) -> Sequence[Tensor]:
         """Targets of all samples of a split, for `losses`: tensors whose first dimension is the samples."""
         raise NotImplementedError
+
+    def loader_options(self) -> dict[str, Any]:
+        """Arguments of the task's loaders beside those of every loader."""
+        return {}
+
+    def losses_of_step(self, batch: Batch, masks: Masks, targets: Sequence[Tensor], plan: str) -> TaskLosses:
+        """Loss and accuracy of a training batch. Only a task that reads the loader's masks defines it."""
+        return self.losses(batch, targets, plan)
 
     def losses(self, batch: Batch, targets: Sequence[Tensor], plan: str) -> TaskLosses:
         """Loss and accuracy of a batch. `targets` are the rows of the batch's samples, `plan` the implementation."""
@@ -121,26 +172,28 @@ class Task(nn.Module):
         """
         if self.options.blind == "no":
             return batch
-        fields = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
         if self.options.blind == "image":
-            fields["images"] = torch.full_like(batch.images, GREY)
-        else:
-            ends = batch.cu_seqlens.long()
-            special = torch.zeros(len(batch.tokens) + 1, dtype=torch.bool, device=ends.device)
-            special[ends] = True  # [CLS]; the last one is past the end
-            special[ends[1:] - 1] = True  # [SEP]
-            words = (~special[:-1]).nonzero().flatten()
-            fields["tokens"] = mask_tokens(batch.tokens, words, self.config.mask_token_id)
-        return type(batch)(**fields)
+            return replace(batch, images=torch.full_like(batch.images, GREY))
+        ends = batch.cu_seqlens.long()
+        special = torch.zeros(len(batch.tokens) + 1, dtype=torch.bool, device=ends.device)
+        special[ends] = True  # [CLS]; the last one is past the end
+        special[ends[1:] - 1] = True  # [SEP]
+        words = (~special[:-1]).nonzero().flatten()
+        return replace(batch, tokens=mask_tokens(batch.tokens, words, self.config.mask_token_id))
 
-    def fuse(self, batch: Batch, plan: str) -> Tensor:
-        """Features (B, 3 C) of a batch: [CLS] of both cross-modality encoders, image and text, and their product."""
+    def fuse(self, batch: Batch, plan: str, images: int = 1) -> Tensor:
+        """Features (B, n 3 C) of a batch with strips of n `images`: those of each image with the text, in order.
+
+        The features of an image are [CLS] of both cross-modality encoders, image and text, and their product.
+        """
         batch = self.hide(batch)
+        pixels = batch.images.unflatten(3, (images, -1)).movedim(3, 1).flatten(0, 1)  # (B n, 3, S, S)
         implementation = IMPLEMENTATIONS[plan]
-        v, text = implementation.encode_unmasked(self.model, batch)
-        rows = torch.arange(len(batch.images), device=batch.images.device)
-        image, caption = implementation.fuse_pairs(self.model, v, text, rows, rows)
-        return torch.cat([image, caption, image * caption], dim=1)
+        v, text = implementation.encode_unmasked(self.model, replace(batch, images=pixels))
+        rows = torch.arange(len(pixels), device=pixels.device)
+        image, caption = implementation.fuse_pairs(self.model, v, text, rows, rows // images)
+        features = torch.cat([image, caption, image * caption], dim=1)  # (B n, 3 C)
+        return features.unflatten(0, (-1, images)).flatten(1)
 
 
 class AnswerHead(nn.Module):

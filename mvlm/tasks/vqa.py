@@ -1,13 +1,18 @@
-"""Visual question answering as classification over a list of answers (VQA v2, easy-VQA, scenes).
+"""Visual question answering (VQA v2, easy-VQA, scenes), by an answer decoder or by a classifier.
 
-The loss is METER's and BEiT-3's: binary cross-entropy with the answers' soft targets, summed over answers. A sample's
-metadata holds `question_id` and `answers`, a record {answer, answer_id} an annotator, as in VQA v2's annotations.
+- decoder, the paper's form and the default: the log-likelihood of each answer that an annotator gave, weighted by the
+  share of annotators who gave it (ALBEF). It answers from the list, by likelihood, or by open generation.
+- classifier, METER's and BEiT-3's form: binary cross-entropy with the answers' soft targets, summed over answers.
 
-Shape legend: B batch, A answers of the list, S samples of a split, H most answers of a question.
+A sample's metadata holds `question_id` and `answers`, a record {answer, answer_id} an annotator, as in VQA v2's
+annotations. Answers are normalised as the official metric normalises them.
+
+Shape legend: B batch, A answers of the list, S samples of a split, H most answers of a question, R answers of a batch.
 """
 
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.tasks.decoder import AnswerDecoder, AnswerTable
 from mvlm.tasks.metrics.significance import grouped_bootstrap
-from mvlm.tasks.metrics.vqa import soft_targets, vqa_accuracy
+from mvlm.tasks.metrics.vqa import normalize_answer, soft_targets, vqa_accuracy
+from mvlm.tasks.records import read_json
 from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions
-from mvlm_dataloading import Batch, DataError, Dataset
+from mvlm_dataloading import Batch, DataError, Dataset, Tokenizer
 
 ANSWERS_OF_A_QUESTION = 10
 
@@ -41,49 +48,99 @@ def questions(dataset: Dataset) -> list[dict[str, Any]]:
     return found
 
 
+def annotator_shares(record: dict[str, Any]) -> dict[str, float]:
+    """Share of a question's annotators who gave each normalised answer; the shares add up to 1."""
+    counts = Counter(normalize_answer(reference["answer"]) for reference in record["answers"])
+    return {answer: count / counts.total() for answer, count in counts.items()}
+
+
 class VisualQuestionAnswering(Task):
-    """Classification of a question and its image over the answers of the training split."""
+    """Answers to questions about images: decoded from, or classified over, the answers of the training split."""
 
     name = "vqa"
     main = "accuracy"
 
     def __init__(self, model: MaskVLM, options: TaskOptions, state: dict[str, Any]) -> None:
         super().__init__(model, options, state)
+        answers = [*state["answers"], *state.get("others", [])]
+        if len(set(answers)) < max(2, len(answers)):
+            raise DataError(f"answers: wanted at least 2 different ones, found {answers[:20]}")
+        self.decodes = options.answers == "decoder"
         width = model.config.width
-        self.head = AnswerHead(3 * width, 2 * width, len(state["answers"]))
+        if self.decodes:
+            self.decoder = AnswerDecoder(model)
+            model.language_head.requires_grad_(True)
+        else:
+            self.head = AnswerHead(3 * width, 2 * width, len(state["answers"]))
+
+    def set_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Tokenize the answers, for the decoder."""
+        super().set_tokenizer(tokenizer)
+        if self.decodes:
+            answers = [*self.state["answers"], *self.state.get("others", [])]
+            self.table = AnswerTable(answers, tokenizer, self.config.text_length).to(self.log_scale.device)
 
     @classmethod
     def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
-        """The answers that at least `min_count` training questions have, most frequent first."""
+        """The list of answers, `answers`, and further answers that a decoder learns from, `others`.
+
+        The list is that of the options' file, or the answers that at least `min_count` training questions have, most
+        frequent first.
+
+        Raises:
+            DataError: `train` is not a training split, its samples are no questions, or the list has fewer than two
+                answers, or one that no training question has.
+        """
+        if train.split != "train":
+            raise DataError(
+                f"{train.folder}: wanted the split train, from which alone the list of answers may come, found the "
+                f"split {train.split}; name the data set with the training questions"
+            )
         counts = Counter(answer for record in questions(train) for answer in soft_targets(record["answers"]))
-        kept = sorted((a for a, n in counts.items() if n >= options.min_count), key=lambda a: (-counts[a], a))
+        ordered = sorted(counts, key=lambda answer: (-counts[answer], answer))
+        kept = [answer for answer in ordered if counts[answer] >= options.min_count]
+        if options.answer_list is not None:
+            kept = read_answers(Path(options.answer_list), counts)
         if len(kept) < 2:
             raise DataError(
                 f"{train.folder}: wanted at least 2 answers with {options.min_count} training questions each, found "
                 f"{len(kept)}; lower --min-count"
             )
-        return {"answers": kept}
+        listed = set(kept)
+        others = [answer for answer in ordered if answer not in listed] if options.answers == "decoder" else []
+        return {"answers": kept, "others": others}
+
+    @classmethod
+    def example(cls, samples: int) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:
+        """The 3,129 answers of VQA v2, and targets of some questions."""
+        shape = samples, ANSWERS_OF_A_QUESTION
+        return {"answers": [str(i) for i in range(3129)]}, (torch.zeros(shape, dtype=torch.int64), torch.zeros(shape))
 
     def targets(self, dataset: Dataset) -> tuple[Tensor, Tensor]:
-        """Answers int64 (S, H) of each question, -1 for none and for those not on the list, and targets (S, H)."""
-        place = {answer: i for i, answer in enumerate(self.state["answers"])}
+        """Answers int64 (S, H) of each question, -1 for none and for unknown ones, and their targets (S, H).
+
+        Targets are shares of annotators for the decoder, soft targets for the classifier.
+        """
+        place = {answer: i for i, answer in enumerate([*self.state["answers"], *self.state.get("others", [])])}
         records = questions(dataset)
         ids = torch.full((len(records), ANSWERS_OF_A_QUESTION), -1)
         values = torch.zeros(len(records), ANSWERS_OF_A_QUESTION)
         for row, record in enumerate(records):
-            known = [(place[a], t) for a, t in soft_targets(record["answers"]).items() if a in place]
+            given = annotator_shares(record) if self.decodes else soft_targets(record["answers"])
+            known = [(place[a], t) for a, t in given.items() if a in place]
             for column, (answer, target) in enumerate(known[:ANSWERS_OF_A_QUESTION]):
                 ids[row, column], values[row, column] = answer, target
         return ids, values
 
-    def logits(self, batch: Batch, plan: str) -> Tensor:
-        """Logits of all answers of the list, float32 (B, A)."""
-        return self.head(self.fuse(batch, plan))
-
     def losses(self, batch: Batch, targets: Sequence[Tensor], plan: str) -> TaskLosses:
-        """Binary cross-entropy summed over answers, mean over questions; and the mean target of the best answer."""
+        """Mean loss of the questions. Accuracy: of the answers' tokens, or the mean target of the likeliest answer."""
         ids, values = targets
-        logits = self.logits(batch, plan)
+        if self.decodes:
+            of, column = (ids >= 0).nonzero(as_tuple=True)  # (R,) each
+            question = self.decoder.question(self.model, self.hide(batch), plan)
+            answers, weights = self.table.select(ids[of, column]), values[of, column] / len(ids)
+            return TaskLosses(*self.decoder.loss(self.model, question, answers, of, weights, plan))
+        logits = self.head(self.fuse(batch, plan))  # (B, A)
         dense = logits.new_zeros(len(logits), logits.shape[1] + 1)  # the last column takes what has no answer
         dense.scatter_(1, ids.remainder(logits.shape[1] + 1), values.to(dense.dtype))
         dense = dense[:, :-1]
@@ -91,8 +148,15 @@ class VisualQuestionAnswering(Task):
         return TaskLosses(loss, dense.gather(1, logits.argmax(1, keepdim=True)).mean().detach())
 
     def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]:
-        """The most probable answer of each question."""
-        best = self.logits(batch, plan).argmax(1)
+        """The likeliest answer of the list to each question; by a decoder with --generate, a generated one."""
+        if not self.decodes:
+            return [{"answer": self.state["answers"][i]} for i in self.head(self.fuse(batch, plan)).argmax(1).tolist()]
+        question = self.decoder.question(self.model, self.hide(batch), plan)
+        if self.options.generate:
+            found = self.decoder.generate(self.model, question, self.tokenizer, self.config.text_length, plan)
+            return [{"answer": self.tokenizer.decode(row)} for row in found.tolist()]
+        listed, k = len(self.state["answers"]), self.options.candidates
+        best = self.decoder.rank(self.model, question, self.table, listed, k, plan)
         return [{"answer": self.state["answers"][i]} for i in best.tolist()]
 
     @staticmethod
@@ -104,3 +168,22 @@ class VisualQuestionAnswering(Task):
         images = [str(a.get("image_id", a["question_id"])) for a in annotations]
         interval = grouped_bootstrap(figures.pop("scores").tolist(), images)
         return {"questions": len(annotations), **figures, "accuracy_95": [100 * x for x in interval]}
+
+
+def read_answers(path: Path, counts: Counter[str]) -> list[str]:
+    """The answers of a JSON file, a list of strings, normalised and each once; an empty one is left out.
+
+    DataError if an answer is in no training question (`counts`): the list then comes from elsewhere, perhaps from the
+    questions of the test.
+    """
+    found = read_json(path, "a JSON list of answers")
+    if not isinstance(found, list) or not all(isinstance(answer, str) for answer in found):
+        raise DataError(f'{path}: wanted a JSON list of answers, found something else; write ["yes", "no", ...]')
+    kept = [answer for answer in dict.fromkeys(map(normalize_answer, found)) if answer]
+    unknown = [answer for answer in kept if answer not in counts]
+    if unknown:
+        raise DataError(
+            f"{path}: wanted answers to training questions, found {len(unknown)} of {len(kept)} that are none, such "
+            f"as {unknown[0]!r}; make the list from the training split alone"
+        )
+    return kept

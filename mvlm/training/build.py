@@ -1,6 +1,7 @@
 """Tokenizer, loader and model of a run, built from its configuration."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -36,10 +37,10 @@ def fit_to_tokenizer(config: PretrainConfig, tokenizer: Tokenizer) -> MaskVLMCon
     return replace(config.model, mask_token_id=tokenizer.mask_id)
 
 
-def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, world: World) -> Loader:
+def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, world: World, **further: Any) -> Loader:
     """Make the training loader, which yields this rank's pairs of each microbatch.
 
-    ConfigError if the batch does not divide evenly among ranks and microbatches.
+    `further` are arguments of the loader. ConfigError if the batch does not divide evenly among ranks and microbatches.
     """
     model, parts = config.model, world.size * config.accumulate
     if config.batch_size % parts:
@@ -77,6 +78,7 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
             magnitude=config.randaugment_magnitude,
         ),
         keep_mb=config.keep_images_mb,
+        **further,
     )
 
 

@@ -9,7 +9,16 @@ import torch
 from torch import nn
 
 from mvlm.errors import RunError
-from mvlm.files import check_folder, copy_into, load_weights, read_safetensors, sha256, write_json, write_safetensors
+from mvlm.files import (
+    check_folder,
+    copy_into,
+    load_weights,
+    new_folder,
+    read_safetensors,
+    sha256,
+    write_json,
+    write_safetensors,
+)
 
 
 def test_sha256_is_that_of_the_contents(tmp_path):
@@ -63,3 +72,28 @@ def test_load_weights_reads_a_safetensors_file(tmp_path):
     load_weights(other, tmp_path / "model.safetensors")
     assert torch.equal(other.weight, model.weight)
     assert torch.equal(other.bias, model.bias)
+
+
+def test_a_new_folder_is_whole_or_absent(tmp_path):
+    with new_folder(tmp_path / "deep/out") as folder:
+        (folder / "file").write_text("x")
+        assert not (tmp_path / "deep/out").exists()
+    assert (tmp_path / "deep/out/file").read_text() == "x"
+    with pytest.raises(RunError, match="out: wanted a new or empty folder, found other files"):  # noqa: SIM117
+        with new_folder(tmp_path / "deep/out"):
+            pass
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "file").touch()
+    assert (tmp_path / "empty/file").exists()
+
+    def interrupt():
+        with new_folder(tmp_path / "lost") as folder:
+            (folder / "file").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupt()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "empty", "link"]
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]

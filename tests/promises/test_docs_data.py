@@ -16,7 +16,7 @@ from pyarrow import parquet
 from mvlm import cli
 from mvlm.commands import data_tools
 from mvlm_dataloading import open_dataset
-from support import published
+from support import published, published_tasks
 from support.data import file_contents, wave_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -51,6 +51,13 @@ def downloads(tmp_path_factory) -> Path:
         for i in range(3)
     ]
     parquet.write_table(pyarrow.Table.from_pylist(rows), downloads / "rows" / "train-00000-of-00001.parquet")
+    published_tasks.vqa_v2(downloads / "vqa")
+    published_tasks.visual_genome_qa(downloads / "visual-genome")
+    published_tasks.nlvr2(downloads / "nlvr2")
+    published_tasks.nlvr(downloads / "nlvr")
+    published_tasks.snli_ve(downloads / "snli-ve")
+    published_tasks.refcoco(downloads / "refer")
+    published_tasks.clip_benchmark(downloads / "pets")
     wave_tokenizer().save(downloads / "tokenizer.json")
     return folder
 
@@ -60,7 +67,8 @@ def printed(downloads) -> dict[str, str]:
     """The output of each command. The first uses worker processes; the others run in this one, to save time."""
     commands = [line for block in blocks("sh") for line in block.splitlines()]
     named = {" ".join(shlex.split(line)[1:3]) for line in commands}
-    packaged = {"data emoji", "data twemoji", "data easy-vqa", "data openclipart"}  # they need no download
+    packages = ("emoji", "twemoji", "easy-vqa", "openclipart", "stamps", "scenes")
+    packaged = {f"data {name}" for name in packages}  # they need no download
     assert named == {name for name in cli.COMMANDS if name.startswith("data ")} - packaged
     found = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -94,6 +102,14 @@ def test_commands_of_the_data_page_run(printed, downloads):
         "tokens": {"train": 20},
         "tars": {"train": 4},
         "rows": {"train": 3},
+        "vqa": {"train": 12, "validation": 12, "test": 6},
+        "vqa-held-out": {"train": 21, "validation": 3, "test": 6},
+        "visual-genome-qa": {"train": 7},
+        "nlvr2": {"train": 6, "validation": 6, "test": 6},
+        "nlvr": {"train": 24, "validation": 4, "test": 4},
+        "snli-ve": {"train": 6, "validation": 6, "test": 6},
+        "refcoco": {"train": 4, "validation": 4, "testA": 4, "testB": 4},
+        "pets": {"train": 6, "test": 6},
         "mix": counts(data / "mix"),
         "tenth": counts(data / "tenth"),
     }

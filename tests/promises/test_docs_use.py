@@ -5,14 +5,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
 from mvlm.cli import run_command
-from mvlm.model.pretrained import write_model
-from mvlm_dataloading import open_dataset, tokenizer_for
-from support.models import micro_model
-from support.scenes import png, scene, write_scenes
+from support.demo_folder import write_demo_folder
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,14 +20,7 @@ def blocks(language: str, page: str) -> list[str]:
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """A working folder with the files that the pages name: runs/demo, data/emoji, cat.png and dog.png."""
-    data = write_scenes(tmp_path / "data/emoji")
-    tokenizer = tokenizer_for(open_dataset(data, "train"), 300)
-    run = tmp_path / "runs/demo"
-    run.mkdir(parents=True)
-    write_model(micro_model(dtype=torch.float32, text_length=40), run)
-    tokenizer.save(run / "tokenizer.json")
-    for number, name in enumerate(("cat.png", "dog.png")):
-        (tmp_path / name).write_bytes(png(scene(number)[0]))
+    write_demo_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
+from mvlm.config.finetune import FinetuneConfig
 from mvlm.evaluation import rank
 from mvlm.evaluation.cross_modal_gain import cross_modal_gain
 from mvlm.evaluation.features import encode_split
-from mvlm.evaluation.retrieval import recall
+from mvlm.evaluation.retrieval import rank_all, recall
 from mvlm.runs.folder import read_metrics
 from mvlm.runs.load import load_model
+from mvlm.tasks.finetune import finetune
 from mvlm.training.run import pretrain
 from mvlm_dataloading import ShardWriter, open_dataset
 from support.models import micro_config, pretrain_config
@@ -17,27 +19,43 @@ from support.scenes import png
 COLOURS, ANIMALS = ("red", "green", "blue", "black"), ("cat", "dog", "bird", "fish", "horse", "snake", "whale", "ant")
 
 
-def write_mosaics(folder):
-    """32 mosaics of random colours, one colour a patch, each with a unique caption.
+def write_mosaics(folder, count=32):
+    """Up to 32 mosaics of random colours, one colour a patch, each with a unique caption.
 
     A caption has two words. Each word occurs with several others, so only the mosaic determines a masked word.
     """
     rng = np.random.default_rng(0)
     with ShardWriter(folder, name="mosaics", source="tests", licence="CC0", attribution="nobody", recipe={}) as writer:
-        for i in range(32):
+        for i in range(count):
             pixels = np.kron(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
             caption = f"{COLOURS[i % 4]} {ANIMALS[i // 4]}"
             assert writer.add(f"pair{i:02d}", png(pixels), [caption], {}, split="train") is None
     return folder
 
 
+MODEL = micro_config(width=64, heads=2, itc_width=32, cross_norm="pre", initialization="xavier")
+
+
+@pytest.mark.slow
+def test_fine_tuned_retrieval_learns_16_pairs_by_heart(tmp_path, without_tensorboard):
+    data = write_mosaics(tmp_path / "data", 16)
+    pretrain(pretrain_config(data, tmp_path / "pretrained", model=MODEL, max_steps=1))
+    settings = {"max_steps": 250, "batch_size": 16, "warmup_steps": 20, "crop_scale": (1.0, 1.0), "lr_pixels": 0.0}
+    rates = {"lr_encoder": 2e-3, "lr_cross": 2e-3, "lr_head": 2e-3, "device": "cpu"}
+    starts = {"task": "retrieval", "checkpoint": tmp_path / "pretrained", "data": data, "out": tmp_path / "run"}
+    finetune(FinetuneConfig(**starts, **settings, **rates))  # pyright: ignore[reportArgumentType]
+    model = load_model(tmp_path / "run")
+    features = encode_split(model.network, open_dataset(data, "train"), model.tokenizer)
+    for ranks in rank_all(model.network, features).values():
+        assert recall(ranks.itc)["r1"] == recall(ranks.itm)["r1"] == recall(ranks.itm_alone)["r1"] == 100
+
+
 @pytest.mark.slow
 def test_a_small_model_overfits_32_pairs(tmp_path, without_tensorboard):
-    model = micro_config(width=64, heads=2, itc_width=32, cross_norm="pre", initialization="xavier")
     settings = {"max_steps": 250, "batch_size": 32, "warmup_steps": 20, "crop_scale": (1.0, 1.0)}
     rates = {"lr_encoder": 2e-3, "lr_cross": 2e-3, "lr_pixels": 1e-3}
     data = write_mosaics(tmp_path / "data")
-    pretrain(pretrain_config(data, tmp_path / "run", model=model, **settings, **rates))
+    pretrain(pretrain_config(data, tmp_path / "run", model=MODEL, **settings, **rates))
 
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-20:]
     means = {name: float(np.mean([row[name] for row in last])) for name in ("mlm", "itc")}

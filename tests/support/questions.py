@@ -1,7 +1,11 @@
 """Questions and hypotheses about the coloured squares of `support.scenes`, as data sets of downstream tasks."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from mvlm.config.finetune import FinetuneConfig
 from mvlm_dataloading import ShardWriter
 from support.scenes import COLOURS, png, scene
 
@@ -51,3 +55,69 @@ def write_hypotheses(folder: Path, counts: dict[str, int] | None = None) -> Path
                 metadata = {"pairID": f"{split}-{i}", "label": label, "image_id": caption}
                 assert writer.add(f"{split}{i:03d}", png(pixels), [text[label]], metadata, split=split) is None
     return folder
+
+
+def write_statements(folder: Path, counts: dict[str, int] | None = None) -> Path:
+    """NLVR2 on scenes: "the left is red" and "the right is red", of two images and of the same images swapped."""
+    with _writer(folder) as writer:
+        for split, count in (counts or COUNTS).items():
+            for i in range(count):
+                number, side, swapped = i // 4, ("left", "right")[i // 2 % 2], i % 2
+                first, second = (scene(number + (split != "train") + 5 * k) for k in (0, 1))
+                left, right = (second, first) if swapped else (first, second)
+                colour, other = (text.split()[0] for _, text in (first, second))
+                assert colour != other
+                metadata = {
+                    "identifier": f"{split}-{number}-{swapped}-{side}",
+                    "label": "true" if (side == "left") != bool(swapped) else "false",
+                    "images": 2,
+                    "set_id": f"{number}",
+                }
+                strip = png(np.concatenate([left[0], right[0]], axis=1))
+                text = f"the {side} is {colour}"
+                assert writer.add(f"{split}{i:03d}", strip, [text], metadata, split=split) is None
+    return folder
+
+
+def write_captions(folder: Path, counts: dict[str, int] | None = None) -> Path:
+    """Scenes with one caption each."""
+    with _writer(folder) as writer:
+        for split, count in (counts or COUNTS).items():
+            for i in range(count):
+                pixels, caption = scene(i if split == "train" else 3 * i + 1)
+                assert writer.add(f"{split}{i:03d}", png(pixels), [caption], split=split) is None
+    return folder
+
+
+def write_phrases(folder: Path, counts: dict[str, int] | None = None, candidates: bool = False) -> Path:
+    """Grounding on scenes: the colour of the square is the phrase. Its colour is also its class, for recognition."""
+    with _writer(folder) as writer:
+        for split, count in (counts or COUNTS).items():
+            for i in range(count):
+                pixels, caption = scene(i if split == "train" else 3 * i + 1)
+                left, top = 16 * ("right" in caption), 16 * ("bottom" in caption)
+                metadata = {"id": f"{split}-{i}", "image_id": caption, "box": [left, top, 16, 16], "size": [32, 32]}
+                metadata |= {"label": caption.split()[0], "group": caption.split()[-1]}
+                if candidates:
+                    metadata["candidates"] = [[x, y, 16, 16] for y in (0, 16) for x in (0, 16)]
+                assert writer.add(f"{split}{i:03d}", png(pixels), [caption], metadata, split=split) is None
+    return folder
+
+
+WRITERS = {
+    "vqa": write_questions,
+    "entailment": write_hypotheses,
+    "pairs": write_statements,
+    "caption": write_captions,
+}
+"""Writer of a small data set for each task."""
+
+
+def finetune_config(trained: Path, data: Path, out: Path, task: str = "vqa", **changes: Any) -> FinetuneConfig:
+    """Configuration of a fine-tuning run of a few steps of the micro model."""
+    settings: dict[str, Any] = {
+        "task": task, "checkpoint": trained, "data": data, "out": out, "max_steps": 2, "batch_size": 8,
+        "lr_encoder": 3e-3, "lr_cross": 3e-3, "lr_pixels": 0.0, "lr_head": 3e-3, "warmup_steps": 2, "lr_end": 0.0,
+        "crop_scale": (1.0, 1.0), "device": "cpu", "precision": "fp32", "weight_decay": 0.0, "answers": "classifier",
+    }  # fmt: skip
+    return FinetuneConfig(**(settings | changes))

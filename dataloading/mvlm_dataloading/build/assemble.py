@@ -75,8 +75,10 @@ def assemble(assembly: Assembly) -> Counter[str]:
         for folder in map(Path, assembly.plan["evaluation_sets"])
         for split in evaluation_splits(folder)
     ]
-    duplicates = list(find_leaks(images, evaluation, dropped))
-    duplicates += find_duplicates(images, dropped, drop=assembly.plan["recipe"]["drop_duplicates"])
+    questions = "questions" in assembly.plan["recipe"]
+    duplicates = list(find_leaks(images, evaluation, dropped, own_splits=not questions))
+    if not questions:
+        duplicates += find_duplicates(images, dropped, drop=assembly.plan["recipe"]["drop_duplicates"])
     for i, reason in dropped.items():
         where = written.where[i]
         rejected.append({"key": images.keys[i], "split": images.splits[i], "reason": reason, "where": where})

@@ -157,6 +157,11 @@ def _checked(source: Source, options: BuildOptions | None) -> BuildOptions:
     options.check()
     if options.tokenizer is not None:
         need("tokenizers")
+    if source.questions and options.drop_duplicates:
+        raise DataError(
+            f"drop-duplicates: wanted a data set with a sample per image, got {source.name}, whose samples are "
+            "questions; leave the flag out"
+        )
     if not source.pieces:
         raise DataError(f"{source.name}: wanted at least one sample, found none; give the folder that holds the data")
     return options
@@ -169,6 +174,8 @@ def _recipe(source: Source, options: BuildOptions, evaluation_sets: Sequence[Pat
         given["tokenizer"] = file_sha256(options.tokenizer)
     records = records_sha256(source.pieces)
     against = _hashes(evaluation_sets)
+    if source.questions:
+        given["questions"] = True
     return {"revision": _REVISION, **source.recipe, "records": records, **given, "against": against}
 
 

@@ -20,7 +20,7 @@ from mvlm_dataloading.dataset.description import read_description
 from mvlm_dataloading.dataset.open import open_dataset
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.options import MAX_PIXELS
-from mvlm_dataloading.sources.record import EVALUATION_SPLITS
+from mvlm_dataloading.sources.record import EVALUATION_SPLITS, is_evaluation
 
 from .hash_search import first_equal, near_known, near_pairs
 from .image_check import ImageDecoder, perceptual_hash
@@ -105,8 +105,10 @@ def tabulate(facts: Iterable[tuple[str, str, ImageFacts]]) -> ImageTable:
 
 
 def evaluation_splits(folder: Path) -> list[str]:
-    """The evaluation splits of a data set."""
-    return [split for split in EVALUATION_SPLITS if split in read_description(Path(folder))["splits"]]
+    """The evaluation splits of a data set, validation and test first."""
+    splits = read_description(Path(folder))["splits"]
+    first = [split for split in EVALUATION_SPLITS if split in splits]
+    return first + [split for split in splits if is_evaluation(split) and split not in first]
 
 
 def images_of_split(folder: Path, split: str) -> ImageTable:
@@ -117,7 +119,7 @@ def images_of_split(folder: Path, split: str) -> ImageTable:
 
 
 def find_leaks(
-    images: ImageTable, evaluation: Sequence[ImageTable], dropped: dict[int, str]
+    images: ImageTable, evaluation: Sequence[ImageTable], dropped: dict[int, str], *, own_splits: bool = True
 ) -> Iterator[dict[str, Any]]:
     """Drop training images that an evaluation split contains, and yield a line of duplicates.jsonl for each.
 
@@ -126,8 +128,9 @@ def find_leaks(
     Args:
         evaluation: evaluation images of other data sets, in addition to those in `images`.
         dropped: position -> reason, for the images that are already dropped. Leaks are added.
+        own_splits: whether the evaluation splits in `images` count too.
     """
-    own = [i for i, split in enumerate(images.splits) if split in EVALUATION_SPLITS and i not in dropped]
+    own = [i for i, s in enumerate(images.splits) if own_splits and is_evaluation(s) and i not in dropped]
     tables = [_take(images, own), *evaluation]
     names = [f"{split}/{key}" for table in tables for split, key in zip(table.splits, table.keys, strict=True)]
     digests = np.concatenate([table.digest for table in tables]).tolist()

@@ -2,8 +2,6 @@
 
 A published data set with its own train and test split and 13 answers (Victor Zhou, 2019). A sample is one question: its
 image, the question as its caption, and the answer in the metadata, as ten equal annotators of VQA v2.
-
-Each question's sample holds its image again: 48,248 copies of 5,000 PNGs of 64 pixels are 30 MB.
 """
 
 import hashlib

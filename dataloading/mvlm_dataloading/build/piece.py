@@ -15,6 +15,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mvlm_dataloading.captions import clean_captions
 from mvlm_dataloading.dataset.durable_files import sync_folder, write_durably
 from mvlm_dataloading.options import BuildOptions
 from mvlm_dataloading.sources.record import KEY_PATTERN, TOO_LARGE, Piece, Record
+from mvlm_dataloading.sources.strip import ImageStrip
 from mvlm_dataloading.tokenizer import Tokenizer, load_tokenizer
 
 from .image_check import (
@@ -90,6 +92,8 @@ class _PieceWriter:
         self._lines = (folder / "samples.jsonl").open("w", encoding="utf-8")
         self._shards: list[Shard] = []
         self._seen = 0
+        self._stored: tuple[bytes, bytes, str, dict[str, Any]] | None = None
+        """The last image as published, and what `_prepare` made of it."""
 
     def add_group(self, group: list[Record]) -> None:
         """Check a group of records, decode those that pass, and write the usable ones."""
@@ -132,16 +136,16 @@ class _PieceWriter:
         captions = clean_captions(record.captions, options.max_caption_bytes, options.max_captions)
         if isinstance(captions, str):
             return captions
-        image = _read(record.image, options.max_image_bytes)
+        image = (
+            _compose(record.image, options) if isinstance(record.image, ImageStrip) else _read(record.image, options)
+        )
         if isinstance(image, str):
             return image
-        header = read_header(image)
-        reason = header if isinstance(header, str) else _check_sizes(header, options)
-        if reason is not None:
-            return reason
+        header = _check_header(image, options)
+        if isinstance(header, str):
+            return header
         if number in self._fatal:
             return CRASHED
-        assert isinstance(header, ImageHeader)
         return _Candidate(number, record, image, header.extension, captions)
 
     def _decode(self, candidates: list[_Candidate]) -> Iterator[Any]:
@@ -153,34 +157,28 @@ class _PieceWriter:
         unsuspected = [one for one in candidates if one.number not in self._suspect]
         together = json.dumps([one.number for one in unsuspected])
         note.write_text(together)
-        decoded = self._decoder([one.image for one in unsuspected])
+        decoded = self._decoder([image for image, _ in groupby(one.image for one in unsuspected)])
+        last, pixels = None, None
         for one in candidates:
-            if one.number in self._suspect:
-                note.write_text(json.dumps([one.number]))
-                yield next(self._decoder([one.image]))
-                note.write_text(together)
-            else:
-                yield next(decoded)
+            suspect = one.number in self._suspect
+            if (suspect, one.image) != last:  # questions about an image follow one another
+                last = suspect, one.image
+                if suspect:
+                    alike = [other.number for other in candidates if other.image == one.image]
+                    note.write_text(json.dumps(alike))
+                    pixels = next(self._decoder([one.image]))
+                    note.write_text(together)
+                else:
+                    pixels = next(decoded)
+            yield pixels
         note.unlink()
 
     def _write(self, one: _Candidate, pixels: Any) -> str | None:
         """Write a sample. Returns None, or the reason if it has to be rejected after all."""
         options, record = self._options, one.record
-        image, extension = one.image, one.extension
-        height, width = pixels.shape[:2]
-        small = options.short_side is None or min(height, width) <= options.short_side
-        if options.quality is not None or not small:
-            image, extension = encode_jpeg(pixels, options.short_side, options.quality or 90), "jpg"
-            header = read_header(image)
-            assert isinstance(header, ImageHeader), header
-            height, width = header.height, header.width
-        known = perceptual_hash(pixels)
-        facts = {
-            "width": width,
-            "height": height,
-            "sha256": hashlib.sha256(one.image).hexdigest(),
-            "phash": None if known is None else f"{known:016x}",
-        }
+        if self._stored is None or self._stored[0] != one.image:
+            self._stored = one.image, *self._prepare(one, pixels)
+        _, image, extension, facts = self._stored
         metadata = json.dumps({**record.metadata, **facts}, ensure_ascii=False, separators=(",", ":"))
         parts = [
             (extension, image),
@@ -196,6 +194,25 @@ class _PieceWriter:
         tar = len(self._shards) - 1
         self._write_line({"key": record.key, "tar": tar, "captions": len(one.captions), **facts, "where": record.where})
         return None
+
+    def _prepare(self, one: _Candidate, pixels: Any) -> tuple[bytes, str, dict[str, Any]]:
+        """The image as it is stored, its extension, and its facts."""
+        options, image, extension = self._options, one.image, one.extension
+        height, width = pixels.shape[:2]
+        small = options.short_side is None or min(height, width) <= options.short_side
+        if options.quality is not None or not small:
+            image, extension = encode_jpeg(pixels, options.short_side, options.quality or 90), "jpg"
+            header = read_header(image)
+            assert isinstance(header, ImageHeader), header
+            height, width = header.height, header.width
+        known = perceptual_hash(pixels)
+        facts = {
+            "width": width,
+            "height": height,
+            "sha256": hashlib.sha256(one.image).hexdigest(),
+            "phash": None if known is None else f"{known:016x}",
+        }
+        return image, extension, facts
 
     def _shard_for(self, parts: list[tuple[str, bytes]]) -> Shard:
         if not self._shards or not self._shards[-1].fits(parts, self._options.shard_bytes):
@@ -221,7 +238,23 @@ def _groups(records: Iterator[Record]) -> Iterator[list[Record]]:
         yield group
 
 
-def _read(image: Path | bytes | None, max_bytes: int) -> bytes | str:
+def _compose(strip: ImageStrip, options: BuildOptions) -> bytes | str:
+    """The encoded strip, or the reason for which one of its images cannot be used."""
+    contents = []
+    for file in strip.files:
+        content = _read(file, options)
+        header = content if isinstance(content, str) else _check_header(content, options)
+        if isinstance(header, str):
+            return header
+        contents.append(content)
+    try:
+        return strip.compose(contents)
+    except Exception:  # Pillow's decoders raise nearly anything on damaged input
+        return UNDECODABLE
+
+
+def _read(image: Path | bytes | None, options: BuildOptions) -> bytes | str:
+    max_bytes = options.max_image_bytes
     if image is None:
         return "no image"
     if isinstance(image, bytes):
@@ -238,6 +271,12 @@ def _read(image: Path | bytes | None, max_bytes: int) -> bytes | str:
     if len(content) > max_bytes:
         return TOO_LARGE
     return content or "image file is empty"
+
+
+def _check_header(image: bytes, options: BuildOptions) -> ImageHeader | str:
+    """The header of an image, or the reason for which it cannot be used."""
+    header = read_header(image)
+    return header if isinstance(header, str) else _check_sizes(header, options) or header
 
 
 def _check_sizes(header: ImageHeader, options: BuildOptions) -> str | None:

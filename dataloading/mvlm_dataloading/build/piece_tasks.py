@@ -125,7 +125,7 @@ def _note_crash(folder: Path, number: int, left: Sequence[Path]) -> None:
     """Record which images a worker was decoding when it died, from the folders that it has left.
 
     Images decoded together become suspects, and the next worker decodes each suspect alone. A suspect that was being
-    decoded alone is fatal.
+    decoded alone is fatal, with all records of its image.
     """
     noted = _crash_file(folder, number)
     crashes = json.loads(noted.read_text()) if noted.is_file() else {"suspect": [], "fatal": []}
@@ -135,7 +135,7 @@ def _note_crash(folder: Path, number: int, left: Sequence[Path]) -> None:
             numbers = json.loads(decoding.read_text())
         except (OSError, ValueError):
             numbers = []
-        crashes["fatal" if len(numbers) == 1 and numbers[0] in crashes["suspect"] else "suspect"] += numbers
+        crashes["fatal" if numbers and set(numbers) <= set(crashes["suspect"]) else "suspect"] += numbers
     aside = noted.with_suffix(".new")
     write_durably(aside, json.dumps(crashes))
     aside.rename(noted)

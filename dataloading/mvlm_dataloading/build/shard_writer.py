@@ -5,6 +5,9 @@
     OUT/train.index        the same of all tars of the split, to open it at once (see `sample_index`)
     OUT/dataset.json       counts, sha256 of each shard, source, licence, rejections by reason
 
+Samples of a tar that have the same image, such as the questions about one, share its bytes: the first has the file, and
+the others have hard links to it, as tar knows them. The index gives the place of the file for all of them.
+
 The data set is written to `.OUT.partial`, which is renamed when it is complete. OUT, if it exists, is therefore
 complete. Equal input gives equal bytes.
 """
@@ -24,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mvlm_dataloading.dataset.dali_index import IMAGE_EXTENSIONS
 from mvlm_dataloading.dataset.description import FORMAT_VERSION, require_free_folder
 from mvlm_dataloading.dataset.durable_files import sync_file, write_durably
 from mvlm_dataloading.dataset.open import write_index
@@ -180,13 +184,18 @@ class Shard:
     captions: int = 0
     sha256: str = ""
     index: list[str] = field(default_factory=list)
+    images: dict[bytes, tuple[str, int]] = field(default_factory=dict)
+    """Name and offset of each image in the tar, by the SHA-256 of its content."""
 
     def __post_init__(self) -> None:
         self.tar = tarfile.open(self.path, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115 (closed in `close`)
 
     def fits(self, parts: Sequence[tuple[str, bytes]], max_bytes: int) -> bool:
         """True if the tar with this sample takes at most `max_bytes`. The first sample always fits."""
-        grown = sum(tarfile.BLOCKSIZE + _padded(len(content)) for _, content in parts)
+        grown = sum(
+            tarfile.BLOCKSIZE + (0 if self._stored(extension, content) else _padded(len(content)))
+            for extension, content in parts
+        )
         return not self.samples or self.tar.offset + grown <= max_bytes
 
     def write(self, key: str, parts: Sequence[tuple[str, bytes]], num_captions: int) -> None:
@@ -194,13 +203,24 @@ class Shard:
         for extension, content in parts:
             # Time, user and group stay 0, so that equal input gives equal bytes.
             member = tarfile.TarInfo(f"{key}.{extension}")
-            member.size = len(content)
-            offset = self.tar.offset + tarfile.BLOCKSIZE  # names are short, so a header is one block
-            self.tar.addfile(member, io.BytesIO(content))
+            if stored := self._stored(extension, content):
+                member.type = tarfile.LNKTYPE
+                member.linkname, offset = stored
+                self.tar.addfile(member)
+            else:
+                member.size = len(content)
+                offset = self.tar.offset + tarfile.BLOCKSIZE  # names are short, so a header is one block
+                self.tar.addfile(member, io.BytesIO(content))
+                if extension in IMAGE_EXTENSIONS:
+                    self.images[hashlib.sha256(content).digest()] = member.name, offset
             components.append(f"{extension} {offset} {len(content)} {member.name}")
         self.index.append(" ".join(components))
         self.samples += 1
         self.captions += num_captions
+
+    def _stored(self, extension: str, content: bytes) -> tuple[str, int] | None:
+        """Name and offset of an equal image that the tar already has, or None."""
+        return self.images.get(hashlib.sha256(content).digest()) if extension in IMAGE_EXTENSIONS else None
 
     def close(self) -> "Shard":
         self.tar.close()

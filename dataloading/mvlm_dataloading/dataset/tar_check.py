@@ -3,6 +3,7 @@
 import os
 import tarfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -61,13 +62,31 @@ def compare_with_tar(index: SampleIndex, shard: int, tar: Path, source: Path, hi
                 offset, size = places[kind][row]
                 if size < 0:
                     continue
-                file.seek(max(0, offset - tarfile.BLOCKSIZE))
-                header = file.read(tarfile.BLOCKSIZE)
-                if offset + size > length or not _is_header_of(header, key, KINDS[kind], size):
+                header = _header(file, offset)
+                good = _is_header_of(header, key, KINDS[kind], size)
+                if not good and kind == "image":
+                    owner = _linked(_header(file, places["text"][row][0] - tarfile.BLOCKSIZE), key)
+                    good = owner is not None and _is_header_of(header, owner, KINDS[kind], size)
+                if not good or offset + size > length:
                     raise DataError(
                         f"{source}: wanted the index of {tar.name}, found that the {kind} of {key} is not where it "
                         f"says; {hint}"
                     )
+
+
+def _header(file: BinaryIO, offset: int) -> bytes:
+    """Header in front of the content at `offset`."""
+    file.seek(max(0, offset - tarfile.BLOCKSIZE))
+    return file.read(tarfile.BLOCKSIZE)
+
+
+def _linked(header: bytes, key: str) -> str | None:
+    """Key of the sample to whose image a header links the image of `key`, or None. It stands in front of the text."""
+    try:
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return None
+    return member.linkname.rpartition(".")[0] if member.islnk() and member.name.rpartition(".")[0] == key else None
 
 
 def _is_header_of(header: bytes, key: str, extensions: tuple[str, ...], size: int) -> bool:

@@ -47,6 +47,8 @@ class MaskConfig:
     """Ratio of `partner_patch_ids`; 0 for none. The blocks with the smallest keys are masked, so they are some of
     those that a larger ratio masks."""
     partner_token_ratio: float = 0.0
+    uniform_tokens: bool = False
+    """Draw the number of masked tokens of each caption uniformly, in place of `token_ratio`."""
 
 
 class BatchStream:
@@ -133,7 +135,7 @@ class BatchStream:
     def _tokens(self, of: tuple[int, Any, Any], lengths: np.ndarray) -> dict[str, torch.Tensor]:
         """Masked tokens of captions of these lengths, fields of `Masks`."""
         config = self._masks
-        ratio = None if config.variable_tokens else config.token_ratio
+        ratio = None if config.variable_tokens or config.uniform_tokens else config.token_ratio
         masked, others = draw_two_token_masks(*of, lengths, ratio=ratio, complement=config.complement)
         found = {"token_ids": masked.ids} | ({} if others is None else {"complement_ids": others.ids})
         if config.variable_tokens:

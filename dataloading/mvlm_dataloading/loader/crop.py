@@ -29,6 +29,8 @@ class CropGeometry:
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the crop's width over its height."""
     random: bool = True
+    strip: int = 1
+    """Number n of square images in a stored one (S, n S), side by side. Each is cropped alike, and resized."""
 
     def __post_init__(self) -> None:
         for name, (low, high), limit in (("crop_scale", self.crop_scale, 1.0), ("crop_ratio", self.crop_ratio, np.inf)):
@@ -45,7 +47,9 @@ class CropWindows:
         h = round(sqrt(area / ratio))                    w = round(sqrt(area ratio)), both clamped to the image
         y = floor(u2 (H - h + 1))                        x = floor(u3 (W - w + 1))
 
-    a0 and a1 are `crop_scale`, r0 and r1 `crop_ratio`.
+    a0 and a1 are `crop_scale`, r0 and r1 `crop_ratio`. Of a strip of n images, H and W are those of one image. Three
+    more arrays of int32 (2,) follow then: the sizes (h, w) of the crop of one image, the steps (0, W) from one to the
+    next, and the sizes of the whole strips; and the first sizes are those of the box around all n crops.
 
     Args:
         uniforms_of_batch: batch number k, 0 for the first call -> uniform numbers, float64 (B, 4).
@@ -55,13 +59,20 @@ class CropWindows:
         self._geometry, self._uniforms_of_batch = geometry, uniforms_of_batch
         self._batches = 0
 
-    def __call__(self, shapes: Any) -> tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]]:
-        image_sizes = np.array([np.asarray(shape) for shape in shapes], np.float64)[:, :2]  # (B, 2): H, W
+    def __call__(self, shapes: Any) -> tuple[list[NDArray[np.int32]], ...]:
+        whole = image_sizes = np.array([np.asarray(shape) for shape in shapes], np.float64)[:, :2]  # (B, 2): H, W
+        images = self._geometry.strip
+        if images > 1:
+            image_sizes = np.stack([whole[:, 0], np.maximum(1, whole[:, 1] // images)], axis=1)
         corners, sizes = np.zeros_like(image_sizes), image_sizes
         if self._geometry.random:
             corners, sizes = self._random_windows(image_sizes, self._uniforms_of_batch(self._batches))
         self._batches += 1
-        return list(corners.astype(np.int32)), list(sizes.astype(np.int32))
+        found = [corners, sizes]
+        if images > 1:
+            steps = np.stack([np.zeros(len(whole)), whole[:, 1] // images], axis=1)
+            found = [corners, sizes + (images - 1) * steps, sizes, steps, whole]
+        return tuple(list(values.astype(np.int32)) for values in found)
 
     def _random_windows(
         self, image_sizes: NDArray[np.float64], u: NDArray[np.float64]
@@ -73,6 +84,16 @@ class CropWindows:
         sizes = np.clip(np.floor(sides + 0.5), 1.0, image_sizes)
         # The minimum guards against a product that is rounded up to H - h + 1.
         return np.minimum(np.floor(u[:, 2:] * (image_sizes - sizes + 1.0)), image_sizes - sizes), sizes
+
+
+def strip_fault(height: int, width: int, images: int) -> str | None:
+    """Fault of an image of this size that should be a strip of square images; None without one."""
+    if width == images * height:
+        return None
+    return (
+        f"wanted a strip of {images} square images side by side, {images} times as wide as high, found {width} x "
+        f"{height} pixels; build the data again"
+    )
 
 
 def has_valid_ends(files: Sequence[Any]) -> list[NDArray[np.bool_]]:

@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mvlm_dataloading.build.shard_writer import ShardWriter
 from mvlm_dataloading.dataset.open import open_dataset
@@ -116,3 +117,12 @@ def _decode(folder: Path, decoding: Decoding, device_id: int | None) -> np.ndarr
         images = pipeline.run()[0]
         batches.append(np.array((images.as_cpu() if device_id is not None else images).as_tensor()))
     return np.concatenate(batches)
+
+
+def choose_device(device: str | None) -> tuple[int | None, Decoding]:
+    """Number of the CUDA device, None for the CPU; and a way of decoding that works there."""
+    if device is None or torch.device(device).type != "cuda":
+        return None, Decoding.CPU
+    index = torch.device(device).index
+    device_id = torch.cuda.current_device() if index is None else index
+    return device_id, choose_decoding(device_id)

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from mvlm_dataloading.dataset.dali_index import Int64
 from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.errors import DataError
 
 from .buffers import BufferPool
-from .crop import CropWindows
+from .crop import CropWindows, strip_fault
 from .pipeline import build_augment_pipeline, build_pipeline
 from .resize import Resize
 from .sampler import write_index_views
@@ -96,6 +97,10 @@ def _decoded_batches(
             if not np.array(valid.as_tensor())[: len(own)].all():
                 return
             images = [np.array(decoded.at(row)) for row in range(len(own))]
+            if (strip := config.geometry.strip) > 1:
+                for i, image in zip(own.tolist(), images, strict=True):
+                    if fault := strip_fault(image.shape[0], image.shape[1], strip):
+                        raise DataError(f"{dataset.where(i)}: {fault}")
             kept.images.extend(images)
             kept.texts.extend(texts.at(row).tobytes() for row in range(len(own)))
             kept.metadata.extend(metadata.at(row).tobytes() for row in range(len(own)))
@@ -114,6 +119,7 @@ class KeptSegment:
     def __init__(self, kept: KeptSplit, ids: Int64, epochs: Int64, config: ReaderConfig, buffers: BufferPool):
         self._kept, self._ids, self._epochs, self._batch_size = kept, ids, epochs, config.rank_batch
         self._buffers, self._side, self._begin = buffers, config.geometry.image_size, 0
+        self._strip = config.geometry.strip
         self._draws = draws = draw_random_numbers(config, epochs, ids)
         rows = partial(_rows_of_batch, config.rank_batch)
         self._windows = CropWindows(config.geometry, lambda batch: draws["crop_uniforms"][rows(batch)])
@@ -150,7 +156,7 @@ class KeptSegment:
     def next(self) -> tuple[RawBatch, NDArray[np.bool_]]:
         """The next batch, and True for each of its samples."""
         ids, epochs = self.current()
-        images = self._buffers.empty((len(ids), 3, self._side, self._side))
+        images = self._buffers.empty((len(ids), 3, self._side, self._strip * self._side))
         if self._pipeline is None:
             np.stack(self._resized_crops(self._begin // self._batch_size), out=images.numpy())
         else:
@@ -171,13 +177,22 @@ class KeptSegment:
 
     def _resized_crops(self, batch: Any) -> list[NDArray[np.uint8]]:
         images = [self._kept.images[i] for i in self._ids[_rows_of_batch(self._batch_size, batch)].tolist()]
-        corners, sizes = self._windows([image.shape for image in images])
-        # Copied with numpy, because torch would copy a crop on the threads that resize (see `Resize`).
-        crops = [
-            np.ascontiguousarray(image[y : y + h, x : x + w])
-            for image, (y, x), (h, w) in zip(images, corners, sizes, strict=True)
-        ]
-        return self._resize(crops)
+        corners, sizes, *of_strip = self._windows([image.shape for image in images])
+        if of_strip:
+            tiles = of_strip[0]
+            starts = [[corner + k * step for corner, step in zip(corners, of_strip[1], strict=True)]
+                      for k in range(self._strip)]  # fmt: skip
+            resized = [self._resize(_crops(images, start, tiles)) for start in starts]
+            return [np.concatenate(row, axis=2) for row in zip(*resized, strict=True)]
+        return self._resize(_crops(images, corners, sizes))
+
+
+def _crops(images: list[NDArray[np.uint8]], corners: list[Any], sizes: list[Any]) -> list[NDArray[np.uint8]]:
+    # Copied with numpy, because torch would copy a crop on the threads that resize (see `Resize`).
+    return [
+        np.ascontiguousarray(image[y : y + h, x : x + w])
+        for image, (y, x), (h, w) in zip(images, corners, sizes, strict=True)
+    ]
 
 
 def _rows_of_batch(batch_size: int, batch: Any) -> Int64:

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from mvlm_dataloading.batch import Batch, Masks
 from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.tokenizer import Tokenizer, check_text_length
@@ -18,9 +16,8 @@ from mvlm_dataloading.tokenizer import Tokenizer, check_text_length
 from .augment import Augment
 from .batch_stream import BatchStream, MaskConfig
 from .crop import CropGeometry
-from .decoder_check import choose_decoding
+from .decoder_check import choose_device
 from .masking import check_mask_sizes, check_token_ratio
-from .pipeline import Decoding
 from .reader import Reader
 from .resume import ResumeReport, compare_states, package_versions, pixel_hash, settings_hash
 from .sampler import ORDER_VERSION
@@ -57,6 +54,10 @@ class Loader:
         keep_mb: megabytes (10^6) that decoded images may take in memory. A split that fits is decoded once, before the
             first training batch, and no longer in every epoch; batches are the same. For local data on a CPU. 0 keeps
             none.
+        strip: number n of images in each stored one, square and side by side (S', n S'). Each is cropped alike and
+            resized; batches hold them as (B, 3, S, n S). Patch masks are those of one image.
+        uniform_text_masks: mask 1 to all of a caption's ordinary tokens, each number as likely as the others, in place
+            of the share `text_mask_ratio`.
 
     Attributes:
         step: batches yielded.
@@ -100,6 +101,8 @@ class Loader:
         augment: Augment | None = None,
         prefetch_batches: int = 2,
         keep_mb: int = 0,
+        strip: int = 1,
+        uniform_text_masks: bool = False,
     ):
         _check_ranks(batch_size, rank, world_size, train)
         _check_limits(num_threads, prefetch_batches, max_bad_fraction, keep_mb)
@@ -109,6 +112,8 @@ class Loader:
         if partner_image_mask_ratio:
             check_mask_sizes(image_size, patch_size, mask_block, partner_image_mask_ratio)
         check_text_length(text_length)
+        if strip < 1 or (strip > 1 and augment is not None and not augment.is_identity):
+            raise ValueError(f"wanted strip of at least 1, and no augmentation if it is above 1, got {strip}")
         self.dataset, self.tokenizer, self.train = dataset, tokenizer, train
         self.batch_size, self.text_length = batch_size, text_length
         self.rank, self.world_size = rank, world_size
@@ -130,9 +135,12 @@ class Loader:
             complement=complementary_masks,
             partner_patch_ratio=partner_image_mask_ratio,
             partner_token_ratio=partner_text_mask_ratio,
+            uniform_tokens=uniform_text_masks,
         )
-        geometry = CropGeometry(image_size=image_size, crop_scale=crop_scale, crop_ratio=crop_ratio, random=train)
-        device_id, decoding = _choose_device(device)
+        geometry = CropGeometry(
+            image_size=image_size, crop_scale=crop_scale, crop_ratio=crop_ratio, random=train, strip=strip
+        )
+        device_id, decoding = choose_device(device)
         self._config = ReaderConfig(
             seed=seed,
             geometry=geometry,
@@ -209,7 +217,7 @@ class Loader:
                 {
                     "tokenizer": self.tokenizer.fingerprint,
                     "length": self.text_length,
-                    "ratio": self._masks.token_ratio,
+                    "ratio": "uniform" if self._masks.uniform_tokens else self._masks.token_ratio,
                     "patches": self._masks.patches,
                 }
             ),
@@ -287,12 +295,3 @@ def _check_limits(num_threads: int, prefetch_batches: int, max_bad_fraction: flo
         raise ValueError(f"wanted keep_mb of at least 0, got {keep_mb}")
     if not 0 <= max_bad_fraction < 1:
         raise ValueError(f"wanted max_bad_fraction in [0, 1), got {max_bad_fraction}")
-
-
-def _choose_device(device: str | None) -> tuple[int | None, Decoding]:
-    """Number of the CUDA device, None for the CPU; and a way of decoding that works there."""
-    if device is None or torch.device(device).type != "cuda":
-        return None, Decoding.CPU
-    index = torch.device(device).index
-    device_id = torch.cuda.current_device() if index is None else index
-    return device_id, choose_decoding(device_id)

@@ -133,11 +133,12 @@ def _draws_below(purpose: Purpose, seed: int, epoch: Any, sample_ids: Any, numbe
     return (uniforms(purpose, seed, epoch, np.asarray(sample_ids), 1)[:, 0] * number).astype(np.int64)
 
 
-def draw_token_masks(seed: int, epoch: Any, sample_ids: Any, lengths: Any, *, ratio: float = 0.3) -> Int64:
+def draw_token_masks(seed: int, epoch: Any, sample_ids: Any, lengths: Any, *, ratio: float | None = 0.3) -> Int64:
     """Masked positions in the packed tokens: int64 (M,), ascending.
 
     Sample b has `lengths[b]` tokens including [CLS] and [SEP]. Of its n = lengths[b] - 2 ordinary tokens, exactly
-    max(1, round(ratio n)) are masked, halves rounded to even. [CLS] and [SEP] are never masked.
+    max(1, round(ratio n)) are masked, halves rounded to even. Without a ratio, 1 to n are masked, each number as likely
+    as the others (the training of Mask-Predict, Ghazvininejad et al., EMNLP 2019). [CLS] and [SEP] are never masked.
 
     Args:
         epoch: one number, or int (B,).
@@ -145,10 +146,7 @@ def draw_token_masks(seed: int, epoch: Any, sample_ids: Any, lengths: Any, *, ra
     Raises:
         ValueError: a caption without an ordinary token, or a ratio outside [0, 1].
     """
-    check_token_ratio(ratio)
-    ordinary = _ordinary(lengths)
-    counts = np.maximum(1, np.rint(ratio * ordinary)).astype(np.int64)  # rint rounds halves to even, like `round`
-    return _split_tokens(seed, epoch, sample_ids, ordinary, counts)[0]
+    return draw_two_token_masks(seed, epoch, sample_ids, lengths, ratio=ratio)[0].ids
 
 
 def draw_two_token_masks(
@@ -175,7 +173,7 @@ def draw_two_token_masks(
         counts = 1 + _draws_below(Purpose.TOKEN_COUNT, seed, epoch, sample_ids, most)
     else:
         check_token_ratio(ratio)
-        counts = np.maximum(1, np.rint(ratio * ordinary)).astype(np.int64)
+        counts = np.maximum(1, np.rint(ratio * ordinary)).astype(np.int64)  # rint rounds halves to even, like `round`
     masked, others = _split_tokens(seed, epoch, sample_ids, ordinary, counts)
     starts = np.cumsum(ordinary + 2)  # (B,), end of each caption
 

@@ -59,7 +59,8 @@ def build_pipeline(
     - the encoded image, `.txt` and `.json`, ragged uint8, and `.tok`, ragged int32. A component that a sample lacks is
       empty;
     - valid, bool (B,): False where `check_file_ends` replaced the image;
-    - corners (y, x) and sizes (h, w) of the crops, int32 (B, 2) each.
+    - corners (y, x) and sizes (h, w) of the crops, int32 (B, 2) each; with `geometry.strip` = n above 1, of the boxes
+      around the n crops, and then the sizes of the stored strips. Images are (B, 3, S, n S) then.
 
     CPU outputs are valid until the next `run()`. It raises RuntimeError if an image of the batch cannot be decoded.
 
@@ -169,8 +170,11 @@ def _graph(
             file = types.Constant(np.frombuffer(_BLACK, np.uint8))
     # An uncropped image is decoded as a crop too: reading the header for its size fails on a file that is no image.
     # Given such a file directly, DALI 2.4's decoder has killed the process.
+    strip = 1 if geometry is None else geometry.strip
     windows = CropWindows(geometry or CropGeometry(image_size=1, random=False), crop_uniforms)
-    corner, size = call(fn.peek_image_shape(file), function=as_is(windows), num_outputs=2)
+    corner, size, *of_strip = call(
+        fn.peek_image_shape(file), function=as_is(windows), num_outputs=5 if strip > 1 else 2
+    )
     decoder = {"device": "cpu" if decoding is Decoding.CPU else "mixed", "output_type": types.DALIImageType.RGB}
     if decoding is Decoding.GPU_FULL_IMAGE:
         image = fn.slice(fn.decoders.image(file, **decoder), start=corner, shape=size, axes=[0, 1])
@@ -179,17 +183,26 @@ def _graph(
     if on_gpu and decoding is Decoding.CPU:
         image = image.gpu()
     if geometry is not None:
-        side = geometry.image_size
-        if on_gpu:
-            image = fn.resize(image, size=[side, side], interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
+        resize = partial(_resized, dali, call, geometry.image_size, device["num_threads"], on_gpu, augment is None)
+        if strip > 1:
+            tile, step, whole = of_strip
+            tiles = [resize(fn.slice(image, start=step * k, shape=tile, axes=[0, 1])) for k in range(strip)]
+            image, of_strip = fn.cat(*tiles, axis=2), [whole]  # along the width of (3, S, S)
         else:
-            resize = Resize(side, device["num_threads"], planes=augment is None)
-            image = call(image, function=resize, output_layouts=resize.layout)
-        if augment is None and on_gpu:
-            image = fn.transpose(image, perm=[2, 0, 1])
+            image = resize(image)
     if augment is not None:
         image = _augmented(dali, image, augment)
-    return image, encoded, text, metadata, ids, valid, corner, size
+    return image, encoded, text, metadata, ids, valid, corner, size, *of_strip
+
+
+def _resized(dali: Any, call: Any, side: int, threads: int, on_gpu: bool, planes: bool, image: Any) -> Any:
+    """Resize to a square, (3, S, S) with `planes`, else (S, S, 3)."""
+    fn, types = dali.fn, dali.types
+    if not on_gpu:
+        resize = Resize(side, threads, planes=planes)
+        return call(image, function=resize, output_layouts=resize.layout)
+    image = fn.resize(image, size=[side, side], interp_type=types.DALIInterpType.INTERP_LINEAR, antialias=True)
+    return fn.transpose(image, perm=[2, 0, 1]) if planes else image
 
 
 def _augment_graph(dali: Any, images: Any, augment: Any) -> Any:

@@ -47,9 +47,12 @@ class ResumeReport:
 
 def pixel_hash(config: ReaderConfig) -> str:
     """Hash of all settings that pixels depend on. Sample, seed and epoch are not part of it."""
+    geometry = asdict(config.geometry)
+    if config.geometry.strip == 1:
+        del geometry["strip"]  # states from before strips have the same hash
     return settings_hash(
         {
-            "geometry": asdict(config.geometry),
+            "geometry": geometry,
             "augment": asdict(config.augment),
             "train": config.train,
             "decoding": config.decoding,

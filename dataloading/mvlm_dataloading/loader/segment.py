@@ -15,11 +15,12 @@ from torch import Tensor
 
 from mvlm_dataloading.dataset.dali_index import Int64
 from mvlm_dataloading.dataset.dataset import Dataset
+from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.randomness import Purpose, uniforms
 
 from .augment import Augment, draw_parameters
 from .buffers import BufferPool
-from .crop import CropGeometry
+from .crop import CropGeometry, strip_fault
 from .pipeline import Decoding, build_pipeline
 from .sampler import write_index_views
 
@@ -103,6 +104,7 @@ class Segment:
     ):
         self._dataset, self._ids, self._epochs, self._batch_size = dataset, ids, epochs, batch_size
         self._buffers, self._stored_tokens = buffers, config.stored_tokens
+        self._strip = config.geometry.strip
         self._begin = 0
         # The pipeline's functions hold a reference to this dict, and `close` empties it.
         draws = draw_random_numbers(config, epochs, ids)
@@ -149,10 +151,13 @@ class Segment:
 
         Raises:
             RuntimeError: an image of the batch cannot be decoded.
+            DataError: an image is no strip of as many images as wanted.
         """
         ids, epochs = self.current()
-        images, encoded, texts, metadata, tokens, valid, *_ = self._pipeline.run()
+        images, encoded, texts, metadata, tokens, valid, _, _, *whole = self._pipeline.run()
         check_delivery(self._dataset, ids, texts)
+        for sizes in whole:
+            self._check_strips(ids, np.array(sizes.as_tensor()), np.array(valid.as_tensor()))
         self._begin += len(ids)
         pixels = torch.from_dlpack(images.as_tensor())[: len(ids)]
         batch = RawBatch(
@@ -166,3 +171,9 @@ class Segment:
             encoded=lambda row: encoded.at(row).tobytes(),
         )
         return batch, np.array(valid.as_tensor())[: len(ids)].astype(bool)
+
+    def _check_strips(self, ids: Int64, sizes: np.ndarray, valid: np.ndarray) -> None:
+        """Raise DataError for the first valid image whose size (h, w) in int32 (B, 2) is not that of a strip."""
+        for i, (height, width), known in zip(ids.tolist(), sizes.tolist(), valid.tolist(), strict=False):
+            if known and (fault := strip_fault(height, width, self._strip)):
+                raise DataError(f"{self._dataset.where(i)}: {fault}")

@@ -65,14 +65,17 @@ def read_json_list(file: Path) -> Iterator[Any]:
             at = end
 
 
-def read_rows(file: Path, delimiter: str | None = None) -> Iterator[dict[str, Any]]:
+def read_rows(file: Path, delimiter: str | None = None, lines: bool = False) -> Iterator[dict[str, Any]]:
     """Yield the rows of a table: `.jsonl` or `.ndjson` with one object per line, else CSV or TSV with a header.
+
+    Args:
+        lines: one JSON object per line, whatever the name of the file.
 
     Raises:
         DataError: the file is missing, or a line has another format.
     """
     with require_file(file).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-        if file.suffix.lower() in (".jsonl", ".ndjson"):
+        if lines or file.suffix.lower() in (".jsonl", ".ndjson"):
             for number, line in enumerate(text, 1):
                 if not line.strip():
                     continue

@@ -34,9 +34,7 @@ def flickr30k(root: Path, captions: Path | None = None) -> Source:
     Raises:
         DataError: a file or folder is missing, or has another format.
     """
-    images = require_folder(*(root / name for name in _IMAGES), root)
-    if (images / images.name).is_dir():  # one mirror's archive has the folder inside another of the same name
-        images = images / images.name
+    images = image_folder(root)
     if captions is None:
         places = [folder / name for name in _FILES for folder in (root, images, images.parent)]
         captions = next((place for place in places if place.is_file()), root / _FILES[0])
@@ -57,6 +55,13 @@ def flickr30k(root: Path, captions: Path | None = None) -> Source:
         recipe={"annotations": [file_sha256(captions)]},
         pieces=cut_into_pieces(records),
     )
+
+
+def image_folder(root: Path) -> Path:
+    """Folder of the images below `root`, or `root` itself. DataError if it is no folder."""
+    images = require_folder(*(root / name for name in _IMAGES), root)
+    # One mirror's archive has the folder inside another of the same name.
+    return images / images.name if (images / images.name).is_dir() else images
 
 
 def _header(file: Path) -> str:

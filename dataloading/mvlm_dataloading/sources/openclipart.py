@@ -9,9 +9,7 @@ Splits are made by author. Authors draw series, whose members differ little, so 
 """
 
 import html
-import io
 import re
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +19,7 @@ from xml.etree import ElementTree
 
 from mvlm_dataloading.errors import DataError
 
+from .debian import package_files
 from .record import Record, Source, file_sha256, require_file, safe_key, split_by_hash
 from .svg import render_svg
 
@@ -128,40 +127,19 @@ def openclipart(package: Path, *, size: int = 144, validation: float = 0.2, test
 
 def read_drawings(package: Path) -> Iterator[Drawing]:
     """Yield the public domain drawings of a package, by name. Unreadable and very large ones are left out."""
-    with tarfile.open(fileobj=io.BytesIO(_data_archive(package))) as archive:
-        members = {member.name.removeprefix("./"): member for member in archive if member.isfile()}
-        for name, member in sorted(members.items()):
-            if not name.startswith(_DRAWINGS) or not name.endswith(".svg") or member.size > _MOST_BYTES:
-                continue
-            file = archive.extractfile(member)
-            assert file is not None
-            try:
-                svg = file.read().decode()
-                if "<!ENTITY" not in svg:
-                    drawing = _parse(PurePosixPath(name.removeprefix(_DRAWINGS)), svg)
-                    if drawing is not None:
-                        yield drawing
-            except (UnicodeDecodeError, ElementTree.ParseError):
-                continue
 
+    def wanted(name: str, size: int) -> bool:
+        return name.startswith(_DRAWINGS) and name.endswith(".svg") and size <= _MOST_BYTES
 
-def _data_archive(package: Path) -> bytes:
-    """The archive data.tar.* of a Debian package, which is an `ar` archive of three members."""
-    wanted = f"{package}: wanted a Debian package (openclipart-svg_*.deb), found"
-    with package.open("rb") as file:
-        if file.read(8) != b"!<arch>\n":
-            raise DataError(f"{wanted} another file; fetch it with `apt-get download openclipart-svg`")
-        while len(head := file.read(60)) == 60:
-            name, size = head[:16].decode("ascii", "replace").strip(" /"), head[48:58].strip()
-            if not size.isdigit():
-                break
-            if name.startswith("data.tar"):
-                content = file.read(int(size))
-                if len(content) < int(size):
-                    break
-                return content
-            file.seek(int(size) + int(size) % 2, io.SEEK_CUR)
-    raise DataError(f"{wanted} a damaged one; fetch it again with `apt-get download openclipart-svg`")
+    for name, content in package_files(package, wanted, "openclipart-svg"):
+        try:
+            svg = content.decode()
+            if "<!ENTITY" not in svg:
+                drawing = _parse(PurePosixPath(name.removeprefix(_DRAWINGS)), svg)
+                if drawing is not None:
+                    yield drawing
+        except (UnicodeDecodeError, ElementTree.ParseError):
+            continue
 
 
 def _parse(name: PurePosixPath, svg: str) -> Drawing | None:

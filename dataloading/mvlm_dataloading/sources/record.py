@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 from mvlm_dataloading.errors import DataError
 
+from .strip import ImageStrip
+
 # DALI takes everything after the first dot of a name as its extension, and splits index lines at blanks.
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_+=@,-]{1,80}")
 
@@ -24,6 +26,7 @@ _SPLITS |= dict.fromkeys(("val", "valid", "validation", "dev"), "validation") | 
     ("test", "testing"), "test"
 )
 EVALUATION_SPLITS = ("validation", "test")
+"""Evaluation splits that every data set may have. A data set may have more: see `is_evaluation`."""
 
 _FINGERPRINTED = 1 << 16
 
@@ -34,8 +37,8 @@ class Record:
 
     key: str
     """Identifies the sample. Must match KEY_PATTERN and be unique in the data set, else the record is rejected."""
-    image: Path | bytes | None
-    """The encoded image or its file; None for a record without an image."""
+    image: Path | bytes | ImageStrip | None
+    """The encoded image, its file, or several files side by side; None for a record without an image."""
     captions: Sequence[str]
     where: str
     """Origin of the record, for messages and `rejected.jsonl`."""
@@ -89,6 +92,9 @@ class Source:
     """All values that determine the content, except build options."""
     pieces: Sequence[Piece]
     attribution: str = ""
+    questions: bool = False
+    """True for a task's data set, where several samples may have one image. Equal images are then no duplicates, and
+    the published splits stay as they are."""
 
 
 PIECE_RECORDS = 2048
@@ -101,6 +107,22 @@ def cut_into_pieces(records: dict[str, list[Record]], size: int = PIECE_RECORDS)
         for split, listed in sorted(records.items())
         for begin in range(0, len(listed), size)
     ]
+
+
+def with_images_together(records: list[Record]) -> list[Record]:
+    """The records with those of one image next to each other. Images keep the order in which they first occur.
+
+    Records of one image then are in the same tar, which stores the image once.
+    """
+    first: dict[Any, int] = {}
+    for record in records:
+        first.setdefault(record.image, len(first))
+    return sorted(records, key=lambda record: first[record.image])
+
+
+def is_evaluation(split: str) -> bool:
+    """True for every split but the training split."""
+    return split != "train"
 
 
 def canonical_split(name: str, where: str) -> str:
@@ -157,13 +179,18 @@ def records_sha256(pieces: Sequence[Piece]) -> str:
     """
     digest = hashlib.sha256()
     for piece in pieces:
+        last, size = None, None
         for one in piece.listed if isinstance(piece, ListedPiece) else ():
-            known = [piece.split, one.key, list(one.captions), one.metadata, one.fault, _image_size(one.image)]
+            if one.image is not last:  # asks the disk once for an image with many questions
+                last, size = one.image, _image_size(one.image)
+            known = [piece.split, one.key, list(one.captions), one.metadata, one.fault, size]
             digest.update(json.dumps(known).encode())
     return digest.hexdigest()
 
 
-def _image_size(image: Path | bytes | None) -> int | None:
+def _image_size(image: Path | bytes | ImageStrip | None) -> Any:
+    if isinstance(image, ImageStrip):
+        return [image.side, image.boxes, *map(_image_size, image.files)]
     if not isinstance(image, Path):
         return None if image is None else len(image)
     try:

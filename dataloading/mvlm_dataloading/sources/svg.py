@@ -7,6 +7,8 @@ from mvlm_dataloading.errors import need
 
 _ENLARGED = 4
 """A drawing that is cropped is first rendered so many times larger, since it may fill a quarter of its page."""
+_FAINT = 16
+"""Alpha (of 255) from which a pixel belongs to a cut-out; stamps have nearly invisible specks far outside."""
 
 
 def render_svg(svg: str, size: int, *, crop: bool = False) -> bytes:
@@ -39,6 +41,31 @@ def render_svg(svg: str, size: int, *, crop: bool = False) -> bytes:
         image = canvas
     png = io.BytesIO()
     image.save(png, "PNG")
+    return png.getvalue()
+
+
+def render_cutout(svg: str, size: int) -> bytes:
+    """Render an SVG as a PNG with transparency, without margins, its longer side `size` pixels."""
+    resvg = need("resvg_py", "demo")
+    return cut_out(resvg.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size, skip_system_fonts=True), size)
+
+
+def cut_out(image: bytes, size: int) -> bytes:
+    """The part of an image that is not transparent, its longer side at most `size` pixels, as a PNG.
+
+    Raises:
+        ValueError: all of it is transparent.
+    """
+    pil = need("PIL.Image")
+    opened = pil.open(io.BytesIO(image)).convert("RGBA")
+    box = opened.getchannel("A").point(lambda alpha: 255 * (alpha >= _FAINT)).getbbox()
+    if box is None:
+        raise ValueError("the image is blank")
+    cropped = opened.crop(box)
+    scale = min(1.0, size / max(cropped.size))
+    cropped = cropped.resize([max(1, round(side * scale)) for side in cropped.size], pil.Resampling.LANCZOS)
+    png = io.BytesIO()
+    cropped.save(png, "PNG")
     return png.getvalue()
 
 

@@ -1,5 +1,7 @@
 """Visual Genome. The region descriptions of an image are the captions of one sample."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from mvlm_dataloading.errors import DataError
@@ -24,19 +26,15 @@ def visual_genome(root: Path, validation: float = 0.0, test: float = 0.0) -> Sou
     """
     check_shares(validation, test)
     file = root / "region_descriptions.json"
-    folders = [root / name for name in _FOLDERS if (root / name).is_dir()] or [
-        require_folder(*(root / name for name in _FOLDERS))
-    ]
-    others = _ids_elsewhere(root / "image_data.json")
+    find = image_finder(root)
+    others = ids_elsewhere(root / "image_data.json")
     records: dict[str, list[Record]] = {}
     try:
         for image in read_json_list(file):
             regions = image["regions"]
             # Some releases lack `id`, but every region names its image. int() rejects an id that is a path.
             number = int(image["id"] if "id" in image else regions[0]["image_id"])
-            path = next(
-                (p for folder in folders if (p := folder / f"{number}.jpg").is_file()), folders[0] / f"{number}.jpg"
-            )
+            path = find(number)
             captions = captions_in_cell([region["phrase"] for region in regions])
             metadata = {"image_id": f"visual-genome {number}", **others.get(number, {})}
             split = split_by_hash(str(number), validation, test)
@@ -57,7 +55,21 @@ def visual_genome(root: Path, validation: float = 0.0, test: float = 0.0) -> Sou
     )
 
 
-def _ids_elsewhere(file: Path) -> dict[int, dict[str, int]]:
+def image_finder(root: Path) -> Callable[[int], Path]:
+    """A function that finds the file of an image by its id. DataError if there is no folder of images."""
+    folders = [root / name for name in _FOLDERS if (root / name).is_dir()] or [
+        require_folder(*(root / name for name in _FOLDERS))
+    ]
+
+    @cache
+    def find(number: int) -> Path:
+        paths = [folder / f"{number}.jpg" for folder in folders]
+        return next((path for path in paths if path.is_file()), paths[0])
+
+    return find
+
+
+def ids_elsewhere(file: Path) -> dict[int, dict[str, int]]:
     """Read the images' ids in COCO and Flickr. Empty if the file is missing."""
     if not file.is_file():
         return {}

@@ -1,7 +1,7 @@
 """WebDataset tars that other tools wrote: CC3M and SBU by img2dataset, and any tars with images and captions."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -11,7 +11,7 @@ from mvlm_dataloading.captions import decode_text
 from mvlm_dataloading.errors import DataError, need
 
 from .files import captions_in_cell, refuse_repeated_files
-from .record import Piece, Record, Source, file_fingerprint, safe_key
+from .record import Record, Source, file_fingerprint, safe_key
 from .tar_samples import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, TarSample, read_samples
 
 _TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -59,23 +59,30 @@ def webdataset(
         DataError: a tar or a folder is missing.
     """
     splits = {"train": train, "validation": validation, "test": test}
-    pieces, recipe = _pieces(splits, caption_field=caption_field)
+    pieces, recipe = tar_pieces(splits, caption_field=caption_field)
     return Source(name=name, origin="WebDataset tars", licence=licence, recipe=recipe, pieces=pieces)
 
 
 def _downloaded(name: str, splits: dict[str, Sequence[Path]], origin: str, licence: str, attribution: str) -> Source:
-    pieces, recipe = _pieces(splits, caption_field="caption")
+    pieces, recipe = tar_pieces(splits, caption_field="caption")
     return Source(name=name, origin=origin, licence=licence, recipe=recipe, pieces=pieces, attribution=attribution)
 
 
-def _pieces(splits: dict[str, Sequence[Path]], caption_field: str) -> tuple[Sequence[Piece], dict[str, Any]]:
-    pieces: list[_TarPiece] = []
+def tar_pieces(
+    splits: Mapping[str, Sequence[Path]], caption_field: str = "caption"
+) -> tuple["list[TarPiece]", dict[str, Any]]:
+    """Pieces of the tars of each split, with keys that do not collide, and their part of a recipe.
+
+    Raises:
+        DataError: a tar or a folder is missing, or a tar is given twice.
+    """
+    pieces: list[TarPiece] = []
     several = sum(bool(paths) for paths in splits.values()) > 1
     for split, paths in splits.items():
         # img2dataset numbers the samples of every download from 0.
         prefix = f"{split}-" if several else ""
         tars = _with_key_prefixes([find_tars(path) for path in paths])
-        pieces += [_TarPiece(split, tar, prefix + own, caption_field) for tar, own in tars]
+        pieces += [TarPiece(split, tar, prefix + own, caption_field) for tar, own in tars]
     refuse_repeated_files(tar.path for tar in pieces)
     sizes: dict[str, list[Any]] = {}
     for tar in pieces:
@@ -121,7 +128,7 @@ def find_tars(path: Path) -> list[Path]:
 
 
 @dataclass(frozen=True, slots=True)
-class _TarPiece:
+class TarPiece:
     """A tar as a piece."""
 
     split: str
@@ -138,12 +145,13 @@ class _TarPiece:
         found: set[str] = set()
         for sample in read_samples(self.path, max_bytes):
             found.add(sample.key)
-            yield self._record(sample, sidecar)
+            yield self.record(sample, sidecar)
         for key, row in sidecar.items():
             if key not in found and row.get("status") not in (None, "success"):
                 yield self._refusal(key, "image was not downloaded")
 
-    def _record(self, sample: TarSample, sidecar: dict[str, dict[str, Any]]) -> Record:
+    def record(self, sample: TarSample, sidecar: dict[str, dict[str, Any]]) -> Record:
+        """The record of a sample. `sidecar` is img2dataset's table, by key."""
         if sample.fault is not None:
             return self._refusal(sample.key, sample.fault)
         image = next((sample.parts[extension] for extension in IMAGE_EXTENSIONS if extension in sample.parts), None)

@@ -37,12 +37,14 @@ class TarIndex:
 def index_tar(tar: Path) -> TarIndex:
     """Index a tar from its headers and texts. Members that belong to no sample are skipped.
 
-    A sample needs an image and captions in UTF-8. Metadata are optional, and must be a JSON object.
+    A sample needs an image and captions in UTF-8. Metadata are optional, and must be a JSON object. An image may be a
+    hard link to that of an earlier sample.
 
     Raises:
         DataError: the file is missing, is not a tar, is compressed, or ends early.
     """
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    images: dict[str, tarfile.TarInfo] = {}
     faults: dict[str, str] = {}
     captions: dict[str, int] = {}
     unread: dict[str, str] = {}
@@ -51,8 +53,12 @@ def index_tar(tar: Path) -> TarIndex:
         with tarfile.open(tar, "r:") as file:
             for member in file:
                 key, extension = split_member_name(member.name)
-                if not member.isfile() or member.issparse() or extension not in _KNOWN:
+                if member.islnk() and extension in IMAGE_EXTENSIONS and (target := images.get(member.linkname)):
+                    member.offset_data, member.size = target.offset_data, target.size
+                elif not member.isfile() or member.issparse() or extension not in _KNOWN:
                     continue
+                if extension in IMAGE_EXTENSIONS:
+                    images[member.name] = member
                 parts = samples.setdefault(key, {})
                 if extension in parts or (
                     extension in IMAGE_EXTENSIONS and any(one in parts for one in IMAGE_EXTENSIONS)

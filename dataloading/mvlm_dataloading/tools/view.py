@@ -35,7 +35,7 @@ from mvlm_dataloading.dataset.durable_files import write_durably
 from mvlm_dataloading.dataset.open import open_dataset, write_index
 from mvlm_dataloading.errors import DataError
 from mvlm_dataloading.options import ViewOptions
-from mvlm_dataloading.sources.record import EVALUATION_SPLITS
+from mvlm_dataloading.sources.record import is_evaluation
 
 log = logging.getLogger(__name__)
 
@@ -117,19 +117,19 @@ def _select(
         raise DataError(f"splits: wanted some of {', '.join(sorted(known))}, got {', '.join(missing)}")
     for number, source in enumerate(sources):
         for split in read_description(Path(source))["splits"]:
-            wanted, is_evaluation = not options.splits or split in options.splits, split in EVALUATION_SPLITS
-            if not wanted and not is_evaluation:
+            wanted, evaluates = not options.splits or split in options.splits, is_evaluation(split)
+            if not wanted and not evaluates:
                 continue
             dataset = open_dataset(source, split)
             for i in range(len(dataset)):
                 facts = image_facts(dataset, i, decoder)
                 reason = _rejection(facts, dataset.captions(i), options) if wanted else None
-                if reason is None and not is_evaluation and _hash_share(options, "", dataset, i) >= options.fraction:
+                if reason is None and not evaluates and _hash_share(options, "", dataset, i) >= options.fraction:
                     reason = "not in the fraction"
                 if wanted and reason is None:
                     rows.append(_Row(number, dataset, i, facts))
                     continue
-                if is_evaluation:  # not in this view, but still an evaluation image, so it must stay out of train
+                if evaluates:  # not in this view, but still an evaluation image, so it must stay out of train
                     evaluation.append((str(dataset.keys[i]), split, facts))
                 if reason is not None:
                     reasons[reason] += 1
@@ -188,7 +188,7 @@ def _write_indices(
         chosen, captions = [], 0
         for row in rows[begin:end]:
             copies = 1
-            if dataset.split not in EVALUATION_SPLITS:
+            if not is_evaluation(dataset.split):
                 whole, part = divmod(weights[source], 1.0)
                 copies = int(whole) + (_hash_share(options, "weight", dataset, row.number) < part)
             chosen += [lines[row.number - first]] * copies

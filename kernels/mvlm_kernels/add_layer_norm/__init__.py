@@ -3,6 +3,7 @@
 The backward pass is one kernel and a small sum of partial results, in ``triton.py``.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -78,7 +79,8 @@ def _forward_fake(x, y, y_bias, weight, bias, eps, out_dtype, post_norm):
     dtype = reference.sum_dtype(x, y)
     total = x.new_empty(x.shape if y is not None else (0,), dtype=dtype)
     wide = x.new_empty(x.shape if post_norm and out_dtype != dtype else (0,), dtype=dtype)
-    moments = (x.new_empty(x.shape[:-1].numel(), dtype=reference.compute_dtype(dtype)) for _ in range(2))
+    rows = math.prod(x.shape[:-1])  # the shape's own numel() would be a constant of an exported program
+    moments = (x.new_empty(rows, dtype=reference.compute_dtype(dtype)) for _ in range(2))
     return total, wide, x.new_empty(x.shape, dtype=out_dtype), *moments
 
 

@@ -32,6 +32,22 @@ def grouped_bootstrap(
     return float(low), float(high)
 
 
+T_QUANTILES = (
+    12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281,
+    2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930,
+)  # fmt: skip
+"""97.5 % quantiles of Student's t for 1 to 19 degrees of freedom."""
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the mean of 2 to 20 independent values by Student's t, such as figures of several seeds."""
+    if not 2 <= len(values) <= len(T_QUANTILES) + 1:
+        raise ValueError(f"values: wanted 2 to {len(T_QUANTILES) + 1}, got {len(values)}")
+    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
+    half = T_QUANTILES[len(values) - 2] * deviation / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
 def mcnemar(first_right: Sequence[bool], second_right: Sequence[bool]) -> float:
     """Exact two-sided p-value of McNemar's test that two models are right equally often on the same examples.
 

@@ -186,3 +186,17 @@ def test_complementary_masks_hold_each_ordinary_token_once(ratio):
             k = inside.sum()
             assert k >= 1 or n == 1
             assert mask.weights[inside].tolist() == [np.float32(n / max(1, k))] * k
+
+
+def test_without_a_ratio_every_number_of_masked_tokens_is_equally_likely():
+    lengths = np.full(6000, 8)  # six ordinary tokens
+    chosen = draw_token_masks(3, 1, np.arange(6000), lengths, ratio=None)
+    counts = np.bincount(np.bincount(chosen // 8, minlength=6000), minlength=7)
+    assert counts[0] == 0
+    assert counts.sum() == 6000
+    assert np.abs(counts[1:] - 1000).max() < 5 * np.sqrt(1000)
+    assert not set((chosen % 8).tolist()) & {0, 7}
+    # A sample's mask does not depend on the batch, and differs between epochs.
+    alone = draw_token_masks(3, 1, np.array([17]), np.array([8]), ratio=None)
+    assert alone.tolist() == (chosen[chosen // 8 == 17] - 8 * 17).tolist()
+    assert draw_token_masks(3, 2, np.arange(6000), lengths, ratio=None).tolist() != chosen.tolist()

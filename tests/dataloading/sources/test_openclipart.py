@@ -1,7 +1,6 @@
 """The source of Open Clip Art, from a Debian package written as published."""
 
 import io
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from PIL import Image
 
 from mvlm_dataloading import DataError, build_shards, open_dataset
 from mvlm_dataloading.sources.openclipart import openclipart
+from support import debian
 
 SVG = """<?xml version="1.0"?>
 <svg xmlns="http://www.w3.org/2000/svg" xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"
@@ -27,19 +27,7 @@ def drawing(title: str, author: str = "Ann Lee", licence: str = "http://web.reso
 
 
 def write_package(path: Path, files: dict[str, bytes]) -> Path:
-    """A Debian package: an `ar` archive of debian-binary, control.tar and data.tar."""
-    data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w:xz") as tar:
-        for name, content in files.items():
-            info = tarfile.TarInfo(f"./usr/share/openclipart/svg/{name}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    out = b"!<arch>\n"
-    for name, content in (("debian-binary", b"2.0\n"), ("control.tar.xz", b"odd"), ("data.tar.xz", data.getvalue())):
-        out += f"{name:<16}{0:<12}{0:<6}{0:<6}{'100644':<8}{len(content):<10}`\n".encode() + content
-        out += b"\n" * (len(content) % 2)
-    path.write_bytes(out)
-    return path
+    return debian.write_package(path, files, "usr/share/openclipart/svg")
 
 
 def records(package: Path, **settings):

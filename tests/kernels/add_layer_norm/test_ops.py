@@ -89,3 +89,17 @@ def test_launchers_read_no_tensor():
         for _, launch in aot_cases():
             launch()  # meta tensors: reading one on the host would raise
     assert {"add_norm_kernel", "add_norm_backward_kernel", "column_sum_kernel"} == set(launched)
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch.export about its own internals
+def test_an_exported_program_takes_any_number_of_rows():
+    class Norm(torch.nn.Module):
+        def forward(self, x, y):
+            return add_layer_norm(x, y, torch.ones(8), torch.zeros(8), post_norm=True)
+
+    x, y = torch.randn(2, 3, 5, 8)
+    sizes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("length", min=1)}
+    program = torch.export.export(Norm(), (x, y), dynamic_shapes=(sizes, sizes)).module()
+    for shape in ((1, 1, 8), (4, 7, 8)):
+        x, y = torch.randn(2, *shape)
+        torch.testing.assert_close(program(x, y)[1], torch.nn.functional.layer_norm(x + y, (8,)))

@@ -106,7 +106,9 @@ def test_attention_kernels_pass_gradcheck(name: str):
     tensors = [x.detach().nan_to_num().requires_grad_() for x in (call.q, call.k, call.v)]
     with mvlm_kernels.use_backend("triton"):
         assert torch.autograd.gradcheck(
-            lambda q, k, v: cross_attention(q, k, v, **call.kwargs, **call.bounds), tensors, fast_mode=True
+            lambda q, k, v: cross_attention(q, k, v, **call.kwargs, **call.bounds),
+            tensors,
+            fast_mode=True,
         )
 
 

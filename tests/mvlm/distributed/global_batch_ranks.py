@@ -216,6 +216,37 @@ def logit_elements(rank: int, ranks: int, elements: int) -> tuple[int, float]:
     return mode.elements, float(image.grad.sum())
 
 
+def embeddings_of(rank: int) -> tuple[Tensor, Tensor]:
+    """Embeddings float64 (6, WIDTH) of the images and captions of a rank."""
+    generator = torch.Generator().manual_seed(rank)
+    image, text = (torch.randn(6, WIDTH, generator=generator, dtype=torch.float64) for _ in range(2))
+    return image, text
+
+
+def shared_ids(ranks: int) -> tuple[Tensor, Tensor]:
+    """Ids of images, of which each has pairs on several ranks, and of captions, of which two are equal."""
+    text_id = torch.arange(6 * ranks)
+    text_id[-1] = 1
+    return torch.arange(6 * ranks) % 5, text_id
+
+
+def shared_positives(rank: int, ranks: int, elements: int) -> tuple[float, list[list[float]], list[list[float]]]:
+    """A rank's share of ITC if all pairs of an image or a caption are right answers, and the gradients of its rows."""
+    from mvlm.distributed.collectives import GlobalBatchLayout
+    from mvlm.distributed.contrastive import Embeddings, sharded_contrastive_loss
+    from mvlm.objectives.negatives import NegativeSampling
+
+    image, text = (x.requires_grad_() for x in embeddings_of(rank))
+    layout, sampling = GlobalBatchLayout(rank, ranks, 1, 6), NegativeSampling(*shared_ids(ranks), 0, 0)
+    share, *_ = sharded_contrastive_loss(
+        Embeddings(image, text, layout), torch.zeros(1), sampling, layout, elements, shared_positives=True
+    )
+    share.backward()
+    assert image.grad is not None
+    assert text.grad is not None
+    return share.item(), image.grad.tolist(), text.grad.tolist()
+
+
 def limited_to(most: int) -> Any:
     """Context in which a step draws each image and each caption at most this often."""
     from mvlm.objectives import negatives
@@ -341,6 +372,7 @@ def main() -> None:
             world = World(rank, ranks, rank, torch.device("cpu"))
             found[str(ranks)] = [run(world, oracles, case) for case in combinations(ranks)]
             found[f"{ranks} logits"] = [logit_elements(rank, ranks, elements) for elements in (36, 1 << 20)]
+            found[f"{ranks} shared"] = [shared_positives(rank, ranks, elements) for elements in (36, 1 << 20)]
             if ranks == 4:
                 found["limited"] = {str(number): twice(world, number, 1) for number in (1, 2)}
             dist.destroy_process_group()

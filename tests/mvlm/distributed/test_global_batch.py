@@ -151,6 +151,30 @@ def test_logits_in_memory_are_bounded(ranks, count):
         assert gradient == pytest.approx(wanted, abs=1e-12)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_right_answers_on_other_ranks_share_the_target(ranks, count):
+    """ITC whose right answers are all pairs with the row's image or caption, row by row in float64."""
+    images, texts = zip(*map(RANKS.embeddings_of, range(count)), strict=True)
+    image, text = torch.cat(images).requires_grad_(), torch.cat(texts).requires_grad_()
+    image_id, text_id = (ids.tolist() for ids in RANKS.shared_ids(count))
+    number, loss = 6 * count, torch.zeros(1, dtype=torch.float64)
+    for logits in (image @ text.T, text @ image.T):
+        for i in range(number):
+            right = [j for j in range(number) if image_id[i] == image_id[j] or text_id[i] == text_id[j]]
+            assert len(right) > 1
+            loss = loss - sum(logits[i].log_softmax(0)[j] for j in right) / len(right) / (2 * number)
+    loss.backward()
+    assert image.grad is not None
+    assert text.grad is not None
+    for size in (0, 1):  # in blocks of rows, and at once
+        found = [each[f"{count} shared"][size] for each in ranks[:count]]
+        assert sum(share for share, _, _ in found) == pytest.approx(loss.item(), abs=1e-12)
+        for place, wanted in ((1, image.grad), (2, text.grad)):
+            gradient = torch.cat([torch.tensor(x[place], dtype=torch.float64) for x in found])
+            torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
+
+
 def test_one_rank_with_one_microbatch_has_the_models_losses_and_gradients():
     batch, masks = micro_batch()
     model, same = micro_model(), micro_model()

@@ -69,6 +69,8 @@ def test_evaluation_figures_are_those_of_the_ranks(model, tmp_path, tokenizer):
         assert figures["itc"][way] == recall(ranks[way].itc)
         assert figures["unseen"][way] == recall(ranks[way].itm[chosen])
         assert figures["unseen"]["itc"][way] == recall(ranks[way].itc[chosen])
+        assert figures["itm"][way] == recall(ranks[way].itm_alone)
+        assert figures["unseen"]["itm"][way] == recall(ranks[way].itm_alone[chosen])
     assert (figures["n_images"], figures["n_texts"]) == (6, 12)
     assert (figures["unseen"]["n_images"], figures["unseen"]["n_texts"]) == (2, 4)
     assert figures["reranked"] == 3

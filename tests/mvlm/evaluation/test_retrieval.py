@@ -60,7 +60,8 @@ def features_of(image: np.ndarray, text: np.ndarray, owner: list[int]) -> Encode
 
 
 def by_hand(image, text, owner, log_odds, scale, direction, k):
-    """For every query: its rank by similarity, its rank after re-ranking, and the first answers with their score."""
+    """For every query: its rank by similarity, its rank after re-ranking, the first answers with their score, and its
+    rank if ITM alone orders the candidates."""
     found = []
     for query in range(len(image) if direction == "tr" else len(text)):
         gallery = range(len(text) if direction == "tr" else len(image))
@@ -74,12 +75,14 @@ def by_hand(image, text, owner, log_odds, scale, direction, k):
         itc = sum(similarity[a] >= best for a in gallery if a not in right)
         candidates = sorted(gallery, key=lambda a: -similarity[a])[:k]
         score = {a: scale * similarity[a] + float(log_odds[pair(a)]) for a in candidates}
-        itm = itc
+        itm = alone = itc
         if right & set(candidates):
             best = max(score[a] for a in right & set(candidates))
             itm = sum(score[a] >= best for a in candidates if a not in right)
+            best = max(log_odds[pair(a)] for a in right & set(candidates))
+            alone = sum(log_odds[pair(a)] >= best for a in candidates if a not in right)
         order = sorted(candidates, key=lambda a: -score[a])
-        found.append((itc, itm, order[:5], score[order[0]]))
+        found.append((itc, itm, order[:5], score[order[0]], alone))
     return found
 
 
@@ -96,14 +99,17 @@ def test_ranks_against_brute_force(direction, k):
     model = Lookup(log_odds, scale=2.5)
     found = rank(model, features_of(image, text, owner), direction, k, "fp32")  # pyright: ignore[reportArgumentType]
     wanted = by_hand(image, text, owner, log_odds, 2.5, direction, k)
-    assert found.itc.tolist() == [itc for itc, _, _, _ in wanted]
+    itc, itm, top, score, alone = map(list, zip(*wanted, strict=True))
+    assert found.itc.tolist() == itc
     assert rank_by_itc(features_of(image, text, owner), direction).tolist() == found.itc.tolist()
-    assert found.itm.tolist() == [itm for _, itm, _, _ in wanted]
-    assert found.top.tolist() == [top for _, _, top, _ in wanted]
-    np.testing.assert_allclose(found.score.numpy(), [score for _, _, _, score in wanted], rtol=1e-6)
+    assert found.itm.tolist() == itm
+    assert found.itm_alone.tolist() == alone
+    assert found.top.tolist() == top
+    np.testing.assert_allclose(found.score.numpy(), score, rtol=1e-6)
     assert max(len(images) for images, _ in model.batches) <= 512  # bounded memory
     if 1 < k < 1000:
         assert found.itm.tolist() != found.itc.tolist()
+        assert found.itm.tolist() != found.itm_alone.tolist()
 
 
 @pytest.mark.parametrize("direction", ["tr", "ir"])
@@ -132,7 +138,7 @@ def test_a_pair_is_judged_once_for_both_directions_and_an_images_pairs_lie_toget
     assert len(wanted) < 20 * (90 + 180)
     for direction in ("tr", "ir"):
         alone = rank(model, features, direction, 20, "fp32")  # pyright: ignore[reportArgumentType]
-        for field in ("itc", "itm", "top", "score"):
+        for field in ("itc", "itm", "itm_alone", "top", "score"):
             assert torch.equal(getattr(alone, field), getattr(both[direction], field))
 
 
@@ -157,7 +163,7 @@ def test_queries_without_a_right_candidate_need_no_judgement_for_their_ranks(k):
         none = [q for q, one in enumerate(right) if not one]
         assert some
         assert none
-        for field in ("itc", "itm"):
+        for field in ("itc", "itm", "itm_alone"):
             assert torch.equal(getattr(found[direction], field), getattr(wanted[direction], field))
         for field in ("top", "score"):
             assert torch.equal(getattr(found[direction], field)[some], getattr(wanted[direction], field)[some])

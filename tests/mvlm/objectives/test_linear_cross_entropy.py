@@ -55,27 +55,6 @@ def test_linear_cross_entropy_against_numpy(monkeypatch, chunk, unknown):
         np.testing.assert_allclose(parameter.grad.numpy(), 2.5 * gradient, atol=1e-13)
 
 
-@pytest.mark.parametrize("chunk", [3, 100])
-def test_weighted_linear_cross_entropy_is_the_weighted_mean_of_its_rows(monkeypatch, chunk):
-    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", {"cpu": chunk * 11})
-    x, weight, bias, targets = random_inputs(7)
-    targets[2], weights = -100, torch.tensor([0.5, 2, 9, 0, 1, 4, 0.25])
-    loss, accuracy = linear_cross_entropy(x, weight, bias, targets, weights)
-    (2.5 * loss).backward()
-    rows = [in_numpy(x[i : i + 1], weight, bias, targets[i : i + 1]) for i in (0, 1, 3, 4, 5, 6)]
-    shares = np.array([0.5, 2, 0, 1, 4, 0.25]) / 7.75
-    np.testing.assert_allclose(loss.item(), sum(s * row[0] for s, row in zip(shares, rows, strict=True)), rtol=1e-13)
-    np.testing.assert_allclose(accuracy.item(), sum(s * row[1] for s, row in zip(shares, rows, strict=True)))
-    assert x.grad is not None
-    dx = np.zeros((7, 5))
-    dx[[0, 1, 3, 4, 5, 6]] = [s * row[2][0] for s, row in zip(shares, rows, strict=True)]
-    np.testing.assert_allclose(x.grad.numpy(), 2.5 * dx, atol=1e-13)
-    for parameter, k in ((weight, 3), (bias, 4)):
-        wanted = sum(s * row[k] for s, row in zip(shares, rows, strict=True))
-        assert parameter.grad is not None
-        np.testing.assert_allclose(parameter.grad.numpy(), 2.5 * wanted, atol=1e-13)
-
-
 def test_linear_cross_entropy_in_bf16_is_as_exact_as_torch():
     """Under autocast, loss and weight gradient are no further from float64 than those of torch."""
     x, weight, bias, targets = random_inputs(40, 32, 64, torch.float32)
@@ -116,3 +95,25 @@ def test_the_full_logits_never_exist(monkeypatch):
     with Largest() as largest:
         linear_cross_entropy(x, weight, bias, targets)[0].backward()
     assert largest.elements <= max(4 * 50, x.numel(), weight.numel())
+
+
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_weighted_rows_add_up(monkeypatch, chunk):
+    """With weights the loss is a sum: gradients are those of each row's own loss, times its weight."""
+    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", {"cpu": chunk * 11})
+    x, weight, bias, targets = random_inputs(7)
+    targets[2] = -100
+    weights = torch.tensor([0.5, 2.0, 3.0, 0.0, 1.0, 0.25, 1.5], dtype=torch.float64)
+    loss, accuracy = linear_cross_entropy(x, weight, bias, targets, weights)
+    (1.5 * loss).backward()
+    rows = [in_numpy(x[i : i + 1], weight, bias, targets[i : i + 1]) for i in range(7) if i != 2]
+    kept = [w for i, w in enumerate(weights.tolist()) if i != 2]
+    np.testing.assert_allclose(loss.item(), sum(w * row[0] for w, row in zip(kept, rows, strict=True)), rtol=1e-13)
+    assert accuracy.item() == pytest.approx(sum(row[1] for row in rows) / 6)
+    for parameter, place in ((weight, 3), (bias, 4)):
+        wanted = sum(w * row[place] for w, row in zip(kept, rows, strict=True))
+        assert parameter.grad is not None
+        np.testing.assert_allclose(parameter.grad.numpy(), 1.5 * wanted, atol=1e-13)
+    assert x.grad is not None
+    assert not x.grad[2].any()
+    np.testing.assert_allclose(x.grad[5].numpy(), 1.5 * 0.25 * rows[4][2][0], atol=1e-13)

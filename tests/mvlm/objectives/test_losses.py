@@ -13,6 +13,7 @@ from mvlm.objectives.losses import (
     masked_image_loss,
     masked_language_loss,
     matching_loss,
+    shared_contrastive_sums,
 )
 from support.models import normal
 
@@ -168,6 +169,22 @@ def test_contrastive_accuracy_is_the_mean_of_both_directions():
     columns = [is_largest(column, i) for i, column in enumerate(logits.T.tolist())]
     assert sum(rows) != sum(columns)
     assert contrastive_loss(logits)[1].item() == pytest.approx((sum(rows) + sum(columns)) / 18, rel=1e-12)
+
+
+def test_right_answers_of_a_row_share_its_target():
+    logits = 3 * normal(6, 8) + 3 * torch.eye(6, 8)
+    positives = torch.zeros(6, 8, dtype=torch.bool)
+    for row, columns in enumerate(([0], [1, 4], [2], [3, 5, 7], list(range(8)), [5, 0])):
+        positives[row, columns] = True
+    wanted, correct = 0.0, 0
+    for row, right in zip(logits.tolist(), positives.tolist(), strict=True):
+        columns = [j for j in range(8) if right[j]]
+        wanted -= sum(log_softmax(row)[j] for j in columns) / len(columns)
+        correct += max(range(8), key=row.__getitem__) in columns
+    loss, accuracy = shared_contrastive_sums(logits, positives)
+    assert loss.item() == pytest.approx(wanted, abs=1e-12)
+    assert accuracy.item() == correct
+    assert 1 < correct < 6
 
 
 def test_matching_accuracy_leaves_out_pairs_without_weight():

@@ -40,11 +40,15 @@ def test_padding_positions_of_both_copies_come_last_and_count_nothing():
     assert found.weights is not None
     assert found.weights.tolist() == [3, 5, *masks.complement_weights.tolist(), 0, 0, 0]
     for given in (masks, padded):
-        assert weight_of_masked_tokens(longer, given).item() == wanted
+        assert weight_of_masked_tokens(longer, given).tolist() == [wanted, 5]
 
 
 def test_number_of_masked_tokens_ignores_padding_positions():
     batch, masks = micro_batch()
     filled = replace(masks, token_ids=torch.cat([masks.token_ids, torch.tensor([35, 35, 99])]))
     number = len(masks.token_ids)
-    assert weight_of_masked_tokens(batch, filled).item() == weight_of_masked_tokens(batch, masks).item() == number
+    assert (
+        weight_of_masked_tokens(batch, filled).tolist()
+        == weight_of_masked_tokens(batch, masks).tolist()
+        == [number] * 2
+    )

@@ -90,7 +90,7 @@ def test_retrievals_show_the_best_and_the_worst(model, tokenizer, heldout_split,
     def ranks(direction):
         number = 8 if direction == "tr" else 12
         found = torch.arange(number) % 3 * 2  # rank 0, 2, 4, 0, 2, 4, ...
-        return Ranks(found, found, torch.zeros(number, 3, dtype=torch.int64), torch.arange(number).float())
+        return Ranks(found, found, torch.zeros(number, 3, dtype=torch.int64), torch.arange(number).float(), found)
 
     monkeypatch.setattr(examples, "rank_all", lambda *_: {way: ranks(way) for way in ("tr", "ir")})
     unseen = unseen_images(heldout_split, train_split)
@@ -131,7 +131,7 @@ def test_unseen_concepts_come_first_among_the_best(model, tokenizer, heldout_spl
         number = 8 if direction == "tr" else 12
         zeros = torch.zeros(number, dtype=torch.int64)
         red = ~unseen if direction == "tr" else ~unseen[features.owner]
-        return Ranks(zeros, zeros, zeros[:, None], red.float())  # the red images have the highest scores
+        return Ranks(zeros, zeros, zeros[:, None], red.float(), zeros)  # the red images have the highest scores
 
     monkeypatch.setattr(examples, "rank_all", lambda *_: {way: all_right(way) for way in ("tr", "ir")})
     groups = examples.retrievals(model, heldout_split, train, features)

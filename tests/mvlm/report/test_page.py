@@ -82,10 +82,12 @@ def test_every_image_of_a_report_opens(page):
         assert kind == "data:image/png;base64"
         with Image.open(io.BytesIO(base64.b64decode(content, validate=True))) as image:
             image.load()
-            assert image.size in ((32, 32), (96, 96))
+            # maps of words are strips of panels; the map of the embedding space has small images
+            assert image.size in ((32, 32), (48, 48), (96, 96)) or image.height == 130
         assert attributes["alt"]
-    # 12 reconstructions of 4 panels, 18 filled captions with 2 images; the retrievals are more
-    assert len(images) > 12 * 4 + 18 * 2
+    # 12 reconstructions of 4 panels, 18 filled captions with 2 images, 4 images' words with 2 captions, 6 images with 5
+    # neighbours, a map of 20; the retrievals and the confusions are more
+    assert len(images) > 12 * 4 + 18 * 2 + 4 * 2 + 6 * 6 + 20
 
 
 def test_report_has_its_sections(page):
@@ -96,6 +98,10 @@ def test_report_has_its_sections(page):
         "Masked images, rebuilt",
         "Masked captions, filled in",
         "Retrieval, best and worst",
+        "Which word looks where",
+        "Nearest neighbours",
+        "A map of the embedding space",
+        "Hardest confusions",
         "Configuration",
         "Data",
     ):

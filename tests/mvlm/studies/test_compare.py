@@ -19,7 +19,7 @@ def result(seed: int, ir: list[int], gain: float = 0.0, unseen: list[bool] | Non
         "seed": seed,
         "figures": {"ir": {"r1": float(hits)}, "gain_text_nats": gain},
         "ranks": {
-            "tr": {"itm": [0, 3, 12], "itc": [1, 1, 1]},
+            "tr": {"itm": [0, 3, 12], "itc": [1, 1, 1], "itm_alone": [4, 5, 6]},
             "ir": {"itm": ir, "itc": [0] * 6},
             "owner": OWNER,
             "unseen": unseen,
@@ -80,6 +80,7 @@ def test_recalls_count_the_queries_that_they_name() -> None:
     trial = result(0, [0, 4, 5, 9, 10, 2], unseen=[False, True, True])
     assert query_hits(trial, "ir.r5").tolist() == [100, 100, 0, 0, 0, 100]
     assert query_hits(trial, "itc.ir.r1").tolist() == [100] * 6
+    assert query_hits(trial, "itm.tr.r5").tolist() == [100, 0, 0]
     assert query_hits(trial, "tr.r10").tolist() == [100, 100, 0]
     assert query_hits(trial, "unseen.ir.r10").tolist() == [100, 100, 0, 100]  # captions of the images 1 and 2
     assert query_hits(trial, "unseen.tr.r5").tolist() == [100, 0]

@@ -6,7 +6,8 @@ import pytest
 
 from mvlm.studies.study import read_study, trial_config
 
-FILES = sorted((Path(__file__).parents[3] / "studies").glob("*.toml"))
+STUDIES = Path(__file__).parents[3] / "studies"
+FILES = sorted(set(STUDIES.glob("*.toml")) - {STUDIES / "smoke.toml"})  # which has an arm for a null
 
 
 @pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])

@@ -137,3 +137,15 @@ def test_scoring_imports_neither_torch_nor_a_model(vqa_files):
         "assert not {'torch', 'mvlm.model', 'PIL'} & set(sys.modules), 'imported'\n"
     )
     subprocess.run([sys.executable, "-c", program, *map(str, vqa_files)], check=True, timeout=60, capture_output=True)
+
+
+def test_captions_of_scenes_have_facts(tmp_path):
+    scene = {"size": [128, 128], "objects": [{"name": "dog", "colour": None, "box": [0, 0, 40, 40]}]}
+    results = write_json(tmp_path / "r.json", [{"image_id": i, "caption": "a dog"} for i in (1, 2)])
+    annotations = [{"image_id": i, "caption": text} for i in (1, 2) for text in ("a dog", f"number {i}")]
+    document = {"images": [{"id": i, "scene": scene} for i in (1, 2)], "annotations": annotations}
+    found = score("caption", results, write_json(tmp_path / "a.json", document))
+    assert (found["fact_precision"], found["fact_recall"]) == (100, 100)
+    document["images"].pop()
+    with pytest.raises(RunError, match="wanted a scene for each of 2 images with captions, or for none, found 1"):
+        score("caption", results, write_json(tmp_path / "b.json", document))

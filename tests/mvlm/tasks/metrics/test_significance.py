@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mvlm.tasks.metrics.significance import grouped_bootstrap, mcnemar
+from mvlm.tasks.metrics.significance import grouped_bootstrap, mcnemar, mean_interval
 
 
 def test_bootstrap_over_groups_equals_scipys_over_their_sums():
@@ -30,3 +30,15 @@ def test_mcnemar_is_a_two_sided_binomial_test(first, second):
     b = [False] * first + [True] * second + [True, False] * 5
     wanted = stats.binomtest(first, first + second).pvalue if first + second else 1.0
     assert mcnemar(a, b) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("number", [2, 3, 5, 20])
+def test_interval_of_a_mean_is_students(number):
+    values = np.random.default_rng(number).normal(50, 3, size=number)
+    wanted = stats.t.interval(0.95, number - 1, values.mean(), stats.sem(values))
+    assert mean_interval(values.tolist()) == pytest.approx(wanted, rel=1e-4)
+
+
+def test_interval_of_one_value_is_refused():
+    with pytest.raises(ValueError, match="wanted 2 to 20, got 1"):
+        mean_interval([1.0])

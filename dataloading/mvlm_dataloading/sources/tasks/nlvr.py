@@ -1,0 +1,165 @@
+"""NLVR2 and NLVR: is a sentence true of a pair of photographs, or of three boxes with shapes?
+
+Suhr et al., "A Corpus for Reasoning About Natural Language Grounded in Photographs", ACL 2019, and "A Corpus of Natural
+Language for Visual Reasoning", ACL 2017. https://lil.nlp.cornell.edu/nlvr
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.sources.files import captions_in_cell, files_under, read_rows, reason_if_outside
+from mvlm_dataloading.sources.record import Record, Source, cut_into_pieces, file_sha256, with_images_together
+from mvlm_dataloading.sources.strip import ImageStrip
+
+from .places import find_file, wrong_format
+
+_PERMUTATIONS = 6
+_BOXES = ((0, 0, 100, 100), (150, 0, 250, 100), (300, 0, 400, 100))
+"""Boxes in an image of NLVR, 400 x 100 pixels."""
+_LABELS = {"true": "true", "false": "false"}
+NO_LABEL = "label is neither true nor false"
+
+
+def nlvr2(root: Path, images: Path | None = None, side: int = 384) -> Source:
+    """NLVR2 from its JSON lines and the images. test1 is test; test2, if it is there, a split of that name.
+
+        ROOT/{train,dev,test1}.json, or in ROOT/data
+        IMAGES/train/DIRECTORY/train-*-img0.png, IMAGES/{dev,test1}/*-img0.png and *-img1.png
+
+    The two images are side by side in one of height `side`, each resized to a square.
+
+    Args:
+        images: folder of the images. Default: ROOT/images, or ROOT.
+
+    Raises:
+        DataError: a file or folder is missing, or has another format.
+    """
+    _check_side(side)
+    folder = images or (root / "images" if (root / "images").is_dir() else root)
+    records: dict[str, list[Record]] = {}
+    files = []
+    for published, split in {"train": "train", "dev": "validation", "test1": "test", "test2": "test2"}.items():
+        file = find_file(root, f"{published}.json", f"data/{published}.json", f"nlvr2/data/{published}.json")
+        if file is not None:
+            files.append(file)
+            records[split] = with_images_together([_pair(folder, published, row, side, file) for row in _rows(file)])
+    return _source("nlvr2", root / "train.json", files, records, "CC BY 4.0; each image under its own licence", side)
+
+
+def nlvr(root: Path, side: int = 100, permutations: int = _PERMUTATIONS) -> Source:
+    """NLVR (2017) from its download: an image of 400 x 100 pixels has three boxes, which become three images.
+
+        ROOT/{train,dev,test}/{train,dev,test}.json, and optionally ROOT/hidden/hidden.json
+        ROOT/{train,dev,test}/images/DIRECTORY/SPLIT-N-M-K.png, K from 0 to 5: the boxes in another order
+
+    Args:
+        permutations: number of the six orders of a training row that become samples. Evaluation takes the first.
+
+    Raises:
+        DataError: a file or folder is missing, or has another format.
+    """
+    _check_side(side)
+    if not 1 <= permutations <= _PERMUTATIONS:
+        raise DataError(f"permutations: wanted 1 to {_PERMUTATIONS}, got {permutations}")
+    records: dict[str, list[Record]] = {}
+    files = []
+    for published, split in {"train": "train", "dev": "validation", "test": "test", "hidden": "hidden"}.items():
+        file = find_file(root, f"{published}/{published}.json", f"nlvr/{published}/{published}.json")
+        if file is not None:
+            files.append(file)
+            count = permutations if split == "train" else 1
+            rows = [one for row in _with_folders(file) for one in _boxes(file, published, row, side, count)]
+            records[split] = with_images_together(rows)
+    recipe = {"permutations": permutations}
+    return _source("nlvr", root / "train/train.json", files, records, "CC BY 4.0", side, **recipe)
+
+
+def _check_side(side: int) -> None:
+    if not 16 <= side <= 4096:
+        raise DataError(f"side: wanted 16 to 4096 pixels, got {side}")
+
+
+def _source(
+    name: str,
+    missing: Path,
+    files: list[Path],
+    records: dict[str, list[Record]],
+    licence: str,
+    side: int,
+    **recipe: Any,
+) -> Source:
+    if not files:
+        raise DataError(f"{missing}: wanted a file, found none; give the folder that the data set was unpacked to")
+    return Source(
+        name=name,
+        origin=f"{name.upper()}, https://lil.nlp.cornell.edu/nlvr",
+        licence=licence,
+        attribution="Suhr et al., 2019" if name == "nlvr2" else "Suhr, Lewis, Yeh and Artzi, 2017",
+        recipe={"annotations": [file_sha256(file) for file in files], "side": side, **recipe},
+        pieces=cut_into_pieces(records),
+        questions=True,
+    )
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a file that is named .json and has a JSON object on each line."""
+    yield from read_rows(file, lines=True)
+
+
+def _with_folders(file: Path) -> Iterator[dict[str, Any]]:
+    """Rows of NLVR. Those of the hidden set name no folder, so it is the one in which their image is."""
+    folders: dict[str, str] = {}
+    for row in _rows(file):
+        if "directory" not in row and not folders:
+            folders = {path.stem: path.parent.name for path in files_under(file.parent / "images")}
+        yield {"directory": folders.get(f"{file.stem}-{row.get('identifier')}-0", ""), **row}
+
+
+def _pair(folder: Path, published: str, row: dict[str, Any], side: int, file: Path) -> Record:
+    try:
+        identifier = str(row["identifier"])
+        name, _, _ = identifier.rpartition("-")
+        set_id = "-".join(identifier.split("-")[:2])
+        inside = f"{published}/{row['directory']}" if published == "train" else published
+        text = captions_in_cell(row["sentence"])
+    except KeyError as error:
+        raise wrong_format(file, "rows with sentence, label, identifier and, in train, directory", error) from None
+    paths = tuple(folder / inside / f"{name}-img{k}.png" for k in (0, 1))
+    metadata, fault = _truth(row, 2, identifier, set_id, f"nlvr2 {name}")
+    if identifier.count("-") != 3:
+        fault = "identifier is not split-set-pair-sentence"
+    return Record(
+        identifier,
+        ImageStrip(paths, side),
+        text,
+        str(paths[0]),
+        metadata,
+        reason_if_outside(f"{inside}/{name}") or fault,
+    )
+
+
+def _boxes(file: Path, published: str, row: dict[str, Any], side: int, count: int) -> Iterator[Record]:
+    try:
+        number, place = str(row["identifier"]).split("-")
+        directory, text = str(row["directory"]), captions_in_cell(row["sentence"])
+    except (KeyError, ValueError) as error:
+        raise wrong_format(file, "rows with sentence, label, identifier n-m and directory", error) from None
+    for k in range(count):
+        name = f"images/{directory}/{published}-{number}-{place}-{k}.png"
+        path = file.parent / name
+        # In NLVR2's form, split-set-pair-sentence: the four images of a sentence are pairs of one set.
+        identifier = f"{published}-{number}-{place}-0" if k == 0 else f"{published}-{number}-{place}p{k}-0"
+        metadata, fault = _truth(row, 3, identifier, f"{published}-{number}", f"nlvr {path.stem}")
+        strip = ImageStrip((path,) * 3, side, _BOXES, "PNG")
+        yield Record(identifier, strip, text, str(path), metadata, reason_if_outside(name) or fault)
+
+
+def _truth(
+    row: dict[str, Any], images: int, identifier: str, set_id: str, image_id: str
+) -> tuple[dict[str, Any], str | None]:
+    """Metadata of a row, and its fault if it has no label."""
+    label = _LABELS.get(str(row.get("label")).strip().lower())
+    metadata = {"images": images, "identifier": identifier, "set_id": set_id, "label": label, "image_id": image_id}
+    return metadata, None if label else NO_LABEL

@@ -1,0 +1,161 @@
+"""VQA v2: questions about COCO's images, with the answers of ten people each.
+
+Goyal et al., "Making the V in VQA Matter", CVPR 2017. https://visualqa.org
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.sources.files import captions_in_cell, read_json
+from mvlm_dataloading.sources.record import Record, Source, cut_into_pieces, file_sha256, with_images_together
+
+from .places import coco_folder, find_file, wrong_format
+
+_SPLITS = {"train2014": "train", "val2014": "validation", "test2015": "test"}
+_FOLDERS = ("", "questions", "Questions", "annotations", "Annotations")
+NO_ANSWERS = "question has no answers"
+
+
+def vqa_v2(root: Path, images: Path | None = None, held_out: int = 0, minival: Path | None = None) -> Source:
+    """VQA v2 from an unpacked download.
+
+        ROOT/v2_OpenEnded_mscoco_{train2014,val2014,test2015}_questions.json
+        ROOT/v2_mscoco_{train2014,val2014}_annotations.json
+        IMAGES/{train2014,val2014,test2015}/COCO_*.jpg
+
+    A split whose questions are missing is left out. By default train2014 is train and val2014 validation. With
+    `held_out` or `minival`, part of val2014 is validation and the rest joins train, as papers do before they test.
+
+    Args:
+        images: parent of the folders of images. Default: ROOT.
+        held_out: number of images of val2014 whose questions are validation, chosen by a hash of the id.
+        minival: JSON file that chooses the validation questions: a list of questions with `question_id` (LXMERT's
+            minival.json), a list of question ids, or Karpathy's dataset_coco.json (the images of its val).
+
+    Raises:
+        DataError: a file or folder is missing, or has another format.
+    """
+    if held_out < 0 or (held_out and minival):
+        raise DataError(f"held-out: wanted 0 or more images, or --minival instead, got {held_out} and {minival}")
+    chosen = None if minival is None else _chosen(minival)
+    records: dict[str, list[Record]] = {}
+    used = [] if minival is None else [minival]
+    for published, split in _SPLITS.items():
+        questions = _find(root, f"v2_OpenEnded_mscoco_{published}_questions.json")
+        if questions is None:
+            continue
+        files = [questions]
+        if split != "test":
+            files.append(_need(root, f"v2_mscoco_{published}_annotations.json"))
+        elif dev := _find(root, "v2_OpenEnded_mscoco_test-dev2015_questions.json"):
+            files.append(dev)
+        used += files
+        listed = _records(coco_folder([images or root, root], published), published, *files)
+        if published == "val2014" and (held_out or chosen is not None):
+            validation = chosen if chosen is not None else _smallest(listed, held_out)
+            for record in listed:
+                inside = record.metadata["question_id"] in validation or record.metadata["image_id"] in validation
+                records.setdefault("validation" if inside else "train", []).append(record)
+            if not records.get("validation"):
+                raise DataError(f"{minival}: wanted questions or images of val2014, found none; give another file")
+        else:
+            records.setdefault(split, []).extend(listed)
+    if not records:
+        _need(root, "v2_OpenEnded_mscoco_train2014_questions.json")
+    return Source(
+        name="vqa-v2",
+        origin="VQA v2, https://visualqa.org",
+        licence="questions and answers CC BY 4.0; each image under its own Flickr licence",
+        attribution="Goyal, Khot, Summers-Stay, Batra and Parikh, 2017; COCO Consortium",
+        recipe={"annotations": [file_sha256(file) for file in used], "held_out": held_out},
+        pieces=cut_into_pieces({split: with_images_together(listed) for split, listed in records.items()}),
+        questions=True,
+    )
+
+
+def _find(root: Path, name: str) -> Path | None:
+    return find_file(root, *(str(Path(folder, name)) for folder in _FOLDERS))
+
+
+def _need(root: Path, name: str) -> Path:
+    found = _find(root, name)
+    if found is None:
+        raise DataError(f"{root / name}: wanted a file, found none; give the folder that the data set was unpacked to")
+    return found
+
+
+def _records(folder: Path, published: str, questions: Path, other: Path | None = None) -> list[Record]:
+    """A record for each question, and for each annotation without a question. `other`: annotations, or test-dev."""
+    test = published == "test2015"
+    dev = {row["question_id"] for row in _rows(other, "questions")} if test and other else set()
+    paths: dict[int, Path] = {}
+    known: dict[tuple[str, Any], dict[str, Any]] = {}  # equal answers are one object: a third of the memory
+    asked: set[Any] = set()
+    found = []
+    try:
+        annotations, surplus = ({}, []) if test or other is None else _by_question(_rows(other, "annotations"))
+        for row in _rows(questions, "questions"):
+            number, image = row["question_id"], int(row["image_id"])
+            path = paths.setdefault(image, folder / f"COCO_{published}_{image:012d}.jpg")
+            metadata = {"question_id": number, "image_id": f"coco {image}"}
+            fault = None
+            if test:
+                metadata |= {"test_dev": True} if number in dev else {}
+            else:
+                asked.add(number)
+                metadata |= _answers(annotations.get(number, {}), known)
+                fault = None if metadata["answers"] else NO_ANSWERS
+            found.append(Record(str(int(number)), path, captions_in_cell(row["question"]), str(path), metadata, fault))
+        orphans = [(number, "annotation has no question") for number in annotations if number not in asked]
+        for number, fault in [*orphans, *((number, "question has two annotations") for number in surplus)]:
+            metadata = {"question_id": number, "image_id": ""}
+            found.append(Record(str(int(number)), None, (), str(other), metadata, fault))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise wrong_format(questions, "VQA v2's questions and annotations", error) from None
+    return found
+
+
+def _by_question(rows: list[dict[str, Any]]) -> tuple[dict[Any, dict[str, Any]], list[Any]]:
+    """The first annotation of each question, and the ids of further ones."""
+    annotations: dict[Any, dict[str, Any]] = {}
+    surplus = [row["question_id"] for row in rows if annotations.setdefault(row["question_id"], row) is not row]
+    return annotations, surplus
+
+
+def _answers(annotation: dict[str, Any], known: dict[tuple[str, Any], dict[str, Any]]) -> dict[str, Any]:
+    answers = [
+        known.setdefault((one["answer"], one["answer_id"]), {"answer": one["answer"], "answer_id": one["answer_id"]})
+        for one in annotation.get("answers") or ()
+    ]
+    kinds = {name: annotation[name] for name in ("question_type", "answer_type") if name in annotation}
+    return {**kinds, "answers": answers}
+
+
+def _rows(file: Path, name: str) -> list[dict[str, Any]]:
+    content = read_json(file)
+    rows = content.get(name) if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "question_id" in row for row in rows):
+        raise DataError(f"{file}: wanted VQA v2's {name}, found another format; download it again")
+    return rows
+
+
+def _smallest(records: Iterable[Record], count: int) -> set[str]:
+    """The `count` images with the smallest hashes. More or fewer questions do not change the order of images."""
+    images = {record.metadata["image_id"] for record in records}
+    return set(sorted(images, key=lambda name: hashlib.sha256(name.encode()).digest())[:count])
+
+
+def _chosen(file: Path) -> set[Any]:
+    """Question ids, or `image_id`s, that a file chooses for validation."""
+    content = read_json(file)
+    try:
+        if isinstance(content, dict):
+            return {f"coco {int(image['cocoid'])}" for image in content["images"] if image["split"] == "val"}
+        return {int(row["question_id"] if isinstance(row, dict) else row) for row in content}
+    except (KeyError, TypeError, ValueError) as error:
+        raise wrong_format(file, "a list of questions, or Karpathy's dataset_coco.json", error) from None

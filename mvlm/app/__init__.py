@@ -1,0 +1,1 @@
+"""`mvlm app`: a local web page on which a trained model answers."""

@@ -1,0 +1,119 @@
+"""Answers of a model to what a visitor sent: each function checks it, and returns what is shown."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mvlm.app.gallery import Found, Gallery
+from mvlm.app.uploads import check_lines, check_text
+from mvlm.errors import ConfigError
+from mvlm.inference.overlay import draw_overlay
+from mvlm.inference.trained_model import TrainedModel
+
+SIDE = 288
+"""Side of the images that are shown, in pixels."""
+PARTS = ("nothing", "left half", "right half", "top half", "bottom half", "scattered, as in training")
+"""Parts of an image that a button rubs out."""
+TOP = 5
+
+
+def search(gallery: Gallery, text: str | None, image: Image.Image | None) -> list[Found]:
+    """Images that fit a text, an image, or both."""
+    return gallery.search(check_text(text) if (text or "").strip() else None, image)
+
+
+def fill(model: TrainedModel, image: Image.Image | None, text: str | None) -> tuple[str, list[list[str]]]:
+    """The text with its [MASK]s filled in, and rows (number of the [MASK], token, probability)."""
+    filled = model.fill(check_text(text), _given(image), TOP)
+    rows = [
+        [str(number), guess.token, f"{100 * guess.probability:.1f} %"]
+        for number, guesses in enumerate(filled.guesses, 1)
+        for guess in guesses
+    ]
+    return filled.text, rows
+
+
+def classify(
+    model: TrainedModel, image: Image.Image | None, labels: str | None, templates: str | None
+) -> dict[str, float]:
+    """Probability of each label; `labels` and `templates` have one a line."""
+    names = list(dict.fromkeys(check_lines(labels, "labels")))
+    if len(names) < 2:
+        raise ConfigError(f"labels: wanted two or more, one a line, got {len(names)}; add some")
+    found = model.classify(_given(image), names, check_lines(templates, "templates") or None)
+    return dict(zip(found.labels, found.probability[0].tolist(), strict=True))
+
+
+def look(model: TrainedModel, image: Image.Image | None, text: str | None) -> list[tuple[Image.Image, str]]:
+    """For each word of a text an overlay on the image, labelled: where it looks, by GradCAM on ITM."""
+    image = _given(image)
+    found = model.attention(image, check_text(text))
+    words = ["the whole text", *found.words[1:]]
+    maps = [found.gradcam[-1, 0], *found.relevance[1:]]  # ITM reads [CLS], and in the last layer nothing else
+    return [(draw_overlay(image, heat, side=SIDE), word) for heat, word in zip(maps, words, strict=True)]
+
+
+def rebuild(
+    model: TrainedModel, image: Image.Image | None, hidden: NDArray[np.bool_], text: str | None, wrong: str | None
+) -> tuple[Image.Image, Image.Image]:
+    """The image with its hidden patches rebuilt under a text, and under a wrong one; the first twice without it."""
+    image = _given(image)
+    if not hidden.any():
+        raise ConfigError("image: wanted a part that is rubbed out, found none; click on the image or choose a part")
+    texts = [check_text(text), check_text(wrong) if (wrong or "").strip() else check_text(text)]
+    right, other = (Image.fromarray(model.reconstruct(image, text, hidden).rebuilt) for text in texts)
+    return _shown(right), _shown(other)
+
+
+def hide_part(model: TrainedModel, part: str) -> NDArray[np.bool_]:
+    """Patches (rows, columns) of a part of the image, one of PARTS."""
+    config = model.network.config
+    side = config.image_size // config.patch_size
+    hidden = np.zeros((side, side), bool)
+    half = side // 2
+    if part == PARTS[-1]:
+        return model.reconstruct(Image.new("RGB", (side, side)), "a").hidden
+    if part != PARTS[0]:
+        rows, columns = {
+            "left half": (slice(None), slice(half)),
+            "right half": (slice(None), slice(half, None)),
+            "top half": (slice(half), slice(None)),
+            "bottom half": (slice(half, None), slice(None)),
+        }[part]
+        hidden[rows, columns] = True
+    return hidden
+
+
+def toggle_patch(hidden: NDArray[np.bool_], point: Sequence[float]) -> NDArray[np.bool_]:
+    """The same patches, but the one at a point (x, y) of the shown image changes between hidden and visible."""
+    side = len(hidden)
+    column, row = (min(side - 1, max(0, int(at * side / SIDE))) for at in point)
+    changed = hidden.copy()
+    changed[row, column] = not changed[row, column]
+    return changed
+
+
+def draw_hidden(image: Image.Image | None, hidden: NDArray[np.bool_]) -> Image.Image | None:
+    """The image as the model sees it, with hidden patches grey and the grid of patches drawn in."""
+    if image is None:
+        return None
+    pixels = np.array(image.convert("RGB").resize((SIDE, SIDE)))
+    rows = np.arange(SIDE) * len(hidden) // SIDE
+    pixels[hidden[rows][:, rows]] = 128
+    starts = np.flatnonzero(np.diff(rows)) + 1
+    for line in starts:
+        pixels[line] = pixels[line] // 2 + 96
+        pixels[:, line] = pixels[:, line] // 2 + 96
+    return Image.fromarray(pixels)
+
+
+def _shown(image: Image.Image) -> Image.Image:
+    return image.resize((SIDE, SIDE), Image.Resampling.NEAREST)
+
+
+def _given(image: Image.Image | None) -> Image.Image:
+    if image is None:
+        raise ConfigError("image: wanted an image, found none; upload one")
+    return image

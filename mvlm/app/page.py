@@ -1,0 +1,219 @@
+"""The page, in Gradio: a tab for each question, and the server behind it."""
+
+import html
+import io
+import logging
+import os
+import socket
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mvlm.app import answers
+from mvlm.app.gallery import Gallery
+from mvlm.app.uploads import MAX_BYTES, MAX_CHARACTERS, MAX_LABELS, check_image
+from mvlm.errors import ConfigError
+from mvlm.inference.trained_model import TrainedModel
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+try:
+    import gradio as gr
+    from gradio.themes import Default
+except ImportError:
+    raise ConfigError("app: wanted the package gradio, which is not installed; pip install 'mvlm[app]'") from None
+
+STYLE = """
+.gradio-container {max-width: 960px !important; width: 100%; margin: auto}
+footer {display: none !important}
+"""
+TALL = 320  # pixels
+BUTTONS: list[Any] = ["download", "fullscreen"]
+
+
+def image_upload(value: Image.Image | None = None) -> gr.Image:
+    """An image that a visitor uploads. It is checked before it is decoded."""
+    component = gr.Image(value, label="Image", type="pil", sources=["upload", "clipboard"], height=TALL)
+
+    def preprocess(payload: Any) -> Image.Image | None:
+        return None if payload is None else _say(check_image)(Path(payload.path))
+
+    component.preprocess = preprocess  # a subclass would not be known to Gradio's own JavaScript
+    return component
+
+
+def build_page(model: TrainedModel, gallery: Gallery | None, name: str) -> gr.Blocks:
+    """The page of a model.
+
+    Args:
+        gallery: images to search; None leaves that tab out.
+        name: name of the model, for the heading.
+    """
+    example = gallery.example() if gallery else None
+    image = Image.open(io.BytesIO(example.image)).convert("RGB") if example else None
+    caption = example.caption if example else ""
+    first_word = f"[MASK] {caption.partition(' ')[2]}".strip()
+    with gr.Blocks(title=f"mvlm: {name}", analytics_enabled=False) as page:
+        gr.Markdown(f"# {html.escape(name)}")
+        with gr.Tabs():
+            if gallery:
+                _search_tab(gallery, caption)
+            _fill_tab(model, image, first_word)
+            _rebuild_tab(model, image, caption)
+            _look_tab(model, image, caption)
+            _classify_tab(model, image, caption)
+    return page
+
+
+def start(page: gr.Blocks, host: str, port: int) -> str:
+    """Start to serve the page from a thread. Returns its URL; `page.close()` ends it.
+
+    ConfigError if the port is in use or the host is not of this machine.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"port: wanted {host}:{port} free, got: {error}; choose another --port") from None
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio asks itself whether it has started
+    fonts = ["system-ui", "sans-serif"]  # from the visitor's machine: nothing is fetched
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        quiet=True,
+        show_error=True,
+        max_file_size=MAX_BYTES,
+        ssr_mode=False,
+        footer_links=[],
+        css=STYLE,
+        theme=Default(font=fonts, font_mono=["monospace"]),
+        prevent_thread_lock=True,
+    )
+    return f"http://{host}:{port}"
+
+
+def _search_tab(gallery: Gallery, text: str) -> None:
+    with gr.Tab("Search"):
+        gr.Markdown(f"Search {html.escape(gallery.description)} by a text, an image, or both.")
+        with gr.Row():
+            query = gr.Textbox(text, label="Text", max_length=MAX_CHARACTERS)
+            image = image_upload()
+        button = gr.Button("Search", variant="primary")
+        found = gr.Gallery(label="Answers, best first", columns=4, object_fit="contain", height="auto")
+
+        def search(text: str, image: Image.Image | None) -> list[tuple[Image.Image, str]]:
+            hits = answers.search(gallery, text, image)
+            return [(Image.open(io.BytesIO(hit.image)).convert("RGB"), hit.caption) for hit in hits]
+
+        _on([button.click, query.submit], search, [query, image], found)
+
+
+def _fill_tab(model: TrainedModel, image: Image.Image | None, text: str) -> None:
+    with gr.Tab("Fill"):
+        gr.Markdown("Guess missing words: write [MASK] for every word piece to guess.")
+        with gr.Row():
+            picture = image_upload(image)
+            with gr.Column():
+                query = gr.Textbox(text, label="Text", max_length=MAX_CHARACTERS)
+                button = gr.Button("Fill", variant="primary")
+                filled = gr.Textbox(label="Filled in", interactive=False)
+                table = gr.Dataframe(headers=["[MASK]", "guess", "probability"], label="Guesses", interactive=False)
+        _on([button.click, query.submit], lambda i, t: answers.fill(model, i, t), [picture, query], [filled, table])
+
+
+def _rebuild_tab(model: TrainedModel, image: Image.Image | None, text: str) -> None:
+    with gr.Tab("Rebuild"):
+        gr.Markdown(
+            "Rub out parts of an image: choose one, or click on patches. The model draws them anew, under a text."
+        )
+        start = answers.hide_part(model, answers.PARTS[-1])
+        hidden = gr.State(start)
+        with gr.Row():
+            picture = image_upload(image)
+            seen = gr.Image(
+                answers.draw_hidden(image, start), label="What the model sees (click on patches)", interactive=False,
+                height=TALL, buttons=[],
+            )  # fmt: skip
+        part = gr.Radio(list(answers.PARTS), value=answers.PARTS[-1], label="Rub out")
+        with gr.Row():
+            query = gr.Textbox(text, label="Text", max_length=MAX_CHARACTERS)
+            wrong = gr.Textbox("a red heart", label="Another text, to compare", max_length=MAX_CHARACTERS)
+        button = gr.Button("Rebuild", variant="primary")
+        with gr.Row():
+            right_image = gr.Image(label="Rebuilt under the text", interactive=False, height=TALL, buttons=BUTTONS)
+            wrong_image = gr.Image(
+                label="Rebuilt under the other text", interactive=False, height=TALL, buttons=BUTTONS
+            )
+
+        def choose(part: str, image: Image.Image | None) -> Any:
+            mask = answers.hide_part(model, part)
+            return mask, answers.draw_hidden(image, mask)
+
+        def click(mask: Any, image: Image.Image | None, event: gr.SelectData) -> Any:
+            changed = answers.toggle_patch(mask, event.index)
+            return changed, answers.draw_hidden(image, changed)
+
+        _on([part.change], choose, [part, picture], [hidden, seen])
+        _on([picture.change], lambda m, i: answers.draw_hidden(i, m), [hidden, picture], seen)
+        _on([seen.select], click, [hidden, picture], [hidden, seen])
+        _on(
+            [button.click, query.submit, wrong.submit],
+            lambda i, m, t, w: answers.rebuild(model, i, m, t, w),
+            [picture, hidden, query, wrong],
+            [right_image, wrong_image],
+        )
+
+
+def _look_tab(model: TrainedModel, image: Image.Image | None, text: str) -> None:
+    with gr.Tab("Where it looks"):
+        gr.Markdown(
+            "Where each word looks when the model judges whether text and image match (GradCAM). "
+            "A map of high contrast is drawn for any model: compare words."
+        )
+        with gr.Row():
+            picture = image_upload(image)
+            with gr.Column():
+                query = gr.Textbox(text, label="Text", max_length=MAX_CHARACTERS)
+                button = gr.Button("Look", variant="primary")
+        maps = gr.Gallery(label="Words", columns=4, object_fit="contain", height="auto")
+        _on([button.click, query.submit], lambda i, t: answers.look(model, i, t), [picture, query], maps)
+
+
+def _classify_tab(model: TrainedModel, image: Image.Image | None, caption: str) -> None:
+    labels = "\n".join(dict.fromkeys([caption, "red heart", "dog", "flag", "face"])).strip()
+    with gr.Tab("Classify"):
+        with gr.Row():
+            picture = image_upload(image)
+            with gr.Column():
+                names = gr.Textbox(labels, label=f"Labels, one a line, at most {MAX_LABELS}", lines=5)
+                templates = gr.Textbox("", label="Templates, one a line, with {} for the label (optional)", lines=2)
+                button = gr.Button("Classify", variant="primary")
+                chances = gr.Label(label="Probabilities")
+        _on(
+            [button.click],
+            lambda i, n, t: answers.classify(model, i, n, t),
+            [picture, names, templates],
+            chances,
+        )
+
+
+def _on(events: list[Any], answer: Callable[..., Any], inputs: list[Any], outputs: Any) -> None:
+    """Call `answer` at each event. It is not offered as an API."""
+    gr.on(events, _say(answer), inputs, outputs, api_visibility="private")
+
+
+def _say(answer: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function. A visitor's mistake becomes a message on the page."""
+
+    @wraps(answer)
+    def call(*values: Any) -> Any:
+        try:
+            return answer(*values)
+        except ValueError as error:  # ours are ValueErrors of one line
+            raise gr.Error(html.escape(str(error)), print_exception=False) from None
+
+    return call

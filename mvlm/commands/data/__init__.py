@@ -1,0 +1,1 @@
+"""The commands `mvlm data ...` of downstream tasks."""

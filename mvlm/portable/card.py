@@ -1,0 +1,213 @@
+"""Model card of a run: data, licence and attribution, figures with intervals, recipe and limits, from a template.
+
+Everything that the card states is read from the run, from its evaluation and from its data's dataset.json.
+"""
+
+import json
+import math
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from mvlm.config.json_files import read_config
+from mvlm.errors import RunError
+from mvlm.evaluation.table import describe_trivial_losses
+from mvlm.files import check_folder
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.runs.folder import RunFolder, find_checkpoint
+from mvlm_dataloading import DataError, open_dataset
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+RECIPE = (
+    "batch_size", "max_steps", "warmup_steps", "lr_encoder", "lr_cross", "lr_pixels", "weight_decay", "beta2",
+    "clip_norm", "ema_decay", "crop_scale", "flip", "color_jitter", "randaugment", "precision", "seed",
+    "image_weights", "text_weights",
+)  # fmt: skip
+"""Settings of a run that its card lists, as far as the run's config.json has them."""
+DIRECTIONS = {"tr": "image to text", "ir": "text to image"}
+Z95 = 1.959964
+"""97.5 % point of the normal distribution."""
+
+
+class Recall(NamedTuple):
+    """One figure of the card's table, in per cent."""
+
+    queries: str
+    ranked_by: str
+    direction: str
+    k: int
+    value: float
+    low: float
+    high: float
+    n: int
+    chance: float
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """95 % interval of a share, given n trials of which this share succeeded (Wilson 1927). Both in 0..1."""
+    middle = (share + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
+    half = Z95 / (1 + Z95**2 / n) * math.sqrt(share * (1 - share) / n + Z95**2 / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def recalls(figures: dict[str, Any]) -> list[Recall]:
+    """All recalls that `mvlm eval retrieval` wrote, with Wilson intervals over queries."""
+    found = []
+    for queries, part in (("all", figures), ("unseen concepts", figures["unseen"])):
+        if part is None:
+            continue
+        for ranked_by, of in (("ITC, re-ranked by ITM", part), ("ITC", part["itc"])):
+            for direction, name in DIRECTIONS.items():
+                n = part["n_images"] if direction == "tr" else part["n_texts"]
+                gallery = figures["n_texts"] if direction == "tr" else figures["n_images"]
+                for k in (1, 5, 10):
+                    value = of[direction][f"r{k}"]
+                    low, high = (100 * x for x in wilson_interval(value / 100, n))
+                    found.append(Recall(queries, ranked_by, name, k, value, low, high, n, min(100, 100 * k / gallery)))
+    return found
+
+
+def run_of(source: Path) -> RunFolder:
+    """The run that `source`, a run or one of its checkpoints, belongs to. RunError if it is neither."""
+    check_folder(source, "a run or one of its checkpoints")
+    for folder in (source, *source.absolute().parents[:2]):
+        if RunFolder(folder).config.is_file() and RunFolder(folder).checkpoints.is_dir():
+            return RunFolder(folder)
+    raise RunError(
+        f"{source}: wanted a run or one of its checkpoints, found another folder; a model card is made from a run"
+    )
+
+
+def model_card(source: Path, network: MaskVLM, data: Path | str | None = None, hub_id: str = "owner/name") -> str:
+    """The card of a run's model, Markdown with a YAML head, as the hub reads it.
+
+    Args:
+        source: a run, or one of its checkpoints.
+        data: folder of the data that the run was trained on. Default: the one that its config.json names.
+        hub_id: id owner/name for the examples.
+
+    Raises:
+        RunError: there is no such run, or its data's licence cannot be read, or its evaluation is damaged.
+    """
+    run = run_of(source)
+    config = read_config(run.config)
+    checkpoint = find_checkpoint(source)
+    named = re.fullmatch(r"step_(\d+)", checkpoint.name)
+    if named is None:
+        raise RunError(f"{checkpoint}: wanted a checkpoint named step_ and its number, found another name; rename it")
+    description = data_description(data or str(config["data"]))
+    figures = _evaluation(run.evaluation)
+    if figures is not None and not _is_of(figures, checkpoint, run):
+        figures = None
+    found = [] if figures is None else recalls(figures)
+    name = hub_id.split("/")[1]
+    return TEMPLATES.get_template("card.md").render(
+        head=card_head(name, description, figures, found),
+        name=line(name),
+        hub_id=hub_id,
+        parameters=sum(p.numel() for p in network.parameters()),
+        model=network.config,
+        data={key: line(description.get(key) or "not stated") for key in ("name", "source", "licence", "attribution")},
+        splits={line(key): split for key, split in description["splits"].items()},
+        pairs=description["splits"].get("train", {}).get("samples"),
+        figures=figures,
+        evaluated=run.evaluation.is_file(),
+        rebuilds=figures is not None and figures["masked_l1"] < min(_trivial(figures)),
+        recalls=found,
+        trivial=None if figures is None else line(describe_trivial_losses(figures)),
+        step=int(named[1]),
+        batch_size=config["batch_size"],
+        settings=[(key, setting(config[key])) for key in RECIPE if key in config],
+        versions={package: version(package) for package in ("torch", "numpy")},
+    )
+
+
+def data_description(data: Path | str) -> dict[str, Any]:
+    """The contents of dataset.json. RunError if there is none: a card without the data's licence is not written."""
+    try:
+        return open_dataset(data, "train").description
+    except (DataError, OSError) as error:
+        raise RunError(
+            f"{data}: wanted the data that the run was trained on, for its licence and attribution, found none "
+            f"({error}); name its folder with --data"
+        ) from None
+
+
+def card_head(name: str, description: dict[str, Any], figures: dict[str, Any] | None, found: list[Recall]) -> str:
+    """The card's YAML: what the hub shows and searches."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    data = str(description.get("name") or "unnamed")
+    results = [
+        EvalResult(
+            task_type="zero-shot-retrieval",
+            dataset_type=data,
+            dataset_name=data,
+            dataset_split=str((figures or {})["split"]),
+            metric_type=f"recall@{r.k}",
+            metric_name=f"{r.direction}, {r.ranked_by}, recall@{r.k}",
+            metric_value=r.value,
+        )
+        for r in found
+        if r.queries == "all"
+    ]
+    return ModelCardData(
+        library_name="mvlm",
+        tags=["masked-vision-and-language", "image-text-retrieval"],
+        pipeline_tag="zero-shot-image-classification",
+        model_name=name if results else None,
+        eval_results=results or None,
+    ).to_yaml()
+
+
+def setting(value: object) -> str:
+    """A setting as JSON; of a path only the last part, since the rest says nothing elsewhere."""
+    return line(json.dumps(Path(value).name if isinstance(value, str) else value))
+
+
+def line(text: object) -> str:
+    """Other people's text as one line of Markdown: no sign in it formats, links or opens a tag."""
+    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(str(text).split()))
+
+
+def _trivial(figures: dict[str, Any]) -> list[float]:
+    """Masked L1 of the image-blind predictors."""
+    found = [figures["masked_l1_white"], figures["masked_l1_train_median"]]
+    return [value for value in found if value is not None]
+
+
+def _is_of(figures: dict[str, Any], checkpoint: Path, run: RunFolder) -> bool:
+    """True if the figures are of this checkpoint: they name it, or name the run and it is the run's newest."""
+    named = Path(str(figures["checkpoint"])).name
+    if re.fullmatch(r"step_\d+", named):
+        return named == checkpoint.name
+    return checkpoint.name == find_checkpoint(run.path).name
+
+
+def _evaluation(file: Path) -> dict[str, Any] | None:
+    """The figures of a run's evaluation; None if it has not been evaluated."""
+    if not file.is_file():
+        return None
+    try:
+        figures = json.loads(file.read_text())
+        recalls(figures)
+        describe_trivial_losses(figures)
+        for name in ("gain_text_nats", "gain_pixels_pct", "masked_l1"):
+            float(figures[name])
+        for name in ("gain_text_nats_95", "gain_pixels_pct_95"):
+            _, _ = map(float, figures[name])
+        str(figures["split"]), str(figures["checkpoint"])
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
+        raise RunError(
+            f"{file}: wanted the figures that `mvlm eval retrieval` writes, got {error!r}; evaluate the run again"
+        ) from None
+    return figures

@@ -1,0 +1,54 @@
+"""CLIP_benchmark with models of mvlm: `python -m mvlm.portable.clip_benchmark eval --model_type mvlm ...`.
+
+It is CLIP_benchmark's own command line with one more value of --model_type. `--pretrained` is a run, a checkpoint, an
+exported folder or an id on the hub. `--no_amp` leaves the products of embeddings in fp32.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mvlm.errors import ConfigError
+from mvlm.portable.clip_model import ClipModel, ClipPreprocess, ClipTokenizer, create_clip_model
+from mvlm_dataloading.errors import need
+
+MODEL_TYPE = "mvlm"
+
+
+def load(
+    pretrained: str, device: str | torch.device = "cpu", model_name: str = "", cache_dir: str | None = None
+) -> tuple[ClipModel, ClipPreprocess, ClipTokenizer]:
+    """The loading function of `MODEL_TYPE`, with CLIP_benchmark's names. Model name and cache folder are not used."""
+    model, preprocess, tokenizer = create_clip_model(
+        pretrained if not Path(pretrained).exists() else Path(pretrained), torch.device(device)
+    )
+    return model, preprocess, tokenizer
+
+
+def register() -> Any:
+    """Add `MODEL_TYPE` to CLIP_benchmark's model types. Returns the package; ConfigError if it is not installed."""
+    try:
+        models = need("clip_benchmark.models", "export")
+    except ImportError:
+        raise ConfigError(
+            "clip_benchmark: wanted the package, which is not installed; pip install clip_benchmark"
+        ) from None
+    # CLIP_benchmark 1.6 asks for `float` of an array of one value, which NumPy 2.4 refuses.
+    setattr(need("clip_benchmark.metrics.zeroshot_classification", "export"), "float", _float)  # noqa: B010
+    models.TYPE2FUNC[MODEL_TYPE] = load
+    if MODEL_TYPE not in models.MODEL_TYPES:
+        models.MODEL_TYPES.append(MODEL_TYPE)
+    return models
+
+
+def _float(value: Any) -> float:
+    """`float`, also of an array or a tensor of one value."""
+    return float(value.item() if hasattr(value, "item") else value)
+
+
+if __name__ == "__main__":
+    register()
+    from clip_benchmark.cli import main
+
+    main()

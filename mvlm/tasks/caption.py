@@ -1,0 +1,235 @@
+"""Captions written by mask-predict: all words at once, the least sure ones again.
+
+Training is masked language modelling of a caption from its whole image, with any share of its words masked, and a
+linear layer that predicts a caption's length from the image's [CLS] (Mask-Predict, Ghazvininejad et al., EMNLP 2019).
+To write, captions of the likeliest lengths start as [MASK]s. Each pass predicts all masked words and masks the words
+of lowest probability again. ITM, or the likelihood, chooses among the lengths.
+
+Shape legend: B images, N patches, R captions that are written, W words (tokens without [CLS] and [SEP]) of the longest
+one, M masked tokens, T packed tokens, C width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvlm.errors import ConfigError
+from mvlm.model.attention_backends import KeyIndex
+from mvlm.model.cross_encoder import KeyValueCache
+from mvlm.model.fast import encode_patches, encode_tokens, masked_token_features, project_patches
+from mvlm.model.fast_attention import encode_rows
+from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
+from mvlm.model.packing import PackedText, mask_tokens
+from mvlm.model.residual import Residual
+from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
+from mvlm.objectives.losses import at_least_float32
+from mvlm.tasks.metrics.captions import bleu, cider, tokenize
+from mvlm.tasks.metrics.facts import fact_figures
+from mvlm.tasks.metrics.significance import grouped_bootstrap
+from mvlm.tasks.task import Task, TaskLosses, TaskOptions
+from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer
+
+OTHER_TASKS = ("question_id", "pairID", "identifier", "box")
+"""Fields of metadata by which a sample is a question of another task."""
+
+
+def references(dataset: Dataset) -> list[list[str]]:
+    """All captions of each sample. DataError for a question of another task."""
+    for i in range(len(dataset)):
+        if found := [name for name in OTHER_TASKS if name in dataset.metadata(i)]:
+            raise DataError(
+                f"{dataset.where(i)}: wanted an image with captions, found the field {found[0]}; "
+                f"is it data of another task?"
+            )
+    return [dataset.captions(i) for i in range(len(dataset))]
+
+
+class Captioning(Task):
+    """Captions of images, by the pretrained text decoder and a predictor of lengths."""
+
+    name = "caption"
+    main = "cider_d"
+    unused = (
+        "image_encoder.mask_token", "image_cross", "image_decoder", "pixel_head", "image_projection",
+        "text_projection", "log_scale", "matching_head",
+    )  # fmt: skip
+
+    def __init__(self, model: MaskVLM, options: TaskOptions, state: dict[str, Any]) -> None:
+        super().__init__(model, options, state)
+        self.head = nn.Linear(model.config.width, model.config.text_length - 2)  # logits of the lengths, from 1
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    @classmethod
+    def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
+        """Nothing: captions have no list of labels. ConfigError for a model that is to do without its only input."""
+        if options.blind == "text":
+            raise ConfigError("blind: wanted no or image, got text; a caption is written from the image alone")
+        references(train)
+        return {}
+
+    @classmethod
+    def example(cls, samples: int) -> tuple[dict[str, Any], tuple[()]]:
+        """No state and no targets: the batch has the captions."""
+        return {}, ()
+
+    def loader_options(self) -> dict[str, Any]:
+        """Masks of any share of a caption's words."""
+        return {"uniform_text_masks": True}
+
+    def targets(self, dataset: Dataset) -> tuple[()]:
+        """None: the batch has the captions."""
+        references(dataset)
+        return ()
+
+    def losses_of_step(self, batch: Batch, masks: Masks, targets: Sequence[Tensor], plan: str) -> TaskLosses:
+        """Masked language modelling and the length's cross-entropy, added; and the accuracy of masked tokens.
+
+        Masked language modelling is the mean over captions of the mean over a caption's masked tokens, so that it does
+        not depend on how captions are dealt out to ranks.
+        """
+        batch = self.hide(batch)
+        hidden = mask_tokens(batch.tokens, masks.token_ids, self.config.mask_token_id)
+        v, text = IMPLEMENTATIONS[plan].encode_unmasked(self.model, replace(batch, tokens=hidden))
+        targets_of_masks = batch.tokens.index_select(0, masks.token_ids)  # (M,)
+        bounds = torch.searchsorted(masks.token_ids, batch.cu_seqlens.long())  # (B+1,)
+        caption = torch.searchsorted(bounds[1:], torch.arange(len(masks.token_ids), device=bounds.device), right=True)
+        weights = (at_least_float32(v.new_ones(())) / (len(v) * bounds.diff())).index_select(0, caption)  # (M,)
+        head = self.model.language_head
+        if plan == "fast":
+            x = masked_token_features(self.model, text, KeyValueCache(v), batch, masks)  # (M, C)
+            loss, accuracy = linear_cross_entropy(
+                head.transform(x), head.vocabulary.weight, head.vocabulary.bias, targets_of_masks, weights
+            )
+        else:
+            w, key_mask = text.padded()
+            logits = at_least_float32(self.model.fill_mask(v, w, key_mask, batch.cu_seqlens, masks.token_ids))
+            loss = (weights * F.cross_entropy(logits, targets_of_masks, reduction="none")).sum()
+            accuracy = (logits.argmax(1) == targets_of_masks).float().mean()
+        lengths = batch.cu_seqlens.diff().long() - 3  # of the words, less one
+        return TaskLosses(loss + F.cross_entropy(at_least_float32(self.head(v[:, 0])), lengths), accuracy)
+
+    def predict(self, batch: Batch, plan: str) -> list[dict[str, Any]]:
+        """A caption for each image. The batch's own captions are not read."""
+        images = self.hide(batch).images
+        v = self.model.encode_image(images) if plan == "plain" else encode_patches(
+            self.model, project_patches(self.model, images)
+        )  # (B, 1+N, C)  # fmt: skip
+        candidates = min(self.options.lengths, self.head.out_features)
+        lengths = 1 + self.head(v[:, 0]).topk(candidates).indices.flatten()  # (R,), the R = B x candidates captions
+        of = torch.arange(len(v), device=v.device).repeat_interleave(candidates)
+        writer = Writer(self.model, v, of, lengths, self.tokenizer, plan)
+        writer.write(self.options.order, self.options.iterations)
+        scores = writer.match() if self.options.choose_by == "itm" else writer.mean_log_probability()
+        best = scores.view(-1, candidates).argmax(1)
+        rows = (torch.arange(len(v), device=v.device) * candidates + best).tolist()
+        words, numbers = writer.words.tolist(), lengths.tolist()
+        return [{"caption": self.tokenizer.decode(words[row][: numbers[row]])} for row in rows]
+
+    @staticmethod
+    def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
+        """CIDEr-D x 100 with its 95 % interval over images, BLEU-1 to 4, and the share equal to a reference.
+
+        The references of a sample are all its captions. Where all samples hold their scene, precision and recall of the
+        facts that captions state are added.
+        """
+        wanted = {str(i): texts for i, texts in enumerate(references(dataset))}
+        found = {str(i): record["caption"] for i, record in enumerate(records)}
+        scores = cider(found, wanted)
+        equal = [tokenize(found[key]) in map(tokenize, texts) for key, texts in wanted.items()]
+        metadata = [dataset.metadata(i) for i in range(len(dataset))]
+        images = [str(record.get("image_id", i)) for i, record in enumerate(metadata)]
+        scenes = {str(i): record["scene"] for i, record in enumerate(metadata) if "scene" in record}
+        return {
+            "captions": len(found),
+            "cider_d": 100 * float(scores.mean()),
+            "cider_d_95": [100 * x for x in grouped_bootstrap(scores.tolist(), images)],
+            **{f"bleu_{n}": 100 * value for n, value in enumerate(bleu(found, wanted), 1)},
+            "equal": 100 * sum(equal) / len(equal),
+            **(fact_figures(found, scenes) if len(scenes) == len(found) else {}),
+        }
+
+
+class Writer:
+    """R captions in the making, of fixed lengths.
+
+    Args:
+        v: features of B images (B, 1+N, C).
+        of: image of each caption, int64 (R,).
+        lengths: words of each caption, int64 (R,).
+
+    Attributes:
+        words: int64 (R, W), [MASK] where a word is not decided, and past a caption's length.
+        log_p: (R, W), log-probability with which each word was chosen; 0 past a caption's length.
+    """
+
+    def __init__(self, model: MaskVLM, v: Tensor, of: Tensor, lengths: Tensor, tokenizer: Tokenizer, plan: str) -> None:
+        self.model, self.v, self.of, self.lengths, self.tokenizer, self.plan = model, v, of, lengths, tokenizer, plan
+        self.cache = KeyValueCache(v)
+        self.exists = torch.arange(int(lengths.max()), device=v.device) < lengths[:, None]  # (R, W), True = a word
+        self.words = torch.full(self.exists.shape, model.config.mask_token_id, device=v.device)
+        self.log_p = at_least_float32(v.new_zeros(self.exists.shape))
+
+    def write(self, order: str, iterations: int) -> None:
+        """Decide all words: by mask-predict in `iterations` passes, or from left to right, one in a pass."""
+        places = torch.arange(self.words.shape[1], device=self.v.device)
+        if order == "left-to-right":
+            for place in range(self.words.shape[1]):
+                self.predict(self.exists & (places == place))
+            return
+        self.predict(self.exists)
+        for done in range(1, iterations):
+            again = self.lengths * (iterations - done) // iterations  # (R,), words to choose again
+            if not bool(again.any()):
+                return
+            sure = self.log_p.masked_fill(~self.exists, torch.inf)
+            rank = sure.argsort(dim=1, stable=True).argsort(1)  # (R, W), 0 = the least sure
+            chosen = rank < again[:, None]
+            self.words.masked_fill_(chosen, self.model.config.mask_token_id)
+            self.predict(chosen)
+
+    def predict(self, chosen: Tensor) -> None:
+        """Set the words chosen bool (R, W), which are masked, to the likeliest ones. No word is a special token."""
+        text = self._encode()
+        if self.plan == "plain":
+            w, key_mask = text.padded()
+            x = self.model.text_cross(w, self.v.index_select(0, self.of), key_mask, None)[key_mask]  # (T, C)
+        else:
+            partners = KeyIndex(self.of, len(self.v))
+            x = encode_rows(self.model.text_cross, Residual(text.rows), text.packing, self.cache, partners)
+        rows = F.pad(chosen, (1, 1))[self._tokens()[1]]  # (T,), True = a chosen word
+        logits = at_least_float32(self.model.language_head(x[rows]))
+        logits[:, self.tokenizer.vocab_size :] = -torch.inf
+        special = [self.tokenizer.cls_id, self.tokenizer.sep_id, self.tokenizer.pad_id, self.tokenizer.mask_id]
+        logits[:, special] = -torch.inf
+        values, words = logits.log_softmax(-1).max(-1)
+        self.words[chosen], self.log_p[chosen] = words, values
+
+    def mean_log_probability(self) -> Tensor:
+        """Mean log-probability of each caption's words (R,)."""
+        return self.log_p.sum(1) / self.lengths
+
+    def match(self) -> Tensor:
+        """ITM's log-odds that each caption belongs to its image (R,)."""
+        rows = torch.arange(len(self.of), device=self.of.device)
+        fused = IMPLEMENTATIONS[self.plan].fuse_pairs(self.model, self.v, self._encode(), self.of, rows)
+        logits = at_least_float32(self.model.matching_logits(*fused))
+        return logits[:, 1] - logits[:, 0]
+
+    def _tokens(self) -> tuple[Tensor, Tensor]:
+        """Tokens int64 (R, W + 2) as [CLS] words [SEP], and where they are, bool of this shape, True = a token."""
+        tokens = F.pad(self.words, (1, 1), value=self.tokenizer.cls_id)
+        tokens.scatter_(1, 1 + self.lengths[:, None], self.tokenizer.sep_id)
+        return tokens, torch.arange(tokens.shape[1], device=tokens.device) < self.lengths[:, None] + 2
+
+    def _encode(self) -> PackedText:
+        """Features of the captions as they are."""
+        tokens, kept = self._tokens()
+        bounds = F.pad((self.lengths + 2).cumsum(0), (1, 0)).int()
+        if self.plan == "plain":
+            return self.model.encode_text_packed(tokens[kept], bounds, tokens.shape[1])
+        return encode_tokens(self.model, tokens[kept], bounds, tokens.shape[1])

@@ -1,0 +1,168 @@
+"""Memory and time of fine-tuning: counted on fake tensors for a cluster, and timed on this machine.
+
+Shape legend: B pairs of a microbatch.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mvlm.config.finetune import FinetuneConfig
+from mvlm.costs.cluster_plan import GB, NODES, ClusterSetting, gpu_memory
+from mvlm.costs.fake_batch import fake_microbatch
+from mvlm.costs.recording import Collective
+from mvlm.costs.step_cost import (
+    StepCost,
+    StepShape,
+    autocast_of,
+    counted,
+    give_fake_tensors,
+    step_cost,
+)
+from mvlm.distributed.parallel import checkpoint_activations
+from mvlm.distributed.world import World
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.packing import round_up_length
+from mvlm.tasks.finetune import build_trainer, open_inputs
+from mvlm.tasks.registry import find_task
+from mvlm.tasks.retrieval import WEIGHTS
+from mvlm.tasks.task import TaskOptions
+from mvlm.training.metrics import memory_mb
+from mvlm_kernels.hardware import GPUS
+
+TIMED_STEPS = 3
+
+
+def task_step_cost(task: str, setting: ClusterSetting) -> StepCost:
+    """Count one rank's step of a task by the fast implementation, of one microbatch; of retrieval, of all.
+
+    ConfigError for an unknown task, or one that gives no example to plan with.
+    """
+    kind, config = find_task(task), setting.model
+    shape = StepShape(
+        pairs=setting.pairs,
+        ranks=setting.ranks,
+        microbatches=setting.accumulate,
+        checkpointed=setting.checkpointed,
+    )
+    if kind.whole_batch:
+        return step_cost(config, shape, WEIGHTS)
+    with torch.device("meta"):
+        model = MaskVLM(config)
+    model.set_attention("sdpa", "sdpa")
+    if shape.checkpointed:
+        checkpoint_activations(model)
+    with FakeTensorMode():
+        give_fake_tensors(model)
+        state, targets = kind.example(shape.pairs)
+        # The answer decoder's shapes depend on the questions, so vqa is counted as a classifier.
+        head, (batch, masks) = (
+            kind(model, TaskOptions(answers="classifier"), state),
+            fake_microbatch(config, shape.pairs, shape.tokens, shape.longest),
+        )
+        images = state.get("images", 1)
+        if images > 1:  # a strip of images, side by side
+            batch = replace(batch, images=batch.images.repeat(1, 1, 1, images))
+
+        def step() -> None:
+            with autocast_of(shape):
+                losses = head.losses_of_step(batch, masks, targets, "fast")
+            losses.total.backward()
+
+        # A GPU's host does not know how many tokens the captions have together, and takes a bound.
+        return counted(head, step, images * shape.pairs * round_up_length(batch.max_length), shape.gpu)
+
+
+def format_task_plan(task: str, setting: ClusterSetting, samples: int, epochs: float) -> str:
+    """The plan of a fine-tuning run as text.
+
+    Args:
+        samples: samples of the training split.
+        epochs: passes over it.
+    """
+    cost = task_step_cost(task, setting)
+    node, gpu = NODES[setting.gpu], GPUS[setting.gpu]
+    repeats = 1 if find_task(task).whole_batch else setting.accumulate
+    flops = repeats * (cost.forward + cost.backward)
+    computing = flops / (gpu.flops * setting.mfu)
+    reduced = setting.links.seconds(Collective("all-reduce", "gradients", 4 * cost.parameters, setting.ranks))
+    parts, step = gpu_memory(setting, cost), computing + reduced
+    total, steps = sum(parts.values()), samples * epochs / setting.batch_size
+    return "\n".join(
+        [
+            f"fine-tuning on {task}: {setting.ranks} x {setting.gpu}, images of {setting.model.image_size} px, "
+            f"{setting.batch_size:,} samples per step in microbatches of {setting.pairs}",
+            f"{cost.parameters / 1e6:.1f} M parameters; "
+            f"{flops * setting.ranks / setting.batch_size / GB:.1f} GFLOP per sample",
+            "",
+            "Memory per GPU, GB",
+            *(f"  {name:<34}{size / GB:10.2f}" for name, size in parts.items()),
+            f"  {'all':<34}{total / GB:10.2f}   of {node.memory / GB:.0f}"
+            + ("" if total < 0.9 * node.memory else "   DOES NOT FIT: more microbatches or checkpointed activations"),
+            "",
+            "A step, milliseconds",
+            f"  {'forward and backward':<34}{1e3 * computing:10.1f}",
+            f"  {'gradients, after them':<34}{1e3 * reduced:10.1f}",
+            f"{setting.batch_size / step:,.0f} samples/s; {steps:,.0f} steps, {steps * step / 3600:,.2f} hours",
+            "",
+            "Assumed",
+            f"  {setting.mfu:.0%} of {gpu.flops / 1e12:.0f} TFLOP/s in bf16 ({gpu.source}); no GPU has timed this",
+            "  all weights of the network train; texts of 12 tokens (at most 30); the head of the published data set,",
+            "  of vqa the classifier's",
+            "  gradients are reduced after the backward pass, not during it; exchanged features are not counted",
+            "  not counted: optimizer step, loader, evaluation, checkpoints, allocator overhead",
+        ]
+    )
+
+
+class Trial(NamedTuple):
+    """A few steps of fine-tuning on this machine."""
+
+    loader: float
+    """Samples per second of the loader alone."""
+    model: float
+    """Samples per second of the model alone."""
+    memory_mb: float
+    """Peak of tensors on a GPU, or resident memory of the process on a CPU."""
+    parameters: int
+
+
+def try_steps(config: FinetuneConfig, device: torch.device) -> Trial:
+    """Time the loader alone and the steps alone. It writes nothing.
+
+    ConfigError, RunError and DataError as `mvlm.tasks.finetune.finetune`; torch.OutOfMemoryError.
+    """
+    trainer = build_trainer(open_inputs(config), World(rank=0, size=1, local_rank=0, device=device), "")
+    batches = iter(trainer.loader)
+    batch, masks = next(batches)
+    micro = [(batch.to(device), masks.to(device))]
+
+    def step() -> None:
+        trainer.forward_backward(micro)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad(set_to_none=True)
+
+    try:
+        loader = len(batch.images) / _seconds(lambda: next(batches), device)
+        step()
+        model = len(batch.images) / _seconds(step, device)
+    finally:
+        trainer.loader.close()
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    return Trial(loader, model, memory_mb(device), parameters)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Mean seconds of one call of `work`."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - started) / TIMED_STEPS

@@ -1,0 +1,166 @@
+"""Answer decoder of MaskVLM: a fusion block over both cross-modality encoders, and an autoregressive decoder.
+
+The fusion block reads the text encoder's rows as queries and the image encoder's as keys and values. The decoder has
+the shape of the text cross-modality encoder, with causal self-attention; it attends to the fused question and predicts
+`answer [SEP]` from `[CLS]`. Where the paper is silent, the choice is ALBEF's: both start from the weights of the text
+cross-modality encoder, words and positions are the text encoder's, logits the language head's.
+
+Shape legend: B questions, T packed tokens, L tokens of the longest question, N patches, R answers that are decoded,
+A tokens of the longest answer, Q packed answer tokens, C width, V vocabulary.
+"""
+
+import copy
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvlm.model.attention_backends import KeyIndex
+from mvlm.model.cross_encoder import CrossEncoder, KeyValueCache
+from mvlm.model.fast import make_caches
+from mvlm.model.fast_attention import encode_rows
+from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
+from mvlm.model.packing import PackedText, Packing
+from mvlm.model.residual import Residual
+from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
+from mvlm.objectives.losses import at_least_float32
+from mvlm_dataloading import Batch, Tokenizer
+
+LOGITS_AT_A_TIME = 1 << 24
+"""Most logits that exist at a time while answers are ranked: 64 MiB in fp32."""
+
+
+class Answers(NamedTuple):
+    """Packed answers, each as [CLS] words [SEP]. Inputs leave out the last token, targets the first."""
+
+    tokens: Tensor
+    """int64 (Q,), input tokens."""
+    targets: Tensor
+    """int64 (Q,), the token after each."""
+    packing: Packing
+    """Layout of both."""
+
+
+class AnswerTable(nn.Module):
+    """Tokens of a list of answers, (answers, A + 1) each [CLS] words [SEP] and padding. Nothing of it is saved."""
+
+    def __init__(self, answers: Sequence[str], tokenizer: Tokenizer, text_length: int) -> None:
+        super().__init__()
+        tokens, lengths = tokenizer.encode(answers, text_length)
+        rows = torch.zeros(len(answers), int(lengths.max()), dtype=torch.int64)
+        rows[torch.arange(rows.shape[1]) < torch.from_numpy(lengths)[:, None]] = torch.from_numpy(tokens)
+        self.tokens: Tensor
+        self.lengths: Tensor
+        self.register_buffer("tokens", rows, persistent=False)
+        self.register_buffer("lengths", torch.from_numpy(lengths), persistent=False)
+
+    def select(self, answers: Tensor) -> Answers:
+        """The answers int64 (R,), packed. On a GPU the host waits for their number of tokens."""
+        tokens, lengths = self.tokens[answers], self.lengths[answers] - 1  # (R, A + 1), (R,)
+        kept = torch.arange(tokens.shape[1] - 1, device=tokens.device) < lengths[:, None]  # (R, A), True = a token
+        inputs, targets = tokens[:, :-1][kept], tokens[:, 1:][kept]
+        bounds = F.pad(lengths.cumsum(0), (1, 0)).int()
+        return Answers(inputs, targets, Packing(bounds, tokens.shape[1] - 1, len(inputs)))
+
+
+class AnswerDecoder(nn.Module):
+    """The fusion block and the decoder, both from copies of the model's text cross-modality encoder."""
+
+    def __init__(self, model: MaskVLM) -> None:
+        super().__init__()
+        self.fusion: CrossEncoder = copy.deepcopy(model.text_cross)
+        self.fusion.blocks = self.fusion.blocks[-1:]
+        self.decoder: CrossEncoder = copy.deepcopy(model.text_cross)
+
+    def question(self, model: MaskVLM, batch: Batch, plan: str) -> PackedText:
+        """Fused features of the questions of a batch, (T, C) and their layout: what the decoder attends to."""
+        v, text = IMPLEMENTATIONS[plan].encode_unmasked(model, batch)
+        if plan == "plain":
+            w, key_mask = text.padded()  # (B, L, C), (B, L), True = a token
+            image = model.image_cross(v, w, None, key_mask)  # (B, 1+N, C)
+            caption = model.text_cross(w, v, key_mask, None)
+            return PackedText(text.packing.unpad(self.fusion(caption, image, key_mask, None)), text.packing)
+        caches = make_caches(v, text)
+        packing = caches.text.packing
+        assert packing is not None
+        image = encode_rows(model.image_cross, Residual(v), None, caches.text)
+        caption = encode_rows(model.text_cross, Residual(text.rows), packing, caches.image)
+        return PackedText(encode_rows(self.fusion, Residual(caption), packing, KeyValueCache(image)), packing)
+
+    def forward(self, model: MaskVLM, question: PackedText, answers: Answers, of: Tensor, plan: str) -> Tensor:
+        """Features (Q, C) of the tokens of R answers; answer r belongs to question of[r], int64 (R,)."""
+        rows = model.text_encoder.embed(answers.tokens, answers.packing.position)
+        if plan == "plain":
+            memory, memory_mask = question.padded()
+            x, key_mask = answers.packing.pad(rows.x), answers.packing.key_mask  # (R, A, C), (R, A), True = a token
+            x = self.decoder(x, memory.index_select(0, of), key_mask, memory_mask[of], causal=True)
+            return answers.packing.unpad(x)
+        cache = KeyValueCache(question.rows, question.packing)
+        partners = KeyIndex(of, len(question.packing))
+        return encode_rows(self.decoder, rows, answers.packing, cache, partners, causal=True)
+
+    def loss(
+        self, model: MaskVLM, question: PackedText, answers: Answers, of: Tensor, weights: Tensor, plan: str
+    ) -> tuple[Tensor, Tensor]:
+        """Sum of the R answers' negative log-likelihoods, each times its weight (R,); and the accuracy of tokens."""
+        x = self(model, question, answers, of, plan)
+        each = weights.index_select(0, answers.packing.sequence_of_row)  # (Q,)
+        head = model.language_head
+        if plan == "fast":
+            return linear_cross_entropy(
+                head.transform(x), head.vocabulary.weight, head.vocabulary.bias, answers.targets, each
+            )
+        logits = at_least_float32(head(x))  # (Q, V)
+        loss = (each * F.cross_entropy(logits, answers.targets, reduction="none")).sum()
+        return loss, (logits.argmax(1) == answers.targets).float().mean()
+
+    def log_likelihoods(self, model: MaskVLM, question: PackedText, answers: Answers, of: Tensor, plan: str) -> Tensor:
+        """Log-likelihood of each of R answers, [SEP] included, float32 (R,)."""
+        x = self(model, question, answers, of, plan)
+        rows = max(1, LOGITS_AT_A_TIME // model.config.vocab_size)
+        found = [
+            at_least_float32(model.language_head(part)).log_softmax(-1).gather(1, targets[:, None])
+            for part, targets in zip(x.split(rows), answers.targets.split(rows), strict=True)
+        ]
+        return answers.packing.pad(torch.cat(found)).sum((1, 2))
+
+    def rank(self, model: MaskVLM, question: PackedText, table: AnswerTable, listed: int, k: int, plan: str) -> Tensor:
+        """The likeliest of the first `listed` answers of a table for each question: int64 (B,).
+
+        The k answers with the most probable first tokens are candidates; each is judged by its whole likelihood, in
+        which the first token counts once.
+        """
+        number, device = len(question.packing), question.rows.device
+        log_p = self._next_tokens(model, question, table.tokens[:1, :1].expand(number, 1), plan)  # (B, V)
+        first = log_p.index_select(1, table.tokens[:listed, 1])  # (B, listed)
+        # Answers may share their first token. A stable sort then takes those that are earlier on the list.
+        candidates = first.sort(dim=1, descending=True, stable=True).indices[:, :k]  # (B, k)
+        of = torch.arange(number, device=device).repeat_interleave(candidates.shape[1])
+        scores = self.log_likelihoods(model, question, table.select(candidates.flatten()), of, plan)
+        best = scores.view(candidates.shape).argmax(1, keepdim=True)
+        return candidates.gather(1, best).squeeze(1)
+
+    def generate(self, model: MaskVLM, question: PackedText, tokenizer: Tokenizer, longest: int, plan: str) -> Tensor:
+        """The answer of each question by greedy decoding: int64 (B, up to `longest`), ends with [SEP] repeated."""
+        number, device = len(question.packing), question.rows.device
+        tokens = torch.full((number, 1), tokenizer.cls_id, device=device)
+        ended = torch.zeros(number, dtype=torch.bool, device=device)
+        while tokens.shape[1] < longest and not bool(ended.all()):
+            log_p = self._next_tokens(model, question, tokens, plan)[:, : tokenizer.vocab_size]
+            log_p[:, [tokenizer.cls_id, tokenizer.pad_id, tokenizer.mask_id]] = -torch.inf
+            chosen = log_p.argmax(1).masked_fill(ended, tokenizer.sep_id)
+            ended |= chosen == tokenizer.sep_id
+            tokens = torch.cat([tokens, chosen[:, None]], 1)
+        return tokens[:, 1:]
+
+    def _next_tokens(self, model: MaskVLM, question: PackedText, tokens: Tensor, plan: str) -> Tensor:
+        """Log-probabilities (B, V) of the token after each of B prefixes of equal length, int64 (B, A)."""
+        number, length = tokens.shape
+        bounds = length * torch.arange(number + 1, device=tokens.device, dtype=torch.int32)
+        flat = tokens.flatten()
+        answers = Answers(flat, flat, Packing(bounds, length, len(flat)))
+        x = self(model, question, answers, torch.arange(number, device=tokens.device), plan)
+        last = x.unflatten(0, (number, length))[:, -1]
+        return at_least_float32(model.language_head(last)).log_softmax(-1)

@@ -1,0 +1,1 @@
+"""Recognition with frozen features: zero-shot by class names, linear probe, few-shot."""

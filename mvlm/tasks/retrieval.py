@@ -1,0 +1,119 @@
+"""Image-text retrieval: fine-tuning with ITC and ITM alone, over the global batch.
+
+All pairs of a batch that share the image or the caption text are right answers of one another: ITC's target gives them
+equal shares (ALBEF), and ITM never draws one as a negative. Evaluation is that of `mvlm.evaluation.retrieval`, so
+`mvlm eval retrieval` takes a fine-tuned run as it takes a pretraining run.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from mvlm.config.finetune import FinetuneConfig
+from mvlm.device import autocast
+from mvlm.distributed.global_batch import backward_global
+from mvlm.distributed.loss_shares import Microbatch
+from mvlm.distributed.parallel import Parallel
+from mvlm.distributed.world import World
+from mvlm.errors import ConfigError
+from mvlm.evaluation.features import encode_split
+from mvlm.evaluation.retrieval import rank_all, recall
+from mvlm.evaluation.workspace import Workspace
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.objectives.losses import LossWeights
+from mvlm.tasks.task import Task, TaskOptions
+from mvlm_dataloading import DataError, Dataset, Tokenizer
+
+T = TypeVar("T")
+WEIGHTS = LossWeights(mlm=0, mim=0, itc=1, itm=1)
+OF_OTHER_TASKS = {"question_id": "vqa", "pairID": "entailment", "identifier": "pairs"}
+"""Fields of metadata that only questions of another task have."""
+
+
+class RetrievalLosses(NamedTuple):
+    """Losses and accuracies of a global batch: scalars without gradient."""
+
+    total: Tensor
+    itc: Tensor
+    itm: Tensor
+    itc_accuracy: Tensor
+    itm_accuracy: Tensor
+
+
+@dataclass(frozen=True)
+class _Network:
+    """The network of a task, called through the task's own `Parallel`."""
+
+    task: Parallel
+
+    @property
+    def model(self) -> MaskVLM:
+        return self.task.model.model
+
+    def __call__(self, function: Callable[[Any], T], last: bool = True) -> T:
+        return self.task(lambda task: function(task.model), last)
+
+
+class Retrieval(Task):
+    """Retrieval of captions for an image and of images for a caption. It has no head of its own."""
+
+    name = "retrieval"
+    main = "mean_r1"
+    whole_batch = True
+    unused = ("image_encoder.mask_token", "image_decoder", "pixel_head", "language_head")
+
+    @classmethod
+    def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
+        """No state. DataError if the data are questions of another task, ConfigError if a modality is to be hidden."""
+        if options.blind != "no":
+            raise ConfigError(f"blind: wanted no, got {options.blind}; retrieval without a modality is chance")
+        known = [OF_OTHER_TASKS[name] for name in train.metadata(0) if name in OF_OTHER_TASKS]
+        if known:
+            raise DataError(
+                f"{train.where(0)}: wanted images with captions, found a sample of the task {known[0]}; "
+                f"name a data set of images and captions"
+            )
+        return {}
+
+    def targets(self, dataset: Dataset) -> Sequence[Tensor]:
+        """None: the right answers follow from the ids of a batch."""
+        return ()
+
+    def backward(
+        self, parallel: Parallel, microbatches: list[Microbatch], world: World, config: FinetuneConfig, step: int
+    ) -> RetrievalLosses:
+        """Compute the losses of the global batch, equal on all ranks, and the parameters' gradients."""
+        found = backward_global(
+            _Network(parallel),  # pyright: ignore[reportArgumentType]
+            microbatches,
+            world,
+            seed=config.seed,
+            step=step,
+            plan=config.plan,
+            weights=WEIGHTS,
+            shared_positives=True,
+            autocast=partial(autocast, world.device, config.precision),
+        )
+        return RetrievalLosses(found.total, found.itc, found.itm, found.itc_accuracy, found.itm_accuracy)
+
+    @torch.no_grad()
+    def evaluate(
+        self, dataset: Dataset, tokenizer: Tokenizer, precision: str, workspace: Workspace
+    ) -> dict[str, float]:
+        """Recall on a split, re-ranked by ITC and ITM together; `mean_r1` is the mean of both directions.
+
+        EvaluationStopped if the workspace asks for an early end. The model's mode is restored.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            features = encode_split(self.model, dataset, tokenizer, precision, workspace)
+            ranks = rank_all(self.model, features, self.options.rerank, precision, workspace=workspace, answers=False)
+        finally:
+            self.train(was_training)
+        figures = {f"{name}_{r}": value for name, found in ranks.items() for r, value in recall(found.itm).items()}
+        return {"mean_r1": (figures["tr_r1"] + figures["ir_r1"]) / 2, **figures}

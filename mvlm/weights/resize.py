@@ -1,0 +1,62 @@
+"""A trained model for images of another size or texts of another length: its position embeddings resized.
+
+Shape legend: N patches, L tokens, C width.
+"""
+
+import logging
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mvlm.errors import ConfigError
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.weights.load import resize_positions
+
+log = logging.getLogger(__name__)
+
+IMAGE, TEXT = "image_encoder.position", "text_encoder.position"
+
+
+def resized_model(
+    model: MaskVLM, image_size: int | None = None, text_length: int | None = None, trained: bool = False
+) -> MaskVLM:
+    """A model with the same weights for images of another size or texts of another length, or the model itself.
+
+    Positions of the image are interpolated on their grid (bicubic, as in timm); [CLS] keeps its own. Positions of the
+    text are the first ones; those past the pretrained length start from random values, as in pretraining. The log says
+    what was resized.
+
+    Args:
+        image_size: side in pixels; None for the model's.
+        text_length: longest text in tokens; None for the model's.
+        trained: refuse random values, because nothing will train them.
+
+    Raises:
+        ConfigError: the size is not one that the model can have, or `trained` and the text is longer.
+    """
+    before = model.config
+    config = replace(before, image_size=image_size or before.image_size, text_length=text_length or before.text_length)
+    if config == before:
+        return model
+    if trained and config.text_length > before.text_length:
+        raise ConfigError(
+            f"text_length: wanted at most the {before.text_length} tokens that the model was trained with, got "
+            f"{config.text_length}; fine-tune it with --question-length {config.text_length} first"
+        )
+    resized = MaskVLM(config)
+    tensors = dict(model.state_dict())
+    image, text = tensors[IMAGE], tensors[TEXT]
+    tensors[IMAGE] = resize_positions(image, config.image_size // config.patch_size)
+    tensors[TEXT] = extend_positions(text, resized.text_encoder.position.detach().to(text.device))
+    for name, old in ((IMAGE, image), (TEXT, text)):
+        if tensors[name].shape != old.shape:
+            log.info("%s: resized from %s to %s", name, tuple(old.shape), tuple(tensors[name].shape))
+    resized.load_state_dict(tensors)
+    return resized.to(image.device, image.dtype).train(model.training)
+
+
+def extend_positions(old: Tensor, fresh: Tensor) -> Tensor:
+    """Positions (L, C) with the shape of `fresh`: the first rows of `old`, and rows of `fresh` where `old` has none."""
+    length = min(len(old), len(fresh))
+    return torch.cat([old[:length], fresh[length:].to(old.dtype)])

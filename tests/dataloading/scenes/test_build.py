@@ -1,0 +1,147 @@
+"""Built data sets of composed scenes: their images, splits, licences and bytes."""
+
+import io
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvlm_dataloading import DataError, build_scenes, open_dataset
+from mvlm_dataloading.scenes.artwork import openmoji, twemoji
+from mvlm_dataloading.scenes.build import TASKS
+from mvlm_dataloading.scenes.draw import TONES, Painter
+from mvlm_dataloading.scenes.kinds import NOUNS, SHAPES, Kind
+from mvlm_dataloading.scenes.layout import GROUNDS, SIDE, Scene, place
+from mvlm_dataloading.scenes.photos import PHOTOS
+from mvlm_dataloading.scenes.vocabulary import SPLITS
+from support.debian import write_package
+
+SIZES: dict[str, Any] = {"train": 8, "validation": 4, "test": 4}
+
+
+def photo(number: int) -> bytes:
+    image = Image.new("RGBA", (30 + number, 40), (3 * number, 90, 255 - 3 * number, 255))
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return png.getvalue()
+
+
+@pytest.fixture(scope="module")
+def stamps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    files = {f"{name}.png": photo(number) for number, name in enumerate(PHOTOS.values())}
+    return write_package(tmp_path_factory.mktemp("stamps") / "x.deb", files, "usr/share/tuxpaint/stamps")
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory, stamps: Path) -> Path:
+    return build_scenes(tmp_path_factory.mktemp("scenes") / "out", **SIZES, stamps=stamps, workers=1)
+
+
+@pytest.fixture(scope="module")
+def artworks():
+    return openmoji(), twemoji()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_all_splits(scenes: Path, task: str) -> None:
+    description = json.loads((scenes / task / "dataset.json").read_text())
+    assert set(description["splits"]) == set(SPLITS)
+    assert description["rejected"] == {}
+    assert description["licence"] == "CC BY 4.0; CC BY-SA 4.0; GPL-2: see each sample"
+    licences = dict.fromkeys(SPLITS, "CC BY-SA 4.0") | {"artist": "CC BY 4.0", "photo": "GPL-2"}
+    for split in SPLITS:
+        dataset = open_dataset(scenes / task, split)
+        assert len(dataset) >= SIZES.get(split, 4)
+        images = 2 if task == "pairs" else 1
+        for i in range(len(dataset)):
+            metadata = dataset.metadata(i)
+            assert metadata["licence"] == licences[split]
+            assert metadata["attribution"]
+            assert Image.open(io.BytesIO(dataset.image_bytes(i))).size == (images * SIDE, SIDE)
+            codes = {
+                one["code"] for scene in metadata.get("scenes", [metadata.get("scene")]) for one in scene["objects"]
+            }
+            assert all(("/" in code) == (split == "photo") for code in codes)  # a stamp's path, or code points
+
+
+@pytest.mark.slow
+def test_boxes_hold_what_is_drawn(scenes: Path) -> None:
+    dataset = open_dataset(scenes / "grounding", "test")
+    for i in range(len(dataset)):
+        image = np.array(Image.open(io.BytesIO(dataset.image_bytes(i)))).astype(int)  # (128, 128, 3)
+        outside = np.ones((SIDE, SIDE), bool)
+        for one in dataset.metadata(i)["scene"]["objects"]:
+            x, y, wide, high = one["box"]
+            outside[y : y + high, x : x + wide] = False
+            for edge in (image[y : y + 2, x : x + wide], image[y : y + high, x : x + 2]):
+                assert np.abs(edge - image[0 if y else -1, 0 if x else -1]).max() > 20  # the drawing reaches its box
+        assert len(np.unique(image[outside], axis=0)) <= 2  # a ground of at most two tones
+
+
+@pytest.mark.slow
+def test_processes_change_no_byte_and_finished_sets_are_kept(scenes: Path, stamps: Path, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"train": 201, "validation": 12, "test": 12}
+    one, two = (build_scenes(tmp_path / str(n), **sizes, tasks=("entailment",), workers=n) for n in (1, 2))
+    names = sorted(path.name for path in (one / "entailment").iterdir())
+    assert names == sorted(path.name for path in (two / "entailment").iterdir())
+    assert "photo-000000.tar" not in names
+    for name in names:
+        assert (one / "entailment" / name).read_bytes() == (two / "entailment" / name).read_bytes()
+    before = (one / "entailment" / "dataset.json").stat()
+    build_scenes(one, **sizes, tasks=("entailment",))
+    assert (one / "entailment" / "dataset.json").stat() == before
+    with pytest.raises(DataError):
+        build_scenes(one, **sizes, seed=1, tasks=("entailment",))
+
+
+def test_wrong_wishes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"tasks: wanted some of vqa, .*, got nlvr"):
+        build_scenes(tmp_path / "out", tasks=("vqa", "nlvr"))
+    with pytest.raises(DataError, match="wanted sizes of at least 1"):
+        build_scenes(tmp_path / "out", train=0)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_no_background_hides_a_kind_of_either_artist(artworks) -> None:
+    kinds = [Kind(shape, colour).text for shape, colours in SHAPES.items() for colour in colours] + list(NOUNS)
+    for art in artworks:
+        assert set(art.images) == set(kinds)
+        for kind in kinds:
+            cutout = Image.open(io.BytesIO(art.images[kind]))
+            assert max(cutout.size) == 80
+            cutout.thumbnail((36, 36))
+            pixels = np.array(cutout).astype(int)  # (height, width, 4)
+            pixels = pixels[pixels[..., 3] > 128][:, :3]
+            for tone in TONES:
+                assert (np.abs(pixels - tone).sum(-1) > 70).mean() > 0.3, (art.name, kind, tone)
+
+
+def test_grounds_differ_and_a_card_hides_all_behind_it() -> None:
+    painter = Painter({"dog": photo(0)})
+    grounds = {painter.image(Scene(number, ())).tobytes() for number in range(GROUNDS)}
+    assert len(grounds) == GROUNDS
+    scene = place(random.Random(0), [Kind("dog")])
+    covered = Scene(scene.ground, scene.objects, card=scene.objects[0].cell)
+    empty = Scene(scene.ground, (), card=covered.card)
+    assert painter.image(covered).tobytes() == painter.image(empty).tobytes()
+    assert painter.image(scene).tobytes() != painter.image(Scene(scene.ground, ())).tobytes()
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+
+    def png(self: Painter, scenes: object) -> bytes:
+        drawn.append(scenes)
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Painter, "png", png)
+    with pytest.raises(OSError, match="full"):
+        build_scenes(tmp_path / "out", **SIZES, tasks=("caption",), workers=1)
+    assert len(drawn) == 1
+    assert list((tmp_path / "out").iterdir()) == []

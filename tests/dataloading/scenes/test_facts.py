@@ -1,0 +1,115 @@
+"""Facts of captions and of scenes, and the captions that scenes get."""
+
+import pytest
+
+from mvlm_dataloading.scenes.build import metadata_of
+from mvlm_dataloading.scenes.captions import make_captions
+from mvlm_dataloading.scenes.facts import is_true, scene_facts, stated_facts
+from mvlm_dataloading.scenes.kinds import NOUNS, plural, with_article
+from mvlm_dataloading.scenes.photos import PHOTOS
+from mvlm_dataloading.scenes.vocabulary import SPLITS, vocabulary
+from support.scene_oracle import PLAIN
+
+SCENE = {
+    "size": [128, 128],
+    "objects": [
+        {"name": "dog", "colour": None, "box": [0, 0, 40, 40]},
+        {"name": "heart", "colour": "red", "box": [80, 0, 40, 40]},
+        {"name": "heart", "colour": "red", "box": [80, 80, 40, 40]},
+    ],
+}
+FACTS = [
+    ("a dog", {("object", "dog"), ("count", "dog", 1)}),
+    ("The Dog!", {("object", "dog")}),
+    ("dogs", {("object", "dog")}),
+    ("a hot dog and doghouses", {("object", "dog")}),  # words between an article and a noun are not understood
+    ("no dog", {("count", "dog", 0)}),
+    ("two red hearts", {("object", "heart"), ("colour", "heart", "red"), ("count", "red heart", 2)}),
+    ("three geese", {("object", "goose"), ("count", "goose", 3)}),
+    ("a t-shirt", {("object", "t-shirt"), ("count", "t-shirt", 1)}),
+    ("an evergreen tree", {("object", "evergreen tree"), ("count", "evergreen tree", 1)}),
+    ("the dog is left of the cat", {("object", "dog"), ("object", "cat"), ("relation", "dog", "left", "cat")}),
+    (
+        "a dog above a red heart",
+        {("object", "dog"), ("count", "dog", 1), ("object", "heart"), ("colour", "heart", "red"),
+         ("count", "red heart", 1), ("relation", "dog", "above", "red heart")},
+    ),
+    ("the dog. below the cat", {("object", "dog"), ("object", "cat")}),
+    ("nothing to see", set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("caption, facts", FACTS)
+def test_captions_state_facts(caption: str, facts: set) -> None:
+    assert stated_facts(caption) == facts
+
+
+TRUE = [
+    ("object", "dog"), ("colour", "heart", "red"), ("count", "heart", 2), ("count", "red heart", 2),
+    ("count", "cat", 0), ("relation", "dog", "left", "heart"), ("relation", "red heart", "below", "dog"),
+    ("relation", "heart", "above", "heart"),
+]  # fmt: skip
+FALSE = [
+    ("object", "cat"), ("colour", "heart", "blue"), ("count", "dog", 2), ("count", "blue heart", 2),
+    ("relation", "dog", "right", "heart"), ("relation", "dog", "below", "heart"), ("relation", "dog", "above", "dog"),
+]  # fmt: skip
+
+
+def test_facts_are_true_or_false_of_a_scene() -> None:
+    assert [is_true(fact, SCENE) for fact in TRUE] == [True] * len(TRUE)
+    assert [is_true(fact, SCENE) for fact in FALSE] == [False] * len(FALSE)
+    with pytest.raises(ValueError, match="wanted a fact"):
+        is_true(("size", "dog", 3), SCENE)
+
+
+def test_a_side_needs_more_than_a_quarter_of_the_image() -> None:
+    for distance, holds in ((32, False), (33, True)):
+        boxes = [
+            {"name": "dog", "colour": None, "box": [0, 9, 8, 4]},
+            {"name": "cat", "colour": None, "box": [distance, 0, 8, 9]},
+        ]
+        scene = {"size": [128, 128], "objects": boxes}
+        assert is_true(("relation", "dog", "left", "cat"), scene) == holds
+        assert is_true(("relation", "cat", "right", "dog"), scene) == holds
+
+
+def test_facts_of_a_scene() -> None:
+    assert scene_facts(SCENE["objects"]) == {
+        ("object", "dog"), ("count", "dog", 1),
+        ("object", "heart"), ("colour", "heart", "red"), ("count", "red heart", 2),
+    }  # fmt: skip
+
+
+def test_plurals_and_articles() -> None:
+    wanted = {
+        "fox": "foxes",
+        "bus": "buses",
+        "fly": "flies",
+        "butterfly": "butterflies",
+        "wolf": "wolves",
+        "toy": "toys",
+    }
+    wanted |= {"red heart": "red hearts", "evergreen tree": "evergreen trees", "church": "churches", "scarf": "scarves"}
+    assert {one: plural(one) for one in wanted} == wanted
+    assert with_article("owl") == "an owl"
+    assert with_article("unicorn") == "a unicorn"
+    assert len({plural(noun) for noun in NOUNS}) == len(set(NOUNS)) == len(NOUNS)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_captions_of_scenes_state_true_facts_and_all_of_them(split: str) -> None:
+    kinds = vocabulary(split, PHOTOS if split == "photo" else PLAIN.shapes)
+    samples = make_captions(f"0 caption {split}", kinds, 200)
+    told = 0
+    for number, sample in enumerate(samples):
+        scene = metadata_of(sample, PLAIN, "caption", split, number)["scene"]
+        assert 3 <= len(sample.captions) <= 5
+        for place, caption in enumerate(sample.captions):
+            facts = stated_facts(caption)
+            assert all(is_true(fact, scene) for fact in facts), (caption, scene)
+            relations = [fact for fact in facts if fact[0] == "relation"]
+            assert bool(relations) == (place > 2), caption
+            told += len(relations)
+            if place != 3:
+                assert scene_facts(scene["objects"]) <= facts, caption
+    assert told > 100

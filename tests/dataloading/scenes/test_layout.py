@@ -1,0 +1,79 @@
+"""Layout of scenes: sizes, sides and cards."""
+
+import random
+
+import pytest
+
+from mvlm_dataloading.scenes.kinds import SIDES, Kind
+from mvlm_dataloading.scenes.layout import CARD, SIDE, beside, boxes, card_box, is_beside, place
+
+DOG, CAT = Kind("dog"), Kind("cat")
+SHAPES = {"dog": (80, 80), "cat": (80, 31)}
+
+
+def overlap(one: list[int], other: list[int]) -> bool:
+    return all(one[i] < other[i] + other[i + 2] and other[i] < one[i] + one[i + 2] for i in (0, 1))
+
+
+def test_objects_lie_in_the_image_and_never_overlap() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        scene = place(rng, [rng.choice((DOG, CAT)) for _ in range(rng.randint(1, 5))])
+        found = boxes(scene, SHAPES)
+        for number, (x, y, wide, high) in enumerate(found):
+            assert 32 <= max(wide, high) <= 40
+            assert min(x, y) >= 0
+            assert max(x + wide, y + high) <= SIDE
+            assert not any(overlap(found[number], other) for other in found[number + 1 :])
+        assert [
+            high * 80 // wide in (30, 31, 32)
+            for (_, _, wide, high), one in zip(found, scene.objects, strict=True)
+            if one.kind == CAT
+        ].count(False) == 0
+
+
+def test_sides_are_clear_in_pixels() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        scene = place(rng, [DOG, DOG])
+        (x, y, w, h), (u, v, p, q) = boxes(scene, SHAPES)
+        across, down = u + p / 2 - x - w / 2, v + q / 2 - y - h / 2
+        one, other = scene.objects
+        for side, distance in {"left": across, "right": -across, "above": down, "below": -down}.items():
+            assert is_beside(one, side, other) == (distance > SIDE / 4)
+            assert is_beside(one, side, other) or distance < SIDE / 10
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_cells_beside_a_cell(side: str) -> None:
+    rng = random.Random(0)
+    seen = set()
+    for _ in range(200):
+        subject, anchor, free = beside(rng, side)
+        one, other, *others = place(rng, [DOG, CAT, DOG, DOG], [subject, anchor, *free[:2]]).objects
+        assert is_beside(one, side, other)
+        assert one.row == other.row or one.column == other.column
+        assert not any(is_beside(further, side, other) for further in others)
+        seen.add((subject, anchor))
+    assert len(seen) == 9  # three lines, three pairs of places in each
+
+
+def test_a_card_hides_its_cell_and_nothing_else() -> None:
+    rng = random.Random(0)
+    for _ in range(300):
+        scene = place(rng, [DOG] * 5)
+        for one, box in zip(scene.objects, boxes(scene, SHAPES), strict=True):
+            left, top, right, bottom = card_box(one.cell)
+            x, y, wide, high = box
+            assert left <= x < x + wide <= right
+            assert top <= y < y + high <= bottom
+            for other, there in zip(scene.objects, boxes(scene, SHAPES), strict=True):
+                assert other is one or not overlap([left, top, right - left, bottom - top], there)
+    assert card_box(4) == (64 - CARD // 2, 64 - CARD // 2, 64 + CARD // 2, 64 + CARD // 2)
+
+
+def test_edits_change_one_kind_or_exchange_two() -> None:
+    scene = place(random.Random(0), [DOG, CAT, CAT])
+    assert [one.kind for one in scene.with_kind(1, DOG).objects] == [DOG, DOG, CAT]
+    assert [one.kind for one in scene.swapped(0, 2).objects] == [CAT, CAT, DOG]
+    assert [one.cell for one in scene.swapped(0, 2).objects] == [one.cell for one in scene.objects]

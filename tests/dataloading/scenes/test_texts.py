@@ -1,0 +1,221 @@
+"""Texts of composed scenes: true by an independent oracle, balanced for every text, and at chance without the image."""
+
+import re
+from collections import Counter, defaultdict
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mvlm_dataloading.scenes.build import TASKS, metadata_of
+from mvlm_dataloading.scenes.kinds import HELD_COLOURS, NOUNS, SIDES, held_side, is_unseen
+from mvlm_dataloading.scenes.photos import PHOTOS
+from mvlm_dataloading.scenes.vocabulary import SPLITS, vocabulary
+from support.scene_oracle import PLAIN, answer, called, entail, judge, on_side
+
+BALANCED = ("vqa", "pairs", "entailment")
+SIZES = {"train": 720}
+each_split = pytest.mark.parametrize("split", SPLITS)
+Row = tuple[str, dict[str, Any]]
+
+
+@cache
+def rows(task: str, split: str) -> list[Row]:
+    """First caption and metadata of samples."""
+    kinds = vocabulary(split, PHOTOS if split == "photo" else PLAIN.shapes)
+    samples = TASKS[task](f"0 {task} {split}", kinds, SIZES.get(split, 240))
+    return [(s.captions[0], metadata_of(s, PLAIN, task, split, n)) for n, s in enumerate(samples)]
+
+
+def label(task: str, metadata: dict[str, Any]) -> str:
+    return metadata["answers"][0]["answer"] if task == "vqa" else metadata["label"]
+
+
+@each_split
+def test_answers_are_true(split: str) -> None:
+    for question, metadata in rows("vqa", split):
+        assert answer(question, metadata["scene"]) == label("vqa", metadata), (question, metadata)
+        assert len({tuple(record.values()) for record in metadata["answers"]}) == 10
+
+
+@each_split
+def test_statements_are_judged_true(split: str) -> None:
+    sets = defaultdict(list)
+    for statement, metadata in rows("pairs", split):
+        left, right = metadata["scenes"]
+        assert str(judge(statement, left, right)).lower() == metadata["label"], (statement, metadata)
+        name, number, pair, last = metadata["identifier"].rsplit("-", 3)
+        assert (name, int(number), last, metadata["images"]) == (split, metadata["set_id"], "0", 2)
+        sets[metadata["set_id"]].append((statement, int(pair)))
+    assert all({pair for _, pair in found} == {0, 1, 2, 3} for found in sets.values())
+    assert all(len({statement for statement, _ in found}) == 1 for found in sets.values())
+
+
+@each_split
+def test_hypotheses_have_their_label(split: str) -> None:
+    for hypothesis, metadata in rows("entailment", split):
+        assert entail(hypothesis, metadata["scene"]) == metadata["label"], (hypothesis, metadata)
+
+
+@each_split
+def test_phrases_mean_one_object(split: str) -> None:
+    for phrase, metadata in rows("grounding", split):
+        objects = metadata["scene"]["objects"]
+        if found := re.fullmatch(r"the (.+) (left of|right of|above|below) the (.+)", phrase):
+            (anchor,) = called(objects, found[3])
+            assert len(called(objects, found[1])) == 2
+            meant = [one for one in called(objects, found[1]) if on_side(one, found[2], anchor)]
+        else:
+            meant = called(objects, phrase.split(" ", 1)[1])
+        assert [one["box"] for one in meant] == [metadata["box"]]
+        if meant[0]["colour"] and "of" not in phrase:
+            (one,) = meant
+            assert any(o["name"] == one["name"] and o["colour"] != one["colour"] for o in objects)
+
+
+@pytest.mark.parametrize("task", BALANCED)
+@each_split
+def test_every_text_has_each_of_its_labels_equally_often(task: str, split: str) -> None:
+    found = defaultdict(Counter)
+    for text, metadata in rows(task, split):
+        found[text][label(task, metadata)] += 1
+    for text, counts in found.items():
+        assert len(counts) > 1, (text, counts)
+        assert len(set(counts.values())) == 1, (text, counts)
+
+
+def test_two_scenes_of_a_question_differ_in_one_object() -> None:
+    found = rows("vqa", "train")
+    for (question, one), (same, other) in zip(found[::2], found[1::2], strict=True):
+        pairs = zip(one["scene"]["objects"], other["scene"]["objects"], strict=True)
+        assert question == same
+        assert label("vqa", one) != label("vqa", other)
+        assert sum(a != b for a, b in pairs) == 1
+
+
+def chance(task: str, split: str) -> np.ndarray:
+    """Chance at each question of a split: 1 / number of its labels."""
+    labels = defaultdict(set)
+    for text, metadata in rows(task, split):
+        labels[text].add(label(task, metadata))
+    return np.array([1 / len(labels[text]) for text, _ in rows(task, split)])
+
+
+def within_interval(right: np.ndarray, chances: np.ndarray) -> bool:
+    """True if an accuracy is not above the 97.5 % quantile of guesses."""
+    deviation = np.sqrt((chances * (1 - chances)).sum()) / len(chances)
+    return bool(right.mean() <= chances.mean() + 1.96 * deviation)
+
+
+@pytest.mark.parametrize("task", BALANCED)
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_table_of_training_texts_stays_at_chance(task: str, split: str) -> None:
+    table = defaultdict(Counter)
+    for text, metadata in rows(task, "train"):
+        table[text][label(task, metadata)] += 1
+        table[text.split()[0]][label(task, metadata)] += 1  # for texts that were never seen
+    known = [table.get(text) or table[text.split()[0]] for text, _ in rows(task, split)]
+    guesses = [counts.most_common(1)[0][0] for counts in known]
+    right = np.array([g == label(task, m) for g, (_, m) in zip(guesses, rows(task, split), strict=True)])
+    assert within_interval(right, chance(task, split))
+
+
+@pytest.mark.parametrize("task", BALANCED)
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_classifier_of_words_stays_at_chance(task: str, split: str) -> None:
+    text_features = pytest.importorskip("sklearn.feature_extraction.text")
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    texts, labels = zip(*((text, label(task, m)) for text, m in rows(task, "train")), strict=True)
+    words = text_features.CountVectorizer(binary=True, ngram_range=(1, 2))
+    model = linear_model.RidgeClassifier().fit(words.fit_transform(texts), labels)
+    guesses = model.predict(words.transform([text for text, _ in rows(task, split)]))
+    right = np.array([g == label(task, m) for g, (_, m) in zip(guesses, rows(task, split), strict=True)])
+    assert within_interval(right, chance(task, split))
+
+
+def test_the_interval_finds_an_answer_that_the_text_gives_away() -> None:
+    chances = np.full(300, 0.5)
+    assert within_interval(np.arange(300) % 2 == 0, chances)
+    assert not within_interval(np.arange(300) % 5 < 3, chances)
+
+
+def kinds_of(task: str, split: str) -> set[tuple[str, str | None]]:
+    scenes = [s for _, m in rows(task, split) for s in m.get("scenes", [m.get("scene")])]
+    return {(one["name"], one["colour"]) for scene in scenes for one in scene["objects"]}
+
+
+def test_unseen_nouns_are_in_split_concept_alone() -> None:
+    unseen = {noun for noun in NOUNS if is_unseen(noun)} | {"book"}
+    assert 0.15 * len(NOUNS) < len(unseen) < 0.25 * len(NOUNS)
+    for split in set(SPLITS) - {"concept"}:
+        for task in TASKS:
+            assert not {name for name, _ in kinds_of(task, split)} & unseen, split
+    for question, _ in rows("vqa", "concept"):
+        assert any(re.search(rf"\b{re.escape(noun[:-1])}", question) for noun in unseen), question
+
+
+@pytest.mark.parametrize("split", ["combo", "concept"])
+def test_novelty_is_no_sign_of_a_yes(split: str) -> None:
+    """Scenes in which the kind asked about is missing hold another kind that is new too."""
+    kinds = vocabulary(split, PLAIN.shapes)
+    new = {(kind.name, kind.colour) for kind in kinds.asked}
+    for question, metadata in rows("vqa", split):
+        if question.startswith("is there"):
+            assert any((one["name"], one["colour"]) in new for one in metadata["scene"]["objects"]), question
+
+
+def test_held_combinations_are_in_split_combo_alone() -> None:
+    held = {(shape, colour) for shape, colours in HELD_COLOURS.items() for colour in colours}
+    for split in set(SPLITS) - {"combo"}:
+        for task in TASKS:
+            assert not kinds_of(task, split) & held, split
+    trained = kinds_of("vqa", "train")
+    for shape, colour in held:
+        assert any(name == shape for name, _ in trained)
+        assert any(tint == colour for _, tint in trained)
+    assert held <= kinds_of("vqa", "combo")
+
+
+def told_sides(split: str) -> set[tuple[str, str]]:
+    """(noun, side) of every relation that a text of the split tells or asks for as an answer."""
+    sides, found = {words: side for side, words in SIDES.items()}, set()
+    pattern = re.compile(rf"(?:the|an?) ([\w -]+?)(?: is)? ({'|'.join(sides)}) (?:the|an?) ")
+    for task in TASKS:
+        kinds = vocabulary(split, PHOTOS if split == "photo" else PLAIN.shapes)
+        if task == "caption":
+            texts = [t for s in TASKS[task](f"0 {task} {split}", kinds, 300) for t in s.captions]
+        else:
+            texts = [text for text, _ in rows(task, split)]
+        for text in texts:
+            found |= {(m[1], sides[m[2]]) for m in pattern.finditer(text) if m[1] in NOUNS}
+    for question, metadata in rows("vqa", split):
+        if match := re.match(rf"what is ({'|'.join(sides)}) ", question):
+            found.add((label("vqa", metadata), sides[match[1]]))
+    return found
+
+
+@each_split
+def test_a_nouns_held_side_is_told_in_split_combo_alone(split: str) -> None:
+    told = told_sides(split)
+    assert len(told) > 50
+    assert {held_side(noun) == side for noun, side in told} == {split == "combo"}
+
+
+def test_splits_share_no_scene() -> None:
+    for task in TASKS:
+        seen: dict[str, str] = {}
+        for split in SPLITS:
+            for _, metadata in rows(task, split):
+                for scene in metadata.get("scenes", [metadata.get("scene")]):
+                    boxes = str([(one["name"], one["colour"], one["box"]) for one in scene["objects"]])
+                    if len(scene["objects"]) > 2:  # a single object may well be at the same place twice
+                        assert seen.setdefault(boxes, split) == split
+
+
+def test_another_seed_gives_other_scenes() -> None:
+    kinds = vocabulary("train", PLAIN.shapes)
+    for make in TASKS.values():
+        one, other = (make(f"{seed} x train", kinds, 40) for seed in (0, 1))
+        assert make("0 x train", kinds, 40) == one
+        assert not {s.scenes for s in one} & {s.scenes for s in other}

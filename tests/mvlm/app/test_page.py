@@ -1,0 +1,229 @@
+"""The page in a real browser, and what a visitor could send past it.
+
+`APP_RUN=runs/demo python -m pytest tests/mvlm/app/test_page.py` shows a trained run, not a micro model, and writes
+its screenshots to docs/images.
+"""
+
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mvlm.errors import ConfigError
+
+pytest.importorskip("gradio", reason="the page needs gradio")
+
+from mvlm.app.gallery import data_of_run, open_gallery
+from mvlm.app.page import build_page, start
+from mvlm.app.uploads import MAX_BYTES
+from mvlm.runs.load import load_model
+from support.commands import assert_refused
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),  # of Gradio and its server
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+IMAGES = Path(__file__).parents[3] / "docs" / "images"
+RUN = os.environ.get("APP_RUN")
+TABS = {"Search": "Search", "Fill": "Fill", "Rebuild": "Rebuild", "Where it looks": "Look", "Classify": "Classify"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def url(model, gallery) -> Iterator[str]:
+    if RUN:
+        model = load_model(RUN)
+        data = data_of_run(Path(RUN))
+        assert data is not None
+        gallery = open_gallery(model, data)
+    page = build_page(model, gallery, Path(RUN or "micro").name)
+    yield start(page, "127.0.0.1", free_port())
+    page.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    driver = pytest.importorskip("playwright.sync_api", reason="the browser needs playwright")
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.skip("wanted Debian's chromium, found none")
+    with driver.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+def open_page(browser: Any, url: str, width: int, scheme: str = "light") -> tuple[Any, list[str], list[str]]:
+    """The page in a window, and lists of the requests that it makes and of the errors that it logs."""
+    tab = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
+    tab.set_default_timeout(60_000)
+    requests: list[str] = []
+    errors: list[str] = []
+    tab.on("request", lambda request: requests.append(request.url))
+    tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    tab.goto(url)
+    tab.get_by_role("button", name="Search", exact=True).wait_for()
+    return tab, requests, errors
+
+
+def answer_of(tab: Any, name: str) -> Any:
+    """An element that is there when the tab of this name has answered."""
+    panel = tab.get_by_role("tabpanel").filter(visible=True)
+    return {
+        "Search": panel.locator("button.thumbnail-item img").first,
+        "Fill": panel.get_by_text(" %").filter(visible=True).first,
+        "Rebuild": panel.locator("img").nth(3),
+        "Where it looks": panel.locator("button.thumbnail-item img").first,
+        "Classify": panel.get_by_text("%").filter(visible=True).first,
+    }[name]
+
+
+def test_every_tab_answers_and_nothing_comes_from_elsewhere(browser, url) -> None:
+    tab, requests, errors = open_page(browser, url, 1000)
+    for name, button in TABS.items():
+        tab.get_by_role("tab", name=name, exact=True).click()
+        tab.get_by_role("button", name=button, exact=True).click()
+        answer_of(tab, name).wait_for()
+        tab.wait_for_timeout(500)  # until images are painted
+        if RUN:
+            tab.screenshot(path=IMAGES / f"app-{button.lower()}.png", full_page=True)
+    assert errors == []
+    assert [request for request in requests if not request.startswith((url, "data:", "blob:"))] == []
+
+
+def test_a_click_hides_a_patch(browser, url) -> None:
+    tab, _, _ = open_page(browser, url, 1000)
+    tab.get_by_role("tab", name="Rebuild", exact=True).click()
+    tab.get_by_label("nothing").check()
+    seen = tab.get_by_role("tabpanel").filter(visible=True).locator("img").nth(1)
+    tab.wait_for_timeout(1500)
+    before = seen.get_attribute("src")
+    seen.click()  # in its middle
+    for _ in range(50):
+        tab.wait_for_timeout(200)
+        if seen.get_attribute("src") != before:
+            break
+    assert seen.get_attribute("src") != before
+
+
+def test_a_mistake_is_said_on_the_page_and_the_page_lives_on(browser, url) -> None:
+    tab, _, _ = open_page(browser, url, 1000)
+    tab.get_by_role("tab", name="Fill", exact=True).click()
+    text = tab.get_by_role("tabpanel").filter(visible=True).get_by_label("Text", exact=True)
+    text.fill("<b>no</b> mask")
+    tab.get_by_role("button", name="Fill", exact=True).click()
+    tab.get_by_text("wanted at least one [MASK], got '<b>no</b> mask'").wait_for()
+    text.fill("a [MASK]")
+    text.press("Enter")  # the keyboard does what the button does
+    answer_of(tab, "Fill").wait_for()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_a_phone_in_light_and_dark(browser, url, scheme: str) -> None:
+    tab, _, _ = open_page(browser, url, 390, scheme)
+    tab.get_by_role("button", name="Search", exact=True).focus()
+    tab.keyboard.press("Enter")
+    answer_of(tab, "Search").wait_for()
+    tab.wait_for_timeout(500)
+    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    colour = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+    brightness = sum(int(part) for part in colour[colour.index("(") + 1 : -1].split(",")[:3]) / 3
+    assert (brightness < 80) == (scheme == "dark")
+    if RUN:
+        tab.screenshot(path=IMAGES / f"app-phone-{scheme}.png", full_page=True)
+
+
+def ask(url: str, label: str, values: list[Any]) -> dict[str, Any]:
+    """What the server answers to values that are sent past the page to the button of this label."""
+    config = json.loads(urllib.request.urlopen(f"{url}/config", timeout=60).read())
+    ids = {c["id"] for c in config["components"] if c["type"] == "button" and c["props"].get("value") == label}
+    number = next(d["id"] for d in config["dependencies"] if any(target[0] in ids for target in d["targets"]))
+    session = f"{label}{time.monotonic()}"
+    body = json.dumps({"data": values, "fn_index": number, "session_hash": session}).encode()
+    request = urllib.request.Request(f"{url}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+    urllib.request.urlopen(request, timeout=60).read()
+    with urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash={session}", timeout=60) as events:
+        for line in events:
+            if line.startswith(b"data:"):
+                event = json.loads(line[5:])
+                if event["msg"] == "process_completed":
+                    return event
+    raise AssertionError("the server gave no answer")
+
+
+def upload(url: str, name: str, content: bytes) -> dict[str, Any]:
+    """A file as the page uploads it."""
+    head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
+    request = urllib.request.Request(
+        f"{url}/gradio_api/upload",
+        head.encode() + content + b"\r\n--x--\r\n",
+        {"Content-Type": "multipart/form-data; boundary=x"},
+    )
+    return {
+        "path": json.loads(urllib.request.urlopen(request, timeout=60).read())[0],
+        "meta": {"_type": "gradio.FileData"},
+    }
+
+
+def test_what_is_no_image_gets_a_message_and_the_server_lives(url) -> None:
+    svg = b'<!DOCTYPE svg [<!ENTITY a "aaaa">]><svg xmlns="http://www.w3.org/2000/svg"><text>&a;</text></svg>'
+    for name, content in {"x.svg": svg, "x.png": b"\x89PNG\r\n\x1a\n\0\0", "y.png": b"GIF89a"}.items():
+        found = ask(url, "Classify", [upload(url, name, content), "a\nb", ""])
+        assert not found["success"]
+        assert "image: wanted an image, could not read it" in found["output"]["error"]
+    found = ask(url, "Search", ["a" * 10_000_000, None])
+    assert "wanted at most 1000 characters, got 10,000,000" in found["output"]["error"]
+    assert ask(url, "Search", ["a circle", None])["success"]
+
+
+def test_a_path_in_the_place_of_an_upload_is_refused(url) -> None:
+    secret = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
+    found = ask(url, "Classify", [secret, "a\nb", ""])
+    assert not found["success"]
+    assert "root:" not in json.dumps(found)
+    with pytest.raises(urllib.error.HTTPError):
+        urllib.request.urlopen(f"{url}/gradio_api/file=/etc/passwd", timeout=60)
+
+
+def test_a_file_over_the_limit_is_refused(url) -> None:
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        upload(url, "x.png", bytes(MAX_BYTES + 1_000_000))
+    assert refused.value.code == 413
+
+
+def test_a_port_in_use_is_an_error_of_one_line(model) -> None:
+    page = build_page(model, None, "micro")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port: wanted 127.0.0.1:{port} free, got: .*; choose another --port"):
+            start(page, "127.0.0.1", port)
+
+
+def test_without_gradio_the_command_names_the_extra(run_mvlm, trained, monkeypatch) -> None:
+    monkeypatch.delitem(sys.modules, "mvlm.app.page", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert_refused(
+        run_mvlm("app", trained), "app: wanted the package gradio, which is not installed; pip install 'mvlm[app]'"
+    )
+
+
+def test_a_missing_run_is_an_error_of_one_line(run_mvlm, tmp_path) -> None:
+    assert_refused(run_mvlm("app", tmp_path / "none"), "none: wanted a run, a checkpoint or an exported folder")

@@ -1,0 +1,89 @@
+"""What a visitor may send, and the message for everything else."""
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mvlm.app.uploads import MAX_BYTES, MAX_CHARACTERS, MAX_LABELS, check_image, check_lines, check_text
+from mvlm.errors import ConfigError, RunError
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG whose header promises this size, and which holds one row."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    row = zlib.compress(bytes(1 + 3 * width))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", row) + chunk(b"IEND", b"")
+
+
+def whole_png() -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+BOMB_SVG = b'<?xml version="1.0"?><!DOCTYPE svg [<!ENTITY a "' + b"a" * 50 + b'"><!ENTITY b "&a;&a;">]><svg>&b;</svg>'
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (png(60_000, 60_000), "wanted at most 40000000 pixels"),
+        (png(9_000, 9_000), "wanted at most 40000000 pixels, found 9000 x 9000; make it smaller"),
+        (BOMB_SVG, "wanted an image, could not read it"),
+        (whole_png()[:-900], "wanted an image, could not read it"),
+        (b"", "wanted an image, could not read it"),
+        (b"#!/bin/sh\n", "wanted an image, could not read it"),
+    ],
+)
+def test_a_file_that_is_no_good_image_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(RunError, match=f"^image: {message}") as refused:
+        check_image(tmp_path / "x.png")
+    assert str(tmp_path) not in str(refused.value)  # a visitor learns nothing of this machine
+
+
+def test_a_large_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with (tmp_path / "x.png").open("wb") as file:
+        file.truncate(MAX_BYTES + 1_000_000)
+    with pytest.raises(ConfigError, match="image: wanted at most 20 MB, got 21 MB; choose a smaller file"):
+        check_image(tmp_path / "x.png")
+
+
+def test_a_good_image_comes_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(whole_png())
+    pixels = np.asarray(check_image(tmp_path / "x.png"))
+    np.testing.assert_array_equal(pixels, np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8))
+
+
+@pytest.mark.parametrize("text, message", [(None, "found none"), ("  ", "found none"), ("a" * 10**7, "got 10,000,000")])
+def test_an_empty_and_a_long_text_are_refused(text: str | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_text(text)
+
+
+def test_texts_and_lines_lose_their_blanks() -> None:
+    assert check_text("  a cat ") == "a cat"
+    assert check_lines(" a cat \n\n a dog", "labels") == ["a cat", "a dog"]
+    assert check_lines(None, "labels") == []
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ("a\n" * (MAX_LABELS + 1), f"wanted at most {MAX_LABELS} lines, got {MAX_LABELS + 1}"),
+        ("a" * (MAX_CHARACTERS + 1), "labels: wanted at most 1000 characters"),
+        ("\n" * 10**7, "got 10,000,000 characters"),
+    ],
+)
+def test_too_many_and_too_long_lines_are_refused(lines: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_lines(lines, "labels")

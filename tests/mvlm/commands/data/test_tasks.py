@@ -1,0 +1,110 @@
+"""`mvlm data ...` of downstream tasks: from files as published to shards, to a fine-tuned model, and dry checks."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mvlm.tasks.grounding import phrases_of
+from mvlm.tasks.recognition.classes import class_names, labels_of, read_templates
+from mvlm_dataloading import open_dataset
+from support import published_tasks
+from support.commands import assert_refused
+
+BUILDS = {
+    "visual-genome-qa": (published_tasks.visual_genome_qa, "7 train", ["--min-side", "8"]),
+    "nlvr2": (published_tasks.nlvr2, "6 test, 6 train, 6 validation", ["--side", "32"]),
+    "nlvr": (published_tasks.nlvr, "4 test, 8 train, 4 validation", ["--permutations", "2"]),
+    "snli-ve": (published_tasks.snli_ve, "6 test, 6 train, 6 validation", []),
+    "refcoco": (published_tasks.refcoco, "4 testA, 4 testB, 4 train, 4 validation", ["--short-side", "32"]),
+    "clip-benchmark": (published_tasks.clip_benchmark, "6 test, 6 train", ["--name", "pets"]),
+}
+
+
+@pytest.fixture(scope="session")
+def vqa(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("published") / "vqa"
+    published_tasks.vqa_v2(root)
+    return root
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_builds(run_data, tmp_path, name):
+    write, counts, words = BUILDS[name]
+    write(tmp_path / "in")
+    outcome = run_data(name, tmp_path / "in", tmp_path / "out", *words)
+    assert (outcome.code, outcome.out[-1]) == (0, f"{tmp_path / 'out'}: {counts}")
+
+
+def test_questions_are_built_in_parts(run_data, vqa, tmp_path):
+    for part in (1, 2):
+        outcome = run_data("vqa-v2", vqa, tmp_path / f"{part}", "--held-out", 2, "--part", f"{part}/2")
+        assert outcome.code == 0, outcome.err
+    assert run_data("merge", tmp_path / "1", tmp_path / "2", tmp_path / "merged").code == 0
+    outcome = run_data("vqa-v2", vqa, tmp_path / "whole", "--held-out", 2)
+    assert outcome.out[-1] == f"{tmp_path / 'whole'}: 6 test, 18 train, 6 validation"
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "merged" / path.name).read_bytes()
+
+
+TASKS = {
+    "vqa": ("vqa-v2", published_tasks.vqa_v2, 12, []),
+    "pairs": ("nlvr", published_tasks.nlvr, 4, ["--permutations", "2"]),
+    "entailment": ("snli-ve", published_tasks.snli_ve, 6, []),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_a_model_is_fine_tuned_and_scored_on_files_as_published(run_data, run_mvlm, trained, tmp_path, task):
+    name, write, questions, words = TASKS[task]
+    write(tmp_path / "in")
+    assert run_data(name, tmp_path / "in", tmp_path / "data", *words).code == 0
+    flags = ["--max-steps", 2, "--batch-size", 4, "--warmup-steps", 1, "--device", "cpu"]
+    data = ["--data", tmp_path / "data"]
+    outcome = run_mvlm("finetune", task, "--checkpoint", trained, *data, "--out", tmp_path / "run", *flags)
+    assert outcome.code == 0, outcome.err
+    figures = tmp_path / "figures.json"
+    outcome = run_mvlm(
+        "eval", task, "--checkpoint", tmp_path / "run", *data, "--split", "validation", "--out", figures,
+        "--device", "cpu",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    found = json.loads(figures.read_text())
+    assert len(found["records"]) == questions
+    assert 0 <= found["accuracy"] <= 100
+    if task == "vqa":
+        assert set(found["by_answer_type"]) == {"other", "yes/no", "number"}
+
+
+def test_phrases_and_classes_are_what_their_tasks_read(run_data, tmp_path):
+    published_tasks.refcoco(tmp_path / "refer")
+    published_tasks.clip_benchmark(tmp_path / "pets")
+    assert run_data("refcoco", tmp_path / "refer", tmp_path / "phrases").code == 0
+    assert run_data("clip-benchmark", tmp_path / "pets", tmp_path / "classes").code == 0
+    phrases = phrases_of(open_dataset(tmp_path / "phrases", "testB"))
+    assert (phrases.boxes[0], phrases.sizes[0], phrases.ids[0]) == ([4.5, 6, 30.25, 20], [72, 54], "2060")
+    labels = labels_of(open_dataset(tmp_path / "classes", "test"), None)
+    assert labels == ["alarm clock", "café"] * 3
+    assert class_names(labels, tmp_path / "pets/classnames.txt") == ["alarm clock", "café"]
+    assert read_templates(tmp_path / "pets/zeroshot_classification_templates.txt") == ["a bad photo of a {}.", "{}"]
+
+
+def test_a_dry_check_exits_with_1_if_something_is_off(run_data, vqa):
+    before = sorted(vqa.rglob("*"))
+    outcome = run_data("check", "vqa-v2", vqa)
+    assert outcome.code == 1
+    assert "problem: train: wanted 443,757 rows as published, found 12" in outcome.out
+    assert any(line.split()[:5] == ["validation", "12", "214,354", "4", "40,504"] for line in outcome.out)
+    outcome = run_data("check", "vqa-v2", vqa, "--subset")
+    assert (outcome.code, outcome.out[-1]) == (0, "vqa-v2: a subset")
+    assert sorted(vqa.rglob("*")) == before
+
+
+def test_wrong_arguments_are_refused(run_data, tmp_path, vqa):
+    assert_refused(run_data("check", "vqa", vqa), "vqa: wanted one of coco, flickr30k, vqa-v2, ")
+    assert_refused(run_data("nlvr2", vqa, tmp_path / "o"), "train.json: wanted a file, found none")
+    assert_refused(run_data("vqa-v2", vqa, tmp_path / "o", "--drop-duplicates"), "leave the flag out")
+    both = ["--held-out", 2, "--minival", vqa / "no.json"]
+    assert_refused(run_data("vqa-v2", vqa, tmp_path / "o", *both), "wanted 0 or more images, or --minival instead")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,126 @@
+"""Model cards: what they state is the run's, and other people's text stays text."""
+
+import json
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from mvlm.errors import RunError
+from mvlm.portable.card import line, model_card, recalls, wilson_interval
+from mvlm.runs.load import load_model
+
+RECALL = {"r1": 25.0, "r5": 62.5, "r10": 100.0}
+FIGURES = {
+    "checkpoint": "/home/someone/run",
+    "split": "test",
+    "n_images": 8,
+    "n_texts": 12,
+    "tr": RECALL,
+    "ir": {"r1": 50.0, "r5": 75.0, "r10": 91.67},
+    "itc": {"tr": RECALL, "ir": RECALL},
+    "unseen": None,
+    "gain_text_nats": 0.25,
+    "gain_text_nats_95": [0.125, 0.375],
+    "gain_pixels_pct": 1.5,
+    "gain_pixels_pct_95": [1.25, 1.75],
+    "masked_l1": 0.31,
+    "masked_l1_white": 0.9,
+    "masked_l1_train_median": 0.5,
+}
+
+
+def head_of(card: str) -> dict:
+    start, head, _ = card.split("---\n", 2)
+    assert start == ""
+    return yaml.safe_load(head)
+
+
+@pytest.mark.parametrize(("successes", "n"), [(0, 8), (3, 8), (8, 8), (211, 413)])
+def test_intervals_are_those_of_scipy(successes, n):
+    wanted = stats.binomtest(successes, n).proportion_ci(method="wilson")
+    np.testing.assert_allclose(wilson_interval(successes / n, n), wanted, rtol=1e-6, atol=1e-12)
+
+
+def test_a_card_states_figures_with_intervals_data_recipe_and_limits(run_copy):
+    (run_copy / "eval").mkdir()
+    (run_copy / "eval/test.json").write_text(json.dumps(FIGURES))
+    card = model_card(run_copy, load_model(run_copy, "cpu").network, hub_id="someone/demo")
+    assert "| all (8) | image to text | ITC, re-ranked by ITM | 1 | 25.0 | 7.1 to 59.1 | 8.33 |" in card
+    assert "| all (12) | text to image | ITC, re-ranked by ITM | 10 | 91.7 | 64.6 to 98.5 | 100.00 |" in card
+    assert "| cross-modal gain, text, nats per token | 0.250 | 0.125 to 0.375 |" in card
+    assert "constant white 0.9000, training median 0.5000" in card
+    assert "| licence | CC0 |" in card
+    assert r"| attribution | drawn by \<nobody\> |" in card
+    assert "- train: 32 images, 48 captions" in card
+    assert "Step 2, 16 pairs seen (0.5 epochs)" in card
+    assert "| batch_size | 8 |" in card
+    assert "It knows what 32 training images" in card
+    assert "The data name no concepts" in card
+    assert "/home" not in card
+    results = head_of(card)["model-index"][0]["results"]
+    assert {metric["type"] for result in results for metric in result["metrics"]} == {
+        "recall@1",
+        "recall@5",
+        "recall@10",
+    }
+    assert len(recalls(FIGURES)) == 12
+
+
+def test_a_run_without_an_evaluation_says_so(trained):
+    card = model_card(trained / "checkpoints/step_00000001", load_model(trained, "cpu").network)
+    assert "The run has not been evaluated" in card
+    assert "How well it works is not known" in card
+    assert "Step 1, 8 pairs seen" in card
+    assert "model-index" not in head_of(card)
+
+
+def test_figures_of_another_checkpoint_are_not_taken(run_copy):
+    network = load_model(run_copy, "cpu").network
+    (run_copy / "eval").mkdir()
+    first, newest = run_copy / "checkpoints/step_00000001", run_copy / "checkpoints/step_00000002"
+    for evaluated, source, taken in (
+        ("runs/demo", run_copy, True),
+        ("runs/demo", newest, True),
+        ("runs/demo", first, False),
+        ("runs/demo/checkpoints/step_00000001", first, True),
+        ("runs/demo/checkpoints/step_00000001", run_copy, False),
+    ):
+        (run_copy / "eval/test.json").write_text(json.dumps(FIGURES | {"checkpoint": evaluated}))
+        card = model_card(source, network)
+        assert ("| image to text |" in card) == taken
+        assert ("The run's evaluation is of another checkpoint" in card) != taken
+
+
+def test_a_model_that_rebuilds_no_better_than_without_an_image_says_so(run_copy):
+    network = load_model(run_copy, "cpu").network
+    (run_copy / "eval").mkdir()
+    words = "Masked patches are not rebuilt better than by a predictor that sees no image"
+    for masked_l1, median, said in ((0.31, 0.5, False), (0.6, 0.5, True), (0.6, None, False), (0.95, None, True)):
+        changed = {"masked_l1": masked_l1, "masked_l1_train_median": median}
+        (run_copy / "eval/test.json").write_text(json.dumps(FIGURES | changed))
+        assert (words in model_card(run_copy, network)) == said
+
+
+def test_a_damaged_evaluation_is_refused(run_copy):
+    network = load_model(run_copy, "cpu").network
+    (run_copy / "eval").mkdir()
+    for content in (
+        "[1]",
+        "{",
+        "{}",
+        json.dumps(FIGURES | {"tr": {}}),
+        json.dumps(FIGURES | {"n_texts": 0}),
+        json.dumps(FIGURES | {"gain_text_nats_95": [1]}),
+        json.dumps(FIGURES | {"masked_l1": "low"}),
+        json.dumps({name: value for name, value in FIGURES.items() if name != "masked_l1_white"}),
+    ):
+        (run_copy / "eval/test.json").write_text(content)
+        with pytest.raises(RunError, match=r"test.json: wanted the figures that `mvlm eval retrieval` writes, got"):
+            model_card(run_copy, network)
+
+
+def test_text_of_others_cannot_format():
+    assert line("a | b\n\n# c <script>[x](y)") == r"a \| b \# c \<script\>\[x\](y)"
+    assert line("CC BY-SA 4.0 (https://a.org)") == "CC BY-SA 4.0 (https://a.org)"

@@ -1,0 +1,94 @@
+"""A study of a task: fine-tuned trials and baselines from one pretrained model."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from mvlm.config.finetune import FinetuneConfig
+from mvlm.errors import ConfigError, RunError
+from mvlm.studies.run import plan_trials, run_study
+from mvlm.studies.study import Study, read_study
+from mvlm.tasks.evaluate import evaluate_task
+from mvlm.tasks.finetune import finetune
+from support.questions import finetune_config, write_questions
+
+
+def study(**changes) -> Study:
+    values = {
+        "name": "questions",
+        "question": "Does the image help?",
+        "task": "vqa",
+        "base": "full",
+        "seeds": [0],
+        "measures": ["test.accuracy", "train.accuracy"],
+        "splits": ["test", "train"],
+        "budget": {"steps": 2},
+        "settings": {
+            "answers": "classifier",
+            "batch_size": 8,
+            "warmup_steps": 1,
+            "eval_every_steps": 1,
+            "device": "cpu",
+        },
+        "arms": {"full": {}, "text alone": {"blind": "image"}},
+    }
+    return Study(**(values | changes))
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory) -> Path:
+    return write_questions(tmp_path_factory.mktemp("questions") / "data")
+
+
+@pytest.mark.slow
+def test_trials_of_a_task_are_fine_tuned_and_evaluated_on_all_splits(questions, trained, tmp_path) -> None:
+    assert run_study(study(), questions, tmp_path / "study", checkpoint=trained) == tmp_path / "study" / "study.html"
+    with (tmp_path / "study" / "study.csv").open() as file:
+        rows = {(row["arm"], row["measure"]): row for row in csv.DictReader(file)}
+    assert set(rows) == {(arm, f"{split}.accuracy") for arm in study().arms for split in ("test", "train")}
+    result = json.loads((tmp_path / "study/trials/text-alone/seed_0/result.json").read_text())
+    (alone,) = (t for t in plan_trials(study(), questions, tmp_path / "other", trained) if t.arm == "text alone")
+    assert isinstance(alone.config, FinetuneConfig)
+    finetune(alone.config)  # by itself, without the study
+    for split in ("test", "train"):
+        figures, _ = evaluate_task(alone.config.out, questions, split)
+        assert result["figures"][split] == figures
+        assert float(rows["text alone", f"{split}.accuracy"]["mean"]) == pytest.approx(figures["accuracy"], rel=1e-5)
+    assert rows["full", "test.accuracy"]["flops"] == ""
+    assert len(result["curves"]["val_accuracy"]) == 2
+    page = (tmp_path / "study" / "study.html").read_text()
+    assert "Task vqa, 2 steps" in page
+    assert "validation accuracy" in page
+
+
+def test_trials_that_started_from_another_model_are_refused(questions, trained, tmp_path) -> None:
+    small = study(arms={"full": {}})
+    (trial,) = plan_trials(small, questions, tmp_path / "study", trained)
+    trial.folder.mkdir(parents=True)
+    other = {"format_version": 1, "settings": trial.settings | {"start": "0" * 64}}
+    trial.file.write_text(json.dumps(other))
+    with pytest.raises(RunError, match="found one with another start; choose another --out"):
+        run_study(small, questions, tmp_path / "study", checkpoint=trained)
+
+
+def test_a_task_needs_a_pretrained_model(questions, tmp_path) -> None:
+    with pytest.raises(ConfigError, match="checkpoint: wanted a pretrained model to fine-tune, found none"):
+        plan_trials(study(), questions, tmp_path)
+
+
+@pytest.mark.parametrize("file", sorted((Path(__file__).parents[3] / "studies" / "tasks").glob("*.toml")), ids=str)
+def test_committed_studies_of_tasks_can_be_planned(file: Path, trained, questions, tmp_path) -> None:
+    found = read_study(file)
+    assert {trial.config.max_steps for trial in plan_trials(found, questions, tmp_path, trained)} == {
+        found.budget["steps"]
+    }
+
+
+def test_the_configurations_of_the_arms_differ_in_their_settings(questions, trained, tmp_path) -> None:
+    full, blind = plan_trials(study(), questions, tmp_path, trained)
+    ours = finetune_config(trained, questions, full.config.out)
+    assert full.config.to_dict()["task"] == ours.to_dict()["task"] == "vqa"
+    changed = {k for k, v in blind.config.to_dict().items() if v != full.config.to_dict()[k]}
+    assert changed == {"blind", "out"}

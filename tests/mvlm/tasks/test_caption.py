@@ -1,0 +1,131 @@
+"""Captions by mask-predict, against the same passes over one caption at a time; the loss, against a loop."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mvlm.errors import ConfigError
+from mvlm.tasks.caption import Captioning, Writer
+from mvlm.tasks.task import TaskOptions
+from mvlm_dataloading import DataError, open_dataset
+from support.models import micro_batch, micro_model
+from support.questions import write_captions, write_questions
+
+LENGTHS = [4, 1, 6, 3, 5]
+OF = [0, 0, 2, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return micro_model()
+
+
+@torch.no_grad()
+def word_log_p(model, tokenizer, image, words: list[int]) -> np.ndarray:
+    """Log-probabilities (words, V) of ordinary tokens at each place of one caption."""
+    tokens = torch.tensor([tokenizer.cls_id, *words, tokenizer.sep_id])
+    w, mask = model.encode_text(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32), len(tokens))
+    logits = model.language_head(model.text_cross(w, model.encode_image(image[None]), mask, None))[0, 1:-1].numpy()
+    logits = logits[:, : tokenizer.vocab_size].copy()
+    logits[:, [tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id, tokenizer.mask_id]] = -np.inf
+    return logits - np.log(np.exp(logits).sum(1, keepdims=True))
+
+
+def written(model, tokenizer, image, length: int, order: str, iterations: int) -> tuple[list[int], float]:
+    """Words of one caption and their mean log-probability, by the definition of mask-predict."""
+    words, sure = [tokenizer.mask_id] * length, np.zeros(length)
+    passes = range(length) if order == "left-to-right" else range(iterations)
+    for done in passes:
+        again = [done] if order == "left-to-right" else list(range(length))
+        if order == "mask-predict" and done:
+            again = np.argsort(sure, kind="stable")[: length * (iterations - done) // iterations].tolist()
+        for place in again:
+            words[place] = tokenizer.mask_id
+        log_p = word_log_p(model, tokenizer, image, words)
+        for place in again:
+            words[place], sure[place] = int(log_p[place].argmax()), log_p[place].max()
+    return words, float(sure.mean())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", ["plain", "fast"])
+@pytest.mark.parametrize("order, iterations", [("mask-predict", 1), ("mask-predict", 4), ("left-to-right", 4)])
+def test_captions_are_those_written_one_at_a_time(model, tokenizer, plan, order, iterations):
+    images = micro_batch()[0].images[:3]
+    writer = Writer(model, model.encode_image(images), torch.tensor(OF), torch.tensor(LENGTHS), tokenizer, plan)
+    writer.write(order, iterations)
+    likelihoods, odds = writer.mean_log_probability().tolist(), writer.match().tolist()
+    for row, (of, length) in enumerate(zip(OF, LENGTHS, strict=True)):
+        words, mean = written(model, tokenizer, images[of], length, order, iterations)
+        assert writer.words[row, :length].tolist() == words
+        assert likelihoods[row] == pytest.approx(mean, rel=1e-9)
+        tokens = torch.tensor([tokenizer.cls_id, *words, tokenizer.sep_id])
+        w, mask = model.encode_text(tokens, torch.tensor([0, len(tokens)], dtype=torch.int32), len(tokens))
+        no, yes = model.match(model.encode_image(images[of : of + 1]), w, mask)[0].tolist()
+        assert odds[row] == pytest.approx(yes - no, rel=1e-9)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("choose_by", ["itm", "likelihood"])
+def test_the_best_of_the_likeliest_lengths_is_chosen(model, tokenizer, choose_by):
+    task = (
+        Captioning(copy.deepcopy(model), TaskOptions(lengths=3, iterations=2, choose_by=choose_by), {}).double().eval()
+    )
+    task.set_tokenizer(tokenizer)
+    task.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+    batch, _ = micro_batch()
+    found = task.predict(batch, "fast")
+    v = task.model.encode_image(batch.images)
+    for row, record in enumerate(found):
+        lengths = np.argsort(-task.head(v[row, 0]).numpy())[:3] + 1
+        writer = Writer(task.model, v, torch.tensor([row] * 3), torch.from_numpy(lengths), tokenizer, "plain")
+        writer.write("mask-predict", 2)
+        best = int((writer.match() if choose_by == "itm" else writer.mean_log_probability()).argmax())
+        assert record == {"caption": tokenizer.decode(writer.words[best, : lengths[best]].tolist())}
+    # The captions of the batch are not read.
+    other = replace(batch, tokens=torch.where(batch.tokens > 4, 5, batch.tokens))
+    assert task.predict(other, "fast") == found
+
+
+def test_the_loss_is_the_mean_over_captions(model):
+    """Of each caption's own mean over its masked tokens, and of its length, given the image alone."""
+    task = Captioning(copy.deepcopy(model), TaskOptions(), {}).double()
+    with torch.no_grad():
+        task.head.weight.normal_(generator=torch.Generator().manual_seed(1))
+    batch, masks = micro_batch()
+    found = task.losses_of_step(batch, masks, [], "fast")
+    wanted = 0.0
+    for row in range(5):
+        start, stop = batch.cu_seqlens[row : row + 2].tolist()
+        own = masks.token_ids[(masks.token_ids >= start) & (masks.token_ids < stop)]
+        hidden = batch.tokens.clone()
+        hidden[own] = model.config.mask_token_id
+        bounds = torch.tensor([0, stop - start], dtype=torch.int32)
+        v = model.encode_image(batch.images[row : row + 1])
+        w, mask = model.encode_text(hidden[start:stop], bounds, stop - start)
+        with torch.no_grad():
+            log_p = model.language_head(model.text_cross(w, v, mask, None))[0].log_softmax(-1)
+            lengths = task.head(v[0, 0]).log_softmax(-1)
+        wanted -= float(log_p[own - start, batch.tokens[own]].mean() + lengths[stop - start - 3]) / 5
+    assert found.total.item() == pytest.approx(wanted, rel=1e-9)
+
+
+def test_figures_of_captions(tmp_path):
+    dataset = open_dataset(write_captions(tmp_path / "d", {"train": 4}), "train")
+    captions = [dataset.captions(i)[0] for i in range(4)]
+    found = Captioning.score([{"caption": text} for text in [*captions[:3], captions[0]]], dataset)
+    assert (found["equal"], found["captions"]) == (75, 4)
+    low, high = found["cider_d_95"]
+    assert low < found["cider_d"] < high <= 1000
+    assert 50 < found["bleu_4"] < 100
+
+
+def test_other_data_and_a_model_without_its_only_input_are_refused(tmp_path):
+    dataset = open_dataset(write_questions(tmp_path / "q"), "train")
+    with pytest.raises(DataError, match="found the field question_id; is it data of another task"):
+        Captioning.make_state(dataset, TaskOptions())
+    with pytest.raises(ConfigError, match="a caption is written from the image alone"):
+        Captioning.make_state(dataset, TaskOptions(blind="text"))

@@ -1,0 +1,75 @@
+"""Cost of fine-tuning: counts against real steps, and the trial and the plan that show them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mvlm.config.recipes import finetune_defaults
+from mvlm.costs.cluster_plan import ClusterSetting
+from mvlm.costs.flops import counter
+from mvlm.tasks.cost import task_step_cost, try_steps
+from mvlm.tasks.registry import find_task
+from mvlm.tasks.task import TaskOptions
+from support.commands import assert_refused
+from support.models import micro_batch, micro_config, micro_model
+
+
+def setting(image_size: int = 32, **changes) -> ClusterSetting:
+    values = {"model": micro_config(text_length=16, image_size=image_size), "gpu": "H100", "per_node": 1, "nodes": 1}
+    return ClusterSetting(**(values | {"batch_size": 4} | changes))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("task", ["vqa", "entailment", "pairs", "caption"])
+def test_flops_of_a_planned_step_lie_between_those_of_real_steps(task):
+    """The plan's texts have 12 tokens and room for 16. Real steps of 12 and of 16 tokens need less and more."""
+    found = task_step_cost(task, setting())
+    real = []
+    for length in (12, 16):
+        state, targets = find_task(task).example(4)
+        network, options = micro_model(dtype=torch.float32, text_length=16), TaskOptions(answers="classifier")
+        model = find_task(task)(network, options, state)
+        batch, masks = micro_batch((length,) * 4, config=micro_config(text_length=16))
+        if task == "pairs":
+            batch = replace(batch, images=batch.images.repeat(1, 1, 1, 2))
+        with counter() as flops:
+            model.losses_of_step(batch, masks, targets, "fast").total.backward()
+        real.append(flops.get_total_flops())
+    assert real[0] <= found.forward + found.backward <= real[1]
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("task", ["vqa", "retrieval"])
+def test_larger_images_and_batches_cost_more_and_checkpoints_less_memory(task):
+    small, large = task_step_cost(task, setting()), task_step_cost(task, setting(48))
+    assert large.forward > 1.5 * small.forward
+    assert large.parts["image_encoder"] > 1.5 * small.parts["image_encoder"]  # at the peak
+    assert task_step_cost(task, setting(48, batch_size=8)).forward == pytest.approx(2 * large.forward, rel=0.05)
+    assert task_step_cost(task, setting(48, checkpointed=True)).parts["image_encoder"] < large.parts["image_encoder"]
+
+
+def test_the_plan_names_the_task_and_refuses_what_fine_tuning_cannot_do(run_mvlm):
+    words = ("plan", "--gpus", 1, "--data", "10k", "--preset", "tiny", "--batch-size", 8, "--image-size", 64)
+    done = run_mvlm(*words, "--task", "entailment")
+    assert done.code == 0
+    assert done.out[0].startswith("fine-tuning on entailment: 1 x H100, images of 64 px, 8 samples per step")
+    assert any("samples/s; 1,250 steps" in line for line in done.out)
+    assert_refused(run_mvlm(*words, "--task", "vqa2"), "task: wanted one of vqa, entailment")
+    assert_refused(run_mvlm(*words, "--task", "vqa", "--parallel", "fsdp"), "plan: wanted --parallel ddp")
+    assert_refused(run_mvlm(*words, "--task", "vqa", "--accumulate", 3), "batch_size: wanted a multiple of 1 GPUs x 3")
+
+
+def test_a_trial_times_steps_and_writes_nothing(trained, scenes, tmp_path):
+    config = finetune_defaults("retrieval", trained, scenes, tmp_path / "run")
+    found = try_steps(replace(config, batch_size=4, device="cpu"), torch.device("cpu"))
+    assert min(found.loader, found.model, found.memory_mb, found.parameters) > 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_doctor_tries_fine_tuning(trained, scenes, tmp_path, run_mvlm):
+    words = ("doctor", "--data", scenes, "--out", tmp_path, "--device", "cpu", "--task", "retrieval")
+    done = run_mvlm(*words, "--checkpoint", trained, "--batch-size", 4, "--image-size", 48)
+    assert done.code == 0
+    assert any(line.split()[1] == "speed" and "model alone" in line for line in done.out)
+    assert any("at 4 pairs" in line for line in done.out)
+    assert_refused(run_mvlm(*words), "with --checkpoint and --data, got retrieval with None")

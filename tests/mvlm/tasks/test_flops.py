@@ -1,0 +1,78 @@
+"""FLOPs of a step of each task at `base`, 384 px, on fake tensors: packed text, shared keys, indexed pairs."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mvlm.config.model import MaskVLMConfig
+from mvlm.costs.fake_batch import fake_microbatch
+from mvlm.costs.step_cost import MemoryTracker, StepShape, give_fake_tensors
+from mvlm.model.maskvlm import MaskVLM
+from mvlm.model.packing import Packing
+from mvlm.tasks.decoder import Answers
+from mvlm.tasks.registry import find_task
+from mvlm.tasks.task import TaskOptions
+
+PAIRS, TOKENS, LONGEST = 8, 12, 40
+STATES: dict[str, dict[str, Any]] = {
+    "vqa": {"answers": ["yes", "no"]},
+    "entailment": {"labels": ["contradiction", "neutral", "entailment"]},
+    "pairs": {"labels": ["false", "true"], "images": 2},
+    "caption": {},
+}
+
+
+def step_flops(name: str, plan: str, answers: int = 0) -> int:
+    """FLOPs of forward and backward pass of a batch. With `answers`, of vqa's decoder on so many answers a question."""
+    config = replace(MaskVLMConfig.preset("base"), image_size=384)
+    shape = StepShape(pairs=PAIRS, tokens=TOKENS, longest=LONGEST, bf16=False)
+    images = STATES[name].get("images", 1)
+    with torch.device("meta"):
+        options = TaskOptions(answers="decoder" if answers else "classifier")
+        task: Any = find_task(name)(MaskVLM(config), options, STATES[name])
+    frozen = {n for n, p in task.named_parameters() if not p.requires_grad}
+    with FakeTensorMode(), MemoryTracker(images * PAIRS * TOKENS) as tracker:
+        give_fake_tensors(task)
+        for n, parameter in task.named_parameters():
+            parameter.requires_grad_(n not in frozen)
+        batch, masks = fake_microbatch(config, shape.pairs, shape.tokens, shape.longest)
+        batch = replace(batch, images=torch.empty(PAIRS, 3, 384, images * 384, dtype=torch.uint8))
+        labels = torch.empty(PAIRS, dtype=torch.int64)
+        targets: list[Tensor] = {"caption": [], "vqa": [labels[:, None], torch.empty(PAIRS, 1)]}.get(name, [labels])
+        if answers:
+            number, length = answers * PAIRS, 3
+            tokens, bounds = torch.empty(number * length, dtype=torch.int64), torch.empty(number + 1, dtype=torch.int32)
+            packed = Answers(tokens, tokens, Packing(bounds, length, number * length))
+            of = torch.empty(number, dtype=torch.int64)
+            question = task.decoder.question(task.model, batch, plan)
+            loss, _ = task.decoder.loss(task.model, question, packed, of, torch.empty(number), plan)
+        else:
+            loss = task.losses_of_step(batch, masks, targets, plan).total
+        loss.backward()
+    return tracker.flops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STATES)
+def test_a_fast_step_computes_no_padding(name):
+    """It saves at least the padded rows of all blocks of the text cross encoder but the last."""
+    config, images = MaskVLMConfig.preset("base"), STATES[name].get("images", 1)
+    products = 6 * 14 * config.width**2 * (config.cross_layers - 1)  # FLOPs of a row: queries, keys, values, MLP
+    padding = images * PAIRS * (LONGEST - TOKENS) * products
+    assert step_flops(name, "plain") - step_flops(name, "fast") > padding
+
+
+@pytest.mark.slow
+def test_answers_of_a_question_share_its_keys():
+    """A further answer costs its own rows. The plain decoder projects the question's keys and values once more."""
+    one, three = ({plan: step_flops("vqa", plan, n) for plan in ("plain", "fast")} for n in (1, 3))
+    config = MaskVLMConfig.preset("base")
+    keys = 6 * 2 * config.width**2 * config.cross_layers * LONGEST  # FLOPs of keys and values of a padded question
+    plain, fast = (three[plan] - one[plan] for plan in ("plain", "fast"))
+    # On a CPU keys are padded for the softmax, to a multiple of 16 in the fast implementation.
+    assert plain - fast > 0.95 * 2 * PAIRS * keys
+    assert fast < 0.6 * plain

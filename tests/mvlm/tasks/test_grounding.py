@@ -1,0 +1,151 @@
+"""Grounding by GradCAM on coloured squares, against the maps of single images and boxes counted by hand."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mvlm.inference.images import load_image
+from mvlm.runs.load import load_model
+from mvlm.tasks.grounding import (
+    Answers,
+    Phrases,
+    best_candidate,
+    evaluate_grounding,
+    hits,
+    other_phrases,
+    phrase_maps,
+    phrases_of,
+    read_candidates,
+)
+from mvlm_dataloading import DataError, open_dataset
+from support.commands import assert_refused
+from support.questions import write_phrases
+from support.scenes import scene
+
+
+@pytest.fixture(scope="module")
+def phrases(tmp_path_factory) -> Path:
+    counts = {"train": 4, "validation": 8, "test": 8}
+    return write_phrases(tmp_path_factory.mktemp("phrases") / "data", counts, candidates=True)
+
+
+def test_maps_of_a_batch_are_those_of_single_images(trained):
+    """Padding has no effect, and the last layer's map is [CLS]'s of `TrainedModel.attention` over the tokens."""
+    model = load_model(trained, "cpu")
+    pixels, texts = zip(*(scene(number) for number in (1, 6, 19)), strict=True)
+    texts = [text[: 4 + 6 * i] for i, text in enumerate(texts)]  # of different lengths
+    images = torch.stack([load_image(image, 32) for image in pixels])
+    maps = phrase_maps(model.network, model.tokenizer, images, list(texts))  # (A, B, rows, columns)
+    for i, text in enumerate(texts):
+        alone = phrase_maps(model.network, model.tokenizer, images[i : i + 1], [text])
+        torch.testing.assert_close(maps[:, i], alone[:, 0], rtol=1e-4, atol=1e-9)
+        found = model.attention(pixels[i], text)
+        tokens = len(model.tokenizer.encode([text], 12)[0])  # in the last layer no token but [CLS] has an effect
+        torch.testing.assert_close(maps[-1, i], found.gradcam[-1, 0] / tokens, rtol=1e-3, atol=1e-9)
+
+
+def test_the_point_is_the_highest_of_the_resized_map_and_the_layer_the_best_on_validation(trained, phrases):
+    model, test, validation = (
+        load_model(trained, "cpu"),
+        open_dataset(phrases, "test"),
+        open_dataset(phrases, "validation"),
+    )
+    figures, records = evaluate_grounding(model, test, validation)
+    layer = figures["layer"]
+    assert figures["validation_by_layer"][layer] == max(figures["validation_by_layer"])
+    known = phrases_of(test)
+    right = []
+    for i, record in enumerate(records):
+        image = torch.from_numpy(scene(3 * i + 1)[0]).permute(2, 0, 1)
+        heat = phrase_maps(model.network, model.tokenizer, image[None], [known.texts[i]])[layer]
+        heat = F.interpolate(heat[None], size=(32, 32), mode="bicubic", align_corners=False)[0, 0].numpy()
+        y, x = np.unravel_index(heat.argmax(), heat.shape)
+        assert (record["x"], record["y"]) == (x + 0.5, y + 0.5)
+        left, top, width, height = known.boxes[i]
+        right.append(left <= x < left + width and top <= y < top + height)
+        sums = [heat[b[1] : b[1] + 16, b[0] : b[0] + 16].sum() for b in known.candidates[i]]
+        assert record["box"] == known.candidates[i][int(np.argmax(sums))]
+    assert figures["accuracy"] == 100 * np.mean(right)
+    assert figures["chance"] == figures["boxes"]["chance"] == 25
+    assert {"wrong_phrase", "untrained", "accuracy_95"} <= set(figures)
+    assert evaluate_grounding(model, test, None, layer)[1] == records
+
+
+def test_the_candidate_with_the_densest_map_wins_and_half_an_overlap_is_right():
+    heat = torch.zeros(8, 8)
+    heat[2:4, 2:4] = 1.0
+    # Sums 4, 4, 2; square roots of areas 8, 2, sqrt(2).
+    assert best_candidate(heat, [[0, 0, 8, 8], [2, 2, 2, 2], [2, 2, 1, 2]]) == 1
+    boxes = [[0, 0, 4, 4], [0, 0, 4, 2], [0, 0, 4, 1.9]]
+
+    known = Phrases(["a"], [[0, 0, 4, 4]], [[8, 8]], [boxes], ["1"], ["1"])
+    found = Answers(torch.tensor([[[0.5, 0.5], [3.9, 3.9], [4.0, 1.0]]]), torch.tensor([[0, 1, 2]]))
+    points, best = hits(known, found)
+    assert points.tolist() == [[1, 1, 0]]
+    assert best.tolist() == [[1, 1, 0]]
+
+
+def test_wrong_phrases_are_other_phrases():
+    texts = ["a", "b", "a", "a", "c"]
+    others = other_phrases(texts)
+    assert all(one != other for one, other in zip(texts, others, strict=True))
+    assert set(others) <= set(texts)
+    assert other_phrases(["a", "a"]) == ["a", "a"]
+
+
+def test_the_command_writes_what_the_scorer_reads(trained, phrases, tmp_path, run_mvlm):
+    out, words = tmp_path / "out.json", ("--checkpoint", trained, "--data", phrases, "--device", "cpu", "--layer", 0)
+    assert run_mvlm("eval", "grounding", *words, "--out", out).code == 0
+    found, test = json.loads(out.read_text()), open_dataset(phrases, "test")
+    (tmp_path / "points.jsonl").write_text("\n".join(json.dumps(record) for record in found["records"]))
+    (tmp_path / "truth.jsonl").write_text("\n".join(json.dumps(test.metadata(i)) for i in range(len(test))))
+    scored = run_mvlm("score", "grounding", tmp_path / "points.jsonl", tmp_path / "truth.jsonl")
+    assert json.loads("\n".join(scored.out))["accuracy"] == found["accuracy"]
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_candidates_of_a_file_of_detections(trained, phrases, tmp_path, run_mvlm):
+    """The same boxes as those of the metadata give the same answers; an image without a box is refused."""
+    model, test = load_model(trained, "cpu"), open_dataset(phrases, "test")
+    boxes, known = tmp_path / "dets.json", phrases_of(test)
+    found = [{"image_id": known.images[i], "box": b, "score": 1} for i in range(8) for b in known.candidates[i]]
+    boxes.write_text(json.dumps(found))
+    figures, records = evaluate_grounding(model, test, None, 0, detected=read_candidates(boxes))
+    assert (figures, records) == evaluate_grounding(model, test, None, 0)
+    boxes.write_text(json.dumps([one for one in found if one["image_id"] != known.images[3]]))
+    out = tmp_path / "out.json"
+    words = ("--checkpoint", trained, "--data", phrases, "--device", "cpu", "--layer", 0, "--out", out)
+    refused = run_mvlm("eval", "grounding", *words, "--candidates", boxes)
+    assert_refused(refused, "wanted candidates for each phrase, found none for this one")
+    boxes.write_text('{"annotations": []}')
+    refused = run_mvlm("eval", "grounding", *words, "--candidates", boxes)
+    assert_refused(refused, "dets.json: wanted a JSON list of detections", "found another format")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dets.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["grounding", "recognition"])
+def test_two_ranks_have_the_figures_and_records_of_one(trained, tmp_path, run_mvlm, task):
+    data = write_phrases(tmp_path / "data", {"validation": 8, "test": 150})  # three batches
+    words = ["eval", task, "--checkpoint", trained, "--data", data, "--device", "cpu", "--out"]
+    assert run_mvlm(*words, tmp_path / "one.json").code == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = map(str, [*words, tmp_path / "two.json"])
+    done = subprocess.run([*torchrun, "-m", "mvlm", *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
+    assert one == two
+    assert len(two["records"]) == 150
+
+
+def test_data_without_boxes_and_layers_that_are_not_there_are_refused(trained, scenes, phrases, run_mvlm):
+    with pytest.raises(DataError, match="wanted `box`, 4 numbers in pixels, found None; is it data of another task"):
+        phrases_of(open_dataset(scenes, "test"))
+    words = ("eval", "grounding", "--checkpoint", trained, "--data", phrases, "--device", "cpu")
+    assert_refused(run_mvlm(*words, "--layer", 2), "layer: wanted 0 to 1, got 2")

@@ -1,0 +1,86 @@
+"""Statements about strips of images: the order of the images matters, and other data are refused."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from mvlm.inference.encode import eval_loader
+from mvlm.runs.load import load_model
+from mvlm.tasks.pairs import Pairs, statements
+from mvlm.tasks.task import TaskOptions
+from mvlm_dataloading import DataError, ShardWriter, open_dataset
+from support.questions import write_questions, write_statements
+from support.scenes import png, scene
+
+STATE = {"labels": ["false", "true"], "images": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_statements(tmp_path_factory.mktemp("statements") / "data")
+
+
+def write(folder, records):
+    with ShardWriter(folder, name="s", source="", licence="", attribution="", recipe={}) as writer:
+        for i, record in enumerate(records):
+            writer.add(f"{i}", png(scene(i)[0]), ["the left is red"], record)
+    return open_dataset(folder, "train")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("plan", ["plain", "fast"])
+def test_features_are_those_of_each_image_in_order(trained, data, plan):
+    """Each image's features are those that it has alone with the text. Swapped images swap them."""
+    model, tokenizer = load_model(trained)
+    task = Pairs(model.eval(), TaskOptions(), STATE)
+    batch, _ = next(iter(eval_loader(open_dataset(data, "train"), model, tokenizer, **task.loader_options())))
+    features = task.fuse(batch, plan, images=2)
+    left, right = batch.images.chunk(2, dim=3)
+    alone = [task.fuse(dataclasses.replace(batch, images=images), plan) for images in (left, right)]
+    torch.testing.assert_close(features, torch.cat(alone, 1), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(alone[0], alone[1], atol=1e-3)
+    swapped = task.fuse(dataclasses.replace(batch, images=torch.cat([right, left], 3)), plan, images=2)
+    torch.testing.assert_close(swapped, torch.cat(alone[::-1], 1), rtol=1e-4, atol=1e-5)
+
+
+def test_figures_of_statements(data):
+    """Of 16 statements on 4 sets, each sentence has two pairs. Always true is right once a sentence."""
+    dataset = open_dataset(data, "test")
+    found = Pairs.score([{"label": "true"}] * 16, dataset)
+    assert (found["accuracy"], found["consistency"], found["majority"]) == (50, 0, 50)
+    assert found["accuracy_95"] == [50, 50]  # bootstrapped over sets of images, of which each is half right
+    truth = [{"label": record["label"]} for record in statements(dataset)]
+    assert Pairs.score(truth, dataset)["consistency"] == 100
+
+
+GOOD = {"identifier": "train-1-0-0", "label": "True", "images": 2}
+
+
+@pytest.mark.parametrize(
+    "records, message",
+    [
+        ([GOOD, {**GOOD, "identifier": "train-1-0-1", "images": 3}], "wanted 2 images a statement, found 3"),
+        ([GOOD, GOOD], "identifier train-1-0-0 occurs twice"),
+        ([{**GOOD, "label": "neutral"}], "and the label 'neutral'; is it data of another task?"),
+        (
+            [{"identifier": "train-1-0-0", "label": "True"}],
+            "wanted a statement with `identifier`, `images` and a label",
+        ),
+    ],
+)
+def test_other_data_are_refused(tmp_path, records, message):
+    dataset = write(tmp_path / "data", records)
+    with pytest.raises(DataError, match=message):
+        Pairs.make_state(dataset, TaskOptions())
+
+
+def test_questions_of_another_task_and_labels_in_another_order_are_refused(trained, tmp_path):
+    with pytest.raises(DataError, match="is it data of another task"):
+        Pairs.make_state(open_dataset(write_questions(tmp_path / "q"), "train"), TaskOptions())
+    model, _ = load_model(trained)
+    with pytest.raises(DataError, match="labels: wanted false, true in this order, found"):
+        Pairs(model, TaskOptions(), {"labels": ["true", "false"], "images": 2})
+    three = Pairs(model, TaskOptions(), STATE | {"images": 3})
+    with pytest.raises(DataError, match="wanted 3 images a statement, found 2"):
+        three.targets(write(tmp_path / "data", [GOOD]))

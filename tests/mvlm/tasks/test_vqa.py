@@ -1,0 +1,85 @@
+"""Lists of answers: where they come from, and what is refused."""
+
+import json
+from typing import Literal
+
+import pytest
+
+from mvlm.errors import RunError
+from mvlm.runs.load import load_model
+from mvlm.tasks.task import TaskOptions
+from mvlm.tasks.vqa import VisualQuestionAnswering, annotator_shares
+from mvlm_dataloading import DataError, ShardWriter, open_dataset
+from support.questions import write_questions
+from support.scenes import png, scene
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    return write_questions(tmp_path_factory.mktemp("questions") / "data")
+
+
+def make_state(questions, split="train", **options):
+    return VisualQuestionAnswering.make_state(open_dataset(questions, split), TaskOptions(**options))
+
+
+def test_the_list_is_the_frequent_answers_and_a_decoder_learns_the_others_too(questions):
+    # Of 32 questions, 16 are about the ground of scenes 0 to 15, which is white, and 4 about each colour.
+    colours = ["blue", "green", "red", "yellow"]
+    assert make_state(questions) == {"answers": ["white", *colours], "others": []}
+    assert make_state(questions, answers="classifier", min_count=4)["answers"] == ["white", *colours]
+
+
+def test_a_file_gives_the_list(questions, tmp_path):
+    file = tmp_path / "answers.json"
+    file.write_text(json.dumps(["Red!", "blue", "red", "the"]))
+    found = make_state(questions, answer_list=str(file))
+    assert found == {"answers": ["red", "blue"], "others": ["white", "green", "yellow"]}
+    assert make_state(questions, answer_list=str(file), answers="classifier")["others"] == []
+
+
+@pytest.mark.parametrize(
+    "content, error, message",
+    [
+        (["red", "blue", "black"], DataError, "found 1 of 3 that are none, such as 'black'; make the list from the tr"),
+        ({"red": 0}, DataError, "wanted a JSON list of answers"),
+        (["red"], DataError, "wanted at least 2 answers"),
+        (None, RunError, "could not read it"),
+    ],
+)
+def test_lists_from_elsewhere_are_refused(questions, tmp_path, content, error, message):
+    """Black is the ground of some test scenes, and of no training scene."""
+    file = tmp_path / "answers.json"
+    if content is not None:
+        file.write_text(json.dumps(content))
+    with pytest.raises(error, match=message):
+        make_state(questions, answer_list=str(file))
+
+
+def test_the_test_split_gives_no_list(questions):
+    with pytest.raises(DataError, match="from which alone the list of answers may come, found the split test"):
+        make_state(questions, "test")
+
+
+def test_targets_are_shares_of_annotators_for_the_decoder(trained, tmp_path):
+    """Seven of ten say two, two say 2, which is the same, and one says three."""
+    given = ["two"] * 7 + ["2"] * 2 + ["three"]
+    answers = [{"answer": answer, "answer_id": i} for i, answer in enumerate(given)]
+    assert annotator_shares({"answers": answers}) == {"2": 0.9, "3": 0.1}
+    with ShardWriter(tmp_path / "d", name="q", source="", licence="", attribution="", recipe={}) as writer:
+        writer.add("0", png(scene(0)[0]), ["how many?"], {"question_id": 1, "answers": answers})
+    dataset = open_dataset(tmp_path / "d", "train")
+    forms: list[tuple[Literal["decoder", "classifier"], list[float]]]
+    forms = [("decoder", [0.9, 0.1]), ("classifier", [1.0, 0.3])]
+    for form, values in forms:
+        options = TaskOptions(answers=form)
+        state = VisualQuestionAnswering.make_state(dataset, options)
+        assert state["answers"] == ["2", "3"]
+        ids, targets = VisualQuestionAnswering(load_model(trained)[0], options, state).targets(dataset)
+        assert ids[0, :3].tolist() == [0, 1, -1]
+        assert targets[0, :3].tolist() == pytest.approx([*values, 0])
+
+
+def test_an_answer_twice_on_the_list_is_refused(trained):
+    with pytest.raises(DataError, match="wanted at least 2 different ones"):
+        VisualQuestionAnswering(load_model(trained)[0], TaskOptions(), {"answers": ["red", "red"], "others": []})
