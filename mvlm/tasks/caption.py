@@ -101,7 +101,7 @@ class Captioning(Task):
         weights = (at_least_float32(v.new_ones(())) / (len(v) * bounds.diff())).index_select(0, caption)  # (M,)
         head = self.model.language_head
         if plan == "fast":
-            x = masked_token_features(self.model, text, KeyValueCache(v), batch, masks)  # (M, C)
+            x = masked_token_features(self.model, text, KeyValueCache(v), masks.token_ids)  # (M, C)
             loss, accuracy = linear_cross_entropy(
                 head.transform(x), head.vocabulary.weight, head.vocabulary.bias, targets_of_masks, weights
             )
