@@ -126,7 +126,8 @@ def test_sixteen_examples_are_learned_by_heart_and_need_their_images(trained, tm
     name = FORMS[form][0]
     data = {name: WRITERS[name](tmp_path / "data", {"train": 16, "test": 4})}
     settings: dict[str, Any] = {"max_steps": 300, "warmup_steps": 30, "batch_size": 16, "log_every": 100}
-    figure, changes = "accuracy", dict[str, Any]()
+    figure = "accuracy"
+    changes: dict[str, Any] = {}
     if name == "caption":  # ITM of a model that was pretrained for two steps chooses badly
         settings |= {"max_steps": 700, "lr_encoder": 4e-3, "lr_cross": 4e-3}
         figure, changes = "equal", {"choose_by": "likelihood"}
