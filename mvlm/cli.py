@@ -104,6 +104,9 @@ def run_command(arguments: Sequence[str]) -> None:
                 # A group of options is not a prefix of its flags: --min-side, not --build.min-side.
                 parse(deferred(COMMANDS[name]), rest, prog=f"mvlm {name}", config=(tyro.conf.OmitArgPrefixes,))()
             return
+    if arguments[0] == "eval" and len(arguments) > 1 and arguments[1].endswith(".py"):
+        parse(deferred(eval_task(arguments[1])), arguments[2:], prog=f"mvlm eval {arguments[1]}")()
+        return
     within = [name for name in COMMANDS if name.startswith(arguments[0] + " ")]
     if within and arguments[1:2] in (["-h"], ["--help"]):
         print(usage(within))

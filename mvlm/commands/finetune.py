@@ -11,6 +11,7 @@ def finetune(arguments: Sequence[str]) -> None:
     """Fine-tune a pretrained model: `mvlm finetune TASK --checkpoint RUN --data SHARDS --out RUN`.
 
     Tasks: vqa, entailment, retrieval, pairs, caption. `mvlm eval TASK` evaluates the finished run.
+    TASK may be a Python file with a task of your own (docs/tasks.md).
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{finetune.__doc__}\nAll settings of a task: mvlm finetune TASK --help")
@@ -22,8 +23,11 @@ def finetune(arguments: Sequence[str]) -> None:
     from mvlm.config.recipes import finetune_defaults
     from mvlm.errors import ConfigError
 
-    if arguments[0] not in TASK_NAMES:
-        raise ConfigError(f"wanted a task after `mvlm finetune`: {', '.join(TASK_NAMES)}; got {arguments[0]!r}")
+    if arguments[0] not in TASK_NAMES and not arguments[0].endswith(".py"):
+        raise ConfigError(
+            f"wanted a task after `mvlm finetune`: {', '.join(TASK_NAMES)}, or a Python file with one; "
+            f"got {arguments[0]!r}"
+        )
     defaults = finetune_defaults(arguments[0], checkpoint=tyro.MISSING, data=tyro.MISSING, out=tyro.MISSING)
     settings = parse_settings(
         arguments[1:], f"mvlm finetune {arguments[0]}", f"Fine-tune on the task `{arguments[0]}`.", defaults, GROUPS
@@ -39,18 +43,13 @@ def _evaluate(
     import json
 
     from mvlm.distributed.world import join_ranks
-    from mvlm.errors import RunError
     from mvlm.files import write_json
-    from mvlm.runs.checkpoint import read_state
-    from mvlm.runs.folder import find_checkpoint
     from mvlm.tasks.evaluate import evaluate_task
+    from mvlm.tasks.registry import find_task
 
-    found = read_state(find_checkpoint(checkpoint)).get("task")
-    if found is not None and found["name"] != task:
-        raise RunError(f"{checkpoint}: wanted a run of the task {task}, found one of {found['name']}")
     world = join_ranks(device)
     given = {name: value for name, value in changes.items() if value is not None}
-    figures, records = evaluate_task(checkpoint, data, split, world.device, world, **given)
+    figures, records = evaluate_task(checkpoint, data, split, world.device, world, find_task(task), **given)
     if world.first:
         print(json.dumps(figures, indent=1))
         if out is not None:

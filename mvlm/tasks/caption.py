@@ -28,6 +28,7 @@ from mvlm.model.residual import Residual
 from mvlm.objectives.linear_cross_entropy import linear_cross_entropy
 from mvlm.objectives.losses import at_least_float32
 from mvlm.tasks.metrics.captions import bleu, cider, tokenize
+from mvlm.tasks.metrics.facts import fact_figures
 from mvlm.tasks.metrics.significance import grouped_bootstrap
 from mvlm.tasks.task import Task, TaskLosses, TaskOptions
 from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer
@@ -133,19 +134,23 @@ class Captioning(Task):
     def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
         """CIDEr-D x 100 with its 95 % interval over images, BLEU-1 to 4, and the share equal to a reference.
 
-        The references of a sample are all its captions.
+        The references of a sample are all its captions. Where all samples hold their scene, precision and recall of the
+        facts that captions state are added.
         """
         wanted = {str(i): texts for i, texts in enumerate(references(dataset))}
         found = {str(i): record["caption"] for i, record in enumerate(records)}
         scores = cider(found, wanted)
         equal = [tokenize(found[key]) in map(tokenize, texts) for key, texts in wanted.items()]
-        images = [str(dataset.metadata(i).get("image_id", i)) for i in range(len(dataset))]
+        metadata = [dataset.metadata(i) for i in range(len(dataset))]
+        images = [str(record.get("image_id", i)) for i, record in enumerate(metadata)]
+        scenes = {str(i): record["scene"] for i, record in enumerate(metadata) if "scene" in record}
         return {
             "captions": len(found),
             "cider_d": 100 * float(scores.mean()),
             "cider_d_95": [100 * x for x in grouped_bootstrap(scores.tolist(), images)],
             **{f"bleu_{n}": 100 * value for n, value in enumerate(bleu(found, wanted), 1)},
             "equal": 100 * sum(equal) / len(equal),
+            **(fact_figures(found, scenes) if len(scenes) == len(found) else {}),
         }
 
 

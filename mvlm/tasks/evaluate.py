@@ -58,7 +58,8 @@ def predict_split(
 def share(samples: int, rank: int, ranks: int) -> tuple[int, int]:
     """First sample of a rank's part of a split, and the one after its last. Parts begin at multiples of a batch."""
     batches = -(-samples // BATCH)
-    return tuple(min(samples, BATCH * (batches * place // ranks)) for place in (rank, rank + 1))
+    start, stop = (min(samples, BATCH * (batches * place // ranks)) for place in (rank, rank + 1))
+    return start, stop
 
 
 def join_records(parts: list[list[dict[str, Any]]], samples: int) -> list[dict[str, Any]]:
@@ -79,10 +80,11 @@ def evaluate_task(
     split: str,
     device: torch.device | str = "cpu",
     world: World | None = None,
+    kind: type[Task] | None = None,
     **changes: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Figures of a fine-tuned run on a split, and its records. `changes` are those of `load_task`."""
-    task, tokenizer = load_task(checkpoint, device, **changes)
+    """Figures of a fine-tuned run on a split, and its records. `kind` and `changes` are those of `load_task`."""
+    task, tokenizer = load_task(checkpoint, device, kind, **changes)
     dataset = open_dataset(data, split)
     records = predict_split(task, dataset, tokenizer, world=world)
     assert records is not None

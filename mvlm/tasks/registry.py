@@ -1,5 +1,6 @@
 """The tasks by name, and tasks loaded from finished runs."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -26,25 +27,55 @@ TASKS: dict[str, type[Task]] = {
 
 
 def find_task(name: str) -> type[Task]:
-    """The task of this name. ConfigError for an unknown one."""
+    """The task of this name, or of a Python file of the user's. ConfigError for an unknown one."""
+    if name.endswith(".py"):
+        return read_task(Path(name))
     if name not in TASKS:
-        raise ConfigError(f"task: wanted one of {', '.join(TASKS)}, got {name!r}")
+        raise ConfigError(f"task: wanted one of {', '.join(TASKS)}, or a Python file with a task, got {name!r}")
     return TASKS[name]
 
 
-def load_task(path: Path, device: torch.device | str = "cpu", **changes: Any) -> tuple[Task, Tokenizer]:
+def read_task(file: Path) -> type[Task]:
+    """The one subclass of `Task` that a Python file defines. The file is run. ConfigError if there is not one."""
+    if not file.is_file():
+        raise ConfigError(f"{file}: wanted a Python file with a task, found no such file; check the path")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    kinds = [x for x in vars(module).values() if isinstance(x, type) and issubclass(x, Task)]
+    own = [kind for kind in kinds if kind.__module__ == module.__name__]
+    if len(own) != 1:
+        raise ConfigError(f"{file}: wanted one subclass of mvlm.tasks.task.Task, found {len(own)}; split the file")
+    return own[0]
+
+
+def load_task(
+    path: Path, device: torch.device | str = "cpu", kind: type[Task] | None = None, **changes: Any
+) -> tuple[Task, Tokenizer]:
     """Load a fine-tuned task, in eval mode on `device`, and its tokenizer, from a run or one of its checkpoints.
 
-    The weights are the averaged ones (EMA) if the run kept them. `changes` are options to change, of those that say how
-    predictions are made. RunError for a pretraining run or a damaged one.
+    The weights are the averaged ones (EMA) if the run kept them.
+
+    Args:
+        kind: the run's task, if it is the user's own; a checkpoint names no code to run.
+        changes: options to change, of those that say how predictions are made.
+
+    RunError for a pretraining run, a run of another task, or a damaged one.
     """
     folder = find_checkpoint(path)
     described = read_state(folder).get("task")
     if described is None:
         raise RunError(f"{path}: wanted a fine-tuned run, found a pretraining run; `mvlm finetune` makes one from it")
+    if described["name"] not in ({kind.name} if kind else TASKS):
+        raise RunError(
+            f"{path}: wanted a run of the task {kind.name if kind else ', '.join(TASKS)}, found one of "
+            f"{described['name']}; name that task, or the file that defines it"
+        )
     config = model_config(json.loads((folder / MODEL_CONFIG).read_text()), str(folder / MODEL_CONFIG))
     options = TaskOptions(**described["options"] | changes)
-    task = find_task(described["name"])(MaskVLM(config), options, described["state"])
+    task = (kind or TASKS[described["name"]])(MaskVLM(config), options, described["state"])
     read_tensors(folder / (EMA if (folder / EMA).is_dir() else MODEL), task.state_dict())
     tokenizer = load_tokenizer(folder / TOKENIZER)
     task.set_tokenizer(tokenizer)

@@ -10,7 +10,6 @@ Shape legend: B batch, C width.
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from operator import attrgetter
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -65,7 +64,9 @@ class TaskOptions:
     def of(cls, config: FinetuneConfig) -> "TaskOptions":
         """The options among the settings of a run."""
         values: dict[str, Any] = {field.name: getattr(config, field.name) for field in fields(cls)}
-        return cls(**{name: str(x) if isinstance(x, Path) else x for name, x in values.items()})
+        if config.answer_list is not None:
+            values["answer_list"] = str(config.answer_list)
+        return cls(**values)
 
 
 class Task(nn.Module):

@@ -99,7 +99,7 @@ def _decoded_batches(
             images = [np.array(decoded.at(row)) for row in range(len(own))]
             if (strip := config.geometry.strip) > 1:
                 for i, image in zip(own.tolist(), images, strict=True):
-                    if fault := strip_fault(*image.shape[:2], strip):
+                    if fault := strip_fault(image.shape[0], image.shape[1], strip):
                         raise DataError(f"{dataset.where(i)}: {fault}")
             kept.images.extend(images)
             kept.texts.extend(texts.at(row).tobytes() for row in range(len(own)))

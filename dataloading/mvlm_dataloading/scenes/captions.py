@@ -4,7 +4,7 @@ import random
 
 from .kinds import NUMBERS, SIDES, Kind, plural, with_article
 from .layout import MOST, Placed, Scene, is_beside, place
-from .samples import Sample, asked_kind, compose, fillers, recoloured
+from .samples import Sample, asked_kind, compose, fillers, other_kind
 from .vocabulary import Vocabulary
 
 
@@ -15,11 +15,10 @@ def make_captions(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]
 
 def described(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     """A scene of one to four kinds, one of them a kind that the split asks about."""
-    kind = rng.choice(vocabulary.subjects) if vocabulary.held_sides and rng.random() < 0.5 else None
-    kind = kind or asked_kind(rng, vocabulary)
+    kind = asked_kind(rng, vocabulary)
     kinds = [kind, *fillers(rng, vocabulary, rng.randint(0, 3), {kind.name})]
     if kind.colour and rng.random() < 0.3:
-        kinds = [kind, recoloured(rng, vocabulary, kind), *kinds[1:3]]
+        kinds = [kind, other_kind(rng, vocabulary, kind), *kinds[1:3]]
     room, numbers = MOST - len(kinds), []
     for _ in kinds:
         more = rng.choice((0, 0, 1, 2))

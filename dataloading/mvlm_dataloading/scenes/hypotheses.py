@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from .kinds import SIDES, with_article
 from .layout import Scene, beside, place
-from .samples import Family, Sample, asked_kind, compose, fillers, recoloured
+from .samples import Family, Sample, asked_kind, compose, fillers, other_kind
 from .vocabulary import Vocabulary
 
 PLACES = {
@@ -31,9 +31,8 @@ def make_hypotheses(seed: str, vocabulary: Vocabulary, count: int) -> list[Sampl
 def placed(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     """Kind of the object in a named place."""
     kind, cell = asked_kind(rng, vocabulary), rng.choice(tuple(PLACES))
-    names = {kind.name}
-    edit = recoloured(rng, vocabulary, kind) if kind.colour else fillers(rng, vocabulary, 1, names)[0]
-    others = fillers(rng, vocabulary, rng.randint(1, 3), names | {edit.name})
+    edit = other_kind(rng, vocabulary, kind)
+    others = fillers(rng, vocabulary, rng.randint(1, 3), {kind.name, edit.name})
     scene = place(rng, [kind, *others], [cell])
     text = f"{with_article(kind.text)} is {PLACES[cell]}"
     return _judged(rng, "place", text, scene, scene.with_kind(0, edit), asked=(0,))
@@ -57,7 +56,7 @@ def coloured(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     others = fillers(rng, vocabulary, rng.randint(1, 3), {kind.name})
     scene = place(rng, [kind, *others])
     text = f"the {kind.name} is {kind.colour}"
-    return _judged(rng, "colour", text, scene, scene.with_kind(0, recoloured(rng, vocabulary, kind)), asked=(0,))
+    return _judged(rng, "colour", text, scene, scene.with_kind(0, other_kind(rng, vocabulary, kind)), asked=(0,))
 
 
 def _judged(

@@ -10,7 +10,7 @@ from itertools import permutations
 
 from .kinds import SIDES, Kind, with_article
 from .layout import CELLS, Placed, is_beside, place
-from .samples import Sample, asked_kind, compose, fillers, recoloured, same_colour
+from .samples import Sample, asked_kind, compose, fillers, other_kind, same_colour
 from .vocabulary import Vocabulary
 
 
@@ -20,11 +20,11 @@ def make_phrases(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
 
 
 def named(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """A noun among others, or a coloured shape beside the same shape and beside the same colour."""
+    """A noun beside another one, or a coloured shape beside the same shape and beside the same colour."""
     kind = asked_kind(rng, vocabulary)
-    near = [recoloured(rng, vocabulary, kind), *same_colour(rng, vocabulary, kind)] if kind.colour else []
+    near = [other_kind(rng, vocabulary, kind), *(same_colour(rng, vocabulary, kind) if kind.colour else [])]
     names = {kind.name, *(one.name for one in near)}
-    others = near + fillers(rng, vocabulary, rng.randint(1 if near else 2, 2 if near else 4), names)
+    others = near + fillers(rng, vocabulary, rng.randint(1, 2 if kind.colour else 3), names)
     scene = place(rng, [kind, *others])
     text = rng.choice((f"the {kind.text}", with_article(kind.text)))
     return [

@@ -15,7 +15,7 @@ from .samples import (
     compose,
     different_pairs,
     fillers,
-    recoloured,
+    other_kind,
     same_colour,
 )
 from .vocabulary import Vocabulary
@@ -34,13 +34,10 @@ def make_questions(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample
 def exist(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     """Presence of a noun or of a coloured shape; in the other scene the shape has another colour."""
     kind = asked_kind(rng, vocabulary)
+    edit = other_kind(rng, vocabulary, kind)
     others = same_colour(rng, vocabulary, kind) if kind.colour else []
-    names = {kind.name, *(other.name for other in others)}
-    if kind.colour:
-        edit = recoloured(rng, vocabulary, kind)
-    else:
-        (edit,) = fillers(rng, vocabulary, 1, names)
-    others += fillers(rng, vocabulary, rng.randint(1, 3), names | {edit.name})
+    names = {kind.name, edit.name, *(other.name for other in others)}
+    others += fillers(rng, vocabulary, rng.randint(1, 3), names)
     scene = place(rng, [kind, *others])
     question = f"is there {with_article(kind.text)}?"
     return [
@@ -60,8 +57,8 @@ def number(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
         if any_colour:
             counted = [rng.choice([t for t in vocabulary.all_tints if t.name == kind.name]) for _ in counted]
             counted[0] = kind
-        near = [recoloured(rng, vocabulary, kind)] if kind.colour and not any_colour else []
-        edit = near[0] if near else fillers(rng, vocabulary, 1, {kind.name})[0]
+        edit = fillers(rng, vocabulary, 1, {kind.name})[0] if any_colour else other_kind(rng, vocabulary, kind)
+        near = [edit] if kind.colour and not any_colour else []
         room = MOST - len(counted)
         others = [*near, *fillers(rng, vocabulary, rng.randint(0, 2), {kind.name, edit.name})][:room]
         scene = place(rng, [*counted, *others])

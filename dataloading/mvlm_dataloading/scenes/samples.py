@@ -47,10 +47,14 @@ def fillers(rng: random.Random, vocabulary: Vocabulary, count: int, without: Ite
     return found
 
 
-def recoloured(rng: random.Random, vocabulary: Vocabulary, kind: Kind) -> Kind:
-    """The same shape in another colour."""
-    others = [tint for tint in vocabulary.all_tints if tint.name == kind.name and tint != kind]
-    return rng.choice(others)
+def other_kind(rng: random.Random, vocabulary: Vocabulary, kind: Kind) -> Kind:
+    """Substitute of a kind where it is missing: the same shape in another colour, or another noun.
+
+    It is of those that the split asks about. A kind of which training knows nothing is therefore no sign of a "yes".
+    """
+    if kind.colour:
+        return rng.choice([tint for tint in vocabulary.tints if tint.name == kind.name and tint != kind])
+    return rng.choice([noun for noun in vocabulary.nouns if noun != kind])
 
 
 def same_colour(rng: random.Random, vocabulary: Vocabulary, kind: Kind) -> list[Kind]:

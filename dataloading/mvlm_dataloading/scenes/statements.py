@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from .kinds import SIDES, plural, with_article
 from .layout import MOST, Scene, beside, place
-from .samples import Family, Sample, asked_kind, compose, fillers, recoloured, same_colour
+from .samples import Family, Sample, asked_kind, compose, fillers, other_kind, same_colour
 from .vocabulary import Vocabulary
 
 Pair = tuple[Scene, Scene]
@@ -65,7 +65,7 @@ def more(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
         few, many = sorted(rng.sample(range(1, 5), 2))
         two = []
         for count in (many, few):
-            near = [recoloured(rng, vocabulary, kind)] if kind.colour else []
+            near = [other_kind(rng, vocabulary, kind)] if kind.colour else []
             others = near + fillers(rng, vocabulary, rng.randint(0, 2), {kind.name})
             two.append(place(rng, [*[kind] * count, *others][:MOST]))
         pairs.append((two[0], two[1]))
@@ -109,9 +109,9 @@ def _present(rng: random.Random, vocabulary: Vocabulary) -> tuple[Pair, Pair, st
     pairs: list[Pair] = []
     for _ in range(2):
         near = same_colour(rng, vocabulary, kind) if kind.colour else []
-        names = {kind.name, *(other.name for other in near)}
-        edit = recoloured(rng, vocabulary, kind) if kind.colour else fillers(rng, vocabulary, 1, names)[0]
-        others = near + fillers(rng, vocabulary, rng.randint(1, 3), names | {edit.name})
+        edit = other_kind(rng, vocabulary, kind)
+        names = {kind.name, edit.name, *(other.name for other in near)}
+        others = near + fillers(rng, vocabulary, rng.randint(1, 3), names)
         scene = place(rng, [kind, *others])
         pairs.append((scene, scene.with_kind(0, edit)))
     return pairs[0], pairs[1], with_article(kind.text)

@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,11 @@ def _check_samples(
     task: _Task, tar: str, samples: Sequence[tuple[str, dict[str, bytes]]], decoder: ImageDecoder, found: Findings
 ) -> None:
     images = [next((p for e, p in parts.items() if e in ("jpg", "jpeg", "png", "webp")), b"") for _, parts in samples]
-    for (key, parts), image, pixels in zip(samples, images, decoder(images), strict=True):
+    decoded = decoder([image for image, _ in groupby(images)])  # questions about an image follow one another
+    pixels: Any = None
+    for number, ((key, parts), image) in enumerate(zip(samples, images, strict=True)):
+        if number == 0 or image != images[number - 1]:
+            pixels = next(decoded)
         where = f"{tar} key {key}"
         found.keys.append(key)
         if isinstance(pixels, str):

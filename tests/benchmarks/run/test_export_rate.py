@@ -1,5 +1,8 @@
 """Figures of exported programs beside eager: ratios are taken round by round."""
 
+from collections.abc import Callable
+from typing import Any
+
 from mvlm_benchmarks.run.export_rate import rounds_of, rows_of
 
 
@@ -14,8 +17,12 @@ def test_ratios_are_medians_of_rounds_and_load_that_hits_all_cancels():
 
 
 def test_contenders_take_turns_and_the_first_round_is_not_counted():
-    called = []
-    runners = {name: lambda inputs, name=name: called.append((name, inputs)) for name in ("eager", "pt2", "onnx")}
+    called: list[tuple[str, int]] = []
+
+    def runner(name: str) -> Callable[[Any], object]:
+        return lambda inputs: called.append((name, inputs))
+
+    runners = {name: runner(name) for name in ("eager", "pt2", "onnx")}
     times = rounds_of(runners, 7, 3)
     assert {name: len(found) for name, found in times.items()} == {"eager": 3, "pt2": 3, "onnx": 3}
     assert [name for name, _ in called[:6]] == ["eager", "pt2", "onnx", "pt2", "onnx", "eager"]

@@ -77,7 +77,10 @@ def test_tars_with_shared_images_are_checked_indexed_and_unpacked(tmp_path):
         path.unlink()
     rebuild_indices(out)
     assert file_contents(out) == before
-    assert [found.problems for found in check_shards(out, workers=0).values()] == [[]]
+    (found,) = check_shards(out, workers=0).values()
+    assert found.problems == []
+    assert found.sizes == [(72, 54)] * 12
+    assert found.image_bytes == [(tmp_path / f"images/{i}.jpg").stat().st_size for i in range(4) for _ in range(3)]
     with tarfile.open(out / "train-000000.tar") as tar:
         tar.extractall(tmp_path / "files", filter="data")
     assert (tmp_path / "files/q2-0.jpg").read_bytes() == (tmp_path / "images/0.jpg").read_bytes()

@@ -8,7 +8,7 @@ from mvlm_dataloading.scenes.facts import is_true, scene_facts, stated_facts
 from mvlm_dataloading.scenes.kinds import NOUNS, plural, with_article
 from mvlm_dataloading.scenes.photos import PHOTOS
 from mvlm_dataloading.scenes.vocabulary import SPLITS, vocabulary
-from tests.support.scene_oracle import PLAIN
+from support.scene_oracle import PLAIN
 
 SCENE = {
     "size": [128, 128],

@@ -12,10 +12,10 @@ from mvlm_dataloading.scenes.build import TASKS, metadata_of
 from mvlm_dataloading.scenes.kinds import HELD_COLOURS, NOUNS, SIDES, held_side, is_unseen
 from mvlm_dataloading.scenes.photos import PHOTOS
 from mvlm_dataloading.scenes.vocabulary import SPLITS, vocabulary
-from tests.support.scene_oracle import PLAIN, answer, called, entail, judge, on_side
+from support.scene_oracle import PLAIN, answer, called, entail, judge, on_side
 
 BALANCED = ("vqa", "pairs", "entailment")
-SIZES = {"train": 1200}
+SIZES = {"train": 720}
 each_split = pytest.mark.parametrize("split", SPLITS)
 Row = tuple[str, dict[str, Any]]
 
@@ -24,7 +24,7 @@ Row = tuple[str, dict[str, Any]]
 def rows(task: str, split: str) -> list[Row]:
     """First caption and metadata of samples."""
     kinds = vocabulary(split, PHOTOS if split == "photo" else PLAIN.shapes)
-    samples = TASKS[task](f"0 {task} {split}", kinds, SIZES.get(split, 300))
+    samples = TASKS[task](f"0 {task} {split}", kinds, SIZES.get(split, 240))
     return [(s.captions[0], metadata_of(s, PLAIN, task, split, n)) for n, s in enumerate(samples)]
 
 
@@ -153,6 +153,16 @@ def test_unseen_nouns_are_in_split_concept_alone() -> None:
             assert not {name for name, _ in kinds_of(task, split)} & unseen, split
     for question, _ in rows("vqa", "concept"):
         assert any(re.search(rf"\b{re.escape(noun[:-1])}", question) for noun in unseen), question
+
+
+@pytest.mark.parametrize("split", ["combo", "concept"])
+def test_novelty_is_no_sign_of_a_yes(split: str) -> None:
+    """Scenes in which the kind asked about is missing hold another kind that is new too."""
+    kinds = vocabulary(split, PLAIN.shapes)
+    new = {(kind.name, kind.colour) for kind in kinds.asked}
+    for question, metadata in rows("vqa", split):
+        if question.startswith("is there"):
+            assert any((one["name"], one["colour"]) in new for one in metadata["scene"]["objects"]), question
 
 
 def test_held_combinations_are_in_split_combo_alone() -> None:

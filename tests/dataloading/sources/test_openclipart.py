@@ -10,7 +10,7 @@ from PIL import Image
 
 from mvlm_dataloading import DataError, build_shards, open_dataset
 from mvlm_dataloading.sources.openclipart import openclipart
-from tests.support import debian
+from support import debian
 
 SVG = """<?xml version="1.0"?>
 <svg xmlns="http://www.w3.org/2000/svg" xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#"

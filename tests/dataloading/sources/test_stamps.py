@@ -10,7 +10,7 @@ from PIL import Image
 
 from mvlm_dataloading import DataError, build_shards, open_dataset
 from mvlm_dataloading.sources.stamps import read_stamps, stamps
-from tests.support.debian import write_package
+from support.debian import write_package
 
 
 def stamp(width: int, height: int, colour: tuple[int, int, int] = (200, 0, 0)) -> bytes:

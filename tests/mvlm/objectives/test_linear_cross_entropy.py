@@ -112,6 +112,7 @@ def test_weighted_rows_add_up(monkeypatch, chunk):
     assert accuracy.item() == pytest.approx(sum(row[1] for row in rows) / 6)
     for parameter, place in ((weight, 3), (bias, 4)):
         wanted = sum(w * row[place] for w, row in zip(kept, rows, strict=True))
+        assert parameter.grad is not None
         np.testing.assert_allclose(parameter.grad.numpy(), 1.5 * wanted, atol=1e-13)
     assert x.grad is not None
     assert not x.grad[2].any()

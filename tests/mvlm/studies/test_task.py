@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mvlm.config.finetune import FinetuneConfig
 from mvlm.errors import ConfigError, RunError
 from mvlm.studies.run import plan_trials, run_study
 from mvlm.studies.study import Study, read_study
@@ -49,6 +50,7 @@ def test_trials_of_a_task_are_fine_tuned_and_evaluated_on_all_splits(questions, 
     assert set(rows) == {(arm, f"{split}.accuracy") for arm in study().arms for split in ("test", "train")}
     result = json.loads((tmp_path / "study/trials/text-alone/seed_0/result.json").read_text())
     (alone,) = (t for t in plan_trials(study(), questions, tmp_path / "other", trained) if t.arm == "text alone")
+    assert isinstance(alone.config, FinetuneConfig)
     finetune(alone.config)  # by itself, without the study
     for split in ("test", "train"):
         figures, _ = evaluate_task(alone.config.out, questions, split)

@@ -69,9 +69,11 @@ def test_captions_are_those_written_one_at_a_time(model, tokenizer, plan, order,
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rerank", ["itm", "likelihood"])
-def test_the_best_of_the_likeliest_lengths_is_chosen(model, tokenizer, rerank):
-    task = Captioning(copy.deepcopy(model), TaskOptions(lengths=3, iterations=2, rerank=rerank), {}).double().eval()
+@pytest.mark.parametrize("choose_by", ["itm", "likelihood"])
+def test_the_best_of_the_likeliest_lengths_is_chosen(model, tokenizer, choose_by):
+    task = (
+        Captioning(copy.deepcopy(model), TaskOptions(lengths=3, iterations=2, choose_by=choose_by), {}).double().eval()
+    )
     task.set_tokenizer(tokenizer)
     task.head.weight.normal_(generator=torch.Generator().manual_seed(1))
     batch, _ = micro_batch()
@@ -81,7 +83,7 @@ def test_the_best_of_the_likeliest_lengths_is_chosen(model, tokenizer, rerank):
         lengths = np.argsort(-task.head(v[row, 0]).numpy())[:3] + 1
         writer = Writer(task.model, v, torch.tensor([row] * 3), torch.from_numpy(lengths), tokenizer, "plain")
         writer.write("mask-predict", 2)
-        best = int((writer.match() if rerank == "itm" else writer.mean_log_probability()).argmax())
+        best = int((writer.match() if choose_by == "itm" else writer.mean_log_probability()).argmax())
         assert record == {"caption": tokenizer.decode(writer.words[best, : lengths[best]].tolist())}
     # The captions of the batch are not read.
     other = replace(batch, tokens=torch.where(batch.tokens > 4, 5, batch.tokens))

@@ -8,11 +8,18 @@ import sys
 import pytest
 import torch
 
+from mvlm.distributed.parallel import parallelize
+from mvlm.distributed.world import World
+from mvlm.inference.encode import eval_loader
 from mvlm.runs.folder import read_metrics
 from mvlm.runs.load import load_model
 from mvlm.tasks.finetune import finetune
 from mvlm.tasks.registry import load_task
+from mvlm.tasks.retrieval import Retrieval
+from mvlm.tasks.task import TaskOptions
+from mvlm_dataloading import open_dataset
 from support.questions import finetune_config as configured
+from support.scenes import scene, write_scenes
 
 
 def test_resumed_run_equals_an_undisturbed_one(trained, scenes, tmp_path):
@@ -88,3 +95,28 @@ def test_a_retrieval_run_is_a_model_for_every_other_command(trained, scenes, tmp
     words = ("eval", "retrieval", "--checkpoint", tmp_path / "run", "--data", scenes, "--out", out, "--device", "cpu")
     assert run_mvlm(*words).code == 0
     assert {"tr", "ir", "itc", "itm"} <= set(json.loads(out.read_text()))
+
+
+def test_the_loss_is_that_of_shared_right_answers(trained, tmp_path):
+    """Four images occur twice, the second time with the caption of the next image.
+
+    If matches were an equivalence, equal features would give the loss with one right answer a row. They are not: image
+    0 matches captions 0 and 1, and caption 1 images 0 and 1, but image 1 not caption 0.
+    """
+    texts = [scene(i if i < 32 else i - 31)[1] for i in range(36)]
+    data = write_scenes(tmp_path / "data", {"train": 36}, captions=lambda i: [texts[i]])
+    model, split = load_model(trained, "cpu", "fp32"), open_dataset(data, "train")
+    task, world = Retrieval(model.network, TaskOptions(), {}), World(0, 1, 0, torch.device("cpu"))
+    config = configured(trained, data, tmp_path / "run", "retrieval")
+    batch = next(iter(eval_loader(split, model.network, model.tokenizer)))
+    found = task.backward(parallelize(task, world), [batch], world, config, 0)
+    logits = (model.embed_images(split) @ model.embed_texts(split).T).double() * model.network.log_scale.exp().item()
+    shared, alone = 0.0, 0.0
+    for table in (logits, logits.T):
+        for i in range(36):
+            nats = -table[i].log_softmax(0)
+            right = [j for j in range(36) if i % 32 == j % 32 or texts[i] == texts[j]]
+            shared += nats[right].mean().item() / 72
+            alone += nats[i].item() / 72
+    assert found.itc.item() == pytest.approx(shared, rel=1e-6)
+    assert abs(shared - alone) > 5e-5 * shared

@@ -1,6 +1,7 @@
 """Lists of answers: where they come from, and what is refused."""
 
 import json
+from typing import Literal
 
 import pytest
 
@@ -68,7 +69,9 @@ def test_targets_are_shares_of_annotators_for_the_decoder(trained, tmp_path):
     with ShardWriter(tmp_path / "d", name="q", source="", licence="", attribution="", recipe={}) as writer:
         writer.add("0", png(scene(0)[0]), ["how many?"], {"question_id": 1, "answers": answers})
     dataset = open_dataset(tmp_path / "d", "train")
-    for form, values in (("decoder", [0.9, 0.1]), ("classifier", [1.0, 0.3])):
+    forms: list[tuple[Literal["decoder", "classifier"], list[float]]]
+    forms = [("decoder", [0.9, 0.1]), ("classifier", [1.0, 0.3])]
+    for form, values in forms:
         options = TaskOptions(answers=form)
         state = VisualQuestionAnswering.make_state(dataset, options)
         assert state["answers"] == ["2", "3"]

@@ -111,7 +111,7 @@ def _records(
         fault = "box is empty or outside the image"
     found = []
     for sentence in ref["sentences"]:
-        metadata = {
+        metadata: dict[str, Any] = {
             "id": str(int(sentence["sent_id"])),
             "image_id": f"coco {number}",
             "box": box,

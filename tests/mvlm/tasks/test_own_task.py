@@ -1,0 +1,51 @@
+"""A task of the user's own in one file of under 100 lines: trained, evaluated, resumed; and files that are none."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mvlm.errors import ConfigError
+from mvlm.tasks.registry import find_task
+from mvlm_dataloading import ShardWriter
+from support.scenes import png, scene
+
+EXAMPLE = Path(__file__).parents[3] / "docs/examples/counting_task.py"
+
+
+@pytest.fixture(scope="module")
+def counts(tmp_path_factory) -> Path:
+    """Scenes with a count that follows from the colour."""
+    folder = tmp_path_factory.mktemp("counts") / "data"
+    with ShardWriter(folder, name="counts", source="", licence="", attribution="", recipe={}) as writer:
+        for split in ("train", "test"):
+            for i in range(16):
+                writer.add(f"{split}{i:02}", png(scene(i)[0]), ["how many?"], {"count": i % 4}, split=split)
+    return folder
+
+
+def test_the_example_is_trained_and_evaluated(trained, counts, tmp_path, run_mvlm):
+    assert len(EXAMPLE.read_text().splitlines()) < 100
+    words = ["--checkpoint", trained, "--data", counts, "--out", tmp_path / "run", "--max-steps", 2]
+    settings = ["--batch-size", 8, "--device", "cpu", "--warmup-steps", 1]
+    done = run_mvlm("finetune", EXAMPLE, *words, *settings)
+    assert done.code == 0, done.err
+    assert run_mvlm("finetune", EXAMPLE, *words, *settings, "--resume").code == 0
+    options = ["--checkpoint", tmp_path / "run", "--data", counts, "--device", "cpu"]
+    found = run_mvlm("eval", EXAMPLE, *options, "--out", tmp_path / "eval.json")
+    assert found.code == 0, found.err
+    written = json.loads((tmp_path / "eval.json").read_text())
+    assert written["task"] == "counting"
+    assert len(written["records"]) == 16
+    # A checkpoint names no code to run: its task has to be named, and be the right one.
+    other = run_mvlm("eval", "entailment", *options)
+    assert other.code == 2
+    assert "found one of counting; name that task, or the file that defines it" in other.err[-1]
+
+
+def test_files_without_one_task_are_refused(tmp_path, run_mvlm):
+    (tmp_path / "none.py").write_text("from mvlm.tasks.task import Task\n")
+    with pytest.raises(ConfigError, match=r"wanted one subclass of .*, found 0"):
+        find_task(str(tmp_path / "none.py"))
+    assert "wanted a Python file with a task, found no such file" in run_mvlm("eval", "x.py", "--checkpoint", "a",
+                                                                            "--data", "b").err[-1]  # fmt: skip
