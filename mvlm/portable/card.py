@@ -205,7 +205,8 @@ def _evaluation(file: Path) -> dict[str, Any] | None:
             float(figures[name])
         for name in ("gain_text_nats_95", "gain_pixels_pct_95"):
             _, _ = map(float, figures[name])
-        str(figures["split"]), str(figures["checkpoint"])
+        if missing := {"split", "checkpoint"} - figures.keys():
+            raise KeyError(*missing)
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RecursionError) as error:
         raise RunError(
             f"{file}: wanted the figures that `mvlm eval retrieval` writes, got {error!r}; evaluate the run again"
