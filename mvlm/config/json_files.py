@@ -118,6 +118,18 @@ def config_json(config: PretrainConfig) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, **json.loads(json.dumps(config.to_dict()))}
 
 
+def with_defaults(values: dict[str, Any], kind: type[PretrainConfig]) -> dict[str, Any]:
+    """Values of a config.json, and the defaults of settings that it lacks: they are newer than the file."""
+    model = values.get("model")
+    complete = _defaults(kind) | values
+    return complete | {"model": _defaults(MaskVLMConfig) | model} if isinstance(model, dict) else complete
+
+
+def _defaults(kind: type) -> dict[str, Any]:
+    found = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+    return json.loads(json.dumps(found, default=str))
+
+
 def differing_settings(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[tuple[str, Any, Any]]:
     """Settings that differ and that a resumed run may not change: (name, value before, value now).
 

@@ -6,12 +6,14 @@ Shape legend: n images or pairs, m texts or labels, E contrastive width, S image
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mvlm.config.model import MaskVLMConfig
 from mvlm.errors import ConfigError
 from mvlm.inference import pairs, zero_shot
 from mvlm.inference.attention_maps import AttentionMaps, attention_maps
@@ -68,7 +70,10 @@ class TrainedModel(NetworkAndTokenizer):
     @functools.cached_property
     def sha256(self) -> str:
         """Hash of configuration, weights and tokenizer. Embeddings of models with other hashes do not compare."""
-        digest = hashlib.sha256(repr(sorted(self.network.config.to_dict().items())).encode())
+        # Without defaults, so that the hash stays when the model gets a new setting.
+        defaults = {f.name: f.default for f in fields(MaskVLMConfig)}
+        own = {name: value for name, value in self.network.config.to_dict().items() if value != defaults[name]}
+        digest = hashlib.sha256(repr(sorted(own.items())).encode())
         digest.update(self.tokenizer.fingerprint.encode())
         for name, tensor in sorted(self.network.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

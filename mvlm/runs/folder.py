@@ -7,7 +7,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from mvlm.config.json_files import config_json, differing_settings, read_config
+from mvlm.config.json_files import config_json, differing_settings, read_config, with_defaults
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.errors import RunError
 from mvlm.files import check_folder, sync, write_json
@@ -124,7 +124,7 @@ def open_run(config: PretrainConfig) -> Path | None:
     check_usable(out)
     if not folder.config.is_file():
         return None
-    differing = differing_settings(read_config(folder.config), config_json(config))
+    differing = differing_settings(with_defaults(read_config(folder.config), type(config)), config_json(config))
     if differing:
         settings = "; ".join(f"{name}: config.json has {a}, this command {b}" for name, a, b in differing)
         raise RunError(

@@ -66,6 +66,16 @@ class Retrieval(Task):
     whole_batch = True
     unused = ("image_encoder.mask_token", "image_decoder", "pixel_head", "language_head")
 
+    def __init__(self, model: MaskVLM, options: TaskOptions, state: dict[str, Any]) -> None:
+        config = model.config
+        if config.contrastive != "softmax" or config.text_pooling or config.extra_captions:
+            raise ConfigError(
+                f"checkpoint: wanted a model with the paper's ITC, whose target right answers share, got contrastive "
+                f"{config.contrastive}, text_pooling {config.text_pooling}, extra_captions {config.extra_captions}; "
+                f"fine-tune another model"
+            )
+        super().__init__(model, options, state)
+
     @classmethod
     def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
         """No state. DataError if the data are questions of another task, ConfigError if a modality is to be hidden."""

@@ -233,6 +233,19 @@ def test_resume_continues_from_the_newest_good_checkpoint(run_copy, caplog):
     refuse(config, "wanted a good checkpoint, found all of them damaged; remove the folder to start again")
 
 
+def test_a_run_resumes_if_its_config_lacks_settings_that_are_newer(run_copy):
+    values = json.loads((run_copy / "config.json").read_text())
+    for name in ("skip_spikes", "ema_decay"):
+        del values[name]
+    for name in ("contrastive", "partner_image_mask_ratio", "text_masking"):
+        del values["model"][name]
+    (run_copy / "config.json").write_text(json.dumps(values))
+    assert open_run(pretrain_config(values["data"], run_copy, resume=True)) is not None
+    changed = pretrain_config(values["data"], run_copy, resume=True)
+    changed = replace(changed, model=replace(changed.model, text_masking="variable"))
+    refuse(changed, "model.text_masking: config.json has fixed, this command variable")
+
+
 def test_differing_settings_are_listed_by_name():
     before = {"a": 1, "model": {"width": 4, "out": 1}, "seed": 0, "out": "x", "gone": 3}
     now = {"a": 1, "model": {"width": 8, "out": 2}, "seed": 0, "out": "y", "new": 4}

@@ -10,7 +10,9 @@ import torch
 
 from mvlm.distributed.parallel import parallelize
 from mvlm.distributed.world import World
+from mvlm.errors import ConfigError
 from mvlm.inference.encode import eval_loader
+from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.folder import read_metrics
 from mvlm.runs.load import load_model
 from mvlm.tasks.finetune import finetune
@@ -18,6 +20,7 @@ from mvlm.tasks.registry import load_task
 from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.task import TaskOptions
 from mvlm_dataloading import open_dataset
+from support.models import micro_config
 from support.questions import finetune_config as configured
 from support.scenes import scene, write_scenes
 
@@ -120,3 +123,12 @@ def test_the_loss_is_that_of_shared_right_answers(trained, tmp_path):
             alone += nats[i].item() / 72
     assert found.itc.item() == pytest.approx(shared, rel=1e-6)
     assert abs(shared - alone) > 5e-5 * shared
+
+
+@pytest.mark.parametrize(
+    "setting", [{"contrastive": "sigmoid"}, {"text_pooling": True}, {"extra_captions": 2}], ids=str
+)
+def test_a_model_of_another_contrastive_loss_is_refused(setting):
+    model = MaskVLM(micro_config(**setting))
+    with pytest.raises(ConfigError, match=r"checkpoint: wanted a model with the paper's ITC, .*; fine-tune another"):
+        Retrieval(model, TaskOptions(), {})
