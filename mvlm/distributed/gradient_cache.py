@@ -127,7 +127,8 @@ def _backward_to_features(
             sets = [model.embed_extra(own.extra, step.layout.pairs) for own in cached]
             extra = [torch.cat(parts) for parts in zip(*sets, strict=True)]  # (n, E) each
             embeddings = Embeddings(image, text, step.layout, extra)
-            features = torch.cat([own.image for own in cached])  # (n, 1+N, C)
+            # A copy of all features, so only for the loss that reads them.
+            features = torch.cat([own.image for own in cached]) if model.text_pooling is not None else None
             shares, draws = contrastive_shares(model, features, embeddings, step)
             if not step.weights.itm:
                 return scaled_total(model, shares, step)

@@ -127,9 +127,12 @@ def image_share(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Ma
 
 
 def contrastive_shares(
-    model: MaskVLMNetwork, image: Tensor, embeddings: Embeddings, step: GlobalStep
+    model: MaskVLMNetwork, image: Tensor | None, embeddings: Embeddings, step: GlobalStep
 ) -> tuple[Shares, Tensor]:
-    """Shares of ITC and its accuracy, and draws int64 (n, 2) of negatives. image (n, 1+N, C): the own features."""
+    """Shares of ITC and its accuracy, and draws int64 (n, 2) of negatives.
+
+    image (n, 1+N, C): the own features, for a model with text-conditioned pooling; others do not read them.
+    """
     share, accuracy, draws = sharded_contrastive_loss(
         embeddings,
         model.log_scale,
@@ -141,6 +144,7 @@ def contrastive_shares(
     extra = sharded_extra_losses(embeddings, model.log_scale, step.layout, bias=model.logit_bias)
     share = mean_of_sets(share, extra, model.config)
     if model.text_pooling is not None:
+        assert image is not None
         similarity = partial(step.implementation.conditioned_similarity, model.text_pooling)
         pooled = sharded_conditioned_loss(
             similarity, image, embeddings, model.log_scale, step.layout, bias=model.logit_bias
