@@ -179,7 +179,9 @@ def _block(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_rows` for one block of rows own (Q, E), whose global indices are int64 (Q,)."""
     logits = contrastive_logits(own, others, log_scale)  # (Q, G)
-    drawn = indices if sampling is None else sampling.draw(logits, indices, direction)
     if shared and sampling is not None:
-        return *shared_contrastive_sums(logits, sampling.matches(indices)), drawn
-    return *contrastive_sums(logits, indices, bias), drawn
+        sums = shared_contrastive_sums(logits, sampling.matches(indices))
+    else:
+        sums = contrastive_sums(logits, indices, bias)
+    # The draw last: backward computes the block again only as far as the loss.
+    return *sums, indices if sampling is None else sampling.draw(logits, indices, direction)

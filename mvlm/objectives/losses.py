@@ -124,12 +124,14 @@ def contrastive_sums(logits: Tensor, targets: Tensor, bias: Tensor | None = None
     Returns:
         Two scalars.
     """
-    correct = correct_top1(logits, targets).sum()
+    # The loss first: where backward computes a block again, it ends with the last tensor that backward reads.
     if bias is None:
-        return F.cross_entropy(logits, targets, reduction="sum"), correct
-    logits = logits + bias
-    # -log sigmoid(-z) for all pairs. For a true pair it is -log sigmoid(z), which is less by z.
-    return -F.logsigmoid(-logits).sum() - logits.gather(1, targets[:, None]).sum(), correct
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+    else:
+        logits = logits + bias
+        # -log sigmoid(-z) for all pairs. For a true pair it is -log sigmoid(z), which is less by z.
+        loss = -F.logsigmoid(-logits).sum() - logits.gather(1, targets[:, None]).sum()
+    return loss, correct_top1(logits, targets).sum()
 
 
 def shared_contrastive_sums(logits: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:

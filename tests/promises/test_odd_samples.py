@@ -125,7 +125,8 @@ def odd_images() -> dict[str, tuple[bytes, str]]:
         "jpeg bomb before a small header": (jpeg_of_size(jpeg, 65_500, 65_500, second=True), UNDECODABLE),
         # It has its end mark, and both decoders fill up what is missing.
         "jpeg that claims more rows": (jpeg_of_size(jpeg, 90, 600), GOOD),
-        "webp bomb": (webp_of_size(16_000, 16_000), TOO_MANY_PIXELS),
+        # Pillow 12 cannot open it; Pillow 13 reads its size first.
+        "webp bomb": (webp_of_size(16_000, 16_000), (TOO_MANY_PIXELS, UNDECODABLE)),
         "webp that is not as large as it says": (webp_of_size(90, 60), UNDECODABLE),
         "text bomb in a png": (text_bomb(png), "any"),
         "too small": (published.encoded(published.make_image(1, (90, 15)), "PNG"), "image is too small"),
@@ -230,7 +231,8 @@ def test_each_odd_image_is_accepted_or_rejected_with_its_reason(zoo):
         found = zoo["rejected"].get(name, GOOD) if i is None else GOOD
         if isinstance(wanted, list):
             found = zoo["dataset"].captions(i) if i is not None else found
-        if (wanted == "any" and not found) or (wanted != "any" and found != wanted):
+        reasons = wanted if isinstance(wanted, tuple) else (wanted,)
+        if (wanted == "any" and not found) or (wanted != "any" and found not in reasons):
             wrong[name] = (found, wanted)
         assert (i is None) == (name in zoo["rejected"]), name  # either in the shards or in the list
     assert wrong == {}

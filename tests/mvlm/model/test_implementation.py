@@ -13,8 +13,16 @@ from support.models import micro_batch, micro_model
 FUNCTIONS = [name for name, member in vars(Implementation).items() if inspect.isfunction(member) and name[0] != "_"]
 
 
-def test_the_interface_has_the_five_functions_of_a_step() -> None:
-    assert FUNCTIONS == ["encode", "encode_unmasked", "language_loss", "image_loss", "fuse_pairs"]
+def test_the_interface_has_the_functions_of_a_step() -> None:
+    assert FUNCTIONS == [
+        "encode",
+        "encode_unmasked",
+        "encode_tokens",
+        "language_loss",
+        "image_loss",
+        "conditioned_similarity",
+        "fuse_pairs",
+    ]
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
