@@ -84,12 +84,12 @@ def webp_of_size(width: int, height: int) -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
-def odd_images() -> dict[str, tuple[bytes, str]]:
+def odd_images() -> dict[str, tuple[bytes, str | tuple[str, str]]]:
     """Name -> the image's bytes, and GOOD or the reason for its rejection."""
     image = published.make_image(1, (90, 60))
     jpeg, png, webp = (published.encoded(image, kind) for kind in ("JPEG", "PNG", "WEBP"))
     progressive = published.encoded(image, "JPEG", progressive=True)
-    zoo: dict[str, tuple[bytes, str]] = {}
+    zoo: dict[str, tuple[bytes, str | tuple[str, str]]] = {}
     for name, whole, cuts in (
         ("jpeg", jpeg, segments_of_jpeg(jpeg)),
         ("progressive", progressive, segments_of_jpeg(progressive)),
