@@ -4,7 +4,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +16,7 @@ from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.recipes import pretrain_defaults
-from mvlm.device import autocast, choose_device, has_fast_bf16
+from mvlm.device import autocast, choose_device, has_fast_bf16, mean_seconds
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
 from mvlm.model import attention_backends as backends
@@ -211,7 +211,7 @@ def trial(config: PretrainConfig, batch_size: int | None, device: torch.device) 
     except (ConfigError, DataError, RunError, ValueError) as error:
         yield Finding("red", "trial", str(error))
         return
-    loader_speed = config.batch_size / _seconds(lambda: next(batches), device)
+    loader_speed = config.batch_size / mean_seconds(lambda: next(batches), device, TIMED_STEPS)
     batch, masks = batch.to(device), masks.to(device)
     model = MaskVLM(config.model).to(device)
     optimizer = make_optimizer(model, config, device)
@@ -225,7 +225,7 @@ def trial(config: PretrainConfig, batch_size: int | None, device: torch.device) 
 
     try:
         step()
-        model_speed = config.batch_size / _seconds(step, device)
+        model_speed = config.batch_size / mean_seconds(step, device, TIMED_STEPS)
     except torch.OutOfMemoryError:
         yield Finding("red", "memory", f"a batch of {config.batch_size} does not fit; lower --batch-size")
         return
@@ -269,15 +269,3 @@ def _figures(
         f"loader alone {loader:.0f} pairs/s, model alone {model:.0f} pairs/s: the {limit} is the limit; "
         f"{config.max_steps} steps would take about {hours:.1f} h",
     )
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Mean seconds of one call of `work`."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    for _ in range(TIMED_STEPS):
-        work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - started) / TIMED_STEPS

@@ -3,8 +3,6 @@
 Shape legend: B pairs of a microbatch.
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -23,6 +21,7 @@ from mvlm.costs.step_cost import (
     give_fake_tensors,
     step_cost,
 )
+from mvlm.device import mean_seconds
 from mvlm.distributed.parallel import checkpoint_activations
 from mvlm.distributed.world import World
 from mvlm.model.maskvlm import MaskVLM
@@ -147,22 +146,10 @@ def try_steps(config: FinetuneConfig, device: torch.device) -> Trial:
         trainer.optimizer.zero_grad(set_to_none=True)
 
     try:
-        loader = len(batch.images) / _seconds(lambda: next(batches), device)
+        loader = len(batch.images) / mean_seconds(lambda: next(batches), device, TIMED_STEPS)
         step()
-        model = len(batch.images) / _seconds(step, device)
+        model = len(batch.images) / mean_seconds(step, device, TIMED_STEPS)
     finally:
         trainer.loader.close()
     parameters = sum(p.numel() for p in trainer.model.parameters())
     return Trial(loader, model, memory_mb(device), parameters)
-
-
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Mean seconds of one call of `work`."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    started = time.perf_counter()
-    for _ in range(TIMED_STEPS):
-        work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return (time.perf_counter() - started) / TIMED_STEPS
