@@ -6,10 +6,8 @@ One process imports everything and forks those that embed, because an import tak
 for each part. The exit code is 1 if files differ.
 """
 
-import argparse
 import random
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from mvlm_dataloading import open_dataset, tokenizer_for
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from support.faults.forks import ended_well, in_child, in_ranks, killed
+from support.faults.kill_command import run_kills
 from support.folders import folder_hash
 from support.models import micro_model
 from support.scenes import write_scenes
@@ -74,20 +73,8 @@ def run_trials(folder: Path, kills: int, rng: random.Random) -> str | None:
     return None
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--kills", type=int, default=20, help="processes to kill")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments to kill at")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        fault = run_trials(Path(folder), arguments.kills, random.Random(arguments.seed))
-    if fault is not None:
-        print(fault)
-    return int(fault is not None)
-
-
 if __name__ == "__main__":
     # Import DALI before the forks; it must start no thread in this process.
     import nvidia.dali.fn  # noqa: F401
 
-    sys.exit(main())
+    sys.exit(run_kills(run_trials, __doc__, "processes to kill", 20))

@@ -6,13 +6,11 @@ One process imports everything and forks those that evaluate. Every third evalua
 killed together. Prints a line for each part. The exit code is 1 if figures differ.
 """
 
-import argparse
 import json
 import os
 import random
 import signal
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from mvlm_dataloading import open_dataset, tokenizer_for
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from support.faults.forks import ended_well, in_child, in_ranks
+from support.faults.kill_command import run_kills
 from support.models import micro_model
 from support.scenes import write_scenes
 
@@ -106,20 +105,8 @@ def run_trials(folder: Path, kills: int, rng: random.Random) -> str | None:
     return None
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--kills", type=int, default=10, help="evaluations to kill")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments to kill at")
-    arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        fault = run_trials(Path(folder), arguments.kills, random.Random(arguments.seed))
-    if fault is not None:
-        print(fault)
-    return int(fault is not None)
-
-
 if __name__ == "__main__":
     # Import DALI before the forks; it must start no thread in this process.
     import nvidia.dali.fn  # noqa: F401
 
-    sys.exit(main())
+    sys.exit(run_kills(run_trials, __doc__, "evaluations to kill", 10))
