@@ -3,6 +3,7 @@
 import difflib
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -128,6 +129,10 @@ def main() -> None:
 
     try:
         run_command(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of the output has ended, as in `mvlm --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what the interpreter still flushes
+        sys.exit(141)  # 128 + SIGPIPE, as a shell reports it
     except (ConfigError, RunError, DataError) as error:
         print(f"mvlm: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

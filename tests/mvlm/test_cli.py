@@ -1,7 +1,10 @@
 """The command line: finding commands, errors as lines and exit codes, help, and one run through all commands."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -124,6 +127,15 @@ def test_a_mistake_is_answered_without_importing_torch():
     assert done.returncode == 2
     assert done.stderr == "mvlm: unknown preset: wanted one of tiny, small, base, got 'hgue'\n"
     assert done.stdout == "[]\n"
+
+
+def test_a_reader_that_ends_early_is_no_error():
+    """As in `mvlm --help | head -1`."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "wb") as pipe:
+        done = subprocess.run([sys.executable, "-m", "mvlm", "--help"], stdout=pipe, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 @pytest.mark.slow

@@ -1,14 +1,16 @@
-"""One rank of test_global_batch.py: `python global_batch_ranks.py RANK PORT OUT`.
+"""The ranks of test_global_batch.py: `python global_batch_ranks.py PORT FOLDER`.
 
-Eight ranks are started once. They run one combination as a world of eight. Then the first four run every combination
+Eight ranks are forked once. They run one combination as a world of eight. Then the first four run every combination
 as a world of four, and the first two as a world of two. Each compares its losses and gradients with those of one rank
-on the whole batch, and writes the largest differences to OUT.
+on the whole batch, and writes the largest differences to FOLDER/RANK.json.
 """
 
 import itertools
 import json
 import math
+import os
 import sys
+import traceback
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -263,23 +265,23 @@ def combinations(ranks: int) -> list[dict[str, Any]]:
     every = [
         {"kind": kind, "microbatches": microbatches, "again": again, "weights": EVERY, "variant": "paper"}
         for kind, microbatches, again in itertools.product(kinds, (1, 2), (False, True))
+        if not again or ranks == 2 or kind == "hsdp"
     ]
     if ranks == 2:
-        every += [
-            {"kind": kind, "microbatches": microbatches, "again": False, "weights": weights, "variant": "paper"}
-            for kind, microbatches, weights in itertools.product(kinds, (1, 2), SOME)
-        ]
-        every += [
-            {"kind": kind, "microbatches": microbatches, "again": False, "weights": EVERY, "variant": variant}
-            for kind, microbatches, variant in itertools.product(kinds, (1, 2), VARIANTS)
-            if variant != "paper"
-        ]
-    # One implementation each on four ranks, and for some of the losses, to save time.
+        # Some of the losses, and the newer objectives: each with and without microbatches, and each sharding, in turn.
+        others = [{"weights": weights, "variant": "paper"} for weights in SOME]
+        others += [{"weights": EVERY, "variant": variant} for variant in VARIANTS if variant != "paper"]
+        for i, other in enumerate(others):
+            every += [
+                {"kind": kind, "microbatches": 1 + (i + j) % 2, "again": False} | other
+                for j, kind in enumerate(("ddp", "fsdp"))
+            ]
+    # Both implementations on two ranks. One in each of the other cases, to save time.
     return [
         case | {"plan": plan}
         for case in every
         for plan in ("plain", "fast")
-        if (ranks == 2 and case["weights"] == EVERY and case["variant"] == "paper")
+        if (ranks == 2 and case["weights"] == EVERY and case["variant"] == "paper" and not case["again"])
         or (plan == "fast") == (case["microbatches"] == 2)
     ]
 
@@ -315,7 +317,7 @@ def run(world: Any, oracles: dict[tuple[tuple[float, ...], str], Oracle], case: 
             found["local matching"] = losses.itm.item() - (local_matching(world.size * number) if weights[3] else 0)
         found[f"{part} losses"] = [abs(a.item() - b) for a, b in zip(losses, oracle.losses, strict=True)]
         found[f"{part} gradients"] = differences(gradients, oracle.gradients)
-    if not case["again"] and weights == EVERY:
+    if not case["again"] and weights == EVERY and case["variant"] == "paper":
         norm, _ = gradient_norms(model)
         update(model, norm)
         found["norm"] = float(norm) - float(torch.nn.utils.get_total_norm(list(oracle.gradients.values())))  # pyright: ignore[reportArgumentType]
@@ -352,7 +354,9 @@ def pieces(world: Any, number: int, variant: str = "paper") -> list[tuple[Batch,
 
 
 def main() -> None:
-    rank, port, out = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    port, folder = int(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(1)
+    # The oracles are computed once, before the fork, and before any module under test is imported.
     oracles = {(weights, "paper"): Oracle(weights) for weights in (EVERY, *SOME)}
     oracles |= {(EVERY, variant): Oracle(EVERY, variant) for variant in VARIANTS}
     tested = (
@@ -362,9 +366,35 @@ def main() -> None:
         "mvlm.distributed.exchange",
         "mvlm.distributed.parallel",
     )
-    found: dict[str, Any] = {"oracle imports": [name for name in tested if name in sys.modules]}
+    found = {"oracle imports": [name for name in tested if name in sys.modules]}
+    import_modules_under_test()
+    ranks = []
+    for rank in range(8):
+        if (pid := os.fork()) == 0:
+            code = 1
+            try:
+                (folder / f"{rank}.json").write_text(json.dumps(found | results_of(rank, port, oracles)))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        ranks.append(pid)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0 for pid in ranks))
+
+
+def import_modules_under_test() -> None:
+    """Import them once, for all ranks."""
+    import mvlm.distributed.global_batch
+    import mvlm.distributed.parallel
+    import mvlm.training.metrics  # noqa: F401
+
+
+def results_of(rank: int, port: int, oracles: dict[tuple[tuple[float, ...], str], Oracle]) -> dict[str, Any]:
+    """A rank's results in each world that it belongs to."""
     from mvlm.distributed.world import World
 
+    found: dict[str, Any] = {}
     for ranks in (8, 4, 2):
         if rank < ranks:
             address = f"tcp://127.0.0.1:{port + ranks}"
@@ -376,7 +406,7 @@ def main() -> None:
             if ranks == 4:
                 found["limited"] = {str(number): twice(world, number, 1) for number in (1, 2)}
             dist.destroy_process_group()
-    out.write_text(json.dumps(found))
+    return found
 
 
 if __name__ == "__main__":

@@ -41,19 +41,14 @@ def ranks(tmp_path_factory) -> list[dict[str, Any]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", str(PROGRAM), str(rank), str(port), str(folder / f"{rank}.json")],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(8)
-    ]
-    for process in running:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(PROGRAM), str(port), str(folder)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(8)]
 
 
@@ -71,12 +66,16 @@ def test_oracle_imports_no_module_under_test(ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("microbatches", [1, 2])
-@pytest.mark.parametrize("kind, count", [("ddp", 8), ("fsdp", 8), ("hsdp", 4)])
-def test_ranks_agree_with_one_rank_on_the_whole_batch(ranks, kind, count, microbatches, again):
+@pytest.mark.parametrize("kind, again, count", [
+    ("ddp", False, 8), ("fsdp", False, 8),  # two ranks with both implementations, four with one of them
+    ("ddp", True, 2), ("fsdp", True, 2),  # two ranks with one of them
+    ("hsdp", False, 4), ("hsdp", True, 4),  # HSDP needs four ranks
+])  # fmt: skip
+def test_ranks_agree_with_one_rank_on_the_whole_batch(ranks, kind, again, count, microbatches):
+    """With `again`, blocks are computed again in the backward pass."""
     found = cases(ranks, kind=kind, microbatches=microbatches, again=again, weights=list(RANKS.EVERY), variant="paper")
-    assert len(found) == count  # two ranks with both implementations, four with one of them; HSDP needs four
+    assert len(found) == count
     for case in found:
         assert max(case["global losses"]) < EXACT
         assert case["global gradients"] < EXACT
@@ -119,7 +118,6 @@ def test_newer_objectives_agree_with_one_rank(ranks, kind, variant):
     for case in cases(ranks, kind=kind, variant=variant):
         assert max(case["global losses"]) < EXACT
         assert case["global gradients"] < EXACT
-        assert case["updated"] < EXACT
 
 
 @pytest.mark.slow
