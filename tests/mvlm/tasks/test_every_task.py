@@ -20,7 +20,9 @@ from mvlm.tasks.evaluate import evaluate_task, join_records, share
 from mvlm.tasks.finetune import finetune
 from mvlm.tasks.registry import find_task, load_task
 from mvlm.tasks.task import Task, TaskOptions
+from mvlm.training.run import pretrain
 from mvlm_dataloading import Batch, DataError, Dataset, Masks, Tokenizer, open_dataset
+from support.models import micro_config, pretrain_config
 from support.questions import WRITERS, finetune_config
 
 FORMS = {
@@ -119,21 +121,31 @@ def test_resumed_run_equals_an_undisturbed_one(trained, data, tmp_path, form, wi
             assert a.get(name) == b.get(name)
 
 
+@pytest.fixture(scope="module")
+def wide(scenes, tmp_path_factory) -> Path:
+    """A pretraining run of two steps of a wide and shallow model, which learns in fewer steps."""
+    out = tmp_path_factory.mktemp("wide") / "run"
+    layers = {"image_layers": 1, "text_layers": 1, "cross_layers": 1, "decoder_layers": 1}
+    pretrain(pretrain_config(scenes, out, model=micro_config(width=64, heads=4, **layers)))
+    return out
+
+
 @pytest.mark.slow
 @every_form
-def test_sixteen_examples_are_learned_by_heart_and_need_their_images(trained, tmp_path, form, without_tensorboard):
+def test_sixteen_examples_are_learned_by_heart_and_need_their_images(wide, tmp_path, form, without_tensorboard):
     """All are right; with the images shuffled, figures fall to those of a model that was trained without images."""
     name = FORMS[form][0]
     data = {name: WRITERS[name](tmp_path / "data", {"train": 16, "test": 4})}
-    settings: dict[str, Any] = {"max_steps": 300, "warmup_steps": 30, "batch_size": 16, "log_every": 100}
+    settings: dict[str, Any] = {"max_steps": 160, "warmup_steps": 16, "batch_size": 16, "log_every": 100}
     figure = "accuracy"
     changes: dict[str, Any] = {}
-    if name == "pairs":  # the micro model learns them with some seeds only
-        settings |= {"max_steps": 500, "lr_encoder": 4e-3, "lr_cross": 4e-3, "seed": 1}
+    if name == "pairs":
+        settings |= {"max_steps": 250, "lr_encoder": 4e-3, "lr_cross": 4e-3, "lr_head": 4e-3}
     if name == "caption":  # ITM of a model that was pretrained for two steps chooses badly
-        settings |= {"max_steps": 1200, "lr_encoder": 4e-3, "lr_cross": 4e-3, "question_length": 24}
+        settings |= {"max_steps": 1000, "warmup_steps": 100, "lr_encoder": 1.5e-3, "lr_cross": 1.5e-3}
+        settings |= {"lr_head": 1.5e-3, "question_length": 24}
         figure, changes = "equal", {"choose_by": "likelihood"}
-    finetune(configured(trained, data, tmp_path / "run", form, **settings))
+    finetune(configured(wide, data, tmp_path / "run", form, **settings))
     figures, records = evaluate_task(tmp_path / "run", data[name], "train", **changes)
     assert figures[figure] == 100
     assert [record["sample"] for record in records] == list(range(16))
