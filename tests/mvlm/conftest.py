@@ -12,6 +12,7 @@ import pytest
 from mvlm import cli
 from mvlm_dataloading import Dataset, Tokenizer, open_dataset, tokenizer_for
 from support.commands import Outcome
+from support.forked_ranks import Outcomes, forked_ranks
 from support.models import MICRO, pretrain_config
 from support.scenes import write_scenes
 
@@ -73,6 +74,13 @@ def file_limit():
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
     return limited
+
+
+@pytest.fixture(scope="session")
+def on_two_ranks() -> Iterator[Callable[..., Outcomes]]:
+    """Runs `mvlm WORDS` on two ranks. Returns their exit codes, and what they wrote to stderr."""
+    with forked_ranks() as run:
+        yield run
 
 
 @pytest.fixture

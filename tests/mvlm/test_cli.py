@@ -134,7 +134,9 @@ def test_a_reader_that_ends_early_is_no_error():
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "wb") as pipe:
-        done = subprocess.run([sys.executable, "-m", "mvlm", "--help"], stdout=pipe, stderr=subprocess.PIPE, check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "mvlm", "--help"], stdout=pipe, stderr=subprocess.PIPE, check=False
+        )
     assert (done.returncode, done.stderr) == (141, b"")
 
 

@@ -1,8 +1,6 @@
 """Promises that hold for every task: both implementations agree, runs resume, ranks share, examples are learned."""
 
 import shutil
-import subprocess
-import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -157,7 +155,7 @@ def test_sixteen_examples_are_learned_by_heart_and_need_their_images(wide, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["decoder", "pairs", "caption"])
-def test_two_ranks_equal_one(trained, data, tmp_path, form):
+def test_two_ranks_equal_one(trained, data, tmp_path, form, on_two_ranks):
     task, settings = FORMS[form]
     finetune(configured(trained, data, tmp_path / "one", form, max_steps=3, eval_every_steps=3))
     words = [
@@ -167,11 +165,8 @@ def test_two_ranks_equal_one(trained, data, tmp_path, form):
         *("--weight-decay", "0", "--eval-every-steps", "3"),
         *(word for name, value in settings.items() for word in (f"--{name}", value)),
     ]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "mvlm", "finetune", task, *map(str, words)], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    codes, errors = on_two_ranks("finetune", task, *words)
+    assert codes == [0, 0], errors
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)

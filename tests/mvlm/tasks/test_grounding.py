@@ -1,8 +1,6 @@
 """Grounding by GradCAM on coloured squares, against the maps of single images and boxes counted by hand."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -131,14 +129,12 @@ def test_candidates_of_a_file_of_detections(trained, phrases, tmp_path, run_mvlm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["grounding", "recognition"])
-def test_two_ranks_have_the_figures_and_records_of_one(trained, tmp_path, run_mvlm, task):
+def test_two_ranks_have_the_figures_and_records_of_one(trained, tmp_path, run_mvlm, task, on_two_ranks):
     data = write_phrases(tmp_path / "data", {"validation": 8, "test": 150})  # three batches
     words = ["eval", task, "--checkpoint", trained, "--data", data, "--device", "cpu", "--out"]
     assert run_mvlm(*words, tmp_path / "one.json").code == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = map(str, [*words, tmp_path / "two.json"])
-    done = subprocess.run([*torchrun, "-m", "mvlm", *arguments], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    codes, errors = on_two_ranks(*words, tmp_path / "two.json")
+    assert codes == [0, 0], errors
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert one == two
     assert len(two["records"]) == 150

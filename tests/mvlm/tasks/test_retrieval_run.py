@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -57,7 +55,7 @@ def test_both_implementations_give_the_same_losses(trained, scenes, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one(trained, scenes, tmp_path):
+def test_two_ranks_equal_one(trained, scenes, tmp_path, on_two_ranks):
     finetune(configured(trained, scenes, tmp_path / "one", "retrieval", max_steps=3, eval_every_steps=3))
     settings = [
         *("--checkpoint", trained, "--data", scenes, "--out", tmp_path / "two", "--max-steps", "3"),
@@ -65,14 +63,8 @@ def test_two_ranks_equal_one(trained, scenes, tmp_path):
         *("--warmup-steps", "2", "--crop-scale", "1", "1", "--device", "cpu", "--precision", "fp32"),
         *("--weight-decay", "0", "--eval-every-steps", "3"),
     ]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, "-m", "mvlm", "finetune", "retrieval", *map(str, settings)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    codes, errors = on_two_ranks("finetune", "retrieval", *settings)
+    assert codes == [0, 0], errors
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
