@@ -200,7 +200,7 @@ def test_a_batch_padded_to_a_bucket_gives_the_same_losses(drop_masked):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_the_compiled_fast_step_is_one_graph_and_gives_the_same():
     """`fullgraph` raises at a graph break, such as a copy from the device to the host."""
-    model = micro_model(cross_layers=2)
+    model = micro_model(image_layers=1, text_layers=1, cross_layers=2, decoder_layers=1)
     batch, masks = micro_batch(config=model.config)
     padded = pad_to_bucket(batch, masks, model.config.text_length)
     wanted, wanted_gradients = losses_and_gradients(model, batch, masks, "plain")

@@ -26,9 +26,9 @@ ALONE = World(rank=0, size=1, local_rank=0, device=CPU)
 def start(scenes, tokenizer, tmp_path):
     """Function that makes a trainer and its batches."""
 
-    def make(dtype=torch.float32, **changes):
+    def make(dtype=torch.float32, sizes=None, **changes):
         config = pretrain_config(scenes, tmp_path / "run", precision="fp32", max_steps=20, **changes)
-        model = micro_model(dtype=dtype)
+        model = micro_model(dtype=dtype, **(sizes or {}))
         loader = make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)
         run = Trainer(config, ALONE, parallelize(model, ALONE), make_optimizer(model, config, CPU), loader, tokenizer)
         return run, iter(loader)
@@ -165,10 +165,11 @@ def test_gradient_that_is_not_finite_stops_the_run_before_the_update(start):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_steps_equal_eager_steps(start, scenes, tokenizer, tmp_path, monkeypatch):
     """One graph a step, run by torch's own kernels in float64. Batches of all lengths share a handful of graphs."""
-    plain, batches = start(dtype=torch.float64)
+    sizes = {"image_layers": 1, "text_layers": 1, "cross_layers": 1, "decoder_layers": 1}
+    plain, batches = start(dtype=torch.float64, sizes=sizes)
     for _ in range(6):
         plain.one_step(batches)
-    compiled, batches = start(dtype=torch.float64, compile=True)
+    compiled, batches = start(dtype=torch.float64, sizes=sizes, compile=True)
     torch._dynamo.reset()
     before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     compile_step(compiled.model, ALONE, backend="aot_eager")
