@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,42 @@ TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / f"aot-{TRITON}.js
 # One case of each kernel family at the most common shape, and the widest tiles, which would spill first.
 SLICE = (
     r"cross_attention/(bfloat16/64/32/(lengths|index|splits)|float16/128/128/lengths)$|"
-    r"gather_patches|place_tokens.*bf16"
+    r"gather_patches/(bf16/p16|uint8-bf16/p14)$|place_tokens/bf16/(visible|both/fp32-parameters)$"
 )
+
+
+SERVER = """
+import importlib, json, os, sys
+answers = os.fdopen(os.dup(1), "w", buffering=1)
+os.dup2(2, 1)
+for line in sys.stdin:
+    module, name, args = json.loads(line)
+    answers.write(json.dumps(getattr(importlib.import_module(module), name)(*args)) + "\\n")
+"""
+
+
+@pytest.fixture(scope="module")
+def call() -> Iterator[Callable[..., Any]]:
+    """Calls a function of a module in a process that does not interpret kernels, which all tests share."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        env=environment,
+    ) as process:
+        asking, answers = process.stdin, process.stdout
+        assert asking is not None
+        assert answers is not None
+
+        def do(module: str, name: str, *args: Any) -> Any:
+            asking.write(json.dumps([module, name, args]) + "\n")
+            return json.loads(answers.readline())
+
+        yield do
+        asking.close()
 
 
 @pytest.fixture(scope="module")
@@ -126,30 +162,17 @@ for launch in aot.recorded("cross_attention", "sm_90", "float32/64/32/lengths"):
     assert sorted(done.stdout.splitlines()) == sorted(f"{name} True True" for name in families)
 
 
-def test_blocks_of_a_multiprocessor_follow_from_its_resources():
+def test_blocks_of_a_multiprocessor_follow_from_its_resources(call):
     """By hand: 128 registers of 4 warps are a quarter of 64 K; 130 round up to 136; 2 of 100 KiB fit into 228."""
-    code = "from mvlm_kernels.machine_code import blocks as b; " + "; ".join(
-        f"print(b({case}))"
-        for case in (
-            "128, 4, 0, 'sm_90'",
-            "130, 4, 0, 'sm_90'",
-            "32, 8, 0, 'sm_90'",
-            "32, 1, 0, 'sm_90'",
-            "32, 4, 102400, 'sm_90'",
-            "32, 4, 102400, 'sm_80'",
-        )
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert [int(n) for n in done.stdout.split()] == [4, 3, 8, 32, 2, 1]
-
-
-def problems_of(rows: list[dict[str, Any]], table: list[dict[str, Any]] | None = None) -> list[str]:
-    # The module removes TRITON_INTERPRET from its process's environment, so it is imported in another process.
-    code = "import json, sys, mvlm_kernels.aot as aot; print(json.dumps(aot.find_problems(*json.load(sys.stdin))))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps([rows, table]), capture_output=True, text=True, check=True
-    )
-    return json.loads(done.stdout)
+    cases = [
+        (128, 4, 0, "sm_90"),
+        (130, 4, 0, "sm_90"),
+        (32, 8, 0, "sm_90"),
+        (32, 1, 0, "sm_90"),
+        (32, 4, 102400, "sm_90"),
+        (32, 4, 102400, "sm_80"),
+    ]
+    assert [call("mvlm_kernels.machine_code", "blocks", *case) for case in cases] == [4, 3, 8, 32, 2, 1]
 
 
 def test_aot_rows_name_the_pass_that_launches_the_kernel(rows: list[dict[str, Any]]):
@@ -161,7 +184,8 @@ def test_aot_rows_name_the_pass_that_launches_the_kernel(rows: list[dict[str, An
     assert passes["place_tokens", "column_sum_kernel"] == "backward"
 
 
-def test_problems_of_compiled_kernels_are_named():
+def test_problems_of_compiled_kernels_are_named(call):
+    problems_of = partial(call, "mvlm_kernels.aot", "find_problems")
     good = {
         "op": "cross_attention", "kernel": "short_kv_forward", "case": "c", "dtype": "bfloat16", "config": "BLOCK_M=32",
         "arch": "sm_80", "registers": 100, "spill_bytes": 0, "stack": 0, "shared": 1000, "matrix_instruction": "HMMA",
@@ -177,8 +201,9 @@ def test_problems_of_compiled_kernels_are_named():
     assert problems_of([good], [good]) == []
 
 
-def test_rows_of_one_identity_are_compared_with_the_most_registers_of_the_table():
+def test_rows_of_one_identity_are_compared_with_the_most_registers_of_the_table(call):
     """One case may launch a kernel several times with other sizes, as sums of partial gradients are."""
+    problems_of = partial(call, "mvlm_kernels.aot", "find_problems")
     row = {
         "op": "linear_pixel_loss", "kernel": "sum_partials_kernel", "case": "c", "dtype": "float32", "config": "",
         "arch": "sm_90", "registers": 32, "spill_bytes": 0, "stack": 0, "shared": 0, "matrix_instruction": "",
@@ -188,15 +213,11 @@ def test_rows_of_one_identity_are_compared_with_the_most_registers_of_the_table(
     assert len(problems_of([row | {"registers": 33}], table)) == 1
 
 
-def test_update_of_the_aot_table_replaces_whole_cases():
+def test_update_of_the_aot_table_replaces_whole_cases(call):
     def rows(*cases: tuple[str, str, int]) -> list[dict[str, Any]]:
         return [{"op": "o", "case": case, "arch": arch, "registers": n} for case, arch, n in cases]
 
     before = rows(("a", "sm_80", 1), ("a", "sm_80", 2), ("b", "sm_80", 3), ("b", "sm_90", 4))
     compiled = rows(("b", "sm_80", 5), ("c", "sm_80", 6), ("a", "sm_80", 7))
-    code = "import json, sys, mvlm_kernels.aot as aot; print(json.dumps(aot.updated(*json.load(sys.stdin))))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps([before, compiled]), capture_output=True, text=True, check=True
-    )
     wanted = rows(("a", "sm_80", 7), ("b", "sm_80", 5), ("b", "sm_90", 4), ("c", "sm_80", 6))
-    assert json.loads(done.stdout) == wanted
+    assert call("mvlm_kernels.aot", "updated", before, compiled) == wanted
