@@ -133,15 +133,15 @@ faults-evaluation: $(VENV)/.installed
 evidence: $(VENV)/.installed
 	for data in emoji openclipart; do for study in objectives masking ratios data; do \
 	    $(BIN)/mvlm study studies/$$study.toml --data data/$$data --out runs/evidence/$$data/$$study \
-	        --reuse runs/evidence/$$data/* --part $(or $(PART),1/1) || exit 1; done; done
+	        --reuse runs/evidence/$$data/* --part $(or $(PART),1/1) --jobs $(JOBS) || exit 1; done; done
 
 ## tasks          fine-tune the demo's model on vqa, entailment and pairs, with baselines and three seeds, resumable; PART=i/n
 tasks: $(VENV)/.installed data/scenes/.built data/easy-vqa/dataset.json
 	for study in scenes-vqa scenes-entailment scenes-pairs; do \
 	    $(BIN)/mvlm study studies/tasks/$$study.toml --checkpoint $(RUN) --data data/scenes/$${study#scenes-} \
-	        --out runs/tasks/$$study --part $(or $(PART),1/1) || exit 1; done
+	        --out runs/tasks/$$study --part $(or $(PART),1/1) --jobs $(JOBS) || exit 1; done
 	$(BIN)/mvlm study studies/tasks/easy-vqa.toml --checkpoint $(RUN) --data data/easy-vqa --out runs/tasks/easy-vqa \
-	    --part $(or $(PART),1/1)
+	    --part $(or $(PART),1/1) --jobs $(JOBS)
 
 data/scenes/.built: | $(VENV)/.installed
 	$(BIN)/mvlm data scenes data/scenes
@@ -157,7 +157,7 @@ tasks-smoke: $(VENV)/.installed
 
 ## evidence-smoke a short study on DATA, from trials to table and page, in two minutes
 evidence-smoke: $(VENV)/.installed $(DATA)/dataset.json
-	$(BIN)/mvlm study studies/smoke.toml --data $(DATA) --out runs/evidence/smoke
+	$(BIN)/mvlm study studies/smoke.toml --data $(DATA) --out runs/evidence/smoke --jobs $(JOBS)
 
 ## faults-studies  kill 10 studies at random moments
 faults-studies: $(VENV)/.installed

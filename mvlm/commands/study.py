@@ -13,6 +13,7 @@ def study(
     out: Path,
     checkpoint: Path | None = None,
     part: str = "1/1",
+    jobs: int = 1,
     reuse: tuple[Path, ...] = (),
     partial: bool = False,
 ) -> None:
@@ -26,6 +27,8 @@ def study(
         out: Folder of the study: its trials, study.csv and study.html.
         checkpoint: Pretrained model of a study of a task: run folder, one of its checkpoints, or exported folder.
         part: i/n runs only every nth trial, beginning with the ith: one part for each GPU, or each task of an array.
+        jobs: Processes on this machine that share the trials. Each gets its share of the cores, or a GPU. Small models
+            train more pairs a second in two processes of one thread than in one process of two.
         reuse: Folders of other studies. A trial that is equal to one of theirs takes its result.
         partial: Write table and page of the trials that are finished, and run none.
     """
@@ -37,7 +40,22 @@ def study(
     number, _, parts = part.partition("/")
     if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
         raise ConfigError(f"part: wanted i/n with 1 <= i <= n, such as 1/4, got {part!r}")
+    if jobs < 1:
+        raise ConfigError(f"jobs: wanted at least 1, got {jobs}")
     description = read_study(file)
+    if jobs > 1 and not partial:
+        from mvlm.studies.jobs import run_jobs
+
+        words = [
+            str(file),
+            "--data",
+            str(data),
+            "--out",
+            str(out),
+            *(["--checkpoint", str(checkpoint)] if checkpoint else []),
+        ]
+        run_jobs([*words, *(["--reuse", *map(str, reuse)] if reuse else [])], (int(number), int(parts)), jobs)
+        return
     if partial:
         results = finished_results(description, data, out, checkpoint)
         write_csv(description, results, out / "study.csv")

@@ -1,0 +1,43 @@
+"""Processes that share the trials of a study. `make evidence-smoke` runs a study in two of them."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from mvlm.errors import RunError
+from mvlm.studies.jobs import run_jobs
+
+
+@pytest.fixture
+def python(tmp_path, monkeypatch) -> Path:
+    """A program in place of Python, which prints its arguments and its threads."""
+    program = tmp_path / "python"
+    program.write_text('#!/bin/sh\necho "$@" on $OMP_NUM_THREADS\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    return program
+
+
+@pytest.mark.parametrize("part, jobs", [((1, 1), 2), ((2, 3), 4), ((1, 2), 3)])
+def test_processes_share_the_trials_of_their_part(python, capfd, part, jobs) -> None:
+    run_jobs(["a b.toml", "--data", "d"], part, jobs)
+    lines = sorted(capfd.readouterr().out.splitlines())
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    shares = []
+    for job, line in enumerate(lines, 1):
+        start, end = f"[{job}] -m mvlm study a b.toml --data d --part ", f" on {threads}"
+        assert line.startswith(start)
+        assert line.endswith(end)
+        number, parts = map(int, line.removeprefix(start).removesuffix(end).split("/"))
+        shares.append(range(100)[number - 1 :: parts])
+    assert len(shares) == jobs
+    number, parts = part
+    assert sorted(trial for share in shares for trial in share) == list(range(100)[number - 1 :: parts])
+
+
+def test_a_process_that_fails_is_named(python) -> None:
+    python.write_text('#!/bin/sh\ncase "$*" in *2/3) exit 2;; esac\n')
+    with pytest.raises(RunError, match="wanted all 3 to end well, found an error in number 2; its reason is above"):
+        run_jobs(["study.toml"], (1, 1), 3)
