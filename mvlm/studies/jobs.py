@@ -15,8 +15,8 @@ from mvlm.errors import RunError
 def run_jobs(words: Sequence[str], part: tuple[int, int], jobs: int) -> None:
     """Run `mvlm study WORDS` in several processes, each with its share of a part's trials, and wait for all of them.
 
-    On a CPU each process gets an equal share of the cores. On GPUs each gets one of them, in turn. Lines of output begin
-    with the number of the process. SIGTERM is passed on, so that trials save their state and stop.
+    On a CPU each process gets an equal share of the cores. On GPUs each gets one of them, in turn. Each line of output
+    begins with the number of its process. SIGTERM is passed on, so that trials save their state and stop.
 
     Args:
         words: file and options, without --part and --jobs.
