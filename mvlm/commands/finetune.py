@@ -38,15 +38,26 @@ def finetune(arguments: Sequence[str]) -> None:
 
 
 def _evaluate(
-    task: str, checkpoint: Path, data: Path, split: str, out: Path | None, device: str, **changes: Any
+    task: str,
+    checkpoint: Path,
+    data: Path,
+    split: str,
+    out: Path | None,
+    predictions: Path | None,
+    device: str,
+    **changes: Any,
 ) -> None:
     import json
 
     from mvlm.distributed.world import join_ranks
     from mvlm.files import write_json
     from mvlm.tasks.evaluate import evaluate_task
+    from mvlm.tasks.records import check_format, write_predictions
     from mvlm.tasks.registry import find_task
+    from mvlm_dataloading import open_dataset
 
+    if predictions is not None:
+        check_format(task)  # before minutes are spent
     world = join_ranks(device)
     given = {name: value for name, value in changes.items() if value is not None}
     figures, records = evaluate_task(checkpoint, data, split, world.device, world, find_task(task), **given)
@@ -54,6 +65,9 @@ def _evaluate(
         print(json.dumps(figures, indent=1))
         if out is not None:
             write_json(out, {"checkpoint": str(checkpoint), "data": str(data), **figures, **given, "records": records})
+        if predictions is not None:
+            dataset = open_dataset(data, split)
+            write_predictions(predictions, task, records, [dataset.metadata(i) for i in range(len(dataset))])
     world.close()
 
 
@@ -61,9 +75,15 @@ def eval_task(task: str) -> Callable[..., None]:
     """The command `mvlm eval TASK` of a task without options of its own."""
 
     def evaluate(
-        *, checkpoint: Path, data: Path, split: str = "test", out: Path | None = None, device: str = "auto"
+        *,
+        checkpoint: Path,
+        data: Path,
+        split: str = "test",
+        out: Path | None = None,
+        predictions: Path | None = None,
+        device: str = "auto",
     ) -> None:
-        _evaluate(task, checkpoint, data, split, out, device)
+        _evaluate(task, checkpoint, data, split, out, predictions, device)
 
     evaluate.__name__ = f"eval_{task}"
     evaluate.__doc__ = f"""Evaluate a run of `mvlm finetune {task}` on a data set.
@@ -73,6 +93,7 @@ def eval_task(task: str) -> Callable[..., None]:
         data: Folder of shards.
         split: Split to evaluate on.
         out: JSON file for the figures and the predictions. Default: print the figures only.
+        predictions: File for the predictions alone, in the format of the task's benchmark and of `mvlm score`.
         device: auto, cpu or cuda.
     """
     return evaluate
@@ -84,6 +105,7 @@ def eval_vqa(
     data: Path,
     split: str = "test",
     out: Path | None = None,
+    predictions: Path | None = None,
     device: str = "auto",
     candidates: int | None = None,
     generate: bool | None = None,
@@ -95,11 +117,12 @@ def eval_vqa(
         data: Folder of shards.
         split: Split to evaluate on.
         out: JSON file for the figures and the predictions. Default: print the figures only.
+        predictions: File for the predictions alone, in the format of the task's benchmark and of `mvlm score`.
         device: auto, cpu or cuda.
         candidates: Answers of the list that the decoder judges in full. Default: the run's.
         generate: The decoder generates its answers, or chooses from the list. Default: as the run.
     """
-    _evaluate("vqa", checkpoint, data, split, out, device, candidates=candidates, generate=generate)
+    _evaluate("vqa", checkpoint, data, split, out, predictions, device, candidates=candidates, generate=generate)
 
 
 def eval_caption(
@@ -108,6 +131,7 @@ def eval_caption(
     data: Path,
     split: str = "test",
     out: Path | None = None,
+    predictions: Path | None = None,
     device: str = "auto",
     lengths: int | None = None,
     iterations: int | None = None,
@@ -121,6 +145,7 @@ def eval_caption(
         data: Folder of shards.
         split: Split to evaluate on.
         out: JSON file for the figures and the predictions. Default: print the figures only.
+        predictions: File for the predictions alone, in the format of the task's benchmark and of `mvlm score`.
         device: auto, cpu or cuda.
         lengths: Lengths of which a caption each is written: the likeliest. Default: the run's.
         iterations: Passes of mask-predict. Default: the run's.
@@ -128,4 +153,4 @@ def eval_caption(
         choose_by: Figure that chooses among the lengths. Default: the run's.
     """
     options = {"lengths": lengths, "iterations": iterations, "order": order, "choose_by": choose_by}
-    _evaluate("caption", checkpoint, data, split, out, device, **options)
+    _evaluate("caption", checkpoint, data, split, out, predictions, device, **options)

@@ -1,4 +1,4 @@
-"""Files of predictions and references in the formats of the published benchmarks, read and checked.
+"""Files of predictions and references in the formats of the published benchmarks: read and checked, and written.
 
 Every reader checks that ids are unique. `match_ids` checks that predictions answer exactly the references: nothing is
 scored on what happens to be there.
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mvlm.errors import RunError
+from mvlm.errors import ConfigError, RunError
 
 Value = TypeVar("Value")
 
@@ -88,3 +88,43 @@ def match_ids(path: Path, predictions: Mapping[str, Any], references: Mapping[st
             f"{path}: wanted {len(references)} predictions, one for each reference, found {which} "
             f"{min(missing or unknown)} ({len(missing)} missing, {len(unknown)} unknown)"
         )
+
+
+WRITTEN = ("vqa", "entailment", "pairs", "caption")
+"""Tasks whose predictions are written in the format of a benchmark."""
+
+
+def check_format(task: str) -> None:
+    """Raise ConfigError for a task without a format of predictions."""
+    if task not in WRITTEN:
+        raise ConfigError(f"predictions: wanted one of the tasks {', '.join(WRITTEN)}, got {task}; use --out instead")
+
+
+def write_predictions(
+    path: Path, task: str, records: Iterable[Mapping[str, Any]], samples: Iterable[Mapping[str, Any]]
+) -> None:
+    """Write predictions of a split in the format of the task's benchmark, which its server and `mvlm score` read.
+
+    - vqa: a JSON list of {question_id, answer}.
+    - entailment: JSON lines {pairID, label}.
+    - pairs: CSV rows `identifier,True` or `identifier,False`.
+    - caption: a JSON list of {image_id, caption}. A sample without `image_id` goes by its number.
+
+    Args:
+        records: {"sample", "answer" | "label" | "caption"} of each sample, in order.
+        samples: metadata of the same samples.
+    """
+    check_format(task)
+    both = list(zip(records, samples, strict=True))
+    if task == "vqa":
+        text = json.dumps([{"question_id": s["question_id"], "answer": r["answer"]} for r, s in both])
+    elif task == "entailment":
+        text = "".join(json.dumps({"pairID": s["pairID"], "label": r["label"]}) + "\n" for r, s in both)
+    elif task == "pairs":
+        text = "".join(f"{s['identifier']},{str(r['label']).capitalize()}\n" for r, s in both)
+    else:
+        text = json.dumps([{"image_id": s.get("image_id", r["sample"]), "caption": r["caption"]} for r, s in both])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -14,9 +14,11 @@ from mvlm.runs.load import load_model
 from mvlm.tasks.evaluate import predict_split
 from mvlm.tasks.finetune import finetune
 from mvlm.tasks.registry import load_task
-from mvlm_dataloading import DataError, open_dataset
+from mvlm.tasks.score import score
+from mvlm_dataloading import DataError, ShardWriter, open_dataset
 from support.questions import finetune_config as configured
 from support.questions import write_hypotheses, write_questions
+from support.scenes import png, scene
 
 
 @pytest.fixture(scope="session")
@@ -94,8 +96,13 @@ def test_evaluation_writes_figures_and_records(trained, questions, tmp_path, run
     finetune(configured(trained, questions, tmp_path / "run"))
     out = tmp_path / "eval.json"
     words = ["--checkpoint", tmp_path / "run", "--data", questions, "--out", out, "--device", "cpu"]
-    assert run_mvlm("eval", "vqa", *words).code == 0
+    results, annotations = tmp_path / "results.json", tmp_path / "annotations.json"
+    assert run_mvlm("eval", "vqa", *words, "--predictions", results).code == 0
     found = json.loads(out.read_text())
+    test = open_dataset(questions, "test")
+    annotations.write_text(json.dumps({"annotations": [test.metadata(i) for i in range(len(test))]}))
+    scored = score("vqa", results, annotations)
+    assert (scored["accuracy"], scored["examples"]) == (found["accuracy"], 16)
     assert found["questions"] == len(found["records"]) == 16
     assert set(found["by_question_type"]) == {"what colour", "what is"}
     low, high = found["accuracy_95"]
@@ -103,6 +110,24 @@ def test_evaluation_writes_figures_and_records(trained, questions, tmp_path, run
     wrong = run_mvlm("eval", "entailment", *words)
     assert wrong.code == 2
     assert "wanted a run of the task entailment, found one of vqa" in wrong.err[-1]
+
+
+def test_a_split_without_answers_has_predictions_but_no_accuracy(trained, tmp_path, run_mvlm):
+    """As the test split of VQA v2."""
+    data = write_questions(tmp_path / "data")
+    finetune(configured(trained, data, tmp_path / "run"))
+    without = tmp_path / "without"
+    with ShardWriter(without, name="test", source="", licence="", attribution="", recipe={}) as writer:
+        for i in range(4):
+            writer.add(f"{i}", png(scene(i)[0]), ["what is behind it?"], {"question_id": 7 + i}, split="test")
+    out, results = tmp_path / "eval.json", tmp_path / "results.json"
+    words = ["--checkpoint", tmp_path / "run", "--data", without, "--out", out, "--device", "cpu"]
+    assert run_mvlm("eval", "vqa", *words, "--predictions", results).code == 0
+    figures = json.loads(out.read_text())
+    assert figures["questions"] == 4
+    assert "accuracy" not in figures
+    written = json.loads(results.read_text())
+    assert written == [{"question_id": 7 + r["sample"], "answer": r["answer"]} for r in figures["records"]]
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from mvlm.errors import ConfigError, RunError
+from mvlm.tasks.records import write_predictions
 from mvlm.tasks.score import score
 
 
@@ -149,3 +150,40 @@ def test_captions_of_scenes_have_facts(tmp_path):
     document["images"].pop()
     with pytest.raises(RunError, match="wanted a scene for each of 2 images with captions, or for none, found 1"):
         score("caption", results, write_json(tmp_path / "b.json", document))
+
+
+@pytest.mark.parametrize("task", ["vqa", "entailment", "pairs", "caption"])
+def test_written_predictions_are_read_as_those_of_their_samples(tmp_path, task):
+    """Half of the predictions are right. They are scored against the published format of the references."""
+    names = [f"dev-{i}-0-0" for i in range(4)]
+    labels, answers = ["true", "false", "true", "false"], ["a red square", "a blue square", "a dog", "a cat"]
+    lines = tmp_path / "references.json"
+    if task == "vqa":
+        given = [[{"answer": a, "answer_id": k} for k in range(10)] for a in answers]
+        samples = [{"question_id": n, "answers": g} for n, g in zip(names, given, strict=True)]
+        records = [{"answer": "a red square"}, {"answer": "a blue square"}, {"answer": "no"}, {"answer": "no"}]
+        write_json(lines, {"annotations": [s | {"question_type": "", "answer_type": ""} for s in samples]})
+    elif task == "entailment":
+        samples = [{"pairID": n, "gold_label": "neutral"} for n in names]
+        records = [{"label": x} for x in ("neutral", "entailment", "neutral", "contradiction")]
+        write_lines(lines, samples)
+    elif task == "pairs":
+        samples = [{"identifier": n, "label": x} for n, x in zip(names, labels, strict=True)]
+        records = [{"label": "true"}] * 4
+        write_lines(lines, samples)
+    else:
+        samples = [{"image_id": n} for n in names]
+        records = [{"caption": c} for c in answers]
+        images = [{"image_id": n, "caption": c} for n, c in zip(names, answers, strict=True)]
+        write_json(lines, {"annotations": images})
+    written = tmp_path / "new" / "predictions"
+    write_predictions(written, task, [{"sample": i, **r} for i, r in enumerate(records)], samples)
+    found = score(task, written, lines)
+    assert found["examples"] == 4
+    assert found["bleu_1" if task == "caption" else "accuracy"] == (100 if task == "caption" else 50)
+
+
+def test_predictions_of_a_task_without_a_format_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="wanted one of the tasks vqa, entailment, pairs, caption, got grounding"):
+        write_predictions(tmp_path / "p", "grounding", [], [])
+    assert list(tmp_path.iterdir()) == []
