@@ -129,11 +129,12 @@ faults-network: $(VENV)/.installed
 faults-evaluation: $(VENV)/.installed
 	$(BIN)/python tests/promises/faults/kill_evaluation.py --kills 10
 
+# Trials whose results are committed are not run again.
 ## evidence       all studies on both data sets, resumable; PART=i/n runs a part of the trials (an estimated 8 hours on 2 cores)
 evidence: $(VENV)/.installed
 	for data in emoji openclipart; do for study in objectives masking ratios data; do \
 	    $(BIN)/mvlm study studies/$$study.toml --data data/$$data --out runs/evidence/$$data/$$study \
-	        --reuse runs/evidence/$$data/* --part $(or $(PART),1/1) --jobs $(JOBS) || exit 1; done; done
+	        --reuse runs/evidence/$$data/* benchmarks/results/studies/$$data-*.jsonl --part $(or $(PART),1/1) --jobs $(JOBS) || exit 1; done; done
 
 ## tasks          fine-tune the demo's model on vqa, entailment and pairs, with baselines and three seeds, resumable; PART=i/n
 tasks: $(VENV)/.installed data/scenes/.built data/easy-vqa/dataset.json

@@ -24,17 +24,17 @@ def study(
     Args:
         file: Study in TOML (docs/studies.md).
         data: Folder of shards with a train split.
-        out: Folder of the study: its trials, study.csv and study.html.
+        out: Folder of the study: its trials, trials.jsonl, study.csv and study.html.
         checkpoint: Pretrained model of a study of a task: run folder, one of its checkpoints, or exported folder.
         part: i/n runs only every nth trial, beginning with the ith: one part for each GPU, or each task of an array.
         jobs: Processes on this machine that share the trials. Each gets its share of the cores, or a GPU. Small models
             train more pairs a second in two processes of one thread than in one process of two.
-        reuse: Folders of other studies. A trial that is equal to one of theirs takes its result.
+        reuse: Folders of other studies, or their files trials.jsonl. A trial that is equal to one of theirs takes its
+            result.
         partial: Write table and page of the trials that are finished, and run none.
     """
     from mvlm.errors import ConfigError
-    from mvlm.studies.page import write_csv, write_study_page
-    from mvlm.studies.run import finished_results, run_study
+    from mvlm.studies.run import report_finished, run_study
     from mvlm.studies.study import read_study
 
     number, _, parts = part.partition("/")
@@ -57,9 +57,7 @@ def study(
         run_jobs([*words, *(["--reuse", *map(str, reuse)] if reuse else [])], (int(number), int(parts)), jobs)
         return
     if partial:
-        results = finished_results(description, data, out, checkpoint)
-        write_csv(description, results, out / "study.csv")
-        page = write_study_page(description, results, out / "study.html")
+        page = report_finished(description, data, out, reuse, checkpoint)
     else:
         page = run_study(description, data, out, (int(number), int(parts)), reuse, checkpoint)
     if page is not None:

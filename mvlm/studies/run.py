@@ -13,7 +13,7 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.runs.load import load_model
 from mvlm.studies.page import write_csv, write_study_page
 from mvlm.studies.study import Study, slug, trial_config
-from mvlm.studies.trial import Trial, read_result, run_trial, take_result
+from mvlm.studies.trial import Trial, read_result, run_trial, take_result, write_results
 from mvlm.training.build import choose_tokenizer
 from mvlm_dataloading import Dataset, open_dataset
 from mvlm_dataloading.options import ViewOptions
@@ -33,7 +33,7 @@ def run_study(
     reuse: Sequence[Path] = (),
     checkpoint: Path | None = None,
 ) -> Path | None:
-    """Run the trials that are missing, then write `study.csv` and `study.html` into `out`.
+    """Run the trials that are missing, then write `trials.jsonl`, `study.csv` and `study.html` into `out`.
 
     A trial that was cut off continues from its last checkpoint. A trial that another process works on is left to it.
 
@@ -41,8 +41,8 @@ def run_study(
         data: data set with a train split.
         part: (i, n): only every nth trial, beginning with the ith. Each part may run on another machine or GPU with the
             same `out`; whichever ends last finds all results there.
-        reuse: folders of other studies. A trial that is equal to one of theirs takes its result. `out` itself is left
-            out, so that arms of one study that are equal are all run.
+        reuse: folders of other studies, or their files `trials.jsonl`. A trial that is equal to one of theirs takes its
+            result. `out` itself is left out, so that arms of one study that are equal are all run.
         checkpoint: pretrained model of a study of a task.
 
     Returns:
@@ -72,17 +72,33 @@ def run_study(
     if len(results) < len(trials):
         log.info("%d of %d trials are finished", len(results), len(trials))
         return None
-    write_csv(study, results, out / "study.csv")
-    return write_study_page(study, results, out / "study.html")
+    return _write(study, results, out)
 
 
-def finished_results(study: Study, data: Path, out: Path, checkpoint: Path | None = None) -> list[dict[str, Any]]:
-    """Results of the trials that are finished, arm by arm. RunError if there is none."""
-    trials = plan_trials(study, data, out, checkpoint)
-    found = [result for trial in trials if (result := read_result(trial)) is not None]
+def report_finished(
+    study: Study, data: Path, out: Path, reuse: Sequence[Path] = (), checkpoint: Path | None = None
+) -> Path:
+    """Write table and page of the trials that are finished, and run none. Returns the page.
+
+    Arguments are those of `run_study`. RunError if no trial is finished.
+    """
+    found = []
+    for trial in plan_trials(study, data, out, checkpoint):
+        result = read_result(trial)
+        for folder in reuse if result is None else ():
+            trial.folder.mkdir(parents=True, exist_ok=True)
+            result = result or take_result(trial, folder)
+        found += [result] if result else []
     if not found:
         raise RunError(f"{out}: wanted finished trials of {study.name}, found none; run the study first")
-    return found
+    return _write(study, found, out)
+
+
+def _write(study: Study, results: list[dict[str, Any]], out: Path) -> Path:
+    """Write the study's files. Returns the page."""
+    write_results(results, out / "trials.jsonl")
+    write_csv(study, results, out / "study.csv")
+    return write_study_page(study, results, out / "study.html")
 
 
 def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = None) -> list[Trial]:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -143,18 +144,36 @@ def _curves(rows: list[dict[str, Any]]) -> list[str]:
 def take_result(trial: Trial, study: Path) -> dict[str, Any] | None:
     """Result of an equal trial of another study, kept as that of `trial` too; None if there is none.
 
-    Equal are trials in all that decides what they find, the seed included. The names of their arms may differ.
+    Equal are trials in all that decides what they find, the seed included. The names of their arms may differ; one of
+    the same name is taken first.
 
     Args:
-        study: folder of the other study, as `mvlm study --out` wrote it.
+        study: folder of the other study, as `mvlm study --out` wrote it, or its file `trials.jsonl`.
     """
-    for file in sorted(study.glob(f"trials/*/seed_{trial.seed}/{trial.file.name}")):
-        result = json.loads(file.read_text())
+    for result in sorted(_results_of(study, trial.seed), key=lambda result: result.get("arm") != trial.arm):
         if result.get("format_version") == FORMAT_VERSION and result.get("settings") == trial.settings:
             result |= {"arm": trial.arm}
             _write_result(trial, result)
             return result
     return None
+
+
+def _results_of(study: Path, seed: int) -> Iterator[dict[str, Any]]:
+    """Results of a study's finished trials with a seed."""
+    if study.is_file():
+        with study.open() as lines:
+            yield from (result for line in lines if (result := json.loads(line))["seed"] == seed)
+    else:
+        for file in sorted(study.glob(f"trials/*/seed_{seed}/result.json")):
+            yield json.loads(file.read_text())
+
+
+def write_results(results: Iterable[dict[str, Any]], file: Path) -> None:
+    """Write the results of trials as JSON lines, which `take_result` reads: a study's results in one small file."""
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("w") as lines:
+        lines.writelines(json.dumps(result, separators=(",", ":")) + "\n" for result in results)
+    partial.replace(file)
 
 
 def _write_result(trial: Trial, result: dict[str, Any]) -> None:

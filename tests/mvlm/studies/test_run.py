@@ -9,7 +9,7 @@ import pytest
 
 from mvlm.errors import ConfigError, RunError
 from mvlm.studies import run as studies
-from mvlm.studies.run import plan_trials, run_study
+from mvlm.studies.run import plan_trials, report_finished, run_study
 from mvlm.studies.study import Study
 from support.models import MICRO
 
@@ -107,6 +107,22 @@ def test_equal_trials_of_another_study_are_taken_over(finished: Path, scenes, tm
     taken = json.loads((tmp_path / "trials/renamed/seed_0/result.json").read_text())
     made = json.loads((finished / "trials/base/seed_0/result.json").read_text())
     assert taken == made | {"arm": "renamed"}
+
+
+@pytest.mark.slow
+def test_a_study_is_continued_from_one_file(finished: Path, scenes, tmp_path: Path) -> None:
+    """`trials.jsonl` has all that the table is made from: it is what a repository keeps of a study."""
+    lines = (finished / "trials.jsonl").read_text().splitlines(keepends=True)
+    assert len(lines) == 8
+    half = tmp_path / "half.jsonl"
+    half.write_text("".join(line for line in lines if json.loads(line)["seed"] == 0))
+    report_finished(study(), scenes, tmp_path / "part", [half])
+    assert {row["seeds"] for row in rows(tmp_path / "part").values()} == {"1"}
+    report_finished(study(), scenes, tmp_path / "whole", [half, finished / "trials.jsonl"])
+    for name in ("study.csv", "trials.jsonl"):
+        assert (tmp_path / "whole" / name).read_bytes() == (finished / name).read_bytes()
+    with pytest.raises(RunError, match="wanted finished trials of micro, found none; run the study first"):
+        report_finished(study(), scenes, tmp_path / "none")
 
 
 @pytest.mark.slow
