@@ -33,7 +33,8 @@ def write_mosaics(folder, count=32):
     return folder
 
 
-MODEL = micro_config(width=64, heads=2, itc_width=32, cross_norm="pre", initialization="xavier")
+LAYERS = {"image_layers": 1, "text_layers": 1, "cross_layers": 1, "decoder_layers": 1}
+MODEL = micro_config(width=64, heads=2, itc_width=32, cross_norm="pre", initialization="xavier", **LAYERS)
 
 
 @pytest.mark.slow
