@@ -92,7 +92,7 @@ def read_history(file: Path) -> list[dict[str, Any]]:
             event = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        wanted = FIELDS.get(event.get("event")) if isinstance(event, dict) else None
+        wanted = FIELDS.get(str(event.get("event"))) if isinstance(event, dict) else None
         if wanted is None or not all(isinstance(event.get(name), kind) for name, kind in wanted.items()):
             continue
         if event["event"] == SAVE or event["machine"].keys() >= MACHINE:

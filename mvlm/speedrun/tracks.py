@@ -18,6 +18,8 @@ EMOJI = {
 TARGETS = {"tr.r1": 42.0, "ir.r1": 32.0, "gain_text_nats": 0.85, "gain_pixels_pct": 15.0}
 """Least figures on the test split: R@1 of both directions, re-ranked, in per cent, and both cross-modal gains."""
 
+RERANK = 32
+"""Candidates of each query that the evaluation re-ranks: the default of `mvlm eval retrieval`."""
 MOST_APART = 64
 """Most steps between two checkpoints of a record, so that each of its steps can be replayed from the one before."""
 
@@ -80,6 +82,9 @@ def _check_rules(claims: Claims, track: Track) -> Check:
         problems.append("wanted a tokenizer made from the training captions, found a file")
     if config.log_every != 1:
         problems.append(f"wanted a row of every step, found one every {config.log_every} steps")
+    reranked = (claims.figures or {}).get("rerank")
+    if reranked != RERANK:
+        problems.append(f"wanted an evaluation with --rerank {RERANK}, found {reranked}")
     apart = max(b - a for a, b in pairwise([0, *map(step_of, claims.kept)]))
     if apart > MOST_APART:
         problems.append(f"wanted checkpoints at most {MOST_APART} steps apart, found two with {apart} steps between")

@@ -142,9 +142,10 @@ def test_rules_of_a_track(honest_run, machine, commit, settings, text):
 @pytest.mark.slow
 def test_targets_and_distances_of_checkpoints(honest_run):
     claims = read_claims(honest_run, None)
-    claims = replace(claims, kept=[*claims.kept, Path("step_00000071")])
+    claims = replace(claims, kept=[*claims.kept, Path("step_00000071")], figures={"rerank": 413})
     rules, targets = check_track(claims, RULES, {"tr": {"r1": 39.9}})
     assert "wanted checkpoints at most 64 steps apart, found two with 65 steps between" in rules.text
+    assert "wanted an evaluation with --rerank 32, found 413" in rules.text
     assert targets.text == "tr.r1 is 39.90, wanted 40; gain_text_nats is -inf, wanted 0.5"
     assert not targets.passed
     gpu = Track(machine="one GPU", gpu="H100", data={"test": "1234"}, targets={})
