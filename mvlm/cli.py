@@ -44,6 +44,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data view": data_tools.view,
     "pretrain": pretrain,
     "study": study,
+    "verify": report.verify,
     "plan": plan.plan,
     "finetune": finetune,
     "eval retrieval": evaluate.eval_retrieval,

@@ -35,12 +35,19 @@ def has_fast_bf16(device: torch.device) -> bool:
     )
 
 
+def chosen_precision(device: torch.device, precision: str = "auto") -> str:
+    """The precision that "auto" stands for on a device, "bf16" or "fp32"; another one is returned unchanged."""
+    if precision != "auto":
+        return precision
+    return "bf16" if has_fast_bf16(device) else "fp32"
+
+
 def autocast(device: torch.device, precision: str = "auto") -> contextlib.AbstractContextManager[object]:
     """Autocast context for a precision: bf16 autocast for "bf16", no autocast for "fp32".
 
     "auto" is bf16 on a device with fast bf16, else fp32.
     """
-    if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
+    if chosen_precision(device, precision) == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
 

@@ -23,7 +23,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom; rooms of one floor do no
         {"__main__"},
         {"cli"},
         {"commands"},
-        {"studies", "app"},
+        {"studies", "speedrun", "app"},
         {"tasks"},
         {"training", "report", "portable"},
         {"costs", "runs", "evaluation", "search"},
@@ -31,7 +31,7 @@ FLOORS: dict[str, list[set[str]]] = {  # top to bottom; rooms of one floor do no
         {"model"},
         {"objectives"},
         {"config"},
-        {"files", "device", "progress"},
+        {"files", "device", "machine", "progress"},
         {"errors"},
     ],
     "mvlm_dataloading": [

@@ -17,6 +17,7 @@ FLOORS = [
         [
             ("tasks/", "fine-tuning, one file a task"),
             ("studies/", "arms and seeds compared"),
+            ("speedrun/", "a run verified, records"),
             ("app/", "the local web page"),
         ],
     ),
@@ -48,7 +49,7 @@ FLOORS = [
     ("model", [("model/", "the network, and two implementations of a step")]),
     ("objectives", [("objectives/", "MLM, MIM, ITC, ITM on tensors")]),
     ("settings", [("config/", "every setting, its recipes, its JSON")]),
-    ("ground", [("files", ""), ("device", ""), ("progress", ""), ("errors", "")]),
+    ("ground", [("files", ""), ("device", ""), ("machine", ""), ("progress", ""), ("errors", "")]),
 ]
 PACKAGES = [
     ("mvlm_kernels", "fused ops in Triton; torch and triton only"),

@@ -84,10 +84,12 @@ def eval_retrieval(
         text_length: Longest text in tokens, at most the trained one. Default: as trained.
         device: auto, cpu or cuda.
     """
+    from mvlm.device import chosen_precision
     from mvlm.errors import ConfigError
     from mvlm.evaluation.evaluate import evaluate
     from mvlm.evaluation.table import format_table
     from mvlm.files import write_json
+    from mvlm.machine import describe_machine, package_versions
 
     if rerank < 1:
         raise ConfigError(f"rerank: wanted at least 1, got {rerank}")
@@ -97,7 +99,13 @@ def eval_retrieval(
         figures = evaluate(
             model.network, splits[split], splits.get("train"), model.tokenizer, rerank, workspace=workspace
         )
-        figures = {"checkpoint": str(checkpoint), "data": str(data), "split": split, **figures}
+        made_by = {
+            "rerank": rerank,
+            "precision": chosen_precision(world.device),
+            "machine": describe_machine(world.device, world.size),
+            "versions": package_versions(),
+        }
+        figures = {"checkpoint": str(checkpoint), "data": str(data), "split": split, **figures, **made_by}
         if world.first and out is not None:
             write_json(out, figures)
         if world.first:

@@ -1,5 +1,6 @@
-"""`mvlm report`: HTML pages about runs."""
+"""`mvlm report` and `mvlm verify`: HTML pages about runs, and the verification of a finished run."""
 
+import sys
 from pathlib import Path
 
 # Commands import what they need when they run, so that --help and errors are immediate.
@@ -26,3 +27,60 @@ def report(run: Path, others: tuple[Path, ...] = (), /, data: Path | None = None
     from mvlm.report.page import write_report
 
     print(write_report(run, data, out))
+
+
+def verify(
+    run: Path,
+    /,
+    *,
+    data: Path | None = None,
+    steps: int = 3,
+    reach: int = 64,
+    seed: int | None = None,
+    device: str = "auto",
+    track: str = "",
+    json: Path | None = None,
+    record: Path | None = None,
+) -> None:
+    """Verify a finished pretraining run: hashes, rows, replayed steps, and its evaluation. The exit code is 1 for no.
+
+    Each check is a line that begins with yes or no; - is a note. Nothing in the run's folder is changed.
+
+    Args:
+        run: Run folder.
+        data: Folder of shards. Default: that of the run's config.json.
+        steps: Random steps to replay, each from the nearest checkpoint before it.
+        reach: Most steps to replay after a checkpoint. Steps further away are not replayed.
+        seed: Seed of the choice of steps. Default: drawn, and printed.
+        device: Device of the replay and the evaluation: auto, cpu or cuda.
+        track: Track of the speedrun whose rules and targets the run has to meet: two-cores or one-h100.
+        json: File for the verdict.
+        record: File for the record that the run sets on --track, if the answer is yes.
+    """
+    from mvlm.errors import ConfigError
+    from mvlm.files import write_json
+    from mvlm.speedrun.tracks import find_track
+    from mvlm.speedrun.verify import record_of, verify_run
+
+    if steps < 0 or reach < 1:
+        raise ConfigError(f"steps, reach: wanted at least 0 and 1, got {steps} and {reach}")
+    if record is not None and not track:
+        raise ConfigError("record: wanted --track too, the track on which the run sets it")
+    found = verify_run(
+        run,
+        data,
+        steps=steps,
+        reach=reach,
+        seed=seed,
+        device=device,
+        track=find_track(track) if track else None,
+        report=lambda check: print(check, flush=True),
+    )
+    failed = sum(check.passed is False for check in found.checks)
+    print(f"{'verified' if found.verified else f'not verified: {failed} times no'} (--seed {found.seed})")
+    if json is not None:
+        write_json(json, found.to_dict())
+    if record is not None and found.verified:
+        write_json(record, record_of(found, track, find_track(track).targets))
+    if not found.verified:
+        sys.exit(1)

@@ -32,6 +32,7 @@ from mvlm.runs.checkpoint import (
     step_of,
     write_tensors,
 )
+from mvlm.runs.history import History
 from mvlm_dataloading import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -52,10 +53,14 @@ class CheckpointWriter:
     Args:
         keep: number of newest checkpoints to keep.
         keep_every_steps: checkpoints at its multiples are never removed; 0 for none.
+        history: history of the run, in which rank 0 notes each checkpoint before it is there.
     """
 
-    def __init__(self, root: Path, world: World, keep: int, keep_every_steps: int = 0) -> None:
+    def __init__(
+        self, root: Path, world: World, keep: int, keep_every_steps: int = 0, history: History | None = None
+    ) -> None:
         self._root, self._world, self._keep, self._keep_every = root, world, keep, keep_every_steps
+        self._history = history if world.first else None
         # The thread has its own group: on the step's group its collectives could come between the step's, in another
         # order on each rank, and both would wait for ever.
         self._group: Any = None
@@ -95,7 +100,8 @@ class CheckpointWriter:
         copies = self._copy(copies)
         split = {part: {name: copies[f"{part}/{name}"] for name in tensors} for part, tensors in parts.items()}
         generators = generator_states(self._world.device)
-        arguments = (step, split, generators, model.config.to_dict(), state, tokenizer)
+        length = self._history.metrics_bytes() if self._history is not None else 0  # of now: training goes on
+        arguments = (step, split, generators, model.config.to_dict(), state, tokenizer, length)
         self._thread = threading.Thread(target=self._write, args=arguments, name=f"save-{step}", daemon=True)
         self._thread.start()
 
@@ -131,7 +137,7 @@ class CheckpointWriter:
             torch.cuda.current_stream().synchronize()
         return copies
 
-    def _write(self, step: int, parts, generators, model_config, state, tokenizer: Tokenizer) -> None:
+    def _write(self, step: int, parts, generators, model_config, state, tokenizer: Tokenizer, length: int) -> None:
         """Write a checkpoint in four stages.
 
         A stage starts when every rank has finished the previous one without error.
@@ -146,7 +152,7 @@ class CheckpointWriter:
             self._on_all_ranks(lambda: self._prepare(aside))
             self._on_all_ranks(lambda: self._write_parts(aside, parts))
             digests = self._on_all_ranks(lambda: self._write_own(aside, generators, texts, tokenizer))
-            self._on_all_ranks(lambda: self._finish(aside, final, digests))
+            self._on_all_ranks(lambda: self._finish(aside, final, digests, length))
         except SaveError as error:
             self.failed += 1
             if self._world.first:
@@ -196,7 +202,7 @@ class CheckpointWriter:
             sync(path)
         return {str(path.relative_to(aside)): sha256(path) for path in own}
 
-    def _finish(self, aside: Path, final: Path, digests: list[dict[str, str]]) -> None:
+    def _finish(self, aside: Path, final: Path, digests: list[dict[str, str]], metrics_bytes: int) -> None:
         """Turn the temporary folder into a checkpoint by one rename. Rank 0 alone."""
         if not self._world.first:
             return
@@ -206,6 +212,8 @@ class CheckpointWriter:
         # Everything is on the disk before the rename: after a power cut, a folder without .tmp is complete.
         for path in [aside / MANIFEST, *(p for p in aside.iterdir() if p.is_dir()), aside]:
             sync(path)
+        if self._history is not None:
+            self._history.save(step_of(final), aside / MANIFEST, metrics_bytes)
         # A refused checkpoint has a higher step, so it would count as newest and push a good one out of `keep`.
         for path in self._refused:
             if path.exists():

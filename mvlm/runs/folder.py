@@ -41,6 +41,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def history(self) -> Path:
+        """Who trained which steps, and hashes of what was saved (`mvlm.runs.history`)."""
+        return self.path / "history.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of checkpoints."""
         return self.path / "checkpoints"
@@ -180,7 +185,11 @@ class MetricsFile:
     """Writer of metrics.jsonl, one JSON object per line. Opening it drops the rows of steps after `step`."""
 
     def __init__(self, path: Path, step: int) -> None:
-        kept = read_metrics(path, step) if path.is_file() else []
+        found = read_metrics(path) if path.is_file() else []
+        kept = [row for row in found if row["step"] <= step]
+        times = [row["seconds"] for row in found if isinstance(row.get("seconds"), float)]
+        self.seconds = max(times, default=0.0)
+        """Seconds that the run has trained so far, those of dropped rows included."""
         aside = path.with_name(f".{path.name}.partial")  # a crash here leaves the old file unchanged
         aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
         aside.replace(path)

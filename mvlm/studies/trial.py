@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from mvlm.device import choose_device
 from mvlm.errors import RunError
 from mvlm.evaluation.evaluate import evaluate_with_ranks
 from mvlm.files import sync, write_json
+from mvlm.machine import code_revision, processor_name
 from mvlm.runs.checkpoint import read_state
 from mvlm.runs.folder import RunFolder, find_checkpoint, read_metrics
 from mvlm.runs.load import load_model
@@ -195,31 +195,8 @@ def made_by() -> dict[str, Any]:
     """Versions, revision and machine of this process."""
     return {
         "mvlm": version("mvlm"),
-        "commit": _commit(),
+        "commit": code_revision(),
         "torch": torch.__version__,
-        "machine": _machine(),
+        "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name(),
         "threads": torch.get_num_threads(),
     }
-
-
-def _commit() -> str:
-    """Short revision of the repository that this package lies in, with a plus if it is changed; empty outside one."""
-    folder = Path(__file__).parent
-    try:
-        run = [
-            subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True, timeout=20)
-            for words in (("rev-parse", "--short=12", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
-        ]
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    revision, changes = (r.stdout.strip() for r in run)
-    return revision + "+" * bool(changes)
-
-
-def _machine() -> str:
-    """Model name of the GPU, or else of the processor."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")

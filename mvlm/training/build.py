@@ -7,7 +7,7 @@ import torch
 
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.device import choose_device, has_fast_bf16
+from mvlm.device import choose_device, chosen_precision
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
 from mvlm.model.attention_backends import choose_for_model
@@ -85,8 +85,7 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
 def check_attention(config: PretrainConfig) -> None:
     """Raise ConfigError for an attention backend that cannot run here."""
     device = choose_device(config.device)
-    half = config.precision == "bf16" or (config.precision == "auto" and has_fast_bf16(device))
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = torch.bfloat16 if chosen_precision(device, config.precision) == "bf16" else torch.float32
     choose_for_model(config.model, device, dtype, config.self_attention, config.cross_attention)
 
 

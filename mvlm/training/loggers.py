@@ -37,6 +37,8 @@ class LogSinks:
         self._metrics = MetricsFile(folder.metrics, step)
         self._board: SummaryWriter | None = SummaryWriter(str(folder.tensorboard), purge_step=step + 1)
         self._failing: set[str] = set()
+        self.seconds = self._metrics.seconds
+        """Seconds that the run had trained before, in all of its parts."""
 
     def log(self, row: dict[str, Any]) -> None:
         """Write one row of metrics. None stands for a missing number."""

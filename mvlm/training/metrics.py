@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,6 @@ from mvlm.config.pretrain import PretrainConfig
 from mvlm.costs.mfu import ModelFlopsUtilization
 from mvlm.distributed.world import World
 from mvlm.progress import TrainingProgress
-from mvlm.training.loggers import LogSinks
 from mvlm.training.optimizer import learning_rate_factor
 
 
@@ -104,6 +103,19 @@ def memory_mb(device: torch.device) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+class RowSink(Protocol):
+    """Receiver of rows of metrics."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that the run had trained before."""
+        ...
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Take one row. None stands for a missing number."""
+        ...
+
+
 class MetricsLogger:
     """Makes rows of metrics from the steps since the last row.
 
@@ -116,16 +128,19 @@ class MetricsLogger:
     """
 
     def __init__(
-        self, config: PretrainConfig, world: World, sinks: LogSinks | None, check: Callable[[MetricsBuffer], int]
+        self, config: PretrainConfig, world: World, sinks: RowSink | None, check: Callable[[MetricsBuffer], int]
     ) -> None:
         self._config, self._world, self._sinks, self._check = config, world, sinks, check
         self._mfu = ModelFlopsUtilization(config, world)
         self._pending: tuple[dict[str, Any], MetricsBuffer, dict[str, float]] | None = None
         self._row_started = time.perf_counter()
+        self._clock_zero = self._row_started - (sinks.seconds if sinks is not None else 0.0)
 
     def end_row(self, buffer: MetricsBuffer, undecodable_images: int, figures: dict[str, float]) -> None:
         """End a row with the steps of `buffer`. `figures` of an evaluation, if any, become fields of the row."""
         buffer.send()
+        if buffer.steps[-1] == self._config.max_steps:
+            buffer.read()  # waits for the device: the last row has the time of the whole run
         now = time.perf_counter()
         seconds, steps = now - self._row_started, len(buffer.steps)
         self._row_started = now
@@ -138,6 +153,7 @@ class MetricsLogger:
             "lr_pixels": config.lr_pixels * factor,
             "pairs_per_s": rate,
             "data_wait_s": buffer.waited / steps,
+            "seconds": now - self._clock_zero,
             "memory_mb": memory_mb(self._world.device),
             **({} if mfu is None else {"mfu": mfu}),
             "skipped": undecodable_images,

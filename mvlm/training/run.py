@@ -10,12 +10,13 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from mvlm.config.pretrain import PretrainConfig
-from mvlm.device import deterministic_kernels
+from mvlm.device import chosen_precision, deterministic_kernels
 from mvlm.distributed.coordination import check_ranks, is_lost_rank, run_on_all_ranks
 from mvlm.distributed.parallel import checkpoint_activations, compile_step, parallelize
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError, LostRankError
 from mvlm.runs.folder import RunFolder, RunLock, open_run, write_config
+from mvlm.runs.history import History
 from mvlm.training.build import check_attention, choose_tokenizer, fit_to_tokenizer, make_loader, make_model
 from mvlm.training.cuda_graphs import CudaGraphs, check_graphs
 from mvlm.training.freed_memory import keep_freed_memory
@@ -87,7 +88,12 @@ def build_run(
 
 def train(trainer: Trainer) -> None:
     """Call `trainer.train()`. LostRankError if a collective fails because another rank is gone."""
-    world = trainer.world
+    world, config = trainer.world, trainer.config
+    if world.first:
+        splits = {"train": trainer.loader.dataset, "validation": trainer.validation}
+        data = {name: split.fingerprint for name, split in splits.items() if split is not None}
+        precision = chosen_precision(world.device, config.precision)
+        History(RunFolder(config.out)).start(trainer.step, world.device, world.size, precision, data)
     try:
         trainer.train()
     except RuntimeError as error:

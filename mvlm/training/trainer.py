@@ -39,6 +39,7 @@ from mvlm.runs.checkpoint import (
 )
 from mvlm.runs.checkpoint_writer import CheckpointWriter
 from mvlm.runs.folder import RunFolder
+from mvlm.runs.history import History
 from mvlm.training.cuda_graphs import CudaGraphs
 from mvlm.training.loggers import LogSinks
 from mvlm.training.metrics import MetricsBuffer, MetricsLogger, full_tensor, gradient_norms
@@ -74,7 +75,8 @@ class Trainer:
         self.guard = UpdateGuard(world, config.skip_spikes)
         self.skipped = SkippedUpdates(config.max_bad_steps)
         folder = RunFolder(config.out)
-        self.writer = CheckpointWriter(folder.checkpoints, world, config.keep_checkpoints, config.keep_every_steps)
+        keep = config.keep_checkpoints, config.keep_every_steps
+        self.writer = CheckpointWriter(folder.checkpoints, world, *keep, History(folder))
         self.stop, self.notices = StopRequest(config.preemption_file), Notices(world)
         self.watchdog = Watchdog(folder.stalled(world.rank), world.rank, config.stall_minutes, self.notices.failure)
         self.graphs: CudaGraphs | None = None
@@ -185,8 +187,7 @@ class Trainer:
         if self.average is not None:
             self.average.update(self.step)
         values: dict[str, Tensor] = {**losses._asdict(), "grad_norm": norm, "good": good}
-        values |= {f"grad_norm_{name}": value for name, value in parts.items()}
-        values |= further
+        values |= {f"grad_norm_{name}": value for name, value in parts.items()} | further
         self.metrics.add(self.step, samples, tokens, values, waited)
 
     def forward_backward(self, microbatches: list[Microbatch]) -> Any:

@@ -45,7 +45,8 @@ def test_run_writes_metrics_configuration_checkpoints_and_events(trained, scenes
             *(f"grad_norm_{part}" for part in ("log_scale", "image_encoder", "text_encoder", "image_cross")),
             *(f"grad_norm_{part}" for part in ("text_cross", "image_decoder", "pixel_head", "language_head")),
             *(f"grad_norm_{part}" for part in ("image_projection", "text_projection", "matching_head")),
-            *("temperature", "lr", "lr_encoder", "lr_pixels", "pairs_per_s", "data_wait_s", "memory_mb"),
+            *("temperature", "lr", "lr_encoder", "lr_pixels", "pairs_per_s", "data_wait_s"),
+            *("seconds", "memory_mb"),
             *("skipped", "bad_steps"),
         ]
         assert (row["lr_encoder"], row["lr_pixels"]) == (row["lr"] / 2, pytest.approx(row["lr"] * 1.5))
@@ -65,6 +66,7 @@ def test_run_writes_metrics_configuration_checkpoints_and_events(trained, scenes
     assert {path.name for path in trained.iterdir()} == {
         ".lock",
         "config.json",
+        "history.jsonl",
         "metrics.jsonl",
         "checkpoints",
         "tensorboard",

@@ -13,7 +13,7 @@ from mvlm.training.run import pretrain
 from support.faults.forked_runs import STEPS, ForkedRun, run_config, start, wait
 from support.shapes import copy_shapes
 
-MEASURED = ("pairs_per_s", "data_wait_s", "memory_mb", "mfu")
+MEASURED = ("pairs_per_s", "data_wait_s", "seconds", "memory_mb", "mfu")
 """Fields of metrics.jsonl that differ between any two runs."""
 
 

@@ -1,0 +1,100 @@
+"""History of a run, `history.jsonl`: who trained which steps, and hashes of everything that was saved.
+
+One JSON object a line, appended only, so that a run that was killed and resumed shows all of its parts:
+
+    {"event": "start", "step": 40, "time": .., "commit": .., "precision": "bf16", "data": {split: fingerprint},
+     "machine": {..}, "versions": {..}}
+    {"event": "save", "step": 80, "manifest": SHA-256 of the checkpoint's manifest, "metrics_bytes": ..,
+     "metrics": SHA-256 of that many bytes of metrics.jsonl}
+
+`mvlm verify` compares them with the files.
+"""
+
+import hashlib
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mvlm.files import sha256
+from mvlm.machine import code_revision, describe_machine, package_versions
+from mvlm.runs.folder import RunFolder
+
+START, SAVE = "start", "save"
+FIELDS: dict[str, dict[str, type]] = {
+    START: {"step": int, "time": str, "commit": str, "precision": str, "data": dict, "machine": dict, "versions": dict},
+    SAVE: {"step": int, "manifest": str, "metrics_bytes": int, "metrics": str},
+}
+"""Fields of each kind of event."""
+MACHINE = {"device", "processor", "instructions", "cores", "threads", "ranks"}
+"""Fields of a machine."""
+
+
+class History:
+    """Writer of a run's history. Rank 0 only."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._file, self._metrics = run.history, run.metrics
+
+    def start(self, step: int, device: torch.device, ranks: int, precision: str, data: dict[str, str]) -> None:
+        """Append that a process trains on after `step`, 0 for a new run, and on which machine. OSError if it cannot.
+
+        Args:
+            precision: bf16 or fp32.
+            data: fingerprint of each split that the run reads.
+        """
+        event = {"event": START, "step": step, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+        event |= {"commit": code_revision(), "precision": precision, "data": data}
+        self._append({**event, "machine": describe_machine(device, ranks), "versions": package_versions()})
+
+    def metrics_bytes(self) -> int:
+        """Length of the metrics now, to be given to `save`."""
+        return self._metrics.stat().st_size if self._metrics.is_file() else 0
+
+    def save(self, step: int, manifest: Path, metrics_bytes: int) -> None:
+        """Append the hash of a checkpoint's manifest, and that of the metrics that belong to it. OSError if it cannot.
+
+        Call it before the checkpoint is renamed into place: then a checkpoint without a line is none of this run.
+        """
+        line = {"event": SAVE, "step": step, "manifest": sha256(manifest), "metrics_bytes": metrics_bytes}
+        self._append({**line, "metrics": prefix_hash(self._metrics, metrics_bytes)})
+
+    def _append(self, event: dict[str, Any]) -> None:
+        line = (json.dumps(event) + "\n").encode()
+        with self._file.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                line = b"\n" * (file.read(1) != b"\n") + line  # a kill may have left the beginning of a line
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def prefix_hash(file: Path, count: int) -> str:
+    """SHA-256 of the first `count` bytes of a file, or of all bytes if it has fewer; of nothing without a file."""
+    digest = hashlib.sha256()
+    if count and file.is_file():
+        with file.open("rb") as opened:
+            while count > 0 and (block := opened.read(min(count, 1 << 20))):
+                digest.update(block)
+                count -= len(block)
+    return digest.hexdigest()
+
+
+def read_history(file: Path) -> list[dict[str, Any]]:
+    """Read the events of a history. Lines that are none, such as the beginning that a kill may leave, are skipped."""
+    events = []
+    for line in file.read_text(errors="replace").splitlines():
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        wanted = FIELDS.get(str(event.get("event"))) if isinstance(event, dict) else None
+        if wanted is None or not all(isinstance(event.get(name), kind) for name, kind in wanted.items()):
+            continue
+        if event["event"] == SAVE or event["machine"].keys() >= MACHINE:
+            events.append(event)
+    return events

@@ -1,0 +1,73 @@
+"""The history of a run: what is appended, after a kill too, and the hash of the rows."""
+
+import hashlib
+import json
+
+import torch
+
+from mvlm.runs.folder import MetricsFile, RunFolder
+from mvlm.runs.history import History, prefix_hash, read_history
+
+CPU = torch.device("cpu")
+
+
+def test_each_part_is_described_where_it_begins(tmp_path):
+    run = RunFolder(tmp_path)
+    History(run).start(0, CPU, 1, "bf16", {"train": "abc"})
+    History(run).start(40, CPU, 2, "fp32", {"train": "abc"})
+    first, second = read_history(run.history)
+    assert (first["event"], first["step"], second["step"]) == ("start", 0, 40)
+    assert (first["precision"], second["precision"], second["machine"]["ranks"]) == ("bf16", "fp32", 2)
+    assert first["data"] == {"train": "abc"}
+    assert first["machine"]["threads"] == torch.get_num_threads()
+    assert first["versions"]["torch"] == torch.__version__
+    assert set(first) == {"event", "step", "time", "commit", "precision", "data", "machine", "versions"}
+
+
+def test_a_save_has_the_hashes_of_its_manifest_and_of_the_rows_of_that_moment(tmp_path):
+    run = RunFolder(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    history = History(run)
+    assert history.metrics_bytes() == 0
+    run.metrics.write_bytes(b"one\n")
+    length = history.metrics_bytes()
+    run.metrics.write_bytes(b"one\ntwo\n")  # training goes on while the checkpoint is written
+    history.save(3, tmp_path / "manifest.json", length)
+    assert read_history(run.history) == [
+        {
+            "event": "save",
+            "step": 3,
+            "manifest": hashlib.sha256(b"{}").hexdigest(),
+            "metrics_bytes": 4,
+            "metrics": hashlib.sha256(b"one\n").hexdigest(),
+        }
+    ]
+    assert prefix_hash(run.metrics, 100) == hashlib.sha256(b"one\ntwo\n").hexdigest()
+    assert prefix_hash(tmp_path / "none", 4) == hashlib.sha256(b"").hexdigest()
+
+
+def test_the_beginning_of_a_line_that_a_kill_left_spoils_no_other_line(tmp_path):
+    run = RunFolder(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    History(run).save(1, tmp_path / "manifest.json", 0)
+    with run.history.open("a") as file:
+        file.write('{"event": "save", "st')
+    History(run).save(2, tmp_path / "manifest.json", 0)
+    History(run).save(3, tmp_path / "manifest.json", 0)
+    assert [event["step"] for event in read_history(run.history)] == [1, 2, 3]
+    assert len(run.history.read_text().splitlines()) == 4
+
+
+def test_the_clock_of_a_run_goes_on_after_the_rows_that_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+
+    def seconds(step: int) -> float:
+        file = MetricsFile(path, step)
+        file.close()
+        return file.seconds
+
+    assert seconds(0) == 0
+    path.write_text("".join(json.dumps({"step": s, "seconds": 1.5 * s}) + "\n" for s in (1, 2, 3)))
+    assert seconds(1) == 4.5
+    path.write_text('{"step": 1}\n{"step": 2, "seconds": "x"}\n')  # of an older version, and damaged
+    assert seconds(2) == 0

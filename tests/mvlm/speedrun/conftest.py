@@ -1,0 +1,56 @@
+"""Fixtures of the tests of the speedrun: an honest run with its evaluation, and one with another seed."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mvlm.commands.evaluate import eval_retrieval
+from mvlm.speedrun.verify import Verdict, verify_run
+from mvlm.training.run import pretrain
+from support.forgery import copy_run, short_run
+
+
+@pytest.fixture(scope="session")
+def honest_run(tmp_path_factory, scenes) -> Path:
+    """A finished run that evaluates at its fourth step, and its figures on the test split. Read only."""
+    config = short_run(scenes, tmp_path_factory.mktemp("honest") / "run", eval_every_steps=4)
+    pretrain(config)
+    eval_retrieval(checkpoint=config.out, data=scenes, out=config.out / "eval/test.json", device="cpu")
+    return config.out
+
+
+@pytest.fixture(scope="session")
+def other_run(tmp_path_factory, scenes) -> Path:
+    """A run of the same settings with another seed. Read only."""
+    config = short_run(scenes, tmp_path_factory.mktemp("other") / "run", seed=1)
+    pretrain(config)
+    return config.out
+
+
+@pytest.fixture
+def run(honest_run, tmp_path) -> Path:
+    """A copy of the honest run, to be forged."""
+    return copy_run(honest_run, tmp_path / "run")
+
+
+@pytest.fixture
+def bare_run(run) -> Path:
+    """A copy of the honest run, to be forged, without its figures on the test split, which then are not computed."""
+    (run / "eval/test.json").unlink()
+    return run
+
+
+@pytest.fixture
+def refusals() -> Callable[..., dict[str, str]]:
+    """Verifies a run; returns the text of the first check of each name that said no. Empty: verified."""
+
+    def verify(run: Path, data: Path | None = None) -> dict[str, str]:
+        found: Verdict = verify_run(run, data, steps=6, seed=0)
+        refused = {check.name: check.text for check in reversed(found.checks) if check.passed is False}
+        assert found.verified == (not refused)
+        if not (run / "eval/test.json").exists():
+            refused.pop("evaluation", None)
+        return refused
+
+    return verify

@@ -1,0 +1,180 @@
+"""Honest runs, which `mvlm verify` verifies: whole, resumed, from another machine; and its command."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+
+from mvlm.runs.folder import read_metrics
+from mvlm.speedrun import tracks, verify
+from mvlm.speedrun.claims import read_claims
+from mvlm.speedrun.replay import Segment, plan_segments
+from mvlm.speedrun.tracks import Track, check_track
+from mvlm.speedrun.verify import verify_run
+from mvlm.training.run import pretrain
+from mvlm.training.trainer import Trainer
+from mvlm_dataloading import open_dataset
+from support.commands import assert_refused
+from support.folders import folder_hash
+from support.forgery import change_events, checkpoint, short_run
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.slow
+def test_an_honest_run_is_verified_and_left_as_it_was(honest_run, run_mvlm):
+    before = folder_hash(honest_run)
+    torch.manual_seed(99)
+    outcome = run_mvlm("verify", honest_run, "--steps", 6, "--seed", 5)
+    words = [line.split()[:2] for line in outcome.out]
+    assert words == [
+        *(["yes", name] for name in ("data", "history", "metrics", "checkpoints", "replay", "replay", "replay")),
+        ["yes", "evaluation"],
+        ["verified", "(--seed"],
+    ]
+    assert outcome.out[4].startswith("yes  replay       steps 1 to 2: rows and weights are equal bit for bit")
+    assert "steps 5 to 6: rows and the final weights are equal bit for bit" in outcome.out[6]
+    assert "figures on the test split are equal" in outcome.out[7]
+    assert outcome.code == 0
+    assert folder_hash(honest_run) == before
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_and_resumed(scenes, tmp_path, monkeypatch, without_tensorboard):
+    """Killed in step 6, with averaged weights. Step 4, which is made twice, counts twice in the time."""
+    config = short_run(scenes, tmp_path / "run", ema_decay=0.9, checkpoint_every_steps=3)
+    one_step = Trainer.one_step
+
+    def die(trainer, batches):
+        one_step(trainer, batches)
+        if trainer.step == 6:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "one_step", die)
+        with pytest.raises(Killed):
+            pretrain(config)
+    lost = read_metrics(config.out / "metrics.jsonl")[-1]
+    assert lost["step"] == 4
+    pretrain(replace(config, resume=True))
+    events = [json.loads(line) for line in (config.out / "history.jsonl").read_text().splitlines()]
+    assert [f"{event['event']} {event['step']}" for event in events] == ["start 0", "save 3", "start 3", "save 6"]
+    again = read_metrics(config.out / "metrics.jsonl")[3]
+    assert again["step"] == 4
+    assert again["seconds"] == pytest.approx(lost["seconds"] + 4 / again["pairs_per_s"])
+    checks = verify_run(config.out, steps=6, seed=0).checks
+    assert [check.name for check in checks if not check.passed] == ["evaluation"]
+    assert checks[1].text.startswith("2 parts by commit ")
+    assert checks[-1].text.startswith(f"no {config.out}/eval/test.json: run `mvlm eval retrieval")
+
+
+@pytest.mark.slow
+def test_a_run_of_another_kind_of_machine(run):
+    change_events(run, lambda event: event.get("machine", {}).update(processor="another"))
+    found = verify_run(run, steps=6, seed=0)
+    assert found.verified
+    texts = [check.text for check in found.checks if check.name == "replay"]
+    assert len(texts) == 3
+    assert all(" agree as on another kind of machine, in fp32: losses differ by at most 0" in text for text in texts)
+    assert "rows and the final weights agree" in texts[-1]
+
+
+@pytest.mark.slow
+def test_a_record(run, scenes, tmp_path, monkeypatch, run_mvlm):
+    """A verified run that meets the rules and reaches the targets becomes a record; no other does."""
+    data = {split: open_dataset(scenes, split).fingerprint for split in ("train", "validation", "test")}
+    easy = Track(machine="any", cores=1 << 20, data=data, targets={"tr.r10": 0.0, "gain_pixels_pct": -100.0})
+    monkeypatch.setattr(tracks, "TRACKS", {"easy": easy})
+    monkeypatch.setattr(verify, "flops_per_pair", lambda config, tokens: 1e6 if 3 < tokens < 12 else 0.0)
+    change_events(run, lambda event: event.update(commit="abc") if "commit" in event else None)
+    words = ("verify", run, "--steps", 0, "--track", "easy")
+    assert run_mvlm(*words, "--record", tmp_path / "record.json").code == 0
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["track"] == "easy"
+    assert record["parts"][0]["commit"] == "abc"
+    assert record["seconds"] == pytest.approx(read_metrics(run / "metrics.jsonl")[-1]["seconds"], abs=0.051)
+    assert record["flops"] == 1e6 * 4 * 6
+    assert [line.split(",")[0] for line in record["log"]] == ["step", "1", "2", "3", "4", "5", "6"]
+    assert record["figures"]["n_images"] == 8
+    assert "out" not in record["settings"]
+
+    monkeypatch.setattr(tracks, "TRACKS", {"easy": replace(easy, targets={"tr.r1": 101.0})})
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text() + "\n")
+    (checkpoint(run, 2) / "state.json").write_text("{}")
+    outcome = run_mvlm(*words, "--record", tmp_path / "none.json", "--json", tmp_path / "verdict.json")
+    assert outcome.code == 1
+    assert not (tmp_path / "none.json").exists()
+    assert [line.split()[:2] for line in outcome.out][-3:-1] == [["no", "checkpoints"], ["-", "replay"]]
+    assert json.loads((tmp_path / "verdict.json").read_text())["verified"] is False
+
+
+RULES = Track(machine="one core", cores=1, data={}, targets={"tr.r1": 40.0, "gain_text_nats": 0.5})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "machine, commit, settings, text",
+    [
+        ({}, "abc", {}, ""),
+        ({}, "abc-dirty", {}, "wanted a committed revision of the code, found abc-dirty"),
+        ({}, "", {}, "wanted a committed revision of the code, found none"),
+        ({"cores": 2}, "abc", {}, "wanted one core, found 2 cores, device cpu"),
+        ({"device": "NVIDIA H100"}, "abc", {}, "wanted one core, found 1 cores, device NVIDIA H100"),
+        ({}, "abc", {"image_weights": "w"}, "wanted a start from random weights, found pretrained ones"),
+        ({}, "abc", {"tokenizer": "t"}, "wanted a tokenizer made from the training captions, found a file"),
+        ({}, "abc", {"log_every": 2}, "wanted a row of every step, found one every 2 steps"),
+    ],
+)
+def test_rules_of_a_track(honest_run, machine, commit, settings, text):
+    claims = read_claims(honest_run, None)
+    part = claims.parts[0] | {"commit": commit, "machine": {"device": "cpu", "cores": 1, "ranks": 1} | machine}
+    claims = replace(claims, parts=[part], config=replace(claims.config, **settings))
+    rules, targets = check_track(claims, RULES, {"tr": {"r1": 40.0}, "gain_text_nats": 0.51})
+    assert (rules.passed, targets.passed) == (not text, True)
+    assert text in rules.text
+
+
+@pytest.mark.slow
+def test_targets_and_distances_of_checkpoints(honest_run):
+    claims = read_claims(honest_run, None)
+    claims = replace(claims, kept=[*claims.kept, Path("step_00000071")], figures={"rerank": 413})
+    rules, targets = check_track(claims, RULES, {"tr": {"r1": 39.9}})
+    assert "wanted checkpoints at most 64 steps apart, found two with 65 steps between" in rules.text
+    assert "wanted an evaluation with --rerank 32, found 413" in rules.text
+    assert targets.text == "tr.r1 is 39.90, wanted 40; gain_text_nats is -inf, wanted 0.5"
+    assert not targets.passed
+    gpu = Track(machine="one GPU", gpu="H100", data={"test": "1234"}, targets={})
+    texts = check_track(claims, gpu, {})[0].text
+    assert "test: wanted the fingerprint 1234, found" in texts
+
+
+@pytest.mark.slow
+def test_mistakes_are_one_line(run, run_mvlm, tmp_path):
+    assert_refused(run_mvlm("verify", tmp_path / "none"), "wanted the folder of a finished run, found no such folder")
+    assert_refused(run_mvlm("verify", run, "--data", tmp_path / "gone"), "gone: wanted a data folder, found none")
+    assert_refused(run_mvlm("verify", run, "--record", tmp_path / "r"), "record: wanted --track too")
+    assert_refused(run_mvlm("verify", run, "--track", "x"), "track: wanted two-cores or one-h100, got 'x'")
+    checkpoint(run, 6).rename(run / "moved")
+    assert_refused(run_mvlm("verify", run), "wanted a finished run, a checkpoint of step 6, found step 4", "--resume")
+    (run / "history.jsonl").unlink()
+    assert_refused(run_mvlm("verify", run), "history.jsonl: wanted the history of the run, found no such file")
+
+
+def test_steps_are_replayed_from_the_nearest_checkpoint_and_within_reach():
+    def plan(steps, reach, kept=(40, 80, 120), rows=range(1, 121)):
+        return [(s.start, s.stop) for s in plan_segments(kept, rows, steps, reach, Random(0))]
+
+    assert plan(0, 40) == [(0, 1), (40, 41), (80, 120)]
+    assert plan(120, 40) == [(0, 40), (40, 80), (80, 120)]
+    assert plan(1, 40) in ([(0, 40), (40, 41), (80, 120)], [(0, 1), (40, 80), (80, 120)], plan(0, 40))
+    # The last segment is longer than the reach, so only its beginning can be replayed.
+    assert plan(120, 30) == [(0, 30), (40, 70), (80, 110)]
+    # With a row every ten steps a replay goes on to the next row, if that is within reach.
+    assert plan(0, 40, rows=range(10, 121, 10)) == [(0, 10), (40, 50), (80, 120)]
+    assert plan(0, 5, rows=range(10, 121, 10)) == []
+    assert plan_segments([600, 640], range(1, 641), 0, 64, Random(0)) == [Segment(0, 1), Segment(600, 640)]
