@@ -112,11 +112,12 @@ def confusion(task: str, verdicts: Sequence[Verdict]) -> Confusion | None:
     """Confusion of the labels of a task; of `vqa`, of the most frequent answers and "other". None for captions."""
     if task == "caption":
         return None
+    labels: list[str]
     if task == "vqa":
         frequent = sorted(Counter(v.label for v in verdicts).items(), key=lambda item: (-item[1], item[0]))
         labels = [label for label, _ in frequent[:CONFUSED]]
     else:
-        labels = list(ENTAILMENT_LABELS if task == "entailment" else LABELS)
+        labels = [*(ENTAILMENT_LABELS if task == "entailment" else LABELS)]
     row = {label: number for number, label in enumerate(labels)}
     other = len(labels)
     counts = [[0] * (other + 1) for _ in range(other + 1)]

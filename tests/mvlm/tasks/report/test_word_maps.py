@@ -1,5 +1,7 @@
 """Maps of words for a task's prediction, against softmaxes and derivatives by autograd, written out."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from mvlm.model.residual import Branch
 from mvlm.runs.load import load_model
 from mvlm.tasks.registry import find_task
 from mvlm.tasks.report.word_maps import task_maps
-from mvlm.tasks.task import Task, TaskOptions
+from mvlm.tasks.task import TaskOptions
 from mvlm_dataloading import Batch
 
 TEXT, SIDE = "red top left", 4
@@ -23,7 +25,7 @@ FORMS = {
 }
 
 
-def made(trained, form: str) -> Task:
+def made(trained, form: str) -> Any:
     """A task with random weights in its head."""
     name, state, _ = FORMS[form]
     model, tokenizer = load_model(trained, text_length=12)
@@ -53,7 +55,7 @@ def written_out(seen: list[Tensor], attention: Attention):
     return forward
 
 
-def scored(task: Task, form: str, batch: Batch, predicted: str) -> Tensor:
+def scored(task: Any, form: str, batch: Batch, predicted: str) -> Tensor:
     """The figure whose derivatives make the maps, by other paths than those of `task_maps`."""
     if form == "decoder":
         question = task.decoder.question(task.model, batch, "plain")
@@ -66,7 +68,7 @@ def scored(task: Task, form: str, batch: Batch, predicted: str) -> Tensor:
     return (p / (1 - p)).log()
 
 
-def spans(task: Task) -> list[tuple[int, int]]:
+def spans(task: Any) -> list[tuple[int, int]]:
     """Tokens of each word, by encoding the words one by one."""
     found, position = [], 1
     for word in TEXT.split():
