@@ -97,8 +97,12 @@ def judged(name: str, main: str, file: Path, figures: dict[str, Any], split: Dat
     """Verdict of each record. RunError unless their mean is the evaluation's main figure: the data are others then."""
     records = figures["records"]
     same = [record["sample"] for record in records] == list(range(len(split)))
-    verdicts = JUDGES[name](records, split) if same else []
-    if not same or abs(fmean(v.score for v in verdicts) - figures[main]) > 1e-6:
+    try:
+        verdicts = JUDGES[name](records, split) if same else []
+        equal = same and abs(fmean(v.score for v in verdicts) - figures[main]) < 1e-6
+    except (KeyError, TypeError, AttributeError) as error:
+        raise RunError(f"{file}: wanted the records of {name}, got {error!r}; evaluate the run again") from None
+    if not equal:
         raise RunError(
             f"{file}: wanted the records of the split {split.split} of {split.folder}, found those of other data; "
             f"evaluate the run again, or name its data with --data"

@@ -177,6 +177,7 @@ def test_evaluations_that_do_not_fit_are_refused(reported, tmp_path):
 
     refused("wanted an evaluation of entailment, found one of pairs; run `mvlm eval entailment", task="pairs")
     refused("wanted an evaluation of entailment, got KeyError", records=[{"label": "neutral"}])
+    refused("wanted the records of entailment, got KeyError", records=[{"sample": i} for i in range(16)])
     refused("found those of other data", records=known["records"][:-1])
     other = [{**record, "label": "neutral"} for record in known["records"]]
     refused("found those of other data", records=other)
