@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from markupsafe import Markup
 
@@ -75,3 +76,9 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
         total += value - (values[i - window] if i >= window else 0.0)
         found.append(total / min(i + 1, window))
     return found
+
+
+def series(rows: Sequence[Mapping[str, Any]], name: str, window: int = 1) -> tuple[list[float], list[float]]:
+    """Steps and values of a metric, where it was computed; values are trailing means over `window` of them."""
+    kept = [row for row in rows if row.get(name) is not None]
+    return [row["step"] for row in kept], smooth([row[name] for row in kept], window)

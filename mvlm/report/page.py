@@ -14,7 +14,7 @@ from mvlm.evaluation.table import describe_trivial_losses
 from mvlm.files import check_folder
 from mvlm.report import embedding_space, examples
 from mvlm.report.attention import word_maps
-from mvlm.report.charts import line_chart, smooth
+from mvlm.report.charts import line_chart, series
 from mvlm.report.html import figures_of, table, write_page
 from mvlm.runs.folder import RunFolder, read_metrics
 from mvlm.runs.load import load_model
@@ -134,28 +134,31 @@ def curves(rows: list[dict[str, Any]], window: int) -> list[Markup]:
     Losses and gradient norm are trailing means over `window` rows.
     """
 
-    def line(name: str, window: int = 1) -> tuple[list[float], list[float]]:
-        kept = [row for row in rows if row.get(name) is not None]
-        return [row["step"] for row in kept], smooth([row[name] for row in kept], window)
-
     titles = {
         "mlm": "MLM, nats per masked token",
         "mim": "MIM, L1 of masked pixels",
         "itc": "ITC, nats",
         "itm": "ITM, nats",
     }
-    charts = [line_chart(title, {name: line(name, window)}) for name, title in titles.items()]
-    charts.append(line_chart("learning rate", {"lr": line("lr")}))
-    charts.append(line_chart("gradient norm before clipping", {"grad_norm": line("grad_norm", window)}))
+    charts = [line_chart(title, {name: series(rows, name, window)}) for name, title in titles.items()]
+    charts.append(line_chart("learning rate", {"lr": series(rows, "lr")}))
+    charts.append(line_chart("gradient norm before clipping", {"grad_norm": series(rows, "grad_norm", window)}))
     if any("tr_r1" in row for row in rows):
         charts.append(
-            line_chart("validation R@1 by ITC, %", {"image to text": line("tr_r1"), "text to image": line("ir_r1")})
+            line_chart(
+                "validation R@1 by ITC, %",
+                {"image to text": series(rows, "tr_r1"), "text to image": series(rows, "ir_r1")},
+            )
         )
-        charts.append(line_chart("validation masked L1", {"masked L1": line("masked_l1")}))
+        charts.append(line_chart("validation masked L1", {"masked L1": series(rows, "masked_l1")}))
         charts.append(
-            line_chart("validation gain, text, nats per token", {"gain": line("gain_text_nats")}, {"no gain": 0})
+            line_chart(
+                "validation gain, text, nats per token", {"gain": series(rows, "gain_text_nats")}, {"no gain": 0}
+            )
         )
-        charts.append(line_chart("validation gain, pixels, %", {"gain": line("gain_pixels_pct")}, {"no gain": 0}))
+        charts.append(
+            line_chart("validation gain, pixels, %", {"gain": series(rows, "gain_pixels_pct")}, {"no gain": 0})
+        )
     return charts
 
 

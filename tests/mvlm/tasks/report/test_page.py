@@ -1,0 +1,201 @@
+"""Pages of fine-tuned runs, one of each form of a task: what they show is what the evaluation says."""
+
+import hashlib
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from mvlm.errors import RunError
+from mvlm.files import write_json
+from mvlm.tasks.evaluate import evaluate_task
+from mvlm.tasks.finetune import finetune
+from mvlm.tasks.report.page import write_task_report
+from mvlm_dataloading import Dataset, open_dataset
+from support.folders import folder_hash
+from support.pages import HOSTILE, Page
+from support.questions import WRITERS, finetune_config
+
+pytestmark = pytest.mark.slow
+
+FORMS = {
+    "decoder": ("vqa", {"answers": "decoder"}),
+    "classifier": ("vqa", {"answers": "classifier"}),
+    "entailment": ("entailment", {"eval_every_steps": 2}),
+    "pairs": ("pairs", {}),
+    "caption": ("caption", {"choose_by": "likelihood"}),
+}
+
+
+class Reported(NamedTuple):
+    run: Path
+    data: Path
+    split: Dataset
+    figures: dict[str, Any]
+    """Of the JSON file: those of the model, on records of which some were put right by hand."""
+    page: Page
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def reported(request, trained, tmp_path_factory) -> Reported:
+    """A run of two steps, evaluated and reported. Every second record is made right, so that both kinds occur."""
+    from mvlm.tasks.registry import TASKS
+
+    task, settings = FORMS[request.param]
+    folder = tmp_path_factory.mktemp(request.param)
+    data, run = WRITERS[task](folder / "data"), folder / "run <b>"
+    finetune(finetune_config(trained, data, run, task, question_length=40, **settings))
+    figures, records = evaluate_task(run, data, "test")
+    split = open_dataset(data, "test")
+    for record in records[::2]:
+        i = record["sample"]
+        name = "answer" if task == "vqa" else "caption" if task == "caption" else "label"
+        record[name] = right_answer(task, split, i)
+    figures |= TASKS[task].score(records, split)
+    write_json(run / "eval/test.json", {"checkpoint": HOSTILE, "data": str(data), **figures, "records": records})
+    page = Page(write_task_report(run).read_text())
+    return Reported(run, data, split, figures | {"records": records}, page)
+
+
+def right_answer(task: str, split: Dataset, i: int) -> str:
+    """The right answer of a sample, from its metadata."""
+    record = split.metadata(i)
+    if task == "vqa":
+        return record["answers"][0]["answer"]
+    return split.captions(i)[0] if task == "caption" else record["label"]
+
+
+def predictions(found: Reported) -> list[str]:
+    return [next(r[name] for name in ("answer", "label", "caption") if name in r) for r in found.figures["records"]]
+
+
+def examples(found: Reported) -> dict[bool, list[str]]:
+    """Keys of the right and of the wrong examples, in their order on the page."""
+    html = (found.run / "report.html").read_text()
+    headings = {True: r"<h2>(Right|The better half)</h2>", False: r"<h2>(Wrong|The other half)</h2>"}
+    sections = {kind: re.split(heading, html)[2].split("</section>")[0] for kind, heading in headings.items()}
+    return {kind: re.findall(r'<p class="note">(test\d+)</p>', text) for kind, text in sections.items()}
+
+
+def test_figures_are_those_of_the_evaluation(reported):
+    figures, rows = reported.figures, reported.page.rows
+    main = "cider_d" if figures["task"] == "caption" else "accuracy"
+    low, high = figures[f"{main}_95"]
+    assert f"{figures[main]:.1f} ({low:.1f} to {high:.1f})" in [row[1] for row in rows if len(row) == 2]
+    for value in (figures.get("consistency"), figures.get("bleu_1"), figures.get("mean_per_class_recall")):
+        assert value is None or any(row[1:] == [f"{value:.1f}"] for row in rows)
+    for kind, value in {**figures.get("by_question_type", {}), **figures.get("recall", {})}.items():
+        assert [kind, f"{value:.1f}"] in rows
+
+
+def test_right_examples_are_right_and_wrong_ones_wrong_and_a_hash_chooses_them(reported):
+    task, shown, found = reported.figures["task"], examples(reported), predictions(reported)
+    keys = {reported.split.keys[i]: i for i in range(len(reported.split))}
+    answers = [right_answer(task, reported.split, i) for i in range(len(reported.split))]
+    right = [a == b for a, b in zip(found, answers, strict=True)]
+    assert 0 < sum(right) < len(right)
+    for kind, some in shown.items():
+        assert some
+        assert all(right[keys[key]] is kind for key in some)
+        ordered = sorted(some, key=lambda key: hashlib.sha256(key.encode()).hexdigest())
+        assert some == ordered
+        if task != "caption":
+            every = sorted(
+                (k for k in keys if right[keys[k]] is kind), key=lambda k: hashlib.sha256(k.encode()).digest()
+            )
+            assert some == every[:6]
+
+
+def test_confusion_counts_every_sample_once(reported):
+    task, rows = reported.figures["task"], reported.page.rows
+    header = [row for row in rows if row and row[0] == "right \\ predicted"]
+    if task == "caption":
+        assert header == []
+        return
+    labels = header[0][1:]
+    counts = {row[0]: list(map(int, row[1:])) for row in rows[rows.index(header[0]) + 1 :][: len(labels)]}
+    assert list(counts) == labels
+    assert sum(map(sum, counts.values())) == len(reported.split)
+    pairs = Counter(
+        (right_answer(task, reported.split, i), predicted) for i, predicted in enumerate(predictions(reported))
+    )
+    for label in labels:
+        for column, predicted in enumerate(labels):
+            if "other" not in (label, predicted):
+                assert counts[label][column] == pairs[label, predicted]
+    if task == "entailment":
+        assert list(counts.values()) == reported.figures["confusion"]
+
+
+def test_examples_have_their_images_and_maps_of_their_words(reported):
+    """A panel of the image and one for each word; `pairs` has a row of panels for each image."""
+    task, words = reported.figures["task"], reported.page.all("img")
+    keys = {reported.split.keys[i]: i for i in range(len(reported.split))}
+    wanted = 0
+    for key in (key for some in examples(reported).values() for key in some):
+        text = reported.split.captions(keys[key])[0] if task != "caption" else predictions(reported)[keys[key]]
+        maps = len(text.split()) + (task != "caption")
+        wanted += (1 + min(maps, 12)) * (2 if task == "pairs" else 1)
+    assert len(words) == wanted
+    assert all((image["src"] or "").startswith("data:image/png;base64,") for image in words)
+    probabilities = [float(x) for x in re.findall(r"probability\s+([\d.]+)", reported.page.text)]
+    assert len(probabilities) == (0 if task == "caption" else sum(map(len, examples(reported).values())))
+    assert all(0 <= p <= 1 for p in probabilities)
+
+
+def test_names_are_escaped_and_curves_settings_and_data_are_there(reported):
+    assert f"checkpoint {HOSTILE}" in reported.page.text
+    assert "run <b>" in reported.page.text
+    assert not reported.page.all("script")
+    titles = [svg["aria-label"] or "" for svg in reported.page.all("svg")]
+    wanted = ["loss", "accuracy of training batches, 0 to 1", "learning rate", "gradient norm before clipping"]
+    if reported.figures["task"] == "entailment":  # the one that was evaluated during training
+        wanted.insert(2, "validation accuracy")
+    assert titles == wanted
+    assert len(reported.page.all("polyline")) == len(titles) + 1  # two rates in one chart
+    for words in ("lr_head", "model.width", "drawn by <nobody>", "CC0"):
+        assert words in reported.page.text
+
+
+@pytest.mark.parametrize("reported", ["entailment"], indirect=True)
+def test_evaluations_that_do_not_fit_are_refused(reported, tmp_path):
+    run = Path(shutil.copytree(reported.run, tmp_path / "run"))
+    file = run / "eval/test.json"
+    known = json.loads(file.read_text())
+
+    def refused(message: str, data: Path | None = None, **changes: Any) -> None:
+        write_json(file, known | changes)
+        before = folder_hash(run)
+        with pytest.raises(RunError, match=message) as error:
+            write_task_report(run, data)
+        assert "\n" not in str(error.value)
+        assert folder_hash(run) == before
+
+    refused("wanted an evaluation of entailment, found one of pairs; run `mvlm eval entailment", task="pairs")
+    refused("wanted an evaluation of entailment, got KeyError", records=[{"label": "neutral"}])
+    refused("wanted the records of entailment, got KeyError", records=[{"sample": i} for i in range(16)])
+    refused("found those of other data", records=known["records"][:-1])
+    other = [{**record, "label": "neutral"} for record in known["records"]]
+    refused("found those of other data", records=other)
+    file.unlink()
+    with pytest.raises(RunError, match=r"test\.json: wanted the run's evaluation, found none; first run `mvlm eval en"):
+        write_task_report(run)
+
+
+@pytest.mark.parametrize("reported", ["entailment"], indirect=True)
+def test_the_command_writes_the_page_of_a_task_with_every_evaluation_of_it(reported, tmp_path, run_mvlm):
+    run = Path(shutil.copytree(reported.run, tmp_path / "run"))
+    shutil.copy(run / "eval/test.json", run / "eval/again.json")
+    write_json(run / "eval/other.json", {"task": "grounding", "split": "test", "records": []})
+    done = run_mvlm("report", run, "--out", tmp_path / "page.html")
+    assert (done.code, done.out) == (0, [str(tmp_path / "page.html")])
+    assert ["", "test", "again"] in Page((tmp_path / "page.html").read_text()).rows
+
+
+def test_a_pretraining_run_is_no_run_of_a_task(trained):
+    with pytest.raises(RunError, match="wanted a fine-tuned run, found a pretraining run"):
+        write_task_report(trained)

@@ -1,0 +1,137 @@
+"""Maps of words for a task's prediction, against softmaxes and derivatives by autograd, written out."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mvlm.errors import RunError
+from mvlm.model.attention import Attention
+from mvlm.model.residual import Branch
+from mvlm.runs.load import load_model
+from mvlm.tasks.registry import find_task
+from mvlm.tasks.report.word_maps import task_maps
+from mvlm.tasks.task import TaskOptions
+from mvlm_dataloading import Batch
+
+TEXT, SIDE = "red top left", 4
+FORMS = {
+    "classifier": ("vqa", {"answers": ["red", "blue", "no"]}, "blue"),
+    "decoder": ("vqa", {"answers": ["red", "blue", "no"]}, "blue"),
+    "entailment": ("entailment", {"labels": ["contradiction", "neutral", "entailment"]}, "neutral"),
+    "pairs": ("pairs", {"labels": ["false", "true"], "images": 2}, "true"),
+    "caption": ("caption", {}, TEXT),
+}
+
+
+def made(trained, form: str) -> Any:
+    """A task with random weights in its head."""
+    name, state, _ = FORMS[form]
+    model, tokenizer = load_model(trained, text_length=12)
+    options = TaskOptions(answers="classifier" if form == "classifier" else "decoder")
+    task = find_task(name)(model, options, state)
+    task.set_tokenizer(tokenizer)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in task.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return task.eval()
+
+
+def written_out(seen: list[Tensor], attention: Attention):
+    """Attention of one layer as explicit softmaxes, which are kept with their gradients."""
+
+    def forward(x: Tensor, memory: Tensor, key_mask=None, causal=False) -> Branch:
+        q, k, v = (
+            projection(rows).unflatten(-1, (2, -1)).transpose(1, 2)
+            for projection, rows in ((attention.query, x), (attention.key, memory), (attention.value, memory))
+        )
+        p = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        p.retain_grad()
+        seen.append(p)
+        return Branch(attention.out((p @ v).transpose(1, 2).flatten(2)))
+
+    return forward
+
+
+def scored(task: Any, form: str, batch: Batch, predicted: str) -> Tensor:
+    """The figure whose derivatives make the maps, by other paths than those of `task_maps`."""
+    if form == "decoder":
+        question = task.decoder.question(task.model, batch, "plain")
+        answer = task.table.select(torch.tensor([task.state["answers"].index(predicted)]))
+        return -task.decoder.loss(task.model, question, answer, torch.tensor([0]), torch.ones(1), "plain")[0]
+    logits = task.head(task.fuse(batch, "plain", 2 if form == "pairs" else 1))[0]
+    if form == "classifier":
+        return logits[task.state["answers"].index(predicted)]
+    p = logits.double().softmax(0)[task.state["labels"].index(predicted)]
+    return (p / (1 - p)).log()
+
+
+def spans(task: Any) -> list[tuple[int, int]]:
+    """Tokens of each word, by encoding the words one by one."""
+    found, position = [], 1
+    for word in TEXT.split():
+        length = len(task.tokenizer.encode([word], 40)[0]) - 2
+        found.append((position, position + length))
+        position += length
+    return found
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_maps_are_weights_times_the_positive_derivatives_of_the_prediction(trained, form, monkeypatch):
+    task, predicted = made(trained, form), FORMS[form][2]
+    number = 2 if form == "pairs" else 1
+    generator = torch.Generator().manual_seed(2)
+    images = torch.randint(0, 256, (3, 32, 32 * number), generator=generator).to(torch.uint8)
+    found = task_maps(task, images, TEXT if form != "caption" else "", predicted)
+    assert all(parameter.grad is None for parameter in task.parameters())
+
+    tokens = torch.from_numpy(task.tokenizer.encode([TEXT], 12)[0])
+    length, one = len(tokens), torch.zeros(1, dtype=torch.int64)
+    encoder = task.decoder.fusion if form == "decoder" else task.model.text_cross
+    # The last layer of a classifier computes [CLS] alone; the fusion block and a caption have all rows in the last one.
+    layer = encoder.layers[-1 if form in ("decoder", "caption") else -2].cross_attention
+    seen: list[Tensor] = []
+    monkeypatch.setattr(layer, "forward", written_out(seen, layer))
+    if form == "caption":
+        maps = []
+        for start, stop in spans(task):
+            hidden = tokens.clone()
+            hidden[start:stop] = task.config.mask_token_id
+            v, bounds = task.model.encode_image(images[None]), torch.tensor([0, length], dtype=torch.int32)
+            w, mask = task.model.encode_text_packed(hidden, bounds, length).padded()
+            places = torch.arange(start, stop)
+            logits = task.model.fill_mask(v, w, mask, bounds, places)
+            logits.log_softmax(1)[torch.arange(stop - start), tokens[start:stop]].sum().backward()
+            p = seen.pop()
+            assert p.grad is not None
+            maps.append((p * p.grad.clamp(min=0)).mean(1)[:, start:stop, 1:].mean(1))
+        words = TEXT.split()
+    else:
+        batch = Batch(images[None], tokens, torch.tensor([0, length], dtype=torch.int32), length, one, one, one)
+        score = scored(task, form, batch, predicted)
+        score.backward()
+        (p,) = seen
+        assert p.grad is not None
+        cam = (p * p.grad.clamp(min=0)).mean(1)  # (n, L, M)
+        maps = [cam[:, a:b, 1:].mean(1) for a, b in [(0, 1), *spans(task)]]
+        words = ["[CLS]", *TEXT.split()]
+        wanted = score.exp() if form == "decoder" else score.sigmoid()
+        assert found.probability == pytest.approx(wanted.item(), abs=1e-6)
+    by_hand = torch.stack(maps, dim=1).unflatten(-1, (SIDE, SIDE)).detach()
+    assert found.words == words
+    assert found.maps.shape == (number, len(words), SIDE, SIDE)
+    assert by_hand.max() > 0
+    torch.testing.assert_close(found.maps, by_hand, rtol=1e-3, atol=1e-4 * by_hand.max().item())
+
+
+def test_a_text_that_is_too_long_is_cut_and_an_unknown_answer_refused(trained):
+    task = made(trained, "classifier")
+    images = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    long = "red top left " * 9
+    cut = task_maps(task, images, long, "red").words
+    assert cut[:3] == ["[CLS]", "red", "top"]
+    assert len(cut) < 1 + len(long.split())
+    with pytest.raises(RunError, match="wanted a prediction of the run's labels, found 'green'"):
+        task_maps(task, images, TEXT, "green")
