@@ -107,7 +107,7 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("SDPA's layout", lambda: attend(*(x.transpose(1, 2) for x in (Q, K, V))), r"the layout is \(batch, length, heads"),
     ("heads not split", lambda: attend(Q.flatten(2), K.flatten(2), V.flatten(2)), "q must be .batch, length, heads"),
     ("values of another shape", lambda: attend(v=V[:, :4]), "v must have the shape of k"),
-    ("odd head width", lambda: attend(*(x[..., :7] for x in (Q, K, V))), "q must have a head width of"),
+    ("odd head width", lambda: attend(*(x[..., :7] for x in (Q, K, V))), "q must have a head width divisible by 8"),
     ("fewer key sequences", lambda: attend(rand(4, 9, 2, 32)), "k must have the 4 sequences of q .or give key_index."),
     ("mask of a tokenizer", lambda: attend(key_mask=torch.ones(2, 5, dtype=torch.long)), r"pass mask.bool\(\)"),
     ("additive mask", lambda: attend(key_mask=torch.zeros(2, 5)), "of a mask that is added to scores, pass mask == 0"),

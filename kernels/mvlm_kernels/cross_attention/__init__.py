@@ -145,7 +145,7 @@ def cross_attention(
     without an index.
 
     Dimensions: B query sequences, B' key sequences, Lq and Lk rows of each, Tq and Tk packed rows, H heads, D head
-    width (32, 64, 80, 96 or 128). The layout is (batch, length, heads, width), not SDPA's (batch, heads, length,
+    width (a multiple of 8 up to 128). The layout is (batch, length, heads, width), not SDPA's (batch, heads, length,
     width).
 
     Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mvlm_kernels.cross_attention.readers import invert_key_index
 
-HEAD_WIDTHS = (32, 64, 80, 96, 128)
+HEAD_WIDTHS = tuple(range(8, 129, 8))
 """Head widths D with a kernel."""
 LONGEST_SHORT_SIDE = 128
 """Longest sequence of a side that counts as short. The kernels keep the short side on chip."""
@@ -119,7 +119,7 @@ def check_arguments(
             "width)"
         )
     if q_shape[-1] not in HEAD_WIDTHS:
-        raise ValueError(f"q must have a head width of 32, 64, 80, 96 or 128, got {q_shape[-1]}")
+        raise ValueError(f"q must have a head width divisible by 8 and at most 128, got {q_shape[-1]}")
     if dtype not in FLOATS or k.dtype != dtype or v.dtype != dtype:
         raise ValueError(
             "q, k and v must have one dtype of float16, bfloat16, float32 and float64, got "

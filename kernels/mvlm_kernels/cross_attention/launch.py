@@ -38,8 +38,15 @@ Heads = tuple[Any, ...]  # a tensor, and its strides of sequence, row and head
 
 
 def heads_of(x: Tensor, packed: bool) -> Heads:
-    """x, with contiguous columns and int32 offsets inside a sequence, and its strides; 0 for a packed sequence's."""
-    if not x.is_contiguous() and (x.stride(-1) != 1 or x.shape[-3] * x.stride(-3) >= 2**31):
+    """x, with contiguous columns and int32 offsets inside a sequence, and its strides; 0 for a packed sequence's.
+
+    Strides of heads whose width is no multiple of 16 are multiples of 8, which ``tile_io.head_of`` relies on.
+    """
+    if not x.is_contiguous() and (
+        x.stride(-1) != 1
+        or x.shape[-3] * x.stride(-3) >= 2**31
+        or (x.shape[-1] % 16 and any(stride % 8 for stride in x.stride()[:-1]))
+    ):
         x = x.contiguous()
     return (x, 0, *x.stride()[:2]) if packed else (x, *x.stride()[:3])
 

@@ -33,9 +33,9 @@ def reader_backward_of_keys(
 ):  # fmt: skip
     """Add the share of query sequence b to dK and dV of a key tile. delta comes from the output."""
     q_start, q_len = rows_of(cu_q_ptr, b, q_rows)
-    q_base = head_of(q, b, q_start, h)
-    do_base = head_of(do, b, q_start, h)
-    out_base = head_of(out, b, q_start, h)
+    q_base = head_of(q, b, q_start, h, D)
+    do_base = head_of(do, b, q_start, h, D)
+    out_base = head_of(out, b, q_start, h, D)
     lse_base = lse_of(lse_ptr, cu_q_ptr, b, q_start, h, H, q_rows)
     for m0 in range(0, q_len, BLOCK_M):
         rm = m0 + tl.arange(0, BLOCK_M)
@@ -75,13 +75,13 @@ def long_kv_backward(
     k_start, stored, klen = key_rows(keys, kb, k_rows)
     scale_log2 = tl.full((), scale_log2, ACC)
     scale = tl.full((), scale, ACC)
-    dk_base = head_of(dk, kb, k_start, h) + split.to(tl.int64) * partial_size
-    dv_base = head_of(dv, kb, k_start, h) + split.to(tl.int64) * partial_size
+    dk_base = head_of(dk, kb, k_start, h, D) + split.to(tl.int64) * partial_size
+    dv_base = head_of(dv, kb, k_start, h, D) + split.to(tl.int64) * partial_size
     for n0 in range(tl.program_id(0) % num_tiles * BLOCK_N, stored, num_tiles * BLOCK_N):
         rn = n0 + tl.arange(0, BLOCK_N)
         exists = existing_keys(rn, klen, keys, kb)
-        k_tile = load_rows(head_of(k, kb, k_start, h), rn, k[2], exists, D, BLOCK_D)
-        v_tile = load_rows(head_of(v, kb, k_start, h), rn, v[2], exists, D, BLOCK_D)
+        k_tile = load_rows(head_of(k, kb, k_start, h, D), rn, k[2], exists, D, BLOCK_D)
+        v_tile = load_rows(head_of(v, kb, k_start, h, D), rn, v[2], exists, D, BLOCK_D)
         dk_tile = tl.zeros((BLOCK_N, BLOCK_D), ACC)
         dv_tile = tl.zeros((BLOCK_N, BLOCK_D), ACC)
         if n0 < klen:  # a tile of padded keys has zero gradients

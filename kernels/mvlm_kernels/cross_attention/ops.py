@@ -148,7 +148,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, *, head_width: int,
     of q, k and v, after autocast. head_width: D. short_rows: the longest sequence of the shorter side.
     """
     if head_width not in HEAD_WIDTHS:
-        return (f"heads are {head_width} wide, the kernels take {', '.join(map(str, HEAD_WIDTHS))}",)
+        return (f"heads are {head_width} wide, the kernels take multiples of 8 up to 128",)
     if short_rows > LONGEST_SHORT_SIDE:
         return (f"the shorter side has {short_rows} rows, the kernels take {LONGEST_SHORT_SIDE}",)
     if device.type != "cuda":

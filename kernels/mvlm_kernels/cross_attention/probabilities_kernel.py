@@ -26,7 +26,8 @@ from mvlm_kernels.cross_attention.tile_io import (
     lse_of,
     rows_of,
 )
-from mvlm_kernels.dispatch import ceil_div, power_of_two
+from mvlm_kernels.cross_attention.tiles import tile_width
+from mvlm_kernels.dispatch import ceil_div
 from mvlm_kernels.language import dot
 
 
@@ -65,8 +66,8 @@ def probabilities_kernel(
 
     rm = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rm < q_len
-    q_tile = load_rows(head_of(q, b, q_start, h), rm, q[2], inside, D, BLOCK_D)
-    k_base = head_of(k, kb, k_start, h)
+    q_tile = load_rows(head_of(q, b, q_start, h, D), rm, q[2], inside, D, BLOCK_D)
+    k_base = head_of(k, kb, k_start, h, D)
     log2e = tl.full((), 1.4426950408889634, ACC)
     scale_log2 = tl.full((), scale, ACC) * log2e
     if lse_ptr is None:
@@ -111,7 +112,7 @@ def launch(
     out = torch.empty((seqs, heads, len_q, len_k), dtype=q.dtype if wide else torch.float32, device=q.device)
     if not out.numel():
         return out
-    block_d = power_of_two(width)
+    block_d = tile_width(width)
     block = 16 if q.dtype == torch.float32 else 32  # query rows; three products of TF32 take as many registers
     lengths, words, index, bounds_q, bounds_k = (
         x if x is None else x.contiguous() for x in (key_lengths, mask_words, key_index, cu_q, cu_k)

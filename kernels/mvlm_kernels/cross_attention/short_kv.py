@@ -59,14 +59,14 @@ def short_kv_forward(
 
     rn = tl.arange(0, BLOCK_N)
     exists = existing_keys(rn, klen, keys, kb)
-    k_tile = load_rows(head_of(k, kb, k_start, h), rn, k[2], exists, D, BLOCK_D)
-    v_tile = load_rows(head_of(v, kb, k_start, h), rn, v[2], exists, D, BLOCK_D)
+    k_tile = load_rows(head_of(k, kb, k_start, h, D), rn, k[2], exists, D, BLOCK_D)
+    v_tile = load_rows(head_of(v, kb, k_start, h, D), rn, v[2], exists, D, BLOCK_D)
     kt = tl.trans(k_tile)
     # Interpreted, a float argument is a Python float, which a product would round to float32. tl.full keeps float64.
     scale_log2 = tl.full((), scale_log2, ACC)
 
-    q_base = head_of(q, b, q_start, h)
-    out_base = head_of(out, b, q_start, h)
+    q_base = head_of(q, b, q_start, h, D)
+    out_base = head_of(out, b, q_start, h, D)
     lse_base = lse_of(lse_ptr, cu_q_ptr, b, q_start, h, H, q_rows)
     for tile in range(tl.program_id(1), tl.cdiv(q_len, BLOCK_M), num_splits):
         rm = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -100,8 +100,8 @@ def reader_backward(
     k_tile, v_tile: all keys that b reads. dq, dk None: not needed.
     """
     q_start, q_len = rows_of(cu_q_ptr, b, q_rows)
-    q_base = head_of(q, b, q_start, h)
-    do_base = head_of(do, b, q_start, h)
+    q_base = head_of(q, b, q_start, h, D)
+    do_base = head_of(do, b, q_start, h, D)
     lse_base = lse_of(lse_ptr, cu_q_ptr, b, q_start, h, H, q_rows)
     for tile in range(first, tl.cdiv(q_len, BLOCK_M), tile_splits):
         rm = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -120,7 +120,7 @@ def reader_backward(
             dk_tile = dot(dst, q_tile, dk_tile, PRECISION)
         if dq is not None:
             dq_tile = dot(tl.trans(dst), k_tile, tl.zeros((BLOCK_M, BLOCK_D), ACC), PRECISION) * scale
-            store_rows(head_of(dq, b, q_start, h), rm, dq[2], inside, dq_tile, D, BLOCK_D)
+            store_rows(head_of(dq, b, q_start, h, D), rm, dq[2], inside, dq_tile, D, BLOCK_D)
     return dk_tile, dv_tile
 
 
@@ -145,8 +145,8 @@ def short_kv_backward(
     k_start, stored, klen = key_rows(keys, kb, k_rows)
     rn = tl.arange(0, BLOCK_N)
     exists = existing_keys(rn, klen, keys, kb)
-    k_tile = load_rows(head_of(k, kb, k_start, h), rn, k[2], exists, D, BLOCK_D)
-    v_tile = load_rows(head_of(v, kb, k_start, h), rn, v[2], exists, D, BLOCK_D)
+    k_tile = load_rows(head_of(k, kb, k_start, h, D), rn, k[2], exists, D, BLOCK_D)
+    v_tile = load_rows(head_of(v, kb, k_start, h, D), rn, v[2], exists, D, BLOCK_D)
     dk_tile = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dv_tile = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     scale_log2 = tl.full((), scale_log2, ACC)
@@ -164,8 +164,8 @@ def short_kv_backward(
                 PRECISION,
             )  # fmt: skip
     if dk is not None:
-        dk_base = head_of(dk, kb, k_start, h) + split.to(tl.int64) * partial_size
-        dv_base = head_of(dv, kb, k_start, h) + split.to(tl.int64) * partial_size
+        dk_base = head_of(dk, kb, k_start, h, D) + split.to(tl.int64) * partial_size
+        dv_base = head_of(dv, kb, k_start, h, D) + split.to(tl.int64) * partial_size
         store_rows(dk_base, rn, dk[2], rn < stored, dk_tile * scale, D, BLOCK_D)
         store_rows(dv_base, rn, dv[2], rn < stored, dv_tile, D, BLOCK_D)
         if keys[3] is not None:  # keys past the bound max_len_k are in no tile

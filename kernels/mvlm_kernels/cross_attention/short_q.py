@@ -57,9 +57,9 @@ def short_q_forward(
 
     rm = tl.arange(0, BLOCK_M)
     inside = rm < q_len
-    q_tile = load_rows(head_of(q, b, q_start, h), rm, q[2], inside, D, BLOCK_D)
-    k_base = head_of(k, kb, k_start, h)
-    v_base = head_of(v, kb, k_start, h)
+    q_tile = load_rows(head_of(q, b, q_start, h, D), rm, q[2], inside, D, BLOCK_D)
+    k_base = head_of(k, kb, k_start, h, D)
+    v_base = head_of(v, kb, k_start, h, D)
     scale_log2 = tl.full((), scale_log2, ACC)
     m = tl.full((BLOCK_M,), -INF, ACC)
     total = tl.zeros((BLOCK_M,), ACC)
@@ -83,7 +83,7 @@ def short_q_forward(
     if keys[4] is not None or cu_q_ptr is not None:
         o = tl.where(bad, float("nan"), o)
         lse = tl.where(bad, float("nan"), lse)
-    out_base = head_of(out, b, q_start, h) + split.to(tl.int64) * partial_size
+    out_base = head_of(out, b, q_start, h, D) + split.to(tl.int64) * partial_size
     lse_base = lse_of(lse_ptr, cu_q_ptr, b, q_start, h, H, q_rows) + split.to(tl.int64) * partial_lse_size
     store_rows(out_base, rm, out[2], inside, o, D, BLOCK_D)
     tl.store(lse_base + rm, lse, mask=inside)
@@ -137,9 +137,9 @@ def queries_backward(
     """
     start, length = rows_of(cu_q_ptr, b, q_rows)
     inside = rm < length
-    q_tile = load_rows(head_of(q, b, start, h), rm, q[2], inside, D, BLOCK_D)
-    do_tile = load_rows(head_of(do, b, start, h), rm, do[2], inside, D, BLOCK_D)
-    out_tile = load_rows(head_of(out, b, start, h), rm, out[2], inside, D, BLOCK_D)
+    q_tile = load_rows(head_of(q, b, start, h, D), rm, q[2], inside, D, BLOCK_D)
+    do_tile = load_rows(head_of(do, b, start, h, D), rm, do[2], inside, D, BLOCK_D)
+    out_tile = load_rows(head_of(out, b, start, h, D), rm, out[2], inside, D, BLOCK_D)
     delta = tl.sum(widen(out_tile, ACC) * widen(do_tile, ACC), 1)
     lse = tl.load(lse_of(lse_ptr, cu_q_ptr, b, start, h, H, q_rows) + rm, mask=inside, other=0.0)
     return q_tile, do_tile, lse, delta, start, length
@@ -165,10 +165,10 @@ def short_q_backward(
         rm, q, out, lse_ptr, do, cu_q_ptr, b, h, H, q_rows, D, BLOCK_D, ACC
     )
     k_start, stored, klen = key_rows(keys, b, k_rows)
-    k_base = head_of(k, b, k_start, h)
-    v_base = head_of(v, b, k_start, h)
-    dk_base = head_of(dk, b, k_start, h)
-    dv_base = head_of(dv, b, k_start, h)
+    k_base = head_of(k, b, k_start, h, D)
+    v_base = head_of(v, b, k_start, h, D)
+    dk_base = head_of(dk, b, k_start, h, D)
+    dv_base = head_of(dv, b, k_start, h, D)
     scale_log2 = tl.full((), scale_log2, ACC)
     scale = tl.full((), scale, ACC)
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), ACC)
@@ -188,7 +188,7 @@ def short_q_backward(
         if dq is not None:
             dq_tile = dot(tl.trans(dst), k_tile, dq_tile, PRECISION)
     if dq is not None:
-        dq_base = head_of(dq, b, q_start, h) + split.to(tl.int64) * partial_size
+        dq_base = head_of(dq, b, q_start, h, D) + split.to(tl.int64) * partial_size
         store_rows(dq_base, rm, dq[2], rm < q_len, dq_tile * scale, D, BLOCK_D)
         if cu_q_ptr is not None:  # queries past the bound max_len_q are in no tile
             fill_nan(dq_base, dq[2], BLOCK_M, q_len, BLOCK_M, D, BLOCK_D)
@@ -216,8 +216,8 @@ def short_q_backward_dq(
     )
     kb, _ = key_sequence(keys, b, k_seqs)
     k_start, _, klen = key_rows(keys, kb, k_rows)
-    k_base = head_of(k, kb, k_start, h)
-    v_base = head_of(v, kb, k_start, h)
+    k_base = head_of(k, kb, k_start, h, D)
+    v_base = head_of(v, kb, k_start, h, D)
     scale_log2 = tl.full((), scale_log2, ACC)
     scale = tl.full((), scale, ACC)
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), ACC)
@@ -230,7 +230,7 @@ def short_q_backward_dq(
         dpt = dot(v_tile, tl.trans(do_tile), tl.zeros((BLOCK_N, BLOCK_M), ACC), PRECISION)
         dst = cast(pt * (dpt - delta[None, :]), q_tile.dtype)
         dq_tile = dot(tl.trans(dst), k_tile, dq_tile, PRECISION)
-    dq_base = head_of(dq, b, q_start, h) + split.to(tl.int64) * partial_size
+    dq_base = head_of(dq, b, q_start, h, D) + split.to(tl.int64) * partial_size
     store_rows(dq_base, rm, dq[2], rm < q_len, dq_tile * scale, D, BLOCK_D)
     if cu_q_ptr is not None:  # queries past the bound max_len_q are in no tile: the first program writes their NaN
         promised = num_tiles * BLOCK_M

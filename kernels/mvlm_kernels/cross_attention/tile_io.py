@@ -42,9 +42,15 @@ def rows_of(cu_ptr, b, total):
 
 
 @triton.jit
-def head_of(x, b, row, h):
+def head_of(x, b, row, h, D: tl.constexpr):
     """Pointer to a row of sequence b and head h. b, row and h are int64."""
-    return x[0] + b * x[1] + row * x[2] + h * x[3]
+    if D % 16 == 0:
+        ptr = x[0] + b * x[1] + row * x[2] + h * x[3]
+    else:
+        # Triton knows of an argument whether it is divisible by 16, and no smaller power. The launcher makes strides of
+        # such heads divisible by 8, so that they load in vectors too.
+        ptr = x[0] + tl.multiple_of(b * x[1] + row * x[2] + h * x[3], 8)
+    return ptr
 
 
 @triton.jit
@@ -58,24 +64,30 @@ def lse_of(lse_ptr, cu_q_ptr, b, row, h, H, q_rows):
 
 
 @triton.jit
-def load_rows(ptr, rows, stride, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tile (rows, BLOCK_D) of a matrix with contiguous columns. Rows outside are zeros and are not accessed."""
+def _elements(ptr, rows, stride, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers (rows, BLOCK_D) to a tile's elements, and True where there is one."""
     cols = tl.arange(0, BLOCK_D)
     if D == BLOCK_D:
         mask = inside[:, None]
     else:
         mask = inside[:, None] & (cols[None, :] < D)
-    return tl.load(ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+    first = rows[:, None] * stride
+    if D % 16 != 0:
+        first = tl.multiple_of(first, (8, 8))  # see head_of
+    return ptr + first + cols[None, :], mask
+
+
+@triton.jit
+def load_rows(ptr, rows, stride, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tile (rows, BLOCK_D) of a matrix with contiguous columns. Rows outside are zeros and are not accessed."""
+    at, mask = _elements(ptr, rows, stride, inside, D, BLOCK_D)
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_rows(ptr, rows, stride, inside, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    cols = tl.arange(0, BLOCK_D)
-    if D == BLOCK_D:
-        mask = inside[:, None]
-    else:
-        mask = inside[:, None] & (cols[None, :] < D)
-    tl.store(ptr + rows[:, None] * stride + cols[None, :], cast(x, ptr.dtype.element_ty), mask=mask)
+    at, mask = _elements(ptr, rows, stride, inside, D, BLOCK_D)
+    tl.store(at, cast(x, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -85,6 +85,10 @@ def cases() -> Cases:
             for len_q, len_k in SIZES:
                 case = Case(len_q=len_q, len_k=len_k, width=width, dtype=dtype, lengths=True)
                 yield f"widths/{width}/{len_q}x{len_k}/{name}", partial(check, case)
+        for width in (8, 40, 104):  # no multiple of 16: vectors by what tile_io says of strides
+            for len_q, len_k in SIZES[:2]:
+                case = Case(len_q=len_q, len_k=len_k, width=width, dtype=dtype, heads=3, layout="strided")
+                yield f"widths/{width}/{len_q}x{len_k}/{name}", partial(check, case)
     for layout in ("strided", "expanded"):
         for label in ("lengths", "packed-k", "long-index", "index", "long-packed-k"):
             case = replace(SIDES[label], layout=layout, heads=2, dtype=torch.bfloat16)
