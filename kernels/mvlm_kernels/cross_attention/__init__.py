@@ -141,16 +141,17 @@ def cross_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which one side is short (text, at most 128 tokens) and the other is image patches.
 
-    ``out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[r, j, h]) v[r, j, h]`` with ``r = key_index[b]``, or b
-    without an index.
+    ``out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[r, j, g]) v[r, j, g]`` with ``r = key_index[b]``, or b
+    without an index, and ``g = h // (H // Hk)``.
 
-    Dimensions: B query sequences, B' key sequences, Lq and Lk rows of each, Tq and Tk packed rows, H heads, D head
-    width (a multiple of 8 up to 128). The layout is (batch, length, heads, width), not SDPA's (batch, heads, length,
-    width).
+    Dimensions: B query sequences, B' key sequences, Lq and Lk rows of each, Tq and Tk packed rows, H heads of q, Hk
+    heads of k and v (H or a divisor of it: grouped-query and multi-query attention), D head width (a multiple of 8 up
+    to 128). The layout is (batch, length, heads, width), not SDPA's (batch, heads, length, width).
 
     Args:
         q: (B, Lq, H, D), or packed (Tq, H, D) with cu_seqlens_q. Floating.
-        k, v: (B', Lk, H, D), or packed (Tk, H, D) with cu_seqlens_k. Same dtype as q. Either side alone may be packed.
+        k, v: (B', Lk, Hk, D), or packed (Tk, Hk, D) with cu_seqlens_k. Same dtype as q. Either side alone may be
+            packed. Heads that several query heads share are read in place.
         key_lengths: (B',) int32 or int64. Keys past the length do not exist: they may hold NaN, and their gradients
             are zeros.
         key_mask: (B', Lk) bool, True = the key exists, or the int64 words that :func:`pack_key_mask` makes of such a

@@ -112,11 +112,11 @@ def check_arguments(
     q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
     if v.shape != k_shape:
         raise ValueError(f"v must have the shape of k, {tuple(k_shape)}, got {tuple(v.shape)}")
-    if k_shape[-2:] != q_shape[-2:]:
+    if k_shape[-2:] != q_shape[-2:] and (k_shape[-1] != q_shape[-1] or not k_shape[-2] or q_shape[-2] % k_shape[-2]):
         wanted, got = tuple(q_shape[-2:]), tuple(k_shape[-2:])
         raise ValueError(
-            f"k must have the heads and head width of q, {wanted}, got {got}; the layout is (batch, length, heads, "
-            "width)"
+            f"k must have the head width of q and its number of heads or a divisor of it, {wanted}, got {got}; the "
+            "layout is (batch, length, heads, width)"
         )
     if q_shape[-1] not in HEAD_WIDTHS:
         raise ValueError(f"q must have a head width divisible by 8 and at most 128, got {q_shape[-1]}")

@@ -43,6 +43,9 @@ def attend(
         k, v = k.index_select(0, key_index), v.index_select(0, key_index)
         exists = None if exists is None else exists.index_select(0, key_index)
     q_bhqd, k_bhkd, v_bhkd = (x.transpose(1, 2).contiguous() for x in (dense_q, k, v))
+    heads, k_heads = dense_q.shape[2], k.shape[2]
+    if heads != k_heads:  # the query heads of a key head become rows of its product
+        q_bhqd = q_bhqd.unflatten(1, (k_heads, -1)).flatten(2, 3)
 
     s = q_bhqd @ k_bhkd.transpose(2, 3)
     s = s.to(torch.promote_types(s.dtype, torch.float32))
@@ -53,7 +56,10 @@ def attend(
         # and its output and gradient are 0, not NaN.
         lowest = s.new_zeros(exists.shape).masked_fill_(~exists, torch.finfo(s.dtype).min)
         s = torch.add(lowest[:, None, None, :], s, alpha=scale)
-    out = (s.softmax(-1).to(q.dtype) @ v_bhkd).transpose(1, 2)  # (B, Lq, H, D)
+    out = s.softmax(-1).to(q.dtype) @ v_bhkd
+    if heads != k_heads:
+        out = out.unflatten(2, (heads // k_heads, -1)).flatten(1, 2)
+    out = out.transpose(1, 2)  # (B, Lq, H, D)
     return out.contiguous() if valid_q is None else _pack(out, valid_q, q.shape[0])
 
 

@@ -5,8 +5,8 @@ keys. There are no atomics. Where a grid is too small to fill the GPU, a fixed n
 sums, and a second kernel adds them in a fixed order.
 
 The backward of the short-Q family has two forms. One pass of ``short_q_backward`` computes all three gradients. With
-key_index, and for shapes whose single pass would spill registers, ``short_q_backward_dq`` computes dQ and
-``long_kv_backward`` (``long_kv.py``) dK and dV.
+key_index, with grouped heads, and for shapes whose single pass would spill registers, ``short_q_backward_dq`` computes
+dQ and ``long_kv_backward`` (``long_kv.py``) dK and dV.
 
 Rows of a packed buffer that belong to no sequence are zeros: the launchers fill packed outputs with zeros first.
 """
@@ -80,7 +80,8 @@ class _Call:
         self.packed_q, self.packed_k = cu_q is not None, cu_k is not None
         self.q, self.k, self.v = heads_of(q, self.packed_q), heads_of(k, self.packed_k), heads_of(v, self.packed_k)
         *q_seqs, self.q_rows, self.H, self.D = q.shape
-        *k_seqs, self.k_rows, _, _ = k.shape
+        *k_seqs, self.k_rows, self.k_heads, _ = k.shape
+        self.group = self.H // self.k_heads if self.k_heads else 1  # query heads of a key head
         self.q_seqs = cu_q.shape[0] - 1 if self.packed_q else q_seqs[0]
         self.k_seqs = cu_k.shape[0] - 1 if self.packed_k else k_seqs[0]
         if key_index is not None and order is None and self.k_seqs:
@@ -141,7 +142,9 @@ def forward(
         chosen = c.meta(short_kv_forward)
         parts = splits(programs, c.query_tiles(chosen["BLOCK_M"]), c.device)
         to = heads_of(out, c.packed_q), lse
-        dispatch.launch(short_kv_forward, (programs, parts), c.q, c.k, c.v, *to, *inputs, parts, **chosen)
+        dispatch.launch(
+            short_kv_forward, (programs, parts), c.q, c.k, c.v, *to, *inputs, parts, GROUP=c.group, **chosen
+        )
         return out, lse
     chosen = c.meta(short_q_forward)
     parts = splits(programs, c.key_tiles(chosen["BLOCK_N"]), c.device)
@@ -152,7 +155,7 @@ def forward(
             partial_lse.fill_(-torch.inf)
     to = _part(partial, out, c.packed_q), partial_lse
     sizes = (parts, out.numel(), lse.numel())
-    dispatch.launch(short_q_forward, (programs, parts), c.q, c.k, c.v, *to, *inputs, *sizes, **chosen)
+    dispatch.launch(short_q_forward, (programs, parts), c.q, c.k, c.v, *to, *inputs, *sizes, GROUP=c.group, **chosen)
     if parts > 1:
         rows = out.numel() // (c.H * c.D)
         dispatch.launch(
@@ -186,11 +189,11 @@ def backward(
         _short_kv_backward(c, do, lse, dq, dk, dv)
         return dq, dk, dv
     assert out is not None, "the short-Q family reads the output"
-    if key_index is None and need_dkv and single_pass(*c.tile_key, dispatch.arch(c.device)):
+    if key_index is None and c.group == 1 and need_dkv and single_pass(*c.tile_key, dispatch.arch(c.device)):
         _short_q_backward(c, do, heads_of(out, c.packed_q), lse, dq, dk, dv)
         return dq, dk, dv
-    # Two kernels, dQ by query sequence and dK and dV by key tile. With an index, several programs of a single pass
-    # would add to one key sequence. Without tiles, a single pass would spill registers.
+    # Two kernels, dQ by query sequence and dK and dV by key tile. With an index or grouped heads, several programs of a
+    # single pass would add to one key head. Without tiles, a single pass would spill registers.
     if dq is not None:
         _short_q_backward(c, do, heads_of(out, c.packed_q), lse, dq, None, None)
     if dk is not None and dv is not None:
@@ -202,9 +205,9 @@ def _short_kv_backward(
     c: _Call, do: Heads, lse: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
 ) -> None:
     chosen = c.meta(short_kv_backward)
-    if "maxnreg" in chosen and (c.spans is not None or not _aligned(c.q, c.k, c.v, do)):
-        chosen = {**chosen, "maxnreg": None}  # a loop over readers, or loads of single elements, would spill
-    programs = c.k_seqs * c.H
+    if "maxnreg" in chosen and (c.spans is not None or c.group > 1 or not _aligned(c.q, c.k, c.v, do)):
+        chosen = {**chosen, "maxnreg": None}  # a loop over readers or heads, or loads of single elements, would spill
+    programs = c.k_seqs * c.k_heads
     tile_splits = splits(programs, c.query_tiles(chosen["BLOCK_M"]), c.device)
     reader_splits = 1 if c.spans is None else splits(programs * tile_splits, c.q_seqs, c.device)
     parts = tile_splits * reader_splits
@@ -212,7 +215,8 @@ def _short_kv_backward(
     dispatch.launch(
         short_kv_backward, (programs, parts), c.q, c.k, c.v, lse, do, _part(dq, dq, c.packed_q),
         _part(partials[0], dk, c.packed_k), _part(partials[1], dv, c.packed_k), c.keys, c.order, c.spans, c.cu_q, c.H,
-        c.q_rows, c.k_rows, *c.scales, reader_splits, tile_splits, 0 if dk is None else dk.numel(), **chosen,
+        c.q_rows, c.k_rows, *c.scales, reader_splits, tile_splits, 0 if dk is None else dk.numel(),
+        GROUP=c.group, **chosen,
     )  # fmt: skip
     _sum_parts(chosen, parts, zip(partials, (dk, dv), strict=True))
 
@@ -220,13 +224,13 @@ def _short_kv_backward(
 def _long_kv_backward(c: _Call, do: Heads, out: Heads, lse: Tensor, dk: Tensor, dv: Tensor) -> None:
     chosen = c.meta(long_kv_backward)
     tiles = max(1, c.key_tiles(chosen["BLOCK_N"]))
-    programs = c.k_seqs * c.H * tiles
+    programs = c.k_seqs * c.k_heads * tiles
     parts = 1 if c.spans is None else splits(programs, c.q_seqs, c.device)
     partials = [dk, dv] if parts == 1 else [c.partials(parts, dk, c.packed_k) for _ in range(2)]
     dispatch.launch(
         long_kv_backward, (programs, parts), c.q, c.k, c.v, out, lse, do, _part(partials[0], dk, c.packed_k),
         _part(partials[1], dv, c.packed_k), c.keys, c.order, c.spans, c.cu_q, c.H, c.q_rows, c.k_rows, *c.scales,
-        parts, dk.numel(), tiles, **chosen,
+        parts, dk.numel(), tiles, GROUP=c.group, **chosen,
     )  # fmt: skip
     _sum_parts(chosen, parts, zip(partials, (dk, dv), strict=True))
 
@@ -245,7 +249,7 @@ def _short_q_backward(
     if dk is None:
         dispatch.launch(
             kernel, (c.q_seqs * c.H * tiles, parts), *inputs, c.keys, c.order, c.cu_q, c.H, c.k_seqs, c.q_rows,
-            c.k_rows, *c.scales, parts, size, tiles, **chosen,
+            c.k_rows, *c.scales, parts, size, tiles, GROUP=c.group, **chosen,
         )  # fmt: skip
     else:
         dispatch.launch(

@@ -57,19 +57,22 @@ def reader_backward_of_keys(
 def long_kv_backward(
     q, k, v, out, lse_ptr, do, dk, dv, keys, order_ptr, spans_ptr, cu_q_ptr, H, q_rows, k_rows, scale, scale_log2,
     reader_splits, partial_size, num_tiles,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK and dV of long key sequences. Grid (B' * H * num_tiles, reader_splits); order, spans: see short_kv_backward.
+    """dK and dV of long key sequences. Grid (B' * key heads * num_tiles, reader_splits).
+
+    order, spans and GROUP: see short_kv_backward.
 
     The tiles of one key sequence run side by side, so that they find its readers' queries in cache. Program t of a
     sequence takes every num_tiles-th tile from t on: a packed sequence may be longer than the mean, from which the
     launcher computes num_tiles where no bound is known.
     """
     bh = tl.program_id(0) // num_tiles
-    kb = (bh // H).to(tl.int64)
-    h = (bh % H).to(tl.int64)
+    kb = (bh // (H // GROUP)).to(tl.int64)
+    h = (bh % (H // GROUP)).to(tl.int64)
     split = tl.program_id(1)
+    first, last = 0, 1
     if spans_ptr is not None:
         kb, first, last = readers_of(spans_ptr, kb, split, reader_splits)
     k_start, stored, klen = key_rows(keys, kb, k_rows)
@@ -85,16 +88,19 @@ def long_kv_backward(
         dk_tile = tl.zeros((BLOCK_N, BLOCK_D), ACC)
         dv_tile = tl.zeros((BLOCK_N, BLOCK_D), ACC)
         if n0 < klen:  # a tile of padded keys has zero gradients
-            if spans_ptr is None:
+            if spans_ptr is None and GROUP == 1:
                 dk_tile, dv_tile = reader_backward_of_keys(
                     dk_tile, dv_tile, k_tile, v_tile, exists, kb, h, q, out, lse_ptr, do, cu_q_ptr, H, q_rows,
                     scale_log2, D, BLOCK_D, BLOCK_M, ACC, PRECISION,
                 )  # fmt: skip
             else:
-                for reader in range(first, last):
+                for at in range(first * GROUP, last * GROUP):  # readers, and query heads of each
+                    b = kb
+                    if spans_ptr is not None:
+                        b = tl.load(order_ptr + at // GROUP)
                     dk_tile, dv_tile = reader_backward_of_keys(
-                        dk_tile, dv_tile, k_tile, v_tile, exists, tl.load(order_ptr + reader), h, q, out, lse_ptr,
-                        do, cu_q_ptr, H, q_rows, scale_log2, D, BLOCK_D, BLOCK_M, ACC, PRECISION,
+                        dk_tile, dv_tile, k_tile, v_tile, exists, b, h * GROUP + at % GROUP, q, out, lse_ptr, do,
+                        cu_q_ptr, H, q_rows, scale_log2, D, BLOCK_D, BLOCK_M, ACC, PRECISION,
                     )  # fmt: skip
         store_rows(dk_base, rn, dk[2], rn < stored, dk_tile * scale, D, BLOCK_D)
         store_rows(dv_base, rn, dv[2], rn < stored, dv_tile, D, BLOCK_D)

@@ -47,7 +47,7 @@ def _scores(
 @triton.jit(do_not_specialize=SIZES)
 def probabilities_kernel(
     q, k, lse_ptr, out_ptr, keys, cu_q_ptr, H, k_seqs, q_rows, k_rows, out_rows, out_cols, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of a tile of queries, (out_rows, out_cols) for each b and h. Grid (B * H * query tiles,).
@@ -67,7 +67,7 @@ def probabilities_kernel(
     rm = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rm < q_len
     q_tile = load_rows(head_of(q, b, q_start, h, D), rm, q[2], inside, D, BLOCK_D)
-    k_base = head_of(k, kb, k_start, h, D)
+    k_base = head_of(k, kb, k_start, h // GROUP, D)
     log2e = tl.full((), 1.4426950408889634, ACC)
     scale_log2 = tl.full((), scale, ACC) * log2e
     if lse_ptr is None:
@@ -123,7 +123,7 @@ def launch(
     dispatch.launch(
         probabilities_kernel, (seqs * heads * tiles,), heads_of(q, cu_q is not None), heads_of(k, cu_k is not None),
         lse if lse is None else lse.contiguous(), out, keys, bounds_q, heads, k_seqs, q.shape[-3], k.shape[-3],
-        len_q, len_k, scale, D=width, BLOCK_D=block_d, BLOCK_M=block, BLOCK_N=32,
+        len_q, len_k, scale, GROUP=heads // k.shape[-2], D=width, BLOCK_D=block_d, BLOCK_M=block, BLOCK_N=32,
         ACC=tl.float64 if wide else tl.float32, PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee",
         num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip

@@ -4,7 +4,10 @@
     p[b,h,i,:] = softmax of s[b,h,i,:] over the keys that exist; a row without keys is zeros
     out[b,i,h,:] = sum_j p[b,h,i,j] v[r(b),j,h,:]
 
-Shape legend: B query sequences, B' key sequences, Lq, Lk rows of each, Tq, Tk packed rows, H heads, D head width.
+With Hk < H heads of k and v, head h reads head h // (H // Hk) of them.
+
+Shape legend: B query sequences, B' key sequences, Lq, Lk rows of each, Tq, Tk packed rows, H heads of q, Hk of k and v,
+D head width.
 """
 
 import math
@@ -55,6 +58,7 @@ def reference_forward(
     k_bkhd, v_bkhd, exists = _keys(k, v, key_lengths, key_mask, cu_seqlens_k)
     if key_index is not None:
         k_bkhd, v_bkhd, exists = (x[key_index.long()] for x in (k_bkhd, v_bkhd, exists))
+    k_bkhd, v_bkhd = (_for_each_head(x, q.shape[-2]) for x in (k_bkhd, v_bkhd))
     s = _scores(q_bqhd, k_bkhd, exists, scale)
     lse = s.logsumexp(-1)  # (B, H, Lq)
     p = _probabilities(s, lse).to(q.dtype)
@@ -90,12 +94,14 @@ def reference_backward(
     k_bkhd, v_bkhd = k_rows, v_rows
     if key_index is not None:
         k_bkhd, v_bkhd, exists = (x[key_index.long()] for x in (k_rows, v_rows, exists))
+    k_bkhd, v_bkhd = (_for_each_head(x, q.shape[-2]) for x in (k_bkhd, v_bkhd))
     p = _probabilities(_scores(q_bqhd, k_bkhd, exists, scale), lse)  # (B, H, Lq, Lk), float32 or float64
     dv = torch.einsum("bhqk,bqhd->bkhd", p.to(q.dtype), do)
     dp = torch.einsum("bqhd,bkhd->bhqk", do, v_bkhd).to(p.dtype)
     ds = (p * (dp - (p * dp).sum(-1, keepdim=True)) * scale).to(q.dtype)
     dq = torch.einsum("bhqk,bkhd->bqhd", ds, k_bkhd)
     dk = torch.einsum("bhqk,bqhd->bkhd", ds, q_bqhd)
+    dk, dv = (_summed_by_group(x, k.shape[-2]) for x in (dk, dv))
     if key_index is not None:
         dk, dv = (_summed_by_row(x, key_index, len(k_rows)) for x in (dk, dv))
     if cu_seqlens_q is not None:
@@ -125,7 +131,7 @@ def reference_probabilities(
     k, _, exists = _keys(k, k, key_lengths, key_mask, cu_seqlens_k, len_k)
     if key_index is not None:
         k, exists = k[key_index.long()], exists[key_index.long()]
-    s = _scores(_padded(q, cu_seqlens_q, len_q), k, exists, scale)
+    s = _scores(_padded(q, cu_seqlens_q, len_q), _for_each_head(k, q.shape[-2]), exists, scale)
     if lse is None:
         lse = s.logsumexp(-1)
     elif cu_seqlens_q is not None:
@@ -148,7 +154,7 @@ def sdpa(
 ) -> Tensor:
     """Dense cross-attention by ``scaled_dot_product_attention``, for lengths and dtypes without a kernel.
 
-    q (B, Lq, H, D), k and v (B', Lk, H, D) -> (B, Lq, H, D). With key_index it copies sequences of k and v, which the
+    q (B, Lq, H, D), k and v (B', Lk, Hk, D) -> (B, Lq, H, D). With key_index it copies sequences of k and v, which the
     kernels do not.
     """
     exists = None
@@ -164,7 +170,9 @@ def sdpa(
         # SDPA's backends differ on rows without keys (NaN or zeros), so such a row attends to every key here and its
         # output is set to zero below.
         mask = exists[:, None, None, :] | ~some
-    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, scale=scale)
+    grouped = q.shape[2] != k.shape[2]
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale, enable_gqa=grouped)
     out = out.transpose(1, 2)
     return out if some is None else out.where(some, torch.zeros((), dtype=out.dtype, device=out.device))
 
@@ -183,6 +191,19 @@ def unpack_key_mask(words: Tensor, length: int) -> Tensor:
     """int64 words of :func:`pack_key_mask` -> bool (B', length), True = the key exists."""
     bits = (words[:, :, None] >> torch.arange(64, device=words.device)) & 1
     return bits.flatten(1)[:, :length].bool()
+
+
+def _for_each_head(x: Tensor, heads: int) -> Tensor:
+    """k or v (B, Lk, Hk, D) -> (B, Lk, heads, D): each head repeated for its group of query heads."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+def _summed_by_group(x: Tensor, heads: int) -> Tensor:
+    """Gradients (B, Lk, H, D) of each query head -> (B, Lk, heads, D), in float32 or float64."""
+    if x.shape[2] == heads:
+        return x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.unflatten(2, (heads, -1)).sum(3).to(x.dtype)
 
 
 def _scores(q: Tensor, k: Tensor, exists: Tensor, scale: float) -> Tensor:

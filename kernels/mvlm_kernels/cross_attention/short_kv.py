@@ -37,11 +37,12 @@ from mvlm_kernels.language import cast, dot
 @triton.jit(do_not_specialize=SIZES)
 def short_kv_forward(
     q, k, v, out, lse_ptr, keys, order_ptr, cu_q_ptr, H, k_seqs, q_rows, k_rows, scale_log2, num_splits,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp. Grid (B * H, splits); split s takes every num_splits-th query tile.
 
+    GROUP query heads read one head of k and v.
     order_ptr: query sequences in the order of their key sequences, so that readers of one run side by side and find it
     in cache. q_rows and k_rows: rows per sequence of a dense side, all rows of a packed side.
     """
@@ -59,8 +60,8 @@ def short_kv_forward(
 
     rn = tl.arange(0, BLOCK_N)
     exists = existing_keys(rn, klen, keys, kb)
-    k_tile = load_rows(head_of(k, kb, k_start, h, D), rn, k[2], exists, D, BLOCK_D)
-    v_tile = load_rows(head_of(v, kb, k_start, h, D), rn, v[2], exists, D, BLOCK_D)
+    k_tile = load_rows(head_of(k, kb, k_start, h // GROUP, D), rn, k[2], exists, D, BLOCK_D)
+    v_tile = load_rows(head_of(v, kb, k_start, h // GROUP, D), rn, v[2], exists, D, BLOCK_D)
     kt = tl.trans(k_tile)
     # Interpreted, a float argument is a Python float, which a product would round to float32. tl.full keeps float64.
     scale_log2 = tl.full((), scale_log2, ACC)
@@ -128,18 +129,19 @@ def reader_backward(
 def short_kv_backward(
     q, k, v, lse_ptr, do, dq, dk, dv, keys, order_ptr, spans_ptr, cu_q_ptr, H, q_rows, k_rows, scale, scale_log2,
     reader_splits, tile_splits, partial_size,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ, dK and dV; dq, or dk and dv, may be None. Grid (B' * H, reader_splits * tile_splits).
+    """dQ, dK and dV; dq, or dk and dv, may be None. Grid (B' * key heads, reader_splits * tile_splits).
 
     spans (B', 3): key sequence kb, first, last; the query sequences order[first:last] read kb. Key sequences with more
     readers come first. Without an index both are None. Split s writes its part of dK and dV at s * partial_size
-    elements.
+    elements. The GROUP query heads of a key head add up in their order.
     """
-    kb = (tl.program_id(0) // H).to(tl.int64)
-    h = (tl.program_id(0) % H).to(tl.int64)
+    kb = (tl.program_id(0) // (H // GROUP)).to(tl.int64)
+    h = (tl.program_id(0) % (H // GROUP)).to(tl.int64)
     split = tl.program_id(1)
+    first, last = 0, 1
     if spans_ptr is not None:
         kb, first, last = readers_of(spans_ptr, kb, split // tile_splits, reader_splits)
     k_start, stored, klen = key_rows(keys, kb, k_rows)
@@ -151,17 +153,19 @@ def short_kv_backward(
     dv_tile = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     scale_log2 = tl.full((), scale_log2, ACC)
     scale = tl.full((), scale, ACC)
-    if spans_ptr is None:
+    if spans_ptr is None and GROUP == 1:
         dk_tile, dv_tile = reader_backward(
             dk_tile, dv_tile, k_tile, v_tile, exists, kb, h, split, q, lse_ptr, do, dq, dk, cu_q_ptr, H, q_rows,
             scale, scale_log2, tile_splits, D, BLOCK_D, BLOCK_M, ACC, PRECISION,
         )  # fmt: skip
     else:
-        for reader in range(first, last):
+        for at in range(first * GROUP, last * GROUP):  # readers, and query heads of each
+            b = kb
+            if spans_ptr is not None:
+                b = tl.load(order_ptr + at // GROUP)
             dk_tile, dv_tile = reader_backward(
-                dk_tile, dv_tile, k_tile, v_tile, exists, tl.load(order_ptr + reader), h, split % tile_splits, q,
-                lse_ptr, do, dq, dk, cu_q_ptr, H, q_rows, scale, scale_log2, tile_splits, D, BLOCK_D, BLOCK_M, ACC,
-                PRECISION,
+                dk_tile, dv_tile, k_tile, v_tile, exists, b, h * GROUP + at % GROUP, split % tile_splits, q, lse_ptr,
+                do, dq, dk, cu_q_ptr, H, q_rows, scale, scale_log2, tile_splits, D, BLOCK_D, BLOCK_M, ACC, PRECISION,
             )  # fmt: skip
     if dk is not None:
         dk_base = head_of(dk, kb, k_start, h, D) + split.to(tl.int64) * partial_size

@@ -35,14 +35,14 @@ from mvlm_kernels.language import cast, dot, widen
 def short_q_forward(
     q, k, v, out, lse_ptr, keys, order_ptr, cu_q_ptr, H, k_seqs, q_rows, k_rows, scale_log2,
     num_splits, partial_size, partial_lse_size,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp. Grid (B * H, splits); split s takes every num_splits-th key tile.
 
     order_ptr: query sequences in the order of their key sequences, so that readers of one run side by side and find it
     in cache. Each split writes the output and log-sum-exp of its keys, at s * partial_size and s * partial_lse_size
-    elements into the outputs. :func:`short_q_combine` joins them.
+    elements into the outputs. :func:`short_q_combine` joins them. GROUP query heads read one head of k and v.
     """
     b = tl.program_id(0) // H
     h = (tl.program_id(0) % H).to(tl.int64)
@@ -58,8 +58,8 @@ def short_q_forward(
     rm = tl.arange(0, BLOCK_M)
     inside = rm < q_len
     q_tile = load_rows(head_of(q, b, q_start, h, D), rm, q[2], inside, D, BLOCK_D)
-    k_base = head_of(k, kb, k_start, h, D)
-    v_base = head_of(v, kb, k_start, h, D)
+    k_base = head_of(k, kb, k_start, h // GROUP, D)
+    v_base = head_of(v, kb, k_start, h // GROUP, D)
     scale_log2 = tl.full((), scale_log2, ACC)
     m = tl.full((BLOCK_M,), -INF, ACC)
     total = tl.zeros((BLOCK_M,), ACC)
@@ -152,7 +152,7 @@ def short_q_backward(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK, dV, and dQ unless it is None, in one pass and without key_index. Grid (B * H, splits).
+    """dK, dV, and dQ unless it is None, in one pass, without key_index and grouped heads. Grid (B * H, splits).
 
     One tile holds every query and no other program reads the keys, so dK and dV of a key tile are complete. Split s
     takes every num_splits-th key tile and writes its part of dQ at s * partial_size elements.
@@ -198,10 +198,10 @@ def short_q_backward(
 def short_q_backward_dq(
     q, k, v, out, lse_ptr, do, dq, keys, order_ptr, cu_q_ptr, H, k_seqs, q_rows, k_rows, scale, scale_log2,
     num_splits, partial_size, num_tiles,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ alone. Grid (B * H * query tiles, splits); order and splits as in short_q_forward and short_q_backward."""
+    """dQ alone. Grid (B * H * query tiles, splits); order, splits and GROUP as in the forward."""
     bh = tl.program_id(0) // num_tiles
     b = bh // H
     h = (bh % H).to(tl.int64)
@@ -216,8 +216,8 @@ def short_q_backward_dq(
     )
     kb, _ = key_sequence(keys, b, k_seqs)
     k_start, _, klen = key_rows(keys, kb, k_rows)
-    k_base = head_of(k, kb, k_start, h, D)
-    v_base = head_of(v, kb, k_start, h, D)
+    k_base = head_of(k, kb, k_start, h // GROUP, D)
+    v_base = head_of(v, kb, k_start, h // GROUP, D)
     scale_log2 = tl.full((), scale_log2, ACC)
     scale = tl.full((), scale, ACC)
     dq_tile = tl.zeros((BLOCK_M, BLOCK_D), ACC)

@@ -170,7 +170,6 @@ def why_not_fused(
             query.shape[0] != key.shape[0] or key.shape[:3] != value.shape[:3],
             f"query, key and value have batches and lengths of {[tuple(x.shape) for x in (query, key, value)]}",
         ),
-        (query.shape[1] != key.shape[1], f"{query.shape[1]} query heads share {key.shape[1]} key heads"),
         (
             not (width == key.shape[3] == value.shape[3]),
             f"head widths differ: {width}, {key.shape[3]} and {value.shape[3]}",

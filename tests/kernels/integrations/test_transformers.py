@@ -264,7 +264,6 @@ def test_score_options_that_the_op_lacks_are_refused(option: str):
         ({"output_attentions": True}, "the op returns no probabilities"),
         ({"is_causal": True}, "the module is causal"),
         ({"attention_mask": torch.zeros(2, 1, 5, 5)}, "the mask is not plain key padding"),
-        ({"key": torch.zeros(2, 1, 5, 32), "value": torch.zeros(2, 1, 5, 32)}, "2 query heads share 1 key heads"),
         ({"value": torch.zeros(2, 2, 5, 16)}, "head widths differ: 32, 32 and 16"),
         ({"query": torch.zeros(1, 2, 5, 32)}, "batches and lengths"),
         ({}, "the tensors are on the CPU"),
