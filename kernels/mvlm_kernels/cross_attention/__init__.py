@@ -22,13 +22,16 @@ from mvlm_kernels.cross_attention.arguments import (
     HEAD_WIDTHS,
     LONGEST_SHORT_SIDE,
     bucket,
+    cap_of,
     check_arguments,
     check_readers,
     check_values,
+    dropout_of,
     longest_sequences,
     scale_of,
     short_side,
 )
+from mvlm_kernels.cross_attention.dropout import draw_seed
 from mvlm_kernels.cross_attention.ops import (
     attend_directly,
     attention_op,
@@ -64,20 +67,23 @@ class _Options(TypedDict, total=False):
     scale: float | None
     max_len_q: int | None
     max_len_k: int | None
+    softcap: float | None
+    dropout_p: float
+    seed: int | Tensor | None
 
 
-def _takes_sdpa(q: Tensor, short: int) -> bool:
+def _takes_sdpa(q: Tensor, short: int, extras: bool) -> bool:
     width = next(w for w in HEAD_WIDTHS if w == q.shape[-1])  # a plain int, even if a compiler traces the shape
-    return _gpu_takes_sdpa(q.device, q.dtype, width, bucket(short))
+    return _gpu_takes_sdpa(q.device, q.dtype, width, bucket(short), extras)
 
 
 @torch.compiler.assume_constant_result
-def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> bool:
+def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: bool) -> bool:
     """True if a dense call on this GPU runs on SDPA.
 
     A compiler takes the result as a constant of the graph, and traces SDPA itself.
     """
-    return dispatch.choose(gpu_reasons(device, dtype, width, rows)) == "torch"
+    return dispatch.choose(gpu_reasons(device, dtype, width, rows, extras)) == "torch"
 
 
 def _uses_cpu_path(q: Tensor, max_len_q: int, max_len_k: int) -> bool:
@@ -104,6 +110,9 @@ def _explain(
     scale: float | None = None,
     max_len_q: int | None = None,
     max_len_k: int | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[str, ...]:
     q, k, v = _autocast(q, k, v)
@@ -111,7 +120,9 @@ def _explain(
     if key_readers is not None:
         check_readers(key_index, key_readers, _sequences(k, cu_seqlens_k))
     scale_of(scale, q.shape[-1])
-    return reasons(q, *longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k))
+    dropout_of(dropout_p, seed, q.device)
+    extras = bool(cap_of(softcap) or dropout_p)
+    return reasons(q, *longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k), extras)
 
 
 @overload
@@ -137,6 +148,9 @@ def cross_attention(
     scale: float | None = None,
     max_len_q: int | None = None,
     max_len_k: int | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which one side is short (text, at most 128 tokens) and the other is image patches.
@@ -167,6 +181,13 @@ def cross_attention(
             side without a bound is assumed to be at most 128 long, unless the other side is known to be short. A
             longer sequence is a ValueError on the CPU. On a GPU its output is NaN, because reading the lengths would
             wait for the device.
+        softcap: a float c > 0: scores s become ``c * tanh(s / c)``.
+        dropout_p: probability in [0, 1) with which a probability counts as 0 in the output; the others count
+            ``1 / (1 - dropout_p)`` times. Pass 0 outside of training.
+        seed: of the dropout, an int or an int64 tensor of one element; drawn from torch's generator of the device if
+            None. What is dropped is a function of the seed and of query sequence, head, query and key
+            (``dropout.py``): the same in every layout, on every backend, and in the backward. Where SDPA runs, it draws
+            its own; a given seed takes the reference there.
         return_lse: also return the natural log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq), float64 for
             float64 and else float32. It has no gradient, and is -inf for a query without keys. Where no kernel runs,
             the reference computes it.
@@ -185,7 +206,10 @@ def cross_attention(
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     if key_readers is not None:
         check_readers(key_index, key_readers, _sequences(k, cu_seqlens_k))
-    scale = scale_of(scale, q.shape[-1])
+    scale, cap = scale_of(scale, q.shape[-1]), cap_of(softcap)
+    dropout_p, given_seed = dropout_of(dropout_p, seed, q.device)
+    sdpa_computes_it = not cap and given_seed is None
+    drawn = draw_seed(q.device) if dropout_p and given_seed is None else given_seed
     len_q, len_k = longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     side = short_side(len_q, len_k)
     if side is None:
@@ -193,17 +217,18 @@ def cross_attention(
     elif not return_lse and _uses_cpu_path(q, len_q, len_k):
         readers = key_readers or (None, None)
         check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, readers, len_q, len_k)
-        return cpu.attend(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
-    if cu_seqlens_q is None and cu_seqlens_k is None and not return_lse:
-        if side is None or (q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q)):
-            return sdpa(q, k, v, key_lengths, key_mask, key_index, scale)
+        sides = key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k
+        return cpu.attend(q, k, v, *sides, scale, cap, dropout_p, drawn)
+    if cu_seqlens_q is None and cu_seqlens_k is None and not return_lse and sdpa_computes_it:
+        if side is None or (q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q, dropout_p > 0)):
+            return sdpa(q, k, v, key_lengths, key_mask, key_index, scale, dropout_p)
     if key_mask is not None and key_mask.dtype == torch.bool:
         key_mask = pack_key_mask(key_mask)
     if key_index is not None and key_readers is None:
         key_readers = invert_key_index(key_index, _sequences(k, cu_seqlens_k))
     call = attend_directly if registration.called_directly(q, k, v) else attention_op
     sides = (key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, *(key_readers or (None, None)))
-    out, lse = call(q, k, v, *sides, scale, len_q, len_k)
+    out, lse = call(q, k, v, *sides, scale, len_q, len_k, cap, dropout_p, drawn)
     return (out, lse * math.log(2)) if return_lse else out
 
 

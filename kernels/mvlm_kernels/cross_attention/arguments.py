@@ -3,6 +3,7 @@
 Only :func:`check_values` reads tensors. It runs on the CPU, and on a GPU in debug mode.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -66,6 +67,35 @@ def scale_of(scale: float | None, width: int) -> float:
             "multiply q by it and pass scale=1.0"
         )
     return float(width**-0.5 if scale is None else scale)
+
+
+def cap_of(softcap: float | None) -> float:
+    """A softcap as a float, 0 for none. Raises ValueError if it is not positive."""
+    if softcap is None:
+        return 0.0
+    if isinstance(softcap, Tensor) or not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be a positive float or None, got {softcap}")
+    return float(softcap)
+
+
+def dropout_of(p: float, seed: int | Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
+    """Dropout's probability and its seed, int64 (): None without a dropout, or if none is given.
+
+    Raises ValueError for a probability outside [0, 1) and a seed of another kind or device.
+    """
+    if isinstance(p, Tensor) or not 0 <= p < 1:
+        raise ValueError(f"dropout_p must be a float in [0, 1), got {p}")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+            raise ValueError(
+                f"seed must be an int, or an int64 tensor of one element on {device}, got {seed.dtype} of shape "
+                f"{tuple(seed.shape)} on {seed.device}"
+            )
+    elif seed is not None:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in 0..2^63 - 1, got {seed}")
+        seed = torch.full((), seed, dtype=torch.int64, device=device)
+    return float(p), seed if p else None
 
 
 def longest_sequences(

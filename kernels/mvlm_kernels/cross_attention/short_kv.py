@@ -21,6 +21,7 @@ from mvlm_kernels.cross_attention.tile_io import (
     existing_keys,
     fill_nan,
     head_of,
+    kept,
     key_rows,
     key_sequence,
     load_rows,
@@ -28,6 +29,7 @@ from mvlm_kernels.cross_attention.tile_io import (
     lse_of,
     readers_of,
     rows_of,
+    scores_of,
     store_rows,
     transposed_probabilities,
 )
@@ -36,7 +38,8 @@ from mvlm_kernels.language import cast, dot
 
 @triton.jit(do_not_specialize=SIZES)
 def short_kv_forward(
-    q, k, v, out, lse_ptr, keys, order_ptr, cu_q_ptr, H, k_seqs, q_rows, k_rows, scale_log2, num_splits,
+    q, k, v, out, lse_ptr, keys, order_ptr, cu_q_ptr, H, k_seqs, q_rows, k_rows, scale_log2, dropout,
+    softcap, num_splits,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -73,12 +76,15 @@ def short_kv_forward(
         rm = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         inside = rm < q_len
         q_tile = load_rows(q_base, rm, q[2], inside, D, BLOCK_D)
-        s = dot(q_tile, kt, tl.zeros((BLOCK_M, BLOCK_N), ACC), PRECISION) * scale_log2
+        s = dot(q_tile, kt, tl.zeros((BLOCK_M, BLOCK_N), ACC), PRECISION)
+        s, _slope = scores_of(s, scale_log2, softcap, ACC)
         s = tl.where(exists[None, :], s, -INF)
         m = tl.max(s, 1)
         m = tl.where(m == -INF, 0.0, m)  # without keys: p = exp2(-inf) = 0 instead of exp2(-inf + inf) = NaN
         p = tl.exp2(s - m[:, None])
         total = tl.sum(p, 1)
+        if dropout is not None:
+            p = p * kept(dropout, b, h, rm, 0, False, BLOCK_N, ACC)
         o = dot(cast(p, v_tile.dtype), v_tile, tl.zeros((BLOCK_M, BLOCK_D), ACC), PRECISION)
         # The product takes P before it is normalised, at most 1, and the division is in the accumulator's dtype.
         o = o / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -93,8 +99,8 @@ def short_kv_forward(
 @triton.jit
 def reader_backward(
     dk_tile, dv_tile, k_tile, v_tile, exists, b, h, first, q, lse_ptr, do, dq, dk, cu_q_ptr, H, q_rows, scale,
-    scale_log2, tile_splits, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    ACC: tl.constexpr, PRECISION: tl.constexpr,
+    scale_log2, dropout, softcap, tile_splits,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add the share of query sequence b, every tile_splits-th tile from the first, to dK and dV; write its dQ.
 
@@ -110,12 +116,21 @@ def reader_backward(
         q_tile = load_rows(q_base, rm, q[2], inside, D, BLOCK_D)
         do_tile = load_rows(do_base, rm, do[2], inside, D, BLOCK_D)
         lse = tl.load(lse_base + rm, mask=inside, other=0.0)
-        pt = transposed_probabilities(k_tile, q_tile, lse, exists, scale_log2, ACC, PRECISION)
+        pt, slope = transposed_probabilities(k_tile, q_tile, lse, exists, scale_log2, softcap, ACC, PRECISION)
+        used = pt  # what multiplies V: without those that a dropout drops
+        if dropout is not None:
+            factors = kept(dropout, b, h, rm, 0, True, k_tile.shape[0], ACC)
+            used = pt * factors
         if dk is not None:
-            dv_tile = dot(cast(pt, do_tile.dtype), do_tile, dv_tile, PRECISION)
+            dv_tile = dot(cast(used, do_tile.dtype), do_tile, dv_tile, PRECISION)
         dpt = dot(v_tile, tl.trans(do_tile), tl.zeros((k_tile.shape[0], BLOCK_M), ACC), PRECISION)
+        if dropout is not None:
+            dpt = dpt * factors
         delta = tl.sum(pt * dpt, 0)
-        dst = cast(pt * (dpt - delta[None, :]), q_tile.dtype)
+        ds = pt * (dpt - delta[None, :])
+        if softcap is not None:
+            ds = ds * slope
+        dst = cast(ds, q_tile.dtype)
         # The scale multiplies the sums dQ and dK in the accumulator's dtype. Scaling dS would round it once more.
         if dk is not None:
             dk_tile = dot(dst, q_tile, dk_tile, PRECISION)
@@ -128,7 +143,7 @@ def reader_backward(
 @triton.jit(do_not_specialize=SIZES)
 def short_kv_backward(
     q, k, v, lse_ptr, do, dq, dk, dv, keys, order_ptr, spans_ptr, cu_q_ptr, H, q_rows, k_rows, scale, scale_log2,
-    reader_splits, tile_splits, partial_size,
+    dropout, softcap, reader_splits, tile_splits, partial_size,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +171,7 @@ def short_kv_backward(
     if spans_ptr is None and GROUP == 1:
         dk_tile, dv_tile = reader_backward(
             dk_tile, dv_tile, k_tile, v_tile, exists, kb, h, split, q, lse_ptr, do, dq, dk, cu_q_ptr, H, q_rows,
-            scale, scale_log2, tile_splits, D, BLOCK_D, BLOCK_M, ACC, PRECISION,
+            scale, scale_log2, dropout, softcap, tile_splits, D, BLOCK_D, BLOCK_M, ACC, PRECISION,
         )  # fmt: skip
     else:
         for at in range(first * GROUP, last * GROUP):  # readers, and query heads of each
@@ -165,7 +180,8 @@ def short_kv_backward(
                 b = tl.load(order_ptr + at // GROUP)
             dk_tile, dv_tile = reader_backward(
                 dk_tile, dv_tile, k_tile, v_tile, exists, b, h * GROUP + at % GROUP, split % tile_splits, q, lse_ptr,
-                do, dq, dk, cu_q_ptr, H, q_rows, scale, scale_log2, tile_splits, D, BLOCK_D, BLOCK_M, ACC, PRECISION,
+                do, dq, dk, cu_q_ptr, H, q_rows, scale, scale_log2, dropout, softcap, tile_splits, D, BLOCK_D, BLOCK_M,
+                ACC, PRECISION,
             )  # fmt: skip
     if dk is not None:
         dk_base = head_of(dk, kb, k_start, h, D) + split.to(tl.int64) * partial_size

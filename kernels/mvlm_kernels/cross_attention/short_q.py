@@ -19,12 +19,14 @@ from mvlm_kernels.cross_attention.tile_io import (
     existing_keys,
     fill_nan,
     head_of,
+    kept,
     key_rows,
     key_sequence,
     load_rows,
     log_sum_exp,
     lse_of,
     rows_of,
+    scores_of,
     store_rows,
     transposed_probabilities,
 )
@@ -33,8 +35,8 @@ from mvlm_kernels.language import cast, dot, widen
 
 @triton.jit(do_not_specialize=SIZES)
 def short_q_forward(
-    q, k, v, out, lse_ptr, keys, order_ptr, cu_q_ptr, H, k_seqs, q_rows, k_rows, scale_log2,
-    num_splits, partial_size, partial_lse_size,
+    q, k, v, out, lse_ptr, keys, order_ptr, cu_q_ptr, H, k_seqs, q_rows, k_rows, scale_log2, dropout,
+    softcap, num_splits, partial_size, partial_lse_size,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -69,13 +71,16 @@ def short_q_forward(
         exists = existing_keys(rn, klen, keys, kb)
         k_tile = load_rows(k_base, rn, k[2], exists, D, BLOCK_D)
         v_tile = load_rows(v_base, rn, v[2], exists, D, BLOCK_D)
-        s = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, BLOCK_N), ACC), PRECISION) * scale_log2
+        s = dot(q_tile, tl.trans(k_tile), tl.zeros((BLOCK_M, BLOCK_N), ACC), PRECISION)
+        s, _slope = scores_of(s, scale_log2, softcap, ACC)
         s = tl.where(exists[None, :], s, -INF)
         m_new = tl.maximum(m, tl.max(s, 1))
         m_safe = tl.where(m_new == -INF, 0.0, m_new)  # no key yet: exp2(-inf - 0) = 0 instead of exp2(-inf + inf) = NaN
         p = tl.exp2(s - m_safe[:, None])
         shrink = tl.exp2(m - m_safe)  # rescales what was summed under the smaller maximum
         total = total * shrink + tl.sum(p, 1)
+        if dropout is not None:
+            p = p * kept(dropout, b, h, rm, n0, False, BLOCK_N, ACC)
         o = dot(cast(p, v_tile.dtype), v_tile, o * shrink[:, None], PRECISION)
         m = m_new
     o = o / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -147,8 +152,8 @@ def queries_backward(
 
 @triton.jit(do_not_specialize=SIZES)
 def short_q_backward(
-    q, k, v, out, lse_ptr, do, dq, dk, dv, keys, cu_q_ptr, H, q_rows, k_rows, scale, scale_log2,
-    num_splits, partial_size,
+    q, k, v, out, lse_ptr, do, dq, dk, dv, keys, cu_q_ptr, H, q_rows, k_rows, scale, scale_log2, dropout,
+    softcap, num_splits, partial_size,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -177,11 +182,19 @@ def short_q_backward(
         exists = existing_keys(rn, klen, keys, b)
         k_tile = load_rows(k_base, rn, k[2], exists, D, BLOCK_D)
         v_tile = load_rows(v_base, rn, v[2], exists, D, BLOCK_D)
-        pt = transposed_probabilities(k_tile, q_tile, lse, exists, scale_log2, ACC, PRECISION)
+        pt, slope = transposed_probabilities(k_tile, q_tile, lse, exists, scale_log2, softcap, ACC, PRECISION)
         dpt = dot(v_tile, tl.trans(do_tile), tl.zeros((BLOCK_N, BLOCK_M), ACC), PRECISION)
-        dst = cast(pt * (dpt - delta[None, :]), q_tile.dtype)
+        used = pt
+        if dropout is not None:
+            factors = kept(dropout, b, h, rm, n0, True, BLOCK_N, ACC)
+            used = pt * factors
+            dpt = dpt * factors
+        ds = pt * (dpt - delta[None, :])
+        if softcap is not None:
+            ds = ds * slope
+        dst = cast(ds, q_tile.dtype)
         zeros = tl.zeros((BLOCK_N, BLOCK_D), ACC)
-        dv_tile = dot(cast(pt, do_tile.dtype), do_tile, zeros, PRECISION)
+        dv_tile = dot(cast(used, do_tile.dtype), do_tile, zeros, PRECISION)
         store_rows(dv_base, rn, dv[2], rn < stored, dv_tile, D, BLOCK_D)
         dk_tile = dot(dst, q_tile, zeros, PRECISION) * scale
         store_rows(dk_base, rn, dk[2], rn < stored, dk_tile, D, BLOCK_D)
@@ -197,7 +210,7 @@ def short_q_backward(
 @triton.jit(do_not_specialize=SIZES)
 def short_q_backward_dq(
     q, k, v, out, lse_ptr, do, dq, keys, order_ptr, cu_q_ptr, H, k_seqs, q_rows, k_rows, scale, scale_log2,
-    num_splits, partial_size, num_tiles,
+    dropout, softcap, num_splits, partial_size, num_tiles,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -226,9 +239,14 @@ def short_q_backward_dq(
         exists = existing_keys(rn, klen, keys, kb)
         k_tile = load_rows(k_base, rn, k[2], exists, D, BLOCK_D)
         v_tile = load_rows(v_base, rn, v[2], exists, D, BLOCK_D)
-        pt = transposed_probabilities(k_tile, q_tile, lse, exists, scale_log2, ACC, PRECISION)
+        pt, slope = transposed_probabilities(k_tile, q_tile, lse, exists, scale_log2, softcap, ACC, PRECISION)
         dpt = dot(v_tile, tl.trans(do_tile), tl.zeros((BLOCK_N, BLOCK_M), ACC), PRECISION)
-        dst = cast(pt * (dpt - delta[None, :]), q_tile.dtype)
+        if dropout is not None:
+            dpt = dpt * kept(dropout, b, h, rm, n0, True, BLOCK_N, ACC)
+        ds = pt * (dpt - delta[None, :])
+        if softcap is not None:
+            ds = ds * slope
+        dst = cast(ds, q_tile.dtype)
         dq_tile = dot(tl.trans(dst), k_tile, dq_tile, PRECISION)
     dq_base = head_of(dq, b, q_start, h, D) + split.to(tl.int64) * partial_size
     store_rows(dq_base, rm, dq[2], rm < q_len, dq_tile * scale, D, BLOCK_D)

@@ -28,14 +28,19 @@ def tile_width(width: int) -> int:
     return max(16, power_of_two(width))
 
 
-def has_tiles(dtype: torch.dtype, width: int, short: int, arch: int) -> bool:
-    """True if tiles without register spills exist for this dtype, head width and longest sequence of the short side."""
+def has_tiles(dtype: torch.dtype, width: int, short: int, arch: int, extras: bool = False) -> bool:
+    """True if tiles without register spills exist for this dtype, head width and longest sequence of the short side.
+
+    extras: the call has a dropout or a softcap, which take registers too.
+    """
     size = tile_width(width) * bucket(short)
     if size > 64 * 128 and arch in _SMALL_SHARED_MEMORY:
         return False
     if bucket(short) > 128 and (size > 64 * 256 or not _has_wgmma(arch)):
         return False
-    return dtype != torch.float32 or size <= 64 * 64
+    if extras and size > 64 * 128 and not _has_wgmma(arch):
+        return False
+    return dtype != torch.float32 or size <= (64 * 32 if extras else 64 * 64)
 
 
 def single_pass(dtype: torch.dtype, device: str, width: int, short: int, arch: int) -> bool:
@@ -91,7 +96,7 @@ def _rule(kernel: str, kind: str, block_d: int, short: int, text: bool, wgmma: b
     size = block_d * short
     most = 64 * 64 if kind == "16bit" else 64 * 64 - 1  # elements of the short side that four warps hold
     warps = 8 if size > most else 4
-    staged = small and size <= 64 * 32
+    staged = small and size <= 64 * 32 and short <= 64
     if kernel == "short_kv_forward":
         if text and small:
             return {"BLOCK_M": 16, "BLOCK_N": short, "num_warps": 1, "num_stages": 1}

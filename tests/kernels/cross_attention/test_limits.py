@@ -7,6 +7,7 @@ from mvlm_kernels import cross_attention, explain, use_backend
 from mvlm_kernels.cross_attention import HEAD_WIDTHS, LONGEST_SHORT_SIDE, why_not_triton
 from mvlm_kernels.cross_attention.arguments import short_sides_up_to
 from mvlm_kernels.cross_attention.launch import heads_of
+from mvlm_kernels.cross_attention.ops import type_reasons
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
 from mvlm_kernels.cross_attention.tiles import has_tiles
 from support.kernels.attention import Case, build, run
@@ -37,6 +38,18 @@ def test_widest_tiles_need_the_shared_memory_of_a_compute_capability():
     """A block has 99 KiB on 8.6, 8.9 and 12.x, and 163 or more on all others, 8.7 (Orin) included."""
     capabilities = 80, 86, 87, 89, 90, 100, 110, 120, 121
     assert [arch for arch in capabilities if not has_tiles(torch.bfloat16, 128, 128, arch)] == [86, 89, 120, 121]
+
+
+def test_dropout_and_softcap_need_registers_of_their_own():
+    """A wide head and a long side leave none on sm_80, and float32 none above 64 x 32."""
+    assert not has_tiles(torch.bfloat16, 128, 128, 80, extras=True)
+    assert has_tiles(torch.bfloat16, 128, 128, 90, extras=True)
+    assert has_tiles(torch.bfloat16, 64, 128, 80, extras=True)
+    assert not has_tiles(torch.float32, 64, 64, 90, extras=True)
+    assert (
+        "no tile of torch.bfloat16 at width 128 and 128 rows with a dropout or a softcap fits"
+        in (type_reasons(torch.bfloat16, 128, 128, 80, False, extras=True)[0])
+    )
 
 
 def test_why_not_triton_agrees_with_explain_on_the_cpu():

@@ -184,7 +184,8 @@ def op_arguments(q: Tensor, k: Tensor, kwargs: dict[str, Any], scale: float) -> 
     if sides[1] is not None:
         sides[1] = mvlm_kernels.pack_key_mask(sides[1])
     longest = longest_sequences(q, k, *sides[3:], *map(kwargs.get, ("max_len_q", "max_len_k")))
-    return (*sides, None, None, scale, *longest)
+    seed = kwargs.get("seed")
+    return (*sides, None, None, scale, *longest, kwargs.get("softcap") or 0.0, kwargs.get("dropout_p", 0.0), seed)
 
 
 def attention_by_op(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:
