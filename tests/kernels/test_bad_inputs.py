@@ -81,8 +81,8 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("no keys", lambda: attend(k=None), "k must be a tensor, got NoneType"),
     (
         "nested keys",
-        lambda: attend(Q, NESTED, NESTED),
-        r"k must not be a nested tensor; pass k.values\(\) with cu_seqlens",
+        lambda: attend(Q, NESTED, NESTED.values()),
+        "k and v must be nested with the same offsets",
     ),
     ("numpy images", lambda: gather(PIXELS.numpy()), "images must be a tensor, got ndarray"),
     ("list of ids", lambda: gather(ids=[[0], [1]]), "patch_ids must be a tensor, got list"),

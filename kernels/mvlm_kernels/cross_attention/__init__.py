@@ -32,6 +32,7 @@ from mvlm_kernels.cross_attention.arguments import (
     short_side,
 )
 from mvlm_kernels.cross_attention.dropout import draw_seed
+from mvlm_kernels.cross_attention.nested import any_nested, as_packed, like
 from mvlm_kernels.cross_attention.ops import (
     attend_directly,
     attention_op,
@@ -115,6 +116,12 @@ def _explain(
     seed: int | Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[str, ...]:
+    if any_nested(q, k, v):
+        rows, bounds = as_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
+        return _explain(
+            *rows, key_lengths=key_lengths, key_mask=key_mask, key_index=key_index, key_readers=key_readers,
+            scale=scale, softcap=softcap, dropout_p=dropout_p, seed=seed, return_lse=return_lse, **bounds,
+        )  # fmt: skip
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     if key_readers is not None:
@@ -165,7 +172,8 @@ def cross_attention(
     Args:
         q: (B, Lq, H, D), or packed (Tq, H, D) with cu_seqlens_q. Floating.
         k, v: (B', Lk, Hk, D), or packed (Tk, Hk, D) with cu_seqlens_k. Same dtype as q. Either side alone may be
-            packed. Heads that several query heads share are read in place.
+            packed. Heads that several query heads share are read in place. Each side may also be a nested tensor
+            (B, ragged, H, D) of layout torch.jagged; k and v with the same offsets. It is packed without a copy.
         key_lengths: (B',) int32 or int64. Keys past the length do not exist: they may hold NaN, and their gradients
             are zeros.
         key_mask: (B', Lk) bool, True = the key exists, or the int64 words that :func:`pack_key_mask` makes of such a
@@ -193,15 +201,23 @@ def cross_attention(
             the reference computes it.
 
     Returns:
-        The output in q's shape and dtype, contiguous; with return_lse, output and log-sum-exp. bfloat16, float16 and
-        float32 (TF32 on a GPU) accumulate in float32; float64 has no compiled kernel. Autocast casts q, k and v first.
-        Eager CPU calls are composed of torch ops. If both sides are longer than 128, SDPA runs for dense calls and the
-        reference with cu_seqlens. :func:`mvlm_kernels.explain` names the backend and the reasons.
+        The output in q's shape and dtype, contiguous, and nested with q's offsets if q is; with return_lse, output and
+        log-sum-exp. bfloat16, float16 and float32 (TF32 on a GPU) accumulate in float32; float64 has no compiled
+        kernel. Autocast casts q, k and v first. Eager CPU calls are composed of torch ops. If both sides are longer
+        than 128, SDPA runs for dense calls and the reference with cu_seqlens. :func:`mvlm_kernels.explain` names the
+        backend and the reasons.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, and for a tensor as scale. Values of lengths and
             indices are checked for CPU tensors, and for GPU tensors with MVLM_KERNELS_DEBUG=1.
     """
+    if any_nested(q, k, v):
+        rows, bounds = as_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
+        found = cross_attention(
+            *rows, key_lengths=key_lengths, key_mask=key_mask, key_index=key_index, key_readers=key_readers,
+            scale=scale, softcap=softcap, dropout_p=dropout_p, seed=seed, return_lse=return_lse, **bounds,
+        )  # fmt: skip
+        return (like(found[0], q), found[1]) if isinstance(found, tuple) else like(found, q)
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     if key_readers is not None:

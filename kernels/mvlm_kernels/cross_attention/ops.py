@@ -223,7 +223,7 @@ def type_reasons(
     if not has_tiles(dtype, width, rows, arch, extras):
         having = " with a dropout or a softcap" if extras else ""
         return (
-            f"no tile of {dtype} at width {width} and {rows} rows{having} fits this GPU: SDPA runs, or the reference on packed "
-            "rows",
+            f"no tile of {dtype} at width {width} and {rows} rows{having} fits this GPU: SDPA runs, or the "
+            "reference on packed rows",
         )
     return ()
