@@ -211,7 +211,8 @@ def cross_attention(
         ValueError: for shapes, dtypes or devices that do not fit, and for a tensor as scale. Values of lengths and
             indices are checked for CPU tensors, and for GPU tensors with MVLM_KERNELS_DEBUG=1.
     """
-    if any_nested(q, k, v):
+    # Host time counts: what is not given is not looked at in a function of its own.
+    if getattr(q, "is_nested", False) or getattr(k, "is_nested", False) or getattr(v, "is_nested", False):
         rows, bounds = as_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
         found = cross_attention(
             *rows, key_lengths=key_lengths, key_mask=key_mask, key_index=key_index, key_readers=key_readers,
@@ -222,10 +223,12 @@ def cross_attention(
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     if key_readers is not None:
         check_readers(key_index, key_readers, _sequences(k, cu_seqlens_k))
-    scale, cap = scale_of(scale, q.shape[-1]), cap_of(softcap)
-    dropout_p, given_seed = dropout_of(dropout_p, seed, q.device)
+    scale, cap = scale_of(scale, q.shape[-1]), 0.0 if softcap is None else cap_of(softcap)
+    given_seed = drawn = None
+    if dropout_p or seed is not None:
+        dropout_p, given_seed = dropout_of(dropout_p, seed, q.device)
+        drawn = draw_seed(q.device) if dropout_p and given_seed is None else given_seed
     sdpa_computes_it = not cap and given_seed is None
-    drawn = draw_seed(q.device) if dropout_p and given_seed is None else given_seed
     len_q, len_k = longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     side = short_side(len_q, len_k)
     if side is None:

@@ -102,7 +102,7 @@ class _Call:
         self.short_keys = side == "kv"
         self.scales = scale, scale * LOG2E
         dropout = (seed, float(threshold(dropout_p)), 1 / (1 - dropout_p)) if dropout_p else None
-        self.extras = dropout, softcap_of(softcap, scale)
+        self.extras = dropout, softcap_of(softcap, scale) if softcap else None
         self.plain = self.extras == (None, None)
         self.dtype, self.device = q.dtype, q.device
         self.acc_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
