@@ -36,6 +36,7 @@ from mvlm_kernels.cross_attention.nested import any_nested, as_packed, like
 from mvlm_kernels.cross_attention.ops import (
     attend_directly,
     attention_op,
+    extras_of,
     gpu_reasons,
     reasons,
     too_long,
@@ -73,13 +74,13 @@ class _Options(TypedDict, total=False):
     seed: int | Tensor | None
 
 
-def _takes_sdpa(q: Tensor, short: int, extras: bool) -> bool:
+def _takes_sdpa(q: Tensor, short: int, extras: int) -> bool:
     width = next(w for w in HEAD_WIDTHS if w == q.shape[-1])  # a plain int, even if a compiler traces the shape
     return _gpu_takes_sdpa(q.device, q.dtype, width, bucket(short), extras)
 
 
 @torch.compiler.assume_constant_result
-def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: bool) -> bool:
+def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int) -> bool:
     """True if a dense call on this GPU runs on SDPA.
 
     A compiler takes the result as a constant of the graph, and traces SDPA itself.
@@ -128,7 +129,7 @@ def _explain(
         check_readers(key_index, key_readers, _sequences(k, cu_seqlens_k))
     scale_of(scale, q.shape[-1])
     dropout_of(dropout_p, seed, q.device)
-    extras = bool(cap_of(softcap) or dropout_p)
+    extras = extras_of(q, k, cap_of(softcap), dropout_p)
     return reasons(q, *longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k), extras)
 
 
@@ -239,7 +240,9 @@ def cross_attention(
         sides = key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k
         return cpu.attend(q, k, v, *sides, scale, cap, dropout_p, drawn)
     if cu_seqlens_q is None and cu_seqlens_k is None and not return_lse and sdpa_computes_it:
-        if side is None or (q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q, dropout_p > 0)):
+        if side is None or (
+            q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q, extras_of(q, k, cap, dropout_p))
+        ):
             return sdpa(q, k, v, key_lengths, key_mask, key_index, scale, dropout_p)
     if key_mask is not None and key_mask.dtype == torch.bool:
         key_mask = pack_key_mask(key_mask)

@@ -33,7 +33,7 @@ def _implementation(
     if dispatch.checks_values(q.device):
         check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, readers, max_len_q, max_len_k)
     args = (q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k)
-    if dispatch.choose(reasons(q, max_len_q, max_len_k, bool(softcap or dropout_p))) == "triton":
+    if dispatch.choose(reasons(q, max_len_q, max_len_k, extras_of(q, k, softcap, dropout_p))) == "triton":
         from mvlm_kernels.cross_attention import launch
 
         return launch.forward(*args, *readers, scale, max_len_q, max_len_k, softcap, dropout_p, seed)
@@ -72,7 +72,7 @@ def _backward_implementation(
     need_dkv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sides = (key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k)
-    if dispatch.choose(reasons(q, max_len_q, max_len_k, bool(softcap or dropout_p))) == "triton":
+    if dispatch.choose(reasons(q, max_len_q, max_len_k, extras_of(q, k, softcap, dropout_p))) == "triton":
         from mvlm_kernels.cross_attention import launch
 
         sizes = (reader_order, reader_spans, scale, max_len_q, max_len_k)
@@ -167,8 +167,13 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, *, head_width: int,
     return gpu_reasons(device, dtype, head_width, short_rows)
 
 
-def reasons(q: Tensor, max_len_q: int, max_len_k: int, extras: bool = False) -> tuple[str, ...]:
-    """Every reason against the fused kernels that the host knows. extras: there is a dropout or a softcap."""
+def extras_of(q: Tensor, k: Tensor, softcap: float, dropout_p: float) -> int:
+    """Number of the features of a call that take registers: softcap, dropout, grouped heads."""
+    return (softcap != 0) + (dropout_p != 0) + (q.shape[-2] != k.shape[-2])
+
+
+def reasons(q: Tensor, max_len_q: int, max_len_k: int, extras: int = 0) -> tuple[str, ...]:
+    """Every reason against the fused kernels that the host knows. extras: see :func:`extras_of`."""
     against = dispatch.device_reasons(q.device)
     side = short_side(max_len_q, max_len_k)
     if side is None:
@@ -178,15 +183,13 @@ def reasons(q: Tensor, max_len_q: int, max_len_k: int, extras: bool = False) -> 
     return against
 
 
-def gpu_reasons(
-    device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: bool = False
-) -> tuple[str, ...]:
+def gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int = 0) -> tuple[str, ...]:
     """Every reason against the fused kernels on a GPU. width: of a head. rows: of the short side, 1 to 128."""
     return _gpu_reasons(device, dtype, width, bucket(rows), extras)
 
 
 @torch.compiler.assume_constant_result
-def _gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: bool) -> tuple[str, ...]:
+def _gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int) -> tuple[str, ...]:
     # A compiler cannot trace calls of the driver and reads of tile tables, so the result is a constant of its graph.
     found = dispatch.device_reasons(device)
     return found or type_reasons(dtype, width, rows, dispatch.arch(device), tf32(dtype), extras)
@@ -204,9 +207,7 @@ def tf32(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def type_reasons(
-    dtype: torch.dtype, width: int, rows: int, arch: int, tf32: bool, extras: bool = False
-) -> tuple[str, ...]:
+def type_reasons(dtype: torch.dtype, width: int, rows: int, arch: int, tf32: bool, extras: int = 0) -> tuple[str, ...]:
     """Reasons against the kernels that depend on dtype and tile sizes. rows: tile length of the short side.
 
     They apply to GPUs only; the interpreter accepts every dtype.
@@ -221,7 +222,7 @@ def type_reasons(
     from mvlm_kernels.cross_attention.tiles import has_tiles
 
     if not has_tiles(dtype, width, rows, arch, extras):
-        having = " with a dropout or a softcap" if extras else ""
+        having = " with a dropout, a softcap or grouped heads" if extras else ""
         return (
             f"no tile of {dtype} at width {width} and {rows} rows{having} fits this GPU: SDPA runs, or the "
             "reference on packed rows",

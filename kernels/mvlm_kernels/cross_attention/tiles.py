@@ -28,17 +28,17 @@ def tile_width(width: int) -> int:
     return max(16, power_of_two(width))
 
 
-def has_tiles(dtype: torch.dtype, width: int, short: int, arch: int, extras: bool = False) -> bool:
+def has_tiles(dtype: torch.dtype, width: int, short: int, arch: int, extras: int = 0) -> bool:
     """True if tiles without register spills exist for this dtype, head width and longest sequence of the short side.
 
-    extras: the call has a dropout or a softcap, which take registers too.
+    extras: how many of a dropout, a softcap and grouped heads the call has; they take registers too.
     """
     size = tile_width(width) * bucket(short)
     if size > 64 * 128 and arch in _SMALL_SHARED_MEMORY:
         return False
     if bucket(short) > 128 and (size > 64 * 256 or not _has_wgmma(arch)):
         return False
-    if extras and size > 64 * 128 and not _has_wgmma(arch):
+    if (extras and size > 64 * 128 and not _has_wgmma(arch)) or (extras > 1 and bucket(short) > 64):
         return False
     return dtype != torch.float32 or size <= (64 * 32 if extras else 64 * 64)
 

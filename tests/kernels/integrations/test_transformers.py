@@ -95,7 +95,7 @@ def test_head_width_without_kernel_goes_to_sdpa(calls: list[AttentionCall]):
     padding = (torch.arange(9) < torch.tensor([[9], [3], [5]])).long()
     torch.testing.assert_close(*outputs(BertSelfAttention, padding))
     assert fused(calls) == 1
-    torch.testing.assert_close(*outputs(BertSelfAttention, padding, num_attention_heads=4))  # width 16
+    torch.testing.assert_close(*outputs(BertSelfAttention, padding, num_attention_heads=16))  # width 4
     assert fused(calls) == 1
 
 
