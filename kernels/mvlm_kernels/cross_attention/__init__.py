@@ -11,7 +11,7 @@ Where the backward is:
 """
 
 import math
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -215,7 +215,8 @@ def cross_attention(
     # Host time counts: what is not given is not looked at in a function of its own.
     if getattr(q, "is_nested", False) or getattr(k, "is_nested", False) or getattr(v, "is_nested", False):
         rows, bounds = as_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
-        found = cross_attention(
+        again: Any = cross_attention
+        found = again(
             *rows, key_lengths=key_lengths, key_mask=key_mask, key_index=key_index, key_readers=key_readers,
             scale=scale, softcap=softcap, dropout_p=dropout_p, seed=seed, return_lse=return_lse, **bounds,
         )  # fmt: skip

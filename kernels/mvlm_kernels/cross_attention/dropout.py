@@ -25,7 +25,7 @@ def threshold(p: float) -> int:
     return round(p * 2**24)
 
 
-def kept(seed: Tensor, shape: tuple[int, int, int, int], p: float, dtype: torch.dtype) -> Tensor:
+def kept(seed: Tensor, shape: tuple[int, ...], p: float, dtype: torch.dtype) -> Tensor:
     """Factors (B, H, Lq, Lk) of the probabilities: 1 / (1 - p) where kept, 0 where dropped. seed: int64 ()."""
     sizes = *shape[:3], (shape[3] + 3) // 4
     b, h, i, quad = (
@@ -36,7 +36,7 @@ def kept(seed: Tensor, shape: tuple[int, int, int, int], p: float, dtype: torch.
     return ((words[..., : shape[3]] >> 8) >= threshold(p)).to(dtype) / (1 - p)
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor, rounds: int) -> tuple[Tensor, ...]:
+def philox(counter: tuple[Tensor, ...], seed: Tensor, rounds: int) -> tuple[Tensor, ...]:
     """Four words of Philox-4x32, each below 2^32 in an int64 tensor, of counters that broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed.reshape(()) & _LOW, (seed.reshape(()) >> 32) & _LOW

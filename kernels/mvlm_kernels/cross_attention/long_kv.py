@@ -6,7 +6,7 @@ one key sequence, and for shapes whose single pass would spill registers. ``shor
 Legend: BLOCK_M query rows, BLOCK_N key rows, BLOCK_D >= D head width; b query sequence, kb key sequence, h head.
 ``tile_io.py`` says what the tuples hold.
 """
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl

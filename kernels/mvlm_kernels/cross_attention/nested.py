@@ -12,7 +12,7 @@ def any_nested(*tensors: Any) -> bool:
 
 
 def as_packed(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int | None, max_k: int | None
+    q: Any, k: Any, v: Any, cu_q: Tensor | None, cu_k: Tensor | None, max_q: int | None, max_k: int | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
     """q, k and v with packed rows in place of nested ones, and the bounds of both sides by their names as arguments.
 
@@ -33,14 +33,14 @@ def as_packed(
     return (q, k, v), {"cu_seqlens_q": cu_q, "cu_seqlens_k": cu_k, "max_len_q": max_q, "max_len_k": max_k}
 
 
-def like(rows: Tensor, q: Tensor) -> Tensor:
+def like(rows: Tensor, q: Any) -> Tensor:
     """Packed output rows as a nested tensor with the lengths of a nested q; as they are for another q."""
     if not q.is_nested:
         return rows
     return torch.nested.nested_tensor_from_jagged(rows, q.offsets(), max_seqlen=_longest(q))
 
 
-def _rows(name: str, x: Tensor, cu_seqlens: Tensor | None, longest: int | None) -> tuple[Tensor, Tensor, int | None]:
+def _rows(name: str, x: Any, cu_seqlens: Tensor | None, longest: int | None) -> tuple[Tensor, Tensor, int | None]:
     """Rows (T, heads, width), offsets (batch + 1,), and the bound of the lengths that the host knows."""
     if x.layout != torch.jagged or x.dim() != 4 or getattr(x, "_ragged_idx", 1) != 1 or x.lengths() is not None:
         raise ValueError(

@@ -168,8 +168,11 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, *, head_width: int,
 
 
 def extras_of(q: Tensor, k: Tensor, softcap: float, dropout_p: float) -> int:
-    """Number of the features of a call that take registers: softcap, dropout, grouped heads."""
-    return (softcap != 0) + (dropout_p != 0) + (q.shape[-2] != k.shape[-2])
+    """Number of the features of a call that take registers: softcap, dropout, grouped heads.
+
+    The result is a plain int, even for a compiler's symbolic sizes.
+    """
+    return (1 if softcap else 0) + (1 if dropout_p else 0) + (1 if q.shape[-2] != k.shape[-2] else 0)
 
 
 def reasons(q: Tensor, max_len_q: int, max_len_k: int, extras: int = 0) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ took 130 registers instead of 255 on sm_80 and sm_90.
 Legend: BLOCK_M query rows, BLOCK_N key rows, BLOCK_D >= D head width; b query sequence, kb key sequence, h head.
 ``tile_io.py`` says what the tuples hold.
 """
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportOperatorIssue=false
 
 import triton
 import triton.language as tl

@@ -17,7 +17,7 @@ def nested(lengths: list[int], heads: int = 2) -> Tensor:
     return torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
 
 
-def another(x: Tensor) -> Tensor:
+def another(x: Any) -> Tensor:
     """A nested tensor with the same offsets."""
     values = torch.randn_like(x.values().detach())
     return torch.nested.nested_tensor_from_jagged(values, x.offsets()).requires_grad_()
@@ -36,7 +36,8 @@ def test_nested_sides_equal_loops(dense_side: str, backend: Any):
         out_rows = out.values() if out.is_nested else out
         grads = torch.autograd.grad(out_rows.square().sum(), (q, k, v))
     rows = [(x.values() if x.is_nested else x).detach().requires_grad_() for x in (q, k, v)]
-    bounds = {f"cu_seqlens_{name}": x.offsets() for name, x in (("q", q), ("k", k)) if x.is_nested}
+    sides: tuple[Any, ...] = (("q", q), ("k", k))
+    bounds = {f"cu_seqlens_{name}": x.offsets() for name, x in sides if x.is_nested}
     wanted = attention_by_loops(*rows, **bounds)
     torch.testing.assert_close(out_rows, wanted)
     for grad, x in zip(grads, torch.autograd.grad(wanted.square().sum(), rows), strict=True):
