@@ -157,7 +157,7 @@ def cross_attention(
     max_len_q: int | None = None,
     max_len_k: int | None = None,
     softcap: float | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: float = 0,  # an int: a compiler with dynamic shapes would compile twice for a float
     seed: int | Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -226,10 +226,10 @@ def cross_attention(
     if key_readers is not None:
         check_readers(key_index, key_readers, _sequences(k, cu_seqlens_k))
     scale, cap = scale_of(scale, q.shape[-1]), 0.0 if softcap is None else cap_of(softcap)
-    given_seed = drawn = None
+    rate, given_seed, drawn = 0.0, None, None  # a constant for a compiler, to which dropout_p is symbolic
     if dropout_p or seed is not None:
-        dropout_p, given_seed = dropout_of(dropout_p, seed, q.device)
-        drawn = draw_seed(q.device) if dropout_p and given_seed is None else given_seed
+        rate, given_seed = dropout_of(dropout_p, seed, q.device)
+        drawn = draw_seed(q.device) if rate and given_seed is None else given_seed
     sdpa_computes_it = not cap and given_seed is None
     len_q, len_k = longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     side = short_side(len_q, len_k)
@@ -239,19 +239,17 @@ def cross_attention(
         readers = key_readers or (None, None)
         check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, readers, len_q, len_k)
         sides = key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k
-        return cpu.attend(q, k, v, *sides, scale, cap, dropout_p, drawn)
+        return cpu.attend(q, k, v, *sides, scale, cap, rate, drawn)
     if cu_seqlens_q is None and cu_seqlens_k is None and not return_lse and sdpa_computes_it:
-        if side is None or (
-            q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q, extras_of(q, k, cap, dropout_p))
-        ):
-            return sdpa(q, k, v, key_lengths, key_mask, key_index, scale, dropout_p)
+        if side is None or (q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q, extras_of(q, k, cap, rate))):
+            return sdpa(q, k, v, key_lengths, key_mask, key_index, scale, rate)
     if key_mask is not None and key_mask.dtype == torch.bool:
         key_mask = pack_key_mask(key_mask)
     if key_index is not None and key_readers is None:
         key_readers = invert_key_index(key_index, _sequences(k, cu_seqlens_k))
     call = attend_directly if registration.called_directly(q, k, v) else attention_op
     sides = (key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, *(key_readers or (None, None)))
-    out, lse = call(q, k, v, *sides, scale, len_q, len_k, cap, dropout_p, drawn)
+    out, lse = call(q, k, v, *sides, scale, len_q, len_k, cap, rate, drawn)
     return (out, lse * math.log(2)) if return_lse else out
 
 
