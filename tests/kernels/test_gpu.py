@@ -34,7 +34,7 @@ def test_attention_with_lengths_masks_indices_and_packing(case: Case, dtype: tor
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("width", [32, 64, 80, 96, 128])
+@pytest.mark.parametrize("width", [8, 32, 40, 64, 72, 80, 96, 104, 128])
 @pytest.mark.parametrize("short", [1, 16, 31, 64, 65, 128])
 def test_attention_of_every_tile(width: int, short: int, dtype: torch.dtype):
     for len_q, len_k in ((197, short), (short, 197)):

@@ -11,9 +11,9 @@ Each op chooses its tiles in one place:
     and pixel losses
     place_tokens       constants in place_tokens/triton.py     no table: one size for all shapes
 
-In a key of cross_attention the dtype is ``16bit`` or ``tf32``, the head width is rounded up to a power of two, and the
-short length is 16, 32, 64 or 128. A key that ends in ``/text`` holds where both sides are text of at most 32 rows. An
-exception names the fields of the rule that it replaces.
+In a key of cross_attention the dtype is ``16bit`` or ``tf32``, the head width is rounded up to a power of two from 16,
+and the short length is 16, 32, 64 or 128. A key that ends in ``/text`` holds where both sides are text of at most 32
+rows. An exception names the fields of the rule that it replaces.
 
 Tiles are looked up by shape and never chosen by timing. Bitwise repeatability needs the same tiles in every run, the
 interpreter has no autotuner, and an autotuner would compile every candidate.

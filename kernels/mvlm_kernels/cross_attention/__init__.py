@@ -11,7 +11,7 @@ Where the backward is:
 """
 
 import math
-from typing import Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -22,16 +22,21 @@ from mvlm_kernels.cross_attention.arguments import (
     HEAD_WIDTHS,
     LONGEST_SHORT_SIDE,
     bucket,
+    cap_of,
     check_arguments,
     check_readers,
     check_values,
+    dropout_of,
     longest_sequences,
     scale_of,
     short_side,
 )
+from mvlm_kernels.cross_attention.dropout import draw_seed
+from mvlm_kernels.cross_attention.nested import any_nested, as_packed, like
 from mvlm_kernels.cross_attention.ops import (
     attend_directly,
     attention_op,
+    extras_of,
     gpu_reasons,
     reasons,
     too_long,
@@ -64,20 +69,23 @@ class _Options(TypedDict, total=False):
     scale: float | None
     max_len_q: int | None
     max_len_k: int | None
+    softcap: float | None
+    dropout_p: float
+    seed: int | Tensor | None
 
 
-def _takes_sdpa(q: Tensor, short: int) -> bool:
+def _takes_sdpa(q: Tensor, short: int, extras: int) -> bool:
     width = next(w for w in HEAD_WIDTHS if w == q.shape[-1])  # a plain int, even if a compiler traces the shape
-    return _gpu_takes_sdpa(q.device, q.dtype, width, bucket(short))
+    return _gpu_takes_sdpa(q.device, q.dtype, width, bucket(short), extras)
 
 
 @torch.compiler.assume_constant_result
-def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> bool:
+def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int) -> bool:
     """True if a dense call on this GPU runs on SDPA.
 
     A compiler takes the result as a constant of the graph, and traces SDPA itself.
     """
-    return dispatch.choose(gpu_reasons(device, dtype, width, rows)) == "torch"
+    return dispatch.choose(gpu_reasons(device, dtype, width, rows, extras)) == "torch"
 
 
 def _uses_cpu_path(q: Tensor, max_len_q: int, max_len_k: int) -> bool:
@@ -104,14 +112,25 @@ def _explain(
     scale: float | None = None,
     max_len_q: int | None = None,
     max_len_k: int | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
     return_lse: bool = False,
 ) -> tuple[str, ...]:
+    if any_nested(q, k, v):
+        rows, bounds = as_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
+        return _explain(
+            *rows, key_lengths=key_lengths, key_mask=key_mask, key_index=key_index, key_readers=key_readers,
+            scale=scale, softcap=softcap, dropout_p=dropout_p, seed=seed, return_lse=return_lse, **bounds,
+        )  # fmt: skip
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     if key_readers is not None:
         check_readers(key_index, key_readers, _sequences(k, cu_seqlens_k))
     scale_of(scale, q.shape[-1])
-    return reasons(q, *longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k))
+    dropout_of(dropout_p, seed, q.device)
+    extras = extras_of(q, k, cap_of(softcap), dropout_p)
+    return reasons(q, *longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k), extras)
 
 
 @overload
@@ -137,20 +156,25 @@ def cross_attention(
     scale: float | None = None,
     max_len_q: int | None = None,
     max_len_k: int | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0,  # an int: a compiler with dynamic shapes would compile twice for a float
+    seed: int | Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention in which one side is short (text, at most 128 tokens) and the other is image patches.
 
-    ``out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[r, j, h]) v[r, j, h]`` with ``r = key_index[b]``, or b
-    without an index.
+    ``out[b, i, h] = sum_j softmax_j(scale * q[b, i, h] . k[r, j, g]) v[r, j, g]`` with ``r = key_index[b]``, or b
+    without an index, and ``g = h // (H // Hk)``.
 
-    Dimensions: B query sequences, B' key sequences, Lq and Lk rows of each, Tq and Tk packed rows, H heads, D head
-    width (32, 64, 80, 96 or 128). The layout is (batch, length, heads, width), not SDPA's (batch, heads, length,
-    width).
+    Dimensions: B query sequences, B' key sequences, Lq and Lk rows of each, Tq and Tk packed rows, H heads of q, Hk
+    heads of k and v (H or a divisor of it: grouped-query and multi-query attention), D head width (a multiple of 8 up
+    to 128). The layout is (batch, length, heads, width), not SDPA's (batch, heads, length, width).
 
     Args:
         q: (B, Lq, H, D), or packed (Tq, H, D) with cu_seqlens_q. Floating.
-        k, v: (B', Lk, H, D), or packed (Tk, H, D) with cu_seqlens_k. Same dtype as q. Either side alone may be packed.
+        k, v: (B', Lk, Hk, D), or packed (Tk, Hk, D) with cu_seqlens_k. Same dtype as q. Either side alone may be
+            packed. Heads that several query heads share are read in place. Each side may also be a nested tensor
+            (B, ragged, H, D) of layout torch.jagged; k and v with the same offsets. It is packed without a copy.
         key_lengths: (B',) int32 or int64. Keys past the length do not exist: they may hold NaN, and their gradients
             are zeros.
         key_mask: (B', Lk) bool, True = the key exists, or the int64 words that :func:`pack_key_mask` makes of such a
@@ -166,25 +190,47 @@ def cross_attention(
             side without a bound is assumed to be at most 128 long, unless the other side is known to be short. A
             longer sequence is a ValueError on the CPU. On a GPU its output is NaN, because reading the lengths would
             wait for the device.
+        softcap: a float c > 0: scores s become ``c * tanh(s / c)``.
+        dropout_p: probability in [0, 1) with which a probability counts as 0 in the output; the others count
+            ``1 / (1 - dropout_p)`` times. Pass 0 outside of training.
+        seed: of the dropout, an int or an int64 tensor of one element; drawn from torch's generator of the device if
+            None. What is dropped is a function of the seed and of query sequence, head, query and key
+            (``dropout.py``): the same in every layout, on every backend, and in the backward. Where SDPA runs, it draws
+            its own; a given seed takes the reference there.
         return_lse: also return the natural log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq), float64 for
             float64 and else float32. It has no gradient, and is -inf for a query without keys. Where no kernel runs,
             the reference computes it.
 
     Returns:
-        The output in q's shape and dtype, contiguous; with return_lse, output and log-sum-exp. bfloat16, float16 and
-        float32 (TF32 on a GPU) accumulate in float32; float64 has no compiled kernel. Autocast casts q, k and v first.
-        Eager CPU calls are composed of torch ops. If both sides are longer than 128, SDPA runs for dense calls and the
-        reference with cu_seqlens. :func:`mvlm_kernels.explain` names the backend and the reasons.
+        The output in q's shape and dtype, contiguous, and nested with q's offsets if q is; with return_lse, output and
+        log-sum-exp. bfloat16, float16 and float32 (TF32 on a GPU) accumulate in float32; float64 has no compiled
+        kernel. Autocast casts q, k and v first. Eager CPU calls are composed of torch ops. If both sides are longer
+        than 128, SDPA runs for dense calls and the reference with cu_seqlens. :func:`mvlm_kernels.explain` names the
+        backend and the reasons.
 
     Raises:
         ValueError: for shapes, dtypes or devices that do not fit, and for a tensor as scale. Values of lengths and
             indices are checked for CPU tensors, and for GPU tensors with MVLM_KERNELS_DEBUG=1.
     """
+    # Host time counts: what is not given is not looked at in a function of its own.
+    if getattr(q, "is_nested", False) or getattr(k, "is_nested", False) or getattr(v, "is_nested", False):
+        rows, bounds = as_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
+        again: Any = cross_attention
+        found = again(
+            *rows, key_lengths=key_lengths, key_mask=key_mask, key_index=key_index, key_readers=key_readers,
+            scale=scale, softcap=softcap, dropout_p=dropout_p, seed=seed, return_lse=return_lse, **bounds,
+        )  # fmt: skip
+        return (like(found[0], q), found[1]) if isinstance(found, tuple) else like(found, q)
     q, k, v = _autocast(q, k, v)
     check_arguments(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     if key_readers is not None:
         check_readers(key_index, key_readers, _sequences(k, cu_seqlens_k))
-    scale = scale_of(scale, q.shape[-1])
+    scale, cap = scale_of(scale, q.shape[-1]), 0.0 if softcap is None else cap_of(softcap)
+    rate, given_seed, drawn = 0.0, None, None  # a constant for a compiler, to which dropout_p is symbolic
+    if dropout_p or seed is not None:
+        rate, given_seed = dropout_of(dropout_p, seed, q.device)
+        drawn = draw_seed(q.device) if rate and given_seed is None else given_seed
+    sdpa_computes_it = not cap and given_seed is None
     len_q, len_k = longest_sequences(q, k, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
     side = short_side(len_q, len_k)
     if side is None:
@@ -192,17 +238,18 @@ def cross_attention(
     elif not return_lse and _uses_cpu_path(q, len_q, len_k):
         readers = key_readers or (None, None)
         check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, readers, len_q, len_k)
-        return cpu.attend(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)
-    if cu_seqlens_q is None and cu_seqlens_k is None and not return_lse:
-        if side is None or (q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q)):
-            return sdpa(q, k, v, key_lengths, key_mask, key_index, scale)
+        sides = key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k
+        return cpu.attend(q, k, v, *sides, scale, cap, rate, drawn)
+    if cu_seqlens_q is None and cu_seqlens_k is None and not return_lse and sdpa_computes_it:
+        if side is None or (q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q, extras_of(q, k, cap, rate))):
+            return sdpa(q, k, v, key_lengths, key_mask, key_index, scale, rate)
     if key_mask is not None and key_mask.dtype == torch.bool:
         key_mask = pack_key_mask(key_mask)
     if key_index is not None and key_readers is None:
         key_readers = invert_key_index(key_index, _sequences(k, cu_seqlens_k))
     call = attend_directly if registration.called_directly(q, k, v) else attention_op
     sides = (key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, *(key_readers or (None, None)))
-    out, lse = call(q, k, v, *sides, scale, len_q, len_k)
+    out, lse = call(q, k, v, *sides, scale, len_q, len_k, cap, rate, drawn)
     return (out, lse * math.log(2)) if return_lse else out
 
 

@@ -3,6 +3,7 @@
 Only :func:`check_values` reads tensors. It runs on the CPU, and on a GPU in debug mode.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mvlm_kernels.cross_attention.readers import invert_key_index
 
-HEAD_WIDTHS = (32, 64, 80, 96, 128)
+HEAD_WIDTHS = tuple(range(8, 129, 8))
 """Head widths D with a kernel."""
 LONGEST_SHORT_SIDE = 128
 """Longest sequence of a side that counts as short. The kernels keep the short side on chip."""
@@ -68,6 +69,35 @@ def scale_of(scale: float | None, width: int) -> float:
     return float(width**-0.5 if scale is None else scale)
 
 
+def cap_of(softcap: float | None) -> float:
+    """A softcap as a float, 0 for none. Raises ValueError if it is not positive."""
+    if softcap is None:
+        return 0.0
+    if isinstance(softcap, Tensor) or not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be a positive float or None, got {softcap}")
+    return float(softcap)
+
+
+def dropout_of(p: float, seed: int | Tensor | None, device: torch.device) -> tuple[float, Tensor | None]:
+    """Dropout's probability and its seed, int64 (): None without a dropout, or if none is given.
+
+    Raises ValueError for a probability outside [0, 1) and a seed of another kind or device.
+    """
+    if isinstance(p, Tensor) or not 0 <= p < 1:
+        raise ValueError(f"dropout_p must be a float in [0, 1), got {p}")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != device:
+            raise ValueError(
+                f"seed must be an int, or an int64 tensor of one element on {device}, got {seed.dtype} of shape "
+                f"{tuple(seed.shape)} on {seed.device}"
+            )
+    elif seed is not None:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be in 0..2^63 - 1, got {seed}")
+        seed = torch.full((), seed, dtype=torch.int64, device=device)
+    return float(p), seed if p else None
+
+
 def longest_sequences(
     q: Tensor,
     k: Tensor,
@@ -112,14 +142,14 @@ def check_arguments(
     q_shape, k_shape, dtype, device = q.shape, k.shape, q.dtype, q.device
     if v.shape != k_shape:
         raise ValueError(f"v must have the shape of k, {tuple(k_shape)}, got {tuple(v.shape)}")
-    if k_shape[-2:] != q_shape[-2:]:
+    if k_shape[-2:] != q_shape[-2:] and (k_shape[-1] != q_shape[-1] or not k_shape[-2] or q_shape[-2] % k_shape[-2]):
         wanted, got = tuple(q_shape[-2:]), tuple(k_shape[-2:])
         raise ValueError(
-            f"k must have the heads and head width of q, {wanted}, got {got}; the layout is (batch, length, heads, "
-            "width)"
+            f"k must have the head width of q and its number of heads or a divisor of it, {wanted}, got {got}; the "
+            "layout is (batch, length, heads, width)"
         )
     if q_shape[-1] not in HEAD_WIDTHS:
-        raise ValueError(f"q must have a head width of 32, 64, 80, 96 or 128, got {q_shape[-1]}")
+        raise ValueError(f"q must have a head width divisible by 8 and at most 128, got {q_shape[-1]}")
     if dtype not in FLOATS or k.dtype != dtype or v.dtype != dtype:
         raise ValueError(
             "q, k and v must have one dtype of float16, bfloat16, float32 and float64, got "

@@ -14,6 +14,7 @@ choices are made for a CPU:
 import torch
 from torch import Tensor
 
+from mvlm_kernels.cross_attention.dropout import kept
 from mvlm_kernels.cross_attention.reference import unpack_key_mask
 
 
@@ -27,6 +28,9 @@ def attend(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_k: Tensor | None,
     scale: float,
+    softcap: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Output of :func:`~mvlm_kernels.cross_attention.reference.cross_attention_reference`, in q's shape and dtype."""
     valid_q, valid_k = _valid_rows(cu_seqlens_q), _valid_rows(cu_seqlens_k)
@@ -43,17 +47,30 @@ def attend(
         k, v = k.index_select(0, key_index), v.index_select(0, key_index)
         exists = None if exists is None else exists.index_select(0, key_index)
     q_bhqd, k_bhkd, v_bhkd = (x.transpose(1, 2).contiguous() for x in (dense_q, k, v))
+    heads, k_heads = dense_q.shape[2], k.shape[2]
+    if heads != k_heads:  # the query heads of a key head become rows of its product
+        q_bhqd = q_bhqd.unflatten(1, (k_heads, -1)).flatten(2, 3)
 
     s = q_bhqd @ k_bhkd.transpose(2, 3)
     s = s.to(torch.promote_types(s.dtype, torch.float32))
+    if softcap:
+        s, scale = softcap * torch.tanh(s * (scale / softcap)), 1.0
     if exists is None:
-        s = s * scale
+        s = s if softcap else s * scale
     else:
         # The lowest finite number instead of -inf: the softmax of a row without keys is then uniform over zero values,
         # and its output and gradient are 0, not NaN.
         lowest = s.new_zeros(exists.shape).masked_fill_(~exists, torch.finfo(s.dtype).min)
         s = torch.add(lowest[:, None, None, :], s, alpha=scale)
-    out = (s.softmax(-1).to(q.dtype) @ v_bhkd).transpose(1, 2)  # (B, Lq, H, D)
+    p = s.softmax(-1)
+    if dropout_p:
+        assert seed is not None, "the public function draws one"
+        shape = (dense_q.shape[0], heads, dense_q.shape[1], k.shape[1])
+        p = p * kept(seed, shape, dropout_p, p.dtype).view_as(p)
+    out = p.to(q.dtype) @ v_bhkd
+    if heads != k_heads:
+        out = out.unflatten(2, (heads // k_heads, -1)).flatten(1, 2)
+    out = out.transpose(1, 2)  # (B, Lq, H, D)
     return out.contiguous() if valid_q is None else _pack(out, valid_q, q.shape[0])
 
 

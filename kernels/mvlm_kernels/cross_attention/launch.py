@@ -5,8 +5,8 @@ keys. There are no atomics. Where a grid is too small to fill the GPU, a fixed n
 sums, and a second kernel adds them in a fixed order.
 
 The backward of the short-Q family has two forms. One pass of ``short_q_backward`` computes all three gradients. With
-key_index, and for shapes whose single pass would spill registers, ``short_q_backward_dq`` computes dQ and
-``long_kv_backward`` (``long_kv.py``) dK and dV.
+key_index, with grouped heads, and for shapes whose single pass would spill registers, ``short_q_backward_dq`` computes
+dQ and ``long_kv_backward`` (``long_kv.py``) dK and dV.
 
 Rows of a packed buffer that belong to no sequence are zeros: the launchers fill packed outputs with zeros first.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch
 from mvlm_kernels.cross_attention.arguments import short_side
+from mvlm_kernels.cross_attention.dropout import threshold
 from mvlm_kernels.cross_attention.long_kv import long_kv_backward
 from mvlm_kernels.cross_attention.readers import invert_key_index
 from mvlm_kernels.cross_attention.short_kv import short_kv_backward, short_kv_forward
@@ -38,8 +39,15 @@ Heads = tuple[Any, ...]  # a tensor, and its strides of sequence, row and head
 
 
 def heads_of(x: Tensor, packed: bool) -> Heads:
-    """x, with contiguous columns and int32 offsets inside a sequence, and its strides; 0 for a packed sequence's."""
-    if not x.is_contiguous() and (x.stride(-1) != 1 or x.shape[-3] * x.stride(-3) >= 2**31):
+    """x, with contiguous columns and int32 offsets inside a sequence, and its strides; 0 for a packed sequence's.
+
+    Strides of heads whose width is no multiple of 16 are multiples of 8, which ``tile_io.head_of`` relies on.
+    """
+    if not x.is_contiguous() and (
+        x.stride(-1) != 1
+        or x.shape[-3] * x.stride(-3) >= 2**31
+        or (x.shape[-1] % 16 and any(stride % 8 for stride in x.stride()[:-1]))
+    ):
         x = x.contiguous()
     return (x, 0, *x.stride()[:2]) if packed else (x, *x.stride()[:3])
 
@@ -60,6 +68,11 @@ def _new(x: Tensor, packed: bool) -> Tensor:
     return out.zero_() if packed else out
 
 
+def softcap_of(softcap: float, scale: float) -> tuple[float, float] | None:
+    """Softcap in the form that the kernels take; None for 0, which is none."""
+    return (2 * LOG2E * scale / softcap, LOG2E * softcap) if softcap else None
+
+
 class _Call:
     """Sizes and tensors that all kernels of one call share.
 
@@ -68,12 +81,14 @@ class _Call:
     """
 
     def __init__(
-        self, q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, order, spans, scale, max_len_q, max_len_k
-    ) -> None:
+        self, q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, order, spans, scale, max_len_q, max_len_k,
+        softcap, dropout_p, seed,
+    ) -> None:  # fmt: skip
         self.packed_q, self.packed_k = cu_q is not None, cu_k is not None
         self.q, self.k, self.v = heads_of(q, self.packed_q), heads_of(k, self.packed_k), heads_of(v, self.packed_k)
         *q_seqs, self.q_rows, self.H, self.D = q.shape
-        *k_seqs, self.k_rows, _, _ = k.shape
+        *k_seqs, self.k_rows, self.k_heads, _ = k.shape
+        self.group = self.H // self.k_heads if self.k_heads else 1  # query heads of a key head
         self.q_seqs = cu_q.shape[0] - 1 if self.packed_q else q_seqs[0]
         self.k_seqs = cu_k.shape[0] - 1 if self.packed_k else k_seqs[0]
         if key_index is not None and order is None and self.k_seqs:
@@ -86,6 +101,9 @@ class _Call:
         assert side is not None, "the public function sends two long sides to SDPA or the reference"
         self.short_keys = side == "kv"
         self.scales = scale, scale * LOG2E
+        dropout = (seed, float(threshold(dropout_p)), 1 / (1 - dropout_p)) if dropout_p else None
+        self.extras = dropout, softcap_of(softcap, scale) if softcap else None
+        self.plain = self.extras == (None, None)
         self.dtype, self.device = q.dtype, q.device
         self.acc_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
 
@@ -113,15 +131,18 @@ class _Call:
 def forward(
     q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, mask_words: Tensor | None, key_index: Tensor | None,
     cu_q: Tensor | None, cu_k: Tensor | None, order: Tensor | None, spans: Tensor | None, scale: float,
-    max_len_q: int, max_len_k: int,
+    max_len_q: int, max_len_k: int, softcap: float = 0.0, dropout_p: float = 0.0, seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output, contiguous in q's shape, and base-2 log-sum-exp in float32, (B, H, Lq) or packed (H, Tq).
 
     order, spans: key_index inverted by :func:`~mvlm_kernels.cross_attention.readers.invert_key_index`, or None.
     max_len_q, max_len_k: longest sequence of each side, known to the host. That of the long side may be negative:
-    unknown.
+    unknown. softcap: 0 for none. seed: int64 (), read where dropout_p is not 0.
     """
-    c = _Call(q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, order, spans, scale, max_len_q, max_len_k)
+    extras = softcap, dropout_p, seed
+    c = _Call(
+        q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, order, spans, scale, max_len_q, max_len_k, *extras
+    )
     out = _new(q, c.packed_q)
     lse = q.new_empty((c.H, c.q_rows) if c.packed_q else (c.q_seqs, c.H, c.q_rows), dtype=c.acc_dtype)
     programs = c.q_seqs * c.H
@@ -129,12 +150,14 @@ def forward(
         lse.fill_(-torch.inf)
     if programs == 0:
         return out, lse
-    inputs = (c.keys, c.order, c.cu_q, c.H, c.k_seqs, c.q_rows, c.k_rows, c.scales[1])
+    inputs = (c.keys, c.order, c.cu_q, c.H, c.k_seqs, c.q_rows, c.k_rows, c.scales[1], *c.extras)
     if c.short_keys:
         chosen = c.meta(short_kv_forward)
         parts = splits(programs, c.query_tiles(chosen["BLOCK_M"]), c.device)
         to = heads_of(out, c.packed_q), lse
-        dispatch.launch(short_kv_forward, (programs, parts), c.q, c.k, c.v, *to, *inputs, parts, **chosen)
+        dispatch.launch(
+            short_kv_forward, (programs, parts), c.q, c.k, c.v, *to, *inputs, parts, GROUP=c.group, **chosen
+        )
         return out, lse
     chosen = c.meta(short_q_forward)
     parts = splits(programs, c.key_tiles(chosen["BLOCK_N"]), c.device)
@@ -145,7 +168,7 @@ def forward(
             partial_lse.fill_(-torch.inf)
     to = _part(partial, out, c.packed_q), partial_lse
     sizes = (parts, out.numel(), lse.numel())
-    dispatch.launch(short_q_forward, (programs, parts), c.q, c.k, c.v, *to, *inputs, *sizes, **chosen)
+    dispatch.launch(short_q_forward, (programs, parts), c.q, c.k, c.v, *to, *inputs, *sizes, GROUP=c.group, **chosen)
     if parts > 1:
         rows = out.numel() // (c.H * c.D)
         dispatch.launch(
@@ -165,10 +188,13 @@ def backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, lse: Tensor, key_lengths: Tensor | None,
     mask_words: Tensor | None, key_index: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None,
     order: Tensor | None, spans: Tensor | None, scale: float, max_len_q: int, max_len_k: int, need_dq: bool,
-    need_dkv: bool,
+    need_dkv: bool, softcap: float = 0.0, dropout_p: float = 0.0, seed: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """Gradients of q, k and v, contiguous in their shapes; None where not needed. Only the short-Q family reads out."""
-    c = _Call(q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, order, spans, scale, max_len_q, max_len_k)
+    extras = softcap, dropout_p, seed
+    c = _Call(
+        q, k, v, key_lengths, mask_words, key_index, cu_q, cu_k, order, spans, scale, max_len_q, max_len_k, *extras
+    )
     do = heads_of(grad, c.packed_q)
     dq = _new(q, c.packed_q) if need_dq else None
     dk = _new(k, c.packed_k) if need_dkv else None
@@ -179,11 +205,11 @@ def backward(
         _short_kv_backward(c, do, lse, dq, dk, dv)
         return dq, dk, dv
     assert out is not None, "the short-Q family reads the output"
-    if key_index is None and need_dkv and single_pass(*c.tile_key, dispatch.arch(c.device)):
+    if key_index is None and c.group == 1 and need_dkv and single_pass(*c.tile_key, dispatch.arch(c.device)):
         _short_q_backward(c, do, heads_of(out, c.packed_q), lse, dq, dk, dv)
         return dq, dk, dv
-    # Two kernels, dQ by query sequence and dK and dV by key tile. With an index, several programs of a single pass
-    # would add to one key sequence. Without tiles, a single pass would spill registers.
+    # Two kernels, dQ by query sequence and dK and dV by key tile. With an index or grouped heads, several programs of a
+    # single pass would add to one key head. Without tiles, a single pass would spill registers.
     if dq is not None:
         _short_q_backward(c, do, heads_of(out, c.packed_q), lse, dq, None, None)
     if dk is not None and dv is not None:
@@ -195,9 +221,18 @@ def _short_kv_backward(
     c: _Call, do: Heads, lse: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None
 ) -> None:
     chosen = c.meta(short_kv_backward)
-    if "maxnreg" in chosen and (c.spans is not None or not _aligned(c.q, c.k, c.v, do)):
-        chosen = {**chosen, "maxnreg": None}  # a loop over readers, or loads of single elements, would spill
-    programs = c.k_seqs * c.H
+    simple = c.plain and c.spans is None and c.group == 1 and c.D == chosen["BLOCK_D"]
+    if c.D % 16:
+        chosen = {
+            **chosen,
+            "maxnreg": 255,
+        }  # the assembler's own choice spills a little to make room for one more block
+    elif "maxnreg" in chosen and not (simple and _aligned(c.q, c.k, c.v, do)):
+        # A loop over readers or heads, masked columns, loads of single elements, a dropout or a softcap would spill.
+        chosen = {**chosen, "maxnreg": None}
+    if not c.plain and chosen["BLOCK_N"] > 64:
+        chosen = {**chosen, "BLOCK_M": 16}  # registers for the factors and slopes of a tile
+    programs = c.k_seqs * c.k_heads
     tile_splits = splits(programs, c.query_tiles(chosen["BLOCK_M"]), c.device)
     reader_splits = 1 if c.spans is None else splits(programs * tile_splits, c.q_seqs, c.device)
     parts = tile_splits * reader_splits
@@ -205,7 +240,8 @@ def _short_kv_backward(
     dispatch.launch(
         short_kv_backward, (programs, parts), c.q, c.k, c.v, lse, do, _part(dq, dq, c.packed_q),
         _part(partials[0], dk, c.packed_k), _part(partials[1], dv, c.packed_k), c.keys, c.order, c.spans, c.cu_q, c.H,
-        c.q_rows, c.k_rows, *c.scales, reader_splits, tile_splits, 0 if dk is None else dk.numel(), **chosen,
+        c.q_rows, c.k_rows, *c.scales, *c.extras, reader_splits, tile_splits, 0 if dk is None else dk.numel(),
+        GROUP=c.group, **chosen,
     )  # fmt: skip
     _sum_parts(chosen, parts, zip(partials, (dk, dv), strict=True))
 
@@ -213,13 +249,13 @@ def _short_kv_backward(
 def _long_kv_backward(c: _Call, do: Heads, out: Heads, lse: Tensor, dk: Tensor, dv: Tensor) -> None:
     chosen = c.meta(long_kv_backward)
     tiles = max(1, c.key_tiles(chosen["BLOCK_N"]))
-    programs = c.k_seqs * c.H * tiles
+    programs = c.k_seqs * c.k_heads * tiles
     parts = 1 if c.spans is None else splits(programs, c.q_seqs, c.device)
     partials = [dk, dv] if parts == 1 else [c.partials(parts, dk, c.packed_k) for _ in range(2)]
     dispatch.launch(
         long_kv_backward, (programs, parts), c.q, c.k, c.v, out, lse, do, _part(partials[0], dk, c.packed_k),
         _part(partials[1], dv, c.packed_k), c.keys, c.order, c.spans, c.cu_q, c.H, c.q_rows, c.k_rows, *c.scales,
-        parts, dk.numel(), tiles, **chosen,
+        *c.extras, parts, dk.numel(), tiles, GROUP=c.group, **chosen,
     )  # fmt: skip
     _sum_parts(chosen, parts, zip(partials, (dk, dv), strict=True))
 
@@ -238,12 +274,12 @@ def _short_q_backward(
     if dk is None:
         dispatch.launch(
             kernel, (c.q_seqs * c.H * tiles, parts), *inputs, c.keys, c.order, c.cu_q, c.H, c.k_seqs, c.q_rows,
-            c.k_rows, *c.scales, parts, size, tiles, **chosen,
+            c.k_rows, *c.scales, *c.extras, parts, size, tiles, GROUP=c.group, **chosen,
         )  # fmt: skip
     else:
         dispatch.launch(
             kernel, (c.q_seqs * c.H, parts), *inputs, _part(dk, dk, c.packed_k), _part(dv, dv, c.packed_k), c.keys,
-            c.cu_q, c.H, c.q_rows, c.k_rows, *c.scales, parts, size, **chosen,
+            c.cu_q, c.H, c.q_rows, c.k_rows, *c.scales, *c.extras, parts, size, **chosen,
         )  # fmt: skip
     _sum_parts(chosen, parts, [(partial, dq)])
 

@@ -25,16 +25,19 @@ def _implementation(
     scale: float,
     max_len_q: int,
     max_len_k: int,
+    softcap: float,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     readers = (reader_order, reader_spans)
     if dispatch.checks_values(q.device):
         check_values(q, k, key_lengths, key_index, cu_seqlens_q, cu_seqlens_k, readers, max_len_q, max_len_k)
     args = (q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k)
-    if dispatch.choose(reasons(q, max_len_q, max_len_k)) == "triton":
+    if dispatch.choose(reasons(q, max_len_q, max_len_k, extras_of(q, k, softcap, dropout_p))) == "triton":
         from mvlm_kernels.cross_attention import launch
 
-        return launch.forward(*args, *readers, scale, max_len_q, max_len_k)
-    return reference_forward(*args, scale)
+        return launch.forward(*args, *readers, scale, max_len_q, max_len_k, softcap, dropout_p, seed)
+    return reference_forward(*args, scale, softcap, dropout_p, seed)
 
 
 def _fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -62,17 +65,21 @@ def _backward_implementation(
     scale: float,
     max_len_q: int,
     max_len_k: int,
+    softcap: float,
+    dropout_p: float,
+    seed: Tensor | None,
     need_dq: bool,
     need_dkv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sides = (key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k)
-    if dispatch.choose(reasons(q, max_len_q, max_len_k)) == "triton":
+    if dispatch.choose(reasons(q, max_len_q, max_len_k, extras_of(q, k, softcap, dropout_p))) == "triton":
         from mvlm_kernels.cross_attention import launch
 
         sizes = (reader_order, reader_spans, scale, max_len_q, max_len_k)
-        grads = launch.backward(grad, q, k, v, out, lse, *sides, *sizes, need_dq, need_dkv)
+        needs = (need_dq, need_dkv)
+        grads = launch.backward(grad, q, k, v, out, lse, *sides, *sizes, *needs, softcap, dropout_p, seed)
     else:
-        grads = reference_backward(grad, q, k, v, lse, *sides, scale)
+        grads = reference_backward(grad, q, k, v, lse, *sides, scale, softcap, dropout_p, seed)
     # An op returns tensors, so a gradient that is not needed is an empty one.
     dq, dk, dv = grads
     return (
@@ -96,10 +103,10 @@ class _CrossAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, forward: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         out, lse = forward(q, k, v, *args)
-        *sides, ctx.scale, ctx.max_len_q, ctx.max_len_k = args
+        *sides, ctx.scale, ctx.max_len_q, ctx.max_len_k, ctx.softcap, ctx.dropout_p, seed = args
         # Only the short-Q backward reads the output, for delta. With short keys it is not kept in memory.
         kept = out if short_side(ctx.max_len_q, ctx.max_len_k) == "q" else None
-        ctx.save_for_backward(q, k, v, kept, lse, *sides)
+        ctx.save_for_backward(q, k, v, kept, lse, *sides, seed)
         ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
         return out, lse
@@ -107,19 +114,21 @@ class _CrossAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         if grads[0] is None:
-            return (None,) * 14
+            return (None,) * 17
         need_dq, need_dk, need_dv = ctx.needs_input_grad[1:4]
         need_dkv = need_dk or need_dv
-        saved = ctx.saved_tensors
+        *saved, seed = ctx.saved_tensors
+        options = ctx.scale, ctx.max_len_q, ctx.max_len_k, ctx.softcap, ctx.dropout_p, seed
         backward = registration.backward_of(_backward_op, _backward_implementation, grads[0], *saved[:3])
-        dq, dk, dv = backward(grads[0], *saved, ctx.scale, ctx.max_len_q, ctx.max_len_k, need_dq, need_dkv)
-        return (None, dq if need_dq else None, dk if need_dk else None, dv if need_dv else None) + (None,) * 10
+        dq, dk, dv = backward(grads[0], *saved, *options, need_dq, need_dkv)
+        return (None, dq if need_dq else None, dk if need_dk else None, dv if need_dv else None) + (None,) * 13
 
 
 attend_directly = registration.direct(_CrossAttention, _implementation)
 _SIDES = (
     "Tensor? key_lengths, Tensor? key_mask, Tensor? key_index, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "Tensor? reader_order, Tensor? reader_spans, float scale, SymInt max_len_q, SymInt max_len_k"
+    "Tensor? reader_order, Tensor? reader_spans, float scale, SymInt max_len_q, SymInt max_len_k, "
+    "float softcap, float dropout_p, Tensor? seed"
 )
 attention_op = registration.define(
     f"cross_attention(Tensor q, Tensor k, Tensor v, {_SIDES}) -> (Tensor, Tensor)",
@@ -148,7 +157,7 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, *, head_width: int,
     of q, k and v, after autocast. head_width: D. short_rows: the longest sequence of the shorter side.
     """
     if head_width not in HEAD_WIDTHS:
-        return (f"heads are {head_width} wide, the kernels take {', '.join(map(str, HEAD_WIDTHS))}",)
+        return (f"heads are {head_width} wide, the kernels take multiples of 8 up to 128",)
     if short_rows > LONGEST_SHORT_SIDE:
         return (f"the shorter side has {short_rows} rows, the kernels take {LONGEST_SHORT_SIDE}",)
     if device.type != "cuda":
@@ -158,33 +167,41 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, *, head_width: int,
     return gpu_reasons(device, dtype, head_width, short_rows)
 
 
-def reasons(q: Tensor, max_len_q: int, max_len_k: int) -> tuple[str, ...]:
-    """Every reason against the fused kernels that the host knows."""
+def extras_of(q: Tensor, k: Tensor, softcap: float, dropout_p: float) -> int:
+    """Number of the features of a call that take registers: softcap, dropout, grouped heads.
+
+    The result is a plain int, even for a compiler's symbolic sizes.
+    """
+    return (1 if softcap else 0) + (1 if dropout_p else 0) + (1 if q.shape[-2] != k.shape[-2] else 0)
+
+
+def reasons(q: Tensor, max_len_q: int, max_len_k: int, extras: int = 0) -> tuple[str, ...]:
+    """Every reason against the fused kernels that the host knows. extras: see :func:`extras_of`."""
     against = dispatch.device_reasons(q.device)
     side = short_side(max_len_q, max_len_k)
     if side is None:
         return (*against, too_long(max_len_q, max_len_k))
     if q.is_cuda:
-        return gpu_reasons(q.device, q.dtype, q.shape[-1], max_len_k if side == "kv" else max_len_q)
+        return gpu_reasons(q.device, q.dtype, q.shape[-1], max_len_k if side == "kv" else max_len_q, extras)
     return against
 
 
-def gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> tuple[str, ...]:
+def gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int = 0) -> tuple[str, ...]:
     """Every reason against the fused kernels on a GPU. width: of a head. rows: of the short side, 1 to 128."""
-    return _gpu_reasons(device, dtype, width, bucket(rows))
+    return _gpu_reasons(device, dtype, width, bucket(rows), extras)
 
 
 @torch.compiler.assume_constant_result
-def _gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int) -> tuple[str, ...]:
+def _gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int) -> tuple[str, ...]:
     # A compiler cannot trace calls of the driver and reads of tile tables, so the result is a constant of its graph.
     found = dispatch.device_reasons(device)
-    return found or type_reasons(dtype, width, rows, dispatch.arch(device), tf32(dtype))
+    return found or type_reasons(dtype, width, rows, dispatch.arch(device), tf32(dtype), extras)
 
 
 def too_long(max_len_q: int, max_len_k: int) -> str:
     return (
         f"both sides are longer than {LONGEST_SHORT_SIDE} ({max_len_q} queries, {max_len_k} keys): SDPA runs, or the "
-        "reference on packed rows"
+        "reference on packed rows and with a softcap or a seed"
     )
 
 
@@ -193,7 +210,7 @@ def tf32(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def type_reasons(dtype: torch.dtype, width: int, rows: int, arch: int, tf32: bool) -> tuple[str, ...]:
+def type_reasons(dtype: torch.dtype, width: int, rows: int, arch: int, tf32: bool, extras: int = 0) -> tuple[str, ...]:
     """Reasons against the kernels that depend on dtype and tile sizes. rows: tile length of the short side.
 
     They apply to GPUs only; the interpreter accepts every dtype.
@@ -207,9 +224,10 @@ def type_reasons(dtype: torch.dtype, width: int, rows: int, arch: int, tf32: boo
         )
     from mvlm_kernels.cross_attention.tiles import has_tiles
 
-    if not has_tiles(dtype, width, rows, arch):
+    if not has_tiles(dtype, width, rows, arch, extras):
+        having = " with a dropout, a softcap or grouped heads" if extras else ""
         return (
-            f"no tile of {dtype} at width {width} and {rows} rows fits this GPU: SDPA runs, or the reference on packed "
-            "rows",
+            f"no tile of {dtype} at width {width} and {rows} rows{having} fits this GPU: SDPA runs, or the "
+            "reference on packed rows",
         )
     return ()

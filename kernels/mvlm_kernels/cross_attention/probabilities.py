@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.cross_attention.arguments import check_arguments, check_values, scale_of
+from mvlm_kernels.cross_attention.arguments import cap_of, check_arguments, check_values, scale_of
 from mvlm_kernels.cross_attention.reference import pack_key_mask, reference_probabilities
 
 
@@ -29,6 +29,7 @@ def attention_probabilities(
     scale: float | None = None,
     max_len_q: int | None = None,
     max_len_k: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Probabilities ``softmax_j(scale * q[b, i, h] . k[r, j, h])`` of :func:`mvlm_kernels.cross_attention`.
 
@@ -39,6 +40,7 @@ def attention_probabilities(
         lse: natural log-sum-exp of the scores, from ``cross_attention(..., return_lse=True)``: (B, H, Lq), or packed
             (H, Tq). With it every score is computed once, without it twice.
         key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale: as in ``cross_attention``.
+        softcap: as in ``cross_attention``. A dropout there changes neither lse nor probabilities.
         max_len_q, max_len_k: upper bound of the sequence lengths of a packed side, needed for each: it is the size of
             the result. Sequences past it are a ValueError on the CPU and NaN on a GPU.
 
@@ -53,6 +55,7 @@ def attention_probabilities(
     args = _checked(
         q, k, lse, key_lengths=key_lengths, key_mask=key_mask, key_index=key_index, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_k=cu_seqlens_k, scale=scale, max_len_q=max_len_q, max_len_k=max_len_k,
+        softcap=softcap,
     )  # fmt: skip
     with torch.no_grad():
         return _op(q.detach(), k.detach(), None if lse is None else lse.detach(), *args)
@@ -62,6 +65,7 @@ def _checked(
     q: Tensor, k: Tensor, lse: Tensor | None, *, key_lengths: Tensor | None = None, key_mask: Tensor | None = None,
     key_index: Tensor | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
     scale: float | None = None, max_len_q: int | None = None, max_len_k: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """Check the arguments, and return those of the op after lse."""
     check_arguments(q, k, k, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
@@ -82,7 +86,8 @@ def _checked(
     len_q = q.shape[1] if max_len_q is None else max_len_q
     len_k = k.shape[1] if max_len_k is None else max_len_k
     return (
-        key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale_of(scale, q.shape[-1]), len_q, len_k
+        key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale_of(scale, q.shape[-1]), len_q, len_k,
+        cap_of(softcap),
     )  # fmt: skip
 
 
@@ -97,7 +102,7 @@ def _reasons(q: Tensor) -> tuple[str, ...]:
 
 
 def _implementation(q: Tensor, k: Tensor, lse: Tensor | None, *args: Any) -> Tensor:
-    lengths, _, index, cu_q, cu_k, _, len_q, len_k = args
+    lengths, _, index, cu_q, cu_k, _, len_q, len_k = args[:8]
     if dispatch.checks_values(q.device):
         check_values(q, k, lengths, index, cu_q, cu_k, (None, None), len_q, len_k)
     if dispatch.choose(_reasons(q)) == "triton":
@@ -108,15 +113,15 @@ def _implementation(q: Tensor, k: Tensor, lse: Tensor | None, *args: Any) -> Ten
 
 
 def _fake(q: Tensor, k: Tensor, lse: Tensor | None, *args: Any) -> Tensor:
-    *_, cu_q, _, _, len_q, len_k = args
+    _, _, _, cu_q, _, _, len_q, len_k = args[:8]
     seqs = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
     return torch.empty((seqs, q.shape[-2], len_q, len_k), dtype=_dtype(q), device=q.device)
 
 
 _op = registration.define(
     "attention_probabilities(Tensor q, Tensor k, Tensor? lse, Tensor? key_lengths, Tensor? key_mask, "
-    "Tensor? key_index, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, SymInt max_len_q, SymInt max_len_k) "
-    "-> Tensor",
+    "Tensor? key_index, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, SymInt max_len_q, SymInt max_len_k, "
+    "float softcap=0.0) -> Tensor",
     _implementation,
     _fake,
 )

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.cross_attention.launch import heads_of
+from mvlm_kernels.cross_attention.launch import heads_of, softcap_of
 from mvlm_kernels.cross_attention.tile_io import (
     INF,
     SIZES,
@@ -25,28 +25,31 @@ from mvlm_kernels.cross_attention.tile_io import (
     load_rows,
     lse_of,
     rows_of,
+    scores_of,
 )
-from mvlm_kernels.dispatch import ceil_div, power_of_two
+from mvlm_kernels.cross_attention.tiles import tile_width
+from mvlm_kernels.dispatch import ceil_div
 from mvlm_kernels.language import dot
 
 
 @triton.jit
 def _scores(
-    q_tile, k_base, stride_kl, n0, klen, keys, kb, scale_log2,
+    q_tile, k_base, stride_kl, n0, klen, keys, kb, scale_log2, softcap,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores times scale and log2(e) of the keys [n0, n0 + BLOCK_N), -inf where no key exists."""
     rn = n0 + tl.arange(0, BLOCK_N)
     exists = existing_keys(rn, klen, keys, kb)
     k_tile = load_rows(k_base, rn, stride_kl, exists, D, BLOCK_D)
-    s = dot(q_tile, tl.trans(k_tile), tl.zeros((q_tile.shape[0], BLOCK_N), ACC), PRECISION) * scale_log2
+    s = dot(q_tile, tl.trans(k_tile), tl.zeros((q_tile.shape[0], BLOCK_N), ACC), PRECISION)
+    s, _slope = scores_of(s, scale_log2, softcap, ACC)
     return tl.where(exists[None, :], s, -INF)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def probabilities_kernel(
-    q, k, lse_ptr, out_ptr, keys, cu_q_ptr, H, k_seqs, q_rows, k_rows, out_rows, out_cols, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    q, k, lse_ptr, out_ptr, keys, cu_q_ptr, H, k_seqs, q_rows, k_rows, out_rows, out_cols, scale, softcap,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Probabilities of a tile of queries, (out_rows, out_cols) for each b and h. Grid (B * H * query tiles,).
@@ -65,8 +68,8 @@ def probabilities_kernel(
 
     rm = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     inside = rm < q_len
-    q_tile = load_rows(head_of(q, b, q_start, h), rm, q[2], inside, D, BLOCK_D)
-    k_base = head_of(k, kb, k_start, h)
+    q_tile = load_rows(head_of(q, b, q_start, h, D), rm, q[2], inside, D, BLOCK_D)
+    k_base = head_of(k, kb, k_start, h // GROUP, D)
     log2e = tl.full((), 1.4426950408889634, ACC)
     scale_log2 = tl.full((), scale, ACC) * log2e
     if lse_ptr is None:
@@ -74,7 +77,7 @@ def probabilities_kernel(
         total = tl.zeros((BLOCK_M,), ACC)
         for n0 in range(0, klen, BLOCK_N):
             s = _scores(
-                q_tile, k_base, k[2], n0, klen, keys, kb, scale_log2,
+                q_tile, k_base, k[2], n0, klen, keys, kb, scale_log2, softcap,
                 D, BLOCK_D, BLOCK_N, ACC, PRECISION,
             )  # fmt: skip
             m_new = tl.maximum(m, tl.max(s, 1))
@@ -90,7 +93,7 @@ def probabilities_kernel(
     out_base = out_ptr + (b * H + h) * out_rows * out_cols
     for n0 in range(0, out_cols, BLOCK_N):
         s = _scores(
-            q_tile, k_base, k[2], n0, klen, keys, kb, scale_log2,
+            q_tile, k_base, k[2], n0, klen, keys, kb, scale_log2, softcap,
             D, BLOCK_D, BLOCK_N, ACC, PRECISION,
         )  # fmt: skip
         p = tl.where(inside[:, None], tl.exp2(s - lse[:, None]), 0.0)
@@ -103,15 +106,16 @@ def probabilities_kernel(
 def launch(
     q: Tensor, k: Tensor, lse: Tensor | None, key_lengths: Tensor | None, mask_words: Tensor | None,
     key_index: Tensor | None, cu_q: Tensor | None, cu_k: Tensor | None, scale: float, len_q: int, len_k: int,
+    softcap: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """Probabilities (B, H, len_q, len_k) in float32 or float64. lse: natural, or None."""
+    """Probabilities (B, H, len_q, len_k) in float32 or float64. lse: natural, or None. softcap: 0 for none."""
     seqs = q.shape[0] if cu_q is None else cu_q.shape[0] - 1
     heads, width = q.shape[-2:]
     wide = q.dtype == torch.float64
     out = torch.empty((seqs, heads, len_q, len_k), dtype=q.dtype if wide else torch.float32, device=q.device)
     if not out.numel():
         return out
-    block_d = power_of_two(width)
+    block_d = tile_width(width)
     block = 16 if q.dtype == torch.float32 else 32  # query rows; three products of TF32 take as many registers
     lengths, words, index, bounds_q, bounds_k = (
         x if x is None else x.contiguous() for x in (key_lengths, mask_words, key_index, cu_q, cu_k)
@@ -122,7 +126,8 @@ def launch(
     dispatch.launch(
         probabilities_kernel, (seqs * heads * tiles,), heads_of(q, cu_q is not None), heads_of(k, cu_k is not None),
         lse if lse is None else lse.contiguous(), out, keys, bounds_q, heads, k_seqs, q.shape[-3], k.shape[-3],
-        len_q, len_k, scale, D=width, BLOCK_D=block_d, BLOCK_M=block, BLOCK_N=32,
+        len_q, len_k, scale, softcap_of(softcap, scale),
+        GROUP=heads // k.shape[-2], D=width, BLOCK_D=block_d, BLOCK_M=block, BLOCK_N=32,
         ACC=tl.float64 if wide else tl.float32, PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee",
         num_warps=4, num_stages=1, enable_fp_fusion=True,
     )  # fmt: skip

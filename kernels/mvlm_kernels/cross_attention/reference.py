@@ -1,10 +1,14 @@
 """Cross-attention in plain torch: the specification of the kernels, and the op's implementation without them.
 
     s[b,h,i,j] = scale * q[b,i,h,:] . k[r(b),j,h,:]        r(b) = key_index[b], or b
+    s = softcap * tanh(s / softcap) with a softcap
     p[b,h,i,:] = softmax of s[b,h,i,:] over the keys that exist; a row without keys is zeros
-    out[b,i,h,:] = sum_j p[b,h,i,j] v[r(b),j,h,:]
+    out[b,i,h,:] = sum_j p[b,h,i,j] z[b,h,i,j] v[r(b),j,h,:]    z = 1, or the factors of a dropout (dropout.py)
 
-Shape legend: B query sequences, B' key sequences, Lq, Lk rows of each, Tq, Tk packed rows, H heads, D head width.
+With Hk < H heads of k and v, head h reads head h // (H // Hk) of them.
+
+Shape legend: B query sequences, B' key sequences, Lq, Lk rows of each, Tq, Tk packed rows, H heads of q, Hk of k and v,
+D head width.
 """
 
 import math
@@ -12,6 +16,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from mvlm_kernels.cross_attention.dropout import kept
 
 
 def cross_attention_reference(
@@ -25,27 +31,25 @@ def cross_attention_reference(
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """Specification of :func:`mvlm_kernels.cross_attention`, in any floating dtype, differentiable by autograd.
 
-    Takes the same arguments and returns the output in q's shape and dtype. It reads the lengths on the host, which on
-    a GPU waits for the device.
+    Takes the same arguments and returns the output in q's shape and dtype. A dropout needs its seed, int64 (). Lengths
+    are read on the host, which on a GPU waits for the device.
     """
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-    return reference_forward(q, k, v, key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k, scale)[0]
+    sides = key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k
+    return reference_forward(q, k, v, *sides, scale, softcap or 0.0, dropout_p, seed)[0]
 
 
 def reference_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    key_index: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None, key_index: Tensor | None,
+    cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float, softcap: float = 0.0,
+    dropout_p: float = 0.0, seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Output, in q's shape and dtype, and base-2 log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq).
 
     The log-sum-exp of a row without keys is -inf. It is in base 2 as in the kernels, because the backward may run on
@@ -55,10 +59,14 @@ def reference_forward(
     k_bkhd, v_bkhd, exists = _keys(k, v, key_lengths, key_mask, cu_seqlens_k)
     if key_index is not None:
         k_bkhd, v_bkhd, exists = (x[key_index.long()] for x in (k_bkhd, v_bkhd, exists))
-    s = _scores(q_bqhd, k_bkhd, exists, scale)
+    k_bkhd, v_bkhd = (_for_each_head(x, q.shape[-2]) for x in (k_bkhd, v_bkhd))
+    s = _scores(q_bqhd, k_bkhd, exists, scale, softcap)
     lse = s.logsumexp(-1)  # (B, H, Lq)
-    p = _probabilities(s, lse).to(q.dtype)
-    out = torch.einsum("bhqk,bkhd->bqhd", p, v_bkhd)
+    p = _probabilities(s, lse)
+    if dropout_p:
+        assert seed is not None, "the public function draws one"
+        p = p * kept(seed, tuple(p.shape), dropout_p, p.dtype)
+    out = torch.einsum("bhqk,bkhd->bqhd", p.to(q.dtype), v_bkhd)
     if cu_seqlens_q is not None:
         out = _packed(out, cu_seqlens_q, q.shape[0])
         lse = _packed(lse.transpose(1, 2), cu_seqlens_q, q.shape[0]).T  # (H, Tq)
@@ -66,22 +74,14 @@ def reference_forward(
 
 
 def reference_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    key_index: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None,
+    key_index: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float,
+    softcap: float = 0.0, dropout_p: float = 0.0, seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v, in their shapes and dtypes, from the gradient of the output and the saved log-sum-exp.
 
-    With delta_i = sum_j p_ij dp_ij:  dv = p^T do,  dp = do v^T,  ds = p (dp - delta),  dq = scale ds k,  dk = scale
-    ds^T q.
+    With delta_i = sum_j p_ij dp_ij:  dv = (p z)^T do,  dp = z do v^T,  ds = p (dp - delta) (1 - (s / softcap)^2),
+    dq = scale ds k,  dk = scale ds^T q.
     """
     q_bqhd, do = _padded(q, cu_seqlens_q), _padded(grad, cu_seqlens_q)
     lse = lse * math.log(2)
@@ -90,12 +90,23 @@ def reference_backward(
     k_bkhd, v_bkhd = k_rows, v_rows
     if key_index is not None:
         k_bkhd, v_bkhd, exists = (x[key_index.long()] for x in (k_rows, v_rows, exists))
-    p = _probabilities(_scores(q_bqhd, k_bkhd, exists, scale), lse)  # (B, H, Lq, Lk), float32 or float64
-    dv = torch.einsum("bhqk,bqhd->bkhd", p.to(q.dtype), do)
+    k_bkhd, v_bkhd = (_for_each_head(x, q.shape[-2]) for x in (k_bkhd, v_bkhd))
+    s = _scores(q_bqhd, k_bkhd, exists, scale, softcap)
+    p = _probabilities(s, lse)  # (B, H, Lq, Lk), float32 or float64
     dp = torch.einsum("bqhd,bkhd->bhqk", do, v_bkhd).to(p.dtype)
-    ds = (p * (dp - (p * dp).sum(-1, keepdim=True)) * scale).to(q.dtype)
+    used = p
+    if dropout_p:
+        assert seed is not None, "the public function draws one"
+        z = kept(seed, tuple(p.shape), dropout_p, p.dtype)
+        used, dp = p * z, dp * z
+    dv = torch.einsum("bhqk,bqhd->bkhd", used.to(q.dtype), do)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
+    if softcap:
+        ds = ds * (1 - (s.masked_fill(s == -torch.inf, 0) / softcap).square())
+    ds = ds.to(q.dtype)
     dq = torch.einsum("bhqk,bkhd->bqhd", ds, k_bkhd)
     dk = torch.einsum("bhqk,bqhd->bkhd", ds, q_bqhd)
+    dk, dv = (_summed_by_group(x, k.shape[-2]) for x in (dk, dv))
     if key_index is not None:
         dk, dv = (_summed_by_row(x, key_index, len(k_rows)) for x in (dk, dv))
     if cu_seqlens_q is not None:
@@ -106,18 +117,10 @@ def reference_backward(
 
 
 def reference_probabilities(
-    q: Tensor,
-    k: Tensor,
-    lse: Tensor | None,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    key_index: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    scale: float,
-    len_q: int,
-    len_k: int,
-) -> Tensor:
+    q: Tensor, k: Tensor, lse: Tensor | None, key_lengths: Tensor | None, key_mask: Tensor | None,
+    key_index: Tensor | None, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, scale: float, len_q: int,
+    len_k: int, softcap: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Specification of :func:`mvlm_kernels.attention_probabilities`: (B, H, len_q, len_k), float32 or float64.
 
     lse: natural log-sum-exp of the scaled scores, (B, H, Lq) or packed (H, Tq); None: it is computed.
@@ -125,7 +128,7 @@ def reference_probabilities(
     k, _, exists = _keys(k, k, key_lengths, key_mask, cu_seqlens_k, len_k)
     if key_index is not None:
         k, exists = k[key_index.long()], exists[key_index.long()]
-    s = _scores(_padded(q, cu_seqlens_q, len_q), k, exists, scale)
+    s = _scores(_padded(q, cu_seqlens_q, len_q), _for_each_head(k, q.shape[-2]), exists, scale, softcap)
     if lse is None:
         lse = s.logsumexp(-1)
     elif cu_seqlens_q is not None:
@@ -138,18 +141,13 @@ def reference_probabilities(
 
 
 def sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_lengths: Tensor | None,
-    key_mask: Tensor | None,
-    key_index: Tensor | None,
-    scale: float,
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, key_mask: Tensor | None, key_index: Tensor | None,
+    scale: float, dropout_p: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Dense cross-attention by ``scaled_dot_product_attention``, for lengths and dtypes without a kernel.
 
-    q (B, Lq, H, D), k and v (B', Lk, H, D) -> (B, Lq, H, D). With key_index it copies sequences of k and v, which the
-    kernels do not.
+    q (B, Lq, H, D), k and v (B', Lk, Hk, D) -> (B, Lq, H, D). With key_index it copies sequences of k and v, which the
+    kernels do not. A dropout draws from torch's generator.
     """
     exists = None
     if key_lengths is not None or key_mask is not None:
@@ -164,7 +162,11 @@ def sdpa(
         # SDPA's backends differ on rows without keys (NaN or zeros), so such a row attends to every key here and its
         # output is set to zero below.
         mask = exists[:, None, None, :] | ~some
-    out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask, scale=scale)
+    grouped = q.shape[2] != k.shape[2]
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        *heads_first, attn_mask=mask, dropout_p=dropout_p, scale=scale, enable_gqa=grouped
+    )
     out = out.transpose(1, 2)
     return out if some is None else out.where(some, torch.zeros((), dtype=out.dtype, device=out.device))
 
@@ -185,10 +187,25 @@ def unpack_key_mask(words: Tensor, length: int) -> Tensor:
     return bits.flatten(1)[:, :length].bool()
 
 
-def _scores(q: Tensor, k: Tensor, exists: Tensor, scale: float) -> Tensor:
+def _for_each_head(x: Tensor, heads: int) -> Tensor:
+    """k or v (B, Lk, Hk, D) -> (B, Lk, heads, D): each head repeated for its group of query heads."""
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+def _summed_by_group(x: Tensor, heads: int) -> Tensor:
+    """Gradients (B, Lk, H, D) of each query head -> (B, Lk, heads, D), in float32 or float64."""
+    if x.shape[2] == heads:
+        return x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide.unflatten(2, (heads, -1)).sum(3).to(x.dtype)
+
+
+def _scores(q: Tensor, k: Tensor, exists: Tensor, scale: float, softcap: float) -> Tensor:
     """Scaled scores (B, H, Lq, Lk) in float32 or float64, -inf where the key does not exist."""
     s = torch.einsum("bqhd,bkhd->bhqk", q, k)
     s = s.to(torch.promote_types(s.dtype, torch.float32)) * scale
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
     return s.masked_fill(~exists[:, None, None, :], -torch.inf)
 
 

@@ -2,6 +2,7 @@
 
 A kernel takes a tensor of heads as a tuple ``(pointer, stride of a sequence, of a row, of a head)``, and the vectors of
 the key side as ``keys = (lengths, mask words, words per sequence, cu_seqlens, key_index)``, each of them or None.
+``dropout = (seed, threshold, 1 / (1 - p))`` and ``softcap = (2 log2(e) scale / cap, log2(e) cap)`` may be None.
 
 Sizes that change from batch to batch are arguments of their own, named in :data:`SIZES`: Triton would otherwise compile
 a kernel again for a size that is 1 or divisible by 16, in the middle of training, and it cannot be told so of numbers
@@ -15,10 +16,12 @@ the launcher guarantees; bases are int64.
 import triton
 import triton.language as tl
 
+from mvlm_kernels.cross_attention.dropout import ROUNDS
 from mvlm_kernels.language import cast, dot
 
 # Global of the kernels. NaN must not be one: Triton compares globals at every launch, and NaN is unequal to itself.
 INF = tl.constexpr(float("inf"))
+PHILOX_ROUNDS = tl.constexpr(ROUNDS)
 SIZES = (
     "k_seqs", "q_rows", "k_rows", "num_splits", "reader_splits", "tile_splits", "num_tiles", "partial_size",
     "partial_lse_size", "size", "rows", "lse_rows", "out_rows", "out_cols",
@@ -42,9 +45,15 @@ def rows_of(cu_ptr, b, total):
 
 
 @triton.jit
-def head_of(x, b, row, h):
+def head_of(x, b, row, h, D: tl.constexpr):
     """Pointer to a row of sequence b and head h. b, row and h are int64."""
-    return x[0] + b * x[1] + row * x[2] + h * x[3]
+    if D % 16 == 0:
+        ptr = x[0] + b * x[1] + row * x[2] + h * x[3]
+    else:
+        # Triton knows of an argument whether it is divisible by 16, and no smaller power. The launcher makes strides of
+        # such heads divisible by 8, so that they load in vectors too.
+        ptr = x[0] + tl.multiple_of(b * x[1] + row * x[2] + h * x[3], 8)
+    return ptr
 
 
 @triton.jit
@@ -58,24 +67,30 @@ def lse_of(lse_ptr, cu_q_ptr, b, row, h, H, q_rows):
 
 
 @triton.jit
-def load_rows(ptr, rows, stride, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tile (rows, BLOCK_D) of a matrix with contiguous columns. Rows outside are zeros and are not accessed."""
+def _elements(ptr, rows, stride, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Pointers (rows, BLOCK_D) to a tile's elements, and True where there is one."""
     cols = tl.arange(0, BLOCK_D)
     if D == BLOCK_D:
         mask = inside[:, None]
     else:
         mask = inside[:, None] & (cols[None, :] < D)
-    return tl.load(ptr + rows[:, None] * stride + cols[None, :], mask=mask, other=0.0)
+    first = rows[:, None] * stride
+    if D % 16 != 0:
+        first = tl.multiple_of(first, (8, 8))  # see head_of
+    return ptr + first + cols[None, :], mask
+
+
+@triton.jit
+def load_rows(ptr, rows, stride, inside, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tile (rows, BLOCK_D) of a matrix with contiguous columns. Rows outside are zeros and are not accessed."""
+    at, mask = _elements(ptr, rows, stride, inside, D, BLOCK_D)
+    return tl.load(at, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_rows(ptr, rows, stride, inside, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    cols = tl.arange(0, BLOCK_D)
-    if D == BLOCK_D:
-        mask = inside[:, None]
-    else:
-        mask = inside[:, None] & (cols[None, :] < D)
-    tl.store(ptr + rows[:, None] * stride + cols[None, :], cast(x, ptr.dtype.element_ty), mask=mask)
+    at, mask = _elements(ptr, rows, stride, inside, D, BLOCK_D)
+    tl.store(at, cast(x, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -143,11 +158,56 @@ def log_sum_exp(m, total):
 
 
 @triton.jit
-def transposed_probabilities(k, q, lse, exists, scale_log2, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """P^T (keys, queries) from the saved log-sum-exp."""
-    st = dot(k, tl.trans(q), tl.zeros((k.shape[0], q.shape[0]), ACC), PRECISION) * scale_log2
+def scores_of(s, scale_log2, softcap, ACC: tl.constexpr):
+    """Scores times log2(e) from the products s = q . k, and their slope 1 - tanh^2 by the scaled products.
+
+    The slope means nothing without a softcap.
+    """
+    if softcap is None:
+        x = s * scale_log2
+        slope = x
+    else:
+        t = 1.0 - 2.0 / (tl.exp2(s * tl.full((), softcap[0], ACC)) + 1.0)  # tanh; right for infinite exponentials too
+        x = t * tl.full((), softcap[1], ACC)
+        slope = 1.0 - t * t
+    return x, slope
+
+
+@triton.jit
+def transposed_probabilities(k, q, lse, exists, scale_log2, softcap, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """P^T (keys, queries) from the saved log-sum-exp, and the slopes of the scores."""
+    st = dot(k, tl.trans(q), tl.zeros((k.shape[0], q.shape[0]), ACC), PRECISION)
+    st, slope = scores_of(st, scale_log2, softcap, ACC)
     # where and not a product with 0: a query without keys has lse = -inf, so st - lse is inf.
-    return tl.exp2(tl.where(exists[:, None], st - lse[None, :], -INF))
+    return tl.exp2(tl.where(exists[:, None], st - lse[None, :], -INF)), slope
+
+
+@triton.jit
+def kept(dropout, b, h, rm, n0, TRANSPOSED: tl.constexpr, BLOCK_N: tl.constexpr, ACC: tl.constexpr):
+    """Factors of the probabilities of queries rm and keys [n0, n0 + BLOCK_N): see ``dropout.kept``.
+
+    (queries, keys), or TRANSPOSED (keys, queries). n0 is a multiple of 4: a call of Philox decides on four keys.
+    """
+    quads = n0 // 4 + tl.arange(0, BLOCK_N // 4)
+    if TRANSPOSED:
+        c0, c1 = quads[:, None], rm[None, :]
+    else:
+        c0, c1 = quads[None, :], rm[:, None]
+    w0, w1, w2, w3 = tl.philox(tl.load(dropout[0]), c0, c1, h.to(tl.int32), b.to(tl.int32), PHILOX_ROUNDS)
+    even = tl.join(_is_kept(w0, dropout[1]), _is_kept(w2, dropout[1]))
+    odd = tl.join(_is_kept(w1, dropout[1]), _is_kept(w3, dropout[1]))
+    keep = tl.join(even, odd)  # (..., 2, 2): words 0, 1, 2, 3 of the last two axes in their order
+    if TRANSPOSED:
+        keep = tl.reshape(tl.permute(keep, (0, 2, 3, 1)), (BLOCK_N, rm.shape[0]))
+    else:
+        keep = tl.reshape(keep, (rm.shape[0], BLOCK_N))
+    return tl.where(keep != 0, tl.full((), dropout[2], ACC), 0.0)
+
+
+@triton.jit
+def _is_kept(word, threshold):
+    # 24 bits are exact in float32. A byte is what the change of layout that follows has to move.
+    return ((word >> 8).to(tl.float32) >= threshold).to(tl.int8)
 
 
 @triton.jit(do_not_specialize=SIZES)

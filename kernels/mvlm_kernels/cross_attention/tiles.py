@@ -20,19 +20,32 @@ _MOST_SPLITS = 16
 _SMALL_SHARED_MEMORY = (86, 89, 120, 121)
 
 
-def has_tiles(dtype: torch.dtype, width: int, short: int, arch: int) -> bool:
-    """True if tiles without register spills exist for this dtype, head width and longest sequence of the short side."""
-    size = power_of_two(width) * bucket(short)
+def tile_width(width: int) -> int:
+    """Columns of a tile that holds heads of this width: a power of two from 16, which a matrix instruction needs.
+
+    Columns past the width are zeros in registers. They are neither loaded nor stored.
+    """
+    return max(16, power_of_two(width))
+
+
+def has_tiles(dtype: torch.dtype, width: int, short: int, arch: int, extras: int = 0) -> bool:
+    """True if tiles without register spills exist for this dtype, head width and longest sequence of the short side.
+
+    extras: how many of a dropout, a softcap and grouped heads the call has; they take registers too.
+    """
+    size = tile_width(width) * bucket(short)
     if size > 64 * 128 and arch in _SMALL_SHARED_MEMORY:
         return False
     if bucket(short) > 128 and (size > 64 * 256 or not _has_wgmma(arch)):
         return False
-    return dtype != torch.float32 or size <= 64 * 64
+    if (extras and size > 64 * 128 and not _has_wgmma(arch)) or (extras > 1 and bucket(short) > 64):
+        return False
+    return dtype != torch.float32 or size <= (64 * 32 if extras else 64 * 64)
 
 
 def single_pass(dtype: torch.dtype, device: str, width: int, short: int, arch: int) -> bool:
     """True if ``short_q_backward`` has tiles without register spills, so that one pass computes all three gradients."""
-    return _tiles("short_q_backward", dtype, device, power_of_two(width), bucket(short), 0, arch) is not None
+    return _tiles("short_q_backward", dtype, device, tile_width(width), bucket(short), 0, arch) is not None
 
 
 @overridable
@@ -43,7 +56,7 @@ def meta(kernel: str, dtype: torch.dtype, device: str, width: int, short: int, l
     device: a device type ("cuda", "cpu"). short: longest sequence of the short side. long: that of the long side,
     negative if unknown. The dict is cached: do not change it.
     """
-    block_d = power_of_two(width)
+    block_d = tile_width(width)
     tiles = _tiles(kernel, dtype, device, block_d, bucket(short), long, arch)
     assert tiles is not None, "a caller asks for a single pass only where there is one"
     return {
@@ -83,7 +96,7 @@ def _rule(kernel: str, kind: str, block_d: int, short: int, text: bool, wgmma: b
     size = block_d * short
     most = 64 * 64 if kind == "16bit" else 64 * 64 - 1  # elements of the short side that four warps hold
     warps = 8 if size > most else 4
-    staged = small and size <= 64 * 32
+    staged = small and size <= 64 * 32 and short <= 64
     if kernel == "short_kv_forward":
         if text and small:
             return {"BLOCK_M": 16, "BLOCK_N": short, "num_warps": 1, "num_stages": 1}

@@ -146,7 +146,6 @@ def why_not_fused(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    dropout: float = 0.0,
     is_causal: bool | None = None,
     position_bias: Tensor | None = None,
     sliding_window: int | None = None,
@@ -157,7 +156,6 @@ def why_not_fused(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     queries, width = query.shape[2], query.shape[3]
     checks = (
-        (bool(dropout), "dropout is not 0"),
         (position_bias is not None, "there is a position_bias"),
         (sliding_window is not None, "there is a sliding_window"),
         (bool(output_attentions), "output_attentions is set, and the op returns no probabilities"),
@@ -170,7 +168,6 @@ def why_not_fused(
             query.shape[0] != key.shape[0] or key.shape[:3] != value.shape[:3],
             f"query, key and value have batches and lengths of {[tuple(x.shape) for x in (query, key, value)]}",
         ),
-        (query.shape[1] != key.shape[1], f"{query.shape[1]} query heads share {key.shape[1]} key heads"),
         (
             not (width == key.shape[3] == value.shape[3]),
             f"head widths differ: {width}, {key.shape[3]} and {value.shape[3]}",
@@ -228,7 +225,6 @@ def attention(
             key,
             value,
             attention_mask,
-            dropout=dropout,
             is_causal=is_causal,
             position_bias=position_bias,
             sliding_window=kwargs.get("sliding_window"),
@@ -238,7 +234,7 @@ def attention(
     if not reasons:
         padding = None if attention_mask is None else _key_padding(attention_mask, query, key)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (B, L, H, D), no copy
-        return cross_attention(q, k, v, key_mask=padding, scale=scaling), None
+        return cross_attention(q, k, v, key_mask=padding, scale=scaling, dropout_p=dropout), None
     return sdpa_attention_forward(
         module,
         query,

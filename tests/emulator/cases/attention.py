@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -21,11 +22,11 @@ TF32_RMS = 4e-3
 NAMES = ("out", "dq", "dk", "dv")
 
 
-def check(case: Case, processors: int = 0) -> None:
+def check(case: Case, processors: int = 0, **options: Any) -> None:
     """16-bit types within the bounds of the interpreted kernels, float32 within TF32_RMS; every element written."""
     call = build(case)
-    oracle = run(cross_attention_reference, call, torch.float64)
-    same = run(cross_attention_reference, call)
+    oracle = run(cross_attention_reference, call, torch.float64, **options)
+    same = run(cross_attention_reference, call, **options)
     cu_q, cu_k, max_q, max_k = (
         values.get(f"{name}_{side}")
         for values, name in ((call.kwargs, "cu_seqlens"), (call.bounds, "max_len"))
@@ -36,7 +37,7 @@ def check(case: Case, processors: int = 0) -> None:
     if not has_tiles(case.dtype, case.width, short, dispatch.arch(call.q.device)):
         pytest.skip("no tiles: another backend runs on a GPU")
     with multiprocessors(processors):
-        got = run(cross_attention, call, **call.bounds)
+        got = run(cross_attention, call, **call.bounds, **options)
     for name, terms, x, y, z in zip(NAMES, (1, 8, 8, 1), got, same, oracle, strict=True):
         assert not unwritten(x), f"{name}: {unwritten(x)} elements unwritten"
         if case.dtype == torch.float32:
@@ -85,6 +86,15 @@ def cases() -> Cases:
             for len_q, len_k in SIZES:
                 case = Case(len_q=len_q, len_k=len_k, width=width, dtype=dtype, lengths=True)
                 yield f"widths/{width}/{len_q}x{len_k}/{name}", partial(check, case)
+        for width in (8, 40, 104):  # no multiple of 16: vectors by what tile_io says of strides
+            for len_q, len_k in SIZES[:2]:
+                case = Case(len_q=len_q, len_k=len_k, width=width, dtype=dtype, heads=3, layout="strided")
+                yield f"widths/{width}/{len_q}x{len_k}/{name}", partial(check, case)
+    for label in ("lengths", "index", "packed-both", "long-lengths", "long-index", "long-packed-q"):
+        case = replace(SIDES[label], heads=4, width=64, dtype=torch.bfloat16)
+        yield f"grouped/{label}", partial(check, replace(case, key_heads=2))
+        yield f"dropout/{label}", partial(check, case, dropout_p=0.2, seed=torch.tensor(2**62 + 5))
+        yield f"softcap/{label}", partial(check, case, softcap=2.0)
     for layout in ("strided", "expanded"):
         for label in ("lengths", "packed-k", "long-index", "index", "long-packed-k"):
             case = replace(SIDES[label], layout=layout, heads=2, dtype=torch.bfloat16)

@@ -6,6 +6,8 @@ import torch
 from mvlm_kernels import cross_attention, explain, use_backend
 from mvlm_kernels.cross_attention import HEAD_WIDTHS, LONGEST_SHORT_SIDE, why_not_triton
 from mvlm_kernels.cross_attention.arguments import short_sides_up_to
+from mvlm_kernels.cross_attention.launch import heads_of
+from mvlm_kernels.cross_attention.ops import extras_of, type_reasons
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
 from mvlm_kernels.cross_attention.tiles import has_tiles
 from support.kernels.attention import Case, build, run
@@ -23,7 +25,7 @@ def test_every_width_up_to_the_longest_short_side_has_a_kernel(width: int):
 @pytest.mark.parametrize(
     "dtype, width, rows, reason",
     [
-        (torch.bfloat16, 48, 32, "heads are 48 wide, the kernels take 32, 64, 80, 96, 128"),
+        (torch.bfloat16, 36, 32, "heads are 36 wide, the kernels take multiples of 8 up to 128"),
         (torch.bfloat16, 64, 129, "the shorter side has 129 rows, the kernels take 128"),
         (torch.float64, 64, 32, "float64 has no kernel"),
     ],
@@ -36,6 +38,19 @@ def test_widest_tiles_need_the_shared_memory_of_a_compute_capability():
     """A block has 99 KiB on 8.6, 8.9 and 12.x, and 163 or more on all others, 8.7 (Orin) included."""
     capabilities = 80, 86, 87, 89, 90, 100, 110, 120, 121
     assert [arch for arch in capabilities if not has_tiles(torch.bfloat16, 128, 128, arch)] == [86, 89, 120, 121]
+
+
+def test_dropout_softcap_and_grouped_heads_need_registers():
+    """A wide head and a long side leave none on sm_80, two features none above 64 rows, float32 none above 64 x 32."""
+    assert not has_tiles(torch.bfloat16, 128, 128, 80, extras=1)
+    assert has_tiles(torch.bfloat16, 128, 128, 90, extras=1)
+    assert has_tiles(torch.bfloat16, 64, 128, 80, extras=1)
+    assert not has_tiles(torch.bfloat16, 64, 128, 80, extras=2)
+    assert not has_tiles(torch.float32, 64, 64, 90, extras=1)
+    q, k = torch.empty(1, 9, 4, 128), torch.empty(1, 9, 2, 128)
+    assert [extras_of(q, q, 0.0, 0.0), extras_of(q, k, 0.0, 0.1), extras_of(q, k, 9.0, 0.1)] == [0, 2, 3]
+    (reason,) = type_reasons(torch.bfloat16, 128, 128, 80, False, extras=1)
+    assert "at width 128 and 128 rows with a dropout, a softcap or grouped heads fits this GPU: SDPA runs" in reason
 
 
 def test_why_not_triton_agrees_with_explain_on_the_cpu():
@@ -57,3 +72,16 @@ def test_sides_of_197_rows_are_short_only_on_demand():
     capabilities = 80, 90, 100, 120
     assert [arch for arch in capabilities if has_tiles(torch.bfloat16, 64, 197, arch)] == [90, 100]
     assert not has_tiles(torch.bfloat16, 128, 197, 90)
+
+
+def test_strides_of_odd_widths_are_multiples_of_a_vector():
+    """Kernels load heads of 8, 24, 40 ... in vectors of 8 elements, so other strides have to be copied first."""
+    fused = torch.zeros(2, 9, 3, 2, 40)  # projections of queries, keys and values side by side
+    q = fused[:, :, 0]
+    assert heads_of(q, False)[0].data_ptr() == q.data_ptr()
+    odd = torch.zeros(2, 9, 2, 41)[..., :40]
+    x, *strides = heads_of(odd, False)
+    assert x.is_contiguous()
+    assert not any(stride % 8 for stride in strides)
+    even = torch.zeros(2, 9, 2, 65)[..., :64]  # Triton sees these strides itself
+    assert heads_of(even, False)[0] is even

@@ -95,7 +95,7 @@ def test_head_width_without_kernel_goes_to_sdpa(calls: list[AttentionCall]):
     padding = (torch.arange(9) < torch.tensor([[9], [3], [5]])).long()
     torch.testing.assert_close(*outputs(BertSelfAttention, padding))
     assert fused(calls) == 1
-    torch.testing.assert_close(*outputs(BertSelfAttention, padding, num_attention_heads=4))  # width 16
+    torch.testing.assert_close(*outputs(BertSelfAttention, padding, num_attention_heads=16))  # width 4
     assert fused(calls) == 1
 
 
@@ -258,13 +258,11 @@ def test_score_options_that_the_op_lacks_are_refused(option: str):
 @pytest.mark.parametrize(
     "changes, reason",
     [
-        ({"dropout": 0.1}, "dropout is not 0"),
         ({"position_bias": torch.zeros(1, 2, 5, 5)}, "there is a position_bias"),
         ({"sliding_window": 3}, "there is a sliding_window"),
         ({"output_attentions": True}, "the op returns no probabilities"),
         ({"is_causal": True}, "the module is causal"),
         ({"attention_mask": torch.zeros(2, 1, 5, 5)}, "the mask is not plain key padding"),
-        ({"key": torch.zeros(2, 1, 5, 32), "value": torch.zeros(2, 1, 5, 32)}, "2 query heads share 1 key heads"),
         ({"value": torch.zeros(2, 2, 5, 16)}, "head widths differ: 32, 32 and 16"),
         ({"query": torch.zeros(1, 2, 5, 32)}, "batches and lengths"),
         ({}, "the tensors are on the CPU"),
@@ -278,6 +276,17 @@ def test_every_way_to_sdpa_has_a_reason(changes: dict[str, Any], reason: str):
     if changes:
         with use_backend("torch"):
             assert len(integration.why_not_fused(torch.nn.Module(), **given)) == 1
+
+
+def test_dropout_in_training_is_computed_by_the_op(calls: list[AttentionCall]):
+    """Also with grouped heads: the model's 4 query heads share 2 key heads."""
+    v = torch.eye(32).expand(2, 2, 32, 32)
+    q, k = torch.zeros(2, 4, 9, 32), torch.zeros(2, 2, 32, 32)
+    out, _ = integration.attention(torch.nn.Module(), q, k, v, None, is_causal=False, dropout=0.25)
+    assert fused(calls) == 1
+    # Of 32 equal probabilities each shows itself in a column: 0, or a third more than without a dropout.
+    assert set(out.unique().tolist()) == {0.0, torch.tensor(1 / 32 / 0.75).item()}
+    assert 0.2 < float((out == 0).double().mean()) < 0.3
 
 
 def test_sliding_window_goes_to_sdpa(calls: list[AttentionCall]):

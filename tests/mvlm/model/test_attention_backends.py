@@ -24,7 +24,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         (CPU, torch.float64, True, 32, 64, "sdpa"),
         (GPU, torch.bfloat16, False, 197, 64, "sdpa"),
         (GPU, torch.bfloat16, True, 32, 64, "triton"),
-        (GPU, torch.bfloat16, True, 32, 48, "sdpa"),
+        (GPU, torch.bfloat16, True, 32, 36, "sdpa"),
         (GPU, torch.bfloat16, True, 144, 64, "sdpa"),
         (GPU, torch.float64, True, 32, 64, "sdpa"),
     ],
@@ -46,7 +46,7 @@ def test_auto_chooses_by_device_dtype_and_shape(device, dtype, text, shorter, wi
             "tensors are on cpu, not on a GPU; choose one that can run: sdpa, math",
         ),
         ("xformers", GPU, torch.bfloat16, 64, 197, False, "xformers is not installed: pip install"),
-        ("triton", GPU, torch.bfloat16, 48, 32, True, "heads are 48 wide"),
+        ("triton", GPU, torch.bfloat16, 36, 32, True, "heads are 36 wide"),
         ("triton", GPU, torch.bfloat16, 64, 197, False, "the shorter side has 197 rows, the kernels take 128"),
         (
             "flash-attn",

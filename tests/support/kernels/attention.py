@@ -24,6 +24,7 @@ class Case:
     len_k: int
     batch: int = 2
     heads: int = 1
+    key_heads: int = 0  # heads of k and v; 0: as many as q has
     width: int = 32
     dtype: torch.dtype = torch.float32
     lengths: bool = False  # key_lengths, with a row of length 0
@@ -83,11 +84,11 @@ def build(case: Case) -> Call:
             lengths[1] = 0
         return torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).to(case.ids)
 
-    def values(seqs: int, length: int, cu: Tensor | None) -> Tensor:
+    def values(seqs: int, length: int, cu: Tensor | None, heads: int = case.heads) -> Tensor:
         leading = (seqs, length) if cu is None else (int(cu[-1]) + 5,)  # 5 rows of a rounded-up bucket
-        shape = (*leading, case.heads, case.width)
+        shape = (*leading, heads, case.width)
         if case.layout == "strided":  # one of two interleaved projections, heads outermost
-            wide = torch.randn((case.heads, *leading, 2, case.width), generator=draw, dtype=torch.float64)
+            wide = torch.randn((heads, *leading, 2, case.width), generator=draw, dtype=torch.float64)
             x = wide.to(case.dtype)[..., 0, :].movedim(0, -2)
         elif case.layout == "expanded" and cu is None:
             x = torch.randn((1, *shape[1:]), generator=draw, dtype=torch.float64).to(case.dtype).expand(shape)
@@ -107,7 +108,7 @@ def build(case: Case) -> Call:
         if case.bounded:
             bounds["max_len_k"] = case.len_k
     q = values(q_seqs, case.len_q, cu_q)
-    k, v = (values(case.batch, case.len_k, cu_k) for _ in range(2))
+    k, v = (values(case.batch, case.len_k, cu_k, case.key_heads or case.heads) for _ in range(2))
     exists = torch.ones(case.batch, case.len_k, dtype=torch.bool)
     if case.lengths:
         lengths = torch.randint(min(2, case.len_k), case.len_k + 1, (case.batch,), generator=draw)
@@ -146,13 +147,45 @@ def run(
     return out.detach(), q.grad, k.grad, v.grad
 
 
+def attention_by_loops(
+    q: Tensor, k: Tensor, v: Tensor, *, key_lengths: Tensor | None = None, key_mask: Tensor | None = None,
+    key_index: Tensor | None = None, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None,
+    kept: Tensor | None = None, softcap: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Cross-attention one sequence and head at a time, by torch.softmax; autograd differentiates it.
+
+    kept: (B, H, Lq, Lk) factors of the probabilities, as of a dropout.
+    """
+    heads, width = q.shape[-2:]
+    group = heads // k.shape[-2]
+    out = torch.zeros_like(q)
+    for b in range(len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1):
+        r = b if key_index is None else int(key_index[b])
+        rows = b if cu_seqlens_q is None else slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))
+        keys_of = r if cu_seqlens_k is None else slice(int(cu_seqlens_k[r]), int(cu_seqlens_k[r + 1]))
+        exists = torch.ones(len(k[keys_of]), dtype=torch.bool)
+        if key_lengths is not None:
+            exists[int(key_lengths[r]) :] = False
+        if key_mask is not None:
+            exists &= key_mask[r]
+        keys = exists.nonzero()[:, 0]
+        for h in range(heads if len(keys) else 0):
+            s = q[rows][:, h] @ k[keys_of][keys, h // group].T * width**-0.5
+            p = (s if softcap is None else softcap * torch.tanh(s / softcap)).softmax(-1)
+            if kept is not None:
+                p = p * kept[b, h, : len(p), keys]
+            out[rows][:, h] = p @ v[keys_of][keys, h // group]
+    return out
+
+
 def op_arguments(q: Tensor, k: Tensor, kwargs: dict[str, Any], scale: float) -> tuple[Any, ...]:
     """Arguments of the registered op after q, k and v, from those of the public function."""
     sides = [kwargs.get(n) for n in ("key_lengths", "key_mask", "key_index", "cu_seqlens_q", "cu_seqlens_k")]
     if sides[1] is not None:
         sides[1] = mvlm_kernels.pack_key_mask(sides[1])
     longest = longest_sequences(q, k, *sides[3:], *map(kwargs.get, ("max_len_q", "max_len_k")))
-    return (*sides, None, None, scale, *longest)
+    seed = kwargs.get("seed")
+    return (*sides, None, None, scale, *longest, kwargs.get("softcap") or 0.0, kwargs.get("dropout_p", 0.0), seed)
 
 
 def attention_by_op(q: Tensor, k: Tensor, v: Tensor, **kwargs: Any) -> Tensor:

@@ -1,0 +1,219 @@
+"""The ops as layers: ``nn.Module`` with the parameters and state dicts of torch's own.
+
+A layer holds parameters and calls one op, whose documentation holds for it. :func:`mvlm_kernels.explain` of the op says
+what runs.
+
+Shape legend: B batch, Lq and Lk rows, C width, N patches, K chosen patches, P patch side.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mvlm_kernels.add_layer_norm import add_layer_norm
+from mvlm_kernels.cross_attention import cross_attention
+from mvlm_kernels.gather_patches import gather_patches
+from mvlm_kernels.gelu_linear import gelu_linear
+from mvlm_kernels.pixel_loss import linear_pixel_loss
+from mvlm_kernels.place_tokens import place_tokens
+
+__all__ = ["AddLayerNorm", "CrossAttention", "GeluLinear", "PatchEmbed", "PixelLoss", "PlaceTokens"]
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of a stream to a context by :func:`mvlm_kernels.cross_attention`, with its projections.
+
+    Args:
+        width: C of the stream, and of the output.
+        heads: query heads.
+        context_width: of the context; the stream's by default.
+        kv_heads: heads of keys and values, ``heads`` or a divisor of it.
+        head_width: of each head, ``width // heads`` by default; a multiple of 8 up to 128.
+        bias: of the four projections.
+        dropout: of the probabilities, in training.
+        softcap: of the scores.
+
+    Parameters are those of four ``nn.Linear``: ``q``, ``k``, ``v`` and ``out``.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        context_width: int | None = None,
+        kv_heads: int | None = None,
+        head_width: int | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__()
+        if head_width is None and width % heads:
+            raise ValueError(f"width must be divisible by heads, got {width} and {heads}; or give head_width")
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        self.head_width = head_width or width // heads
+        self.dropout, self.softcap = dropout, softcap
+        context_width = width if context_width is None else context_width
+        self.q = nn.Linear(width, heads * self.head_width, bias)
+        self.k = nn.Linear(context_width, self.kv_heads * self.head_width, bias)
+        self.v = nn.Linear(context_width, self.kv_heads * self.head_width, bias)
+        self.out = nn.Linear(heads * self.head_width, width, bias)
+
+    @classmethod
+    def from_torch(cls, attention: nn.MultiheadAttention) -> "CrossAttention":
+        """Layer with copies of the weights of ``nn.MultiheadAttention``, in its training mode.
+
+        Its inputs are (B, L, C) whatever ``batch_first`` was. Raises ValueError for bias_kv, add_zero_attn, and values
+        of another width than keys.
+        """
+        if attention.bias_k is not None or attention.add_zero_attn or attention.kdim != attention.vdim:
+            raise ValueError(
+                "attention must have no add_bias_kv, no add_zero_attn and kdim == vdim, got "
+                f"{attention.bias_k is not None}, {attention.add_zero_attn}, {attention.kdim} and {attention.vdim}"
+            )
+        weight = attention.in_proj_weight
+        if weight is None:
+            weights = attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight
+        else:
+            weights = weight.chunk(3)
+        bias = attention.in_proj_bias
+        made = cls(
+            attention.embed_dim,
+            attention.num_heads,
+            context_width=attention.kdim,
+            bias=bias is not None,
+            dropout=attention.dropout,
+        ).to(weights[0])
+        state = {f"{name}.weight": x for name, x in zip("qkv", weights, strict=True)}
+        if bias is not None:
+            state |= {f"{name}.bias": x for name, x in zip("qkv", bias.chunk(3), strict=True)}
+        state |= {f"out.{name}": x for name, x in attention.out_proj.state_dict().items()}
+        made.load_state_dict(state)
+        return made.train(attention.training)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, **options: Any) -> Tensor:
+        """Attend from x (B, Lq, C) to context (B, Lk, context_width), or to x itself; returns x's shape.
+
+        Either may be packed (rows, C) with ``cu_seqlens_q`` and ``cu_seqlens_k``, or a jagged nested tensor. options:
+        of :func:`mvlm_kernels.cross_attention`, such as key_lengths, key_mask (True = the key exists), key_index and
+        seed.
+        """
+        context = x if context is None else context
+        q = self.q(x).unflatten(-1, (self.heads, self.head_width))
+        k = self.k(context).unflatten(-1, (self.kv_heads, self.head_width))
+        v = self.v(context).unflatten(-1, (self.kv_heads, self.head_width))
+        dropout = self.dropout if self.training else 0.0
+        return self.out(cross_attention(q, k, v, softcap=self.softcap, dropout_p=dropout, **options).flatten(-2))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, kv_heads={self.kv_heads}, dropout={self.dropout}, softcap={self.softcap}"
+
+
+class AddLayerNorm(nn.LayerNorm):
+    """``nn.LayerNorm`` of a residual sum by :func:`mvlm_kernels.add_layer_norm`, with its state dict.
+
+    Args:
+        width: C.
+        eps: added to the variance.
+        post_norm: the stream continues with the norm and not with the sum.
+        out_dtype: of the norm; that of the summand by default.
+    """
+
+    def __init__(
+        self, width: int, eps: float = 1e-5, *, post_norm: bool = False, out_dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(width, eps)
+        self.post_norm, self.out_dtype = post_norm, out_dtype
+
+    def forward(self, input: Tensor, y: Tensor | None = None, y_bias: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """Stream input (.., C) and what a sub-layer adds, y (.., C) or None -> the new stream and its norm."""
+        return add_layer_norm(
+            input,
+            y,
+            self.weight,
+            self.bias,
+            self.eps,
+            y_bias=y_bias,
+            out_dtype=self.out_dtype,
+            post_norm=self.post_norm,
+        )
+
+
+class GeluLinear(nn.Linear):
+    """``nn.GELU`` and ``nn.Linear`` by :func:`mvlm_kernels.gelu_linear`, with the state dict of the linear layer."""
+
+    def forward(self, input: Tensor, h_bias: Tensor | None = None) -> Tensor:
+        """input (.., in_features), without the bias h_bias (in_features,) if that is given -> (.., out_features)."""
+        return gelu_linear(input, self.weight, self.bias, h_bias=h_bias)
+
+
+class PatchEmbed(nn.Conv2d):
+    """Patch embedding by :func:`mvlm_kernels.gather_patches`, with the state dict of the convolution that it replaces.
+
+    Args:
+        channels: of the images.
+        width: C.
+        patch_size: P.
+        bias: of the projection.
+        mean, std: one value for each channel, by which pixels are normalised as they are read.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        patch_size: int,
+        bias: bool = True,
+        *,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ) -> None:
+        super().__init__(channels, width, patch_size, patch_size, bias=bias)
+        self.mean, self.std = mean, std
+
+    def forward(self, input: Tensor, patch_ids: Tensor | None = None) -> Tensor:
+        """images (B, channels, H, W), uint8 or floating, and patch_ids (B, K) or None for all N -> (B, K or N, C)."""
+        size = self.kernel_size[0]
+        patches = gather_patches(input, patch_ids, size, mean=self.mean, std=self.std, dtype=self.weight.dtype)
+        return nn.functional.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class PlaceTokens(nn.Module):
+    """Input sequence of a masked vision transformer by :func:`mvlm_kernels.place_tokens`.
+
+    Parameters: ``mask_token`` (C,), ``cls_token`` (C,) and ``pos_embed`` (1 + N, C), drawn with a deviation of 0.02.
+    """
+
+    def __init__(self, patches: int, width: int) -> None:
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.empty(width))
+        self.cls_token = nn.Parameter(torch.empty(width))
+        self.pos_embed = nn.Parameter(torch.empty(1 + patches, width))
+        for parameter in self.parameters():
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+    def forward(self, tokens: Tensor, **options: Any) -> Tensor:
+        """tokens (B, N, C), or (B, K, C) with visible_ids -> (B, 1 + N, C). options: masked, visible_ids."""
+        return place_tokens(tokens, self.mask_token, self.pos_embed, self.cls_token, **options)
+
+
+class PixelLoss(nn.Linear):
+    """Pixel head and its loss by :func:`mvlm_kernels.linear_pixel_loss`, with the state dict of the head.
+
+    Args:
+        width: C of the hidden states.
+        patch_size: P.
+        channels: of the images.
+        bias: of the head.
+        options: mean, std, kind, normalize_target and reduction of the op.
+    """
+
+    def __init__(self, width: int, patch_size: int, channels: int = 3, bias: bool = True, **options: Any) -> None:
+        super().__init__(width, channels * patch_size**2, bias)
+        self.patch_size, self.options = patch_size, options
+
+    def forward(self, input: Tensor, images: Tensor, patch_ids: Tensor | None) -> Tensor:  # type: ignore[override]
+        """Hidden states (B, K, C) of the patches patch_ids (B, K) of images (B, channels, H, W) -> the loss."""
+        return linear_pixel_loss(input, self.weight, self.bias, images, patch_ids, self.patch_size, **self.options)

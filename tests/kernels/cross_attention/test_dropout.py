@@ -1,0 +1,166 @@
+"""Dropout of attention against an independent Philox and loops over sequences and heads in float64."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import mvlm_kernels
+from mvlm_kernels import cross_attention, dispatch, explain
+from mvlm_kernels.cross_attention.dropout import philox
+from mvlm_kernels.cross_attention.reference import cross_attention_reference
+from support.kernels.attention import SIDES, Case, attention_by_loops, attention_by_op, build, op_arguments, run
+
+P, SEED = 0.3, 0x1234_5678_9ABC_DEF1
+
+
+def philox_by_hand(counter: tuple[int, ...], seed: int, rounds: int) -> tuple[int, ...]:
+    """Philox-4x32 in Python's integers, as Salmon et al. define it."""
+    (c0, c1, c2, c3), k0, k1 = counter, seed % 2**32, seed >> 32
+    for _ in range(rounds):
+        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b % 2**32, (a >> 32) ^ c3 ^ k1, a % 2**32
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return c0, c1, c2, c3
+
+
+@cache
+def kept_by_hand(batch: int, heads: int, len_q: int, len_k: int) -> Tensor:
+    """Factors (B, H, Lq, Lk) of a dropout of P with SEED."""
+    kept = torch.zeros(batch, heads, len_q, len_k, dtype=torch.float64)
+    for b, h, i in torch.cartesian_prod(*map(torch.arange, (batch, heads, len_q))).tolist():
+        words = [w for quad in range((len_k + 3) // 4) for w in philox_by_hand((quad, i, h, b), SEED, 7)]
+        kept[b, h, i] = torch.tensor([float(w / 2**32 >= P) for w in words[:len_k]])
+    return kept / (1 - P)
+
+
+def test_philox_has_the_published_words():
+    """Known answers of Random123, the authors' library."""
+    ones = torch.tensor(2**32 - 1)
+    for counter, seed, rounds, wanted in (
+        (torch.tensor(0), 0, 10, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        (torch.tensor(0), 0, 7, "5f6fb709 0d893f64 4f121f81 4f730a48"),
+        (ones, -1, 10, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ):
+        words = philox((counter,) * 4, torch.tensor(seed), rounds)
+        assert " ".join(f"{int(word):08x}" for word in words) == wanted
+
+
+CASES = {
+    name: replace(SIDES[name], heads=2, width=16, dtype=torch.float64, **sizes)
+    for name, sizes in {
+        "lengths": {"len_q": 19, "len_k": 7},
+        "index": {"len_q": 19, "len_k": 7, "key_heads": 1},
+        "packed-both": {"len_q": 9, "len_k": 9},
+        "long-lengths": {"len_q": 5, "len_k": 131},
+        "long-index": {"len_q": 5, "len_k": 131, "readers": 3},
+        "long-packed-q": {"len_q": 5, "len_k": 131, "batch": 2},
+    }.items()
+}
+
+
+def run_by_loops(case: Case) -> tuple[Tensor, ...]:
+    kept = kept_by_hand(case.readers or case.batch, case.heads, case.len_q, case.len_k)
+    return run(attention_by_loops, build(case), kept=kept)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_dropout_of_kernels_and_torch_equals_loops(case: Case):
+    call, wanted = build(case), run_by_loops(case)
+    with mvlm_kernels.use_backend("triton"):
+        kernels = run(cross_attention, call, **call.bounds, dropout_p=P, seed=SEED)
+    composed = run(cross_attention, call, **call.bounds, dropout_p=P, seed=SEED)
+    by_op = run(attention_by_op, call, **call.bounds, dropout_p=P, seed=torch.tensor(SEED))
+    for found in (kernels, composed, by_op):
+        for name, a, b in zip(("out", "dq", "dk", "dv"), found, wanted, strict=True):
+            torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("len_q, len_k", [(13, 15), (3, 130)], ids=["short keys", "short queries"])
+def test_forward_and_backward_drop_the_same(len_q: int, len_k: int, monkeypatch: pytest.MonkeyPatch):
+    """Unit vectors as values show the kept probabilities, unit vectors as gradients show them to dV; in splits too."""
+    q, k = torch.randn(2, len_q, 1, 128), torch.randn(2, len_k, 1, 128)
+    found = []
+    for multiprocessors in (0, 12):
+        monkeypatch.setattr(dispatch, "multiprocessors", lambda device, n=multiprocessors: n)
+        v = torch.eye(len_k, 128).expand(2, -1, -1)[:, :, None].clone().requires_grad_()
+        with mvlm_kernels.use_backend("triton"):
+            out = cross_attention(q, k, v, dropout_p=P, seed=SEED)
+            out.backward(torch.eye(len_q, 128).expand(2, -1, -1)[:, :, None])
+        seen = min(len_k, 128)
+        assert v.grad is not None
+        found += [out[:, :, 0, :seen] != 0, v.grad[:, :seen, 0, :len_q].transpose(1, 2) != 0]
+    wanted = kept_by_hand(2, 1, len_q, len_k)[:, 0, :, :seen] != 0
+    assert all(torch.equal(mask, wanted) for mask in found)
+
+
+def test_dropout_of_nothing_changes_no_bit():
+    call = build(replace(SIDES["lengths"], len_q=9, len_k=7))
+    with mvlm_kernels.use_backend("triton"):
+        plain, without = run(cross_attention, call), run(cross_attention, call, dropout_p=0.0, seed=SEED)
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(plain, without, strict=True))
+
+
+def test_share_of_dropped_probabilities():
+    """Within four standard deviations of p, and no seed is like another."""
+    v = torch.eye(128)[None, :, None]
+    q, k = torch.zeros(1, 500, 1, 128), torch.zeros(1, 128, 1, 128)
+    torch.manual_seed(0)
+    first, second = ((cross_attention(q, k, v, dropout_p=0.1) == 0).double() for _ in range(2))
+    for dropped in (first, second, (first * second) * 10):
+        assert abs(float(dropped.mean()) - 0.1) < 4 * 10 * (0.01 * 0.99 / 64_000) ** 0.5
+    torch.manual_seed(0)
+    assert torch.equal(cross_attention(q, k, v, dropout_p=0.1) == 0, first == 1)
+
+
+def test_a_given_seed_drops_the_same_where_both_sides_are_long():
+    case = Case(len_q=130, len_k=131, heads=1, width=8, batch=1, dtype=torch.float64)
+    for a, b in zip(run(cross_attention, build(case), dropout_p=P, seed=SEED), run_by_loops(case), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.manual_seed(0)
+    drawn = [cross_attention(build(case).q, build(case).k, build(case).v, dropout_p=P) for _ in range(2)]
+    assert not torch.equal(*drawn)  # SDPA's own dropout
+    assert any("seed" in r for r in explain(cross_attention, build(case).q, build(case).k, build(case).v).reasons)
+
+
+def test_reference_with_dropout_passes_gradcheck():
+    q, k, v = (torch.randn(1, n, 2, 8, dtype=torch.float64, requires_grad=True) for n in (3, 5, 5))
+    options: dict[str, Any] = {"dropout_p": P, "seed": torch.tensor(SEED), "softcap": 1.5}
+    for function in (cross_attention_reference, cross_attention, attention_by_op):
+        assert torch.autograd.gradcheck(lambda *x, f=function: f(*x, **options), (q, k, v), fast_mode=True)
+
+
+@pytest.mark.slow
+@pytest.mark.plain_empty
+def test_dropout_and_softcap_pass_opcheck():
+    call = build(CASES["long-lengths"])
+    tensors = [x.detach().nan_to_num().requires_grad_() for x in (call.q, call.k, call.v)]
+    options = {"dropout_p": P, "seed": torch.tensor(SEED), "softcap": 2.0}
+    args = (*tensors, *op_arguments(call.q, call.k, call.kwargs | options, 0.25))
+    with mvlm_kernels.use_backend("triton"):
+        torch.library.opcheck(torch.ops.mvlm_kernels.cross_attention.default, args)
+
+
+BAD = {
+    "one": ({"dropout_p": 1.0}, r"dropout_p must be a float in \[0, 1\), got 1.0"),
+    "negative": ({"dropout_p": -0.1}, "dropout_p must be a float"),
+    "float-seed": (
+        {"dropout_p": 0.1, "seed": torch.zeros(())},
+        "seed must be an int, or an int64 tensor .* got torch.float32",
+    ),
+    "two-seeds": ({"dropout_p": 0.1, "seed": torch.zeros(2).long()}, r"got torch.int64 of shape \(2,\)"),
+    "large-seed": ({"dropout_p": 0.1, "seed": 2**63}, "seed must be in 0"),
+    "cap": ({"softcap": 0.0}, "softcap must be a positive float or None, got 0.0"),
+}
+
+
+@pytest.mark.parametrize("changes, message", BAD.values(), ids=BAD.keys())
+def test_bad_dropout_and_softcap_say_what_was_wanted(changes: dict[str, Any], message: str):
+    q = torch.randn(1, 3, 1, 8)
+    with pytest.raises(ValueError, match=message):
+        cross_attention(q, q, q, **changes)
+    with pytest.raises(ValueError, match=message):
+        explain(cross_attention, q, q, q, **changes)
