@@ -119,7 +119,7 @@ class SearchIndex:
         table = self._table(kind)
         columns = [name for name in ("id", "split", "source", "row", "metadata", "text") if name in table.schema.names]
         query = table.search(vector, vector_column_name="vector")
-        query = inverted_file.limit(query, top, self.about["partitions"].get(kind, 0))
+        query = inverted_file.limit(query, top, inverted_file.cells_read(self.about["partitions"].get(kind, 0)))
         if where is not None:
             query = query.where(where)
         with _filter_errors(where, table.schema):

@@ -43,7 +43,7 @@ class Engine(Protocol):
 class Lance:
     """LanceDB as `mvlm search` builds and asks it: product quantisation, exact distances for the first candidates."""
 
-    setting, sweep = "cells of 1000 read", (32, 64, 100, 125, 250)
+    setting, sweep = "cells read", (16, 32, 40, 64, 100, 125, 250)
 
     def build(self, vectors: Vectors, folder: Path) -> None:
         lancedb, pa = import_module("lancedb"), import_module("pyarrow")
@@ -58,10 +58,10 @@ class Lance:
                 yield pa.RecordBatch.from_arrays([ids, column], schema=schema)
 
         self.table = lancedb.connect(folder).create_table("vectors", batches(), schema=schema)
-        self.cells = inverted_file.build(self.table, len(vectors), width)
+        inverted_file.build(self.table, len(vectors), width)
 
     def search(self, query: Vectors, value: int, top: int) -> list[int]:
-        found = inverted_file.limit(self.table.search(query), top, self.cells, value / 1000)
+        found = inverted_file.limit(self.table.search(query), top, value)
         return found.select(["id", "_distance"]).to_arrow()["id"].to_pylist()[:top]
 
 

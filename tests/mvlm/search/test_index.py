@@ -12,6 +12,7 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.search.collection import open_collection
 from mvlm.search.embed import embed
 from mvlm.search.index import create_index, open_index
+from mvlm.search.inverted_file import cells_read
 
 pytest.importorskip("lancedb")
 
@@ -113,6 +114,10 @@ def test_embeddings_of_another_model_are_refused(index, embedded, tmp_path):
     with pytest.raises(RunError, match=r"wanted embeddings of the model .* of this index, found 000000000000\.\.\."):
         index.add(other)
     assert index.count("images") == 48
+
+
+def test_a_query_reads_a_tenth_of_the_cells_and_at_least_40_if_there_are_so_many():
+    assert [cells_read(cells) for cells in (0, 7, 63, 400, 1000)] == [0, 7, 40, 40, 100]
 
 
 @pytest.mark.slow
