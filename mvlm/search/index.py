@@ -133,6 +133,14 @@ class SearchIndex:
         ]  # fmt: skip
         return sorted(hits, key=lambda hit: (-hit.similarity, hit.source, hit.split, hit.row))[:top]
 
+    def first_captions(self, hits: Sequence[Hit]) -> list[str]:
+        """The first caption of each image; empty for one without captions."""
+        keys = [f"{hit.source}:{hit.split}/{hit.id}#0" for hit in hits]
+        listed = ", ".join("'" + key.replace("'", "''") + "'" for key in keys)
+        rows = self._table("texts").search().where(f"key in ({listed})").select(["key", "text"]) if keys else None
+        known = {} if rows is None else {row["key"]: row["text"] for row in rows.limit(len(keys)).to_list()}
+        return [known.get(key, "") for key in keys]
+
     def _table(self, kind: str) -> Any:
         return self._database.open_table(kind)
 

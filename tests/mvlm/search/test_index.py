@@ -57,6 +57,14 @@ def test_a_flat_search_is_a_full_product(index, embedded, kind):
         assert hit.metadata == json.loads(row["metadata"])
 
 
+def test_images_have_their_first_captions(index, embedded):
+    wanted = {row["id"]: row["text"] for row in rows_of(embedded, "texts") if row["id"].endswith("#0")}
+    hits = index.search(queries(1)[0], "images", 1000)
+    assert index.first_captions(hits) == [wanted[f"{hit.id}#0"] for hit in hits]
+    assert index.first_captions([hits[0]._replace(id="it's nobody")]) == [""]
+    assert index.first_captions([]) == []
+
+
 def test_filters_choose_rows_by_metadata(index, embedded):
     rows = rows_of(embedded, "images")
     (query,) = queries(1)
