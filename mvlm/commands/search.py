@@ -64,10 +64,11 @@ def query(
         write_page(html, text or str(image), None if image is None else thumbnail(image), answers)
     if json is not None:
         write_json(json, [hit._asdict() for hit in hits])
-    for number, hit in enumerate(hits, 1):
+    captions = [hit.text for hit in hits] if of == "texts" else opened.first_captions(hits)
+    for number, (hit, caption) in enumerate(zip(hits, captions, strict=True), 1):
         score = "" if hit.score is None else f"  re-ranked {hit.score:.2f}"
         place = f"{hit.split}/{hit.id}" if hit.split else hit.id
-        print(f"{number:3}  {hit.similarity:.3f}{score}  {place}{'  ' + hit.text if hit.text else ''}")
+        print(f"{number:3}  {hit.similarity:.3f}{score}  {place}{'  ' + caption if caption else ''}")
     if not hits:
         print("no answer")
 

@@ -1,6 +1,9 @@
-"""Maps of words for a report: GradCAM of a caption over its image, beside that of a wrong caption."""
+"""Maps of words for a report: GradCAM of a caption over its image, and of a wrong one. The pointing game."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +13,7 @@ from mvlm.evaluation.cross_modal_gain import wrong_partners
 from mvlm.inference.overlay import draw_words
 from mvlm.inference.trained_model import TrainedModel
 from mvlm.report.examples import chosen_samples, data_uri
+from mvlm.report.html import figures_of
 from mvlm_dataloading import Dataset
 
 SAMPLES = 4
@@ -26,6 +30,52 @@ class WordMaps:
     """ITM's log-odds that image and caption belong together."""
     panels: str
     """Data URI: the image, and a panel for each word."""
+
+
+@dataclass(frozen=True, slots=True)
+class PointingGame:
+    """Figures of `mvlm eval grounding` as a report shows them."""
+
+    source: str
+    """Model, data and number of phrases."""
+    rows: list[list[str]]
+    """Name, accuracy in per cent and 95 % interval of the model and of each baseline."""
+    verdict: str
+    """Sentence on the difference to the untrained model."""
+
+
+def pointing_game(file: Path) -> PointingGame | None:
+    """The pointing game of a file of `mvlm eval grounding`, None without the file.
+
+    Raises:
+        RunError: the file is something else.
+    """
+    if not file.is_file():
+        return None
+    with figures_of(file, "mvlm eval grounding") as found:
+        rows = [
+            ["this model", f"{found['accuracy']:.1f}", _interval(found["accuracy_95"])],
+            ["the same with another phrase", f"{found['wrong_phrase']:.1f}", ""],
+            ["untrained model, random weights", f"{found['untrained']:.1f}", _interval(found["untrained_95"])],
+            ["centre of the image", f"{found['center']:.1f}", ""],
+            ["chance, the mean share of the image that a box covers", f"{found['chance']:.1f}", ""],
+        ]
+        source = f"{found['phrases']} phrases of {found['data']}, {found['split']}; checkpoint {found['checkpoint']}"
+        return PointingGame(source, rows, _verdict(found))
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    low, high = found["above_untrained_95"]
+    interval = f"95 % interval of the difference {low:+.1f} to {high:+.1f} points"
+    if low > 0:
+        return f"The model points better than the untrained one ({interval})."
+    if high < 0:
+        return f"The model points worse than the untrained one ({interval})."
+    return f"The model does not point better than the untrained one ({interval})."
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    return f"{bounds[0]:.1f} to {bounds[1]:.1f}"
 
 
 def word_maps(model: TrainedModel, split: Dataset) -> list[tuple[WordMaps, WordMaps]]:

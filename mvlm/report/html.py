@@ -44,8 +44,8 @@ ENVIRONMENT.globals["table"] = table
 
 
 @contextmanager
-def figures_of(file: Path) -> Iterator[dict[str, Any]]:
-    """The figures that `mvlm eval retrieval` wrote to a file.
+def figures_of(file: Path, command: str = "mvlm eval retrieval") -> Iterator[dict[str, Any]]:
+    """The figures that a command wrote to a file.
 
     Raises:
         RunError: the file is something else, or lacks a figure that is read inside the `with` block.
@@ -54,5 +54,5 @@ def figures_of(file: Path) -> Iterator[dict[str, Any]]:
         yield json.loads(file.read_text())
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise RunError(
-            f"{file}: wanted the figures that `mvlm eval retrieval` writes, got {error!r}; evaluate the run again"
+            f"{file}: wanted the figures that `{command}` writes, got {error!r}; evaluate the run again"
         ) from None

@@ -13,7 +13,7 @@ from mvlm.evaluation.features import encode_split
 from mvlm.evaluation.table import describe_trivial_losses
 from mvlm.files import check_folder
 from mvlm.report import embedding_space, examples
-from mvlm.report.attention import word_maps
+from mvlm.report.attention import pointing_game, word_maps
 from mvlm.report.charts import line_chart, series
 from mvlm.report.html import figures_of, table, write_page
 from mvlm.runs.folder import RunFolder, read_metrics
@@ -64,6 +64,8 @@ def write_report(run: Path, data: Path | None = None, out: Path | None = None) -
         filled_captions=examples.filled_captions(model, tokenizer, split),
         retrievals=examples.retrievals(model, split, train, features),
         word_maps=word_maps(trained, split),
+        pointing_game=pointing_game(folder.grounding),
+        grounding=folder.grounding,
         neighbours=embedding_space.neighbours(split, features),
         embedding_map=embedding_space.embedding_map(split, features),
         confusions=embedding_space.confusions(split, features),

@@ -56,6 +56,11 @@ class RunFolder:
         return self.path / "eval" / "test.json"
 
     @property
+    def grounding(self) -> Path:
+        """Figures of the pointing game, if it was played."""
+        return self.path / "eval" / "grounding.json"
+
+    @property
     def strips(self) -> Path:
         """Folder of reconstruction strips."""
         return self.path / "strips"

@@ -20,9 +20,11 @@ from mvlm.inference.encode import BATCH, eval_loader
 from mvlm.inference.images import load_image, one_ahead
 from mvlm.inference.trained_model import TrainedModel
 from mvlm_dataloading import Dataset, open_dataset
+from mvlm_dataloading.dataset.dataset import parse_captions, parse_metadata
 from mvlm_dataloading.dataset.description import read_description
 from mvlm_dataloading.dataset.remote_cache import open_remote_cache
 from mvlm_dataloading.dataset.remote_files import is_remote
+from mvlm_dataloading.loader.segment import RawBatch
 from mvlm_dataloading.sources.files import files_under
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -65,8 +67,8 @@ class Collection(Protocol):
         """The encoded image of an item."""
         ...
 
-    def pixel_batches(self, start: int, stop: int, model: TrainedModel) -> Iterator[tuple[list[int], Tensor]]:
-        """Items `start` to `stop` - 1 in batches: their numbers, and uint8 (B, 3, S, S), without unusable images."""
+    def batches(self, start: int, stop: int, model: TrainedModel) -> Iterator[tuple[list[Item], Tensor]]:
+        """Items `start` to `stop` - 1 in batches, with their images uint8 (B, 3, S, S), without unusable images."""
         ...
 
     def why_left_out(self, i: int) -> str:
@@ -99,12 +101,13 @@ class DataCollection:
     def image_bytes(self, id: str, split: str, row: int) -> bytes:
         return next(one for one in self.splits if one.split == split).image_bytes(row)
 
-    def pixel_batches(self, start: int, stop: int, model: TrainedModel) -> Iterator[tuple[list[int], Tensor]]:
+    def batches(self, start: int, stop: int, model: TrainedModel) -> Iterator[tuple[list[Item], Tensor]]:
         while start < stop:
             split, row = self._find(start)
             part = split.rows(row, min(len(split), row + stop - start))
-            for batch, _ in eval_loader(part, model.network, model.tokenizer):
-                yield [start + i for i in batch.sample_id.tolist()], batch.images
+            # The reader has read captions and metadata with the images. `item` would read and open the tars again.
+            for raw in eval_loader(part, model.network, model.tokenizer).raw_batches():
+                yield [_item_of(part, row, raw, i) for i in range(len(raw.ids))], raw.images
             start += len(part)
 
     def why_left_out(self, i: int) -> str:
@@ -159,8 +162,8 @@ class FolderCollection:
     def image_bytes(self, id: str, split: str, row: int) -> bytes:
         return (self.folder / id).read_bytes()
 
-    def pixel_batches(self, start: int, stop: int, model: TrainedModel) -> Iterator[tuple[list[int], Tensor]]:
-        def batches() -> Iterator[tuple[list[int], Tensor]]:
+    def batches(self, start: int, stop: int, model: TrainedModel) -> Iterator[tuple[list[Item], Tensor]]:
+        def loaded() -> Iterator[tuple[list[int], Tensor]]:
             for first in range(start, stop, BATCH):
                 rows, images = [], []
                 for i in range(first, min(first + BATCH, stop)):
@@ -170,7 +173,7 @@ class FolderCollection:
                 if rows:
                     yield rows, torch.stack(images)
 
-        return one_ahead(batches())
+        return (([self.item(i) for i in rows], images) for rows, images in one_ahead(loaded()))
 
     def why_left_out(self, i: int) -> str:
         try:
@@ -178,6 +181,17 @@ class FolderCollection:
         except RunError as error:
             return str(error)
         return f"{self.paths[i]}: could not be read when its part was embedded, can be read now; embed again"
+
+
+def _item_of(part: Dataset, first: int, raw: RawBatch, i: int) -> Item:
+    """Item of row i of a batch of `part`, whose sample 0 is row `first` of its split."""
+    number = int(raw.ids[i])
+
+    def where() -> str:
+        return part.where(number)
+
+    captions, metadata = parse_captions(raw.texts[i], where), parse_metadata(raw.metadata[i], where)
+    return Item(part.keys[number], part.split, first + number, captions, metadata)
 
 
 def _sidecar(path: Path, suffix: str) -> str:

@@ -133,11 +133,10 @@ def _embed_parts(
 
 def _embed_part(model: TrainedModel, collection: Collection, start: int, stop: int) -> tuple[Any, Any]:
     """Tables of the images and the texts of the items `start` to `stop` - 1."""
-    rows, vectors = [], []
-    for batch, pixels in collection.pixel_batches(start, stop, model):
-        rows += batch
+    items, vectors = [], []
+    for batch, pixels in collection.batches(start, stop, model):
+        items += batch
         vectors.append(image_features(model.network, pixels, model.precision).embedding.cpu())
-    items = [collection.item(i) for i in rows]
     captions = [caption for item in items for caption in item.captions]
     texts = model.text_embeddings(captions, truncate=True)
     width = model.network.config.itc_width

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mvlm.errors import ConfigError, RunError
+from mvlm.search import inverted_file
 from mvlm.search.embedding_files import FORMAT_VERSION, KINDS, EmbeddingFolder, read_description
 from mvlm.search.metadata import ColumnTypes, columns_of
 
@@ -29,13 +30,6 @@ log = logging.getLogger(__name__)
 BATCH_ROWS = 8192
 APPROXIMATE_FROM = 100_000
 """Rows from which `auto` builds an inverted file. Below, a full product takes milliseconds and is exact."""
-PROBED = 1 / 4
-"""Share of the inverted file's cells that a query reads (docs/search.md has the measurement)."""
-REFINED = 8
-"""Candidates whose exact similarity is computed, as a multiple of the answers wanted."""
-
-MARGIN = 16
-"""Further candidates: the engine sorts by float32 sums; answers are sorted by float64 sums, as in evaluation."""
 
 
 class Hit(NamedTuple):
@@ -124,9 +118,8 @@ class SearchIndex:
             raise ConfigError(f"top: wanted at least 1, got {top}")
         table = self._table(kind)
         columns = [name for name in ("id", "split", "source", "row", "metadata", "text") if name in table.schema.names]
-        query = table.search(vector, vector_column_name="vector").distance_type("dot").limit(top + MARGIN)
-        if self.about["partitions"].get(kind):
-            query = query.nprobes(max(1, round(PROBED * self.about["partitions"][kind]))).refine_factor(REFINED)
+        query = table.search(vector, vector_column_name="vector")
+        query = inverted_file.limit(query, top, inverted_file.cells_read(self.about["partitions"].get(kind, 0)))
         if where is not None:
             query = query.where(where)
         with _filter_errors(where, table.schema):
@@ -139,6 +132,14 @@ class SearchIndex:
             for row in rows
         ]  # fmt: skip
         return sorted(hits, key=lambda hit: (-hit.similarity, hit.source, hit.split, hit.row))[:top]
+
+    def first_captions(self, hits: Sequence[Hit]) -> list[str]:
+        """The first caption of each image; empty for one without captions."""
+        keys = [f"{hit.source}:{hit.split}/{hit.id}#0" for hit in hits]
+        listed = ", ".join("'" + key.replace("'", "''") + "'" for key in keys)
+        rows = self._table("texts").search().where(f"key in ({listed})").select(["key", "text"]) if keys else None
+        known = {} if rows is None else {row["key"]: row["text"] for row in rows.limit(len(keys)).to_list()}
+        return [known.get(key, "") for key in keys]
 
     def _table(self, kind: str) -> Any:
         return self._database.open_table(kind)
@@ -181,7 +182,7 @@ def create_index(embeddings: Path, location: str, method: str = "auto") -> Searc
         table = database.create_table(kind, _batches(file, schema, 0), schema=schema, mode="overwrite")
         rows = description[kind]
         if method == "ivf" or (method == "auto" and rows >= APPROXIMATE_FROM):
-            about["partitions"][kind] = _build_inverted_file(table, rows, about["width"])
+            about["partitions"][kind] = inverted_file.build(table, rows, about["width"])
     _write_about(database, about)  # last: an index without it is unfinished
     return SearchIndex(location, about, database)
 
@@ -201,17 +202,6 @@ def open_index(location: str) -> SearchIndex:
             f"{location}: wanted format version {FORMAT_VERSION}, found {about['format_version']}; make it again"
         )
     return SearchIndex(location, about, database)
-
-
-def _build_inverted_file(table: Any, rows: int, width: int) -> int:
-    """Build an inverted file with product quantisation. Returns its number of cells, the square root of `rows`."""
-    from lancedb.index import IvfPq
-
-    partitions = max(1, round(rows**0.5))
-    pieces = max(piece for piece in range(1, max(2, width // 4 + 1)) if width % piece == 0)
-    config = IvfPq(distance_type="dot", num_partitions=partitions, num_sub_vectors=pieces)
-    table.create_index("vector", config=config)
-    return partitions
 
 
 def _table_schema(file: Path) -> pa.Schema:

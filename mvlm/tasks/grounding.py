@@ -235,6 +235,9 @@ def evaluate_grounding(
         "accuracy_95": _interval(right, phrases),
         "wrong_phrase": _per_cent(of_wrong),
         "untrained": _per_cent(of_blank),
+        "untrained_95": _interval(of_blank, phrases),
+        "above_wrong_phrase_95": _interval(_differences(right, of_wrong), phrases),
+        "above_untrained_95": _interval(_differences(right, of_blank), phrases),
     }
     if boxed:
         enough = [
@@ -259,6 +262,10 @@ def evaluate_grounding(
 
 def _per_cent(values: list[float]) -> float:
     return 100 * float(np.mean(values))
+
+
+def _differences(ours: list[float], others: list[float]) -> list[float]:
+    return [own - other for own, other in zip(ours, others, strict=True)]
 
 
 def _interval(values: list[float], phrases: Phrases) -> list[float]:

@@ -1,5 +1,7 @@
 """Stream of complete batches: images from the reader, tokenized captions, and masks. May run on a background thread."""
 
+import atexit
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,6 +51,18 @@ class MaskConfig:
     partner_token_ratio: float = 0.0
     uniform_tokens: bool = False
     """Draw the number of masked tokens of each caption uniformly, in place of `token_ratio`."""
+
+
+def raw_batches(reader: Reader, prefetch_batches: int) -> Iterator[RawBatch]:
+    """Batches of a reader as they are read, by a thread that is `prefetch_batches` (at least 1) ahead."""
+    stream = Prefetcher(reader.next, prefetch_batches, reader.close)
+    atexit.register(stream.close)  # no pipeline may be running while DALI is unloaded
+    try:
+        while (raw := stream.get()) is not None:
+            yield raw
+    finally:
+        stream.close()
+        atexit.unregister(stream.close)
 
 
 class BatchStream:

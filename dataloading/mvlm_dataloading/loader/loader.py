@@ -14,14 +14,14 @@ from mvlm_dataloading.dataset.dataset import Dataset
 from mvlm_dataloading.tokenizer import Tokenizer, check_text_length
 
 from .augment import Augment
-from .batch_stream import BatchStream, MaskConfig
+from .batch_stream import BatchStream, MaskConfig, raw_batches
 from .crop import CropGeometry
 from .decoder_check import choose_device
 from .masking import check_mask_sizes, check_token_ratio
 from .reader import Reader
 from .resume import ResumeReport, compare_states, package_versions, pixel_hash, settings_hash
 from .sampler import ORDER_VERSION
-from .segment import ReaderConfig
+from .segment import RawBatch, ReaderConfig
 from .text import CaptionReader, can_use_stored_tokens
 
 log = logging.getLogger(__name__)
@@ -121,14 +121,9 @@ class Loader:
         self.resumed: ResumeReport | None = None
         self.stored_tokens = can_use_stored_tokens(dataset, tokenizer, text_length)
         self._prefetch_batches, self._extra_captions = prefetch_batches, extra_captions
-        patches = {
-            "image_size": image_size,
-            "patch_size": patch_size,
-            "mask_block": mask_block,
-            "ratio": image_mask_ratio,
-        }
+        sizes = {"image_size": image_size, "patch_size": patch_size, "mask_block": mask_block}
         self._masks = MaskConfig(
-            patches=patches,
+            patches={**sizes, "ratio": image_mask_ratio},
             token_ratio=text_mask_ratio,
             variable_patches=variable_image_masks,
             variable_tokens=variable_text_masks,
@@ -188,6 +183,11 @@ class Loader:
             self._position, self._bad, self._samples_seen = loaded.position, loaded.bad, loaded.samples_seen
             self.step += 1
             yield loaded.batch, loaded.masks
+
+    def raw_batches(self) -> Iterator[RawBatch]:
+        """Images, captions and metadata of one pass as stored, without tokens and masks. For `train=False`."""
+        reader = Reader(self.dataset, self._config, 0, frozenset(), 0)
+        return raw_batches(reader, max(1, self._prefetch_batches))
 
     def close(self) -> None:
         """Stop the thread and release the data. Another iteration continues after the last batch yielded."""

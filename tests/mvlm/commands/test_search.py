@@ -28,7 +28,7 @@ def test_an_index_is_made_searched_and_kept(run_mvlm, embedded, trained, tmp_pat
     outcome = run_mvlm(*words, "--rerank", 4, "--top", 3, "--html", page, "--json", answers, "--where", "row > 1")
     found = json.loads(answers.read_text())
     assert len(outcome.out) == len(found) == 3
-    assert outcome.out[0].split()[-1] == f"test/{found[0]['id']}"
+    assert f"  test/{found[0]['id']}  {scene(3 * found[0]['row'] + 1)[1]}" in outcome.out[0]
     assert [hit["score"] for hit in found] == sorted((hit["score"] for hit in found), reverse=True)
     assert min(hit["row"] for hit in found) > 1
     assert page.read_text().count("data:image/png") == 3
@@ -38,7 +38,7 @@ def test_an_index_is_made_searched_and_kept(run_mvlm, embedded, trained, tmp_pat
     )
     assert len(outcome.out) == 10
     exact = run_mvlm("search", "query", place, "--image", tmp_path / "a.png", "--top", 1)
-    assert exact.out == ["  1  1.000  test/test000"]
+    assert exact.out == [f"  1  1.000  test/test000  {scene(1)[1]}"]
     assert run_mvlm("search", "add", embedded, place).out == [f"{place}: added or replaced 8 images and 12 texts"]
     removed = run_mvlm("search", "remove", place, "--where", "row < 4")
     assert removed.out == [f"{place}: removed 4 images and 6 texts"]

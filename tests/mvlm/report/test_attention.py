@@ -1,16 +1,20 @@
-"""Maps of words in a report."""
+"""Maps of words in a report, and the pointing game."""
 
 import base64
 import io
+import json
 
+import pytest
 import torch
 from PIL import Image
 
+from mvlm.errors import RunError
 from mvlm.evaluation.cross_modal_gain import wrong_partners
 from mvlm.inference.trained_model import TrainedModel
-from mvlm.report.attention import MOST_WORDS, SIDE, word_maps
+from mvlm.report.attention import MOST_WORDS, SIDE, pointing_game, word_maps
 from mvlm_dataloading import open_dataset
 from support.models import micro_model
+from support.pages import POINTING_GAME
 from support.scenes import write_scenes
 
 
@@ -39,3 +43,32 @@ def test_captions_are_cut_to_what_the_model_takes(tokenizer, tmp_path):
         for maps in pair:
             assert 1 <= len(maps.caption.split()) < MOST_WORDS
             assert len(tokenizer.encode([maps.caption], 99)[0]) <= 14
+
+
+@pytest.mark.parametrize(
+    "difference, verdict",
+    [
+        ([2.0, 9.04], "points better than the untrained one (95 % interval of the difference +2.0 to +9.0 points)"),
+        ([-1.0, 2.0], "does not point better than the untrained one"),
+        ([0.0, 2.0], "does not point better than the untrained one"),
+        ([-5.0, -2.0], "points worse than the untrained one"),
+    ],
+)
+def test_the_pointing_game_stands_beside_its_baselines_and_says_what_it_shows(tmp_path, difference, verdict):
+    file = tmp_path / "grounding.json"
+    assert pointing_game(file) is None
+    file.write_text(json.dumps(POINTING_GAME | {"above_untrained_95": difference}))
+    found = pointing_game(file)
+    assert found is not None
+    assert found.source == "7 phrases of phrases, test; checkpoint runs/a"
+    assert [(row[1], row[2]) for row in found.rows] == [
+        ("31.2", "28.0 to 34.5"), ("30.0", ""), ("12.5", "10.0 to 15.0"), ("4.0", ""), ("10.0", ""),
+    ]  # fmt: skip
+    assert verdict in found.verdict
+
+
+@pytest.mark.parametrize("text", ["{}", "", "[1]", json.dumps(POINTING_GAME)])
+def test_another_file_in_place_of_the_pointing_game_is_refused(tmp_path, text):
+    (tmp_path / "grounding.json").write_text(text)
+    with pytest.raises(RunError, match=r"grounding.json: wanted the figures that `mvlm eval grounding` writes, got "):
+        pointing_game(tmp_path / "grounding.json")

@@ -18,7 +18,7 @@ from mvlm.training.run import pretrain
 from mvlm_dataloading import open_dataset
 from support.folders import folder_hash
 from support.models import micro_config, pretrain_config
-from support.pages import HOSTILE, Page
+from support.pages import HOSTILE, POINTING_GAME, Page
 from support.scenes import write_scenes
 
 pytestmark = pytest.mark.slow
@@ -153,6 +153,22 @@ def test_report_takes_its_examples_from_the_data_of_the_evaluation(reported, tmp
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "eval/test.json").write_text(json.dumps(figures | {"data": str(data)}))
     assert "filled" in write_report(copy).read_text().lower()
+
+
+def test_a_report_has_the_pointing_game_or_the_command_that_plays_it(reported, page, tmp_path):
+    run, _, _, _ = reported
+    assert "mvlm eval grounding" in page.text
+    assert "Pointing game" not in page.text
+    copy = shutil.copytree(run, tmp_path / "run")
+    figures = POINTING_GAME | {"data": HOSTILE, "above_untrained_95": [1, 2]}
+    (copy / "eval/grounding.json").write_text(json.dumps(figures))
+    text = write_report(copy).read_text()
+    assert "<script" not in text
+    found = Page(text)
+    assert "Pointing game" in found.text
+    assert "The model points better than the untrained one" in found.text
+    assert ["this model", "31.2", "28.0 to 34.5"] in found.rows
+    assert "mvlm eval grounding" not in found.text
 
 
 def test_report_of_a_run_without_an_evaluation_names_the_command(trained):

@@ -18,8 +18,8 @@ def test_items_of_a_data_set_follow_its_splits(scenes, model):
     ]  # fmt: skip
     item = found.item(41)
     assert (item.id, item.captions[0], item.metadata) == ("test001", scene(4)[1], {"base": scene(4)[1].split()[0]})
-    batches = list(found.pixel_batches(30, 42, model))
-    assert [i for rows, _ in batches for i in rows] == list(range(30, 42))
+    batches = list(found.batches(30, 42, model))
+    assert [item for items, _ in batches for item in items] == [found.item(i) for i in range(30, 42)]
     assert np.array_equal(batches[-1][1][1].permute(1, 2, 0).numpy(), scene(4)[0])
     with pytest.raises(IndexError):
         found.item(48)

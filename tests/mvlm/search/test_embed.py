@@ -43,6 +43,16 @@ def test_vectors_are_those_of_evaluation_to_the_digit(model, scenes, embedded):
             assert np.array_equal(vectors, wanted.text_embedding.numpy())
 
 
+def test_only_texts_have_a_dictionary_in_their_files(embedded):
+    """One of the numbers of vectors makes the files larger and their writing slow."""
+    for kind, texts in (("images", 3), ("texts", 4)):
+        group = pq.ParquetFile(embedded / f"{kind}.parquet").metadata.row_group(0)
+        columns = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+        with_dictionary = {name for name, column in columns.items() if column.has_dictionary_page}
+        assert len(with_dictionary) == texts
+        assert {"vector.list.element", "row"}.isdisjoint(with_dictionary)
+
+
 def test_the_description_names_model_source_and_counts(model, scenes, embedded):
     found = json.loads((embedded / "embedding.json").read_text())
     assert found["model"] == model.sha256

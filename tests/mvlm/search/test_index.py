@@ -12,6 +12,7 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.search.collection import open_collection
 from mvlm.search.embed import embed
 from mvlm.search.index import create_index, open_index
+from mvlm.search.inverted_file import cells_read
 
 pytest.importorskip("lancedb")
 
@@ -54,6 +55,14 @@ def test_a_flat_search_is_a_full_product(index, embedded, kind):
         row = by_id[hit.id]
         assert (hit.split, hit.row, hit.text) == (row["split"], row["row"], row.get("text", ""))
         assert hit.metadata == json.loads(row["metadata"])
+
+
+def test_images_have_their_first_captions(index, embedded):
+    wanted = {row["id"]: row["text"] for row in rows_of(embedded, "texts") if row["id"].endswith("#0")}
+    hits = index.search(queries(1)[0], "images", 1000)
+    assert index.first_captions(hits) == [wanted[f"{hit.id}#0"] for hit in hits]
+    assert index.first_captions([hits[0]._replace(id="it's nobody")]) == [""]
+    assert index.first_captions([]) == []
 
 
 def test_filters_choose_rows_by_metadata(index, embedded):
@@ -113,6 +122,10 @@ def test_embeddings_of_another_model_are_refused(index, embedded, tmp_path):
     with pytest.raises(RunError, match=r"wanted embeddings of the model .* of this index, found 000000000000\.\.\."):
         index.add(other)
     assert index.count("images") == 48
+
+
+def test_a_query_reads_a_tenth_of_the_cells_and_at_least_40_if_there_are_so_many():
+    assert [cells_read(cells) for cells in (0, 7, 63, 400, 1000)] == [0, 7, 40, 40, 100]
 
 
 @pytest.mark.slow

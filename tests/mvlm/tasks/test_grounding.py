@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from mvlm.inference.images import load_image
+from mvlm.inference.trained_model import TrainedModel
+from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.load import load_model
 from mvlm.tasks.grounding import (
     Answers,
@@ -73,6 +75,17 @@ def test_the_point_is_the_highest_of_the_resized_map_and_the_layer_the_best_on_v
     assert figures["chance"] == figures["boxes"]["chance"] == 25
     assert {"wrong_phrase", "untrained", "accuracy_95"} <= set(figures)
     assert evaluate_grounding(model, test, None, layer)[1] == records
+
+
+def test_a_model_with_random_weights_has_the_figures_of_the_untrained_one(trained, phrases):
+    """The differences are paired: no difference on any phrase is an interval of width zero."""
+    config, tokenizer = load_model(trained, "cpu").network.config, load_model(trained, "cpu").tokenizer
+    torch.manual_seed(0)
+    random = TrainedModel(MaskVLM(config), tokenizer)
+    figures, _ = evaluate_grounding(random, open_dataset(phrases, "test"), None, 0)
+    assert figures["accuracy"] == figures["untrained"]
+    assert figures["accuracy_95"] == figures["untrained_95"]
+    assert figures["above_untrained_95"] == [0, 0]
 
 
 def test_the_candidate_with_the_densest_map_wins_and_half_an_overlap_is_right():
