@@ -66,7 +66,8 @@ def update(model: MaskVLM, optimizer: torch.optim.Optimizer) -> None:
 def save(root: Path, step: int, training, tokenizer, state: dict[str, Any] | None = None, **settings: Any) -> Path:
     """Write a checkpoint and wait for it."""
     model, optimizer = training
-    writer = CheckpointWriter(root, ALONE, **({"keep": 100} | settings))
+    chosen: dict[str, Any] = {"keep": 100} | settings
+    writer = CheckpointWriter(root, ALONE, **chosen)
     parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(model, optimizer)}
     writer.save(step, model, parts, state or {}, tokenizer)
     writer.wait()
