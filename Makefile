@@ -33,7 +33,7 @@ demo: $(VENV)/.installed $(DATA)/dataset.json
 
 # JOBS is the number of cores: each process takes one file of tests at a time, on one thread.
 JOBS ?= 2
-## test            run the whole test suite: about 15 minutes on two cores
+## test            run the whole test suite: about 19 minutes on two cores
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 

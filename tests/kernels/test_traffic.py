@@ -68,7 +68,7 @@ def test_readers_of_a_key_sequence_find_it_in_cache():
     with use_backend("triton"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "checks_values", lambda device: False)
         for walked in (order, torch.arange(len(index))):
-            sides = (None, None, index, None, None, walked, spans, 0.125, q.shape[1], k.shape[1])
+            sides = (None, None, index, None, None, walked, spans, 0.125, q.shape[1], k.shape[1], 0.0, 0.0, None)
             with caching(attention_cases.L2 // 192) as cache, torch.no_grad():
                 torch.ops.mvlm_kernels.cross_attention(q, k, v, *sides)
             moved.append(cache.bytes / fewest)

@@ -56,8 +56,9 @@ class Evaluation:
         return None
 
     def figures(self) -> dict[str, Any]:
-        """The figures, without the seconds that they took."""
-        return {name: value for name, value in json.loads(self._out.read_text()).items() if name != "seconds"}
+        """The figures, without the seconds that they took and the machine, which names the number of ranks."""
+        found = json.loads(self._out.read_text())
+        return {name: value for name, value in found.items() if name not in ("seconds", "machine")}
 
     @property
     def parts(self) -> Path:
