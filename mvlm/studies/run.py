@@ -48,7 +48,7 @@ def run_study(
     Returns:
         The page; None if the study was asked to stop (SIGTERM), or if trials of other parts are missing.
     """
-    others = [folder for folder in reuse if folder.resolve() != out.resolve()]
+    others = _others(reuse, out)
     trials = plan_trials(study, data, out, checkpoint)
     for trial in trials:  # before the first minute is spent
         read_result(trial)
@@ -85,7 +85,7 @@ def report_finished(
     found = []
     for trial in plan_trials(study, data, out, checkpoint):
         result = read_result(trial)
-        for folder in reuse if result is None else ():
+        for folder in _others(reuse, out) if result is None else ():
             trial.folder.mkdir(parents=True, exist_ok=True)
             result = result or take_result(trial, folder)
         found += [result] if result else []
@@ -94,11 +94,17 @@ def report_finished(
     return _write(study, found, out)
 
 
+def _others(reuse: Sequence[Path], out: Path) -> list[Path]:
+    """The studies to take results from: never the study itself, whose equal arms are all run."""
+    return [folder for folder in reuse if folder.resolve() != out.resolve()]
+
+
 def _write(study: Study, results: list[dict[str, Any]], out: Path) -> Path:
     """Write the study's files. Returns the page."""
-    write_results(results, out / "trials.jsonl")
-    write_csv(study, results, out / "study.csv")
-    return write_study_page(study, results, out / "study.html")
+    with FileLock(out / ".write.lock"):  # parts may end at one time
+        write_results(results, out / "trials.jsonl")
+        write_csv(study, results, out / "study.csv")
+        return write_study_page(study, results, out / "study.html")
 
 
 def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = None) -> list[Trial]:
