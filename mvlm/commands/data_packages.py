@@ -68,7 +68,7 @@ def openclipart(
         validation: Share of the authors for validation, chosen by a hash of the name; large authors are for training.
         test: Share of the authors for test.
     """
-    from mvlm_dataloading.sources.openclipart import openclipart
+    from mvlm_dataloading.sources.drawings.openclipart import openclipart
 
     build_source(openclipart(package, size=size, validation=validation, test=test), out, build, common)
 
@@ -94,7 +94,7 @@ def stamps(
         validation: Share of the stamps for validation, chosen by a hash of the name; series stay together.
         test: Share of the stamps for test.
     """
-    from mvlm_dataloading.sources.stamps import stamps
+    from mvlm_dataloading.sources.drawings.stamps import stamps
 
     build_source(stamps(package, size=size, validation=validation, test=test), out, build, common)
 

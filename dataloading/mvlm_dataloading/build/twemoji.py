@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mvlm_dataloading.dataset.description import already_written
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.sources.emoji import named_emoji, split_of
+from mvlm_dataloading.sources.drawings.emoji import named_emoji, split_of
 
 from .emoji import render_all
 from .shard_writer import ShardWriter

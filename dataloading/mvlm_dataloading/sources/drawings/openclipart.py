@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 from mvlm_dataloading.errors import DataError
 
 from .debian import package_files
-from .record import Record, Source, file_sha256, require_file, safe_key, split_by_hash
+from ..record import Record, Source, file_sha256, require_file, safe_key, split_by_hash
 from .svg import render_svg
 
 LICENCE = "public domain"

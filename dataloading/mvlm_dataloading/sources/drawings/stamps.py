@@ -13,7 +13,7 @@ from pathlib import Path
 from mvlm_dataloading.errors import DataError, need
 
 from .debian import package_files
-from .record import Record, Source, check_shares, file_sha256, require_file, safe_key, split_by_hash
+from ..record import Record, Source, check_shares, file_sha256, require_file, safe_key, split_by_hash
 from .svg import cut_out
 
 LICENCE = "GPL-2"

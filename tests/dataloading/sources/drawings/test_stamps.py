@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mvlm_dataloading import DataError, build_shards, open_dataset
-from mvlm_dataloading.sources.stamps import read_stamps, stamps
+from mvlm_dataloading.sources.drawings.stamps import read_stamps, stamps
 from support.debian import write_package
 
 
