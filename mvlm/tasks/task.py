@@ -1,8 +1,8 @@
 """A downstream task: a pretrained model with a head, its loss, its predictions, and their score.
 
 To add a task, write one file with a subclass of `Task` and add it to `TASKS` of `mvlm.tasks.registry`
-(docs/tasks.md has an example). A sample of a task's data set is one question: its text is the sample's caption, and all
-else is in the sample's metadata.
+(docs/guides/tasks.md has an example). A sample of a task's data set is one question: its text is the sample's caption,
+and all else is in the sample's metadata.
 
 Shape legend: B batch, C width.
 """
