@@ -144,7 +144,7 @@ class Task(nn.Module):
 
     @staticmethod
     def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
-        """Figures of the records of a split, {"sample": id, **prediction}, one for each sample, in order."""
+        """Figures of the records of a split, `{"sample": id, **prediction}`, one for each sample, in order."""
         raise NotImplementedError
 
     @property
