@@ -71,13 +71,6 @@ def test_examples_of_the_ops_run(page: Path) -> None:
         exec(block, {})
 
 
-def test_links_between_pages_lead_somewhere() -> None:
-    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
-        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
-            if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name} links to {target}, which does not exist"
-
-
 @pytest.mark.slow
 def test_commands_of_the_training_page_run(tmp_path, monkeypatch, capsys) -> None:
     """They run in one process, on the committed images in place of the emoji that the guide's commands build."""
