@@ -270,7 +270,7 @@ def constant_when_compiled(function: Op) -> Op:
     It does what ``torch.compiler.assume_constant_result`` does. That function imports the compiler, which takes longer
     than all other imports of this package together.
     """
-    function._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
