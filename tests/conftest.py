@@ -1,6 +1,7 @@
 """Fixtures and hooks of the whole suite."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -14,8 +15,44 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
+LONGEST = (
+    "mvlm/tasks/test_every_task.py",
+    "kernels/test_aot.py",
+    "mvlm/distributed/test_global_batch.py",
+    "kernels/cross_attention/test_triton.py",
+    "benchmarks/gpu/test_killed.py",
+    "kernels/test_emulated.py",
+    "mvlm/model/test_fast.py",
+    "promises/faults/test_ranks.py",
+    "benchmarks/data/test_run.py",
+    "promises/test_overfit.py",
+    "mvlm/studies/test_run.py",
+    "promises/test_openmp_teams.py",
+    "promises/faults/test_killed_nodes.py",
+    "promises/faults/test_campaign.py",
+    "kernels/test_traffic.py",
+    "promises/faults/test_killed_evaluations.py",
+    "promises/faults/test_killed_embedding.py",
+    "mvlm/distributed/test_parallel.py",
+    "mvlm/training/test_trainer.py",
+    "mvlm/tasks/test_grounding.py",
+    "kernels/test_proof_kit.py",
+    "mvlm/portable/test_programs.py",
+    "kernels/cross_attention/test_mutations.py",
+    "mvlm/costs/test_step_cost.py",
+    "promises/faults/test_killed_loaders.py",
+    "promises/faults/test_bad_network.py",
+    "promises/test_docs.py",
+)
+"""Files whose tests take longer than 15 s of a core. They come first, so that no process ends long after the others."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` unless kernels are compiled and there is a device."""
+    """Bring the longest files to the front, and skip `gpu` tests unless kernels are compiled and there is a device."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    missing = [str(file) for file in places if not file.exists()]
+    assert not missing, f"update LONGEST: {missing}"
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

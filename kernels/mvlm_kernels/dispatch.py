@@ -264,6 +264,16 @@ def recording(recorder: Callable[..., None], target_arch: int) -> Iterator[None]
         _recorder, _recorded_arch = before
 
 
+def constant_when_compiled(function: Op) -> Op:
+    """Mark a function whose result a compiler takes as a constant of its graph: a decorator.
+
+    It does what ``torch.compiler.assume_constant_result`` does. That function imports the compiler, which takes longer
+    than all other imports of this package together.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
 def ceil_div(a: int, b: int) -> int:
     """a / b rounded up, for grids. Avoids the host cost of ``triton.cdiv``, which unwraps its arguments."""
     return -(-a // b)

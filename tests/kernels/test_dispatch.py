@@ -1,5 +1,7 @@
 """Choice of the backend, the text of explain, and versions that cannot interpret."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -131,3 +133,17 @@ def test_ops_that_ask_for_autocast_run_on_the_meta_device():
     assert mvlm_kernels.cross_attention(meta(2, 9, 2, 32), meta(2, 7, 2, 32), meta(2, 7, 2, 32)).shape == (2, 9, 2, 32)
     loss = mvlm_kernels.linear_pixel_loss(meta(2, 4, 5), meta(12, 5), meta(12), meta(2, 3, 4, 4), None, 2)
     assert loss.shape == ()
+
+
+def test_importing_the_kernels_does_not_import_the_compiler():
+    code = "import sys, mvlm_kernels; assert not {'torch._dynamo', 'triton'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_constant_of_compilers_is_marked_as_torch_marks_it():
+    def ours() -> None: ...
+    def theirs() -> None: ...
+
+    wanted = vars(torch.compiler.assume_constant_result(theirs))
+    assert wanted
+    assert vars(dispatch.constant_when_compiled(ours)) == wanted

@@ -160,6 +160,7 @@ def test_second_derivatives_are_right_or_refused_by_name(op: str, backend: str):
         same(torch.func.grad(penalty(ours, *args[1:]))(args[0]), torch.func.grad(penalty(plain, *args[1:]))(args[0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("visible", [False, True])
 def test_second_derivatives_of_the_linear_ops_pass_gradgradcheck(visible: bool):
     tokens, rest = rand(2, 3, 4)[:, : 2 if visible else 3], (rand(4), rand(4, 4), rand(4))

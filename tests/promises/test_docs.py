@@ -6,11 +6,13 @@ docs/guides/data.md and docs/explain/loader.md are run by test_docs_data.py and 
 import re
 import shlex
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import mvlm_dataloading
 from mvlm.cli import run_command
 from mvlm_dataloading import open_dataset
 from support.shapes import copy_shapes
@@ -28,8 +30,8 @@ def blocks(language: str, page: Path) -> list[str]:
 def guide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which all commands of the guide ran, in this process to save imports.
 
-    After `mvlm data emoji` the committed images replace the emoji, whose evaluation takes a minute. `.ci/run` runs the
-    demo on the emoji themselves.
+    `mvlm data emoji` draws 300 of the emoji. After it the committed images replace them, whose evaluation takes a
+    minute. `.ci/run` runs the demo on all emoji.
     """
     folder = tmp_path_factory.mktemp("guide")
     Image.new("RGB", (80, 60), "red").save(folder / "image.png")
@@ -37,11 +39,13 @@ def guide_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert len(commands) >= 7
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        some = partial(mvlm_dataloading.build_emoji, limit=300)
+        patch.setattr(mvlm_dataloading, "build_emoji", some, raising=False)
         for name, *words in commands:
             assert name == "mvlm"
             run_command([*words, *(SHORT if words[0] == "pretrain" else [])])
             if words[:2] == ["data", "emoji"]:
-                assert len(open_dataset(words[2], "train")) > 3000
+                assert sum(len(open_dataset(words[2], split)) for split in ("train", "validation", "test")) == 300
                 shutil.rmtree(words[2])
                 copy_shapes(Path(words[2]))
     return folder

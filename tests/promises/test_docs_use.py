@@ -25,6 +25,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_examples_of_the_python_page_run(folder, capsys):
     names: dict = {}
     for block in blocks("python", "guides/python.md"):

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 # The module removes TRITON_INTERPRET from its process's environment, so it is imported in another process.
 KERNELS = """
@@ -15,6 +17,7 @@ print(json.dumps([launch.kernel.__name__ for op in aot.MODULES for launch in aot
 """
 
 
+@pytest.mark.slow
 def test_table_of_proofs_has_exactly_the_kernels_that_are_compiled_ahead_of_time() -> None:
     page = (ROOT / "docs" / "explain" / "kernel_proofs.md").read_text()
     table = re.findall(r"^\| `(\w+)` \|(?: (?:✓|no case|none) \|){5}$", page, re.MULTILINE)

@@ -40,6 +40,9 @@ def forked_ranks() -> Iterator[Callable[..., Outcomes]]:
 
 def _serve() -> None:
     """Read lists of words from stdin, one JSON line each. Answer each with a JSON line: exit codes and stderr."""
+    # torch imports its compiler with the first optimizer: here once, in place of every fork.
+    import torch._dynamo  # noqa: F401
+
     # In this order: tests/mvlm must not hide mvlm.
     import mvlm.tasks.finetune
     import mvlm.training.run  # noqa: F401

@@ -39,6 +39,8 @@ WARM_UP = 10
 that later turns start and end in the same state."""
 READINGS = 39
 """Memory readings in each tenth of the soak test."""
+START_UPS = 5
+"""Processes whose time to the first batch is measured."""
 
 
 def run(
@@ -195,15 +197,15 @@ def _measure_memory(data: Path, settings: dict[str, int], samples: int) -> dict[
 
 
 def _measure_start_up(samples: int) -> dict[str, Any]:
-    """Measure the seconds to the first batch of an index of `samples` samples, in five processes."""
+    """Measure the seconds to the first batch of an index of `samples` samples, in START_UPS processes."""
     with tempfile.TemporaryDirectory(prefix="mvlm-start-") as folder:
         start_up.build(Path(folder) / "data", samples)
         command = [sys.executable, "-m", "mvlm_benchmarks.data.start_up", str(Path(folder) / "data")]
-        runs = [json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(5)]
+        runs = [json.loads(subprocess.run(command, capture_output=True, check=True).stdout) for _ in range(START_UPS)]
     seconds = [round(run["start_s"], 3) for run in runs]
     cpu_s = statistics.median(run["cpu_s"] for run in runs)
     text = f"{statistics.median(seconds):.2f} s to the first batch of {runs[0]['samples']} samples, without imports"
-    text += f"; five processes: {seconds}; {cpu_s:.2f} s of processor time"
+    text += f"; {len(runs)} processes: {seconds}; {cpu_s:.2f} s of processor time"
     return {"text": text, "samples": runs[0]["samples"], "seconds": seconds, "cpu_s": round(cpu_s, 3)}
 
 

@@ -79,7 +79,7 @@ def _takes_sdpa(q: Tensor, short: int, extras: int) -> bool:
     return _gpu_takes_sdpa(q.device, q.dtype, width, bucket(short), extras)
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant_when_compiled
 def _gpu_takes_sdpa(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int) -> bool:
     """True if a dense call on this GPU runs on SDPA.
 

@@ -191,7 +191,7 @@ def gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int,
     return _gpu_reasons(device, dtype, width, bucket(rows), extras)
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant_when_compiled
 def _gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int) -> tuple[str, ...]:
     # A compiler cannot trace calls of the driver and reads of tile tables, so the result is a constant of its graph.
     found = dispatch.device_reasons(device)

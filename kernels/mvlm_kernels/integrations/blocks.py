@@ -83,7 +83,7 @@ def kernel_reasons(x: Tensor) -> tuple[str, ...]:
     return _kernel_reasons(x.device, x.dtype, int(x.shape[-1]), dispatch.forced())
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant_when_compiled
 def _kernel_reasons(device: torch.device, dtype: torch.dtype, width: int, forced: str | None) -> tuple[str, ...]:
     if forced is not None:
         return ()

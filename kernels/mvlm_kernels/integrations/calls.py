@@ -63,7 +63,7 @@ def kernel_reasons(device: torch.device, dtype: torch.dtype, width: int, short_r
     return _kernel_reasons(device, dtype, int(width), short_rows, dispatch.forced())
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant_when_compiled
 def _kernel_reasons(
     device: torch.device, dtype: torch.dtype, width: int, short_rows: int, forced: str | None
 ) -> tuple[str, ...]:

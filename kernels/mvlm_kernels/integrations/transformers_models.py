@@ -6,13 +6,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import nn
+
+from mvlm_kernels import dispatch
 
 _NAMES_SDPA = re.compile(r"_attn_implementation\w*\s*(?:==|!=|in|not in)\s*[^\n]*[\"']sdpa[\"']")
 
 
-@torch.compiler.assume_constant_result
+@dispatch.constant_when_compiled
 def names_sdpa(module_name: str) -> bool:
     """True if the code of a modelling module compares the implementation's name with "sdpa".
 

@@ -76,6 +76,7 @@ def test_stage_that_ignores_its_budget_is_killed(launcher, monkeypatch, tmp_path
     assert "killed; its rows are in" in out
 
 
+@pytest.mark.slow
 def test_stage_without_a_gpu_says_what_to_do(tmp_path) -> None:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_run.py"), "correct", "--out", str(tmp_path)]
     done = subprocess.run(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)

@@ -192,6 +192,7 @@ def test_step_stops_at_wrong_losses(tmp_path, monkeypatch, micro) -> None:
     assert rows_of(tmp_path / "step.csv") == []
 
 
+@pytest.mark.slow
 def test_step_times_ours_without_the_baselines_libraries(tmp_path, monkeypatch, micro) -> None:
     find = step.importlib.util.find_spec
     monkeypatch.setattr(step.importlib.util, "find_spec", lambda name: None if name == "timm" else find(name))
@@ -284,6 +285,7 @@ BLOCKED = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_stages_need_nothing_but_torch_and_triton() -> None:
     program = f"""
 import importlib, sys

@@ -65,6 +65,7 @@ def test_a_number_that_is_too_small_is_refused(tmp_path):
         bench.run("tiny", tmp_path, 1, 1, eval_every_steps=0)
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_in_turns(tmp_path, monkeypatch, without_tensorboard, capsys):
     """A slower loop lowers its ratio and not the bare step's; the loop sees the batches of an ordinary run."""
     monkeypatch.setattr(bench, "pretrain_defaults", small)

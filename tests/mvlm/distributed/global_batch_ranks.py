@@ -5,6 +5,7 @@ as a world of four, and the first two as a world of two. Each compares its losse
 on the whole batch, and writes the largest differences to FOLDER/RANK.json.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -12,7 +13,6 @@ import os
 import sys
 import traceback
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -112,6 +112,7 @@ class Oracle:
         self.losses = [x.item() for x in losses]
         self.gradients = {name: p.grad for name, p in model.named_parameters()}
 
+    @functools.cached_property
     def after_a_step(self) -> dict[str, Tensor]:
         """Weights after one update with clipped gradients and a clamped temperature."""
         model = micro_model(**self.changes)
@@ -122,6 +123,7 @@ class Oracle:
         return {name: p.detach() for name, p in model.named_parameters()}
 
 
+@functools.cache
 @torch.no_grad()
 def local_matching(number: int) -> float:
     """ITM, pair by pair, if each of `number` equal parts of the batch draws its negatives from itself."""
@@ -253,7 +255,7 @@ def limited_to(most: int) -> Any:
     """Context in which a step draws each image and each caption at most this often."""
     from mvlm.objectives import negatives
 
-    return patch.object(negatives, "limit_readers", partial(negatives.limit_readers, most=most))
+    return patch.object(negatives, "limit_readers", functools.partial(negatives.limit_readers, most=most))
 
 
 def combinations(ranks: int) -> list[dict[str, Any]]:
@@ -322,7 +324,7 @@ def run(world: Any, oracles: dict[tuple[tuple[float, ...], str], Oracle], case: 
         update(model, norm)
         found["norm"] = float(norm) - float(torch.nn.utils.get_total_norm(list(oracle.gradients.values())))  # pyright: ignore[reportArgumentType]
         updated = {name: p.detach() for name, p in unsharded_copy(model).named_parameters()}
-        found["updated"] = differences(updated, oracle.after_a_step())  # pyright: ignore[reportArgumentType]
+        found["updated"] = differences(updated, oracle.after_a_step)  # pyright: ignore[reportArgumentType]
     return found
 
 
@@ -359,6 +361,10 @@ def main() -> None:
     # The oracles are computed once, before the fork, and before any module under test is imported.
     oracles = {(weights, "paper"): Oracle(weights) for weights in (EVERY, *SOME)}
     oracles |= {(EVERY, variant): Oracle(EVERY, variant) for variant in VARIANTS}
+    for oracle in oracles.values():
+        _ = oracle.after_a_step
+    for number in (2, 4):  # two ranks with one and with two microbatches each
+        local_matching(number)
     tested = (
         "mvlm.distributed.global_batch",
         "mvlm.distributed.contrastive",

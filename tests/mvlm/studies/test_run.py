@@ -140,6 +140,7 @@ def test_results_of_other_settings_are_refused(finished: Path, scenes, tmp_path:
         run_study(study(), scenes, tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_a_budget_of_flops_buys_cheap_arms_more_steps(scenes, tmp_path: Path) -> None:
     trials = {t.arm: t for t in plan_trials(study(), scenes, tmp_path) if t.seed == 0}
     flops = {arm: trial.flops or 0 for arm, trial in trials.items()}

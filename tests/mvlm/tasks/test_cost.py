@@ -39,6 +39,7 @@ def test_flops_of_a_planned_step_lie_between_those_of_real_steps(task):
     assert found.parameters == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["vqa", "retrieval"])
 def test_larger_images_and_batches_cost_more_and_checkpoints_less_memory(task):
     small, large = task_step_cost(task, setting()), task_step_cost(task, setting(48))

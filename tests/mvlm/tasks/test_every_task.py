@@ -103,6 +103,7 @@ def test_both_implementations_give_the_same_losses_gradients_and_predictions(tra
     assert found["plain"][2] == found["fast"][2]
 
 
+@pytest.mark.slow
 @every_form
 def test_resumed_run_equals_an_undisturbed_one(trained, data, tmp_path, form, without_tensorboard):
     settings = {"eval_every_steps": 2, "ema_decay": 0.9, "max_steps": 4, "checkpoint_every_steps": 2}

@@ -23,6 +23,7 @@ from support.questions import finetune_config as configured
 from support.scenes import scene, write_scenes
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_an_undisturbed_one(trained, scenes, tmp_path):
     settings = {"eval_every_steps": 2, "ema_decay": 0.9, "max_steps": 4}
     finetune(configured(trained, scenes, tmp_path / "whole", "retrieval", **settings))
@@ -46,6 +47,7 @@ def test_accumulated_microbatches_give_the_same_gradients(trained, scenes, tmp_p
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_both_implementations_give_the_same_losses(trained, scenes, tmp_path):
     for plan in ("plain", "fast"):
         finetune(configured(trained, scenes, tmp_path / plan, "retrieval", plan=plan, max_steps=3))

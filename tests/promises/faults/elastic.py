@@ -1,61 +1,124 @@
 """Trials of test_ranks.py with torchrun, which restarts two ranks when one is killed.
 
-Each run has to end with code 0 and with the weights and metrics of the undisturbed run, to the bit. The processes are
-real: two torchrun agents on one machine stand for two nodes.
+Each run has to end with code 0 and with the weights and metrics of the undisturbed run, to the bit. Two of torchrun's
+agents on one machine stand for two nodes. Agents and workers are forks of one process that has everything imported:
+imports would take most of a trial. tests/mvlm/distributed/test_parallel.py starts torchrun as users do.
 """
 
+import logging
 import os
 import signal
 import socket
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
+import torch
+from torch.distributed import run as torchrun
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from mvlm import cli
+from support.faults import injections
 from support.faults.campaign import Campaign, end_of_log, require, require_log
+from support.faults.forked_runs import wait
+from support.faults.forks import free_port
 
-WORKER = Path(__file__).with_name("torchrun_worker.py")
 SECONDS = 240
-"""Timeout; each trial takes about 20 s on an idle machine."""
+"""Timeout; each trial takes a few seconds on an idle machine, and 8 more to notice a dead agent."""
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+class Agent:
+    """The agent of one node, a forked process that starts its workers. All of them log to `out` with suffix .log.
+
+    Args:
+        settings: torchrun's command line, up to the script.
+        rank, target: the rank that is killed in the middle of step 8 of its first attempt: the "worker" alone, or the
+            "node", whose agent is killed before it.
+    """
+
+    def __init__(self, campaign: Campaign, out: Path, settings: list[str], rank: int = -1, target: str = "") -> None:
+        self._out, self._ended = out, False
+        config = campaign.undisturbed(2) / "config.json"
+        command = ["pretrain", "--config", str(config), "--out", str(out), "--resume"]
+        self._pid = os.fork()
+        if not self._pid:
+            code = 1
+            try:
+                handle = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                os.dup2(handle, 1)
+                os.dup2(handle, 2)
+                _launch(settings, lambda *_: _work(command, rank, target))
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+
+    def ends(self, code: int = 0) -> None:
+        """Wait for the agent to end, and require this exit code."""
+        self._ended = True
+        found = wait(self._pid, SECONDS)
+        require(found == code, f"torchrun ended with {found}, not {code}: {end_of_log(self._out)}")
+
+    def close(self) -> None:
+        """End it if it runs."""
+        if not self._ended:
+            os.kill(self._pid, signal.SIGTERM)  # the agent terminates its workers
+            wait(self._pid)
+
+
+def _launch(settings: list[str], work: Callable[..., None]) -> None:
+    """Be torchrun, whose workers are forks that call `work`."""
+
+    def forked(config: LaunchConfig, entrypoint: Any) -> Callable[..., Any]:
+        return elastic_launch(replace(config, start_method="fork"), work)
+
+    with patch.object(torchrun, "elastic_launch", forked):
+        torchrun.main([*settings, "script"])
+
+
+def _work(command: list[str], rank: int, target: str) -> None:
+    """Be a worker: `mvlm COMMAND`, with a kill in its first attempt."""
+    # A new process has no handlers of signals and of messages.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    logging.root.handlers.clear()
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    torch.set_num_threads(1)
+
+    def end() -> None:
+        if target == "node":
+            os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.environ["RANK"] == str(rank) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        injections.at_step(8, end)
+    sys.argv = ["mvlm", *command]
+    cli.main()
 
 
 @contextmanager
-def torchrun(campaign: Campaign, out: Path, *settings: str, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the agent of one node and its workers; end them on the way out. They log to `out` with suffix .log."""
-    words = [sys.executable, "-m", "torch.distributed.run", *settings, str(WORKER), "pretrain"]
-    words += ["--config", str(campaign.undisturbed(2) / "config.json"), "--out", str(out), "--resume"]
-    with out.with_suffix(".log").open("ab") as log:
-        process = subprocess.Popen(words, env=os.environ | environment, stdout=log, stderr=log)
+def started(campaign: Campaign, out: Path, settings: list[str], rank: int = -1, target: str = "") -> Iterator[Agent]:
+    """Start an agent, and end it on the way out."""
+    agent = Agent(campaign, out, settings, rank, target)
     try:
-        yield process
+        yield agent
     finally:
-        if process.poll() is None:
-            process.terminate()  # the agent terminates its workers
-            process.wait(60)
-
-
-def ends(process: "subprocess.Popen[bytes]", out: Path, code: int = 0) -> None:
-    """Wait for an agent to end, and require this exit code."""
-    try:
-        found = process.wait(SECONDS)
-    except subprocess.TimeoutExpired:
-        raise TimeoutError(f"torchrun did not end within {SECONDS} s: {end_of_log(out)}") from None
-    require(found == code, f"torchrun ended with {found}, not {code}: {end_of_log(out)}")
+        agent.close()
 
 
 def worker_killed(campaign: Campaign, out: Path) -> None:
     """One of two workers gets SIGKILL: torchrun restarts both."""
-    settings = ("--standalone", "--nproc-per-node", "2", "--max-restarts", "2")
-    with torchrun(campaign, out, *settings, MVLM_KILL="1 8 worker") as agent:
-        ends(agent, out)
+    settings = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    with started(campaign, out, settings, 1, "worker") as agent:
+        agent.ends()
     require_log(out, "resuming from")
     campaign.require_equal(out, ranks=2)
 
@@ -67,14 +130,15 @@ def node_killed(campaign: Campaign, out: Path) -> None:
     settings += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"localhost:{port}"]
     # An agent without a sign of life for 8 s counts as dead; 15 s is the default.
     settings += ["--rdzv-conf", "keep_alive_interval=1,keep_alive_max_attempt=8"]
-    own_stores = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    with torchrun(campaign, out, *settings, **own_stores) as first:
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    with started(campaign, out, settings) as first:
         wait_for(port)  # the first keeps the rendezvous
-        with torchrun(campaign, out, *settings, **own_stores, MVLM_KILL="1 8 node") as second:
-            ends(second, out, -signal.SIGKILL)
-        with torchrun(campaign, out, *settings, **own_stores) as again:
-            ends(again, out)
-        ends(first, out)
+        with started(campaign, out, settings, 1, "node") as second:
+            second.ends(-signal.SIGKILL)
+        with started(campaign, out, settings) as again:
+            again.ends()
+        first.ends()
+    del os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"]
     require_log(out, "resuming from")
     campaign.require_equal(out, ranks=2)
 

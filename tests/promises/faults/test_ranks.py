@@ -1,6 +1,6 @@
 """Runs on several ranks: restarted by torchrun, resumed on other numbers of ranks, sharded, and on a full disk.
 
-Each test is a trial of ranks.py or elastic.py. Trials with torchrun take about 20 s each.
+Each test is a trial of ranks.py or elastic.py, in forks of one process that has everything imported.
 """
 
 import json
