@@ -45,7 +45,7 @@ def make_targets() -> set[str]:
 
 
 def test_the_workflows_are_there():
-    assert [file.stem for file in WORKFLOWS] == ["check", "gpu", "release", "tests"]
+    assert [file.stem for file in WORKFLOWS] == ["check", "docs", "gpu", "release", "tests"]
 
 
 @each_workflow
