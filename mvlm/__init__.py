@@ -6,12 +6,14 @@
     model.match("cat.png", "a cat").probability
 
 Names are imported on first use, so `import mvlm` is quick and needs only the packages of the names that are used.
+`mvlm.__version__` is the version of the installed distribution.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from mvlm.config.model import MaskVLMConfig as MaskVLMConfig
     from mvlm.config.pretrain import PretrainConfig as PretrainConfig
     from mvlm.config.recipes import pretrain_defaults as pretrain_defaults
@@ -56,10 +58,20 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("mvlm")
     if name not in _MODULES:
         raise AttributeError(f"module 'mvlm' has no attribute {name!r}; it has {', '.join(__all__)}")
-    return getattr(import_module(f"mvlm.{_MODULES[name]}"), name)
+    try:
+        return getattr(import_module(f"mvlm.{_MODULES[name]}"), name)
+    except ModuleNotFoundError as error:
+        from mvlm.errors import advise_install
+
+        message = advise_install(error)
+        if message is None:
+            raise
+        raise ImportError(f"mvlm.{name}: {message}") from error
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*globals(), *__all__, "__version__"})

@@ -90,13 +90,13 @@ def usage(names: Sequence[str] = ()) -> str:
 
 def run_command(arguments: Sequence[str]) -> None:
     """Run the command that the arguments begin with. ConfigError if there is none."""
-    import tyro
-
     from mvlm.errors import ConfigError
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return
+    import tyro
+
     for words in (2, 1):
         name = " ".join(arguments[:words])
         if name in COMMANDS:
@@ -126,7 +126,7 @@ def main() -> None:
     Ctrl-C outside of training is exit code 130. The watchdog of a run exits with code 3 (`mvlm.training.watchdog`).
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    from mvlm.errors import ConfigError, LostRankError, NonFiniteLossError, RunError
+    from mvlm.errors import ConfigError, LostRankError, NonFiniteLossError, RunError, advise_install
     from mvlm_dataloading.errors import DataError
 
     try:
@@ -137,6 +137,12 @@ def main() -> None:
         sys.exit(141)  # 128 + SIGPIPE, as a shell reports it
     except (ConfigError, RunError, DataError) as error:
         print(f"mvlm: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except ImportError as error:
+        message = advise_install(error)
+        if message is None:
+            raise
+        print(f"mvlm: {message}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

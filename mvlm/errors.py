@@ -4,6 +4,18 @@ ConfigError and RunError: the user can correct them; exit code 2. LostRankError 
 early; exit code 1.
 """
 
+from mvlm_dataloading.errors import MissingPackageError
+
+EXTRAS = {
+    **dict.fromkeys(("PIL", "fsspec", "nvidia", "pyarrow", "tokenizers"), "data"),
+    **dict.fromkeys(("filelock", "huggingface_hub", "jinja2", "rich", "safetensors", "tensorboard", "tyro"), "train"),
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
+    "gradio": "app",
+    "lancedb": "search",
+    "ray": "ray",
+}
+"""Module of an optional package -> the extra of mvlm that installs it."""
+
 
 class ConfigError(ValueError):
     """A setting with a value that is not allowed or cannot be used here."""
@@ -19,3 +31,13 @@ class LostRankError(RuntimeError):
 
 class NonFiniteLossError(RuntimeError):
     """Too many updates in a row were skipped: a loss or gradient was NaN or infinite, or the loss was a spike."""
+
+
+def advise_install(error: ImportError) -> str | None:
+    """One line with the command that installs the optional package of a failed import; None if it is none of mvlm's."""
+    if isinstance(error, MissingPackageError):
+        return str(error)
+    package = (error.name or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError) or package not in EXTRAS:
+        return None
+    return f"wanted the package {package}, which is not installed; pip install 'mvlm[{EXTRAS[package]}]'"

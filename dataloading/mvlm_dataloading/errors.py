@@ -8,6 +8,10 @@ class DataError(ValueError):
     """Data that cannot be used. The message is one line: what was wanted, what was found, what to do."""
 
 
+class MissingPackageError(ImportError):
+    """An optional package that is needed and not installed. The message has the command that installs it."""
+
+
 def need(module: str, extra: str = "data") -> ModuleType:
     """Import an optional dependency at its use, so that `import mvlm_dataloading` works without it.
 
@@ -15,11 +19,12 @@ def need(module: str, extra: str = "data") -> ModuleType:
         extra: the extra of `mvlm` that installs it.
 
     Raises:
-        ImportError: it is missing. The message has the command that installs it.
+        MissingPackageError: it is missing.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not (module + ".").startswith(error.name + "."):
             raise  # the package is installed, but one of its dependencies is not
-        raise ImportError(f"{module} is needed here and is not installed: pip install 'mvlm[{extra}]'") from error
+        message = f"{module} is needed here and is not installed: pip install 'mvlm[{extra}]'"
+        raise MissingPackageError(message) from error

@@ -15,7 +15,15 @@ author = "the mvlm authors"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.githubpages", "site_pages"]
 
 root_doc = "docs/index"
-include_patterns = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LEADERBOARD.md", "docs/*.md", "docs/**/*.md"]
+include_patterns = [
+    "README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LEADERBOARD.md",
+    "SECURITY.md",
+    "docs/*.md",
+    "docs/**/*.md",
+]
 exclude_patterns = [".*", "build", "data", "dist", "runs", "*.egg-info"]
 
 myst_heading_anchors = 4  # the anchors that GitHub makes

@@ -1,5 +1,7 @@
 """Fused training kernels for masked vision-and-language models; torch and Triton are the only dependencies."""
 
+from typing import TYPE_CHECKING
+
 from mvlm_kernels.add_layer_norm import add_layer_norm
 from mvlm_kernels.cross_attention import attention_probabilities, cross_attention, pack_key_mask
 from mvlm_kernels.dispatch import Explanation, explain, use_backend
@@ -7,6 +9,9 @@ from mvlm_kernels.gather_patches import gather_patches
 from mvlm_kernels.gelu_linear import gelu_linear
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
 from mvlm_kernels.place_tokens import place_tokens
+
+if TYPE_CHECKING:
+    __version__: str
 
 __all__ = [
     "Explanation",
@@ -22,3 +27,12 @@ __all__ = [
     "place_tokens",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`: the version of the distribution `mvlm`, which holds this package."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("mvlm")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")

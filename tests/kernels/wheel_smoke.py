@@ -1,6 +1,7 @@
 """Check of an installed wheel, run by `make wheel-smoke` in an environment with the wheel, torch and Triton only.
 
 Every op computes by its reference, by its interpreted kernel, and without Triton. One kernel is compiled for a GPU.
+What needs an extra says which.
 Each part runs in its own process, because Triton decides at import whether it interprets.
 """
 
@@ -47,6 +48,25 @@ NO_TRITON = "sys.modules['triton'] = None\nimport importlib.util\nfind = importl
 EXPLAINED = """
 assert "triton is not installed" in str(mk.explain(mk.gather_patches, torch.zeros(1, 3, 4, 4), None, 2))
 """
+FACE = """
+import mvlm, mvlm_kernels
+assert mvlm.__version__ == mvlm_kernels.__version__
+try:
+    mvlm.load_model
+except ImportError as error:
+    assert str(error).endswith("which is not installed; pip install 'mvlm[train]'"), error
+else:
+    raise AssertionError("the extra `train` is installed")
+"""
+COMMANDS = """
+import subprocess, sys
+call = lambda *words: subprocess.run([sys.executable, "-m", "mvlm", *words], capture_output=True, text=True)
+listed, refused = call("--help"), call("pretrain", "tiny")
+assert (listed.returncode, listed.stderr) == (0, ""), listed
+assert "mvlm pretrain" in listed.stdout
+assert refused.returncode == 2, refused
+assert refused.stderr == "mvlm: wanted the package tyro, which is not installed; pip install 'mvlm[train]'\\n", refused
+"""
 
 
 def run(name: str, code: list[str], **environment: str) -> None:
@@ -62,6 +82,8 @@ def main() -> None:
     run("references", ["-c", OPS.format(before="", after="")])
     run("interpreted kernels", ["-c", OPS.format(before="", after=INTERPRETED)], TRITON_INTERPRET="1")
     run("without Triton", ["-c", OPS.format(before=NO_TRITON, after=EXPLAINED)])
+    run("names that need an extra", ["-c", FACE])
+    run("commands without an extra", ["-c", COMMANDS])
     select = "cross_attention/bfloat16/64/32/lengths$"
     run("compiled for sm_90", ["-m", "mvlm_kernels.aot", "--arch", "sm_90", "--select", select])
 

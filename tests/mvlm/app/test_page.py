@@ -201,6 +201,15 @@ def test_a_path_in_the_place_of_an_upload_is_refused(url) -> None:
         urllib.request.urlopen(f"{url}/gradio_api/file=/etc/passwd", timeout=60)
 
 
+def test_another_sites_page_may_not_read_answers(url) -> None:
+    """A browser gives an answer to a page of another site only if the answer allows its origin."""
+    for origin, allowed in ((url, True), ("http://elsewhere.example", False)):
+        request = urllib.request.Request(f"{url}/gradio_api/info", headers={"Origin": origin})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert (answer.headers["Access-Control-Allow-Origin"] == origin) is allowed
+            assert answer.headers["Access-Control-Allow-Origin"] != "*"
+
+
 def test_a_file_over_the_limit_is_refused(url) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         upload(url, "x.png", bytes(MAX_BYTES + 1_000_000))

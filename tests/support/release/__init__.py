@@ -1,0 +1,1 @@
+"""Checks of what is released: versions that pyproject.toml allows, and the contents of the distributions."""
