@@ -193,9 +193,17 @@ def after_napoleon(app: Sphinx, what: str, name: str, value: object, options: ob
     lines[:] = [line.replace(COLON, ":") for line in lines]
 
 
+def break_long_names(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: object) -> None:
+    """Names of files, tests and functions may break after a `/`, `::` or `_`, so that they fit a table or a phone."""
+    for long in (r'(?<=<span class="pre">)[^<]{25,}(?=</span>)', r"(?<=<h1>)\w{14,}(?=<)"):
+        body = context.get("body", "")
+        context["body"] = re.sub(long, lambda name: re.sub(r"(::|[/_])(?=\w)", r"\1<wbr>", name[0]), body)
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", before_napoleon, priority=400)
     app.connect("autodoc-process-docstring", after_napoleon, priority=600)
     app.connect("source-read", fill_markers)
     app.connect("doctree-read", drop_links_to_folders)
+    app.connect("html-page-context", break_long_names)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
