@@ -121,14 +121,13 @@ def _settings(group: type, values: dict[str, Any], prefix: str) -> str:
 
     rows = (
         (
-            f"`{prefix}{field.name.replace('_', '-')}`",
-            cell(_kind(types[field.name])),
+            f"`{prefix}{field.name.replace('_', '-')}`, {cell(_kind(types[field.name]))}",
             default(field),
             cell(" ".join(texts[group.__name__, field.name])),
         )
         for field in fields
     )
-    return table(("setting", "type", "default", "meaning"), rows)
+    return table(("setting", "default", "meaning"), rows)
 
 
 def _kind(kind: Any) -> str:
@@ -144,7 +143,7 @@ def _kind(kind: Any) -> str:
     if options:
         return " or ".join(_kind(option) for option in options)
     names: dict[Any, str] = {type(None): "nothing", bool: "yes or no", str: "text", Path: "path"}
-    return names.get(kind, kind.__name__)
+    return names.get(kind) or str(kind.__name__)
 
 
 def _value(value: object) -> str:
@@ -193,9 +192,25 @@ def after_napoleon(app: Sphinx, what: str, name: str, value: object, options: ob
     lines[:] = [line.replace(COLON, ":") for line in lines]
 
 
+def break_long_names(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: object) -> None:
+    """Names of files, tests and functions may break after a `/`, `::` or `_`, so that they fit a table or a phone."""
+    for long in (r'(?<=<span class="pre">)[^<]{25,}(?=</span>)', r"(?<=<h1>)\w{14,}(?=<)"):
+        body = context.get("body", "")
+        context["body"] = re.sub(long, lambda name: re.sub(r"(::|[/_])(?=\w)", r"\1<wbr>", name[0]), body)
+
+
+def help_readers(app: Sphinx, page: str, template: str, context: dict[str, Any], tree: object) -> None:
+    """For keyboards: code that scrolls takes the focus. For screen readers: headings of the sidebar have a level."""
+    context["body"] = context.get("body", "").replace("<pre>", '<pre tabindex="0">')
+    sidebar = context.get("furo_navigation_tree", "")
+    context["furo_navigation_tree"] = sidebar.replace('role="heading"', 'role="heading" aria-level="2"')
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", before_napoleon, priority=400)
     app.connect("autodoc-process-docstring", after_napoleon, priority=600)
     app.connect("source-read", fill_markers)
     app.connect("doctree-read", drop_links_to_folders)
+    app.connect("html-page-context", break_long_names)
+    app.connect("html-page-context", help_readers, priority=900)  # after the theme has made its sidebar
     return {"parallel_read_safe": True, "parallel_write_safe": True}
