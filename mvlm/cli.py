@@ -35,6 +35,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "data twemoji": data_packages.twemoji,
     "data easy-vqa": data_packages.easy_vqa,
     "data openclipart": data_packages.openclipart,
+    "data iconify": data_packages.iconify,
     "data stamps": data_packages.stamps,
     "data scenes": data_packages.scenes,
     "data merge": data_tools.merge,

@@ -1,0 +1,96 @@
+"""Rendering of SVG drawings."""
+
+import io
+from typing import Any
+from xml.etree import ElementTree
+
+from mvlm_dataloading.errors import need
+
+_ENLARGED = 4
+"""A drawing that is cropped is first rendered so many times larger, since it may fill a quarter of its page."""
+_FAINT = 16
+"""Alpha (of 255) from which a pixel belongs to a cut-out; stamps have nearly invisible specks far outside."""
+
+
+def render_svg(svg: str, size: int, *, crop: bool = False) -> bytes:
+    """Render an SVG as a square PNG of `size` pixels: the drawing as large as fits, centred on white.
+
+    Args:
+        crop: leave out white margins, apart from a 16th of the square on each side. Drawings of a text program are
+            often a small part of a page.
+
+    Raises:
+        ValueError: resvg cannot read it, it refers to a file, or with `crop` it is blank.
+        ImportError: a package of the extra `demo` is missing.
+    """
+    resvg, pil = need("resvg_py", "demo"), need("PIL.Image")
+    refuse_files(svg)
+    side = size * _ENLARGED if crop else size
+    rendered = resvg.svg_to_bytes(
+        svg_string=svg,
+        width=side,
+        height=side,
+        background="#ffffff",
+        skip_system_fonts=True,
+        dpi=96,  # without it, sizes in pt and mm are errors
+    )
+    image = pil.open(io.BytesIO(rendered)).convert("RGB")
+    if crop:
+        image = _cropped(image, size - 2 * (size // 16))
+    if image.size != (size, size):
+        canvas = pil.new("RGB", (size, size), "white")
+        canvas.paste(image, ((size - image.width) // 2, (size - image.height) // 2))
+        image = canvas
+    png = io.BytesIO()
+    image.save(png, "PNG")
+    return png.getvalue()
+
+
+def refuse_files(svg: str) -> None:
+    """ValueError for a drawing that shows an image from a file: resvg would read any file that the drawing names."""
+    try:
+        root = ElementTree.fromstring(svg)
+    except ElementTree.ParseError as error:
+        raise ValueError(f"wanted an SVG, got {error}") from None
+    for element in root.iter():
+        if isinstance(element.tag, str) and element.tag.rpartition("}")[2] in ("image", "feImage"):
+            for name, target in element.attrib.items():
+                if name.rpartition("}")[2] == "href" and not target.lstrip().startswith(("data:", "#")):
+                    raise ValueError(f"the drawing shows an image from a file, {target!r}, which is not read")
+
+
+def render_cutout(svg: str, size: int) -> bytes:
+    """Render an SVG as a PNG with transparency, without margins, its longer side `size` pixels."""
+    resvg = need("resvg_py", "demo")
+    refuse_files(svg)
+    return cut_out(resvg.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size, skip_system_fonts=True), size)
+
+
+def cut_out(image: bytes, size: int) -> bytes:
+    """The part of an image that is not transparent, its longer side at most `size` pixels, as a PNG.
+
+    Raises:
+        ValueError: all of it is transparent.
+    """
+    pil = need("PIL.Image")
+    opened = pil.open(io.BytesIO(image)).convert("RGBA")
+    box = opened.getchannel("A").point(lambda alpha: 255 * (alpha >= _FAINT)).getbbox()
+    if box is None:
+        raise ValueError("the image is blank")
+    cropped = opened.crop(box)
+    scale = min(1.0, size / max(cropped.size))
+    cropped = cropped.resize([max(1, round(side * scale)) for side in cropped.size], pil.Resampling.LANCZOS)
+    png = io.BytesIO()
+    cropped.save(png, "PNG")
+    return png.getvalue()
+
+
+def _cropped(image: Any, size: int) -> Any:
+    """The part of a PIL image that is not white, scaled to fit a square of `size` pixels."""
+    pil = need("PIL.Image")
+    box = need("PIL.ImageChops").invert(image).getbbox()
+    if box is None:
+        raise ValueError("the drawing is blank")
+    image = image.crop(box)
+    scale = size / max(image.size)
+    return image.resize([max(1, round(side * scale)) for side in image.size], pil.Resampling.LANCZOS)
