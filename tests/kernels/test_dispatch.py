@@ -89,7 +89,7 @@ def test_text_of_explain_separates_the_choice_from_what_is_against_triton():
 
 
 def test_explain_refuses_a_function_that_is_not_an_op():
-    with pytest.raises(ValueError, match="op must be one of .*, got print$"):
+    with pytest.raises(ValueError, match=r"op must be one of .*, got print$"):
         mvlm_kernels.explain(print)
     with pytest.raises(
         ValueError, match=r"op must be one of .*, got CrossAttention; a layer calls an op: explain that$"
