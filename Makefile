@@ -239,6 +239,7 @@ bench: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm bench data --data $(DATA) --rounds 11 --out $(RESULTS)
 	$(BIN)/python -m mvlm_benchmarks.data.index_scale --out $(RESULTS)
 	$(BIN)/python -m mvlm_benchmarks.step.overhead $(DATA) --json $(RESULTS)/overhead.json
+	$(BIN)/python -m mvlm_benchmarks.step.swapped --json $(RESULTS)/swapped-$(MACHINE).json
 
 ## aot             compile every kernel for sm_80, sm_90 and sm_100 with both Tritons, without a GPU
 aot: $(TRITONS:%=build/triton-%/.installed)

@@ -82,7 +82,9 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
     """
     if op not in _reason_functions:
         names = ", ".join(sorted(f.__name__ for f in _reason_functions))
-        raise ValueError(f"op must be one of {names}, got {op!r}")
+        given = getattr(op, "__name__", type(op).__name__)
+        hint = "; a layer calls an op: explain that" if isinstance(op, torch.nn.Module) else ""
+        raise ValueError(f"op must be one of {names}, got {given}{hint}")
     reason_function, covered = _reason_functions[op]
     reasons = reason_function(*args, **kwargs)
     if _forced is not None:

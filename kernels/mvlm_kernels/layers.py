@@ -21,6 +21,15 @@ from mvlm_kernels.place_tokens import place_tokens
 __all__ = ["AddLayerNorm", "CrossAttention", "GeluLinear", "PatchEmbed", "PixelLoss", "PlaceTokens"]
 
 
+_OF_TORCH = {
+    "key_padding_mask": "pass key_mask=~key_padding_mask, in which True = the key exists",
+    "attn_mask": "keys may be masked (key_mask, key_lengths), single scores may not: use scaled_dot_product_attention",
+    "is_causal": "there are no causal masks: use scaled_dot_product_attention",
+    "need_weights": "mvlm_kernels.attention_probabilities computes the weights",
+}
+"""Arguments of ``nn.MultiheadAttention`` that :class:`CrossAttention` lacks, and what to do instead."""
+
+
 class CrossAttention(nn.Module):
     """Multi-head attention of a stream to a context by :func:`mvlm_kernels.cross_attention`, with its projections.
 
@@ -98,8 +107,11 @@ class CrossAttention(nn.Module):
 
         Either may be packed (rows, C) with ``cu_seqlens_q`` and ``cu_seqlens_k``, or a jagged nested tensor. options:
         of :func:`mvlm_kernels.cross_attention`, such as key_lengths, key_mask (True = the key exists), key_index and
-        seed.
+        seed. Raises TypeError for an argument of ``nn.MultiheadAttention``, with what to pass instead.
         """
+        for name in options:
+            if name in _OF_TORCH:
+                raise TypeError(f"{name} is an argument of nn.MultiheadAttention: {_OF_TORCH[name]}")
         context = x if context is None else context
         q = self.q(x).unflatten(-1, (self.heads, self.head_width))
         k = self.k(context).unflatten(-1, (self.kv_heads, self.head_width))

@@ -13,6 +13,7 @@ import triton
 import mvlm_kernels
 from mvlm_kernels import dispatch
 from mvlm_kernels.interpreter import interpreter_fault
+from mvlm_kernels.layers import CrossAttention
 
 
 def test_cpu_tensors_take_torch_and_say_so():
@@ -90,8 +91,12 @@ def test_text_of_explain_separates_the_choice_from_what_is_against_triton():
 
 
 def test_explain_refuses_a_function_that_is_not_an_op():
-    with pytest.raises(ValueError, match="op must be one of"):
+    with pytest.raises(ValueError, match=r"op must be one of .*, got print$"):
         mvlm_kernels.explain(print)
+    with pytest.raises(
+        ValueError, match=r"op must be one of .*, got CrossAttention; a layer calls an op: explain that$"
+    ):
+        mvlm_kernels.explain(CrossAttention(64, 4), torch.zeros(2, 3, 64))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,21 @@ def test_attention_that_cannot_be_copied_is_refused():
         CrossAttention(32, 3)
 
 
+@pytest.mark.parametrize(
+    "name, instead",
+    [
+        ("key_padding_mask", "pass key_mask=~key_padding_mask"),
+        ("attn_mask", "use scaled_dot_product_attention"),
+        ("is_causal", "use scaled_dot_product_attention"),
+        ("need_weights", "mvlm_kernels.attention_probabilities"),
+    ],
+)
+def test_arguments_of_torchs_attention_are_refused_with_what_to_pass_instead(name: str, instead: str):
+    x = torch.randn(2, 9, 32)
+    with pytest.raises(TypeError, match=f"{name} is an argument of nn.MultiheadAttention: .*{instead}"):
+        CrossAttention(32, 4)(x, **{name: None})
+
+
 def test_dropout_of_the_layer_is_for_training_alone():
     layer = CrossAttention(32, 4, kv_heads=2, dropout=0.5, softcap=5.0)
     assert "kv_heads=2, dropout=0.5, softcap=5.0" in repr(layer)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from mvlm_dataloading.errors import DataError
+
 
 @dataclass(frozen=True, slots=True)
 class TaskEvent:
@@ -30,6 +32,8 @@ class _Worker:
     process: Any
     connection: Connection
     task: Any = None
+    begun: bool = False
+    """False while the process starts, which imports the program that called."""
 
 
 def run_tasks(function: Callable[..., Any], tasks: Iterable[Any], workers: int) -> Generator[TaskEvent, Any, None]:
@@ -41,6 +45,10 @@ def run_tasks(function: Callable[..., Any], tasks: Iterable[Any], workers: int) 
     Args:
         function: must be picklable. It calls its second argument with counts of work done.
         workers: number of processes; 0 runs the tasks in this process.
+
+    Raises:
+        DataError: a worker fails to import the program that called, as it does a script that calls outside of
+            ``if __name__ == "__main__":``.
     """
     if workers == 0:
         for task in tasks:
@@ -73,6 +81,11 @@ def run_tasks(function: Callable[..., Any], tasks: Iterable[Any], workers: int) 
                 except (EOFError, OSError):
                     pool.remove(worker)
                     worker.process.join()
+                    if not worker.begun and worker.process.exitcode == 1:
+                        raise DataError(
+                            "worker processes: wanted a program that they can import, found one that fails (the trace "
+                            "is above); put a script's calls under `if __name__ == '__main__':`, or choose 0 workers"
+                        ) from None
                     again = yield TaskEvent("died", worker.task, worker.process.exitcode, worker.process.pid)
                     if again is not None:
                         returned.append(again)
@@ -80,6 +93,9 @@ def run_tasks(function: Callable[..., Any], tasks: Iterable[Any], workers: int) 
                     continue
                 if kind == "failed":
                     raise value
+                if kind == "begun":
+                    worker.begun = True
+                    continue
                 task = worker.task
                 if kind == "done":
                     worker.task = None
@@ -111,6 +127,7 @@ def _worker_main(function: Callable[..., Any], connection: Connection) -> None:
     """Main function of a worker. Receives tasks, sends progress and results; ends with the connection or the parent."""
     parent = multiprocessing.parent_process()
     assert parent is not None
+    connection.send(("begun", None))
 
     def exit_with_parent() -> None:
         wait([parent.sentinel])

@@ -10,7 +10,7 @@ from mvlm.tasks.registry import find_task
 from mvlm_dataloading import ShardWriter
 from support.scenes import png, scene
 
-EXAMPLE = Path(__file__).parents[3] / "docs/examples/counting_task.py"
+EXAMPLE = Path(__file__).parents[3] / "examples/counting_task.py"
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """A task of one's own: how many objects does an image show? The number is a regression on the fused features.
 
-    mvlm finetune docs/examples/counting_task.py --checkpoint runs/demo --data data/counts --out runs/counting
-    mvlm eval docs/examples/counting_task.py --checkpoint runs/counting --data data/counts
+    mvlm finetune examples/counting_task.py --checkpoint runs/demo --data data/counts --out runs/counting
+    mvlm eval examples/counting_task.py --checkpoint runs/counting --data data/counts
 
 A sample's caption names what is counted; its metadata holds `count`.
 """

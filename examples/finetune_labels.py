@@ -1,0 +1,56 @@
+"""Fine-tuning on your own labels: each becomes the answer to one question about its picture.
+
+    python examples/finetune_labels.py --checkpoint runs/demo --data data/emoji --label group --out labels --steps 200
+
+A label is a field of a sample's metadata. Prints the accuracy on the validation split with its 95 % interval, and that
+of the most frequent label. OUT/data holds the questions and OUT/run the fine-tuned run. examples/counting_task.py
+predicts numbers instead, by a head of its own.
+"""
+
+import argparse
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from mvlm.config.recipes import finetune_defaults
+from mvlm.tasks.evaluate import evaluate_task
+from mvlm.tasks.finetune import finetune
+from mvlm_dataloading import ShardWriter, open_dataset
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--checkpoint", type=Path, default="runs/demo")
+parser.add_argument("--data", type=Path, default="data/emoji")
+parser.add_argument("--label", default="group")
+parser.add_argument("--out", type=Path, default="labels")
+parser.add_argument("--steps", type=int, default=200)
+parser.add_argument("--batch-size", type=int, default=64)
+arguments = parser.parse_args()
+data, run = arguments.out / "data", arguments.out / "run"
+
+# The question is the caption. All the answers to it are the labels of the training split.
+header = {"name": "labels", "source": str(arguments.data), "licence": "", "attribution": "", "recipe": {}}
+frequencies: Counter[str] = Counter()
+with ShardWriter(data, **header) as writer:
+    for split in ("train", "validation"):
+        pictures = open_dataset(arguments.data, split)
+        for i in range(len(pictures)):
+            key, label = str(pictures.keys[i]), str(pictures.metadata(i)[arguments.label])
+            answers = {"question_id": key, "answers": [{"answer": label, "answer_id": 1}] * 10}
+            writer.add(key, pictures.image_bytes(i), ["what is it?"], answers, split=split)
+            frequencies[label] += split == "validation"
+
+# The classifier over the labels starts from zero, and the rest from the pretrained model.
+config = replace(
+    finetune_defaults("vqa", arguments.checkpoint, data, run),
+    answers="classifier",
+    max_steps=arguments.steps,
+    batch_size=arguments.batch_size,
+    warmup_steps=arguments.steps // 10,
+)
+finetune(config)
+
+figures, records = evaluate_task(run, data, "validation")
+low, high = figures["accuracy_95"]
+print(f"accuracy {figures['accuracy']:.1f} % ({low:.1f} to {high:.1f})")
+label, number = frequencies.most_common(1)[0]
+print(f"always {label!r}: {100 * number / frequencies.total():.1f} %")
