@@ -7,7 +7,7 @@ RUN    ?= runs/demo
 STEPS  ?= 640
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu test-triton test-integrations emulate faults faults-data faults-loading \
+.PHONY: help demo test test-fast test-gpu test-triton test-integrations hub emulate faults faults-data faults-loading \
         faults-embedding faults-parts faults-network faults-evaluation faults-studies soak bench aot traffic \
         wheel-smoke evidence evidence-smoke tasks tasks-smoke check format clean
 
@@ -78,6 +78,10 @@ test-integrations: $(VENV)/.installed
 	    --csv build/walks/integrations-transformers.csv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/integrations
 	cp build/walks/*.csv benchmarks/results/
+
+## hub             build the kernels for the Kernel Hub of Hugging Face: build/hub
+hub: $(VENV)/.installed
+	$(BIN)/python kernels/build_for_hub.py build/hub
 
 ## wheel-smoke     install the kernels from a wheel, with torch and Triton alone, and call them
 wheel-smoke: $(VENV)/.installed

@@ -10,7 +10,7 @@ from typing import Any
 ARCHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 """NVIDIA targets, and their compute capability as an int."""
 AMD_ARCHS = ("gfx90a", "gfx942")
-"""AMD targets (MI200 and MI300), with waves of 64 threads. Tiles are those of sm_80. No such GPU has run the kernels."""
+"""AMD targets (MI200, MI300), with waves of 64 threads and the tiles of sm_80. No such GPU has run the kernels."""
 
 
 @functools.cache

@@ -174,8 +174,8 @@ def sdpa(
 def pack_key_mask(mask: Tensor) -> Tensor:
     """Pack a key mask into bits: bool (B', Lk), True = the key exists -> int64 (B', ceil(Lk / 64)).
 
-    Bit j % 64 of word j // 64 is key j. Packing once serves every layer that reads the same mask. Raises ValueError for a
-    mask that is not bool, or not of two dimensions.
+    Bit j % 64 of word j // 64 is key j. Packing once serves every layer that reads the same mask. Raises ValueError
+    for a mask that is not bool, or not of two dimensions.
     """
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
         got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
