@@ -7,7 +7,7 @@ RUN    ?= runs/demo
 STEPS  ?= 640
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu test-triton test-integrations emulate faults faults-data faults-loading \
+.PHONY: help demo test test-fast test-gpu test-triton test-integrations hub emulate faults faults-data faults-loading \
         faults-embedding faults-parts faults-network faults-evaluation faults-studies soak bench aot traffic \
         dist wheel-smoke test-floors test-heads lint-workflows evidence evidence-smoke tasks tasks-smoke check docs docs-links \
         format clean
@@ -94,6 +94,10 @@ test-integrations: $(VENV)/.installed
 	    --csv build/walks/integrations-transformers.csv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels/integrations
 	cp build/walks/*.csv benchmarks/results/
+
+## hub             build the kernels for the Kernel Hub of Hugging Face: build/hub
+hub: $(VENV)/.installed
+	$(BIN)/python kernels/build_for_hub.py build/hub
 
 build/release/.installed:
 	$(PYTHON) -m venv build/release

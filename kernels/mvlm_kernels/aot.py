@@ -2,6 +2,8 @@
 
     python -m mvlm_kernels.aot [--json FILE [--update]] [--arch sm_90] [--select REGEX] [--jobs N] [--against FILE]
 
+``--arch gfx942`` and ``--arch gfx90a`` compile for AMD GPUs, which have never run the kernels.
+
 Each op's launchers run on meta tensors while :func:`mvlm_kernels.dispatch.recording` records their launches. Triton
 derives a signature from the recorded arguments and compiles the kernel for it. A row is one compiled kernel:
 
@@ -39,7 +41,7 @@ if os.environ.pop("TRITON_INTERPRET", None) and __name__ == "__main__":
 import torch
 
 from mvlm_kernels import dispatch
-from mvlm_kernels.machine_code import ARCHS, blocks, compile_launch, spill_bytes, usage
+from mvlm_kernels.machine_code import AMD_ARCHS, ARCHS, amd_costs, blocks, compile_launch, spill_bytes, usage
 
 MODULES = {
     "cross_attention": "mvlm_kernels.cross_attention.aot_cases",
@@ -52,7 +54,7 @@ MODULES = {
     "gelu_linear": "mvlm_kernels.gelu_linear.triton",
 }
 # Shared memory per block in bytes: CUDA C++ programming guide, technical specifications per compute capability.
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448}
+SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "gfx90a": 65_536, "gfx942": 65_536}
 MULTIPLYING = ("cross_attention", "attention_probabilities")
 # Kernels of attention without a matrix product: they sum partial results.
 WITHOUT_PRODUCTS = ("sum_splits", "short_q_combine")
@@ -80,7 +82,7 @@ def recorded(op: str, arch: str, select: str = "") -> Iterator[Launch]:
         def record(kernel: Any, grid: Any, args: tuple, meta: dict[str, Any], case=label, to=launches) -> None:
             to.append(Launch(case, kernel, args, meta, _launching_pass()))
 
-        with dispatch.recording(record, ARCHS[arch]):
+        with dispatch.recording(record, ARCHS.get(arch, 80)):
             call()
         yield from launches
 
@@ -99,8 +101,18 @@ def row(op: str, launch: Launch, arch: str) -> dict[str, Any]:
     """Row of the table for one launch: compile its kernel and read the costs from the machine code."""
     case, kernel, args, meta, pass_name = launch
     compiled = compile_launch(kernel, args, meta, arch)
-    used = usage(compiled.asm["cubin"])
-    matrix = sorted(set(_MATRIX_INSTRUCTIONS.findall(compiled.asm["sass"])))
+    if arch in AMD_ARCHS:
+        costs = amd_costs(compiled.asm["amdgcn"], meta["num_warps"], compiled.metadata.shared)
+    else:
+        used = usage(compiled.asm["cubin"])
+        costs = {
+            "registers": used["REG"],
+            "spill_bytes": spill_bytes(compiled.asm["ptx"], arch) if used["STACK"] else 0,
+            "stack": used["STACK"],
+            "shared": compiled.metadata.shared,
+            "blocks": blocks(used["REG"], meta["num_warps"], compiled.metadata.shared, arch),
+            "matrix_instruction": "+".join(sorted(set(_MATRIX_INSTRUCTIONS.findall(compiled.asm["sass"])))),
+        }
     floats = [a.dtype for a in _flat(args) if isinstance(a, torch.Tensor) and a.dtype.is_floating_point]
     tiles = {k: v for k, v in meta.items() if k.startswith("BLOCK") or k in ("num_warps", "num_stages", "maxnreg")}
     return {
@@ -111,12 +123,7 @@ def row(op: str, launch: Launch, arch: str) -> dict[str, Any]:
         "dtype": str(floats[0]).removeprefix("torch.") if floats else "int",
         "config": " ".join(f"{k}={v}" for k, v in tiles.items()),
         "arch": arch,
-        "registers": used["REG"],
-        "spill_bytes": spill_bytes(compiled.asm["ptx"], arch) if used["STACK"] else 0,
-        "stack": used["STACK"],
-        "shared": compiled.metadata.shared,
-        "blocks": blocks(used["REG"], meta["num_warps"], compiled.metadata.shared, arch),
-        "matrix_instruction": "+".join(matrix),
+        **costs,
     }
 
 
@@ -198,7 +205,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m mvlm_kernels.aot", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help='write {"rows": [..]} here')
     parser.add_argument("--update", action="store_true", help="keep the rows of --json that this run does not compile")
-    parser.add_argument("--arch", action="append", choices=list(ARCHS), help="only this target; may be repeated")
+    parser.add_argument(
+        "--arch", action="append", choices=[*ARCHS, *AMD_ARCHS], help="only this target; may be repeated"
+    )
     parser.add_argument("--select", default="", help='regex over "op/case"')
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile")
     parser.add_argument(

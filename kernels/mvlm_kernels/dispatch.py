@@ -134,6 +134,11 @@ def refuse_if_forced(reason: str) -> None:
 _ON_CPU = "the tensors are on the CPU"
 
 
+def opened_for_amd() -> bool:
+    """True if MVLM_KERNELS_AMD=1 lets AMD GPUs run the kernels, for which they were compiled and never run."""
+    return os.environ.get("MVLM_KERNELS_AMD", "0") not in ("", "0")
+
+
 @functools.cache
 def device_reasons(device: torch.device) -> tuple[str, ...]:
     """Reasons against Triton that hold for every op on this device."""
@@ -144,7 +149,12 @@ def device_reasons(device: torch.device) -> tuple[str, ...]:
         return (_ON_CPU,)
     if kind == "cuda":
         if torch.version.hip is not None:
-            return ("the kernels are written for NVIDIA GPUs, and this torch is built for ROCm: torch runs instead",)
+            if opened_for_amd():
+                return ()
+            return (
+                "the kernels compile for AMD GPUs (gfx90a, gfx942), and none has run them: torch runs instead, or set "
+                "MVLM_KERNELS_AMD=1 and compare results",
+            )
         major, minor = torch.cuda.get_device_capability(device.index)
         if major < 8:
             return (f"compute capability 8.0 or later is needed, {device} has {major}.{minor}: torch runs instead",)
@@ -189,6 +199,8 @@ def interpreter_reasons() -> tuple[str, ...]:
 
 @functools.cache
 def _device_arch(index: int | None) -> int:
+    if torch.version.hip is not None:
+        return 80  # ROCm counts otherwise: gfx942 has "capability" 9.4. Its tiles are those of sm_80
     major, minor = torch.cuda.get_device_capability(index)
     return major * 10 + minor
 
@@ -232,6 +244,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     Every launcher calls this function, so that the ahead-of-time compiler and the byte counter see exactly the
     arguments that a GPU would get.
     """
+    if torch.version.hip is not None:
+        meta.pop("maxnreg", None)  # an option of NVIDIA's assembler
     if in_force:  # spares the call, which every launch would pay for
         meta = overridden(kernel.__name__, meta)
     if _recorder is not None:

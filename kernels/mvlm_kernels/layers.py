@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mvlm_kernels.add_layer_norm import add_layer_norm
-from mvlm_kernels.cross_attention import cross_attention
+from mvlm_kernels.cross_attention import HEAD_WIDTHS, cross_attention
+from mvlm_kernels.cross_attention.arguments import cap_of, dropout_of
 from mvlm_kernels.gather_patches import gather_patches
 from mvlm_kernels.gelu_linear import gelu_linear
 from mvlm_kernels.pixel_loss import linear_pixel_loss
@@ -61,9 +62,17 @@ class CrossAttention(nn.Module):
         super().__init__()
         if head_width is None and width % heads:
             raise ValueError(f"width must be divisible by heads, got {width} and {heads}; or give head_width")
-        self.heads, self.kv_heads = heads, kv_heads or heads
-        self.head_width = head_width or width // heads
-        self.dropout, self.softcap = dropout, softcap
+        kv_heads = heads if kv_heads is None else kv_heads
+        if kv_heads < 1 or heads % kv_heads:
+            raise ValueError(f"kv_heads must divide the {heads} heads, got {kv_heads}")
+        head_width = width // heads if head_width is None else head_width
+        if head_width not in HEAD_WIDTHS:
+            raise ValueError(
+                f"head_width must be a multiple of 8 up to 128, got {head_width}; give fewer or more heads"
+            )
+        self.heads, self.kv_heads, self.head_width = heads, kv_heads, head_width
+        self.dropout, _ = dropout_of(dropout, None, torch.device("cpu"))
+        self.softcap = cap_of(softcap) or None
         context_width = width if context_width is None else context_width
         self.q = nn.Linear(width, heads * self.head_width, bias)
         self.k = nn.Linear(context_width, self.kv_heads * self.head_width, bias)
@@ -77,6 +86,8 @@ class CrossAttention(nn.Module):
         Its inputs are (B, L, C) whatever ``batch_first`` was. Raises ValueError for bias_kv, add_zero_attn, and values
         of another width than keys.
         """
+        if not isinstance(attention, nn.MultiheadAttention):
+            raise ValueError(f"attention must be an nn.MultiheadAttention, got {type(attention).__name__}")
         if attention.bias_k is not None or attention.add_zero_attn or attention.kdim != attention.vdim:
             raise ValueError(
                 "attention must have no add_bias_kv, no add_zero_attn and kdim == vdim, got "
@@ -188,6 +199,8 @@ class PatchEmbed(nn.Conv2d):
     def forward(self, input: Tensor, patch_ids: Tensor | None = None) -> Tensor:
         """images (B, channels, H, W), uint8 or floating, and patch_ids (B, K) or None for all N -> (B, K or N, C)."""
         size = self.kernel_size[0]
+        if input.ndim != 4 or input.shape[1] != self.in_channels:
+            raise ValueError(f"images must have shape (B, {self.in_channels}, H, W), got {tuple(input.shape)}")
         patches = gather_patches(input, patch_ids, size, mean=self.mean, std=self.std, dtype=self.weight.dtype)
         return nn.functional.linear(patches, self.weight.flatten(1), self.bias)
 
@@ -203,6 +216,10 @@ class PlaceTokens(nn.Module):
         self.mask_token = nn.Parameter(torch.empty(width))
         self.cls_token = nn.Parameter(torch.empty(width))
         self.pos_embed = nn.Parameter(torch.empty(1 + patches, width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew, as after ``to_empty`` of a module made on the meta device."""
         for parameter in self.parameters():
             nn.init.trunc_normal_(parameter, std=0.02)
 

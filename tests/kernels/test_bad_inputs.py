@@ -12,14 +12,19 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import (
+    add_layer_norm,
+    attention_probabilities,
     cross_attention,
     explain,
     gather_patches,
+    gelu_linear,
     linear_pixel_loss,
     masked_pixel_loss,
+    pack_key_mask,
     place_tokens,
     use_backend,
 )
+from mvlm_kernels.cross_attention import invert_key_index
 
 G = torch.Generator().manual_seed(0)
 
@@ -33,7 +38,7 @@ ROWS = rand(8, 2, 32)  # packed keys
 PIXELS = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8, generator=G)
 IDS = torch.tensor([[0, 3, 15], [7, 1, 2]])
 PRED, HIDDEN, WEIGHT = rand(2, 3, 192), rand(2, 3, 16), rand(192, 16)
-TOKENS, ROW, POSITIONS = rand(2, 16, 8), rand(8), rand(17, 8)
+TOKENS, ROW, POSITIONS, MIX = rand(2, 16, 8), rand(8), rand(17, 8), rand(8, 8)
 NESTED = torch.nested.nested_tensor([K[0], K[1, :3]], layout=torch.jagged)
 
 
@@ -61,6 +66,22 @@ def place(tokens: Any = TOKENS, mask: Any = ROW, positions: Any = POSITIONS, cls
     return place_tokens(tokens, mask, positions, cls, **options)
 
 
+def norm(x: Any = TOKENS, y: Any = TOKENS, weight: Any = ROW, bias: Any = ROW, **options: Any) -> Tensor:
+    return add_layer_norm(x, y, weight, bias, **options)[1]
+
+
+def gelu(h: Any = TOKENS, weight: Any = MIX, bias: Any = ROW, **options: Any) -> Tensor:
+    return gelu_linear(h, weight, bias, **options)
+
+
+def probabilities(q: Any = Q, k: Any = K, lse: Any = None, **options: Any) -> Tensor:
+    return attention_probabilities(q, k, lse, **options)
+
+
+def packed(cu: Any, **options: Any) -> Tensor:
+    return attend(Q, ROWS, ROWS, cu_seqlens_k=cu, **options)
+
+
 REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     # dtypes
     ("mixed dtypes", lambda: attend(Q.bfloat16()), r"one dtype of float16.*got torch.bfloat16, torch.float32"),
@@ -75,7 +96,33 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("uint8 lengths", lambda: attend(key_lengths=torch.tensor([5, 3], dtype=torch.uint8)), "must be int32 or int64"),
     ("bool ids", lambda: gather(ids=torch.ones(2, 16, dtype=torch.bool)), r"got torch.bool; .*mask.nonzero\(\)"),
     ("int mask of tokens", lambda: place(masked=torch.ones(2, 16, dtype=torch.long)), "masked must be bool"),
+    ("int norm", lambda: norm(TOKENS.int()), "x must be float16, .*got torch.int32"),
+    ("complex norm", lambda: norm(TOKENS.to(torch.complex64)), "x must be float16, .*got torch.complex64"),
+    ("norm as int", lambda: norm(out_dtype=torch.int8), "out_dtype must be float16, .*got torch.int8"),
+    ("int hidden states", lambda: gelu(TOKENS.int()), "h must be float16, .*got torch.int32"),
+    ("int probabilities", lambda: probabilities(Q.int(), K.int()), "one dtype of float16.*got torch.int32"),
+    ("lse of halves", lambda: probabilities(lse=rand(2, 2, 9).half()), "lse must be torch.float32"),
+    ("float index", lambda: invert_key_index(torch.tensor([0.0, 1.0]), 2), "key_index must be int32 or int64"),
+    ("mask words of numbers", lambda: pack_key_mask(torch.tensor([[1, 2, 0]])), r"mask must be bool .*pass mask.bool"),
+    ("seed as a float", lambda: attend(dropout_p=0.1, seed=1.5), "seed must be an int in .*got 1.5"),
+    ("bound as a float", lambda: packed(ints(0, 6, 8), max_len_k=6.5), "max_len_k must be an int and not negative"),
+    ("bound as a tensor", lambda: packed(ints(0, 6, 8), max_len_k=torch.tensor(6)), "max_len_k must be an int"),
     # types
+    ("list of rows", lambda: norm([1.0]), "x must be a tensor, got list"),
+    ("no weight of a norm", lambda: norm(weight=None), "weight must be a tensor, got NoneType"),
+    ("numpy summand", lambda: norm(y=TOKENS.numpy()), "y must be a tensor, got ndarray"),
+    ("list of hidden states", lambda: gelu([1.0]), "h must be a tensor, got list"),
+    ("no weight after a GELU", lambda: gelu(weight=None), "weight must be a tensor, got NoneType"),
+    ("numpy prediction", lambda: loss(PRED.numpy()), "pred must be a tensor, got ndarray"),
+    ("list of states", lambda: linear([1.0]), "hidden must be a tensor, got list"),
+    ("no head", lambda: linear(weight=None), "weight must be a tensor, got NoneType"),
+    ("list of tokens", lambda: place([1.0]), "tokens must be a tensor, got list"),
+    ("list of readers", lambda: invert_key_index([0, 1], 2), "key_index must be int32 or int64 .*got list"),
+    (
+        "readers without tensors",
+        lambda: attend(key_index=ints(0, 1), key_readers=(None, None)),
+        "key_readers must be the two tensors of invert_key_index, got NoneType and NoneType",
+    ),
     ("list of lengths", lambda: attend(key_lengths=[5, 3]), "key_lengths must be a tensor, got list"),
     ("numpy mask", lambda: attend(key_mask=numpy.ones((2, 5), dtype=bool)), "key_mask must be a tensor, got ndarray"),
     ("no keys", lambda: attend(k=None), "k must be a tensor, got NoneType"),
@@ -98,6 +145,13 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
         lambda: attend(key_mask=torch.ones(2, 5, dtype=torch.bool, device="meta")),
         "key_mask must be on",
     ),
+    ("norm elsewhere", lambda: norm(weight=ROW.to("meta")), "weight must be on the device"),
+    ("summand elsewhere", lambda: norm(y=TOKENS.to("meta")), "y must be on the device"),
+    ("weight after a GELU elsewhere", lambda: gelu(weight=MIX.to("meta")), "weight must be on the device"),
+    ("probabilities elsewhere", lambda: probabilities(k=K.to("meta")), "k must be on the device of q"),
+    ("index elsewhere", lambda: attend(key_index=ints(0, 1).to("meta")), "key_index must be on the device"),
+    ("seed elsewhere", lambda: attend(dropout_p=0.1, seed=ints(1).long().to("meta")), "seed must be .*on meta"),
+    ("offsets elsewhere", lambda: packed(ints(0, 6, 8).to("meta")), "cu_seqlens_k must be on the device"),
     ("ids elsewhere", lambda: gather(ids=IDS.to("meta")), "patch_ids must be on the device"),
     ("mean elsewhere", lambda: gather(mean=torch.ones(3, device="meta")), "mean must be on the device"),
     ("pred elsewhere", lambda: loss(PRED.to("meta")), "pred must be on the device"),
@@ -116,6 +170,13 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
         lambda: attend(key_mask=torch.ones(2, 1, 1, 5).bool()),
         r"key_mask must have shape \(2, 5\)",
     ),
+    ("summand of another shape", lambda: norm(y=TOKENS[:, :3]), "y must have the shape of x"),
+    ("norm of another width", lambda: norm(weight=rand(9)), r"weight must have shape \(8,\), got \(9,\)"),
+    ("row of no value", lambda: norm(TOKENS[..., :0], None), "x must have shape .* C at least 1"),
+    ("weight of another width", lambda: gelu(weight=rand(8, 9)), r"h and weight must have shapes .*\(8, 9\)"),
+    ("lse of other rows", lambda: probabilities(lse=rand(2, 2, 8)), r"lse must be .*shape \(2, 2, 9\)"),
+    ("mask of one dimension", lambda: pack_key_mask(torch.ones(5).bool()), r"mask must be bool \(sequences, keys\)"),
+    ("index of two dimensions", lambda: invert_key_index(IDS, 2), r"key_index must be .*\(query sequences,\)"),
     ("image without a batch", lambda: gather(PIXELS[0], IDS[0]), r"images must have shape \(B, C, H, W\), got \(3,"),
     ("image of (B, H, W, C)", lambda: gather(PIXELS.permute(0, 2, 3, 1)), "patch_size must divide the image's height"),
     ("patches that do not divide", lambda: gather(patch=7), "patch_size must divide .*got 7"),
@@ -131,6 +192,12 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ),
     ("positions of each sample", lambda: place(positions=POSITIONS.expand(2, -1, -1)), "pos_embed must have shape"),
     # values and names
+    ("probabilities of a bad index", lambda: probabilities(key_index=ints(0, 2)), "key_index must be in 0..1"),
+    ("probabilities of a bad length", lambda: probabilities(key_lengths=ints(6, 3)), "key_lengths must be in 0..5"),
+    ("negative length", lambda: attend(key_lengths=ints(-1, 3)), "key_lengths must be in 0..5, got -1..3"),
+    ("key sequences of nobody", lambda: invert_key_index(IDS[0], 0), "sequences must be at least 1, got 0"),
+    ("offsets of a nested tensor and more", lambda: attend(NESTED, K, V, cu_seqlens_q=ints(0, 5, 8)), "must be None"),
+    ("visible id out of range", lambda: place(TOKENS[:, :2], visible_ids=IDS[:, :2] + 15), "visible_ids must be in"),
     ("index out of range", lambda: attend(key_index=ints(0, 2)), "key_index must be in 0..1, got 0..2"),
     ("negative index", lambda: attend(key_index=ints(0, -1)), "key_index must be in 0..1, got -1..0"),
     ("length past the end", lambda: attend(key_lengths=ints(6, 3)), "key_lengths must be in 0..5, got 3..6"),
@@ -200,6 +267,25 @@ RIGHT: list[tuple[str, Callable[[], Tensor], Tensor]] = [
     ("lengths of 0", lambda: attend(key_lengths=ints(0, 0)), torch.zeros_like(Q)),
     ("no query", lambda: attend(Q[:, :0]), Q[:, :0]),
     ("no sequence", lambda: attend(Q[:0], K[:0], V[:0]), Q[:0]),
+    ("query of one row", lambda: attend(Q[:, :1], key_lengths=LENGTHS), CONTIGUOUS[:, :1]),
+    ("no head", lambda: attend(Q[:, :, :0], K[:, :, :0], V[:, :, :0]), Q[:, :, :0]),
+    ("no query head", lambda: attend(Q[:, :, :0]), Q[:, :, :0]),
+    ("no row of packed keys", lambda: packed(ints(0, 0, 0)), torch.zeros_like(Q)),
+    (
+        "bound of numpy's",
+        lambda: packed(ints(0, 5, 8), max_len_k=int(numpy.int64(5))),
+        packed(ints(0, 5, 8)),
+    ),
+    ("strided rows of a norm", lambda: norm(torch.cat([TOKENS, TOKENS], -1)[..., :8]), norm()),
+    ("no row of a norm", lambda: norm(TOKENS[:0], TOKENS[:0]), TOKENS[:0]),
+    ("strided hidden states", lambda: gelu(torch.cat([TOKENS, TOKENS], -1)[..., :8]), gelu()),
+    ("no hidden state", lambda: gelu(TOKENS[:0]), TOKENS[:0]),
+    ("probabilities of no key", lambda: probabilities(k=K[:, :0]), torch.zeros(2, 2, 9, 0)),
+    (
+        "probabilities, NaN behind the lengths",
+        lambda: probabilities(k=padded_with_nan(K), key_lengths=LENGTHS),
+        probabilities(key_lengths=LENGTHS),
+    ),
     ("channels last", lambda: gather(PIXELS.contiguous(memory_format=torch.channels_last)), gather()),
     ("no patch", lambda: gather(ids=IDS[:, :0]), torch.zeros(2, 0, 192)),
     ("no image", lambda: gather(PIXELS[:0], IDS[:0]), torch.zeros(0, 3, 192)),
@@ -225,5 +311,9 @@ def test_more_than_2_31_elements_keep_their_shape_on_the_meta_device():
         assert gather(torch.empty(4096, 3, 512, 512), None, 16).shape == (4096, 1024, 768)
         pred = torch.empty(16384, 1024, 192)
         assert loss(pred, torch.empty(16384, 3, 256, 256), None, reduction="none").shape == (16384, 1024)
+        half = torch.empty(70000, 1024, 32)
+        assert norm(half, half, torch.empty(32), torch.empty(32)).shape == half.shape
+        assert gelu(half, torch.empty(4, 32), torch.empty(4)).shape == (70000, 1024, 4)
+        assert probabilities(torch.empty(2, 40000, 1, 32), torch.empty(2, 40000, 1, 32)).shape == (2, 1, 40000, 40000)
         tokens, row = torch.empty(4096, 4096, 160), torch.empty(160)
         assert place(tokens, row, torch.empty(4097, 160), row).shape == (4096, 4097, 160)

@@ -1,5 +1,7 @@
 """The ops as layers, against torch's own with the same state dict."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -25,6 +27,8 @@ def test_cross_attention_from_torch_equals_it(kdim: int | None, bias: bool):
 def test_attention_that_cannot_be_copied_is_refused():
     with pytest.raises(ValueError, match="attention must have no add_bias_kv"):
         CrossAttention.from_torch(nn.MultiheadAttention(32, 4, add_bias_kv=True))
+    with pytest.raises(ValueError, match=r"attention must be an nn\.MultiheadAttention, got Linear"):
+        CrossAttention.from_torch(nn.Linear(3, 3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="width must be divisible by heads, got 32 and 3"):
         CrossAttention(32, 3)
 
@@ -42,6 +46,23 @@ def test_arguments_of_torchs_attention_are_refused_with_what_to_pass_instead(nam
     x = torch.randn(2, 9, 32)
     with pytest.raises(TypeError, match=f"{name} is an argument of nn.MultiheadAttention: .*{instead}"):
         CrossAttention(32, 4)(x, **{name: None})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"kv_heads": 3}, "kv_heads must divide the 4 heads, got 3"),
+        ({"kv_heads": 0}, "kv_heads must divide the 4 heads, got 0"),
+        ({"head_width": 12}, "head_width must be a multiple of 8 up to 128, got 12"),
+        ({"dropout": 1.0}, r"dropout_p must be a float in \[0, 1\), got 1.0"),
+        ({"softcap": -1.0}, "softcap must be a positive float or None, got -1.0"),
+    ],
+)
+def test_options_that_no_call_could_take_are_refused_when_a_layer_is_made(options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        CrossAttention(32, 4, **options)
+    with pytest.raises(ValueError, match=r"images must have shape \(B, 3, H, W\), got \(1, 4, 8, 8\)"):
+        PatchEmbed(3, 16, 8)(torch.rand(1, 4, 8, 8))
 
 
 def test_dropout_of_the_layer_is_for_training_alone():
@@ -103,3 +124,7 @@ def test_tokens_are_placed_by_parameters():
     torch.testing.assert_close(out[:, 1:], wanted)
     torch.testing.assert_close(out[:, 0], (layer.cls_token + layer.pos_embed[0]).expand(2, -1))
     assert set(layer.state_dict()) == {"mask_token", "cls_token", "pos_embed"}
+    with torch.device("meta"):
+        sharded = PlaceTokens(6, 16)
+    sharded.to_empty(device="cpu").reset_parameters()
+    assert all(0 < x.abs().max() < 0.1 for x in sharded.parameters())

@@ -14,13 +14,16 @@ WIDEST = 8192
 
 def check(x: Tensor, y: Tensor | None, y_bias: Tensor | None, weight: Tensor, bias: Tensor, out_dtype: Any) -> None:
     """Raise ValueError for a wrong shape, dtype or device."""
+    named = {"x": x, "y": y, "y_bias": y_bias, "weight": weight, "bias": bias}
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor) and (tensor is not None or name in ("x", "weight", "bias")):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if x.ndim < 1 or not x.shape[-1]:
         raise ValueError(f"x must have shape (.., C) with C at least 1, got {tuple(x.shape)}")
     if y is not None and y.shape != x.shape:
         raise ValueError(f"y must have the shape of x, {tuple(x.shape)}, got {tuple(y.shape)}")
     if y_bias is not None and y is None:
         raise ValueError("y_bias must be None where y is None, got a tensor")
-    named = {"x": x, "y": y, "y_bias": y_bias, "weight": weight, "bias": bias}
     for name, tensor in named.items():
         if tensor is None:
             continue

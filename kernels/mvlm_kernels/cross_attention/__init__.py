@@ -243,8 +243,8 @@ def cross_attention(
     if cu_seqlens_q is None and cu_seqlens_k is None and not return_lse and sdpa_computes_it:
         if side is None or (q.is_cuda and _takes_sdpa(q, len_k if side == "kv" else len_q, extras_of(q, k, cap, rate))):
             return sdpa(q, k, v, key_lengths, key_mask, key_index, scale, rate)
-    if key_mask is not None and key_mask.dtype == torch.bool:
-        key_mask = pack_key_mask(key_mask)
+    if key_mask is not None and key_mask.dtype == torch.bool and not torch.compiler.is_compiling():
+        key_mask = pack_key_mask(key_mask)  # a compiler would make a graph for each number of words
     if key_index is not None and key_readers is None:
         key_readers = invert_key_index(key_index, _sequences(k, cu_seqlens_k))
     call = attend_directly if registration.called_directly(q, k, v) else attention_op

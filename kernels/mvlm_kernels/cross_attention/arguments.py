@@ -92,8 +92,8 @@ def dropout_of(p: float, seed: int | Tensor | None, device: torch.device) -> tup
                 f"{tuple(seed.shape)} on {seed.device}"
             )
     elif seed is not None:
-        if not 0 <= seed < 2**63:
-            raise ValueError(f"seed must be in 0..2^63 - 1, got {seed}")
+        if isinstance(seed, float) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed must be an int in 0..2^63 - 1, got {seed}")
         seed = torch.full((), seed, dtype=torch.int64, device=device)
     return float(p), seed if p else None
 
@@ -211,8 +211,8 @@ def _check_side(name: str, x: Tensor, cu_seqlens: Tensor | None, max_len: int | 
         raise ValueError(f"cu_seqlens_{name} must have shape (sequences + 1,), got {tuple(cu_seqlens.shape)}")
     if cu_seqlens.dtype not in _INDEX_TYPES:
         raise ValueError(f"cu_seqlens_{name} must be int32 or int64, got {cu_seqlens.dtype}")
-    if max_len is not None and max_len < 0:
-        raise ValueError(f"max_len_{name} must not be negative, got {max_len}")
+    if max_len is not None and (not isinstance(max_len, (int, torch.SymInt)) or max_len < 0):
+        raise ValueError(f"max_len_{name} must be an int and not negative, got {max_len}")
 
 
 def check_readers(key_index: Tensor | None, key_readers: tuple[Tensor, Tensor], k_seqs: int) -> None:
@@ -220,6 +220,11 @@ def check_readers(key_index: Tensor | None, key_readers: tuple[Tensor, Tensor], 
     if key_index is None:
         raise ValueError("key_readers must be None without key_index, got tensors")
     order, spans = key_readers
+    if not isinstance(order, Tensor) or not isinstance(spans, Tensor):
+        raise ValueError(
+            f"key_readers must be the two tensors of invert_key_index, got {type(order).__name__} and "
+            f"{type(spans).__name__}"
+        )
     wanted, got = (key_index.shape, (k_seqs, 3)), (order.shape, tuple(spans.shape))
     if got != wanted or order.dtype != torch.int64 or spans.dtype != torch.int64:
         raise ValueError(

@@ -49,7 +49,7 @@ def attend(
     q_bhqd, k_bhkd, v_bhkd = (x.transpose(1, 2).contiguous() for x in (dense_q, k, v))
     heads, k_heads = dense_q.shape[2], k.shape[2]
     if heads != k_heads:  # the query heads of a key head become rows of its product
-        q_bhqd = q_bhqd.unflatten(1, (k_heads, -1)).flatten(2, 3)
+        q_bhqd = q_bhqd.unflatten(1, (k_heads, heads // k_heads)).flatten(2, 3)
 
     s = q_bhqd @ k_bhkd.transpose(2, 3)
     s = s.to(torch.promote_types(s.dtype, torch.float32))
@@ -69,7 +69,7 @@ def attend(
         p = p * kept(seed, shape, dropout_p, p.dtype).view_as(p)
     out = p.to(q.dtype) @ v_bhkd
     if heads != k_heads:
-        out = out.unflatten(2, (heads // k_heads, -1)).flatten(1, 2)
+        out = out.unflatten(2, (heads // k_heads, dense_q.shape[1])).flatten(1, 2)
     out = out.transpose(1, 2)  # (B, Lq, H, D)
     return out.contiguous() if valid_q is None else _pack(out, valid_q, q.shape[0])
 

@@ -70,7 +70,7 @@ def _new(x: Tensor, packed: bool) -> Tensor:
 
 def softcap_of(softcap: float, scale: float) -> tuple[float, float] | None:
     """Softcap in the form that the kernels take; None for 0, which is none."""
-    return (2 * LOG2E * scale / softcap, LOG2E * softcap) if softcap else None
+    return (scale / softcap, LOG2E * softcap) if softcap else None
 
 
 class _Call:

@@ -7,8 +7,15 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import dispatch, registration
-from mvlm_kernels.cross_attention.arguments import HEAD_WIDTHS, LONGEST_SHORT_SIDE, bucket, check_values, short_side
-from mvlm_kernels.cross_attention.reference import reference_backward, reference_forward
+from mvlm_kernels.cross_attention.arguments import (
+    FLOATS,
+    HEAD_WIDTHS,
+    LONGEST_SHORT_SIDE,
+    bucket,
+    check_values,
+    short_side,
+)
+from mvlm_kernels.cross_attention.reference import pack_key_mask, reference_backward, reference_forward
 
 
 def _implementation(
@@ -36,8 +43,14 @@ def _implementation(
     if dispatch.choose(reasons(q, max_len_q, max_len_k, extras_of(q, k, softcap, dropout_p))) == "triton":
         from mvlm_kernels.cross_attention import launch
 
+        args = (q, k, v, key_lengths, _words(key_mask), *args[5:])
         return launch.forward(*args, *readers, scale, max_len_q, max_len_k, softcap, dropout_p, seed)
     return reference_forward(*args, scale, softcap, dropout_p, seed)
+
+
+def _words(key_mask: Tensor | None) -> Tensor | None:
+    """A mask in the form of the kernels. Compiled graphs hand on a bool mask, others its words."""
+    return pack_key_mask(key_mask) if key_mask is not None and key_mask.dtype == torch.bool else key_mask
 
 
 def _fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -75,6 +88,7 @@ def _backward_implementation(
     if dispatch.choose(reasons(q, max_len_q, max_len_k, extras_of(q, k, softcap, dropout_p))) == "triton":
         from mvlm_kernels.cross_attention import launch
 
+        sides = (key_lengths, _words(key_mask), *sides[2:])
         sizes = (reader_order, reader_spans, scale, max_len_q, max_len_k)
         needs = (need_dq, need_dkv)
         grads = launch.backward(grad, q, k, v, out, lse, *sides, *sizes, *needs, softcap, dropout_p, seed)
@@ -158,6 +172,8 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, *, head_width: int,
     """
     if head_width not in HEAD_WIDTHS:
         return (f"heads are {head_width} wide, the kernels take multiples of 8 up to 128",)
+    if dtype not in FLOATS:
+        return (f"{dtype} has no kernel, the kernels take float16, bfloat16 and float32",)
     if short_rows > LONGEST_SHORT_SIDE:
         return (f"the shorter side has {short_rows} rows, the kernels take {LONGEST_SHORT_SIDE}",)
     if device.type != "cuda":

@@ -45,6 +45,9 @@ def gelu_linear(h: Tensor, weight: Tensor, bias: Tensor | None = None, *, h_bias
     Raises:
         ValueError: for a wrong shape, dtype or device.
     """
+    for name, x in (("h", h), ("weight", weight), ("bias", bias), ("h_bias", h_bias)):
+        if not isinstance(x, Tensor) and (x is not None or name in ("h", "weight")):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
     if h.ndim < 2 or weight.ndim != 2 or weight.shape[1] != h.shape[-1]:
         raise ValueError(
             f"h and weight must have shapes (.., C) and (D, C), got {tuple(h.shape)} and {tuple(weight.shape)}"
@@ -86,9 +89,12 @@ def _gelu_backward_fake(grad, h, h_bias):
 
 def _linear(activated: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dtype = activated.dtype
+    weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+    if dispatch.autocast_dtype(activated.device) is None:
+        return F.linear(activated, weight, bias)
     # Compute in this dtype, as backward does, which runs without autocast.
     with torch.autocast(activated.device.type, enabled=False):
-        return F.linear(activated, weight.to(dtype), None if bias is None else bias.to(dtype))
+        return F.linear(activated, weight, bias)
 
 
 class _GeluLinear(torch.autograd.Function):

@@ -151,14 +151,18 @@ def linear_pixel_loss(
 
 
 def _as_autocast(hidden: Tensor) -> Tensor:
+    if not isinstance(hidden, Tensor):
+        raise ValueError(f"hidden must be a tensor, got {type(hidden).__name__}")
     dtype = dispatch.autocast_dtype(hidden.device) if hidden.dtype == torch.float32 else None
     return hidden if dtype is None else hidden.to(dtype)
 
 
 def _check(images: Tensor, patch_ids: Tensor | None, patch_size: int, rows: Tensor, name: str) -> None:
     """Raise ValueError unless rows (pred or hidden) is floating (B, K, *) with the B of images and K of patch_ids."""
-    batch, shape = images.shape[0], rows.shape
+    if not isinstance(rows, Tensor):
+        raise ValueError(f"{name} must be a tensor, got {type(rows).__name__}")
     chosen = check_patch_ids(patch_ids, images, check_images(images, patch_size))
+    batch, shape = images.shape[0], rows.shape
     if len(shape) != 3 or shape[0] != batch or shape[1] != chosen:
         raise ValueError(f"{name} must have shape (B, K, features) with B, K = {batch, chosen}, got {tuple(shape)}")
     if rows.dtype not in FLOATS:
@@ -167,6 +171,9 @@ def _check(images: Tensor, patch_ids: Tensor | None, patch_size: int, rows: Tens
 
 
 def _check_parameters(hidden: Tensor, weight: Tensor, bias: Tensor | None, features: int) -> None:
+    for name, x in (("weight", weight), ("bias", bias)):
+        if not isinstance(x, Tensor) and (x is not None or name == "weight"):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
     width, dtype, device = hidden.shape[2], weight.dtype, hidden.device
     if weight.shape != (features, width):
         raise ValueError(f"weight must have shape (C*P*P, D) = {features, width}, got {tuple(weight.shape)}")

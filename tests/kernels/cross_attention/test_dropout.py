@@ -13,18 +13,9 @@ from mvlm_kernels import cross_attention, dispatch, explain
 from mvlm_kernels.cross_attention.dropout import philox
 from mvlm_kernels.cross_attention.reference import cross_attention_reference
 from support.kernels.attention import SIDES, Case, attention_by_loops, attention_by_op, build, op_arguments, run
+from support.kernels.attention_oracle import philox_by_hand
 
 P, SEED = 0.3, 0x1234_5678_9ABC_DEF1
-
-
-def philox_by_hand(counter: tuple[int, ...], seed: int, rounds: int) -> tuple[int, ...]:
-    """Philox-4x32 in Python's integers, as Salmon et al. define it."""
-    (c0, c1, c2, c3), k0, k1 = counter, seed % 2**32, seed >> 32
-    for _ in range(rounds):
-        a, b = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c1, c2, c3 = (b >> 32) ^ c1 ^ k0, b % 2**32, (a >> 32) ^ c3 ^ k1, a % 2**32
-        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
-    return c0, c1, c2, c3
 
 
 @cache
@@ -152,7 +143,8 @@ BAD = {
         "seed must be an int, or an int64 tensor .* got torch.float32",
     ),
     "two-seeds": ({"dropout_p": 0.1, "seed": torch.zeros(2).long()}, r"got torch.int64 of shape \(2,\)"),
-    "large-seed": ({"dropout_p": 0.1, "seed": 2**63}, "seed must be in 0"),
+    "large-seed": ({"dropout_p": 0.1, "seed": 2**63}, "seed must be an int in 0"),
+    "broken-seed": ({"dropout_p": 0.1, "seed": 1.5}, "seed must be an int in 0.* got 1.5"),
     "cap": ({"softcap": 0.0}, "softcap must be a positive float or None, got 0.0"),
 }
 

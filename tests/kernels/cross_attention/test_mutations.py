@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mvlm_kernels import dispatch
+from mvlm_kernels import cross_attention, dispatch, use_backend
 from support.kernels.attention import SIDES, Case, check_attention, check_rows_in_front
+from support.kernels.combinations import Drawn, check, draw_call
 from support.kernels.guards import Poison
 
 pytestmark = pytest.mark.slow
@@ -36,7 +37,17 @@ Checked = Callable[[Case], None]
 PACKAGE = "mvlm_kernels.cross_attention"
 # Each module imports those above it, so all of them are loaded again around a mutant.
 MODULES = {
-    "tile_io": ("existing_keys", "key_rows", "key_sequence", "readers_of", "sum_splits"),
+    "tile_io": (
+        "existing_keys",
+        "key_rows",
+        "key_sequence",
+        "readers_of",
+        "sum_splits",
+        "_elements",
+        "tanh_of",
+        "scores_of",
+        "kept",
+    ),
     "short_kv": ("short_kv_forward", "reader_backward", "short_kv_backward"),
     "long_kv": ("reader_backward_of_keys", "long_kv_backward"),
     "short_q": ("short_q_forward", "short_q_combine", "queries_backward", "short_q_backward", "short_q_backward_dq"),
@@ -65,7 +76,54 @@ def attention(
     )
 
 
+def combined(after: str, old: str, new: str, number: int, multiprocessors: int = 0) -> Mutant:
+    """A mutant that a drawn combination of features must notice."""
+    drawn = draw_call(number)
+    return Mutant(
+        module=MODULE_OF[after.removeprefix("def ")],
+        after=after,
+        old=old,
+        new=new,
+        check=lambda: check_on_kernels(drawn),
+        multiprocessors=multiprocessors,
+    )
+
+
+def check_on_kernels(drawn: Drawn) -> None:
+    with use_backend("triton"):
+        check(drawn, cross_attention, lse=True)
+
+
+SHORT, LONG = 194, 5  # grouped heads, an index, dropout and a softcap, of both kernel families
 MUTANTS = {
+    "columns past the head's width read": combined("def _elements", "if D == BLOCK_D", "if D > 0", SHORT),
+    "series of tanh": combined("def tanh_of", "y2 * (-1 / 3", "y2 * (1 / 3", SHORT),
+    "softcap without its slope": combined("def scores_of", "1.0 - t * t", "t * 0.0 + 1.0", SHORT),
+    "keys of a quad in another order": combined("def kept", "tl.join(even, odd)", "tl.join(odd, even)", SHORT),
+    "dropout of another head": combined("def kept", "h.to(tl.int32)", "(h * 0).to(tl.int32)", SHORT),
+    "dropout of another sequence": combined("def kept", "b.to(tl.int32)", "(b * 0).to(tl.int32)", LONG),
+    "dropout of the first tile everywhere": combined("def kept", "n0 // 4", "n0 * 0", LONG),
+    "dropped probabilities leave the sum": combined(
+        "def short_kv_forward", "tl.sum(p, 1)", "tl.sum(p * kept(dropout, b, h, rm, 0, False, BLOCK_N, ACC), 1)", SHORT
+    ),
+    "values of the query's head": combined(
+        "def short_kv_forward", "v, kb, k_start, h // GROUP", "v, kb, k_start, h * 0", SHORT
+    ),
+    "gradient of one query head of the group": combined(
+        "def short_kv_backward", "range(first * GROUP, last * GROUP)", "range(first * GROUP, last * GROUP, 2)", SHORT
+    ),
+    "another reader of the group": combined(
+        "def short_kv_backward", "order_ptr + at // GROUP", "order_ptr + first", SHORT
+    ),
+    "dV without the dropout": combined("def reader_backward", "used = pt * factors", "used = pt", SHORT),
+    "dP without the dropout": combined("def reader_backward", "dpt = dpt * factors", "dpt = dpt", SHORT),
+    "long dV without the dropout": combined("def reader_backward_of_keys", "used = pt * factors", "used = pt", LONG),
+    "long dK without the slope": combined("def reader_backward_of_keys", "ds = ds * slope", "ds = ds", LONG),
+    "dQ without the slope": combined("def short_q_backward_dq", "ds = ds * slope", "ds = ds", LONG),
+    "dQ without the dropout": combined("def short_q_backward_dq", "dpt = dpt * kept(", "kept(", LONG),
+    "long keys of the query's head": combined(
+        "def short_q_forward", "k, kb, k_start, h // GROUP", "k, kb, k_start, h", LONG
+    ),
     "length off by one": attention("def existing_keys", "rn < klen", "rn <= klen", "lengths"),
     "length ignored": attention("def key_rows", "if keys[0] is not None", "if False", "lengths"),
     "mask dropped": attention("def existing_keys", "if keys[1] is not None", "if False", "mask"),
