@@ -45,11 +45,27 @@ class Batch(_ToDevice):
     """int32 (J B + 1,), bounds of the J further captions of each image in `extra_tokens`."""
     extra_max_length: int = 0
     """Tokens of the longest further caption."""
+    image_of: Tensor | None = None
+    """int64 (B,), the row in `images` of each sample's image, in a batch that has each image and each caption once
+    (`Loader`, `share`). `images` then has I rows and `cu_seqlens` U captions, I and U at most B. None: row b is of
+    sample b."""
+    caption_of: Tensor | None = None
+    """int64 (B,), the caption of each sample, as `image_of`."""
+    sample_tokens: int = 0
+    """Tokens of the B samples' captions together, with `caption_of`."""
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Image and caption of each sample, int64 (B,) each: rows of `images`, and captions of `cu_seqlens`."""
+        rows = torch.arange(len(self.sample_id), device=self.images.device)
+        return rows if self.image_of is None else self.image_of, rows if self.caption_of is None else self.caption_of
 
 
 @dataclass(frozen=True, slots=True)
 class Masks(_ToDevice):
-    """Masked positions, which are replaced and have to be predicted."""
+    """Masked positions, which are replaced and have to be predicted.
+
+    Those of a batch with each image and caption once are of its I images and U captions.
+    """
 
     patch_ids: Tensor
     """int64 (B, K), masked patches of each image in row-major order, ascending. If images have different numbers of

@@ -29,6 +29,7 @@ class Purpose(IntEnum):
     SHARDS = 10
     TOKEN_COUNT = 11
     PATCH_COUNT = 12
+    TOGETHER = 13
 
 
 def hash64(*values: Any) -> UInt64:

@@ -8,10 +8,11 @@ from typing import Any, Literal
 
 
 def finetune(arguments: Sequence[str]) -> None:
-    """Fine-tune a pretrained model: `mvlm finetune TASK --checkpoint RUN --data SHARDS --out RUN`.
+    """Fine-tune a pretrained model: `mvlm finetune TASK [RECIPE] --checkpoint RUN --data SHARDS --out RUN`.
 
     Tasks: vqa, entailment, retrieval, pairs, caption. `mvlm eval TASK` evaluates the finished run.
     TASK may be a Python file with a task of your own (docs/guides/tasks.md).
+    Recipes: tiny (the default), for two CPU cores; base, for a model of the paper's size.
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{finetune.__doc__}\nAll settings of a task: mvlm finetune TASK --help")
@@ -28,10 +29,12 @@ def finetune(arguments: Sequence[str]) -> None:
             f"wanted a task after `mvlm finetune`: {', '.join(TASK_NAMES)}, or a Python file with one; "
             f"got {arguments[0]!r}"
         )
-    defaults = finetune_defaults(arguments[0], checkpoint=tyro.MISSING, data=tyro.MISSING, out=tyro.MISSING)
-    settings = parse_settings(
-        arguments[1:], f"mvlm finetune {arguments[0]}", f"Fine-tune on the task `{arguments[0]}`.", defaults, GROUPS
-    )
+    task, words, recipe = arguments[0], arguments[1:], "tiny"
+    if words and not words[0].startswith("-"):
+        recipe, words = words[0], words[1:]
+    defaults = finetune_defaults(task, checkpoint=tyro.MISSING, data=tyro.MISSING, out=tyro.MISSING, recipe=recipe)
+    about = f"Fine-tune on the task `{task}`. The defaults below are those of the `{recipe}` recipe."
+    settings = parse_settings(words, f"mvlm finetune {task}", about, defaults, GROUPS)
     from mvlm.tasks.finetune import finetune as run
 
     run(FinetuneConfig(**settings))

@@ -29,6 +29,9 @@ class TaskSettings:
     """Longest text in tokens, [CLS] and [SEP] included. Default: the pretrained model's."""
     lr_head: Annotated[float, AT_LEAST_0]
     """Peak learning rate of the task's head, which starts from random weights."""
+    questions_per_image: Annotated[int, AT_LEAST_1] = 1
+    """Questions about one image that a batch has together (vqa, entailment, pairs). With more than 1, a batch encodes
+    each of its images once."""
     min_count: Annotated[int, AT_LEAST_1] = 1
     """Training questions that must have an answer for it to be on the list of answers (vqa; 9 for VQA v2)."""
     answers: Literal["decoder", "classifier"] = "decoder"

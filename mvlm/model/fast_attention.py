@@ -102,17 +102,27 @@ def encode_rows(
     cache: KeyValueCache,
     key_index: backends.KeyIndex | None = None,
     causal: bool = False,
+    select: SelectRows | None = None,
+    selected: Packing | None = None,
 ) -> Tensor:
-    """Run a cross-modality encoder over all rows (R, L, C), or packed (T, C) with `packing`. Returns the same shape.
+    """Run a cross-modality encoder over all rows (B, L, C), or packed (T, C) with `packing`.
+
+    Returns the same shape, or that of the rows selected.
 
     Args:
         cache: rows of the other stream, whose keys and values are computed once a layer.
         key_index: the partner of each sequence in the cache. None: sequence r attends to sequence r.
         causal: self-attention of packed rows reads no later row.
+        select: repeats sequences that have several partners, after the self-attention of the first block.
+        selected: layout of the rows that it selects, if they are packed.
     """
-    for block in encoder.layers:
-        attend = attend_causal(packing) if causal and packing else attend_self(packing)
-        rows = block(rows, attend, attend_cross(block, packing, cache, key_index))
+    first, *others = encoder.layers
+    after = packing if select is None else selected
+    attend = attend_causal(packing) if causal and packing else attend_self(packing)
+    rows = first(rows, attend, attend_cross(first, after, cache, key_index), select_between=select)
+    for block in others:
+        attend = attend_causal(after) if causal and after else attend_self(after)
+        rows = block(rows, attend, attend_cross(block, after, cache, key_index))
     return encoder.finish(rows)
 
 

@@ -146,9 +146,9 @@ def try_steps(config: FinetuneConfig, device: torch.device) -> Trial:
         trainer.optimizer.zero_grad(set_to_none=True)
 
     try:
-        loader = len(batch.images) / mean_seconds(lambda: next(batches), device, TIMED_STEPS)
+        loader = len(batch.sample_id) / mean_seconds(lambda: next(batches), device, TIMED_STEPS)
         step()
-        model = len(batch.images) / mean_seconds(step, device, TIMED_STEPS)
+        model = len(batch.sample_id) / mean_seconds(step, device, TIMED_STEPS)
     finally:
         trainer.loader.close()
     parameters = sum(p.numel() for p in trainer.model.parameters())

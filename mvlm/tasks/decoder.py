@@ -11,6 +11,7 @@ A tokens of the longest answer, Q packed answer tokens, C width, V vocabulary.
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from mvlm.model.attention_backends import KeyIndex
 from mvlm.model.cross_encoder import CrossEncoder, KeyValueCache
 from mvlm.model.fast import make_caches
-from mvlm.model.fast_attention import encode_rows
+from mvlm.model.fast_attention import encode_rows, select_rows
 from mvlm.model.maskvlm import IMPLEMENTATIONS, MaskVLM
 from mvlm.model.packing import PackedText, Packing
 from mvlm.model.residual import Residual
@@ -75,19 +76,37 @@ class AnswerDecoder(nn.Module):
         self.decoder: CrossEncoder = copy.deepcopy(model.text_cross)
 
     def question(self, model: MaskVLM, batch: Batch, plan: str) -> PackedText:
-        """Fused features of the questions of a batch, (T, C) and their layout: what the decoder attends to."""
-        v, text = IMPLEMENTATIONS[plan].encode_unmasked(model, batch)
+        """Fused features of the questions of a batch, (T, C) and their layout: what the decoder attends to.
+
+        An image or a question that several samples share is encoded once.
+        """
+        v, text = IMPLEMENTATIONS[plan].encode_unmasked(model, batch)  # (I, 1+N, C), U questions
+        images, texts = batch.pairs()  # (B,) each
+        shared = batch.image_of is not None
         if plan == "plain":
-            w, key_mask = text.padded()  # (B, L, C), (B, L), True = a token
+            packing = text.packing.select(texts, batch.sample_tokens)[0] if shared else text.packing
+            w, key_mask = text.padded()  # (U, L, C), (U, L), True = a token
+            v, w, key_mask = v.index_select(0, images), w.index_select(0, texts), key_mask[texts]
             image = model.image_cross(v, w, None, key_mask)  # (B, 1+N, C)
             caption = model.text_cross(w, v, key_mask, None)
-            return PackedText(text.packing.unpad(self.fusion(caption, image, key_mask, None)), text.packing)
+            return PackedText(packing.unpad(self.fusion(caption, image, key_mask, None)), packing)
         caches = make_caches(v, text)
         packing = caches.text.packing
         assert packing is not None
-        image = encode_rows(model.image_cross, Residual(v), None, caches.text)
-        caption = encode_rows(model.text_cross, Residual(text.rows), packing, caches.image)
-        return PackedText(encode_rows(self.fusion, Residual(caption), packing, KeyValueCache(image)), packing)
+        if not shared:
+            image = encode_rows(model.image_cross, Residual(v), None, caches.text)
+            caption = encode_rows(model.text_cross, Residual(text.rows), packing, caches.image)
+            return PackedText(encode_rows(self.fusion, Residual(caption), packing, KeyValueCache(image)), packing)
+        selected, rows = packing.select(texts, batch.sample_tokens)
+        of_text, of_image = KeyIndex(texts, len(packing)), KeyIndex(images, len(v))
+        image = encode_rows(
+            model.image_cross, Residual(v), None, caches.text, of_text, select=partial(select_rows, rows=images)
+        )
+        caption = encode_rows(
+            model.text_cross, Residual(text.rows), packing, caches.image, of_image,
+            select=partial(select_rows, rows=rows), selected=selected,
+        )  # fmt: skip
+        return PackedText(encode_rows(self.fusion, Residual(caption), selected, KeyValueCache(image)), selected)
 
     def forward(self, model: MaskVLM, question: PackedText, answers: Answers, of: Tensor, plan: str) -> Tensor:
         """Features (Q, C) of the tokens of R answers; answer r belongs to question of[r], int64 (R,)."""

@@ -37,6 +37,7 @@ class Entailment(Task):
 
     name = "entailment"
     main = "accuracy"
+    shares = True
 
     def __init__(self, model: MaskVLM, options: TaskOptions, state: dict[str, Any]) -> None:
         super().__init__(model, options, state)

@@ -39,7 +39,8 @@ def predict_split(
     rank, ranks = (world.rank, world.size) if world else (0, 1)
     start, stop = share(len(dataset), rank, ranks)
     part, records, stopped = dataset.rows(start, stop), [], False
-    for batch, _ in eval_loader(part, task.model, tokenizer, **task.loader_options()) if start < stop else ():
+    options = {"share": task.shares, **task.loader_options()}
+    for batch, _ in eval_loader(part, task.model, tokenizer, **options) if start < stop else ():
         with autocast(device, precision):
             predictions = task.predict(batch.to(device), plan)
         records += [{"sample": start + i, **p} for i, p in zip(batch.sample_id.tolist(), predictions, strict=True)]

@@ -138,6 +138,11 @@ def open_inputs(config: FinetuneConfig) -> RunInputs:
     if validation is not None and config.eval_images:
         validation = validation.head(config.eval_images)
     kind.make_state(dataset, TaskOptions.of(config))
+    if config.questions_per_image > 1 and not kind.shares:
+        raise ConfigError(
+            f"questions_per_image: wanted 1, got {config.questions_per_image}; the task {kind.name} reads each sample "
+            f"alone"
+        )
     if config.freeze == "all" and kind.whole_batch:
         raise ConfigError(f"freeze: wanted none or encoders, got all; the task {kind.name} has no head to train")
     model, tokenizer = starting_model(config.checkpoint, config.image_size, config.question_length)
@@ -162,7 +167,9 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     freeze(task, config.freeze)
     if config.checkpoint_activations:
         checkpoint_activations(task)
-    loader = make_loader(inputs.dataset, inputs.tokenizer, config, world, **task.loader_options())
+    together = config.questions_per_image
+    options = {"share": together > 1, "per_image": together, **task.loader_options()}
+    loader = make_loader(inputs.dataset, inputs.tokenizer, config, world, **options)
     parallel = parallelize(task, world, config.parallel)
     optimizer = make_optimizer(task, config, world.device, peak_rate)
     trainer = FineTuner(config, world, parallel, optimizer, loader, inputs.tokenizer, inputs.validation)

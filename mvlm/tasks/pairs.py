@@ -61,6 +61,7 @@ class Pairs(Task):
 
     name = "pairs"
     main = "accuracy"
+    shares = True
 
     def __init__(self, model: MaskVLM, options: TaskOptions, state: dict[str, Any]) -> None:
         super().__init__(model, options, state)

@@ -86,6 +86,8 @@ class Task(nn.Module):
     whole_batch: ClassVar[bool] = False
     """True if the loss contrasts all pairs of the global batch. The task then has `backward` and `evaluate` in place of
     `losses`, `predict` and `score` (`mvlm.tasks.retrieval`)."""
+    shares: ClassVar[bool] = False
+    """True if the task takes batches that have each image and each text once, as `fuse` does (`Batch.image_of`)."""
     unused: ClassVar[tuple[str, ...]] = (
         "image_encoder.mask_token", "image_decoder", "pixel_head", "language_head", "image_projection",
         "text_projection", "log_scale", "matching_head",
@@ -184,14 +186,19 @@ class Task(nn.Module):
     def fuse(self, batch: Batch, plan: str, images: int = 1) -> Tensor:
         """Features (B, n 3 C) of a batch with strips of n `images`: those of each image with the text, in order.
 
-        The features of an image are [CLS] of both cross-modality encoders, image and text, and their product.
+        The features of an image are [CLS] of both cross-modality encoders, image and text, and their product. An image
+        or text that several samples share is encoded once.
         """
         batch = self.hide(batch)
-        pixels = batch.images.unflatten(3, (images, -1)).movedim(3, 1).flatten(0, 1)  # (B n, 3, S, S)
+        pixels = batch.images.unflatten(3, (images, -1)).movedim(3, 1).flatten(0, 1)  # (I n, 3, S, S)
         implementation = IMPLEMENTATIONS[plan]
         v, text = implementation.encode_unmasked(self.model, replace(batch, images=pixels))
-        rows = torch.arange(len(pixels), device=pixels.device)
-        image, caption = implementation.fuse_pairs(self.model, v, text, rows, rows // images)
+        strips, texts = batch.pairs()  # (B,) each
+        of = (images * strips[:, None] + torch.arange(images, device=pixels.device)).flatten()  # (B n,)
+        known = images * batch.sample_tokens or None
+        image, caption = implementation.fuse_pairs(
+            self.model, v, text, of, texts.repeat_interleave(images), max_rows=known
+        )
         features = torch.cat([image, caption, image * caption], dim=1)  # (B n, 3 C)
         return features.unflatten(0, (-1, images)).flatten(1)
 
@@ -199,7 +206,8 @@ class Task(nn.Module):
 class AnswerHead(nn.Module):
     """Linear, LayerNorm, GELU, linear: from fused features (B, F) to logits (B, answers).
 
-    The last layer starts at zero, so that training starts from equal probabilities.
+    The last layer starts at zero, so that training starts from equal probabilities, or from those of the bias that a
+    task sets.
     """
 
     def __init__(self, features: int, hidden: int, answers: int) -> None:

@@ -52,6 +52,16 @@ def questions(dataset: Dataset, may_lack_answers: bool = False) -> list[dict[str
     return found
 
 
+def mean_targets(records: list[dict[str, Any]], answers: list[str]) -> list[float]:
+    """Mean soft target of each answer over questions that have it at least once, in (0, 1)."""
+    sums: dict[str, float] = dict.fromkeys(answers, 0.0)
+    for record in records:
+        for answer, target in soft_targets(record["answers"]).items():
+            if answer in sums:
+                sums[answer] += target
+    return [min(total, len(records) - 0.5) / len(records) for total in sums.values()]
+
+
 def annotator_shares(record: dict[str, Any]) -> dict[str, float]:
     """Share of a question's annotators who gave each normalised answer; the shares add up to 1."""
     counts = Counter(normalize_answer(reference["answer"]) for reference in record["answers"])
@@ -63,6 +73,7 @@ class VisualQuestionAnswering(Task):
 
     name = "vqa"
     main = "accuracy"
+    shares = True
 
     def __init__(self, model: MaskVLM, options: TaskOptions, state: dict[str, Any]) -> None:
         super().__init__(model, options, state)
@@ -76,6 +87,9 @@ class VisualQuestionAnswering(Task):
             model.language_head.requires_grad_(True)
         else:
             self.head = AnswerHead(3 * width, 2 * width, len(state["answers"]))
+            if "means" in state:  # checkpoints from before it are loaded over this
+                with torch.no_grad():
+                    self.head.answers.bias.copy_(torch.tensor(state["means"], dtype=torch.float64).logit())
 
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Tokenize the answers, for the decoder."""
@@ -87,6 +101,9 @@ class VisualQuestionAnswering(Task):
     @classmethod
     def make_state(cls, train: Dataset, options: TaskOptions) -> dict[str, Any]:
         """The list of answers, `answers`, and further answers that a decoder learns from, `others`.
+
+        A classifier starts from `means`, the mean target of each answer. From equal probabilities it would spend its
+        first steps on learning that all answers but one are wrong.
 
         The list is that of the options' file, or the answers that at least `min_count` training questions have, most
         frequent first.
@@ -100,7 +117,8 @@ class VisualQuestionAnswering(Task):
                 f"{train.folder}: wanted the split train, from which alone the list of answers may come, found the "
                 f"split {train.split}; name the data set with the training questions"
             )
-        counts = Counter(answer for record in questions(train) for answer in soft_targets(record["answers"]))
+        records = questions(train)
+        counts = Counter(answer for record in records for answer in soft_targets(record["answers"]))
         ordered = sorted(counts, key=lambda answer: (-counts[answer], answer))
         kept = [answer for answer in ordered if counts[answer] >= options.min_count]
         if options.answer_list is not None:
@@ -111,8 +129,9 @@ class VisualQuestionAnswering(Task):
                 f"{len(kept)}; lower --min-count"
             )
         listed = set(kept)
-        others = [answer for answer in ordered if answer not in listed] if options.answers == "decoder" else []
-        return {"answers": kept, "others": others}
+        if options.answers == "classifier":
+            return {"answers": kept, "others": [], "means": mean_targets(records, kept)}
+        return {"answers": kept, "others": [answer for answer in ordered if answer not in listed]}
 
     @classmethod
     def example(cls, samples: int) -> tuple[dict[str, Any], tuple[Tensor, Tensor]]:

@@ -103,6 +103,16 @@ class Dataset:
         """
         return self.index.locate(kind, np.asarray(ids) + self.start)
 
+    def first_of_image(self) -> Int64:
+        """Id of the first sample with the same stored image, for each sample: int64 (N,).
+
+        Samples whose images are stored twice differ, even if the images are equal.
+        """
+        ids = np.arange(len(self))
+        places = np.stack([self.shard_of(ids), self.locate("image", ids)[0]])  # (2, N)
+        _, first, image = np.unique(places, axis=1, return_index=True, return_inverse=True)
+        return first[image.reshape(-1)].astype(np.int64)
+
     def check_shards(self, shards: Sequence[int]) -> None:
         """Check local shards before they are read: their sizes, and once in a process three of their samples.
 

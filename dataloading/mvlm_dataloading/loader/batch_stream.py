@@ -9,13 +9,14 @@ import numpy as np
 import torch
 
 from mvlm_dataloading.batch import Batch, Masks
+from mvlm_dataloading.dataset.dali_index import Int64
 
 from .buffers import copy_on_this_thread
 from .masking import draw_patch_masks, draw_token_masks, draw_two_token_masks, draw_variable_patch_masks
 from .prefetch import Prefetcher
 from .reader import Reader
 from .segment import RawBatch
-from .text import CaptionReader
+from .text import CaptionBatch, CaptionReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class BatchStream:
         pin: put host tensors into pinned memory, for copies to a GPU.
         prefetch_batches: number of batches that a thread prepares in advance. 0 prepares each on request, without a
             thread.
+        images: first sample of each sample's image (N,), to yield each image and caption of a batch once; or None.
     """
 
     def __init__(
@@ -85,8 +87,10 @@ class BatchStream:
         seed: int,
         pin: bool,
         prefetch_batches: int,
+        images: Int64 | None = None,
     ):
         self._reader, self._captions, self._masks, self._seed, self._pin = reader, captions, masks, seed, pin
+        self._images = images
         self._prefetcher = Prefetcher(self._load, prefetch_batches, reader.close) if prefetch_batches else None
 
     def get(self) -> LoadedBatch | None:
@@ -109,6 +113,8 @@ class BatchStream:
 
     def _assemble(self, raw: RawBatch) -> tuple[Batch, Masks]:
         captions = self._captions(raw)
+        if self._images is not None:
+            return self._assemble_shared(raw, captions, self._images)
         batch = Batch(
             images=raw.images,
             tokens=self._host_tensor(captions.tokens),
@@ -136,6 +142,32 @@ class BatchStream:
             drawn = draw_token_masks(*of, captions.lengths, ratio=config.partner_token_ratio)
             masks = replace(masks, partner_token_ids=self._host_tensor(drawn))
         return batch, masks
+
+    def _assemble_shared(self, raw: RawBatch, captions: CaptionBatch, images: Int64) -> tuple[Batch, Masks]:
+        """A batch that has each image and each caption once, and masks of these."""
+        # In another epoch an image has another crop.
+        _, of_image, image_of = np.unique(
+            np.stack([raw.epochs, images[raw.ids]]), axis=1, return_index=True, return_inverse=True
+        )
+        _, of_caption, caption_of = np.unique(captions.text_id, return_index=True, return_inverse=True)
+        parts = np.split(captions.tokens, np.cumsum(captions.lengths)[:-1])
+        lengths = captions.lengths[of_caption]
+        rows = self._host_tensor(of_image).to(raw.images.device, non_blocking=True)
+        batch = Batch(
+            images=raw.images.index_select(0, rows),
+            tokens=self._host_tensor(np.concatenate([parts[row] for row in of_caption])),
+            cu_seqlens=self._host_tensor(np.cumsum([0, *lengths]).astype(np.int32)),
+            max_length=int(lengths.max()),
+            image_id=self._host_tensor(np.array(captions.image_id, np.int64)),
+            text_id=self._host_tensor(np.array(captions.text_id, np.int64)),
+            sample_id=self._host_tensor(raw.ids),
+            image_of=self._host_tensor(image_of.reshape(-1)),
+            caption_of=self._host_tensor(caption_of),
+            sample_tokens=len(captions.tokens),
+        )
+        patches = self._patches((self._seed, raw.epochs[of_image], raw.ids[of_image]))
+        tokens = self._tokens((self._seed, raw.epochs[of_caption], raw.ids[of_caption]), lengths)
+        return batch, Masks(**patches, **tokens)
 
     def _patches(self, of: tuple[int, Any, Any]) -> dict[str, torch.Tensor]:
         """Masked patches of the samples `of` (seed, epochs, ids), fields of `Masks`."""

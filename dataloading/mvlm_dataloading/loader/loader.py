@@ -20,7 +20,7 @@ from .decoder_check import choose_device
 from .masking import check_mask_sizes, check_token_ratio
 from .reader import Reader
 from .resume import ResumeReport, compare_states, package_versions, pixel_hash, settings_hash
-from .sampler import ORDER_VERSION
+from .sampler import ORDER_VERSION, check_ranks
 from .segment import RawBatch, ReaderConfig
 from .text import CaptionReader, can_use_stored_tokens
 
@@ -56,6 +56,9 @@ class Loader:
             none.
         strip: number n of images in each stored one, square and side by side (S', n S'). Each is cropped alike and
             resized; batches hold them as (B, 3, S, n S). Patch masks are those of one image.
+        share: yield each image and each caption of a batch once (`Batch.image_of`). The samples of an image have the
+            same crop in an epoch. Without further captions and lighter masks of partners.
+        per_image: samples of one image that come one after another in the sample order, for `share`.
         uniform_text_masks: mask 1 to all of a caption's ordinary tokens, each number as likely as the others, in place
             of the share `text_mask_ratio`.
 
@@ -103,8 +106,10 @@ class Loader:
         keep_mb: int = 0,
         strip: int = 1,
         uniform_text_masks: bool = False,
+        share: bool = False,
+        per_image: int = 1,
     ):
-        _check_ranks(batch_size, rank, world_size, train)
+        check_ranks(batch_size, rank, world_size, train)
         _check_limits(num_threads, prefetch_batches, max_bad_fraction, keep_mb)
         check_mask_sizes(image_size, patch_size, mask_block, image_mask_ratio)
         check_token_ratio(text_mask_ratio)
@@ -114,6 +119,8 @@ class Loader:
         check_text_length(text_length)
         if strip < 1 or (strip > 1 and augment is not None and not augment.is_identity):
             raise ValueError(f"wanted strip of at least 1, and no augmentation if it is above 1, got {strip}")
+        if per_image < 1 or (per_image > 1 and not share) or (share and extra_captions):
+            raise ValueError("wanted per_image of at least 1, share with it, and no extra_captions with share")
         self.dataset, self.tokenizer, self.train = dataset, tokenizer, train
         self.batch_size, self.text_length = batch_size, text_length
         self.rank, self.world_size = rank, world_size
@@ -150,6 +157,8 @@ class Loader:
             decoding=decoding,
             max_bad_fraction=max_bad_fraction,
             keep_bytes=1_000_000 * keep_mb,
+            images=dataset.first_of_image() if share else None,
+            per_image=per_image,
         )
         # Progress of the batches yielded. Prefetched batches do not count.
         self._position = 0  # in the sample order, over all ranks
@@ -222,6 +231,7 @@ class Loader:
                 }
             ),
             "versions": package_versions(),
+            **({"per_image": self._config.per_image} if self._config.per_image > 1 else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any], *, other_data: bool = False) -> None:
@@ -269,21 +279,11 @@ class Loader:
             seed=config.seed,
             pin=config.device_id is not None,
             prefetch_batches=self._prefetch_batches,
+            images=config.images,
         )
         # Also runs at the interpreter's exit: no pipeline may be running while DALI is unloaded.
         self._finalizer = weakref.finalize(self, stream.close)
         return stream
-
-
-def _check_ranks(batch_size: int, rank: int, world_size: int, train: bool) -> None:
-    if batch_size < 1:
-        raise ValueError(f"wanted batch_size of at least 1, got {batch_size}")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"wanted a rank from 0 to world_size - 1, got rank {rank} of {world_size}")
-    if batch_size % world_size:
-        raise ValueError(f"wanted a global batch_size divisible by world_size, got {batch_size} for {world_size} ranks")
-    if world_size > 1 and not train:
-        raise ValueError(f"wanted world_size 1 with train=False, got {world_size}; run evaluation on one rank")
 
 
 def _check_limits(num_threads: int, prefetch_batches: int, max_bad_fraction: float, keep_mb: int) -> None:

@@ -48,7 +48,9 @@ class Reader:
     def __init__(self, dataset: Dataset, config: ReaderConfig, position: int, bad: frozenset[int], samples_seen: int):
         self.position, self.bad, self.samples_seen = position, bad, samples_seen
         self._dataset, self._config = dataset, config
-        self._order = SampleOrder(dataset.shard_sizes, config.seed, shuffle=config.train)
+        self._order = SampleOrder(
+            dataset.shard_sizes, config.seed, shuffle=config.train, images=config.images, per_image=config.per_image
+        )
         self._segment: Segment | KeptSegment | None = None
         # The limit counts one rank's samples, so that more ranks do not mean more rebuilt pipelines. Remote shards are
         # fetched for all ranks' samples, so there the limit counts those.

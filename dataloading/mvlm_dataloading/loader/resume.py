@@ -57,6 +57,7 @@ def pixel_hash(config: ReaderConfig) -> str:
             "train": config.train,
             "decoding": config.decoding,
             "on_gpu": config.device_id is not None,
+            **({} if config.images is None else {"of": "images"}),  # draws are of images, not of samples
         }
     )
 
@@ -96,6 +97,12 @@ def compare_states(state: dict[str, Any], now: dict[str, Any], *, folder: Any, o
         raise DataError(
             f"{folder}: wanted a state with sample order version {ORDER_VERSION}, found {state['order']}; finish the "
             "run with the mvlm version that started it"
+        )
+    before, together = (one.get("per_image", 1) for one in (state, now))
+    if before != together:
+        raise DataError(
+            f"{folder}: wanted a state of the same order, with {together} samples of an image together, found "
+            f"{before}; resume with the run's own settings"
         )
     changed = []
     same_data = state["fingerprint"] == now["fingerprint"]

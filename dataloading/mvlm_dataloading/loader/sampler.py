@@ -36,13 +36,20 @@ class SampleOrder:
     Shards are permuted and divided into groups of GROUP. Each shard's samples are permuted and divided into runs of
     RUN_LENGTH, and the runs of a group are permuted. With one shard, all orders are equally likely.
 
+    With `per_image` above 1, an image's samples are divided into sets of that many, which stay together.
+
     Args:
         shard_sizes: int64 (S,), number of samples of each shard. Ids count the samples shard by shard.
         shuffle: False yields 0, 1, 2, ... in every epoch.
+        images: int64 (N,), equal for samples of one image; for `per_image` above 1.
+        per_image: samples of an image that come one after another. Its last ones may be fewer.
     """
 
-    def __init__(self, shard_sizes: Int64, seed: int, *, shuffle: bool):
+    def __init__(
+        self, shard_sizes: Int64, seed: int, *, shuffle: bool, images: Int64 | None = None, per_image: int = 1
+    ):
         self._seed, self._shuffle = seed, shuffle
+        self._images, self._per_image = images, per_image
         self._first = np.append(0, np.cumsum(shard_sizes))
         self._epoch_groups = lru_cache(maxsize=2)(self._draw_groups)
         self._group_order = lru_cache(maxsize=2)(self._draw_order)
@@ -88,15 +95,50 @@ class SampleOrder:
             begin + np.argsort(hash64(Purpose.ORDER, self._seed, epoch, np.arange(begin, end)), kind="stable")
             for begin, end in spans
         ]
+        begins = [np.arange(0, len(one), RUN_LENGTH) for one in shuffled]
+        if self._per_image > 1 and self._images is not None:
+            both = [self._together(epoch, one, self._images[one]) for one in shuffled]
+            shuffled, begins = [one for one, _ in both], [one for _, one in both]
         ids = np.concatenate(shuffled)
         starts = np.cumsum([0, *map(len, shuffled)])
-        run_begin = np.concatenate([np.arange(begin, end, RUN_LENGTH) for begin, end in pairwise(starts)])
+        run_begin = np.concatenate([start + one for start, one in zip(starts, begins, strict=False)])
         run_length = np.diff(run_begin, append=len(ids))
         first = ids[run_begin]  # a run is identified by its first sample
         order = np.lexsort([first, hash64(Purpose.RUNS, self._seed, epoch, first)])  # the last key is the primary one
         length = run_length[order]
         within = np.arange(len(ids)) - np.repeat(np.cumsum(length) - length, length)
         return ids[np.repeat(run_begin[order], length) + within]
+
+    def _together(self, epoch: int, ids: Int64, images: Int64) -> tuple[Int64, Int64]:
+        """Reorder shuffled samples so that those of one image, `images` (n,), come in sets of `per_image`.
+
+        Returns the ids (n,), and the positions in them of the first set of each RUN_LENGTH samples.
+        """
+        by_image = np.argsort(images, kind="stable")
+        of_image = images[by_image]
+        _, first, count = np.unique(of_image, return_index=True, return_counts=True)
+        within = np.arange(len(ids)) - np.repeat(first, count)  # number of each sample among its image's
+        begin = np.flatnonzero(within % self._per_image == 0)  # of each set
+        length = np.diff(begin, append=len(ids))
+        leader = ids[by_image][begin]  # a set is identified by its first sample
+        order = np.lexsort([leader, hash64(Purpose.TOGETHER, self._seed, epoch, leader)])
+        length, begin = length[order], begin[order]
+        starts = np.cumsum(length) - length
+        rows = np.repeat(begin - starts, length) + np.arange(len(ids))
+        _, firsts = np.unique(starts // RUN_LENGTH, return_index=True)
+        return ids[by_image][rows], starts[firsts]
+
+
+def check_ranks(batch_size: int, rank: int, world_size: int, train: bool) -> None:
+    """ValueError for batches that cannot be dealt to the ranks, or an evaluation on several."""
+    if batch_size < 1:
+        raise ValueError(f"wanted batch_size of at least 1, got {batch_size}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"wanted a rank from 0 to world_size - 1, got rank {rank} of {world_size}")
+    if batch_size % world_size:
+        raise ValueError(f"wanted a global batch_size divisible by world_size, got {batch_size} for {world_size} ranks")
+    if world_size > 1 and not train:
+        raise ValueError(f"wanted world_size 1 with train=False, got {world_size}; run evaluation on one rank")
 
 
 def substitute_sample(seed: int, epoch: int, sample_id: int, size: int, bad: Set[int]) -> int:

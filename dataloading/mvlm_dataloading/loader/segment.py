@@ -45,6 +45,10 @@ class ReaderConfig:
     max_bad_fraction: float
     keep_bytes: int = 0
     """Maximum size of a split whose decoded images are kept in memory."""
+    images: Int64 | None = None
+    """First sample of each sample's image (N,), if the samples of an image share its crop in an epoch; else None."""
+    per_image: int = 1
+    """Samples of an image that come one after another."""
 
     @property
     def rank_batch(self) -> int:
@@ -69,6 +73,8 @@ class RawBatch:
 
 def draw_random_numbers(config: ReaderConfig, epochs: Int64, ids: Int64) -> dict[str, Any]:
     """Random numbers of n samples: `crop_uniforms`, float64 (n, 4); and `augment`, if images are augmented."""
+    if config.images is not None:
+        ids = config.images[ids]
     draws: dict[str, Any] = {"crop_uniforms": uniforms(Purpose.CROP, config.seed, epochs, ids, 4)}
     if config.train and not config.augment.is_identity:
         draws["augment"] = draw_parameters(config.augment, config.seed, epochs, ids, config.geometry.image_size)

@@ -110,6 +110,34 @@ def test_sample_order_is_the_documented_one(monkeypatch):
     assert epoch_order(7, 2, shard).tolist() == [i for run in runs for i in run]
 
 
+@pytest.mark.parametrize("sizes", [(100,), (60, 1, 0, 33)])
+@pytest.mark.parametrize("per_image", [2, 3, 20])
+def test_samples_of_an_image_come_in_sets(sizes, per_image):
+    """Each image's samples are in as few sets as possible, the sets are shuffled, and so are the samples in them."""
+    shard = shards_of(*sizes)
+    within = np.arange(len(shard)) - np.concatenate([[0], np.cumsum(sizes)])[shard]
+    images = np.unique(np.stack([shard, within % 9]), axis=1, return_inverse=True)[1].reshape(-1)
+    order = SampleOrder(np.bincount(shard), 3, shuffle=True, images=images, per_image=per_image)
+    epochs = [order(epoch * len(shard), len(shard))[0] for epoch in range(2)]
+    assert not np.array_equal(epochs[0], epochs[1])
+    for ids in epochs:
+        assert sorted(ids.tolist()) == list(range(len(shard)))
+        sets: dict[int, list[int]] = {}
+        starts = []
+        while len(ids):
+            same = int(np.argmax(np.append(images[ids], -1) != images[ids[0]]))  # samples of one image from here on
+            own = sets.setdefault(int(images[ids[0]]), [])
+            left = int((images == images[ids[0]]).sum()) - sum(own)
+            taken = min(same, per_image, left)
+            assert taken in (per_image, (left + sum(own)) % per_image)
+            own.append(taken)
+            starts.append(int(ids[0]))
+            ids = ids[taken:]
+        assert all(len(own) == -(-int((images == image).sum()) // per_image) for image, own in sets.items())
+        assert starts != sorted(starts)
+    assert np.array_equal(order(7, 50)[0], np.concatenate([order(7, 13)[0], order(20, 37)[0]]))
+
+
 def million_in_slices(sizes: np.ndarray) -> np.ndarray:
     """An epoch of a million samples, read in slices of odd lengths as segments of several sizes read it."""
     order, parts, at = SampleOrder(sizes, 11, shuffle=True), [], 0

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from mvlm.config.finetune import TASK_NAMES
 from mvlm.config.model import PRESETS, MaskVLMConfig
-from mvlm.config.recipes import pretrain_defaults
+from mvlm.config.recipes import FINETUNE_RECIPES, finetune_defaults, pretrain_defaults
 from mvlm.errors import ConfigError
 
 
@@ -23,3 +24,32 @@ def test_every_preset_has_a_recipe(preset):
 def test_an_unknown_preset_is_refused_with_a_list_of_presets(make):
     with pytest.raises(ConfigError, match="unknown preset: wanted one of tiny, small, base, got 'huge'"):
         make("huge")
+
+
+@pytest.mark.parametrize("recipe", FINETUNE_RECIPES)
+@pytest.mark.parametrize("task", [*TASK_NAMES, "own.py"])
+def test_every_task_has_each_recipe(task, recipe):
+    config = finetune_defaults(task, Path("model"), Path("data"), Path("run"), recipe)
+    assert 10 * config.warmup_steps == config.max_steps
+    assert 0 < config.lr_encoder <= config.lr_cross <= config.lr_head
+    assert json.loads(json.dumps(config.to_dict()))["task"] == task
+    if task in ("vqa", "pairs"):  # their texts say left and right
+        assert config.flip == 0
+    if recipe == "base":
+        assert (config.image_size, config.question_length, config.batch_size) == (384, 40, 256)
+
+
+def test_steps_of_the_base_recipe_are_passes_over_the_published_split():
+    """Samples of the training splits as published, and passes as ALBEF fine-tunes."""
+    published = {
+        "vqa": (443_757, 8), "entailment": (529_527, 5), "retrieval": (145_000, 10), "pairs": (86_373, 10),
+        "caption": (566_747, 5),
+    }  # fmt: skip
+    for task, (samples, passes) in published.items():
+        config = finetune_defaults(task, Path("model"), Path("data"), Path("run"), "base")
+        assert config.max_steps * 256 == pytest.approx(samples * passes, rel=0.01)
+
+
+def test_an_unknown_recipe_is_refused():
+    with pytest.raises(ConfigError, match="unknown recipe: wanted one of tiny, base, got 'huge'"):
+        finetune_defaults("vqa", Path("model"), Path("data"), Path("run"), "huge")

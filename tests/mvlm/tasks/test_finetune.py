@@ -160,3 +160,14 @@ def test_data_of_another_kind_and_runs_of_another_kind_are_refused(trained, scen
     finetune(configured(trained, questions, tmp_path / "run"))
     with pytest.raises(RunError, match="wanted the settings of the run in this folder, got others"):
         finetune(configured(trained, questions, tmp_path / "run", blind="image", resume=True))
+
+
+def test_the_word_after_the_task_is_a_recipe(run_mvlm):
+    done = run_mvlm("finetune", "vqa", "base", "--help")
+    assert done.code == 0
+    text = " ".join(" ".join(done.out).split())
+    assert "(default: 13900)" in text
+    assert "13900" not in " ".join(run_mvlm("finetune", "vqa", "--help").out)
+    wrong = run_mvlm("finetune", "vqa", "huge", "--out", "run")
+    assert wrong.code == 2
+    assert "unknown recipe: wanted one of tiny, base, got 'huge'" in wrong.err[-1]

@@ -4,6 +4,7 @@ import json
 from typing import Literal
 
 import pytest
+import torch
 
 from mvlm.errors import RunError
 from mvlm.runs.load import load_model
@@ -28,6 +29,19 @@ def test_the_list_is_the_frequent_answers_and_a_decoder_learns_the_others_too(qu
     colours = ["blue", "green", "red", "yellow"]
     assert make_state(questions) == {"answers": ["white", *colours], "others": []}
     assert make_state(questions, answers="classifier", min_count=4)["answers"] == ["white", *colours]
+
+
+def test_a_classifier_starts_from_the_mean_target_of_each_answer(questions, trained):
+    """Half of the questions have one answer and an eighth each of the four others, before anything is learned."""
+    state = make_state(questions, answers="classifier")
+    assert state["means"] == [0.5, 0.125, 0.125, 0.125, 0.125]
+    task = VisualQuestionAnswering(load_model(trained)[0], TaskOptions(answers="classifier"), state)
+    probabilities = task.head(torch.randn(3, task.head.dense.in_features)).sigmoid()
+    torch.testing.assert_close(probabilities, torch.tensor([state["means"]] * 3))
+    older = VisualQuestionAnswering(
+        load_model(trained)[0], TaskOptions(answers="classifier"), {"answers": state["answers"]}
+    )
+    assert not older.head.answers.bias.any()
 
 
 def test_a_file_gives_the_list(questions, tmp_path):
