@@ -62,7 +62,8 @@ def test_first_commands_of_readme_run(folder):
 def tables() -> ModuleType:
     """The script docs/tables.py."""
     spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
