@@ -36,6 +36,7 @@ GROUPS: dict[str, dict[str, Callable[..., None]]] = {
         "data clip-benchmark": data_tasks.clip_benchmark,
         "data twemoji": data_packages.twemoji,
         "data easy-vqa": data_packages.easy_vqa,
+        "data iconify": data_packages.iconify,
         "data openclipart": data_packages.openclipart,
         "data stamps": data_packages.stamps,
         "data scenes": data_packages.scenes,

@@ -68,7 +68,7 @@ def openclipart(
         validation: Share of the authors for validation, chosen by a hash of the name; large authors are for training.
         test: Share of the authors for test.
     """
-    from mvlm_dataloading.sources.openclipart import openclipart
+    from mvlm_dataloading.sources.drawings.openclipart import openclipart
 
     build_source(openclipart(package, size=size, validation=validation, test=test), out, build, common)
 
@@ -94,7 +94,7 @@ def stamps(
         validation: Share of the stamps for validation, chosen by a hash of the name; series stay together.
         test: Share of the stamps for test.
     """
-    from mvlm_dataloading.sources.stamps import stamps
+    from mvlm_dataloading.sources.drawings.stamps import stamps
 
     build_source(stamps(package, size=size, validation=validation, test=test), out, build, common)
 
@@ -130,3 +130,32 @@ def scenes(
     )  # fmt: skip
     for task in tasks:
         print(data_tools.summary(out / task))
+
+
+def iconify(
+    collection: Path,
+    out: Path,
+    /,
+    size: int = 144,
+    validation: float = 0.1,
+    test: float = 0.1,
+    evaluation_only: bool = False,
+    build: BuildOptions = BuildOptions(),  # noqa: B008 (frozen)
+    common: CommonOptions = CommonOptions(),  # noqa: B008 (frozen)
+) -> None:
+    """Build the icons of a collection in Iconify's JSON format: 200 open icon sets have it.
+
+    Emoji collections get the names and splits of the emoji data set. Twemoji and Noto are for evaluation only.
+
+    Args:
+        collection: JSON file, such as icons.json of npm's package @iconify-json/mdi; info.json beside it is read.
+        out: Folder for the shards. To resume a killed build, give the same command again.
+        size: Side of the square images in pixels.
+        validation: Share of the concepts for validation, chosen by a hash; "outline" and "bold" are no concepts.
+        test: Share of the concepts for test.
+        evaluation_only: Name the training split `seen`, so that no run can be trained on it.
+    """
+    from mvlm_dataloading.sources.drawings.iconify import iconify
+
+    source = iconify(collection, size=size, validation=validation, test=test, evaluation_only=evaluation_only)
+    build_source(source, out, build, common)

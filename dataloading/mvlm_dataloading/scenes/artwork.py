@@ -12,9 +12,9 @@ from pathlib import Path
 
 from mvlm_dataloading.build.twemoji import plain, twemoji_drawings
 from mvlm_dataloading.errors import need
-from mvlm_dataloading.sources.emoji import named_emoji
-from mvlm_dataloading.sources.stamps import read_stamps
-from mvlm_dataloading.sources.svg import cut_out, render_cutout
+from mvlm_dataloading.sources.drawings.emoji import named_emoji
+from mvlm_dataloading.sources.drawings.stamps import read_stamps
+from mvlm_dataloading.sources.drawings.svg import cut_out, render_cutout
 
 from .kinds import NOUNS, SHAPES, Kind
 from .photos import PHOTOS

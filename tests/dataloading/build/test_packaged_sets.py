@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mvlm_dataloading import DataError, build_easy_vqa, build_twemoji, open_dataset
-from mvlm_dataloading.sources.emoji import split_of
+from mvlm_dataloading.sources.drawings.emoji import split_of
 
 
 @pytest.fixture(scope="module")

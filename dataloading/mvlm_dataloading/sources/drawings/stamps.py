@@ -6,14 +6,23 @@ are left out, and so are stamps without a sentence. About two thirds of the othe
 
 import io
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from mvlm_dataloading.errors import DataError, need
+from mvlm_dataloading.sources.record import (
+    Record,
+    Source,
+    check_shares,
+    file_sha256,
+    require_file,
+    safe_key,
+    split_by_hash,
+)
 
 from .debian import package_files
-from .record import Record, Source, check_shares, file_sha256, require_file, safe_key, split_by_hash
+from .rendered import rendered_pieces
 from .svg import cut_out
 
 LICENCE = "GPL-2"
@@ -31,27 +40,6 @@ class Stamp:
     """Path below the folder of stamps, without its ending."""
     png: bytes
     sentence: str
-
-
-@dataclass(frozen=True, slots=True)
-class StampPiece:
-    """A piece whose records hold stamps, which are put on white when they are read."""
-
-    split: str
-    listed: Sequence[Record]
-    size: int
-
-    @property
-    def label(self) -> str:
-        return f"{self.split} {len(self.listed)} from {self.listed[0].key} to {self.listed[-1].key}"
-
-    def records(self, max_bytes: int) -> Iterator[Record]:
-        for record in self.listed:
-            assert isinstance(record.image, bytes)
-            try:
-                yield replace(record, image=_on_white(record.image, self.size))
-            except (ValueError, OSError):
-                yield replace(record, image=None, fault="stamp is blank or cannot be read")
 
 
 def stamps(package: Path, *, size: int = 144, validation: float = 0.2, test: float = 0.2) -> Source:
@@ -96,11 +84,7 @@ def stamps(package: Path, *, size: int = 144, validation: float = 0.2, test: flo
             "validation": validation,
             "test": test,
         },
-        pieces=[
-            StampPiece(split, listed[begin : begin + _PIECE], size)
-            for split, listed in records.items()
-            for begin in range(0, len(listed), _PIECE)
-        ],
+        pieces=rendered_pieces(records, size, _on_white, _PIECE),
     )
 
 

@@ -2,6 +2,7 @@
 
 import io
 from typing import Any
+from xml.etree import ElementTree
 
 from mvlm_dataloading.errors import need
 
@@ -19,10 +20,11 @@ def render_svg(svg: str, size: int, *, crop: bool = False) -> bytes:
             often a small part of a page.
 
     Raises:
-        ValueError: resvg cannot read it, or with `crop` it is blank.
+        ValueError: resvg cannot read it, it refers to a file, or with `crop` it is blank.
         ImportError: a package of the extra `demo` is missing.
     """
     resvg, pil = need("resvg_py", "demo"), need("PIL.Image")
+    refuse_files(svg)
     side = size * _ENLARGED if crop else size
     rendered = resvg.svg_to_bytes(
         svg_string=svg,
@@ -44,9 +46,23 @@ def render_svg(svg: str, size: int, *, crop: bool = False) -> bytes:
     return png.getvalue()
 
 
+def refuse_files(svg: str) -> None:
+    """ValueError for a drawing that shows an image from a file: resvg would read any file that the drawing names."""
+    try:
+        root = ElementTree.fromstring(svg)
+    except ElementTree.ParseError as error:
+        raise ValueError(f"wanted an SVG, got {error}") from None
+    for element in root.iter():
+        if isinstance(element.tag, str) and element.tag.rpartition("}")[2] in ("image", "feImage"):
+            for name, target in element.attrib.items():
+                if name.rpartition("}")[2] == "href" and not target.lstrip().startswith(("data:", "#")):
+                    raise ValueError(f"the drawing shows an image from a file, {target!r}, which is not read")
+
+
 def render_cutout(svg: str, size: int) -> bytes:
     """Render an SVG as a PNG with transparency, without margins, its longer side `size` pixels."""
     resvg = need("resvg_py", "demo")
+    refuse_files(svg)
     return cut_out(resvg.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size, skip_system_fonts=True), size)
 
 

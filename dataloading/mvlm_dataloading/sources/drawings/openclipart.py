@@ -12,15 +12,16 @@ import html
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 from xml.etree import ElementTree
 
 from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.sources.record import Record, Source, file_sha256, require_file, safe_key, split_by_hash
 
 from .debian import package_files
-from .record import Record, Source, file_sha256, require_file, safe_key, split_by_hash
+from .rendered import rendered_pieces
 from .svg import render_svg
 
 LICENCE = "public domain"
@@ -32,7 +33,6 @@ _SHARED = 3
 """A title or caption of more drawings than this does not tell them apart."""
 _LARGE = 0.02
 """An author of more than this share of the drawings is always in the training split."""
-_PIECE = 256
 _DC, _RDF = "{http://purl.org/dc/elements/1.1/}", "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}"
 _PUBLIC_DOMAIN = re.compile(r"public ?domain", re.IGNORECASE)
 
@@ -47,27 +47,6 @@ class Drawing:
     title: str
     author: str
     keywords: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DrawnPiece:
-    """A piece whose records hold drawings, which are rendered when they are read."""
-
-    split: str
-    listed: Sequence[Record]
-    size: int
-
-    @property
-    def label(self) -> str:
-        return f"{self.split} {len(self.listed)} from {self.listed[0].key} to {self.listed[-1].key}"
-
-    def records(self, max_bytes: int) -> Iterator[Record]:
-        for record in self.listed:
-            assert isinstance(record.image, bytes)
-            try:
-                yield replace(record, image=render_svg(record.image.decode(), self.size, crop=True))
-            except ValueError:
-                yield replace(record, image=None, fault="drawing is blank or cannot be rendered")
 
 
 def openclipart(package: Path, *, size: int = 144, validation: float = 0.2, test: float = 0.2) -> Source:
@@ -117,12 +96,12 @@ def openclipart(package: Path, *, size: int = 144, validation: float = 0.2, test
             "validation": validation,
             "test": test,
         },
-        pieces=[
-            DrawnPiece(split, listed[begin : begin + _PIECE], size)
-            for split, listed in records.items()
-            for begin in range(0, len(listed), _PIECE)
-        ],
+        pieces=rendered_pieces(records, size, _render),
     )
+
+
+def _render(svg: bytes, size: int) -> bytes:
+    return render_svg(svg.decode(), size, crop=True)
 
 
 def read_drawings(package: Path) -> Iterator[Drawing]:

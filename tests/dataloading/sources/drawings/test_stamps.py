@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mvlm_dataloading import DataError, build_shards, open_dataset
-from mvlm_dataloading.sources.stamps import read_stamps, stamps
+from mvlm_dataloading.sources.drawings.stamps import read_stamps, stamps
 from support.debian import write_package
 
 
@@ -63,7 +63,7 @@ def test_stamps_are_put_on_white(tmp_path: Path) -> None:
     build_shards(stamps(package(tmp_path), size=32, validation=0, test=0), tmp_path / "out", workers=0)
     dataset = open_dataset(tmp_path / "out", "train")
     assert dataset.description["licence"] == "GPL-2"
-    assert dataset.description["rejected"] == {"stamp is blank or cannot be read": 1}
+    assert dataset.description["rejected"] == {"drawing is blank or cannot be rendered": 1}
     where = next(i for i in range(len(dataset)) if dataset.captions(i) == ["A frog."])
     image = np.array(Image.open(io.BytesIO(dataset.image_bytes(where))).convert("RGB"))  # (32, 32, 3)
     red = (image == (200, 0, 0)).all(-1)

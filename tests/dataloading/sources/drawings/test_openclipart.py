@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mvlm_dataloading import DataError, build_shards, open_dataset
-from mvlm_dataloading.sources.openclipart import openclipart
+from mvlm_dataloading.sources.drawings.openclipart import openclipart
 from support import debian
 
 SVG = """<?xml version="1.0"?>

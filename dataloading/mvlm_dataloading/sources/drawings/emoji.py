@@ -37,6 +37,11 @@ def split_of(codepoints: str) -> str:
     return {0: "test", 1: "validation"}.get(int(hashlib.sha1(codepoints.encode()).hexdigest(), 16) % 10, "train")
 
 
+def plain(codepoints: str) -> str:
+    """Code points in lower case without variation selectors, which the two sets of files write differently."""
+    return "-".join(point for point in codepoints.lower().split("-") if point != "fe0f")
+
+
 def captions_of(codepoints: str, name: str, aliases: Iterable[str]) -> list[str]:
     """Readable captions, the main one first, from names such as `:man_dark_skin_tone_bald:`."""
     if _is_flag(codepoints):

@@ -1,0 +1,215 @@
+"""Icons of a collection in Iconify's JSON format, the common form of some 200 open icon sets.
+
+https://iconify.design/docs/types/iconify-json.html describes it: `icons` maps names to SVG bodies, and `aliases` names
+to icons. npm's packages `@iconify-json/*` have a collection each, as `icons.json` with `info.json` (author, licence)
+and `chars.json` (code points) beside it.
+
+A caption is the name of an icon in words, and the names of its aliases are further captions. A mirrored or turned alias
+is left out. Icons that are drawn in one colour are black on white.
+
+Names of styles, such as "outline" and "bold", do not change the concept of an icon, and an icon is in the split of its
+concept. Emoji have their names, concepts and splits of the emoji data set, so that a model may be trained on both.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvlm_dataloading.errors import DataError
+from mvlm_dataloading.sources.record import (
+    Record,
+    Source,
+    check_shares,
+    file_sha256,
+    require_file,
+    safe_key,
+    split_by_hash,
+)
+
+from .emoji import named_emoji, plain, split_of
+from .rendered import rendered_pieces
+from .svg import render_svg
+
+HELD_OUT = ("twemoji", "noto", "noto-v1")
+"""Collections for evaluation alone: transfer to artists that no model was trained on is measured with them."""
+STYLES = frozenset((
+    "alt", "bold", "duotone", "fill", "filled", "light", "line", "linear", "outline", "outlined", "regular", "rounded",
+    "sharp", "solid", "thin", "twotone",
+))  # fmt: skip
+_REVISION = 1  # increment when captions, images or splits change
+_SIDE = 16  # of an icon without sizes, as Iconify has it
+
+
+@dataclass(frozen=True, slots=True)
+class Icon:
+    """An icon and its names."""
+
+    name: str
+    svg: str
+    aliases: tuple[str, ...]
+
+
+def iconify(
+    collection: Path, *, size: int = 144, validation: float = 0.1, test: float = 0.1, evaluation_only: bool = False
+) -> Source:
+    """Icons of a collection, with their names in words.
+
+    Args:
+        collection: JSON file of a collection; `info.json` and `chars.json` beside it are read if they are there.
+        size: side of the square images in pixels.
+        validation, test: shares of the concepts, chosen by a hash. Emoji have the splits of the emoji data set.
+        evaluation_only: name the training split `seen`, so that no run can be trained on it.
+
+    Raises:
+        DataError: the file is missing or no such collection, or it is held out and evaluation_only is False.
+        ImportError: a package of the extra `demo` is missing.
+    """
+    require_file(collection)
+    check_shares(validation, test)
+    if size < 16:
+        raise DataError(f"iconify: wanted size >= 16, got {size}")
+    content = _read(collection)
+    prefix = content["prefix"]
+    if prefix in HELD_OUT and not evaluation_only:
+        raise DataError(
+            f"{collection}: {prefix} is held out to measure transfer, and never trained on; give --evaluation-only"
+        )
+    info = content.get("info") or _beside(collection, "info.json")
+    licence = _text(info, "license", "title") or "unknown"
+    author = ", ".join(filter(None, (_text(info, "name"), _text(info, "author", "name")))) or prefix
+    emoji = _emoji_names(content.get("chars") or _beside(collection, "chars.json"), content)
+    train = "seen" if evaluation_only else "train"
+    records: dict[str, list[Record]] = {"test": [], train: [], "validation": []}
+    for icon in icons_of(content):
+        if icon.name in emoji:
+            codepoints, captions, base = emoji[icon.name]
+            split = split_of(codepoints)
+        else:
+            captions = _captions(icon)
+            base = concept(icon.name)
+            split = split_by_hash(base, validation, test)
+        if not captions:
+            continue
+        metadata = {
+            "name": icon.name,
+            "base": base,
+            "collection": prefix,
+            "licence": licence,
+            "attribution": author,
+        }
+        record = Record(safe_key(f"{prefix}-{icon.name}"), icon.svg.encode(), captions, icon.name, metadata)
+        records[train if split == "train" else split].append(record)
+    if not any(records.values()):
+        raise DataError(f"{collection}: wanted icons with names of words, found none; give a collection of Iconify")
+    return Source(
+        name=f"iconify-{prefix}",
+        origin=f"Iconify collection {prefix}, {collection.name}",
+        licence=licence,
+        attribution=author,
+        recipe={
+            "revision": _REVISION,
+            "collection": file_sha256(collection),
+            "size": size,
+            "validation": validation,
+            "test": test,
+            "evaluation_only": evaluation_only,
+            "emoji": len(emoji),
+        },
+        pieces=rendered_pieces(records, size, _render),
+    )
+
+
+def icons_of(content: dict[str, Any]) -> Iterator[Icon]:
+    """Yield the icons of a collection by name, without hidden ones."""
+    synonyms: dict[str, list[str]] = {}
+    for alias, entry in sorted((content.get("aliases") or {}).items()):
+        if set(entry) <= {"parent", "hidden"}:  # anything else mirrors, turns or crops the icon
+            synonyms.setdefault(entry["parent"], []).append(alias)
+    for name, icon in sorted(content["icons"].items()):
+        if icon.get("hidden"):
+            continue
+        left, top, width, height = (
+            icon.get(key, content.get(key, fallback))
+            for key, fallback in (("left", 0), ("top", 0), ("width", _SIDE), ("height", _SIDE))
+        )
+        svg = (
+            '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" color="#000" '
+            f'viewBox="{left} {top} {width} {height}">{icon["body"]}</svg>'
+        )
+        yield Icon(name, svg, tuple(synonyms.get(name, ())))
+
+
+def words_of(name: str) -> str:
+    """The name of an icon in words, without sizes: "arrow left" of `arrow-left-24`."""
+    return " ".join(word for word in re.split(r"[-_\s]+", name) if not re.fullmatch(r"\d+(px)?", word))
+
+
+def concept(name: str) -> str:
+    """The name of an icon in words, without those of its style: "home" of `home-outline`."""
+    words = words_of(name).split()
+    return " ".join(word for word in words if word not in STYLES) or " ".join(words)
+
+
+def _captions(icon: Icon) -> list[str]:
+    """Different captions of an icon, its own name first. A caption has a word of three letters."""
+    found = dict.fromkeys(words_of(name) for name in (icon.name, *icon.aliases))
+    return [caption for caption in found if re.search(r"[^\W\d_]{3}", caption)]
+
+
+def _emoji_names(chars: dict[str, str], content: dict[str, Any]) -> dict[str, tuple[str, list[str], str]]:
+    """Code points, captions and concept in the emoji data set of each icon that is an emoji.
+
+    Args:
+        chars: icon or alias of code points. Icon fonts have code points too, in areas for private use, of no emoji.
+    """
+    aliases = content.get("aliases") or {}
+    known: dict[str, tuple[str, list[str], str]] = {}
+    if chars:
+        known = {plain(stem): (stem, captions, meta["base"]) for stem, _, captions, meta in named_emoji()}
+    found: dict[str, tuple[str, list[str], str]] = {}
+    for points, name in sorted(chars.items()):
+        entry, alias = known.get(plain(points)), aliases.get(name, {})
+        if entry is not None and set(alias) <= {"parent", "hidden"}:
+            found.setdefault(alias.get("parent", name), entry)
+    return found
+
+
+def _read(collection: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(collection.read_text(encoding="utf-8"))
+        bodies = [icon["body"] for icon in content["icons"].values()]
+        parents = [entry["parent"] for entry in (content.get("aliases") or {}).values()]
+        if not all(isinstance(value, str) for value in (content["prefix"], *bodies, *parents)):
+            raise TypeError("prefix, a body or a parent is no text")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{collection}: wanted a collection of Iconify (prefix, icons with bodies), got {error!r}; "
+            "give icons.json of a package @iconify-json/NAME"
+        ) from None
+    return content
+
+
+def _beside(collection: Path, name: str) -> dict[str, Any]:
+    """A JSON object in a file beside the collection; empty without the file."""
+    file = collection.with_name(name)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    except ValueError as error:
+        raise DataError(f"{file}: wanted JSON, got {error}; fetch the package again or remove the file") from None
+    if not isinstance(found, dict):
+        raise DataError(f"{file}: wanted a JSON object, got {type(found).__name__}")
+    return found
+
+
+def _text(info: Any, *path: str) -> str:
+    """A text in nested objects; "" where it is missing."""
+    for key in path:
+        info = info.get(key) if isinstance(info, dict) else None
+    return info if isinstance(info, str) else ""
+
+
+def _render(svg: bytes, size: int) -> bytes:
+    return render_svg(svg.decode(), size)

@@ -1,0 +1,204 @@
+"""Residual norms and feed-forward layers of timm and transformers blocks by ``add_layer_norm`` and ``gelu_linear``.
+
+from mvlm_kernels.integrations.blocks import swap_blocks
+print(swap_blocks(model))               # what was swapped, and what not and why; `undo()` puts everything back
+
+Three forms are known, by the code of their ``forward``, so copies in other classes are known too:
+
+- timm's ``Block``: the residual sum after attention and the norm after it are one call.
+- timm's ``Mlp``: GELU and the second linear layer are one call, whose backward pass has one kernel for the GELU.
+- transformers' ``BertSelfOutput``: the residual sum and the norm are one call. Some 40 architectures copy it.
+
+A swapped module runs its own forward where no kernel runs the call, or if a module that the op replaces was wrapped
+(LoRA) or has hooks. On a CPU that is always so, except under :func:`mvlm_kernels.use_backend`.
+"""
+
+import ast
+import functools
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mvlm_kernels import add_layer_norm, dispatch, gelu_linear
+from mvlm_kernels.add_layer_norm.arguments import WIDEST
+from mvlm_kernels.integrations.report import Part, SwapReport
+
+__all__ = ["swap_blocks"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A form of module that an op can compute.
+
+    forward: the fused forward. why_not: reason why it cannot replace this module's own; None if it can.
+    """
+
+    forward: Callable[..., Tensor]
+    why_not: Callable[[Any], str | None]
+
+
+def swap_blocks(model: nn.Module) -> SwapReport:
+    """Let the ops compute residual norms and feed-forward layers of a model of timm or transformers, in place.
+
+    Modules, parameters, hooks and the state dict stay as they are; a module gets a ``forward`` of its own. The report
+    has every module of a known form.
+    """
+    parts: list[Part] = []
+    swapped: list[nn.Module] = []
+    for path, module in model.named_modules():
+        form = form_of(type(module))
+        if form is None:
+            continue
+        reason = "its forward is replaced already" if "forward" in vars(module) else form.why_not(module)
+        parts.append(Part(path, type(module).__name__, reason))
+        if reason is None:
+            module.forward = functools.partial(_forward, module, form)
+            swapped.append(module)
+
+    def restore() -> None:
+        for module in swapped:
+            vars(module).pop("forward", None)
+
+    return SwapReport(parts, restore)
+
+
+def _forward(module: nn.Module, form: Form, *args: Any, **kwargs: Any) -> Tensor:
+    """The fused forward of a swapped module, or its own where an op cannot compute it now."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    if form.why_not(module) is not None or kernel_reasons(x):
+        return type(module).forward(module, *args, **kwargs)
+    return form.forward(module, *args, **kwargs)
+
+
+def kernel_reasons(x: Tensor) -> tuple[str, ...]:
+    """Reasons why no kernel computes a call on this tensor. Empty under :func:`mvlm_kernels.use_backend`."""
+    return _kernel_reasons(x.device, x.dtype, int(x.shape[-1]), dispatch.forced())
+
+
+@torch.compiler.assume_constant_result
+def _kernel_reasons(device: torch.device, dtype: torch.dtype, width: int, forced: str | None) -> tuple[str, ...]:
+    if forced is not None:
+        return ()
+    found = dispatch.device_reasons(device)
+    if width > WIDEST:
+        found = (*found, f"a row has {width} values, the kernels hold at most {WIDEST}")
+    return (*found, "the tensors are float64") if dtype == torch.float64 else found
+
+
+def why_not_replaced(module: nn.Module, *kinds: type[nn.Module]) -> str | None:
+    """Reason why a module's parameters cannot be used without calling it: wrapped, another class, or hooks."""
+    if type(module) not in kinds:
+        return f"wanted {' or '.join(kind.__name__ for kind in kinds)}, got {type(module).__name__}"
+    if any(getattr(module, name) for name in _HOOKS) or "forward" in vars(module):
+        return f"its {type(module).__name__} has hooks"
+    return None
+
+
+def _why_not_block(block: Any) -> str | None:
+    return _why_not_norm(block.norm2)
+
+
+def _why_not_residual_norm(module: Any) -> str | None:
+    return _why_not_norm(module.LayerNorm)
+
+
+def _why_not_norm(norm: Any) -> str | None:
+    reason = why_not_replaced(norm, nn.LayerNorm, *_timm_norms())
+    if reason is not None:
+        return reason
+    if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
+        return f"the norm must have weight and bias over the last axis, got {norm}"
+    return "timm's fast norm is on" if getattr(norm, "_fast_norm", False) else None
+
+
+def _timm_norms() -> tuple[type[nn.Module], ...]:
+    return (sys.modules["timm.layers.norm"].LayerNorm,) if "timm.layers.norm" in sys.modules else ()
+
+
+def _why_not_mlp(mlp: Any) -> str | None:
+    for part, kinds in (
+        (mlp.fc2, (nn.Linear,)),
+        (mlp.norm, (nn.Identity,)),
+        (mlp.drop1, (nn.Dropout,)),
+        (mlp.act, (nn.GELU,)),
+    ):
+        reason = why_not_replaced(part, *kinds)
+        if reason is not None:
+            return reason
+    if mlp.act.approximate != "none":
+        return "the op has the exact GELU, the module its tanh approximation"
+    return None
+
+
+def _block(block: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Forward of timm's Block: x (B, N, C), and the arguments of its attention."""
+    kwargs |= dict(zip(("attn_mask", "is_causal"), args, strict=False))
+    y = block.drop_path1(block.ls1(block.attn(block.norm1(x), **kwargs)))
+    norm = block.norm2
+    # Under autocast the linear layer after the norm would round it to 16 bits in any case.
+    first = getattr(block.mlp, "fc1", None)
+    dtype = dispatch.autocast_dtype(x.device) if isinstance(first, nn.Linear) else None
+    x, n = add_layer_norm(
+        x, y, norm.weight, norm.bias, norm.eps, out_dtype=dtype or torch.promote_types(x.dtype, y.dtype)
+    )
+    return x + block.drop_path2(block.ls2(block.mlp(n)))
+
+
+def _mlp(mlp: Any, x: Tensor) -> Tensor:
+    """Forward of timm's Mlp: x (.., C). The op has no dropout between the layers."""
+    if mlp.training and mlp.drop1.p > 0:
+        return type(mlp).forward(mlp, x)
+    return mlp.drop2(gelu_linear(mlp.fc1(x), mlp.fc2.weight, mlp.fc2.bias))
+
+
+def _residual_norm(module: Any, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+    """Forward of transformers' BertSelfOutput: hidden_states (.., D), input_tensor and result (.., C)."""
+    y, norm = module.dropout(module.dense(hidden_states)), module.LayerNorm
+    dtype = torch.promote_types(y.dtype, input_tensor.dtype)
+    if dispatch.autocast_dtype(y.device) is not None:
+        dtype = torch.promote_types(dtype, torch.float32)  # autocast computes the norm in float32 and returns it so
+    return add_layer_norm(input_tensor, y, norm.weight, norm.bias, norm.eps, out_dtype=dtype, post_norm=True)[1]
+
+
+@functools.cache
+def form_of(kind: type[nn.Module]) -> Form | None:
+    """The known form that a class of modules has; None for any other class."""
+    code = code_of(kind)
+    return next((form for known, form in _forms() if code is not None and code == code_of(known)), None)
+
+
+def _forms() -> list[tuple[type[nn.Module], Form]]:
+    """Known classes of the libraries that are imported."""
+    found: list[tuple[type[nn.Module], Form]] = []
+    if "timm" in sys.modules:
+        from timm.layers.mlp import Mlp
+        from timm.models.vision_transformer import Block
+
+        found += [(Block, Form(_block, _why_not_block)), (Mlp, Form(_mlp, _why_not_mlp))]
+    if "transformers" in sys.modules:
+        from transformers.models.bert.modeling_bert import BertSelfOutput
+
+        found.append((BertSelfOutput, Form(_residual_norm, _why_not_residual_norm)))
+    return found
+
+
+@functools.cache
+def code_of(kind: type[nn.Module]) -> str | None:
+    """Statements and argument names of a class's forward, without comments and types; None without source."""
+    try:
+        function = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return None
+    if not isinstance(function, ast.FunctionDef):
+        return None
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    names = [argument.arg for argument in function.args.args]
+    return ast.dump(ast.Module([*body], [])) + repr(names)

@@ -1,0 +1,207 @@
+"""Swapped blocks of timm and transformers: results, gradients, what is honoured after a swap, and refusals."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+timm = pytest.importorskip("timm")
+transformers = pytest.importorskip("transformers")
+
+from mvlm_kernels import use_backend  # noqa: E402
+from mvlm_kernels.integrations import blocks  # noqa: E402
+from mvlm_kernels.integrations.blocks import form_of, swap_blocks  # noqa: E402
+
+
+def vit(**options: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return timm.models.VisionTransformer(**(sizes | options))
+
+
+def bert(**options: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return transformers.BertModel(transformers.BertConfig(intermediate_size=96, **sizes, **options), False)
+
+
+def inputs(model: nn.Module) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    if isinstance(model, transformers.BertModel):
+        return torch.randint(50, (2, 7), generator=generator)
+    return torch.rand(2, 3, 32, 32, generator=generator)
+
+
+def run(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output, and the gradient of every parameter for a fixed loss."""
+    model.zero_grad()
+    found = model(x)
+    output = found if isinstance(found, Tensor) else found.last_hidden_state
+    weights = torch.linspace(-1, 1, output.numel()).reshape(output.shape)
+    (output.float() * weights).sum().backward()
+    return output.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """Names of the ops that swapped blocks call, in order."""
+    found: list[str] = []
+    for name in ("add_layer_norm", "gelu_linear"):
+        op = getattr(blocks, name)
+
+        def call(*args, op=op, name=name, **kwargs):
+            found.append(name)
+            return op(*args, **kwargs)
+
+        monkeypatch.setattr(blocks, name, call)
+    return found
+
+
+MODELS = {
+    "vit": (vit, {}, ["add_layer_norm", "gelu_linear"] * 2),
+    "vit, layer scale and dropped paths": (
+        vit, {"init_values": 0.3, "drop_path_rate": 0.2}, ["add_layer_norm", "gelu_linear"] * 2
+    ),
+    "bert, dropout": (bert, {"hidden_dropout_prob": 0.3}, ["add_layer_norm"] * 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", list(MODELS))
+def test_a_swapped_model_has_the_same_outputs_and_gradients(name, backend, calls):
+    make, options, expected = MODELS[name]
+    model = make(**options).train()
+    x = inputs(model)
+    torch.manual_seed(3)
+    wanted, gradients = run(model, x)
+    names = list(model.state_dict())
+    report = swap_blocks(model)
+    assert report.swapped
+    assert not report.kept
+    assert list(model.state_dict()) == names
+    with use_backend(backend):
+        torch.manual_seed(3)  # dropout draws the same
+        output, found = run(model, x)
+    assert calls == expected
+    torch.testing.assert_close(output, wanted, rtol=1e-5, atol=1e-5)
+    assert found.keys() == gradients.keys()
+    for parameter in gradients:
+        torch.testing.assert_close(found[parameter], gradients[parameter], rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("make", [vit, bert])
+def test_autocast_gives_the_same_dtypes_and_values(make, calls):
+    model = make().eval()
+    x = inputs(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted, _ = run(model, x)
+        swap_blocks(model)
+        with use_backend("torch"):
+            output, _ = run(model, x)
+    assert calls
+    assert output.dtype == wanted.dtype
+    exact, _ = run(make().eval(), x)
+    error, theirs = ((found.float() - exact).abs().mean() for found in (output, wanted))
+    assert error < 1.3 * theirs, (error, theirs)
+
+
+def test_on_a_cpu_a_swapped_model_runs_its_own_code(calls):
+    model = vit().eval()
+    x = inputs(model)
+    wanted = model(x)
+    swap_blocks(model)
+    assert torch.equal(model(x), wanted)
+    assert not calls
+
+
+def test_undo_puts_the_forwards_back(calls):
+    model = bert()
+    before = {path: dict(vars(module)) for path, module in model.named_modules()}
+    report = swap_blocks(model)
+    assert [part.reason for part in swap_blocks(model).parts] == ["its forward is replaced already"] * 4
+    report.undo()
+    assert {path: dict(vars(module)) for path, module in model.named_modules()} == before
+
+
+def test_a_hook_after_the_swap_is_called(calls):
+    model = vit().eval()
+    swap_blocks(model)
+    seen = []
+    model.blocks[1].norm2.register_forward_hook(lambda *_: seen.append("norm"))
+    model.blocks[1].mlp.fc2.register_forward_hook(lambda *_: seen.append("fc2"))
+    with use_backend("torch"):
+        model(inputs(model))
+    assert seen == ["norm", "fc2"]
+    assert calls == ["add_layer_norm", "gelu_linear"]  # of the other block
+
+
+def test_a_wrapped_layer_after_the_swap_is_called(calls):
+    model = vit().eval()
+    swap_blocks(model)
+    model.blocks[0].mlp.fc2 = nn.Sequential(model.blocks[0].mlp.fc2, nn.Linear(48, 48))
+    wanted = model(inputs(model))
+    with use_backend("torch"):
+        torch.testing.assert_close(model(inputs(model)), wanted)
+    assert calls == ["add_layer_norm"] * 2 + ["gelu_linear"]
+
+
+def test_dropout_between_the_layers_keeps_the_modules_own_forward(calls):
+    model = vit(proj_drop_rate=0.5).train()
+    swap_blocks(model)
+    with use_backend("torch"):
+        model(inputs(model))
+        assert calls == ["add_layer_norm"] * 2
+        model.eval()(inputs(model))
+    assert calls[2:] == ["add_layer_norm", "gelu_linear"] * 2
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_uses_its_own_parameters(clone, calls):
+    model = vit().eval()
+    swap_blocks(model)
+    other = clone(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    with use_backend("torch"):
+        assert other(inputs(other)).isfinite().all()
+    assert calls
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"act_layer": nn.SiLU}, "wanted GELU, got SiLU"),
+        ({"act_layer": lambda: nn.GELU("tanh")}, "the op has the exact GELU"),
+        ({"norm_layer": lambda dim, **_: nn.LayerNorm(dim, elementwise_affine=False)}, "must have weight and bias"),
+        ({"norm_layer": nn.RMSNorm}, "wanted LayerNorm"),
+        ({"scale_mlp_norm": True}, "wanted Identity, got LayerNorm"),
+    ],
+)
+def test_parts_that_an_op_cannot_compute_are_kept_with_a_reason(options, reason):
+    report = swap_blocks(vit(**options))
+    assert report.kept
+    assert all(reason in (part.reason or "") for part in report.kept)
+
+
+def test_the_forms_are_found_by_their_code():
+    """BERT's residual norm is copied in many architectures; a forward with other statements is another form."""
+    from transformers.models.roberta.modeling_roberta import RobertaIntermediate, RobertaOutput
+
+    assert form_of(RobertaOutput) is not None
+    assert form_of(RobertaIntermediate) is None
+    assert form_of(nn.Linear) is None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch's own tracer
+def test_compiled_blocks_have_no_graph_break():
+    model = vit(depth=1).eval()
+    swap_blocks(model)
+    with use_backend("torch"):
+        wanted = model(inputs(model))
+        found = torch.compile(model, fullgraph=True, backend="aot_eager")(inputs(model))
+    torch.testing.assert_close(found, wanted)
