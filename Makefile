@@ -9,7 +9,7 @@ STEPS  ?= 640
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-gpu test-triton test-integrations emulate faults faults-data faults-loading \
         faults-embedding faults-parts faults-network faults-evaluation faults-studies soak bench aot traffic \
-        wheel-smoke evidence evidence-smoke tasks tasks-smoke check format clean
+        wheel-smoke evidence evidence-smoke tasks tasks-smoke check docs docs-links format clean
 
 ## help            list these targets
 help:
@@ -92,6 +92,17 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+SPHINX = OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -c docs/site -d build/docs-trees
+## docs            build the documentation site into build/docs, and check its links, headings and images: half a minute
+docs: $(VENV)/.installed
+	rm -rf build/docs build/docs-trees
+	$(SPHINX) -b html . build/docs
+	$(BIN)/python docs/site/check_site.py build/docs
+
+## docs-links      ask for every page that the documentation links to on the web
+docs-links: $(VENV)/.installed
+	$(SPHINX) -b linkcheck . build/docs-links
 
 ## format          format the code and apply simple fixes
 format: $(VENV)/.installed

@@ -11,7 +11,7 @@ def finetune(arguments: Sequence[str]) -> None:
     """Fine-tune a pretrained model: `mvlm finetune TASK --checkpoint RUN --data SHARDS --out RUN`.
 
     Tasks: vqa, entailment, retrieval, pairs, caption. `mvlm eval TASK` evaluates the finished run.
-    TASK may be a Python file with a task of your own (docs/tasks.md).
+    TASK may be a Python file with a task of your own (docs/guides/tasks.md).
     """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"{finetune.__doc__}\nAll settings of a task: mvlm finetune TASK --help")

@@ -22,7 +22,7 @@ def study(
     The same command continues an interrupted study, and skips what is finished.
 
     Args:
-        file: Study in TOML (docs/studies.md).
+        file: Study in TOML (docs/guides/studies.md).
         data: Folder of shards with a train split.
         out: Folder of the study: its trials, trials.jsonl, study.csv and study.html.
         checkpoint: Pretrained model of a study of a task: run folder, one of its checkpoints, or exported folder.

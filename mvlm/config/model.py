@@ -196,7 +196,7 @@ class MaskVLMConfig:
                 vocab_size=2048,
                 mask_token_id=4,
                 text_length=24,
-                cross_norm="pre",  # docs/demo.md has the measurements for this choice and the next
+                cross_norm="pre",  # docs/evidence/lab_log.md has the measurements for this choice and the next
                 initialization="xavier",
             )
         else:

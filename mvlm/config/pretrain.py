@@ -147,7 +147,7 @@ class ComputeSettings:
     compile: bool = False
     """Compile the step with torch.compile (one rank, no accumulation). Takes a minute or more at the start."""
     cuda_graphs: bool = False
-    """Replay steps from CUDA graphs (one GPU, no accumulation). For small batches; docs/compiled_steps.md says when."""
+    """Replay steps from CUDA graphs (one GPU, no accumulation). For small batches: docs/guides/compiled_steps.md."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """auto: bf16 autocast if the device computes bf16 in hardware, else fp32."""
     deterministic: bool = False

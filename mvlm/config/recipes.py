@@ -11,7 +11,7 @@ def pretrain_defaults(preset: str, data: Path, out: Path) -> PretrainConfig:
     """Make the recipe of a preset, for shards in `data` and a run folder `out`. ConfigError for an unknown preset."""
     model = MaskVLMConfig.preset(preset)
     if preset == "tiny":
-        # Chosen on two CPU cores for a run of 10 minutes; docs/demo.md has the alternatives that were tried.
+        # Chosen on two CPU cores for a run of 10 minutes; docs/evidence/lab_log.md has the other trials.
         return PretrainConfig(
             data=data,
             out=out,

@@ -1,8 +1,8 @@
 """Losses and gradients of one step over the global batch: W ranks with A microbatches of b pairs each.
 
-They equal those of one rank with all W A b pairs (docs/distributed.md). Each rank computes its share of every loss; the
-shares of all ranks and microbatches add up to the loss. With A = 1, forward and backward are one autograd graph. With
-more microbatches the step uses gradient caching (`mvlm.distributed.gradient_cache`).
+They equal those of one rank with all W A b pairs (docs/explain/global_batch.md). Each rank computes its share of every
+loss; the shares of all ranks and microbatches add up to the loss. With A = 1, forward and backward are one
+autograd graph. With more microbatches the step uses gradient caching (`mvlm.distributed.gradient_cache`).
 
 Shape legend: W ranks, A microbatches, b pairs of a microbatch, n = A b pairs of a rank, G = W n pairs, E contrastive
 width.

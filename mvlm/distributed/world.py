@@ -96,7 +96,7 @@ def attempt_store(timeout: timedelta) -> PrefixStore | None:
     if os.environ["RANK"] == "0" and int(os.environ["GROUP_WORLD_SIZE"]) > 1:
         log.warning(
             "torchrun cannot replace a node that is lost: start it with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 on every "
-            "node (docs/training.md)"
+            "node (docs/guides/many_gpus.md)"
         )
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = dist.TCPStore(address, port, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]

@@ -1,4 +1,4 @@
-"""Cross-modal gain, a measure of how much one modality helps to predict masked parts of the other (docs/method.md).
+"""Cross-modal gain: how much one modality helps to predict masked parts of the other (docs/explain/method.md).
 
 For text: the loss of masked tokens given a wrong image, minus the loss given the right one, in nats per token. For
 pixels: the relative increase of the masked pixels' loss given a wrong caption, in per cent. Every sample is masked

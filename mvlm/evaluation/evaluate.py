@@ -51,7 +51,7 @@ def evaluate_with_ranks(
     precision: str = "auto",
     workspace: Workspace | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Figures of a model on a split, as `mvlm eval retrieval` writes them (docs/files.md).
+    """Figures of a model on a split, as `mvlm eval retrieval` writes them (docs/reference/files.md).
 
     Recall is in per cent, re-ranked by ITC and ITM together unless under `itc` or `itm`; re-ranked recall has
     95 % intervals. The model must be in evaluation mode.

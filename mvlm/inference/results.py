@@ -25,7 +25,7 @@ class Ranking(NamedTuple):
     order: Tensor
     """int64 (k,), positions of the candidates as they were given."""
     score: Tensor
-    """float32 (k,), ITC logit plus ITM's log-odds of each, falling (docs/method.md)."""
+    """float32 (k,), ITC logit plus ITM's log-odds of each, falling (docs/explain/method.md)."""
 
 
 class Classification(NamedTuple):

@@ -1,4 +1,4 @@
-"""MaskVLM: the network with its four objectives (docs/method.md).
+"""MaskVLM: the network with its four objectives (docs/explain/method.md).
 
 Shape legend: B batch, E contrastive width.
 """

@@ -1,4 +1,4 @@
-"""Network of MaskVLM: two encoders, two cross-modality encoders, an image decoder, and the heads (docs/method.md).
+"""Network of MaskVLM: two encoders, two cross-modality encoders, an image decoder and heads (docs/explain/method.md).
 
 Image features are (B, 1+N, C), [CLS] first. Text features are (B, L, C), [CLS] first and padded at the end, with a key
 mask bool (B, L), True = a token.

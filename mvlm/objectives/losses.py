@@ -1,4 +1,4 @@
-"""Losses of the four objectives. Formulas: MaskVLM (ICLR 2023), equations 1 to 3, and docs/method.md.
+"""Losses of the four objectives. Formulas: MaskVLM (ICLR 2023), equations 1 to 3, and docs/explain/method.md.
 
 Shape legend: B pairs, G pairs of the global batch, Q rows of a block, R pairs of ITM, M masked tokens,
 K masked patches, V vocabulary, E contrastive width, P patch side.

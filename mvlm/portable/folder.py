@@ -58,7 +58,7 @@ def write_tokenizer(tokenizer: Tokenizer, length: int, file: Path) -> None:
 
 
 def preprocessing(model: TrainedModel, folder: Path, format: Format, differences: dict[str, float]) -> dict[str, Any]:
-    """The contents of preprocess.json (docs/export.md)."""
+    """The contents of preprocess.json (docs/guides/export.md)."""
     config, tokenizer = model.network.config, model.tokenizer
     programs = {}
     for part in parts(model.network):

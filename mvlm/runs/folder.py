@@ -1,4 +1,4 @@
-"""The folder of a run: names of its files, its lock, its configuration and its metrics (docs/files.md)."""
+"""The folder of a run: names of its files, its lock, its configuration and its metrics (docs/reference/files.md)."""
 
 import json
 from dataclasses import dataclass

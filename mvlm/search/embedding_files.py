@@ -1,4 +1,4 @@
-"""Embeddings on disk: Parquet files of vectors with ids and metadata, and a description (docs/search.md).
+"""Embeddings on disk: Parquet files of vectors with ids and metadata, and a description (docs/guides/search.md).
 
     OUT/images.parquet      id, split, row, metadata, vector
     OUT/texts.parquet       id, split, row, metadata, text, vector

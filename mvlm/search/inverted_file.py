@@ -1,6 +1,6 @@
 """Inverted file with product quantisation: how an index of many rows is built in LanceDB, and asked.
 
-docs/search.md has the measurements. It does not need torch.
+docs/evidence/search.md has the measurements. It does not need torch.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """Comparison of replayed rows and weights with a run's: bit for bit, or within bounds on another kind of machine.
 
-docs/speedrun.md has the measurements that the bounds come from.
+docs/evidence/speedrun.md has the measurements that the bounds come from.
 """
 
 import math

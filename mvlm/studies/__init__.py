@@ -1,1 +1,1 @@
-"""Studies: the same run with one thing changed, over several seeds, compared pair by pair (docs/studies.md)."""
+"""Studies: the same run with one thing changed, over several seeds, compared pair by pair (docs/guides/studies.md)."""

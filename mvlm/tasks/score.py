@@ -1,6 +1,6 @@
 """Scores of a file of predictions against a file of references, for every task: no model, no torch.
 
-Formats are the published ones, so that predictions of any model can be scored (docs/tasks.md).
+Formats are the published ones, so that predictions of any model can be scored (docs/guides/tasks.md).
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """A downstream task: a pretrained model with a head, its loss, its predictions, and their score.
 
 To add a task, write one file with a subclass of `Task` and add it to `TASKS` of `mvlm.tasks.registry`
-(docs/tasks.md has an example). A sample of a task's data set is one question: its text is the sample's caption, and all
-else is in the sample's metadata.
+(docs/guides/tasks.md has an example). A sample of a task's data set is one question: its text is the sample's caption,
+and all else is in the sample's metadata.
 
 Shape legend: B batch, C width.
 """
@@ -144,7 +144,7 @@ class Task(nn.Module):
 
     @staticmethod
     def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
-        """Figures of the records of a split, {"sample": id, **prediction}, one for each sample, in order."""
+        """Figures of the records of a split, `{"sample": id, **prediction}`, one for each sample, in order."""
         raise NotImplementedError
 
     @property

@@ -1,4 +1,4 @@
-"""Every command in docs/data.md runs as written, in order, on small sets in the published formats."""
+"""Every command in docs/guides/data.md runs as written, in order, on small sets in the published formats."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ from support.data import file_contents, wave_tokenizer
 
 pytestmark = pytest.mark.slow
 
-PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "data.md"
 
 
 def blocks(language: str) -> list[str]:

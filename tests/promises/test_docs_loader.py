@@ -1,4 +1,4 @@
-"""The code of docs/loader.md runs as written."""
+"""The code of the pages on the loader runs as written."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 from support.data import write_waves
 
 ROOT = Path(__file__).parents[2]
-PAGE = (ROOT / "docs" / "loader.md").read_text()
+PAGE = "".join((ROOT / "docs" / folder / "loader.md").read_text() for folder in ("explain", "evidence"))
 # Its commands take minutes; other tests run them on less data.
 ELSEWHERE = {
     "python tests/promises/faults/kill_loaders.py data/emoji --kills 50",  # test_killed_loaders

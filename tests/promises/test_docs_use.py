@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 
 def test_examples_of_the_python_page_run(folder, capsys):
     names: dict = {}
-    for block in blocks("python", "python.md"):
+    for block in blocks("python", "guides/python.md"):
         exec(block, names)
     assert names["images"].shape == (2, 8)
     assert names["gallery"].shape == (8, 8)
@@ -44,13 +44,13 @@ def test_examples_of_the_python_page_run(folder, capsys):
 @pytest.mark.slow
 def test_commands_of_the_search_page_run(folder, capsys):
     pytest.importorskip("lancedb")
-    commands = [shlex.split(line) for block in blocks("sh", "search.md") for line in block.splitlines()]
+    commands = [shlex.split(line) for block in blocks("sh", "guides/search.md") for line in block.splitlines()]
     assert [words[1] for words in commands] == ["embed", *["search"] * 8]
     for words in commands:
         run_command(words[1:])
     for name in ("embedded/embedding.json", "cats.html", "cats.json"):
         assert (folder / name).stat().st_size > 0
     capsys.readouterr()
-    (block,) = blocks("python", "search.md")
+    (block,) = blocks("python", "guides/search.md")
     exec(block, {})
     assert len(capsys.readouterr().out.splitlines()) == 3

@@ -115,7 +115,7 @@ def _to_fake(item: Any, mode: FakeTensorMode) -> Any:
 
 
 def main() -> None:
-    """Print the table of docs/step.md: `base` with 64 captions, of 12 tokens on average and 30 at most."""
+    """Print the table of docs/evidence/step.md: `base` with 64 captions, of 12 tokens on average and 30 at most."""
     lengths = np.array([30, *[12] * 46, *[11] * 16, 10])
     names = ("timm+roberta", "plain", "fast", "drop_masked")
     print(parts_table({name: gflop_per_pair(MaskVLMConfig.preset("base"), lengths, name) for name in names}))

@@ -84,7 +84,7 @@ def test_stage_without_a_gpu_says_what_to_do(tmp_path) -> None:
 
 
 def test_commands_of_the_page_are_accepted(launcher, monkeypatch, tmp_path) -> None:
-    page = (ROOT / "docs" / "gpu_run.md").read_text()
+    page = (ROOT / "docs" / "guides" / "gpu_run.md").read_text()
     (block,) = re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     for line in block.splitlines():

@@ -88,8 +88,8 @@ def test_run_on_a_cpu_writes_csv_plot_and_json(monkeypatch, capsys, tmp_path) ->
 
 
 def test_commands_of_the_page_are_accepted(monkeypatch, capsys) -> None:
-    """Each command of docs/benchmarks.md parses and reaches `run`; other tests check what that does."""
-    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    """Each command of docs/evidence/kernels.md parses and reaches `run`; other tests check what that does."""
+    page = (ROOT / "docs" / "evidence" / "kernels.md").read_text()
     lines = [
         line
         for block in re.findall(r"^```sh\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
@@ -106,7 +106,7 @@ def test_commands_of_the_page_are_accepted(monkeypatch, capsys) -> None:
 
 
 def test_page_names_every_column_and_peer() -> None:
-    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    page = (ROOT / "docs" / "evidence" / "kernels.md").read_text()
     for name in [*report.COLUMNS, *(peer.name for peer in PEERS)]:
         assert f"`{name}`" in page, name
 

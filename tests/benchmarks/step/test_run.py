@@ -246,7 +246,7 @@ def test_command_passes_its_flags(monkeypatch, tmp_path) -> None:
 def test_commands_of_the_page_are_accepted(monkeypatch) -> None:
     from mvlm import cli
 
-    page = Path(__file__).parents[3] / "docs" / "step.md"
+    page = Path(__file__).parents[3] / "docs" / "evidence" / "step.md"
     (block,) = re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     checked = []
 

@@ -24,7 +24,7 @@ def lines_of(folder) -> list[list[list[str]]]:
 
 
 def test_the_layout_is_the_documented_one(folder):
-    """Read with `struct`, from docs/files.md, and compared with the DALI indices."""
+    """Read with `struct`, from docs/reference/files.md, and compared with the DALI indices."""
     content = (folder / "train.index").read_bytes()
     shards = lines_of(folder)
     samples, described = sum(map(len, shards)), json.loads((folder / "dataset.json").read_text())["splits"]["train"]

@@ -1,4 +1,4 @@
-"""Arithmetic of the cluster plan by hand, and its output against docs/distributed.md."""
+"""Arithmetic of the cluster plan by hand, and its output against docs/guides/many_gpus.md."""
 
 import re
 import shlex
@@ -23,7 +23,7 @@ from mvlm.costs.recording import Collective, Event
 from mvlm.costs.step_cost import StepCost
 from mvlm.errors import ConfigError
 
-PAGE = Path(__file__).parents[3] / "docs" / "distributed.md"
+PAGE = Path(__file__).parents[3] / "docs" / "guides" / "many_gpus.md"
 FOUND = StepCost(
     parameters=10**9, forward=10**14, backward=2 * 10**14, peak=3 * 10**9, parts={"image_encoder": 3 * 10**9}
 )

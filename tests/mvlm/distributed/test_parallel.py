@@ -20,7 +20,7 @@ from mvlm.training.run import pretrain
 from support.folders import LOSSES, rows_of
 from support.models import pretrain_config
 
-PAGE = Path(__file__).parents[3] / "docs" / "distributed.md"
+PAGE = Path(__file__).parents[3] / "docs" / "guides" / "many_gpus.md"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def runs(scenes, tmp_path_factory) -> tuple[Path, Path]:
     config = pretrain_config(scenes, folder / "one", max_steps=4, precision="fp32", eval_every_steps=4)
     pretrain(config)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    # The command of docs/distributed.md, with another configuration and other folders.
+    # The command of docs/guides/many_gpus.md, with another configuration and other folders.
     shown = re.search(
         r"^    torchrun (--standalone.*?) tiny --data data/emoji --out runs/two (.*)$", PAGE.read_text(), re.M
     )

@@ -1,4 +1,4 @@
-"""Commands and examples of docs/export.md run as written, on a small model of another image size."""
+"""Commands and examples of docs/guides/export.md run as written, on a small model of another image size."""
 
 import re
 import shlex
@@ -13,7 +13,7 @@ from mvlm.portable import folder as module
 from mvlm.runs.load import load_model
 from support.scenes import png, scene
 
-PAGE = Path(__file__).parents[3] / "docs" / "export.md"
+PAGE = Path(__file__).parents[3] / "docs" / "guides" / "export.md"
 pytestmark = pytest.mark.slow
 
 

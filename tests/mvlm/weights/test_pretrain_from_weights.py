@@ -1,4 +1,4 @@
-"""Runs that start from pretrained encoders, and the commands and code of docs/weights.md."""
+"""Runs that start from pretrained encoders, and the commands and code of docs/guides/weights.md."""
 
 import re
 from pathlib import Path
@@ -11,7 +11,7 @@ from mvlm.errors import RunError
 from support.encoders import hf_text, timm_vit
 from support.models import pretrain_config
 
-PAGE = Path(__file__).parents[3] / "docs" / "weights.md"
+PAGE = Path(__file__).parents[3] / "docs" / "guides" / "weights.md"
 
 
 @pytest.mark.slow

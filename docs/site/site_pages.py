@@ -1,0 +1,201 @@
+"""Sphinx extension: pages that are made from the code, and links to folders.
+
+`<!-- generated: NAME -->` in a page is replaced by Markdown: `commands` is made from the parsers of all commands,
+`configuration` from the dataclasses of settings.
+"""
+
+import argparse
+import dataclasses
+import inspect
+import re
+import typing
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
+
+from mvlm.cli import COMMANDS
+from mvlm.commands.arguments import deferred
+from mvlm.config.finetune import GROUPS as FINETUNE_GROUPS
+from mvlm.config.finetune import TASK_NAMES
+from mvlm.config.model import PRESETS, MaskVLMConfig
+from mvlm.config.pretrain import GROUPS
+from mvlm.config.ranges import Range
+from mvlm.config.recipes import finetune_defaults, pretrain_defaults
+
+MARKER = re.compile(r"<!-- generated: (\w+) -->")
+
+
+def cell(text: str) -> str:
+    """One line of text as a cell of a Markdown table. Capitals in brackets, as [MASK], are no links."""
+    return " ".join(text.split()).replace("|", "\\|").replace("[", "\\[").replace("<", "&lt;").replace("*", "\\*")
+
+
+def table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def commands() -> str:
+    """Every command with its description and arguments, in the order of `mvlm --help`."""
+    return "\n".join(_command(name, function) for name, function in COMMANDS.items())
+
+
+def _command(name: str, function: Callable[..., None]) -> str:
+    lines = [f"## mvlm {name}", ""]
+    if name in ("pretrain", "finetune"):  # their settings depend on the first word
+        text = inspect.cleandoc(function.__doc__ or "")
+        return "\n".join([*lines, text, "", "[Configuration](configuration.md) lists their settings.", ""])
+    import tyro
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # tyro has no other way to a parser's arguments
+        parser = tyro.extras.get_parser(deferred(function), config=(tyro.conf.OmitArgPrefixes,))
+    actions = [action for action in parser._actions if action.dest != "help"]
+    rows = ((_argument(action), cell(_help(action))) for action in actions)
+    return "\n".join([*lines, (parser.description or "").strip(), "", table(("argument", "meaning"), rows)])
+
+
+def _argument(action: argparse.Action) -> str:
+    value = re.sub(r"\{None\}\|", "", str(action.metavar or "")).replace("|", "\\|")
+    if not action.option_strings:
+        return f"`{action.dest.split('.')[-1].upper()}`"
+    return f"`{action.option_strings[0]}{f' {value}' if value else ''}`"
+
+
+def _help(action: argparse.Action) -> str:
+    return re.sub(r"\(default: (None)?\)", "", str(action.help or ""))
+
+
+def configuration() -> str:
+    """Every setting of a model, a pretraining run and a fine-tuning run, by group."""
+    recipes = {preset: pretrain_defaults(preset, data=Path(), out=Path()) for preset in PRESETS}
+    lines = [
+        "## Model",
+        "",
+        inspect.cleandoc(MaskVLMConfig.__doc__ or ""),
+        "",
+        "A resumed run may never change these.",
+        "",
+    ]
+    lines += [_settings(MaskVLMConfig, {preset: recipe.model for preset, recipe in recipes.items()}, "--model.")]
+    for group in GROUPS:
+        lines += [f"## {_title(group)}", "", inspect.cleandoc(group.__doc__ or ""), "", _settings(group, recipes, "--")]
+    tasks = {task: finetune_defaults(task, checkpoint=Path(), data=Path(), out=Path()) for task in TASK_NAMES}
+    (group,) = (group for group in FINETUNE_GROUPS if group not in GROUPS)
+    lines += [
+        "## Task",
+        "",
+        inspect.cleandoc(group.__doc__ or ""),
+        "",
+        _settings(group, {"default": tasks["vqa"]}, "--"),
+    ]
+    return "\n".join(lines)
+
+
+def _title(group: type) -> str:
+    return group.__name__.removesuffix("Settings")
+
+
+def _settings(group: type, values: dict[str, Any], prefix: str) -> str:
+    """Table of a group's settings. A default says of which recipes it is, where recipes differ."""
+    texts = ModuleAnalyzer.for_module(group.__module__).find_attr_docs()
+    types = typing.get_type_hints(group, include_extras=True)
+    fields = [field for field in dataclasses.fields(group) if field.name in group.__annotations__]
+
+    def default(field: dataclasses.Field[Any]) -> str:
+        found = {name: getattr(config, field.name) for name, config in values.items()}
+        if any(value == Path() for value in found.values()) or field.name == "task":
+            return "required"
+        recipes: dict[str, list[str]] = {}
+        for name, value in found.items():
+            recipes.setdefault(_value(value), []).append(name)
+        if len(recipes) == 1:
+            return next(iter(recipes))
+        return ", ".join(f"{value} ({', '.join(names)})" for value, names in recipes.items())
+
+    rows = (
+        (
+            f"`{prefix}{field.name.replace('_', '-')}`",
+            cell(_kind(types[field.name])),
+            default(field),
+            cell(" ".join(texts[group.__name__, field.name])),
+        )
+        for field in fields
+    )
+    return table(("setting", "type", "default", "meaning"), rows)
+
+
+def _kind(kind: Any) -> str:
+    """The type of a setting in words, with its range."""
+    if typing.get_origin(kind) is typing.Annotated:
+        inner, *notes = typing.get_args(kind)
+        return " ".join([_kind(inner), *(str(note) for note in notes if isinstance(note, Range))])
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(str(value) for value in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return " ".join(_kind(item) for item in typing.get_args(kind))
+    options = typing.get_args(kind)
+    if options:
+        return " or ".join(_kind(option) for option in options)
+    names: dict[Any, str] = {type(None): "nothing", bool: "yes or no", str: "text", Path: "path"}
+    return names.get(kind, kind.__name__)
+
+
+def _value(value: object) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return " ".join(_value(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+GENERATED = {"commands": commands, "configuration": configuration}
+
+
+def fill_markers(app: Sphinx, page: str, source: list[str]) -> None:
+    source[0] = MARKER.sub(lambda match: GENERATED[match[1]](), source[0])
+
+
+def drop_links_to_folders(app: Sphinx, tree: nodes.document) -> None:
+    """A folder of the repository has no page: on GitHub its name is a link, in the site it is text."""
+    page = Path(app.env.doc2path(app.env.docname))
+    for link in [*tree.findall(addnodes.pending_xref)]:
+        if (page.parent / link["reftarget"]).is_dir():
+            link.replace_self(nodes.inline("", "", *link.children))
+
+
+COLON = "\ue000"
+
+
+def before_napoleon(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+    """Docstrings are plain text with indented code. Napoleon takes the rest of them: arguments, results, errors."""
+    if what in ("attribute", "data", "property"):  # napoleon takes what precedes a colon there for a type
+        plain = [] if lines and lines[0].startswith("Alias for field number") else lines
+        lines[:] = [line.replace(":", COLON) for line in plain]
+    last, blank = 0, False
+    for line in [*lines]:
+        indent = len(line) - len(line.lstrip())
+        if line and blank and indent >= last + 4:
+            at = lines.index(line)
+            lines[at:at] = [" " * last + "::", ""]
+        last, blank = (indent, False) if line else (last, True)
+
+
+def after_napoleon(app: Sphinx, what: str, name: str, value: object, options: object, lines: list[str]) -> None:
+    lines[:] = [line.replace(COLON, ":") for line in lines]
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.connect("autodoc-process-docstring", before_napoleon, priority=400)
+    app.connect("autodoc-process-docstring", after_napoleon, priority=600)
+    app.connect("source-read", fill_markers)
+    app.connect("doctree-read", drop_links_to_folders)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
