@@ -144,7 +144,7 @@ def _kind(kind: Any) -> str:
     if options:
         return " or ".join(_kind(option) for option in options)
     names: dict[Any, str] = {type(None): "nothing", bool: "yes or no", str: "text", Path: "path"}
-    return names.get(kind, kind.__name__)
+    return names.get(kind) or str(kind.__name__)
 
 
 def _value(value: object) -> str:
