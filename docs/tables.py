@@ -50,6 +50,8 @@ def write_demo(runs: Sequence[Path]) -> None:
     """Write the evaluations of runs that differ in their seeds alone to benchmarks/results/demo.json."""
     settings = [json.loads((run / "config.json").read_text()) for run in runs]
     seeds = [setting.pop("seed") for setting in settings]
+    for setting in settings:
+        del setting["out"]
     if any(setting != settings[0] for setting in settings) or len(set(seeds)) < len(seeds):
         raise SystemExit("wanted runs that differ in their seeds alone; `mvlm report RUN RUN` shows the differences")
     found = {
@@ -75,10 +77,7 @@ def demo_retrieval() -> str:
     """Recall of the demo: the worst seed with intervals, the range of all seeds, unseen concepts, chance."""
     found = demo()
     figures = worst(found)
-    images, texts = figures["n_images"], figures["n_texts"]
-    rows = [
-        ["per cent, test split", *(f"{way} R@{k}" for way in ("image to text", "text to image") for k in (1, 5, 10))]
-    ]
+    rows = [["per cent, test split", "image to text R@1", "R@5", "R@10", "text to image R@1", "R@5", "R@10"]]
     for name, part in (
         ("all images", figures),
         (f"{figures['unseen']['n_images']} of unseen concepts", figures["unseen"]),
@@ -95,8 +94,8 @@ def demo_retrieval() -> str:
             values = [each[way][k] for each in found.values()]
             ranges.append(f"{min(values):.1f} to {max(values):.1f}")
     rows.append([f"all images, range of {len(found)} seeds", *ranges])
-    chance = [100 * k * n for n in (texts / images / texts, 1 / images) for k in (1, 5, 10)]
-    rows.append(["chance", *(f"{value:.1f}" for value in chance)])
+    # An image has captions / images right answers among the captions, a caption one among the images.
+    rows.append(["chance", *(f"{100 * k / figures['n_images']:.1f}" for k in (1, 5, 10) * 2)])
     return markdown(rows)
 
 
@@ -160,36 +159,23 @@ def read_steps(preset: str) -> dict[str, dict[str, str]]:
 
 
 def study_objectives() -> str:
-    """The study of the objectives: R@1 and gain of each arm, and the difference to all four objectives."""
+    """The study of the objectives: R@1 with its difference from all four objectives, and the gains."""
     with (RESULTS / "studies" / "emoji-objectives.csv").open() as file:
         rows = {(row["arm"], row["measure"]): row for row in csv.DictReader(file)}
-    arms = list(dict.fromkeys(arm for arm, _ in rows))
-    table = [
-        [
-            "objectives",
-            "seeds",
-            "image to text R@1",
-            "text to image R@1",
-            "difference, 95 % over seeds and images",
-            "text gain, nats",
-        ]
-    ]
-    for arm in arms:
-        tr, ir, gain = (rows[arm, measure] for measure in ("tr.r1", "ir.r1", "gain_text_nats"))
-        low, high = float(ir["low_over_seeds_and_images"] or 0), float(ir["high_over_seeds_and_images"] or 0)
-        difference = (
-            f"{float(ir['difference']):+.1f} ({low:+.1f} to {high:+.1f})" if arm != ir["against"] else "compared with"
+    table = [["objectives", "seeds", "image to text R@1", "text to image R@1", "text gain, nats", "pixel gain, %"]]
+    for arm in dict.fromkeys(arm for arm, _ in rows):
+        cells = []
+        for measure in ("tr.r1", "ir.r1"):
+            row = rows[arm, measure]
+            cells.append(f"{float(row['mean']):.1f}")
+            if arm != row["against"]:
+                ends = (float(row[f"{end}_over_seeds_and_images"]) for end in ("low", "high"))
+                cells[-1] += " ({:+.1f}; {:+.1f} to {:+.1f})".format(float(row["difference"]), *ends)
+        gains = (
+            f"{float(rows[arm, measure]['mean']):.{n}f}"
+            for measure, n in (("gain_text_nats", 2), ("gain_pixels_pct", 1))
         )
-        table.append(
-            [
-                arm,
-                ir["seeds"],
-                f"{float(tr['mean']):.1f}",
-                f"{float(ir['mean']):.1f}",
-                difference,
-                f"{float(gain['mean']):.2f}",
-            ]
-        )
+        table.append([arm, rows[arm, "ir.r1"]["seeds"], *cells, *gains])
     return markdown(table)
 
 
