@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 
 from mvlm.commands import bench, data_build, data_packages, data_tools, embed, evaluate, plan, predict, report, search
 from mvlm.commands.arguments import deferred, parse
@@ -15,77 +16,89 @@ from mvlm.commands.finetune import eval_caption, eval_task, eval_vqa, finetune
 from mvlm.commands.pretrain import pretrain
 from mvlm.commands.study import study
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "data emoji": data_packages.emoji,
-    "data coco": data_build.coco,
-    "data flickr30k": data_build.flickr30k,
-    "data visual-genome": data_build.visual_genome,
-    "data cc3m": data_build.cc3m,
-    "data sbu": data_build.sbu,
-    "data folder": data_build.folder,
-    "data webdataset": data_build.webdataset,
-    "data huggingface": data_build.huggingface,
-    "data vqa-v2": data_tasks.vqa_v2,
-    "data visual-genome-qa": data_tasks.visual_genome_qa,
-    "data nlvr2": data_tasks.nlvr2,
-    "data nlvr": data_tasks.nlvr,
-    "data snli-ve": data_tasks.snli_ve,
-    "data refcoco": data_tasks.refcoco,
-    "data clip-benchmark": data_tasks.clip_benchmark,
-    "data twemoji": data_packages.twemoji,
-    "data easy-vqa": data_packages.easy_vqa,
-    "data openclipart": data_packages.openclipart,
-    "data iconify": data_packages.iconify,
-    "data stamps": data_packages.stamps,
-    "data scenes": data_packages.scenes,
-    "data merge": data_tools.merge,
-    "data check": data_tools.check,
-    "data index": data_tools.index,
-    "data reindex": data_tools.reindex,
-    "data view": data_tools.view,
-    "pretrain": pretrain,
-    "study": study,
-    "verify": report.verify,
-    "plan": plan.plan,
-    "finetune": finetune,
-    "eval retrieval": evaluate.eval_retrieval,
-    "eval recognition": evaluate.eval_recognition,
-    "eval grounding": evaluate.eval_grounding,
-    "eval vqa": eval_vqa,
-    "eval entailment": eval_task("entailment"),
-    "eval pairs": eval_task("pairs"),
-    "eval caption": eval_caption,
-    "reconstruct": predict.reconstruct,
-    "fill": predict.fill,
-    "app": predict.app,
-    "score": evaluate.score,
-    "report": report.report,
-    "export": embed.export,
-    "embed": embed.embed,
-    "search index": search.index,
-    "search query": search.query,
-    "search add": search.add,
-    "search remove": search.remove,
-    "doctor": doctor,
-    "bench kernels": bench.kernels,
-    "bench step": bench.step,
-    "bench data": bench.data,
-    "bench run": bench.run,
+GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+    "Data sets": {
+        "data emoji": data_packages.emoji,
+        "data coco": data_build.coco,
+        "data flickr30k": data_build.flickr30k,
+        "data visual-genome": data_build.visual_genome,
+        "data cc3m": data_build.cc3m,
+        "data sbu": data_build.sbu,
+        "data folder": data_build.folder,
+        "data webdataset": data_build.webdataset,
+        "data huggingface": data_build.huggingface,
+        "data vqa-v2": data_tasks.vqa_v2,
+        "data visual-genome-qa": data_tasks.visual_genome_qa,
+        "data nlvr2": data_tasks.nlvr2,
+        "data nlvr": data_tasks.nlvr,
+        "data snli-ve": data_tasks.snli_ve,
+        "data refcoco": data_tasks.refcoco,
+        "data clip-benchmark": data_tasks.clip_benchmark,
+        "data twemoji": data_packages.twemoji,
+        "data easy-vqa": data_packages.easy_vqa,
+        "data iconify": data_packages.iconify,
+        "data openclipart": data_packages.openclipart,
+        "data stamps": data_packages.stamps,
+        "data scenes": data_packages.scenes,
+        "data merge": data_tools.merge,
+        "data check": data_tools.check,
+        "data index": data_tools.index,
+        "data reindex": data_tools.reindex,
+        "data view": data_tools.view,
+    },
+    "Machine": {
+        "doctor": doctor,
+        "plan": plan.plan,
+    },
+    "Training": {
+        "pretrain": pretrain,
+        "finetune": finetune,
+    },
+    "Evaluation": {
+        "eval retrieval": evaluate.eval_retrieval,
+        "eval recognition": evaluate.eval_recognition,
+        "eval grounding": evaluate.eval_grounding,
+        "eval vqa": eval_vqa,
+        "eval entailment": eval_task("entailment"),
+        "eval pairs": eval_task("pairs"),
+        "eval caption": eval_caption,
+        "score": evaluate.score,
+        "report": report.report,
+        "study": study,
+        "verify": report.verify,
+    },
+    "Use of a trained model": {
+        "app": predict.app,
+        "fill": predict.fill,
+        "reconstruct": predict.reconstruct,
+        "embed": embed.embed,
+        "search index": search.index,
+        "search query": search.query,
+        "search add": search.add,
+        "search remove": search.remove,
+        "export": embed.export,
+    },
+    "Benchmarks": {
+        "bench kernels": bench.kernels,
+        "bench step": bench.step,
+        "bench data": bench.data,
+        "bench run": bench.run,
+    },
 }
+"""Commands by what they are for, in the order of `mvlm --help`."""
+COMMANDS = {name: command for group in GROUPS.values() for name, command in group.items()}
 
 
-def usage(names: Sequence[str] = ()) -> str:
-    """The list of all commands, or of the commands `names`, with their first lines of help."""
-    lines = [f"  mvlm {name:<20} {(COMMANDS[name].__doc__ or '').splitlines()[0]}" for name in names or COMMANDS]
-    return "\n".join(
-        [
-            "mvlm: fast pretraining of masked vision-and-language models",
-            "",
-            *lines,
-            "",
-            "mvlm COMMAND --help describes a command.",
-        ]
-    )
+def usage(first_word: str = "") -> str:
+    """The list of all commands by group, or of those that begin with a word, with their first lines of help."""
+    lines = ["mvlm: fast pretraining of masked vision-and-language models"]
+    for title, group in GROUPS.items():
+        chosen = [name for name in group if not first_word or name.startswith(first_word + " ")]
+        width = max(map(len, chosen), default=0)
+        if chosen:
+            lines += ["", title]
+            lines += [f"  mvlm {name:<{width}}  {(group[name].__doc__ or '').splitlines()[0]}" for name in chosen]
+    return "\n".join([*lines, "", "mvlm COMMAND --help describes a command."])
 
 
 def run_command(arguments: Sequence[str]) -> None:
@@ -94,6 +107,9 @@ def run_command(arguments: Sequence[str]) -> None:
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
+        return
+    if arguments[0] == "--version":
+        print(f"mvlm {metadata.version('mvlm')}")
         return
     import tyro
 
@@ -112,7 +128,7 @@ def run_command(arguments: Sequence[str]) -> None:
         return
     within = [name for name in COMMANDS if name.startswith(arguments[0] + " ")]
     if within and arguments[1:2] in (["-h"], ["--help"]):
-        print(usage(within))
+        print(usage(arguments[0]))
         return
     typed = " ".join(arguments[: 2 if within else 1])
     near = difflib.get_close_matches(typed, COMMANDS, 1) if typed != arguments[0] or not within else []

@@ -26,6 +26,7 @@ include_patterns = [
 ]
 exclude_patterns = [".*", "build", "data", "dist", "runs", "*.egg-info"]
 
+myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 4  # the anchors that GitHub makes
 myst_links_external_new_tab = False
 suppress_warnings = ["myst.header"]  # CHANGELOG and README may begin a level lower

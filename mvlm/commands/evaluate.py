@@ -67,7 +67,7 @@ def eval_retrieval(
     text_length: int | None = None,
     device: str = "auto",
 ) -> None:
-    """Evaluate a pretrained or fine-tuned model: retrieval, by ITC and re-ranked by ITM, and cross-modal gain.
+    """Measure a model's retrieval, by ITC and re-ranked by ITM, and its cross-modal gain.
 
     The same command again continues after a kill. `torchrun ... -m mvlm eval retrieval` shares the work among ranks;
     the figures are the same.
@@ -128,7 +128,7 @@ def eval_recognition(
     text_length: int | None = None,
     device: str = "auto",
 ) -> None:
-    """Evaluate a pretrained or fine-tuned model: recognition, zero-shot and by probes of its frozen image features.
+    """Measure a model's recognition of classes, zero-shot and by probes of its frozen image features.
 
     The same command again continues after a kill, and `torchrun` shares the work, as with `mvlm eval retrieval`.
 
@@ -173,7 +173,7 @@ def eval_grounding(
     text_length: int | None = None,
     device: str = "auto",
 ) -> None:
-    """Evaluate a pretrained or fine-tuned model: grounding of phrases by GradCAM, without boxes in training.
+    """Measure how well a model points at phrases, by GradCAM, without boxes in training.
 
     The same command again continues after a kill, and `torchrun` shares the work, as with `mvlm eval retrieval`.
 

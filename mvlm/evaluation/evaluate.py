@@ -7,6 +7,7 @@ import torch
 
 from mvlm.evaluation.cross_modal_gain import cross_modal_gain, trivial_losses
 from mvlm.evaluation.features import EncodedSplit, encode_split
+from mvlm.evaluation.intervals import recall_intervals
 from mvlm.evaluation.retrieval import DIRECTIONS, Ranks, rank_all, rank_by_itc, recall
 from mvlm.evaluation.workspace import Workspace
 from mvlm.model.maskvlm import MaskVLM
@@ -52,8 +53,8 @@ def evaluate_with_ranks(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Figures of a model on a split, as `mvlm eval retrieval` writes them (docs/reference/files.md).
 
-    Recall is in per cent, re-ranked by ITC and ITM together unless under `itc` or `itm`. The model must be in
-    evaluation mode.
+    Recall is in per cent, re-ranked by ITC and ITM together unless under `itc` or `itm`; re-ranked recall has
+    95 % intervals. The model must be in evaluation mode.
 
     Args:
         split: Images and captions to evaluate on.
@@ -76,6 +77,8 @@ def evaluate_with_ranks(
     figures = {
         "tr": recall(tr.itm),
         "ir": recall(ir.itm),
+        "tr_95": recall_intervals(tr.itm, torch.arange(len(split))),
+        "ir_95": recall_intervals(ir.itm, features.owner),
         "n_images": len(split),
         "n_texts": len(features.captions),
         "itc": {"tr": recall(tr.itc), "ir": recall(ir.itc)},
@@ -101,6 +104,8 @@ def _recall_of_images(chosen: torch.Tensor, tr: Ranks, ir: Ranks, features: Enco
     return {
         "tr": recall(tr.itm[chosen]),
         "ir": recall(ir.itm[texts]),
+        "tr_95": recall_intervals(tr.itm[chosen], chosen.nonzero()[:, 0]),
+        "ir_95": recall_intervals(ir.itm[texts], features.owner[texts]),
         "n_images": int(chosen.sum()),
         "n_texts": int(texts.sum()),
         "itc": {"tr": recall(tr.itc[chosen]), "ir": recall(ir.itc[texts])},

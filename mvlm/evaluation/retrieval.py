@@ -31,6 +31,7 @@ PAIRS_PER_BATCH = 512
 BATCHES_PER_PART = 4
 """Log-odds of so many batches come to the host together, so that a GPU seldom waits for it."""
 DIRECTIONS = ("tr", "ir")
+RECALLS_AT = (1, 5, 10)
 
 
 @dataclass(frozen=True)
@@ -218,4 +219,4 @@ def _device(model: MaskVLM) -> torch.device:
 
 def recall(ranks: Tensor) -> dict[str, float]:
     """Per cent of queries with a right answer among the first 1, 5 and 10; ranks int64 (queries,), 0 = first."""
-    return {f"r{k}": round(100 * (ranks < k).double().mean().item(), 2) for k in (1, 5, 10)}
+    return {f"r{k}": round(100 * (ranks < k).double().mean().item(), 2) for k in RECALLS_AT}

@@ -17,6 +17,7 @@ def format_table(figures: dict[str, Any]) -> str:
             lines.append(
                 f"{name + ', ' + how:<38}{cells}" if len(name + how) < 36 else f"{name}, {how}\n{'':<38}{cells}"
             )
+    lines += [_describe_intervals(name, part) for name, part in parts]
     text, pixels = figures["gain_text_nats_95"], figures["gain_pixels_pct_95"]
     lines += [
         f"cross-modal gain, text     {figures['gain_text_nats']:.2f} nats per token "
@@ -26,6 +27,12 @@ def format_table(figures: dict[str, Any]) -> str:
         f"masked tokens              {figures['masked_nats']:.3f} nats per token",
     ]
     return "\n".join(lines)
+
+
+def _describe_intervals(name: str, part: dict[str, Any]) -> str:
+    """95 % intervals of the re-ranked R@1 of one group of images, in words."""
+    ends = {way: "{:.1f} to {:.1f}".format(*part[f"{way}_95"]["r1"]) for way in ("tr", "ir")}
+    return f"R@1 of {name}, 95 %: {ends['tr']} image to text, {ends['ir']} text to image"
 
 
 def describe_trivial_losses(figures: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -99,6 +100,19 @@ def test_an_interrupt_exits_with_130(run_mvlm, monkeypatch):
     monkeypatch.setattr(cli, "run_command", interrupt)
     outcome = run_mvlm("pretrain")
     assert (outcome.code, outcome.err) == (130, ["mvlm: interrupted"])
+
+
+def test_version_is_that_of_the_package(run_mvlm):
+    outcome = run_mvlm("--version")
+    assert (outcome.code, outcome.out) == (0, [f"mvlm {metadata.version('mvlm')}"])
+
+
+def test_help_of_a_first_word_lists_its_commands_alone(run_mvlm):
+    lines = run_mvlm("eval", "--help").out
+    listed = [line.split()[:3] for line in lines if line.startswith("  mvlm ")]
+    assert listed == [["mvlm", *name.split()] for name in cli.COMMANDS if name.startswith("eval ")]
+    assert "Evaluation" in lines
+    assert "Training" not in lines
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])

@@ -71,6 +71,8 @@ def test_evaluation_figures_are_those_of_the_ranks(model, tmp_path, tokenizer):
         assert figures["unseen"]["itc"][way] == recall(ranks[way].itc[chosen])
         assert figures["itm"][way] == recall(ranks[way].itm_alone)
         assert figures["unseen"]["itm"][way] == recall(ranks[way].itm_alone[chosen])
+        for found in (figures, figures["unseen"]):
+            assert all(low <= found[way][k] <= high for k, (low, high) in found[f"{way}_95"].items())
     assert (figures["n_images"], figures["n_texts"]) == (6, 12)
     assert (figures["unseen"]["n_images"], figures["unseen"]["n_texts"]) == (2, 4)
     assert figures["reranked"] == 3

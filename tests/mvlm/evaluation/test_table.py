@@ -15,6 +15,8 @@ FIGURES: dict[str, Any] = {
     "n_texts": 700,
     "tr": RECALLS,
     "ir": {"r1": 44.4, "r5": 55.5, "r10": 66.6},
+    "tr_95": {"r1": [10.4, 12.5]},
+    "ir_95": {"r1": [40.1, 48.2]},
     "itc": {"tr": {"r1": 1.5, "r5": 2.5, "r10": 3.5}, "ir": {"r1": 4.5, "r5": 5.5, "r10": 6.5}},
     "itm": {"tr": {"r1": 1.6, "r5": 2.6, "r10": 3.6}, "ir": {"r1": 4.6, "r5": 5.6, "r10": 6.6}},
     "unseen": {
@@ -22,6 +24,8 @@ FIGURES: dict[str, Any] = {
         "n_texts": 200,
         "tr": {"r1": 7.1, "r5": 7.2, "r10": 7.3},
         "ir": {"r1": 7.4, "r5": 7.5, "r10": 7.6},
+        "tr_95": {"r1": [5.5, 9.1]},
+        "ir_95": {"r1": [5.6, 9.3]},
         "itc": {"tr": {"r1": 8.1, "r5": 8.2, "r10": 8.3}, "ir": {"r1": 8.4, "r5": 8.5, "r10": 8.6}},
         "itm": {"tr": {"r1": 9.1, "r5": 9.2, "r10": 9.3}, "ir": {"r1": 9.4, "r5": 9.5, "r10": 9.6}},
     },
@@ -51,13 +55,15 @@ def test_table_has_every_figure_in_its_column():
     for words in (
         "all 400 images, 700 captions",
         "120 images of unseen concepts",
+        "R@1 of all 400 images, 700 captions, 95 %: 10.4 to 12.5 image to text, 40.1 to 48.2 text to image",
+        "R@1 of 120 images of unseen concepts, 95 %: 5.5 to 9.1 image to text, 5.6 to 9.3 text to image",
         "0.51 nats per token (95 %: 0.45 to 0.58)",
         "1.23 % (95 %: 0.90 to 1.50)",
         "0.3123; constant white 0.3632, training median 0.3141",
         "1.877 nats per token",
     ):
         assert words in text
-    assert len({line.index("R@1") for line in lines if "R@1" in line}) == 1
+    assert len({line.index("R@1") for line in lines if "R@1" in line and "R@5" in line}) == 1
 
 
 def test_table_has_no_row_of_unseen_concepts_without_them():

@@ -1,0 +1,196 @@
+"""Tables of README and docs/ that are made from committed result files: `python docs/tables.py` rewrites them.
+
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`. A test compares every table with
+its files. `python docs/tables.py --demo RUN RUN ...` first reads the evaluations of `make demo` with several seeds into
+benchmarks/results/demo.json.
+"""
+
+import argparse
+import csv
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+DEMO = RESULTS / "demo.json"
+TABLE = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+CONTENDERS = {
+    "fast": "mvlm, fast implementation",
+    "plain": "mvlm, plain implementation",
+    "timm+decoder-layer": "timm, transformers, torch's decoder layer",
+    "timm+roberta": "timm, transformers",
+}
+
+
+def main() -> None:
+    """Rewrite every table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--demo", type=Path, nargs="+", metavar="RUN", help="evaluated runs of the demo's recipe")
+    options = parser.parse_args()
+    if options.demo:
+        write_demo(options.demo)
+    for page in pages():
+        page.write_text(with_tables(page.read_text()))
+
+
+def pages() -> list[Path]:
+    """Pages that may have tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def with_tables(text: str) -> str:
+    """A page with its tables made anew."""
+    return TABLE.sub(lambda found: found[1] + TABLES[found[2]]() + "\n" + found[3], text)
+
+
+def write_demo(runs: Sequence[Path]) -> None:
+    """Write the evaluations of runs that differ in their seeds alone to benchmarks/results/demo.json."""
+    settings = [json.loads((run / "config.json").read_text()) for run in runs]
+    seeds = [setting.pop("seed") for setting in settings]
+    for setting in settings:
+        del setting["out"]
+    if any(setting != settings[0] for setting in settings) or len(set(seeds)) < len(seeds):
+        raise SystemExit("wanted runs that differ in their seeds alone; `mvlm report RUN RUN` shows the differences")
+    found = {
+        str(seed): json.loads((run / "eval" / "test.json").read_text())
+        for seed, run in sorted(zip(seeds, runs, strict=True))
+    }
+    for figures in found.values():
+        del figures["checkpoint"], figures["data"], figures["seconds"]
+    DEMO.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def demo() -> dict[str, dict[str, Any]]:
+    """Evaluation of the demo by seed."""
+    return json.loads(DEMO.read_text())
+
+
+def worst(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Evaluation of the seed with the lowest mean of both R@1."""
+    return min(found.values(), key=lambda figures: figures["tr"]["r1"] + figures["ir"]["r1"])
+
+
+def demo_retrieval() -> str:
+    """Recall of the demo: the worst seed with intervals, the range of all seeds, unseen concepts, chance."""
+    found = demo()
+    figures = worst(found)
+    rows = [["per cent, test split", "image to text R@1", "R@5", "R@10", "text to image R@1", "R@5", "R@10"]]
+    for name, part in (
+        ("all images", figures),
+        (f"{figures['unseen']['n_images']} of unseen concepts", figures["unseen"]),
+    ):
+        cells = []
+        for way in ("tr", "ir"):
+            for k in ("r1", "r5", "r10"):
+                low, high = part[f"{way}_95"][k]
+                cells.append(f"{part[way][k]:.1f} ({low:.0f} to {high:.0f})")
+        rows.append([name, *cells])
+    ranges = []
+    for way in ("tr", "ir"):
+        for k in ("r1", "r5", "r10"):
+            values = [each[way][k] for each in found.values()]
+            ranges.append(f"{min(values):.1f} to {max(values):.1f}")
+    rows.append([f"all images, range of {len(found)} seeds", *ranges])
+    # An image has captions / images right answers among the captions, a caption one among the images.
+    rows.append(["chance", *(f"{100 * k / figures['n_images']:.1f}" for k in (1, 5, 10) * 2)])
+    return markdown(rows)
+
+
+def demo_gain() -> str:
+    """Cross-modal gain of the demo's worst seed by retrieval, with intervals, and the range of all seeds."""
+    found = demo()
+    figures = worst(found)
+    rows = [["does the other modality help?", "figure", "95 % interval", f"range of {len(found)} seeds"]]
+    for name, key, digits in (
+        ("text: nats a masked token that the right image saves over a wrong one", "gain_text_nats", 2),
+        ("pixels: per cent of masked L1 that a wrong caption adds", "gain_pixels_pct", 1),
+    ):
+        low, high = figures[f"{key}_95"]
+        values = [each[key] for each in found.values()]
+        rows.append(
+            [
+                name,
+                f"{figures[key]:.{digits}f}",
+                f"{low:.{digits}f} to {high:.{digits}f}",
+                f"{min(values):.{digits}f} to {max(values):.{digits}f}",
+            ]
+        )
+    values = [each["masked_l1"] for each in found.values()]
+    white, median = figures["masked_l1_white"], figures["masked_l1_train_median"]
+    blind = f"constant white {white:.3f}, the training set's median {median:.3f}"
+    rows.append([f"masked L1 ({blind})", f"{figures['masked_l1']:.3f}", "", f"{min(values):.3f} to {max(values):.3f}"])
+    return markdown(rows)
+
+
+def step_speed() -> str:
+    """Speed and peak memory of a whole step against the fastest eager peer."""
+    rows = [
+        [
+            "a whole step, two cores of an EPYC, bf16",
+            "`tiny`, pairs/s",
+            "`tiny`, peak MB",
+            "`base`, pairs/s",
+            "`base`, peak MB",
+        ]
+    ]
+    found = {name: read_steps(name) for name in ("tiny", "base")}
+    for contender, label in CONTENDERS.items():
+        cells = []
+        for preset in found.values():
+            row = preset.get(contender)
+            if row is None:
+                cells += ["", ""]
+            else:
+                cells += [
+                    f"{float(row['pairs_per_s']):.3g} ({float(row['vs_eager']):.2f}x)",
+                    f"{float(row['peak_mb']):.0f}",
+                ]
+        rows.append([label, *cells])
+    return markdown(rows)
+
+
+def read_steps(preset: str) -> dict[str, dict[str, str]]:
+    """Rows of the committed `mvlm bench step` of a preset, by contender."""
+    with (RESULTS / f"step-{preset}-amd-epyc.csv").open() as file:
+        return {row["contender"]: row for row in csv.DictReader(file)}
+
+
+def study_objectives() -> str:
+    """The study of the objectives: R@1 with its difference from all four objectives, and the gains."""
+    with (RESULTS / "studies" / "emoji-objectives.csv").open() as file:
+        rows = {(row["arm"], row["measure"]): row for row in csv.DictReader(file)}
+    table = [["objectives", "seeds", "image to text R@1", "text to image R@1", "text gain, nats", "pixel gain, %"]]
+    for arm in dict.fromkeys(arm for arm, _ in rows):
+        cells = []
+        for measure in ("tr.r1", "ir.r1"):
+            row = rows[arm, measure]
+            cells.append(f"{float(row['mean']):.1f}")
+            if arm != row["against"]:
+                ends = (float(row[f"{end}_over_seeds_and_images"]) for end in ("low", "high"))
+                cells[-1] += " ({:+.1f}; {:+.1f} to {:+.1f})".format(float(row["difference"]), *ends)
+        gains = (
+            f"{float(rows[arm, measure]['mean']):.{n}f}"
+            for measure, n in (("gain_text_nats", 2), ("gain_pixels_pct", 1))
+        )
+        table.append([arm, rows[arm, "ir.r1"]["seeds"], *cells, *gains])
+    return markdown(table)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table of Markdown; the first row is its head."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+TABLES = {
+    "demo-retrieval": demo_retrieval,
+    "demo-gain": demo_gain,
+    "step-speed": step_speed,
+    "study-objectives": study_objectives,
+}
+
+if __name__ == "__main__":
+    main()
