@@ -21,6 +21,7 @@ include_patterns = [
     "CONTRIBUTING.md",
     "LEADERBOARD.md",
     "SECURITY.md",
+    "examples/README.md",
     "docs/*.md",
     "docs/**/*.md",
 ]

@@ -134,11 +134,6 @@ def refuse_if_forced(reason: str) -> None:
 _ON_CPU = "the tensors are on the CPU"
 
 
-def opened_for_amd() -> bool:
-    """True if MVLM_KERNELS_AMD=1 lets AMD GPUs run the kernels, for which they were compiled and never run."""
-    return os.environ.get("MVLM_KERNELS_AMD", "0") not in ("", "0")
-
-
 @functools.cache
 def device_reasons(device: torch.device) -> tuple[str, ...]:
     """Reasons against Triton that hold for every op on this device."""
@@ -149,7 +144,7 @@ def device_reasons(device: torch.device) -> tuple[str, ...]:
         return (_ON_CPU,)
     if kind == "cuda":
         if torch.version.hip is not None:
-            if opened_for_amd():
+            if os.environ.get("MVLM_KERNELS_AMD", "0") not in ("", "0"):
                 return ()
             return (
                 "the kernels compile for AMD GPUs (gfx90a, gfx942), and none has run them: torch runs instead, or set "
@@ -172,7 +167,16 @@ def tf32_allowed() -> bool:
         return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-@torch.compiler.assume_constant_result  # torch 2.11 cannot trace it
+def constant_when_compiled(function: Op) -> Op:
+    """Mark a function as a constant of compiled graphs, as ``torch.compiler.assume_constant_result`` does.
+
+    That function imports the compiler, which takes longer than all other imports of this package together.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+@constant_when_compiled  # torch 2.11 cannot trace it
 def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)
 
@@ -198,7 +202,8 @@ def interpreter_reasons() -> tuple[str, ...]:
 
 
 @functools.cache
-def _device_arch(index: int | None) -> int:
+def device_arch(index: int | None) -> int:
+    """Compute capability of a GPU as an int."""
     if torch.version.hip is not None:
         return 80  # ROCm counts otherwise: gfx942 has "capability" 9.4. Its tiles are those of sm_80
     major, minor = torch.cuda.get_device_capability(index)
@@ -209,7 +214,7 @@ def arch(device: torch.device) -> int:
     """Compute capability as an int (80, 90, 100): of the recorded target, of the device, or 80 for a CPU."""
     if _recorded_arch is not None:
         return _recorded_arch
-    return _device_arch(device.index) if device.type == "cuda" else 80
+    return device_arch(device.index) if device.type == "cuda" else 80
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -283,16 +288,6 @@ def recording(recorder: Callable[..., None], target_arch: int) -> Iterator[None]
         yield
     finally:
         _recorder, _recorded_arch = before
-
-
-def constant_when_compiled(function: Op) -> Op:
-    """Mark a function whose result a compiler takes as a constant of its graph: a decorator.
-
-    It does what ``torch.compiler.assume_constant_result`` does. That function imports the compiler, which takes longer
-    than all other imports of this package together.
-    """
-    vars(function)["_dynamo_marked_constant"] = True
-    return function
 
 
 def ceil_div(a: int, b: int) -> int:

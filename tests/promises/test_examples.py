@@ -41,7 +41,7 @@ def folder(tmp_path, monkeypatch, without_tensorboard) -> Path:
 def test_examples_are_few_and_short_and_say_how_to_run_them():
     scripts = [*SCRIPTS, *EXAMPLES.glob("*.sbatch")]
     assert len(scripts) <= 10
-    assert {path.suffix for path in EXAMPLES.iterdir() if path.is_file()} == {".py", ".sbatch", ".toml"}
+    assert {path.suffix for path in EXAMPLES.iterdir() if path.is_file()} == {".md", ".py", ".sbatch", ".toml"}
     for path in SCRIPTS:
         assert len(path.read_text().splitlines()) <= 70, path
         text = ast.get_docstring(ast.parse(path.read_text())) or ""
