@@ -202,8 +202,7 @@ def interpreter_reasons() -> tuple[str, ...]:
 
 
 @functools.cache
-def device_arch(index: int | None) -> int:
-    """Compute capability of a GPU as an int."""
+def _device_arch(index: int | None) -> int:
     if torch.version.hip is not None:
         return 80  # ROCm counts otherwise: gfx942 has "capability" 9.4. Its tiles are those of sm_80
     major, minor = torch.cuda.get_device_capability(index)
@@ -214,7 +213,7 @@ def arch(device: torch.device) -> int:
     """Compute capability as an int (80, 90, 100): of the recorded target, of the device, or 80 for a CPU."""
     if _recorded_arch is not None:
         return _recorded_arch
-    return device_arch(device.index) if device.type == "cuda" else 80
+    return _device_arch(device.index) if device.type == "cuda" else 80
 
 
 def multiprocessors(device: torch.device) -> int:
