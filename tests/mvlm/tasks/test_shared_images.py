@@ -90,7 +90,8 @@ def test_resumed_run_equals_an_undisturbed_one(trained, data, tmp_path, without_
 
 @pytest.mark.slow
 def test_two_ranks_equal_one(trained, data, tmp_path, on_two_ranks):
-    settings = {"max_steps": 3, "eval_every_steps": 3, "questions_per_image": 2, "crop_scale": (0.6, 1.0)}
+    settings = {"max_steps": 3, "eval_every_steps": 3, "questions_per_image": 2, "answers": "decoder"}
+    settings |= {"crop_scale": (0.6, 1.0)}
     finetune(finetune_config(trained, data["vqa"], tmp_path / "one", **settings))
     words = [
         *("--checkpoint", trained, "--data", data["vqa"], "--out", tmp_path / "two", "--max-steps", "3"),
