@@ -4,7 +4,7 @@ An error names the argument, what was wanted and what was found, on one line.
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import numpy
 import pytest
@@ -78,6 +78,9 @@ def probabilities(q: Any = Q, k: Any = K, lse: Any = None, **options: Any) -> Te
     return attention_probabilities(q, k, lse, **options)
 
 
+LIST: Any = [0, 1]
+
+
 def packed(cu: Any, **options: Any) -> Tensor:
     return attend(Q, ROWS, ROWS, cu_seqlens_k=cu, **options)
 
@@ -117,7 +120,7 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("list of states", lambda: linear([1.0]), "hidden must be a tensor, got list"),
     ("no head", lambda: linear(weight=None), "weight must be a tensor, got NoneType"),
     ("list of tokens", lambda: place([1.0]), "tokens must be a tensor, got list"),
-    ("list of readers", lambda: invert_key_index(cast(Any, [0, 1]), 2), "key_index must be int32 or int64 .*got list"),
+    ("list of readers", lambda: invert_key_index(LIST, 2), "key_index must be int32 or int64 .*got list"),
     (
         "readers without tensors",
         lambda: attend(key_index=ints(0, 1), key_readers=(None, None)),

@@ -18,8 +18,8 @@ def as_op(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, **options: An
     """The registered op, which a compiled graph and a GPU without a kernel call."""
     if "seed" in options:
         options["seed"] = torch.as_tensor(options["seed"]).reshape(())
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    return torch.ops.mvlm_kernels.cross_attention(q, k, v, *op_arguments(q, k, options, float(factor)))[0]
+    factor = float(q.shape[-1] ** -0.5 if scale is None else scale)
+    return torch.ops.mvlm_kernels.cross_attention(q, k, v, *op_arguments(q, k, options, factor))[0]
 
 
 # Every form of either side, index, lengths, mask, grouped heads, dropout, softcap and both families are among these.
