@@ -16,6 +16,7 @@ RESULTS = HERE.parents[1] / "benchmarks" / "results"
 NAMES = {
     "timm+roberta": "timm + transformers",
     "timm+decoder-layer": "timm + transformers\n+ torch decoder layer",
+    "timm+roberta-compiled": "timm + transformers,\ncompiled",
     "plain": "mvlm, plain",
     "fast": "mvlm, fast",
 }
@@ -24,7 +25,7 @@ NAMES = {
 def main() -> None:
     """Write the drawing."""
     mpl.rcParams["svg.hashsalt"] = "speed"
-    figure, panels = plt.subplots(1, 2, figsize=(9, 2.3), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(9, 2.6), layout="constrained")
     for axes, preset, batch in zip(panels, ("tiny", "base"), (64, 4), strict=True):
         with (RESULTS / f"step-{preset}-amd-epyc.csv").open() as file:
             rows = {row["contender"]: row for row in csv.DictReader(file)}
