@@ -12,6 +12,7 @@ import ast
 import hashlib
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
 NAME = "mvlm_kernels"
@@ -84,6 +85,11 @@ def public(module: str) -> list[tuple[str, str]]:
     ]
 
 
+def package_version() -> str:
+    """Version of the package, as pyproject.toml states it."""
+    return tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text())["project"]["version"]
+
+
 def card(version: int) -> str:
     """Card of the kernel, made from the docstrings."""
     documented: dict[str, str] = {}
@@ -111,6 +117,9 @@ def build(out: Path, version: int) -> str:
     own = f'NAMESPACE = "{NAME}"'
     assert modules["registration.py"].count(own) == 1
     modules["registration.py"] = modules["registration.py"].replace(own, f'NAMESPACE = "{namespace}"')
+    installed = 'return version("mvlm")'  # a copy has no distribution to ask
+    assert modules["__init__.py"].count(installed) == 1
+    modules["__init__.py"] = modules["__init__.py"].replace(installed, f'return "{package_version()}"')
     folder = out / "build" / "torch-noarch"
     if folder.exists():
         shutil.rmtree(folder)

@@ -71,6 +71,14 @@ def test_each_copy_has_ops_of_its_own(copies: list[tuple[Path, str, Any]]):
         assert metadata["python-depends"] == []
 
 
+def test_a_copy_knows_its_version_without_a_distribution(
+    copies: list[tuple[Path, str, Any]], monkeypatch: pytest.MonkeyPatch
+):
+    wanted = mvlm_kernels.__version__
+    monkeypatch.setattr("importlib.metadata.version", lambda name: pytest.fail(f"asked for {name}"))
+    assert [package.__version__ for _, _, package in copies] == [wanted, wanted]
+
+
 def test_no_module_of_a_copy_needs_the_installed_package(copies: list[tuple[Path, str, Any]]):
     folder, _, package = copies[0]
     for file in folder.rglob("*.py"):
