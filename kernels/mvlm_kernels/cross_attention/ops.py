@@ -43,14 +43,11 @@ def _implementation(
     if dispatch.choose(reasons(q, max_len_q, max_len_k, extras_of(q, k, softcap, dropout_p))) == "triton":
         from mvlm_kernels.cross_attention import launch
 
-        args = (q, k, v, key_lengths, _words(key_mask), *args[5:])
+        if key_mask is not None and key_mask.dtype == torch.bool:  # of a compiled graph
+            key_mask = pack_key_mask(key_mask)
+        args = (q, k, v, key_lengths, key_mask, *args[5:])
         return launch.forward(*args, *readers, scale, max_len_q, max_len_k, softcap, dropout_p, seed)
     return reference_forward(*args, scale, softcap, dropout_p, seed)
-
-
-def _words(key_mask: Tensor | None) -> Tensor | None:
-    """A mask in the form of the kernels. Compiled graphs hand on a bool mask, others its words."""
-    return pack_key_mask(key_mask) if key_mask is not None and key_mask.dtype == torch.bool else key_mask
 
 
 def _fake(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -88,7 +85,9 @@ def _backward_implementation(
     if dispatch.choose(reasons(q, max_len_q, max_len_k, extras_of(q, k, softcap, dropout_p))) == "triton":
         from mvlm_kernels.cross_attention import launch
 
-        sides = (key_lengths, _words(key_mask), *sides[2:])
+        if key_mask is not None and key_mask.dtype == torch.bool:  # of a compiled graph
+            key_mask = pack_key_mask(key_mask)
+        sides = (key_lengths, key_mask, *sides[2:])
         sizes = (reader_order, reader_spans, scale, max_len_q, max_len_k)
         needs = (need_dq, need_dkv)
         grads = launch.backward(grad, q, k, v, out, lse, *sides, *sizes, *needs, softcap, dropout_p, seed)

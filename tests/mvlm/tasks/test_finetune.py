@@ -31,11 +31,13 @@ def hypotheses(tmp_path_factory) -> Path:
     return write_hypotheses(tmp_path_factory.mktemp("hypotheses") / "data")
 
 
-def test_first_loss_is_that_of_equal_probabilities(trained, questions, tmp_path):
-    """The head starts at zero, so each of the five answers has probability 1/2: 5 ln 2 of binary cross-entropy."""
-    finetune(configured(trained, questions, tmp_path / "run", max_steps=1))
+def test_first_loss_is_that_of_the_answers_frequencies(trained, questions, tmp_path):
+    """The head starts at zero and at the frequencies of the answers: the loss of all questions is their entropy."""
+    finetune(configured(trained, questions, tmp_path / "run", max_steps=1, batch_size=32))
     (row,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    assert row["loss"] == pytest.approx(5 * np.log(2), rel=1e-5)
+    shares = np.array([16, 4, 4, 4, 4]) / 32
+    entropies = -shares * np.log(shares) - (1 - shares) * np.log(1 - shares)
+    assert row["loss"] == pytest.approx(entropies.sum(), rel=1e-5)
     described = read_state(find_checkpoint(tmp_path / "run"))["task"]
     assert described["name"] == "vqa"
     # Of 32 questions, 16 are about the ground of scenes 0 to 15, which is white, and 4 about each colour.
