@@ -176,6 +176,21 @@ def study_objectives() -> str:
     return markdown(table)
 
 
+def another_artist() -> str:
+    """Retrieval of the same emoji by the artist of the training images and by another one, for three training sets."""
+    found = json.loads((RESULTS / "another-artist.json").read_text())
+    ways = [f"{way} {k}" for way in ("image to text", "text to image") for k in ("R@1", "R@10")]
+    rows = [
+        ["trained on", *(f"{test}, {way}" for test in ("OpenMoji", "Twemoji") for way in ways), "masked L1 on Twemoji"]
+    ]
+    for name, parts in found.items():
+        cells = [
+            f"{parts[test][way][k]:.1f}" for test in ("emoji", "twemoji") for way in ("tr", "ir") for k in ("r1", "r10")
+        ]
+        rows.append([name, *cells, f"{parts['twemoji']['masked_l1']:.3f}"])
+    return markdown(rows)
+
+
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table of Markdown; the first row is its head."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
@@ -187,6 +202,7 @@ TABLES = {
     "demo-gain": demo_gain,
     "step-speed": step_speed,
     "study-objectives": study_objectives,
+    "another-artist": another_artist,
 }
 
 if __name__ == "__main__":
