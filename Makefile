@@ -36,7 +36,7 @@ demo: $(VENV)/.installed $(DATA)/dataset.json
 JOBS ?= 2
 # Tests sync thousands of small files, about 0.2 GB together. That takes no time where files are in memory.
 TESTS_IN ?= $(shell test "$$(df -Pk /dev/shm 2>&1 | awk 'END {print $$4 + 0}')" -gt 2000000 && echo /dev/shm || echo /tmp)
-## test            run the whole test suite: about 15 minutes on two cores
+## test            run the whole test suite: about 18 minutes on two cores
 test: $(VENV)/.installed
 	TMPDIR=$(TESTS_IN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
