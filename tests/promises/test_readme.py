@@ -1,5 +1,6 @@
 """README: its examples run as written, and its tables are those of the committed result files."""
 
+import csv
 import importlib.util
 import re
 import shlex
@@ -80,6 +81,19 @@ def test_an_edited_figure_is_found(tables):
     edited = re.sub(r"(\| chance \| )[\d.]+", r"\g<1>9.9", README)
     assert edited != README
     assert tables.with_tables(edited) == README
+
+
+def test_loader_figures_are_those_of_the_committed_results():
+    with (ROOT / "benchmarks/results/data-photos-amd-epyc.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["recipe"] == "crop" and row["status"] == "ok"]
+    over = {
+        row["contender"]: float(row["ours_over"]) for row in rows if row["ours_over"] and row["contender"] != "ours"
+    }
+    text = " ".join(README.split())
+    (pil, next_fastest) = re.findall(
+        r"The loader makes ([\d.]+) times the images .* and ([\d.]+) times those of the", text
+    )[0]
+    assert (float(pil), float(next_fastest)) == (round(over["pil"], 1), round(min(over.values()), 1))
 
 
 def test_every_table_has_both_of_its_lines(tables):
