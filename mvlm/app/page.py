@@ -5,7 +5,7 @@ import io
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,8 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 try:
     import gradio as gr
     from gradio.themes import Default
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 except ImportError:
     raise ConfigError("app: wanted the package gradio, which is not installed; pip install 'mvlm[app]'") from None
 
@@ -30,6 +32,7 @@ STYLE = """
 footer {display: none !important}
 """
 TALL = 320  # pixels
+LOCAL = ("127.0.0.1", "localhost")
 BUTTONS: list[Any] = ["download", "fullscreen"]
 
 
@@ -92,8 +95,14 @@ def start(page: gr.Blocks, host: str, port: int) -> str:
         css=STYLE,
         theme=Default(font=fonts, font_mono=["monospace"]),
         prevent_thread_lock=True,
+        app_kwargs={"middleware": _only_as(LOCAL)} if host in LOCAL else None,
     )
     return f"http://{host}:{port}"
+
+
+def _only_as(names: Sequence[str]) -> list[Middleware]:
+    """Answer requests for these hosts alone: another site may give its own name the address of this machine."""
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=list(names))]
 
 
 def _search_tab(gallery: Gallery, text: str) -> None:

@@ -210,6 +210,19 @@ def test_another_sites_page_may_not_read_answers(url) -> None:
             assert answer.headers["Access-Control-Allow-Origin"] != "*"
 
 
+def test_a_name_that_another_site_gave_this_machine_is_refused(url) -> None:
+    """DNS rebinding: the browser takes the page for a part of the other site, and lets that site read it."""
+    port = url.rpartition(":")[2]
+    for host, code in ((f"127.0.0.1:{port}", 200), (f"localhost:{port}", 200), (f"elsewhere.example:{port}", 400)):
+        request = urllib.request.Request(f"{url}/gradio_api/info", headers={"Host": host})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                found = answer.status
+        except urllib.error.HTTPError as error:
+            found = error.code
+        assert found == code, host
+
+
 def test_a_file_over_the_limit_is_refused(url) -> None:
     with pytest.raises(urllib.error.HTTPError) as refused:
         upload(url, "x.png", bytes(MAX_BYTES + 1_000_000))
