@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -94,6 +95,12 @@ def test_loader_figures_are_those_of_the_committed_results():
         r"The loader makes ([\d.]+) times the images .* and ([\d.]+) times those of the", text
     )[0]
     assert (float(pil), float(next_fastest)) == (round(over["pil"], 1), round(min(over.values()), 1))
+
+
+def test_the_figure_of_easy_vqa_is_that_of_the_committed_result():
+    found = json.loads((ROOT / "benchmarks/results/easy-vqa.json").read_text())
+    low, high = found["accuracy_95"]
+    assert f"answers {found['accuracy']:.1f} % ({low:.1f} to {high:.1f}) of easy-VQA's test questions" in README
 
 
 def test_every_table_has_both_of_its_lines(tables):
