@@ -80,16 +80,14 @@ def _forward(module: nn.Module, form: Form, *args: Any, **kwargs: Any) -> Tensor
 
 def kernel_reasons(x: Tensor) -> tuple[str, ...]:
     """Reasons why no kernel computes a call on this tensor. Empty under :func:`mvlm_kernels.use_backend`."""
-    return _kernel_reasons(x.device, x.dtype, int(x.shape[-1]), dispatch.forced())
+    return _kernel_reasons(x.device, x.dtype, dispatch.forced())
 
 
 @dispatch.constant_when_compiled
-def _kernel_reasons(device: torch.device, dtype: torch.dtype, width: int, forced: str | None) -> tuple[str, ...]:
+def _kernel_reasons(device: torch.device, dtype: torch.dtype, forced: str | None) -> tuple[str, ...]:
     if forced is not None:
         return ()
     found = dispatch.device_reasons(device)
-    if width > WIDEST:
-        found = (*found, f"a row has {width} values, the kernels hold at most {WIDEST}")
     return (*found, "the tensors are float64") if dtype == torch.float64 else found
 
 
@@ -116,6 +114,8 @@ def _why_not_norm(norm: Any) -> str | None:
         return reason
     if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
         return f"the norm must have weight and bias over the last axis, got {norm}"
+    if norm.normalized_shape[0] > WIDEST:
+        return f"a row of the norm has {norm.normalized_shape[0]} values, the kernel holds at most {WIDEST}"
     return "timm's fast norm is on" if getattr(norm, "_fast_norm", False) else None
 
 

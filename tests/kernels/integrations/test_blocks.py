@@ -187,6 +187,19 @@ def test_parts_that_an_op_cannot_compute_are_kept_with_a_reason(options, reason)
     assert all(reason in (part.reason or "") for part in report.kept)
 
 
+def test_a_norm_that_is_too_wide_for_the_kernel_is_kept_and_its_wide_input_is_not_what_counts():
+    with torch.device("meta"):
+        wide, narrow = (
+            transformers.models.bert.modeling_bert.BertOutput(
+                transformers.BertConfig(hidden_size=size, intermediate_size=16384, num_attention_heads=2)
+            )
+            for size in (8200, 4096)
+        )
+    (kept,) = swap_blocks(wide).kept
+    assert "a row of the norm has 8200 values, the kernel holds at most 8192" in (kept.reason or "")
+    assert not swap_blocks(narrow).kept
+
+
 def test_the_forms_are_found_by_their_code():
     """BERT's residual norm is copied in many architectures; a forward with other statements is another form."""
     from transformers.models.roberta.modeling_roberta import RobertaIntermediate, RobertaOutput
