@@ -15,7 +15,7 @@ NO_CONTENT = {"index.html", "search.html"}
 
 
 class Page(HTMLParser):
-    """What a page says about its structure: `headings`, `links`, `anchors`, and `faults` of its markup."""
+    """Structure of a page: its `headings`, `links` and `anchors`, and the `faults` of its markup."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
