@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
+from mvlm.config.groups import WeightSettings
 from mvlm.config.pretrain import GROUPS as RUN_GROUPS
-from mvlm.config.pretrain import PretrainConfig, WeightSettings
+from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.ranges import AT_LEAST_0, AT_LEAST_1
 from mvlm.errors import ConfigError
 
@@ -66,10 +67,10 @@ class FinetuneConfig(TaskSettings, PretrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.compile or self.reconstruction_first or self.local_negatives:
+        if self.compile or self.reconstruction_first or self.local_negatives or self.low_resolution:
             raise ConfigError(
-                "wanted neither --compile, --reconstruction-first nor --local-negatives, which belong to pretraining; "
-                "leave them out"
+                "wanted neither --compile, --reconstruction-first, --local-negatives nor --low-resolution, which "
+                "belong to pretraining; leave them out"
             )
 
 

@@ -1,5 +1,7 @@
 """Model FLOPs utilization (MFU): FLOPs of a step as a fraction of the GPUs' peak in the same time."""
 
+from dataclasses import replace
+
 import torch
 
 from mvlm.config.pretrain import PretrainConfig
@@ -26,23 +28,32 @@ class ModelFlopsUtilization:
     def __init__(self, config: PretrainConfig, world: World) -> None:
         self._config, self._world = config, world
         self._peak = peak_flops(world.device)
-        self._flops: float | None = None
-        """FLOPs of one pair."""
+        self._flops: dict[int, float] = {}
+        """FLOPs of one pair, by the side of its image."""
 
-    def of_rate(self, pairs_per_s: float, tokens: float) -> float | None:
+    def of_rate(self, pairs_per_s: float, tokens: float, image_size: int) -> float | None:
         """MFU from pairs of the global batch a second and the mean number of tokens of a caption.
 
-        None if the peak is unknown. The first call counts FLOPs, which takes seconds.
+        None if the peak is unknown. The first call for a side of the images counts FLOPs, which takes seconds.
         """
         if self._peak is None:
             return None
-        if self._flops is None:
-            self._flops = flops_per_pair(self._config, tokens, self._world.size)
-        return self._flops * pairs_per_s / (self._peak * self._world.size)
+        if image_size not in self._flops:
+            config = replace(self._config, low_resolution=0, model=replace(self._config.model, image_size=image_size))
+            self._flops[image_size] = flops_per_pair(config, tokens, self._world.size)
+        return self._flops[image_size] * pairs_per_s / (self._peak * self._world.size)
 
 
 def flops_per_pair(config: PretrainConfig, tokens: float, ranks: int = 1) -> float:
-    """Count the FLOPs of a pair, forward and backward, for captions with a mean number of tokens."""
+    """Count the FLOPs of a pair, forward and backward, for captions with a mean number of tokens.
+
+    With images of low resolution in the first steps, the mean over the run.
+    """
+    if config.low_resolution:
+        full = replace(config, low_resolution=0)
+        low = replace(full, model=replace(config.model, image_size=config.low_resolution))
+        share = config.low_resolution_steps / config.max_steps
+        return share * flops_per_pair(low, tokens, ranks) + (1 - share) * flops_per_pair(full, tokens, ranks)
     from mvlm.costs.step_cost import StepShape, step_cost  # slow to import, and only needed if the peak is known
 
     pairs = config.batch_size // (ranks * config.accumulate)

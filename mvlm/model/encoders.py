@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mvlm.config.model import MaskVLMConfig
 from mvlm.model.attention import Attend, Attention, FeedForward
 from mvlm.model.packing import Packing
-from mvlm.model.patches import patchify
+from mvlm.model.patches import patchify, resize_positions
 from mvlm.model.residual import Branch, Residual, add_norm
 
 
@@ -49,6 +49,8 @@ class ImageEncoder(nn.Module):
         self.position = nn.Parameter(torch.zeros(1 + config.num_patches, config.width))
         self.blocks = nn.ModuleList(ImageBlock(config.width, config.heads) for _ in range(config.image_layers))
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self._interpolation: dict[tuple[int, torch.device], Tensor] = {}
+        """Weights (N, own N) of `positions`, by N and device. They are constants, so they are in no state dict."""
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images (B, 3, S, S), uint8 or float in 0..1 -> (x - mean) / std of x in 0..1, in the parameters' dtype."""
@@ -68,7 +70,24 @@ class ImageEncoder(nn.Module):
         if masked is not None:
             x = torch.where(masked.unsqueeze(-1), self.mask_token.to(x.dtype), x)
         cls = self.cls_token.to(x.dtype).expand(x.shape[0], 1, -1)  # len(x) would be a constant of an exported program
-        return torch.cat([cls, x], dim=1) + self.position
+        return torch.cat([cls, x], dim=1) + self.positions(x.shape[1])
+
+    def positions(self, patches: int) -> Tensor:
+        """Position embeddings (1+N, C) of [CLS] and N = `patches` patches in a square, for images of another side too.
+
+        Those of another grid are interpolated as `resize_positions` does.
+        """
+        own = len(self.position) - 1
+        if patches == own:
+            return self.position
+        device = self.position.device
+        if (weights := self._interpolation.get((patches, device))) is None:
+            unit = torch.eye(own, device=device, dtype=torch.promote_types(self.position.dtype, torch.float32))
+            weights = self._interpolation[patches, device] = resize_positions(unit, round(patches**0.5))[1:]
+        # A product with constant weights: the gradient of torch's interpolation differs from run to run on a GPU.
+        with torch.autocast(device.type, enabled=False):
+            grid = weights @ self.position[1:].to(weights.dtype)  # (N, C)
+        return torch.cat([self.position[:1], grid.to(self.position.dtype)])
 
     def forward_visible(self, images: Tensor, visible_ids: Tensor) -> Tensor:
         """Encode only the patches visible_ids int64 (B, K), as MAE does (He et al. 2022).
@@ -77,10 +96,12 @@ class ImageEncoder(nn.Module):
         added to all rows again, as for MAE's decoder. Returns (B, 1+N, C), [CLS] first.
         """
         x = self.embed(images)
+        patches = x.shape[1] - 1
         index = torch.cat([torch.zeros_like(visible_ids[:, :1]), 1 + visible_ids], dim=1).unsqueeze(-1)  # (B, 1+K, 1)
         x = self.run(x.gather(1, index.expand(-1, -1, x.shape[-1])), lambda attention, y: attention(y, y))
-        hidden = self.mask_token.to(x.dtype).expand(len(x), len(self.position), -1)
-        return hidden.scatter(1, index.expand(-1, -1, x.shape[-1]), x) + self.position
+        positions = self.positions(patches)
+        hidden = self.mask_token.to(x.dtype).expand(len(x), len(positions), -1)
+        return hidden.scatter(1, index.expand(-1, -1, x.shape[-1]), x) + positions
 
     def run(self, x: Tensor, attend: Attend) -> Tensor:
         """Run the blocks and the last norm over embedded rows (B, L, C) -> (B, L, C)."""

@@ -4,6 +4,7 @@ The loader draws the masks. Shape legend: B batch, N patches, K masked patches, 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -23,6 +24,11 @@ def visible_patches(patch_ids: Tensor, num_patches: int) -> Tensor:
     return visible.byte().argsort(dim=1, descending=True, stable=True)[:, : num_patches - patch_ids.shape[1]]
 
 
+def num_patches(images: Tensor, patch_size: int) -> int:
+    """Number N of patches of each image (B, 3, S, S)."""
+    return (images.shape[-1] // patch_size) ** 2
+
+
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cut images (B, 3, S, S) into patches (B, N, 3*P*P), in row-major order; values of a patch in (c, y, x) order."""
     rows = images.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))  # (B, 3, S/P, P, S/P, P)
@@ -34,3 +40,23 @@ def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
     side = round(patches.shape[1] ** 0.5)
     grid = patches.unflatten(2, (3, patch_size, patch_size)).unflatten(1, (side, side))  # (B, S/P, S/P, 3, P, P)
     return grid.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
+
+
+def resize_positions(position: Tensor, side: int) -> Tensor:
+    """Resize positions of a square grid, (1+N, C) or without [CLS] (N, C), to (1 + side^2, C).
+
+    The interpolation is bicubic with antialiasing, as in timm. Without [CLS], its row is zero. ValueError if N is not a
+    square number.
+    """
+    rows = len(position)
+    cls_rows = 0 if round(rows**0.5) ** 2 == rows else 1
+    old_side = round((rows - cls_rows) ** 0.5)
+    if old_side**2 != rows - cls_rows:
+        raise ValueError(f"wanted positions of a square grid, with or without [CLS], got {rows}")
+    first = position[:1] if cls_rows else torch.zeros_like(position[:1])
+    grid = position[cls_rows:]
+    if old_side != side:
+        square = grid.T.reshape(1, -1, old_side, old_side).to(torch.promote_types(grid.dtype, torch.float32))
+        square = F.interpolate(square, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+        grid = square.flatten(2)[0].T.to(position.dtype)
+    return torch.cat([first, grid])

@@ -13,7 +13,7 @@ from mvlm.model.attention import TextPooling
 from mvlm.model.implementation import ALL, PairCaches, Streams, needs_masked
 from mvlm.model.network import MaskVLMNetwork
 from mvlm.model.packing import PackedText, Packing, mask_tokens
-from mvlm.model.patches import masked_patches, visible_patches
+from mvlm.model.patches import masked_patches, num_patches, visible_patches
 from mvlm.objectives import losses
 from mvlm.objectives.losses import LossWeights
 from mvlm.objectives.masked_tokens import hidden_positions, masked_tokens
@@ -42,10 +42,11 @@ def encode(model: MaskVLMNetwork, batch: Batch, masks: Masks, weights: LossWeigh
 
 def encode_masked_image(model: MaskVLMNetwork, batch: Batch, patch_ids: Tensor) -> Tensor:
     """Encode images of which the patches patch_ids int64 (B, K) are masked: (B, 1+N, C)."""
-    config = model.config
-    if config.drop_masked:
-        return model.image_encoder.forward_visible(batch.images, visible_patches(patch_ids, config.num_patches))
-    return model.encode_image(batch.images, masked_patches(patch_ids, config.num_patches))
+    encoder, images = model.image_encoder, batch.images
+    patches = num_patches(images, encoder.patch_size)
+    if model.config.drop_masked:
+        return encoder.forward_visible(images, visible_patches(patch_ids, patches))
+    return encoder(images, masked_patches(patch_ids, patches))
 
 
 def encode_masked_text(model: MaskVLMNetwork, batch: Batch, token_ids: Tensor) -> PackedText:
@@ -66,7 +67,7 @@ def _encode_masked_copies(model: MaskVLMNetwork, batch: Batch, masks: Masks) -> 
 
 def encode_unmasked(model: MaskVLMNetwork, batch: Batch) -> tuple[Tensor, PackedText]:
     """Encode only the unmasked images and captions: v (B, 1+N, C) and w."""
-    image = model.encode_image(batch.images)
+    image = model.image_encoder(batch.images)
     return image, model.encode_text_packed(batch.tokens, batch.cu_seqlens, batch.max_length)
 
 

@@ -146,7 +146,8 @@ class MetricsLogger:
         self._row_started = now
         config, factor = self._config, learning_rate_factor(buffer.steps[-1] - 1, self._config)
         rate = steps * config.batch_size / seconds
-        mfu = self._mfu.of_rate(rate, buffer.tokens * self._world.size / (steps * config.batch_size))
+        tokens = buffer.tokens * self._world.size / (steps * config.batch_size)
+        mfu = self._mfu.of_rate(rate, tokens, config.image_size_at(buffer.steps[-1] - 1))
         host = {
             "lr": config.lr_cross * factor,
             "lr_encoder": config.lr_encoder * factor,

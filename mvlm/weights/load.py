@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvlm.errors import RunError
 from mvlm.model.network import MaskVLMNetwork
+from mvlm.model.patches import resize_positions
 from mvlm.weights.names import (
     ROBERTA_FIRST_POSITION,
     SourceName,
@@ -140,26 +140,6 @@ def _load_image_encoder(
         "position": position,
     }
     return _load(model.image_encoder, report, found, rest, names, encoder_prefixes, convert)
-
-
-def resize_positions(position: Tensor, side: int) -> Tensor:
-    """Resize positions of a square grid, (1+N, C) or without [CLS] (N, C), to (1 + side^2, C).
-
-    The interpolation is bicubic with antialiasing, as in timm. Without [CLS], its row is zero. ValueError if N is not a
-    square number.
-    """
-    rows = len(position)
-    cls_rows = 0 if round(rows**0.5) ** 2 == rows else 1
-    old_side = round((rows - cls_rows) ** 0.5)
-    if old_side**2 != rows - cls_rows:
-        raise ValueError(f"wanted positions of a square grid, with or without [CLS], got {rows}")
-    first = position[:1] if cls_rows else torch.zeros_like(position[:1])
-    grid = position[cls_rows:]
-    if old_side != side:
-        square = grid.T.reshape(1, -1, old_side, old_side).to(torch.promote_types(grid.dtype, torch.float32))
-        square = F.interpolate(square, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
-        grid = square.flatten(2)[0].T.to(position.dtype)
-    return torch.cat([first, grid])
 
 
 def _load_text_encoder(model: MaskVLMNetwork, tensors: dict[str, Tensor], first_position: int) -> LoadReport:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mvlm.errors import ConfigError
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.weights.load import resize_positions
+from mvlm.model.patches import resize_positions
 
 log = logging.getLogger(__name__)
 

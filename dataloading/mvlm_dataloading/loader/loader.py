@@ -21,7 +21,7 @@ from .masking import check_mask_sizes, check_token_ratio
 from .reader import Reader
 from .resume import ResumeReport, compare_states, package_versions, pixel_hash, settings_hash
 from .sampler import ORDER_VERSION, check_ranks
-from .segment import RawBatch, ReaderConfig
+from .segment import RawBatch, ReaderConfig, check_limits
 from .text import CaptionReader, can_use_stored_tokens
 
 log = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ class Loader:
         per_image: int = 1,
     ):
         check_ranks(batch_size, rank, world_size, train)
-        _check_limits(num_threads, prefetch_batches, max_bad_fraction, keep_mb)
+        check_limits(num_threads, prefetch_batches, max_bad_fraction, keep_mb)
         check_mask_sizes(image_size, patch_size, mask_block, image_mask_ratio)
         check_token_ratio(text_mask_ratio)
         check_token_ratio(partner_text_mask_ratio)
@@ -207,6 +207,16 @@ class Loader:
             self._stream.close()
             self._stream = None
 
+    def set_image_size(self, image_size: int) -> None:
+        """Yield images of another side from the next batch on. ValueError if masks do not fit it."""
+        if image_size == self._config.geometry.image_size:
+            return
+        patches = {**self._masks.patches, "image_size": image_size}
+        check_mask_sizes(**patches)
+        self.close()
+        self._masks = replace(self._masks, patches=patches)
+        self._config = replace(self._config, geometry=replace(self._config.geometry, image_size=image_size))
+
     def state_dict(self) -> dict[str, Any]:
         """State after the last batch yielded, as plain values for JSON. Prefetched batches do not count."""
         epoch, position = divmod(self._position, len(self.dataset))
@@ -284,14 +294,3 @@ class Loader:
         # Also runs at the interpreter's exit: no pipeline may be running while DALI is unloaded.
         self._finalizer = weakref.finalize(self, stream.close)
         return stream
-
-
-def _check_limits(num_threads: int, prefetch_batches: int, max_bad_fraction: float, keep_mb: int) -> None:
-    if num_threads < 1:
-        raise ValueError(f"wanted num_threads of at least 1, got {num_threads}")
-    if prefetch_batches < 0:
-        raise ValueError(f"wanted prefetch_batches of at least 0, got {prefetch_batches}")
-    if keep_mb < 0:
-        raise ValueError(f"wanted keep_mb of at least 0, got {keep_mb}")
-    if not 0 <= max_bad_fraction < 1:
-        raise ValueError(f"wanted max_bad_fraction in [0, 1), got {max_bad_fraction}")

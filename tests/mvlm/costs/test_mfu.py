@@ -36,9 +36,20 @@ def test_mfu_is_a_fraction_of_the_peak_of_all_ranks(monkeypatch, scenes, tmp_pat
     monkeypatch.setattr(mfu, "peak_flops", lambda _: 1e3)
     config = pretrain_config(scenes, tmp_path)
     found = ModelFlopsUtilization(config, World(0, 2, 0, CPU))
-    monkeypatch.setattr(mfu, "flops_per_pair", lambda config, tokens, ranks: 10.0 * tokens)
-    assert found.of_rate(8.0, 5.0) == pytest.approx(8 * 50 / 2000)
-    assert found.of_rate(16.0, 7.0) == pytest.approx(16 * 50 / 2000)  # counted once
+    monkeypatch.setattr(mfu, "flops_per_pair", lambda config, tokens, ranks: config.model.image_size * tokens)
+    assert found.of_rate(8.0, 5.0, 32) == pytest.approx(8 * 160 / 2000)
+    assert found.of_rate(16.0, 7.0, 32) == pytest.approx(16 * 160 / 2000)  # counted once for each side
+    assert found.of_rate(16.0, 7.0, 16) == pytest.approx(16 * 112 / 2000)
+
+
+@pytest.mark.slow
+def test_flops_of_a_run_with_low_resolution_are_the_mean_over_its_steps(scenes, tmp_path):
+    config = pretrain_config(scenes, tmp_path, max_steps=4, low_resolution=16, low_resolution_share=0.75)
+    low = pretrain_config(scenes, tmp_path, model=micro_config(image_size=16))
+    high = pretrain_config(scenes, tmp_path)
+    wanted = (3 * mfu.flops_per_pair(low, 7.0) + mfu.flops_per_pair(high, 7.0)) / 4
+    assert mfu.flops_per_pair(config, 7.0) == pytest.approx(wanted)
+    assert mfu.flops_per_pair(low, 7.0) < 0.8 * mfu.flops_per_pair(high, 7.0)
 
 
 @pytest.mark.slow
