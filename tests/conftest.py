@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from support.kernels.interpreter import patch_once_a_launch
+
 # Triton decides at import whether it interprets, so one process either interprets kernels or compiles them. The suite
 # interprets: it needs no GPU, and ops on CPU tensors still take torch unless a test asks for Triton. Tests that compile
 # start their own process. `make test-gpu` sets TRITON_INTERPRET=0 and runs the gpu tests alone.
@@ -62,6 +64,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in marked:
         item.add_marker(pytest.mark.skip(reason="needs a CUDA device and TRITON_INTERPRET=0: run `make test-gpu`"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Let Triton's interpreter replace its language once a launch, as soon as a test has imported it."""
+    patch_once_a_launch()
 
 
 @pytest.fixture

@@ -1,0 +1,53 @@
+"""The faster interpreter of the tests: it computes the same, and leaves `triton.language` as it was."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+from support.kernels.interpreter import patch_once_a_launch
+
+
+@triton.jit
+def twice(x):
+    return x + x
+
+
+@triton.jit
+def sum_of_doubles(x_ptr, out_ptr, calls: tl.constexpr, fail: tl.constexpr):
+    x = tl.load(x_ptr + tl.arange(0, 8))
+    for _ in tl.static_range(calls):
+        x = twice(x)
+    tl.static_assert(not fail)
+    tl.store(out_ptr, tl.sum(x, axis=0))
+
+
+def launch(calls: int, fail: bool = False) -> float:
+    out = torch.zeros(1)
+    sum_of_doubles[(1,)](torch.arange(8.0), out, calls, fail)
+    return float(out)
+
+
+def test_calls_inside_a_launch_replace_nothing(monkeypatch):
+    assert patch_once_a_launch()
+    replaced = []
+    replace = interpreter._patch_builtin
+    monkeypatch.setattr(interpreter, "_patch_builtin", lambda *words: replaced.append(words[0]) or replace(*words))
+    launch(calls=1)  # the first launch of a kernel adds names to its module
+    replaced.clear()
+    assert launch(calls=1) == 56
+    few = len(replaced)
+    assert launch(calls=7) == 28 * 128
+    assert len(replaced) == 2 * few > 0
+
+
+def test_the_language_is_restored_after_a_launch_that_fails_too():
+    assert patch_once_a_launch()
+    before = tl.load, tl.arange, tl.range, tl.tensor.__add__
+    assert launch(calls=2) == 112
+    assert before == (tl.load, tl.arange, tl.range, tl.tensor.__add__)
+    with pytest.raises(Exception, match="static_assert|AssertionError"):
+        launch(calls=1, fail=True)
+    assert before == (tl.load, tl.arange, tl.range, tl.tensor.__add__)
+    assert launch(calls=2) == 112
