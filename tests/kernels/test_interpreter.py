@@ -47,7 +47,7 @@ def test_the_language_is_restored_after_a_launch_that_fails_too():
     before = tl.load, tl.arange, tl.range, tl.tensor.__add__
     assert launch(calls=2) == 112
     assert before == (tl.load, tl.arange, tl.range, tl.tensor.__add__)
-    with pytest.raises(Exception, match="static_assert|AssertionError"):
+    with pytest.raises(Exception, match=r"static_assert|AssertionError"):
         launch(calls=1, fail=True)
     assert before == (tl.load, tl.arange, tl.range, tl.tensor.__add__)
     assert launch(calls=2) == 112
