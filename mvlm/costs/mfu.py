@@ -1,12 +1,14 @@
 """Model FLOPs utilization (MFU): FLOPs of a step as a fraction of the GPUs' peak in the same time."""
 
 from dataclasses import replace
+from functools import cache
 
 import torch
 
+from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.distributed.world import World
-from mvlm.objectives.losses import loss_weights
+from mvlm.objectives.losses import LossWeights, loss_weights
 from mvlm_kernels.hardware import peak_rates
 
 
@@ -54,10 +56,14 @@ def flops_per_pair(config: PretrainConfig, tokens: float, ranks: int = 1) -> flo
         low = replace(full, model=replace(config.model, image_size=config.low_resolution))
         share = config.low_resolution_steps / config.max_steps
         return share * flops_per_pair(low, tokens, ranks) + (1 - share) * flops_per_pair(full, tokens, ranks)
+    pairs = config.batch_size // (ranks * config.accumulate)
+    return _step_flops(config.model, pairs, max(3, round(tokens)), loss_weights(config)) / pairs
+
+
+@cache  # trials of a study differ in their seeds, which change no count
+def _step_flops(model: MaskVLMConfig, pairs: int, tokens: int, weights: LossWeights) -> int:
     from mvlm.costs.step_cost import StepShape, step_cost  # slow to import, and only needed if the peak is known
 
-    pairs = config.batch_size // (ranks * config.accumulate)
     # gpu=False leaves out the padding rows that a GPU computes for captions: useful FLOPs only.
-    shape = StepShape(pairs=pairs, tokens=max(3, round(tokens)), longest=config.model.text_length, gpu=False)
-    found = step_cost(config.model, shape, loss_weights(config))
-    return (found.forward + found.backward) / pairs
+    found = step_cost(model, StepShape(pairs=pairs, tokens=tokens, longest=model.text_length, gpu=False), weights)
+    return found.forward + found.backward

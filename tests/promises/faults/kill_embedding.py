@@ -36,7 +36,7 @@ def contents(folder: Path) -> dict[str, str]:
 def run_trials(folder: Path, kills: int, rng: random.Random) -> str | None:
     """Kill `kills` processes that embed. Returns the difference from undisturbed work, or None."""
     embedding.PART = 8
-    data = write_scenes(folder / "data", {"train": 96, "test": 32})
+    data = write_scenes(folder / "data", {"train": 48, "test": 16})
     tokenizer = tokenizer_for(open_dataset(data, "train"), 300)
 
     def write(out: Path, world: World) -> None:

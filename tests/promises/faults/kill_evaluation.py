@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+import mvlm.runs.load  # noqa: F401 a command imports it when it runs: here once, in place of every fork
 from mvlm.commands.evaluate import eval_retrieval
 from mvlm.evaluation import retrieval
 from mvlm_dataloading import open_dataset, tokenizer_for
@@ -69,7 +70,7 @@ class Evaluation:
 def run_trials(folder: Path, kills: int, rng: random.Random) -> str | None:
     """Kill `kills` evaluations. Returns the difference from an undisturbed one, or None."""
     retrieval.PAIRS_PER_BATCH = 64  # more parts for the few pairs
-    data = write_scenes(folder / "data", {"train": 32, "test": 200})
+    data = write_scenes(folder / "data", {"train": 32, "test": 96})
     tokenizer = tokenizer_for(open_dataset(data, "train"), 300)
     micro_model(dtype=torch.float32).save_pretrained(folder / "model")
     tokenizer.save(folder / "model" / "tokenizer.json")
