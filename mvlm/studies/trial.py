@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ def read_result(trial: Trial) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{trial.file}: wanted the result of a trial, got {error!r}; remove the file") from None
     wanted = trial.settings
+    settings = defaults_of(trial.config) | settings
     if version != FORMAT_VERSION or settings != wanted:
         names = sorted(name for name in {*settings, *wanted} if settings.get(name) != wanted.get(name))
         raise RunError(
@@ -150,8 +151,10 @@ def take_result(trial: Trial, study: Path) -> dict[str, Any] | None:
     Args:
         study: folder of the other study, as `mvlm study --out` wrote it, or its file `trials.jsonl`.
     """
+    defaults = defaults_of(trial.config)
     for result in sorted(_results_of(study, trial.seed), key=lambda result: result.get("arm") != trial.arm):
-        if result.get("format_version") == FORMAT_VERSION and result.get("settings") == trial.settings:
+        settings = defaults | result.get("settings", {})
+        if result.get("format_version") == FORMAT_VERSION and settings == trial.settings:
             result |= {"arm": trial.arm}
             _write_result(trial, result)
             return result
@@ -189,6 +192,18 @@ def settings_of(config: PretrainConfig) -> dict[str, Any]:
     values = {name: value for name, value in config_json(config).items() if name not in {*free, "checkpoint"}}
     model = values.pop("model")
     return values | {f"model.{name}": value for name, value in model.items()}
+
+
+def defaults_of(config: PretrainConfig) -> dict[str, Any]:
+    """Defaults of the settings of `settings_of` that have one: what a result says that is older than a setting."""
+    names = settings_of(config).keys()
+    found = {field.name: field.default for field in fields(config)}
+    found |= {f"model.{field.name}": field.default for field in fields(config.model)}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in found.items()
+        if name in names and value is not MISSING
+    }
 
 
 def made_by() -> dict[str, Any]:

@@ -126,6 +126,21 @@ def test_a_study_is_continued_from_one_file(finished: Path, scenes, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_a_result_older_than_a_setting_had_its_default(finished: Path, scenes, tmp_path: Path) -> None:
+    old = tmp_path / "old.jsonl"
+    results = [json.loads(line) for line in (finished / "trials.jsonl").read_text().splitlines()]
+    for result in results:
+        del result["settings"]["low_resolution"], result["settings"]["model.complementary_masks"]
+    old.write_text("".join(f"{json.dumps(result)}\n" for result in results))
+    report_finished(study(), scenes, tmp_path / "now", [old])
+    assert (tmp_path / "now/study.csv").read_bytes() == (finished / "study.csv").read_bytes()
+    report_finished(study(), scenes, tmp_path / "now", [old])  # the results that were copied are as old
+    arms = {"base": {"low_resolution": 16}}
+    with pytest.raises(RunError, match="found none"):
+        report_finished(study(arms=arms), scenes, tmp_path / "other", [old])
+
+
+@pytest.mark.slow
 def test_results_of_other_settings_are_refused(finished: Path, scenes, tmp_path: Path) -> None:
     shutil.copytree(finished, tmp_path / "copy")
     changed = study(arms={"base": {"clip_norm": 0.5}})

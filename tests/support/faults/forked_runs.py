@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # noqa: F401 torch imports it with the first optimizer: here once, in place of every fork
+import torch._dynamo  # torch imports it with the first optimizer: here once, in place of every fork
 
 from mvlm import cli
 from mvlm.config.pretrain import PretrainConfig
