@@ -165,10 +165,7 @@ class Trainer:
         tokens = sum(len(batch.tokens) for batch, _ in loaded)
         if self.config.fixed_shapes:
             loaded = [pad_to_bucket(batch, masks, self.config.model.text_length) for batch, masks in loaded]
-        microbatches = [
-            (batch.to(self.device, non_blocking=True), masks.to(self.device, non_blocking=True))
-            for batch, masks in loaded
-        ]
+        microbatches = [(b.to(self.device, non_blocking=True), m.to(self.device, non_blocking=True)) for b, m in loaded]
         waited = time.perf_counter() - started
         self.watchdog.beat(f"step {self.step + 1}")
         self.optimizer.set_learning_rates(learning_rate_factor(self.step, self.config))
