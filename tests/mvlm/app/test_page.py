@@ -18,17 +18,15 @@ from typing import Any
 
 import pytest
 
-from mvlm.errors import ConfigError
-
-pytest.importorskip("gradio", reason="the page needs gradio")
-
 from mvlm.app.gallery import data_of_run, open_gallery
-from mvlm.app.page import build_page, start
 from mvlm.app.uploads import MAX_BYTES
+from mvlm.errors import ConfigError
 from mvlm.runs.load import load_model
 from support.commands import assert_refused
+from support.packages import needs
 
 pytestmark = [
+    needs("gradio"),
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::ResourceWarning"),  # of Gradio and its server
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -52,6 +50,8 @@ def url(model, gallery) -> Iterator[str]:
         data = data_of_run(Path(RUN))
         assert data is not None
         gallery = open_gallery(model, data)
+    from mvlm.app.page import build_page, start
+
     page = build_page(model, gallery, Path(RUN or "micro").name)
     yield start(page, "127.0.0.1", free_port())
     page.close()
@@ -230,6 +230,8 @@ def test_a_file_over_the_limit_is_refused(url) -> None:
 
 
 def test_a_port_in_use_is_an_error_of_one_line(model) -> None:
+    from mvlm.app.page import build_page, start
+
     page = build_page(model, None, "micro")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -6,9 +6,10 @@ import pytest
 
 from mvlm.runs.load import load_model
 from support.commands import assert_refused
+from support.packages import needs
 from support.scenes import png, scene
 
-pytest.importorskip("lancedb")
+pytestmark = needs("lancedb")
 
 
 @pytest.fixture(scope="module")

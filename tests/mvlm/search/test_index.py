@@ -13,8 +13,9 @@ from mvlm.search.collection import open_collection
 from mvlm.search.embed import embed
 from mvlm.search.index import create_index, open_index
 from mvlm.search.inverted_file import cells_read
+from support.packages import needs
 
-pytest.importorskip("lancedb")
+pytestmark = needs("lancedb")
 
 
 @pytest.fixture(scope="module")
