@@ -51,7 +51,9 @@ def task_evaluations() -> Rows:
             ["groups, linear probe", with_interval(found["probe"], "accuracy"), f"{untrained['accuracy']:.1f}", others]
         )
         for shots, few in found["few_shot"].items():
-            rows.append([f"groups, probe on {shots} training images of each", with_interval(few, "accuracy"), "", others])
+            rows.append(
+                [f"groups, probe on {shots} training images of each", with_interval(few, "accuracy"), "", others]
+            )
     if found := read_evaluation("grounding"):
         others = (
             f"another phrase {found['wrong_phrase']:.1f}, centre {found['center']:.1f}, chance {found['chance']:.1f}"

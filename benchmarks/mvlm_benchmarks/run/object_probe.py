@@ -1,4 +1,4 @@
-"""Linear probe for the objects of scenes in image features: `python -m mvlm_benchmarks.run.object_probe SCENES RUN ...`.
+"""Linear probe for the objects of scenes in image features: `python -m mvlm_benchmarks.run.object_probe SCENES RUN`.
 
 A linear classifier reads an object's kind from the features of the patch at the object's centre. It is fitted on scenes
 of the train split and judged on those of the validation split. The first row is the encoder with random weights.
