@@ -206,18 +206,18 @@ $(BIN)/mvlm study studies/tasks/$1.toml --checkpoint $(call study_start,$1) --da
 
 endef
 
-## tasks          evaluate the demo's model on every task and fine-tune it, with baselines and three seeds; resumable; PART=i/n
+## tasks          the demo's model on every task, with baselines and three seeds: an estimated 3 hours on two cores; PART=i/n
 tasks: $(TASK_EVALUATIONS) $(SCENES_RUN)/.trained data/easy-vqa/dataset.json
 	$(foreach study,$(TASK_STUDIES),$(call task_study,$(study),--part $(or $(PART),1/1) --jobs $(JOBS)))
 
 ## tasks-table    the tables of docs/evidence/tasks.md from the trials of `make tasks` that are finished
 tasks-table: $(VENV)/.installed
-	$(foreach study,$(TASK_STUDIES),$(if $(wildcard runs/tasks/$(study)/trials),$(call task_study,$(study),--partial)))
+	$(foreach study,$(TASK_STUDIES),$(if $(wildcard runs/tasks/$(study)/trials),-$(call task_study,$(study),--partial)))
 	$(BIN)/python docs/tables.py --tasks runs/tasks
 
 $(SCENES_RUN)/.trained: data/scenes/.built
 	$(BIN)/mvlm finetune caption --checkpoint $(RUN) --data data/scenes/caption --out $(SCENES_RUN) --batch-size 64 \
-	    --crop-scale 0.9 1 --lr-encoder 5e-4 --lr-cross 5e-4 --lr-head 1e-3 --warmup-steps 40 --max-steps 700 --resume
+	    --crop-scale 0.9 1 --lr-encoder 5e-4 --lr-cross 5e-4 --lr-head 1e-3 --warmup-steps 40 --max-steps 2000 --resume
 	touch $@
 
 runs/tasks/recognition-openmoji.json: | $(VENV)/.installed $(DATA)/dataset.json
