@@ -63,6 +63,18 @@ def task_evaluations() -> Rows:
     return rows
 
 
+def scenes_trial() -> Rows:
+    """The first trial on questions about scenes: accuracy by type of question on each split."""
+    found = read_evaluation("scenes-vqa-trial")
+    splits = found["splits"]
+    rows = [["per cent", "text alone at best, test", *splits]]
+    for kind, best in found["best_text_alone_test"].items():
+        if kind != "all":
+            rows.append([kind, f"{best:.1f}", *(f"{one['by_question_type'][kind]:.1f}" for one in splits.values())])
+    every = (with_interval(one, "accuracy") for one in splits.values())
+    return [*rows, ["all", f"{found['best_text_alone_test']['all']:.1f}", *every]]
+
+
 def with_interval(found: dict[str, Any], figure: str) -> str:
     """A figure with its 95 % interval."""
     low, high = found[f"{figure}_95"]
@@ -90,7 +102,7 @@ def task_types() -> Rows:
     found = read_trials("scenes-vqa")
     arms = list(dict.fromkeys(trial["arm"] for trial in found))
     types = sorted({kind for trial in found for kind in trial["figures"]["test"]["by_question_type"]})
-    rows = [["per cent, test split", *arms]]
+    rows = [["per cent, test split", *(arms or ["no trial yet"])]]
     for kind in types:
         values = ([t["figures"]["test"]["by_question_type"][kind] for t in found if t["arm"] == arm] for arm in arms)
         rows.append([kind, *(f"{sum(x) / len(x):.1f}" for x in values)])
@@ -121,4 +133,5 @@ TASK_TABLES: dict[str, Callable[[], Rows]] = {
     **{f"tasks-{name}": task_study(name) for name in TASK_STUDIES},
     "tasks-types": task_types,
     "tasks-evaluations": task_evaluations,
+    "tasks-scenes-trial": scenes_trial,
 }
