@@ -9,7 +9,7 @@ STEPS  ?= 640
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-gpu test-triton test-integrations hub emulate faults faults-data faults-loading \
         faults-embedding faults-parts faults-network faults-evaluation faults-studies soak bench aot traffic \
-        dist wheel-smoke test-floors test-heads lint-workflows evidence evidence-smoke tasks tasks-smoke check docs docs-links \
+        dist wheel-smoke test-floors test-heads lint-workflows evidence evidence-smoke tasks tasks-table tasks-smoke check docs docs-links \
         format clean
 
 ## help            list these targets
@@ -192,13 +192,48 @@ evidence: $(VENV)/.installed
 	    $(BIN)/mvlm study studies/$$study.toml --data data/$$data --out runs/evidence/$$data/$$study \
 	        --reuse runs/evidence/$$data/* benchmarks/results/studies/$$data-*.jsonl --part $(or $(PART),1/1) --jobs $(JOBS) || exit 1; done; done
 
-## tasks          fine-tune the demo's model on vqa, entailment and pairs, with baselines and three seeds, resumable; PART=i/n
-tasks: $(VENV)/.installed data/scenes/.built data/easy-vqa/dataset.json
-	for study in scenes-vqa scenes-entailment scenes-pairs; do \
-	    $(BIN)/mvlm study studies/tasks/$$study.toml --checkpoint $(RUN) --data data/scenes/$${study#scenes-} \
-	        --out runs/tasks/$$study --part $(or $(PART),1/1) --jobs $(JOBS) || exit 1; done
-	$(BIN)/mvlm study studies/tasks/easy-vqa.toml --checkpoint $(RUN) --data data/easy-vqa --out runs/tasks/easy-vqa \
-	    --part $(or $(PART),1/1) --jobs $(JOBS)
+TASK_STUDIES    := easy-vqa scenes-vqa scenes-entailment scenes-pairs scenes-caption emoji-retrieval
+TASK_EVALUATIONS := $(patsubst %,runs/tasks/%.json,recognition-openmoji recognition-twemoji recognition-groups grounding)
+# The model that the studies of scenes start from: the demo's, after captions of scenes.
+SCENES_RUN := runs/tasks/scene-captions
+
+# Of each study: its data, and the model that it starts from. Trials whose results are committed are not run again.
+study_data = $(if $(filter easy-vqa,$1),data/easy-vqa,$(if $(filter emoji-%,$1),$(DATA),data/scenes/$(1:scenes-%=%)))
+study_start = $(if $(filter scenes-vqa scenes-entailment scenes-pairs,$1),$(SCENES_RUN),$(RUN))
+define task_study
+$(BIN)/mvlm study studies/tasks/$1.toml --checkpoint $(call study_start,$1) --data $(call study_data,$1) \
+    --out runs/tasks/$1 $(addprefix --reuse ,$(wildcard benchmarks/results/tasks/$1.jsonl)) $2
+
+endef
+
+## tasks          the demo's model on every task, with baselines and three seeds: an estimated 3 hours on two cores; PART=i/n
+tasks: $(TASK_EVALUATIONS) $(SCENES_RUN)/.trained data/easy-vqa/dataset.json
+	$(foreach study,$(TASK_STUDIES),$(call task_study,$(study),--part $(or $(PART),1/1) --jobs $(JOBS)))
+
+## tasks-table    the tables of docs/evidence/tasks.md from the trials of `make tasks` that are finished
+tasks-table: $(VENV)/.installed
+	$(foreach study,$(TASK_STUDIES),$(if $(wildcard runs/tasks/$(study)/trials),-$(call task_study,$(study),--partial)))
+	$(BIN)/python docs/tables.py --tasks runs/tasks
+
+$(SCENES_RUN)/.trained: data/scenes/.built
+	$(BIN)/mvlm finetune caption --checkpoint $(RUN) --data data/scenes/caption --out $(SCENES_RUN) --batch-size 64 \
+	    --crop-scale 0.9 1 --lr-encoder 5e-4 --lr-cross 5e-4 --lr-head 1e-3 --warmup-steps 40 --max-steps 2000 --resume
+	touch $@
+
+runs/tasks/recognition-openmoji.json: | $(VENV)/.installed $(DATA)/dataset.json
+	$(BIN)/mvlm eval recognition --checkpoint $(RUN) --data $(DATA) --by concept --out $@
+
+runs/tasks/recognition-twemoji.json: | data/twemoji/dataset.json
+	$(BIN)/mvlm eval recognition --checkpoint $(RUN) --data data/twemoji --by concept --out $@
+
+runs/tasks/recognition-groups.json: | $(VENV)/.installed $(DATA)/dataset.json
+	$(BIN)/mvlm eval recognition --checkpoint $(RUN) --data $(DATA) --by group --probe --out $@
+
+runs/tasks/grounding.json: | data/scenes/.built
+	$(BIN)/mvlm eval grounding --checkpoint $(RUN) --data data/scenes/grounding --out $@
+
+data/twemoji/dataset.json: | $(VENV)/.installed
+	$(BIN)/mvlm data twemoji data/twemoji
 
 data/scenes/.built: | $(VENV)/.installed
 	$(BIN)/mvlm data scenes data/scenes

@@ -2,16 +2,21 @@
 
 A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`. A test compares every table with
 its files. `python docs/tables.py --demo RUN RUN ...` first reads the evaluations of `make demo` with several seeds into
-benchmarks/results/demo.json.
+benchmarks/results/demo.json. `python docs/tables.py --tasks runs/tasks` first reads the results of `make tasks` into
+benchmarks/results/tasks.
 """
 
 import argparse
 import csv
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests load this file by its path
+from task_tables import TASK_TABLES, write_tasks
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -32,9 +37,12 @@ def main() -> None:
     """Rewrite every table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--demo", type=Path, nargs="+", metavar="RUN", help="evaluated runs of the demo's recipe")
+    parser.add_argument("--tasks", type=Path, metavar="FOLDER", help="folder that `make tasks` wrote to")
     options = parser.parse_args()
     if options.demo:
         write_demo(options.demo)
+    if options.tasks:
+        write_tasks(options.tasks)
     for page in pages():
         page.write_text(with_tables(page.read_text()))
 
@@ -203,6 +211,7 @@ TABLES = {
     "step-speed": step_speed,
     "study-objectives": study_objectives,
     "another-artist": another_artist,
+    **{name: (lambda rows=rows: markdown(rows())) for name, rows in TASK_TABLES.items()},
 }
 
 if __name__ == "__main__":

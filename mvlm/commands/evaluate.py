@@ -1,4 +1,4 @@
-"""`mvlm eval retrieval`, `recognition` and `grounding`, and `mvlm score`: evaluation of a model, and of predictions."""
+"""`mvlm eval retrieval`, `recognition`, `grounding`, `winoground`; `mvlm score`: a model, or predictions, evaluated."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -203,6 +203,38 @@ def eval_grounding(
         head = {"task": "grounding", "checkpoint": str(checkpoint), "data": str(data), "split": split}
         if world.first:
             _report(head | figures, records, out)
+
+
+def eval_winoground(
+    *,
+    checkpoint: Path,
+    examples: Path,
+    images: Path,
+    out: Path | None = None,
+    truncate: bool = False,
+    image_size: int | None = None,
+    device: str = "auto",
+) -> None:
+    """Measure whether a model tells two captions of the same words apart, on Winoground's files as published.
+
+    Args:
+        checkpoint: Run folder, one of its checkpoints, or exported folder.
+        examples: Winoground's examples.jsonl, or JSON lines of its form.
+        images: Folder with its images, unpacked.
+        out: JSON file for the figures and the scores. Default: print the figures only.
+        truncate: Shorten captions that have more tokens than the model takes. Default: an error.
+        image_size: Side of images in pixels; position embeddings are resized. Default: as trained.
+        device: auto, cpu or cuda.
+    """
+    from mvlm.device import choose_device
+    from mvlm.runs.load import load_model
+    from mvlm.tasks.winoground.evaluate import evaluate_winoground
+    from mvlm.tasks.winoground.read import read_examples
+
+    found = read_examples(examples, images)
+    model = load_model(checkpoint, choose_device(device), image_size=image_size)
+    figures, records = evaluate_winoground(model, found, truncate)
+    _report({"task": "winoground", "checkpoint": str(checkpoint), "data": str(examples), **figures}, records, out)
 
 
 def _report(figures: dict[str, Any], records: list[dict[str, Any]], out: Path | None) -> None:

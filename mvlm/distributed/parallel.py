@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from mvlm.model.maskvlm import MaskVLM
 
 BLOCKS = (ImageBlock, TextBlock, CrossBlock)
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 # Buffers (mean and deviation of pixels) never change: DDP need not broadcast them before every step. torch 2.13 renamed
 # the setting.
 _SETTINGS = inspect.signature(DistributedDataParallel).parameters
@@ -136,14 +137,15 @@ def compile_step(model: MaskVLM, world: World, **settings: Any) -> None:
     model.compile(fullgraph=True, dynamic=False, **settings)
 
 
-def unsharded_copy(model: MaskVLM) -> MaskVLM:
+def unsharded_copy(model: M, build: Callable[[], M] | None = None) -> M:
     """Return the model itself if its weights are not sharded, else a copy with full weights on every rank.
 
-    The copy is for evaluation only.
+    The copy is for evaluation only. `build` makes a new model of the same parameters; by default a `MaskVLM`.
     """
     if not any(isinstance(p, DTensor) for p in model.parameters()):
         return model
-    copy = MaskVLM(model.config).to(model.log_scale.device)
+    copy: Any = build() if build else MaskVLM(cast(MaskVLM, model).config)
+    copy = copy.to(next(model.parameters()).device)
     with torch.no_grad():
         for ours, theirs in zip(copy.parameters(), model.parameters(), strict=True):
             ours.data = theirs.full_tensor() if isinstance(theirs, DTensor) else theirs.detach()

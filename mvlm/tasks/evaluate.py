@@ -9,8 +9,10 @@ import torch
 from mvlm.device import autocast
 from mvlm.distributed.world import World
 from mvlm.errors import RunError
+from mvlm.evaluation.workspace import Workspace
 from mvlm.inference.encode import BATCH, eval_loader
 from mvlm.tasks.registry import load_task
+from mvlm.tasks.retrieval import Retrieval
 from mvlm.tasks.task import Task
 from mvlm_dataloading import Dataset, Tokenizer, open_dataset
 
@@ -84,9 +86,15 @@ def evaluate_task(
     kind: type[Task] | None = None,
     **changes: Any,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Figures of a fine-tuned run on a split, and its records. `kind` and `changes` are those of `load_task`."""
+    """Figures of a fine-tuned run on a split, and its records. `kind` and `changes` are those of `load_task`.
+
+    Retrieval ranks the whole split and has no records; `mvlm eval retrieval` says more about it.
+    """
     task, tokenizer = load_task(checkpoint, device, kind, **changes)
     dataset = open_dataset(data, split)
+    if isinstance(task, Retrieval):
+        workspace = Workspace(None, world) if world else Workspace()
+        return {"task": task.name, "split": split, **task.evaluate(dataset, tokenizer, "auto", workspace)}, []
     records = predict_split(task, dataset, tokenizer, world=world)
     assert records is not None
     return {"task": task.name, "split": split, **task.score(records, dataset)}, records

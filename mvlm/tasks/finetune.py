@@ -18,10 +18,11 @@ from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import autocast
 from mvlm.distributed.loss_shares import Microbatch
-from mvlm.distributed.parallel import checkpoint_activations, parallelize
+from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
 from mvlm.distributed.world import World, join_ranks
 from mvlm.errors import ConfigError, RunError
 from mvlm.evaluation.workspace import EvaluationStopped, Workspace
+from mvlm.model.maskvlm import MaskVLM
 from mvlm.runs.checkpoint import read_state
 from mvlm.tasks.evaluate import predict_split
 from mvlm.tasks.registry import find_task
@@ -115,22 +116,30 @@ class FineTuner(Trainer):
     def figures(self, validation: Dataset) -> dict[str, Any]:
         """Figures on the validation split with the weights as they are; none if a rank is to stop."""
         precision, plan = self.config.precision, self.config.plan
-        if isinstance(self.model, Retrieval):
+        task = unsharded_copy(self.model, self.new_task)
+        if isinstance(task, Retrieval):
             workspace = Workspace(None, self.world, go_on=self.may_go_on)
             try:
-                return self.model.evaluate(validation, self.tokenizer, precision, workspace)
+                return task.evaluate(validation, self.tokenizer, precision, workspace)
             except EvaluationStopped:
                 return {}
-        records = predict_split(self.model, validation, self.tokenizer, precision, plan, self.may_go_on, self.world)
-        return {} if records is None else self.model.score(records, validation)
+        records = predict_split(task, validation, self.tokenizer, precision, plan, self.may_go_on, self.world)
+        return {} if records is None else task.score(records, validation)
+
+    def new_task(self) -> Task:
+        """A task with this one's options and state, and with weights of its own."""
+        ours = self.model
+        model = MaskVLM(ours.config)
+        model.set_attention(self.config.self_attention, self.config.cross_attention)
+        task = type(ours)(model, ours.options, ours.state)
+        task.set_tokenizer(self.tokenizer)
+        return task.to(self.device)
 
 
 def open_inputs(config: FinetuneConfig) -> RunInputs:
     """Open the data and the pretrained model's configuration, and check both before there is a folder."""
     kind = find_task(config.task)
     check_services(config)
-    if config.parallel != "ddp":
-        raise ConfigError(f"parallel: wanted ddp, got {config.parallel}; fine-tuning keeps all weights on each rank")
     dataset = open_dataset(config.data, "train")
     validation = (
         open_dataset(config.data, "validation") if config.eval_every_steps or config.eval_every_minutes else None

@@ -13,6 +13,7 @@ from operator import attrgetter
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvlm.config.finetune import FinetuneConfig
@@ -170,18 +171,34 @@ class Task(nn.Module):
     def hide(self, batch: Batch) -> Batch:
         """The batch without the modality that the options hide: grey images, or [MASK] for every word.
 
-        A caption's number of tokens stays visible.
+        A caption's number of tokens stays visible. A task that `shares` gets what is equal once: one grey image, or one
+        text of each length.
         """
         if self.options.blind == "no":
             return batch
         if self.options.blind == "image":
-            return replace(batch, images=torch.full_like(batch.images, GREY))
+            if not self.shares:
+                return replace(batch, images=torch.full_like(batch.images, GREY))
+            grey = torch.full_like(batch.images[:1], GREY)
+            return _shared(batch, images=grey, image_of=torch.zeros_like(batch.sample_id))
+        if self.shares:
+            return self._masked_texts(batch)
         ends = batch.cu_seqlens.long()
         special = torch.zeros(len(batch.tokens) + 1, dtype=torch.bool, device=ends.device)
         special[ends] = True  # [CLS]; the last one is past the end
         special[ends[1:] - 1] = True  # [SEP]
         words = (~special[:-1]).nonzero().flatten()
         return replace(batch, tokens=mask_tokens(batch.tokens, words, self.config.mask_token_id))
+
+    def _masked_texts(self, batch: Batch) -> Batch:
+        """The batch with one text of each length, [MASK] for every word. Nothing is read from the device."""
+        number = batch.cu_seqlens.diff().long()[batch.pairs()[1]]  # (B,), tokens of each sample's text
+        first, mask = batch.tokens[:1], torch.full_like(batch.tokens[:1], self.config.mask_token_id)
+        last = batch.tokens[batch.cu_seqlens[1:2].long() - 1]
+        lengths = range(2, batch.max_length + 1)
+        tokens = torch.cat([torch.cat([first, mask.expand(length - 2), last]) for length in lengths])
+        bounds = F.pad(torch.tensor(lengths, device=tokens.device).cumsum(0), (1, 0)).int()
+        return _shared(batch, tokens=tokens, cu_seqlens=bounds, caption_of=number - 2)
 
     def fuse(self, batch: Batch, plan: str, images: int = 1) -> Tensor:
         """Features (B, n 3 C) of a batch with strips of n `images`: those of each image with the text, in order.
@@ -190,6 +207,15 @@ class Task(nn.Module):
         or text that several samples share is encoded once.
         """
         batch = self.hide(batch)
+        if self.options.blind == "image" and self.shares:
+            # All samples of a text are one pair.
+            texts = torch.arange(len(batch.cu_seqlens) - 1, device=batch.tokens.device)
+            alone = replace(batch, image_of=torch.zeros_like(texts), caption_of=texts, sample_tokens=len(batch.tokens))
+            return self._fuse(alone, plan, images).index_select(0, batch.pairs()[1])
+        return self._fuse(batch, plan, images)
+
+    def _fuse(self, batch: Batch, plan: str, images: int) -> Tensor:
+        """`fuse`, of a batch without what is hidden."""
         pixels = batch.images.unflatten(3, (images, -1)).movedim(3, 1).flatten(0, 1)  # (I n, 3, S, S)
         implementation = IMPLEMENTATIONS[plan]
         v, text = implementation.encode_unmasked(self.model, replace(batch, images=pixels))
@@ -201,6 +227,13 @@ class Task(nn.Module):
         )
         features = torch.cat([image, caption, image * caption], dim=1)  # (B n, 3 C)
         return features.unflatten(0, (-1, images)).flatten(1)
+
+
+def _shared(batch: Batch, **changes: Any) -> Batch:
+    """A batch that has each image and each caption once, with `changes` to its images or to its captions."""
+    images, captions = batch.pairs()
+    counted = batch.sample_tokens or len(batch.tokens)
+    return replace(batch, **{"image_of": images, "caption_of": captions, "sample_tokens": counted} | changes)
 
 
 class AnswerHead(nn.Module):
@@ -221,4 +254,4 @@ class AnswerHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, F) -> logits (B, answers), float32."""
-        return self.answers(nn.functional.gelu(self.norm(self.dense(x)))).float()
+        return self.answers(F.gelu(self.norm(self.dense(x)))).float()

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ class KeptSplit:
 
     dataset: Dataset
     images: list[NDArray[np.uint8]]
-    """(H, W, 3) each, decoded and uncropped."""
+    """(H, W, 3) each, decoded and uncropped; the same array for samples of a stored image that they share."""
     texts: list[bytes]
     metadata: list[bytes]
     tokens: list[bytes]
@@ -73,7 +74,7 @@ def keep_split(dataset: Dataset, config: ReaderConfig, max_bytes: int) -> KeptSp
 def _decoded_batches(
     kept: KeptSplit, ids: Int64, config: ReaderConfig, batch_size: int
 ) -> Iterator[list[NDArray[np.uint8]]]:
-    """Decode the samples `ids` and append them to `kept`. Yields the images of each batch.
+    """Decode the samples `ids` and append them to `kept`. Yields the images that each batch adds.
 
     Ends at an image that cannot be decoded or has wrong first or last bytes.
     """
@@ -101,12 +102,15 @@ def _decoded_batches(
                 for i, image in zip(own.tolist(), images, strict=True):
                     if fault := strip_fault(image.shape[0], image.shape[1], strip):
                         raise DataError(f"{dataset.where(i)}: {fault}")
-            kept.images.extend(images)
+            firsts = own if config.images is None else config.images[own]
+            new = firsts == own  # an image that several samples share is kept once
+            for i, image in zip(firsts.tolist(), images, strict=True):
+                kept.images.append(image if i == len(kept.images) else kept.images[i])
             kept.texts.extend(texts.at(row).tobytes() for row in range(len(own)))
             kept.metadata.extend(metadata.at(row).tobytes() for row in range(len(own)))
             if config.stored_tokens:
                 kept.tokens.extend(tokens.at(row).tobytes() for row in range(len(own)))
-            yield images
+            yield list(compress(images, new))
     except RuntimeError:  # an image cannot be decoded
         return
     finally:
@@ -119,7 +123,7 @@ class KeptSegment:
     def __init__(self, kept: KeptSplit, ids: Int64, epochs: Int64, config: ReaderConfig, buffers: BufferPool):
         self._kept, self._ids, self._epochs, self._batch_size = kept, ids, epochs, config.rank_batch
         self._buffers, self._side, self._begin = buffers, config.geometry.image_size, 0
-        self._strip = config.geometry.strip
+        self._strip, self._images = config.geometry.strip, config.images
         self._draws = draws = draw_random_numbers(config, epochs, ids)
         rows = partial(_rows_of_batch, config.rank_batch)
         self._windows = CropWindows(config.geometry, lambda batch: draws["crop_uniforms"][rows(batch)])
@@ -176,15 +180,23 @@ class KeptSegment:
         return batch, np.ones(len(ids), bool)
 
     def _resized_crops(self, batch: Any) -> list[NDArray[np.uint8]]:
-        images = [self._kept.images[i] for i in self._ids[_rows_of_batch(self._batch_size, batch)].tolist()]
-        corners, sizes, *of_strip = self._windows([image.shape for image in images])
+        """The crops of a batch. Samples that share their image in an epoch share its crop, which is resized once."""
+        rows = _rows_of_batch(self._batch_size, batch)
+        corners, sizes, *of_strip = self._windows([self._kept.images[i].shape for i in self._ids[rows].tolist()])
+        firsts, place = np.arange(len(rows)), np.arange(len(rows))
+        if self._images is not None:
+            of = np.stack([self._epochs[rows], self._images[self._ids[rows]]])
+            _, firsts, place = np.unique(of, axis=1, return_index=True, return_inverse=True)
+        kept = [self._kept.images[i] for i in self._ids[rows][firsts].tolist()]
+        corners, sizes, *of_strip = ([one[k] for k in firsts] for one in (corners, sizes, *of_strip))
         if of_strip:
-            tiles = of_strip[0]
             starts = [[corner + k * step for corner, step in zip(corners, of_strip[1], strict=True)]
                       for k in range(self._strip)]  # fmt: skip
-            resized = [self._resize(_crops(images, start, tiles)) for start in starts]
-            return [np.concatenate(row, axis=2) for row in zip(*resized, strict=True)]
-        return self._resize(_crops(images, corners, sizes))
+            resized = [self._resize(_crops(kept, start, of_strip[0])) for start in starts]
+            found = [np.concatenate(row, axis=2) for row in zip(*resized, strict=True)]
+        else:
+            found = self._resize(_crops(kept, corners, sizes))
+        return [found[k] for k in place.reshape(-1)]
 
 
 def _crops(images: list[NDArray[np.uint8]], corners: list[Any], sizes: list[Any]) -> list[NDArray[np.uint8]]:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from mvlm_dataloading import Augment, DataError, Dataset, Loader, ShardWriter, Tokenizer, open_dataset, tokenizer_for
+from mvlm_dataloading.loader import kept as kept_module
+from mvlm_dataloading.loader import reader as reader_module
 from mvlm_dataloading.loader.resume import merge_states
 from support.data import damage_images, make_image
 
@@ -72,6 +74,21 @@ def test_samples_are_those_of_the_first_question_of_their_image(split, tokenizer
             assert pixels == crops[number // 3][int(first[i])]
             assert tokens == texts[i]
     assert sorted(i for i, *_ in samples(together[:3])) == list(range(45))
+
+
+def test_a_kept_image_is_kept_and_resized_once_for_its_questions(split, tokenizer, monkeypatch):
+    resized, kept, resize, keep = [], [], kept_module.Resize.__call__, reader_module.keep_split
+    monkeypatch.setattr(
+        kept_module.Resize, "__call__", lambda self, crops: resized.append(len(crops)) or resize(self, crops)
+    )
+    monkeypatch.setattr(reader_module, "keep_split", lambda *args: kept.append(keep(*args)) or kept[-1])
+    found = take(
+        load(split, tokenizer, batch_size=45, per_image=QUESTIONS, share=True, keep_mb=1, prefetch_batches=0), 2
+    )
+    assert [len(batch.images) for batch, _ in found] == [IMAGES, IMAGES]
+    assert resized == [IMAGES, IMAGES]
+    assert len(kept[0].images) == IMAGES * QUESTIONS
+    assert len({id(image) for image in kept[0].images}) == IMAGES
 
 
 def test_an_image_has_another_crop_in_another_epoch(split, tokenizer):

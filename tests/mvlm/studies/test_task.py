@@ -8,10 +8,13 @@ import pytest
 
 from mvlm.config.finetune import FinetuneConfig
 from mvlm.errors import ConfigError, RunError
+from mvlm.evaluation.evaluate import evaluate
+from mvlm.runs.load import load_model
 from mvlm.studies.run import plan_trials, run_study
 from mvlm.studies.study import Study, read_study
 from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
+from mvlm_dataloading import open_dataset
 from support.questions import finetune_config, write_questions
 
 
@@ -61,6 +64,22 @@ def test_trials_of_a_task_are_fine_tuned_and_evaluated_on_all_splits(questions, 
     page = (tmp_path / "study" / "study.html").read_text()
     assert "Task vqa, 2 steps" in page
     assert "validation accuracy" in page
+
+
+@pytest.mark.slow
+def test_a_study_of_retrieval_has_the_recall_of_its_trials(scenes, trained, tmp_path) -> None:
+    measures = ["test.mean_r1", "test.tr_r1", "test.ir_r10"]
+    settings = {"batch_size": 8, "warmup_steps": 1, "device": "cpu", "precision": "fp32"}
+    retrieval = study(task="retrieval", measures=measures, splits=["test"], settings=settings, arms={"full": {}})
+    assert run_study(retrieval, scenes, tmp_path / "study", checkpoint=trained) is not None
+    result = json.loads((tmp_path / "study/trials/full/seed_0/result.json").read_text())
+    (trial,) = plan_trials(retrieval, scenes, tmp_path / "other", trained)
+    finetune(trial.config)  # pyright: ignore[reportArgumentType]
+    model = load_model(trial.config.out, "cpu")
+    found = evaluate(model.network, open_dataset(scenes, "test"), None, model.tokenizer, 32)
+    assert result["figures"]["test"]["tr_r1"] == pytest.approx(found["tr"]["r1"])
+    assert result["figures"]["test"]["ir_r10"] == pytest.approx(found["ir"]["r10"])
+    assert result["figures"]["test"]["mean_r1"] == pytest.approx((found["tr"]["r1"] + found["ir"]["r1"]) / 2)
 
 
 def test_trials_that_started_from_another_model_are_refused(questions, trained, tmp_path) -> None:

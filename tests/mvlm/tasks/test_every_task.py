@@ -155,15 +155,18 @@ def test_sixteen_examples_are_learned_by_heart_and_need_their_images(wide, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["decoder", "pairs", "caption"])
-def test_two_ranks_equal_one(trained, data, tmp_path, form, on_two_ranks):
+@pytest.mark.parametrize(
+    "form, parallel", [("decoder", "ddp"), ("pairs", "ddp"), ("caption", "ddp"), ("decoder", "fsdp")]
+)
+def test_two_ranks_equal_one(trained, data, tmp_path, form, parallel, on_two_ranks):
+    """With FSDP each rank holds half of the weights, and a checkpoint has its parts; an evaluation takes them whole."""
     task, settings = FORMS[form]
     finetune(configured(trained, data, tmp_path / "one", form, max_steps=3, eval_every_steps=3))
     words = [
         *("--checkpoint", trained, "--data", data[task], "--out", tmp_path / "two", "--max-steps", "3"),
         *("--batch-size", "8", "--lr-encoder", "3e-3", "--lr-cross", "3e-3", "--lr-head", "3e-3", "--lr-end", "0"),
         *("--warmup-steps", "2", "--crop-scale", "1", "1", "--device", "cpu", "--precision", "fp32"),
-        *("--weight-decay", "0", "--eval-every-steps", "3"),
+        *("--weight-decay", "0", "--eval-every-steps", "3", "--parallel", parallel),
         *(word for name, value in settings.items() for word in (f"--{name}", value)),
     ]
     codes, errors = on_two_ranks("finetune", task, *words)
@@ -174,6 +177,9 @@ def test_two_ranks_equal_one(trained, data, tmp_path, form, on_two_ranks):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
     figure = f"val_{find_task(task).main}"
     assert one[-1][figure] == pytest.approx(two[-1][figure])
+    weights = [load_task(tmp_path / name)[0].state_dict() for name in ("one", "two")]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Several questions about an image in a batch: the image is encoded once, and losses and gradients are the same."""
 
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,50 @@ def test_losses_and_gradients_are_those_of_samples_with_images_of_their_own(trai
     records = predict_split(task.float(), open_dataset(data[name], "train"), tokenizer, plan=plan)
     assert records is not None
     assert len(records) == 32
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("blind", ["image", "text"])
+@pytest.mark.parametrize("form", ["decoder", "classifier", "entailment", "pairs"])
+def test_what_a_blind_model_gets_is_encoded_once(trained, data, form, blind, share, monkeypatch):
+    """Losses, gradients and predictions are those of a grey image, or of a masked text, for each sample."""
+    name, options = FORMS[form]
+    model, tokenizer = load_model(trained)
+    kind = find_task(name)
+    options = replace(options, blind=blind)
+    task = kind(model.train(), options, kind.make_state(open_dataset(data[name], "train"), options)).double()
+    task.set_tokenizer(tokenizer)
+    with torch.no_grad():
+        for parameter in task.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, dtype=torch.float64)
+    batch, masks, targets = loaded(task, data[name], share)
+    hidden = task.hide(batch)
+    if blind == "image":
+        assert len(hidden.images) == 1
+    else:
+        assert len(hidden.cu_seqlens) - 1 < batch.max_length
+
+    def plainly(batch: Batch) -> Batch:
+        if blind == "image":
+            return replace(batch, images=torch.full_like(batch.images, 128))
+        words = [i for a, b in pairwise(batch.cu_seqlens.tolist()) for i in range(a + 1, b - 1)]
+        return replace(batch, tokens=batch.tokens.index_fill(0, torch.tensor(words), model.config.mask_token_id))
+
+    found = []
+    for hide in (task.hide, plainly):
+        monkeypatch.setattr(task, "hide", hide)
+        for plan in ("plain", "fast"):
+            task.zero_grad()
+            losses = task.losses_of_step(batch, masks, targets, plan)
+            losses.total.backward()
+            gradients = {n: p.grad for n, p in task.named_parameters() if p.requires_grad}
+            with torch.no_grad():
+                found.append(([x.item() for x in losses], gradients, task.predict(batch, plan)))
+    for one in found[:-1]:
+        assert one[0] == pytest.approx(found[-1][0], rel=1e-9)
+        assert one[2] == found[-1][2]
+        for n, gradient in found[-1][1].items():
+            torch.testing.assert_close(one[1][n], gradient, rtol=1e-6, atol=1e-10, msg=n)
 
 
 def test_resumed_run_equals_an_undisturbed_one(trained, data, tmp_path, without_tensorboard):

@@ -1,0 +1,137 @@
+"""Rows of the tables of downstream tasks, from the committed results of `make tasks` in benchmarks/results/tasks."""
+
+import json
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+TASKS = ROOT / "benchmarks" / "results" / "tasks"
+TASK_STUDIES = (
+    "easy-vqa", "scenes-vqa", "scenes-entailment", "scenes-pairs", "scenes-caption", "emoji-retrieval",
+)  # fmt: skip
+Rows = list[list[str]]
+
+
+def task_study(name: str) -> Callable[[], Rows]:
+    """The table of a study of a task: each arm's measures, as mean and range over seeds."""
+
+    def table() -> Rows:
+        study = tomllib.loads((ROOT / "studies" / "tasks" / f"{name}.toml").read_text())
+        found = read_trials(name)
+        splits = [measure.split(".") for measure in study["measures"]]
+        head = [f"{study['task']}, per cent", *(" ".join(parts).replace("accuracy", "").strip() for parts in splits)]
+        rows = [[*head, "seeds", "minutes a trial"]]
+        for arm in study["arms"]:
+            trials = [trial for trial in found if trial["arm"] == arm]
+            cells = [spread([trial["figures"][split] for trial in trials], figure) for split, figure in splits]
+            minutes = f"{sum(t['seconds'] for t in trials) / 60 / len(trials):.1f}" if trials else ""
+            rows.append([arm, *cells, f"{len(trials)} of {len(study['seeds'])}", minutes])
+        return rows
+
+    return table
+
+
+def task_evaluations() -> Rows:
+    """Figures of the demo's model without fine-tuning: recognition of concepts and groups, and the pointing game."""
+    rows = [["per cent", "the demo's model (95 %)", "random weights", "other baselines"]]
+    for name, label in (("openmoji", "OpenMoji"), ("twemoji", "Twemoji, another artist")):
+        if found := read_evaluation(f"recognition-{name}"):
+            base = found["baselines"]
+            others = f"majority {base['majority']:.1f}, chance {base['chance']:.1f}"
+            row = f"{found['classes']} concepts by name, {label}"
+            rows.append([row, with_interval(found, "accuracy"), f"{base['untrained']:.1f}", others])
+    if found := read_evaluation("recognition-groups"):
+        base, untrained = found["baselines"], found["untrained_probe"]
+        others = f"majority {base['majority']:.1f}, chance {base['chance']:.1f}"
+        zero = [f"{found['classes']} groups by name, OpenMoji", with_interval(found, "accuracy")]
+        rows.append([*zero, f"{base['untrained']:.1f}", others])
+        rows.append(
+            ["groups, linear probe", with_interval(found["probe"], "accuracy"), f"{untrained['accuracy']:.1f}", others]
+        )
+        for shots, few in found["few_shot"].items():
+            rows.append(
+                [f"groups, probe on {shots} training images of each", with_interval(few, "accuracy"), "", others]
+            )
+    if found := read_evaluation("grounding"):
+        others = (
+            f"another phrase {found['wrong_phrase']:.1f}, centre {found['center']:.1f}, chance {found['chance']:.1f}"
+        )
+        row = f"pointing at {found['phrases']} phrases of scenes"
+        rows.append([row, with_interval(found, "accuracy"), f"{found['untrained']:.1f}", others])
+    return rows
+
+
+def scenes_trial() -> Rows:
+    """The first trial on questions about scenes: accuracy by type of question on each split."""
+    found = read_evaluation("scenes-vqa-trial")
+    splits = found["splits"]
+    rows = [["per cent", "text alone at best, test", *splits]]
+    for kind, best in found["best_text_alone_test"].items():
+        if kind != "all":
+            rows.append([kind, f"{best:.1f}", *(f"{one['by_question_type'][kind]:.1f}" for one in splits.values())])
+    every = (with_interval(one, "accuracy") for one in splits.values())
+    return [*rows, ["all", f"{found['best_text_alone_test']['all']:.1f}", *every]]
+
+
+def with_interval(found: dict[str, Any], figure: str) -> str:
+    """A figure with its 95 % interval."""
+    low, high = found[f"{figure}_95"]
+    return f"{found[figure]:.1f} ({low:.1f} to {high:.1f})"
+
+
+def read_evaluation(name: str) -> dict[str, Any]:
+    """The committed figures of an evaluation; empty if it has not been made."""
+    file = TASKS / f"{name}.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def spread(found: Sequence[dict[str, Any]], figure: str) -> str:
+    """Mean and range of a figure over seeds; of one seed, the figure with its interval over images if it has one."""
+    values = [one[figure] for one in found]
+    if len(values) > 1:
+        return f"{sum(values) / len(values):.1f} ({min(values):.1f} to {max(values):.1f})"
+    if values and f"{figure}_95" in found[0]:
+        return with_interval(found[0], figure)
+    return f"{values[0]:.1f}" if values else ""
+
+
+def task_types() -> Rows:
+    """Accuracy of scenes' questions by type on the test split: mean over seeds of each arm."""
+    found = read_trials("scenes-vqa")
+    arms = list(dict.fromkeys(trial["arm"] for trial in found))
+    types = sorted({kind for trial in found for kind in trial["figures"]["test"]["by_question_type"]})
+    rows = [["per cent, test split", *(arms or ["no trial yet"])]]
+    for kind in types:
+        values = ([t["figures"]["test"]["by_question_type"][kind] for t in found if t["arm"] == arm] for arm in arms)
+        rows.append([kind, *(f"{sum(x) / len(x):.1f}" for x in values)])
+    return rows
+
+
+def read_trials(name: str) -> list[dict[str, Any]]:
+    """The committed results of a study of a task; none if no trial has ended."""
+    file = TASKS / f"{name}.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def write_tasks(folder: Path) -> None:
+    """Take over what `make tasks` wrote to `folder`: results of trials, and figures of evaluations."""
+    TASKS.mkdir(parents=True, exist_ok=True)
+    for study in sorted((ROOT / "studies" / "tasks").glob("*.toml")):
+        file = folder / study.stem / "trials.jsonl"
+        if file.is_file():
+            (TASKS / f"{study.stem}.jsonl").write_text(file.read_text())
+    for file in sorted(folder.glob("*.json")):
+        figures = json.loads(file.read_text())
+        left_out = ("records", "per_class_recall", "confusion")
+        kept = {name: value for name, value in figures.items() if name not in left_out}
+        (TASKS / file.name).write_text(json.dumps(kept, indent=1) + "\n")
+
+
+TASK_TABLES: dict[str, Callable[[], Rows]] = {
+    **{f"tasks-{name}": task_study(name) for name in TASK_STUDIES},
+    "tasks-types": task_types,
+    "tasks-evaluations": task_evaluations,
+    "tasks-scenes-trial": scenes_trial,
+}
