@@ -32,17 +32,19 @@ demo: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm report $(RUN)
 	@echo "Open $(RUN)/report.html in a browser. Ask the model with: $(BIN)/mvlm app $(RUN)"
 
-# JOBS is the number of cores: each process takes one file of tests at a time, on one thread.
+# JOBS is the number of cores. Each process takes one file of tests at a time, on one thread. There is one process more
+# than cores, because some tests wait for others.
 JOBS ?= 2
+TESTERS ?= $(shell expr $(JOBS) + 1)
 # Tests sync thousands of small files, about 0.2 GB together. That takes no time where files are in memory.
 TESTS_IN ?= $(shell test "$$(df -Pk /dev/shm 2>&1 | awk 'END {print $$4 + 0}')" -gt 2000000 && echo /dev/shm || echo /tmp)
 ## test            run the whole test suite: about 18 minutes on two cores
 test: $(VENV)/.installed
-	TMPDIR=$(TESTS_IN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	TMPDIR=$(TESTS_IN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
 ## test-fast       run the tests that are not slow: about 3 and a half minutes on two cores
 test-fast: $(VENV)/.installed
-	TMPDIR=$(TESTS_IN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
+	TMPDIR=$(TESTS_IN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # Triton compiles kernels in this process and does not interpret them.
 ## test-gpu        run the tests that need a GPU

@@ -163,11 +163,16 @@ def read_steps(preset: str) -> dict[str, dict[str, str]]:
         return {row["contender"]: row for row in csv.DictReader(file)}
 
 
-def study_objectives() -> str:
-    """The study of the objectives: R@1 with its difference from all four objectives, and the gains."""
-    with (RESULTS / "studies" / "emoji-objectives.csv").open() as file:
+def study(name: str, arms: str) -> str:
+    """The committed results of a study on the emoji: R@1 with its difference from the base arm, and the gains.
+
+    Args:
+        name: of the study's file.
+        arms: head of the column of arms.
+    """
+    with (RESULTS / "studies" / f"emoji-{name}.csv").open() as file:
         rows = {(row["arm"], row["measure"]): row for row in csv.DictReader(file)}
-    table = [["objectives", "seeds", "image to text R@1", "text to image R@1", "text gain, nats", "pixel gain, %"]]
+    table = [[arms, "seeds", "image to text R@1", "text to image R@1", "text gain, nats", "pixel gain, %"]]
     for arm in dict.fromkeys(arm for arm, _ in rows):
         cells = []
         for measure in ("tr.r1", "ir.r1"):
@@ -209,7 +214,8 @@ TABLES = {
     "demo-retrieval": demo_retrieval,
     "demo-gain": demo_gain,
     "step-speed": step_speed,
-    "study-objectives": study_objectives,
+    "study-objectives": lambda: study("objectives", "objectives"),
+    "study-masking": lambda: study("masking", "the partner of a masked stream"),
     "another-artist": another_artist,
     **{name: (lambda rows=rows: markdown(rows())) for name, rows in TASK_TABLES.items()},
 }
