@@ -1,14 +1,16 @@
-"""`mvlm bench step --profile`: breakdown of a step's time as a table, a chart and traces for Perfetto."""
+"""`mvlm bench step --profile`: breakdown of a step's time as tables, a chart and traces for Perfetto."""
 
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvlm_benchmarks.results import save_figure
-from mvlm_benchmarks.step.contenders import Contender, StepInputs
+from mvlm_benchmarks.step.contenders import COMPILED, Contender, StepInputs
 from mvlm_benchmarks.step.parts import MATCHING, OTHER, PARTS, PREFIX, mark_model_parts
 
 BACKWARD, OPTIMIZER = "backward", "optimizer"
@@ -29,7 +31,8 @@ Breakdown = dict[str, dict[str, float]]
 def profile_steps(contenders: list[Contender], inputs: StepInputs, folder: Path) -> dict[str, Breakdown]:
     """Profile one step of each contender, and print a table of each.
 
-    Writes CONTENDER.trace.json and breakdown.png to `folder`. Compiled code has no parts, so all of it is `other`.
+    Writes CONTENDER.trace.json and breakdown.png to `folder`. Compiled code has no parts, so all of it is `other`. On a
+    CPU a second table has the processor time by operation, of code that is not compiled.
     """
     folder.mkdir(parents=True, exist_ok=True)
     breakdowns = {}
@@ -37,6 +40,8 @@ def profile_steps(contenders: list[Contender], inputs: StepInputs, folder: Path)
         path = folder / f"{contender.name}.trace.json"
         breakdowns[contender.name] = profile_step(contender, inputs, path)
         print(table(contender.name, breakdowns[contender.name]), f"\n{path}", flush=True)
+        if not inputs.batch.images.is_cuda and contender.name not in COMPILED:
+            print(operations_table(contender.name, time_operations(contender, inputs)), flush=True)
     plot_breakdowns(breakdowns, folder / "breakdown.png")
     print(folder / "breakdown.png")
     return breakdowns
@@ -58,6 +63,45 @@ def profile_step(contender: Contender, inputs: StepInputs, path: Path) -> Breakd
             torch.cuda.synchronize()
     profiler.export_chrome_trace(str(path))
     return break_down(list(profiler.events() or ()), "device_time_total" if cuda else "cpu_time_total")
+
+
+class OperationTimes(TorchDispatchMode):
+    """Calls and milliseconds of the calling thread, by operation. An op of ours counts as one operation.
+
+    Processor time, because on a busy machine most of the wall-clock time belongs to others.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, tuple[int, float]] = {}
+        """Name of the operation -> (calls, ms)."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        started = time.thread_time()
+        result = func(*args, **(kwargs or {}))
+        spent = 1e3 * (time.thread_time() - started)
+        name = f"{func.namespace}.{func.overloadpacket.__name__}"
+        calls, milliseconds = self.rows.get(name, (0, 0.0))
+        self.rows[name] = calls + 1, milliseconds + spent
+        return result
+
+
+def time_operations(contender: Contender, inputs: StepInputs) -> dict[str, tuple[int, float]]:
+    """Calls and milliseconds of one step by operation, the longest first."""
+    with OperationTimes() as operations:
+        contender.backward(inputs)
+        contender.update()
+    return dict(sorted(operations.rows.items(), key=lambda row: -row[1][1]))
+
+
+def operations_table(name: str, operations: dict[str, tuple[int, float]], rows: int = 20) -> str:
+    """Table of the longest operations, and the sum of all."""
+    whole = sum(milliseconds for _, milliseconds in operations.values())
+    lines = ["", f"{name + ', by operation':48}{'calls':>7}{'cpu ms':>9}{'%':>7}"]
+    for operation, (calls, milliseconds) in list(operations.items())[:rows]:
+        lines.append(f"{operation:48}{calls:7}{milliseconds:9.1f}{100 * milliseconds / whole:7.1f}")
+    calls = sum(count for count, _ in operations.values())
+    return "\n".join([*lines, f"{'total':48}{calls:7}{whole:9.1f}{100.0:7.1f}"])
 
 
 def break_down(events: list[Any], time: str) -> Breakdown:

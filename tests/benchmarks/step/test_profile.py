@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import pytest
+import torch
 
-from mvlm_benchmarks.step.profile import BACKWARD_NODE, break_down
+from mvlm_benchmarks.step.profile import BACKWARD_NODE, OperationTimes, break_down, operations_table
 
 
 class Span(NamedTuple):
@@ -52,3 +53,16 @@ def test_breakdown_books_a_backward_node_to_the_part_that_created_it() -> None:
         "other": {"forward": pytest.approx(1.2), "backward": pytest.approx(0.5)},
         "optimizer": {"forward": 1.0, "backward": 0.0},
     }
+
+
+def test_operations_are_counted_with_their_backward() -> None:
+    x, w = torch.randn(8, 64, requires_grad=True), torch.randn(64, 256, requires_grad=True)
+    with OperationTimes() as times:
+        ((x @ w).relu() @ w.t()).sum().backward()
+    calls = {name: count for name, (count, _) in times.rows.items()}
+    assert calls["aten.mm"] == 6  # two products, and two gradients of each
+    assert calls["aten.relu"] == 1
+    assert all(milliseconds >= 0 for _, milliseconds in times.rows.values())
+    shown = operations_table("fast", {"aten.mm": (6, 3.0), "aten.relu": (1, 1.0)}, rows=1).splitlines()
+    assert shown[-2].split() == ["aten.mm", "6", "3.0", "75.0"]
+    assert shown[-1].split() == ["total", "7", "4.0", "100.0"]

@@ -6,7 +6,6 @@ import torch
 from hypothesis import given
 
 from mvlm_kernels import add_layer_norm, dispatch, use_backend
-from mvlm_kernels.add_layer_norm import cpu
 from mvlm_kernels.add_layer_norm.triton import parts_of
 from support.kernels.mutants import assert_caught
 from support.kernels.norms import by_op, case, check
@@ -52,21 +51,6 @@ def test_programs_walk_over_many_tiles(monkeypatch):
     monkeypatch.setattr(dispatch, "multiprocessors", lambda _: 1)
     check(case(41, 768))
     check(case(41, 192), post_norm=True)
-
-
-def test_the_cpu_takes_a_few_rows_at_a_time(monkeypatch):
-    """The same bits of rows, and the same sums up to the order of addition, as all rows at once."""
-    inputs, grads = case(37, 12), [random((37, 12), dtype, 7) for dtype in (FP32, BF16)]
-    for post_norm in (False, True):
-        wanted = by_op(inputs, grads, post_norm, "torch", BF16)
-        with monkeypatch.context() as patch:
-            patch.setattr(cpu, "VALUES", 5 * 12)
-            found = by_op(inputs, grads, post_norm, "torch", BF16)
-            check(inputs, post_norm)
-        for a, b in zip(found[:4], wanted[:4], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-        for a, b in zip(found[4:], wanted[4:], strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_no_lane_is_idle_at_the_widths_of_the_presets():
