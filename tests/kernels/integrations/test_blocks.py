@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 from mvlm_kernels import use_backend  # noqa: E402
 from mvlm_kernels.integrations import blocks  # noqa: E402
 from mvlm_kernels.integrations.blocks import form_of, swap_blocks  # noqa: E402
+from mvlm_kernels.integrations.report import ALREADY_SWAPPED  # noqa: E402
 
 
 def vit(**options: Any) -> Any:
@@ -121,7 +122,7 @@ def test_undo_puts_the_forwards_back(calls):
     model = bert()
     before = {path: dict(vars(module)) for path, module in model.named_modules()}
     report = swap_blocks(model)
-    assert [part.reason for part in swap_blocks(model).parts] == ["its forward is replaced already"] * 4
+    assert [part.reason for part in swap_blocks(model).parts] == [ALREADY_SWAPPED] * 4
     report.undo()
     assert {path: dict(vars(module)) for path, module in model.named_modules()} == before
 
