@@ -48,13 +48,16 @@ class GatherPatchEmbed(PatchEmbed):
         Without patch_ids the result has the original's output format. Raises ValueError for images of another rank or
         number of channels, and, if the original was strict, of another size.
         """
-        if x.ndim != 4 or x.shape[1] != self.proj.in_channels:
-            raise ValueError(f"images must have shape (B, {self.proj.in_channels}, H, W), got {tuple(x.shape)}")
+        channels = getattr(self.proj, "in_channels", None)  # a wrapper need not show it
+        if x.ndim != 4 or channels not in (None, x.shape[1]):
+            raise ValueError(f"images must have shape (B, {channels or 'C'}, H, W), got {tuple(x.shape)}")
         if self.strict_img_size and self.img_size is not None and tuple(x.shape[2:]) != self.img_size:
             raise ValueError(f"images must be {self.img_size} pixels, got {tuple(x.shape[2:])}")
-        dtype = dispatch.autocast_dtype(x.device) or self.proj.weight.dtype
+        dtype = dispatch.autocast_dtype(x.device)
         if self.why_not_gathered(x) is not None:
+            dtype = dtype or next(p.dtype for p in self.proj.parameters() if p.is_floating_point())
             return self._by_original_forward(x, patch_ids, dtype)
+        dtype = dtype or self.proj.weight.dtype
         patch = self.proj.kernel_size[0]
         patches = gather_patches(x, patch_ids, patch, mean=self.mean, std=self.std, dtype=dtype)
         tokens = nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (B, K, embed_dim)
