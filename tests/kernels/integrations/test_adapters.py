@@ -5,7 +5,7 @@ forward, by a reason that names the wrapper or the hooks.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 timm = pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
+pytest.importorskip("diffusers")
+
+from diffusers.models.attention import BasicTransformerBlock  # noqa: E402
 
 from mvlm_kernels import use_backend  # noqa: E402
+from mvlm_kernels.integrations import diffusers as for_diffusers  # noqa: E402
 from mvlm_kernels.integrations import timm as for_timm  # noqa: E402
 from mvlm_kernels.integrations import transformers as for_transformers  # noqa: E402
 from mvlm_kernels.integrations.blocks import swap_blocks  # noqa: E402
@@ -113,30 +117,47 @@ def bert() -> nn.Module:
     return transformers.BertModel(transformers.BertConfig(**BERT), add_pooling_layer=False).eval()
 
 
-def swap(model: nn.Module) -> list[str]:
+def denoiser() -> nn.Module:
+    torch.manual_seed(0)
+    return BasicTransformerBlock(64, 2, 32, cross_attention_dim=48)
+
+
+class Kind(NamedTuple):
+    """A model: how it is built, swapped by its library's integration, and called on (images or states, tokens)."""
+
+    build: Callable[[], nn.Module]
+    swap: Callable[[nn.Module], Any]
+    call: Callable[[nn.Module, Tensor], Tensor]
+
+
+def draw(low: int, *shape: int) -> Tensor:
+    return torch.randint(low, shape, generator=torch.Generator().manual_seed(1))
+
+
+EXISTS = (torch.arange(7) < torch.tensor([[7], [4]])).long()
+VISION = Kind(vit, for_timm.swap, lambda model, x: model(x))
+TEXT = Kind(bert, for_transformers.swap, lambda model, _: model(draw(50, 2, 7), EXISTS)[0])
+DIFFUSION = Kind(
+    denoiser,
+    for_diffusers.swap,
+    lambda model, x: model(
+        x.flatten(1).unflatten(1, (48, 64)), encoder_hidden_states=x[:, :, :5, :16].transpose(1, 2).flatten(2)
+    ),
+)
+
+
+def swap(kind: Kind, model: nn.Module) -> list[str]:
     """Swap all that can be, and return the reasons of what was kept."""
-    reports = [swap_blocks(model)]
-    if any(isinstance(part, transformers.PreTrainedModel) for part in model.modules()):
-        reports.append(for_transformers.swap(model))
-    else:
-        reports.append(for_timm.swap(model))
-    return [part.reason for report in reports for part in report.kept if part.reason is not None]
+    return [str(part.reason) for report in (swap_blocks(model), kind.swap(model)) for part in report.kept]
 
 
-def run(model: nn.Module) -> dict[str, Tensor]:
-    """Output, and the gradients of images and of every parameter that has one."""
-    images, generator = None, torch.Generator().manual_seed(1)
-    if any(isinstance(part, transformers.PreTrainedModel) for part in model.modules()):
-        exists = (torch.arange(7) < torch.tensor([[7], [4]])).long()
-        output = model(torch.randint(50, (2, 7), generator=generator), exists)[0]
-    else:
-        images = torch.rand(2, 3, 32, 32, generator=generator).requires_grad_()
-        output = model(images)
+def run(kind: Kind, model: nn.Module) -> dict[str, Tensor]:
+    """Output, and the gradients of the input, if it is floating, and of every parameter that has one."""
+    x = (draw(256, 2, 3, 32, 32) / 255).requires_grad_()
+    output = kind.call(model, x)
     (output * torch.linspace(-1, 1, output.numel()).reshape(output.shape)).sum().backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    if images is not None and images.grad is not None:
-        found["images"] = images.grad
-    return {"output": output.detach(), **found}
+    return {"output": output.detach(), **found} | ({} if x.grad is None else {"input": x.grad})
 
 
 @pytest.fixture(autouse=True)
@@ -146,13 +167,14 @@ def ops_run() -> Iterator[None]:
 
 
 LAYERS = {
-    "vit, patches": (vit, ("patch_embed.proj",), "proj"),
-    "vit, attention": (vit, ("qkv", "attn.proj"), None),
-    "vit, MLP": (vit, ("fc1", "fc2"), "Linear"),
-    "bert, attention": (bert, ("query", "value"), None),
-    "bert, outputs": (bert, ("output.dense",), None),
+    "vit, patches": (VISION, ("patch_embed.proj",), "proj"),
+    "vit, attention": (VISION, ("qkv", "attn.proj"), None),
+    "vit, MLP": (VISION, ("fc1", "fc2"), "Linear"),
+    "bert, attention": (TEXT, ("query", "value"), None),
+    "bert, outputs": (TEXT, ("output.dense",), None),
+    "diffusers, attention": (DIFFUSION, ("to_q", "to_k", "to_v", "to_out.0"), None),
 }
-"""Model, layers, and a word of the reason why a part is kept if they are changed before the swap: None if all swap."""
+"""Kind of model, layers, and a word of the reason why a part is kept if they are changed first: None if all swap."""
 CHANGES: dict[str, Change] = {
     "LoRA": lora_by_hand,
     "LoRA of peft": by_peft,
@@ -170,36 +192,39 @@ READABLE = {("vit, patches", "weight norm"), *((name, "merged by peft") for name
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_layer_has_its_effect(change: str, name: str, first: str):
-    build, names, reason = LAYERS[name]
-    model = build()
+    kind, names, reason = LAYERS[name]
+    model = kind.build()
     torch.manual_seed(2)
     model = CHANGES[change](model, names)
-    wanted = run(model)
+    wanted = run(kind, model)
     assert len(wanted) > 1
     if first == "swap":
-        model = build()
-        assert swap(model) == []
+        model = kind.build()
+        assert swap(kind, model) == []
         torch.manual_seed(2)
         model = CHANGES[change](model, names)
     else:
         model.zero_grad()
-        kept = swap(model)
+        kept = swap(kind, model)
         assert len(kept) == 0 if reason is None or (name, change) in READABLE else reason in kept[0]
-    found = run(model)
+    found = run(kind, model)
     assert found.keys() == wanted.keys()
     for key, value in wanted.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
 @pytest.mark.parametrize("first", ["change", "swap"])
-@pytest.mark.parametrize("name, norm", [("vit", "norm2"), ("bert", "LayerNorm")])
-def test_hooks_on_a_norm_have_their_effect(name: str, norm: str, first: str):
-    build = vit if name == "vit" else bert
-    wanted = run(hooks(build(), (norm,)))
-    model = build()
-    for step in (hooks, lambda m, _: swap(m)) if first == "change" else (lambda m, _: swap(m), hooks):
-        step(model, (norm,))
-    torch.testing.assert_close(run(model), wanted, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("kind, norm", [(VISION, "norm2"), (TEXT, "LayerNorm")], ids=["vit", "bert"])
+def test_hooks_on_a_norm_have_their_effect(kind: Kind, norm: str, first: str):
+    wanted = run(kind, hooks(kind.build(), (norm,)))
+    model = kind.build()
+    if first == "change":
+        hooks(model, (norm,))
+        assert all("LayerNorm has hooks" in reason for reason in swap(kind, model))
+    else:
+        assert swap(kind, model) == []
+        hooks(model, (norm,))
+    torch.testing.assert_close(run(kind, model), wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # peft does not know timm's LayerNorm
@@ -217,10 +242,10 @@ def test_trained_norms_of_peft_have_their_effect():
                     parameter.add_(0.3)
         return model
 
-    wanted = run(shifted(tuned(vit())))
+    wanted = run(VISION, shifted(tuned(vit())))
     swapped = vit()
-    assert swap(swapped) == []
-    torch.testing.assert_close(run(shifted(tuned(swapped))), wanted, rtol=1e-4, atol=1e-5)
+    assert swap(VISION, swapped) == []
+    torch.testing.assert_close(run(VISION, shifted(tuned(swapped))), wanted, rtol=1e-4, atol=1e-5)
     late = shifted(tuned(vit()))
-    assert "wanted LayerNorm" in swap(late)[0]
-    torch.testing.assert_close(run(late), wanted, rtol=1e-4, atol=1e-5)
+    assert "wanted LayerNorm" in swap(VISION, late)[0]
+    torch.testing.assert_close(run(VISION, late), wanted, rtol=1e-4, atol=1e-5)
