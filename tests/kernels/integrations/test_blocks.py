@@ -29,6 +29,11 @@ def bert(**options: Any) -> Any:
     return transformers.BertModel(transformers.BertConfig(intermediate_size=96, **sizes, **options), False)
 
 
+def normed_mlp(*sizes: Any, **options: Any) -> Any:
+    """A feed-forward layer with a norm in its middle, which only newer versions of timm's Block have an option for."""
+    return timm.layers.Mlp(*sizes, **(options | {"norm_layer": nn.LayerNorm}))
+
+
 def inputs(model: nn.Module) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     if isinstance(model, transformers.BertModel):
@@ -179,7 +184,7 @@ def test_a_copy_uses_its_own_parameters(clone, calls):
         ({"act_layer": lambda: nn.GELU("tanh")}, "the op has the exact GELU"),
         ({"norm_layer": lambda dim, **_: nn.LayerNorm(dim, elementwise_affine=False)}, "must have weight and bias"),
         ({"norm_layer": nn.RMSNorm}, "wanted LayerNorm"),
-        ({"scale_mlp_norm": True}, "wanted Identity, got LayerNorm"),
+        ({"mlp_layer": normed_mlp}, "wanted Identity, got LayerNorm"),
     ],
 )
 def test_parts_that_an_op_cannot_compute_are_kept_with_a_reason(options, reason):
