@@ -9,7 +9,8 @@ STEPS  ?= 640
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-gpu test-triton test-integrations hub emulate faults faults-data faults-loading \
         faults-embedding faults-parts faults-network faults-evaluation faults-studies soak bench aot traffic \
-        dist wheel-smoke test-floors test-heads lint-workflows evidence evidence-smoke tasks tasks-table tasks-smoke check docs docs-links \
+        dist wheel-smoke test-floors test-heads test-pythons lint-workflows evidence evidence-smoke tasks tasks-table tasks-smoke \
+        check docs docs-links \
         format clean
 
 ## help            list these targets
@@ -79,6 +80,18 @@ build/floors/.installed build/heads/.installed: build/%/.installed: pyproject.to
 ## test-heads      run the kernels' tests with the newest versions
 test-floors test-heads: test-%: build/%/.installed
 	build/$*/bin/python -m pytest tests/kernels -W "ignore:Conversion of an array with ndim:DeprecationWarning"
+
+# PYTHONS are versions that have to be on the PATH; the targets above take PYTHON, here 3.11 or later.
+PYTHONS ?= 3.12 3.13
+build/python-%/.installed: pyproject.toml
+	python$* -m venv build/python-$*
+	build/python-$*/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable . pytest hypothesis \
+	    $$(PYTHONPATH=tests $(PYTHON) -m support.release.versions heads)
+	touch $@
+
+## test-pythons    run the kernels' tests with Python 3.12 and 3.13 and the newest versions
+test-pythons: $(PYTHONS:%=build/python-%/.installed)
+	for version in $(PYTHONS); do build/python-$$version/bin/python -m pytest tests/kernels || exit 1; done
 
 # CASES is an expression of pytest's -k.
 CASES ?=

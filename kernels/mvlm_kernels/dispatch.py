@@ -12,44 +12,23 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from mvlm_kernels.interpreter import interpreter_fault, interpreting
 from mvlm_kernels.overrides import in_force, overridden
+from mvlm_kernels.refusals import Backend, Explanation, Refusal, refusal
 
-Backend = Literal["triton", "torch"]
 Op = TypeVar("Op", bound=Callable[..., Any])
 
 _forced: Backend | None = None
 # Of each public op: the function that lists the reasons against Triton, and what runs without any.
-_reason_functions: dict[Callable[..., Any], tuple[Callable[..., Sequence[str]], str]] = {}
+_reason_functions: dict[Callable[..., Any], tuple[Callable[..., Sequence[Refusal]], str]] = {}
 
 # Set by `recording`: receives the launches instead of a device.
 _recorder: Callable[..., None] | None = None
 _recorded_arch: int | None = None
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Result of :func:`explain`: the chosen backend, and the reasons.
-
-    backend "torch": every reason is one against Triton. backend "triton": the first reason is that of the choice. More
-    follow under ``use_backend("triton")`` only: everything that would otherwise have been a reason against Triton.
-    """
-
-    backend: Backend
-    reasons: tuple[str, ...]
-
-    def __str__(self) -> str:
-        if self.backend == "torch":
-            kinds = ["not triton"] * len(self.reasons)
-        else:
-            kinds = ["because", *["against triton"] * (len(self.reasons) - 1)]
-        lines = [f"{kind}: {reason}" for kind, reason in zip(kinds, self.reasons, strict=True)]
-        return "\n".join([f"runs: {self.backend}", *lines])
 
 
 @contextmanager
@@ -87,15 +66,17 @@ def explain(op: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
         raise ValueError(f"op must be one of {names}, got {given}{hint}")
     reason_function, covered = _reason_functions[op]
     reasons = reason_function(*args, **kwargs)
+    device = next(x.device for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
     if _forced is not None:
-        return Explanation(_forced, (f'use_backend("{_forced}") is in force', *reasons))
+        in_block = refusal(f'use_backend("{_forced}") is in force', "leave its block for the usual choice")
+        return Explanation(_forced, (in_block, *reasons), device)
     if reasons:
-        return Explanation("torch", tuple(reasons))
-    return Explanation("triton", (covered,))
+        return Explanation("torch", tuple(reasons), device)
+    return Explanation("triton", (covered,), device)
 
 
 def explained_by(
-    reason_function: Callable[..., Sequence[str]], covered: str = "the fused kernel covers this call"
+    reason_function: Callable[..., Sequence[Refusal]], covered: str = "the fused kernel covers this call"
 ) -> Callable[[Op], Op]:
     """Decorator of a public op: a function of its arguments lists all reasons against Triton, else ``covered`` runs."""
 
@@ -106,7 +87,7 @@ def explained_by(
     return register
 
 
-def choose(reasons: Sequence[str]) -> Backend:
+def choose(reasons: Sequence[Refusal]) -> Backend:
     """Choose the backend, given all reasons of an op against Triton, those of :func:`device_reasons` included.
 
     Raises RuntimeError with the reasons if ``use_backend("triton")`` is in force and Triton cannot run the call.
@@ -114,49 +95,49 @@ def choose(reasons: Sequence[str]) -> Backend:
     if _forced == "torch":
         return "torch"
     if _forced == "triton":
-        hard: list[str] = []
+        hard: list[Refusal] = []
         if _recorder is None:  # while recording no kernel runs, so device limits do not apply
             for reason in reasons:
                 # An interpreting process runs Triton on CPU tensors.
-                hard += interpreter_reasons() if reason == _ON_CPU else (reason,)
+                hard += interpreter_reasons() if reason == ON_CPU else (reason,)
         if hard:
             raise RuntimeError('use_backend("triton") is in force, but: ' + "; ".join(hard))
         return "triton"
     return "torch" if reasons else "triton"
 
 
-def refuse_if_forced(reason: str) -> None:
+def refuse_if_forced(reason: Refusal) -> None:
     """Raise RuntimeError with the reason if ``use_backend("triton")`` is in force. For calls that have no kernel."""
     if _forced == "triton":
         raise RuntimeError(f'use_backend("triton") is in force, but: {reason}')
 
 
-_ON_CPU = "the tensors are on the CPU"
+ON_CPU = refusal("the tensors are on the CPU", "torch runs; kernels need a CUDA device")
 
 
 @functools.cache
-def device_reasons(device: torch.device) -> tuple[str, ...]:
+def device_reasons(device: torch.device) -> tuple[Refusal, ...]:
     """Reasons against Triton that hold for every op on this device."""
     kind = device.type
     if importlib.util.find_spec("triton") is None:
-        return ("triton is not installed: pip install triton",) + ((_ON_CPU,) if kind == "cpu" else ())
+        return (refusal("triton is not installed", "pip install triton"),) + ((ON_CPU,) if kind == "cpu" else ())
     if kind == "cpu":
-        return (_ON_CPU,)
+        return (ON_CPU,)
     if kind == "cuda":
         if torch.version.hip is not None:
             if os.environ.get("MVLM_KERNELS_AMD", "0") not in ("", "0"):
                 return ()
-            return (
-                "the kernels compile for AMD GPUs (gfx90a, gfx942), and none has run them: torch runs instead, or set "
-                "MVLM_KERNELS_AMD=1 and compare results",
-            )
+            reason = "the kernels compile for AMD GPUs (gfx90a, gfx942), and none has run them"
+            return (refusal(reason, "torch runs; set MVLM_KERNELS_AMD=1 to try them, and compare results"),)
         major, minor = torch.cuda.get_device_capability(device.index)
         if major < 8:
-            return (f"compute capability 8.0 or later is needed, {device} has {major}.{minor}: torch runs instead",)
+            reason = f"compute capability 8.0 or later is needed, {device} has {major}.{minor}"
+            return (refusal(reason, "torch runs; use an A100 or a later GPU"),)
         if interpreting():
-            return (f"TRITON_INTERPRET=1 is set, and interpreted kernels run on CPU tensors: unset it for {device}",)
+            reason = "TRITON_INTERPRET=1 is set, and interpreted kernels run on CPU tensors"
+            return (refusal(reason, f"torch runs; unset it for {device}"),)
         return ()
-    return (f"device type is {kind}, the kernels run on cuda: torch runs instead",)
+    return (refusal(f"the kernels run on cuda, and the tensors are on {kind}", "torch runs; move them to cuda"),)
 
 
 def tf32_allowed() -> bool:
@@ -190,10 +171,10 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 @functools.cache
-def interpreter_reasons() -> tuple[str, ...]:
+def interpreter_reasons() -> tuple[Refusal, ...]:
     """Reasons why this process cannot interpret kernels on CPU tensors; empty where it can. Imports Triton."""
     if not interpreting():
-        return (_ON_CPU,)
+        return (ON_CPU,)
     import numpy
     import triton
 

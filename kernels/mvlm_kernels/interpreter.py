@@ -3,6 +3,8 @@
 import functools
 import importlib.util
 
+from mvlm_kernels.refusals import Refusal, refusal
+
 
 @functools.cache
 def interpreting() -> bool:
@@ -14,7 +16,7 @@ def interpreting() -> bool:
     return INTERPRETING
 
 
-def interpreter_fault(triton_version: str, numpy_version: str) -> str | None:
+def interpreter_fault(triton_version: str, numpy_version: str) -> Refusal | None:
     """Error text for versions of Triton and NumPy whose interpreter does not work; None for all others.
 
     Triton's interpreter before 3.7 converts arrays of one element to Python scalars, which NumPy 2.4 refuses. Package
@@ -23,9 +25,9 @@ def interpreter_fault(triton_version: str, numpy_version: str) -> str | None:
     """
     if _release(triton_version) >= (3, 7) or _release(numpy_version) < (2, 4):
         return None
-    return (
-        f"the interpreter of triton {triton_version} needs numpy<2.4, and numpy {numpy_version} is installed; "
-        'install triton>=3.7 or "numpy<2.4"'
+    return refusal(
+        f"the interpreter of triton {triton_version} needs numpy<2.4, and numpy {numpy_version} is installed",
+        'install triton>=3.7 or "numpy<2.4"',
     )
 
 

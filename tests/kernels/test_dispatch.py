@@ -14,6 +14,7 @@ import mvlm_kernels
 from mvlm_kernels import dispatch
 from mvlm_kernels.interpreter import interpreter_fault
 from mvlm_kernels.layers import CrossAttention
+from mvlm_kernels.refusals import refusal
 
 
 def test_cpu_tensors_take_torch_and_say_so():
@@ -31,26 +32,26 @@ def fresh_reasons() -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", ["meta", "xpu", "mps"])
 def test_reasons_name_a_device_without_kernels_and_what_runs(kind: str):
-    wanted = (f"device type is {kind}, the kernels run on cuda: torch runs instead",)
+    wanted = (f"the kernels run on cuda, and the tensors are on {kind}; torch runs; move them to cuda",)
     assert dispatch.device_reasons(torch.device(kind)) == wanted
 
 
 def test_reasons_say_how_to_get_triton(monkeypatch: pytest.MonkeyPatch, fresh_reasons: None):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert dispatch.device_reasons(torch.device("cuda")) == ("triton is not installed: pip install triton",)
+    assert dispatch.device_reasons(torch.device("cuda")) == ("triton is not installed; pip install triton",)
     assert len(dispatch.device_reasons(torch.device("cpu"))) == 2
 
 
 def test_reasons_name_an_older_gpu(monkeypatch: pytest.MonkeyPatch, fresh_reasons: None):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    wanted = ("compute capability 8.0 or later is needed, cuda:1 has 7.5: torch runs instead",)
+    wanted = ("compute capability 8.0 or later is needed, cuda:1 has 7.5; torch runs; use an A100 or a later GPU",)
     assert dispatch.device_reasons(torch.device("cuda", 1)) == wanted
 
 
 def test_reasons_name_a_torch_for_rocm(monkeypatch: pytest.MonkeyPatch, fresh_reasons: None):
     monkeypatch.setattr(torch.version, "hip", "7.0")
     (reason,) = dispatch.device_reasons(torch.device("cuda"))
-    assert "compile for AMD GPUs (gfx90a, gfx942), and none has run them: torch runs instead" in reason
+    assert "compile for AMD GPUs (gfx90a, gfx942), and none has run them; torch runs" in reason
     assert "set MVLM_KERNELS_AMD=1" in reason
 
 
@@ -79,9 +80,9 @@ def test_use_backend_forces_restores_and_refuses():
     with mvlm_kernels.use_backend("torch"):
         assert dispatch.choose([]) == "torch"
         with mvlm_kernels.use_backend("triton"):
-            assert dispatch.choose(["the tensors are on the CPU"]) == "triton"  # this process interprets
+            assert dispatch.choose([dispatch.ON_CPU]) == "triton"  # this process interprets
             with pytest.raises(RuntimeError, match="heads are purple"):
-                dispatch.choose(["heads are purple"])
+                dispatch.choose([refusal("heads are purple", "paint them")])
         assert dispatch.choose([]) == "torch"
     assert dispatch.choose([]) == "triton"
     wrong: Any = "cuda"
@@ -95,15 +96,15 @@ def test_text_of_explain_separates_the_choice_from_what_is_against_triton():
     def text() -> str:
         return str(mvlm_kernels.explain(mvlm_kernels.gather_patches, images, None, 2))
 
-    assert text() == "runs: torch\nnot triton: the tensors are on the CPU"
+    assert text() == f"runs: torch on cpu\nnot triton: {dispatch.ON_CPU}"
     with mvlm_kernels.use_backend("torch"):
-        forced = 'runs: torch\nnot triton: use_backend("torch") is in force\nnot triton: the tensors are on the CPU'
-        assert text() == forced
+        forced = 'use_backend("torch") is in force; leave its block for the usual choice'
+        assert text() == f"runs: torch on cpu\nnot triton: {forced}\nnot triton: {dispatch.ON_CPU}"
     with mvlm_kernels.use_backend("triton"):
-        forced = 'runs: triton\nbecause: use_backend("triton") is in force\nagainst triton: the tensors are on the CPU'
-        assert text() == forced
-    covered = mvlm_kernels.Explanation("triton", ("the fused kernel covers this call",))
-    assert str(covered) == "runs: triton\nbecause: the fused kernel covers this call"
+        forced = 'use_backend("triton") is in force; leave its block for the usual choice'
+        assert text() == f"runs: triton on cpu\nbecause: {forced}\nagainst triton: {dispatch.ON_CPU}"
+    covered = mvlm_kernels.Explanation("triton", ("the fused kernel covers this call",), torch.device("cuda", 0))
+    assert str(covered) == "runs: triton on cuda:0\nbecause: the fused kernel covers this call"
 
 
 def test_explain_refuses_a_function_that_is_not_an_op():

@@ -1,11 +1,11 @@
 """Forward and backward of every op at a working size on a CUDA device (`make test-gpu`).
 
-Checks that need a device: the same bits in a thousand backward passes, capture in a CUDA graph, by hand and by
-torch.compile, and no synchronisation.
+Checks that need a device: the same bits in a thousand backward passes, capture in a CUDA graph that is replayed with
+new inputs, by hand and by torch.compile, and no synchronisation.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from mvlm_kernels import (
+    add_layer_norm,
+    attention_probabilities,
     cross_attention,
     gather_patches,
+    gelu_linear,
     linear_pixel_loss,
     masked_pixel_loss,
     place_tokens,
@@ -31,24 +34,42 @@ REPEATS = 1000
 
 @dataclass(frozen=True)
 class Step:
-    """Forward and backward of one call. leaves get gradients; grad is the incoming gradient, ones by default."""
+    """Forward and backward of one call.
+
+    leaves get gradients. grad is the incoming gradient, ones by default. data: further inputs, one row a sample.
+    """
 
     call: Callable[..., Tensor]
     leaves: list[Tensor]
     grad: Tensor | None = None
+    data: list[Tensor] = field(default_factory=list)
+
+    def renew(self) -> None:
+        """Write other values into all inputs, where they lie."""
+        with torch.no_grad():
+            for x in self.leaves:
+                x.copy_(torch.randn_like(x))
+            for x in self.data:
+                x.copy_(x.roll(1, 0) if x.ndim else x + 1)
 
     def __call__(self, call: Callable[..., Tensor] | None = None) -> list[Tensor]:
         out = (call or self.call)(*self.leaves)
+        if not out.requires_grad:
+            return [out]
         return [out, *torch.autograd.grad(out, self.leaves, torch.ones_like(out) if self.grad is None else self.grad)]
 
 
 def steps() -> Iterator[tuple[str, Step]]:
     """Every op at a working size."""
 
-    def attention(case: Case) -> Step:
+    def attention(case: Case, **options: Any) -> Step:
         made = moved(build(case), DEVICE)
         leaves = [x.detach().requires_grad_() for x in (made.q, made.k, made.v)]
-        return Step(lambda q, k, v: cross_attention(q, k, v, **made.kwargs, **made.bounds), leaves, made.grad)
+        data = [x for name, x in made.kwargs.items() if not name.startswith("cu_seqlens")]  # offsets have an order
+        data += [x for x in options.values() if isinstance(x, Tensor)]
+        return Step(
+            lambda q, k, v: cross_attention(q, k, v, **made.kwargs, **made.bounds, **options), leaves, made.grad, data
+        )
 
     big = {"width": 64, "heads": 12, "dtype": torch.bfloat16}
     yield "short keys", attention(Case(len_q=197, len_k=40, batch=16, lengths=True, **big))
@@ -56,6 +77,10 @@ def steps() -> Iterator[tuple[str, Step]]:
     yield "split grids", attention(Case(len_q=40, len_k=577, batch=1, **big))
     yield "short keys, index", attention(Case(len_q=197, len_k=40, batch=4, readers=32, lengths=True, **big))
     yield "long keys, index", attention(Case(len_q=40, len_k=197, batch=4, readers=32, **big))
+    seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    yield "dropout", attention(Case(len_q=197, len_k=40, batch=16, lengths=True, **big), dropout_p=0.1, seed=seed)
+    probabilities = attention(Case(len_q=197, len_k=40, batch=4, **big))
+    yield "probabilities", Step(lambda q, k, _: attention_probabilities(q, k), probabilities.leaves)
     yield "packed queries", attention(Case(len_q=40, len_k=197, batch=16, packed_q=True, **big))
 
     def leaves(*shapes: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -69,22 +94,36 @@ def steps() -> Iterator[tuple[str, Step]]:
     hidden, head = (8, 116, 768), [(768, 768), (768,)]
     yield (
         "gather_patches",
-        Step(lambda x: gather_patches(x, ids, 16, **norm), leaves((8, 3, 224, 224), dtype=torch.float32)),
+        Step(lambda x: gather_patches(x, ids, 16, **norm), leaves((8, 3, 224, 224), dtype=torch.float32), data=[ids]),
     )
-    yield "masked_pixel_loss", Step(lambda p: masked_pixel_loss(p, images, ids, 16, **norm), leaves(hidden))
+    yield (
+        "masked_pixel_loss",
+        Step(lambda p: masked_pixel_loss(p, images, ids, 16, **norm), leaves(hidden), data=[images, ids]),
+    )
     yield (
         "linear_pixel_loss",
-        Step(lambda h, w, b: linear_pixel_loss(h, w, b, images, ids, 16, **norm), leaves(hidden, *head)),
+        Step(
+            lambda h, w, b: linear_pixel_loss(h, w, b, images, ids, 16, **norm),
+            leaves(hidden, *head),
+            data=[images, ids],
+        ),
     )
     yield (
         "place_tokens",
-        Step(lambda *x: place_tokens(*x, masked=masked), leaves((8, 196, 768), (768,), (197, 768), (768,))),
+        Step(
+            lambda *x: place_tokens(*x, masked=masked),
+            leaves((8, 196, 768), (768,), (197, 768), (768,)),
+            data=[masked],
+        ),
     )
+    yield "add_layer_norm", Step(lambda *x: add_layer_norm(*x)[1], leaves((8, 197, 768), (8, 197, 768), (768,), (768,)))
+    yield "gelu_linear", Step(gelu_linear, leaves((8, 197, 3072), (768, 3072), (768,)))
 
 
 NAMES = (
-    "short keys", "short queries", "split grids", "short keys, index", "long keys, index", "packed queries",
-    "gather_patches", "masked_pixel_loss", "linear_pixel_loss", "place_tokens",
+    "short keys", "short queries", "split grids", "short keys, index", "long keys, index", "dropout", "probabilities",
+    "packed queries", "gather_patches", "masked_pixel_loss", "linear_pixel_loss", "place_tokens", "add_layer_norm",
+    "gelu_linear",
 )  # fmt: skip
 
 
@@ -100,7 +139,7 @@ def test_step_gives_the_same_bits_in_every_run(name: str):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_step_is_captured_in_a_cuda_graph(name: str):
+def test_step_is_captured_in_a_cuda_graph_and_replayed_with_new_inputs(name: str):
     step = dict(steps())[name]
     with use_backend("triton"):
         side = torch.cuda.Stream()
@@ -112,11 +151,16 @@ def test_step_is_captured_in_a_cuda_graph(name: str):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             got = step()
-        for x in got:
-            x.detach().fill_(-1)
-        graph.replay()
-    for a, b in zip(got, wanted, strict=True):
-        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+        for again in (False, True):
+            if again:
+                step.renew()
+                before, wanted = wanted, [x.detach() for x in step()]
+                assert not torch.equal(before[0].nan_to_num(), wanted[0].nan_to_num())
+            for x in got:
+                x.detach().fill_(-1)
+            graph.replay()
+            for a, b in zip(got, wanted, strict=True):
+                assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 @pytest.mark.parametrize("name", NAMES)

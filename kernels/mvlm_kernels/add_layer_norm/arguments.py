@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mvlm_kernels import dispatch
 from mvlm_kernels.gather_patches.arguments import FLOATS, check_device
+from mvlm_kernels.refusals import FLOAT64, Refusal, refusal
 
 WIDEST = 8192
 """Largest C of the kernels: a row has to fit in registers."""
@@ -36,11 +37,12 @@ def check(x: Tensor, y: Tensor | None, y_bias: Tensor | None, weight: Tensor, bi
         raise ValueError(f"out_dtype must be float16, bfloat16, float32 or float64, got {out_dtype}")
 
 
-def reasons(x: Tensor, *_: Any, **__: Any) -> tuple[str, ...]:
+def reasons(x: Tensor, *_: Any, **__: Any) -> tuple[Refusal, ...]:
     """Every reason against the kernels."""
     found = dispatch.device_reasons(x.device)
     if x.shape[-1] > WIDEST:
-        found = (*found, f"a row has {x.shape[-1]} values, the kernels hold at most {WIDEST} in registers")
+        reason = f"a row has {x.shape[-1]} values, the kernels hold at most {WIDEST} in registers"
+        found = (*found, refusal(reason, "torch runs; use rows of at most that width"))
     if x.dtype == torch.float64 and x.device.type == "cuda":
-        found = (*found, "the tensors are float64")
+        found = (*found, FLOAT64)
     return found

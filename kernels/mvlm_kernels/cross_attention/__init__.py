@@ -45,6 +45,7 @@ from mvlm_kernels.cross_attention.ops import (
 from mvlm_kernels.cross_attention.probabilities import attention_probabilities
 from mvlm_kernels.cross_attention.readers import invert_key_index
 from mvlm_kernels.cross_attention.reference import pack_key_mask, sdpa
+from mvlm_kernels.refusals import Refusal
 
 __all__ = [
     "HEAD_WIDTHS",
@@ -116,7 +117,7 @@ def _explain(
     dropout_p: float = 0.0,
     seed: int | Tensor | None = None,
     return_lse: bool = False,
-) -> tuple[str, ...]:
+) -> tuple[Refusal, ...]:
     if any_nested(q, k, v):
         rows, bounds = as_packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_len_q, max_len_k)
         return _explain(

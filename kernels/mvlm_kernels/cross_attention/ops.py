@@ -16,6 +16,7 @@ from mvlm_kernels.cross_attention.arguments import (
     short_side,
 )
 from mvlm_kernels.cross_attention.reference import pack_key_mask, reference_backward, reference_forward
+from mvlm_kernels.refusals import FLOAT64, Refusal, refusal
 
 
 def _implementation(
@@ -160,7 +161,9 @@ _backward_op = registration.define(
 )
 
 
-def why_not_triton(device: torch.device, dtype: torch.dtype, *, head_width: int, short_rows: int) -> tuple[str, ...]:
+def why_not_triton(
+    device: torch.device, dtype: torch.dtype, *, head_width: int, short_rows: int
+) -> tuple[Refusal, ...]:
     """Reasons why calls of this kind do not run on the fused kernels; empty if they do.
 
     Like :func:`mvlm_kernels.explain`, but without tensors: for choosing an implementation in advance. Runs no kernel.
@@ -170,15 +173,17 @@ def why_not_triton(device: torch.device, dtype: torch.dtype, *, head_width: int,
     of q, k and v, after autocast. head_width: D. short_rows: the longest sequence of the shorter side.
     """
     if head_width not in HEAD_WIDTHS:
-        return (f"heads are {head_width} wide, the kernels take multiples of 8 up to 128",)
+        reason = f"heads are {head_width} wide, the kernels take multiples of 8 up to 128"
+        return (refusal(reason, "choose another number of heads"),)
     if dtype not in FLOATS:
-        return (f"{dtype} has no kernel, the kernels take float16, bfloat16 and float32",)
+        return (refusal(f"{dtype} has no kernel", "pass float16, bfloat16 or float32"),)
     if short_rows > LONGEST_SHORT_SIDE:
-        return (f"the shorter side has {short_rows} rows, the kernels take {LONGEST_SHORT_SIDE}",)
+        reason = f"the shorter side has {short_rows} rows, the kernels take {LONGEST_SHORT_SIDE}"
+        return (refusal(reason, "use scaled_dot_product_attention"),)
     if device.type != "cuda":
         return dispatch.device_reasons(device)
     if not torch.cuda.is_available():
-        return ("float64 has no kernel",) if dtype == torch.float64 else ()
+        return (FLOAT64,) if dtype == torch.float64 else ()
     return gpu_reasons(device, dtype, head_width, short_rows)
 
 
@@ -190,7 +195,7 @@ def extras_of(q: Tensor, k: Tensor, softcap: float, dropout_p: float) -> int:
     return (1 if softcap else 0) + (1 if dropout_p else 0) + (1 if q.shape[-2] != k.shape[-2] else 0)
 
 
-def reasons(q: Tensor, max_len_q: int, max_len_k: int, extras: int = 0) -> tuple[str, ...]:
+def reasons(q: Tensor, max_len_q: int, max_len_k: int, extras: int = 0) -> tuple[Refusal, ...]:
     """Every reason against the fused kernels that the host knows. extras: see :func:`extras_of`."""
     against = dispatch.device_reasons(q.device)
     side = short_side(max_len_q, max_len_k)
@@ -201,22 +206,24 @@ def reasons(q: Tensor, max_len_q: int, max_len_k: int, extras: int = 0) -> tuple
     return against
 
 
-def gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int = 0) -> tuple[str, ...]:
+def gpu_reasons(
+    device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int = 0
+) -> tuple[Refusal, ...]:
     """Every reason against the fused kernels on a GPU. width: of a head. rows: of the short side, 1 to 128."""
     return _gpu_reasons(device, dtype, width, bucket(rows), extras)
 
 
 @dispatch.constant_when_compiled
-def _gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int) -> tuple[str, ...]:
+def _gpu_reasons(device: torch.device, dtype: torch.dtype, width: int, rows: int, extras: int) -> tuple[Refusal, ...]:
     # A compiler cannot trace calls of the driver and reads of tile tables, so the result is a constant of its graph.
     found = dispatch.device_reasons(device)
     return found or type_reasons(dtype, width, rows, dispatch.arch(device), tf32(dtype), extras)
 
 
-def too_long(max_len_q: int, max_len_k: int) -> str:
-    return (
-        f"both sides are longer than {LONGEST_SHORT_SIDE} ({max_len_q} queries, {max_len_k} keys): SDPA runs, or the "
-        "reference on packed rows and with a softcap or a seed"
+def too_long(max_len_q: int, max_len_k: int) -> Refusal:
+    return refusal(
+        f"both sides are longer than {LONGEST_SHORT_SIDE} ({max_len_q} queries, {max_len_k} keys)",
+        "SDPA runs, or the reference on packed rows and with a softcap or a seed; shorten one side",
     )
 
 
@@ -225,24 +232,24 @@ def tf32(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def type_reasons(dtype: torch.dtype, width: int, rows: int, arch: int, tf32: bool, extras: int = 0) -> tuple[str, ...]:
+def type_reasons(
+    dtype: torch.dtype, width: int, rows: int, arch: int, tf32: bool, extras: int = 0
+) -> tuple[Refusal, ...]:
     """Reasons against the kernels that depend on dtype and tile sizes. rows: tile length of the short side.
 
     They apply to GPUs only; the interpreter accepts every dtype.
     """
     if dtype == torch.float64:
-        return ("float64 has no kernel on a GPU: SDPA runs, or the reference on packed rows",)
+        return (FLOAT64,)
     if dtype == torch.float32 and not tf32:
-        return (
-            'float32 kernels use TF32, which float32_matmul_precision "highest" forbids: SDPA runs, or the reference '
-            "on packed rows",
-        )
+        reason = 'float32 kernels use TF32, which float32_matmul_precision "highest" forbids'
+        way_out = 'SDPA runs, or the reference on packed rows; torch.set_float32_matmul_precision("high") allows TF32'
+        return (refusal(reason, way_out),)
     from mvlm_kernels.cross_attention.tiles import has_tiles
 
     if not has_tiles(dtype, width, rows, arch, extras):
         having = " with a dropout, a softcap or grouped heads" if extras else ""
-        return (
-            f"no tile of {dtype} at width {width} and {rows} rows{having} fits this GPU: SDPA runs, or the "
-            "reference on packed rows",
-        )
+        reason = f"no tile of {dtype} at width {width} and {rows} rows{having} fits this GPU"
+        way_out = "SDPA runs, or the reference on packed rows; 16 bits, narrower heads or a shorter side take less"
+        return (refusal(reason, way_out),)
     return ()

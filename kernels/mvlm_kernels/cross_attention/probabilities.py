@@ -8,9 +8,10 @@ from torch import Tensor
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.cross_attention.arguments import cap_of, check_arguments, check_values, scale_of
 from mvlm_kernels.cross_attention.reference import pack_key_mask, reference_probabilities
+from mvlm_kernels.refusals import FLOAT64, Refusal
 
 
-def _explain(q: Tensor, k: Tensor, lse: Tensor | None = None, **options: Any) -> tuple[str, ...]:
+def _explain(q: Tensor, k: Tensor, lse: Tensor | None = None, **options: Any) -> tuple[Refusal, ...]:
     _checked(q, k, lse, **options)
     return _reasons(q)
 
@@ -95,10 +96,9 @@ def _dtype(q: Tensor) -> torch.dtype:
     return torch.promote_types(q.dtype, torch.float32)
 
 
-def _reasons(q: Tensor) -> tuple[str, ...]:
-    if q.is_cuda and q.dtype == torch.float64:
-        return (*dispatch.device_reasons(q.device), "float64 has no kernel on a GPU")
-    return dispatch.device_reasons(q.device)
+def _reasons(q: Tensor) -> tuple[Refusal, ...]:
+    found = dispatch.device_reasons(q.device)
+    return (*found, FLOAT64) if q.is_cuda and q.dtype == torch.float64 else found
 
 
 def _implementation(q: Tensor, k: Tensor, lse: Tensor | None, *args: Any) -> Tensor:

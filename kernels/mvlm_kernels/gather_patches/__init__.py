@@ -16,11 +16,12 @@ from mvlm_kernels.gather_patches.arguments import (
     check_patch_ids,
     tile_reasons,
 )
+from mvlm_kernels.refusals import Refusal
 
 __all__ = ["gather_patches"]
 
 
-def _reasons(images: Tensor, patch_ids: Tensor | None, patch_size: int, **_: Any) -> tuple[str, ...]:
+def _reasons(images: Tensor, patch_ids: Tensor | None, patch_size: int, **_: Any) -> tuple[Refusal, ...]:
     check_patch_ids(patch_ids, images, check_images(images, patch_size))
     return _why_not_triton(images, patch_size)
 
@@ -70,7 +71,7 @@ def gather_patches(
     return call(images, patch_ids, patch_size, means, stds, dtype)
 
 
-def _why_not_triton(images: Tensor, patch_size: int) -> tuple[str, ...]:
+def _why_not_triton(images: Tensor, patch_size: int) -> tuple[Refusal, ...]:
     return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mvlm_kernels.dispatch import power_of_two
 from mvlm_kernels.gather_patches.reference import compute_dtype
+from mvlm_kernels.refusals import Refusal, refusal
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ChannelValues = Sequence[float] | Tensor | None
@@ -129,15 +130,15 @@ def _constant(name: str, values: tuple[float, ...], dtype: torch.dtype, device: 
 
 
 @functools.cache
-def tile_reasons(channels: int, patch_size: int) -> tuple[str, ...]:
+def tile_reasons(channels: int, patch_size: int) -> tuple[Refusal, ...]:
     """Reasons against Triton for patches that do not fit a tile."""
     pixels = power_of_two(channels) * power_of_two(patch_size**2)
     if pixels <= MAX_TILE:
         return ()
-    return (
-        f"a patch of {channels} x {patch_size}^2 pixels needs a tile of {pixels} values; the kernels take at most "
-        f"{MAX_TILE}",
+    reason = (
+        f"a patch of {channels} x {patch_size}^2 pixels needs a tile of {pixels} values, the kernels take {MAX_TILE}"
     )
+    return (refusal(reason, "torch runs; use smaller patches"),)
 
 
 # Values per tile. With 16 warps this is 64 values per thread, about the most that fits without spilling registers.

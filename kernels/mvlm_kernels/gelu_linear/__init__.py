@@ -12,14 +12,15 @@ from torch import Tensor
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.gather_patches.arguments import FLOATS, check_device
 from mvlm_kernels.gelu_linear import reference
+from mvlm_kernels.refusals import FLOAT64, Refusal
 
 __all__ = ["gelu_linear"]
 
 
-def _reasons(h: Tensor, *_: Any, **__: Any) -> tuple[str, ...]:
+def _reasons(h: Tensor, *_: Any, **__: Any) -> tuple[Refusal, ...]:
     found = dispatch.device_reasons(h.device)
     if h.dtype == torch.float64 and h.device.type == "cuda":
-        found = (*found, "the tensors are float64")
+        found = (*found, FLOAT64)
     return found
 
 

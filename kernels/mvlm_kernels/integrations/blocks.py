@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from mvlm_kernels import add_layer_norm, dispatch, gelu_linear
 from mvlm_kernels.add_layer_norm.arguments import WIDEST
-from mvlm_kernels.integrations.report import Part, SwapReport
+from mvlm_kernels.integrations.report import ALREADY_SWAPPED, Part, SwapReport
+from mvlm_kernels.refusals import FLOAT64, Refusal, refusal
 
 __all__ = ["swap_blocks"]
 
@@ -42,7 +43,7 @@ class Form:
     """
 
     forward: Callable[..., Tensor]
-    why_not: Callable[[Any], str | None]
+    why_not: Callable[[Any], Refusal | None]
 
 
 def swap_blocks(model: nn.Module) -> SwapReport:
@@ -57,7 +58,7 @@ def swap_blocks(model: nn.Module) -> SwapReport:
         form = form_of(type(module))
         if form is None:
             continue
-        reason = "its forward is replaced already" if "forward" in vars(module) else form.why_not(module)
+        reason = ALREADY_SWAPPED if "forward" in vars(module) else form.why_not(module)
         parts.append(Part(path, type(module).__name__, reason))
         if reason is None:
             module.forward = functools.partial(_forward, module, form)
@@ -78,52 +79,59 @@ def _forward(module: nn.Module, form: Form, *args: Any, **kwargs: Any) -> Tensor
     return form.forward(module, *args, **kwargs)
 
 
-def kernel_reasons(x: Tensor) -> tuple[str, ...]:
+def kernel_reasons(x: Tensor) -> tuple[Refusal, ...]:
     """Reasons why no kernel computes a call on this tensor. Empty under :func:`mvlm_kernels.use_backend`."""
     return _kernel_reasons(x.device, x.dtype, dispatch.forced())
 
 
 @dispatch.constant_when_compiled
-def _kernel_reasons(device: torch.device, dtype: torch.dtype, forced: str | None) -> tuple[str, ...]:
+def _kernel_reasons(device: torch.device, dtype: torch.dtype, forced: str | None) -> tuple[Refusal, ...]:
     if forced is not None:
         return ()
     found = dispatch.device_reasons(device)
-    return (*found, "the tensors are float64") if dtype == torch.float64 else found
+    return (*found, FLOAT64) if dtype == torch.float64 else found
 
 
-def why_not_replaced(module: nn.Module, *kinds: type[nn.Module]) -> str | None:
+def why_not_replaced(module: nn.Module, *kinds: type[nn.Module]) -> Refusal | None:
     """Reason why a module's parameters cannot be used without calling it: wrapped, another class, or hooks."""
     if type(module) not in kinds:
-        return f"wanted {' or '.join(kind.__name__ for kind in kinds)}, got {type(module).__name__}"
+        return refusal(
+            f"wanted {' or '.join(kind.__name__ for kind in kinds)}, got {type(module).__name__}",
+            f"the original forward runs; put a plain {kinds[0].__name__} there",
+        )
     if any(getattr(module, name) for name in _HOOKS) or "forward" in vars(module):
-        return f"its {type(module).__name__} has hooks"
+        return refusal(f"its {type(module).__name__} has hooks", "the original forward calls them; remove them")
     return None
 
 
-def _why_not_block(block: Any) -> str | None:
+def _why_not_block(block: Any) -> Refusal | None:
     return _why_not_norm(block.norm2)
 
 
-def _why_not_residual_norm(module: Any) -> str | None:
+def _why_not_residual_norm(module: Any) -> Refusal | None:
     return _why_not_norm(module.LayerNorm)
 
 
-def _why_not_norm(norm: Any) -> str | None:
+def _why_not_norm(norm: Any) -> Refusal | None:
     reason = why_not_replaced(norm, nn.LayerNorm, *_timm_norms())
     if reason is not None:
         return reason
     if norm.weight is None or norm.bias is None or len(norm.normalized_shape) != 1:
-        return f"the norm must have weight and bias over the last axis, got {norm}"
+        reason = f"the norm must have weight and bias over the last axis, got {norm}"
+        return refusal(reason, "the original forward runs; give the norm both")
     if norm.normalized_shape[0] > WIDEST:
-        return f"a row of the norm has {norm.normalized_shape[0]} values, the kernel holds at most {WIDEST}"
-    return "timm's fast norm is on" if getattr(norm, "_fast_norm", False) else None
+        reason = f"a row of the norm has {norm.normalized_shape[0]} values, the kernel holds at most {WIDEST}"
+        return refusal(reason, "the original forward runs; use rows of at most that width")
+    if getattr(norm, "_fast_norm", False):
+        return refusal("timm's fast norm is on", "call timm.layers.set_fast_norm(False) before building the model")
+    return None
 
 
 def _timm_norms() -> tuple[type[nn.Module], ...]:
     return (sys.modules["timm.layers.norm"].LayerNorm,) if "timm.layers.norm" in sys.modules else ()
 
 
-def _why_not_mlp(mlp: Any) -> str | None:
+def _why_not_mlp(mlp: Any) -> Refusal | None:
     for part, kinds in (
         (mlp.fc2, (nn.Linear,)),
         (mlp.norm, (nn.Identity,)),
@@ -134,7 +142,8 @@ def _why_not_mlp(mlp: Any) -> str | None:
         if reason is not None:
             return reason
     if mlp.act.approximate != "none":
-        return "the op has the exact GELU, the module its tanh approximation"
+        reason = "the op has the exact GELU, the module its tanh approximation"
+        return refusal(reason, "the original forward runs; use nn.GELU()")
     return None
 
 

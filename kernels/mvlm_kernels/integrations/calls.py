@@ -8,6 +8,7 @@ import torch
 
 from mvlm_kernels import dispatch
 from mvlm_kernels.cross_attention import why_not_triton
+from mvlm_kernels.refusals import Refusal
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class AttentionCall:
     kind: str
     queries: int
     keys: int
-    reasons: tuple[str, ...]
+    reasons: tuple[Refusal, ...]
 
 
 _calls: list[AttentionCall] | None = None
@@ -42,13 +43,13 @@ def recording() -> bool:
     return _calls is not None
 
 
-def record(module: object, queries: int, keys: int, reasons: tuple[str, ...]) -> None:
+def record(module: object, queries: int, keys: int, reasons: tuple[Refusal, ...]) -> None:
     """Add a call to the list of :func:`recorded_calls`, if there is one."""
     if _calls is not None:
         _calls.append(AttentionCall(type(module).__name__, queries, keys, reasons))
 
 
-def kernel_reasons(device: torch.device, dtype: torch.dtype, width: int, short_rows: int) -> tuple[str, ...]:
+def kernel_reasons(device: torch.device, dtype: torch.dtype, width: int, short_rows: int) -> tuple[Refusal, ...]:
     """Reasons why a model keeps its own attention: no kernel runs the call. Empty if one does.
 
     dtype: after autocast. width: of a head. short_rows: the shorter of the two lengths. On a device without kernels the
@@ -66,7 +67,7 @@ def kernel_reasons(device: torch.device, dtype: torch.dtype, width: int, short_r
 @dispatch.constant_when_compiled
 def _kernel_reasons(
     device: torch.device, dtype: torch.dtype, width: int, short_rows: int, forced: str | None
-) -> tuple[str, ...]:
+) -> tuple[Refusal, ...]:
     found = why_not_triton(device, dtype, head_width=width, short_rows=short_rows)
     if found and forced is not None and device.type != "cuda":
         without = dispatch.device_reasons(device)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mvlm_kernels import cross_attention, dispatch
 from mvlm_kernels.integrations.calls import kernel_reasons, record
-from mvlm_kernels.integrations.report import Part, SwapReport
+from mvlm_kernels.integrations.report import ALREADY_SWAPPED, Part, SwapReport
+from mvlm_kernels.refusals import Refusal, refusal
 
 
 class KernelAttnProcessor(AttnProcessor2_0):
@@ -51,7 +52,8 @@ class KernelAttnProcessor(AttnProcessor2_0):
         keys = queries if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         reasons = self.why_not_fused(attn, hidden_states, queries, keys, attention_mask)
         if args or any(value is not None for value in kwargs.values()):
-            reasons = (*reasons, f"there are further arguments: {', '.join(kwargs) or 'positional ones'}")
+            further = f"there are further arguments: {', '.join(kwargs) or 'positional ones'}"
+            reasons = (*reasons, refusal(further, "the original's code computes them; leave them out"))
         record(attn, queries, keys, reasons)
         if reasons:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
@@ -81,15 +83,17 @@ class KernelAttnProcessor(AttnProcessor2_0):
 
     def why_not_fused(
         self, attn: Attention, hidden_states: Tensor, queries: int, keys: int, attention_mask: Tensor | None
-    ) -> tuple[str, ...]:
+    ) -> tuple[Refusal, ...]:
         """Every reason why a call with these tensors runs the original's code; empty if the op computes it."""
         reasons = []
         if attention_mask is not None:
             batch, mask_shape = hidden_states.shape[0], tuple(attention_mask.shape)
             if mask_shape not in ((batch, keys), (batch, 1, keys), (batch, 1, 1, keys)):
-                reasons.append(f"the mask of shape {mask_shape} is not one row of {keys} keys for each sample")
+                reason = f"the mask of shape {mask_shape} is not one row of {keys} keys for each sample"
+                reasons.append(refusal(reason, f"the original's code runs; pass a mask of shape {(batch, keys)}"))
             if attention_mask.dtype != torch.bool and not self.padding_masks:
-                reasons.append("the mask is floating; swap(..., padding_masks=True) if it marks padding alone")
+                way_out = "the original's code runs; swap(..., padding_masks=True) if it marks padding alone"
+                reasons.append(refusal("the mask is floating", way_out))
         dtype = dispatch.autocast_dtype(hidden_states.device) or hidden_states.dtype
         width = attn.inner_dim // attn.heads
         return (*reasons, *kernel_reasons(hidden_states.device, dtype, width, min(queries, keys)))
@@ -103,15 +107,17 @@ def _key_padding(attention_mask: Tensor | None, keys: int) -> Tensor | None:
     return rows if rows.dtype == torch.bool else rows == 0
 
 
-def why_not_swapped(layer: Attention) -> str | None:
+def why_not_swapped(layer: Attention) -> Refusal | None:
     """Reason why a layer cannot take a :class:`KernelAttnProcessor`; None if it can."""
     processor = layer.processor
     if isinstance(processor, KernelAttnProcessor):
-        return "it is swapped already"
+        return ALREADY_SWAPPED
     if type(processor) is not AttnProcessor2_0:
-        return f"its processor must be an AttnProcessor2_0, got {type(processor).__name__}"
+        reason = f"its processor must be an AttnProcessor2_0, got {type(processor).__name__}"
+        return refusal(reason, "call set_processor(AttnProcessor2_0()) before the swap")
     if layer.inner_dim != layer.inner_kv_dim:
-        return f"queries are {layer.inner_dim} wide and keys {layer.inner_kv_dim}: heads are grouped"
+        reason = f"queries are {layer.inner_dim} wide and keys {layer.inner_kv_dim}: heads are grouped"
+        return refusal(reason, "diffusers' processor runs; build the layer without kv_heads")
     return None
 
 

@@ -3,6 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from mvlm_kernels.refusals import Refusal, refusal
+
+ALREADY_SWAPPED = refusal("it is swapped already", "undo the earlier swap first")
+
 
 @dataclass(frozen=True)
 class Part:
@@ -14,7 +18,7 @@ class Part:
 
     path: str
     kind: str
-    reason: str | None = None
+    reason: Refusal | None = None
 
 
 @dataclass

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from mvlm_kernels import dispatch, gather_patches
-from mvlm_kernels.integrations.report import Part, SwapReport
+from mvlm_kernels.integrations.report import ALREADY_SWAPPED, Part, SwapReport
+from mvlm_kernels.refusals import Refusal, refusal
 
 
 class GatherPatchEmbed(PatchEmbed):
@@ -33,13 +34,13 @@ class GatherPatchEmbed(PatchEmbed):
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 
-    def why_not_gathered(self, images: Tensor) -> str | None:
+    def why_not_gathered(self, images: Tensor) -> Refusal | None:
         """Reason why the original forward runs for these images; None if the patches are gathered."""
-        return why_not_read(self.proj) or (
-            f"images of {tuple(images.shape[2:])} pixels are padded or cut to patches of {self.patch_size}"
-            if any(side % patch for side, patch in zip(images.shape[2:], self.proj.kernel_size, strict=True))
-            else None
-        )
+        reason = why_not_read(self.proj)
+        if reason is None and any(n % patch for n, patch in zip(images.shape[2:], self.proj.kernel_size, strict=True)):
+            sides = f"images of {tuple(images.shape[2:])} pixels are padded or cut to patches of {self.patch_size}"
+            return refusal(sides, "the original forward runs; give images of whole patches")
+        return reason
 
     def forward(self, x: Tensor, patch_ids: Tensor | None = None) -> Tensor:
         """images x (B, C, H, W) and patch_ids (B, K), or None for all N patches, -> (B, K, embed_dim).
@@ -47,13 +48,16 @@ class GatherPatchEmbed(PatchEmbed):
         Without patch_ids the result has the original's output format. Raises ValueError for images of another rank or
         number of channels, and, if the original was strict, of another size.
         """
-        if x.ndim != 4 or x.shape[1] != self.proj.in_channels:
-            raise ValueError(f"images must have shape (B, {self.proj.in_channels}, H, W), got {tuple(x.shape)}")
+        channels = getattr(self.proj, "in_channels", None)  # a wrapper need not show it
+        if x.ndim != 4 or channels not in (None, x.shape[1]):
+            raise ValueError(f"images must have shape (B, {channels or 'C'}, H, W), got {tuple(x.shape)}")
         if self.strict_img_size and self.img_size is not None and tuple(x.shape[2:]) != self.img_size:
             raise ValueError(f"images must be {self.img_size} pixels, got {tuple(x.shape[2:])}")
-        dtype = dispatch.autocast_dtype(x.device) or self.proj.weight.dtype
+        dtype = dispatch.autocast_dtype(x.device)
         if self.why_not_gathered(x) is not None:
+            dtype = dtype or next(p.dtype for p in self.proj.parameters() if p.is_floating_point())
             return self._by_original_forward(x, patch_ids, dtype)
+        dtype = dtype or self.proj.weight.dtype
         patch = self.proj.kernel_size[0]
         patches = gather_patches(x, patch_ids, patch, mean=self.mean, std=self.std, dtype=dtype)
         tokens = nn.functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)  # (B, K, embed_dim)
@@ -66,8 +70,8 @@ class GatherPatchEmbed(PatchEmbed):
     def _by_original_forward(self, x: Tensor, patch_ids: Tensor | None, dtype: torch.dtype) -> Tensor:
         if patch_ids is not None and not self.flatten:
             raise ValueError(
-                f"patch_ids must be None, got a tensor: {self.why_not_gathered(x)}, and the output "
-                "format is not (B, N, C)"
+                "patch_ids must be None where the output format is not (B, N, C), got a tensor: "
+                f"{self.why_not_gathered(x)}"
             )
         if x.dtype == torch.uint8:
             x = x / 255
@@ -80,30 +84,33 @@ class GatherPatchEmbed(PatchEmbed):
         return tokens.gather(1, patch_ids.long()[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
-def why_not_read(proj: nn.Module) -> str | None:
+def why_not_read(proj: nn.Module) -> Refusal | None:
     """Reason why the weight of ``proj`` cannot be used without calling it; None if it can.
 
     Weights computed by ``torch.nn.utils.parametrizations`` can be read. Wrapped modules and hooks must be called.
     """
     if type(proj) is not nn.Conv2d and not (isinstance(proj, nn.Conv2d) and parametrize.is_parametrized(proj)):
-        return f"proj must be a Conv2d, got {type(proj).__name__}"
+        reason = f"proj must be a Conv2d, got {type(proj).__name__}"
+        return refusal(reason, "the original forward runs; unwrap it, or merge its adapter")
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(proj, name) for name in hooks):
-        return "proj has hooks"
+        return refusal("proj has hooks", "the original forward calls them; remove them")
     side = proj.kernel_size[0]
     plain = proj.kernel_size == proj.stride == (side, side) and proj.groups == 1 and proj.dilation == (1, 1)
     if not plain or proj.padding not in ((0, 0), "valid"):
-        return f"proj must be a square conv of disjoint patches, got {proj}"
+        reason = f"proj must be a square conv of disjoint patches, got {proj}"
+        return refusal(reason, "the original forward runs; use another patch embedding")
     return None
 
 
-def why_not_swapped(module: nn.Module) -> str | None:
+def why_not_swapped(module: nn.Module) -> Refusal | None:
     """Reason why a module cannot become a :class:`GatherPatchEmbed`; None if it can."""
     if isinstance(module, GatherPatchEmbed):
-        return "it is swapped already"
+        return ALREADY_SWAPPED
     if type(module) is not PatchEmbed:
         kind = f"{type(module).__module__}.{type(module).__name__}"
-        return f"it must be a timm.layers.PatchEmbed itself, got {kind}, whose forward may differ"
+        reason = f"it must be a timm.layers.PatchEmbed itself, got {kind}, whose forward may differ"
+        return refusal(reason, "it stays; call gather_patches in its forward")
     return why_not_read(module.proj)
 
 

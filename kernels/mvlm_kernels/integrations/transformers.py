@@ -24,6 +24,7 @@ from mvlm_kernels import cross_attention, dispatch
 from mvlm_kernels.integrations.calls import kernel_reasons, record, recording
 from mvlm_kernels.integrations.report import Part, SwapReport
 from mvlm_kernels.integrations.transformers_models import configs_of, names_sdpa, why_not_swapped
+from mvlm_kernels.refusals import Refusal, refusal
 
 NAME = "sdpa_mvlm"
 
@@ -150,34 +151,34 @@ def why_not_fused(
     position_bias: Tensor | None = None,
     sliding_window: int | None = None,
     output_attentions: bool | None = None,
-) -> tuple[str, ...]:
+) -> tuple[Refusal, ...]:
     """Every reason why a call of :func:`attention` with these arguments goes to SDPA; empty if the op computes it."""
     # As in transformers: without a mask the module's flag decides, and a single query sees every key.
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     queries, width = query.shape[2], query.shape[3]
-    checks = (
-        (position_bias is not None, "there is a position_bias"),
-        (sliding_window is not None, "there is a sliding_window"),
-        (bool(output_attentions), "output_attentions is set, and the op returns no probabilities"),
-        (causal and attention_mask is None and queries > 1, "the module is causal"),
-        (
-            attention_mask is not None and _key_padding(attention_mask, query, key) is None,
-            "the mask is not plain key padding: it differs between queries or heads, or it is floating",
-        ),
-        (
-            query.shape[0] != key.shape[0] or key.shape[:3] != value.shape[:3],
-            f"query, key and value have batches and lengths of {[tuple(x.shape) for x in (query, key, value)]}",
-        ),
-        (
-            not (width == key.shape[3] == value.shape[3]),
-            f"head widths differ: {width}, {key.shape[3]} and {value.shape[3]}",
-        ),
-    )
-    reasons = tuple(reason for holds, reason in checks if holds)
-    return reasons + _kernel(query, key)
+    found: list[Refusal] = []
+    if position_bias is not None:
+        found.append(refusal("there is a position_bias", "SDPA adds it"))
+    if sliding_window is not None:
+        found.append(refusal("there is a sliding_window", "SDPA runs with its mask"))
+    if output_attentions:
+        reason = "output_attentions is set, and the op returns no probabilities"
+        found.append(refusal(reason, 'SDPA runs; attn_implementation="eager" returns them'))
+    if causal and attention_mask is None and queries > 1:
+        found.append(refusal("the module is causal", "SDPA runs"))
+    if attention_mask is not None and _key_padding(attention_mask, query, key) is None:
+        reason = "the mask is not plain key padding: it differs between queries or heads, or it is floating"
+        found.append(refusal(reason, "SDPA runs; pass the tokenizer's mask (batch, keys)"))
+    if query.shape[0] != key.shape[0] or key.shape[:3] != value.shape[:3]:
+        shapes = [tuple(x.shape) for x in (query, key, value)]
+        found.append(refusal(f"query, key and value have batches and lengths of {shapes}", "SDPA broadcasts them"))
+    if not width == key.shape[3] == value.shape[3]:
+        reason = f"head widths differ: {width}, {key.shape[3]} and {value.shape[3]}"
+        found.append(refusal(reason, "SDPA runs; give values the width of keys"))
+    return (*found, *_kernel(query, key))
 
 
-def _kernel(query: Tensor, key: Tensor) -> tuple[str, ...]:
+def _kernel(query: Tensor, key: Tensor) -> tuple[Refusal, ...]:
     dtype = dispatch.autocast_dtype(query.device) or query.dtype
     return kernel_reasons(query.device, dtype, query.shape[3], min(query.shape[2], key.shape[2]))
 

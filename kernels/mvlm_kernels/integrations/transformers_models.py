@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from mvlm_kernels import dispatch
+from mvlm_kernels.refusals import Refusal, refusal
 
 _NAMES_SDPA = re.compile(r"_attn_implementation\w*\s*(?:==|!=|in|not in)\s*[^\n]*[\"']sdpa[\"']")
 
@@ -50,14 +51,16 @@ def configs_of(model: nn.Module) -> Iterator[tuple[str, Any, list[Any]]]:
     yield from found.values()
 
 
-def why_not_swapped(part: Any, name: str) -> str | None:
+def why_not_swapped(part: Any, name: str) -> Refusal | None:
     """Reason why a ``PreTrainedModel`` cannot take the attention implementation ``name``; None if it can."""
     if not part._can_set_attn_implementation():
-        return f"the code of {type(part).__name__} does not call transformers' attention interface"
+        reason = f"the code of {type(part).__name__} does not call transformers' attention interface"
+        return refusal(reason, "its own attention runs; call cross_attention in it")
     if names_sdpa(type(part).__module__):
-        return 'its code asks for "sdpa" by name and prepares other masks for other names'
+        reason = 'its code asks for "sdpa" by name and prepares other masks for other names'
+        return refusal(reason, "its own attention runs")
     try:
         part.get_correct_attn_implementation(name)
     except (ValueError, ImportError) as error:
-        return str(error).strip().split("\n")[0].split(" Please")[0]
+        return refusal(str(error).strip().split("\n")[0].split(" Please")[0], "its own attention runs")
     return None

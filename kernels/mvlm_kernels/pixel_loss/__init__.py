@@ -22,6 +22,7 @@ from mvlm_kernels.pixel_loss.ops import (
     pixel_reasons,
 )
 from mvlm_kernels.pixel_loss.reference import Kind
+from mvlm_kernels.refusals import Refusal
 
 __all__ = ["linear_pixel_loss", "masked_pixel_loss"]
 
@@ -30,7 +31,7 @@ Reduction = Literal["mean", "none"]
 
 def _why_not_masked(
     pred: Tensor, images: Tensor, patch_ids: Tensor | None, patch_size: int, **_: Any
-) -> tuple[str, ...]:
+) -> tuple[Refusal, ...]:
     _check(images, patch_ids, patch_size, pred, "pred")
     return pixel_reasons(images, patch_size)
 
@@ -43,7 +44,7 @@ def _why_not_linear(
     patch_ids: Tensor | None,
     patch_size: int,
     **_: Any,
-) -> tuple[str, ...]:
+) -> tuple[Refusal, ...]:
     hidden = _as_autocast(hidden)
     _check(images, patch_ids, patch_size, hidden, "hidden")
     _check_parameters(hidden, weight, bias, images.shape[1] * patch_size**2)

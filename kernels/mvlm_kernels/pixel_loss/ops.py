@@ -11,9 +11,10 @@ from torch import Tensor
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.gather_patches.arguments import check_id_values, tile_reasons
 from mvlm_kernels.pixel_loss import reference
+from mvlm_kernels.refusals import Refusal
 
 
-def pixel_reasons(images: Tensor, patch_size: int) -> tuple[str, ...]:
+def pixel_reasons(images: Tensor, patch_size: int) -> tuple[Refusal, ...]:
     """Reasons against Triton for both losses."""
     return dispatch.device_reasons(images.device) + tile_reasons(images.shape[1], patch_size)
 

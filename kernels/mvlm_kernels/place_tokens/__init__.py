@@ -8,11 +8,12 @@ from torch import Tensor
 from mvlm_kernels import dispatch, registration
 from mvlm_kernels.gather_patches.arguments import FLOATS, check_device, check_id_values, check_ids
 from mvlm_kernels.place_tokens import cpu, reference
+from mvlm_kernels.refusals import Refusal
 
 __all__ = ["place_tokens"]
 
 
-def _reasons(tokens: Tensor, *_: Any, **__: Any) -> tuple[str, ...]:
+def _reasons(tokens: Tensor, *_: Any, **__: Any) -> tuple[Refusal, ...]:
     return dispatch.device_reasons(tokens.device)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from mvlm_kernels import add_layer_norm, dispatch, explain, use_backend
 from mvlm_kernels.add_layer_norm.triton import aot_cases
+from mvlm_kernels.dispatch import ON_CPU
 from support.kernels.norms import case
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -69,7 +70,7 @@ def test_bad_input_says_what_was_wanted(args, kwargs, message):
 
 
 def test_explain_names_the_reasons():
-    assert explain(add_layer_norm, X, X, W, W).reasons == ("the tensors are on the CPU",)
+    assert explain(add_layer_norm, X, X, W, W).reasons == (ON_CPU,)
     wide = torch.zeros(1, 9000)
     assert "a row has 9000 values" in explain(add_layer_norm, wide, wide, wide[0], wide[0]).reasons[1]
 

@@ -83,7 +83,7 @@ def test_attention_long_on_both_sides_runs_sdpa_with_the_same_meaning(lengths: b
     for a, b in zip(run(cross_attention, call), wanted, strict=True):
         torch.testing.assert_close(a, b)
     reasons = mvlm_kernels.explain(cross_attention, call.q, call.k, call.v, **call.kwargs).reasons
-    assert any("both sides are longer than 128 (131 queries, 149 keys): SDPA runs" in r for r in reasons)
+    assert any("both sides are longer than 128 (131 queries, 149 keys); SDPA runs" in r for r in reasons)
     with mvlm_kernels.use_backend("triton"), pytest.raises(RuntimeError, match="both sides are longer"):
         cross_attention(call.q, call.k, call.v, **call.kwargs)
 

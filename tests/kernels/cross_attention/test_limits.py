@@ -50,7 +50,7 @@ def test_dropout_softcap_and_grouped_heads_need_registers():
     q, k = torch.empty(1, 9, 4, 128), torch.empty(1, 9, 2, 128)
     assert [extras_of(q, q, 0.0, 0.0), extras_of(q, k, 0.0, 0.1), extras_of(q, k, 9.0, 0.1)] == [0, 2, 3]
     (reason,) = type_reasons(torch.bfloat16, 128, 128, 80, False, extras=1)
-    assert "at width 128 and 128 rows with a dropout, a softcap or grouped heads fits this GPU: SDPA runs" in reason
+    assert "at width 128 and 128 rows with a dropout, a softcap or grouped heads fits this GPU; SDPA runs" in reason
 
 
 def test_why_not_triton_agrees_with_explain_on_the_cpu():

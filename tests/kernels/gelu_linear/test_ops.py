@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mvlm_kernels import dispatch, explain, gelu_linear, use_backend
+from mvlm_kernels.dispatch import ON_CPU
 from mvlm_kernels.gelu_linear.triton import aot_cases
 
 BF16 = torch.bfloat16
@@ -56,7 +57,7 @@ def test_bad_input_says_what_was_wanted(args, kwargs, message):
 
 
 def test_explain_names_the_reasons():
-    assert explain(gelu_linear, H, W).reasons == ("the tensors are on the CPU",)
+    assert explain(gelu_linear, H, W).reasons == (ON_CPU,)
 
 
 def test_only_h_and_the_parameters_are_saved():

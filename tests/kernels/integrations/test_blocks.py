@@ -14,6 +14,7 @@ transformers = pytest.importorskip("transformers")
 from mvlm_kernels import use_backend  # noqa: E402
 from mvlm_kernels.integrations import blocks  # noqa: E402
 from mvlm_kernels.integrations.blocks import form_of, swap_blocks  # noqa: E402
+from mvlm_kernels.integrations.report import ALREADY_SWAPPED  # noqa: E402
 
 
 def vit(**options: Any) -> Any:
@@ -26,6 +27,11 @@ def bert(**options: Any) -> Any:
     torch.manual_seed(0)
     sizes = {"vocab_size": 50, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     return transformers.BertModel(transformers.BertConfig(intermediate_size=96, **sizes, **options), False)
+
+
+def normed_mlp(*sizes: Any, **options: Any) -> Any:
+    """A feed-forward layer with a norm in its middle, which only newer versions of timm's Block have an option for."""
+    return timm.layers.Mlp(*sizes, **(options | {"norm_layer": nn.LayerNorm}))
 
 
 def inputs(model: nn.Module) -> Tensor:
@@ -121,7 +127,7 @@ def test_undo_puts_the_forwards_back(calls):
     model = bert()
     before = {path: dict(vars(module)) for path, module in model.named_modules()}
     report = swap_blocks(model)
-    assert [part.reason for part in swap_blocks(model).parts] == ["its forward is replaced already"] * 4
+    assert [part.reason for part in swap_blocks(model).parts] == [ALREADY_SWAPPED] * 4
     report.undo()
     assert {path: dict(vars(module)) for path, module in model.named_modules()} == before
 
@@ -178,7 +184,7 @@ def test_a_copy_uses_its_own_parameters(clone, calls):
         ({"act_layer": lambda: nn.GELU("tanh")}, "the op has the exact GELU"),
         ({"norm_layer": lambda dim, **_: nn.LayerNorm(dim, elementwise_affine=False)}, "must have weight and bias"),
         ({"norm_layer": nn.RMSNorm}, "wanted LayerNorm"),
-        ({"scale_mlp_norm": True}, "wanted Identity, got LayerNorm"),
+        ({"mlp_layer": normed_mlp}, "wanted Identity, got LayerNorm"),
     ],
 )
 def test_parts_that_an_op_cannot_compute_are_kept_with_a_reason(options, reason):

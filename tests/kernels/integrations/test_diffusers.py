@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from mvlm_kernels import use_backend
+from mvlm_kernels.dispatch import ON_CPU
 from mvlm_kernels.integrations.calls import AttentionCall, recorded_calls
 from mvlm_kernels.integrations.diffusers import KernelAttnProcessor, swap
 
@@ -117,7 +118,7 @@ def test_a_cpu_keeps_the_original():
     swap(attention)
     with recorded_calls() as calls:
         assert torch.equal(attention(states, text), wanted)
-    assert calls[0].reasons == ("the tensors are on the CPU",)
+    assert calls[0].reasons == (ON_CPU,)
 
 
 def test_layers_that_cannot_be_swapped_are_kept_with_a_reason():

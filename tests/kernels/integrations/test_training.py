@@ -1,4 +1,4 @@
-"""Fifty steps of training with and without the swap: the same losses."""
+"""Fifty steps of training with and without the swaps: the same losses."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +15,7 @@ from diffusers.models.attention import BasicTransformerBlock  # noqa: E402
 from transformers import BertConfig, BertForMaskedLM, BertLMHeadModel  # noqa: E402
 
 from mvlm_kernels import use_backend  # noqa: E402
+from mvlm_kernels.integrations import blocks  # noqa: E402
 from mvlm_kernels.integrations import diffusers as for_diffusers  # noqa: E402
 from mvlm_kernels.integrations import timm as for_timm  # noqa: E402
 from mvlm_kernels.integrations import transformers as for_transformers  # noqa: E402
@@ -104,21 +105,57 @@ def one_backend() -> Iterator[None]:
         yield
 
 
+def both(swap: Callable[[nn.Module], SwapReport]) -> Callable[[nn.Module], SwapReport]:
+    """The swap, and that of residual norms and feed-forward layers."""
+
+    def swap_both(model: nn.Module) -> SwapReport:
+        assert blocks.swap_blocks(model).swapped
+        return swap(model)
+
+    return swap_both
+
+
+@pytest.fixture
+def block_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the ops that swapped blocks call."""
+    found: list[str] = []
+    for name in ("add_layer_norm", "gelu_linear"):
+        op = getattr(blocks, name)
+        call = lambda *args, op=op, name=name, **options: (found.append(name), op(*args, **options))[1]  # noqa: E731
+        monkeypatch.setattr(blocks, name, call)
+    return found
+
+
+def swap_denoiser(model: nn.Module) -> SwapReport:
+    return for_diffusers.swap(model, padding_masks=True)
+
+
 @pytest.mark.slow
 @pytest.mark.plain_empty
 @pytest.mark.parametrize(
-    "build, swap, fused",
+    "build, swap, fused, in_blocks",
     [
-        (Vit, lambda model: for_timm.swap(model), None),
-        (Bert, lambda model: for_transformers.swap(model), 2 * STEPS),
-        (Captioner, lambda model: for_transformers.swap(model), 2 * STEPS),
-        (Denoiser, lambda model: for_diffusers.swap(model, padding_masks=True), 2 * STEPS),
+        (Vit, for_timm.swap, None, 0),
+        (Vit, both(for_timm.swap), None, 4 * STEPS),
+        (Bert, for_transformers.swap, 2 * STEPS, 0),
+        (Bert, both(for_transformers.swap), 2 * STEPS, 4 * STEPS),
+        (Captioner, for_transformers.swap, 2 * STEPS, 0),
+        (Captioner, both(for_transformers.swap), 2 * STEPS, 6 * STEPS),
+        (Denoiser, swap_denoiser, 2 * STEPS, 0),
     ],
+    ids=["vit", "vit-blocks", "bert", "bert-blocks", "captioner", "captioner-blocks", "denoiser"],
 )
-def test_losses_of_fifty_steps_are_equal(build: Callable[[], nn.Module], swap: Any, fused: int | None):
+def test_losses_of_fifty_steps_are_equal(
+    build: Callable[[], nn.Module], swap: Any, fused: int | None, in_blocks: int, block_calls: list[str]
+):
     wanted = trained(build, None)
     with recorded_calls() as calls:
         got = trained(build, swap)
     assert fused is None or sum(not call.reasons for call in calls) == fused
+    assert len(block_calls) == in_blocks
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
     assert wanted[-1] != wanted[0]
+
+
+def test_a_block_of_diffusers_has_no_form_of_swap_blocks():
+    assert str(blocks.swap_blocks(Denoiser())) == "nothing to swap"

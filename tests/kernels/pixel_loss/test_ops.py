@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mvlm_kernels import dispatch, explain, use_backend
+from mvlm_kernels.dispatch import ON_CPU
 from mvlm_kernels.pixel_loss import linear_pixel_loss, masked_pixel_loss
 from support.kernels.patches import MEAN, STD, make_ids, make_images
 from support.kernels.pixel_losses import random
@@ -97,7 +98,7 @@ def test_bad_input_of_linear_pixel_loss_says_what_was_wanted(hidden, weight, bia
 
 def test_explain_names_reasons_of_pixel_losses():
     assert explain(masked_pixel_loss, PRED, IMAGES, IDS, 2).backend == "torch"
-    assert explain(linear_pixel_loss, HIDDEN, WEIGHT, BIAS, IMAGES, IDS, 2).reasons == ("the tensors are on the CPU",)
+    assert explain(linear_pixel_loss, HIDDEN, WEIGHT, BIAS, IMAGES, IDS, 2).reasons == (ON_CPU,)
 
 
 def test_launchers_of_pixel_losses_read_no_tensor():

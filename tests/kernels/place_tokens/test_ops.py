@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mvlm_kernels import dispatch, explain, use_backend
+from mvlm_kernels.dispatch import ON_CPU
 from mvlm_kernels.place_tokens import place_tokens
 from support.kernels.token_placement import case
 
@@ -70,7 +71,7 @@ def test_bad_input_of_place_tokens_says_what_was_wanted(args, kwargs, message):
 
 
 def test_explain_names_reasons_of_place_tokens():
-    assert explain(place_tokens, TOKENS, TOKEN, POS, TOKEN).reasons == ("the tensors are on the CPU",)
+    assert explain(place_tokens, TOKENS, TOKEN, POS, TOKEN).reasons == (ON_CPU,)
 
 
 def test_launchers_of_place_tokens_read_no_tensor():

@@ -9,6 +9,7 @@ import mvlm_kernels
 from mvlm import cli
 from mvlm.commands import machine_check
 from mvlm.commands.machine_check import Finding
+from mvlm_kernels.dispatch import ON_CPU
 from support.models import pretrain_config
 from support.scenes import write_scenes
 
@@ -32,8 +33,8 @@ def test_doctor_finds_a_working_machine_green_or_amber(micro_preset, scenes, tmp
     assert {finding.state for finding in found.values()} <= {"green", "amber"}
     assert "torch 2." in found["packages"].text
     assert "DALI 2." in found["packages"].text
-    assert found["cross_attention"].text == "torch: the tensors are on the CPU"
-    assert found["linear_pixel_loss"].text == "torch: the tensors are on the CPU"
+    assert found["cross_attention"].text == f"torch: {ON_CPU}"
+    assert found["linear_pixel_loss"].text == f"torch: {ON_CPU}"
     assert found["image attention"].text.startswith(("math (not triton: the ten", "sdpa (not triton: the ten"))
     assert "not flash-attn: the tensors are on cpu, not on a GPU" in found["text attention"].text
     assert found["shards"].text.startswith("32 train, 8 validation pairs")
@@ -50,7 +51,7 @@ def test_doctor_names_the_backend_of_every_fused_op():
     ops = {name for name in mvlm_kernels.__all__ if name.islower()} - {"explain", "pack_key_mask", "use_backend"}
     found = list(machine_check.kernels(torch.device("cpu")))
     assert {finding.name for finding in found} == ops
-    assert {finding.text for finding in found} == {"torch: the tensors are on the CPU"}
+    assert {finding.text for finding in found} == {f"torch: {ON_CPU}"}
 
 
 def test_doctor_without_shards_tries_no_speed(tmp_path):
