@@ -137,7 +137,7 @@ def direct(function: type[torch.autograd.Function], implementation: Callable[...
 
 
 def _apply_of(function: type[torch.autograd.Function]) -> Any:
-    """``apply`` of a Function for one level of ``torch.func`` alone, as torch's own rules for transforms call theirs."""
+    """``apply`` of a Function for one level of ``torch.func`` alone, as torch's rules for transforms call theirs."""
     # From 2.15 on torch looks at the class: a subclass of Function is refused inside a transform.
     base: Any = torch.autograd.function._SingleLevelFunction
     members = {name: staticmethod(getattr(function, name)) for name in ("forward", "backward", "jvp")}
