@@ -20,6 +20,8 @@ def task_study(name: str) -> Callable[[], Rows]:
     def table() -> Rows:
         study = tomllib.loads((ROOT / "studies" / "tasks" / f"{name}.toml").read_text())
         found = read_trials(name)
+        if not found:
+            return [[study["task"], "no trial yet"]]
         splits = [measure.split(".") for measure in study["measures"]]
         head = [f"{study['task']}, per cent", *(" ".join(parts).replace("accuracy", "").strip() for parts in splits)]
         rows = [[*head, "seeds", "minutes a trial"]]

@@ -117,7 +117,7 @@ import sys
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 
-spec = find_spec("mvlm.config.pretrain")
+spec = find_spec("mvlm.config.groups")
 source = Path(spec.origin).read_text()
 lines = {"DataSettings": "data_extra: Annotated[int, AT_LEAST_1] = 3", "LoggingSettings": "log_extra: int = 4"}
 for group, line in lines.items():
@@ -125,9 +125,10 @@ for group, line in lines.items():
     end = source.index("\\n", start) + 1
     source = source[:end] + f"    {line}\\n" + source[end:]
 module = module_from_spec(spec)
-sys.modules["mvlm.config.pretrain"] = module
+sys.modules["mvlm.config.groups"] = module
 exec(compile(source, spec.origin, "exec"), module.__dict__)
-del sys.modules["mvlm.config.recipes"]  # imports the changed module when it is needed
+for name in ("pretrain", "finetune", "recipes"):
+    del sys.modules[f"mvlm.config.{name}"]  # imports the changed module when it is needed
 
 from mvlm.commands.pretrain import parse_config
 from mvlm.config.json_files import config_json, differing_settings, run_config

@@ -139,7 +139,7 @@ def test_a_split_without_answers_has_predictions_but_no_accuracy(trained, tmp_pa
         ({"task": "entailment"}, "wanted a label of contradiction, neutral, entailment, found None"),
         ({"min_count": 20}, "wanted at least 2 answers with 20 training questions each, found 0; lower --min-count"),
         ({"compile": True}, "which belong to pretraining"),
-        ({"low_resolution": 16}, "which belong to pretraining"),
+        ({"low_resolution": 64}, "which belong to pretraining"),
         ({"task": "retrieval"}, "found a sample of the task vqa; name a data set of images and captions"),
         ({"task": "retrieval", "data": "scenes", "blind": "text"}, "blind: wanted no"),
         ({"task": "retrieval", "data": "scenes", "freeze": "all"}, "freeze: wanted none or encoders, got all"),
