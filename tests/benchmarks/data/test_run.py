@@ -12,7 +12,7 @@ from mvlm.errors import ConfigError
 from mvlm_benchmarks.data import photos, run
 from mvlm_benchmarks.data.process import LoaderProcess
 
-SETTINGS = {"rounds": 5, "batches": 8, "batch": 32, "size": 224}
+SETTINGS = {"rounds": 3, "batches": 8, "batch": 32, "size": 224}
 
 
 @pytest.fixture(scope="module")
