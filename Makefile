@@ -33,13 +33,13 @@ demo: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm report $(RUN)
 	@echo "Open $(RUN)/report.html in a browser. Ask the model with: $(BIN)/mvlm app $(RUN)"
 
-# JOBS is the number of cores. Each process takes one file of tests at a time, on one thread. There are two processes more
+# JOBS is the number of cores. Each process takes one file of tests at a time, on one thread. There is one process more
 # than cores, because some tests wait for others.
 JOBS ?= 2
-TESTERS ?= $(shell expr $(JOBS) + 2)
+TESTERS ?= $(shell expr $(JOBS) + 1)
 # Tests sync thousands of small files, about 0.2 GB together. That takes no time where files are in memory.
 TESTS_IN ?= $(shell test "$$(df -Pk /dev/shm 2>&1 | awk 'END {print $$4 + 0}')" -gt 2000000 && echo /dev/shm || echo /tmp)
-## test            run the whole test suite: about 18 minutes on two cores
+## test            run the whole test suite: about 16 minutes on two cores
 test: $(VENV)/.installed
 	TMPDIR=$(TESTS_IN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
