@@ -43,7 +43,7 @@ TESTS_IN ?= $(shell test "$$(df -Pk /dev/shm 2>&1 | awk 'END {print $$4 + 0}')" 
 test: $(VENV)/.installed
 	TMPDIR=$(TESTS_IN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
-## test-fast       run the tests that are not slow: about 3 and a half minutes on two cores
+## test-fast       run the tests that are not slow: about 4 minutes on two cores
 test-fast: $(VENV)/.installed
 	TMPDIR=$(TESTS_IN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
