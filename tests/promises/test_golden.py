@@ -29,10 +29,13 @@ LOSSES = ("mlm", "mim", "itc", "itm")
 
 
 def processor() -> str:
-    """Model of the processor. The digits depend on it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else "unknown"
+    """Name and family of the processor, and the instructions that torch uses on it. The digits depend on them.
+
+    A virtual machine may give several generations of processors one name.
+    """
+    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    about = {name.strip(): value.strip() for name, _, value in lines}
+    return f"{about.get('model name')}, family {about.get('cpu family')}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def release(version: str) -> tuple[int, ...]:

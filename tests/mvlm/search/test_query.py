@@ -12,9 +12,10 @@ from mvlm.search.embed import embed
 from mvlm.search.index import create_index
 from mvlm.search.query import ImageReader, query_vector, search
 from support.models import micro_model
+from support.packages import needs
 from support.scenes import png, scene
 
-pytest.importorskip("lancedb")
+pytestmark = needs("lancedb")
 
 
 @pytest.fixture(scope="module")

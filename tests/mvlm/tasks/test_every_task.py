@@ -139,7 +139,8 @@ def test_sixteen_examples_are_learned_by_heart_and_need_their_images(wide, tmp_p
     figure = "accuracy"
     changes: dict[str, Any] = {}
     if name == "pairs":
-        settings |= {"max_steps": 250, "lr_encoder": 4e-3, "lr_cross": 4e-3, "lr_head": 4e-3}
+        # With higher rates and fewer steps some seeds stay at chance on some processors.
+        settings |= {"max_steps": 350, "lr_encoder": 2e-3, "lr_cross": 2e-3, "lr_head": 2e-3}
     if name == "caption":  # ITM of a model that was pretrained for two steps chooses badly
         settings |= {"max_steps": 1000, "warmup_steps": 100, "lr_encoder": 1.5e-3, "lr_cross": 1.5e-3}
         settings |= {"lr_head": 1.5e-3, "question_length": 24}
@@ -175,8 +176,9 @@ def test_two_ranks_equal_one(trained, data, tmp_path, form, parallel, on_two_ran
     for a, b in zip(one, two, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
-    figure = f"val_{find_task(task).main}"
-    assert one[-1][figure] == pytest.approx(two[-1][figure])
+    # The same weights on one rank: those of the other run differ by rounding, which can change a generated word.
+    main = find_task(task).main
+    assert evaluate_task(tmp_path / "two", data[task], "validation")[0][main] == pytest.approx(two[-1][f"val_{main}"])
     weights = [load_task(tmp_path / name)[0].state_dict() for name in ("one", "two")]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
