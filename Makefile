@@ -37,7 +37,7 @@ demo: $(VENV)/.installed $(DATA)/dataset.json
 	@echo "Open $(RUN)/report.html in a browser. Ask the model with: $(BIN)/mvlm app $(RUN)"
 
 # JOBS is the number of cores. Each process takes one file of tests at a time, on one thread. There is one process more
-# than cores, because some tests wait for others.
+# than cores, because some slow tests wait for processes that they start.
 JOBS ?= 2
 TESTERS ?= $(shell expr $(JOBS) + 1)
 # Tests sync thousands of small files, about 0.2 GB together. That takes no time where files are in memory.
@@ -46,9 +46,9 @@ TESTS_IN ?= $(shell test "$$(df -Pk /dev/shm 2>&1 | awk 'END {print $$4 + 0}')" 
 test: $(VENV)/.installed
 	TMPDIR=$(TESTS_IN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 
-## test-fast       run the tests that are not slow: about 4 minutes on two cores
+## test-fast       run the tests that are not slow: a minute and a half on two cores
 test-fast: $(VENV)/.installed
-	TMPDIR=$(TESTS_IN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder -m "not slow"
+	TMPDIR=$(TESTS_IN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # Triton compiles kernels in this process and does not interpret them.
 ## test-gpu        run the tests that need a GPU

@@ -68,8 +68,6 @@ MAY_NAME = {  # other packages of ours that a package may import
 }
 MOST_MODULES, MOST_LINES, MEDIAN_LINES = 16, 300, 200
 FILES = [(package, file) for package, folder in PACKAGES.items() for file in sorted(folder.rglob("*.py"))]
-NAMES = [f"{package}/{file.relative_to(PACKAGES[package])}" for package, file in FILES]
-each_file = pytest.mark.parametrize("package, file", FILES, ids=NAMES)
 
 
 @cache
@@ -86,23 +84,17 @@ def module_of(package: str, file: Path) -> str:
 MODULES = {module_of(package, file) for package, file in FILES}
 
 
+@cache
 def imports(file: Path, lazy: bool = True) -> set[str]:
-    """Our modules that a file imports: in functions too with `lazy`, never for types alone."""
-    for_types = {
-        id(node)
-        for block in ast.walk(tree(file))
-        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
-        for node in ast.walk(block)
-    }
-    functions = {
-        id(node)
-        for block in ast.walk(tree(file))
-        if isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef)
-        for node in ast.walk(block)
-    }
+    """Our modules that a file imports. Without `lazy`, not those of its functions, nor those for types alone."""
+    left_out: set[int] = set()
+    for block in () if lazy else ast.walk(tree(file)):
+        for_types = isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test)
+        if for_types or isinstance(block, ast.FunctionDef | ast.AsyncFunctionDef):
+            left_out |= {id(node) for node in ast.walk(block)}
     found = set()
     for node in ast.walk(tree(file)):
-        if not lazy and (id(node) in for_types or id(node) in functions):
+        if id(node) in left_out:
             continue
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -124,17 +116,18 @@ def test_every_room_has_a_floor(package: str) -> None:
     assert rooms - {"__init__"} <= set().union(*FLOORS[package])
 
 
-@each_file
-def test_imports_go_down(package: str, file: Path) -> None:
+@pytest.mark.parametrize("package", FLOORS)
+def test_imports_go_down(package: str) -> None:
     """Lazy imports and those for types count too."""
-    floors = {room: number for number, rooms in enumerate(FLOORS.get(package, ())) for room in rooms}
-    module = module_of(package, file)
-    if package not in FLOORS or module == package:  # the face of a package imports on first use
-        return
-    room = room_of(module)
-    for other in imports(file):
-        if other.startswith(f"{package}.") and room_of(other) != room:
-            assert floors[room_of(other)] > floors[room], f"{file}: {room}/ may not import {other}"
+    floors = {room: number for number, rooms in enumerate(FLOORS[package]) for room in rooms}
+    for of, file in FILES:
+        module = module_of(of, file)
+        if of != package or module == package:  # the face of a package imports on first use
+            continue
+        room = room_of(module)
+        for other in imports(file):
+            if other.startswith(f"{package}.") and room_of(other) != room:
+                assert floors[room_of(other)] > floors[room], f"{file}: {room}/ may not import {other}"
 
 
 def test_packages_know_only_what_they_may() -> None:
@@ -144,6 +137,7 @@ def test_packages_know_only_what_they_may() -> None:
         assert others <= MAY_NAME[package] | ({"mvlm_benchmarks"} if file == bench else set()), file
 
 
+@pytest.mark.slow
 def test_no_circle_among_modules() -> None:
     arrows = {
         module_of(package, file): {name for name in imports(file, lazy=False) if name in MODULES}
@@ -175,6 +169,7 @@ def test_rooms_are_not_crowded_and_files_are_not_long() -> None:
 RIDDLE = re.compile(r"(What|How|Which|Where|Whether|Why|When|Of those|So|Also|That|This is)\b")
 
 
+@pytest.mark.slow
 def test_docstrings_begin_with_the_thing() -> None:
     """A noun phrase or an imperative, not a clause that leans on its surroundings."""
     for _, file in FILES:
@@ -215,6 +210,7 @@ def silenced_attributes(text: str) -> list[int]:
     return sorted(found)
 
 
+@pytest.mark.slow
 def test_no_assignment_to_an_attribute_is_hidden_from_the_type_checker():
     files = [file for folder in FOLDERS for file in sorted((ROOT / folder).rglob("*.py"))]
     assert len(files) > 100
@@ -263,6 +259,7 @@ def private_names(text: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_tests_reach_into_no_private_name() -> None:
     for file in sorted((ROOT / "tests").rglob("*.py")):
         assert private_names(file.read_text()) == [], file

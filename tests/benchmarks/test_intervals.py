@@ -1,6 +1,7 @@
 """Bootstrap intervals of ratios, against draws from known distributions."""
 
 import numpy as np
+import pytest
 
 from mvlm_benchmarks.intervals import FASTER, NO_DIFFERENCE, SLOWER, Ratio, ratio
 
@@ -9,6 +10,7 @@ def rounds(random, mean: float, drift: np.ndarray, noise: float = 0.05, calls: i
     return [(mean * speed * (1 + noise * random.standard_normal(calls))).tolist() for speed in drift]
 
 
+@pytest.mark.slow
 def test_interval_contains_the_true_ratio_about_as_often_as_it_says() -> None:
     """Rounds differ by up to a factor of two, calls within a round by 5 %."""
     random = np.random.default_rng(0)
@@ -20,6 +22,7 @@ def test_interval_contains_the_true_ratio_about_as_often_as_it_says() -> None:
     assert 180 <= hits <= 200  # 95 % of 200 are 190
 
 
+@pytest.mark.slow
 def test_equal_speeds_are_no_difference_though_rounds_drift() -> None:
     random = np.random.default_rng(1)
     verdicts = []

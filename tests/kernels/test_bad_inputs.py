@@ -299,6 +299,7 @@ RIGHT: list[tuple[str, Callable[[], Tensor], Tensor]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("call, wanted", [case[1:] for case in RIGHT], ids=[case[0] for case in RIGHT])
 def test_a_borderline_input_gives_the_right_result(call: Callable[[], Tensor], wanted: Tensor, backend: Any):

@@ -88,6 +88,7 @@ def profiled(op: str) -> tuple[list[bool], Tensor, Tensor]:
     return [f"mvlm_kernels::{name}" in seen for name in (op, f"{op}_backward")], out, grad
 
 
+@pytest.mark.slow
 @OPS
 def test_plain_call_skips_the_dispatcher_and_gives_the_same_bits(op: str):
     entered, *direct = profiled(op)
@@ -99,6 +100,7 @@ def test_plain_call_skips_the_dispatcher_and_gives_the_same_bits(op: str):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @OPS
 def test_torch_modes_and_subclasses_see_the_op(op: str):
     call, x = CALLS[op]
@@ -122,6 +124,7 @@ def test_op_keeps_fake_tensors_fake(op: str):
     assert (got.shape, got.dtype, got.stride()) == (want.shape, want.dtype, want.stride())
 
 
+@pytest.mark.slow
 @OPS
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_op_under_vmap_and_under_grad_transforms(op: str):

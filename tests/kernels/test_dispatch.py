@@ -157,6 +157,7 @@ def test_ops_that_ask_for_autocast_run_on_the_meta_device():
     assert loss.shape == ()
 
 
+@pytest.mark.slow
 def test_importing_the_kernels_does_not_import_the_compiler():
     code = "import sys, mvlm_kernels; assert not {'torch._dynamo', 'triton'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

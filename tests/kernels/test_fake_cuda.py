@@ -63,6 +63,7 @@ def calls(batch: int, count: int) -> dict[str, tuple[Callable[..., torch.Tensor]
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "op", ["cross_attention", "gather_patches", "masked_pixel_loss", "linear_pixel_loss", "place_tokens"]
 )
@@ -90,6 +91,7 @@ def test_eager_calls_on_a_gpu_take_the_kernels():
     assert explain(cross_attention, *attention(2, 5)).backend == "triton"
 
 
+@pytest.mark.slow
 def test_float32_attention_without_tf32_is_sdpa_inside_the_graph(monkeypatch: pytest.MonkeyPatch):
     # SDPA asks the device which of its backends to take, so a stand-in shows that it is called.
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: q.tan())

@@ -42,6 +42,7 @@ def copies(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, str, An
     return made
 
 
+@pytest.mark.slow
 def test_both_copies_and_the_installed_package_give_the_same_bits(copies: list[tuple[Path, str, Any]]):
     q, k = torch.randn(2, 9, 4, 24), torch.randn(2, 5, 2, 24)
     options: dict[str, Any] = {"key_lengths": torch.tensor([5, 3]), "dropout_p": 0.2, "seed": 3, "softcap": 9.0}
@@ -59,6 +60,7 @@ def test_both_copies_and_the_installed_package_give_the_same_bits(copies: list[t
         assert torch.equal(grad, found[0][1])
 
 
+@pytest.mark.slow
 def test_each_copy_has_ops_of_its_own(copies: list[tuple[Path, str, Any]]):
     namespaces = {registration.NAMESPACE, *(namespace for _, namespace, _ in copies)}
     assert len(namespaces) == 3
@@ -71,6 +73,7 @@ def test_each_copy_has_ops_of_its_own(copies: list[tuple[Path, str, Any]]):
         assert metadata["python-depends"] == []
 
 
+@pytest.mark.slow
 def test_a_copy_knows_its_version_without_a_distribution(
     copies: list[tuple[Path, str, Any]], monkeypatch: pytest.MonkeyPatch
 ):

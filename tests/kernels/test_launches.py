@@ -93,6 +93,7 @@ def test_a_thousand_batches_launch_one_set_of_signatures():
     assert not late, f"{len(late)} of {len(first_seen)} signatures appear after the first batch: {late[0]}"
 
 
+@pytest.mark.slow
 def test_grids_of_large_batches_fit_a_gpu():
     """Only the first dimension of a grid may exceed 65,535. It has to stay below 2^31."""
     gather = importlib.import_module("mvlm_kernels.gather_patches.triton")

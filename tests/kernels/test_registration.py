@@ -33,6 +33,7 @@ def test_registered_op_passes_opcheck():
     torch.library.opcheck(OP, (torch.randn(3, requires_grad=True), 2.0))
 
 
+@pytest.mark.slow
 def test_registered_op_has_a_gradient_and_compiles():
     for f in (OP, torch.compile(OP, fullgraph=True, dynamic=True, backend="aot_eager")):
         x = torch.randn(5, requires_grad=True)

@@ -116,6 +116,7 @@ def same(got: Any, wanted: Any) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 @OPS
 def test_gradients_of_torch_func(op: str):
     ours, plain, args = CALLS[op]
@@ -136,6 +137,7 @@ def test_gradients_of_each_sample(op: str):
     same(got, tuple(torch.stack(x) for x in zip(*wanted, strict=True)))
 
 
+@pytest.mark.slow
 @OPS
 def test_second_derivatives_are_right_or_refused_by_name(op: str, backend: str):
     ours, plain, args = CALLS[op]
@@ -173,6 +175,7 @@ def test_second_derivatives_of_the_linear_ops_pass_gradgradcheck(visible: bool):
     assert torch.autograd.gradgradcheck(gather, images, fast_mode=True)
 
 
+@pytest.mark.slow
 @OPS
 def test_forward_mode_is_right_or_refused_by_name(op: str, backend: str):
     ours, plain, args = CALLS[op]
@@ -215,6 +218,7 @@ def gradients(block: nn.Module, call: Callable[..., Tensor] | None = None) -> li
     return [x.grad.clone() for x in block.parameters() if x.grad is not None]
 
 
+@pytest.mark.slow
 def test_copies_of_a_module_and_functional_call():
     block = Block()
     wanted = gradients(block)
@@ -228,6 +232,7 @@ def test_copies_of_a_module_and_functional_call():
     torch.testing.assert_close([got[name] for name in parameters], wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_gives_the_same_gradients(reentrant: bool):
     block, text = Block(), TEXT.clone().requires_grad_()

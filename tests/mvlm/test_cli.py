@@ -45,6 +45,7 @@ def test_mistyped_commands_and_presets_are_refused(run_mvlm, words, message, tmp
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -123,6 +124,7 @@ def test_usage_lists_every_command(run_mvlm, words):
         assert any(line.startswith(f"  mvlm {command} ") for line in outcome.out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
 def test_help_of_every_command(run_mvlm, command):
     outcome = run_mvlm(*command.split(), "--help")

@@ -31,6 +31,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.slow
 def test_python_of_the_loader_page_runs(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     assert len(blocks("python")) == 1

@@ -214,6 +214,7 @@ def test_the_index_of_a_split_is_fetched_once_for_a_machine(folder, web, cache, 
     assert opened[3].index.path == opened[5].index.path == next(cache.glob("*/train.index"))
 
 
+@pytest.mark.slow
 def test_a_damaged_cached_index_is_fetched_again(folder, web, cache, tokenizer):
     open_dataset(web, "train")
     (path,) = cache.glob("*/train.index")

@@ -95,6 +95,7 @@ def site_folder(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("site_folder")
 def test_commands_and_settings_are_made_from_the_code() -> None:
     import site_pages

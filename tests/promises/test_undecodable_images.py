@@ -168,6 +168,7 @@ def test_a_crop_that_fails_in_one_epoch_only_does_not_stop_training(truncated, t
     assert "bytes after their end" in caplog.text
 
 
+@pytest.mark.slow
 def test_too_many_undecodable_images_stop_training_with_a_list(damaged, tokenizer):
     loader = load(damaged, tokenizer, max_bad_fraction=0.03)
     with pytest.raises(
@@ -251,6 +252,7 @@ def test_a_shard_that_is_truncated_during_a_run_is_refused_before_it_is_read(tmp
         stream(loader, 1)
 
 
+@pytest.mark.slow
 def test_other_reader_failures_are_not_taken_for_undecodable_images(train_split, tokenizer, monkeypatch):
     pipelines = []
 

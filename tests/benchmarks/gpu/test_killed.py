@@ -42,6 +42,7 @@ def read(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+@pytest.mark.slow
 def test_rows_of_a_killed_writer_are_whole(tmp_path) -> None:
     chance = random.Random(0)
     for trial in range(10):

@@ -56,6 +56,7 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr(correct, "small_cases", lambda dtype: small)
 
 
+@pytest.mark.slow
 def test_complete_stage_says_so(tmp_path, monkeypatch) -> None:
     code, summary = run_stage(correct, tmp_path)
     assert (code, summary["ended"], summary["rehearsal"]) == (0, "complete", True)
@@ -68,6 +69,7 @@ def test_complete_stage_says_so(tmp_path, monkeypatch) -> None:
     assert "correct: complete" in (tmp_path / "correct.log").read_text()
 
 
+@pytest.mark.slow
 def test_spent_budget_names_what_was_left_out(tmp_path) -> None:
     code, summary = run_stage(correct, tmp_path, seconds=0.0)
     assert (code, summary["ended"]) == (0, "out of time, before cross_attention B2 H1 D64 37x19")
@@ -79,6 +81,7 @@ def test_stage_that_is_running_or_was_killed_says_so(tmp_path) -> None:
         assert json.loads((tmp_path / "correct.json").read_text())["ended"] == "running, or killed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signal_ends_a_stage_with_its_plots_written(tmp_path, monkeypatch, number) -> None:
     def kill(device, seed=0):
@@ -113,6 +116,7 @@ def test_correct_stops_at_a_wrong_value(tmp_path, monkeypatch) -> None:
     assert rows[-1]["status"] == "WRONG"
 
 
+@pytest.mark.slow
 def test_kernels_stops_at_a_wrong_value_of_ours_and_keeps_plot_and_figures(tmp_path, monkeypatch) -> None:
     cases = [toy(c.shape, ours=c.ours, core=True) for c in (GOOD, BAD, NEVER)]
     monkeypatch.setattr(kernels, "cases", lambda batch, dtype: cases)

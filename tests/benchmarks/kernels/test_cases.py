@@ -53,6 +53,7 @@ def test_cases_agree_with_those_of_the_kernels() -> None:
         assert found.flops == theirs.flops(theirs.sizes), theirs.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OURS, ids=names(OURS))
 def test_our_ops_pass_their_check(case) -> None:
     data = CaseData.make(case, "cpu")

@@ -11,6 +11,7 @@ CASES = cases(2, torch.float32)
 BY_NAME = {peer.name: peer for peer in PEERS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["eager", "gather-first", "sdpa-math", "sdpa-flash"])
 @pytest.mark.parametrize("case", CASES, ids=[f"{case.op} {case.shape}" for case in CASES])
 def test_torch_peer_computes_the_op(name, case) -> None:
@@ -27,6 +28,7 @@ def test_every_op_has_an_eager_and_a_compiled_peer() -> None:
 WITHOUT_LIGER = [case for case in CASES if case.op not in ("cross_attention", "add_layer_norm", "linear_cross_entropy")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WITHOUT_LIGER, ids=lambda case: case.shape)
 def test_liger_says_why_it_does_not_apply(case) -> None:
     (outcome,) = set(check_peer(BY_NAME["liger"], case).values())

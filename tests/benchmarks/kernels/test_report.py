@@ -55,6 +55,7 @@ def test_csv_has_every_column_and_says_cpu(rows, about, tmp_path) -> None:
     assert {line["note"] for line in found if line["contender"] == "gone"} == {"No module named 'nothing'"}
 
 
+@pytest.mark.slow
 def test_plot_shows_ratios_and_is_reproducible(rows, about, tmp_path) -> None:
     path = report.file_names(about, "float32", tmp_path)[1]
     report.plot(rows, about, path)

@@ -64,6 +64,7 @@ def test_interpreted_kernels_are_refused_on_a_gpu(monkeypatch, tmp_path) -> None
         run.run((), (), tmp_path)
 
 
+@pytest.mark.slow
 def test_run_on_a_cpu_writes_csv_plot_and_json(monkeypatch, capsys, tmp_path) -> None:
     words = ["--quick", "--device", "cpu", "--ops", "place_tokens", "gather_patches"]
     words += ["--peers", "eager", "gather-first", "liger", "--out", str(tmp_path), "--json", str(tmp_path / "f.json")]

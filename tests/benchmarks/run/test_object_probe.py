@@ -51,6 +51,7 @@ def test_features_are_those_of_the_patch_at_the_centre(model, squares):
         torch.testing.assert_close(rows[i], v[i, 1 + side * row + column])
 
 
+@pytest.mark.slow
 def test_colours_can_be_read_and_shuffled_ones_cannot(model, squares):
     train, test = (object_features(model, open_dataset(squares, split)) for split in ("train", "validation"))
     assert accuracy(train, test) == 100

@@ -30,6 +30,7 @@ def model() -> MaskVLM:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cross", ["roberta", "decoder-layer"])
 def test_baseline_has_our_losses_and_gradients(model, cross) -> None:
     batch, masks = make_batch(MICRO, LENGTHS)

@@ -112,6 +112,7 @@ def test_profile_writes_a_trace_with_every_part(finished: FinishedRun) -> None:
         assert ranges >= {f"part:{part}" for part in (*PARTS, "backward", "optimizer")}
 
 
+@pytest.mark.slow
 def test_step_changes_no_weight_and_leaves_no_gradient() -> None:
     torch.manual_seed(0)
     model = MaskVLM(MICRO)
@@ -198,6 +199,7 @@ def test_largest_batch_is_found_by_bisection(limit, found) -> None:
     assert len(tried) <= 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error, beyond, found, note",
     [

@@ -6,6 +6,7 @@ import torch
 from mvlm_benchmarks.step import swapped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", swapped.MODELS)
 def test_original_and_swapped_are_equal(name: str):
     torch.manual_seed(0)

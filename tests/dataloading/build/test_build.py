@@ -66,6 +66,7 @@ def test_a_finished_data_set_is_not_built_again(tmp_path):
         build_records(out, records, min_side=20)
 
 
+@pytest.mark.slow
 def test_unfinished_builds_of_earlier_versions_are_resumed(tmp_path, monkeypatch):
     """The plan of an unfinished build, as version 0.1.0 wrote it. Only its hash of the records is not written here."""
 

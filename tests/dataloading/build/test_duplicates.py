@@ -22,6 +22,7 @@ def keys(out: Path, split: str = "train") -> list[str]:
     return open_dataset(out, split).keys.tolist()
 
 
+@pytest.mark.slow
 def test_evaluation_images_are_dropped_from_train(tmp_path):
     other = build_records(tmp_path / "other", {"validation": [make_record("v", published.make_image(50))],
                                        "train": [make_record("t", published.make_image(51))]})  # fmt: skip

@@ -16,6 +16,7 @@ def folder(tmp_path_factory):
     return build_emoji(tmp_path_factory.mktemp("emoji") / "out", size=48, limit=120, workers=1)
 
 
+@pytest.mark.slow
 def test_emoji_data_set_has_images_captions_and_metadata(folder):
     seen = []
     for split in ("train", "validation", "test"):
@@ -44,6 +45,7 @@ def test_emoji_data_set_has_images_captions_and_metadata(folder):
     assert description["licence"] == "CC BY-SA 4.0"
 
 
+@pytest.mark.slow
 def test_emoji_data_set_is_not_built_again(folder, caplog):
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     caplog.set_level("INFO")

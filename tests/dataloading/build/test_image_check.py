@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from mvlm_dataloading.build.hash_search import MAX_DISTANCE
@@ -27,6 +28,7 @@ def test_decoder_checks_sizes_by_itself():
     assert shapes == [(30, 40, 3), large, (30, 40, 3), large, (40, 30, 3), UNDECODABLE, UNDECODABLE]
 
 
+@pytest.mark.slow
 def test_decoder_splits_long_batches_and_keeps_their_order():
     images = [
         published.encoded(published.make_image(i, (20 + i, 20)), "PNG")[: 200 if i % 9 == 4 else None]
@@ -42,6 +44,7 @@ def brighter(image: Image.Image, levels: int) -> Image.Image:
     return Image.fromarray(np.minimum(np.asarray(image).astype(int) + levels, 255).astype(np.uint8))
 
 
+@pytest.mark.slow
 def test_perceptual_hash_survives_scaling_and_compression():
     distances, strangers = [], []
     hashes = []

@@ -69,6 +69,7 @@ def test_twemoji_has_no_train_split_and_the_emojis_captions(twemoji):
         assert np.array(image).std() > 0
 
 
+@pytest.mark.slow
 def test_sizes_that_show_nothing_are_refused(tmp_path):
     with pytest.raises(DataError, match="twemoji: wanted size >= 16, got 8"):
         build_twemoji(tmp_path / "out", 8)

@@ -52,6 +52,7 @@ def build_parts(source: Source, folder: Path, count: int, options: BuildOptions 
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_parts_merge_to_the_bytes_of_one_build(source, whole, tmp_path, count):
     """With seven parts of five pieces, two parts are empty."""

@@ -47,6 +47,7 @@ def build(out: Path, splits: dict[str, list[Record]], **options) -> Path:
     return build_shards(source, out, BuildOptions(**options), workers=0)
 
 
+@pytest.mark.slow
 def test_questions_about_an_image_store_it_once(tmp_path, tokenizer):
     records = questions(tmp_path / "images")
     assert [record.key for record in records[:4]] == ["q0-0", "q1-0", "q2-0", "q0-1"]

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import pytest
 from PIL import Image
 
 SCRIPT = """
@@ -14,6 +15,7 @@ build_shards(folder(Path("images")), Path("out"), workers=1)
 """
 
 
+@pytest.mark.slow
 def test_a_script_that_calls_outside_of_its_main_part_is_told_so(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "images/a.png")

@@ -81,6 +81,7 @@ def test_read_head_gives_first_line_and_line_count():
     assert read_head(b"v1.2 0\n") == ("v1.2 0", 0)
 
 
+@pytest.mark.slow
 def test_parsing_an_index_takes_a_few_times_its_size():
     """An index of a million samples has 90 MB."""
     text = make(20000).encode()

@@ -37,6 +37,7 @@ def one_shard(**changed) -> str:
     return json.dumps({"format_version": 1, "splits": {"train": {"shards": [shard]}}})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [

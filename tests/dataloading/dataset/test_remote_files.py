@@ -24,6 +24,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_fault_of_an_answer_is_survived_three_times_and_told_of_the_fourth(folder):
     """A length that is wrong without an error of the protocol shows in the content alone."""
     left: list[str] = []
@@ -84,6 +85,7 @@ def test_writing_is_repeated_and_its_length_is_compared(folder, tmp_path, monkey
             remote.put(path, "new")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 def test_a_length_is_compared_with_that_of_the_store(folder, tmp_path, monkeypatch):

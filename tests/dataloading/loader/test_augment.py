@@ -48,6 +48,7 @@ def through_the_graph(squares, ids, drawn: AugmentParameters, tmp_path) -> np.nd
     return np.array(pipeline.run()[0].as_tensor()).transpose(0, 2, 3, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoding", Decoding)
 @pytest.mark.parametrize("augment", [Augment(operations=2), Augment(flip=0.5), Augment(jitter=0.4)], ids=str)
 def test_gpu_graphs_can_be_defined(squares, tmp_path, monkeypatch, decoding, augment):
@@ -155,6 +156,7 @@ def test_each_augmentation_matches_pillow(squares, tmp_path, monkeypatch, name, 
     assert len(signs) == (2 if signed else 1)
 
 
+@pytest.mark.slow
 def test_combined_augmentations_follow_the_documented_order(squares, tmp_path):
     """Three random operations, jitter and flip, against numpy in float64 from the parameters' definition."""
     ids = np.tile(np.arange(8), 10)
@@ -290,6 +292,7 @@ def test_augment_settings_out_of_range_are_refused(settings, message):
         Augment(**settings)
 
 
+@pytest.mark.slow
 def test_loader_augments_in_training_only(train_split, tokenizer):
     def first(**settings):
         loader = Loader(train_split, tokenizer, batch_size=20, image_size=32, text_length=9, seed=0, **settings)

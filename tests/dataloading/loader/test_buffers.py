@@ -3,6 +3,7 @@
 import gc
 import os
 
+import pytest
 import torch
 
 from mvlm_dataloading.loader.buffers import BufferPool
@@ -12,6 +13,7 @@ def filled(value: int, rows: int = 4) -> torch.Tensor:
     return torch.full((rows, 3, 64, 64), value, dtype=torch.uint8)
 
 
+@pytest.mark.slow
 def test_buffer_pool_copies():
     source = torch.randint(0, 256, (5, 3, 7, 9), dtype=torch.uint8)
     wanted = source.clone()

@@ -32,6 +32,7 @@ def _images_and_windows(pipeline):
     return images, corner, size
 
 
+@pytest.mark.slow
 def test_crop_areas_and_ratios_cover_their_ranges(train_split, tmp_path):
     ids = np.zeros(3000, np.int64)
     draws = np.random.default_rng(2).random((3000, 4))

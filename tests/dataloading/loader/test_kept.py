@@ -53,6 +53,7 @@ def segments(monkeypatch) -> list[str]:
     return opened
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "augment", [None, Augment(operations=3, flip=0.5, jitter=0.2), Augment(flip=0.5)], ids=["crop", "all", "flip"]
 )
@@ -92,6 +93,7 @@ def test_rotated_and_odd_images_are_kept_as_they_are_decoded(tmp_path, tokenizer
     assert_same(load(dataset, tokenizer, keep_mb=10), load(dataset, tokenizer), 10)
 
 
+@pytest.mark.slow
 def test_resume_may_change_the_memory_for_images(train_split, tokenizer):
     for first, then in ((10, 0), (0, 10)):
         begun = load(train_split, tokenizer, keep_mb=first)
@@ -104,6 +106,7 @@ def test_resume_may_change_the_memory_for_images(train_split, tokenizer):
         assert_same(resumed, itertools.islice(load(train_split, tokenizer), 9, None), 12)
 
 
+@pytest.mark.slow
 def test_a_split_beyond_the_limit_is_decoded_in_every_epoch(tmp_path, tokenizer, segments):
     """100 images of 300 x 300: 27 MB."""
     dataset = open_dataset(write_dataset(tmp_path / "data", 100, kinds=("JPEG",), size=(300, 300)), "train")
@@ -113,6 +116,7 @@ def test_a_split_beyond_the_limit_is_decoded_in_every_epoch(tmp_path, tokenizer,
         assert segments[0] == kind
 
 
+@pytest.mark.slow
 def test_a_large_split_is_kept_in_parts_and_given_up_after_one_batch(tmp_path, tokenizer, segments, monkeypatch):
     dataset = open_dataset(write_dataset(tmp_path / "data", 150, size=(40, 50), kinds=("JPEG",)), "train")
     built, write = [], kept_module.write_index_views
@@ -129,6 +133,7 @@ def test_a_large_split_is_kept_in_parts_and_given_up_after_one_batch(tmp_path, t
     assert (built, set(segments)) == ([64], {"Segment"})
 
 
+@pytest.mark.slow
 def test_a_split_with_an_undecodable_image_is_not_kept(tmp_path, tokenizer, segments):
     data = write_dataset(tmp_path / "data", 40)
     damage_images(open_dataset(data, "train"), [7])
@@ -149,6 +154,7 @@ def test_a_negative_limit_is_refused(train_split, tokenizer):
         load(train_split, tokenizer, keep_mb=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_mb", [0, 64])
 def test_images_of_another_size_go_on_with_the_next_sample(train_split, tokenizer, keep_mb):
     """Seven batches, the size changed after the third and back after the fifth, against loaders of one size."""

@@ -65,6 +65,7 @@ def test_samples_are_the_same_in_batches_of_any_size(train_split, tokenizer):
         assert rows(take(load(train_split, tokenizer, **settings), count))[:120] == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_ranks_share_every_global_batch(train_split, tokenizer, world_size):
     """All ranks together see the samples of a single rank, across the end of an epoch."""
@@ -108,6 +109,7 @@ def test_a_pass_in_order_yields_whole_images_and_first_captions(train_split, tok
     assert len(list(load(train_split, tokenizer, batch_size=100, train=False))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batches", [0, 1, 3, 7, 8, 15])
 def test_resume_is_bitwise(train_split, tokenizer, batches):
     """Positions before, at (7.5 batches of 8 are an epoch) and after the end of an epoch."""
@@ -162,6 +164,7 @@ def test_a_loader_state_of_other_data_is_refused(train_split, waves, tokenizer):
         load(train_split, tokenizer).load_state_dict(state)
 
 
+@pytest.mark.slow
 def test_batches_do_not_depend_on_the_segment_length(train_split, tokenizer, monkeypatch):
     wanted = rows(take(load(train_split, tokenizer), 20))
     monkeypatch.setattr(reader_module, "FIRST_SEGMENT_BATCHES", 3)

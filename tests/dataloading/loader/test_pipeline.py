@@ -52,6 +52,7 @@ def window_oracle(height: int, width: int, u: np.ndarray, scale, ratio) -> tuple
     return int(float(u[2]) * (height - h + 1)), int(float(u[3]) * (width - w + 1)), h, w
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "scale, ratio", [((0.2, 1.0), (3 / 4, 4 / 3)), ((0.01, 0.02), (0.1, 10.0)), ((1.0, 1.0), (1.0, 1.0))]
 )

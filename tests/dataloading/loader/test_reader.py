@@ -59,6 +59,7 @@ def test_closed_segments_free_memory_without_the_garbage_collector(train_split, 
         gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_segments_have_the_same_length_at_any_number_of_ranks(train_split, tokenizer, segments, ranks):
     assert len(list(islice(start(train_split, tokenizer, ranks), 10))) == 10

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 _CODE = """
 import concurrent.futures.thread
 import numpy as np
@@ -16,6 +18,7 @@ assert all(np.array_equal(a, b) for a, b in zip(before, resize(crops), strict=Tr
 """
 
 
+@pytest.mark.slow
 def test_crops_are_resized_until_the_interpreter_has_ended():
     done = subprocess.run([sys.executable, "-c", _CODE], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -35,6 +35,7 @@ def samples(batches) -> list[tuple[int, bytes]]:
     ]
 
 
+@pytest.mark.slow
 def test_resuming_the_same_loader_is_exact(train_split, tokenizer):
     whole = samples(take(load(train_split, tokenizer, batch_size=8), 16))
     loader = load(train_split, tokenizer, batch_size=8)
@@ -67,6 +68,7 @@ def test_resuming_at_another_batch_size_and_number_of_ranks_keeps_the_pixels(tra
     assert at > 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, words",
     [
@@ -99,6 +101,7 @@ def test_states_of_earlier_versions_fit(train_split, tokenizer):
     assert state["pictures"] == "a568720fe1b35222"
 
 
+@pytest.mark.slow
 def test_resuming_with_other_versions_reports_them(train_split, tokenizer):
     loader = load(train_split, tokenizer, batch_size=8)
     loader.load_state_dict(state_after(train_split, tokenizer, 1) | {"versions": {"torch": "0.1"}})

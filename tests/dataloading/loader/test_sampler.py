@@ -148,6 +148,7 @@ def million_in_slices(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate(parts)
 
 
+@pytest.mark.slow
 def test_each_of_a_million_samples_comes_once_in_an_epoch_and_shards_are_as_mixed_as_by_one_sort():
     """The order by one sort is the same, so this holds it to a mixture that a change of version would have to keep."""
     more = np.random.default_rng(0).integers(0, 3000, 100)
@@ -179,6 +180,7 @@ def test_only_the_groups_that_are_reached_are_ordered():
     assert len({*ids.tolist(), *last.tolist()}) == 1029
 
 
+@pytest.mark.slow
 def test_with_one_shard_every_order_is_equally_likely():
     orders = np.array([epoch_order(0, epoch, shards_of(4)) for epoch in range(2400)])
     _, counts = np.unique(orders, axis=0, return_counts=True)

@@ -54,6 +54,7 @@ def take(loader: Loader, count: int) -> list:
     return list(itertools.islice(loader, count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep_mb", [0, 10])
 def test_samples_are_those_of_the_first_question_of_their_image(split, tokenizer, keep_mb):
     """A loader that reads each sample alone has, for an image's first sample, the crop that all of them get here."""
@@ -76,6 +77,7 @@ def test_samples_are_those_of_the_first_question_of_their_image(split, tokenizer
     assert sorted(i for i, *_ in samples(together[:3])) == list(range(45))
 
 
+@pytest.mark.slow
 def test_a_kept_image_is_kept_and_resized_once_for_its_questions(split, tokenizer, monkeypatch):
     resized, kept, resize, keep = [], [], kept_module.Resize.__call__, reader_module.keep_split
     monkeypatch.setattr(
@@ -91,12 +93,14 @@ def test_a_kept_image_is_kept_and_resized_once_for_its_questions(split, tokenize
     assert len({id(image) for image in kept[0].images}) == IMAGES
 
 
+@pytest.mark.slow
 def test_an_image_has_another_crop_in_another_epoch(split, tokenizer):
     """The batch begins in one epoch and ends in the next."""
     batch, _ = take(load(split, tokenizer, batch_size=90, per_image=QUESTIONS, share=True), 1)[0]
     assert len(batch.images) == 2 * IMAGES
 
 
+@pytest.mark.slow
 def test_ranks_share_every_batch_and_a_resume_is_bitwise(split, tokenizer):
     settings: dict[str, Any] = {"per_image": 2, "share": True}
     whole = samples(take(load(split, tokenizer, **settings), 8))
@@ -124,6 +128,7 @@ def test_a_pass_in_order_has_every_sample(split, tokenizer):
     assert [i for i, *_ in plain] == list(range(45))
 
 
+@pytest.mark.slow
 def test_an_image_that_cannot_be_decoded_is_replaced_in_all_its_samples(tokenizer, tmp_path):
     with ShardWriter(tmp_path / "data", name="set", source="", licence="", attribution="", recipe={}) as writer:
         for i in range(IMAGES):
@@ -139,6 +144,7 @@ def test_an_image_that_cannot_be_decoded_is_replaced_in_all_its_samples(tokenize
     assert loader.skipped == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"per_image": 2}, {"per_image": 0}, {"share": True, "extra_captions": 1}])
 def test_settings_that_contradict_each_other_are_refused(split, tokenizer, settings):
     with pytest.raises(ValueError, match="wanted per_image of at least 1, share with it, and no extra_captions"):

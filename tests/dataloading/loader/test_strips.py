@@ -43,6 +43,7 @@ def batches(folder: Path, count: int, **settings) -> list:
     return list(itertools.islice(Loader(dataset, tokenizer_for(dataset, 300), **options), count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings", [{"keep_mb": 0}, {"keep_mb": 10}, {"train": False}, {"keep_mb": 10, "num_threads": 1}]
 )

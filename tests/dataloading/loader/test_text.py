@@ -77,6 +77,7 @@ def test_stored_tokens_equal_those_made_while_loading(write, tokenizer, monkeypa
             assert torch.equal(masks.token_ids, other.token_ids)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stored", [False, True])
 def test_captions_of_a_small_split_are_parsed_and_tokenized_once(write, tokenizer, monkeypatch, stored):
     """Batches of five epochs are those of a loader that remembers nothing."""
@@ -110,6 +111,7 @@ def test_stored_tokens_of_another_tokenizer_or_length_are_not_used(write, tokeni
     assert "the loader tokenizes the captions" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stored, message",
     [

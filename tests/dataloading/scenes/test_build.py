@@ -133,6 +133,7 @@ def test_grounds_differ_and_a_card_hides_all_behind_it() -> None:
     assert painter.image(scene).tobytes() != painter.image(Scene(scene.ground, ())).tobytes()
 
 
+@pytest.mark.slow
 def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
 

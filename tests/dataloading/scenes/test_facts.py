@@ -96,6 +96,7 @@ def test_plurals_and_articles() -> None:
     assert len({plural(noun) for noun in NOUNS}) == len(set(NOUNS)) == len(NOUNS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS)
 def test_captions_of_scenes_state_true_facts_and_all_of_them(split: str) -> None:
     kinds = vocabulary(split, PHOTOS if split == "photo" else PLAIN.shapes)

@@ -39,6 +39,7 @@ def test_answers_are_true(split: str) -> None:
         assert len({tuple(record.values()) for record in metadata["answers"]}) == 10
 
 
+@pytest.mark.slow
 @each_split
 def test_statements_are_judged_true(split: str) -> None:
     sets = defaultdict(list)
@@ -52,6 +53,7 @@ def test_statements_are_judged_true(split: str) -> None:
     assert all(len({statement for statement, _ in found}) == 1 for found in sets.values())
 
 
+@pytest.mark.slow
 @each_split
 def test_hypotheses_have_their_label(split: str) -> None:
     for hypothesis, metadata in rows("entailment", split):
@@ -121,6 +123,7 @@ def test_a_table_of_training_texts_stays_at_chance(task: str, split: str) -> Non
     assert within_interval(right, chance(task, split))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", BALANCED)
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_a_classifier_of_words_stays_at_chance(task: str, split: str) -> None:
@@ -145,6 +148,7 @@ def kinds_of(task: str, split: str) -> set[tuple[str, str | None]]:
     return {(one["name"], one["colour"]) for scene in scenes for one in scene["objects"]}
 
 
+@pytest.mark.slow
 def test_unseen_nouns_are_in_split_concept_alone() -> None:
     unseen = {noun for noun in NOUNS if is_unseen(noun)} | {"book"}
     assert 0.15 * len(NOUNS) < len(unseen) < 0.25 * len(NOUNS)
@@ -195,6 +199,7 @@ def told_sides(split: str) -> set[tuple[str, str]]:
     return found
 
 
+@pytest.mark.slow
 @each_split
 def test_a_nouns_held_side_is_told_in_split_combo_alone(split: str) -> None:
     told = told_sides(split)

@@ -130,6 +130,7 @@ def test_check_finds_and_names_damage(tmp_path):
     assert len(found) == 4  # the rest was checked anyway
 
 
+@pytest.mark.slow
 def test_check_finds_a_repeated_key(tmp_path):
     out = write(tmp_path / "out")
     damage(out / "train-000002.tar", b"k8.jpg", b"k1.jpg")
@@ -147,6 +148,7 @@ def test_check_finds_a_repeated_key(tmp_path):
     assert problems(tmp_path / "view") == []  # a view may repeat keys
 
 
+@pytest.mark.slow
 def test_check_finds_token_ids_beyond_the_vocabulary(tmp_path, tokenizer):
     tokenizer.save(tmp_path / "tokenizer.json")
     out = write(tmp_path / "out", tokenizer=tmp_path / "tokenizer.json", text_length=8)
@@ -163,6 +165,7 @@ def test_check_finds_token_ids_beyond_the_vocabulary(tmp_path, tokenizer):
         damage(out / "train-000001.tar", np.array(wrong, "<i4").tobytes(), tokens.tobytes(), b"k6.tok")
 
 
+@pytest.mark.slow
 def test_check_finds_an_index_that_differs_from_the_dali_indices(tmp_path):
     out = write(tmp_path / "out")
     path = out / "train.index"

@@ -92,6 +92,7 @@ def test_launchers_read_no_tensor():
     assert {"add_norm_kernel", "add_norm_backward_kernel", "column_sum_kernel"} == set(launched)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of torch.export about its own internals
 def test_an_exported_program_takes_any_number_of_rows():
     class Norm(torch.nn.Module):

@@ -15,6 +15,7 @@ from support.kernels.token_placement import random
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("post_norm", [False, True])
 @pytest.mark.parametrize(
     "types",
@@ -33,6 +34,7 @@ def test_types(types, post_norm):
     check(case(9, 96, *types), post_norm, out_dtype=BF16 if types[0] != FP64 else FP64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [3, 7, 96, 192, 200, 384, 768, 1000])
 def test_widths(width):
     check(case(5, width))
@@ -46,6 +48,7 @@ def test_any_shape(rows, width, post_norm, bias, y_dtype):
     check(case(rows, width, y_dtype=y_dtype, bias=bias), post_norm)
 
 
+@pytest.mark.slow
 def test_programs_walk_over_many_tiles(monkeypatch):
     """Two programs for eleven tiles."""
     monkeypatch.setattr(dispatch, "multiprocessors", lambda _: 1)
@@ -60,6 +63,7 @@ def test_no_lane_is_idle_at_the_widths_of_the_presets():
         assert width <= parts * block <= 1.34 * width
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("post_norm", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_gradcheck(backend, post_norm):
@@ -72,6 +76,7 @@ def test_gradcheck(backend, post_norm):
         assert torch.autograd.gradcheck(call, (x, y, y_bias, weight, bias), fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("used", ["stream", "normalised"])
 @pytest.mark.parametrize("post_norm", [False, True])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -89,6 +94,7 @@ def test_one_output_is_used(backend, post_norm, used):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_rows_of_any_strides_and_repeats_give_the_same_bits():
     inputs = case(12, 96)
     grads = [random((12, 96), FP32, 7), random((12, 96), BF16, 8)]
@@ -123,5 +129,6 @@ def test_broken_kernels_are_caught(old, new, tmp_path, poison):
     assert_caught("mvlm_kernels.add_layer_norm.triton", old, new, tmp_path, poison, exercise)
 
 
+@pytest.mark.slow
 def test_the_intact_kernels_pass_the_mutation_check():
     exercise()

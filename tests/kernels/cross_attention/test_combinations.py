@@ -23,6 +23,7 @@ def as_op(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None, **options: An
 
 
 # Every form of either side, index, lengths, mask, grouped heads, dropout, softcap and both families are among these.
+@pytest.mark.slow
 @pytest.mark.parametrize("number", CHOSEN)
 def test_drawn_combination_equals_formulas(number: int, monkeypatch: pytest.MonkeyPatch):
     drawn = draw_call(number)

@@ -58,6 +58,7 @@ def run_by_loops(case: Case) -> tuple[Tensor, ...]:
     return run(attention_by_loops, build(case), kept=kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_dropout_of_kernels_and_torch_equals_loops(case: Case):
     call, wanted = build(case), run_by_loops(case)
@@ -70,6 +71,7 @@ def test_dropout_of_kernels_and_torch_equals_loops(case: Case):
             torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("len_q, len_k", [(13, 15), (3, 130)], ids=["short keys", "short queries"])
 def test_forward_and_backward_drop_the_same(len_q: int, len_k: int, monkeypatch: pytest.MonkeyPatch):
     """Unit vectors as values show the kept probabilities, unit vectors as gradients show them to dV; in splits too."""

@@ -13,6 +13,7 @@ from mvlm_kernels.cross_attention.reference import cross_attention_reference, pa
 from support.kernels.attention import SIDES, Case, build, check_rows_in_front, run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("len_q, len_k", [(1, 1), (197, 1)])
 def test_attention_over_a_single_key_is_its_value(len_q: int, len_k: int):
     call = build(Case(len_q=len_q, len_k=len_k))
@@ -24,6 +25,7 @@ def test_attention_over_a_single_key_is_its_value(len_q: int, len_k: int):
         torch.testing.assert_close(zero, torch.zeros_like(zero), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lengths", "mask", "packed-both", "long-lengths"])
 def test_queries_without_keys_give_zeros(name: str):
     case = SIDES[name]
@@ -38,6 +40,7 @@ def test_queries_without_keys_give_zeros(name: str):
     assert not dq.any()
 
 
+@pytest.mark.slow
 def test_sequence_longer_than_its_bound_is_nan_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
     # Values cannot be checked there without a sync, and a wrong bound must not become a wrong number.
     monkeypatch.setattr(dispatch, "checks_values", lambda device: False)

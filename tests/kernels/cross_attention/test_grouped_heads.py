@@ -29,6 +29,7 @@ def assert_equal(got: tuple[torch.Tensor, ...], wanted: tuple[torch.Tensor, ...]
         torch.testing.assert_close(a, b, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.slow
 @each_case
 @pytest.mark.parametrize("multiprocessors", [0, 12], ids=["whole", "splits"])
 def test_kernels_share_keys_among_query_heads(case: Case, multiprocessors: int, monkeypatch: pytest.MonkeyPatch):
@@ -52,6 +53,7 @@ def test_sdpa_shares_keys_among_query_heads():
     assert_equal(run(cross_attention, call), run(attention_by_loops, call))
 
 
+@pytest.mark.slow
 def test_keys_are_read_in_place(monkeypatch: pytest.MonkeyPatch):
     call, launched, launch = build(CASES["lengths"]), [], dispatch.launch
     monkeypatch.setattr(dispatch, "launch", lambda kernel, grid, q, k, *args, **meta: (

@@ -23,6 +23,7 @@ def another(x: Any) -> Tensor:
     return torch.nested.nested_tensor_from_jagged(values, x.offsets()).requires_grad_()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dense_side", ["", "q", "k"])
 def test_nested_sides_equal_loops(dense_side: str, backend: Any):

@@ -40,6 +40,7 @@ def probabilities_by_loops(case: Case, call: Call) -> Tensor:
     return wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", SIDES)
 def test_probabilities_equal_softmax(name: str, backend: Any):
@@ -77,6 +78,7 @@ def test_lse_where_both_sides_are_long_comes_from_the_reference():
     assert torch.autograd.grad(out.sum(), v)[0].isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.plain_empty
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", ["lengths", "packed-both", "long-index"])

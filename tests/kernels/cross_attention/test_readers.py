@@ -33,6 +33,7 @@ def test_indices_out_of_range_count_as_the_nearest():
     assert {sequence: order[first:last].tolist() for sequence, first, last in spans.tolist()} == {0: [1], 1: [0, 2]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["index", "packed-index", "long-index", "long-packed-index"])
 def test_readers_handed_in_give_the_same_bits(name: str):
     case = replace(SIDES[name], heads=2)
@@ -45,6 +46,7 @@ def test_readers_handed_in_give_the_same_bits(name: str):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["index", "long-index"])
 def test_bits_do_not_depend_on_the_order_in_which_programs_run(name: str):
     """Without splits, another order of programs and of key sequences is another order of work, not of sums."""

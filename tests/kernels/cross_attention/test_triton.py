@@ -32,12 +32,14 @@ def test_attention_kernels_for_types(dtype: torch.dtype, len_q: int, len_k: int)
     check_attention(Case(len_q=len_q, len_k=len_k, width=64, dtype=dtype, lengths=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [8, 16, 40, 64, 80, 104, 128])
 @pytest.mark.parametrize("len_q, len_k", [(35, 19), (9, 131)])
 def test_attention_kernels_for_head_widths(width: int, len_q: int, len_k: int):
     check_attention(Case(len_q=len_q, len_k=len_k, width=width, heads=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SIDES.values(), ids=SIDES.keys())
 def test_attention_kernels_for_lengths_masks_indices_and_packing(case: Case):
     check_attention(case)
@@ -57,6 +59,7 @@ def test_attention_kernels_for_memory_layouts(case: Case, layout: str):
     check_attention(replace(case, layout=layout, heads=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["packed-k", "packed-both", "packed-q", "long-packed-q", "long-packed-k"])
 def test_attention_kernels_for_packed_rows_of_unknown_length(name: str):
     check_attention(replace(SIDES[name], bounded=False, ids=torch.int64))
@@ -112,6 +115,7 @@ def test_attention_kernels_pass_gradcheck(name: str):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [cross_attention, attention_by_op], ids=["composition", "op"])
 @pytest.mark.parametrize("case", SIDES.values(), ids=SIDES.keys())
 def test_attention_on_the_cpu_equals_the_reference(case: Case, function: Callable[..., torch.Tensor]):

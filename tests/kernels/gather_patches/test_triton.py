@@ -24,6 +24,7 @@ from support.kernels.patches import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_gather_kernels_for_layouts_and_types(dtype, layout):
@@ -131,6 +132,7 @@ def exercise():
     check_gather(images, torch.tensor([[0, 1, 2, 2], [3, 2, 3, 3]]), 2, MEAN[:3], STD[:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old, new", MUTANTS, ids=[new for _, new in MUTANTS])
 def test_broken_gather_kernel_is_caught(old, new, tmp_path, poison):
     assert_caught("mvlm_kernels.gather_patches.triton", old, new, tmp_path, poison, exercise)

@@ -64,6 +64,7 @@ def check(inputs):
         accurate(f"{name} by the kernels", fast, slow, want, rms=2e-2 if half else None, terms=50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("biases", [(True, True), (False, False), (True, False), (False, True)])
 @pytest.mark.parametrize("types", [(BF16, FP32), (FP16, FP16), (FP32, FP32), (FP64, FP64)], ids=str)
 def test_types_and_biases(types, biases):

@@ -75,6 +75,7 @@ MODELS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("name", list(MODELS))
 def test_a_swapped_model_has_the_same_outputs_and_gradients(name, backend, calls):

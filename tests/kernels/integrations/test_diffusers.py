@@ -61,6 +61,7 @@ def test_unet_gives_the_same_sample_and_gradients(calls: list[AttentionCall]):
     assert {type(p) for p in unet.attn_processors.values()} == {AttnProcessor2_0}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize(
     "options",

@@ -355,6 +355,7 @@ def templates(text: str) -> list[re.Pattern[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_refusal_of_the_source_has_a_row():
     patterns = [p for file in sorted(SOURCES.rglob("*.py")) for p in templates(file.read_text())]
     assert len(patterns) > 40

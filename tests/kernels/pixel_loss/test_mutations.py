@@ -46,6 +46,7 @@ def exercise_masked():
         check_masked(pred, images, ids, 3, MEAN[:3], None, kind, normalize, reduction)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old, new", MASKED_MUTANTS, ids=[new for _, new in MASKED_MUTANTS])
 def test_broken_masked_kernel_is_caught(old, new, tmp_path, poison):
     assert_caught("mvlm_kernels.pixel_loss.triton", old, new, tmp_path, poison, exercise_masked)

@@ -14,6 +14,7 @@ from support.kernels.patches import LAYOUTS, MEAN, SETTINGS, STD, make_ids, make
 from support.kernels.pixel_losses import FLOATS, KINDS, check_linear, check_masked, random
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -106,6 +107,7 @@ def test_pixel_loss_kernels_pass_gradcheck(kind, reduction):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("needs", [(i & 1 > 0, i & 2 > 0, i & 4 > 0) for i in range(8)], ids=str)
 def test_linear_loss_computes_only_needed_gradients(needs):
     images, ids = make_images((1, 1, 4, 4), torch.uint8, "contiguous"), make_ids(1, 3, 4)

@@ -124,6 +124,7 @@ def test_masked_tokens_and_their_gradients_may_be_nan(dtype, backend):
     assert not token_grad[hidden].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["masked", "both", "visible"])
 @pytest.mark.parametrize("width", [1, 3, 64])
 def test_place_tokens_on_the_cpu_sums_16_bits_in_float32(mode, width):
@@ -218,10 +219,12 @@ def test_broken_place_kernel_is_caught(old, new, tmp_path, poison):
     assert_caught("mvlm_kernels.place_tokens.triton", old, new, tmp_path, poison, exercise)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old, new", CPU_MUTANTS, ids=[new[:40] for _, new in CPU_MUTANTS])
 def test_broken_place_composition_is_caught(old, new, tmp_path, poison):
     assert_caught("mvlm_kernels.place_tokens.cpu", old, new, tmp_path, poison, exercise)
 
 
+@pytest.mark.slow
 def test_intact_place_tokens_passes_the_mutation_check():
     exercise()

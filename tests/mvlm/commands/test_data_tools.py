@@ -14,6 +14,7 @@ def fail_with_a_full_disk(*_: object) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+@pytest.mark.slow
 def test_a_built_data_set_and_its_view_pass_the_check(view, data_set, run_data):
     outcome = run_data("check", view)
     assert outcome.code == 0

@@ -2,9 +2,12 @@
 
 import json
 
+import pytest
+
 from support.commands import assert_refused
 
 
+@pytest.mark.slow
 def test_a_data_set_is_embedded(run_mvlm, trained, scenes, tmp_path):
     words = ("embed", scenes, tmp_path / "out", "--checkpoint", trained, "--device", "cpu", "--splits", "test")
     outcome = run_mvlm(*words)
@@ -13,6 +16,7 @@ def test_a_data_set_is_embedded(run_mvlm, trained, scenes, tmp_path):
     assert run_mvlm(*words).out == outcome.out[-1:]  # nothing is left to do
 
 
+@pytest.mark.slow
 def test_mistakes_are_refused_and_nothing_is_written(run_mvlm, trained, scenes, tmp_path):
     out = tmp_path / "out"
     for data, checkpoint, message in (

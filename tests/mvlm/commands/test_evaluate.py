@@ -8,6 +8,7 @@ from support.folders import folder_hash
 from support.scenes import BROKEN, overwrite
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage, message", BROKEN, ids=lambda value: getattr(value, "__name__", ""))
 def test_evaluation_on_broken_data_is_refused(run_mvlm, scenes_copy, tmp_path, run_copy, damage, message):
     damage(scenes_copy, "test")

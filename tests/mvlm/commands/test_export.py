@@ -14,6 +14,7 @@ def names(path) -> list[str]:
     return sorted(file.name for file in path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_default_is_a_folder_for_mvlm(run_mvlm, trained, tmp_path):
     assert run_mvlm("export", trained, tmp_path / "out").out == [str(tmp_path / "out")]
     assert names(tmp_path / "out") == HUB_FILES[1:]
@@ -34,6 +35,7 @@ def test_programs_are_listed_with_their_differences(run_mvlm, trained, tmp_path,
     assert json.loads((tmp_path / "out/preprocess.json").read_text())["format"] == "pt2"
 
 
+@pytest.mark.slow
 def test_a_dry_run_for_the_hub(run_mvlm, trained, tmp_path):
     words = ("--format", "hub", "--push-to", "someone/demo", "--dry-run")
     assert run_mvlm("export", trained, tmp_path / "out", *words).out == [str(tmp_path / "out")]
@@ -59,6 +61,7 @@ def test_mistakes_are_refused_and_nothing_is_written(run_mvlm, trained, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_missing_run_and_a_full_folder_are_refused(run_mvlm, trained, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
@@ -71,6 +74,7 @@ def test_a_missing_run_and_a_full_folder_are_refused(run_mvlm, trained, tmp_path
     assert names(tmp_path) == ["full"]
 
 
+@pytest.mark.slow
 def test_onnx_without_its_packages_names_the_extra(run_mvlm, trained, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     outcome = run_mvlm("export", trained, tmp_path / "out", "--format", "onnx")

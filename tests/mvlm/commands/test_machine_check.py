@@ -60,6 +60,7 @@ def test_doctor_without_shards_tries_no_speed(tmp_path):
     assert "speed" not in found
 
 
+@pytest.mark.slow
 def test_doctor_needs_no_validation_split(micro_preset, tmp_path):
     """Training needs it only for evaluations. Without `train` the shards are red."""
     found = examine(write_scenes(tmp_path / "data", {"train": 16}), tmp_path)

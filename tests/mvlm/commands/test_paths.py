@@ -13,6 +13,7 @@ from support.folders import folder_hash
 from support.scenes import made_up_run, png, scene
 
 
+@pytest.mark.slow
 def test_a_missing_data_folder_is_refused(run_mvlm, tmp_path, trained):
     assert_refused(
         run_mvlm("pretrain", "tiny", "--data", tmp_path / "none", "--out", tmp_path / "run", *MICRO_FLAGS),
@@ -50,6 +51,7 @@ def another_architecture(run: Path) -> None:
         (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["eval retrieval", "reconstruct", "fill", "report"])
 def test_a_checkpoint_of_another_architecture_is_refused(run_mvlm, scenes, run_copy, tmp_path, command):
     another_architecture(run_copy)

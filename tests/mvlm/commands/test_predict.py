@@ -1,6 +1,7 @@
 """`mvlm reconstruct` and `mvlm fill`: images and captions that are refused."""
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from mvlm.runs.load import load_model
@@ -20,6 +21,7 @@ def test_a_file_that_is_not_an_image_is_refused(run_mvlm, trained, tmp_path):
     assert folder_hash(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_captions_without_masks_and_wrong_numbers_of_guesses_are_refused(run_mvlm, trained, tmp_path):
     (tmp_path / "a.png").write_bytes(png(scene(0)[0]))
     words = ("--checkpoint", trained, "--image", tmp_path / "a.png")
@@ -32,6 +34,7 @@ def test_captions_without_masks_and_wrong_numbers_of_guesses_are_refused(run_mvl
         assert_refused(outcome, f"top: wanted 1 to {most}, got {top}")
 
 
+@pytest.mark.slow
 def test_the_commands_give_what_the_python_interface_gives(run_mvlm, trained, tmp_path):
     (tmp_path / "a.png").write_bytes(png(scene(5)[0]))
     model = load_model(trained)

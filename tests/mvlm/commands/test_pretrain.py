@@ -15,6 +15,7 @@ from support.folders import folder_hash
 from support.scenes import BROKEN, overwrite
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage, message", BROKEN, ids=lambda value: getattr(value, "__name__", ""))
 def test_pretraining_on_broken_data_is_refused(run_mvlm, scenes_copy, tmp_path, damage, message):
     damage(scenes_copy, "train")
@@ -94,6 +95,7 @@ def test_pretraining_refuses_a_folder_with_other_files(run_mvlm, scenes, tmp_pat
     assert folder_hash(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -119,6 +121,7 @@ def test_settings_out_of_their_ranges_are_refused(run_mvlm, scenes, tmp_path, wo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_exits_with_1(run_mvlm, scenes, tmp_path, monkeypatch):
     loss = fast.linear_pixel_loss
     monkeypatch.setattr(fast, "linear_pixel_loss", lambda *inputs, **more: loss(*inputs, **more) + float("nan"))
@@ -183,6 +186,7 @@ def test_a_configuration_of_unknown_settings_or_version_is_refused(run_mvlm, run
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_help_of_every_preset_lists_its_settings(run_mvlm, preset):
     outcome = run_mvlm("pretrain", preset, "--help")

@@ -7,6 +7,7 @@ from support.folders import folder_hash
 from support.scenes import made_up_run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["{}", "", "no figures", "[1]", '{"split": "test"}', "[" * 100_000])
 @pytest.mark.parametrize("others", [[], ["other"]])
 def test_a_report_of_an_evaluation_that_is_not_one_is_refused(run_mvlm, run_copy, tmp_path, text, others):

@@ -21,6 +21,7 @@ def embedded(trained, scenes, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_an_index_is_made_searched_and_kept(run_mvlm, embedded, trained, tmp_path):
     place = tmp_path / "index"
     assert run_mvlm("search", "index", embedded, place).out == [f"{place}: 8 images and 12 texts"]
@@ -46,6 +47,7 @@ def test_an_index_is_made_searched_and_kept(run_mvlm, embedded, trained, tmp_pat
     assert run_mvlm(*words, "--where", "row = 0").out == ["no answer"]
 
 
+@pytest.mark.slow
 def test_mistakes_are_refused(run_mvlm, embedded, trained, tmp_path, monkeypatch):
     place = tmp_path / "index"
     assert_refused(run_mvlm("search", "query", place, "red"), "index: wanted an index that `mvlm search index` made")

@@ -41,6 +41,7 @@ def test_every_seed_that_torch_takes_is_valid(seed):
     torch.Generator().manual_seed(pretrain_config(Path("data"), Path("out"), seed=seed).seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -148,6 +149,7 @@ except ConfigError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_setting_is_added_by_one_line_in_its_group() -> None:
     """The command line, config.json, the range check and the resume check follow from the line."""
     done = subprocess.run([sys.executable, "-c", NEW_SETTING], capture_output=True, text=True)

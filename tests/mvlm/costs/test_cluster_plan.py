@@ -51,6 +51,7 @@ def record(gradients: float = 4e9, gathered: float = 1e6) -> RecordedStep:
     return RecordedStep(moved, events, 100)
 
 
+@pytest.mark.slow
 def test_planned_step_by_hand():
     planned = planned_step(setting(mfu=0.5), FOUND, record())
     assert planned.forward == pytest.approx(1e14 / (0.5 * 989e12))
@@ -71,6 +72,7 @@ def test_planned_step_by_hand():
     assert planned.computing == pytest.approx(computing / planned.step)
 
 
+@pytest.mark.slow
 def test_half_the_pairs_take_half_the_computation_and_as_long_for_gradients():
     slow = record(gradients=1e11)
     whole, half = (planned_step(setting(), FOUND, slow, batch) for batch in (1.0, 0.5))
@@ -79,6 +81,7 @@ def test_half_the_pairs_take_half_the_computation_and_as_long_for_gradients():
     assert half.times.waiting["gradients"] > whole.times.waiting["gradients"]
 
 
+@pytest.mark.slow
 def test_scaling_keeps_the_pairs_of_a_gpu():
     rows = scaling(setting(), FOUND, record(), most=1024)
     assert [(row.ranks, row.batch_size) for row, _ in rows] == [(8 * 2**k, 800 * 2**k) for k in range(8)]
@@ -86,6 +89,7 @@ def test_scaling_keeps_the_pairs_of_a_gpu():
     assert shares == sorted(shares, reverse=True)
 
 
+@pytest.mark.slow
 def test_limits_are_where_the_step_falls_below_nine_tenths():
     found = limits(setting(batch_size=16384), FOUND, record())
     assert found.inter_node is not None
@@ -105,6 +109,7 @@ def test_limits_are_where_the_step_falls_below_nine_tenths():
         assert (step.computing >= 0.9) == enough
 
 
+@pytest.mark.slow
 def test_a_step_that_is_below_already_names_only_the_number_of_gpus():
     found = limits(setting(inter_node=1e8), FOUND, record(gradients=1e11))
     assert (found.inter_node, found.straggler, found.pairs) == (None, None, None)

@@ -21,6 +21,7 @@ def test_pairs_are_the_candidates_of_both_directions():
     assert EvaluationShape(images=5000, captions=25000, candidates=256).pairs == 7_680_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["pre", "post"])
 def test_flops_of_a_pair_are_those_of_a_real_batch(norm):
     config = micro_config(cross_norm=norm)
@@ -34,6 +35,7 @@ def test_flops_of_a_pair_are_those_of_a_real_batch(norm):
     assert found.pair == real.get_total_flops() // module.PAIRS
 
 
+@pytest.mark.slow
 def test_flops_of_an_image_by_hand():
     """Patches of 8 x 8 pixels in 3 colours; two blocks of four projections, a feed-forward layer and attention."""
     c, rows = 16, 17

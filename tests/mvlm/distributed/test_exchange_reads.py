@@ -67,6 +67,7 @@ def run(read: bool = False) -> Any:
         return recorder, image.grad.shape, rows.grad.shape
 
 
+@pytest.mark.slow
 def test_the_host_reads_the_numbers_once_and_after_other_work():
     recorder, image, rows = run()
     assert log == ["other work", "read"]

@@ -212,6 +212,7 @@ def test_microbatches_in_one_process_equal_the_whole_batch(plan, local):
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=EXACT, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["plain", "fast"])
 def test_pair_without_an_admissible_negative_has_no_weight(plan):
     """Pair 0 has no admissible negative in the batch, and the others have one: weights differ by microbatch."""

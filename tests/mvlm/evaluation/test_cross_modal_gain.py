@@ -46,6 +46,7 @@ def test_a_model_without_cross_attention_gains_nothing(model, heldout_split, tok
     assert gain["masked_nats"] > 0 < gain["masked_l1"]
 
 
+@pytest.mark.slow
 def test_gain_of_a_model_with_known_losses(model, heldout_split, tokenizer, monkeypatch):
     """Given its own image, sample i gives the masked token at position c of its caption a logit of i/2 + c/3 more
     than the others; given its own caption, each of its masked pixels is off by (i + 1)/10. Given a wrong image,

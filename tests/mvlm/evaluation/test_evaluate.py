@@ -58,6 +58,7 @@ def test_no_image_is_unseen_where_a_split_names_no_concepts(model, tmp_path, tok
     assert not any("unseen" in group.title for group in retrievals(model, split, known, features))
 
 
+@pytest.mark.slow
 def test_evaluation_figures_are_those_of_the_ranks(model, tmp_path, tokenizer):
     folder = write(tmp_path / "data", {"train": ["cat"] * 4, "test": ["cat", "owl", "cat", "hen", "cat", "cat"]})
     split, train = (open_dataset(folder, name) for name in ("test", "train"))
@@ -82,6 +83,7 @@ def test_evaluation_figures_are_those_of_the_ranks(model, tmp_path, tokenizer):
         assert figures[name] > 0
 
 
+@pytest.mark.slow
 def test_evaluation_has_no_unseen_figures_if_all_concepts_are_known(model, tmp_path, tokenizer):
     folder = write(tmp_path / "data", {"train": ["cat"], "test": ["cat", "cat"]})
     split, train = (open_dataset(folder, name) for name in ("test", "train"))
@@ -103,6 +105,7 @@ def test_a_brief_evaluation_leaves_the_model_in_training(model, heldout_split, t
     }
 
 
+@pytest.mark.slow
 def test_a_data_set_without_a_train_split_is_evaluated(model, tmp_path, tokenizer):
     folder = write(tmp_path / "data", {"test": ["cat", "owl", "dog", "hen"]})
     split = open_dataset(folder, "test")
@@ -114,6 +117,7 @@ def test_a_data_set_without_a_train_split_is_evaluated(model, tmp_path, tokenize
     assert "training median" not in format_table(figures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3])
 def test_recall_is_that_of_the_plain_network_one_pair_at_a_time(model, heldout_split, tokenizer, k):
     """12 captions of 8 images; in fp32 the two implementations agree to the digit of the figures."""

@@ -16,6 +16,7 @@ def model():
     return micro_model(dtype=torch.float32).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["memory", "disk"])
 @pytest.mark.parametrize("batch", [64, 3])
 def test_features_of_a_split_are_those_of_each_image_and_caption_alone(

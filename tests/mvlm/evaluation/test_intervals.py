@@ -1,12 +1,14 @@
 """Intervals of recalls against a bootstrap that draws images one by one, and against scipy's."""
 
 import numpy as np
+import pytest
 import torch
 from scipy.stats import bootstrap
 
 from mvlm.evaluation.intervals import recall_intervals
 
 
+@pytest.mark.slow
 def test_intervals_of_captions_are_those_of_drawn_images():
     rng = np.random.default_rng(3)
     images = np.repeat(np.arange(150), rng.integers(1, 5, 150))

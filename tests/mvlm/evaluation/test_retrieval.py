@@ -86,6 +86,7 @@ def by_hand(image, text, owner, log_odds, scale, direction, k):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", ["tr", "ir"])
 @pytest.mark.parametrize("k", [1, 4, 12, 1000])
 def test_ranks_against_brute_force(direction, k):
@@ -181,6 +182,7 @@ def test_a_split_without_any_right_candidate_is_ranked_by_itc():
     assert found["tr"].itm.tolist() == found["tr"].itc.tolist() == [2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("captions", [1, 3])
 def test_recall_of_random_embeddings_is_chance(captions):
     """400 images: recall is within four standard errors of the probability of a hit by chance."""

@@ -79,6 +79,7 @@ def pixels() -> np.ndarray:
     return scene(5)[0]
 
 
+@pytest.mark.slow
 def test_weights_are_the_softmax_of_the_plain_model(model, pixels):
     found = model.attention(pixels, TEXT)
     log_odds, weights = match_by_hand(model, pixels, TEXT)
@@ -93,6 +94,7 @@ def test_weights_are_the_softmax_of_the_plain_model(model, pixels):
     np.testing.assert_allclose(found.maps.numpy(), found.weights.numpy().mean((0, 1)), atol=1e-7)
 
 
+@pytest.mark.slow
 def test_gradcam_is_weight_times_the_positive_derivative_of_the_log_odds(model, pixels):
     found = model.attention(pixels, TEXT)
     log_odds, weights = match_by_hand(model, pixels, TEXT)
@@ -108,6 +110,7 @@ def test_gradcam_is_weight_times_the_positive_derivative_of_the_log_odds(model, 
     assert (found.gradcam > 0).any()
 
 
+@pytest.mark.slow
 def test_derivatives_are_those_of_small_differences(model, pixels):
     """The derivative by one weight of the second layer, by a central difference of the log-odds."""
     log_odds, weights = match_by_hand(model, pixels, TEXT)
@@ -119,6 +122,7 @@ def test_derivatives_are_those_of_small_differences(model, pixels):
     assert weights[1].grad[1, 2, 5].item() == pytest.approx((ahead - behind) / 2e-5, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_maps_leave_the_model_as_it_is_and_need_no_parameter_gradients(model, pixels):
     before = model.attention(pixels, TEXT)
     assert all(parameter.grad is None for parameter in model.network.parameters())
@@ -133,6 +137,7 @@ def test_maps_leave_the_model_as_it_is_and_need_no_parameter_gradients(model, pi
     assert torch.equal(before.weights, again.weights)
 
 
+@pytest.mark.slow
 def test_texts_that_cannot_be_used_are_refused(model, pixels):
     for text, message in (("red " * 40, "wanted at most 40 tokens"), ("  ", "wanted words, found none")):
         with pytest.raises(ConfigError, match=message):

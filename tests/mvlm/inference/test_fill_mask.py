@@ -78,6 +78,7 @@ def test_guesses_against_the_models_logits(model, tokenizer):
             np.testing.assert_allclose(probabilities[number].numpy(), p[order], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 9])
 def test_masks_are_filled_most_probable_first(model, tokenizer, steps):
     """Against a loop that asks for one step at a time; with one step, all guesses are those of the whole."""

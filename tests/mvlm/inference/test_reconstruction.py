@@ -113,6 +113,7 @@ def test_border_errors_against_loops():
             assert found[b, k].item() == pytest.approx(np.mean(borders) if borders else float("inf"), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps, numbers", [(1, [8]), (3, [3, 3, 2]), (99, [1] * 8)])
 def test_patches_are_rebuilt_in_steps(model, tokenizer, steps, numbers):
     """Against a loop that rebuilds all that is left and keeps the patches with the smallest border errors."""

@@ -37,6 +37,7 @@ def test_a_trained_model_unpacks_into_network_and_tokenizer(model, tokenizer):
     assert model.device.type == "cpu"
 
 
+@pytest.mark.slow
 def test_embeddings_of_a_split_are_those_of_evaluation_to_the_digit(model, heldout_split, tokenizer):
     features = encode_split(model.network, heldout_split, tokenizer, "fp32")
     assert torch.equal(model.embed_images(heldout_split), features.image_embedding)
@@ -109,6 +110,7 @@ def log_odds_of(model: TrainedModel, image: np.ndarray, text: str) -> float:
     return logits[1] - logits[0]
 
 
+@pytest.mark.slow
 def test_matches_are_those_of_each_pair_alone(model, pixels):
     texts = [f"{word} top left on black"[: 8 + 2 * i] for i, word in enumerate(["red", "blue", "green"] * 2)]
     found = model.match(pixels[:6], texts, batch_size=4)
@@ -125,6 +127,7 @@ def test_matches_are_those_of_each_pair_alone(model, pixels):
             model.match(pixels[:6], ["red"] * number, batch_size=4)
 
 
+@pytest.mark.slow
 def test_candidates_are_ordered_as_evaluation_orders_them(model, heldout_split, tokenizer, pixels):
     features = encode_split(model.network, heldout_split, tokenizer, "fp32")
     for direction, queries, candidates in (("ir", features.captions, pixels), ("tr", pixels, features.captions)):

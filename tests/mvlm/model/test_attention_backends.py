@@ -83,6 +83,7 @@ def test_auto_on_a_gpu_asks_the_kernels_for_their_limits(monkeypatch):
     assert (found.backend, found.reasons["triton"]) == ("sdpa", "compute capability 8.0 or later is needed")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_the_choice_on_a_gpu_is_a_constant_for_torch_compile(monkeypatch, dynamic):
     monkeypatch.setattr(dispatch, "device_reasons", lambda _: ())

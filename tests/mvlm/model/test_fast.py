@@ -82,6 +82,7 @@ def test_implementations_agree_on_reconstruction_only():
     assert_implementations_agree(model, *micro_batch(config=model.config), reconstruction_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "weights",
     [
@@ -106,6 +107,7 @@ def lightly_masked(batch: Batch, masks: Masks) -> Masks:
     return replace(masks, partner_patch_ids=masks.patch_ids[:, :count], partner_token_ids=torch.stack(first))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("text", [0.0, 0.1, 0.3])
 @pytest.mark.parametrize("image", [0.0, 0.25, 0.5])
@@ -122,6 +124,7 @@ def test_implementations_agree_on_masked_partners(image: float, text: float, pad
     assert_implementations_agree(model, batch, masks, fast_inputs=inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contrastive", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("longest", [2, 128])
 def test_implementations_agree_on_text_pooling(monkeypatch, contrastive, longest):
@@ -138,6 +141,7 @@ def test_implementations_agree_on_text_pooling(monkeypatch, contrastive, longest
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True])
 def test_implementations_agree_on_extra_captions(padded: bool):
     """ITC is the weighted mean over the sets of captions, each a batch of its own."""
@@ -159,6 +163,7 @@ def test_implementations_agree_on_extra_captions(padded: bool):
     assert abs(found - (sets[0] + 0.5 * sets[1] + 0.5 * sets[2]) / 2) < 1e-12
 
 
+@pytest.mark.slow
 def test_implementations_agree_on_the_sigmoid_loss():
     model = micro_model(contrastive="sigmoid")
     batch, masks = micro_batch()
@@ -169,6 +174,7 @@ def test_implementations_agree_on_the_sigmoid_loss():
     assert gradients["logit_bias"].abs() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("complement", [False, True])
@@ -185,6 +191,7 @@ def test_implementations_agree_on_weights_and_complements_of_masks(weighted: boo
     assert (abs(found.mim - paper.mim) > 1e-3) == weighted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drop_masked", [False, True])
 def test_a_batch_padded_to_a_bucket_gives_the_same_losses(drop_masked):
     model = micro_model(drop_masked=drop_masked)

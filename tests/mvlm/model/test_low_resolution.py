@@ -39,6 +39,7 @@ def test_positions_stay_in_float32_under_autocast():
         assert encoder.positions(4).equal(wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("drop_masked, partner", [(False, 0.0), (True, 0.0), (False, 0.25)])
 def test_implementations_agree_on_images_of_low_resolution(drop_masked, partner):
     model = micro_model(image_size=SIDE, drop_masked=drop_masked, partner_image_mask_ratio=partner)
@@ -48,6 +49,7 @@ def test_implementations_agree_on_images_of_low_resolution(drop_masked, partner)
     assert_implementations_agree(model, batch, masks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["plain", "fast"])
 def test_a_step_is_that_of_a_model_of_the_low_resolution(plan):
     """The other model has the same weights, and positions interpolated by timm."""

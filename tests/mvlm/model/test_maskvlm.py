@@ -21,6 +21,7 @@ def with_true_matches(batch: Batch) -> Batch:
     return replace(batch, image_id=image_id, text_id=text_id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cross_norm", ["post", "pre"])
 def test_the_four_losses_against_the_method_in_numpy(cross_norm):
     model = micro_model(cross_norm=cross_norm)
@@ -43,6 +44,7 @@ def test_matching_loss_depends_on_seed_and_step():
     assert model(batch, masks, seed=1, step=1).itm.item() == losses[1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["one pair", "equal captions", "one image"])
 def test_without_admissible_negatives_the_matching_loss_is_that_of_true_pairs(case):
     """Everything stays finite."""
@@ -88,6 +90,7 @@ HEADS = ("image_projection", "text_projection", "matching_head", "log_scale")
 PIXELS = ("image_decoder", "pixel_head", "image_encoder.mask_token")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["plain", "fast"])
 @pytest.mark.parametrize(
     "weights, unused",

@@ -69,6 +69,7 @@ def test_round_up_gives_the_next_multiple():
     assert [round_up(n, 16) for n in (1, 16, 17, 32)] == [16, 16, 32, 32]
 
 
+@pytest.mark.slow
 def test_padding_to_buckets_gives_few_shapes():
     """200 batches of 64 captions; each keeps its tokens and masked tokens."""
     rng, shapes = np.random.default_rng(0), set()

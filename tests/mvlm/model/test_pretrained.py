@@ -26,6 +26,7 @@ def same_weights(one: MaskVLM, other: MaskVLM) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_a_saved_model_loads_from_its_folder(tmp_path, no_network):
     model = micro_model(1, dtype=torch.float32, image_mask_ratio=0.25)
     model.save_pretrained(tmp_path / "saved")
@@ -39,6 +40,7 @@ def test_a_saved_model_loads_from_its_folder(tmp_path, no_network):
     assert torch.equal(found(batch, masks).total, model(batch, masks).total)
 
 
+@pytest.mark.slow
 def test_an_id_loads_from_the_hub(tmp_path, monkeypatch):
     micro_model(1, dtype=torch.float32).save_pretrained(tmp_path / "cache")
     asked = []

@@ -77,6 +77,7 @@ def thousand_draws():
     return logits, columns
 
 
+@pytest.mark.slow
 def test_a_drawn_negative_is_never_a_true_match(thousand_draws):
     _, columns = thousand_draws
     drawn = {(row, int(column)) for direction in columns for step in direction for row, column in enumerate(step)}
@@ -84,6 +85,7 @@ def test_a_drawn_negative_is_never_a_true_match(thousand_draws):
     assert drawn == {(i, j) for i in range(6) for j in range(6)} - TRUE_MATCHES  # every other pair is drawn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", [0, 1])
 def test_drawn_negatives_follow_the_softmax_over_admissible_columns(thousand_draws, direction):
     logits, columns = thousand_draws
@@ -97,6 +99,7 @@ def test_drawn_negatives_follow_the_softmax_over_admissible_columns(thousand_dra
             assert abs(seen - 1000 * p) < 4 * math.sqrt(1000 * p * (1 - p)), (row, j, p, seen)
 
 
+@pytest.mark.slow
 def test_the_two_directions_are_drawn_independently():
     """With the same logits for both, the directions agree as often as two independent draws."""
     logits = normal(5, 5, seed=3)

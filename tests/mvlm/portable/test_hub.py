@@ -38,6 +38,7 @@ def test_a_dry_run_writes_the_folder_and_asks_nobody(trained, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fail_at", ["repos/create", "preupload", "lfs/objects", "commit/main"])
 def test_a_refusal_is_one_line_and_leaves_the_hub_unchanged(trained, tmp_path, fail_at):
     with serve_model_hub() as hub:

@@ -18,6 +18,7 @@ from support.pages import POINTING_GAME
 from support.scenes import write_scenes
 
 
+@pytest.mark.slow
 def test_each_image_has_maps_of_its_own_caption_and_of_a_wrong_one(tokenizer, heldout_split):
     model = TrainedModel(micro_model(dtype=torch.float32, text_length=40), tokenizer, "fp32")
     found = word_maps(model, heldout_split)
@@ -34,6 +35,7 @@ def test_each_image_has_maps_of_its_own_caption_and_of_a_wrong_one(tokenizer, he
                 assert panels.width == SIDE * (2 + len(maps.caption.split()))  # the image, [CLS] and the words
 
 
+@pytest.mark.slow
 def test_captions_are_cut_to_what_the_model_takes(tokenizer, tmp_path):
     data = write_scenes(
         tmp_path / "data", {"train": 4, "test": 4}, captions=lambda i: [f"{i} " + "a long caption " * 9]

@@ -93,6 +93,7 @@ def test_names_in_a_chart_are_escaped():
     assert svg.attrib["aria-label"] == name
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
 @example(0.5, 5.0)

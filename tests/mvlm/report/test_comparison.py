@@ -78,6 +78,7 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.slow
 def test_report_of_several_runs_writes_a_comparison(tmp_path, capsys):
     runs = [made_up(tmp_path / name, 1.0) for name in "abc"]
     cli.run_command(["report", *map(str, runs)])

@@ -93,6 +93,7 @@ def sign_again(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 def test_checkpoint_has_the_documented_files(training, tokenizer, tmp_path):
     path = save(tmp_path, 1234, training, tokenizer, {"loader": {"position": 3}})
     assert path == tmp_path / "step_00001234"
@@ -119,6 +120,7 @@ def test_load_model_restores_model_and_tokenizer(training, tokenizer, tmp_path):
         assert words.fingerprint == tokenizer.fingerprint
 
 
+@pytest.mark.slow
 def test_export_writes_a_folder_that_safetensors_reads(training, tokenizer, tmp_path):
     """The test reads it with safetensors alone. A folder with files in it is refused."""
     model, _ = training
@@ -134,6 +136,7 @@ def test_export_writes_a_folder_that_safetensors_reads(training, tokenizer, tmp_
         export(tmp_path, out)
 
 
+@pytest.mark.slow
 def test_load_model_and_export_take_the_averaged_weights(training, tokenizer, tmp_path):
     model, optimizer = training
     average = {name: torch.full_like(p, 0.25) for name, p in model.named_parameters()}
@@ -223,6 +226,7 @@ def test_pickle_in_the_place_of_a_file_is_never_loaded(run_copy, tmp_path, monke
     assert not (tmp_path / "trapped").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_flipped_bit_is_found_and_the_previous_checkpoint_is_used(run_copy, name, caplog):
     root = run_copy / "checkpoints"
@@ -298,6 +302,7 @@ def test_load_model_refuses_a_run_whose_checkpoints_are_all_damaged(run_copy):
         load_model(run_copy)
 
 
+@pytest.mark.slow
 def test_tensors_of_another_architecture_are_refused_with_their_shapes(training, tokenizer, tmp_path):
     model, _ = training
     path = save(tmp_path, 1, training, tokenizer)

@@ -66,6 +66,7 @@ def test_checkpoint_does_not_see_the_next_step(save, gate, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in found.state_dict().items())
 
 
+@pytest.mark.slow
 def test_writer_writes_one_checkpoint_at_a_time(save, gate, tmp_path):
     """The second call waits for the first checkpoint, whose copies it would overwrite."""
     begin, writer, _ = save
@@ -82,6 +83,7 @@ def test_writer_writes_one_checkpoint_at_a_time(save, gate, tmp_path):
         verify_checkpoint(tmp_path / f"step_{step:08d}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["write_tensors", "save_file", "write_json", "sync", "sha256"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), PermissionError("not yours")])
 def test_save_that_fails_is_a_warning(save, tmp_path, monkeypatch, caplog, stage, error):
@@ -107,6 +109,7 @@ def test_save_that_fails_is_a_warning(save, tmp_path, monkeypatch, caplog, stage
     assert newest_good_checkpoint(tmp_path) == writer.newest == tmp_path / "step_00000003"
 
 
+@pytest.mark.slow
 def test_save_that_the_system_refuses_is_a_warning(save, tmp_path, caplog):
     """The system's own error: no file may be longer than 16 kB, and those of the weights are."""
     begin, writer, _ = save
@@ -206,6 +209,7 @@ def test_newest_checkpoints_and_those_at_multiples_are_kept(tmp_path):
     assert steps() == [10]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep, kept", [(1, [13]), (2, [10, 13])])
 def test_damaged_checkpoint_is_renamed_and_not_counted(save, tmp_path, caplog, keep, kept):
     """The run continues from 10, as 12 and 20 are damaged. No save removes a good checkpoint for them or loses one."""
@@ -233,6 +237,7 @@ def test_damaged_checkpoint_is_renamed_and_not_counted(save, tmp_path, caplog, k
         assert (aside / "state.json").read_text() == f"not that of {step}"
 
 
+@pytest.mark.slow
 def test_checkpoint_that_is_damaged_again_is_renamed_too(save, tmp_path):
     begin, writer, _ = save
     for step in (10, 20, 20, 20):

@@ -18,6 +18,7 @@ def portable(trained, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_run_a_checkpoint_a_folder_and_its_file_are_one_model(trained, portable):
     newest = trained / "checkpoints/step_00000002"
     hashes = {load_model(path, "cpu").sha256 for path in (trained, newest, portable, portable / "model.safetensors")}

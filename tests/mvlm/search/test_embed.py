@@ -23,6 +23,7 @@ from support.models import micro_model
 SPLITS = ["train", "validation", "test"]
 
 
+@pytest.mark.slow
 def test_vectors_are_those_of_evaluation_to_the_digit(model, scenes, embedded):
     images, texts = (pq.read_table(embedded / f"{kind}.parquet") for kind in ("images", "texts"))
     assert str(images.schema.field("vector").type) == "fixed_size_list<element: float>[8]"
@@ -90,6 +91,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {name: digest for name, (digest, _) in folder_hash(folder).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", ["first part", "second part", "join", "description"])
 def test_interrupted_work_continues_with_the_same_files(model, pictures, alone, tmp_path, monkeypatch, failing):
     monkeypatch.setattr(embedding, "PART", 4)

@@ -38,6 +38,7 @@ def queries(count: int, seed: int = 0) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["images", "texts"])
 def test_a_flat_search_is_a_full_product(index, embedded, kind):
     rows = rows_of(embedded, kind)
@@ -58,6 +59,7 @@ def test_a_flat_search_is_a_full_product(index, embedded, kind):
         assert hit.metadata == json.loads(row["metadata"])
 
 
+@pytest.mark.slow
 def test_images_have_their_first_captions(index, embedded):
     wanted = {row["id"]: row["text"] for row in rows_of(embedded, "texts") if row["id"].endswith("#0")}
     hits = index.search(queries(1)[0], "images", 1000)

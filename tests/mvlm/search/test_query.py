@@ -26,6 +26,7 @@ def index(model, scenes, tmp_path_factory, alone):
     return create_index(folder / "embedded", str(folder / "index"), "flat")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_answers_are_ranked_as_evaluation_ranks_them(model, index, heldout_split, k):
     features = encode_split(model.network, heldout_split, model.tokenizer, "fp32")
@@ -47,6 +48,7 @@ def test_answers_are_ranked_as_evaluation_ranks_them(model, index, heldout_split
         assert hits[0].score == pytest.approx(texts.score[number].item(), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_text_and_an_image_are_asked_together_by_their_mean(model, index):
     image = png(scene(2)[0])
     a, b = model.embed_texts("red")[0].double(), model.embed_images(image)[0].double()
@@ -57,6 +59,7 @@ def test_a_text_and_an_image_are_asked_together_by_their_mean(model, index):
     assert [hit.similarity for hit in hits] == pytest.approx((vectors @ wanted).tolist(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_images_of_answers_are_read_from_their_collection(model, index, heldout_split):
     images = ImageReader(index)
     for kind in ("images", "texts"):

@@ -43,6 +43,7 @@ def test_a_difference_is_taken_seed_by_seed() -> None:
     assert gain.paired == pytest.approx(np.std([0.5, 0.6, 0.5], ddof=1))
 
 
+@pytest.mark.slow
 def test_equal_trials_differ_by_exactly_zero() -> None:
     trials = [result(s, [s, 0, 1, 0, 2, 0], gain=0.1 * s) for s in range(3)]
     for measure in ("ir.r1", "gain_text_nats"):
@@ -60,6 +61,7 @@ def test_the_interval_over_seeds_is_that_of_scipy() -> None:
     assert (low, high) == pytest.approx((wanted.low, wanted.high), abs=0.15)
 
 
+@pytest.mark.slow
 def test_the_interval_over_seeds_and_images_is_that_of_all_draws() -> None:
     """Two seeds and two images have 4 x 4 draws, all equally likely; image 1 has two queries."""
     values, images = np.array([[0.0, 6.0, 3.0], [3.0, 9.0, 6.0]]), np.array([7, 9, 9])

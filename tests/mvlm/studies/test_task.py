@@ -97,6 +97,7 @@ def test_a_task_needs_a_pretrained_model(questions, tmp_path) -> None:
         plan_trials(study(), questions, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[3] / "studies" / "tasks").glob("*.toml")), ids=str)
 def test_committed_studies_of_tasks_can_be_planned(file: Path, trained, questions, tmp_path) -> None:
     found = read_study(file)

@@ -50,6 +50,7 @@ def written(model, tokenizer, image, length: int, order: str, iterations: int) -
     return words, float(sure.mean())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("plan", ["plain", "fast"])
 @pytest.mark.parametrize("order, iterations", [("mask-predict", 1), ("mask-predict", 4), ("left-to-right", 4)])
@@ -68,6 +69,7 @@ def test_captions_are_those_written_one_at_a_time(model, tokenizer, plan, order,
         assert odds[row] == pytest.approx(yes - no, rel=1e-9)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("choose_by", ["itm", "likelihood"])
 def test_the_best_of_the_likeliest_lengths_is_chosen(model, tokenizer, choose_by):

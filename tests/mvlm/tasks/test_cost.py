@@ -20,6 +20,7 @@ def setting(image_size: int = 32, **changes) -> ClusterSetting:
     return ClusterSetting(**(values | {"batch_size": 4} | changes))  # pyright: ignore[reportArgumentType]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["vqa", "entailment", "pairs", "caption"])
 def test_flops_of_a_planned_step_lie_between_those_of_real_steps(task):
     """The plan's texts have 12 tokens and room for 16. Real steps of 12 and of 16 tokens need less and more."""
@@ -49,6 +50,7 @@ def test_larger_images_and_batches_cost_more_and_checkpoints_less_memory(task):
     assert task_step_cost(task, setting(48, checkpointed=True)).parts["image_encoder"] < large.parts["image_encoder"]
 
 
+@pytest.mark.slow
 def test_the_plan_names_the_task_and_refuses_what_fine_tuning_cannot_do(run_mvlm):
     words = ("plan", "--gpus", 1, "--data", "10k", "--preset", "tiny", "--batch-size", 8, "--image-size", 64)
     done = run_mvlm(*words, "--task", "entailment")
@@ -60,6 +62,7 @@ def test_the_plan_names_the_task_and_refuses_what_fine_tuning_cannot_do(run_mvlm
     assert_refused(run_mvlm(*words, "--task", "vqa", "--accumulate", 3), "batch_size: wanted a multiple of 1 GPUs x 3")
 
 
+@pytest.mark.slow
 def test_a_trial_times_steps_and_writes_nothing(trained, scenes, tmp_path):
     config = finetune_defaults("retrieval", trained, scenes, tmp_path / "run")
     found = try_steps(replace(config, batch_size=4, device="cpu"), torch.device("cpu"))
@@ -67,6 +70,7 @@ def test_a_trial_times_steps_and_writes_nothing(trained, scenes, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_doctor_tries_fine_tuning(trained, scenes, tmp_path, run_mvlm):
     words = ("doctor", "--data", scenes, "--out", tmp_path, "--device", "cpu", "--task", "retrieval")
     done = run_mvlm(*words, "--checkpoint", trained, "--batch-size", 4, "--image-size", 48)

@@ -39,6 +39,7 @@ def next_logits(model, decoder, batch, prefix: list[int], question: int) -> np.n
     return model.language_head(x[0, -1]).numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["plain", "fast"])
 def test_likelihoods_are_those_of_one_token_at_a_time(parts, tokenizer, plan):
     model, decoder, batch, table = parts
@@ -74,6 +75,7 @@ def test_both_implementations_give_the_same_loss_and_gradients(parts):
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("listed, candidates", [(4, 128), (6, 128), (6, 2)])
 def test_the_likeliest_candidate_is_chosen(parts, listed, candidates):

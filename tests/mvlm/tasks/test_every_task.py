@@ -84,6 +84,7 @@ def ready(trained: Path, data: dict[str, Path], form: str) -> tuple[Task, Batch,
     return task, batch, masks, [x.double() if x.is_floating_point() else x for x in targets]
 
 
+@pytest.mark.slow
 @every_form
 def test_both_implementations_give_the_same_losses_gradients_and_predictions(trained, data, form):
     """DDP waits for every parameter that is not frozen, so each has a gradient."""
@@ -184,6 +185,7 @@ def test_two_ranks_equal_one(trained, data, tmp_path, form, parallel, on_two_ran
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "form, other", [("decoder", "pairs"), ("pairs", "vqa"), ("caption", "pairs"), ("entailment", "caption")]
 )
@@ -195,6 +197,7 @@ def test_data_of_another_task_are_refused_before_anything_is_written(trained, da
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["a tensor missing", "a head too many"])
 def test_a_checkpoint_that_is_not_a_whole_pretrained_model_is_refused(trained, data, tmp_path, damage):
     """Only the head may be new: a model with a tensor less, or one more, is no pretrained model."""

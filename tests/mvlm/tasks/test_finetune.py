@@ -31,6 +31,7 @@ def hypotheses(tmp_path_factory) -> Path:
     return write_hypotheses(tmp_path_factory.mktemp("hypotheses") / "data")
 
 
+@pytest.mark.slow
 def test_first_loss_is_that_of_the_answers_frequencies(trained, questions, tmp_path):
     """The head starts at zero and at the frequencies of the answers: the loss of all questions is their entropy."""
     finetune(configured(trained, questions, tmp_path / "run", max_steps=1, batch_size=32))
@@ -45,6 +46,7 @@ def test_first_loss_is_that_of_the_answers_frequencies(trained, questions, tmp_p
     assert "temperature" not in row
 
 
+@pytest.mark.slow
 def test_accumulated_microbatches_give_the_same_gradients(trained, questions, tmp_path):
     for name, accumulate in (("one", 1), ("four", 4)):
         finetune(configured(trained, questions, tmp_path / name, accumulate=accumulate, plan="plain"))
@@ -54,6 +56,7 @@ def test_accumulated_microbatches_give_the_same_gradients(trained, questions, tm
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blind", ["image", "text"])
 def test_a_blind_model_does_not_depend_on_what_it_cannot_see(trained, questions, tmp_path, blind):
     finetune(configured(trained, questions, tmp_path / "run", blind=blind))
@@ -70,6 +73,7 @@ def test_a_blind_model_does_not_depend_on_what_it_cannot_see(trained, questions,
         assert len(groups) <= len(set(zip(map(dataset.image_bytes, range(len(dataset))), answers, strict=True))) * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "frozen, changed",
     [("none", {"image_encoder", "text_cross", "head"}), ("encoders", {"text_cross", "head"}), ("all", {"head"})],
@@ -85,6 +89,7 @@ def test_frozen_weights_stay(trained, questions, tmp_path, frozen, changed):
     assert after.get_parameter("head.answers.weight").abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_positions_are_resized_loudly(trained, questions, tmp_path, caplog):
     with caplog.at_level("INFO"):
         finetune(configured(trained, questions, tmp_path / "run", image_size=48, question_length=20))
@@ -94,6 +99,7 @@ def test_positions_are_resized_loudly(trained, questions, tmp_path, caplog):
     assert (task.config.image_size, task.config.text_length) == (48, 20)
 
 
+@pytest.mark.slow
 def test_evaluation_writes_figures_and_records(trained, questions, tmp_path, run_mvlm):
     finetune(configured(trained, questions, tmp_path / "run"))
     out = tmp_path / "eval.json"
@@ -114,6 +120,7 @@ def test_evaluation_writes_figures_and_records(trained, questions, tmp_path, run
     assert "wanted a run of the task entailment, found one of vqa" in wrong.err[-1]
 
 
+@pytest.mark.slow
 def test_a_split_without_answers_has_predictions_but_no_accuracy(trained, tmp_path, run_mvlm):
     """As the test split of VQA v2."""
     data = write_questions(tmp_path / "data")
@@ -154,6 +161,7 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_data_of_another_kind_and_runs_of_another_kind_are_refused(trained, scenes, questions, tmp_path):
     with pytest.raises(DataError, match="wanted a question with `question_id` and `answers`"):
         finetune(configured(trained, scenes, tmp_path / "run"))

@@ -35,6 +35,7 @@ def phrases(tmp_path_factory) -> Path:
     return write_phrases(tmp_path_factory.mktemp("phrases") / "data", counts, candidates=True)
 
 
+@pytest.mark.slow
 def test_maps_of_a_batch_are_those_of_single_images(trained):
     """Padding has no effect, and the last layer's map is [CLS]'s of `TrainedModel.attention` over the tokens."""
     model = load_model(trained, "cpu")
@@ -50,6 +51,7 @@ def test_maps_of_a_batch_are_those_of_single_images(trained):
         torch.testing.assert_close(maps[-1, i], found.gradcam[-1, 0] / tokens, rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_point_is_the_highest_of_the_resized_map_and_the_layer_the_best_on_validation(trained, phrases):
     model, test, validation = (
         load_model(trained, "cpu"),
@@ -77,6 +79,7 @@ def test_the_point_is_the_highest_of_the_resized_map_and_the_layer_the_best_on_v
     assert evaluate_grounding(model, test, None, layer)[1] == records
 
 
+@pytest.mark.slow
 def test_a_model_with_random_weights_has_the_figures_of_the_untrained_one(trained, phrases):
     """The differences are paired: no difference on any phrase is an interval of width zero."""
     config, tokenizer = load_model(trained, "cpu").network.config, load_model(trained, "cpu").tokenizer
@@ -110,6 +113,7 @@ def test_wrong_phrases_are_other_phrases():
     assert other_phrases(["a", "a"]) == ["a", "a"]
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_the_scorer_reads(trained, phrases, tmp_path, run_mvlm):
     out, words = tmp_path / "out.json", ("--checkpoint", trained, "--data", phrases, "--device", "cpu", "--layer", 0)
     assert run_mvlm("eval", "grounding", *words, "--out", out).code == 0
@@ -121,6 +125,7 @@ def test_the_command_writes_what_the_scorer_reads(trained, phrases, tmp_path, ru
     assert not list(tmp_path.glob("*.parts"))
 
 
+@pytest.mark.slow
 def test_candidates_of_a_file_of_detections(trained, phrases, tmp_path, run_mvlm):
     """The same boxes as those of the metadata give the same answers; an image without a box is refused."""
     model, test = load_model(trained, "cpu"), open_dataset(phrases, "test")
@@ -153,6 +158,7 @@ def test_two_ranks_have_the_figures_and_records_of_one(trained, tmp_path, run_mv
     assert len(two["records"]) == 150
 
 
+@pytest.mark.slow
 def test_data_without_boxes_and_layers_that_are_not_there_are_refused(trained, scenes, phrases, run_mvlm):
     with pytest.raises(DataError, match="wanted `box`, 4 numbers in pixels, found None; is it data of another task"):
         phrases_of(open_dataset(scenes, "test"))

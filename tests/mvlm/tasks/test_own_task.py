@@ -24,6 +24,7 @@ def counts(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_example_is_trained_and_evaluated(trained, counts, tmp_path, run_mvlm):
     assert len(EXAMPLE.read_text().splitlines()) < 100
     words = ["--checkpoint", trained, "--data", counts, "--out", tmp_path / "run", "--max-steps", 2]

@@ -28,6 +28,7 @@ def write(folder, records):
     return open_dataset(folder, "train")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("plan", ["plain", "fast"])
 def test_features_are_those_of_each_image_in_order(trained, data, plan):

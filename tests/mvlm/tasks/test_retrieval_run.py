@@ -38,6 +38,7 @@ def test_resumed_run_equals_an_undisturbed_one(trained, scenes, tmp_path):
             assert a.get(name) == b.get(name)
 
 
+@pytest.mark.slow
 def test_accumulated_microbatches_give_the_same_gradients(trained, scenes, tmp_path):
     for name, accumulate in (("one", 1), ("four", 4)):
         finetune(configured(trained, scenes, tmp_path / name, "retrieval", accumulate=accumulate, plan="plain"))
@@ -75,6 +76,7 @@ def test_two_ranks_equal_one(trained, scenes, tmp_path, on_two_ranks):
     assert "val_mean_r1" in two[-1]
 
 
+@pytest.mark.slow
 def test_a_retrieval_run_is_a_model_for_every_other_command(trained, scenes, tmp_path, run_mvlm):
     """Evaluation takes it as a pretraining run; another task starts from it; its losses are ITC's and ITM's."""
     finetune(configured(trained, scenes, tmp_path / "run", "retrieval", max_steps=1, ema_decay=0.5))

@@ -41,6 +41,7 @@ def loaded(task: Task, data: Path, share: bool) -> tuple[Batch, Masks, list[torc
     return batch, masks, [x.double() if x.is_floating_point() else x for x in targets]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["plain", "fast"])
 @pytest.mark.parametrize("form", FORMS)
 def test_losses_and_gradients_are_those_of_samples_with_images_of_their_own(trained, data, form, plan):
@@ -74,6 +75,7 @@ def test_losses_and_gradients_are_those_of_samples_with_images_of_their_own(trai
     assert len(records) == 32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("blind", ["image", "text"])
 @pytest.mark.parametrize("form", ["decoder", "classifier", "entailment", "pairs"])
@@ -118,6 +120,7 @@ def test_what_a_blind_model_gets_is_encoded_once(trained, data, form, blind, sha
             torch.testing.assert_close(one[1][n], gradient, rtol=1e-6, atol=1e-10, msg=n)
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_an_undisturbed_one(trained, data, tmp_path, without_tensorboard):
     settings = {"questions_per_image": 2, "crop_scale": (0.6, 1.0), "flip": 0.5, "checkpoint_every_steps": 2}
     finetune(finetune_config(trained, data["vqa"], tmp_path / "whole", max_steps=4, **settings))

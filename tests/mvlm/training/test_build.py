@@ -19,6 +19,7 @@ CPU = torch.device("cpu")
 ALONE = World(rank=0, size=1, local_rank=0, device=CPU)
 
 
+@pytest.mark.slow
 def test_loader_masks_and_truncates_as_configured(scenes, tokenizer):
     """Patches of 4 pixels in blocks of 8, a quarter of the 16 blocks; all ordinary tokens of captions of at most 5."""
     model = micro_config(patch_size=4, mask_block=8, image_mask_ratio=0.25, text_mask_ratio=1.0, text_length=5)
@@ -68,6 +69,7 @@ def test_loader_augments_as_configured(scenes, tmp_path):
         assert all(a.equal(b) for a, b in zip(seen[name][1:], seen["none"][1:], strict=True))
 
 
+@pytest.mark.slow
 def test_mask_token_of_the_model_is_the_tokenizers(scenes, tmp_path, without_tensorboard):
     config = pretrain_config(scenes, tmp_path / "run", max_steps=1, model=micro_config(mask_token_id=7))
     pretrain(config)
@@ -76,6 +78,7 @@ def test_mask_token_of_the_model_is_the_tokenizers(scenes, tmp_path, without_ten
     assert json.loads((config.out / "config.json").read_text())["model"]["mask_token_id"] == 4
 
 
+@pytest.mark.slow
 def test_tokenizer_can_be_given_by_path(scenes, tmp_path, tokenizer, without_tensorboard):
     tokenizer.save(tmp_path / "words.json")
     config = pretrain_config(scenes, tmp_path / "run", max_steps=1, tokenizer=tmp_path / "words.json")

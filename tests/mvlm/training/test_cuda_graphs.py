@@ -85,6 +85,7 @@ def train(model, steps, run: Callable[..., Losses], clip: bool = True) -> list[L
     return found
 
 
+@pytest.mark.slow
 def test_replayed_steps_train_as_eager_ones():
     order = [LENGTHS[i] for i in (0, 0, 1, 1, 0, 1, 2, 0, 2, 2, 1, 0)]
     wanted_model, model = micro_model(), micro_model()
@@ -101,6 +102,7 @@ def test_replayed_steps_train_as_eager_ones():
         assert torch.equal(p, q)
 
 
+@pytest.mark.slow
 def test_a_bucket_is_eager_first_then_captured_and_the_number_of_graphs_is_bounded():
     model = micro_model()
     recorder = Recorder(model)
@@ -151,6 +153,7 @@ def test_inputs_are_copied_into_the_graphs_own_tensors():
     assert before == [x.data_ptr() for x in (own[0].images, own[0].tokens, own[0].cu_seqlens, own[1].token_ids)]
 
 
+@pytest.mark.slow
 def test_steps_stay_eager_after_a_capture_that_failed(caplog):
     wanted_model, model = micro_model(), micro_model()
     order = [LENGTHS[0]] * 4
@@ -189,6 +192,7 @@ def test_graphs_need_the_fast_plan_without_accumulation_and_compiling(other, tmp
         pretrain_config(tmp_path, tmp_path, cuda_graphs=True, **other)
 
 
+@pytest.mark.slow
 def test_the_trainer_replays_its_steps(scenes, tokenizer, tmp_path):
     """Eight steps with reconstruction alone at first: the metrics, learning rates and weights of eager steps."""
     rows, weights = [], []

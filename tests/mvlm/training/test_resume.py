@@ -90,6 +90,7 @@ def test_run_resumed_past_a_damaged_checkpoint_keeps_its_own_checkpoints(
     assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000004"
 
 
+@pytest.mark.slow
 def test_resume_of_a_complete_run_changes_no_file(scenes, run_copy, caplog):
     before = folder_hash(run_copy)
     with caplog.at_level("INFO"):
@@ -98,6 +99,7 @@ def test_resume_of_a_complete_run_changes_no_file(scenes, run_copy, caplog):
     assert folder_hash(run_copy) == before
 
 
+@pytest.mark.slow
 def test_resume_with_other_data_is_refused(run_copy, tmp_path):
     """The folder of the data may have moved; its contents must not have changed."""
     other = write_scenes(tmp_path / "other", {"train": 31})

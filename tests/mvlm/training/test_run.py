@@ -214,6 +214,7 @@ def test_full_disk_between_checkpoints_does_not_end_the_run(
     assert find_checkpoint(config.out) == config.out / "checkpoints/step_00000005"
 
 
+@pytest.mark.slow
 def test_run_that_fails_keeps_its_rows_and_checkpoints(scenes, tmp_path, monkeypatch, without_tensorboard):
     config = pretrain_config(scenes, tmp_path / "run", max_steps=6, checkpoint_every_steps=2, max_bad_steps=0)
     loss, calls = fast.linear_pixel_loss, []
@@ -250,6 +251,7 @@ def test_images_that_cannot_be_decoded_are_skipped_and_counted(tmp_path, caplog,
     assert len(re.findall("skipped an image that cannot be decoded: .*train-000000.tar", caplog.text)) == 2
 
 
+@pytest.mark.slow
 def test_too_many_images_that_cannot_be_decoded_stop_the_run(tmp_path, without_tensorboard):
     data = write_scenes(tmp_path / "data", {"train": 40})
     overwrite(open_dataset(data, "train"), "image", [10, 17, 20])

@@ -41,6 +41,7 @@ def last_row(run: Trainer) -> dict[str, float]:
     return run.metrics.read()[-1]
 
 
+@pytest.mark.slow
 def test_step_is_adamws_update_with_the_gradient_of_the_total(start):
     """One update of every parameter against Loshchilov and Hutter's formula in numpy."""
     run, batches = start(warmup_steps=4, weight_decay=0.1, clip_norm=0.5)
@@ -68,6 +69,7 @@ def test_step_is_adamws_update_with_the_gradient_of_the_total(start):
         assert parameter.grad is None
 
 
+@pytest.mark.slow
 def test_model_gets_seed_step_and_weights(start, monkeypatch):
     """Seed and step determine ITM's negatives. The first two steps train reconstruction alone."""
     run, batches = start(seed=7, reconstruction_first=2, mlm_weight=0.5)
@@ -84,6 +86,7 @@ def test_model_gets_seed_step_and_weights(start, monkeypatch):
     assert told == [same | {"step": step, "reconstruction_only": step < 2} for step in range(3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [1e-3, 1e3])
 def test_gradients_are_clipped_to_the_norm(start, limit, monkeypatch):
     run, batches = start(clip_norm=limit)
@@ -101,6 +104,7 @@ def test_gradients_are_clipped_to_the_norm(start, limit, monkeypatch):
     assert norms == [pytest.approx(min(limit, row["grad_norm"]), rel=1e-3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value, end", [(20.0, math.log(1 / 0.001)), (-3.0, math.log(1 / 0.5))])
 def test_temperature_is_clamped_after_each_step(start, value, end):
     run, batches = start()
@@ -110,6 +114,7 @@ def test_temperature_is_clamped_after_each_step(start, value, end):
     assert run.model.log_scale.item() == pytest.approx(end, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(
     "term, module, function",
@@ -140,6 +145,7 @@ def test_loss_that_is_not_finite_stops_the_run_before_the_update(start, monkeypa
         assert all(torch.equal(before[k], v) for k, v in state.items())
 
 
+@pytest.mark.slow
 def test_gradient_that_is_not_finite_stops_the_run_before_the_update(start):
     """The loss is finite and its gradient is not, by the square root of zero."""
     run, batches = start(max_bad_steps=0)

@@ -33,6 +33,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WRONG)
 def test_a_vit_of_another_architecture_changes_nothing(name):
     changes, messages = WRONG[name]

@@ -34,6 +34,7 @@ def test_both_towers_are_resized_and_say_so(caplog):
     assert resized_model(model, 32, 12) is model
 
 
+@pytest.mark.slow
 def test_a_trained_model_takes_shorter_texts_as_it_did_and_no_longer_ones(trained):
     """Truncated positions change no text that is short enough; positions that nothing trained are refused."""
     whole, short = load_model(trained, "cpu"), load_model(trained, "cpu", image_size=48, text_length=8)

@@ -73,6 +73,7 @@ def test_emoji_groups_by_code_point():
     assert group_of("2764") == "signs"
 
 
+@pytest.mark.slow
 def test_a_tenth_of_the_emoji_is_test_and_a_tenth_validation():
     counts = {"train": 0, "validation": 0, "test": 0}
     for codepoints, *_ in named_emoji():

@@ -114,6 +114,7 @@ def test_icons_are_rendered_black_on_white_and_files_are_not_read(tmp_path: Path
     assert wide[10, 24].tolist() == [255, 255, 255]
 
 
+@pytest.mark.slow
 def test_emoji_have_names_and_splits_of_the_emoji_data_set(tmp_path: Path) -> None:
     named = {stem: (captions, meta) for stem, _, captions, meta in named_emoji()}
     chosen = [stem for stem in sorted(named) if split_of(stem) == "test"][:3]

@@ -90,6 +90,7 @@ def test_an_author_is_in_one_split_and_a_large_one_in_training(tmp_path: Path) -
     assert {s for of_author in splits.values() for s in of_author} == {"train", "validation", "test"}
 
 
+@pytest.mark.slow
 def test_shards_hold_drawings_centred_on_white(tmp_path: Path) -> None:
     source = openclipart(write_package(tmp_path / "x.deb", FILES), size=32, validation=0, test=0)
     build_shards(source, tmp_path / "out", workers=1)

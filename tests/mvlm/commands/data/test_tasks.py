@@ -28,6 +28,7 @@ def vqa(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILDS)
 def test_builds(run_data, tmp_path, name):
     write, counts, words = BUILDS[name]

@@ -53,6 +53,7 @@ def test_captions_are_tokenized_without_punctuation():
     assert tokenize("A dog's black-and-white tail, (left)!") == ["a", "dog's", "black-and-white", "tail", "left"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_bleu_equals_torchmetrics(seed):
     from torchmetrics.functional.text import bleu_score

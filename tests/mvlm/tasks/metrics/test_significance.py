@@ -7,6 +7,7 @@ from scipy import stats
 from mvlm.tasks.metrics.significance import grouped_bootstrap, mcnemar, mean_interval
 
 
+@pytest.mark.slow
 def test_bootstrap_over_groups_equals_scipys_over_their_sums():
     rng = np.random.default_rng(0)
     groups = rng.integers(60, size=300)

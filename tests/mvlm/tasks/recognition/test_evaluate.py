@@ -21,6 +21,7 @@ def squares(tmp_path_factory) -> Path:
     return write_phrases(tmp_path_factory.mktemp("squares") / "data", {"train": 32, "validation": 8, "test": 16})
 
 
+@pytest.mark.slow
 def test_zero_shot_is_the_nearest_mean_of_templates(trained, squares, tmp_path):
     """Against embeddings averaged by hand: each template's of unit length, and their mean again."""
     (tmp_path / "templates.txt").write_text("{c} on white\n\n{} top left\n")
@@ -85,6 +86,7 @@ def test_shots_beyond_the_rarest_class_and_unknown_classes_are_refused(trained, 
     assert not (tmp_path / "out.json").exists()
 
 
+@pytest.mark.slow
 def test_untrained_figures_do_not_depend_on_the_random_state(trained, squares):
     model, test = load_model(trained, "cpu"), open_dataset(squares, "test")
     found = []

@@ -78,6 +78,7 @@ def spans(task: Any) -> list[tuple[int, int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_maps_are_weights_times_the_positive_derivatives_of_the_prediction(trained, form, monkeypatch):
     task, predicted = made(trained, form), FORMS[form][2]

@@ -31,6 +31,7 @@ def write(folder: Path, count: int = 40) -> tuple[Path, Path]:
     return folder / "examples.jsonl", folder / "images"
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_single_pairs(trained, tmp_path, run_mvlm):
     file, images = write(tmp_path)
     examples = read_examples(file, images)
