@@ -67,7 +67,7 @@ def test_killed_stage_keeps_its_rows(name: str, tmp_path) -> None:
     chance = random.Random(name)
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_run.py"), name, "--rehearse", "--out", str(tmp_path)]
     # The sweep compiles variants for half of its time at most, before its first row.
-    command += ["--seconds", "20" if name == "sweep" else "300", "--cache", str(tmp_path / "cache")]
+    command += ["--seconds", "40" if name == "sweep" else "300", "--cache", str(tmp_path / "cache")]
     process = subprocess.Popen(
         command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True
     )
