@@ -44,7 +44,7 @@ class RowFile:
     """A CSV file to which rows are appended as they are measured.
 
     Each `append` ends with the rows on disk, so a process that is killed loses only the case that it was measuring. A
-    kill during an `append` may leave the beginning of a row: what follows the last line end is none.
+    kill during an `append` may leave the beginning of a row. What follows the last line end is therefore not a row.
     Every line repeats the machine's columns, so that files can be concatenated.
     """
 

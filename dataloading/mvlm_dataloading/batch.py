@@ -64,7 +64,7 @@ class Batch(_ToDevice):
 class Masks(_ToDevice):
     """Masked positions, which are replaced and have to be predicted.
 
-    Those of a batch with each image and caption once are of its I images and U captions.
+    In a batch that has each image and each caption once, they are those of its I images and U captions.
     """
 
     patch_ids: Tensor
@@ -86,5 +86,5 @@ class Masks(_ToDevice):
     """int64 (B, K'), patches that are masked in the image from which masked captions are rebuilt; some of `patch_ids`.
     None unless the loader was asked for them."""
     partner_token_ids: Tensor | None = None
-    """int64 (M',), positions that are masked in the caption from which masked images are rebuilt; some of `token_ids`.
+    """int64 (M'',), positions that are masked in the caption from which masked images are rebuilt; some of `token_ids`.
     None unless the loader was asked for them."""

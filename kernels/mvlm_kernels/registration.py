@@ -145,7 +145,7 @@ def _apply_of(function: type[torch.autograd.Function]) -> Any:
 
 
 def backward_of(op: Any, implementation: Callable[..., Any], *tensors: torch.Tensor) -> Callable[..., Any]:
-    """Choose the function that a Function's backward calls.
+    """Choose how an autograd Function calls an op: by the Python implementation or by the registered op.
 
     That is the Python implementation for plain tensors, else the registered op. With ``create_graph=True`` it is the op
     too, which knows its own derivative, or refuses it.

@@ -1,10 +1,10 @@
 """Configuration of a fine-tuning run: that of a pretraining run, and the task's settings."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from mvlm.config.groups import WeightSettings
+from mvlm.config.groups import ObjectiveSettings, WeightSettings
 from mvlm.config.pretrain import GROUPS as RUN_GROUPS
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.config.ranges import AT_LEAST_0, AT_LEAST_1
@@ -34,7 +34,7 @@ class TaskSettings:
     """Questions about one image that a batch has together (vqa, entailment, pairs). With more than 1, a batch encodes
     each of its images once."""
     min_count: Annotated[int, AT_LEAST_1] = 1
-    """Training questions that must have an answer for it to be on the list of answers (vqa; 9 for VQA v2)."""
+    """Fewest training questions with an answer for the answer to be listed (vqa; 9 for VQA v2)."""
     answers: Literal["decoder", "classifier"] = "decoder"
     """Form of vqa: the paper's autoregressive decoder, or a classifier over the list of answers."""
     answer_list: Path | None = None
@@ -46,7 +46,7 @@ class TaskSettings:
     rerank: Annotated[int, AT_LEAST_1] = 32
     """Candidates of each query that ITM re-ranks in evaluations (retrieval; 128 for Flickr30k, 256 for COCO)."""
     lengths: Annotated[int, AT_LEAST_1] = 5
-    """Lengths of which caption writes a caption each in evaluations: the likeliest for the image."""
+    """Number of lengths that caption tries in evaluations: it writes a caption for each of the image's likeliest."""
     iterations: Annotated[int, AT_LEAST_1] = 10
     """Passes of mask-predict (caption)."""
     order: Literal["mask-predict", "left-to-right"] = "mask-predict"
@@ -67,12 +67,18 @@ class FinetuneConfig(TaskSettings, PretrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.compile or self.reconstruction_first or self.local_negatives or self.low_resolution:
-            raise ConfigError(
-                "wanted neither --compile, --reconstruction-first, --local-negatives nor --low-resolution, which "
-                "belong to pretraining; leave them out"
-            )
+        defaults = {setting.name: setting.default for setting in fields(self)}
+        given = [name for name in PRETRAINING_ONLY if getattr(self, name) != defaults[name]]
+        if given:
+            flags = ", ".join("--" + name.replace("_", "-") for name in given)
+            raise ConfigError(f"wanted no settings of pretraining alone, got {flags}; leave them out")
 
 
-GROUPS: tuple[type, ...] = (TaskSettings, *(group for group in RUN_GROUPS if group is not WeightSettings))
+_NOT_READ = (ObjectiveSettings, WeightSettings)
+PRETRAINING_ONLY = (
+    *(setting.name for group in _NOT_READ for setting in fields(group)),
+    *("tokenizer", "reconstruction_first", "low_resolution", "compile", "cuda_graphs", "local_negatives"),
+)
+"""Settings that fine-tuning does not read. It refuses other values than their defaults."""
+GROUPS: tuple[type, ...] = (TaskSettings, *(group for group in RUN_GROUPS if group not in _NOT_READ))
 """Groups of settings, in the order of --help."""

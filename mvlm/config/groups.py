@@ -68,13 +68,14 @@ class ObjectiveSettings:
     resume_may_change: ClassVar[bool] = False
 
     mlm_weight: Annotated[float, AT_LEAST_0] = 1.0
-    """Weight of masked language modelling in the loss. 0 leaves the objective out, as for the next three."""
+    """Weight of masked language modelling in the loss; 0 leaves it out."""
     mim_weight: Annotated[float, AT_LEAST_0] = 1.0
-    """Weight of masked image modelling."""
+    """Weight of masked image modelling; 0 leaves it out."""
     itc_weight: Annotated[float, AT_LEAST_0] = 1.0
-    """Weight of the image-text contrastive loss."""
+    """Weight of the image-text contrastive loss; 0 leaves it out."""
     itm_weight: Annotated[float, AT_LEAST_0] = 1.0
-    """Weight of the image-text matching loss. Its negatives are drawn by ITC's similarity, so it needs ITC."""
+    """Weight of the image-text matching loss; 0 leaves it out. Its negatives are drawn by ITC's similarity, so it needs
+    ITC."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ class ScheduleSettings:
     reconstruction_first: Annotated[int, AT_LEAST_0] = 0
     """Steps at the start that train only MLM and MIM; ITC and ITM join after them."""
     low_resolution: Annotated[int, AT_LEAST_0] = 0
-    """Side of the images in the first part of the run, in pixels; 0 for the model's in all of it. Fewer patches make
+    """Side of the images in the first part of the run, in pixels; 0 for the model's size throughout. Fewer patches make
     faster steps. Position embeddings are interpolated."""
     low_resolution_share: Annotated[float, FRACTION] = 0.85
     """Share of the run's steps that see images of side `low_resolution`."""
@@ -228,5 +229,5 @@ class SafetySettings:
     """Stop when this file appears: finish the step, save and end, as after SIGTERM or SIGUSR1. A run does not start
     while the file exists."""
     stall_minutes: Annotated[float, ABOVE_0] = 20.0
-    """Limit in minutes for one step, its data, one evaluation or one checkpoint. Beyond it the run writes the stacks of
-    all threads and exits with code 3."""
+    """Limit in minutes for one step, its data, one part of an evaluation or one checkpoint. Beyond it the run writes
+    the stacks of all threads and exits with code 3."""

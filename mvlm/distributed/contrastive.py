@@ -20,7 +20,7 @@ from mvlm.objectives.losses import (
 from mvlm.objectives.negatives import Negatives, NegativeSampling
 
 MAX_LOGITS = 1 << 24
-"""Most elements of the logit matrix in memory at a time: 64 MiB in fp32, for any number of ranks. Every further block
+"""Largest number of logits in memory at a time: 64 MiB in fp32, for any number of ranks. Every further block of rows
 reads the embeddings of all pairs again."""
 
 
@@ -115,7 +115,8 @@ def sharded_conditioned_loss(
     Args:
         similarity: gives the cosines (Q, G) of features (Q, 1+N, C) and embeddings of captions (G, E).
         image: features (n, 1+N, C) of the own images.
-        elements: most values of queries in memory at a time. Backward computes further blocks again.
+        elements: largest number of values of queries in memory at a time. If that makes several blocks, backward
+            computes each again.
     """
     _, texts = embeddings.arrive()
     indices = layout.own_indices(image.device)

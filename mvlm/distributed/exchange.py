@@ -1,4 +1,4 @@
-"""Exchange of features: the images and captions that a rank drew as negatives travel to it, and to no other rank.
+"""Exchange of features: each rank receives those of the images and captions that its own pairs drew as negatives.
 
 The numbers of rows (`mvlm.distributed.exchange_plan`) are known on the device first; the host reads them after it has
 queued other work.

@@ -51,7 +51,7 @@ class Notices:
         return None if found is None or found.startswith(f"rank {self._world.rank}:") else found
 
     def stop_requested(self, here: bool) -> bool:
-        """True if a rank has been asked to stop: this one (`here`), or another one, which said so here before."""
+        """True if this rank (`here`) or any other rank has been asked to stop. This rank's request is announced."""
         if here and self._store is not None:
             self._post("stop", f"rank {self._world.rank}")
         return here or self._read("stop") is not None

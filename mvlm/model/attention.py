@@ -1,7 +1,8 @@
 """Multi-head attention and the feed-forward layer. Attention's projections can also be called one by one.
 
-The backward of attention is autograd's here. On a GPU the fast implementation calls `mvlm_kernels.cross_attention` for
-attention with text, which has a backward of ours. The feed-forward layer's is that of `mvlm_kernels.gelu_linear`.
+The backward of `attend` is that of SDPA, and on a CPU in bf16 that of `attention_backends.math_attention`. On a GPU the
+fast implementation calls `mvlm_kernels.cross_attention` for attention with text, which has a backward of ours. The
+feed-forward layer's backward is that of `mvlm_kernels.gelu_linear`.
 
 Shape legend: B batch, Lq queries, Lk keys, T packed rows, R pairs, C width, H heads, D head width.
 """
@@ -193,7 +194,7 @@ class FeedForward(nn.Module):
         return gelu_linear(h, self.down.weight, self.down.bias, h_bias=bias)
 
     def branch(self, x: Tensor) -> Branch:
-        """The same for `add_norm`, which may add the last bias."""
+        """Output (..., C) for `add_norm`: with the last bias, or apart from it if `add_norm` adds it."""
         if not adds_bias_later(x.device):
             return Branch(self(x))
         h, bias = self._expand(x)

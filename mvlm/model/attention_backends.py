@@ -7,7 +7,8 @@ A caller names a backend or asks for `auto`, which decides by device, dtype and 
   the call. Otherwise packed rows are padded and the rule for images holds.
 
 Backward: `triton` calls `mvlm_kernels.cross_attention`, whose backward is in `mvlm_kernels/cross_attention/` (its
-`__init__.py` says where). All other backends use the backward of torch or of their library.
+`__init__.py` says where). `math` has its own, `_MathAttention.backward` below. All other backends use the backward of
+torch or of their library.
 
 `auto` never picks flash-attn or xformers, because SDPA ships flash attention already.
 

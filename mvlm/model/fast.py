@@ -3,7 +3,7 @@
 Nothing is approximated. Work is skipped if its result is unused or already known:
 
 - Padding: text is packed in the encoder, in both cross-modality encoders, and at the LM head.
-- Each encoder runs once, over unmasked and masked inputs together. Patches are projected once for both.
+- Each encoder runs once, over unmasked and masked inputs together (but with `drop_masked`). Patches are projected once.
 - Keys and values of an encoder's output are computed once per cross-attention layer. The reconstruction and the three
   pairings of ITM share them in place.
 - ITM reads only [CLS], so the last block computes no other row. The part of block 0 that does not depend on the
@@ -125,7 +125,7 @@ def encode_images(model: MaskVLMNetwork, patches: Tensor, patch_ids: Tensor | No
 def encode_texts(model: MaskVLMNetwork, batch: Batch, hidden: list[Tensor]) -> tuple[PackedText, PackedText | None]:
     """Encode captions unmasked and masked: w, and wm of all masked copies, one after another.
 
-    The positions hidden int64 (M,) are masked in each copy; without a copy wm is None and costs nothing.
+    In masked copy i the tokens at hidden[i], int64 (M,), are masked. Without a copy wm is None and costs nothing.
     """
     if not hidden:
         return encode_tokens(model, batch.tokens, batch.cu_seqlens, batch.max_length), None

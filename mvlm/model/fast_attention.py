@@ -18,7 +18,7 @@ from mvlm.model.packing import Packing
 from mvlm.model.residual import Branch, Residual
 
 MAX_QUERIES = 128
-"""Longest sequence of captions that pool an image together."""
+"""Largest number of captions in one sequence of queries."""
 
 
 def attend_self(packing: Packing | None, select: SelectRows | None = None, selected: Packing | None = None) -> Attend:

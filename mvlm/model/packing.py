@@ -158,7 +158,7 @@ class Packing:
 
     @property
     def has_padding_rows(self) -> bool:
-        """False if there are surely none: if the bounds are on a CPU, where reading them costs nothing."""
+        """False if there are surely none: the bounds are on a CPU, where they can be read at once, and end at T."""
         if self._has_padding_rows is None:
             known = self.cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
             self._has_padding_rows = not known or int(self.cu_seqlens[-1]) < self.total

@@ -19,8 +19,9 @@ class Residual(NamedTuple):
     x: Tensor
     """(B, L, C), or packed (T, C): the residual stream, fp32 under autocast."""
     y: Tensor | None = None
-    """Rows of the same shape, or None. Of a pre-norm block, what the block's feed-forward adds to x: the next norm does
-    it. Of a post-norm block, x in the dtype of matrix products."""
+    """Rows of the same shape, or None. Of a pre-norm block, the output of its feed-forward, which the next `add_norm`
+    adds to x; with its bias, because FSDP frees a block's parameters when the block ends. Of a post-norm block, x in
+    the dtype of matrix products."""
 
 
 class Branch(NamedTuple):

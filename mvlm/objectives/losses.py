@@ -16,7 +16,10 @@ from mvlm.config.pretrain import PretrainConfig
 
 
 class LossWeights(NamedTuple):
-    """Weights of the four losses in the total. An objective of weight 0 is not computed; its loss is then zero."""
+    """Weights of the four losses in the total.
+
+    An objective of weight 0 is not computed, and its loss is zero; but ITM needs ITC's, which is then computed.
+    """
 
     mlm: float = 1.0
     mim: float = 1.0

@@ -54,10 +54,10 @@ def gumbel(seed: int, step: int | Tensor, direction: int, rows: Tensor, columns:
 
 
 MAX_READERS = 32
-"""Most pairs that may draw one image, and most that may draw one caption, in a step.
+"""Largest number of pairs that may draw one image in a step, and that may draw one caption.
 
 Without a limit all pairs of the global batch could draw the same image, and the rank that has it would send it to every
-rank. Draws in proportion to equal logits reach 9 in a batch of 131,072. The limit is the same for any number of ranks.
+rank. With equal logits at most 9 of 131,072 pairs draw one image. The limit is the same for any number of ranks.
 """
 
 
@@ -163,7 +163,7 @@ class MatchingPairs(NamedTuple):
     labels: Tensor
     """int64 (3n,), 1 = match."""
     weights: Tensor
-    """float32 (3n,), 0 if no negative was admissible, else 1."""
+    """float32 (3n,), 0 for a negative pair that does not count (`Negatives`), else 1."""
 
 
 def matching_pairs(negatives: Negatives, first_image: int = 0, first_text: int = 0) -> MatchingPairs:
@@ -182,7 +182,7 @@ def matching_pairs(negatives: Negatives, first_image: int = 0, first_text: int =
 
 
 def matching_rows(total: int, drawn: int) -> int:
-    """Bound of the rows of the captions of `matching_pairs` together, from numbers that the host knows.
+    """Upper bound of the token rows of all captions in `matching_pairs`, from numbers that the host knows.
 
     total: rows of the n captions; drawn: bound of the rows of the n drawn captions.
     """

@@ -42,7 +42,7 @@ class RunFolder:
 
     @property
     def history(self) -> Path:
-        """Who trained which steps, and hashes of what was saved (`mvlm.runs.history`)."""
+        """Processes that trained the run, with their steps, and hashes of what was saved (`mvlm.runs.history`)."""
         return self.path / "history.jsonl"
 
     @property

@@ -1,4 +1,4 @@
-"""History of a run, `history.jsonl`: who trained which steps, and hashes of everything that was saved.
+"""History of a run, `history.jsonl`: the processes that trained it, and hashes of everything that was saved.
 
 One JSON object a line, appended only, so that a run that was killed and resumed shows all of its parts:
 

@@ -1,6 +1,6 @@
 """Answer decoder of MaskVLM: a fusion block over both cross-modality encoders, and an autoregressive decoder.
 
-The fusion block reads the text encoder's rows as queries and the image encoder's as keys and values. The decoder has
+In the fusion block, rows of the text cross-modality encoder attend to rows of the image one. The decoder has
 the shape of the text cross-modality encoder, with causal self-attention; it attends to the fused question and predicts
 `answer [SEP]` from `[CLS]`. Where the paper is silent, the choice is ALBEF's: both start from the weights of the text
 cross-modality encoder, words and positions are the text encoder's, logits the language head's.
@@ -30,7 +30,7 @@ from mvlm.objectives.losses import at_least_float32
 from mvlm_dataloading import Batch, Tokenizer
 
 LOGITS_AT_A_TIME = 1 << 24
-"""Most logits that exist at a time while answers are ranked: 64 MiB in fp32."""
+"""Largest number of logits that exist at a time while answers are ranked: 64 MiB in fp32."""
 
 
 class Answers(NamedTuple):

@@ -19,7 +19,7 @@ from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import autocast
 from mvlm.distributed.loss_shares import Microbatch
 from mvlm.distributed.parallel import checkpoint_activations, parallelize, unsharded_copy
-from mvlm.distributed.world import World, join_ranks
+from mvlm.distributed.world import World
 from mvlm.errors import ConfigError, RunError
 from mvlm.evaluation.workspace import EvaluationStopped, Workspace
 from mvlm.model.maskvlm import MaskVLM
@@ -31,11 +31,11 @@ from mvlm.tasks.start import starting_model
 from mvlm.tasks.task import Task, TaskLosses, TaskOptions
 from mvlm.training.build import check_attention, make_loader
 from mvlm.training.freed_memory import keep_freed_memory
-from mvlm.training.loggers import LogSinks, check_services
+from mvlm.training.loggers import LogSinks
 from mvlm.training.optimizer import make_optimizer
-from mvlm.training.run import RunInputs, build_run, train
+from mvlm.training.run import RunInputs, do_run, open_splits
 from mvlm.training.trainer import Trainer
-from mvlm_dataloading import Dataset, open_dataset
+from mvlm_dataloading import Dataset
 
 log = logging.getLogger(__name__)
 
@@ -45,13 +45,7 @@ def finetune(config: FinetuneConfig) -> None:
 
     It raises what `mvlm.training.run.pretrain` raises.
     """
-    world = join_ranks(config.device)
-    with build_run(config, world, open_inputs, build_trainer) as trainer:
-        if trainer.complete:
-            log.info("%s is complete: %d of %d steps", config.out, trainer.step, config.max_steps)
-        else:
-            train(trainer)
-    world.close()
+    do_run(config, open_inputs, build_trainer)
 
 
 class FineTuner(Trainer):
@@ -139,13 +133,7 @@ class FineTuner(Trainer):
 def open_inputs(config: FinetuneConfig) -> RunInputs:
     """Open the data and the pretrained model's configuration, and check both before there is a folder."""
     kind = find_task(config.task)
-    check_services(config)
-    dataset = open_dataset(config.data, "train")
-    validation = (
-        open_dataset(config.data, "validation") if config.eval_every_steps or config.eval_every_minutes else None
-    )
-    if validation is not None and config.eval_images:
-        validation = validation.head(config.eval_images)
+    dataset, validation = open_splits(config)
     kind.make_state(dataset, TaskOptions.of(config))
     if config.questions_per_image > 1 and not kind.shares:
         raise ConfigError(

@@ -1,8 +1,11 @@
 """A downstream task: a pretrained model with a head, its loss, its predictions, and their score.
 
-To add a task, write one file with a subclass of `Task` and add it to `TASKS` of `mvlm.tasks.registry`
-(docs/guides/tasks.md has an example). A sample of a task's data set is one question: its text is the sample's caption,
-and all else is in the sample's metadata.
+A task of your own is one file with a subclass of `Task`, and commands take the file in place of a task's name
+(docs/guides/tasks.md). A task of the library is also a line in `TASKS` of `mvlm.tasks.registry`, in `TASK_NAMES` of
+`mvlm.config.finetune` and in `GROUPS` of `mvlm.cli`.
+
+A sample of a task's data set is one question: its text is the sample's caption, and all else is in the sample's
+metadata.
 
 Shape legend: B batch, C width.
 """

@@ -53,7 +53,7 @@ def questions(dataset: Dataset, may_lack_answers: bool = False) -> list[dict[str
 
 
 def mean_targets(records: list[dict[str, Any]], answers: list[str]) -> list[float]:
-    """Mean soft target of each answer over questions that have it at least once, in (0, 1)."""
+    """Mean soft target of each answer over all questions, in (0, 1). Each answer must occur at least once."""
     sums: dict[str, float] = dict.fromkeys(answers, 0.0)
     for record in records:
         for answer, target in soft_targets(record["answers"]).items():
@@ -87,7 +87,7 @@ class VisualQuestionAnswering(Task):
             model.language_head.requires_grad_(True)
         else:
             self.head = AnswerHead(3 * width, 2 * width, len(state["answers"]))
-            if "means" in state:  # checkpoints from before it are loaded over this
+            if "means" in state:  # older checkpoints have none, and their own bias is loaded instead
                 with torch.no_grad():
                     self.head.answers.bias.copy_(torch.tensor(state["means"], dtype=torch.float64).logit())
 
@@ -124,10 +124,10 @@ class VisualQuestionAnswering(Task):
         if options.answer_list is not None:
             kept = read_answers(Path(options.answer_list), counts)
         if len(kept) < 2:
-            raise DataError(
-                f"{train.folder}: wanted at least 2 answers with {options.min_count} training questions each, found "
-                f"{len(kept)}; lower --min-count"
-            )
+            wanted, remedy = f"with {options.min_count} training questions each", "lower --min-count"
+            if options.answer_list is not None:
+                wanted, remedy = f"in {options.answer_list}", "add answers to the file"
+            raise DataError(f"{train.folder}: wanted at least 2 answers {wanted}, found {len(kept)}; {remedy}")
         listed = set(kept)
         if options.answers == "classifier":
             return {"answers": kept, "others": [], "means": mean_targets(records, kept)}

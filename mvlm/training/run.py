@@ -1,4 +1,4 @@
-"""One pretraining run, from its configuration to its last checkpoint."""
+"""Run of pretraining, from its configuration to its last checkpoint, and what every run shares with it."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -49,6 +49,15 @@ def pretrain(config: PretrainConfig) -> None:
         NonFiniteLossError: too many updates in a row were skipped.
         LostRankError: another process of the run is gone.
     """
+    do_run(config, open_inputs, build_trainer)
+
+
+def do_run(
+    config: Config,
+    open_inputs: Callable[[Config], RunInputs],
+    build_trainer: Callable[[RunInputs, World, str], Trainer],
+) -> None:
+    """Build a run and train to its last step, if it is not complete. The functions are those of `build_run`."""
     world = join_ranks(config.device)
     kernels = deterministic_kernels(world.device) if config.deterministic else nullcontext()
     with kernels, build_run(config, world, open_inputs, build_trainer) as trainer:
@@ -87,7 +96,7 @@ def build_run(
 
 
 def train(trainer: Trainer) -> None:
-    """Call `trainer.train()`. LostRankError if a collective fails because another rank is gone."""
+    """Record the start in the run's history, then train. LostRankError if a collective fails without another rank."""
     world, config = trainer.world, trainer.config
     if world.first:
         splits = {"train": trainer.loader.dataset, "validation": trainer.validation}
@@ -107,8 +116,8 @@ def train(trainer: Trainer) -> None:
         ) from error
 
 
-def open_inputs(config: PretrainConfig) -> RunInputs:
-    """Open data and tokenizer, and check everything that can be checked before there is a folder."""
+def open_splits(config: PretrainConfig) -> tuple[Dataset, Dataset | None]:
+    """Open the training split and, if the run evaluates, the validation split, after checks of what needs no data."""
     notice = config.preemption_file
     if notice is not None and notice.exists():  # left by an earlier preemption: it would end the run at once
         raise ConfigError(f"preemption_file: {notice} exists before the run starts; remove it to train")
@@ -118,6 +127,12 @@ def open_inputs(config: PretrainConfig) -> RunInputs:
     validation = open_dataset(config.data, "validation") if evaluates else None
     if validation is not None and config.eval_images:
         validation = validation.head(config.eval_images)
+    return dataset, validation
+
+
+def open_inputs(config: PretrainConfig) -> RunInputs:
+    """Open data and tokenizer, and check everything that can be checked before there is a folder."""
+    dataset, validation = open_splits(config)
     tokenizer = choose_tokenizer(config, dataset)
     config = replace(config, model=fit_to_tokenizer(config, tokenizer))
     check_attention(config)

@@ -80,7 +80,7 @@ class Trainer:
         self.stop, self.notices = StopRequest(config.preemption_file), Notices(world)
         self.watchdog = Watchdog(folder.stalled(world.rank), world.rank, config.stall_minutes, self.notices.failure)
         self.graphs: CudaGraphs | None = None
-        """What replays the steps of one rank, with --cuda-graphs."""
+        """CUDA graphs that replay the steps of one rank, with --cuda-graphs; else None."""
         self.weights = loss_weights(config)
         self.metrics = MetricsBuffer()
         """Metrics of the steps since the last row."""
@@ -155,7 +155,8 @@ class Trainer:
     def one_step(self, batches: Iterator[tuple[Batch, Masks]]) -> None:
         """Make one update, or skip it if the guard says so. Its metrics stay on the device, in `self.metrics`.
 
-        The host never waits for the device here: it queues the next step while this one runs.
+        On one rank of pretraining the host never waits for the device here: it queues the next step while this one
+        runs. On several ranks it waits once, for the numbers of rows that they exchange.
         """
         self.watchdog.beat(f"the data of step {self.step + 1}")
         started = time.perf_counter()

@@ -60,8 +60,8 @@ class LocalContender:
     def step(self, name: str, number: int = 0, gradients_of: int | None = None) -> Step:
         """Make a function that runs a pass once, on the set with this number, and returns all that it computed.
 
-        For `backward`, this method runs forward, not the function. gradients_of: the set whose incoming gradients are
-        used, if it is another one.
+        For `backward`, this method runs the forward pass itself, and the function runs the backward pass alone.
+        gradients_of: the set whose incoming gradients are used, if it is another one.
         """
         function, leaves = self._functions[number], list(self._sets[number].leaves.values())
         incoming: list[Tensor] = []

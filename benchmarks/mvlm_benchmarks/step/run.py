@@ -79,7 +79,7 @@ def run(
         optimizer: include AdamW in the step.
         json, csv, plot: files, or None. Beside the CSV, NAME.rounds.csv gets every timed step as soon as it is timed.
         profile: folder for a profile of one step per contender, or None.
-        seconds: no new round is started that would end later. None: no limit.
+        seconds: no round is started that would end after so many. None: no limit.
         largest_batch: on a GPU, search for the largest batch of each contender. That takes many steps, and compiles
             compiled contenders again for each batch.
 

@@ -33,7 +33,7 @@ def measure_rounds(
     A contender that runs out of memory, or raises anything else, is left out from then on.
 
     Args:
-        budget: no new round is started that would end later. The first timed round is always made.
+        budget: no round is started that would end after it. The first timed round is always made.
         timed: called with the row of each timed step, as soon as it is timed.
 
     Returns:

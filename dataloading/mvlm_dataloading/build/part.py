@@ -37,7 +37,7 @@ Executor = Literal["processes", "ray"]
 WHOLE = (1, 1)
 LISTING_S = 90.0
 """Longest time that a network disk hides new files from other machines."""
-# Of a plan. Version 0.1.0 wrote only these.
+# Fields of plan.json that version 0.1.0 wrote too.
 _ESSENTIAL = ("name", "recipe", "pieces")
 
 

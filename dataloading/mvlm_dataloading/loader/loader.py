@@ -37,7 +37,7 @@ class Loader:
     last batch may be smaller.
 
     Args:
-        batch_size: samples of a global batch, over all ranks. Rank r of W yields its rows r B/W to (r + 1) B/W.
+        batch_size: samples of a global batch, over all ranks. Rank r of W yields B/W of its rows, from r B/W.
         device: "cuda" decodes and resizes on the GPU, and yields images there. None works on the CPU. All other
             tensors are on the CPU.
         text_length: maximum tokens of a caption, including [CLS] and [SEP].
@@ -120,7 +120,10 @@ class Loader:
         if strip < 1 or (strip > 1 and augment is not None and not augment.is_identity):
             raise ValueError(f"wanted strip of at least 1, and no augmentation if it is above 1, got {strip}")
         if per_image < 1 or (per_image > 1 and not share) or (share and extra_captions):
-            raise ValueError("wanted per_image of at least 1, share with it, and no extra_captions with share")
+            raise ValueError(
+                "wanted per_image of at least 1, share with per_image above 1, and no extra_captions with share, got "
+                f"per_image {per_image}, share {share}, extra_captions {extra_captions}"
+            )
         self.dataset, self.tokenizer, self.train = dataset, tokenizer, train
         self.batch_size, self.text_length = batch_size, text_length
         self.rank, self.world_size = rank, world_size

@@ -162,7 +162,7 @@ def draw_two_token_masks(
 
     With a ratio, the mask is that of `draw_token_masks`, and all weights are 1. Without, the number of masked tokens is
     drawn for each caption, from 1 to n, or to n - 1 if a complement is wanted and n > 1; each of k masked tokens then
-    has weight n/k. With a complement, masks of n tokens are thus never drawn, as its counterpart would mask none.
+    has weight n/k. With a complement, a mask of all n tokens is thus drawn only for n = 1: its counterpart masks none.
 
     Raises:
         ValueError: as `draw_token_masks`.
@@ -175,10 +175,10 @@ def draw_two_token_masks(
         check_token_ratio(ratio)
         counts = np.maximum(1, np.rint(ratio * ordinary)).astype(np.int64)  # rint rounds halves to even, like `round`
     masked, others = _split_tokens(seed, epoch, sample_ids, ordinary, counts)
-    starts = np.cumsum(ordinary + 2)  # (B,), end of each caption
+    ends = np.cumsum(ordinary + 2)  # (B,), of the captions
 
     def weighted(ids: Int64, number: Int64) -> TokenMask:
-        rows = np.searchsorted(starts, ids, side="right")
+        rows = np.searchsorted(ends, ids, side="right")
         weights = np.ones(len(ids)) if ratio is not None else ordinary[rows] / number[rows]
         return TokenMask(ids, weights.astype(np.float32))
 

@@ -1,6 +1,6 @@
 """Tile tables: ``<op>.json`` in this folder, by architecture and then by key.
 
-    {"sm_80": {"forward/16": {"BLOCK_M": 64, "BLOCK_F": 64, "BLOCK_D": 64, "num_warps": 4, "num_stages": 3}}}
+    {"sm_90": {"short_kv_backward/16bit/128/128": {"BLOCK_M": 32}}}
 
 Each op chooses its tiles in one place:
 
@@ -9,7 +9,9 @@ Each op chooses its tiles in one place:
                        a table of exceptions
     gather_patches,    ``row_grid`` in gather_patches          no table: a warp has a patch
     and pixel losses
-    place_tokens       constants in place_tokens/triton.py     no table: one size for all shapes
+    place_tokens,      constants in their triton.py            no table: one size for all shapes
+    gelu_linear
+    add_layer_norm     by the width, in its triton.py          no table
 
 In a key of cross_attention the dtype is ``16bit`` or ``tf32``, the head width is rounded up to a power of two from 16,
 and the short length is 16, 32, 64 or 128. A key that ends in ``/text`` holds where both sides are text of at most 32

@@ -3,11 +3,12 @@
 Where the backward is:
 
 - Kernels: ``launch.backward`` runs ``short_kv_backward`` (``short_kv.py``) for short keys and ``short_q_backward``
-  (``short_q.py``) for short queries. With ``key_index``, or without tiles for a single pass, ``short_q_backward_dq``
-  and ``long_kv_backward`` (``long_kv.py``) run for short queries instead.
-- Eager calls on the CPU: autograd differentiates ``cpu.py``.
-- Compiled graphs on the CPU, and packed sequences without a kernel: ``reference_backward`` (``reference.py``).
+  (``short_q.py``) for short queries. With ``key_index``, with grouped heads, or without tiles for a single pass,
+  ``short_q_backward_dq`` and ``long_kv_backward`` (``long_kv.py``) run for short queries instead.
+- Eager calls on the CPU without ``return_lse``: autograd differentiates ``cpu.py``.
 - Dense calls without a kernel: SDPA, and its backward in torch.
+- All others, such as compiled graphs on the CPU and packed sequences without a kernel: ``reference_backward``
+  (``reference.py``). Without a kernel, a softcap, a seed and ``return_lse`` go there too.
 """
 
 import math

@@ -1,7 +1,8 @@
 """Long-KV kernel: dK and dV of image keys that text queries read, one program per tile of keys.
 
-It runs where the single pass of ``short_q_backward`` does not: with key_index, where several query sequences may read
-one key sequence, and for shapes whose single pass would spill registers. ``short_q_backward_dq`` computes dQ then.
+It runs where the single pass of ``short_q_backward`` does not: with key_index and with grouped heads, where several
+sequences or heads of queries read the same keys, and for shapes whose single pass would spill registers.
+``short_q_backward_dq`` computes dQ then.
 
 Legend: BLOCK_M query rows, BLOCK_N key rows, BLOCK_D >= D head width; b query sequence, kb key sequence, h head.
 ``tile_io.py`` says what the tuples hold.

@@ -37,8 +37,8 @@ def cross_attention_reference(
 ) -> Tensor:
     """Specification of :func:`mvlm_kernels.cross_attention`, in any floating dtype, differentiable by autograd.
 
-    Takes the same arguments and returns the output in q's shape and dtype. A dropout needs its seed, int64 (). Lengths
-    are read on the host, which on a GPU waits for the device.
+    Takes those of its arguments that determine the result, and returns the output in q's shape and dtype. A dropout
+    needs its seed, an int64 tensor (). Lengths are read on the host, which on a GPU waits for the device.
     """
     scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
     sides = key_lengths, key_mask, key_index, cu_seqlens_q, cu_seqlens_k

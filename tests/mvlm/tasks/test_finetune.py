@@ -1,6 +1,9 @@
 """Fine-tuning of micro models on questions about coloured squares: loss, resume, baselines, errors."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,8 @@ from mvlm.tasks.evaluate import predict_split
 from mvlm.tasks.finetune import finetune
 from mvlm.tasks.registry import load_task
 from mvlm.tasks.score import score
+from mvlm.training import run as training_run
+from mvlm.training.trainer import Trainer
 from mvlm_dataloading import DataError, ShardWriter, open_dataset
 from support.questions import finetune_config as configured
 from support.questions import write_hypotheses, write_questions
@@ -145,8 +150,11 @@ def test_a_split_without_answers_has_predictions_but_no_accuracy(trained, tmp_pa
         ({"task": "vqa2"}, "task: wanted one of vqa, entailment, retrieval"),
         ({"task": "entailment"}, "wanted a label of contradiction, neutral, entailment, found None"),
         ({"min_count": 20}, "wanted at least 2 answers with 20 training questions each, found 0; lower --min-count"),
-        ({"compile": True}, "which belong to pretraining"),
-        ({"low_resolution": 64}, "which belong to pretraining"),
+        ({"compile": True}, "of pretraining alone, got --compile; leave"),
+        ({"low_resolution": 64, "cuda_graphs": True}, "got --low-resolution, --cuda-graphs; leave"),
+        ({"mlm_weight": 0.5}, "got --mlm-weight; leave"),
+        ({"tokenizer": Path("tokenizer.json")}, "got --tokenizer; leave"),
+        ({"preemption_file": Path(__file__)}, "preemption_file: .* exists before the run starts"),
         ({"task": "retrieval"}, "found a sample of the task vqa; name a data set of images and captions"),
         ({"task": "retrieval", "data": "scenes", "blind": "text"}, "blind: wanted no"),
         ({"task": "retrieval", "data": "scenes", "freeze": "all"}, "freeze: wanted none or encoders, got all"),
@@ -159,6 +167,27 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(
     with pytest.raises((ConfigError, DataError), match=message):
         finetune(configured(trained, data, tmp_path / "run", **{k: v for k, v in changes.items() if k != "data"}))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_deterministic_run_trains_with_deterministic_kernels(
+    trained, questions, tmp_path, monkeypatch, deterministic
+):
+    """On a CPU they are the usual ones, so the test looks for the context that chooses them."""
+    entered: list[str] = []
+    monkeypatch.setattr(training_run, "deterministic_kernels", partial(recorded, entered))
+    during: list[list[str]] = []
+    monkeypatch.setattr(Trainer, "train", lambda _: during.append(list(entered)))
+    finetune(configured(trained, questions, tmp_path / "run", deterministic=deterministic))
+    assert during == [["cpu"] if deterministic else []]
+    assert entered == []
+
+
+@contextmanager
+def recorded(entered: list[str], device: torch.device) -> Iterator[None]:
+    entered.append(device.type)
+    yield
+    entered.pop()
 
 
 @pytest.mark.slow

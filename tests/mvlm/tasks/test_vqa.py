@@ -57,7 +57,7 @@ def test_a_file_gives_the_list(questions, tmp_path):
     [
         (["red", "blue", "black"], DataError, "found 1 of 3 that are none, such as 'black'; make the list from the tr"),
         ({"red": 0}, DataError, "wanted a JSON list of answers"),
-        (["red"], DataError, "wanted at least 2 answers"),
+        (["red"], DataError, r"wanted at least 2 answers in .*answers\.json, found 1; add answers to the file"),
         (None, RunError, "could not read it"),
     ],
 )
