@@ -147,10 +147,10 @@ def eval_recognition(
         text_length: Longest text in tokens, at most the trained one. Default: as trained.
         device: auto, cpu or cuda.
     """
-    from mvlm.tasks.recognition.evaluate import RecognitionOptions, evaluate_recognition
+    from mvlm.tasks.recognition.evaluate import RecognitionOptions, evaluate_recognition, needed_splits
 
     options = RecognitionOptions(by=by, classes=classes, templates=templates, probe=probe, shots=shots, seeds=seeds)
-    needed = (split, *({"train", "validation"} - {split} if probe else ()))
+    needed = needed_splits(split, probe)
     with _evaluation(
         checkpoint, data, needed, out, device, (image_size, text_length), {"task": "recognition"}
     ) as opened:

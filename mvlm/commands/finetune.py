@@ -53,6 +53,7 @@ def _evaluate(
     import json
 
     from mvlm.distributed.world import join_ranks
+    from mvlm.errors import ConfigError
     from mvlm.files import write_json
     from mvlm.tasks.evaluate import evaluate_task
     from mvlm.tasks.records import check_format, write_predictions
@@ -61,6 +62,9 @@ def _evaluate(
 
     if predictions is not None:
         check_format(task)  # before minutes are spent
+    for name in ("candidates", "lengths", "iterations"):
+        if (number := changes.get(name)) is not None and number < 1:
+            raise ConfigError(f"{name}: wanted at least 1, got {number}")
     world = join_ranks(device)
     given = {name: value for name, value in changes.items() if value is not None}
     figures, records = evaluate_task(checkpoint, data, split, world.device, world, find_task(task), **given)
@@ -123,7 +127,7 @@ def eval_vqa(
         predictions: File for the predictions alone, in the format of the task's benchmark and of `mvlm score`.
         device: auto, cpu or cuda.
         candidates: Answers of the list that the decoder judges in full. Default: the run's.
-        generate: The decoder generates its answers, or chooses from the list. Default: as the run.
+        generate: True: the decoder generates its answers; False: it chooses from the list. Default: as the run.
     """
     _evaluate("vqa", checkpoint, data, split, out, predictions, device, candidates=candidates, generate=generate)
 
@@ -150,7 +154,7 @@ def eval_caption(
         out: JSON file for the figures and the predictions. Default: print the figures only.
         predictions: File for the predictions alone, in the format of the task's benchmark and of `mvlm score`.
         device: auto, cpu or cuda.
-        lengths: Lengths of which a caption each is written: the likeliest. Default: the run's.
+        lengths: Number of lengths to try: a caption is written for each of the likeliest. Default: the run's.
         iterations: Passes of mask-predict. Default: the run's.
         order: Order in which words are decided. Default: the run's.
         choose_by: Figure that chooses among the lengths. Default: the run's.

@@ -87,13 +87,19 @@ def fill_text(
     probable. Later guesses see the tokens in their place.
 
     Raises:
-        ConfigError: the text has no [MASK], or one that is out of reach, or `top` or `steps` is out of range.
+        ConfigError: the text has no [MASK], or is too long, or `top` or `steps` is out of range.
     """
     if not 1 <= top <= tokenizer.vocab_size:
         raise ConfigError(f"top: wanted 1 to {tokenizer.vocab_size}, got {top}")
     if steps < 1:
         raise ConfigError(f"steps: wanted at least 1, got {steps}")
-    tokens = tokens_with_masks(text, tokenizer, model.config.text_length)
+    length = model.config.text_length
+    tokens = tokens_with_masks(text, tokenizer, length)
+    whole = len(tokens_with_masks(text, tokenizer, 4 * len(text) + 2))  # a token is at least one byte
+    if whole > length:
+        raise ConfigError(
+            f"caption: wanted at most {length} tokens, [CLS] and [SEP] included, found {whole}; shorten the caption"
+        )
     ids = (tokens == tokenizer.mask_id).nonzero()[:, 0]
     if not len(ids):
         raise ConfigError(f'caption: wanted at least one [MASK], got {text!r}; write it as in "flag of [MASK]"')

@@ -21,6 +21,7 @@ from torch import Tensor
 from mvlm.errors import RunError
 from mvlm.model.patches import patchify, unpatchify
 from mvlm_dataloading.loader.resize import Resize
+from mvlm_dataloading.sources.strip import to_rgb
 
 GREY = 190  # of masked patches
 MAX_PIXELS = 100_000_000
@@ -36,8 +37,8 @@ T = TypeVar("T")
 def load_image(image: ImageLike, side: int, name: str = "image") -> Tensor:
     """An image as uint8 (3, S, S), squeezed to a square of `side` pixels, turned as its EXIF data say.
 
-    The resize is the loader's (bilinear, antialiased), so a PNG has the pixels that it has in a data set. Transparent
-    areas become white.
+    The resize is the loader's (bilinear, antialiased), so an opaque PNG has the pixels that it has in a data set.
+    Transparent areas become white.
 
     Args:
         name: noun for the image in an error, unless it is a path.
@@ -106,7 +107,7 @@ def decode_image(
                 raise RunError(f"{name}: wanted at most {max_pixels} pixels, found {width} x {height}; make it smaller")
             turned = ImageOps.exif_transpose(file)
             if not turned.has_transparency_data:
-                return np.array(turned.convert("RGB"))
+                return np.array(to_rgb(turned))
             rgba = turned.convert("RGBA")
     except FileNotFoundError:
         raise RunError(f"{name}: wanted an image, found no such file; check the path") from None

@@ -25,6 +25,8 @@ def text_batches(
     texts: Iterable[str], tokenizer: Tokenizer, length: int, batch_size: int, truncate: bool = False
 ) -> Iterator[list[str]]:
     """Batches of checked texts. ConfigError names the first text that `check_texts` refuses, by its number from 0."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size: wanted at least 1, got {batch_size}")
     remaining, first = iter(texts), 0
     while batch := list(itertools.islice(remaining, batch_size)):
         check_texts(batch, tokenizer, length, truncate, first)

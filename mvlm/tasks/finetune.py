@@ -165,7 +165,8 @@ def build_trainer(inputs: RunInputs, world: World, checkpoint: str) -> FineTuner
     if config.checkpoint_activations:
         checkpoint_activations(task)
     together = config.questions_per_image
-    options = {"share": together > 1, "per_image": together, **task.loader_options()}
+    # No task reads further captions of an image, though its model may have been pretrained with some.
+    options = {"extra_captions": 0, "share": together > 1, "per_image": together, **task.loader_options()}
     loader = make_loader(inputs.dataset, inputs.tokenizer, config, world, **options)
     parallel = parallelize(task, world, config.parallel)
     optimizer = make_optimizer(task, config, world.device, peak_rate)

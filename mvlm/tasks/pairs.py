@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvlm.model.maskvlm import MaskVLM
-from mvlm.tasks.metrics.pairs import nlvr_figures
+from mvlm.tasks.metrics.pairs import check_identifier, nlvr_figures, set_of
 from mvlm.tasks.metrics.significance import grouped_bootstrap
 from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions
 from mvlm_dataloading import Batch, DataError, Dataset
@@ -49,6 +49,8 @@ def statements(dataset: Dataset, images: int | None = None) -> list[dict[str, An
             raise DataError(
                 f"{dataset.where(i)}: wanted {images} images a statement, found {number}; keep them in other data sets"
             )
+        if problem := check_identifier(str(record["identifier"])):
+            raise DataError(f"{dataset.where(i)}: {problem}")
         if record["identifier"] in seen:
             raise DataError(f"{dataset.where(i)}: identifier {record['identifier']} occurs twice; build the data again")
         seen.add(record["identifier"])
@@ -105,8 +107,7 @@ class Pairs(Task):
         wanted = {r["identifier"]: r["label"] == "true" for r in truth}
         found = {t["identifier"]: r["label"] == "true" for t, r in zip(truth, records, strict=True)}
         figures = nlvr_figures(found, wanted)
-        # The identifier without its last number names the images; statements about the same images are not independent.
-        sets = [str(r.get("set_id", r["identifier"].rsplit("-", 1)[0])) for r in truth]
+        sets = [str(r.get("set_id", set_of(r["identifier"]))) for r in truth]
         interval = grouped_bootstrap([float(found[key] == wanted[key]) for key in wanted], sets)
         share = 100 * sum(wanted.values()) / len(wanted)
         return {**figures, "accuracy_95": [100 * x for x in interval], "majority": max(share, 100 - share)}

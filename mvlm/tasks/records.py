@@ -26,7 +26,7 @@ def read_json(path: Path, wanted: str) -> Any:
 def read_json_lines(path: Path, wanted: str) -> list[dict[str, Any]]:
     """The records of a file with a JSON object on each line. RunError names the first line that is none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON allows U+2028 and the like within a string
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{path}: wanted {wanted}, could not read it: {error}") from None
     records = []
@@ -71,12 +71,29 @@ def by_id(
             raise RunError(
                 f"{path}, record {number}: wanted the field {error}; is it a file of another task?"
             ) from None
+        except ValueError as error:
+            raise RunError(f"{path}, record {number}: {error}") from None
         if key in found:
             raise RunError(f"{path}: {name} {key} occurs twice; each may occur once")
         found[key] = content
     if not found:
         raise RunError(f"{path}: wanted records with the field {name!r}, found none")
     return found
+
+
+def typed(record: Mapping[str, Any], name: str, kind: Any) -> Any:
+    """The field `name` of a record. ValueError if it is not of the type, or one of the types, `kind`."""
+    if not isinstance(record[name], kind) or isinstance(record[name], bool):
+        wanted = getattr(kind, "__name__", str(kind))
+        raise ValueError(f"wanted {name} as {wanted}, found {record[name]!r}")
+    return record[name]
+
+
+def filled(record: Mapping[str, Any], name: str) -> Any:
+    """The field `name` of a record, a list with entries. ValueError if it is none."""
+    if not typed(record, name, list):
+        raise ValueError(f"wanted entries in {name}, found an empty list")
+    return record[name]
 
 
 def match_ids(path: Path, predictions: Mapping[str, Any], references: Mapping[str, Any]) -> None:
@@ -106,9 +123,10 @@ def write_predictions(
     """Write predictions of a split in the format of the task's benchmark, which its server and `mvlm score` read.
 
     - vqa: a JSON list of {question_id, answer}.
-    - entailment: JSON lines {pairID, label}.
+    - entailment: JSON lines {pairID, label}. A sample without `pairID` goes by its number.
     - pairs: CSV rows `identifier,True` or `identifier,False`.
-    - caption: a JSON list of {image_id, caption}. A sample without `image_id` goes by its number.
+    - caption: a JSON list of {image_id, caption}. COCO's images have a number again. A sample without `image_id` goes
+      by its own number.
 
     Args:
         records: {"sample", "answer" | "label" | "caption"} of each sample, in order.
@@ -119,12 +137,21 @@ def write_predictions(
     if task == "vqa":
         text = json.dumps([{"question_id": s["question_id"], "answer": r["answer"]} for r, s in both])
     elif task == "entailment":
-        text = "".join(json.dumps({"pairID": s["pairID"], "label": r["label"]}) + "\n" for r, s in both)
+        text = "".join(
+            json.dumps({"pairID": s.get("pairID", str(r["sample"])), "label": r["label"]}) + "\n" for r, s in both
+        )
     elif task == "pairs":
         text = "".join(f"{s['identifier']},{str(r['label']).capitalize()}\n" for r, s in both)
     else:
-        text = json.dumps([{"image_id": s.get("image_id", r["sample"]), "caption": r["caption"]} for r, s in both])
+        text = json.dumps([{"image_id": _published_id(s, r["sample"]), "caption": r["caption"]} for r, s in both])
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def _published_id(sample: Mapping[str, Any], number: int) -> Any:
+    """The id of a sample's image in its benchmark. That of COCO's images is "coco NUMBER" in our data sets."""
+    identity = sample.get("image_id", number)
+    coco = str(identity).removeprefix("coco ")
+    return int(coco) if coco != identity and coco.isdigit() else identity

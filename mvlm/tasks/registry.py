@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,11 @@ def read_task(file: Path) -> type[Task]:
     """The one subclass of `Task` that a Python file defines. The file is run. ConfigError if there is not one."""
     if not file.is_file():
         raise ConfigError(f"{file}: wanted a Python file with a task, found no such file; check the path")
-    spec = importlib.util.spec_from_file_location(file.stem, file)
+    spec = importlib.util.spec_from_file_location(f"task file {file.resolve()}", file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their annotations up there
     spec.loader.exec_module(module)
     kinds = [x for x in vars(module).values() if isinstance(x, type) and issubclass(x, Task)]
     own = [kind for kind in kinds if kind.__module__ == module.__name__]

@@ -14,13 +14,15 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.tasks.metrics.captions import bleu, cider
 from mvlm.tasks.metrics.classification import classification_figures
 from mvlm.tasks.metrics.facts import fact_figures
-from mvlm.tasks.metrics.pairs import nlvr_figures
+from mvlm.tasks.metrics.pairs import check_identifier, nlvr_figures, set_of
 from mvlm.tasks.metrics.pointing import box_contains, pointing_figures
 from mvlm.tasks.metrics.significance import grouped_bootstrap, mcnemar
 from mvlm.tasks.metrics.vqa import vqa_accuracy
-from mvlm.tasks.records import by_id, match_ids, read_csv, read_json, read_json_lines
+from mvlm.tasks.records import by_id, filled, match_ids, read_csv, read_json, read_json_lines, typed
 
 ENTAILMENT_LABELS = ("contradiction", "neutral", "entailment")
+FLICKR_IDS = ("Flickr30K_ID", "Flickr30kID", "Flikr30kID")
+"""Names of the image's field in the releases of SNLI-VE."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,11 @@ class Scored:
 
 def _vqa(predictions: Path, references: Path) -> Scored:
     results = read_json(predictions, "a list of {question_id, answer}")
-    answers = by_id(predictions, results if isinstance(results, list) else [], "question_id", lambda r: r["answer"])
+    rows = results if isinstance(results, list) else []
+    answers = by_id(predictions, rows, "question_id", lambda r: typed(r, "answer", str))
     document = read_json(references, "VQA annotations, an object with the list `annotations`")
     rows = document.get("annotations") if isinstance(document, dict) else None
-    annotations = by_id(references, rows or [], "question_id", lambda r: {**r, "answers": r["answers"]})
+    annotations = by_id(references, rows or [], "question_id", lambda r: {**r, "answers": filled(r, "answers")})
     match_ids(predictions, answers, annotations)
     records = [{**record, "question_id": key} for key, record in annotations.items()]
     figures = vqa_accuracy(answers, records)
@@ -64,45 +67,52 @@ def _pairs(predictions: Path, references: Path) -> Scored:
     lines = read_json_lines(references, "NLVR2's JSON lines {identifier, sentence, label}")
     wanted = by_id(references, lines, "identifier", lambda r: _truth(references, r["label"]))
     match_ids(predictions, found, wanted)
+    for identifier in wanted:
+        if problem := check_identifier(identifier):
+            raise RunError(f"{references}: {problem}")
     scores = np.array([float(found[key] == value) for key, value in wanted.items()])
-    # The identifier without its last number names the images; sentences about the same images are not independent.
-    groups = [key.rsplit("-", 1)[0] for key in wanted]
+    groups = [set_of(key) for key in wanted]
     return Scored(nlvr_figures(found, wanted), "accuracy", list(wanted), scores, groups)
 
 
 def _labels(
-    predictions: Path, references: Path, key: str, label: str, group: str, labels: tuple[str, ...] | None
+    predictions: Path, references: Path, key: str, label: str, groups: tuple[str, ...], labels: tuple[str, ...] | None
 ) -> Scored:
+    """Scores of labels. `groups`: names that the field with the image may have. `labels`: all labels, if known."""
     found = by_id(predictions, read_json_lines(predictions, f"JSON lines {{{key}, label}}"), key, lambda r: r["label"])
     rows = by_id(
         references, read_json_lines(references, f"JSON lines {{{key}, {label}}}"), key, lambda r: (r[label], r)
     )
     match_ids(predictions, found, rows)
     wanted = {k: str(value) for k, (value, _) in rows.items()}
-    names = labels or tuple(sorted(set(wanted.values())))
-    try:
-        figures = classification_figures([str(found[k]) for k in wanted], list(wanted.values()), names)
-    except ValueError as error:
-        raise RunError(f"{predictions}: {error}") from None
+    given = {k: str(found[k]) for k in wanted}
+    for path, values in ((predictions, given), (references, wanted)):
+        if labels and (unknown := set(values.values()) - set(labels)):
+            raise RunError(f"{path}: label {min(unknown)!r}: wanted one of {', '.join(labels)}; correct the file")
+    names = labels or tuple(sorted({*wanted.values(), *given.values()}))
+    figures = classification_figures(list(given.values()), list(wanted.values()), names)
     scores = np.array([float(str(found[k]) == value) for k, value in wanted.items()])
-    return Scored(figures, "accuracy", list(wanted), scores, [str(r.get(group, k)) for k, (_, r) in rows.items()])
+    images = [str(next((r[name] for name in groups if name in r), k)) for k, (_, r) in rows.items()]
+    return Scored(figures, "accuracy", list(wanted), scores, images)
 
 
 def _entailment(predictions: Path, references: Path) -> Scored:
-    return _labels(predictions, references, "pairID", "gold_label", "Flickr30K_ID", ENTAILMENT_LABELS)
+    return _labels(predictions, references, "pairID", "gold_label", FLICKR_IDS, ENTAILMENT_LABELS)
 
 
 def _recognition(predictions: Path, references: Path) -> Scored:
-    return _labels(predictions, references, "id", "label", "id", None)
+    return _labels(predictions, references, "id", "label", ("id",), None)
 
 
 def _caption(predictions: Path, references: Path) -> Scored:
     results = read_json(predictions, "a list of {image_id, caption}")
-    found = by_id(predictions, results if isinstance(results, list) else [], "image_id", lambda r: r["caption"])
+    rows = results if isinstance(results, list) else []
+    found = by_id(predictions, rows, "image_id", lambda r: typed(r, "caption", str))
     document = read_json(references, "COCO caption annotations, an object with the list `annotations`")
     wanted: dict[str, list[str]] = {}
     for record in document.get("annotations", []) if isinstance(document, dict) else []:
-        wanted.setdefault(str(record["image_id"]), []).append(record["caption"])
+        if isinstance(record.get("caption"), str) and "image_id" in record:
+            wanted.setdefault(str(record["image_id"]), []).append(record["caption"])
     if not wanted:
         raise RunError(f"{references}: wanted COCO caption annotations, found none; is it a file of another task?")
     match_ids(predictions, found, wanted)
@@ -128,12 +138,13 @@ def _scenes(references: Path, images: list[dict[str, Any]], wanted: dict[str, li
 
 
 def _grounding(predictions: Path, references: Path) -> Scored:
-    points = by_id(predictions, read_json_lines(predictions, "JSON lines {id, x, y}"), "id", lambda r: (r["x"], r["y"]))
+    lines = read_json_lines(predictions, "JSON lines {id, x, y}")
+    points = by_id(predictions, lines, "id", lambda r: (typed(r, "x", int | float), typed(r, "y", int | float)))
     rows = by_id(
         references,
         read_json_lines(references, "JSON lines {id, box, size}"),
         "id",
-        lambda r: (r["box"], r["size"], str(r.get("image_id", r["id"]))),
+        lambda r: (filled(r, "box"), filled(r, "size"), str(r.get("image_id", r["id"]))),
     )
     match_ids(predictions, points, rows)
     boxes, sizes, groups = zip(*rows.values(), strict=True)

@@ -5,7 +5,7 @@
 - classifier, METER's and BEiT-3's form: binary cross-entropy with the answers' soft targets, summed over answers.
 
 A sample's metadata holds `question_id` and `answers`, a record {answer, answer_id} an annotator, as in VQA v2's
-annotations. Answers are normalised as the official metric normalises them.
+annotations. Answers are compared as the official metric compares them: normalised, unless all annotators agree.
 
 Shape legend: B batch, A answers of the list, S samples of a split, H most answers of a question, R answers of a batch.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from mvlm.model.maskvlm import MaskVLM
 from mvlm.tasks.decoder import AnswerDecoder, AnswerTable
 from mvlm.tasks.metrics.significance import grouped_bootstrap
-from mvlm.tasks.metrics.vqa import normalize_answer, soft_targets, vqa_accuracy
+from mvlm.tasks.metrics.vqa import compared_answers, normalize_answer, soft_targets, strip_answer, vqa_accuracy
 from mvlm.tasks.records import read_json
 from mvlm.tasks.task import AnswerHead, Task, TaskLosses, TaskOptions
 from mvlm_dataloading import Batch, DataError, Dataset, Tokenizer
@@ -63,8 +63,8 @@ def mean_targets(records: list[dict[str, Any]], answers: list[str]) -> list[floa
 
 
 def annotator_shares(record: dict[str, Any]) -> dict[str, float]:
-    """Share of a question's annotators who gave each normalised answer; the shares add up to 1."""
-    counts = Counter(normalize_answer(reference["answer"]) for reference in record["answers"])
+    """Share of a question's annotators who gave each answer, as the metric compares it; the shares add up to 1."""
+    counts = Counter(compared_answers(record["answers"])[0])
     return {answer: count / counts.total() for answer, count in counts.items()}
 
 
@@ -199,7 +199,9 @@ class VisualQuestionAnswering(Task):
 
 
 def read_answers(path: Path, counts: Counter[str]) -> list[str]:
-    """The answers of a JSON file, a list of strings, normalised and each once; an empty one is left out.
+    """The answers of a JSON file, a list of strings, each once; an empty one is left out.
+
+    An answer that no training question has as it stands is normalised.
 
     DataError if an answer is in no training question (`counts`): the list then comes from elsewhere, perhaps from the
     questions of the test.
@@ -207,7 +209,8 @@ def read_answers(path: Path, counts: Counter[str]) -> list[str]:
     found = read_json(path, "a JSON list of answers")
     if not isinstance(found, list) or not all(isinstance(answer, str) for answer in found):
         raise DataError(f'{path}: wanted a JSON list of answers, found something else; write ["yes", "no", ...]')
-    kept = [answer for answer in dict.fromkeys(map(normalize_answer, found)) if answer]
+    given = (answer if answer in counts else normalize_answer(answer) for answer in map(strip_answer, found))
+    kept = [answer for answer in dict.fromkeys(given) if answer]
     unknown = [answer for answer in kept if answer not in counts]
     if unknown:
         raise DataError(

@@ -64,7 +64,6 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
         mask_block=model.mask_block,
         image_mask_ratio=model.image_mask_ratio,
         text_mask_ratio=model.text_mask_ratio,
-        extra_captions=model.extra_captions,
         variable_image_masks=model.image_masking == "variable",
         variable_text_masks=model.text_masking == "variable",
         complementary_masks=model.complementary_masks,
@@ -78,7 +77,7 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
             magnitude=config.randaugment_magnitude,
         ),
         keep_mb=config.keep_images_mb,
-        **further,
+        **{"extra_captions": model.extra_captions, **further},
     )
 
 

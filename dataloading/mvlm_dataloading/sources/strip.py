@@ -7,6 +7,9 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from mvlm_dataloading.errors import need
 
@@ -36,7 +39,7 @@ class ImageStrip:
         strip = pil.new("RGB", (self.side * len(contents), self.side))
         for place, content in enumerate(contents):
             with pil.open(io.BytesIO(content)) as opened:
-                image = ops.exif_transpose(opened).convert("RGB")
+                image = to_rgb(ops.exif_transpose(opened))
             if self.boxes:
                 image = image.crop(self.boxes[place])
             if image.size != (self.side, self.side):
@@ -45,3 +48,10 @@ class ImageStrip:
         file = io.BytesIO()
         strip.save(file, self.kind, quality=90)
         return file.getvalue()
+
+
+def to_rgb(image: Any) -> Any:
+    """A PIL image in RGB. Of 16 bits a value keeps the upper eight, as DALI decodes it; Pillow would clip it at 255."""
+    if image.mode.startswith("I;16"):
+        image = need("PIL.Image").fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")

@@ -11,6 +11,18 @@ def sentence_of(identifier: str) -> str:
     return f"{split}-{images}-{sentence}"
 
 
+def set_of(identifier: str) -> str:
+    """The set of images of an identifier "split-set-pair-sentence". Statements about one set are not independent."""
+    return "-".join(identifier.rsplit("-", 3)[:2])
+
+
+def check_identifier(identifier: str) -> str:
+    """Fault in the form of an identifier, or an empty string."""
+    if identifier.count("-") >= 3:
+        return ""
+    return f'identifier {identifier!r}: wanted the form "split-set-pair-sentence", as NLVR2 has it'
+
+
 def nlvr_figures(predicted: Mapping[str, bool], wanted: Mapping[str, bool]) -> dict[str, Any]:
     """Accuracy over examples, and consistency: the share of sentences that are judged right on all their image pairs.
 

@@ -74,6 +74,16 @@ def normalize_answer(answer: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
+def compared_answers(references: Sequence[Mapping[str, Any]]) -> tuple[list[str], bool]:
+    """Answers of a question's annotators as the official metric compares them, and whether it normalises them.
+
+    It does so only if they differ: an answer on which all agree has to be given as they wrote it.
+    """
+    texts = [strip_answer(reference["answer"]) for reference in references]
+    differ = len(set(texts)) > 1
+    return [normalize_answer(text) for text in texts] if differ else texts, differ
+
+
 def answer_accuracy(answer: str, references: Sequence[Mapping[str, Any]]) -> float:
     """Accuracy of an answer in 0..1: the mean, over annotators, of min(1, equal answers of the others / 3).
 
@@ -82,11 +92,8 @@ def answer_accuracy(answer: str, references: Sequence[Mapping[str, Any]]) -> flo
         references: An `answers` list of the annotation file: a record {answer, answer_id, ...} an annotator. As in the
             official script, the others are the records that differ, so each record needs an `answer_id` of its own.
     """
-    texts = [strip_answer(reference["answer"]) for reference in references]
-    predicted = strip_answer(answer)
-    if len(set(texts)) > 1:
-        texts = [normalize_answer(text) for text in texts]
-        predicted = normalize_answer(predicted)
+    texts, normalised = compared_answers(references)
+    predicted = normalize_answer(strip_answer(answer)) if normalised else strip_answer(answer)
     records = [dict(reference) | {"answer": text} for reference, text in zip(references, texts, strict=True)]
     scores = []
     for own in records:
@@ -117,8 +124,8 @@ def vqa_accuracy(answers: Mapping[Any, str], annotations: Sequence[Mapping[str, 
 
 
 def soft_targets(references: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Training target of each normalised answer: min(1, 0.3 x annotators who gave it)."""
+    """Training target of each answer, as the metric compares it: min(1, 0.3 x annotators who gave it)."""
     counts: dict[str, int] = defaultdict(int)
-    for reference in references:
-        counts[normalize_answer(reference["answer"])] += 1
+    for answer in compared_answers(references)[0]:
+        counts[answer] += 1
     return {answer: min(1.0, 0.3 * count) for answer, count in counts.items()}

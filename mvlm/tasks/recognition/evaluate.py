@@ -79,6 +79,18 @@ def features_of(model: TrainedModel, dataset: Dataset, stage: str, workspace: Wo
     return Features(cls.tensor, embedding.tensor)
 
 
+def needed_splits(split: str, probe: bool) -> tuple[str, ...]:
+    """Splits that an evaluation reads, the evaluated one first. ConfigError for a split to which its probe is fitted.
+
+    A probe is chosen on validation, and then fitted to train and validation together.
+    """
+    if not probe:
+        return (split,)
+    if split in ("train", "validation"):
+        raise ConfigError(f"probe: wanted a split to which no probe is fitted, such as test, got {split}")
+    return (split, "train", "validation")
+
+
 def evaluate_recognition(
     model: TrainedModel,
     data: dict[str, Dataset],
@@ -96,6 +108,11 @@ def evaluate_recognition(
         ConfigError: a setting or a file of it cannot be used.
     """
     options, workspace = options or RecognitionOptions(), workspace or Workspace()
+    needed = needed_splits(split, options.probe)
+    if missing := [name for name in needed if name not in data]:
+        raise ConfigError(
+            f"wanted the splits {', '.join(needed)}, found none named {missing[0]}; name another data set"
+        )
     dataset = data[split]
     labels = labels_of(dataset, options.by)
     names = class_names(labels, options.classes)

@@ -43,13 +43,13 @@ def test_transparent_areas_of_an_image_become_white(tmp_path):
     assert found[:, 20, 20].tolist() == [10, 20, 30]
 
 
-@pytest.mark.parametrize("mode, value", [("L", 77), ("P", 0), ("1", 1), ("CMYK", (0, 0, 0, 0))])
+@pytest.mark.parametrize("mode, value", [("L", 77), ("P", 0), ("1", 1), ("CMYK", (0, 0, 0, 0)), ("I;16", 77 << 8)])
 def test_images_of_other_modes_are_loaded(tmp_path, mode, value):
     path = tmp_path / ("a.tiff" if mode == "CMYK" else "a.png")
     Image.new(mode, (40, 40), value).save(path)
     found = load_image(path, 16)
     assert found.shape == (3, 16, 16)
-    assert (found == {"L": 77, "P": 0, "1": 255, "CMYK": 255}[mode]).all()
+    assert (found == {"L": 77, "P": 0, "1": 255, "CMYK": 255, "I;16": 77}[mode]).all()
 
 
 @pytest.mark.parametrize("content, message", [(None, "found no such file"), (b"", "could not"), (b"text", "could not")])

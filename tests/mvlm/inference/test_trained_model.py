@@ -159,6 +159,17 @@ def test_classes_are_a_softmax_over_mean_embeddings_of_the_labels(model, pixels)
     assert alone.shape == (1, 3)
 
 
+def test_a_text_that_is_too_long_is_not_filled(model, pixels):
+    with pytest.raises(ConfigError, match=r"caption: wanted at most 12 tokens, .* found \d+; shorten"):
+        model.fill("a [MASK] red square on a green ground and a blue circle on a white ground", pixels[0])
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_texts_are_embedded_in_batches_of_at_least_one(model, batch_size):
+    with pytest.raises(ConfigError, match=f"batch_size: wanted at least 1, got {batch_size}"):
+        model.embed_texts(["a", "b"], batch_size=batch_size)
+
+
 def test_a_filled_text_has_the_likeliest_tokens_in_place(model, pixels):
     found = model.fill("red [MASK] left on [MASK]", pixels[0], 3)
     assert [len(guesses) for guesses in found.guesses] == [3, 3]

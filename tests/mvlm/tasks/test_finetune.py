@@ -19,8 +19,10 @@ from mvlm.tasks.finetune import finetune
 from mvlm.tasks.registry import load_task
 from mvlm.tasks.score import score
 from mvlm.training import run as training_run
+from mvlm.training.run import pretrain
 from mvlm.training.trainer import Trainer
 from mvlm_dataloading import DataError, ShardWriter, open_dataset
+from support.models import micro_config, pretrain_config
 from support.questions import finetune_config as configured
 from support.questions import write_hypotheses, write_questions
 from support.scenes import png, scene
@@ -199,6 +201,19 @@ def test_data_of_another_kind_and_runs_of_another_kind_are_refused(trained, scen
     finetune(configured(trained, questions, tmp_path / "run"))
     with pytest.raises(RunError, match="wanted the settings of the run in this folder, got others"):
         finetune(configured(trained, questions, tmp_path / "run", blind="image", resume=True))
+
+
+@pytest.mark.slow
+def test_a_model_pretrained_with_further_captions_is_fine_tuned_on_shared_images(scenes, questions, tmp_path):
+    pretrain(pretrain_config(scenes, tmp_path / "pretrained", max_steps=1, model=micro_config(extra_captions=1)))
+    finetune(configured(tmp_path / "pretrained", questions, tmp_path / "run", questions_per_image=2, max_steps=1))
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+@pytest.mark.parametrize("task, flag", [("vqa", "candidates"), ("caption", "lengths"), ("caption", "iterations")])
+def test_numbers_of_an_evaluation_are_checked_before_it_begins(run_mvlm, tmp_path, task, flag):
+    done = run_mvlm("eval", task, "--checkpoint", tmp_path, "--data", tmp_path, f"--{flag}", 0)
+    assert (done.code, done.err[-1]) == (2, f"mvlm: {flag}: wanted at least 1, got 0")
 
 
 def test_the_word_after_the_task_is_a_recipe(run_mvlm):

@@ -44,6 +44,14 @@ def test_the_example_is_trained_and_evaluated(trained, counts, tmp_path, run_mvl
     assert "found one of counting; name that task, or the file that defines it" in other.err[-1]
 
 
+def test_a_file_may_have_dataclasses_with_late_annotations(tmp_path):
+    """A dataclass looks its annotations up in the module that defines it."""
+    late = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+    record = "@dataclass\nclass Row:\n    a: int = 0\n"
+    (tmp_path / "own.py").write_text(late + EXAMPLE.read_text() + record)
+    assert find_task(str(tmp_path / "own.py")).name == "counting"
+
+
 def test_files_without_one_task_are_refused(tmp_path, run_mvlm):
     (tmp_path / "none.py").write_text("from mvlm.tasks.task import Task\n")
     with pytest.raises(ConfigError, match=r"wanted one subclass of .*, found 0"):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mvlm.errors import ConfigError, RunError
-from mvlm.tasks.records import write_predictions
+from mvlm.tasks.records import read_json_lines, write_predictions
 from mvlm.tasks.score import score
 
 
@@ -77,6 +77,54 @@ def test_entailment(tmp_path):
     assert found["recall"] == {"contradiction": 0, "neutral": 0, "entailment": 100}
 
 
+@pytest.mark.parametrize("name", ["Flickr30K_ID", "Flickr30kID", "Flikr30kID"])
+def test_intervals_of_entailment_are_over_images_in_every_release(tmp_path, name):
+    lines = [{"pairID": f"{i}", "gold_label": "neutral", name: f"{i % 2}.jpg"} for i in range(40)]
+    given = [{"pairID": f"{i}", "label": "neutral" if i % 2 else "entailment"} for i in range(40)]
+    found = score("entailment", write_lines(tmp_path / "p", given), write_lines(tmp_path / "r", lines))
+    assert found["accuracy_95"] == [0, 100]  # two images: one all right, one all wrong
+
+
+def test_a_wrong_label_names_its_file(tmp_path):
+    given = write_lines(tmp_path / "p.jsonl", [{"pairID": "1", "label": "neutral"}])
+    with pytest.raises(RunError, match=r"r\.jsonl: label '-': wanted one of contradiction"):
+        score("entailment", given, write_lines(tmp_path / "r.jsonl", [{"pairID": "1", "gold_label": "-"}]))
+
+
+def test_a_predicted_class_may_be_in_no_reference(tmp_path):
+    given = write_lines(tmp_path / "p.jsonl", [{"id": "1", "label": "cat"}, {"id": "2", "label": "wolf"}])
+    wanted = write_lines(tmp_path / "r.jsonl", [{"id": "1", "label": "cat"}, {"id": "2", "label": "dog"}])
+    assert score("recognition", given, wanted)["accuracy"] == 50
+
+
+def test_intervals_of_pairs_are_over_sets_of_images(tmp_path):
+    """Four pairs of one set are judged alike, so with two sets the interval is as wide as it can be."""
+    names = [f"dev-{images}-{pair}-0" for images in range(2) for pair in range(4)]
+    rows = "".join(f"{name},{'True' if name.startswith('dev-0') else 'False'}\n" for name in names)
+    (tmp_path / "p.csv").write_text(rows)
+    wanted = write_lines(tmp_path / "r.jsonl", [{"identifier": name, "label": "True"} for name in names])
+    assert score("pairs", tmp_path / "p.csv", wanted)["accuracy_95"] == [0, 100]
+
+
+def test_identifiers_of_another_form_are_refused(tmp_path):
+    (tmp_path / "p.csv").write_text("q0,True\n")
+    wanted = write_lines(tmp_path / "r.jsonl", [{"identifier": "q0", "label": "True"}])
+    with pytest.raises(RunError, match=r"r\.jsonl: identifier 'q0': wanted the form"):
+        score("pairs", tmp_path / "p.csv", wanted)
+
+
+def test_json_lines_may_hold_line_separators_of_unicode(tmp_path):
+    """JSON allows U+2028 within a string."""
+    (tmp_path / "a.jsonl").write_text('{"id": "1", "label": "a\u2028b"}\n', encoding="utf-8")
+    assert read_json_lines(tmp_path / "a.jsonl", "lines") == [{"id": "1", "label": "a\u2028b"}]
+
+
+def test_captions_of_coco_are_written_with_its_numbers(tmp_path):
+    records = [{"sample": 0, "caption": "a"}, {"sample": 1, "caption": "b"}]
+    write_predictions(tmp_path / "p.json", "caption", records, [{"image_id": "coco 391895"}, {"image_id": "own 1"}])
+    assert [row["image_id"] for row in json.loads((tmp_path / "p.json").read_text())] == [391895, "own 1"]
+
+
 def test_captions(tmp_path):
     annotations = [
         {"image_id": i, "caption": text} for i in (1, 2) for text in ("a red heart left of it", f"number {i}")
@@ -105,6 +153,7 @@ def test_points(tmp_path):
         (lambda rows: [*rows, rows[0]], "question_id 10 occurs twice"),
         (lambda rows: [{"identifier": "dev-1-0-0"}], "wanted the field 'question_id'; is it a file of another task"),
         (lambda rows: {"annotations": []}, "wanted records with the field 'question_id', found none"),
+        (lambda rows: [*rows[:-1], {"question_id": 15, "answer": None}], "record 6: wanted answer as str, found None"),
     ],
 )
 def test_predictions_that_do_not_fit_are_refused(vqa_files, change, message):

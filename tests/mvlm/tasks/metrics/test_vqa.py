@@ -146,3 +146,14 @@ def test_soft_targets_count_normalized_answers():
     assert soft_targets(annotators("The cat", "cat", "cat!", "dog", "dogs")) == pytest.approx(
         {"cat": 0.9, "dog": 0.3, "dogs": 0.3}
     )
+
+
+@pytest.mark.parametrize("answer", ["two", "on the table", "a dog", "t-shirt", "2,000", "yes"])
+def test_a_training_target_is_right_by_the_metric(answer):
+    """Where all annotators agree, the metric takes the answer as they wrote it, with its article and number word."""
+    agreed = [{"answer": answer, "answer_id": i} for i in range(10)]
+    (target,) = soft_targets(agreed)
+    assert answer_accuracy(target, agreed) == 1
+    mixed = [*agreed[:9], {"answer": "no", "answer_id": 9}]
+    best = max(soft_targets(mixed).items(), key=lambda pair: pair[1])[0]
+    assert answer_accuracy(best, mixed) == 1

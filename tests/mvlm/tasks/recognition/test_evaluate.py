@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from mvlm.errors import ConfigError
+from mvlm.inference.trained_model import TrainedModel
 from mvlm.runs.load import load_model
 from mvlm.tasks.recognition.classes import class_names, labels_of, read_templates
-from mvlm.tasks.recognition.evaluate import RecognitionOptions, evaluate_recognition
+from mvlm.tasks.recognition.evaluate import RecognitionOptions, evaluate_recognition, needed_splits
 from mvlm_dataloading import DataError, open_dataset
 from support.commands import assert_refused
 from support.questions import write_phrases
@@ -87,6 +88,27 @@ def test_shots_beyond_the_rarest_class_and_unknown_classes_are_refused(trained, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_probe_is_not_scored_on_images_that_it_is_fitted_to(trained, squares, run_mvlm, split):
+    words = ("--checkpoint", trained, "--data", squares, "--split", split, "--device", "cpu")
+    refused = run_mvlm("eval", "recognition", *words, "--probe")
+    assert refused.code == 2
+    assert f"probe: wanted a split to which no probe is fitted, such as test, got {split}" in refused.err[-1]
+
+
+def test_the_splits_of_a_probe_have_a_fixed_order():
+    """They are part of the plan by which an evaluation is continued."""
+    assert needed_splits("test", True) == ("test", "train", "validation")
+    assert needed_splits("train", False) == ("train",)
+
+
+def test_a_probe_without_training_images_is_refused(trained, squares):
+    model = TrainedModel(*load_model(trained), "fp32")
+    options = RecognitionOptions(probe=True)
+    with pytest.raises(ConfigError, match="wanted the splits test, train, validation, found none named train"):
+        evaluate_recognition(model, {"test": open_dataset(squares, "test")}, "test", options)
+
+
 def test_untrained_figures_do_not_depend_on_the_random_state(trained, squares):
     model, test = load_model(trained, "cpu"), open_dataset(squares, "test")
     found = []
