@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 
+from mvlm.config.finetune import FinetuneConfig
 from mvlm.config.model import MaskVLMConfig
 from mvlm.config.pretrain import PretrainConfig
 from mvlm.distributed.world import World
@@ -29,14 +30,16 @@ class ModelFlopsUtilization:
 
     def __init__(self, config: PretrainConfig, world: World) -> None:
         self._config, self._world = config, world
-        self._peak = peak_flops(world.device)
+        # The count is that of a pretraining step. A task's step is another one.
+        self._peak = None if isinstance(config, FinetuneConfig) else peak_flops(world.device)
         self._flops: dict[int, float] = {}
         """FLOPs of one pair, by the side of its image."""
 
     def of_rate(self, pairs_per_s: float, tokens: float, image_size: int) -> float | None:
         """MFU from pairs of the global batch a second and the mean number of tokens of a caption.
 
-        None if the peak is unknown. The first call for a side of the images counts FLOPs, which takes seconds.
+        None if the peak is unknown, and for fine-tuning. The first call for a side of the images counts FLOPs, which takes
+        seconds.
         """
         if self._peak is None:
             return None

@@ -97,7 +97,7 @@ def check_metrics(claims: Claims) -> Check:
 
 def _odd_times(claims: Claims) -> Iterator[str]:
     """Rows whose `seconds` do not follow from the row before and the rate. Where a part begins, time may be lost."""
-    begins = {part["step"] for part in claims.parts} - {0}
+    begins = {part["step"] for part in claims.parts[1:]}  # at 0 too, if a run was killed before it saved
     rows: list[dict[str, Any]] = [{"step": 0, "seconds": 0.0}, *claims.rows]
     for before, row in pairwise(rows):
         times = (before.get("seconds"), row.get("seconds"), row.get("pairs_per_s"))

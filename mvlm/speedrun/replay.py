@@ -104,8 +104,11 @@ class Replay:
         chosen = choose_device("cpu" if device == "auto" and not had_gpu else device)
         self.world = World(rank=0, size=1, local_rank=0, device=chosen)
         evaluated = any("tr_r1" in row for row in claims.rows)
+        # What only the run's kind of device has. Bits are then not compared.
+        other: dict[str, Any] = {"cuda_graphs": False, "self_attention": "auto", "cross_attention": "auto"}
         config = replace(
             claims.config,
+            **({} if (chosen.type != "cpu") == had_gpu else other),
             device=chosen.type,
             preemption_file=None,
             wandb=False,

@@ -94,6 +94,8 @@ def _check_rules(claims: Claims, track: Track) -> Check:
             problems.append(f"wanted a committed revision of the code, found {commit or 'none'}")
         if track.cores is not None and (machine["device"] != "cpu" or machine["cores"] > track.cores):
             problems.append(f"wanted {track.machine}, found {machine['cores']} cores, device {machine['device']}")
+        if track.cores is not None and machine["ranks"] != 1:  # ranks may be on other machines
+            problems.append(f"wanted {track.machine} and one process, found {machine['ranks']} ranks")
         if track.gpu is not None and (track.gpu not in machine["device"] or machine["ranks"] != 1):
             problems.append(f"wanted {track.machine}, found {machine['ranks']} x {machine['device']}")
     return verdict("rules", problems, f"data, start, commit and machine are those of the track: {track.machine}")

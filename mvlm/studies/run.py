@@ -118,7 +118,8 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
     lengths: dict[int, float] = {}
     plans: dict[str, tuple[int, float | None]] = {}
     for arm in study.arms:
-        config = trial_config(study, arm, 0, data, out, 1, checkpoint)
+        # FLOPs of low resolution depend on the share of its steps, which is exact only with many.
+        config = trial_config(study, arm, 0, data, out, int(study.budget.get("steps", 1_000_000)), checkpoint)
         plans[arm] = _steps_and_flops(study, config, dataset, lengths)
     start = load_model(checkpoint, "cpu").sha256 if study.task and checkpoint is not None else ""
     trials = []

@@ -119,7 +119,8 @@ def _check(study: Study, file: Path) -> None:
     if not study.measures or any(type(name) is not str for name in study.measures):
         raise ConfigError(f"{file}: measures: wanted names of figures, got {study.measures}")
     amount = next(iter(study.budget.values()), 0)
-    if len(study.budget) != 1 or not study.budget.keys() <= {"steps", "flops"} or not amount >= 1:
+    number = isinstance(amount, int | float) and not isinstance(amount, bool)
+    if len(study.budget) != 1 or not study.budget.keys() <= {"steps", "flops"} or not number or not amount >= 1:
         raise ConfigError(f"{file}: budget: wanted {{steps = N}} or {{flops = N}}, got {study.budget}")
     for name, arm in study.arms.items():
         if not isinstance(arm, dict):

@@ -173,7 +173,8 @@ class Trainer:
         losses = self.forward_backward(microbatches)
         norm, parts = gradient_norms(self.model)
         self.optimizer.clip(norm, self.config.clip_norm)
-        if self.step == self.config.reconstruction_first:  # ITC and ITM join the loss, which jumps
+        # The loss jumps where ITC and ITM join it, and with the first images of full resolution.
+        if self.step in (self.config.reconstruction_first, self.config.low_resolution_steps):
             self.guard.reset()
         good = self.guard.judge(losses.total.detach(), norm)
         # The fused optimizer reads this flag on the device. An `if` here would make the host wait for the step.

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 # another image's pixels by dozens.
 _TOLERANCE = 6.0
 _TIMEOUT_S = 300
-_CODE = "import sys; from .decoder_check import main; main(*sys.argv[1:])"
+_CODE = "import sys; from mvlm_dataloading.loader.decoder_check import main; main(*sys.argv[1:])"
 
 
 @functools.cache
@@ -47,8 +48,8 @@ def choose_decoding(device_id: int) -> Decoding:
     return Decoding.CPU
 
 
-def find_fault(decoding: Decoding, device_id: int) -> str | None:
-    """Try a way of decoding on a device in a subprocess. Returns its fault, or None if it works."""
+def find_fault(decoding: Decoding, device_id: int | Literal["cpu"]) -> str | None:
+    """Try a way of decoding on a CUDA device, or the CPU, in a subprocess. Returns its fault, or None if it works."""
     command = [sys.executable, "-c", _CODE, str(device_id), decoding.value]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)

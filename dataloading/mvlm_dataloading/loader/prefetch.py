@@ -61,5 +61,8 @@ class Prefetcher(Generic[T]):
         except BaseException as error:
             last = (None, error)
         finally:
-            done()
-            self._results.put(last)
+            try:
+                done()
+            except BaseException as error:
+                last = (None, last[1] or error)
+            self._results.put(last)  # in any case, or `get` would wait for ever

@@ -46,6 +46,12 @@ BAD = {
 }
 
 
+@pytest.mark.slow
+def test_a_trial_runs_in_its_own_process():
+    """On the CPU, whose pixels are equal to themselves; nothing is simulated."""
+    assert decoder_check.find_fault(Decoding.CPU, "cpu") is None
+
+
 def test_cropped_gpu_decoding_is_tried_first(outcomes, caplog):
     caplog.set_level("INFO")
     outcomes[0].append(GOOD)

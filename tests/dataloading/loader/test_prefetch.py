@@ -66,3 +66,15 @@ def test_prefetcher_close_waits_and_can_be_repeated():
     ahead.close()
     ahead.close()
     assert threads() == []
+
+
+def test_an_error_at_the_end_of_the_thread_reaches_the_caller():
+    """Else the caller would wait for ever."""
+
+    def fail() -> None:
+        raise OSError("could not clean up")
+
+    ahead = Prefetcher(lambda: None, 1, fail)
+    with pytest.raises(OSError, match="could not clean up"):
+        ahead.get()
+    ahead.close()

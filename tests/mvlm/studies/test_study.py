@@ -58,6 +58,7 @@ def test_an_arm_differs_from_the_study_in_its_settings_alone(tmp_path: Path) -> 
         ("seeds = [3, 5]", "seeds = 3", "seeds: wanted a list, got 3"),
         ("steps = 7", "hours = 7", "budget: wanted {steps = N} or {flops = N}, got {'hours': 7}"),
         ("steps = 7", "steps = 0", "budget: wanted"),
+        ("steps = 7", 'steps = "7"', "budget: wanted"),
         ("[arms.again]", "[arms.All]", "arms: wanted names that differ"),
         ("batch_size = 16", "max_steps = 16", "max_steps: wanted no such setting, the study sets it"),
         ("seed = 100", "seed = ", "wanted a study as TOML"),

@@ -17,7 +17,7 @@ from mvlm.training.run import pretrain
 from mvlm.training.trainer import Trainer
 from mvlm.training.update_guard import SkippedUpdates, UpdateGuard
 from support.folders import checkpoint_contents, rows_of
-from support.models import pretrain_config
+from support.models import micro_config, pretrain_config
 
 ALONE = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 NAN, INF = math.nan, math.inf
@@ -103,6 +103,23 @@ def test_itc_and_itm_that_join_are_no_spike(scenes, tmp_path, monkeypatch, witho
     assert [row["bad_steps"] for row in rows] == [0] * 11 + [1]
     if reconstruction_first:
         assert rows[6]["loss"] > rows[5]["loss"] + 1
+
+
+@pytest.mark.slow
+def test_the_guard_forgets_losses_of_another_resolution(scenes, tmp_path, monkeypatch, without_tensorboard):
+    """With images of full resolution the loss jumps, which is no spike."""
+    steps: list[int] = []
+    resets: list[int] = []
+    judge = UpdateGuard.judge
+    monkeypatch.setattr(UpdateGuard, "reset", lambda guard: resets.append(len(steps)))
+    monkeypatch.setattr(UpdateGuard, "judge", lambda guard, *given: steps.append(1) or judge(guard, *given))
+    pretrain(
+        pretrain_config(
+            scenes, tmp_path / "run", max_steps=4, skip_spikes=True, low_resolution=16, low_resolution_share=0.5,
+            model=micro_config(mask_block=8),
+        )
+    )  # fmt: skip
+    assert 2 in resets
 
 
 def buffer_of(good: list[bool], first: int = 1, loss: float = NAN) -> MetricsBuffer:
