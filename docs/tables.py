@@ -216,6 +216,7 @@ TABLES = {
     "step-speed": step_speed,
     "study-objectives": lambda: study("objectives", "objectives"),
     "study-masking": lambda: study("masking", "the partner of a masked stream"),
+    "study-data": lambda: study("data", "losses, share of the training images"),
     "another-artist": another_artist,
     **{name: (lambda rows=rows: markdown(rows())) for name, rows in TASK_TABLES.items()},
 }

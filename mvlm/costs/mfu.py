@@ -38,8 +38,8 @@ class ModelFlopsUtilization:
     def of_rate(self, pairs_per_s: float, tokens: float, image_size: int) -> float | None:
         """MFU from pairs of the global batch a second and the mean number of tokens of a caption.
 
-        None if the peak is unknown, and for fine-tuning. The first call for a side of the images counts FLOPs, which takes
-        seconds.
+        None if the peak is unknown, and for fine-tuning. The first call for a side of the images counts FLOPs, which
+        takes seconds.
         """
         if self._peak is None:
             return None

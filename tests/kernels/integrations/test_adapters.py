@@ -27,7 +27,7 @@ pytestmark = [
     pytest.mark.plain_empty,
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft calls it
 ]
-CLOSE = {"rtol": 1e-9, "atol": 1e-10}
+CLOSE: Any = {"rtol": 1e-9, "atol": 1e-10}
 VIT: Any = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 2, "num_classes": 5}
 BERT: Any = {
     "vocab_size": 50,
