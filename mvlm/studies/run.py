@@ -122,6 +122,8 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
         config = trial_config(study, arm, 0, data, out, int(study.budget.get("steps", 1_000_000)), checkpoint)
         plans[arm] = _steps_and_flops(study, config, dataset, lengths)
     start = load_model(checkpoint, "cpu").sha256 if study.task and checkpoint is not None else ""
+    splits = tuple(study.splits) if study.task else (study.split,)
+    evaluated = {split: open_dataset(data, split).fingerprint for split in splits}
     trials = []
     for seed in study.seeds:
         for arm, (steps, flops) in plans.items():
@@ -136,7 +138,8 @@ def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = N
                     folder=folder,
                     data=data,
                     samples=samples[arm],
-                    splits=tuple(study.splits) if study.task else (study.split,),
+                    splits=splits,
+                    evaluated=evaluated,
                     rerank=study.rerank,
                     start=start,
                 )
@@ -151,7 +154,8 @@ def training_data(fraction: float, data: Path, out: Path) -> Path:
     """
     if fraction == 1:
         return data
-    view = out / "data" / f"fraction_{fraction:g}"
+    source = open_dataset(data, "train").fingerprint  # with the same --out, other data get a view of their own
+    view = out / "data" / f"fraction_{fraction:g}_{source[:8]}"
     view.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{view}.lock"):
         if not view.exists():  # it appears whole

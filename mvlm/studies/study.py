@@ -130,8 +130,8 @@ def _check(study: Study, file: Path) -> None:
         fraction = arm.get("fraction", 1.0)
         if type(fraction) not in (int, float) or not 0 < fraction <= 1:
             raise ConfigError(f"{file}: arms.{name}: fraction: wanted more than 0 and at most 1, got {fraction!r}")
-    for settings in (study.settings, *study.arms.values()):
-        own = [name for name in _OWN if name in settings]
+    for settings, further in ((study.settings, ("seed",)), *((arm, ()) for arm in study.arms.values())):
+        own = [name for name in (*_OWN, *further) if name in settings]
         if own:
             raise ConfigError(f"{file}: {own[0]}: wanted no such setting, the study sets it; remove it")
     slugs = {slug(name): name for name in study.arms}

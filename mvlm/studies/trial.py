@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,8 @@ class Trial:
     folder: Path
     start: str = ""
     """Hash of the pretrained model that a task starts from."""
+    evaluated: dict[str, str] = field(default_factory=dict)
+    """Fingerprint of each split that it is evaluated on."""
 
     @property
     def file(self) -> Path:
@@ -67,6 +69,12 @@ class Trial:
         else:
             found["split"] = self.splits[0]
         return found | settings_of(self.config)
+
+    def same_images(self, result: dict[str, Any]) -> bool:
+        """True if a result was found on the images that this trial is evaluated on, as far as the result tells."""
+        about = result.get("data", {})
+        known = about.get("splits", {self.splits[0]: about.get("test")})  # older results tell of the first split only
+        return all(known.get(split) in (None, fingerprint) for split, fingerprint in self.evaluated.items())
 
 
 def read_result(trial: Trial) -> dict[str, Any] | None:
@@ -85,6 +93,11 @@ def read_result(trial: Trial) -> dict[str, Any] | None:
         raise RunError(
             f"{trial.file}: wanted a trial with this study's settings, found one with another "
             f"{', '.join(names) or 'format'}; choose another --out, or remove the folder"
+        )
+    if not trial.same_images(result):
+        raise RunError(
+            f"{trial.file}: wanted a trial evaluated on the images of {trial.data}, found one of others; choose "
+            f"another --out, or remove the folder"
         )
     return result
 
@@ -118,7 +131,12 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
         "arm": trial.arm,
         "seed": trial.seed,
         "settings": trial.settings,
-        "data": {"name": dataset.description.get("name"), "train": train.fingerprint, "test": dataset.fingerprint},
+        "data": {
+            "name": dataset.description.get("name"),
+            "train": train.fingerprint,
+            "test": dataset.fingerprint,
+            "splits": trial.evaluated,
+        },
         "made_by": made_by(),
         "steps": trial.config.max_steps,
         "flops": trial.flops,
@@ -154,7 +172,8 @@ def take_result(trial: Trial, study: Path) -> dict[str, Any] | None:
     defaults = defaults_of(trial.config)
     for result in sorted(_results_of(study, trial.seed), key=lambda result: result.get("arm") != trial.arm):
         settings = defaults | result.get("settings", {})
-        if result.get("format_version") == FORMAT_VERSION and settings == trial.settings:
+        equal = result.get("format_version") == FORMAT_VERSION and settings == trial.settings
+        if equal and trial.same_images(result):
             result |= {"arm": trial.arm}
             _write_result(trial, result)
             return result

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.studies import run as studies
 from mvlm.studies.run import plan_trials, report_finished, run_study
 from mvlm.studies.study import Study
+from mvlm.studies.trial import read_result, take_result
 from support.models import MICRO
 
 
@@ -60,6 +62,16 @@ def test_an_arm_that_differs_in_its_name_alone_differs_by_nothing(finished: Path
         assert same["seeds"] == "2"
     assert float(table["other seed", "masked_nats"]["difference"]) != 0
     assert float(table["no MIM", "masked_l1"]["difference"]) != 0
+
+
+@pytest.mark.slow
+def test_a_result_on_other_images_is_not_taken(finished: Path, scenes, tmp_path: Path) -> None:
+    trial = plan_trials(study(), scenes, tmp_path)[0]
+    other = replace(trial, evaluated={"test": "the fingerprint of other images"})
+    assert take_result(other, finished) is None
+    assert take_result(trial, finished) is not None
+    with pytest.raises(RunError, match="found one of others; choose another --out"):
+        read_result(other)
 
 
 @pytest.mark.slow

@@ -61,6 +61,7 @@ def test_an_arm_differs_from_the_study_in_its_settings_alone(tmp_path: Path) -> 
         ("steps = 7", 'steps = "7"', "budget: wanted"),
         ("[arms.again]", "[arms.All]", "arms: wanted names that differ"),
         ("batch_size = 16", "max_steps = 16", "max_steps: wanted no such setting, the study sets it"),
+        ("batch_size = 16", "seed = 16", "seed: wanted no such setting, the study sets it"),
         ("seed = 100", "seed = ", "wanted a study as TOML"),
         ('measures = ["ir.r1"]', "", "wanted measures, found none"),
     ],
