@@ -1,0 +1,18 @@
+"""The page of a study: what it concludes."""
+
+from pathlib import Path
+
+import pytest
+
+from mvlm.studies.compare import Comparison, Interval
+from mvlm.studies.page import answer
+from mvlm.studies.study import read_study
+
+STUDY = Path(__file__).parents[3] / "studies/objectives.toml"
+
+
+@pytest.mark.parametrize("seeds, found", [(1, "no arm differs beyond its interval"), (2, "ITC +0.001 [0.001, 0.001]")])
+def test_one_seed_makes_no_difference_certain(seeds, found):
+    """The bootstrap of one value gives that value, with no width."""
+    row = Comparison(seeds, 1.0, 0.0, 0.001, Interval(0.001, 0.001), None, 0.0, 0.0)
+    assert answer(read_study(STUDY), "masked_nats", {"ITC": row}) == f"masked_nats: {found}"
