@@ -42,7 +42,7 @@ JOBS ?= 2
 TESTERS ?= $(shell expr $(JOBS) + 1)
 # Tests sync thousands of small files, about 0.2 GB together. That takes no time where files are in memory.
 TESTS_IN ?= $(shell test "$$(df -Pk /dev/shm 2>&1 | awk 'END {print $$4 + 0}')" -gt 2000000 && echo /dev/shm || echo /tmp)
-## test            run the whole test suite: about 16 minutes on two cores
+## test            run the whole test suite: 15 to 30 minutes on two cores, by their kind
 test: $(VENV)/.installed
 	TMPDIR=$(TESTS_IN) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TESTERS) --dist loadfile --no-loadscope-reorder
 

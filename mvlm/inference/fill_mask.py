@@ -95,14 +95,14 @@ def fill_text(
         raise ConfigError(f"steps: wanted at least 1, got {steps}")
     length = model.config.text_length
     tokens = tokens_with_masks(text, tokenizer, length)
+    ids = (tokens == tokenizer.mask_id).nonzero()[:, 0]
+    if not len(ids):
+        raise ConfigError(f'caption: wanted at least one [MASK], got {text!r}; write it as in "flag of [MASK]"')
     whole = len(tokens_with_masks(text, tokenizer, 4 * len(text) + 2))  # a token is at least one byte
     if whole > length:
         raise ConfigError(
             f"caption: wanted at most {length} tokens, [CLS] and [SEP] included, found {whole}; shorten the caption"
         )
-    ids = (tokens == tokenizer.mask_id).nonzero()[:, 0]
-    if not len(ids):
-        raise ConfigError(f'caption: wanted at least one [MASK], got {text!r}; write it as in "flag of [MASK]"')
     guesses, probabilities = torch.zeros(len(ids), top, dtype=torch.int64), torch.zeros(len(ids), top)
     left = torch.arange(len(ids))  # numbers of the [MASK]s that are not filled in yet
     for step in range(min(steps, len(ids))):
