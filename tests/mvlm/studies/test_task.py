@@ -14,7 +14,7 @@ from mvlm.studies.run import plan_trials, run_study
 from mvlm.studies.study import Study, read_study
 from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
-from mvlm_dataloading import open_dataset
+from mvlm_dataloading import DataError, open_dataset
 from support.questions import finetune_config, write_questions
 
 
@@ -99,11 +99,17 @@ def test_a_task_needs_a_pretrained_model(questions, tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("file", sorted((Path(__file__).parents[3] / "studies" / "tasks").glob("*.toml")), ids=str)
-def test_committed_studies_of_tasks_can_be_planned(file: Path, trained, questions, tmp_path) -> None:
+def test_committed_studies_of_tasks_can_be_planned(file: Path, trained, tmp_path) -> None:
     found = read_study(file)
-    assert {trial.config.max_steps for trial in plan_trials(found, questions, tmp_path, trained)} == {
-        found.budget["steps"]
-    }
+    data = write_questions(tmp_path / "data", dict.fromkeys(["train", "validation", *found.splits], 16))
+    trials = plan_trials(found, data, tmp_path / "study", trained)
+    assert {trial.config.max_steps for trial in trials} == {found.budget["steps"]}
+    assert {tuple(trial.evaluated) for trial in trials} == {tuple(found.splits)}
+
+
+def test_a_split_that_the_data_lacks_is_refused_before_a_trial_is_planned(questions, trained, tmp_path) -> None:
+    with pytest.raises(DataError, match="wanted the split artist, found test, train, validation"):
+        plan_trials(study(splits=["artist"], measures=["artist.accuracy"]), questions, tmp_path, trained)
 
 
 def test_the_configurations_of_the_arms_differ_in_their_settings(questions, trained, tmp_path) -> None:
