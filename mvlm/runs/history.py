@@ -3,7 +3,7 @@
 One JSON object a line, appended only, so that a run that was killed and resumed shows all of its parts:
 
     {"event": "start", "step": 40, "time": .., "commit": .., "precision": "bf16", "data": {split: fingerprint},
-     "machine": {..}, "versions": {..}}
+     "log_every": 1, "machine": {..}, "versions": {..}}
     {"event": "save", "step": 80, "manifest": SHA-256 of the checkpoint's manifest, "metrics_bytes": ..,
      "metrics": SHA-256 of that many bytes of metrics.jsonl}
 
@@ -39,15 +39,18 @@ class History:
     def __init__(self, run: RunFolder) -> None:
         self._file, self._metrics = run.history, run.metrics
 
-    def start(self, step: int, device: torch.device, ranks: int, precision: str, data: dict[str, str]) -> None:
+    def start(
+        self, step: int, device: torch.device, ranks: int, precision: str, data: dict[str, str], log_every: int
+    ) -> None:
         """Append that a process trains on after `step`, 0 for a new run, and on which machine. OSError if it cannot.
 
         Args:
             precision: bf16 or fp32.
             data: fingerprint of each split that the run reads.
+            log_every: steps between rows of metrics, which a resume may change.
         """
         event = {"event": START, "step": step, "time": datetime.now(UTC).isoformat(timespec="seconds")}
-        event |= {"commit": code_revision(), "precision": precision, "data": data}
+        event |= {"commit": code_revision(), "precision": precision, "data": data, "log_every": log_every}
         self._append({**event, "machine": describe_machine(device, ranks), "versions": package_versions()})
 
     def metrics_bytes(self) -> int:

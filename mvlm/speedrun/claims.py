@@ -30,6 +30,8 @@ class Claims:
     """`start` events of the history, in order: one for each process that trained."""
     saves: dict[int, dict[str, Any]]
     """`save` events of the history by step, without those that a later part went back behind."""
+    gaps: list[int]
+    """Steps after which a part went on though no part before it had saved them."""
     kept: list[Path]
     """Checkpoints, oldest first. The last is that of the last step."""
     figures: dict[str, Any] | None
@@ -38,6 +40,12 @@ class Claims:
     def part_of(self, step: int) -> dict[str, Any]:
         """The `start` event of the process that made a step, from 1."""
         return next(part for part in reversed(self.parts) if part["step"] < step)
+
+    def row_due(self, step: int) -> bool:
+        """True if a step has a row of metrics. Parts may differ in `log_every`; histories before it have the config's."""
+        every = self.part_of(step).get("log_every")
+        every = every if isinstance(every, int) and every > 0 else self.config.log_every
+        return step % every == 0 or step == self.config.max_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +94,11 @@ def read_claims(path: Path, data: Path | None) -> Claims:
             f"{path}: wanted a finished run, a checkpoint of step {config.max_steps}, found step {reached}; "
             f"finish it with --resume"
         )
-    parts, saves = [], {}
+    parts, saves, gaps = [], {}, []
     for event in events:
         if event["event"] == START:
             parts.append(event)
+            gaps += [event["step"]] if event["step"] not in {0, *saves} else []
             saves = {step: save for step, save in saves.items() if step <= event["step"]}
         else:
             saves[event["step"]] = event
@@ -101,6 +110,7 @@ def read_claims(path: Path, data: Path | None) -> Claims:
         rows=read_metrics(run.metrics),
         parts=parts,
         saves=saves,
+        gaps=gaps,
         kept=kept,
         figures=_read_figures(run.evaluation),
     )

@@ -54,10 +54,7 @@ def _damaged(dataset: Dataset) -> Iterator[str]:
 
 def check_history(claims: Claims, revision: str) -> Check:
     """See that the parts of the run join up. Names the code that made them, and `revision`, the code of now."""
-    problems, saved = [], {0, *claims.saves}
-    problems += [
-        f"a part continues after step {p['step']}, which was not saved" for p in claims.parts if p["step"] not in saved
-    ]
+    problems = [f"a part continues after step {step}, which was not saved" for step in claims.gaps]
     commits = {part["commit"] or "unknown" for part in claims.parts}
     machines = {part["machine"]["processor"] for part in claims.parts}
     number = len(claims.parts)
@@ -71,7 +68,7 @@ def check_metrics(claims: Claims) -> Check:
     """See that all rows are there, follow from the settings where they can, and are those that were saved."""
     config, rows = claims.config, claims.rows
     steps, last = [row["step"] for row in rows], config.max_steps
-    due = {*range(config.log_every, last + 1, config.log_every), last}
+    due = {step for step in range(1, last + 1) if claims.row_due(step)}
     problems = [f"no row of step {step}" for step in sorted(due - set(steps))]
     if steps != sorted(set(steps)) or (steps and steps[-1] > last):
         problems.append("rows are not in the order of steps")

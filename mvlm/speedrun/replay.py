@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field, replace
@@ -68,27 +69,31 @@ def plan_segments(kept: Iterable[int], rows: Iterable[int], steps: int, reach: i
     """Choose what to replay: `steps` random steps, the last segment, and the first row after every checkpoint.
 
     A step is replayed from the nearest checkpoint before it, or from the initial weights, and on to the next
-    checkpoint, so that its weights are compared too. Steps that lie more than `reach` after a checkpoint are left out.
+    checkpoint, so that its weights are compared too. If that is more than `reach` steps away, the replay ends at the
+    first row from the step on; steps without such a row within reach are left out.
 
     Args:
         kept: steps of the checkpoints, ascending; the last is the end of the run.
         rows: steps with a row of metrics, ascending.
     """
-    points, rows = [0, *kept], list(rows)
-    following = dict(pairwise(points))
-    within = [step for step in range(1, points[-1] + 1) if step - _before(points, step) <= reach]
-    drawn = rng.sample(within, min(steps, len(within)))
-    stops = {start: next((row for row in rows if row > start), following[start]) for start in points[:-1]}
-    for step in [*drawn, points[-1]]:
-        start = _before(points, step)
-        if step - start <= reach:
-            wanted = following[start] if following[start] - start <= reach else step
-            stops[start] = max(stops[start], next((row for row in rows if row >= wanted), wanted))
-    return [Segment(start, stop) for start, stop in sorted(stops.items()) if stop - start <= reach]
+    points = [0, *kept]
+    following, seen = dict(pairwise(points)), sorted({*rows, *kept})
 
+    def segment(step: int) -> Segment:
+        start = points[bisect_left(points, step) - 1]
+        wanted = following[start] if following[start] - start <= reach else step
+        return Segment(start, seen[bisect_left(seen, wanted)])
 
-def _before(points: list[int], step: int) -> int:
-    return max(point for point in points if point < step)
+    def within(one: Segment) -> bool:
+        return one.stop - one.start <= reach
+
+    possible = [step for step in range(1, points[-1] + 1) if within(segment(step))]
+    drawn = rng.sample(possible, min(steps, len(possible)))
+    beginnings = [Segment(start, seen[bisect_right(seen, start)]) for start in points[:-1]]
+    stops: dict[int, int] = {}
+    for one in filter(within, [*beginnings, *map(segment, [*drawn, points[-1]])]):
+        stops[one.start] = max(one.stop, stops.get(one.start, 0))
+    return [Segment(start, stop) for start, stop in sorted(stops.items())]
 
 
 class Replay:

@@ -102,7 +102,8 @@ def train(trainer: Trainer) -> None:
         splits = {"train": trainer.loader.dataset, "validation": trainer.validation}
         data = {name: split.fingerprint for name, split in splits.items() if split is not None}
         precision = chosen_precision(world.device, config.precision)
-        History(RunFolder(config.out)).start(trainer.step, world.device, world.size, precision, data)
+        history = History(RunFolder(config.out))
+        history.start(trainer.step, world.device, world.size, precision, data, config.log_every)
     try:
         trainer.train()
     except RuntimeError as error:

@@ -13,15 +13,16 @@ CPU = torch.device("cpu")
 
 def test_each_part_is_described_where_it_begins(tmp_path):
     run = RunFolder(tmp_path)
-    History(run).start(0, CPU, 1, "bf16", {"train": "abc"})
-    History(run).start(40, CPU, 2, "fp32", {"train": "abc"})
+    History(run).start(0, CPU, 1, "bf16", {"train": "abc"}, 1)
+    History(run).start(40, CPU, 2, "fp32", {"train": "abc"}, 10)
     first, second = read_history(run.history)
     assert (first["event"], first["step"], second["step"]) == ("start", 0, 40)
     assert (first["precision"], second["precision"], second["machine"]["ranks"]) == ("bf16", "fp32", 2)
     assert first["data"] == {"train": "abc"}
     assert first["machine"]["threads"] == torch.get_num_threads()
     assert first["versions"]["torch"] == torch.__version__
-    assert set(first) == {"event", "step", "time", "commit", "precision", "data", "machine", "versions"}
+    assert (first["log_every"], second["log_every"]) == (1, 10)
+    assert set(first) == {"event", "step", "time", "commit", "precision", "data", "log_every", "machine", "versions"}
 
 
 def test_a_save_has_the_hashes_of_its_manifest_and_of_the_rows_of_that_moment(tmp_path):

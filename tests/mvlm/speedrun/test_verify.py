@@ -1,6 +1,7 @@
 """Honest runs, which `mvlm verify` verifies: whole, resumed, from another machine; and its command."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -71,6 +72,33 @@ def test_a_run_that_was_killed_and_resumed(scenes, tmp_path, monkeypatch, withou
     assert [check.name for check in checks if not check.passed] == ["evaluation"]
     assert checks[1].text.startswith("2 parts by commit ")
     assert checks[-1].text.startswith(f"no {config.out}/eval/test.json: run `mvlm eval retrieval")
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_a_checkpoint_and_went_on_with_other_rows(scenes, tmp_path, monkeypatch, without_tensorboard):
+    """Its second part began at step 4, which the third one went back behind. Then it has a row every other step."""
+    config = short_run(scenes, tmp_path / "run")
+    one_step = Trainer.one_step
+
+    def die(trainer, batches):
+        one_step(trainer, batches)
+        if trainer.step == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "one_step", die)
+        for resume in (False, True):
+            with pytest.raises(Killed):
+                pretrain(replace(config, resume=resume))
+    shutil.rmtree(checkpoint(config.out, 4))
+    pretrain(replace(config, resume=True, log_every=2, checkpoint_every_steps=3))
+    events = [json.loads(line) for line in (config.out / "history.jsonl").read_text().splitlines()]
+    assert [f"{event['event']} {event['step']}" for event in events] == [
+        "start 0", "save 2", "save 4", "start 4", "start 2", "save 3", "save 6",
+    ]  # fmt: skip
+    assert [row["step"] for row in read_metrics(config.out / "metrics.jsonl")] == [1, 2, 4, 6]
+    checks = verify_run(config.out, steps=6, seed=0).checks
+    assert [(check.name, check.text) for check in checks if not check.passed and check.name != "evaluation"] == []
 
 
 @pytest.mark.slow
@@ -178,4 +206,8 @@ def test_steps_are_replayed_from_the_nearest_checkpoint_and_within_reach():
     # With a row every ten steps a replay goes on to the next row, if that is within reach.
     assert plan(0, 40, rows=range(10, 121, 10)) == [(0, 10), (40, 50), (80, 120)]
     assert plan(0, 5, rows=range(10, 121, 10)) == []
+    # A drawn step is never dropped: of these steps, only those up to 30 have a row or a checkpoint within reach.
+    assert all(plan(1, 30, (100,), (30, 60, 90)) == [(0, 30)] for _ in range(20))
+    # A checkpoint ends a replay where rows are sparse.
+    assert plan(100, 40, (40, 60), (45,)) == [(0, 40), (40, 60)]
     assert plan_segments([600, 640], range(1, 641), 0, 64, Random(0)) == [Segment(0, 1), Segment(600, 640)]
