@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+choices: list[tuple[str, tuple[Any, ...]]] | None = None
+"""Kernel and other arguments of every choice of options, in order. Only :func:`recording_choices` writes it."""
+
 in_force: dict[str, dict[str, Any]] = {}
 """Kernel -> its options. Only :func:`override_launch` writes it; a launcher reads whether it is empty."""
 
@@ -35,11 +38,24 @@ def overridden(kernel: str, options: dict[str, Any]) -> dict[str, Any]:
     return {**options, **found} if found else options
 
 
+@contextmanager
+def recording_choices() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
+    """Yield a list that receives the arguments of every choice of options inside the block."""
+    global choices
+    before, choices = choices, []
+    try:
+        yield choices
+    finally:
+        choices = before
+
+
 def overridable(choose_options: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
     """Decorator of a function that chooses the options of a kernel; the kernel's name is its first argument."""
 
     @functools.wraps(choose_options)
     def chosen(kernel: str, *arguments: Any) -> dict[str, Any]:
+        if choices is not None:
+            choices.append((kernel, arguments))
         return overridden(kernel, choose_options(kernel, *arguments))
 
     return chosen

@@ -2,7 +2,8 @@
 
 Variants are compiled in other processes first, and each is timed in three turns, so that a drifting clock affects all.
 A variant wins if it is right, repeats to the bit, and the interval of its time over the default's is below 1. Winners
-are exceptions to the rules by which launchers choose tiles.
+are exceptions to the rules by which launchers choose tiles. Those of cross-attention go into a copy of its table, which
+`MVLM_KERNELS_CONFIGS` reads.
 """
 
 import json
@@ -24,7 +25,7 @@ from mvlm_benchmarks.kernels.reference import CaseData
 from mvlm_benchmarks.machine import source_root
 from mvlm_benchmarks.results import RowFile, write_json
 from mvlm_benchmarks.unavailable import one_line
-from mvlm_kernels import overrides, use_backend
+from mvlm_kernels import configs, overrides, use_backend
 
 COLUMNS = ("target", "kernel", "change", "turn", "us", "status", "note", "registers", "spill_bytes", "shared")
 TURNS = 3
@@ -32,10 +33,13 @@ REHEARSED_ARCH = "sm_90"
 
 
 def run(stage: Stage) -> None:
-    """Run the stage. Writes sweep.csv, a row per turn of each variant, tile_exceptions.json and sweep.svg."""
+    """Run the stage.
+
+    Writes sweep.csv, a row per turn of each variant, tile_exceptions.json, configs/cross_attention.json and sweep.svg.
+    """
     table = stage.table("sweep", COLUMNS)
     costs = compile_variants(stage)
-    exceptions: dict[str, Any] = {}
+    winners: list[tuple[Target, Row]] = []
     summary: list[Row] = []
     cases = chosen_cases(stage.batch, stage.dtype, stage.rehearse)
     with torch_settings(stage.device), use_backend("triton"):
@@ -54,15 +58,11 @@ def run(stage: Stage) -> None:
                     break
                 found = sweep_target(stage, target, data, costs, table)
                 summary += found
-                winner = found[0]["winner"]
-                if winner:
-                    exceptions[_key(target, stage.dtype)] = {
-                        "options": target.options | winner, "over_default": found[0]["ratio"], "case": target.name,
-                    }  # fmt: skip
-                    _write_exceptions(stage, exceptions)
+                winners.append((target, found[0]))
+                _write_exceptions(stage, winners)
                 stage.say(f"{target.name}: {found[0]['said']}")
                 stage.finished.append(target.name)
-    _write_exceptions(stage, exceptions)
+    _write_exceptions(stage, winners)
     _plot(stage, summary)
 
 
@@ -154,9 +154,22 @@ def compile_variants(stage: Stage) -> dict[tuple[str, str], Row]:
     return found
 
 
-def _write_exceptions(stage: Stage, exceptions: dict[str, Any]) -> None:
-    content = {f"sm_{_arch(stage)}": exceptions, "rehearsal": stage.rehearse, "machine": stage.about}
+def _write_exceptions(stage: Stage, swept: list[tuple[Target, Row]]) -> None:
+    """Write the winners of the swept targets, and the table of tiles with those on which all cases of a key agree."""
+    found = {
+        target.name: {"key": target.key, "options": best["winner"], "over_default": best["ratio"]}
+        for target, best in swept
+        if best["winner"]
+    }
+    content = {f"sm_{_arch(stage)}": found, "rehearsal": stage.rehearse, "machine": stage.about}
     write_json(content, stage.out / "tile_exceptions.json")
+    by_key: dict[str, list[Options]] = defaultdict(list)
+    for target, best in swept:
+        if target.key:
+            by_key[target.key].append(best["winner"])
+    agreed = {key: options[0] for key, options in by_key.items() if all(one == options[0] for one in options)}
+    table = configs.with_exceptions("cross_attention", _arch(stage), {k: v for k, v in agreed.items() if v})
+    write_json(table, stage.out / "configs" / "cross_attention.json")
 
 
 def _arch(stage: Stage) -> int:
@@ -168,12 +181,6 @@ def _arch(stage: Stage) -> int:
 
 def _text(change: Options) -> str:
     return " ".join(f"{key}={value}" for key, value in change.items()) or "default"
-
-
-def _key(target: Target, dtype: torch.dtype) -> str:
-    """Key in the form of the tile tables: kernel/bits/sizes of the tiles that the default has."""
-    sizes = "/".join(str(value) for key, value in sorted(target.options.items()) if key.startswith("BLOCK"))
-    return f"{target.kernel}/{8 * dtype.itemsize}bit/{sizes}/{target.case.shape}"
 
 
 def _plot(stage: Stage, rows: list[Row]) -> None:

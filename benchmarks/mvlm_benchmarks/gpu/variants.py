@@ -24,6 +24,7 @@ from mvlm_benchmarks.kernels.peers import ours
 from mvlm_benchmarks.kernels.reference import as_results, passes_of
 from mvlm_benchmarks.unavailable import one_line
 from mvlm_kernels import dispatch, overrides, use_backend
+from mvlm_kernels.cross_attention import tiles
 from mvlm_kernels.cross_attention.arguments import short_sides_up_to
 
 Options = dict[str, int | None]
@@ -51,6 +52,8 @@ class Target(NamedTuple):
     kernel: str
     options: Options
     """Its tiles, warps and stages."""
+    key: str = ""
+    """Its key in the table of its op's tiles, if the op has one."""
 
     @property
     def name(self) -> str:
@@ -101,14 +104,18 @@ def launches_of(case: Case, inputs: Inputs, arch: int) -> list[Launch]:
 def targets_of(case: Case, inputs: Inputs, arch: int) -> list[Target]:
     """Kernels of a case that are worth a sweep; none if the op has no kernel for it."""
     try:
-        launches = launches_of(case, inputs, arch)
+        with overrides.recording_choices() as choices:
+            launches = launches_of(case, inputs, arch)
     except RuntimeError:
         return []
+    # Only cross-attention has a table, and its tiles do not depend on the pass.
+    keys = {kernel: tiles.table_key(kernel, *arguments[:-1]) for kernel, arguments in choices}
     found: dict[tuple[str, str], Target] = {}
     for launch in launches:
         name = launch.kernel.__name__
         if not name.startswith(HELPERS):
-            found.setdefault((launch.pass_name, name), Target(case, launch.pass_name, name, options_of(launch.meta)))
+            target = Target(case, launch.pass_name, name, options_of(launch.meta), keys.get(name, ""))
+            found.setdefault((launch.pass_name, name), target)
     return list(found.values())
 
 

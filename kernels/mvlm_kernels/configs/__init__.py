@@ -26,7 +26,9 @@ interpreter has no autotuner, and an autotuner would compile every candidate.
 import functools
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def lookup(op: str, arch: int, key: str) -> dict[str, int]:
@@ -36,7 +38,7 @@ def lookup(op: str, arch: int, key: str) -> dict[str, int]:
     and all others read ``sm_80``. 12.x does too, because those GPUs have 99 KiB of shared memory per block, and the
     tiles of sm_80 are the smallest. Raises KeyError, naming key and file, for a key that the table does not have.
     """
-    table = _table(op, os.environ.get("MVLM_KERNELS_CONFIGS", ""))
+    table = _table(op, _folder())
     if key not in table[_table_arch(arch)]:
         raise KeyError(f"{op}.json has no tiles for {_table_arch(arch)} {key}")
     return table[_table_arch(arch)][key]
@@ -44,13 +46,25 @@ def lookup(op: str, arch: int, key: str) -> dict[str, int]:
 
 def exceptions(op: str, arch: int) -> dict[str, dict[str, int]]:
     """Tiles of an architecture that differ from an op's rules, by key."""
-    return _table(op, os.environ.get("MVLM_KERNELS_CONFIGS", ""))[_table_arch(arch)]
+    return _table(op, _folder())[_table_arch(arch)]
+
+
+def with_exceptions(op: str, arch: int, found: Mapping[str, Mapping[str, int | None]]) -> dict[str, Any]:
+    """A copy of an op's table in which the `found` options of an architecture replace those of the same key."""
+    table: dict[str, Any] = {name: dict(rows) for name, rows in _table(op, _folder()).items()}
+    rows = table[_table_arch(arch)]
+    rows |= {key: {**rows.get(key, {}), **options} for key, options in found.items()}
+    return table
 
 
 def _table_arch(arch: int) -> str:
     if 100 <= arch < 120:
         return "sm_100"
     return "sm_90" if 90 <= arch < 100 else "sm_80"
+
+
+def _folder() -> str:
+    return os.environ.get("MVLM_KERNELS_CONFIGS", "")
 
 
 @functools.cache

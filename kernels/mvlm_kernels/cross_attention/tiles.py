@@ -69,14 +69,26 @@ def meta(kernel: str, dtype: torch.dtype, device: str, width: int, short: int, l
     }
 
 
+def table_key(kernel: str, dtype: torch.dtype, device: str, width: int, short: int, long: int) -> str:
+    """Key of a kernel's tiles in the table of exceptions, for the arguments of :func:`meta`."""
+    kind, text = _kind(dtype, device), "/text" if _is_text(long) else ""
+    return f"{kernel}/{kind}/{tile_width(width)}/{bucket(short)}{text}"
+
+
+def _kind(dtype: torch.dtype, device: str) -> str:
+    # The interpreter has no registers to spill, so every dtype takes the 16-bit tiles there.
+    return "tf32" if dtype == torch.float32 and device != "cpu" else "16bit"
+
+
+def _is_text(long: int) -> bool:
+    return 0 <= long <= 32  # both sides are text
+
+
 def _tiles(
     kernel: str, dtype: torch.dtype, device: str, block_d: int, short: int, long: int, arch: int
 ) -> dict[str, int] | None:
-    # The interpreter has no registers to spill, so every dtype takes the 16-bit tiles there.
-    kind = "tf32" if dtype == torch.float32 and device != "cpu" else "16bit"
-    text = 0 <= long <= 32  # both sides are text
-    key = f"{kernel}/{kind}/{block_d}/{short}{'/text' if text else ''}"
-    rule = _rule(kernel, kind, block_d, short, text, _has_wgmma(arch))
+    key = table_key(kernel, dtype, device, block_d, short, long)
+    rule = _rule(kernel, _kind(dtype, device), block_d, short, _is_text(long), _has_wgmma(arch))
     found = configs.exceptions("cross_attention", arch)
     return {**(rule or {}), **found[key]} if key in found else rule
 

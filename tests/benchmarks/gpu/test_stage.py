@@ -15,9 +15,12 @@ import torch
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_benchmarks.clock import Timing
 from mvlm_benchmarks.gpu import compiled, correct, kernels, profile, sanitizer, step, sweep
+from mvlm_benchmarks.gpu.small_cases import small_cases
 from mvlm_benchmarks.gpu.stage import Stage, running
 from mvlm_benchmarks.gpu.stages import STAGES
-from mvlm_benchmarks.gpu.variants import Target
+from mvlm_benchmarks.gpu.variants import Target, targets_of
+from mvlm_kernels import configs
+from mvlm_kernels.cross_attention import tiles
 from support.benchmarks import FakeClock, micro_config, toy_case
 
 ROOT = Path(__file__).parents[3]
@@ -166,9 +169,37 @@ def test_sweep_writes_a_row_per_turn_and_the_exceptions(tmp_path, monkeypatch, t
         ("default", "10.0", "ok"), ("num_warps=8", "5.0", "ok"), ("num_stages=3", "", "WRONG"),
     ]  # fmt: skip
     (exception,) = json.loads((tmp_path / "tile_exceptions.json").read_text())["sm_90"].values()
-    assert exception["options"] == {"num_warps": 8}
-    assert exception["over_default"] == 0.5
+    assert exception == {"key": "", "options": {"num_warps": 8}, "over_default": 0.5}
     assert (tmp_path / "sweep.svg").stat().st_size > 0
+
+
+def test_winners_of_attention_are_a_table_that_launchers_read(tmp_path, monkeypatch) -> None:
+    """A winner is in the table if it wins in all cases of its key. Other keys, and other architectures, are unchanged."""
+    case = next(case for case in small_cases(torch.bfloat16) if case.op == "cross_attention")
+    targets = targets_of(case, case.make("meta"), 90)
+    monkeypatch.setattr(sweep, "chosen_cases", lambda *_: [case])
+    monkeypatch.setattr(sweep, "compile_variants", lambda stage: {})
+    other = targets[1]._replace(key="short_q_forward/16bit/128/128")
+    monkeypatch.setattr(sweep, "targets_of", lambda *_: [targets[0], targets[0], targets[1], other, other])
+    won = iter([{"num_warps": 2}, {"num_warps": 2}, {"num_stages": 3}, {"num_warps": 2}, {}])
+
+    def swept(stage, target, *_):
+        return [{"target": target.name, "change": "", "winner": next(won), "ratio": 0.5, "said": ""}]
+
+    monkeypatch.setattr(sweep, "sweep_target", swept)
+    assert run_stage(sweep, tmp_path)[0] == 0
+    before = json.loads((Path(configs.__file__).parent / "cross_attention.json").read_text())
+    table = json.loads((tmp_path / "configs" / "cross_attention.json").read_text())
+    added = {targets[0].key: {"num_warps": 2}, targets[1].key: {"num_stages": 3}}
+    assert table == before | {"sm_90": before["sm_90"] | added}
+    monkeypatch.setenv("MVLM_KERNELS_CONFIGS", str(tmp_path / "configs"))
+    tiles.meta.__wrapped__.cache_clear()
+    try:
+        now = {target.kernel: target.options for target in targets_of(case, case.make("meta"), 90)}
+    finally:
+        tiles.meta.__wrapped__.cache_clear()
+    for target, winner in zip(targets, added.values(), strict=False):
+        assert now[target.kernel] == target.options | winner != target.options
 
 
 def test_sweep_stops_at_a_wrong_value_of_the_default(tmp_path, toy_sweep) -> None:
