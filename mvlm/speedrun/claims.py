@@ -42,7 +42,7 @@ class Claims:
         return next(part for part in reversed(self.parts) if part["step"] < step)
 
     def row_due(self, step: int) -> bool:
-        """True if a step has a row of metrics. Parts may differ in `log_every`; histories before it have the config's."""
+        """True if a step has a row of metrics. Parts may differ in `log_every`; older histories do not name it."""
         every = self.part_of(step).get("log_every")
         every = every if isinstance(every, int) and every > 0 else self.config.log_every
         return step % every == 0 or step == self.config.max_steps

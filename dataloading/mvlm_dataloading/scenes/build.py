@@ -6,6 +6,7 @@ A data set is complete or not there: a build that was killed repeats the one it 
 task, split and number, and images are written in their order, so the number of processes changes no byte.
 """
 
+import itertools
 import logging
 import multiprocessing
 import os
@@ -26,7 +27,7 @@ from .draw import Painter
 from .hypotheses import make_hypotheses
 from .layout import SIDE, Scene, boxes
 from .phrases import make_phrases
-from .questions import make_questions
+from .questions import make_questions, with_presence
 from .samples import Sample
 from .statements import make_statements
 from .vocabulary import SPLITS, Vocabulary, vocabulary
@@ -42,7 +43,7 @@ TASKS: dict[str, Compose] = {
     "grounding": make_phrases,
 }
 # Increment when texts, layouts, artwork or splits change. Folders of an older revision are then refused, not reused.
-_REVISION = 2
+_REVISION = 3
 _CHUNK = 64
 _painter: Painter | None = None  # of a worker process: cut-outs are decoded once
 
@@ -62,7 +63,8 @@ def build_scenes(
 
     Args:
         train, validation, test: samples of a task in these splits, rounded up to whole blocks of balanced texts. The
-            splits combo, concept, artist and photo have as many as test.
+            splits combo, concept, artist and photo have as many as test. Training images of vqa have up to two further
+            questions each.
         stamps: the file tuxpaint-stamps-default_*.deb, for the split `photo`.
         workers: number of processes, one per core by default.
 
@@ -105,29 +107,44 @@ def build_scenes(
                 if split == "photo" and stamps is None:
                     continue
                 art = artworks.get(split, usual)
-                seeded = f"{seed} {task} {split}"
-                samples = TASKS[task](seeded, vocabulary(split, art.images), sizes.get(split, test))
-                images = _draw_all([sample.scenes for sample in samples], art, workers)
-                for number, (sample, png) in enumerate(zip(samples, images, strict=True)):
-                    metadata = metadata_of(sample, art, task, split, number)
-                    writer.add(f"{split}-{number:06d}", png, sample.captions, metadata, split=split)
+                samples = compose_split(task, split, seed, vocabulary(split, art.images), sizes.get(split, test))
+                by_image = [list(same) for _, same in itertools.groupby(samples, key=lambda sample: sample.scenes)]
+                images = _draw_all([same[0].scenes for same in by_image], art, workers)
+                number = 0
+                for same, png in zip(by_image, images, strict=True):
+                    image = number
+                    for sample in same:
+                        metadata = metadata_of(sample, art, task, split, number, image)
+                        writer.add(f"{split}-{number:06d}", png, sample.captions, metadata, split=split)
+                        number += 1
     return out
 
 
-def metadata_of(sample: Sample, art: Artwork, task: str, split: str, number: int) -> dict[str, Any]:
-    """Metadata of a sample as the task reads it, with the scene's objects, licence and attribution."""
+def compose_split(task: str, split: str, seed: int, vocabulary: Vocabulary, count: int) -> list[Sample]:
+    """Samples of a task's split before they are drawn, those of one image one after another."""
+    samples = TASKS[task](f"{seed} {task} {split}", vocabulary, count)
+    return with_presence(samples, vocabulary) if (task, split) == ("vqa", "train") else samples
+
+
+def metadata_of(sample: Sample, art: Artwork, task: str, split: str, number: int, image: int) -> dict[str, Any]:
+    """Metadata of a sample as the task reads it, with the scene's objects, licence and attribution.
+
+    Args:
+        number: of the sample in its split.
+        image: number of the first sample that has its image.
+    """
     scenes = [_truth(scene, art) for scene in sample.scenes]
-    image_id, given = f"{task}-{split}-{number}", dict(sample.metadata)
-    found: dict[str, Any] = {"image_id": image_id}
+    sample_id, given = f"{task}-{split}-{number}", dict(sample.metadata)
+    found: dict[str, Any] = {"image_id": f"{task}-{split}-{image}"}
     if task == "vqa":
-        found["question_id"] = image_id
+        found["question_id"] = sample_id
     elif task == "entailment":
-        found["pairID"] = image_id
+        found["pairID"] = sample_id
     elif task == "pairs":
         found["identifier"] = f"{split}-{given['set_id']}-{given.pop('pair')}-0"
     elif task == "grounding":
         target = scenes[0]["objects"][given.pop("target")]
-        found |= {"id": image_id, "box": target["box"], "size": [SIDE, SIDE]}
+        found |= {"id": sample_id, "box": target["box"], "size": [SIDE, SIDE]}
     found |= given | ({"scene": scenes[0]} if len(scenes) == 1 else {"scenes": scenes})
     return found | {"licence": art.licence, "attribution": art.attribution}
 

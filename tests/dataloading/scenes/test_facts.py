@@ -103,7 +103,7 @@ def test_captions_of_scenes_state_true_facts_and_all_of_them(split: str) -> None
     samples = make_captions(f"0 caption {split}", kinds, 200)
     told = 0
     for number, sample in enumerate(samples):
-        scene = metadata_of(sample, PLAIN, "caption", split, number)["scene"]
+        scene = metadata_of(sample, PLAIN, "caption", split, number, number)["scene"]
         assert 3 <= len(sample.captions) <= 5
         for place, caption in enumerate(sample.captions):
             facts = stated_facts(caption)

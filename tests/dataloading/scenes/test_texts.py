@@ -3,13 +3,14 @@
 import re
 from collections import Counter, defaultdict
 from functools import cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mvlm_dataloading.scenes.build import TASKS, metadata_of
-from mvlm_dataloading.scenes.kinds import HELD_COLOURS, NOUNS, SIDES, held_side, is_unseen
+from mvlm_dataloading.scenes.build import TASKS, compose_split, metadata_of
+from mvlm_dataloading.scenes.kinds import HELD_COLOURS, NOUNS, SIDES, held_side, is_unseen, with_article
 from mvlm_dataloading.scenes.photos import PHOTOS
 from mvlm_dataloading.scenes.vocabulary import SPLITS, vocabulary
 from support.scene_oracle import PLAIN, answer, called, entail, judge, on_side
@@ -24,8 +25,8 @@ Row = tuple[str, dict[str, Any]]
 def rows(task: str, split: str) -> list[Row]:
     """First caption and metadata of samples."""
     kinds = vocabulary(split, PHOTOS if split == "photo" else PLAIN.shapes)
-    samples = TASKS[task](f"0 {task} {split}", kinds, SIZES.get(split, 240))
-    return [(s.captions[0], metadata_of(s, PLAIN, task, split, n)) for n, s in enumerate(samples)]
+    samples = compose_split(task, split, 0, kinds, SIZES.get(split, 240))
+    return [(s.captions[0], metadata_of(s, PLAIN, task, split, n, n)) for n, s in enumerate(samples)]
 
 
 def label(task: str, metadata: dict[str, Any]) -> str:
@@ -88,12 +89,32 @@ def test_every_text_has_each_of_its_labels_equally_often(task: str, split: str) 
 
 
 def test_two_scenes_of_a_question_differ_in_one_object() -> None:
-    found = rows("vqa", "train")
+    found = rows("vqa", "validation")
     for (question, one), (same, other) in zip(found[::2], found[1::2], strict=True):
         pairs = zip(one["scene"]["objects"], other["scene"]["objects"], strict=True)
         assert question == same
         assert label("vqa", one) != label("vqa", other)
         assert sum(a != b for a, b in pairs) == 1
+
+
+def test_training_images_are_asked_whether_what_tells_them_apart_is_there() -> None:
+    """Both kinds that were exchanged, in both scenes of a pair; but no kind of a held-out set, and none twice."""
+    kinds = vocabulary("train", PLAIN.shapes)
+    before, found = TASKS["vqa"]("0 vqa train", kinds, 720), compose_split("vqa", "train", 0, kinds, 720)
+    by_image = [(scenes, list(same)) for scenes, same in groupby(found, key=lambda s: s.scenes)]
+    assert [scenes for scenes, _ in by_image] == [s.scenes for s in before]
+    assert [same[0] for _, same in by_image] == before
+    for ((one,), asked), ((other,), again) in zip(by_image[::2], by_image[1::2], strict=True):
+        assert [s.captions for s in asked] == [s.captions for s in again]
+        assert len({s.captions for s in asked}) == len(asked)
+        here, there = ({o.kind.text for o in scene.objects} for scene in (one, other))
+        apart = {f"is there a {text}?" for text in here ^ there if text in {kind.text for kind in kinds.asked}}
+        assert {s.captions[0].replace(" an ", " a ") for s in asked} >= apart
+    asked = Counter(s.metadata["question_type"] for s in found)
+    assert asked["exist"] > 8 * asked["compare"]
+    nouns = {f"is there {with_article(noun.text)}?" for noun in kinds.nouns}
+    few, many = (sum(s.captions[0] in nouns for s in samples) for samples in (before, found))
+    assert many > 6 * few
 
 
 def chance(task: str, split: str) -> np.ndarray:
