@@ -19,7 +19,7 @@ from .crop import CropGeometry
 from .decoder_check import choose_device
 from .masking import check_mask_sizes, check_token_ratio
 from .reader import Reader
-from .resume import ResumeReport, compare_states, package_versions, pixel_hash, settings_hash
+from .resume import ResumeReport, compare_states, package_versions, pixel_hash, text_hash
 from .sampler import ORDER_VERSION, check_ranks
 from .segment import RawBatch, ReaderConfig, check_limits
 from .text import CaptionReader, can_use_stored_tokens
@@ -235,14 +235,7 @@ class Loader:
             "met": self._samples_seen,
             "order": ORDER_VERSION,
             "pictures": pixel_hash(self._config),
-            "text": settings_hash(
-                {
-                    "tokenizer": self.tokenizer.fingerprint,
-                    "length": self.text_length,
-                    "ratio": "uniform" if self._masks.uniform_tokens else self._masks.token_ratio,
-                    "patches": self._masks.patches,
-                }
-            ),
+            "text": text_hash(self.tokenizer.fingerprint, self.text_length, self._masks, self._extra_captions),
             "versions": package_versions(),
             **({"per_image": self._config.per_image} if self._config.per_image > 1 else {}),
         }

@@ -13,6 +13,7 @@ from typing import Any
 
 from mvlm_dataloading.errors import DataError
 
+from .batch_stream import MaskConfig
 from .sampler import ORDER_VERSION
 from .segment import ReaderConfig
 
@@ -58,6 +59,31 @@ def pixel_hash(config: ReaderConfig) -> str:
             "decoding": config.decoding,
             "on_gpu": config.device_id is not None,
             **({} if config.images is None else {"of": "images"}),  # draws are of images, not of samples
+        }
+    )
+
+
+def text_hash(tokenizer: str, length: int, masks: MaskConfig, extra_captions: int) -> str:
+    """Hash of all settings that captions, tokens and masks depend on. Sample, seed and epoch are not part of it.
+
+    Args:
+        tokenizer: its fingerprint.
+    """
+    newer = {
+        "variable": [masks.variable_patches, masks.variable_tokens],
+        "complement": masks.complement,
+        "partner": [masks.partner_patch_ratio, masks.partner_token_ratio],
+        "extra": extra_captions,
+    }
+    off = {"variable": [False, False], "complement": False, "partner": [0.0, 0.0], "extra": 0}
+    return settings_hash(
+        {
+            "tokenizer": tokenizer,
+            "length": length,
+            "ratio": "uniform" if masks.uniform_tokens else masks.token_ratio,
+            "patches": masks.patches,
+            # Without these, the hash is that of states from before they existed.
+            **{name: value for name, value in newer.items() if value != off[name]},
         }
     )
 

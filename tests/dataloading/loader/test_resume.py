@@ -1,6 +1,7 @@
 """Resuming from a state with the same loader and with others."""
 
 import itertools
+import hashlib
 import json
 import time
 
@@ -77,6 +78,12 @@ def test_resuming_at_another_batch_size_and_number_of_ranks_keeps_the_pixels(tra
         ({"image_size": 64}, "pixels and captions or masks differ"),
         ({"text_length": 9}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
         ({"text_mask_ratio": 0.5}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
+        ({"variable_image_masks": True}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
+        ({"variable_text_masks": True}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
+        ({"complementary_masks": True}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
+        ({"partner_image_mask_ratio": 0.6}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
+        ({"partner_text_mask_ratio": 0.1}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
+        ({"extra_captions": 1}, "same pixels; captions or masks differ (tokenizer, text length or masks)"),
     ],
 )
 def test_resuming_with_other_settings_keeps_the_samples_and_reports_it(train_split, tokenizer, settings, words, caplog):
@@ -92,13 +99,16 @@ def test_resuming_with_other_settings_keeps_the_samples_and_reports_it(train_spl
 
 
 def test_states_of_earlier_versions_fit(train_split, tokenizer):
-    """The keys of a state, and its hash of pixel settings, are those of version 0.1.0."""
+    """The keys of a state, and its hashes of settings, are those of version 0.1.0."""
     state = load(train_split, tokenizer, batch_size=8).state_dict()
     assert list(state) == [
         "seed", "epoch", "position", "step", "fingerprint", "batch_size", "world_size", "skipped", "met", "order",
         "pictures", "text", "versions",
     ]  # fmt: skip
     assert state["pictures"] == "a568720fe1b35222"
+    patches = {"image_size": 32, "patch_size": 16, "mask_block": 32, "ratio": 0.6}
+    text = {"tokenizer": tokenizer.fingerprint, "length": 12, "ratio": 0.3, "patches": patches}
+    assert state["text"] == hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @pytest.mark.slow

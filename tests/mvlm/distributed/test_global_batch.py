@@ -118,7 +118,6 @@ def test_newer_objectives_agree_with_one_rank(ranks, kind, variant):
     for case in cases(ranks, kind=kind, variant=variant):
         assert max(case["global losses"]) < EXACT
         assert case["global gradients"] < EXACT
-        assert case["updated"] < EXACT
 
 
 @pytest.mark.slow
