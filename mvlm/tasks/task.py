@@ -44,7 +44,7 @@ class TaskOptions:
     blind: Literal["no", "image", "text"] = "no"
     """Modality that the model does not get."""
     min_count: int = 1
-    """Training questions that must have an answer for it to be on the list of answers."""
+    """Training questions to which most annotators must have given an answer for it to be on the list of answers."""
     answers: Literal["decoder", "classifier"] = "decoder"
     """Form of `vqa`: the paper's answer decoder, or a classifier over the list of answers."""
     answer_list: str | None = None

@@ -1,7 +1,7 @@
 """Resuming from a state with the same loader and with others."""
 
-import itertools
 import hashlib
+import itertools
 import json
 import time
 

@@ -1,6 +1,7 @@
 """FLOPs of a step of each task at `base`, 384 px, on fake tensors: packed text, shared keys, indexed pairs."""
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ STATES: dict[str, dict[str, Any]] = {
 }
 
 
+@cache
 def step_flops(name: str, plan: str, answers: int = 0, per_image: int = 1) -> int:
     """FLOPs of forward and backward pass of a batch. With `answers`, of vqa's decoder on so many answers a question.
 

@@ -31,6 +31,19 @@ def test_the_list_is_the_frequent_answers_and_a_decoder_learns_the_others_too(qu
     assert make_state(questions, answers="classifier", min_count=4)["answers"] == ["white", *colours]
 
 
+def test_an_answer_counts_where_most_annotators_gave_it(tmp_path):
+    """Red has most votes of questions 1 to 3, blue of 4 and 5, though green was given to all of them by somebody."""
+    votes = [["red"] * 6 + ["green"] * 4] * 3 + [["green"] + ["blue"] * 9] * 2
+    with ShardWriter(tmp_path / "d", name="q", source="", licence="", attribution="", recipe={}) as writer:
+        for i, given in enumerate(votes):
+            answers = [{"answer": answer, "answer_id": n} for n, answer in enumerate(given)]
+            writer.add(str(i), png(scene(i)[0]), ["what colour?"], {"question_id": i, "answers": answers})
+    assert make_state(tmp_path / "d") == {"answers": ["red", "blue"], "others": ["green"]}
+    assert make_state(tmp_path / "d", min_count=2) == {"answers": ["red", "blue"], "others": ["green"]}
+    with pytest.raises(DataError, match="wanted at least 2 answers with 3 training questions each, found 1"):
+        make_state(tmp_path / "d", min_count=3)
+
+
 def test_a_classifier_starts_from_the_mean_target_of_each_answer(questions, trained):
     """Half of the questions have one answer and an eighth each of the four others, before anything is learned."""
     state = make_state(questions, answers="classifier")
@@ -76,12 +89,14 @@ def test_the_test_split_gives_no_list(questions):
 
 
 def test_targets_are_shares_of_annotators_for_the_decoder(trained, tmp_path):
-    """Seven of ten say two, two say 2, which is the same, and one says three."""
+    """Seven of ten say two, two say 2, which is the same, and one says three. Elsewhere most say three."""
     given = ["two"] * 7 + ["2"] * 2 + ["three"]
     answers = [{"answer": answer, "answer_id": i} for i, answer in enumerate(given)]
     assert annotator_shares({"answers": answers}) == {"2": 0.9, "3": 0.1}
     with ShardWriter(tmp_path / "d", name="q", source="", licence="", attribution="", recipe={}) as writer:
         writer.add("0", png(scene(0)[0]), ["how many?"], {"question_id": 1, "answers": answers})
+        other = [{"answer": "three" if i else "two", "answer_id": i} for i in range(10)]
+        writer.add("1", png(scene(1)[0]), ["how many?"], {"question_id": 2, "answers": other})
     dataset = open_dataset(tmp_path / "d", "train")
     forms: list[tuple[Literal["decoder", "classifier"], list[float]]]
     forms = [("decoder", [0.9, 0.1]), ("classifier", [1.0, 0.3])]
