@@ -174,5 +174,6 @@ def tokenizer_for(dataset: Dataset, vocab_size: int) -> Tokenizer:
             f"{dataset.folder}: wanted a tokenizer.json, or a train split to train a tokenizer on, found neither "
             f"(splits: {', '.join(dataset.splits)}); give a tokenizer.json"
         )
-    train = dataset if dataset.split == "train" else open_dataset(dataset.folder, "train")
+    folder = dataset.folder if dataset.remote is None else dataset.remote.url
+    train = dataset if dataset.split == "train" else open_dataset(folder, "train")
     return train_tokenizer((caption for i in range(len(train)) for caption in train.captions(i)), vocab_size)

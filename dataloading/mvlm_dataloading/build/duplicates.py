@@ -172,11 +172,9 @@ def find_duplicates(
                 dropped[i] = REPEATED
         rest = own[~repeated & images.has_hash[own]]
         nearest: dict[int, int] = {}
-        for a, b in near_pairs(images.phash[rest]):
+        for a, b in near_pairs(images.phash[rest], images.aspect[rest], _MAX_ASPECT_CHANGE):
             i, j = int(rest[a]), int(rest[b])
-            narrow, wide = sorted((images.aspect[i], images.aspect[j]))
-            if wide <= _MAX_ASPECT_CHANGE * narrow:
-                nearest[j] = min(i, nearest.get(j, i))
+            nearest[j] = min(i, nearest.get(j, i))
         for j, i in sorted(nearest.items()):
             yield _duplicate_line(images, j, "near", f"{split}/{images.keys[i]}")
             if drop_near:

@@ -24,11 +24,15 @@ def first_equal(digests: NDArray[np.bytes_]) -> Int64:
     return first[inverse.reshape(-1)].astype(np.int64)
 
 
-def near_pairs(hashes: UInt64) -> Iterator[tuple[int, int]]:
+def near_pairs(hashes: UInt64, aspects: Float64, max_aspect_ratio: float) -> Iterator[tuple[int, int]]:
     """Pairs i < j of near hashes (n,), which differ in at most MAX_DISTANCE bits. Each once, in no fixed order.
 
-    Among k equal hashes only the k - 1 pairs with the first are yielded: a thousand copies give a thousand pairs, not
-    half a million.
+    Among equal hashes only the pairs with the first image of a similar aspect ratio are yielded: a thousand copies give
+    a thousand pairs, not half a million.
+
+    Args:
+        aspects: aspect ratios of the images (n,).
+        max_aspect_ratio: maximum quotient of two similar ones, at least 1. Pairs of others are left out.
 
     Two near hashes agree in at least one of MAX_DISTANCE + 1 bands of 16 bits. Only hashes that share a band are
     compared, and a pair is yielded for the first band that it shares.
@@ -36,15 +40,27 @@ def near_pairs(hashes: UInt64) -> Iterator[tuple[int, int]]:
     values, inverse = np.unique(hashes, return_inverse=True)
     members = np.split(np.argsort(inverse, kind="stable"), np.cumsum(np.bincount(inverse.reshape(-1)))[:-1])
     for same in members:
-        yield from _within(same)
+        yield from _within(same, aspects, max_aspect_ratio)
     for one, other in _near_values(values):
         for i in members[one]:
             for j in members[other]:
-                yield (int(i), int(j)) if i < j else (int(j), int(i))
+                if _similar(aspects[i], aspects[j], max_aspect_ratio):
+                    yield (int(i), int(j)) if i < j else (int(j), int(i))
 
 
-def _within(same: Int64) -> Iterator[tuple[int, int]]:
-    yield from ((int(same[0]), int(j)) for j in same[1:])
+def _similar(one: float, other: float, max_aspect_ratio: float) -> bool:
+    return max(one, other) <= max_aspect_ratio * min(one, other)
+
+
+def _within(same: Int64, aspects: Float64, max_aspect_ratio: float) -> Iterator[tuple[int, int]]:
+    """Each image of equal hashes with the first one of a similar shape. First ones of few shapes are kept."""
+    firsts: list[int] = []
+    for j in same.tolist():
+        known = next((i for i in firsts if _similar(aspects[i], aspects[j], max_aspect_ratio)), None)
+        if known is None:
+            firsts.append(j)
+        else:
+            yield known, j
 
 
 def _near_values(values: UInt64) -> Iterator[tuple[int, int]]:

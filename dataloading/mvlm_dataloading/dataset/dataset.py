@@ -179,7 +179,7 @@ class Dataset:
 def parse_captions(text: bytes, where: Callable[[], str]) -> list[str]:
     """The nonblank lines of a `.txt` component. Raises DataError if all lines are blank or the text is not UTF-8."""
     try:
-        captions = [line.strip() for line in text.decode().split("\n") if line.strip()]
+        captions = [line.strip() for line in text.decode("utf-8-sig").split("\n") if line.strip()]
     except UnicodeDecodeError:
         raise DataError(f"{where()}: wanted captions in UTF-8, found other bytes; remove the sample") from None
     if not captions:

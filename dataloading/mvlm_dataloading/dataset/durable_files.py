@@ -8,9 +8,12 @@ from typing import BinaryIO
 
 
 def write_durably(path: Path, text: str) -> None:
-    """Write a text file and wait until it is on the disk. A failed write, as on a full disk, leaves no file."""
+    """Write a text file and wait until it is on the disk. A failed write, as on a full disk, leaves no file.
+
+    Names that are not UTF-8, as Python reads them from a tar, are written as the bytes that they were.
+    """
     try:
-        path.write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8", errors="surrogateescape")
         sync_file(path)
     except BaseException:
         path.unlink(missing_ok=True)

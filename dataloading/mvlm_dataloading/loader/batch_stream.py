@@ -144,12 +144,19 @@ class BatchStream:
         return batch, masks
 
     def _assemble_shared(self, raw: RawBatch, captions: CaptionBatch, images: Int64) -> tuple[Batch, Masks]:
-        """A batch that has each image and each caption once, and masks of these."""
+        """A batch that has each image and each caption once, and masks of these.
+
+        Masks are functions of epoch and image, or caption, not of the sample that comes first in this batch: they are
+        the same on any number of ranks.
+        """
         # In another epoch an image has another crop.
         _, of_image, image_of = np.unique(
             np.stack([raw.epochs, images[raw.ids]]), axis=1, return_index=True, return_inverse=True
         )
-        _, of_caption, caption_of = np.unique(captions.text_id, return_index=True, return_inverse=True)
+        texts = np.array(captions.text_id, np.int64)
+        _, of_caption, caption_of = np.unique(
+            np.stack([raw.epochs, texts]), axis=1, return_index=True, return_inverse=True
+        )
         parts = np.split(captions.tokens, np.cumsum(captions.lengths)[:-1])
         lengths = captions.lengths[of_caption]
         rows = self._host_tensor(of_image).to(raw.images.device, non_blocking=True)
@@ -159,14 +166,14 @@ class BatchStream:
             cu_seqlens=self._host_tensor(np.cumsum([0, *lengths]).astype(np.int32)),
             max_length=int(lengths.max()),
             image_id=self._host_tensor(np.array(captions.image_id, np.int64)),
-            text_id=self._host_tensor(np.array(captions.text_id, np.int64)),
+            text_id=self._host_tensor(texts),
             sample_id=self._host_tensor(raw.ids),
             image_of=self._host_tensor(image_of.reshape(-1)),
-            caption_of=self._host_tensor(caption_of),
+            caption_of=self._host_tensor(caption_of.reshape(-1)),
             sample_tokens=len(captions.tokens),
         )
-        patches = self._patches((self._seed, raw.epochs[of_image], raw.ids[of_image]))
-        tokens = self._tokens((self._seed, raw.epochs[of_caption], raw.ids[of_caption]), lengths)
+        patches = self._patches((self._seed, raw.epochs[of_image], images[raw.ids[of_image]]))
+        tokens = self._tokens((self._seed, raw.epochs[of_caption], texts[of_caption]), lengths)
         return batch, Masks(**patches, **tokens)
 
     def _patches(self, of: tuple[int, Any, Any]) -> dict[str, torch.Tensor]:

@@ -223,6 +223,8 @@ class Loader:
     def state_dict(self) -> dict[str, Any]:
         """State after the last batch yielded, as plain values for JSON. Prefetched batches do not count."""
         epoch, position = divmod(self._position, len(self.dataset))
+        shared = self._config.images is not None
+        text = text_hash(self.tokenizer.fingerprint, self.text_length, self._masks, self._extra_captions, shared)
         return {
             "seed": self.seed,
             "epoch": epoch,
@@ -235,7 +237,7 @@ class Loader:
             "met": self._samples_seen,
             "order": ORDER_VERSION,
             "pictures": pixel_hash(self._config),
-            "text": text_hash(self.tokenizer.fingerprint, self.text_length, self._masks, self._extra_captions),
+            "text": text,
             "versions": package_versions(),
             **({"per_image": self._config.per_image} if self._config.per_image > 1 else {}),
         }

@@ -63,19 +63,21 @@ def pixel_hash(config: ReaderConfig) -> str:
     )
 
 
-def text_hash(tokenizer: str, length: int, masks: MaskConfig, extra_captions: int) -> str:
+def text_hash(tokenizer: str, length: int, masks: MaskConfig, extra_captions: int, shared: bool) -> str:
     """Hash of all settings that captions, tokens and masks depend on. Sample, seed and epoch are not part of it.
 
     Args:
         tokenizer: its fingerprint.
+        shared: each image and caption of a batch comes once, and masks are drawn for these, not for samples.
     """
     newer = {
         "variable": [masks.variable_patches, masks.variable_tokens],
         "complement": masks.complement,
         "partner": [masks.partner_patch_ratio, masks.partner_token_ratio],
         "extra": extra_captions,
+        "shared": shared,
     }
-    off = {"variable": [False, False], "complement": False, "partner": [0.0, 0.0], "extra": 0}
+    off = {"variable": [False, False], "complement": False, "partner": [0.0, 0.0], "extra": 0, "shared": False}
     return settings_hash(
         {
             "tokenizer": tokenizer,

@@ -90,8 +90,16 @@ def read_rows(file: Path, delimiter: str | None = None, lines: bool = False) -> 
         csv.field_size_limit(1 << 24)
         delimiter = delimiter or ("\t" if file.suffix.lower() == ".tsv" else ",")
         try:
-            # Rows may contain NUL bytes: `clean_captions` removes them.
-            yield from csv.DictReader(text, delimiter=delimiter)
+            # Rows may contain NUL bytes: `clean_captions` removes them. Without `strict`, a cell with a stray quote
+            # would take in the rows after it.
+            rows = csv.DictReader(text, delimiter=delimiter, strict=True)
+            for row in rows:
+                if None in row:
+                    raise DataError(
+                        f"{file} line {rows.line_num}: wanted {len(row) - 1} cells as in the header, found more; quote "
+                        f"cells that hold {delimiter!r}"
+                    )
+                yield row
         except csv.Error as error:
             raise DataError(f"{file}: wanted a table, found {error}; repair it") from None
 

@@ -113,12 +113,18 @@ def _token_lines(file: Path) -> list[tuple[str, str]]:
 
 
 def _table_lines(file: Path) -> list[tuple[str, str]]:
-    """Pairs (image, caption) from lines `name| number| caption` below a header. One published row lacks a bar."""
+    """Pairs (image, caption) from lines `name| number| caption` below a header. One published row lacks a bar.
+
+    A table with commas is a CSV file, whose first cell is the name and whose last is the caption.
+    """
+    if "|" not in _header(file):
+        cells = [list(row.values()) for row in read_rows(file, delimiter=",")]
+        return [(str(row[0]).strip(), str(row[-1] or "").strip()) for row in cells]
     found = []
     for number, line in enumerate(file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")[1:], 2):
         if not line.strip():
             continue
-        match = re.fullmatch(r"\s*([^|,]+?)\s*[|,]\s*(?:(\d+)\s*[|,]?\s+|(\d+)\s*[|,]\s*)?(.*?)\s*", line)
+        match = re.fullmatch(r"\s*([^|]+?)\s*[|]\s*(?:(\d+)\s*[|]?\s+|(\d+)\s*[|]\s*)?(.*?)\s*", line)
         if match is None:
             raise DataError(f"{file} line {number}: wanted NAME| NUMBER| caption, found {line[:60]!r}")
         found.append((match[1], match[4]))

@@ -65,6 +65,7 @@ def huggingface(
             "columns": [image_column, caption_column, key_column],
             "validation": validation,
             "test": test,
+            **({"split": split} if split else {}),
         },
         pieces=pieces,
     )
@@ -75,14 +76,20 @@ def _find(path: Path) -> list[tuple[Path, str | None]]:
     if path.is_file():
         return [(path, _split_in(path.name))]
     if (path / "dataset_dict.json").is_file():
-        splits = read_json(path / "dataset_dict.json").get("splits", [])
+        content = read_json(path / "dataset_dict.json")
+        splits = content.get("splits", []) if isinstance(content, dict) else None
+        if not isinstance(splits, list) or not all(isinstance(split, str) for split in splits):
+            raise DataError(f"{path}: wanted a folder of save_to_disk, found {splits!r} as splits; save the rows again")
         if wrong := [split for split in splits if Path(split).name != split]:
             raise DataError(f"{path}: wanted splits that are folders in it, found {wrong[0]!r}; save the rows again")
         return [(file, split) for split in splits for file, _ in _find(path / split)]
     if (path / "state.json").is_file():
         state = read_json(path / "state.json")
-        named = state.get("_split")
-        return [(path / Path(entry["filename"]).name, named) for entry in state["_data_files"]]
+        try:
+            named = state.get("_split")
+            return [(path / Path(entry["filename"]).name, named) for entry in state["_data_files"]]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: wanted a folder of save_to_disk, found {error!r}; save the rows again") from None
     found = [file for file in files_under(path) if file.suffix == ".parquet"] if path.is_dir() else []
     if not found:
         raise DataError(f"{path}: wanted parquet files or a folder of save_to_disk, found none; save the rows there")

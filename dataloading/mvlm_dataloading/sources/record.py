@@ -125,9 +125,9 @@ def is_evaluation(split: str) -> bool:
     return split != "train"
 
 
-def canonical_split(name: str, where: str) -> str:
-    """Map a published split name to train, validation or test. Raises DataError for an unknown name."""
-    found = _SPLITS.get(name.strip().lower())
+def canonical_split(name: object, where: str) -> str:
+    """Map a published split name to train, validation or test. Raises DataError for an unknown name, or for none."""
+    found = _SPLITS.get(name.strip().lower()) if isinstance(name, str) else None
     if found is None:
         raise DataError(f"{where}: wanted a split named {', '.join(sorted(_SPLITS))}, found {name!r}; rename it")
     return found

@@ -41,6 +41,9 @@ class ImageStrip:
             with pil.open(io.BytesIO(content)) as opened:
                 image = to_rgb(ops.exif_transpose(opened))
             if self.boxes:
+                right, lower = self.boxes[place][2:]
+                if right > image.width or lower > image.height:  # Pillow would fill the rest with black
+                    raise ValueError(f"an image of {image.width} x {image.height} has no part {self.boxes[place]}")
                 image = image.crop(self.boxes[place])
             if image.size != (self.side, self.side):
                 image = image.resize((self.side, self.side), pil.Resampling.BICUBIC, reducing_gap=3.0)

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mvlm_dataloading.errors import DataError
+
 from .record import TOO_LARGE
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
@@ -27,6 +29,9 @@ def read_samples(path: Path, max_bytes: int) -> Iterator[TarSample]:
     """Yield the samples of a tar in one sequential read. Nothing is unpacked; links and devices are skipped.
 
     For a damaged tar, the last sample has the tar's name as its key and the damage as its fault.
+
+    Raises:
+        DataError: the tar cannot be read just now. A tar that is damaged would give the same samples again.
     """
     sample: TarSample | None = None
     damage = None
@@ -44,6 +49,12 @@ def read_samples(path: Path, max_bytes: int) -> Iterator[TarSample]:
                     sample = TarSample(key)
                 _add(sample, tar, member, extension, max_bytes)
     except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        if (
+            isinstance(error, OSError) and error.errno is not None
+        ):  # of the disk or the network; gzip's errors have none
+            raise DataError(
+                f"{path}: wanted a tar that can be read, found {error}; run the same command again"
+            ) from None
         damage = "tar is damaged from here on" if sample else f"tar cannot be read ({type(error).__name__})"
     if sample is not None:
         if damage is not None and sample.fault is None and _is_incomplete(sample):

@@ -1,6 +1,9 @@
 """Rebuilding the indices of a data folder, and indexing tars of other tools to use them in place."""
 
+import codecs
+import contextlib
 import json
+import re
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
@@ -114,23 +117,29 @@ def _read_text(file: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -
     except DataError:
         if what == "metadata":
             return "metadata is not a JSON object"
-        return "caption is not UTF-8" if content.strip() else "no caption"
+        return "caption is not UTF-8" if content.removeprefix(codecs.BOM_UTF8).strip() else "no caption"
 
 
 def rebuild_indices(folder: Path, split: str | None = None) -> dict[str, Any]:
     """Rebuild the indices of a data folder. A folder of tars without `dataset.json` gets one.
 
     Args:
-        split: split of all tars, for a folder without `dataset.json`. Default: the split in each tar's name
-            (train-000.tar), else train.
+        split: split of all tars, for a folder without `dataset.json`. Default: the first split that each tar's name has
+            as a word (train-000.tar, cc3m-validation-000.tar), else train.
 
     Returns:
         The description.
 
     Raises:
-        DataError: a tar is damaged or has other samples than described; the folder is a view; no sample is usable.
+        DataError: a tar is damaged or has other samples than described; the folder is a view, or has `dataset.json`
+            and `split` is given; no sample is usable.
     """
     if (folder / "dataset.json").is_file():
+        if split:
+            raise DataError(
+                f"{folder}: wanted no split for a folder with dataset.json, got {split}; remove dataset.json and "
+                f"*.index to index it anew"
+            )
         description = read_description(folder)
         for part in description["splits"].values():
             for shard in part["shards"]:
@@ -205,11 +214,10 @@ def _describe(folder: Path, tars: list[Path], split: str | None) -> dict[str, An
 
 
 def _split_of(tar: Path) -> str:
-    word = tar.name.split(".")[0].split("-")[0].split("_")[0].lower()
-    try:
-        return canonical_split(word, str(tar))
-    except DataError:
-        return "train"
+    for word in re.split(r"[^a-z]+", tar.name.lower()):
+        with contextlib.suppress(DataError):
+            return canonical_split(word, str(tar))
+    return "train"
 
 
 def _component(member: tarfile.TarInfo) -> str:

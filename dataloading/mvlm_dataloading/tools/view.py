@@ -39,6 +39,9 @@ from mvlm_dataloading.sources.record import is_evaluation
 
 log = logging.getLogger(__name__)
 
+_QUESTIONS = {"question_id", "pairID", "identifier", "box"}
+"""Metadata of which a sample of a task has one: VQA v2's, SNLI-VE's, NLVR2's and RefCOCO+'s."""
+
 
 @dataclass(slots=True)
 class _Row:
@@ -65,7 +68,8 @@ def make_view(
         The description.
 
     Raises:
-        DataError: a source is damaged or lacks a split, `out` is in use, or no sample is left.
+        DataError: a source is damaged or lacks a split, `out` is in use, no sample is left, or duplicates of questions
+            are to be left out.
     """
     options = options or ViewOptions()
     options.check()
@@ -74,6 +78,11 @@ def make_view(
     if not sources or len(weights) != len(sources) or not all(0 < weight < float("inf") for weight in weights):
         raise DataError(f"weights: wanted a number above 0 for each of {len(sources)} sources, got {weights}")
     require_free_folder(out)
+    if options.duplicates != "keep" and (asking := [source for source in sources if _asks(source)]):
+        raise DataError(
+            f"duplicates: wanted data sets with a sample per image, got one of questions, {asking[0]}; leave the "
+            "option out"
+        )
     rows, evaluation, reasons = _select(sources, options)
     images = tabulate((str(r.dataset.keys[r.number]), r.dataset.split, r.facts) for r in rows)
     dropped: dict[int, str] = {}
@@ -98,6 +107,15 @@ def make_view(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return description
+
+
+def _asks(source: Path) -> bool:
+    """True for a data set of questions, hypotheses, statements or phrases, several of which may have one image."""
+    for split in read_description(Path(source))["splits"]:
+        dataset = open_dataset(source, split)
+        if len(dataset) and not _QUESTIONS.isdisjoint(dataset.metadata(0)):
+            return True
+    return False
 
 
 def _select(

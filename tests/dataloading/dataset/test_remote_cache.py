@@ -154,6 +154,8 @@ def test_reading_captions_does_not_hold_shards(folder, web, cache, monkeypatch):
     dataset = open_dataset(web, "train")
     assert tokenizer_for(dataset, 300).fingerprint == tokenizer_for(open_dataset(folder, "train"), 300).fingerprint
     assert dataset.remote is not None
+    other_split = open_dataset(web, "validation")  # its tokenizer is that of the train split too
+    assert tokenizer_for(other_split, 300).fingerprint == tokenizer_for(dataset, 300).fingerprint
     dataset.remote.fetch([0])
     assert dataset.captions(0) == open_dataset(folder, "train").captions(0)
     other = RemoteCache(web, cache, size)

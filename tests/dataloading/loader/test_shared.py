@@ -122,6 +122,34 @@ def test_ranks_share_every_batch_and_a_resume_is_bitwise(split, tokenizer):
     assert not other.resumed.exact_pixels
 
 
+def masks_of(batches) -> dict[tuple[str, int, int], list[int]]:
+    """Masked patches of each image and tokens of each caption, by id, at its first place in the batches."""
+    found: dict[tuple[str, int, int], list[int]] = {}
+    for batch, masks in batches:
+        images, captions = batch.pairs()
+        starts = batch.cu_seqlens.tolist()
+        for row in range(len(batch.sample_id)):
+            i, c = int(images[row]), int(captions[row])
+            tokens = masks.token_ids[(masks.token_ids >= starts[c]) & (masks.token_ids < starts[c + 1])] - starts[c]
+            found.setdefault(("image", int(batch.image_id[row]), 0), masks.patch_ids[i].sort()[0].tolist())
+            found.setdefault(("text", int(batch.text_id[row]), 0), tokens.tolist())
+    return found
+
+
+@pytest.mark.slow
+def test_masks_of_images_and_captions_depend_on_neither_ranks_nor_batch(split, tokenizer):
+    settings: dict[str, Any] = {"share": True, "text_length": 24}
+    epoch = len(split)
+    whole = masks_of(take(load(split, tokenizer, batch_size=9, **settings), epoch // 9))
+    assert len(whole) == IMAGES + IMAGES + QUESTIONS - 1
+    assert len({tuple(patches) for (kind, *_), patches in whole.items() if kind == "image"}) > 3
+    assert masks_of(take(load(split, tokenizer, batch_size=15, **settings), epoch // 15)) == whole
+    ranks = [take(load(split, tokenizer, batch_size=30, rank=r, world_size=3, **settings), 1) for r in range(3)]
+    some = masks_of(itertools.chain(*ranks))
+    assert len(some) > IMAGES
+    assert some == {place: whole[place] for place in some}
+
+
 def test_a_pass_in_order_has_every_sample(split, tokenizer):
     plain, shared = (samples(load(split, tokenizer, train=False, share=share)) for share in (False, True))
     assert plain == shared

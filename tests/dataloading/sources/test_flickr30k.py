@@ -29,6 +29,27 @@ def test_flickr30k_without_splits(tmp_path, file):
     assert found == {"train": expected(range(6), lambda i: str(1000 + i))}
 
 
+def test_a_table_with_commas_is_a_csv_file(tmp_path):
+    published.flickr30k(tmp_path)
+    lines = ["image,caption", "1000.jpg,2 dogs play in 3 fields", '1001.jpg,"Two dogs, one ""cat"""']
+    (tmp_path / "captions.csv").write_text("\n".join(lines) + "\n")
+    assert build_source(flickr30k(tmp_path, tmp_path / "captions.csv"), tmp_path / "out") == {
+        "train": {"1000": ["2 dogs play in 3 fields"], "1001": ['Two dogs, one "cat"']}
+    }
+    (tmp_path / "numbered.csv").write_text("image_name,comment_number,comment\n1000.jpg,0,A dog\n1000.jpg,1,It runs\n")
+    assert build_source(flickr30k(tmp_path, tmp_path / "numbered.csv"), tmp_path / "numbered") == {
+        "train": {"1000": ["A dog", "It runs"]}
+    }
+
+
+def test_a_row_without_a_split_is_refused(tmp_path):
+    published.flickr30k(tmp_path)
+    table = tmp_path / "flickr_annotations_30k.csv"
+    table.write_text(table.read_text() + '"[""a dog""]","[]"\n')  # cut after its second cell
+    with pytest.raises(DataError, match=r"wanted a split named .*, found None"):
+        flickr30k(tmp_path, table)
+
+
 def test_flickr30k_finds_its_caption_file(tmp_path):
     published.flickr30k(tmp_path)
     assert {piece.split for piece in flickr30k(tmp_path).pieces} == {"train", "validation", "test"}

@@ -36,6 +36,29 @@ def test_parquet_of_the_hub(tmp_path):
         huggingface([tmp_path, tmp_path / "data/test.parquet"])
 
 
+def test_another_split_is_another_data_set(tmp_path):
+    parquet.write_table(pyarrow.Table.from_pylist(hub_rows(2)), tmp_path / "rows.parquet")
+    build_source(huggingface([tmp_path / "rows.parquet"], split="train"), tmp_path / "out")
+    with pytest.raises(DataError):
+        build_source(huggingface([tmp_path / "rows.parquet"], split="test"), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("state.json", {"epoch": 3}),
+        ("state.json", [1]),
+        ("state.json", {"_data_files": [{"filename": 7}]}),
+        ("dataset_dict.json", ["train"]),
+        ("dataset_dict.json", {"splits": [1]}),
+    ],
+)
+def test_files_of_other_tools_with_the_same_names_are_refused(tmp_path, name, content):
+    published.write_json(tmp_path / name, content)
+    with pytest.raises(DataError, match=r"wanted a folder of save_to_disk, found .*; save the rows again"):
+        huggingface([tmp_path])
+
+
 def test_parquet_as_the_hub_converts_it(tmp_path):
     for place in ("partial-train", "partial-validation", "test"):
         (tmp_path / "default" / place).mkdir(parents=True)

@@ -115,6 +115,26 @@ def test_truncated_tars_keep_their_whole_samples(tmp_path):
             build_shards(webdataset([tmp_path / f"{name}.tar"]), tmp_path / f"{name}-out", workers=0)
 
 
+def test_a_tar_that_cannot_be_read_just_now_leaves_nothing_that_looks_finished(tmp_path, monkeypatch):
+    """A disk's error is not damage: the same command again has all samples."""
+    jpeg = published.encoded(published.make_image(1))
+    write_tar(
+        tmp_path / "a.tar", [(f"{i}.{ext}", part) for i in range(3) for ext, part in (("jpg", jpeg), ("txt", b"x"))]
+    )
+    read, failures = tarfile.TarFile.extractfile, [OSError(5, "Input/output error")]
+
+    def extract(tar: tarfile.TarFile, member: Any) -> Any:
+        if failures and str(member.name).startswith("1."):
+            raise failures.pop()
+        return read(tar, member)
+
+    monkeypatch.setattr(tarfile.TarFile, "extractfile", extract)
+    with pytest.raises(DataError, match=r"a\.tar: wanted a tar that can be read, found .*Input/output error"):
+        build_shards(webdataset([tmp_path / "a.tar"]), tmp_path / "out", workers=0)
+    out = build_shards(webdataset([tmp_path / "a.tar"]), tmp_path / "out", workers=0)
+    assert open_dataset(out, "train").keys.tolist() == ["0", "1", "2"]
+
+
 @pytest.mark.slow
 def test_a_tar_member_that_is_too_large_is_not_read(tmp_path):
     """The tar is sparse there, so the member takes no disk space."""

@@ -1,5 +1,6 @@
 """Rebuilding indices, and indexing tars of other tools in place."""
 
+import itertools
 import tarfile
 from pathlib import Path
 
@@ -125,6 +126,35 @@ def test_tars_of_other_tools_are_indexed_in_place(tmp_path, tokenizer):
     make_view(tmp_path / "view", [tmp_path / "tars"], ViewOptions(match="blanks|accent"))
     assert open_dataset(tmp_path / "view", "train").keys.tolist() == ["a%20name", "é"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "tars").glob("*.tar")} == before
+
+
+def test_the_split_of_a_tar_is_a_word_of_its_name(tmp_path):
+    names = {
+        "train": ["train-000", "cc3m", "latest-0", "attest"],
+        "validation": ["cc3m-validation-0000", "val2017-000", "coco_dev_1"],
+        "test": ["test0", "flickr30k-test-00000"],
+    }
+    image = published.encoded(published.make_image(0))
+    for name in itertools.chain(*names.values()):
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            published.add_members(tar, [(f"{name}.jpg", image), (f"{name}.txt", b"words")])
+    splits = rebuild_indices(tmp_path)["splits"]
+    assert {split: sorted(shard["tar"] for shard in part["shards"]) for split, part in splits.items()} == {
+        split: sorted(f"{name}.tar" for name in of) for split, of in names.items()
+    }
+    with pytest.raises(DataError, match=r"wanted no split for a folder with dataset\.json, got test; remove"):
+        rebuild_indices(tmp_path, "test")
+
+
+def test_names_that_are_not_utf8_and_a_byte_order_mark(tmp_path):
+    image = published.encoded(published.make_image(0))
+    with tarfile.open(tmp_path / "train.tar", "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        published.add_members(tar, [("café.jpg", image), ("café.txt", b"\xef\xbb\xbfa cat"), ("b.jpg", image)])
+        published.add_members(tar, [("b.txt", b"\xef\xbb\xbf")])
+    assert rebuild_indices(tmp_path)["rejected"] == {"no caption": 1}
+    dataset = open_dataset(tmp_path, "train")
+    assert [dataset.captions(i) for i in range(len(dataset))] == [["a cat"]]
+    assert dataset.image_bytes(0) == image
 
 
 def test_tars_that_cannot_be_indexed_are_refused(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from mvlm_dataloading import BuildOptions, DataError, Loader, ViewOptions, build_shards, make_view, open_dataset
 from mvlm_dataloading.sources.record import ListedPiece, Record, Source
 from support import published
+from support.questions import write_questions
 
 
 def write(out: Path, numbers, splits=None, each: int = 6, captions=published.captions, **settings) -> Path:
@@ -169,6 +170,19 @@ def test_a_view_drops_duplicates_on_request(tmp_path):
     assert len(keys(tmp_path / "foreign")) == 8
     make_view(tmp_path / "foreign-near", [first, second], ViewOptions(duplicates="near"))
     assert len(keys(tmp_path / "foreign-near")) == 6
+
+
+def test_questions_about_one_image_are_no_duplicates(tmp_path):
+    """The build refuses the same wish."""
+    questions = write_questions(tmp_path / "questions", {"train": 32})
+    make_view(tmp_path / "all", [questions])
+    assert len(open_dataset(tmp_path / "all", "train")) == len(open_dataset(questions, "train"))
+    for choice in ("exact", "near"):
+        for source in (questions, tmp_path / "all"):
+            with pytest.raises(
+                DataError, match="duplicates: wanted data sets with a sample per image, got one of quest"
+            ):
+                make_view(tmp_path / "view", [source], ViewOptions(duplicates=choice))
 
 
 def test_the_loader_reads_a_view(one, two, tmp_path, tokenizer):

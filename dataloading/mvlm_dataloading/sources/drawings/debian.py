@@ -1,7 +1,9 @@
 """Files of a Debian package, read from the package file as it is: nothing is installed."""
 
 import io
+import lzma
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,14 +20,20 @@ def package_files(package: Path, wanted: Callable[[str, int], bool], name: str) 
     Raises:
         DataError: the file is no Debian package, or a damaged one.
     """
-    with tarfile.open(fileobj=io.BytesIO(_data_archive(package, name))) as archive:
-        found = {}
-        for member in archive:  # in the archive's order: a compressed one cannot be read backwards
-            path = member.name.removeprefix("./")
-            if member.isfile() and wanted(path, member.size):
-                file = archive.extractfile(member)
-                assert file is not None
-                found[path] = file.read()
+    content, found = _data_archive(package, name), {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+            for member in archive:  # in the archive's order: a compressed one cannot be read backwards
+                path = member.name.removeprefix("./")
+                if member.isfile() and wanted(path, member.size):
+                    file = archive.extractfile(member)
+                    assert file is not None
+                    found[path] = file.read()
+    except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(
+            f"{package}: wanted a Debian package ({name}_*.deb) packed with xz or gzip, found {type(error).__name__}; "
+            f"fetch Debian's, Ubuntu packs with zstd"
+        ) from None
     yield from sorted(found.items())
 
 

@@ -37,14 +37,19 @@ def clip_benchmark(root: Path, name: str = "", licence: str = "") -> Source:
     kind = _lines(root / "dataset_type.txt", ["classification"])[0]
     if kind not in ("classification", "retrieval"):
         raise DataError(f"{root}/dataset_type.txt: wanted classification or retrieval, found {kind}; not supported")
-    folders = {split: root / published for published, split in _SPLITS.items() if any((root / published).glob("*.tar"))}
+    folders: dict[str, Path] = {}
+    for published, split in _SPLITS.items():
+        if any((root / published).glob("*.tar")):
+            if split in folders:
+                raise DataError(f"{root}: wanted one folder of the split {split}, found two; remove {published}")
+            folders[split] = root / published
     if not folders:
         require_folder(root / "test")
         raise DataError(f"{root / 'test'}: wanted tars, found none; give the folder that holds classnames.txt")
     pieces, recipe = tar_pieces({split: [folder] for split, folder in folders.items()})
     found: list[Piece] = list(pieces)
     if kind == "classification":
-        classes = _lines(root / "classnames.txt")
+        classes = _lines(root / "classnames.txt", gaps=False)
         templates = _lines(root / "zeroshot_classification_templates.txt", [_TEMPLATE])
         wrong = [template for template in templates if "{c}" not in template]
         if wrong:
@@ -61,12 +66,18 @@ def clip_benchmark(root: Path, name: str = "", licence: str = "") -> Source:
     )
 
 
-def _lines(file: Path, default: list[str] | None = None) -> list[str]:
-    """The nonblank lines of a file, or the default if it is missing. DataError if there is no line."""
+def _lines(file: Path, default: list[str] | None = None, gaps: bool = True) -> list[str]:
+    """The nonblank lines of a file, or the default if it is missing. DataError if there is no line.
+
+    Without `gaps`, also for a blank line between others, which would change the numbers of the lines after it.
+    """
     if not file.is_file() and default is not None:
         return default
     text = decode_text(file.read_bytes()) if file.is_file() else None
-    lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
+    lines = [line.strip() for line in (text or "").strip().splitlines()]
+    if not gaps and "" in lines:
+        raise DataError(f"{file}: wanted a name in every line, found line {lines.index('') + 1} blank; restore it")
+    lines = [line for line in lines if line]
     if not lines:
         raise DataError(f"{file}: wanted lines of text in UTF-8, found none; restore it")
     return lines

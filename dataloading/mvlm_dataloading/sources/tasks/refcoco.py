@@ -46,6 +46,8 @@ def refcoco(
     refs = find_file(root, f"refs({split_by}).p", f"{name}/refs({split_by}).p")
     if refs is None:
         raise DataError(f"{root / f'refs({split_by}).p'}: wanted a file, found none; give the folder that holds it")
+    if refs.parent.name in _NAMES and refs.parent.name != name:
+        raise DataError(f"name: wanted {refs.parent.name}, the name of {refs.parent}, got {name}; give it by --name")
     instances = refs.with_name("instances.json")
     folder = coco_folder([images or root, root, root.parent], "train2014")
     records: dict[str, list[Record]] = {}

@@ -63,6 +63,8 @@ def vqa_v2(root: Path, images: Path | None = None, held_out: int = 0, minival: P
                 raise DataError(f"{minival}: wanted questions or images of val2014, found none; give another file")
         else:
             records.setdefault(split, []).extend(listed)
+    if (held_out or chosen is not None) and "validation" not in records:
+        _need(root, "v2_OpenEnded_mscoco_val2014_questions.json")
     if not records:
         _need(root, "v2_OpenEnded_mscoco_train2014_questions.json")
     return Source(
@@ -90,12 +92,12 @@ def _need(root: Path, name: str) -> Path:
 def _records(folder: Path, published: str, questions: Path, other: Path | None = None) -> list[Record]:
     """A record for each question, and for each annotation without a question. `other`: annotations, or test-dev."""
     test = published == "test2015"
-    dev = {row["question_id"] for row in _rows(other, "questions")} if test and other else set()
     paths: dict[int, Path] = {}
     known: dict[tuple[str, Any], dict[str, Any]] = {}  # equal answers are one object: a third of the memory
     asked: set[Any] = set()
     found = []
     try:
+        dev = {row["question_id"] for row in _rows(other, "questions")} if test and other else set()
         annotations, surplus = ({}, []) if test or other is None else _by_question(_rows(other, "annotations"))
         for row in _rows(questions, "questions"):
             number, image = row["question_id"], int(row["image_id"])
@@ -146,7 +148,7 @@ def _rows(file: Path, name: str) -> list[dict[str, Any]]:
 
 def _smallest(records: Iterable[Record], count: int) -> set[str]:
     """The `count` images with the smallest hashes. More or fewer questions do not change the order of images."""
-    images = {record.metadata["image_id"] for record in records}
+    images = {record.metadata["image_id"] for record in records} - {""}  # annotations without a question have none
     return set(sorted(images, key=lambda name: hashlib.sha256(name.encode()).digest())[:count])
 
 

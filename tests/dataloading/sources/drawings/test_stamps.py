@@ -59,6 +59,14 @@ def test_stamps_have_their_english_sentence(tmp_path: Path) -> None:
     assert len({found[rocket][0] for rocket in rockets}) == 1  # a series stays together
 
 
+@pytest.mark.parametrize("content", [b"\x28\xb5\x2f\xfd" + bytes(400), b"\xfd7zXZ\0" + b"x" * 400, b"x" * 999])
+def test_packages_that_are_packed_otherwise_or_damaged_are_refused(tmp_path: Path, content: bytes) -> None:
+    head = b"%-16s%-12d%-6d%-6d%-8o%-10d`\n" % (b"data.tar.zst", 0, 0, 0, 0o100644, len(content))
+    (tmp_path / "x.deb").write_bytes(b"!<arch>\n" + head + content)
+    with pytest.raises(DataError, match=r"packed with xz or gzip, found .*; fetch Debian's, Ubuntu packs with zstd"):
+        stamps(tmp_path / "x.deb")
+
+
 def test_stamps_are_put_on_white(tmp_path: Path) -> None:
     build_shards(stamps(package(tmp_path), size=32, validation=0, test=0), tmp_path / "out", workers=0)
     dataset = open_dataset(tmp_path / "out", "train")

@@ -60,6 +60,15 @@ def test_other_layouts_are_refused(tmp_path):
     (root / "classnames.txt").write_text("\n \n")
     with pytest.raises(DataError, match=r"classnames\.txt: wanted lines of text in UTF-8, found none"):
         clip_benchmark(root)
+    (root / "classnames.txt").write_text("cat\n\ndog\n")  # dog is number 2 to the tool that numbered the images
+    with pytest.raises(DataError, match=r"classnames\.txt: wanted a name in every line, found line 2 blank"):
+        clip_benchmark(root)
+    (root / "classnames.txt").write_text("cat\ndog\n\n")
+    for name in ("val", "validation"):
+        (root / name).mkdir()
+        (root / name / "0.tar").write_bytes((root / "test/0.tar").read_bytes())
+    with pytest.raises(DataError, match="wanted one folder of the split validation, found two"):
+        clip_benchmark(root)
     (root / "dataset_type.txt").write_text("multilabel\n")
     with pytest.raises(DataError, match="wanted classification or retrieval, found multilabel"):
         clip_benchmark(root)

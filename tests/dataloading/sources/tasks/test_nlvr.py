@@ -73,6 +73,10 @@ def test_nlvr_boxes_become_three_images(tmp_path):
     dataset = open_dataset(tmp_path / "out", "train")
     facts = dataset.metadata(1)
     assert [facts[name] for name in ("set_id", "images", "label")] == ["train-0", 3, "true"]
+    with pytest.raises(ValueError, match="an image of 200 x 100 has no part"):
+        ImageStrip(("a", "b"), 50, ((0, 0, 100, 100), (150, 0, 250, 100))).compose(
+            [encoded(make_image(0).resize((200, 100)), "PNG")] * 2
+        )
     whole = np.asarray(Image.open(tmp_path / "train/images/0/train-0-0-1.png"), int)
     wanted = np.concatenate([whole[:, 0:100], whole[:, 150:250], whole[:, 300:400]], 1)
     np.testing.assert_array_equal(pixels(dataset, 1), wanted)  # not one pixel changes

@@ -116,6 +116,8 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(DataError, match="name: wanted refcoco\\+, refcoco, refcocog, got 'refclef'"):
         refcoco(tmp_path, name="refclef")
     published_tasks.refcoco(tmp_path)
+    with pytest.raises(DataError, match=r"name: wanted refcoco\+, the name of .*, got refcocog; give it by --name"):
+        refcoco(tmp_path / "refcoco+", images=tmp_path, name="refcocog")
     (tmp_path / "refcoco+/refs(unc).p").write_bytes(pickle.dumps([{"split": "train"}]))
     with pytest.raises(DataError, match=r"wanted refcoco\+'s expressions beside its instances.json"):
         refcoco(tmp_path)

@@ -127,9 +127,24 @@ def test_files_that_are_missing_or_of_another_kind_are_refused(tmp_path):
     (tmp_path / "images").rename(tmp_path / "val2014")
     with pytest.raises(DataError, match="held-out: wanted 0 or more images"):
         vqa_v2(tmp_path, held_out=-1)
+    published.write_json(tmp_path / "v2_OpenEnded_mscoco_test2015_questions.json", {"questions": []})
+    published.write_json(
+        tmp_path / "v2_OpenEnded_mscoco_test-dev2015_questions.json", {"questions": [{"question_id": [1]}]}
+    )
+    (tmp_path / "test2015").mkdir(exist_ok=True)
+    with pytest.raises(DataError, match="wanted VQA v2's questions and annotations, found TypeError"):
+        vqa_v2(tmp_path)
+    for name in ("test2015", "test-dev2015"):
+        (tmp_path / f"v2_OpenEnded_mscoco_{name}_questions.json").unlink()
     published.write_json(tmp_path / "none.json", [7])
     with pytest.raises(DataError, match=r"none\.json: wanted questions or images of val2014, found none"):
         vqa_v2(tmp_path, minival=tmp_path / "none.json")
+    val = tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json"
+    val.rename(tmp_path / "moved")
+    for settings in ({"held_out": 2}, {"minival": tmp_path / "none.json"}):
+        with pytest.raises(DataError, match=r"val2014_questions\.json: wanted a file, found none"):
+            vqa_v2(tmp_path, **settings)
+    (tmp_path / "moved").rename(val)
     published.write_json(tmp_path / "v2_mscoco_val2014_annotations.json", {"questions": []})
     with pytest.raises(DataError, match="wanted VQA v2's annotations, found another format"):
         vqa_v2(tmp_path)
