@@ -71,6 +71,8 @@ def join_ranks(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     Gloo carries tensors on the CPU, NCCL those on a GPU. A collective that takes longer than the time-out raises.
     """
     chosen = choose_device(device)
+    if chosen.type == "cuda":  # with its number, which torch.cuda.set_device needs
+        chosen = torch.device("cuda", torch.cuda.current_device())
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return World(rank=0, size=1, local_rank=0, device=chosen)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

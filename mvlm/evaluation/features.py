@@ -39,7 +39,7 @@ class EncodedSplit:
 
     def images(self, rows: Tensor, device: torch.device) -> Tensor:
         """Features (R, 1+N, C) of the images `rows`, int64 (R,) on the CPU."""
-        return _to_device(self.v.index_select(0, rows), device)
+        return to_device(self.v.index_select(0, rows), device)
 
     def texts(self, rows: Tensor, device: torch.device) -> PackedText:
         """Packed features of the captions `rows`, int64 (R,) on the CPU, in this order."""
@@ -47,12 +47,12 @@ class EncodedSplit:
         bounds = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         shift = (self.starts[rows] - bounds[:-1]).repeat_interleave(lengths)
         total = int(bounds[-1])
-        chosen = _to_device(self.w.index_select(0, shift + torch.arange(total)), device)
-        packing = Packing(_to_device(bounds.int(), device), int(lengths.max()), total)
+        chosen = to_device(self.w.index_select(0, shift + torch.arange(total)), device)
+        packing = Packing(to_device(bounds.int(), device), int(lengths.max()), total)
         return PackedText(chosen, packing)
 
 
-def _to_device(x: Tensor, device: torch.device) -> Tensor:
+def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor from the CPU; to a GPU through pinned memory, so that the host does not wait for the GPU."""
     return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mvlm.evaluation.features import EncodedSplit
+from mvlm.evaluation.features import EncodedSplit, to_device
 from mvlm.evaluation.workspace import StoredArray, Workspace
 from mvlm.inference.encode import match_log_odds
 from mvlm.model.maskvlm import MaskVLM
@@ -178,7 +178,8 @@ def score_pairs(
         images, image = (batch // len(features.captions)).unique_consecutive(return_inverse=True)
         texts, text = (batch % len(features.captions)).unique(return_inverse=True)
         v, w = features.images(images, device), features.texts(texts, device)
-        return match_log_odds(model, v, w, image, text, precision)
+        rows = int(features.starts.diff()[texts][text].sum())
+        return match_log_odds(model, v, w, to_device(image, device), to_device(text, device), precision, rows)
 
     def work(start: int, stop: int) -> Iterator[None]:
         for begin in range(start, stop, part):

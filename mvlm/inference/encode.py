@@ -105,15 +105,25 @@ def text_features(model: MaskVLM, captions: list[str], tokenizer: Tokenizer, pre
 
 @torch.no_grad()
 def match_log_odds(
-    model: MaskVLM, v: Tensor, w: PackedText, images: Tensor, texts: Tensor, precision: str = "auto"
+    model: MaskVLM,
+    v: Tensor,
+    w: PackedText,
+    images: Tensor,
+    texts: Tensor,
+    precision: str = "auto",
+    rows: int | None = None,
 ) -> Tensor:
     """ITM's log-odds of a match for R pairs, float32 (R,) on the device.
 
     Pair r is image images[r] of v (B, 1+N, C) and caption texts[r] of w, both int64 (R,). Keys and values of an image
     or a caption are computed once, whatever the number of its pairs.
+
+    Args:
+        rows: number of tokens of all pairs' captions. Without it, the host waits for the device to count them.
     """
     device = next(model.parameters()).device
-    rows = int(w.packing.lengths.cpu()[texts.cpu()].sum())
+    if rows is None:
+        rows = int(w.packing.lengths.cpu()[texts.cpu()].sum())
     with autocast(device, precision):
         logits = match_pairs(model, v, w, images.to(device), texts.to(device), rows).float()
     return logits[:, 1] - logits[:, 0]

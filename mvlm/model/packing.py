@@ -42,19 +42,26 @@ def pad_to_bucket(batch: Batch, masks: Masks, text_length: int) -> tuple[Batch, 
     for name in ("token_ids", "complement_ids", "partner_token_ids"):
         if (ids := getattr(masks, name)) is not None:
             added = round_up(len(ids), round_up(multiple // 3, 16)) - len(ids)
-            padded[name] = F.pad(ids, (0, added), value=tokens - 1)
+            padded[name] = _pad(ids, added, tokens - 1)
             weights = name.replace("ids", "weights")
             if getattr(masks, weights, None) is not None:
-                padded[weights] = F.pad(getattr(masks, weights), (0, added))
+                padded[weights] = _pad(getattr(masks, weights), added)
     if batch.extra_tokens is not None:
         extra = len(batch.extra_tokens)
         added = round_up(extra, multiple) - extra
         longest = round_up_length(text_length)
-        batch = replace(batch, extra_tokens=F.pad(batch.extra_tokens, (0, added)), extra_max_length=longest)
+        batch = replace(batch, extra_tokens=_pad(batch.extra_tokens, added), extra_max_length=longest)
     return (
-        replace(batch, tokens=F.pad(batch.tokens, (0, tokens - total)), max_length=round_up_length(batch.max_length)),
+        replace(batch, tokens=_pad(batch.tokens, tokens - total), max_length=round_up_length(batch.max_length)),
         replace(masks, **padded),
     )
+
+
+def _pad(x: Tensor, added: int, value: int = 0) -> Tensor:
+    """A list with so many elements more. It is pinned if `x` is, so that its copy to a GPU does not wait."""
+    padded = x.new_full((len(x) + added,), value, pin_memory=x.is_pinned())
+    padded[: len(x)].copy_(x)
+    return padded
 
 
 def mask_tokens(tokens: Tensor, token_ids: Tensor, mask_token_id: int) -> Tensor:

@@ -142,9 +142,6 @@ class CheckpointWriter:
 
         A stage starts when every rank has finished the previous one without error.
         """
-        if self._world.device.type == "cuda":
-            # A new thread is on GPU 0, where DCP would then make a context for every rank.
-            torch.cuda.set_device(self._world.device)
         final = self.path(step)
         aside = final.with_suffix(".tmp")
         texts = {MODEL_CONFIG: model_config, STATE: {"step": step, **state}}
@@ -179,6 +176,9 @@ class CheckpointWriter:
         return [outcome["value"] for outcome in outcomes]
 
     def _prepare(self, aside: Path) -> None:
+        if self._world.device.type == "cuda" and self._world.device.index is not None:
+            # A new thread is on GPU 0, where DCP would then make a context for every rank.
+            torch.cuda.set_device(self._world.device)
         if self._world.first:
             shutil.rmtree(aside, ignore_errors=True)
             (aside / GENERATORS).mkdir(parents=True)

@@ -200,7 +200,8 @@ class Task(nn.Module):
         last = batch.tokens[batch.cu_seqlens[1:2].long() - 1]
         lengths = range(2, batch.max_length + 1)
         tokens = torch.cat([torch.cat([first, mask.expand(length - 2), last]) for length in lengths])
-        bounds = F.pad(torch.tensor(lengths, device=tokens.device).cumsum(0), (1, 0)).int()
+        of_device = torch.arange(2, batch.max_length + 1, device=tokens.device)
+        bounds = F.pad(of_device.cumsum(0), (1, 0)).int()
         return _shared(batch, tokens=tokens, cu_seqlens=bounds, caption_of=number - 2)
 
     def fuse(self, batch: Batch, plan: str, images: int = 1) -> Tensor:

@@ -4,10 +4,11 @@ A step queues some thousand kernels. On a fast GPU and at a small batch the host
 to run them. A graph queues them all with one call. docs/guides/compiled_steps.md says when that helps.
 """
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import fields, replace
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -137,12 +138,29 @@ class CudaCapture:
         self._pool = None
 
     def __call__(self, function: Callable[[], Losses]) -> tuple[Callable[[], None], Losses]:
-        graph = torch.cuda.CUDAGraph()
-        # Threads of the loader use the device too: only what this thread does belongs to the graph.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            losses = function()
-        self._pool = graph.pool()
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            # Threads of the loader use the device too: only what this thread does belongs to the graph.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                losses = function()
+        except BaseException:
+            _leave_capture(before, pool)
+            raise
+        self._pool = pool
         return graph.replay, losses
+
+
+def _leave_capture(stream: Any, pool: Any) -> None:
+    """Go back to the stream before a capture that failed, and let the allocator forget the capture.
+
+    `torch.cuda.graph` leaves its own stream current if the capture cannot be ended, and the allocator would take every
+    later step for a part of it. torch's own graph trees call the same two functions.
+    """
+    torch.cuda.set_stream(stream)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        with contextlib.suppress(RuntimeError, AttributeError):  # it had ended already
+            getattr(torch._C, name)(torch.cuda.current_device(), pool)
 
 
 def tensors_of(inputs: Batch | Masks) -> dict[str, Tensor]:

@@ -143,18 +143,20 @@ class MetricsLogger:
             buffer.read()  # waits for the device: the last row has the time of the whole run
         now = time.perf_counter()
         seconds, steps = now - self._row_started, len(buffer.steps)
-        self._row_started = now
         config, factor = self._config, learning_rate_factor(buffer.steps[-1] - 1, self._config)
         rate = steps * config.batch_size / seconds
         tokens = buffer.tokens * self._world.size / (steps * config.batch_size)
         mfu = self._mfu.of_rate(rate, tokens, config.image_size_at(buffer.steps[-1] - 1))
+        # The first count of FLOPs takes seconds, which are no training: the clock is stopped meanwhile.
+        self._row_started = time.perf_counter()
+        elapsed, self._clock_zero = now - self._clock_zero, self._clock_zero + self._row_started - now
         host = {
             "lr": config.lr_cross * factor,
             "lr_encoder": config.lr_encoder * factor,
             "lr_pixels": config.lr_pixels * factor,
             "pairs_per_s": rate,
             "data_wait_s": buffer.waited / steps,
-            "seconds": now - self._clock_zero,
+            "seconds": elapsed,
             "memory_mb": memory_mb(self._world.device),
             **({} if mfu is None else {"mfu": mfu}),
             "skipped": undecodable_images,

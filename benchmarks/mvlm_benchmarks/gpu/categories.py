@@ -107,7 +107,8 @@ def profile_call(call: Callable[[], Any], device: str) -> list[Span]:
             torch.cuda.synchronize()
     spans = []
     for event in profiler.events() or ():
-        on_gpu = str(event.device_type).endswith("CUDA")
+        # Annotations, such as that of an optimizer's step, span kernels that are events themselves.
+        on_gpu = str(event.device_type).endswith("CUDA") and not event.is_user_annotation
         if on_gpu if cuda else _is_outermost(event):
             spans.append(Span(event.name, event.time_range.start, event.time_range.end))
     return spans

@@ -93,7 +93,7 @@ def launched_kernels(call: Callable[[], Any]) -> list[tuple[str, int]]:
     return [
         (event.name, event.device_resource_id)
         for event in profiler.events() or ()
-        if str(event.device_type).endswith("CUDA")
+        if str(event.device_type).endswith("CUDA") and not event.is_user_annotation
     ]
 
 

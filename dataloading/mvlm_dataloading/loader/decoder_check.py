@@ -8,6 +8,7 @@ import functools
 import io
 import json
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -51,8 +52,10 @@ def choose_decoding(device_id: int) -> Decoding:
 def find_fault(decoding: Decoding, device_id: int | Literal["cpu"]) -> str | None:
     """Try a way of decoding on a CUDA device, or the CPU, in a subprocess. Returns its fault, or None if it works."""
     command = [sys.executable, "-c", _CODE, str(device_id), decoding.value]
+    # The trial imports this package, from wherever this process has it.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False, env=environment)
     except subprocess.TimeoutExpired:
         return f"the trial did not end within {_TIMEOUT_S} s"
     if done.returncode < 0:

@@ -1,8 +1,13 @@
 """Categories of a step's kernels."""
 
-import pytest
+from types import SimpleNamespace
 
+import pytest
+import torch
+
+from mvlm_benchmarks.gpu import categories
 from mvlm_benchmarks.gpu.categories import OURS, Span, by_category, category_of, our_kernels
+from mvlm_benchmarks.kernels import checks
 
 
 def test_names_of_our_kernels_are_found() -> None:
@@ -27,6 +32,34 @@ def test_names_of_our_kernels_are_found() -> None:
 )
 def test_kernel_has_its_category(name: str, category: str) -> None:
     assert category_of(name) == category
+
+
+def test_annotations_are_no_kernels(monkeypatch) -> None:
+    """An optimizer annotates its step, from its first kernel to its last."""
+
+    def event(name: str, start: float, end: float, annotation: bool = False) -> SimpleNamespace:
+        when = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(
+            name=name, device_type="DeviceType.CUDA", time_range=when, is_user_annotation=annotation,
+            device_resource_id=7,
+        )  # fmt: skip
+
+    class Profile:
+        def __init__(self, activities: object) -> None: ...
+        def __enter__(self) -> "Profile":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+        def events(self) -> list[SimpleNamespace]:
+            annotated = event("Optimizer.step#AdamW.step", 0, 9, annotation=True)
+            return [annotated, event("adam_one", 0, 2), event("adam_two", 7, 9)]
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for module in (categories, torch.profiler):
+        monkeypatch.setattr(module, "profile", Profile)
+    rows = {row["category"]: row for row in by_category(categories.profile_call(lambda: None, "cuda"))}
+    assert (rows["optimizer"]["ms"], rows["optimizer"]["kernels"], rows["idle"]["ms"]) == (0.004, 2, 0.005)
+    assert checks.launched_kernels(lambda: None) == [("adam_one", 7), ("adam_two", 7)]
 
 
 def test_shares_and_idle_time_match_a_count_by_hand() -> None:

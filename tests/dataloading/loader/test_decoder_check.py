@@ -1,7 +1,10 @@
 """The choice of a way of decoding, with simulated trials, as there may be no GPU."""
 
 import json
+import os
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -50,6 +53,28 @@ BAD = {
 def test_a_trial_runs_in_its_own_process():
     """On the CPU, whose pixels are equal to themselves; nothing is simulated."""
     assert decoder_check.find_fault(Decoding.CPU, "cpu") is None
+
+
+@pytest.mark.slow
+def test_a_trial_finds_the_package_where_this_process_has_it(tmp_path):
+    """In a script that puts the package's folder into sys.path itself, from another folder."""
+    folder = Path(decoder_check.__file__).parents[2]
+    code = (
+        f"import sys; sys.path.insert(0, {str(folder)!r})\n"
+        "from mvlm_dataloading.loader import decoder_check\n"
+        "from mvlm_dataloading.loader.pipeline import Decoding\n"
+        "assert decoder_check.__file__.startswith(sys.path[0])\n"
+        "import subprocess; run = subprocess.run\n"
+        "def check(command, **settings):\n"
+        "    code = 'import mvlm_dataloading as m; print(m.__file__)'\n"
+        "    print(run([command[0], '-c', code], **settings).stdout.strip())\n"
+        "    return run(command, **settings)\n"
+        "subprocess.run = check\n"
+        "print(decoder_check.find_fault(Decoding.CPU, 'cpu'))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.stdout.split() == [str(folder / "mvlm_dataloading/__init__.py"), "None"], done.stderr
 
 
 def test_cropped_gpu_decoding_is_tried_first(outcomes, caplog):

@@ -27,6 +27,14 @@ world.close()
 """
 
 
+def test_a_gpu_has_its_number(monkeypatch):
+    """torch.cuda.set_device takes no device without one."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(distributed, "choose_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert distributed.join_ranks().device == torch.device("cuda", 3)
+
+
 def test_process_without_torchrun_is_a_world_of_one(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     world = distributed.join_ranks("cpu")

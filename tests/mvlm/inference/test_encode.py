@@ -57,6 +57,8 @@ def test_judged_pairs_are_those_of_the_plain_network_one_by_one(heldout_split, t
     v, w = image_features(model, pixels, "fp32").v, text_features(model, captions, tokenizer, "fp32").w
     images, texts = torch.tensor([4, 0, 0, 0, 2, 4]), torch.tensor([2, 0, 1, 2, 1, 1])
     found = match_log_odds(model, v, w, images, texts, "fp32")
+    rows = int(w.packing.lengths[texts].sum())
+    assert torch.equal(match_log_odds(model, v, w, images, texts, "fp32", rows), found)
     with torch.no_grad():
         for image, text, log_odds in zip(images.tolist(), texts.tolist(), found.tolist(), strict=True):
             tokens = torch.from_numpy(tokenizer.encode([captions[text]], 12)[0])

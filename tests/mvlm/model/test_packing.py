@@ -86,6 +86,23 @@ def test_padding_to_buckets_gives_few_shapes():
     assert len(shapes) <= 8
 
 
+def test_padded_lists_are_pinned_if_they_were(monkeypatch):
+    """A copy to a GPU from memory that is not pinned waits for the GPU."""
+    batch, masks = micro_batch((5, 9, 4))
+    new_full, pinned = torch.Tensor.new_full, []
+
+    def record(x, size, value, *, pin_memory):
+        pinned.append(pin_memory)
+        return new_full(x, size, value)
+
+    monkeypatch.setattr(torch.Tensor, "new_full", record)
+    for is_pinned in (False, True):
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda *_, is_pinned=is_pinned: is_pinned)
+        pinned.clear()
+        pad_to_bucket(batch, masks, 24)
+        assert pinned == [is_pinned] * 2  # tokens, and masked ones
+
+
 def test_mask_tokens_replaces_them_in_a_copy():
     tokens = torch.tensor([2, 11, 12, 3, 2, 13, 3])
     hidden = mask_tokens(tokens, torch.tensor([1, 5]), 4)

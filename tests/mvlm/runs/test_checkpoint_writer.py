@@ -6,7 +6,9 @@ import os
 import resource
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -36,6 +38,21 @@ def save(tokenizer, tmp_path):
         writer.save(step, model, parts, {}, tokenizer)
 
     return begin, writer, model
+
+
+@pytest.mark.parametrize("index", [None, 0])
+def test_a_checkpoint_of_a_gpu_run_is_written(save, tmp_path, monkeypatch, index):
+    """The writing thread chooses the run's GPU. A device without a number is GPU 0, which a new thread is on anyway."""
+    begin, _, _ = save
+    chosen = []
+    monkeypatch.setattr(torch._C, "_cuda_setDevice", chosen.append, raising=False)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(writer_module, "generator_states", lambda device: {"cpu": torch.get_rng_state()})
+    writer = CheckpointWriter(tmp_path, replace(ALONE, device=torch.device("cuda", index)), keep=2)
+    begin(5, writer)
+    writer.wait()
+    assert (writer.newest, writer.failed) == (writer.path(5), 0)
+    assert chosen == ([] if index is None else [0])
 
 
 @pytest.fixture

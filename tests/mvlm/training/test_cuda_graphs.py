@@ -5,6 +5,7 @@ What only a device can show, equal losses of captured steps, is in tests/promise
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from mvlm.errors import ConfigError
 from mvlm.model.packing import pad_to_bucket
 from mvlm.objectives.losses import Losses
 from mvlm.training.build import make_loader
-from mvlm.training.cuda_graphs import CudaGraphs, bucket_of, check_graphs, copy_inputs, static_copy
+from mvlm.training.cuda_graphs import CudaCapture, CudaGraphs, bucket_of, check_graphs, copy_inputs, static_copy
 from mvlm.training.optimizer import make_optimizer
 from mvlm.training.trainer import Trainer
 from mvlm_dataloading import open_dataset
@@ -171,6 +172,57 @@ def test_steps_stay_eager_after_a_capture_that_failed(caplog):
     assert "operation not permitted when stream is capturing" in caplog.text
     for a, b in zip(got, wanted, strict=True):
         assert torch.equal(a.total, b.total)
+
+
+@pytest.mark.parametrize("fault", ["in the step", "at its end", None])
+def test_a_capture_that_failed_leaves_its_stream_and_the_pool(monkeypatch, fault):
+    """`torch.cuda.graph` itself stays on its stream if the capture cannot be ended."""
+    happened = []
+
+    class Context:
+        def __init__(self, graph, pool, capture_error_mode):
+            happened.append(("begin", pool, capture_error_mode))
+
+        def __enter__(self):
+            torch.cuda.set_stream("of the capture")
+
+        def __exit__(self, kind, *_):
+            if kind is not None or fault:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+            torch.cuda.set_stream("usual")
+
+    def end(device, pool):
+        raise RuntimeError("was ended")  # as after an error inside the step
+
+    for name, value in {
+        "CUDAGraph": SimpleNamespace,
+        "graph_pool_handle": lambda: "pool",
+        "graph": Context,
+        "current_stream": lambda: "usual",
+        "set_stream": lambda stream: happened.append(("stream", stream)),
+        "current_device": lambda: 0,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    release = lambda device, pool: happened.append(("release", pool))  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
+
+    def step() -> Losses:
+        if fault == "in the step":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return Losses(*torch.zeros(len(Losses._fields)))
+
+    capture = CudaCapture()
+    if fault is None:
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=lambda: None))
+        capture(step)
+        capture(step)
+        assert [x for x in happened if x[0] == "begin"] == [("begin", "pool", "thread_local")] * 2
+        assert ("release", "pool") not in happened
+    else:
+        with pytest.raises(RuntimeError, match="during capture"):
+            capture(step)
+        assert happened[-2:] == [("stream", "usual"), ("release", "pool")]
 
 
 def test_a_run_that_cannot_take_graphs_hears_why(tmp_path):
