@@ -1,6 +1,5 @@
 """Images that the page searches: a split of a data set in memory, or an index of `mvlm search`."""
 
-import json
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -8,7 +7,7 @@ from PIL import Image
 
 from mvlm.errors import ConfigError
 from mvlm.inference.trained_model import TrainedModel
-from mvlm.runs.folder import RunFolder
+from mvlm.runs.folder import RunFolder, read_config
 from mvlm.search.index import SearchIndex
 from mvlm.search.query import ImageReader, query_vector, search
 from mvlm_dataloading import Dataset, open_dataset
@@ -60,8 +59,9 @@ class DatasetGallery:
         similarity = self._embeddings @ query_vector(self._model, text, image)
         order = similarity.topk(min(RERANKED, len(similarity))).indices.tolist()
         if text is not None:
-            candidates = [self._dataset.image_bytes(i) for i in order]
-            order = [order[i] for i in self._model.rerank(text, candidates).order.tolist()]
+            log_odds = self._model.match([self._dataset.image_bytes(i) for i in order], text).log_odds
+            scores = self._model.network.log_scale.exp().item() * similarity[order].double() + log_odds
+            order = [order[i] for i in scores.sort(descending=True, stable=True).indices.tolist()]
         return [self._found(i) for i in order[:SHOWN]]
 
     def example(self) -> Found:
@@ -83,7 +83,8 @@ class IndexGallery:
     def search(self, text: str | None, image: Image.Image | None) -> list[Found]:
         reranked = 0 if text is None else RERANKED
         hits = search(self._model, self._index, text, image, top=SHOWN, rerank=reranked)
-        return [Found(self._images.read(hit), hit.text or hit.id) for hit in hits]
+        captions = self._index.first_captions(hits)
+        return [Found(self._images.read(hit), caption or hit.id) for hit, caption in zip(hits, captions, strict=True)]
 
     def example(self) -> Found:
         found = self.search("a", None)
@@ -104,6 +105,6 @@ def data_of_run(source: Path) -> Path | None:
     for folder in (source, *list(source.absolute().parents)[:2]):
         config = RunFolder(folder).config
         if config.is_file():
-            data = Path(json.loads(config.read_text()).get("data", ""))
+            data = Path(str(read_config(config).get("data", "")))
             return data if (data / "dataset.json").is_file() else None
     return None

@@ -1,7 +1,6 @@
 """The page, in Gradio: a tab for each question, and the server behind it."""
 
 import html
-import io
 import logging
 import os
 import socket
@@ -16,6 +15,7 @@ from mvlm.app import answers
 from mvlm.app.gallery import Gallery
 from mvlm.app.uploads import MAX_BYTES, MAX_CHARACTERS, MAX_LABELS, check_image
 from mvlm.errors import ConfigError
+from mvlm.inference.images import decode_image
 from mvlm.inference.trained_model import TrainedModel
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -55,7 +55,7 @@ def build_page(model: TrainedModel, gallery: Gallery | None, name: str) -> gr.Bl
         name: name of the model, for the heading.
     """
     example = gallery.example() if gallery else None
-    image = Image.open(io.BytesIO(example.image)).convert("RGB") if example else None
+    image = _shown(example.image) if example else None
     caption = example.caption if example else ""
     first_word = f"[MASK] {caption.partition(' ')[2]}".strip()
     with gr.Blocks(title=f"mvlm: {name}", analytics_enabled=False) as page:
@@ -68,6 +68,11 @@ def build_page(model: TrainedModel, gallery: Gallery | None, name: str) -> gr.Bl
             _look_tab(model, image, caption)
             _classify_tab(model, image, caption)
     return page
+
+
+def _shown(image: bytes) -> Image.Image:
+    """An encoded image as the model sees it: turned as its EXIF data say, what is transparent on white."""
+    return Image.fromarray(decode_image(image))
 
 
 def start(page: gr.Blocks, host: str, port: int) -> str:
@@ -116,7 +121,7 @@ def _search_tab(gallery: Gallery, text: str) -> None:
 
         def search(text: str, image: Image.Image | None) -> list[tuple[Image.Image, str]]:
             hits = answers.search(gallery, text, image)
-            return [(Image.open(io.BytesIO(hit.image)).convert("RGB"), hit.caption) for hit in hits]
+            return [(_shown(hit.image), hit.caption) for hit in hits]
 
         _on([button.click, query.submit], search, [query, image], found)
 

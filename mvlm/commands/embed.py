@@ -38,7 +38,7 @@ def embed(
     world = join_ranks(device)
     model = run_on_all_ranks(world, lambda: load_model(checkpoint, world.device, precision))
     collection = run_on_all_ranks(world, lambda: open_collection(data, list(splits)))
-    found = write(model, collection, out, world, str(checkpoint))
+    found = write(model, collection, out, world, str(checkpoint.resolve()))
     if world.first:
         print(f"{out}: {found['images']:,} images and {found['texts']:,} texts, {found['rejected']} images left out")
     world.close()

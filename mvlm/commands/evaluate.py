@@ -38,6 +38,8 @@ def _evaluation(
     world = join_ranks(device)
     if out is None and world.size > 1:
         raise ConfigError("out: wanted a file, beside which the ranks share their work, found none; add --out FILE")
+    if out is not None and (not out.name or out.is_dir()):
+        raise ConfigError(f"out: wanted a file, got the folder {out}; name a file in it")
     image_size, text_length = sizes
     model = run_on_all_ranks(
         world, lambda: load_model(checkpoint, world.device, image_size=image_size, text_length=text_length)

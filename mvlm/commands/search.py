@@ -91,7 +91,8 @@ def remove(index: str, /, *, where: str) -> None:
 
     Args:
         index: Folder or URL of the index.
-        where: SQL condition on the columns of the index, for example "id = 'cat.png'" or "split = 'test'".
+        where: SQL condition on the columns of the index, for example "split = 'test'" or
+            "id = 'cat.png' or id like 'cat.png#%'", an image and its captions.
     """
     from mvlm.search.index import open_index
 

@@ -155,10 +155,10 @@ def find_candidates(
 def best_rank(scores: Tensor, right: Tensor) -> Tensor:
     """Rank of the best right answer, int64 (Q,), from scores (Q, G) and right bool (Q, G), True = a right answer.
 
-    It counts the wrong answers that score at least as high, so a tie is not a success.
+    It counts the wrong answers that do not score lower, so neither a tie nor NaN is a success.
     """
     best = scores.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
-    return ((scores >= best) & ~right).sum(dim=1)
+    return (~(scores < best) & ~right).sum(dim=1)
 
 
 def pairs_to_judge(found: Candidates, features: EncodedSplit, answers: bool = True) -> Tensor:

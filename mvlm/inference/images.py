@@ -23,6 +23,8 @@ from mvlm.model.patches import patchify, unpatchify
 from mvlm_dataloading.loader.resize import Resize
 from mvlm_dataloading.sources.strip import to_rgb
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""Formats that are decoded. Pillow would hand others, such as EPS, to programs of the system."""
 GREY = 190  # of masked patches
 MAX_PIXELS = 100_000_000
 """Largest image that is decoded, width times height: a small file may hold an image that fills the memory."""
@@ -100,7 +102,11 @@ def decode_image(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit here is MAX_PIXELS
-            opened = nullcontext(image) if isinstance(image, Image.Image) else Image.open(_source(image, name))
+            opened = (
+                nullcontext(image)
+                if isinstance(image, Image.Image)
+                else Image.open(_source(image, name), formats=FORMATS)
+            )
         with opened as file:
             width, height = file.size
             if width * height > max_pixels:

@@ -40,6 +40,7 @@ def label_embeddings(model: "TrainedModel", labels: Sequence[str], templates: Se
         raise ConfigError(
             f'templates: wanted texts with {{}} for the label, as in "a photo of a {{}}", got {templates}'
         )
-    texts = [template.replace("{}", label) for label in labels for template in templates]
+    # One at a time: a label may be put into a template many times.
+    texts = (template.replace("{}", label) for label in labels for template in templates)
     embeddings = model.embed_texts(texts).unflatten(0, (len(labels), len(templates)))  # (m, t, E)
     return F.normalize(embeddings.mean(1), dim=-1)

@@ -68,11 +68,11 @@ def recalls(figures: dict[str, Any]) -> list[Recall]:
         for ranked_by, of in (("ITC, re-ranked by ITM", part), ("ITC", part["itc"])):
             for direction, name in DIRECTIONS.items():
                 n = part["n_images"] if direction == "tr" else part["n_texts"]
-                gallery = figures["n_texts"] if direction == "tr" else figures["n_images"]
+                images = figures["n_images"]  # for image to text too: of n captions an image, n are right
                 for k in (1, 5, 10):
                     value = of[direction][f"r{k}"]
                     low, high = (100 * x for x in wilson_interval(value / 100, n))
-                    found.append(Recall(queries, ranked_by, name, k, value, low, high, n, min(100, 100 * k / gallery)))
+                    found.append(Recall(queries, ranked_by, name, k, value, low, high, n, min(100, 100 * k / images)))
     return found
 
 

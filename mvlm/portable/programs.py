@@ -114,7 +114,7 @@ def difference(part: Part, run: Program, inputs: dict[str, Tensor]) -> float:
     """Largest difference of a program's outputs from the part's, absolute for values below 1, else relative."""
     found = 0.0
     for wanted, got in zip(_as_list(part.module(**inputs)), run(inputs), strict=True):
-        if wanted.shape != got.shape:
+        if wanted.shape != got.shape or not bool(torch.isfinite(got).all()):
             return float("inf")
         found = max(found, float(((wanted - got).abs() / wanted.abs().clamp(min=1)).max()))
     return found

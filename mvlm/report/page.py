@@ -86,8 +86,10 @@ def recalls(figures: dict[str, Any]) -> Markup:
                 continue
             cells = [f"{found[direction][r]:.1f}" for direction in ("tr", "ir") for r in ("r1", "r5", "r10")]
             rows.append([f"{name}: {part['n_images']} images, {part['n_texts']} captions", how, *cells])
-    chance = [f"{100 * k / figures[n]:.2f}" for n in ("n_texts", "n_images") for k in (1, 5, 10)]
-    rows.append(["chance", "", *chance])
+    chance = [
+        f"{min(100, 100 * k / figures['n_images']):.2f}" for k in (1, 5, 10)
+    ]  # with all captions of an image right
+    rows.append(["chance", "", *chance, *chance])
     names = [f"{direction} R@{k}" for direction in ("image to text", "text to image") for k in (1, 5, 10)]
     return table(["queries", "ranked by", *names], rows)
 

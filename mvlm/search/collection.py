@@ -99,7 +99,13 @@ class DataCollection:
         return Item(split.keys[row], split.split, row, split.captions(row), split.metadata(row))
 
     def image_bytes(self, id: str, split: str, row: int) -> bytes:
-        return next(one for one in self.splits if one.split == split).image_bytes(row)
+        found = next((one for one in self.splits if one.split == split), None)
+        if found is None or row >= len(found) or found.keys[row] != id:
+            raise RunError(
+                f"{self.folder}: wanted the image {split}/{id} that was embedded, found other data; embed and index "
+                "them again"
+            )
+        return found.image_bytes(row)
 
     def batches(self, start: int, stop: int, model: TrainedModel) -> Iterator[tuple[list[Item], Tensor]]:
         while start < stop:
@@ -143,7 +149,11 @@ class FolderCollection:
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for path in self.paths:
-            digest.update(f"{path.relative_to(self.folder)}\0{path.stat().st_size}\0".encode(errors="surrogateescape"))
+            size = path.stat().st_size if path.is_file() else -1  # a link that leads nowhere
+            digest.update(f"{path.relative_to(self.folder)}\0{size}\0".encode(errors="surrogateescape"))
+            for suffix in (".txt", ".json"):
+                beside = path.with_suffix(suffix)
+                digest.update(hashlib.sha256(beside.read_bytes()).digest() if beside.is_file() else b"")
         return digest.hexdigest()
 
     def item(self, i: int) -> Item:
@@ -202,7 +212,7 @@ def _sidecar(path: Path, suffix: str) -> str:
     if file.stat().st_size > MAX_SIDECAR:
         raise RunError(f"{file}: wanted at most {MAX_SIDECAR} bytes beside an image, found more; shorten it")
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise RunError(f"{file}: wanted UTF-8, found other bytes; mend or remove it") from None
 

@@ -136,7 +136,7 @@ def read_rows(path: Path) -> list[int]:
 
 def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write a file of JSON objects, one per line, whole."""
-    with written_whole(path) as aside, aside.open("w") as file:
+    with written_whole(path) as aside, aside.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

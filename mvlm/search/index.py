@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from mvlm.errors import ConfigError, RunError
@@ -30,6 +31,11 @@ log = logging.getLogger(__name__)
 BATCH_ROWS = 8192
 APPROXIMATE_FROM = 100_000
 """Rows from which `auto` builds an inverted file. Below, a full product takes milliseconds and is exact."""
+
+
+LOCK = ".lock"
+"""File in the folder of an index that the process holds which changes it."""
+_ABOUT = {"format_version", "model", "checkpoint", "width", "sources", "partitions"}
 
 
 class Hit(NamedTuple):
@@ -75,32 +81,63 @@ class SearchIndex:
         return self._table(kind).count_rows()
 
     def add(self, embeddings: Path) -> dict[str, int]:
-        """Add embeddings. Rows that the index has already are replaced. Returns the rows added or replaced, by kind."""
+        """Add embeddings. Rows that the index has already are replaced. Returns the rows added or replaced, by kind.
+
+        Processes of this machine take turns; those of several, that share an object store, must not add at once.
+        """
         description = read_description(embeddings)
         self.check_model(description["model"], "embeddings")
-        known = [source for source in self.sources if source == description["source"]]
-        if not known:
-            self.about["sources"].append(description["source"])
-            _write_about(self._database, self.about)
-        number = self.sources.index(description["source"])
-        for kind in KINDS:
-            table = self._table(kind)
-            for batch in _batches(EmbeddingFolder(embeddings).vectors(kind), table.schema, number):
-                merge = table.merge_insert("key").when_matched_update_all().when_not_matched_insert_all()
-                merge.execute(pa.Table.from_batches([batch]))
-            table.optimize()
+        with self._turn():
+            self.reload()  # another process may have added
+            number = self._number_of(description["source"])
+            for kind in KINDS:
+                table = self._table(kind)
+                for batch in _batches(EmbeddingFolder(embeddings).vectors(kind), table.schema, number):
+                    merge = table.merge_insert("key").when_matched_update_all().when_not_matched_insert_all()
+                    merge.execute(pa.Table.from_batches([batch]))
+                table.optimize()
         return {kind: description[kind] for kind in KINDS}
 
+    def reload(self) -> None:
+        """Read again what the index holds, after another process has added to it."""
+        self.about = _read_about(self._database, self.location)
+
+    def _number_of(self, source: dict[str, Any]) -> int:
+        """Number of a collection. It is added to the index if it is new, or if some of its splits are."""
+        places = [(known["kind"], known["path"]) for known in self.sources]
+        if (place := (source["kind"], source["path"])) not in places:
+            places.append(place)
+            self.sources.append(source)
+        number = places.index(place)
+        known = self.sources[number]
+        if "splits" in known:
+            known["splits"] = list(dict.fromkeys([*known["splits"], *source["splits"]]))
+        _write_about(self._database, self.about)
+        return number
+
+    def _turn(self) -> contextlib.AbstractContextManager[Any]:
+        """Context that one process at a time enters. An object store has no locks."""
+        if "://" in self.location:
+            return contextlib.nullcontext()
+        return FileLock(Path(self.location) / LOCK)
+
     def remove(self, where: str) -> dict[str, int]:
-        """Remove the rows that a filter chooses. Returns their numbers, by kind."""
-        removed = {}
-        for kind in KINDS:
-            table = self._table(kind)
+        """Remove the rows that a filter chooses, from both tables. Returns their numbers, by kind.
+
+        ConfigError if it does not fit one of them; then nothing is removed.
+        """
+        tables = {kind: self._table(kind) for kind in KINDS}
+        for table in tables.values():
             with _filter_errors(where, table.schema):
-                before = table.count_rows()
-                table.delete(where)
-                removed[kind] = before - table.count_rows()
-            table.optimize()
+                table.count_rows(where)
+        removed = {}
+        with self._turn():
+            for kind, table in tables.items():
+                with _filter_errors(where, table.schema):
+                    before = table.count_rows()
+                    table.delete(where)
+                    removed[kind] = before - table.count_rows()
+                table.optimize()
         return removed
 
     def search(
@@ -142,7 +179,12 @@ class SearchIndex:
         return [known.get(key, "") for key in keys]
 
     def _table(self, kind: str) -> Any:
-        return self._database.open_table(kind)
+        try:
+            return self._database.open_table(kind)
+        except Exception as error:
+            raise RunError(
+                f"{self.location}: wanted the {kind} of the index, could not read them: {_short(error)}; make it again"
+            ) from None
 
 
 def create_index(embeddings: Path, location: str, method: str = "auto") -> SearchIndex:
@@ -165,7 +207,7 @@ def create_index(embeddings: Path, location: str, method: str = "auto") -> Searc
             f"{location}: wanted a new place for the index, found an index; add to it, or choose another one"
         )
     if "://" not in location and Path(location).is_dir():
-        foreign = {path.name for path in Path(location).iterdir()} - {f"{kind}.lance" for kind in KINDS}
+        foreign = {path.name for path in Path(location).iterdir()} - {LOCK, *(f"{kind}.lance" for kind in KINDS)}
         if foreign:
             raise RunError(f"{location}: wanted a new or empty folder for the index, found other files; choose another")
     about = {
@@ -178,9 +220,10 @@ def create_index(embeddings: Path, location: str, method: str = "auto") -> Searc
     }
     for kind in KINDS:
         file = EmbeddingFolder(embeddings).vectors(kind)
-        schema = _table_schema(file)
-        table = database.create_table(kind, _batches(file, schema, 0), schema=schema, mode="overwrite")
+        schema = _table_schema(file, EmbeddingFolder(embeddings).vectors("images"))
         rows = description[kind]
+        batches = _batches(file, schema, 0) if rows else None  # the engine takes no empty iterator
+        table = database.create_table(kind, batches, schema=schema, mode="overwrite")
         if method == "ivf" or (method == "auto" and rows >= APPROXIMATE_FROM):
             about["partitions"][kind] = inverted_file.build(table, rows, about["width"])
     _write_about(database, about)  # last: an index without it is unfinished
@@ -196,18 +239,32 @@ def open_index(location: str) -> SearchIndex:
     database = _connect(location)
     if "about" not in _tables(database):
         raise RunError(f"{location}: wanted an index that `mvlm search index` made, found none; check the path")
-    about = json.loads(database.open_table("about").to_arrow()["json"][0].as_py())
-    if about["format_version"] != FORMAT_VERSION:
+    return SearchIndex(location, _read_about(database, location), database)
+
+
+def _read_about(database: Any, location: str) -> dict[str, Any]:
+    """What an index says about itself. RunError if it is damaged, or of another version."""
+    try:
+        about = json.loads(database.open_table("about").to_arrow()["json"][0].as_py())
+        version = about["format_version"]
+        if version == FORMAT_VERSION and not about.keys() >= _ABOUT:
+            raise KeyError(sorted(_ABOUT - about.keys())[0])
+    except Exception as error:  # the engine raises errors of many types
         raise RunError(
-            f"{location}: wanted format version {FORMAT_VERSION}, found {about['format_version']}; make it again"
-        )
-    return SearchIndex(location, about, database)
+            f"{location}: wanted the description of an index, could not read it: {_short(error)}; make it again"
+        ) from None
+    if version != FORMAT_VERSION:
+        raise RunError(f"{location}: wanted format version {FORMAT_VERSION}, found {version}; make it again")
+    return about
 
 
-def _table_schema(file: Path) -> pa.Schema:
-    """Columns of an index of a Parquet file of embeddings."""
+def _table_schema(file: Path, images: Path) -> pa.Schema:
+    """Columns of an index of a Parquet file of embeddings.
+
+    Both tables have a column for each field of the `images`' metadata, so a filter means the same in both.
+    """
     types, parquet = ColumnTypes(), pq.ParquetFile(file)
-    for batch in parquet.iter_batches(BATCH_ROWS, columns=["metadata"]):
+    for batch in pq.ParquetFile(images).iter_batches(BATCH_ROWS, columns=["metadata"]):
         types.see(batch["metadata"].to_pylist())
     own = [pa.field("key", pa.string()), pa.field("source", pa.int32())]
     return pa.schema([*own, *parquet.schema_arrow, *types.fields()])

@@ -35,8 +35,8 @@ class ColumnTypes:
 
 
 def usable(name: str) -> bool:
-    """True for a field that can be a column: a plain name that no other column has."""
-    return re.fullmatch(r"[A-Za-z_]\w{0,63}", name, re.ASCII) is not None and name.lower() not in RESERVED
+    """True for a field that can be a column: a plain name that no other column has, nor the engine's (`_distance`)."""
+    return re.fullmatch(r"[A-Za-z]\w{0,63}", name, re.ASCII) is not None and name.lower() not in RESERVED
 
 
 def columns_of(metadata: Sequence[str], fields: Iterable[pa.Field]) -> dict[str, pa.Array]:
@@ -58,5 +58,5 @@ def _as_type(value: Any, wanted: pa.DataType) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if pa.types.is_floating(wanted):
-        return float(value)
+        return float(value) if abs(value) < 2**1023 else None
     return value if isinstance(value, int) and -(2**63) <= value < 2**63 else None

@@ -39,7 +39,7 @@ def write_page(out: Path, title: str, query_image: str | None, answers: Sequence
     """
     page = ENVIRONMENT.get_template("results.html").render(title=title, query_image=query_image, answers=answers)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(page)
+    out.write_text(page, encoding="utf-8")
 
 
 def thumbnail(image: Path | bytes) -> str:

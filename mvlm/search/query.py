@@ -36,8 +36,10 @@ def search(
 
     Raises:
         RunError: the index is of another model, or an image is missing.
-        ConfigError: the query is empty, or cannot be re-ranked.
+        ConfigError: the query is empty or cannot be re-ranked, or a number is negative.
     """
+    if top < 1 or rerank < 0:
+        raise ConfigError(f"top: wanted at least 1, and rerank of at least 0, got {top} and {rerank}")
     index.check_model(model.sha256, "queries")
     partner = text if kind == "images" else image
     if rerank and partner is None:
@@ -82,8 +84,15 @@ class ImageReader:
         self._index = index
         self._opened: dict[int, Collection] = {}
 
+    def _splits(self, hit: Hit) -> list[str]:
+        """Splits of the collection of a hit; that of the hit if it has none."""
+        return self._index.sources[hit.source].get("splits", [hit.split])
+
     def read(self, hit: Hit) -> bytes:
         """The image of a hit, encoded; of a text, the image that it describes."""
+        if hit.source >= len(self._index.sources) or hit.split not in self._splits(hit):
+            self._index.reload()  # another process has added to it
+            self._opened.pop(hit.source, None)
         source = self._index.sources[hit.source]
         if hit.source not in self._opened:
             self._opened[hit.source] = open_collection(source["path"], source.get("splits"))

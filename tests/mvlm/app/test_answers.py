@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mvlm.app import answers
@@ -28,6 +29,20 @@ def test_a_text_finds_images_in_the_order_of_itc_and_itm(gallery, model, heldout
     assert [hit.image for hit in answers.search(gallery, text, None)] == [
         heldout_split.image_bytes(i) for i in ranking.order.tolist()
     ]
+
+
+def test_a_text_and_an_image_are_answered_together(gallery, model, heldout_split) -> None:
+    """By the mean of both and ITM with the text: with few images, the image still decides."""
+    images = [Image.open(io.BytesIO(heldout_split.image_bytes(i))).convert("RGB") for i in range(len(heldout_split))]
+    orders = {tuple(found.image for found in gallery.search("a red square", image)) for image in [None, *images]}
+    assert len(orders) > 1
+    text = model.embed_texts("a red square")[0]
+    embeddings = model.embed_images(heldout_split)
+    mean = torch.nn.functional.normalize(text + model.embed_images(images[3])[0], dim=0)
+    log_odds = model.match([heldout_split.image_bytes(i) for i in range(len(heldout_split))], "a red square").log_odds
+    scores = model.network.log_scale.exp().item() * (embeddings @ mean).double() + log_odds
+    wanted = [heldout_split.image_bytes(i) for i in scores.sort(descending=True, stable=True).indices.tolist()]
+    assert [found.image for found in gallery.search("a red square", images[3])] == wanted[:12]
 
 
 def test_an_empty_query_is_refused(gallery) -> None:

@@ -1,6 +1,7 @@
 """What a visitor may send, and the message for everything else."""
 
 import io
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -33,6 +34,21 @@ def whole_png() -> bytes:
 BOMB_SVG = b'<?xml version="1.0"?><!DOCTYPE svg [<!ENTITY a "' + b"a" * 50 + b'"><!ENTITY b "&a;&a;">]><svg>&b;</svg>'
 
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_no_program_of_the_system_reads_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow would hand an EPS file to Ghostscript."""
+    started = tmp_path / "started"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {started}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    (tmp_path / "x.png").write_bytes(EPS)
+    with pytest.raises(RunError):
+        check_image(tmp_path / "x.png")
+    assert not started.exists()
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -42,6 +58,7 @@ BOMB_SVG = b'<?xml version="1.0"?><!DOCTYPE svg [<!ENTITY a "' + b"a" * 50 + b'"
         (whole_png()[:-900], "wanted an image, could not read it"),
         (b"", "wanted an image, could not read it"),
         (b"#!/bin/sh\n", "wanted an image, could not read it"),
+        (EPS, "wanted an image, could not read it"),
     ],
 )
 def test_a_file_that_is_no_good_image_is_refused(tmp_path: Path, content: bytes, message: str) -> None:

@@ -229,6 +229,14 @@ def test_ties_count_as_wrong_answers_before_the_right_one():
     assert best_rank(torch.zeros(3, 10), torch.eye(3, 10).bool()).tolist() == [9, 9, 9]
 
 
+def test_a_model_whose_scores_are_nan_finds_nothing():
+    scores = torch.full((2, 5), torch.nan)
+    right = torch.eye(5, dtype=torch.bool)[:2]
+    assert retrieval.best_rank(scores, right).tolist() == [4, 4]
+    scores[0] = torch.tensor([1.0, torch.nan, 0.5, 2.0, -torch.inf])
+    assert retrieval.best_rank(scores, right)[0] == 2  # behind 2.0, and no NaN is below it
+
+
 @pytest.mark.parametrize("direction", ["tr", "ir"])
 def test_recall_of_a_constant_model_is_zero(direction):
     features = features_of(np.ones((20, 3)), np.ones((20, 3)), list(range(20)))

@@ -47,7 +47,7 @@ def test_a_card_states_figures_with_intervals_data_recipe_and_limits(run_copy):
     (run_copy / "eval").mkdir()
     (run_copy / "eval/test.json").write_text(json.dumps(FIGURES))
     card = model_card(run_copy, load_model(run_copy, "cpu").network, hub_id="someone/demo")
-    assert "| all (8) | image to text | ITC, re-ranked by ITM | 1 | 25.0 | 7.1 to 59.1 | 8.33 |" in card
+    assert "| all (8) | image to text | ITC, re-ranked by ITM | 1 | 25.0 | 7.1 to 59.1 | 12.50 |" in card
     assert "| all (12) | text to image | ITC, re-ranked by ITM | 10 | 91.7 | 64.6 to 98.5 | 100.00 |" in card
     assert "| cross-modal gain, text, nats per token | 0.250 | 0.125 to 0.375 |" in card
     assert "constant white 0.9000, training median 0.5000" in card

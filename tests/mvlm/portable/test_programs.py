@@ -123,6 +123,7 @@ def test_a_program_that_differs_is_found_and_refused(programs, small, tmp_path, 
         network.image_projection.bias[0] += 0.01
     assert 1e-4 < difference(part, run, inputs) < 0.1
     assert difference(part, lambda _: [torch.zeros(1), torch.zeros(1)], inputs) == float("inf")
+    assert difference(part, lambda given: [x * torch.nan for x in run(given)], inputs) == float("inf")
     monkeypatch.setattr(module, "load_program", lambda file: run)
     monkeypatch.setattr(module, "parts", lambda network: [part])
     with pytest.raises(RunError, match=r"image_encoder.pt2: wanted outputs within 0.0001 of the network's, found"):

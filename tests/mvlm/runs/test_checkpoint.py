@@ -218,12 +218,20 @@ def test_pickle_in_the_place_of_a_file_is_never_loaded(run_copy, tmp_path, monke
         with pytest.raises(RunError, match="step_00000002"):
             load_model(newest)
     elif name == "state.json":
-        with pytest.raises(UnicodeDecodeError):
+        with pytest.raises(RunError, match=r"state\.json: wanted the state of a run, found .* can't decode"):
             read_state(newest)
     else:
         with pytest.raises(RunError, match=r"wanted .*safetensors.*, could not read it"):
             read_tensors((newest / name).parent, {})
     assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{"])
+def test_a_state_that_is_no_object_is_refused(run_copy, content):
+    newest = run_copy / "checkpoints/step_00000002"
+    (newest / "state.json").write_text(content)
+    with pytest.raises(RunError, match=r"state\.json: wanted the state of a run, found"):
+        read_state(newest)
 
 
 @pytest.mark.slow

@@ -58,6 +58,31 @@ def test_broken_files_beside_an_image_are_refused(pictures, name, content, messa
         open_collection(pictures).item(1)
 
 
+def test_other_captions_are_another_folder_and_a_byte_order_mark_is_none(pictures):
+    before = open_collection(pictures).fingerprint
+    text = pictures / "3.txt"
+    text.write_text("a red squarf\n")
+    changed = open_collection(pictures).fingerprint
+    assert changed != before
+    text.write_bytes("\ufeffa red squarf\n".encode())
+    (pictures / "3.json").write_bytes(b'\xef\xbb\xbf{"number": 3}')
+    found = open_collection(pictures)
+    (item,) = [item for item in map(found.item, range(10)) if item.id == "3.png"]
+    assert (item.captions, item.metadata) == (["a red squarf"], {"number": 3})
+    (pictures / "0.png").unlink()
+    (pictures / "0.png").symlink_to("nowhere.png")
+    assert open_collection(pictures).fingerprint != changed
+
+
+def test_an_image_of_a_data_set_that_was_built_anew_is_refused(scenes):
+    found = open_collection(scenes, ["test"])
+    item = found.item(2)
+    assert found.image_bytes(item.id, "test", 2)
+    for wrong in ((item.id, "test", 3), ("another", "test", 2), (item.id, "validation", 2), (item.id, "test", 9999)):
+        with pytest.raises(RunError, match=r"wanted the image .* that was embedded, found other data; embed and index"):
+            found.image_bytes(*wrong)
+
+
 def test_places_without_images_are_refused(tmp_path, scenes, pictures):
     with pytest.raises(RunError, match="nowhere: wanted a data set or a folder of images, found no such folder"):
         open_collection(tmp_path / "nowhere")

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -13,9 +14,11 @@ from mvlm.search.collection import open_collection
 from mvlm.search.embed import embed
 from mvlm.search.index import create_index, open_index
 from mvlm.search.inverted_file import cells_read
+from mvlm.search.query import ImageReader
 from support.packages import needs
 
 pytestmark = needs("lancedb")
+lancedb = pytest.importorskip("lancedb")
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +203,74 @@ def test_places_that_cannot_be_used_are_refused(index, embedded, tmp_path):
     with pytest.raises(ConfigError, match="method: wanted auto, flat or ivf, got 'hnsw'"):
         create_index(embedded, str(tmp_path / "new"), "hnsw")
     assert not (tmp_path / "new").exists()
+
+
+def test_images_without_captions_are_an_index_too(model, pictures, alone, tmp_path):
+    for path in pictures.rglob("*.txt"):
+        path.unlink()
+    embed(model, open_collection(pictures), tmp_path / "out", alone, "the run")
+    found = create_index(tmp_path / "out", str(tmp_path / "index"))
+    assert (found.count("images"), found.count("texts")) == (10, 0)
+    assert len(found.search(queries(1)[0], "images", 3)) == 3
+    assert found.search(queries(1)[0], "texts", 3) == []
+
+
+def test_another_split_of_a_data_set_is_no_other_source(model, scenes, alone, tmp_path):
+    for name, splits in (("one", ["test"]), ("both", ["validation", "test"])):
+        embed(model, open_collection(scenes, splits), tmp_path / name, alone, "the run")
+    index = create_index(tmp_path / "one", str(tmp_path / "index"))
+    stale = open_index(str(tmp_path / "index"))
+    reader = ImageReader(stale)
+    assert reader.read(stale.search(queries(1)[0])[0])
+    index.add(tmp_path / "both")
+    (source,) = index.sources
+    assert source["splits"] == ["test", "validation"]
+    assert index.count("images") == 16
+    for hit in stale.search(queries(1)[0], "images", 16):  # whoever opened it before sees the new images too
+        assert reader.read(hit) == ImageReader(index).read(hit)
+
+
+def test_two_who_add_at_once_lose_nothing(model, scenes, pictures, alone, tmp_path, embedded):
+    place = str(tmp_path / "index")
+    create_index(embedded, place)
+    others = [pictures, tmp_path / "more"]
+    shutil.copytree(pictures, others[1])
+    opened = [open_index(place) for _ in others]  # both before either adds
+    for index, folder in zip(opened, others, strict=True):
+        embed(model, open_collection(folder), tmp_path / f"of-{folder.name}", alone, "the run")
+        index.add(tmp_path / f"of-{folder.name}")
+    found = open_index(place)
+    assert (len(found.sources), found.count("images")) == (3, 48 + 20)
+
+
+def test_a_filter_that_does_not_fit_both_tables_removes_nothing(model, pictures, alone, tmp_path):
+    """Only some images have captions and metadata; the filter means the same for both tables."""
+    for path in pictures.rglob("*.txt"):
+        path.unlink()
+    (pictures / "3.txt").write_text("alone")
+    (pictures / "3.json").unlink()
+    embed(model, open_collection(pictures), tmp_path / "out", alone, "the run")
+    index = create_index(tmp_path / "out", str(tmp_path / "index"))
+    with pytest.raises(ConfigError, match="where: wanted an SQL condition on the columns"):
+        index.remove("text = 'alone'")  # a column of the texts
+    assert (index.count("images"), index.count("texts")) == (10, 1)
+    assert index.remove("number = 7") == {"images": 1, "texts": 0}
+    assert index.remove("id = '3.png' or id like '3.png#%'") == {"images": 1, "texts": 1}
+
+
+def test_an_index_that_is_damaged_is_refused(embedded, tmp_path):
+    create_index(embedded, str(tmp_path / "index"))
+    shutil.copytree(tmp_path / "index", tmp_path / "no-images")
+    shutil.rmtree(tmp_path / "no-images/images.lance")
+    with pytest.raises(RunError, match="wanted the images of the index, could not read them"):
+        open_index(str(tmp_path / "no-images")).count("images")
+    for rows in ({"json": []}, {"json": ["{"]}, {"json": ["[1]"]}, {"json": ['{"format_version": 1}']}, {"x": ["{}"]}):
+        place = tmp_path / f"about-{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(tmp_path / "index", place)
+        columns = {name: pa.array(values, pa.string()) for name, values in rows.items()}
+        lancedb.connect(place).create_table("about", pa.table(columns), mode="overwrite")
+        with pytest.raises(RunError, match=r"wanted the description of an index, could not read it|format version"):
+            open_index(str(place))
 
 
 def test_an_interrupted_index_is_made_again(embedded, tmp_path, monkeypatch):

@@ -67,6 +67,12 @@ def test_images_of_answers_are_read_from_their_collection(model, index, heldout_
             assert images.read(hit) == heldout_split.image_bytes(hit.row)
 
 
+@pytest.mark.parametrize("numbers", [{"top": 0}, {"top": -1, "rerank": 5}, {"rerank": -2}])
+def test_numbers_below_their_least_are_refused(model, index, numbers):
+    with pytest.raises(ConfigError, match="top: wanted at least 1, and rerank of at least 0, got"):
+        search(model, index, "a red square", **numbers)
+
+
 def test_queries_that_cannot_be_answered_are_refused(model, index, tokenizer, pictures, alone, tmp_path):
     other = TrainedModel(micro_model(seed=1, dtype=torch.float32), tokenizer, "fp32")
     with pytest.raises(RunError, match=r"wanted queries of the model .* of this index, found .*; use that model"):
