@@ -102,6 +102,7 @@ def eval_retrieval(
             model.network, splits[split], splits.get("train"), model.tokenizer, rerank, workspace=workspace
         )
         made_by = {
+            "model": model.sha256,  # of the sizes that it was evaluated at, too
             "rerank": rerank,
             "precision": chosen_precision(world.device),
             "machine": describe_machine(world.device, world.size),

@@ -87,13 +87,21 @@ def run_of(source: Path) -> RunFolder:
     )
 
 
-def model_card(source: Path, network: MaskVLM, data: Path | str | None = None, hub_id: str = "owner/name") -> str:
+def model_card(
+    source: Path,
+    network: MaskVLM,
+    data: Path | str | None = None,
+    hub_id: str = "owner/name",
+    model: str | None = None,
+) -> str:
     """The card of a run's model, Markdown with a YAML head, as the hub reads it.
 
     Args:
         source: a run, or one of its checkpoints.
         data: folder of the data that the run was trained on. Default: the one that its config.json names.
         hub_id: id owner/name for the examples.
+        model: hash of the model, `TrainedModel.sha256`. Figures of another one are not stated. Without it, or for
+            figures of an earlier version, which name no hash, the name of the checkpoint decides.
 
     Raises:
         RunError: there is no such run, or its data's licence cannot be read, or its evaluation is damaged.
@@ -106,8 +114,11 @@ def model_card(source: Path, network: MaskVLM, data: Path | str | None = None, h
         raise RunError(f"{checkpoint}: wanted a checkpoint named step_ and its number, found another name; rename it")
     description = data_description(data or str(config["data"]))
     figures = _evaluation(run.evaluation)
-    if figures is not None and not _is_of(figures, checkpoint, run):
-        figures = None
+    if figures is not None:
+        named_model = figures.get("model") if model is not None else None
+        figures["split"] = line(figures["split"])
+        if not (_is_of(figures, checkpoint, run) if named_model is None else named_model == model):
+            figures = None
     found = [] if figures is None else recalls(figures)
     name = hub_id.split("/")[1]
     return TEMPLATES.get_template("card.md").render(

@@ -8,6 +8,7 @@ from mvlm.files import new_folder
 from mvlm.model.pretrained import HUB_ID, write_model
 from mvlm.portable.card import model_card, run_of
 from mvlm.portable.folder import TOKENIZER
+from mvlm.runs.folder import find_checkpoint
 from mvlm.runs.load import load_model
 
 CARD = "README.md"
@@ -30,9 +31,11 @@ def write_hub_folder(source: Path, out: Path, hub_id: str | None = None, data: P
         check_hub_id(hub_id)
     with new_folder(out) as folder:
         run = run_of(source)
-        model, tokenizer = load_model(source, "cpu")
+        source = find_checkpoint(source)  # once: a run that still trains may write another one meanwhile
+        trained = load_model(source, "cpu")
+        model, tokenizer = trained
         name = re.sub(r"[^\w.-]", "-", run.path.resolve().name, flags=re.ASCII)
-        card = model_card(source, model, data, hub_id or f"owner/{name}")
+        card = model_card(source, model, data, hub_id or f"owner/{name}", trained.sha256)
         write_model(model, folder)
         tokenizer.save(folder / TOKENIZER)
         (folder / CARD).write_text(card, encoding="utf-8")

@@ -10,7 +10,6 @@ Shape legend: n rows, E width of the vectors.
 import contextlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from mvlm.errors import ConfigError, RunError
 from mvlm.search import inverted_file
 from mvlm.search.embedding_files import FORMAT_VERSION, KINDS, EmbeddingFolder, read_description
+from mvlm.search.engine import connect, filter_errors, read_about, short, table_names, write_about
 from mvlm.search.metadata import ColumnTypes, columns_of
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,6 @@ APPROXIMATE_FROM = 100_000
 
 LOCK = ".lock"
 """File in the folder of an index that the process holds which changes it."""
-_ABOUT = {"format_version", "model", "checkpoint", "width", "sources", "partitions"}
 
 
 class Hit(NamedTuple):
@@ -100,7 +99,7 @@ class SearchIndex:
 
     def reload(self) -> None:
         """Read again what the index holds, after another process has added to it."""
-        self.about = _read_about(self._database, self.location)
+        self.about = read_about(self._database, self.location)
 
     def _number_of(self, source: dict[str, Any]) -> int:
         """Number of a collection. It is added to the index if it is new, or if some of its splits are."""
@@ -112,7 +111,7 @@ class SearchIndex:
         known = self.sources[number]
         if "splits" in known:
             known["splits"] = list(dict.fromkeys([*known["splits"], *source["splits"]]))
-        _write_about(self._database, self.about)
+        write_about(self._database, self.about)
         return number
 
     def _turn(self) -> contextlib.AbstractContextManager[Any]:
@@ -128,12 +127,12 @@ class SearchIndex:
         """
         tables = {kind: self._table(kind) for kind in KINDS}
         for table in tables.values():
-            with _filter_errors(where, table.schema):
+            with filter_errors(where, table.schema):
                 table.count_rows(where)
         removed = {}
         with self._turn():
             for kind, table in tables.items():
-                with _filter_errors(where, table.schema):
+                with filter_errors(where, table.schema):
                     before = table.count_rows()
                     table.delete(where)
                     removed[kind] = before - table.count_rows()
@@ -159,7 +158,7 @@ class SearchIndex:
         query = inverted_file.limit(query, top, inverted_file.cells_read(self.about["partitions"].get(kind, 0)))
         if where is not None:
             query = query.where(where)
-        with _filter_errors(where, table.schema):
+        with filter_errors(where, table.schema):
             rows = query.select([*columns, "vector", "_distance"]).to_arrow().to_pylist()
         hits = [
             Hit(
@@ -183,7 +182,7 @@ class SearchIndex:
             return self._database.open_table(kind)
         except Exception as error:
             raise RunError(
-                f"{self.location}: wanted the {kind} of the index, could not read them: {_short(error)}; make it again"
+                f"{self.location}: wanted the {kind} of the index, could not read them: {short(error)}; make it again"
             ) from None
 
 
@@ -201,8 +200,8 @@ def create_index(embeddings: Path, location: str, method: str = "auto") -> Searc
     if method not in ("auto", "flat", "ivf"):
         raise ConfigError(f"method: wanted auto, flat or ivf, got {method!r}")
     description = read_description(embeddings)
-    database = _connect(location)
-    if "about" in _tables(database):
+    database = connect(location)
+    if "about" in table_names(database):
         raise RunError(
             f"{location}: wanted a new place for the index, found an index; add to it, or choose another one"
         )
@@ -226,7 +225,7 @@ def create_index(embeddings: Path, location: str, method: str = "auto") -> Searc
         table = database.create_table(kind, batches, schema=schema, mode="overwrite")
         if method == "ivf" or (method == "auto" and rows >= APPROXIMATE_FROM):
             about["partitions"][kind] = inverted_file.build(table, rows, about["width"])
-    _write_about(database, about)  # last: an index without it is unfinished
+    write_about(database, about)  # last: an index without it is unfinished
     return SearchIndex(location, about, database)
 
 
@@ -236,26 +235,10 @@ def open_index(location: str) -> SearchIndex:
         raise RunError(
             f"{location}: wanted an index that `mvlm search index` made, found no such folder; check the path"
         )
-    database = _connect(location)
-    if "about" not in _tables(database):
+    database = connect(location)
+    if "about" not in table_names(database):
         raise RunError(f"{location}: wanted an index that `mvlm search index` made, found none; check the path")
-    return SearchIndex(location, _read_about(database, location), database)
-
-
-def _read_about(database: Any, location: str) -> dict[str, Any]:
-    """What an index says about itself. RunError if it is damaged, or of another version."""
-    try:
-        about = json.loads(database.open_table("about").to_arrow()["json"][0].as_py())
-        version = about["format_version"]
-        if version == FORMAT_VERSION and not about.keys() >= _ABOUT:
-            raise KeyError(sorted(_ABOUT - about.keys())[0])
-    except Exception as error:  # the engine raises errors of many types
-        raise RunError(
-            f"{location}: wanted the description of an index, could not read it: {_short(error)}; make it again"
-        ) from None
-    if version != FORMAT_VERSION:
-        raise RunError(f"{location}: wanted format version {FORMAT_VERSION}, found {version}; make it again")
-    return about
+    return SearchIndex(location, read_about(database, location), database)
 
 
 def _table_schema(file: Path, images: Path) -> pa.Schema:
@@ -283,48 +266,3 @@ def _batches(file: Path, schema: pa.Schema, source: int) -> Iterator[pa.RecordBa
         yield pa.RecordBatch.from_arrays(
             [columns[name].cast(schema.field(name).type) for name in schema.names], schema=schema
         )
-
-
-def _write_about(database: Any, about: dict[str, Any]) -> None:
-    database.create_table("about", pa.table({"json": [json.dumps(about)]}), mode="overwrite")
-
-
-def _connect(location: str) -> Any:
-    os.environ.setdefault("LANCEDB_LOG", "error")  # read when lancedb is imported
-    try:
-        import lancedb
-    except ImportError:
-        raise ConfigError(
-            "search: wanted the package lancedb, which is not installed; pip install 'mvlm[search]'"
-        ) from None
-    try:
-        return lancedb.connect(location)
-    except Exception as error:  # the engine raises bare RuntimeError and OSError
-        raise RunError(
-            f"{location}: wanted a folder or a URL for an index, could not use it: {_short(error)}"
-        ) from None
-
-
-def _tables(database: Any) -> Sequence[str]:
-    try:
-        return database.list_tables(limit=100).tables
-    except Exception as error:
-        raise RunError(f"{database.uri}: wanted an index, could not read it: {_short(error)}; check the URL") from None
-
-
-@contextlib.contextmanager
-def _filter_errors(where: str | None, schema: pa.Schema) -> Iterator[None]:
-    """Turn the engine's errors about a filter into a ConfigError that lists the columns."""
-    try:
-        yield
-    except Exception as error:
-        if where is None:
-            raise
-        names = ", ".join(name for name in schema.names if name not in ("vector", "metadata"))
-        raise ConfigError(
-            f"where: wanted an SQL condition on the columns {names}, got {where!r} ({_short(error)}); mend it"
-        ) from None
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -93,6 +93,18 @@ def test_figures_of_another_checkpoint_are_not_taken(run_copy):
         assert ("The run's evaluation is of another checkpoint" in card) != taken
 
 
+def test_figures_of_other_weights_are_not_stated_whatever_their_name(run_copy):
+    (run_copy / "eval").mkdir()
+    file = run_copy / "eval/test.json"
+    models = {step: load_model(run_copy / f"checkpoints/step_0000000{step}", "cpu") for step in (1, 2)}
+    file.write_text(json.dumps(FIGURES | {"checkpoint": "runs/demo", "model": models[1].sha256, "split": "<b>\n# te"}))
+    for step, model in models.items():
+        card = model_card(run_copy / f"checkpoints/step_0000000{step}", model.network, model=model.sha256)
+        assert ("| image to text |" in card) == (step == 1)
+        assert "<b>" not in card
+        assert "\n# te" not in card
+
+
 def test_a_model_that_rebuilds_no_better_than_without_an_image_says_so(run_copy):
     network = load_model(run_copy, "cpu").network
     (run_copy / "eval").mkdir()
