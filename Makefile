@@ -281,7 +281,7 @@ soak: $(VENV)/.installed
 # Everything runs on the GPU if there is one. MACHINE becomes part of the files' names.
 RESULTS ?= benchmarks/results
 MACHINE ?= here
-## bench           measure every figure of docs/ on an idle machine
+## bench           measure kernels, step, run, loader and swapped models on an idle machine
 bench: $(VENV)/.installed $(DATA)/dataset.json
 	$(BIN)/mvlm bench kernels --out $(RESULTS)
 	$(BIN)/python -m mvlm_benchmarks.kernels.host_time --json $(RESULTS)/host.json

@@ -51,7 +51,7 @@ class CudaGraphs:
 
     A bucket is what a graph cannot change: the shapes of the inputs, the longest caption, and the losses that are
     computed. Batches of `mvlm.model.packing.pad_to_bucket` have few of them. A bucket beyond MAX_GRAPHS stays eager.
-    If a capture fails, all steps are eager from then on, and a warning says why.
+    If a capture fails, no further graph is made, and a warning says why. Those made before are still replayed.
 
     Args:
         step: the eager step. It is called with other tensors of the same shapes, and must not wait for the device.
@@ -102,7 +102,7 @@ class CudaGraphs:
                 lambda: self._step(own_batch, own_masks, own_number, bucket.reconstruction_only)
             )
         except RuntimeError as error:
-            log.warning("CUDA graphs: a step could not be captured, so steps are eager from here on: %s", error)
+            log.warning("CUDA graphs: a step could not be captured, so no further graph is made: %s", error)
             for parameter in self._parameters:
                 parameter.grad = None
             self._limit = 0
