@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -195,7 +196,7 @@ def test_mistakes_are_one_line(run, run_mvlm, tmp_path):
 
 
 def test_steps_are_replayed_from_the_nearest_checkpoint_and_within_reach():
-    def plan(steps, reach, kept=(40, 80, 120), rows=range(1, 121)):
+    def plan(steps: int, reach: int, kept: Sequence[int] = (40, 80, 120), rows: Sequence[int] = range(1, 121)):
         return [(s.start, s.stop) for s in plan_segments(kept, rows, steps, reach, Random(0))]
 
     assert plan(0, 40) == [(0, 1), (40, 41), (80, 120)]

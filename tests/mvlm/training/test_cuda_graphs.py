@@ -6,6 +6,7 @@ What only a device can show, equal losses of captured steps, is in tests/promise
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -179,17 +180,20 @@ def test_a_capture_that_failed_leaves_its_stream_and_the_pool(monkeypatch, fault
     """`torch.cuda.graph` itself stays on its stream if the capture cannot be ended."""
     happened = []
 
+    def set_stream(stream: Any) -> None:
+        happened.append(("stream", stream))
+
     class Context:
         def __init__(self, graph, pool, capture_error_mode):
             happened.append(("begin", pool, capture_error_mode))
 
         def __enter__(self):
-            torch.cuda.set_stream("of the capture")
+            set_stream("of the capture")
 
         def __exit__(self, kind, *_):
             if kind is not None or fault:
                 raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
-            torch.cuda.set_stream("usual")
+            set_stream("usual")
 
     def end(device, pool):
         raise RuntimeError("was ended")  # as after an error inside the step
@@ -199,7 +203,7 @@ def test_a_capture_that_failed_leaves_its_stream_and_the_pool(monkeypatch, fault
         "graph_pool_handle": lambda: "pool",
         "graph": Context,
         "current_stream": lambda: "usual",
-        "set_stream": lambda stream: happened.append(("stream", stream)),
+        "set_stream": set_stream,
         "current_device": lambda: 0,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)

@@ -28,7 +28,8 @@ def test_the_count_of_flops_is_in_no_rows_time(monkeypatch):
         return 0.5
 
     monkeypatch.setattr(metrics, "ModelFlopsUtilization", lambda *_: SimpleNamespace(of_rate=of_rate))
-    logger = MetricsLogger(config, ALONE, SimpleNamespace(seconds=10.0, log=rows.append), lambda buffer: 0)
+    sinks: Any = SimpleNamespace(seconds=10.0, log=rows.append)
+    logger = MetricsLogger(config, ALONE, sinks, lambda buffer: 0)
     figures = {"total": 1.0, "good": 1.0}
     for step in (1, 2, 3):
         clock[0] += 2

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_nlvr_boxes_become_three_images(tmp_path):
     facts = dataset.metadata(1)
     assert [facts[name] for name in ("set_id", "images", "label")] == ["train-0", 3, "true"]
     with pytest.raises(ValueError, match="an image of 200 x 100 has no part"):
-        ImageStrip(("a", "b"), 50, ((0, 0, 100, 100), (150, 0, 250, 100))).compose(
+        ImageStrip((Path("a"), Path("b")), 50, ((0, 0, 100, 100), (150, 0, 250, 100))).compose(
             [encoded(make_image(0).resize((200, 100)), "PNG")] * 2
         )
     whole = np.asarray(Image.open(tmp_path / "train/images/0/train-0-0-1.png"), int)

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -141,7 +142,8 @@ def test_files_that_are_missing_or_of_another_kind_are_refused(tmp_path):
         vqa_v2(tmp_path, minival=tmp_path / "none.json")
     val = tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json"
     val.rename(tmp_path / "moved")
-    for settings in ({"held_out": 2}, {"minival": tmp_path / "none.json"}):
+    wishes: list[dict[str, Any]] = [{"held_out": 2}, {"minival": tmp_path / "none.json"}]
+    for settings in wishes:
         with pytest.raises(DataError, match=r"val2014_questions\.json: wanted a file, found none"):
             vqa_v2(tmp_path, **settings)
     (tmp_path / "moved").rename(val)
