@@ -39,12 +39,13 @@ def near_pairs(hashes: UInt64, aspects: Float64, max_aspect_ratio: float) -> Ite
     """
     values, inverse = np.unique(hashes, return_inverse=True)
     members = np.split(np.argsort(inverse, kind="stable"), np.cumsum(np.bincount(inverse.reshape(-1)))[:-1])
+    shapes: list[float] = aspects.tolist()
     for same in members:
-        yield from _within(same, aspects, max_aspect_ratio)
+        yield from _within(same, shapes, max_aspect_ratio)
     for one, other in _near_values(values):
         for i in members[one]:
             for j in members[other]:
-                if _similar(aspects[i], aspects[j], max_aspect_ratio):
+                if _similar(shapes[i], shapes[j], max_aspect_ratio):
                     yield (int(i), int(j)) if i < j else (int(j), int(i))
 
 
@@ -52,11 +53,11 @@ def _similar(one: float, other: float, max_aspect_ratio: float) -> bool:
     return max(one, other) <= max_aspect_ratio * min(one, other)
 
 
-def _within(same: Int64, aspects: Float64, max_aspect_ratio: float) -> Iterator[tuple[int, int]]:
+def _within(same: Int64, shapes: list[float], max_aspect_ratio: float) -> Iterator[tuple[int, int]]:
     """Each image of equal hashes with the first one of a similar shape. First ones of few shapes are kept."""
     firsts: list[int] = []
     for j in same.tolist():
-        known = next((i for i in firsts if _similar(aspects[i], aspects[j], max_aspect_ratio)), None)
+        known = next((i for i in firsts if _similar(shapes[i], shapes[j], max_aspect_ratio)), None)
         if known is None:
             firsts.append(j)
         else:
