@@ -107,12 +107,12 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
 
     The result is written whole or not at all. Then the checkpoints are removed.
     """
-    started = time.perf_counter()
     run = RunFolder(trial.config.out)
     if isinstance(trial.config, FinetuneConfig):
         finetune(trial.config)
     else:
         pretrain(trial.config)
+    trained = time.perf_counter()
     checkpoint = find_checkpoint(run.path)
     if read_state(checkpoint)["step"] < trial.config.max_steps:
         return None
@@ -140,7 +140,8 @@ def run_trial(trial: Trial) -> dict[str, Any] | None:
         "made_by": made_by(),
         "steps": trial.config.max_steps,
         "flops": trial.flops,
-        "seconds": round(time.perf_counter() - started, 1),
+        # Of all processes that trained it, and of the evaluation.
+        "seconds": round(rows[-1]["seconds"] + time.perf_counter() - trained, 1),
         "figures": figures,
         "ranks": ranks,
         "curves": {name: curve(rows, name) for name in _curves(rows)},

@@ -12,7 +12,8 @@ from mvlm.errors import ConfigError, RunError
 from mvlm.studies import run as studies
 from mvlm.studies.run import plan_trials, report_finished, run_study
 from mvlm.studies.study import Study
-from mvlm.studies.trial import read_result, take_result
+from mvlm.studies.trial import read_result, run_trial, take_result
+from mvlm.training.run import pretrain
 from support.models import MICRO
 
 
@@ -165,6 +166,18 @@ def test_results_of_other_settings_are_refused(finished: Path, scenes, tmp_path:
     file.write_text(json.dumps({"format_version": 1}))
     with pytest.raises(RunError, match="wanted the result of a trial, got KeyError"):
         run_study(study(), scenes, tmp_path / "copy")
+
+
+@pytest.mark.slow
+def test_a_trials_time_has_that_of_a_process_that_was_stopped(scenes, tmp_path: Path) -> None:
+    (trial,) = plan_trials(study(seeds=[0], arms={"base": {}}), scenes, tmp_path)
+    pretrain(trial.config)  # pyright: ignore[reportArgumentType]
+    metrics = trial.config.out / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(json.dumps(row | {"seconds": row["seconds"] + 1000}) + "\n" for row in lines))
+    result = run_trial(trial)
+    assert result is not None
+    assert 1000 < result["seconds"] < 1300
 
 
 @pytest.mark.slow
