@@ -158,9 +158,10 @@ def _leave_capture(stream: Any, pool: Any) -> None:
     later step for a part of it. torch's own graph trees call the same two functions.
     """
     torch.cuda.set_stream(stream)
-    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
-        with contextlib.suppress(RuntimeError, AttributeError):  # it had ended already
-            getattr(torch._C, name)(torch.cuda.current_device(), pool)
+    with contextlib.suppress(RuntimeError, AttributeError):
+        # Raises if the capture did end. Its graph then releases the pool itself, and other graphs may still use it.
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
 
 
 def tensors_of(inputs: Batch | Masks) -> dict[str, Tensor]:

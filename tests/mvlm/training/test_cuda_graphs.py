@@ -196,7 +196,8 @@ def test_a_capture_that_failed_leaves_its_stream_and_the_pool(monkeypatch, fault
             set_stream("usual")
 
     def end(device, pool):
-        raise RuntimeError("was ended")  # as after an error inside the step
+        if fault == "in the step":
+            raise RuntimeError("not currently recording to this pool")  # the capture itself could be ended
 
     for name, value in {
         "CUDAGraph": SimpleNamespace,
@@ -226,7 +227,9 @@ def test_a_capture_that_failed_leaves_its_stream_and_the_pool(monkeypatch, fault
     else:
         with pytest.raises(RuntimeError, match="during capture"):
             capture(step)
-        assert happened[-2:] == [("stream", "usual"), ("release", "pool")]
+        assert ("stream", "usual") in happened
+        # A capture that ended has a graph that releases the pool; once more would take it from the other graphs.
+        assert happened.count(("release", "pool")) == (fault == "at its end")
 
 
 def test_a_run_that_cannot_take_graphs_hears_why(tmp_path):
