@@ -163,6 +163,30 @@ def read_steps(preset: str) -> dict[str, dict[str, str]]:
         return {row["contender"]: row for row in csv.DictReader(file)}
 
 
+def run_speed() -> str:
+    """Speed of the training loop relative to the bare step, and processor time of a step."""
+    rows = [["contender", "pairs/s", "over step (95 %)", "by cpu", "cpu ms", "loader, ms", "faults", "switches"]]
+    with (RESULTS / "run-tiny-amd-epyc-fp32.csv").open() as file:
+        for row in csv.DictReader(file):
+            ratio, low, high = (float(row[f"over_step{end}"]) for end in ("", "_low", "_high"))
+            interval = f"{ratio:.3f} ({low:.3f} to {high:.3f})" if row["contender"] != "step" else "1"
+            cpu, loader = (1000 * float(row[f"cpu_{of}"]) for of in ("s", "loader_s"))
+            speed, share = float(row["pairs_per_s"]), float(row["cpu_over_step"])
+            rest = [f"{float(row[name]):.0f}" for name in ("page_faults", "switches")]
+            rows.append(
+                [
+                    f"`{row['contender']}`",
+                    f"{speed:.1f}",
+                    interval,
+                    f"{share:.3f}",
+                    f"{cpu:,.0f}",
+                    f"{loader:.0f}",
+                    *rest,
+                ]
+            )
+    return markdown(rows)
+
+
 def study(name: str, arms: str) -> str:
     """The committed results of a study on the emoji: R@1 with its difference from the base arm, and the gains.
 
@@ -214,6 +238,7 @@ TABLES = {
     "demo-retrieval": demo_retrieval,
     "demo-gain": demo_gain,
     "step-speed": step_speed,
+    "run-speed": run_speed,
     "study-objectives": lambda: study("objectives", "objectives"),
     "study-masking": lambda: study("masking", "the partner of a masked stream"),
     "study-data": lambda: study("data", "losses, share of the training images"),
