@@ -16,12 +16,16 @@ def report(run: Path, others: tuple[Path, ...] = (), /, data: Path | None = None
     Args:
         run: Run folder.
         others: Up to five run folders to compare it with.
-        data: Folder of shards for a report's examples. Default: the one that the run was evaluated on.
+        data: Folder of shards for a report's examples, of one run. Default: the one that the run was evaluated on.
         out: File to write. Default: report.html in the run folder, or compare.html in the first one.
     """
     from mvlm.runs.folder import RunFolder
 
     if others:
+        if data is not None:
+            from mvlm.errors import ConfigError
+
+            raise ConfigError("data: a comparison of runs shows no examples; leave --data out, or name one run")
         from mvlm.report.comparison import write_comparison
 
         print(write_comparison([run, *others], out or RunFolder(run).comparison))

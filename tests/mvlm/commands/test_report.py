@@ -23,3 +23,9 @@ def test_a_report_of_a_run_without_an_evaluation_names_the_command(run_mvlm, tra
         run_mvlm("report", trained), "wanted the run's evaluation, found none; first run `mvlm eval retrieval"
     )
     assert folder_hash(trained) == before
+
+
+def test_a_comparison_takes_no_data(run_mvlm, tmp_path):
+    runs = [made_up_run(tmp_path / name) for name in ("one", "other")]
+    assert_refused(run_mvlm("report", *runs, "--data", tmp_path), "data: a comparison of runs shows no examples")
+    assert not (runs[0] / "compare.html").exists()

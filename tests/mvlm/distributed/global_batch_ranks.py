@@ -30,7 +30,15 @@ from mvlm_dataloading import Batch, Masks
 
 # Helpers, for a program that pytest does not run. Last in the path and after mvlm, which tests/mvlm would hide.
 sys.path.append(str(Path(__file__).parents[2]))
-from support.models import micro_batch, micro_model, uniform_of_pair, with_complement, with_extra_captions, with_weights
+from support.models import (
+    micro_batch,
+    micro_config,
+    micro_model,
+    uniform_of_pair,
+    with_complement,
+    with_extra_captions,
+    with_weights,
+)
 
 LENGTHS = (7, 4, 12, 3, 9, 5, 3, 11, 12, 12, 3, 3, 8, 6, 10, 4)
 SEED, STEP = 3, 5
@@ -45,8 +53,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "extra captions": {"extra_caption_weight": 0.5},
     "weighted masks": {},
     "weighted complementary masks": {},
+    "partner masks": {},
+    "masked partners": {
+        "partner_image_mask_ratio": micro_config().image_mask_ratio,
+        "partner_text_mask_ratio": micro_config().text_mask_ratio,
+    },
 }
-"""Changes of the model, by name. The masks of the last two have weights, and a complement."""
+"""Changes of the model, by name. Masks are changed where the name says so."""
 SHALLOW: dict[str, Any] = {"image_layers": 1, "text_layers": 1, "decoder_layers": 1}
 WIDTH = 5
 """Width of the embeddings whose logits are counted."""
@@ -60,6 +73,8 @@ def whole_batch(variant: str = "paper") -> tuple[Batch, Masks]:
     text_id[[7, 8, 15]] = 200
     masks = with_weights(batch, masks) if "weighted" in variant else masks
     masks = with_complement(batch, masks) if "complementary" in variant else masks
+    if variant == "partner masks":
+        masks = replace(masks, partner_patch_ids=masks.patch_ids[:, ::2], partner_token_ids=masks.token_ids[::2])
     batch = with_extra_captions(batch) if variant == "extra captions" else batch
     return replace(batch, image_id=image_id, text_id=text_id), masks
 
@@ -74,10 +89,14 @@ def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, M
         ids = getattr(masks, f"{name}_ids")
         if ids is None:
             return {}
-        inside, weights = (ids >= begin) & (ids < end), getattr(masks, f"{name}_weights")
+        inside, weights = (ids >= begin) & (ids < end), getattr(masks, f"{name}_weights", None)
         return {f"{name}_ids": ids[inside] - begin} | ({} if weights is None else {f"{name}_weights": weights[inside]})
 
-    patches = {} if masks.patch_weights is None else {"patch_weights": masks.patch_weights[rows]}
+    patches = {
+        name: ids[rows]
+        for name in ("patch_ids", "patch_weights", "partner_patch_ids")
+        if (ids := getattr(masks, name)) is not None
+    }
     part = Batch(
         images=batch.images[rows],
         tokens=batch.tokens[begin:end],
@@ -98,7 +117,7 @@ def piece(batch: Batch, masks: Masks, first: int, number: int) -> tuple[Batch, M
             extra_cu_seqlens=lengths.cumsum(0).int(),
             extra_max_length=int(lengths.max()),
         )
-    return part, Masks(patch_ids=masks.patch_ids[rows], **patches, **own("token"), **own("complement"))
+    return part, Masks(**patches, **own("token"), **own("complement"), **own("partner_token"))
 
 
 class Oracle:
