@@ -166,7 +166,7 @@ class CudaClock:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         results: list[Results] = []
-        with torch.cuda.graph(graph, stream=stream):
+        with recording(graph, stream):
             for number in range(GRAPH_CALLS):
                 # Results are in the graph's memory. The last ones of each step are kept as long as the graph.
                 results = [*results, steps[number % len(steps)]()][-len(steps) :]
@@ -195,6 +195,24 @@ class CudaClock:
         step()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+@contextlib.contextmanager
+def recording(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
+    """Record the calls of a block into a CUDA graph, as `torch.cuda.graph` does, which a failure would leave open.
+
+    What follows a failed capture would run on its stream, and the allocator would take it for a part of the graph.
+    """
+    before, pool = torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            yield
+    except BaseException:
+        torch.cuda.set_stream(before)
+        with contextlib.suppress(RuntimeError, AttributeError):  # the capture could be ended, and released the pool
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+            torch._C._cuda_releasePool(torch.cuda.current_device(), pool)
+        raise
 
 
 def _require_idle() -> None:

@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch._functorch.config as compiler
 
-from mvlm_benchmarks.clock import CpuClock, CudaClock, Refused, make_clock, require_own_timers, torch_settings
+from mvlm_benchmarks.clock import (
+    CpuClock,
+    CudaClock,
+    Refused,
+    make_clock,
+    recording,
+    require_own_timers,
+    torch_settings,
+)
 
 
 def test_cpu_clock_reports_microseconds_and_the_last_results_of_each_step() -> None:
@@ -77,3 +85,34 @@ def test_torch_settings_are_restored() -> None:
     assert compiler.donated_buffer == donated
     with torch_settings("cpu"):
         assert torch.get_float32_matmul_precision() == precision
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_capture_that_failed_leaves_its_stream(monkeypatch, ended) -> None:
+    """`torch.cuda.graph` stays on its stream if its end raises. The allocator forgets what could not be ended."""
+    current, released = ["usual"], []
+
+    class Context:
+        def __init__(self, graph, pool, stream):
+            assert (graph, pool, stream) == ("graph", "pool", "side")
+
+        def __enter__(self):
+            current.append("side")
+
+        def __exit__(self, *_):
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+    def end(device, pool):
+        if ended:
+            raise RuntimeError("not currently recording to this pool")
+
+    fakes = {"graph": Context, "graph_pool_handle": lambda: "pool", "current_device": lambda: 0}
+    fakes |= {"current_stream": lambda: current[-1], "set_stream": current.append}
+    for name, value in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: released.append(pool), raising=False)
+    with pytest.raises(RuntimeError, match="during capture"), recording("graph", "side"):  # type: ignore[arg-type]
+        raise RuntimeError("operation not permitted when stream is capturing")
+    assert current == ["usual", "side", "usual"]
+    assert released == ([] if ended else ["pool"])

@@ -14,6 +14,7 @@ from mvlm.config.model import MaskVLMConfig
 from mvlm.device import autocast
 from mvlm.model.maskvlm import MaskVLM
 from mvlm_benchmarks.captions import caption_lengths
+from mvlm_benchmarks.clock import recording
 from mvlm_benchmarks.gpu.categories import by_category, profile_call
 from mvlm_benchmarks.gpu.stage import Row, Stage, WrongValue
 from mvlm_benchmarks.intervals import ratio
@@ -154,7 +155,7 @@ def _graph(fast: Contender, inputs: StepInputs) -> Row:
             wanted = step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with recording(graph):
         found = step()
     found.fill_(float("nan"))
     graph.replay()
