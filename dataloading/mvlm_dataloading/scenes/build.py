@@ -27,7 +27,7 @@ from .draw import Painter
 from .hypotheses import make_hypotheses
 from .layout import SIDE, Scene, boxes
 from .phrases import make_phrases
-from .questions import make_questions, with_presence
+from .questions import make_questions, make_training_questions
 from .samples import Sample
 from .statements import make_statements
 from .vocabulary import SPLITS, Vocabulary, vocabulary
@@ -43,7 +43,7 @@ TASKS: dict[str, Compose] = {
     "grounding": make_phrases,
 }
 # Increment when texts, layouts, artwork or splits change. Folders of an older revision are then refused, not reused.
-_REVISION = 3
+_REVISION = 4
 _CHUNK = 64
 _painter: Painter | None = None  # of a worker process: cut-outs are decoded once
 
@@ -64,7 +64,7 @@ def build_scenes(
     Args:
         train, validation, test: samples of a task in these splits, rounded up to whole blocks of balanced texts. The
             splits combo, concept, artist and photo have as many as test. Training images of vqa have up to two further
-            questions each.
+            questions each, and there are as many further scenes.
         stamps: the file tuxpaint-stamps-default_*.deb, for the split `photo`.
         workers: number of processes, one per core by default.
 
@@ -122,8 +122,8 @@ def build_scenes(
 
 def compose_split(task: str, split: str, seed: int, vocabulary: Vocabulary, count: int) -> list[Sample]:
     """Samples of a task's split before they are drawn, those of one image one after another."""
-    samples = TASKS[task](f"{seed} {task} {split}", vocabulary, count)
-    return with_presence(samples, vocabulary) if (task, split) == ("vqa", "train") else samples
+    make = make_training_questions if (task, split) == ("vqa", "train") else TASKS[task]
+    return make(f"{seed} {task} {split}", vocabulary, count)
 
 
 def metadata_of(sample: Sample, art: Artwork, task: str, split: str, number: int, image: int) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """Questions about scenes in pairs: two scenes that differ in one object, one question, two answers.
 
 Every family makes blocks in which each question has each of its answers equally often. A guess from the text alone is
-therefore right at chance in every split, for every question by itself. Training samples are asked more: whether the
-kinds that tell two scenes apart are there.
+therefore right at chance in every split, for every question by itself. Training has more questions, because a noun is
+otherwise asked about too seldom: further scenes with relations, and whether the kinds that tell two scenes apart are
+there.
 """
 
 import random
@@ -30,6 +31,16 @@ def make_questions(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample
     of_colours: dict[str, Family] = {"colour": colour, "same colour": is_same_colour}
     families: dict[str, Family] = {"exist": exist, "count": number, "relation": relation, "compare": compare}
     return compose(families | (of_colours if vocabulary.tints else {}), seed, vocabulary, count)
+
+
+def make_training_questions(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
+    """`make_questions` with the further questions of `with_presence`, and about as many scenes with relations alone.
+
+    A relation's answer is one of many nouns. Of 8,000 questions alone, 9 have a given noun as their answer, in the mean
+    of 144 nouns. With the further ones it is 65.
+    """
+    samples = with_presence(make_questions(seed, vocabulary, count), vocabulary)
+    return samples + compose({"relation": relation}, f"{seed} further", vocabulary, count)
 
 
 def with_presence(samples: list[Sample], vocabulary: Vocabulary) -> list[Sample]:

@@ -101,7 +101,7 @@ def test_training_images_are_asked_whether_what_tells_them_apart_is_there() -> N
     """Both kinds that were exchanged, in both scenes of a pair; but no kind of a held-out set, and none twice."""
     kinds = vocabulary("train", PLAIN.shapes)
     before, found = TASKS["vqa"]("0 vqa train", kinds, 720), compose_split("vqa", "train", 0, kinds, 720)
-    by_image = [(scenes, list(same)) for scenes, same in groupby(found, key=lambda s: s.scenes)]
+    by_image = [(scenes, list(same)) for scenes, same in groupby(found, key=lambda s: s.scenes)][: len(before)]
     assert [scenes for scenes, _ in by_image] == [s.scenes for s in before]
     assert [same[0] for _, same in by_image] == before
     for ((one,), asked), ((other,), again) in zip(by_image[::2], by_image[1::2], strict=True):
@@ -115,6 +115,16 @@ def test_training_images_are_asked_whether_what_tells_them_apart_is_there() -> N
     nouns = {f"is there {with_article(noun.text)}?" for noun in kinds.nouns}
     few, many = (sum(s.captions[0] in nouns for s in samples) for samples in (before, found))
     assert many > 6 * few
+
+
+def test_training_has_further_scenes_with_relations() -> None:
+    kinds = vocabulary("train", PLAIN.shapes)
+    alone, found = TASKS["vqa"]("0 vqa train", kinds, 720), compose_split("vqa", "train", 0, kinds, 720)
+    scenes = {s.scenes for s in alone}
+    further = [s for s in found if s.scenes not in scenes]
+    assert 720 <= len(further) < 720 + 8
+    assert {s.metadata["question_type"] for s in further} == {"relation"}
+    assert len({s.scenes for s in further}) == len(further)
 
 
 def chance(task: str, split: str) -> np.ndarray:
