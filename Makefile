@@ -212,8 +212,8 @@ evidence: $(VENV)/.installed
 
 TASK_STUDIES    := easy-vqa scenes-vqa scenes-entailment scenes-pairs scenes-caption emoji-retrieval
 TASK_EVALUATIONS := $(patsubst %,runs/tasks/%.json,recognition-openmoji recognition-twemoji recognition-groups grounding)
-# The model that the studies of scenes start from: the demo's, after captions of scenes.
-SCENES_RUN := runs/tasks/scene-captions
+# The model that the studies of scenes start from: the demo's, after captions of scenes, and then ITC and ITM with them.
+SCENES_RUN := runs/tasks/scene-matching
 
 # Of each study: its data, and the model that it starts from. Trials whose results are committed are not run again.
 study_data = $(if $(filter easy-vqa,$1),data/easy-vqa,$(if $(filter emoji-%,$1),$(DATA),data/scenes/$(1:scenes-%=%)))
@@ -234,8 +234,12 @@ tasks-table: $(VENV)/.installed
 	$(BIN)/python docs/tables.py --tasks runs/tasks
 
 $(SCENES_RUN)/.trained: data/scenes/.built
-	$(BIN)/mvlm finetune caption --checkpoint $(RUN) --data data/scenes/caption --out $(SCENES_RUN) --batch-size 64 \
-	    --crop-scale 0.9 1 --lr-encoder 5e-4 --lr-cross 5e-4 --lr-head 1e-3 --warmup-steps 40 --max-steps 2000 --resume
+	$(BIN)/mvlm finetune caption --checkpoint $(RUN) --data data/scenes/caption --out runs/tasks/scene-captions \
+	    --batch-size 64 --crop-scale 0.9 1 --lr-encoder 5e-4 --lr-cross 5e-4 --lr-head 1e-3 --warmup-steps 40 \
+	    --max-steps 2000 --resume
+	$(BIN)/mvlm finetune retrieval --checkpoint runs/tasks/scene-captions --data data/scenes/caption --out $(SCENES_RUN) \
+	    --batch-size 64 --crop-scale 0.9 1 --lr-encoder 3e-4 --lr-cross 6e-4 --warmup-steps 30 --max-steps 800 \
+	    --eval-every-steps 0 --resume
 	touch $@
 
 runs/tasks/recognition-openmoji.json: | $(VENV)/.installed $(DATA)/dataset.json
