@@ -1,4 +1,4 @@
-"""Fused training kernels for masked vision-and-language models; torch and Triton are the only dependencies."""
+"""Fused training kernels for masked vision-and-language models, with torch, Triton and NumPy alone."""
 
 from typing import TYPE_CHECKING
 

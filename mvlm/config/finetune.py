@@ -34,7 +34,7 @@ class TaskSettings:
     """Questions about one image that a batch has together (vqa, entailment, pairs). With more than 1, a batch encodes
     each of its images once."""
     min_count: Annotated[int, AT_LEAST_1] = 1
-    """Fewest training questions to which most annotators gave an answer for it to be listed (vqa; 9 for VQA v2)."""
+    """An answer is listed if it is the most frequent one of this many training questions or more (vqa; VQA v2: 9)."""
     answers: Literal["decoder", "classifier"] = "decoder"
     """Form of vqa: the paper's autoregressive decoder, or a classifier over the list of answers."""
     answer_list: Path | None = None

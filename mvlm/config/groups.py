@@ -180,7 +180,7 @@ class ParallelSettings:
     """Recompute the activations of each block in backward instead of keeping them: less memory, a third more work."""
     local_negatives: bool = False
     """Draw ITM's negatives within a rank's microbatch instead of the global batch. No features are communicated, but
-    the loss then depends on the number of ranks."""
+    the loss then depends on the number of ranks and microbatches."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -61,7 +61,8 @@ def backward_global(
     r is pair (a W + r) b + i of the global batch: the loader's order.
 
     Args:
-        weights: weights of the losses in the total. An objective of weight 0 is zero and costs nothing.
+        weights: weights of the losses in the total. A loss of weight 0 is zero and is not computed, but for ITC if ITM
+            has a weight.
         reconstruction_only: weigh ITC and ITM with 0.
         local_negatives: draw ITM's negatives within a microbatch, not from the global batch. The losses then depend on
             the number of ranks and microbatches.

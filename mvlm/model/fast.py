@@ -3,13 +3,13 @@
 Nothing is approximated. Work is skipped if its result is unused or already known:
 
 - Padding: text is packed in the encoder, in both cross-modality encoders, and at the LM head.
-- Each encoder runs once, over unmasked and masked inputs together (but with `drop_masked`). Patches are projected once.
+- Each encoder runs once, over unmasked and masked inputs together (not with `drop_masked`). Patches are projected once.
 - Keys and values of an encoder's output are computed once per cross-attention layer. The reconstruction and the three
   pairings of ITM share them in place.
 - ITM reads only [CLS], so the last block computes no other row. The part of block 0 that does not depend on the
   partner runs once per image or caption, not once per pair.
 - The last block of the decoder, the pixel head, the last block before the LM head, and the head itself compute only
-  masked rows. The full logits are never materialised, nor on a GPU all predicted pixels.
+  masked rows. The full logits never exist in memory. On a GPU, neither do all predicted pixels.
 
 Shape legend: B batch, N patches, L rows, T packed tokens, M masked tokens, K masked patches, R = 3B pairs, C width,
 H heads, D head width, P patch side, S image side.
@@ -137,7 +137,7 @@ def encode_texts(model: MaskVLMNetwork, batch: Batch, hidden: list[Tensor]) -> t
 
 
 def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> tuple[Tensor, Tensor]:
-    """MLM, the mean over the batch's M masked tokens, and its accuracy: scalars."""
+    """MLM, the mean over the batch's M masked tokens, weighted if the masks have weights; its accuracy: scalars."""
     assert streams.masked_text is not None
     image = streams.partner_caches.image if streams.partner_caches else KeyValueCache(streams.partner_image)
     ids, targets, weights = masked_tokens(batch, masks).with_shares()
@@ -171,7 +171,7 @@ def masked_token_features(model: MaskVLMNetwork, text: PackedText, image: KeyVal
 
 
 def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
-    """MIM, a scalar: the mean over the batch's B x K masked patches."""
+    """MIM, a scalar: the mean over the batch's B x K masked patches, weighted if the masks have weights."""
     assert streams.masked_image is not None
     text = streams.partner_caches.text if streams.partner_caches else _text_cache(streams.partner_text)
     encoder, head = model.image_encoder, model.pixel_head

@@ -43,7 +43,8 @@ class MaskVLM(MaskVLMNetwork, HubMixin):
             seed: seed of ITM's negatives.
             step: number of the update; with `seed` it determines the negatives. Under torch.compile and CUDA graphs, an
                 int64 scalar on the device.
-            weights: weights of the losses in the total. An objective of weight 0 is zero and costs nothing.
+            weights: weights of the losses in the total. A loss of weight 0 is zero and is not computed, but for ITC if
+                ITM has a weight.
             reconstruction_only: weigh ITC and ITM with 0.
             plan: name of the implementation; "plain" and "fast" give the same losses, up to rounding.
 

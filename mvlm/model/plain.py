@@ -77,7 +77,7 @@ def encode_tokens(model: MaskVLMNetwork, tokens: Tensor, cu_seqlens: Tensor, max
 
 
 def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> tuple[Tensor, Tensor]:
-    """MLM and its accuracy, scalars: means over the batch's M masked tokens."""
+    """MLM and its accuracy, scalars: means over the batch's M masked tokens, weighted if the masks have weights."""
     assert streams.masked_text is not None
     wm, key_mask = streams.masked_text.padded()  # (B, L, C), (B, L); with complementary masks 2B
     v = streams.partner_image.repeat(len(wm) // len(batch.images), 1, 1)
@@ -87,7 +87,7 @@ def language_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: 
 
 
 def image_loss(model: MaskVLMNetwork, streams: Streams, batch: Batch, masks: Masks) -> Tensor:
-    """MIM, a scalar: the mean over the batch's B x K masked patches."""
+    """MIM, a scalar: the mean over the batch's B x K masked patches, weighted if the masks have weights."""
     assert streams.masked_image is not None
     w, key_mask = streams.partner_text.padded()  # (B, L, C), (B, L)
     pixels = model.reconstruct(streams.masked_image, w, key_mask, masks.patch_ids)  # (B, K, 3*P*P)

@@ -18,7 +18,8 @@ from mvlm.config.pretrain import PretrainConfig
 class LossWeights(NamedTuple):
     """Weights of the four losses in the total.
 
-    An objective of weight 0 is not computed, and its loss is zero; but ITM needs ITC's, which is then computed.
+    A loss of weight 0 is not computed, and is zero. The exception is ITC if ITM has a weight: ITM draws its negatives
+    from ITC's logits.
     """
 
     mlm: float = 1.0

@@ -54,15 +54,15 @@ def gumbel(seed: int, step: int | Tensor, direction: int, rows: Tensor, columns:
 
 
 MAX_READERS = 32
-"""Largest number of pairs that may draw one image in a step, and that may draw one caption.
+"""Largest number of pairs that keep one image as their negative in a step, and that keep one caption.
 
-Without a limit all pairs of the global batch could draw the same image, and the rank that has it would send it to every
+Without a limit all pairs of the global batch could have the same image, and the rank that has it would send it to every
 rank. With equal logits at most 9 of 131,072 pairs draw one image. The limit is the same for any number of ranks.
 """
 
 
 def limit_readers(columns: Tensor, most: int = MAX_READERS) -> Tensor:
-    """Limit how often a column is drawn. columns int64 (G,): the column that each of rows 0 to G - 1 drew.
+    """Limit how many rows keep one column. columns int64 (G,): the column that each of rows 0 to G - 1 drew.
 
     Of the rows that drew a column, the first `most` keep it. Each of the others gets its own index, which stands for no
     negative (`drawn_weights`). The order of rows is the loader's random order, so none is preferred.

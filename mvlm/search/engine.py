@@ -51,7 +51,7 @@ def connect(location: str) -> Any:
 
 
 def table_names(database: Any) -> Sequence[str]:
-    """Names of the tables of a database. RunError if it cannot be read."""
+    """Names of up to 100 tables of a database. RunError if it cannot be read."""
     try:
         return database.list_tables(limit=100).tables
     except Exception as error:
@@ -60,7 +60,7 @@ def table_names(database: Any) -> Sequence[str]:
 
 @contextlib.contextmanager
 def filter_errors(where: str | None, schema: pa.Schema) -> Iterator[None]:
-    """Turn the engine's errors about a filter into a ConfigError that lists the columns."""
+    """Turn any error of a search with a filter into a ConfigError that quotes it and lists the columns."""
     try:
         yield
     except Exception as error:
@@ -68,7 +68,7 @@ def filter_errors(where: str | None, schema: pa.Schema) -> Iterator[None]:
             raise
         names = ", ".join(name for name in schema.names if name not in ("vector", "metadata"))
         raise ConfigError(
-            f"where: wanted an SQL condition on the columns {names}, got {where!r} ({short(error)}); mend it"
+            f"where: wanted an SQL condition on the columns {names}, got {where!r} ({short(error)}); correct it"
         ) from None
 
 

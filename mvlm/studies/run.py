@@ -22,7 +22,7 @@ from mvlm_dataloading.tools.view import make_view
 log = logging.getLogger(__name__)
 
 CAPTIONS = 512
-"""Captions whose mean length decides the FLOPs of a step."""
+"""First captions, from which the mean length is estimated that decides the FLOPs of a step."""
 
 
 def run_study(
@@ -46,7 +46,8 @@ def run_study(
         checkpoint: pretrained model of a study of a task.
 
     Returns:
-        The page; None if the study was asked to stop (SIGTERM), or if trials of other parts are missing.
+        The page; None if the study was asked to stop (SIGTERM), or if trials are missing that other parts or processes
+        have to make.
     """
     others = _others(reuse, out)
     trials = plan_trials(study, data, out, checkpoint)
@@ -95,7 +96,7 @@ def report_finished(
 
 
 def _others(reuse: Sequence[Path], out: Path) -> list[Path]:
-    """The studies to take results from: never the study itself, whose equal arms are all run."""
+    """The studies to take results from. `out` is left out: a study runs each of its arms, equal ones too."""
     return [folder for folder in reuse if folder.resolve() != out.resolve()]
 
 
@@ -108,7 +109,9 @@ def _write(study: Study, results: list[dict[str, Any]], out: Path) -> Path:
 
 
 def plan_trials(study: Study, data: Path, out: Path, checkpoint: Path | None = None) -> list[Trial]:
-    """All trials of a study: every arm with the first seed, then with the next, so that a part of them is balanced.
+    """All trials of a study: every arm with the first seed, then with the next.
+
+    The trials that are finished when a study stops early then cover all arms about equally.
 
     ConfigError for a setting that no run has, before anything is run.
     """
@@ -166,7 +169,7 @@ def training_data(fraction: float, data: Path, out: Path) -> Path:
 def _steps_and_flops(
     study: Study, config: PretrainConfig, dataset: Dataset, lengths: dict[int, float]
 ) -> tuple[int, float | None]:
-    """Steps of a trial and the FLOPs of all of them, of pretraining only. `lengths` keeps mean caption lengths."""
+    """Steps of a trial and their FLOPs, None for a task. `lengths` keeps mean caption lengths."""
     if study.task:
         return int(study.budget["steps"]), None
     longest = config.model.text_length

@@ -44,7 +44,7 @@ class TaskOptions:
     blind: Literal["no", "image", "text"] = "no"
     """Modality that the model does not get."""
     min_count: int = 1
-    """Training questions to which most annotators must have given an answer for it to be on the list of answers."""
+    """An answer is listed if it is the most frequent one of at least this many training questions."""
     answers: Literal["decoder", "classifier"] = "decoder"
     """Form of `vqa`: the paper's answer decoder, or a classifier over the list of answers."""
     answer_list: str | None = None
@@ -74,7 +74,7 @@ class TaskOptions:
 
 
 class Task(nn.Module):
-    """A pretrained model with a head. Subclasses define the five members that raise NotImplementedError.
+    """A pretrained model with a head. Subclasses define `name`, `main`, and what raises NotImplementedError.
 
     Args:
         model: the pretrained model; its parameters are those of the task.

@@ -4,10 +4,11 @@
   share of annotators who gave it (ALBEF). It answers from the list, by likelihood, or by open generation.
 - classifier, METER's and BEiT-3's form: binary cross-entropy with the answers' soft targets, summed over answers.
 
-A sample's metadata holds `question_id` and `answers`, a record {answer, answer_id} an annotator, as in VQA v2's
+A sample's metadata holds `question_id` and `answers`, a record {answer, answer_id} per annotator, as in VQA v2's
 annotations. Answers are compared as the official metric compares them: normalised, unless all annotators agree.
 
-Shape legend: B batch, A answers of the list, S samples of a split, H most answers of a question, R answers of a batch.
+Shape legend: B batch, A answers of the list, S samples of a split, H largest number of answers per question, R answers
+of a batch.
 """
 
 from collections import Counter
@@ -53,7 +54,7 @@ def questions(dataset: Dataset, may_lack_answers: bool = False) -> list[dict[str
 
 
 def mean_targets(records: list[dict[str, Any]], answers: list[str]) -> list[float]:
-    """Mean soft target of each answer over all questions, in (0, 1). Each answer must occur at least once."""
+    """Mean soft target of each answer over n questions, at most 1 - 1 / 2n. Each answer must occur at least once."""
     sums: dict[str, float] = dict.fromkeys(answers, 0.0)
     for record in records:
         for answer, target in soft_targets(record["answers"]).items():
@@ -69,12 +70,12 @@ def annotator_shares(record: dict[str, Any]) -> dict[str, float]:
 
 
 def main_answer(record: dict[str, Any]) -> str:
-    """The answer that most of a question's annotators gave, the first of several: VQA v2's `multiple_choice_answer`."""
+    """A question's most frequent answer, the first of equally frequent ones: VQA v2's `multiple_choice_answer`."""
     return Counter(compared_answers(record["answers"])[0]).most_common(1)[0][0]
 
 
 class VisualQuestionAnswering(Task):
-    """Answers to questions about images: decoded from, or classified over, the answers of the training split."""
+    """Answers to questions about images, by a decoder or by a classifier over a list of answers."""
 
     name = "vqa"
     main = "accuracy"
@@ -110,8 +111,8 @@ class VisualQuestionAnswering(Task):
         A classifier starts from `means`, the mean target of each answer. From equal probabilities it would spend its
         first steps on learning that all answers but one are wrong.
 
-        The list is that of the options' file, or the answers that most annotators gave to at least `min_count` training
-        questions, most frequent first. METER and BEiT-3 count so, over training and validation questions: 9 gives
+        The list is that of the options' file, or the most frequent answers of at least `min_count` training questions
+        each, most frequent first. METER and BEiT-3 count so, over training and validation questions: 9 gives
         their 3,129 answers.
 
         Raises:
@@ -191,7 +192,7 @@ class VisualQuestionAnswering(Task):
 
     @staticmethod
     def score(records: list[dict[str, Any]], dataset: Dataset) -> dict[str, Any]:
-        """VQA accuracy, with its 95 % interval over images, by type of answer and of question.
+        """VQA accuracy with its 95 % interval over images, and that of each type of answer and of question.
 
         Of a split without answers: the number of questions alone. The benchmark's server scores its predictions.
         """
@@ -211,7 +212,7 @@ def read_answers(path: Path, counts: Counter[str]) -> list[str]:
     An answer that no training question has as it stands is normalised.
 
     DataError if an answer is in no training question (`counts`): the list then comes from elsewhere, perhaps from the
-    questions of the test.
+    test split.
     """
     found = read_json(path, "a JSON list of answers")
     if not isinstance(found, list) or not all(isinstance(answer, str) for answer in found):

@@ -1,6 +1,6 @@
 """Forward and backward of a step, replayed from CUDA graphs: one for each bucket of shapes.
 
-A step queues some thousand kernels. On a fast GPU and at a small batch the host takes longer to queue them than the GPU
+A step queues thousands of kernels. On a fast GPU and at a small batch the host takes longer to queue them than the GPU
 to run them. A graph queues them all with one call. docs/guides/compiled_steps.md says when that helps.
 """
 
@@ -29,8 +29,8 @@ Step = Callable[[Batch, Masks, Tensor, bool], Losses]
 """step(batch, masks, number, reconstruction_only): sets the gradients and returns the losses, detached scalars. number:
 that of the update, int64 () on the device."""
 Capture = Callable[[Callable[[], Losses]], tuple[Callable[[], None], Losses]]
-"""capture(function): runs a function without arguments once and returns how to repeat it, and the outputs that each
-repetition fills again."""
+"""capture(function): records a function without arguments, and returns how to run what was recorded, and the outputs
+that each run fills."""
 
 
 def check_graphs(config: PretrainConfig, world: World) -> None:

@@ -87,7 +87,7 @@ class Trainer:
         self.step = 0
         """Updates made or skipped."""
         self.best: dict[str, float] | None = None
-        """Step of the best evaluation, and its figure: the mean of both R@1, in per cent."""
+        """Step of the best evaluation, and its figure: the mean of both R@1 in per cent, or the main one of a task."""
 
     @property
     def complete(self) -> bool:

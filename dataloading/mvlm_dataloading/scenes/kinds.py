@@ -3,7 +3,7 @@
 Nouns are names of emoji in the train split of the emoji data set, so a model that was pretrained on it has seen them.
 Colours are never painted: Unicode has the same shape in several named colours.
 
-Three things are kept out of every split but one, which measures them:
+Each of three things is kept for one split, which measures it:
 
 - a fifth of the nouns, and the books among the shapes (split `concept`);
 - three colours of each other shape; every colour and every shape stays in training (split `combo`);

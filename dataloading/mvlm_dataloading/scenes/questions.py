@@ -1,9 +1,9 @@
 """Questions about scenes in pairs: two scenes that differ in one object, one question, two answers.
 
 Every family makes blocks in which each question has each of its answers equally often. A guess from the text alone is
-therefore right at chance in every split, for every question by itself. Training has more questions, because a noun is
-otherwise asked about too seldom: further scenes with relations, and whether the kinds that tell two scenes apart are
-there.
+therefore right at chance in every split, for every question by itself. The training split gets two kinds of further
+questions, because few others name a given noun: scenes with relations, and "is there a dog?" for each kind that is in
+only one scene of a pair.
 """
 
 import random
@@ -36,8 +36,8 @@ def make_questions(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample
 def make_training_questions(seed: str, vocabulary: Vocabulary, count: int) -> list[Sample]:
     """`make_questions` with the further questions of `with_presence`, and about as many scenes with relations alone.
 
-    A relation's answer is one of many nouns. Of 8,000 questions alone, 9 have a given noun as their answer, in the mean
-    of 144 nouns. With the further ones it is 65.
+    A relation's answer is one of 144 nouns. Among 8,000 questions a noun is the answer to 9 on average, with the
+    further ones to 65.
     """
     samples = with_presence(make_questions(seed, vocabulary, count), vocabulary)
     return samples + compose({"relation": relation}, f"{seed} further", vocabulary, count)
@@ -47,8 +47,8 @@ def with_presence(samples: list[Sample], vocabulary: Vocabulary) -> list[Sample]
     """Questions in pairs of scenes, each followed by further ones about its scene: "is there a dog?".
 
     A kind is asked about if it is in one scene of the pair and not in the other, so each question has both answers
-    equally often. A question that the pair has already is not repeated. Of 8,000 questions alone, 4 ask whether a given
-    noun is there, in the median of 144 nouns. With the further ones it is 34.
+    equally often. A question that the pair has already is not repeated. Among 8,000 questions, a noun is asked about 4
+    times (the median of 144 nouns), with the further ones 34 times.
     """
     found = []
     for pair in zip(samples[::2], samples[1::2], strict=True):
@@ -64,7 +64,7 @@ def with_presence(samples: list[Sample], vocabulary: Vocabulary) -> list[Sample]
 
 
 def exist(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Presence of a noun or of a coloured shape; in the other scene the shape has another colour."""
+    """Presence of a noun or of a coloured shape. The other scene has another noun, or the shape in another colour."""
     kind = asked_kind(rng, vocabulary)
     edit = other_kind(rng, vocabulary, kind)
     others = same_colour(rng, vocabulary, kind) if kind.colour else []
@@ -101,7 +101,7 @@ def number(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
 
 
 def colour(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """Colour of the only object of a shape, each of its colours equally often, among other coloured shapes."""
+    """Colour of the only object of a shape, each of its colours equally often; another coloured shape is there."""
     shape = rng.choice(sorted({tint.name for tint in vocabulary.tints}))
     colours = [tint for tint in vocabulary.tints if tint.name == shape]
     samples = []

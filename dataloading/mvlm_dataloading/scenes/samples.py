@@ -50,7 +50,7 @@ def fillers(rng: random.Random, vocabulary: Vocabulary, count: int, without: Ite
 def other_kind(rng: random.Random, vocabulary: Vocabulary, kind: Kind) -> Kind:
     """Substitute of a kind where it is missing: the same shape in another colour, or another noun.
 
-    It is of those that the split asks about. A kind of which training knows nothing is therefore no sign of a "yes".
+    It is one of the kinds that the split asks about. Otherwise a kind that training does not know would mean "yes".
     """
     if kind.colour:
         return rng.choice([tint for tint in vocabulary.tints if tint.name == kind.name and tint != kind])

@@ -5,10 +5,11 @@ Where the backward is:
 - Kernels: ``launch.backward`` runs ``short_kv_backward`` (``short_kv.py``) for short keys and ``short_q_backward``
   (``short_q.py``) for short queries. With ``key_index``, with grouped heads, or without tiles for a single pass,
   ``short_q_backward_dq`` and ``long_kv_backward`` (``long_kv.py``) run for short queries instead.
-- Eager calls on the CPU without ``return_lse``: autograd differentiates ``cpu.py``.
-- Dense calls without a kernel: SDPA, and its backward in torch.
+- Eager calls on the CPU with a side of at most 128 and without ``return_lse``: autograd differentiates ``cpu.py``.
+- Dense calls without a softcap, a given seed and ``return_lse``, if both sides are longer than 128, or on a GPU without
+  a kernel: SDPA, and its backward in torch.
 - All others, such as compiled graphs on the CPU and packed sequences without a kernel: ``reference_backward``
-  (``reference.py``). Without a kernel, a softcap, a seed and ``return_lse`` go there too.
+  (``reference.py``).
 """
 
 import math
