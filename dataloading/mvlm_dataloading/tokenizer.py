@@ -74,6 +74,29 @@ class Tokenizer:
                 found.append((word, tokens[0], tokens[-1] + 1))
         return found
 
+    def word_starts(self) -> NDArray[np.bool_]:
+        """True for each token of the vocabulary that starts a word: bool (V,).
+
+        Byte-level BPE and SentencePiece mark the blank before a word, so punctuation belongs to the word before it.
+        WordPiece marks the pieces that go on with a word.
+
+        Raises:
+            DataError: the vocabulary has neither mark.
+        """
+        tokens = [self.token(number) or "" for number in range(self.vocab_size)]
+        for mark, starts in (
+            ("\u0120", True),
+            ("\u2581", True),
+            ("##", False),
+        ):  # a blank of BPE, of SentencePiece; no blank
+            found = np.array([token.startswith(mark) for token in tokens])
+            if found.sum() > 1:
+                return found == starts
+        raise DataError(
+            "tokenizer: wanted one that marks the starts of words (byte-level BPE, SentencePiece, WordPiece), found no "
+            "marks; do without whole word masking"
+        )
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, without special tokens."""
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=True).strip()

@@ -126,10 +126,13 @@ class OptimizerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class WeightSettings:
-    """Pretrained encoders to start from. A resumed run keeps these."""
+    """Pretrained weights to start from. A resumed run keeps these, and reads its checkpoint in their place."""
 
     resume_may_change: ClassVar[bool] = False
 
+    initial_model: Path | None = None
+    """A trained model of this architecture to go on from, on this run's data: a run, one of its checkpoints or an
+    exported folder. Its tokenizer comes with it, and its position embeddings are resized where needed."""
     image_weights: Path | None = None
     """A safetensors file with a pretrained ViT of timm or transformers, for the image encoder."""
     text_weights: Path | None = None

@@ -80,6 +80,9 @@ class MaskVLMConfig:
     weighted by 1 / share, as in masked diffusion; `image_mask_ratio` then serves evaluation only."""
     text_masking: Literal["fixed", "variable"] = "fixed"
     """Share of masked tokens, likewise."""
+    whole_word_masking: bool = False
+    """Mask all tokens of a word of a caption or none; shares are then those of its words (BERT, ViLT). Evaluations mask
+    tokens."""
     complementary_masks: bool = False
     """Predict both halves of a caption in a step: the masked tokens, and, in a second copy, all others."""
     image_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)

@@ -62,6 +62,12 @@ class PretrainConfig(  # a dataclass takes fields from its bases from last to fi
             self._check_low_resolution()
         if self.reconstruction_first and not (self.mlm_weight or self.mim_weight):
             raise ConfigError(f"reconstruction_first: wanted 0 without MLM and MIM, got {self.reconstruction_first}")
+        others = [name for name in ("image_weights", "text_weights", "tokenizer") if getattr(self, name) is not None]
+        if self.initial_model is not None and others:
+            raise ConfigError(
+                f"initial_model: wanted no further weights and no tokenizer, got {', '.join(others)}; "
+                f"the model has its own encoders and tokenizer"
+            )
         if not -(2**63) <= self.seed < 2**64:  # what torch's generators take
             raise ConfigError(f"seed must be in [-2^63, 2^64), got {self.seed}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:

@@ -30,7 +30,7 @@ TEMPLATES = Environment(
 RECIPE = (
     "batch_size", "max_steps", "warmup_steps", "lr_encoder", "lr_cross", "lr_pixels", "weight_decay", "beta2",
     "clip_norm", "ema_decay", "crop_scale", "flip", "color_jitter", "randaugment", "precision", "seed",
-    "image_weights", "text_weights",
+    "initial_model", "image_weights", "text_weights",
 )  # fmt: skip
 """Settings of a run that its card lists, as far as the run's config.json has them."""
 DIRECTIONS = {"tr": "image to text", "ir": "text to image"}

@@ -76,7 +76,7 @@ def _check_rules(claims: Claims, track: Track) -> Check:
         found = open_dataset(config.data, split).fingerprint
         if found != wanted:
             problems.append(f"{split}: wanted the fingerprint {wanted[:12]}, found {found[:12]}")
-    if config.image_weights or config.text_weights:
+    if config.initial_model or config.image_weights or config.text_weights:
         problems.append("wanted a start from random weights, found pretrained ones")
     if config.tokenizer is not None:
         problems.append("wanted a tokenizer made from the training captions, found a file")

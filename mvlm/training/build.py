@@ -10,14 +10,22 @@ from mvlm.config.pretrain import PretrainConfig
 from mvlm.device import choose_device, chosen_precision
 from mvlm.distributed.world import World
 from mvlm.errors import ConfigError
+from mvlm.files import copy_into
 from mvlm.model.attention_backends import choose_for_model
 from mvlm.model.maskvlm import MaskVLM
+from mvlm.runs.checkpoint import TOKENIZER, newest_good_checkpoint
+from mvlm.runs.folder import RunFolder
+from mvlm.runs.load import load_model
 from mvlm.weights.load import load_image_weights, load_text_weights
+from mvlm.weights.resize import resized_model
 from mvlm_dataloading import Augment, DataError, Dataset, Loader, Tokenizer, load_tokenizer, tokenizer_for
 
 
 def choose_tokenizer(config: PretrainConfig, dataset: Dataset) -> Tokenizer:
-    """Load the configured tokenizer or the data set's own, or train one on the data set's captions."""
+    """Load the tokenizer of the initial model, the configured one or the data set's, or train one on its captions."""
+    if config.initial_model is not None:
+        ours = newest_good_checkpoint(RunFolder(config.out).checkpoints)
+        return load_tokenizer(ours / TOKENIZER) if ours else load_model(config.initial_model, "cpu").tokenizer
     if config.tokenizer is not None:
         return load_tokenizer(config.tokenizer)
     try:
@@ -66,6 +74,7 @@ def make_loader(dataset: Dataset, tokenizer: Tokenizer, config: PretrainConfig, 
         text_mask_ratio=model.text_mask_ratio,
         variable_image_masks=model.image_masking == "variable",
         variable_text_masks=model.text_masking == "variable",
+        whole_words=model.whole_word_masking,
         complementary_masks=model.complementary_masks,
         partner_image_mask_ratio=model.partner_image_mask_ratio if model.partner_image == "lightly masked" else 0.0,
         partner_text_mask_ratio=model.partner_text_mask_ratio if model.partner_text == "lightly masked" else 0.0,
@@ -89,9 +98,16 @@ def check_attention(config: PretrainConfig) -> None:
 
 
 def make_model(config: PretrainConfig, fresh: bool) -> MaskVLM:
-    """Make the model. A fresh one has its encoders loaded from `image_weights` and `text_weights`, if given."""
+    """Make the model. A fresh one has the weights that the settings name: of a trained model, or of encoders.
+
+    RunError if they do not fit.
+    """
     model = MaskVLM(config.model)
     model.set_attention(config.self_attention, config.cross_attention)
+    if fresh and config.initial_model is not None:
+        trained, _ = load_model(config.initial_model, "cpu")
+        trained = resized_model(trained, config.model.image_size, config.model.text_length)
+        copy_into(model.state_dict(), trained.state_dict(), config.initial_model)
     if fresh and config.image_weights is not None:
         load_image_weights(model, config.image_weights)
     if fresh and config.text_weights is not None:

@@ -164,3 +164,53 @@ def test_words_of_a_text_have_their_tokens(tokenizer, text):
     assert [tokenizer.decode(tokens[start:stop]) for _, start, stop in words] == text.split()
     for (_, _, stop), (_, start, _) in pairwise(words):
         assert stop == start
+
+
+def save_pieces(path, model, pre_tokenizer) -> None:
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = pre_tokenizer
+    inner.add_special_tokens(["[CLS]", "[SEP]", "[PAD]", "[MASK]"])
+    inner.save(str(path))
+
+
+def grouped(tokenizer, text: str) -> list[str]:
+    """The words of a text, as the vocabulary's marks tell them."""
+    tokens = tokenizer.encode([text], 1000)[0][1:-1]
+    starts = tokenizer.word_starts()[tokens]
+    starts[0] = True
+    return [tokenizer.decode(word) for word in np.split(tokens, np.flatnonzero(starts)[1:])]
+
+
+def test_starts_of_words_in_byte_level_bpe():
+    tokenizer = train_tokenizer(["a cat on a mat, ## ##b"] * 3, 300)
+    assert tokenizer.word_starts().shape == (tokenizer.vocab_size,)
+    for text in ("a cat on a mat", "one café, two cats", "x", "## unseen ##b"):
+        assert grouped(tokenizer, text) == text.split()
+
+
+def test_starts_of_words_in_word_pieces(tmp_path):
+    pieces = ["[UNK]", "cat", "mat", "on", "##s", "##i", ","]
+    model = tokenizers.models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]")
+    save_pieces(tmp_path / "t.json", model, tokenizers.pre_tokenizers.BertPreTokenizer())
+    starts = load_tokenizer(tmp_path / "t.json").word_starts()
+    assert starts.tolist() == [True, True, True, True, False, False, True, *4 * [True]]
+    assert tokens_of(tmp_path / "t.json", "cats on matsi,") == [[1, 4], [3], [2, 4, 5], [6]]
+
+
+def tokens_of(path, text: str) -> list[list[int]]:
+    tokenizer = load_tokenizer(path)
+    tokens = tokenizer.encode([text], 100)[0][1:-1]
+    return [word.tolist() for word in np.split(tokens, np.flatnonzero(tokenizer.word_starts()[tokens])[1:])]
+
+
+def test_starts_of_words_in_sentence_pieces(tmp_path):
+    pieces = ["<unk>", "\u2581cat", "\u2581mat", "s", "i"]
+    model = tokenizers.models.Unigram([(piece, -1.0 - i) for i, piece in enumerate(pieces)], 0)
+    save_pieces(tmp_path / "t.json", model, tokenizers.pre_tokenizers.Metaspace())
+    assert tokens_of(tmp_path / "t.json", "cats mat") == [[1, 3], [2]]
+
+
+def test_a_vocabulary_without_marks_has_no_starts_of_words(tmp_path):
+    save_word_level(tmp_path / "t.json", ["<unk>", "<s>", "<pad>", "</s>", "<mask>"])
+    with pytest.raises(DataError, match="wanted one that marks the starts of words"):
+        load_tokenizer(tmp_path / "t.json").word_starts()

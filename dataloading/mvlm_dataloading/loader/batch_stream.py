@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from mvlm_dataloading.batch import Batch, Masks
 from mvlm_dataloading.dataset.dali_index import Int64
@@ -52,6 +53,8 @@ class MaskConfig:
     partner_token_ratio: float = 0.0
     uniform_tokens: bool = False
     """Draw the number of masked tokens of each caption uniformly, in place of `token_ratio`."""
+    word_starts: NDArray[np.bool_] | None = None
+    """True for each token of the vocabulary that starts a word, (V,), to mask whole words. None: mask tokens."""
 
 
 def raw_batches(reader: Reader, prefetch_batches: int) -> Iterator[RawBatch]:
@@ -134,12 +137,13 @@ class BatchStream:
             )
         of = (self._seed, raw.epochs, raw.ids)
         config = self._masks
-        masks = Masks(**self._patches(of), **self._tokens(of, captions.lengths))
+        masks = Masks(**self._patches(of), **self._tokens(of, captions.tokens, captions.lengths))
         if config.partner_patch_ratio:
             lighter: dict[str, Any] = {**config.patches, "ratio": config.partner_patch_ratio}
             masks = replace(masks, partner_patch_ids=self._host_tensor(draw_patch_masks(*of, **lighter)))
         if config.partner_token_ratio:
-            drawn = draw_token_masks(*of, captions.lengths, ratio=config.partner_token_ratio)
+            starts = self._starts(captions.tokens)
+            drawn = draw_token_masks(*of, captions.lengths, ratio=config.partner_token_ratio, starts=starts)
             masks = replace(masks, partner_token_ids=self._host_tensor(drawn))
         return batch, masks
 
@@ -159,10 +163,11 @@ class BatchStream:
         )
         parts = np.split(captions.tokens, np.cumsum(captions.lengths)[:-1])
         lengths = captions.lengths[of_caption]
+        packed = np.concatenate([parts[row] for row in of_caption])
         rows = self._host_tensor(of_image).to(raw.images.device, non_blocking=True)
         batch = Batch(
             images=raw.images.index_select(0, rows),
-            tokens=self._host_tensor(np.concatenate([parts[row] for row in of_caption])),
+            tokens=self._host_tensor(packed),
             cu_seqlens=self._host_tensor(np.cumsum([0, *lengths]).astype(np.int32)),
             max_length=int(lengths.max()),
             image_id=self._host_tensor(np.array(captions.image_id, np.int64)),
@@ -173,7 +178,7 @@ class BatchStream:
             sample_tokens=len(captions.tokens),
         )
         patches = self._patches((self._seed, raw.epochs[of_image], images[raw.ids[of_image]]))
-        tokens = self._tokens((self._seed, raw.epochs[of_caption], texts[of_caption]), lengths)
+        tokens = self._tokens((self._seed, raw.epochs[of_caption], texts[of_caption]), packed, lengths)
         return batch, Masks(**patches, **tokens)
 
     def _patches(self, of: tuple[int, Any, Any]) -> dict[str, torch.Tensor]:
@@ -185,16 +190,21 @@ class BatchStream:
         ids, weights = draw_variable_patch_masks(*of, **sizes)
         return {"patch_ids": self._host_tensor(ids), "patch_weights": self._host_tensor(weights)}
 
-    def _tokens(self, of: tuple[int, Any, Any], lengths: np.ndarray) -> dict[str, torch.Tensor]:
-        """Masked tokens of captions of these lengths, fields of `Masks`."""
+    def _tokens(self, of: tuple[int, Any, Any], tokens: np.ndarray, lengths: np.ndarray) -> dict[str, torch.Tensor]:
+        """Masked ones of the packed `tokens` of captions of these lengths, fields of `Masks`."""
         config = self._masks
         ratio = None if config.variable_tokens or config.uniform_tokens else config.token_ratio
-        masked, others = draw_two_token_masks(*of, lengths, ratio=ratio, complement=config.complement)
+        starts = self._starts(tokens)
+        masked, others = draw_two_token_masks(*of, lengths, ratio=ratio, complement=config.complement, starts=starts)
         found = {"token_ids": masked.ids} | ({} if others is None else {"complement_ids": others.ids})
         if config.variable_tokens:
             found |= {"token_weights": masked.weights}
             found |= {} if others is None else {"complement_weights": others.weights}
         return {name: self._host_tensor(values) for name, values in found.items()}
+
+    def _starts(self, tokens: np.ndarray) -> NDArray[np.bool_] | None:
+        """True for each packed token that starts a word; None if tokens are masked one by one."""
+        return None if self._masks.word_starts is None else self._masks.word_starts[tokens]
 
     def _host_tensor(self, values: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(values)

@@ -59,6 +59,7 @@ class Loader:
         share: yield each image and each caption of a batch once (`Batch.image_of`). The samples of an image have the
             same crop in an epoch. Without further captions and lighter masks of partners.
         per_image: samples of one image that come one after another in the sample order, for `share`.
+        whole_words: mask whole words of a caption (`draw_token_masks`).
         uniform_text_masks: mask 1 to all of a caption's ordinary tokens, each number as likely as the others, in place
             of the share `text_mask_ratio`.
 
@@ -106,6 +107,7 @@ class Loader:
         keep_mb: int = 0,
         strip: int = 1,
         uniform_text_masks: bool = False,
+        whole_words: bool = False,
         share: bool = False,
         per_image: int = 1,
     ):
@@ -141,6 +143,7 @@ class Loader:
             partner_patch_ratio=partner_image_mask_ratio,
             partner_token_ratio=partner_text_mask_ratio,
             uniform_tokens=uniform_text_masks,
+            word_starts=tokenizer.word_starts() if whole_words else None,
         )
         geometry = CropGeometry(
             image_size=image_size, crop_scale=crop_scale, crop_ratio=crop_ratio, random=train, strip=strip

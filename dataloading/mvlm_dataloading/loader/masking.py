@@ -1,6 +1,9 @@
 """Random patch and token masks with exact counts, as a function of (seed, epoch, sample id).
 
-Shape legend: B samples, K masked patches per image, M masked tokens of all samples, T packed tokens.
+Shape legend: B samples, K masked patches per image, M masked tokens of all samples, T packed tokens, U units of all
+samples.
+
+A unit of a caption, which is masked as a whole, is an ordinary token or, with whole word masking, a word.
 
 A share of each sample is masked, the same for all (`ratio`), or drawn for each: the number of masked positions is then
 uniform from one to all n. The sum of their losses times n / number is an unbiased estimate of the loss of masked
@@ -133,20 +136,32 @@ def _draws_below(purpose: Purpose, seed: int, epoch: Any, sample_ids: Any, numbe
     return (uniforms(purpose, seed, epoch, np.asarray(sample_ids), 1)[:, 0] * number).astype(np.int64)
 
 
-def draw_token_masks(seed: int, epoch: Any, sample_ids: Any, lengths: Any, *, ratio: float | None = 0.3) -> Int64:
+def draw_token_masks(
+    seed: int,
+    epoch: Any,
+    sample_ids: Any,
+    lengths: Any,
+    *,
+    ratio: float | None = 0.3,
+    starts: NDArray[np.bool_] | None = None,
+) -> Int64:
     """Masked positions in the packed tokens: int64 (M,), ascending.
 
     Sample b has `lengths[b]` tokens including [CLS] and [SEP]. Of its n = lengths[b] - 2 ordinary tokens, exactly
     max(1, round(ratio n)) are masked, halves rounded to even. Without a ratio, 1 to n are masked, each number as likely
     as the others (the training of Mask-Predict, Ghazvininejad et al., EMNLP 2019). [CLS] and [SEP] are never masked.
 
+    With `starts`, all tokens of a word are masked or none (whole word masking), and n is the number of words. A word
+    whose other pieces are shown can be guessed without the image (ViLT, Kim et al., ICML 2021).
+
     Args:
         epoch: one number, or int (B,).
+        starts: bool (T,), True for each packed token that starts a word. The first ordinary token always does.
 
     Raises:
         ValueError: a caption without an ordinary token, or a ratio outside [0, 1].
     """
-    return draw_two_token_masks(seed, epoch, sample_ids, lengths, ratio=ratio)[0].ids
+    return draw_two_token_masks(seed, epoch, sample_ids, lengths, ratio=ratio, starts=starts)[0].ids
 
 
 def draw_two_token_masks(
@@ -157,50 +172,61 @@ def draw_two_token_masks(
     *,
     ratio: float | None = 0.3,
     complement: bool = False,
+    starts: NDArray[np.bool_] | None = None,
 ) -> tuple[TokenMask, TokenMask | None]:
     """A token mask with weights, and on request its complement: all other ordinary tokens.
 
-    With a ratio, the mask is that of `draw_token_masks`, and all weights are 1. Without, the number of masked tokens is
-    drawn for each caption, from 1 to n, or to n - 1 if a complement is wanted and n > 1; each of k masked tokens then
-    has weight n/k. With a complement, a mask of all n tokens is thus drawn only for n = 1: its counterpart masks none.
+    With a ratio, the mask is that of `draw_token_masks`, and all weights are 1. Without, the number of masked units is
+    drawn for each caption, from 1 to n, or to n - 1 if a complement is wanted and n > 1; each token of k masked units
+    then has weight n/k. With a complement, a mask of all n units is thus drawn only for n = 1: its counterpart masks
+    none.
 
     Raises:
         ValueError: as `draw_token_masks`.
     """
-    ordinary = _ordinary(lengths)
+    rows, positions, unit = _units(lengths, starts)
+    numbers = np.bincount(rows, minlength=len(lengths))  # (B,), units of each caption
     if ratio is None:
-        most = np.maximum(1, ordinary - 1) if complement else ordinary
+        most = np.maximum(1, numbers - 1) if complement else numbers
         counts = 1 + _draws_below(Purpose.TOKEN_COUNT, seed, epoch, sample_ids, most)
     else:
         check_token_ratio(ratio)
-        counts = np.maximum(1, np.rint(ratio * ordinary)).astype(np.int64)  # rint rounds halves to even, like `round`
-    masked, others = _split_tokens(seed, epoch, sample_ids, ordinary, counts)
-    ends = np.cumsum(ordinary + 2)  # (B,), of the captions
+        counts = np.maximum(1, np.rint(ratio * numbers)).astype(np.int64)  # rint rounds halves to even, like `round`
+    chosen = _choose_units(seed, epoch, sample_ids, rows, counts)  # (U,)
 
-    def weighted(ids: Int64, number: Int64) -> TokenMask:
-        rows = np.searchsorted(ends, ids, side="right")
-        weights = np.ones(len(ids)) if ratio is not None else ordinary[rows] / number[rows]
-        return TokenMask(ids, weights.astype(np.float32))
+    def mask(chosen: NDArray[np.bool_], count: Int64) -> TokenMask:
+        tokens = chosen[unit]
+        of = rows[unit[tokens]]
+        weights = np.ones(len(of)) if ratio is not None else numbers[of] / count[of]
+        return TokenMask(positions[tokens], weights.astype(np.float32))
 
-    return weighted(masked, counts), weighted(others, ordinary - counts) if complement else None
+    return mask(chosen, counts), mask(~chosen, numbers - counts) if complement else None
 
 
-def _ordinary(lengths: Any) -> Int64:
-    """Ordinary tokens of each caption, int64 (B,). ValueError for a caption without."""
+def _units(lengths: Any, starts: NDArray[np.bool_] | None) -> tuple[Int64, Int64, Int64]:
+    """The caption of each unit (U,), the packed position of each ordinary token, and the unit it belongs to.
+
+    ValueError for a caption without ordinary tokens.
+    """
     lengths = np.asarray(lengths, np.int64)  # (B,)
     if len(lengths) and lengths.min() < 3:
         raise ValueError(f"wanted captions of at least 3 tokens with [CLS] and [SEP], got one of {lengths.min()}")
-    return lengths - 2
+    of_token = np.repeat(np.arange(len(lengths)), lengths - 2)
+    positions = np.arange(len(of_token)) + 2 * of_token + 1  # skip the special tokens before each one
+    if starts is None:
+        return of_token, positions, np.arange(len(of_token))
+    first = np.diff(of_token, prepend=-1) > 0
+    begins = first | starts[positions]
+    return of_token[begins], positions, np.cumsum(begins) - 1
 
 
-def _split_tokens(seed: int, epoch: Any, sample_ids: Any, ordinary: Int64, counts: Int64) -> tuple[Int64, Int64]:
-    """Positions of counts[b] tokens of each caption, and of its other ordinary tokens; ascending, int64."""
-    first = np.cumsum(ordinary) - ordinary  # (B,) start of each sample among all ordinary tokens
-    rows = np.repeat(np.arange(len(ordinary)), ordinary)
-    place = np.arange(len(rows)) - first[rows]  # position within the caption, [CLS] not counted
+def _choose_units(seed: int, epoch: Any, sample_ids: Any, rows: Int64, counts: Int64) -> NDArray[np.bool_]:
+    """True for counts[b] units of each caption b, (U,). `rows` (U,) is the caption of each unit, ascending."""
+    first = np.searchsorted(rows, np.arange(len(counts)))  # (B,), the first unit of each caption
+    place = np.arange(len(rows)) - first[rows]  # number within the caption
     keys = hash64(hash64(Purpose.TOKENS, seed, epoch, np.asarray(sample_ids))[rows], place)
-    by_key = np.lexsort((keys, rows))  # sample by sample, each ordered by key
-    # Samples keep their extent in `by_key`, so `place` is also the rank by key: take the first counts[b] of each.
-    masked = place < counts[rows]
-    positions = by_key + 2 * rows[by_key] + 1  # skip the special tokens before each one
-    return np.sort(positions[masked]), np.sort(positions[~masked])
+    by_key = np.lexsort((keys, rows))  # caption by caption, each ordered by key
+    chosen = np.zeros(len(rows), bool)
+    # Captions keep their extent in `by_key`, so `place` is also the rank by key: take the first counts[b] of each.
+    chosen[by_key[place < counts[rows]]] = True
+    return chosen

@@ -76,8 +76,9 @@ def text_hash(tokenizer: str, length: int, masks: MaskConfig, extra_captions: in
         "partner": [masks.partner_patch_ratio, masks.partner_token_ratio],
         "extra": extra_captions,
         "shared": shared,
+        "whole words": masks.word_starts is not None,
     }
-    off = {"variable": [False, False], "complement": False, "partner": [0.0, 0.0], "extra": 0, "shared": False}
+    off = {"variable": [False, False], "partner": [0.0, 0.0], "extra": 0}  # and False
     return settings_hash(
         {
             "tokenizer": tokenizer,
@@ -85,7 +86,7 @@ def text_hash(tokenizer: str, length: int, masks: MaskConfig, extra_captions: in
             "ratio": "uniform" if masks.uniform_tokens else masks.token_ratio,
             "patches": masks.patches,
             # Without these, the hash is that of states from before they existed.
-            **{name: value for name, value in newer.items() if value != off[name]},
+            **{name: value for name, value in newer.items() if value != off.get(name, False)},
         }
     )
 

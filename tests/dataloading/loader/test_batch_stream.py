@@ -55,6 +55,26 @@ def test_loader_masks_equal_the_public_mask_functions(train_split, tokenizer):
         assert np.array_equal(masks.token_ids, draw_token_masks(5, 0, ids, lengths))
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_whole_words_of_captions_are_masked(train_split, tokenizer, share):
+    """Words are told from the captions, not from tokens. A lighter mask of partners has whole words too."""
+    partner = {} if share else {"partner_text_mask_ratio": 0.2}
+    several = 0
+    for batch, masks in take(load(train_split, tokenizer, whole_words=True, share=share, **partner), 5):
+        captions = batch.tokens.tensor_split(batch.cu_seqlens[1:-1].long())
+        for tokens, start in zip(captions, batch.cu_seqlens.tolist(), strict=False):
+            text = tokenizer.decode(tokens)
+            spans = [range(start + 1 + a, start + 1 + b) for _, a, b in tokenizer.words(text)]
+            drawn = [(masks.token_ids, 0.3)] + ([] if share else [(masks.partner_token_ids, 0.2)])
+            for ids, ratio in drawn:
+                inside = {i for i in ids.tolist() if start <= i < start + len(tokens)}
+                chosen = [span for span in spans if inside & set(span)]
+                assert inside == {i for span in chosen for i in span}
+                assert len(chosen) == max(1, round(ratio * len(spans)))
+                several += any(len(span) > 1 for span in chosen)
+    assert several
+
+
 def test_masks_of_partners_are_lighter_and_nested(train_split, tokenizer):
     loader = load(train_split, tokenizer, partner_image_mask_ratio=0.25, partner_text_mask_ratio=0.1)
     for batch, masks in take(loader, 7):

@@ -200,3 +200,64 @@ def test_without_a_ratio_every_number_of_masked_tokens_is_equally_likely():
     alone = draw_token_masks(3, 1, np.array([17]), np.array([8]), ratio=None)
     assert alone.tolist() == (chosen[chosen // 8 == 17] - 8 * 17).tolist()
     assert draw_token_masks(3, 2, np.arange(6000), lengths, ratio=None).tolist() != chosen.tolist()
+
+
+def words_of(starts: np.ndarray, begin: int, length: int) -> list[list[int]]:
+    """Positions of each word of the caption at `begin`, by a loop over its ordinary tokens."""
+    words: list[list[int]] = []
+    for i in range(begin + 1, begin + length - 1):
+        if not words or starts[i]:
+            words.append([])
+        words[-1].append(i)
+    return words
+
+
+@pytest.mark.parametrize("ratio", [None, 0.3])
+def test_whole_words_are_masked_or_none_of_their_tokens(ratio):
+    """Shares, counts, weights and complements are those of words; special tokens start none."""
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(3, 14, size=300)
+    starts = rng.random(lengths.sum()) < 0.5
+    masked, others = draw_two_token_masks(
+        4, 1, range(300), lengths, ratio=ratio, complement=ratio is None, starts=starts
+    )
+    assert others is None or masked.ids.tolist() != others.ids.tolist()
+    begin, counts = 0, set()
+    for length in lengths.tolist():
+        words = words_of(starts, begin, length)
+        inside = (masked.ids >= begin) & (masked.ids < begin + length)
+        hidden = set(masked.ids[inside].tolist())
+        chosen = [word for word in words if hidden & set(word)]
+        assert sorted(hidden) == sorted(i for word in chosen for i in word)
+        n, k = len(words), len(chosen)
+        counts.add((n, k))
+        if ratio is not None:
+            assert k == max(1, round(0.3 * n))
+            assert set(masked.weights[inside]) == {1.0}
+        else:
+            assert others is not None
+            assert set(masked.weights[inside]) == {np.float32(n / k)}
+            shown = (others.ids >= begin) & (others.ids < begin + length)
+            assert sorted([*hidden, *others.ids[shown]]) == [i for word in words for i in word]
+            assert set(others.weights[shown]) == ({np.float32(n / (n - k))} if n > k else set())
+        begin += length
+    assert ratio is not None or {(5, k) for k in (1, 2, 3, 4)} <= counts
+
+
+def test_every_word_is_equally_likely_whatever_its_length():
+    draws = 6000
+    starts = np.tile([True, True, False, False, True, True, False, True], draws)  # of [CLS] and [SEP] nothing is read
+    ids = draw_token_masks(0, 0, np.arange(draws), np.full(draws, 8), ratio=0.25, starts=starts)
+    counts = np.bincount(ids % 8, minlength=8)
+    assert counts[1] == counts[2] == counts[3]
+    assert counts[5] == counts[6]
+    first = counts[[1, 4, 5]]
+    assert first.sum() == draws  # round(0.25 * 3) of 3 words
+    assert np.abs(first - draws / 3).max() < 5 * np.sqrt(draws * 2 / 9)
+
+
+def test_masks_of_words_that_are_tokens_are_masks_of_tokens():
+    lengths = 3 + np.arange(40) % 9
+    starts = np.ones(lengths.sum(), bool)
+    same = draw_token_masks(1, 0, np.arange(40), lengths, starts=starts)
+    assert same.tolist() == draw_token_masks(1, 0, np.arange(40), lengths).tolist()

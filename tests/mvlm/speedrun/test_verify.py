@@ -156,6 +156,7 @@ RULES = Track(machine="one core", cores=1, data={}, targets={"tr.r1": 40.0, "gai
         ({"ranks": 2}, "abc", {}, "wanted one core and one process, found 2 ranks"),
         ({"device": "NVIDIA H100"}, "abc", {}, "wanted one core, found 1 cores, device NVIDIA H100"),
         ({}, "abc", {"image_weights": "w"}, "wanted a start from random weights, found pretrained ones"),
+        ({}, "abc", {"initial_model": "m"}, "wanted a start from random weights, found pretrained ones"),
         ({}, "abc", {"tokenizer": "t"}, "wanted a tokenizer made from the training captions, found a file"),
         ({}, "abc", {"log_every": 2}, "wanted a row of every step, found one every 2 steps"),
     ],

@@ -36,6 +36,21 @@ def test_loader_masks_and_truncates_as_configured(scenes, tokenizer):
     assert masks.token_ids.tolist() == [t for t in range(starts[-1]) if t not in special]
 
 
+def test_loader_masks_whole_words_if_configured(scenes, tokenizer):
+    """Of the four words of "a square, COLOUR SHAPE" one is masked with all of its tokens."""
+    model = micro_config(whole_word_masking=True, text_mask_ratio=0.1)
+    config = pretrain_config(scenes, Path(), model=model, batch_size=32)
+    batch, masks = next(iter(make_loader(open_dataset(scenes, "train"), tokenizer, config, ALONE)))
+    starts, several = batch.cu_seqlens.tolist(), 0
+    for start, end in itertools.pairwise(starts):
+        tokens = batch.tokens[start:end]
+        words = [set(range(start + 1 + a, start + 1 + b)) for _, a, b in tokenizer.words(tokenizer.decode(tokens))]
+        hidden = {i for i in masks.token_ids.tolist() if start <= i < end}
+        assert hidden in words
+        several += len(hidden) > 1
+    assert several
+
+
 def test_loader_order_follows_the_seed(scenes, tokenizer):
     orders = []
     for seed in (0, 0, 1):

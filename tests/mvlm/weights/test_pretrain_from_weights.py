@@ -1,15 +1,17 @@
 """Runs that start from pretrained encoders, and the commands and code of docs/guides/weights.md."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mvlm.errors import RunError
+from mvlm.errors import ConfigError, RunError
 from support.encoders import hf_text, timm_vit
-from support.models import pretrain_config
+from support.models import micro_config, pretrain_config
+from support.scenes import write_scenes
 
 PAGE = Path(__file__).parents[3] / "docs" / "guides" / "weights.md"
 
@@ -49,6 +51,48 @@ def test_a_run_starts_from_the_encoders_of_its_files(scenes, tmp_path, without_t
 
 
 @pytest.mark.slow
+def test_a_run_goes_on_from_a_trained_model_on_other_data(scenes, tmp_path, without_tensorboard):
+    """At a learning rate of zero all weights are the trained ones. The tokenizer is the trained model's."""
+    from mvlm.runs.load import load_model
+    from mvlm.training.run import pretrain
+
+    pretrain(pretrain_config(scenes, tmp_path / "first"))
+    first, tokenizer = load_model(tmp_path / "first")
+    other = write_scenes(tmp_path / "other", captions=lambda i: [f"another text of {i}"])
+    still = {"lr_encoder": 0.0, "lr_cross": 0.0, "lr_pixels": 0.0, "weight_decay": 0.0, "max_steps": 1}
+    settings = still | {"initial_model": tmp_path / "first"}
+    pretrain(pretrain_config(other, tmp_path / "second", **settings))
+    second, same = load_model(tmp_path / "second")
+    assert same.fingerprint == tokenizer.fingerprint
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], tensor), name
+
+    # Images of another size: the positions are resized, all else stays.
+    small = micro_config(image_size=micro_config().image_size // 2)
+    pretrain(pretrain_config(other, tmp_path / "small", model=small, **settings))
+    resized, _ = load_model(tmp_path / "small")
+    changed = [n for n, t in first.state_dict().items() if not torch.equal(t, resized.state_dict().get(n, t[:0]))]
+    assert changed == ["image_encoder.position"]
+
+    # A model of another architecture leaves no folder.
+    deeper = micro_config(image_layers=micro_config().image_layers + 1)
+    with pytest.raises(RunError, match=r"first: wanted the tensors of this model's architecture, found others"):
+        pretrain(pretrain_config(other, tmp_path / "third", model=deeper, **settings))
+    assert not (tmp_path / "third").exists()
+
+    # A resumed run reads its own checkpoint alone.
+    shutil.rmtree(tmp_path / "first")
+    pretrain(pretrain_config(other, tmp_path / "second", resume=True, **settings))
+
+
+def test_an_initial_model_takes_no_other_weights_and_no_tokenizer(tmp_path):
+    with pytest.raises(ConfigError, match="wanted no further weights and no tokenizer, got text_weights, tokenizer"):
+        pretrain_config(
+            tmp_path, tmp_path, initial_model=tmp_path, text_weights=tmp_path / "a", tokenizer=tmp_path / "b"
+        )
+
+
+@pytest.mark.slow
 def test_the_python_of_the_page_on_weights_runs(tmp_path, monkeypatch, capsys):
     """Nothing is downloaded: timm makes a ViT with random weights."""
     monkeypatch.chdir(tmp_path)
@@ -60,13 +104,15 @@ def test_the_python_of_the_page_on_weights_runs(tmp_path, monkeypatch, capsys):
     assert line in capsys.readouterr().out
 
 
-def test_the_command_of_the_page_on_weights_parses(monkeypatch):
+def test_the_commands_of_the_page_on_weights_parse(monkeypatch):
     import mvlm.training.run
     from mvlm import cli
 
-    (block,) = re.findall(r"^```sh\nmvlm (.*?)\n```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    block, further = re.findall(r"^```sh\nmvlm (.*?)\n```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     seen = []
     monkeypatch.setattr(mvlm.training.run, "pretrain", seen.append)
-    cli.run_command(block.split())
+    for command in (block, further):
+        cli.run_command(command.split())
+    assert seen[1].initial_model == Path("runs/demo")
     assert (seen[0].image_weights, seen[0].text_weights) == (Path("vit.safetensors"), Path("roberta.safetensors"))
     assert seen[0].lr_encoder == 1e-5
