@@ -87,7 +87,7 @@ def read_result(trial: Trial) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{trial.file}: wanted the result of a trial, got {error!r}; remove the file") from None
     wanted = trial.settings
-    settings = defaults_of(trial.config) | settings
+    settings = settings_said(settings, trial.config)
     if version != FORMAT_VERSION or settings != wanted:
         names = sorted(name for name in {*settings, *wanted} if settings.get(name) != wanted.get(name))
         raise RunError(
@@ -170,9 +170,8 @@ def take_result(trial: Trial, study: Path) -> dict[str, Any] | None:
     Args:
         study: folder of the other study, as `mvlm study --out` wrote it, or its file `trials.jsonl`.
     """
-    defaults = defaults_of(trial.config)
     for result in sorted(_results_of(study, trial.seed), key=lambda result: result.get("arm") != trial.arm):
-        settings = defaults | result.get("settings", {})
+        settings = settings_said(result.get("settings", {}), trial.config)
         equal = result.get("format_version") == FORMAT_VERSION and settings == trial.settings
         if equal and trial.same_images(result):
             result |= {"arm": trial.arm}
@@ -207,15 +206,30 @@ def _write_result(trial: Trial, result: dict[str, Any]) -> None:
 
 
 def settings_of(config: PretrainConfig) -> dict[str, Any]:
-    """Settings that decide what a trial finds: those that a resumed run may not change, with the model's flattened."""
+    """Settings that decide what a trial finds: those that a resumed run may not change, with the model's flattened.
+
+    A task has its model from its start.
+    """
     free = {name for group in GROUPS if group.resume_may_change for name in group.__dataclass_fields__}
     values = {name: value for name, value in config_json(config).items() if name not in {*free, "checkpoint"}}
     model = values.pop("model")
+    if isinstance(config, FinetuneConfig):
+        return values
     return values | {f"model.{name}": value for name, value in model.items()}
 
 
+def settings_said(settings: dict[str, Any], config: PretrainConfig) -> dict[str, Any]:
+    """Settings of a result, with the default of each that it is older than.
+
+    Older results of a task have settings of a model, which were not those of its start. They are left out.
+    """
+    if isinstance(config, FinetuneConfig):
+        settings = {name: value for name, value in settings.items() if not name.startswith("model.")}
+    return defaults_of(config) | settings
+
+
 def defaults_of(config: PretrainConfig) -> dict[str, Any]:
-    """Defaults of the settings of `settings_of` that have one: what a result says that is older than a setting."""
+    """Defaults of the settings of `settings_of` that have one."""
     names = settings_of(config).keys()
     found = {field.name: field.default for field in fields(config)}
     found |= {f"model.{field.name}": field.default for field in fields(config.model)}

@@ -10,7 +10,7 @@ from mvlm.config.finetune import FinetuneConfig
 from mvlm.errors import ConfigError, RunError
 from mvlm.evaluation.evaluate import evaluate
 from mvlm.runs.load import load_model
-from mvlm.studies.run import plan_trials, run_study
+from mvlm.studies.run import plan_trials, report_finished, run_study
 from mvlm.studies.study import Study, read_study
 from mvlm.tasks.evaluate import evaluate_task
 from mvlm.tasks.finetune import finetune
@@ -60,6 +60,17 @@ def test_trials_of_a_task_are_fine_tuned_and_evaluated_on_all_splits(questions, 
         assert result["figures"][split] == figures
         assert float(rows["text alone", f"{split}.accuracy"]["mean"]) == pytest.approx(figures["accuracy"], rel=1e-5)
     assert rows["full", "test.accuracy"]["flops"] == ""
+    # The model is that of the start. Older results said settings of another one.
+    assert not [name for name in result["settings"] if name.startswith("model.")]
+    older = tmp_path / "older.jsonl"
+    lines = (tmp_path / "study" / "trials.jsonl").read_text().splitlines()
+    results = [json.loads(line) for line in lines]
+    older.write_text(
+        "".join(json.dumps(r | {"settings": r["settings"] | {"model.width": 768}}) + "\n" for r in results)
+    )
+    report_finished(study(), questions, tmp_path / "again", [older], checkpoint=trained)
+    again, first = ((tmp_path / name / "study.csv").read_bytes() for name in ("again", "study"))
+    assert again == first
     assert len(result["curves"]["val_accuracy"]) == 2
     page = (tmp_path / "study" / "study.html").read_text()
     assert "Task vqa, 2 steps" in page
