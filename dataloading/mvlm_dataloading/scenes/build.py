@@ -43,7 +43,7 @@ TASKS: dict[str, Compose] = {
     "grounding": make_phrases,
 }
 # Increment when texts, layouts, artwork or splits change. Folders of an older revision are then refused, not reused.
-_REVISION = 4
+_REVISION = 5
 _CHUNK = 64
 _painter: Painter | None = None  # of a worker process: cut-outs are decoded once
 

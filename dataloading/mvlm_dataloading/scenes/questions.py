@@ -117,7 +117,10 @@ def colour(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
 
 
 def relation(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
-    """The only noun on a side of another: eight answers for each question, the same in all splits of one vocabulary."""
+    """The only noun on a side of another: eight answers for each question, the same in all splits of one vocabulary.
+
+    One other of the eight is in the scene, not on that side: to name an answer that is there is right half of the time.
+    """
     anchor, side = rng.choice(vocabulary.anchors), rng.choice(tuple(SIDES))
     candidates = [kind for kind in vocabulary.subjects if kind != anchor and vocabulary.stands(kind.name, side)]
     choice = random.Random(f"answers {anchor.text} {side}")
@@ -125,7 +128,9 @@ def relation(rng: random.Random, vocabulary: Vocabulary) -> list[Sample]:
     samples = []
     for one, other in different_pairs(rng, answers):
         subject_cell, anchor_cell, free = beside(rng, side)
-        others = fillers(rng, vocabulary, min(len(free), rng.randint(1, 3)), {anchor.name, one.name, other.name})
+        distractor = rng.choice([kind for kind in answers if kind not in (one, other)])
+        names = {anchor.name, *(kind.name for kind in answers)}
+        others = [distractor, *fillers(rng, vocabulary, min(len(free), rng.randint(1, 3)) - 1, names)]
         cells = [subject_cell, anchor_cell, *rng.sample(free, len(others))]
         scene = place(rng, [one, anchor, *others], cells)
         question = f"what is {SIDES[side]} the {anchor.text}?"

@@ -117,6 +117,19 @@ def test_training_images_are_asked_whether_what_tells_them_apart_is_there() -> N
     assert many > 6 * few
 
 
+@each_split
+def test_a_relation_needs_the_place_of_its_objects(split: str) -> None:
+    """Two of a question's answers are in the scene, the right one and another, so that their names tell half."""
+    answers = defaultdict(set)
+    relations = [(text, m) for text, m in rows("vqa", split) if m["question_type"] == "relation"]
+    for question, metadata in relations:
+        answers[question].add(label("vqa", metadata))
+    assert relations
+    for question, metadata in relations:
+        names = [one["name"] for one in metadata["scene"]["objects"]]
+        assert len([name for name in names if name in answers[question]]) == 2, (question, metadata)
+
+
 def test_training_has_further_scenes_with_relations() -> None:
     kinds = vocabulary("train", PLAIN.shapes)
     alone, found = TASKS["vqa"]("0 vqa train", kinds, 720), compose_split("vqa", "train", 0, kinds, 720)
