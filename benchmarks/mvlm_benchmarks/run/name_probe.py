@@ -1,0 +1,105 @@
+"""Cloze test for the objects of scenes: `python -m mvlm_benchmarks.run.name_probe SCENES RUN`.
+
+All tokens of an object's name are masked in the caption that lists a scene's objects. The model names the object if it
+predicts each of them, given the image and the rest of the caption. Objects that are there once are asked for.
+
+Shape legend: B images, R captions with a masked name, T packed tokens, M masked tokens.
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from mvlm.device import autocast
+from mvlm.inference.encode import eval_loader, image_features
+from mvlm.inference.trained_model import TrainedModel
+from mvlm.model.packing import mask_tokens
+from mvlm.runs.load import load_model
+from mvlm_dataloading import Dataset, Tokenizer, open_dataset
+
+NOUN, SHAPE = "nouns", "coloured shapes"
+
+
+class Cloze(NamedTuple):
+    """A caption whose tokens `name` are to be masked."""
+
+    kind: str
+    tokens: list[int]
+    """The caption's tokens, [CLS] and [SEP] included."""
+    name: range
+    """Positions of the name's tokens."""
+
+
+def clozes(scene: dict[str, Any], caption: str, tokenizer: Tokenizer, length: int) -> list[Cloze]:
+    """A cloze for each object whose name is in the caption once. Names that truncation cuts are left out."""
+    tokens = tokenizer.encode([caption], length)[0].tolist()
+    words = tokenizer.words(caption)
+    spelt = [word.removesuffix(",") for word, _, _ in words]
+    found = []
+    for one in scene["objects"]:
+        parts = f"{one['colour'] or ''} {one['name']}".split()
+        places = [i for i in range(len(words)) if spelt[i : i + len(parts)] == parts]
+        if one.get("hidden") or len(places) != 1:
+            continue
+        last = words[places[0] + len(parts) - 1]
+        name = range(1 + words[places[0]][1], 1 + last[2] - last[0].endswith(","))
+        if name.stop < len(tokens):
+            found.append(Cloze(SHAPE if one["colour"] else NOUN, tokens, name))
+    return found
+
+
+@torch.no_grad()
+def named(model: TrainedModel, scenes: Dataset) -> dict[str, list[bool]]:
+    """For each kind of object, whether the model names each one of the split."""
+    network, tokenizer = model
+    found: dict[str, list[bool]] = defaultdict(list)
+    start = 0
+    for batch, _ in eval_loader(scenes, network, tokenizer):
+        samples = range(start, start := start + len(batch.images))
+        asked = [
+            (image, cloze)
+            for image, i in enumerate(samples)
+            for cloze in clozes(
+                scenes.metadata(i)["scene"], scenes.captions(i)[0], tokenizer, network.config.text_length
+            )
+        ]
+        of = torch.tensor([image for image, _ in asked])  # (R,)
+        tokens = torch.tensor([token for _, cloze in asked for token in cloze.tokens])  # (T,)
+        bounds = np.cumsum([0, *(len(cloze.tokens) for _, cloze in asked)])
+        pairs = list(zip(bounds.tolist(), (cloze for _, cloze in asked), strict=False))
+        masked = torch.tensor([begin + i for begin, cloze in pairs for i in cloze.name])  # (M,)
+        hidden = mask_tokens(tokens, masked, network.config.mask_token_id)
+        cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
+        v = image_features(network, batch.images, model.precision).v[of]
+        with autocast(model.device, model.precision):
+            text = network.encode_text_packed(hidden, cu_seqlens, int(np.diff(bounds).max()))
+            logits = network.fill_mask(v, *text.padded(), cu_seqlens, masked)
+        right, at = (logits.argmax(1) == tokens[masked]).tolist(), 0
+        for _, cloze in asked:
+            found[cloze.kind].append(all(right[at : at + len(cloze.name)]))
+            at += len(cloze.name)
+    return found
+
+
+def main() -> None:
+    """Print the share of objects that each model names."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("scenes", type=Path, help="data set of scenes with captions, such as data/scenes/caption")
+    parser.add_argument("runs", type=Path, nargs="+", help="trained models")
+    parser.add_argument("--split", default="test")
+    options = parser.parse_args()
+    scenes = open_dataset(options.scenes, options.split)
+    for run in options.runs:
+        found = named(load_model(run, "cpu"), scenes)
+        shares = (
+            f"{100 * sum(right) / len(right):.1f} % of {len(right)} {kind}" for kind, right in sorted(found.items())
+        )
+        print(f"{run}: names {', '.join(shares)}")
+
+
+if __name__ == "__main__":
+    main()
