@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from mvlm_benchmarks.data.process import LoaderProcess, group_cpu_seconds
 
 
+@pytest.mark.slow
 def test_group_cpu_seconds_include_the_workers() -> None:
     spin = """if 1:
     import os, sys, time

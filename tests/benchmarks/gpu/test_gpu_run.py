@@ -66,6 +66,7 @@ def test_exit_code_of_the_stage_is_that_of_the_launcher(launcher, monkeypatch, t
     assert command[-1] == "--rehearse"
 
 
+@pytest.mark.slow
 def test_stage_that_ignores_its_budget_is_killed(launcher, monkeypatch, tmp_path, capsys) -> None:
     program = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(100)"
     monkeypatch.setattr(launcher, "GRACE", 0.5)

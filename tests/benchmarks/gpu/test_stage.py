@@ -173,6 +173,7 @@ def test_sweep_writes_a_row_per_turn_and_the_exceptions(tmp_path, monkeypatch, t
     assert (tmp_path / "sweep.svg").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_winners_of_attention_are_a_table_that_launchers_read(tmp_path, monkeypatch) -> None:
     """A winner is in the table if it wins in all cases of its key. Other keys and architectures are unchanged."""
     case = next(case for case in small_cases(torch.bfloat16) if case.op == "cross_attention")

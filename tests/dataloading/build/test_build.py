@@ -95,6 +95,7 @@ def test_unfinished_builds_of_earlier_versions_are_resumed(tmp_path, monkeypatch
     assert not (tmp_path / ".out.partial").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_build_is_not_resumed_by_another_build(tmp_path, monkeypatch):
     records = {"train": [make_record(f"k{i}", published.make_image(i)) for i in range(4)]}
 

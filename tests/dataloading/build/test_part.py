@@ -88,6 +88,7 @@ def test_a_merge_copies_where_files_cannot_be_linked(source, whole, tmp_path, mo
     assert len(open_dataset(out, "train")) == 5  # no index is older than its tar
 
 
+@pytest.mark.slow
 def test_parts_know_the_tokenizer_and_the_evaluation_sets(source, tmp_path, tokenizer):
     tokenizer.save(tmp_path / "tokenizer.json")
     options = BuildOptions(tokenizer=tmp_path / "tokenizer.json", text_length=8)

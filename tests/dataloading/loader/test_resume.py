@@ -121,6 +121,7 @@ def test_resuming_with_other_versions_reports_them(train_split, tokenizer):
     assert "the version of torch, DALI or its decoders" in str(loader.resumed)
 
 
+@pytest.mark.slow
 def test_other_data_are_refused_unless_allowed(train_split, waves, tokenizer, caplog):
     state = state_after(open_dataset(waves, "test"), tokenizer, 4)
     loader = load(train_split, tokenizer, batch_size=8)

@@ -77,6 +77,7 @@ def test_phrases_mean_one_object(split: str) -> None:
             assert any(o["name"] == one["name"] and o["colour"] != one["colour"] for o in objects)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", BALANCED)
 @each_split
 def test_every_text_has_each_of_its_labels_equally_often(task: str, split: str) -> None:
@@ -213,6 +214,7 @@ def test_novelty_is_no_sign_of_a_yes(split: str) -> None:
             assert any((one["name"], one["colour"]) in new for one in metadata["scene"]["objects"]), question
 
 
+@pytest.mark.slow
 def test_held_combinations_are_in_split_combo_alone() -> None:
     held = {(shape, colour) for shape, colours in HELD_COLOURS.items() for colour in colours}
     for split in set(SPLITS) - {"combo"}:

@@ -31,6 +31,7 @@ def test_a_text_finds_images_in_the_order_of_itc_and_itm(gallery, model, heldout
     ]
 
 
+@pytest.mark.slow
 def test_a_text_and_an_image_are_answered_together(gallery, model, heldout_split) -> None:
     """By the mean of both and ITM with the text: with few images, the image still decides."""
     images = [Image.open(io.BytesIO(heldout_split.image_bytes(i))).convert("RGB") for i in range(len(heldout_split))]

@@ -238,6 +238,7 @@ def match(model: Any, batch: Any, image: int, text: int, label: int) -> float:
     return -model.match(v, w, exists).log_softmax(1)[0, label].item()
 
 
+@pytest.mark.slow
 def test_checkpointed_blocks_give_the_same_gradients_to_the_bit():
     batch, masks = micro_batch()
     gradients, kept = [], []
@@ -282,6 +283,7 @@ def test_fused_pairs_ignore_rows_after_the_last_caption():
     assert all(map(torch.equal, plain.fuse_pairs(model, v, spoilt, rows, rows), wanted))
 
 
+@pytest.mark.slow
 def test_text_pooling_in_blocks_has_the_loss_and_gradients_of_all_at_once():
     """Five images at once, and two at a time."""
     batch, _ = micro_batch()

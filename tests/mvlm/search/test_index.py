@@ -93,6 +93,7 @@ def test_filters_choose_rows_by_metadata(index, embedded):
         index.search(query, "images", 0)
 
 
+@pytest.mark.slow
 def test_rows_are_added_replaced_and_removed(index, model, pictures, alone, tmp_path, embedded):
     place = tmp_path / "index"
     shutil.copytree(index.location, place)
@@ -230,6 +231,7 @@ def test_another_split_of_a_data_set_is_no_other_source(model, scenes, alone, tm
         assert reader.read(hit) == ImageReader(index).read(hit)
 
 
+@pytest.mark.slow
 def test_two_who_add_at_once_lose_nothing(model, scenes, pictures, alone, tmp_path, embedded):
     place = str(tmp_path / "index")
     create_index(embedded, place)

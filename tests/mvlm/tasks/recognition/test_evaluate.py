@@ -109,6 +109,7 @@ def test_a_probe_without_training_images_is_refused(trained, squares):
         evaluate_recognition(model, {"test": open_dataset(squares, "test")}, "test", options)
 
 
+@pytest.mark.slow
 def test_untrained_figures_do_not_depend_on_the_random_state(trained, squares):
     model, test = load_model(trained, "cpu"), open_dataset(squares, "test")
     found = []

@@ -58,6 +58,7 @@ def test_shots_are_so_many_of_each_class_and_follow_from_the_seed():
     assert len(shots(y, 3, 4, 0, strict=False)) == 10
 
 
+@pytest.mark.slow
 def test_few_shots_learn_only_from_their_samples():
     """With the classes of all other training samples exchanged, the probe is the same."""
     train, validation = clusters(6, 1, 0.1), clusters(3, 2, 0.1)
